@@ -1,0 +1,111 @@
+//! *Who a device is*: what stays the same when it is plugged in again.
+
+use alloc::string::String;
+use core::fmt;
+
+use serde::Serialize;
+
+use crate::{PortPath, UsbId};
+
+/// A device's serial number, as far as it tells devices apart.
+///
+/// Vendors print the same serial on a whole production run more often than one would think: a serial that was seen
+/// on two devices of the same kind identifies neither.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[serde(tag = "kind", content = "value", rename_all = "lowercase")]
+pub enum Serial {
+    /// Only one device of this kind with this serial has been seen.
+    Unique(String),
+    /// At least two devices of this kind carry it: only the port tells them apart.
+    Duplicate(String),
+    /// The device has none (iSerialNumber is 0).
+    Missing,
+}
+
+impl Serial {
+    /// The text of the descriptor, if there is one.
+    pub fn text(&self) -> Option<&str> {
+        match self {
+            Self::Unique(text) | Self::Duplicate(text) => Some(text),
+            Self::Missing => None,
+        }
+    }
+    /// `unique`, `duplicate` or `missing`: the spelling of the inventory.
+    pub const fn kind(&self) -> &'static str {
+        match self {
+            Self::Unique(_) => "unique",
+            Self::Duplicate(_) => "duplicate",
+            Self::Missing => "missing",
+        }
+    }
+    /// From the descriptor's text and whether another device of the kind carries the same.
+    pub fn new(text: Option<String>, duplicate: bool) -> Self {
+        match text {
+            None => Self::Missing,
+            Some(text) if duplicate => Self::Duplicate(text),
+            Some(text) => Self::Unique(text),
+        }
+    }
+}
+
+/// What identifies a device across replugs: its kind, its serial and, where that does not decide, its port.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct DeviceKey {
+    /// vendor:product
+    pub usb: UsbId,
+    /// The serial, and what it is worth.
+    pub serial: Serial,
+    /// Where it is plugged in.
+    pub port: PortPath,
+}
+
+impl DeviceKey {
+    /// Whether both are one device, seen twice.
+    ///
+    /// The same kind and the same serial text are needed. Then a serial that is unique on both sides decides
+    /// wherever the device is plugged in; otherwise it must be the same port. The same port with another kind or
+    /// another serial is another device.
+    pub fn is(&self, other: &Self) -> bool {
+        self.usb == other.usb
+            && self.serial.text() == other.serial.text()
+            && (self.port == other.port || (self.serial_decides() && other.serial_decides()))
+    }
+
+    const fn serial_decides(&self) -> bool {
+        matches!(self.serial, Serial::Unique(_))
+    }
+}
+
+impl fmt::Display for DeviceKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} at port {}", self.usb, self.port)?;
+        match self.serial.text() {
+            Some(text) => write!(f, ", serial {text}"),
+            None => Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn key(product: u16, serial: Serial, port: &str) -> DeviceKey {
+        DeviceKey { usb: UsbId::new(0x0529, product), serial, port: port.parse().unwrap() }
+    }
+
+    #[test]
+    fn a_unique_serial_moves_anything_else_stays_at_its_port() {
+        let unique = || Serial::Unique("A".into());
+        let twin = || Serial::Duplicate("A".into());
+        assert!(key(1, unique(), "1-1").is(&key(1, unique(), "2-4.1")));
+        assert!(!key(1, unique(), "1-1").is(&key(2, unique(), "1-1")), "other product");
+        assert!(!key(1, unique(), "1-1").is(&key(1, Serial::Unique("B".into()), "1-1")), "other serial, same port");
+        assert!(!key(1, twin(), "1-1").is(&key(1, twin(), "1-2")));
+        assert!(key(1, twin(), "1-1").is(&key(1, unique(), "1-1")));
+        assert!(!key(1, twin(), "1-1").is(&key(1, unique(), "1-2")));
+        assert!(key(1, Serial::Missing, "1-1").is(&key(1, Serial::Missing, "1-1")));
+        assert!(!key(1, Serial::Missing, "1-1").is(&key(1, Serial::Missing, "1-2")));
+        assert!(!key(1, Serial::Missing, "1-1").is(&key(1, unique(), "1-1")));
+    }
+}

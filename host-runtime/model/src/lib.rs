@@ -1,0 +1,44 @@
+//! The vocabulary of virt-usb, without IO.
+//!
+//! Everything here is plain data that was *parsed*: a value of one of these types is valid, because parsing is
+//! the only way to get one. Parsers accept what people write (`"0529"`, `"0x0529"`, `1321`) and every
+//! [`ParseError`] says where in the input what was found and what was wanted.
+//!
+//! | module | what it holds |
+//! |---|---|
+//! | [`ids`] | vendor and product ids, device ids, instance and project ids |
+//! | [`address`] | *where a device is now*: bus address and port path |
+//! | [`key`] | *who a device is*: ids, serial and port |
+//! | [`class`] | USB classes and speeds |
+//! | [`device`] | what discovery knows of one device |
+//! | [`state`] | states, reasons and legal transitions |
+//! | [`flavor`] | what a flavor asks for |
+//! | [`whitelist`] | which devices are offered, and to whom |
+//! | [`matching`] | which devices serve which requests of one instance |
+//! | [`host`] | the host document: what a host tells the world |
+#![no_std]
+extern crate alloc;
+
+pub mod address;
+pub mod class;
+pub mod device;
+mod error;
+pub mod flavor;
+pub mod host;
+pub mod ids;
+mod json;
+pub mod key;
+pub mod matching;
+pub mod state;
+pub mod whitelist;
+
+pub use address::{BusAddress, PortPath};
+pub use class::{Class, Speed};
+pub use device::{Device, clean_text};
+pub use error::ParseError;
+pub use flavor::{DeviceRequest, Flavor, RedirectionRequest, Selector};
+pub use host::{DeviceEntry, HostDocument};
+pub use ids::{DeviceId, InstanceId, ProductId, ProjectId, UsbId, VendorId};
+pub use key::{DeviceKey, Serial};
+pub use state::{Hold, Reason, Status};
+pub use whitelist::{Verdict, Whitelist, WhitelistRule};

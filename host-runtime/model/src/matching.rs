@@ -1,0 +1,94 @@
+//! Which devices serve which requests of one instance.
+//!
+//! Requests may overlap: "any key of this vendor" and "the key with this serial" compete for one device, and taking
+//! the first that fits gives wrong refusals. So it is a bipartite matching (Kuhn's augmenting paths): every
+//! request brings a row a device that it needs, and the rows get distinct devices, or as many of them as possible.
+
+use alloc::vec;
+use alloc::vec::Vec;
+
+/// For each row, the candidate (an index below `candidates`) that it gets, `None` where none is left for it.
+///
+/// `rows[r]` lists what row `r` is content with, the most wanted first. The result has the largest possible number of
+/// served rows, and a row is never left out for a later one. Time O(rows × sum of candidates).
+pub fn assign(rows: &[Vec<usize>], candidates: usize) -> Vec<Option<usize>> {
+    let mut owner: Vec<Option<usize>> = vec![None; candidates];
+    for row in 0..rows.len() {
+        augment(rows, row, &mut owner, &mut vec![false; candidates]);
+    }
+    let mut served = vec![None; rows.len()];
+    for (candidate, row) in owner.iter().enumerate() {
+        if let Some(slot) = row.and_then(|row| served.get_mut(row)) {
+            *slot = Some(candidate);
+        }
+    }
+    served
+}
+
+/// Finds a place for `row`, moving others to their alternatives; true if that went.
+/// Iterative: the depth is bounded by the number of rows, but input decides that number.
+fn augment(rows: &[Vec<usize>], row: usize, owner: &mut [Option<usize>], seen: &mut [bool]) -> bool {
+    let mut path: Vec<(usize, usize)> = vec![(row, 0)];
+    while let Some((row, next)) = path.pop() {
+        let wanted = rows.get(row).map_or(&[][..], Vec::as_slice);
+        let Some(&candidate) = wanted.get(next) else { continue };
+        path.push((row, next + 1));
+        if seen.get(candidate).copied().unwrap_or(true) {
+            continue;
+        }
+        seen[candidate] = true;
+        match owner[candidate] {
+            Some(other) => path.push((other, 0)),
+            None => {
+                for (row, tried) in path {
+                    owner[rows[row][tried - 1]] = Some(row);
+                }
+                return true;
+            }
+        }
+    }
+    false
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// The slow, obviously right oracle: the most rows that can be served, by trying everything.
+    fn best(rows: &[Vec<usize>], used: &mut Vec<usize>) -> usize {
+        let Some((first, rest)) = rows.split_first() else { return 0 };
+        let mut most = best(rest, used);
+        for &candidate in first {
+            if !used.contains(&candidate) {
+                used.push(candidate);
+                most = most.max(1 + best(rest, used));
+                used.pop();
+            }
+        }
+        most
+    }
+
+    proptest! {
+        #[test]
+        fn serves_as_many_rows_as_brute_force(rows in prop::collection::vec(prop::collection::vec(0usize..6, 0..5), 0..6)) {
+            let served = assign(&rows, 6);
+            let given: Vec<usize> = served.iter().flatten().copied().collect();
+            let mut distinct = given.clone();
+            distinct.sort_unstable();
+            distinct.dedup();
+            prop_assert_eq!(distinct.len(), given.len(), "one device, one row");
+            for (row, got) in served.iter().enumerate() {
+                prop_assert!(got.is_none_or(|c| rows[row].contains(&c)));
+            }
+            prop_assert_eq!(given.len(), best(&rows, &mut Vec::new()));
+        }
+    }
+
+    #[test]
+    fn an_overlap_is_resolved() {
+        assert_eq!(assign(&[vec![0, 1], vec![0]], 2), [Some(1), Some(0)]);
+        assert_eq!(assign(&[vec![0], vec![0]], 1), [Some(0), None], "the earlier row keeps it");
+        assert_eq!(assign(&[], 0), []);
+    }
+}
