@@ -1,1 +1,3 @@
-//! x
+//! The library behind the operator's command line, and what the agent is made of.
+
+pub mod discovery;

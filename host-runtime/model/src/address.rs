@@ -114,7 +114,10 @@ impl FromStr for PortPath {
             Self::new(decimal(bus)?, &ports)
         };
         path().ok_or_else(|| {
-            ParseError::new(format!("{text:?}"), "a port path such as \"1-1.4\" (bus, then the port at each hub)")
+            ParseError::new(
+                format!("{text:?}"),
+                "a port path such as \"1-1.4\" (bus, then the port at each hub)",
+            )
         })
     }
 }

@@ -46,10 +46,15 @@ impl Device {
 /// USB 2.0, 9.6.7). Empty text is none.
 pub fn clean_text(text: &str) -> Option<String> {
     let hidden = |c: char| {
-        c.is_control() || matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{feff}')
+        c.is_control()
+            || matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{feff}')
     };
-    let clean: String =
-        text.trim_matches(|c: char| c.is_whitespace() || c == '\0').chars().take(126).map(|c| if hidden(c) { '\u{fffd}' } else { c }).collect();
+    let clean: String = text
+        .trim_matches(|c: char| c.is_whitespace() || c == '\0')
+        .chars()
+        .take(126)
+        .map(|c| if hidden(c) { '\u{fffd}' } else { c })
+        .collect();
     (!clean.is_empty()).then_some(clean)
 }
 

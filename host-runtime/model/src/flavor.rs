@@ -83,7 +83,11 @@ const REQUEST_KEYS: &[&str] = &["id", "vendor_id", "product_id", "serial", "port
 
 impl FromJson for DeviceRequest {
     fn from_json(value: &Value) -> Result<Self, ParseError> {
-        let object = Object::new(value, "an object such as {\"vendor_id\":\"0529\",\"product_id\":\"0001\"}", REQUEST_KEYS)?;
+        let object = Object::new(
+            value,
+            "an object such as {\"vendor_id\":\"0529\",\"product_id\":\"0001\"}",
+            REQUEST_KEYS,
+        )?;
         let selector = Selector {
             id: object.take("id")?,
             vendor_id: object.take("vendor_id")?,
@@ -94,17 +98,25 @@ impl FromJson for DeviceRequest {
             tags: object.list::<Tag>("tags")?.into_iter().map(|t| t.0).collect(),
         };
         if selector == Selector::default() {
-            return Err(ParseError::new(value, "at least one of id, vendor_id, product_id, serial, port, class, tags"));
+            return Err(ParseError::new(
+                value,
+                "at least one of id, vendor_id, product_id, serial, port, class, tags",
+            ));
         }
         if selector.product_id.is_some() && selector.vendor_id.is_none() {
-            return Err(ParseError::new("a product_id alone", "the vendor_id too: product ids are the vendor's own"));
+            return Err(ParseError::new(
+                "a product_id alone",
+                "the vendor_id too: product ids are the vendor's own",
+            ));
         }
         let count = match object.raw("count") {
             None => 1,
             Some(value) => whole(value)
                 .and_then(|n| u32::try_from(n).ok())
                 .filter(|n| (1..=MAX_DEVICES).contains(n))
-                .ok_or_else(|| ParseError::new(value, format!("a count from 1 to {MAX_DEVICES}")).at("count"))?,
+                .ok_or_else(|| {
+                    ParseError::new(value, format!("a count from 1 to {MAX_DEVICES}")).at("count")
+                })?,
         };
         if selector.id.is_some() && count > 1 {
             return Err(ParseError::new(count, "1: an id names one device").at("count"));
@@ -130,7 +142,11 @@ impl FromJson for Text {
             other => String::from_json(other)?,
         };
         let fits = (1..=126).contains(&text.chars().count()) && !text.chars().any(char::is_control);
-        if fits { Ok(Self(text)) } else { Err(ParseError::new(format!("{text:?}"), "1 to 126 printable characters")) }
+        if fits {
+            Ok(Self(text))
+        } else {
+            Err(ParseError::new(format!("{text:?}"), "1 to 126 printable characters"))
+        }
     }
 }
 
@@ -177,7 +193,10 @@ impl FromJson for RedirectionRequest {
         let object = Object::new(value, RIGHT_REDIRECTION, &["bus", "type"])?;
         let one = |key: &str, wanted: &str| match object.take::<String>(key)? {
             Some(text) if text == wanted => Ok(()),
-            Some(text) => Err(ParseError::new(format!("{text:?}"), format!("{wanted:?}, the only one there is")).at(key)),
+            Some(text) => {
+                Err(ParseError::new(format!("{text:?}"), format!("{wanted:?}, the only one there is"))
+                    .at(key))
+            }
             None => Err(ParseError::new(format!("no key {key:?}"), RIGHT_REDIRECTION)),
         };
         one("bus", "usb")?;
@@ -237,12 +256,19 @@ impl Flavor {
     fn bounded(self) -> Result<Self, ParseError> {
         let devices: u64 = self.usb_devices.iter().map(|r| u64::from(r.count)).sum();
         if devices > u64::from(MAX_DEVICES) {
-            return Err(ParseError::new(format!("{devices} devices in all"), format!("at most {MAX_DEVICES}")).at("usb_devices"));
+            return Err(ParseError::new(
+                format!("{devices} devices in all"),
+                format!("at most {MAX_DEVICES}"),
+            )
+            .at("usb_devices"));
         }
         let redirections = self.usb_redirection_devices.len();
         if redirections > MAX_REDIRECTIONS {
-            return Err(ParseError::new(format!("{redirections} entries"), format!("at most {MAX_REDIRECTIONS}"))
-                .at("usb_redirection_devices"));
+            return Err(ParseError::new(
+                format!("{redirections} entries"),
+                format!("at most {MAX_REDIRECTIONS}"),
+            )
+            .at("usb_redirection_devices"));
         }
         Ok(self)
     }
@@ -259,7 +285,8 @@ fn list<T: FromJson>(text: Option<&str>, key: &str) -> Result<Vec<T>, ParseError
     let Some(text) = text.filter(|t| !t.trim().is_empty()) else { return Ok(Vec::new()) };
     let value = checked(text).map_err(|e| e.at(key))?;
     let wrapped = value.get(key).is_some();
-    let object = if wrapped { value } else { Value::Object([(key.to_string(), value)].into_iter().collect()) };
+    let object =
+        if wrapped { value } else { Value::Object([(key.to_string(), value)].into_iter().collect()) };
     Object::new(&object, RIGHT_FLAVOR, &[key])?.list(key)
 }
 
@@ -270,7 +297,10 @@ fn checked(text: &str) -> Result<Value, ParseError> {
     }
     parse_text(text).map_err(|e| {
         let squeezed: String = text.chars().filter(|c| !c.is_whitespace()).collect();
-        let early = squeezed.contains(":{[") || squeezed.contains("[\"bus\":") || squeezed.contains("[\"vendor_id\":") || squeezed.contains("[\"id\":");
+        let early = squeezed.contains(":{[")
+            || squeezed.contains("[\"bus\":")
+            || squeezed.contains("[\"vendor_id\":")
+            || squeezed.contains("[\"id\":");
         if !early {
             return ParseError::new(e, format!("JSON such as {RIGHT_FLAVOR}"));
         }
@@ -314,29 +344,48 @@ mod tests {
             error(r#"{"usb_devices":[{"id":5},{"vendor_id":"05zz"}]}"#),
             "usb_devices[1].vendor_id: found \"05zz\", wanted a vendor id of one to four hexadecimal digits such as \"0529\" or \"0x0529\""
         );
-        assert!(error(r#"{"usb_devices":[{"product_id":"1"}]}"#).contains("usb_devices[0]: found a product_id alone"));
+        assert!(
+            error(r#"{"usb_devices":[{"product_id":"1"}]}"#)
+                .contains("usb_devices[0]: found a product_id alone")
+        );
         assert!(error(r#"{"usb_devices":[{}]}"#).contains("at least one of id"));
         assert!(error(r#"{"usb_devices":[{"id":1,"count":2}]}"#).contains("usb_devices[0].count"));
         assert!(error(r#"{"usb_devices":[{"vendor_id":"1","count":0}]}"#).contains("count from 1 to 127"));
         assert!(error(r#"{"usb_device":[]}"#).contains("wanted one of usb_devices, usb_redirection_devices"));
-        assert!(error(r#"{"usb_redirection_devices":[{"bus":"usb","type":"tcp"}]}"#).contains("usb_redirection_devices[0].type"));
-        assert!(error(r#"{"usb_devices":[{"vendor_id":"1","count":100},{"vendor_id":"2","count":100}]}"#).contains("200 devices"));
+        assert!(
+            error(r#"{"usb_redirection_devices":[{"bus":"usb","type":"tcp"}]}"#)
+                .contains("usb_redirection_devices[0].type")
+        );
+        assert!(
+            error(r#"{"usb_devices":[{"vendor_id":"1","count":100},{"vendor_id":"2","count":100}]}"#)
+                .contains("200 devices")
+        );
         assert!(error(&"x".repeat(MAX_TEXT + 1)).contains("65537 bytes"));
     }
 
     #[test]
     fn the_early_spelling_is_answered_with_the_right_one() {
         let text = error(r#"{"usb_redirection_devices":{["bus": usb, "type": "spicevmc"]}}"#);
-        assert!(text.contains(r#"wanted {"usb_redirection_devices":[{"bus":"usb","type":"spicevmc"}]}"#), "{text}");
+        assert!(
+            text.contains(r#"wanted {"usb_redirection_devices":[{"bus":"usb","type":"spicevmc"}]}"#),
+            "{text}"
+        );
         let text = error(r#"{"usb_devices":{["vendor_id": 0529]}}"#);
-        assert!(text.contains(r#"wanted {"usb_devices":[{"vendor_id":"0529","product_id":"0001"}]}"#), "{text}");
+        assert!(
+            text.contains(r#"wanted {"usb_devices":[{"vendor_id":"0529","product_id":"0001"}]}"#),
+            "{text}"
+        );
     }
 
     #[test]
     fn extra_specs_hold_the_lists_alone() {
-        let flavor = Flavor::parse_lists(Some(r#"[{"id":5}]"#), Some(r#"{"bus":"usb","type":"spicevmc"}"#)).unwrap();
+        let flavor =
+            Flavor::parse_lists(Some(r#"[{"id":5}]"#), Some(r#"{"bus":"usb","type":"spicevmc"}"#)).unwrap();
         assert_eq!((flavor.usb_devices.len(), flavor.usb_redirection_devices.len()), (1, 1));
-        assert_eq!(Flavor::parse_lists(Some(r#"{"usb_devices":[{"id":5}]}"#), None).unwrap().usb_devices.len(), 1);
+        assert_eq!(
+            Flavor::parse_lists(Some(r#"{"usb_devices":[{"id":5}]}"#), None).unwrap().usb_devices.len(),
+            1
+        );
         assert!(Flavor::parse_lists(None, Some(" ")).unwrap().is_empty());
         let error = Flavor::parse_lists(Some("[{\"id\":0}]"), None).unwrap_err();
         assert_eq!(error.place(), "usb_devices[0].id");

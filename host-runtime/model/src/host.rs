@@ -10,7 +10,10 @@ use serde::Serialize;
 use serde_json::Value;
 
 use crate::json::{FromJson, Object, parse_text, whole};
-use crate::{BusAddress, Class, DeviceId, InstanceId, ParseError, PortPath, ProductId, ProjectId, Speed, Status, VendorId};
+use crate::{
+    BusAddress, Class, DeviceId, InstanceId, ParseError, PortPath, ProductId, ProjectId, Speed, Status,
+    VendorId,
+};
 
 /// The version of the format; a reader refuses another.
 pub const VERSION: u64 = 1;
@@ -41,18 +44,30 @@ impl HostDocument {
     /// Says which device and which key was wrong.
     pub fn parse(text: &str) -> Result<Self, ParseError> {
         let value = parse_text(text)?;
-        let object = Object::new(&value, "a host document", &["version", "host", "compute_node_id", "revision", "devices"])?;
+        let object = Object::new(
+            &value,
+            "a host document",
+            &["version", "host", "compute_node_id", "revision", "devices"],
+        )?;
         match object.raw("version").and_then(whole) {
             Some(VERSION) => {}
             _ => {
                 let found = object.raw("version").map_or_else(|| "none".to_string(), ToString::to_string);
-                return Err(ParseError::new(found, alloc::format!("{VERSION}: another version needs another virt-usb")).at("version"));
+                return Err(ParseError::new(
+                    found,
+                    alloc::format!("{VERSION}: another version needs another virt-usb"),
+                )
+                .at("version"));
             }
         }
         let number = |key: &str| {
-            object.raw(key).and_then(whole).ok_or_else(|| ParseError::new("no such number", "a whole number").at(key))
+            object
+                .raw(key)
+                .and_then(whole)
+                .ok_or_else(|| ParseError::new("no such number", "a whole number").at(key))
         };
-        let host = object.take("host")?.ok_or_else(|| ParseError::new("no name", "the host's name").at("host"))?;
+        let host =
+            object.take("host")?.ok_or_else(|| ParseError::new("no name", "the host's name").at("host"))?;
         Ok(Self::new(host, number("compute_node_id")?, number("revision")?, object.list("devices")?))
     }
 }
@@ -121,11 +136,30 @@ impl DeviceEntry {
 }
 
 /// Keys of the inventory that a document may carry and that readers pass over.
-const PASSED_OVER: &[&str] = &["created_at", "updated_at", "deleted_at", "deleted", "bus_id", "device_id", "port_id"];
+const PASSED_OVER: &[&str] =
+    &["created_at", "updated_at", "deleted_at", "deleted", "bus_id", "device_id", "port_id"];
 const KEYS: &[&str] = &[
-    "id", "compute_node_id", "address", "product_id", "vendor_id", "status", "status_reason", "extra_info", "instance_uuid",
-    "port_path", "serial", "serial_kind", "class", "interface_classes", "speed", "manufacturer", "product_name", "driver",
-    "host_use", "tags", "projects",
+    "id",
+    "compute_node_id",
+    "address",
+    "product_id",
+    "vendor_id",
+    "status",
+    "status_reason",
+    "extra_info",
+    "instance_uuid",
+    "port_path",
+    "serial",
+    "serial_kind",
+    "class",
+    "interface_classes",
+    "speed",
+    "manufacturer",
+    "product_name",
+    "driver",
+    "host_use",
+    "tags",
+    "projects",
 ];
 
 impl FromJson for DeviceEntry {
@@ -134,12 +168,17 @@ impl FromJson for DeviceEntry {
         let object = Object::new(value, "a device of a host document", &known)?;
         let missing = |key: &'static str| move || ParseError::new("nothing", "a value").at(key);
         let text = |key: &'static str| object.take::<String>(key);
-        let address: BusAddress =
-            text("address")?.ok_or_else(missing("address"))?.parse().map_err(|e: ParseError| e.at("address"))?;
+        let address: BusAddress = text("address")?
+            .ok_or_else(missing("address"))?
+            .parse()
+            .map_err(|e: ParseError| e.at("address"))?;
         let port_path: PortPath = object.take("port_path")?.ok_or_else(missing("port_path"))?;
         let entry = Self {
             id: object.take("id")?.ok_or_else(missing("id"))?,
-            compute_node_id: object.raw("compute_node_id").and_then(whole).ok_or_else(missing("compute_node_id"))?,
+            compute_node_id: object
+                .raw("compute_node_id")
+                .and_then(whole)
+                .ok_or_else(missing("compute_node_id"))?,
             address,
             product_id: object.take("product_id")?.ok_or_else(missing("product_id"))?,
             vendor_id: object.take("vendor_id")?.ok_or_else(missing("vendor_id"))?,
@@ -215,7 +254,8 @@ mod tests {
 
     #[test]
     fn errors_name_the_device() {
-        let text = serde_json::to_string(&HostDocument::new("h1".into(), 1, 7, alloc::vec![entry()])).unwrap();
+        let text =
+            serde_json::to_string(&HostDocument::new("h1".into(), 1, 7, alloc::vec![entry()])).unwrap();
         let error = HostDocument::parse(&text.replace("usb_1_5", "usb_1_500")).unwrap_err();
         assert_eq!(error.place(), "devices[0].address");
         let error = HostDocument::parse(&text.replace("\"version\":1", "\"version\":2")).unwrap_err();

@@ -36,7 +36,14 @@ macro_rules! hex_id {
             type Err = ParseError;
             fn from_str(text: &str) -> Result<Self, ParseError> {
                 hex4(text).map(Self).ok_or_else(|| {
-                    ParseError::new(format!("{text:?}"), concat!("a ", $what, " id of one to four hexadecimal digits such as \"0529\" or \"0x0529\""))
+                    ParseError::new(
+                        format!("{text:?}"),
+                        concat!(
+                            "a ",
+                            $what,
+                            " id of one to four hexadecimal digits such as \"0529\" or \"0x0529\""
+                        ),
+                    )
                 })
             }
         }
@@ -45,9 +52,11 @@ macro_rules! hex_id {
             fn from_json(value: &Value) -> Result<Self, ParseError> {
                 match value {
                     Value::String(text) => text.parse(),
-                    Value::Number(n) => n.as_u64().and_then(|n| u16::try_from(n).ok()).map(Self).ok_or_else(|| {
-                        ParseError::new(n, concat!("a ", $what, " id from 0 to 65535 (0xffff)"))
-                    }),
+                    Value::Number(n) => {
+                        n.as_u64().and_then(|n| u16::try_from(n).ok()).map(Self).ok_or_else(|| {
+                            ParseError::new(n, concat!("a ", $what, " id from 0 to 65535 (0xffff)"))
+                        })
+                    }
                     other => Err(ParseError::new(other, concat!("a ", $what, " id such as \"0529\""))),
                 }
             }
@@ -228,7 +237,10 @@ impl FromStr for ProjectId {
         if fits && !text.chars().any(|c| c.is_control() || c.is_whitespace()) {
             Ok(Self(text.to_owned()))
         } else {
-            Err(ParseError::new(format!("{text:?}"), "a project id of 1 to 255 characters without white space"))
+            Err(ParseError::new(
+                format!("{text:?}"),
+                "a project id of 1 to 255 characters without white space",
+            ))
         }
     }
 }

@@ -66,7 +66,9 @@ impl<'a> Object<'a> {
 /// A whole decimal number written as a number or a string.
 pub(crate) fn whole(value: &Value) -> Option<u64> {
     match value {
-        Value::String(text) if !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit()) => text.parse().ok(),
+        Value::String(text) if !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit()) => {
+            text.parse().ok()
+        }
         other => other.as_u64(),
     }
 }

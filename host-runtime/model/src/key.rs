@@ -100,7 +100,10 @@ mod tests {
         let twin = || Serial::Duplicate("A".into());
         assert!(key(1, unique(), "1-1").is(&key(1, unique(), "2-4.1")));
         assert!(!key(1, unique(), "1-1").is(&key(2, unique(), "1-1")), "other product");
-        assert!(!key(1, unique(), "1-1").is(&key(1, Serial::Unique("B".into()), "1-1")), "other serial, same port");
+        assert!(
+            !key(1, unique(), "1-1").is(&key(1, Serial::Unique("B".into()), "1-1")),
+            "other serial, same port"
+        );
         assert!(!key(1, twin(), "1-1").is(&key(1, twin(), "1-2")));
         assert!(key(1, twin(), "1-1").is(&key(1, unique(), "1-1")));
         assert!(!key(1, twin(), "1-1").is(&key(1, unique(), "1-2")));

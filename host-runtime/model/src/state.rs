@@ -38,7 +38,8 @@ pub enum Reason {
 
 impl Reason {
     /// All of them.
-    pub const ALL: [Self; 5] = [Self::Whitelist, Self::HostUse, Self::Disabled, Self::Quarantined, Self::Flapping];
+    pub const ALL: [Self; 5] =
+        [Self::Whitelist, Self::HostUse, Self::Disabled, Self::Quarantined, Self::Flapping];
 
     /// The spelling of the inventory's `status_reason`.
     pub const fn name(self) -> &'static str {
@@ -61,7 +62,10 @@ impl FromStr for Reason {
     type Err = ParseError;
     fn from_str(text: &str) -> Result<Self, ParseError> {
         Self::ALL.into_iter().find(|r| r.name() == text).ok_or_else(|| {
-            ParseError::new(alloc::format!("{text:?}"), "whitelist, host-use, disabled, quarantined or flapping")
+            ParseError::new(
+                alloc::format!("{text:?}"),
+                "whitelist, host-use, disabled, quarantined or flapping",
+            )
         })
     }
 }
@@ -153,7 +157,9 @@ impl Status {
             "claimed" => Self::Claimed,
             "allocated" => Self::Allocated,
             "removed" => Self::Removed,
-            "unavailable" => Self::Unavailable(reason.unwrap_or_default().parse().map_err(|e: ParseError| e.at("status_reason"))?),
+            "unavailable" => Self::Unavailable(
+                reason.unwrap_or_default().parse().map_err(|e: ParseError| e.at("status_reason"))?,
+            ),
             other => {
                 return Err(ParseError::new(
                     alloc::format!("{other:?}"),
@@ -198,7 +204,8 @@ mod tests {
             for present in [false, true] {
                 for withheld in core::iter::once(None).chain(Reason::ALL.map(Some)) {
                     let Some(status) = Status::derive(hold, present, withheld) else { continue };
-                    let back = Status::from_columns(status.name(), status.reason().map(Reason::name)).unwrap();
+                    let back =
+                        Status::from_columns(status.name(), status.reason().map(Reason::name)).unwrap();
                     assert_eq!(back, status);
                 }
             }

@@ -43,7 +43,8 @@ pub struct WhitelistRule {
     pub projects: Vec<ProjectId>,
 }
 
-const RULE_KEYS: &[&str] = &["vendor", "product", "bus", "device", "serial", "port", "class", "tags", "projects"];
+const RULE_KEYS: &[&str] =
+    &["vendor", "product", "bus", "device", "serial", "port", "class", "tags", "projects"];
 
 impl WhitelistRule {
     fn matches(&self, d: &Device) -> bool {
@@ -64,7 +65,8 @@ impl WhitelistRule {
 
 impl FromJson for WhitelistRule {
     fn from_json(value: &Value) -> Result<Self, ParseError> {
-        let object = Object::new(value, "a rule such as { vendor = \"0x136b\", product = \"0x0003\" }", RULE_KEYS)?;
+        let object =
+            Object::new(value, "a rule such as { vendor = \"0x136b\", product = \"0x0003\" }", RULE_KEYS)?;
         let number = |key: &str, most: u64| match object.raw(key) {
             None => Ok(None),
             Some(value) => whole(value)
@@ -86,16 +88,29 @@ impl FromJson for WhitelistRule {
         };
         let selects = Self { tags: Vec::new(), projects: Vec::new(), ..rule.clone() };
         if object.is_empty() || selects == Self::default() {
-            return Err(ParseError::new(value, "a rule that names vendor, product, bus, device, serial, port or class"));
+            return Err(ParseError::new(
+                value,
+                "a rule that names vendor, product, bus, device, serial, port or class",
+            ));
         }
         if rule.product.is_some() && rule.vendor.is_none() {
-            return Err(ParseError::new("a product alone", "the vendor too: product ids are the vendor's own"));
+            return Err(ParseError::new(
+                "a product alone",
+                "the vendor too: product ids are the vendor's own",
+            ));
         }
         if rule.device.is_some() && rule.bus.is_none() {
-            return Err(ParseError::new("a device number alone", "the bus too: device numbers are the bus's own"));
+            return Err(ParseError::new(
+                "a device number alone",
+                "the bus too: device numbers are the bus's own",
+            ));
         }
         if object.raw("projects").is_some() && rule.projects.is_empty() {
-            return Err(ParseError::new("an empty list", "at least one project, or no such key: then every project").at("projects"));
+            return Err(ParseError::new(
+                "an empty list",
+                "at least one project, or no such key: then every project",
+            )
+            .at("projects"));
         }
         Ok(rule)
     }
@@ -137,9 +152,13 @@ impl Whitelist {
             Some(Value::Bool(true)) => true,
             Some(Value::String(text)) if text.eq_ignore_ascii_case("on") => true,
             Some(Value::String(text)) if text.eq_ignore_ascii_case("off") => false,
-            Some(other) => return Err(ParseError::new(other, "\"on\" or \"off\"").at("usb_white_list_switch")),
+            Some(other) => {
+                return Err(ParseError::new(other, "\"on\" or \"off\"").at("usb_white_list_switch"));
+            }
         };
-        let rules = rules.map_or_else(|| Ok(Vec::new()), read_rules).map_err(|e| e.at("usb_passthrough_whitelist"))?;
+        let rules = rules
+            .map_or_else(|| Ok(Vec::new()), read_rules)
+            .map_err(|e| e.at("usb_passthrough_whitelist"))?;
         Ok(Self { on, rules })
     }
 
@@ -156,13 +175,20 @@ impl Whitelist {
             because,
         };
         match (found, &device.host_use) {
-            (Some((_, rule)), Some(used)) if rule.names() => verdict(None, format!("{by} names it, though the host uses it ({used})")),
+            (Some((_, rule)), Some(used)) if rule.names() => {
+                verdict(None, format!("{by} names it, though the host uses it ({used})"))
+            }
             (_, Some(used)) => verdict(
                 Some(Reason::HostUse),
-                format!("the host uses it ({used}); a rule that names it by product, serial, port or device would offer it"),
+                format!(
+                    "the host uses it ({used}); a rule that names it by product, serial, port or device would offer it"
+                ),
             ),
             (Some(_), None) => verdict(None, format!("{by} offers it")),
-            (None, None) if self.on => verdict(Some(Reason::Whitelist), "no rule matches it and usb_white_list_switch is on".to_string()),
+            (None, None) if self.on => verdict(
+                Some(Reason::Whitelist),
+                "no rule matches it and usb_white_list_switch is on".to_string(),
+            ),
             (None, None) => verdict(None, "usb_white_list_switch is off".to_string()),
         }
     }
@@ -175,9 +201,11 @@ fn read_rules(value: &Value) -> Result<Vec<WhitelistRule>, ParseError> {
             Value::String(_) => Err(ParseError::new(text, "a JSON list of rules")),
             inner => read_rules(&inner),
         },
-        Value::Array(items) => {
-            items.iter().enumerate().map(|(i, item)| WhitelistRule::from_json(item).map_err(|e| e.at(&format!("[{i}]")))).collect()
-        }
+        Value::Array(items) => items
+            .iter()
+            .enumerate()
+            .map(|(i, item)| WhitelistRule::from_json(item).map_err(|e| e.at(&format!("[{i}]"))))
+            .collect(),
         one => WhitelistRule::from_json(one).map(|rule| alloc::vec![rule]),
     }
 }
@@ -190,7 +218,11 @@ mod tests {
 
     fn stick(host_use: Option<&str>) -> Device {
         Device {
-            key: DeviceKey { usb: UsbId::new(0x136b, 3), serial: Serial::Unique("A1".into()), port: "2-1".parse().unwrap() },
+            key: DeviceKey {
+                usb: UsbId::new(0x136b, 3),
+                serial: Serial::Unique("A1".into()),
+                port: "2-1".parse().unwrap(),
+            },
             address: BusAddress::new(2, 2).unwrap(),
             class: Class::new(0),
             interfaces: alloc::vec![Class::new(8)],
@@ -229,7 +261,12 @@ mod tests {
         for broad in [json!({"class":"mass-storage"}), json!({"vendor":"136b"}), json!({"bus":2})] {
             assert_eq!(list(true, &broad).judge(&used).withheld, Some(Reason::HostUse), "{broad}");
         }
-        for exact in [json!({"vendor":"136b","product":3}), json!({"serial":"A1"}), json!({"port":"2-1"}), json!({"bus":2,"device":2})] {
+        for exact in [
+            json!({"vendor":"136b","product":3}),
+            json!({"serial":"A1"}),
+            json!({"port":"2-1"}),
+            json!({"bus":2,"device":2}),
+        ] {
             for on in [true, false] {
                 assert_eq!(list(on, &exact).judge(&used).withheld, None, "{exact}");
             }
@@ -248,12 +285,24 @@ mod tests {
     #[test]
     fn wrong_rules_are_named() {
         let error = |rules: Value| Whitelist::parse(None, Some(&rules)).unwrap_err().to_string();
-        assert!(error(json!([{"vendor":"1"},{"vender":"1"}])).starts_with("usb_passthrough_whitelist[1]: found key \"vender\""));
+        assert!(
+            error(json!([{"vendor":"1"},{"vender":"1"}]))
+                .starts_with("usb_passthrough_whitelist[1]: found key \"vender\"")
+        );
         assert!(error(json!([{"tags":["a"]}])).contains("a rule that names"));
         assert!(error(json!([{"product":"1"}])).contains("the vendor too"));
-        assert!(error(json!([{"vendor":"1","projects":[]}])).contains("usb_passthrough_whitelist[0].projects"));
+        assert!(
+            error(json!([{"vendor":"1","projects":[]}])).contains("usb_passthrough_whitelist[0].projects")
+        );
         assert!(error(json!("[{")).contains("not JSON"));
-        assert!(error(json!([{"bus":"2","device":"200","vendor":"1"}])).contains("device number from 1 to 127"));
-        assert!(Whitelist::parse(Some(&json!("maybe")), None).unwrap_err().to_string().contains("usb_white_list_switch"));
+        assert!(
+            error(json!([{"bus":"2","device":"200","vendor":"1"}])).contains("device number from 1 to 127")
+        );
+        assert!(
+            Whitelist::parse(Some(&json!("maybe")), None)
+                .unwrap_err()
+                .to_string()
+                .contains("usb_white_list_switch")
+        );
     }
 }

@@ -1,3 +1,83 @@
-//! x
+//! The inventory of one host in SQLite: devices, claims, assignments, flavors, audit events.
+//!
+//! This file is the authority over the devices of its host. Claims are made under SQLite's write lock, so that of
+//! two instances that want one device one gets it and the other is told; no network is needed.
+//!
+//! | module | what it does |
+//! |---|---|
+//! | `open` | opens, makes, migrates; durability; lock deadline |
+//! | [`hints`] | whether the database may know something, without opening it |
+//! | [`claim`] | takes all of an instance's devices, or none |
+//! | [`give_back`] | confirms, gives back, voids |
+//! | [`adopt`] | takes over what a domain's own XML already holds |
+//! | [`discover`] | brings the rows in line with what is plugged in |
+//! | `flavors`, `assignments`, [`events`] | the other tables |
+//! | [`maintain`] | check, backup, prune |
+//!
+//! Invariants, each held by one piece of code:
+//! - `usb_devices.status`, `status_reason`, `instance_uuid` and `deleted` are derived, in `device::refresh`, and written nowhere else.
+//! - A device has at most one claim: `claims.device_id` is unique.
+//! - An id is never used again: rows of devices that went are kept, marked deleted, and come back with their device.
+//! - A hint is never missing for a row that is there: see [`hints`].
+
+pub mod adopt;
+mod assignments;
+pub mod claim;
+mod device;
+pub mod discover;
+mod error;
+pub mod events;
+mod flavors;
+pub mod give_back;
+pub mod hints;
+pub mod maintain;
+mod open;
+mod query;
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use rusqlite::Connection;
+
+pub use assignments::{Assignment, Source};
+pub use device::{ClaimRow, Record};
+pub use error::StoreError;
+pub use flavors::StoredFlavor;
+pub use open::{Durability, SCHEMA};
+
 /// The database's name inside `state_dir`.
 pub const FILE_NAME: &str = "inventory.sqlite";
+/// The number of a host that has joined no fleet.
+pub const LONE_NODE: u64 = 1;
+/// How long an incoming restore or migration may stay unconfirmed, in seconds.
+pub const PENDING_SECONDS: f64 = 120.0;
+
+/// An open inventory. One per thread.
+#[derive(Debug)]
+pub struct Store {
+    conn: Connection,
+    path: PathBuf,
+    state_dir: PathBuf,
+    patience: Duration,
+}
+
+impl Store {
+    /// The database's file.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+/// When and on whose behalf something is written.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Context {
+    /// The boot id, `/proc/sys/kernel/random/boot_id`: a claim does not outlive it.
+    pub boot_id: String,
+    /// Seconds since boot, sleep included, which no clock change moves: `/proc/uptime`.
+    pub uptime: f64,
+    /// The program and what it is doing, for the audit: `hook prepare`.
+    pub actor: String,
+}
+
+/// SQL for the present moment: UTC, ISO 8601 with milliseconds.
+pub(crate) const NOW: &str = "strftime('%Y-%m-%dT%H:%M:%fZ', 'now')";

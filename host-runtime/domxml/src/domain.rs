@@ -1,0 +1,103 @@
+//! What is read: plain data.
+
+use virt_usb_model::{BusAddress, DeviceId, InstanceId, ProjectId, UsbId};
+
+use crate::usb_bus::UsbBus;
+
+/// The alias prefix of a hostdev that virt-usb injected; the device's id follows.
+pub(crate) const HOSTDEV_ALIAS: &str = "ua-usb-";
+/// The alias prefix of a redirdev that virt-usb injected; the entry's number in the flavor follows.
+pub(crate) const REDIRDEV_ALIAS: &str = "ua-usb-redir-";
+
+/// What virt-usb needs to know of a domain.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Domain {
+    /// The domain's name, never empty.
+    pub name: String,
+    /// The domain's UUID; a definition that libvirt has not seen yet may have none.
+    pub uuid: Option<InstanceId>,
+    /// Where the flavor is to be found.
+    pub flavor: FlavorSource,
+    /// The project that owns the instance (`uuid` of `nova:owner/nova:project`).
+    pub project: Option<ProjectId>,
+    /// Every `<hostdev type='usb'>` directly under `<devices>`, in order.
+    pub hostdevs: Vec<UsbHostdev>,
+    /// Every `<redirdev bus='usb'>` directly under `<devices>`, in order.
+    pub redirdevs: Vec<Redirdev>,
+    /// The USB controllers, and what occupies their ports.
+    pub bus: UsbBus,
+    /// Whether there is SPICE graphics, which a spicevmc redirection needs.
+    pub spice: bool,
+}
+
+/// Where the domain says what it asks for. The first source that is there wins, in this order.
+///
+/// The values are returned as they are written: reading the JSON in them is the model's job.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum FlavorSource {
+    /// The domain says nothing, or says that it asks for nothing.
+    ///
+    /// Nova writes the whole of a flavor's extra specs from 32.0.0 (2025.2) on, and an empty
+    /// `<nova:extraSpecs/>` when there are none: without a USB key in it there is nothing left to look up. The same
+    /// holds for an empty element of our own namespace.
+    None,
+    /// The text of the element in our namespace under `<metadata>`, entities and CDATA resolved, trimmed.
+    Metadata(String),
+    /// At least one USB key in `nova:extraSpecs`.
+    ExtraSpecs {
+        /// The value of `usb:devices` or `usb_devices`.
+        devices: Option<String>,
+        /// The value of `usb:redirection_devices` or `usb_redirection_devices`.
+        redirection: Option<String>,
+    },
+    /// A flavor's name only: from `name` of the element in our namespace or of `nova:flavor`.
+    Named(String),
+}
+
+/// A USB host device of the domain.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct UsbHostdev {
+    /// Vendor and product of the source. `None` when it names none, or no valid ones.
+    pub usb: Option<UsbId>,
+    /// The source's bus and device number on the host. `None` when it names none, or no valid ones.
+    pub address: Option<BusAddress>,
+    /// The alias, libvirt's own (`hostdev0`) or the user's (`ua-…`).
+    pub alias: Option<String>,
+    /// Whether the source has a `startupPolicy`, with which QEMU may take any device that it can open.
+    pub has_startup_policy: bool,
+}
+
+impl UsbHostdev {
+    /// The device that virt-usb injected here, from the alias `ua-usb-<id>`.
+    pub fn injected(&self) -> Option<DeviceId> {
+        let id: DeviceId = self.alias.as_deref()?.strip_prefix(HOSTDEV_ALIAS)?.parse().ok()?;
+        (self.alias.as_deref() == Some(&hostdev_alias(id))).then_some(id)
+    }
+}
+
+/// A USB redirection of the domain.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Redirdev {
+    /// The character device's type: `spicevmc` or `tcp`. Empty when the element has none.
+    pub kind: String,
+    /// The alias, libvirt's own (`redir0`) or the user's (`ua-…`).
+    pub alias: Option<String>,
+}
+
+impl Redirdev {
+    /// The number of the flavor's entry that virt-usb injected here, from the alias `ua-usb-redir-<n>`.
+    pub fn injected(&self) -> Option<usize> {
+        let n: usize = self.alias.as_deref()?.strip_prefix(REDIRDEV_ALIAS)?.parse().ok()?;
+        (self.alias.as_deref() == Some(&redirdev_alias(n))).then_some(n)
+    }
+}
+
+pub(crate) fn hostdev_alias(id: DeviceId) -> String {
+    format!("{HOSTDEV_ALIAS}{id}")
+}
+
+pub(crate) fn redirdev_alias(n: usize) -> String {
+    format!("{REDIRDEV_ALIAS}{n}")
+}

@@ -1,0 +1,137 @@
+//! What can be wrong with a document.
+//!
+//! Every message is one line and reads well after "cannot read the domain XML: "; what it quotes is escaped and
+//! cut, because the document may hold anything. Values of the document are quoted only where they are ids or names:
+//! migration XML can carry secrets.
+
+use thiserror::Error;
+
+use crate::{MAX_ATTRIBUTES, MAX_DEPTH, MAX_USB, MAX_XML};
+
+/// Why a document cannot be read or edited.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[non_exhaustive]
+pub enum XmlError {
+    /// More than [`MAX_XML`] bytes.
+    #[error("{size} bytes of XML, more than the {MAX_XML} that are read")]
+    TooLarge {
+        /// The document's size in bytes.
+        size: usize,
+    },
+    /// The encoding is not one of those that can be edited without loss.
+    #[error("the encoding {found} is not supported, only UTF-8, UTF-16 with a byte order mark, US-ASCII, ISO-8859, windows-125x and KOI8")]
+    Encoding {
+        /// The encoding that was declared or recognised.
+        found: String,
+    },
+    /// Byte order mark and declaration name two encodings.
+    #[error("the byte order mark says {mark}, but the XML declaration says {declared}")]
+    EncodingConflict {
+        /// What the first bytes say.
+        mark: &'static str,
+        /// What `<?xml encoding=…?>` says.
+        declared: String,
+    },
+    /// Bytes that the document's encoding does not allow.
+    #[error("invalid {encoding} at byte {offset}")]
+    Malformed {
+        /// The encoding that the document says it has.
+        encoding: &'static str,
+        /// The first bad byte, counted from 0.
+        offset: usize,
+    },
+    /// Not well-formed XML.
+    #[error("line {line}: {what}")]
+    Syntax {
+        /// Line, counted from 1.
+        line: usize,
+        /// What is wrong there.
+        what: String,
+    },
+    /// Elements nested deeper than [`MAX_DEPTH`].
+    #[error("line {line}: elements are nested deeper than {MAX_DEPTH}")]
+    TooDeep {
+        /// Line, counted from 1.
+        line: usize,
+    },
+    /// One tag with more than [`MAX_ATTRIBUTES`] attributes.
+    #[error("line {line}: more than {MAX_ATTRIBUTES} attributes in one tag")]
+    TooManyAttributes {
+        /// Line, counted from 1.
+        line: usize,
+    },
+    /// More than [`MAX_USB`] USB devices and controllers.
+    #[error("line {line}: more than {MAX_USB} USB devices and controllers")]
+    TooManyDevices {
+        /// Line, counted from 1.
+        line: usize,
+    },
+    /// A document type declaration: libvirt writes none, and entities could be declared in it.
+    #[error("line {line}: a DOCTYPE, which a domain never has")]
+    Doctype {
+        /// Line, counted from 1.
+        line: usize,
+    },
+    /// The root element is not `<domain>`.
+    #[error("the root element is <{found}>, not <domain>")]
+    NotADomain {
+        /// The root element's name.
+        found: String,
+    },
+    /// Something that every domain has is not there.
+    #[error("there is no {what}")]
+    Missing {
+        /// What was looked for.
+        what: &'static str,
+    },
+    /// Something that may stand there once stands there again.
+    #[error("line {line}: a second {what}")]
+    Twice {
+        /// What is there again.
+        what: &'static str,
+        /// Line, counted from 1.
+        line: usize,
+    },
+    /// A value that cannot be what it should be.
+    #[error("line {line}: {what} is {found:?}, not {wanted}")]
+    Value {
+        /// Which value.
+        what: &'static str,
+        /// What it is, cut to a few words.
+        found: String,
+        /// What it should be.
+        wanted: &'static str,
+        /// Line, counted from 1.
+        line: usize,
+    },
+    /// Two places of one flavor say different things, and neither is more right.
+    #[error("{first} and {second} are both there and differ; remove one of them")]
+    Conflict {
+        /// One place.
+        first: String,
+        /// The other.
+        second: String,
+    },
+    /// An [`Edits::relocate`](crate::Edits::relocate) that does not fit the document.
+    #[error("hostdev number {index} cannot be given a new source: {why}")]
+    Relocate {
+        /// The index into [`Domain::hostdevs`](crate::Domain::hostdevs).
+        index: usize,
+        /// Why not.
+        why: &'static str,
+    },
+}
+
+/// A few characters of something unknown, for a message.
+pub(crate) fn cut(text: &str) -> String {
+    const MOST: usize = 60;
+    match text.char_indices().nth(MOST) {
+        Some((end, _)) => format!("{}…", text.get(..end).unwrap_or_default()),
+        None => text.to_owned(),
+    }
+}
+
+/// The line of a byte offset, counted from 1.
+pub(crate) fn line_of(text: &str, offset: usize) -> usize {
+    1 + text.as_bytes().iter().take(offset).filter(|&&b| b == b'\n').count()
+}

@@ -1,0 +1,135 @@
+//! What block devices are used for: mounted, swapped to, or held by others that are.
+//!
+//! ```text
+//!   sdb ── sdb1 mounted on /boot
+//!       └─ sdb2 ── holders/dm-0 (a crypt) ── holders/dm-1 (a logical volume) mounted on /
+//! ```
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+
+use virt_usb_hook::sysfs::attribute;
+use virt_usb_model::clean_text;
+
+use super::mounts::Mounts;
+use super::subtree::folders;
+
+/// How many holders are followed: a stack of LVM on crypt on md has three, a volume group some dozen volumes.
+const HOLDERS: usize = 500;
+/// How many mount points are named before they are counted.
+const NAMED: usize = 4;
+
+pub(super) struct Storage<'a> {
+    sysfs_root: &'a Path,
+    mounts: &'a Mounts,
+    uses: BTreeSet<String>,
+    followed: BTreeSet<PathBuf>,
+}
+
+impl<'a> Storage<'a> {
+    pub(super) const fn new(sysfs_root: &'a Path, mounts: &'a Mounts) -> Self {
+        Self { sysfs_root, mounts, uses: BTreeSet::new(), followed: BTreeSet::new() }
+    }
+
+    /// The uses of all `blocks` (folders of disks), ascending.
+    ///
+    /// # Errors
+    /// When a part cannot be read: then the answer is not known.
+    pub(super) fn uses(mut self, blocks: &[PathBuf]) -> Result<Vec<String>, String> {
+        for block in blocks {
+            self.disk(block, "")?;
+        }
+        Ok(self.uses.into_iter().collect())
+    }
+
+    /// A disk and its partitions. `held` says which holders led here: `held by dm-0 `.
+    fn disk(&mut self, dir: &Path, held: &str) -> Result<bool, String> {
+        let mut used = self.block(dir, held)?;
+        for child in list(dir)? {
+            // Partitions and the like have a device number; queue, power and holders have none.
+            if read(&child, "dev")?.is_some() {
+                used |= self.block(&child, held)?;
+            }
+        }
+        Ok(used)
+    }
+
+    fn block(&mut self, dir: &Path, held: &str) -> Result<bool, String> {
+        let Some(number) = read(dir, "dev")? else { return Ok(false) };
+        let names = names(dir)?;
+        let mounted = mounted(self.mounts.points(number.trim(), &names));
+        let swap = self.mounts.is_swap(&names).then(|| "swap".to_owned());
+        let pool = self.btrfs(dir)?;
+        let own: Vec<String> = mounted.or(pool).into_iter().chain(swap).collect();
+        self.uses.extend(own.iter().map(|what| format!("{held}{what}")));
+        Ok(self.holders(dir, held)? || !own.is_empty())
+    }
+
+    fn holders(&mut self, dir: &Path, held: &str) -> Result<bool, String> {
+        let holders = dir.join("holders");
+        let mut any = false;
+        for name in entries(&holders)? {
+            any = true;
+            let held = format!("{held}held by {} ", clean_text(&name).unwrap_or_default());
+            let holder = self.sysfs_root.join("class/block").join(&name);
+            if !self.followed.insert(holder.clone()) || self.followed.len() > HOLDERS || !self.disk(&holder, &held)? {
+                self.uses.insert(held.trim_end().to_owned());
+            }
+        }
+        Ok(any)
+    }
+
+    /// A btrfs over several devices names one of them in mountinfo, and all of them here while it is mounted.
+    fn btrfs(&self, dir: &Path) -> Result<Option<String>, String> {
+        let Some(name) = dir.file_name() else { return Ok(None) };
+        let pools = self.sysfs_root.join("fs/btrfs");
+        for pool in list(&pools)? {
+            if entries(&pool.join("devices"))?.iter().any(|member| name == member.as_str()) {
+                return Ok(Some("part of a mounted btrfs".to_owned()));
+            }
+        }
+        Ok(None)
+    }
+}
+
+/// `mounted on /boot, /efi`; the first few are named, the others counted.
+fn mounted<'a>(points: impl Iterator<Item = &'a str>) -> Option<String> {
+    let points: BTreeSet<String> = points.map(|point| clean_text(point).unwrap_or_default()).collect();
+    let named: Vec<&str> = points.iter().take(NAMED).map(String::as_str).collect();
+    let more = match points.len() {
+        0 => return None,
+        n if n > NAMED => format!(" and {} more", n - NAMED),
+        _ => String::new(),
+    };
+    Some(format!("mounted on {}{more}", named.join(", ")))
+}
+
+/// The names under which the device's node is mounted or swapped to.
+fn names(dir: &Path) -> Result<Vec<String>, String> {
+    let kernel = dir.file_name().map(|name| format!("/dev/{}", name.to_string_lossy()));
+    let mapped = read(&dir.join("dm"), "name")?.map(|name| format!("/dev/mapper/{name}"));
+    Ok(kernel.into_iter().chain(mapped).collect())
+}
+
+fn read(dir: &Path, name: &str) -> Result<Option<String>, String> {
+    attribute(dir, name).map_err(|e| e.to_string())
+}
+
+fn list(dir: &Path) -> Result<Vec<PathBuf>, String> {
+    folders(dir).map_err(|e| format!("cannot list {}: {e}", dir.display()))
+}
+
+/// The names in a folder of links; none when there is no such folder.
+fn entries(dir: &Path) -> Result<Vec<String>, String> {
+    let wrong = |e: &std::io::Error| format!("cannot list {}: {e}", dir.display());
+    let entries = match std::fs::read_dir(dir) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        read => read.map_err(|e| wrong(&e))?,
+    };
+    let name = |entry: std::io::Result<std::fs::DirEntry>| {
+        entry.map(|entry| entry.file_name().to_string_lossy().into_owned()).map_err(|e| wrong(&e))
+    };
+    let mut names = entries.map(name).collect::<Result<Vec<_>, _>>()?;
+    names.sort();
+    Ok(names)
+}

@@ -1,0 +1,75 @@
+//! The part of sysfs that belongs to one device: its folder and the real folders in it, but not the USB devices
+//! plugged into it, and never what a link points to.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use virt_usb_model::PortPath;
+
+/// `<port>:1.0/host6/target6:0:0/6:0:0:0/block/sda/sda1` is 7 deep; card readers go to 9.
+const DEPTH: usize = 16;
+/// A device has some hundred folders.
+const FOLDERS: usize = 20_000;
+
+/// Block devices and network interfaces below a device.
+#[derive(Debug, Default)]
+pub(super) struct Subtree {
+    /// The folders of disks (`…/block/sda`); their partitions lie in them.
+    pub(super) blocks: Vec<PathBuf>,
+    /// The folders of network interfaces (`…/net/enx…`).
+    pub(super) nets: Vec<PathBuf>,
+    /// Why not all of it was seen.
+    pub(super) problems: Vec<String>,
+    visited: usize,
+}
+
+impl Subtree {
+    pub(super) fn of(device: &Path) -> Self {
+        let mut subtree = Self::default();
+        subtree.walk(device, 0);
+        subtree
+    }
+
+    fn walk(&mut self, dir: &Path, depth: usize) {
+        self.visited += 1;
+        if depth > DEPTH || self.visited > FOLDERS {
+            if self.problems.is_empty() {
+                self.problems.push(format!("{} has more folders in it than any known device", dir.display()));
+            }
+            return;
+        }
+        match folders(dir) {
+            Ok(children) => children.iter().for_each(|child| self.enter(child, depth + 1)),
+            Err(e) => self.problems.push(format!("cannot list {}: {e}", dir.display())),
+        }
+    }
+
+    fn enter(&mut self, child: &Path, depth: usize) {
+        let name = |path: &Path| path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+        match name(child.parent().unwrap_or(child)).as_str() {
+            "block" => self.blocks.push(child.to_owned()),
+            "net" => self.nets.push(child.to_owned()),
+            _ if name(child).parse::<PortPath>().is_ok() => {}
+            _ => self.walk(child, depth),
+        }
+    }
+}
+
+/// The folders in `dir`, in order, links left out; none when it has gone.
+pub(super) fn folders(dir: &Path) -> io::Result<Vec<PathBuf>> {
+    let entries = match fs::read_dir(dir) {
+        Ok(entries) => entries,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(e) => return Err(e),
+    };
+    let mut folders = Vec::new();
+    for entry in entries {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            folders.push(entry.path());
+        }
+    }
+    folders.sort();
+    Ok(folders)
+}

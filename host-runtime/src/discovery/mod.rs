@@ -1,0 +1,96 @@
+//! Which USB devices are there: one trait, a real source and a simulated one.
+//!
+//! ```text
+//!   sysfs ──┐
+//!           ├─► LibUsb ────┐
+//!   libusb ─┘              ├─► UsbSource::snapshot ─► Snapshot { devices, hubs, problems }
+//!   TOML ─────► Simulated ─┘
+//! ```
+//!
+//! A [`Snapshot`] is plain data, whoever the source was. It carries its problems along: what could not be read is
+//! never taken for absent ([`Snapshot::is_unsure`], [`Snapshot::failed`]).
+//!
+//! What is deliberately absent: a source never writes, never claims, and never talks to a device whose strings the
+//! kernel has already read; it may be in use by a guest.
+
+mod host_use;
+mod libusb;
+mod listed;
+mod names;
+mod simulated;
+mod sysfs;
+
+use std::collections::HashMap;
+
+use virt_usb_model::device::Problem;
+use virt_usb_model::{Device, PortPath, Serial, UsbId};
+
+pub use libusb::LibUsb;
+pub use simulated::{SimError, Simulated};
+
+/// Where devices are found.
+pub trait UsbSource {
+    /// Looks once, now. What could not be read is in the snapshot's problems; a look never fails otherwise.
+    fn snapshot(&self) -> Snapshot;
+}
+
+/// What one look found.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Snapshot {
+    /// The devices that can be offered or not, by port path.
+    pub devices: Vec<Device>,
+    /// The external hubs, by port path: never offered. Root hubs are no devices, have no port path and are left out.
+    pub hubs: Vec<Device>,
+    /// What could not be read. Unreadable is not absent.
+    pub problems: Vec<Problem>,
+}
+
+impl Snapshot {
+    /// Whether the scan as a whole failed: then nothing that it lacks may be taken for absent.
+    pub fn failed(&self) -> bool {
+        self.problems.iter().any(|problem| problem.place.is_empty())
+    }
+
+    /// Whether there is a problem about this port or about the whole scan: then a device that is not listed at the
+    /// port may still be there.
+    pub fn is_unsure(&self, port: &PortPath) -> bool {
+        let port = port.to_string();
+        self.problems.iter().any(|problem| problem.place.is_empty() || problem.place == port)
+    }
+
+    /// Sorts what was found, tells hubs from devices, and finds the serials that do not identify. `found` holds each
+    /// serial that there is as [`Serial::Unique`].
+    fn new(mut found: Vec<Device>, mut problems: Vec<Problem>) -> Self {
+        found.sort_by(|a, b| a.key.port.cmp(&b.key.port));
+        problems.sort_by(|a, b| (&a.place, &a.what).cmp(&(&b.place, &b.what)));
+        problems.dedup();
+        mark_duplicates(&mut found);
+        let (hubs, devices) = found.into_iter().partition(Device::is_hub);
+        Self { devices, hubs, problems }
+    }
+}
+
+fn mark_duplicates(found: &mut [Device]) {
+    let mut carriers: HashMap<(UsbId, String), usize> = HashMap::new();
+    for device in found.iter() {
+        if let Some(text) = device.key.serial.text() {
+            *carriers.entry((device.key.usb, text.to_owned())).or_default() += 1;
+        }
+    }
+    for device in found {
+        if let Some(text) = device.key.serial.text().map(ToOwned::to_owned) {
+            let duplicate = carriers.get(&(device.key.usb, text.clone())).is_some_and(|&n| n > 1);
+            device.key.serial = Serial::new(Some(text), duplicate);
+        }
+    }
+}
+
+/// A problem about `port`.
+fn about(port: &PortPath, what: impl Into<String>) -> Problem {
+    Problem { place: port.to_string(), what: what.into() }
+}
+
+/// A problem about the whole scan.
+fn about_all(what: impl Into<String>) -> Problem {
+    Problem { place: String::new(), what: what.into() }
+}

@@ -1,0 +1,96 @@
+//! Simulated devices as a sysfs tree: the files that discovery and the hook read, no more.
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::symlink;
+use std::path::Path;
+
+use virt_usb_model::{Class, Device, Speed};
+
+use super::Entry;
+
+/// Lies beside `devices` and says that it is ours to replace.
+const MARK: &str = "simulated-by-virt-usb";
+
+/// Builds the tree aside and then puts it in place: a hook that looks meanwhile sees the old one or the new one, but
+/// for an instant between two renames in which it sees no device.
+pub(super) fn write(root: &Path, entries: &[Entry]) -> io::Result<()> {
+    let usb = root.join("bus/usb");
+    let (devices, fresh, old) = (usb.join("devices"), usb.join("devices.new"), usb.join("devices.old"));
+    fs::create_dir_all(&usb)?;
+    if !usb.join(MARK).exists() {
+        if devices.exists() {
+            let what = format!("{} was not written by a simulation: it is left as it is", devices.display());
+            return Err(io::Error::new(io::ErrorKind::AlreadyExists, what));
+        }
+        fs::write(usb.join(MARK), "")?;
+    }
+    remove(&fresh)?;
+    fs::create_dir(&fresh)?;
+    for entry in entries {
+        write_device(&fresh.join(entry.device.key.port.to_string()), entry)?;
+    }
+    remove(&old)?;
+    if devices.exists() {
+        fs::rename(&devices, &old)?;
+    }
+    fs::rename(&fresh, &devices)?;
+    remove(&old)
+}
+
+fn remove(dir: &Path) -> io::Result<()> {
+    match fs::remove_dir_all(dir) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+        done => done,
+    }
+}
+
+fn write_device(dir: &Path, Entry { device, unreadable }: &Entry) -> io::Result<()> {
+    fs::create_dir(dir)?;
+    let put = |name: &str, value: &str| fs::write(dir.join(name), format!("{value}\n"));
+    let put_some = |name: &str, value: Option<&str>| value.map_or(Ok(()), |value| put(name, value));
+    match unreadable {
+        // A folder where a file should be: reading it fails for everybody, root included.
+        true => fs::create_dir(dir.join("idVendor"))?,
+        false => put("idVendor", &device.key.usb.vendor.to_string())?,
+    }
+    put("idProduct", &device.key.usb.product.to_string())?;
+    put("busnum", &device.address.bus().to_string())?;
+    put("devnum", &device.address.device().to_string())?;
+    put("bDeviceClass", &device.class.to_string())?;
+    put("bConfigurationValue", "1")?;
+    put("authorized", "1")?;
+    put_some("speed", device.speed.map(megabits))?;
+    put_some("serial", device.key.serial.text())?;
+    put_some("manufacturer", device.manufacturer.as_deref())?;
+    put_some("product", device.product.as_deref())?;
+    write_interfaces(dir, device)
+}
+
+/// One folder for each interface; drivers that outnumber them get interfaces of the last one's class.
+fn write_interfaces(dir: &Path, device: &Device) -> io::Result<()> {
+    let drivers: Vec<&str> = device.driver.iter().flat_map(|drivers| drivers.split(',')).collect();
+    let last = device.interfaces.last().copied().unwrap_or(Class::new(0xff));
+    for n in 0..device.interfaces.len().max(drivers.len()) {
+        let interface = dir.join(format!("{}:1.{n}", device.key.port));
+        let class = device.interfaces.get(n).copied().unwrap_or(last);
+        fs::create_dir(&interface)?;
+        fs::write(interface.join("bInterfaceClass"), format!("{class}\n"))?;
+        fs::write(interface.join("bInterfaceNumber"), format!("{n:02x}\n"))?;
+        if let Some(driver) = drivers.get(n) {
+            symlink(Path::new("../../../drivers").join(driver), interface.join("driver"))?;
+        }
+    }
+    Ok(())
+}
+
+/// As the kernel writes it (`speed_show` in drivers/usb/core/sysfs.c).
+const fn megabits(speed: Speed) -> &'static str {
+    match speed {
+        Speed::Low => "1.5",
+        Speed::Full => "12",
+        Speed::High => "480",
+        Speed::Super => "5000",
+        Speed::SuperPlus => "10000",
+    }
+}

@@ -1,0 +1,140 @@
+-- The inventory of one host. Times are UTC, ISO 8601 with milliseconds.
+
+CREATE TABLE compute_nodes (
+    created_at      datetime,
+    updated_at      datetime,
+    deleted_at      datetime,
+    deleted         int NOT NULL DEFAULT 0,
+    id              INTEGER PRIMARY KEY AUTOINCREMENT,
+    host            varchar(255) NOT NULL,
+    -- grows with every change of the inventory
+    revision        int NOT NULL DEFAULT 0,
+    scanned_at      datetime
+);
+
+CREATE TABLE usb_devices (
+    created_at      datetime,
+    updated_at      datetime,
+    deleted_at      datetime,
+    -- 0 = alive, else = id
+    deleted         int NOT NULL DEFAULT 0,
+    id              INTEGER PRIMARY KEY AUTOINCREMENT,
+    compute_node_id int NOT NULL,
+    -- usb_<bus>_<device>
+    address         varchar(12) NOT NULL,
+    product_id      varchar(4),
+    vendor_id       varchar(4),
+    bus_id          int,
+    device_id       int,
+    -- the last number of port_path
+    port_id         int,
+    status          varchar(36) NOT NULL,
+    extra_info      text,
+    instance_uuid   varchar(36),
+    status_reason   varchar(36),
+    port_path       varchar(32) NOT NULL,
+    serial          text,
+    serial_kind     varchar(9) NOT NULL,
+    class           varchar(2) NOT NULL,
+    -- JSON lists
+    interface_classes text NOT NULL DEFAULT '[]',
+    tags            text NOT NULL DEFAULT '[]',
+    projects        text NOT NULL DEFAULT '[]',
+    speed           varchar(10),
+    manufacturer    text,
+    product_name    text,
+    driver          text,
+    host_use        text,
+    -- plugged in when last looked at
+    present         int NOT NULL DEFAULT 1,
+    -- why it is not offered when nobody holds it; status and status_reason are derived from the claim, present and this
+    withheld        varchar(36),
+    revision        int NOT NULL DEFAULT 0
+);
+CREATE INDEX usb_devices_compute_node ON usb_devices (compute_node_id);
+CREATE INDEX usb_devices_instance ON usb_devices (instance_uuid) WHERE instance_uuid IS NOT NULL;
+CREATE INDEX usb_devices_kind ON usb_devices (vendor_id, product_id, status) WHERE deleted = 0;
+CREATE INDEX usb_devices_serial ON usb_devices (serial) WHERE deleted = 0;
+CREATE INDEX usb_devices_port ON usb_devices (port_path) WHERE deleted = 0;
+
+-- What a selector can ask for that a device has several of: kind is 'class' or 'tag'.
+CREATE TABLE device_labels (
+    kind            varchar(5) NOT NULL,
+    value           varchar(64) NOT NULL,
+    device_id       int NOT NULL REFERENCES usb_devices (id),
+    PRIMARY KEY (kind, value, device_id)
+) WITHOUT ROWID;
+CREATE INDEX device_labels_device ON device_labels (device_id);
+
+-- Lasting intent: this instance is to have these devices. Survives stop and reboot.
+CREATE TABLE assignments (
+    id              INTEGER PRIMARY KEY AUTOINCREMENT,
+    created_at      datetime NOT NULL,
+    instance_uuid   varchar(36) NOT NULL,
+    -- one entry of usb_devices, JSON
+    request         text NOT NULL,
+    -- 'flavor' or 'operator'
+    source          varchar(8) NOT NULL
+);
+CREATE INDEX assignments_instance ON assignments (instance_uuid);
+
+-- A hold on one device. One row a device: two instances can never hold the same.
+CREATE TABLE claims (
+    id              INTEGER PRIMARY KEY AUTOINCREMENT,
+    created_at      datetime NOT NULL,
+    device_id       int NOT NULL UNIQUE REFERENCES usb_devices (id),
+    instance_uuid   varchar(36) NOT NULL,
+    domain          varchar(255) NOT NULL,
+    project_id      varchar(255),
+    -- the position of the request among the instance's; NULL: adopted from the domain's own XML
+    request         int,
+    -- 'claimed' or 'allocated'
+    state           varchar(9) NOT NULL,
+    -- 'running': ends with release or with the boot; 'instance': ends with the assignment
+    hold            varchar(8) NOT NULL,
+    -- seconds since boot at which an incoming restore or migration claimed it; NULL once confirmed
+    pending_since   real,
+    boot_id         varchar(36) NOT NULL,
+    revision        int NOT NULL
+);
+CREATE INDEX claims_instance ON claims (instance_uuid);
+
+-- Nova's table of that name: key 'usb_devices', value what was assigned to the instance, JSON.
+CREATE TABLE instance_system_metadata (
+    created_at      datetime,
+    updated_at      datetime,
+    deleted_at      datetime,
+    deleted         int NOT NULL DEFAULT 0,
+    id              INTEGER PRIMARY KEY AUTOINCREMENT,
+    instance_uuid   varchar(36) NOT NULL,
+    key             varchar(255) NOT NULL,
+    value           text
+);
+CREATE UNIQUE INDEX instance_system_metadata_key ON instance_system_metadata (instance_uuid, key) WHERE deleted = 0;
+
+CREATE TABLE flavors (
+    name            varchar(255) PRIMARY KEY,
+    created_at      datetime NOT NULL,
+    updated_at      datetime NOT NULL,
+    -- the flavor's JSON
+    document        text NOT NULL
+) WITHOUT ROWID;
+
+-- Who got what when and why. Append-only: rows are never changed, and pruned only after a day at the earliest.
+CREATE TABLE events (
+    id              INTEGER PRIMARY KEY AUTOINCREMENT,
+    at              datetime NOT NULL,
+    event           varchar(16) NOT NULL,
+    instance_uuid   varchar(36),
+    domain          varchar(255),
+    project_id      varchar(255),
+    device_id       int,
+    -- the program, and what it was doing
+    actor           varchar(64) NOT NULL,
+    detail          text
+);
+CREATE INDEX events_instance ON events (instance_uuid) WHERE instance_uuid IS NOT NULL;
+CREATE INDEX events_device ON events (device_id) WHERE device_id IS NOT NULL;
+CREATE TRIGGER events_are_not_changed BEFORE UPDATE ON events BEGIN SELECT raise(ABORT, 'events are append-only'); END;
+CREATE TRIGGER events_are_kept BEFORE DELETE ON events WHEN old.at > strftime('%Y-%m-%dT%H:%M:%fZ', 'now', '-1 day')
+    BEGIN SELECT raise(ABORT, 'events are kept for a day at least'); END;

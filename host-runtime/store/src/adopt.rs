@@ -1,0 +1,155 @@
+//! Taking over what a domain's own XML already holds: a hostdev that somebody wrote by hand, or one that a running guest
+//! was found with when the daemon came back.
+
+use rusqlite::{OptionalExtension, Transaction, params};
+use virt_usb_model::{BusAddress, DeviceId, UsbId};
+
+use crate::claim::{Asker, Judge, Verified};
+use crate::device::{ClaimRow, Record, refresh, sql_id, step_revision};
+use crate::error::Sql;
+use crate::events::{Event, record};
+use crate::{Context, NOW, Store, StoreError, give_back, hints};
+
+/// A hostdev as the XML names its source.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Holding {
+    /// From our alias.
+    pub id: Option<DeviceId>,
+    /// From vendor and product.
+    pub usb: Option<UsbId>,
+    /// From the source's address.
+    pub address: Option<BusAddress>,
+}
+
+/// What became of one holding.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Adoption {
+    /// Now claimed for the instance.
+    New(DeviceId),
+    /// It was the instance's already.
+    AlreadyYours(DeviceId),
+    /// Another instance holds it.
+    HeldBy(Box<Record>, Box<ClaimRow>),
+    /// No device of the inventory, or it cannot be told which.
+    Unknown,
+}
+
+/// How far the instance has come with what is adopted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stage {
+    /// The guest is about to start.
+    Starting,
+    /// The guest runs with it.
+    Running,
+}
+
+impl Store {
+    /// Claims what the domain's own XML holds, one answer a holding. What another instance holds stays with it.
+    /// Devices that are not offered are adopted too: whoever wrote the XML may do that.
+    ///
+    /// # Errors
+    /// When the database cannot be written; then nothing was adopted.
+    pub fn adopt(
+        &mut self,
+        asker: &Asker,
+        holdings: &[Holding],
+        stage: Stage,
+        judge: &mut dyn Judge,
+        context: &Context,
+    ) -> Result<Vec<Adoption>, StoreError> {
+        let adopted = self.write(|tx, state_dir| {
+            give_back::sweep(tx, context)?;
+            let mut stepped = false;
+            let mut adopted = Vec::new();
+            for holding in holdings {
+                let Some(device) = find(tx, holding, judge)? else {
+                    adopted.push(Adoption::Unknown);
+                    continue;
+                };
+                let id = device.entry.id;
+                if let Some(claim) = give_back::holder(tx, id, asker.instance)? {
+                    adopted.push(Adoption::HeldBy(Box::new(device), Box::new(claim)));
+                    continue;
+                }
+                if !std::mem::replace(&mut stepped, true) {
+                    step_revision(tx)?;
+                }
+                hints::add(state_dir, hints::Known::Instance(asker.instance))?;
+                adopted.push(take(tx, asker, id, stage, context)?);
+            }
+            Ok(adopted)
+        })?;
+        self.bound_wal()?;
+        Ok(adopted)
+    }
+}
+
+/// The device that a holding means, as long as it is one and really there.
+fn find(tx: &Transaction<'_>, holding: &Holding, judge: &mut dyn Judge) -> Sql<Option<Record>> {
+    let mut statement = tx.prepare_cached(
+        "SELECT * FROM usb_devices WHERE deleted = 0 AND present = 1 AND (?1 IS NULL OR id = ?1) AND (?2 IS NULL OR vendor_id = ?2)
+         AND (?3 IS NULL OR product_id = ?3) ORDER BY id",
+    )?;
+    let found = statement.query_map(
+        params![
+            holding.id.map(sql_id),
+            holding.usb.map(|u| u.vendor.to_string()),
+            holding.usb.map(|u| u.product.to_string()),
+        ],
+        Record::read,
+    )?;
+    let mut there = Vec::new();
+    for device in found {
+        let device = device?;
+        // The stored address is a memory: ask the port, but only of those that it could be.
+        let plausible = holding.address.is_none_or(|a| a.bus() == device.entry.port_path.bus());
+        if !plausible {
+            continue;
+        }
+        if let Verified::Here(address) = judge.verify(&device) {
+            if holding.address.is_none_or(|a| a == address) {
+                there.push(device);
+            }
+        }
+    }
+    let only = there.pop();
+    Ok(if there.is_empty() { only } else { None })
+}
+
+fn take(tx: &Transaction<'_>, asker: &Asker, id: DeviceId, stage: Stage, context: &Context) -> Sql<Adoption> {
+    let state = if stage == Stage::Running { "allocated" } else { "claimed" };
+    let known: Option<String> = tx
+        .prepare_cached("SELECT state FROM claims WHERE device_id = ?1")?
+        .query_row([sql_id(id)], |row| row.get(0))
+        .optional()?;
+    tx.prepare_cached(&format!(
+        "INSERT INTO claims (created_at, device_id, instance_uuid, domain, project_id, state, hold, boot_id, revision)
+         VALUES ({NOW}, ?1, ?2, ?3, ?4, ?5, 'running', ?6, (SELECT max(revision) FROM compute_nodes))
+         ON CONFLICT (device_id) DO UPDATE SET state = excluded.state, boot_id = excluded.boot_id, pending_since = NULL, revision = excluded.revision"
+    ))?
+    .execute(params![
+        sql_id(id),
+        asker.instance.to_string(),
+        asker.domain,
+        asker.project.as_ref().map(ToString::to_string),
+        state,
+        context.boot_id,
+    ])?;
+    refresh(tx, id)?;
+    match known {
+        Some(before) => {
+            if before != state {
+                record(tx, context, &Event::of(state, asker).about(id))?;
+            }
+            Ok(Adoption::AlreadyYours(id))
+        }
+        None => {
+            record(
+                tx,
+                context,
+                &Event::of("adopted", asker).about(id).with("found in the domain's own XML".into()),
+            )?;
+            Ok(Adoption::New(id))
+        }
+    }
+}

@@ -1,0 +1,105 @@
+//! Assignments: this instance is to have these devices, whenever it runs.
+
+use rusqlite::{Row, params};
+use serde::Serialize;
+use virt_usb_model::{DeviceRequest, Flavor, InstanceId};
+
+use crate::error::{Sql, bad_row};
+use crate::{NOW, Store, StoreError, hints};
+
+/// Who made an assignment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Source {
+    /// The flavor, because the configuration says `hold = "instance"`.
+    Flavor,
+    /// An attach through API or command line.
+    Operator,
+}
+
+impl Source {
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Flavor => "flavor",
+            Self::Operator => "operator",
+        }
+    }
+}
+
+/// Lasting intent.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Assignment {
+    /// Its number.
+    pub id: i64,
+    /// Since when.
+    pub created_at: String,
+    /// For whom.
+    pub instance_uuid: InstanceId,
+    /// What.
+    pub request: DeviceRequest,
+    /// By whom.
+    pub source: Source,
+}
+
+impl Assignment {
+    fn read(row: &Row<'_>) -> Sql<Self> {
+        let text: String = row.get("request")?;
+        let flavor = Flavor::parse_lists(Some(&text), None).map_err(|e| bad_row(row, "request", e))?;
+        let request =
+            flavor.usb_devices.into_iter().next().ok_or_else(|| bad_row(row, "request", "is empty"))?;
+        let source: String = row.get("source")?;
+        Ok(Self {
+            id: row.get("id")?,
+            created_at: row.get("created_at")?,
+            instance_uuid: crate::device::parse(row, "instance_uuid")?,
+            request,
+            source: if source == "flavor" { Source::Flavor } else { Source::Operator },
+        })
+    }
+}
+
+impl Store {
+    /// What is assigned to the instance, in the order it was.
+    ///
+    /// # Errors
+    /// When the database cannot be read.
+    pub fn assignments(&self, instance: InstanceId) -> Result<Vec<Assignment>, StoreError> {
+        self.all(
+            "SELECT * FROM assignments WHERE instance_uuid = ?1 ORDER BY id",
+            [instance.to_string()],
+            Assignment::read,
+        )
+    }
+
+    /// Makes the instance's assignments of one source exactly `requests`; says whether that changed anything.
+    ///
+    /// # Errors
+    /// When the database cannot be written.
+    pub fn assign(
+        &mut self,
+        instance: InstanceId,
+        source: Source,
+        requests: &[DeviceRequest],
+    ) -> Result<bool, StoreError> {
+        let now: Vec<DeviceRequest> = self
+            .assignments(instance)?
+            .into_iter()
+            .filter(|a| a.source == source)
+            .map(|a| a.request)
+            .collect();
+        if now == requests {
+            return Ok(false);
+        }
+        self.write(|tx, state_dir| {
+            hints::add(state_dir, hints::Known::Instance(instance))?;
+            tx.execute("DELETE FROM assignments WHERE instance_uuid = ?1 AND source = ?2", params![instance.to_string(), source.name()])?;
+            for request in requests {
+                tx.execute(
+                    &format!("INSERT INTO assignments (created_at, instance_uuid, request, source) VALUES ({NOW}, ?1, ?2, ?3)"),
+                    params![instance.to_string(), request.to_string(), source.name()],
+                )?;
+            }
+            Ok(true)
+        })
+    }
+}

@@ -1,0 +1,254 @@
+//! Rows of `usb_devices` and `claims`, and the one function that writes a device's state.
+
+use rusqlite::{Row, Transaction, params};
+use serde::Serialize;
+use virt_usb_model::state::Hold;
+use virt_usb_model::{
+    BusAddress, DeviceEntry, DeviceId, DeviceKey, InstanceId, PortPath, ProjectId, Reason, Serial, Speed,
+    Status, UsbId,
+};
+
+use crate::error::{Sql, bad_row};
+use crate::{NOW, Store, StoreError};
+
+/// A device's row: the host document's entry, and what only this host needs to know.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Record {
+    /// What the world is told.
+    #[serde(flatten)]
+    pub entry: DeviceEntry,
+    /// First seen.
+    pub created_at: Option<String>,
+    /// Last changed.
+    pub updated_at: Option<String>,
+    /// Unplugged while free.
+    pub deleted_at: Option<String>,
+    /// 0 = alive, else = id.
+    pub deleted: u64,
+    /// Plugged in when last looked at.
+    #[serde(skip)]
+    pub present: bool,
+    /// Why it is not offered once nobody holds it.
+    #[serde(skip)]
+    pub withheld: Option<Reason>,
+}
+
+impl Record {
+    /// Who the device is.
+    pub fn key(&self) -> DeviceKey {
+        let serial = match (&self.entry.serial, self.entry.serial_kind.as_str()) {
+            (None, _) => Serial::Missing,
+            (Some(text), "duplicate") => Serial::Duplicate(text.clone()),
+            (Some(text), _) => Serial::Unique(text.clone()),
+        };
+        DeviceKey { usb: self.usb(), serial, port: self.entry.port_path.clone() }
+    }
+
+    /// vendor:product
+    pub const fn usb(&self) -> UsbId {
+        UsbId { vendor: self.entry.vendor_id, product: self.entry.product_id }
+    }
+
+    /// The product's name, or the maker's, for messages.
+    pub fn name(&self) -> Option<&str> {
+        self.entry.product_name.as_deref().or(self.entry.manufacturer.as_deref())
+    }
+
+    pub(crate) fn read(row: &Row<'_>) -> Sql<Self> {
+        let address: BusAddress = parse(row, "address")?;
+        let port_path: PortPath = parse(row, "port_path")?;
+        let reason: Option<String> = row.get("status_reason")?;
+        let status: String = row.get("status")?;
+        Status::from_columns(&status, reason.as_deref()).map_err(|e| bad_row(row, "status", e))?;
+        let entry = DeviceEntry {
+            id: read_id(row, "id")?,
+            compute_node_id: row.get("compute_node_id")?,
+            address,
+            product_id: parse(row, "product_id")?,
+            vendor_id: parse(row, "vendor_id")?,
+            bus_id: address.bus(),
+            device_id: address.device(),
+            port_id: port_path.port_id(),
+            status,
+            status_reason: reason,
+            extra_info: row.get("extra_info")?,
+            instance_uuid: parse_some(row, "instance_uuid")?,
+            port_path,
+            serial: row.get("serial")?,
+            serial_kind: row.get("serial_kind")?,
+            class: parse(row, "class")?,
+            interface_classes: list(row, "interface_classes")?,
+            speed: parse_some::<Speed>(row, "speed")?,
+            manufacturer: row.get("manufacturer")?,
+            product_name: row.get("product_name")?,
+            driver: row.get("driver")?,
+            host_use: row.get("host_use")?,
+            tags: texts(row, "tags")?,
+            projects: list::<ProjectId>(row, "projects")?,
+        };
+        Ok(Self {
+            entry,
+            created_at: row.get("created_at")?,
+            updated_at: row.get("updated_at")?,
+            deleted_at: row.get("deleted_at")?,
+            deleted: row.get("deleted")?,
+            present: row.get("present")?,
+            withheld: parse_some(row, "withheld")?,
+        })
+    }
+}
+
+/// A hold on one device.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct ClaimRow {
+    /// The claim's own number.
+    pub id: i64,
+    /// Since when.
+    pub created_at: String,
+    /// The device held.
+    pub device_id: DeviceId,
+    /// Who holds it.
+    pub instance_uuid: InstanceId,
+    /// The domain's name at that time.
+    pub domain: String,
+    /// Whose instance it is, where known.
+    pub project_id: Option<String>,
+    /// The position of the request among the instance's; none when adopted.
+    pub request: Option<u32>,
+    /// `claimed` or `allocated`.
+    pub state: String,
+    /// `running` or `instance`.
+    pub hold: String,
+    /// An incoming restore or migration that was not confirmed yet.
+    pub pending: bool,
+    /// The boot it was made in.
+    pub boot_id: String,
+}
+
+impl ClaimRow {
+    pub(crate) fn read(row: &Row<'_>) -> Sql<Self> {
+        Ok(Self {
+            id: row.get("id")?,
+            created_at: row.get("created_at")?,
+            device_id: read_id(row, "device_id")?,
+            instance_uuid: parse(row, "instance_uuid")?,
+            domain: row.get("domain")?,
+            project_id: row.get("project_id")?,
+            request: row.get("request")?,
+            state: row.get("state")?,
+            hold: row.get("hold")?,
+            pending: row.get::<_, Option<f64>>("pending_since")?.is_some(),
+            boot_id: row.get("boot_id")?,
+        })
+    }
+}
+
+impl Store {
+    /// All devices that are plugged in or held, by id.
+    ///
+    /// # Errors
+    /// When the database cannot be read.
+    pub fn devices(&self) -> Result<Vec<Record>, StoreError> {
+        self.records("deleted = 0")
+    }
+
+    /// All claims, by device.
+    ///
+    /// # Errors
+    /// When the database cannot be read.
+    pub fn claims(&self) -> Result<Vec<ClaimRow>, StoreError> {
+        self.all("SELECT * FROM claims ORDER BY device_id", [], ClaimRow::read)
+    }
+
+    pub(crate) fn records(&self, which: &str) -> Result<Vec<Record>, StoreError> {
+        self.all(&format!("SELECT * FROM usb_devices WHERE {which} ORDER BY id"), [], Record::read)
+    }
+
+    pub(crate) fn all<T>(
+        &self,
+        sql: &str,
+        params: impl rusqlite::Params,
+        read: impl FnMut(&Row<'_>) -> Sql<T>,
+    ) -> Result<Vec<T>, StoreError> {
+        let rows = || self.conn.prepare_cached(sql)?.query_map(params, read)?.collect::<Sql<Vec<T>>>();
+        rows().map_err(|e| self.fault(&e))
+    }
+}
+
+/// Brings one device's state in line with its claim, its presence and its verdict. The only writer of `status`,
+/// `status_reason`, `instance_uuid` and `deleted`.
+pub(crate) fn refresh(tx: &Transaction<'_>, device: DeviceId) -> Sql<()> {
+    let id = sql_id(device);
+    let (present, withheld, state, instance) = tx
+        .prepare_cached(
+            "SELECT d.present, d.withheld, c.state, c.instance_uuid FROM usb_devices d LEFT JOIN claims c ON c.device_id = d.id WHERE d.id = ?1",
+        )?
+        .query_row([id], |row| {
+            let state: Option<String> = row.get(2)?;
+            Ok((row.get::<_, bool>(0)?, parse_some::<Reason>(row, "withheld")?, state, row.get::<_, Option<String>>(3)?))
+        })?;
+    let hold = state.map(|s| if s == "allocated" { Hold::Allocated } else { Hold::Claimed });
+    let status = Status::derive(hold, present, withheld);
+    tx.prepare_cached(&format!(
+        "UPDATE usb_devices SET status = ?2, status_reason = ?3, instance_uuid = ?4, deleted = iif(?5, id, 0),
+         deleted_at = iif(?5, coalesce(deleted_at, {NOW}), NULL), updated_at = {NOW}, revision = (SELECT max(revision) FROM compute_nodes)
+         WHERE id = ?1"
+    ))?
+    .execute(params![
+        id,
+        status.map_or("removed", Status::name),
+        status.and_then(Status::reason).map(Reason::name),
+        instance,
+        status.is_none(),
+    ])?;
+    Ok(())
+}
+
+/// One step of the inventory's revision; once a transaction that changes devices.
+pub(crate) fn step_revision(tx: &Transaction<'_>) -> Sql<()> {
+    tx.prepare_cached("UPDATE compute_nodes SET revision = revision + 1 WHERE deleted = 0")?.execute([])?;
+    Ok(())
+}
+
+/// Ids are below 2⁵³.
+pub(crate) fn sql_id(id: DeviceId) -> i64 {
+    i64::try_from(id.get()).unwrap_or(i64::MAX)
+}
+
+pub(crate) fn read_id(row: &Row<'_>, column: &str) -> Sql<DeviceId> {
+    let value: i64 = row.get(column)?;
+    u64::try_from(value)
+        .ok()
+        .and_then(DeviceId::new)
+        .ok_or_else(|| bad_row(row, column, format!("{value} is no device id")))
+}
+
+pub(crate) fn parse<T>(row: &Row<'_>, column: &str) -> Sql<T>
+where
+    T: std::str::FromStr<Err: std::fmt::Display>,
+{
+    parse_some(row, column)?.ok_or_else(|| bad_row(row, column, "is empty"))
+}
+
+pub(crate) fn parse_some<T>(row: &Row<'_>, column: &str) -> Sql<Option<T>>
+where
+    T: std::str::FromStr<Err: std::fmt::Display>,
+{
+    let text: Option<String> = row.get(column)?;
+    text.map(|t| t.parse().map_err(|e| bad_row(row, column, e))).transpose()
+}
+
+fn texts(row: &Row<'_>, column: &str) -> Sql<Vec<String>> {
+    let text: String = row.get(column)?;
+    if text == "[]" {
+        return Ok(Vec::new());
+    }
+    serde_json::from_str(&text).map_err(|e| bad_row(row, column, e))
+}
+
+fn list<T>(row: &Row<'_>, column: &str) -> Sql<Vec<T>>
+where
+    T: std::str::FromStr<Err: std::fmt::Display>,
+{
+    texts(row, column)?.iter().map(|t| t.parse().map_err(|e| bad_row(row, column, e))).collect()
+}

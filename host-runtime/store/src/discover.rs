@@ -1,0 +1,174 @@
+//! Bringing the rows in line with what is plugged in. What to do is planned elsewhere, purely; this does it.
+
+use rusqlite::{Transaction, params};
+use serde::Serialize;
+use virt_usb_model::{Device, DeviceId, Verdict};
+
+use crate::device::{Record, read_id, refresh, sql_id, step_revision};
+use crate::error::Sql;
+use crate::events::{Event, record};
+use crate::{Context, LONE_NODE, NOW, Store, StoreError, give_back};
+
+/// One step of a plan.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Change {
+    /// A device that was never seen.
+    Add(Box<Device>, Verdict),
+    /// A device that is known is (still, or again) plugged in.
+    See(DeviceId, Box<Device>, Verdict),
+    /// A device that was plugged in is gone.
+    Gone(DeviceId),
+}
+
+/// What a step did. Steps that changed nothing are not reported.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Done {
+    /// The device.
+    pub id: DeviceId,
+    /// `added`, `returned`, `changed` or `removed`.
+    pub what: &'static str,
+}
+
+impl Store {
+    /// Plans and executes under one lock. `plan` is given every device that was ever seen, those marked deleted too.
+    ///
+    /// # Errors
+    /// When the database cannot be written; then nothing was changed.
+    pub fn reconcile(
+        &mut self,
+        host: &str,
+        plan: impl FnOnce(&[Record]) -> Vec<Change>,
+        context: &Context,
+    ) -> Result<Vec<Done>, StoreError> {
+        let done = self.write(|tx, _| {
+            register_host(tx, host)?;
+            give_back::sweep(tx, context)?;
+            let known: Vec<Record> = tx
+                .prepare("SELECT * FROM usb_devices ORDER BY id")?
+                .query_map([], Record::read)?
+                .collect::<Sql<_>>()?;
+            step_revision(tx)?;
+            let mut done = Vec::new();
+            for change in plan(&known) {
+                done.extend(execute(tx, &known, change, context)?);
+            }
+            Ok(done)
+        })?;
+        self.checkpoint("PASSIVE")?;
+        Ok(done)
+    }
+}
+
+fn register_host(tx: &Transaction<'_>, host: &str) -> Sql<()> {
+    let node = i64::try_from(LONE_NODE).unwrap_or(1);
+    tx.execute(
+        &format!(
+            "INSERT INTO compute_nodes (created_at, updated_at, id, host, scanned_at) VALUES ({NOW}, {NOW}, ?1, ?2, {NOW})
+             ON CONFLICT (id) DO UPDATE SET host = excluded.host, scanned_at = {NOW}, updated_at = iif(host = excluded.host, updated_at, {NOW})"
+        ),
+        params![node, host],
+    )?;
+    Ok(())
+}
+
+fn execute(tx: &Transaction<'_>, known: &[Record], change: Change, context: &Context) -> Sql<Option<Done>> {
+    let (id, what, detail) = match change {
+        Change::Add(device, verdict) => {
+            let id = insert(tx, &device, &verdict)?;
+            (id, "added", device.key.to_string())
+        }
+        Change::See(id, device, verdict) => {
+            let before = known.iter().find(|r| r.entry.id == id);
+            if before.is_some_and(|r| r.present && is_same(r, &device, &verdict)) {
+                return Ok(None);
+            }
+            update(tx, id, &device, &verdict)?;
+            let returned = before.is_some_and(|r| !r.present);
+            (
+                id,
+                if returned { "returned" } else { "changed" },
+                format!("{} as {}", device.key, device.address),
+            )
+        }
+        Change::Gone(id) => {
+            tx.execute("UPDATE usb_devices SET present = 0 WHERE id = ?1", [sql_id(id)])?;
+            (id, "removed", "no longer plugged in".to_owned())
+        }
+    };
+    refresh(tx, id)?;
+    record(tx, context, &Event::new(what).about(id).with(detail))?;
+    Ok(Some(Done { id, what }))
+}
+
+fn insert(tx: &Transaction<'_>, device: &Device, verdict: &Verdict) -> Sql<DeviceId> {
+    let id = tx
+        .prepare_cached(&format!(
+            "INSERT INTO usb_devices (created_at, compute_node_id, address, status, port_path, serial_kind, class) VALUES ({NOW}, ?1, ?2, 'available', ?3, 'missing', '00')
+             RETURNING id"
+        ))?
+        .query_row(params![i64::try_from(LONE_NODE).unwrap_or(1), device.address.to_string(), device.key.port.to_string()], |row| {
+            read_id(row, "id")
+        })?;
+    update(tx, id, device, verdict)?;
+    Ok(id)
+}
+
+fn update(tx: &Transaction<'_>, id: DeviceId, d: &Device, verdict: &Verdict) -> Sql<()> {
+    tx.prepare_cached(
+        "UPDATE usb_devices SET address = ?2, product_id = ?3, vendor_id = ?4, bus_id = ?5, device_id = ?6, port_id = ?7, port_path = ?8,
+         serial = ?9, serial_kind = ?10, class = ?11, interface_classes = ?12, tags = ?13, projects = ?14, speed = ?15, manufacturer = ?16,
+         product_name = ?17, driver = ?18, host_use = ?19, withheld = ?20, present = 1 WHERE id = ?1",
+    )?
+    .execute(params![
+        sql_id(id),
+        d.address.to_string(),
+        d.key.usb.product.to_string(),
+        d.key.usb.vendor.to_string(),
+        d.address.bus(),
+        d.address.device(),
+        d.key.port.port_id(),
+        d.key.port.to_string(),
+        d.key.serial.text(),
+        d.key.serial.kind(),
+        d.class.to_string(),
+        json(&d.interfaces),
+        json(&verdict.tags),
+        json(&verdict.projects),
+        d.speed.map(virt_usb_model::Speed::name),
+        d.manufacturer,
+        d.product,
+        d.driver,
+        d.host_use,
+        verdict.withheld.map(virt_usb_model::Reason::name),
+    ])?;
+    tx.prepare_cached("DELETE FROM device_labels WHERE device_id = ?1")?.execute([sql_id(id)])?;
+    let classes = std::iter::once(&d.class).chain(&d.interfaces).map(|c| ("class", c.to_string()));
+    for (kind, value) in classes.chain(verdict.tags.iter().map(|t| ("tag", t.clone()))) {
+        tx.prepare_cached(
+            "INSERT OR IGNORE INTO device_labels (kind, value, device_id) VALUES (?1, ?2, ?3)",
+        )?
+        .execute(params![kind, value, sql_id(id)])?;
+    }
+    Ok(())
+}
+
+/// Whether the row says already what was seen.
+fn is_same(r: &Record, d: &Device, verdict: &Verdict) -> bool {
+    let e = &r.entry;
+    r.key() == d.key
+        && e.address == d.address
+        && e.class == d.class
+        && e.interface_classes == d.interfaces
+        && e.speed == d.speed
+        && e.manufacturer == d.manufacturer
+        && e.product_name == d.product
+        && e.driver == d.driver
+        && e.host_use == d.host_use
+        && e.tags == verdict.tags
+        && e.projects == verdict.projects
+        && r.withheld == verdict.withheld
+}
+
+fn json(value: &impl Serialize) -> String {
+    serde_json::to_string(value).unwrap_or_else(|_| "[]".into())
+}

@@ -1,0 +1,161 @@
+use std::path::{Path, PathBuf};
+
+use rusqlite::ErrorCode;
+
+/// Why the inventory could not be read or written. Each says what an operator can do about it.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// There is no database, or not even its folder.
+    #[error("there is no inventory at {path}: make it with 'virt-usb discover'")]
+    Missing {
+        /// The database's file.
+        path: PathBuf,
+    },
+    /// The database or its folder may not be used by this user.
+    #[error(
+        "no permission for {path} (or its folder): it belongs to the agent's user; run as root or as that user"
+    )]
+    Permission {
+        /// The database's file.
+        path: PathBuf,
+    },
+    /// A link stands where the database should be.
+    #[error(
+        "{path} is a symbolic link or no regular file: the inventory is not opened through links; put the file itself there"
+    )]
+    Link {
+        /// The database's file.
+        path: PathBuf,
+    },
+    /// Another program held the lock for too long.
+    #[error(
+        "another program holds the inventory's lock for more than {waited_ms} ms: see who has {path} open (fuser -v), then try again"
+    )]
+    Locked {
+        /// The database's file.
+        path: PathBuf,
+        /// How long was waited, in milliseconds.
+        waited_ms: u64,
+    },
+    /// The file is damaged, or is no database at all.
+    #[error(
+        "the inventory {path} is damaged ({what}): keep the file, then put a backup in its place or move it aside and run 'virt-usb discover'"
+    )]
+    Corrupt {
+        /// The database's file.
+        path: PathBuf,
+        /// SQLite's words.
+        what: String,
+    },
+    /// A newer virt-usb wrote it.
+    #[error(
+        "the inventory {path} has schema {found}, this program knows {known}: install the virt-usb that wrote it, or newer"
+    )]
+    Newer {
+        /// The database's file.
+        path: PathBuf,
+        /// Its schema version.
+        found: i64,
+        /// Ours.
+        known: i64,
+    },
+    /// An older virt-usb wrote it, and this program may not change it.
+    #[error(
+        "the inventory {path} has schema {found}, this program needs {known}: run 'virt-usb discover' once to bring it up to date"
+    )]
+    Older {
+        /// The database's file.
+        path: PathBuf,
+        /// Its schema version.
+        found: i64,
+        /// Ours.
+        known: i64,
+    },
+    /// A database of some other program.
+    #[error("{path} is not an inventory of virt-usb: another program's database stands there")]
+    Foreign {
+        /// The database's file.
+        path: PathBuf,
+    },
+    /// No space left. Nothing was changed.
+    #[error("no space left for the inventory {path}: nothing was changed; free some space and try again")]
+    Full {
+        /// The database's file.
+        path: PathBuf,
+    },
+    /// The file system or the file is read-only. Nothing was changed.
+    #[error("the inventory {path} is read-only: nothing was changed; check the mount and the file's mode")]
+    ReadOnly {
+        /// The database's file.
+        path: PathBuf,
+    },
+    /// A row holds what this program never writes.
+    #[error(
+        "the inventory {path} holds a row that virt-usb never writes ({what}): run 'virt-usb store check'"
+    )]
+    Row {
+        /// The database's file.
+        path: PathBuf,
+        /// The row and its column.
+        what: String,
+    },
+    /// A file beside the database could not be written.
+    #[error("cannot write {path}: {source}")]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// Anything else that SQLite reports.
+    #[error("the inventory {path} cannot be used: {what}")]
+    Other {
+        /// The database's file.
+        path: PathBuf,
+        /// SQLite's words.
+        what: String,
+    },
+}
+
+/// What statements return inside the store; [`StoreError::from_sqlite`] gives it its file and its advice.
+pub(crate) type Sql<T> = Result<T, rusqlite::Error>;
+
+impl StoreError {
+    pub(crate) fn from_sqlite(path: &Path, waited_ms: u64, e: &rusqlite::Error) -> Self {
+        let path = path.to_path_buf();
+        let what = e.to_string();
+        if let rusqlite::Error::FromSqlConversionFailure(..) | rusqlite::Error::InvalidColumnType(..) = e {
+            return Self::Row { path, what };
+        }
+        match e.sqlite_error_code() {
+            Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked) => Self::Locked { path, waited_ms },
+            Some(ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase) => Self::Corrupt { path, what },
+            Some(ErrorCode::DiskFull) => Self::Full { path },
+            Some(ErrorCode::ReadOnly) => Self::ReadOnly { path },
+            Some(ErrorCode::PermissionDenied) => Self::Permission { path },
+            Some(ErrorCode::CannotOpen) => Self::cannot_open(path, what),
+            _ => Self::Other { path, what },
+        }
+    }
+
+    /// SQLite says only that it cannot open: look why.
+    fn cannot_open(path: PathBuf, what: String) -> Self {
+        match std::fs::symlink_metadata(&path) {
+            Err(e) if e.kind() == std::io::ErrorKind::PermissionDenied => Self::Permission { path },
+            Err(_) => Self::Missing { path },
+            Ok(meta) if !meta.is_file() => Self::Link { path },
+            Ok(_) => match std::fs::OpenOptions::new().read(true).write(true).open(&path) {
+                Err(e) if e.kind() == std::io::ErrorKind::PermissionDenied => Self::Permission { path },
+                Err(e) if e.kind() == std::io::ErrorKind::ReadOnlyFilesystem => Self::ReadOnly { path },
+                _ => Self::Other { path, what },
+            },
+        }
+    }
+}
+
+/// A column that does not parse, as an error that a row-reading closure can return.
+pub(crate) fn bad_row(row: &rusqlite::Row<'_>, column: &str, e: impl std::fmt::Display) -> rusqlite::Error {
+    let index = row.as_ref().column_index(column).unwrap_or_default();
+    let what = format!("column {column}: {e}");
+    rusqlite::Error::FromSqlConversionFailure(index, rusqlite::types::Type::Text, what.into())
+}

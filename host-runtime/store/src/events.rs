@@ -1,0 +1,146 @@
+//! The audit: who got what when and why. Append-only.
+
+use rusqlite::{Row, Transaction, params};
+use serde::Serialize;
+use virt_usb_model::{DeviceId, InstanceId};
+
+use crate::claim::Asker;
+use crate::device::{ClaimRow, parse_some, read_id, sql_id};
+use crate::error::Sql;
+use crate::{Context, NOW, Store, StoreError};
+
+/// An event to be recorded.
+pub(crate) struct Event {
+    event: &'static str,
+    instance: Option<InstanceId>,
+    domain: Option<String>,
+    project: Option<String>,
+    device: Option<DeviceId>,
+    detail: Option<String>,
+}
+
+impl Event {
+    pub(crate) const fn new(event: &'static str) -> Self {
+        Self { event, instance: None, domain: None, project: None, device: None, detail: None }
+    }
+    pub(crate) fn of(event: &'static str, asker: &Asker) -> Self {
+        let project = asker.project.as_ref().map(ToString::to_string);
+        Self {
+            instance: Some(asker.instance),
+            domain: Some(asker.domain.clone()),
+            project,
+            ..Self::new(event)
+        }
+    }
+    pub(crate) fn about_claim(event: &'static str, claim: &ClaimRow) -> Self {
+        Self {
+            instance: Some(claim.instance_uuid),
+            domain: Some(claim.domain.clone()),
+            project: claim.project_id.clone(),
+            device: Some(claim.device_id),
+            ..Self::new(event)
+        }
+    }
+    pub(crate) fn about(self, device: DeviceId) -> Self {
+        Self { device: Some(device), ..self }
+    }
+    pub(crate) fn with(self, detail: String) -> Self {
+        Self { detail: Some(detail), ..self }
+    }
+}
+
+pub(crate) fn record(tx: &Transaction<'_>, context: &Context, event: &Event) -> Sql<()> {
+    tx.prepare_cached(&format!(
+        "INSERT INTO events (at, event, instance_uuid, domain, project_id, device_id, actor, detail) VALUES ({NOW}, ?1, ?2, ?3, ?4, ?5, ?6, ?7)"
+    ))?
+    .execute(params![
+        event.event,
+        event.instance.map(|i| i.to_string()),
+        event.domain,
+        event.project,
+        event.device.map(sql_id),
+        context.actor,
+        event.detail,
+    ])?;
+    Ok(())
+}
+
+/// A recorded event.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct EventRow {
+    /// Grows with time.
+    pub id: i64,
+    /// UTC, ISO 8601.
+    pub at: String,
+    /// What happened: `claimed`, `allocated`, `released`, `refused`, `voided`, `forced`, `adopted`, `added`, `changed`,
+    /// `removed`, `returned`, `flavor-set`, `flavor-removed`.
+    pub event: String,
+    /// To which instance.
+    pub instance_uuid: Option<InstanceId>,
+    /// Its domain's name then.
+    pub domain: Option<String>,
+    /// Its project.
+    pub project_id: Option<String>,
+    /// With which device.
+    pub device_id: Option<DeviceId>,
+    /// By which program, doing what.
+    pub actor: String,
+    /// Why.
+    pub detail: Option<String>,
+}
+
+impl EventRow {
+    fn read(row: &Row<'_>) -> Sql<Self> {
+        let device: Option<i64> = row.get("device_id")?;
+        Ok(Self {
+            id: row.get("id")?,
+            at: row.get("at")?,
+            event: row.get("event")?,
+            instance_uuid: parse_some(row, "instance_uuid")?,
+            domain: row.get("domain")?,
+            project_id: row.get("project_id")?,
+            device_id: device.map(|_| read_id(row, "device_id")).transpose()?,
+            actor: row.get("actor")?,
+            detail: row.get("detail")?,
+        })
+    }
+}
+
+/// Which events to read.
+#[derive(Debug, Clone, Default)]
+pub struct Filter {
+    /// Only of this instance.
+    pub instance: Option<InstanceId>,
+    /// Only of this device.
+    pub device: Option<DeviceId>,
+    /// At most so many, the newest; 0: all.
+    pub limit: u32,
+}
+
+impl Store {
+    /// Events, oldest first.
+    ///
+    /// # Errors
+    /// When the database cannot be read.
+    pub fn events(&self, filter: &Filter) -> Result<Vec<EventRow>, StoreError> {
+        let limit = if filter.limit == 0 { -1 } else { i64::from(filter.limit) };
+        let mut events = self.all(
+            "SELECT * FROM events WHERE (?1 IS NULL OR instance_uuid = ?1) AND (?2 IS NULL OR device_id = ?2) ORDER BY id DESC LIMIT ?3",
+            params![filter.instance.map(|i| i.to_string()), filter.device.map(sql_id), limit],
+            EventRow::read,
+        )?;
+        events.reverse();
+        Ok(events)
+    }
+
+    /// Removes events older than `days` days (at least one); returns how many.
+    ///
+    /// # Errors
+    /// When the database cannot be written.
+    pub fn prune_events(&mut self, days: u32) -> Result<usize, StoreError> {
+        let age = format!("-{} days", days.max(1));
+        self.write(|tx, _| {
+            Ok(tx.execute("DELETE FROM events WHERE at < strftime('%Y-%m-%dT%H:%M:%fZ', 'now', ?1)", [age])?)
+        })
+    }
+}

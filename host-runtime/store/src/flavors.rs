@@ -1,0 +1,107 @@
+//! Stored flavors: from a name to what it asks for.
+
+use rusqlite::{OptionalExtension, Row, params};
+use serde::Serialize;
+use virt_usb_model::Flavor;
+
+use crate::error::{Sql, bad_row};
+use crate::events::{Event, record};
+use crate::{Context, NOW, Store, StoreError, hints};
+
+/// A flavor as it is stored.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct StoredFlavor {
+    /// Its name, as Nova and the metadata spell it.
+    pub name: String,
+    /// First set.
+    pub created_at: String,
+    /// Last set.
+    pub updated_at: String,
+    /// What it asks for.
+    #[serde(flatten)]
+    pub flavor: Flavor,
+}
+
+impl StoredFlavor {
+    fn read(row: &Row<'_>) -> Sql<Self> {
+        let document: String = row.get("document")?;
+        Ok(Self {
+            name: row.get("name")?,
+            created_at: row.get("created_at")?,
+            updated_at: row.get("updated_at")?,
+            flavor: Flavor::parse(&document).map_err(|e| bad_row(row, "document", e))?,
+        })
+    }
+}
+
+impl Store {
+    /// All flavors, by name.
+    ///
+    /// # Errors
+    /// When the database cannot be read.
+    pub fn flavors(&self) -> Result<Vec<StoredFlavor>, StoreError> {
+        self.all("SELECT * FROM flavors ORDER BY name", [], StoredFlavor::read)
+    }
+
+    /// The flavor of that name.
+    ///
+    /// # Errors
+    /// When the database cannot be read.
+    pub fn flavor(&self, name: &str) -> Result<Option<StoredFlavor>, StoreError> {
+        let read = || {
+            self.conn
+                .prepare_cached("SELECT * FROM flavors WHERE name = ?1")?
+                .query_row([name], StoredFlavor::read)
+                .optional()
+        };
+        read().map_err(|e| self.fault(&e))
+    }
+
+    /// Stores a flavor; says whether that changed anything.
+    ///
+    /// # Errors
+    /// When the database cannot be written.
+    pub fn set_flavor(&mut self, name: &str, flavor: &Flavor, context: &Context) -> Result<bool, StoreError> {
+        if self.flavor(name)?.is_some_and(|stored| stored.flavor == *flavor) {
+            return Ok(false);
+        }
+        self.write(|tx, state_dir| {
+            hints::add(state_dir, hints::Known::Flavor(name))?;
+            tx.execute(
+                &format!(
+                    "INSERT INTO flavors (name, created_at, updated_at, document) VALUES (?1, {NOW}, {NOW}, ?2)
+                     ON CONFLICT (name) DO UPDATE SET document = excluded.document, updated_at = excluded.updated_at"
+                ),
+                params![name, flavor.to_string()],
+            )?;
+            record(tx, context, &Event::new("flavor-set").with(format!("{name}: {flavor}")))?;
+            Ok(true)
+        })
+    }
+
+    /// Removes a flavor; says whether it was there. Instances that run keep what they have.
+    ///
+    /// # Errors
+    /// When the database cannot be written.
+    pub fn remove_flavor(&mut self, name: &str, context: &Context) -> Result<bool, StoreError> {
+        let removed = self.write(|tx, _| {
+            let removed = tx.execute("DELETE FROM flavors WHERE name = ?1", [name])? > 0;
+            if removed {
+                record(tx, context, &Event::new("flavor-removed").with(name.to_owned()))?;
+            }
+            Ok(removed)
+        })?;
+        // Only now that the row is surely gone, and only if no other came meanwhile.
+        self.write(|tx, state_dir| {
+            let back: bool =
+                tx.query_row("SELECT EXISTS (SELECT 1 FROM flavors WHERE name = ?1)", [name], |row| {
+                    row.get(0)
+                })?;
+            if !back {
+                hints::remove(state_dir, hints::Known::Flavor(name))?;
+            }
+            Ok(())
+        })?;
+        Ok(removed)
+    }
+}
