@@ -1,3 +1,27 @@
 //! What libvirt calls at every step of a domain's life.
+//!
+//! ```text
+//!  argv ──► Call ──┐
+//!                  ├─► run: what may fail how ──► prepare │ incoming │ notice ──► Answer ──► stdout, stderr, exit
+//!  stdin ─► Input ─┘                               │ (claims in the store, sysfs at the ports)   └──► one journal record
+//! ```
+//! It is a library too, so that agent and command line claim and rewrite with the same code: [`config`], [`sysfs`]
+//! and [`machine`] are shared, and nothing here may need libvirt, libusb or an async runtime.
+//!
+//! libvirt holds the domain's lock while the hook runs and waits for every descriptor that it was given: the hook
+//! calls nothing, starts nothing, and waits for nothing but the store's lock, two seconds at the most.
+
+pub mod answer;
+pub mod call;
 pub mod config;
+mod guest;
+mod incoming;
+pub mod input;
+pub mod journal;
+pub mod machine;
+mod message;
+mod notice;
+mod prepare;
+pub mod run;
 pub mod sysfs;
+mod wish;

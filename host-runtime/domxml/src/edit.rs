@@ -56,7 +56,8 @@ impl Splice {
 
 /// Applies splices that do not overlap.
 pub(crate) fn splice(text: &str, mut splices: Vec<Splice>) -> String {
-    splices.sort_by_key(|s| s.range.start);
+    // What is inserted at a place comes before what is replaced from there on.
+    splices.sort_by_key(|s| (s.range.start, s.range.end));
     let added: usize = splices.iter().map(|s| s.with.len()).sum();
     let mut out = String::with_capacity(text.len() + added);
     let mut done = 0;
@@ -78,6 +79,9 @@ pub(crate) fn plan(
 ) -> Result<Vec<Splice>, XmlError> {
     let unit = document_unit(text, layout);
     let mut splices = Vec::new();
+    let moved: BTreeSet<usize> = edits.relocate.iter().map(|(index, _)| *index).collect();
+    let kept = domain.hostdevs.iter().enumerate().filter(|(i, _)| !moved.contains(i));
+    let mut ids: BTreeSet<DeviceId> = kept.filter_map(|(_, h)| h.injected()).collect();
     let mut relocated = BTreeSet::new();
     for (index, to) in &edits.relocate {
         let no = |why| XmlError::Relocate { index: *index, why };
@@ -85,11 +89,11 @@ pub(crate) fn plan(
         if !relocated.insert(*index) {
             return Err(no("it is given two"));
         }
+        if !ids.insert(to.id) {
+            return Err(no("another hostdev is that device"));
+        }
         Relocation { text, device, unit: &unit, splices: &mut splices }.run(to);
     }
-    let kept = domain.hostdevs.iter().enumerate().filter(|(i, _)| !relocated.contains(i));
-    let mut ids: BTreeSet<DeviceId> = kept.filter_map(|(_, h)| h.injected()).collect();
-    ids.extend(edits.relocate.iter().map(|(_, to)| to.id));
     let mut redirs: BTreeSet<usize> = domain.redirdevs.iter().filter_map(|r| r.injected()).collect();
 
     let hostdevs = edits.hostdevs.iter().filter(|h| ids.insert(h.id)).map(hostdev);
@@ -121,7 +125,10 @@ fn hostdev(device: &Hostdev) -> Element {
 }
 
 fn redirdev(n: usize) -> Element {
-    Element { start: "redirdev bus='usb' type='spicevmc'".to_owned(), children: vec![alias(&redirdev_alias(n))] }
+    Element {
+        start: "redirdev bus='usb' type='spicevmc'".to_owned(),
+        children: vec![alias(&redirdev_alias(n))],
+    }
 }
 
 fn controller() -> Element {
@@ -149,7 +156,8 @@ fn add(
     }
     let Some(node) = &layout.devices else {
         let Some(domain) = &layout.domain else { return };
-        let style = domain.first_child.and_then(|at| Style::of(text, at, unit)).unwrap_or_else(Style::one_line);
+        let style =
+            domain.first_child.and_then(|at| Style::of(text, at, unit)).unwrap_or_else(Style::one_line);
         let children = controller.into_iter().chain(devices).collect();
         let mut out = String::new();
         Element { start: "devices".to_owned(), children }.write(&mut out, &style);
@@ -204,8 +212,8 @@ fn append(text: &str, node: &Node<'_>, style: &Style, children: &[Element], spli
         splices.push(Splice { range: slash..node.tag.span.end, with: whole });
         return;
     }
-    let bare = node.content_end == node.close.start && node.content_end == node.tag.span.end;
-    if bare {
+    let rest = text.get(node.content_end..node.close.start).unwrap_or_default();
+    if node.content_end == node.tag.span.end && !rest.contains(['\n', '\r']) {
         out.push_str(&closing_line);
     }
     splices.push(Splice::insert(node.content_end, out));
@@ -254,7 +262,7 @@ impl Relocation<'_, '_> {
             }
             // The schema has the product behind the vendor.
             None => match device.part(Part::SourceVendor) {
-                Some(vendor) => self.insert_behind(vendor, product),
+                Some(vendor) => self.insert_behind(vendor, &product),
                 None => in_front.push(product),
             },
         }
@@ -302,7 +310,7 @@ impl Relocation<'_, '_> {
         }
     }
 
-    fn insert_behind(&mut self, node: &Node<'_>, element: Element) {
+    fn insert_behind(&mut self, node: &Node<'_>, element: &Element) {
         let style = Style::of(self.text, node.tag.span.start, self.unit).unwrap_or_else(Style::one_line);
         let mut out = String::new();
         element.write(&mut out, &style);

@@ -51,7 +51,9 @@ impl<'a> Decoded<'a> {
         match self.encoding {
             Encoding::Utf8 { bom } => [if bom { BOM.as_bytes() } else { b"" }, text.as_bytes()].concat(),
             // What was read this way is below 256, and what is inserted is ASCII.
-            Encoding::SingleByte => text.chars().map(|c| u8::try_from(u32::from(c)).unwrap_or(b'?')).collect(),
+            Encoding::SingleByte => {
+                text.chars().map(|c| u8::try_from(u32::from(c)).unwrap_or(b'?')).collect()
+            }
             Encoding::Utf16 { little } => {
                 let units = BOM.encode_utf16().chain(text.encode_utf16());
                 units.flat_map(|u| if little { u.to_le_bytes() } else { u.to_be_bytes() }).collect()
@@ -117,7 +119,7 @@ fn utf8<'a>(rest: &'a [u8], bom: bool, whole: &[u8]) -> Result<Decoded<'a>, XmlE
 fn utf16(rest: &[u8], little: bool) -> Result<Decoded<'static>, XmlError> {
     const BOM_BYTES: usize = 2;
     let bad = |offset| XmlError::Malformed { encoding: "UTF-16", offset };
-    if rest.len() % 2 != 0 {
+    if !rest.len().is_multiple_of(2) {
         return Err(bad(BOM_BYTES + rest.len() - 1));
     }
     let units = rest.chunks_exact(2).map(|pair| match *pair {

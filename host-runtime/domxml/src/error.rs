@@ -19,7 +19,9 @@ pub enum XmlError {
         size: usize,
     },
     /// The encoding is not one of those that can be edited without loss.
-    #[error("the encoding {found} is not supported, only UTF-8, UTF-16 with a byte order mark, US-ASCII, ISO-8859, windows-125x and KOI8")]
+    #[error(
+        "the encoding {found} is not supported, only UTF-8, UTF-16 with a byte order mark, US-ASCII, ISO-8859, windows-125x and KOI8"
+    )]
     Encoding {
         /// The encoding that was declared or recognised.
         found: String,
@@ -124,11 +126,14 @@ pub enum XmlError {
 
 /// A few characters of something unknown, for a message.
 pub(crate) fn cut(text: &str) -> String {
-    const MOST: usize = 60;
-    match text.char_indices().nth(MOST) {
-        Some((end, _)) => format!("{}…", text.get(..end).unwrap_or_default()),
-        None => text.to_owned(),
-    }
+    shorten(text, 60)
+}
+
+/// The start of a text, at most so many characters, none of them a control character.
+pub(crate) fn shorten(text: &str, most: usize) -> String {
+    let printable = |c: char| if c.is_control() { '\u{fffd}' } else { c };
+    let more = if text.chars().nth(most).is_some() { "…" } else { "" };
+    text.chars().take(most).map(printable).chain(more.chars()).collect()
 }
 
 /// The line of a byte offset, counted from 1.

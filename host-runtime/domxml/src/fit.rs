@@ -43,6 +43,22 @@ pub enum Fit {
     },
 }
 
+/// The devices above high speed, and with them those at it or below it.
+struct Group {
+    slow: bool,
+    high: bool,
+}
+
+impl Group {
+    fn has(&self, speed: Speed) -> bool {
+        match speed {
+            Speed::Low | Speed::Full => self.slow,
+            Speed::High => self.high,
+            Speed::Super | Speed::SuperPlus => true,
+        }
+    }
+}
+
 /// Free ports, by kind.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Free {
@@ -69,13 +85,13 @@ impl Free {
     pub(crate) fn take(self, wants: &[Option<Speed>]) -> Result<(), Fit> {
         let Self { slow, high, usb2, all } = self;
         // Each group with the ports that serve any of it; the other groups follow from these.
-        let groups: [(fn(Speed) -> bool, usize); 3] = [
-            (|s| s > Speed::High, all),
-            (|s| s >= Speed::High, high + usb2 + all),
-            (|s| s != Speed::High, slow + usb2 + all),
+        let groups = [
+            (Group { slow: false, high: false }, all),
+            (Group { slow: false, high: true }, high + usb2 + all),
+            (Group { slow: true, high: false }, slow + usb2 + all),
         ];
-        for (belongs, free) in groups {
-            let members = || wants.iter().flatten().copied().filter(|&s| belongs(s));
+        for (group, free) in groups {
+            let members = || wants.iter().flatten().copied().filter(|&s| group.has(s));
             let needed = members().count();
             if needed > free {
                 return Err(Fit::TooFew { needed, free, speed: members().min() });
@@ -83,5 +99,64 @@ impl Free {
         }
         let free = slow + high + usb2 + all;
         if wants.len() > free { Err(Fit::TooFew { needed: wants.len(), free, speed: None }) } else { Ok(()) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn serves(port: Serves, want: Option<Speed>) -> bool {
+        match (port, want) {
+            (Serves::All, _) | (_, None) => true,
+            (Serves::Slow, Some(s)) => s <= Speed::Full,
+            (Serves::High, Some(s)) => s == Speed::High,
+            (Serves::Usb2, Some(s)) => s <= Speed::High,
+        }
+    }
+
+    /// Tries every assignment.
+    fn possible(ports: &mut Vec<Serves>, wants: &[Option<Speed>]) -> bool {
+        let Some((first, rest)) = wants.split_first() else { return true };
+        (0..ports.len()).any(|i| {
+            let port = ports.swap_remove(i);
+            let fits = serves(port, *first) && possible(&mut ports.clone(), rest);
+            ports.push(port);
+            let last = ports.len() - 1;
+            ports.swap(i, last);
+            fits
+        })
+    }
+
+    fn any_speed() -> impl Strategy<Value = Option<Speed>> {
+        use Speed::{Full, High, Low, Super, SuperPlus};
+        prop::sample::select(vec![None, Some(Low), Some(Full), Some(High), Some(Super), Some(SuperPlus)])
+    }
+
+    fn any_port() -> impl Strategy<Value = Serves> {
+        prop::sample::select(vec![Serves::Slow, Serves::High, Serves::Usb2, Serves::All])
+    }
+
+    proptest! {
+        #[test]
+        fn counting_agrees_with_brute_force(
+            mut ports in prop::collection::vec(any_port(), 0..6),
+            wants in prop::collection::vec(any_speed(), 0..6),
+        ) {
+            let counted = Free::count(ports.clone()).take(&wants);
+            prop_assert_eq!(counted.is_ok(), possible(&mut ports, &wants), "{:?}", counted);
+        }
+
+        #[test]
+        fn what_is_short_is_really_short(
+            ports in prop::collection::vec(any_port(), 0..6),
+            wants in prop::collection::vec(any_speed(), 0..6),
+        ) {
+            if let Err(Fit::TooFew { needed, free, speed }) = Free::count(ports.clone()).take(&wants) {
+                prop_assert!(needed > free && needed <= wants.len() && free <= ports.len());
+                prop_assert!(speed.is_none() || wants.contains(&speed));
+            }
+        }
     }
 }

@@ -1,8 +1,17 @@
-//! x
+#![doc = include_str!("../README.md")]
+//!
+//! ## Modules
+//!
+//! ```text
+//! bytes ─ encoding ─► text ─ scan, tag ─► tokens ─ read ─┬─► Domain   (metadata, device, usb_bus ─ fit)
+//!                                                        └─► Layout ─┐
+//!                                    bytes ◄─ encoding ─ splices ◄─ edit, style ◄─ Edits
+//! ```
+
 mod device;
 mod domain;
-mod encoding;
 mod edit;
+mod encoding;
 mod error;
 mod fit;
 mod metadata;

@@ -155,7 +155,8 @@ impl Metadata {
             return match ours {
                 Ours { name: Some(_), text, line } if !text.is_empty() => Err(XmlError::Syntax {
                     line,
-                    what: "the flavor element in the metadata has a name and a text; keep one of them".to_owned(),
+                    what: "the flavor element in the metadata has a name and a text; keep one of them"
+                        .to_owned(),
                 }),
                 Ours { name: Some(name), .. } => Ok(FlavorSource::Named(name)),
                 Ours { text, .. } if text.is_empty() => Ok(FlavorSource::None),
@@ -168,7 +169,9 @@ impl Metadata {
         let devices = self.either(DEVICES)?;
         let redirection = self.either(REDIRECTION)?;
         Ok(match self.nova_name.take() {
-            _ if devices.is_some() || redirection.is_some() => FlavorSource::ExtraSpecs { devices, redirection },
+            _ if devices.is_some() || redirection.is_some() => {
+                FlavorSource::ExtraSpecs { devices, redirection }
+            }
             Some(name) if !self.extra_specs => FlavorSource::Named(name),
             _ => FlavorSource::None,
         })
@@ -177,7 +180,9 @@ impl Metadata {
     /// The value of one of two spellings of a key, the scoped one first.
     fn either(&mut self, [scoped, bare]: [&'static str; 2]) -> Result<Option<String>, XmlError> {
         match (self.keys.remove(scoped), self.keys.remove(bare)) {
-            (Some(a), Some(b)) if a != b => Err(XmlError::Conflict { first: spec(scoped), second: spec(bare) }),
+            (Some(a), Some(b)) if a != b => {
+                Err(XmlError::Conflict { first: spec(scoped), second: spec(bare) })
+            }
             (a, b) => Ok(a.or(b)),
         }
     }

@@ -14,6 +14,7 @@ use std::ops::Range;
 
 use virt_usb_model::InstanceId;
 
+use crate::MAX_USB;
 use crate::device::{Device, Node, Part};
 use crate::domain::{Domain, FlavorSource};
 use crate::error::{XmlError, cut};
@@ -21,7 +22,6 @@ use crate::metadata::{Metadata, Namespaces, Space};
 use crate::scan::{Scanner, Token};
 use crate::tag::Tag;
 use crate::usb_bus::UsbBus;
-use crate::MAX_USB;
 
 /// Where things stand in the text: what an edit needs.
 #[derive(Debug, Default)]
@@ -118,7 +118,9 @@ impl<'a> Reading<'a> {
         match self.scanner.next()? {
             Token::Open(tag) => self.open(tag)?,
             Token::Close(span) => self.close(span)?,
-            Token::Text(text) if self.stack.last().is_some_and(|at| at.has_text()) => self.collected.push_str(&text),
+            Token::Text(text) if self.stack.last().is_some_and(|at| at.has_text()) => {
+                self.collected.push_str(&text)
+            }
             Token::Text(_) | Token::Aside => {}
             Token::End => return Ok(false),
         }
@@ -154,7 +156,8 @@ impl<'a> Reading<'a> {
             Some(At::Device) => self.part(None, tag),
             Some(At::Part(within)) => self.part(Some(within), tag),
             Some(At::Ours) => {
-                let what = format!("<{}> in the flavor's metadata, where only JSON text belongs", cut(tag.name));
+                let what =
+                    format!("<{}> in the flavor's metadata, where only JSON text belongs", cut(tag.name));
                 return Err(XmlError::Syntax { line: self.scanner.line(tag.span.start), what });
             }
             Some(within) => self.in_metadata_element(within, &tag)?,
@@ -174,7 +177,9 @@ impl<'a> Reading<'a> {
         self.namespaces.leave(self.stack.len());
         let line = || self.scanner.line(span.start);
         match at {
-            At::Name if self.collected.is_empty() => return Err(XmlError::Missing { what: "text in <name>" }),
+            At::Name if self.collected.is_empty() => {
+                return Err(XmlError::Missing { what: "text in <name>" });
+            }
             At::Name => self.name = Some(std::mem::take(&mut self.collected)),
             At::Uuid => {
                 let wrong = |_| XmlError::Value {

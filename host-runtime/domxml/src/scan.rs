@@ -12,7 +12,7 @@ use quick_xml::events::Event;
 use quick_xml::reader::Reader;
 
 use crate::MAX_DEPTH;
-use crate::error::{XmlError, line_of};
+use crate::error::{XmlError, line_of, shorten};
 use crate::tag::{BadTag, Tag, is_space};
 
 pub(crate) enum Token<'a> {
@@ -46,7 +46,8 @@ impl<'a> Scanner<'a> {
 
     pub(crate) fn next(&mut self) -> Result<Token<'a>, XmlError> {
         let start = self.position();
-        let event = self.reader.read_event().map_err(|e| self.syntax(self.error_position(), &e.to_string()))?;
+        let event =
+            self.reader.read_event().map_err(|e| self.syntax(self.error_position(), &e.to_string()))?;
         let span = start..self.position();
         match event {
             Event::Start(_) | Event::Empty(_) => self.open(span),
@@ -64,7 +65,9 @@ impl<'a> Scanner<'a> {
                 let known = unescape(self.slice(&span, 0, 0));
                 known.map(Token::Text).map_err(|_| self.syntax(start, "an entity that is not known"))
             }
-            Event::Decl(_) if start > 0 => Err(self.syntax(start, "an XML declaration that is not at the start")),
+            Event::Decl(_) if start > 0 => {
+                Err(self.syntax(start, "an XML declaration that is not at the start"))
+            }
             Event::Comment(_) | Event::PI(_) | Event::Decl(_) => Ok(Token::Aside),
             Event::DocType(_) => Err(XmlError::Doctype { line: self.line(start) }),
             Event::Eof if self.depth > 0 => Err(self.syntax(start, "the document ends inside an element")),
@@ -96,8 +99,8 @@ impl<'a> Scanner<'a> {
     }
 
     fn character_data(&self, start: usize, text: Cow<'a, str>) -> Result<Token<'a>, XmlError> {
-        if !text.chars().all(is_space) {
-            self.inside_root(start)?;
+        if let Some(visible) = text.find(|c| !is_space(c)) {
+            self.inside_root(start + visible)?;
         }
         Ok(Token::Text(text))
     }
@@ -111,7 +114,7 @@ impl<'a> Scanner<'a> {
     }
 
     fn syntax(&self, offset: usize, what: &str) -> XmlError {
-        XmlError::Syntax { line: self.line(offset), what: what.to_owned() }
+        XmlError::Syntax { line: self.line(offset), what: shorten(what, 160) }
     }
 
     fn position(&self) -> usize {

@@ -46,16 +46,13 @@ impl Style {
 
 /// One level of indentation, from an element and its child.
 pub(crate) fn unit(text: &str, outer: usize, inner: usize) -> String {
-    let lead = |start| Style::of(text, start, "").map(|s| s.lead);
-    match (lead(outer), lead(inner)) {
-        // The root stands at the start of the document, with no line end before it.
-        (None, Some(inner)) if !inner.is_empty() => inner,
-        (Some(outer), Some(inner)) => match inner.strip_prefix(outer.as_str()) {
-            Some(unit) if !unit.is_empty() => unit.to_owned(),
-            _ => USUAL.to_owned(),
-        },
-        _ => USUAL.to_owned(),
-    }
+    let lead = |start| match start {
+        // The start of the document is the start of a line, with no line end before it.
+        0 => Some(String::new()),
+        _ => Style::of(text, start, "").map(|s| s.lead),
+    };
+    let unit = lead(outer).zip(lead(inner)).and_then(|(o, i)| i.strip_prefix(&o).map(str::to_owned));
+    unit.filter(|u| !u.is_empty()).unwrap_or_else(|| USUAL.to_owned())
 }
 
 /// An element to write: `<start>` with children, or `<start/>`.

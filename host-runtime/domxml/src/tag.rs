@@ -105,7 +105,8 @@ pub(crate) fn attributes(inside: &str, offset: usize) -> Result<Vec<Attribute<'_
         let quote = after.chars().next().filter(|c| matches!(c, '\'' | '"'));
         let quote = quote.ok_or(BadTag::Syntax("an attribute value without quotes"))?;
         let value = after.get(1..).unwrap_or_default();
-        let (raw, left) = value.split_once(quote).ok_or(BadTag::Syntax("an attribute value without its end"))?;
+        let (raw, left) =
+            value.split_once(quote).ok_or(BadTag::Syntax("an attribute value without its end"))?;
         if raw.contains('<') {
             return Err(BadTag::Syntax("a < in an attribute value"));
         }

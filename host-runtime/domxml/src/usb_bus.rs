@@ -59,7 +59,8 @@ impl UsbBus {
     /// Whether the domain has no USB: nothing can be added to it as it is.
     pub fn is_disabled(&self) -> bool {
         let none = |c: &Controller| c.model == "none" || (c.model.is_empty() && self.is_s390());
-        self.controllers.iter().any(none) || (self.controllers.is_empty() && self.default_model() == Some("none"))
+        self.controllers.iter().any(none)
+            || (self.controllers.is_empty() && self.default_model() == Some("none"))
     }
 
     /// Whether devices of these speeds (`None`: a redirection, or not known) can be added.
@@ -78,11 +79,13 @@ impl UsbBus {
                 Err(too_few) => too_few,
             };
         }
-        let default = self.default_model().map(|model| Controller { model: model.to_owned(), ..Default::default() });
+        let default =
+            self.default_model().map(|model| Controller { model: model.to_owned(), ..Default::default() });
         if default.is_some_and(|c| self.free(&[c]).take(wants).is_ok()) {
             return Fit::Fits;
         }
-        let ours = Controller { model: "qemu-xhci".to_owned(), ports: Some(INJECTED_PORTS), ..Default::default() };
+        let ours =
+            Controller { model: "qemu-xhci".to_owned(), ports: Some(INJECTED_PORTS), ..Default::default() };
         match self.free(&[ours]).take(wants) {
             Ok(()) => Fit::NeedsController,
             Err(too_few) => too_few,
@@ -165,7 +168,8 @@ impl UsbBus {
         }
         let implied = Plugged { hub: false, bus: None, path: Vec::new() };
         let implied = Some(&implied).filter(|_| self.smartcard && !self.ccid);
-        let mut floating: Vec<&Plugged> = self.plugged.iter().filter(|p| p.path.is_empty()).chain(implied).collect();
+        let mut floating: Vec<&Plugged> =
+            self.plugged.iter().filter(|p| p.path.is_empty()).chain(implied).collect();
         floating.sort_by_key(|p| !p.hub);
         for plugged in floating {
             tree.assign(plugged);
@@ -192,8 +196,11 @@ impl Plugged {
             return Self { hub, bus: None, path: Vec::new() };
         }
         let port = device.value(Part::Address, "port");
-        let path: Option<Vec<usize>> =
-            port.split('.').take(MAX_TIERS + 1).map(|p| number(p)?.try_into().ok().filter(|&p| p > 0)).collect();
+        let path: Option<Vec<usize>> = port
+            .split('.')
+            .take(MAX_TIERS + 1)
+            .map(|p| number(p)?.try_into().ok().filter(|&p| p > 0))
+            .collect();
         let path = path.filter(|p| p.len() <= MAX_TIERS).unwrap_or_default();
         Self { hub, bus: number(&device.value(Part::Address, "bus")), path }
     }
@@ -328,5 +335,6 @@ fn assign(ports: &mut [Port], hub: bool, tier: usize) -> bool {
         port.plug(hub);
         return true;
     }
-    tier < MAX_TIERS && ports.iter_mut().filter_map(|p| p.hub.as_mut()).any(|inner| assign(inner, hub, tier + 1))
+    tier < MAX_TIERS
+        && ports.iter_mut().filter_map(|p| p.hub.as_mut()).any(|inner| assign(inner, hub, tier + 1))
 }

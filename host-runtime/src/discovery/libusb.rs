@@ -5,7 +5,7 @@
 //! with a problem that says so. A serial that cannot be read makes a device nobody's: it becomes a problem, never a
 //! device "without serial", because that would be another device in the inventory.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use virt_usb_hook::config::Config;
@@ -39,63 +39,84 @@ impl LibUsb {
 
 impl UsbSource for LibUsb {
     fn snapshot(&self) -> Snapshot {
-        let first = Look::take(self);
-        if first.agreed {
-            return first.snapshot();
+        let mut look = Look::take(&self.sysfs_root);
+        if !look.agrees() {
+            std::thread::sleep(SECOND_LOOK);
+            look = Look::take(&self.sysfs_root);
         }
-        std::thread::sleep(SECOND_LOOK);
-        Look::take(self).snapshot()
+        look.judge(&HostUse::new(&self.sysfs_root, &self.procfs_root))
     }
 }
 
-/// One look, while it is put together.
+/// What both tell at one time. Taking it reads what the kernel has; no device notices.
 struct Look {
-    found: Vec<Device>,
-    problems: Vec<Problem>,
-    /// Whether libusb and sysfs list the same devices.
-    agreed: bool,
+    sysfs: Scan,
+    listed: rusb::Result<(Vec<Listed>, Vec<String>)>,
 }
 
 impl Look {
-    fn take(source: &LibUsb) -> Self {
-        let sysfs = scan(&source.sysfs_root);
-        let mut look = Self { found: Vec::new(), problems: sysfs.problems.clone(), agreed: sysfs.unreadable.is_empty() };
-        let listed = look.listed(&sysfs);
-        let mut host = HostUse::new(&source.sysfs_root, &source.procfs_root);
-        for plugged in &sysfs.plugged {
-            let twin = listed.as_ref().map(|all| all.iter().find(|l| l.address() == Some(plugged.seen.address)));
-            if twin.is_some_and(|twin| twin.is_none()) {
-                look.disagree(about(&plugged.port, "sysfs shows it, but libusb does not list it"));
-            }
-            let host_use = host.of(plugged, &mut look.problems);
-            look.both(plugged, twin.flatten(), host_use);
-        }
-        for listed in listed.iter().flatten() {
-            look.only_libusb(listed, &sysfs);
-        }
-        look
+    fn take(sysfs_root: &Path) -> Self {
+        Self { sysfs: scan(sysfs_root), listed: list() }
     }
 
-    /// libusb's list; `None` when there is none to compare with.
-    fn listed(&mut self, sysfs: &Scan) -> Option<Vec<Listed>> {
-        match list() {
+    fn agrees(&self) -> bool {
+        let Ok((listed, wrong)) = &self.listed else { return self.sysfs.is_empty() };
+        let known = |l: &Listed| l.address().is_some_and(|address| self.sysfs.by_address(address).is_some());
+        let whole = self.sysfs.unreadable.is_empty() && wrong.is_empty();
+        whole && listed.len() == self.sysfs.plugged.len() && listed.iter().all(known)
+    }
+
+    fn judge(&self, host: &HostUse<'_>) -> Snapshot {
+        let mut merge = Merge { found: Vec::new(), problems: self.sysfs.problems.clone() };
+        let listed = merge.listed(self);
+        for plugged in &self.sysfs.plugged {
+            let twin = listed.and_then(|all| all.iter().find(|l| l.address() == Some(plugged.seen.address)));
+            if listed.is_some() && twin.is_none() {
+                merge.problem(&plugged.port, "sysfs shows it, but libusb does not list it");
+            }
+            merge.shown(plugged, twin, host);
+        }
+        for listed in listed.into_iter().flatten() {
+            merge.not_shown(listed, &self.sysfs);
+        }
+        Snapshot::new(merge.found, merge.problems)
+    }
+}
+
+/// A snapshot while it is put together.
+struct Merge {
+    found: Vec<Device>,
+    problems: Vec<Problem>,
+}
+
+impl Merge {
+    /// libusb's list; `None` when there is none to compare with. On a machine without USB libusb may fail to start:
+    /// that is no problem where sysfs shows nothing either.
+    fn listed<'a>(&mut self, look: &'a Look) -> Option<&'a [Listed]> {
+        match &look.listed {
             Ok((listed, wrong)) => {
-                self.problems.extend(wrong.into_iter().map(about_all));
+                self.problems.extend(wrong.iter().map(about_all));
                 Some(listed)
             }
-            Err(_) if sysfs.is_empty() => None,
+            Err(_) if look.sysfs.is_empty() => None,
             Err(e) => {
-                self.problems.push(about_all(format!("libusb cannot list the devices: {e}; shown is what sysfs tells")));
+                self.problems.push(about_all(format!(
+                    "libusb cannot list the devices, shown is what sysfs tells: {e}"
+                )));
                 None
             }
         }
     }
 
-    fn both(&mut self, plugged: &Plugged, listed: Option<&Listed>, host_use: Option<String>) {
+    /// A device that sysfs shows.
+    fn shown(&mut self, plugged: &Plugged, listed: Option<&Listed>, host: &HostUse<'_>) {
         let usb = plugged.seen.usb;
         let strings = self.missing_names(plugged, listed);
         if !plugged.has_serial && listed.is_some_and(Listed::has_serial) {
-            self.problems.push(about(&plugged.port, "has a serial number that the kernel could not read: taken as missing"));
+            self.problem(
+                &plugged.port,
+                "has a serial number that the kernel could not read: taken as missing",
+            );
         }
         let mut interfaces: Vec<Class> = plugged.interfaces.iter().map(|i| Class::new(i.class[0])).collect();
         interfaces.extend(listed.map(|listed| self.interfaces(listed, &plugged.port)).unwrap_or_default());
@@ -109,67 +130,71 @@ impl Look {
             class: plugged.class.or(listed.map(Listed::class)).unwrap_or(Class::new(0)),
             interfaces: ascending(interfaces),
             speed: plugged.speed.or_else(|| listed.and_then(Listed::speed)),
-            manufacturer: plugged.manufacturer.clone().or(strings.manufacturer).or_else(|| names::vendor(usb)),
+            manufacturer: plugged
+                .manufacturer
+                .clone()
+                .or(strings.manufacturer)
+                .or_else(|| names::vendor(usb)),
             product: plugged.product.clone().or(strings.product).or_else(|| names::product(usb)),
             driver: plugged.drivers(),
-            host_use,
+            host_use: host.of(plugged, &mut self.problems),
         });
     }
 
-    fn interfaces(&mut self, listed: &Listed, port: &PortPath) -> Vec<Class> {
-        listed.interfaces().unwrap_or_else(|e| {
-            self.problems.push(about(port, format!("libusb cannot read its configuration: {e}")));
-            Vec::new()
-        })
-    }
-
-    /// Asks the device itself for names that sysfs lacks, but never one that somebody uses.
+    /// Asks the device itself for names that sysfs lacks, but never one that a guest or another program uses.
     fn missing_names(&mut self, plugged: &Plugged, listed: Option<&Listed>) -> Strings {
-        let Some(listed) = listed.filter(|_| !plugged.is_bound_to(CLAIMED)) else { return Strings::default() };
+        let Some(listed) = listed.filter(|_| !plugged.is_bound_to(CLAIMED)) else {
+            return Strings::default();
+        };
         let wanted = Wanted {
             serial: false,
             manufacturer: plugged.manufacturer.is_none(),
             product: plugged.product.is_none(),
         };
         let strings = listed.strings(wanted);
-        self.problems.extend(strings.failure.iter().map(|what| about(&plugged.port, what.clone())));
+        self.problems.extend(strings.failure.iter().map(|what| about(&plugged.port, what)));
         strings
     }
 
-    /// A device that libusb lists and sysfs does not.
-    fn only_libusb(&mut self, listed: &Listed, sysfs: &Scan) {
+    fn interfaces(&mut self, listed: &Listed, port: &PortPath) -> Vec<Class> {
+        listed.interfaces().unwrap_or_else(|e| {
+            self.problem(port, &format!("libusb cannot read its configuration: {e}"));
+            Vec::new()
+        })
+    }
+
+    /// A device that libusb lists; passed over where sysfs shows it too.
+    fn not_shown(&mut self, listed: &Listed, sysfs: &Scan) {
         let address = listed.address();
         if address.is_some_and(|address| sysfs.by_address(address).is_some()) {
             return;
         }
+        let who = listed.describe();
         let Some(port) = listed.port() else {
-            return self.disagree(about_all(format!("libusb lists {} at no port", listed.describe())));
+            return self.problems.push(about_all(format!("libusb lists {who} at no port")));
         };
         if sysfs.unreadable.contains(&port) {
-            return;
+            return; // a problem already
         }
         let Some(address) = address else {
-            return self.disagree(about(&port, format!("libusb lists {}: numbers that USB does not allow", listed.describe())));
+            return self.problem(&port, &format!("libusb lists {who}: numbers that USB does not allow"));
         };
-        self.disagree(about(&port, format!("libusb lists {}, but sysfs does not show it", listed.describe())));
-        match self.from_libusb(listed, port.clone(), address) {
-            Ok(device) => self.found.push(device),
-            Err(what) => self.problems.push(about(&port, what)),
-        }
+        self.problem(&port, &format!("libusb lists {who}, but sysfs does not show it"));
+        self.libusb_alone(listed, port, address);
     }
 
-    /// `Err` when it cannot be told who the device is.
-    fn from_libusb(&mut self, listed: &Listed, port: PortPath, address: BusAddress) -> Result<Device, String> {
+    fn libusb_alone(&mut self, listed: &Listed, port: PortPath, address: BusAddress) {
         let usb = listed.usb();
         let strings = listed.strings(Wanted { serial: true, manufacturer: true, product: true });
-        if let Some(failure) = strings.failure {
-            if listed.has_serial() && strings.serial.is_none() {
-                return Err(format!("it cannot be told who it is: {failure}"));
-            }
-            self.problems.push(about(&port, failure));
+        self.problems.extend(strings.failure.iter().map(|what| about(&port, what)));
+        if strings.failure.is_some() && listed.has_serial() && strings.serial.is_none() {
+            return self.problem(
+                &port,
+                "has a serial number that could not be read: it cannot be told which device it is",
+            );
         }
         let interfaces = self.interfaces(listed, &port);
-        Ok(Device {
+        self.found.push(Device {
             key: DeviceKey { usb, serial: Serial::new(strings.serial, false), port },
             address,
             class: listed.class(),
@@ -178,17 +203,12 @@ impl Look {
             manufacturer: strings.manufacturer.or_else(|| names::vendor(usb)),
             product: strings.product.or_else(|| names::product(usb)),
             driver: None,
-            host_use: Some("sysfs does not show it, and it cannot be told whether the host uses it".into()),
-        })
+            host_use: Some("sysfs does not show it, so it cannot be told whether the host uses it".into()),
+        });
     }
 
-    fn disagree(&mut self, problem: Problem) {
-        self.agreed = false;
-        self.problems.push(problem);
-    }
-
-    fn snapshot(self) -> Snapshot {
-        Snapshot::new(self.found, self.problems)
+    fn problem(&mut self, port: &PortPath, what: &str) {
+        self.problems.push(about(port, what));
     }
 }
 
@@ -196,4 +216,47 @@ fn ascending(mut classes: Vec<Class>) -> Vec<Class> {
     classes.sort_unstable();
     classes.dedup();
     classes
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::discovery::Simulated;
+
+    const KEY: &str =
+        "[[device]]\nvendor = '0529'\nproduct = '0001'\nbus = 1\ndevice = 5\nport = '1-1'\nserial = 'A'\n";
+
+    fn without_libusb(simulated: &str) -> Snapshot {
+        let root = tempfile::tempdir().unwrap();
+        Simulated::parse(simulated).unwrap().write_sysfs(root.path()).unwrap();
+        let look = Look { sysfs: scan(root.path()), listed: Err(rusb::Error::Other) };
+        look.judge(&HostUse::new(root.path(), root.path()))
+    }
+
+    #[test]
+    fn libusb_may_fail_only_where_there_is_nothing() {
+        assert_eq!(without_libusb(""), Snapshot::default());
+        let snapshot = without_libusb(KEY);
+        assert!(snapshot.failed() && snapshot.is_unsure(&"7-7".parse().unwrap()));
+        assert!(
+            snapshot.problems[0].what.starts_with("libusb cannot list the devices"),
+            "{:?}",
+            snapshot.problems
+        );
+        assert_eq!(
+            snapshot.devices[0].key.to_string(),
+            "0529:0001 at port 1-1, serial A",
+            "sysfs tells it all the same"
+        );
+        assert!(without_libusb(&format!("{KEY}unreadable = true")).failed());
+    }
+
+    #[test]
+    fn the_simulated_tree_is_the_simulated_snapshot() {
+        let file = format!(
+            "{KEY}interfaces = ['03', 'ff']\nspeed = 'full'\ndriver = 'usbhid'\nproduct_name = 'HASP'"
+        );
+        let simulated = Simulated::parse(&file).unwrap().snapshot();
+        assert_eq!(without_libusb(&file).devices, simulated.devices);
+    }
 }

@@ -10,7 +10,8 @@ pub(super) fn vendor(usb: UsbId) -> Option<String> {
 
 /// The product's name in usb.ids.
 pub(super) fn product(usb: UsbId) -> Option<String> {
-    usb_ids::Device::from_vid_pid(usb.vendor.get(), usb.product.get()).and_then(|device| clean_text(device.name()))
+    usb_ids::Device::from_vid_pid(usb.vendor.get(), usb.product.get())
+        .and_then(|device| clean_text(device.name()))
 }
 
 #[cfg(test)]

@@ -41,6 +41,8 @@ pub(super) struct Plugged {
     pub(super) interfaces: Vec<Interface>,
     /// The driver of the device as a whole, where it is not the generic one (`usbip-host`).
     pub(super) driver: Option<String>,
+    /// Whether all of the interfaces could be read.
+    pub(super) whole: bool,
 }
 
 /// One interface's folder.
@@ -64,8 +66,12 @@ impl Scan {
 impl Plugged {
     /// The bound drivers, ascending, each once, joined by commas.
     pub(super) fn drivers(&self) -> Option<String> {
-        let mut drivers: Vec<&str> =
-            self.interfaces.iter().filter_map(|i| i.driver.as_deref()).chain(self.driver.as_deref()).collect();
+        let mut drivers: Vec<&str> = self
+            .interfaces
+            .iter()
+            .filter_map(|i| i.driver.as_deref())
+            .chain(self.driver.as_deref())
+            .collect();
         drivers.sort_unstable();
         drivers.dedup();
         (!drivers.is_empty()).then(|| drivers.join(","))
@@ -139,14 +145,28 @@ impl Scan {
 
     fn read(&mut self, port: PortPath, dir: PathBuf, seen: Seen) -> Plugged {
         let mut get = |name: &str| self.note(&port, attribute(&dir, name));
-        let class = get("bDeviceClass").and_then(|text| hex(&text)).map(Class::new);
         let speed = get("speed").and_then(|text| text.trim().parse().ok());
         let manufacturer = get("manufacturer").as_deref().and_then(clean_text);
         let product = get("product").as_deref().and_then(clean_text);
         let has_serial = get("serial").is_some();
         let driver = self.driver(&port, &dir).filter(|name| name != GENERIC_DRIVER);
+        let class = self.code(&port, &dir, "bDeviceClass").map(Class::new);
+        let problems = self.problems.len();
         let interfaces = self.interfaces(&port, &dir);
-        Plugged { port, dir, seen, has_serial, class, speed, manufacturer, product, interfaces, driver }
+        let whole = self.problems.len() == problems;
+        Plugged {
+            port,
+            dir,
+            seen,
+            has_serial,
+            class,
+            speed,
+            manufacturer,
+            product,
+            interfaces,
+            driver,
+            whole,
+        }
     }
 
     fn interfaces(&mut self, port: &PortPath, dir: &Path) -> Vec<Interface> {
@@ -155,7 +175,8 @@ impl Scan {
         let entries = match entries {
             Ok(entries) => entries,
             Err(e) => {
-                self.problems.push(about(port, format!("cannot list its interfaces in {}: {e}", dir.display())));
+                self.problems
+                    .push(about(port, format!("cannot list its interfaces in {}: {e}", dir.display())));
                 return Vec::new();
             }
         };
@@ -166,12 +187,23 @@ impl Scan {
     }
 
     fn interface(&mut self, port: &PortPath, dir: &Path) -> Option<Interface> {
-        let mut get = |name: &str| {
-            let text = self.note(port, attribute(dir, name));
-            text.and_then(|text| hex(&text))
-        };
-        let class = [get("bInterfaceClass")?, get("bInterfaceSubClass").unwrap_or(0), get("bInterfaceProtocol").unwrap_or(0)];
+        let mut code = |name: &str| self.code(port, dir, name);
+        let class = [
+            code("bInterfaceClass")?,
+            code("bInterfaceSubClass").unwrap_or(0),
+            code("bInterfaceProtocol").unwrap_or(0),
+        ];
         Some(Interface { class, driver: self.driver(port, dir) })
+    }
+
+    /// A class, subclass or protocol code.
+    fn code(&mut self, port: &PortPath, dir: &Path, name: &str) -> Option<u8> {
+        let text = self.note(port, attribute(dir, name))?;
+        let code = u8::from_str_radix(text.trim(), 16).ok();
+        if code.is_none() {
+            self.problems.push(about(port, format!("{} holds {text:?}", dir.join(name).display())));
+        }
+        code
     }
 
     /// The name that the folder's `driver` link ends in.
@@ -196,13 +228,102 @@ impl Scan {
 }
 
 fn is_root_hub(name: &str) -> bool {
-    name.strip_prefix("usb").is_some_and(|number| !number.is_empty() && number.bytes().all(|b| b.is_ascii_digit()))
+    name.strip_prefix("usb")
+        .is_some_and(|number| !number.is_empty() && number.bytes().all(|b| b.is_ascii_digit()))
 }
 
 fn is_gone(dir: &Path) -> bool {
     fs::read_dir(dir).is_err_and(|e| e.kind() == io::ErrorKind::NotFound)
 }
 
-fn hex(text: &str) -> Option<u8> {
-    u8::from_str_radix(text.trim(), 16).ok()
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+
+    /// A sysfs whose device folders hold `path = text`.
+    fn sysfs(files: &[(&str, &str)]) -> tempfile::TempDir {
+        let root = tempfile::tempdir().unwrap();
+        for (path, text) in files {
+            let path = root.path().join("bus/usb/devices").join(path);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, format!("{text}\n")).unwrap();
+        }
+        root
+    }
+
+    fn key(port: &str) -> Vec<(String, &'static str)> {
+        let files = [("idVendor", "0529"), ("idProduct", "0001"), ("busnum", "1"), ("devnum", "5")];
+        files.iter().map(|(name, value)| (format!("{port}/{name}"), *value)).collect()
+    }
+
+    fn with<'a>(base: &'a [(String, &'a str)], more: &[(&'a str, &'a str)]) -> Vec<(&'a str, &'a str)> {
+        base.iter().map(|(path, text)| (path.as_str(), *text)).chain(more.iter().copied()).collect()
+    }
+
+    #[test]
+    fn no_usb_is_nothing_and_no_sysfs_is_a_problem() {
+        let root = tempfile::tempdir().unwrap();
+        let none = scan(root.path());
+        assert!(none.is_empty() && none.problems.is_empty());
+        let problems = scan(&root.path().join("nowhere")).problems;
+        assert!(
+            problems[0].place.is_empty() && problems[0].what.contains("cannot read sysfs"),
+            "{problems:?}"
+        );
+        let blocked = sysfs(&[]);
+        fs::create_dir_all(blocked.path().join("bus/usb")).unwrap();
+        fs::write(blocked.path().join("bus/usb/devices"), "").unwrap();
+        assert!(scan(blocked.path()).problems[0].what.contains("cannot list"));
+    }
+
+    #[test]
+    fn attributes_interfaces_and_drivers() {
+        let base = key("1-1.4");
+        let root = sysfs(&with(
+            &base,
+            &[
+                ("1-1.4/serial", "  HL 1\u{7}"),
+                ("1-1.4/speed", "12"),
+                ("1-1.4/bDeviceClass", "ef"),
+                ("1-1.4/product", "HASP"),
+                ("1-1.4/1-1.4:1.0/bInterfaceClass", "03"),
+                ("1-1.4/1-1.4:1.1/bInterfaceClass", "08"),
+                ("1-1.4/1-1.4:1.1/bInterfaceSubClass", "06"),
+                ("usb1/idVendor", "1d6b"),
+                ("1-0:1.0/bInterfaceClass", "09"),
+            ],
+        ));
+        let device = root.path().join("bus/usb/devices/1-1.4");
+        symlink("../../../drivers/usb", device.join("driver")).unwrap();
+        symlink("../../../../drivers/usbhid", device.join("1-1.4:1.0/driver")).unwrap();
+        let found = scan(root.path());
+        assert_eq!((found.problems.as_slice(), found.plugged.len()), (&[][..], 1));
+        let plugged = &found.plugged[0];
+        assert_eq!(plugged.seen.serial.as_deref(), Some("HL 1\u{fffd}"));
+        assert_eq!(plugged.seen, at_port(root.path(), &plugged.port).unwrap().unwrap());
+        assert_eq!((plugged.speed, plugged.class), (Some(Speed::Full), Some(Class::new(0xef))));
+        assert_eq!((plugged.product.as_deref(), plugged.manufacturer.as_deref()), (Some("HASP"), None));
+        assert_eq!(plugged.interfaces[1], Interface { class: [8, 6, 0], driver: None });
+        assert_eq!(plugged.drivers().as_deref(), Some("usbhid"));
+        assert!(plugged.whole && found.by_address(BusAddress::new(1, 5).unwrap()).is_some());
+    }
+
+    #[test]
+    fn half_a_device_is_a_problem_at_its_port() {
+        let base = key("1-1");
+        let root = sysfs(&with(
+            &base,
+            &[("1-2/idVendor", "0529"), ("odd/idVendor", "0529"), ("1-1/bDeviceClass", "?")],
+        ));
+        fs::create_dir_all(root.path().join("bus/usb/devices/1-3/idVendor")).unwrap();
+        let found = scan(root.path());
+        let places: Vec<&str> = found.problems.iter().map(|problem| problem.place.as_str()).collect();
+        for place in ["1-1", "1-2", "1-3", "odd"] {
+            assert!(places.contains(&place), "{place} in {places:?}");
+        }
+        assert_eq!(found.unreadable.len(), 2);
+        assert_eq!(found.plugged.len(), 1, "an odd class alone takes no device away");
+    }
 }

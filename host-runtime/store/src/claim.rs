@@ -409,7 +409,8 @@ impl Grant<'_> {
         }
         step_revision(self.tx)?;
         let kept: BTreeSet<DeviceId> = chosen.iter().map(|g| g.device.entry.id).collect();
-        for claim in mine.iter().filter(|c| !kept.contains(&c.device_id)) {
+        // What was adopted from the domain's own XML was never asked for: it stays until release.
+        for claim in mine.iter().filter(|c| c.request.is_some() && !kept.contains(&c.device_id)) {
             give_back::delete(self.tx, claim, "released", "no longer asked for", self.context)?;
         }
         if !chosen.is_empty() {

@@ -246,16 +246,13 @@ impl<'a> Pipes<'a> {
 
     /// `None` when the deadline has passed.
     fn wait(&self, deadline: Option<Instant>) -> io::Result<Option<Ready>> {
-        let mut fds = Vec::with_capacity(3);
-        let mut add = |fd: Option<std::os::fd::BorrowedFd<'_>>, flags| {
-            fd.map(|fd| {
-                fds.push(PollFd::from_borrowed_fd(fd, flags));
-                fds.len() - 1
-            })
-        };
-        let stdin = add(self.stdin.as_ref().map(AsFd::as_fd), PollFlags::OUT);
-        let stdout = add(self.stdout.as_ref().map(AsFd::as_fd), PollFlags::IN);
-        let stderr = add(self.stderr.as_ref().map(AsFd::as_fd), PollFlags::IN);
+        let pipes = [
+            (self.stdin.as_ref().map(AsFd::as_fd), PollFlags::OUT),
+            (self.stdout.as_ref().map(AsFd::as_fd), PollFlags::IN),
+            (self.stderr.as_ref().map(AsFd::as_fd), PollFlags::IN),
+        ];
+        let open = pipes.iter().filter_map(|(fd, flags)| Some(PollFd::from_borrowed_fd((*fd)?, *flags)));
+        let mut fds: Vec<_> = open.collect();
         loop {
             let left = deadline.map(|at| at.saturating_duration_since(Instant::now()));
             match poll(&mut fds, left.map(timespec).as_ref()) {
@@ -265,8 +262,10 @@ impl<'a> Pipes<'a> {
                 Err(error) => return Err(error.into()),
             }
         }
-        let ready = |at: Option<usize>| at.and_then(|at| fds.get(at)).is_some_and(|fd| !fd.revents().is_empty());
-        Ok(Some(Ready { stdin: ready(stdin), stdout: ready(stdout), stderr: ready(stderr) }))
+        let mut polled = fds.iter();
+        let [stdin, stdout, stderr] =
+            pipes.map(|(fd, _)| fd.is_some() && polled.next().is_some_and(|fd| !fd.revents().is_empty()));
+        Ok(Some(Ready { stdin, stdout, stderr }))
     }
 
     /// A hook may end, or close its stdin, before it has read the XML.

@@ -114,7 +114,13 @@ impl Hooks {
             let (main, rest) = (dir.join("qemu"), dir.join("qemu.d"));
             looked.extend([main.display().to_string(), rest.join("*").display().to_string()]);
             scripts.extend(Some(main).filter(|path| is_executable(path)).map(plain));
-            extra.extend(executables(&rest)?.into_iter().filter(|path| !same_name(path, &extra)).map(plain).collect::<Vec<_>>());
+            extra.extend(
+                executables(&rest)?
+                    .into_iter()
+                    .filter(|path| !same_name(path, &extra))
+                    .map(plain)
+                    .collect::<Vec<_>>(),
+            );
         }
         extra.sort_by(|a, b| file_name(&a.path).cmp(file_name(&b.path)));
         scripts.append(&mut extra);
@@ -198,7 +204,8 @@ fn executables(dir: &Path) -> Result<Vec<PathBuf>, HookError> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
         Err(error) => return Err(failed(error)),
     };
-    let paths = entries.map(|entry| entry.map(|e| e.path())).collect::<io::Result<Vec<_>>>().map_err(failed)?;
+    let paths =
+        entries.map(|entry| entry.map(|e| e.path())).collect::<io::Result<Vec<_>>>().map_err(failed)?;
     Ok(paths.into_iter().filter(|path| is_executable(path)).collect())
 }
 

@@ -29,12 +29,14 @@ pub mod diff;
 pub mod story;
 
 pub use call::{Answer, Call, Exit, Hang, Settings, call};
-pub use chain::{Chained, HookError, Hooks, Request, Script};
+pub use chain::{Chained, HookError, Hooks, Link, Request, Script};
 pub use domain::{Domain, DomainError, FLAVOR_NAMESPACE};
-pub use lifecycle::{Caller, Cycle, Event, Player};
+pub use lifecycle::{Caller, Cycle, Event, Played, Player};
 pub use product::{Product, ProductError};
-pub use record::{CallRecord, Expect, Expected, OutputFate, Outcome, Play, ProductRun, Report, Verdict};
-pub use scenario::{Action, Scenario, ScenarioError, Step};
+pub use record::{
+    CallRecord, Expect, Expected, Frame, Outcome, OutputFate, Play, ProductRun, Report, Verdict,
+};
+pub use scenario::{Action, Scenario, ScenarioError, Step, default_subop};
 pub use scratch::{Scratch, ScratchError};
 pub use stage::{Stage, StageError};
 pub use surroundings::{differences, environment};

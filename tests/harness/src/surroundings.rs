@@ -17,7 +17,8 @@ pub fn environment(keep: &[String]) -> Vec<(String, OsString)> {
     let fixed = [("LC_ALL".to_owned(), OsString::from("C")), ("PATH".to_owned(), OsString::from(PATH))];
     let set = |name: &String| std::env::var_os(name).map(|value| (name.clone(), value));
     let passed = PASSED.map(str::to_owned);
-    let kept = keep.iter().filter(|name| !passed.contains(name) && !["LC_ALL", "PATH"].contains(&name.as_str()));
+    let kept =
+        keep.iter().filter(|name| !passed.contains(name) && !["LC_ALL", "PATH"].contains(&name.as_str()));
     fixed.into_iter().chain(passed.iter().chain(kept).filter_map(set)).collect()
 }
 
@@ -49,11 +50,14 @@ fn inherited_descriptors() -> Vec<(u32, String)> {
 fn passes_exec(fd: u32) -> bool {
     let info = fs::read_to_string(format!("/proc/self/fdinfo/{fd}")).unwrap_or_default();
     let flags = info.lines().find_map(|line| line.strip_prefix("flags:"));
-    flags.and_then(|octal| u32::from_str_radix(octal.trim(), 8).ok()).is_some_and(|flags| flags & 0o2_000_000 == 0)
+    flags
+        .and_then(|octal| u32::from_str_radix(octal.trim(), 8).ok())
+        .is_some_and(|flags| flags & 0o2_000_000 == 0)
 }
 
 fn target(fd: u32) -> String {
-    fs::read_link(format!("/proc/self/fd/{fd}")).map_or_else(|_| "gone".to_owned(), |path| path.display().to_string())
+    fs::read_link(format!("/proc/self/fd/{fd}"))
+        .map_or_else(|_| "gone".to_owned(), |path| path.display().to_string())
 }
 
 #[cfg(test)]

@@ -5,8 +5,8 @@
 //! use: taking a disk from under a mounted file system costs more than a device that an administrator has to release
 //! by naming it in the whitelist.
 //!
-//! Not told: who has a character device open (serial ports, printers), ZFS pools and guests that have the block device
-//! as their disk; the kernel shows no link from the device to them.
+//! Not told: who has a character device open (serial ports, printers), ZFS pools, guests that have the block device as
+//! their disk, and mounts that only other mount namespaces see; the kernel shows no link from the device to them.
 
 mod mounts;
 mod storage;
@@ -50,8 +50,9 @@ impl<'a> HostUse<'a> {
         let mut uses = Vec::new();
         uses.extend(self.storage(&subtree.blocks, &mut wrong));
         uses.extend(subtree.nets.iter().filter_map(|net| network(net, &mut wrong)));
+        uses.extend(subtree.hidden_net.then(|| "network interface in another namespace".to_owned()));
         uses.extend(keyboard(&plugged.interfaces));
-        if !subtree.problems.is_empty() {
+        if !subtree.problems.is_empty() || !plugged.whole {
             uses.push("it cannot be told whether the host uses it".to_owned());
         }
         problems.extend(wrong.into_iter().map(|what| about(&plugged.port, what)));
@@ -80,7 +81,9 @@ fn network(net: &Path, wrong: &mut Vec<String>) -> Option<String> {
     let name = net.file_name().and_then(|name| clean_text(&name.to_string_lossy())).unwrap_or_default();
     let flags = match attribute(net, "flags") {
         Ok(None) => return None,
-        Ok(Some(text)) => number(&text).ok_or_else(|| format!("{} holds {text:?}", net.join("flags").display())),
+        Ok(Some(text)) => {
+            number(&text).ok_or_else(|| format!("{} holds {text:?}", net.join("flags").display()))
+        }
         Err(e) => Err(e.to_string()),
     };
     match flags {
@@ -99,4 +102,167 @@ fn number(text: &str) -> Option<u64> {
 fn keyboard(interfaces: &[Interface]) -> Option<String> {
     let listens = |i: &Interface| i.class == BOOT_KEYBOARD && i.driver.as_deref() == Some("usbhid");
     interfaces.iter().any(listens).then(|| "keyboard in use by the host".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+    use crate::discovery::sysfs::scan;
+
+    const BLOCK: &str = "1-1:1.0/host6/target6:0:0/6:0:0:0/block";
+
+    /// A machine with one USB device at 1-1, in a folder.
+    struct Machine(tempfile::TempDir);
+
+    impl Machine {
+        fn new() -> Self {
+            let machine = Self(tempfile::tempdir().unwrap());
+            for (name, value) in
+                [("idVendor", "0951"), ("idProduct", "1666"), ("busnum", "1"), ("devnum", "2")]
+            {
+                machine.device(name, value);
+            }
+            machine.file("proc/self/mountinfo", "22 1 8:1 / / rw - ext4 /dev/sda1 rw");
+            machine
+        }
+        fn file(&self, path: &str, text: &str) {
+            let path = self.0.path().join(path);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, format!("{text}\n")).unwrap();
+        }
+        fn device(&self, path: &str, text: &str) {
+            self.file(&format!("sys/bus/usb/devices/1-1/{path}"), text);
+        }
+        /// A disk with one partition: sdb and sdb1, 8:16 and 8:17.
+        fn disk(&self) {
+            self.device(&format!("{BLOCK}/sdb/dev"), "8:16");
+            self.device(&format!("{BLOCK}/sdb/sdb1/dev"), "8:17");
+        }
+        fn mount(&self, mountinfo: &str) {
+            self.file("proc/1/mountinfo", mountinfo);
+        }
+        fn dm(&self, n: u32, held: &str) {
+            self.file(&format!("sys/class/block/dm-{n}/dev"), &format!("253:{n}"));
+            self.file(&format!("sys/{held}/holders/dm-{n}"), "");
+        }
+        fn look(&self) -> (Option<String>, Vec<Problem>) {
+            let (sysfs, procfs) = (self.0.path().join("sys"), self.0.path().join("proc"));
+            let scan = scan(&sysfs);
+            assert_eq!(scan.problems, []);
+            let mut problems = Vec::new();
+            let told = HostUse::new(&sysfs, &procfs).of(&scan.plugged[0], &mut problems);
+            (told, problems)
+        }
+        fn told(&self) -> String {
+            let (told, problems) = self.look();
+            assert_eq!(problems, []);
+            told.unwrap_or_default()
+        }
+    }
+
+    #[test]
+    fn an_idle_disk_is_not_in_use() {
+        let machine = Machine::new();
+        assert_eq!(machine.told(), "");
+        machine.disk();
+        assert_eq!(machine.told(), "");
+    }
+
+    #[test]
+    fn partitions_are_mounted_or_swapped_to() {
+        let machine = Machine::new();
+        machine.disk();
+        machine.mount(
+            "22 1 8:17 / /boot rw - ext4 /dev/sdb1 rw\n23 1 8:17 /x /boot\\040x rw - ext4 /dev/sdb1 rw",
+        );
+        assert_eq!(machine.told(), "mounted on /boot, /boot x");
+        machine.file("proc/swaps", "Filename Type Size Used Priority\n/dev/sdb partition 4 0 -2");
+        assert_eq!(machine.told(), "mounted on /boot, /boot x; swap");
+        let many: Vec<String> = (0..9).map(|i| format!("22 1 8:17 / /m{i} rw - ext4 /dev/sdb1 rw")).collect();
+        machine.mount(&many.join("\n"));
+        assert_eq!(machine.told(), "mounted on /m0, /m1, /m2, /m3 and 5 more; swap");
+    }
+
+    #[test]
+    fn holders_are_followed() {
+        let machine = Machine::new();
+        machine.disk();
+        machine.dm(0, &format!("bus/usb/devices/1-1/{BLOCK}/sdb/sdb1"));
+        assert_eq!(machine.told(), "held by dm-0");
+        machine.dm(1, "class/block/dm-0");
+        machine.file("sys/class/block/dm-1/dm/name", "vg-root");
+        machine.mount("22 1 0:30 / / rw - btrfs /dev/mapper/vg-root rw");
+        assert_eq!(machine.told(), "held by dm-0 held by dm-1 mounted on /");
+        machine.file("sys/class/block/dm-1/holders/dm-0", ""); // no kernel does this; a loop must end all the same
+        assert_eq!(machine.told(), "held by dm-0 held by dm-1 mounted on /");
+    }
+
+    #[test]
+    fn a_btrfs_over_several_devices_names_only_one_of_them() {
+        let machine = Machine::new();
+        machine.disk();
+        machine.mount("22 1 0:30 / /data rw - btrfs /dev/sda rw");
+        machine.file("sys/fs/btrfs/6e0c/devices/sdb1", "");
+        assert_eq!(machine.told(), "part of a mounted btrfs");
+    }
+
+    #[test]
+    fn what_cannot_be_told_is_in_use() {
+        let machine = Machine::new();
+        fs::remove_dir_all(machine.0.path().join("proc")).unwrap();
+        assert_eq!(machine.told(), "", "no storage: nothing to tell");
+        machine.disk();
+        let (told, problems) = machine.look();
+        assert_eq!(told.unwrap(), "storage, and it cannot be told whether it is mounted");
+        assert_eq!(problems[0].place, "1-1");
+        assert!(problems[0].what.contains("self/mountinfo"), "{}", problems[0].what);
+
+        machine.device("1-1:1.2/net/enx0/flags", "what");
+        assert!(machine.look().0.unwrap().starts_with("network interface enx0, and it cannot be told"));
+        machine.device(&format!("{}x/dev", "a/".repeat(20)), "8:1");
+        let (told, problems) = machine.look();
+        assert!(told.unwrap().starts_with("it cannot be told whether the host uses it; "));
+        assert_eq!(problems.len(), 3, "{problems:?}");
+    }
+
+    #[test]
+    fn a_network_interface_counts_while_it_is_up() {
+        let machine = Machine::new();
+        machine.device("1-1:1.0/net/enx0/flags", "0x1002");
+        assert_eq!(machine.told(), "");
+        machine.device("1-1:1.0/net/enx0/flags", "0x1003");
+        assert_eq!(machine.told(), "network interface enx0 is up");
+        fs::remove_dir_all(machine.0.path().join("sys/bus/usb/devices/1-1/1-1:1.0/net/enx0")).unwrap();
+        assert_eq!(machine.told(), "network interface in another namespace");
+    }
+
+    #[test]
+    fn a_keyboard_counts_while_the_kernel_listens() {
+        let machine = Machine::new();
+        for (name, value) in [("Class", "03"), ("SubClass", "01"), ("Protocol", "01")] {
+            machine.device(&format!("1-1:1.0/bInterface{name}"), value);
+        }
+        assert_eq!(machine.told(), "");
+        let link = machine.0.path().join("sys/bus/usb/devices/1-1/1-1:1.0/driver");
+        symlink("../../../../drivers/usbfs", &link).unwrap();
+        assert_eq!(machine.told(), "", "a guest has it");
+        fs::remove_file(&link).unwrap();
+        symlink("../../../../drivers/usbhid", &link).unwrap();
+        assert_eq!(machine.told(), "keyboard in use by the host");
+        machine.device("1-1:1.0/bInterfaceProtocol", "02");
+        assert_eq!(machine.told(), "", "a mouse");
+    }
+
+    #[test]
+    fn what_is_plugged_in_behind_is_not_ours_and_links_are_not_followed() {
+        let machine = Machine::new();
+        machine.mount("22 1 8:17 / /boot rw - ext4 /dev/sdb1 rw");
+        machine.device("1-1.2/1-1.2:1.0/host6/block/sdb/dev", "8:17");
+        machine.file("sys/elsewhere/block/sdb/dev", "8:17");
+        symlink("../../../../elsewhere", machine.0.path().join("sys/bus/usb/devices/1-1/link")).unwrap();
+        assert_eq!(machine.told(), "");
+    }
 }

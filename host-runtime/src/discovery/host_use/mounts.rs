@@ -51,7 +51,11 @@ impl Mounts {
     }
 
     /// Where the block device is mounted, known by its number (`8:1`) or by one of its names (`/dev/sda1`).
-    pub(super) fn points<'a>(&'a self, number: &'a str, names: &'a [String]) -> impl Iterator<Item = &'a str> {
+    pub(super) fn points<'a>(
+        &'a self,
+        number: &'a str,
+        names: &'a [String],
+    ) -> impl Iterator<Item = &'a str> {
         let is = move |mount: &&Mount| mount.number == number || names.contains(&mount.source);
         self.mounts.iter().filter(is).map(|mount| mount.point.as_str())
     }
@@ -107,7 +111,8 @@ mod tests {
 24 22 0:41 / /data rw - btrfs /dev/sdc rw,space_cache
 25 22 0:20 / /proc rw - proc proc rw
 ";
-    const SWAPS: &str = "Filename\tType\tSize\tUsed\tPriority\n/dev/sdb2 partition 4 0 -2\n/swap\\040file file 4 0 -3\n";
+    const SWAPS: &str =
+        "Filename\tType\tSize\tUsed\tPriority\n/dev/sdb2 partition 4 0 -2\n/swap\\040file file 4 0 -3\n";
 
     fn names(name: &str) -> Vec<String> {
         vec![format!("/dev/{name}")]

@@ -72,7 +72,10 @@ impl<'a> Storage<'a> {
             any = true;
             let held = format!("{held}held by {} ", clean_text(&name).unwrap_or_default());
             let holder = self.sysfs_root.join("class/block").join(&name);
-            if !self.followed.insert(holder.clone()) || self.followed.len() > HOLDERS || !self.disk(&holder, &held)? {
+            if !self.followed.insert(holder.clone()) {
+                continue; // its uses are told already
+            }
+            if self.followed.len() > HOLDERS || !self.disk(&holder, &held)? {
                 self.uses.insert(held.trim_end().to_owned());
             }
         }

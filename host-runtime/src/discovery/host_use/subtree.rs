@@ -1,6 +1,7 @@
 //! The part of sysfs that belongs to one device: its folder and the real folders in it, but not the USB devices
 //! plugged into it, and never what a link points to.
 
+use std::borrow::Cow;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -19,6 +20,9 @@ pub(super) struct Subtree {
     pub(super) blocks: Vec<PathBuf>,
     /// The folders of network interfaces (`…/net/enx…`).
     pub(super) nets: Vec<PathBuf>,
+    /// An interface is there but belongs to another network namespace: the kernel keeps `net` only while it holds
+    /// one, and hides those of other namespaces.
+    pub(super) hidden_net: bool,
     /// Why not all of it was seen.
     pub(super) problems: Vec<String>,
     visited: usize,
@@ -40,20 +44,26 @@ impl Subtree {
             return;
         }
         match folders(dir) {
-            Ok(children) => children.iter().for_each(|child| self.enter(child, depth + 1)),
+            Ok(children) => {
+                self.hidden_net |= children.is_empty() && name(dir) == "net";
+                children.iter().for_each(|child| self.enter(child, depth + 1));
+            }
             Err(e) => self.problems.push(format!("cannot list {}: {e}", dir.display())),
         }
     }
 
     fn enter(&mut self, child: &Path, depth: usize) {
-        let name = |path: &Path| path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-        match name(child.parent().unwrap_or(child)).as_str() {
+        match name(child.parent().unwrap_or(child)).as_ref() {
             "block" => self.blocks.push(child.to_owned()),
             "net" => self.nets.push(child.to_owned()),
             _ if name(child).parse::<PortPath>().is_ok() => {}
             _ => self.walk(child, depth),
         }
     }
+}
+
+fn name(path: &Path) -> Cow<'_, str> {
+    path.file_name().unwrap_or_default().to_string_lossy()
 }
 
 /// The folders in `dir`, in order, links left out; none when it has gone.

@@ -6,7 +6,8 @@ use std::str::FromStr;
 
 use toml::{Table, Value};
 use virt_usb_model::{
-    BusAddress, Class, Device, DeviceKey, ParseError, PortPath, ProductId, Serial, Speed, UsbId, VendorId, clean_text,
+    BusAddress, Class, Device, DeviceKey, ParseError, PortPath, ProductId, Serial, UsbId, VendorId,
+    clean_text,
 };
 
 use super::Entry;
@@ -41,8 +42,9 @@ pub(super) fn parse(text: &str) -> Result<Vec<Entry>, String> {
         Some(other) => return Err(format!("device: found {}, wanted [[device]]", other.type_str())),
     };
     let numbered = tables.iter().enumerate().map(|(i, value)| (i + 1, value));
-    let entries: Vec<Entry> =
-        numbered.map(|(n, value)| entry(value).map_err(|what| format!("device {n}: {what}"))).collect::<Result<_, _>>()?;
+    let entries: Vec<Entry> = numbered
+        .map(|(n, value)| entry(value).map_err(|what| format!("device {n}: {what}")))
+        .collect::<Result<_, _>>()?;
     distinct("port", entries.iter().map(|entry| entry.device.key.port.to_string()))?;
     distinct("bus and device", entries.iter().map(|entry| entry.device.address.to_string()))?;
     Ok(entries)
@@ -84,7 +86,10 @@ impl Fields<'_> {
         let address = self.address()?;
         let port: PortPath = self.needed("port", |value| parsed(value, "a port path such as \"1-1.4\""))?;
         if port.bus() != address.bus() {
-            return Err(format!("port: found {port} on bus {}: a port path begins with the bus", address.bus()));
+            return Err(format!(
+                "port: found {port} on bus {}: a port path begins with the bus",
+                address.bus()
+            ));
         }
         let class = self.optional("class", class)?.unwrap_or(Class::new(0));
         Ok(Entry {
@@ -106,8 +111,9 @@ impl Fields<'_> {
     fn address(&self) -> Result<BusAddress, String> {
         let number = |value: &Value| parsed::<u8>(value, "a whole number");
         let (bus, device) = (self.needed("bus", number)?, self.needed("device", number)?);
-        BusAddress::new(bus, device)
-            .ok_or_else(|| format!("device: found bus {bus} device {device}, wanted bus 1-255 and device 1-127"))
+        BusAddress::new(bus, device).ok_or_else(|| {
+            format!("device: found bus {bus} device {device}, wanted bus 1-255 and device 1-127")
+        })
     }
 
     fn interfaces(&self, class_of_device: Class) -> Result<Vec<Class>, String> {
@@ -119,14 +125,24 @@ impl Fields<'_> {
     }
 
     fn words(&self, key: &str) -> Result<Option<String>, String> {
-        Ok(self.optional(key, |value| value.as_str().ok_or_else(|| wanted(value, "a string")))?.and_then(clean_text))
+        Ok(self
+            .optional(key, |value| value.as_str().ok_or_else(|| wanted(value, "a string")))?
+            .and_then(clean_text))
     }
 
-    fn optional<'v, T>(&'v self, key: &str, read: impl Fn(&'v Value) -> Result<T, String>) -> Result<Option<T>, String> {
+    fn optional<'v, T>(
+        &'v self,
+        key: &str,
+        read: impl Fn(&'v Value) -> Result<T, String>,
+    ) -> Result<Option<T>, String> {
         self.0.get(key).map(read).transpose().map_err(|what| format!("{key}: {what}"))
     }
 
-    fn needed<'v, T>(&'v self, key: &str, read: impl Fn(&'v Value) -> Result<T, String>) -> Result<T, String> {
+    fn needed<'v, T>(
+        &'v self,
+        key: &str,
+        read: impl Fn(&'v Value) -> Result<T, String>,
+    ) -> Result<T, String> {
         self.optional(key, read)?.ok_or_else(|| format!("{key} is missing"))
     }
 }
@@ -142,14 +158,18 @@ fn product(value: &Value) -> Result<ProductId, String> {
 /// Text is hexadecimal, a number is its value: as in the whitelist.
 fn id<T: FromStr<Err = ParseError>>(value: &Value, from_number: impl Fn(u16) -> T) -> Result<T, String> {
     match value {
-        Value::Integer(n) => u16::try_from(*n).map(from_number).map_err(|_| wanted(n, "an id from 0 to 65535 (0xffff)")),
+        Value::Integer(n) => {
+            u16::try_from(*n).map(from_number).map_err(|_| wanted(n, "an id from 0 to 65535 (0xffff)"))
+        }
         other => parsed(other, "an id such as \"0529\""),
     }
 }
 
 fn class(value: &Value) -> Result<Class, String> {
     match value {
-        Value::Integer(n) => u8::try_from(*n).map(Class::new).map_err(|_| wanted(n, "a class from 0 to 255 (0xff)")),
+        Value::Integer(n) => {
+            u8::try_from(*n).map(Class::new).map_err(|_| wanted(n, "a class from 0 to 255 (0xff)"))
+        }
         other => parsed(other, "a class such as \"08\""),
     }
 }
@@ -201,5 +221,111 @@ fn wanted(found: impl Display, what: &str) -> String {
 fn syntax(e: &toml::de::Error, text: &str) -> String {
     let before = e.span().and_then(|span| text.get(..span.start));
     let message = e.message().split_whitespace().collect::<Vec<_>>().join(" ");
-    before.map_or_else(|| message.clone(), |before| format!("line {}: {message}", 1 + before.matches('\n').count()))
+    before.map_or_else(
+        || message.clone(),
+        |before| format!("line {}: {message}", 1 + before.matches('\n').count()),
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use virt_usb_model::Speed;
+
+    use super::*;
+
+    const KEY: &str = "[[device]]\nvendor = '0529'\nproduct = 1\nbus = 1\ndevice = '5'\nport = '1-1.4'\n";
+
+    fn one(more: &str) -> Device {
+        parse(&format!("{KEY}{more}")).unwrap().remove(0).device
+    }
+
+    #[test]
+    fn what_is_left_out_has_a_default() {
+        let device = one("");
+        assert_eq!(device.key.to_string(), "0529:0001 at port 1-1.4");
+        assert_eq!(device.address, BusAddress::new(1, 5).unwrap());
+        assert_eq!((device.class, device.interfaces.as_slice()), (Class::new(0), &[Class::new(0xff)][..]));
+        assert_eq!(device.manufacturer.as_deref(), Some("Aladdin Knowledge Systems"));
+        assert_eq!((device.speed, device.driver, device.host_use), (None, None, None));
+        assert_eq!(parse("").unwrap(), []);
+    }
+
+    #[test]
+    fn the_documented_example() {
+        let readme = include_str!("../README.md");
+        let example = readme.split("```").nth(1).unwrap().strip_prefix("toml").unwrap();
+        let entry = parse(example).unwrap().remove(0);
+        assert!(entry.unreadable);
+        assert_eq!(entry.device.key.serial.text(), Some("HL-0001"));
+        for key in KEYS {
+            assert!(example.lines().any(|line| line.starts_with(&format!("{key} = "))), "{key} is explained");
+        }
+    }
+
+    #[test]
+    fn people_write_many_ways() {
+        for (text, speed) in
+            [("'full'", Speed::Full), ("12", Speed::Full), ("1.5", Speed::Low), ("'5000'", Speed::Super)]
+        {
+            assert_eq!(one(&format!("speed = {text}")).speed, Some(speed), "{text}");
+        }
+        for text in ["'mass-storage'", "'08'", "8", "0x08"] {
+            assert_eq!(one(&format!("class = {text}")).interfaces, [Class::new(8)], "{text}");
+        }
+        assert_eq!(one("interfaces = ['ff', 3, 'ff']").interfaces, [Class::new(3), Class::new(0xff)]);
+        assert_eq!(one("driver = 'usbhid, snd-usb-audio'").driver.as_deref(), Some("snd-usb-audio,usbhid"));
+    }
+
+    #[test]
+    fn errors_name_the_device_and_the_key() {
+        let error = |more: &str| parse(&format!("{KEY}{more}")).unwrap_err();
+        assert_eq!(error("serail = 'x'"), "device 1: unknown key \"serail\": did you mean \"serial\"?");
+        assert!(error("colour = 1").starts_with("device 1: unknown key \"colour\": the keys are vendor,"));
+        assert!(error("speed = 'fast'").starts_with("device 1: speed: found \"fast\", wanted a speed"));
+        assert!(error("class = 300").starts_with("device 1: class: found 300, wanted a class from 0"));
+        assert!(error("unreadable = 'yes'").starts_with("device 1: unreadable: found"));
+        assert!(error("driver = '../x'").starts_with("device 1: driver: found \"../x\""));
+        assert!(error("serial = 5").starts_with("device 1: serial: found 5, wanted a string"));
+        assert!(error("serial = ").starts_with("line 7: "));
+        assert_eq!(error(KEY), "device 2: port: 1-1.4 is device 1's already");
+        let moved = KEY.replace("1-1.4", "1-2");
+        assert_eq!(error(&moved), "device 2: bus and device: usb_1_5 is device 1's already");
+        let wrong = |from: &str, to: &str| parse(&KEY.replace(from, to)).unwrap_err();
+        assert_eq!(wrong("product = 1\n", ""), "device 1: product is missing");
+        assert!(wrong("'0529'", "'zz'").starts_with("device 1: vendor: found \"zz\", wanted a vendor id"));
+        assert!(wrong("bus = 1", "bus = 2").starts_with("device 1: port: found 1-1.4 on bus 2"));
+        assert!(wrong("'5'", "0").contains("wanted bus 1-255 and device 1-127"));
+        assert!(wrong("'5'", "500").starts_with("device 1: device: found"));
+        assert!(wrong("1-1.4", "usb1").starts_with("device 1: port: found \"usb1\", wanted a port path"));
+        assert_eq!(
+            parse("host = 1").unwrap_err(),
+            "unknown key \"host\": each device is a [[device]] of its own"
+        );
+        assert_eq!(parse("device = 1").unwrap_err(), "device: found integer, wanted [[device]]");
+        assert_eq!(parse("device = [1]").unwrap_err(), "device 1: found integer, wanted [[device]]");
+    }
+
+    proptest! {
+        #[test]
+        fn no_text_is_a_panic(text in any::<String>()) {
+            let _ = parse(&text);
+        }
+
+        #[test]
+        fn no_value_is_a_panic(
+            key in proptest::sample::select(KEYS),
+            value in prop_oneof![
+                any::<i64>().prop_map(|n| n.to_string()),
+                any::<f64>().prop_filter("TOML", |n| n.is_finite()).prop_map(|n| format!("{n:?}")),
+                ".{0,200}".prop_map(|text| format!("{text:?}")),
+                proptest::collection::vec(any::<u16>(), 0..4).prop_map(|list| format!("{list:?}")),
+                Just("{ a = 1 }".to_owned()),
+                Just("1979-05-27".to_owned()),
+            ],
+        ) {
+            let others: String = KEY.lines().filter(|line| !line.starts_with(&format!("{key} "))).map(|l| format!("{l}\n")).collect();
+            let _ = parse(&format!("{others}{key} = {value}\n"));
+        }
+    }
 }

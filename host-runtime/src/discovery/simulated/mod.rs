@@ -1,4 +1,4 @@
-#![doc = include_str!("../README.md")]
+//! The simulated source: a file that people write, in the format that [`Simulated`] documents.
 
 mod format;
 mod tree;
@@ -10,8 +10,9 @@ use virt_usb_model::Device;
 
 use super::{Snapshot, UsbSource, about};
 
-/// USB devices out of a file: starts the whole system on a machine that has none.
+#[doc = include_str!("../README.md")]
 ///
+/// # Example
 /// ```
 /// use virt_usb::discovery::{Simulated, UsbSource};
 ///
@@ -71,7 +72,8 @@ impl Simulated {
     /// # Errors
     /// When it cannot be read, or is wrong anywhere.
     pub fn load(path: &Path) -> Result<Self, SimError> {
-        let text = std::fs::read_to_string(path).map_err(|source| SimError::Read { path: path.into(), source })?;
+        let text =
+            std::fs::read_to_string(path).map_err(|source| SimError::Read { path: path.into(), source })?;
         format::parse(&text)
             .map(|devices| Self { devices })
             .map_err(|what| SimError::Wrong { path: path.into(), what })
@@ -97,8 +99,131 @@ impl Simulated {
 
 impl UsbSource for Simulated {
     fn snapshot(&self) -> Snapshot {
-        let (lost, found): (Vec<_>, Vec<_>) = self.devices.iter().cloned().partition(|entry| entry.unreadable);
+        let (lost, found): (Vec<_>, Vec<_>) =
+            self.devices.iter().cloned().partition(|entry| entry.unreadable);
         let problem = |entry: &Entry| about(&entry.device.key.port, "cannot be read: the simulation says so");
-        Snapshot::new(found.into_iter().map(|entry| entry.device).collect(), lost.iter().map(problem).collect())
+        Snapshot::new(
+            found.into_iter().map(|entry| entry.device).collect(),
+            lost.iter().map(problem).collect(),
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use virt_usb_hook::sysfs::at_port;
+    use virt_usb_model::Serial;
+
+    use super::*;
+    use crate::discovery::sysfs::scan;
+
+    const FILE: &str = r#"
+        [[device]]
+        vendor = "0951"
+        product = "1666"
+        bus = 1
+        device = 7
+        port = "1-2"
+        serial = " twin\u0007 "
+        interfaces = ["08"]
+        speed = 480
+        driver = "usb-storage"
+        [[device]]
+        vendor = "0951"
+        product = "1666"
+        bus = 1
+        device = 6
+        port = "1-1.4"
+        serial = "twin\u0007"
+        host_use = "mounted on /"
+        [[device]]
+        vendor = "0529"
+        product = "0001"
+        bus = 2
+        device = 2
+        port = "2-1"
+        serial = "HL-1"
+        [[device]]
+        vendor = "0409"
+        product = "55aa"
+        bus = 1
+        device = 2
+        port = "1-1"
+        class = "hub"
+        [[device]]
+        vendor = "dead"
+        product = "beef"
+        bus = 3
+        device = 2
+        port = "3-1"
+        unreadable = true
+    "#;
+
+    #[test]
+    fn a_snapshot_tells_hubs_twins_and_problems() {
+        let snapshot = Simulated::parse(FILE).unwrap().snapshot();
+        let ports = |devices: &[Device]| devices.iter().map(|d| d.key.port.to_string()).collect::<Vec<_>>();
+        assert_eq!(ports(&snapshot.devices), ["1-1.4", "1-2", "2-1"]);
+        assert_eq!(ports(&snapshot.hubs), ["1-1"]);
+        assert_eq!(snapshot.devices[0].key.serial, Serial::Duplicate("twin\u{fffd}".into()));
+        assert_eq!(snapshot.devices[1].key.serial, Serial::Duplicate("twin\u{fffd}".into()));
+        assert_eq!(snapshot.devices[2].key.serial, Serial::Unique("HL-1".into()));
+        assert_eq!(snapshot.devices[0].host_use.as_deref(), Some("mounted on /"));
+        assert!(!snapshot.failed());
+        assert!(snapshot.is_unsure(&"3-1".parse().unwrap()) && !snapshot.is_unsure(&"1-2".parse().unwrap()));
+    }
+
+    #[test]
+    fn the_hook_and_discovery_see_the_tree() {
+        let root = tempfile::tempdir().unwrap();
+        let simulated = Simulated::parse(FILE).unwrap();
+        simulated.write_sysfs(root.path()).unwrap();
+        let snapshot = simulated.snapshot();
+        let found = scan(root.path());
+        for device in snapshot.devices.iter().chain(&snapshot.hubs) {
+            let seen = at_port(root.path(), &device.key.port).unwrap().unwrap();
+            assert_eq!((seen.usb, seen.address), (device.key.usb, device.address));
+            assert_eq!(seen.serial.as_deref(), device.key.serial.text());
+            let plugged = found.by_address(device.address).unwrap();
+            assert_eq!(
+                (&plugged.port, plugged.speed, plugged.drivers()),
+                (&device.key.port, device.speed, device.driver.clone())
+            );
+            assert_eq!(
+                plugged.interfaces.iter().map(|i| i.class[0]).collect::<Vec<_>>(),
+                device.interfaces.iter().map(|c| c.get()).collect::<Vec<_>>()
+            );
+        }
+        assert!(at_port(root.path(), &"3-1".parse().unwrap()).is_err(), "unreadable is not absent");
+        assert_eq!(found.plugged.len(), 4);
+
+        Simulated::default().write_sysfs(root.path()).unwrap();
+        assert!(scan(root.path()).is_empty());
+        simulated.write_sysfs(root.path()).unwrap();
+        assert_eq!(scan(root.path()).plugged.len(), 4);
+    }
+
+    #[test]
+    fn a_tree_that_is_not_ours_is_left_alone() {
+        let root = tempfile::tempdir().unwrap();
+        std::fs::create_dir_all(root.path().join("bus/usb/devices/1-1")).unwrap();
+        let refused = Simulated::default().write_sysfs(root.path()).unwrap_err();
+        assert!(refused.to_string().contains("was not written by a simulation"), "{refused}");
+        assert!(root.path().join("bus/usb/devices/1-1").exists());
+    }
+
+    #[test]
+    fn errors_name_the_file() {
+        let root = tempfile::tempdir().unwrap();
+        let file = root.path().join("keys.toml");
+        assert!(
+            Simulated::load(&file).unwrap_err().to_string().starts_with("cannot read the simulation file /")
+        );
+        std::fs::write(&file, "x = 1").unwrap();
+        let wrong = Simulated::load(&file).unwrap_err().to_string();
+        assert!(wrong.contains("keys.toml is wrong: unknown key \"x\""), "{wrong}");
+        assert!(
+            Simulated::parse("[[device]]").unwrap_err().to_string().ends_with("device 1: vendor is missing")
+        );
     }
 }

@@ -1,0 +1,63 @@
+//! What the caller gets: output, message, exit status; and what the record says.
+
+use std::io::{self, Write};
+
+/// The whole effect on the caller.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Answer {
+    /// The XML to use instead; `None`: unchanged, nothing is printed.
+    pub xml: Option<Vec<u8>>,
+    /// One line that says why the domain is refused; `None`: it is not.
+    pub refusal: Option<String>,
+    /// What an operator should know though the domain goes on: for the record, and for stderr.
+    pub warnings: Vec<String>,
+    /// What was done, for the record: `claimed 5, 7`.
+    pub did: String,
+}
+
+impl Answer {
+    /// Nothing to do with us.
+    pub fn unchanged(did: impl Into<String>) -> Self {
+        Self { did: did.into(), ..Self::default() }
+    }
+
+    /// The domain is refused.
+    pub fn refused(why: impl Into<String>) -> Self {
+        Self { refusal: Some(one_line(&why.into())), did: "refused".into(), ..Self::default() }
+    }
+
+    /// The same, with a warning.
+    #[must_use]
+    pub fn warn(mut self, warning: impl Into<String>) -> Self {
+        self.warnings.push(one_line(&warning.into()));
+        self
+    }
+
+    /// 0: go on; 1: refused.
+    pub const fn exit(&self) -> u8 {
+        if self.refusal.is_some() { 1 } else { 0 }
+    }
+
+    /// Writes XML and message. A refusal prints no XML.
+    ///
+    /// # Errors
+    /// When the XML cannot be written: half of it must not be taken for all of it.
+    pub fn deliver(&self, mut stdout: impl Write, mut stderr: impl Write) -> io::Result<()> {
+        for warning in &self.warnings {
+            drop(writeln!(stderr, "virt-usb: warning: {warning}"));
+        }
+        match (&self.refusal, &self.xml) {
+            (Some(why), _) => {
+                drop(writeln!(stderr, "virt-usb: {why}"));
+                Ok(())
+            }
+            (None, Some(xml)) => stdout.write_all(xml).and_then(|()| stdout.flush()),
+            (None, None) => Ok(()),
+        }
+    }
+}
+
+/// Messages are one line, and harmless to a terminal: names come from outsiders.
+fn one_line(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
+}

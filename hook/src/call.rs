@@ -1,0 +1,181 @@
+//! The call, parsed into what libvirt permits (docs: <https://libvirt.org/hooks.html>).
+//!
+//! | operation | what we do | a fault of ours |
+//! |---|---|---|
+//! | `prepare` | claim, rewrite; its exit is the veto | closed if the domain asks for a device, else open |
+//! | `restore`, `migrate` | claim, rewrite; a true filter | closed if the domain holds a USB hostdev, else open |
+//! | `started`, `stopped`, `release` | confirm, give back | open: a stop is never blocked, and a start no longer |
+//! | `reconnect` | adopt | open: libvirt kills the guest otherwise |
+//! | anything else | nothing | open |
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+/// What libvirt wants of us.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Operation {
+    /// A domain is about to start: it may be refused.
+    Gate,
+    /// A domain comes in with a state of its own: its XML may be replaced, or it is refused.
+    Filter(Incoming),
+    /// Something has happened: nothing can be refused.
+    Notice(Happened),
+    /// The daemon found the domain running.
+    Adopt,
+    /// Nothing for us, or from a libvirt newer than this program.
+    Ignored,
+}
+
+/// How a domain comes in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Incoming {
+    /// From an image on disk.
+    Restore,
+    /// From another host.
+    Migrate,
+}
+
+/// What has happened.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Happened {
+    /// QEMU runs.
+    Started,
+    /// QEMU is gone, libvirt has not let go of its devices yet.
+    Stopped,
+    /// Everything is let go of.
+    Released {
+        /// libvirt's reason, `-` before 10.5.
+        reason: String,
+    },
+}
+
+/// What becomes of a domain when we fail.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OnFault {
+    /// It goes on as if we were not there; the journal says what went wrong.
+    Open,
+    /// It is refused.
+    Closed,
+}
+
+impl Operation {
+    /// The rule, for each operation, in one place. `concerned`: the domain asks for a device of ours or holds one.
+    pub const fn on_fault(&self, concerned: bool) -> OnFault {
+        match (self, concerned) {
+            (Self::Gate | Self::Filter(_), true) => OnFault::Closed,
+            (Self::Gate | Self::Filter(_), false) => OnFault::Open,
+            (Self::Notice(_) | Self::Adopt | Self::Ignored, _) => OnFault::Open,
+        }
+    }
+
+    fn parse(op: &str, extra: &str) -> Self {
+        match op {
+            "prepare" => Self::Gate,
+            "restore" => Self::Filter(Incoming::Restore),
+            "migrate" => Self::Filter(Incoming::Migrate),
+            "started" => Self::Notice(Happened::Started),
+            "stopped" => Self::Notice(Happened::Stopped),
+            "release" => Self::Notice(Happened::Released { reason: extra.to_owned() }),
+            "reconnect" => Self::Adopt,
+            _ => Self::Ignored,
+        }
+    }
+}
+
+/// One call.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Call {
+    /// `--config FILE`.
+    pub config: Option<PathBuf>,
+    /// The domain's name, as libvirt passes it. The XML decides who it is.
+    pub name: String,
+    /// The operation's name, for records.
+    pub op: String,
+    /// What it means.
+    pub operation: Operation,
+}
+
+/// What the arguments ask for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Asked {
+    /// To handle a call.
+    Handle(Call),
+    /// The usage text.
+    Help,
+    /// The version.
+    Version,
+    /// They are wrong, in this way.
+    Wrong(String),
+}
+
+/// The usage text.
+pub const USAGE: &str = "\
+usage: virt-usb-hook [--config FILE] NAME OPERATION SUBOPERATION EXTRA < DOMAIN.xml
+
+libvirt calls this program at every step of a domain's life; people try it with hook-harness.
+It lives in /etc/libvirt/hooks/qemu.d/. Exit status: 0 go on, 1 refused (the reason is on
+stderr), 2 wrong arguments. The rewritten XML, where there is one, is on stdout.
+";
+
+/// Reads the arguments after the program's name. Bytes that are not UTF-8 are replaced; more arguments than four are passed over,
+/// because a later libvirt may send them.
+pub fn parse(arguments: impl Iterator<Item = OsString>) -> Asked {
+    let mut arguments = arguments.map(|a| a.to_string_lossy().into_owned()).peekable();
+    let mut config = None;
+    while let Some(option) = arguments.next_if(|a| a.starts_with("--")) {
+        match option.as_str() {
+            "--help" => return Asked::Help,
+            "--version" => return Asked::Version,
+            "--config" => match arguments.next() {
+                Some(file) => config = Some(file.into()),
+                None => return Asked::Wrong("--config needs a file".into()),
+            },
+            "--" => break,
+            other => match other.strip_prefix("--config=") {
+                Some(file) => config = Some(file.into()),
+                None => return Asked::Wrong(format!("unknown option {other}")),
+            },
+        }
+    }
+    let (Some(name), Some(op), Some(_), Some(extra)) = (arguments.next(), arguments.next(), arguments.next(), arguments.next()) else {
+        return Asked::Wrong("four arguments are needed: NAME OPERATION SUBOPERATION EXTRA".into());
+    };
+    let operation = Operation::parse(&op, &extra);
+    Asked::Handle(Call { config, name, op, operation })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn args(words: &[&str]) -> Asked {
+        parse(words.iter().map(OsString::from))
+    }
+
+    #[test]
+    fn libvirts_calls() {
+        let Asked::Handle(call) = args(&["g1", "release", "end", "destroyed"]) else { panic!() };
+        assert_eq!(call.operation, Operation::Notice(Happened::Released { reason: "destroyed".into() }));
+        let Asked::Handle(call) = args(&["--config", "/c", "--g", "prepare", "begin", "-"]) else {
+            assert!(matches!(args(&["--config", "/c", "--g", "prepare", "begin", "-"]), Asked::Wrong(_)));
+            return;
+        };
+        panic!("{call:?}");
+    }
+
+    #[test]
+    fn operations_of_a_later_libvirt_are_ignored_and_never_closed() {
+        let Asked::Handle(call) = args(&["g1", "teleport", "begin", "-", "more"]) else { panic!() };
+        assert_eq!(call.operation, Operation::Ignored);
+        assert_eq!(call.operation.on_fault(true), OnFault::Open);
+    }
+
+    #[test]
+    fn what_is_missing_is_said() {
+        assert!(matches!(args(&["g1", "prepare"]), Asked::Wrong(_)));
+        assert!(matches!(args(&["--config"]), Asked::Wrong(_)));
+        assert_eq!(args(&["--help"]), Asked::Help);
+        assert_eq!(args(&["--config=/x", "--version"]), Asked::Version);
+        assert!(matches!(args(&["--", "--odd", "start", "begin", "-"]), Asked::Handle(c) if c.name == "--odd"));
+    }
+}

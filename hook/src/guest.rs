@@ -1,0 +1,158 @@
+//! The guest and its host, as the store asks about them while it chooses devices.
+
+use std::path::Path;
+use std::time::Duration;
+
+use virt_usb_domxml::{Domain, Edits, Fit, Hostdev, UsbHostdev};
+use virt_usb_model::Speed;
+use virt_usb_store::adopt::Holding;
+use virt_usb_store::claim::{Granted, Judge, Verified};
+use virt_usb_store::{Context, Durability, Record, Store};
+
+use crate::config::{Config, HoldPolicy};
+use crate::machine;
+use crate::run::Fault;
+use crate::sysfs;
+
+/// How long all waits for the store's lock may last together.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// Opens the store for one call.
+pub(crate) fn open(config: &Config, op: &str, concerned: bool) -> Result<(Store, Context), Fault> {
+    let fault = |e: &dyn std::fmt::Display| Fault::of(concerned, e);
+    let durability = if config.hold == HoldPolicy::Instance { Durability::Power } else { Durability::Boot };
+    let context = machine::context(&config.procfs_root, format!("hook {op}")).map_err(|e| fault(&e))?;
+    let store = Store::open(&config.state_dir, PATIENCE, durability).map_err(|e| fault(&e))?;
+    Ok((store, context))
+}
+
+/// Looks at ports, nothing else.
+pub(crate) struct Ports<'a> {
+    pub(crate) sysfs_root: &'a Path,
+}
+
+impl Judge for Ports<'_> {
+    fn verify(&mut self, candidate: &Record) -> Verified {
+        let entry = &candidate.entry;
+        let port = &entry.port_path;
+        match sysfs::at_port(self.sysfs_root, port) {
+            Ok(Some(seen)) if seen.usb == candidate.usb() && seen.serial == entry.serial => Verified::Here(seen.address),
+            Ok(Some(seen)) => {
+                let serial = seen.serial.map(|s| format!(" serial {s}")).unwrap_or_default();
+                Verified::Not(format!("port {port} now holds {}{serial}", seen.usb))
+            }
+            Ok(None) => Verified::Not(format!("nothing is plugged in at port {port}")),
+            Err(e) => Verified::Not(e.to_string()),
+        }
+    }
+    fn fits(&mut self, _: &[Granted]) -> Result<(), String> {
+        Ok(())
+    }
+}
+
+/// Looks at ports, and at whether the guest can take the devices.
+pub(crate) struct Guest<'a> {
+    pub(crate) ports: Ports<'a>,
+    pub(crate) domain: &'a Domain,
+    /// How many redirection devices the flavor asks for.
+    pub(crate) redirections: usize,
+    /// What is to be changed in the XML: known once [`Judge::fits`] said yes.
+    pub(crate) edits: Edits,
+}
+
+impl<'a> Guest<'a> {
+    pub(crate) fn new(sysfs_root: &'a Path, domain: &'a Domain, redirections: usize) -> Self {
+        Self { ports: Ports { sysfs_root }, domain, redirections, edits: Edits::default() }
+    }
+
+    /// What has to be injected for these devices and redirections, if the guest can take it.
+    pub(crate) fn plan(&mut self, chosen: &[Granted]) -> Result<(), String> {
+        self.refuse_strangers(chosen)?;
+        let new: Vec<&Granted> = chosen.iter().filter(|g| !self.has(g)).collect();
+        let redirdevs = self.missing_redirdevs();
+        if !redirdevs.is_empty() && !self.domain.spice {
+            return Err("asks for usb_redirection_devices, but has no SPICE graphics to carry them: add <graphics type='spice'/> \
+                        to the domain (in Nova: spice enabled on the host), or take the redirection out of the flavor"
+                .into());
+        }
+        let speeds: Vec<Option<Speed>> = new.iter().map(|g| g.device.entry.speed).chain(redirdevs.iter().map(|_| None)).collect();
+        let controller = self.ports_for(&speeds)?;
+        let hostdevs = new.iter().map(|g| hostdev(&g.device)).collect();
+        self.edits = Edits { hostdevs, redirdevs, controller, relocate: Vec::new() };
+        Ok(())
+    }
+
+    /// A hostdev with our alias that is not what this instance was given now would start with a device that may be somebody else's:
+    /// libvirt starts the XML as it stands, not as we print it.
+    fn refuse_strangers(&self, chosen: &[Granted]) -> Result<(), String> {
+        for (id, hostdev) in self.domain.hostdevs.iter().filter_map(|h| Some((h.injected()?, h))) {
+            let advice = "take that <hostdev> out of the domain (virsh edit), or start it with 'virt-usb start', which writes it anew";
+            let Some(granted) = chosen.iter().find(|g| g.device.entry.id == id) else {
+                return Err(format!("has a <hostdev> for device {id} (alias ua-usb-{id}) in its XML that its flavor does not ask for or that it cannot have: {advice}"));
+            };
+            if hostdev.address.is_some_and(|a| a != granted.device.entry.address) || hostdev.usb.is_some_and(|u| u != granted.device.usb()) {
+                return Err(format!(
+                    "has a <hostdev> (alias ua-usb-{id}) in its XML with an address that is no longer that of device {id}, which is now {}: {advice}",
+                    granted.device.entry.address
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether the XML holds the device already, injected or written by hand.
+    fn has(&self, granted: &Granted) -> bool {
+        let device = &granted.device;
+        self.domain.hostdevs.iter().any(|h| match h.injected() {
+            Some(id) => id == device.entry.id,
+            None => h.address == Some(device.entry.address) || (granted.already && h.address.is_none() && h.usb == Some(device.usb())),
+        })
+    }
+
+    /// The flavor's redirection entries for which the XML has none yet. Those that somebody else wrote serve the first entries.
+    fn missing_redirdevs(&self) -> Vec<usize> {
+        let spicevmc = || self.domain.redirdevs.iter().filter(|r| r.kind == "spicevmc");
+        let foreign = spicevmc().filter(|r| r.injected().is_none()).count();
+        (foreign..self.redirections).filter(|n| !spicevmc().any(|r| r.injected() == Some(*n))).collect()
+    }
+
+    /// Whether the guest has USB ports for devices of these speeds; true: with a controller of ours.
+    fn ports_for(&self, speeds: &[Option<Speed>]) -> Result<bool, String> {
+        if speeds.is_empty() {
+            return Ok(false);
+        }
+        match self.domain.bus.fit(speeds) {
+            Fit::Fits => Ok(false),
+            Fit::NeedsController => Ok(true),
+            Fit::NoUsb => Err("has no USB bus (<controller type='usb' model='none'/>), and libvirt adds none to it: \
+                               remove that controller, or in Nova set hw:usb_model=qemu-xhci on the flavor (image: hw_usb_model=qemu-xhci)"
+                .into()),
+            Fit::TooFew { needed, free, speed, .. } => {
+                let speed = speed.map(|s| format!(" for a {s}-speed device")).unwrap_or_default();
+                Err(format!(
+                    "needs {needed} USB port(s) more{speed} and has {free} free: give it <controller type='usb' model='qemu-xhci' ports='15'/> \
+                     instead of its USB controller (in Nova: hw:usb_model=qemu-xhci)"
+                ))
+            }
+        }
+    }
+}
+
+impl Judge for Guest<'_> {
+    fn verify(&mut self, candidate: &Record) -> Verified {
+        self.ports.verify(candidate)
+    }
+    fn fits(&mut self, chosen: &[Granted]) -> Result<(), String> {
+        self.plan(chosen)
+    }
+}
+
+/// The source that libvirt is given: vendor, product and address together.
+pub(crate) const fn hostdev(device: &Record) -> Hostdev {
+    Hostdev { id: device.entry.id, usb: device.usb(), address: device.entry.address }
+}
+
+/// A hostdev of the XML, as the store looks for it.
+pub(crate) fn holding(hostdev: &UsbHostdev) -> Holding {
+    Holding { id: hostdev.injected(), usb: hostdev.usb, address: hostdev.address }
+}

@@ -1,0 +1,77 @@
+//! The machine: which boot this is, how long it lasts, whether an agent lives.
+
+use std::fs::{File, TryLockError};
+use std::path::Path;
+
+use virt_usb_store::Context;
+
+/// The machine cannot say which boot this is.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot read {path}: {what}; without it no claim can be dated")]
+pub struct BootError {
+    path: String,
+    what: String,
+}
+
+/// The context of a write: this boot, this moment, and `actor` (`hook prepare`).
+///
+/// # Errors
+/// When procfs does not hold `sys/kernel/random/boot_id` and `uptime`.
+pub fn context(procfs_root: &Path, actor: impl Into<String>) -> Result<Context, BootError> {
+    let read = |name: &str| {
+        let path = procfs_root.join(name);
+        std::fs::read_to_string(&path).map_err(|e| BootError { path: path.display().to_string(), what: e.to_string() })
+    };
+    let boot_id = read("sys/kernel/random/boot_id")?.trim().to_owned();
+    let uptime = read("uptime")?;
+    let uptime = uptime.split_whitespace().next().and_then(|t| t.parse().ok()).ok_or_else(|| BootError {
+        path: procfs_root.join("uptime").display().to_string(),
+        what: format!("{:?} does not begin with seconds since boot", uptime.trim()),
+    })?;
+    Ok(Context { boot_id, uptime, actor: actor.into() })
+}
+
+/// Whether somebody attaches devices to guests that are started by others.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Agent {
+    /// It holds its lock.
+    Alive,
+    /// It is installed, but does not run.
+    Dead,
+    /// There is none: only a caller that uses the printed XML gets the device.
+    NotInstalled,
+}
+
+/// Asks the kernel, by the lock on `state_dir/agent.lock`.
+pub fn agent(state_dir: &Path) -> Agent {
+    match File::open(state_dir.join("agent.lock")) {
+        Err(_) => Agent::NotInstalled,
+        Ok(file) => match file.try_lock_shared() {
+            Err(TryLockError::WouldBlock) => Agent::Alive,
+            _ => Agent::Dead,
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_lock_tells_whether_the_agent_lives() {
+        let state = tempfile::tempdir().unwrap();
+        assert_eq!(agent(state.path()), Agent::NotInstalled);
+        let lock = File::create(state.path().join("agent.lock")).unwrap();
+        assert_eq!(agent(state.path()), Agent::Dead);
+        lock.lock().unwrap();
+        assert_eq!(agent(state.path()), Agent::Alive);
+    }
+
+    #[test]
+    fn this_boot_has_an_id() {
+        let context = context(Path::new("/proc"), "test").unwrap();
+        assert_eq!(context.boot_id.len(), 36);
+        assert!(context.uptime > 0.0);
+        assert!(super::context(Path::new("/nowhere"), "test").unwrap_err().to_string().contains("/nowhere/sys/kernel/random/boot_id"));
+    }
+}

@@ -1,0 +1,63 @@
+//! Refusals: one line that names the request, what is there, who holds it, and what to do.
+
+use virt_usb_model::state::Status;
+use virt_usb_store::Record;
+use virt_usb_store::claim::{Obstacle, Shortage, Why};
+
+/// `device 5 (0529:0001 "HASP HL", port 1-1.4)`
+pub(crate) fn device(record: &Record) -> String {
+    let name = record.name().map(|n| format!(" \"{n}\"")).unwrap_or_default();
+    format!("device {} ({}{name}, port {})", record.entry.id, record.usb(), record.entry.port_path)
+}
+
+/// What the domain asked for that cannot be had, and what there is.
+pub(crate) fn shortage(domain: &str, short: &Shortage) -> String {
+    let count = short.request.count;
+    let asked = format!("{domain} asks for usb_devices[{}] {}", short.number, short.request);
+    if short.total == 0 {
+        return format!("{asked}, and this host has no such device: plug it in, or see 'virt-usb devices' for what there is");
+    }
+    let (hidden, shown): (Vec<&Obstacle>, Vec<&Obstacle>) = short.matching.iter().partition(|o| o.why == Why::Project);
+    let mut parts: Vec<String> = shown.into_iter().map(obstacle).collect();
+    if !hidden.is_empty() {
+        parts.push(format!("{} given to other projects only", hidden.len()));
+    }
+    let more = short.total.saturating_sub(short.matching.len());
+    if more > 0 {
+        parts.push(format!("{more} more, see 'virt-usb devices'"));
+    }
+    let missing = count.saturating_sub(short.got);
+    let lack = if count == 1 { String::new() } else { format!(", {missing} too few") };
+    format!("{asked}{lack}; of {} that match: {}. {}", short.total, parts.join("; "), advice(short))
+}
+
+fn obstacle(obstacle: &Obstacle) -> String {
+    let subject = device(&obstacle.device);
+    match &obstacle.why {
+        Why::HeldBy(claim) => format!("{subject} is held by {} ({}) since {}", claim.domain, claim.instance_uuid, claim.created_at),
+        Why::OtherRequest => format!("{subject} serves another request of this domain"),
+        Why::NotThere(why) => format!("{subject} is not where it was: {why}"),
+        Why::Project => format!("{subject} is given to other projects only"),
+        Why::Unavailable => {
+            let status = obstacle.device.entry.state().unwrap_or(Status::Available);
+            let used = obstacle.device.entry.host_use.as_deref().filter(|_| status.reason() == Some(virt_usb_model::Reason::HostUse));
+            format!("{subject} is {status}{}", used.map(|u| format!(": {u}")).unwrap_or_default())
+        }
+    }
+}
+
+/// What to do, by what stands in the way most often.
+fn advice(short: &Shortage) -> &'static str {
+    let any = |test: fn(&Why) -> bool| short.matching.iter().any(|o| test(&o.why));
+    if any(|w| matches!(w, Why::HeldBy(_))) {
+        "Stop the guest that holds it, or 'virt-usb claims release INSTANCE --force' if that guest is gone"
+    } else if any(|w| matches!(w, Why::NotThere(_))) {
+        "Run 'virt-usb discover' on this host"
+    } else if any(|w| matches!(w, Why::Unavailable)) {
+        "'virt-usb whitelist check' says why it is not offered"
+    } else if any(|w| matches!(w, Why::Project)) {
+        "The whitelist on this host gives it to other projects"
+    } else {
+        "Plug in one more"
+    }
+}

@@ -1,0 +1,91 @@
+//! `started`, `stopped`, `release`, `reconnect`: nothing can be refused, and nothing here ever fails a call.
+
+use virt_usb_domxml::UsbHostdev;
+use virt_usb_model::DeviceId;
+use virt_usb_store::adopt::{Adoption, Stage};
+use virt_usb_store::give_back::Extent;
+use virt_usb_store::{Context, Store, StoreError};
+
+use crate::answer::Answer;
+use crate::guest::{Ports, holding, open};
+use crate::message;
+use crate::prepare::asker;
+use crate::run::{Fault, Job, NOTHING};
+
+/// The guest runs: what its live XML shows is in it.
+pub(crate) fn started(job: &Job<'_>) -> Result<Answer, Fault> {
+    running(job, job.may_be_known(&job.state_dir()))
+}
+
+/// The daemon found the guest running: it keeps what it has.
+pub(crate) fn reconnect(job: &Job<'_>) -> Result<Answer, Fault> {
+    running(job, job.may_be_known(&job.state_dir()) || !job.domain.hostdevs.is_empty())
+}
+
+fn running(job: &Job<'_>, concerned: bool) -> Result<Answer, Fault> {
+    let (Some(instance), true) = (job.domain.uuid, concerned) else { return Ok(Answer::unchanged(NOTHING)) };
+    let fault = |e: StoreError| Fault::of(true, e);
+    let config = job.config(true)?;
+    let (mut store, context) = open(config, &job.call.op, true)?;
+    let holdings: Vec<_> = job.domain.hostdevs.iter().map(holding).collect();
+    let mut ports = Ports { sysfs_root: &config.sysfs_root };
+    let adopted = match holdings.is_empty() {
+        true => Vec::new(),
+        false => store.adopt(&asker(job.domain, instance), &holdings, Stage::Running, &mut ports, &context).map_err(fault)?,
+    };
+    // A device with our alias is in the guest even if its port cannot be read at this moment.
+    let injected = job.domain.hostdevs.iter().filter_map(UsbHostdev::injected);
+    let in_guest: Vec<DeviceId> = adopted
+        .iter()
+        .filter_map(|a| match a {
+            Adoption::New(id) | Adoption::AlreadyYours(id) => Some(*id),
+            Adoption::HeldBy(..) | Adoption::Unknown => None,
+        })
+        .chain(injected)
+        .collect();
+    let waiting = store.confirm(instance, &in_guest, &context).map_err(fault)?;
+    let mut answer = Answer::unchanged(format!("{} in the guest, {} to be attached", in_guest.len(), waiting.len()));
+    for adoption in &adopted {
+        if let Adoption::HeldBy(device, claim) = adoption {
+            answer = answer.warn(format!(
+                "{} runs with {} though {} ({}) holds it: detach it from one of them",
+                job.domain.name,
+                message::device(device),
+                claim.domain,
+                claim.instance_uuid
+            ));
+        }
+    }
+    Ok(answer)
+}
+
+/// QEMU is gone. The devices stay the instance's until `release`: between the two calls libvirt still counts them as the
+/// domain's (qemuProcessStop calls this hook before qemuHostdevReAttachDomainDevices, and the release hook after it), and
+/// whoever was given one now would be refused by libvirt.
+pub(crate) fn stopped(job: &Job<'_>) -> Result<Answer, Fault> {
+    with_store(job, |store, context| {
+        let Some(instance) = job.domain.uuid else { return Ok(NOTHING.into()) };
+        store.out_of_guest(instance, context)?;
+        Ok("out of the guest".into())
+    })
+}
+
+/// Everything is let go of: give back what this instance holds, and nothing else.
+pub(crate) fn released(job: &Job<'_>, reason: &str) -> Result<Answer, Fault> {
+    with_store(job, |store, context| {
+        let Some(instance) = job.domain.uuid else { return Ok(NOTHING.into()) };
+        let freed = store.release(instance, Extent::Run, &format!("libvirt: {reason}"), context)?;
+        let ids: Vec<String> = freed.iter().map(ToString::to_string).collect();
+        Ok(if ids.is_empty() { "nothing to give back".into() } else { format!("gave back {}", ids.join(", ")) })
+    })
+}
+
+fn with_store(job: &Job<'_>, work: impl FnOnce(&mut Store, &Context) -> Result<String, StoreError>) -> Result<Answer, Fault> {
+    if !job.may_be_known(&job.state_dir()) {
+        return Ok(Answer::unchanged(NOTHING));
+    }
+    let (mut store, context) = open(job.config(true)?, &job.call.op, true)?;
+    work(&mut store, &context)
+        .map(Answer::unchanged)
+        .map_err(|e| Fault::of(true, format!("{e}; the claims of {} stay until the agent or 'virt-usb claims release' frees them", job.domain.name)))
+}

@@ -1,0 +1,167 @@
+//! `prepare`: claim what the domain asks for, and write it into the XML, or refuse the start.
+
+use virt_usb_domxml::Domain;
+use virt_usb_model::{DeviceId, Flavor, InstanceId, Selector};
+use virt_usb_store::adopt::{Adoption, Stage};
+use virt_usb_store::claim::{Asker, Claimed, Granted, Standing, Want};
+use virt_usb_store::{Context, Source, Store};
+
+use crate::answer::Answer;
+use crate::config::{Config, HoldPolicy};
+use crate::guest::{Guest, Ports, holding, open};
+use crate::machine::{self, Agent};
+use crate::message;
+use crate::run::{Fault, Job, NOTHING};
+use crate::wish::{Wish, wants};
+
+pub(crate) fn prepare(job: &Job<'_>) -> Result<Answer, Fault> {
+    let state_dir = job.state_dir();
+    let wish = Wish::read(&job.domain.flavor, &state_dir)?;
+    let known = job.may_be_known(&state_dir);
+    let by_hand = !job.domain.hostdevs.is_empty();
+    if !(wish.is_certain() || wish.needs_store() || known || by_hand) {
+        return Ok(Answer::unchanged(NOTHING));
+    }
+    let concerned = wish.is_certain() || wish.needs_store() || known;
+    let config = job.config(concerned)?;
+    if !(wish.needs_store() || known || by_hand) {
+        return redirections_only(job, config, wish);
+    }
+    let instance = job.domain.uuid.ok_or_else(|| Fault::of(concerned, format!("the domain {} has no <uuid>: devices are claimed by it", job.domain.name)))?;
+    let asker = asker(job.domain, instance);
+    let (store, context) = open(config, &job.call.op, concerned)?;
+    let mut gate = Gate { job, config, store, context, asker };
+    if let Some(refusal) = gate.take_over_by_hand(concerned)? {
+        return Ok(refusal);
+    }
+    let flavor = wish.resolve(&gate.store)?;
+    gate.claim(&flavor)
+}
+
+/// For whom devices are claimed.
+pub(crate) fn asker(domain: &Domain, instance: InstanceId) -> Asker {
+    Asker { instance, domain: domain.name.clone(), project: domain.project.clone() }
+}
+
+/// A flavor without `usb_devices` needs no inventory.
+fn redirections_only(job: &Job<'_>, config: &Config, wish: Wish) -> Result<Answer, Fault> {
+    let Wish::Flavor(flavor) = wish else { return Ok(Answer::unchanged(NOTHING)) };
+    let mut guest = Guest::new(&config.sysfs_root, job.domain, flavor.usb_redirection_devices.len());
+    match guest.plan(&[]) {
+        Err(why) => Ok(Answer::refused(format!("{} {why}", job.domain.name))),
+        Ok(()) => rewritten(job, config, &guest, "redirection only".into()),
+    }
+}
+
+struct Gate<'a> {
+    job: &'a Job<'a>,
+    config: &'a Config,
+    store: Store,
+    context: Context,
+    asker: Asker,
+}
+
+impl Gate<'_> {
+    /// Hostdevs that somebody wrote into the domain are claimed for it too, so that nobody else is given them. What another
+    /// instance holds refuses the start.
+    fn take_over_by_hand(&mut self, concerned: bool) -> Result<Option<Answer>, Fault> {
+        let holdings: Vec<_> = self.job.domain.hostdevs.iter().filter(|h| h.injected().is_none()).map(holding).collect();
+        if holdings.is_empty() {
+            return Ok(None);
+        }
+        let mut ports = Ports { sysfs_root: &self.config.sysfs_root };
+        let adopted = self
+            .store
+            .adopt(&self.asker, &holdings, Stage::Starting, &mut ports, &self.context)
+            .map_err(|e| Fault::of(concerned, e))?;
+        let held = adopted.into_iter().find_map(|a| match a {
+            Adoption::HeldBy(device, claim) => Some(Answer::refused(format!(
+                "{} has a <hostdev> for {} in its own XML, and {} ({}) holds it since {}: take the <hostdev> out, or stop that guest",
+                self.job.domain.name,
+                message::device(&device),
+                claim.domain,
+                claim.instance_uuid,
+                claim.created_at
+            ))),
+            _ => None,
+        });
+        Ok(held)
+    }
+
+    fn claim(&mut self, flavor: &Flavor) -> Result<Answer, Fault> {
+        let domain = self.job.domain;
+        let injected: Vec<DeviceId> = domain.hostdevs.iter().filter_map(virt_usb_domxml::UsbHostdev::injected).collect();
+        let wants = match self.arrived_with(&injected)? {
+            Some(wants) => wants,
+            None => wants(flavor, self.config.hold, &self.store, self.asker.instance)?,
+        };
+        let mut guest = Guest::new(&self.config.sysfs_root, domain, flavor.usb_redirection_devices.len());
+        let concerned = !wants.is_empty() || !flavor.is_empty() || !injected.is_empty();
+        if !concerned && !self.job.may_be_known(&self.config.state_dir) {
+            return Ok(Answer::unchanged(NOTHING));
+        }
+        let claimed = self
+            .store
+            .claim(&self.asker, &wants, &injected, Standing::Firm, &mut guest, &self.context)
+            .map_err(|e| Fault::of(concerned, e))?;
+        match claimed {
+            Claimed::Short(short) => Ok(Answer::refused(short.iter().map(|s| message::shortage(&domain.name, s)).collect::<Vec<_>>().join(" / "))),
+            Claimed::Unfit(why) => Ok(Answer::refused(format!("{} {why}", domain.name))),
+            Claimed::Granted(granted) => {
+                self.make_lasting(flavor)?;
+                rewritten(self.job, self.config, &guest, claimed_text(&granted))
+            }
+        }
+    }
+
+    /// A guest that comes in by restore or migration has what the filter claimed for it: its flavor may name devices
+    /// of the host that it left, and is not asked again.
+    fn arrived_with(&self, injected: &[DeviceId]) -> Result<Option<Vec<Want>>, Fault> {
+        if injected.is_empty() {
+            return Ok(None);
+        }
+        let claims = self.store.claims().map_err(|e| Fault::of(true, e))?;
+        let pending = claims.iter().any(|c| c.instance_uuid == self.asker.instance && c.pending);
+        let lasting = self.config.hold == HoldPolicy::Instance;
+        let exactly = |id: &DeviceId| Want { request: only(*id), lasting };
+        Ok(pending.then(|| injected.iter().map(exactly).collect()))
+    }
+
+    /// With `hold = "instance"` the flavor's requests become assignments.
+    fn make_lasting(&mut self, flavor: &Flavor) -> Result<(), Fault> {
+        let requests = match self.config.hold {
+            HoldPolicy::Instance if flavor.usb_devices.is_empty() => return Ok(()),
+            HoldPolicy::Instance => flavor.usb_devices.as_slice(),
+            HoldPolicy::Running => &[],
+        };
+        self.store.assign(self.asker.instance, Source::Flavor, requests).map(drop).map_err(|e| Fault::of(true, e))
+    }
+}
+
+/// The request for one device.
+pub(crate) fn only(id: DeviceId) -> virt_usb_model::DeviceRequest {
+    virt_usb_model::DeviceRequest { selector: Selector { id: Some(id), ..Selector::default() }, count: 1 }
+}
+
+fn claimed_text(granted: &[Granted]) -> String {
+    if granted.is_empty() {
+        return "nothing to claim".into();
+    }
+    let ids: Vec<String> = granted.iter().map(|g| g.device.entry.id.to_string()).collect();
+    format!("claimed {}", ids.join(", "))
+}
+
+/// The answer with the XML that the plan leads to.
+fn rewritten(job: &Job<'_>, config: &Config, guest: &Guest<'_>, did: String) -> Result<Answer, Fault> {
+    let xml = virt_usb_domxml::rewrite(job.xml, &guest.edits)
+        .map_err(|e| Fault::of(true, format!("cannot write the devices into the domain XML: {e}")))?;
+    let answer = Answer { xml, did, ..Answer::default() };
+    if answer.xml.is_none() {
+        return Ok(answer);
+    }
+    Ok(match machine::agent(&config.state_dir) {
+        Agent::Alive => answer,
+        Agent::Dead => answer.warn("the agent does not run: only a caller that uses the printed XML gets the device (systemctl start virt-usbd)"),
+        Agent::NotInstalled => answer.warn("no agent is installed: only a caller that uses the printed XML gets the device"),
+    })
+}

@@ -1,0 +1,145 @@
+//! The story of a call: read, judge, act, answer, record.
+
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::Instant;
+
+use virt_usb_domxml::Domain;
+
+use crate::answer::Answer;
+use crate::call::{self, Asked, Call, Happened, OnFault, Operation};
+use crate::config::{Config, ConfigError, Log};
+use crate::input::{self, Input};
+use crate::{incoming, journal, notice, prepare};
+
+/// What a record says of a call that was none of our business.
+pub const NOTHING: &str = "nothing to do";
+
+/// A call that could not be handled.
+#[derive(Debug)]
+pub(crate) struct Fault {
+    /// Whether the domain asks for a device of ours or holds one: then some operations are refused.
+    pub(crate) concerned: bool,
+    /// What went wrong, and what to do.
+    pub(crate) what: String,
+}
+
+impl Fault {
+    pub(crate) fn of(concerned: bool, what: impl std::fmt::Display) -> Self {
+        Self { concerned, what: what.to_string() }
+    }
+}
+
+/// The program.
+pub fn main() -> ExitCode {
+    let began = Instant::now();
+    let (mut stdout, mut stderr) = (std::io::stdout(), std::io::stderr());
+    let show = |text: &str| Answer { xml: Some(text.into()), ..Answer::default() }.deliver(std::io::stdout(), std::io::stderr());
+    match call::parse(std::env::args_os().skip(1)) {
+        Asked::Help => finished(show(call::USAGE).is_ok()),
+        Asked::Version => finished(show(concat!("virt-usb-hook ", env!("CARGO_PKG_VERSION"), "\n")).is_ok()),
+        Asked::Wrong(why) => {
+            drop(Answer::refused(format!("{why} (try --help)")).deliver(&mut stdout, &mut stderr));
+            ExitCode::from(2)
+        }
+        Asked::Handle(call) => {
+            let handled = handle(&call, input::read(std::io::stdin().lock()));
+            let delivered = handled.answer.deliver(&mut stdout, &mut stderr);
+            let lost = delivered.is_err() && matches!(call.operation, Operation::Filter(_));
+            journal::record(&handled.log, &call, handled.instance.as_deref(), &handled.answer, began.elapsed());
+            if lost { ExitCode::FAILURE } else { ExitCode::from(handled.answer.exit()) }
+        }
+    }
+}
+
+fn finished(well: bool) -> ExitCode {
+    if well { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+/// A call's answer, and what its record needs.
+#[derive(Debug)]
+pub struct Handled {
+    /// For the caller.
+    pub answer: Answer,
+    /// Where the record goes.
+    pub log: Log,
+    /// The instance's UUID, where the XML said it.
+    pub instance: Option<String>,
+}
+
+/// Handles one call.
+pub fn handle(call: &Call, input: Input) -> Handled {
+    let config = Config::load(call.config.as_deref());
+    let log = config.as_ref().map(|c| c.log.clone()).unwrap_or_default();
+    if call.operation == Operation::Ignored {
+        return Handled { answer: Answer::unchanged(NOTHING), log, instance: None };
+    }
+    let (domain, xml) = match parse(input) {
+        Ok(parsed) => parsed,
+        Err(fault) => return Handled { answer: answer_fault(call, &fault), log, instance: None },
+    };
+    let instance = domain.uuid.map(|u| u.to_string());
+    let job = Job { call, domain: &domain, xml: &xml, config };
+    let answer = job.act().unwrap_or_else(|fault| answer_fault(call, &fault));
+    Handled { answer, log, instance }
+}
+
+fn parse(input: Input) -> Result<(Domain, Vec<u8>), Fault> {
+    let xml = match input {
+        Input::Xml(xml) => xml,
+        Input::TooLong(part) => {
+            let what = format!("the domain XML is longer than {} bytes", virt_usb_domxml::MAX_XML);
+            return Err(Fault::of(input::mentions_us(&part), what));
+        }
+        Input::Broken(e) => return Err(Fault::of(false, format!("cannot read the domain XML from stdin: {e}"))),
+    };
+    match virt_usb_domxml::read(&xml) {
+        Ok(domain) => Ok((domain, xml)),
+        Err(e) => Err(Fault::of(input::mentions_us(&xml), format!("cannot read the domain XML: {e}"))),
+    }
+}
+
+/// Open or closed: the rule stands in [`Operation::on_fault`].
+fn answer_fault(call: &Call, fault: &Fault) -> Answer {
+    match call.operation.on_fault(fault.concerned) {
+        OnFault::Closed => Answer::refused(&fault.what),
+        OnFault::Open => Answer::unchanged("went on in spite of a fault").warn(&fault.what),
+    }
+}
+
+/// One call with all that it is about.
+pub(crate) struct Job<'a> {
+    pub(crate) call: &'a Call,
+    pub(crate) domain: &'a Domain,
+    pub(crate) xml: &'a [u8],
+    config: Result<Config, ConfigError>,
+}
+
+impl Job<'_> {
+    fn act(&self) -> Result<Answer, Fault> {
+        match &self.call.operation {
+            Operation::Gate => prepare::prepare(self),
+            Operation::Filter(how) => incoming::incoming(self, *how),
+            Operation::Notice(Happened::Started) => notice::started(self),
+            Operation::Notice(Happened::Stopped) => notice::stopped(self),
+            Operation::Notice(Happened::Released { reason }) => notice::released(self, reason),
+            Operation::Adopt => notice::reconnect(self),
+            Operation::Ignored => Ok(Answer::unchanged(NOTHING)),
+        }
+    }
+
+    /// The configuration, for whoever cannot do without.
+    pub(crate) fn config(&self, concerned: bool) -> Result<&Config, Fault> {
+        self.config.as_ref().map_err(|e| Fault::of(concerned, e))
+    }
+
+    /// Where hints are looked for, even with a broken configuration.
+    pub(crate) fn state_dir(&self) -> std::path::PathBuf {
+        self.config.as_ref().map_or_else(|_| Config::default().state_dir, |c| c.state_dir.clone())
+    }
+
+    /// Whether the database may know this instance.
+    pub(crate) fn may_be_known(&self, state_dir: &Path) -> bool {
+        self.domain.uuid.is_some_and(|id| virt_usb_store::hints::may_know(state_dir, virt_usb_store::hints::Known::Instance(id)))
+    }
+}

@@ -1,0 +1,138 @@
+//! What a domain asks for: its flavor, wherever that is written, and its assignments.
+
+use std::path::Path;
+
+use virt_usb_domxml::FlavorSource;
+use virt_usb_model::{Flavor, InstanceId};
+use virt_usb_store::claim::Want;
+use virt_usb_store::hints::{Known, may_know};
+use virt_usb_store::{Source, Store};
+
+use crate::config::HoldPolicy;
+use crate::run::Fault;
+
+/// What the XML alone says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Wish {
+    /// Nothing.
+    Nothing,
+    /// This.
+    Flavor(Flavor),
+    /// What the stored flavors of these names say: one for the devices, one for the redirections. They must exist.
+    Stored { devices: Part, redirection: Part },
+    /// What the stored flavor of this name says, if there is one.
+    MaybeStored(String),
+}
+
+/// One of a flavor's two lists.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Part {
+    Given(Flavor),
+    Named(String),
+}
+
+impl Wish {
+    /// Reads the flavor that the XML holds. Text that is there and wrong is a fault of the domain: it asks, we cannot say for what.
+    pub(crate) fn read(source: &FlavorSource, state_dir: &Path) -> Result<Self, Fault> {
+        let wrong = |place: &str, e: virt_usb_model::ParseError| Fault::of(true, format!("the flavor in {place} is wrong: {e}"));
+        Ok(match source {
+            FlavorSource::None => Self::Nothing,
+            FlavorSource::Named(name) if may_know(state_dir, Known::Flavor(name)) => Self::MaybeStored(name.clone()),
+            FlavorSource::Named(_) => Self::Nothing,
+            FlavorSource::Metadata(text) => match name(Some(text)) {
+                Some(name) => Self::Stored { devices: Part::Named(name.clone()), redirection: Part::Named(name) },
+                None => Self::of(Flavor::parse(text).map_err(|e| wrong("the domain's <metadata>", e))?),
+            },
+            FlavorSource::ExtraSpecs { devices, redirection } => {
+                let given = |d, r| Flavor::parse_lists(d, r).map_err(|e| wrong("Nova's extra specs", e));
+                let part = |text: Option<&str>, flavor| name(text).map_or(Part::Given(flavor), Part::Named);
+                let (d, r) = (devices.as_deref(), redirection.as_deref());
+                match (name(d), name(r)) {
+                    (None, None) => Self::of(given(d, r)?),
+                    (named, _) => {
+                        let devices = if named.is_some() { Flavor::default() } else { given(d, None)? };
+                        let redirection = if name(r).is_some() { Flavor::default() } else { given(None, r)? };
+                        Self::Stored { devices: part(d, devices), redirection: part(r, redirection) }
+                    }
+                }
+            }
+        })
+    }
+
+    fn of(flavor: Flavor) -> Self {
+        if flavor.is_empty() { Self::Nothing } else { Self::Flavor(flavor) }
+    }
+
+    /// Whether the domain surely asks for something.
+    pub(crate) const fn is_certain(&self) -> bool {
+        matches!(self, Self::Flavor(_) | Self::Stored { .. })
+    }
+
+    /// Whether the store is needed to know or to get what is asked for.
+    pub(crate) const fn needs_store(&self) -> bool {
+        match self {
+            Self::Nothing => false,
+            Self::Flavor(flavor) => !flavor.usb_devices.is_empty(),
+            Self::Stored { .. } | Self::MaybeStored(_) => true,
+        }
+    }
+
+    /// The flavor, with the stored ones looked up.
+    pub(crate) fn resolve(self, store: &Store) -> Result<Flavor, Fault> {
+        let look = |name: &str| store.flavor(name).map(|f| f.map(|f| f.flavor)).map_err(|e| Fault::of(true, e));
+        let must = |part: Part| match part {
+            Part::Given(flavor) => Ok(flavor),
+            Part::Named(name) => look(&name)?.ok_or_else(|| {
+                Fault::of(true, format!("the domain names the flavor @{name}, which this host does not know: 'virt-usb flavor list' shows those it does, 'virt-usb flavor set {name} JSON' stores it"))
+            }),
+        };
+        Ok(match self {
+            Self::Nothing => Flavor::default(),
+            Self::Flavor(flavor) => flavor,
+            Self::MaybeStored(name) => look(&name)?.unwrap_or_default(),
+            Self::Stored { devices, redirection } => Flavor {
+                usb_devices: must(devices)?.usb_devices,
+                usb_redirection_devices: must(redirection)?.usb_redirection_devices,
+            },
+        })
+    }
+}
+
+/// `"@NAME"` means a stored flavor. JSON never begins with @.
+fn name(text: Option<&str>) -> Option<String> {
+    text.and_then(|t| t.trim().strip_prefix('@')).map(|n| n.trim().to_owned())
+}
+
+/// The requests: the flavor's, then what operators assigned. With `hold = "instance"` an instance whose flavor
+/// is no longer to be seen keeps the requests that were made lasting then.
+pub(crate) fn wants(flavor: &Flavor, hold: HoldPolicy, store: &Store, instance: InstanceId) -> Result<Vec<Want>, Fault> {
+    let lasting = hold == HoldPolicy::Instance;
+    let assigned = store.assignments(instance).map_err(|e| Fault::of(true, e))?;
+    let of = |source| assigned.iter().filter(move |a| a.source == source).map(|a| a.request.clone());
+    let mut requests = flavor.usb_devices.clone();
+    if requests.is_empty() && lasting {
+        requests = of(Source::Flavor).collect();
+    }
+    let wants = requests.into_iter().map(|request| Want { request, lasting });
+    Ok(wants.chain(of(Source::Operator).map(|request| Want { request, lasting: true })).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(source: &FlavorSource) -> Result<Wish, Fault> {
+        Wish::read(source, Path::new("/nowhere"))
+    }
+
+    #[test]
+    fn names_and_lists_mix() {
+        let specs = |d: &str, r: &str| FlavorSource::ExtraSpecs { devices: Some(d.into()), redirection: Some(r.into()) };
+        let wish = read(&specs("@erp", r#"[{"bus":"usb","type":"spicevmc"}]"#)).unwrap();
+        let Wish::Stored { devices: Part::Named(name), redirection: Part::Given(flavor) } = wish else { panic!() };
+        assert_eq!((name.as_str(), flavor.usb_redirection_devices.len()), ("erp", 1));
+        assert_eq!(read(&specs("[]", "[]")).unwrap(), Wish::Nothing);
+        assert!(read(&specs("[", "[]")).unwrap_err().concerned);
+        assert_eq!(read(&FlavorSource::Named("m1.small".into())).unwrap(), Wish::Nothing, "no database, no stored flavor");
+    }
+}
