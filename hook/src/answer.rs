@@ -43,16 +43,17 @@ impl Answer {
     /// # Errors
     /// When the XML cannot be written: half of it must not be taken for all of it.
     pub fn deliver(&self, mut stdout: impl Write, mut stderr: impl Write) -> io::Result<()> {
+        // libvirt shows a refusal's whole stderr to the user: that is one line, the record has the rest.
+        if let Some(why) = &self.refusal {
+            drop(writeln!(stderr, "virt-usb: {why}"));
+            return Ok(());
+        }
         for warning in &self.warnings {
             drop(writeln!(stderr, "virt-usb: warning: {warning}"));
         }
-        match (&self.refusal, &self.xml) {
-            (Some(why), _) => {
-                drop(writeln!(stderr, "virt-usb: {why}"));
-                Ok(())
-            }
-            (None, Some(xml)) => stdout.write_all(xml).and_then(|()| stdout.flush()),
-            (None, None) => Ok(()),
+        match &self.xml {
+            Some(xml) => stdout.write_all(xml).and_then(|()| stdout.flush()),
+            None => Ok(()),
         }
     }
 }

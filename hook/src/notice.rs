@@ -1,5 +1,7 @@
 //! `started`, `stopped`, `release`, `reconnect`: nothing can be refused, and nothing here ever fails a call.
 
+use std::collections::BTreeSet;
+
 use virt_usb_domxml::UsbHostdev;
 use virt_usb_model::DeviceId;
 use virt_usb_store::adopt::{Adoption, Stage};
@@ -35,7 +37,7 @@ fn running(job: &Job<'_>, concerned: bool) -> Result<Answer, Fault> {
     };
     // A device with our alias is in the guest even if its port cannot be read at this moment.
     let injected = job.domain.hostdevs.iter().filter_map(UsbHostdev::injected);
-    let in_guest: Vec<DeviceId> = adopted
+    let in_guest: BTreeSet<DeviceId> = adopted
         .iter()
         .filter_map(|a| match a {
             Adoption::New(id) | Adoption::AlreadyYours(id) => Some(*id),
@@ -43,7 +45,7 @@ fn running(job: &Job<'_>, concerned: bool) -> Result<Answer, Fault> {
         })
         .chain(injected)
         .collect();
-    let waiting = store.confirm(instance, &in_guest, &context).map_err(fault)?;
+    let waiting = store.confirm(instance, &in_guest.iter().copied().collect::<Vec<_>>(), &context).map_err(fault)?;
     let mut answer = Answer::unchanged(format!("{} in the guest, {} to be attached", in_guest.len(), waiting.len()));
     for adoption in &adopted {
         if let Adoption::HeldBy(device, claim) = adoption {
@@ -60,7 +62,7 @@ fn running(job: &Job<'_>, concerned: bool) -> Result<Answer, Fault> {
 }
 
 /// QEMU is gone. The devices stay the instance's until `release`: between the two calls libvirt still counts them as the
-/// domain's (qemuProcessStop calls this hook before qemuHostdevReAttachDomainDevices, and the release hook after it), and
+/// domain's (src/qemu/qemu_process.c, qemuProcessStop: this hook, then qemuHostdevReAttachDomainDevices, then the release hook), and
 /// whoever was given one now would be refused by libvirt.
 pub(crate) fn stopped(job: &Job<'_>) -> Result<Answer, Fault> {
     with_store(job, |store, context| {

@@ -1,3 +1,5 @@
 //! The library behind the operator's command line, and what the agent is made of.
 
+pub mod cli;
 pub mod discovery;
+pub mod inventory;

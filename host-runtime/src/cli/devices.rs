@@ -1,0 +1,217 @@
+//! `discover`, `devices`, `hosts`, `whitelist check`.
+
+use std::path::Path;
+use std::process::ExitCode;
+
+use anyhow::{Context as _, bail};
+use serde::Serialize;
+use virt_usb_hook::config::Config;
+use virt_usb_model::device::Problem;
+use virt_usb_model::{Device, Verdict};
+use virt_usb_store::Record;
+use virt_usb_store::discover::Done;
+
+use super::Session;
+use super::arguments::Discover;
+use super::output::{or_dash, table};
+use crate::discovery::{LibUsb, Simulated, Snapshot, UsbSource};
+use crate::inventory::plan;
+
+fn source(config: &Config, sim: Option<&Path>) -> anyhow::Result<Box<dyn UsbSource>> {
+    Ok(match sim {
+        Some(file) => Box::new(Simulated::load(file)?),
+        None => Box::new(LibUsb::new(config)),
+    })
+}
+
+#[derive(Serialize)]
+struct Discovered {
+    devices: Vec<Record>,
+    changes: Vec<Done>,
+    hubs: usize,
+    problems: Vec<Problem>,
+}
+
+pub(super) fn discover(session: &Session, options: &Discover) -> anyhow::Result<ExitCode> {
+    let config = session.config()?;
+    if let (Some(sim), Some(dir)) = (&options.sim, &options.sysfs_out) {
+        if dir.starts_with("/sys") {
+            bail!("--sysfs-out {} is the kernel's own tree: name a folder of yours", dir.display());
+        }
+        Simulated::load(sim)?.write_sysfs(dir).with_context(|| format!("cannot write the simulated sysfs tree to {}", dir.display()))?;
+    }
+    let snapshot = source(&config, options.sim.as_deref())?.snapshot();
+    if options.dry_run {
+        return show_verdicts(session, &config, &snapshot);
+    }
+    let context = session.context(&config, "discover")?;
+    let mut store = session.make_store(&config)?;
+    store.mend_hints()?;
+    let changes = store.reconcile(&super::host_name(&config)?, |known| plan(&snapshot, known, &config.whitelist), &context)?;
+    if config.events_keep_days > 0 {
+        store.prune_events(config.events_keep_days)?;
+    }
+    store.fold_wal()?;
+    let failed = snapshot.failed();
+    let found = Discovered { devices: store.devices()?, changes, hubs: snapshot.hubs.len(), problems: snapshot.problems };
+    session.out.show(&found, || {
+        let mut text = device_table(&found.devices, "no USB device is plugged into this host");
+        text.push_str(&format!("\n\n{}", summary(&found)));
+        text.push_str(&problems(&found.problems));
+        text
+    })?;
+    Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+}
+
+fn summary(found: &Discovered) -> String {
+    let count = |what: &str| found.changes.iter().filter(|d| d.what == what).count();
+    let changed: Vec<String> = ["added", "returned", "changed", "removed"]
+        .into_iter()
+        .filter(|what| count(what) > 0)
+        .map(|what| format!("{} {what}", count(what)))
+        .collect();
+    let changed = if changed.is_empty() { "nothing changed".to_owned() } else { changed.join(", ") };
+    let hubs = if found.hubs > 0 { format!("; {} hub(s) are never offered", found.hubs) } else { String::new() };
+    format!("{} device(s): {changed}{hubs}", found.devices.len())
+}
+
+fn problems(problems: &[Problem]) -> String {
+    let line = |p: &Problem| {
+        let place = if p.place.is_empty() { "the whole scan" } else { &p.place };
+        format!("\ncould not be read: {place}: {}", p.what)
+    };
+    problems.iter().map(line).collect()
+}
+
+pub(super) fn list(session: &Session, all: bool) -> anyhow::Result<ExitCode> {
+    let store = session.store()?;
+    let devices = if all { store.all_devices()? } else { store.devices()? };
+    session.out.show(&devices, || device_table(&devices, "the inventory holds no device: plug one in and run 'virt-usb discover'"))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn device_table(devices: &[Record], empty: &str) -> String {
+    let row = |r: &Record| {
+        let e = &r.entry;
+        let state = if r.deleted != 0 {
+            "unplugged".to_owned()
+        } else {
+            e.status_reason.as_ref().map_or_else(|| e.status.clone(), |why| format!("{} ({why})", e.status))
+        };
+        vec![
+            e.id.to_string(),
+            r.usb().to_string(),
+            name(e.manufacturer.as_deref(), e.product_name.as_deref()),
+            serial(e.serial.as_deref(), &e.serial_kind),
+            e.port_path.to_string(),
+            e.address.to_string(),
+            or_dash(e.speed),
+            state,
+            or_dash(e.instance_uuid),
+        ]
+    };
+    table(
+        &["ID", "USB ID", "NAME", "SERIAL", "PORT", "ADDRESS", "SPEED", "STATUS", "INSTANCE"],
+        devices.iter().map(row).collect(),
+        empty,
+    )
+}
+
+fn name(manufacturer: Option<&str>, product: Option<&str>) -> String {
+    match (manufacturer, product) {
+        (Some(m), Some(p)) if p.starts_with(m) => p.to_owned(),
+        (Some(m), Some(p)) => format!("{m} {p}"),
+        (one, other) => one.or(other).unwrap_or("-").to_owned(),
+    }
+}
+
+fn serial(text: Option<&str>, kind: &str) -> String {
+    match text {
+        Some(text) if kind == "duplicate" => format!("{text} (not unique)"),
+        Some(text) => text.to_owned(),
+        None => "-".to_owned(),
+    }
+}
+
+pub(super) fn hosts(session: &Session) -> anyhow::Result<ExitCode> {
+    let hosts = session.store()?.hosts()?;
+    session.out.show(&hosts, || {
+        let rows = hosts.iter().map(|h| {
+            vec![h.id.to_string(), h.host.clone(), h.devices.to_string(), h.available.to_string(), or_dash(h.scanned_at.as_deref())]
+        });
+        table(&["ID", "HOST", "DEVICES", "AVAILABLE", "LAST SCAN"], rows.collect(), "no host was scanned yet: run 'virt-usb discover'")
+    })?;
+    Ok(ExitCode::SUCCESS)
+}
+
+#[derive(Serialize)]
+struct Judged {
+    address: String,
+    vendor_id: String,
+    product_id: String,
+    port_path: String,
+    serial: Option<String>,
+    name: String,
+    offered: bool,
+    #[serde(flatten)]
+    verdict: Verdict,
+}
+
+impl Judged {
+    fn new(device: &Device, verdict: Verdict) -> Self {
+        let key = &device.key;
+        Self {
+            address: device.address.to_string(),
+            vendor_id: key.usb.vendor.to_string(),
+            product_id: key.usb.product.to_string(),
+            port_path: key.port.to_string(),
+            serial: key.serial.text().map(Into::into),
+            name: name(device.manufacturer.as_deref(), device.product.as_deref()),
+            offered: verdict.withheld.is_none(),
+            verdict,
+        }
+    }
+
+    /// Hubs are never offered, whatever the rules say.
+    fn hub(device: &Device) -> Self {
+        let because = "it is a hub: whoever got it would get everything behind it".to_owned();
+        let verdict = Verdict { withheld: None, rule: None, projects: Vec::new(), tags: Vec::new(), because };
+        Self { offered: false, ..Self::new(device, verdict) }
+    }
+
+    fn row(&self) -> Vec<String> {
+        let to = match (self.offered, self.verdict.projects.as_slice()) {
+            (false, _) => "nobody".to_owned(),
+            (true, []) => "every project".to_owned(),
+            (true, projects) => projects.iter().map(ToString::to_string).collect::<Vec<_>>().join(", "),
+        };
+        vec![
+            format!("{}:{}", self.vendor_id, self.product_id),
+            self.name.clone(),
+            self.port_path.clone(),
+            to,
+            self.verdict.tags.join(", "),
+            self.verdict.because.clone(),
+        ]
+    }
+}
+
+pub(super) fn check_whitelist(session: &Session, sim: Option<&Path>) -> anyhow::Result<ExitCode> {
+    let config = session.config()?;
+    let snapshot = source(&config, sim)?.snapshot();
+    show_verdicts(session, &config, &snapshot)
+}
+
+fn show_verdicts(session: &Session, config: &Config, snapshot: &Snapshot) -> anyhow::Result<ExitCode> {
+    let devices = snapshot.devices.iter().map(|d| Judged::new(d, config.whitelist.judge(d)));
+    let verdicts: Vec<Judged> = devices.chain(snapshot.hubs.iter().map(Judged::hub)).collect();
+    session.out.show(&verdicts, || {
+        let rules = config.whitelist.rules.len();
+        let switch = if config.whitelist.on { "on" } else { "off" };
+        let header = ["USB ID", "NAME", "PORT", "OFFERED TO", "TAGS", "BECAUSE"];
+        let rows = verdicts.iter().map(Judged::row).collect();
+        let table = table(&header, rows, "no USB device is plugged into this host");
+        format!("usb_white_list_switch is {switch}, {rules} rule(s)\n\n{table}{}", problems(&snapshot.problems))
+    })?;
+    Ok(if snapshot.failed() { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+}

@@ -1,0 +1,116 @@
+//! The command line: what an operator types, and what is shown.
+
+mod arguments;
+mod claims;
+mod devices;
+mod flavors;
+mod output;
+mod upkeep;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use clap::{CommandFactory, Parser};
+use virt_usb_hook::config::Config;
+use virt_usb_hook::machine;
+use virt_usb_store::{Context, Durability, Store};
+
+pub use arguments::Arguments;
+use arguments::{ClaimsVerb, FlavorVerb, StoreVerb, Verb, WhitelistVerb};
+use output::Output;
+
+/// How long a command waits for the store's lock.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// The program. Exit status: 0 done, 1 it could not be done (the reason is on stderr), 2 wrong arguments.
+pub fn main() -> ExitCode {
+    tracing_subscriber::fmt()
+        .with_writer(std::io::stderr)
+        .with_env_filter(tracing_subscriber::EnvFilter::try_from_env("VIRT_USB_LOG").unwrap_or_else(|_| "warn".into()))
+        .without_time()
+        .init();
+    let arguments = Arguments::parse();
+    match run(arguments) {
+        Ok(code) => code,
+        // The reader of our output has gone: nobody is left to be told.
+        Err(e) if is_broken_pipe(&e) => ExitCode::SUCCESS,
+        Err(e) => {
+            use std::io::Write;
+            drop(writeln!(std::io::stderr(), "virt-usb: {}", chain(&e)));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
+    let session = Session { config_file: arguments.config, out: Output::new(arguments.json) };
+    match arguments.verb {
+        Verb::Discover(options) => devices::discover(&session, &options),
+        Verb::Devices { all } => devices::list(&session, all),
+        Verb::Hosts => devices::hosts(&session),
+        Verb::Whitelist { verb: WhitelistVerb::Check { sim } } => devices::check_whitelist(&session, sim.as_deref()),
+        Verb::Claims { verb: None | Some(ClaimsVerb::List) } => claims::list(&session),
+        Verb::Claims { verb: Some(ClaimsVerb::Release { instance, force }) } => claims::release(&session, &instance, force),
+        Verb::Events(options) => claims::events(&session, &options),
+        Verb::Flavor { verb } => match verb {
+            FlavorVerb::List => flavors::list(&session),
+            FlavorVerb::Show { name } => flavors::show(&session, &name),
+            FlavorVerb::Set { name, definition } => flavors::set(&session, &name, &definition),
+            FlavorVerb::Remove { name } => flavors::remove(&session, &name),
+        },
+        Verb::Store { verb } => match verb {
+            StoreVerb::Check => upkeep::check(&session),
+            StoreVerb::Backup { file } => upkeep::backup(&session, &file),
+        },
+        Verb::Completions { shell } => {
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Arguments::command(), "virt-usb", &mut script);
+            session.out.raw(&script)?;
+            Ok(ExitCode::SUCCESS)
+        }
+    }
+}
+
+/// What every command needs.
+struct Session {
+    config_file: Option<PathBuf>,
+    out: Output,
+}
+
+impl Session {
+    fn config(&self) -> anyhow::Result<Config> {
+        Ok(Config::load(self.config_file.as_deref())?)
+    }
+
+    /// The inventory, which must be there.
+    fn store(&self) -> anyhow::Result<Store> {
+        Ok(Store::open(&self.config()?.state_dir, PATIENCE, Durability::Power)?)
+    }
+
+    /// The inventory, made or migrated if need be.
+    fn make_store(&self, config: &Config) -> anyhow::Result<Store> {
+        Ok(Store::create(&config.state_dir, PATIENCE)?)
+    }
+
+    fn context(&self, config: &Config, doing: &str) -> anyhow::Result<Context> {
+        Ok(machine::context(&config.procfs_root, format!("virt-usb {doing}"))?)
+    }
+}
+
+/// The whole chain of causes in one line; no cause is repeated by the one above it.
+fn chain(e: &anyhow::Error) -> String {
+    e.chain().map(ToString::to_string).collect::<Vec<_>>().join(": ")
+}
+
+fn is_broken_pipe(e: &anyhow::Error) -> bool {
+    e.chain().filter_map(|c| c.downcast_ref::<std::io::Error>()).any(|e| e.kind() == std::io::ErrorKind::BrokenPipe)
+}
+
+/// The host's name, as the kernel has it.
+fn host_name(config: &Config) -> anyhow::Result<String> {
+    let path = config.procfs_root.join("sys/kernel/hostname");
+    let name = std::fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
+    Ok(virt_usb_model::clean_text(&name).unwrap_or_else(|| "localhost".into()))
+}

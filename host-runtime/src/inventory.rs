@@ -1,0 +1,146 @@
+//! From what discovery saw to what changes in the inventory. Pure: the store executes it.
+
+use virt_usb_model::{Device, DeviceKey, Serial, Whitelist};
+use virt_usb_store::Record;
+use virt_usb_store::discover::Change;
+
+use crate::discovery::Snapshot;
+
+/// Plans what brings the rows in line with the snapshot. `known` are all devices ever seen, those marked deleted too.
+///
+/// A device is recognised by its key, and gets its id back however long it was gone. What the snapshot could not read is
+/// not taken for absent.
+pub fn plan(snapshot: &Snapshot, known: &[Record], whitelist: &Whitelist) -> Vec<Change> {
+    let mut taken = vec![false; known.len()];
+    let mut changes = Vec::new();
+    for seen in &snapshot.devices {
+        let mut device = seen.clone();
+        device.key = worth(&device.key, known);
+        let verdict = whitelist.judge(&device);
+        let found = recognise(&device, known, &taken);
+        changes.push(match found {
+            Some(at) => {
+                taken[at] = true;
+                Change::See(known[at].entry.id, Box::new(device), verdict)
+            }
+            None => Change::Add(Box::new(device), verdict),
+        });
+    }
+    let gone = known.iter().zip(&taken).filter(|(record, taken)| record.present && !**taken);
+    changes.extend(gone.filter(|(r, _)| !snapshot.is_unsure(&r.entry.port_path)).map(|(r, _)| Change::Gone(r.entry.id)));
+    // Who leaves makes room before who comes.
+    changes.sort_by_key(|c| !matches!(c, Change::Gone(_)));
+    changes
+}
+
+/// A serial that was ever seen on two devices of a kind stays worthless, even while one of them is unplugged.
+fn worth(key: &DeviceKey, known: &[Record]) -> DeviceKey {
+    let seen_twice = |text: &str| {
+        known.iter().any(|r| {
+            r.usb() == key.usb && r.entry.serial.as_deref() == Some(text) && r.entry.serial_kind == "duplicate"
+        })
+    };
+    let serial = match &key.serial {
+        Serial::Unique(text) if seen_twice(text) => Serial::Duplicate(text.clone()),
+        other => other.clone(),
+    };
+    DeviceKey { serial, ..key.clone() }
+}
+
+/// The row of this device: held ones before free ones, its own port before others, the older id before the newer.
+fn recognise(device: &Device, known: &[Record], taken: &[bool]) -> Option<usize> {
+    let fits = |(at, record): &(usize, &Record)| !taken[*at] && record.key().is(&device.key);
+    let rank = |(_, r): &(usize, &Record)| (r.entry.instance_uuid.is_none(), r.deleted != 0, r.entry.port_path != device.key.port, r.entry.id);
+    known.iter().enumerate().filter(fits).min_by_key(rank).map(|(at, _)| at)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use virt_usb_model::device::Problem;
+    use virt_usb_model::{BusAddress, Class, DeviceId, UsbId};
+    use virt_usb_store::{Context, Store};
+
+    fn device(product: u16, serial: Serial, port: &str, number: u8) -> Device {
+        Device {
+            key: DeviceKey { usb: UsbId::new(0x0529, product), serial, port: port.parse().unwrap() },
+            address: BusAddress::new(1, number).unwrap(),
+            class: Class::new(0),
+            interfaces: vec![],
+            speed: None,
+            manufacturer: None,
+            product: None,
+            driver: None,
+            host_use: None,
+        }
+    }
+
+    fn unique(text: &str) -> Serial {
+        Serial::Unique(text.into())
+    }
+
+    struct Bench {
+        _dir: tempfile::TempDir,
+        store: Store,
+    }
+
+    impl Bench {
+        fn new() -> Self {
+            let dir = tempfile::tempdir().unwrap();
+            let store = Store::create(dir.path(), std::time::Duration::from_secs(2)).unwrap();
+            Self { _dir: dir, store }
+        }
+        /// Scans, and says which id is at which port.
+        fn scan(&mut self, devices: &[Device], unsure: &[&str]) -> Vec<(u64, String)> {
+            let problems = unsure.iter().map(|p| Problem { place: (*p).to_owned(), what: "?".into() }).collect();
+            let snapshot = Snapshot { devices: devices.to_vec(), hubs: vec![], problems };
+            let context = Context { boot_id: "b".into(), uptime: 1.0, actor: "test".into() };
+            self.store.reconcile("h", |known| plan(&snapshot, known, &Whitelist::default()), &context).unwrap();
+            self.store.devices().unwrap().iter().map(|r| (r.entry.id.get(), r.entry.port_path.to_string())).collect()
+        }
+    }
+
+    fn at(id: u64, port: &str) -> (u64, String) {
+        assert!(DeviceId::new(id).is_some());
+        (id, port.to_owned())
+    }
+
+    #[test]
+    fn the_same_key_gets_its_id_back() {
+        let mut bench = Bench::new();
+        let key = device(1, unique("A"), "1-1", 2);
+        assert_eq!(bench.scan(std::slice::from_ref(&key), &[]), [at(1, "1-1")]);
+        assert_eq!(bench.scan(&[], &[]), []);
+        let moved = device(1, unique("A"), "1-4.2", 9);
+        assert_eq!(bench.scan(&[device(2, Serial::Missing, "1-1", 3), moved], &[]), [at(1, "1-4.2"), at(2, "1-1")]);
+    }
+
+    #[test]
+    fn another_device_at_the_same_port_is_another_device() {
+        let mut bench = Bench::new();
+        bench.scan(&[device(1, unique("A"), "1-1", 2)], &[]);
+        assert_eq!(bench.scan(&[device(1, unique("B"), "1-1", 3)], &[]), [at(2, "1-1")]);
+        assert_eq!(bench.scan(&[device(7, unique("A"), "1-1", 4)], &[]), [at(3, "1-1")]);
+    }
+
+    #[test]
+    fn twins_are_told_apart_by_port_and_stay_twins() {
+        let mut bench = Bench::new();
+        let twin = |port: &str, n| device(1, Serial::Duplicate("A".into()), port, n);
+        assert_eq!(bench.scan(&[twin("1-1", 2), twin("1-2", 3)], &[]), [at(1, "1-1"), at(2, "1-2")]);
+        // Their numbers swap, their ports do not.
+        assert_eq!(bench.scan(&[twin("1-2", 2), twin("1-1", 3)], &[]), [at(1, "1-1"), at(2, "1-2")]);
+        // Alone it looks unique, and is not believed: at a new port it is a new device.
+        assert_eq!(bench.scan(&[device(1, unique("A"), "1-3", 4)], &[]), [at(3, "1-3")]);
+        assert_eq!(bench.scan(&[device(1, unique("A"), "1-2", 5)], &[]), [at(2, "1-2")]);
+    }
+
+    #[test]
+    fn unreadable_is_not_absent() {
+        let mut bench = Bench::new();
+        bench.scan(&[device(1, unique("A"), "1-1", 2), device(2, unique("B"), "1-2", 3)], &[]);
+        assert_eq!(bench.scan(&[], &["1-1"]), [at(1, "1-1")], "a problem at its port");
+        assert_eq!(bench.scan(&[], &[""]), [at(1, "1-1")], "a scan that failed");
+        assert_eq!(bench.scan(&[], &[]), []);
+    }
+}
