@@ -119,7 +119,7 @@ impl<'a> Reading<'a> {
             Token::Open(tag) => self.open(tag)?,
             Token::Close(span) => self.close(span)?,
             Token::Text(text) if self.stack.last().is_some_and(|at| at.has_text()) => {
-                self.collected.push_str(&text)
+                self.collected.push_str(&text);
             }
             Token::Text(_) | Token::Aside => {}
             Token::End => return Ok(false),

@@ -58,7 +58,8 @@ impl<'a> Tag<'a> {
         let whole = text.get(span.clone()).unwrap_or_default();
         let inside = whole.strip_prefix('<').and_then(|t| t.strip_suffix('>')).unwrap_or_default();
         let (inside, empty) = inside.strip_suffix('/').map_or((inside, false), |t| (t, true));
-        let name = inside.split(is_space).next().unwrap_or_default();
+        let end = inside.bytes().position(|b| is_space(b.into())).unwrap_or(inside.len());
+        let name = inside.get(..end).unwrap_or_default();
         if !is_name(name) {
             return Err(BadTag::Syntax("an element whose name is not a name"));
         }
@@ -110,7 +111,7 @@ pub(crate) fn attributes(inside: &str, offset: usize) -> Result<Vec<Attribute<'_
         if raw.contains('<') {
             return Err(BadTag::Syntax("a < in an attribute value"));
         }
-        if unescape(raw).is_err() {
+        if raw.contains('&') && unescape(raw).is_err() {
             return Err(BadTag::Syntax("an entity that is not known, in an attribute value"));
         }
         let start = offset + inside.len() - value.len();
@@ -122,6 +123,11 @@ pub(crate) fn attributes(inside: &str, offset: usize) -> Result<Vec<Attribute<'_
 }
 
 fn repeated(attributes: &[Attribute<'_>]) -> bool {
+    const FEW: usize = 16;
+    if attributes.len() <= FEW {
+        let earlier = |i, name| attributes.iter().take(i).any(|a: &Attribute<'_>| a.name == name);
+        return attributes.iter().enumerate().any(|(i, a)| earlier(i, a.name));
+    }
     let mut names: Vec<&str> = attributes.iter().map(|a| a.name).collect();
     names.sort_unstable();
     names.windows(2).any(|pair| pair.first() == pair.last())
@@ -133,6 +139,8 @@ pub(crate) fn is_space(c: char) -> bool {
 }
 
 fn is_name(name: &str) -> bool {
-    let first = |c: char| c.is_ascii_alphabetic() || matches!(c, '_' | ':') || !c.is_ascii();
-    name.starts_with(first) && name.chars().all(|c| first(c) || c.is_ascii_digit() || matches!(c, '-' | '.'))
+    // Bytes will do: of what is not ASCII, every letter and mark is taken.
+    let first = |b: &u8| b.is_ascii_alphabetic() || matches!(b, b'_' | b':') || !b.is_ascii();
+    let further = |b: &u8| first(b) || b.is_ascii_digit() || matches!(b, b'-' | b'.');
+    name.as_bytes().first().is_some_and(first) && name.as_bytes().iter().all(further)
 }

@@ -294,8 +294,9 @@ fn the_default_controller_follows_the_machine() {
     assert_eq!(fit("arch='s390x' machine='s390-ccw-virtio'", "", &[FULL]), Fit::NoUsb);
     assert_eq!(fit("arch='s390x' machine='s390-ccw-virtio'", "", &[]), Fit::Fits);
     assert_eq!(fit("arch='s390x'", "<controller type='usb' model='qemu-xhci'/>", &[FULL]), Fit::Fits);
-    assert_eq!(fit("arch='ppc64' machine='pseries'", "", &[FULL; 3]), Fit::Fits);
-    assert_eq!(fit("arch='ppc64' machine='pseries'", "", &[HIGH]), Fit::NeedsController);
+    assert_eq!(fit("arch='x86_64' machine='isapc'", "", &[FULL]), Fit::NoUsb);
+    assert_eq!(fit("arch='ppc64' machine='pseries'", "", &[FULL]), Fit::NeedsController);
+    assert_eq!(fit("arch='ppc64'", "<controller type='usb'/>", &[FULL, FULL, HIGH]), few(1, 0, HIGH));
 }
 
 #[test]

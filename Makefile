@@ -1,0 +1,57 @@
+# virt-usb. The two that matter: 'make run' shows the main job, 'make test' is what every change must pass.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+CARGO := cargo
+# The hook starts twice as fast when nothing has to be linked at run time. Only its last step is told so: the same
+# flag for everything would break proc-macros and libusb.
+STATIC_HOOK := $(CARGO) rustc --release -p virt-usb-hook --bin virt-usb-hook -- -C target-feature=+crt-static
+
+.PHONY: help deps test-deps build run test lint suite corpus bench fuzz soak install-hook clean
+
+help: ## what there is
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+deps: ## install what building needs (apt)
+	@install/deps
+test-deps: ## install what the tests need as well (apt)
+	@install/deps test
+
+build: deps ## the programs, in target/release
+	@echo "== building (the first time takes some minutes)"
+	@$(CARGO) build --release --workspace --bins
+	@$(STATIC_HOOK)
+
+run: build ## the main job as a story, on this machine's devices or a recorded host's
+	@tests/story/run
+
+test: test-deps lint build corpus suite ## everything that a change must pass
+
+lint:
+	@echo "== formatting and lints"
+	@$(CARGO) fmt --all --check
+	@$(CARGO) clippy --workspace --all-targets -- -D warnings
+
+corpus: test-deps
+	@tests/corpus/fetch
+
+suite: build
+	@echo "== tests"
+	@$(CARGO) test --workspace --no-fail-fast
+	@tests/story/run > target/story.txt && echo "== the story of 'make run' was told: target/story.txt"
+
+bench: build ## the figures of BENCHMARKS.md
+	@$(CARGO) run --release -p virt-usb-bench
+
+fuzz: ## ten minutes of each fuzz target (needs cargo-fuzz)
+	@tests/fuzz/run 600
+
+soak: test-deps build corpus ## what takes longer than a change may: many more random runs
+	@echo "== long property tests"
+	@PROPTEST_CASES=20000 $(CARGO) test --release --workspace
+
+install-hook: build ## put the hook where libvirt calls it (root)
+	@install/hook
+
+clean:
+	@$(CARGO) clean
