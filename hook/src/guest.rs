@@ -70,13 +70,17 @@ impl<'a> Guest<'a> {
         self.refuse_strangers(chosen)?;
         let new: Vec<&Granted> = chosen.iter().filter(|g| !self.has(g)).collect();
         let redirdevs = self.missing_redirdevs();
-        if !redirdevs.is_empty() && !self.domain.spice {
-            return Err("asks for usb_redirection_devices, but has no SPICE graphics to carry them: add <graphics type='spice'/> \
-                        to the domain (in Nova: spice enabled on the host), or take the redirection out of the flavor"
-                .into());
+        if let (Some(first), false) = (redirdevs.first(), self.domain.spice) {
+            return Err(format!(
+                "asks for usb_redirection_devices[{first}], but has no SPICE graphics to carry it: add <graphics type='spice'/> \
+                 to the domain (in Nova: spice enabled on the host), or take the redirection out of the flavor"
+            ));
         }
         let speeds: Vec<Option<Speed>> = new.iter().map(|g| g.device.entry.speed).chain(redirdevs.iter().map(|_| None)).collect();
-        let controller = self.ports_for(&speeds)?;
+        let devices = new.iter().map(|g| format!("usb_devices[{}]", g.request));
+        let mut asked: Vec<String> = devices.chain(redirdevs.iter().map(|n| format!("usb_redirection_devices[{n}]"))).collect();
+        asked.dedup();
+        let controller = self.ports_for(&speeds).map_err(|why| format!("asks for {}, but {why}", asked.join(", ")))?;
         let hostdevs = new.iter().map(|g| hostdev(&g.device)).collect();
         self.edits = Edits { hostdevs, redirdevs, controller, relocate: Vec::new() };
         Ok(())
@@ -86,7 +90,7 @@ impl<'a> Guest<'a> {
     /// libvirt starts the XML as it stands, not as we print it.
     fn refuse_strangers(&self, chosen: &[Granted]) -> Result<(), String> {
         for (id, hostdev) in self.domain.hostdevs.iter().filter_map(|h| Some((h.injected()?, h))) {
-            let advice = "take that <hostdev> out of the domain (virsh edit), or start it with 'virt-usb start', which writes it anew";
+            let advice = "take that <hostdev> out of the domain (virsh edit): it is written anew for each start";
             let Some(granted) = chosen.iter().find(|g| g.device.entry.id == id) else {
                 return Err(format!("has a <hostdev> for device {id} (alias ua-usb-{id}) in its XML that its flavor does not ask for or that it cannot have: {advice}"));
             };
@@ -124,13 +128,13 @@ impl<'a> Guest<'a> {
         match self.domain.bus.fit(speeds) {
             Fit::Fits => Ok(false),
             Fit::NeedsController => Ok(true),
-            Fit::NoUsb => Err("has no USB bus (<controller type='usb' model='none'/>), and libvirt adds none to it: \
+            Fit::NoUsb => Err("it has no USB bus (<controller type='usb' model='none'/>), and libvirt adds none to it: \
                                remove that controller, or in Nova set hw:usb_model=qemu-xhci on the flavor (image: hw_usb_model=qemu-xhci)"
                 .into()),
             Fit::TooFew { needed, free, speed, .. } => {
                 let speed = speed.map(|s| format!(" for a {s}-speed device")).unwrap_or_default();
                 Err(format!(
-                    "needs {needed} USB port(s) more{speed} and has {free} free: give it <controller type='usb' model='qemu-xhci' ports='15'/> \
+                    "it needs {needed} USB port(s) more{speed} and has {free} free: give it <controller type='usb' model='qemu-xhci' ports='15'/> \
                      instead of its USB controller (in Nova: hw:usb_model=qemu-xhci)"
                 ))
             }

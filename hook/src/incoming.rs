@@ -26,17 +26,17 @@ pub(crate) fn incoming(job: &Job<'_>, how: Incoming) -> Result<Answer, Fault> {
             domain.hostdevs.len()
         )));
     }
-    let instance = domain.uuid.ok_or_else(|| Fault::of(true, format!("the domain {} has no <uuid>: devices are claimed by it", domain.name)))?;
+    let instance = domain.uuid.ok_or_else(|| Fault::of(true, format!("its XML has no <uuid>, by which devices are claimed")))?;
     let (mut store, context) = open(config, &job.call.op, true)?;
     let prefer: Vec<_> = domain.hostdevs.iter().filter_map(UsbHostdev::injected).filter(|_| how == Incoming::Restore).collect();
     let mut ports = Ports { sysfs_root: &config.sysfs_root };
+    let asker = asker(domain, instance);
     let mut short = Vec::new();
     for &choice in choices(config, how) {
         let (positions, wants) = wants(&domain.hostdevs, choice);
         if wants.is_empty() {
             return Ok(Answer::unchanged("no USB device that could be told apart"));
         }
-        let asker = asker(domain, instance);
         let claimed = store
             .claim(&asker, &wants, &prefer, Standing::Pending, &mut ports, &context)
             .map_err(|e| Fault::of(true, e))?;
@@ -46,7 +46,7 @@ pub(crate) fn incoming(job: &Job<'_>, how: Incoming) -> Result<Answer, Fault> {
             Claimed::Short(missing) => short = missing,
         }
     }
-    let missing = short.iter().map(|s| message::shortage(&domain.name, s)).collect::<Vec<_>>().join(" / ");
+    let missing = message::shortages_of_incoming(&asker, &short);
     Ok(Answer::refused(match how {
         Incoming::Migrate => missing,
         Incoming::Restore => format!(

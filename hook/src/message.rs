@@ -2,7 +2,7 @@
 
 use virt_usb_model::state::Status;
 use virt_usb_store::Record;
-use virt_usb_store::claim::{Obstacle, Shortage, Why};
+use virt_usb_store::claim::{Asker, Obstacle, Shortage, Why};
 
 /// `device 5 (0529:0001 "HASP HL", port 1-1.4)`
 pub(crate) fn device(record: &Record) -> String {
@@ -10,19 +10,37 @@ pub(crate) fn device(record: &Record) -> String {
     format!("device {} ({}{name}, port {})", record.entry.id, record.usb(), record.entry.port_path)
 }
 
-/// What the domain asked for that cannot be had, and what there is.
-pub(crate) fn shortage(domain: &str, short: &Shortage) -> String {
+/// How many devices a message lists: more would not be read.
+const SHOWN: usize = 3;
+
+/// All requests that cannot be served, each with what there is.
+pub(crate) fn shortages(asker: &Asker, short: &[Shortage]) -> String {
+    let each = short.iter().map(|s| {
+        let asked = format!("{} asks for usb_devices[{}] {}", asker.domain, s.number, s.request);
+        shortage(&asked, asker.project.is_some(), s)
+    });
+    each.collect::<Vec<_>>().join(" / ")
+}
+
+/// The same for a guest that comes in with devices.
+pub(crate) fn shortages_of_incoming(asker: &Asker, short: &[Shortage]) -> String {
+    let each = short.iter().map(|s| shortage(&format!("{} comes with the USB device {}", asker.domain, s.request), asker.project.is_some(), s));
+    each.collect::<Vec<_>>().join(" / ")
+}
+
+/// What was asked for and cannot be had, and what there is.
+fn shortage(asked: &str, owner_known: bool, short: &Shortage) -> String {
     let count = short.request.count;
-    let asked = format!("{domain} asks for usb_devices[{}] {}", short.number, short.request);
     if short.total == 0 {
         return format!("{asked}, and this host has no such device: plug it in, or see 'virt-usb devices' for what there is");
     }
     let (hidden, shown): (Vec<&Obstacle>, Vec<&Obstacle>) = short.matching.iter().partition(|o| o.why == Why::Project);
-    let mut parts: Vec<String> = shown.into_iter().map(obstacle).collect();
+    let mut parts: Vec<String> = shown.iter().take(SHOWN).map(|o| obstacle(o)).collect();
     if !hidden.is_empty() {
-        parts.push(format!("{} given to other projects only", hidden.len()));
+        let owner = if owner_known { "" } else { ", and this domain names no owner" };
+        parts.push(format!("{} given to certain projects only{owner}", hidden.len()));
     }
-    let more = short.total.saturating_sub(short.matching.len());
+    let more = short.total.saturating_sub(hidden.len() + shown.len().min(SHOWN));
     if more > 0 {
         parts.push(format!("{more} more, see 'virt-usb devices'"));
     }
@@ -37,7 +55,7 @@ fn obstacle(obstacle: &Obstacle) -> String {
         Why::HeldBy(claim) => format!("{subject} is held by {} ({}) since {}", claim.domain, claim.instance_uuid, claim.created_at),
         Why::OtherRequest => format!("{subject} serves another request of this domain"),
         Why::NotThere(why) => format!("{subject} is not where it was: {why}"),
-        Why::Project => format!("{subject} is given to other projects only"),
+        Why::Project => format!("{subject} is given to certain projects only"),
         Why::Unavailable => {
             let status = obstacle.device.entry.state().unwrap_or(Status::Available);
             let used = obstacle.device.entry.host_use.as_deref().filter(|_| status.reason() == Some(virt_usb_model::Reason::HostUse));
@@ -56,7 +74,7 @@ fn advice(short: &Shortage) -> &'static str {
     } else if any(|w| matches!(w, Why::Unavailable)) {
         "'virt-usb whitelist check' says why it is not offered"
     } else if any(|w| matches!(w, Why::Project)) {
-        "The whitelist on this host gives it to other projects"
+        "The whitelist of this host says to which ('virt-usb whitelist check')"
     } else {
         "Plug in one more"
     }

@@ -27,7 +27,7 @@ pub(crate) fn prepare(job: &Job<'_>) -> Result<Answer, Fault> {
     if !(wish.needs_store() || known || by_hand) {
         return redirections_only(job, config, wish);
     }
-    let instance = job.domain.uuid.ok_or_else(|| Fault::of(concerned, format!("the domain {} has no <uuid>: devices are claimed by it", job.domain.name)))?;
+    let instance = job.domain.uuid.ok_or_else(|| Fault::of(concerned, format!("its XML has no <uuid>, by which devices are claimed")))?;
     let asker = asker(job.domain, instance);
     let (store, context) = open(config, &job.call.op, concerned)?;
     let mut gate = Gate { job, config, store, context, asker };
@@ -105,7 +105,7 @@ impl Gate<'_> {
             .claim(&self.asker, &wants, &injected, Standing::Firm, &mut guest, &self.context)
             .map_err(|e| Fault::of(concerned, e))?;
         match claimed {
-            Claimed::Short(short) => Ok(Answer::refused(short.iter().map(|s| message::shortage(&domain.name, s)).collect::<Vec<_>>().join(" / "))),
+            Claimed::Short(short) => Ok(Answer::refused(message::shortages(&self.asker, &short))),
             Claimed::Unfit(why) => Ok(Answer::refused(format!("{} {why}", domain.name))),
             Claimed::Granted(granted) => {
                 self.make_lasting(flavor)?;

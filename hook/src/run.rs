@@ -102,7 +102,7 @@ fn parse(input: Input) -> Result<(Domain, Vec<u8>), Fault> {
 /// Open or closed: the rule stands in [`Operation::on_fault`].
 fn answer_fault(call: &Call, fault: &Fault) -> Answer {
     match call.operation.on_fault(fault.concerned) {
-        OnFault::Closed => Answer::refused(&fault.what),
+        OnFault::Closed => Answer::refused(format!("{} cannot get its USB devices: {}", call.name, fault.what)),
         OnFault::Open => Answer::unchanged("went on in spite of a fault").warn(&fault.what),
     }
 }

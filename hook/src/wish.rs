@@ -83,7 +83,7 @@ impl Wish {
         let must = |part: Part| match part {
             Part::Given(flavor) => Ok(flavor),
             Part::Named(name) => look(&name)?.ok_or_else(|| {
-                Fault::of(true, format!("the domain names the flavor @{name}, which this host does not know: 'virt-usb flavor list' shows those it does, 'virt-usb flavor set {name} JSON' stores it"))
+                Fault::of(true, format!("it names the flavor @{name}, which this host does not know: 'virt-usb flavor list' shows those it does, 'virt-usb flavor set {name} JSON' stores it"))
             }),
         };
         Ok(match self {

@@ -129,26 +129,11 @@ fn interface(device: &str, name: &str, class: [&str; 3], driver: &str) -> String
     )
 }
 
-/// The recorded compute host; umockdev-record leaves the interfaces out, they are added as its kernel shows them.
+/// The recorded compute host; umockdev-record leaves the interfaces out, the second file has them as its kernel shows them.
 fn compute_host() -> String {
     let recorded = include_str!("../../tests/fixtures/compute-host.umockdev");
-    let pci = "/devices/pci0000:00/0000:00:04.0";
-    let stick = "/devices/platform/dummy_hcd.0/usb3/3-1";
-    [
-        recorded.to_owned(),
-        "\n".to_owned(),
-        interface(&format!("{pci}/usb1/1-5/1-5.2"), "1-5.2:1.0", ["03", "01", "01"], "usbhid"),
-        interface(&format!("{pci}/usb1/1-3"), "1-3:1.0", ["03", "00", "00"], "usbhid"),
-        interface(&format!("{pci}/usb1/1-4"), "1-4:1.0", ["03", "00", "00"], "usbfs"),
-        interface(stick, "3-1:1.0", ["08", "06", "50"], "usb-storage"),
-        format!(
-            "P: {stick}/3-1:1.0/host2/target2:0:0/2:0:0:0/block/sda\nE: SUBSYSTEM=block\nA: dev=8:0\\n\n\n"
-        ),
-        format!(
-            "P: {stick}/3-1:1.0/host2/target2:0:0/2:0:0:0/block/sda/sda1\nE: SUBSYSTEM=block\nA: dev=8:1\\n\n"
-        ),
-    ]
-    .concat()
+    let interfaces = include_str!("../../tests/fixtures/compute-host-interfaces.umockdev");
+    format!("{recorded}\n{interfaces}")
 }
 
 #[test]

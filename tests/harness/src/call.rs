@@ -197,7 +197,9 @@ fn not_executed(call: &Call<'_>, error: &io::Error, begun: Instant) -> io::Resul
         _ if error.raw_os_error() == Some(Errno::NOEXEC.raw_os_error()) => 126,
         _ => return Err(io::Error::new(error.kind(), format!("{}: {error}", call.hook.display()))),
     };
-    let stderr = format!("libvirt:  error : cannot execute binary {}: {error}", call.hook.display());
+    let reason = error.to_string();
+    let reason = reason.split(" (os error").next().unwrap_or_default();
+    let stderr = format!("libvirt:  error : cannot execute binary {}: {reason}\n", call.hook.display());
     Ok(Answer { stdout: Vec::new(), stderr, exit: Exit::Code(status), duration: begun.elapsed(), hang: None })
 }
 

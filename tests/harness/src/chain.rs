@@ -100,30 +100,25 @@ impl Hooks {
     /// # Errors
     /// When there is nothing executable, or `dir` cannot be read.
     pub fn find(hook: Option<Script>, dir: Option<&Path>) -> Result<Self, HookError> {
-        let named = hook.as_ref().map(|script| script.path.clone());
         let mut looked = Vec::new();
-        let mut scripts = Vec::new();
-        if let Some(path) = &named {
-            looked.push(path.display().to_string());
-        }
-        let mut extra: Vec<_> = hook.into_iter().filter(|script| is_executable(&script.path)).collect();
-        if let Some(path) = named.filter(|_| extra.is_empty()) {
-            return Err(HookError::None { looked: path.display().to_string() });
+        let mut main = None;
+        let mut rest = Vec::new();
+        if let Some(script) = hook {
+            if !is_executable(&script.path) {
+                return Err(HookError::None { looked: script.path.display().to_string() });
+            }
+            rest.push(script);
         }
         if let Some(dir) = dir {
-            let (main, rest) = (dir.join("qemu"), dir.join("qemu.d"));
-            looked.extend([main.display().to_string(), rest.join("*").display().to_string()]);
-            scripts.extend(Some(main).filter(|path| is_executable(path)).map(plain));
-            extra.extend(
-                executables(&rest)?
-                    .into_iter()
-                    .filter(|path| !same_name(path, &extra))
-                    .map(plain)
-                    .collect::<Vec<_>>(),
-            );
+            let (first, folder) = (dir.join("qemu"), dir.join("qemu.d"));
+            let others = executables(&folder)?.into_iter().filter(|path| !same_name(path, &rest)).map(plain);
+            let others: Vec<_> = others.collect();
+            rest.extend(others);
+            looked = vec![first.display().to_string(), folder.join("*").display().to_string()];
+            main = Some(first).filter(|path| is_executable(path)).map(plain);
         }
-        extra.sort_by(|a, b| file_name(&a.path).cmp(file_name(&b.path)));
-        scripts.append(&mut extra);
+        rest.sort_by(|a, b| file_name(&a.path).cmp(file_name(&b.path)));
+        let scripts: Vec<_> = main.into_iter().chain(rest).collect();
         if scripts.is_empty() {
             return Err(HookError::None { looked: looked.join(", ") });
         }

@@ -150,6 +150,7 @@ at the end.
 
 const TRY_HELP: &str = "\
 Nothing of the host is changed: the inventory is made in a temporary folder, the domain on disk stays as it is.
+--config is read for --flavor-name only; the settings to try are given with --settings.
 
   hook-harness try erp.xml
       the flavor that the domain names itself, with the devices of this machine

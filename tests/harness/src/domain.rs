@@ -124,7 +124,7 @@ impl Domain {
 
     /// A copy that asks for a flavor: its JSON as the text of a `flavor` element in our namespace, in the metadata.
     ///
-    /// A flavor that the domain already has there is replaced.
+    /// Whatever element of that namespace the domain already has there is replaced.
     ///
     /// # Errors
     /// When the result is no domain any more, which no JSON can bring about.
@@ -216,7 +216,6 @@ impl Scan {
             attribute.map_err(|e| format!("not well-formed: {e}"))?;
         }
         let name = tag.name().0.to_owned();
-        let local = name.rsplit(':').next().unwrap_or_default().to_owned();
         self.path.push(name);
         match self.path.iter().map(String::as_str).collect::<Vec<_>>().as_slice() {
             ["domain"] => self.places.after_root_tag = span.end,
@@ -224,7 +223,7 @@ impl Scan {
             ["domain", "devices", "hostdev"] => self.hostdevs += 1,
             ["domain", "devices", "redirdev"] => self.redirdevs += 1,
             ["domain", "metadata"] => self.places.metadata = Some(Tag { span, empty }),
-            ["domain", "metadata", _] if flavor && local == "flavor" => self.flavor_start = Some(span.start),
+            ["domain", "metadata", _] if flavor => self.flavor_start = Some(span.start),
             _ => {}
         }
         self.roots += usize::from(self.path.len() == 1);
@@ -316,6 +315,6 @@ mod tests {
         put(
             "<name>x</name><metadata><f:flavor xmlns:f='urn:virt-usb:flavor:1'><deep/>old</f:flavor></metadata>",
         );
-        put("<name>x</name><metadata><flavor xmlns='urn:virt-usb:flavor:1'/></metadata>");
+        put("<name>x</name><metadata><any xmlns='urn:virt-usb:flavor:1'/></metadata>");
     }
 }

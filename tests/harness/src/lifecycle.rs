@@ -201,7 +201,7 @@ impl Run<'_, '_> {
     }
 
     fn abort(&mut self, op: &str, message: String, domain: &Domain) -> Result<Ended, HookError> {
-        self.remarks.push(match op {
+        self.remark(match op {
             "started" => "libvirt kills the guest, which was running already, and cleans up".to_owned(),
             _ => "libvirt gives the start up and cleans up".to_owned(),
         });
@@ -213,17 +213,24 @@ impl Run<'_, '_> {
     fn shutdown(&mut self, domain: &Domain, reason: &str) -> Result<Ended, HookError> {
         for (op, extra) in [("stopped", ""), ("release", reason)] {
             if self.step(op, "end", extra, domain, Use::Nothing)?.is_err() {
-                self.remarks.push(format!("{op} failed; libvirt ignores that and tells nobody"));
+                self.remark(format!("{op} failed; libvirt ignores that and tells nobody"));
             }
         }
         Ok((Outcome::Done, None))
+    }
+
+    /// What libvirt does next; nothing, when it would still be waiting.
+    fn remark(&mut self, what: String) {
+        if self.calls.last().is_none_or(|call| call.hang.is_none()) {
+            self.remarks.push(what);
+        }
     }
 
     fn incoming(&mut self, op: &str, domain: &Domain) -> Result<Ended, HookError> {
         match self.step(op, "begin", "", domain, Use::Filter)? {
             Ok(filtered) => self.startup(filtered),
             Err(message) => {
-                self.remarks.push(format!("after a refused {op} libvirt calls no stopped and no release"));
+                self.remark(format!("after a refused {op} libvirt calls no stopped and no release"));
                 Ok((Outcome::Refused { op: op.to_owned(), message }, None))
             }
         }
@@ -233,7 +240,7 @@ impl Run<'_, '_> {
         match self.step("reconnect", "begin", "", domain, Use::Nothing)? {
             Ok(domain) => Ok((Outcome::Done, Some(domain))),
             Err(message) => {
-                self.remarks.push(format!("libvirt KILLS the running guest {} because of this", domain.name));
+                self.remark(format!("libvirt KILLS the running guest {} because of this", domain.name));
                 self.shutdown(domain, "daemon")?;
                 Ok((Outcome::Refused { op: "reconnect".to_owned(), message }, None))
             }

@@ -89,6 +89,9 @@ fn scenario(common: &Common, file: &Path) -> anyhow::Result<Verdict> {
         return Err(Input(what.to_owned()).into());
     }
     let wanted = common.config.is_none() && (scenario.needs_product() || !scenario.config.is_empty());
+    if wanted {
+        own_hook_only(common)?;
+    }
     let scratch = wanted.then(|| Scratch::new(&scenario.config, scenario.is_simulated())).transpose()?;
     let config = scratch.as_ref().map(Scratch::config).or_else(|| common.config.clone());
     let sysfs = scratch.as_ref().and_then(Scratch::sysfs).or_else(|| common.sysfs_out.clone());
@@ -102,7 +105,14 @@ fn scenario(common: &Common, file: &Path) -> anyhow::Result<Verdict> {
     theatre.play(|stage| scenario.play(stage))
 }
 
+/// Installed hooks cannot be told of a scratch inventory: they would claim from the real one.
+fn own_hook_only(common: &Common) -> Result<(), Input> {
+    let what = "the hooks of --hooks-dir work on the installed inventory, this on one of its own: give --hook instead";
+    common.hooks_dir.is_none().then_some(()).ok_or_else(|| Input(what.to_owned()))
+}
+
 fn try_flavor(common: &Common, args: &TryArgs) -> anyhow::Result<Verdict> {
+    own_hook_only(common)?;
     let mut domain = Domain::load(&args.file)?;
     let stored = args.flavor_name.as_deref().map(|name| stored_flavor(common, name)).transpose()?;
     if let Some(json) = args.flavor.as_ref().or(stored.as_ref()) {
@@ -158,9 +168,7 @@ impl Theatre {
             config.iter().flat_map(|file| ["--config".into(), file.clone().into_os_string()]).collect();
         let hook = match (&common.hook, &common.hooks_dir) {
             (None, Some(_)) => None,
-            (given, _) => {
-                Some(Script { path: std::path::absolute(beside(given.as_ref(), "virt-usb-hook")?)?, before })
-            }
+            (given, _) => Some(Script { path: beside(given.as_ref(), "virt-usb-hook")?, before }),
         };
         let dir = common.hooks_dir.as_ref().map(std::path::absolute).transpose()?;
         let settings = Settings { timeout: common.timeout, keep_env: common.keep_env.clone() };
@@ -197,7 +205,7 @@ impl Theatre {
 /// What was given, or the program of that name in this program's own folder.
 fn beside(given: Option<&PathBuf>, name: &str) -> anyhow::Result<PathBuf> {
     if let Some(path) = given {
-        return Ok(path.clone());
+        return Ok(std::path::absolute(path)?);
     }
     let own = std::env::current_exe().context("cannot find this program's own folder")?;
     let found = own.with_file_name(name);

@@ -115,9 +115,10 @@ impl<'a> Story<'a> {
         let file = call.hook.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
         writeln!(self.out, "  {args:<24} {:>9}  {ended}  {}", time(call.duration_us), self.paint.dim(&file))?;
         if let Some(message) = &call.message {
-            writeln!(self.out, "      {}", self.paint.red(message))?;
+            message.lines().try_for_each(|line| writeln!(self.out, "      {}", self.paint.red(line)))?;
         } else if !call.stderr.trim().is_empty() {
-            writeln!(self.out, "      stderr, which libvirt shows on failure only: {}", call.stderr.trim())?;
+            writeln!(self.out, "      stderr, which libvirt shows on failure only:")?;
+            call.stderr.lines().try_for_each(|line| writeln!(self.out, "        {line}"))?;
         }
         self.printed(call)
     }
@@ -212,20 +213,7 @@ fn time(microseconds: u128) -> String {
 }
 
 /// The columns that say most about a claim; what a document has of them is shown.
-const COLUMNS: [&str; 12] = [
-    "id",
-    "device_id",
-    "address",
-    "vendor_id",
-    "product_id",
-    "serial",
-    "port_path",
-    "instance_uuid",
-    "instance_name",
-    "request",
-    "state",
-    "status",
-];
+const COLUMNS: [&str; 7] = ["device_id", "address", "domain", "instance_uuid", "state", "pending", "hold"];
 
 /// A header and a row for each claim.
 fn rows(claims: &Value) -> Vec<Vec<String>> {
@@ -251,8 +239,8 @@ mod tests {
 
     #[test]
     fn claims_become_rows() {
-        let claims = serde_json::json!([{"id": 5, "instance_uuid": "u", "serial": null, "odd": 1}]);
-        assert_eq!(rows(&claims), [vec!["id", "instance_uuid"], vec!["5", "u"]]);
+        let claims = serde_json::json!([{"device_id": 5, "instance_uuid": "u", "domain": null, "odd": 1}]);
+        assert_eq!(rows(&claims), [vec!["device_id", "instance_uuid"], vec!["5", "u"]]);
         assert_eq!(rows(&serde_json::json!({"claims": []})).len(), 1);
     }
 
