@@ -207,7 +207,7 @@ pub(crate) struct TryArgs {
 pub(crate) enum CallerArg {
     /// libvirtd
     Libvirt,
-    /// KubeVirt's sidecar, virt-usb start
+    /// KubeVirt's sidecar
     Filter,
 }
 

@@ -25,7 +25,7 @@ pub enum Caller {
     /// libvirtd: it throws the output away.
     #[default]
     Libvirt,
-    /// A caller with a filter contract, as KubeVirt's sidecar or `virt-usb start`: it starts what was printed.
+    /// A caller with a filter contract, as KubeVirt's sidecar: it starts what was printed.
     Filter,
 }
 

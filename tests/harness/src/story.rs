@@ -132,7 +132,7 @@ impl<'a> Story<'a> {
             (OutputFate::Used, _) => "printed XML, which is used from here on:",
             (OutputFate::Refused, _) => "printed XML, which libvirt refuses:",
             (OutputFate::Discarded, "prepare") => {
-                "printed XML; libvirt discards this; the agent attaches it live, `virt-usb start` starts it:"
+                "printed XML; libvirt discards this, a caller with a filter contract starts it (--caller filter):"
             }
             (OutputFate::Discarded, _) => "printed XML; libvirt discards this:",
         };

@@ -120,7 +120,7 @@ fn the_story() {
     for line in [
         "start a (00000000-0000-4000-8000-00000000000a)",
         "  prepare begin -",
-        "libvirt discards this; the agent attaches it live",
+        "libvirt discards this",
         "      -  <devices></devices>",
         "      +  <devices><hostdev/></devices>",
         "  claims, before and after:",

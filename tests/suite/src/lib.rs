@@ -1,1 +1,197 @@
-//! Shared helpers of the test suite.
+//! A host in a folder, for tests at process boundaries: simulated devices with their sysfs tree, a procfs with a boot id, a
+//! store, and the real programs.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test's helper fails the test")]
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, SystemTime};
+
+use virt_usb::discovery::{Simulated, UsbSource};
+use virt_usb::inventory;
+use virt_usb_hook::config::Config;
+use virt_usb_hook::machine;
+use virt_usb_model::Flavor;
+use virt_usb_store::{Durability, Store};
+
+/// The repository's root.
+pub fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().nth(2).unwrap().to_path_buf()
+}
+
+/// A program as it is shipped. Fails where it is missing or older than what it is made of: a test of yesterday's program
+/// proves nothing.
+pub fn program(name: &str) -> PathBuf {
+    let path = root().join("target/release").join(name);
+    let built = path.metadata().unwrap_or_else(|_| panic!("{} is not built: run 'make build'", path.display())).modified().unwrap();
+    let source = ["hook", "host-runtime", "tests/harness"].iter().map(|dir| newest(&root().join(dir))).max().unwrap();
+    assert!(source.1 <= built, "{} is older than {}: run 'make build'", path.display(), source.0.display());
+    path
+}
+
+fn newest(dir: &Path) -> (PathBuf, SystemTime) {
+    let mut latest = (dir.to_path_buf(), SystemTime::UNIX_EPOCH);
+    for entry in std::fs::read_dir(dir).unwrap().map(Result::unwrap) {
+        let path = entry.path();
+        let name = entry.file_name();
+        let found = if path.is_dir() && !["tests", "target"].iter().any(|skip| name == *skip) {
+            newest(&path)
+        } else if path.extension().is_some_and(|e| e == "rs" || e == "sql") {
+            (path.clone(), entry.metadata().unwrap().modified().unwrap())
+        } else {
+            continue;
+        };
+        if found.1 > latest.1 {
+            latest = found;
+        }
+    }
+    latest
+}
+
+/// A host in a temporary folder.
+pub struct Host {
+    dir: tempfile::TempDir,
+}
+
+impl Host {
+    /// A host of one boot, without devices, with `keys` added to its configuration.
+    pub fn new(keys: &str) -> Self {
+        let host = Self { dir: tempfile::tempdir().unwrap() };
+        let sysctl = host.path("proc/sys/kernel");
+        std::fs::create_dir_all(sysctl.join("random")).unwrap();
+        std::fs::create_dir_all(host.path("sys")).unwrap();
+        std::fs::write(sysctl.join("hostname"), "host1\n").unwrap();
+        host.boot("11111111-1111-4111-8111-111111111111", 1000.0);
+        let base: String = [("state_dir", "state"), ("sysfs_root", "sys"), ("procfs_root", "proc"), ("log", "log")]
+            .iter()
+            .map(|(key, name)| format!("{key} = {:?}\n", host.path(name)))
+            .collect();
+        std::fs::write(host.config_file(), base + keys).unwrap();
+        host
+    }
+
+    /// A path in the host's folder.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// Its configuration.
+    pub fn config_file(&self) -> PathBuf {
+        self.path("config.toml")
+    }
+
+    /// The same, read; where a test has written a wrong one, what it says of the folders alone.
+    pub fn config(&self) -> Config {
+        Config::load(Some(&self.config_file())).unwrap_or_else(|_| Config {
+            state_dir: self.path("state"),
+            sysfs_root: self.path("sys"),
+            procfs_root: self.path("proc"),
+            ..Config::default()
+        })
+    }
+
+    /// Says which boot it is and how many seconds it has lasted.
+    pub fn boot(&self, id: &str, uptime: f64) {
+        std::fs::write(self.path("proc/sys/kernel/random/boot_id"), format!("{id}\n")).unwrap();
+        std::fs::write(self.path("proc/uptime"), format!("{uptime:.2} 0.00\n")).unwrap();
+    }
+
+    /// Plugs in what the TOML text says, in place of what was there; the inventory is not told.
+    pub fn plug(&self, devices: &str) -> Simulated {
+        let simulated = Simulated::parse(devices).unwrap();
+        simulated.write_sysfs(&self.path("sys")).unwrap();
+        simulated
+    }
+
+    /// Plugs in and records.
+    pub fn discover(&self, devices: &str) {
+        let snapshot = self.plug(devices).snapshot();
+        let config = self.config();
+        let mut store = Store::create(&config.state_dir, Duration::from_secs(5)).unwrap();
+        let context = machine::context(&config.procfs_root, "test discover").unwrap();
+        store.reconcile("host1", |known| inventory::plan(&snapshot, known, &config.whitelist), &context).unwrap();
+    }
+
+    /// Stores a flavor.
+    pub fn flavor(&self, name: &str, json: &str) {
+        let config = self.config();
+        let context = machine::context(&config.procfs_root, "test flavor").unwrap();
+        let mut store = Store::create(&config.state_dir, Duration::from_secs(5)).unwrap();
+        store.set_flavor(name, &Flavor::parse(json).unwrap(), &context).unwrap();
+    }
+
+    /// The inventory, opened as the command line does.
+    pub fn store(&self) -> Store {
+        Store::open(&self.config().state_dir, Duration::from_secs(5), Durability::Power).unwrap()
+    }
+
+    /// The claims, a line each, without what differs between runs.
+    pub fn claims(&self) -> String {
+        if !self.path("state").join(virt_usb_store::FILE_NAME).exists() {
+            return String::new();
+        }
+        let line = |c: virt_usb_store::ClaimRow| {
+            let pending = if c.pending { " pending" } else { "" };
+            format!("device {} {} {} {} hold={}{pending}\n", c.device_id, c.domain, c.instance_uuid, c.state, c.hold)
+        };
+        match Store::open(&self.path("state"), Duration::from_secs(5), Durability::Power) {
+            Ok(store) => store.claims().unwrap().into_iter().map(line).collect(),
+            Err(e) => format!("unreadable: {}\n", e.to_string().replace(self.path("").to_str().unwrap(), "DIR/")),
+        }
+    }
+
+    /// The command that calls the hook with four arguments.
+    pub fn hook(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(program("virt-usb-hook"));
+        command.arg("--config").arg(self.config_file()).args(arguments);
+        command
+    }
+
+    /// Calls the hook.
+    pub fn call(&self, arguments: &[&str], xml: &[u8]) -> Output {
+        feed(self.hook(arguments), xml)
+    }
+
+    /// Runs `virt-usb`.
+    pub fn virt_usb(&self, arguments: &[&str]) -> Output {
+        Command::new(program("virt-usb")).arg("--config").arg(self.config_file()).args(arguments).output().unwrap()
+    }
+}
+
+/// Runs a command with `input` on stdin, reading both of its outputs.
+pub fn feed(mut command: Command, input: &[u8]) -> Output {
+    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut stdin = child.stdin.take().unwrap();
+    std::thread::scope(|scope| {
+        // Who does not read its input is not waited for.
+        scope.spawn(move || drop(stdin.write_all(input)));
+        child.wait_with_output().unwrap()
+    })
+}
+
+/// A device for [`Host::discover`].
+pub fn device(product: &str, port: &str, number: u8, more: &str) -> String {
+    let bus = port.split('-').next().unwrap();
+    format!("[[device]]\nvendor = \"0529\"\nproduct = \"{product}\"\nbus = {bus}\ndevice = {number}\nport = \"{port}\"\nspeed = \"full\"\n{more}\n")
+}
+
+/// A domain that asks for `flavor` in its metadata.
+pub fn domain(name: &str, number: u32, flavor: &str) -> String {
+    format!(
+        "<domain type='kvm'>
+  <name>{name}</name>
+  <uuid>{number:08x}-0000-4000-8000-000000000000</uuid>
+  <metadata>
+    <usb:flavor xmlns:usb='urn:virt-usb:flavor:1'>{flavor}</usb:flavor>
+  </metadata>
+  <memory unit='MiB'>64</memory>
+  <os>
+    <type arch='x86_64' machine='q35'>hvm</type>
+  </os>
+  <devices>
+    <controller type='usb' index='0' model='qemu-xhci' ports='15'/>
+  </devices>
+</domain>
+"
+    )
+}

@@ -1,0 +1,27 @@
+//! Any bytes as the hook's arguments, one after each NUL: never a panic, and a call that is understood keeps its rule.
+#![no_main]
+
+use std::ffi::OsString;
+use std::os::unix::ffi::OsStringExt;
+
+use libfuzzer_sys::fuzz_target;
+use virt_usb_hook::call::{Asked, OnFault, Operation, parse};
+
+const KNOWN: [&str; 7] = ["prepare", "restore", "migrate", "started", "stopped", "release", "reconnect"];
+
+fuzz_target!(|bytes: &[u8]| {
+    let arguments: Vec<OsString> = bytes.split(|b| *b == 0).map(|a| OsString::from_vec(a.to_vec())).collect();
+    match parse(arguments.iter().cloned()) {
+        Asked::Handle(call) => {
+            assert!(arguments.len() >= 4);
+            assert_eq!(call.operation != Operation::Ignored, KNOWN.contains(&call.op.as_str()), "{call:?}");
+            assert_eq!(call.operation.on_fault(false), OnFault::Open, "a domain that asks for nothing goes on");
+            let can_refuse = matches!(call.operation, Operation::Gate | Operation::Filter(_));
+            assert_eq!(call.operation.on_fault(true) == OnFault::Closed, can_refuse, "{call:?}");
+            let texts: Vec<_> = arguments.iter().map(|a| a.to_string_lossy()).collect();
+            assert!(texts.contains(&call.name.as_str().into()) && texts.contains(&call.op.as_str().into()));
+        }
+        Asked::Wrong(why) => assert!(!why.is_empty()),
+        Asked::Help | Asked::Version => assert!(bytes.windows(2).any(|w| w == b"--")),
+    }
+});

@@ -1,0 +1,16 @@
+//! Any text as a host document: what is accepted is written in a form that is accepted again, and means the same.
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+use virt_usb_model::HostDocument;
+
+fuzz_target!(|text: &str| {
+    match HostDocument::parse(text) {
+        Ok(document) => {
+            let written = serde_json::to_string(&document).expect("a document can be written");
+            assert_eq!(HostDocument::parse(&written).as_ref(), Ok(&document), "what it writes, it reads: {written}");
+            assert!(document.devices.iter().all(|d| d.state().is_ok()), "every state has a name");
+        }
+        Err(e) => assert!(!e.to_string().contains('\n'), "one line: {e}"),
+    }
+});

@@ -1,0 +1,173 @@
+//! `virt-usb` as an operator types it.
+
+use std::process::Output;
+
+use serde_json::Value;
+use virt_usb_suite::{Host, device, domain};
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8(bytes.to_vec()).unwrap()
+}
+
+fn ok(output: &Output) -> String {
+    assert!(output.status.success(), "{}{}", text(&output.stdout), text(&output.stderr));
+    text(&output.stdout)
+}
+
+fn json(host: &Host, arguments: &[&str]) -> Value {
+    let all: Vec<&str> = arguments.iter().copied().chain(["--json"]).collect();
+    serde_json::from_str(&ok(&host.virt_usb(&all))).unwrap()
+}
+
+/// Fails, says why in one line on stderr and nothing on stdout.
+fn fails(host: &Host, arguments: &[&str]) -> String {
+    let output = host.virt_usb(arguments);
+    assert_eq!(output.status.code(), Some(1), "{arguments:?}");
+    assert_eq!(text(&output.stdout), "");
+    let why = text(&output.stderr);
+    assert!(why.starts_with("virt-usb: ") && why.lines().count() == 1, "{why}");
+    why
+}
+
+fn two_keys() -> String {
+    [device("0001", "1-1", 2, "serial = \"A\"\nproduct_name = \"HASP\""), device("0001", "1-1.4", 3, "serial = \"B\"")].concat()
+}
+
+#[test]
+fn discover_records_and_says_what_changed() {
+    let host = Host::new("");
+    std::fs::write(host.path("sim.toml"), two_keys()).unwrap();
+    let (file, sys) = (host.path("sim.toml"), host.path("sys"));
+    let (sim, out) = (file.to_str().unwrap(), sys.to_str().unwrap());
+    let shown = ok(&host.virt_usb(&["discover", "--sim", sim, "--sysfs-out", out]));
+    assert!(shown.contains("0529:0001") && shown.contains("2 device(s): 2 added"), "{shown}");
+    let found = json(&host, &["discover", "--sim", sim]);
+    assert_eq!((found["devices"].as_array().unwrap().len(), &found["changes"]), (2, &Value::Array(vec![])));
+    std::fs::write(&file, device("0001", "1-1", 9, "serial = \"A\"\nproduct_name = \"HASP\"")).unwrap();
+    let changes = json(&host, &["discover", "--sim", sim])["changes"].clone();
+    assert_eq!(changes, serde_json::json!([{"id": 2, "what": "removed"}, {"id": 1, "what": "changed"}]));
+    assert_eq!(json(&host, &["devices"]).as_array().unwrap().len(), 1);
+    assert_eq!(json(&host, &["devices", "--all"]).as_array().unwrap().len(), 2);
+    let preview = ok(&host.virt_usb(&["discover", "--sim", sim, "--dry-run"]));
+    assert!(preview.contains("every project"), "{preview}");
+}
+
+#[test]
+fn devices_as_json_have_the_columns_of_the_table() {
+    let host = Host::new("");
+    host.discover(&two_keys());
+    let devices = json(&host, &["devices"]);
+    let device = devices[1].as_object().unwrap();
+    for key in [
+        "created_at", "updated_at", "deleted_at", "deleted", "id", "compute_node_id", "address", "product_id", "vendor_id", "bus_id",
+        "device_id", "port_id", "status", "extra_info", "instance_uuid", "port_path", "serial", "status_reason",
+    ] {
+        assert!(device.contains_key(key), "{key}");
+    }
+    assert_eq!(device["address"], "usb_1_3");
+    assert_eq!((&device["vendor_id"], &device["product_id"]), (&"0529".into(), &"0001".into()));
+    assert_eq!((device["bus_id"].as_u64(), device["device_id"].as_u64(), device["port_id"].as_u64()), (Some(1), Some(3), Some(4)));
+    assert_eq!((device["status"].as_str(), device["deleted"].as_u64()), (Some("available"), Some(0)));
+}
+
+#[test]
+fn flavors_are_checked_normalised_and_forgotten() {
+    let host = Host::new("");
+    assert!(ok(&host.virt_usb(&["flavor", "set", "erp", r#"{"usb_devices":[{"vendor_id":"0x529"}]}"#])).starts_with("stored: erp"));
+    assert!(ok(&host.virt_usb(&["flavor", "set", "erp", r#"{"usb_devices":[{"vendor_id":"0529"}]}"#])).starts_with("unchanged: erp"));
+    assert_eq!(ok(&host.virt_usb(&["flavor", "show", "erp"])), "{\"usb_devices\":[{\"vendor_id\":\"0529\"}]}\n");
+    assert_eq!(json(&host, &["flavor", "list"])[0]["usb_devices"][0]["vendor_id"], "0529");
+    let why = fails(&host, &["flavor", "set", "bad", r#"{"usb_redirection_devices":{["bus": usb, "type": "spicevmc"]}}"#]);
+    assert!(why.contains(r#"{"usb_redirection_devices":[{"bus":"usb","type":"spicevmc"}]}"#), "{why}");
+    assert!(fails(&host, &["flavor", "set", "empty", "{}"]).contains("asks for nothing"));
+    assert!(fails(&host, &["flavor", "set", "", "{}"]).contains("no name for a flavor"));
+    assert!(fails(&host, &["flavor", "show", "nope"]).contains("flavor list"));
+    assert_eq!(ok(&host.virt_usb(&["flavor", "remove", "erp"])), "removed: erp\n");
+    assert!(fails(&host, &["flavor", "remove", "erp"]).contains("no flavor of the name"));
+    assert_eq!(json(&host, &["flavor", "list"]), Value::Array(vec![]));
+}
+
+#[test]
+fn a_claim_is_shown_and_freed_by_force_only() {
+    let host = Host::new("");
+    host.discover(&two_keys());
+    let xml = domain("erp-1", 1, r#"{"usb_devices":[{"serial":"A"}]}"#);
+    ok(&host.call(&["erp-1", "prepare", "begin", "-"], xml.as_bytes()));
+    let claims = json(&host, &["claims"]);
+    assert_eq!((&claims[0]["device_id"], &claims[0]["domain"], &claims[0]["state"]), (&1.into(), &"erp-1".into(), &"claimed".into()));
+    assert!(fails(&host, &["claims", "release", "erp-1"]).contains("--force"));
+    assert!(fails(&host, &["claims", "release", "erp-9", "--force"]).contains("no domain of the name"));
+    assert_eq!(ok(&host.virt_usb(&["claims", "release", "erp-1", "--force"])), "freed device 1\n");
+    assert_eq!(json(&host, &["claims"]), Value::Array(vec![]));
+    let events = json(&host, &["events", "--instance", "00000001-0000-4000-8000-000000000000"]);
+    let kinds: Vec<_> = events.as_array().unwrap().iter().map(|e| e["event"].as_str().unwrap()).collect();
+    assert_eq!(kinds, ["claimed", "forced"]);
+    assert_eq!(events[1]["actor"], "virt-usb claims release");
+    let newest = json(&host, &["events", "--limit", "1"]);
+    assert_eq!((newest.as_array().unwrap().len(), &newest[0]["event"]), (1, &"forced".into()));
+}
+
+#[test]
+fn whitelist_check_names_the_rule_for_each_device() {
+    let host = Host::new(
+        "usb_white_list_switch = 'on'\nusb_passthrough_whitelist = [{ serial = 'A', projects = ['p1'] }, { class = '08' }]\n",
+    );
+    let disk = device("1666", "1-3", 7, "interfaces = [\"08\"]\nhost_use = \"mounted on /\"");
+    let hub = device("aaaa", "1-4", 8, "class = \"09\"");
+    std::fs::write(host.path("sim.toml"), two_keys() + &disk + &hub).unwrap();
+    let verdicts = json(&host, &["whitelist", "check", "--sim", host.path("sim.toml").to_str().unwrap()]);
+    let of = |port: &str| verdicts.as_array().unwrap().iter().find(|v| v["port_path"] == port).unwrap().clone();
+    assert_eq!((&of("1-1")["offered"], &of("1-1")["rule"], &of("1-1")["projects"][0]), (&true.into(), &0.into(), &"p1".into()));
+    assert_eq!((&of("1-1.4")["offered"], &of("1-1.4")["withheld"]), (&false.into(), &"whitelist".into()));
+    assert_eq!((&of("1-3")["offered"], &of("1-3")["withheld"]), (&false.into(), &"host-use".into()));
+    assert!(of("1-3")["because"].as_str().unwrap().contains("mounted on /"));
+    assert_eq!(of("1-4")["offered"], false);
+    assert!(of("1-4")["because"].as_str().unwrap().contains("hub"));
+    assert!(!host.path("state").exists(), "it only looks");
+}
+
+#[test]
+fn the_store_is_checked_and_copied() {
+    let host = Host::new("");
+    assert!(fails(&host, &["store", "check"]).contains("virt-usb discover"));
+    host.discover(&two_keys());
+    assert!(ok(&host.virt_usb(&["store", "check"])).contains("all is well"));
+    let copy = host.path("copy.sqlite");
+    ok(&host.virt_usb(&["store", "backup", copy.to_str().unwrap()]));
+    assert!(fails(&host, &["store", "backup", copy.to_str().unwrap()]).contains("already"));
+    std::fs::create_dir(host.path("restored")).unwrap();
+    std::fs::copy(&copy, host.path("restored/inventory.sqlite")).unwrap();
+    let config = std::fs::read_to_string(host.config_file()).unwrap().replace("/state\"", "/restored\"");
+    std::fs::write(host.config_file(), config).unwrap();
+    assert_eq!(json(&host, &["devices"]).as_array().unwrap().len(), 2);
+    assert_eq!(json(&host, &["hosts"])[0]["host"], "host1");
+}
+
+#[test]
+fn wrong_input_is_said_where_it_stands() {
+    let host = Host::new("usb_whitelist_switch = 'on'\n");
+    assert!(fails(&host, &["devices"]).contains("did you mean \"usb_white_list_switch\"?"));
+    assert_eq!(host.virt_usb(&["devices", "--colour"]).status.code(), Some(2));
+    let missing = std::process::Command::new(virt_usb_suite::program("virt-usb")).args(["--config", "/nowhere/c.toml", "devices"]).output().unwrap();
+    assert!(text(&missing.stderr).contains("cannot read the configuration /nowhere/c.toml"));
+    for shell in ["bash", "zsh", "fish"] {
+        assert!(ok(&host.virt_usb(&["completions", shell])).contains("virt-usb"));
+    }
+}
+
+#[test]
+fn a_reader_that_goes_away_is_no_error() {
+    let host = Host::new("");
+    host.discover(&two_keys());
+    let mut child = std::process::Command::new(virt_usb_suite::program("virt-usb"))
+        .arg("--config")
+        .arg(host.config_file())
+        .args(["devices", "--json"])
+        .stdout(std::process::Stdio::piped())
+        .stderr(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    drop(child.stdout.take());
+    let output = child.wait_with_output().unwrap();
+    assert!(output.status.success() && output.stderr.is_empty(), "{}", text(&output.stderr));
+}

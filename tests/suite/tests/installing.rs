@@ -1,0 +1,57 @@
+//! `install/hook` in a folder of its own.
+
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::process::{Command, Output};
+
+use virt_usb_suite::{program, root};
+
+fn install(dest: &Path, arguments: &[&str]) -> Output {
+    program("virt-usb-hook");
+    Command::new(root().join("install/hook")).args(arguments).env("DESTDIR", dest).output().unwrap()
+}
+
+fn ok(output: &Output) -> String {
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout.clone()).unwrap()
+}
+
+#[test]
+fn installs_a_real_file_beside_other_hooks_and_removes_only_its_own() {
+    let dest = tempfile::tempdir().unwrap();
+    let hooks = dest.path().join("etc/libvirt/hooks/qemu.d");
+    std::fs::create_dir_all(&hooks).unwrap();
+    std::fs::write(hooks.join("10-other"), "#!/bin/sh\n").unwrap();
+    std::fs::write(dest.path().join("etc/libvirt/hooks/qemu"), "#!/bin/sh\n").unwrap();
+
+    let said = ok(&install(dest.path(), &[]));
+    let hook = hooks.join("50-virt-usb");
+    let meta = std::fs::symlink_metadata(&hook).unwrap();
+    assert!(meta.is_file() && meta.permissions().mode() & 0o777 == 0o755, "a real file, for AppArmor");
+    assert!(said.contains("config.toml") && said.contains("virt-usb discover"), "{said}");
+    let state = std::fs::metadata(dest.path().join("var/lib/virt-usb")).unwrap();
+    assert_eq!(state.permissions().mode() & 0o7777, 0o750);
+    assert!(!dest.path().join("var/lib/virt-usb/inventory.sqlite").exists());
+    let version = Command::new(&hook).arg("--version").output().unwrap();
+    assert!(ok(&version).starts_with("virt-usb-hook "));
+
+    std::fs::write(dest.path().join("etc/virt-usb/config.toml"), "log = \"off\"\n").unwrap();
+    assert!(ok(&install(dest.path(), &[])).contains("nothing has to be reloaded"), "again: an upgrade");
+    let kept = std::fs::read_to_string(dest.path().join("etc/virt-usb/config.toml")).unwrap();
+    assert_eq!(kept, "log = \"off\"\n", "the operator's configuration stays");
+
+    ok(&install(dest.path(), &["--remove"]));
+    assert!(!hook.exists() && hooks.join("10-other").exists() && dest.path().join("etc/libvirt/hooks/qemu").exists());
+    assert!(dest.path().join("var/lib/virt-usb").exists(), "the data stays");
+    assert!(ok(&install(dest.path(), &["--remove"])).contains("nothing to do"), "twice");
+    assert!(!install(dest.path(), &["--purge"]).status.success());
+}
+
+#[test]
+fn state_dir_is_made_where_the_configuration_says() {
+    let dest = tempfile::tempdir().unwrap();
+    std::fs::create_dir_all(dest.path().join("etc/virt-usb")).unwrap();
+    std::fs::write(dest.path().join("etc/virt-usb/config.toml"), "# state_dir = \"/no\"\nstate_dir = '/srv/usb'\n").unwrap();
+    ok(&install(dest.path(), &[]));
+    assert!(dest.path().join("srv/usb").is_dir() && !dest.path().join("var/lib/virt-usb").exists());
+}
