@@ -54,6 +54,7 @@ CREATE TABLE usb_devices (
 CREATE INDEX usb_devices_compute_node ON usb_devices (compute_node_id);
 CREATE INDEX usb_devices_instance ON usb_devices (instance_uuid) WHERE instance_uuid IS NOT NULL;
 CREATE INDEX usb_devices_kind ON usb_devices (vendor_id, product_id, status) WHERE deleted = 0;
+CREATE INDEX usb_devices_vendor ON usb_devices (vendor_id, status) WHERE deleted = 0;
 CREATE INDEX usb_devices_serial ON usb_devices (serial) WHERE deleted = 0;
 CREATE INDEX usb_devices_port ON usb_devices (port_path) WHERE deleted = 0;
 
@@ -98,6 +99,8 @@ CREATE TABLE claims (
     revision        int NOT NULL
 );
 CREATE INDEX claims_instance ON claims (instance_uuid);
+CREATE INDEX claims_boot ON claims (boot_id);
+CREATE INDEX claims_pending ON claims (pending_since) WHERE pending_since IS NOT NULL;
 
 -- Nova's table of that name: key 'usb_devices', value what was assigned to the instance, JSON.
 CREATE TABLE instance_system_metadata (

@@ -1,14 +1,15 @@
 //! Taking over what a domain's own XML already holds: a hostdev that somebody wrote by hand, or one that a running guest
 //! was found with when the daemon came back.
 
-use rusqlite::{OptionalExtension, Transaction, params};
+use rusqlite::{Transaction, params};
 use virt_usb_model::{BusAddress, DeviceId, UsbId};
 
 use crate::claim::{Asker, Judge, Verified};
-use crate::device::{ClaimRow, Record, refresh, sql_id, step_revision};
+use crate::device::{self, ClaimRow, Record, refresh, sql_id, step_revision};
 use crate::error::Sql;
 use crate::events::{Event, record};
-use crate::{Context, NOW, Store, StoreError, give_back, hints};
+use crate::hints::Known;
+use crate::{Context, NOW, Store, StoreError, give_back, metadata};
 
 /// A hostdev as the XML names its source.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -57,12 +58,11 @@ impl Store {
         judge: &mut dyn Judge,
         context: &Context,
     ) -> Result<Vec<Adoption>, StoreError> {
-        let adopted = self.write(|tx, state_dir| {
+        self.write(|tx, hints| {
             give_back::sweep(tx, context)?;
-            let mut stepped = false;
             let mut adopted = Vec::new();
             for holding in holdings {
-                let Some(device) = find(tx, holding, judge)? else {
+                let Some((device, address)) = find(tx, holding, asker, judge)? else {
                     adopted.push(Adoption::Unknown);
                     continue;
                 };
@@ -71,21 +71,24 @@ impl Store {
                     adopted.push(Adoption::HeldBy(Box::new(device), Box::new(claim)));
                     continue;
                 }
-                if !std::mem::replace(&mut stepped, true) {
-                    step_revision(tx)?;
-                }
-                hints::add(state_dir, hints::Known::Instance(asker.instance))?;
+                hints.add(Known::Instance(asker.instance))?;
+                device::set_address(tx, id, address)?;
                 adopted.push(take(tx, asker, id, stage, context)?);
             }
+            metadata::refresh(tx, asker.instance)?;
             Ok(adopted)
-        })?;
-        self.bound_wal()?;
-        Ok(adopted)
+        })
     }
 }
 
-/// The device that a holding means, as long as it is one and really there.
-fn find(tx: &Transaction<'_>, holding: &Holding, judge: &mut dyn Judge) -> Sql<Option<Record>> {
+/// The device that a holding means, and where it really is; none if it cannot be told. Of several the one that is
+/// the instance's already is meant.
+fn find(
+    tx: &Transaction<'_>,
+    holding: &Holding,
+    asker: &Asker,
+    judge: &mut dyn Judge,
+) -> Sql<Option<(Record, BusAddress)>> {
     let mut statement = tx.prepare_cached(
         "SELECT * FROM usb_devices WHERE deleted = 0 AND present = 1 AND (?1 IS NULL OR id = ?1) AND (?2 IS NULL OR vendor_id = ?2)
          AND (?3 IS NULL OR product_id = ?3) ORDER BY id",
@@ -102,15 +105,17 @@ fn find(tx: &Transaction<'_>, holding: &Holding, judge: &mut dyn Judge) -> Sql<O
     for device in found {
         let device = device?;
         // The stored address is a memory: ask the port, but only of those that it could be.
-        let plausible = holding.address.is_none_or(|a| a.bus() == device.entry.port_path.bus());
-        if !plausible {
+        if holding.address.is_some_and(|a| a.bus() != device.entry.port_path.bus()) {
             continue;
         }
-        if let Verified::Here(address) = judge.verify(&device) {
-            if holding.address.is_none_or(|a| a == address) {
-                there.push(device);
-            }
+        if let Verified::Here(address) = judge.verify(&device)
+            && holding.address.is_none_or(|a| a == address)
+        {
+            there.push((device, address));
         }
+    }
+    if there.len() > 1 {
+        there.retain(|(d, _)| d.entry.instance_uuid == Some(asker.instance));
     }
     let only = there.pop();
     Ok(if there.is_empty() { only } else { None })
@@ -118,14 +123,15 @@ fn find(tx: &Transaction<'_>, holding: &Holding, judge: &mut dyn Judge) -> Sql<O
 
 fn take(tx: &Transaction<'_>, asker: &Asker, id: DeviceId, stage: Stage, context: &Context) -> Sql<Adoption> {
     let state = if stage == Stage::Running { "allocated" } else { "claimed" };
-    let known: Option<String> = tx
-        .prepare_cached("SELECT state FROM claims WHERE device_id = ?1")?
-        .query_row([sql_id(id)], |row| row.get(0))
-        .optional()?;
+    let known = give_back::held(tx, asker.instance)?.into_iter().find(|c| c.device_id == id);
+    if let Some(claim) = known {
+        give_back::set_states(tx, &[claim], context, |_| state)?;
+        return Ok(Adoption::AlreadyYours(id));
+    }
+    step_revision(tx)?;
     tx.prepare_cached(&format!(
         "INSERT INTO claims (created_at, device_id, instance_uuid, domain, project_id, state, hold, boot_id, revision)
-         VALUES ({NOW}, ?1, ?2, ?3, ?4, ?5, 'running', ?6, (SELECT max(revision) FROM compute_nodes))
-         ON CONFLICT (device_id) DO UPDATE SET state = excluded.state, boot_id = excluded.boot_id, pending_since = NULL, revision = excluded.revision"
+         VALUES ({NOW}, ?1, ?2, ?3, ?4, ?5, 'running', ?6, (SELECT max(revision) FROM compute_nodes))"
     ))?
     .execute(params![
         sql_id(id),
@@ -136,20 +142,6 @@ fn take(tx: &Transaction<'_>, asker: &Asker, id: DeviceId, stage: Stage, context
         context.boot_id,
     ])?;
     refresh(tx, id)?;
-    match known {
-        Some(before) => {
-            if before != state {
-                record(tx, context, &Event::of(state, asker).about(id))?;
-            }
-            Ok(Adoption::AlreadyYours(id))
-        }
-        None => {
-            record(
-                tx,
-                context,
-                &Event::of("adopted", asker).about(id).with("found in the domain's own XML".into()),
-            )?;
-            Ok(Adoption::New(id))
-        }
-    }
+    record(tx, context, &Event::of("adopted", asker).about(id).with("found in the domain's own XML".into()))?;
+    Ok(Adoption::New(id))
 }

@@ -5,7 +5,8 @@ use serde::Serialize;
 use virt_usb_model::{DeviceRequest, Flavor, InstanceId};
 
 use crate::error::{Sql, bad_row};
-use crate::{NOW, Store, StoreError, hints};
+use crate::hints::Known;
+use crate::{NOW, Store, StoreError};
 
 /// Who made an assignment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -90,16 +91,21 @@ impl Store {
         if now == requests {
             return Ok(false);
         }
-        self.write(|tx, state_dir| {
-            hints::add(state_dir, hints::Known::Instance(instance))?;
-            tx.execute("DELETE FROM assignments WHERE instance_uuid = ?1 AND source = ?2", params![instance.to_string(), source.name()])?;
+        self.write(|tx, hints| {
+            hints.add(Known::Instance(instance))?;
+            tx.execute(
+                "DELETE FROM assignments WHERE instance_uuid = ?1 AND source = ?2",
+                params![instance.to_string(), source.name()],
+            )?;
             for request in requests {
                 tx.execute(
                     &format!("INSERT INTO assignments (created_at, instance_uuid, request, source) VALUES ({NOW}, ?1, ?2, ?3)"),
                     params![instance.to_string(), request.to_string(), source.name()],
                 )?;
             }
-            Ok(true)
-        })
+            Ok(())
+        })?;
+        self.forget_hint(instance)?;
+        Ok(true)
     }
 }

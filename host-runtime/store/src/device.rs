@@ -152,6 +152,14 @@ impl Store {
         self.records("deleted = 0")
     }
 
+    /// All devices ever seen, those that were unplugged too, by id.
+    ///
+    /// # Errors
+    /// When the database cannot be read.
+    pub fn all_devices(&self) -> Result<Vec<Record>, StoreError> {
+        self.records("1")
+    }
+
     /// All claims, by device.
     ///
     /// # Errors
@@ -201,6 +209,21 @@ pub(crate) fn refresh(tx: &Transaction<'_>, device: DeviceId) -> Sql<()> {
         instance,
         status.is_none(),
     ])?;
+    Ok(())
+}
+
+/// The address as stored.
+pub(crate) fn address_of(tx: &Transaction<'_>, device: DeviceId) -> Sql<BusAddress> {
+    tx.prepare_cached("SELECT address FROM usb_devices WHERE id = ?1")?
+        .query_row([sql_id(device)], |row| parse(row, "address"))
+}
+
+/// Corrects the stored address to what was just seen.
+pub(crate) fn set_address(tx: &Transaction<'_>, device: DeviceId, address: BusAddress) -> Sql<()> {
+    tx.prepare_cached(
+        "UPDATE usb_devices SET address = ?2, bus_id = ?3, device_id = ?4 WHERE id = ?1 AND address <> ?2",
+    )?
+    .execute(params![sql_id(device), address.to_string(), address.bus(), address.device()])?;
     Ok(())
 }
 

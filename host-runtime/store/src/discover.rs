@@ -1,5 +1,7 @@
 //! Bringing the rows in line with what is plugged in. What to do is planned elsewhere, purely; this does it.
 
+use std::collections::BTreeMap;
+
 use rusqlite::{Transaction, params};
 use serde::Serialize;
 use virt_usb_model::{Device, DeviceId, Verdict};
@@ -7,7 +9,7 @@ use virt_usb_model::{Device, DeviceId, Verdict};
 use crate::device::{Record, read_id, refresh, sql_id, step_revision};
 use crate::error::Sql;
 use crate::events::{Event, record};
-use crate::{Context, LONE_NODE, NOW, Store, StoreError, give_back};
+use crate::{Context, LONE_NODE, NOW, Store, StoreError, give_back, metadata};
 
 /// One step of a plan.
 #[derive(Debug, Clone, PartialEq)]
@@ -29,6 +31,8 @@ pub struct Done {
     pub what: &'static str,
 }
 
+type Known<'a> = BTreeMap<DeviceId, &'a Record>;
+
 impl Store {
     /// Plans and executes under one lock. `plan` is given every device that was ever seen, those marked deleted too.
     ///
@@ -40,6 +44,7 @@ impl Store {
         plan: impl FnOnce(&[Record]) -> Vec<Change>,
         context: &Context,
     ) -> Result<Vec<Done>, StoreError> {
+        self.mend_hints()?;
         let done = self.write(|tx, _| {
             register_host(tx, host)?;
             give_back::sweep(tx, context)?;
@@ -47,14 +52,16 @@ impl Store {
                 .prepare("SELECT * FROM usb_devices ORDER BY id")?
                 .query_map([], Record::read)?
                 .collect::<Sql<_>>()?;
-            step_revision(tx)?;
-            let mut done = Vec::new();
-            for change in plan(&known) {
-                done.extend(execute(tx, &known, change, context)?);
+            let changes = plan(&known);
+            let known: Known<'_> = known.iter().map(|r| (r.entry.id, r)).collect();
+            let changes: Vec<Change> = changes.into_iter().filter(|c| is_news(&known, c)).collect();
+            if !changes.is_empty() {
+                step_revision(tx)?;
             }
-            Ok(done)
+            Ok(changes.into_iter().map(|c| execute(tx, &known, c, context)).collect::<Sql<Vec<_>>>()?)
         })?;
-        self.checkpoint("PASSIVE")?;
+        // It is committed: when the log cannot be moved now, a later write does it.
+        drop(self.checkpoint("PASSIVE"));
         Ok(done)
     }
 }
@@ -71,24 +78,25 @@ fn register_host(tx: &Transaction<'_>, host: &str) -> Sql<()> {
     Ok(())
 }
 
-fn execute(tx: &Transaction<'_>, known: &[Record], change: Change, context: &Context) -> Sql<Option<Done>> {
-    let (id, what, detail) = match change {
-        Change::Add(device, verdict) => {
-            let id = insert(tx, &device, &verdict)?;
-            (id, "added", device.key.to_string())
-        }
+/// Whether the rows do not say so already.
+fn is_news(known: &Known<'_>, change: &Change) -> bool {
+    match change {
+        Change::Add(..) => true,
         Change::See(id, device, verdict) => {
-            let before = known.iter().find(|r| r.entry.id == id);
-            if before.is_some_and(|r| r.present && is_same(r, &device, &verdict)) {
-                return Ok(None);
-            }
+            known.get(id).is_none_or(|r| !r.present || !is_same(r, device, verdict))
+        }
+        Change::Gone(id) => known.get(id).is_none_or(|r| r.present),
+    }
+}
+
+fn execute(tx: &Transaction<'_>, known: &Known<'_>, change: Change, context: &Context) -> Sql<Done> {
+    let (id, what, detail) = match change {
+        Change::Add(device, verdict) => (insert(tx, &device, &verdict)?, "added", device.key.to_string()),
+        Change::See(id, device, verdict) => {
             update(tx, id, &device, &verdict)?;
-            let returned = before.is_some_and(|r| !r.present);
-            (
-                id,
-                if returned { "returned" } else { "changed" },
-                format!("{} as {}", device.key, device.address),
-            )
+            let returned = known.get(&id).is_some_and(|r| !r.present);
+            let what = if returned { "returned" } else { "changed" };
+            (id, what, format!("{} as {}", device.key, device.address))
         }
         Change::Gone(id) => {
             tx.execute("UPDATE usb_devices SET present = 0 WHERE id = ?1", [sql_id(id)])?;
@@ -96,8 +104,11 @@ fn execute(tx: &Transaction<'_>, known: &[Record], change: Change, context: &Con
         }
     };
     refresh(tx, id)?;
+    if let Some(instance) = known.get(&id).and_then(|r| r.entry.instance_uuid) {
+        metadata::refresh(tx, instance)?;
+    }
     record(tx, context, &Event::new(what).about(id).with(detail))?;
-    Ok(Some(Done { id, what }))
+    Ok(Done { id, what })
 }
 
 fn insert(tx: &Transaction<'_>, device: &Device, verdict: &Verdict) -> Sql<DeviceId> {

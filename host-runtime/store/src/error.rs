@@ -1,6 +1,11 @@
+//! What can go wrong with the file, each with what an operator can do about it.
+
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
-use rusqlite::ErrorCode;
+use rusqlite::{ErrorCode, ffi};
+
+use crate::files;
 
 /// Why the inventory could not be read or written. Each says what an operator can do about it.
 #[derive(Debug, thiserror::Error)]
@@ -127,28 +132,47 @@ impl StoreError {
         if let rusqlite::Error::FromSqlConversionFailure(..) | rusqlite::Error::InvalidColumnType(..) = e {
             return Self::Row { path, what };
         }
+        if let rusqlite::Error::SqliteFailure(failure, _) = e
+            && failure.extended_code == ffi::SQLITE_IOERR_SHMSIZE
+        {
+            return Self::Full { path };
+        }
         match e.sqlite_error_code() {
-            Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked) => Self::Locked { path, waited_ms },
+            Some(
+                ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked | ErrorCode::FileLockingProtocolFailed,
+            ) => Self::Locked { path, waited_ms },
             Some(ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase) => Self::Corrupt { path, what },
             Some(ErrorCode::DiskFull) => Self::Full { path },
-            Some(ErrorCode::ReadOnly) => Self::ReadOnly { path },
             Some(ErrorCode::PermissionDenied) => Self::Permission { path },
-            Some(ErrorCode::CannotOpen) => Self::cannot_open(path, what),
+            Some(ErrorCode::ReadOnly) => Self::look_why(path).unwrap_or_else(|path| Self::ReadOnly { path }),
+            Some(ErrorCode::CannotOpen) => {
+                Self::look_why(path).unwrap_or_else(|path| Self::Other { path, what })
+            }
             _ => Self::Other { path, what },
         }
     }
 
-    /// SQLite says only that it cannot open: look why.
-    fn cannot_open(path: PathBuf, what: String) -> Self {
+    /// SQLite says only that it cannot open or write: what the file system tells; the path again if that is nothing.
+    fn look_why(path: PathBuf) -> Result<Self, PathBuf> {
+        let folder = path.parent().unwrap_or(Path::new("/"));
         match std::fs::symlink_metadata(&path) {
-            Err(e) if e.kind() == std::io::ErrorKind::PermissionDenied => Self::Permission { path },
-            Err(_) => Self::Missing { path },
-            Ok(meta) if !meta.is_file() => Self::Link { path },
-            Ok(_) => match std::fs::OpenOptions::new().read(true).write(true).open(&path) {
-                Err(e) if e.kind() == std::io::ErrorKind::PermissionDenied => Self::Permission { path },
-                Err(e) if e.kind() == std::io::ErrorKind::ReadOnlyFilesystem => Self::ReadOnly { path },
-                _ => Self::Other { path, what },
-            },
+            Err(e) if e.kind() == ErrorKind::PermissionDenied => Ok(Self::Permission { path }),
+            Err(_) => Ok(Self::Missing { path }),
+            Ok(meta) if !meta.is_file() => Ok(Self::Link { path }),
+            Ok(_) if files::is_read_only(folder) => Ok(Self::ReadOnly { path }),
+            Ok(meta) if files::is_strange_to(&meta) => Ok(Self::Permission { path }),
+            Ok(_) => Err(path),
+        }
+    }
+
+    /// A file beside the database, or the database's own file before SQLite has it.
+    pub(crate) fn file(path: &Path, source: std::io::Error) -> Self {
+        let path = path.to_path_buf();
+        match source.kind() {
+            ErrorKind::PermissionDenied => Self::Permission { path },
+            ErrorKind::ReadOnlyFilesystem => Self::ReadOnly { path },
+            ErrorKind::StorageFull | ErrorKind::QuotaExceeded => Self::Full { path },
+            _ => Self::File { path, source },
         }
     }
 }

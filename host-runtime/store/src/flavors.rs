@@ -6,7 +6,8 @@ use virt_usb_model::Flavor;
 
 use crate::error::{Sql, bad_row};
 use crate::events::{Event, record};
-use crate::{Context, NOW, Store, StoreError, hints};
+use crate::hints::{Known, Row as Hinted};
+use crate::{Context, NOW, Store, StoreError};
 
 /// A flavor as it is stored.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -65,8 +66,8 @@ impl Store {
         if self.flavor(name)?.is_some_and(|stored| stored.flavor == *flavor) {
             return Ok(false);
         }
-        self.write(|tx, state_dir| {
-            hints::add(state_dir, hints::Known::Flavor(name))?;
+        self.write(|tx, hints| {
+            hints.add(Known::Flavor(name))?;
             tx.execute(
                 &format!(
                     "INSERT INTO flavors (name, created_at, updated_at, document) VALUES (?1, {NOW}, {NOW}, ?2)
@@ -91,17 +92,23 @@ impl Store {
             }
             Ok(removed)
         })?;
-        // Only now that the row is surely gone, and only if no other came meanwhile.
-        self.write(|tx, state_dir| {
-            let back: bool =
-                tx.query_row("SELECT EXISTS (SELECT 1 FROM flavors WHERE name = ?1)", [name], |row| {
-                    row.get(0)
-                })?;
-            if !back {
-                hints::remove(state_dir, hints::Known::Flavor(name))?;
+        self.forget_flavor(name)?;
+        Ok(removed)
+    }
+
+    /// Removes the hint, unless a flavor that is there, perhaps by another name, has the same. A write of its own: only
+    /// what is committed is surely gone.
+    fn forget_flavor(&mut self, name: &str) -> Result<(), StoreError> {
+        if !self.hints.may_know(Known::Flavor(name)) {
+            return Ok(());
+        }
+        self.write(|tx, hints| {
+            let hint = Known::Flavor(name).name();
+            let needed = Hinted::all(tx)?.iter().any(|row| row.as_known().name() == hint);
+            if !needed {
+                hints.remove(Known::Flavor(name))?;
             }
             Ok(())
-        })?;
-        Ok(removed)
+        })
     }
 }

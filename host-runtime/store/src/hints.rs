@@ -5,13 +5,17 @@
 //! written before the row is committed and removed only after the row is gone, both under the database's write lock:
 //! the hints are never fewer than the rows. One hint too many costs one look into the database.
 
+use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
+use rusqlite::Connection;
 use virt_usb_model::InstanceId;
 
-use crate::StoreError;
+use crate::device::parse;
+use crate::error::Sql;
+use crate::{Store, StoreError, files};
 
 /// What a hint is about.
 #[derive(Debug, Clone, Copy)]
@@ -24,12 +28,15 @@ pub enum Known<'a> {
 
 impl Known<'_> {
     fn path(self, state_dir: &Path) -> PathBuf {
-        let name = match self {
+        dir(state_dir).join(self.name())
+    }
+
+    pub(crate) fn name(self) -> String {
+        match self {
             Known::Instance(id) => format!("instance-{id}"),
-            // Names may hold any character; two names with one hash share a hint, which is harmless.
+            // Names may hold any character; two names with one hash share a hint.
             Known::Flavor(name) => format!("flavor-{:016x}", fnv1a(name.as_bytes())),
-        };
-        dir(state_dir).join(name)
+        }
     }
 }
 
@@ -45,24 +52,141 @@ pub fn may_know(state_dir: &Path, what: Known<'_>) -> bool {
     }
 }
 
-pub(crate) fn dir(state_dir: &Path) -> PathBuf {
+fn dir(state_dir: &Path) -> PathBuf {
     state_dir.join("hints")
 }
 
-pub(crate) fn add(state_dir: &Path, what: Known<'_>) -> Result<(), StoreError> {
-    let path = what.path(state_dir);
-    match File::options().write(true).create_new(true).open(&path) {
-        Ok(_) => crate::open::hand_over(&path),
-        Err(e) if e.kind() == ErrorKind::AlreadyExists => Ok(()),
-        Err(source) => Err(StoreError::File { path, source }),
+/// The folder of hints, for who writes rows. Used under the database's write lock only.
+#[derive(Debug)]
+pub(crate) struct Hints {
+    state_dir: PathBuf,
+    /// Whether a hint must survive a power cut, because the row does.
+    durable: bool,
+}
+
+impl Hints {
+    pub(crate) fn new(state_dir: &Path, durable: bool) -> Self {
+        Self { state_dir: state_dir.into(), durable }
+    }
+
+    /// To be called before the row is committed.
+    pub(crate) fn add(&self, what: Known<'_>) -> Result<(), StoreError> {
+        // Without the folder nothing is surely unknown; one hint alone would make the others' rows so.
+        if self.folder()? && files::make_file(&what.path(&self.state_dir))? && self.durable {
+            self.sync(&dir(&self.state_dir))?;
+        }
+        Ok(())
+    }
+
+    /// To be called after the row's removal was committed.
+    pub(crate) fn remove(&self, what: Known<'_>) -> Result<(), StoreError> {
+        if self.folder()? { remove(&what.path(&self.state_dir)) } else { Ok(()) }
+    }
+
+    pub(crate) fn may_know(&self, what: Known<'_>) -> bool {
+        may_know(&self.state_dir, what)
+    }
+
+    /// Makes the hints exactly those of `known`. A folder that is missing appears at once with all that is in it.
+    pub(crate) fn mend(&self, known: &[Row]) -> Result<(), StoreError> {
+        let (folder, new) = (dir(&self.state_dir), self.state_dir.join("hints.new"));
+        let there = self.folder()?;
+        let target = if there { &folder } else { &new };
+        let fault = |e| StoreError::file(target, e);
+        if !there {
+            match fs::remove_dir_all(&new) {
+                Err(e) if e.kind() != ErrorKind::NotFound => return Err(fault(e)),
+                _ => files::make_dir(&new)?,
+            }
+            files::hand_over(&new)?;
+        }
+        let wanted: BTreeSet<String> = known.iter().map(|row| row.as_known().name()).collect();
+        let mut changed = !there;
+        for name in &wanted {
+            changed |= files::make_file(&target.join(name))?;
+        }
+        for entry in fs::read_dir(target).map_err(fault)? {
+            let entry = entry.map_err(fault)?;
+            if entry.file_name().to_str().is_none_or(|name| !wanted.contains(name)) {
+                remove(&entry.path())?;
+            }
+        }
+        if changed {
+            self.sync(target)?;
+        }
+        if !there {
+            fs::rename(&new, &folder).map_err(fault)?;
+            self.sync(&self.state_dir)?;
+        }
+        Ok(())
+    }
+
+    /// Whether the folder is there; something else in its place is an error.
+    fn folder(&self) -> Result<bool, StoreError> {
+        let path = dir(&self.state_dir);
+        match fs::symlink_metadata(&path) {
+            Ok(meta) if meta.is_dir() => Ok(true),
+            Ok(_) => Err(StoreError::file(&path, ErrorKind::NotADirectory.into())),
+            Err(e) if e.kind() == ErrorKind::NotFound => Ok(false),
+            Err(e) => Err(StoreError::file(&path, e)),
+        }
+    }
+
+    fn sync(&self, folder: &Path) -> Result<(), StoreError> {
+        let done = if self.durable { File::open(folder).and_then(|f| f.sync_all()) } else { Ok(()) };
+        done.map_err(|e| StoreError::file(folder, e))
     }
 }
 
-pub(crate) fn remove(state_dir: &Path, what: Known<'_>) -> Result<(), StoreError> {
-    let path = what.path(state_dir);
-    match fs::remove_file(&path) {
-        Err(source) if source.kind() != ErrorKind::NotFound => Err(StoreError::File { path, source }),
+fn remove(path: &Path) -> Result<(), StoreError> {
+    match fs::remove_file(path) {
+        Err(e) if e.kind() != ErrorKind::NotFound => Err(StoreError::file(path, e)),
         _ => Ok(()),
+    }
+}
+
+/// A row that has a hint.
+pub(crate) enum Row {
+    Instance(InstanceId),
+    Flavor(String),
+}
+
+impl Row {
+    pub(crate) fn as_known(&self) -> Known<'_> {
+        match self {
+            Self::Instance(id) => Known::Instance(*id),
+            Self::Flavor(name) => Known::Flavor(name),
+        }
+    }
+
+    /// All rows that need one.
+    pub(crate) fn all(conn: &Connection) -> Sql<Vec<Self>> {
+        let mut rows: Vec<Self> = conn
+            .prepare("SELECT name FROM flavors")?
+            .query_map([], |row| Ok(Self::Flavor(row.get(0)?)))?
+            .collect::<Sql<_>>()?;
+        let instances = conn
+            .prepare("SELECT instance_uuid FROM claims UNION SELECT instance_uuid FROM assignments")?
+            .query_map([], |row| Ok(Self::Instance(parse(row, "instance_uuid")?)))?
+            .collect::<Sql<Vec<_>>>()?;
+        rows.extend(instances);
+        Ok(rows)
+    }
+}
+
+impl Store {
+    /// Makes the hints those of the rows, no fewer and no more: after a restore from a backup, say.
+    ///
+    /// # Errors
+    /// When the database cannot be locked or a hint cannot be written.
+    pub fn mend_hints(&mut self) -> Result<(), StoreError> {
+        // The rows are those that are committed: this write changes none.
+        self.write(|tx, hints| Ok(hints.mend(&Row::all(tx)?)?))
+    }
+
+    /// Makes the hints if there are none at all.
+    pub(crate) fn make_hints(&mut self) -> Result<(), StoreError> {
+        if self.hints.folder()? { Ok(()) } else { self.mend_hints() }
     }
 }
 
@@ -86,11 +210,39 @@ mod tests {
         assert!(may_know(state.path(), flavor), "a database without hints: look into it");
         fs::create_dir(dir(state.path())).unwrap();
         assert!(!may_know(state.path(), flavor));
-        add(state.path(), flavor).unwrap();
-        add(state.path(), flavor).unwrap();
-        assert!(may_know(state.path(), flavor));
-        remove(state.path(), flavor).unwrap();
-        remove(state.path(), flavor).unwrap();
-        assert!(!may_know(state.path(), flavor));
+        let hints = Hints::new(state.path(), true);
+        for _ in 0..2 {
+            hints.add(flavor).unwrap();
+            assert!(may_know(state.path(), flavor));
+        }
+        for _ in 0..2 {
+            hints.remove(flavor).unwrap();
+            assert!(!may_know(state.path(), flavor));
+        }
+    }
+
+    #[test]
+    fn one_hint_without_the_folder_does_not_hide_the_other_rows() {
+        let state = tempfile::tempdir().unwrap();
+        fs::write(state.path().join(crate::FILE_NAME), "").unwrap();
+        let hints = Hints::new(state.path(), true);
+        hints.add(Known::Flavor("a")).unwrap();
+        hints.remove(Known::Flavor("b")).unwrap();
+        assert!(may_know(state.path(), Known::Flavor("c")));
+        hints.mend(&[Row::Flavor("a".into())]).unwrap();
+        assert!(may_know(state.path(), Known::Flavor("a")) && !may_know(state.path(), Known::Flavor("c")));
+        hints.mend(&[Row::Flavor("c".into())]).unwrap();
+        assert!(!may_know(state.path(), Known::Flavor("a")) && may_know(state.path(), Known::Flavor("c")));
+    }
+
+    #[test]
+    fn nothing_is_written_through_a_link_in_the_folder_s_place() {
+        let (state, elsewhere) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        std::os::unix::fs::symlink(elsewhere.path(), dir(state.path())).unwrap();
+        let hints = Hints::new(state.path(), false);
+        let fault = hints.add(Known::Flavor("a")).unwrap_err().to_string();
+        assert!(fault.contains("hints: not a directory"), "{fault}");
+        assert!(hints.remove(Known::Flavor("a")).is_err() && hints.mend(&[]).is_err());
+        assert_eq!(fs::read_dir(elsewhere.path()).unwrap().count(), 0);
     }
 }

@@ -22,15 +22,19 @@
 
 pub mod adopt;
 mod assignments;
+mod choose;
 pub mod claim;
 mod device;
 pub mod discover;
 mod error;
 pub mod events;
+mod files;
 mod flavors;
 pub mod give_back;
+mod grant;
 pub mod hints;
 pub mod maintain;
+mod metadata;
 mod open;
 mod query;
 
@@ -52,13 +56,14 @@ pub const LONE_NODE: u64 = 1;
 /// How long an incoming restore or migration may stay unconfirmed, in seconds.
 pub const PENDING_SECONDS: f64 = 120.0;
 
-/// An open inventory. One per thread.
+/// An open inventory. Each thread opens its own.
 #[derive(Debug)]
 pub struct Store {
     conn: Connection,
     path: PathBuf,
-    state_dir: PathBuf,
+    hints: hints::Hints,
     patience: Duration,
+    deadline: open::Deadline,
 }
 
 impl Store {

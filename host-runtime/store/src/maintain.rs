@@ -1,16 +1,20 @@
 //! Looking after the file: check, backup, hosts.
 
+use std::collections::BTreeMap;
 use std::fs;
+use std::io::ErrorKind;
 use std::path::Path;
-use std::time::Duration;
 
-use rusqlite::Connection;
-use rusqlite::backup::Backup;
+use rusqlite::backup::{Backup, StepResult};
+use rusqlite::{Connection, ffi};
 use serde::Serialize;
 use virt_usb_model::{HostDocument, Status, state::Hold};
 
-use crate::open::with_suffix;
-use crate::{Store, StoreError, hints};
+use crate::device::{ClaimRow, Record};
+use crate::error::Sql;
+use crate::files::with_suffix;
+use crate::hints::Row;
+use crate::{Store, StoreError};
 
 /// A host of the inventory.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -57,6 +61,8 @@ impl Store {
     /// # Errors
     /// When the database cannot be read.
     pub fn host_document(&self) -> Result<Option<HostDocument>, StoreError> {
+        // One moment: the devices are those of that revision.
+        let _moment = self.conn.unchecked_transaction().map_err(|e| self.fault(&e))?;
         let Some(host) = self.hosts()?.into_iter().next() else { return Ok(None) };
         let devices = self.devices()?.into_iter().map(|r| r.entry).collect();
         Ok(Some(HostDocument::new(host.host, host.id, host.revision, devices)))
@@ -76,10 +82,47 @@ impl Store {
                 row.get::<_, String>(2)?
             ))
         })?);
-        let claims = self.claims()?;
-        for record in self.records("1")? {
+        findings.extend(self.contradictions()?);
+        for row in Row::all(&self.conn).map_err(|e| self.fault(&e))? {
+            if !self.hints.may_know(row.as_known()) {
+                let whose = match &row {
+                    Row::Flavor(name) => format!("flavor {name}"),
+                    Row::Instance(id) => format!("instance {id}"),
+                };
+                findings
+                    .push(format!("the hint for {whose} is missing: 'virt-usb discover' writes it again"));
+            }
+        }
+        Ok(findings)
+    }
+
+    /// Rows that do not parse, and devices whose state does not follow from the facts.
+    fn contradictions(&self) -> Result<Vec<String>, StoreError> {
+        let mut findings = Vec::new();
+        let mut sound = |what: &str, id: i64, e: &rusqlite::Error| {
+            findings.push(format!("{what} {id}: virt-usb never writes such a row: {e}"));
+        };
+        let each = |sql| self.all(sql, [], |row| Ok((row.get("id")?, Record::read(row))));
+        let devices: Vec<(i64, Sql<Record>)> = each("SELECT * FROM usb_devices ORDER BY id")?;
+        let claims: Vec<(i64, Sql<ClaimRow>)> =
+            self.all("SELECT * FROM claims", [], |row| Ok((row.get("id")?, ClaimRow::read(row))))?;
+        let mut held = BTreeMap::new();
+        for (id, claim) in claims {
+            match claim {
+                Ok(claim) => drop(held.insert(claim.device_id, claim)),
+                Err(e) => sound("claim", id, &e),
+            }
+        }
+        let mut records = Vec::new();
+        for (id, record) in devices {
+            match record {
+                Ok(record) => records.push(record),
+                Err(e) => sound("device", id, &e),
+            }
+        }
+        for record in records {
             let entry = &record.entry;
-            let claim = claims.iter().find(|c| c.device_id == entry.id);
+            let claim = held.get(&entry.id);
             let hold = claim.map(|c| if c.state == "allocated" { Hold::Allocated } else { Hold::Claimed });
             let derived = Status::derive(hold, record.present, record.withheld);
             let stored = (record.deleted == 0).then(|| entry.state().ok()).flatten();
@@ -91,35 +134,7 @@ impl Store {
                 ));
             }
         }
-        for known in self.known()? {
-            if !hints::may_know(&self.state_dir, known.as_known()) {
-                findings.push(format!(
-                    "the hint for {} is missing: 'virt-usb discover' writes it again",
-                    known.describe()
-                ));
-            }
-        }
         Ok(findings)
-    }
-
-    /// Writes the hints that are missing for rows that are there: after a restore from a backup, say.
-    ///
-    /// # Errors
-    /// When the database cannot be locked or a hint cannot be written.
-    pub fn mend_hints(&mut self) -> Result<(), StoreError> {
-        let known = self.known()?;
-        self.write(|_, state_dir| {
-            known.iter().try_for_each(|k| hints::add(state_dir, k.as_known())).map_err(Into::into)
-        })
-    }
-
-    fn known(&self) -> Result<Vec<Owned>, StoreError> {
-        let mut known = self.all("SELECT name FROM flavors", [], |row| Ok(Owned::Flavor(row.get(0)?)))?;
-        let sql = "SELECT instance_uuid FROM claims UNION SELECT instance_uuid FROM assignments";
-        known.extend(
-            self.all(sql, [], |row| Ok(Owned::Instance(crate::device::parse(row, "instance_uuid")?)))?,
-        );
-        Ok(known)
     }
 
     /// Writes a copy of the inventory to `target`, which must not be there; hooks may run meanwhile.
@@ -132,14 +147,16 @@ impl Store {
         let inner = || -> Result<(), StoreError> {
             let fault = |e: rusqlite::Error| StoreError::from_sqlite(&partial, 0, &e);
             let mut copy = Connection::open(&partial).map_err(fault)?;
-            Backup::new(&self.conn, &mut copy)
-                .and_then(|b| b.run_to_completion(256, Duration::from_millis(1), None))
-                .map_err(fault)?;
+            // All pages in one step: a reader stops no writer, but page by page writers would stop the reader.
+            let step = Backup::new(&self.conn, &mut copy).and_then(|b| b.step(-1)).map_err(fault)?;
+            if step != StepResult::Done {
+                return Err(self.fault(&busy()));
+            }
             // A single file, whole by itself.
             copy.pragma_update(None, "journal_mode", "DELETE").map_err(fault)?;
             copy.close().map_err(|(_, e)| fault(e))?;
             let written = fs::File::open(&partial).and_then(|f| f.sync_all());
-            written.and_then(|()| fs::hard_link(&partial, target)).map_err(file)
+            written.and_then(|()| put(&partial, target)).map_err(file)
         };
         if fs::symlink_metadata(target).is_ok() {
             return Err(file(std::io::Error::new(
@@ -163,30 +180,29 @@ impl Store {
     }
 }
 
+/// Gives the finished copy its name, which nobody may have taken meanwhile. A link does that in one step; file systems without
+/// links (a USB stick's) get it in two.
+fn put(partial: &Path, target: &Path) -> std::io::Result<()> {
+    match fs::hard_link(partial, target) {
+        Err(e) if matches!(e.kind(), ErrorKind::PermissionDenied | ErrorKind::Unsupported) => {
+            if fs::symlink_metadata(target).is_ok() {
+                return Err(ErrorKind::AlreadyExists.into());
+            }
+            fs::rename(partial, target)
+        }
+        other => other,
+    }
+}
+
 /// Serials are in it: for its owner alone.
 fn create_private(path: &Path) -> std::io::Result<()> {
     use std::os::unix::fs::OpenOptionsExt;
     fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(path).map(drop)
 }
 
-enum Owned {
-    Flavor(String),
-    Instance(virt_usb_model::InstanceId),
-}
-
-impl Owned {
-    fn as_known(&self) -> hints::Known<'_> {
-        match self {
-            Self::Flavor(name) => hints::Known::Flavor(name),
-            Self::Instance(id) => hints::Known::Instance(*id),
-        }
-    }
-    fn describe(&self) -> String {
-        match self {
-            Self::Flavor(name) => format!("flavor {name}"),
-            Self::Instance(id) => format!("instance {id}"),
-        }
-    }
+/// What SQLite reports when another program holds the lock for too long.
+fn busy() -> rusqlite::Error {
+    rusqlite::Error::SqliteFailure(ffi::Error::new(ffi::SQLITE_BUSY), None)
 }
 
 fn name(status: Option<Status>) -> String {

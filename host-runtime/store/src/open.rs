@@ -1,17 +1,17 @@
 //! Opening the database: by the hook, which finds it or fails, and by agent and command line, which make it.
 
-use std::cell::Cell;
 use std::fs;
 use std::io::ErrorKind;
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
 
 use rusqlite::config::DbConfig;
-use rusqlite::{Connection, OpenFlags, TransactionBehavior};
+use rusqlite::{Connection, ErrorCode, OpenFlags, Transaction, TransactionBehavior};
 
 use crate::error::Sql;
-use crate::{FILE_NAME, Store, StoreError, hints};
+use crate::hints::Hints;
+use crate::{FILE_NAME, Store, StoreError, files};
 
 /// `PRAGMA application_id` of an inventory: "vUSB".
 const APPLICATION_ID: i64 = 0x7655_5342;
@@ -22,9 +22,11 @@ const MIGRATIONS: &[&str] = &[include_str!("../migrations/0001_initial.sql")];
 /// The schema version that this program reads and writes.
 pub const SCHEMA: i64 = MIGRATIONS.len() as i64;
 
-/// Past this size of the write-ahead log the hook checkpoints by itself, in bytes. Whoever opens the database after
+/// Past this size of the write-ahead log whoever writes moves it into the database, in bytes. Whoever opens the database after
 /// everybody had closed it reads the whole log once: 1 MiB keeps that below a millisecond.
 const WAL_LIMIT: u64 = 1 << 20;
+/// To this size the log's file is cut when it starts anew: below the limit, or every write after would look full.
+const WAL_KEPT: i64 = 1 << 19;
 
 /// What a commit must survive.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -36,9 +38,55 @@ pub enum Durability {
     Power,
 }
 
-thread_local! {
-    /// Until when this thread waits for locks, all waits together.
-    static DEADLINE: Cell<Option<Instant>> = const { Cell::new(None) };
+/// Until when is waited for locks, all waits together. The connection's busy handler holds the other end.
+#[derive(Debug, Clone)]
+pub(crate) struct Deadline(Arc<Mutex<Instant>>);
+
+impl Deadline {
+    fn after(patience: Duration) -> Self {
+        Self(Arc::new(Mutex::new(Instant::now() + patience)))
+    }
+
+    fn set(&self, end: Instant) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = end;
+    }
+
+    /// Sleeps a little longer each time; false once the deadline has passed. The clock's last digits spread those who
+    /// arrived together.
+    fn wait(&self, attempt: i32) -> bool {
+        let end = *self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let left = end.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return false;
+        }
+        let attempt = u64::try_from(attempt).unwrap_or_default();
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        let spread = u64::from(now.subsec_nanos()) % 1000;
+        std::thread::sleep(Duration::from_micros(200 + 500 * attempt.min(12) + spread).min(left));
+        true
+    }
+}
+
+/// What stands in a file, as far as it can be told without knowing its tables.
+#[derive(Clone, Copy)]
+enum Found {
+    Nothing,
+    Schema(i64),
+    Foreign,
+}
+
+fn look(conn: &Connection) -> Sql<Found> {
+    // One moment: tables and marks come in one commit, perhaps just now.
+    let _moment = if conn.is_autocommit() { Some(conn.unchecked_transaction()?) } else { None };
+    let read = |name| conn.pragma_query_value(None, name, |row| row.get::<_, i64>(0));
+    Ok(match (read("application_id")?, read("user_version")?) {
+        (APPLICATION_ID, version) => Found::Schema(version),
+        (0, 0) => {
+            let tables: i64 = conn.query_row("SELECT count(*) FROM sqlite_schema", [], |row| row.get(0))?;
+            if tables == 0 { Found::Nothing } else { Found::Foreign }
+        }
+        _ => Found::Foreign,
+    })
 }
 
 impl Store {
@@ -48,15 +96,16 @@ impl Store {
     /// # Errors
     /// Each thing that can be wrong with the file has a variant of its own.
     pub fn open(state_dir: &Path, patience: Duration, durability: Durability) -> Result<Self, StoreError> {
-        let store = Self::connect(state_dir, patience, OpenFlags::SQLITE_OPEN_READ_WRITE)?;
-        store
-            .configure(durability)
-            .and_then(|()| store.conn.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true))
-            .map_err(|e| store.fault(&e))?;
+        let store = Self::connect(state_dir, patience, durability)?;
+        let fault = |e: rusqlite::Error| store.fault(&e);
+        store.conn.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true).map_err(fault)?;
+        store.configure(durability).map_err(fault)?;
         match store.version()? {
-            SCHEMA => Ok(store),
-            found if found > SCHEMA => Err(StoreError::Newer { path: store.path, found, known: SCHEMA }),
-            found => Err(StoreError::Older { path: store.path, found, known: SCHEMA }),
+            None => Err(StoreError::Missing { path: store.path }),
+            Some(found) if found < SCHEMA => {
+                Err(StoreError::Older { path: store.path, found, known: SCHEMA })
+            }
+            Some(_) => Ok(store),
         }
     }
 
@@ -66,40 +115,51 @@ impl Store {
     /// # Errors
     /// As [`Store::open`], but for `Missing` and `Older`.
     pub fn create(state_dir: &Path, patience: Duration) -> Result<Self, StoreError> {
-        make_dir(state_dir, 0o750)?;
-        make_dir(&hints::dir(state_dir), 0o750)?;
-        hand_over(&hints::dir(state_dir))?;
-        let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_CREATE;
-        let mut store = Self::connect(state_dir, patience, flags)?;
-        store.conn.pragma_update(None, "journal_mode", "WAL").map_err(|e| store.fault(&e))?;
+        files::make_dir(state_dir)?;
+        files::make_file(&canonical(state_dir)?.join(FILE_NAME))?;
+        let mut store = Self::connect(state_dir, patience, Durability::Power)?;
+        // Before anything is written: a file that is not ours stays as it is.
+        store.version()?;
+        store.use_wal().map_err(|e| store.fault(&e))?;
         store.configure(Durability::Power).map_err(|e| store.fault(&e))?;
-        set_mode(&store.path, 0o640)?;
-        hand_over(&store.path)?;
         store.migrate()?;
-        for suffix in ["-wal", "-shm"] {
-            hand_over(&with_suffix(&store.path, suffix))?;
+        for suffix in ["", "-wal", "-shm"] {
+            files::hand_over(&files::with_suffix(&store.path, suffix))?;
         }
+        store.make_hints()?;
         Ok(store)
     }
 
-    fn connect(state_dir: &Path, patience: Duration, how: OpenFlags) -> Result<Self, StoreError> {
-        // Links on the way to the folder are root's affair; below it none is followed.
-        let state_dir = state_dir.canonicalize().map_err(|e| {
-            let path = state_dir.join(FILE_NAME);
-            if e.kind() == ErrorKind::PermissionDenied {
-                StoreError::Permission { path }
-            } else {
-                StoreError::Missing { path }
-            }
-        })?;
+    fn connect(state_dir: &Path, patience: Duration, durability: Durability) -> Result<Self, StoreError> {
+        let state_dir = canonical(state_dir)?;
         let path = state_dir.join(FILE_NAME);
-        let flags = how | OpenFlags::SQLITE_OPEN_NOFOLLOW | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+        let flags = OpenFlags::SQLITE_OPEN_READ_WRITE
+            | OpenFlags::SQLITE_OPEN_NOFOLLOW
+            | OpenFlags::SQLITE_OPEN_NO_MUTEX;
         let conn =
             Connection::open_with_flags(&path, flags).map_err(|e| StoreError::from_sqlite(&path, 0, &e))?;
-        DEADLINE.set(Some(Instant::now() + patience));
-        let mut store = Self { conn, path, state_dir, patience };
-        store.conn.busy_handler(Some(wait)).map_err(|e| store.fault(&e))?;
+        let deadline = Deadline::after(patience);
+        let waits = deadline.clone();
+        let hints = Hints::new(&state_dir, durability == Durability::Power);
+        let mut store = Self { conn, path, hints, patience, deadline };
+        store.conn.busy_handler(Some(move |attempt| waits.wait(attempt))).map_err(|e| store.fault(&e))?;
         Ok(store)
+    }
+
+    /// Two who make the file at once get in each other's way here, and SQLite does not ask the busy handler then.
+    fn use_wal(&self) -> Sql<()> {
+        let mut attempt = 0;
+        loop {
+            match self.conn.pragma_update(None, "journal_mode", "WAL") {
+                Err(e)
+                    if e.sqlite_error_code() == Some(ErrorCode::DatabaseBusy)
+                        && self.deadline.wait(attempt) =>
+                {
+                    attempt += 1;
+                }
+                other => return other,
+            }
+        }
     }
 
     fn configure(&self, durability: Durability) -> Sql<()> {
@@ -109,6 +169,7 @@ impl Store {
         conn.pragma_update(None, "cell_size_check", true)?;
         conn.pragma_update(None, "foreign_keys", true)?;
         conn.pragma_update(None, "wal_autocheckpoint", 0)?;
+        conn.pragma_update(None, "journal_size_limit", WAL_KEPT)?;
         conn.pragma_update(None, "temp_store", "MEMORY")?;
         conn.pragma_update(
             None,
@@ -117,75 +178,71 @@ impl Store {
         )
     }
 
-    /// The schema version; refuses a database that is not ours.
-    fn version(&self) -> Result<i64, StoreError> {
-        let read = |name| {
-            self.conn.pragma_query_value(None, name, |row| row.get::<_, i64>(0)).map_err(|e| self.fault(&e))
-        };
-        let (application, version) = (read("application_id")?, read("user_version")?);
-        if application != APPLICATION_ID && (application, version) != (0, 0) {
-            return Err(StoreError::Foreign { path: self.path.clone() });
+    /// The schema version, `None` for an empty file; refuses what is not ours or newer than this program.
+    fn version(&self) -> Result<Option<i64>, StoreError> {
+        self.known(look(&self.conn).map_err(|e| self.fault(&e))?)
+    }
+
+    fn known(&self, found: Found) -> Result<Option<i64>, StoreError> {
+        let path = || self.path.clone();
+        match found {
+            Found::Nothing => Ok(None),
+            Found::Foreign => Err(StoreError::Foreign { path: path() }),
+            Found::Schema(found) if found > SCHEMA => {
+                Err(StoreError::Newer { path: path(), found, known: SCHEMA })
+            }
+            Found::Schema(found) => Ok(Some(found)),
         }
-        Ok(version)
     }
 
     fn migrate(&mut self) -> Result<(), StoreError> {
-        if self.version()? == SCHEMA {
+        if self.version()? == Some(SCHEMA) {
             return Ok(());
         }
-        let path = self.path.clone();
-        let waited = self.waited_ms();
-        let fault = |e: &rusqlite::Error| StoreError::from_sqlite(&path, waited, e);
+        let tx = Transaction::new_unchecked(&self.conn, TransactionBehavior::Immediate)
+            .map_err(|e| self.fault(&e))?;
         // Another program may have migrated meanwhile: look again under the lock.
-        let tx =
-            self.conn.transaction_with_behavior(TransactionBehavior::Immediate).map_err(|e| fault(&e))?;
-        let found: i64 =
-            tx.pragma_query_value(None, "user_version", |row| row.get(0)).map_err(|e| fault(&e))?;
-        if found > SCHEMA {
-            return Err(StoreError::Newer { path, found, known: SCHEMA });
-        }
-        let tables: i64 = tx
-            .query_row("SELECT count(*) FROM sqlite_schema", [], |row| row.get(0))
-            .map_err(|e| fault(&e))?;
-        if found == 0 && tables > 0 {
-            return Err(StoreError::Foreign { path });
-        }
-        for step in MIGRATIONS.iter().skip(usize::try_from(found).unwrap_or_default()) {
-            tx.execute_batch(step).map_err(|e| fault(&e))?;
-        }
-        tx.pragma_update(None, "application_id", APPLICATION_ID).map_err(|e| fault(&e))?;
-        tx.pragma_update(None, "user_version", SCHEMA).map_err(|e| fault(&e))?;
-        tx.commit().map_err(|e| fault(&e))
+        let found = self.known(look(&tx).map_err(|e| self.fault(&e))?)?.unwrap_or_default();
+        let done = usize::try_from(found).unwrap_or_default();
+        let run = || {
+            MIGRATIONS.iter().skip(done).try_for_each(|step| tx.execute_batch(step))?;
+            tx.pragma_update(None, "application_id", APPLICATION_ID)?;
+            tx.pragma_update(None, "user_version", SCHEMA)
+        };
+        run().and_then(|()| tx.commit()).map_err(|e| self.fault(&e))
     }
 
     /// Starts the deadline for locks anew, for programs that live longer than one call.
     pub fn restart_patience(&self) {
-        DEADLINE.set(Some(Instant::now() + self.patience));
+        self.deadline.set(Instant::now() + self.patience);
     }
 
     /// Runs `work` under the write lock and commits it, all or nothing.
     pub(crate) fn write<T>(
         &mut self,
-        work: impl FnOnce(&rusqlite::Transaction<'_>, &Path) -> Result<T, Fault>,
+        work: impl FnOnce(&Transaction<'_>, &Hints) -> Result<T, Fault>,
     ) -> Result<T, StoreError> {
-        let path = self.path.clone();
-        let waited = self.waited_ms();
         let done = (|| {
             let tx = self.conn.transaction_with_behavior(TransactionBehavior::Immediate)?;
-            let value = work(&tx, &self.state_dir)?;
+            let value = work(&tx, &self.hints)?;
             tx.commit()?;
             Ok(value)
         })();
-        done.map_err(|fault| match fault {
-            Fault::Sql(e) => StoreError::from_sqlite(&path, waited, &e),
+        let value = done.map_err(|fault| match fault {
+            Fault::Sql(e) => self.fault(&e),
             Fault::Store(e) => e,
-        })
+        })?;
+        self.bound_wal();
+        Ok(value)
     }
 
     /// Bounds the write-ahead log: past [`WAL_LIMIT`] what can be moved into the database without waiting is moved.
-    pub(crate) fn bound_wal(&self) -> Result<(), StoreError> {
-        let size = fs::metadata(with_suffix(&self.path, "-wal")).map_or(0, |m| m.len());
-        if size > WAL_LIMIT { self.checkpoint("PASSIVE") } else { Ok(()) }
+    /// What was written is committed already, so a failure here is none of it: the next write tries again.
+    fn bound_wal(&self) {
+        let size = fs::metadata(files::with_suffix(&self.path, "-wal")).map_or(0, |m| m.len());
+        if size > WAL_LIMIT {
+            drop(self.checkpoint("PASSIVE"));
+        }
     }
 
     pub(crate) fn checkpoint(&self, mode: &str) -> Result<(), StoreError> {
@@ -195,12 +252,20 @@ impl Store {
     }
 
     pub(crate) fn fault(&self, e: &rusqlite::Error) -> StoreError {
-        StoreError::from_sqlite(&self.path, self.waited_ms(), e)
+        let waited_ms = u64::try_from(self.patience.as_millis()).unwrap_or(u64::MAX);
+        StoreError::from_sqlite(&self.path, waited_ms, e)
     }
+}
 
-    fn waited_ms(&self) -> u64 {
-        u64::try_from(self.patience.as_millis()).unwrap_or(u64::MAX)
-    }
+/// Links on the way to the folder are root's affair; below it none is followed.
+fn canonical(state_dir: &Path) -> Result<PathBuf, StoreError> {
+    state_dir.canonicalize().map_err(|e| {
+        let path = state_dir.join(FILE_NAME);
+        match e.kind() {
+            ErrorKind::PermissionDenied => StoreError::Permission { path },
+            _ => StoreError::Missing { path },
+        }
+    })
 }
 
 /// What may go wrong inside a write: SQL, or a file beside the database.
@@ -216,62 +281,6 @@ impl From<rusqlite::Error> for Fault {
 impl From<StoreError> for Fault {
     fn from(e: StoreError) -> Self {
         Self::Store(e)
-    }
-}
-
-/// SQLite's busy handler: sleeps a little longer each time, until the deadline. The process's own number spreads
-/// those who arrived together.
-fn wait(attempt: i32) -> bool {
-    let now = Instant::now();
-    let Some(left) = DEADLINE.get().and_then(|end| end.checked_duration_since(now)) else { return false };
-    let attempt = u64::try_from(attempt).unwrap_or_default();
-    let spread =
-        (u64::from(std::process::id()).wrapping_mul(0x9e37_79b9) >> 7).wrapping_add(attempt * 37) % 1000;
-    let nap = Duration::from_micros(200 + 500 * attempt.min(12) + spread);
-    std::thread::sleep(nap.min(left));
-    !left.is_zero()
-}
-
-pub(crate) fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
-    let mut name = path.as_os_str().to_owned();
-    name.push(suffix);
-    name.into()
-}
-
-fn make_dir(path: &Path, mode: u32) -> Result<(), StoreError> {
-    let file = |source| StoreError::File { path: path.into(), source };
-    if path.is_dir() {
-        return Ok(());
-    }
-    fs::create_dir_all(path).map_err(file)?;
-    set_mode(path, mode)
-}
-
-fn set_mode(path: &Path, mode: u32) -> Result<(), StoreError> {
-    let file = |source| StoreError::File { path: path.into(), source };
-    let meta = fs::metadata(path).map_err(file)?;
-    if meta.mode() & 0o7777 == mode {
-        return Ok(());
-    }
-    match fs::set_permissions(path, fs::Permissions::from_mode(mode)) {
-        // Not the owner: whoever made it chose its mode.
-        Err(e) if e.kind() == ErrorKind::PermissionDenied => Ok(()),
-        other => other.map_err(file),
-    }
-}
-
-/// Gives what root made to the owner of the folder that it lies in. Anybody else's files are their owner's already.
-pub(crate) fn hand_over(path: &Path) -> Result<(), StoreError> {
-    let file = |source| StoreError::File { path: path.into(), source };
-    let owner = match path.parent().map(fs::metadata) {
-        Some(Ok(meta)) => (meta.uid(), meta.gid()),
-        _ => return Ok(()),
-    };
-    match fs::symlink_metadata(path) {
-        Ok(meta) if (meta.uid(), meta.gid()) != owner && meta.uid() == 0 => {
-            std::os::unix::fs::lchown(path, Some(owner.0), Some(owner.1)).map_err(file)
-        }
-        _ => Ok(()),
     }
 }
 
@@ -295,5 +304,35 @@ mod tests {
         whole.execute_batch(include_str!("../schema.sql")).unwrap();
         assert_eq!(schema(&replayed), schema(&whole));
         assert!(schema(&whole).len() > 10);
+    }
+
+    #[test]
+    fn a_full_disk_loses_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut store = Store::create(dir.path(), Duration::from_secs(5)).unwrap();
+        let context = crate::Context { boot_id: "b".into(), uptime: 1.0, actor: "test".into() };
+        let flavor = virt_usb_model::Flavor::default();
+        assert!(store.set_flavor("before", &flavor, &context).unwrap());
+        // SQLite reports a file that may not grow as it reports a disk without space.
+        let pages: i64 = store.conn.pragma_query_value(None, "page_count", |row| row.get(0)).unwrap();
+        store.conn.query_row(&format!("PRAGMA max_page_count = {pages}"), [], |_| Ok(())).unwrap();
+        let names = (0..).map(|n| format!("{n} {}", "x".repeat(200)));
+        let (mut stored, mut full) = (0, None);
+        for name in names {
+            match store.set_flavor(&name, &flavor, &context) {
+                Ok(_) => stored += 1,
+                Err(e) => {
+                    full = Some(e);
+                    break;
+                }
+            }
+        }
+        let message = full.unwrap();
+        assert!(matches!(message, StoreError::Full { .. }), "{message:?}");
+        assert!(message.to_string().contains("nothing was changed; free some space"), "{message}");
+        assert_eq!(store.flavors().unwrap().len(), stored + 1);
+        assert_eq!(store.check().unwrap(), Vec::<String>::new());
+        store.conn.query_row("PRAGMA max_page_count = 1000000", [], |_| Ok(())).unwrap();
+        assert!(store.set_flavor("after", &flavor, &context).unwrap(), "with space again it goes on");
     }
 }

@@ -1,0 +1,239 @@
+//! Choosing the devices of a claim: reads, asks the judge, writes nothing.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use rusqlite::{Transaction, params_from_iter};
+use virt_usb_model::{BusAddress, DeviceId, matching};
+
+use crate::claim::{Asker, Granted, Judge, Obstacle, SHOWN, Shortage, Verified, Want, Why};
+use crate::device::{ClaimRow, Record};
+use crate::error::Sql;
+use crate::give_back;
+use crate::query::{self, Query};
+
+/// After so many candidates that were not who the inventory says, it is out of date: no more are tried.
+const MAX_PASSED_OVER: usize = 256;
+
+pub(crate) struct Choice<'a> {
+    tx: &'a Transaction<'a>,
+    asker: &'a Asker,
+    prefer: &'a [DeviceId],
+    judge: &'a mut dyn Judge,
+    /// What the instance holds already.
+    mine: Vec<ClaimRow>,
+    verified: BTreeMap<DeviceId, BusAddress>,
+    passed_over: BTreeMap<DeviceId, String>,
+}
+
+/// The candidates of all requests, each once.
+#[derive(Default)]
+struct Pool {
+    devices: Vec<Record>,
+    positions: BTreeMap<DeviceId, usize>,
+}
+
+impl Pool {
+    fn place(&mut self, device: Record) -> usize {
+        let next = self.devices.len();
+        let at = *self.positions.entry(device.entry.id).or_insert(next);
+        if at == next {
+            self.devices.push(device);
+        }
+        at
+    }
+}
+
+/// A device that serves a request, both by position.
+type Served = (usize, usize);
+
+impl<'a> Choice<'a> {
+    pub(crate) fn new(
+        tx: &'a Transaction<'a>,
+        asker: &'a Asker,
+        prefer: &'a [DeviceId],
+        judge: &'a mut dyn Judge,
+    ) -> Sql<Self> {
+        let mine = give_back::held(tx, asker.instance)?;
+        Ok(Self { tx, asker, prefer, judge, mine, verified: BTreeMap::new(), passed_over: BTreeMap::new() })
+    }
+
+    pub(crate) fn mine(&self) -> &[ClaimRow] {
+        &self.mine
+    }
+
+    pub(crate) fn fits(&mut self, chosen: &[Granted]) -> Result<(), String> {
+        self.judge.fits(chosen)
+    }
+
+    /// Devices for all of `wants`, or what is missing. Each round either ends or passes over a device more.
+    pub(crate) fn choose(&mut self, wants: &[Want]) -> Sql<Result<Vec<Granted>, Vec<Shortage>>> {
+        let total: usize = wants.iter().map(|w| w.request.count as usize).sum();
+        loop {
+            let mut pool = Pool::default();
+            // One row a device that is needed.
+            let (mut rows, mut requests) = (Vec::new(), Vec::new());
+            for (number, want) in wants.iter().enumerate() {
+                let candidates = self.candidates(number, want, total)?;
+                let row: Vec<usize> = candidates.into_iter().map(|d| pool.place(d)).collect();
+                for _ in 0..want.request.count {
+                    rows.push(row.clone());
+                    requests.push(number);
+                }
+            }
+            let assigned = matching::assign(&rows, pool.devices.len());
+            let served: Vec<Served> =
+                requests.iter().zip(assigned).filter_map(|(&number, got)| Some((number, got?))).collect();
+            if served.len() < rows.len() {
+                return self.shortages(wants, &pool, &served).map(Err);
+            }
+            if self.verify(served.iter().map(|&(_, at)| &pool.devices[at])) {
+                let granted = |&(number, at): &Served| self.granted(&pool.devices[at], number);
+                return Ok(Ok(served.iter().map(granted).collect()));
+            }
+        }
+    }
+
+    /// Looks at each chosen device; false when one was not who it should be, and the choice must be made anew.
+    fn verify<'b>(&mut self, chosen: impl Iterator<Item = &'b Record>) -> bool {
+        let mut all = true;
+        for device in chosen {
+            let id = device.entry.id;
+            if self.verified.contains_key(&id) {
+                continue;
+            }
+            match self.judge.verify(device) {
+                Verified::Here(address) => {
+                    self.verified.insert(id, address);
+                }
+                Verified::Not(why) => {
+                    self.passed_over.insert(id, why);
+                    all = false;
+                }
+            }
+        }
+        all
+    }
+
+    fn granted(&self, device: &Record, request: usize) -> Granted {
+        let mut device = device.clone();
+        if let Some(address) = self.verified.get(&device.entry.id) {
+            device.entry.address = *address;
+            device.entry.bus_id = address.bus();
+            device.entry.device_id = address.device();
+        }
+        let already = self.mine.iter().any(|c| c.device_id == device.entry.id);
+        Granted { device, request, already }
+    }
+
+    /// The devices that would serve the request, the most wanted first: the preferred, those that serve it already, the
+    /// instance's others, free ones. Of the free ones at most as many as all requests together need: more cannot change
+    /// whether all can be served.
+    fn candidates(&self, number: usize, want: &Want, total: usize) -> Sql<Vec<Record>> {
+        let mut found = Vec::new();
+        if self.passed_over.len() > MAX_PASSED_OVER {
+            return Ok(found);
+        }
+        let selector = &want.request.selector;
+        let (test, find) = (query::test(selector), query::find(selector));
+        for id in self.prefer {
+            found.extend(self.gather(
+                &test,
+                "d.status = 'available' AND d.id = CAST(? AS INTEGER)",
+                Some(id.to_string()),
+                1,
+            )?);
+        }
+        let instance = self.asker.instance.to_string();
+        found.extend(self.gather(&test, "d.instance_uuid = ?", Some(instance), usize::MAX)?);
+        found.extend(self.gather(&find, "d.status = 'available'", None, total)?);
+        let mut seen = BTreeSet::new();
+        found.retain(|d| seen.insert(d.entry.id));
+        found.sort_by_key(|d| {
+            let claim = self.mine.iter().find(|c| c.device_id == d.entry.id);
+            let serves_it = claim.is_some_and(|c| c.request.is_some_and(|r| r as usize == number));
+            (!self.prefer.contains(&d.entry.id), !serves_it, claim.is_none())
+        });
+        Ok(found)
+    }
+
+    /// At most `most` devices of the query that this instance may have.
+    fn gather(&self, query: &Query, condition: &str, value: Option<String>, most: usize) -> Sql<Vec<Record>> {
+        let mut statement = self.tx.prepare_cached(&query.sorted("d.*", condition))?;
+        let params = query.params.iter().cloned().chain(value.map(Into::into));
+        let mut rows = statement.query(params_from_iter(params))?;
+        let mut found = Vec::new();
+        while found.len() < most
+            && let Some(row) = rows.next()?
+        {
+            let device = Record::read(row)?;
+            if self.allowed(&device) && !self.passed_over.contains_key(&device.entry.id) {
+                found.push(device);
+            }
+        }
+        Ok(found)
+    }
+
+    fn allowed(&self, device: &Record) -> bool {
+        let projects = &device.entry.projects;
+        projects.is_empty()
+            || self.asker.project.as_ref().is_some_and(|mine| projects.iter().any(|p| p.is(mine)))
+    }
+
+    fn shortages(&self, wants: &[Want], pool: &Pool, served: &[Served]) -> Sql<Vec<Shortage>> {
+        let taken: BTreeMap<DeviceId, usize> =
+            served.iter().map(|&(number, at)| (pool.devices[at].entry.id, number)).collect();
+        let mut short = Vec::new();
+        for (number, want) in wants.iter().enumerate() {
+            let got = taken.values().filter(|&&n| n == number).count();
+            if got < want.request.count as usize {
+                short.push(self.shortage(number, want, got, &taken)?);
+            }
+        }
+        Ok(short)
+    }
+
+    /// Looks up what else matches a request that cannot be served, whatever its state.
+    fn shortage(
+        &self,
+        number: usize,
+        want: &Want,
+        got: usize,
+        taken: &BTreeMap<DeviceId, usize>,
+    ) -> Sql<Shortage> {
+        let query = query::find(&want.request.selector);
+        let params = || params_from_iter(&query.params);
+        let total = self.tx.query_row(&query.sql("count(*)", "1"), params(), |row| row.get(0))?;
+        let mut statement = self.tx.prepare(&query.sql("d.*", "1"))?;
+        let mut rows = statement.query(params())?;
+        let mut matching = Vec::new();
+        while matching.len() < SHOWN
+            && let Some(row) = rows.next()?
+        {
+            let device = Record::read(row)?;
+            if taken.get(&device.entry.id) != Some(&number) {
+                let why = self.why(&device, taken)?;
+                matching.push(Obstacle { device, why });
+            }
+        }
+        let got = u32::try_from(got).unwrap_or(u32::MAX);
+        Ok(Shortage { number, request: want.request.clone(), got, matching, total })
+    }
+
+    fn why(&self, device: &Record, taken: &BTreeMap<DeviceId, usize>) -> Sql<Why> {
+        let id = device.entry.id;
+        if !self.allowed(device) {
+            return Ok(Why::Project);
+        }
+        if let Some(claim) = give_back::holder(self.tx, id, self.asker.instance)? {
+            return Ok(Why::HeldBy(Box::new(claim)));
+        }
+        Ok(match self.passed_over.get(&id) {
+            Some(why) => Why::NotThere(why.clone()),
+            None if taken.contains_key(&id) => Why::OtherRequest,
+            None if device.entry.status_reason.is_some() => Why::Unavailable,
+            None => Why::NotThere(
+                "it was not looked at: too many devices were not where the inventory has them".into(),
+            ),
+        })
+    }
+}

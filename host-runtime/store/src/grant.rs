@@ -1,0 +1,101 @@
+//! Writing what was chosen for a claim: decides nothing.
+
+use rusqlite::{Transaction, params};
+use virt_usb_model::DeviceId;
+
+use crate::claim::{Asker, Granted, Standing, Want};
+use crate::device::{self, ClaimRow, refresh, sql_id, step_revision};
+use crate::error::Sql;
+use crate::events::{Event, record};
+use crate::hints::{Hints, Known};
+use crate::open::Fault;
+use crate::{Context, NOW, give_back, metadata};
+
+pub(crate) struct Grant<'a> {
+    pub(crate) tx: &'a Transaction<'a>,
+    pub(crate) hints: &'a Hints,
+    pub(crate) asker: &'a Asker,
+    /// What the instance holds already.
+    pub(crate) mine: &'a [ClaimRow],
+    pub(crate) standing: Standing,
+    pub(crate) context: &'a Context,
+}
+
+impl Grant<'_> {
+    pub(crate) fn write(&self, wants: &[Want], chosen: &[Granted]) -> Result<(), Fault> {
+        let lasting = |granted: &Granted| wants.get(granted.request).is_some_and(|w| w.lasting);
+        // What was adopted from the domain's own XML was never asked for: it stays until release.
+        let asked_for = self.mine.iter().filter(|c| c.request.is_some());
+        let given_up: Vec<&ClaimRow> =
+            asked_for.filter(|c| chosen.iter().all(|g| g.device.entry.id != c.device_id)).collect();
+        if given_up.is_empty() && chosen.iter().all(|g| self.is_as_was(g, lasting(g))) {
+            return Ok(());
+        }
+        step_revision(self.tx)?;
+        for claim in given_up {
+            give_back::delete(self.tx, claim, "released", "no longer asked for", self.context)?;
+        }
+        if !chosen.is_empty() {
+            self.hints.add(Known::Instance(self.asker.instance))?;
+        }
+        for granted in chosen {
+            self.claim(granted, lasting(granted))?;
+        }
+        metadata::refresh(self.tx, self.asker.instance)?;
+        Ok(())
+    }
+
+    fn held(&self, device: DeviceId) -> Option<&ClaimRow> {
+        self.mine.iter().find(|c| c.device_id == device)
+    }
+
+    /// Nothing to write for this one: the same claim, the same request, firm, the address as stored.
+    fn is_as_was(&self, granted: &Granted, lasting: bool) -> bool {
+        let entry = &granted.device.entry;
+        let same_claim = self.held(entry.id).is_some_and(|c| {
+            c.request.is_some_and(|r| r as usize == granted.request)
+                && !c.pending
+                && c.hold == hold_name(lasting)
+                && c.domain == self.asker.domain
+        });
+        same_claim && device::address_of(self.tx, entry.id).is_ok_and(|stored| stored == entry.address)
+    }
+
+    fn claim(&self, granted: &Granted, lasting: bool) -> Sql<()> {
+        let device = granted.device.entry.id;
+        let pending = (self.standing == Standing::Pending).then_some(self.context.uptime);
+        // What is firm stays firm: only a new or a pending claim is made to wait (again).
+        let sql = format!(
+            "INSERT INTO claims (created_at, device_id, instance_uuid, domain, project_id, request, state, hold, pending_since, boot_id, revision)
+             VALUES ({NOW}, ?1, ?2, ?3, ?4, ?5, 'claimed', ?6, ?7, ?8, (SELECT max(revision) FROM compute_nodes))
+             ON CONFLICT (device_id) DO UPDATE SET domain = excluded.domain, project_id = excluded.project_id, request = excluded.request,
+             hold = excluded.hold, boot_id = excluded.boot_id, revision = excluded.revision,
+             pending_since = iif(pending_since IS NULL, NULL, excluded.pending_since)
+             WHERE instance_uuid = excluded.instance_uuid"
+        );
+        self.tx.prepare_cached(&sql)?.execute(params![
+            sql_id(device),
+            self.asker.instance.to_string(),
+            self.asker.domain,
+            self.asker.project.as_ref().map(ToString::to_string),
+            u32::try_from(granted.request).unwrap_or(u32::MAX),
+            hold_name(lasting),
+            pending,
+            self.context.boot_id,
+        ])?;
+        device::set_address(self.tx, device, granted.device.entry.address)?;
+        refresh(self.tx, device)?;
+        if self.held(device).is_some() {
+            return Ok(());
+        }
+        let detail = match self.standing {
+            Standing::Firm => format!("request {}", granted.request),
+            Standing::Pending => format!("request {}, to be confirmed", granted.request),
+        };
+        record(self.tx, self.context, &Event::of("claimed", self.asker).about(device).with(detail))
+    }
+}
+
+const fn hold_name(lasting: bool) -> &'static str {
+    if lasting { "instance" } else { "running" }
+}

@@ -1,0 +1,142 @@
+//! Devices, instances and a world for them.
+
+use std::path::Path;
+use std::time::Duration;
+
+use rusqlite::Connection;
+use tempfile::TempDir;
+use virt_usb_model::{
+    BusAddress, Class, Device, DeviceId, DeviceKey, DeviceRequest, Flavor, InstanceId, Serial, UsbId, Verdict,
+};
+use virt_usb_store::claim::{Asker, Claimed, Granted, Judge, Standing, Verified, Want};
+use virt_usb_store::discover::{Change, Done};
+use virt_usb_store::{Context, Durability, FILE_NAME, Record, Store, StoreError};
+
+pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
+
+/// A folder with an inventory in it, and the inventory.
+pub(crate) fn inventory() -> (TempDir, Store) {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::create(dir.path(), PATIENCE).unwrap();
+    (dir, store)
+}
+
+/// As the hook opens it.
+pub(crate) fn hook(dir: &Path) -> Result<Store, StoreError> {
+    Store::open(dir, PATIENCE, Durability::Boot)
+}
+
+/// A connection behind the store's back.
+pub(crate) fn raw(dir: &Path) -> Connection {
+    Connection::open(dir.join(FILE_NAME)).unwrap()
+}
+
+pub(crate) fn device(product: u16, serial: Option<&str>, port: &str, number: u8) -> Device {
+    let bus = port.split('-').next().unwrap().parse().unwrap();
+    Device {
+        key: DeviceKey {
+            usb: UsbId::new(0x0529, product),
+            serial: Serial::new(serial.map(Into::into), false),
+            port: port.parse().unwrap(),
+        },
+        address: BusAddress::new(bus, number).unwrap(),
+        class: Class::new(0),
+        interfaces: vec![Class::HID],
+        speed: None,
+        manufacturer: None,
+        product: Some("HASP key".into()),
+        driver: None,
+        host_use: None,
+    }
+}
+
+pub(crate) fn offered() -> Verdict {
+    Verdict {
+        withheld: None,
+        rule: None,
+        projects: vec![],
+        tags: vec!["erp".into()],
+        because: "a test".into(),
+    }
+}
+
+/// Records that exactly `seen` is plugged in.
+pub(crate) fn scan(
+    store: &mut Store,
+    seen: &[(Device, Verdict)],
+    context: &Context,
+) -> Result<Vec<Done>, StoreError> {
+    store.reconcile("node-1", |known| plan(seen, known), context)
+}
+
+fn plan(seen: &[(Device, Verdict)], known: &[Record]) -> Vec<Change> {
+    let mut changes = Vec::new();
+    let mut found: Vec<DeviceId> = Vec::new();
+    for (device, verdict) in seen {
+        match known.iter().find(|r| r.key().is(&device.key)) {
+            Some(r) => {
+                found.push(r.entry.id);
+                changes.push(Change::See(r.entry.id, Box::new(device.clone()), verdict.clone()));
+            }
+            None => changes.push(Change::Add(Box::new(device.clone()), verdict.clone())),
+        }
+    }
+    let gone = known.iter().map(|r| r.entry.id).filter(|id| !found.contains(id));
+    changes.extend(gone.map(Change::Gone));
+    changes
+}
+
+/// `count` identical devices at ports of their own.
+pub(crate) fn plug(store: &mut Store, count: u8) {
+    let seen: Vec<_> = (1..=count).map(|n| (device(1, None, &format!("1-{n}"), n), offered())).collect();
+    scan(store, &seen, &boot(1)).unwrap();
+}
+
+pub(crate) fn boot(n: u32) -> Context {
+    Context { boot_id: format!("boot-{n}"), uptime: 10.0, actor: "test".into() }
+}
+
+pub(crate) fn instance(n: u32) -> InstanceId {
+    format!("00000000-0000-4000-8000-{n:012}").parse().unwrap()
+}
+
+pub(crate) fn asker(n: u32) -> Asker {
+    Asker { instance: instance(n), domain: format!("vm-{n}"), project: None }
+}
+
+pub(crate) fn request(json: &str) -> DeviceRequest {
+    Flavor::parse_lists(Some(json), None).unwrap().usb_devices.remove(0)
+}
+
+pub(crate) fn want(json: &str) -> Want {
+    Want { request: request(json), lasting: false }
+}
+
+/// Believes the inventory, and refuses nothing.
+pub(crate) struct Trusting;
+
+impl Judge for Trusting {
+    fn verify(&mut self, candidate: &Record) -> Verified {
+        Verified::Here(candidate.entry.address)
+    }
+    fn fits(&mut self, _: &[Granted]) -> Result<(), String> {
+        Ok(())
+    }
+}
+
+/// A firm claim.
+pub(crate) fn claim(store: &mut Store, n: u32, json: &str) -> Result<Claimed, StoreError> {
+    store.claim(&asker(n), &[want(json)], &[], Standing::Firm, &mut Trusting, &boot(1))
+}
+
+pub(crate) const ANY: &str = r#"{"vendor_id":"0529"}"#;
+
+/// Whether the claim was granted; panics on an error.
+pub(crate) fn takes(store: &mut Store, n: u32) -> bool {
+    matches!(claim(store, n, ANY).unwrap(), Claimed::Granted(_))
+}
+
+/// What is wrong with the inventory: nothing.
+pub(crate) fn assert_sound(store: &Store) {
+    assert_eq!(store.check().unwrap(), Vec::<String>::new());
+}

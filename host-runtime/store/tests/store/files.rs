@@ -1,0 +1,205 @@
+//! Who owns the files, and what is said to those who may not use them. Each case runs in a process of its own, as another
+//! user or under mounts of its own; that needs root.
+
+use std::fs;
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
+use std::path::Path;
+use std::process::Command;
+
+use tempfile::TempDir;
+use virt_usb_store::{FILE_NAME, Store};
+
+use crate::common::*;
+
+const STATE: &str = "VIRT_USB_TEST_STATE";
+const NOBODY: u32 = 65534;
+
+/// False where the tests do not run as root: then these cannot be made, and it is said.
+fn is_root() -> bool {
+    let root = fs::metadata("/proc/self").unwrap().uid() == 0;
+    if !root {
+        eprintln!("not root: cases that need another user or a mount are not run");
+    }
+    root
+}
+
+/// Not a test: what the processes below do. Says how it went.
+#[test]
+#[ignore = "started by the others, in another process"]
+fn child() {
+    let Some(state) = std::env::var_os(STATE) else { return };
+    let tried = hook(Path::new(&state)).and_then(|mut store| claim(&mut store, 7, ANY));
+    println!("HOOK: {}", tried.map_or_else(|e| format!("{e:?}"), |_| "fine".into()));
+    let made =
+        Store::create(Path::new(&state), PATIENCE).and_then(|mut store| scan(&mut store, &[], &boot(1)));
+    println!("MADE: {}", made.map_or_else(|e| format!("{e:?}"), |_| "fine".into()));
+}
+
+/// Runs [`child`] by way of `wrapper`; returns what hook and agent met.
+fn run(wrapper: &[&str], state: &Path) -> (String, String) {
+    // Where the build lies need not be open to everybody.
+    let folder = tempfile::tempdir().unwrap();
+    open(folder.path());
+    let program = folder.path().join("child");
+    fs::copy(std::env::current_exe().unwrap(), &program).unwrap();
+    let output = Command::new(wrapper[0])
+        .args(&wrapper[1..])
+        .arg(&program)
+        .args(["--exact", "files::child", "--ignored", "--nocapture"])
+        .env(STATE, state)
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let line = |name: &str| {
+        let found = text.lines().find_map(|l| l.split_once(name).map(|(_, rest)| rest.to_owned()));
+        found.unwrap_or_else(|| panic!("{text}{}", String::from_utf8_lossy(&output.stderr)))
+    };
+    (line("HOOK: "), line("MADE: "))
+}
+
+const AS_NOBODY: [&str; 6] = ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups"];
+
+fn open(folder: &Path) {
+    fs::set_permissions(folder, fs::Permissions::from_mode(0o755)).unwrap();
+}
+
+fn with_devices() -> TempDir {
+    let (dir, mut store) = inventory();
+    plug(&mut store, 3);
+    drop(store);
+    dir
+}
+
+#[test]
+fn a_stranger_is_told_whose_it_is() {
+    if !is_root() {
+        return;
+    }
+    let dir = with_devices();
+    let file = dir.path().join(FILE_NAME);
+    // The folder is closed.
+    let (hook, made) = run(&AS_NOBODY, dir.path());
+    assert!(hook.starts_with("Permission") && made.starts_with("Permission"), "{hook} {made}");
+    // The folder above is closed.
+    let (hook, _) = run(&AS_NOBODY, &dir.path().join("."));
+    assert!(hook.starts_with("Permission"), "{hook}");
+    // The folder is open, the file is closed.
+    open(dir.path());
+    let (hook, made) = run(&AS_NOBODY, dir.path());
+    assert!(hook.starts_with("Permission") && made.starts_with("Permission"), "{hook} {made}");
+    // The file may be read, but not written.
+    fs::set_permissions(&file, fs::Permissions::from_mode(0o644)).unwrap();
+    let (hook, made) = run(&AS_NOBODY, dir.path());
+    assert!(hook.starts_with("Permission") && made.starts_with("Permission"), "{hook} {made}");
+    // And while somebody else has it open.
+    let mut store = crate::common::hook(dir.path()).unwrap();
+    assert!(takes(&mut store, 1));
+    let (hook, made) = run(&AS_NOBODY, dir.path());
+    assert!(hook.starts_with("Permission") && made.starts_with("Permission"), "{hook} {made}");
+    // Nothing can be made in a folder of somebody else's.
+    let empty = tempfile::tempdir().unwrap();
+    open(empty.path());
+    let (hook, made) = run(&AS_NOBODY, empty.path());
+    assert!(hook.starts_with("Missing") && made.starts_with("Permission"), "{hook} {made}");
+    assert_sound(&store);
+}
+
+#[test]
+fn its_owner_needs_no_root() {
+    if !is_root() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    chown(dir.path(), Some(NOBODY), Some(NOBODY)).unwrap();
+    let mut store = Store::create(dir.path(), PATIENCE).unwrap();
+    plug(&mut store, 3);
+    assert!(takes(&mut store, 1));
+    let owners = |root: &Path| {
+        let files = fs::read_dir(root).unwrap().map(|e| e.unwrap().path());
+        files.map(|p| (fs::symlink_metadata(&p).unwrap().uid(), p)).collect::<Vec<_>>()
+    };
+    let mut all = owners(dir.path());
+    all.extend(owners(&dir.path().join("hints")));
+    assert!(all.len() >= 5, "{all:?}");
+    assert!(all.iter().all(|(uid, _)| *uid == NOBODY), "{all:?}");
+    drop(store);
+    let mode = |name: &str| fs::metadata(dir.path().join(name)).unwrap().mode() & 0o7777;
+    assert_eq!((mode(FILE_NAME), mode("hints")), (0o640, 0o750));
+    assert_eq!(run(&AS_NOBODY, dir.path()), ("fine".into(), "fine".into()));
+
+    // A backup that root put back is handed over by root's next tool.
+    chown(dir.path().join(FILE_NAME), Some(0), Some(0)).unwrap();
+    drop(Store::create(dir.path(), PATIENCE).unwrap());
+    assert_eq!(fs::metadata(dir.path().join(FILE_NAME)).unwrap().uid(), NOBODY);
+    // But not under a second name, which may be root's own.
+    let own = dir.path().join("own");
+    fs::write(&own, "").unwrap();
+    fs::remove_file(dir.path().join(FILE_NAME)).unwrap();
+    fs::hard_link(&own, dir.path().join(FILE_NAME)).unwrap();
+    drop(Store::create(dir.path(), PATIENCE).unwrap());
+    assert_eq!(fs::metadata(&own).unwrap().uid(), 0);
+}
+
+/// A wrapper that runs `setup` under mounts of its own; none where that is not allowed.
+fn under(setup: &str) -> Option<[String; 6]> {
+    let allowed = Command::new("unshare").args(["-m", "true"]).status().is_ok_and(|s| s.success());
+    if !allowed {
+        eprintln!("no mounts of one's own: cases that need a full or read-only file system are not run");
+        return None;
+    }
+    let script = format!("set -e; {setup}; exec \"$@\"");
+    Some(["unshare", "-m", "sh", "-c", &script, "sh"].map(Into::into))
+}
+
+fn run_under(setup: &str, state: &Path) -> Option<(String, String)> {
+    let wrapper = under(setup)?;
+    Some(run(&wrapper.each_ref().map(String::as_str), state))
+}
+
+#[test]
+fn read_only() {
+    if !is_root() {
+        return;
+    }
+    let dir = with_devices();
+    let state = dir.path().display();
+    let remount = format!("mount --bind {state} {state}; mount -o remount,bind,ro {state}");
+    if let Some((hook, made)) = run_under(&remount, dir.path()) {
+        assert!(hook.starts_with("ReadOnly") && made.starts_with("ReadOnly"), "{hook} {made}");
+    }
+    let mut store = crate::common::hook(dir.path()).unwrap();
+    assert!(takes(&mut store, 1), "and writable again, it goes on");
+    if let Some((hook, made)) = run_under(&remount, dir.path()) {
+        assert!(hook.starts_with("ReadOnly") && made.starts_with("ReadOnly"), "{hook} {made}");
+    }
+    assert_sound(&store);
+    let empty = tempfile::tempdir().unwrap();
+    let state = empty.path().display();
+    let remount = format!("mount --bind {state} {state}; mount -o remount,bind,ro {state}");
+    if let Some((hook, made)) = run_under(&remount, empty.path()) {
+        assert!(hook.starts_with("Missing") && made.starts_with("ReadOnly"), "{hook} {made}");
+    }
+}
+
+#[test]
+fn no_space_left() {
+    if !is_root() {
+        return;
+    }
+    let dir = with_devices();
+    let place = tempfile::tempdir().unwrap();
+    // All that is left free on a small file system, in KiB: not enough to open, to log, to name a hint.
+    for free in [0, 8, 24, 36, 44] {
+        let setup = format!(
+            "mount -t tmpfs -o size=1m none {place}; cp -r {state}/. {place}; \
+             avail=$(df -k --output=avail {place} | tail -1); fill=$((avail - {free})); \
+             dd if=/dev/zero of={place}/fill bs=1024 count=$fill status=none",
+            place = place.path().display(),
+            state = dir.path().display(),
+        );
+        if let Some((hook, made)) = run_under(&setup, place.path()) {
+            assert!(hook.starts_with("Full"), "{free} KiB: {hook}");
+            assert!(made.starts_with("Full") || made == "fine", "{free} KiB: {made}");
+        }
+    }
+}

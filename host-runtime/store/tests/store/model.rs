@@ -1,0 +1,170 @@
+//! The inventory as a slow, obviously right model: maps and brute force.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use virt_usb_model::{
+    BusAddress, Device, DeviceId, DeviceRequest, Hold, InstanceId, ProjectId, Reason, Serial, Status, Verdict,
+};
+use virt_usb_store::PENDING_SECONDS;
+
+/// What a device is told apart by: its serial, or else its port.
+pub(crate) fn identity(device: &Device) -> String {
+    match &device.key.serial {
+        Serial::Unique(serial) => format!("{} {serial}", device.key.usb),
+        _ => format!("{} at {}", device.key.usb, device.key.port),
+    }
+}
+
+#[derive(Debug, Clone)]
+pub(crate) struct Row {
+    pub(crate) device: Device,
+    pub(crate) verdict: Verdict,
+    pub(crate) present: bool,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Claim {
+    pub(crate) instance: InstanceId,
+    pub(crate) allocated: bool,
+    pub(crate) lasting: bool,
+    pub(crate) pending: Option<f64>,
+    pub(crate) boot: String,
+    /// Not (yet) asked for: found in the domain's own XML.
+    pub(crate) adopted: bool,
+}
+
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Model {
+    pub(crate) ids: BTreeMap<String, DeviceId>,
+    pub(crate) rows: BTreeMap<DeviceId, Row>,
+    pub(crate) claims: BTreeMap<DeviceId, Claim>,
+    pub(crate) assignments: BTreeMap<InstanceId, Vec<DeviceRequest>>,
+    pub(crate) flavors: BTreeSet<String>,
+}
+
+impl Model {
+    pub(crate) fn status(&self, id: DeviceId) -> Option<Status> {
+        let row = &self.rows[&id];
+        let hold = self.claims.get(&id).map(|c| if c.allocated { Hold::Allocated } else { Hold::Claimed });
+        Status::derive(hold, row.present, row.verdict.withheld)
+    }
+
+    pub(crate) fn of(&self, instance: InstanceId) -> BTreeSet<DeviceId> {
+        self.claims.iter().filter(|(_, c)| c.instance == instance).map(|(id, _)| *id).collect()
+    }
+
+    /// A claim ends with the boot; held for the instance, it only leaves the guest. Unconfirmed, it ends after a while.
+    pub(crate) fn sweep(&mut self, boot: &str, uptime: f64) {
+        self.claims.retain(|_, c| match c.pending {
+            Some(since) => c.boot == boot && since >= uptime - PENDING_SECONDS,
+            None => c.boot == boot || c.lasting,
+        });
+        for claim in self.claims.values_mut().filter(|c| c.boot != boot) {
+            claim.allocated = false;
+            claim.boot = boot.into();
+        }
+    }
+
+    /// The instance now holds exactly `ids`, and what was adopted. What was firm stays firm.
+    pub(crate) fn grant(
+        &mut self,
+        instance: InstanceId,
+        ids: &BTreeSet<DeviceId>,
+        lasting: bool,
+        since: Option<f64>,
+        boot: &str,
+    ) {
+        self.claims.retain(|id, c| c.instance != instance || c.adopted || ids.contains(id));
+        for id in ids {
+            let new = Claim {
+                instance,
+                allocated: false,
+                lasting,
+                pending: since,
+                boot: boot.into(),
+                adopted: false,
+            };
+            let claim = self.claims.entry(*id).or_insert(new);
+            claim.lasting = lasting;
+            claim.adopted = false;
+            claim.pending = claim.pending.and(since);
+        }
+    }
+
+    /// The guest runs with `in_guest`; or it does not run.
+    pub(crate) fn set_states(&mut self, instance: InstanceId, in_guest: Option<&[DeviceId]>, boot: &str) {
+        for (id, claim) in self.claims.iter_mut().filter(|(_, c)| c.instance == instance) {
+            let valid = claim.boot == boot || (claim.lasting && claim.pending.is_none());
+            if !valid || (in_guest.is_none() && claim.pending.is_some()) {
+                continue;
+            }
+            claim.allocated = in_guest.is_some_and(|ids| ids.contains(id));
+            claim.pending = None;
+            claim.boot = boot.into();
+        }
+    }
+
+    /// Ends the claims of the instance; says which.
+    pub(crate) fn release(
+        &mut self,
+        instance: InstanceId,
+        everything: bool,
+        boot: &str,
+    ) -> BTreeSet<DeviceId> {
+        let kept = |c: &Claim| !everything && c.lasting && c.pending.is_none();
+        let ended: BTreeSet<_> = self.of(instance).into_iter().filter(|id| !kept(&self.claims[id])).collect();
+        self.claims.retain(|id, _| !ended.contains(id));
+        for claim in self.claims.values_mut().filter(|c| c.instance == instance) {
+            claim.allocated = false;
+            claim.boot = boot.into();
+        }
+        if everything {
+            self.assignments.remove(&instance);
+        }
+        ended
+    }
+
+    /// Devices that the instance may be given for the request, if they are where the inventory has them.
+    pub(crate) fn eligible(
+        &self,
+        world: &[(Device, Verdict)],
+        instance: InstanceId,
+        project: Option<&ProjectId>,
+        request: &DeviceRequest,
+    ) -> BTreeSet<DeviceId> {
+        let free = |id: &DeviceId| self.status(*id) == Some(Status::Available);
+        let mine = |id: &DeviceId| self.claims.get(id).is_some_and(|c| c.instance == instance);
+        let allowed = |row: &Row| {
+            row.verdict.projects.is_empty()
+                || project.is_some_and(|p| row.verdict.projects.iter().any(|granted| granted.is(p)))
+        };
+        let fits = |id: &DeviceId, row: &Row| {
+            request.selector.matches(*id, &row.device, &row.verdict.tags)
+                && allowed(row)
+                && (free(id) || mine(id))
+                && where_is(world, &row.device).is_some()
+        };
+        self.rows.iter().filter(|(id, row)| fits(id, row)).map(|(id, _)| *id).collect()
+    }
+}
+
+/// Where the device really is, if it is at the port that the inventory has.
+pub(crate) fn where_is(world: &[(Device, Verdict)], known: &Device) -> Option<BusAddress> {
+    world.iter().map(|(d, _)| d).find(|d| d.key == known.key).map(|d| d.address)
+}
+
+/// Whether each row can have a device of its own, by trying everything.
+pub(crate) fn can_serve(rows: &[BTreeSet<DeviceId>], used: &mut Vec<DeviceId>) -> bool {
+    let Some((first, rest)) = rows.split_first() else { return true };
+    first.iter().any(|id| {
+        if used.contains(id) {
+            return false;
+        }
+        used.push(*id);
+        let served = can_serve(rest, used);
+        used.pop();
+        served
+    })
+}
+
+pub(crate) const WITHHELD: Reason = Reason::Whitelist;

@@ -1,0 +1,470 @@
+//! Random lives of an inventory, with crashes and reboots, step by step against the model.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::Path;
+
+use proptest::prelude::*;
+use tempfile::TempDir;
+use virt_usb_model::{BusAddress, Device, DeviceId, DeviceRequest, InstanceId, ProjectId, Status, Verdict};
+use virt_usb_store::adopt::{Adoption, Holding, Stage};
+use virt_usb_store::claim::{Asker, Claimed, Granted, Judge, Standing, Verified, Want};
+use virt_usb_store::give_back::Extent;
+use virt_usb_store::hints::{Known, may_know};
+use virt_usb_store::{Context, Record, Source, Store};
+
+use crate::common::*;
+use crate::model::*;
+
+/// One physical device's situation: plugged in, at its other port, withheld.
+type Slot = (bool, bool, bool);
+
+#[derive(Debug, Clone)]
+enum Step {
+    /// The world becomes this; whether discovery sees it.
+    World([Slot; 6], bool),
+    Claim {
+        who: u32,
+        wants: Vec<(usize, u32)>,
+        lasting: bool,
+        pending: bool,
+        prefer: Option<usize>,
+        fits: bool,
+    },
+    Confirm {
+        who: u32,
+        in_guest: u8,
+    },
+    OutOfGuest(u32),
+    Release(u32),
+    Force(u32),
+    Assign(u32, Vec<usize>),
+    Adopt {
+        who: u32,
+        slot: usize,
+        by: u8,
+        running: bool,
+    },
+    Flavor(usize, bool),
+    Time(u8),
+    Reboot,
+    Reopen,
+    /// The power fails, as it were: the files as they are at this moment, without the shared memory.
+    Image,
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    let slot = || (prop::bool::weighted(0.8), prop::bool::weighted(0.2), prop::bool::weighted(0.15));
+    let wants = prop::collection::vec((0..REQUESTS.len(), 1..=2u32), 0..=3);
+    let prefer = prop::option::weighted(0.3, 0..6usize);
+    prop_oneof![
+        4 => (prop::array::uniform6(slot()), prop::bool::weighted(0.8)).prop_map(|(w, seen)| Step::World(w, seen)),
+        8 => (0..3u32, wants, any::<bool>(), prop::bool::weighted(0.3), prefer, prop::bool::weighted(0.9)).prop_map(
+            |(who, wants, lasting, pending, prefer, fits)| Step::Claim { who, wants, lasting, pending, prefer, fits }
+        ),
+        3 => (0..3u32, any::<u8>()).prop_map(|(who, in_guest)| Step::Confirm { who, in_guest }),
+        1 => (0..3u32).prop_map(Step::OutOfGuest),
+        3 => (0..3u32).prop_map(Step::Release),
+        1 => (0..3u32).prop_map(Step::Force),
+        1 => (0..3u32, prop::collection::vec(0..REQUESTS.len(), 0..3)).prop_map(|(who, r)| Step::Assign(who, r)),
+        2 => (0..3u32, 0..6usize, 0..4u8, any::<bool>())
+            .prop_map(|(who, slot, by, running)| Step::Adopt { who, slot, by, running }),
+        1 => (0..3usize, any::<bool>()).prop_map(|(name, set)| Step::Flavor(name, set)),
+        2 => (1..100u8).prop_map(Step::Time),
+        1 => Just(Step::Reboot),
+        1 => Just(Step::Reopen),
+        1 => Just(Step::Image),
+    ]
+}
+
+/// Overlapping on purpose.
+const REQUESTS: [&str; 7] = [
+    ANY,
+    r#"{"vendor_id":"0529","product_id":"0001"}"#,
+    r#"{"vendor_id":"0529","product_id":"0002"}"#,
+    r#"{"serial":"S1"}"#,
+    r#"{"port":"1-1"}"#,
+    r#"{"class":"03","vendor_id":"0529"}"#,
+    r#"{"tags":["erp","blue"]}"#,
+];
+
+fn project(who: u32) -> Option<ProjectId> {
+    ["red", "blue"].get(who as usize).map(|name| name.parse().unwrap())
+}
+
+/// Six devices: two with serials, four without; two for one project only, two with a second tag.
+fn physical(slot: usize, moved: bool, number: u8, withheld: bool) -> (Device, Verdict) {
+    let serial = (slot < 2).then(|| format!("S{slot}"));
+    let port = format!("1-{}", slot * 2 + usize::from(moved));
+    let port = if port == "1-0" { "1-12".into() } else { port };
+    let device = device(1 + u16::from(slot.is_multiple_of(3)), serial.as_deref(), &port, number);
+    let mut verdict = offered();
+    verdict.withheld = withheld.then_some(WITHHELD);
+    if slot >= 4 {
+        verdict.projects = vec!["red".parse().unwrap()];
+    }
+    if slot % 2 == 1 {
+        verdict.tags.push("blue".into());
+    }
+    (device, verdict)
+}
+
+struct Eyes<'a> {
+    world: &'a [(Device, Verdict)],
+    fits: bool,
+}
+
+impl Judge for Eyes<'_> {
+    fn verify(&mut self, candidate: &Record) -> Verified {
+        let there = self.world.iter().find(|(d, _)| d.key == candidate.key());
+        there.map_or(Verified::Not("nothing there".into()), |(d, _)| Verified::Here(d.address))
+    }
+    fn fits(&mut self, _: &[Granted]) -> Result<(), String> {
+        if self.fits { Ok(()) } else { Err("no port left".into()) }
+    }
+}
+
+struct Life {
+    dir: TempDir,
+    store: Option<Store>,
+    model: Model,
+    world: Vec<(Device, Verdict)>,
+    number: u8,
+    boot: u32,
+    uptime: f64,
+}
+
+impl Life {
+    fn new() -> Self {
+        let (dir, store) = inventory();
+        drop(store);
+        let store = Some(hook(dir.path()).unwrap());
+        let (model, world) = (Model::default(), Vec::new());
+        let mut life = Self { dir, store, model, world, number: 0, boot: 1, uptime: 50.0 };
+        life.run(&Step::World([(true, false, false); 6], true));
+        life
+    }
+
+    fn context(&self) -> Context {
+        Context { uptime: self.uptime, ..boot(self.boot) }
+    }
+
+    fn run(&mut self, step: &Step) {
+        let context = self.context();
+        let boot_id = context.boot_id.clone();
+        let mut store = self.store.take().unwrap();
+        match step {
+            Step::World(slots, seen) => {
+                self.change_world(slots);
+                if *seen {
+                    scan(&mut store, &self.world, &context).unwrap();
+                    self.model.sweep(&boot_id, self.uptime);
+                    self.see(&store);
+                }
+            }
+            Step::Claim { who, .. } => self.claim(&mut store, *who, step),
+            Step::Confirm { who, in_guest } => {
+                let ids: Vec<_> = self.model.rows.keys().copied().collect();
+                let ids: Vec<_> = ids.into_iter().filter(|id| in_guest >> (id.get() % 8) & 1 == 1).collect();
+                let left = store.confirm(instance(*who), &ids, &context).unwrap();
+                assert!(
+                    left.iter().all(|id| self.model.of(instance(*who)).contains(id) && !ids.contains(id))
+                );
+                self.model.set_states(instance(*who), Some(&ids), &boot_id);
+            }
+            Step::OutOfGuest(who) => {
+                store.out_of_guest(instance(*who), &context).unwrap();
+                self.model.set_states(instance(*who), None, &boot_id);
+            }
+            Step::Release(who) | Step::Force(who) => {
+                let force = matches!(step, Step::Force(_));
+                let extent = if force { Extent::Everything } else { Extent::Run };
+                let freed = store.release(instance(*who), extent, "a test", &context).unwrap();
+                let expected = self.model.release(instance(*who), force, &boot_id);
+                assert_eq!(freed.into_iter().collect::<BTreeSet<_>>(), expected);
+                let again = store.release(instance(*who), extent, "a test", &context).unwrap();
+                assert_eq!(again, [], "released twice");
+            }
+            Step::Assign(who, which) => {
+                let requests: Vec<_> = which.iter().map(|r| request(REQUESTS[*r])).collect();
+                store.assign(instance(*who), Source::Flavor, &requests).unwrap();
+                self.model.assignments.insert(instance(*who), requests);
+            }
+            Step::Adopt { who, .. } => self.adopt(&mut store, *who, step),
+            Step::Flavor(name, set) => {
+                let name = ["small", "large key", "größer"][*name];
+                let flavor = virt_usb_model::Flavor { usb_devices: vec![request(ANY)], ..Default::default() };
+                let changed = if *set {
+                    self.model.flavors.insert(name.into())
+                        == store.set_flavor(name, &flavor, &context).unwrap()
+                } else {
+                    self.model.flavors.remove(name) == store.remove_flavor(name, &context).unwrap()
+                };
+                assert!(changed, "says whether that changed anything");
+            }
+            Step::Time(seconds) => self.uptime += f64::from(*seconds),
+            Step::Reboot => (self.boot, self.uptime) = (self.boot + 1, 5.0),
+            Step::Reopen => {
+                drop(store);
+                store = hook(self.dir.path()).unwrap();
+            }
+            Step::Image => {
+                let image = tempfile::tempdir().unwrap();
+                copy(self.dir.path(), image.path());
+                store = hook(image.path()).unwrap();
+                self.dir = image;
+            }
+        }
+        self.store = Some(store);
+    }
+
+    fn change_world(&mut self, slots: &[Slot; 6]) {
+        let before = std::mem::take(&mut self.world);
+        for (slot, &(plugged, moved, withheld)) in slots.iter().enumerate() {
+            if !plugged {
+                continue;
+            }
+            self.number = self.number % 120 + 1;
+            let (mut device, verdict) = physical(slot, moved, self.number, withheld);
+            // Still there: the same number. Came back or moved: a new one.
+            if let Some(address) = where_is(&before, &device) {
+                device.address = address;
+            }
+            self.world.push((device, verdict));
+        }
+        // Numbers are unique on a bus.
+        let mut used = BTreeSet::new();
+        for (device, _) in &mut self.world {
+            while !used.insert(device.address) {
+                self.number = self.number % 120 + 1;
+                device.address = BusAddress::new(1, self.number).unwrap();
+            }
+        }
+    }
+
+    /// What a scan leaves in the model; ids come from the store: known ones back, new ones never seen before.
+    fn see(&mut self, store: &Store) {
+        let rows = store.devices().unwrap();
+        for row in self.model.rows.values_mut() {
+            row.present = false;
+        }
+        for (device, verdict) in &self.world {
+            let row = rows.iter().find(|r| r.key() == device.key).unwrap();
+            let highest = self.model.rows.keys().max().copied();
+            let id = *self.model.ids.entry(identity(device)).or_insert_with(|| {
+                assert!(highest.is_none_or(|h| row.entry.id > h), "{} was used before", row.entry.id);
+                row.entry.id
+            });
+            assert_eq!(row.entry.id, id, "{} keeps its id", device.key);
+            assert_eq!(row.entry.address, device.address);
+            self.model
+                .rows
+                .insert(id, Row { device: device.clone(), verdict: verdict.clone(), present: true });
+        }
+    }
+
+    fn claim(&mut self, store: &mut Store, who: u32, step: &Step) {
+        let Step::Claim { wants, lasting, pending, prefer, fits, .. } = step else { unreachable!() };
+        let context = self.context();
+        self.model.sweep(&context.boot_id, self.uptime);
+        let asker = Asker { project: project(who), ..asker(who) };
+        let wants: Vec<Want> = wants
+            .iter()
+            .map(|&(which, count)| Want {
+                request: DeviceRequest { count, ..request(REQUESTS[which]) },
+                lasting: *lasting,
+            })
+            .collect();
+        let prefer: Vec<DeviceId> =
+            prefer.iter().filter_map(|n| self.model.rows.keys().nth(*n).copied()).collect();
+        let standing = if *pending { Standing::Pending } else { Standing::Firm };
+        let eligible: Vec<_> = wants
+            .iter()
+            .map(|w| self.model.eligible(&self.world, asker.instance, asker.project.as_ref(), &w.request))
+            .collect();
+        let rows: Vec<_> = wants
+            .iter()
+            .zip(&eligible)
+            .flat_map(|(w, row)| std::iter::repeat_n(row.clone(), w.request.count as usize))
+            .collect();
+        let mut eyes = Eyes { world: &self.world, fits: *fits };
+        let before = self.model.of(asker.instance);
+        let outcome = store.claim(&asker, &wants, &prefer, standing, &mut eyes, &context).unwrap();
+        match outcome {
+            Claimed::Short(short) => {
+                assert!(!can_serve(&rows, &mut Vec::new()), "refused what could be had: {short:?}");
+                assert!(!short.is_empty() && short.iter().all(|s| s.got < s.request.count));
+            }
+            Claimed::Unfit(why) => assert!(!fits && why == "no port left"),
+            Claimed::Granted(granted) => {
+                assert!(*fits);
+                assert_eq!(granted.len(), rows.len(), "all or nothing");
+                let ids: BTreeSet<_> = granted.iter().map(|g| g.device.entry.id).collect();
+                assert_eq!(ids.len(), granted.len(), "one device, one request");
+                for g in &granted {
+                    let id = g.device.entry.id;
+                    assert!(eligible[g.request].contains(&id), "{id} for request {}", g.request);
+                    assert_eq!(
+                        Some(g.device.entry.address),
+                        where_is(&self.world, &self.model.rows[&id].device)
+                    );
+                    assert_eq!(g.already, before.contains(&id));
+                }
+                let since = pending.then_some(self.uptime);
+                self.model.grant(asker.instance, &ids, *lasting, since, &context.boot_id);
+                let rows = store.claims().unwrap();
+                let again = store.claim(&asker, &wants, &prefer, standing, &mut eyes, &context).unwrap();
+                let Claimed::Granted(again) = again else { panic!("claimed twice: {again:?}") };
+                let same = |g: &[Granted]| g.iter().map(|g| g.device.entry.id).collect::<BTreeSet<_>>();
+                assert_eq!(same(&again), ids);
+                assert!(again.iter().all(|g| g.already));
+                if prefer.is_empty() {
+                    assert_eq!(store.claims().unwrap(), rows, "claimed twice is the same claim");
+                }
+            }
+        }
+    }
+
+    fn adopt(&mut self, store: &mut Store, who: u32, step: &Step) {
+        let Step::Adopt { slot, by, running, .. } = step else { unreachable!() };
+        let Some((device, _)) = self.world.get(*slot) else { return };
+        let context = self.context();
+        self.model.sweep(&context.boot_id, self.uptime);
+        let holding = Holding {
+            id: self.model.ids.get(&identity(device)).copied().filter(|_| *by == 0),
+            usb: (*by != 1).then_some(device.key.usb),
+            address: (*by <= 2).then_some(device.address),
+        };
+        let mine = instance(who);
+        let mut meant: Vec<DeviceId> = (self.model.rows.iter())
+            .filter(|(id, row)| {
+                let address = where_is(&self.world, &row.device);
+                row.present
+                    && holding.id.is_none_or(|want| want == **id)
+                    && holding.usb.is_none_or(|want| want == row.device.key.usb)
+                    && address.is_some_and(|a| holding.address.is_none_or(|want| want == a))
+            })
+            .map(|(id, _)| *id)
+            .collect();
+        if meant.len() > 1 {
+            meant.retain(|id| self.model.of(mine).contains(id));
+        }
+        let stage = if *running { Stage::Running } else { Stage::Starting };
+        let mut eyes = Eyes { world: &self.world, fits: true };
+        let asker = Asker { project: project(who), ..asker(who) };
+        let adopted = store.adopt(&asker, &[holding], stage, &mut eyes, &context).unwrap().remove(0);
+        let [id] = meant[..] else {
+            assert_eq!(adopted, Adoption::Unknown);
+            return;
+        };
+        match (self.model.claims.get_mut(&id), adopted) {
+            (Some(claim), Adoption::HeldBy(record, _)) => {
+                assert!(claim.instance != mine && record.entry.id == id);
+            }
+            (Some(claim), Adoption::AlreadyYours(yours)) => {
+                assert!(claim.instance == mine && yours == id);
+                (claim.allocated, claim.pending) = (*running, None);
+            }
+            (None, Adoption::New(new)) => {
+                assert_eq!(new, id);
+                let boot = context.boot_id;
+                let claim = Claim {
+                    instance: mine,
+                    allocated: *running,
+                    lasting: false,
+                    pending: None,
+                    boot,
+                    adopted: true,
+                };
+                self.model.claims.insert(id, claim);
+            }
+            (claim, adopted) => panic!("{claim:?}: {adopted:?}"),
+        }
+    }
+
+    /// The store says what the model says.
+    fn compare(&self, before: &BTreeMap<DeviceId, Status>, adopted: bool) {
+        let store = self.store.as_ref().unwrap();
+        assert_sound(store);
+        let claims = store.claims().unwrap();
+        let seen: BTreeMap<DeviceId, Claim> = claims
+            .iter()
+            .map(|c| {
+                let claim = Claim {
+                    instance: c.instance_uuid,
+                    allocated: c.state == "allocated",
+                    lasting: c.hold == "instance",
+                    // When it began is not shown.
+                    pending: self
+                        .model
+                        .claims
+                        .get(&c.device_id)
+                        .and_then(|m| m.pending)
+                        .filter(|_| c.pending),
+                    boot: c.boot_id.clone(),
+                    adopted: c.request.is_none(),
+                };
+                assert_eq!(c.pending, claim.pending.is_some(), "{c:?}");
+                (c.device_id, claim)
+            })
+            .collect();
+        assert_eq!(seen.len(), claims.len(), "a device has one owner");
+        assert_eq!(seen, self.model.claims);
+
+        let now = self.statuses();
+        let rows: BTreeMap<DeviceId, Status> =
+            store.devices().unwrap().iter().map(|r| (r.entry.id, r.entry.state().unwrap())).collect();
+        assert_eq!(rows, now, "each status follows from the facts");
+        for (id, status) in &now {
+            if let Some(old) = before.get(id).filter(|old| *old != status && !adopted) {
+                assert!(old.may_become(*status), "device {id}: {old} became {status}");
+            }
+        }
+        let flavors: BTreeSet<String> = store.flavors().unwrap().into_iter().map(|f| f.name).collect();
+        assert_eq!(flavors, self.model.flavors);
+        for name in &flavors {
+            assert!(may_know(self.dir.path(), Known::Flavor(name)));
+        }
+        for who in [0, 1, 2].map(instance) {
+            self.compare_instance(store, who);
+        }
+    }
+
+    fn compare_instance(&self, store: &Store, who: InstanceId) {
+        let assigned: Vec<_> = store.assignments(who).unwrap().into_iter().map(|a| a.request).collect();
+        assert_eq!(assigned, self.model.assignments.get(&who).cloned().unwrap_or_default());
+        if !assigned.is_empty() || !self.model.of(who).is_empty() {
+            assert!(may_know(self.dir.path(), Known::Instance(who)), "a hint for {who}");
+        }
+    }
+
+    fn statuses(&self) -> BTreeMap<DeviceId, Status> {
+        self.model.rows.keys().filter_map(|id| Some((*id, self.model.status(*id)?))).collect()
+    }
+}
+
+fn copy(from: &Path, to: &Path) {
+    for entry in fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        let target = to.join(entry.file_name());
+        if entry.path().is_dir() {
+            fs::create_dir(&target).unwrap();
+            copy(&entry.path(), &target);
+        } else if !entry.file_name().to_str().unwrap().ends_with("-shm") {
+            fs::copy(entry.path(), target).unwrap();
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 64, max_shrink_iters: 300, ..ProptestConfig::default() })]
+    #[test]
+    fn a_life_goes_as_the_model_says(steps in prop::collection::vec(step(), 1..60)) {
+        let mut life = Life::new();
+        for step in &steps {
+            let before = life.statuses();
+            life.run(step);
+            life.compare(&before, matches!(step, Step::Adopt { .. }));
+        }
+    }
+}
