@@ -23,6 +23,11 @@ pub fn context(procfs_root: &Path, actor: impl Into<String>) -> Result<Context, 
         std::fs::read_to_string(&path).map_err(|e| BootError { path: path.display().to_string(), what: e.to_string() })
     };
     let boot_id = read("sys/kernel/random/boot_id")?.trim().to_owned();
+    // Claims of another boot are void: what is no boot id must not void them.
+    if boot_id.parse::<virt_usb_model::InstanceId>().is_err() {
+        let path = procfs_root.join("sys/kernel/random/boot_id").display().to_string();
+        return Err(BootError { path, what: format!("{boot_id:?} is no boot id") });
+    }
     let uptime = read("uptime")?;
     let uptime = uptime.split_whitespace().next().and_then(|t| t.parse().ok()).ok_or_else(|| BootError {
         path: procfs_root.join("uptime").display().to_string(),

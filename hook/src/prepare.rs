@@ -134,7 +134,7 @@ impl Gate<'_> {
             HoldPolicy::Instance => flavor.usb_devices.as_slice(),
             HoldPolicy::Running => &[],
         };
-        self.store.assign(self.asker.instance, Source::Flavor, requests).map(drop).map_err(|e| Fault::of(true, e))
+        self.store.assign(&self.asker, Source::Flavor, requests, &self.context).map(drop).map_err(|e| Fault::of(true, e))
     }
 }
 

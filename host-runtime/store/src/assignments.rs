@@ -4,9 +4,11 @@ use rusqlite::{Row, params};
 use serde::Serialize;
 use virt_usb_model::{DeviceRequest, Flavor, InstanceId};
 
+use crate::claim::Asker;
 use crate::error::{Sql, bad_row};
+use crate::events::{Event, record};
 use crate::hints::Known;
-use crate::{NOW, Store, StoreError};
+use crate::{Context, NOW, Store, StoreError};
 
 /// Who made an assignment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -78,10 +80,12 @@ impl Store {
     /// When the database cannot be written.
     pub fn assign(
         &mut self,
-        instance: InstanceId,
+        asker: &Asker,
         source: Source,
         requests: &[DeviceRequest],
+        context: &Context,
     ) -> Result<bool, StoreError> {
+        let instance = asker.instance;
         let now: Vec<DeviceRequest> = self
             .assignments(instance)?
             .into_iter()
@@ -103,6 +107,8 @@ impl Store {
                     params![instance.to_string(), request.to_string(), source.name()],
                 )?;
             }
+            let detail = serde_json::to_string(requests).unwrap_or_default();
+            record(tx, context, &Event::of("assigned", asker).with(format!("{}: {detail}", source.name())))?;
             Ok(())
         })?;
         self.forget_hint(instance)?;

@@ -72,8 +72,8 @@ pub struct EventRow {
     pub id: i64,
     /// UTC, ISO 8601.
     pub at: String,
-    /// What happened: `claimed`, `allocated`, `released`, `refused`, `voided`, `forced`, `adopted`, `added`, `changed`,
-    /// `removed`, `returned`, `flavor-set`, `flavor-removed`.
+    /// What happened: `assigned`, `claimed`, `allocated`, `detached`, `released`, `refused`, `voided`, `forced`, `adopted`,
+    /// `added`, `changed`, `removed`, `returned`, `flavor-set`, `flavor-removed`.
     pub event: String,
     /// To which instance.
     pub instance_uuid: Option<InstanceId>,

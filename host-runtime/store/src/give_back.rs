@@ -135,7 +135,9 @@ pub(crate) fn set_states(
         .execute(params![claim.id, state(claim), context.boot_id])?;
         refresh(tx, claim.device_id)?;
         if claim.state != state(claim) {
-            record(tx, context, &Event::about_claim(state(claim), claim))?;
+            // The claim stays, its device is no longer in the guest.
+            let event = if state(claim) == "claimed" { "detached" } else { state(claim) };
+            record(tx, context, &Event::about_claim(event, claim))?;
         }
     }
     Ok(())

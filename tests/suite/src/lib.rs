@@ -5,7 +5,7 @@
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use virt_usb::discovery::{Simulated, UsbSource};
 use virt_usb::inventory;
@@ -19,33 +19,17 @@ pub fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().nth(2).unwrap().to_path_buf()
 }
 
-/// A program as it is shipped. Fails where it is missing or older than what it is made of: a test of yesterday's program
-/// proves nothing.
+/// A program as it is shipped. Fails where it is missing or older than what cargo says it was made of: a test of yesterday's
+/// program proves nothing.
 pub fn program(name: &str) -> PathBuf {
     let path = root().join("target/release").join(name);
     let built = path.metadata().unwrap_or_else(|_| panic!("{} is not built: run 'make build'", path.display())).modified().unwrap();
-    let source = ["hook", "host-runtime", "tests/harness"].iter().map(|dir| newest(&root().join(dir))).max().unwrap();
-    assert!(source.1 <= built, "{} is older than {}: run 'make build'", path.display(), source.0.display());
-    path
-}
-
-fn newest(dir: &Path) -> (PathBuf, SystemTime) {
-    let mut latest = (dir.to_path_buf(), SystemTime::UNIX_EPOCH);
-    for entry in std::fs::read_dir(dir).unwrap().map(Result::unwrap) {
-        let path = entry.path();
-        let name = entry.file_name();
-        let found = if path.is_dir() && !["tests", "target"].iter().any(|skip| name == *skip) {
-            newest(&path)
-        } else if path.extension().is_some_and(|e| e == "rs" || e == "sql") {
-            (path.clone(), entry.metadata().unwrap().modified().unwrap())
-        } else {
-            continue;
-        };
-        if found.1 > latest.1 {
-            latest = found;
-        }
+    let sources = std::fs::read_to_string(path.with_extension("d")).unwrap();
+    for source in sources.split_whitespace().skip(1) {
+        let newer = Path::new(source).metadata().and_then(|m| m.modified()).map_or(true, |changed| changed > built);
+        assert!(!newer, "{} is older than {source}: run 'make build'", path.display());
     }
-    latest
+    path
 }
 
 /// A host in a temporary folder.

@@ -96,7 +96,7 @@ fn a_restore_that_fails_costs_nothing_that_was_held_before() {
 fn a_forced_release_ends_the_intent_too_and_is_written_down() {
     let (dir, mut store) = inventory();
     plug(&mut store, 2);
-    store.assign(instance(1), Source::Operator, &[request(ANY)]).unwrap();
+    store.assign(&asker(1), Source::Operator, &[request(ANY)], &boot(1)).unwrap();
     claim_as(&mut store, 1, true, Standing::Firm, &boot(1));
     assert_eq!(store.release(instance(1), Extent::Run, "shutdown", &boot(1)).unwrap(), []);
     assert_eq!(store.release(instance(2), Extent::Everything, "nothing held", &boot(1)).unwrap(), []);
@@ -107,7 +107,10 @@ fn a_forced_release_ends_the_intent_too_and_is_written_down() {
     let events = store.events(&Filter { instance: Some(instance(1)), ..Filter::default() }).unwrap();
     let told: Vec<_> =
         events.iter().map(|e| (e.event.as_str(), e.detail.as_deref().unwrap_or_default())).collect();
-    assert_eq!(told, [("claimed", "request 0"), ("forced", "host is lost")]);
+    assert_eq!(
+        told,
+        [(r#"assigned"#, "operator: [{\"vendor_id\":\"0529\"}]"), ("claimed", "request 0"), ("forced", "host is lost")]
+    );
     // Hints that were lost do not make an operator's word void.
     claim_as(&mut store, 1, true, Standing::Firm, &boot(1));
     std::fs::remove_file(dir.path().join(format!("hints/instance-{}", instance(1)))).unwrap();

@@ -187,7 +187,7 @@ impl Life {
             }
             Step::Assign(who, which) => {
                 let requests: Vec<_> = which.iter().map(|r| request(REQUESTS[*r])).collect();
-                store.assign(instance(*who), Source::Flavor, &requests).unwrap();
+                store.assign(&asker(*who), Source::Flavor, &requests, &context).unwrap();
                 self.model.assignments.insert(instance(*who), requests);
             }
             Step::Adopt { who, .. } => self.adopt(&mut store, *who, step),
