@@ -86,12 +86,12 @@ impl Default for Config {
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// The file that was named is not there or not readable.
-    #[error("cannot read the configuration {path}: {source}")]
+    #[error("cannot read the configuration {path}: {why}")]
     Read {
         /// The file.
         path: PathBuf,
         /// Why.
-        source: io::Error,
+        why: io::Error,
     },
     /// The file does not say what a configuration may say.
     #[error("the configuration {path} is wrong: {what}")]
@@ -113,7 +113,7 @@ impl Config {
         match std::fs::read_to_string(file) {
             Ok(text) => Self::parse(&text).map_err(|what| ConfigError::Wrong { path: file.into(), what }),
             Err(e) if e.kind() == io::ErrorKind::NotFound && path.is_none() => Ok(Self::default()),
-            Err(source) => Err(ConfigError::Read { path: file.into(), source }),
+            Err(why) => Err(ConfigError::Read { path: file.into(), why }),
         }
     }
 

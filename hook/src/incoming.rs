@@ -1,8 +1,9 @@
 //! `restore` and `migrate`: libvirt uses what is printed here. Each USB hostdev gets the device that it is to have on this host.
 
 use virt_usb_domxml::{Edits, UsbHostdev};
-use virt_usb_model::{DeviceRequest, Selector};
-use virt_usb_store::claim::{Claimed, Granted, Standing, Want};
+use virt_usb_model::{DeviceId, DeviceRequest, Selector};
+use virt_usb_store::claim::{Asker, Claimed, Granted, Judge, Standing, Verified, Want};
+use virt_usb_store::{Context, Record, Store};
 
 use crate::answer::Answer;
 use crate::call::Incoming;
@@ -17,7 +18,9 @@ pub(crate) fn incoming(job: &Job<'_>, how: Incoming) -> Result<Answer, Fault> {
     if domain.hostdevs.is_empty() {
         return Ok(Answer::unchanged(NOTHING));
     }
-    let config = job.config(true)?;
+    // A hostdev that somebody wrote into a saved domain is theirs: where we fail, it goes on as if we were not there.
+    let concerned = how == Incoming::Migrate || domain.hostdevs.iter().any(|h| h.injected().is_some());
+    let config = job.config(concerned)?;
     if how == Incoming::Migrate && config.migration == MigrationPolicy::Refuse {
         return Ok(Answer::refused(format!(
             "{} has {} USB device(s) of its host passed through, which cannot move with it: detach them before the migration, or set \
@@ -26,34 +29,104 @@ pub(crate) fn incoming(job: &Job<'_>, how: Incoming) -> Result<Answer, Fault> {
             domain.hostdevs.len()
         )));
     }
-    let instance = domain.uuid.ok_or_else(|| Fault::of(true, format!("its XML has no <uuid>, by which devices are claimed")))?;
-    let (mut store, context) = open(config, &job.call.op, true)?;
-    let prefer: Vec<_> = domain.hostdevs.iter().filter_map(UsbHostdev::injected).filter(|_| how == Incoming::Restore).collect();
-    let mut ports = Ports { sysfs_root: &config.sysfs_root };
+    let instance = domain.uuid.ok_or_else(|| Fault::of(concerned, "its XML has no <uuid>, by which devices are claimed"))?;
+    let (store, context) = open(config, &job.call.op, concerned)?;
     let asker = asker(domain, instance);
-    let mut short = Vec::new();
-    for &choice in choices(config, how) {
-        let (positions, wants) = wants(&domain.hostdevs, choice);
-        if wants.is_empty() {
-            return Ok(Answer::unchanged("no USB device that could be told apart"));
+    Arrival { job, config, store, context, asker }.settle(how)
+}
+
+/// A guest that comes in with devices.
+struct Arrival<'a> {
+    job: &'a Job<'a>,
+    config: &'a Config,
+    store: Store,
+    context: Context,
+    asker: Asker,
+}
+
+impl Arrival<'_> {
+    fn settle(mut self, how: Incoming) -> Result<Answer, Fault> {
+        let known = self.store.all_devices().map_err(|e| Fault::of(true, e))?;
+        let mut refusal = String::new();
+        for &choice in choices(self.config, how) {
+            let places = match self.places(choice, &known) {
+                Ok(places) => places,
+                Err(why) => {
+                    refusal = why;
+                    continue;
+                }
+            };
+            if places.is_empty() {
+                return Ok(Answer::unchanged("no USB device that could be told apart"));
+            }
+            let wants: Vec<Want> = places.iter().map(|p| Want { request: p.request.clone(), lasting: false }).collect();
+            let mut ports = Ports { sysfs_root: &self.config.sysfs_root };
+            let claimed = self
+                .store
+                .claim(&self.asker, &wants, &[], Standing::Pending, &mut ports, &self.context)
+                .map_err(|e| Fault::of(true, e))?;
+            match claimed {
+                Claimed::Granted(granted) => return relocated(self.job, &places, &granted),
+                Claimed::Unfit(why) => return Ok(Answer::refused(format!("{} {why}", self.asker.domain))),
+                Claimed::Short(short) => {
+                    let lead = |n: usize| places.get(n).map_or_else(String::new, |p| p.what.clone());
+                    refusal = message::shortages_of_incoming(&self.asker, &short, lead);
+                }
+            }
         }
-        let claimed = store
-            .claim(&asker, &wants, &prefer, Standing::Pending, &mut ports, &context)
-            .map_err(|e| Fault::of(true, e))?;
-        match claimed {
-            Claimed::Granted(granted) => return relocated(job, &positions, &granted),
-            Claimed::Unfit(why) => return Ok(Answer::refused(format!("{} {why}", domain.name))),
-            Claimed::Short(missing) => short = missing,
+        Ok(Answer::refused(match how {
+            Incoming::Migrate => refusal,
+            Incoming::Restore => format!(
+                "{refusal}. To start the guest without its saved state: 'virsh managedsave-remove {}' (what was in its memory is lost, as after a power cut)",
+                self.asker.domain
+            ),
+        }))
+    }
+
+    /// What each hostdev of the XML is to get. One that names no device that this host knows stays as it is: it is not ours.
+    fn places(&self, choice: Choice, known: &[Record]) -> Result<Vec<Place>, String> {
+        let mut places = Vec::new();
+        for (position, hostdev) in self.job.domain.hostdevs.iter().enumerate() {
+            let same = match choice {
+                Choice::Same => self.same(hostdev, known)?,
+                Choice::Equivalent => None,
+            };
+            let kind = hostdev.usb.map(|usb| Selector { vendor_id: Some(usb.vendor), product_id: Some(usb.product), ..Selector::default() });
+            let (request, what) = match (same, kind) {
+                (Some(id), _) => (only(id), describe(id, hostdev, known)),
+                (None, Some(selector)) if choice == Choice::Equivalent => {
+                    let request = DeviceRequest { selector, count: 1 };
+                    let what = format!("a USB device {request}");
+                    (request, what)
+                }
+                _ => continue,
+            };
+            places.push(Place { position, request, what });
+        }
+        Ok(places)
+    }
+
+    /// The device that the guest had: by our alias, or, in a hostdev that somebody wrote, the one of its kind that is at its address,
+    /// or the only one of its kind. Which of several twins it was cannot be known.
+    fn same(&self, hostdev: &UsbHostdev, known: &[Record]) -> Result<Option<DeviceId>, String> {
+        if let Some(id) = hostdev.injected() {
+            return Ok(Some(id));
+        }
+        let Some(usb) = hostdev.usb else { return Ok(None) };
+        let twins: Vec<&Record> = known.iter().filter(|r| r.deleted == 0 && r.usb() == usb).collect();
+        let mut ports = Ports { sysfs_root: &self.config.sysfs_root };
+        let mut at_address = |r: &&&Record| matches!(ports.verify(r), Verified::Here(now) if hostdev.address == Some(now));
+        match (twins.iter().find(&mut at_address), twins.as_slice()) {
+            (Some(device), _) | (None, [device]) => Ok(Some(device.entry.id)),
+            (None, []) => Ok(None),
+            (None, several) => Err(format!(
+                "{} comes with a USB device {usb}, of which this host has {}, none at the address that it had: which one was the guest's cannot be told. \
+                 Let a flavor ask for it, which tells them apart",
+                self.asker.domain,
+                several.len()
+            )),
         }
     }
-    let missing = message::shortages_of_incoming(&asker, &short);
-    Ok(Answer::refused(match how {
-        Incoming::Migrate => missing,
-        Incoming::Restore => format!(
-            "{missing}. To start the guest without its saved state: 'virsh managedsave-remove {}' (what was in its memory is lost, as after a power cut)",
-            domain.name
-        ),
-    }))
 }
 
 /// What will do for a hostdev.
@@ -74,22 +147,25 @@ const fn choices(config: &Config, how: Incoming) -> &'static [Choice] {
     }
 }
 
-/// A request for each hostdev that says what it is, with its position in the XML. One that has only an address says nothing
-/// about who it was: it stays as it is.
-fn wants(hostdevs: &[UsbHostdev], choice: Choice) -> (Vec<usize>, Vec<Want>) {
-    let request = |h: &UsbHostdev| -> Option<DeviceRequest> {
-        let kind = h.usb.map(|usb| Selector { vendor_id: Some(usb.vendor), product_id: Some(usb.product), ..Selector::default() });
-        match (choice, h.injected(), kind) {
-            (Choice::Same, Some(id), _) => Some(only(id)),
-            (_, _, Some(selector)) => Some(DeviceRequest { selector, count: 1 }),
-            (_, _, None) => None,
-        }
-    };
-    hostdevs.iter().enumerate().filter_map(|(i, h)| Some((i, Want { request: request(h)?, lasting: false }))).unzip()
+/// A hostdev, by its position in the XML, and the request for its device.
+struct Place {
+    position: usize,
+    request: DeviceRequest,
+    /// The device in words, for messages.
+    what: String,
 }
 
-fn relocated(job: &Job<'_>, positions: &[usize], granted: &[Granted]) -> Result<Answer, Fault> {
-    let relocate = granted.iter().filter_map(|g| Some((*positions.get(g.request)?, hostdev(&g.device)))).collect();
+/// `device 5 (0529:0001 "HASP HL", port 1-1.4)`, as far as it is known here.
+fn describe(id: DeviceId, hostdev: &UsbHostdev, known: &[Record]) -> String {
+    match (known.iter().find(|r| r.entry.id == id), hostdev.usb) {
+        (Some(record), _) => message::device(record),
+        (None, Some(usb)) => format!("device {id} ({usb})"),
+        (None, None) => format!("device {id}"),
+    }
+}
+
+fn relocated(job: &Job<'_>, places: &[Place], granted: &[Granted]) -> Result<Answer, Fault> {
+    let relocate = granted.iter().filter_map(|g| Some((places.get(g.request)?.position, hostdev(&g.device)))).collect();
     let edits = Edits { relocate, ..Edits::default() };
     let xml = virt_usb_domxml::rewrite(job.xml, &edits)
         .map_err(|e| Fault::of(true, format!("cannot write the devices' new addresses into the domain XML: {e}")))?;

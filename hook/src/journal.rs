@@ -4,6 +4,7 @@
 //! domain XML is never in a record: it may hold secrets.
 
 use std::io::Write;
+use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixDatagram;
 use std::time::Duration;
 
@@ -38,7 +39,8 @@ pub fn record(log: &Log, call: &Call, instance: Option<&str>, answer: &Answer, t
                 .chain([("duration_us".to_owned(), micros.into()), ("at".to_owned(), seconds().into())])
                 .collect();
             let line = format!("{}\n", serde_json::Value::Object(object));
-            let file = std::fs::OpenOptions::new().append(true).create(true).open(path);
+            let careful = libc::O_NOFOLLOW | libc::O_NONBLOCK;
+            let file = std::fs::OpenOptions::new().append(true).create(true).mode(0o640).custom_flags(careful).open(path);
             drop(file.and_then(|mut f| f.write_all(line.as_bytes())));
         }
     }

@@ -1,6 +1,7 @@
 //! The machine: which boot this is, how long it lasts, whether an agent lives.
 
 use std::fs::{File, TryLockError};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 use virt_usb_store::Context;
@@ -49,9 +50,11 @@ pub enum Agent {
 
 /// Asks the kernel, by the lock on `state_dir/agent.lock`.
 pub fn agent(state_dir: &Path) -> Agent {
-    match File::open(state_dir.join("agent.lock")) {
-        Err(_) => Agent::NotInstalled,
-        Ok(file) => match file.try_lock_shared() {
+    // The folder belongs to another user: no link is followed there, and nothing that is not a file is waited for.
+    let careful = File::options().read(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(state_dir.join("agent.lock"));
+    match careful.and_then(|file| Ok((file.metadata()?.is_file(), file))) {
+        Err(_) | Ok((false, _)) => Agent::NotInstalled,
+        Ok((true, file)) => match file.try_lock_shared() {
             Err(TryLockError::WouldBlock) => Agent::Alive,
             _ => Agent::Dead,
         },
@@ -70,6 +73,14 @@ mod tests {
         assert_eq!(agent(state.path()), Agent::Dead);
         lock.lock().unwrap();
         assert_eq!(agent(state.path()), Agent::Alive);
+        // What its owner might put there instead is neither followed nor waited for.
+        let file = state.path().join("agent.lock");
+        std::fs::remove_file(&file).unwrap();
+        std::os::unix::fs::symlink("/dev/zero", &file).unwrap();
+        assert_eq!(agent(state.path()), Agent::NotInstalled);
+        std::fs::remove_file(&file).unwrap();
+        assert!(std::process::Command::new("mkfifo").arg(&file).status().unwrap().success());
+        assert_eq!(agent(state.path()), Agent::NotInstalled);
     }
 
     #[test]

@@ -22,9 +22,9 @@ pub(crate) fn shortages(asker: &Asker, short: &[Shortage]) -> String {
     each.collect::<Vec<_>>().join(" / ")
 }
 
-/// The same for a guest that comes in with devices.
-pub(crate) fn shortages_of_incoming(asker: &Asker, short: &[Shortage]) -> String {
-    let each = short.iter().map(|s| shortage(&format!("{} comes with the USB device {}", asker.domain, s.request), asker.project.is_some(), s));
+/// The same for a guest that comes in with devices; `what` names the device of each place.
+pub(crate) fn shortages_of_incoming(asker: &Asker, short: &[Shortage], what: impl Fn(usize) -> String) -> String {
+    let each = short.iter().map(|s| shortage(&format!("{} comes with {}", asker.domain, what(s.number)), asker.project.is_some(), s));
     each.collect::<Vec<_>>().join(" / ")
 }
 

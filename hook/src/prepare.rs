@@ -27,7 +27,7 @@ pub(crate) fn prepare(job: &Job<'_>) -> Result<Answer, Fault> {
     if !(wish.needs_store() || known || by_hand) {
         return redirections_only(job, config, wish);
     }
-    let instance = job.domain.uuid.ok_or_else(|| Fault::of(concerned, format!("its XML has no <uuid>, by which devices are claimed")))?;
+    let instance = job.domain.uuid.ok_or_else(|| Fault::of(concerned, "its XML has no <uuid>, by which devices are claimed"))?;
     let asker = asker(job.domain, instance);
     let (store, context) = open(config, &job.call.op, concerned)?;
     let mut gate = Gate { job, config, store, context, asker };
@@ -155,7 +155,10 @@ fn claimed_text(granted: &[Granted]) -> String {
 fn rewritten(job: &Job<'_>, config: &Config, guest: &Guest<'_>, did: String) -> Result<Answer, Fault> {
     let xml = virt_usb_domxml::rewrite(job.xml, &guest.edits)
         .map_err(|e| Fault::of(true, format!("cannot write the devices into the domain XML: {e}")))?;
-    let answer = Answer { xml, did, ..Answer::default() };
+    let mut answer = Answer { xml, did, ..Answer::default() };
+    if job.domain.hostdevs.iter().any(|h| h.has_startup_policy) {
+        answer = answer.warn("a <hostdev> of the domain has a startupPolicy: with its device missing, QEMU takes any other it can open; take the attribute out");
+    }
     if answer.xml.is_none() {
         return Ok(answer);
     }

@@ -145,7 +145,9 @@ fn utf16(rest: &[u8], little: bool) -> Result<Decoded<'static>, XmlError> {
 /// XML 1.0 has no control characters but tab, line feed and carriage return; NUL least of all.
 fn controls(text: &str) -> Result<(), XmlError> {
     let bad = |&b: &u8| b < 0x20 && !matches!(b, b'\t' | b'\n' | b'\r');
-    match text.as_bytes().iter().position(bad) {
+    // Without an early end the compiler looks at many bytes at once, and there is nearly never one to find.
+    let any = text.as_bytes().iter().fold(false, |any, b| any | bad(b));
+    match any.then(|| text.as_bytes().iter().position(bad)).flatten() {
         None => Ok(()),
         Some(at) => {
             let byte = text.as_bytes().get(at).copied().unwrap_or_default();

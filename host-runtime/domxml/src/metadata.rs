@@ -158,7 +158,7 @@ impl Metadata {
                     what: "the flavor element in the metadata has a name and a text; keep one of them"
                         .to_owned(),
                 }),
-                Ours { name: Some(name), .. } => Ok(FlavorSource::Named(name)),
+                Ours { name: Some(name), .. } => Ok(FlavorSource::Metadata(format!("@{name}"))),
                 Ours { text, .. } if text.is_empty() => Ok(FlavorSource::None),
                 Ours { text, .. } => Ok(FlavorSource::Metadata(text)),
             };

@@ -99,7 +99,7 @@ impl<'a> Scanner<'a> {
     }
 
     fn character_data(&self, start: usize, text: Cow<'a, str>) -> Result<Token<'a>, XmlError> {
-        if let Some(visible) = text.find(|c| !is_space(c)) {
+        if let Some(visible) = text.bytes().position(|b| !is_space(b.into())) {
             self.inside_root(start + visible)?;
         }
         Ok(Token::Text(text))

@@ -81,45 +81,71 @@ impl<'a> Tag<'a> {
     }
 }
 
-/// Splits ` a='b' c="d" `; `offset` is where it stands in the document.
+/// Splits ` a='b' c="d" `; `offset` is where it stands in the document. Half of a domain is attributes, so each byte is looked
+/// at once: all that delimits is ASCII.
 pub(crate) fn attributes(inside: &str, offset: usize) -> Result<Vec<Attribute<'_>>, BadTag> {
+    let from = |at: usize| inside.as_bytes().get(at..).unwrap_or_default().iter();
     let mut found = Vec::new();
-    let mut rest = inside;
+    let mut rest = 0;
     loop {
-        let at = inside.len() - rest.len();
-        let trimmed = rest.trim_start_matches(is_space);
-        if trimmed.is_empty() {
+        let start = behind(inside, rest, is_blank);
+        if start == inside.len() {
             break;
         }
-        if trimmed.len() == rest.len() {
+        if start == rest {
             return Err(BadTag::Syntax("an attribute without a blank before it"));
         }
         if found.len() == MAX_ATTRIBUTES {
             return Err(BadTag::TooMany);
         }
-        let (name, after) = trimmed.split_once('=').ok_or(BadTag::Syntax("an attribute without a value"))?;
-        let name = name.trim_end_matches(is_space);
-        if !is_name(name) {
-            return Err(BadTag::Syntax("an attribute whose name is not a name"));
+        let name_end = behind(inside, start, is_name_byte);
+        let equals = behind(inside, name_end, is_blank);
+        let name = inside.get(start..name_end).unwrap_or_default();
+        if from(equals).next() != Some(&b'=') || !begins_name(name) {
+            let valued = from(start).any(|&b| b == b'=');
+            return Err(BadTag::Syntax(match valued {
+                true => "an attribute whose name is not a name",
+                false => "an attribute without a value",
+            }));
         }
-        let after = after.trim_start_matches(is_space);
-        let quote = after.chars().next().filter(|c| matches!(c, '\'' | '"'));
+        let quoted = behind(inside, equals + 1, is_blank);
+        let quote = from(quoted).next().copied().filter(|b| matches!(b, b'\'' | b'"'));
         let quote = quote.ok_or(BadTag::Syntax("an attribute value without quotes"))?;
-        let value = after.get(1..).unwrap_or_default();
-        let (raw, left) =
-            value.split_once(quote).ok_or(BadTag::Syntax("an attribute value without its end"))?;
-        if raw.contains('<') {
-            return Err(BadTag::Syntax("a < in an attribute value"));
-        }
-        if raw.contains('&') && unescape(raw).is_err() {
-            return Err(BadTag::Syntax("an entity that is not known, in an attribute value"));
-        }
-        let start = offset + inside.len() - value.len();
-        let end = start + raw.len();
-        found.push(Attribute { name, raw, value: start..end, whole: offset + at..end + 1 });
-        rest = left;
+        let value = value(inside, quoted + 1, quote)?;
+        let raw = inside.get(value.clone()).unwrap_or_default();
+        let end = value.end + 1;
+        let (value, whole) = (offset + value.start..offset + value.end, offset + rest..offset + end);
+        found.push(Attribute { name, raw, value, whole });
+        rest = end;
     }
     if repeated(&found) { Err(BadTag::Syntax("an attribute that is there twice")) } else { Ok(found) }
+}
+
+/// The first place from `at` on that is not `what`.
+fn behind(inside: &str, at: usize, what: impl Fn(u8) -> bool) -> usize {
+    let rest = inside.as_bytes().get(at..).unwrap_or_default();
+    at + rest.iter().position(|&b| !what(b)).unwrap_or(rest.len())
+}
+
+/// Where the value is that begins at `start` and ends before `quote`.
+fn value(inside: &str, start: usize, quote: u8) -> Result<Range<usize>, BadTag> {
+    let bytes = inside.as_bytes().get(start..).unwrap_or_default();
+    let (mut less, mut entity) = (false, false);
+    for (length, &byte) in bytes.iter().enumerate() {
+        if byte == quote {
+            let value = start..start + length;
+            if less {
+                return Err(BadTag::Syntax("a < in an attribute value"));
+            }
+            if entity && unescape(inside.get(value.clone()).unwrap_or_default()).is_err() {
+                return Err(BadTag::Syntax("an entity that is not known, in an attribute value"));
+            }
+            return Ok(value);
+        }
+        less |= byte == b'<';
+        entity |= byte == b'&';
+    }
+    Err(BadTag::Syntax("an attribute value without its end"))
 }
 
 fn repeated(attributes: &[Attribute<'_>]) -> bool {
@@ -138,9 +164,31 @@ pub(crate) fn is_space(c: char) -> bool {
     matches!(c, ' ' | '\t' | '\n' | '\r')
 }
 
+fn is_blank(byte: u8) -> bool {
+    is_space(byte.into())
+}
+
+/// The bytes of a name, its first or further ones. Of what is not ASCII, every letter and mark is taken.
+const NAME_BYTES: [bool; 256] = {
+    let mut is = [false; 256];
+    let mut byte = 0;
+    while byte < 256 {
+        let b = byte as u8;
+        is[byte] = b.is_ascii_alphanumeric() || matches!(b, b'_' | b':' | b'-' | b'.') || !b.is_ascii();
+        byte += 1;
+    }
+    is
+};
+
+fn is_name_byte(byte: u8) -> bool {
+    NAME_BYTES.get(usize::from(byte)).is_some_and(|is| *is)
+}
+
+fn begins_name(name: &str) -> bool {
+    let first = |b: &u8| is_name_byte(*b) && !b.is_ascii_digit() && !matches!(b, b'-' | b'.');
+    name.as_bytes().first().is_some_and(first)
+}
+
 fn is_name(name: &str) -> bool {
-    // Bytes will do: of what is not ASCII, every letter and mark is taken.
-    let first = |b: &u8| b.is_ascii_alphabetic() || matches!(b, b'_' | b':') || !b.is_ascii();
-    let further = |b: &u8| first(b) || b.is_ascii_digit() || matches!(b, b'-' | b'.');
-    name.as_bytes().first().is_some_and(first) && name.as_bytes().iter().all(further)
+    begins_name(name) && name.bytes().all(is_name_byte)
 }

@@ -105,8 +105,8 @@ fn our_own_metadata_wins() {
 #[test]
 fn our_own_metadata_may_name_a_flavor() {
     let ours = |rest: &str| format!("<u:flavor xmlns:u='urn:virt-usb:flavor:1' {rest}");
-    assert_eq!(metadata(&ours("name='erp'/>")), FlavorSource::Named("erp".into()));
-    assert_eq!(metadata(&ours("name='erp'>\n</u:flavor>")), FlavorSource::Named("erp".into()));
+    assert_eq!(metadata(&ours("name='erp'/>")), FlavorSource::Metadata("@erp".into()));
+    assert_eq!(metadata(&ours("name='erp'>\n</u:flavor>")), FlavorSource::Metadata("@erp".into()));
     assert_eq!(metadata(&ours("/>")), FlavorSource::None);
     refused(domain(&format!("<metadata>{}</metadata>", ours("name=''/>"))), "not a name");
     refused(domain(&format!("<metadata>{}</metadata>", ours("name='a'>{}</u:flavor>"))), "keep one of them");

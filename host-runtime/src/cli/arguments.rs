@@ -19,7 +19,7 @@ use clap_complete::Shell;
 #[command(name = "virt-usb", version, verbatim_doc_comment, subcommand_required = true, arg_required_else_help = true)]
 pub struct Arguments {
     /// The configuration; without this option /etc/virt-usb/config.toml, if it is there
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, global = true, value_name = "FILE")]
     pub(super) config: Option<PathBuf>,
     /// Print JSON instead of tables
     #[arg(long, global = true)]

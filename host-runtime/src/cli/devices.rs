@@ -55,12 +55,20 @@ pub(super) fn discover(session: &Session, options: &Discover) -> anyhow::Result<
     let failed = snapshot.failed();
     let found = Discovered { devices: store.devices()?, changes, hubs: snapshot.hubs.len(), problems: snapshot.problems };
     session.out.show(&found, || {
-        let mut text = device_table(&found.devices, "no USB device is plugged into this host");
+        let mut text = device_table(&found.devices, nothing(&config));
         text.push_str(&format!("\n\n{}", summary(&found)));
         text.push_str(&problems(&found.problems));
         text
     })?;
     Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+}
+
+/// Why there is no device to show.
+fn nothing(config: &Config) -> &'static str {
+    match config.sysfs_root.join("bus/usb").exists() {
+        true => "no USB device is plugged into this host",
+        false => "this host has no USB at all: there is no bus/usb in its sysfs",
+    }
 }
 
 fn summary(found: &Discovered) -> String {
@@ -110,11 +118,14 @@ fn device_table(devices: &[Record], empty: &str) -> String {
             or_dash(e.instance_uuid),
         ]
     };
-    table(
-        &["ID", "USB ID", "NAME", "SERIAL", "PORT", "ADDRESS", "SPEED", "STATUS", "INSTANCE"],
-        devices.iter().map(row).collect(),
-        empty,
-    )
+    let mut header = vec!["ID", "USB ID", "NAME", "SERIAL", "PORT", "ADDRESS", "SPEED", "STATUS", "INSTANCE"];
+    let mut rows: Vec<Vec<String>> = devices.iter().map(row).collect();
+    // A narrow terminal has better use for a column of dashes.
+    if devices.iter().all(|r| r.entry.instance_uuid.is_none()) {
+        header.pop();
+        rows.iter_mut().for_each(|cells| cells.truncate(header.len()));
+    }
+    table(&header, rows, empty)
 }
 
 fn name(manufacturer: Option<&str>, product: Option<&str>) -> String {
@@ -210,8 +221,10 @@ fn show_verdicts(session: &Session, config: &Config, snapshot: &Snapshot) -> any
         let switch = if config.whitelist.on { "on" } else { "off" };
         let header = ["USB ID", "NAME", "PORT", "OFFERED TO", "TAGS", "BECAUSE"];
         let rows = verdicts.iter().map(Judged::row).collect();
-        let table = table(&header, rows, "no USB device is plugged into this host");
-        format!("usb_white_list_switch is {switch}, {rules} rule(s)\n\n{table}{}", problems(&snapshot.problems))
+        let table = table(&header, rows, nothing(config));
+        let limited = config.whitelist.rules.iter().any(|r| !r.projects.is_empty()) && !config.whitelist.on;
+        let note = if limited { "; their projects count only while it is on: every project gets these devices" } else { "" };
+        format!("usb_white_list_switch is {switch}, {rules} rule(s){note}\n\n{table}{}", problems(&snapshot.problems))
     })?;
     Ok(if snapshot.failed() { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }

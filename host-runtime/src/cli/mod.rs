@@ -26,11 +26,6 @@ const PATIENCE: Duration = Duration::from_secs(5);
 
 /// The program. Exit status: 0 done, 1 it could not be done (the reason is on stderr), 2 wrong arguments.
 pub fn main() -> ExitCode {
-    tracing_subscriber::fmt()
-        .with_writer(std::io::stderr)
-        .with_env_filter(tracing_subscriber::EnvFilter::try_from_env("VIRT_USB_LOG").unwrap_or_else(|_| "warn".into()))
-        .without_time()
-        .init();
     let arguments = Arguments::parse();
     match run(arguments) {
         Ok(code) => code,

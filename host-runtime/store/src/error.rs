@@ -105,12 +105,12 @@ pub enum StoreError {
         what: String,
     },
     /// A file beside the database could not be written.
-    #[error("cannot write {path}: {source}")]
+    #[error("cannot write {path}: {why}")]
     File {
         /// The file.
         path: PathBuf,
         /// Why.
-        source: std::io::Error,
+        why: std::io::Error,
     },
     /// Anything else that SQLite reports.
     #[error("the inventory {path} cannot be used: {what}")]
@@ -166,13 +166,13 @@ impl StoreError {
     }
 
     /// A file beside the database, or the database's own file before SQLite has it.
-    pub(crate) fn file(path: &Path, source: std::io::Error) -> Self {
+    pub(crate) fn file(path: &Path, why: std::io::Error) -> Self {
         let path = path.to_path_buf();
-        match source.kind() {
+        match why.kind() {
             ErrorKind::PermissionDenied => Self::Permission { path },
             ErrorKind::ReadOnlyFilesystem => Self::ReadOnly { path },
             ErrorKind::StorageFull | ErrorKind::QuotaExceeded => Self::Full { path },
-            _ => Self::File { path, source },
+            _ => Self::File { path, why },
         }
     }
 }

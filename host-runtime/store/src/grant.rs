@@ -89,8 +89,8 @@ impl Grant<'_> {
             return Ok(());
         }
         let detail = match self.standing {
-            Standing::Firm => format!("request {}", granted.request),
-            Standing::Pending => format!("request {}, to be confirmed", granted.request),
+            Standing::Firm => format!("usb_devices[{}]", granted.request),
+            Standing::Pending => format!("usb_devices[{}], to be confirmed", granted.request),
         };
         record(self.tx, self.context, &Event::of("claimed", self.asker).about(device).with(detail))
     }

@@ -142,7 +142,7 @@ impl Store {
     /// # Errors
     /// When the target exists or cannot be written; no half copy stays.
     pub fn backup(&self, target: &Path) -> Result<(), StoreError> {
-        let file = |source| StoreError::File { path: target.into(), source };
+        let file = |why| StoreError::File { path: target.into(), why };
         let partial = with_suffix(target, ".partial");
         let inner = || -> Result<(), StoreError> {
             let fault = |e: rusqlite::Error| StoreError::from_sqlite(&partial, 0, &e);

@@ -1,6 +1,7 @@
 //! The hook is killed with SIGKILL at every single system call of a claim and of a release. Whenever it dies: the store
 //! is sound, no device is lost, none is given twice, and doing it again does it.
 
+use std::collections::BTreeMap;
 use std::os::unix::process::ExitStatusExt;
 use std::process::Command;
 
@@ -14,75 +15,110 @@ fn host() -> Host {
     host
 }
 
-/// Runs the hook under strace, which kills it when it makes its `nth` system call. False when it had ended before.
-fn killed_at(host: &Host, nth: usize, arguments: &[&str], xml: &str) -> bool {
-    let hook = host.hook(arguments);
-    let mut command = Command::new("strace");
-    command.args(["-f", "-qq", "-o", "/dev/null", "-e", "trace=all", "-e", &format!("inject=all:signal=SIGKILL:when={nth}")]);
-    command.arg(hook.get_program()).args(hook.get_args());
-    let status = feed(command, xml.as_bytes()).status;
-    // strace dies as its child did.
-    match (status.signal(), status.code()) {
-        (Some(9), _) => true,
-        (None, Some(0)) => false,
-        other => panic!("strace is needed and must be allowed to trace ('make test-deps'): {other:?}"),
-    }
+/// The system calls that the hook makes, in order: each by its name and how many of that name came before it, itself included.
+fn steps(host: &Host, arguments: &[&str], xml: &str) -> Vec<(String, usize)> {
+    let trace = host.path("trace");
+    assert!(strace(host, &["-o", trace.to_str().unwrap()], arguments, xml).success());
+    let mut seen = BTreeMap::new();
+    let text = std::fs::read_to_string(trace).unwrap();
+    let names = text.lines().filter_map(|line| line.split_once('(')).map(|(name, _)| name.to_owned());
+    let calls = names.filter(|name| name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_'));
+    calls
+        .map(|name| {
+            let count = seen.entry(name.clone()).and_modify(|n| *n += 1).or_insert(1);
+            (name, *count)
+        })
+        .collect()
 }
 
-/// After a crash: sound, and each device free or held by erp-1, both together.
-fn sound(host: &Host, nth: usize) -> usize {
+/// Runs the hook and kills it when it enters the given system call. False when it ended by itself.
+fn killed_at(host: &Host, (name, nth): &(String, usize), arguments: &[&str], xml: &str) -> bool {
+    let inject = format!("inject={name}:signal=SIGKILL:when={nth}");
+    let status = strace(host, &["-o", "/dev/null", "-e", &inject], arguments, xml);
+    // strace dies as its child did.
+    assert!(status.signal() == Some(9) || status.success(), "{status:?}");
+    !status.success()
+}
+
+fn strace(host: &Host, options: &[&str], arguments: &[&str], xml: &str) -> std::process::ExitStatus {
+    let hook = host.hook(arguments);
+    let mut command = Command::new("strace");
+    command.arg("-qq").args(options).arg(hook.get_program()).args(hook.get_args());
+    let output = feed(command, xml.as_bytes());
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(!said.contains("strace:"), "strace is needed and must be allowed to trace ('make test-deps'): {said}");
+    output.status
+}
+
+/// After a crash: sound, and each device free or held by erp-1, both together. Folds the log, so that each round begins alike.
+fn sound(host: &Host, step: &(String, usize)) -> usize {
     let store = host.store();
-    assert_eq!(store.check().unwrap(), Vec::<String>::new(), "killed at system call {nth}");
+    assert_eq!(store.check().unwrap(), Vec::<String>::new(), "killed at {step:?}");
     let claims = store.claims().unwrap();
-    assert!([0, 2].contains(&claims.len()), "all or nothing, killed at system call {nth}: {claims:?}");
+    assert!([0, 2].contains(&claims.len()), "all or nothing, killed at {step:?}: {claims:?}");
     assert!(claims.iter().all(|c| c.domain == "erp-1"));
-    let devices = store.devices().unwrap();
-    assert_eq!(devices.len(), 2, "no device is lost");
+    assert_eq!(store.devices().unwrap().len(), 2, "no device is lost");
+    store.fold_wal().unwrap();
     claims.len()
+}
+
+fn release(host: &Host, xml: &str) {
+    assert!(host.call(&["erp-1", "release", "end", "shutdown"], xml.as_bytes()).status.success());
 }
 
 #[test]
 fn killed_at_every_system_call_of_a_claim() {
+    const PREPARE: [&str; 4] = ["erp-1", "prepare", "begin", "-"];
     let host = host();
     let (mine, theirs) = (domain("erp-1", 1, ASK), domain("erp-2", 2, ASK));
-    let (mut nth, mut before, mut after) = (1, 0, 0);
-    while killed_at(&host, nth, &["erp-1", "prepare", "begin", "-"], &mine) {
-        match sound(&host, nth) {
+    let steps = steps(&host, &PREPARE, &mine);
+    release(&host, &mine);
+    let (mut before, mut after) = (0, 0);
+    for step in &steps {
+        if !killed_at(&host, step, &PREPARE, &mine) {
+            continue;
+        }
+        match sound(&host, step) {
             0 => before += 1,
             _ => {
                 after += 1;
                 let refused = host.call(&["erp-2", "prepare", "begin", "-"], theirs.as_bytes());
-                assert_eq!(refused.status.code(), Some(1), "given twice, killed at system call {nth}");
+                assert_eq!(refused.status.code(), Some(1), "given twice, killed at {step:?}");
             }
         }
-        let again = host.call(&["erp-1", "prepare", "begin", "-"], mine.as_bytes());
+        let again = host.call(&PREPARE, mine.as_bytes());
         assert!(again.status.success(), "{}", String::from_utf8_lossy(&again.stderr));
-        assert_eq!(sound(&host, nth), 2);
-        host.call(&["erp-1", "release", "end", "shutdown"], mine.as_bytes());
-        assert_eq!(sound(&host, nth), 0);
-        nth += 1;
+        assert_eq!(sound(&host, step), 2);
+        release(&host, &mine);
+        assert_eq!(sound(&host, step), 0);
     }
-    assert!(before > 50 && after > 5, "died {before} times before the commit and {after} times after it");
+    assert!(before > 50 && after > 5, "of {} calls it died in {before} before the commit and in {after} after it", steps.len());
+    assert!(before + after > steps.len() * 9 / 10, "it was killed in {} of {} calls", before + after, steps.len());
 }
 
 #[test]
 fn killed_at_every_system_call_of_a_release() {
+    const RELEASE: [&str; 4] = ["erp-1", "release", "end", "shutdown"];
     let host = host();
     let mine = domain("erp-1", 1, ASK);
-    let (mut nth, mut before, mut after) = (1, 0, 0);
-    loop {
+    let claim = || {
         assert!(host.call(&["erp-1", "prepare", "begin", "-"], mine.as_bytes()).status.success());
-        if !killed_at(&host, nth, &["erp-1", "release", "end", "shutdown"], &mine) {
-            break;
+        host.store().fold_wal().unwrap();
+    };
+    claim();
+    let steps = steps(&host, &RELEASE, &mine);
+    let (mut before, mut after) = (0, 0);
+    for step in &steps {
+        claim();
+        let killed = killed_at(&host, step, &RELEASE, &mine);
+        match (sound(&host, step), killed) {
+            (0, true) => after += 1,
+            (_, true) => before += 1,
+            (left, false) => assert_eq!(left, 0),
         }
-        match sound(&host, nth) {
-            0 => after += 1,
-            _ => before += 1,
-        }
-        assert!(host.call(&["erp-1", "release", "end", "shutdown"], mine.as_bytes()).status.success());
-        assert_eq!(sound(&host, nth), 0, "the second release gives back what the first could not");
-        nth += 1;
+        release(&host, &mine);
+        assert_eq!(sound(&host, step), 0, "the second release gives back what the first could not");
     }
-    assert_eq!(sound(&host, nth), 0);
-    assert!(before > 50 && after > 5, "died {before} times before the commit and {after} times after it");
+    assert!(before > 50 && after > 5, "of {} calls it died in {before} before the commit and in {after} after it", steps.len());
+    assert!(before + after > steps.len() * 9 / 10, "it was killed in {} of {} calls", before + after, steps.len());
 }

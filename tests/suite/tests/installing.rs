@@ -34,6 +34,10 @@ fn installs_a_real_file_beside_other_hooks_and_removes_only_its_own() {
     assert!(!dest.path().join("var/lib/virt-usb/inventory.sqlite").exists());
     let version = Command::new(&hook).arg("--version").output().unwrap();
     assert!(ok(&version).starts_with("virt-usb-hook "));
+    let listed: Vec<_> = std::fs::read_dir(&hooks).unwrap().map(|e| e.unwrap().file_name()).collect();
+    assert_eq!(listed.len(), 2, "libvirt would call whatever else lies here: {listed:?}");
+    let command = Command::new(dest.path().join("usr/bin/virt-usb")).arg("--version").output().unwrap();
+    assert!(ok(&command).starts_with("virt-usb "));
 
     std::fs::write(dest.path().join("etc/virt-usb/config.toml"), "log = \"off\"\n").unwrap();
     assert!(ok(&install(dest.path(), &[])).contains("nothing has to be reloaded"), "again: an upgrade");
@@ -41,6 +45,7 @@ fn installs_a_real_file_beside_other_hooks_and_removes_only_its_own() {
     assert_eq!(kept, "log = \"off\"\n", "the operator's configuration stays");
 
     ok(&install(dest.path(), &["--remove"]));
+    assert!(!dest.path().join("usr/bin/virt-usb").exists());
     assert!(!hook.exists() && hooks.join("10-other").exists() && dest.path().join("etc/libvirt/hooks/qemu").exists());
     assert!(dest.path().join("var/lib/virt-usb").exists(), "the data stays");
     assert!(ok(&install(dest.path(), &["--remove"])).contains("nothing to do"), "twice");
@@ -51,7 +56,7 @@ fn installs_a_real_file_beside_other_hooks_and_removes_only_its_own() {
 fn state_dir_is_made_where_the_configuration_says() {
     let dest = tempfile::tempdir().unwrap();
     std::fs::create_dir_all(dest.path().join("etc/virt-usb")).unwrap();
-    std::fs::write(dest.path().join("etc/virt-usb/config.toml"), "# state_dir = \"/no\"\nstate_dir = '/srv/usb'\n").unwrap();
+    std::fs::write(dest.path().join("etc/virt-usb/config.toml"), "# state_dir = \"/no\"\nstate_dir = \"/srv/usb\" # \"big disk\"\n").unwrap();
     ok(&install(dest.path(), &[]));
     assert!(dest.path().join("srv/usb").is_dir() && !dest.path().join("var/lib/virt-usb").exists());
 }

@@ -46,12 +46,12 @@ struct Entry {
 #[derive(Debug, thiserror::Error)]
 pub enum SimError {
     /// The file is not there or not readable.
-    #[error("cannot read the simulation file {path}: {source}")]
+    #[error("cannot read the simulation file {path}: {why}")]
     Read {
         /// The file.
         path: PathBuf,
         /// Why.
-        source: io::Error,
+        why: io::Error,
     },
     /// The file does not say what a simulation may say.
     #[error("the simulation file {path} is wrong: {what}")]
@@ -73,7 +73,7 @@ impl Simulated {
     /// When it cannot be read, or is wrong anywhere.
     pub fn load(path: &Path) -> Result<Self, SimError> {
         let text =
-            std::fs::read_to_string(path).map_err(|source| SimError::Read { path: path.into(), source })?;
+            std::fs::read_to_string(path).map_err(|why| SimError::Read { path: path.into(), why })?;
         format::parse(&text)
             .map(|devices| Self { devices })
             .map_err(|what| SimError::Wrong { path: path.into(), what })
