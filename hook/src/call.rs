@@ -137,7 +137,9 @@ pub fn parse(arguments: impl Iterator<Item = OsString>) -> Asked {
             },
         }
     }
-    let (Some(name), Some(op), Some(_), Some(extra)) = (arguments.next(), arguments.next(), arguments.next(), arguments.next()) else {
+    let (Some(name), Some(op), Some(_), Some(extra)) =
+        (arguments.next(), arguments.next(), arguments.next(), arguments.next())
+    else {
         return Asked::Wrong("four arguments are needed: NAME OPERATION SUBOPERATION EXTRA".into());
     };
     let operation = Operation::parse(&op, &extra);
@@ -176,6 +178,8 @@ mod tests {
         assert!(matches!(args(&["--config"]), Asked::Wrong(_)));
         assert_eq!(args(&["--help"]), Asked::Help);
         assert_eq!(args(&["--config=/x", "--version"]), Asked::Version);
-        assert!(matches!(args(&["--", "--odd", "start", "begin", "-"]), Asked::Handle(c) if c.name == "--odd"));
+        assert!(
+            matches!(args(&["--", "--odd", "start", "begin", "-"]), Asked::Handle(c) if c.name == "--odd")
+        );
     }
 }

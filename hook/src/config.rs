@@ -128,13 +128,19 @@ impl Config {
         }
         let both = table.contains_key("usb_white_list") && table.contains_key("usb_passthrough_whitelist");
         if both {
-            return Err("usb_white_list and usb_passthrough_whitelist are two names of one key: keep one of them".into());
+            return Err(
+                "usb_white_list and usb_passthrough_whitelist are two names of one key: keep one of them"
+                    .into(),
+            );
         }
         let raw: Raw = toml::from_str(text).map_err(|e: toml::de::Error| one_line(&e, text))?;
-        let json = |key: &str| table.get(key).map(serde_json::to_value).transpose().map_err(|e| format!("{key}: {e}"));
+        let json = |key: &str| {
+            table.get(key).map(serde_json::to_value).transpose().map_err(|e| format!("{key}: {e}"))
+        };
         let (switch, listed, other) =
             (json("usb_white_list_switch")?, json("usb_passthrough_whitelist")?, json("usb_white_list")?);
-        let whitelist = Whitelist::parse(switch.as_ref(), listed.or(other).as_ref()).map_err(|e| e.to_string())?;
+        let whitelist =
+            Whitelist::parse(switch.as_ref(), listed.or(other).as_ref()).map_err(|e| e.to_string())?;
         let default = Self::default();
         Ok(Self {
             state_dir: absolute("state_dir", raw.state_dir, default.state_dir)?,
@@ -143,7 +149,7 @@ impl Config {
             whitelist,
             hold: raw.hold,
             migration: raw.migration,
-            log: log(raw.log)?,
+            log: log(raw.log.as_deref())?,
             events_keep_days: raw.events_keep_days.unwrap_or(default.events_keep_days),
         })
     }
@@ -187,7 +193,9 @@ fn known(key: &str) -> Result<(), String> {
     }
     let near = KEYS.iter().map(|k| (strsim::damerau_levenshtein(key, k), *k)).min();
     Err(match near {
-        Some((distance, k)) if distance <= 1 + k.len() / 3 => format!("unknown key {key:?}: did you mean {k:?}?"),
+        Some((distance, k)) if distance <= 1 + k.len() / 3 => {
+            format!("unknown key {key:?}: did you mean {k:?}?")
+        }
         _ => format!("unknown key {key:?}: the keys are {}", KEYS.join(", ")),
     })
 }
@@ -200,8 +208,8 @@ fn absolute(key: &str, value: Option<PathBuf>, default: PathBuf) -> Result<PathB
     }
 }
 
-fn log(value: Option<String>) -> Result<Log, String> {
-    match value.as_deref() {
+fn log(value: Option<&str>) -> Result<Log, String> {
+    match value {
         None | Some("journal") => Ok(Log::Journal),
         Some("off") => Ok(Log::Off),
         Some(path) if path.starts_with('/') => Ok(Log::File(path.into())),
@@ -240,16 +248,24 @@ mod tests {
         assert!(config.whitelist.on);
         assert_eq!(config.whitelist.rules.len(), 1);
         assert_eq!((config.hold, config.migration), (HoldPolicy::Instance, MigrationPolicy::Reclaim));
-        let json = Config::parse(r#"usb_white_list = '[{"product":"0x0003","vendor":"0x136b","bus":"2","device":"2"}]'"#).unwrap();
+        let json = Config::parse(
+            r#"usb_white_list = '[{"product":"0x0003","vendor":"0x136b","bus":"2","device":"2"}]'"#,
+        )
+        .unwrap();
         assert_eq!(json.whitelist.rules, config.whitelist.rules);
     }
 
     #[test]
     fn errors_name_the_key() {
         let error = |text: &str| Config::parse(text).unwrap_err();
-        assert_eq!(error("usb_whitelist_switch = 'on'"), "unknown key \"usb_whitelist_switch\": did you mean \"usb_white_list_switch\"?");
+        assert_eq!(
+            error("usb_whitelist_switch = 'on'"),
+            "unknown key \"usb_whitelist_switch\": did you mean \"usb_white_list_switch\"?"
+        );
         assert!(error("colour = 1").starts_with("unknown key \"colour\": the keys are state_dir,"));
-        assert!(error("usb_white_list = []\nusb_passthrough_whitelist = []").contains("two names of one key"));
+        assert!(
+            error("usb_white_list = []\nusb_passthrough_whitelist = []").contains("two names of one key")
+        );
         assert!(error("state_dir = 'x'").contains("state_dir: x is not an absolute path"));
         assert!(error("\n\nhold = 'ever'").contains("line 3"), "{}", error("\n\nhold = 'ever'"));
         assert!(error("usb_white_list = [{vendor='zz'}]").contains("[0].vendor"));

@@ -36,7 +36,9 @@ impl Judge for Ports<'_> {
         let entry = &candidate.entry;
         let port = &entry.port_path;
         match sysfs::at_port(self.sysfs_root, port) {
-            Ok(Some(seen)) if seen.usb == candidate.usb() && seen.serial == entry.serial => Verified::Here(seen.address),
+            Ok(Some(seen)) if seen.usb == candidate.usb() && seen.serial == entry.serial => {
+                Verified::Here(seen.address)
+            }
             Ok(Some(seen)) => {
                 let serial = seen.serial.map(|s| format!(" serial {s}")).unwrap_or_default();
                 Verified::Not(format!("port {port} now holds {}{serial}", seen.usb))
@@ -76,11 +78,14 @@ impl<'a> Guest<'a> {
                  to the domain (in Nova: spice enabled on the host), or take the redirection out of the flavor"
             ));
         }
-        let speeds: Vec<Option<Speed>> = new.iter().map(|g| g.device.entry.speed).chain(redirdevs.iter().map(|_| None)).collect();
+        let speeds: Vec<Option<Speed>> =
+            new.iter().map(|g| g.device.entry.speed).chain(redirdevs.iter().map(|_| None)).collect();
         let devices = new.iter().map(|g| format!("usb_devices[{}]", g.request));
-        let mut asked: Vec<String> = devices.chain(redirdevs.iter().map(|n| format!("usb_redirection_devices[{n}]"))).collect();
+        let mut asked: Vec<String> =
+            devices.chain(redirdevs.iter().map(|n| format!("usb_redirection_devices[{n}]"))).collect();
         asked.dedup();
-        let controller = self.ports_for(&speeds).map_err(|why| format!("asks for {}, but {why}", asked.join(", ")))?;
+        let controller =
+            self.ports_for(&speeds).map_err(|why| format!("asks for {}, but {why}", asked.join(", ")))?;
         let hostdevs = new.iter().map(|g| hostdev(&g.device)).collect();
         self.edits = Edits { hostdevs, redirdevs, controller, relocate: Vec::new() };
         Ok(())
@@ -90,11 +95,16 @@ impl<'a> Guest<'a> {
     /// libvirt starts the XML as it stands, not as we print it.
     fn refuse_strangers(&self, chosen: &[Granted]) -> Result<(), String> {
         for (id, hostdev) in self.domain.hostdevs.iter().filter_map(|h| Some((h.injected()?, h))) {
-            let advice = "take that <hostdev> out of the domain (virsh edit): it is written anew for each start";
+            let advice =
+                "take that <hostdev> out of the domain (virsh edit): it is written anew for each start";
             let Some(granted) = chosen.iter().find(|g| g.device.entry.id == id) else {
-                return Err(format!("has a <hostdev> for device {id} (alias ua-usb-{id}) in its XML that its flavor does not ask for or that it cannot have: {advice}"));
+                return Err(format!(
+                    "has a <hostdev> for device {id} (alias ua-usb-{id}) in its XML that its flavor does not ask for or that it cannot have: {advice}"
+                ));
             };
-            if hostdev.address.is_some_and(|a| a != granted.device.entry.address) || hostdev.usb.is_some_and(|u| u != granted.device.usb()) {
+            if hostdev.address.is_some_and(|a| a != granted.device.entry.address)
+                || hostdev.usb.is_some_and(|u| u != granted.device.usb())
+            {
                 return Err(format!(
                     "has a <hostdev> (alias ua-usb-{id}) in its XML with an address that is no longer that of device {id}, which is now {}: {advice}",
                     granted.device.entry.address
@@ -109,7 +119,10 @@ impl<'a> Guest<'a> {
         let device = &granted.device;
         self.domain.hostdevs.iter().any(|h| match h.injected() {
             Some(id) => id == device.entry.id,
-            None => h.address == Some(device.entry.address) || (granted.already && h.address.is_none() && h.usb == Some(device.usb())),
+            None => {
+                h.address == Some(device.entry.address)
+                    || (granted.already && h.address.is_none() && h.usb == Some(device.usb()))
+            }
         })
     }
 

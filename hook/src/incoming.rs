@@ -29,7 +29,9 @@ pub(crate) fn incoming(job: &Job<'_>, how: Incoming) -> Result<Answer, Fault> {
             domain.hostdevs.len()
         )));
     }
-    let instance = domain.uuid.ok_or_else(|| Fault::of(concerned, "its XML has no <uuid>, by which devices are claimed"))?;
+    let instance = domain
+        .uuid
+        .ok_or_else(|| Fault::of(concerned, "its XML has no <uuid>, by which devices are claimed"))?;
     let (store, context) = open(config, &job.call.op, concerned)?;
     let asker = asker(domain, instance);
     Arrival { job, config, store, context, asker }.settle(how)
@@ -59,7 +61,8 @@ impl Arrival<'_> {
             if places.is_empty() {
                 return Ok(Answer::unchanged("no USB device that could be told apart"));
             }
-            let wants: Vec<Want> = places.iter().map(|p| Want { request: p.request.clone(), lasting: false }).collect();
+            let wants: Vec<Want> =
+                places.iter().map(|p| Want { request: p.request.clone(), lasting: false }).collect();
             let mut ports = Ports { sysfs_root: &self.config.sysfs_root };
             let claimed = self
                 .store
@@ -91,7 +94,11 @@ impl Arrival<'_> {
                 Choice::Same => self.same(hostdev, known)?,
                 Choice::Equivalent => None,
             };
-            let kind = hostdev.usb.map(|usb| Selector { vendor_id: Some(usb.vendor), product_id: Some(usb.product), ..Selector::default() });
+            let kind = hostdev.usb.map(|usb| Selector {
+                vendor_id: Some(usb.vendor),
+                product_id: Some(usb.product),
+                ..Selector::default()
+            });
             let (request, what) = match (same, kind) {
                 (Some(id), _) => (only(id), describe(id, hostdev, known)),
                 (None, Some(selector)) if choice == Choice::Equivalent => {
@@ -115,7 +122,8 @@ impl Arrival<'_> {
         let Some(usb) = hostdev.usb else { return Ok(None) };
         let twins: Vec<&Record> = known.iter().filter(|r| r.deleted == 0 && r.usb() == usb).collect();
         let mut ports = Ports { sysfs_root: &self.config.sysfs_root };
-        let mut at_address = |r: &&&Record| matches!(ports.verify(r), Verified::Here(now) if hostdev.address == Some(now));
+        let mut at_address =
+            |r: &&&Record| matches!(ports.verify(r), Verified::Here(now) if hostdev.address == Some(now));
         match (twins.iter().find(&mut at_address), twins.as_slice()) {
             (Some(device), _) | (None, [device]) => Ok(Some(device.entry.id)),
             (None, []) => Ok(None),
@@ -165,10 +173,12 @@ fn describe(id: DeviceId, hostdev: &UsbHostdev, known: &[Record]) -> String {
 }
 
 fn relocated(job: &Job<'_>, places: &[Place], granted: &[Granted]) -> Result<Answer, Fault> {
-    let relocate = granted.iter().filter_map(|g| Some((places.get(g.request)?.position, hostdev(&g.device)))).collect();
+    let relocate =
+        granted.iter().filter_map(|g| Some((places.get(g.request)?.position, hostdev(&g.device)))).collect();
     let edits = Edits { relocate, ..Edits::default() };
-    let xml = virt_usb_domxml::rewrite(job.xml, &edits)
-        .map_err(|e| Fault::of(true, format!("cannot write the devices' new addresses into the domain XML: {e}")))?;
+    let xml = virt_usb_domxml::rewrite(job.xml, &edits).map_err(|e| {
+        Fault::of(true, format!("cannot write the devices' new addresses into the domain XML: {e}"))
+    })?;
     let ids: Vec<String> = granted.iter().map(|g| g.device.entry.id.to_string()).collect();
     Ok(Answer { xml, did: format!("claimed {}, to be confirmed", ids.join(", ")), ..Answer::default() })
 }

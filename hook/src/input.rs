@@ -33,8 +33,14 @@ pub fn read(mut source: impl Read) -> Input {
 
 /// Whether XML that cannot be parsed speaks of USB devices of ours. Only then may a fault of ours refuse the domain.
 pub fn mentions_us(xml: &[u8]) -> bool {
-    const MARKS: [&[u8]; 6] =
-        [b"urn:virt-usb:flavor:1", b"usb:devices", b"usb_devices", b"usb:redirection_devices", b"usb_redirection_devices", b"ua-usb-"];
+    const MARKS: [&[u8]; 6] = [
+        b"urn:virt-usb:flavor:1",
+        b"usb:devices",
+        b"usb_devices",
+        b"usb:redirection_devices",
+        b"usb_redirection_devices",
+        b"ua-usb-",
+    ];
     // Every mark begins with u: one pass.
     let starts = xml.iter().enumerate().filter(|(_, byte)| **byte == b'u').map(|(at, _)| &xml[at..]);
     starts.into_iter().any(|rest| MARKS.iter().any(|mark| rest.starts_with(mark)))

@@ -40,7 +40,12 @@ pub fn record(log: &Log, call: &Call, instance: Option<&str>, answer: &Answer, t
                 .collect();
             let line = format!("{}\n", serde_json::Value::Object(object));
             let careful = libc::O_NOFOLLOW | libc::O_NONBLOCK;
-            let file = std::fs::OpenOptions::new().append(true).create(true).mode(0o640).custom_flags(careful).open(path);
+            let file = std::fs::OpenOptions::new()
+                .append(true)
+                .create(true)
+                .mode(0o640)
+                .custom_flags(careful)
+                .open(path);
             drop(file.and_then(|mut f| f.write_all(line.as_bytes())));
         }
     }

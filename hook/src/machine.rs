@@ -21,7 +21,8 @@ pub struct BootError {
 pub fn context(procfs_root: &Path, actor: impl Into<String>) -> Result<Context, BootError> {
     let read = |name: &str| {
         let path = procfs_root.join(name);
-        std::fs::read_to_string(&path).map_err(|e| BootError { path: path.display().to_string(), what: e.to_string() })
+        std::fs::read_to_string(&path)
+            .map_err(|e| BootError { path: path.display().to_string(), what: e.to_string() })
     };
     let boot_id = read("sys/kernel/random/boot_id")?.trim().to_owned();
     // Claims of another boot are void: what is no boot id must not void them.
@@ -51,7 +52,10 @@ pub enum Agent {
 /// Asks the kernel, by the lock on `state_dir/agent.lock`.
 pub fn agent(state_dir: &Path) -> Agent {
     // The folder belongs to another user: no link is followed there, and nothing that is not a file is waited for.
-    let careful = File::options().read(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(state_dir.join("agent.lock"));
+    let careful = File::options()
+        .read(true)
+        .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
+        .open(state_dir.join("agent.lock"));
     match careful.and_then(|file| Ok((file.metadata()?.is_file(), file))) {
         Err(_) | Ok((false, _)) => Agent::NotInstalled,
         Ok((true, file)) => match file.try_lock_shared() {
@@ -88,6 +92,11 @@ mod tests {
         let context = context(Path::new("/proc"), "test").unwrap();
         assert_eq!(context.boot_id.len(), 36);
         assert!(context.uptime > 0.0);
-        assert!(super::context(Path::new("/nowhere"), "test").unwrap_err().to_string().contains("/nowhere/sys/kernel/random/boot_id"));
+        assert!(
+            super::context(Path::new("/nowhere"), "test")
+                .unwrap_err()
+                .to_string()
+                .contains("/nowhere/sys/kernel/random/boot_id")
+        );
     }
 }

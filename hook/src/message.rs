@@ -23,8 +23,14 @@ pub(crate) fn shortages(asker: &Asker, short: &[Shortage]) -> String {
 }
 
 /// The same for a guest that comes in with devices; `what` names the device of each place.
-pub(crate) fn shortages_of_incoming(asker: &Asker, short: &[Shortage], what: impl Fn(usize) -> String) -> String {
-    let each = short.iter().map(|s| shortage(&format!("{} comes with {}", asker.domain, what(s.number)), asker.project.is_some(), s));
+pub(crate) fn shortages_of_incoming(
+    asker: &Asker,
+    short: &[Shortage],
+    what: impl Fn(usize) -> String,
+) -> String {
+    let each = short.iter().map(|s| {
+        shortage(&format!("{} comes with {}", asker.domain, what(s.number)), asker.project.is_some(), s)
+    });
     each.collect::<Vec<_>>().join(" / ")
 }
 
@@ -32,9 +38,12 @@ pub(crate) fn shortages_of_incoming(asker: &Asker, short: &[Shortage], what: imp
 fn shortage(asked: &str, owner_known: bool, short: &Shortage) -> String {
     let count = short.request.count;
     if short.total == 0 {
-        return format!("{asked}, and this host has no such device: plug it in, or see 'virt-usb devices' for what there is");
+        return format!(
+            "{asked}, and this host has no such device: plug it in, or see 'virt-usb devices' for what there is"
+        );
     }
-    let (hidden, shown): (Vec<&Obstacle>, Vec<&Obstacle>) = short.matching.iter().partition(|o| o.why == Why::Project);
+    let (hidden, shown): (Vec<&Obstacle>, Vec<&Obstacle>) =
+        short.matching.iter().partition(|o| o.why == Why::Project);
     let mut parts: Vec<String> = shown.iter().take(SHOWN).map(|o| obstacle(o)).collect();
     if !hidden.is_empty() {
         let owner = if owner_known { "" } else { ", and this domain names no owner" };
@@ -42,23 +51,34 @@ fn shortage(asked: &str, owner_known: bool, short: &Shortage) -> String {
     }
     let more = short.total.saturating_sub(hidden.len() + shown.len().min(SHOWN));
     if more > 0 {
-        parts.push(format!("{more} more, see 'virt-usb devices'"));
+        parts.push(format!("{more} not listed here ('virt-usb devices')"));
     }
     let missing = count.saturating_sub(short.got);
     let lack = if count == 1 { String::new() } else { format!(", {missing} too few") };
+    if short.matching.is_empty() {
+        return format!("{asked}{lack}: this host has {} that match. {}", short.total, advice(short));
+    }
     format!("{asked}{lack}; of {} that match: {}. {}", short.total, parts.join("; "), advice(short))
 }
 
 fn obstacle(obstacle: &Obstacle) -> String {
     let subject = device(&obstacle.device);
     match &obstacle.why {
-        Why::HeldBy(claim) => format!("{subject} is held by {} ({}) since {}", claim.domain, claim.instance_uuid, claim.created_at),
+        Why::HeldBy(claim) => format!(
+            "{subject} is held by {} ({}) since {}",
+            claim.domain, claim.instance_uuid, claim.created_at
+        ),
         Why::OtherRequest => format!("{subject} serves another request of this domain"),
         Why::NotThere(why) => format!("{subject} is not where it was: {why}"),
         Why::Project => format!("{subject} is given to certain projects only"),
         Why::Unavailable => {
             let status = obstacle.device.entry.state().unwrap_or(Status::Available);
-            let used = obstacle.device.entry.host_use.as_deref().filter(|_| status.reason() == Some(virt_usb_model::Reason::HostUse));
+            let used = obstacle
+                .device
+                .entry
+                .host_use
+                .as_deref()
+                .filter(|_| status.reason() == Some(virt_usb_model::Reason::HostUse));
             format!("{subject} is {status}{}", used.map(|u| format!(": {u}")).unwrap_or_default())
         }
     }

@@ -33,7 +33,9 @@ fn running(job: &Job<'_>, concerned: bool) -> Result<Answer, Fault> {
     let mut ports = Ports { sysfs_root: &config.sysfs_root };
     let adopted = match holdings.is_empty() {
         true => Vec::new(),
-        false => store.adopt(&asker(job.domain, instance), &holdings, Stage::Running, &mut ports, &context).map_err(fault)?,
+        false => store
+            .adopt(&asker(job.domain, instance), &holdings, Stage::Running, &mut ports, &context)
+            .map_err(fault)?,
     };
     // A device with our alias is in the guest even if its port cannot be read at this moment.
     let injected = job.domain.hostdevs.iter().filter_map(UsbHostdev::injected);
@@ -45,8 +47,10 @@ fn running(job: &Job<'_>, concerned: bool) -> Result<Answer, Fault> {
         })
         .chain(injected)
         .collect();
-    let waiting = store.confirm(instance, &in_guest.iter().copied().collect::<Vec<_>>(), &context).map_err(fault)?;
-    let mut answer = Answer::unchanged(format!("{} in the guest, {} to be attached", in_guest.len(), waiting.len()));
+    let waiting =
+        store.confirm(instance, &in_guest.iter().copied().collect::<Vec<_>>(), &context).map_err(fault)?;
+    let mut answer =
+        Answer::unchanged(format!("{} in the guest, {} to be attached", in_guest.len(), waiting.len()));
     for adoption in &adopted {
         if let Adoption::HeldBy(device, claim) = adoption {
             answer = answer.warn(format!(
@@ -78,16 +82,29 @@ pub(crate) fn released(job: &Job<'_>, reason: &str) -> Result<Answer, Fault> {
         let Some(instance) = job.domain.uuid else { return Ok(NOTHING.into()) };
         let freed = store.release(instance, Extent::Run, &format!("libvirt: {reason}"), context)?;
         let ids: Vec<String> = freed.iter().map(ToString::to_string).collect();
-        Ok(if ids.is_empty() { "nothing to give back".into() } else { format!("gave back {}", ids.join(", ")) })
+        Ok(if ids.is_empty() {
+            "nothing to give back".into()
+        } else {
+            format!("gave back {}", ids.join(", "))
+        })
     })
 }
 
-fn with_store(job: &Job<'_>, work: impl FnOnce(&mut Store, &Context) -> Result<String, StoreError>) -> Result<Answer, Fault> {
+fn with_store(
+    job: &Job<'_>,
+    work: impl FnOnce(&mut Store, &Context) -> Result<String, StoreError>,
+) -> Result<Answer, Fault> {
     if !job.may_be_known(&job.state_dir()) {
         return Ok(Answer::unchanged(NOTHING));
     }
     let (mut store, context) = open(job.config(true)?, &job.call.op, true)?;
-    work(&mut store, &context)
-        .map(Answer::unchanged)
-        .map_err(|e| Fault::of(true, format!("{e}; the claims of {} stay until the agent or 'virt-usb claims release' frees them", job.domain.name)))
+    work(&mut store, &context).map(Answer::unchanged).map_err(|e| {
+        Fault::of(
+            true,
+            format!(
+                "{e}; the claims of {} stay until the agent or 'virt-usb claims release' frees them",
+                job.domain.name
+            ),
+        )
+    })
 }

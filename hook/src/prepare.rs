@@ -27,7 +27,10 @@ pub(crate) fn prepare(job: &Job<'_>) -> Result<Answer, Fault> {
     if !(wish.needs_store() || known || by_hand) {
         return redirections_only(job, config, wish);
     }
-    let instance = job.domain.uuid.ok_or_else(|| Fault::of(concerned, "its XML has no <uuid>, by which devices are claimed"))?;
+    let instance = job
+        .domain
+        .uuid
+        .ok_or_else(|| Fault::of(concerned, "its XML has no <uuid>, by which devices are claimed"))?;
     let asker = asker(job.domain, instance);
     let (store, context) = open(config, &job.call.op, concerned)?;
     let mut gate = Gate { job, config, store, context, asker };
@@ -65,7 +68,8 @@ impl Gate<'_> {
     /// Hostdevs that somebody wrote into the domain are claimed for it too, so that nobody else is given them. What another
     /// instance holds refuses the start.
     fn take_over_by_hand(&mut self, concerned: bool) -> Result<Option<Answer>, Fault> {
-        let holdings: Vec<_> = self.job.domain.hostdevs.iter().filter(|h| h.injected().is_none()).map(holding).collect();
+        let holdings: Vec<_> =
+            self.job.domain.hostdevs.iter().filter(|h| h.injected().is_none()).map(holding).collect();
         if holdings.is_empty() {
             return Ok(None);
         }
@@ -90,7 +94,8 @@ impl Gate<'_> {
 
     fn claim(&mut self, flavor: &Flavor) -> Result<Answer, Fault> {
         let domain = self.job.domain;
-        let injected: Vec<DeviceId> = domain.hostdevs.iter().filter_map(virt_usb_domxml::UsbHostdev::injected).collect();
+        let injected: Vec<DeviceId> =
+            domain.hostdevs.iter().filter_map(virt_usb_domxml::UsbHostdev::injected).collect();
         let wants = match self.arrived_with(&injected)? {
             Some(wants) => wants,
             None => wants(flavor, self.config.hold, &self.store, self.asker.instance)?,
@@ -134,7 +139,10 @@ impl Gate<'_> {
             HoldPolicy::Instance => flavor.usb_devices.as_slice(),
             HoldPolicy::Running => &[],
         };
-        self.store.assign(&self.asker, Source::Flavor, requests, &self.context).map(drop).map_err(|e| Fault::of(true, e))
+        self.store
+            .assign(&self.asker, Source::Flavor, requests, &self.context)
+            .map(drop)
+            .map_err(|e| Fault::of(true, e))
     }
 }
 

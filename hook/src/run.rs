@@ -34,7 +34,9 @@ impl Fault {
 pub fn main() -> ExitCode {
     let began = Instant::now();
     let (mut stdout, mut stderr) = (std::io::stdout(), std::io::stderr());
-    let show = |text: &str| Answer { xml: Some(text.into()), ..Answer::default() }.deliver(std::io::stdout(), std::io::stderr());
+    let show = |text: &str| {
+        Answer { xml: Some(text.into()), ..Answer::default() }.deliver(std::io::stdout(), std::io::stderr())
+    };
     match call::parse(std::env::args_os().skip(1)) {
         Asked::Help => finished(show(call::USAGE).is_ok()),
         Asked::Version => finished(show(concat!("virt-usb-hook ", env!("CARGO_PKG_VERSION"), "\n")).is_ok()),
@@ -46,7 +48,13 @@ pub fn main() -> ExitCode {
             let handled = handle(&call, input::read(std::io::stdin().lock()));
             let delivered = handled.answer.deliver(&mut stdout, &mut stderr);
             let lost = delivered.is_err() && matches!(call.operation, Operation::Filter(_));
-            journal::record(&handled.log, &call, handled.instance.as_deref(), &handled.answer, began.elapsed());
+            journal::record(
+                &handled.log,
+                &call,
+                handled.instance.as_deref(),
+                &handled.answer,
+                began.elapsed(),
+            );
             if lost { ExitCode::FAILURE } else { ExitCode::from(handled.answer.exit()) }
         }
     }
@@ -91,7 +99,9 @@ fn parse(input: Input) -> Result<(Domain, Vec<u8>), Fault> {
             let what = format!("the domain XML is longer than {} bytes", virt_usb_domxml::MAX_XML);
             return Err(Fault::of(input::mentions_us(&part), what));
         }
-        Input::Broken(e) => return Err(Fault::of(false, format!("cannot read the domain XML from stdin: {e}"))),
+        Input::Broken(e) => {
+            return Err(Fault::of(false, format!("cannot read the domain XML from stdin: {e}")));
+        }
     };
     match virt_usb_domxml::read(&xml) {
         Ok(domain) => Ok((domain, xml)),
@@ -102,7 +112,9 @@ fn parse(input: Input) -> Result<(Domain, Vec<u8>), Fault> {
 /// Open or closed: the rule stands in [`Operation::on_fault`].
 fn answer_fault(call: &Call, fault: &Fault) -> Answer {
     match call.operation.on_fault(fault.concerned) {
-        OnFault::Closed => Answer::refused(format!("{} cannot get its USB devices: {}", call.name, fault.what)),
+        OnFault::Closed => {
+            Answer::refused(format!("{} cannot get its USB devices: {}", call.name, fault.what))
+        }
         OnFault::Open => Answer::unchanged("went on in spite of a fault").warn(&fault.what),
     }
 }
@@ -140,6 +152,8 @@ impl Job<'_> {
 
     /// Whether the database may know this instance.
     pub(crate) fn may_be_known(&self, state_dir: &Path) -> bool {
-        self.domain.uuid.is_some_and(|id| virt_usb_store::hints::may_know(state_dir, virt_usb_store::hints::Known::Instance(id)))
+        self.domain.uuid.is_some_and(|id| {
+            virt_usb_store::hints::may_know(state_dir, virt_usb_store::hints::Known::Instance(id))
+        })
     }
 }

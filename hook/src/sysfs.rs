@@ -42,8 +42,13 @@ pub fn at_port(sysfs_root: &Path, port: &PortPath) -> Result<Option<Seen>, Sysfs
     let Some(vendor) = attribute(&dir, "idVendor")? else { return Ok(None) };
     let Some(product) = attribute(&dir, "idProduct")? else { return Ok(None) };
     let serial = attribute(&dir, "serial")?;
-    let (Some(bus), Some(device)) = (attribute(&dir, "busnum")?, attribute(&dir, "devnum")?) else { return Ok(None) };
-    let wrong = |name: &str, text: &str| SysfsError { path: dir.join(name), reason: format!("{text:?} is not a number that USB allows") };
+    let (Some(bus), Some(device)) = (attribute(&dir, "busnum")?, attribute(&dir, "devnum")?) else {
+        return Ok(None);
+    };
+    let wrong = |name: &str, text: &str| SysfsError {
+        path: dir.join(name),
+        reason: format!("{text:?} is not a number that USB allows"),
+    };
     let vendor: VendorId = vendor.parse().map_err(|_| wrong("idVendor", &vendor))?;
     let product = product.parse().map_err(|_| wrong("idProduct", &product))?;
     let address = bus
@@ -75,7 +80,8 @@ pub fn attribute(dir: &Path, name: &str) -> Result<Option<String>, SysfsError> {
 fn is_absent(e: &io::Error) -> bool {
     const ENXIO: i32 = 6;
     const ENODEV: i32 = 19;
-    matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) || matches!(e.raw_os_error(), Some(ENODEV | ENXIO))
+    matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory)
+        || matches!(e.raw_os_error(), Some(ENODEV | ENXIO))
 }
 
 #[cfg(test)]
@@ -95,7 +101,17 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let port: PortPath = "1-1.4".parse().unwrap();
         assert_eq!(at_port(root.path(), &port).unwrap(), None);
-        plug(root.path(), "1-1.4", &[("idVendor", "0529"), ("idProduct", "0001"), ("busnum", "1"), ("devnum", "17"), ("serial", "A 1 ")]);
+        plug(
+            root.path(),
+            "1-1.4",
+            &[
+                ("idVendor", "0529"),
+                ("idProduct", "0001"),
+                ("busnum", "1"),
+                ("devnum", "17"),
+                ("serial", "A 1 "),
+            ],
+        );
         let seen = at_port(root.path(), &port).unwrap().unwrap();
         assert_eq!(seen.address, BusAddress::new(1, 17).unwrap());
         assert_eq!(seen.serial.as_deref(), Some("A 1"));

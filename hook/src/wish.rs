@@ -34,13 +34,19 @@ pub(crate) enum Part {
 impl Wish {
     /// Reads the flavor that the XML holds. Text that is there and wrong is a fault of the domain: it asks, we cannot say for what.
     pub(crate) fn read(source: &FlavorSource, state_dir: &Path) -> Result<Self, Fault> {
-        let wrong = |place: &str, e: virt_usb_model::ParseError| Fault::of(true, format!("the flavor in {place} is wrong: {e}"));
+        let wrong = |place: &str, e: virt_usb_model::ParseError| {
+            Fault::of(true, format!("the flavor in {place} is wrong: {e}"))
+        };
         Ok(match source {
             FlavorSource::None => Self::Nothing,
-            FlavorSource::Named(name) if may_know(state_dir, Known::Flavor(name)) => Self::MaybeStored(name.clone()),
+            FlavorSource::Named(name) if may_know(state_dir, Known::Flavor(name)) => {
+                Self::MaybeStored(name.clone())
+            }
             FlavorSource::Named(_) => Self::Nothing,
             FlavorSource::Metadata(text) => match name(Some(text)) {
-                Some(name) => Self::Stored { devices: Part::Named(name.clone()), redirection: Part::Named(name) },
+                Some(name) => {
+                    Self::Stored { devices: Part::Named(name.clone()), redirection: Part::Named(name) }
+                }
                 None => Self::of(Flavor::parse(text).map_err(|e| wrong("the domain's <metadata>", e))?),
             },
             FlavorSource::ExtraSpecs { devices, redirection } => {
@@ -79,12 +85,15 @@ impl Wish {
 
     /// The flavor, with the stored ones looked up.
     pub(crate) fn resolve(self, store: &Store) -> Result<Flavor, Fault> {
-        let look = |name: &str| store.flavor(name).map(|f| f.map(|f| f.flavor)).map_err(|e| Fault::of(true, e));
-        let must = |part: Part| match part {
+        let look =
+            |name: &str| store.flavor(name).map(|f| f.map(|f| f.flavor)).map_err(|e| Fault::of(true, e));
+        let must = |part: Part| {
+            match part {
             Part::Given(flavor) => Ok(flavor),
             Part::Named(name) => look(&name)?.ok_or_else(|| {
                 Fault::of(true, format!("it names the flavor @{name}, which this host does not know: 'virt-usb flavor list' shows those it does, 'virt-usb flavor set {name} JSON' stores it"))
             }),
+        }
         };
         Ok(match self {
             Self::Nothing => Flavor::default(),
@@ -105,7 +114,12 @@ fn name(text: Option<&str>) -> Option<String> {
 
 /// The requests: the flavor's, then what operators assigned. With `hold = "instance"` an instance whose flavor
 /// is no longer to be seen keeps the requests that were made lasting then.
-pub(crate) fn wants(flavor: &Flavor, hold: HoldPolicy, store: &Store, instance: InstanceId) -> Result<Vec<Want>, Fault> {
+pub(crate) fn wants(
+    flavor: &Flavor,
+    hold: HoldPolicy,
+    store: &Store,
+    instance: InstanceId,
+) -> Result<Vec<Want>, Fault> {
     let lasting = hold == HoldPolicy::Instance;
     let assigned = store.assignments(instance).map_err(|e| Fault::of(true, e))?;
     let of = |source| assigned.iter().filter(move |a| a.source == source).map(|a| a.request.clone());
@@ -127,12 +141,21 @@ mod tests {
 
     #[test]
     fn names_and_lists_mix() {
-        let specs = |d: &str, r: &str| FlavorSource::ExtraSpecs { devices: Some(d.into()), redirection: Some(r.into()) };
+        let specs = |d: &str, r: &str| FlavorSource::ExtraSpecs {
+            devices: Some(d.into()),
+            redirection: Some(r.into()),
+        };
         let wish = read(&specs("@erp", r#"[{"bus":"usb","type":"spicevmc"}]"#)).unwrap();
-        let Wish::Stored { devices: Part::Named(name), redirection: Part::Given(flavor) } = wish else { panic!() };
+        let Wish::Stored { devices: Part::Named(name), redirection: Part::Given(flavor) } = wish else {
+            panic!()
+        };
         assert_eq!((name.as_str(), flavor.usb_redirection_devices.len()), ("erp", 1));
         assert_eq!(read(&specs("[]", "[]")).unwrap(), Wish::Nothing);
         assert!(read(&specs("[", "[]")).unwrap_err().concerned);
-        assert_eq!(read(&FlavorSource::Named("m1.small".into())).unwrap(), Wish::Nothing, "no database, no stored flavor");
+        assert_eq!(
+            read(&FlavorSource::Named("m1.small".into())).unwrap(),
+            Wish::Nothing,
+            "no database, no stored flavor"
+        );
     }
 }

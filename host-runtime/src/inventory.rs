@@ -27,7 +27,9 @@ pub fn plan(snapshot: &Snapshot, known: &[Record], whitelist: &Whitelist) -> Vec
         });
     }
     let gone = known.iter().zip(&taken).filter(|(record, taken)| record.present && !**taken);
-    changes.extend(gone.filter(|(r, _)| !snapshot.is_unsure(&r.entry.port_path)).map(|(r, _)| Change::Gone(r.entry.id)));
+    changes.extend(
+        gone.filter(|(r, _)| !snapshot.is_unsure(&r.entry.port_path)).map(|(r, _)| Change::Gone(r.entry.id)),
+    );
     // Who leaves makes room before who comes.
     changes.sort_by_key(|c| !matches!(c, Change::Gone(_)));
     changes
@@ -37,7 +39,9 @@ pub fn plan(snapshot: &Snapshot, known: &[Record], whitelist: &Whitelist) -> Vec
 fn worth(key: &DeviceKey, known: &[Record]) -> DeviceKey {
     let seen_twice = |text: &str| {
         known.iter().any(|r| {
-            r.usb() == key.usb && r.entry.serial.as_deref() == Some(text) && r.entry.serial_kind == "duplicate"
+            r.usb() == key.usb
+                && r.entry.serial.as_deref() == Some(text)
+                && r.entry.serial_kind == "duplicate"
         })
     };
     let serial = match &key.serial {
@@ -50,7 +54,9 @@ fn worth(key: &DeviceKey, known: &[Record]) -> DeviceKey {
 /// The row of this device: held ones before free ones, its own port before others, the older id before the newer.
 fn recognise(device: &Device, known: &[Record], taken: &[bool]) -> Option<usize> {
     let fits = |(at, record): &(usize, &Record)| !taken[*at] && record.key().is(&device.key);
-    let rank = |(_, r): &(usize, &Record)| (r.entry.instance_uuid.is_none(), r.deleted != 0, r.entry.port_path != device.key.port, r.entry.id);
+    let rank = |(_, r): &(usize, &Record)| {
+        (r.entry.instance_uuid.is_none(), r.deleted != 0, r.entry.port_path != device.key.port, r.entry.id)
+    };
     known.iter().enumerate().filter(fits).min_by_key(rank).map(|(at, _)| at)
 }
 
@@ -92,11 +98,19 @@ mod tests {
         }
         /// Scans, and says which id is at which port.
         fn scan(&mut self, devices: &[Device], unsure: &[&str]) -> Vec<(u64, String)> {
-            let problems = unsure.iter().map(|p| Problem { place: (*p).to_owned(), what: "?".into() }).collect();
+            let problems =
+                unsure.iter().map(|p| Problem { place: (*p).to_owned(), what: "?".into() }).collect();
             let snapshot = Snapshot { devices: devices.to_vec(), hubs: vec![], problems };
             let context = Context { boot_id: "b".into(), uptime: 1.0, actor: "test".into() };
-            self.store.reconcile("h", |known| plan(&snapshot, known, &Whitelist::default()), &context).unwrap();
-            self.store.devices().unwrap().iter().map(|r| (r.entry.id.get(), r.entry.port_path.to_string())).collect()
+            self.store
+                .reconcile("h", |known| plan(&snapshot, known, &Whitelist::default()), &context)
+                .unwrap();
+            self.store
+                .devices()
+                .unwrap()
+                .iter()
+                .map(|r| (r.entry.id.get(), r.entry.port_path.to_string()))
+                .collect()
         }
     }
 
@@ -112,7 +126,10 @@ mod tests {
         assert_eq!(bench.scan(std::slice::from_ref(&key), &[]), [at(1, "1-1")]);
         assert_eq!(bench.scan(&[], &[]), []);
         let moved = device(1, unique("A"), "1-4.2", 9);
-        assert_eq!(bench.scan(&[device(2, Serial::Missing, "1-1", 3), moved], &[]), [at(1, "1-4.2"), at(2, "1-1")]);
+        assert_eq!(
+            bench.scan(&[device(2, Serial::Missing, "1-1", 3), moved], &[]),
+            [at(1, "1-4.2"), at(2, "1-1")]
+        );
     }
 
     #[test]

@@ -16,7 +16,13 @@ use clap_complete::Shell;
 ///   virt-usb flavor set erp '{"usb_devices":[{"vendor_id":"0529","product_id":"0001"}]}'
 ///   virt-usb events                       see who got what, when and why
 #[derive(Debug, Parser)]
-#[command(name = "virt-usb", version, verbatim_doc_comment, subcommand_required = true, arg_required_else_help = true)]
+#[command(
+    name = "virt-usb",
+    version,
+    verbatim_doc_comment,
+    subcommand_required = true,
+    arg_required_else_help = true
+)]
 pub struct Arguments {
     /// The configuration; without this option /etc/virt-usb/config.toml, if it is there
     #[arg(long, global = true, value_name = "FILE")]

@@ -18,9 +18,20 @@ pub(super) fn list(session: &Session) -> anyhow::Result<ExitCode> {
     session.out.show(&claims, || {
         let row = |c: &ClaimRow| {
             let state = if c.pending { format!("{}, to be confirmed", c.state) } else { c.state.clone() };
-            vec![c.device_id.to_string(), c.domain.clone(), c.instance_uuid.to_string(), state, c.hold.clone(), c.created_at.clone()]
+            vec![
+                c.device_id.to_string(),
+                c.domain.clone(),
+                c.instance_uuid.to_string(),
+                state,
+                c.hold.clone(),
+                c.created_at.clone(),
+            ]
         };
-        table(&["DEVICE", "DOMAIN", "INSTANCE", "STATE", "HOLD", "SINCE"], claims.iter().map(row).collect(), "no device is held by anybody")
+        table(
+            &["DEVICE", "DOMAIN", "INSTANCE", "STATE", "HOLD", "SINCE"],
+            claims.iter().map(row).collect(),
+            "no device is held by anybody",
+        )
     })?;
     Ok(ExitCode::SUCCESS)
 }
@@ -36,14 +47,18 @@ pub(super) fn release(session: &Session, instance: &str, force: bool) -> anyhow:
     let mut store = session.store()?;
     let id = find_instance(&store, instance)?;
     if !force {
-        bail!("a guest that still runs keeps using what is released here, and another guest may be given it too: make sure that {instance} is gone, then add --force");
+        bail!(
+            "a guest that still runs keeps using what is released here, and another guest may be given it too: make sure that {instance} is gone, then add --force"
+        );
     }
     let context = session.context(&config, "claims release")?;
     let freed = store.release(id, Extent::Everything, "released by an operator", &context)?;
     let released = Released { instance_uuid: id, freed };
     session.out.show(&released, || match released.freed.as_slice() {
         [] => format!("{instance} held nothing"),
-        freed => format!("freed device {}", freed.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")),
+        freed => {
+            format!("freed device {}", freed.iter().map(ToString::to_string).collect::<Vec<_>>().join(", "))
+        }
     })?;
     Ok(ExitCode::SUCCESS)
 }
@@ -53,12 +68,16 @@ fn find_instance(store: &Store, text: &str) -> anyhow::Result<InstanceId> {
     if let Ok(id) = text.parse() {
         return Ok(id);
     }
-    let mut named: Vec<InstanceId> = store.claims()?.into_iter().filter(|c| c.domain == text).map(|c| c.instance_uuid).collect();
+    let mut named: Vec<InstanceId> =
+        store.claims()?.into_iter().filter(|c| c.domain == text).map(|c| c.instance_uuid).collect();
     named.dedup();
     match named.as_slice() {
         [one] => Ok(*one),
         [] => bail!("no domain of the name {text:?} holds a device: 'virt-usb claims' shows who does"),
-        _ => bail!("{} instances of the name {text:?} hold devices: name the UUID, 'virt-usb claims' shows it", named.len()),
+        _ => bail!(
+            "{} instances of the name {text:?} hold devices: name the UUID, 'virt-usb claims' shows it",
+            named.len()
+        ),
     }
 }
 
@@ -69,9 +88,20 @@ pub(super) fn events(session: &Session, options: &Events) -> anyhow::Result<Exit
     session.out.show(&events, || {
         let row = |e: &EventRow| {
             let whom = e.domain.clone().or_else(|| e.instance_uuid.map(|i| i.to_string()));
-            vec![e.at.clone(), e.event.clone(), or_dash(e.device_id), or_dash(whom), e.actor.clone(), or_dash(e.detail.as_deref())]
+            vec![
+                e.at.clone(),
+                e.event.clone(),
+                or_dash(e.device_id),
+                or_dash(whom),
+                e.actor.clone(),
+                or_dash(e.detail.as_deref()),
+            ]
         };
-        table(&["AT", "EVENT", "DEVICE", "DOMAIN", "BY", "DETAIL"], events.iter().map(row).collect(), "nothing has happened yet")
+        table(
+            &["AT", "EVENT", "DEVICE", "DOMAIN", "BY", "DETAIL"],
+            events.iter().map(row).collect(),
+            "nothing has happened yet",
+        )
     })?;
     Ok(ExitCode::SUCCESS)
 }

@@ -38,7 +38,9 @@ pub(super) fn discover(session: &Session, options: &Discover) -> anyhow::Result<
         if dir.starts_with("/sys") {
             bail!("--sysfs-out {} is the kernel's own tree: name a folder of yours", dir.display());
         }
-        Simulated::load(sim)?.write_sysfs(dir).with_context(|| format!("cannot write the simulated sysfs tree to {}", dir.display()))?;
+        Simulated::load(sim)?
+            .write_sysfs(dir)
+            .with_context(|| format!("cannot write the simulated sysfs tree to {}", dir.display()))?;
     }
     let snapshot = source(&config, options.sim.as_deref())?.snapshot();
     if options.dry_run {
@@ -47,13 +49,22 @@ pub(super) fn discover(session: &Session, options: &Discover) -> anyhow::Result<
     let context = session.context(&config, "discover")?;
     let mut store = session.make_store(&config)?;
     store.mend_hints()?;
-    let changes = store.reconcile(&super::host_name(&config)?, |known| plan(&snapshot, known, &config.whitelist), &context)?;
+    let changes = store.reconcile(
+        &super::host_name(&config)?,
+        |known| plan(&snapshot, known, &config.whitelist),
+        &context,
+    )?;
     if config.events_keep_days > 0 {
         store.prune_events(config.events_keep_days)?;
     }
     store.fold_wal()?;
     let failed = snapshot.failed();
-    let found = Discovered { devices: store.devices()?, changes, hubs: snapshot.hubs.len(), problems: snapshot.problems };
+    let found = Discovered {
+        devices: store.devices()?,
+        changes,
+        hubs: snapshot.hubs.len(),
+        problems: snapshot.problems,
+    };
     session.out.show(&found, || {
         let mut text = device_table(&found.devices, nothing(&config));
         text.push_str(&format!("\n\n{}", summary(&found)));
@@ -79,7 +90,8 @@ fn summary(found: &Discovered) -> String {
         .map(|what| format!("{} {what}", count(what)))
         .collect();
     let changed = if changed.is_empty() { "nothing changed".to_owned() } else { changed.join(", ") };
-    let hubs = if found.hubs > 0 { format!("; {} hub(s) are never offered", found.hubs) } else { String::new() };
+    let hubs =
+        if found.hubs > 0 { format!("; {} hub(s) are never offered", found.hubs) } else { String::new() };
     format!("{} device(s): {changed}{hubs}", found.devices.len())
 }
 
@@ -94,7 +106,9 @@ fn problems(problems: &[Problem]) -> String {
 pub(super) fn list(session: &Session, all: bool) -> anyhow::Result<ExitCode> {
     let store = session.store()?;
     let devices = if all { store.all_devices()? } else { store.devices()? };
-    session.out.show(&devices, || device_table(&devices, "the inventory holds no device: plug one in and run 'virt-usb discover'"))?;
+    session.out.show(&devices, || {
+        device_table(&devices, "the inventory holds no device: plug one in and run 'virt-usb discover'")
+    })?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -148,9 +162,19 @@ pub(super) fn hosts(session: &Session) -> anyhow::Result<ExitCode> {
     let hosts = session.store()?.hosts()?;
     session.out.show(&hosts, || {
         let rows = hosts.iter().map(|h| {
-            vec![h.id.to_string(), h.host.clone(), h.devices.to_string(), h.available.to_string(), or_dash(h.scanned_at.as_deref())]
+            vec![
+                h.id.to_string(),
+                h.host.clone(),
+                h.devices.to_string(),
+                h.available.to_string(),
+                or_dash(h.scanned_at.as_deref()),
+            ]
         });
-        table(&["ID", "HOST", "DEVICES", "AVAILABLE", "LAST SCAN"], rows.collect(), "no host was scanned yet: run 'virt-usb discover'")
+        table(
+            &["ID", "HOST", "DEVICES", "AVAILABLE", "LAST SCAN"],
+            rows.collect(),
+            "no host was scanned yet: run 'virt-usb discover'",
+        )
     })?;
     Ok(ExitCode::SUCCESS)
 }
@@ -223,8 +247,15 @@ fn show_verdicts(session: &Session, config: &Config, snapshot: &Snapshot) -> any
         let rows = verdicts.iter().map(Judged::row).collect();
         let table = table(&header, rows, nothing(config));
         let limited = config.whitelist.rules.iter().any(|r| !r.projects.is_empty()) && !config.whitelist.on;
-        let note = if limited { "; their projects count only while it is on: every project gets these devices" } else { "" };
-        format!("usb_white_list_switch is {switch}, {rules} rule(s){note}\n\n{table}{}", problems(&snapshot.problems))
+        let note = if limited {
+            "; their projects count only while it is on: every project gets these devices"
+        } else {
+            ""
+        };
+        format!(
+            "usb_white_list_switch is {switch}, {rules} rule(s){note}\n\n{table}{}",
+            problems(&snapshot.problems)
+        )
     })?;
     Ok(if snapshot.failed() { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }

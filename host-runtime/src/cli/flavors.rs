@@ -17,7 +17,11 @@ pub(super) fn list(session: &Session) -> anyhow::Result<ExitCode> {
     let flavors = session.store()?.flavors()?;
     session.out.show(&flavors, || {
         let rows = flavors.iter().map(|f| vec![f.name.clone(), f.flavor.to_string(), f.updated_at.clone()]);
-        table(&["NAME", "ASKS FOR", "SET"], rows.collect(), "no flavor is stored: 'virt-usb flavor set NAME JSON' stores one")
+        table(
+            &["NAME", "ASKS FOR", "SET"],
+            rows.collect(),
+            "no flavor is stored: 'virt-usb flavor set NAME JSON' stores one",
+        )
     })?;
     Ok(ExitCode::SUCCESS)
 }
@@ -44,7 +48,8 @@ pub(super) fn set(session: &Session, name: &str, definition: &str) -> anyhow::Re
         bail!("the flavor {name} is not stored: it asks for nothing");
     }
     let config = session.config()?;
-    let changed = session.make_store(&config)?.set_flavor(name, &flavor, &session.context(&config, "flavor set")?)?;
+    let changed =
+        session.make_store(&config)?.set_flavor(name, &flavor, &session.context(&config, "flavor set")?)?;
     session.out.show(&Changed { name, changed }, || {
         let verb = if changed { "stored" } else { "unchanged" };
         format!("{verb}: {name} asks for {flavor}")
@@ -54,7 +59,11 @@ pub(super) fn set(session: &Session, name: &str, definition: &str) -> anyhow::Re
 
 fn stdin() -> anyhow::Result<String> {
     let mut text = String::new();
-    std::io::stdin().lock().take(virt_usb_model::flavor::MAX_TEXT as u64 + 1).read_to_string(&mut text).context("cannot read stdin")?;
+    std::io::stdin()
+        .lock()
+        .take(virt_usb_model::flavor::MAX_TEXT as u64 + 1)
+        .read_to_string(&mut text)
+        .context("cannot read stdin")?;
     Ok(text)
 }
 

@@ -45,9 +45,13 @@ fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
         Verb::Discover(options) => devices::discover(&session, &options),
         Verb::Devices { all } => devices::list(&session, all),
         Verb::Hosts => devices::hosts(&session),
-        Verb::Whitelist { verb: WhitelistVerb::Check { sim } } => devices::check_whitelist(&session, sim.as_deref()),
+        Verb::Whitelist { verb: WhitelistVerb::Check { sim } } => {
+            devices::check_whitelist(&session, sim.as_deref())
+        }
         Verb::Claims { verb: None | Some(ClaimsVerb::List) } => claims::list(&session),
-        Verb::Claims { verb: Some(ClaimsVerb::Release { instance, force }) } => claims::release(&session, &instance, force),
+        Verb::Claims { verb: Some(ClaimsVerb::Release { instance, force }) } => {
+            claims::release(&session, &instance, force)
+        }
         Verb::Events(options) => claims::events(&session, &options),
         Verb::Flavor { verb } => match verb {
             FlavorVerb::List => flavors::list(&session),
@@ -100,7 +104,9 @@ fn chain(e: &anyhow::Error) -> String {
 }
 
 fn is_broken_pipe(e: &anyhow::Error) -> bool {
-    e.chain().filter_map(|c| c.downcast_ref::<std::io::Error>()).any(|e| e.kind() == std::io::ErrorKind::BrokenPipe)
+    e.chain()
+        .filter_map(|c| c.downcast_ref::<std::io::Error>())
+        .any(|e| e.kind() == std::io::ErrorKind::BrokenPipe)
 }
 
 /// The host's name, as the kernel has it.

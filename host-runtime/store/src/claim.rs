@@ -162,7 +162,12 @@ impl Store {
                 }
                 Claimed::Short(short) => short
                     .iter()
-                    .map(|s| format!("usb_devices[{}] {}: {} of {} to be had", s.number, s.request, s.got, s.request.count))
+                    .map(|s| {
+                        format!(
+                            "usb_devices[{}] {}: {} of {} to be had",
+                            s.number, s.request, s.got, s.request.count
+                        )
+                    })
                     .collect::<Vec<_>>()
                     .join("; "),
                 Claimed::Unfit(why) => why.clone(),

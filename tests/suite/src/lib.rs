@@ -23,10 +23,15 @@ pub fn root() -> PathBuf {
 /// program proves nothing.
 pub fn program(name: &str) -> PathBuf {
     let path = root().join("target/release").join(name);
-    let built = path.metadata().unwrap_or_else(|_| panic!("{} is not built: run 'make build'", path.display())).modified().unwrap();
+    let built = path
+        .metadata()
+        .unwrap_or_else(|_| panic!("{} is not built: run 'make build'", path.display()))
+        .modified()
+        .unwrap();
     let sources = std::fs::read_to_string(path.with_extension("d")).unwrap();
     for source in sources.split_whitespace().skip(1) {
-        let newer = Path::new(source).metadata().and_then(|m| m.modified()).map_or(true, |changed| changed > built);
+        let newer =
+            Path::new(source).metadata().and_then(|m| m.modified()).map_or(true, |changed| changed > built);
         assert!(!newer, "{} is older than {source}: run 'make build'", path.display());
     }
     path
@@ -46,10 +51,11 @@ impl Host {
         std::fs::create_dir_all(host.path("sys")).unwrap();
         std::fs::write(sysctl.join("hostname"), "host1\n").unwrap();
         host.boot("11111111-1111-4111-8111-111111111111", 1000.0);
-        let base: String = [("state_dir", "state"), ("sysfs_root", "sys"), ("procfs_root", "proc"), ("log", "log")]
-            .iter()
-            .map(|(key, name)| format!("{key} = {:?}\n", host.path(name)))
-            .collect();
+        let base: String =
+            [("state_dir", "state"), ("sysfs_root", "sys"), ("procfs_root", "proc"), ("log", "log")]
+                .iter()
+                .map(|(key, name)| format!("{key} = {:?}\n", host.path(name)))
+                .collect();
         std::fs::write(host.config_file(), base + keys).unwrap();
         host
     }
@@ -93,7 +99,9 @@ impl Host {
         let config = self.config();
         let mut store = Store::create(&config.state_dir, Duration::from_secs(5)).unwrap();
         let context = machine::context(&config.procfs_root, "test discover").unwrap();
-        store.reconcile("host1", |known| inventory::plan(&snapshot, known, &config.whitelist), &context).unwrap();
+        store
+            .reconcile("host1", |known| inventory::plan(&snapshot, known, &config.whitelist), &context)
+            .unwrap();
     }
 
     /// Stores a flavor.
@@ -116,11 +124,16 @@ impl Host {
         }
         let line = |c: virt_usb_store::ClaimRow| {
             let pending = if c.pending { " pending" } else { "" };
-            format!("device {} {} {} {} hold={}{pending}\n", c.device_id, c.domain, c.instance_uuid, c.state, c.hold)
+            format!(
+                "device {} {} {} {} hold={}{pending}\n",
+                c.device_id, c.domain, c.instance_uuid, c.state, c.hold
+            )
         };
         match Store::open(&self.path("state"), Duration::from_secs(5), Durability::Power) {
             Ok(store) => store.claims().unwrap().into_iter().map(line).collect(),
-            Err(e) => format!("unreadable: {}\n", e.to_string().replace(self.path("").to_str().unwrap(), "DIR/")),
+            Err(e) => {
+                format!("unreadable: {}\n", e.to_string().replace(self.path("").to_str().unwrap(), "DIR/"))
+            }
         }
     }
 
@@ -138,13 +151,19 @@ impl Host {
 
     /// Runs `virt-usb`.
     pub fn virt_usb(&self, arguments: &[&str]) -> Output {
-        Command::new(program("virt-usb")).arg("--config").arg(self.config_file()).args(arguments).output().unwrap()
+        Command::new(program("virt-usb"))
+            .arg("--config")
+            .arg(self.config_file())
+            .args(arguments)
+            .output()
+            .unwrap()
     }
 }
 
 /// Runs a command with `input` on stdin, reading both of its outputs.
 pub fn feed(mut command: Command, input: &[u8]) -> Output {
-    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut child =
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     let mut stdin = child.stdin.take().unwrap();
     std::thread::scope(|scope| {
         // Who does not read its input is not waited for.
@@ -156,7 +175,9 @@ pub fn feed(mut command: Command, input: &[u8]) -> Output {
 /// A device for [`Host::discover`].
 pub fn device(product: &str, port: &str, number: u8, more: &str) -> String {
     let bus = port.split('-').next().unwrap();
-    format!("[[device]]\nvendor = \"0529\"\nproduct = \"{product}\"\nbus = {bus}\ndevice = {number}\nport = \"{port}\"\nspeed = \"full\"\n{more}\n")
+    format!(
+        "[[device]]\nvendor = \"0529\"\nproduct = \"{product}\"\nbus = {bus}\ndevice = {number}\nport = \"{port}\"\nspeed = \"full\"\n{more}\n"
+    )
 }
 
 /// A domain that asks for `flavor` in its metadata.

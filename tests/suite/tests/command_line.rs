@@ -1,4 +1,5 @@
 //! `virt-usb` as an operator types it.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
 
 use std::process::Output;
 
@@ -30,7 +31,11 @@ fn fails(host: &Host, arguments: &[&str]) -> String {
 }
 
 fn two_keys() -> String {
-    [device("0001", "1-1", 2, "serial = \"A\"\nproduct_name = \"HASP\""), device("0001", "1-1.4", 3, "serial = \"B\"")].concat()
+    [
+        device("0001", "1-1", 2, "serial = \"A\"\nproduct_name = \"HASP\""),
+        device("0001", "1-1.4", 3, "serial = \"B\""),
+    ]
+    .concat()
 }
 
 #[test]
@@ -59,25 +64,56 @@ fn devices_as_json_have_the_columns_of_the_table() {
     let devices = json(&host, &["devices"]);
     let device = devices[1].as_object().unwrap();
     for key in [
-        "created_at", "updated_at", "deleted_at", "deleted", "id", "compute_node_id", "address", "product_id", "vendor_id", "bus_id",
-        "device_id", "port_id", "status", "extra_info", "instance_uuid", "port_path", "serial", "status_reason",
+        "created_at",
+        "updated_at",
+        "deleted_at",
+        "deleted",
+        "id",
+        "compute_node_id",
+        "address",
+        "product_id",
+        "vendor_id",
+        "bus_id",
+        "device_id",
+        "port_id",
+        "status",
+        "extra_info",
+        "instance_uuid",
+        "port_path",
+        "serial",
+        "status_reason",
     ] {
         assert!(device.contains_key(key), "{key}");
     }
     assert_eq!(device["address"], "usb_1_3");
     assert_eq!((&device["vendor_id"], &device["product_id"]), (&"0529".into(), &"0001".into()));
-    assert_eq!((device["bus_id"].as_u64(), device["device_id"].as_u64(), device["port_id"].as_u64()), (Some(1), Some(3), Some(4)));
+    assert_eq!(
+        (device["bus_id"].as_u64(), device["device_id"].as_u64(), device["port_id"].as_u64()),
+        (Some(1), Some(3), Some(4))
+    );
     assert_eq!((device["status"].as_str(), device["deleted"].as_u64()), (Some("available"), Some(0)));
 }
 
 #[test]
 fn flavors_are_checked_normalised_and_forgotten() {
     let host = Host::new("");
-    assert!(ok(&host.virt_usb(&["flavor", "set", "erp", r#"{"usb_devices":[{"vendor_id":"0x529"}]}"#])).starts_with("stored: erp"));
-    assert!(ok(&host.virt_usb(&["flavor", "set", "erp", r#"{"usb_devices":[{"vendor_id":"0529"}]}"#])).starts_with("unchanged: erp"));
-    assert_eq!(ok(&host.virt_usb(&["flavor", "show", "erp"])), "{\"usb_devices\":[{\"vendor_id\":\"0529\"}]}\n");
+    assert!(
+        ok(&host.virt_usb(&["flavor", "set", "erp", r#"{"usb_devices":[{"vendor_id":"0x529"}]}"#]))
+            .starts_with("stored: erp")
+    );
+    assert!(
+        ok(&host.virt_usb(&["flavor", "set", "erp", r#"{"usb_devices":[{"vendor_id":"0529"}]}"#]))
+            .starts_with("unchanged: erp")
+    );
+    assert_eq!(
+        ok(&host.virt_usb(&["flavor", "show", "erp"])),
+        "{\"usb_devices\":[{\"vendor_id\":\"0529\"}]}\n"
+    );
     assert_eq!(json(&host, &["flavor", "list"])[0]["usb_devices"][0]["vendor_id"], "0529");
-    let why = fails(&host, &["flavor", "set", "bad", r#"{"usb_redirection_devices":{["bus": usb, "type": "spicevmc"]}}"#]);
+    let why = fails(
+        &host,
+        &["flavor", "set", "bad", r#"{"usb_redirection_devices":{["bus": usb, "type": "spicevmc"]}}"#],
+    );
     assert!(why.contains(r#"{"usb_redirection_devices":[{"bus":"usb","type":"spicevmc"}]}"#), "{why}");
     assert!(fails(&host, &["flavor", "set", "empty", "{}"]).contains("asks for nothing"));
     assert!(fails(&host, &["flavor", "set", "", "{}"]).contains("no name for a flavor"));
@@ -94,7 +130,10 @@ fn a_claim_is_shown_and_freed_by_force_only() {
     let xml = domain("erp-1", 1, r#"{"usb_devices":[{"serial":"A"}]}"#);
     ok(&host.call(&["erp-1", "prepare", "begin", "-"], xml.as_bytes()));
     let claims = json(&host, &["claims"]);
-    assert_eq!((&claims[0]["device_id"], &claims[0]["domain"], &claims[0]["state"]), (&1.into(), &"erp-1".into(), &"claimed".into()));
+    assert_eq!(
+        (&claims[0]["device_id"], &claims[0]["domain"], &claims[0]["state"]),
+        (&1.into(), &"erp-1".into(), &"claimed".into())
+    );
     assert!(fails(&host, &["claims", "release", "erp-1"]).contains("--force"));
     assert!(fails(&host, &["claims", "release", "erp-9", "--force"]).contains("no domain of the name"));
     assert_eq!(ok(&host.virt_usb(&["claims", "release", "erp-1", "--force"])), "freed device 1\n");
@@ -116,8 +155,12 @@ fn whitelist_check_names_the_rule_for_each_device() {
     let hub = device("aaaa", "1-4", 8, "class = \"09\"");
     std::fs::write(host.path("sim.toml"), two_keys() + &disk + &hub).unwrap();
     let verdicts = json(&host, &["whitelist", "check", "--sim", host.path("sim.toml").to_str().unwrap()]);
-    let of = |port: &str| verdicts.as_array().unwrap().iter().find(|v| v["port_path"] == port).unwrap().clone();
-    assert_eq!((&of("1-1")["offered"], &of("1-1")["rule"], &of("1-1")["projects"][0]), (&true.into(), &0.into(), &"p1".into()));
+    let of =
+        |port: &str| verdicts.as_array().unwrap().iter().find(|v| v["port_path"] == port).unwrap().clone();
+    assert_eq!(
+        (&of("1-1")["offered"], &of("1-1")["rule"], &of("1-1")["projects"][0]),
+        (&true.into(), &0.into(), &"p1".into())
+    );
     assert_eq!((&of("1-1.4")["offered"], &of("1-1.4")["withheld"]), (&false.into(), &"whitelist".into()));
     assert_eq!((&of("1-3")["offered"], &of("1-3")["withheld"]), (&false.into(), &"host-use".into()));
     assert!(of("1-3")["because"].as_str().unwrap().contains("mounted on /"));
@@ -148,7 +191,10 @@ fn wrong_input_is_said_where_it_stands() {
     let host = Host::new("usb_whitelist_switch = 'on'\n");
     assert!(fails(&host, &["devices"]).contains("did you mean \"usb_white_list_switch\"?"));
     assert_eq!(host.virt_usb(&["devices", "--colour"]).status.code(), Some(2));
-    let missing = std::process::Command::new(virt_usb_suite::program("virt-usb")).args(["--config", "/nowhere/c.toml", "devices"]).output().unwrap();
+    let missing = std::process::Command::new(virt_usb_suite::program("virt-usb"))
+        .args(["--config", "/nowhere/c.toml", "devices"])
+        .output()
+        .unwrap();
     assert!(text(&missing.stderr).contains("cannot read the configuration /nowhere/c.toml"));
     for shell in ["bash", "zsh", "fish"] {
         assert!(ok(&host.virt_usb(&["completions", shell])).contains("virt-usb"));

@@ -1,5 +1,6 @@
 //! The domain files of libvirt's own tests: read and rewritten without a crash, no byte changed that should not be, and
 //! still valid where they were.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -14,7 +15,12 @@ fn files() -> Vec<PathBuf> {
     assert!(corpus.join("complete").exists(), "libvirt's test data is missing: run 'make corpus'");
     let mut files = Vec::new();
     for dir in fs::read_dir(corpus).unwrap().map(|e| e.unwrap().path()).filter(|p| p.is_dir()) {
-        files.extend(fs::read_dir(dir).unwrap().map(|e| e.unwrap().path()).filter(|p| p.extension().is_some_and(|e| e == "xml")));
+        files.extend(
+            fs::read_dir(dir)
+                .unwrap()
+                .map(|e| e.unwrap().path())
+                .filter(|p| p.extension().is_some_and(|e| e == "xml")),
+        );
     }
     files.sort();
     files
@@ -40,7 +46,11 @@ fn libvirts_own_domains_only_grow_and_stay_valid() {
             Ok(after) => after.unwrap_or_else(|| panic!("{}: nothing was injected", file.display())),
             Err(_) => {
                 refused += 1;
-                assert!(virt_usb_domxml::read(&before).is_err(), "{}: read, but not rewritten", file.display());
+                assert!(
+                    virt_usb_domxml::read(&before).is_err(),
+                    "{}: read, but not rewritten",
+                    file.display()
+                );
                 continue;
             }
         };
@@ -49,8 +59,17 @@ fn libvirts_own_domains_only_grow_and_stay_valid() {
         let grown = after.len() - before.len();
         // One run of bytes was put in, or (into an empty <devices/>) its tag was opened: all the rest is there, in order.
         let inserted_once = before[at..] == after[at + grown..];
-        assert!(inserted_once || is_subsequence(&before[at..], &after[at..]), "{}: bytes were changed", file.display());
-        assert_eq!(virt_usb_domxml::rewrite(&after, &edits()).unwrap(), None, "{}: rewritten twice", file.display());
+        assert!(
+            inserted_once || is_subsequence(&before[at..], &after[at..]),
+            "{}: bytes were changed",
+            file.display()
+        );
+        assert_eq!(
+            virt_usb_domxml::rewrite(&after, &edits()).unwrap(),
+            None,
+            "{}: rewritten twice",
+            file.display()
+        );
         let copy = scratch.path().join(format!("{rewritten}.xml"));
         fs::write(&copy, &after).unwrap();
         validate.push((file, copy));

@@ -1,5 +1,6 @@
 //! The hook is killed with SIGKILL at every single system call of a claim and of a release. Whenever it dies: the store
 //! is sound, no device is lost, none is given twice, and doing it again does it.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
 
 use std::collections::BTreeMap;
 use std::os::unix::process::ExitStatusExt;
@@ -11,7 +12,9 @@ const ASK: &str = r#"{"usb_devices":[{"vendor_id":"0529","product_id":"0001","co
 
 fn host() -> Host {
     let host = Host::new("");
-    host.discover(&[device("0001", "1-1", 2, "serial = \"A\""), device("0001", "1-2", 3, "serial = \"B\"")].concat());
+    host.discover(
+        &[device("0001", "1-1", 2, "serial = \"A\""), device("0001", "1-2", 3, "serial = \"B\"")].concat(),
+    );
     host
 }
 
@@ -46,7 +49,10 @@ fn strace(host: &Host, options: &[&str], arguments: &[&str], xml: &str) -> std::
     command.arg("-qq").args(options).arg(hook.get_program()).args(hook.get_args());
     let output = feed(command, xml.as_bytes());
     let said = String::from_utf8_lossy(&output.stderr);
-    assert!(!said.contains("strace:"), "strace is needed and must be allowed to trace ('make test-deps'): {said}");
+    assert!(
+        !said.contains("strace:"),
+        "strace is needed and must be allowed to trace ('make test-deps'): {said}"
+    );
     output.status
 }
 
@@ -92,8 +98,17 @@ fn killed_at_every_system_call_of_a_claim() {
         release(&host, &mine);
         assert_eq!(sound(&host, step), 0);
     }
-    assert!(before > 50 && after > 5, "of {} calls it died in {before} before the commit and in {after} after it", steps.len());
-    assert!(before + after > steps.len() * 9 / 10, "it was killed in {} of {} calls", before + after, steps.len());
+    assert!(
+        before > 50 && after > 5,
+        "of {} calls it died in {before} before the commit and in {after} after it",
+        steps.len()
+    );
+    assert!(
+        before + after > steps.len() * 9 / 10,
+        "it was killed in {} of {} calls",
+        before + after,
+        steps.len()
+    );
 }
 
 #[test]
@@ -119,6 +134,15 @@ fn killed_at_every_system_call_of_a_release() {
         release(&host, &mine);
         assert_eq!(sound(&host, step), 0, "the second release gives back what the first could not");
     }
-    assert!(before > 50 && after > 5, "of {} calls it died in {before} before the commit and in {after} after it", steps.len());
-    assert!(before + after > steps.len() * 9 / 10, "it was killed in {} of {} calls", before + after, steps.len());
+    assert!(
+        before > 50 && after > 5,
+        "of {} calls it died in {before} before the commit and in {after} after it",
+        steps.len()
+    );
+    assert!(
+        before + after > steps.len() * 9 / 10,
+        "it was killed in {} of {} calls",
+        before + after,
+        steps.len()
+    );
 }

@@ -1,4 +1,5 @@
 //! The hook at its process boundary: a folder a case under `goldens/`, see its README. `BLESS=1` writes what is found.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -8,7 +9,8 @@ use virt_usb_suite::Host;
 
 fn cases() -> Vec<PathBuf> {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("goldens");
-    let mut cases: Vec<PathBuf> = fs::read_dir(dir).unwrap().map(|e| e.unwrap().path()).filter(|p| p.is_dir()).collect();
+    let mut cases: Vec<PathBuf> =
+        fs::read_dir(dir).unwrap().map(|e| e.unwrap().path()).filter(|p| p.is_dir()).collect();
     cases.sort();
     cases
 }
@@ -34,7 +36,8 @@ fn play(case: &Path) -> Found {
         let flavors: serde_json::Map<String, serde_json::Value> = serde_json::from_str(&flavors).unwrap();
         flavors.iter().for_each(|(name, flavor)| host.flavor(name, &flavor.to_string()));
     }
-    let mut before: Vec<PathBuf> = fs::read_dir(case.join("before")).into_iter().flatten().map(|e| e.unwrap().path()).collect();
+    let mut before: Vec<PathBuf> =
+        fs::read_dir(case.join("before")).into_iter().flatten().map(|e| e.unwrap().path()).collect();
     before.sort();
     for step in before {
         prior(&host, &step);
@@ -59,7 +62,9 @@ fn prior(host: &Host, step: &Path) {
         [_, "plug", "toml"] => drop(host.plug(&text)),
         [_, "discover", "toml"] => host.discover(&text),
         [_, "boot"] => host.boot(text.trim(), 30.0),
-        [_, "wait"] => host.boot("11111111-1111-4111-8111-111111111111", 1000.0 + text.trim().parse::<f64>().unwrap()),
+        [_, "wait"] => {
+            host.boot("11111111-1111-4111-8111-111111111111", 1000.0 + text.trim().parse::<f64>().unwrap());
+        }
         [_, "state"] => {
             for suffix in ["-wal", "-shm"] {
                 drop(fs::remove_file(host.path(&format!("state/{}{suffix}", virt_usb_store::FILE_NAME))));
@@ -110,7 +115,11 @@ fn every_case_answers_as_written() {
                 continue;
             }
             if bless {
-                if bytes.is_empty() { drop(fs::remove_file(&path)) } else { fs::write(&path, bytes).unwrap() }
+                if bytes.is_empty() {
+                    drop(fs::remove_file(&path));
+                } else {
+                    fs::write(&path, bytes).unwrap();
+                }
                 continue;
             }
             let (wanted, bytes) = (String::from_utf8_lossy(&wanted), String::from_utf8_lossy(bytes));
@@ -128,7 +137,11 @@ fn refusals_are_one_line_and_say_who_speaks() {
         let stderr = optional(&case.join("stderr")).unwrap_or_default();
         if exit.trim() == "1" {
             assert_eq!(stderr.lines().count(), 1, "{}", case.display());
-            assert!(stderr.starts_with("virt-usb: ") && !case.join("stdout.xml").exists(), "{}", case.display());
+            assert!(
+                stderr.starts_with("virt-usb: ") && !case.join("stdout.xml").exists(),
+                "{}",
+                case.display()
+            );
         }
     }
 }

@@ -1,4 +1,5 @@
 //! `install/hook` in a folder of its own.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
 
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
@@ -46,7 +47,11 @@ fn installs_a_real_file_beside_other_hooks_and_removes_only_its_own() {
 
     ok(&install(dest.path(), &["--remove"]));
     assert!(!dest.path().join("usr/bin/virt-usb").exists());
-    assert!(!hook.exists() && hooks.join("10-other").exists() && dest.path().join("etc/libvirt/hooks/qemu").exists());
+    assert!(
+        !hook.exists()
+            && hooks.join("10-other").exists()
+            && dest.path().join("etc/libvirt/hooks/qemu").exists()
+    );
     assert!(dest.path().join("var/lib/virt-usb").exists(), "the data stays");
     assert!(ok(&install(dest.path(), &["--remove"])).contains("nothing to do"), "twice");
     assert!(!install(dest.path(), &["--purge"]).status.success());
@@ -56,7 +61,11 @@ fn installs_a_real_file_beside_other_hooks_and_removes_only_its_own() {
 fn state_dir_is_made_where_the_configuration_says() {
     let dest = tempfile::tempdir().unwrap();
     std::fs::create_dir_all(dest.path().join("etc/virt-usb")).unwrap();
-    std::fs::write(dest.path().join("etc/virt-usb/config.toml"), "# state_dir = \"/no\"\nstate_dir = \"/srv/usb\" # \"big disk\"\n").unwrap();
+    std::fs::write(
+        dest.path().join("etc/virt-usb/config.toml"),
+        "# state_dir = \"/no\"\nstate_dir = \"/srv/usb\" # \"big disk\"\n",
+    )
+    .unwrap();
     ok(&install(dest.path(), &[]));
     assert!(dest.path().join("srv/usb").is_dir() && !dest.path().join("var/lib/virt-usb").exists());
 }

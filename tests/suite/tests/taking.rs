@@ -1,4 +1,5 @@
 //! Who gets what: identical sticks, many takers at once, other programs' view of the same store.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
 
 use std::process::Stdio;
 
@@ -67,7 +68,14 @@ fn of_many_takers_at_once_as_many_win_as_there_are_devices() {
     const TAKERS: u32 = 200;
     let host = Host::new("");
     let plugged: String = (0..DEVICES)
-        .map(|i| device("0001", &format!("1-{}.{}", i / 10 + 1, i % 10 + 1), u8::try_from(i + 2).unwrap(), &format!("serial = \"S{i}\"")))
+        .map(|i| {
+            device(
+                "0001",
+                &format!("1-{}.{}", i / 10 + 1, i % 10 + 1),
+                u8::try_from(i + 2).unwrap(),
+                &format!("serial = \"S{i}\""),
+            )
+        })
         .collect();
     host.discover(&plugged);
     let hook = program("virt-usb-hook");
@@ -115,7 +123,11 @@ fn a_release_that_cannot_get_the_lock_says_so_and_lets_the_guest_stop() {
     let refused = prepare(&host, "erp-2", &domain("erp-2", 2, ASK));
     assert_eq!(refused.status.code(), Some(1));
     drop(locker);
-    assert_eq!(host.claims().lines().count(), 1, "the claim is still there, for the agent or the next release");
+    assert_eq!(
+        host.claims().lines().count(),
+        1,
+        "the claim is still there, for the agent or the next release"
+    );
     assert!(host.call(&["erp-1", "release", "end", "shutdown"], xml.as_bytes()).status.success());
     assert_eq!(host.claims(), "");
 }
@@ -131,7 +143,8 @@ fn rusqlite_lock(host: &Host) -> Locker {
         .spawn()
         .expect("python3 is missing: run 'make test-deps'");
     let mut line = String::new();
-    std::io::BufRead::read_line(&mut std::io::BufReader::new(child.stdout.take().unwrap()), &mut line).unwrap();
+    std::io::BufRead::read_line(&mut std::io::BufReader::new(child.stdout.take().unwrap()), &mut line)
+        .unwrap();
     assert_eq!(line, "locked\n");
     Locker(child)
 }

@@ -1,4 +1,5 @@
 //! The tree and who may depend on whom: the rules of ARCHITECTURE.md.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
 
 use std::collections::BTreeSet;
 use std::process::Command;
@@ -9,7 +10,18 @@ use virt_usb_suite::root;
 /// All packages that `package` is built with, itself not.
 fn closure(package: &str) -> BTreeSet<String> {
     let output = Command::new(env!("CARGO"))
-        .args(["tree", "--offline", "-p", package, "-e", "normal,build", "--prefix", "none", "--format", "{p}"])
+        .args([
+            "tree",
+            "--offline",
+            "-p",
+            package,
+            "-e",
+            "normal,build",
+            "--prefix",
+            "none",
+            "--format",
+            "{p}",
+        ])
         .current_dir(root())
         .output()
         .unwrap();
@@ -20,11 +32,15 @@ fn closure(package: &str) -> BTreeSet<String> {
 }
 
 fn direct(package: &str) -> BTreeSet<String> {
-    let output =
-        Command::new(env!("CARGO")).args(["metadata", "--offline", "--no-deps", "--format-version", "1"]).current_dir(root()).output().unwrap();
+    let output = Command::new(env!("CARGO"))
+        .args(["metadata", "--offline", "--no-deps", "--format-version", "1"])
+        .current_dir(root())
+        .output()
+        .unwrap();
     let metadata: Value = serde_json::from_slice(&output.stdout).unwrap();
     let packages = metadata["packages"].as_array().unwrap();
-    let found = packages.iter().find(|p| p["name"] == package).unwrap_or_else(|| panic!("no package {package}"));
+    let found =
+        packages.iter().find(|p| p["name"] == package).unwrap_or_else(|| panic!("no package {package}"));
     let normal = found["dependencies"].as_array().unwrap().iter().filter(|d| d["kind"].is_null());
     normal.map(|d| d["name"].as_str().unwrap().to_owned()).collect()
 }
@@ -55,7 +71,19 @@ fn domxml_and_store_know_the_model_and_not_each_other() {
 #[test]
 fn the_hook_stays_small() {
     let all = closure("virt-usb-hook");
-    for forbidden in ["virt", "virt-sys", "rusb", "libusb1-sys", "wasmtime", "tokio", "async-std", "smol", "futures", "clap", "virt-usb"] {
+    for forbidden in [
+        "virt",
+        "virt-sys",
+        "rusb",
+        "libusb1-sys",
+        "wasmtime",
+        "tokio",
+        "async-std",
+        "smol",
+        "futures",
+        "clap",
+        "virt-usb",
+    ] {
         assert!(!all.contains(forbidden), "the hook is built with {forbidden}");
     }
     let ours: Vec<_> = all.iter().filter(|n| n.starts_with("virt-usb")).map(String::as_str).collect();
@@ -76,15 +104,27 @@ fn no_product_is_built_with_test_code() {
 fn the_top_holds_the_folders_of_the_design_and_no_other() {
     let output = Command::new("git").args(["ls-files"]).current_dir(root()).output().unwrap();
     let files = String::from_utf8(output.stdout).unwrap();
-    let folders: BTreeSet<&str> =
-        files.lines().filter_map(|f| f.split_once('/')).map(|(top, _)| top).filter(|top| !top.starts_with('.')).collect();
+    let folders: BTreeSet<&str> = files
+        .lines()
+        .filter_map(|f| f.split_once('/'))
+        .map(|(top, _)| top)
+        .filter(|top| !top.starts_with('.'))
+        .collect();
     let design = BTreeSet::from(["hook", "filter-wasm", "host-runtime", "wit", "tests", "install"]);
     assert!(!folders.is_empty() && folders.is_subset(&design), "{folders:?}");
 }
 
 #[test]
 fn every_folder_of_a_part_explains_itself() {
-    for folder in ["hook", "host-runtime", "host-runtime/model", "host-runtime/domxml", "host-runtime/store", "tests", "install"] {
+    for folder in [
+        "hook",
+        "host-runtime",
+        "host-runtime/model",
+        "host-runtime/domxml",
+        "host-runtime/store",
+        "tests",
+        "install",
+    ] {
         assert!(root().join(folder).join("README.md").exists(), "{folder}/README.md");
     }
 }
@@ -94,7 +134,9 @@ fn the_example_configuration_is_the_defaults() {
     use virt_usb_hook::config::Config;
     let text = std::fs::read_to_string(root().join("install/config.toml")).unwrap();
     assert_eq!(Config::parse(&text).unwrap(), Config::default());
-    for key in ["state_dir", "sysfs_root", "usb_white_list_switch", "usb_passthrough_whitelist", "hold", "migration"] {
+    for key in
+        ["state_dir", "sysfs_root", "usb_white_list_switch", "usb_passthrough_whitelist", "hold", "migration"]
+    {
         assert!(text.contains(&format!("\n{key} = ")), "{key}");
     }
     // The example rule in the comment is one, too.

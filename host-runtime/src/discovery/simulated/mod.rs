@@ -72,8 +72,7 @@ impl Simulated {
     /// # Errors
     /// When it cannot be read, or is wrong anywhere.
     pub fn load(path: &Path) -> Result<Self, SimError> {
-        let text =
-            std::fs::read_to_string(path).map_err(|why| SimError::Read { path: path.into(), why })?;
+        let text = std::fs::read_to_string(path).map_err(|why| SimError::Read { path: path.into(), why })?;
         format::parse(&text)
             .map(|devices| Self { devices })
             .map_err(|what| SimError::Wrong { path: path.into(), what })

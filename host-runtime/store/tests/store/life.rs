@@ -109,7 +109,11 @@ fn a_forced_release_ends_the_intent_too_and_is_written_down() {
         events.iter().map(|e| (e.event.as_str(), e.detail.as_deref().unwrap_or_default())).collect();
     assert_eq!(
         told,
-        [(r#"assigned"#, "operator: [{\"vendor_id\":\"0529\"}]"), ("claimed", "usb_devices[0]"), ("forced", "host is lost")]
+        [
+            (r#"assigned"#, "operator: [{\"vendor_id\":\"0529\"}]"),
+            ("claimed", "usb_devices[0]"),
+            ("forced", "host is lost")
+        ]
     );
     // Hints that were lost do not make an operator's word void.
     claim_as(&mut store, 1, true, Standing::Firm, &boot(1));
