@@ -176,7 +176,7 @@ fn relocated(job: &Job<'_>, places: &[Place], granted: &[Granted]) -> Result<Ans
     let relocate =
         granted.iter().filter_map(|g| Some((places.get(g.request)?.position, hostdev(&g.device)))).collect();
     let edits = Edits { relocate, ..Edits::default() };
-    let xml = virt_usb_domxml::rewrite(job.xml, &edits).map_err(|e| {
+    let xml = job.document.rewrite(&edits).map_err(|e| {
         Fault::of(true, format!("cannot write the devices' new addresses into the domain XML: {e}"))
     })?;
     let ids: Vec<String> = granted.iter().map(|g| g.device.entry.id.to_string()).collect();

@@ -6,6 +6,7 @@
 use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixDatagram;
+use std::path::Path;
 use std::time::Duration;
 
 use crate::answer::Answer;
@@ -17,20 +18,11 @@ const SOCKET: &str = "/run/systemd/journal/socket";
 /// Writes the record. Nothing is done about a record that cannot be written: nobody must suffer for it.
 pub fn record(log: &Log, call: &Call, instance: Option<&str>, answer: &Answer, took: Duration) {
     let micros = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
-    let message = message(call, answer);
-    let fields = [
-        ("MESSAGE", message.as_str()),
-        ("PRIORITY", priority(answer)),
-        ("SYSLOG_IDENTIFIER", "virt-usb-hook"),
-        ("VIRT_USB_OPERATION", &call.op),
-        ("VIRT_USB_DOMAIN", &call.name),
-        ("VIRT_USB_INSTANCE", instance.unwrap_or_default()),
-        ("VIRT_USB_OUTCOME", &answer.did),
-        ("VIRT_USB_DURATION_US", &micros.to_string()),
-    ];
+    let (message, duration) = (message(call, answer), micros.to_string());
+    let fields = fields(call, instance, answer, &message, &duration);
     match log {
         Log::Off => {}
-        Log::Journal => drop(to_journal(&fields)),
+        Log::Journal => drop(to_journal(Path::new(SOCKET), &fields)),
         Log::File(path) => {
             // One write of one line: records of hooks that run at once do not mix.
             let object: serde_json::Map<String, serde_json::Value> = fields
@@ -40,15 +32,30 @@ pub fn record(log: &Log, call: &Call, instance: Option<&str>, answer: &Answer, t
                 .collect();
             let line = format!("{}\n", serde_json::Value::Object(object));
             let careful = libc::O_NOFOLLOW | libc::O_NONBLOCK;
-            let file = std::fs::OpenOptions::new()
-                .append(true)
-                .create(true)
-                .mode(0o640)
-                .custom_flags(careful)
-                .open(path);
+            let file =
+                std::fs::OpenOptions::new().append(true).create(true).mode(0o640).custom_flags(careful).open(path);
             drop(file.and_then(|mut f| f.write_all(line.as_bytes())));
         }
     }
+}
+
+fn fields<'a>(
+    call: &'a Call,
+    instance: Option<&'a str>,
+    answer: &'a Answer,
+    message: &'a str,
+    duration_us: &'a str,
+) -> [(&'static str, &'a str); 8] {
+    [
+        ("MESSAGE", message),
+        ("PRIORITY", priority(answer)),
+        ("SYSLOG_IDENTIFIER", "virt-usb-hook"),
+        ("VIRT_USB_OPERATION", &call.op),
+        ("VIRT_USB_DOMAIN", &call.name),
+        ("VIRT_USB_INSTANCE", instance.unwrap_or_default()),
+        ("VIRT_USB_OUTCOME", &answer.did),
+        ("VIRT_USB_DURATION_US", duration_us),
+    ]
 }
 
 fn message(call: &Call, answer: &Answer) -> String {
@@ -76,15 +83,62 @@ fn seconds() -> f64 {
     (now.as_secs_f64() * 1000.0).round() / 1000.0
 }
 
-fn to_journal(fields: &[(&str, &str)]) -> std::io::Result<usize> {
+fn to_journal(socket: &Path, fields: &[(&str, &str)]) -> std::io::Result<usize> {
     let mut datagram = Vec::with_capacity(512);
     for (key, value) in fields.iter().filter(|(_, value)| !value.is_empty()) {
         // Values are one line: names with line ends are cut there.
         let value: String = value.chars().map(|c| if c == '\n' { ' ' } else { c }).take(4096).collect();
         datagram.extend_from_slice(format!("{key}={value}\n").as_bytes());
     }
-    let socket = UnixDatagram::unbound()?;
+    let sender = UnixDatagram::unbound()?;
     // A journal that does not read must not hold up a domain.
-    socket.set_nonblocking(true)?;
-    socket.send_to(&datagram, SOCKET)
+    sender.set_nonblocking(true)?;
+    sender.send_to(&datagram, socket)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::call::Operation;
+
+    fn call() -> Call {
+        Call { config: None, name: "erp\nMESSAGE=forged".into(), op: "prepare".into(), operation: Operation::Gate }
+    }
+
+    #[test]
+    fn the_journal_gets_one_datagram_of_lines() {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("socket");
+        let journal = UnixDatagram::bind(&socket).unwrap();
+        let answer = Answer::refused("no key").warn("and more");
+        let micros = 1234;
+        to_journal(&socket, &fields(&call(), Some("uuid"), &answer, &message(&call(), &answer), &micros.to_string())).unwrap();
+        let mut datagram = [0; 1024];
+        let length = journal.recv(&mut datagram).unwrap();
+        assert_eq!(
+            std::str::from_utf8(&datagram[..length]).unwrap(),
+            "MESSAGE=erp MESSAGE=forged prepare: no key; and more\nPRIORITY=3\nSYSLOG_IDENTIFIER=virt-usb-hook\n\
+             VIRT_USB_OPERATION=prepare\nVIRT_USB_DOMAIN=erp MESSAGE=forged\nVIRT_USB_INSTANCE=uuid\n\
+             VIRT_USB_OUTCOME=refused\nVIRT_USB_DURATION_US=1234\n"
+        );
+    }
+
+    #[test]
+    fn a_log_file_gets_one_object_a_line_and_no_link_is_followed() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("log");
+        for _ in 0..2 {
+            record(&Log::File(file.clone()), &call(), None, &Answer::unchanged("claimed 5"), Duration::from_micros(7));
+        }
+        let text = std::fs::read_to_string(&file).unwrap();
+        for line in text.lines() {
+            let object: serde_json::Value = serde_json::from_str(line).unwrap();
+            assert_eq!((&object["outcome"], &object["duration_us"], &object["priority"]), (&"claimed 5".into(), &7.into(), &"6".into()));
+        }
+        assert_eq!(text.lines().count(), 2);
+        let link = dir.path().join("link");
+        std::os::unix::fs::symlink(dir.path().join("elsewhere"), &link).unwrap();
+        record(&Log::File(link), &call(), None, &Answer::unchanged("x"), Duration::ZERO);
+        assert!(!dir.path().join("elsewhere").exists());
+    }
 }

@@ -38,7 +38,9 @@ pub(crate) fn prepare(job: &Job<'_>) -> Result<Answer, Fault> {
         return Ok(refusal);
     }
     let flavor = wish.resolve(&gate.store)?;
-    gate.claim(&flavor)
+    let answer = gate.claim(&flavor)?;
+    gate.store.leave();
+    Ok(answer)
 }
 
 /// For whom devices are claimed.
@@ -161,7 +163,7 @@ fn claimed_text(granted: &[Granted]) -> String {
 
 /// The answer with the XML that the plan leads to.
 fn rewritten(job: &Job<'_>, config: &Config, guest: &Guest<'_>, did: String) -> Result<Answer, Fault> {
-    let xml = virt_usb_domxml::rewrite(job.xml, &guest.edits)
+    let xml = job.document.rewrite(&guest.edits)
         .map_err(|e| Fault::of(true, format!("cannot write the devices into the domain XML: {e}")))?;
     let mut answer = Answer { xml, did, ..Answer::default() };
     if job.domain.hostdevs.iter().any(|h| h.has_startup_policy) {

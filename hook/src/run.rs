@@ -4,7 +4,7 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::time::Instant;
 
-use virt_usb_domxml::Domain;
+use virt_usb_domxml::{Document, Domain, Text, XmlError};
 
 use crate::answer::Answer;
 use crate::call::{self, Asked, Call, Happened, OnFault, Operation};
@@ -82,30 +82,36 @@ pub fn handle(call: &Call, input: Input) -> Handled {
     if call.operation == Operation::Ignored {
         return Handled { answer: Answer::unchanged(NOTHING), log, instance: None };
     }
-    let (domain, xml) = match parse(input) {
-        Ok(parsed) => parsed,
-        Err(fault) => return Handled { answer: answer_fault(call, &fault), log, instance: None },
+    let failed = |fault: &Fault| Handled { answer: answer_fault(call, fault), log: log.clone(), instance: None };
+    let xml = match whole(input) {
+        Ok(xml) => xml,
+        Err(fault) => return failed(&fault),
     };
+    let unreadable = |e: XmlError| Fault::of(input::mentions_us(&xml), format!("cannot read the domain XML: {e}"));
+    let text = match Text::new(&xml).map_err(unreadable) {
+        Ok(text) => text,
+        Err(fault) => return failed(&fault),
+    };
+    let document = match text.read().map_err(unreadable) {
+        Ok(document) => document,
+        Err(fault) => return failed(&fault),
+    };
+    let domain = document.domain();
     let instance = domain.uuid.map(|u| u.to_string());
-    let job = Job { call, domain: &domain, xml: &xml, config };
+    let job = Job { call, domain, document: &document, config };
     let answer = job.act().unwrap_or_else(|fault| answer_fault(call, &fault));
     Handled { answer, log, instance }
 }
 
-fn parse(input: Input) -> Result<(Domain, Vec<u8>), Fault> {
-    let xml = match input {
-        Input::Xml(xml) => xml,
+/// The XML, if all of it could be read.
+fn whole(input: Input) -> Result<Vec<u8>, Fault> {
+    match input {
+        Input::Xml(xml) => Ok(xml),
         Input::TooLong(part) => {
             let what = format!("the domain XML is longer than {} bytes", virt_usb_domxml::MAX_XML);
-            return Err(Fault::of(input::mentions_us(&part), what));
+            Err(Fault::of(input::mentions_us(&part), what))
         }
-        Input::Broken(e) => {
-            return Err(Fault::of(false, format!("cannot read the domain XML from stdin: {e}")));
-        }
-    };
-    match virt_usb_domxml::read(&xml) {
-        Ok(domain) => Ok((domain, xml)),
-        Err(e) => Err(Fault::of(input::mentions_us(&xml), format!("cannot read the domain XML: {e}"))),
+        Input::Broken(e) => Err(Fault::of(false, format!("cannot read the domain XML from stdin: {e}"))),
     }
 }
 
@@ -123,7 +129,7 @@ fn answer_fault(call: &Call, fault: &Fault) -> Answer {
 pub(crate) struct Job<'a> {
     pub(crate) call: &'a Call,
     pub(crate) domain: &'a Domain,
-    pub(crate) xml: &'a [u8],
+    pub(crate) document: &'a Document<'a>,
     config: Result<Config, ConfigError>,
 }
 

@@ -67,10 +67,11 @@ pub fn at_port(sysfs_root: &Path, port: &PortPath) -> Result<Option<Seen>, Sysfs
 /// Anything but "not there": permission denied, an I/O error.
 pub fn attribute(dir: &Path, name: &str) -> Result<Option<String>, SysfsError> {
     let path = dir.join(name);
-    let mut bytes = Vec::new();
-    let read = std::fs::File::open(&path).and_then(|file| file.take(64 * 1024).read_to_end(&mut bytes));
+    // sysfs gives a whole attribute, at most a page, in one read.
+    let mut page = [0; 4096];
+    let read = std::fs::File::open(&path).and_then(|mut file| file.read(&mut page));
     match read {
-        Ok(_) => Ok(Some(String::from_utf8_lossy(&bytes).trim_end_matches('\n').to_owned())),
+        Ok(length) => Ok(Some(String::from_utf8_lossy(page.get(..length).unwrap_or_default()).trim_end_matches('\n').to_owned())),
         Err(e) if is_absent(&e) => Ok(None),
         Err(e) => Err(SysfsError { path, reason: e.to_string() }),
     }

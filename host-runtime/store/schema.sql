@@ -9,7 +9,9 @@ CREATE TABLE compute_nodes (
     host            varchar(255) NOT NULL,
     -- grows with every change of the inventory
     revision        int NOT NULL DEFAULT 0,
-    scanned_at      datetime
+    scanned_at      datetime,
+    -- the boot whose claims these are: those of the boots before were swept
+    boot_id         varchar(36)
 );
 
 CREATE TABLE usb_devices (
@@ -99,7 +101,6 @@ CREATE TABLE claims (
     revision        int NOT NULL
 );
 CREATE INDEX claims_instance ON claims (instance_uuid);
-CREATE INDEX claims_boot ON claims (boot_id);
 CREATE INDEX claims_pending ON claims (pending_since) WHERE pending_since IS NOT NULL;
 
 -- Nova's table of that name: key 'usb_devices', value what was assigned to the instance, JSON.
@@ -136,8 +137,6 @@ CREATE TABLE events (
     actor           varchar(64) NOT NULL,
     detail          text
 );
-CREATE INDEX events_instance ON events (instance_uuid) WHERE instance_uuid IS NOT NULL;
-CREATE INDEX events_device ON events (device_id) WHERE device_id IS NOT NULL;
 CREATE TRIGGER events_are_not_changed BEFORE UPDATE ON events BEGIN SELECT raise(ABORT, 'events are append-only'); END;
 CREATE TRIGGER events_are_kept BEFORE DELETE ON events WHEN old.at > strftime('%Y-%m-%dT%H:%M:%fZ', 'now', '-1 day')
     BEGIN SELECT raise(ABORT, 'events are kept for a day at least'); END;

@@ -13,13 +13,14 @@ use crate::tag;
 const BOM: &str = "\u{feff}";
 
 /// A document's text, and the way back to bytes.
+#[derive(Debug)]
 pub(crate) struct Decoded<'a> {
     /// The text without its byte order mark.
     pub(crate) text: Cow<'a, str>,
     encoding: Encoding,
 }
 
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Encoding {
     Utf8 { bom: bool },
     SingleByte,

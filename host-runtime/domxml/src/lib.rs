@@ -44,24 +44,69 @@ pub const MAX_USB: usize = 1024;
 /// # Errors
 /// [`XmlError`] when the document is not a domain that libvirt could have written.
 pub fn read(xml: &[u8]) -> Result<Domain, XmlError> {
-    let decoded = decode(xml)?;
-    Ok(read::parse(&decoded.text)?.0)
+    Ok(Text::new(xml)?.read()?.into_domain())
 }
 
-/// Makes the changes; `None` when there is nothing to change.
-///
-/// Every byte that is not part of a change stays as it is. Rewriting what was rewritten, with the same edits, changes
-/// nothing: a device whose alias is there is not added again.
+/// Makes the changes: [`Text::new`], [`Text::read`] and [`Document::rewrite`] in one.
 ///
 /// # Errors
-/// As [`read`], and [`XmlError::Relocate`] when a relocation does not fit the document.
+/// As those.
 pub fn rewrite(xml: &[u8], edits: &Edits) -> Result<Option<Vec<u8>>, XmlError> {
-    let decoded = decode(xml)?;
-    let (domain, layout) = read::parse(&decoded.text)?;
-    let splices = edit::plan(&decoded.text, &domain, &layout, edits)?;
-    Ok((!splices.is_empty()).then(|| decoded.encode(&edit::splice(&decoded.text, splices))))
+    Text::new(xml)?.read()?.rewrite(edits)
 }
 
-fn decode(xml: &[u8]) -> Result<Decoded<'_>, XmlError> {
-    if xml.len() > MAX_XML { Err(XmlError::TooLarge { size: xml.len() }) } else { Decoded::new(xml) }
+/// The text of a document, whatever its encoding.
+#[derive(Debug)]
+pub struct Text<'a>(Decoded<'a>);
+
+impl<'a> Text<'a> {
+    /// Decodes the document.
+    ///
+    /// # Errors
+    /// [`XmlError::TooLarge`], and what is wrong with the encoding.
+    pub fn new(xml: &'a [u8]) -> Result<Self, XmlError> {
+        if xml.len() > MAX_XML { Err(XmlError::TooLarge { size: xml.len() }) } else { Decoded::new(xml).map(Self) }
+    }
+
+    /// Reads the domain, in one pass.
+    ///
+    /// # Errors
+    /// When it is not a domain that libvirt could have written.
+    pub fn read(&self) -> Result<Document<'_>, XmlError> {
+        let (domain, layout) = read::parse(&self.0.text)?;
+        Ok(Document { text: &self.0, domain, layout })
+    }
+}
+
+/// A domain that was read, and where in the text its parts stand: it can be rewritten without reading it again.
+#[derive(Debug)]
+pub struct Document<'t> {
+    text: &'t Decoded<'t>,
+    domain: Domain,
+    layout: read::Layout<'t>,
+}
+
+impl Document<'_> {
+    /// What was read.
+    pub const fn domain(&self) -> &Domain {
+        &self.domain
+    }
+
+    /// What was read, without the text.
+    pub fn into_domain(self) -> Domain {
+        self.domain
+    }
+
+    /// Makes the changes; `None` when there is nothing to change.
+    ///
+    /// Every byte that is not part of a change stays as it is. Rewriting what was rewritten, with the same edits, changes
+    /// nothing: a device whose alias is there is not added again.
+    ///
+    /// # Errors
+    /// [`XmlError::Relocate`] when a relocation does not fit the document.
+    pub fn rewrite(&self, edits: &Edits) -> Result<Option<Vec<u8>>, XmlError> {
+        let text = &self.text.text;
+        let splices = edit::plan(text, &self.domain, &self.layout, edits)?;
+        Ok((!splices.is_empty()).then(|| self.text.encode(&edit::splice(text, splices))))
+    }
 }

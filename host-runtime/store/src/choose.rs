@@ -116,13 +116,14 @@ impl<'a> Choice<'a> {
 
     fn granted(&self, device: &Record, request: usize) -> Granted {
         let mut device = device.clone();
+        let stored = device.entry.address;
         if let Some(address) = self.verified.get(&device.entry.id) {
             device.entry.address = *address;
             device.entry.bus_id = address.bus();
             device.entry.device_id = address.device();
         }
         let already = self.mine.iter().any(|c| c.device_id == device.entry.id);
-        Granted { device, request, already }
+        Granted { device, request, already, stored }
     }
 
     /// The devices that would serve the request, the most wanted first: the preferred, those that serve it already, the
@@ -143,8 +144,10 @@ impl<'a> Choice<'a> {
                 1,
             )?);
         }
-        let instance = self.asker.instance.to_string();
-        found.extend(self.gather(&test, "d.instance_uuid = ?", Some(instance), usize::MAX)?);
+        if !self.mine.is_empty() {
+            let instance = self.asker.instance.to_string();
+            found.extend(self.gather(&test, "d.instance_uuid = ?", Some(instance), usize::MAX)?);
+        }
         found.extend(self.gather(&find, "d.status = 'available'", None, total)?);
         let mut seen = BTreeSet::new();
         found.retain(|d| seen.insert(d.entry.id));

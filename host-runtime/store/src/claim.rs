@@ -74,6 +74,8 @@ pub struct Granted {
     pub request: usize,
     /// Whether it was the instance's already.
     pub already: bool,
+    /// The address that the inventory had until now.
+    pub(crate) stored: BusAddress,
 }
 
 /// How a claim ended.

@@ -212,12 +212,6 @@ pub(crate) fn refresh(tx: &Transaction<'_>, device: DeviceId) -> Sql<()> {
     Ok(())
 }
 
-/// The address as stored.
-pub(crate) fn address_of(tx: &Transaction<'_>, device: DeviceId) -> Sql<BusAddress> {
-    tx.prepare_cached("SELECT address FROM usb_devices WHERE id = ?1")?
-        .query_row([sql_id(device)], |row| parse(row, "address"))
-}
-
 /// Corrects the stored address to what was just seen.
 pub(crate) fn set_address(tx: &Transaction<'_>, device: DeviceId, address: BusAddress) -> Sql<()> {
     tx.prepare_cached(

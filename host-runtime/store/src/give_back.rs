@@ -143,19 +143,19 @@ pub(crate) fn set_states(
     Ok(())
 }
 
-/// Claims that may be void: of another boot than ?1; pending, and not made after uptime ?2 − ?3. Spelled so that indexes
-/// find them.
-pub(crate) const VOID: &str = "SELECT * FROM claims WHERE boot_id < ?1 OR boot_id > ?1 OR (pending_since IS NOT NULL AND pending_since < ?2 - ?3)";
+/// Pending claims not made after uptime ?1 − ?2. Spelled so that the index finds them.
+pub(crate) const UNCONFIRMED: &str = "SELECT * FROM claims WHERE pending_since IS NOT NULL AND pending_since < ?1 - ?2";
 
 /// Ends claims that no longer hold: of an earlier boot, and pending ones that nobody confirmed. A claim held for the
 /// instance outlives the boot, but nothing is in a guest after it.
 pub(crate) fn sweep(tx: &Transaction<'_>, context: &Context) -> Sql<()> {
-    let (kept, void): (Vec<ClaimRow>, Vec<ClaimRow>) = tx
-        .prepare_cached(VOID)?
-        .query_map(params![context.boot_id, context.uptime, PENDING_SECONDS], ClaimRow::read)?
-        .collect::<Sql<Vec<_>>>()?
-        .into_iter()
-        .partition(|c| c.hold == "instance" && !c.pending);
+    let unconfirmed = tx
+        .prepare_cached(UNCONFIRMED)?
+        .query_map(params![context.uptime, PENDING_SECONDS], ClaimRow::read)?
+        .collect::<Sql<Vec<_>>>()?;
+    let mut doubtful = of_earlier_boots(tx, &context.boot_id)?;
+    doubtful.extend(unconfirmed.into_iter().filter(|c| c.boot_id == context.boot_id));
+    let (kept, void): (Vec<ClaimRow>, Vec<ClaimRow>) = doubtful.into_iter().partition(|c| c.hold == "instance" && !c.pending);
     if !void.is_empty() {
         step_revision(tx)?;
     }
@@ -165,6 +165,17 @@ pub(crate) fn sweep(tx: &Transaction<'_>, context: &Context) -> Sql<()> {
         metadata::refresh(tx, claim.instance_uuid)?;
     }
     set_states(tx, &kept, context, |_| "claimed")
+}
+
+/// Claims of other boots than this. Looked for once a boot, which the host's row remembers.
+fn of_earlier_boots(tx: &Transaction<'_>, boot_id: &str) -> Sql<Vec<ClaimRow>> {
+    let first = tx
+        .prepare_cached("UPDATE compute_nodes SET boot_id = ?1 WHERE deleted = 0 AND boot_id IS NOT ?1")?
+        .execute([boot_id])?;
+    if first == 0 {
+        return Ok(Vec::new());
+    }
+    tx.prepare_cached("SELECT * FROM claims WHERE boot_id <> ?1")?.query_map([boot_id], ClaimRow::read)?.collect()
 }
 
 /// What the instance holds, by device.

@@ -58,22 +58,13 @@ impl Grant<'_> {
                 && c.hold == hold_name(lasting)
                 && c.domain == self.asker.domain
         });
-        same_claim && device::address_of(self.tx, entry.id).is_ok_and(|stored| stored == entry.address)
+        same_claim && granted.stored == entry.address
     }
 
     fn claim(&self, granted: &Granted, lasting: bool) -> Sql<()> {
         let device = granted.device.entry.id;
         let pending = (self.standing == Standing::Pending).then_some(self.context.uptime);
-        // What is firm stays firm: only a new or a pending claim is made to wait (again).
-        let sql = format!(
-            "INSERT INTO claims (created_at, device_id, instance_uuid, domain, project_id, request, state, hold, pending_since, boot_id, revision)
-             VALUES ({NOW}, ?1, ?2, ?3, ?4, ?5, 'claimed', ?6, ?7, ?8, (SELECT max(revision) FROM compute_nodes))
-             ON CONFLICT (device_id) DO UPDATE SET domain = excluded.domain, project_id = excluded.project_id, request = excluded.request,
-             hold = excluded.hold, boot_id = excluded.boot_id, revision = excluded.revision,
-             pending_since = iif(pending_since IS NULL, NULL, excluded.pending_since)
-             WHERE instance_uuid = excluded.instance_uuid"
-        );
-        self.tx.prepare_cached(&sql)?.execute(params![
+        let what = params![
             sql_id(device),
             self.asker.instance.to_string(),
             self.asker.domain,
@@ -82,8 +73,22 @@ impl Grant<'_> {
             hold_name(lasting),
             pending,
             self.context.boot_id,
-        ])?;
-        device::set_address(self.tx, device, granted.device.entry.address)?;
+        ];
+        if self.held(device).is_some() {
+            // What is firm stays firm: only a pending claim is made to wait again.
+            let sql = "UPDATE claims SET domain = ?3, project_id = ?4, request = ?5, hold = ?6, pending_since = iif(pending_since IS NULL, NULL, ?7),
+                 boot_id = ?8, revision = (SELECT max(revision) FROM compute_nodes) WHERE device_id = ?1 AND instance_uuid = ?2";
+            self.tx.prepare_cached(sql)?.execute(what)?;
+        } else {
+            let sql = format!(
+                "INSERT INTO claims (created_at, device_id, instance_uuid, domain, project_id, request, state, hold, pending_since, boot_id, revision)
+                 VALUES ({NOW}, ?1, ?2, ?3, ?4, ?5, 'claimed', ?6, ?7, ?8, (SELECT max(revision) FROM compute_nodes))"
+            );
+            self.tx.prepare_cached(&sql)?.execute(what)?;
+        }
+        if granted.stored != granted.device.entry.address {
+            device::set_address(self.tx, device, granted.device.entry.address)?;
+        }
         refresh(self.tx, device)?;
         if self.held(device).is_some() {
             return Ok(());

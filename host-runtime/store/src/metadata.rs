@@ -1,6 +1,6 @@
 //! Nova's table `instance_system_metadata`: under the key `usb_devices` what is assigned to the instance, as a JSON list.
 
-use rusqlite::{OptionalExtension, Transaction, params};
+use rusqlite::{Transaction, params};
 use serde::Serialize;
 use virt_usb_model::{BusAddress, DeviceId, InstanceId, ProductId, VendorId};
 
@@ -44,18 +44,11 @@ pub(crate) fn refresh(tx: &Transaction<'_>, instance: InstanceId) -> Sql<()> {
         return Ok(());
     }
     let value = serde_json::to_string(&assigned).unwrap_or_default();
-    let stored: Option<String> = tx
-        .prepare_cached(
-            "SELECT value FROM instance_system_metadata WHERE instance_uuid = ?1 AND key = 'usb_devices' AND deleted = 0",
-        )?
-        .query_row([&instance], |row| row.get(0))
-        .optional()?;
-    if stored.as_ref() != Some(&value) {
-        tx.prepare_cached(&format!(
-            "INSERT INTO instance_system_metadata (created_at, updated_at, instance_uuid, key, value) VALUES ({NOW}, {NOW}, ?1, 'usb_devices', ?2)
-             ON CONFLICT (instance_uuid, key) WHERE deleted = 0 DO UPDATE SET value = excluded.value, updated_at = excluded.updated_at"
-        ))?
-        .execute(params![instance, value])?;
-    }
+    tx.prepare_cached(&format!(
+        "INSERT INTO instance_system_metadata (created_at, updated_at, instance_uuid, key, value) VALUES ({NOW}, {NOW}, ?1, 'usb_devices', ?2)
+         ON CONFLICT (instance_uuid, key) WHERE deleted = 0 DO UPDATE SET value = excluded.value, updated_at = excluded.updated_at
+         WHERE value <> excluded.value"
+    ))?
+    .execute(params![instance, value])?;
     Ok(())
 }
