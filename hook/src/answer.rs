@@ -45,12 +45,11 @@ impl Answer {
     pub fn deliver(&self, mut stdout: impl Write, mut stderr: impl Write) -> io::Result<()> {
         // libvirt shows a refusal's whole stderr to the user: that is one line, the record has the rest.
         if let Some(why) = &self.refusal {
-            drop(writeln!(stderr, "virt-usb: {why}"));
+            drop(stderr.write_all(format!("virt-usb: {why}\n").as_bytes()));
             return Ok(());
         }
-        for warning in &self.warnings {
-            drop(writeln!(stderr, "virt-usb: warning: {warning}"));
-        }
+        let warnings: String = self.warnings.iter().map(|w| format!("virt-usb: warning: {w}\n")).collect();
+        drop(stderr.write_all(warnings.as_bytes()));
         match &self.xml {
             Some(xml) => stdout.write_all(xml).and_then(|()| stdout.flush()),
             None => Ok(()),

@@ -4,7 +4,7 @@ use virt_usb_domxml::Domain;
 use virt_usb_model::{DeviceId, Flavor, InstanceId, Selector};
 use virt_usb_store::adopt::{Adoption, Stage};
 use virt_usb_store::claim::{Asker, Claimed, Granted, Standing, Want};
-use virt_usb_store::{Context, Source, Store};
+use virt_usb_store::{Assignment, Context, Source, Store};
 
 use crate::answer::Answer;
 use crate::config::{Config, HoldPolicy};
@@ -100,7 +100,7 @@ impl Gate<'_> {
             domain.hostdevs.iter().filter_map(virt_usb_domxml::UsbHostdev::injected).collect();
         let wants = match self.arrived_with(&injected)? {
             Some(wants) => wants,
-            None => wants(flavor, self.config.hold, &self.store, self.asker.instance)?,
+            None => wants(flavor, self.config.hold, &self.assigned()?),
         };
         let mut guest = Guest::new(&self.config.sysfs_root, domain, flavor.usb_redirection_devices.len());
         let concerned = !wants.is_empty() || !flavor.is_empty() || !injected.is_empty();
@@ -118,6 +118,14 @@ impl Gate<'_> {
                 self.make_lasting(flavor)?;
                 rewritten(self.job, self.config, &guest, claimed_text(&granted))
             }
+        }
+    }
+
+    /// What is assigned to the instance; without a hint of it there is nothing.
+    fn assigned(&self) -> Result<Vec<Assignment>, Fault> {
+        match self.job.may_be_known(&self.config.state_dir) {
+            true => self.store.assignments(self.asker.instance).map_err(|e| Fault::of(true, e)),
+            false => Ok(Vec::new()),
         }
     }
 

@@ -3,10 +3,10 @@
 use std::path::Path;
 
 use virt_usb_domxml::FlavorSource;
-use virt_usb_model::{Flavor, InstanceId};
+use virt_usb_model::Flavor;
 use virt_usb_store::claim::Want;
 use virt_usb_store::hints::{Known, may_know};
-use virt_usb_store::{Source, Store};
+use virt_usb_store::{Assignment, Source, Store};
 
 use crate::config::HoldPolicy;
 use crate::run::Fault;
@@ -114,21 +114,15 @@ fn name(text: Option<&str>) -> Option<String> {
 
 /// The requests: the flavor's, then what operators assigned. With `hold = "instance"` an instance whose flavor
 /// is no longer to be seen keeps the requests that were made lasting then.
-pub(crate) fn wants(
-    flavor: &Flavor,
-    hold: HoldPolicy,
-    store: &Store,
-    instance: InstanceId,
-) -> Result<Vec<Want>, Fault> {
+pub(crate) fn wants(flavor: &Flavor, hold: HoldPolicy, assigned: &[Assignment]) -> Vec<Want> {
     let lasting = hold == HoldPolicy::Instance;
-    let assigned = store.assignments(instance).map_err(|e| Fault::of(true, e))?;
     let of = |source| assigned.iter().filter(move |a| a.source == source).map(|a| a.request.clone());
     let mut requests = flavor.usb_devices.clone();
     if requests.is_empty() && lasting {
         requests = of(Source::Flavor).collect();
     }
     let wants = requests.into_iter().map(|request| Want { request, lasting });
-    Ok(wants.chain(of(Source::Operator).map(|request| Want { request, lasting: true })).collect())
+    wants.chain(of(Source::Operator).map(|request| Want { request, lasting: true })).collect()
 }
 
 #[cfg(test)]

@@ -39,8 +39,8 @@ def pick(devices, wanted):
     return picked
 
 
-def child(dom, parent, name, **attributes):
-    element = dom.createElement(name)
+def child(dom, parent, tag, /, **attributes):
+    element = dom.createElement(tag)
     for key, value in attributes.items():
         element.setAttribute(key, value)
     parent.appendChild(element)

@@ -23,8 +23,8 @@ const MIGRATIONS: &[&str] = &[include_str!("../migrations/0001_initial.sql")];
 pub const SCHEMA: i64 = MIGRATIONS.len() as i64;
 
 /// Past this size of the write-ahead log whoever writes moves it into the database, in bytes. Whoever opens the database after
-/// everybody had closed it reads the whole log once: 1 MiB keeps that below a millisecond.
-const WAL_LIMIT: u64 = 1 << 20;
+/// everybody had closed it reads the whole log once: half a MiB keeps that far below a millisecond.
+const WAL_LIMIT: u64 = 1 << 19;
 
 /// What a commit must survive.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -60,7 +60,7 @@ pub(crate) fn measure(programs: &Programs, table: &mut Table) -> Result<()> {
         nothing(&alone.nothing),
         "≤ 3 ×",
     );
-    table.faster("the same rewriting in Python with minidom", claim, ("minidom", minidom), "≥ 25 × faster");
+    table.faster("the same rewriting in Python with minidom", claim, ("minidom", minidom), "≤ 1 / 25");
     table.multiple("for comparison: that Python hook", minidom, nothing(still), "");
     Ok(())
 }

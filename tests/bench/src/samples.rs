@@ -17,7 +17,7 @@ impl Samples {
         sorted.get(sorted.len() / 2).copied().unwrap_or_default()
     }
 
-    fn min(&self) -> Duration {
+    pub(crate) fn min(&self) -> Duration {
         self.0.iter().min().copied().unwrap_or_default()
     }
 }

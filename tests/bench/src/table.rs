@@ -20,7 +20,7 @@ pub(crate) struct Table {
 }
 
 impl Table {
-    /// Ours as a multiple of the yardstick.
+    /// Ours as a multiple of the yardstick, by the medians and by the least of each.
     pub(crate) fn multiple(
         &mut self,
         figure: &str,
@@ -28,20 +28,31 @@ impl Table {
         yardstick: (&str, &Samples),
         reach: &str,
     ) {
-        let ratio = ratio(ours.median(), yardstick.1.median());
-        self.row(figure, ours, &format!("{}: {}", yardstick.0, yardstick.1), &format!("{ratio:.2} ×"), reach);
+        self.compare(figure, ours, yardstick, |ours, theirs| format!("{:.2} ×", ratio(ours, theirs)), reach);
     }
 
     /// The yardstick as a multiple of ours: how much faster we are.
     pub(crate) fn faster(&mut self, figure: &str, ours: &Samples, yardstick: (&str, &Samples), reach: &str) {
-        let ratio = ratio(yardstick.1.median(), ours.median());
-        self.row(
+        self.compare(
             figure,
             ours,
-            &format!("{}: {}", yardstick.0, yardstick.1),
-            &format!("{ratio:.1} × faster"),
+            yardstick,
+            |ours, theirs| format!("1 / {:.1}", ratio(theirs, ours)),
             reach,
         );
+    }
+
+    fn compare(
+        &mut self,
+        figure: &str,
+        ours: &Samples,
+        (name, theirs): (&str, &Samples),
+        show: impl Fn(Duration, Duration) -> String,
+        reach: &str,
+    ) {
+        let ratio =
+            format!("{} (min {})", show(ours.median(), theirs.median()), show(ours.min(), theirs.min()));
+        self.row(figure, ours, &format!("{name}: {theirs}"), &ratio, reach);
     }
 
     pub(crate) fn row(

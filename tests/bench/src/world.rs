@@ -1,6 +1,5 @@
 //! A host with devices, and domains that ask for them, in a folder that goes away.
 
-use std::fmt::Write as _;
 use std::fs;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -101,13 +100,12 @@ fn simulation(count: usize, devices: Devices) -> String {
         let product = product(n, kinds);
         // One kind of them is storage.
         let class = if product == 1 { "08" } else { "ff" };
-        drop(write!(
-            text,
+        text.push_str(&format!(
             "[[device]]\nvendor = \"0529\"\nproduct = {product}\nbus = {bus}\ndevice = {number}\nport = \"{port}\"\n\
              speed = \"full\"\ninterfaces = [\"{class}\"]\nproduct_name = \"HASP key\"\n"
         ));
         if devices != Devices::Identical {
-            drop(writeln!(text, "serial = \"{}\"", serial(n)));
+            text.push_str(&format!("serial = \"{}\"\n", serial(n)));
         }
     }
     text
@@ -124,8 +122,7 @@ pub(crate) fn domain(n: usize, size: usize, metadata: &str) -> String {
     let mut xml = head;
     let mut disk = 0;
     while xml.len() + tail.len() < size {
-        drop(write!(
-            xml,
+        xml.push_str(&format!(
             "    <disk type='file' device='disk'>\n      <driver name='qemu' type='qcow2' cache='none'/>\n      \
              <source file='/var/lib/nova/instances/{disk:032x}/disk'/>\n      <target dev='vd{disk}' bus='virtio'/>\n      \
              <address type='pci' domain='0x0000' bus='0x{disk:02x}' slot='0x00' function='0x0'/>\n    </disk>\n"

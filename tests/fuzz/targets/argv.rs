@@ -15,7 +15,11 @@ fuzz_target!(|bytes: &[u8]| {
         Asked::Handle(call) => {
             assert!(arguments.len() >= 4);
             assert_eq!(call.operation != Operation::Ignored, KNOWN.contains(&call.op.as_str()), "{call:?}");
-            assert_eq!(call.operation.on_fault(false), OnFault::Open, "a domain that asks for nothing goes on");
+            assert_eq!(
+                call.operation.on_fault(false),
+                OnFault::Open,
+                "a domain that asks for nothing goes on"
+            );
             let can_refuse = matches!(call.operation, Operation::Gate | Operation::Filter(_));
             assert_eq!(call.operation.on_fault(true) == OnFault::Closed, can_refuse, "{call:?}");
             let texts: Vec<_> = arguments.iter().map(|a| a.to_string_lossy()).collect();

@@ -9,9 +9,16 @@ fuzz_target!(|xml: &[u8]| {
     let domain = match read(xml) {
         Ok(domain) => domain,
         Err(e) => {
-            assert_eq!(rewrite(xml, &additions()), Err(e.clone()), "read and rewrite agree on what a domain is");
+            assert_eq!(
+                rewrite(xml, &additions()),
+                Err(e.clone()),
+                "read and rewrite agree on what a domain is"
+            );
             let message = e.to_string();
-            assert!(message.len() < 1000 && !message.contains(['\n', '\r']), "a message is one short line: {message:?}");
+            assert!(
+                message.len() < 1000 && !message.contains(['\n', '\r']),
+                "a message is one short line: {message:?}"
+            );
             return;
         }
     };
@@ -25,11 +32,20 @@ fuzz_target!(|xml: &[u8]| {
 
 fn hostdev(id: u64, product: u16) -> Hostdev {
     let (id, address) = (DeviceId::new(id), BusAddress::new(3, 17));
-    Hostdev { id: id.expect("an id"), usb: UsbId::new(0x0529, product), address: address.expect("an address") }
+    Hostdev {
+        id: id.expect("an id"),
+        usb: UsbId::new(0x0529, product),
+        address: address.expect("an address"),
+    }
 }
 
 fn additions() -> Edits {
-    Edits { hostdevs: vec![hostdev(5, 1), hostdev(7, 0x3e9)], redirdevs: vec![0, 1], controller: true, ..Edits::default() }
+    Edits {
+        hostdevs: vec![hostdev(5, 1), hostdev(7, 0x3e9)],
+        redirdevs: vec![0, 1],
+        controller: true,
+        ..Edits::default()
+    }
 }
 
 /// Rewrites, and checks that the result can be read and that rewriting it again changes nothing.
@@ -65,12 +81,16 @@ fn adds(xml: &[u8], before: &Domain) {
 
 fn relocates(xml: &[u8], before: &Domain) {
     let to = |at: usize| hostdev(100 + at as u64, at as u16);
-    let edits = Edits { relocate: (0..before.hostdevs.len()).map(|at| (at, to(at))).collect(), ..Edits::default() };
+    let edits =
+        Edits { relocate: (0..before.hostdevs.len()).map(|at| (at, to(at))).collect(), ..Edits::default() };
     let Some((_, domain)) = rewritten(xml, &edits) else { return };
     assert_eq!(domain.hostdevs.len(), before.hostdevs.len(), "a filter may not change the number of devices");
     for (at, hostdev) in domain.hostdevs.iter().enumerate() {
         let to = to(at);
-        assert_eq!((hostdev.usb, hostdev.address, hostdev.injected()), (Some(to.usb), Some(to.address), Some(to.id)));
+        assert_eq!(
+            (hostdev.usb, hostdev.address, hostdev.injected()),
+            (Some(to.usb), Some(to.address), Some(to.id))
+        );
         assert!(!hostdev.has_startup_policy);
     }
     assert_eq!((&domain.name, domain.uuid, &domain.flavor), (&before.name, before.uuid, &before.flavor));

@@ -41,7 +41,10 @@ fn checked(read: Result<Flavor, ParseError>) -> Option<Flavor> {
         }
         Err(e) => {
             let message = e.to_string();
-            assert!(message.len() < 2000 && !message.contains(char::is_control), "one short line: {message:?}");
+            assert!(
+                message.len() < 2000 && !message.contains(char::is_control),
+                "one short line: {message:?}"
+            );
             None
         }
     }

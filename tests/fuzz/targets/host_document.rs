@@ -8,7 +8,11 @@ fuzz_target!(|text: &str| {
     match HostDocument::parse(text) {
         Ok(document) => {
             let written = serde_json::to_string(&document).expect("a document can be written");
-            assert_eq!(HostDocument::parse(&written).as_ref(), Ok(&document), "what it writes, it reads: {written}");
+            assert_eq!(
+                HostDocument::parse(&written).as_ref(),
+                Ok(&document),
+                "what it writes, it reads: {written}"
+            );
             assert!(document.devices.iter().all(|d| d.state().is_ok()), "every state has a name");
         }
         Err(e) => assert!(!e.to_string().contains('\n'), "one line: {e}"),

@@ -10,7 +10,8 @@ fuzz_target!(|text: &str| {
     match Simulated::parse(text) {
         Ok(simulated) => {
             let seen = simulated.snapshot();
-            let ports: BTreeSet<_> = seen.devices.iter().chain(&seen.hubs).map(|d| d.key.port.clone()).collect();
+            let ports: BTreeSet<_> =
+                seen.devices.iter().chain(&seen.hubs).map(|d| d.key.port.clone()).collect();
             assert_eq!(ports.len(), seen.devices.len() + seen.hubs.len(), "a port holds one device");
             assert!(seen.devices.iter().all(|d| !d.is_hub()), "a hub is never offered");
             assert_eq!(simulated.snapshot(), seen);

@@ -105,9 +105,9 @@ fn the_log_stays_small_without_an_agent() {
         cut |= last < largest;
         largest = largest.max(last);
     }
-    assert!(largest > 1 << 20, "{largest}: the limit was reached");
-    assert!(largest < 2 << 20, "{largest}");
-    assert!(cut, "a log that stays past the limit would be folded by every call");
+    assert!(largest > 1 << 18, "{largest}: it grew");
+    assert!(largest < 1 << 20, "{largest}");
+    assert!(cut, "past the limit it starts anew");
     assert_sound(&hook(dir.path()).unwrap());
     hook(dir.path()).unwrap().fold_wal().unwrap();
     assert_eq!(fs::metadata(&log).unwrap().len(), 0);
