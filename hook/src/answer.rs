@@ -57,7 +57,17 @@ impl Answer {
     }
 }
 
-/// Messages are one line, and harmless to a terminal: names come from outsiders.
+/// The longest message, in bytes: libvirt shows about a thousand, its own words included.
+const LONGEST: usize = 760;
+
+/// Messages are one line, harmless to a terminal, and short enough to be shown whole: names come from outsiders. What is too long
+/// loses its middle: the end says what to do.
 fn one_line(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
+    let clean: String = text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
+    if clean.len() <= LONGEST {
+        return clean;
+    }
+    let head = clean.floor_char_boundary(LONGEST * 2 / 3);
+    let tail = clean.ceil_char_boundary(clean.len() - LONGEST / 3 + 4);
+    format!("{}…{}", &clean[..head], &clean[tail..])
 }

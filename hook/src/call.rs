@@ -119,31 +119,32 @@ stderr), 2 wrong arguments. The rewritten XML, where there is one, is on stdout.
 
 /// Reads the arguments after the program's name. Bytes that are not UTF-8 are replaced; more arguments than four are passed over,
 /// because a later libvirt may send them.
+///
+/// A domain may have any name, `--help` too, and libvirt puts it first: four arguments are always a call. Only people give
+/// fewer, or `--config FILE` before the four.
 pub fn parse(arguments: impl Iterator<Item = OsString>) -> Asked {
-    let mut arguments = arguments.map(|a| a.to_string_lossy().into_owned()).peekable();
-    let mut config = None;
-    while let Some(option) = arguments.next_if(|a| a.starts_with("--")) {
-        match option.as_str() {
-            "--help" => return Asked::Help,
-            "--version" => return Asked::Version,
-            "--config" => match arguments.next() {
-                Some(file) => config = Some(file.into()),
-                None => return Asked::Wrong("--config needs a file".into()),
-            },
-            "--" => break,
-            other => match other.strip_prefix("--config=") {
-                Some(file) => config = Some(file.into()),
-                None => return Asked::Wrong(format!("unknown option {other}")),
-            },
+    let arguments: Vec<String> = arguments.map(|a| a.to_string_lossy().into_owned()).collect();
+    let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    match words.as_slice() {
+        ["--config", file, name, op, _, extra, ..] => handle(Some(file), name, op, extra),
+        [option, name, op, _, extra, ..] if option.starts_with("--config=") => {
+            handle(option.strip_prefix("--config="), name, op, extra)
         }
+        [name, op, _, extra, ..] => handle(None, name, op, extra),
+        ["--help"] => Asked::Help,
+        ["--version"] => Asked::Version,
+        _ => Asked::Wrong("four arguments are needed: NAME OPERATION SUBOPERATION EXTRA, and --config FILE may stand before them".into()),
     }
-    let (Some(name), Some(op), Some(_), Some(extra)) =
-        (arguments.next(), arguments.next(), arguments.next(), arguments.next())
-    else {
-        return Asked::Wrong("four arguments are needed: NAME OPERATION SUBOPERATION EXTRA".into());
-    };
-    let operation = Operation::parse(&op, &extra);
-    Asked::Handle(Call { config, name, op, operation })
+}
+
+fn handle(config: Option<&str>, name: &str, op: &str, extra: &str) -> Asked {
+    let operation = Operation::parse(op, extra);
+    Asked::Handle(Call {
+        config: config.map(Into::into),
+        name: name.to_owned(),
+        op: op.to_owned(),
+        operation,
+    })
 }
 
 #[cfg(test)]
@@ -158,11 +159,24 @@ mod tests {
     fn libvirts_calls() {
         let Asked::Handle(call) = args(&["g1", "release", "end", "destroyed"]) else { panic!() };
         assert_eq!(call.operation, Operation::Notice(Happened::Released { reason: "destroyed".into() }));
-        let Asked::Handle(call) = args(&["--config", "/c", "--g", "prepare", "begin", "-"]) else {
-            assert!(matches!(args(&["--config", "/c", "--g", "prepare", "begin", "-"]), Asked::Wrong(_)));
-            return;
-        };
-        panic!("{call:?}");
+    }
+
+    #[test]
+    fn a_domain_may_have_any_name() {
+        for name in ["--x", "--help", "--version", "--config", "--config=/nope", "--", "-", ""] {
+            for op in ["prepare", "restore", "reconnect", "teleport"] {
+                let Asked::Handle(call) = args(&[name, op, "begin", "-"]) else { panic!("{name} {op}") };
+                assert_eq!((call.name.as_str(), call.op.as_str(), &call.config), (name, op, &None));
+            }
+            let Asked::Handle(call) = args(&["--config", "/c", name, "prepare", "begin", "-"]) else {
+                panic!("{name}")
+            };
+            assert_eq!((call.name.as_str(), call.config), (name, Some("/c".into())));
+            let Asked::Handle(call) = args(&["--config=/c", name, "prepare", "begin", "-"]) else {
+                panic!("{name}")
+            };
+            assert_eq!((call.name.as_str(), call.config), (name, Some("/c".into())));
+        }
     }
 
     #[test]
@@ -176,10 +190,8 @@ mod tests {
     fn what_is_missing_is_said() {
         assert!(matches!(args(&["g1", "prepare"]), Asked::Wrong(_)));
         assert!(matches!(args(&["--config"]), Asked::Wrong(_)));
+        assert!(matches!(args(&[]), Asked::Wrong(_)));
         assert_eq!(args(&["--help"]), Asked::Help);
-        assert_eq!(args(&["--config=/x", "--version"]), Asked::Version);
-        assert!(
-            matches!(args(&["--", "--odd", "start", "begin", "-"]), Asked::Handle(c) if c.name == "--odd")
-        );
+        assert_eq!(args(&["--version"]), Asked::Version);
     }
 }

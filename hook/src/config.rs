@@ -3,12 +3,15 @@
 //! An unknown key is an error that names the nearest known one: a misspelt `usb_white_list_switch` must not leave
 //! the whitelist off in silence. `install/config.toml` explains every key; a test reads it with this module.
 
-use std::io;
+use std::io::{self, Read};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 use virt_usb_model::Whitelist;
 
+/// The largest configuration read, in bytes.
+const MAX_CONFIG: u64 = 1 << 20;
 /// Where the configuration is looked for when `--config` does not say.
 pub const DEFAULT_PATH: &str = "/etc/virt-usb/config.toml";
 
@@ -110,7 +113,7 @@ impl Config {
     /// When the file is named and missing, cannot be read, or is wrong anywhere.
     pub fn load(path: Option<&Path>) -> Result<Self, ConfigError> {
         let file = path.unwrap_or(Path::new(DEFAULT_PATH));
-        match std::fs::read_to_string(file) {
+        match read_bounded(file) {
             Ok(text) => Self::parse(&text).map_err(|what| ConfigError::Wrong { path: file.into(), what }),
             Err(e) if e.kind() == io::ErrorKind::NotFound && path.is_none() => Ok(Self::default()),
             Err(why) => Err(ConfigError::Read { path: file.into(), why }),
@@ -139,8 +142,9 @@ impl Config {
         };
         let (switch, listed, other) =
             (json("usb_white_list_switch")?, json("usb_passthrough_whitelist")?, json("usb_white_list")?);
-        let whitelist =
-            Whitelist::parse(switch.as_ref(), listed.or(other).as_ref()).map_err(|e| e.to_string())?;
+        let named = if other.is_some() { "usb_white_list" } else { "usb_passthrough_whitelist" };
+        let whitelist = Whitelist::parse(switch.as_ref(), listed.or(other).as_ref())
+            .map_err(|e| e.to_string().replacen("usb_passthrough_whitelist", named, 1))?;
         let default = Self::default();
         Ok(Self {
             state_dir: absolute("state_dir", raw.state_dir, default.state_dir)?,
@@ -158,6 +162,20 @@ impl Config {
     pub fn database(&self) -> PathBuf {
         self.state_dir.join(virt_usb_store::FILE_NAME)
     }
+}
+
+/// The file's text. Whatever stands in its place: nothing is waited for, and nothing without end is read.
+fn read_bounded(file: &Path) -> io::Result<String> {
+    let careful = std::fs::OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(file)?;
+    if !careful.metadata()?.is_file() {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is no regular file"));
+    }
+    let mut text = String::new();
+    careful.take(MAX_CONFIG + 1).read_to_string(&mut text)?;
+    if text.len() as u64 > MAX_CONFIG {
+        return Err(io::Error::new(io::ErrorKind::FileTooLarge, "it is larger than 1 MiB"));
+    }
+    Ok(text)
 }
 
 /// What serde reads; the whitelist's keys are read by the model.
@@ -256,6 +274,20 @@ mod tests {
     }
 
     #[test]
+    fn what_is_no_file_or_has_no_end_is_not_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("config.toml");
+        assert!(std::process::Command::new("mkfifo").arg(&file).status().unwrap().success());
+        assert!(Config::load(Some(&file)).unwrap_err().to_string().contains("no regular file"));
+        assert!(
+            Config::load(Some(Path::new("/dev/zero"))).unwrap_err().to_string().contains("no regular file")
+        );
+        std::fs::remove_file(&file).unwrap();
+        std::fs::File::create(&file).unwrap().set_len(MAX_CONFIG + 1).unwrap();
+        assert!(Config::load(Some(&file)).unwrap_err().to_string().contains("larger than 1 MiB"));
+    }
+
+    #[test]
     fn errors_name_the_key() {
         let error = |text: &str| Config::parse(text).unwrap_err();
         assert_eq!(
@@ -268,7 +300,7 @@ mod tests {
         );
         assert!(error("state_dir = 'x'").contains("state_dir: x is not an absolute path"));
         assert!(error("\n\nhold = 'ever'").contains("line 3"), "{}", error("\n\nhold = 'ever'"));
-        assert!(error("usb_white_list = [{vendor='zz'}]").contains("[0].vendor"));
+        assert!(error("usb_white_list = [{vendor='zz'}]").starts_with("usb_white_list[0].vendor"));
         assert!(error("log = 'syslog'").starts_with("log: found"));
         assert!(error("hold = ").starts_with("line 1"));
     }

@@ -34,7 +34,7 @@ pub(crate) fn incoming(job: &Job<'_>, how: Incoming) -> Result<Answer, Fault> {
         .ok_or_else(|| Fault::of(concerned, "its XML has no <uuid>, by which devices are claimed"))?;
     let (store, context) = open(config, &job.call.op, concerned)?;
     let asker = asker(domain, instance);
-    Arrival { job, config, store, context, asker }.settle(how)
+    Arrival { job, config, store, context, asker, concerned }.settle(how)
 }
 
 /// A guest that comes in with devices.
@@ -44,11 +44,12 @@ struct Arrival<'a> {
     store: Store,
     context: Context,
     asker: Asker,
+    concerned: bool,
 }
 
 impl Arrival<'_> {
     fn settle(mut self, how: Incoming) -> Result<Answer, Fault> {
-        let known = self.store.all_devices().map_err(|e| Fault::of(true, e))?;
+        let known = self.store.all_devices().map_err(|e| Fault::of(self.concerned, e))?;
         let mut refusal = String::new();
         for &choice in choices(self.config, how) {
             let places = match self.places(choice, &known) {
@@ -67,7 +68,7 @@ impl Arrival<'_> {
             let claimed = self
                 .store
                 .claim(&self.asker, &wants, &[], Standing::Pending, &mut ports, &self.context)
-                .map_err(|e| Fault::of(true, e))?;
+                .map_err(|e| Fault::of(self.concerned, e))?;
             match claimed {
                 Claimed::Granted(granted) => return relocated(self.job, &places, &granted),
                 Claimed::Unfit(why) => return Ok(Answer::refused(format!("{} {why}", self.asker.domain))),
@@ -116,7 +117,10 @@ impl Arrival<'_> {
     /// The device that the guest had: by our alias, or, in a hostdev that somebody wrote, the one of its kind that is at its address,
     /// or the only one of its kind. Which of several twins it was cannot be known.
     fn same(&self, hostdev: &UsbHostdev, known: &[Record]) -> Result<Option<DeviceId>, String> {
-        if let Some(id) = hostdev.injected() {
+        // An alias from another host, or from an inventory that was begun anew, may name another device here.
+        let differs =
+            |id| hostdev.usb.is_some_and(|usb| known.iter().any(|r| r.entry.id == id && r.usb() != usb));
+        if let Some(id) = hostdev.injected().filter(|id| !differs(*id)) {
             return Ok(Some(id));
         }
         let Some(usb) = hostdev.usb else { return Ok(None) };
@@ -126,6 +130,10 @@ impl Arrival<'_> {
             |r: &&&Record| matches!(ports.verify(r), Verified::Here(now) if hostdev.address == Some(now));
         match (twins.iter().find(&mut at_address), twins.as_slice()) {
             (Some(device), _) | (None, [device]) => Ok(Some(device.entry.id)),
+            (None, []) if hostdev.injected().is_some() => Err(format!(
+                "{} comes with a USB device {usb}, and this host has no such device: plug it in, and run 'virt-usb discover'",
+                self.asker.domain
+            )),
             (None, []) => Ok(None),
             (None, several) => Err(format!(
                 "{} comes with a USB device {usb}, of which this host has {}, none at the address that it had: which one was the guest's cannot be told. \

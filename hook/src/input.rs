@@ -41,9 +41,18 @@ pub fn mentions_us(xml: &[u8]) -> bool {
         b"usb_redirection_devices",
         b"ua-usb-",
     ];
-    // Every mark begins with u: one pass.
-    let starts = xml.iter().enumerate().filter(|(_, byte)| **byte == b'u').map(|(at, _)| &xml[at..]);
-    starts.into_iter().any(|rest| MARKS.iter().any(|mark| rest.starts_with(mark)))
+    holds_any(xml, b'u', &MARKS)
+}
+
+/// Whether XML that cannot be parsed seems to hold a hostdev: a filter then must not let it pass.
+pub fn mentions_hostdevs(xml: &[u8]) -> bool {
+    holds_any(xml, b'<', &[b"<hostdev"])
+}
+
+/// One pass for marks that begin with the same byte.
+fn holds_any(xml: &[u8], first: u8, marks: &[&[u8]]) -> bool {
+    let mut starts = xml.iter().enumerate().filter(|(_, byte)| **byte == first).map(|(at, _)| &xml[at..]);
+    starts.any(|rest| marks.iter().any(|mark| rest.starts_with(mark)))
 }
 
 #[cfg(test)]

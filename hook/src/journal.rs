@@ -32,8 +32,12 @@ pub fn record(log: &Log, call: &Call, instance: Option<&str>, answer: &Answer, t
                 .collect();
             let line = format!("{}\n", serde_json::Value::Object(object));
             let careful = libc::O_NOFOLLOW | libc::O_NONBLOCK;
-            let file =
-                std::fs::OpenOptions::new().append(true).create(true).mode(0o640).custom_flags(careful).open(path);
+            let file = std::fs::OpenOptions::new()
+                .append(true)
+                .create(true)
+                .mode(0o640)
+                .custom_flags(careful)
+                .open(path);
             drop(file.and_then(|mut f| f.write_all(line.as_bytes())));
         }
     }
@@ -102,7 +106,12 @@ mod tests {
     use crate::call::Operation;
 
     fn call() -> Call {
-        Call { config: None, name: "erp\nMESSAGE=forged".into(), op: "prepare".into(), operation: Operation::Gate }
+        Call {
+            config: None,
+            name: "erp\nMESSAGE=forged".into(),
+            op: "prepare".into(),
+            operation: Operation::Gate,
+        }
     }
 
     #[test]
@@ -112,7 +121,11 @@ mod tests {
         let journal = UnixDatagram::bind(&socket).unwrap();
         let answer = Answer::refused("no key").warn("and more");
         let micros = 1234;
-        to_journal(&socket, &fields(&call(), Some("uuid"), &answer, &message(&call(), &answer), &micros.to_string())).unwrap();
+        to_journal(
+            &socket,
+            &fields(&call(), Some("uuid"), &answer, &message(&call(), &answer), &micros.to_string()),
+        )
+        .unwrap();
         let mut datagram = [0; 1024];
         let length = journal.recv(&mut datagram).unwrap();
         assert_eq!(
@@ -128,12 +141,21 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("log");
         for _ in 0..2 {
-            record(&Log::File(file.clone()), &call(), None, &Answer::unchanged("claimed 5"), Duration::from_micros(7));
+            record(
+                &Log::File(file.clone()),
+                &call(),
+                None,
+                &Answer::unchanged("claimed 5"),
+                Duration::from_micros(7),
+            );
         }
         let text = std::fs::read_to_string(&file).unwrap();
         for line in text.lines() {
             let object: serde_json::Value = serde_json::from_str(line).unwrap();
-            assert_eq!((&object["outcome"], &object["duration_us"], &object["priority"]), (&"claimed 5".into(), &7.into(), &"6".into()));
+            assert_eq!(
+                (&object["outcome"], &object["duration_us"], &object["priority"]),
+                (&"claimed 5".into(), &7.into(), &"6".into())
+            );
         }
         assert_eq!(text.lines().count(), 2);
         let link = dir.path().join("link");

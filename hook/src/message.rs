@@ -15,11 +15,11 @@ const SHOWN: usize = 3;
 
 /// All requests that cannot be served, each with what there is.
 pub(crate) fn shortages(asker: &Asker, short: &[Shortage]) -> String {
-    let each = short.iter().map(|s| {
-        let asked = format!("{} asks for usb_devices[{}] {}", asker.domain, s.number, s.request);
+    first(short, |s| {
+        let asked =
+            format!("{} asks for usb_devices[{}] {}", asker.domain, s.number, brief(&s.request.to_string()));
         shortage(&asked, asker.project.is_some(), s)
-    });
-    each.collect::<Vec<_>>().join(" / ")
+    })
 }
 
 /// The same for a guest that comes in with devices; `what` names the device of each place.
@@ -28,10 +28,25 @@ pub(crate) fn shortages_of_incoming(
     short: &[Shortage],
     what: impl Fn(usize) -> String,
 ) -> String {
-    let each = short.iter().map(|s| {
+    first(short, |s| {
         shortage(&format!("{} comes with {}", asker.domain, what(s.number)), asker.project.is_some(), s)
-    });
-    each.collect::<Vec<_>>().join(" / ")
+    })
+}
+
+/// The first of them: libvirt cuts what it shows at about a thousand bytes, and one reason is enough to refuse.
+fn first(short: &[Shortage], text: impl Fn(&Shortage) -> String) -> String {
+    let more = short.len().saturating_sub(1);
+    let others =
+        if more == 0 { String::new() } else { format!(" ({more} more of its requests cannot be served)") };
+    short.first().map_or_else(String::new, |s| format!("{}{others}", text(s)))
+}
+
+/// Text of the domain's, cut to what a message can bear.
+fn brief(text: &str) -> String {
+    match text.char_indices().nth(120) {
+        Some((cut, _)) => format!("{}…", &text[..cut]),
+        None => text.to_owned(),
+    }
 }
 
 /// What was asked for and cannot be had, and what there is.

@@ -18,26 +18,27 @@ pub(crate) fn prepare(job: &Job<'_>) -> Result<Answer, Fault> {
     let state_dir = job.state_dir();
     let wish = Wish::read(&job.domain.flavor, &state_dir)?;
     let known = job.may_be_known(&state_dir);
-    let by_hand = !job.domain.hostdevs.is_empty();
-    if !(wish.is_certain() || wish.needs_store() || known || by_hand) {
+    let hostdevs = &job.domain.hostdevs;
+    if !(wish.is_certain() || wish.needs_store() || known || !hostdevs.is_empty()) {
         return Ok(Answer::unchanged(NOTHING));
     }
-    let concerned = wish.is_certain() || wish.needs_store() || known;
+    // Only a domain that surely asks for a device, or has one of ours, is refused when we fail.
+    let injected = hostdevs.iter().any(|h| h.injected().is_some());
+    let concerned = wish.is_certain() || injected || job.is_assigned(&state_dir);
     let config = job.config(concerned)?;
-    if !(wish.needs_store() || known || by_hand) {
+    if !(wish.needs_store() || known || !hostdevs.is_empty()) {
         return redirections_only(job, config, wish);
     }
-    let instance = job
-        .domain
-        .uuid
-        .ok_or_else(|| Fault::of(concerned, "its XML has no <uuid>, by which devices are claimed"))?;
+    let no_uuid = || Fault::of(concerned, "its XML has no <uuid>, by which devices are claimed");
+    let instance = job.domain.uuid.ok_or_else(no_uuid)?;
     let asker = asker(job.domain, instance);
     let (store, context) = open(config, &job.call.op, concerned)?;
-    let mut gate = Gate { job, config, store, context, asker };
-    if let Some(refusal) = gate.take_over_by_hand(concerned)? {
+    let mut gate = Gate { job, config, store, context, asker, concerned };
+    if let Some(refusal) = gate.take_over_by_hand()? {
         return Ok(refusal);
     }
     let flavor = wish.resolve(&gate.store)?;
+    gate.concerned |= !flavor.is_empty();
     let answer = gate.claim(&flavor)?;
     gate.store.leave();
     Ok(answer)
@@ -64,12 +65,14 @@ struct Gate<'a> {
     store: Store,
     context: Context,
     asker: Asker,
+    /// Whether the domain surely asks for a device.
+    concerned: bool,
 }
 
 impl Gate<'_> {
     /// Hostdevs that somebody wrote into the domain are claimed for it too, so that nobody else is given them. What another
     /// instance holds refuses the start.
-    fn take_over_by_hand(&mut self, concerned: bool) -> Result<Option<Answer>, Fault> {
+    fn take_over_by_hand(&mut self) -> Result<Option<Answer>, Fault> {
         let holdings: Vec<_> =
             self.job.domain.hostdevs.iter().filter(|h| h.injected().is_none()).map(holding).collect();
         if holdings.is_empty() {
@@ -79,7 +82,7 @@ impl Gate<'_> {
         let adopted = self
             .store
             .adopt(&self.asker, &holdings, Stage::Starting, &mut ports, &self.context)
-            .map_err(|e| Fault::of(concerned, e))?;
+            .map_err(|e| Fault::of(self.concerned, e))?;
         let held = adopted.into_iter().find_map(|a| match a {
             Adoption::HeldBy(device, claim) => Some(Answer::refused(format!(
                 "{} has a <hostdev> for {} in its own XML, and {} ({}) holds it since {}: take the <hostdev> out, or stop that guest",
@@ -103,14 +106,14 @@ impl Gate<'_> {
             None => wants(flavor, self.config.hold, &self.assigned()?),
         };
         let mut guest = Guest::new(&self.config.sysfs_root, domain, flavor.usb_redirection_devices.len());
-        let concerned = !wants.is_empty() || !flavor.is_empty() || !injected.is_empty();
-        if !concerned && !self.job.may_be_known(&self.config.state_dir) {
+        self.concerned |= !wants.is_empty();
+        if !self.concerned && !self.job.may_be_known(&self.config.state_dir) {
             return Ok(Answer::unchanged(NOTHING));
         }
         let claimed = self
             .store
             .claim(&self.asker, &wants, &injected, Standing::Firm, &mut guest, &self.context)
-            .map_err(|e| Fault::of(concerned, e))?;
+            .map_err(|e| Fault::of(self.concerned, e))?;
         match claimed {
             Claimed::Short(short) => Ok(Answer::refused(message::shortages(&self.asker, &short))),
             Claimed::Unfit(why) => Ok(Answer::refused(format!("{} {why}", domain.name))),
@@ -124,7 +127,7 @@ impl Gate<'_> {
     /// What is assigned to the instance; without a hint of it there is nothing.
     fn assigned(&self) -> Result<Vec<Assignment>, Fault> {
         match self.job.may_be_known(&self.config.state_dir) {
-            true => self.store.assignments(self.asker.instance).map_err(|e| Fault::of(true, e)),
+            true => self.store.assignments(self.asker.instance).map_err(|e| Fault::of(self.concerned, e)),
             false => Ok(Vec::new()),
         }
     }
@@ -135,7 +138,7 @@ impl Gate<'_> {
         if injected.is_empty() {
             return Ok(None);
         }
-        let claims = self.store.claims().map_err(|e| Fault::of(true, e))?;
+        let claims = self.store.claims().map_err(|e| Fault::of(self.concerned, e))?;
         let pending = claims.iter().any(|c| c.instance_uuid == self.asker.instance && c.pending);
         let lasting = self.config.hold == HoldPolicy::Instance;
         let exactly = |id: &DeviceId| Want { request: only(*id), lasting };
@@ -152,7 +155,7 @@ impl Gate<'_> {
         self.store
             .assign(&self.asker, Source::Flavor, requests, &self.context)
             .map(drop)
-            .map_err(|e| Fault::of(true, e))
+            .map_err(|e| Fault::of(self.concerned, e))
     }
 }
 
@@ -171,7 +174,9 @@ fn claimed_text(granted: &[Granted]) -> String {
 
 /// The answer with the XML that the plan leads to.
 fn rewritten(job: &Job<'_>, config: &Config, guest: &Guest<'_>, did: String) -> Result<Answer, Fault> {
-    let xml = job.document.rewrite(&guest.edits)
+    let xml = job
+        .document
+        .rewrite(&guest.edits)
         .map_err(|e| Fault::of(true, format!("cannot write the devices into the domain XML: {e}")))?;
     let mut answer = Answer { xml, did, ..Answer::default() };
     if job.domain.hostdevs.iter().any(|h| h.has_startup_policy) {

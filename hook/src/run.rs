@@ -5,6 +5,7 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use virt_usb_domxml::{Document, Domain, Text, XmlError};
+use virt_usb_store::hints::{Hint, Known, look, may_know};
 
 use crate::answer::Answer;
 use crate::call::{self, Asked, Call, Happened, OnFault, Operation};
@@ -47,7 +48,8 @@ pub fn main() -> ExitCode {
         Asked::Handle(call) => {
             let handled = handle(&call, input::read(std::io::stdin().lock()));
             let delivered = handled.answer.deliver(&mut stdout, &mut stderr);
-            let lost = delivered.is_err() && matches!(call.operation, Operation::Filter(_));
+            // Half of an XML must not be taken for all of it.
+            let lost = delivered.is_err() && handled.answer.xml.is_some();
             journal::record(
                 &handled.log,
                 &call,
@@ -82,12 +84,17 @@ pub fn handle(call: &Call, input: Input) -> Handled {
     if call.operation == Operation::Ignored {
         return Handled { answer: Answer::unchanged(NOTHING), log, instance: None };
     }
-    let failed = |fault: &Fault| Handled { answer: answer_fault(call, fault), log: log.clone(), instance: None };
+    let failed =
+        |fault: &Fault| Handled { answer: answer_fault(call, fault), log: log.clone(), instance: None };
     let xml = match whole(input) {
         Ok(xml) => xml,
         Err(fault) => return failed(&fault),
     };
-    let unreadable = |e: XmlError| Fault::of(input::mentions_us(&xml), format!("cannot read the domain XML: {e}"));
+    let filter = matches!(call.operation, Operation::Filter(_));
+    let unreadable = |e: XmlError| {
+        let concerned = input::mentions_us(&xml) || (filter && input::mentions_hostdevs(&xml));
+        Fault::of(concerned, format!("cannot read the domain XML: {e}"))
+    };
     let text = match Text::new(&xml).map_err(unreadable) {
         Ok(text) => text,
         Err(fault) => return failed(&fault),
@@ -156,10 +163,14 @@ impl Job<'_> {
         self.config.as_ref().map_or_else(|_| Config::default().state_dir, |c| c.state_dir.clone())
     }
 
-    /// Whether the database may know this instance.
+    /// Whether the database is worth asking about this instance.
     pub(crate) fn may_be_known(&self, state_dir: &Path) -> bool {
-        self.domain.uuid.is_some_and(|id| {
-            virt_usb_store::hints::may_know(state_dir, virt_usb_store::hints::Known::Instance(id))
-        })
+        let known = |id| may_know(state_dir, Known::Instance(id)) || may_know(state_dir, Known::Assigned(id));
+        self.domain.uuid.is_some_and(known)
+    }
+
+    /// Whether something is surely assigned to this instance.
+    pub(crate) fn is_assigned(&self, state_dir: &Path) -> bool {
+        self.domain.uuid.is_some_and(|id| look(state_dir, Known::Assigned(id)) == Hint::Yes)
     }
 }

@@ -71,7 +71,9 @@ pub fn attribute(dir: &Path, name: &str) -> Result<Option<String>, SysfsError> {
     let mut page = [0; 4096];
     let read = std::fs::File::open(&path).and_then(|mut file| file.read(&mut page));
     match read {
-        Ok(length) => Ok(Some(String::from_utf8_lossy(page.get(..length).unwrap_or_default()).trim_end_matches('\n').to_owned())),
+        Ok(length) => Ok(Some(
+            String::from_utf8_lossy(page.get(..length).unwrap_or_default()).trim_end_matches('\n').to_owned(),
+        )),
         Err(e) if is_absent(&e) => Ok(None),
         Err(e) => Err(SysfsError { path, reason: e.to_string() }),
     }

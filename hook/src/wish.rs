@@ -5,7 +5,7 @@ use std::path::Path;
 use virt_usb_domxml::FlavorSource;
 use virt_usb_model::Flavor;
 use virt_usb_store::claim::Want;
-use virt_usb_store::hints::{Known, may_know};
+use virt_usb_store::hints::{Hint, Known, look};
 use virt_usb_store::{Assignment, Source, Store};
 
 use crate::config::HoldPolicy;
@@ -20,8 +20,8 @@ pub(crate) enum Wish {
     Flavor(Flavor),
     /// What the stored flavors of these names say: one for the devices, one for the redirections. They must exist.
     Stored { devices: Part, redirection: Part },
-    /// What the stored flavor of this name says, if there is one.
-    MaybeStored(String),
+    /// What the stored flavor of this name says, if there is one. `sure`: there is, or was a moment ago.
+    MaybeStored { name: String, sure: bool },
 }
 
 /// One of a flavor's two lists.
@@ -39,10 +39,10 @@ impl Wish {
         };
         Ok(match source {
             FlavorSource::None => Self::Nothing,
-            FlavorSource::Named(name) if may_know(state_dir, Known::Flavor(name)) => {
-                Self::MaybeStored(name.clone())
-            }
-            FlavorSource::Named(_) => Self::Nothing,
+            FlavorSource::Named(name) => match look(state_dir, Known::Flavor(name)) {
+                Hint::No => Self::Nothing,
+                hint => Self::MaybeStored { name: name.clone(), sure: hint == Hint::Yes },
+            },
             FlavorSource::Metadata(text) => match name(Some(text)) {
                 Some(name) => {
                     Self::Stored { devices: Part::Named(name.clone()), redirection: Part::Named(name) }
@@ -71,7 +71,7 @@ impl Wish {
 
     /// Whether the domain surely asks for something.
     pub(crate) const fn is_certain(&self) -> bool {
-        matches!(self, Self::Flavor(_) | Self::Stored { .. })
+        matches!(self, Self::Flavor(_) | Self::Stored { .. } | Self::MaybeStored { sure: true, .. })
     }
 
     /// Whether the store is needed to know or to get what is asked for.
@@ -79,18 +79,22 @@ impl Wish {
         match self {
             Self::Nothing => false,
             Self::Flavor(flavor) => !flavor.usb_devices.is_empty(),
-            Self::Stored { .. } | Self::MaybeStored(_) => true,
+            Self::Stored { .. } | Self::MaybeStored { .. } => true,
         }
     }
 
     /// The flavor, with the stored ones looked up.
     pub(crate) fn resolve(self, store: &Store) -> Result<Flavor, Fault> {
-        let look =
-            |name: &str| store.flavor(name).map(|f| f.map(|f| f.flavor)).map_err(|e| Fault::of(true, e));
+        let concerned = self.is_certain();
+        let stored =
+            |name: &str| store.flavor(name).map(|f| f.map(|f| f.flavor)).map_err(|e| Fault::of(concerned, e));
         let must = |part: Part| {
             match part {
             Part::Given(flavor) => Ok(flavor),
-            Part::Named(name) => look(&name)?.ok_or_else(|| {
+            Part::Named(name) if name.is_empty() => {
+                Err(Fault::of(true, "it names a stored flavor with @, and no name follows: write @NAME"))
+            }
+            Part::Named(name) => stored(&name)?.ok_or_else(|| {
                 Fault::of(true, format!("it names the flavor @{name}, which this host does not know: 'virt-usb flavor list' shows those it does, 'virt-usb flavor set {name} JSON' stores it"))
             }),
         }
@@ -98,7 +102,7 @@ impl Wish {
         Ok(match self {
             Self::Nothing => Flavor::default(),
             Self::Flavor(flavor) => flavor,
-            Self::MaybeStored(name) => look(&name)?.unwrap_or_default(),
+            Self::MaybeStored { name, .. } => stored(&name)?.unwrap_or_default(),
             Self::Stored { devices, redirection } => Flavor {
                 usb_devices: must(devices)?.usb_devices,
                 usb_redirection_devices: must(redirection)?.usb_redirection_devices,

@@ -65,7 +65,11 @@ impl<'a> Text<'a> {
     /// # Errors
     /// [`XmlError::TooLarge`], and what is wrong with the encoding.
     pub fn new(xml: &'a [u8]) -> Result<Self, XmlError> {
-        if xml.len() > MAX_XML { Err(XmlError::TooLarge { size: xml.len() }) } else { Decoded::new(xml).map(Self) }
+        if xml.len() > MAX_XML {
+            Err(XmlError::TooLarge { size: xml.len() })
+        } else {
+            Decoded::new(xml).map(Self)
+        }
     }
 
     /// Reads the domain, in one pass.

@@ -13,7 +13,7 @@ use core::fmt;
 use serde::Serialize;
 use serde_json::Value;
 
-use crate::json::{FromJson, Object, parse_text, whole};
+use crate::json::{FromJson, Object, whole};
 use crate::{Class, Device, DeviceId, ParseError, PortPath, ProductId, VendorId};
 
 /// The most devices that one request, or one flavor in all, may ask for: USB's own limit of devices on a bus.
@@ -295,14 +295,17 @@ fn checked(text: &str) -> Result<Value, ParseError> {
     if text.len() > MAX_TEXT {
         return Err(ParseError::new(format!("{} bytes", text.len()), format!("at most {MAX_TEXT} bytes")));
     }
-    parse_text(text).map_err(|e| {
+    serde_json::from_str(text).map_err(|e| {
         let squeezed: String = text.chars().filter(|c| !c.is_whitespace()).collect();
         let early = squeezed.contains(":{[")
             || squeezed.contains("[\"bus\":")
             || squeezed.contains("[\"vendor_id\":")
             || squeezed.contains("[\"id\":");
         if !early {
-            return ParseError::new(e, format!("JSON such as {RIGHT_FLAVOR}"));
+            return ParseError::new(
+                format!("text that is not JSON ({e})"),
+                format!("JSON such as {RIGHT_FLAVOR}"),
+            );
         }
         let right = if squeezed.contains("redirection") || squeezed.contains("spicevmc") {
             "{\"usb_redirection_devices\":[{\"bus\":\"usb\",\"type\":\"spicevmc\"}]}"

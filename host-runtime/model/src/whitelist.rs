@@ -164,7 +164,10 @@ impl Whitelist {
 
     /// Judges one device. Hubs are not judged: they are never offered, and discovery keeps them apart.
     pub fn judge(&self, device: &Device) -> Verdict {
-        let found = self.rules.iter().enumerate().find(|(_, rule)| rule.matches(device));
+        let mut matching = self.rules.iter().enumerate().filter(|(_, rule)| rule.matches(device));
+        // What the host uses is given away by a rule that names it, though a broader one stands before it.
+        let naming = || matching.clone().find(|(_, rule)| rule.names() && device.host_use.is_some());
+        let found = naming().or_else(|| matching.next());
         let number = found.map(|(i, _)| i);
         let by = number.map_or_else(String::new, |i| format!("rule {}", i + 1));
         let verdict = |withheld, because: String| Verdict {

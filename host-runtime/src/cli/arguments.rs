@@ -7,8 +7,8 @@ use clap_complete::Shell;
 
 /// USB devices for libvirt guests: find them, say who may have them, see who has them.
 ///
-/// A flavor asks for devices; libvirt's hook claims them when a guest starts and gives them back when it ends. This
-/// command shows and manages the inventory of this host.
+/// A flavor asks for devices; libvirt's hook claims them when a guest starts and gives them
+/// back when it ends. This command shows and manages the inventory of this host.
 ///
 /// First steps:
 ///   virt-usb discover                     find the devices and record them

@@ -15,9 +15,14 @@ use super::output::{or_dash, table};
 
 pub(super) fn list(session: &Session) -> anyhow::Result<ExitCode> {
     let claims = session.store()?.claims()?;
+    let now = session.context(&session.config()?, "claims")?;
     session.out.show(&claims, || {
         let row = |c: &ClaimRow| {
-            let state = if c.pending { format!("{}, to be confirmed", c.state) } else { c.state.clone() };
+            let state = match (c.pending, c.boot_id == now.boot_id || c.hold == "instance") {
+                (_, false) => "void (earlier boot)".to_owned(),
+                (true, true) => format!("{}, to be confirmed", c.state),
+                (false, true) => c.state.clone(),
+            };
             vec![
                 c.device_id.to_string(),
                 c.domain.clone(),
@@ -40,6 +45,8 @@ pub(super) fn list(session: &Session) -> anyhow::Result<ExitCode> {
 struct Released {
     instance_uuid: InstanceId,
     freed: Vec<DeviceId>,
+    /// How many assignments ended.
+    assignments: usize,
 }
 
 pub(super) fn release(session: &Session, instance: &str, force: bool) -> anyhow::Result<ExitCode> {
@@ -52,9 +59,13 @@ pub(super) fn release(session: &Session, instance: &str, force: bool) -> anyhow:
         );
     }
     let context = session.context(&config, "claims release")?;
+    let assignments = store.assignments(id)?.len();
     let freed = store.release(id, Extent::Everything, "released by an operator", &context)?;
-    let released = Released { instance_uuid: id, freed };
+    let released = Released { instance_uuid: id, freed, assignments };
     session.out.show(&released, || match released.freed.as_slice() {
+        [] if released.assignments > 0 => {
+            format!("{instance} held no device; {} assignment(s) ended", released.assignments)
+        }
         [] => format!("{instance} held nothing"),
         freed => {
             format!("freed device {}", freed.iter().map(ToString::to_string).collect::<Vec<_>>().join(", "))

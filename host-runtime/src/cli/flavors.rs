@@ -39,8 +39,12 @@ struct Changed<'a> {
 }
 
 pub(super) fn set(session: &Session, name: &str, definition: &str) -> anyhow::Result<ExitCode> {
-    if name.is_empty() || name.chars().count() > MAX_NAME || name.chars().any(char::is_control) {
-        bail!("{name:?} is no name for a flavor: 1 to {MAX_NAME} printable characters");
+    if name.is_empty()
+        || name.chars().count() > MAX_NAME
+        || name.chars().any(char::is_control)
+        || name.starts_with('@')
+    {
+        bail!("{name:?} is no name for a flavor: 1 to {MAX_NAME} printable characters, the first no @");
     }
     let text = if definition == "-" { stdin()? } else { definition.to_owned() };
     let flavor = Flavor::parse(&text).with_context(|| format!("the flavor {name} is not stored"))?;

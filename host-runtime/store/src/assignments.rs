@@ -96,7 +96,7 @@ impl Store {
             return Ok(false);
         }
         self.write(|tx, hints| {
-            hints.add(Known::Instance(instance))?;
+            hints.add(Known::Assigned(instance))?;
             tx.execute(
                 "DELETE FROM assignments WHERE instance_uuid = ?1 AND source = ?2",
                 params![instance.to_string(), source.name()],

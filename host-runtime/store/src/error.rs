@@ -44,7 +44,7 @@ pub enum StoreError {
     },
     /// The file is damaged, or is no database at all.
     #[error(
-        "the inventory {path} is damaged ({what}): keep the file, then put a backup in its place or move it aside and run 'virt-usb discover'"
+        "the inventory {path} is damaged ({what}): keep the file, then put a backup in its place (without the -wal and -shm beside it) or move it aside, and run 'virt-usb discover'; without a backup devices get new ids"
     )]
     Corrupt {
         /// The database's file.
@@ -145,7 +145,7 @@ impl StoreError {
             Some(ErrorCode::DiskFull) => Self::Full { path },
             Some(ErrorCode::PermissionDenied) => Self::Permission { path },
             Some(ErrorCode::ReadOnly) => Self::look_why(path).unwrap_or_else(|path| Self::ReadOnly { path }),
-            Some(ErrorCode::CannotOpen) => {
+            Some(ErrorCode::CannotOpen | ErrorCode::SystemIoFailure) => {
                 Self::look_why(path).unwrap_or_else(|path| Self::Other { path, what })
             }
             _ => Self::Other { path, what },

@@ -41,6 +41,9 @@ impl Event {
             ..Self::new(event)
         }
     }
+    pub(crate) fn about_instance(event: &'static str, instance: InstanceId) -> Self {
+        Self { instance: Some(instance), ..Self::new(event) }
+    }
     pub(crate) fn about(self, device: DeviceId) -> Self {
         Self { device: Some(device), ..self }
     }
@@ -72,7 +75,7 @@ pub struct EventRow {
     pub id: i64,
     /// UTC, ISO 8601.
     pub at: String,
-    /// What happened: `assigned`, `claimed`, `allocated`, `detached`, `released`, `refused`, `voided`, `forced`, `adopted`,
+    /// What happened: `assigned`, `unassigned`, `claimed`, `allocated`, `detached`, `released`, `refused`, `voided`, `forced`, `adopted`,
     /// `added`, `changed`, `removed`, `returned`, `flavor-set`, `flavor-removed`.
     pub event: String,
     /// To which instance.

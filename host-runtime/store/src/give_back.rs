@@ -47,7 +47,13 @@ impl Store {
                 delete(tx, claim, if everything { "forced" } else { "released" }, why, context)?;
             }
             if everything {
-                tx.execute("DELETE FROM assignments WHERE instance_uuid = ?1", [instance.to_string()])?;
+                let dropped =
+                    tx.execute("DELETE FROM assignments WHERE instance_uuid = ?1", [instance.to_string()])?;
+                if dropped > 0 {
+                    let event = Event::about_instance("unassigned", instance)
+                        .with(format!("{dropped} request(s): {why}"));
+                    record(tx, context, &event)?;
+                }
             }
             set_states(tx, &kept, context, |_| "claimed")?;
             metadata::refresh(tx, instance)?;
@@ -88,23 +94,25 @@ impl Store {
         })
     }
 
-    /// Removes the instance's hint if the database knows nothing of it any more. A write of its own: only what is
+    /// Removes the instance's hints for which the database holds no row any more. A write of its own: only what is
     /// committed is surely gone.
     pub(crate) fn forget_hint(&mut self, instance: InstanceId) -> Result<(), StoreError> {
-        if !self.hints.may_know(Known::Instance(instance)) {
-            return Ok(());
-        }
-        self.write(|tx, hints| {
-            let known: bool = tx.query_row(
-                "SELECT EXISTS (SELECT 1 FROM claims WHERE instance_uuid = ?1) OR EXISTS (SELECT 1 FROM assignments WHERE instance_uuid = ?1)",
-                [instance.to_string()],
-                |row| row.get(0),
-            )?;
-            if !known {
-                hints.remove(Known::Instance(instance))?;
+        for (hint, table) in
+            [(Known::Instance(instance), "claims"), (Known::Assigned(instance), "assignments")]
+        {
+            if !self.hints.may_know(hint) {
+                continue;
             }
-            Ok(())
-        })
+            self.write(|tx, hints| {
+                let sql = format!("SELECT EXISTS (SELECT 1 FROM {table} WHERE instance_uuid = ?1)");
+                let known: bool = tx.query_row(&sql, [instance.to_string()], |row| row.get(0))?;
+                if !known {
+                    hints.remove(hint)?;
+                }
+                Ok(())
+            })?;
+        }
+        Ok(())
     }
 }
 
@@ -144,7 +152,8 @@ pub(crate) fn set_states(
 }
 
 /// Pending claims not made after uptime ?1 − ?2. Spelled so that the index finds them.
-pub(crate) const UNCONFIRMED: &str = "SELECT * FROM claims WHERE pending_since IS NOT NULL AND pending_since < ?1 - ?2";
+pub(crate) const UNCONFIRMED: &str =
+    "SELECT * FROM claims WHERE pending_since IS NOT NULL AND pending_since < ?1 - ?2";
 
 /// Ends claims that no longer hold: of an earlier boot, and pending ones that nobody confirmed. A claim held for the
 /// instance outlives the boot, but nothing is in a guest after it.
@@ -155,7 +164,8 @@ pub(crate) fn sweep(tx: &Transaction<'_>, context: &Context) -> Sql<()> {
         .collect::<Sql<Vec<_>>>()?;
     let mut doubtful = of_earlier_boots(tx, &context.boot_id)?;
     doubtful.extend(unconfirmed.into_iter().filter(|c| c.boot_id == context.boot_id));
-    let (kept, void): (Vec<ClaimRow>, Vec<ClaimRow>) = doubtful.into_iter().partition(|c| c.hold == "instance" && !c.pending);
+    let (kept, void): (Vec<ClaimRow>, Vec<ClaimRow>) =
+        doubtful.into_iter().partition(|c| c.hold == "instance" && !c.pending);
     if !void.is_empty() {
         step_revision(tx)?;
     }
@@ -175,7 +185,9 @@ fn of_earlier_boots(tx: &Transaction<'_>, boot_id: &str) -> Sql<Vec<ClaimRow>> {
     if first == 0 {
         return Ok(Vec::new());
     }
-    tx.prepare_cached("SELECT * FROM claims WHERE boot_id <> ?1")?.query_map([boot_id], ClaimRow::read)?.collect()
+    tx.prepare_cached("SELECT * FROM claims WHERE boot_id <> ?1")?
+        .query_map([boot_id], ClaimRow::read)?
+        .collect()
 }
 
 /// What the instance holds, by device.

@@ -25,7 +25,9 @@ impl Grant<'_> {
     pub(crate) fn write(&self, wants: &[Want], chosen: &[Granted]) -> Result<(), Fault> {
         let lasting = |granted: &Granted| wants.get(granted.request).is_some_and(|w| w.lasting);
         // What was adopted from the domain's own XML was never asked for: it stays until release.
-        let asked_for = self.mine.iter().filter(|c| c.request.is_some());
+        // And an incoming guest that may yet fail to arrive loses nothing.
+        let firm = self.standing == Standing::Firm;
+        let asked_for = self.mine.iter().filter(|c| firm && c.request.is_some());
         let given_up: Vec<&ClaimRow> =
             asked_for.filter(|c| chosen.iter().all(|g| g.device.entry.id != c.device_id)).collect();
         if given_up.is_empty() && chosen.iter().all(|g| self.is_as_was(g, lasting(g))) {
@@ -74,9 +76,10 @@ impl Grant<'_> {
             pending,
             self.context.boot_id,
         ];
-        if self.held(device).is_some() {
-            // What is firm stays firm: only a pending claim is made to wait again.
-            let sql = "UPDATE claims SET domain = ?3, project_id = ?4, request = ?5, hold = ?6, pending_since = iif(pending_since IS NULL, NULL, ?7),
+        if self.standing == Standing::Pending && self.held(device).is_some_and(|c| !c.pending) {
+            // What is firm stays as it is: the guest that comes in may fail to.
+        } else if self.held(device).is_some() {
+            let sql = "UPDATE claims SET domain = ?3, project_id = ?4, request = ?5, hold = ?6, pending_since = ?7,
                  boot_id = ?8, revision = (SELECT max(revision) FROM compute_nodes) WHERE device_id = ?1 AND instance_uuid = ?2";
             self.tx.prepare_cached(sql)?.execute(what)?;
         } else {

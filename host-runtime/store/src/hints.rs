@@ -20,8 +20,10 @@ use crate::{Store, StoreError, files};
 /// What a hint is about.
 #[derive(Debug, Clone, Copy)]
 pub enum Known<'a> {
-    /// An instance that has claims or assignments.
+    /// An instance that has claims.
     Instance(InstanceId),
+    /// An instance that has assignments: it asks for devices, whatever its flavor says.
+    Assigned(InstanceId),
     /// A stored flavor, by name.
     Flavor(&'a str),
 }
@@ -34,22 +36,40 @@ impl Known<'_> {
     pub(crate) fn name(self) -> String {
         match self {
             Known::Instance(id) => format!("instance-{id}"),
+            Known::Assigned(id) => format!("assigned-{id}"),
             // Names may hold any character; two names with one hash share a hint.
             Known::Flavor(name) => format!("flavor-{:016x}", fnv1a(name.as_bytes())),
         }
     }
 }
 
-/// False only when the database surely knows nothing of it. When in doubt: true.
-pub fn may_know(state_dir: &Path, what: Known<'_>) -> bool {
+/// What a hint tells.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Hint {
+    /// The database surely knows nothing of it.
+    No,
+    /// It knows it, or did a moment ago.
+    Yes,
+    /// The hints cannot be read or were lost. The database may be asked, but nobody must suffer if that fails.
+    Unsure,
+}
+
+/// Looks for a hint.
+pub fn look(state_dir: &Path, what: Known<'_>) -> Hint {
     match fs::symlink_metadata(what.path(state_dir)) {
-        Ok(_) => true,
+        Ok(_) => Hint::Yes,
         // No hints folder: either there is no database at all, or hints were lost and must not be trusted.
         Err(e) if e.kind() == ErrorKind::NotFound => {
-            !dir(state_dir).is_dir() && state_dir.join(crate::FILE_NAME).exists()
+            let lost = !dir(state_dir).is_dir() && state_dir.join(crate::FILE_NAME).exists();
+            if lost { Hint::Unsure } else { Hint::No }
         }
-        Err(_) => true,
+        Err(_) => Hint::Unsure,
     }
+}
+
+/// Whether the database is worth asking.
+pub fn may_know(state_dir: &Path, what: Known<'_>) -> bool {
+    look(state_dir, what) != Hint::No
 }
 
 fn dir(state_dir: &Path) -> PathBuf {
@@ -107,7 +127,8 @@ impl Hints {
         }
         for entry in fs::read_dir(target).map_err(fault)? {
             let entry = entry.map_err(fault)?;
-            if entry.file_name().to_str().is_none_or(|name| !wanted.contains(name)) {
+            let file = entry.file_type().is_ok_and(|kind| !kind.is_dir());
+            if file && entry.file_name().to_str().is_none_or(|name| !wanted.contains(name)) {
                 remove(&entry.path())?;
             }
         }
@@ -148,6 +169,7 @@ fn remove(path: &Path) -> Result<(), StoreError> {
 /// A row that has a hint.
 pub(crate) enum Row {
     Instance(InstanceId),
+    Assigned(InstanceId),
     Flavor(String),
 }
 
@@ -155,6 +177,7 @@ impl Row {
     pub(crate) fn as_known(&self) -> Known<'_> {
         match self {
             Self::Instance(id) => Known::Instance(*id),
+            Self::Assigned(id) => Known::Assigned(*id),
             Self::Flavor(name) => Known::Flavor(name),
         }
     }
@@ -165,11 +188,16 @@ impl Row {
             .prepare("SELECT name FROM flavors")?
             .query_map([], |row| Ok(Self::Flavor(row.get(0)?)))?
             .collect::<Sql<_>>()?;
-        let instances = conn
-            .prepare("SELECT instance_uuid FROM claims UNION SELECT instance_uuid FROM assignments")?
-            .query_map([], |row| Ok(Self::Instance(parse(row, "instance_uuid")?)))?
-            .collect::<Sql<Vec<_>>>()?;
-        rows.extend(instances);
+        let mut instances = |sql: &str, hint: fn(InstanceId) -> Self| -> Sql<()> {
+            let found = conn
+                .prepare(sql)?
+                .query_map([], |row| Ok(hint(parse(row, "instance_uuid")?)))?
+                .collect::<Sql<Vec<_>>>()?;
+            rows.extend(found);
+            Ok(())
+        };
+        instances("SELECT DISTINCT instance_uuid FROM claims", Self::Instance)?;
+        instances("SELECT DISTINCT instance_uuid FROM assignments", Self::Assigned)?;
         Ok(rows)
     }
 }

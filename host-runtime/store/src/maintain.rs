@@ -88,6 +88,7 @@ impl Store {
                 let whose = match &row {
                     Row::Flavor(name) => format!("flavor {name}"),
                     Row::Instance(id) => format!("instance {id}"),
+                    Row::Assigned(id) => format!("the assignments of instance {id}"),
                 };
                 findings
                     .push(format!("the hint for {whose} is missing: 'virt-usb discover' writes it again"));

@@ -100,19 +100,26 @@ fn a_forced_release_ends_the_intent_too_and_is_written_down() {
     claim_as(&mut store, 1, true, Standing::Firm, &boot(1));
     assert_eq!(store.release(instance(1), Extent::Run, "shutdown", &boot(1)).unwrap(), []);
     assert_eq!(store.release(instance(2), Extent::Everything, "nothing held", &boot(1)).unwrap(), []);
-    assert!(may_know(dir.path(), Known::Instance(instance(1))));
+    assert!(
+        may_know(dir.path(), Known::Instance(instance(1)))
+            && may_know(dir.path(), Known::Assigned(instance(1)))
+    );
     assert_eq!(store.release(instance(1), Extent::Everything, "host is lost", &boot(1)).unwrap(), [id(1)]);
     assert_eq!(store.assignments(instance(1)).unwrap(), []);
-    assert!(!may_know(dir.path(), Known::Instance(instance(1))));
+    assert!(
+        !may_know(dir.path(), Known::Instance(instance(1)))
+            && !may_know(dir.path(), Known::Assigned(instance(1)))
+    );
     let events = store.events(&Filter { instance: Some(instance(1)), ..Filter::default() }).unwrap();
     let told: Vec<_> =
         events.iter().map(|e| (e.event.as_str(), e.detail.as_deref().unwrap_or_default())).collect();
     assert_eq!(
         told,
         [
-            (r#"assigned"#, "operator: [{\"vendor_id\":\"0529\"}]"),
+            ("assigned", "operator: [{\"vendor_id\":\"0529\"}]"),
             ("claimed", "usb_devices[0]"),
-            ("forced", "host is lost")
+            ("forced", "host is lost"),
+            ("unassigned", "1 request(s): host is lost")
         ]
     );
     // Hints that were lost do not make an operator's word void.

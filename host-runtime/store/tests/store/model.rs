@@ -65,7 +65,8 @@ impl Model {
         }
     }
 
-    /// The instance now holds exactly `ids`, and what was adopted. What was firm stays firm.
+    /// The instance now holds exactly `ids`, and what was adopted. Who comes in and may yet fail to (`since`) loses
+    /// nothing: what was firm stays as it was.
     pub(crate) fn grant(
         &mut self,
         instance: InstanceId,
@@ -74,7 +75,8 @@ impl Model {
         since: Option<f64>,
         boot: &str,
     ) {
-        self.claims.retain(|id, c| c.instance != instance || c.adopted || ids.contains(id));
+        self.claims
+            .retain(|id, c| c.instance != instance || c.adopted || since.is_some() || ids.contains(id));
         for id in ids {
             let new = Claim {
                 instance,
@@ -84,10 +86,15 @@ impl Model {
                 boot: boot.into(),
                 adopted: false,
             };
-            let claim = self.claims.entry(*id).or_insert(new);
-            claim.lasting = lasting;
-            claim.adopted = false;
-            claim.pending = claim.pending.and(since);
+            match self.claims.get_mut(id) {
+                Some(firm) if since.is_some() && firm.pending.is_none() => {}
+                Some(claim) => {
+                    claim.lasting = lasting;
+                    claim.adopted = false;
+                    claim.pending = since;
+                }
+                None => drop(self.claims.insert(*id, new)),
+            }
         }
     }
 

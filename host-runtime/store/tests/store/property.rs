@@ -433,9 +433,14 @@ impl Life {
     fn compare_instance(&self, store: &Store, who: InstanceId) {
         let assigned: Vec<_> = store.assignments(who).unwrap().into_iter().map(|a| a.request).collect();
         assert_eq!(assigned, self.model.assignments.get(&who).cloned().unwrap_or_default());
-        if !assigned.is_empty() || !self.model.of(who).is_empty() {
-            assert!(may_know(self.dir.path(), Known::Instance(who)), "a hint for {who}");
-        }
+        assert!(
+            assigned.is_empty() || may_know(self.dir.path(), Known::Assigned(who)),
+            "a hint for {who}'s assignments"
+        );
+        assert!(
+            self.model.of(who).is_empty() || may_know(self.dir.path(), Known::Instance(who)),
+            "a hint for {who}"
+        );
     }
 
     fn statuses(&self) -> BTreeMap<DeviceId, Status> {

@@ -1,0 +1,140 @@
+//! Rule 1: a domain that asks for no USB device cannot be hurt, whatever is broken, in any operation. The table beside it: one
+//! that asks is refused in each of these cases, and told why.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
+
+use std::fs;
+use std::process::{Command, Output};
+
+use virt_usb_suite::{Host, device, domain, feed};
+
+const ASK: &str = r#"{"usb_devices":[{"vendor_id":"0529","product_id":"0001"}]}"#;
+const OPERATIONS: [(&str, &str); 8] = [
+    ("prepare", "begin"),
+    ("start", "begin"),
+    ("started", "begin"),
+    ("stopped", "end"),
+    ("release", "end"),
+    ("reconnect", "begin"),
+    ("restore", "begin"),
+    ("migrate", "begin"),
+];
+
+/// A domain without a flavor; and one with the name of a Nova flavor that nobody stored.
+fn innocents() -> [String; 2] {
+    let plain = domain("plain", 1, "");
+    let start = plain.find("  <metadata>").unwrap();
+    let end = plain.find("</metadata>\n").unwrap() + "</metadata>\n".len();
+    let nova = "  <metadata>\n    <nova:instance xmlns:nova='http://openstack.org/xmlns/libvirt/nova/1.1'>\n      \
+                <nova:flavor name='m1.small'/>\n    </nova:instance>\n  </metadata>\n";
+    [format!("{}{}", &plain[..start], &plain[end..]), format!("{}{nova}{}", &plain[..start], &plain[end..])]
+}
+
+fn mkfifo(path: &std::path::Path) {
+    assert!(Command::new("mkfifo").arg(path).status().unwrap().success());
+}
+
+fn lose_hints(host: &Host) {
+    fs::remove_dir_all(host.path("state/hints")).unwrap();
+}
+
+/// What can be broken, each on a host that was healthy and had a device.
+fn breakages() -> Vec<(&'static str, fn(&Host))> {
+    vec![
+        ("no state_dir", |h| fs::remove_dir_all(h.path("state")).unwrap()),
+        ("state_dir is a file", |h| {
+            fs::remove_dir_all(h.path("state")).unwrap();
+            fs::write(h.path("state"), "").unwrap();
+        }),
+        ("state_dir is a link to itself", |h| {
+            fs::remove_dir_all(h.path("state")).unwrap();
+            std::os::unix::fs::symlink(h.path("state"), h.path("state")).unwrap();
+        }),
+        ("hints is a file", |h| {
+            lose_hints(h);
+            fs::write(h.path("state/hints"), "").unwrap();
+        }),
+        ("hints is a FIFO", |h| {
+            lose_hints(h);
+            mkfifo(&h.path("state/hints"));
+        }),
+        ("hints lost, the database is garbage", |h| {
+            lose_hints(h);
+            fs::write(h.path("state/inventory.sqlite"), "garbage").unwrap();
+        }),
+        ("hints lost, a FIFO for the database", |h| {
+            lose_hints(h);
+            fs::remove_file(h.path("state/inventory.sqlite")).unwrap();
+            mkfifo(&h.path("state/inventory.sqlite"));
+        }),
+        ("hints lost, a link for the database", |h| {
+            lose_hints(h);
+            fs::rename(h.path("state/inventory.sqlite"), h.path("elsewhere")).unwrap();
+            std::os::unix::fs::symlink(h.path("elsewhere"), h.path("state/inventory.sqlite")).unwrap();
+        }),
+        ("hints lost, no procfs", |h| {
+            lose_hints(h);
+            fs::remove_dir_all(h.path("proc")).unwrap();
+        }),
+        ("the configuration is a FIFO", |h| {
+            fs::remove_file(h.config_file()).unwrap();
+            mkfifo(&h.config_file());
+        }),
+        ("the configuration has no end", |h| {
+            fs::File::create(h.config_file()).unwrap().set_len(3 << 30).unwrap()
+        }),
+        ("the configuration is wrong", |h| fs::write(h.config_file(), "state_dir = 5").unwrap()),
+    ]
+}
+
+fn host() -> Host {
+    let host = Host::new("");
+    host.discover(&device("0001", "1-1", 2, "serial = \"A\""));
+    host
+}
+
+fn unharmed(what: &str, operation: &str, output: &Output) {
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(0), "{what}: {operation} failed: {said}");
+    assert!(output.stdout.is_empty(), "{what}: {operation} changed the domain");
+}
+
+#[test]
+fn a_domain_that_asks_for_nothing_passes_whatever_is_broken() {
+    for (what, break_it) in breakages() {
+        let host = host();
+        break_it(&host);
+        for xml in innocents() {
+            for (operation, sub) in OPERATIONS {
+                unharmed(what, operation, &host.call(&["plain", operation, sub, "-"], xml.as_bytes()));
+            }
+        }
+        let asking = domain("erp", 2, ASK);
+        let refused = host.call(&["erp", "prepare", "begin", "-"], asking.as_bytes());
+        let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+        // Lost hints alone are no reason: the database still answers.
+        assert_eq!(refused.status.code(), Some(1), "{what}: {said}");
+        assert!(said.starts_with("virt-usb: erp") && said.lines().count() == 1, "{what}: {said}");
+    }
+}
+
+#[test]
+fn the_guests_of_a_user_who_may_not_read_the_state_pass() {
+    let host = host();
+    // libvirt's session daemons call the same hooks as users. This needs another user's rights, so root's to take them.
+    if fs::metadata("/proc/self").map(|m| std::os::unix::fs::MetadataExt::uid(&m)).unwrap() != 0 {
+        eprintln!("not root: nobody else's rights can be taken, this is not tested");
+        return;
+    }
+    let open = |path| fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    open(host.path(""));
+    let hook = host.path("hook");
+    fs::copy(virt_usb_suite::program("virt-usb-hook"), &hook).unwrap();
+    for xml in innocents() {
+        for (operation, sub) in OPERATIONS {
+            let mut command = Command::new("setpriv");
+            command.args(["--reuid", "65534", "--regid", "65534", "--clear-groups"]).arg(&hook);
+            command.arg("--config").arg(host.config_file()).args(["plain", operation, sub, "-"]);
+            unharmed("another user", operation, &feed(command, xml.as_bytes()));
+        }
+    }
+}
