@@ -5,7 +5,7 @@ SHELL := /bin/bash
 CARGO := cargo
 # The hook starts twice as fast when nothing has to be linked at run time. Only its last step is told so: the same
 # flag for everything would break proc-macros and libusb.
-STATIC_HOOK := $(CARGO) rustc --release -p virt-usb-hook --bin virt-usb-hook -- -C target-feature=+crt-static
+STATIC_HOOK := $(CARGO) rustc --release -p virt-usb-hook --bin virt-usb-hook -- -C target-feature=+crt-static -C lto=fat -C codegen-units=1
 
 .PHONY: help deps test-deps build run test lint suite corpus bench fuzz soak install-hook clean
 

@@ -183,27 +183,35 @@ impl Store {
     }
 }
 
-/// Brings one device's state in line with its claim, its presence and its verdict. The only writer of `status`,
-/// `status_reason`, `instance_uuid` and `deleted`.
+/// Brings one device's state in line with its claim, its presence and its verdict.
 pub(crate) fn refresh(tx: &Transaction<'_>, device: DeviceId) -> Sql<()> {
-    let id = sql_id(device);
     let (present, withheld, state, instance) = tx
         .prepare_cached(
             "SELECT d.present, d.withheld, c.state, c.instance_uuid FROM usb_devices d LEFT JOIN claims c ON c.device_id = d.id WHERE d.id = ?1",
         )?
-        .query_row([id], |row| {
+        .query_row([sql_id(device)], |row| {
             let state: Option<String> = row.get(2)?;
             Ok((row.get::<_, bool>(0)?, parse_some::<Reason>(row, "withheld")?, state, row.get::<_, Option<String>>(3)?))
         })?;
     let hold = state.map(|s| if s == "allocated" { Hold::Allocated } else { Hold::Claimed });
-    let status = Status::derive(hold, present, withheld);
+    write_state(tx, device, Status::derive(hold, present, withheld), instance)
+}
+
+/// The only writer of `status`, `status_reason`, `instance_uuid` and `deleted`: for [`refresh`], and for who has just made
+/// the facts and needs not read them.
+pub(crate) fn write_state(
+    tx: &Transaction<'_>,
+    device: DeviceId,
+    status: Option<Status>,
+    instance: Option<String>,
+) -> Sql<()> {
     tx.prepare_cached(&format!(
         "UPDATE usb_devices SET status = ?2, status_reason = ?3, instance_uuid = ?4, deleted = iif(?5, id, 0),
          deleted_at = iif(?5, coalesce(deleted_at, {NOW}), NULL), updated_at = {NOW}, revision = (SELECT max(revision) FROM compute_nodes)
          WHERE id = ?1"
     ))?
     .execute(params![
-        id,
+        sql_id(device),
         status.map_or("removed", Status::name),
         status.and_then(Status::reason).map(Reason::name),
         instance,

@@ -47,8 +47,10 @@ pub(crate) fn make_file(path: &Path) -> Result<bool, StoreError> {
         Err(e) if e.kind() == ErrorKind::AlreadyExists => return Ok(false),
         other => other.map_err(fault)?,
     };
-    file.set_permissions(Permissions::from_mode(FILE_MODE)).map_err(fault)?;
     let (made, owner) = (file.metadata().map_err(fault)?, owner_for(path)?);
+    if made.mode() & 0o7777 != FILE_MODE {
+        file.set_permissions(Permissions::from_mode(FILE_MODE)).map_err(fault)?;
+    }
     if made.uid() == 0 && owner != (made.uid(), made.gid()) {
         fchown(&file, Some(owner.0), Some(owner.1)).map_err(fault)?;
     }

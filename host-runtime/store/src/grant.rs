@@ -2,6 +2,7 @@
 
 use rusqlite::{Transaction, params};
 use virt_usb_model::DeviceId;
+use virt_usb_model::state::{Hold, Status};
 
 use crate::claim::{Asker, Granted, Standing, Want};
 use crate::device::{self, ClaimRow, refresh, sql_id, step_revision};
@@ -92,10 +93,12 @@ impl Grant<'_> {
         if granted.stored != granted.device.entry.address {
             device::set_address(self.tx, device, granted.device.entry.address)?;
         }
-        refresh(self.tx, device)?;
         if self.held(device).is_some() {
-            return Ok(());
+            return refresh(self.tx, device);
         }
+        let (present, withheld) = (granted.device.present, granted.device.withheld);
+        let status = Status::derive(Some(Hold::Claimed), present, withheld);
+        device::write_state(self.tx, device, status, Some(self.asker.instance.to_string()))?;
         let detail = match self.standing {
             Standing::Firm => format!("usb_devices[{}]", granted.request),
             Standing::Pending => format!("usb_devices[{}], to be confirmed", granted.request),

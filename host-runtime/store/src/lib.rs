@@ -15,7 +15,7 @@
 //! | [`maintain`] | check, backup, prune |
 //!
 //! Invariants, each held by one piece of code:
-//! - `usb_devices.status`, `status_reason`, `instance_uuid` and `deleted` are derived, in `device::refresh`, and written nowhere else.
+//! - `usb_devices.status`, `status_reason`, `instance_uuid` and `deleted` are derived, in `device::refresh`, and written by `device::write_state` alone.
 //! - A device has at most one claim: `claims.device_id` is unique.
 //! - An id is never used again: rows of devices that went are kept, marked deleted, and come back with their device.
 //! - A hint is never missing for a row that is there: see [`hints`].

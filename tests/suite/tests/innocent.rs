@@ -37,8 +37,11 @@ fn lose_hints(host: &Host) {
     fs::remove_dir_all(host.path("state/hints")).unwrap();
 }
 
+/// What is broken, and how.
+type Breakage = (&'static str, fn(&Host));
+
 /// What can be broken, each on a host that was healthy and had a device.
-fn breakages() -> Vec<(&'static str, fn(&Host))> {
+fn breakages() -> Vec<Breakage> {
     vec![
         ("no state_dir", |h| fs::remove_dir_all(h.path("state")).unwrap()),
         ("state_dir is a file", |h| {
@@ -80,7 +83,7 @@ fn breakages() -> Vec<(&'static str, fn(&Host))> {
             mkfifo(&h.config_file());
         }),
         ("the configuration has no end", |h| {
-            fs::File::create(h.config_file()).unwrap().set_len(3 << 30).unwrap()
+            fs::File::create(h.config_file()).unwrap().set_len(3 << 30).unwrap();
         }),
         ("the configuration is wrong", |h| fs::write(h.config_file(), "state_dir = 5").unwrap()),
     ]
