@@ -11,7 +11,7 @@ use virt_usb_store::adopt::{Adoption, Holding, Stage};
 use virt_usb_store::claim::{Asker, Claimed, Granted, Judge, Standing, Verified, Want};
 use virt_usb_store::give_back::Extent;
 use virt_usb_store::hints::{Known, may_know};
-use virt_usb_store::{Context, Record, Source, Store};
+use virt_usb_store::{ClaimRow, Context, Record, Source, Store};
 
 use crate::common::*;
 use crate::model::*;
@@ -318,8 +318,19 @@ impl Life {
                 let same = |g: &[Granted]| g.iter().map(|g| g.device.entry.id).collect::<BTreeSet<_>>();
                 assert_eq!(same(&again), ids);
                 assert!(again.iter().all(|g| g.already));
+                // A firm claim that serves a request of an incoming guest is left alone, its place among the requests
+                // too: which device serves which may differ the second time.
+                let place = |mut c: ClaimRow| {
+                    c.request = c.request.filter(|_| !pending);
+                    c
+                };
+                let now: Vec<_> = store.claims().unwrap().into_iter().map(place).collect();
                 if prefer.is_empty() {
-                    assert_eq!(store.claims().unwrap(), rows, "claimed twice is the same claim");
+                    assert_eq!(
+                        now,
+                        rows.into_iter().map(place).collect::<Vec<_>>(),
+                        "claimed twice is the same claim"
+                    );
                 }
             }
         }
