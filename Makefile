@@ -43,7 +43,7 @@ suite: build
 bench: build ## the figures of BENCHMARKS.md
 	@$(CARGO) run --release -p virt-usb-bench
 
-fuzz: ## ten minutes of each fuzz target (needs cargo-fuzz)
+fuzz: ## ten minutes of each fuzz target (installs cargo-fuzz)
 	@tests/fuzz/run 600
 
 soak: test-deps build corpus ## what takes longer than a change may: many more random runs
