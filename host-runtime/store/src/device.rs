@@ -194,7 +194,7 @@ pub(crate) fn refresh(tx: &Transaction<'_>, device: DeviceId) -> Sql<()> {
             Ok((row.get::<_, bool>(0)?, parse_some::<Reason>(row, "withheld")?, state, row.get::<_, Option<String>>(3)?))
         })?;
     let hold = state.map(|s| if s == "allocated" { Hold::Allocated } else { Hold::Claimed });
-    write_state(tx, device, Status::derive(hold, present, withheld), instance)
+    write_state(tx, device, Status::derive(hold, present, withheld), instance.as_deref())
 }
 
 /// The only writer of `status`, `status_reason`, `instance_uuid` and `deleted`: for [`refresh`], and for who has just made
@@ -203,7 +203,7 @@ pub(crate) fn write_state(
     tx: &Transaction<'_>,
     device: DeviceId,
     status: Option<Status>,
-    instance: Option<String>,
+    instance: Option<&str>,
 ) -> Sql<()> {
     tx.prepare_cached(&format!(
         "UPDATE usb_devices SET status = ?2, status_reason = ?3, instance_uuid = ?4, deleted = iif(?5, id, 0),

@@ -98,7 +98,7 @@ impl Grant<'_> {
         }
         let (present, withheld) = (granted.device.present, granted.device.withheld);
         let status = Status::derive(Some(Hold::Claimed), present, withheld);
-        device::write_state(self.tx, device, status, Some(self.asker.instance.to_string()))?;
+        device::write_state(self.tx, device, status, Some(&self.asker.instance.to_string()))?;
         let detail = match self.standing {
             Standing::Firm => format!("usb_devices[{}]", granted.request),
             Standing::Pending => format!("usb_devices[{}], to be confirmed", granted.request),
