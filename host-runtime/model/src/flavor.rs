@@ -282,12 +282,26 @@ impl fmt::Display for Flavor {
 }
 
 fn list<T: FromJson>(text: Option<&str>, key: &str) -> Result<Vec<T>, ParseError> {
+    const KEYS: [&str; 2] = ["usb_devices", "usb_redirection_devices"];
     let Some(text) = text.filter(|t| !t.trim().is_empty()) else { return Ok(Vec::new()) };
     let value = checked(text).map_err(|e| e.at(key))?;
-    let wrapped = value.get(key).is_some();
-    let object =
-        if wrapped { value } else { Value::Object([(key.to_string(), value)].into_iter().collect()) };
-    Object::new(&object, RIGHT_FLAVOR, &[key])?.list(key)
+    if value.get(key).is_none() {
+        let object = Value::Object([(key.to_string(), value)].into_iter().collect());
+        return Object::new(&object, RIGHT_FLAVOR, &[key])?.list(key);
+    }
+    // The whole flavor in place of one list: the other list would be lost.
+    let object = Object::new(&value, RIGHT_FLAVOR, &KEYS)?;
+    let other = KEYS
+        .into_iter()
+        .find(|k| *k != key && object.raw(k).is_some_and(|v| v.as_array().is_none_or(|a| !a.is_empty())));
+    match other {
+        Some(other) => Err(ParseError::new(
+            format!("the key {other:?} beside it"),
+            format!("{key} alone: the other list has a place of its own"),
+        )
+        .at(key)),
+        None => object.list(key),
+    }
 }
 
 /// The text as JSON. Early documents show a spelling that no JSON reader takes; whoever copied it is shown the right one.
@@ -388,6 +402,13 @@ mod tests {
         assert_eq!(
             Flavor::parse_lists(Some(r#"{"usb_devices":[{"id":5}]}"#), None).unwrap().usb_devices.len(),
             1
+        );
+        let whole = r#"{"usb_devices":[{"id":5}],"usb_redirection_devices":[]}"#;
+        assert_eq!(Flavor::parse_lists(Some(whole), None).unwrap().usb_devices.len(), 1);
+        let both =
+            r#"{"usb_devices":[{"id":5}],"usb_redirection_devices":[{"bus":"usb","type":"spicevmc"}]}"#;
+        assert!(
+            Flavor::parse_lists(Some(both), None).unwrap_err().to_string().contains("a place of its own")
         );
         assert!(Flavor::parse_lists(None, Some(" ")).unwrap().is_empty());
         let error = Flavor::parse_lists(Some("[{\"id\":0}]"), None).unwrap_err();
