@@ -68,6 +68,15 @@ fn sound(host: &Host, step: &(String, usize)) -> usize {
     claims.len()
 }
 
+/// It was killed before and after the commit, and in nearly all of its calls.
+fn died_everywhere(before: usize, after: usize, calls: usize) {
+    assert!(
+        before > 50 && after > 5,
+        "of {calls} calls it died in {before} before the commit and in {after} after it"
+    );
+    assert!(before + after > calls * 9 / 10, "it was killed in {} of {calls} calls", before + after);
+}
+
 fn release(host: &Host, xml: &str) {
     assert!(host.call(&["erp-1", "release", "end", "shutdown"], xml.as_bytes()).status.success());
 }
@@ -98,17 +107,7 @@ fn killed_at_every_system_call_of_a_claim() {
         release(&host, &mine);
         assert_eq!(sound(&host, step), 0);
     }
-    assert!(
-        before > 50 && after > 5,
-        "of {} calls it died in {before} before the commit and in {after} after it",
-        steps.len()
-    );
-    assert!(
-        before + after > steps.len() * 9 / 10,
-        "it was killed in {} of {} calls",
-        before + after,
-        steps.len()
-    );
+    died_everywhere(before, after, steps.len());
 }
 
 #[test]
@@ -134,15 +133,5 @@ fn killed_at_every_system_call_of_a_release() {
         release(&host, &mine);
         assert_eq!(sound(&host, step), 0, "the second release gives back what the first could not");
     }
-    assert!(
-        before > 50 && after > 5,
-        "of {} calls it died in {before} before the commit and in {after} after it",
-        steps.len()
-    );
-    assert!(
-        before + after > steps.len() * 9 / 10,
-        "it was killed in {} of {} calls",
-        before + after,
-        steps.len()
-    );
+    died_everywhere(before, after, steps.len());
 }
