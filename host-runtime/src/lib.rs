@@ -2,4 +2,5 @@
 
 pub mod cli;
 pub mod discovery;
+pub mod filter;
 pub mod inventory;

@@ -98,16 +98,7 @@ impl FromJson for DeviceRequest {
             tags: object.list::<Tag>("tags")?.into_iter().map(|t| t.0).collect(),
         };
         if selector == Selector::default() {
-            return Err(ParseError::new(
-                value,
-                "at least one of id, vendor_id, product_id, serial, port, class, tags",
-            ));
-        }
-        if selector.product_id.is_some() && selector.vendor_id.is_none() {
-            return Err(ParseError::new(
-                "a product_id alone",
-                "the vendor_id too: product ids are the vendor's own",
-            ));
+            return Err(ParseError::new(value, NAMES_NOTHING));
         }
         let count = match object.raw("count") {
             None => 1,
@@ -118,11 +109,54 @@ impl FromJson for DeviceRequest {
                     ParseError::new(value, format!("a count from 1 to {MAX_DEVICES}")).at("count")
                 })?,
         };
-        if selector.id.is_some() && count > 1 {
+        let request = Self { selector, count };
+        request.check()?;
+        Ok(request)
+    }
+}
+
+const NAMES_NOTHING: &str = "at least one of id, vendor_id, product_id, serial, port, class, tags";
+
+impl DeviceRequest {
+    /// Whether a request that was put together, rather than read, is one that could be read.
+    ///
+    /// # Errors
+    /// Names the key that is wrong.
+    pub fn check(&self) -> Result<(), ParseError> {
+        let Self { selector, count } = self;
+        if *selector == Selector::default() {
+            return Err(ParseError::new("a request that names nothing", NAMES_NOTHING));
+        }
+        if selector.product_id.is_some() && selector.vendor_id.is_none() {
+            return Err(ParseError::new(
+                "a product_id alone",
+                "the vendor_id too: product ids are the vendor's own",
+            ));
+        }
+        if !(1..=MAX_DEVICES).contains(count) {
+            return Err(ParseError::new(count, format!("a count from 1 to {MAX_DEVICES}")).at("count"));
+        }
+        if selector.id.is_some() && *count > 1 {
             return Err(ParseError::new(count, "1: an id names one device").at("count"));
         }
-        Ok(Self { selector, count })
+        Ok(())
     }
+}
+
+/// Whether all requests of an instance together are within bounds.
+///
+/// # Errors
+/// Says how many devices there are, or which request is wrong.
+pub fn check_requests(requests: &[DeviceRequest]) -> Result<(), ParseError> {
+    for (number, request) in requests.iter().enumerate() {
+        request.check().map_err(|e| e.at(&format!("[{number}]")).at("usb_devices"))?;
+    }
+    let devices: u64 = requests.iter().map(|r| u64::from(r.count)).sum();
+    if devices > u64::from(MAX_DEVICES) {
+        return Err(ParseError::new(format!("{devices} devices in all"), format!("at most {MAX_DEVICES}"))
+            .at("usb_devices"));
+    }
+    Ok(())
 }
 
 impl fmt::Display for DeviceRequest {
@@ -254,14 +288,7 @@ impl Flavor {
     }
 
     fn bounded(self) -> Result<Self, ParseError> {
-        let devices: u64 = self.usb_devices.iter().map(|r| u64::from(r.count)).sum();
-        if devices > u64::from(MAX_DEVICES) {
-            return Err(ParseError::new(
-                format!("{devices} devices in all"),
-                format!("at most {MAX_DEVICES}"),
-            )
-            .at("usb_devices"));
-        }
+        check_requests(&self.usb_devices)?;
         let redirections = self.usb_redirection_devices.len();
         if redirections > MAX_REDIRECTIONS {
             return Err(ParseError::new(
@@ -271,6 +298,14 @@ impl Flavor {
             .at("usb_redirection_devices"));
         }
         Ok(self)
+    }
+}
+
+impl core::str::FromStr for Flavor {
+    type Err = ParseError;
+    /// As [`Flavor::parse`].
+    fn from_str(text: &str) -> Result<Self, ParseError> {
+        Self::parse(text)
     }
 }
 

@@ -15,6 +15,7 @@
 //! | [`flavor`] | what a flavor asks for |
 //! | [`whitelist`] | which devices are offered, and to whom |
 //! | [`matching`] | which devices serve which requests of one instance |
+//! | [`scheduling`] | what a scheduler asks the filter, and what it is told |
 //! | [`host`] | the host document: what a host tells the world |
 #![no_std]
 extern crate alloc;
@@ -29,6 +30,7 @@ pub mod ids;
 mod json;
 pub mod key;
 pub mod matching;
+pub mod scheduling;
 pub mod state;
 pub mod whitelist;
 

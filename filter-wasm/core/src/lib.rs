@@ -1,0 +1,45 @@
+//! The rules of the scheduler's filter: which hosts can serve a flavor, which is best, and why the others cannot.
+//!
+//! ```text
+//! host documents ─► document ─► Draft ─► Inventory (rows, keys ─► postings) ◄─ set_status, remove, touch
+//!                                                │
+//! flavor, project, moment, weights ─► Question ─► Plan ─► select ─► Selection (the best hosts, ranked)
+//!                                                    └──► explain ─► Verdict (accepted, or why not)
+//! ```
+//! `no_std`, no IO, no clock, no floats: the same code runs in a WebAssembly sandbox and natively, and answers the same.
+//!
+//! | module | what it does |
+//! |---|---|
+//! | `refusal` | why an input was not taken; questions and answers are the model's |
+//! | `draft`, `document` | one host as it comes in: typed, or as a host document |
+//! | `inventory` | the fleet: rows of devices, and its index |
+//! | `posting`, `sparse`, `keys`, `sets` | the index's parts |
+//! | `plan` | a question against the index |
+//! | `hall` | whether one host serves all requests at once, and how much it would have to spare |
+//! | `select`, `rank`, `explain` | the answers |
+//! | [`text`] | the same engine for callers that speak in strings |
+#![no_std]
+extern crate alloc;
+
+mod document;
+mod draft;
+mod explain;
+mod hall;
+mod inventory;
+mod keys;
+mod plan;
+mod posting;
+mod rank;
+mod refusal;
+mod select;
+mod sets;
+mod sparse;
+pub mod text;
+
+pub use draft::{Draft, DraftDevice};
+pub use inventory::{Inventory, Loaded, RefusedLine, Statistics};
+pub use plan::Prepared;
+pub use refusal::Refusal;
+pub use virt_usb_model::scheduling::{
+    Moment, Placement, Question, Reason, Rejection, Selection, Verdict, Weights,
+};

@@ -1,0 +1,273 @@
+//! One instance of a filter with one inventory in it: every call bounded, every answer looked at.
+
+use std::collections::HashSet;
+
+use virt_usb_model::scheduling::{Placement, Question, Selection, Verdict};
+use virt_usb_model::{DeviceId, Status};
+use wasmtime::component::ResourceAny;
+use wasmtime::{ResourceLimiter, Store, Trap, UpdateDeadline};
+
+use crate::bindings::{self, FilterPre, Guest, clean, wit};
+use crate::error::Fault;
+use crate::filter::cause;
+use crate::{Error, Filter, Statistics};
+
+/// What the store knows besides the instance.
+pub(crate) struct State {
+    most: usize,
+    memory: usize,
+    exceeded: bool,
+}
+
+impl ResourceLimiter for State {
+    fn memory_growing(&mut self, _: usize, wanted: usize, _: Option<usize>) -> wasmtime::Result<bool> {
+        let fits = wanted <= self.most;
+        match fits {
+            true => self.memory = wanted,
+            false => self.exceeded = true,
+        }
+        Ok(fits)
+    }
+
+    fn memory_grow_failed(&mut self, e: wasmtime::Error) -> wasmtime::Result<()> {
+        // A filter that was told would trap in its own way, or go on without.
+        Err(e)
+    }
+
+    fn table_growing(&mut self, _: usize, wanted: usize, _: Option<usize>) -> wasmtime::Result<bool> {
+        Ok(wanted <= 1 << 20)
+    }
+}
+
+/// After a fault an instance must not be used again.
+pub(crate) struct Instance {
+    filter: Filter,
+    store: Store<State>,
+    bindings: bindings::Filter,
+    inventory: ResourceAny,
+}
+
+/// A question that the instance has prepared.
+#[derive(Clone, Copy)]
+pub(crate) struct PreparedHandle(ResourceAny);
+
+impl Instance {
+    pub(crate) fn new(filter: &Filter, pre: &FilterPre<State>) -> Result<Self, Error> {
+        let most = filter.limits().memory;
+        let mut store = Store::new(pre.engine(), State { most, memory: 0, exceeded: false });
+        store.limiter(|state| state);
+        store.epoch_deadline_callback(|_| Ok(UpdateDeadline::Interrupt));
+        // The deadline is the second tick from here: one whole epoch at least.
+        store.set_epoch_deadline(2);
+        let made = pre.instantiate(&mut store).and_then(|bindings| {
+            let inventory =
+                bindings.virt_usb_scheduler_inventory().inventory().call_constructor(&mut store)?;
+            Ok((bindings, inventory))
+        });
+        match made {
+            Ok((bindings, inventory)) => Ok(Self { filter: filter.clone(), store, bindings, inventory }),
+            Err(e) => Err(broken(filter, fault(filter, &store, &e))),
+        }
+    }
+
+    fn call<T>(
+        &mut self,
+        act: impl FnOnce(&Guest, &mut Store<State>, ResourceAny) -> wasmtime::Result<T>,
+    ) -> Result<T, Error> {
+        self.store.set_epoch_deadline(2);
+        let guest = self.bindings.virt_usb_scheduler_inventory();
+        act(guest, &mut self.store, self.inventory)
+            .map_err(|e| broken(&self.filter, fault(&self.filter, &self.store, &e)))
+    }
+
+    fn rubbish(&self, why: String) -> Error {
+        broken(&self.filter, Fault::Rubbish(why))
+    }
+
+    /// Feeds documents, a line each, and returns the lines that were refused, from 0, with the reason.
+    pub(crate) fn load(
+        &mut self,
+        lines: &str,
+        received: u64,
+        count: usize,
+    ) -> Result<Vec<(usize, String)>, Error> {
+        let report = self.call(|guest, store, at| guest.inventory().call_load(store, at, lines, received))?;
+        let taken = usize::try_from(report.nodes.saturating_add(report.refused)).unwrap_or(usize::MAX);
+        if taken != count {
+            let told = format!(
+                "it was fed {count} hosts, and says that it took {} and refused {}",
+                report.nodes, report.refused
+            );
+            return Err(self.rubbish(told));
+        }
+        let problems =
+            report.problems.into_iter().map(|p| ((p.line as usize).wrapping_sub(1), clean(&p.why)));
+        Ok(problems.filter(|(line, _)| *line < count).collect())
+    }
+
+    pub(crate) fn remove(&mut self, host: &str) -> Result<bool, Error> {
+        self.call(|guest, store, at| guest.inventory().call_remove(store, at, host))
+    }
+
+    pub(crate) fn touch(&mut self, host: &str, received: u64) -> Result<bool, Error> {
+        self.call(|guest, store, at| guest.inventory().call_touch(store, at, host, received))
+    }
+
+    pub(crate) fn set_status(&mut self, host: &str, device: DeviceId, status: Status) -> Result<bool, Error> {
+        self.call(|guest, store, at| {
+            guest.inventory().call_set_status(store, at, host, device.get(), status.into())
+        })?
+        .map_err(refused)
+    }
+
+    pub(crate) fn select(
+        &mut self,
+        question: &Question,
+        candidates: Option<&[String]>,
+        limit: u32,
+        known: impl Fn(&str) -> bool,
+    ) -> Result<Selection, Error> {
+        let asked = question.into();
+        let answer = self
+            .call(|guest, store, at| guest.inventory().call_select(store, at, &asked, candidates, limit))?
+            .map_err(refused)?;
+        let placement = |p: wit::Placement| Placement { host: p.node, score: p.score };
+        let placements = answer.placements.into_iter().map(placement).collect();
+        let selection = Selection { matched: answer.matched, placements };
+        self.look_at(&selection, candidates, limit, known)?;
+        Ok(selection)
+    }
+
+    /// Whether the answer can be one: a filter may be wrong, but not name hosts that nobody has.
+    fn look_at(
+        &self,
+        selection: &Selection,
+        candidates: Option<&[String]>,
+        limit: u32,
+        known: impl Fn(&str) -> bool,
+    ) -> Result<(), Error> {
+        let Selection { matched, placements } = selection;
+        let most = usize::try_from(limit.min(*matched)).unwrap_or(usize::MAX);
+        if placements.len() > most {
+            return Err(self.rubbish(format!(
+                "it names {} hosts, of {matched} that it says can serve and {limit} that were asked for",
+                placements.len()
+            )));
+        }
+        if let Some(pair) = placements.windows(2).find(|pair| pair[0].score < pair[1].score) {
+            return Err(self.rubbish(format!(
+                "{:?} stands before {:?}, which scores more",
+                clean(&pair[0].host),
+                clean(&pair[1].host)
+            )));
+        }
+        let mut named: HashSet<&str> = HashSet::with_capacity(placements.len());
+        for placement in placements {
+            if !named.insert(&placement.host) {
+                return Err(self.rubbish(format!("it names {:?} twice", clean(&placement.host))));
+            }
+        }
+        let stranger = match candidates {
+            Some(candidates) => {
+                for candidate in candidates {
+                    named.remove(candidate.as_str());
+                }
+                named.into_iter().next()
+            }
+            None => named.into_iter().find(|host| !known(host)),
+        };
+        match stranger {
+            Some(host) => {
+                Err(self.rubbish(format!("it names {:?}, which was not to choose from", clean(host))))
+            }
+            None => Ok(()),
+        }
+    }
+
+    fn devices(&self, ids: &[u64], question: &Question) -> Result<Vec<DeviceId>, Error> {
+        let devices: Vec<DeviceId> = ids.iter().copied().filter_map(DeviceId::new).collect();
+        let twice = (1..ids.len()).any(|at| ids[..at].contains(&ids[at]));
+        if devices.len() != question.devices() || ids.len() != devices.len() || twice {
+            let told = format!(
+                "it would use the devices {ids:?}, and {} different ones were asked for",
+                question.devices()
+            );
+            return Err(self.rubbish(clean(&told)));
+        }
+        Ok(devices)
+    }
+
+    pub(crate) fn explain(&mut self, question: &Question, host: &str) -> Result<Verdict, Error> {
+        let asked = question.into();
+        let answer = self
+            .call(|guest, store, at| guest.inventory().call_explain(store, at, &asked, host))?
+            .map_err(refused)?;
+        self.verdict(answer, question)
+    }
+
+    fn verdict(&self, answer: wit::Verdict, question: &Question) -> Result<Verdict, Error> {
+        Ok(match answer {
+            wit::Verdict::Accepted(accepted) => {
+                let devices = self.devices(&accepted.devices, question)?;
+                Verdict::Accepted { score: accepted.score, devices }
+            }
+            wit::Verdict::Rejected(rejection) => Verdict::Rejected(rejection.into()),
+        })
+    }
+
+    pub(crate) fn prepare(&mut self, question: &Question) -> Result<PreparedHandle, Error> {
+        let asked = question.into();
+        let answer = self.call(|guest, store, at| guest.inventory().call_prepare(store, at, &asked))?;
+        answer.map(PreparedHandle).map_err(refused)
+    }
+
+    pub(crate) fn check(
+        &mut self,
+        prepared: PreparedHandle,
+        question: &Question,
+        host: &str,
+        now: u64,
+    ) -> Result<Verdict, Error> {
+        let answer =
+            self.call(|guest, store, _| guest.prepared().call_check(store, prepared.0, host, now))?;
+        self.verdict(answer, question)
+    }
+
+    /// Gives up a prepared question.
+    pub(crate) fn forget(&mut self, prepared: PreparedHandle) -> Result<(), Error> {
+        self.call(|_, store, _| prepared.0.resource_drop(store))
+    }
+
+    pub(crate) fn statistics(&mut self) -> Result<Statistics, Error> {
+        let s = self.call(|guest, store, at| guest.inventory().call_statistics(store, at))?;
+        let wit::Statistics { revision, nodes, devices, available, keys } = s;
+        Ok(Statistics { revision, hosts: nodes, devices, available, keys })
+    }
+}
+
+impl Instance {
+    /// The size of its memory, in bytes.
+    pub(crate) fn memory(&self) -> usize {
+        self.store.data().memory
+    }
+}
+
+fn refused(refusal: wit::Refusal) -> Error {
+    Error::Refused(bindings::refusal(refusal))
+}
+
+fn broken(filter: &Filter, fault: Fault) -> Error {
+    Error::Broken { path: filter.path().to_owned(), fault }
+}
+
+fn fault(filter: &Filter, store: &Store<State>, e: &wasmtime::Error) -> Fault {
+    if store.data().exceeded {
+        return Fault::Memory(filter.limits().memory);
+    }
+    match e.downcast_ref::<Trap>() {
+        Some(Trap::Interrupt) => Fault::Time(filter.limits().epoch),
+        Some(trap) => Fault::Trap(trap.to_string()),
+        // Everything else comes from reading what it answered.
+        None => Fault::Rubbish(cause(e)),
+    }
+}

@@ -1,0 +1,176 @@
+//! `virt-usb filter bench`: makes a fleet, feeds it to a filter and measures the answers.
+
+use std::time::{Duration, Instant};
+
+use virt_usb_filter_host::{Error, Filter, Fleet, Moment, Question, Session};
+use virt_usb_model::{Flavor, ParseError, Status};
+
+use super::fleet::{self, COMMON, RARE};
+
+/// Something measured.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Figure {
+    /// What.
+    pub what: &'static str,
+    /// The least of some rounds: what else the machine did is not in it.
+    pub least: Duration,
+    /// The median of them.
+    pub median: Duration,
+    /// How many hosts can serve, where a question was asked.
+    pub matched: Option<u32>,
+}
+
+/// The questions that are measured.
+pub struct Questions {
+    /// One device that hardly a host has.
+    pub rare: Question,
+    /// Two devices that half of the hosts have.
+    pub common: Question,
+    /// Three requests that want the same devices.
+    pub overlapping: Question,
+}
+
+impl Questions {
+    /// As they are.
+    ///
+    /// # Errors
+    /// Never: they are flavors.
+    pub fn new() -> Result<Self, ParseError> {
+        // Every host counts as fresh, and that is looked at.
+        let ask = |devices: &str| {
+            let flavor = Flavor::parse_lists(Some(devices), None)?;
+            Ok(Question { moment: Some(Moment { now: 10, max_age: 10 }), ..Question::new(flavor) })
+        };
+        let kind = |id: virt_usb_model::UsbId| {
+            format!(r#""vendor_id":"{}","product_id":"{}""#, id.vendor, id.product)
+        };
+        Ok(Self {
+            rare: ask(&format!("[{{{}}}]", kind(RARE)))?,
+            common: ask(&format!(r#"[{{{},"count":2}}]"#, kind(COMMON)))?,
+            overlapping: ask(&format!(
+                r#"[{{"vendor_id":"{}"}},{{{}}},{{"class":"vendor-specific"}}]"#,
+                COMMON.vendor,
+                kind(COMMON)
+            ))?,
+        })
+    }
+}
+
+/// Rounds of something, each timed.
+pub fn rounds<T, E>(
+    what: &'static str,
+    count: u32,
+    mut act: impl FnMut(u32) -> Result<T, E>,
+) -> Result<Figure, E> {
+    act(0)?;
+    let mut times = Vec::new();
+    for round in 0..count {
+        let start = Instant::now();
+        std::hint::black_box(act(round)?);
+        times.push(start.elapsed());
+    }
+    times.sort_unstable();
+    let at = |n: usize| times.get(n).copied().unwrap_or_default();
+    Ok(Figure { what, least: at(0), median: at(times.len() / 2), matched: None })
+}
+
+/// What has been measured, and the session that it was measured with.
+pub struct Measured {
+    /// The figures.
+    pub figures: Vec<Figure>,
+    /// Bytes of the instance's memory.
+    pub memory: usize,
+    /// Devices in it.
+    pub devices: u64,
+}
+
+/// Measures.
+///
+/// # Errors
+/// If the filter fails.
+pub fn measure(
+    filter: &Filter,
+    made: fleet::Fleet,
+    say: &mut dyn FnMut(&str),
+) -> Result<Measured, anyhow::Error> {
+    let questions = Questions::new()?;
+    say(&format!("making {} hosts with {} devices each", made.hosts, made.devices));
+    let fleet = Fleet::new();
+    for host in 0..made.hosts {
+        fleet.put(&made.document(host), 5)?;
+    }
+    let mut session = filter.session(&fleet);
+    let mut figures = vec![rounds("a fresh instance", 20, |_| {
+        filter.session(&Fleet::new()).select(&questions.rare, None, 1)
+    })?];
+    say("loading");
+    let load = || filter.session(&fleet).select(&questions.rare, None, 1);
+    figures.push(rounds("load all host documents", 3, |_| load())?);
+    say("asking");
+    let ask = |session: &mut Session, what, question: &Question, count| {
+        let matched = session.select(question, None, 0)?.matched;
+        let figure = rounds(what, count, |_| session.select(question, None, 100))?;
+        Ok::<_, Error>(Figure { matched: Some(matched), ..figure })
+    };
+    figures.push(ask(&mut session, "select, rare kind", &questions.rare, 2000)?);
+    figures.push(ask(&mut session, "select, common kind × 2, best 100", &questions.common, 1000)?);
+    figures.push(ask(&mut session, "select, overlapping requests, best 100", &questions.overlapping, 200)?);
+    figures.push(by_host(&mut session, made, &questions.common)?);
+    figures.push(changes(&mut session, &fleet, made, &questions.rare)?);
+    figures.push(replacements(&mut session, &fleet, made, &questions.rare)?);
+    let statistics = session.statistics()?;
+    Ok(Measured { figures, memory: session.memory(), devices: statistics.devices })
+}
+
+fn by_host(session: &mut Session, made: fleet::Fleet, question: &Question) -> Result<Figure, Error> {
+    let names: Vec<String> = (0..made.hosts).map(fleet::Fleet::name).collect();
+    let prepared = session.prepare(question.clone())?;
+    let asked = rounds("ask host by host, all of them", 3, |_| {
+        names.iter().try_for_each(|name| session.check(&prepared, name, 10).map(drop))
+    });
+    session.forget(&prepared)?;
+    asked
+}
+
+/// Many changes, then the question that feeds them: a share of the whole each.
+fn changes(
+    session: &mut Session,
+    fleet: &Fleet,
+    made: fleet::Fleet,
+    question: &Question,
+) -> Result<Figure, Error> {
+    const MANY: u32 = 10_000;
+    let last = |host| Some((fleet::Fleet::name(host), made.document(host).devices.last()?.id));
+    let devices: Vec<_> = (0..MANY).filter_map(|n| last(n % made.hosts)).collect();
+    let figure = rounds("one device changes state", 6, |round| {
+        let status = if round % 2 == 0 { Status::Claimed } else { Status::Available };
+        for (host, device) in &devices {
+            fleet.set_status(host, *device, status);
+        }
+        session.select(question, None, 1)
+    })?;
+    Ok(share(figure, MANY))
+}
+
+fn replacements(
+    session: &mut Session,
+    fleet: &Fleet,
+    made: fleet::Fleet,
+    question: &Question,
+) -> Result<Figure, anyhow::Error> {
+    const MANY: u32 = 1_000;
+    let documents: Vec<_> = (0..MANY).map(|n| made.document(n % made.hosts)).collect();
+    let texts = documents.iter().map(serde_json::to_string).collect::<Result<Vec<_>, _>>()?;
+    let figure = rounds("one host is replaced", 6, |round| {
+        for text in &texts {
+            fleet.put_text(text, 5 + u64::from(round % 2))?;
+        }
+        session.select(question, None, 1)?;
+        Ok::<_, anyhow::Error>(())
+    })?;
+    Ok(share(figure, MANY))
+}
+
+fn share(figure: Figure, of: u32) -> Figure {
+    Figure { least: figure.least / of, median: figure.median / of, ..figure }
+}
