@@ -7,7 +7,7 @@ CARGO := cargo
 # flag for everything would break proc-macros and libusb.
 STATIC_HOOK := $(CARGO) rustc --release -p virt-usb-hook --bin virt-usb-hook -- -C target-feature=+crt-static -C lto=fat -C codegen-units=1
 
-.PHONY: help deps test-deps build run test lint suite corpus bench fuzz soak install-hook clean
+.PHONY: help deps test-deps build filter run test lint suite corpus embedding bench fuzz soak install-hook clean
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -21,16 +21,20 @@ build: deps ## the programs, in target/release
 	@echo "== building (the first time takes some minutes)"
 	@$(CARGO) build --release --workspace --bins
 	@$(STATIC_HOOK)
+	@filter-wasm/build
+
+filter: deps ## the scheduler's filter, as a component and as a core module
+	@filter-wasm/build
 
 run: build ## the main job as a story, on this machine's devices or a recorded host's
 	@tests/story/run
 
-test: test-deps lint build corpus suite ## everything that a change must pass
+test: test-deps lint build corpus suite embedding ## everything that a change must pass
 
 lint:
 	@echo "== formatting and lints"
 	@$(CARGO) fmt --all --check
-	@$(CARGO) clippy --workspace --all-targets -- -D warnings
+	@$(CARGO) clippy --workspace --all-targets --features virt-usb-filter/component,virt-usb-filter/module -- -D warnings
 
 corpus: test-deps
 	@tests/corpus/fetch
@@ -39,6 +43,10 @@ suite: build
 	@echo "== tests"
 	@$(CARGO) test --workspace --no-fail-fast
 	@tests/story/run > target/story.txt && echo "== the story of 'make run' was told: target/story.txt"
+
+embedding: build ## the filter in Python and JavaScript (brings wasmtime from PyPI and jco from npm)
+	@echo "== the filter in other languages"
+	@tests/embedding/run
 
 bench: build ## the figures of BENCHMARKS.md
 	@$(CARGO) run --release -p virt-usb-bench

@@ -24,10 +24,10 @@ impl Inventory {
     ///
     /// # Errors
     /// [`Refusal::Question`].
-    pub fn select<'a>(
+    pub fn select(
         &self,
         question: &Question,
-        candidates: Option<&mut dyn Iterator<Item = &'a str>>,
+        candidates: Option<&mut dyn Iterator<Item = &str>>,
         limit: usize,
     ) -> Result<Selection, Refusal> {
         let plan = Plan::new(self, question)?;
@@ -48,10 +48,10 @@ impl Inventory {
     }
 
     /// For whoever asks for nothing.
-    fn any<'a>(
+    fn any(
         &self,
         plan: &Plan,
-        candidates: Option<&mut dyn Iterator<Item = &'a str>>,
+        candidates: Option<&mut dyn Iterator<Item = &str>>,
         limit: usize,
     ) -> Selection {
         let score = |head: Option<u32>| {
@@ -90,7 +90,7 @@ struct Among {
 }
 
 impl Among {
-    fn new<'a>(inventory: &Inventory, names: &mut dyn Iterator<Item = &'a str>) -> Self {
+    fn new(inventory: &Inventory, names: &mut dyn Iterator<Item = &str>) -> Self {
         let mut blocks = alloc::vec![0u64; inventory.blocks.len()];
         for head in names.filter_map(|name| inventory.find(name)) {
             let (block, lane) = split(head);

@@ -1,4 +1,5 @@
 //! A scheduler in Rust: loads a filter, feeds it two hosts and asks.
+#![allow(clippy::print_stdout, reason = "an example that shows what it does")]
 
 use virt_usb_filter_host::{Error, Filter, Fleet, Moment, Options, Question, Verdict};
 

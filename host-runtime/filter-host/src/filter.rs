@@ -1,5 +1,6 @@
 //! A filter's file, loaded: compiled, checked, and with its limits.
 
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -46,7 +47,7 @@ pub struct Filter {
 
 struct Loaded {
     path: PathBuf,
-    sha256: [u8; 32],
+    sha256: Option<[u8; 32]>,
     limits: Limits,
     component: Component,
     pre: FilterPre<State>,
@@ -56,7 +57,7 @@ impl std::fmt::Debug for Filter {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Filter")
             .field("path", &self.loaded.path)
-            .field("sha256", &hex(&self.loaded.sha256))
+            .field("sha256", &self.loaded.sha256.as_ref().map(hex))
             .field("limits", &self.loaded.limits)
             .finish_non_exhaustive()
     }
@@ -69,20 +70,21 @@ impl Filter {
     /// Each [`LoadError`] says what was wanted of which file.
     pub fn load(path: impl AsRef<Path>, options: &Options) -> Result<Self, LoadError> {
         let path = path.as_ref();
-        let bytes =
-            std::fs::read(path).map_err(|source| LoadError::Read { path: path.to_owned(), source })?;
-        let sha256: [u8; 32] = Sha256::digest(&bytes).into();
-        if let Some(wanted) = options.sha256.filter(|wanted| *wanted != sha256) {
-            let (found, wanted) = (hex(&sha256), hex(&wanted));
-            return Err(LoadError::Digest { path: path.to_owned(), found, wanted });
-        }
         let engine = engine().map_err(|e| LoadError::Engine(cause(&e)))?;
-        let component = match Engine::detect_precompiled(&bytes) {
-            Some(Precompiled::Component) => precompiled(path, &engine, &bytes, options.sha256.is_some())?,
-            Some(Precompiled::Module) => {
-                return Err(invalid(path, "it is a precompiled module, and no component"));
+        let read = |source| LoadError::Read { path: path.to_owned(), source };
+        let unpinned = options.sha256.is_none();
+        let (component, sha256) = match detect(path)? {
+            // Mapped and not read: that is what makes it quick.
+            Some(Precompiled::Component) if unpinned => (mapped(path, &engine)?, None),
+            _ => {
+                let bytes = std::fs::read(path).map_err(read)?;
+                let found = sha256(&bytes);
+                if let Some(wanted) = options.sha256.filter(|wanted| *wanted != found) {
+                    let (found, wanted) = (hex(&found), hex(&wanted));
+                    return Err(LoadError::Digest { path: path.to_owned(), found, wanted });
+                }
+                (component(path, &engine, &bytes, unpinned)?, Some(found))
             }
-            None => compile(path, &engine, &bytes)?,
         };
         let kind = component.component_type();
         let imports: Vec<&str> = kind.imports(&engine).map(|(name, _)| name).collect();
@@ -112,8 +114,8 @@ impl Filter {
         &self.loaded.path
     }
 
-    /// The file's SHA-256.
-    pub fn sha256(&self) -> [u8; 32] {
+    /// The file's SHA-256; none of a precompiled one that was not pinned, which is not read as a whole.
+    pub fn sha256(&self) -> Option<[u8; 32]> {
         self.loaded.sha256
     }
 
@@ -161,17 +163,46 @@ fn compile(path: &Path, _: &Engine, _: &[u8]) -> Result<Component, LoadError> {
     Err(LoadError::Foreign { path: path.to_owned(), why })
 }
 
-/// Machine code is run as it is, so it must be as trustworthy as the program itself: pinned, or in a file that only root or
-/// this user can have written.
-#[allow(unsafe_code, reason = "taking machine code from a file is what wasmtime calls unsafe")]
-fn precompiled(path: &Path, engine: &Engine, bytes: &[u8], pinned: bool) -> Result<Component, LoadError> {
-    if !pinned {
-        trusted(path)?;
+/// Whether the file is machine code, by its header.
+fn detect(path: &Path) -> Result<Option<Precompiled>, LoadError> {
+    let read = |source| LoadError::Read { path: path.to_owned(), source };
+    let mut start = Vec::new();
+    std::fs::File::open(path).and_then(|file| file.take(4).read_to_end(&mut start)).map_err(read)?;
+    // wasmtime keeps machine code in ELF files.
+    match start == b"\x7fELF" {
+        true => Engine::detect_precompiled_file(path).map_err(|e| invalid(path, &cause(&e))),
+        false => Ok(None),
     }
-    // SAFETY: the bytes are those of a pinned digest, or of a file that nobody but root and this user could write; whoever
-    // can do that can replace this program as well. wasmtime itself checks its version and settings.
-    unsafe { Component::deserialize(engine, bytes) }
-        .map_err(|e| LoadError::Foreign { path: path.to_owned(), why: cause(&e) })
+}
+
+/// What the bytes of the file are.
+fn component(path: &Path, engine: &Engine, bytes: &[u8], unpinned: bool) -> Result<Component, LoadError> {
+    match Engine::detect_precompiled(bytes) {
+        None => compile(path, engine, bytes),
+        Some(Precompiled::Module) => Err(invalid(path, "it is a precompiled module, and no component")),
+        // It was none when it was looked at before.
+        Some(Precompiled::Component) if unpinned => Err(invalid(path, "it changes while it is read")),
+        Some(Precompiled::Component) => pinned(path, engine, bytes),
+    }
+}
+
+#[allow(unsafe_code, reason = "taking machine code from a file is what wasmtime calls unsafe")]
+fn pinned(path: &Path, engine: &Engine, bytes: &[u8]) -> Result<Component, LoadError> {
+    // SAFETY: these very bytes have the digest that the caller trusts. wasmtime itself checks its version and settings.
+    unsafe { Component::deserialize(engine, bytes) }.map_err(|e| foreign(path, &e))
+}
+
+/// Machine code is run as it is, so its file must be as trustworthy as the program's own.
+#[allow(unsafe_code, reason = "taking machine code from a file is what wasmtime calls unsafe")]
+fn mapped(path: &Path, engine: &Engine) -> Result<Component, LoadError> {
+    trusted(path)?;
+    // SAFETY: nobody but root and this user can have written the file, or can change it now; whoever can do that can replace
+    // this program as well. wasmtime itself checks its version and settings.
+    unsafe { Component::deserialize_file(engine, path) }.map_err(|e| foreign(path, &e))
+}
+
+fn foreign(path: &Path, e: &wasmtime::Error) -> LoadError {
+    LoadError::Foreign { path: path.to_owned(), why: cause(e) }
 }
 
 fn trusted(path: &Path) -> Result<(), LoadError> {
@@ -223,6 +254,11 @@ fn invalid(path: &Path, why: &str) -> LoadError {
 pub(crate) fn cause(e: &wasmtime::Error) -> String {
     let chain: Vec<String> = e.chain().map(|c| c.to_string().lines().collect::<Vec<_>>().join(" ")).collect();
     chain.join(": ")
+}
+
+/// The SHA-256 of bytes, to pin a filter by.
+pub fn sha256(bytes: &[u8]) -> [u8; 32] {
+    Sha256::digest(bytes).into()
 }
 
 /// A digest in hexadecimal digits.

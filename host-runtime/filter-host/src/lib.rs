@@ -34,7 +34,7 @@ mod instance;
 mod session;
 
 pub use error::{DocumentError, Error, Fault, LoadError};
-pub use filter::{Filter, Limits, Options, hex};
+pub use filter::{Filter, Limits, Options, hex, sha256};
 pub use fleet::Fleet;
 pub use session::{Prepared, Session};
 pub use virt_usb_model::scheduling::{

@@ -56,13 +56,19 @@ pub(super) enum Verb {
         #[command(subcommand)]
         verb: FlavorVerb,
     },
+    /// Say which hosts can serve a flavor, as a scheduler would be told
+    Filter(Filter),
     /// Explain the whitelist
     Whitelist {
         #[command(subcommand)]
         verb: WhitelistVerb,
     },
     /// Show the hosts of the inventory
-    Hosts,
+    Hosts {
+        /// Print their host documents, a line each: what `virt-usb filter --hosts` and every filter is fed with
+        #[arg(long)]
+        documents: bool,
+    },
     /// Look after the inventory's file
     Store {
         #[command(subcommand)]
@@ -138,6 +144,64 @@ pub(super) enum FlavorVerb {
     Remove {
         /// Its name
         name: String,
+    },
+}
+
+/// Exit status: 0 a host can serve the flavor, 3 none can, 1 it could not be found out.
+#[derive(Debug, Args)]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true, verbatim_doc_comment)]
+pub(super) struct Filter {
+    #[command(subcommand)]
+    pub(super) verb: Option<FilterVerb>,
+    /// What is asked for: a stored flavor's name, or JSON such as {"usb_devices":[{"vendor_id":"0529"}]}
+    #[arg(long, required = true, value_name = "NAME|JSON")]
+    pub(super) flavor: Option<String>,
+    /// Ask about the hosts whose documents are in this file, - for stdin; without it about this host, from its inventory
+    #[arg(long, value_name = "FILE")]
+    pub(super) hosts: Option<PathBuf>,
+    /// The project that asks; without it only devices that are for every project count
+    #[arg(long, value_name = "ID")]
+    pub(super) project: Option<String>,
+    /// Show the best so many
+    #[arg(long, default_value_t = 20, value_name = "N")]
+    pub(super) limit: u32,
+    /// Say of every other host why not
+    #[arg(long)]
+    pub(super) explain: bool,
+    #[command(flatten)]
+    pub(super) component: FilterFile,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct FilterFile {
+    /// The filter: a WebAssembly component of the world virt-usb:scheduler/filter; without it the one that is beside this program, or in
+    /// /usr/lib/virt-usb
+    #[arg(long, value_name = "FILE", env = "VIRT_USB_FILTER")]
+    pub(super) component: Option<PathBuf>,
+    /// Take only a filter with this SHA-256
+    #[arg(long, value_name = "HEX")]
+    pub(super) sha256: Option<String>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum FilterVerb {
+    /// Make a fleet, feed it to the filter and measure the answers
+    Bench {
+        /// Hosts
+        #[arg(long, default_value_t = 50_000, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+        hosts: u32,
+        /// Devices on each host
+        #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(0..=1_000))]
+        devices: u32,
+        #[command(flatten)]
+        component: FilterFile,
+    },
+    /// Write the filter as machine code, which this version of virt-usb loads a hundred times faster
+    Precompile {
+        /// The file to write
+        file: PathBuf,
+        #[command(flatten)]
+        component: FilterFile,
     },
 }
 

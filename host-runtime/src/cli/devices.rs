@@ -179,6 +179,14 @@ pub(super) fn hosts(session: &Session) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// Compact, as they are published: a line is a document.
+pub(super) fn documents(session: &Session) -> anyhow::Result<ExitCode> {
+    if let Some(document) = session.store()?.host_document()? {
+        session.out.raw(format!("{}\n", serde_json::to_string(&document)?).as_bytes())?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
 #[derive(Serialize)]
 struct Judged {
     address: String,

@@ -81,6 +81,6 @@ pub(super) fn remove(session: &Session, name: &str) -> anyhow::Result<ExitCode> 
     Ok(ExitCode::SUCCESS)
 }
 
-fn unknown(name: &str) -> String {
+pub(super) fn unknown(name: &str) -> String {
     format!("no flavor of the name {name:?} is stored: 'virt-usb flavor list' shows those that are")
 }

@@ -3,6 +3,7 @@
 mod arguments;
 mod claims;
 mod devices;
+mod filter;
 mod flavors;
 mod output;
 mod upkeep;
@@ -24,7 +25,8 @@ use output::Output;
 /// How long a command waits for the store's lock.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// The program. Exit status: 0 done, 1 it could not be done (the reason is on stderr), 2 wrong arguments.
+/// The program. Exit status: 0 done, 1 it could not be done (the reason is on stderr), 2 wrong arguments, 3 `filter` has asked and no
+/// host can serve.
 pub fn main() -> ExitCode {
     let arguments = Arguments::parse();
     match run(arguments) {
@@ -44,7 +46,8 @@ fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
     match arguments.verb {
         Verb::Discover(options) => devices::discover(&session, &options),
         Verb::Devices { all } => devices::list(&session, all),
-        Verb::Hosts => devices::hosts(&session),
+        Verb::Hosts { documents: false } => devices::hosts(&session),
+        Verb::Hosts { documents: true } => devices::documents(&session),
         Verb::Whitelist { verb: WhitelistVerb::Check { sim } } => {
             devices::check_whitelist(&session, sim.as_deref())
         }
@@ -52,6 +55,7 @@ fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
         Verb::Claims { verb: Some(ClaimsVerb::Release { instance, force }) } => {
             claims::release(&session, &instance, force)
         }
+        Verb::Filter(options) => filter::run(&session, &options),
         Verb::Events(options) => claims::events(&session, &options),
         Verb::Flavor { verb } => match verb {
             FlavorVerb::List => flavors::list(&session),

@@ -1,14 +1,16 @@
 //! `virt-usb filter bench`: makes a fleet, feeds it to a filter and measures the answers.
 
+use std::os::unix::fs::DirBuilderExt;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
-use virt_usb_filter_host::{Error, Filter, Fleet, Moment, Question, Session};
+use virt_usb_filter_host::{Error, Filter, Fleet, Moment, Options, Question, Session};
 use virt_usb_model::{Flavor, ParseError, Status};
 
 use super::fleet::{self, COMMON, RARE};
 
 /// Something measured.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Figure {
     /// What.
     pub what: &'static str,
@@ -54,6 +56,27 @@ impl Questions {
             ))?,
         })
     }
+}
+
+/// From the file to the first answer, of an empty fleet.
+fn cold(filter: &Filter, question: &Question) -> anyhow::Result<[Figure; 2]> {
+    let dir = std::env::temp_dir().join(format!("virt-usb-filter-bench-{}", std::process::id()));
+    std::fs::DirBuilder::new().mode(0o700).create(&dir)?;
+    let file = dir.join("filter.cwasm");
+    let start = |path: &Path| {
+        let options = Options { limits: filter.limits(), sha256: None };
+        Filter::load(path, &options)?.session(&Fleet::new()).select(question, None, 1)?;
+        Ok::<_, anyhow::Error>(())
+    };
+    let measured = filter.precompile().map_err(anyhow::Error::from).and_then(|code| {
+        std::fs::write(&file, code)?;
+        Ok([
+            rounds("cold start, component", 3, |_| start(filter.path()))?,
+            rounds("cold start, precompiled", 20, |_| start(&file))?,
+        ])
+    });
+    std::fs::remove_dir_all(&dir)?;
+    measured
 }
 
 /// Rounds of something, each timed.
@@ -103,6 +126,7 @@ pub fn measure(
     let mut figures = vec![rounds("a fresh instance", 20, |_| {
         filter.session(&Fleet::new()).select(&questions.rare, None, 1)
     })?];
+    figures.extend(cold(filter, &questions.rare)?);
     say("loading");
     let load = || filter.session(&fleet).select(&questions.rare, None, 1);
     figures.push(rounds("load all host documents", 3, |_| load())?);

@@ -57,6 +57,25 @@ fn the_model_needs_serde_alone() {
 }
 
 #[test]
+fn the_rules_of_the_filter_know_no_host() {
+    assert_eq!(
+        direct("virt-usb-filter-core"),
+        names(&["hashbrown", "serde", "serde_json", "virt-usb-model"])
+    );
+    let source = std::fs::read_to_string(root().join("filter-wasm/core/src/lib.rs")).unwrap();
+    assert!(source.contains("#![no_std]"));
+    let ours = |package: &str| -> BTreeSet<String> {
+        closure(package).into_iter().filter(|name| name.starts_with("virt-usb")).collect()
+    };
+    assert_eq!(ours("virt-usb-filter"), names(&["virt-usb-filter-core", "virt-usb-model"]));
+    assert_eq!(
+        ours("virt-usb-filter-host"),
+        names(&["virt-usb-model"]),
+        "the rules are its oracle in tests alone"
+    );
+}
+
+#[test]
 fn domxml_and_store_know_the_model_and_not_each_other() {
     for (package, other) in [("virt-usb-domxml", "virt-usb-store"), ("virt-usb-store", "virt-usb-domxml")] {
         let all = closure(package);
@@ -92,7 +111,7 @@ fn the_hook_stays_small() {
 
 #[test]
 fn no_product_is_built_with_test_code() {
-    for package in ["virt-usb", "virt-usb-hook"] {
+    for package in ["virt-usb", "virt-usb-hook", "virt-usb-filter", "virt-usb-filter-host"] {
         let all = closure(package);
         for forbidden in ["virt-usb-harness", "virt-usb-suite", "virt-usb-bench", "proptest"] {
             assert!(!all.contains(forbidden), "{package} is built with {forbidden}");
@@ -122,7 +141,12 @@ fn every_folder_of_a_part_explains_itself() {
         "host-runtime/model",
         "host-runtime/domxml",
         "host-runtime/store",
+        "host-runtime/filter-host",
+        "filter-wasm",
+        "filter-wasm/core",
+        "wit",
         "tests",
+        "tests/embedding",
         "install",
     ] {
         assert!(root().join(folder).join("README.md").exists(), "{folder}/README.md");
