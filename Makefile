@@ -48,7 +48,7 @@ embedding: build ## the filter in Python and JavaScript (brings wasmtime from Py
 	@echo "== the filter in other languages"
 	@tests/embedding/run
 
-bench: build ## the figures of BENCHMARKS.md
+bench: build embedding ## the figures of BENCHMARKS.md
 	@$(CARGO) run --release -p virt-usb-bench
 
 fuzz: ## ten minutes of each fuzz target (installs cargo-fuzz)

@@ -138,6 +138,10 @@ pub fn measure(
     };
     figures.push(ask(&mut session, "select, rare kind", &questions.rare, 2000)?);
     figures.push(ask(&mut session, "select, common kind × 2, best 100", &questions.common, 1000)?);
+    let matched = session.select(&questions.common, None, 0)?.matched;
+    let counted =
+        rounds("select, common kind × 2, counted", 1000, |_| session.select(&questions.common, None, 0))?;
+    figures.push(Figure { matched: Some(matched), ..counted });
     figures.push(ask(&mut session, "select, overlapping requests, best 100", &questions.overlapping, 200)?);
     figures.push(by_host(&mut session, made, &questions.common)?);
     figures.push(changes(&mut session, &fleet, made, &questions.rare)?);
@@ -195,6 +199,7 @@ fn replacements(
     Ok(share(figure, MANY))
 }
 
-fn share(figure: Figure, of: u32) -> Figure {
+/// Of something that was done so many times in a round.
+pub fn share(figure: Figure, of: u32) -> Figure {
     Figure { least: figure.least / of, median: figure.median / of, ..figure }
 }

@@ -6,15 +6,19 @@
 //!                                                 ├─► memory ... the peak of one process
 //!                                                 ├─► crowd .... 200 processes at once
 //!                                                 └─► claims ... inside one process, 10 000 devices
-//!                                                        └──► table
+//! made fleet (50 000 hosts × 20 devices) ──┬─► filter ... in the sandbox and natively
+//!                                          └─► python ... one batch call, and the same rules in Python
+//!                                                        all ──► table
 //! ```
 
 mod calls;
 mod claims;
 mod crowd;
+mod filter;
 mod machine;
 mod memory;
 mod program;
+mod python;
 mod samples;
 mod table;
 mod world;
@@ -39,6 +43,8 @@ fn main() -> Result<()> {
     memory::measure(&programs, &mut table)?;
     crowd::measure(&programs, &mut table)?;
     claims::measure(&mut table)?;
+    filter::measure(&programs, &mut table)?;
+    python::measure(&programs, &mut table)?;
     show(&table.to_string())
 }
 

@@ -11,6 +11,7 @@ use virt_usb_harness::environment;
 
 pub(crate) struct Programs {
     pub(crate) hook: PathBuf,
+    pub(crate) filter: PathBuf,
     pub(crate) python: PathBuf,
     pub(crate) minidom_hook: PathBuf,
     pub(crate) nothing: PathBuf,
@@ -22,8 +23,11 @@ impl Programs {
         let me = std::env::current_exe().context("where this program lies")?;
         let hook = me.with_file_name("virt-usb-hook");
         ensure!(hook.exists(), "{} is not there: 'make build' makes it", hook.display());
+        let filter = me.with_file_name("virt-usb-filter.wasm");
+        ensure!(filter.exists(), "{} is not there: 'make build' makes it", filter.display());
         Ok(Self {
             hook,
+            filter,
             python: python()?,
             minidom_hook: Path::new(env!("CARGO_MANIFEST_DIR")).join("minidom_hook.py"),
             nothing: "/bin/true".into(),

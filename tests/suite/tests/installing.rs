@@ -39,6 +39,9 @@ fn installs_a_real_file_beside_other_hooks_and_removes_only_its_own() {
     assert_eq!(listed.len(), 2, "libvirt would call whatever else lies here: {listed:?}");
     let command = Command::new(dest.path().join("usr/bin/virt-usb")).arg("--version").output().unwrap();
     assert!(ok(&command).starts_with("virt-usb "));
+    for filter in ["virt-usb-filter.wasm", "virt-usb-filter-module.wasm"] {
+        assert!(dest.path().join("usr/lib/virt-usb").join(filter).exists(), "{filter}");
+    }
 
     std::fs::write(dest.path().join("etc/virt-usb/config.toml"), "log = \"off\"\n").unwrap();
     assert!(ok(&install(dest.path(), &[])).contains("nothing has to be reloaded"), "again: an upgrade");
@@ -47,6 +50,7 @@ fn installs_a_real_file_beside_other_hooks_and_removes_only_its_own() {
 
     ok(&install(dest.path(), &["--remove"]));
     assert!(!dest.path().join("usr/bin/virt-usb").exists());
+    assert!(!dest.path().join("usr/lib/virt-usb").exists());
     assert!(
         !hook.exists()
             && hooks.join("10-other").exists()
