@@ -8,7 +8,7 @@
 //! | function | takes | returns |
 //! |---|---|---|
 //! | `virt_usb_abi` | | 1, the version of this table |
-//! | `virt_usb_alloc` | size | pointer, to be given back with the same size; 0 for no size |
+//! | `virt_usb_alloc` | size | pointer, to be given back with the same size; never 0, for no size neither |
 //! | `virt_usb_free` | pointer, size | |
 //! | `virt_usb_answer`, `virt_usb_answer_len` | | pointer, length |
 //! | `virt_usb_new` | | an inventory's handle, from 1 |
@@ -102,8 +102,10 @@ extern "C" fn virt_usb_abi() -> u32 {
     1
 }
 
+const ALIGN: usize = 8;
+
 fn layout(size: usize) -> Option<std::alloc::Layout> {
-    std::alloc::Layout::from_size_align(size, 8).ok().filter(|layout| layout.size() > 0)
+    std::alloc::Layout::from_size_align(size, ALIGN).ok().filter(|layout| layout.size() > 0)
 }
 
 #[unsafe(no_mangle)]
@@ -114,7 +116,8 @@ extern "C" fn virt_usb_alloc(size: usize) -> *mut u8 {
             pointer if pointer.is_null() => std::alloc::handle_alloc_error(layout),
             pointer => pointer,
         },
-        None => std::ptr::null_mut(),
+        // A pointer to nothing, and not 0: that would be the whole fleet where nobody is meant.
+        None => std::ptr::without_provenance_mut(ALIGN),
     }
 }
 
@@ -141,12 +144,9 @@ extern "C" fn virt_usb_answer_len() -> usize {
 #[unsafe(no_mangle)]
 extern "C" fn virt_usb_new() -> u32 {
     STATE.with_borrow_mut(|state| {
-        let slot = state.inventories.iter().position(Option::is_none).unwrap_or_else(|| {
-            state.inventories.push(None);
-            state.inventories.len() - 1
-        });
-        state.inventories[slot] = Some(Inventory::new());
-        u32::try_from(slot + 1).unwrap_or(u32::MAX)
+        // No handle is used again: an old one must not speak to another's inventory.
+        state.inventories.push(Some(Inventory::new()));
+        u32::try_from(state.inventories.len()).unwrap_or(u32::MAX)
     })
 }
 

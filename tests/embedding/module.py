@@ -114,7 +114,7 @@ class Filter:
         """Calls a function that takes each text as a pointer and a length."""
         arguments = [a.encode() if isinstance(a, str) else a for a in arguments]
         texts = b"".join(a for a in arguments if isinstance(a, bytes))
-        # No bytes get no place but 0, and 0 means the whole fleet.
+        # At least a byte: the place that is kept begins as none, at 0, and 0 means the whole fleet.
         at = self._place(len(texts) + 1)
         self._memory.write(self._store, texts, at)
         numbers = []

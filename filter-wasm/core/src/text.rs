@@ -85,8 +85,12 @@ fn weights(map: &Map<String, Value>) -> Result<Weights, Refusal> {
     if let Some(key) = map.keys().find(|key| !["spare", "reserve"].contains(&key.as_str())) {
         return Err(Refusal::Question(format!("weights: found key {key:?}, wanted spare or reserve")));
     }
-    let weight = |key: &str, usual: u8| {
-        number(map, key).map(|n| n.map_or(usual, |n| u8::try_from(n).unwrap_or(u8::MAX)))
+    let weight = |key: &str, usual: u8| match number(map, key) {
+        Ok(None) => Ok(usual),
+        Ok(Some(n)) => u8::try_from(n).ok().filter(|n| *n <= Weights::MAX).ok_or_else(|| {
+            Refusal::Question(format!("weights.{key}: found {n}, wanted 0 to {}", Weights::MAX))
+        }),
+        Err(e) => Err(Refusal::Question(format!("weights.{e}"))),
     };
     let (spare, reserve) = (weight("spare", usual.spare)?, weight("reserve", usual.reserve)?);
     Ok(Weights { spare, reserve })
@@ -209,5 +213,38 @@ impl Inventory {
             "revision": s.revision, "hosts": s.hosts, "devices": s.devices, "available": s.available, "keys": s.keys,
         })
         .to_string()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_question_is_read_or_refused_with_its_place() {
+        let flavor = r#""flavor":{"usb_devices":[{"vendor_id":"0529"}]}"#;
+        let full = format!(
+            "{{{flavor},\"project\":\"p1\",\"now\":9,\"max_age\":2,\"weights\":{{\"spare\":100,\"reserve\":0}}}}"
+        );
+        let read = question(&full).unwrap();
+        assert_eq!((read.requests.len(), read.moment), (1, Some(Moment { now: 9, max_age: 2 })));
+        assert_eq!(read.weights, Weights { spare: 100, reserve: 0 });
+        let wrong = [
+            ("{", "not JSON"),
+            ("[]", "wanted a question such as"),
+            ("{}", "found no flavor"),
+            (r#"{"flavor":{"usb_devices":[{"vendor_id":"zz"}]}}"#, "flavor.usb_devices[0].vendor_id"),
+            (r#"{"flavor":{},"now":1}"#, "only one of now and max_age"),
+            (r#"{"flavor":{},"now":-1,"max_age":1}"#, "now: found -1"),
+            (r#"{"flavor":{},"project":"a b"}"#, "project: found"),
+            (r#"{"flavor":{},"weights":{"spare":1000}}"#, "weights.spare: found 1000, wanted 0 to 100"),
+            (r#"{"flavor":{},"weights":{"spare":1.5}}"#, "weights.spare: found 1.5"),
+            (r#"{"flavor":{},"weights":{"spar":1}}"#, "weights: found key \"spar\""),
+            (r#"{"flavour":{}}"#, "found key \"flavour\""),
+        ];
+        for (text, why) in wrong {
+            let said = question(text).unwrap_err().to_string();
+            assert!(said.contains(why), "{text}: {said}");
+        }
     }
 }

@@ -22,7 +22,7 @@ fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let done = match arguments.iter().map(String::as_str).collect::<Vec<_>>().as_slice() {
         ["component", from, to] => pack(from, to, component),
-        ["module", from, to] => pack(from, to, Ok),
+        ["module", from, to] => pack(from, to, |module| Ok(module.to_vec())),
         _ => Err(anyhow::anyhow!("usage: virt-usb-filter-pack component|module MODULE OUT")),
     };
     match done {
@@ -35,9 +35,9 @@ fn main() -> ExitCode {
     }
 }
 
-fn pack(from: &str, to: &str, make: fn(Vec<u8>) -> Result<Vec<u8>>) -> Result<()> {
+fn pack(from: &str, to: &str, make: fn(&[u8]) -> Result<Vec<u8>>) -> Result<()> {
     let module = std::fs::read(from).with_context(|| format!("cannot read {from}"))?;
-    let made = make(module).with_context(|| format!("cannot pack {from}"))?;
+    let made = make(&module).with_context(|| format!("cannot pack {from}"))?;
     imports_nothing(&made).with_context(|| format!("{from} is not packed"))?;
     // Written beside and moved, so that whoever loads the file meanwhile gets the old one or the new one.
     let beside = Path::new(to).with_extension("part");
@@ -45,8 +45,8 @@ fn pack(from: &str, to: &str, make: fn(Vec<u8>) -> Result<Vec<u8>>) -> Result<()
     std::fs::rename(&beside, to).with_context(|| format!("cannot move {} to {to}", beside.display()))
 }
 
-fn component(module: Vec<u8>) -> Result<Vec<u8>> {
-    ComponentEncoder::default().validate(true).module(&module)?.encode()
+fn component(module: &[u8]) -> Result<Vec<u8>> {
+    ComponentEncoder::default().validate(true).module(module)?.encode()
 }
 
 /// # Errors
