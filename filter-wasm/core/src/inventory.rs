@@ -309,7 +309,8 @@ impl Inventory {
         let (block, lane) = split(head);
         let block = &mut self.blocks[block as usize];
         block.heads &= !(1 << lane);
-        block.hear(lane, 0);
+        // Later than any, so that it is never the oldest.
+        block.hear(lane, u64::MAX);
         self.free(head);
         true
     }

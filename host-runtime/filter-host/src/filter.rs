@@ -195,17 +195,18 @@ fn pinned(path: &Path, engine: &Engine, bytes: &[u8]) -> Result<Component, LoadE
 /// Machine code is run as it is, so its file must be as trustworthy as the program's own.
 #[allow(unsafe_code, reason = "taking machine code from a file is what wasmtime calls unsafe")]
 fn mapped(path: &Path, engine: &Engine) -> Result<Component, LoadError> {
-    trusted(path)?;
+    let real = trusted(path)?;
     // SAFETY: nobody but root and this user can have written the file, or can change it now; whoever can do that can replace
     // this program as well. wasmtime itself checks its version and settings.
-    unsafe { Component::deserialize_file(engine, path) }.map_err(|e| foreign(path, &e))
+    unsafe { Component::deserialize_file(engine, real) }.map_err(|e| foreign(path, &e))
 }
 
 fn foreign(path: &Path, e: &wasmtime::Error) -> LoadError {
     LoadError::Foreign { path: path.to_owned(), why: cause(e) }
 }
 
-fn trusted(path: &Path) -> Result<(), LoadError> {
+/// The file itself, whatever links lead to it.
+fn trusted(path: &Path) -> Result<PathBuf, LoadError> {
     use std::os::unix::fs::MetadataExt;
     let untrusted = |why: String| Err(LoadError::Untrusted { path: path.to_owned(), why });
     let look =
@@ -228,7 +229,7 @@ fn trusted(path: &Path) -> Result<(), LoadError> {
             ));
         }
     }
-    Ok(())
+    Ok(real)
 }
 
 /// Counts epochs for as long as anybody uses the engine.

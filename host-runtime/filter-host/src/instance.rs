@@ -20,10 +20,12 @@ pub(crate) struct State {
 }
 
 impl ResourceLimiter for State {
-    fn memory_growing(&mut self, _: usize, wanted: usize, _: Option<usize>) -> wasmtime::Result<bool> {
-        let fits = wanted <= self.most;
+    fn memory_growing(&mut self, now: usize, wanted: usize, _: Option<usize>) -> wasmtime::Result<bool> {
+        // All memories of the instance together.
+        let all = self.memory.saturating_add(wanted.saturating_sub(now));
+        let fits = all <= self.most;
         match fits {
-            true => self.memory = wanted,
+            true => self.memory = all,
             false => self.exceeded = true,
         }
         Ok(fits)
@@ -185,14 +187,20 @@ impl Instance {
     }
 
     fn devices(&self, ids: &[u64], question: &Question) -> Result<Vec<DeviceId>, Error> {
+        // As many as a flavor can want at the most, from here on.
+        if ids.len() != question.devices() {
+            return Err(self.rubbish(format!(
+                "it would use {} devices, and {} were asked for",
+                ids.len(),
+                question.devices()
+            )));
+        }
         let devices: Vec<DeviceId> = ids.iter().copied().filter_map(DeviceId::new).collect();
         let twice = (1..ids.len()).any(|at| ids[..at].contains(&ids[at]));
-        if devices.len() != question.devices() || ids.len() != devices.len() || twice {
-            let told = format!(
-                "it would use the devices {ids:?}, and {} different ones were asked for",
-                question.devices()
+        if devices.len() != ids.len() || twice {
+            return Err(
+                self.rubbish(clean(&format!("it would use the devices {ids:?}: wanted ids, each once")))
             );
-            return Err(self.rubbish(clean(&told)));
         }
         Ok(devices)
     }

@@ -19,8 +19,8 @@
 //! After a fault the next call begins with a fresh instance, which is fed the fleet again.
 //!
 //! # Threads
-//! [`Filter`] and [`Fleet`] are shared; each thread has a [`Session`] of its own, made when it first needs one (after a fork, if the scheduler
-//! forks). A session follows the fleet: before it asks it feeds what has changed since its last question.
+//! [`Filter`] and [`Fleet`] are shared; each thread has a [`Session`] of its own, made when it first needs one. A scheduler that forks
+//! loads the filter after the fork: the thread that counts epochs does not survive one, and without it no call is stopped. A session follows the fleet: before it asks it feeds what has changed since its last question.
 //!
 //! # Precompiled filters
 //! Compiling takes some 50 ms. [`Filter::precompile`] gives machine code that [`Filter::load`] takes in its place in less than one. Machine code is

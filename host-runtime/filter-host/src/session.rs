@@ -17,8 +17,8 @@ use crate::fleet::{Host, News};
 use crate::instance::{Instance, PreparedHandle};
 use crate::{Error, Filter, Fleet, Statistics};
 
-/// Documents go to the filter in chunks of so many hosts at the most …
-const CHUNK_HOSTS: usize = 250;
+/// Documents go to the filter in chunks of so many hosts at the most, for a filter may describe no more that it refuses …
+const CHUNK_HOSTS: usize = 100;
 /// … and so many bytes, unless one is longer: what stays in the processor's cache on its way is copied for little.
 const CHUNK_BYTES: usize = 128 << 10;
 
@@ -133,7 +133,8 @@ impl Session {
         self.running.as_ref().map_or(0, |running| running.instance.memory())
     }
 
-    /// Hosts whose last document or change the filter has refused, and why; as of the last call. What it knew of them before still counts.
+    /// Hosts whose last document or change the filter has refused, and why; as of the last call. What an instance knew of them
+    /// before still counts; a fresh one does not know them.
     pub const fn problems(&self) -> &BTreeMap<String, String> {
         &self.problems
     }
@@ -220,9 +221,6 @@ impl Running {
             self.load(&lines, time, &chunk, problems)?;
         }
         for host in &whole {
-            if problems.contains_key(&*host.name) {
-                continue;
-            }
             for (device, status) in &host.statuses {
                 let done = self.instance.set_status(&host.name, *device, *status);
                 note(done, &host.name, problems)?;
@@ -254,7 +252,8 @@ impl Running {
 fn note<T>(done: Result<T, Error>, host: &str, problems: &mut Problems) -> Result<(), Error> {
     match done {
         Err(Error::Refused(why)) => {
-            problems.insert(host.to_owned(), why);
+            // What was wrong first is what is to be mended.
+            problems.entry(host.to_owned()).or_insert(why);
             Ok(())
         }
         done => done.map(drop),

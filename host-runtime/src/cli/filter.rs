@@ -240,7 +240,8 @@ fn text(answer: &Answer) -> String {
     };
     let rows = answer.placements.iter().enumerate().map(chosen).collect();
     let none = format!("none of {} host(s) can serve {}", answer.hosts, answer.flavor);
-    let mut text = table(&["RANK", "HOST", "SCORE", "WOULD USE"], rows, &none);
+    let mut text =
+        table(&["RANK", "HOST", "SCORE", "WOULD USE"], rows, if answer.matched == 0 { &none } else { "" });
     if answer.matched > 0 {
         let shown = answer.placements.len();
         let best = if shown < answer.matched as usize {
@@ -339,15 +340,35 @@ struct Precompiled {
 fn precompile(session: &Session, filter: &Filter, file: &Path) -> anyhow::Result<ExitCode> {
     let cannot = || format!("cannot write {}", file.display());
     let machine_code = filter.precompile()?;
-    let beside = file.with_extension("part");
-    std::fs::write(&beside, &machine_code).with_context(cannot)?;
-    std::fs::rename(&beside, file).with_context(cannot)?;
+    if file.symlink_metadata().is_ok_and(|found| !found.is_file()) {
+        bail!("{} is there and no plain file: name another", file.display());
+    }
+    if file.canonicalize().ok().is_some_and(|to| filter.path().canonicalize().is_ok_and(|from| from == to)) {
+        bail!("{} is the filter itself: name another file", file.display());
+    }
+    let name = file.file_name().with_context(|| format!("{} names no file", file.display()))?;
+    let beside = file.with_file_name(format!(".{}.{}.part", name.display(), std::process::id()));
+    let written = write_new(&beside, &machine_code).and_then(|()| std::fs::rename(&beside, file));
+    if written.is_err() {
+        // What is not there need not go.
+        drop(std::fs::remove_file(&beside));
+    }
+    written.with_context(cannot)?;
     let limits = Options { limits: filter.limits(), sha256: None };
     Filter::load(file, &limits).context("what was written cannot be loaded")?;
     let of = filter.sha256().as_ref().map(hex);
     let done = Precompiled { file: file.to_owned(), sha256: hex(&sha256(&machine_code)), of };
     session.out.show(&done, || format!("written: {}\nSHA-256: {}", file.display(), done.sha256))?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// A file that was not there, which nobody else may write to: else it would not be loaded.
+fn write_new(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
+    use std::io::Write;
+    use std::os::unix::fs::OpenOptionsExt;
+    let mut file = std::fs::OpenOptions::new().write(true).create_new(true).mode(0o644).open(path)?;
+    file.set_permissions(std::os::unix::fs::PermissionsExt::from_mode(0o644))?;
+    file.write_all(bytes)
 }
 
 #[cfg(test)]

@@ -1,0 +1,37 @@
+//! Who builds the filter gets the same bytes, wherever the source lies: what is pinned by its digest can be checked by building it.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
+
+use std::process::Command;
+
+use virt_usb_suite::{program, root};
+
+#[test]
+fn two_builds_give_the_same_bytes() {
+    let elsewhere = tempfile::tempdir().unwrap();
+    let tracked = Command::new("git").args(["ls-files", "-z"]).current_dir(root()).output().unwrap();
+    assert!(tracked.status.success());
+    for name in String::from_utf8(tracked.stdout).unwrap().split_terminator('\0') {
+        let (from, to) = (root().join(name), elsewhere.path().join(name));
+        std::fs::create_dir_all(to.parent().unwrap()).unwrap();
+        // A file that is tracked and gone is no part of the source that was built.
+        if from.exists() {
+            std::fs::copy(from, to).unwrap();
+        }
+    }
+    let built = Command::new(elsewhere.path().join("filter-wasm/build"))
+        .env("VIRT_USB_FILTER_PACK", program("virt-usb-filter-pack"))
+        .env_remove("CARGO_TARGET_DIR")
+        .output()
+        .unwrap();
+    assert!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
+    for name in ["virt-usb-filter.wasm", "virt-usb-filter-module.wasm"] {
+        let read = |root: &std::path::Path| std::fs::read(root.join("target/release").join(name)).unwrap();
+        let (here, there) = (read(&root()), read(elsewhere.path()));
+        assert_eq!(here.len(), there.len(), "{name}");
+        assert!(here == there, "{name} differs from build to build");
+        for path in [root().to_str().unwrap(), elsewhere.path().to_str().unwrap()] {
+            let found = here.windows(path.len()).any(|part| part == path.as_bytes());
+            assert!(!found, "{name} holds the path that it was built in");
+        }
+    }
+}
