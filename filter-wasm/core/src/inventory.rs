@@ -487,14 +487,10 @@ impl Inventory {
         for row in rows {
             let (block, lane) = split(row);
             let block = &mut self.blocks[block as usize];
-            let place = &mut self.rows[row as usize];
-            let devices = core::mem::take(&mut place.devices);
-            for (at, device) in devices.iter().enumerate() {
+            let place = &self.rows[row as usize];
+            for (at, device) in place.devices.iter().enumerate() {
                 let bit = 1 << at;
-                let serial = {
-                    let start = at.checked_sub(1).map_or(0, |before| devices[before].serial_end);
-                    place.serials.get(start as usize..device.serial_end as usize).unwrap_or_default()
-                };
+                let serial = place.serial(at);
                 if !serial.is_empty() {
                     self.serials.remove(self.serials.hash(serial.as_bytes()), row);
                 }
@@ -515,6 +511,8 @@ impl Inventory {
             block.free[lane] = 0;
             block.single &= !(1 << lane);
             block.plain &= !(1 << lane);
+            let place = &mut self.rows[row as usize];
+            place.devices = Box::default();
             place.serials = Box::default();
             place.restricted = Box::default();
             place.next = NONE;
