@@ -179,7 +179,7 @@ impl text::Guest for Component {
 /// A node on its way in; errors name the device.
 fn draft(node: &wit::Node) -> Result<engine::Draft, ParseError> {
     let mut draft = engine::Draft::default();
-    draft.begin(&node.name, node.revision);
+    draft.begin(&node.name);
     for (number, device) in node.devices.iter().enumerate() {
         add(&mut draft, device).map_err(|e| e.at(&format!("[{number}]")).at("devices"))?;
     }

@@ -57,7 +57,8 @@ impl<'a> Quick<'a> {
         self.exactly(b",\"compute_node_id\":")?;
         self.number()?;
         self.exactly(b",\"revision\":")?;
-        draft.begin(name, self.number()?);
+        self.number()?;
+        draft.begin(name);
         self.exactly(b",\"devices\":[")?;
         if !self.skip(b']') {
             loop {

@@ -22,7 +22,6 @@ pub(crate) const END: u8 = 0xff;
 #[derive(Debug, Default)]
 pub struct Draft {
     pub(crate) name: String,
-    pub(crate) revision: u64,
     pub(crate) devices: Vec<DraftDevice>,
     /// The devices' serials, traits and projects.
     pub(crate) text: Vec<u8>,
@@ -69,11 +68,10 @@ pub(crate) fn canonical(project: &ProjectId) -> String {
 }
 
 impl Draft {
-    /// Starts anew with a host of this name. The revision is the host's own.
-    pub fn begin(&mut self, name: &str, revision: u64) {
+    /// Starts anew with a host of this name.
+    pub fn begin(&mut self, name: &str) {
         self.name.clear();
         self.name.push_str(name);
-        self.revision = revision;
         self.devices.clear();
         self.text.clear();
     }
@@ -151,7 +149,7 @@ impl Draft {
 
     /// Fills it with a document that the model has read.
     pub fn read(&mut self, document: &HostDocument) {
-        self.begin(&document.host, document.revision);
+        self.begin(&document.host);
         for entry in &document.devices {
             let usb = UsbId { vendor: entry.vendor_id, product: entry.product_id };
             self.push(

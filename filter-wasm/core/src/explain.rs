@@ -42,7 +42,7 @@ impl Inventory {
         if plan.is_stale(self.blocks[block as usize].received[lane]) {
             return Verdict::Rejected(Rejection::of_host(Reason::HostStale));
         }
-        match plan.serve(self, head) {
+        match plan.serve(self, head, |_| true) {
             Some(served) => Verdict::Accepted {
                 score: plan.score(self, head, served).into(),
                 devices: self.devices(plan, head),

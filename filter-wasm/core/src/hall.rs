@@ -4,7 +4,8 @@
 //! without finding one: it works out exactly if every set of requests S finds as many matching devices as it wants,
 //! |N(S)| ≥ c(S). The least of |N(S)| − c(S) is the *slack*: so many devices, of the scarcest, may go before it fails.
 //! Up to five different requests have at most 31 sets, each an OR and a count of bits. More are matched by augmenting paths
-//! over whole requests, and the slack is how often the scarcest request could be served once more.
+//! over whole requests, and the slack is how often the scarcest request could be served once more. That is slow, and is worked out only
+//! for hosts that it could bring among the best.
 
 use alloc::vec;
 use alloc::vec::Vec;
@@ -65,8 +66,9 @@ impl Wants {
         Some(Served { slack, wanted: unions[last].count_ones() })
     }
 
-    /// Any host; `words[request]` has a word a row.
-    pub(crate) fn any(&self, words: &[Vec<u64>]) -> Option<Served> {
+    /// Any host; `words[request]` has a word a row. Where the slack is slow to find, and it does not `matter` for a host that has at
+    /// the most so much, that much is told.
+    pub(crate) fn any(&self, words: &[Vec<u64>], matter: impl FnOnce(Served) -> bool) -> Option<Served> {
         let rows = words.first().map_or(0, Vec::len);
         let union = |row: usize, set: usize| {
             crate::posting::bits(set as u64).fold(0, |union, request| union | words[request][row])
@@ -79,26 +81,31 @@ impl Wants {
             })?;
             return Some(Served { slack, wanted: size(last) });
         }
+        // What the sets of one request, and of all, say; the others can only say less.
+        let all = |row: usize| words.iter().fold(0, |union, of| union | of[row]).count_ones();
+        let wanted: u32 = (0..rows).map(all).sum();
+        let most = wanted.checked_sub(self.total())?.min(MOST);
+        let most = words.iter().zip(&self.counts).try_fold(most, |most, (of, count)| {
+            let matching: u32 = of.iter().map(|word| word.count_ones()).sum();
+            matching.checked_sub(*count).map(|slack| most.min(slack))
+        })?;
         let mut flow = Flow::new(words);
-        for (request, count) in self.counts.iter().enumerate() {
-            for _ in 0..*count {
-                if !flow.serve(request) {
-                    return None;
-                }
+        let all_served =
+            self.counts.iter().enumerate().all(|(request, count)| flow.serve(request, *count) == *count);
+        let best = Served { slack: most, wanted };
+        match all_served {
+            false => None,
+            true if !matter(best) => Some(best),
+            true => {
+                let slack = (0..words.len()).fold(most, |least, request| flow.spare(request, least));
+                Some(Served { slack, wanted })
             }
         }
-        let spare = |request: usize| {
-            let mut flow = flow.clone();
-            (0..MOST).take_while(|_| flow.serve(request)).count() as u32
-        };
-        let slack = (0..self.counts.len()).map(spare).min().unwrap_or(MOST);
-        let all = |row: usize| words.iter().fold(0, |union, of| union | of[row]).count_ones();
-        Some(Served { slack, wanted: (0..rows).map(all).sum() })
     }
 }
 
 /// Devices given to requests, a bit each, so far.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 struct Flow<'a> {
     matching: &'a [Vec<u64>],
     given: Vec<Vec<u64>>,
@@ -111,12 +118,34 @@ impl<'a> Flow<'a> {
         Self { matching, given: vec![vec![0; rows]; matching.len()], taken: vec![0; rows] }
     }
 
-    /// Gives the request one device more, moving others to their alternatives; false if that cannot be.
-    fn serve(&mut self, request: usize) -> bool {
-        self.augment(request, &mut vec![false; self.matching.len()])
+    /// Gives the request so many devices more, or as many as there can be, moving others to their alternatives.
+    fn serve(&mut self, request: usize, count: u32) -> u32 {
+        let mut seen = vec![false; self.matching.len()];
+        let mut one = || {
+            seen.fill(false);
+            self.augment(request, &mut seen)
+        };
+        (0..count).take_while(|_| one()).count() as u32
     }
 
-    /// As deep as there are requests, at most 127.
+    /// How many devices more the request could have, at most `most`.
+    fn spare(&mut self, request: usize, most: u32) -> u32 {
+        let spare = self.serve(request, most);
+        // Whichever are taken back: the others are still served.
+        let (given, taken) = (&mut self.given[request], &mut self.taken);
+        let mut left = spare;
+        for (given, taken) in given.iter_mut().zip(taken) {
+            while left > 0 && *given != 0 {
+                let device = *given & given.wrapping_neg();
+                *given ^= device;
+                *taken ^= device;
+                left -= 1;
+            }
+        }
+        spare
+    }
+
+    /// Gives one device more; false if that cannot be. As deep as there are requests, at most 127.
     fn augment(&mut self, request: usize, seen: &mut [bool]) -> bool {
         seen[request] = true;
         for row in 0..self.taken.len() {
@@ -189,14 +218,19 @@ mod tests {
             prop_assert_eq!(served.map(|s| s.slack), slack(&words, &counts));
             // The same devices on two rows.
             let rows: Vec<Vec<u64>> = words.iter().map(|word| vec![word & 0b10_1010, word & 0b101_0101]).collect();
-            prop_assert_eq!(wants.any(&rows), served);
+            prop_assert_eq!(wants.any(&rows, |_| true), served);
             // A request that is there six times over, each for its share: too many to look at sets.
             let many: Vec<Vec<u64>> = rows.iter().cloned().chain((0..6).map(|_| rows[0].clone())).collect();
             let spread: Vec<u32> = counts.iter().copied().chain([1; 6]).collect();
             let mut merged = counts;
             merged[0] += 6;
             let merged = Wants::new(merged).one_row(&few);
-            prop_assert_eq!(Wants::new(spread).any(&many), merged);
+            let spread = Wants::new(spread);
+            prop_assert_eq!(spread.any(&many, |_| true), merged);
+            // Where it does not matter the slack is no less, and all else the same.
+            let bound = spread.any(&many, |_| false);
+            prop_assert_eq!(bound.map(|b| b.wanted), merged.map(|m| m.wanted));
+            prop_assert!(bound.map(|b| b.slack) >= merged.map(|m| m.slack));
         }
     }
 }

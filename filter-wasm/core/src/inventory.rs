@@ -14,6 +14,7 @@ use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 
 use hashbrown::{DefaultHashBuilder, HashTable};
+use virt_usb_model::scheduling::Statistics;
 use virt_usb_model::{DeviceId, Status};
 
 use crate::document::{self, Read};
@@ -55,7 +56,6 @@ pub(crate) struct Row {
     restricted: Box<[(u32, u64)]>,
     /// Of a head alone.
     name: Box<str>,
-    revision: u64,
 }
 
 impl Row {
@@ -67,7 +67,6 @@ impl Row {
             serials: Box::default(),
             restricted: Box::default(),
             name: Box::default(),
-            revision: 0,
         }
     }
 
@@ -165,6 +164,7 @@ pub struct Inventory {
     serials: Sparse,
     pages: Sparse,
     revision: u64,
+    edition: u64,
     draft: Draft,
 }
 
@@ -188,21 +188,6 @@ pub struct RefusedLine {
     pub line: u32,
     /// What was found where, and what was wanted.
     pub why: String,
-}
-
-/// What the inventory holds.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Statistics {
-    /// Grows with every change.
-    pub revision: u64,
-    /// Hosts.
-    pub hosts: u64,
-    /// Devices.
-    pub devices: u64,
-    /// Those that are available.
-    pub available: u64,
-    /// Vendors, kinds, ports, classes and tags that devices are found by.
-    pub keys: u64,
 }
 
 impl Inventory {
@@ -269,6 +254,7 @@ impl Inventory {
     pub fn put(&mut self, draft: &mut Draft, received: u64) -> Result<(), Refusal> {
         draft.settle()?;
         self.revision += 1;
+        self.edition += 1;
         let head = match self.find(&draft.name) {
             Some(head) => {
                 self.empty(head);
@@ -276,7 +262,6 @@ impl Inventory {
             }
             None => self.name(&draft.name),
         };
-        self.rows[head as usize].revision = draft.revision;
         let (block, lane) = split(head);
         let mut row = head;
         let mut parts = draft.devices.chunks(LANES).peekable();
@@ -301,6 +286,7 @@ impl Inventory {
     pub fn remove(&mut self, name: &str) -> bool {
         let Some(head) = self.find(name) else { return false };
         self.revision += 1;
+        self.edition += 1;
         self.empty(head);
         let hash = name_hash(&self.hasher, name);
         if let Ok(entry) = self.names.find_entry(hash, |row| *row == head) {
@@ -355,6 +341,11 @@ impl Inventory {
     }
 
     // --- what the other modules look at ---
+
+    /// Grows when keys or projects may have got another number: what was planned before is void.
+    pub(crate) const fn edition(&self) -> u64 {
+        self.edition
+    }
 
     /// A host's first row.
     pub(crate) fn find(&self, name: &str) -> Option<u32> {

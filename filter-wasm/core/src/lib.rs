@@ -37,9 +37,9 @@ mod sparse;
 pub mod text;
 
 pub use draft::{Draft, DraftDevice};
-pub use inventory::{Inventory, Loaded, RefusedLine, Statistics};
+pub use inventory::{Inventory, Loaded, RefusedLine};
 pub use plan::Prepared;
 pub use refusal::Refusal;
 pub use virt_usb_model::scheduling::{
-    Moment, Placement, Question, Reason, Rejection, Selection, Verdict, Weights,
+    Moment, Placement, Question, Reason, Rejection, Selection, Statistics, Verdict, Weights,
 };

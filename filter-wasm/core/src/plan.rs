@@ -163,8 +163,13 @@ impl Plan {
         inventory.available(number) & !row.withheld(|set| self.allows(set))
     }
 
-    /// Whether the host serves all requests, however many rows it has.
-    pub(crate) fn serve(&self, inventory: &Inventory, head: u32) -> Option<Served> {
+    /// Whether the host serves all requests, however many rows it has; for `matter` see [`Wants::any`].
+    pub(crate) fn serve(
+        &self,
+        inventory: &Inventory,
+        head: u32,
+        matter: impl FnOnce(Served) -> bool,
+    ) -> Option<Served> {
         let row = inventory.row_at(head);
         if self.wants.are_few() && row.is_last() {
             let offered = self.offered(inventory, head, row);
@@ -181,7 +186,7 @@ impl Plan {
             };
             inventory.chain(head).map(word).collect::<Vec<u64>>()
         };
-        self.wants.any(&self.entries.iter().map(words).collect::<Vec<_>>())
+        self.wants.any(&self.entries.iter().map(words).collect::<Vec<_>>(), matter)
     }
 
     /// The score of a host that serves.
@@ -191,12 +196,13 @@ impl Plan {
     }
 }
 
-/// A question that is asked host by host. It stays right while the inventory changes: it is planned anew when it has.
+/// A question that is asked host by host. It stays right while the inventory changes: it is planned anew when
+/// hosts came, went or sent another document.
 #[derive(Debug)]
 pub struct Prepared {
     question: Question,
     plan: Plan,
-    revision: u64,
+    edition: u64,
 }
 
 impl Prepared {
@@ -206,7 +212,7 @@ impl Prepared {
     /// [`Refusal::Question`].
     pub fn new(inventory: &Inventory, question: Question) -> Result<Self, Refusal> {
         let plan = Plan::new(inventory, &question)?;
-        Ok(Self { question, plan, revision: inventory.revision() })
+        Ok(Self { question, plan, edition: inventory.edition() })
     }
 
     pub(crate) fn plan(&mut self, inventory: &Inventory, now: Option<u64>) -> Result<&Plan, Refusal> {
@@ -214,9 +220,9 @@ impl Prepared {
             moment.now = now;
             self.plan.oldest = Some(moment.oldest());
         }
-        if self.revision != inventory.revision() {
+        if self.edition != inventory.edition() {
             self.plan = Plan::new(inventory, &self.question)?;
-            self.revision = inventory.revision();
+            self.edition = inventory.edition();
         }
         Ok(&self.plan)
     }

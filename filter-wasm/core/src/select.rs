@@ -153,8 +153,10 @@ impl<'a, F: Fn(u32, u32) -> core::cmp::Ordering> Search<'a, F> {
         if self.eligible(number, block) >> lane & 1 == 0 {
             return;
         }
-        if let Some(served) = self.plan.serve(self.inventory, head) {
-            self.accept(head, self.plan.score(self.inventory, head, served));
+        let score = |served| self.plan.score(self.inventory, head, served);
+        let matter = |served| rank(score(served), block.ties[lane]) >= self.best.least();
+        if let Some(served) = self.plan.serve(self.inventory, head, matter) {
+            self.accept(head, score(served));
         }
     }
 

@@ -213,8 +213,8 @@ fn trusted(path: &Path) -> Result<PathBuf, LoadError> {
         |at: &Path| std::fs::metadata(at).map_err(|source| LoadError::Read { path: at.to_owned(), source });
     let me = look(Path::new("/proc/self"))?.uid();
     let real = path.canonicalize().map_err(|source| LoadError::Read { path: path.to_owned(), source })?;
-    // Whoever may write to its folder may put another file in its place.
-    for at in [Some(real.as_path()), real.parent()].into_iter().flatten() {
+    // Whoever may write to a folder on the way to it may put another file in its place.
+    for at in real.ancestors() {
         let seen = look(at)?;
         if seen.uid() != 0 && seen.uid() != me {
             return untrusted(format!("{} belongs to user {}", at.display(), seen.uid()));

@@ -1,6 +1,7 @@
 //! One instance of a filter with one inventory in it: every call bounded, every answer looked at.
 
 use std::collections::HashSet;
+use std::sync::Arc;
 
 use virt_usb_model::scheduling::{Placement, Question, Selection, Verdict};
 use virt_usb_model::{DeviceId, Status};
@@ -16,8 +17,14 @@ use crate::{Error, Filter, Statistics};
 pub(crate) struct State {
     most: usize,
     memory: usize,
+    elements: usize,
     exceeded: bool,
 }
+
+/// Elements of all tables, 16 bytes each at the most.
+const MOST_ELEMENTS: usize = 1 << 20;
+/// Memories, tables and core instances, each kind: components that tools make have a handful.
+const MOST_PARTS: usize = 64;
 
 impl ResourceLimiter for State {
     fn memory_growing(&mut self, now: usize, wanted: usize, _: Option<usize>) -> wasmtime::Result<bool> {
@@ -36,8 +43,25 @@ impl ResourceLimiter for State {
         Err(e)
     }
 
-    fn table_growing(&mut self, _: usize, wanted: usize, _: Option<usize>) -> wasmtime::Result<bool> {
-        Ok(wanted <= 1 << 20)
+    fn table_growing(&mut self, now: usize, wanted: usize, _: Option<usize>) -> wasmtime::Result<bool> {
+        let all = self.elements.saturating_add(wanted.saturating_sub(now));
+        let fits = all <= MOST_ELEMENTS;
+        if fits {
+            self.elements = all;
+        }
+        Ok(fits)
+    }
+
+    fn instances(&self) -> usize {
+        MOST_PARTS
+    }
+
+    fn tables(&self) -> usize {
+        MOST_PARTS
+    }
+
+    fn memories(&self) -> usize {
+        MOST_PARTS
     }
 }
 
@@ -56,7 +80,7 @@ pub(crate) struct PreparedHandle(ResourceAny);
 impl Instance {
     pub(crate) fn new(filter: &Filter, pre: &FilterPre<State>) -> Result<Self, Error> {
         let most = filter.limits().memory;
-        let mut store = Store::new(pre.engine(), State { most, memory: 0, exceeded: false });
+        let mut store = Store::new(pre.engine(), State { most, memory: 0, elements: 0, exceeded: false });
         store.limiter(|state| state);
         store.epoch_deadline_callback(|_| Ok(UpdateDeadline::Interrupt));
         // The deadline is the second tick from here: one whole epoch at least.
@@ -77,6 +101,8 @@ impl Instance {
         act: impl FnOnce(&Guest, &mut Store<State>, ResourceAny) -> wasmtime::Result<T>,
     ) -> Result<T, Error> {
         self.store.set_epoch_deadline(2);
+        // One that went on without the memory was not stopped for it.
+        self.store.data_mut().exceeded = false;
         let guest = self.bindings.virt_usb_scheduler_inventory();
         act(guest, &mut self.store, self.inventory)
             .map_err(|e| broken(&self.filter, fault(&self.filter, &self.store, &e)))
@@ -127,7 +153,7 @@ impl Instance {
         question: &Question,
         candidates: Option<&[String]>,
         limit: u32,
-        known: impl Fn(&str) -> bool,
+        known: &HashSet<Arc<str>>,
     ) -> Result<Selection, Error> {
         let asked = question.into();
         let answer = self
@@ -146,9 +172,13 @@ impl Instance {
         selection: &Selection,
         candidates: Option<&[String]>,
         limit: u32,
-        known: impl Fn(&str) -> bool,
+        known: &HashSet<Arc<str>>,
     ) -> Result<(), Error> {
         let Selection { matched, placements } = selection;
+        let choice = candidates.map_or(known.len(), <[String]>::len);
+        if usize::try_from(*matched).is_ok_and(|matched| matched > choice) {
+            return Err(self.rubbish(format!("it says that {matched} hosts of {choice} can serve")));
+        }
         let most = usize::try_from(limit.min(*matched)).unwrap_or(usize::MAX);
         if placements.len() > most {
             return Err(self.rubbish(format!(
@@ -176,7 +206,7 @@ impl Instance {
                 }
                 named.into_iter().next()
             }
-            None => named.into_iter().find(|host| !known(host)),
+            None => named.into_iter().find(|host| !known.contains(*host)),
         };
         match stranger {
             Some(host) => {

@@ -38,20 +38,5 @@ pub use filter::{Filter, Limits, Options, hex, sha256};
 pub use fleet::Fleet;
 pub use session::{Prepared, Session};
 pub use virt_usb_model::scheduling::{
-    Moment, Placement, Question, Reason, Rejection, Selection, Verdict, Weights,
+    Moment, Placement, Question, Reason, Rejection, Selection, Statistics, Verdict, Weights,
 };
-
-/// What a filter's inventory holds.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Statistics {
-    /// Grows with every change.
-    pub revision: u64,
-    /// Hosts.
-    pub hosts: u64,
-    /// Devices.
-    pub devices: u64,
-    /// Those that are available.
-    pub available: u64,
-    /// What devices are found by; the filter's own count.
-    pub keys: u64,
-}

@@ -9,7 +9,7 @@
 //! ```
 
 use std::collections::{BTreeMap, HashSet};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use virt_usb_model::scheduling::{Question, Selection, Verdict};
 
@@ -29,7 +29,11 @@ pub struct Session {
     fleet: Fleet,
     running: Option<Running>,
     problems: BTreeMap<String, String>,
+    dropped: Dropped,
 }
+
+/// Prepared questions that nobody has any more, which the instance need not keep.
+type Dropped = Arc<Mutex<Vec<u64>>>;
 
 struct Running {
     instance: Instance,
@@ -40,11 +44,18 @@ struct Running {
     prepared: BTreeMap<u64, PreparedHandle>,
 }
 
-/// A question that was prepared in a session. It outlives faults of the filter.
+/// A question that was prepared in a session. It outlives faults of the filter. Once it is dropped the next call gives it up.
 #[derive(Debug)]
 pub struct Prepared {
     question: Question,
     number: u64,
+    dropped: Dropped,
+}
+
+impl Drop for Prepared {
+    fn drop(&mut self) {
+        self.dropped.lock().unwrap_or_else(PoisonError::into_inner).push(self.number);
+    }
 }
 
 impl std::fmt::Debug for Session {
@@ -57,8 +68,8 @@ impl std::fmt::Debug for Session {
 }
 
 impl Session {
-    pub(crate) const fn new(filter: Filter, fleet: Fleet) -> Self {
-        Self { filter, fleet, running: None, problems: BTreeMap::new() }
+    pub(crate) fn new(filter: Filter, fleet: Fleet) -> Self {
+        Self { filter, fleet, running: None, problems: BTreeMap::new(), dropped: Dropped::default() }
     }
 
     /// The best hosts, at most `limit`, among the candidates or else in the whole fleet.
@@ -71,10 +82,7 @@ impl Session {
         candidates: Option<&[String]>,
         limit: u32,
     ) -> Result<Selection, Error> {
-        self.ask(|running| {
-            let known = |host: &str| running.known.contains(host);
-            running.instance.select(question, candidates, limit, known)
-        })
+        self.ask(|running| running.instance.select(question, candidates, limit, &running.known))
     }
 
     /// What the filter says of one host, and why.
@@ -93,7 +101,7 @@ impl Session {
         use std::sync::atomic::{AtomicU64, Ordering};
         static NUMBER: AtomicU64 = AtomicU64::new(0);
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
-        let prepared = Prepared { question, number };
+        let prepared = Prepared { question, number, dropped: self.dropped.clone() };
         self.ask(|running| running.handle(&prepared).map(drop))?;
         Ok(prepared)
     }
@@ -106,17 +114,6 @@ impl Session {
         self.ask(|running| {
             let handle = running.handle(prepared)?;
             running.instance.check(handle, &prepared.question, host, now)
-        })
-    }
-
-    /// Gives up a prepared question. Otherwise it goes with the session.
-    ///
-    /// # Errors
-    /// [`Error::Broken`].
-    pub fn forget(&mut self, prepared: &Prepared) -> Result<(), Error> {
-        self.ask(|running| match running.prepared.remove(&prepared.number) {
-            Some(handle) => running.instance.forget(handle),
-            None => Ok(()),
         })
     }
 
@@ -154,6 +151,12 @@ impl Session {
                 Running::new(self.filter.instance()?)
             }
         };
+        let dropped = std::mem::take(&mut *self.dropped.lock().unwrap_or_else(PoisonError::into_inner));
+        for number in dropped {
+            if let Some(handle) = running.prepared.remove(&number) {
+                running.instance.forget(handle)?;
+            }
+        }
         running.feed(news, &mut self.problems)?;
         running.seen = seen;
         match question(&mut running) {

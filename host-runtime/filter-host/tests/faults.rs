@@ -138,6 +138,7 @@ fn rubbish_is_told_from_an_answer() {
         ("more than it says", "(local.set $count (i32.const 1)) (local.set $names (i32.const 40)) (local.set $limit (i32.const 1))
             (i32.store offset=16 (local.get $answer) (i32.const 1)) (i32.store offset=12 (local.get $answer) (call $zeroed (i32.const 12)))
             (return (local.get $answer))".into(), "it names 1 hosts, of 0 that it says can serve"),
+        ("more than there are", "(i32.store offset=8 (local.get $answer) (i32.const 3)) (return (local.get $answer))".into(), "3 hosts of 2 can serve"),
         ("one host twice", "(i64.store offset=8 align=4 (local.get $names) (i64.load align=4 (local.get $names)))".into(), "twice"),
     ];
     for (what, instructions, wanted) in cases {
@@ -206,6 +207,39 @@ fn a_refused_document_is_a_problem_of_its_host_alone() {
         .unwrap();
     assert!(session.statistics().is_ok_and(|s| s.hosts == 3));
     assert!(session.problems().is_empty());
+}
+
+#[test]
+fn every_refused_document_is_told_and_what_changes_later_still_counts() {
+    let (filter, fleet) = (ours(), fleet());
+    let mut session = filter.session(&fleet);
+    assert_eq!(session.statistics().unwrap().available, 1);
+    for host in 0..250 {
+        fleet.put_text(&format!(r#"{{"version":9,"host":"refused-{host}"}}"#), 5).unwrap();
+    }
+    fleet.put_text(r#"{"version":9,"host":"alpha"}"#, 6).unwrap();
+    assert_eq!(session.statistics().unwrap().hosts, 2, "alpha is as it was");
+    assert_eq!(session.problems().len(), 251);
+    let Verdict::Accepted { devices, .. } = session.explain(&keys(1), "alpha").unwrap() else {
+        panic!("alpha has a key to spare")
+    };
+    assert!(fleet.set_status("alpha", devices[0], virt_usb_model::Status::Claimed));
+    assert_eq!(session.statistics().unwrap().available, 0);
+}
+
+#[test]
+fn a_prepared_question_that_is_dropped_is_given_up() {
+    let mut session = ours().session(&fleet());
+    let mut thousand = || {
+        let prepared: Vec<_> = (0..1000).map(|_| session.prepare(keys(1)).unwrap()).collect();
+        drop(prepared);
+        session.statistics().unwrap();
+        session.memory()
+    };
+    let first = thousand();
+    for _ in 0..20 {
+        assert_eq!(thousand(), first, "each thousand takes the place of the one before");
+    }
 }
 
 #[test]

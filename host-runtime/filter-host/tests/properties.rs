@@ -72,7 +72,6 @@ proptest! {
                     (right, said) => prop_assert!(false, "{:?}, but brute force says {:?}", said, right),
                 }
             }
-            session.forget(&prepared).unwrap();
         }
         prop_assert!(session.problems().is_empty());
     }

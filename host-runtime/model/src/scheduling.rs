@@ -203,6 +203,21 @@ pub struct Selection {
     pub placements: Vec<Placement>,
 }
 
+/// What a filter's inventory holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Statistics {
+    /// Grows with every change.
+    pub revision: u64,
+    /// Hosts.
+    pub hosts: u64,
+    /// Devices.
+    pub devices: u64,
+    /// Those that are available.
+    pub available: u64,
+    /// What devices are found by, vendors, kinds, ports, classes and tags; the filter's own count.
+    pub keys: u64,
+}
+
 impl Serialize for Verdict {
     /// `{"accepted":true,"score":8,"devices":[5]}`, or `{"accepted":false,"request":0,"reason":"too-few-free",…}`.
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {

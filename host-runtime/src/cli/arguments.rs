@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 use clap_complete::Shell;
+use virt_usb_model::ProjectId;
 
 /// USB devices for libvirt guests: find them, say who may have them, see who has them.
 ///
@@ -161,7 +162,7 @@ pub(super) struct Filter {
     pub(super) hosts: Option<PathBuf>,
     /// The project that asks; without it only devices that are for every project count
     #[arg(long, value_name = "ID")]
-    pub(super) project: Option<String>,
+    pub(super) project: Option<ProjectId>,
     /// Show the best so many
     #[arg(long, default_value_t = 20, value_name = "N")]
     pub(super) limit: u32,
@@ -179,8 +180,21 @@ pub(super) struct FilterFile {
     #[arg(long, value_name = "FILE", env = "VIRT_USB_FILTER")]
     pub(super) component: Option<PathBuf>,
     /// Take only a filter with this SHA-256
-    #[arg(long, value_name = "HEX")]
-    pub(super) sha256: Option<String>,
+    #[arg(long, value_name = "HEX", value_parser = digest)]
+    pub(super) sha256: Option<[u8; 32]>,
+}
+
+fn digest(text: &str) -> Result<[u8; 32], String> {
+    let mut digest = [0; 32];
+    let digits = text.as_bytes();
+    let byte = |pair: &[u8]| u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok();
+    if digits.len() != 64 || !digits.iter().all(u8::is_ascii_hexdigit) {
+        return Err("wanted 64 hexadecimal digits".to_owned());
+    }
+    for (to, pair) in digest.iter_mut().zip(digits.chunks(2)) {
+        *to = byte(pair).ok_or("wanted hexadecimal digits")?;
+    }
+    Ok(digest)
 }
 
 #[derive(Debug, Subcommand)]
@@ -224,4 +238,17 @@ pub(super) enum StoreVerb {
         /// The copy, which must not exist yet
         file: PathBuf,
     },
+}
+
+#[cfg(test)]
+mod tests {
+    use super::digest;
+
+    #[test]
+    fn a_digest_is_64_digits() {
+        assert_eq!(digest(&"0f".repeat(32)), Ok([15; 32]));
+        for wrong in ["", "0f", &"zz".repeat(32), &"é".repeat(32), &"+f".repeat(32)] {
+            assert!(digest(wrong).is_err(), "{wrong}");
+        }
+    }
 }

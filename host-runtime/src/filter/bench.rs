@@ -4,6 +4,7 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use anyhow::Context as _;
 use virt_usb_filter_host::{Error, Filter, Fleet, Moment, Options, Question, Session};
 use virt_usb_model::{Flavor, ParseError, Status};
 
@@ -30,6 +31,8 @@ pub struct Questions {
     pub common: Question,
     /// Three requests that want the same devices.
     pub overlapping: Question,
+    /// More requests than are decided by their sets, two of each three want the same devices.
+    pub many: Question,
 }
 
 impl Questions {
@@ -46,7 +49,12 @@ impl Questions {
         let kind = |id: virt_usb_model::UsbId| {
             format!(r#""vendor_id":"{}","product_id":"{}""#, id.vendor, id.product)
         };
+        let six: Vec<String> =
+            ["0x03", "0x08", "0x0b", "0xff"].map(|class| format!(r#"{{"class":"{class}"}}"#)).into();
+        let six =
+            [six.join(","), format!(r#"{{"vendor_id":"{}"}},{{{}}}"#, COMMON.vendor, kind(COMMON))].join(",");
         Ok(Self {
+            many: ask(&format!("[{six}]"))?,
             rare: ask(&format!("[{{{}}}]", kind(RARE)))?,
             common: ask(&format!(r#"[{{{},"count":2}}]"#, kind(COMMON)))?,
             overlapping: ask(&format!(
@@ -61,7 +69,10 @@ impl Questions {
 /// From the file to the first answer, of an empty fleet.
 fn cold(filter: &Filter, question: &Question) -> anyhow::Result<[Figure; 2]> {
     let dir = std::env::temp_dir().join(format!("virt-usb-filter-bench-{}", std::process::id()));
-    std::fs::DirBuilder::new().mode(0o700).create(&dir)?;
+    std::fs::DirBuilder::new()
+        .mode(0o700)
+        .create(&dir)
+        .with_context(|| format!("cannot make the folder {}", dir.display()))?;
     let file = dir.join("filter.cwasm");
     let start = |path: &Path| {
         let options = Options { limits: filter.limits(), sha256: None };
@@ -69,7 +80,7 @@ fn cold(filter: &Filter, question: &Question) -> anyhow::Result<[Figure; 2]> {
         Ok::<_, anyhow::Error>(())
     };
     let measured = filter.precompile().map_err(anyhow::Error::from).and_then(|code| {
-        std::fs::write(&file, code)?;
+        std::fs::write(&file, code).with_context(|| format!("cannot write {}", file.display()))?;
         Ok([
             rounds("cold start, component", 3, |_| start(filter.path()))?,
             rounds("cold start, precompiled", 20, |_| start(&file))?,
@@ -143,6 +154,7 @@ pub fn measure(
         rounds("select, common kind × 2, counted", 1000, |_| session.select(&questions.common, None, 0))?;
     figures.push(Figure { matched: Some(matched), ..counted });
     figures.push(ask(&mut session, "select, overlapping requests, best 100", &questions.overlapping, 200)?);
+    figures.push(ask(&mut session, "select, six requests, best 100", &questions.many, 20)?);
     figures.push(by_host(&mut session, made, &questions.common)?);
     figures.push(changes(&mut session, &fleet, made, &questions.rare)?);
     figures.push(replacements(&mut session, &fleet, made, &questions.rare)?);
@@ -156,7 +168,7 @@ fn by_host(session: &mut Session, made: fleet::Fleet, question: &Question) -> Re
     let asked = rounds("ask host by host, all of them", 3, |_| {
         names.iter().try_for_each(|name| session.check(&prepared, name, 10).map(drop))
     });
-    session.forget(&prepared)?;
+    drop(prepared);
     asked
 }
 

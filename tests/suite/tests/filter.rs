@@ -1,6 +1,7 @@
 //! `virt-usb filter`, as an operator asks it.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
 
+use std::path::Path;
 use std::process::Output;
 
 use serde_json::{Value, json};
@@ -129,7 +130,6 @@ fn what_is_wrong_is_said_in_one_line() {
         fails(&host, &all)
     };
     assert!(with(&["--flavor", "{"]).contains("not JSON"));
-    assert!(with(&["--flavor", KEY, "--project", "a b"]).contains("--project: found \"a b\""));
     assert!(
         with(&["--flavor", KEY, "--component", "/etc/passwd"])
             .contains("/etc/passwd is no filter: it is not WebAssembly")
@@ -144,7 +144,6 @@ fn what_is_wrong_is_said_in_one_line() {
             .contains("is a core module, wanted a component")
     );
     assert!(with(&["--flavor", KEY, "--sha256", &"0".repeat(64)]).contains("is not the one that is wanted"));
-    assert!(with(&["--flavor", KEY, "--sha256", "12"]).contains("wanted 64 hexadecimal digits"));
     assert!(
         fails(&host, &["filter", "--flavor", KEY, "--hosts", "/nowhere"])
             .contains("cannot read the host documents of /nowhere")
@@ -157,7 +156,51 @@ fn what_is_wrong_is_said_in_one_line() {
     let bad = host.path("bad.jsonl");
     let why = fails(&host, &["filter", "--flavor", KEY, "--hosts", bad.to_str().unwrap()]);
     assert!(why.contains("document 1: devices[0]"), "{why}");
-    assert_eq!(host.virt_usb(&["filter"]).status.code(), Some(2));
+    let empty = host.path("empty");
+    std::fs::write(&empty, "").unwrap();
+    let why = fails(&host, &["filter", "--flavor", KEY, "--hosts", empty.to_str().unwrap()]);
+    assert!(why.contains("found none: wanted JSON documents"), "{why}");
+    // What is wrong with the arguments themselves.
+    let wrong: [(&[&str], &str); 3] = [
+        (&[], "--flavor"),
+        (&["--flavor", KEY, "--project", "a b"], "a b"),
+        (&["--flavor", KEY, "--sha256", "12"], "wanted 64 hexadecimal digits"),
+    ];
+    for (arguments, why) in wrong {
+        let all: Vec<&str> = ["filter"].into_iter().chain(arguments.iter().copied()).collect();
+        let output = host.virt_usb(&all);
+        assert_eq!(output.status.code(), Some(2), "{arguments:?}");
+        assert!(text(&output.stderr).contains(why), "{}", text(&output.stderr));
+    }
+}
+
+#[test]
+fn precompile_writes_over_nothing_that_is_no_plain_file_and_not_over_the_filter() {
+    let host = Host::new("");
+    let says = |file: &Path, more: &[&str]| {
+        let all = ["filter", "precompile", file.to_str().unwrap()];
+        fails(&host, &all.into_iter().chain(more.iter().copied()).collect::<Vec<_>>())
+    };
+    let (folder, link, own) = (host.path("folder"), host.path("link"), host.path("own.wasm"));
+    std::fs::create_dir(&folder).unwrap();
+    std::os::unix::fs::symlink("/nowhere", &link).unwrap();
+    assert!(says(&folder, &[]).contains("is there and no plain file"));
+    assert!(says(&link, &[]).contains("is there and no plain file"));
+    assert!(says(&host.path("no/such/folder"), &[]).contains("cannot write"));
+    let built = program("virt-usb").with_file_name("virt-usb-filter.wasm");
+    std::fs::copy(&built, &own).unwrap();
+    assert!(says(&own, &["--component", own.to_str().unwrap()]).contains("is the filter itself"));
+    assert_eq!(std::fs::read(&own).unwrap(), std::fs::read(&built).unwrap());
+    let beside: Vec<_> = std::fs::read_dir(host.path("")).unwrap().map(|e| e.unwrap().file_name()).collect();
+    assert!(!beside.iter().any(|name| name.to_string_lossy().ends_with(".part")), "{beside:?}");
+}
+
+#[test]
+fn the_best_none_are_only_counted() {
+    let host = Host::new("");
+    let fleet = fleet(&host);
+    let said = answer(&host.virt_usb(&["filter", "--flavor", KEY, "--hosts", &fleet, "--limit", "0"]), 0);
+    assert!(said.contains("host(s) can serve, the best 0 are shown"), "{said}");
 }
 
 #[test]
