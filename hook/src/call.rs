@@ -93,6 +93,8 @@ pub struct Call {
     pub op: String,
     /// What it means.
     pub operation: Operation,
+    /// Whether the caller starts what is printed at `prepare`. libvirt throws it away, so that the agent must attach what is claimed.
+    pub uses_output: bool,
 }
 
 /// What the arguments ask for.
@@ -144,6 +146,7 @@ fn handle(config: Option<&str>, name: &str, op: &str, extra: &str) -> Asked {
         name: name.to_owned(),
         op: op.to_owned(),
         operation,
+        uses_output: false,
     })
 }
 

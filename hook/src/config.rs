@@ -4,8 +4,10 @@
 //! the whitelist off in silence. `install/config.toml` explains every key; a test reads it with this module.
 
 use std::io::{self, Read};
+use std::net::SocketAddr;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde::Deserialize;
 use virt_usb_model::Whitelist;
@@ -35,6 +37,52 @@ pub enum MigrationPolicy {
     Refuse,
     /// An equivalent device of this host is claimed for it.
     Reclaim,
+}
+
+/// What becomes of a claim whose device is unplugged while the guest runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ReplugPolicy {
+    /// It stays, and the guest gets the device again when it comes back.
+    #[default]
+    Reattach,
+    /// It ends: the device is free when it comes back.
+    Release,
+}
+
+/// What becomes of a guest that was just started and cannot be given what it asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum AttachFailurePolicy {
+    /// It runs without, and the agent goes on trying.
+    #[default]
+    Keep,
+    /// It is stopped.
+    Stop,
+}
+
+/// Whether a guest may start that only the agent can give its device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum RequireAgent {
+    /// Where an agent is installed it must run; where none is, the caller is believed to use the printed XML.
+    #[default]
+    Auto,
+    /// It must be installed and run.
+    Always,
+    /// Nothing is asked of it.
+    Never,
+}
+
+/// Where the agent's metrics are served.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub enum Metrics {
+    /// Nowhere.
+    #[default]
+    Off,
+    /// On a loopback port.
+    Tcp(SocketAddr),
+    /// On a unix socket.
+    Unix(PathBuf),
 }
 
 /// Where the record of each hook call goes.
@@ -68,6 +116,18 @@ pub struct Config {
     pub log: Log,
     /// Audit events older than this many days are pruned by `discover`; 0 keeps them for ever.
     pub events_keep_days: u32,
+    /// Where the agent and the command line find libvirt.
+    pub libvirt_uri: String,
+    /// How often the agent looks at everything, whatever events there were.
+    pub scan_interval: Duration,
+    /// What an unplugged device's claim comes to.
+    pub replug: ReplugPolicy,
+    /// What a guest comes to that cannot be given its device.
+    pub on_attach_failure: AttachFailurePolicy,
+    /// Whether a start depends on the agent.
+    pub require_agent: RequireAgent,
+    /// Where the agent's metrics are served.
+    pub metrics: Metrics,
 }
 
 impl Default for Config {
@@ -81,6 +141,12 @@ impl Default for Config {
             migration: MigrationPolicy::default(),
             log: Log::default(),
             events_keep_days: 365,
+            libvirt_uri: "qemu:///system".into(),
+            scan_interval: Duration::from_secs(60),
+            replug: ReplugPolicy::default(),
+            on_attach_failure: AttachFailurePolicy::default(),
+            require_agent: RequireAgent::default(),
+            metrics: Metrics::default(),
         }
     }
 }
@@ -155,6 +221,12 @@ impl Config {
             migration: raw.migration,
             log: log(raw.log.as_deref())?,
             events_keep_days: raw.events_keep_days.unwrap_or(default.events_keep_days),
+            libvirt_uri: libvirt_uri(raw.libvirt_uri, default.libvirt_uri)?,
+            scan_interval: scan_interval(raw.scan_interval, default.scan_interval)?,
+            replug: raw.replug,
+            on_attach_failure: raw.on_attach_failure,
+            require_agent: require_agent(table.get("require_agent"))?,
+            metrics: metrics(raw.metrics.as_deref())?,
         })
     }
 
@@ -190,6 +262,13 @@ struct Raw {
     migration: MigrationPolicy,
     log: Option<String>,
     events_keep_days: Option<u32>,
+    libvirt_uri: Option<String>,
+    scan_interval: Option<u64>,
+    #[serde(default)]
+    replug: ReplugPolicy,
+    #[serde(default)]
+    on_attach_failure: AttachFailurePolicy,
+    metrics: Option<String>,
 }
 
 const KEYS: &[&str] = &[
@@ -203,6 +282,12 @@ const KEYS: &[&str] = &[
     "migration",
     "log",
     "events_keep_days",
+    "libvirt_uri",
+    "scan_interval",
+    "replug",
+    "on_attach_failure",
+    "require_agent",
+    "metrics",
 ];
 
 fn known(key: &str) -> Result<(), String> {
@@ -235,6 +320,46 @@ fn log(value: Option<&str>) -> Result<Log, String> {
     }
 }
 
+fn libvirt_uri(value: Option<String>, default: String) -> Result<String, String> {
+    match value {
+        None => Ok(default),
+        Some(uri) if uri.contains(":/") && !uri.contains(char::is_control) => Ok(uri),
+        Some(uri) => Err(format!("libvirt_uri: found {uri:?}, wanted a URI such as \"qemu:///system\"")),
+    }
+}
+
+fn scan_interval(value: Option<u64>, default: Duration) -> Result<Duration, String> {
+    match value {
+        None => Ok(default),
+        Some(seconds @ 1..=86400) => Ok(Duration::from_secs(seconds)),
+        Some(other) => Err(format!("scan_interval: found {other}, wanted 1 to 86400 seconds")),
+    }
+}
+
+fn require_agent(value: Option<&toml::Value>) -> Result<RequireAgent, String> {
+    match value {
+        None => Ok(RequireAgent::Auto),
+        Some(toml::Value::Boolean(true)) => Ok(RequireAgent::Always),
+        Some(toml::Value::Boolean(false)) => Ok(RequireAgent::Never),
+        Some(toml::Value::String(word)) if word == "auto" => Ok(RequireAgent::Auto),
+        Some(other) => Err(format!("require_agent: found {other}, wanted \"auto\", true or false")),
+    }
+}
+
+/// What they tell is nobody's business beyond this host, so they are served to it alone.
+fn metrics(value: Option<&str>) -> Result<Metrics, String> {
+    match value {
+        None | Some("off") => Ok(Metrics::Off),
+        Some(path) if path.starts_with('/') => Ok(Metrics::Unix(path.into())),
+        Some(address) => match address.parse::<SocketAddr>() {
+            Ok(address) if address.ip().is_loopback() => Ok(Metrics::Tcp(address)),
+            _ => Err(format!(
+                "metrics: found {address:?}, wanted \"off\", a loopback address such as \"127.0.0.1:9177\", or an absolute path for a socket"
+            )),
+        },
+    }
+}
+
 fn one_line(e: &toml::de::Error, text: &str) -> String {
     let line = e.span().map(|span| 1 + text[..span.start.min(text.len())].matches('\n').count());
     let message = e.message().split_whitespace().collect::<Vec<_>>().join(" ");
@@ -260,9 +385,24 @@ mod tests {
             hold = "instance"
             migration = "reclaim"
             log = "/var/log/virt-usb.log"
+            libvirt_uri = "qemu:///session"
+            scan_interval = 5
+            replug = "release"
+            on_attach_failure = "stop"
+            require_agent = true
+            metrics = "127.0.0.1:9177"
             "#,
         )
         .unwrap();
+        assert_eq!(
+            (config.replug, config.on_attach_failure),
+            (ReplugPolicy::Release, AttachFailurePolicy::Stop)
+        );
+        assert_eq!(
+            (config.require_agent, config.scan_interval),
+            (RequireAgent::Always, Duration::from_secs(5))
+        );
+        assert_eq!(config.metrics, Metrics::Tcp("127.0.0.1:9177".parse().unwrap()));
         assert!(config.whitelist.on);
         assert_eq!(config.whitelist.rules.len(), 1);
         assert_eq!((config.hold, config.migration), (HoldPolicy::Instance, MigrationPolicy::Reclaim));
@@ -302,6 +442,10 @@ mod tests {
         assert!(error("\n\nhold = 'ever'").contains("line 3"), "{}", error("\n\nhold = 'ever'"));
         assert!(error("usb_white_list = [{vendor='zz'}]").starts_with("usb_white_list[0].vendor"));
         assert!(error("log = 'syslog'").starts_with("log: found"));
+        assert!(error("scan_interval = 0").contains("wanted 1 to 86400 seconds"));
+        assert!(error("require_agent = 'yes'").contains("wanted \"auto\", true or false"));
+        assert!(error("metrics = '0.0.0.0:9177'").contains("wanted \"off\", a loopback address"));
+        assert!(error("libvirt_uri = 'qemu'").starts_with("libvirt_uri: found \"qemu\""));
         assert!(error("hold = ").starts_with("line 1"));
     }
 }

@@ -27,8 +27,9 @@ pub(crate) fn open(config: &Config, op: &str, concerned: bool) -> Result<(Store,
 }
 
 /// Looks at ports, nothing else.
-pub(crate) struct Ports<'a> {
-    pub(crate) sysfs_root: &'a Path,
+pub struct Ports<'a> {
+    /// Where sysfs is mounted.
+    pub sysfs_root: &'a Path,
 }
 
 impl Judge for Ports<'_> {
@@ -73,10 +74,7 @@ impl<'a> Guest<'a> {
         let new: Vec<&Granted> = chosen.iter().filter(|g| !self.has(g)).collect();
         let redirdevs = self.missing_redirdevs();
         if let (Some(first), false) = (redirdevs.first(), self.domain.spice) {
-            return Err(format!(
-                "asks for usb_redirection_devices[{first}], but has no SPICE graphics to carry it: add <graphics type='spice'/> \
-                 to the domain (in Nova: spice enabled on the host), or take the redirection out of the flavor"
-            ));
+            return Err(format!("asks for usb_redirection_devices[{first}], but {NO_SPICE}"));
         }
         let speeds: Vec<Option<Speed>> =
             new.iter().map(|g| g.device.entry.speed).chain(redirdevs.iter().map(|_| None)).collect();
@@ -85,7 +83,7 @@ impl<'a> Guest<'a> {
             devices.chain(redirdevs.iter().map(|n| format!("usb_redirection_devices[{n}]"))).collect();
         asked.dedup();
         let controller =
-            self.ports_for(&speeds).map_err(|why| format!("asks for {}, but {why}", asked.join(", ")))?;
+            room(self.domain, &speeds).map_err(|why| format!("asks for {}, but {why}", asked.join(", ")))?;
         let hostdevs = new.iter().map(|g| hostdev(&g.device)).collect();
         self.edits = Edits { hostdevs, redirdevs, controller, relocate: Vec::new() };
         Ok(())
@@ -126,31 +124,43 @@ impl<'a> Guest<'a> {
         })
     }
 
-    /// The flavor's redirection entries for which the XML has none yet. Those that somebody else wrote serve the first entries.
-    fn missing_redirdevs(&self) -> Vec<usize> {
-        let spicevmc = || self.domain.redirdevs.iter().filter(|r| r.kind == "spicevmc");
-        let foreign = spicevmc().filter(|r| r.injected().is_none()).count();
-        (foreign..self.redirections).filter(|n| !spicevmc().any(|r| r.injected() == Some(*n))).collect()
+    /// See [`missing_redirdevs`].
+    pub(crate) fn missing_redirdevs(&self) -> Vec<usize> {
+        missing_redirdevs(self.domain, self.redirections)
     }
+}
 
-    /// Whether the guest has USB ports for devices of these speeds; true: with a controller of ours.
-    fn ports_for(&self, speeds: &[Option<Speed>]) -> Result<bool, String> {
-        if speeds.is_empty() {
-            return Ok(false);
-        }
-        match self.domain.bus.fit(speeds) {
-            Fit::Fits => Ok(false),
-            Fit::NeedsController => Ok(true),
-            Fit::NoUsb => Err("it has no USB bus (<controller type='usb' model='none'/>), and libvirt adds none to it: \
-                               remove that controller, or in Nova set hw:usb_model=qemu-xhci on the flavor (image: hw_usb_model=qemu-xhci)"
-                .into()),
-            Fit::TooFew { needed, free, speed, .. } => {
-                let speed = speed.map(|s| format!(" for a {s}-speed device")).unwrap_or_default();
-                Err(format!(
-                    "it needs {needed} USB port(s) more{speed} and has {free} free: give it <controller type='usb' model='qemu-xhci' ports='15'/> \
-                     instead of its USB controller (in Nova: hw:usb_model=qemu-xhci)"
-                ))
-            }
+/// Of a flavor's so many redirection entries those for which the XML has none yet. Those that somebody else wrote serve the first entries.
+pub fn missing_redirdevs(domain: &Domain, redirections: usize) -> Vec<usize> {
+    let spicevmc = || domain.redirdevs.iter().filter(|r| r.kind == "spicevmc");
+    let foreign = spicevmc().filter(|r| r.injected().is_none()).count();
+    (foreign..redirections).filter(|n| !spicevmc().any(|r| r.injected() == Some(*n))).collect()
+}
+
+/// Why a redirection cannot be.
+pub const NO_SPICE: &str = "has no SPICE graphics to carry it: add <graphics type='spice'/> to the domain (in Nova: spice enabled on the host), \
+                            or take the redirection out of the flavor";
+
+/// Whether the guest has USB ports for devices of these speeds (none: a redirection, or not known); true: with a controller of ours.
+///
+/// # Errors
+/// What it lacks, and what to do.
+pub fn room(domain: &Domain, speeds: &[Option<Speed>]) -> Result<bool, String> {
+    if speeds.is_empty() {
+        return Ok(false);
+    }
+    match domain.bus.fit(speeds) {
+        Fit::Fits => Ok(false),
+        Fit::NeedsController => Ok(true),
+        Fit::NoUsb => Err("it has no USB bus (<controller type='usb' model='none'/>), and libvirt adds none to it: \
+                           remove that controller, or in Nova set hw:usb_model=qemu-xhci on the flavor (image: hw_usb_model=qemu-xhci)"
+            .into()),
+        Fit::TooFew { needed, free, speed, .. } => {
+            let speed = speed.map(|s| format!(" for a {s}-speed device")).unwrap_or_default();
+            Err(format!(
+                "it needs {needed} USB port(s) more{speed} and has {free} free: give it <controller type='usb' model='qemu-xhci' ports='15'/> \
+                 instead of its USB controller (in Nova: hw:usb_model=qemu-xhci)"
+            ))
         }
     }
 }
@@ -165,11 +175,11 @@ impl Judge for Guest<'_> {
 }
 
 /// The source that libvirt is given: vendor, product and address together.
-pub(crate) const fn hostdev(device: &Record) -> Hostdev {
+pub const fn hostdev(device: &Record) -> Hostdev {
     Hostdev { id: device.entry.id, usb: device.usb(), address: device.entry.address }
 }
 
 /// A hostdev of the XML, as the store looks for it.
-pub(crate) fn holding(hostdev: &UsbHostdev) -> Holding {
+pub fn holding(hostdev: &UsbHostdev) -> Holding {
     Holding { id: hostdev.injected(), usb: hostdev.usb, address: hostdev.address }
 }

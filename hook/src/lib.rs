@@ -5,8 +5,8 @@
 //!                  ├─► run: what may fail how ──► prepare │ incoming │ notice ──► Answer ──► stdout, stderr, exit
 //!  stdin ─► Input ─┘                               │ (claims in the store, sysfs at the ports)   └──► one journal record
 //! ```
-//! It is a library too, so that agent and command line claim and rewrite with the same code: [`config`], [`sysfs`]
-//! and [`machine`] are shared, and nothing here may need libvirt, libusb or an async runtime.
+//! It is a library too, so that agent and command line claim and rewrite with the same code: [`config`], [`sysfs`],
+//! [`machine`], [`guest`], [`wish`] and [`run::handle_with`] are shared, and nothing here may need libvirt, libusb or an async runtime.
 //!
 //! libvirt holds the domain's lock while the hook runs and waits for every descriptor that it was given: the hook
 //! calls nothing, starts nothing, and waits for nothing but the store's lock, two seconds at the most.
@@ -14,14 +14,14 @@
 pub mod answer;
 pub mod call;
 pub mod config;
-mod guest;
+pub mod guest;
 mod incoming;
 pub mod input;
 pub mod journal;
 pub mod machine;
-mod message;
+pub mod message;
 mod notice;
 mod prepare;
 pub mod run;
 pub mod sysfs;
-mod wish;
+pub mod wish;

@@ -2,7 +2,9 @@
 
 use std::fs::{File, TryLockError};
 use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::net::UnixDatagram;
 use std::path::Path;
+use std::time::Duration;
 
 use virt_usb_store::Context;
 
@@ -63,6 +65,19 @@ pub fn agent(state_dir: &Path) -> Agent {
             _ => Agent::Dead,
         },
     }
+}
+
+/// The agent's ear, in `state_dir`: hooks tell it what they did.
+pub const HOOK_SOCKET: &str = "hook.sock";
+
+/// Tells the agent of a call: `prepare 1234 0` is the operation, its microseconds, its exit status. Nobody waits, and nobody minds if
+/// there is no agent.
+pub fn tell_agent(state_dir: &Path, op: &str, took: Duration, exit: u8) {
+    let told = UnixDatagram::unbound().and_then(|socket| {
+        socket.set_nonblocking(true)?;
+        socket.send_to(format!("{op} {} {exit}", took.as_micros()).as_bytes(), state_dir.join(HOOK_SOCKET))
+    });
+    drop(told);
 }
 
 #[cfg(test)]

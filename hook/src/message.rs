@@ -5,7 +5,7 @@ use virt_usb_store::Record;
 use virt_usb_store::claim::{Asker, Obstacle, Shortage, Why};
 
 /// `device 5 (0529:0001 "HASP HL", port 1-1.4)`
-pub(crate) fn device(record: &Record) -> String {
+pub fn device(record: &Record) -> String {
     let name = record.name().map(|n| format!(" \"{n}\"")).unwrap_or_default();
     format!("device {} ({}{name}, port {})", record.entry.id, record.usb(), record.entry.port_path)
 }
@@ -14,7 +14,7 @@ pub(crate) fn device(record: &Record) -> String {
 const SHOWN: usize = 3;
 
 /// All requests that cannot be served, each with what there is.
-pub(crate) fn shortages(asker: &Asker, short: &[Shortage]) -> String {
+pub fn shortages(asker: &Asker, short: &[Shortage]) -> String {
     first(short, |s| {
         let asked =
             format!("{} asks for usb_devices[{}] {}", asker.domain, s.number, brief(&s.request.to_string()));

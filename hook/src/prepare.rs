@@ -7,7 +7,7 @@ use virt_usb_store::claim::{Asker, Claimed, Granted, Standing, Want};
 use virt_usb_store::{Assignment, Context, Source, Store};
 
 use crate::answer::Answer;
-use crate::config::{Config, HoldPolicy};
+use crate::config::{Config, HoldPolicy, RequireAgent};
 use crate::guest::{Guest, Ports, holding, open};
 use crate::machine::{self, Agent};
 use crate::message;
@@ -53,6 +53,11 @@ pub(crate) fn asker(domain: &Domain, instance: InstanceId) -> Asker {
 fn redirections_only(job: &Job<'_>, config: &Config, wish: Wish) -> Result<Answer, Fault> {
     let Wish::Flavor(flavor) = wish else { return Ok(Answer::unchanged(NOTHING)) };
     let mut guest = Guest::new(&config.sysfs_root, job.domain, flavor.usb_redirection_devices.len());
+    if !guest.missing_redirdevs().is_empty()
+        && let Some(refusal) = refuse_without_agent(job, config)
+    {
+        return Ok(refusal);
+    }
     match guest.plan(&[]) {
         Err(why) => Ok(Answer::refused(format!("{} {why}", job.domain.name))),
         Ok(()) => rewritten(job, config, &guest, "redirection only".into()),
@@ -109,6 +114,13 @@ impl Gate<'_> {
         self.concerned |= !wants.is_empty();
         if !self.concerned && !self.job.may_be_known(&self.config.state_dir) {
             return Ok(Answer::unchanged(NOTHING));
+        }
+        // What is in the XML already, libvirt itself gives to the guest.
+        let asked: usize = wants.iter().map(|w| w.request.count as usize).sum();
+        if (asked > injected.len() || !guest.missing_redirdevs().is_empty())
+            && let Some(refusal) = refuse_without_agent(self.job, self.config)
+        {
+            return Ok(refusal);
         }
         let claimed = self
             .store
@@ -182,7 +194,7 @@ fn rewritten(job: &Job<'_>, config: &Config, guest: &Guest<'_>, did: String) -> 
     if job.domain.hostdevs.iter().any(|h| h.has_startup_policy) {
         answer = answer.warn("a <hostdev> of the domain has a startupPolicy: with its device missing, QEMU takes any other it can open; take the attribute out");
     }
-    if answer.xml.is_none() {
+    if answer.xml.is_none() || job.call.uses_output {
         return Ok(answer);
     }
     Ok(match machine::agent(&config.state_dir) {
@@ -190,4 +202,24 @@ fn rewritten(job: &Job<'_>, config: &Config, guest: &Guest<'_>, did: String) -> 
         Agent::Dead => answer.warn("the agent does not run: only a caller that uses the printed XML gets the device (systemctl start virt-usbd)"),
         Agent::NotInstalled => answer.warn("no agent is installed: only a caller that uses the printed XML gets the device"),
     })
+}
+
+/// libvirt throws away what is printed: a guest that the agent must give its device does not start without the agent, where
+/// the configuration says so.
+fn refuse_without_agent(job: &Job<'_>, config: &Config) -> Option<Answer> {
+    if job.call.uses_output {
+        return None;
+    }
+    let name = &job.domain.name;
+    match (config.require_agent, machine::agent(&config.state_dir)) {
+        (RequireAgent::Never, _) | (_, Agent::Alive) | (RequireAgent::Auto, Agent::NotInstalled) => None,
+        (_, Agent::Dead) => Some(Answer::refused(format!(
+            "{name} asks for USB devices, and the agent that attaches them does not run: 'systemctl start virt-usbd', or start it with 'virt-usb start {name}' \
+             (require_agent = false in the configuration: let it start without)"
+        ))),
+        (_, Agent::NotInstalled) => Some(Answer::refused(format!(
+            "{name} asks for USB devices, and the configuration demands an agent to attach them (require_agent = true), but none is installed: \
+             install virt-usbd, or start it with 'virt-usb start {name}'"
+        ))),
+    }
 }

@@ -1,6 +1,6 @@
 //! The story of a call: read, judge, act, answer, record.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Instant;
 
@@ -11,18 +11,18 @@ use crate::answer::Answer;
 use crate::call::{self, Asked, Call, Happened, OnFault, Operation};
 use crate::config::{Config, ConfigError, Log};
 use crate::input::{self, Input};
-use crate::{incoming, journal, notice, prepare};
+use crate::{incoming, journal, machine, notice, prepare};
 
 /// What a record says of a call that was none of our business.
 pub const NOTHING: &str = "nothing to do";
 
 /// A call that could not be handled.
 #[derive(Debug)]
-pub(crate) struct Fault {
+pub struct Fault {
     /// Whether the domain asks for a device of ours or holds one: then some operations are refused.
-    pub(crate) concerned: bool,
+    pub concerned: bool,
     /// What went wrong, and what to do.
-    pub(crate) what: String,
+    pub what: String,
 }
 
 impl Fault {
@@ -57,6 +57,9 @@ pub fn main() -> ExitCode {
                 &handled.answer,
                 began.elapsed(),
             );
+            if let Some(state_dir) = &handled.state_dir {
+                machine::tell_agent(state_dir, &call.op, began.elapsed(), handled.answer.exit());
+            }
             if lost { ExitCode::FAILURE } else { ExitCode::from(handled.answer.exit()) }
         }
     }
@@ -75,20 +78,27 @@ pub struct Handled {
     pub log: Log,
     /// The instance's UUID, where the XML said it.
     pub instance: Option<String>,
+    /// Where an agent would listen, where the configuration could be read.
+    pub state_dir: Option<PathBuf>,
 }
 
 /// Handles one call.
 pub fn handle(call: &Call, input: Input) -> Handled {
-    let config = Config::load(call.config.as_deref());
+    handle_with(Config::load(call.config.as_deref()), call, input)
+}
+
+/// Handles one call by a configuration that was read already.
+pub fn handle_with(config: Result<Config, ConfigError>, call: &Call, input: Input) -> Handled {
     let log = config.as_ref().map(|c| c.log.clone()).unwrap_or_default();
+    let state_dir = config.as_ref().ok().map(|c| c.state_dir.clone());
+    let handled = |answer, instance| Handled { answer, log, instance, state_dir };
     if call.operation == Operation::Ignored {
-        return Handled { answer: Answer::unchanged(NOTHING), log, instance: None };
+        return handled(Answer::unchanged(NOTHING), None);
     }
-    let failed =
-        |fault: &Fault| Handled { answer: answer_fault(call, fault), log: log.clone(), instance: None };
+    let failed = |fault: &Fault| answer_fault(call, fault);
     let xml = match whole(input) {
         Ok(xml) => xml,
-        Err(fault) => return failed(&fault),
+        Err(fault) => return handled(failed(&fault), None),
     };
     let filter = matches!(call.operation, Operation::Filter(_));
     let unreadable = |e: XmlError| {
@@ -97,17 +107,17 @@ pub fn handle(call: &Call, input: Input) -> Handled {
     };
     let text = match Text::new(&xml).map_err(unreadable) {
         Ok(text) => text,
-        Err(fault) => return failed(&fault),
+        Err(fault) => return handled(failed(&fault), None),
     };
     let document = match text.read().map_err(unreadable) {
         Ok(document) => document,
-        Err(fault) => return failed(&fault),
+        Err(fault) => return handled(failed(&fault), None),
     };
     let domain = document.domain();
     let instance = domain.uuid.map(|u| u.to_string());
     let job = Job { call, domain, document: &document, config };
     let answer = job.act().unwrap_or_else(|fault| answer_fault(call, &fault));
-    Handled { answer, log, instance }
+    handled(answer, instance)
 }
 
 /// The XML, if all of it could be read.

@@ -13,27 +13,42 @@ use crate::run::Fault;
 
 /// What the XML alone says.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Wish {
+pub enum Wish {
     /// Nothing.
     Nothing,
     /// This.
     Flavor(Flavor),
     /// What the stored flavors of these names say: one for the devices, one for the redirections. They must exist.
-    Stored { devices: Part, redirection: Part },
+    Stored {
+        /// Where `usb_devices` stands.
+        devices: Part,
+        /// Where `usb_redirection_devices` stands.
+        redirection: Part,
+    },
     /// What the stored flavor of this name says, if there is one. `sure`: there is, or was a moment ago.
-    MaybeStored { name: String, sure: bool },
+    MaybeStored {
+        /// Its name.
+        name: String,
+        /// Whether there is one.
+        sure: bool,
+    },
 }
 
 /// One of a flavor's two lists.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Part {
+pub enum Part {
+    /// As it is written.
     Given(Flavor),
+    /// As a stored flavor.
     Named(String),
 }
 
 impl Wish {
-    /// Reads the flavor that the XML holds. Text that is there and wrong is a fault of the domain: it asks, we cannot say for what.
-    pub(crate) fn read(source: &FlavorSource, state_dir: &Path) -> Result<Self, Fault> {
+    /// Reads the flavor that the XML holds.
+    ///
+    /// # Errors
+    /// Text that is there and wrong is a fault of the domain: it asks, we cannot say for what.
+    pub fn read(source: &FlavorSource, state_dir: &Path) -> Result<Self, Fault> {
         let wrong = |place: &str, e: virt_usb_model::ParseError| {
             Fault::of(true, format!("the flavor in {place} is wrong: {e}"))
         };
@@ -84,7 +99,10 @@ impl Wish {
     }
 
     /// The flavor, with the stored ones looked up.
-    pub(crate) fn resolve(self, store: &Store) -> Result<Flavor, Fault> {
+    ///
+    /// # Errors
+    /// When there is none of the name that it must have, or the store cannot be read.
+    pub fn resolve(self, store: &Store) -> Result<Flavor, Fault> {
         let concerned = self.is_certain();
         let stored =
             |name: &str| store.flavor(name).map(|f| f.map(|f| f.flavor)).map_err(|e| Fault::of(concerned, e));

@@ -1,10 +1,23 @@
 //! From what discovery saw to what changes in the inventory. Pure: the store executes it.
 
+use std::path::Path;
+
+use anyhow::Context as _;
 use virt_usb_model::{Device, DeviceKey, Serial, Whitelist};
 use virt_usb_store::Record;
 use virt_usb_store::discover::Change;
 
 use crate::discovery::Snapshot;
+
+/// The host's name, as the kernel has it.
+///
+/// # Errors
+/// When procfs cannot be read.
+pub fn host_name(procfs_root: &Path) -> anyhow::Result<String> {
+    let path = procfs_root.join("sys/kernel/hostname");
+    let name = std::fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
+    Ok(virt_usb_model::clean_text(&name).unwrap_or_else(|| "localhost".into()))
+}
 
 /// Plans what brings the rows in line with the snapshot. `known` are all devices ever seen, those marked deleted too.
 ///

@@ -1,6 +1,8 @@
 //! The library behind the operator's command line, and what the agent is made of.
 
+pub mod agent;
 pub mod cli;
 pub mod discovery;
 pub mod filter;
+pub mod hypervisor;
 pub mod inventory;

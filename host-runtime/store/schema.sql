@@ -98,7 +98,9 @@ CREATE TABLE claims (
     -- seconds since boot at which an incoming restore or migration claimed it; NULL once confirmed
     pending_since   real,
     boot_id         varchar(36) NOT NULL,
-    revision        int NOT NULL
+    revision        int NOT NULL,
+    -- 1: the device is to leave the guest, and the claim ends with that
+    ending          int NOT NULL DEFAULT 0
 );
 CREATE INDEX claims_instance ON claims (instance_uuid);
 CREATE INDEX claims_pending ON claims (pending_since) WHERE pending_since IS NOT NULL;
@@ -122,6 +124,17 @@ CREATE TABLE flavors (
     updated_at      datetime NOT NULL,
     -- the flavor's JSON
     document        text NOT NULL
+) WITHOUT ROWID;
+
+-- What stands between an instance and what it is to have, as long as it does.
+CREATE TABLE problems (
+    instance_uuid   varchar(36) NOT NULL,
+    -- 'device 5' or 'redirection 0'
+    about           varchar(36) NOT NULL,
+    domain          varchar(255) NOT NULL,
+    since           datetime NOT NULL,
+    what            text NOT NULL,
+    PRIMARY KEY (instance_uuid, about)
 ) WITHOUT ROWID;
 
 -- Who got what when and why. Append-only: rows are never changed, and pruned only after a day at the earliest.

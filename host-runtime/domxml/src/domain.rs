@@ -94,10 +94,12 @@ impl Redirdev {
     }
 }
 
-pub(crate) fn hostdev_alias(id: DeviceId) -> String {
+/// The alias of the hostdev that virt-usb injects for a device.
+pub fn hostdev_alias(id: DeviceId) -> String {
     format!("{HOSTDEV_ALIAS}{id}")
 }
 
-pub(crate) fn redirdev_alias(n: usize) -> String {
+/// The alias of the redirdev that virt-usb injects for a flavor's entry.
+pub fn redirdev_alias(n: usize) -> String {
     format!("{REDIRDEV_ALIAS}{n}")
 }

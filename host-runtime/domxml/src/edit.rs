@@ -41,6 +41,18 @@ pub struct Hostdev {
     pub address: BusAddress,
 }
 
+impl Hostdev {
+    /// The `<hostdev>` element by itself, for a guest that runs.
+    pub fn element(&self) -> String {
+        hostdev(self).alone()
+    }
+}
+
+/// The `<redirdev>` element of a flavor's entry by itself, for a guest that runs.
+pub fn redirdev_element(n: usize) -> String {
+    redirdev(n).alone()
+}
+
 /// `text[range]` becomes `with`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Splice {

@@ -21,8 +21,8 @@ mod style;
 mod tag;
 mod usb_bus;
 
-pub use domain::{Domain, FlavorSource, Redirdev, UsbHostdev};
-pub use edit::{Edits, Hostdev};
+pub use domain::{Domain, FlavorSource, Redirdev, UsbHostdev, hostdev_alias, redirdev_alias};
+pub use edit::{Edits, Hostdev, redirdev_element};
 pub use error::XmlError;
 pub use fit::Fit;
 pub use metadata::NAMESPACE;

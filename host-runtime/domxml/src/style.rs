@@ -67,6 +67,13 @@ impl Element {
         Self { start, children: Vec::new() }
     }
 
+    /// The element on one line.
+    pub(crate) fn alone(&self) -> String {
+        let mut out = String::new();
+        self.write(&mut out, &Style::one_line());
+        out
+    }
+
     /// Writes the element, each tag on a line of its own.
     pub(crate) fn write(&self, out: &mut String, style: &Style) {
         out.push_str(&style.new_line());

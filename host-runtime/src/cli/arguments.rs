@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 use clap_complete::Shell;
-use virt_usb_model::ProjectId;
+use virt_usb_model::{DeviceId, DeviceRequest, Flavor, ProductId, ProjectId, VendorId};
 
 /// USB devices for libvirt guests: find them, say who may have them, see who has them.
 ///
@@ -59,6 +59,17 @@ pub(super) enum Verb {
     },
     /// Say which hosts can serve a flavor, as a scheduler would be told
     Filter(Filter),
+    /// Start a guest that does not run, with its USB devices in it from the beginning
+    ///
+    /// The definition of the domain stays as it is. A guest that was saved is restored, and gets its devices back.
+    Start {
+        /// The domain's name or UUID
+        domain: String,
+    },
+    /// Give a guest a device, at once where it runs and at each start from now on
+    Attach(Device),
+    /// Take a device out of a guest that runs, and out of what it is given at its starts
+    Detach(Device),
     /// Explain the whitelist
     Whitelist {
         #[command(subcommand)]
@@ -174,6 +185,34 @@ pub(super) struct Filter {
 }
 
 #[derive(Debug, Args)]
+pub(super) struct Device {
+    /// The instance: its domain's name or UUID
+    pub(super) instance: String,
+    /// The device: its id, VENDOR:PRODUCT, or JSON as in a flavor, such as {"serial":"HL-0001"}
+    #[arg(value_name = "DEVICE|SELECTOR", value_parser = selector)]
+    pub(super) device: DeviceRequest,
+}
+
+/// A device's id, `VENDOR:PRODUCT`, or a request as it stands in a flavor.
+fn selector(text: &str) -> Result<DeviceRequest, String> {
+    let kind = || {
+        let (vendor, product) = text.split_once(':')?;
+        Some((vendor.parse::<VendorId>().ok()?, product.parse::<ProductId>().ok()?))
+    };
+    let json = match (text.parse::<DeviceId>(), kind()) {
+        (Ok(id), _) => format!(r#"[{{"id":{id}}}]"#),
+        (_, Some((vendor, product))) => format!(r#"[{{"vendor_id":"{vendor}","product_id":"{product}"}}]"#),
+        _ if text.trim_start().starts_with('{') => format!("[{text}]"),
+        _ => return Err("wanted a device's id, VENDOR:PRODUCT such as 0529:0001, or JSON such as {\"serial\":\"HL-0001\"}".into()),
+    };
+    let flavor = Flavor::parse_lists(Some(&json), None).map_err(|e| e.to_string())?;
+    match <[DeviceRequest; 1]>::try_from(flavor.usb_devices) {
+        Ok([request]) => Ok(request),
+        Err(_) => Err("wanted one request".into()),
+    }
+}
+
+#[derive(Debug, Args)]
 pub(super) struct FilterFile {
     /// The filter: a WebAssembly component of the world virt-usb:scheduler/filter; without it the one that is beside this program, or in
     /// /usr/lib/virt-usb
@@ -242,7 +281,18 @@ pub(super) enum StoreVerb {
 
 #[cfg(test)]
 mod tests {
-    use super::digest;
+    use super::{digest, selector};
+
+    #[test]
+    fn a_device_is_named_in_three_ways() {
+        let json = |text: &str| selector(text).map(|r| r.to_string());
+        assert_eq!(json("5").unwrap(), r#"{"id":5}"#);
+        assert_eq!(json("0529:0001").unwrap(), r#"{"vendor_id":"0529","product_id":"0001"}"#);
+        assert_eq!(json(r#" {"serial":"A","count":2}"#).unwrap(), r#"{"serial":"A","count":2}"#);
+        for wrong in ["", "0", "key", "{", r#"{"serial":"A"},{"serial":"B"}"#, "{}"] {
+            assert!(json(wrong).is_err(), "{wrong}");
+        }
+    }
 
     #[test]
     fn a_digest_is_64_digits() {

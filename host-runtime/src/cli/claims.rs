@@ -7,20 +7,29 @@ use serde::Serialize;
 use virt_usb_model::{DeviceId, InstanceId};
 use virt_usb_store::events::{EventRow, Filter};
 use virt_usb_store::give_back::Extent;
-use virt_usb_store::{ClaimRow, Store};
+use virt_usb_store::problems::Problem;
+use virt_usb_store::{ClaimRow, Record, Store};
 
 use super::Session;
 use super::arguments::Events;
 use super::output::{or_dash, table};
+use crate::agent::plan::about_device;
 
 pub(super) fn list(session: &Session) -> anyhow::Result<ExitCode> {
-    let claims = session.store()?.claims()?;
+    let store = session.store()?;
+    let (claims, problems) = (store.claims()?, store.problems()?);
     let now = session.context(&session.config()?, "claims")?;
-    session.out.show(&claims, || {
+    let devices = store.devices()?;
+    let shown: Vec<Shown> = claims.into_iter().map(|claim| Shown::new(claim, &devices, &problems)).collect();
+    let claims = || shown.iter().map(|s| &s.claim);
+    session.out.show(&shown, || {
+        let gone = |c: &ClaimRow| shown.iter().any(|s| s.claim.id == c.id && s.unplugged);
         let row = |c: &ClaimRow| {
             let state = match (c.pending, c.boot_id == now.boot_id || c.hold == "instance") {
                 (_, false) => "void (earlier boot)".to_owned(),
                 (true, true) => format!("{}, to be confirmed", c.state),
+                (false, true) if c.ending => "being detached".to_owned(),
+                (false, true) if gone(c) => "unplugged".to_owned(),
                 (false, true) => c.state.clone(),
             };
             vec![
@@ -32,13 +41,36 @@ pub(super) fn list(session: &Session) -> anyhow::Result<ExitCode> {
                 c.created_at.clone(),
             ]
         };
-        table(
+        let mut text = table(
             &["DEVICE", "DOMAIN", "INSTANCE", "STATE", "HOLD", "SINCE"],
-            claims.iter().map(row).collect(),
+            claims().map(row).collect(),
             "no device is held by anybody",
-        )
+        );
+        for Problem { domain, about, what, since, .. } in &problems {
+            text.push_str(&format!("\n{domain} does not get {about} (since {since}): {what}"));
+        }
+        text
     })?;
     Ok(ExitCode::SUCCESS)
+}
+
+#[derive(Serialize)]
+struct Shown {
+    #[serde(flatten)]
+    claim: ClaimRow,
+    /// Whether the device is away.
+    unplugged: bool,
+    /// Why the device is not in the guest.
+    problem: Option<String>,
+}
+
+impl Shown {
+    fn new(claim: ClaimRow, devices: &[Record], problems: &[Problem]) -> Self {
+        let unplugged = devices.iter().any(|r| r.entry.id == claim.device_id && !r.present);
+        let about = about_device(claim.device_id);
+        let problem = problems.iter().find(|p| p.instance_uuid == claim.instance_uuid && p.about == about);
+        Self { unplugged, problem: problem.map(|p| p.what.clone()), claim }
+    }
 }
 
 #[derive(Serialize)]
@@ -75,7 +107,7 @@ pub(super) fn release(session: &Session, instance: &str, force: bool) -> anyhow:
 }
 
 /// By UUID, or by the name that the domain had when it claimed.
-fn find_instance(store: &Store, text: &str) -> anyhow::Result<InstanceId> {
+pub(super) fn find_instance(store: &Store, text: &str) -> anyhow::Result<InstanceId> {
     if let Ok(id) = text.parse() {
         return Ok(id);
     }

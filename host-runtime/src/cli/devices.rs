@@ -15,7 +15,7 @@ use super::Session;
 use super::arguments::Discover;
 use super::output::{or_dash, table};
 use crate::discovery::{LibUsb, Simulated, Snapshot, UsbSource};
-use crate::inventory::plan;
+use crate::inventory::{host_name, plan};
 
 fn source(config: &Config, sim: Option<&Path>) -> anyhow::Result<Box<dyn UsbSource>> {
     Ok(match sim {
@@ -50,7 +50,7 @@ pub(super) fn discover(session: &Session, options: &Discover) -> anyhow::Result<
     let mut store = session.make_store(&config)?;
     store.mend_hints()?;
     let changes = store.reconcile(
-        &super::host_name(&config)?,
+        &host_name(&config.procfs_root)?,
         |known| plan(&snapshot, known, &config.whitelist),
         &context,
     )?;

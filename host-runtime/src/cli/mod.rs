@@ -5,6 +5,7 @@ mod claims;
 mod devices;
 mod filter;
 mod flavors;
+mod guests;
 mod output;
 mod upkeep;
 
@@ -12,7 +13,6 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::Context as _;
 use clap::{CommandFactory, Parser};
 use virt_usb_hook::config::Config;
 use virt_usb_hook::machine;
@@ -56,6 +56,9 @@ fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
             claims::release(&session, &instance, force)
         }
         Verb::Filter(options) => filter::run(&session, &options),
+        Verb::Start { domain } => guests::start(&session, &domain),
+        Verb::Attach(device) => guests::attach(&session, &device),
+        Verb::Detach(device) => guests::detach(&session, &device),
         Verb::Events(options) => claims::events(&session, &options),
         Verb::Flavor { verb } => match verb {
             FlavorVerb::List => flavors::list(&session),
@@ -111,11 +114,4 @@ fn is_broken_pipe(e: &anyhow::Error) -> bool {
     e.chain()
         .filter_map(|c| c.downcast_ref::<std::io::Error>())
         .any(|e| e.kind() == std::io::ErrorKind::BrokenPipe)
-}
-
-/// The host's name, as the kernel has it.
-fn host_name(config: &Config) -> anyhow::Result<String> {
-    let path = config.procfs_root.join("sys/kernel/hostname");
-    let name = std::fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
-    Ok(virt_usb_model::clean_text(&name).unwrap_or_else(|| "localhost".into()))
 }

@@ -14,6 +14,7 @@
 //! kernel has already read; it may be in use by a guest.
 
 mod host_use;
+pub mod hotplug;
 mod libusb;
 mod listed;
 mod names;

@@ -2,9 +2,10 @@
 
 use rusqlite::{Row, params};
 use serde::Serialize;
-use virt_usb_model::{DeviceRequest, Flavor, InstanceId};
+use virt_usb_model::{DeviceId, DeviceRequest, Flavor, InstanceId};
 
 use crate::claim::Asker;
+use crate::device::sql_id;
 use crate::error::{Sql, bad_row};
 use crate::events::{Event, record};
 use crate::hints::Known;
@@ -74,6 +75,14 @@ impl Store {
         )
     }
 
+    /// All assignments, in the order they were made.
+    ///
+    /// # Errors
+    /// When the database cannot be read.
+    pub fn all_assignments(&self) -> Result<Vec<Assignment>, StoreError> {
+        self.all("SELECT * FROM assignments ORDER BY id", [], Assignment::read)
+    }
+
     /// Makes the instance's assignments of one source exactly `requests`; says whether that changed anything.
     ///
     /// # Errors
@@ -114,4 +123,57 @@ impl Store {
         self.forget_hint(instance)?;
         Ok(true)
     }
+
+    /// The instance is not to have the device any more: the operator's assignment that asked for it ends (the one that names it, or else
+    /// the first that it would serve), and a claim on it is marked, for whoever takes the device out of the guest. Says what there was.
+    ///
+    /// # Errors
+    /// When the database cannot be written.
+    pub fn dismiss(
+        &mut self,
+        asker: &Asker,
+        device: DeviceId,
+        serves: impl Fn(&DeviceRequest) -> bool,
+        context: &Context,
+    ) -> Result<Dismissed, StoreError> {
+        let instance = asker.instance;
+        let mut asked: Vec<Assignment> = self
+            .assignments(instance)?
+            .into_iter()
+            .filter(|a| a.source == Source::Operator && serves(&a.request))
+            .collect();
+        asked.sort_by_key(|a| (a.request.selector.id != Some(device), a.id));
+        let dismissed = self.write(|tx, _| {
+            let assignment = match asked.first() {
+                None => false,
+                Some(Assignment { id, request, .. }) if request.count > 1 => {
+                    let fewer = DeviceRequest { count: request.count - 1, ..request.clone() };
+                    tx.execute(
+                        "UPDATE assignments SET request = ?2 WHERE id = ?1",
+                        params![id, fewer.to_string()],
+                    )? > 0
+                }
+                Some(Assignment { id, .. }) => tx.execute("DELETE FROM assignments WHERE id = ?1", [id])? > 0,
+            };
+            let claim = tx.execute(
+                "UPDATE claims SET ending = 1 WHERE instance_uuid = ?1 AND device_id = ?2",
+                params![instance.to_string(), sql_id(device)],
+            )? > 0;
+            if assignment {
+                record(tx, context, &Event::of("unassigned", asker).about(device))?;
+            }
+            Ok(Dismissed { assignment, claim })
+        })?;
+        self.forget_hint(instance)?;
+        Ok(dismissed)
+    }
+}
+
+/// What ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Dismissed {
+    /// An assignment.
+    pub assignment: bool,
+    /// A claim is to end.
+    pub claim: bool,
 }

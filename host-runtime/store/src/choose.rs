@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use rusqlite::{Transaction, params_from_iter};
 use virt_usb_model::{BusAddress, DeviceId, matching};
 
-use crate::claim::{Asker, Granted, Judge, Obstacle, SHOWN, Shortage, Verified, Want, Why};
+use crate::claim::{Asker, Granted, Judge, Obstacle, SHOWN, Shortage, Standing, Verified, Want, Why};
 use crate::device::{ClaimRow, Record};
 use crate::error::Sql;
 use crate::give_back;
@@ -18,6 +18,7 @@ pub(crate) struct Choice<'a> {
     tx: &'a Transaction<'a>,
     asker: &'a Asker,
     prefer: &'a [DeviceId],
+    standing: Standing,
     judge: &'a mut dyn Judge,
     /// What the instance holds already.
     mine: Vec<ClaimRow>,
@@ -51,10 +52,12 @@ impl<'a> Choice<'a> {
         tx: &'a Transaction<'a>,
         asker: &'a Asker,
         prefer: &'a [DeviceId],
+        standing: Standing,
         judge: &'a mut dyn Judge,
     ) -> Sql<Self> {
         let mine = give_back::held(tx, asker.instance)?;
-        Ok(Self { tx, asker, prefer, judge, mine, verified: BTreeMap::new(), passed_over: BTreeMap::new() })
+        let (verified, passed_over) = (BTreeMap::new(), BTreeMap::new());
+        Ok(Self { tx, asker, prefer, standing, judge, mine, verified, passed_over })
     }
 
     pub(crate) fn mine(&self) -> &[ClaimRow] {
@@ -144,7 +147,7 @@ impl<'a> Choice<'a> {
                 1,
             )?);
         }
-        if !self.mine.is_empty() {
+        if !self.mine.is_empty() && self.standing != Standing::More {
             let instance = self.asker.instance.to_string();
             found.extend(self.gather(&test, "d.instance_uuid = ?", Some(instance), usize::MAX)?);
         }
@@ -232,7 +235,9 @@ impl<'a> Choice<'a> {
         }
         Ok(match self.passed_over.get(&id) {
             Some(why) => Why::NotThere(why.clone()),
-            None if taken.contains_key(&id) => Why::OtherRequest,
+            None if taken.contains_key(&id) || device.entry.instance_uuid == Some(self.asker.instance) => {
+                Why::OtherRequest
+            }
             None if device.entry.status_reason.is_some() => Why::Unavailable,
             None => Why::NotThere(
                 "it was not looked at: too many devices were not where the inventory has them".into(),

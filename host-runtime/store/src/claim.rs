@@ -38,8 +38,10 @@ pub struct Want {
 /// Whether a claim stands, or waits for the step that follows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Standing {
-    /// Made at prepare.
+    /// Made at prepare: what the instance holds and did not ask for again is given back.
     Firm,
+    /// Made while the guest runs, beside all that it holds: that stays, and serves none of these requests.
+    More,
     /// Made by an incoming restore or migration: void unless confirmed within [`crate::PENDING_SECONDS`]. What the
     /// instance held firmly before stays firm: a restore that fails must not cost it a device.
     Pending,
@@ -148,7 +150,7 @@ impl Store {
     ) -> Result<Claimed, StoreError> {
         self.write(|tx, hints| {
             give_back::sweep(tx, context)?;
-            let mut choice = Choice::new(tx, asker, prefer, judge)?;
+            let mut choice = Choice::new(tx, asker, prefer, standing, judge)?;
             let outcome = match choice.choose(wants)? {
                 Err(short) => Claimed::Short(short),
                 Ok(chosen) => match choice.fits(&chosen) {

@@ -123,6 +123,10 @@ pub struct ClaimRow {
     pub pending: bool,
     /// The boot it was made in.
     pub boot_id: String,
+    /// The inventory's revision at its last change.
+    pub revision: i64,
+    /// The device is to leave the guest, and the claim ends with that.
+    pub ending: bool,
 }
 
 impl ClaimRow {
@@ -139,6 +143,8 @@ impl ClaimRow {
             hold: row.get("hold")?,
             pending: row.get::<_, Option<f64>>("pending_since")?.is_some(),
             boot_id: row.get("boot_id")?,
+            revision: row.get("revision")?,
+            ending: row.get("ending")?,
         })
     }
 }

@@ -83,6 +83,50 @@ impl Store {
         })
     }
 
+    /// Gives one device back. A `revision` is that of the claim when it was looked at: one that has changed since is not ended. Says
+    /// whether it was.
+    ///
+    /// # Errors
+    /// When the database cannot be written.
+    pub fn release_device(
+        &mut self,
+        instance: InstanceId,
+        device: DeviceId,
+        revision: Option<i64>,
+        why: &str,
+        context: &Context,
+    ) -> Result<bool, StoreError> {
+        let ended = self.write(|tx, _| {
+            let meant =
+                |c: &ClaimRow| c.device_id == device && revision.is_none_or(|known| c.revision == known);
+            let Some(claim) = held(tx, instance)?.into_iter().find(meant) else { return Ok(false) };
+            step_revision(tx)?;
+            delete(tx, &claim, "released", why, context)?;
+            metadata::refresh(tx, instance)?;
+            Ok(true)
+        })?;
+        self.forget_hint(instance)?;
+        Ok(ended)
+    }
+
+    /// Ends what a boot before this one left, and what nobody confirmed.
+    ///
+    /// # Errors
+    /// When the database cannot be written.
+    pub fn sweep(&mut self, context: &Context) -> Result<(), StoreError> {
+        self.write(|tx, _| Ok(sweep(tx, context)?))
+    }
+
+    /// Whether the device was in the guest since it was claimed.
+    ///
+    /// # Errors
+    /// When the database cannot be read.
+    pub fn was_allocated(&self, claim: &ClaimRow) -> Result<bool, StoreError> {
+        let sql = "SELECT 1 FROM events WHERE event = 'allocated' AND instance_uuid = ?1 AND device_id = ?2 AND at >= ?3 LIMIT 1";
+        let what = params![claim.instance_uuid.to_string(), sql_id(claim.device_id), claim.created_at];
+        Ok(!self.all(sql, what, |_| Ok(()))?.is_empty())
+    }
+
     /// The guest's process is gone, libvirt has not let go of its devices yet: nothing is in the guest any more.
     ///
     /// # Errors

@@ -58,6 +58,7 @@ impl Grant<'_> {
         let same_claim = self.held(entry.id).is_some_and(|c| {
             c.request.is_some_and(|r| r as usize == granted.request)
                 && !c.pending
+                && !c.ending
                 && c.hold == hold_name(lasting)
                 && c.domain == self.asker.domain
         });
@@ -81,7 +82,7 @@ impl Grant<'_> {
             // What is firm stays as it is: the guest that comes in may fail to.
         } else if self.held(device).is_some() {
             let sql = "UPDATE claims SET domain = ?3, project_id = ?4, request = ?5, hold = ?6, pending_since = ?7,
-                 boot_id = ?8, revision = (SELECT max(revision) FROM compute_nodes) WHERE device_id = ?1 AND instance_uuid = ?2";
+                 ending = 0, boot_id = ?8, revision = (SELECT max(revision) FROM compute_nodes) WHERE device_id = ?1 AND instance_uuid = ?2";
             self.tx.prepare_cached(sql)?.execute(what)?;
         } else {
             let sql = format!(
@@ -100,7 +101,7 @@ impl Grant<'_> {
         let status = Status::derive(Some(Hold::Claimed), present, withheld);
         device::write_state(self.tx, device, status, Some(&self.asker.instance.to_string()))?;
         let detail = match self.standing {
-            Standing::Firm => format!("usb_devices[{}]", granted.request),
+            Standing::Firm | Standing::More => format!("usb_devices[{}]", granted.request),
             Standing::Pending => format!("usb_devices[{}], to be confirmed", granted.request),
         };
         record(self.tx, self.context, &Event::of("claimed", self.asker).about(device).with(detail))

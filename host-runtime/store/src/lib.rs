@@ -11,7 +11,7 @@
 //! | [`give_back`] | confirms, gives back, voids |
 //! | [`adopt`] | takes over what a domain's own XML already holds |
 //! | [`discover`] | brings the rows in line with what is plugged in |
-//! | `flavors`, `assignments`, [`events`] | the other tables |
+//! | `flavors`, `assignments`, [`events`], [`problems`] | the other tables |
 //! | [`maintain`] | check, backup, prune |
 //!
 //! Invariants, each held by one piece of code:
@@ -36,6 +36,7 @@ pub mod hints;
 pub mod maintain;
 mod metadata;
 mod open;
+pub mod problems;
 mod query;
 
 use std::path::{Path, PathBuf};
@@ -43,7 +44,7 @@ use std::time::Duration;
 
 use rusqlite::Connection;
 
-pub use assignments::{Assignment, Source};
+pub use assignments::{Assignment, Dismissed, Source};
 pub use device::{ClaimRow, Record};
 pub use error::StoreError;
 pub use flavors::StoredFlavor;

@@ -33,8 +33,11 @@ const KEYS: &[&str] = &[
 /// The devices of a file, in its order.
 pub(super) fn parse(text: &str) -> Result<Vec<Entry>, String> {
     let table: Table = text.parse().map_err(|e: toml::de::Error| syntax(&e, text))?;
-    if let Some(key) = table.keys().find(|key| *key != "device") {
-        return Err(format!("unknown key {key:?}: each device is a [[device]] of its own"));
+    // The domains are the simulated hypervisor's.
+    if let Some(key) = table.keys().find(|key| *key != "device" && *key != "domain") {
+        return Err(format!(
+            "unknown key {key:?}: each device is a [[device]] of its own, each domain a [[domain]]"
+        ));
     }
     let tables = match table.get("device") {
         None => &[][..],
@@ -300,7 +303,7 @@ mod tests {
         assert!(wrong("1-1.4", "usb1").starts_with("device 1: port: found \"usb1\", wanted a port path"));
         assert_eq!(
             parse("host = 1").unwrap_err(),
-            "unknown key \"host\": each device is a [[device]] of its own"
+            "unknown key \"host\": each device is a [[device]] of its own, each domain a [[domain]]"
         );
         assert_eq!(parse("device = 1").unwrap_err(), "device: found integer, wanted [[device]]");
         assert_eq!(parse("device = [1]").unwrap_err(), "device 1: found integer, wanted [[device]]");

@@ -1,0 +1,338 @@
+//! The guests' thread: who is to be looked at, and when; and the workers that do what is to be done, an instance at a time each.
+//!
+//! ```text
+//!  libvirt's events ─┐                          nothing to do
+//!  devices changed ──┼─► due ─► look ─► plan ─┬──────────────► (until the next event)
+//!  clock, retries ───┘                        └─► worker: converge ─► Report ─► retries with back-off
+//! ```
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use virt_usb_model::InstanceId;
+use virt_usb_store::{Durability, Store};
+
+use super::PATIENCE;
+use super::devices::Rules;
+use super::metrics::Metrics;
+use super::observe::{View, guest};
+use super::plan::{ABSENT_SECONDS, Seen, UNDEFINED_SECONDS};
+use super::work::{Gone, Report, WorkError, Worker};
+use crate::hypervisor::{Event, Failure, Hypervisor, Running};
+
+/// So many instances are worked on at once: libvirt may keep each waiting for half a minute.
+const WORKERS: usize = 4;
+/// The first wait before something that failed is tried again; it doubles up to [`LONGEST`].
+const SHORTEST: Duration = Duration::from_millis(500);
+const LONGEST: Duration = Duration::from_secs(60);
+/// Until another look, when one failed.
+const SECOND: Duration = Duration::from_secs(1);
+
+/// What the thread is told.
+#[derive(Debug)]
+pub(super) enum Signal {
+    /// By libvirt.
+    Hypervisor(Event),
+    /// The inventory's devices changed.
+    Devices,
+    /// By a worker.
+    Done(InstanceId, Result<Report, WorkError>),
+    /// End.
+    Stop,
+}
+
+/// How long an instance has been gone.
+#[derive(Debug, Clone, PartialEq)]
+struct Absence {
+    /// Its claims when that was first seen: any change begins anew.
+    claims: Vec<(i64, i64)>,
+    since: Instant,
+    undefined: Option<Instant>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Retry {
+    at: Instant,
+    wait: Duration,
+}
+
+/// The thread's belongings.
+pub(super) struct Guests {
+    rules: Rules,
+    hypervisor: Arc<dyn Hypervisor>,
+    store: Store,
+    metrics: Arc<Metrics>,
+    jobs: Sender<Job>,
+    /// Whoever is to be looked at.
+    due: BTreeSet<InstanceId>,
+    everybody: bool,
+    absences: BTreeMap<InstanceId, Absence>,
+    retries: BTreeMap<(InstanceId, String), Retry>,
+    /// Looks that were promised.
+    promised: BTreeMap<InstanceId, Instant>,
+    /// With a worker now; true: to be looked at again afterwards.
+    busy: BTreeMap<InstanceId, bool>,
+    last_pass: Option<Instant>,
+}
+
+struct Job {
+    instance: InstanceId,
+    gone: Gone,
+    blocked: BTreeSet<String>,
+}
+
+impl Guests {
+    /// Starts the workers.
+    ///
+    /// # Errors
+    /// When a thread or the inventory cannot be had.
+    pub(super) fn new(
+        rules: Rules,
+        hypervisor: Arc<dyn Hypervisor>,
+        metrics: Arc<Metrics>,
+        signals: &Sender<Signal>,
+    ) -> anyhow::Result<Self> {
+        let state_dir = rules.now().state_dir.clone();
+        let (jobs, queue) = channel::<Job>();
+        let queue = Arc::new(Mutex::new(queue));
+        for number in 0..WORKERS {
+            let mut worker = Worker {
+                config: rules.now(),
+                hypervisor: hypervisor.clone(),
+                store: Store::open(&state_dir, PATIENCE, Durability::Power)?,
+                metrics: metrics.clone(),
+                actor: "virt-usbd",
+            };
+            let (rules, queue, signals) = (rules.clone(), queue.clone(), signals.clone());
+            let work = move || {
+                loop {
+                    let job = queue.lock().unwrap_or_else(PoisonError::into_inner).recv();
+                    let Ok(job) = job else { return };
+                    worker.config = rules.now();
+                    let done = worker.converge(job.instance, job.gone, &job.blocked);
+                    if signals.send(Signal::Done(job.instance, done)).is_err() {
+                        return;
+                    }
+                }
+            };
+            std::thread::Builder::new().name(format!("guests-{number}")).spawn(work)?;
+        }
+        let store = Store::open(&state_dir, PATIENCE, Durability::Power)?;
+        Ok(Self {
+            rules,
+            hypervisor,
+            store,
+            metrics,
+            jobs,
+            due: BTreeSet::new(),
+            everybody: true,
+            absences: BTreeMap::new(),
+            retries: BTreeMap::new(),
+            promised: BTreeMap::new(),
+            busy: BTreeMap::new(),
+            last_pass: None,
+        })
+    }
+
+    /// Until it is told to stop.
+    pub(super) fn run(mut self, signals: &Receiver<Signal>) {
+        loop {
+            match signals.recv_timeout(self.wait()) {
+                Ok(Signal::Stop) | Err(RecvTimeoutError::Disconnected) => return,
+                Ok(signal) => self.hear(signal),
+                Err(RecvTimeoutError::Timeout) => {}
+            }
+            while let Ok(signal) = signals.try_recv() {
+                if matches!(signal, Signal::Stop) {
+                    return;
+                }
+                self.hear(signal);
+            }
+            self.wake();
+            if self.everybody || !self.due.is_empty() {
+                self.pass();
+            }
+        }
+    }
+
+    /// Until the next promise, retry or pass over everybody.
+    fn wait(&self) -> Duration {
+        let interval = self.rules.now().scan_interval;
+        let pass = self.last_pass.map_or(Duration::ZERO, |at| interval.saturating_sub(at.elapsed()));
+        let until = |at: &Instant| at.saturating_duration_since(Instant::now());
+        let promised = self.promised.values().map(until).min();
+        let retry = self.retries.values().map(|r| until(&r.at)).min();
+        [promised, retry].into_iter().flatten().fold(pass, Duration::min)
+    }
+
+    fn hear(&mut self, signal: Signal) {
+        match signal {
+            Signal::Hypervisor(Event::Connected) => {
+                tracing::info!("connected to libvirt");
+                self.metrics.connected(true);
+                self.everybody = true;
+            }
+            Signal::Hypervisor(Event::Lost(why)) => {
+                tracing::warn!("no connection to libvirt: {why}; it is tried again");
+                self.metrics.connected(false);
+            }
+            Signal::Hypervisor(Event::Started(instance) | Event::Changed(instance)) => {
+                // A new run, or somebody has done something: what failed before may go now.
+                self.retries.retain(|(of, _), _| *of != instance);
+                self.due.insert(instance);
+            }
+            Signal::Devices => {
+                self.retries.clear();
+                self.everybody = true;
+            }
+            Signal::Done(instance, done) => self.done(instance, done),
+            Signal::Stop => {}
+        }
+    }
+
+    fn done(&mut self, instance: InstanceId, done: Result<Report, WorkError>) {
+        let again = self.busy.remove(&instance).unwrap_or(false);
+        let failed = match done {
+            Ok(report) => report.failed,
+            Err(WorkError::Hypervisor(Failure::Away(_))) => return,
+            Err(e) => {
+                tracing::error!(%instance, "instance {instance}: {e}; it is tried again");
+                BTreeSet::from([String::new()])
+            }
+        };
+        self.retries.retain(|(of, about), _| *of != instance || failed.contains(about));
+        for about in failed {
+            let wait =
+                self.retries.get(&(instance, about.clone())).map_or(SHORTEST, |r| (r.wait * 2).min(LONGEST));
+            self.retries.insert((instance, about), Retry { at: Instant::now() + wait, wait });
+        }
+        if again {
+            self.due.insert(instance);
+        }
+    }
+
+    /// Whose time has come.
+    fn wake(&mut self) {
+        let now = Instant::now();
+        let retries = self.retries.iter().filter(|(_, r)| r.at <= now).map(|((of, _), _)| *of);
+        let promised = self.promised.iter().filter(|(_, at)| **at <= now).map(|(of, _)| *of);
+        self.due.extend(retries.chain(promised).collect::<Vec<_>>());
+        self.promised.retain(|_, at| *at > now);
+        self.everybody |= self.last_pass.is_none_or(|at| at.elapsed() >= self.rules.now().scan_interval);
+    }
+
+    fn pass(&mut self) {
+        let (began, everybody) = (Instant::now(), self.everybody);
+        self.everybody = false;
+        let due = std::mem::take(&mut self.due);
+        if everybody {
+            self.last_pass = Some(began);
+        }
+        match self.look(everybody, due.clone()) {
+            // When libvirt is back everybody is looked at.
+            Ok(()) | Err(WorkError::Hypervisor(Failure::Away(_))) => {}
+            Err(e) => {
+                tracing::error!("the guests cannot be looked at: {e}; it is tried again");
+                self.promised.extend(due.into_iter().map(|instance| (instance, began + SECOND)));
+                if everybody {
+                    self.last_pass =
+                        Instant::now().checked_sub(self.rules.now().scan_interval).map(|at| at + SECOND);
+                }
+            }
+        }
+        if everybody {
+            self.metrics.passed(began.elapsed());
+        }
+    }
+
+    fn look(&mut self, everybody: bool, mut due: BTreeSet<InstanceId>) -> Result<(), WorkError> {
+        self.store.restart_patience();
+        let view = View::read(&self.store)?;
+        if everybody {
+            self.metrics.show(&view, self.store.problems()?.len());
+        }
+        let running = self.running(everybody, &due)?;
+        if everybody {
+            due.extend(view.instances());
+            due.extend(running.keys());
+            self.absences.retain(|instance, _| view.knows(*instance));
+        }
+        let config = self.rules.now();
+        for instance in due {
+            if let Some(again) = self.busy.get_mut(&instance) {
+                *again = true;
+                continue;
+            }
+            let (read, gone) = match running.get(&instance) {
+                Some(running) => {
+                    self.absences.remove(&instance);
+                    match guest(running, &config, &self.store) {
+                        Ok(guest) => (Some(guest), Gone::default()),
+                        Err(e) => {
+                            tracing::error!(%instance, "{}: cannot read its XML: {e}", running.name);
+                            continue;
+                        }
+                    }
+                }
+                None if view.knows(instance) => (None, self.absent(instance, &view)?),
+                None => continue,
+            };
+            let seen = match &read {
+                Some(guest) => Seen::Running(guest),
+                None => Seen::Absent { seconds: gone.seconds, undefined: gone.undefined },
+            };
+            let blocked = self.blocked(instance);
+            let steps = view.plan(instance, seen, config.replug);
+            if steps.iter().any(|s| s.about().is_none_or(|about| !blocked.contains(&about))) {
+                self.busy.insert(instance, false);
+                // The workers end with this thread.
+                drop(self.jobs.send(Job { instance, gone, blocked }));
+            }
+        }
+        Ok(())
+    }
+
+    fn running(
+        &self,
+        everybody: bool,
+        due: &BTreeSet<InstanceId>,
+    ) -> Result<BTreeMap<InstanceId, Running>, Failure> {
+        let running = if everybody {
+            self.hypervisor.running()?
+        } else {
+            let looks = due.iter().filter(|i| !self.busy.contains_key(i)).map(|i| self.hypervisor.look(*i));
+            looks.filter_map(Result::transpose).collect::<Result<_, _>>()?
+        };
+        Ok(running.into_iter().map(|r| (r.instance, r)).collect())
+    }
+
+    /// How long an instance that is not there has been gone, and when to look again.
+    fn absent(&mut self, instance: InstanceId, view: &View) -> Result<Gone, Failure> {
+        let (now, known) = (Instant::now(), self.hypervisor.is_known(instance)?);
+        let claims: Vec<(i64, i64)> = view.claims(instance).iter().map(|c| (c.id, c.revision)).collect();
+        let fresh = Absence { claims: claims.clone(), since: now, undefined: None };
+        let absence = self.absences.entry(instance).or_insert(fresh);
+        if absence.claims != claims {
+            (absence.claims, absence.since) = (claims, now);
+        }
+        absence.undefined = (!known).then(|| absence.undefined.unwrap_or(now));
+        let absence = absence.clone();
+        let seconds = absence.since.elapsed().as_secs_f64();
+        let undefined = absence.undefined.map(|since| since.elapsed().as_secs_f64());
+        let ahead = [(seconds, ABSENT_SECONDS), (undefined.unwrap_or(f64::MAX), UNDEFINED_SECONDS)];
+        let next =
+            ahead.iter().filter(|(at, limit)| at < limit).map(|(at, limit)| limit - at).reduce(f64::min);
+        if let Some(next) = next {
+            self.promised.insert(instance, now + Duration::from_secs_f64(next + 0.01));
+        }
+        Ok(Gone { seconds, undefined })
+    }
+
+    fn blocked(&self, instance: InstanceId) -> BTreeSet<String> {
+        let now = Instant::now();
+        let waiting = self.retries.iter().filter(|((of, _), retry)| *of == instance && retry.at > now);
+        waiting.map(|((_, about), _)| about.clone()).collect()
+    }
+}

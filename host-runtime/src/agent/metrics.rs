@@ -1,0 +1,237 @@
+//! What the agent counts, in the text format of Prometheus (OpenMetrics), and where it is served.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::sync::atomic::AtomicI64;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use prometheus_client::encoding::text::encode;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::Histogram;
+use prometheus_client::registry::{Registry, Unit};
+use virt_usb_hook::config;
+
+use super::observe::View;
+use crate::hypervisor::Failure;
+
+type Labels = Vec<(&'static str, String)>;
+
+/// Everything that is counted.
+pub struct Metrics {
+    registry: Registry,
+    devices: Family<Labels, Gauge<i64, AtomicI64>>,
+    claims: Family<Labels, Gauge<i64, AtomicI64>>,
+    problems: Gauge<i64, AtomicI64>,
+    discovery: Histogram,
+    attach: Histogram,
+    attaches: Family<Labels, Counter>,
+    detaches: Family<Labels, Counter>,
+    flaps: Counter,
+    scans: Family<Labels, Counter>,
+    passes: Histogram,
+    connected: Gauge<i64, AtomicI64>,
+    hooks: Family<Labels, Histogram>,
+    /// The label sets that were shown, so that one that is no more becomes 0.
+    shown: Mutex<Shown>,
+}
+
+#[derive(Default)]
+struct Shown {
+    devices: BTreeMap<Labels, i64>,
+    claims: BTreeMap<Labels, i64>,
+}
+
+/// From a millisecond to half a minute.
+fn seconds() -> Histogram {
+    Histogram::new([0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0])
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        let mut registry = Registry::with_prefix("virt_usb");
+        let metrics = Self {
+            devices: Family::default(),
+            claims: Family::default(),
+            problems: Gauge::default(),
+            discovery: seconds(),
+            attach: seconds(),
+            attaches: Family::default(),
+            detaches: Family::default(),
+            flaps: Counter::default(),
+            scans: Family::default(),
+            passes: seconds(),
+            connected: Gauge::default(),
+            hooks: Family::new_with_constructor(seconds),
+            shown: Mutex::default(),
+            registry: Registry::default(),
+        };
+        registry.register("devices", "Devices by status and status_reason", metrics.devices.clone());
+        registry.register("claims", "Claims by state and hold", metrics.claims.clone());
+        registry.register(
+            "problems",
+            "What stands between instances and what they are to have",
+            metrics.problems.clone(),
+        );
+        let unit = Unit::Seconds;
+        registry.register_with_unit(
+            "discovery",
+            "From the first event of a burst to the rows",
+            unit.clone(),
+            metrics.discovery.clone(),
+        );
+        registry.register_with_unit(
+            "attach",
+            "A device given to a guest, libvirt's time included",
+            unit.clone(),
+            metrics.attach.clone(),
+        );
+        registry.register("attaches", "Devices given to guests, by result", metrics.attaches.clone());
+        registry.register("detaches", "Devices taken out of guests, by result", metrics.detaches.clone());
+        registry.register("flaps", "Devices that came back", metrics.flaps.clone());
+        registry.register("scans", "Looks at all devices, by result", metrics.scans.clone());
+        registry.register_with_unit("pass", "A look at all guests", unit.clone(), metrics.passes.clone());
+        registry.register("libvirt_connected", "1 while libvirt can be reached", metrics.connected.clone());
+        registry.register_with_unit(
+            "hook",
+            "Calls of the hook, by operation and exit status",
+            unit,
+            metrics.hooks.clone(),
+        );
+        Self { registry, ..metrics }
+    }
+}
+
+impl Metrics {
+    /// What there is now.
+    pub fn show(&self, view: &View, problems: usize) {
+        let mut now = Shown::default();
+        for record in view.devices() {
+            let reason = record.entry.status_reason.clone().unwrap_or_default();
+            let labels = vec![("status", record.entry.status.clone()), ("reason", reason)];
+            *now.devices.entry(labels).or_default() += 1;
+        }
+        for claim in view.instances().into_iter().flat_map(|i| view.claims(i)) {
+            let labels = vec![("state", claim.state.clone()), ("hold", claim.hold.clone())];
+            *now.claims.entry(labels).or_default() += 1;
+        }
+        let mut shown = self.shown.lock().unwrap_or_else(PoisonError::into_inner);
+        let set = |family: &Family<Labels, Gauge<i64, AtomicI64>>,
+                   old: &BTreeMap<Labels, i64>,
+                   new: &BTreeMap<Labels, i64>| {
+            for labels in old.keys().filter(|l| !new.contains_key(*l)) {
+                family.get_or_create(labels).set(0);
+            }
+            for (labels, count) in new {
+                family.get_or_create(labels).set(*count);
+            }
+        };
+        set(&self.devices, &shown.devices, &now.devices);
+        set(&self.claims, &shown.claims, &now.claims);
+        shown.devices.extend(now.devices);
+        shown.claims.extend(now.claims);
+        self.problems.set(i64::try_from(problems).unwrap_or(i64::MAX));
+    }
+
+    pub(super) fn attached(&self, took: Duration, failure: Option<&Failure>) {
+        self.attaches.get_or_create(&vec![("result", result(failure))]).inc();
+        if failure.is_none() {
+            self.attach.observe(took.as_secs_f64());
+        }
+    }
+
+    pub(super) fn detached(&self, failure: Option<&Failure>) {
+        self.detaches.get_or_create(&vec![("result", result(failure))]).inc();
+    }
+
+    pub(super) fn scanned(&self, took: Duration, well: bool, returned: usize) {
+        let result = if well { "done" } else { "failed" };
+        self.scans.get_or_create(&vec![("result", result.to_owned())]).inc();
+        self.discovery.observe(took.as_secs_f64());
+        self.flaps.inc_by(returned as u64);
+    }
+
+    pub(super) fn passed(&self, took: Duration) {
+        self.passes.observe(took.as_secs_f64());
+    }
+
+    pub(super) fn connected(&self, is: bool) {
+        self.connected.set(i64::from(is));
+    }
+
+    /// A hook's message: `prepare 1234 0`. What is no such message is nobody's.
+    pub(super) fn hook(&self, message: &str) {
+        const KNOWN: [&str; 8] =
+            ["prepare", "start", "started", "stopped", "release", "reconnect", "restore", "migrate"];
+        let mut words = message.split(' ');
+        let (Some(op), Some(micros), Some(exit)) = (words.next(), words.next(), words.next()) else { return };
+        let (Some(op), Ok(micros)) = (KNOWN.iter().find(|known| **known == op), micros.parse::<u32>()) else {
+            return;
+        };
+        let exit = if exit == "0" { "0" } else { "1" };
+        let labels = vec![("operation", (*op).to_owned()), ("exit", exit.to_owned())];
+        self.hooks.get_or_create(&labels).observe(f64::from(micros) / 1e6);
+    }
+
+    /// All of it, as text.
+    pub fn text(&self) -> String {
+        let mut text = String::new();
+        // A String takes everything.
+        let _ = encode(&mut text, &self.registry);
+        text
+    }
+}
+
+fn result(failure: Option<&Failure>) -> String {
+    match failure {
+        None => "done",
+        Some(Failure::Away(_)) => "libvirt-away",
+        Some(Failure::Gone) => "guest-gone",
+        Some(Failure::Busy(_)) => "busy",
+        Some(Failure::Refused(why)) if why.contains("USB bus") => "no-usb-bus",
+        Some(Failure::Refused(why)) if why.contains("USB port") => "no-free-port",
+        Some(Failure::Refused(why)) if why.contains("SPICE") || why.contains("spice") => "no-spice",
+        Some(Failure::Refused(_)) => "refused",
+    }
+    .to_owned()
+}
+
+/// Serves the metrics for as long as the process lives.
+///
+/// # Errors
+/// When the place cannot be listened at.
+pub(super) fn serve(metrics: Arc<Metrics>, at: &config::Metrics) -> io::Result<()> {
+    let server = match at {
+        config::Metrics::Off => return Ok(()),
+        config::Metrics::Tcp(address) => tiny_http::Server::http(address),
+        config::Metrics::Unix(path) => {
+            // What an agent before this one has left.
+            match std::fs::symlink_metadata(path) {
+                Ok(found) if std::os::unix::fs::FileTypeExt::is_socket(&found.file_type()) => {
+                    std::fs::remove_file(path)?;
+                }
+                _ => {}
+            }
+            tiny_http::Server::http_unix(path)
+        }
+    };
+    let server = server.map_err(|e| io::Error::other(e.to_string()))?;
+    let answer = move || {
+        for request in server.incoming_requests() {
+            let wanted = request.url() == "/metrics" && *request.method() == tiny_http::Method::Get;
+            let (status, text) =
+                if wanted { (200, metrics.text()) } else { (404, "see /metrics\n".to_owned()) };
+            let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+            let header = tiny_http::Header::from_bytes(&b"Content-Type"[..], kind.as_bytes());
+            let mut response = tiny_http::Response::from_string(text).with_status_code(status);
+            if let (true, Ok(header)) = (wanted, header) {
+                response = response.with_header(header);
+            }
+            // Whoever asked may be gone.
+            drop(request.respond(response));
+        }
+    };
+    std::thread::Builder::new().name("metrics".into()).spawn(answer).map(drop)
+}

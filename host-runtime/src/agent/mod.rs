@@ -1,0 +1,211 @@
+//! The agent: keeps the inventory true, and makes a claim into a device in the guest.
+//!
+//! ```text
+//!  libusb, sysfs ─► devices (thread) ─► store ◄── hook, virt-usb
+//!                        │ something changed       ▲
+//!                        ▼                         │ claims settled, given back, ended
+//!  libvirt ─ events ─► guests (thread) ─► workers ─┴─► libvirt: attach, detach
+//! ```
+//! | module | what it does |
+//! |---|---|
+//! | [`plan`] | what is to be done about one instance: pure |
+//! | [`observe`] | what the planner is shown |
+//! | [`work`] | does it, until nothing is left |
+//! | [`operate`] | what people ask for: attach, detach, start |
+//! | `guests` | who is looked at when; retries |
+//! | `devices` | from events to rows; the configuration |
+//! | [`metrics`] | what is counted |
+//!
+//! It may be killed at any moment: what it knows it reads again, from the store, from sysfs and from the live XML.
+
+mod devices;
+mod guests;
+pub mod metrics;
+pub mod observe;
+pub mod operate;
+pub mod plan;
+mod simulation;
+pub mod work;
+
+use std::fs::{File, OpenOptions, TryLockError};
+use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::net::UnixDatagram;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::mpsc::{Sender, channel};
+use std::time::Duration;
+
+use anyhow::{Context as _, bail};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+use virt_usb_hook::config::Config;
+use virt_usb_hook::machine;
+use virt_usb_store::{Durability, Store};
+
+use crate::discovery::{LibUsb, UsbSource, hotplug};
+use crate::hypervisor::{Event, Hypervisor, Libvirt};
+use devices::{Devices, Nudge, Rules};
+use guests::{Guests, Signal};
+use metrics::Metrics;
+use simulation::Simulation;
+
+/// How long the agent waits for the store's lock.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// What the agent is started with.
+#[derive(Debug, Clone, Default)]
+pub struct Options {
+    /// The configuration's file.
+    pub config: Option<PathBuf>,
+    /// Simulated devices and domains.
+    pub sim: Option<PathBuf>,
+}
+
+/// Runs the agent until it is told to stop.
+///
+/// # Errors
+/// What keeps it from starting; once it runs it goes on.
+pub fn run(options: &Options) -> anyhow::Result<()> {
+    let mut config = Config::load(options.config.as_deref())?;
+    let simulation = options.sim.as_deref().map(|file| Simulation::new(file, &mut config)).transpose()?;
+    let mut store = Store::create(&config.state_dir, PATIENCE)?;
+    let _lock = lock(&config.state_dir)?;
+    // Claims of an earlier boot are void, before anybody can ask for their devices.
+    store.sweep(&machine::context(&config.procfs_root, "virt-usbd")?)?;
+    let host = crate::inventory::host_name(&config.procfs_root)?;
+    let metrics = Arc::new(Metrics::default());
+    metrics::serve(metrics.clone(), &config.metrics).context("metrics: cannot be served")?;
+    hear_hooks(&config.state_dir, metrics.clone());
+    let rules = Rules::new(options.config.clone(), config.clone());
+    let (to_devices, nudges) = channel();
+    let (to_guests, signals) = channel();
+    follow_signals(to_devices.clone(), to_guests.clone())?;
+    let world = World::new(&config, simulation, &to_devices, &to_guests)?;
+    let guests = Guests::new(rules.clone(), world.hypervisor, metrics.clone(), &to_guests)?;
+    let devices =
+        Devices { rules, source: world.source, store, host, metrics, guests: to_guests, after: world.after };
+    let ready = || {
+        tracing::info!("ready");
+        // Without a service manager there is nobody to tell.
+        drop(sd_notify::notify(&[
+            sd_notify::NotifyState::Ready,
+            sd_notify::NotifyState::Status("watching devices and guests"),
+        ]));
+    };
+    let watching =
+        std::thread::Builder::new().name("devices".into()).spawn(move || devices.run(&nudges, ready))?;
+    guests.run(&signals);
+    drop(sd_notify::notify(&[sd_notify::NotifyState::Stopping]));
+    let _ = to_devices.send(Nudge::Stop);
+    if watching.join().is_err() {
+        bail!("the thread of the devices has failed");
+    }
+    tracing::info!("stopped");
+    Ok(())
+}
+
+/// What is watched: the machine, or a simulation of one.
+struct World {
+    source: Box<dyn UsbSource + Send>,
+    hypervisor: Arc<dyn Hypervisor>,
+    after: Box<dyn Fn() + Send>,
+}
+
+impl World {
+    fn new(
+        config: &Config,
+        simulation: Option<Simulation>,
+        devices: &Sender<Nudge>,
+        guests: &Sender<Signal>,
+    ) -> anyhow::Result<Self> {
+        let events = forward(guests.clone())?;
+        if let Some(simulation) = simulation {
+            return simulation.start(config, events, devices.clone());
+        }
+        let failed =
+            |why: &str| tracing::warn!("no hotplug events ({why}): devices are seen at the next scan");
+        hotplug::follow(devices.clone(), Nudge::Usb, failed)?;
+        let libvirt = Libvirt::new(&config.libvirt_uri);
+        libvirt.follow(events)?;
+        Ok(Self {
+            source: Box::new(LibUsb::new(config)),
+            hypervisor: Arc::new(libvirt),
+            after: Box::new(|| {}),
+        })
+    }
+}
+
+/// The hypervisor's events, among the guests' other signals.
+fn forward(to: Sender<Signal>) -> std::io::Result<Sender<Event>> {
+    let (events, from) = channel();
+    let pass_on = move || {
+        while let Ok(event) = from.recv() {
+            if to.send(Signal::Hypervisor(event)).is_err() {
+                return;
+            }
+        }
+    };
+    std::thread::Builder::new().name("events".into()).spawn(pass_on)?;
+    Ok(events)
+}
+
+/// One agent a host, and hooks that know whether it lives: a lock that the kernel lets go of, whatever becomes of the process.
+fn lock(state_dir: &Path) -> anyhow::Result<File> {
+    let path = state_dir.join("agent.lock");
+    let file = OpenOptions::new().write(true).create(true).truncate(false).mode(0o644).open(&path);
+    let file = file.with_context(|| format!("cannot open {}", path.display()))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => {
+            bail!("another agent runs on {}: it holds agent.lock", state_dir.display())
+        }
+        Err(TryLockError::Error(e)) => Err(e).with_context(|| format!("cannot lock {}", path.display())),
+    }
+}
+
+/// SIGHUP: read the configuration again; SIGTERM and SIGINT: end.
+fn follow_signals(devices: Sender<Nudge>, guests: Sender<Signal>) -> std::io::Result<()> {
+    let mut signals = Signals::new([SIGHUP, SIGTERM, SIGINT])?;
+    let follow = move || {
+        for signal in signals.forever() {
+            match signal {
+                SIGHUP => drop(devices.send(Nudge::Reload)),
+                _ => drop(guests.send(Signal::Stop)),
+            }
+        }
+    };
+    std::thread::Builder::new().name("signals".into()).spawn(follow).map(drop)
+}
+
+/// Hooks tell how long they took. Nobody depends on it: an agent that cannot hear them goes on.
+fn hear_hooks(state_dir: &Path, metrics: Arc<Metrics>) {
+    let path = state_dir.join(machine::HOOK_SOCKET);
+    // What an agent before this one has left.
+    drop(std::fs::remove_file(&path));
+    let hear = |socket: UnixDatagram| {
+        let listen = move || {
+            let mut message = [0; 128];
+            while let Ok(length) = socket.recv(&mut message) {
+                let text = message.get(..length).map(String::from_utf8_lossy);
+                metrics.hook(text.as_deref().unwrap_or_default());
+            }
+        };
+        std::thread::Builder::new().name("hooks".into()).spawn(listen).map(drop)
+    };
+    if let Err(e) = UnixDatagram::bind(&path).and_then(hear) {
+        tracing::warn!("durations of hooks are not counted: {}: {e}", path.display());
+    }
+}
+
+/// An inventory for a program that works beside the agent, or without one.
+///
+/// # Errors
+/// When there is none, or it cannot be opened.
+pub fn worker(
+    config: Config,
+    hypervisor: Arc<dyn Hypervisor>,
+    actor: &'static str,
+) -> anyhow::Result<work::Worker> {
+    let store = Store::open(&config.state_dir, PATIENCE, Durability::Power)?;
+    Ok(work::Worker { config: Arc::new(config), hypervisor, store, metrics: Arc::default(), actor })
+}

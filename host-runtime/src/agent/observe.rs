@@ -1,0 +1,111 @@
+//! What the planner is shown: the inventory at one moment, and a guest as libvirt has it.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use virt_usb_domxml::Domain;
+use virt_usb_hook::config::{Config, ReplugPolicy};
+use virt_usb_hook::wish::Wish;
+use virt_usb_model::{DeviceId, Flavor, InstanceId};
+use virt_usb_store::claim::Asker;
+use virt_usb_store::{ClaimRow, Record, Store, StoreError};
+
+use super::plan::{Guest, Host, Instance, Seen};
+use crate::hypervisor::Running;
+
+/// The inventory.
+#[derive(Debug, Default)]
+pub struct View {
+    devices: BTreeMap<DeviceId, Record>,
+    claims: BTreeMap<InstanceId, Vec<ClaimRow>>,
+    holders: BTreeMap<DeviceId, InstanceId>,
+    assigned: BTreeSet<InstanceId>,
+    problems: BTreeMap<InstanceId, BTreeMap<String, String>>,
+}
+
+impl View {
+    /// Reads it.
+    ///
+    /// # Errors
+    /// When the database cannot be read.
+    pub fn read(store: &Store) -> Result<Self, StoreError> {
+        let mut view = Self {
+            devices: store.devices()?.into_iter().map(|r| (r.entry.id, r)).collect(),
+            assigned: store.all_assignments()?.into_iter().map(|a| a.instance_uuid).collect(),
+            ..Self::default()
+        };
+        for claim in store.claims()? {
+            view.holders.insert(claim.device_id, claim.instance_uuid);
+            view.claims.entry(claim.instance_uuid).or_default().push(claim);
+        }
+        for problem in store.problems()? {
+            view.problems.entry(problem.instance_uuid).or_default().insert(problem.about, problem.what);
+        }
+        Ok(view)
+    }
+
+    /// Everybody who holds something, is to have something, or has a problem.
+    pub fn instances(&self) -> BTreeSet<InstanceId> {
+        let known = self.claims.keys().chain(&self.assigned).chain(self.problems.keys());
+        known.copied().collect()
+    }
+
+    /// Whether there is anything about the instance.
+    pub fn knows(&self, instance: InstanceId) -> bool {
+        self.claims.contains_key(&instance)
+            || self.assigned.contains(&instance)
+            || self.problems.contains_key(&instance)
+    }
+
+    /// What the instance holds.
+    pub fn claims(&self, instance: InstanceId) -> &[ClaimRow] {
+        self.claims.get(&instance).map_or(&[], Vec::as_slice)
+    }
+
+    /// A device that is plugged in or held.
+    pub fn device(&self, device: DeviceId) -> Option<&Record> {
+        self.devices.get(&device)
+    }
+
+    /// All of them.
+    pub fn devices(&self) -> impl Iterator<Item = &Record> {
+        self.devices.values()
+    }
+
+    /// Plans for one instance.
+    pub fn plan(&self, id: InstanceId, seen: Seen<'_>, replug: ReplugPolicy) -> Vec<super::plan::Step> {
+        let none = BTreeMap::new();
+        let claims: Vec<&ClaimRow> = self.claims(id).iter().collect();
+        let instance = Instance {
+            id,
+            seen,
+            claims: &claims,
+            assigned: self.assigned.contains(&id),
+            problems: self.problems.get(&id).unwrap_or(&none),
+        };
+        super::plan::plan(&instance, &Host { devices: &self.devices, holders: &self.holders, replug })
+    }
+}
+
+/// Reads a running domain, and what its flavor asks for.
+///
+/// # Errors
+/// What cannot be read of its XML. A flavor that cannot be read asks for nothing: the hook has let the guest start.
+pub fn guest(running: &Running, config: &Config, store: &Store) -> Result<Guest, String> {
+    let domain = virt_usb_domxml::read(running.xml.as_bytes()).map_err(|e| e.to_string())?;
+    let redirections = flavor(&domain, config, store).map_or(0, |f| f.usb_redirection_devices.len());
+    Ok(Guest { domain, redirections })
+}
+
+/// What the domain's flavor asks for.
+///
+/// # Errors
+/// What is wrong with it.
+pub fn flavor(domain: &Domain, config: &Config, store: &Store) -> Result<Flavor, String> {
+    let wish = Wish::read(&domain.flavor, &config.state_dir).map_err(|fault| fault.what)?;
+    wish.resolve(store).map_err(|fault| fault.what)
+}
+
+/// For whom something is written.
+pub fn asker(instance: InstanceId, domain: &Domain) -> Asker {
+    Asker { instance, domain: domain.name.clone(), project: domain.project.clone() }
+}

@@ -1,0 +1,336 @@
+//! What is to be done about one instance: from what is seen of its guest, and what the inventory says. Pure.
+//!
+//! ```text
+//!               claimed, device there, not in the guest ── Attach ──► in the guest ── Settle ──► allocated
+//!                                                                          │ unplugged, or plugged in elsewhere
+//!   Release ◄── replug = "release" ── claim without its device ◄── Detach ─┘ (the stale hostdev)
+//!
+//!   a hostdev that nobody holds ── Adopt ──► allocated           a guest that is gone ── 10 s ──► Release, 60 s ──► End
+//! ```
+//! Every step may be done twice, and none depends on the one before: after each the world is looked at again.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use virt_usb_domxml::{Domain, UsbHostdev};
+use virt_usb_hook::config::ReplugPolicy;
+use virt_usb_hook::guest::{holding, missing_redirdevs};
+use virt_usb_model::{DeviceId, InstanceId};
+use virt_usb_store::adopt::Holding;
+use virt_usb_store::{ClaimRow, Record};
+
+/// So long a guest must have been gone before what it held is free: nothing is done on one look.
+pub const ABSENT_SECONDS: f64 = 10.0;
+/// So long a domain must not exist before its assignments end: Nova's hard reboot undefines and redefines.
+pub const UNDEFINED_SECONDS: f64 = 60.0;
+
+/// A guest that runs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Guest {
+    /// Its live XML.
+    pub domain: Domain,
+    /// How many redirections its flavor asks for.
+    pub redirections: usize,
+}
+
+/// What is known of an instance's guest.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Seen<'a> {
+    /// It could not be asked for: nothing follows.
+    Unknown,
+    /// It runs.
+    Running(&'a Guest),
+    /// It does not.
+    Absent {
+        /// For so long, its claims unchanged.
+        seconds: f64,
+        /// For so long there has been no domain of this UUID at all; none: there is one.
+        undefined: Option<f64>,
+    },
+}
+
+/// One instance.
+#[derive(Debug, Clone, Copy)]
+pub struct Instance<'a> {
+    /// Its UUID.
+    pub id: InstanceId,
+    /// Its guest.
+    pub seen: Seen<'a>,
+    /// What it holds.
+    pub claims: &'a [&'a ClaimRow],
+    /// Whether anything is assigned to it.
+    pub assigned: bool,
+    /// What is noted to stand in its way, by what it is about.
+    pub problems: &'a BTreeMap<String, String>,
+}
+
+/// The host.
+#[derive(Debug, Clone, Copy)]
+pub struct Host<'a> {
+    /// Every device that is plugged in or held.
+    pub devices: &'a BTreeMap<DeviceId, Record>,
+    /// Who holds what.
+    pub holders: &'a BTreeMap<DeviceId, InstanceId>,
+    /// What becomes of a claim whose device is unplugged.
+    pub replug: ReplugPolicy,
+}
+
+/// One thing to do.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Step {
+    /// Take this hostdev out of the guest.
+    Detach {
+        /// By its alias.
+        alias: String,
+        /// Which device it was.
+        device: DeviceId,
+    },
+    /// The guest has a device that nobody holds: it is its.
+    Adopt {
+        /// As the live XML names it.
+        holding: Holding,
+        /// Which it is.
+        device: DeviceId,
+    },
+    /// Bring the claims' states in line with what is in the guest.
+    Settle {
+        /// The devices of the instance that are.
+        in_guest: Vec<DeviceId>,
+    },
+    /// Give the guest a device that it holds.
+    Attach {
+        /// Which.
+        device: DeviceId,
+    },
+    /// Give the guest a redirection.
+    Redirect {
+        /// Which entry of the flavor.
+        n: usize,
+    },
+    /// End one claim, if it is still as it was.
+    Release {
+        /// Of which device.
+        device: DeviceId,
+        /// As it was.
+        revision: i64,
+        /// Why.
+        why: &'static str,
+    },
+    /// The guest is gone: nothing is in it. What is held for the instance stays claimed.
+    OutOfGuest,
+    /// The instance is gone: everything ends.
+    End,
+    /// Note what stands in the way.
+    Note {
+        /// Of what.
+        about: String,
+        /// What.
+        what: String,
+    },
+    /// What stood in the way does not any more.
+    Solved {
+        /// Of what.
+        about: String,
+    },
+}
+
+impl Step {
+    /// What the step is about, where it may fail and be tried again later.
+    pub fn about(&self) -> Option<String> {
+        match self {
+            Self::Attach { device } | Self::Detach { device, .. } => Some(about_device(*device)),
+            Self::Redirect { n } => Some(about_redirection(*n)),
+            _ => None,
+        }
+    }
+}
+
+/// How problems of a device are filed.
+pub fn about_device(device: DeviceId) -> String {
+    format!("device {device}")
+}
+
+/// How problems of a redirection are filed.
+pub fn about_redirection(n: usize) -> String {
+    format!("redirection {n}")
+}
+
+/// What is to be done, in an order that makes sense.
+pub fn plan(instance: &Instance<'_>, host: &Host<'_>) -> Vec<Step> {
+    match instance.seen {
+        Seen::Unknown => Vec::new(),
+        Seen::Running(guest) => Present { instance, host, guest }.plan(),
+        Seen::Absent { seconds, undefined } => absent(instance, seconds, undefined),
+    }
+}
+
+fn absent(instance: &Instance<'_>, seconds: f64, undefined: Option<f64>) -> Vec<Step> {
+    let mut steps: Vec<Step> =
+        instance.problems.keys().map(|about| Step::Solved { about: about.clone() }).collect();
+    let owns = instance.assigned || !instance.claims.is_empty();
+    if owns && undefined.is_some_and(|undefined| undefined >= UNDEFINED_SECONDS) {
+        steps.push(Step::End);
+        return steps;
+    }
+    if seconds < ABSENT_SECONDS {
+        return steps;
+    }
+    // What comes in by restore or migration is not there yet; it has a time of its own.
+    for claim in instance.claims.iter().filter(|c| !c.pending) {
+        if claim.hold != "instance" || claim.ending {
+            let (device, revision) = (claim.device_id, claim.revision);
+            steps.push(Step::Release { device, revision, why: "its guest does not run" });
+        }
+    }
+    let lasting = |c: &&&ClaimRow| !c.pending && !c.ending && c.hold == "instance" && c.state == "allocated";
+    if instance.claims.iter().any(|c| lasting(&c)) {
+        steps.push(Step::OutOfGuest);
+    }
+    steps
+}
+
+/// A hostdev of the live XML that is a device of the inventory.
+struct Hosted<'a> {
+    hostdev: &'a UsbHostdev,
+    record: &'a Record,
+    /// Whether the device is there, under the address that the guest has.
+    fresh: bool,
+}
+
+struct Present<'a> {
+    instance: &'a Instance<'a>,
+    host: &'a Host<'a>,
+    guest: &'a Guest,
+}
+
+impl<'a> Present<'a> {
+    fn plan(&self) -> Vec<Step> {
+        let hosted = self.hosted();
+        let mut steps = Vec::new();
+        let mut problems = BTreeMap::new();
+        let (mut in_guest, mut stale) = (BTreeSet::new(), BTreeSet::new());
+        for h in &hosted {
+            let device = h.record.entry.id;
+            let ours = h.hostdev.injected().is_some();
+            match (self.host.holders.get(&device), h.fresh) {
+                (Some(holder), true) if *holder == self.instance.id && !self.is_ending(device) => {
+                    in_guest.insert(device);
+                }
+                (Some(holder), _) if *holder == self.instance.id => {
+                    stale.insert(device);
+                    steps.extend(detach(h));
+                }
+                // Two guests with one device: what we have put there we take out.
+                (Some(_), _) if ours => steps.extend(detach(h)),
+                (Some(holder), true) => {
+                    problems.insert(about_device(device), format!(
+                        "the guest was given it by hand though instance {holder} holds it: detach it from one of them (virsh detach-device)"
+                    ));
+                }
+                (None, true) => steps.push(Step::Adopt { holding: holding(h.hostdev), device }),
+                (None, false) if ours => steps.extend(detach(h)),
+                (_, false) => {}
+            }
+        }
+        // What we have put there, and what is neither plugged in nor held any more.
+        for hostdev in &self.guest.domain.hostdevs {
+            let known = hosted.iter().any(|h| std::ptr::eq(h.hostdev, hostdev));
+            if let (Some(device), Some(alias), false) = (hostdev.injected(), hostdev.alias.clone(), known) {
+                steps.push(Step::Detach { alias, device });
+            }
+        }
+        let settled = |c: &&ClaimRow| {
+            !c.pending
+                && (c.state == "allocated")
+                    == (in_guest.contains(&c.device_id) || stale.contains(&c.device_id))
+        };
+        if !self.instance.claims.iter().all(settled) {
+            let in_guest = in_guest.union(&stale).copied().collect();
+            steps.push(Step::Settle { in_guest });
+        }
+        for claim in self.instance.claims {
+            let device = claim.device_id;
+            if !in_guest.contains(&device) && !stale.contains(&device) {
+                steps.extend(self.missing(claim));
+            }
+        }
+        let redirections = missing_redirdevs(&self.guest.domain, self.guest.redirections);
+        steps.extend(redirections.into_iter().map(|n| Step::Redirect { n }));
+        self.tell(problems, &mut steps);
+        steps
+    }
+
+    /// A claim whose device is not in the guest.
+    fn missing(&self, claim: &ClaimRow) -> Option<Step> {
+        let (device, revision) = (claim.device_id, claim.revision);
+        let present = self.host.devices.get(&device).is_some_and(|record| record.present);
+        if claim.ending {
+            return Some(Step::Release { device, revision, why: "detached" });
+        }
+        match (present, self.host.replug) {
+            (true, _) => Some(Step::Attach { device }),
+            (false, ReplugPolicy::Reattach) => None,
+            (false, ReplugPolicy::Release) => Some(Step::Release { device, revision, why: "unplugged" }),
+        }
+    }
+
+    /// Problems that are news, and those that are none any more. One about what is still to be done stays until that is done.
+    fn tell(&self, problems: BTreeMap<String, String>, steps: &mut Vec<Step>) {
+        let open: BTreeSet<String> = steps.iter().filter_map(Step::about).collect();
+        for about in self.instance.problems.keys() {
+            if !open.contains(about) && !problems.contains_key(about) {
+                steps.push(Step::Solved { about: about.clone() });
+            }
+        }
+        let news =
+            problems.into_iter().filter(|(about, what)| self.instance.problems.get(about) != Some(what));
+        steps.extend(news.map(|(about, what)| Step::Note { about, what }));
+    }
+
+    fn is_ending(&self, device: DeviceId) -> bool {
+        self.instance.claims.iter().any(|c| c.device_id == device && c.ending)
+    }
+
+    fn hosted(&self) -> Vec<Hosted<'a>> {
+        let hostdevs = &self.guest.domain.hostdevs;
+        let mut found: Vec<Option<Hosted<'a>>> = hostdevs.iter().map(|h| self.by_name(h)).collect();
+        // One that somebody else wrote, and whose device has another number by now: of this instance's devices the only one of its
+        // kind that is not in the guest otherwise.
+        for (at, hostdev) in hostdevs.iter().enumerate() {
+            if found[at].is_some() || hostdev.injected().is_some() {
+                continue;
+            }
+            let named: BTreeSet<DeviceId> = found.iter().flatten().map(|h| h.record.entry.id).collect();
+            let mine = self.instance.claims.iter().map(|c| c.device_id).filter(|id| !named.contains(id));
+            let alike: Vec<&Record> = mine
+                .filter_map(|id| self.host.devices.get(&id))
+                .filter(|r| hostdev.usb == Some(r.usb()))
+                .collect();
+            if let [record] = alike.as_slice() {
+                found[at] = Some(Hosted { hostdev, record, fresh: false });
+            }
+        }
+        found.into_iter().flatten().collect()
+    }
+
+    /// By our alias, or by the address.
+    fn by_name(&self, hostdev: &'a UsbHostdev) -> Option<Hosted<'a>> {
+        let is_kind = |record: &Record| hostdev.usb.is_none_or(|usb| usb == record.usb());
+        let injected = hostdev.injected().and_then(|id| self.host.devices.get(&id)).filter(|r| is_kind(r));
+        let at_address = || {
+            let address = hostdev.address?;
+            let there = |r: &&Record| r.entry.address == address && is_kind(r);
+            // A device that went may have had the number that another has now.
+            let all = || self.host.devices.values().filter(there);
+            all().find(|r| r.present).or_else(|| all().next())
+        };
+        let record = injected.or_else(at_address)?;
+        let fresh = record.present && hostdev.address.is_none_or(|a| a == record.entry.address);
+        Some(Hosted { hostdev, record, fresh })
+    }
+}
+
+/// libvirt gives every device of a running domain an alias.
+fn detach(hosted: &Hosted<'_>) -> Option<Step> {
+    let alias = hosted.hostdev.alias.clone()?;
+    Some(Step::Detach { alias, device: hosted.record.entry.id })
+}

@@ -1,0 +1,111 @@
+//! `--sim FILE`: all of the agent, with the devices and domains of a file. Editing the file is plugging, unplugging, starting and stopping.
+
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::Sender;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, SystemTime};
+
+use anyhow::Context as _;
+use virt_usb_hook::config::Config;
+use virt_usb_model::device::Problem;
+
+use super::World;
+use super::devices::Nudge;
+use crate::discovery::{Simulated, Snapshot, UsbSource};
+use crate::hypervisor::{Event, SimulatedHypervisor};
+
+/// How often the file is looked at.
+const LOOK: Duration = Duration::from_millis(100);
+
+pub(super) struct Simulation {
+    file: PathBuf,
+    sysfs: PathBuf,
+}
+
+impl Simulation {
+    /// The hook looks at ports in sysfs: the simulated devices get a tree of their own, in `state_dir`.
+    pub(super) fn new(file: &Path, config: &mut Config) -> anyhow::Result<Self> {
+        let sysfs = config.state_dir.join("simulated-sysfs");
+        config.sysfs_root.clone_from(&sysfs);
+        let simulation = Self { file: file.to_owned(), sysfs };
+        simulation.read()?;
+        Ok(simulation)
+    }
+
+    fn read(&self) -> anyhow::Result<(String, Simulated)> {
+        let simulated = Simulated::load(&self.file)?;
+        let text = std::fs::read_to_string(&self.file)
+            .with_context(|| format!("cannot read the simulation file {}", self.file.display()))?;
+        Ok((text, simulated))
+    }
+
+    pub(super) fn start(
+        self,
+        config: &Config,
+        events: Sender<Event>,
+        devices: Sender<Nudge>,
+    ) -> anyhow::Result<World> {
+        // It is there from the beginning.
+        events.send(Event::Connected)?;
+        let hypervisor = Arc::new(SimulatedHypervisor::new(config.clone(), events));
+        let file = self.file.clone();
+        std::thread::Builder::new().name("simulation".into()).spawn(move || watch(&file, &devices))?;
+        let text = Arc::new(Mutex::new(String::new()));
+        let source = FileSource { simulation: self, text: text.clone() };
+        let domains = hypervisor.clone();
+        let after = move || {
+            let text = text.lock().unwrap_or_else(PoisonError::into_inner).clone();
+            match domains.apply(&text) {
+                Ok(refused) => refused.iter().for_each(|why| tracing::warn!("does not start: {why}")),
+                Err(why) => tracing::error!(
+                    "the domains of the simulation file are wrong: {why}; nothing has changed"
+                ),
+            }
+        };
+        Ok(World { source: Box::new(source), hypervisor, after: Box::new(after) })
+    }
+}
+
+fn watch(file: &Path, devices: &Sender<Nudge>) {
+    let stamp = || -> Option<(SystemTime, u64)> {
+        let found = std::fs::metadata(file).ok()?;
+        Some((found.modified().ok()?, found.len()))
+    };
+    let mut known = stamp();
+    loop {
+        std::thread::sleep(LOOK);
+        let now = stamp();
+        if now != known {
+            known = now;
+            if devices.send(Nudge::Usb).is_err() {
+                return;
+            }
+        }
+    }
+}
+
+/// The devices of the file, as it is now.
+struct FileSource {
+    simulation: Simulation,
+    text: Arc<Mutex<String>>,
+}
+
+impl UsbSource for FileSource {
+    fn snapshot(&self) -> Snapshot {
+        let read = || {
+            let (text, simulated) = self.simulation.read()?;
+            simulated.write_sysfs(&self.simulation.sysfs).context("cannot write the simulated sysfs")?;
+            Ok::<_, anyhow::Error>((text, simulated.snapshot()))
+        };
+        match read() {
+            Ok((text, snapshot)) => {
+                *self.text.lock().unwrap_or_else(PoisonError::into_inner) = text;
+                snapshot
+            }
+            Err(e) => Snapshot {
+                problems: vec![Problem { place: String::new(), what: format!("{e:#}") }],
+                ..Snapshot::default()
+            },
+        }
+    }
+}

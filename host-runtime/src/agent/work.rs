@@ -1,0 +1,371 @@
+//! Doing what was planned, for one instance, until there is nothing left to do. Decides nothing that the planner could; may be killed
+//! anywhere, and be done twice.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use virt_usb_domxml::{Domain, redirdev_element};
+use virt_usb_hook::config::{AttachFailurePolicy, Config};
+use virt_usb_hook::guest::{NO_SPICE, Ports, hostdev, room};
+use virt_usb_hook::machine;
+use virt_usb_model::{DeviceId, InstanceId};
+use virt_usb_store::adopt::Stage;
+use virt_usb_store::claim::{Asker, Judge, Verified};
+use virt_usb_store::give_back::Extent;
+use virt_usb_store::{Context, Record, Store, StoreError};
+
+use super::metrics::Metrics;
+use super::observe::{View, asker, guest};
+use super::plan::{Guest, Seen, Step, about_device};
+use crate::hypervisor::{Failure, Hypervisor};
+
+/// A plan is made anew after each round; more rounds than this are somebody else's doing.
+const ROUNDS: usize = 8;
+/// How long a device may take to leave a guest.
+const LEAVING: Duration = Duration::from_secs(5);
+/// Between two looks at whether it has.
+const LOOK: Duration = Duration::from_millis(20);
+
+/// Whoever works.
+pub struct Worker {
+    /// The configuration at this moment.
+    pub config: Arc<Config>,
+    /// What runs the guests.
+    pub hypervisor: Arc<dyn Hypervisor>,
+    /// The inventory.
+    pub store: Store,
+    /// What is counted.
+    pub metrics: Arc<Metrics>,
+    /// The program, for the audit.
+    pub actor: &'static str,
+}
+
+/// How long an instance's guest has been gone, in seconds.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct Gone {
+    /// That it does not run.
+    pub seconds: f64,
+    /// That there is no such domain; none: there is, or nobody knows.
+    pub undefined: Option<f64>,
+}
+
+/// What came of it.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Report {
+    /// What could not be done, to be tried again later.
+    pub failed: BTreeSet<String>,
+    /// Whether something was done.
+    pub changed: bool,
+}
+
+/// It could not be worked at all.
+#[derive(Debug, thiserror::Error)]
+pub enum WorkError {
+    /// The inventory.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// libvirt.
+    #[error(transparent)]
+    Hypervisor(#[from] Failure),
+    /// The machine.
+    #[error(transparent)]
+    Machine(#[from] machine::BootError),
+    /// The domain's XML.
+    #[error("cannot read the domain's XML: {0}")]
+    Xml(String),
+}
+
+/// How one step went.
+enum Outcome {
+    Done,
+    /// Nothing to be done about it now; the next event tells.
+    Moot,
+    Failed(String),
+    /// libvirt was busy with the domain.
+    Later,
+}
+
+impl Worker {
+    /// Brings the instance and its guest in line. `blocked` is what is not to be tried yet.
+    ///
+    /// # Errors
+    /// When nothing more can be known or written; what was done before stays.
+    pub fn converge(
+        &mut self,
+        instance: InstanceId,
+        gone: Gone,
+        blocked: &BTreeSet<String>,
+    ) -> Result<Report, WorkError> {
+        let mut report = Report::default();
+        let mut tried = BTreeSet::new();
+        for _ in 0..ROUNDS {
+            self.store.restart_patience();
+            let running = self.hypervisor.look(instance)?;
+            let guest = match &running {
+                Some(running) => Some(guest(running, &self.config, &self.store).map_err(WorkError::Xml)?),
+                None => None,
+            };
+            let seen = match &guest {
+                Some(guest) => Seen::Running(guest),
+                None => Seen::Absent { seconds: gone.seconds, undefined: gone.undefined },
+            };
+            let view = View::read(&self.store)?;
+            let mut steps = view.plan(instance, seen, self.config.replug);
+            steps.retain(|s| s.about().is_none_or(|a| !blocked.contains(&a) && !report.failed.contains(&a)));
+            // A step that was done and is planned again did not do what it should.
+            steps.retain(|s| tried.insert(format!("{s:?}")));
+            if steps.is_empty() {
+                break;
+            }
+            for step in steps {
+                let at = Work { worker: self, instance, guest: guest.as_ref(), view: &view };
+                match at.run(&step)? {
+                    Outcome::Done => report.changed = true,
+                    Outcome::Moot => {}
+                    Outcome::Later => drop(step.about().map(|about| report.failed.insert(about))),
+                    Outcome::Failed(what) => {
+                        if let Some(about) = step.about() {
+                            self.note(instance, guest.as_ref(), &view, &about, Some(&what))?;
+                            report.failed.insert(about);
+                        }
+                    }
+                }
+            }
+        }
+        Ok(report)
+    }
+
+    pub(super) fn context(&self) -> Result<Context, WorkError> {
+        Ok(machine::context(&self.config.procfs_root, self.actor)?)
+    }
+
+    fn note(
+        &mut self,
+        instance: InstanceId,
+        guest: Option<&Guest>,
+        view: &View,
+        about: &str,
+        what: Option<&str>,
+    ) -> Result<(), WorkError> {
+        let context = self.context()?;
+        let whom = whom(instance, guest, view);
+        if self.store.note_problem(&whom, about, what, &context)? {
+            match what {
+                Some(what) => {
+                    tracing::warn!(domain = %whom.domain, %instance, about, "{}: {about}: {what}", whom.domain);
+                }
+                None => {
+                    tracing::info!(domain = %whom.domain, %instance, about, "{}: {about}: solved", whom.domain);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits until the live XML does not show the alias any more.
+    pub(super) fn wait_until_gone(&self, instance: InstanceId, alias: &str) -> Result<bool, WorkError> {
+        let until = Instant::now() + LEAVING;
+        loop {
+            let Some(running) = self.hypervisor.look(instance)? else { return Ok(true) };
+            let domain =
+                virt_usb_domxml::read(running.xml.as_bytes()).map_err(|e| WorkError::Xml(e.to_string()))?;
+            if !domain.hostdevs.iter().any(|h| h.alias.as_deref() == Some(alias)) {
+                return Ok(true);
+            }
+            if Instant::now() >= until {
+                return Ok(false);
+            }
+            std::thread::sleep(LOOK);
+        }
+    }
+}
+
+/// For the record: the domain as it runs, or else as it was called when it claimed.
+fn whom(instance: InstanceId, guest: Option<&Guest>, view: &View) -> Asker {
+    match (guest, view.claims(instance)) {
+        (Some(guest), _) => asker(instance, &guest.domain),
+        (None, [claim, ..]) => Asker { instance, domain: claim.domain.clone(), project: None },
+        (None, []) => Asker { instance, domain: instance.to_string(), project: None },
+    }
+}
+
+/// One step's world.
+struct Work<'a> {
+    worker: &'a mut Worker,
+    instance: InstanceId,
+    guest: Option<&'a Guest>,
+    view: &'a View,
+}
+
+impl Work<'_> {
+    fn run(self, step: &Step) -> Result<Outcome, WorkError> {
+        let (instance, context) = (self.instance, self.worker.context()?);
+        match step {
+            Step::Attach { device } => return self.attach(*device),
+            Step::Detach { alias, device } => return self.detach(alias, *device),
+            Step::Redirect { n } => return self.redirect(*n),
+            Step::Adopt { holding, device } => {
+                let Some(guest) = self.guest else { return Ok(Outcome::Moot) };
+                let mut ports = Ports { sysfs_root: &self.worker.config.sysfs_root };
+                let whom = asker(instance, &guest.domain);
+                let holding = std::slice::from_ref(holding);
+                self.worker.store.adopt(&whom, holding, Stage::Running, &mut ports, &context)?;
+                tracing::info!(domain = %whom.domain, %instance, %device, "{}: device {device} was found in the guest and is its now", whom.domain);
+            }
+            Step::Settle { in_guest } => drop(self.worker.store.confirm(instance, in_guest, &context)?),
+            Step::Release { device, revision, why } => {
+                if self.worker.store.release_device(instance, *device, Some(*revision), why, &context)? {
+                    tracing::info!(%instance, %device, "device {device} is free: {why}");
+                }
+            }
+            Step::OutOfGuest => self.worker.store.out_of_guest(instance, &context)?,
+            Step::End => {
+                self.worker.store.release(instance, Extent::Everything, "the domain is gone", &context)?;
+                tracing::info!(%instance, "instance {instance} is gone: what was held for it and assigned to it ends");
+            }
+            Step::Note { about, what } => {
+                self.worker.note(instance, self.guest, self.view, about, Some(what))?;
+            }
+            Step::Solved { about } => self.worker.note(instance, self.guest, self.view, about, None)?,
+        }
+        Ok(Outcome::Done)
+    }
+
+    fn attach(self, device: DeviceId) -> Result<Outcome, WorkError> {
+        let (Some(guest), Some(record)) = (self.guest, self.view.device(device)) else {
+            return Ok(Outcome::Moot);
+        };
+        let mut ports = Ports { sysfs_root: &self.worker.config.sysfs_root };
+        // The inventory's address is a memory: whoever is at the port now gets it, or nobody.
+        let address = match ports.verify(record) {
+            Verified::Here(address) => address,
+            // The scan that is on its way will tell.
+            Verified::Not(_) => return Ok(Outcome::Later),
+        };
+        let mut record = record.clone();
+        record.entry.address = address;
+        let began = Instant::now();
+        let attached = match room(&guest.domain, &[record.entry.speed]) {
+            Ok(false) => self.worker.hypervisor.attach(self.instance, &hostdev(&record).element()),
+            Ok(true) => Err(Failure::Refused(
+                "it has no USB controller, and libvirt adds none to a guest that runs".into(),
+            )),
+            Err(why) => Err(Failure::Refused(why)),
+        };
+        // Whatever libvirt says: is it there?
+        let inside = self.has(device)?;
+        self.worker.metrics.attached(began.elapsed(), attached.as_ref().err());
+        match attached {
+            // Between the look at the port and libvirt's the device may have gone and another come.
+            Ok(()) if !matches!(ports.verify(&record), Verified::Here(now) if now == address) => {
+                self.worker.hypervisor.detach(self.instance, &virt_usb_domxml::hostdev_alias(device))?;
+                Ok(Outcome::Later)
+            }
+            Ok(()) if inside => {
+                tracing::info!(domain = %guest.domain.name, instance = %self.instance, %device, "{}: device {device} attached in {:.0?}", guest.domain.name, began.elapsed());
+                Ok(Outcome::Done)
+            }
+            Ok(()) => Ok(Outcome::Failed(
+                "libvirt says that it is attached, but the guest's XML does not show it: see QEMU's log"
+                    .into(),
+            )),
+            Err(_) if inside => Ok(Outcome::Done),
+            Err(Failure::Refused(why)) => self.refused(device, why),
+            Err(failure) => moot_or_later(failure),
+        }
+    }
+
+    /// What libvirt refuses will be refused again until somebody does something.
+    fn refused(self, device: DeviceId, why: String) -> Result<Outcome, WorkError> {
+        let claim = self.view.claims(self.instance).iter().find(|c| c.device_id == device);
+        let stop = self.worker.config.on_attach_failure == AttachFailurePolicy::Stop;
+        let Some(claim) = claim.filter(|_| stop) else { return Ok(Outcome::Failed(why)) };
+        // A guest that had it once runs on: it has lost a device, not failed to start.
+        if self.worker.store.was_allocated(claim)? {
+            return Ok(Outcome::Failed(why));
+        }
+        let why = format!("{why}; the guest was stopped (on_attach_failure = \"stop\")");
+        self.worker.note(self.instance, self.guest, self.view, &about_device(device), Some(&why))?;
+        match self.worker.hypervisor.stop(self.instance) {
+            Ok(()) | Err(Failure::Gone) => Ok(Outcome::Done),
+            Err(Failure::Refused(not)) => Ok(Outcome::Failed(format!("{why}; it cannot be stopped: {not}"))),
+            Err(failure) => moot_or_later(failure),
+        }
+    }
+
+    fn detach(self, alias: &str, device: DeviceId) -> Result<Outcome, WorkError> {
+        let done = self.worker.hypervisor.detach(self.instance, alias);
+        self.worker.metrics.detached(done.as_ref().err());
+        match done {
+            Ok(()) if self.worker.wait_until_gone(self.instance, alias)? => {
+                tracing::info!(instance = %self.instance, %device, "device {device} detached ({alias})");
+                Ok(Outcome::Done)
+            }
+            Ok(()) => {
+                Ok(Outcome::Failed("the guest does not let go of it: it goes when the guest stops".into()))
+            }
+            Err(Failure::Refused(why)) => Ok(Outcome::Failed(why)),
+            Err(failure) => moot_or_later(failure),
+        }
+    }
+
+    fn redirect(self, n: usize) -> Result<Outcome, WorkError> {
+        let Some(guest) = self.guest else { return Ok(Outcome::Moot) };
+        let attached = match (guest.domain.spice, room(&guest.domain, &[None])) {
+            (false, _) => Err(Failure::Refused(NO_SPICE.into())),
+            (true, Err(why)) => Err(Failure::Refused(why)),
+            (true, Ok(_)) => self.worker.hypervisor.attach(self.instance, &redirdev_element(n)),
+        };
+        match attached {
+            Ok(()) => {
+                tracing::info!(domain = %guest.domain.name, instance = %self.instance, "{}: redirection {n} attached", guest.domain.name);
+                Ok(Outcome::Done)
+            }
+            Err(Failure::Refused(why)) => Ok(Outcome::Failed(why)),
+            Err(failure) => moot_or_later(failure),
+        }
+    }
+
+    /// Whether the live XML shows the device now.
+    fn has(&self, device: DeviceId) -> Result<bool, WorkError> {
+        let Some(running) = self.worker.hypervisor.look(self.instance)? else { return Ok(false) };
+        let domain: Domain =
+            virt_usb_domxml::read(running.xml.as_bytes()).map_err(|e| WorkError::Xml(e.to_string()))?;
+        Ok(domain.hostdevs.iter().any(|h| h.injected() == Some(device)))
+    }
+}
+
+fn moot_or_later(failure: Failure) -> Result<Outcome, WorkError> {
+    match failure {
+        Failure::Gone => Ok(Outcome::Moot),
+        Failure::Busy(_) => Ok(Outcome::Later),
+        other => Err(other.into()),
+    }
+}
+
+/// The judge for claims of guests that run: room is asked of the live domain.
+pub struct Live<'a> {
+    /// Looks at ports.
+    pub ports: Ports<'a>,
+    /// The domain as it runs.
+    pub domain: &'a Domain,
+}
+
+impl Judge for Live<'_> {
+    fn verify(&mut self, candidate: &Record) -> Verified {
+        self.ports.verify(candidate)
+    }
+
+    fn fits(&mut self, chosen: &[virt_usb_store::claim::Granted]) -> Result<(), String> {
+        let there = |id: DeviceId, address| {
+            self.domain.hostdevs.iter().any(|h| h.injected() == Some(id) || h.address == Some(address))
+        };
+        let new = chosen.iter().filter(|g| !there(g.device.entry.id, g.device.entry.address));
+        let speeds: Vec<_> = new.map(|g| g.device.entry.speed).collect();
+        match room(self.domain, &speeds)? {
+            true => Err("it has no USB controller, and libvirt adds none to a guest that runs".into()),
+            false => Ok(()),
+        }
+    }
+}

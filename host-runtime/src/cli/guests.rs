@@ -1,0 +1,117 @@
+//! `start`, `attach`, `detach`.
+
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use anyhow::{Context as _, bail};
+use serde::Serialize;
+use virt_usb_hook::message;
+use virt_usb_model::{DeviceId, InstanceId};
+use virt_usb_store::Record;
+
+use super::Session;
+use super::arguments::Device;
+use crate::agent::operate::{self, Attached};
+use crate::agent::work::Worker;
+use crate::agent::worker;
+use crate::hypervisor::{Failure, Libvirt, Started};
+
+/// libvirt, and whoever works on its guests.
+fn open(session: &Session) -> anyhow::Result<(Libvirt, Worker)> {
+    let config = session.config()?;
+    let libvirt = Libvirt::open(&config.libvirt_uri)?;
+    let worker = worker(config, Arc::new(libvirt.clone()), "virt-usb")?;
+    Ok((libvirt, worker))
+}
+
+fn find(libvirt: &Libvirt, name: &str) -> anyhow::Result<InstanceId> {
+    match libvirt.resolve(name) {
+        Err(Failure::Gone) => {
+            bail!("libvirt knows no domain {name:?}: 'virsh list --all' shows those it knows")
+        }
+        found => Ok(found?),
+    }
+}
+
+#[derive(Serialize)]
+struct Begun {
+    instance_uuid: InstanceId,
+    restored: bool,
+    devices: Vec<DeviceId>,
+    warnings: Vec<String>,
+}
+
+pub(super) fn start(session: &Session, domain: &str) -> anyhow::Result<ExitCode> {
+    let (libvirt, mut worker) = open(session)?;
+    let instance = find(&libvirt, domain)?;
+    let (started, warnings) = operate::start(&mut worker, &libvirt, instance, domain)
+        .with_context(|| format!("cannot start {domain}"))?;
+    worker.store.restart_patience();
+    let held = worker.store.claims()?.into_iter().filter(|c| c.instance_uuid == instance);
+    let devices = held.map(|c| c.device_id).collect();
+    let begun = Begun { instance_uuid: instance, restored: started == Started::Restored, devices, warnings };
+    session.out.show(&begun, || {
+        let how = if begun.restored { "restored" } else { "started" };
+        let ids: Vec<String> = begun.devices.iter().map(ToString::to_string).collect();
+        let with = if ids.is_empty() { String::new() } else { format!(" with device {}", ids.join(", ")) };
+        let warnings: String = begun.warnings.iter().map(|w| format!("\n{w}")).collect();
+        format!("{domain} {how}{with}{warnings}")
+    })?;
+    Ok(ExitCode::SUCCESS)
+}
+
+#[derive(Serialize)]
+struct Given {
+    instance_uuid: InstanceId,
+    /// Whether it is in the guest, or waits for the next start.
+    live: bool,
+    devices: Vec<Record>,
+}
+
+pub(super) fn attach(session: &Session, wanted: &Device) -> anyhow::Result<ExitCode> {
+    let (libvirt, mut worker) = open(session)?;
+    let name = &wanted.instance;
+    let instance = find(&libvirt, name)?;
+    let (live, devices, text) = match worker.give(instance, &wanted.device)? {
+        Attached::Now(devices) => {
+            let list: Vec<String> = devices.iter().map(message::device).collect();
+            let text = format!("{name} has {} now", list.join(", "));
+            (true, devices, text)
+        }
+        Attached::Already(device) => {
+            let text = format!("{name} has {} already", message::device(&device));
+            (true, vec![*device], text)
+        }
+        Attached::AtNextStart => {
+            (false, Vec::new(), format!("{name} does not run: it gets {} at its next start", wanted.device))
+        }
+    };
+    session.out.show(&Given { instance_uuid: instance, live, devices }, || text)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+#[derive(Serialize)]
+struct Taken {
+    instance_uuid: InstanceId,
+    device: Option<Record>,
+}
+
+pub(super) fn detach(session: &Session, wanted: &Device) -> anyhow::Result<ExitCode> {
+    let (libvirt, mut worker) = open(session)?;
+    let name = &wanted.instance;
+    let instance = match libvirt.resolve(name) {
+        // A domain that is gone may still hold something.
+        Err(Failure::Gone) => super::claims::find_instance(&worker.store, name)?,
+        found => found?,
+    };
+    if wanted.device.count != 1 {
+        bail!("one device at a time: leave count out");
+    }
+    let device = worker.take(instance, &wanted.device.selector)?;
+    let taken = Taken { instance_uuid: instance, device };
+    session.out.show(&taken, || match &taken.device {
+        Some(device) => format!("{} is free", message::device(device)),
+        None => format!("{name} is no longer to get {}", wanted.device),
+    })?;
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,135 @@
+//! What the `virt` crate does not wrap: domain events, and detaching by alias. The only code here that needs C's pointers.
+//!
+//! libvirt calls back on the thread that runs its event loop, with the domain and numbers; each callback only sends a plain value into
+//! a channel. (libvirt-domain.h: `virConnectDomainEventRegisterAny`, `virDomainDetachDeviceAlias`.)
+
+#![allow(unsafe_code, reason = "the C API of libvirt, where the virt crate has no wrapper")]
+
+use std::ffi::{CStr, CString, c_char, c_int, c_void};
+use std::sync::mpsc::Sender;
+
+use virt::connect::Connect;
+use virt::domain::Domain;
+use virt::error::Error;
+use virt_sys as sys;
+use virt_usb_model::InstanceId;
+
+use super::Event;
+
+type Send = Box<dyn Fn(Event) + std::marker::Send>;
+
+/// Asks libvirt to tell of every domain that starts, stops, goes away, or gets or loses a device. It ends with the connection.
+pub(super) fn register(connection: &Connect, to: &Sender<Event>) -> Result<(), Error> {
+    type Lifecycle =
+        unsafe extern "C" fn(sys::virConnectPtr, sys::virDomainPtr, c_int, c_int, *mut c_void) -> c_int;
+    type Device = unsafe extern "C" fn(sys::virConnectPtr, sys::virDomainPtr, *const c_char, *mut c_void);
+    // SAFETY: libvirt wants every callback as this type, and calls it as the one that belongs to the event
+    // (virConnectDomainEventCallback, virConnectDomainEventDeviceAddedCallback and its like), which are those above.
+    let (lifecycle, device) = unsafe {
+        (
+            std::mem::transmute::<Lifecycle, Generic>(on_lifecycle),
+            std::mem::transmute::<Device, Generic>(on_device),
+        )
+    };
+    register_one(connection, sys::VIR_DOMAIN_EVENT_ID_LIFECYCLE, lifecycle, to)?;
+    for id in [
+        sys::VIR_DOMAIN_EVENT_ID_DEVICE_ADDED,
+        sys::VIR_DOMAIN_EVENT_ID_DEVICE_REMOVED,
+        sys::VIR_DOMAIN_EVENT_ID_DEVICE_REMOVAL_FAILED,
+    ] {
+        register_one(connection, id, device, to)?;
+    }
+    Ok(())
+}
+
+type Generic = unsafe extern "C" fn(sys::virConnectPtr, sys::virDomainPtr, *mut c_void);
+
+fn register_one(
+    connection: &Connect,
+    id: sys::virDomainEventID,
+    callback: Generic,
+    to: &Sender<Event>,
+) -> Result<(), Error> {
+    let to = to.clone();
+    // Nobody may be left to hear it: then it is not worth telling.
+    let send: Box<Send> = Box::new(Box::new(move |event| drop(to.send(event))));
+    let opaque = Box::into_raw(send).cast::<c_void>();
+    // SAFETY: the connection is open; a null domain means all; `opaque` is a `Send` that only the callbacks use, until
+    // libvirt hands it to `free`.
+    let registered = unsafe {
+        sys::virConnectDomainEventRegisterAny(
+            connection.as_ptr(),
+            std::ptr::null_mut(),
+            id as c_int,
+            Some(callback),
+            opaque,
+            Some(free),
+        )
+    };
+    if registered < 0 {
+        let error = Error::last_error();
+        // SAFETY: it was not taken, so nobody else frees it.
+        unsafe { free(opaque) };
+        return Err(error);
+    }
+    Ok(())
+}
+
+unsafe extern "C" fn free(opaque: *mut c_void) {
+    // SAFETY: it came from `Box::into_raw` in `register_one`, and libvirt calls this once.
+    drop(unsafe { Box::from_raw(opaque.cast::<Send>()) });
+}
+
+unsafe extern "C" fn on_lifecycle(
+    _: sys::virConnectPtr,
+    domain: sys::virDomainPtr,
+    event: c_int,
+    detail: c_int,
+    opaque: *mut c_void,
+) -> c_int {
+    // SAFETY: libvirt passes a domain that is valid during the call, and the `opaque` of `register_one`.
+    let (instance, send) = unsafe { (instance(domain), &*opaque.cast::<Send>()) };
+    if let Some(instance) = instance {
+        let started = event == sys::VIR_DOMAIN_EVENT_STARTED as c_int;
+        let migrated = detail == sys::VIR_DOMAIN_EVENT_STARTED_MIGRATED as c_int;
+        send(if started && !migrated { Event::Started(instance) } else { Event::Changed(instance) });
+    }
+    0
+}
+
+unsafe extern "C" fn on_device(
+    _: sys::virConnectPtr,
+    domain: sys::virDomainPtr,
+    _alias: *const c_char,
+    opaque: *mut c_void,
+) {
+    // SAFETY: as in `on_lifecycle`.
+    let (instance, send) = unsafe { (instance(domain), &*opaque.cast::<Send>()) };
+    if let Some(instance) = instance {
+        send(Event::Changed(instance));
+    }
+}
+
+/// Whose event it is.
+///
+/// # Safety
+/// The domain is valid.
+unsafe fn instance(domain: sys::virDomainPtr) -> Option<InstanceId> {
+    let mut text: [c_char; sys::VIR_UUID_STRING_BUFLEN as usize] = [0; sys::VIR_UUID_STRING_BUFLEN as usize];
+    // SAFETY: the buffer is as long as libvirt wants it, and holds a C string where it returns 0.
+    unsafe {
+        (sys::virDomainGetUUIDString(domain, text.as_mut_ptr()) == 0)
+            .then(|| CStr::from_ptr(text.as_ptr()).to_str().ok()?.parse().ok())
+            .flatten()
+    }
+}
+
+/// Takes a device by its alias from a running domain: its address may be long out of date. Does not wait for the guest.
+pub(super) fn detach_alias(domain: &Domain, alias: &CString) -> Result<(), Error> {
+    let live = sys::VIR_DOMAIN_AFFECT_LIVE;
+    // SAFETY: the domain is valid as long as it is borrowed, and the alias is a C string.
+    match unsafe { sys::virDomainDetachDeviceAlias(domain.as_ptr(), alias.as_ptr(), live) } {
+        0 => Ok(()),
+        _ => Err(Error::last_error()),
+    }
+}

@@ -1,0 +1,304 @@
+//! libvirt, through the `virt` crate.
+//!
+//! ```text
+//!   (away) ── open, register events ──► connected ── no answer to keepalive, daemon gone ──► (away) ─ 1, 2, 4 … 30 s ─► …
+//! ```
+//! One thread runs libvirt's event loop for as long as the process lives, another keeps the connection. Calls borrow it; they are made from
+//! any thread.
+
+use std::ffi::CString;
+use std::sync::mpsc::Sender;
+use std::sync::{Arc, Mutex, Once, PoisonError};
+use std::time::Duration;
+
+use virt::connect::Connect;
+use virt::domain::Domain;
+use virt::error::{Error, ErrorNumber};
+use virt_sys as sys;
+use virt_usb_model::InstanceId;
+
+use super::{Event, Failure, Hypervisor, Running, events};
+
+/// How often the connection is looked at, and the shortest wait before the next attempt.
+const SHORT: Duration = Duration::from_secs(1);
+/// The longest wait before the next attempt.
+const LONG: Duration = Duration::from_secs(30);
+/// Seconds between keepalive messages, and how many may go unanswered.
+const KEEPALIVE: (i32, u32) = (5, 3);
+
+/// One libvirt daemon. Cheap to clone: clones are the same connection.
+#[derive(Clone)]
+pub struct Libvirt {
+    uri: Arc<str>,
+    connection: Arc<Mutex<Option<Arc<Open>>>>,
+}
+
+/// An open connection, closed with its last user.
+struct Open(Connect);
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        // There is nothing to be done about a connection that cannot be closed.
+        drop(self.0.close());
+    }
+}
+
+/// How a domain was started.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Started {
+    /// From the XML given.
+    Fresh,
+    /// From its managed save image, which the restore hook has given its devices.
+    Restored,
+}
+
+impl Libvirt {
+    /// The daemon at this URI; nothing is opened yet.
+    pub fn new(uri: &str) -> Self {
+        Self { uri: uri.into(), connection: Arc::default() }
+    }
+
+    /// Opens the connection, for a program that asks a few questions.
+    ///
+    /// # Errors
+    /// [`Failure::Away`].
+    pub fn open(uri: &str) -> Result<Self, Failure> {
+        quiet();
+        let libvirt = Self::new(uri);
+        libvirt.set(Some(Arc::new(libvirt.dial()?)));
+        Ok(libvirt)
+    }
+
+    /// Keeps a connection for ever, and tells of what happens.
+    ///
+    /// # Errors
+    /// When no thread can be started.
+    pub fn follow(&self, events: Sender<Event>) -> std::io::Result<()> {
+        quiet();
+        let loops = || {
+            virt::event::event_register_default_impl()?;
+            Ok::<_, Error>(())
+        };
+        loops().map_err(|e| std::io::Error::other(e.to_string()))?;
+        std::thread::Builder::new().name("libvirt-events".into()).spawn(|| {
+            loop {
+                if virt::event::event_run_default_impl().is_err() {
+                    std::thread::sleep(SHORT);
+                }
+            }
+        })?;
+        let this = self.clone();
+        std::thread::Builder::new().name("libvirt".into()).spawn(move || this.keep(&events))?;
+        Ok(())
+    }
+
+    fn keep(&self, events: &Sender<Event>) {
+        let mut wait = SHORT;
+        let mut told = None;
+        loop {
+            match self.connect(events) {
+                Ok(open) => {
+                    (wait, told) = (SHORT, None);
+                    self.set(Some(open.clone()));
+                    if events.send(Event::Connected).is_err() {
+                        return;
+                    }
+                    while open.0.is_alive().unwrap_or(false) {
+                        std::thread::sleep(SHORT);
+                    }
+                    self.set(None);
+                    drop(events.send(Event::Lost("the connection broke".into())));
+                }
+                Err(why) => {
+                    let why = why.to_string();
+                    // Once is enough, until it is another reason.
+                    if told.as_ref() != Some(&why) && events.send(Event::Lost(why.clone())).is_err() {
+                        return;
+                    }
+                    told = Some(why);
+                    std::thread::sleep(wait);
+                    wait = (wait * 2).min(LONG);
+                }
+            }
+        }
+    }
+
+    fn connect(&self, events: &Sender<Event>) -> Result<Arc<Open>, Failure> {
+        let open = self.dial()?;
+        events::register(&open.0, events).map_err(|e| Failure::Away(e.message().to_owned()))?;
+        // Local drivers (test:///default) have no keepalive, and need none.
+        drop(open.0.set_keep_alive(KEEPALIVE.0, KEEPALIVE.1));
+        Ok(Arc::new(open))
+    }
+
+    fn dial(&self) -> Result<Open, Failure> {
+        Connect::open(Some(&self.uri))
+            .map(Open)
+            .map_err(|e| Failure::Away(format!("{}: {}", self.uri, e.message())))
+    }
+
+    fn set(&self, open: Option<Arc<Open>>) {
+        *self.connection.lock().unwrap_or_else(PoisonError::into_inner) = open;
+    }
+
+    fn connection(&self) -> Result<Arc<Open>, Failure> {
+        let connection = self.connection.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        connection.ok_or_else(|| Failure::Away(format!("no connection to {}", self.uri)))
+    }
+
+    fn find(&self, open: &Open, instance: InstanceId) -> Result<Domain, Failure> {
+        Domain::lookup_by_uuid_string(&open.0, &instance.to_string()).map_err(|e| failure(&e))
+    }
+
+    /// The UUID of the domain of this name or UUID.
+    ///
+    /// # Errors
+    /// [`Failure::Gone`]: there is none.
+    pub fn resolve(&self, name: &str) -> Result<InstanceId, Failure> {
+        let open = self.connection()?;
+        let domain = Domain::lookup_by_name(&open.0, name)
+            .or_else(|e| Domain::lookup_by_uuid_string(&open.0, name).map_err(|_| e))
+            .map_err(|e| failure(&e))?;
+        let uuid = domain.get_uuid_string().map_err(|e| failure(&e))?;
+        uuid.parse().map_err(|_| Failure::Refused(format!("{uuid:?} is no UUID")))
+    }
+
+    /// The definition of a persistent domain that does not run, secrets included: what a start begins with.
+    ///
+    /// # Errors
+    /// [`Failure::Refused`] when it runs already.
+    pub fn definition(&self, instance: InstanceId) -> Result<String, Failure> {
+        let open = self.connection()?;
+        let domain = self.find(&open, instance)?;
+        if domain.is_active().map_err(|e| failure(&e))? {
+            return Err(Failure::Refused("it runs already".into()));
+        }
+        domain
+            .get_xml_desc(sys::VIR_DOMAIN_XML_INACTIVE | sys::VIR_DOMAIN_XML_SECURE)
+            .map_err(|e| failure(&e))
+    }
+
+    /// Starts a persistent domain with this XML in place of its definition, which stays as it is. A saved one is restored: starting it
+    /// afresh would leave an image behind that no longer fits its disks.
+    ///
+    /// # Errors
+    /// What libvirt says, our hook's message included.
+    pub fn start(&self, instance: InstanceId, xml: &str) -> Result<Started, Failure> {
+        let open = self.connection()?;
+        let domain = self.find(&open, instance)?;
+        if domain.has_managed_save(0).map_err(|e| failure(&e))? {
+            return domain.create().map(|_| Started::Restored).map_err(|e| failure(&e));
+        }
+        if xml.contains('\0') {
+            return Err(Failure::Refused("its XML holds a NUL".into()));
+        }
+        Domain::create_xml(&open.0, xml, 0).map(|_| Started::Fresh).map_err(|e| failure(&e))
+    }
+
+    /// Whether the domain has a managed save image.
+    ///
+    /// # Errors
+    /// As [`Hypervisor::look`].
+    pub fn is_saved(&self, instance: InstanceId) -> Result<bool, Failure> {
+        let open = self.connection()?;
+        self.find(&open, instance)?.has_managed_save(0).map_err(|e| failure(&e))
+    }
+}
+
+/// A running domain; `None` when it has stopped meanwhile.
+fn read(domain: &Domain) -> Result<Option<Running>, Failure> {
+    let read = || {
+        let uuid = domain.get_uuid_string()?;
+        let running = domain.is_active()?;
+        Ok::<_, Error>((uuid, domain.get_name()?, running, domain.get_xml_desc(0)?))
+    };
+    match read() {
+        Ok((_, _, false, _)) => Ok(None),
+        Ok((uuid, name, true, xml)) => {
+            let instance = uuid.parse().map_err(|_| Failure::Away(format!("{uuid:?} is no UUID")))?;
+            Ok(Some(Running { instance, name, xml }))
+        }
+        Err(e) => match failure(&e) {
+            Failure::Gone => Ok(None),
+            other => Err(other),
+        },
+    }
+}
+
+impl Hypervisor for Libvirt {
+    fn running(&self) -> Result<Vec<Running>, Failure> {
+        let open = self.connection()?;
+        let domains =
+            open.0.list_all_domains(sys::VIR_CONNECT_LIST_DOMAINS_ACTIVE).map_err(|e| failure(&e))?;
+        domains.iter().filter_map(|domain| read(domain).transpose()).collect()
+    }
+
+    fn look(&self, instance: InstanceId) -> Result<Option<Running>, Failure> {
+        let open = self.connection()?;
+        match self.find(&open, instance) {
+            Ok(domain) => read(&domain),
+            Err(Failure::Gone) => Ok(None),
+            Err(other) => Err(other),
+        }
+    }
+
+    fn is_known(&self, instance: InstanceId) -> Result<bool, Failure> {
+        let open = self.connection()?;
+        match self.find(&open, instance) {
+            Ok(_) => Ok(true),
+            Err(Failure::Gone) => Ok(false),
+            Err(other) => Err(other),
+        }
+    }
+
+    fn attach(&self, instance: InstanceId, device: &str) -> Result<(), Failure> {
+        let open = self.connection()?;
+        let domain = self.find(&open, instance)?;
+        domain.attach_device_flags(device, sys::VIR_DOMAIN_AFFECT_LIVE).map(drop).map_err(|e| failure(&e))
+    }
+
+    fn detach(&self, instance: InstanceId, alias: &str) -> Result<(), Failure> {
+        let open = self.connection()?;
+        let domain = self.find(&open, instance)?;
+        let alias = CString::new(alias).map_err(|_| Failure::Refused("the alias holds a NUL".into()))?;
+        match events::detach_alias(&domain, &alias) {
+            Err(e) if e.code() == ErrorNumber::DeviceMissing => Ok(()),
+            done => done.map_err(|e| failure(&e)),
+        }
+    }
+
+    fn stop(&self, instance: InstanceId) -> Result<(), Failure> {
+        let open = self.connection()?;
+        self.find(&open, instance)?.destroy().map_err(|e| failure(&e))
+    }
+}
+
+/// What libvirt's error comes to.
+fn failure(e: &Error) -> Failure {
+    let message = e.message().to_owned();
+    match e.code() {
+        ErrorNumber::NoDomain => Failure::Gone,
+        ErrorNumber::OperationInvalid if message.contains("not running") => Failure::Gone,
+        ErrorNumber::OperationTimeout => Failure::Busy(message),
+        ErrorNumber::Rpc | ErrorNumber::NoConnect | ErrorNumber::InvalidConn => Failure::Away(message),
+        ErrorNumber::SystemError | ErrorNumber::InternalError
+            if [
+                "client socket is closed",
+                "End of file while reading data",
+                "Broken pipe",
+                "Connection refused",
+            ]
+            .iter()
+            .any(|sign| message.contains(sign)) =>
+        {
+            Failure::Away(message)
+        }
+        _ => Failure::Refused(message),
+    }
+}
+
+/// libvirt prints errors to stderr unless it is told not to; they are returned as well.
+fn quiet() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(virt::error::clear_error_callback);
+}

@@ -1,0 +1,97 @@
+//! The guests of this host: one trait, libvirt behind it and a simulation.
+//!
+//! ```text
+//!   libvirt ──── calls ────► Libvirt ───┐
+//!      └──── events ─► Event ─► agent   ├─► Hypervisor: who runs, with which live XML; attach, detach, stop
+//!   TOML [[domain]] ──────► Simulated ──┘
+//! ```
+//! An answer is never guessed: what could not be asked is a [`Failure`], and a domain is absent only where libvirt has said so.
+
+mod events;
+mod libvirt;
+mod simulated;
+
+use virt_usb_model::InstanceId;
+
+pub use libvirt::{Libvirt, Started};
+pub use simulated::SimulatedHypervisor;
+
+/// A domain that runs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Running {
+    /// Its UUID.
+    pub instance: InstanceId,
+    /// Its name.
+    pub name: String,
+    /// Its live XML.
+    pub xml: String,
+}
+
+/// Something could not be done.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Failure {
+    /// libvirt cannot be reached: nothing is known about any guest.
+    #[error("libvirt cannot be reached: {0}")]
+    Away(String),
+    /// The domain does not run.
+    #[error("the domain does not run")]
+    Gone,
+    /// Another operation on the domain goes on: to be tried again.
+    #[error("libvirt is busy with the domain: {0}")]
+    Busy(String),
+    /// libvirt will not, and says why.
+    #[error("libvirt refuses it: {0}")]
+    Refused(String),
+}
+
+/// What happened to a guest.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Event {
+    /// libvirt can be reached, from now on or again: anything may have happened.
+    Connected,
+    /// It cannot.
+    Lost(String),
+    /// A domain changed: it started, stopped, went away, or its devices changed.
+    Changed(InstanceId),
+    /// A domain was started here: not one that migrated in.
+    Started(InstanceId),
+}
+
+/// What runs the guests.
+pub trait Hypervisor: Send + Sync {
+    /// All domains that run.
+    ///
+    /// # Errors
+    /// [`Failure::Away`]; one domain that cannot be read makes the whole list unknown.
+    fn running(&self) -> Result<Vec<Running>, Failure>;
+
+    /// One domain; `None` when it does not run.
+    ///
+    /// # Errors
+    /// [`Failure::Away`], [`Failure::Busy`].
+    fn look(&self, instance: InstanceId) -> Result<Option<Running>, Failure>;
+
+    /// Whether there is such a domain at all, running or not.
+    ///
+    /// # Errors
+    /// [`Failure::Away`].
+    fn is_known(&self, instance: InstanceId) -> Result<bool, Failure>;
+
+    /// Gives a running domain a device. That it was taken does not say that it is still there: look.
+    ///
+    /// # Errors
+    /// Each of [`Failure`].
+    fn attach(&self, instance: InstanceId, device: &str) -> Result<(), Failure>;
+
+    /// Takes the device of this alias from a running domain. It may take a moment after that: look. One that is not there is no failure.
+    ///
+    /// # Errors
+    /// Each of [`Failure`].
+    fn detach(&self, instance: InstanceId, alias: &str) -> Result<(), Failure>;
+
+    /// Stops a domain, as pulling its plug would.
+    ///
+    /// # Errors
+    /// Each of [`Failure`].
+    fn stop(&self, instance: InstanceId) -> Result<(), Failure>;
+}

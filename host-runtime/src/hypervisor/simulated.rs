@@ -1,0 +1,387 @@
+//! A hypervisor in memory, for a laptop and for tests: it starts and stops the domains of a file, calls our hook as libvirt does,
+//! and keeps what is attached. No guest runs.
+//!
+//! Each `[[domain]]` of the simulation file has `name`, `uuid`, and where wanted `running` (true), `flavor` (JSON, for its
+//! metadata), `controller` (`"qemu-xhci"`; `"none"`: no USB), `ports` (15) and `spice` (false). A change of the file is what an operator
+//! does: `running = false` stops the domain, an entry that goes undefines it.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::sync::mpsc::Sender;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use serde::Deserialize;
+use virt_usb_domxml::Fit;
+use virt_usb_hook::call::{Call, Happened, Operation};
+use virt_usb_hook::config::Config;
+use virt_usb_hook::input::Input;
+use virt_usb_hook::run;
+use virt_usb_model::InstanceId;
+
+use super::{Event, Failure, Hypervisor, Running};
+
+/// The simulated hypervisor.
+pub struct SimulatedHypervisor {
+    config: Config,
+    events: Sender<Event>,
+    domains: Mutex<BTreeMap<InstanceId, Domain>>,
+}
+
+/// A `[[domain]]`.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Spec {
+    name: String,
+    uuid: String,
+    #[serde(default = "yes")]
+    running: bool,
+    flavor: Option<String>,
+    #[serde(default = "xhci")]
+    controller: String,
+    #[serde(default = "fifteen")]
+    ports: u8,
+    #[serde(default)]
+    spice: bool,
+}
+
+const fn yes() -> bool {
+    true
+}
+fn xhci() -> String {
+    "qemu-xhci".into()
+}
+const fn fifteen() -> u8 {
+    15
+}
+
+#[derive(Debug, Clone)]
+struct Domain {
+    spec: Spec,
+    running: bool,
+    /// Elements with their aliases.
+    devices: Vec<(String, String)>,
+}
+
+#[derive(Deserialize)]
+struct File {
+    #[serde(default)]
+    domain: Vec<Spec>,
+}
+
+impl SimulatedHypervisor {
+    /// Without domains. `config` is what the hook is called with.
+    pub fn new(config: Config, events: Sender<Event>) -> Self {
+        Self { config, events, domains: Mutex::default() }
+    }
+
+    /// Makes the domains those of the file's text, starts and stops what is to run or not. Returns what the hook said where it refused a start.
+    ///
+    /// # Errors
+    /// What is wrong with the text; then nothing has changed.
+    pub fn apply(&self, text: &str) -> Result<Vec<String>, String> {
+        let wanted = parse(text)?;
+        let mut refused = Vec::new();
+        let now: Vec<(InstanceId, bool)> = self.domains().iter().map(|(id, d)| (*id, d.running)).collect();
+        for (instance, running) in now {
+            let goes_on = wanted.get(&instance).is_some_and(|spec| spec.running);
+            if running && !goes_on {
+                self.end(instance);
+            }
+            if !wanted.contains_key(&instance) {
+                self.domains().remove(&instance);
+                self.tell(Event::Changed(instance));
+            }
+        }
+        for (instance, spec) in wanted {
+            let domain = self.domains().get(&instance).cloned();
+            // A definition that changes while the domain runs counts from its next start.
+            let changed = domain.as_ref().is_none_or(|d| d.spec != spec);
+            let runs = domain.is_some_and(|d| d.running);
+            if changed && !runs {
+                let domain = Domain { spec: spec.clone(), running: false, devices: Vec::new() };
+                self.domains().insert(instance, domain);
+            }
+            if spec.running
+                && !runs
+                && changed
+                && let Err(why) = self.begin(instance)
+            {
+                refused.push(format!("{}: {why}", spec.name));
+            }
+        }
+        Ok(refused)
+    }
+
+    /// Starts a domain as libvirt does: prepare, start, started; a refusal is followed by stopped and release.
+    ///
+    /// # Errors
+    /// What the hook says.
+    pub fn begin(&self, instance: InstanceId) -> Result<(), String> {
+        if let Err(why) = self.call(instance, "prepare", Operation::Gate) {
+            self.call_to_end(instance, "failed");
+            return Err(why);
+        }
+        if let Some(domain) = self.domains().get_mut(&instance) {
+            domain.running = true;
+        }
+        drop(self.call(instance, "started", Operation::Notice(Happened::Started)));
+        self.tell(Event::Started(instance));
+        Ok(())
+    }
+
+    /// Ends a domain: stopped, release.
+    pub fn end(&self, instance: InstanceId) {
+        if let Some(domain) = self.domains().get_mut(&instance) {
+            domain.running = false;
+        }
+        self.call_to_end(instance, "destroyed");
+        if let Some(domain) = self.domains().get_mut(&instance) {
+            domain.devices.clear();
+        }
+        self.tell(Event::Changed(instance));
+    }
+
+    /// A domain whose process dies without anybody calling a hook, as when host and daemon crash together.
+    pub fn vanish(&self, instance: InstanceId) {
+        if let Some(domain) = self.domains().get_mut(&instance) {
+            domain.running = false;
+            domain.devices.clear();
+        }
+    }
+
+    fn call_to_end(&self, instance: InstanceId, reason: &str) {
+        drop(self.call(instance, "stopped", Operation::Notice(Happened::Stopped)));
+        let released = Happened::Released { reason: reason.to_owned() };
+        drop(self.call(instance, "release", Operation::Notice(released)));
+    }
+
+    /// Calls the hook. Nothing is locked meanwhile: it may take its time.
+    fn call(&self, instance: InstanceId, op: &str, operation: Operation) -> Result<(), String> {
+        let Some(domain) = self.domains().get(&instance).cloned() else { return Ok(()) };
+        let call = Call {
+            config: None,
+            name: domain.spec.name.clone(),
+            op: op.to_owned(),
+            operation,
+            uses_output: false,
+        };
+        let xml = xml(instance, &domain).into_bytes();
+        let handled = run::handle_with(Ok(self.config.clone()), &call, Input::Xml(xml));
+        handled.answer.refusal.map_or(Ok(()), Err)
+    }
+
+    fn domains(&self) -> MutexGuard<'_, BTreeMap<InstanceId, Domain>> {
+        self.domains.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn tell(&self, event: Event) {
+        // Nobody may be left to hear it.
+        drop(self.events.send(event));
+    }
+
+    fn change<T>(
+        &self,
+        instance: InstanceId,
+        act: impl FnOnce(&mut Domain, &[String]) -> Result<T, Failure>,
+    ) -> Result<T, Failure> {
+        let mut domains = self.domains();
+        let elsewhere: Vec<String> = domains
+            .iter()
+            .filter(|(id, _)| **id != instance)
+            .flat_map(|(_, d)| d.devices.iter().map(|(_, xml)| xml.clone()))
+            .collect();
+        let domain = domains.get_mut(&instance).filter(|d| d.running).ok_or(Failure::Gone)?;
+        let done = act(domain, &elsewhere);
+        drop(domains);
+        self.tell(Event::Changed(instance));
+        done
+    }
+}
+
+fn parse(text: &str) -> Result<BTreeMap<InstanceId, Spec>, String> {
+    let file: File = toml::from_str(text).map_err(|e| e.message().to_owned())?;
+    let mut domains = BTreeMap::new();
+    for spec in file.domain {
+        let name = spec.name.clone();
+        let instance: InstanceId = spec.uuid.parse().map_err(|e| format!("domain {name}: uuid: {e}"))?;
+        if domains.insert(instance, spec).is_some() {
+            return Err(format!("domain {name}: its uuid is another domain's"));
+        }
+    }
+    Ok(domains)
+}
+
+/// The domain's XML as libvirt would show it.
+fn xml(instance: InstanceId, domain: &Domain) -> String {
+    let Spec { name, flavor, controller, ports, spice, .. } = &domain.spec;
+    let mut text =
+        format!("<domain type='qemu'>\n  <name>{}</name>\n  <uuid>{instance}</uuid>\n", escaped(name));
+    if let Some(flavor) = flavor {
+        let space = virt_usb_domxml::NAMESPACE;
+        let flavor = escaped(flavor);
+        // Writing to a String cannot fail.
+        let _ =
+            writeln!(text, "  <metadata><usb:flavor xmlns:usb='{space}'>{flavor}</usb:flavor></metadata>");
+    }
+    let ports = if controller == "qemu-xhci" { format!(" ports='{ports}'") } else { String::new() };
+    let _ = writeln!(
+        text,
+        "  <os><type arch='x86_64' machine='q35'>hvm</type></os>\n  <devices>\n    <controller type='usb' index='0' model='{}'{ports}/>",
+        escaped(controller)
+    );
+    if *spice {
+        text.push_str("    <graphics type='spice'/>\n");
+    }
+    for (_, device) in &domain.devices {
+        let _ = writeln!(text, "    {device}");
+    }
+    text.push_str("  </devices>\n</domain>\n");
+    text
+}
+
+fn escaped(text: &str) -> String {
+    text.replace('&', "&amp;").replace('<', "&lt;").replace('\'', "&apos;").replace('"', "&quot;")
+}
+
+impl Hypervisor for SimulatedHypervisor {
+    fn running(&self) -> Result<Vec<Running>, Failure> {
+        let domains = self.domains();
+        let running = domains.iter().filter(|(_, d)| d.running);
+        Ok(running
+            .map(|(id, d)| Running { instance: *id, name: d.spec.name.clone(), xml: xml(*id, d) })
+            .collect())
+    }
+
+    fn look(&self, instance: InstanceId) -> Result<Option<Running>, Failure> {
+        let domains = self.domains();
+        let domain = domains.get(&instance).filter(|d| d.running);
+        Ok(domain.map(|d| Running { instance, name: d.spec.name.clone(), xml: xml(instance, d) }))
+    }
+
+    fn is_known(&self, instance: InstanceId) -> Result<bool, Failure> {
+        Ok(self.domains().contains_key(&instance))
+    }
+
+    fn attach(&self, instance: InstanceId, device: &str) -> Result<(), Failure> {
+        self.change(instance, |domain, elsewhere| {
+            let read = |domain: &Domain| {
+                virt_usb_domxml::read(xml(instance, domain).as_bytes())
+                    .map_err(|e| Failure::Refused(format!("XML error: {e}")))
+            };
+            let before = read(domain)?;
+            match before.bus.fit(&[None]) {
+                Fit::Fits => {}
+                Fit::TooFew { .. } => {
+                    return Err(Failure::Refused("internal error: No free USB ports".into()));
+                }
+                _ => {
+                    return Err(Failure::Refused(
+                        "unsupported configuration: Domain has no USB bus support".into(),
+                    ));
+                }
+            }
+            if device.starts_with("<redirdev") && !before.spice {
+                let why =
+                    "unsupported configuration: chardev 'spicevmc' not supported without spice graphics";
+                return Err(Failure::Refused(why.into()));
+            }
+            let mut after = domain.clone();
+            after.devices.push((String::new(), device.to_owned()));
+            let read = read(&after)?;
+            let address = read.hostdevs.get(before.hostdevs.len()).and_then(|h| h.address);
+            let taken = |address: virt_usb_model::BusAddress| {
+                let mark = format!("<address bus='{}' device='{}'/>", address.bus(), address.device());
+                elsewhere.iter().any(|xml| xml.contains(&mark))
+                    || before.hostdevs.iter().any(|h| h.address == Some(address))
+            };
+            if let Some(address) = address.filter(|a| taken(*a)) {
+                return Err(Failure::Refused(format!("USB device {address} is in use by driver QEMU")));
+            }
+            let new = |known: usize, now: Vec<Option<String>>| now.into_iter().nth(known).flatten();
+            let alias = new(before.hostdevs.len(), read.hostdevs.iter().map(|h| h.alias.clone()).collect())
+                .or_else(|| {
+                    new(before.redirdevs.len(), read.redirdevs.iter().map(|r| r.alias.clone()).collect())
+                })
+                .unwrap_or_else(|| format!("dev{}", domain.devices.len()));
+            if domain.devices.iter().any(|(known, _)| *known == alias) {
+                return Err(Failure::Refused(format!("non unique alias detected: {alias}")));
+            }
+            domain.devices.push((alias, device.to_owned()));
+            Ok(())
+        })
+    }
+
+    fn detach(&self, instance: InstanceId, alias: &str) -> Result<(), Failure> {
+        self.change(instance, |domain, _| {
+            domain.devices.retain(|(known, _)| known != alias);
+            Ok(())
+        })
+    }
+
+    fn stop(&self, instance: InstanceId) -> Result<(), Failure> {
+        if self.look(instance)?.is_none() {
+            return Err(Failure::Gone);
+        }
+        self.end(instance);
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ONE: &str = "
+        [[domain]]
+        name = \"a<b\"
+        uuid = \"11111111-2222-4333-8444-555555555555\"
+        flavor = '{\"usb_devices\":[]}'
+        ports = 1
+    ";
+
+    fn hypervisor() -> (SimulatedHypervisor, std::sync::mpsc::Receiver<Event>) {
+        let (to, from) = std::sync::mpsc::channel();
+        let config = Config {
+            state_dir: "/nonexistent/virt-usb".into(),
+            log: virt_usb_hook::config::Log::Off,
+            ..Config::default()
+        };
+        (SimulatedHypervisor::new(config, to), from)
+    }
+
+    #[test]
+    fn it_runs_what_the_file_says() {
+        let (simulated, events) = hypervisor();
+        let id: InstanceId = "11111111-2222-4333-8444-555555555555".parse().unwrap();
+        assert_eq!(simulated.apply(ONE), Ok(vec![]));
+        assert_eq!(events.try_recv(), Ok(Event::Started(id)));
+        let running = simulated.running().unwrap();
+        assert_eq!(virt_usb_domxml::read(running[0].xml.as_bytes()).unwrap().name, "a<b");
+        assert_eq!(simulated.apply(&format!("{ONE}running = false")), Ok(vec![]));
+        assert_eq!((simulated.running(), simulated.is_known(id)), (Ok(vec![]), Ok(true)));
+        assert_eq!(simulated.apply(""), Ok(vec![]));
+        assert_eq!(simulated.is_known(id), Ok(false));
+        assert!(
+            simulated.apply("[[domain]]\nname = 'x'\nuuid = '1'").unwrap_err().contains("domain x: uuid")
+        );
+    }
+
+    #[test]
+    fn it_refuses_what_libvirt_refuses() {
+        let (simulated, _events) = hypervisor();
+        let id: InstanceId = "11111111-2222-4333-8444-555555555555".parse().unwrap();
+        simulated.apply(ONE).unwrap();
+        let hostdev = "<hostdev mode='subsystem' type='usb'><source><address bus='1' device='5'/></source><alias name='ua-usb-1'/></hostdev>";
+        let refused = |device: &str, why: &str| {
+            let said = simulated.attach(id, device).unwrap_err().to_string();
+            assert!(said.contains(why), "{said}");
+        };
+        refused("<redirdev bus='usb' type='spicevmc'/>", "not supported without spice");
+        simulated.attach(id, hostdev).unwrap();
+        refused(hostdev, "No free USB ports");
+        simulated.detach(id, "ua-usb-1").unwrap();
+        simulated.attach(id, hostdev).unwrap();
+        simulated.stop(id).unwrap();
+        assert_eq!(simulated.attach(id, hostdev), Err(Failure::Gone));
+    }
+}

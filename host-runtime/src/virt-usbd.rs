@@ -1,0 +1,57 @@
+//! `virt-usbd`: the agent. See the library's `agent`.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::Parser;
+use tracing::Level;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
+use virt_usb::agent::{Options, run};
+
+/// The agent of virt-usb: watches this host's USB devices and guests, and gives each guest what is claimed for it.
+///
+/// It runs in the foreground and logs to the journal where it is a service of systemd, else to stderr. SIGHUP reads the
+/// configuration again; SIGTERM ends it, and guests keep what they have.
+#[derive(Debug, Parser)]
+#[command(version, name = "virt-usbd")]
+struct Arguments {
+    /// The configuration [default: /etc/virt-usb/config.toml, where it is there]
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Simulate the devices and domains of this file: nothing of this machine is touched
+    #[arg(long, value_name = "FILE")]
+    sim: Option<PathBuf>,
+    /// Say more
+    #[arg(long, short)]
+    verbose: bool,
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    log(if arguments.verbose { Level::DEBUG } else { Level::INFO });
+    match run(&Options { config: arguments.config, sim: arguments.sim }) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            let chain: Vec<String> = e.chain().map(ToString::to_string).collect();
+            tracing::error!("{}", chain.join(": "));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// To the journal, where systemd says that stderr is connected to it (JOURNAL_STREAM, systemd.exec(5)); to stderr otherwise.
+fn log(level: Level) {
+    use tracing_subscriber::filter::LevelFilter;
+    let registry = tracing_subscriber::registry().with(LevelFilter::from_level(level));
+    match std::env::var_os("JOURNAL_STREAM").and_then(|_| tracing_journald::layer().ok()) {
+        Some(journal) => registry.with(journal).init(),
+        None => {
+            let plain = tracing_subscriber::fmt::layer()
+                .with_writer(std::io::stderr)
+                .with_target(false)
+                .with_ansi(false);
+            registry.with(plain).init();
+        }
+    }
+}

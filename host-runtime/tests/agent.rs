@@ -1,0 +1,513 @@
+//! The agent's work on random lives of a host: devices come, go, move and change places, guests start, stop and vanish, people attach and
+//! detach, and whoever works is cut off at any call to the hypervisor. Real: the store, the hook, sysfs files, planner and
+//! worker. Simulated: devices and hypervisor.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test's helpers fail the test")]
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Write as _;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::channel;
+use std::time::Duration;
+
+use proptest::prelude::*;
+use virt_usb::agent::operate::Attached;
+use virt_usb::agent::work::{Gone, Worker};
+use virt_usb::discovery::{Simulated, UsbSource};
+use virt_usb::hypervisor::{Event, Failure, Hypervisor, Running, SimulatedHypervisor};
+use virt_usb::inventory;
+use virt_usb_domxml::Domain;
+use virt_usb_hook::config::{AttachFailurePolicy, Config, Log, ReplugPolicy};
+use virt_usb_hook::machine;
+use virt_usb_model::{BusAddress, DeviceId, DeviceRequest, Flavor, InstanceId};
+use virt_usb_store::{Record, Store};
+
+/// A hypervisor that goes away after so many calls, before or after it has done what it was asked.
+struct Fused {
+    inner: Arc<SimulatedHypervisor>,
+    fuse: AtomicUsize,
+}
+
+const NEVER: usize = usize::MAX / 2;
+
+impl Fused {
+    fn call<T>(&self, act: impl FnOnce() -> Result<T, Failure>) -> Result<T, Failure> {
+        let away = || Failure::Away("cut off".into());
+        let before = self.fuse.fetch_sub(1, Ordering::SeqCst);
+        if before == 0 || before > NEVER {
+            self.fuse.store(usize::MAX, Ordering::SeqCst);
+            return Err(away());
+        }
+        let done = act();
+        // Done, but nobody hears of it.
+        if before == 1 { Err(away()) } else { done }
+    }
+}
+
+impl Hypervisor for Fused {
+    fn running(&self) -> Result<Vec<Running>, Failure> {
+        self.call(|| self.inner.running())
+    }
+    fn look(&self, instance: InstanceId) -> Result<Option<Running>, Failure> {
+        self.call(|| self.inner.look(instance))
+    }
+    fn is_known(&self, instance: InstanceId) -> Result<bool, Failure> {
+        self.call(|| self.inner.is_known(instance))
+    }
+    fn attach(&self, instance: InstanceId, device: &str) -> Result<(), Failure> {
+        self.call(|| self.inner.attach(instance, device))
+    }
+    fn detach(&self, instance: InstanceId, alias: &str) -> Result<(), Failure> {
+        self.call(|| self.inner.detach(instance, alias))
+    }
+    fn stop(&self, instance: InstanceId) -> Result<(), Failure> {
+        self.call(|| self.inner.stop(instance))
+    }
+}
+
+/// Two identical keys without serials, two with one each, and a fifth of another kind.
+const KINDS: [(&str, Option<&str>); 5] =
+    [("0001", None), ("0001", None), ("0002", Some("A")), ("0002", Some("B")), ("0003", None)];
+const PORTS: usize = 6;
+
+struct World {
+    dir: tempfile::TempDir,
+    config: Config,
+    simulated: Arc<SimulatedHypervisor>,
+    hypervisor: Arc<Fused>,
+    worker: Worker,
+    /// Which device is at which port, under which number.
+    plugged: BTreeMap<usize, (usize, u8)>,
+    number: u8,
+    domains: Vec<Option<bool>>,
+    _events: std::sync::mpsc::Receiver<Event>,
+}
+
+fn instance(n: usize) -> InstanceId {
+    format!("0000000{n}-2222-4333-8444-555555555555").parse().unwrap()
+}
+
+/// What the domains ask for: one key of the twins; both with a serial; nothing.
+const FLAVORS: [&str; 3] = [
+    r#"{"usb_devices":[{"vendor_id":"0529","product_id":"0001"}]}"#,
+    r#"{"usb_devices":[{"vendor_id":"0529","product_id":"0002","count":2}]}"#,
+    r#"{"usb_devices":[]}"#,
+];
+
+impl World {
+    fn new(replug: ReplugPolicy) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let kernel = dir.path().join("proc/sys/kernel/random");
+        std::fs::create_dir_all(&kernel).unwrap();
+        std::fs::write(kernel.join("boot_id"), "11111111-1111-4111-8111-111111111111\n").unwrap();
+        std::fs::write(dir.path().join("proc/uptime"), "1000.00 1.00\n").unwrap();
+        let config = Config {
+            state_dir: dir.path().join("state"),
+            sysfs_root: dir.path().join("sys"),
+            procfs_root: dir.path().join("proc"),
+            log: Log::Off,
+            replug,
+            ..Config::default()
+        };
+        let store = Store::create(&config.state_dir, Duration::from_secs(5)).unwrap();
+        let (to, events) = channel();
+        let simulated = Arc::new(SimulatedHypervisor::new(config.clone(), to));
+        let hypervisor = Arc::new(Fused { inner: simulated.clone(), fuse: AtomicUsize::new(NEVER) });
+        let worker = Worker {
+            config: Arc::new(config.clone()),
+            hypervisor: hypervisor.clone(),
+            store,
+            metrics: Arc::default(),
+            actor: "test",
+        };
+        let mut world = Self {
+            dir,
+            config,
+            simulated,
+            hypervisor,
+            worker,
+            plugged: BTreeMap::new(),
+            number: 1,
+            domains: vec![None; 3],
+            _events: events,
+        };
+        world.scan();
+        world
+    }
+
+    fn plug(&mut self, device: usize, port: usize) {
+        if self.plugged.contains_key(&port) || self.plugged.values().any(|(d, _)| *d == device) {
+            return;
+        }
+        self.number = self.number % 120 + 1;
+        self.plugged.insert(port, (device, self.number));
+        self.show();
+    }
+
+    fn show(&self) {
+        let mut text = String::new();
+        for (port, (device, number)) in &self.plugged {
+            let (product, serial) = KINDS[*device];
+            let serial = serial.map(|s| format!("serial = '{s}'")).unwrap_or_default();
+            writeln!(
+                text,
+                "[[device]]\nvendor = '0529'\nproduct = '{product}'\nbus = 1\ndevice = {number}\nport = '1-{}'\nspeed = 'full'\n{serial}",
+                port + 1
+            )
+            .unwrap();
+        }
+        std::fs::write(self.file(), text).unwrap();
+        Simulated::load(&self.file()).unwrap().write_sysfs(&self.config.sysfs_root).unwrap();
+    }
+
+    fn file(&self) -> std::path::PathBuf {
+        self.dir.path().join("devices.toml")
+    }
+
+    fn scan(&mut self) {
+        if !self.file().exists() {
+            self.show();
+        }
+        let snapshot = Simulated::load(&self.file()).unwrap().snapshot();
+        let context = machine::context(Path::new(&self.config.procfs_root), "test").unwrap();
+        let plan = |known: &[Record]| inventory::plan(&snapshot, known, &self.config.whitelist);
+        self.worker.store.reconcile("host", plan, &context).unwrap();
+    }
+
+    fn domains(&mut self) {
+        let mut text = String::new();
+        for (n, running) in self.domains.iter().enumerate() {
+            let Some(running) = running else { continue };
+            writeln!(
+                text,
+                "[[domain]]\nname = 'vm{n}'\nuuid = '{}'\nrunning = {running}\nflavor = '{}'",
+                instance(n),
+                FLAVORS[n]
+            )
+            .unwrap();
+        }
+        // A start that the hook refuses is a domain that does not run.
+        drop(self.simulated.apply(&text).unwrap());
+    }
+
+    fn live(&self) -> Vec<(InstanceId, Domain)> {
+        let running = self.simulated.running().unwrap();
+        running.into_iter().map(|r| (r.instance, virt_usb_domxml::read(r.xml.as_bytes()).unwrap())).collect()
+    }
+
+    /// Rule 2, which holds at every moment: no address is in two guests, and what we put there is who it is said to be.
+    fn is_safe(&self) -> Result<(), TestCaseError> {
+        let mut seen = BTreeSet::new();
+        for (_, domain) in self.live() {
+            for hostdev in &domain.hostdevs {
+                prop_assert!(seen.insert(hostdev.address), "{:?} is in two guests", hostdev.address);
+            }
+        }
+        Ok(())
+    }
+
+    /// Scans and works on everybody until nothing is left, as the agent does after a start, with everything long gone that is gone.
+    fn settle(&mut self) -> bool {
+        self.hypervisor.fuse.store(NEVER, Ordering::SeqCst);
+        self.scan();
+        let gone = Gone { seconds: 1000.0, undefined: None };
+        let mut changed = false;
+        for n in 0..3 {
+            let undefined = self.domains[n].is_none().then_some(1000.0);
+            let report =
+                self.worker.converge(instance(n), Gone { undefined, ..gone }, &BTreeSet::new()).unwrap();
+            changed |= report.changed;
+        }
+        changed
+    }
+
+    fn is_settled(&self) -> Result<(), TestCaseError> {
+        self.is_safe()?;
+        let live = self.live();
+        let claims = self.worker.store.claims().unwrap();
+        let devices: BTreeMap<DeviceId, Record> =
+            self.worker.store.devices().unwrap().into_iter().map(|r| (r.entry.id, r)).collect();
+        for claim in &claims {
+            let record = &devices[&claim.device_id];
+            let runs = live.iter().find(|(id, _)| *id == claim.instance_uuid);
+            prop_assert!(runs.is_some() || claim.hold == "instance", "an orphan: {claim:?}");
+            prop_assert!(!claim.ending, "never finished: {claim:?}");
+            let Some((_, domain)) = runs else {
+                prop_assert_eq!(&claim.state, "claimed");
+                continue;
+            };
+            let inside = domain.hostdevs.iter().any(|h| h.address == Some(record.entry.address));
+            // Somebody has put it into another guest with his own hands: that is told, and not undone.
+            let elsewhere = live.iter().filter(|(id, _)| *id != claim.instance_uuid);
+            let by_hand = |(_, d): &(InstanceId, Domain)| {
+                d.hostdevs.iter().any(|h| h.injected().is_none() && h.address == Some(record.entry.address))
+            };
+            if elsewhere.clone().any(by_hand) {
+                prop_assert!(!self.worker.store.problems().unwrap().is_empty());
+                continue;
+            }
+            prop_assert_eq!(record.present, inside, "{:?} of {:?}", record.entry, domain.hostdevs);
+            prop_assert_eq!(claim.state == "allocated", inside, "{:?}", claim);
+        }
+        for (id, domain) in &live {
+            for hostdev in &domain.hostdevs {
+                let held = claims.iter().any(|c| {
+                    c.instance_uuid == *id && Some(devices[&c.device_id].entry.address) == hostdev.address
+                });
+                let by_hand = hostdev.injected().is_none();
+                let nobodys =
+                    !devices.values().any(|r| r.present && Some(r.entry.address) == hostdev.address);
+                let anothers = claims.iter().any(|c| {
+                    c.instance_uuid != *id && Some(devices[&c.device_id].entry.address) == hostdev.address
+                });
+                prop_assert!(
+                    held || (by_hand && (nobodys || anothers)),
+                    "nobody holds {:?} of {}",
+                    hostdev,
+                    domain.name
+                );
+            }
+        }
+        // What is plugged in is in the inventory, once.
+        let present: BTreeSet<BusAddress> =
+            devices.values().filter(|r| r.present).map(|r| r.entry.address).collect();
+        let plugged: BTreeSet<BusAddress> =
+            self.plugged.values().map(|(_, n)| BusAddress::new(1, *n).unwrap()).collect();
+        prop_assert_eq!(present, plugged);
+        prop_assert_eq!(self.worker.store.check().unwrap(), Vec::<String>::new());
+        Ok(())
+    }
+}
+
+#[derive(Debug, Clone)]
+enum Act {
+    Plug(usize, usize),
+    Unplug(usize),
+    /// Two devices change places while nobody looks.
+    Swap(usize, usize),
+    Domain(usize, Option<bool>),
+    Vanish(usize),
+    Scan,
+    /// Works on one instance, cut off after so many calls.
+    Work(usize, usize),
+    ByHand(usize, usize),
+    Give(usize, usize),
+    Take(usize, usize),
+}
+
+fn acts() -> impl Strategy<Value = Vec<Act>> {
+    let act = prop_oneof![
+        4 => (0..KINDS.len(), 0..PORTS).prop_map(|(d, p)| Act::Plug(d, p)),
+        3 => (0..PORTS).prop_map(Act::Unplug),
+        1 => (0..PORTS, 0..PORTS).prop_map(|(a, b)| Act::Swap(a, b)),
+        5 => (0..3usize, prop::sample::select(vec![None, Some(false), Some(true), Some(true)])).prop_map(|(n, to)| Act::Domain(n, to)),
+        1 => (0..3usize).prop_map(Act::Vanish),
+        4 => Just(Act::Scan),
+        6 => (0..3usize, prop_oneof![Just(NEVER), 0..8usize]).prop_map(|(n, fuse)| Act::Work(n, fuse)),
+        1 => (0..3usize, 0..PORTS).prop_map(|(n, p)| Act::ByHand(n, p)),
+        2 => (0..3usize, 1..6usize).prop_map(|(n, d)| Act::Give(n, d)),
+        2 => (0..3usize, 1..6usize).prop_map(|(n, d)| Act::Take(n, d)),
+    ];
+    prop::collection::vec(act, 1..50)
+}
+
+fn by_id(id: usize) -> DeviceRequest {
+    let flavor = Flavor::parse_lists(Some(&format!(r#"[{{"id":{id}}}]"#)), None).unwrap();
+    flavor.usb_devices.into_iter().next().unwrap()
+}
+
+impl World {
+    fn act(&mut self, act: &Act) {
+        self.hypervisor.fuse.store(NEVER, Ordering::SeqCst);
+        match act {
+            Act::Plug(device, port) => self.plug(*device, *port),
+            Act::Unplug(port) => {
+                self.plugged.remove(port);
+                self.show();
+            }
+            Act::Swap(a, b) => {
+                let (first, second) = (self.plugged.remove(a), self.plugged.remove(b));
+                self.show();
+                for (found, to) in [(first, *b), (second, *a)] {
+                    if let Some((device, _)) = found {
+                        self.plug(device, to);
+                    }
+                }
+            }
+            Act::Domain(n, to) => {
+                let runs = self.simulated.look(instance(*n)).unwrap().is_some();
+                if *to == Some(true) && !runs && self.domains[*n] == Some(true) {
+                    // Its start was refused: it is tried again.
+                    self.domains[*n] = Some(false);
+                    self.domains();
+                }
+                self.domains[*n] = *to;
+                self.domains();
+            }
+            Act::Vanish(n) => self.simulated.vanish(instance(*n)),
+            Act::Scan => self.scan(),
+            Act::Work(n, fuse) => {
+                self.hypervisor.fuse.store(*fuse, Ordering::SeqCst);
+                drop(self.worker.converge(instance(*n), Gone::default(), &BTreeSet::new()));
+            }
+            Act::ByHand(n, port) => {
+                if let Some((_, number)) = self.plugged.get(port) {
+                    let (product, _) = KINDS[self.plugged[port].0];
+                    let hostdev = format!(
+                        "<hostdev mode='subsystem' type='usb'><source><vendor id='0x0529'/><product id='0x{product}'/><address bus='1' device='{number}'/></source><alias name='hostdev{number}'/></hostdev>"
+                    );
+                    // Another guest may have it: then libvirt refuses.
+                    drop(self.simulated.attach(instance(*n), &hostdev));
+                }
+            }
+            // Refusals are right answers here; what must hold is looked at afterwards.
+            Act::Give(n, id) => drop(self.worker.give(instance(*n), &by_id(*id))),
+            Act::Take(n, id) => drop(self.worker.take(instance(*n), &by_id(*id).selector)),
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: std::env::var("PROPTEST_CASES").ok().and_then(|c| c.parse().ok()).unwrap_or(64), ..ProptestConfig::default() })]
+
+    #[test]
+    fn whatever_happens_it_ends_well(acts in acts(), release in any::<bool>()) {
+        let mut world = World::new(if release { ReplugPolicy::Release } else { ReplugPolicy::Reattach });
+        // A host in the middle of its day.
+        let morning = (0..5).map(|d| Act::Plug(d, d)).chain([Act::Scan]).chain((0..3).map(|n| Act::Domain(n, Some(true))));
+        let morning: Vec<Act> = morning.chain([Act::Work(0, NEVER), Act::Give(2, 5)]).collect();
+        for act in morning.iter().chain(&acts) {
+            world.act(act);
+            world.is_safe()?;
+        }
+        world.settle();
+        // What was freed may be what another waits for.
+        world.settle();
+        world.is_settled()?;
+        prop_assert!(!world.settle(), "there is always something to do");
+    }
+}
+
+fn started(world: &mut World, n: usize) {
+    world.domains[n] = Some(true);
+    world.domains();
+}
+
+#[test]
+fn a_guest_gets_its_key_and_gets_it_back_after_a_replug() {
+    let mut world = World::new(ReplugPolicy::Reattach);
+    world.plug(0, 0);
+    world.scan();
+    started(&mut world, 0);
+    assert!(world.live()[0].1.hostdevs.is_empty(), "libvirt throws away what prepare prints");
+    assert!(world.settle());
+    let first = world.live()[0].1.hostdevs[0].clone();
+    assert_eq!((first.alias.as_deref(), first.usb.is_some()), (Some("ua-usb-1"), true));
+    world.act(&Act::Unplug(0));
+    world.settle();
+    assert!(world.live()[0].1.hostdevs.is_empty(), "the stale one is taken out");
+    assert_eq!(world.worker.store.devices().unwrap()[0].entry.status, "removed");
+    // Another device in that port is not handed over.
+    world.plug(4, 0);
+    world.settle();
+    assert!(world.live()[0].1.hostdevs.is_empty());
+    world.act(&Act::Unplug(0));
+    world.plug(0, 0);
+    world.settle();
+    let again = world.live()[0].1.hostdevs[0].clone();
+    assert_eq!(again.alias, first.alias);
+    assert_ne!(again.address, first.address);
+    world.is_settled().unwrap();
+}
+
+#[test]
+fn what_cannot_be_attached_is_told_and_may_stop_the_guest() {
+    for policy in [AttachFailurePolicy::Keep, AttachFailurePolicy::Stop] {
+        let mut world = World::new(ReplugPolicy::Reattach);
+        world.worker.config = Arc::new(Config { on_attach_failure: policy, ..world.config.clone() });
+        world.plug(0, 0);
+        world.scan();
+        started(&mut world, 0);
+        // Somebody else takes all its ports before the agent comes, with devices that nobody knows.
+        for n in 100..115 {
+            let other = format!(
+                "<hostdev mode='subsystem' type='usb'><source><address bus='9' device='{n}'/></source><alias name='h{n}'/></hostdev>"
+            );
+            world.simulated.attach(instance(0), &other).unwrap();
+        }
+        let report = world.worker.converge(instance(0), Gone::default(), &BTreeSet::new()).unwrap();
+        let events = world.worker.store.events(&virt_usb_store::events::Filter::default()).unwrap();
+        let told = events.iter().find(|e| e.event == "problem").and_then(|e| e.detail.clone()).unwrap();
+        assert!(told.contains("it needs 1 USB port(s) more"), "{told}");
+        let runs = !world.live().is_empty();
+        assert_eq!(runs, policy == AttachFailurePolicy::Keep);
+        assert_eq!(report.failed.is_empty(), !runs);
+        if runs {
+            world.simulated.detach(instance(0), "h100").unwrap();
+            world.settle();
+            assert_eq!(world.worker.store.problems().unwrap(), [], "solved");
+        }
+    }
+}
+
+#[test]
+fn giving_and_taking_is_all_or_nothing() {
+    let mut world = World::new(ReplugPolicy::Reattach);
+    for (device, port) in [(0, 0), (1, 1), (2, 2)] {
+        world.plug(device, port);
+    }
+    world.scan();
+    started(&mut world, 2);
+    let two =
+        Flavor::parse_lists(Some(r#"[{"vendor_id":"0529","product_id":"0001","count":2}]"#), None).unwrap();
+    let Attached::Now(devices) = world.worker.give(instance(2), &two.usb_devices[0]).unwrap() else {
+        panic!("it runs")
+    };
+    assert_eq!(devices.len(), 2);
+    assert!(matches!(world.worker.give(instance(2), &by_id(1)).unwrap(), Attached::Already(_)));
+    // Nothing is left of what cannot be.
+    let three = Flavor::parse_lists(Some(r#"[{"vendor_id":"0529","count":9}]"#), None).unwrap();
+    let why = world.worker.give(instance(2), &three.usb_devices[0]).unwrap_err().to_string();
+    assert!(why.contains("vm2 asks for usb_devices[0]"), "{why}");
+    assert_eq!(world.worker.store.assignments(instance(2)).unwrap().len(), 1);
+    // Two do for the selector: which one is to be said.
+    let why = world.worker.take(instance(2), &two.usb_devices[0].selector).unwrap_err().to_string();
+    assert!(why.contains("has 2 of them: name one by its id"), "{why}");
+    let taken = world.worker.take(instance(2), &by_id(1).selector).unwrap().unwrap();
+    assert_eq!(taken.entry.id, DeviceId::new(1).unwrap());
+    let left = world.worker.store.assignments(instance(2)).unwrap();
+    assert_eq!(left[0].request.count, 1, "one of the two is still wanted");
+    assert_eq!(world.live()[0].1.hostdevs.len(), 1);
+    world.settle();
+    world.is_settled().unwrap();
+    // At its next start it gets it again, and what was given to it while it did not run.
+    world.domains[2] = Some(false);
+    world.domains();
+    assert_eq!(world.worker.give(instance(2), &by_id(3)).unwrap(), Attached::AtNextStart);
+    started(&mut world, 2);
+    world.settle();
+    assert_eq!(world.live()[0].1.hostdevs.len(), 2);
+    // The instance goes for good: so does what was assigned to it.
+    world.domains[2] = None;
+    world.domains();
+    world.settle();
+    assert_eq!(world.worker.store.claims().unwrap(), []);
+    assert_eq!(world.worker.store.all_assignments().unwrap(), []);
+}
+
+#[test]
+fn hands_are_seen_and_two_hands_are_told() {
+    let mut world = World::new(ReplugPolicy::Reattach);
+    world.plug(0, 0);
+    world.plug(1, 1);
+    world.scan();
+    started(&mut world, 2);
+    world.act(&Act::ByHand(2, 1));
+    world.settle();
+    let adopted = world.worker.store.claims().unwrap();
+    assert_eq!((adopted.len(), adopted[0].state.as_str()), (1, "allocated"));
+    world.is_settled().unwrap();
+    let events = world.worker.store.events(&virt_usb_store::events::Filter::default()).unwrap();
+    assert!(events.iter().any(|e| e.event == "adopted"));
+}
