@@ -309,3 +309,13 @@ fn libusb_and_sysfs_disagree() {
         assert!(LibUsb::new(&nowhere).snapshot().failed());
     });
 }
+
+/// Without the system's library a copy is compiled that hears the kernel and not udev: of devices that nobody may open yet.
+#[test]
+fn libusb_is_the_systems() {
+    let installed = Command::new("pkg-config").args(["--modversion", "libusb-1.0"]).output().unwrap();
+    let installed = String::from_utf8_lossy(&installed.stdout).trim().to_owned();
+    let linked = rusb::version();
+    let linked = format!("{}.{}.{}", linked.major(), linked.minor(), linked.micro());
+    assert_eq!(linked, installed, "run 'make deps', then 'cargo clean -p libusb1-sys'");
+}

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!  hotplug ─┐                 quiet for 15 ms,
-//!  SIGHUP ──┼─► Nudge ─► ──── or 250 ms since ───► scan ─► plan ─► store ─► the guests' thread is told
+//!  SIGHUP ──┼─► Nudge ─► ──── or 1 s since    ───► scan ─► plan ─► store ─► the guests' thread is told
 //!  clock ───┘                 the first event
 //! ```
 //! It never asks libvirt, so that the inventory is true whatever the guests do, and it is this thread that systemd's watchdog watches.
@@ -24,7 +24,7 @@ use crate::inventory;
 /// A burst has ended when nothing has come for so long …
 const QUIET: Duration = Duration::from_millis(15);
 /// … and is looked at after so long in any case.
-const ENOUGH: Duration = Duration::from_millis(250);
+const ENOUGH: Duration = Duration::from_secs(1);
 /// How often the configuration's file is looked at.
 const LOOK: Duration = Duration::from_secs(2);
 /// How often old events are pruned.
