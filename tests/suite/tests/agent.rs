@@ -1,0 +1,249 @@
+//! The agent as a process: `--sim` is all of it but libusb and libvirt.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test's helpers fail the test")]
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::process::{Child, Command};
+use std::time::{Duration, Instant};
+
+use virt_usb_suite::{Host, device, domain, program};
+
+const ERP: &str = "11111111-2222-4333-8444-555555555555";
+const CRM: &str = "99999999-2222-4333-8444-555555555555";
+
+struct Agent<'a> {
+    host: &'a Host,
+    child: Child,
+}
+
+fn guest(name: &str, uuid: &str, more: &str) -> String {
+    let flavor = r#"{"usb_devices":[{"vendor_id":"0529"}]}"#;
+    format!("[[domain]]\nname = '{name}'\nuuid = '{uuid}'\nflavor = '{flavor}'\n{more}\n")
+}
+
+fn show(host: &Host, text: &str) {
+    // A reader sees the old file or the new one.
+    std::fs::write(host.path("sim.new"), text).unwrap();
+    std::fs::rename(host.path("sim.new"), host.path("sim.toml")).unwrap();
+}
+
+fn command(host: &Host) -> Command {
+    let mut command = Command::new(program("virt-usbd"));
+    command.arg("--config").arg(host.config_file()).arg("--sim").arg(host.path("sim.toml"));
+    command
+}
+
+impl<'a> Agent<'a> {
+    fn start(host: &'a Host) -> Self {
+        let log = File::options().append(true).create(true).open(host.path("agent.log")).unwrap();
+        Self { host, child: command(host).stderr(log).spawn().unwrap() }
+    }
+
+    fn log(&self) -> String {
+        std::fs::read_to_string(self.host.path("agent.log")).unwrap_or_default()
+    }
+
+    fn signal(&self, signal: &str) {
+        let sent = Command::new("kill").arg(signal).arg(self.child.id().to_string()).status().unwrap();
+        assert!(sent.success());
+    }
+
+    fn until(&self, what: &str, mut look: impl FnMut() -> bool) {
+        let deadline = Instant::now() + Duration::from_secs(30);
+        while !look() {
+            assert!(Instant::now() < deadline, "never: {what}\n{}\n{}", self.host.claims(), self.log());
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    fn claims(&self, wanted: &str) {
+        self.until(wanted, || self.host.claims() == wanted);
+    }
+}
+
+impl Drop for Agent<'_> {
+    fn drop(&mut self) {
+        drop(self.child.kill());
+        drop(self.child.wait());
+    }
+}
+
+fn held(device: u32, name: &str, uuid: &str, state: &str) -> String {
+    format!("device {device} {name} {uuid} {state} hold=running\n")
+}
+
+#[test]
+fn a_key_goes_from_guest_to_guest() {
+    let host = Host::new("");
+    let key = device("0001", "1-1", 5, "serial = 'HL-1'");
+    show(&host, &(key.clone() + &guest("erp", ERP, "")));
+    let agent = Agent::start(&host);
+    agent.claims(&held(1, "erp", ERP, "allocated"));
+    // A second taker does not start, and the first keeps it.
+    show(&host, &(key.clone() + &guest("erp", ERP, "") + &guest("crm", CRM, "")));
+    agent
+        .until("crm is refused", || agent.log().contains("does not start: crm: crm asks for usb_devices[0]"));
+    assert_eq!(host.claims(), held(1, "erp", ERP, "allocated"));
+    // Unplugged: the claim outlives the device. Back in another port: attached again, the same id.
+    show(&host, &guest("erp", ERP, ""));
+    agent.until("it is away", || host.store().devices().unwrap()[0].entry.status == "removed");
+    show(&host, &(device("0001", "1-4", 9, "serial = 'HL-1'") + &guest("erp", ERP, "")));
+    agent.until("it is back", || {
+        let devices = host.store().devices().unwrap();
+        devices[0].entry.status == "allocated" && devices[0].entry.address.to_string() == "usb_1_9"
+    });
+    // The first stops, the second starts.
+    show(&host, &(key.clone() + &guest("erp", ERP, "running = false")));
+    agent.claims("");
+    show(&host, &(key + &guest("erp", ERP, "running = false") + &guest("crm", CRM, "")));
+    agent.claims(&held(1, "crm", CRM, "allocated"));
+    let shown = host.virt_usb(&["claims"]);
+    assert!(String::from_utf8_lossy(&shown.stdout).contains("allocated"), "{shown:?}");
+    agent.signal("-TERM");
+    let mut agent = agent;
+    assert_eq!(agent.child.wait().unwrap().code(), Some(0));
+    assert_eq!(host.claims(), held(1, "crm", CRM, "allocated"), "guests keep what they have");
+}
+
+#[test]
+fn what_cannot_be_given_is_shown_with_what_to_do() {
+    let host = Host::new("");
+    // The guest has two ports; its flavor's devices fill them, and the operator's wish comes too late.
+    let keys = device("0001", "1-1", 5, "") + &device("0002", "1-2", 6, "");
+    show(&host, &(keys + &guest("erp", ERP, "ports = 1\nspice = true")));
+    let agent = Agent::start(&host);
+    agent.claims(&held(1, "erp", ERP, "allocated"));
+    let redirected = guest("crm", CRM, "").replace(
+        r#""usb_devices":[{"vendor_id":"0529"}]"#,
+        r#""usb_redirection_devices":[{"bus":"usb","type":"spicevmc"}]"#,
+    );
+    let text = std::fs::read_to_string(host.path("sim.toml")).unwrap();
+    show(&host, &(text + &redirected));
+    // The hook sees it first, and says it where the user still reads.
+    agent.until("crm is refused", || agent.log().contains("but has no SPICE graphics to carry it"));
+}
+
+#[test]
+fn it_may_be_killed_at_any_moment() {
+    let host = Host::new("");
+    let mut dice = 12_345u64;
+    let mut roll = |sides: u64| {
+        dice = dice.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (dice >> 33) % sides
+    };
+    let both = |key: bool, erp: bool, crm: bool, number: u64| {
+        let key = if key {
+            device("0001", "1-1", 5 + number as u8 % 100, "serial = 'HL-1'")
+        } else {
+            String::new()
+        };
+        key + &guest("erp", ERP, &format!("running = {erp}"))
+            + &guest("crm", CRM, &format!("running = {crm}"))
+    };
+    for round in 0..12 {
+        show(&host, &both(roll(4) > 0, roll(2) > 0, roll(2) > 0, round));
+        let agent = Agent::start(&host);
+        std::thread::sleep(Duration::from_millis(roll(120)));
+        show(&host, &both(roll(4) > 0, roll(2) > 0, roll(2) > 0, round + 50));
+        std::thread::sleep(Duration::from_millis(roll(300)));
+        drop(agent);
+        assert_eq!(host.store().check().unwrap(), Vec::<String>::new());
+    }
+    show(&host, &both(true, true, false, 99));
+    let agent = Agent::start(&host);
+    // What the last one left behind may belong to the other, which does not run any more.
+    agent.claims(&held(1, "erp", ERP, "allocated"));
+    assert_eq!(host.store().check().unwrap(), Vec::<String>::new());
+}
+
+#[test]
+fn rules_are_read_again_and_a_bad_edit_is_refused() {
+    let host = Host::new("");
+    let before = std::fs::read_to_string(host.config_file()).unwrap();
+    show(&host, &device("0001", "1-1", 5, ""));
+    let agent = Agent::start(&host);
+    let status =
+        || host.store().devices().unwrap().first().map(|r| r.entry.status.clone()).unwrap_or_default();
+    agent.until("it is ready", || agent.log().contains(" ready"));
+    agent.until("it is offered", || status() == "available");
+    let write = |text: &str| std::fs::write(host.config_file(), text).unwrap();
+    write(&format!("{before}usb_white_list_switch = 'perhaps'\n"));
+    agent.signal("-HUP");
+    agent.until("it is refused", || agent.log().contains("the rules before count on"));
+    assert_eq!(status(), "available");
+    write(&format!("{before}usb_white_list_switch = 'on'\n"));
+    agent.signal("-HUP");
+    agent.until("it is withdrawn", || status() == "unavailable");
+    // The file's change alone is enough.
+    write(&before);
+    agent.until("it is offered again", || status() == "available");
+}
+
+#[test]
+fn there_is_one_a_host_and_the_hook_knows_whether_it_lives() {
+    let host = Host::new("");
+    show(&host, &device("0001", "1-1", 5, ""));
+    let prepare = |xml: &str| host.call(&["vm", "prepare", "begin", "-"], xml.as_bytes());
+    let asks = domain("vm", 1, r#"{"usb_devices":[{"vendor_id":"0529"}]}"#);
+    let said = |output: &std::process::Output| String::from_utf8_lossy(&output.stderr).into_owned();
+    {
+        let _agent = Agent::start(&host);
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while host.claims().is_empty() && Instant::now() < deadline && !host.path("state/hook.sock").exists()
+        {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        _agent.until("it is ready", || _agent.log().contains(" ready"));
+        let second = command(&host).output().unwrap();
+        assert_eq!(second.status.code(), Some(1));
+        assert!(said(&second).contains("another agent runs on"), "{}", said(&second));
+    }
+    // The simulated sysfs is the agent's own: the hook of this test looks at another.
+    host.discover(&device("0001", "1-1", 5, ""));
+    let refused = prepare(&asks);
+    assert_eq!(refused.status.code(), Some(1));
+    assert!(
+        said(&refused).contains("the agent that attaches them does not run: 'systemctl start virt-usbd'"),
+        "{}",
+        said(&refused)
+    );
+    assert_eq!(host.claims(), "", "nothing is held for a guest that does not start");
+    // Who asks for nothing is not hurt, and whoever wants to do without says so.
+    assert_eq!(prepare(&domain("vm", 1, "")).status.code(), Some(0));
+    let keys = std::fs::read_to_string(host.config_file()).unwrap();
+    std::fs::write(host.config_file(), format!("{keys}require_agent = false\n")).unwrap();
+    assert_eq!(prepare(&asks).status.code(), Some(0));
+    std::fs::write(host.config_file(), format!("{keys}require_agent = true\n")).unwrap();
+    std::fs::remove_file(host.path("state/agent.lock")).unwrap();
+    let refused = prepare(&asks);
+    assert!(said(&refused).contains("but none is installed"), "{}", said(&refused));
+}
+
+#[test]
+fn it_counts() {
+    let host = Host::new("");
+    let keys = std::fs::read_to_string(host.config_file()).unwrap();
+    let socket = host.path("metrics");
+    std::fs::write(host.config_file(), format!("{keys}metrics = {socket:?}\n")).unwrap();
+    show(&host, &(device("0001", "1-1", 5, "") + &guest("erp", ERP, "")));
+    let agent = Agent::start(&host);
+    agent.claims(&held(1, "erp", ERP, "allocated"));
+    let call = host.call(&["vm", "reconnect", "begin", "-"], domain("vm", 1, "").as_bytes());
+    assert_eq!(call.status.code(), Some(0));
+    let get = |path: &str| {
+        let mut stream = UnixStream::connect(&socket).unwrap();
+        stream.write_all(format!("GET {path} HTTP/1.0\r\n\r\n").as_bytes()).unwrap();
+        let mut text = String::new();
+        stream.read_to_string(&mut text).unwrap();
+        text
+    };
+    for line in [
+        "virt_usb_attaches_total{result=\"done\"} 1",
+        "virt_usb_libvirt_connected 1",
+        "virt_usb_hook_seconds_count{operation=\"reconnect\",exit=\"0\"} 1",
+    ] {
+        agent.until(line, || get("/metrics").contains(line));
+    }
+    assert!(get("/").starts_with("HTTP/1.0 404"));
+}
