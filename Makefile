@@ -7,7 +7,7 @@ CARGO := cargo
 # flag for everything would break proc-macros and libusb.
 STATIC_HOOK := $(CARGO) rustc --release -p virt-usb-hook --bin virt-usb-hook -- -C target-feature=+crt-static -C lto=fat -C codegen-units=1
 
-.PHONY: help deps test-deps build filter run test lint suite corpus embedding bench fuzz soak install-hook clean
+.PHONY: help deps test-deps build filter run test lint suite corpus embedding bench fuzz soak install-hook install-agent clean
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -60,6 +60,9 @@ soak: test-deps build corpus ## what takes longer than a change may: many more r
 
 install-hook: build ## put the hook where libvirt calls it (root)
 	@install/hook
+
+install-agent: build ## put the agent and its systemd unit in place (root); starts nothing
+	@install/agent
 
 clean:
 	@$(CARGO) clean

@@ -73,3 +73,35 @@ fn state_dir_is_made_where_the_configuration_says() {
     ok(&install(dest.path(), &[]));
     assert!(dest.path().join("srv/usb").is_dir() && !dest.path().join("var/lib/virt-usb").exists());
 }
+
+#[test]
+fn the_agent_comes_with_a_unit_that_lets_it_do_little() {
+    let dest = tempfile::tempdir().unwrap();
+    let agent = |arguments: &[&str]| {
+        Command::new(root().join("install/agent"))
+            .args(arguments)
+            .env("DESTDIR", dest.path())
+            .output()
+            .unwrap()
+    };
+    ok(&agent(&[]));
+    ok(&agent(&[]));
+    let program = dest.path().join("usr/sbin/virt-usbd");
+    assert_eq!(
+        std::fs::read(&program).unwrap(),
+        std::fs::read(virt_usb_suite::program("virt-usbd")).unwrap()
+    );
+    let unit = std::fs::read_to_string(dest.path().join("usr/lib/systemd/system/virt-usbd.service")).unwrap();
+    for line in [
+        "User=virt-usb",
+        "Before=libvirtd.service virtqemud.service",
+        "Type=notify",
+        "CapabilityBoundingSet=",
+        "NoNewPrivileges=yes",
+    ] {
+        assert!(unit.lines().any(|l| l == line), "{line}");
+    }
+    ok(&agent(&["--remove"]));
+    assert!(!program.exists());
+    assert!(!agent(&["--purge"]).status.success());
+}

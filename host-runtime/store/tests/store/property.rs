@@ -322,6 +322,8 @@ impl Life {
                 // too: which device serves which may differ the second time.
                 let place = |mut c: ClaimRow| {
                     c.request = c.request.filter(|_| !pending);
+                    // One that is pending has a new time, which is a change.
+                    c.revision = 0;
                     c
                 };
                 let now: Vec<_> = store.claims().unwrap().into_iter().map(place).collect();
