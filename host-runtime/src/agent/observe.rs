@@ -2,10 +2,10 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use virt_usb_domxml::Domain;
+use virt_usb_domxml::{Domain, UsbHostdev};
 use virt_usb_hook::config::{Config, ReplugPolicy};
 use virt_usb_hook::wish::Wish;
-use virt_usb_model::{DeviceId, Flavor, InstanceId};
+use virt_usb_model::{BusAddress, DeviceId, Flavor, InstanceId};
 use virt_usb_store::claim::Asker;
 use virt_usb_store::{ClaimRow, Record, Store, StoreError};
 
@@ -39,6 +39,37 @@ impl View {
         }
         for problem in store.problems()? {
             view.problems.entry(problem.instance_uuid).or_default().insert(problem.about, problem.what);
+        }
+        Ok(view)
+    }
+
+    /// As much of it as one instance has to do with.
+    ///
+    /// # Errors
+    /// When the database cannot be read.
+    pub fn read_about(
+        store: &Store,
+        instance: InstanceId,
+        guest: Option<&Guest>,
+    ) -> Result<Self, StoreError> {
+        let hostdevs = guest.map_or(&[][..], |g| &g.domain.hostdevs);
+        let ids: Vec<DeviceId> = hostdevs.iter().filter_map(UsbHostdev::injected).collect();
+        let addresses: Vec<BusAddress> = hostdevs.iter().filter_map(|h| h.address).collect();
+        let mut view = Self::default();
+        for record in store.devices_about(instance, &ids, &addresses)? {
+            let id = record.entry.id;
+            view.holders.extend(record.entry.instance_uuid.map(|holder| (id, holder)));
+            view.devices.insert(id, record);
+        }
+        let claims = store.claims_of(instance)?;
+        if !claims.is_empty() {
+            view.claims.insert(instance, claims);
+        }
+        if !store.assignments(instance)?.is_empty() {
+            view.assigned.insert(instance);
+        }
+        for problem in store.problems()?.into_iter().filter(|p| p.instance_uuid == instance) {
+            view.problems.entry(instance).or_default().insert(problem.about, problem.what);
         }
         Ok(view)
     }

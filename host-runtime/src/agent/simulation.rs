@@ -51,7 +51,7 @@ impl Simulation {
         let file = self.file.clone();
         std::thread::Builder::new().name("simulation".into()).spawn(move || watch(&file, &devices))?;
         let text = Arc::new(Mutex::new(String::new()));
-        let source = FileSource { simulation: self, text: text.clone() };
+        let source = FileSource { simulation: self, text: text.clone(), known: Mutex::default() };
         let domains = hypervisor.clone();
         let after = move || {
             let text = text.lock().unwrap_or_else(PoisonError::into_inner).clone();
@@ -66,15 +66,20 @@ impl Simulation {
     }
 }
 
+/// What tells one state of the file from another.
+type Stamp = (SystemTime, u64, u64);
+
+fn stamp(file: &Path) -> Option<Stamp> {
+    use std::os::unix::fs::MetadataExt;
+    let found = std::fs::metadata(file).ok()?;
+    Some((found.modified().ok()?, found.len(), found.ino()))
+}
+
 fn watch(file: &Path, devices: &Sender<Nudge>) {
-    let stamp = || -> Option<(SystemTime, u64)> {
-        let found = std::fs::metadata(file).ok()?;
-        Some((found.modified().ok()?, found.len()))
-    };
-    let mut known = stamp();
+    let mut known = stamp(file);
     loop {
         std::thread::sleep(LOOK);
-        let now = stamp();
+        let now = stamp(file);
         if now != known {
             known = now;
             if devices.send(Nudge::Usb).is_err() {
@@ -88,10 +93,19 @@ fn watch(file: &Path, devices: &Sender<Nudge>) {
 struct FileSource {
     simulation: Simulation,
     text: Arc<Mutex<String>>,
+    /// As it was read last.
+    known: Mutex<Option<(Stamp, Snapshot)>>,
 }
 
 impl UsbSource for FileSource {
     fn snapshot(&self) -> Snapshot {
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        let now = stamp(&self.simulation.file);
+        if let (Some(now), Some((then, snapshot))) = (now, &*known)
+            && now == *then
+        {
+            return snapshot.clone();
+        }
         let read = || {
             let (text, simulated) = self.simulation.read()?;
             simulated.write_sysfs(&self.simulation.sysfs).context("cannot write the simulated sysfs")?;
@@ -100,6 +114,7 @@ impl UsbSource for FileSource {
         match read() {
             Ok((text, snapshot)) => {
                 *self.text.lock().unwrap_or_else(PoisonError::into_inner) = text;
+                *known = now.map(|now| (now, snapshot.clone()));
                 snapshot
             }
             Err(e) => Snapshot {

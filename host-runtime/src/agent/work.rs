@@ -110,7 +110,7 @@ impl Worker {
                 Some(guest) => Seen::Running(guest),
                 None => Seen::Absent { seconds: gone.seconds, undefined: gone.undefined },
             };
-            let view = View::read(&self.store)?;
+            let view = View::read_about(&self.store, instance, guest.as_ref())?;
             let mut steps = view.plan(instance, seen, self.config.replug);
             steps.retain(|s| s.about().is_none_or(|a| !blocked.contains(&a) && !report.failed.contains(&a)));
             // A step that was done and is planned again did not do what it should.

@@ -174,6 +174,35 @@ impl Store {
         self.all("SELECT * FROM claims ORDER BY device_id", [], ClaimRow::read)
     }
 
+    /// What has to do with one instance: the devices that it holds, those of these ids, those at these addresses.
+    ///
+    /// # Errors
+    /// When the database cannot be read.
+    pub fn devices_about(
+        &self,
+        instance: InstanceId,
+        ids: &[DeviceId],
+        addresses: &[BusAddress],
+    ) -> Result<Vec<Record>, StoreError> {
+        // Numbers and addresses hold nothing that SQL would read.
+        let ids: Vec<String> = ids.iter().map(ToString::to_string).collect();
+        let addresses: Vec<String> = addresses.iter().map(|a| format!("'{a}'")).collect();
+        self.records(&format!(
+            "deleted = 0 AND (instance_uuid = '{instance}' OR id IN ({}) OR address IN ({}))",
+            ids.join(", "),
+            addresses.join(", ")
+        ))
+    }
+
+    /// What one instance holds, by device.
+    ///
+    /// # Errors
+    /// When the database cannot be read.
+    pub fn claims_of(&self, instance: InstanceId) -> Result<Vec<ClaimRow>, StoreError> {
+        let sql = "SELECT * FROM claims WHERE instance_uuid = ?1 ORDER BY device_id";
+        self.all(sql, [instance.to_string()], ClaimRow::read)
+    }
+
     pub(crate) fn records(&self, which: &str) -> Result<Vec<Record>, StoreError> {
         self.all(&format!("SELECT * FROM usb_devices WHERE {which} ORDER BY id"), [], Record::read)
     }

@@ -11,6 +11,7 @@
 //!                                                        all ──► table
 //! ```
 
+mod agent;
 mod calls;
 mod claims;
 mod crowd;
@@ -43,6 +44,7 @@ fn main() -> Result<()> {
     memory::measure(&programs, &mut table)?;
     crowd::measure(&programs, &mut table)?;
     claims::measure(&mut table)?;
+    agent::measure(&programs, &mut table)?;
     filter::measure(&programs, &mut table)?;
     python::measure(&programs, &mut table)?;
     show(&table.to_string())
