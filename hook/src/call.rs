@@ -93,8 +93,19 @@ pub struct Call {
     pub op: String,
     /// What it means.
     pub operation: Operation,
-    /// Whether the caller starts what is printed at `prepare`. libvirt throws it away, so that the agent must attach what is claimed.
-    pub uses_output: bool,
+    /// By whom it is made.
+    pub caller: Caller,
+}
+
+/// Who calls, and what becomes of the output.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Caller {
+    /// A process of its own, made by libvirtd or a person. libvirt throws away what `prepare` prints, so that the agent must attach what is claimed.
+    Process,
+    /// The simulated hypervisor: as libvirtd, but in a process that goes on.
+    Simulation,
+    /// `virt-usb start`: it starts what is printed.
+    Starter,
 }
 
 /// What the arguments ask for.
@@ -146,7 +157,7 @@ fn handle(config: Option<&str>, name: &str, op: &str, extra: &str) -> Asked {
         name: name.to_owned(),
         op: op.to_owned(),
         operation,
-        uses_output: false,
+        caller: Caller::Process,
     })
 }
 

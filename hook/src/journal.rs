@@ -111,7 +111,7 @@ mod tests {
             name: "erp\nMESSAGE=forged".into(),
             op: "prepare".into(),
             operation: Operation::Gate,
-            uses_output: false,
+            caller: crate::call::Caller::Process,
         }
     }
 

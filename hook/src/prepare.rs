@@ -7,6 +7,7 @@ use virt_usb_store::claim::{Asker, Claimed, Granted, Standing, Want};
 use virt_usb_store::{Assignment, Context, Source, Store};
 
 use crate::answer::Answer;
+use crate::call::Caller;
 use crate::config::{Config, HoldPolicy, RequireAgent};
 use crate::guest::{Guest, Ports, holding, open};
 use crate::machine::{self, Agent};
@@ -40,7 +41,9 @@ pub(crate) fn prepare(job: &Job<'_>) -> Result<Answer, Fault> {
     let flavor = wish.resolve(&gate.store)?;
     gate.concerned |= !flavor.is_empty();
     let answer = gate.claim(&flavor)?;
-    gate.store.leave();
+    if job.call.caller == Caller::Process {
+        gate.store.leave();
+    }
     Ok(answer)
 }
 
@@ -194,7 +197,7 @@ fn rewritten(job: &Job<'_>, config: &Config, guest: &Guest<'_>, did: String) -> 
     if job.domain.hostdevs.iter().any(|h| h.has_startup_policy) {
         answer = answer.warn("a <hostdev> of the domain has a startupPolicy: with its device missing, QEMU takes any other it can open; take the attribute out");
     }
-    if answer.xml.is_none() || job.call.uses_output {
+    if answer.xml.is_none() || job.call.caller == Caller::Starter {
         return Ok(answer);
     }
     Ok(match machine::agent(&config.state_dir) {
@@ -207,7 +210,7 @@ fn rewritten(job: &Job<'_>, config: &Config, guest: &Guest<'_>, did: String) -> 
 /// libvirt throws away what is printed: a guest that the agent must give its device does not start without the agent, where
 /// the configuration says so.
 fn refuse_without_agent(job: &Job<'_>, config: &Config) -> Option<Answer> {
-    if job.call.uses_output {
+    if job.call.caller == Caller::Starter {
         return None;
     }
     let name = &job.domain.name;

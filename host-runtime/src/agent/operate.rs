@@ -4,7 +4,7 @@
 use std::collections::BTreeSet;
 
 use virt_usb_domxml::Domain;
-use virt_usb_hook::call::{Call, Operation};
+use virt_usb_hook::call::{Call, Caller, Operation};
 use virt_usb_hook::config::Config;
 use virt_usb_hook::guest::Ports;
 use virt_usb_hook::input::Input;
@@ -258,7 +258,7 @@ pub fn start(
         name: name.to_owned(),
         op: "prepare".to_owned(),
         operation: Operation::Gate,
-        uses_output: true,
+        caller: Caller::Starter,
     };
     let config = Config::clone(&worker.config);
     let answer = run::handle_with(Ok(config), &call, Input::Xml(definition.clone().into_bytes())).answer;

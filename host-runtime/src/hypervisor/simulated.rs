@@ -12,7 +12,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use serde::Deserialize;
 use virt_usb_domxml::Fit;
-use virt_usb_hook::call::{Call, Happened, Operation};
+use virt_usb_hook::call::{Call, Caller, Happened, Operation};
 use virt_usb_hook::config::Config;
 use virt_usb_hook::input::Input;
 use virt_usb_hook::run;
@@ -163,7 +163,7 @@ impl SimulatedHypervisor {
             name: domain.spec.name.clone(),
             op: op.to_owned(),
             operation,
-            uses_output: false,
+            caller: Caller::Simulation,
         };
         let xml = xml(instance, &domain).into_bytes();
         let handled = run::handle_with(Ok(self.config.clone()), &call, Input::Xml(xml));
