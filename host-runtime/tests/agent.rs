@@ -292,6 +292,8 @@ enum Act {
     /// Works on one instance, cut off after so many calls.
     Work(usize, usize),
     ByHand(usize, usize),
+    /// Takes the first device out of a guest with his own hands.
+    TakeByHand(usize),
     Give(usize, usize),
     Take(usize, usize),
 }
@@ -306,6 +308,7 @@ fn acts() -> impl Strategy<Value = Vec<Act>> {
         4 => Just(Act::Scan),
         6 => (0..3usize, prop_oneof![Just(NEVER), 0..8usize]).prop_map(|(n, fuse)| Act::Work(n, fuse)),
         1 => (0..3usize, 0..PORTS).prop_map(|(n, p)| Act::ByHand(n, p)),
+        1 => (0..3usize).prop_map(Act::TakeByHand),
         2 => (0..3usize, 1..6usize).prop_map(|(n, d)| Act::Give(n, d)),
         2 => (0..3usize, 1..6usize).prop_map(|(n, d)| Act::Take(n, d)),
     ];
@@ -359,6 +362,13 @@ impl World {
                     );
                     // Another guest may have it: then libvirt refuses.
                     drop(self.simulated.attach(instance(*n), &hostdev));
+                }
+            }
+            Act::TakeByHand(n) => {
+                let live = self.live();
+                let domain = live.iter().find(|(id, _)| *id == instance(*n)).map(|(_, d)| d);
+                if let Some(alias) = domain.and_then(|d| d.hostdevs.first()?.alias.clone()) {
+                    self.simulated.detach(instance(*n), &alias).unwrap();
                 }
             }
             // Refusals are right answers here; what must hold is looked at afterwards.
@@ -510,4 +520,15 @@ fn hands_are_seen_and_two_hands_are_told() {
     world.is_settled().unwrap();
     let events = world.worker.store.events(&virt_usb_store::events::Filter::default()).unwrap();
     assert!(events.iter().any(|e| e.event == "adopted"));
+    // Unplugged and back: its guest's still. Taken out by the hand that gave it: free.
+    world.act(&Act::Unplug(1));
+    world.settle();
+    world.plug(1, 1);
+    world.settle();
+    let alias = world.live()[0].1.hostdevs[0].alias.clone().unwrap();
+    assert_eq!(world.worker.store.claims().unwrap()[0].state, "allocated");
+    world.simulated.detach(instance(2), &alias).unwrap();
+    world.settle();
+    assert_eq!(world.worker.store.claims().unwrap(), []);
+    world.is_settled().unwrap();
 }

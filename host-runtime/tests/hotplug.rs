@@ -2,7 +2,12 @@
 //!
 //! Each test starts this program again under `umockdev-wrapper`: whoever sends uevents must be preloaded itself, and a process has one
 //! testbed.
-#![allow(clippy::unwrap_used, clippy::panic, clippy::print_stdout, reason = "a test fails by panicking, and tells figures")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::print_stdout,
+    reason = "a test fails by panicking, and tells figures"
+)]
 
 use std::ffi::{CString, c_char, c_int, c_void};
 use std::io::ErrorKind;

@@ -238,25 +238,32 @@ impl<'a> Present<'a> {
                 steps.push(Step::Detach { alias, device });
             }
         }
-        let settled = |c: &&ClaimRow| {
-            !c.pending
-                && (c.state == "allocated")
-                    == (in_guest.contains(&c.device_id) || stale.contains(&c.device_id))
-        };
-        if !self.instance.claims.iter().all(settled) {
-            let in_guest = in_guest.union(&stale).copied().collect();
-            steps.push(Step::Settle { in_guest });
+        let is_away = |c: &ClaimRow| !in_guest.contains(&c.device_id) && !stale.contains(&c.device_id);
+        let (taken, held): (Vec<&ClaimRow>, Vec<&ClaimRow>) =
+            self.instance.claims.iter().partition(|c| is_away(c) && self.was_taken_by_hand(c));
+        let settled =
+            |c: &&ClaimRow| !c.pending && (c.state == "allocated") == in_guest.contains(&c.device_id);
+        if !held.iter().all(settled) {
+            // Before a stale hostdev goes: what is not in the guest then was not taken by anybody.
+            steps.insert(0, Step::Settle { in_guest: in_guest.iter().copied().collect() });
         }
-        for claim in self.instance.claims {
-            let device = claim.device_id;
-            if !in_guest.contains(&device) && !stale.contains(&device) {
-                steps.extend(self.missing(claim));
-            }
+        for claim in taken {
+            let (device, revision) = (claim.device_id, claim.revision);
+            steps.insert(0, Step::Release { device, revision, why: "detached by hand" });
+        }
+        for claim in held.into_iter().filter(|c| is_away(c)) {
+            steps.extend(self.missing(claim));
         }
         let redirections = missing_redirdevs(&self.guest.domain, self.guest.redirections);
         steps.extend(redirections.into_iter().map(|n| Step::Redirect { n }));
         self.tell(problems, &mut steps);
         steps
+    }
+
+    /// A device that somebody gave to the guest with his own hands, and has taken out again: nobody asked for it.
+    fn was_taken_by_hand(&self, claim: &ClaimRow) -> bool {
+        let present = self.host.devices.get(&claim.device_id).is_some_and(|record| record.present);
+        claim.request.is_none() && claim.state == "allocated" && !claim.pending && present
     }
 
     /// A claim whose device is not in the guest.
