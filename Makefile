@@ -7,7 +7,7 @@ CARGO := cargo
 # flag for everything would break proc-macros and libusb.
 STATIC_HOOK := $(CARGO) rustc --release -p virt-usb-hook --bin virt-usb-hook -- -C target-feature=+crt-static -C lto=fat -C codegen-units=1
 
-.PHONY: help deps test-deps build filter run test lint suite corpus embedding bench fuzz soak install-hook install-agent clean
+.PHONY: help deps test-deps build filter run test lint suite corpus embedding live bench fuzz soak install-hook install-agent clean
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -29,7 +29,7 @@ filter: deps ## the scheduler's filter, as a component and as a core module
 run: build ## the main job as a story, on this machine's devices or a recorded host's
 	@tests/story/run
 
-test: test-deps lint build corpus suite embedding ## everything that a change must pass
+test: test-deps lint build corpus suite embedding live ## everything that a change must pass
 
 lint:
 	@echo "== formatting and lints"
@@ -48,6 +48,12 @@ embedding: build ## the filter in Python and JavaScript (brings wasmtime from Py
 	@echo "== the filter in other languages"
 	@tests/embedding/run
 
+live: build ## real libvirtd and real guests, here and in a VM with real USB devices (root)
+	@echo "== libvirtd and guests on this machine"
+	@tests/live/run machine
+	@echo "== a compute host in a VM, with real USB devices"
+	@tests/live/run nested
+
 bench: build embedding ## the figures of BENCHMARKS.md
 	@$(CARGO) run --release -p virt-usb-bench
 
@@ -57,6 +63,8 @@ fuzz: ## ten minutes of each fuzz target (installs cargo-fuzz)
 soak: test-deps build corpus ## what takes longer than a change may: many more random runs
 	@echo "== long property tests"
 	@PROPTEST_CASES=20000 $(CARGO) test --release --workspace
+	@echo "== 200 kills in the VM"
+	@tests/live/run nested --case crash.random_moments --kills 200
 
 install-hook: build ## put the hook where libvirt calls it (root)
 	@install/hook
