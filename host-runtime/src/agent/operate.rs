@@ -249,7 +249,7 @@ pub fn start(
 ) -> Result<(Started, Vec<String>), OperateError> {
     // Its image holds its devices: the hook's restore filter gives it those of now.
     if libvirt.is_saved(instance)? {
-        let started = libvirt.start(instance, "")?;
+        let started = libvirt.start(instance, None)?;
         return Ok((started, Vec::new()));
     }
     let definition = libvirt.definition(instance)?;
@@ -261,15 +261,12 @@ pub fn start(
         caller: Caller::Starter,
     };
     let config = Config::clone(&worker.config);
-    let answer = run::handle_with(Ok(config), &call, Input::Xml(definition.clone().into_bytes())).answer;
+    let answer = run::handle_with(Ok(config), &call, Input::Xml(definition.into_bytes())).answer;
     if let Some(why) = answer.refusal {
         return refused(why);
     }
-    let xml = match answer.xml {
-        None => definition,
-        Some(xml) => String::from_utf8(xml).map_err(|e| WorkError::Xml(e.to_string()))?,
-    };
-    match libvirt.start(instance, &xml) {
+    let xml = answer.xml.map(String::from_utf8).transpose().map_err(|e| WorkError::Xml(e.to_string()))?;
+    match libvirt.start(instance, xml.as_deref()) {
         Ok(started) => Ok((started, answer.warnings)),
         Err(why) => {
             // Where libvirt has refused before it called the hook nobody else gives it back; a guest that runs after all keeps it.

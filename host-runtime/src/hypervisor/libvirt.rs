@@ -178,21 +178,22 @@ impl Libvirt {
             .map_err(|e| failure(&e))
     }
 
-    /// Starts a persistent domain with this XML in place of its definition, which stays as it is. A saved one is restored: starting it
-    /// afresh would leave an image behind that no longer fits its disks.
+    /// Starts a persistent domain, with other XML in place of its definition where there is some; the definition stays as it is. A saved
+    /// one is restored: starting it afresh would leave an image behind that no longer fits its disks.
     ///
     /// # Errors
     /// What libvirt says, our hook's message included.
-    pub fn start(&self, instance: InstanceId, xml: &str) -> Result<Started, Failure> {
+    pub fn start(&self, instance: InstanceId, xml: Option<&str>) -> Result<Started, Failure> {
         let open = self.connection()?;
         let domain = self.find(&open, instance)?;
-        if domain.has_managed_save(0).map_err(|e| failure(&e))? {
-            return domain.create().map(|_| Started::Restored).map_err(|e| failure(&e));
+        let saved = domain.has_managed_save(0).map_err(|e| failure(&e))?;
+        match xml.filter(|_| !saved) {
+            // The crate makes a C string of it.
+            Some(xml) if xml.contains('\0') => return Err(Failure::Refused("its XML holds a NUL".into())),
+            Some(xml) => Domain::create_xml(&open.0, xml, 0).map(drop).map_err(|e| failure(&e))?,
+            None => domain.create().map(drop).map_err(|e| failure(&e))?,
         }
-        if xml.contains('\0') {
-            return Err(Failure::Refused("its XML holds a NUL".into()));
-        }
-        Domain::create_xml(&open.0, xml, 0).map(|_| Started::Fresh).map_err(|e| failure(&e))
+        Ok(if saved { Started::Restored } else { Started::Fresh })
     }
 
     /// Whether the domain has a managed save image.
