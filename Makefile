@@ -7,7 +7,7 @@ CARGO := cargo
 # flag for everything would break proc-macros and libusb.
 STATIC_HOOK := $(CARGO) rustc --release -p virt-usb-hook --bin virt-usb-hook -- -C target-feature=+crt-static -C lto=fat -C codegen-units=1
 
-.PHONY: help deps test-deps build filter run test lint suite corpus embedding live bench fuzz soak install-hook install-agent clean
+.PHONY: help deps test-deps build filter run test lint suite corpus embedding live live-nested bench fuzz soak install-hook install-agent clean
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -48,10 +48,11 @@ embedding: build ## the filter in Python and JavaScript (brings wasmtime from Py
 	@echo "== the filter in other languages"
 	@tests/embedding/run
 
-live: build ## real libvirtd and real guests, here and in a VM with real USB devices (root)
+live: build ## real libvirtd and real guests on this machine (root)
 	@echo "== libvirtd and guests on this machine"
 	@tests/live/run machine
-	@echo "== a compute host in a VM, with real USB devices"
+
+live-nested: test-deps build ## a compute host in a VM, with real USB devices (root; a quarter of an hour)
 	@tests/live/run nested
 
 bench: build embedding ## the figures of BENCHMARKS.md

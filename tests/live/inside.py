@@ -1,0 +1,63 @@
+#!/usr/bin/python3
+"""Runs cases in the environment that `run` made: the one program that both places have in common."""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+sys.dont_write_bytecode = True
+
+from lib import case  # noqa: E402
+from lib.world import World  # noqa: E402
+
+# The files of cases, in the order in which they are run: what is quick and tells most comes first.
+FILES = {
+    "nested": ["passthrough", "hook", "live", "replug", "saved", "crash", "migration"],
+    "machine": ["gate", "endings", "redirection", "upkeep"],
+}
+
+
+def arguments():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("place", choices=FILES)
+    parser.add_argument("--case", action="append", default=[])
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--list", action="store_true")
+    parser.add_argument("--repo", default=str(Path(__file__).parents[2]))
+    return parser.parse_args()
+
+
+def say(text):
+    print(text, flush=True)
+
+
+def main():
+    asked = arguments()
+    folder = Path(__file__).parent / asked.place / "cases"
+    # Figures are no test: they are asked for.
+    figures = ["figures"] if any("figures" in name for name in asked.case) else []
+    files = [f for f in FILES[asked.place] + figures if (folder / f"{f}.py").exists()]
+    cases = case.matching(case.collect(f"{asked.place}.cases", files), asked.case)
+    if asked.list:
+        for one in cases:
+            say(f"{one.name:44} {one.title}{' (needs the agent)' if one.needs_agent else ''}")
+        return 0
+    if not cases:
+        say(f"no case has {' or '.join(asked.case)} in its name: see --list")
+        return 1
+    world = World(asked.repo, asked.seed, asked.kills, drawer(asked.place))
+    world.set_up()
+    return 0 if case.run_all(cases, world, say) else 1
+
+
+def drawer(place):
+    if place == "machine":
+        return None
+    from lib.gadgets import Drawer
+
+    return Drawer()
+
+
+sys.exit(main())

@@ -1,0 +1,132 @@
+"""Real USB devices without hardware: dummy_hcd's host controllers, and configfs gadgets plugged into them.
+
+Each dummy_hcd is a bus with one port. Writing a gadget's UDC file plugs it in, emptying it pulls it out.
+"""
+
+import os
+from pathlib import Path
+
+from .shell import Failure
+from .waiting import until
+
+GADGETS = Path("/sys/kernel/config/usb_gadget")
+SEEN = Path("/sys/bus/usb/devices")
+
+# Boot code for a stick: sets DS, prints the text behind it on COM1 (0x3f8), byte by byte, and halts for ever.
+BOOT_CODE = bytes.fromhex("fa31c08ed8be167cac84c07406baf803eeebf5f4ebfd")
+
+
+class Gadget:
+    """A mass-storage stick that tells a guest who boots from it its serial."""
+
+    def __init__(self, name, vendor, product, serial):
+        self.name, self.vendor, self.product, self.serial = name, vendor, product, serial
+        self.slot = None
+        self.folder = GADGETS / name
+        self._make()
+
+    def _make(self):
+        image = Path(f"/tmp/{self.name}.img")
+        sector = BOOT_CODE + f"BOOTED-FROM {self.serial or self.name}\r\n\0".encode()
+        image.write_bytes(sector.ljust(510, b"\0") + b"\x55\xaa" + bytes(1024 * 1024 - 512))
+        function = self.folder / "functions/mass_storage.0"
+        for folder in (self.folder, self.folder / "strings/0x409", self.folder / "configs/c.1", function):
+            folder.mkdir()
+        self._write("idVendor", f"0x{self.vendor}")
+        self._write("idProduct", f"0x{self.product}")
+        self._write("strings/0x409/manufacturer", "virt-usb tests")
+        self._write("strings/0x409/product", self.name)
+        if self.serial:
+            self._write("strings/0x409/serialnumber", self.serial)
+        self._write("functions/mass_storage.0/lun.0/file", str(image))
+        os.symlink(function, self.folder / "configs/c.1/mass_storage.0")
+
+    def _write(self, path, text):
+        (self.folder / path).write_text(text + "\n")
+
+    def plug(self, slot):
+        """Into the slot with this number; returns once the kernel lists it."""
+        self._write("UDC", f"dummy_udc.{slot}")
+        self.slot = slot
+        until(self.is_there, f"{self.name} in slot {slot} to be enumerated")
+        return self
+
+    def unplug(self):
+        if self.slot is None:
+            return
+        port = port_of(self.slot)
+        self._write("UDC", "")
+        self.slot = None
+        until(lambda: not (SEEN / port).exists(), f"{self.name} to vanish from port {port}")
+
+    def move(self, slot):
+        self.unplug()
+        return self.plug(slot)
+
+    def remove(self):
+        self.unplug()
+        # configfs wants it taken apart in this order.
+        (self.folder / "configs/c.1/mass_storage.0").unlink()
+        for folder in ("configs/c.1", "functions/mass_storage.0", "strings/0x409", "."):
+            (self.folder / folder).rmdir()
+
+    def port(self):
+        return port_of(self.slot)
+
+    def address(self):
+        """Bus and device, as the kernel has them now."""
+        at = SEEN / self.port()
+        return int((at / "busnum").read_text()), int((at / "devnum").read_text())
+
+    def driver(self):
+        """The kernel driver on it: usb-storage is the host's own, usbfs or none a guest's QEMU."""
+        link = SEEN / f"{self.port()}:1.0" / "driver"
+        return link.resolve().name if link.exists() else None
+
+    def is_there(self):
+        try:
+            at = SEEN / self.port()
+            return (at / "idVendor").read_text().strip() == self.vendor and self.address()[1] > 1 and (at / "bConfigurationValue").read_text().strip()
+        except (OSError, ValueError, Failure):
+            return False
+
+
+def port_of(slot):
+    """A slot's port path, such as "3-1"."""
+    buses = list(Path(f"/sys/devices/platform/dummy_hcd.{slot}").glob("usb*"))
+    if not buses:
+        raise Failure(f"slot {slot} has no bus: is dummy_hcd loaded with so many?")
+    return f"{buses[0].name.removeprefix('usb')}-1"
+
+
+def renew(*slots):
+    """Takes these controllers away and brings them back: their device numbers begin again, as after a reboot."""
+    driver = Path("/sys/bus/platform/drivers/dummy_hcd")
+    for verb in ("unbind", "bind"):
+        for slot in slots:
+            (driver / verb).write_text(f"dummy_hcd.{slot}\n")
+    for slot in slots:
+        until(lambda: list(Path(f"/sys/devices/platform/dummy_hcd.{slot}").glob("usb*")), f"slot {slot}'s bus")
+
+
+class Drawer:
+    """All gadgets of a case, so that they can be put away."""
+
+    def __init__(self):
+        self.gadgets = []
+
+    def stick(self, name, vendor="0951", product="1666", serial=None, slot=None):
+        gadget = Gadget(name, vendor, product, serial)
+        self.gadgets.append(gadget)
+        return gadget if slot is None else gadget.plug(slot)
+
+    def twins(self, count, serials=True):
+        """Sticks of one product, in the first slots."""
+        return [self.stick(f"twin{n}", serial=f"SN{n}" if serials else None, slot=n) for n in range(count)]
+
+    def empty(self):
+        while self.gadgets:
+            self.gadgets.pop().remove()
+
+    def plugged(self):
+        return [g for g in self.gadgets if g.slot is not None]

@@ -1,0 +1,107 @@
+"""What must hold on a host whatever has crashed. Each check returns what is wrong, in words."""
+
+from collections import defaultdict
+
+from .waiting import until_none
+
+# The agent frees what an absent guest held after two looks, 10 s apart; it must first be up and connected again.
+GRACE = 45
+
+
+class Host:
+    """One look at everything: the guests' live XML, the inventory, what is really plugged in."""
+
+    def __init__(self, w):
+        self.live = {name: w.virsh.hostdevs(name) for name in w.virsh.running()}
+        self.uuids = {name: w.virsh.must("domuuid", name, quiet=True).strip() for name in self.live}
+        self.claims = w.product.claims()
+        self.devices = [d for d in w.product.devices() if not d["deleted"]]
+        self.plugged = {g.serial: (g.address(), g.port()) for g in w.drawer.plugged()}
+
+
+def shared(host):
+    """A device in two guests: never, not even for a moment."""
+    users = defaultdict(list)
+    for name, hostdevs in host.live.items():
+        for hostdev in hostdevs:
+            users[hostdev.address].append(name)
+    real = {address for address, _ in host.plugged.values()}
+    return [f"device {a} is in {' and '.join(names)}" for a, names in users.items() if len(names) > 1 and a in real]
+
+
+def doubly_claimed(host):
+    holders = defaultdict(set)
+    for claim in host.claims:
+        holders[claim["device_id"]].add(claim["instance_uuid"])
+    return [f"device {device} is held by {sorted(who)}" for device, who in holders.items() if len(who) > 1]
+
+
+def orphans(host):
+    running = set(host.uuids.values())
+    return [f"device {c['device_id']} is held by {c['domain']}, which does not run" for c in host.claims if c["instance_uuid"] not in running]
+
+
+def misallocated(host):
+    """Allocated means: in exactly its guest, with the address of now."""
+    wrong = []
+    names = {uuid: name for name, uuid in host.uuids.items()}
+    rows = {d["id"]: d for d in host.devices}
+    for claim in host.claims:
+        row = rows.get(claim["device_id"])
+        if row is None or row["serial"] not in host.plugged:
+            continue
+        address, _ = host.plugged[row["serial"]]
+        users = [name for name, hostdevs in host.live.items() if address in [h.address for h in hostdevs]]
+        if claim["state"] != "allocated":
+            wrong.append(f"{row['serial']} is {claim['state']} for {claim['domain']}, not allocated")
+        elif users != [names.get(claim["instance_uuid"])]:
+            wrong.append(f"{row['serial']} at {address} is allocated to {claim['domain']}, and is in {users}")
+    return wrong
+
+
+def unclaimed(host):
+    """A device in a guest that the inventory knows nothing of."""
+    rows = {d["serial"]: d["id"] for d in host.devices}
+    held = {(c["instance_uuid"], c["device_id"]) for c in host.claims}
+    wrong = []
+    for serial, (address, _) in host.plugged.items():
+        for name, hostdevs in host.live.items():
+            if address in [h.address for h in hostdevs] and (host.uuids[name], rows.get(serial)) not in held:
+                wrong.append(f"{serial} is in {name} without a claim")
+    return wrong
+
+
+def lost(host):
+    """What is plugged in is in the inventory, where it is now."""
+    wrong = []
+    rows = {d["serial"]: d for d in host.devices}
+    for serial, ((bus, device), port) in host.plugged.items():
+        row = rows.get(serial)
+        found = row and (row["bus_id"], row["device_id"], row["port_path"])
+        if found != (bus, device, port):
+            wrong.append(f"{serial} is at {(bus, device, port)}, the inventory says {found}")
+    return wrong
+
+
+def never(w):
+    """For every moment."""
+    host = Host(w)
+    return shared(host) + doubly_claimed(host)
+
+
+def all_of(w):
+    host = Host(w)
+    checks = (shared, doubly_claimed, orphans, misallocated, unclaimed, lost)
+    return [problem for check in checks for problem in check(host)]
+
+
+def settle(w, seconds=GRACE):
+    """Waits until all hold; and what may never be must not be meanwhile."""
+
+    def problems():
+        host = Host(w)
+        if worst := shared(host) + doubly_claimed(host):
+            raise AssertionError("; ".join(worst))
+        return [p for check in (orphans, misallocated, unclaimed, lost) for p in check(host)]
+
+    until_none(problems, "what must hold after a crash", seconds)

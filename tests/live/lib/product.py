@@ -1,0 +1,142 @@
+"""What is under test, installed and used as an operator would."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+from .shell import Failure, must, run
+from .waiting import until
+
+HOOKS = Path("/etc/libvirt/hooks/qemu.d")
+CONFIG = Path("/etc/virt-usb/config.toml")
+LOGS = Path("/var/log/virt-usb")
+HOOK_LOG = LOGS / "hook.log"
+AGENT_LOG = LOGS / "agent.log"
+STATE = Path("/var/lib/virt-usb")
+AGENT = Path("/usr/sbin/virt-usbd")
+USER = "virt-usb"
+
+
+class Product:
+    def __init__(self, repo):
+        self.repo = Path(repo)
+        self.agent = Agent()
+
+    def has_agent(self):
+        return (self.repo / "target/release/virt-usbd").exists()
+
+    def install(self):
+        must(self.repo / "install/hook", timeout=120)
+        if self.has_agent():
+            must(self.repo / "install/agent", timeout=120)
+        if run("getent", "passwd", USER, quiet=True).status:
+            must("useradd", "--system", "--no-create-home", "--shell", "/usr/sbin/nologin", USER)
+        # What its unit says (SupplementaryGroups).
+        must("usermod", "--append", "--groups", "libvirt", USER)
+        LOGS.mkdir(parents=True, exist_ok=True)
+        LOGS.chmod(0o777)
+
+    def fresh(self):
+        """An inventory that knows nothing, and the default configuration."""
+        self.agent.stop()
+        self.agent = Agent()
+        shutil.rmtree(STATE, ignore_errors=True)
+        STATE.mkdir(mode=0o750)
+        shutil.chown(STATE, USER, USER)
+        for log in (HOOK_LOG, AGENT_LOG):
+            log.write_text("")
+            log.chmod(0o666)
+        self.configure()
+
+    def configure(self, **keys):
+        # What a default is belongs to the product: only what a case wants to be different is written.
+        keys = {"log": str(HOOK_LOG)} | keys
+        CONFIG.write_text("".join(f"{key} = {toml(value)}\n" for key, value in keys.items()))
+
+    def __call__(self, *words, timeout=60, quiet=False):
+        return run("virt-usb", *words, timeout=timeout, quiet=quiet)
+
+    def must(self, *words, timeout=60):
+        return must("virt-usb", *words, timeout=timeout)
+
+    def discover(self, *words):
+        return self.must("discover", *words)
+
+    def devices(self):
+        """All that the inventory holds, unplugged devices too."""
+        return self._json("devices", "--all")
+
+    def claims(self):
+        return self._json("claims")
+
+    def events(self):
+        return self._json("events", "--limit", "0")
+
+    def _json(self, *words):
+        answer = run("virt-usb", *words, "--json", quiet=True)
+        if not answer.ok:
+            raise Failure(f"a program failed:\n{answer}")
+        return json.loads(answer.out)
+
+    def device(self, **fields):
+        """The one live row with these values: device(serial="SN0")."""
+        rows = [d for d in self.devices() if not d["deleted"] and all(d[key] == value for key, value in fields.items())]
+        if len(rows) != 1:
+            raise Failure(f"wanted one device with {fields}, found {len(rows)}: {rows}")
+        return rows[0]
+
+    def claims_of(self, guest):
+        return [c for c in self.claims() if c["instance_uuid"] == guest.uuid]
+
+    def hook_calls(self, domain=None):
+        """What the hook recorded: (domain, operation, outcome)."""
+        records = [json.loads(line) for line in HOOK_LOG.read_text().splitlines()]
+        return [(r["domain"], r["operation"], r["outcome"]) for r in records if domain in (None, r["domain"])]
+
+    def operations(self, domain):
+        return [operation for _, operation, _ in self.hook_calls(domain)]
+
+
+class Agent:
+    """virt-usbd, as its own user; `prefix` brings it into another host's world."""
+
+    def __init__(self, prefix=()):
+        self.prefix = tuple(prefix)
+        self.process = None
+
+    def start(self):
+        own_user = ["setpriv", "--reuid", USER, "--regid", USER, "--init-groups"]
+        with open(AGENT_LOG, "a", encoding="utf-8") as log:
+            self.process = subprocess.Popen([*self.prefix, *own_user, AGENT], stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        until(self.is_ready, "the agent to hold its lock")
+
+    def is_ready(self):
+        if not self.is_running():
+            raise Failure(f"the agent ended with status {self.process.returncode}:\n{AGENT_LOG.read_text()[-3000:]}")
+        # Looked up, not tried: to try is to take it, and an agent that starts just then gives up.
+        locks = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
+        return any(words[1] == "FLOCK" and words[4] == str(self.process.pid) for words in locks if len(words) > 4)
+
+    def is_running(self):
+        return self.process is not None and self.process.poll() is None
+
+    def kill(self, how=signal.SIGKILL):
+        if self.is_running():
+            os.kill(self.process.pid, how)
+            self.process.wait(20)
+
+    def stop(self):
+        self.kill(signal.SIGTERM)
+
+
+def toml(value):
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, list):
+        return "[" + ", ".join(toml(item) for item in value) + "]"
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{key} = {toml(item)}" for key, item in value.items()) + " }"
+    return json.dumps(value)

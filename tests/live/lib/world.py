@@ -1,0 +1,98 @@
+"""One compute host and all that a case does to it."""
+
+import random
+from pathlib import Path
+
+from . import shell
+from .daemons import LOG, Libvirtd
+from .guests import Guest
+from .product import AGENT_LOG, HOOK_LOG, HOOKS, Product
+from .shell import expect
+from .virsh import Virsh
+from .waiting import until
+
+
+class World:
+    def __init__(self, repo, seed, kills, drawer=None):
+        self.product = Product(repo)
+        self.libvirtd = Libvirtd()
+        self.virsh = Virsh()
+        self.drawer = drawer
+        """The USB sticks, where the place can have any."""
+        self.seed, self.kills = seed, kills
+        self.random = random.Random(seed)
+        self.log_from = 0
+
+    def set_up(self):
+        Libvirtd.configure()
+        self.product.install()
+        self.libvirtd.start()
+        self.virsh.must("version", timeout=120)
+
+    def fresh(self):
+        """Every case begins with no guest, no stick, no inventory, no agent."""
+        self.product.agent.stop()
+        self.libvirtd.ensure()
+        self._remove_guests()
+        if self.drawer:
+            self.drawer.empty()
+        self.product.fresh()
+        for hook in HOOKS.glob("*"):
+            if hook.name != "50-virt-usb":
+                hook.unlink()
+        self.log_from = LOG.stat().st_size if LOG.exists() else 0
+        self.random.seed(self.seed)
+
+    def _remove_guests(self):
+        for name in self.virsh.names():
+            self.virsh.must("destroy", name)
+        for name in self.virsh.names("--all"):
+            self.virsh.must("undefine", name, "--managed-save")
+        for serial in Path("/tmp").glob("*.serial"):
+            serial.unlink()
+
+    def guest(self, name, about="", devices="", **more):
+        """Defines a guest."""
+        guest = Guest(name, about, devices, **more)
+        self.virsh.define(guest)
+        return guest
+
+    def start(self, guest):
+        self.virsh.must("start", guest.name)
+
+    def destroy(self, guest):
+        self.virsh.must("destroy", guest.name)
+
+    def gone(self, guest):
+        until(lambda: guest.name not in self.virsh.running(), f"{guest.name} to be off")
+
+    def boots_from(self, guest, stick, reset=False):
+        """The proof from inside: the boot code on the stick ran in the guest. `reset`: what came after power-on is booted from at a reset."""
+        before = guest.booted_from()
+        if reset:
+            self.virsh.must("reset", guest.name)
+        fresh = until(lambda: guest.booted_from()[len(before) if reset else 0:], f"{guest.name} to boot from a stick", seconds=60)
+        expect(set(fresh) == {stick.serial}, f"{guest.name} to boot from {stick.serial} alone, it booted from {fresh}")
+
+    def holds(self, guest, stick, state="allocated"):
+        """The guest's claim on this stick; None if it has none in that state."""
+        row = self.product.device(serial=stick.serial)
+        return next((c for c in self.product.claims_of(guest) if c["device_id"] == row["id"] and c["state"] == state), None)
+
+    def has_live(self, guest, stick):
+        """The device is in the guest's live XML with the address of now."""
+        return any(h.address == stick.address() for h in self.virsh.hostdevs(guest.name))
+
+    def allocated(self, guest, stick, seconds=20):
+        """Waits until the agent has given it to the guest, and both sides say so."""
+        until(lambda: self.holds(guest, stick) and self.has_live(guest, stick), f"{stick.serial} to be allocated to {guest.name}", seconds)
+
+    def logs(self):
+        """What helps to understand a failure."""
+        parts = ["--- commands of this case", *shell.transcript[-25:]]
+        for title, path, start in (("hook", HOOK_LOG, 0), ("agent", AGENT_LOG, 0), ("libvirtd", LOG, self.log_from)):
+            text = path.read_bytes()[start:].decode(errors="replace") if path.exists() else ""
+            parts += [f"--- {title}'s log", text[-6000:].rstrip()]
+        for words in (("devices", "--all"), ("claims",), ("events", "--limit", "30")):
+            parts += [f"--- virt-usb {' '.join(words)}", self.product(*words, quiet=True).text]
+        return "\n".join(parts)

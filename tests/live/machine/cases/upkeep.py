@@ -1,0 +1,65 @@
+"""Daemons that end and come back while guests run."""
+
+import signal
+
+from lib.case import case
+from lib.product import AGENT
+from lib.shell import expect, run
+from lib.waiting import stays, until
+
+from .endings import claimed, free
+from .redirection import desk
+
+
+@case("libvirtd is restarted: the guest lives, and so does its claim")
+def restart(w):
+    guest = claimed(w)
+    w.libvirtd.restart(signal.SIGTERM)
+    until(lambda: "reconnect" in w.product.operations("g"), "the hook to be called for the guest that runs")
+    expect(w.virsh.running() == ["g"], "the guest to live")
+    expect(w.product.claims_of(guest), "its claim to live")
+    w.destroy(guest)
+    free(w, guest)
+
+
+@case("libvirtd is killed: the guest lives, and so does its claim, though the inventory is broken meanwhile")
+def killed(w):
+    from lib.product import CONFIG
+
+    guest = claimed(w)
+    good = CONFIG.read_text()
+    CONFIG.write_text("this is no TOML")
+    w.libvirtd.kill()
+    w.libvirtd.start()
+    until(lambda: w.virsh.running() == ["g"], "the guest to live")
+    stays(lambda: w.virsh.running() == ["g"], "the guest lives on", seconds=2)
+    CONFIG.write_text(good)
+    expect(w.product.claims_of(guest), "its claim to live")
+    w.destroy(guest)
+    free(w, guest)
+
+
+@case("the agent connects again when libvirtd comes back", agent=True)
+def reconnect(w):
+    w.product.agent.start()
+    w.libvirtd.restart()
+    guest = desk(w, 1)
+    w.start(guest)
+    until(lambda: w.virsh.redirdevs("desk") == ["ua-usb-redir-0"], "the redirection to be there", seconds=60)
+
+
+@case("a guest that was started while the agent was down gets what it asks for when the agent comes", agent=True)
+def late_agent(w):
+    w.product.configure(require_agent=False)
+    guest = desk(w, 1)
+    w.start(guest)
+    expect(w.virsh.redirdevs("desk") == [], "nothing yet")
+    w.product.agent.start()
+    until(lambda: w.virsh.redirdevs("desk") == ["ua-usb-redir-0"], "the redirection to be there")
+
+
+@case("a second agent on one host does not start", agent=True)
+def second_agent(w):
+    w.product.agent.start()
+    second = run(AGENT)
+    expect(second.status == 1 and "another agent runs" in second.err, f"the reason: {second}")

@@ -1,0 +1,68 @@
+"""How long it takes, beside what the same takes by hand in the same run. Told and never judged; run with `--case figures`."""
+
+import json
+import time
+from datetime import datetime
+
+from lib.case import case
+from lib.guests import hostdev
+from lib.product import HOOK_LOG
+from lib.shell import done
+from lib.waiting import until
+
+from .live import asking, known
+
+ROUNDS = 5
+
+
+def told(what, seconds, yardstick=None):
+    """The median, and how many times the yardstick it is."""
+    middle = sorted(seconds)[len(seconds) // 2]
+    ratio = f", {middle / yardstick:.2f} × by hand" if yardstick else ""
+    print(f"figure {what}: {middle * 1000:.0f} ms (median of {len(seconds)}){ratio}", flush=True)
+    return middle
+
+
+def allocated_at(w, after):
+    """When the last device was seen in its guest, if that was after."""
+    events = json.loads(w.product.must("events", "--json", "--limit", "20").out)
+    times = [datetime.fromisoformat(e["at"]).timestamp() for e in events if e["event"] == "allocated"]
+    return next((t for t in reversed(times) if t > after), None)
+
+
+def hook_ended(operation, after):
+    """When the hook's call had ended."""
+    records = [json.loads(line) for line in HOOK_LOG.read_text().splitlines()]
+    return next((r["at"] for r in reversed(records) if r["operation"] == operation and r["at"] > after), None)
+
+
+@case("how long an attach takes: by hand, after a start, after a replug", agent=True)
+def attach(w):
+    (stick,) = w.drawer.twins(1)
+    plain = w.guest("plain")
+    w.start(plain)
+    by_hand = []
+    for _ in range(ROUNDS):
+        began = time.time()
+        done(w.virsh.attach("plain", hostdev(stick)))
+        by_hand.append(time.time() - began)
+        done(w.virsh.detach("plain", hostdev(stick)))
+    w.destroy(plain)
+    hand = told("virsh attach-device by hand", by_hand)
+    w.product.agent.start()
+    until(lambda: known(w, stick), "the agent to find the stick")
+    guest = asking(w, "g")
+    starts, replugs = [], []
+    for round_ in range(ROUNDS):
+        began = time.time()
+        w.start(guest)
+        inside = until(lambda: allocated_at(w, began), "the stick to be in the guest")
+        starts.append(inside - hook_ended("started", began))
+        stick.unplug()
+        until(lambda: not w.virsh.hostdevs("g"), "the stale hostdev to be gone")
+        began = time.time()
+        stick.plug(1 + round_ % 3)
+        replugs.append(until(lambda: allocated_at(w, began), "the stick to be back") - began)
+        w.destroy(guest)
+    told("started → in the guest", starts, hand)
+    told("plugged in again → back in the guest", replugs, hand)
