@@ -182,7 +182,7 @@ fn of_another_version_or_another_program() {
     check!(
         hook(dir.path()),
         StoreError::Older { found: 0, .. },
-        "has schema 0, this program needs 1",
+        "has schema 0, this program needs 2",
         "virt-usb discover"
     );
 
