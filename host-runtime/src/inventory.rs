@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use anyhow::Context as _;
-use virt_usb_model::{Device, DeviceKey, Serial, Whitelist};
+use virt_usb_model::{Device, DeviceKey, PortPath, Serial, Whitelist};
 use virt_usb_store::Record;
 use virt_usb_store::discover::Change;
 
@@ -40,9 +40,10 @@ pub fn plan(snapshot: &Snapshot, known: &[Record], whitelist: &Whitelist) -> Vec
         });
     }
     let gone = known.iter().zip(&taken).filter(|(record, taken)| record.present && !**taken);
-    changes.extend(
-        gone.filter(|(r, _)| !snapshot.is_unsure(&r.entry.port_path)).map(|(r, _)| Change::Gone(r.entry.id)),
-    );
+    // Where another device was seen there is nothing to be unsure of: a port holds one.
+    let occupied = |port: &PortPath| snapshot.devices.iter().any(|seen| seen.key.port == *port);
+    let sure = |port: &PortPath| occupied(port) || !snapshot.is_unsure(port);
+    changes.extend(gone.filter(|(r, _)| sure(&r.entry.port_path)).map(|(r, _)| Change::Gone(r.entry.id)));
     // Who leaves makes room before who comes.
     changes.sort_by_key(|c| !matches!(c, Change::Gone(_)));
     changes
@@ -172,5 +173,13 @@ mod tests {
         assert_eq!(bench.scan(&[], &["1-1"]), [at(1, "1-1")], "a problem at its port");
         assert_eq!(bench.scan(&[], &[""]), [at(1, "1-1")], "a scan that failed");
         assert_eq!(bench.scan(&[], &[]), []);
+    }
+
+    #[test]
+    fn a_port_holds_one_device_whatever_could_not_be_read_of_it() {
+        let mut bench = Bench::new();
+        // Looked at while the kernel was still adding it; then whole, but for its strings.
+        bench.scan(&[device(1, Serial::Missing, "1-1", 2)], &["1-1"]);
+        assert_eq!(bench.scan(&[device(1, unique("A"), "1-1", 2)], &["1-1"]), [at(2, "1-1")]);
     }
 }

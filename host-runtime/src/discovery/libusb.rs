@@ -61,7 +61,12 @@ impl Look {
 
     fn agrees(&self) -> bool {
         let Ok((listed, wrong)) = &self.listed else { return self.sysfs.is_empty() };
-        let known = |l: &Listed| l.address().is_some_and(|address| self.sysfs.by_address(address).is_some());
+        // The kernel shows a device before it shows all about it: one without its serial would be another device.
+        let whole_of = |l: &Listed, p: &Plugged| p.has_serial || !l.has_serial();
+        let known = |l: &Listed| {
+            let plugged = l.address().and_then(|address| self.sysfs.by_address(address));
+            plugged.is_some_and(|plugged| whole_of(l, plugged))
+        };
         let whole = self.sysfs.unreadable.is_empty() && wrong.is_empty();
         whole && listed.len() == self.sysfs.plugged.len() && listed.iter().all(known)
     }
