@@ -13,7 +13,8 @@ use std::time::Duration;
 
 use proptest::prelude::*;
 use virt_usb::agent::operate::Attached;
-use virt_usb::agent::work::{Gone, Worker};
+use virt_usb::agent::plan::Gone;
+use virt_usb::agent::work::Worker;
 use virt_usb::discovery::{Simulated, UsbSource};
 use virt_usb::hypervisor::{Event, Failure, Hypervisor, Running, SimulatedHypervisor};
 use virt_usb::inventory;

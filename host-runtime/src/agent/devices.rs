@@ -7,17 +7,18 @@
 //! ```
 //! It never asks libvirt, so that the inventory is true whatever the guests do, and it is this thread that systemd's watchdog watches.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, PoisonError, RwLock};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
-use virt_usb_hook::config::Config;
+use virt_usb_hook::config::{Config, DEFAULT_PATH};
 use virt_usb_hook::machine;
 use virt_usb_store::{Store, StoreError};
 
 use super::guests::Signal;
 use super::metrics::Metrics;
+use super::{ACTOR, Stamp, stamp};
 use crate::discovery::UsbSource;
 use crate::inventory;
 
@@ -92,11 +93,8 @@ impl Rules {
     }
 
     /// What tells one state of the file from another.
-    fn stamp(&self) -> Option<(SystemTime, u64, u64)> {
-        use std::os::unix::fs::MetadataExt;
-        let path = self.file.as_deref().unwrap_or(std::path::Path::new(virt_usb_hook::config::DEFAULT_PATH));
-        let found = std::fs::metadata(path).ok()?;
-        Some((found.modified().ok()?, found.len(), found.ino()))
+    fn stamp(&self) -> Option<Stamp> {
+        stamp(self.file.as_deref().unwrap_or(Path::new(DEFAULT_PATH)))
     }
 }
 
@@ -175,7 +173,7 @@ impl Devices {
     /// Whether all could be read, how many came back, and whether anything changed.
     fn look(&mut self) -> Result<(bool, usize, bool), String> {
         let config = self.rules.now();
-        let context = machine::context(&config.procfs_root, "virt-usbd").map_err(|e| e.to_string())?;
+        let context = machine::context(&config.procfs_root, ACTOR).map_err(|e| e.to_string())?;
         let snapshot = self.source.snapshot();
         for problem in &snapshot.problems {
             let place = if problem.place.is_empty() { "the whole scan" } else { &problem.place };

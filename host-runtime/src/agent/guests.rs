@@ -14,12 +14,12 @@ use std::time::{Duration, Instant};
 use virt_usb_model::InstanceId;
 use virt_usb_store::{Durability, Store};
 
-use super::PATIENCE;
 use super::devices::Rules;
 use super::metrics::Metrics;
 use super::observe::{View, guest};
-use super::plan::{ABSENT_SECONDS, Seen, UNDEFINED_SECONDS};
-use super::work::{Gone, Report, WorkError, Worker};
+use super::plan::{ABSENT_SECONDS, Gone, Seen, UNDEFINED_SECONDS};
+use super::work::{Report, WorkError, Worker};
+use super::{ACTOR, PATIENCE};
 use crate::hypervisor::{Event, Failure, Hypervisor, Running};
 
 /// So many instances are worked on at once: libvirt may keep each waiting for half a minute.
@@ -94,17 +94,10 @@ impl Guests {
         metrics: Arc<Metrics>,
         signals: &Sender<Signal>,
     ) -> anyhow::Result<Self> {
-        let state_dir = rules.now().state_dir.clone();
         let (jobs, queue) = channel::<Job>();
         let queue = Arc::new(Mutex::new(queue));
         for number in 0..WORKERS {
-            let mut worker = Worker {
-                config: rules.now(),
-                hypervisor: hypervisor.clone(),
-                store: Store::open(&state_dir, PATIENCE, Durability::Power)?,
-                metrics: metrics.clone(),
-                actor: "virt-usbd",
-            };
+            let mut worker = Worker::open(rules.now(), hypervisor.clone(), metrics.clone(), ACTOR)?;
             let (rules, queue, signals) = (rules.clone(), queue.clone(), signals.clone());
             let work = move || {
                 loop {
@@ -119,7 +112,7 @@ impl Guests {
             };
             std::thread::Builder::new().name(format!("guests-{number}")).spawn(work)?;
         }
-        let store = Store::open(&state_dir, PATIENCE, Durability::Power)?;
+        let store = Store::open(&rules.now().state_dir, PATIENCE, Durability::Power)?;
         Ok(Self {
             rules,
             hypervisor,
@@ -249,12 +242,13 @@ impl Guests {
 
     fn look(&mut self, everybody: bool, mut due: BTreeSet<InstanceId>) -> Result<(), WorkError> {
         self.store.restart_patience();
-        let view = View::read(&self.store)?;
-        if everybody {
-            self.metrics.show(&view, self.store.problems()?.len());
+        // For a few there is no need to read all devices.
+        let whole = everybody.then(|| View::read(&self.store)).transpose()?;
+        if let Some(view) = &whole {
+            self.metrics.show(view, self.store.problems()?.len());
         }
         let running = self.running(everybody, &due)?;
-        if everybody {
+        if let Some(view) = &whole {
             due.extend(view.instances());
             due.extend(running.keys());
             self.absences.retain(|instance, _| view.knows(*instance));
@@ -265,23 +259,33 @@ impl Guests {
                 *again = true;
                 continue;
             }
-            let (read, gone) = match running.get(&instance) {
-                Some(running) => {
+            let read = match running.get(&instance).map(|r| (r, guest(r, &config, &self.store))) {
+                Some((running, Err(e))) => {
                     self.absences.remove(&instance);
-                    match guest(running, &config, &self.store) {
-                        Ok(guest) => (Some(guest), Gone::default()),
-                        Err(e) => {
-                            tracing::error!(%instance, "{}: cannot read its XML: {e}", running.name);
-                            continue;
-                        }
-                    }
+                    tracing::error!(%instance, "{}: cannot read its XML: {e}", running.name);
+                    continue;
                 }
-                None if view.knows(instance) => (None, self.absent(instance, &view)?),
-                None => continue,
+                Some((_, Ok(guest))) => Some(guest),
+                None => None,
             };
-            let seen = match &read {
-                Some(guest) => Seen::Running(guest),
-                None => Seen::Absent { seconds: gone.seconds, undefined: gone.undefined },
+            let about;
+            let view = match &whole {
+                Some(view) => view,
+                None => {
+                    about = View::read_about(&self.store, instance, read.as_ref())?;
+                    &about
+                }
+            };
+            let (seen, gone) = match &read {
+                Some(guest) => {
+                    self.absences.remove(&instance);
+                    (Seen::Running(guest), Gone::default())
+                }
+                None if view.knows(instance) => {
+                    let gone = self.absent(instance, view)?;
+                    (Seen::Absent(gone), gone)
+                }
+                None => continue,
             };
             let blocked = self.blocked(instance);
             let steps = view.plan(instance, seen, config.replug);

@@ -28,19 +28,19 @@ mod simulation;
 pub mod work;
 
 use std::fs::{File, OpenOptions, TryLockError};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::{Sender, channel};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use anyhow::{Context as _, bail};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use virt_usb_hook::config::Config;
 use virt_usb_hook::machine;
-use virt_usb_store::{Durability, Store};
+use virt_usb_store::Store;
 
 use crate::discovery::{LibUsb, UsbSource, hotplug};
 use crate::hypervisor::{Event, Hypervisor, Libvirt};
@@ -51,6 +51,8 @@ use simulation::Simulation;
 
 /// How long the agent waits for the store's lock.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// The agent in the audit.
+const ACTOR: &str = "virt-usbd";
 
 /// What the agent is started with.
 #[derive(Debug, Clone, Default)]
@@ -71,7 +73,7 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
     let mut store = Store::create(&config.state_dir, PATIENCE)?;
     let _lock = lock(&config.state_dir)?;
     // Claims of an earlier boot are void, before anybody can ask for their devices.
-    store.sweep(&machine::context(&config.procfs_root, "virt-usbd")?)?;
+    store.sweep(&machine::context(&config.procfs_root, ACTOR)?)?;
     let host = crate::inventory::host_name(&config.procfs_root)?;
     let metrics = Arc::new(Metrics::default());
     metrics::serve(metrics.clone(), &config.metrics).context("metrics: cannot be served")?;
@@ -102,6 +104,14 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
     }
     tracing::info!("stopped");
     Ok(())
+}
+
+/// What tells one state of a file from another.
+type Stamp = (SystemTime, u64, u64);
+
+fn stamp(file: &Path) -> Option<Stamp> {
+    let found = std::fs::metadata(file).ok()?;
+    Some((found.modified().ok()?, found.len(), found.ino()))
 }
 
 /// What is watched: the machine, or a simulation of one.
@@ -195,17 +205,4 @@ fn hear_hooks(state_dir: &Path, metrics: Arc<Metrics>) {
     if let Err(e) = UnixDatagram::bind(&path).and_then(hear) {
         tracing::warn!("durations of hooks are not counted: {}: {e}", path.display());
     }
-}
-
-/// An inventory for a program that works beside the agent, or without one.
-///
-/// # Errors
-/// When there is none, or it cannot be opened.
-pub fn worker(
-    config: Config,
-    hypervisor: Arc<dyn Hypervisor>,
-    actor: &'static str,
-) -> anyhow::Result<work::Worker> {
-    let store = Store::open(&config.state_dir, PATIENCE, Durability::Power)?;
-    Ok(work::Worker { config: Arc::new(config), hypervisor, store, metrics: Arc::default(), actor })
 }

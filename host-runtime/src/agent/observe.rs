@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use virt_usb_domxml::{Domain, UsbHostdev};
+use virt_usb_domxml::{Domain, UsbHostdev, XmlError};
 use virt_usb_hook::config::{Config, ReplugPolicy};
 use virt_usb_hook::wish::Wish;
 use virt_usb_model::{BusAddress, DeviceId, Flavor, InstanceId};
@@ -121,8 +121,8 @@ impl View {
 ///
 /// # Errors
 /// What cannot be read of its XML. A flavor that cannot be read asks for nothing: the hook has let the guest start.
-pub fn guest(running: &Running, config: &Config, store: &Store) -> Result<Guest, String> {
-    let domain = virt_usb_domxml::read(running.xml.as_bytes()).map_err(|e| e.to_string())?;
+pub fn guest(running: &Running, config: &Config, store: &Store) -> Result<Guest, XmlError> {
+    let domain = running.domain()?;
     let redirections = flavor(&domain, config, store).map_or(0, |f| f.usb_redirection_devices.len());
     Ok(Guest { domain, redirections })
 }

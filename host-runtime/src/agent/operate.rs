@@ -12,10 +12,12 @@ use virt_usb_hook::{message, run};
 use virt_usb_model::{Device, DeviceId, DeviceRequest, InstanceId, Selector};
 use virt_usb_store::claim::{Asker, Claimed, Standing, Want};
 use virt_usb_store::give_back::Extent;
-use virt_usb_store::{Record, Source};
+use virt_usb_store::problems::Problem;
+use virt_usb_store::{Record, Source, StoreError};
 
 use super::observe::asker;
-use super::work::{Gone, Live, WorkError, Worker};
+use super::plan::Gone;
+use super::work::{Live, Report, WorkError, Worker};
 use crate::hypervisor::{Failure, Libvirt, Started};
 
 /// What was asked for cannot be.
@@ -29,20 +31,17 @@ pub enum OperateError {
     Work(#[from] WorkError),
 }
 
-impl<E: Into<WorkError>> From<E> for OperateError
-where
-    E: NotWork,
-{
-    fn from(e: E) -> Self {
+impl From<StoreError> for OperateError {
+    fn from(e: StoreError) -> Self {
         Self::Work(e.into())
     }
 }
 
-/// The causes of a [`WorkError`].
-trait NotWork {}
-impl NotWork for virt_usb_store::StoreError {}
-impl NotWork for Failure {}
-impl NotWork for virt_usb_hook::machine::BootError {}
+impl From<Failure> for OperateError {
+    fn from(e: Failure) -> Self {
+        Self::Work(e.into())
+    }
+}
 
 fn refused<T>(why: impl Into<String>) -> Result<T, OperateError> {
     Err(OperateError::Refused(why.into()))
@@ -78,8 +77,7 @@ impl Worker {
             self.store.assign(&whom, Source::Operator, &after, &context)?;
             return Ok(Attached::AtNextStart);
         };
-        let domain =
-            virt_usb_domxml::read(running.xml.as_bytes()).map_err(|e| WorkError::Xml(e.to_string()))?;
+        let domain = running.domain().map_err(WorkError::from)?;
         let whom = asker(instance, &domain);
         let held = self.held(instance)?;
         self.store.assign(&whom, Source::Operator, &after, &context)?;
@@ -96,15 +94,11 @@ impl Worker {
         }
         let new: Vec<DeviceId> = self.held(instance)?.difference(&held).copied().collect();
         let report = self.converge(instance, Gone::default(), &BTreeSet::new())?;
-        let claims = self.store.claims()?;
+        let claims = self.store.claims_of(instance)?;
         let inside = |id: &DeviceId| claims.iter().any(|c| c.device_id == *id && c.state == "allocated");
         if !new.iter().all(inside) {
-            let why = self
-                .store
-                .problems()?
-                .into_iter()
-                .find(|p| p.instance_uuid == instance && report.failed.contains(&p.about));
-            let why = why.map_or_else(|| "libvirt is busy with the guest: try again".to_owned(), |p| p.what);
+            let why = self.obstacle(instance, &report)?;
+            let why = why.unwrap_or_else(|| "libvirt is busy with the guest: try again".to_owned());
             undo(self)?;
             self.converge(instance, Gone::default(), &report.failed)?;
             return refused(format!("{} cannot be given it: {why}", domain.name));
@@ -174,8 +168,7 @@ impl Worker {
         let serves = |request: &DeviceRequest| record.as_ref().is_some_and(|r| selects(&request.selector, r));
         self.store.dismiss(whom, device, serves, &context)?;
         let report = self.converge(instance, Gone::default(), &BTreeSet::new())?;
-        let claim =
-            self.store.claims()?.into_iter().find(|c| c.device_id == device && c.instance_uuid == instance);
+        let claim = self.store.claims_of(instance)?.into_iter().find(|c| c.device_id == device);
         match claim {
             None => Ok(()),
             // Its guest does not run: there is nothing to wait for.
@@ -184,14 +177,17 @@ impl Worker {
                 Ok(())
             }
             Some(_) => {
-                let problems = self.store.problems()?;
-                let why = problems
-                    .into_iter()
-                    .find(|p| p.instance_uuid == instance && report.failed.contains(&p.about));
-                let why = why.map_or_else(|| "libvirt is busy with the guest".to_owned(), |p| p.what);
+                let why = self.obstacle(instance, &report)?;
+                let why = why.unwrap_or_else(|| "libvirt is busy with the guest".to_owned());
                 refused(format!("{} still has it: {why}; the agent goes on trying", whom.domain))
             }
         }
+    }
+
+    /// What is noted to stand in the way of what has just failed.
+    fn obstacle(&self, instance: InstanceId, report: &Report) -> Result<Option<String>, OperateError> {
+        let about = |p: &Problem| p.instance_uuid == instance && report.failed.contains(&p.about);
+        Ok(self.store.problems()?.into_iter().find(about).map(|p| p.what))
     }
 
     fn claim(&mut self, domain: &Domain, whom: &Asker, request: &DeviceRequest) -> Result<(), OperateError> {
@@ -223,8 +219,7 @@ impl Worker {
     }
 
     fn held(&self, instance: InstanceId) -> Result<BTreeSet<DeviceId>, OperateError> {
-        let claims = self.store.claims()?.into_iter().filter(|c| c.instance_uuid == instance);
-        Ok(claims.map(|c| c.device_id).collect())
+        Ok(self.store.claims_of(instance)?.iter().map(|c| c.device_id).collect())
     }
 
     /// As its domain is called, or was when it claimed.
@@ -232,7 +227,7 @@ impl Worker {
         if let Some(running) = self.hypervisor.look(instance)? {
             return Ok(running.name);
         }
-        let claim = self.store.claims()?.into_iter().find(|c| c.instance_uuid == instance);
+        let claim = self.store.claims_of(instance)?.into_iter().next();
         Ok(claim.map_or_else(|| instance.to_string(), |c| c.domain))
     }
 }
@@ -265,7 +260,11 @@ pub fn start(
     if let Some(why) = answer.refusal {
         return refused(why);
     }
-    let xml = answer.xml.map(String::from_utf8).transpose().map_err(|e| WorkError::Xml(e.to_string()))?;
+    let xml = answer
+        .xml
+        .map(String::from_utf8)
+        .transpose()
+        .map_err(|e| OperateError::Refused(format!("cannot read the domain's XML: {e}")))?;
     match libvirt.start(instance, xml.as_deref()) {
         Ok(started) => Ok((started, answer.warnings)),
         Err(why) => {

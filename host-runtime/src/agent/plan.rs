@@ -32,6 +32,15 @@ pub struct Guest {
     pub redirections: usize,
 }
 
+/// How long an instance's guest has been gone, in seconds.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct Gone {
+    /// That it does not run, its claims unchanged.
+    pub seconds: f64,
+    /// That there is no domain of this UUID at all; none: there is one.
+    pub undefined: Option<f64>,
+}
+
 /// What is known of an instance's guest.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Seen<'a> {
@@ -40,12 +49,7 @@ pub enum Seen<'a> {
     /// It runs.
     Running(&'a Guest),
     /// It does not.
-    Absent {
-        /// For so long, its claims unchanged.
-        seconds: f64,
-        /// For so long there has been no domain of this UUID at all; none: there is one.
-        undefined: Option<f64>,
-    },
+    Absent(Gone),
 }
 
 /// One instance.
@@ -159,11 +163,11 @@ pub fn plan(instance: &Instance<'_>, host: &Host<'_>) -> Vec<Step> {
     match instance.seen {
         Seen::Unknown => Vec::new(),
         Seen::Running(guest) => Present { instance, host, guest }.plan(),
-        Seen::Absent { seconds, undefined } => absent(instance, seconds, undefined),
+        Seen::Absent(gone) => absent(instance, gone),
     }
 }
 
-fn absent(instance: &Instance<'_>, seconds: f64, undefined: Option<f64>) -> Vec<Step> {
+fn absent(instance: &Instance<'_>, Gone { seconds, undefined }: Gone) -> Vec<Step> {
     let mut steps: Vec<Step> =
         instance.problems.keys().map(|about| Step::Solved { about: about.clone() }).collect();
     let owns = instance.assigned || !instance.claims.is_empty();

@@ -3,14 +3,14 @@
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use anyhow::Context as _;
 use virt_usb_hook::config::Config;
 use virt_usb_model::device::Problem;
 
-use super::World;
 use super::devices::Nudge;
+use super::{Stamp, World, stamp};
 use crate::discovery::{Simulated, Snapshot, UsbSource};
 use crate::hypervisor::{Event, SimulatedHypervisor};
 
@@ -64,15 +64,6 @@ impl Simulation {
         };
         Ok(World { source: Box::new(source), hypervisor, after: Box::new(after) })
     }
-}
-
-/// What tells one state of the file from another.
-type Stamp = (SystemTime, u64, u64);
-
-fn stamp(file: &Path) -> Option<Stamp> {
-    use std::os::unix::fs::MetadataExt;
-    let found = std::fs::metadata(file).ok()?;
-    Some((found.modified().ok()?, found.len(), found.ino()))
 }
 
 fn watch(file: &Path, devices: &Sender<Nudge>) {

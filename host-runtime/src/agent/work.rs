@@ -5,19 +5,20 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use virt_usb_domxml::{Domain, redirdev_element};
+use virt_usb_domxml::{Domain, XmlError, redirdev_element};
 use virt_usb_hook::config::{AttachFailurePolicy, Config};
 use virt_usb_hook::guest::{NO_SPICE, Ports, hostdev, room};
 use virt_usb_hook::machine;
-use virt_usb_model::{DeviceId, InstanceId};
+use virt_usb_model::{DeviceId, InstanceId, Speed};
 use virt_usb_store::adopt::Stage;
 use virt_usb_store::claim::{Asker, Judge, Verified};
 use virt_usb_store::give_back::Extent;
-use virt_usb_store::{Context, Record, Store, StoreError};
+use virt_usb_store::{Context, Durability, Record, Store, StoreError};
 
+use super::PATIENCE;
 use super::metrics::Metrics;
 use super::observe::{View, asker, guest};
-use super::plan::{Guest, Seen, Step, about_device};
+use super::plan::{Gone, Guest, Seen, Step, about_device};
 use crate::hypervisor::{Failure, Hypervisor};
 
 /// A plan is made anew after each round; more rounds than this are somebody else's doing.
@@ -39,15 +40,6 @@ pub struct Worker {
     pub metrics: Arc<Metrics>,
     /// The program, for the audit.
     pub actor: &'static str,
-}
-
-/// How long an instance's guest has been gone, in seconds.
-#[derive(Debug, Clone, Copy, PartialEq, Default)]
-pub struct Gone {
-    /// That it does not run.
-    pub seconds: f64,
-    /// That there is no such domain; none: there is, or nobody knows.
-    pub undefined: Option<f64>,
 }
 
 /// What came of it.
@@ -73,7 +65,13 @@ pub enum WorkError {
     Machine(#[from] machine::BootError),
     /// The domain's XML.
     #[error("cannot read the domain's XML: {0}")]
-    Xml(String),
+    Xml(XmlError),
+}
+
+impl From<XmlError> for WorkError {
+    fn from(e: XmlError) -> Self {
+        Self::Xml(e)
+    }
 }
 
 /// How one step went.
@@ -87,6 +85,20 @@ enum Outcome {
 }
 
 impl Worker {
+    /// Opens the inventory of this configuration, which must be there.
+    ///
+    /// # Errors
+    /// When it cannot be opened.
+    pub fn open(
+        config: Arc<Config>,
+        hypervisor: Arc<dyn Hypervisor>,
+        metrics: Arc<Metrics>,
+        actor: &'static str,
+    ) -> Result<Self, StoreError> {
+        let store = Store::open(&config.state_dir, PATIENCE, Durability::Power)?;
+        Ok(Self { config, hypervisor, store, metrics, actor })
+    }
+
     /// Brings the instance and its guest in line. `blocked` is what is not to be tried yet.
     ///
     /// # Errors
@@ -103,12 +115,12 @@ impl Worker {
             self.store.restart_patience();
             let running = self.hypervisor.look(instance)?;
             let guest = match &running {
-                Some(running) => Some(guest(running, &self.config, &self.store).map_err(WorkError::Xml)?),
+                Some(running) => Some(guest(running, &self.config, &self.store)?),
                 None => None,
             };
             let seen = match &guest {
                 Some(guest) => Seen::Running(guest),
-                None => Seen::Absent { seconds: gone.seconds, undefined: gone.undefined },
+                None => Seen::Absent(gone),
             };
             let view = View::read_about(&self.store, instance, guest.as_ref())?;
             let mut steps = view.plan(instance, seen, self.config.replug);
@@ -164,13 +176,11 @@ impl Worker {
     }
 
     /// Waits until the live XML does not show the alias any more.
-    pub(super) fn wait_until_gone(&self, instance: InstanceId, alias: &str) -> Result<bool, WorkError> {
+    fn wait_until_gone(&self, instance: InstanceId, alias: &str) -> Result<bool, WorkError> {
         let until = Instant::now() + LEAVING;
         loop {
             let Some(running) = self.hypervisor.look(instance)? else { return Ok(true) };
-            let domain =
-                virt_usb_domxml::read(running.xml.as_bytes()).map_err(|e| WorkError::Xml(e.to_string()))?;
-            if !domain.hostdevs.iter().any(|h| h.alias.as_deref() == Some(alias)) {
+            if !running.domain()?.hostdevs.iter().any(|h| h.alias.as_deref() == Some(alias)) {
                 return Ok(true);
             }
             if Instant::now() >= until {
@@ -246,13 +256,9 @@ impl Work<'_> {
         let mut record = record.clone();
         record.entry.address = address;
         let began = Instant::now();
-        let attached = match room(&guest.domain, &[record.entry.speed]) {
-            Ok(false) => self.worker.hypervisor.attach(self.instance, &hostdev(&record).element()),
-            Ok(true) => Err(Failure::Refused(
-                "it has no USB controller, and libvirt adds none to a guest that runs".into(),
-            )),
-            Err(why) => Err(Failure::Refused(why)),
-        };
+        let attached = live_room(&guest.domain, &[record.entry.speed])
+            .map_err(Failure::Refused)
+            .and_then(|()| self.worker.hypervisor.attach(self.instance, &hostdev(&record).element()));
         // Whatever libvirt says: is it there?
         let inside = self.has(device)?;
         self.worker.metrics.attached(began.elapsed(), attached.as_ref().err());
@@ -330,9 +336,7 @@ impl Work<'_> {
     /// Whether the live XML shows the device now.
     fn has(&self, device: DeviceId) -> Result<bool, WorkError> {
         let Some(running) = self.worker.hypervisor.look(self.instance)? else { return Ok(false) };
-        let domain: Domain =
-            virt_usb_domxml::read(running.xml.as_bytes()).map_err(|e| WorkError::Xml(e.to_string()))?;
-        Ok(domain.hostdevs.iter().any(|h| h.injected() == Some(device)))
+        Ok(running.domain()?.hostdevs.iter().any(|h| h.injected() == Some(device)))
     }
 }
 
@@ -363,9 +367,14 @@ impl Judge for Live<'_> {
         };
         let new = chosen.iter().filter(|g| !there(g.device.entry.id, g.device.entry.address));
         let speeds: Vec<_> = new.map(|g| g.device.entry.speed).collect();
-        match room(self.domain, &speeds)? {
-            true => Err("it has no USB controller, and libvirt adds none to a guest that runs".into()),
-            false => Ok(()),
-        }
+        live_room(self.domain, &speeds)
+    }
+}
+
+/// Whether a guest that runs has USB ports for devices of these speeds.
+fn live_room(domain: &Domain, speeds: &[Option<Speed>]) -> Result<(), String> {
+    match room(domain, speeds)? {
+        true => Err("it has no USB controller, and libvirt adds none to a guest that runs".into()),
+        false => Ok(()),
     }
 }

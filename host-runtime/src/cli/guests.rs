@@ -13,14 +13,13 @@ use super::Session;
 use super::arguments::Device;
 use crate::agent::operate::{self, Attached};
 use crate::agent::work::Worker;
-use crate::agent::worker;
 use crate::hypervisor::{Failure, Libvirt, Started};
 
 /// libvirt, and whoever works on its guests.
 fn open(session: &Session) -> anyhow::Result<(Libvirt, Worker)> {
     let config = session.config()?;
     let libvirt = Libvirt::open(&config.libvirt_uri)?;
-    let worker = worker(config, Arc::new(libvirt.clone()), "virt-usb")?;
+    let worker = Worker::open(Arc::new(config), Arc::new(libvirt.clone()), Arc::default(), "virt-usb")?;
     Ok((libvirt, worker))
 }
 

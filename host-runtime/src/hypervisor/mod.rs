@@ -11,6 +11,7 @@ mod events;
 mod libvirt;
 mod simulated;
 
+use virt_usb_domxml::{Domain, XmlError};
 use virt_usb_model::InstanceId;
 
 pub use libvirt::{Libvirt, Started};
@@ -25,6 +26,16 @@ pub struct Running {
     pub name: String,
     /// Its live XML.
     pub xml: String,
+}
+
+impl Running {
+    /// What its XML says.
+    ///
+    /// # Errors
+    /// When it is no domain that libvirt could have written.
+    pub fn domain(&self) -> Result<Domain, XmlError> {
+        virt_usb_domxml::read(self.xml.as_bytes())
+    }
 }
 
 /// Something could not be done.

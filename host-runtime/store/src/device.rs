@@ -9,6 +9,7 @@ use virt_usb_model::{
 };
 
 use crate::error::{Sql, bad_row};
+use crate::give_back::held;
 use crate::{NOW, Store, StoreError};
 
 /// A device's row: the host document's entry, and what only this host needs to know.
@@ -199,8 +200,7 @@ impl Store {
     /// # Errors
     /// When the database cannot be read.
     pub fn claims_of(&self, instance: InstanceId) -> Result<Vec<ClaimRow>, StoreError> {
-        let sql = "SELECT * FROM claims WHERE instance_uuid = ?1 ORDER BY device_id";
-        self.all(sql, [instance.to_string()], ClaimRow::read)
+        held(&self.conn, instance).map_err(|e| self.fault(&e))
     }
 
     pub(crate) fn records(&self, which: &str) -> Result<Vec<Record>, StoreError> {
