@@ -9,6 +9,7 @@ use virt_usb_store::adopt::Holding;
 use virt_usb_store::claim::{Granted, Judge, Verified};
 use virt_usb_store::{Context, Durability, Record, Store};
 
+use crate::answer::Answer;
 use crate::config::{Config, HoldPolicy};
 use crate::machine;
 use crate::run::Fault;
@@ -140,6 +141,21 @@ pub fn missing_redirdevs(domain: &Domain, redirections: usize) -> Vec<usize> {
 /// Why a redirection cannot be.
 pub const NO_SPICE: &str = "has no SPICE graphics to carry it: add <graphics type='spice'/> to the domain (in Nova: spice enabled on the host), \
                             or take the redirection out of the flavor";
+
+/// A hub that the XML gives to the guest: every device behind it, a root hub's whole bus, would leave the host with it.
+pub(crate) fn refuse_hubs(config: &Config, domain: &Domain) -> Option<Answer> {
+    domain.hostdevs.iter().filter(|h| h.usb.is_some() || h.address.is_some()).find_map(|hostdev| {
+        let meant = |usb, address| {
+            hostdev.usb.is_none_or(|u| u == usb) && hostdev.address.is_none_or(|a| a == address)
+        };
+        let hub = sysfs::hub(&config.sysfs_root, meant)?;
+        Some(Answer::refused(format!(
+            "{} has a <hostdev> for {hub} in its own XML, which is a USB hub: all that is plugged in there would leave the host with it. \
+             Take the <hostdev> out, and give the guest the devices themselves",
+            domain.name
+        )))
+    })
+}
 
 /// Whether the guest has USB ports for devices of these speeds (none: a redirection, or not known); true: with a controller of ours.
 ///

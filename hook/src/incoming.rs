@@ -8,7 +8,7 @@ use virt_usb_store::{Context, Record, Store};
 use crate::answer::Answer;
 use crate::call::Incoming;
 use crate::config::{Config, MigrationPolicy};
-use crate::guest::{Ports, hostdev, open};
+use crate::guest::{Ports, hostdev, open, refuse_hubs};
 use crate::message;
 use crate::prepare::{asker, only};
 use crate::run::{Fault, Job, NOTHING};
@@ -28,6 +28,9 @@ pub(crate) fn incoming(job: &Job<'_>, how: Incoming) -> Result<Answer, Fault> {
             domain.name,
             domain.hostdevs.len()
         )));
+    }
+    if let Some(refusal) = refuse_hubs(config, domain) {
+        return Ok(refusal);
     }
     let instance = domain
         .uuid
@@ -62,8 +65,8 @@ impl Arrival<'_> {
             if places.is_empty() {
                 return Ok(Answer::unchanged("no USB device that could be told apart"));
             }
-            let wants: Vec<Want> =
-                places.iter().map(|p| Want { request: p.request.clone(), lasting: false }).collect();
+            let want = |p: &Place| Want { request: p.request.clone(), lasting: false, by_hand: p.by_hand };
+            let wants: Vec<Want> = places.iter().map(want).collect();
             let mut ports = Ports { sysfs_root: &self.config.sysfs_root };
             let claimed = self
                 .store
@@ -109,7 +112,8 @@ impl Arrival<'_> {
                 }
                 _ => continue,
             };
-            places.push(Place { position, request, what });
+            let by_hand = hostdev.injected().is_none();
+            places.push(Place { position, request, by_hand, what });
         }
         Ok(places)
     }
@@ -167,6 +171,7 @@ const fn choices(config: &Config, how: Incoming) -> &'static [Choice] {
 struct Place {
     position: usize,
     request: DeviceRequest,
+    by_hand: bool,
     /// The device in words, for messages.
     what: String,
 }

@@ -10,6 +10,7 @@ use virt_usb_store::{Context, Store, StoreError};
 
 use crate::answer::Answer;
 use crate::guest::{Ports, holding, open};
+use crate::machine::{self, Agent};
 use crate::message;
 use crate::prepare::asker;
 use crate::run::{Fault, Job, NOTHING};
@@ -49,8 +50,19 @@ fn running(job: &Job<'_>, concerned: bool) -> Result<Answer, Fault> {
         .collect();
     let waiting =
         store.confirm(instance, &in_guest.iter().copied().collect::<Vec<_>>(), &context).map_err(fault)?;
-    let mut answer =
-        Answer::unchanged(format!("{} in the guest, {} to be attached", in_guest.len(), waiting.len()));
+    let anew = store.claims_of(instance).map_err(fault)?.iter().filter(|c| c.arrived).count();
+    let mut did = format!("{} in the guest, {} to be attached", in_guest.len(), waiting.len());
+    if anew > 0 {
+        did.push_str(&format!(", {anew} to be attached anew"));
+    }
+    let mut answer = Answer::unchanged(did);
+    if anew > 0 && machine::agent(&config.state_dir) != Agent::Alive {
+        answer = answer.warn(format!(
+            "{}: QEMU lets go of its USB devices when it loads its state, and no agent runs to attach them anew: \
+             'systemctl start virt-usbd', or 'virsh detach-device' and 'virsh attach-device'",
+            job.domain.name
+        ));
+    }
     for adoption in &adopted {
         if let Adoption::HeldBy(device, claim) = adoption {
             answer = answer.warn(format!(

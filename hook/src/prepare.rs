@@ -9,7 +9,7 @@ use virt_usb_store::{Assignment, Context, Source, Store};
 use crate::answer::Answer;
 use crate::call::Caller;
 use crate::config::{Config, HoldPolicy, RequireAgent};
-use crate::guest::{Guest, Ports, holding, open};
+use crate::guest::{Guest, Ports, holding, open, refuse_hubs};
 use crate::machine::{self, Agent};
 use crate::message;
 use crate::run::{Fault, Job, NOTHING};
@@ -27,6 +27,9 @@ pub(crate) fn prepare(job: &Job<'_>) -> Result<Answer, Fault> {
     let injected = hostdevs.iter().any(|h| h.injected().is_some());
     let concerned = wish.is_certain() || injected || job.is_assigned(&state_dir);
     let config = job.config(concerned)?;
+    if let Some(refusal) = refuse_hubs(config, job.domain) {
+        return Ok(refusal);
+    }
     if !(wish.needs_store() || known || !hostdevs.is_empty()) {
         return redirections_only(job, config, wish);
     }
@@ -153,11 +156,13 @@ impl Gate<'_> {
         if injected.is_empty() {
             return Ok(None);
         }
-        let claims = self.store.claims().map_err(|e| Fault::of(self.concerned, e))?;
-        let pending = claims.iter().any(|c| c.instance_uuid == self.asker.instance && c.pending);
+        let claims = self.store.claims_of(self.asker.instance).map_err(|e| Fault::of(self.concerned, e))?;
         let lasting = self.config.hold == HoldPolicy::Instance;
-        let exactly = |id: &DeviceId| Want { request: only(*id), lasting };
-        Ok(pending.then(|| injected.iter().map(exactly).collect()))
+        let exactly = |id: &DeviceId| {
+            let by_hand = claims.iter().any(|c| c.device_id == *id && c.request.is_none());
+            Want { request: only(*id), lasting: lasting && !by_hand, by_hand }
+        };
+        Ok(claims.iter().any(|c| c.pending).then(|| injected.iter().map(exactly).collect()))
     }
 
     /// With `hold = "instance"` the flavor's requests become assignments.

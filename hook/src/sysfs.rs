@@ -6,7 +6,7 @@
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
-use virt_usb_model::{BusAddress, PortPath, UsbId, VendorId, clean_text};
+use virt_usb_model::{BusAddress, Class, PortPath, UsbId, VendorId, clean_text};
 
 /// Who is at a port, and under which address.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -60,6 +60,22 @@ pub fn at_port(sysfs_root: &Path, port: &PortPath) -> Result<Option<Seen>, Sysfs
     Ok(Some(Seen { usb: UsbId { vendor, product }, serial: serial.as_deref().and_then(clean_text), address }))
 }
 
+/// The hubs of this host that `wanted` is true of, by the kernel's name for them: root hubs (`usb1`) too. What cannot be read is none.
+pub fn hub(sysfs_root: &Path, wanted: impl Fn(UsbId, BusAddress) -> bool) -> Option<String> {
+    let all = std::fs::read_dir(sysfs_root.join("bus/usb/devices")).ok()?;
+    all.flatten().find_map(|entry| {
+        let dir = entry.path();
+        let read = |name| attribute(&dir, name).ok().flatten();
+        if read("bDeviceClass")?.parse::<Class>().ok()? != Class::HUB {
+            return None;
+        }
+        let usb =
+            UsbId { vendor: read("idVendor")?.parse().ok()?, product: read("idProduct")?.parse().ok()? };
+        let address = BusAddress::new(read("busnum")?.parse().ok()?, read("devnum")?.parse().ok()?)?;
+        wanted(usb, address).then(|| entry.file_name().to_string_lossy().into_owned())
+    })
+}
+
 /// One attribute, without its line end; `None` when it is not there (or its device went away). Bytes that are not
 /// UTF-8 are replaced: serials come from outsiders.
 ///
@@ -97,6 +113,28 @@ mod tests {
         for (name, value) in attributes {
             std::fs::write(dir.join(name), format!("{value}\n")).unwrap();
         }
+    }
+
+    #[test]
+    fn a_hub_is_found_by_what_a_hostdev_says_of_it() {
+        let root = tempfile::tempdir().unwrap();
+        let of = |class, product, bus, device| {
+            [
+                ("bDeviceClass", class),
+                ("idVendor", "1d6b"),
+                ("idProduct", product),
+                ("busnum", bus),
+                ("devnum", device),
+            ]
+        };
+        plug(root.path(), "usb2", &of("09", "0002", "2", "1"));
+        plug(root.path(), "2-1", &of("00", "0002", "2", "7"));
+        plug(root.path(), "2-1:1.0", &[("bInterfaceClass", "09")]);
+        let at = |bus, device| BusAddress::new(bus, device).unwrap();
+        assert_eq!(hub(root.path(), |_, a| a == at(2, 1)).as_deref(), Some("usb2"));
+        assert_eq!(hub(root.path(), |_, a| a == at(2, 7)), None);
+        assert_eq!(hub(root.path(), |usb, _| usb == UsbId::new(0x1d6b, 2)).as_deref(), Some("usb2"));
+        assert_eq!(hub(&root.path().join("nowhere"), |_, _| true), None);
     }
 
     #[test]

@@ -100,7 +100,9 @@ CREATE TABLE claims (
     boot_id         varchar(36) NOT NULL,
     revision        int NOT NULL,
     -- 1: the device is to leave the guest, and the claim ends with that
-    ending          int NOT NULL DEFAULT 0
+    ending          int NOT NULL DEFAULT 0,
+    -- 1: the guest came in with the device by restore or migration, and its QEMU let go of it meanwhile: it is to be attached anew
+    arrived         int NOT NULL DEFAULT 0
 );
 CREATE INDEX claims_instance ON claims (instance_uuid);
 CREATE INDEX claims_pending ON claims (pending_since) WHERE pending_since IS NOT NULL;

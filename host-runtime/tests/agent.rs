@@ -234,6 +234,7 @@ impl World {
             let runs = live.iter().find(|(id, _)| *id == claim.instance_uuid);
             prop_assert!(runs.is_some() || claim.hold == "instance", "an orphan: {claim:?}");
             prop_assert!(!claim.ending, "never finished: {claim:?}");
+            prop_assert!(runs.is_none() || !claim.arrived, "never attached anew: {claim:?}");
             let Some((_, domain)) = runs else {
                 prop_assert_eq!(&claim.state, "claimed");
                 continue;
@@ -244,7 +245,7 @@ impl World {
             let by_hand = |(_, d): &(InstanceId, Domain)| {
                 d.hostdevs.iter().any(|h| h.injected().is_none() && h.address == Some(record.entry.address))
             };
-            if elsewhere.clone().any(by_hand) {
+            if record.present && elsewhere.clone().any(by_hand) {
                 prop_assert!(!self.worker.store.problems().unwrap().is_empty());
                 continue;
             }
@@ -256,6 +257,13 @@ impl World {
                 let held = claims.iter().any(|c| {
                     c.instance_uuid == *id && Some(devices[&c.device_id].entry.address) == hostdev.address
                 });
+                let let_go = self.simulated.let_go(*id);
+                prop_assert!(
+                    !held || hostdev.alias.as_ref().is_none_or(|alias| !let_go.contains(alias)),
+                    "QEMU does not have {:?} of {}",
+                    hostdev,
+                    domain.name
+                );
                 let by_hand = hostdev.injected().is_none();
                 let nobodys =
                     !devices.values().any(|r| r.present && Some(r.entry.address) == hostdev.address);
@@ -295,6 +303,8 @@ enum Act {
     ByHand(usize, usize),
     /// Takes the first device out of a guest with his own hands.
     TakeByHand(usize),
+    /// Saves a guest and restores it.
+    Restore(usize),
     Give(usize, usize),
     Take(usize, usize),
 }
@@ -310,6 +320,7 @@ fn acts() -> impl Strategy<Value = Vec<Act>> {
         6 => (0..3usize, prop_oneof![Just(NEVER), 0..8usize]).prop_map(|(n, fuse)| Act::Work(n, fuse)),
         1 => (0..3usize, 0..PORTS).prop_map(|(n, p)| Act::ByHand(n, p)),
         1 => (0..3usize).prop_map(Act::TakeByHand),
+        2 => (0..3usize).prop_map(Act::Restore),
         2 => (0..3usize, 1..6usize).prop_map(|(n, d)| Act::Give(n, d)),
         2 => (0..3usize, 1..6usize).prop_map(|(n, d)| Act::Take(n, d)),
     ];
@@ -372,6 +383,8 @@ impl World {
                     self.simulated.detach(instance(*n), &alias).unwrap();
                 }
             }
+            // Refused where its device is gone or another's: then it does not run.
+            Act::Restore(n) => drop(self.simulated.save_and_restore(instance(*n))),
             // Refusals are right answers here; what must hold is looked at afterwards.
             Act::Give(n, id) => drop(self.worker.give(instance(*n), &by_id(*id))),
             Act::Take(n, id) => drop(self.worker.take(instance(*n), &by_id(*id).selector)),
@@ -532,4 +545,24 @@ fn hands_are_seen_and_two_hands_are_told() {
     world.settle();
     assert_eq!(world.worker.store.claims().unwrap(), []);
     world.is_settled().unwrap();
+}
+
+#[test]
+fn a_restored_guest_is_given_its_key_anew_wherever_the_agent_is_killed() {
+    for fuse in (0..12).chain([NEVER]) {
+        let mut world = World::new(ReplugPolicy::Reattach);
+        world.plug(0, 0);
+        world.scan();
+        started(&mut world, 0);
+        world.settle();
+        let alias = world.live()[0].1.hostdevs[0].alias.clone().unwrap();
+        world.simulated.save_and_restore(instance(0)).unwrap();
+        assert_eq!(world.simulated.let_go(instance(0)), [alias], "the XML shows it, QEMU does not have it");
+        assert_eq!(world.worker.store.claims().unwrap()[0].state, "claimed", "and so we say");
+        world.act(&Act::Work(0, fuse));
+        world.settle();
+        assert_eq!(world.live()[0].1.hostdevs.len(), 1, "cut off after {fuse} calls");
+        assert!(world.simulated.let_go(instance(0)).is_empty(), "cut off after {fuse} calls");
+        world.is_settled().unwrap();
+    }
 }

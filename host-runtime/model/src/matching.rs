@@ -25,6 +25,29 @@ pub fn assign(rows: &[Vec<usize>], candidates: usize) -> Vec<Option<usize>> {
     served
 }
 
+/// As [`assign`], and of all choices that serve as many rows the one whose candidates come first in `order`, whatever the rows prefer:
+/// they only decide who gets which of the chosen. Chosen again from what was chosen before and others behind it, the choice is the same.
+///
+/// Candidates that can be used together are a transversal matroid: taking each in its turn that goes with those before it is best, and
+/// never costs a row (Edmonds and Fulkerson, "Transversals and matroid partition", 1965).
+pub fn assign_in_order(rows: &[Vec<usize>], order: &[usize], candidates: usize) -> Vec<Option<usize>> {
+    let takers = |candidate: &usize| {
+        let takes = |row: &usize| rows[*row].contains(candidate);
+        (0..rows.len()).filter(takes).collect::<Vec<usize>>()
+    };
+    let takers: Vec<Vec<usize>> = order.iter().map(takers).collect();
+    let mut chosen = vec![false; candidates];
+    for (candidate, taker) in order.iter().zip(assign(&takers, rows.len())) {
+        if let (Some(slot), true) = (chosen.get_mut(*candidate), taker.is_some()) {
+            *slot = true;
+        }
+    }
+    let is_chosen = |candidate: &usize| chosen.get(*candidate).copied().unwrap_or(false);
+    let rows: Vec<Vec<usize>> =
+        rows.iter().map(|row| row.iter().copied().filter(is_chosen).collect()).collect();
+    assign(&rows, candidates)
+}
+
 /// Finds a place for `row`, moving others to their alternatives; true if that went.
 /// Iterative: the depth is bounded by the number of rows, but input decides that number.
 fn augment(rows: &[Vec<usize>], row: usize, owner: &mut [Option<usize>], seen: &mut [bool]) -> bool {
@@ -82,6 +105,33 @@ mod tests {
                 prop_assert!(got.is_none_or(|c| rows[row].contains(&c)));
             }
             prop_assert_eq!(given.len(), best(&rows, &mut Vec::new()));
+        }
+    }
+
+    /// The first set of candidates in `order`, by trying everything, that serves `most` rows.
+    fn first(rows: &[Vec<usize>], order: &[usize], most: usize) -> Vec<usize> {
+        let sets = (0u32..1 << order.len()).filter(|set| set.count_ones() as usize == most);
+        let members = |set: u32| (0..order.len()).filter(move |n| set >> n & 1 == 1).collect::<Vec<usize>>();
+        let serves = |set: &Vec<usize>| {
+            let given: Vec<usize> = set.iter().map(|n| order[*n]).collect();
+            let only = |row: &Vec<usize>| row.iter().copied().filter(|c| given.contains(c)).collect();
+            best(&rows.iter().map(only).collect::<Vec<_>>(), &mut Vec::new()) == most
+        };
+        let mut first: Vec<usize> =
+            sets.map(members).filter(serves).min().unwrap().iter().map(|n| order[*n]).collect();
+        first.sort_unstable();
+        first
+    }
+
+    proptest! {
+        #[test]
+        fn takes_what_comes_first_in_the_order(
+            rows in prop::collection::vec(prop::collection::vec(0usize..6, 0..5), 0..6),
+            order in Just((0usize..6).collect::<Vec<_>>()).prop_shuffle(),
+        ) {
+            let mut given: Vec<usize> = assign_in_order(&rows, &order, 6).into_iter().flatten().collect();
+            given.sort_unstable();
+            prop_assert_eq!(given, first(&rows, &order, best(&rows, &mut Vec::new())));
         }
     }
 

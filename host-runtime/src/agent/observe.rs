@@ -124,7 +124,7 @@ impl View {
 pub fn guest(running: &Running, config: &Config, store: &Store) -> Result<Guest, XmlError> {
     let domain = running.domain()?;
     let redirections = flavor(&domain, config, store).map_or(0, |f| f.usb_redirection_devices.len());
-    Ok(Guest { domain, redirections })
+    Ok(Guest { domain, redirections, moving: running.moving })
 }
 
 /// What the domain's flavor asks for.

@@ -192,7 +192,7 @@ impl Worker {
 
     fn claim(&mut self, domain: &Domain, whom: &Asker, request: &DeviceRequest) -> Result<(), OperateError> {
         let context = self.context()?;
-        let wants = [Want { request: request.clone(), lasting: true }];
+        let wants = [Want { request: request.clone(), lasting: true, by_hand: false }];
         let config = self.config.clone();
         let mut judge = Live { ports: Ports { sysfs_root: &config.sysfs_root }, domain };
         match self.store.claim(whom, &wants, &[], Standing::More, &mut judge, &context)? {

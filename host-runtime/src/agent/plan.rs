@@ -6,6 +6,7 @@
 //!   Release ◄── replug = "release" ── claim without its device ◄── Detach ─┘ (the stale hostdev)
 //!
 //!   a hostdev that nobody holds ── Adopt ──► allocated           a guest that is gone ── 10 s ──► Release, 60 s ──► End
+//!   came in with it by restore or migration ── Detach ──► Attach
 //! ```
 //! Every step may be done twice, and none depends on the one before: after each the world is looked at again.
 
@@ -30,6 +31,8 @@ pub struct Guest {
     pub domain: Domain,
     /// How many redirections its flavor asks for.
     pub redirections: usize,
+    /// See [`Running::moving`](crate::hypervisor::Running::moving).
+    pub moving: bool,
 }
 
 /// How long an instance's guest has been gone, in seconds.
@@ -97,7 +100,7 @@ pub enum Step {
     },
     /// Bring the claims' states in line with what is in the guest.
     Settle {
-        /// The devices of the instance that are.
+        /// The devices of the instance that its live XML shows.
         in_guest: Vec<DeviceId>,
     },
     /// Give the guest a device that it holds.
@@ -162,6 +165,8 @@ pub fn about_redirection(n: usize) -> String {
 pub fn plan(instance: &Instance<'_>, host: &Host<'_>) -> Vec<Step> {
     match instance.seen {
         Seen::Unknown => Vec::new(),
+        // The event that ends it leads to the next look.
+        Seen::Running(guest) if guest.moving => Vec::new(),
         Seen::Running(guest) => Present { instance, host, guest }.plan(),
         Seen::Absent(gone) => absent(instance, gone),
     }
@@ -218,6 +223,8 @@ impl<'a> Present<'a> {
             match (self.host.holders.get(&device), h.fresh) {
                 (Some(holder), true) if *holder == self.instance.id && !self.is_ending(device) => {
                     in_guest.insert(device);
+                    // The XML shows it, QEMU has let go of it: see [`ClaimRow::arrived`].
+                    steps.extend(self.has_arrived_with(device).then(|| detach(h)).flatten());
                 }
                 (Some(holder), _) if *holder == self.instance.id => {
                     stale.insert(device);
@@ -245,8 +252,10 @@ impl<'a> Present<'a> {
         let is_away = |c: &ClaimRow| !in_guest.contains(&c.device_id) && !stale.contains(&c.device_id);
         let (taken, held): (Vec<&ClaimRow>, Vec<&ClaimRow>) =
             self.instance.claims.iter().partition(|c| is_away(c) && self.was_taken_by_hand(c));
-        let settled =
-            |c: &&ClaimRow| !c.pending && (c.state == "allocated") == in_guest.contains(&c.device_id);
+        let settled = |c: &&ClaimRow| {
+            let inside = in_guest.contains(&c.device_id);
+            !c.pending && (c.state == "allocated") == (inside && !c.arrived) && (inside || !c.arrived)
+        };
         if !held.iter().all(settled) {
             // Before a stale hostdev goes: what is not in the guest then was not taken by anybody.
             steps.insert(0, Step::Settle { in_guest: in_guest.iter().copied().collect() });
@@ -299,6 +308,10 @@ impl<'a> Present<'a> {
 
     fn is_ending(&self, device: DeviceId) -> bool {
         self.instance.claims.iter().any(|c| c.device_id == device && c.ending)
+    }
+
+    fn has_arrived_with(&self, device: DeviceId) -> bool {
+        self.instance.claims.iter().any(|c| c.device_id == device && c.arrived)
     }
 
     fn hosted(&self) -> Vec<Hosted<'a>> {

@@ -210,14 +210,20 @@ impl Libvirt {
 fn read(domain: &Domain) -> Result<Option<Running>, Failure> {
     let read = || {
         let uuid = domain.get_uuid_string()?;
-        let running = domain.is_active()?;
-        Ok::<_, Error>((uuid, domain.get_name()?, running, domain.get_xml_desc(0)?))
+        if !domain.is_active()? {
+            return Ok::<_, Error>(None);
+        }
+        // A guest whose state comes in is paused by the migration, from whatever it comes.
+        let (state, reason) = domain.get_state()?;
+        let moving =
+            state == sys::VIR_DOMAIN_PAUSED && reason == sys::VIR_DOMAIN_PAUSED_MIGRATION.cast_signed();
+        Ok(Some((uuid, domain.get_name()?, domain.get_xml_desc(0)?, moving)))
     };
     match read() {
-        Ok((_, _, false, _)) => Ok(None),
-        Ok((uuid, name, true, xml)) => {
+        Ok(None) => Ok(None),
+        Ok(Some((uuid, name, xml, moving))) => {
             let instance = uuid.parse().map_err(|_| Failure::Away(format!("{uuid:?} is no UUID")))?;
-            Ok(Some(Running { instance, name, xml }))
+            Ok(Some(Running { instance, name, xml, moving }))
         }
         Err(e) => match failure(&e) {
             Failure::Gone => Ok(None),

@@ -26,6 +26,8 @@ pub struct Running {
     pub name: String,
     /// Its live XML.
     pub xml: String,
+    /// Its state is being loaded, by restore or migration, or sent away: nobody can give it a device or take one from it.
+    pub moving: bool,
 }
 
 impl Running {

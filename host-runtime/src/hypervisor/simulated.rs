@@ -12,11 +12,11 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use serde::Deserialize;
 use virt_usb_domxml::Fit;
-use virt_usb_hook::call::{Call, Caller, Happened, Operation};
+use virt_usb_hook::call::{Call, Caller, Happened, Incoming, Operation};
 use virt_usb_hook::config::Config;
 use virt_usb_hook::input::Input;
 use virt_usb_hook::run;
-use virt_usb_model::InstanceId;
+use virt_usb_model::{BusAddress, InstanceId};
 
 use super::{Event, Failure, Hypervisor, Running};
 
@@ -58,8 +58,17 @@ const fn fifteen() -> u8 {
 struct Domain {
     spec: Spec,
     running: bool,
-    /// Elements with their aliases.
-    devices: Vec<(String, String)>,
+    devices: Vec<Attached>,
+}
+
+/// A device of a running domain.
+#[derive(Debug, Clone)]
+struct Attached {
+    alias: String,
+    /// Its element.
+    xml: String,
+    /// The XML shows it, QEMU does not have it: so it is after a restore.
+    let_go: bool,
 }
 
 #[derive(Deserialize)]
@@ -121,12 +130,58 @@ impl SimulatedHypervisor {
             self.call_to_end(instance, "failed");
             return Err(why);
         }
+        self.go(instance);
+        Ok(())
+    }
+
+    fn go(&self, instance: InstanceId) {
         if let Some(domain) = self.domains().get_mut(&instance) {
             domain.running = true;
         }
         drop(self.call(instance, "started", Operation::Notice(Happened::Started)));
         self.tell(Event::Started(instance));
-        Ok(())
+    }
+
+    /// Saves a running domain and restores it, as `virsh managedsave` and `start` do: stopped, release, restore, prepare, started. QEMU
+    /// does not have the host's devices any more afterwards, though the XML shows them.
+    ///
+    /// # Errors
+    /// What the hook says: then the domain does not run.
+    pub fn save_and_restore(&self, instance: InstanceId) -> Result<(), String> {
+        let Some(saved) = self.domains().get(&instance).filter(|d| d.running).cloned() else { return Ok(()) };
+        self.end(instance);
+        let hostdevs = |xml: &[u8]| -> Result<Vec<(String, String)>, String> {
+            let read = virt_usb_domxml::read(xml).map_err(|e| e.to_string())?;
+            let named = read.hostdevs.into_iter().filter_map(|h| h.address.zip(h.alias));
+            Ok(named.map(|(address, alias)| (source(address), alias)).collect())
+        };
+        let image = xml(instance, &saved).into_bytes();
+        let restored = self.ask(&saved, "restore", Operation::Filter(Incoming::Restore), image.clone())?;
+        let (old, new) = (hostdevs(&image)?, hostdevs(restored.as_ref().unwrap_or(&image))?);
+        if let Some(domain) = self.domains().get_mut(&instance) {
+            domain.devices = saved.devices;
+            for device in &mut domain.devices {
+                let pair = old.iter().zip(&new).find(|((_, alias), _)| *alias == device.alias);
+                if let Some(((before, was), (now, is))) = pair {
+                    let renamed = device.xml.replace(&format!("'{was}'"), &format!("'{is}'"));
+                    let xml = renamed.replace(before, now);
+                    *device = Attached { alias: is.clone(), xml, let_go: true };
+                }
+            }
+        }
+        let begun = self.call(instance, "prepare", Operation::Gate);
+        match begun {
+            Ok(()) => self.go(instance),
+            Err(_) => self.end(instance),
+        }
+        begun
+    }
+
+    /// The aliases of a running domain's devices that its XML shows and QEMU does not have.
+    pub fn let_go(&self, instance: InstanceId) -> Vec<String> {
+        let domains = self.domains();
+        let devices = domains.get(&instance).filter(|d| d.running).map_or(&[][..], |d| &d.devices);
+        devices.iter().filter(|d| d.let_go).map(|d| d.alias.clone()).collect()
     }
 
     /// Ends a domain: stopped, release.
@@ -158,6 +213,17 @@ impl SimulatedHypervisor {
     /// Calls the hook. Nothing is locked meanwhile: it may take its time.
     fn call(&self, instance: InstanceId, op: &str, operation: Operation) -> Result<(), String> {
         let Some(domain) = self.domains().get(&instance).cloned() else { return Ok(()) };
+        let xml = xml(instance, &domain).into_bytes();
+        self.ask(&domain, op, operation, xml).map(drop)
+    }
+
+    fn ask(
+        &self,
+        domain: &Domain,
+        op: &str,
+        operation: Operation,
+        xml: Vec<u8>,
+    ) -> Result<Option<Vec<u8>>, String> {
         let call = Call {
             config: None,
             name: domain.spec.name.clone(),
@@ -165,9 +231,8 @@ impl SimulatedHypervisor {
             operation,
             caller: Caller::Simulation,
         };
-        let xml = xml(instance, &domain).into_bytes();
         let handled = run::handle_with(Ok(self.config.clone()), &call, Input::Xml(xml));
-        handled.answer.refusal.map_or(Ok(()), Err)
+        handled.answer.refusal.map_or(Ok(handled.answer.xml), Err)
     }
 
     fn domains(&self) -> MutexGuard<'_, BTreeMap<InstanceId, Domain>> {
@@ -188,7 +253,7 @@ impl SimulatedHypervisor {
         let elsewhere: Vec<String> = domains
             .iter()
             .filter(|(id, _)| **id != instance)
-            .flat_map(|(_, d)| d.devices.iter().map(|(_, xml)| xml.clone()))
+            .flat_map(|(_, d)| d.devices.iter().map(|device| device.xml.clone()))
             .collect();
         let domain = domains.get_mut(&instance).filter(|d| d.running).ok_or(Failure::Gone)?;
         let done = act(domain, &elsewhere);
@@ -232,11 +297,16 @@ fn xml(instance: InstanceId, domain: &Domain) -> String {
     if *spice {
         text.push_str("    <graphics type='spice'/>\n");
     }
-    for (_, device) in &domain.devices {
-        let _ = writeln!(text, "    {device}");
+    for device in &domain.devices {
+        let _ = writeln!(text, "    {}", device.xml);
     }
     text.push_str("  </devices>\n</domain>\n");
     text
+}
+
+/// The address of a hostdev's source.
+fn source(address: BusAddress) -> String {
+    format!("<address bus='{}' device='{}'/>", address.bus(), address.device())
 }
 
 fn escaped(text: &str) -> String {
@@ -248,14 +318,24 @@ impl Hypervisor for SimulatedHypervisor {
         let domains = self.domains();
         let running = domains.iter().filter(|(_, d)| d.running);
         Ok(running
-            .map(|(id, d)| Running { instance: *id, name: d.spec.name.clone(), xml: xml(*id, d) })
+            .map(|(id, d)| Running {
+                instance: *id,
+                name: d.spec.name.clone(),
+                xml: xml(*id, d),
+                moving: false,
+            })
             .collect())
     }
 
     fn look(&self, instance: InstanceId) -> Result<Option<Running>, Failure> {
         let domains = self.domains();
         let domain = domains.get(&instance).filter(|d| d.running);
-        Ok(domain.map(|d| Running { instance, name: d.spec.name.clone(), xml: xml(instance, d) }))
+        Ok(domain.map(|d| Running {
+            instance,
+            name: d.spec.name.clone(),
+            xml: xml(instance, d),
+            moving: false,
+        }))
     }
 
     fn is_known(&self, instance: InstanceId) -> Result<bool, Failure> {
@@ -286,34 +366,35 @@ impl Hypervisor for SimulatedHypervisor {
                 return Err(Failure::Refused(why.into()));
             }
             let mut after = domain.clone();
-            after.devices.push((String::new(), device.to_owned()));
+            let new = |alias| Attached { alias, xml: device.to_owned(), let_go: false };
+            after.devices.push(new(String::new()));
             let read = read(&after)?;
             let address = read.hostdevs.get(before.hostdevs.len()).and_then(|h| h.address);
-            let taken = |address: virt_usb_model::BusAddress| {
-                let mark = format!("<address bus='{}' device='{}'/>", address.bus(), address.device());
+            let taken = |address: BusAddress| {
+                let mark = source(address);
                 elsewhere.iter().any(|xml| xml.contains(&mark))
                     || before.hostdevs.iter().any(|h| h.address == Some(address))
             };
             if let Some(address) = address.filter(|a| taken(*a)) {
                 return Err(Failure::Refused(format!("USB device {address} is in use by driver QEMU")));
             }
-            let new = |known: usize, now: Vec<Option<String>>| now.into_iter().nth(known).flatten();
-            let alias = new(before.hostdevs.len(), read.hostdevs.iter().map(|h| h.alias.clone()).collect())
+            let last = |known: usize, now: Vec<Option<String>>| now.into_iter().nth(known).flatten();
+            let alias = last(before.hostdevs.len(), read.hostdevs.iter().map(|h| h.alias.clone()).collect())
                 .or_else(|| {
-                    new(before.redirdevs.len(), read.redirdevs.iter().map(|r| r.alias.clone()).collect())
+                    last(before.redirdevs.len(), read.redirdevs.iter().map(|r| r.alias.clone()).collect())
                 })
                 .unwrap_or_else(|| format!("dev{}", domain.devices.len()));
-            if domain.devices.iter().any(|(known, _)| *known == alias) {
+            if domain.devices.iter().any(|d| d.alias == alias) {
                 return Err(Failure::Refused(format!("non unique alias detected: {alias}")));
             }
-            domain.devices.push((alias, device.to_owned()));
+            domain.devices.push(new(alias));
             Ok(())
         })
     }
 
     fn detach(&self, instance: InstanceId, alias: &str) -> Result<(), Failure> {
         self.change(instance, |domain, _| {
-            domain.devices.retain(|(known, _)| known != alias);
+            domain.devices.retain(|d| d.alias != alias);
             Ok(())
         })
     }

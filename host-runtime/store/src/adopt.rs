@@ -122,10 +122,13 @@ fn find(
 }
 
 fn take(tx: &Transaction<'_>, asker: &Asker, id: DeviceId, stage: Stage, context: &Context) -> Sql<Adoption> {
-    let state = if stage == Stage::Running { "allocated" } else { "claimed" };
+    let (state, place) = match stage {
+        Stage::Running => ("allocated", give_back::Place::Inside),
+        Stage::Starting => ("claimed", give_back::Place::Coming),
+    };
     let known = give_back::held(tx, asker.instance)?.into_iter().find(|c| c.device_id == id);
     if let Some(claim) = known {
-        give_back::set_states(tx, &[claim], context, |_| state)?;
+        give_back::set_places(tx, &[claim], context, |_| place)?;
         return Ok(Adoption::AlreadyYours(id));
     }
     step_revision(tx)?;

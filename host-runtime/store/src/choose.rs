@@ -83,7 +83,7 @@ impl<'a> Choice<'a> {
                     requests.push(number);
                 }
             }
-            let assigned = matching::assign(&rows, pool.devices.len());
+            let assigned = matching::assign_in_order(&rows, &self.order(&pool), pool.devices.len());
             let served: Vec<Served> =
                 requests.iter().zip(assigned).filter_map(|(&number, got)| Some((number, got?))).collect();
             if served.len() < rows.len() {
@@ -94,6 +94,18 @@ impl<'a> Choice<'a> {
                 return Ok(Ok(served.iter().map(granted).collect()));
             }
         }
+    }
+
+    /// The candidates in the order in which they are wanted by all requests together: the preferred, the instance's others, free ones.
+    /// What the instance holds is in an order of its own, so that it is chosen again.
+    fn order(&self, pool: &Pool) -> Vec<usize> {
+        let mut order: Vec<usize> = (0..pool.devices.len()).collect();
+        order.sort_by_key(|at| {
+            let id = pool.devices[*at].entry.id;
+            let (preferred, mine) = (self.prefer.contains(&id), self.mine.iter().any(|c| c.device_id == id));
+            (!preferred, !mine, (preferred || mine).then_some(id))
+        });
+        order
     }
 
     /// Looks at each chosen device; false when one was not who it should be, and the choice must be made anew.

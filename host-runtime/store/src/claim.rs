@@ -33,6 +33,8 @@ pub struct Want {
     pub request: DeviceRequest,
     /// Whether the claim outlives the run of the guest.
     pub lasting: bool,
+    /// Whether it is for a hostdev that somebody wrote into the domain: no flavor asks for it, and none that asks for less gives it up.
+    pub by_hand: bool,
 }
 
 /// Whether a claim stands, or waits for the step that follows.

@@ -128,6 +128,10 @@ pub struct ClaimRow {
     pub revision: i64,
     /// The device is to leave the guest, and the claim ends with that.
     pub ending: bool,
+    /// The guest came in with the device by restore or migration. QEMU lets go of a host's device when it loads a guest's state
+    /// and does not take it again, whatever the live XML shows (hw/usb/host-libusb.c, `usb_host_post_load_bh`; libvirt names a
+    /// device file, for which QEMU does not scan): the device is to leave the guest and to be attached anew.
+    pub arrived: bool,
 }
 
 impl ClaimRow {
@@ -146,6 +150,7 @@ impl ClaimRow {
             boot_id: row.get("boot_id")?,
             revision: row.get("revision")?,
             ending: row.get("ending")?,
+            arrived: row.get("arrived")?,
         })
     }
 }

@@ -55,7 +55,7 @@ impl Store {
                     record(tx, context, &event)?;
                 }
             }
-            set_states(tx, &kept, context, |_| "claimed")?;
+            set_places(tx, &kept, context, |_| Place::Outside)?;
             metadata::refresh(tx, instance)?;
             Ok(ended.iter().map(|c| c.device_id).collect())
         })?;
@@ -63,8 +63,8 @@ impl Store {
         Ok(freed)
     }
 
-    /// The guest runs: its pending claims stand, and the devices of `in_guest` are allocated. Returns those that the
-    /// instance holds but that are not in the guest yet.
+    /// The guest runs: its pending claims stand, and the devices of `in_guest` are allocated, but for those that it came in with and
+    /// that are to be attached anew. Returns those that the instance holds but that are not in the guest yet.
     ///
     /// # Errors
     /// When the database cannot be written.
@@ -76,8 +76,8 @@ impl Store {
     ) -> Result<Vec<DeviceId>, StoreError> {
         self.write(|tx, _| {
             let claims = valid(tx, instance, context)?;
-            set_states(tx, &claims, context, |claim| {
-                if in_guest.contains(&claim.device_id) { "allocated" } else { "claimed" }
+            set_places(tx, &claims, context, |claim| {
+                if in_guest.contains(&claim.device_id) { Place::Inside } else { Place::Outside }
             })?;
             Ok(claims.iter().map(|c| c.device_id).filter(|id| !in_guest.contains(id)).collect())
         })
@@ -134,7 +134,7 @@ impl Store {
     pub fn out_of_guest(&mut self, instance: InstanceId, context: &Context) -> Result<(), StoreError> {
         self.write(|tx, _| {
             let firm: Vec<_> = valid(tx, instance, context)?.into_iter().filter(|c| !c.pending).collect();
-            Ok(set_states(tx, &firm, context, |_| "claimed")?)
+            Ok(set_places(tx, &firm, context, |_| Place::Outside)?)
         })
     }
 
@@ -168,27 +168,53 @@ fn valid(tx: &Transaction<'_>, instance: InstanceId, context: &Context) -> Sql<V
     Ok(claims)
 }
 
-/// Makes the claims firm, of this boot, and of the state that `state` says.
-pub(crate) fn set_states(
+/// Where a claim's device is, as libvirt shows it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Place {
+    /// In the XML of a guest that is about to run.
+    Coming,
+    /// In the XML of the guest that runs.
+    Inside,
+    /// Not in the guest.
+    Outside,
+}
+
+impl Place {
+    /// The claim's state, and whether the device is still to be attached anew.
+    fn of(self, claim: &ClaimRow) -> (&'static str, bool) {
+        match self {
+            Self::Inside if !claim.arrived => ("allocated", false),
+            Self::Inside | Self::Coming => ("claimed", claim.arrived),
+            Self::Outside => ("claimed", false),
+        }
+    }
+}
+
+/// Makes the claims firm, of this boot, and of the state that follows from where their devices are.
+pub(crate) fn set_places(
     tx: &Transaction<'_>,
     claims: &[ClaimRow],
     context: &Context,
-    state: impl Fn(&ClaimRow) -> &'static str,
+    place: impl Fn(&ClaimRow) -> Place,
 ) -> Sql<()> {
-    let differs = |c: &&ClaimRow| c.state != state(c) || c.pending || c.boot_id != context.boot_id;
     let mut stepped = false;
-    for claim in claims.iter().filter(differs) {
+    for claim in claims {
+        let (state, arrived) = place(claim).of(claim);
+        let same = claim.state == state && claim.arrived == arrived;
+        if same && !claim.pending && claim.boot_id == context.boot_id {
+            continue;
+        }
         if !std::mem::replace(&mut stepped, true) {
             step_revision(tx)?;
         }
         tx.prepare_cached(
-            "UPDATE claims SET state = ?2, pending_since = NULL, boot_id = ?3, revision = (SELECT max(revision) FROM compute_nodes) WHERE id = ?1",
+            "UPDATE claims SET state = ?2, pending_since = NULL, boot_id = ?3, arrived = ?4, revision = (SELECT max(revision) FROM compute_nodes) WHERE id = ?1",
         )?
-        .execute(params![claim.id, state(claim), context.boot_id])?;
+        .execute(params![claim.id, state, context.boot_id, arrived])?;
         refresh(tx, claim.device_id)?;
-        if claim.state != state(claim) {
+        if claim.state != state {
             // The claim stays, its device is no longer in the guest.
-            let event = if state(claim) == "claimed" { "detached" } else { state(claim) };
+            let event = if state == "claimed" { "detached" } else { state };
             record(tx, context, &Event::about_claim(event, claim))?;
         }
     }
@@ -218,7 +244,7 @@ pub(crate) fn sweep(tx: &Transaction<'_>, context: &Context) -> Sql<()> {
         delete(tx, &claim, "voided", why, context)?;
         metadata::refresh(tx, claim.instance_uuid)?;
     }
-    set_states(tx, &kept, context, |_| "claimed")
+    set_places(tx, &kept, context, |_| Place::Outside)
 }
 
 /// Claims of other boots than this. Looked for once a boot, which the host's row remembers.

@@ -24,14 +24,13 @@ pub(crate) struct Grant<'a> {
 
 impl Grant<'_> {
     pub(crate) fn write(&self, wants: &[Want], chosen: &[Granted]) -> Result<(), Fault> {
-        let lasting = |granted: &Granted| wants.get(granted.request).is_some_and(|w| w.lasting);
         // What was adopted from the domain's own XML was never asked for: it stays until release.
         // And an incoming guest that may yet fail to arrive loses nothing.
         let firm = self.standing == Standing::Firm;
         let asked_for = self.mine.iter().filter(|c| firm && c.request.is_some());
         let given_up: Vec<&ClaimRow> =
             asked_for.filter(|c| chosen.iter().all(|g| g.device.entry.id != c.device_id)).collect();
-        if given_up.is_empty() && chosen.iter().all(|g| self.is_as_was(g, lasting(g))) {
+        if given_up.is_empty() && chosen.iter().all(|g| self.is_as_was(g, wants.get(g.request))) {
             return Ok(());
         }
         step_revision(self.tx)?;
@@ -42,7 +41,7 @@ impl Grant<'_> {
             self.hints.add(Known::Instance(self.asker.instance))?;
         }
         for granted in chosen {
-            self.claim(granted, lasting(granted))?;
+            self.claim(granted, wants.get(granted.request))?;
         }
         metadata::refresh(self.tx, self.asker.instance)?;
         Ok(())
@@ -53,19 +52,20 @@ impl Grant<'_> {
     }
 
     /// Nothing to write for this one: the same claim, the same request, firm, the address as stored.
-    fn is_as_was(&self, granted: &Granted, lasting: bool) -> bool {
+    fn is_as_was(&self, granted: &Granted, want: Option<&Want>) -> bool {
         let entry = &granted.device.entry;
         let same_claim = self.held(entry.id).is_some_and(|c| {
-            c.request.is_some_and(|r| r as usize == granted.request)
+            c.request == position(granted, want)
                 && !c.pending
                 && !c.ending
-                && c.hold == hold_name(lasting)
+                && (c.arrived || self.standing != Standing::Pending)
+                && c.hold == hold_name(want)
                 && c.domain == self.asker.domain
         });
         same_claim && granted.stored == entry.address
     }
 
-    fn claim(&self, granted: &Granted, lasting: bool) -> Sql<()> {
+    fn claim(&self, granted: &Granted, want: Option<&Want>) -> Sql<()> {
         let device = granted.device.entry.id;
         let pending = (self.standing == Standing::Pending).then_some(self.context.uptime);
         let what = params![
@@ -73,21 +73,23 @@ impl Grant<'_> {
             self.asker.instance.to_string(),
             self.asker.domain,
             self.asker.project.as_ref().map(ToString::to_string),
-            u32::try_from(granted.request).unwrap_or(u32::MAX),
-            hold_name(lasting),
+            position(granted, want),
+            hold_name(want),
             pending,
             self.context.boot_id,
         ];
         if self.standing == Standing::Pending && self.held(device).is_some_and(|c| !c.pending) {
-            // What is firm stays as it is: the guest that comes in may fail to.
+            // What is firm stays firm: the guest that comes in may fail to.
+            let sql = "UPDATE claims SET arrived = 1, revision = (SELECT max(revision) FROM compute_nodes) WHERE device_id = ?1";
+            self.tx.prepare_cached(sql)?.execute([sql_id(device)])?;
         } else if self.held(device).is_some() {
             let sql = "UPDATE claims SET domain = ?3, project_id = ?4, request = ?5, hold = ?6, pending_since = ?7,
-                 ending = 0, boot_id = ?8, revision = (SELECT max(revision) FROM compute_nodes) WHERE device_id = ?1 AND instance_uuid = ?2";
+                 arrived = arrived OR ?7 IS NOT NULL, ending = 0, boot_id = ?8, revision = (SELECT max(revision) FROM compute_nodes) WHERE device_id = ?1 AND instance_uuid = ?2";
             self.tx.prepare_cached(sql)?.execute(what)?;
         } else {
             let sql = format!(
-                "INSERT INTO claims (created_at, device_id, instance_uuid, domain, project_id, request, state, hold, pending_since, boot_id, revision)
-                 VALUES ({NOW}, ?1, ?2, ?3, ?4, ?5, 'claimed', ?6, ?7, ?8, (SELECT max(revision) FROM compute_nodes))"
+                "INSERT INTO claims (created_at, device_id, instance_uuid, domain, project_id, request, state, hold, pending_since, arrived, boot_id, revision)
+                 VALUES ({NOW}, ?1, ?2, ?3, ?4, ?5, 'claimed', ?6, ?7, ?7 IS NOT NULL, ?8, (SELECT max(revision) FROM compute_nodes))"
             );
             self.tx.prepare_cached(&sql)?.execute(what)?;
         }
@@ -108,6 +110,11 @@ impl Grant<'_> {
     }
 }
 
-const fn hold_name(lasting: bool) -> &'static str {
-    if lasting { "instance" } else { "running" }
+/// The request that the claim says it serves.
+fn position(granted: &Granted, want: Option<&Want>) -> Option<u32> {
+    (!want.is_some_and(|w| w.by_hand)).then(|| u32::try_from(granted.request).unwrap_or(u32::MAX))
+}
+
+fn hold_name(want: Option<&Want>) -> &'static str {
+    if want.is_some_and(|w| w.lasting) { "instance" } else { "running" }
 }

@@ -17,8 +17,11 @@ use crate::{FILE_NAME, Store, StoreError, files};
 const APPLICATION_ID: i64 = 0x7655_5342;
 
 /// One file a step; the index + 1 is the schema version that it leads to. Never changed once released.
-const MIGRATIONS: &[&str] =
-    &[include_str!("../migrations/0001_initial.sql"), include_str!("../migrations/0002_agent.sql")];
+const MIGRATIONS: &[&str] = &[
+    include_str!("../migrations/0001_initial.sql"),
+    include_str!("../migrations/0002_agent.sql"),
+    include_str!("../migrations/0003_arrived.sql"),
+];
 
 /// The schema version that this program reads and writes.
 pub const SCHEMA: i64 = MIGRATIONS.len() as i64;

@@ -109,7 +109,7 @@ pub(crate) fn request(json: &str) -> DeviceRequest {
 }
 
 pub(crate) fn want(json: &str) -> Want {
-    Want { request: request(json), lasting: false }
+    Want { request: request(json), lasting: false, by_hand: false }
 }
 
 /// Believes the inventory, and refuses nothing.

@@ -173,7 +173,7 @@ fn of_another_version_or_another_program() {
     check!(
         hook(dir.path()),
         StoreError::Newer { found: 99, .. },
-        "has schema 99, this program knows 2",
+        "has schema 99, this program knows 3",
         "or newer"
     );
     check!(Store::create(dir.path(), PATIENCE), StoreError::Newer { .. }, "has schema 99");
@@ -182,7 +182,7 @@ fn of_another_version_or_another_program() {
     check!(
         hook(dir.path()),
         StoreError::Older { found: 0, .. },
-        "has schema 0, this program needs 2",
+        "has schema 0, this program needs 3",
         "virt-usb discover"
     );
 

@@ -23,7 +23,7 @@ fn at(boot_number: u32, uptime: f64) -> Context {
 
 /// Claims any one device, for the instance or for its run.
 fn claim_as(store: &mut Store, n: u32, lasting: bool, standing: Standing, context: &Context) -> Claimed {
-    let wants = [Want { request: request(ANY), lasting }];
+    let wants = [Want { request: request(ANY), lasting, by_hand: false }];
     store.claim(&asker(n), &wants, &[], standing, &mut Trusting, context).unwrap()
 }
 
@@ -133,7 +133,8 @@ fn the_metadata_says_what_the_instance_has() {
     let (dir, mut store) = inventory();
     let key = device(1, Some("A1"), "1-4", 7);
     scan(&mut store, &[(key, offered()), (device(2, None, "1-2", 9), offered())], &boot(1)).unwrap();
-    let wants = [Want { request: request(r#"{"vendor_id":"0529","count":2}"#), lasting: false }];
+    let wants =
+        [Want { request: request(r#"{"vendor_id":"0529","count":2}"#), lasting: false, by_hand: false }];
     store.claim(&asker(1), &wants, &[], Standing::Firm, &mut Trusting, &boot(1)).unwrap();
     let first = r#"{"id":1,"vendor_id":"0529","product_id":"0001","serial":"A1","address":"usb_1_7"}"#;
     let second = r#"{"id":2,"vendor_id":"0529","product_id":"0002","address":"usb_1_9"}"#;

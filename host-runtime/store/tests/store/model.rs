@@ -31,6 +31,8 @@ pub(crate) struct Claim {
     pub(crate) boot: String,
     /// Not (yet) asked for: found in the domain's own XML.
     pub(crate) adopted: bool,
+    /// Claimed for a guest that comes in with it: not allocated before it was out of that guest.
+    pub(crate) arrived: bool,
 }
 
 #[derive(Debug, Clone, Default)]
@@ -60,7 +62,7 @@ impl Model {
             None => c.boot == boot || c.lasting,
         });
         for claim in self.claims.values_mut().filter(|c| c.boot != boot) {
-            claim.allocated = false;
+            (claim.allocated, claim.arrived) = (false, false);
             claim.boot = boot.into();
         }
     }
@@ -85,13 +87,15 @@ impl Model {
                 pending: since,
                 boot: boot.into(),
                 adopted: false,
+                arrived: since.is_some(),
             };
             match self.claims.get_mut(id) {
-                Some(firm) if since.is_some() && firm.pending.is_none() => {}
+                Some(firm) if since.is_some() && firm.pending.is_none() => firm.arrived = true,
                 Some(claim) => {
                     claim.lasting = lasting;
                     claim.adopted = false;
                     claim.pending = since;
+                    claim.arrived |= since.is_some();
                 }
                 None => drop(self.claims.insert(*id, new)),
             }
@@ -105,7 +109,9 @@ impl Model {
             if !valid || (in_guest.is_none() && claim.pending.is_some()) {
                 continue;
             }
-            claim.allocated = in_guest.is_some_and(|ids| ids.contains(id));
+            let inside = in_guest.is_some_and(|ids| ids.contains(id));
+            claim.arrived &= inside;
+            claim.allocated = inside && !claim.arrived;
             claim.pending = None;
             claim.boot = boot.into();
         }
@@ -122,7 +128,7 @@ impl Model {
         let ended: BTreeSet<_> = self.of(instance).into_iter().filter(|id| !kept(&self.claims[id])).collect();
         self.claims.retain(|id, _| !ended.contains(id));
         for claim in self.claims.values_mut().filter(|c| c.instance == instance) {
-            claim.allocated = false;
+            (claim.allocated, claim.arrived) = (false, false);
             claim.boot = boot.into();
         }
         if everything {

@@ -273,6 +273,7 @@ impl Life {
             .map(|&(which, count)| Want {
                 request: DeviceRequest { count, ..request(REQUESTS[which]) },
                 lasting: *lasting,
+                by_hand: false,
             })
             .collect();
         let prefer: Vec<DeviceId> =
@@ -376,7 +377,7 @@ impl Life {
             }
             (Some(claim), Adoption::AlreadyYours(yours)) => {
                 assert!(claim.instance == mine && yours == id);
-                (claim.allocated, claim.pending) = (*running, None);
+                (claim.allocated, claim.pending) = (*running && !claim.arrived, None);
             }
             (None, Adoption::New(new)) => {
                 assert_eq!(new, id);
@@ -388,6 +389,7 @@ impl Life {
                     pending: None,
                     boot,
                     adopted: true,
+                    arrived: false,
                 };
                 self.model.claims.insert(id, claim);
             }
@@ -416,6 +418,7 @@ impl Life {
                         .filter(|_| c.pending),
                     boot: c.boot_id.clone(),
                     adopted: c.request.is_none(),
+                    arrived: c.arrived,
                 };
                 assert_eq!(c.pending, claim.pending.is_some(), "{c:?}");
                 (c.device_id, claim)
