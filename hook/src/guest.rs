@@ -150,7 +150,7 @@ pub(crate) fn refuse_hubs(config: &Config, domain: &Domain) -> Option<Answer> {
         };
         let hub = sysfs::hub(&config.sysfs_root, meant)?;
         Some(Answer::refused(format!(
-            "{} has a <hostdev> for {hub} in its own XML, which is a USB hub: all that is plugged in there would leave the host with it. \
+            "{} has a <hostdev> for the USB hub {hub} in its own XML, and all that is plugged in there would leave the host with it. \
              Take the <hostdev> out, and give the guest the devices themselves",
             domain.name
         )))

@@ -80,7 +80,7 @@ enum Outcome {
     /// Nothing to be done about it now; the next event tells.
     Moot,
     Failed(String),
-    /// libvirt was busy with the domain.
+    /// The device is on its way: the next look tells more.
     Later,
 }
 
@@ -278,7 +278,7 @@ impl Work<'_> {
             )),
             Err(_) if inside => Ok(Outcome::Done),
             Err(Failure::Refused(why)) => self.refused(device, why),
-            Err(failure) => moot_or_later(failure),
+            Err(failure) => moot_or_busy(failure),
         }
     }
 
@@ -296,7 +296,7 @@ impl Work<'_> {
         match self.worker.hypervisor.stop(self.instance) {
             Ok(()) | Err(Failure::Gone) => Ok(Outcome::Done),
             Err(Failure::Refused(not)) => Ok(Outcome::Failed(format!("{why}; it cannot be stopped: {not}"))),
-            Err(failure) => moot_or_later(failure),
+            Err(failure) => moot_or_busy(failure),
         }
     }
 
@@ -312,7 +312,7 @@ impl Work<'_> {
                 Ok(Outcome::Failed("the guest does not let go of it: it goes when the guest stops".into()))
             }
             Err(Failure::Refused(why)) => Ok(Outcome::Failed(why)),
-            Err(failure) => moot_or_later(failure),
+            Err(failure) => moot_or_busy(failure),
         }
     }
 
@@ -329,7 +329,7 @@ impl Work<'_> {
                 Ok(Outcome::Done)
             }
             Err(Failure::Refused(why)) => Ok(Outcome::Failed(why)),
-            Err(failure) => moot_or_later(failure),
+            Err(failure) => moot_or_busy(failure),
         }
     }
 
@@ -340,10 +340,14 @@ impl Work<'_> {
     }
 }
 
-fn moot_or_later(failure: Failure) -> Result<Outcome, WorkError> {
+/// What is no refusal. libvirt has waited half a minute before it says that it is busy.
+fn moot_or_busy(failure: Failure) -> Result<Outcome, WorkError> {
     match failure {
         Failure::Gone => Ok(Outcome::Moot),
-        Failure::Busy(_) => Ok(Outcome::Later),
+        Failure::Busy(why) => Ok(Outcome::Failed(format!(
+            "libvirt is busy with the guest ({why}): 'virsh domjobinfo' shows with what. It is tried again; if nothing is going on there, \
+             'virsh destroy' ends it"
+        ))),
         other => Err(other.into()),
     }
 }

@@ -68,5 +68,17 @@ def qemu_pid(name, run=Path("/run/libvirt/qemu")):
     return int((run / f"{name}.pid").read_text())
 
 
+def has_qemu(name):
+    """Whether any process is this guest's QEMU, whatever libvirtd says."""
+    mark = f"guest={name},".encode()
+    for cmdline in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if mark in cmdline.read_bytes():
+                return True
+        except OSError:  # It has ended meanwhile.
+            continue
+    return False
+
+
 def kill_qemu(name):
     os.kill(qemu_pid(name), signal.SIGKILL)
