@@ -29,7 +29,7 @@ filter: deps ## the scheduler's filter, as a component and as a core module
 run: build ## the main job as a story, on this machine's devices or a recorded host's
 	@tests/story/run
 
-test: test-deps lint build corpus suite embedding live ## everything that a change must pass
+test: test-deps lint build corpus suite embedding live live-nested ## everything that a change must pass
 
 lint:
 	@echo "== formatting and lints"
@@ -52,7 +52,8 @@ live: build ## real libvirtd and real guests on this machine (root)
 	@echo "== libvirtd and guests on this machine"
 	@tests/live/run machine
 
-live-nested: test-deps build ## a compute host in a VM, with real USB devices (root; a quarter of an hour)
+live-nested: test-deps build ## a compute host in a VM, with real USB devices (root; twelve minutes)
+	@echo "== a compute host in a VM, with real USB devices (some twelve minutes; a line a case)"
 	@tests/live/run nested
 
 bench: build embedding ## the figures of BENCHMARKS.md
