@@ -42,7 +42,7 @@ def main():
     cases = case.matching(case.collect(f"{asked.place}.cases", files), asked.case)
     if asked.list:
         for one in cases:
-            say(f"{one.name:44} {one.title}{' (needs the agent)' if one.needs_agent else ''}")
+            say(f"{one.name:44} {one.title}")
         return 0
     if not cases:
         say(f"no case has {' or '.join(asked.case)} in its name: see --list")

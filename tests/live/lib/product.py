@@ -25,13 +25,9 @@ class Product:
         self.repo = Path(repo)
         self.agent = Agent()
 
-    def has_agent(self):
-        return (self.repo / "target/release/virt-usbd").exists()
-
     def install(self):
         must(self.repo / "install/hook", timeout=120)
-        if self.has_agent():
-            must(self.repo / "install/agent", timeout=120)
+        must(self.repo / "install/agent", timeout=120)
         if run("getent", "passwd", USER, quiet=True).status:
             must("useradd", "--system", "--no-create-home", "--shell", "/usr/sbin/nologin", USER)
         # What its unit says (SupplementaryGroups).

@@ -12,7 +12,7 @@ def desk(w, count):
     return w.guest("desk", metadata(redirections(count)), SPICE)
 
 
-@case("redirections are attached live to a guest with SPICE graphics", agent=True)
+@case("redirections are attached live to a guest with SPICE graphics")
 def live(w):
     w.product.agent.start()
     guest = desk(w, 2)
@@ -25,7 +25,7 @@ def live(w):
     stays(lambda: len(w.virsh.redirdevs("desk")) == 2, "two, not more", seconds=3)
 
 
-@case("virt-usb start gives redirections from power-on", agent=True)
+@case("virt-usb start gives redirections from power-on")
 def cold(w):
     w.product.agent.start()
     desk(w, 1)
@@ -34,7 +34,7 @@ def cold(w):
     stays(lambda: len(w.virsh.redirdevs("desk")) == 1, "one, not more", seconds=2)
 
 
-@case("redirections survive save and restore, and are not doubled", agent=True)
+@case("redirections survive save and restore, and are not doubled")
 def saved(w):
     w.product.agent.start()
     guest = desk(w, 1)

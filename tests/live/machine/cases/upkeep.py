@@ -39,7 +39,7 @@ def killed(w):
     free(w, guest)
 
 
-@case("the agent connects again when libvirtd comes back", agent=True)
+@case("the agent connects again when libvirtd comes back")
 def reconnect(w):
     w.product.agent.start()
     w.libvirtd.restart()
@@ -48,7 +48,7 @@ def reconnect(w):
     until(lambda: w.virsh.redirdevs("desk") == ["ua-usb-redir-0"], "the redirection to be there", seconds=60)
 
 
-@case("a guest that was started while the agent was down gets what it asks for when the agent comes", agent=True)
+@case("a guest that was started while the agent was down gets what it asks for when the agent comes")
 def late_agent(w):
     w.product.configure(require_agent=False)
     guest = desk(w, 1)
@@ -58,7 +58,7 @@ def late_agent(w):
     until(lambda: w.virsh.redirdevs("desk") == ["ua-usb-redir-0"], "the redirection to be there")
 
 
-@case("a second agent on one host does not start", agent=True)
+@case("a second agent on one host does not start")
 def second_agent(w):
     w.product.agent.start()
     second = run(AGENT)

@@ -14,7 +14,7 @@ from .live import asking, known
 from .replug import running
 
 
-@case("kill -9 of the agent: guests keep what they have, the next agent goes on with it", agent=True)
+@case("kill -9 of the agent: guests keep what they have, the next agent goes on with it")
 def agent(w):
     ((guest, stick),) = running(w)
     w.product.agent.kill()
@@ -29,7 +29,7 @@ def agent(w):
     expect(known(w, stick)["status"] == "available", "it to be available")
 
 
-@case("kill -9 of libvirtd: guests live on, the agent finds its way back", agent=True)
+@case("kill -9 of libvirtd: guests live on, the agent finds its way back")
 def libvirtd(w):
     ((guest, stick),) = running(w)
     w.libvirtd.kill()
@@ -42,7 +42,7 @@ def libvirtd(w):
     invariants.settle(w)
 
 
-@case("kill -9 of libvirtd and QEMU at once: what the guest held is free after the grace", agent=True)
+@case("kill -9 of libvirtd and QEMU at once: what the guest held is free after the grace")
 def both(w):
     ((guest, stick),) = running(w)
     w.libvirtd.kill()
@@ -55,7 +55,7 @@ def both(w):
     w.allocated(heir, stick)
 
 
-@case("kill -9 of QEMU, agent or libvirtd at random moments: afterwards all is as it should be", agent=True)
+@case("kill -9 of QEMU, agent or libvirtd at random moments: afterwards all is as it should be")
 def random_moments(w):
     Chaos(w).run()
 

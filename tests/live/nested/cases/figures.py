@@ -36,7 +36,7 @@ def hook_ended(operation, after):
     return next((r["at"] for r in reversed(records) if r["operation"] == operation and r["at"] > after), None)
 
 
-@case("how long an attach takes: by hand, after a start, after a replug", agent=True)
+@case("how long an attach takes: by hand, after a start, after a replug")
 def attach(w):
     (stick,) = w.drawer.twins(1)
     plain = w.guest("plain")

@@ -12,7 +12,7 @@ def asking(w, name, *requests, **more):
     return w.guest(name, metadata(usb_devices(*(requests or (KEY,)))), **more)
 
 
-@case("virsh start of a guest that asks: the device is attached live, and the definition stays as it was", agent=True)
+@case("virsh start of a guest that asks: the device is attached live, and the definition stays as it was")
 def attach_after_start(w):
     (stick,) = w.drawer.twins(1)
     w.product.agent.start()
@@ -35,7 +35,7 @@ def known(w, stick):
     return rows and rows[0]
 
 
-@case("two guests that ask for the same kind get one stick each, the third is refused", agent=True)
+@case("two guests that ask for the same kind get one stick each, the third is refused")
 def three_want_two(w):
     sticks = w.drawer.twins(2)
     w.product.agent.start()
@@ -49,7 +49,7 @@ def three_want_two(w):
     refused(w.virsh("start", asking(w, "g2").name), "virt-usb: g2 asks for usb_devices[0]", "is held by g0")
 
 
-@case("virt-usb start: the guest has the device from power-on, and the definition stays as it was", agent=True)
+@case("virt-usb start: the guest has the device from power-on, and the definition stays as it was")
 def cold_plug(w):
     (stick,) = w.drawer.twins(1)
     w.product.agent.start()
@@ -66,7 +66,7 @@ def cold_plug(w):
     expect(w.virsh.xml("g", "--inactive") == before, "the definition to stay as it was, after its end too")
 
 
-@case("virt-usb start says why, and leaves nothing behind, when the device is taken", agent=True)
+@case("virt-usb start says why, and leaves nothing behind, when the device is taken")
 def cold_plug_refused(w):
     (stick,) = w.drawer.twins(1)
     w.product.agent.start()
@@ -79,7 +79,7 @@ def cold_plug_refused(w):
     w.boots_from(first, stick)
 
 
-@case("virt-usb attach and detach on a running guest", agent=True)
+@case("virt-usb attach and detach on a running guest")
 def command_line_live(w):
     one, other = w.drawer.twins(2)
     w.product.agent.start()
@@ -101,7 +101,7 @@ def command_line_live(w):
     w.allocated(rival, other)
 
 
-@case("virt-usb attach and detach on a guest that does not run count at its next start", agent=True)
+@case("virt-usb attach and detach on a guest that does not run count at its next start")
 def command_line_stopped(w):
     (stick,) = w.drawer.twins(1)
     w.product.agent.start()
@@ -116,7 +116,7 @@ def command_line_stopped(w):
     stays(lambda: not w.virsh.hostdevs("g") and not w.product.claims_of(guest), "the guest has nothing", seconds=4)
 
 
-@case("a device given by hand with virsh attach-device is adopted", agent=True)
+@case("a device given by hand with virsh attach-device is adopted")
 def adopted(w):
     (stick,) = w.drawer.twins(1)
     w.product.agent.start()
@@ -130,7 +130,7 @@ def adopted(w):
     until(lambda: not w.product.claims_of(guest), "the claim to end when it is detached by hand", seconds=40)
 
 
-@case("a guest that runs and has no USB port left: virt-usb attach says so and leaves nothing behind", agent=True)
+@case("a guest that runs and has no USB port left: virt-usb attach says so and leaves nothing behind")
 def no_free_port(w):
     (stick,) = w.drawer.twins(1)
     w.product.agent.start()
@@ -143,7 +143,7 @@ def no_free_port(w):
     expect(known(w, stick)["status"] == "available", "it to be available")
 
 
-@case("where an agent is installed and does not run, a guest that asks is not started without its device", agent=True)
+@case("where an agent is installed and does not run, a guest that asks is not started without its device")
 def agent_dead(w):
     w.drawer.twins(1)
     w.product.agent.start()

@@ -65,7 +65,7 @@ def reclaim(w):
         expect(w.product.device(serial=one.serial)["status"] == "available", "the first stick to be available")
 
 
-@case("after a migration with agents on both hosts the guest really has its device, seen from inside", agent=True)
+@case("after a migration with agents on both hosts the guest really has its device, seen from inside")
 def reclaim_with_agents(w):
     with two_hosts(w, migration="reclaim") as (second, one, other):
         w.product.agent.start()

@@ -26,7 +26,7 @@ def is_waited_for(w, guest, stick):
     return known(w, stick)["status"] == "removed" and not w.virsh.hostdevs(guest.name) and w.product.claims_of(guest)
 
 
-@case("unplugged and plugged in at another bus: the guest has it again, same id, new address", agent=True)
+@case("unplugged and plugged in at another bus: the guest has it again, same id, new address")
 def elsewhere(w):
     ((guest, stick),) = running(w)
     before, address = known(w, stick), stick.address()
@@ -39,7 +39,7 @@ def elsewhere(w):
     w.boots_from(guest, stick, reset=True)
 
 
-@case("unplugged and back in the same port at once", agent=True)
+@case("unplugged and back in the same port at once")
 def at_once(w):
     ((guest, stick),) = running(w)
     for _ in range(2):
@@ -48,7 +48,7 @@ def at_once(w):
     w.boots_from(guest, stick, reset=True)
 
 
-@case("another device in that port is not handed over", agent=True)
+@case("another device in that port is not handed over")
 def stranger(w):
     ((guest, stick),) = running(w)
     slot = stick.slot
@@ -62,7 +62,7 @@ def stranger(w):
     w.allocated(guest, stick)
 
 
-@case("two sticks of one product change places: each guest gets its own again", agent=True)
+@case("two sticks of one product change places: each guest gets its own again")
 def change_places(w):
     pairs = running(w, count=2)
     (_, one), (_, other) = pairs
@@ -77,7 +77,7 @@ def change_places(w):
         w.boots_from(guest, stick, reset=True)
 
 
-@case("two sticks of one product swap bus and device number while the agent is down", agent=True)
+@case("two sticks of one product swap bus and device number while the agent is down")
 def swap_numbers(w):
     pairs = running(w, count=2)
     (_, one), (_, other) = pairs
@@ -103,7 +103,7 @@ def swap_numbers(w):
         w.boots_from(guest, stick, reset=True)
 
 
-@case("two sticks without serial are told apart by their ports", agent=True)
+@case("two sticks without serial are told apart by their ports")
 def no_serials(w):
     one, other = (w.drawer.stick(f"plain{n}", slot=n) for n in range(2))
     w.product.agent.start()
@@ -122,7 +122,7 @@ def no_serials(w):
     expect(ids == {row(one)["id"], row(other)["id"]}, "the same devices")
 
 
-@case('replug = "release": an unplugged device is nobody\'s', agent=True)
+@case('replug = "release": an unplugged device is nobody\'s')
 def release_policy(w):
     w.product.configure(replug="release")
     ((guest, stick),) = running(w)

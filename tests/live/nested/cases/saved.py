@@ -54,7 +54,7 @@ def taken(w):
     w.start(guest)
 
 
-@case("a saved guest that asks for its stick really has it after the restore, seen from inside", agent=True)
+@case("a saved guest that asks for its stick really has it after the restore, seen from inside")
 def with_agent(w):
     (stick,) = w.drawer.twins(1)
     w.product.agent.start()
