@@ -56,8 +56,9 @@ live-nested: test-deps build ## a compute host in a VM, with real USB devices (r
 	@echo "== a compute host in a VM, with real USB devices (some twelve minutes; a line a case)"
 	@tests/live/run nested
 
-bench: build embedding ## the figures of BENCHMARKS.md
+bench: test-deps build embedding ## the figures of BENCHMARKS.md
 	@$(CARGO) run --release -p virt-usb-bench
+	@tests/live/run nested --case figures
 
 fuzz: ## ten minutes of each fuzz target (installs cargo-fuzz)
 	@tests/fuzz/run 600

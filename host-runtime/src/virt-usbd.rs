@@ -1,5 +1,8 @@
 //! `virt-usbd`: the agent. See the library's `agent`.
 
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -19,7 +22,7 @@ struct Arguments {
     /// The configuration [default: /etc/virt-usb/config.toml, where it is there]
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
-    /// Simulate the devices and domains of this file: nothing of this machine is touched
+    /// Simulate the devices and domains of this file: of this machine nothing is touched but the state_dir of --config
     #[arg(long, value_name = "FILE")]
     sim: Option<PathBuf>,
     /// Say more
@@ -44,7 +47,7 @@ fn main() -> ExitCode {
 fn log(level: Level) {
     use tracing_subscriber::filter::LevelFilter;
     let registry = tracing_subscriber::registry().with(LevelFilter::from_level(level));
-    match std::env::var_os("JOURNAL_STREAM").and_then(|_| tracing_journald::layer().ok()) {
+    match is_journal().then(tracing_journald::layer).and_then(Result::ok) {
         Some(journal) => registry.with(journal).init(),
         None => {
             let plain = tracing_subscriber::fmt::layer()
@@ -54,4 +57,13 @@ fn log(level: Level) {
             registry.with(plain).init();
         }
     }
+}
+
+/// Whether JOURNAL_STREAM is about our stderr: programs started from a service inherit the variable with another one.
+fn is_journal() -> bool {
+    let Some(stream) = std::env::var_os("JOURNAL_STREAM") else { return false };
+    let stderr = std::io::stderr().as_fd().try_clone_to_owned().map(File::from);
+    let ours =
+        stderr.and_then(|file| file.metadata()).map(|found| format!("{}:{}", found.dev(), found.ino()));
+    ours.is_ok_and(|ours| stream == *ours)
 }

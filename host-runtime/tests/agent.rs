@@ -47,7 +47,7 @@ impl Fused {
 }
 
 impl Hypervisor for Fused {
-    fn running(&self) -> Result<Vec<Running>, Failure> {
+    fn running(&self) -> Result<Vec<InstanceId>, Failure> {
         self.call(|| self.inner.running())
     }
     fn look(&self, instance: InstanceId) -> Result<Option<Running>, Failure> {
@@ -194,7 +194,8 @@ impl World {
 
     fn live(&self) -> Vec<(InstanceId, Domain)> {
         let running = self.simulated.running().unwrap();
-        running.into_iter().map(|r| (r.instance, virt_usb_domxml::read(r.xml.as_bytes()).unwrap())).collect()
+        let running = running.into_iter().filter_map(|id| self.simulated.look(id).unwrap());
+        running.map(|r| (r.instance, virt_usb_domxml::read(r.xml.as_bytes()).unwrap())).collect()
     }
 
     /// Rule 2, which holds at every moment: no address is in two guests, and what we put there is who it is said to be.
@@ -467,10 +468,26 @@ fn what_cannot_be_attached_is_told_and_may_stop_the_guest() {
         let runs = !world.live().is_empty();
         assert_eq!(runs, policy == AttachFailurePolicy::Keep);
         assert_eq!(report.failed.is_empty(), !runs);
+        let device = events.iter().find(|e| e.event == "problem").and_then(|e| e.device_id);
+        assert_eq!(device.is_some(), runs, "an audit of the device shows it");
         if runs {
             world.simulated.detach(instance(0), "h100").unwrap();
             world.settle();
             assert_eq!(world.worker.store.problems().unwrap(), [], "solved");
+        } else {
+            world.settle();
+            let why = world.worker.store.problems().unwrap();
+            assert!(
+                why.len() == 1 && why[0].what.contains("the guest was stopped"),
+                "until its next start: {why:?}"
+            );
+            assert_eq!(why[0].domain, "vm0");
+            world.domains[0] = Some(false);
+            world.domains();
+            world.worker.config = Arc::new(world.config.clone());
+            started(&mut world, 0);
+            world.settle();
+            assert_eq!(world.worker.store.problems().unwrap(), []);
         }
     }
 }

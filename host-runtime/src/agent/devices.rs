@@ -7,12 +7,13 @@
 //! ```
 //! It never asks libvirt, so that the inventory is true whatever the guests do, and it is this thread that systemd's watchdog watches.
 
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
-use virt_usb_hook::config::{Config, DEFAULT_PATH};
+use virt_usb_hook::config::{Config, ConfigError, DEFAULT_PATH};
 use virt_usb_hook::machine;
 use virt_usb_store::{Store, StoreError};
 
@@ -28,6 +29,8 @@ const QUIET: Duration = Duration::from_millis(15);
 const ENOUGH: Duration = Duration::from_secs(1);
 /// How often the configuration's file is looked at.
 const LOOK: Duration = Duration::from_secs(2);
+/// Until a scan that failed is tried again.
+const FIRST_RETRY: Duration = Duration::from_secs(1);
 /// How often old events are pruned.
 const PRUNE: Duration = Duration::from_secs(24 * 3600);
 
@@ -46,34 +49,63 @@ pub(super) enum Nudge {
 #[derive(Clone)]
 pub(super) struct Rules {
     file: Option<PathBuf>,
+    /// As the file was right before it was read first.
+    first: Option<Stamp>,
+    /// As it was read first: what the simulation has changed is no change of the file.
+    read: Arc<Config>,
     now: Arc<RwLock<Arc<Config>>>,
 }
 
 impl Rules {
-    pub(super) fn new(file: Option<PathBuf>, config: Config) -> Self {
-        Self { file, now: Arc::new(RwLock::new(Arc::new(config))) }
+    /// Reads the configuration for the first time.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub(super) fn read(file: Option<PathBuf>) -> Result<Self, ConfigError> {
+        let first = stamp(path(file.as_deref()));
+        let read = Arc::new(Config::load(file.as_deref())?);
+        Ok(Self { file, first, now: Arc::new(RwLock::new(read.clone())), read })
+    }
+
+    #[cfg(test)]
+    pub(super) fn of(config: Config) -> Self {
+        let read = Arc::new(config);
+        Self { file: None, first: None, now: Arc::new(RwLock::new(read.clone())), read }
+    }
+
+    /// With another configuration than that of the file: a simulation's.
+    pub(super) fn with(self, config: Config) -> Self {
+        Self { now: Arc::new(RwLock::new(Arc::new(config))), ..self }
     }
 
     pub(super) fn now(&self) -> Arc<Config> {
         self.now.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Reads the file again. What is wrong changes nothing; what cannot change while the agent runs stays, and is told.
-    fn reload(&self) {
+    /// Reads the file again; says whether anything changed. What is wrong changes nothing; what cannot change while the agent runs
+    /// stays, and is told.
+    fn reload(&self) -> bool {
         let was = self.now();
+        // Without a file of that name the defaults would count, which offer every device to everybody.
+        let path = path(self.file.as_deref());
+        if self.first.is_some() && !path.exists() {
+            tracing::error!("{} is gone; the rules before count on", path.display());
+            return false;
+        }
         let read = match Config::load(self.file.as_deref()) {
             Ok(read) => read,
             Err(e) => {
                 tracing::error!("{e}; the rules before count on");
-                return;
+                return false;
             }
         };
+        let first = &self.read;
         let fixed = [
-            ("state_dir", read.state_dir != was.state_dir),
-            ("sysfs_root", read.sysfs_root != was.sysfs_root),
-            ("procfs_root", read.procfs_root != was.procfs_root),
-            ("libvirt_uri", read.libvirt_uri != was.libvirt_uri),
-            ("metrics", read.metrics != was.metrics),
+            ("state_dir", read.state_dir != first.state_dir),
+            ("sysfs_root", read.sysfs_root != first.sysfs_root),
+            ("procfs_root", read.procfs_root != first.procfs_root),
+            ("libvirt_uri", read.libvirt_uri != first.libvirt_uri),
+            ("metrics", read.metrics != first.metrics),
         ];
         for (key, _) in fixed.iter().filter(|(_, changed)| *changed) {
             tracing::warn!("{key} has changed: it counts from the agent's next start on");
@@ -86,16 +118,51 @@ impl Rules {
             metrics: was.metrics.clone(),
             ..read
         };
-        if next != *was {
+        let changed = next != *was;
+        if changed {
             tracing::info!("the configuration was read again");
             *self.now.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(next);
         }
+        changed
     }
 
     /// What tells one state of the file from another.
     fn stamp(&self) -> Option<Stamp> {
-        stamp(self.file.as_deref().unwrap_or(Path::new(DEFAULT_PATH)))
+        stamp(path(self.file.as_deref()))
     }
+}
+
+fn path(file: Option<&Path>) -> &Path {
+    file.unwrap_or(Path::new(DEFAULT_PATH))
+}
+
+/// The files that the agent works with, and which they are: one that was replaced while it runs would go on without it, and a held device
+/// would be given away.
+pub(super) struct Files(Vec<(PathBuf, FileId)>);
+
+/// Device and inode.
+type FileId = (u64, u64);
+
+impl Files {
+    /// Those that are there now.
+    pub(super) fn new(paths: Vec<PathBuf>) -> std::io::Result<Self> {
+        paths.into_iter().map(|path| Ok((path.clone(), file_id(&path)?))).collect::<Result<_, _>>().map(Self)
+    }
+
+    fn check(&self) -> Result<(), String> {
+        // Only looked at, never opened: that would drop SQLite's locks (store, files.rs).
+        match self.0.iter().find(|(path, id)| !file_id(path).is_ok_and(|now| now == *id)) {
+            None => Ok(()),
+            Some((path, _)) => Err(format!(
+                "{} was removed or replaced while the agent ran: it must start anew, and takes over what is in the guests",
+                path.display()
+            )),
+        }
+    }
+}
+
+fn file_id(path: &Path) -> std::io::Result<FileId> {
+    std::fs::metadata(path).map(|found| (found.dev(), found.ino()))
 }
 
 /// The thread's belongings.
@@ -105,6 +172,7 @@ pub(super) struct Devices {
     pub(super) store: Store,
     pub(super) host: String,
     pub(super) metrics: Arc<Metrics>,
+    pub(super) files: Files,
     pub(super) guests: Sender<Signal>,
     /// Called after each scan: where devices are simulated, domains start when their devices are there.
     pub(super) after: Box<dyn Fn() + Send>,
@@ -112,25 +180,38 @@ pub(super) struct Devices {
 
 impl Devices {
     /// Scans when it is told to, and at intervals, until it is told to stop. `ready` is called once, after the first scan.
-    pub(super) fn run(mut self, nudges: &Receiver<Nudge>, ready: impl FnOnce()) {
-        self.scan(Instant::now());
+    ///
+    /// # Errors
+    /// When the agent cannot go on: its files are not those that it opened. The guests' thread is told to stop.
+    pub(super) fn run(mut self, nudges: &Receiver<Nudge>, ready: impl FnOnce()) -> Result<(), String> {
+        let done = self.follow(nudges, ready);
+        drop(self.guests.send(Signal::Stop));
+        done
+    }
+
+    fn follow(&mut self, nudges: &Receiver<Nudge>, ready: impl FnOnce()) -> Result<(), String> {
+        let mut wait_for_next = self.scan(Instant::now(), None);
         ready();
         let watchdog = sd_notify::watchdog_enabled().map(|limit| limit / 2);
         let mut last_scan = Instant::now();
-        let (mut last_prune, mut stamp) = (None::<Instant>, self.rules.stamp());
+        let (mut last_prune, mut stamp) = (None::<Instant>, self.rules.first);
         loop {
+            self.files.check()?;
             // An error here is a service manager that is not there.
             drop(sd_notify::notify(&[sd_notify::NotifyState::Watchdog]));
             if last_prune.is_none_or(|at| at.elapsed() > PRUNE) {
                 last_prune = Some(Instant::now());
                 self.prune();
             }
-            let until_scan = self.rules.now().scan_interval.saturating_sub(last_scan.elapsed());
+            // What failed is tried again before the next look at all.
+            let interval = self.rules.now().scan_interval;
+            let pause = wait_for_next.map_or(interval, |wait| wait.min(interval));
+            let until_scan = pause.saturating_sub(last_scan.elapsed());
             let wait = until_scan.min(LOOK).min(watchdog.unwrap_or(LOOK)).max(Duration::from_millis(1));
             let first = match nudges.recv_timeout(wait) {
                 Ok(nudge) => Some(nudge),
                 Err(RecvTimeoutError::Timeout) => None,
-                Err(RecvTimeoutError::Disconnected) => return,
+                Err(RecvTimeoutError::Disconnected) => return Ok(()),
             };
             let began = Instant::now();
             let mut seen = Heard::default();
@@ -139,39 +220,48 @@ impl Devices {
                 seen.burst(nudges, began);
             }
             if seen.stop {
-                return;
+                return Ok(());
             }
             let changed = self.rules.stamp();
             if seen.reload || changed != stamp {
                 stamp = changed;
-                self.rules.reload();
+                if self.rules.reload() {
+                    // Intervals and policies are theirs too.
+                    drop(self.guests.send(Signal::Devices));
+                }
                 seen.usb = true;
             }
-            if seen.usb || last_scan.elapsed() >= self.rules.now().scan_interval {
-                self.scan(began);
+            if seen.usb || last_scan.elapsed() >= pause {
+                wait_for_next = self.scan(began, wait_for_next);
                 last_scan = Instant::now();
             }
         }
     }
 
-    fn scan(&mut self, began: Instant) {
-        match self.look() {
-            Ok((well, returned, changed)) => {
-                self.metrics.scanned(began.elapsed(), well, returned);
-                if changed {
+    /// Looks at all devices. What could not be seen or recorded is tried again after the time returned: a second first, twice as long as
+    /// `waited` later.
+    fn scan(&mut self, began: Instant, waited: Option<Duration>) -> Option<Duration> {
+        let again = Some(waited.map_or(FIRST_RETRY, |waited| waited.saturating_mul(2)));
+        let next = match self.look() {
+            Ok(look) => {
+                self.metrics.scanned(began.elapsed(), !look.failed, look.returned);
+                if look.changed {
                     drop(self.guests.send(Signal::Devices));
                 }
+                again.filter(|_| look.unsure)
             }
             Err(e) => {
                 self.metrics.scanned(began.elapsed(), false, 0);
-                tracing::error!("the devices cannot be recorded: {e}; it is tried again at the next scan");
+                tracing::error!("the devices cannot be recorded: {e}; it is tried again");
+                again
             }
-        }
+        };
+        tracing::debug!("a scan took {:.1?}", began.elapsed());
         (self.after)();
+        next
     }
 
-    /// Whether all could be read, how many came back, and whether anything changed.
-    fn look(&mut self) -> Result<(bool, usize, bool), String> {
+    fn look(&mut self) -> Result<Look, String> {
         let config = self.rules.now();
         let context = machine::context(&config.procfs_root, ACTOR).map_err(|e| e.to_string())?;
         let snapshot = self.source.snapshot();
@@ -186,7 +276,8 @@ impl Devices {
             tracing::info!(device = %change.id, "device {} {}", change.id, change.what);
         }
         let returned = done.iter().filter(|d| d.what == "returned").count();
-        Ok((!snapshot.failed(), returned, !done.is_empty()))
+        let (failed, unsure) = (snapshot.failed(), !snapshot.problems.is_empty());
+        Ok(Look { failed, unsure, returned, changed: !done.is_empty() })
     }
 
     fn prune(&mut self) {
@@ -197,6 +288,17 @@ impl Devices {
             tracing::warn!("old events cannot be removed: {e}");
         }
     }
+}
+
+/// What came of a look at all devices.
+struct Look {
+    /// Nothing can be said of what it lacks.
+    failed: bool,
+    /// Something could not be read.
+    unsure: bool,
+    /// How many devices came back.
+    returned: usize,
+    changed: bool,
 }
 
 /// What was heard in one go.
@@ -251,12 +353,46 @@ mod tests {
         assert_eq!(from.try_recv(), Err(std::sync::mpsc::TryRecvError::Empty));
     }
 
+    struct Eyes(bool);
+
+    impl UsbSource for Eyes {
+        fn snapshot(&self) -> crate::discovery::Snapshot {
+            let blind = virt_usb_model::device::Problem { place: "1-1".into(), what: "is dark".into() };
+            crate::discovery::Snapshot {
+                problems: if self.0 { vec![] } else { vec![blind] },
+                ..Default::default()
+            }
+        }
+    }
+
+    #[test]
+    fn what_could_not_be_seen_is_looked_at_again_less_and_less_often() {
+        let state = tempfile::tempdir().unwrap();
+        let config = Config { state_dir: state.path().to_owned(), ..Config::default() };
+        let store = Store::create(state.path(), Duration::from_secs(1)).unwrap();
+        let mut devices = Devices {
+            rules: Rules::of(config),
+            source: Box::new(Eyes(false)),
+            store,
+            host: "host".into(),
+            metrics: Arc::default(),
+            files: Files::new(vec![]).unwrap(),
+            guests: channel().0,
+            after: Box::new(|| {}),
+        };
+        let first = devices.scan(Instant::now(), None);
+        assert_eq!(first, Some(FIRST_RETRY));
+        assert_eq!(devices.scan(Instant::now(), first), Some(FIRST_RETRY * 2));
+        devices.source = Box::new(Eyes(true));
+        assert_eq!(devices.scan(Instant::now(), first), None);
+    }
+
     #[test]
     fn a_bad_edit_is_refused_and_a_good_one_counts() {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("config.toml");
         std::fs::write(&file, "scan_interval = 7\n").unwrap();
-        let rules = Rules::new(Some(file.clone()), Config::load(Some(&file)).unwrap());
+        let rules = Rules::read(Some(file.clone())).unwrap();
         std::fs::write(&file, "scan_interval = 'often'\n").unwrap();
         rules.reload();
         assert_eq!(rules.now().scan_interval, Duration::from_secs(7));

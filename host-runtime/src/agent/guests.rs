@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use virt_usb_model::InstanceId;
-use virt_usb_store::{Durability, Store};
+use virt_usb_store::{Durability, Store, StoreError};
 
 use super::devices::Rules;
 use super::metrics::Metrics;
@@ -27,8 +27,10 @@ const WORKERS: usize = 4;
 /// The first wait before something that failed is tried again; it doubles up to [`LONGEST`].
 const SHORTEST: Duration = Duration::from_millis(500);
 const LONGEST: Duration = Duration::from_secs(60);
-/// Until another look, when one failed.
+/// Until another look, when one failed; the gauges are not shown more often.
 const SECOND: Duration = Duration::from_secs(1);
+/// Until another look at a guest of which libvirt says nothing.
+const LATER: Duration = Duration::from_secs(10);
 
 /// What the thread is told.
 #[derive(Debug)]
@@ -52,9 +54,12 @@ struct Absence {
     undefined: Option<Instant>,
 }
 
+/// What failed is tried again.
 #[derive(Debug, Clone, Copy)]
 struct Retry {
-    at: Instant,
+    /// When; none: it has been its turn, and what came of it is still to be heard.
+    at: Option<Instant>,
+    /// The wait that led there.
     wait: Duration,
 }
 
@@ -75,6 +80,9 @@ pub(super) struct Guests {
     /// With a worker now; true: to be looked at again afterwards.
     busy: BTreeMap<InstanceId, bool>,
     last_pass: Option<Instant>,
+    /// When the gauges were last true, and whether anything may have changed since.
+    shown: Instant,
+    is_stale: bool,
 }
 
 struct Job {
@@ -126,6 +134,8 @@ impl Guests {
             promised: BTreeMap::new(),
             busy: BTreeMap::new(),
             last_pass: None,
+            shown: Instant::now(),
+            is_stale: false,
         })
     }
 
@@ -147,6 +157,20 @@ impl Guests {
             if self.everybody || !self.due.is_empty() {
                 self.pass();
             }
+            if self.is_stale && self.shown.elapsed() >= SECOND {
+                self.show();
+            }
+        }
+    }
+
+    /// Brings the gauges in line with the inventory.
+    fn show(&mut self) {
+        (self.is_stale, self.shown) = (false, Instant::now());
+        self.store.restart_patience();
+        let read = || Ok::<_, StoreError>((View::read(&self.store)?, self.store.problems()?.len()));
+        match read() {
+            Ok((view, problems)) => self.metrics.show(&view, problems),
+            Err(e) => tracing::error!("the metrics are out of date: {e}"),
         }
     }
 
@@ -156,11 +180,13 @@ impl Guests {
         let pass = self.last_pass.map_or(Duration::ZERO, |at| interval.saturating_sub(at.elapsed()));
         let until = |at: &Instant| at.saturating_duration_since(Instant::now());
         let promised = self.promised.values().map(until).min();
-        let retry = self.retries.values().map(|r| until(&r.at)).min();
-        [promised, retry].into_iter().flatten().fold(pass, Duration::min)
+        let retry = self.retries.values().filter_map(|r| r.at.as_ref().map(until)).min();
+        let show = self.is_stale.then(|| SECOND.saturating_sub(self.shown.elapsed()));
+        [promised, retry, show].into_iter().flatten().fold(pass, Duration::min)
     }
 
     fn hear(&mut self, signal: Signal) {
+        self.is_stale = true;
         match signal {
             Signal::Hypervisor(Event::Connected) => {
                 tracing::info!("connected to libvirt");
@@ -177,7 +203,9 @@ impl Guests {
                 self.due.insert(instance);
             }
             Signal::Devices => {
-                self.retries.clear();
+                // What failed for want of a device may go now; what goes on failing is tried less and less often all the same.
+                let now = Instant::now();
+                self.retries.values_mut().for_each(|retry| retry.at = Some(now));
                 self.everybody = true;
             }
             Signal::Done(instance, done) => self.done(instance, done),
@@ -186,7 +214,9 @@ impl Guests {
     }
 
     fn done(&mut self, instance: InstanceId, done: Result<Report, WorkError>) {
-        let again = self.busy.remove(&instance).unwrap_or(false);
+        if self.busy.remove(&instance).unwrap_or(false) {
+            self.due.insert(instance);
+        }
         let failed = match done {
             Ok(report) => report.failed,
             Err(WorkError::Hypervisor(Failure::Away(_))) => return,
@@ -199,19 +229,19 @@ impl Guests {
         for about in failed {
             let wait =
                 self.retries.get(&(instance, about.clone())).map_or(SHORTEST, |r| (r.wait * 2).min(LONGEST));
-            self.retries.insert((instance, about), Retry { at: Instant::now() + wait, wait });
-        }
-        if again {
-            self.due.insert(instance);
+            self.retries.insert((instance, about), Retry { at: Some(Instant::now() + wait), wait });
         }
     }
 
     /// Whose time has come.
     fn wake(&mut self) {
         let now = Instant::now();
-        let retries = self.retries.iter().filter(|(_, r)| r.at <= now).map(|((of, _), _)| *of);
-        let promised = self.promised.iter().filter(|(_, at)| **at <= now).map(|(of, _)| *of);
-        self.due.extend(retries.chain(promised).collect::<Vec<_>>());
+        for ((of, _), retry) in self.retries.iter_mut().filter(|(_, r)| r.at.is_some_and(|at| at <= now)) {
+            // Once: otherwise it would be its turn again at once, until somebody answers.
+            retry.at = None;
+            self.due.insert(*of);
+        }
+        self.due.extend(self.promised.iter().filter(|(_, at)| **at <= now).map(|(of, _)| *of));
         self.promised.retain(|_, at| *at > now);
         self.everybody |= self.last_pass.is_none_or(|at| at.elapsed() >= self.rules.now().scan_interval);
     }
@@ -228,10 +258,11 @@ impl Guests {
             Ok(()) | Err(WorkError::Hypervisor(Failure::Away(_))) => {}
             Err(e) => {
                 tracing::error!("the guests cannot be looked at: {e}; it is tried again");
-                self.promised.extend(due.into_iter().map(|instance| (instance, began + SECOND)));
+                let next = Instant::now() + SECOND;
+                self.promised.extend(due.into_iter().map(|instance| (instance, next)));
                 if everybody {
-                    self.last_pass =
-                        Instant::now().checked_sub(self.rules.now().scan_interval).map(|at| at + SECOND);
+                    let interval = self.rules.now().scan_interval;
+                    self.last_pass = Instant::now().checked_sub(interval.saturating_sub(SECOND));
                 }
             }
         }
@@ -246,6 +277,7 @@ impl Guests {
         let whole = everybody.then(|| View::read(&self.store)).transpose()?;
         if let Some(view) = &whole {
             self.metrics.show(view, self.store.problems()?.len());
+            (self.is_stale, self.shown) = (false, Instant::now());
         }
         let running = self.running(everybody, &due)?;
         if let Some(view) = &whole {
@@ -259,14 +291,22 @@ impl Guests {
                 *again = true;
                 continue;
             }
-            let read = match running.get(&instance).map(|r| (r, guest(r, &config, &self.store))) {
-                Some((running, Err(e))) => {
+            let read = match running.get(&instance) {
+                None => Ok(None),
+                Some(Err(failure)) => Err(failure.to_string()),
+                Some(Ok(running)) => guest(running, &config, &self.store)
+                    .map(Some)
+                    .map_err(|e| format!("cannot read its XML ({}): {e}", running.name)),
+            };
+            let read = match read {
+                Ok(read) => read,
+                // Nothing is known about this one; the others are looked at.
+                Err(why) => {
                     self.absences.remove(&instance);
-                    tracing::error!(%instance, "{}: cannot read its XML: {e}", running.name);
+                    tracing::error!(%instance, "instance {instance}: {why}; it is looked at again");
+                    self.promised.insert(instance, Instant::now() + LATER);
                     continue;
                 }
-                Some((_, Ok(guest))) => Some(guest),
-                None => None,
             };
             let about;
             let view = match &whole {
@@ -293,23 +333,31 @@ impl Guests {
                 self.busy.insert(instance, false);
                 // The workers end with this thread.
                 drop(self.jobs.send(Job { instance, gone, blocked }));
+            } else if steps.is_empty() {
+                self.retries.retain(|(of, _), _| *of != instance);
             }
         }
         Ok(())
     }
 
+    /// Those of `due`, or all, that run, or of which that cannot be said.
     fn running(
         &self,
         everybody: bool,
         due: &BTreeSet<InstanceId>,
-    ) -> Result<BTreeMap<InstanceId, Running>, Failure> {
-        let running = if everybody {
-            self.hypervisor.running()?
-        } else {
-            let looks = due.iter().filter(|i| !self.busy.contains_key(i)).map(|i| self.hypervisor.look(*i));
-            looks.filter_map(Result::transpose).collect::<Result<_, _>>()?
-        };
-        Ok(running.into_iter().map(|r| (r.instance, r)).collect())
+    ) -> Result<BTreeMap<InstanceId, Result<Running, Failure>>, Failure> {
+        let all = if everybody { self.hypervisor.running()? } else { Vec::new() };
+        let few = due.iter().copied().filter(|i| !everybody && !self.busy.contains_key(i));
+        let mut found = BTreeMap::new();
+        for instance in all.into_iter().chain(few) {
+            match self.hypervisor.look(instance) {
+                Ok(Some(running)) => drop(found.insert(instance, Ok(running))),
+                Ok(None) => {}
+                Err(Failure::Away(why)) => return Err(Failure::Away(why)),
+                Err(failure) => drop(found.insert(instance, Err(failure))),
+            }
+        }
+        Ok(found)
     }
 
     /// How long an instance that is not there has been gone, and when to look again.
@@ -336,7 +384,68 @@ impl Guests {
 
     fn blocked(&self, instance: InstanceId) -> BTreeSet<String> {
         let now = Instant::now();
-        let waiting = self.retries.iter().filter(|((of, _), retry)| *of == instance && retry.at > now);
+        let waiting = self
+            .retries
+            .iter()
+            .filter(|((of, _), retry)| *of == instance && retry.at.is_some_and(|at| at > now));
         waiting.map(|((_, about), _)| about.clone()).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use virt_usb_hook::config::Config;
+
+    use super::*;
+    use crate::hypervisor::SimulatedHypervisor;
+
+    fn guests(state: &std::path::Path) -> (Guests, Receiver<Signal>) {
+        let config = Config { state_dir: state.to_owned(), ..Config::default() };
+        drop(Store::create(state, PATIENCE).unwrap());
+        let (to, signals) = channel();
+        let hypervisor = Arc::new(SimulatedHypervisor::new(config.clone(), channel().0));
+        let rules = Rules::of(config);
+        (Guests::new(rules, hypervisor, Arc::default(), &to).unwrap(), signals)
+    }
+
+    #[test]
+    fn a_retry_has_its_turn_once() {
+        let state = tempfile::tempdir().unwrap();
+        let (mut guests, _signals) = guests(state.path());
+        let instance: InstanceId = "11111111-2222-4333-8444-555555555555".parse().unwrap();
+        let retry = Retry { at: Some(Instant::now()), wait: SHORTEST };
+        guests.pass();
+        guests.retries.insert((instance, "device 1".into()), retry);
+        // It is with a worker, who takes his time.
+        guests.busy.insert(instance, false);
+        guests.wake();
+        assert!(guests.due.contains(&instance));
+        guests.pass();
+        guests.wake();
+        assert!(guests.due.is_empty(), "not at once again");
+        assert!(guests.wait() > Duration::ZERO);
+        guests.done(instance, Ok(Report { failed: BTreeSet::from(["device 1".into()]), changed: false }));
+        assert_eq!(guests.retries.values().next().unwrap().wait, SHORTEST * 2, "the back-off goes on");
+        // Nothing is to be done any more: it is forgotten.
+        guests.everybody = false;
+        guests.due = BTreeSet::from([instance]);
+        guests.retries.values_mut().for_each(|r| r.at = None);
+        guests.pass();
+        guests.retries.retain(|_, r| r.at.is_some());
+        assert!(guests.retries.is_empty());
+    }
+
+    #[test]
+    fn an_inventory_that_cannot_be_read_is_looked_at_once_a_second() {
+        let state = tempfile::tempdir().unwrap();
+        let (mut guests, _signals) = guests(state.path());
+        let database = rusqlite::Connection::open(state.path().join(virt_usb_store::FILE_NAME)).unwrap();
+        database.execute_batch("ALTER TABLE problems RENAME TO elsewhere").unwrap();
+        guests.pass();
+        assert!(guests.wait() > SECOND / 2, "{:?}", guests.wait());
+        let instance: InstanceId = "11111111-2222-4333-8444-555555555555".parse().unwrap();
+        guests.due.insert(instance);
+        guests.pass();
+        assert!(guests.wait() > SECOND / 4 && guests.promised.contains_key(&instance));
     }
 }

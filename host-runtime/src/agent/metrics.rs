@@ -1,11 +1,14 @@
 //! What the agent counts, in the text format of Prometheus (OpenMetrics), and where it is served.
 
 use std::collections::BTreeMap;
-use std::io;
+use std::fs::Permissions;
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::path::Path;
 use std::sync::atomic::AtomicI64;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use anyhow::Context as _;
 use prometheus_client::encoding::text::encode;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
@@ -142,6 +145,11 @@ impl Metrics {
         }
     }
 
+    /// A device that was to be attached was not at its port.
+    pub(super) fn not_there(&self) {
+        self.attaches.get_or_create(&vec![("result", "not-there".to_owned())]).inc();
+    }
+
     pub(super) fn detached(&self, failure: Option<&Failure>) {
         self.detaches.get_or_create(&vec![("result", result(failure))]).inc();
     }
@@ -202,22 +210,20 @@ fn result(failure: Option<&Failure>) -> String {
 ///
 /// # Errors
 /// When the place cannot be listened at.
-pub(super) fn serve(metrics: Arc<Metrics>, at: &config::Metrics) -> io::Result<()> {
-    let server = match at {
+pub(super) fn serve(metrics: Arc<Metrics>, at: &config::Metrics) -> anyhow::Result<()> {
+    let (place, server) = match at {
         config::Metrics::Off => return Ok(()),
-        config::Metrics::Tcp(address) => tiny_http::Server::http(address),
+        config::Metrics::Tcp(address) => (address.to_string(), tiny_http::Server::http(address)),
         config::Metrics::Unix(path) => {
-            // What an agent before this one has left.
-            match std::fs::symlink_metadata(path) {
-                Ok(found) if std::os::unix::fs::FileTypeExt::is_socket(&found.file_type()) => {
-                    std::fs::remove_file(path)?;
-                }
-                _ => {}
-            }
-            tiny_http::Server::http_unix(path)
+            remove_stale(path)?;
+            let server = tiny_http::Server::http_unix(path);
+            // Whoever may enter its folder may read it: there is no secret in it.
+            drop(std::fs::set_permissions(path, Permissions::from_mode(0o666)));
+            (path.display().to_string(), server)
         }
     };
-    let server = server.map_err(|e| io::Error::other(e.to_string()))?;
+    let server = server
+        .map_err(|e| anyhow::anyhow!("metrics = \"{place}\": cannot listen there: {e}; is another program there, or its folder missing?"))?;
     let answer = move || {
         for request in server.incoming_requests() {
             let wanted = request.url() == "/metrics" && *request.method() == tiny_http::Method::Get;
@@ -233,5 +239,19 @@ pub(super) fn serve(metrics: Arc<Metrics>, at: &config::Metrics) -> io::Result<(
             drop(request.respond(response));
         }
     };
-    std::thread::Builder::new().name("metrics".into()).spawn(answer).map(drop)
+    std::thread::Builder::new().name("metrics".into()).spawn(answer)?;
+    Ok(())
+}
+
+/// Removes the socket that an agent before this one has left. One at which somebody listens is his.
+fn remove_stale(path: &Path) -> anyhow::Result<()> {
+    let is_socket = std::fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket());
+    if !is_socket {
+        return Ok(());
+    }
+    if std::os::unix::net::UnixStream::connect(path).is_ok() {
+        anyhow::bail!("metrics = \"{}\": another program listens there", path.display());
+    }
+    std::fs::remove_file(path)
+        .with_context(|| format!("metrics = \"{}\": cannot remove the old socket", path.display()))
 }

@@ -44,7 +44,7 @@ use virt_usb_store::Store;
 
 use crate::discovery::{LibUsb, UsbSource, hotplug};
 use crate::hypervisor::{Event, Hypervisor, Libvirt};
-use devices::{Devices, Nudge, Rules};
+use devices::{Devices, Files, Nudge, Rules};
 use guests::{Guests, Signal};
 use metrics::Metrics;
 use simulation::Simulation;
@@ -68,24 +68,35 @@ pub struct Options {
 /// # Errors
 /// What keeps it from starting; once it runs it goes on.
 pub fn run(options: &Options) -> anyhow::Result<()> {
-    let mut config = Config::load(options.config.as_deref())?;
+    let rules = Rules::read(options.config.clone())?;
+    let mut config = Config::clone(&rules.now());
     let simulation = options.sim.as_deref().map(|file| Simulation::new(file, &mut config)).transpose()?;
+    let rules = rules.with(config.clone());
     let mut store = Store::create(&config.state_dir, PATIENCE)?;
-    let _lock = lock(&config.state_dir)?;
+    let (_lock, lock_file) = lock(&config.state_dir)?;
+    let files = Files::new(vec![lock_file, config.state_dir.join(virt_usb_store::FILE_NAME)])
+        .with_context(|| format!("cannot look at {}", config.state_dir.display()))?;
     // Claims of an earlier boot are void, before anybody can ask for their devices.
     store.sweep(&machine::context(&config.procfs_root, ACTOR)?)?;
     let host = crate::inventory::host_name(&config.procfs_root)?;
     let metrics = Arc::new(Metrics::default());
-    metrics::serve(metrics.clone(), &config.metrics).context("metrics: cannot be served")?;
+    metrics::serve(metrics.clone(), &config.metrics)?;
     hear_hooks(&config.state_dir, metrics.clone());
-    let rules = Rules::new(options.config.clone(), config.clone());
     let (to_devices, nudges) = channel();
     let (to_guests, signals) = channel();
     follow_signals(to_devices.clone(), to_guests.clone())?;
     let world = World::new(&config, simulation, &to_devices, &to_guests)?;
     let guests = Guests::new(rules.clone(), world.hypervisor, metrics.clone(), &to_guests)?;
-    let devices =
-        Devices { rules, source: world.source, store, host, metrics, guests: to_guests, after: world.after };
+    let devices = Devices {
+        rules,
+        source: world.source,
+        store,
+        host,
+        metrics,
+        files,
+        guests: to_guests,
+        after: world.after,
+    };
     let ready = || {
         tracing::info!("ready");
         // Without a service manager there is nobody to tell.
@@ -99,10 +110,11 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
     guests.run(&signals);
     drop(sd_notify::notify(&[sd_notify::NotifyState::Stopping]));
     let _ = to_devices.send(Nudge::Stop);
-    if watching.join().is_err() {
-        bail!("the thread of the devices has failed");
+    match watching.join() {
+        Ok(Ok(())) => tracing::info!("stopped"),
+        Ok(Err(why)) => bail!(why),
+        Err(_) => bail!("the thread of the devices has failed"),
     }
-    tracing::info!("stopped");
     Ok(())
 }
 
@@ -160,17 +172,28 @@ fn forward(to: Sender<Signal>) -> std::io::Result<Sender<Event>> {
 }
 
 /// One agent a host, and hooks that know whether it lives: a lock that the kernel lets go of, whatever becomes of the process.
-fn lock(state_dir: &Path) -> anyhow::Result<File> {
+fn lock(state_dir: &Path) -> anyhow::Result<(File, PathBuf)> {
     let path = state_dir.join("agent.lock");
     let file = OpenOptions::new().write(true).create(true).truncate(false).mode(0o644).open(&path);
-    let file = file.with_context(|| format!("cannot open {}", path.display()))?;
-    match file.try_lock() {
-        Ok(()) => Ok(file),
-        Err(TryLockError::WouldBlock) => {
-            bail!("another agent runs on {}: it holds agent.lock", state_dir.display())
+    let file = file.with_context(|| {
+        format!(
+            "cannot open {0}: it must belong to the agent's user, as {1} does ('chown --reference={1} {0}')",
+            path.display(),
+            state_dir.display()
+        )
+    })?;
+    virt_usb_store::hand_over(&path)?;
+    // A hook that asks whether an agent lives holds it for a moment.
+    for _ in 0..20 {
+        match file.try_lock() {
+            Ok(()) => return Ok((file, path)),
+            Err(TryLockError::WouldBlock) => std::thread::sleep(Duration::from_millis(10)),
+            Err(TryLockError::Error(e)) => {
+                return Err(e).with_context(|| format!("cannot lock {}", path.display()));
+            }
         }
-        Err(TryLockError::Error(e)) => Err(e).with_context(|| format!("cannot lock {}", path.display())),
     }
+    bail!("another agent runs on {}: it holds agent.lock", state_dir.display())
 }
 
 /// SIGHUP: read the configuration again; SIGTERM and SIGINT: end.

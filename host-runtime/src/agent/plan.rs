@@ -161,6 +161,9 @@ pub fn about_redirection(n: usize) -> String {
     format!("redirection {n}")
 }
 
+/// How it is filed that a guest was stopped for what it could not be given: until its next start.
+pub const ABOUT_STOP: &str = "start";
+
 /// What is to be done, in an order that makes sense.
 pub fn plan(instance: &Instance<'_>, host: &Host<'_>) -> Vec<Step> {
     match instance.seen {
@@ -173,10 +176,11 @@ pub fn plan(instance: &Instance<'_>, host: &Host<'_>) -> Vec<Step> {
 }
 
 fn absent(instance: &Instance<'_>, Gone { seconds, undefined }: Gone) -> Vec<Step> {
-    let mut steps: Vec<Step> =
-        instance.problems.keys().map(|about| Step::Solved { about: about.clone() }).collect();
+    let is_over = undefined.is_some_and(|undefined| undefined >= UNDEFINED_SECONDS);
+    let ended = instance.problems.keys().filter(|about| is_over || *about != ABOUT_STOP);
+    let mut steps: Vec<Step> = ended.map(|about| Step::Solved { about: about.clone() }).collect();
     let owns = instance.assigned || !instance.claims.is_empty();
-    if owns && undefined.is_some_and(|undefined| undefined >= UNDEFINED_SECONDS) {
+    if owns && is_over {
         steps.push(Step::End);
         return steps;
     }

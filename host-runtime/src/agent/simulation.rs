@@ -5,7 +5,7 @@ use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use anyhow::Context as _;
+use anyhow::{Context as _, bail};
 use virt_usb_hook::config::Config;
 use virt_usb_model::device::Problem;
 
@@ -25,6 +25,13 @@ pub(super) struct Simulation {
 impl Simulation {
     /// The hook looks at ports in sysfs: the simulated devices get a tree of their own, in `state_dir`.
     pub(super) fn new(file: &Path, config: &mut Config) -> anyhow::Result<Self> {
+        if config.state_dir == Config::default().state_dir {
+            bail!(
+                "a simulation needs a folder of its own: {} is the real inventory's. Name another state_dir in a configuration of yours, and that \
+                 with --config",
+                config.state_dir.display()
+            );
+        }
         let sysfs = config.state_dir.join("simulated-sysfs");
         config.sysfs_root.clone_from(&sysfs);
         let simulation = Self { file: file.to_owned(), sysfs };

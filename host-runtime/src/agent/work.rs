@@ -18,7 +18,7 @@ use virt_usb_store::{Context, Durability, Record, Store, StoreError};
 use super::PATIENCE;
 use super::metrics::Metrics;
 use super::observe::{View, asker, guest};
-use super::plan::{Gone, Guest, Seen, Step, about_device};
+use super::plan::{ABOUT_STOP, Gone, Guest, Seen, Step, about_device};
 use crate::hypervisor::{Failure, Hypervisor};
 
 /// A plan is made anew after each round; more rounds than this are somebody else's doing.
@@ -80,8 +80,6 @@ enum Outcome {
     /// Nothing to be done about it now; the next event tells.
     Moot,
     Failed(String),
-    /// The device is on its way: the next look tells more.
-    Later,
 }
 
 impl Worker {
@@ -131,11 +129,11 @@ impl Worker {
                 break;
             }
             for step in steps {
+                tracing::debug!(%instance, ?step, "instance {instance}: {step:?}");
                 let at = Work { worker: self, instance, guest: guest.as_ref(), view: &view };
                 match at.run(&step)? {
                     Outcome::Done => report.changed = true,
                     Outcome::Moot => {}
-                    Outcome::Later => drop(step.about().map(|about| report.failed.insert(about))),
                     Outcome::Failed(what) => {
                         if let Some(about) = step.about() {
                             self.note(instance, guest.as_ref(), &view, &about, Some(&what))?;
@@ -250,8 +248,11 @@ impl Work<'_> {
         // The inventory's address is a memory: whoever is at the port now gets it, or nobody.
         let address = match ports.verify(record) {
             Verified::Here(address) => address,
-            // The scan that is on its way will tell.
-            Verified::Not(_) => return Ok(Outcome::Later),
+            // The scan that is on its way will most often tell more, and end the problem.
+            Verified::Not(why) => {
+                self.worker.metrics.not_there();
+                return Ok(Outcome::Failed(format!("it is not where it was: {why}; it is tried again")));
+            }
         };
         let mut record = record.clone();
         record.entry.address = address;
@@ -266,7 +267,8 @@ impl Work<'_> {
             // Between the look at the port and libvirt's the device may have gone and another come.
             Ok(()) if !matches!(ports.verify(&record), Verified::Here(now) if now == address) => {
                 self.worker.hypervisor.detach(self.instance, &virt_usb_domxml::hostdev_alias(device))?;
-                Ok(Outcome::Later)
+                self.worker.metrics.not_there();
+                Ok(Outcome::Failed("it was unplugged while it was attached; it is tried again".into()))
             }
             Ok(()) if inside => {
                 tracing::info!(domain = %guest.domain.name, instance = %self.instance, %device, "{}: device {device} attached in {:.0?}", guest.domain.name, began.elapsed());
@@ -291,8 +293,9 @@ impl Work<'_> {
         if self.worker.store.was_allocated(claim)? {
             return Ok(Outcome::Failed(why));
         }
-        let why = format!("{why}; the guest was stopped (on_attach_failure = \"stop\")");
-        self.worker.note(self.instance, self.guest, self.view, &about_device(device), Some(&why))?;
+        let about = about_device(device);
+        let why = format!("{about}: {why}; the guest was stopped (on_attach_failure = \"stop\")");
+        self.worker.note(self.instance, self.guest, self.view, ABOUT_STOP, Some(&why))?;
         match self.worker.hypervisor.stop(self.instance) {
             Ok(()) | Err(Failure::Gone) => Ok(Outcome::Done),
             Err(Failure::Refused(not)) => Ok(Outcome::Failed(format!("{why}; it cannot be stopped: {not}"))),

@@ -13,7 +13,7 @@ use virt_usb_store::{ClaimRow, Record, Store};
 use super::Session;
 use super::arguments::Events;
 use super::output::{or_dash, table};
-use crate::agent::plan::about_device;
+use crate::agent::plan::{ABOUT_STOP, about_device};
 
 pub(super) fn list(session: &Session) -> anyhow::Result<ExitCode> {
     let store = session.store()?;
@@ -47,7 +47,11 @@ pub(super) fn list(session: &Session) -> anyhow::Result<ExitCode> {
             "no device is held by anybody",
         );
         for Problem { domain, about, what, since, .. } in &problems {
-            text.push_str(&format!("\n{domain} does not get {about} (since {since}): {what}"));
+            let lead = match about.as_str() {
+                ABOUT_STOP => format!("{domain} does not run"),
+                about => format!("{domain} does not get {about}"),
+            };
+            text.push_str(&format!("\n{lead} (since {since}): {what}"));
         }
         text
     })?;

@@ -7,7 +7,7 @@
 //! any thread.
 
 use std::ffi::CString;
-use std::sync::mpsc::Sender;
+use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, Once, PoisonError};
 use std::time::Duration;
 
@@ -23,6 +23,10 @@ use super::{Event, Failure, Hypervisor, Running, events};
 const SHORT: Duration = Duration::from_secs(1);
 /// The longest wait before the next attempt.
 const LONG: Duration = Duration::from_secs(30);
+/// So long a daemon may not answer before that is told …
+const SILENCE: Duration = Duration::from_secs(5);
+/// … and before a program that asks a few questions gives up.
+const DEADLINE: Duration = Duration::from_secs(30);
 /// Seconds between keepalive messages, and how many may go unanswered.
 const KEEPALIVE: (i32, u32) = (5, 3);
 
@@ -65,7 +69,16 @@ impl Libvirt {
     pub fn open(uri: &str) -> Result<Self, Failure> {
         quiet();
         let libvirt = Self::new(uri);
-        libvirt.set(Some(Arc::new(libvirt.dial()?)));
+        let (dialler, (to, from)) = (libvirt.clone(), channel());
+        let dial = move || drop(to.send(dialler.dial()));
+        let thread = std::thread::Builder::new().name("libvirt".into()).spawn(dial);
+        thread.map_err(|e| Failure::Away(e.to_string()))?;
+        let dialled = from.recv_timeout(DEADLINE).map_err(|_| {
+            Failure::Away(format!(
+                "{uri} has not answered for {DEADLINE:?}: 'systemctl status libvirtd' shows how it is"
+            ))
+        })?;
+        libvirt.set(Some(Arc::new(dialled?)));
         Ok(libvirt)
     }
 
@@ -124,7 +137,19 @@ impl Libvirt {
     }
 
     fn connect(&self, events: &Sender<Event>) -> Result<Arc<Open>, Failure> {
-        let open = self.dial()?;
+        let (answered, answer) = channel::<()>();
+        let (uri, to) = (self.uri.clone(), events.clone());
+        let watch = move || {
+            // A daemon that takes calls and answers none would be waited for in silence.
+            if answer.recv_timeout(SILENCE) == Err(RecvTimeoutError::Timeout) {
+                drop(to.send(Event::Lost(format!("{uri} has not answered for {SILENCE:?}"))));
+            }
+        };
+        // Without it only that is not told.
+        drop(std::thread::Builder::new().name("libvirt-watch".into()).spawn(watch));
+        let dialled = self.dial();
+        drop(answered);
+        let open = dialled?;
         events::register(&open.0, events).map_err(|e| Failure::Away(e.message().to_owned()))?;
         // Local drivers (test:///default) have no keepalive, and need none.
         drop(open.0.set_keep_alive(KEEPALIVE.0, KEEPALIVE.1));
@@ -159,8 +184,7 @@ impl Libvirt {
         let domain = Domain::lookup_by_name(&open.0, name)
             .or_else(|e| Domain::lookup_by_uuid_string(&open.0, name).map_err(|_| e))
             .map_err(|e| failure(&e))?;
-        let uuid = domain.get_uuid_string().map_err(|e| failure(&e))?;
-        uuid.parse().map_err(|_| Failure::Refused(format!("{uuid:?} is no UUID")))
+        uuid(&domain)
     }
 
     /// The definition of a persistent domain that does not run, secrets included: what a start begins with.
@@ -206,10 +230,15 @@ impl Libvirt {
     }
 }
 
+/// The UUID is part of libvirt's handle: it is known without asking.
+fn uuid(domain: &Domain) -> Result<InstanceId, Failure> {
+    let text = domain.get_uuid_string().map_err(|e| failure(&e))?;
+    text.parse().map_err(|_| Failure::Refused(format!("{text:?} is no UUID")))
+}
+
 /// A running domain; `None` when it has stopped meanwhile.
 fn read(domain: &Domain) -> Result<Option<Running>, Failure> {
     let read = || {
-        let uuid = domain.get_uuid_string()?;
         if !domain.is_active()? {
             return Ok::<_, Error>(None);
         }
@@ -217,14 +246,11 @@ fn read(domain: &Domain) -> Result<Option<Running>, Failure> {
         let (state, reason) = domain.get_state()?;
         let moving =
             state == sys::VIR_DOMAIN_PAUSED && reason == sys::VIR_DOMAIN_PAUSED_MIGRATION.cast_signed();
-        Ok(Some((uuid, domain.get_name()?, domain.get_xml_desc(0)?, moving)))
+        Ok(Some((domain.get_name()?, domain.get_xml_desc(0)?, moving)))
     };
     match read() {
         Ok(None) => Ok(None),
-        Ok(Some((uuid, name, xml, moving))) => {
-            let instance = uuid.parse().map_err(|_| Failure::Away(format!("{uuid:?} is no UUID")))?;
-            Ok(Some(Running { instance, name, xml, moving }))
-        }
+        Ok(Some((name, xml, moving))) => Ok(Some(Running { instance: uuid(domain)?, name, xml, moving })),
         Err(e) => match failure(&e) {
             Failure::Gone => Ok(None),
             other => Err(other),
@@ -233,11 +259,11 @@ fn read(domain: &Domain) -> Result<Option<Running>, Failure> {
 }
 
 impl Hypervisor for Libvirt {
-    fn running(&self) -> Result<Vec<Running>, Failure> {
+    fn running(&self) -> Result<Vec<InstanceId>, Failure> {
         let open = self.connection()?;
         let domains =
             open.0.list_all_domains(sys::VIR_CONNECT_LIST_DOMAINS_ACTIVE).map_err(|e| failure(&e))?;
-        domains.iter().filter_map(|domain| read(domain).transpose()).collect()
+        domains.iter().map(uuid).collect()
     }
 
     fn look(&self, instance: InstanceId) -> Result<Option<Running>, Failure> {

@@ -75,8 +75,8 @@ pub trait Hypervisor: Send + Sync {
     /// All domains that run.
     ///
     /// # Errors
-    /// [`Failure::Away`]; one domain that cannot be read makes the whole list unknown.
-    fn running(&self) -> Result<Vec<Running>, Failure>;
+    /// [`Failure::Away`].
+    fn running(&self) -> Result<Vec<InstanceId>, Failure>;
 
     /// One domain; `None` when it does not run.
     ///

@@ -27,7 +27,7 @@ pub enum Change {
 pub struct Done {
     /// The device.
     pub id: DeviceId,
-    /// `added`, `returned`, `changed` or `removed`.
+    /// `added`, `returned` (plugged in again, or under another number), `changed` or `removed`.
     pub what: &'static str,
 }
 
@@ -94,7 +94,8 @@ fn execute(tx: &Transaction<'_>, known: &Known<'_>, change: Change, context: &Co
         Change::Add(device, verdict) => (insert(tx, &device, &verdict)?, "added", device.key.to_string()),
         Change::See(id, device, verdict) => {
             update(tx, id, &device, &verdict)?;
-            let returned = known.get(&id).is_some_and(|r| !r.present);
+            // Another number: it was unplugged, or reset, between two looks.
+            let returned = known.get(&id).is_some_and(|r| !r.present || r.entry.address != device.address);
             let what = if returned { "returned" } else { "changed" };
             (id, what, format!("{} as {}", device.key, device.address))
         }

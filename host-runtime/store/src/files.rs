@@ -59,7 +59,10 @@ pub(crate) fn make_file(path: &Path) -> Result<bool, StoreError> {
 
 /// Gives a file or folder of root's to the owner of the folder that it lies in. Anybody else's is its owner's already.
 /// A file with a second name is left alone: that name may be root's own.
-pub(crate) fn hand_over(path: &Path) -> Result<(), StoreError> {
+///
+/// # Errors
+/// When the folder cannot be read or the file cannot be given away.
+pub fn hand_over(path: &Path) -> Result<(), StoreError> {
     let Ok(meta) = fs::symlink_metadata(path) else { return Ok(()) };
     let owner = owner_for(path)?;
     let single = meta.is_dir() || (meta.is_file() && meta.nlink() == 1);

@@ -47,6 +47,7 @@ use rusqlite::Connection;
 pub use assignments::{Assignment, Dismissed, Source};
 pub use device::{ClaimRow, Record};
 pub use error::StoreError;
+pub use files::hand_over;
 pub use flavors::StoredFlavor;
 pub use open::{Durability, SCHEMA};
 

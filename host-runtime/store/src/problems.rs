@@ -3,11 +3,10 @@
 
 use rusqlite::{OptionalExtension, params};
 use serde::Serialize;
-use virt_usb_model::InstanceId;
+use virt_usb_model::{DeviceId, InstanceId};
 
 use crate::claim::Asker;
 use crate::device::parse;
-use crate::error::Sql;
 use crate::events::{Event, record};
 use crate::{Context, NOW, Store, StoreError};
 
@@ -16,7 +15,7 @@ use crate::{Context, NOW, Store, StoreError};
 pub struct Problem {
     /// Whose.
     pub instance_uuid: InstanceId,
-    /// What it does not get: `device 5`, `redirection 0`.
+    /// What it does not get: `device 5`, `redirection 0`; `start`: the guest was stopped for it.
     pub about: String,
     /// The domain's name.
     pub domain: String,
@@ -55,14 +54,17 @@ impl Store {
         context: &Context,
     ) -> Result<bool, StoreError> {
         let instance = asker.instance.to_string();
-        let known: Option<String> = self
+        let known: Option<(String, String)> = self
             .conn
-            .prepare_cached("SELECT what FROM problems WHERE instance_uuid = ?1 AND about = ?2")
-            .and_then(|mut known| known.query_row([&instance, about], |row| row.get(0)).optional())
+            .prepare_cached("SELECT what, domain FROM problems WHERE instance_uuid = ?1 AND about = ?2")
+            .and_then(|mut known| {
+                known.query_row([&instance, about], |row| Ok((row.get(0)?, row.get(1)?))).optional()
+            })
             .map_err(|e| self.fault(&e))?;
-        if known.as_deref() == what {
+        if known.as_ref().map(|(what, _)| what.as_str()) == what {
             return Ok(false);
         }
+        let device = about.strip_prefix("device ").and_then(|id| id.parse().ok()).and_then(DeviceId::new);
         self.write(|tx, _| {
             let event = match what {
                 Some(what) => {
@@ -75,23 +77,17 @@ impl Store {
                 }
                 None => {
                     tx.execute("DELETE FROM problems WHERE instance_uuid = ?1 AND about = ?2", [&instance, about])?;
-                    Event::of("solved", asker).with(about.to_owned())
+                    // Of a guest that is gone the record knows the name.
+                    let domain = known.map_or_else(|| asker.domain.clone(), |(_, domain)| domain);
+                    Event::of("solved", &Asker { domain, ..asker.clone() }).with(about.to_owned())
                 }
+            };
+            let event = match device {
+                Some(device) => event.about(device),
+                None => event,
             };
             record(tx, context, &event)?;
             Ok(true)
-        })
-    }
-
-    /// Forgets the problems of an instance that does not run any more.
-    ///
-    /// # Errors
-    /// When the database cannot be written.
-    pub fn forget_problems(&mut self, instance: InstanceId) -> Result<(), StoreError> {
-        self.write(|tx, _| {
-            let gone: Sql<usize> =
-                tx.execute("DELETE FROM problems WHERE instance_uuid = ?1", [instance.to_string()]);
-            gone.map(drop).map_err(Into::into)
         })
     }
 }

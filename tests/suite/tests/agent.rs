@@ -242,8 +242,60 @@ fn it_counts() {
         "virt_usb_attaches_total{result=\"done\"} 1",
         "virt_usb_libvirt_connected 1",
         "virt_usb_hook_seconds_count{operation=\"reconnect\",exit=\"0\"} 1",
+        // Long before the next look at all guests.
+        "virt_usb_claims{state=\"allocated\",hold=\"running\"} 1",
     ] {
         agent.until(line, || get("/metrics").contains(line));
     }
     assert!(get("/").starts_with("HTTP/1.0 404"));
+}
+
+/// What an agent says that does not start.
+fn refusal(mut command: Command) -> String {
+    let output = command.output().unwrap();
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+#[test]
+fn what_keeps_it_from_starting_is_said() {
+    let host = Host::new("");
+    let keys = std::fs::read_to_string(host.config_file()).unwrap();
+    show(&host, &device("0001", "1-1", 5, ""));
+    // Somebody listens where the metrics are to be served: he is left alone.
+    let socket = host.path("theirs");
+    let theirs = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+    std::fs::write(host.config_file(), format!("{keys}metrics = {socket:?}\n")).unwrap();
+    let said = refusal(command(&host));
+    assert!(said.contains("theirs\": another program listens there"), "{said}");
+    assert!(UnixStream::connect(&socket).is_ok());
+    drop(theirs);
+    std::fs::write(host.config_file(), format!("{keys}metrics = '/nowhere/at/all'\n")).unwrap();
+    let said = refusal(command(&host));
+    assert!(said.contains("metrics = \"/nowhere/at/all\": cannot listen there"), "{said}");
+    // A simulation never works on the real inventory.
+    std::fs::write(host.config_file(), keys.replace("state_dir", "# state_dir")).unwrap();
+    let said = refusal(command(&host));
+    assert!(said.contains("a simulation needs a folder of its own"), "{said}");
+    // A variable that was inherited does not silence it.
+    let mut inherited = command(&host);
+    inherited.env("JOURNAL_STREAM", "9:12345");
+    assert!(refusal(inherited).contains("a folder of its own"));
+}
+
+#[test]
+fn an_inventory_that_is_taken_away_ends_it() {
+    let host = Host::new("");
+    show(&host, &(device("0001", "1-1", 5, "") + &guest("erp", ERP, "")));
+    let mut agent = Agent::start(&host);
+    agent.claims(&held(1, "erp", ERP, "allocated"));
+    for file in ["inventory.sqlite", "inventory.sqlite-wal", "inventory.sqlite-shm"] {
+        std::fs::remove_file(host.path("state").join(file)).unwrap();
+    }
+    assert_eq!(agent.child.wait().unwrap().code(), Some(1));
+    assert!(
+        agent.log().contains("inventory.sqlite was removed or replaced while the agent ran"),
+        "{}",
+        agent.log()
+    );
 }

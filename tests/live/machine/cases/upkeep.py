@@ -63,3 +63,13 @@ def second_agent(w):
     w.product.agent.start()
     second = run(AGENT)
     expect(second.status == 1 and "another agent runs" in second.err, f"the reason: {second}")
+
+
+@case("the configuration is removed while the agent runs: the rules of before count on")
+def configuration_gone(w):
+    from lib.product import AGENT_LOG, CONFIG
+
+    w.product.agent.start()
+    CONFIG.unlink()
+    until(lambda: "config.toml is gone; the rules before count on" in AGENT_LOG.read_text(), "it to be said")
+    expect(w.product.agent.is_running(), "the agent to go on")
