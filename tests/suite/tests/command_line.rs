@@ -50,7 +50,7 @@ fn discover_records_and_says_what_changed() {
     assert_eq!((found["devices"].as_array().unwrap().len(), &found["changes"]), (2, &Value::Array(vec![])));
     std::fs::write(&file, device("0001", "1-1", 9, "serial = \"A\"\nproduct_name = \"HASP\"")).unwrap();
     let changes = json(&host, &["discover", "--sim", sim])["changes"].clone();
-    assert_eq!(changes, serde_json::json!([{"id": 2, "what": "removed"}, {"id": 1, "what": "changed"}]));
+    assert_eq!(changes, serde_json::json!([{"id": 2, "what": "removed"}, {"id": 1, "what": "returned"}]));
     assert_eq!(json(&host, &["devices"]).as_array().unwrap().len(), 1);
     assert_eq!(json(&host, &["devices", "--all"]).as_array().unwrap().len(), 2);
     let preview = ok(&host.virt_usb(&["discover", "--sim", sim, "--dry-run"]));
