@@ -57,7 +57,7 @@ live-nested: test-deps build ## a compute host in a VM, with real USB devices (r
 	@tests/live/run nested
 
 bench: test-deps build embedding ## the figures of BENCHMARKS.md
-	@$(CARGO) run --release -p virt-usb-bench
+	@target/release/virt-usb-bench
 	@tests/live/run nested --case figures
 
 fuzz: ## ten minutes of each fuzz target (installs cargo-fuzz)

@@ -38,7 +38,7 @@ fn events() -> Result<(String, String)> {
     let said = command.output().context("the hotplug test")?;
     let text = String::from_utf8_lossy(&said.stdout).into_owned();
     let figure = |name: &str| {
-        let line = text.lines().find_map(|l| l.strip_prefix("figure ")?.strip_prefix(name));
+        let line = text.lines().find_map(|l| l.split_once("figure ")?.1.strip_prefix(name));
         line.map(|l| l.trim().to_owned()).with_context(|| format!("no figure {name} in: {text}"))
     };
     Ok((figure("latency")?, figure("storm")?))
