@@ -3,7 +3,7 @@
 use virt_usb_domxml::{Edits, UsbHostdev};
 use virt_usb_model::{DeviceId, DeviceRequest, Selector};
 use virt_usb_store::claim::{Asker, Claimed, Granted, Judge, Standing, Verified, Want};
-use virt_usb_store::{Context, Record, Store};
+use virt_usb_store::{ClaimRow, Context, Record, Store};
 
 use crate::answer::Answer;
 use crate::call::Incoming;
@@ -51,7 +51,32 @@ struct Arrival<'a> {
 }
 
 impl Arrival<'_> {
+    /// The guest comes from another host, and by this inventory it runs on this one: two libvirtds use one inventory, and the device that
+    /// its old QEMU has would be given to its new one too.
+    fn refuse_shared(&self) -> Result<Option<Answer>, Fault> {
+        let claims = self.store.claims_of(self.asker.instance).map_err(|e| Fault::of(self.concerned, e))?;
+        let runs = |c: &&ClaimRow| {
+            let firm = !c.pending && c.boot_id == self.context.boot_id;
+            firm && (c.state == "allocated" || c.hold == "running")
+        };
+        Ok(claims.iter().find(runs).map(|claim| {
+            Answer::refused(format!(
+                "{} comes from another host, and in this host's inventory ({}) it holds device {} since {}, as a guest does that runs here: each libvirtd \
+                 needs a state_dir of its own. If it has ended here, the agent frees the device within seconds",
+                self.asker.domain,
+                self.config.state_dir.display(),
+                claim.device_id,
+                claim.created_at
+            ))
+        }))
+    }
+
     fn settle(mut self, how: Incoming) -> Result<Answer, Fault> {
+        if how == Incoming::Migrate
+            && let Some(refusal) = self.refuse_shared()?
+        {
+            return Ok(refusal);
+        }
         let known = self.store.all_devices().map_err(|e| Fault::of(self.concerned, e))?;
         let mut refusal = String::new();
         for &choice in choices(self.config, how) {

@@ -3,6 +3,7 @@
 pub mod agent;
 pub mod cli;
 pub mod discovery;
+pub mod doctor;
 pub mod filter;
 pub mod hypervisor;
 pub mod inventory;

@@ -81,6 +81,21 @@ pub(super) enum Verb {
         #[arg(long)]
         documents: bool,
     },
+    /// Look for what is wrong with this host, and say how it is mended
+    ///
+    /// Changes nothing. Exit status, as monitoring has it: 0 all is well, 1 something will not work for somebody, 2 guests do not get
+    /// their devices.
+    Doctor {
+        /// Show what is well, too
+        #[arg(long)]
+        all: bool,
+        /// Where libvirt's hooks are
+        #[arg(long, value_name = "DIR", default_value = "/etc/libvirt/hooks")]
+        hooks: PathBuf,
+        /// Where libvirt's daemons leave their process ids
+        #[arg(long, value_name = "DIR", default_value = "/run")]
+        run: PathBuf,
+    },
     /// Look after the inventory's file
     Store {
         #[command(subcommand)]

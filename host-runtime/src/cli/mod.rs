@@ -26,7 +26,7 @@ use output::Output;
 const PATIENCE: Duration = Duration::from_secs(5);
 
 /// The program. Exit status: 0 done, 1 it could not be done (the reason is on stderr), 2 wrong arguments, 3 `filter` has asked and no
-/// host can serve.
+/// host can serve; `doctor`: 1 for a warning, 2 for something broken.
 pub fn main() -> ExitCode {
     let arguments = Arguments::parse();
     match run(arguments) {
@@ -66,6 +66,7 @@ fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
             FlavorVerb::Set { name, definition } => flavors::set(&session, &name, &definition),
             FlavorVerb::Remove { name } => flavors::remove(&session, &name),
         },
+        Verb::Doctor { all, hooks, run } => upkeep::doctor(&session, all, hooks, run),
         Verb::Store { verb } => match verb {
             StoreVerb::Check => upkeep::check(&session),
             StoreVerb::Backup { file } => upkeep::backup(&session, &file),

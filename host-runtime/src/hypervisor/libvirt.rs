@@ -220,6 +220,26 @@ impl Libvirt {
         Ok(if saved { Started::Restored } else { Started::Fresh })
     }
 
+    /// What QEMU can give to guests here, for the machine's own architecture (<https://libvirt.org/formatdomaincaps.html>).
+    ///
+    /// # Errors
+    /// [`Failure::Away`], [`Failure::Refused`].
+    pub fn domain_capabilities(&self) -> Result<String, Failure> {
+        let open = self.connection()?;
+        open.0.get_domain_capabilities(None, None, None, None, 0).map_err(|e| failure(&e))
+    }
+
+    /// The definitions of all persistent domains, as their next start has them.
+    ///
+    /// # Errors
+    /// [`Failure::Away`]. A domain that goes meanwhile is left out.
+    pub fn definitions(&self) -> Result<Vec<String>, Failure> {
+        let open = self.connection()?;
+        let domains =
+            open.0.list_all_domains(sys::VIR_CONNECT_LIST_DOMAINS_PERSISTENT).map_err(|e| failure(&e))?;
+        Ok(domains.iter().filter_map(|d| d.get_xml_desc(sys::VIR_DOMAIN_XML_INACTIVE).ok()).collect())
+    }
+
     /// Whether the domain has a managed save image.
     ///
     /// # Errors

@@ -136,6 +136,15 @@ impl Store {
         Ok(events)
     }
 
+    /// When the newest event was, if the clock has not come that far by more than a minute: it was set back.
+    ///
+    /// # Errors
+    /// When the database cannot be read.
+    pub fn newest_ahead(&self) -> Result<Option<String>, StoreError> {
+        let sql = "SELECT at FROM events WHERE id = (SELECT max(id) FROM events) AND at > strftime('%Y-%m-%dT%H:%M:%fZ', 'now', '+60 seconds')";
+        Ok(self.all(sql, [], |row| row.get(0))?.pop())
+    }
+
     /// Removes events older than `days` days (at least one); returns how many.
     ///
     /// # Errors

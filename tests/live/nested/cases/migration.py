@@ -90,3 +90,13 @@ def nothing_to_reclaim(w):
         second.virt_usb("discover")
         refused(migrate(w, guest), "virt-usb: g ")
         expect(w.virsh.running() == ["g"] and w.has_live(guest, one), "the guest to run on with its device")
+
+
+@case("two libvirtds with one state_dir: the migration is refused, and told what each needs")
+def shared_state_dir(w):
+    with two_hosts(w, migration="reclaim", state_dir="/tmp/shared") as (second, one, _):
+        guest = w.guest("g", devices=hostdev(one))
+        w.start(guest)
+        refused(migrate(w, guest), "each libvirtd needs a state_dir of its own")
+        expect(w.virsh.running() == ["g"] and w.has_live(guest, one), "the guest to run on with its device")
+        w.destroy(guest)

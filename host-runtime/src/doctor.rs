@@ -1,0 +1,390 @@
+//! What is wrong with this host, and how it is mended. Looks, and changes nothing.
+//!
+//! ```text
+//!  configuration ─► hook ─► agent ─► inventory ─► libvirt ─► its guests ─► devices
+//! ```
+//! What one check needs and does not have is said by the check before it: nothing is said twice.
+
+use std::fmt::Display;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use serde::Serialize;
+use virt_usb_domxml::Domain;
+use virt_usb_hook::config::Config;
+use virt_usb_hook::guest::{NO_SPICE, missing_redirdevs, room};
+use virt_usb_hook::machine::{self, Agent};
+use virt_usb_hook::sysfs::{attribute, device_dir};
+use virt_usb_model::{Class, Flavor};
+use virt_usb_store::{Durability, Record, Store};
+
+use crate::agent::observe::flavor;
+use crate::hypervisor::Libvirt;
+
+/// Our hook's name among others of libvirt's `qemu.d`.
+const HOOK: &str = "qemu.d/50-virt-usb";
+/// A log of this size is one that nobody folds: writers do past half a MiB.
+const LOG_LIMIT: u64 = 16 << 20;
+const VERSION: &str = env!("CARGO_PKG_VERSION");
+/// How long the doctor waits for the store's lock.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// How bad a finding is. The order is that of badness.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Level {
+    /// As it should be.
+    Well,
+    /// Something will not work for somebody.
+    Warning,
+    /// Guests that ask for devices do not get them, or the doctor cannot tell.
+    Broken,
+}
+
+/// One of them.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Finding {
+    /// What was looked at: `hook`, `agent`, …
+    pub check: &'static str,
+    /// How bad it is.
+    pub level: Level,
+    /// What was found.
+    pub what: String,
+    /// What to do about it.
+    pub mend: Option<String>,
+}
+
+/// Where to look.
+#[derive(Debug, Clone)]
+pub struct Places {
+    /// The configuration's file, where it is not the default one.
+    pub config: Option<PathBuf>,
+    /// libvirt's hooks.
+    pub hooks: PathBuf,
+    /// Where daemons leave their process ids.
+    pub run: PathBuf,
+}
+
+/// Looks at everything; what can be asked of libvirt only while it answers is left out where it does not.
+pub fn examine(places: &Places) -> Vec<Finding> {
+    let mut report = Report::default();
+    report.hook(places);
+    let Some(config) = report.config(places) else { return report.0 };
+    report.agent(&config);
+    report.machine(&config);
+    let store = report.store(&config);
+    report.guests(&config, store.as_ref());
+    if let Some(store) = &store {
+        report.devices(&config, store);
+    }
+    report.0
+}
+
+#[derive(Default)]
+struct Report(Vec<Finding>);
+
+impl Report {
+    fn well(&mut self, check: &'static str, what: impl Display) {
+        self.0.push(Finding { check, level: Level::Well, what: what.to_string(), mend: None });
+    }
+
+    fn warn(&mut self, check: &'static str, what: impl Display, mend: impl Display) {
+        let mend = Some(mend.to_string());
+        self.0.push(Finding { check, level: Level::Warning, what: what.to_string(), mend });
+    }
+
+    fn broken(&mut self, check: &'static str, what: impl Display, mend: impl Display) {
+        let mend = Some(mend.to_string());
+        self.0.push(Finding { check, level: Level::Broken, what: what.to_string(), mend });
+    }
+
+    fn config(&mut self, places: &Places) -> Option<Config> {
+        match Config::load(places.config.as_deref()) {
+            Ok(config) => {
+                self.well("configuration", "it can be read");
+                Some(config)
+            }
+            Err(e) => {
+                self.broken(
+                    "configuration",
+                    e,
+                    "correct it: every key is explained in the file that was installed",
+                );
+                None
+            }
+        }
+    }
+
+    fn hook(&mut self, places: &Places) {
+        let hook = places.hooks.join(HOOK);
+        let Ok(found) = std::fs::metadata(&hook) else {
+            self.broken(
+                "hook",
+                format!("there is none at {}", hook.display()),
+                "install it: 'make install-hook', or the package again",
+            );
+            return;
+        };
+        if !found.is_file() || found.permissions().mode() & 0o111 == 0 {
+            let mend = format!("chmod 0755 {}", hook.display());
+            self.broken(
+                "hook",
+                format!("{} is not executable: libvirt passes it over", hook.display()),
+                mend,
+            );
+            return;
+        }
+        if found.uid() != 0 || found.permissions().mode() & 0o022 != 0 {
+            let mend = format!("chown root:root {0} && chmod 0755 {0}", hook.display());
+            self.broken(
+                "hook",
+                format!("others than root may write {}, which libvirtd runs as root", hook.display()),
+                mend,
+            );
+        }
+        let version = Command::new(&hook).arg("--version").output();
+        let version =
+            version.map(|o| String::from_utf8_lossy(&o.stdout).trim().to_owned()).unwrap_or_default();
+        match version.strip_prefix("virt-usb-hook ") {
+            Some(VERSION) => {
+                self.well("hook", format!("{} is of this version", hook.display()));
+            }
+            Some(version) => self.warn(
+                "hook",
+                format!("{} is version {version}, this program is {}", hook.display(), VERSION),
+                "install both from one package, or with 'make install-hook'",
+            ),
+            None => self.broken(
+                "hook",
+                format!("{} does not answer to --version: it is not ours, or cannot run", hook.display()),
+                "install it again: 'make install-hook', or the package",
+            ),
+        }
+        self.seen_by_daemon(places);
+    }
+
+    /// libvirt looks when it starts or reloads whether there are hooks at all.
+    fn seen_by_daemon(&mut self, places: &Places) {
+        let folder = places.hooks.join("qemu.d");
+        let made = std::fs::metadata(&folder).and_then(|found| found.created());
+        for daemon in ["virtqemud", "libvirtd"] {
+            let pid = std::fs::read_to_string(places.run.join(format!("{daemon}.pid")));
+            let Ok(pid) = pid.map(|pid| pid.trim().to_owned()) else { continue };
+            let began = std::fs::metadata(Path::new("/proc").join(&pid)).and_then(|found| found.modified());
+            match (&made, began) {
+                (Ok(made), Ok(began)) if *made > began => self.warn(
+                    "hook",
+                    format!(
+                        "{daemon} runs for longer than {} exists, and may not know of hooks",
+                        folder.display()
+                    ),
+                    format!(
+                        "'systemctl reload {daemon}' (guests keep running); if that was done, all is well"
+                    ),
+                ),
+                (Ok(_), Ok(_)) => {
+                    self.well("hook", format!("{daemon} was started after {} was made", folder.display()));
+                }
+                // A process id of a daemon that is gone, or a file system that does not know when its files were made.
+                _ => {}
+            }
+        }
+    }
+
+    fn agent(&mut self, config: &Config) {
+        match machine::agent(&config.state_dir) {
+            Agent::Alive if config.state_dir.join(machine::HOOK_SOCKET).exists() => self.well("agent", "it runs"),
+            Agent::Alive => self.warn("agent", "it runs, and does not hear hooks: their durations are not counted", "'systemctl restart virt-usbd' (guests keep their devices)"),
+            Agent::Dead => self.broken(
+                "agent",
+                "it is installed and does not run: guests that ask for a device are refused, or do not get it",
+                "'systemctl start virt-usbd', and if it does not stay: 'journalctl -u virt-usbd'",
+            ),
+            Agent::NotInstalled => self.warn(
+                "agent",
+                "none is installed: only 'virt-usb start' gives guests their devices",
+                "'make install-agent', then 'systemctl enable --now virt-usbd'",
+            ),
+        }
+    }
+
+    fn machine(&mut self, config: &Config) {
+        match machine::context(&config.procfs_root, "virt-usb doctor") {
+            Ok(_) => self.well("machine", "it has a boot id, by which claims are dated"),
+            Err(e) => self.broken("machine", e, "mount procfs, or correct procfs_root in the configuration"),
+        }
+    }
+
+    fn store(&mut self, config: &Config) -> Option<Store> {
+        let store = match Store::open(&config.state_dir, PATIENCE, Durability::Power) {
+            Ok(store) => store,
+            Err(e) => {
+                self.broken(
+                    "inventory",
+                    e,
+                    "what is said above; 'virt-usb discover' makes one where there is none",
+                );
+                return None;
+            }
+        };
+        match store.check() {
+            Ok(findings) if findings.is_empty() => {
+                self.well("inventory", format!("{} is sound", store.path().display()));
+            }
+            Ok(findings) => {
+                for finding in findings {
+                    self.broken("inventory", finding, "'virt-usb store backup FILE' keeps it as it is; 'virt-usb discover' brings rows in line with what is plugged in");
+                }
+            }
+            Err(e) => self.broken("inventory", e, "'virt-usb store check' says more"),
+        }
+        let log = store.path().with_extension("sqlite-wal");
+        if let Some(size) =
+            std::fs::metadata(&log).ok().map(|found| found.len()).filter(|size| *size > LOG_LIMIT)
+        {
+            self.warn(
+                "inventory",
+                format!(
+                    "{} has {} MiB: somebody reads for very long, and it cannot be folded",
+                    log.display(),
+                    size >> 20
+                ),
+                "find who has it open: 'fuser -v' with its name",
+            );
+        }
+        self.clock(&store);
+        Some(store)
+    }
+
+    /// Events are dated by the clock.
+    fn clock(&mut self, store: &Store) {
+        match store.newest_ahead() {
+            Ok(Some(at)) => self.warn(
+                "machine",
+                format!("the newest event is of {at}, which is still to come: the clock was set back, and the audit is out of order"),
+                "'timedatectl' shows whether the clock is synchronised; claims do not depend on it",
+            ),
+            Ok(None) => self.well("machine", "the clock is not behind the audit"),
+            Err(e) => self.broken("inventory", e, "'virt-usb store check' says more"),
+        }
+    }
+
+    fn guests(&mut self, config: &Config, store: Option<&Store>) {
+        let libvirt = match Libvirt::open(&config.libvirt_uri) {
+            Ok(libvirt) => libvirt,
+            Err(e) => {
+                self.broken(
+                    "libvirt",
+                    e,
+                    "'systemctl status libvirtd virtqemud'; may this user talk to it (group libvirt)?",
+                );
+                return;
+            }
+        };
+        match libvirt.domain_capabilities() {
+            Ok(capabilities) => self.capabilities(&capabilities),
+            Err(e) => self.warn(
+                "libvirt",
+                format!("it does not say what its guests can have: {e}"),
+                "look at 'virsh domcapabilities' yourself",
+            ),
+        }
+        let (Some(store), Ok(definitions)) = (store, libvirt.definitions()) else { return };
+        let mut asking = 0;
+        for xml in definitions {
+            let Ok(domain) = virt_usb_domxml::read(xml.as_bytes()) else { continue };
+            match flavor(&domain, config, store) {
+                Ok(flavor) if flavor.is_empty() => {}
+                Ok(flavor) => {
+                    asking += 1;
+                    if let Some(why) = unfit(&domain, &flavor) {
+                        self.warn(
+                            "guest",
+                            format!("{} asks for USB devices, but {why}", domain.name),
+                            "what is said above; until then its starts are refused",
+                        );
+                    }
+                }
+                Err(why) => self.warn(
+                    "guest",
+                    format!("{}: its flavor cannot be read: {why}", domain.name),
+                    "correct it in the domain's metadata ('virsh metadata', 'virsh edit')",
+                ),
+            }
+        }
+        self.well("guest", format!("{asking} domain(s) ask for USB devices"));
+    }
+
+    fn capabilities(&mut self, capabilities: &str) {
+        let section = |name: &str| {
+            let begin = capabilities.find(&format!("<{name} supported='yes'"))?;
+            capabilities.get(begin..)?.split(&format!("</{name}>")).next()
+        };
+        if section("hostdev").is_some_and(|s| s.contains("<value>usb</value>")) {
+            self.well("libvirt", "QEMU can pass USB devices through");
+        } else {
+            self.broken(
+                "libvirt",
+                "QEMU has no usb-host: no guest can be given a device",
+                "install a QEMU that was built with libusb (Debian: qemu-system-x86)",
+            );
+        }
+        if section("graphics").is_some_and(|s| s.contains("<value>spice</value>")) {
+            self.well("libvirt", "QEMU has SPICE");
+        } else {
+            self.warn("libvirt", "QEMU has no SPICE: redirections are refused", "install its SPICE module (Debian 13: qemu-system-modules-spice, 12: qemu-system-gui), if redirections are wanted");
+        }
+    }
+
+    /// After a kill -9 of QEMU nobody gives the device back to the host's driver.
+    fn devices(&mut self, config: &Config, store: &Store) {
+        let Ok(devices) = store.devices() else { return };
+        let free = devices.iter().filter(|r| r.present && r.entry.instance_uuid.is_none());
+        let mut none = true;
+        for record in free {
+            for interface in driverless(config, record) {
+                none = false;
+                self.warn(
+                    "device",
+                    format!("device {} (port {}): nobody holds it, and its interface {interface} has no driver: a guest that was killed may have left it so", record.entry.id, record.entry.port_path),
+                    format!("'echo {interface} > {}/bus/usb/drivers_probe' gives it to the host's driver; the next guest gets it all the same", config.sysfs_root.display()),
+                );
+            }
+        }
+        if none {
+            self.well("device", "no free device was left without its driver");
+        }
+    }
+}
+
+/// Why a domain cannot have what its flavor asks for.
+fn unfit(domain: &Domain, flavor: &Flavor) -> Option<String> {
+    let redirections = missing_redirdevs(domain, flavor.usb_redirection_devices.len());
+    if !redirections.is_empty() && !domain.spice {
+        return Some(NO_SPICE.into());
+    }
+    let devices: usize = flavor.usb_devices.iter().map(|r| r.count as usize).sum();
+    let there = domain.hostdevs.iter().filter(|h| h.injected().is_some()).count();
+    room(domain, &vec![None; devices.saturating_sub(there) + redirections.len()]).err()
+}
+
+/// The interfaces of a free device that the kernel's own drivers would have: storage, printers, keyboards, cameras and the like.
+fn driverless(config: &Config, record: &Record) -> Vec<String> {
+    const DRIVEN: [u8; 7] = [0x01, 0x02, 0x03, 0x07, 0x08, 0x0e, 0xe0];
+    let dir = device_dir(&config.sysfs_root, &record.entry.port_path);
+    let Ok(entries) = std::fs::read_dir(&dir) else { return Vec::new() };
+    let names = entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned());
+    let interfaces = names.filter(|name| name.starts_with(&format!("{}:", record.entry.port_path)));
+    let mut left: Vec<String> = interfaces
+        .filter(|name| {
+            let class = attribute(&dir.join(name), "bInterfaceClass").ok().flatten();
+            let class = class.and_then(|class| class.parse::<Class>().ok());
+            class.is_some_and(|c| DRIVEN.into_iter().any(|driven| Class::new(driven) == c))
+                && !dir.join(name).join("driver").exists()
+        })
+        .collect();
+    left.sort();
+    left
+}
