@@ -30,6 +30,16 @@ def run(*command, **options):
     return done.stdout
 
 
+def merge_usr(tree):
+    """Debian 13 packages say /usr/lib/modules, Debian 12's say /lib/modules: afterwards both paths lead to the same folder."""
+    if (tree / "usr/lib/modules").exists():
+        (tree / "usr/lib/modules").rename(tree / "modules")
+        shutil.rmtree(tree / "usr/lib")
+        (tree / "lib").mkdir(exist_ok=True)
+        (tree / "modules").rename(tree / "lib/modules")
+        os.symlink("../lib", tree / "usr/lib")
+
+
 class Kernel:
     def __init__(self, cache, init):
         self.cache, self.init = Path(cache), Path(init)
@@ -78,6 +88,7 @@ class Kernel:
             subprocess.run(["dpkg-deb", "--fsys-tarfile", next(work.glob("*.deb"))], stdout=file, check=True)
         names = [name for name in run("tar", "-tf", archive).splitlines() if wanted(name) and not name.endswith("/")]
         run("tar", "-xf", archive, "-C", work / "tree", "--no-recursion", "-T", "-", input="\n".join(names))
+        merge_usr(work / "tree")
         (work / "tree").rename(target)
         shutil.rmtree(work)
 
