@@ -144,17 +144,19 @@ pub const NO_SPICE: &str = "has no SPICE graphics to carry it: add <graphics typ
 
 /// A hub that the XML gives to the guest: every device behind it, a root hub's whole bus, would leave the host with it.
 pub(crate) fn refuse_hubs(config: &Config, domain: &Domain) -> Option<Answer> {
-    domain.hostdevs.iter().filter(|h| h.usb.is_some() || h.address.is_some()).find_map(|hostdev| {
-        let meant = |usb, address| {
+    if domain.hostdevs.is_empty() {
+        return None;
+    }
+    let hub = sysfs::hub(&config.sysfs_root, |usb, address| {
+        domain.hostdevs.iter().filter(|h| h.usb.is_some() || h.address.is_some()).any(|hostdev| {
             hostdev.usb.is_none_or(|u| u == usb) && hostdev.address.is_none_or(|a| a == address)
-        };
-        let hub = sysfs::hub(&config.sysfs_root, meant)?;
-        Some(Answer::refused(format!(
-            "{} has a <hostdev> for the USB hub {hub} in its own XML, and all that is plugged in there would leave the host with it. \
-             Take the <hostdev> out, and give the guest the devices themselves",
-            domain.name
-        )))
-    })
+        })
+    })?;
+    Some(Answer::refused(format!(
+        "{} has a <hostdev> for the USB hub {hub} in its own XML, and all that is plugged in there would leave the host with it. \
+         Take the <hostdev> out, and give the guest the devices themselves",
+        domain.name
+    )))
 }
 
 /// Whether the guest has USB ports for devices of these speeds (none: a redirection, or not known); true: with a controller of ours.

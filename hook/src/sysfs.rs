@@ -37,12 +37,16 @@ pub fn device_dir(sysfs_root: &Path, port: &PortPath) -> PathBuf {
 /// # Errors
 /// When the folder is there but does not say who it is.
 pub fn at_port(sysfs_root: &Path, port: &PortPath) -> Result<Option<Seen>, SysfsError> {
-    let dir = device_dir(sysfs_root, port);
+    seen(&device_dir(sysfs_root, port))
+}
+
+/// Reads the device whose folder this is, at a port or a root hub's.
+fn seen(dir: &Path) -> Result<Option<Seen>, SysfsError> {
     // idVendor first: a device that goes away while it is read leaves no half answer.
-    let Some(vendor) = attribute(&dir, "idVendor")? else { return Ok(None) };
-    let Some(product) = attribute(&dir, "idProduct")? else { return Ok(None) };
-    let serial = attribute(&dir, "serial")?;
-    let (Some(bus), Some(device)) = (attribute(&dir, "busnum")?, attribute(&dir, "devnum")?) else {
+    let Some(vendor) = attribute(dir, "idVendor")? else { return Ok(None) };
+    let Some(product) = attribute(dir, "idProduct")? else { return Ok(None) };
+    let serial = attribute(dir, "serial")?;
+    let (Some(bus), Some(device)) = (attribute(dir, "busnum")?, attribute(dir, "devnum")?) else {
         return Ok(None);
     };
     let wrong = |name: &str, text: &str| SysfsError {
@@ -60,19 +64,17 @@ pub fn at_port(sysfs_root: &Path, port: &PortPath) -> Result<Option<Seen>, Sysfs
     Ok(Some(Seen { usb: UsbId { vendor, product }, serial: serial.as_deref().and_then(clean_text), address }))
 }
 
-/// The hubs of this host that `wanted` is true of, by the kernel's name for them: root hubs (`usb1`) too. What cannot be read is none.
+/// A hub of this host that `wanted` is true of, by the kernel's name for it: root hubs (`usb1`) too. What cannot be read is none.
 pub fn hub(sysfs_root: &Path, wanted: impl Fn(UsbId, BusAddress) -> bool) -> Option<String> {
     let all = std::fs::read_dir(sysfs_root.join("bus/usb/devices")).ok()?;
     all.flatten().find_map(|entry| {
         let dir = entry.path();
-        let read = |name| attribute(&dir, name).ok().flatten();
-        if read("bDeviceClass")?.parse::<Class>().ok()? != Class::HUB {
+        let class = attribute(&dir, "bDeviceClass").ok()??;
+        if class.parse::<Class>().ok()? != Class::HUB {
             return None;
         }
-        let usb =
-            UsbId { vendor: read("idVendor")?.parse().ok()?, product: read("idProduct")?.parse().ok()? };
-        let address = BusAddress::new(read("busnum")?.parse().ok()?, read("devnum")?.parse().ok()?)?;
-        wanted(usb, address).then(|| entry.file_name().to_string_lossy().into_owned())
+        let hub = seen(&dir).ok()??;
+        wanted(hub.usb, hub.address).then(|| entry.file_name().to_string_lossy().into_owned())
     })
 }
 

@@ -1,7 +1,7 @@
 //! What is wrong with this host, and how it is mended. Looks, and changes nothing.
 //!
 //! ```text
-//!  configuration ─► hook ─► agent ─► inventory ─► libvirt ─► its guests ─► devices
+//!  hook ─► configuration ─► agent ─► boot id ─► inventory ─► libvirt ─► its guests ─► devices
 //! ```
 //! What one check needs and does not have is said by the check before it: nothing is said twice.
 

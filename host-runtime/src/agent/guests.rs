@@ -158,18 +158,17 @@ impl Guests {
                 self.pass();
             }
             if self.is_stale && self.shown.elapsed() >= SECOND {
-                self.show();
+                self.store.restart_patience();
+                self.show(&View::read(&self.store));
             }
         }
     }
 
-    /// Brings the gauges in line with the inventory.
-    fn show(&mut self) {
+    /// Brings the gauges in line with the inventory, as it was just read.
+    fn show(&mut self, read: &Result<View, StoreError>) {
         (self.is_stale, self.shown) = (false, Instant::now());
-        self.store.restart_patience();
-        let read = || Ok::<_, StoreError>((View::read(&self.store)?, self.store.problems()?.len()));
-        match read() {
-            Ok((view, problems)) => self.metrics.show(&view, problems),
+        match read {
+            Ok(view) => self.metrics.show(view),
             Err(e) => tracing::error!("the metrics are out of date: {e}"),
         }
     }
@@ -199,7 +198,7 @@ impl Guests {
             }
             Signal::Hypervisor(Event::Started(instance) | Event::Changed(instance)) => {
                 // A new run, or somebody has done something: what failed before may go now.
-                self.retries.retain(|(of, _), _| *of != instance);
+                self.forget_retries(instance);
                 self.due.insert(instance);
             }
             Signal::Devices => {
@@ -274,11 +273,11 @@ impl Guests {
     fn look(&mut self, everybody: bool, mut due: BTreeSet<InstanceId>) -> Result<(), WorkError> {
         self.store.restart_patience();
         // For a few there is no need to read all devices.
-        let whole = everybody.then(|| View::read(&self.store)).transpose()?;
-        if let Some(view) = &whole {
-            self.metrics.show(view, self.store.problems()?.len());
-            (self.is_stale, self.shown) = (false, Instant::now());
+        let whole = everybody.then(|| View::read(&self.store));
+        if let Some(read) = &whole {
+            self.show(read);
         }
+        let whole = whole.transpose()?;
         let running = self.running(everybody, &due)?;
         if let Some(view) = &whole {
             due.extend(view.instances());
@@ -325,7 +324,11 @@ impl Guests {
                     let gone = self.absent(instance, view)?;
                     (Seen::Absent(gone), gone)
                 }
-                None => continue,
+                // Nobody's guest, or one that is gone with all that was held for it.
+                None => {
+                    self.forget_retries(instance);
+                    continue;
+                }
             };
             let blocked = self.blocked(instance);
             let steps = view.plan(instance, seen, config.replug);
@@ -334,7 +337,7 @@ impl Guests {
                 // The workers end with this thread.
                 drop(self.jobs.send(Job { instance, gone, blocked }));
             } else if steps.is_empty() {
-                self.retries.retain(|(of, _), _| *of != instance);
+                self.forget_retries(instance);
             }
         }
         Ok(())
@@ -380,6 +383,10 @@ impl Guests {
             self.promised.insert(instance, now + Duration::from_secs_f64(next + 0.01));
         }
         Ok(Gone { seconds, undefined })
+    }
+
+    fn forget_retries(&mut self, instance: InstanceId) {
+        self.retries.retain(|(of, _), _| *of != instance);
     }
 
     fn blocked(&self, instance: InstanceId) -> BTreeSet<String> {
@@ -429,9 +436,7 @@ mod tests {
         // Nothing is to be done any more: it is forgotten.
         guests.everybody = false;
         guests.due = BTreeSet::from([instance]);
-        guests.retries.values_mut().for_each(|r| r.at = None);
         guests.pass();
-        guests.retries.retain(|_, r| r.at.is_some());
         assert!(guests.retries.is_empty());
     }
 

@@ -109,7 +109,7 @@ impl Default for Metrics {
 
 impl Metrics {
     /// What there is now.
-    pub fn show(&self, view: &View, problems: usize) {
+    pub fn show(&self, view: &View) {
         let mut now = Shown::default();
         for record in view.devices() {
             let reason = record.entry.status_reason.clone().unwrap_or_default();
@@ -135,7 +135,7 @@ impl Metrics {
         set(&self.claims, &shown.claims, &now.claims);
         shown.devices.extend(now.devices);
         shown.claims.extend(now.claims);
-        self.problems.set(i64::try_from(problems).unwrap_or(i64::MAX));
+        self.problems.set(i64::try_from(view.problems()).unwrap_or(i64::MAX));
     }
 
     pub(super) fn attached(&self, took: Duration, failure: Option<&Failure>) {

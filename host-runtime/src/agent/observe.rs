@@ -80,6 +80,11 @@ impl View {
         known.copied().collect()
     }
 
+    /// How many problems are noted.
+    pub fn problems(&self) -> usize {
+        self.problems.values().map(BTreeMap::len).sum()
+    }
+
     /// Whether there is anything about the instance.
     pub fn knows(&self, instance: InstanceId) -> bool {
         self.claims.contains_key(&instance)

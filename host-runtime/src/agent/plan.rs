@@ -224,11 +224,12 @@ impl<'a> Present<'a> {
         for h in &hosted {
             let device = h.record.entry.id;
             let ours = h.hostdev.injected().is_some();
+            let claim = self.claim(device);
             match (self.host.holders.get(&device), h.fresh) {
-                (Some(holder), true) if *holder == self.instance.id && !self.is_ending(device) => {
+                (Some(holder), true) if *holder == self.instance.id && !claim.is_some_and(|c| c.ending) => {
                     in_guest.insert(device);
                     // The XML shows it, QEMU has let go of it: see [`ClaimRow::arrived`].
-                    steps.extend(self.has_arrived_with(device).then(|| detach(h)).flatten());
+                    steps.extend(claim.filter(|c| c.arrived).and_then(|_| detach(h)));
                 }
                 (Some(holder), _) if *holder == self.instance.id => {
                     stale.insert(device);
@@ -310,12 +311,8 @@ impl<'a> Present<'a> {
         steps.extend(news.map(|(about, what)| Step::Note { about, what }));
     }
 
-    fn is_ending(&self, device: DeviceId) -> bool {
-        self.instance.claims.iter().any(|c| c.device_id == device && c.ending)
-    }
-
-    fn has_arrived_with(&self, device: DeviceId) -> bool {
-        self.instance.claims.iter().any(|c| c.device_id == device && c.arrived)
+    fn claim(&self, device: DeviceId) -> Option<&ClaimRow> {
+        self.instance.claims.iter().copied().find(|c| c.device_id == device)
     }
 
     fn hosted(&self) -> Vec<Hosted<'a>> {

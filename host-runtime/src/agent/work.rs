@@ -294,8 +294,8 @@ impl Work<'_> {
             return Ok(Outcome::Failed(why));
         }
         let about = about_device(device);
-        let why = format!("{about}: {why}; the guest was stopped (on_attach_failure = \"stop\")");
-        self.worker.note(self.instance, self.guest, self.view, ABOUT_STOP, Some(&why))?;
+        let stopped = format!("{about}: {why}; the guest was stopped (on_attach_failure = \"stop\")");
+        self.worker.note(self.instance, self.guest, self.view, ABOUT_STOP, Some(&stopped))?;
         match self.worker.hypervisor.stop(self.instance) {
             Ok(()) | Err(Failure::Gone) => Ok(Outcome::Done),
             Err(Failure::Refused(not)) => Ok(Outcome::Failed(format!("{why}; it cannot be stopped: {not}"))),

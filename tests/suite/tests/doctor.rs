@@ -10,7 +10,8 @@ use virt_usb_suite::{Host, device, program};
 /// A host on which all is well, but for what only a real machine has.
 struct Patient {
     host: Host,
-    _agent: fs::File,
+    /// Its lock, held.
+    agent: fs::File,
 }
 
 /// libvirt's own test driver answers at this URI, in this process.
@@ -27,7 +28,7 @@ impl Patient {
         agent.lock().unwrap();
         fs::write(host.path("state/hook.sock"), "").unwrap();
         fs::create_dir(host.path("run")).unwrap();
-        Self { host, _agent: agent }
+        Self { host, agent }
     }
 
     /// The findings of this check that are not well, with the exit status.
@@ -100,12 +101,11 @@ fn a_daemon_that_is_older_than_the_hooks() {
 
 #[test]
 fn an_agent_that_is_not_there() {
-    let Patient { host, _agent } = Patient::new();
-    let patient = Patient { host, _agent };
+    let patient = Patient::new();
     patient.is_well("agent");
     fs::remove_file(patient.host.path("state/hook.sock")).unwrap();
     patient.finds("agent", &["warning", "does not hear hooks"]);
-    patient._agent.unlock().unwrap();
+    patient.agent.unlock().unwrap();
     patient.finds("agent", &["broken", "does not run", "systemctl start virt-usbd"]);
     fs::remove_file(patient.host.path("state/agent.lock")).unwrap();
     patient.finds("agent", &["warning", "none is installed", "make install-agent"]);
