@@ -3,7 +3,7 @@
 //! | operation | what we do | a fault of ours |
 //! |---|---|---|
 //! | `prepare` | claim, rewrite; its exit is the veto | closed if the domain asks for a device, else open |
-//! | `restore`, `migrate` | claim, rewrite; a true filter | closed if the domain holds a hostdev of ours (migrate: any USB hostdev), else open |
+//! | `restore`, `migrate` | claim, rewrite; a true filter (a restore's refusal is said by the `prepare` behind it) | closed if the domain holds a hostdev of ours (migrate: any USB hostdev), else open |
 //! | `started`, `stopped`, `release` | confirm, give back | open: a stop is never blocked, and a start no longer |
 //! | `reconnect` | adopt | open: libvirt kills the guest otherwise |
 //! | anything else | nothing | open |

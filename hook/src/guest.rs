@@ -86,7 +86,7 @@ impl<'a> Guest<'a> {
         let controller =
             room(self.domain, &speeds).map_err(|why| format!("asks for {}, but {why}", asked.join(", ")))?;
         let hostdevs = new.iter().map(|g| hostdev(&g.device)).collect();
-        self.edits = Edits { hostdevs, redirdevs, controller, relocate: Vec::new() };
+        self.edits = Edits { hostdevs, redirdevs, controller, ..Edits::default() };
         Ok(())
     }
 

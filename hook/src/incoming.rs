@@ -1,6 +1,8 @@
 //! `restore` and `migrate`: libvirt uses what is printed here. Each USB hostdev gets the device that it is to have on this host.
+//!
+//! A restore is not refused here but by the `prepare` that follows it ([`hand_on`]).
 
-use virt_usb_domxml::{Edits, UsbHostdev};
+use virt_usb_domxml::{Document, Edits, UsbHostdev};
 use virt_usb_model::{DeviceId, DeviceRequest, Selector};
 use virt_usb_store::claim::{Asker, Claimed, Granted, Judge, Standing, Verified, Want};
 use virt_usb_store::{ClaimRow, Context, Record, Store};
@@ -38,6 +40,19 @@ pub(crate) fn incoming(job: &Job<'_>, how: Incoming) -> Result<Answer, Fault> {
     let (store, context) = open(config, &job.call.op, concerned)?;
     let asker = asker(domain, instance);
     Arrival { job, config, store, context, asker, concerned }.settle(how)
+}
+
+/// Writes a restore's refusal into the XML, for `prepare` to refuse with.
+///
+/// libvirt 11.3 takes a restore hook's failure for a success, and removes the managed save image of a guest that it did not start
+/// (`qemuDomainObjRestore` in src/qemu/qemu_driver.c leaves `ret` at 0). `prepare`, which comes next and gets this XML, is heeded: the start
+/// fails, the user sees why, and the image stays.
+pub(crate) fn hand_on(answer: Answer, document: &Document<'_>) -> Answer {
+    let Some(why) = answer.refusal.clone() else { return answer };
+    match document.rewrite(&Edits { refusal: Some(why), ..Edits::default() }) {
+        Ok(xml) => Answer { xml, did: "refused, which prepare is to say".into(), ..Answer::default() },
+        Err(_) => answer,
+    }
 }
 
 /// A guest that comes in with devices.

@@ -1,4 +1,4 @@
-//! `prepare`: claim what the domain asks for, and write it into the XML, or refuse the start.
+//! `prepare`: claim what the domain asks for, and write it into the XML, or refuse the start. What `restore` refused is refused here.
 
 use virt_usb_domxml::Domain;
 use virt_usb_model::{DeviceId, Flavor, InstanceId, Selector};
@@ -16,6 +16,9 @@ use crate::run::{Fault, Job, NOTHING};
 use crate::wish::{Wish, wants};
 
 pub(crate) fn prepare(job: &Job<'_>) -> Result<Answer, Fault> {
+    if let Some(why) = &job.domain.refusal {
+        return Ok(Answer::refused(why));
+    }
     let state_dir = job.state_dir();
     let wish = Wish::read(&job.domain.flavor, &state_dir)?;
     let known = job.may_be_known(&state_dir);

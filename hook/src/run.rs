@@ -8,7 +8,7 @@ use virt_usb_domxml::{Document, Domain, Text, XmlError};
 use virt_usb_store::hints::{Hint, Known, look, may_know};
 
 use crate::answer::Answer;
-use crate::call::{self, Asked, Call, Happened, OnFault, Operation};
+use crate::call::{self, Asked, Call, Happened, Incoming, OnFault, Operation};
 use crate::config::{Config, ConfigError, Log};
 use crate::input::{self, Input};
 use crate::{incoming, journal, machine, notice, prepare};
@@ -117,6 +117,10 @@ pub fn handle_with(config: Result<Config, ConfigError>, call: &Call, input: Inpu
     let instance = domain.uuid.map(|u| u.to_string());
     let job = Job { call, domain, document: &document, config };
     let answer = job.act().unwrap_or_else(|fault| answer_fault(call, &fault));
+    let answer = match call.operation {
+        Operation::Filter(Incoming::Restore) => incoming::hand_on(answer, &document),
+        _ => answer,
+    };
     handled(answer, instance)
 }
 

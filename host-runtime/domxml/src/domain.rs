@@ -18,6 +18,8 @@ pub struct Domain {
     pub uuid: Option<InstanceId>,
     /// Where the flavor is to be found.
     pub flavor: FlavorSource,
+    /// Why `restore` refused the domain: see [`Edits::refusal`](crate::Edits::refusal).
+    pub refusal: Option<String>,
     /// The project that owns the instance (`uuid` of `nova:owner/nova:project`).
     pub project: Option<ProjectId>,
     /// Every `<hostdev type='usb'>` directly under `<devices>`, in order.

@@ -11,6 +11,7 @@ use virt_usb_model::{BusAddress, DeviceId, UsbId};
 use crate::device::{Device, Node, Part, number};
 use crate::domain::{Domain, hostdev_alias, redirdev_alias};
 use crate::error::XmlError;
+use crate::metadata::REFUSAL_NAMESPACE;
 use crate::read::Layout;
 use crate::style::{Element, Style, unit};
 use crate::usb_bus::INJECTED_PORTS;
@@ -27,6 +28,9 @@ pub struct Edits {
     pub controller: bool,
     /// Hostdevs that are there, by their index in [`Domain::hostdevs`], and the source and alias that they get.
     pub relocate: Vec<(usize, Hostdev)>,
+    /// One line to write into the metadata, `<refusal xmlns='urn:virt-usb:refusal:1' why='…'/>`, for [`Domain::refusal`] to find later,
+    /// unless one is there.
+    pub refusal: Option<String>,
 }
 
 /// A host device as libvirt is told of it: vendor, product and address together, so that a device that was swapped
@@ -113,6 +117,9 @@ pub(crate) fn plan(
     let new_devices: Vec<Element> = hostdevs.chain(redirdevs).collect();
     let new_controller = (edits.controller && !domain.bus.has_controller()).then(controller);
     add(text, layout, &unit, new_controller, new_devices, &mut splices);
+    if let Some(why) = edits.refusal.as_ref().filter(|_| domain.refusal.is_none()) {
+        add_metadata(text, layout, &unit, refusal(why), &mut splices);
+    }
     Ok(splices)
 }
 
@@ -147,6 +154,20 @@ fn controller() -> Element {
     Element::leaf(format!("controller type='usb' model='qemu-xhci' ports='{INJECTED_PORTS}'"))
 }
 
+fn refusal(why: &str) -> Element {
+    let mut value = String::with_capacity(why.len());
+    for c in why.chars() {
+        match c {
+            ' '..='~' if !matches!(c, '&' | '<' | '\'') => value.push(c),
+            // What XML has no way to write: see its production Char, <https://www.w3.org/TR/xml/#charsets>.
+            '\u{0}'..='\u{1f}' | '\u{fffe}' | '\u{ffff}' => value.push('?'),
+            // A reference is understood in every encoding.
+            c => value.push_str(&format!("&#{};", u32::from(c))),
+        }
+    }
+    Element::leaf(format!("refusal xmlns='{REFUSAL_NAMESPACE}' why='{value}'"))
+}
+
 /// One level of indentation in this document.
 fn document_unit(text: &str, layout: &Layout<'_>) -> String {
     let pair = |node: &Option<Node<'_>>| node.as_ref().and_then(|n| Some((n.tag.span.start, n.first_child?)));
@@ -167,13 +188,8 @@ fn add(
         return;
     }
     let Some(node) = &layout.devices else {
-        let Some(domain) = &layout.domain else { return };
-        let style =
-            domain.first_child.and_then(|at| Style::of(text, at, unit)).unwrap_or_else(Style::one_line);
         let children = controller.into_iter().chain(devices).collect();
-        let mut out = String::new();
-        Element { start: "devices".to_owned(), children }.write(&mut out, &style);
-        splices.push(Splice::insert(domain.content_end, out));
+        add_to_domain(text, layout, unit, &Element { start: "devices".to_owned(), children }, splices);
         return;
     };
     let last = layout.last_controller.as_ref();
@@ -191,10 +207,39 @@ fn add(
     append(text, node, &style, &together, splices);
 }
 
+/// Adds an element to `<metadata>`, wherever that is.
+fn add_metadata(text: &str, layout: &Layout<'_>, unit: &str, element: Element, splices: &mut Vec<Splice>) {
+    match &layout.metadata {
+        Some(node) => {
+            let style = child_style(text, node, unit);
+            append(text, node, &style, &[element], splices);
+        }
+        None => {
+            let metadata = Element { start: "metadata".to_owned(), children: vec![element] };
+            add_to_domain(text, layout, unit, &metadata, splices);
+        }
+    }
+}
+
+/// Adds an element at the end of the domain.
+fn add_to_domain(text: &str, layout: &Layout<'_>, unit: &str, element: &Element, splices: &mut Vec<Splice>) {
+    let Some(domain) = &layout.domain else { return };
+    let style = domain.first_child.and_then(|at| Style::of(text, at, unit)).unwrap_or_else(Style::one_line);
+    let mut out = String::new();
+    element.write(&mut out, &style);
+    splices.push(Splice::insert(domain.content_end, out));
+}
+
 /// How a further child of `<devices>` is to look.
 fn last_child_style(text: &str, layout: &Layout<'_>, node: &Node<'_>, unit: &str) -> Style {
     let children = [layout.last_device, node.first_child];
     let like_a_child = children.into_iter().flatten().find_map(|at| Style::of(text, at, unit));
+    like_a_child.or_else(|| style_inside(text, node, unit)).unwrap_or_else(Style::one_line)
+}
+
+/// How a further child of an element is to look.
+fn child_style(text: &str, node: &Node<'_>, unit: &str) -> Style {
+    let like_a_child = node.first_child.and_then(|at| Style::of(text, at, unit));
     like_a_child.or_else(|| style_inside(text, node, unit)).unwrap_or_else(Style::one_line)
 }
 
@@ -334,7 +379,6 @@ impl Relocation<'_, '_> {
     }
 
     fn style(&self, node: &Node<'_>) -> Style {
-        let like_a_child = node.first_child.and_then(|at| Style::of(self.text, at, self.unit));
-        like_a_child.or_else(|| style_inside(self.text, node, self.unit)).unwrap_or_else(Style::one_line)
+        child_style(self.text, node, self.unit)
     }
 }

@@ -1,4 +1,4 @@
-//! What `<metadata>` says of the flavor and the owner.
+//! What `<metadata>` says of the flavor, the owner, and a refusal.
 //!
 //! Metadata is other people's namespaces side by side, so names are resolved here, and only here: the elements that
 //! libvirt reads itself have no namespace.
@@ -13,6 +13,8 @@ use crate::tag::Tag;
 
 /// The namespace of virt-usb's own metadata element.
 pub const NAMESPACE: &str = "urn:virt-usb:flavor:1";
+/// The namespace of the element by which `restore` hands a refusal on to `prepare`.
+pub(crate) const REFUSAL_NAMESPACE: &str = "urn:virt-usb:refusal:1";
 /// Nova's namespaces, any version.
 const NOVA: &str = "http://openstack.org/xmlns/libvirt/nova/";
 
@@ -22,6 +24,7 @@ const REDIRECTION: [&str; 2] = ["usb:redirection_devices", "usb_redirection_devi
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Space {
     Ours,
+    Refusal,
     Nova,
     Other,
 }
@@ -47,6 +50,7 @@ impl<'a> Namespaces<'a> {
             };
             let space = match attribute.decoded().as_ref() {
                 NAMESPACE => Space::Ours,
+                REFUSAL_NAMESPACE => Space::Refusal,
                 uri if uri.starts_with(NOVA) => Space::Nova,
                 _ => Space::Other,
             };

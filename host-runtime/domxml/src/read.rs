@@ -4,12 +4,14 @@
 //! domain ─┬─ name, uuid ................ text
 //!         ├─ os ── type ................ arch, machine
 //!         ├─ metadata ─┬─ (ours) ....... text
+//!         │            ├─ (refusal) .... why
 //!         │            └─ nova:instance ─┬─ nova:flavor ── nova:extraSpecs ── nova:extraSpec
 //!         │                              └─ nova:owner ── nova:project
 //!         └─ devices ── (device) ── parts, parts of <source> and <target>
 //! ```
 //! Everything else is passed over, whatever it is called: a `<hostdev>` in the metadata is no device.
 
+use std::borrow::Cow;
 use std::ops::Range;
 
 use virt_usb_model::InstanceId;
@@ -27,6 +29,7 @@ use crate::usb_bus::UsbBus;
 #[derive(Debug, Default)]
 pub(crate) struct Layout<'a> {
     pub(crate) domain: Option<Node<'a>>,
+    pub(crate) metadata: Option<Node<'a>>,
     pub(crate) devices: Option<Node<'a>>,
     /// Where the last child of `<devices>` starts.
     pub(crate) last_device: Option<usize>,
@@ -77,7 +80,6 @@ struct Reading<'a> {
     namespaces: Namespaces<'a>,
     /// The text of the innermost element whose text is wanted.
     collected: String,
-    metadata_seen: bool,
     metadata: Metadata,
     name: Option<String>,
     uuid: Option<InstanceId>,
@@ -94,7 +96,6 @@ impl<'a> Reading<'a> {
             stack: Vec::new(),
             namespaces: Namespaces::default(),
             collected: String::new(),
-            metadata_seen: false,
             metadata: Metadata::default(),
             name: None,
             uuid: None,
@@ -104,6 +105,7 @@ impl<'a> Reading<'a> {
                 name: String::new(),
                 uuid: None,
                 flavor: FlavorSource::None,
+                refusal: None,
                 project: None,
                 hostdevs: Vec::new(),
                 redirdevs: Vec::new(),
@@ -198,6 +200,11 @@ impl<'a> Reading<'a> {
                 }
             }
             At::Device => self.device_ends(span)?,
+            At::Metadata => {
+                if let Some(node) = &mut self.layout.metadata {
+                    node.end(self.text, span);
+                }
+            }
             At::Devices => {
                 if let Some(node) = &mut self.layout.devices {
                     node.end(self.text, span);
@@ -241,8 +248,8 @@ impl<'a> Reading<'a> {
             }
             "os" => At::Os,
             "metadata" => {
-                again(self.metadata_seen, "<metadata>")?;
-                self.metadata_seen = true;
+                again(self.layout.metadata.is_some(), "<metadata>")?;
+                self.layout.metadata = Some(Node::new(tag));
                 At::Metadata
             }
             "devices" => {
@@ -271,6 +278,10 @@ impl<'a> Reading<'a> {
                 self.metadata.ours(tag, line)?;
                 At::Ours
             }
+            (At::Metadata, Space::Refusal, _) => {
+                self.domain.refusal = tag.value("why").map(Cow::into_owned);
+                At::Other
+            }
             (At::Metadata, Space::Nova, "instance") => At::NovaInstance,
             (At::NovaInstance, Space::Nova, "flavor") => {
                 self.metadata.nova_flavor(tag);
@@ -297,6 +308,7 @@ impl<'a> Reading<'a> {
     fn first_child(&mut self, parent: Option<At>, start: usize) {
         let node = match parent {
             Some(At::Domain) => self.layout.domain.as_mut(),
+            Some(At::Metadata) => self.layout.metadata.as_mut(),
             Some(At::Devices) => self.layout.devices.as_mut(),
             Some(At::Device) => self.device.as_mut().map(|d| &mut d.node),
             Some(At::Part(part)) => {

@@ -14,7 +14,13 @@ fn edits() -> Edits {
         usb: UsbId::new(1, 2),
         address: BusAddress::new(3, 4).unwrap(),
     };
-    Edits { hostdevs: vec![device(1)], redirdevs: vec![0], controller: true, relocate: vec![(0, device(2))] }
+    Edits {
+        hostdevs: vec![device(1)],
+        redirdevs: vec![0],
+        controller: true,
+        relocate: vec![(0, device(2))],
+        refusal: Some("no".into()),
+    }
 }
 
 /// Half a mebibyte of a repeated text: what is quadratic takes minutes on it.

@@ -225,6 +225,15 @@ proptest! {
     }
 
     #[test]
+    fn a_refusal_is_one_insertion_and_is_read_back((xml, _) in domain(), why in "[^\\x00-\\x1f\\u{fffe}\\u{ffff}]{0,40}") {
+        let edits = Edits { refusal: Some(why.clone()), ..Edits::default() };
+        let written = rewritten(&xml, &edits).unwrap();
+        is_one_insertion(&xml, &written)?;
+        prop_assert_eq!(read(written.as_bytes()).unwrap().refusal, Some(why));
+        prop_assert_eq!(rewritten(&written, &edits), None);
+    }
+
+    #[test]
     fn arbitrary_bytes_do_not_panic(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
         let _ = read(&bytes);
     }
@@ -247,7 +256,7 @@ proptest! {
                 _ => bytes.truncate(at + 1),
             }
         }
-        let edits = Edits { controller: true, relocate: vec![(0, new)], ..edits };
+        let edits = Edits { controller: true, relocate: vec![(0, new)], refusal: Some("'<é".into()), ..edits };
         if let Ok(Some(written)) = rewrite(&bytes, &edits) {
             read(&written).unwrap();
             prop_assert_eq!(rewrite(&written, &edits).unwrap(), None);

@@ -145,6 +145,47 @@ fn what_is_there_is_not_added_again() {
     assert_eq!((written.hostdevs.len(), written.redirdevs.len()), (2, 2));
 }
 
+/// What [`refused`] writes.
+const REFUSAL: &str =
+    "<refusal xmlns='urn:virt-usb:refusal:1' why='HASP &#39;1&#39; &#60;&#38;> &#233;&#128477; ??, gone'/>";
+
+fn refused() -> Edits {
+    let why = "HASP '1' <&> é🗝 \u{fffe}\u{1}, gone".to_owned();
+    Edits { refusal: Some(why), ..Edits::default() }
+}
+
+#[test]
+fn a_refusal_stands_in_the_metadata_wherever_that_is() {
+    let line = |metadata: &str| format!("<domain><name>x</name>{metadata}<devices/></domain>");
+    for (before, after) in [
+        (line("<metadata/>"), line(&format!("<metadata>{REFUSAL}</metadata>"))),
+        (line("<metadata></metadata>"), line(&format!("<metadata>{REFUSAL}</metadata>"))),
+        (
+            line("<metadata><a xmlns='urn:a'><b/></a></metadata>"),
+            line(&format!("<metadata><a xmlns='urn:a'><b/></a>{REFUSAL}</metadata>")),
+        ),
+        (line(""), format!("<domain><name>x</name><devices/><metadata>{REFUSAL}</metadata></domain>")),
+    ] {
+        check(&before, &refused(), &after);
+    }
+    let before =
+        "<domain>\n  <name>x</name>\n  <metadata>\n    <a xmlns='urn:a'/>\n  </metadata>\n</domain>\n";
+    let after = before.replace("\n  </metadata>", &format!("\n    {REFUSAL}\n  </metadata>"));
+    check(before, &refused(), &after);
+}
+
+#[test]
+fn a_refusal_is_read_as_it_was_written_but_for_what_xml_has_no_way_to_write() {
+    let xml = "<domain><name>x</name></domain>";
+    let written = rewrite(xml.as_bytes(), &refused()).unwrap().unwrap();
+    assert_eq!(read(&written).unwrap().refusal.as_deref(), Some("HASP '1' <&> é🗝 ??, gone"));
+    // libvirt writes it with its own quotes; another element of that name is nobody's refusal.
+    let other = "<domain><name>x</name><metadata><refusal why='a'/><r:refusal xmlns:r='urn:r' why='b'/></metadata></domain>";
+    assert_eq!(read(other.as_bytes()).unwrap().refusal, None);
+    let libvirts = "<domain><name>x</name><metadata>\n <u:refusal xmlns:u=\"urn:virt-usb:refusal:1\" why=\"it&apos;s held\"/></metadata></domain>";
+    assert_eq!(read(libvirts.as_bytes()).unwrap().refusal.as_deref(), Some("it's held"));
+}
+
 const OLD: &str = "<domain>
   <name>x</name>
   <devices>

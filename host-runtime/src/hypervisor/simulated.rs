@@ -156,10 +156,11 @@ impl SimulatedHypervisor {
             Ok(named.map(|(address, alias)| (source(address), alias)).collect())
         };
         let image = xml(instance, &saved).into_bytes();
-        let restored = self.ask(&saved, "restore", Operation::Filter(Incoming::Restore), image.clone())?;
-        let (old, new) = (hostdevs(&image)?, hostdevs(restored.as_ref().unwrap_or(&image))?);
+        let printed = self.ask(&saved, "restore", Operation::Filter(Incoming::Restore), image.clone())?;
+        let restored = printed.unwrap_or_else(|| image.clone());
+        let (old, new) = (hostdevs(&image)?, hostdevs(&restored)?);
         if let Some(domain) = self.domains().get_mut(&instance) {
-            domain.devices = saved.devices;
+            domain.devices.clone_from(&saved.devices);
             for device in &mut domain.devices {
                 let pair = old.iter().zip(&new).find(|((_, alias), _)| *alias == device.alias);
                 if let Some(((before, was), (now, is))) = pair {
@@ -169,7 +170,7 @@ impl SimulatedHypervisor {
                 }
             }
         }
-        let begun = self.call(instance, "prepare", Operation::Gate);
+        let begun = self.ask(&saved, "prepare", Operation::Gate, restored).map(drop);
         match begun {
             Ok(()) => self.go(instance),
             Err(_) => self.end(instance),

@@ -81,9 +81,13 @@ fn adds(xml: &[u8], before: &Domain) {
 
 fn relocates(xml: &[u8], before: &Domain) {
     let to = |at: usize| hostdev(100 + at as u64, at as u16);
-    let edits =
-        Edits { relocate: (0..before.hostdevs.len()).map(|at| (at, to(at))).collect(), ..Edits::default() };
+    let edits = Edits {
+        relocate: (0..before.hostdevs.len()).map(|at| (at, to(at))).collect(),
+        refusal: Some("'no' <é>".into()),
+        ..Edits::default()
+    };
     let Some((_, domain)) = rewritten(xml, &edits) else { return };
+    assert_eq!(domain.refusal.as_ref(), before.refusal.as_ref().or(edits.refusal.as_ref()));
     assert_eq!(domain.hostdevs.len(), before.hostdevs.len(), "a filter may not change the number of devices");
     for (at, hostdev) in domain.hostdevs.iter().enumerate() {
         let to = to(at);

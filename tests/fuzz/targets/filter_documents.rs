@@ -8,8 +8,17 @@ use virt_usb_model::HostDocument;
 
 /// Keys whose values the quick reader does not look at.
 const UNUSED: [&str; 11] = [
-    "address", "serial_kind", "speed", "instance_uuid", "extra_info", "manufacturer", "product_name", "driver",
-    "host_use", "compute_node_id", "status_reason",
+    "address",
+    "serial_kind",
+    "speed",
+    "instance_uuid",
+    "extra_info",
+    "manufacturer",
+    "product_name",
+    "driver",
+    "host_use",
+    "compute_node_id",
+    "status_reason",
 ];
 
 fuzz_target!(|text: &str| {

@@ -25,6 +25,7 @@ struct Found {
     stderr: String,
     exit: String,
     claims: String,
+    prepare: String,
 }
 
 fn play(case: &Path) -> Found {
@@ -45,11 +46,34 @@ fn play(case: &Path) -> Found {
     let args = fs::read_to_string(case.join("args")).unwrap();
     let args: Vec<&str> = args.split_whitespace().collect();
     let output = host.call(&args, &fs::read(case.join("stdin.xml")).unwrap());
+    let claims = host.claims();
+    // A restore is refused by the prepare that follows it.
+    let prepare = match args.as_slice() {
+        [name, "restore", ..]
+            if String::from_utf8_lossy(&output.stdout).contains("urn:virt-usb:refusal:1") =>
+        {
+            let next = host.call(&[name, "prepare", "begin", "-"], &output.stdout);
+            assert_eq!(
+                (next.status.code(), next.stdout.as_slice()),
+                (Some(1), &b""[..]),
+                "{}",
+                case.display()
+            );
+            assert_eq!(host.claims(), claims, "{}", case.display());
+            settle(&String::from_utf8(next.stderr).unwrap(), &host)
+        }
+        _ => String::new(),
+    };
+    let stdout = match String::from_utf8(output.stdout) {
+        Ok(text) => settle(&text, &host).into_bytes(),
+        Err(other) => other.into_bytes(),
+    };
     Found {
-        stdout: output.stdout,
+        stdout,
         stderr: settle(&String::from_utf8(output.stderr).unwrap(), &host),
         exit: format!("{}\n", output.status.code().unwrap()),
-        claims: host.claims(),
+        claims,
+        prepare,
     }
 }
 
@@ -108,6 +132,7 @@ fn every_case_answers_as_written() {
             ("stderr", found.stderr.as_bytes()),
             ("exit", found.exit.as_bytes()),
             ("claims", found.claims.as_bytes()),
+            ("prepare", found.prepare.as_bytes()),
         ] {
             let path = case.join(file);
             let wanted = fs::read(&path).unwrap_or_default();

@@ -18,6 +18,12 @@ def saved(w):
     return guest, stick
 
 
+def kept(w, guest):
+    """The saved state is still there, and nothing of the refusal is in the domain."""
+    expect("Managed save:   yes" in done(w.virsh("dominfo", guest.name)).text, "the saved state")
+    expect("refusal" not in done(w.virsh("dumpxml", guest.name)).text, "a definition as before")
+
+
 @case("a saved guest comes back with its stick, which was plugged in elsewhere meanwhile")
 def moved(w):
     guest, stick = saved(w)
@@ -41,7 +47,11 @@ def gone(w):
     stick.unplug()
     w.product.discover()
     refused(w.virsh("start", guest.name), "virt-usb: g ", "virsh managedsave-remove")
-    done(w.virsh("managedsave-remove", guest.name))
+    kept(w, guest)
+    stick.plug(2)
+    w.product.discover()
+    w.start(guest)
+    expect(w.product.claims_of(guest), "a claim")
 
 
 @case("a saved guest is not given a stick that another guest has taken")
@@ -50,6 +60,7 @@ def taken(w):
     other = w.guest("other", devices=hostdev(stick))
     w.start(other)
     refused(w.virsh("start", guest.name), "is held by other")
+    kept(w, guest)
     w.destroy(other)
     w.start(guest)
 
