@@ -10,7 +10,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::Deserialize;
-use virt_usb_model::Whitelist;
+use virt_usb_model::{Aliases, Whitelist};
+use virt_usb_store::flaps::Limits;
 
 /// The largest configuration read, in bytes.
 const MAX_CONFIG: u64 = 1 << 20;
@@ -108,6 +109,10 @@ pub struct Config {
     pub procfs_root: PathBuf,
     /// Which devices are offered, and to whom.
     pub whitelist: Whitelist,
+    /// Which devices show several kinds in turn.
+    pub aliases: Aliases,
+    /// When a device comes and goes too often.
+    pub flapping: Limits,
     /// How long a flavor's devices are held.
     pub hold: HoldPolicy,
     /// What an incoming migration gets.
@@ -137,6 +142,8 @@ impl Default for Config {
             sysfs_root: "/sys".into(),
             procfs_root: "/proc".into(),
             whitelist: Whitelist::default(),
+            aliases: Aliases::default(),
+            flapping: Limits::default(),
             hold: HoldPolicy::default(),
             migration: MigrationPolicy::default(),
             log: Log::default(),
@@ -212,11 +219,14 @@ impl Config {
         let whitelist = Whitelist::parse(switch.as_ref(), listed.or(other).as_ref())
             .map_err(|e| e.to_string().replacen("usb_passthrough_whitelist", named, 1))?;
         let default = Self::default();
+        let flapping = flapping(&raw, default.flapping)?;
         Ok(Self {
             state_dir: absolute("state_dir", raw.state_dir, default.state_dir)?,
             sysfs_root: absolute("sysfs_root", raw.sysfs_root, default.sysfs_root)?,
             procfs_root: absolute("procfs_root", raw.procfs_root, default.procfs_root)?,
             whitelist,
+            aliases: Aliases::parse(&raw.usb_aliases).map_err(|e| e.at("usb_aliases").to_string())?,
+            flapping,
             hold: raw.hold,
             migration: raw.migration,
             log: log(raw.log.as_deref())?,
@@ -262,6 +272,12 @@ struct Raw {
     migration: MigrationPolicy,
     log: Option<String>,
     events_keep_days: Option<u32>,
+    #[serde(default)]
+    usb_aliases: Vec<Vec<String>>,
+    flap_limit: Option<u64>,
+    flap_window: Option<u64>,
+    flap_pause: Option<u64>,
+    flap_quarantine: Option<u64>,
     libvirt_uri: Option<String>,
     scan_interval: Option<u64>,
     #[serde(default)]
@@ -278,6 +294,11 @@ const KEYS: &[&str] = &[
     "usb_white_list_switch",
     "usb_passthrough_whitelist",
     "usb_white_list",
+    "usb_aliases",
+    "flap_limit",
+    "flap_window",
+    "flap_pause",
+    "flap_quarantine",
     "hold",
     "migration",
     "log",
@@ -326,6 +347,24 @@ fn libvirt_uri(value: Option<String>, default: String) -> Result<String, String>
         Some(uri) if uri.contains(":/") && !uri.contains(char::is_control) => Ok(uri),
         Some(uri) => Err(format!("libvirt_uri: found {uri:?}, wanted a URI such as \"qemu:///system\"")),
     }
+}
+
+fn flapping(raw: &Raw, default: Limits) -> Result<Limits, String> {
+    let number = |key: &str, value: Option<u64>, default: u64, least: u64, most: u64| match value {
+        None => Ok(default),
+        Some(value) if (least..=most).contains(&value) => Ok(value),
+        Some(other) => Err(format!("{key}: found {other}, wanted {least} to {most}")),
+    };
+    let few = |key, value, default: u32| -> Result<u32, String> {
+        let value = number(key, value, default.into(), 0, 1000)?;
+        Ok(u32::try_from(value).unwrap_or(default))
+    };
+    Ok(Limits {
+        limit: few("flap_limit", raw.flap_limit, default.limit)?,
+        window: number("flap_window", raw.flap_window, default.window, 1, 86400)?,
+        pause: number("flap_pause", raw.flap_pause, default.pause, 1, 86400)?,
+        quarantine: few("flap_quarantine", raw.flap_quarantine, default.quarantine)?,
+    })
 }
 
 fn scan_interval(value: Option<u64>, default: Duration) -> Result<Duration, String> {
@@ -391,9 +430,16 @@ mod tests {
             on_attach_failure = "stop"
             require_agent = true
             metrics = "127.0.0.1:9177"
+            usb_aliases = [["1a6e:089a", "18d1:9302"]]
+            flap_limit = 0
+            flap_window = 10
+            flap_pause = 20
+            flap_quarantine = 7
             "#,
         )
         .unwrap();
+        assert_eq!(config.flapping, Limits { limit: 0, window: 10, pause: 20, quarantine: 7 });
+        assert_ne!(config.aliases, Aliases::default());
         assert_eq!(
             (config.replug, config.on_attach_failure),
             (ReplugPolicy::Release, AttachFailurePolicy::Stop)
@@ -442,6 +488,8 @@ mod tests {
         assert!(error("\n\nhold = 'ever'").contains("line 3"), "{}", error("\n\nhold = 'ever'"));
         assert!(error("usb_white_list = [{vendor='zz'}]").starts_with("usb_white_list[0].vendor"));
         assert!(error("log = 'syslog'").starts_with("log: found"));
+        assert!(error("usb_aliases = [['1:1']]").starts_with("usb_aliases: found a list of fewer than two"));
+        assert!(error("flap_pause = 0").contains("flap_pause: found 0, wanted 1 to 86400"));
         assert!(error("scan_interval = 0").contains("wanted 1 to 86400 seconds"));
         assert!(error("require_agent = 'yes'").contains("wanted \"auto\", true or false"));
         assert!(error("metrics = '0.0.0.0:9177'").contains("wanted \"off\", a loopback address"));

@@ -1,6 +1,6 @@
 //! Refusals: one line that names the request, what is there, who holds it, and what to do.
 
-use virt_usb_model::state::Status;
+use virt_usb_model::{Reason, Status};
 use virt_usb_store::Record;
 use virt_usb_store::claim::{Asker, Obstacle, Shortage, Why};
 
@@ -88,14 +88,28 @@ fn obstacle(obstacle: &Obstacle) -> String {
         Why::Project => format!("{subject} is given to certain projects only"),
         Why::Unavailable => {
             let status = obstacle.device.entry.state().unwrap_or(Status::Available);
-            let used = obstacle
-                .device
-                .entry
-                .host_use
-                .as_deref()
-                .filter(|_| status.reason() == Some(virt_usb_model::Reason::HostUse));
-            format!("{subject} is {status}{}", used.map(|u| format!(": {u}")).unwrap_or_default())
+            let device = &obstacle.device;
+            let more = match status.reason() {
+                Some(Reason::HostUse) => device.entry.host_use.as_deref(),
+                Some(Reason::Disabled) => device.disabled.as_deref(),
+                Some(Reason::Quarantined) => device.quarantined.as_deref(),
+                Some(Reason::Flapping) => device.flapping_until.as_deref(),
+                Some(Reason::Whitelist) | None => None,
+            };
+            format!("{subject} is {status}{}", more.map(|m| format!(": {m}")).unwrap_or_default())
         }
+    }
+}
+
+/// What to do about a device that is set aside whatever the rules say.
+fn set_aside(obstacle: &Obstacle) -> Option<&'static str> {
+    match obstacle.device.entry.state().ok()?.reason()? {
+        Reason::Disabled => Some("'virt-usb enable DEVICE' offers it again"),
+        Reason::Quarantined => Some("Look at it, then 'virt-usb quarantine clear DEVICE'"),
+        Reason::Flapping => {
+            Some("Look at its plug, its cable and its hub; it is offered again once it has stayed")
+        }
+        Reason::Whitelist | Reason::HostUse => None,
     }
 }
 
@@ -106,6 +120,8 @@ fn advice(short: &Shortage) -> &'static str {
         "Stop the guest that holds it, or 'virt-usb claims release INSTANCE --force' if that guest is gone"
     } else if any(|w| matches!(w, Why::NotThere(_))) {
         "Run 'virt-usb discover' on this host"
+    } else if let Some(aside) = short.matching.iter().find_map(set_aside) {
+        aside
     } else if any(|w| matches!(w, Why::Unavailable)) {
         "'virt-usb whitelist check' says why it is not offered"
     } else if any(|w| matches!(w, Why::Project)) {

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use anyhow::Context as _;
-use virt_usb_model::{Device, DeviceKey, PortPath, Serial, Whitelist};
+use virt_usb_model::{Aliases, Device, DeviceKey, PortPath, Serial, Whitelist};
 use virt_usb_store::Record;
 use virt_usb_store::discover::Change;
 
@@ -23,14 +23,16 @@ pub fn host_name(procfs_root: &Path) -> anyhow::Result<String> {
 ///
 /// A device is recognised by its key, and gets its id back however long it was gone. What the snapshot could not read is
 /// not taken for absent.
-pub fn plan(snapshot: &Snapshot, known: &[Record], whitelist: &Whitelist) -> Vec<Change> {
+///
+/// A device of several kinds (`aliases`) is one: it is recognised where it was, or by its serial.
+pub fn plan(snapshot: &Snapshot, known: &[Record], whitelist: &Whitelist, aliases: &Aliases) -> Vec<Change> {
     let mut taken = vec![false; known.len()];
     let mut changes = Vec::new();
     for seen in &snapshot.devices {
         let mut device = seen.clone();
         device.key = worth(&device.key, known);
         let verdict = whitelist.judge(&device);
-        let found = recognise(&device, known, &taken);
+        let found = recognise(&device, known, &taken, aliases);
         changes.push(match found {
             Some(at) => {
                 taken[at] = true;
@@ -65,11 +67,16 @@ fn worth(key: &DeviceKey, known: &[Record]) -> DeviceKey {
     DeviceKey { serial, ..key.clone() }
 }
 
-/// The row of this device: held ones before free ones, its own port before others, the older id before the newer.
-fn recognise(device: &Device, known: &[Record], taken: &[bool]) -> Option<usize> {
-    let fits = |(at, record): &(usize, &Record)| !taken[*at] && record.key().is(&device.key);
+/// The row of this device: held ones before free ones, of its own kind before another that it shows, its own port before others, the older
+/// id before the newer.
+fn recognise(device: &Device, known: &[Record], taken: &[bool], aliases: &Aliases) -> Option<usize> {
+    let fits = |(at, record): &(usize, &Record)| {
+        let key = record.key();
+        !taken[*at] && (key.is(&device.key) || aliases.is(&key, &device.key))
+    };
     let rank = |(_, r): &(usize, &Record)| {
-        (r.entry.instance_uuid.is_none(), r.deleted != 0, r.entry.port_path != device.key.port, r.entry.id)
+        let (held, other_kind) = (r.entry.instance_uuid.is_some(), r.usb() != device.key.usb);
+        (!held, r.deleted != 0, other_kind, r.entry.port_path != device.key.port, r.entry.id)
     };
     known.iter().enumerate().filter(fits).min_by_key(rank).map(|(at, _)| at)
 }
@@ -79,6 +86,7 @@ mod tests {
     use super::*;
     use virt_usb_model::device::Problem;
     use virt_usb_model::{BusAddress, Class, DeviceId, UsbId};
+    use virt_usb_store::flaps::Limits;
     use virt_usb_store::{Context, Store};
 
     fn device(product: u16, serial: Serial, port: &str, number: u8) -> Device {
@@ -92,6 +100,7 @@ mod tests {
             product: None,
             driver: None,
             host_use: None,
+            descriptors: None,
         }
     }
 
@@ -102,13 +111,14 @@ mod tests {
     struct Bench {
         _dir: tempfile::TempDir,
         store: Store,
+        aliases: Aliases,
     }
 
     impl Bench {
         fn new() -> Self {
             let dir = tempfile::tempdir().unwrap();
             let store = Store::create(dir.path(), std::time::Duration::from_secs(2)).unwrap();
-            Self { _dir: dir, store }
+            Self { _dir: dir, store, aliases: Aliases::default() }
         }
         /// Scans, and says which id is at which port.
         fn scan(&mut self, devices: &[Device], unsure: &[&str]) -> Vec<(u64, String)> {
@@ -117,7 +127,12 @@ mod tests {
             let snapshot = Snapshot { devices: devices.to_vec(), hubs: vec![], problems };
             let context = Context { boot_id: "b".into(), uptime: 1.0, actor: "test".into() };
             self.store
-                .reconcile("h", |known| plan(&snapshot, known, &Whitelist::default()), &context)
+                .reconcile(
+                    "h",
+                    &Limits::default(),
+                    |known| plan(&snapshot, known, &Whitelist::default(), &self.aliases),
+                    &context,
+                )
                 .unwrap();
             self.store
                 .devices()
@@ -143,6 +158,27 @@ mod tests {
         assert_eq!(
             bench.scan(&[device(2, Serial::Missing, "1-1", 3), moved], &[]),
             [at(1, "1-4.2"), at(2, "1-1")]
+        );
+    }
+
+    #[test]
+    fn a_device_that_shows_another_kind_is_one_where_that_is_declared() {
+        let mut bench = Bench::new();
+        let (one, other) = (device(1, Serial::Missing, "1-1", 2), device(2, unique("A"), "1-1", 3));
+        bench.aliases = Aliases::parse(&[vec!["0529:0001".into(), "0529:0002".into()]]).unwrap();
+        assert_eq!(bench.scan(std::slice::from_ref(&one), &[]), [at(1, "1-1")]);
+        assert_eq!(bench.scan(std::slice::from_ref(&other), &[]), [at(1, "1-1")], "its other kind");
+        assert_eq!(bench.store.devices().unwrap()[0].usb().to_string(), "0529:0002");
+        assert_eq!(bench.scan(std::slice::from_ref(&one), &[]), [at(1, "1-1")], "and back");
+        assert_eq!(
+            bench.scan(&[one.clone(), device(2, unique("B"), "1-2", 4)], &[]),
+            [at(1, "1-1"), at(2, "1-2")]
+        );
+        bench.aliases = Aliases::default();
+        assert_eq!(
+            bench.scan(std::slice::from_ref(&other), &[]),
+            [at(3, "1-1")],
+            "undeclared it is another device"
         );
     }
 

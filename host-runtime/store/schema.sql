@@ -51,7 +51,20 @@ CREATE TABLE usb_devices (
     present         int NOT NULL DEFAULT 1,
     -- why it is not offered when nobody holds it; status and status_reason are derived from the claim, present and this
     withheld        varchar(36),
-    revision        int NOT NULL DEFAULT 0
+    revision        int NOT NULL DEFAULT 0,
+    -- why an operator has disabled it; why it waits for an operator
+    disabled        text,
+    quarantined     text,
+    -- it came and went too often: not offered until then; and what is remembered of that, JSON
+    flapping_until  datetime,
+    flaps           text,
+    -- 1: the rules want it quarantined after each use
+    one_time_use    int NOT NULL DEFAULT 0,
+    -- an operator's tags, JSON list; tags holds those of the rules
+    own_tags        text NOT NULL DEFAULT '[]',
+    -- what the device sends of itself, hexadecimal: now, and at the claim after which it was quarantined
+    descriptors     text,
+    used_as         text
 );
 CREATE INDEX usb_devices_compute_node ON usb_devices (compute_node_id);
 CREATE INDEX usb_devices_instance ON usb_devices (instance_uuid) WHERE instance_uuid IS NOT NULL;
@@ -102,7 +115,11 @@ CREATE TABLE claims (
     -- 1: the device is to leave the guest, and the claim ends with that
     ending          int NOT NULL DEFAULT 0,
     -- 1: the guest came in with the device by restore or migration, and its QEMU let go of it meanwhile: it is to be attached anew
-    arrived         int NOT NULL DEFAULT 0
+    arrived         int NOT NULL DEFAULT 0,
+    -- the device's descriptors when the claim was made
+    descriptors     text,
+    -- 1: the device was, or may have been, in the guest since
+    used            int NOT NULL DEFAULT 0
 );
 CREATE INDEX claims_instance ON claims (instance_uuid);
 CREATE INDEX claims_pending ON claims (pending_since) WHERE pending_since IS NOT NULL;

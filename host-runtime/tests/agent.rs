@@ -21,7 +21,8 @@ use virt_usb::inventory;
 use virt_usb_domxml::Domain;
 use virt_usb_hook::config::{AttachFailurePolicy, Config, Log, ReplugPolicy};
 use virt_usb_hook::machine;
-use virt_usb_model::{BusAddress, DeviceId, DeviceRequest, Flavor, InstanceId};
+use virt_usb_model::{Aliases, BusAddress, DeviceId, DeviceRequest, Flavor, InstanceId};
+use virt_usb_store::flaps::Limits;
 use virt_usb_store::{Record, Store};
 
 /// A hypervisor that goes away after so many calls, before or after it has done what it was asked.
@@ -109,6 +110,7 @@ impl World {
             procfs_root: dir.path().join("proc"),
             log: Log::Off,
             replug,
+            flapping: Limits { limit: 0, ..Limits::default() },
             ..Config::default()
         };
         let store = Store::create(&config.state_dir, Duration::from_secs(5)).unwrap();
@@ -172,8 +174,10 @@ impl World {
         }
         let snapshot = Simulated::load(&self.file()).unwrap().snapshot();
         let context = machine::context(Path::new(&self.config.procfs_root), "test").unwrap();
-        let plan = |known: &[Record]| inventory::plan(&snapshot, known, &self.config.whitelist);
-        self.worker.store.reconcile("host", plan, &context).unwrap();
+        let plan = |known: &[Record]| {
+            inventory::plan(&snapshot, known, &self.config.whitelist, &self.config.aliases)
+        };
+        self.worker.store.reconcile("host", &self.config.flapping, plan, &context).unwrap();
     }
 
     fn domains(&mut self) {
@@ -535,6 +539,70 @@ fn giving_and_taking_is_all_or_nothing() {
     world.settle();
     assert_eq!(world.worker.store.claims().unwrap(), []);
     assert_eq!(world.worker.store.all_assignments().unwrap(), []);
+}
+
+#[test]
+fn a_key_that_shows_another_kind_stays_with_its_guest() {
+    let mut world = World::new(ReplugPolicy::Reattach);
+    world.config.aliases = Aliases::parse(&[vec!["0529:0001".into(), "0529:0003".into()]]).unwrap();
+    world.plug(0, 0);
+    world.scan();
+    started(&mut world, 0);
+    world.settle();
+    for other in [4, 0] {
+        world.act(&Act::Unplug(0));
+        world.plug(other, 0);
+        world.settle();
+        let claims = world.worker.store.claims().unwrap();
+        assert_eq!((claims[0].device_id.get(), claims[0].state.as_str()), (1, "allocated"));
+        let live = world.live();
+        let product = live[0].1.hostdevs[0].usb.unwrap().product.to_string();
+        assert_eq!((live[0].1.hostdevs.len(), product.as_str()), (1, KINDS[other].0));
+        world.is_settled().unwrap();
+    }
+}
+
+#[test]
+fn a_key_that_comes_and_goes_is_given_back_once_it_has_stayed() {
+    let mut world = World::new(ReplugPolicy::Reattach);
+    world.config.flapping = Limits { limit: 3, window: 600, pause: 1, quarantine: 1 };
+    world.plug(0, 0);
+    world.scan();
+    started(&mut world, 0);
+    world.settle();
+    let replug = |world: &mut World| {
+        world.act(&Act::Unplug(0));
+        world.settle();
+        world.plug(0, 0);
+        world.settle();
+    };
+    for _ in 0..2 {
+        replug(&mut world);
+        assert_eq!(world.live()[0].1.hostdevs.len(), 1);
+    }
+    replug(&mut world);
+    assert_eq!(world.live()[0].1.hostdevs.len(), 0, "it is not given back at once");
+    let why = world.worker.store.problems().unwrap();
+    assert!(why[0].what.starts_with("it comes and goes too often"), "{why:?}");
+    while world.worker.store.devices().unwrap()[0].flapping_until.is_some() {
+        std::thread::sleep(Duration::from_millis(50));
+        world.scan();
+    }
+    world.settle();
+    assert_eq!(world.live()[0].1.hostdevs.len(), 1);
+    assert_eq!(world.worker.store.problems().unwrap(), []);
+    // The second time in a day an operator has to look at it.
+    for _ in 0..3 {
+        replug(&mut world);
+    }
+    assert_eq!(world.live()[0].1.hostdevs.len(), 0);
+    let why = world.worker.store.problems().unwrap();
+    assert!(why[0].what.ends_with("then 'virt-usb quarantine clear 1'"), "{why:?}");
+    let context = machine::context(&world.config.procfs_root, "test").unwrap();
+    world.worker.store.clear_quarantine(DeviceId::new(1).unwrap(), &context).unwrap();
+    world.settle();
+    assert_eq!(world.live()[0].1.hostdevs.len(), 1);
+    world.is_settled().unwrap();
 }
 
 #[test]

@@ -5,7 +5,7 @@ use alloc::vec::Vec;
 
 use serde::Serialize;
 
-use crate::{BusAddress, Class, DeviceKey, Speed};
+use crate::{BusAddress, Class, Descriptors, DeviceKey, Speed};
 
 /// One device as discovery saw it: plain data, whoever the source was.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -28,6 +28,8 @@ pub struct Device {
     pub driver: Option<String>,
     /// What the host itself uses it for, in words (`mounted on /boot`); `None` when it does not.
     pub host_use: Option<String>,
+    /// What it says it is, byte for byte; `None` where sysfs does not tell.
+    pub descriptors: Option<Descriptors>,
 }
 
 impl Device {

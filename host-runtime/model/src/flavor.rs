@@ -9,6 +9,7 @@ use alloc::format;
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 use core::fmt;
+use core::str::FromStr;
 
 use serde::Serialize;
 use serde_json::Value;
@@ -185,14 +186,28 @@ impl FromJson for Text {
 }
 
 /// A tag: 1 to 64 letters, digits and `-_.:/`.
-pub(crate) struct Tag(pub(crate) String);
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Tag(pub(crate) String);
+
+impl Tag {
+    /// The tag's text.
+    pub fn into_text(self) -> String {
+        self.0
+    }
+}
 
 impl FromJson for Tag {
     fn from_json(value: &Value) -> Result<Self, ParseError> {
-        let text = String::from_json(value)?;
+        String::from_json(value)?.parse()
+    }
+}
+
+impl FromStr for Tag {
+    type Err = ParseError;
+    fn from_str(text: &str) -> Result<Self, ParseError> {
         let plain = |c: char| c.is_alphanumeric() || "-_.:/".contains(c);
         if (1..=64).contains(&text.chars().count()) && text.chars().all(plain) {
-            Ok(Self(text))
+            Ok(Self(text.to_string()))
         } else {
             Err(ParseError::new(format!("{text:?}"), "a tag of 1 to 64 letters, digits and -_.:/"))
         }

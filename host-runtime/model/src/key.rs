@@ -1,11 +1,13 @@
 //! *Who a device is*: what stays the same when it is plugged in again.
 
+use alloc::format;
 use alloc::string::String;
+use alloc::vec::Vec;
 use core::fmt;
 
 use serde::Serialize;
 
-use crate::{PortPath, UsbId};
+use crate::{ParseError, PortPath, UsbId};
 
 /// A device's serial number, as far as it tells devices apart.
 ///
@@ -76,6 +78,53 @@ impl DeviceKey {
     }
 }
 
+/// Kinds that one device shows in turn: before and after its firmware is loaded, in use and in its update mode (DFU).
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Aliases(Vec<Vec<UsbId>>);
+
+impl Aliases {
+    /// Groups of kinds, `vendor:product` each.
+    ///
+    /// # Errors
+    /// When a group names fewer than two kinds, or a kind stands in two groups.
+    pub fn parse(groups: &[Vec<String>]) -> Result<Self, ParseError> {
+        let mut read: Vec<Vec<UsbId>> = Vec::new();
+        for group in groups {
+            let mut kinds: Vec<UsbId> = Vec::new();
+            for text in group {
+                let kind = text
+                    .split_once(':')
+                    .and_then(|(vendor, product)| {
+                        Some(UsbId { vendor: vendor.parse().ok()?, product: product.parse().ok()? })
+                    })
+                    .ok_or_else(|| {
+                        ParseError::new(format!("{text:?}"), "vendor:product such as \"1a6e:089a\"")
+                    })?;
+                if kinds.contains(&kind) || read.iter().any(|other| other.contains(&kind)) {
+                    return Err(ParseError::new(format!("{text:?} twice"), "each kind once"));
+                }
+                kinds.push(kind);
+            }
+            if kinds.len() < 2 {
+                return Err(ParseError::new("a list of fewer than two", "the kinds that one device shows"));
+            }
+            read.push(kinds);
+        }
+        Ok(Self(read))
+    }
+
+    /// Whether a device of the one kind may show itself as the other.
+    pub fn join(&self, one: UsbId, other: UsbId) -> bool {
+        one != other && self.0.iter().any(|group| group.contains(&one) && group.contains(&other))
+    }
+
+    /// Whether both are one device that shows another kind now: at the same port, or, where both kinds carry it, with the same unique serial.
+    pub fn is(&self, one: &DeviceKey, other: &DeviceKey) -> bool {
+        let same_serial = one.serial_decides() && other.serial_decides() && one.serial == other.serial;
+        self.join(one.usb, other.usb) && (one.port == other.port || same_serial)
+    }
+}
+
 impl fmt::Display for DeviceKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} at port {}", self.usb, self.port)?;
@@ -89,6 +138,27 @@ impl fmt::Display for DeviceKey {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_device_with_two_faces_is_one_at_its_port_or_by_its_serial() {
+        let group = |kinds: &[&str]| kinds.iter().map(|k| (*k).into()).collect::<Vec<String>>();
+        let aliases = Aliases::parse(&[group(&["0529:0001", "0529:0002"]), group(&["1:1", "2:2"])]).unwrap();
+        let (one, other) = (key(1, Serial::Missing, "1-1"), key(2, Serial::Unique("A".into()), "1-1"));
+        assert!(aliases.is(&one, &other) && aliases.is(&other, &one));
+        assert!(!aliases.is(&one, &one), "that is for the key to say");
+        assert!(!aliases.is(&one, &key(3, Serial::Missing, "1-1")), "no such alias");
+        assert!(!aliases.is(&one, &key(2, Serial::Missing, "1-2")), "another port");
+        let unique = |product, port| key(product, Serial::Unique("A".into()), port);
+        assert!(aliases.is(&unique(1, "1-1"), &unique(2, "1-2")));
+        for wrong in [
+            &[group(&["1:1"])][..],
+            &[group(&["1:1", "1:1"])],
+            &[group(&["1:1", "2:2"]), group(&["3:3", "2:2"])],
+            &[group(&["1", "2:2"])],
+        ] {
+            assert!(Aliases::parse(wrong).is_err(), "{wrong:?}");
+        }
+    }
 
     fn key(product: u16, serial: Serial, port: &str) -> DeviceKey {
         DeviceKey { usb: UsbId::new(0x0529, product), serial, port: port.parse().unwrap() }

@@ -13,6 +13,7 @@
 //! | [`device`] | what discovery knows of one device |
 //! | [`state`] | states, reasons and legal transitions |
 //! | [`flavor`] | what a flavor asks for |
+//! | [`descriptors`] | what a device sends of itself, and what has become of it |
 //! | [`whitelist`] | which devices are offered, and to whom |
 //! | [`matching`] | which devices serve which requests of one instance |
 //! | [`scheduling`] | what a scheduler asks the filter, and what it is told |
@@ -22,6 +23,7 @@ extern crate alloc;
 
 pub mod address;
 pub mod class;
+pub mod descriptors;
 pub mod device;
 mod error;
 pub mod flavor;
@@ -36,11 +38,12 @@ pub mod whitelist;
 
 pub use address::{BusAddress, PortPath};
 pub use class::{Class, Speed};
+pub use descriptors::Descriptors;
 pub use device::{Device, clean_text};
 pub use error::ParseError;
 pub use flavor::{DeviceRequest, Flavor, RedirectionRequest, Selector};
 pub use host::{DeviceEntry, HostDocument};
 pub use ids::{DeviceId, InstanceId, ProductId, ProjectId, UsbId, VendorId};
-pub use key::{DeviceKey, Serial};
+pub use key::{Aliases, DeviceKey, Serial};
 pub use state::{Hold, Reason, Status};
 pub use whitelist::{Verdict, Whitelist, WhitelistRule};

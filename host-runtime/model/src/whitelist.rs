@@ -41,10 +41,13 @@ pub struct WhitelistRule {
     /// The only projects that get the matched devices; empty: every project.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub projects: Vec<ProjectId>,
+    /// Whether a matched device is set aside after each use, until an operator has looked at it.
+    #[serde(skip_serializing_if = "core::ops::Not::not")]
+    pub one_time_use: bool,
 }
 
 const RULE_KEYS: &[&str] =
-    &["vendor", "product", "bus", "device", "serial", "port", "class", "tags", "projects"];
+    &["vendor", "product", "bus", "device", "serial", "port", "class", "tags", "projects", "one_time_use"];
 
 impl WhitelistRule {
     fn matches(&self, d: &Device) -> bool {
@@ -85,8 +88,13 @@ impl FromJson for WhitelistRule {
             class: object.take("class")?,
             tags: object.list::<Tag>("tags")?.into_iter().map(|t| t.0).collect(),
             projects: object.list("projects")?,
+            one_time_use: match object.raw("one_time_use") {
+                None => false,
+                Some(Value::Bool(is)) => *is,
+                Some(other) => return Err(ParseError::new(other, "true or false").at("one_time_use")),
+            },
         };
-        let selects = Self { tags: Vec::new(), projects: Vec::new(), ..rule.clone() };
+        let selects = Self { tags: Vec::new(), projects: Vec::new(), one_time_use: false, ..rule.clone() };
         if object.is_empty() || selects == Self::default() {
             return Err(ParseError::new(
                 value,
@@ -136,6 +144,8 @@ pub struct Verdict {
     pub projects: Vec<ProjectId>,
     /// What the rule tags it with.
     pub tags: Vec<String>,
+    /// Whether it is set aside after each use.
+    pub one_time_use: bool,
     /// The verdict in words.
     pub because: String,
 }
@@ -175,6 +185,7 @@ impl Whitelist {
             rule: number,
             projects: found.filter(|_| self.on).map(|(_, r)| r.projects.clone()).unwrap_or_default(),
             tags: found.map(|(_, r)| r.tags.clone()).unwrap_or_default(),
+            one_time_use: found.is_some_and(|(_, r)| r.one_time_use),
             because,
         };
         match (found, &device.host_use) {
@@ -234,6 +245,7 @@ mod tests {
             product: None,
             driver: None,
             host_use: host_use.map(Into::into),
+            descriptors: None,
         }
     }
 
@@ -283,6 +295,21 @@ mod tests {
         let off = list(false, &rule).judge(&stick(None));
         assert!(off.projects.is_empty());
         assert_eq!(off.tags, ["erp"]);
+    }
+
+    #[test]
+    fn a_rule_may_let_a_device_be_used_once() {
+        for (rule, once) in
+            [(json!({"vendor":"136b","one_time_use":true}), true), (json!({"vendor":"136b"}), false)]
+        {
+            assert_eq!(list(true, &rule).judge(&stick(None)).one_time_use, once);
+        }
+        assert!(Whitelist::parse(None, Some(&json!([{"one_time_use":true}]))).is_err(), "it names nothing");
+        let wrong = Whitelist::parse(None, Some(&json!([{"vendor":"1","one_time_use":"yes"}]))).unwrap_err();
+        assert!(
+            wrong.to_string().contains("[0].one_time_use: found \"yes\", wanted true or false"),
+            "{wrong}"
+        );
     }
 
     #[test]

@@ -270,10 +270,16 @@ impl Devices {
             tracing::warn!(place, "could not be read: {place}: {}", problem.what);
         }
         self.store.restart_patience();
-        let plan = |known: &[virt_usb_store::Record]| inventory::plan(&snapshot, known, &config.whitelist);
-        let done = self.store.reconcile(&self.host, plan, &context).map_err(|e| e.to_string())?;
+        let plan = |known: &[virt_usb_store::Record]| {
+            inventory::plan(&snapshot, known, &config.whitelist, &config.aliases)
+        };
+        let done =
+            self.store.reconcile(&self.host, &config.flapping, plan, &context).map_err(|e| e.to_string())?;
         for change in &done {
             tracing::info!(device = %change.id, "device {} {}", change.id, change.what);
+            if let Some(altered) = &change.altered {
+                tracing::error!(device = %change.id, "device {}: {altered}", change.id);
+            }
         }
         let returned = done.iter().filter(|d| d.what == "returned").count();
         let (failed, unsure) = (snapshot.failed(), !snapshot.problems.is_empty());

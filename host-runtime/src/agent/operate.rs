@@ -292,6 +292,7 @@ fn selects(selector: &Selector, record: &Record) -> bool {
         product: None,
         driver: None,
         host_use: None,
+        descriptors: None,
     };
     selector.matches(entry.id, &device, &entry.tags)
 }

@@ -270,7 +270,10 @@ impl<'a> Present<'a> {
             steps.insert(0, Step::Release { device, revision, why: "detached by hand" });
         }
         for claim in held.into_iter().filter(|c| is_away(c)) {
-            steps.extend(self.missing(claim));
+            match self.set_aside(claim) {
+                Some(why) => drop(problems.insert(about_device(claim.device_id), why)),
+                None => steps.extend(self.missing(claim)),
+            }
         }
         let redirections = missing_redirdevs(&self.guest.domain, self.guest.redirections);
         steps.extend(redirections.into_iter().map(|n| Step::Redirect { n }));
@@ -282,6 +285,19 @@ impl<'a> Present<'a> {
     fn was_taken_by_hand(&self, claim: &ClaimRow) -> bool {
         let present = self.host.devices.get(&claim.device_id).is_some_and(|record| record.present);
         claim.request.is_none() && claim.state == "allocated" && !claim.pending && present
+    }
+
+    /// Why the guest is not given a device again that comes and goes.
+    fn set_aside(&self, claim: &ClaimRow) -> Option<String> {
+        let record = self.host.devices.get(&claim.device_id).filter(|r| r.present && !claim.ending)?;
+        let why = match (&record.quarantined, &record.flapping_until) {
+            (Some(why), _) => format!("{why}; then 'virt-usb quarantine clear {}'", claim.device_id),
+            (None, Some(until)) => format!(
+                "it comes and goes too often: the guest gets it again once it has stayed until {until}"
+            ),
+            (None, None) => return None,
+        };
+        Some(why)
     }
 
     /// A claim whose device is not in the guest.

@@ -256,6 +256,11 @@ impl Work<'_> {
         };
         let mut record = record.clone();
         record.entry.address = address;
+        if record.one_time_use
+            && let Some(claim) = self.view.claims(self.instance).iter().find(|c| c.device_id == device)
+        {
+            self.worker.store.mark_used(claim)?;
+        }
         let began = Instant::now();
         let attached = live_room(&guest.domain, &[record.entry.speed])
             .map_err(Failure::Refused)

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 use clap_complete::Shell;
+use virt_usb_model::flavor::Tag;
 use virt_usb_model::{DeviceId, DeviceRequest, Flavor, ProductId, ProjectId, VendorId};
 
 /// USB devices for libvirt guests: find them, say who may have them, see who has them.
@@ -70,6 +71,30 @@ pub(super) enum Verb {
     Attach(Device),
     /// Take a device out of a guest that runs, and out of what it is given at its starts
     Detach(Device),
+    /// Offer a device again that was disabled
+    Enable {
+        /// The device's id
+        #[arg(value_name = "DEVICE")]
+        device: DeviceId,
+    },
+    /// Do not offer a device any more; who holds it keeps it until it is given back
+    Disable {
+        /// The device's id
+        #[arg(value_name = "DEVICE")]
+        device: DeviceId,
+        /// Why, for whoever asks later
+        #[arg(long, value_name = "TEXT")]
+        reason: Option<String>,
+    },
+    /// Show the devices that are set aside after a use, or because they come and go too often
+    Quarantine {
+        #[command(subcommand)]
+        verb: Option<QuarantineVerb>,
+    },
+    /// Give a device tags, by which flavors may ask for it, beside those of the whitelist's rules
+    Tag(Tags),
+    /// Take tags away that were given with 'virt-usb tag'
+    Untag(Tags),
     /// Explain the whitelist
     Whitelist {
         #[command(subcommand)]
@@ -133,6 +158,28 @@ pub(super) enum ClaimsVerb {
         #[arg(long)]
         force: bool,
     },
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum QuarantineVerb {
+    /// Show them
+    List,
+    /// You have looked at the device: offer it again
+    Clear {
+        /// The device's id
+        #[arg(value_name = "DEVICE")]
+        device: DeviceId,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(super) struct Tags {
+    /// The device's id
+    #[arg(value_name = "DEVICE")]
+    pub(super) device: DeviceId,
+    /// 1 to 64 letters, digits and -_.:/
+    #[arg(required = true, value_name = "TAG")]
+    pub(super) tags: Vec<Tag>,
 }
 
 #[derive(Debug, Args)]

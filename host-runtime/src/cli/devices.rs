@@ -51,7 +51,8 @@ pub(super) fn discover(session: &Session, options: &Discover) -> anyhow::Result<
     store.mend_hints()?;
     let changes = store.reconcile(
         &host_name(&config.procfs_root)?,
-        |known| plan(&snapshot, known, &config.whitelist),
+        &config.flapping,
+        |known| plan(&snapshot, known, &config.whitelist, &config.aliases),
         &context,
     )?;
     if config.events_keep_days > 0 {
@@ -69,6 +70,7 @@ pub(super) fn discover(session: &Session, options: &Discover) -> anyhow::Result<
         let mut text = device_table(&found.devices, nothing(&config));
         text.push_str(&format!("\n\n{}", summary(&found)));
         text.push_str(&problems(&found.problems));
+        text.push_str(&alterations(&found.changes));
         text
     })?;
     Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
@@ -84,7 +86,7 @@ fn nothing(config: &Config) -> &'static str {
 
 fn summary(found: &Discovered) -> String {
     let count = |what: &str| found.changes.iter().filter(|d| d.what == what).count();
-    let changed: Vec<String> = ["added", "returned", "changed", "removed"]
+    let changed: Vec<String> = ["added", "returned", "changed", "removed", "steady"]
         .into_iter()
         .filter(|what| count(what) > 0)
         .map(|what| format!("{} {what}", count(what)))
@@ -101,6 +103,12 @@ fn problems(problems: &[Problem]) -> String {
         format!("\ncould not be read: {place}: {}", p.what)
     };
     problems.iter().map(line).collect()
+}
+
+/// Loud: a device that has become another one is an attack until somebody says otherwise.
+fn alterations(changes: &[Done]) -> String {
+    let line = |d: &Done| Some(format!("\nWARNING: device {}: {}", d.id, d.altered.as_ref()?));
+    changes.iter().filter_map(line).collect()
 }
 
 pub(super) fn list(session: &Session, all: bool) -> anyhow::Result<ExitCode> {
@@ -218,7 +226,14 @@ impl Judged {
     /// Hubs are never offered, whatever the rules say.
     fn hub(device: &Device) -> Self {
         let because = "it is a hub: whoever got it would get everything behind it".to_owned();
-        let verdict = Verdict { withheld: None, rule: None, projects: Vec::new(), tags: Vec::new(), because };
+        let verdict = Verdict {
+            withheld: None,
+            rule: None,
+            projects: Vec::new(),
+            tags: Vec::new(),
+            one_time_use: false,
+            because,
+        };
         Self { offered: false, ..Self::new(device, verdict) }
     }
 

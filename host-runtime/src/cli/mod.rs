@@ -1,6 +1,7 @@
 //! The command line: what an operator types, and what is shown.
 
 mod arguments;
+mod aside;
 mod claims;
 mod devices;
 mod filter;
@@ -19,7 +20,7 @@ use virt_usb_hook::machine;
 use virt_usb_store::{Context, Durability, Store};
 
 pub use arguments::Arguments;
-use arguments::{ClaimsVerb, FlavorVerb, StoreVerb, Verb, WhitelistVerb};
+use arguments::{ClaimsVerb, FlavorVerb, QuarantineVerb, StoreVerb, Verb, WhitelistVerb};
 use output::Output;
 
 /// How long a command waits for the store's lock.
@@ -59,6 +60,12 @@ fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
         Verb::Start { domain } => guests::start(&session, &domain),
         Verb::Attach(device) => guests::attach(&session, &device),
         Verb::Detach(device) => guests::detach(&session, &device),
+        Verb::Enable { device } => aside::enable(&session, device),
+        Verb::Disable { device, reason } => aside::disable(&session, device, reason.as_deref()),
+        Verb::Quarantine { verb: None | Some(QuarantineVerb::List) } => aside::list(&session),
+        Verb::Quarantine { verb: Some(QuarantineVerb::Clear { device }) } => aside::clear(&session, device),
+        Verb::Tag(tags) => aside::tag(&session, tags.device, &tags.tags, true),
+        Verb::Untag(tags) => aside::tag(&session, tags.device, &tags.tags, false),
         Verb::Events(options) => claims::events(&session, &options),
         Verb::Flavor { verb } => match verb {
             FlavorVerb::List => flavors::list(&session),

@@ -143,6 +143,7 @@ impl Merge {
             product: plugged.product.clone().or(strings.product).or_else(|| names::product(usb)),
             driver: plugged.drivers(),
             host_use: host.of(plugged, &mut self.problems),
+            descriptors: plugged.descriptors.clone(),
         });
     }
 
@@ -209,6 +210,7 @@ impl Merge {
             product: strings.product.or_else(|| names::product(usb)),
             driver: None,
             host_use: Some("sysfs does not show it, so it cannot be told whether the host uses it".into()),
+            descriptors: None,
         });
     }
 

@@ -5,12 +5,12 @@
 //! [`virt_usb_hook::sysfs::at_port`], so that what is recorded here is what the hook verifies later.
 
 use std::fs;
-use std::io;
+use std::io::{self, Read as _};
 use std::path::{Path, PathBuf};
 
 use virt_usb_hook::sysfs::{Seen, at_port, attribute, device_dir};
 use virt_usb_model::device::Problem;
-use virt_usb_model::{BusAddress, Class, PortPath, Speed, clean_text};
+use virt_usb_model::{BusAddress, Class, Descriptors, PortPath, Speed, clean_text};
 
 use super::{about, about_all};
 
@@ -43,6 +43,7 @@ pub(super) struct Plugged {
     pub(super) driver: Option<String>,
     /// Whether all of the interfaces could be read.
     pub(super) whole: bool,
+    pub(super) descriptors: Option<Descriptors>,
 }
 
 /// One interface's folder.
@@ -154,6 +155,7 @@ impl Scan {
         let problems = self.problems.len();
         let interfaces = self.interfaces(&port, &dir);
         let whole = self.problems.len() == problems;
+        let descriptors = descriptors(&dir);
         Plugged {
             port,
             dir,
@@ -166,6 +168,7 @@ impl Scan {
             interfaces,
             driver,
             whole,
+            descriptors,
         }
     }
 
@@ -234,6 +237,14 @@ fn is_root_hub(name: &str) -> bool {
 
 fn is_gone(dir: &Path) -> bool {
     fs::read_dir(dir).is_err_and(|e| e.kind() == io::ErrorKind::NotFound)
+}
+
+/// All that the device has sent of itself. What cannot be read is not compared with anything.
+fn descriptors(dir: &Path) -> Option<Descriptors> {
+    let mut bytes = Vec::new();
+    let file = fs::File::open(dir.join("descriptors")).ok()?;
+    file.take(Descriptors::MOST as u64 + 1).read_to_end(&mut bytes).ok()?;
+    Descriptors::new(bytes)
 }
 
 #[cfg(test)]

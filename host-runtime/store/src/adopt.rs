@@ -133,8 +133,9 @@ fn take(tx: &Transaction<'_>, asker: &Asker, id: DeviceId, stage: Stage, context
     }
     step_revision(tx)?;
     tx.prepare_cached(&format!(
-        "INSERT INTO claims (created_at, device_id, instance_uuid, domain, project_id, state, hold, boot_id, revision)
-         VALUES ({NOW}, ?1, ?2, ?3, ?4, ?5, 'running', ?6, (SELECT max(revision) FROM compute_nodes))"
+        "INSERT INTO claims (created_at, device_id, instance_uuid, domain, project_id, state, hold, boot_id, revision, descriptors, used)
+         VALUES ({NOW}, ?1, ?2, ?3, ?4, ?5, 'running', ?6, (SELECT max(revision) FROM compute_nodes),
+                 (SELECT descriptors FROM usb_devices WHERE id = ?1), ?5 = 'allocated')"
     ))?
     .execute(params![
         sql_id(id),

@@ -4,8 +4,8 @@ use rusqlite::{Row, Transaction, params};
 use serde::Serialize;
 use virt_usb_model::state::Hold;
 use virt_usb_model::{
-    BusAddress, DeviceEntry, DeviceId, DeviceKey, InstanceId, PortPath, ProjectId, Reason, Serial, Speed,
-    Status, UsbId,
+    BusAddress, Descriptors, DeviceEntry, DeviceId, DeviceKey, InstanceId, PortPath, ProjectId, Reason,
+    Serial, Speed, Status, UsbId,
 };
 
 use crate::error::{Sql, bad_row};
@@ -32,6 +32,33 @@ pub struct Record {
     /// Why it is not offered once nobody holds it.
     #[serde(skip)]
     pub withheld: Option<Reason>,
+    /// Why an operator has disabled it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub disabled: Option<String>,
+    /// Why it waits for an operator.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub quarantined: Option<String>,
+    /// It came and went too often, and is not offered until then.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub flapping_until: Option<String>,
+    /// What the rules alone say of it: why it is not offered, its tags, and whether it is quarantined after each use.
+    #[serde(skip)]
+    pub rule_withheld: Option<Reason>,
+    #[serde(skip)]
+    #[expect(missing_docs, reason = "said above")]
+    pub rule_tags: Vec<String>,
+    #[serde(skip)]
+    #[expect(missing_docs, reason = "said above")]
+    pub one_time_use: bool,
+    /// The tags that an operator has given it.
+    #[serde(skip)]
+    pub own_tags: Vec<String>,
+    /// What it sends of itself.
+    #[serde(skip)]
+    pub descriptors: Option<Descriptors>,
+    /// The same at the claim after which it was quarantined.
+    #[serde(skip)]
+    pub used_as: Option<Descriptors>,
 }
 
 impl Record {
@@ -61,6 +88,7 @@ impl Record {
         let reason: Option<String> = row.get("status_reason")?;
         let status: String = row.get("status")?;
         Status::from_columns(&status, reason.as_deref()).map_err(|e| bad_row(row, "status", e))?;
+        let (rule_tags, own_tags) = (texts(row, "tags")?, texts(row, "own_tags")?);
         let entry = DeviceEntry {
             id: read_id(row, "id")?,
             compute_node_id: row.get("compute_node_id")?,
@@ -84,7 +112,7 @@ impl Record {
             product_name: row.get("product_name")?,
             driver: row.get("driver")?,
             host_use: row.get("host_use")?,
-            tags: texts(row, "tags")?,
+            tags: joined(&rule_tags, &own_tags),
             projects: list::<ProjectId>(row, "projects")?,
         };
         Ok(Self {
@@ -94,9 +122,56 @@ impl Record {
             deleted_at: row.get("deleted_at")?,
             deleted: row.get("deleted")?,
             present: row.get("present")?,
-            withheld: parse_some(row, "withheld")?,
+            withheld: withheld(row)?,
+            disabled: row.get("disabled")?,
+            quarantined: row.get("quarantined")?,
+            flapping_until: row.get("flapping_until")?,
+            rule_withheld: parse_some(row, "withheld")?,
+            rule_tags,
+            one_time_use: row.get("one_time_use")?,
+            own_tags,
+            descriptors: parse_some(row, "descriptors")?,
+            used_as: parse_some(row, "used_as")?,
         })
     }
+}
+
+/// Why a device is not offered once nobody holds it: what an operator says first, then what it does, then what the rules say.
+fn withheld(row: &Row<'_>) -> Sql<Option<Reason>> {
+    let is_set = |column| Ok::<_, rusqlite::Error>(row.get_ref(column)? != rusqlite::types::ValueRef::Null);
+    Ok(if is_set("disabled")? {
+        Some(Reason::Disabled)
+    } else if is_set("quarantined")? {
+        Some(Reason::Quarantined)
+    } else if is_set("flapping_until")? {
+        Some(Reason::Flapping)
+    } else {
+        parse_some(row, "withheld")?
+    })
+}
+
+/// A device's tags: those of the rules, then its own.
+fn joined(of_rules: &[String], own: &[String]) -> Vec<String> {
+    let more = own.iter().filter(|tag| !of_rules.contains(tag));
+    of_rules.iter().chain(more).cloned().collect()
+}
+
+/// Writes the tags by which a device is found.
+pub(crate) fn write_tags(
+    tx: &Transaction<'_>,
+    device: DeviceId,
+    of_rules: &[String],
+    own: &[String],
+) -> Sql<()> {
+    tx.prepare_cached("DELETE FROM device_labels WHERE device_id = ?1 AND kind = 'tag'")?
+        .execute([sql_id(device)])?;
+    for tag in joined(of_rules, own) {
+        tx.prepare_cached(
+            "INSERT OR IGNORE INTO device_labels (kind, value, device_id) VALUES ('tag', ?1, ?2)",
+        )?
+        .execute(params![tag, sql_id(device)])?;
+    }
+    Ok(())
 }
 
 /// A hold on one device.
@@ -132,6 +207,12 @@ pub struct ClaimRow {
     /// and does not take it again, whatever the live XML shows (hw/usb/host-libusb.c, `usb_host_post_load_bh`; libvirt names a
     /// device file, for which QEMU does not scan): the device is to leave the guest and to be attached anew.
     pub arrived: bool,
+    /// What the device sent of itself when the claim was made.
+    #[serde(skip)]
+    pub descriptors: Option<Descriptors>,
+    /// Whether the device was, or may have been, in the guest.
+    #[serde(skip)]
+    pub used: bool,
 }
 
 impl ClaimRow {
@@ -151,6 +232,8 @@ impl ClaimRow {
             revision: row.get("revision")?,
             ending: row.get("ending")?,
             arrived: row.get("arrived")?,
+            descriptors: parse_some(row, "descriptors")?,
+            used: row.get("used")?,
         })
     }
 }
@@ -227,11 +310,12 @@ impl Store {
 pub(crate) fn refresh(tx: &Transaction<'_>, device: DeviceId) -> Sql<()> {
     let (present, withheld, state, instance) = tx
         .prepare_cached(
-            "SELECT d.present, d.withheld, c.state, c.instance_uuid FROM usb_devices d LEFT JOIN claims c ON c.device_id = d.id WHERE d.id = ?1",
+            "SELECT d.present, d.withheld, d.disabled, d.quarantined, d.flapping_until, c.state, c.instance_uuid AS holder
+             FROM usb_devices d LEFT JOIN claims c ON c.device_id = d.id WHERE d.id = ?1",
         )?
         .query_row([sql_id(device)], |row| {
-            let state: Option<String> = row.get(2)?;
-            Ok((row.get::<_, bool>(0)?, parse_some::<Reason>(row, "withheld")?, state, row.get::<_, Option<String>>(3)?))
+            let (state, holder) = (row.get::<_, Option<String>>("state")?, row.get::<_, Option<String>>("holder")?);
+            Ok((row.get::<_, bool>("present")?, withheld(row)?, state, holder))
         })?;
     let hold = state.map(|s| if s == "allocated" { Hold::Allocated } else { Hold::Claimed });
     write_state(tx, device, Status::derive(hold, present, withheld), instance.as_deref())

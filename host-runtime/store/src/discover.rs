@@ -6,10 +6,11 @@ use rusqlite::{Transaction, params};
 use serde::Serialize;
 use virt_usb_model::{Device, DeviceId, Verdict};
 
-use crate::device::{Record, read_id, refresh, sql_id, step_revision};
+use crate::device::{Record, read_id, refresh, sql_id, step_revision, write_tags};
 use crate::error::Sql;
 use crate::events::{Event, record};
-use crate::{Context, LONE_NODE, NOW, Store, StoreError, give_back, metadata};
+use crate::flaps::Limits;
+use crate::{Context, LONE_NODE, NOW, Store, StoreError, aside, give_back, metadata};
 
 /// One step of a plan.
 #[derive(Debug, Clone, PartialEq)]
@@ -29,18 +30,22 @@ pub struct Done {
     pub id: DeviceId,
     /// `added`, `returned` (plugged in again, or under another number), `changed` or `removed`.
     pub what: &'static str,
+    /// That it is not what it was when it was claimed, and what is different.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub altered: Option<String>,
 }
 
 type Known<'a> = BTreeMap<DeviceId, &'a Record>;
 
 impl Store {
-    /// Plans and executes under one lock. `plan` is given every device that was ever seen, those marked deleted too.
+    /// Plans and executes under one lock. `limits` say when a device comes and goes too often. `plan` is given every device that was ever seen, those marked deleted too.
     ///
     /// # Errors
     /// When the database cannot be written; then nothing was changed.
     pub fn reconcile(
         &mut self,
         host: &str,
+        limits: &Limits,
         plan: impl FnOnce(&[Record]) -> Vec<Change>,
         context: &Context,
     ) -> Result<Vec<Done>, StoreError> {
@@ -48,6 +53,7 @@ impl Store {
         let done = self.write(|tx, _| {
             register_host(tx, host)?;
             give_back::sweep(tx, context)?;
+            let steady = aside::settle(tx, context)?;
             let known: Vec<Record> = tx
                 .prepare("SELECT * FROM usb_devices ORDER BY id")?
                 .query_map([], Record::read)?
@@ -58,7 +64,12 @@ impl Store {
             if !changes.is_empty() {
                 step_revision(tx)?;
             }
-            Ok(changes.into_iter().map(|c| execute(tx, &known, c, context)).collect::<Sql<Vec<_>>>()?)
+            let mut done: Vec<Done> =
+                steady.into_iter().map(|id| Done { id, what: "steady", altered: None }).collect();
+            for change in changes {
+                done.push(execute(tx, &known, change, limits, context)?);
+            }
+            Ok(done)
         })?;
         // It is committed: when the log cannot be moved now, a later write does it.
         drop(self.checkpoint("PASSIVE"));
@@ -89,13 +100,30 @@ fn is_news(known: &Known<'_>, change: &Change) -> bool {
     }
 }
 
-fn execute(tx: &Transaction<'_>, known: &Known<'_>, change: Change, context: &Context) -> Sql<Done> {
+fn execute(
+    tx: &Transaction<'_>,
+    known: &Known<'_>,
+    change: Change,
+    limits: &Limits,
+    context: &Context,
+) -> Sql<Done> {
+    let mut altered = None;
     let (id, what, detail) = match change {
         Change::Add(device, verdict) => (insert(tx, &device, &verdict)?, "added", device.key.to_string()),
         Change::See(id, device, verdict) => {
-            update(tx, id, &device, &verdict)?;
+            let before = known.get(&id);
+            let own_tags = before.map_or(&[][..], |r| &r.own_tags);
+            update(tx, id, &device, &verdict, own_tags)?;
+            if let (Some(before), Some(now)) = (before, &device.descriptors)
+                && before.descriptors.as_ref() != Some(now)
+            {
+                altered = aside::altered(tx, before, now, context)?;
+            }
             // Another number: it was unplugged, or reset, between two looks.
-            let returned = known.get(&id).is_some_and(|r| !r.present || r.entry.address != device.address);
+            let returned = before.is_some_and(|r| !r.present || r.entry.address != device.address);
+            if returned {
+                aside::returned(tx, id, limits, context)?;
+            }
             let what = if returned { "returned" } else { "changed" };
             (id, what, format!("{} as {}", device.key, device.address))
         }
@@ -109,7 +137,7 @@ fn execute(tx: &Transaction<'_>, known: &Known<'_>, change: Change, context: &Co
         metadata::refresh(tx, instance)?;
     }
     record(tx, context, &Event::new(what).about(id).with(detail))?;
-    Ok(Done { id, what })
+    Ok(Done { id, what, altered })
 }
 
 fn insert(tx: &Transaction<'_>, device: &Device, verdict: &Verdict) -> Sql<DeviceId> {
@@ -121,15 +149,15 @@ fn insert(tx: &Transaction<'_>, device: &Device, verdict: &Verdict) -> Sql<Devic
         .query_row(params![i64::try_from(LONE_NODE).unwrap_or(1), device.address.to_string(), device.key.port.to_string()], |row| {
             read_id(row, "id")
         })?;
-    update(tx, id, device, verdict)?;
+    update(tx, id, device, verdict, &[])?;
     Ok(id)
 }
 
-fn update(tx: &Transaction<'_>, id: DeviceId, d: &Device, verdict: &Verdict) -> Sql<()> {
+fn update(tx: &Transaction<'_>, id: DeviceId, d: &Device, verdict: &Verdict, own_tags: &[String]) -> Sql<()> {
     tx.prepare_cached(
         "UPDATE usb_devices SET address = ?2, product_id = ?3, vendor_id = ?4, bus_id = ?5, device_id = ?6, port_id = ?7, port_path = ?8,
          serial = ?9, serial_kind = ?10, class = ?11, interface_classes = ?12, tags = ?13, projects = ?14, speed = ?15, manufacturer = ?16,
-         product_name = ?17, driver = ?18, host_use = ?19, withheld = ?20, present = 1 WHERE id = ?1",
+         product_name = ?17, driver = ?18, host_use = ?19, withheld = ?20, one_time_use = ?21, descriptors = ?22, present = 1 WHERE id = ?1",
     )?
     .execute(params![
         sql_id(id),
@@ -152,16 +180,18 @@ fn update(tx: &Transaction<'_>, id: DeviceId, d: &Device, verdict: &Verdict) -> 
         d.driver,
         d.host_use,
         verdict.withheld.map(virt_usb_model::Reason::name),
+        verdict.one_time_use,
+        d.descriptors.as_ref().map(ToString::to_string),
     ])?;
-    tx.prepare_cached("DELETE FROM device_labels WHERE device_id = ?1")?.execute([sql_id(id)])?;
-    let classes = std::iter::once(&d.class).chain(&d.interfaces).map(|c| ("class", c.to_string()));
-    for (kind, value) in classes.chain(verdict.tags.iter().map(|t| ("tag", t.clone()))) {
+    tx.prepare_cached("DELETE FROM device_labels WHERE device_id = ?1 AND kind = 'class'")?
+        .execute([sql_id(id)])?;
+    for class in std::iter::once(&d.class).chain(&d.interfaces) {
         tx.prepare_cached(
-            "INSERT OR IGNORE INTO device_labels (kind, value, device_id) VALUES (?1, ?2, ?3)",
+            "INSERT OR IGNORE INTO device_labels (kind, value, device_id) VALUES ('class', ?1, ?2)",
         )?
-        .execute(params![kind, value, sql_id(id)])?;
+        .execute(params![class.to_string(), sql_id(id)])?;
     }
-    Ok(())
+    write_tags(tx, id, &verdict.tags, own_tags)
 }
 
 /// Whether the row says already what was seen.
@@ -176,9 +206,11 @@ fn is_same(r: &Record, d: &Device, verdict: &Verdict) -> bool {
         && e.product_name == d.product
         && e.driver == d.driver
         && e.host_use == d.host_use
-        && e.tags == verdict.tags
+        && r.rule_tags == verdict.tags
+        && r.one_time_use == verdict.one_time_use
+        && r.descriptors == d.descriptors
         && e.projects == verdict.projects
-        && r.withheld == verdict.withheld
+        && r.rule_withheld == verdict.withheld
 }
 
 fn json(value: &impl Serialize) -> String {

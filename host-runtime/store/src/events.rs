@@ -76,7 +76,8 @@ pub struct EventRow {
     /// UTC, ISO 8601.
     pub at: String,
     /// What happened: `assigned`, `unassigned`, `claimed`, `allocated`, `detached`, `released`, `refused`, `voided`, `forced`, `adopted`,
-    /// `problem`, `solved`, `added`, `changed`, `removed`, `returned`, `flavor-set`, `flavor-removed`.
+    /// `problem`, `solved`, `added`, `changed`, `removed`, `returned`, `altered`, `flapping`, `steady`, `quarantined`, `cleared`, `disabled`,
+    /// `enabled`, `tagged`, `flavor-set`, `flavor-removed`.
     pub event: String,
     /// To which instance.
     pub instance_uuid: Option<InstanceId>,

@@ -7,7 +7,7 @@ use crate::device::{ClaimRow, refresh, sql_id, step_revision};
 use crate::error::Sql;
 use crate::events::{Event, record};
 use crate::hints::Known;
-use crate::{Context, PENDING_SECONDS, Store, StoreError, metadata};
+use crate::{Context, PENDING_SECONDS, Store, StoreError, aside, metadata};
 
 /// What is given back.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -208,7 +208,7 @@ pub(crate) fn set_places(
             step_revision(tx)?;
         }
         tx.prepare_cached(
-            "UPDATE claims SET state = ?2, pending_since = NULL, boot_id = ?3, arrived = ?4, revision = (SELECT max(revision) FROM compute_nodes) WHERE id = ?1",
+            "UPDATE claims SET state = ?2, pending_since = NULL, boot_id = ?3, arrived = ?4, used = used OR ?2 = 'allocated', revision = (SELECT max(revision) FROM compute_nodes) WHERE id = ?1",
         )?
         .execute(params![claim.id, state, context.boot_id, arrived])?;
         refresh(tx, claim.device_id)?;
@@ -276,6 +276,7 @@ pub(crate) fn delete(
     context: &Context,
 ) -> Sql<()> {
     tx.prepare_cached("DELETE FROM claims WHERE id = ?1")?.execute([claim.id])?;
+    aside::after_use(tx, claim, context)?;
     refresh(tx, claim.device_id)?;
     record(tx, context, &Event::about_claim(event, claim).with(why.to_owned()))
 }

@@ -88,8 +88,9 @@ impl Grant<'_> {
             self.tx.prepare_cached(sql)?.execute(what)?;
         } else {
             let sql = format!(
-                "INSERT INTO claims (created_at, device_id, instance_uuid, domain, project_id, request, state, hold, pending_since, arrived, boot_id, revision)
-                 VALUES ({NOW}, ?1, ?2, ?3, ?4, ?5, 'claimed', ?6, ?7, ?7 IS NOT NULL, ?8, (SELECT max(revision) FROM compute_nodes))"
+                "INSERT INTO claims (created_at, device_id, instance_uuid, domain, project_id, request, state, hold, pending_since, arrived, boot_id, revision, descriptors)
+                 VALUES ({NOW}, ?1, ?2, ?3, ?4, ?5, 'claimed', ?6, ?7, ?7 IS NOT NULL, ?8,
+                 (SELECT max(revision) FROM compute_nodes), (SELECT descriptors FROM usb_devices WHERE id = ?1))"
             );
             self.tx.prepare_cached(&sql)?.execute(what)?;
         }

@@ -21,6 +21,7 @@
 //! - A hint is never missing for a row that is there: see [`hints`].
 
 pub mod adopt;
+pub mod aside;
 mod assignments;
 mod choose;
 pub mod claim;
@@ -29,6 +30,7 @@ pub mod discover;
 mod error;
 pub mod events;
 mod files;
+pub mod flaps;
 mod flavors;
 pub mod give_back;
 mod grant;

@@ -9,7 +9,8 @@ use tempfile::TempDir;
 use virt_usb::discovery::{Simulated, UsbSource};
 use virt_usb::inventory;
 use virt_usb_hook::machine;
-use virt_usb_model::Whitelist;
+use virt_usb_model::{Aliases, Whitelist};
+use virt_usb_store::flaps::Limits;
 use virt_usb_store::{Durability, Store};
 
 pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
@@ -45,7 +46,12 @@ impl World {
         let mut store = Store::create(&world.state_dir(), PATIENCE)?;
         let context = machine::context("/proc".as_ref(), "bench")?;
         let snapshot = simulated.snapshot();
-        store.reconcile("bench", |known| inventory::plan(&snapshot, known, &whitelist), &context)?;
+        store.reconcile(
+            "bench",
+            &Limits::default(),
+            |known| inventory::plan(&snapshot, known, &whitelist, &Aliases::default()),
+            &context,
+        )?;
         Ok(world)
     }
 

@@ -59,6 +59,20 @@ class Gadget:
         self.slot = None
         until(lambda: not (SEEN / port).exists(), f"{self.name} to vanish from port {port}")
 
+    def show_as(self, product):
+        """Another product, once it is plugged in again."""
+        self.product = product
+        self._write("idProduct", f"0x{product}")
+
+    def add_function(self):
+        """One interface more, once it is plugged in again."""
+        function = self.folder / "functions/mass_storage.1"
+        function.mkdir()
+        image = Path(f"/tmp/{self.name}.1.img")
+        image.write_bytes(bytes(1024 * 1024))
+        self._write("functions/mass_storage.1/lun.0/file", str(image))
+        os.symlink(function, self.folder / "configs/c.1/mass_storage.1")
+
     def move(self, slot):
         self.unplug()
         return self.plug(slot)
@@ -66,9 +80,11 @@ class Gadget:
     def remove(self):
         self.unplug()
         # configfs wants it taken apart in this order.
-        (self.folder / "configs/c.1/mass_storage.0").unlink()
-        for folder in ("configs/c.1", "functions/mass_storage.0", "strings/0x409", "."):
-            (self.folder / folder).rmdir()
+        for link in (self.folder / "configs/c.1").glob("mass_storage.*"):
+            link.unlink()
+        functions = (self.folder / "functions").glob("mass_storage.*")
+        for folder in (self.folder / "configs/c.1", *functions, self.folder / "strings/0x409", self.folder):
+            folder.rmdir()
 
     def port(self):
         return port_of(self.slot)

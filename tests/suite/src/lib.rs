@@ -100,7 +100,12 @@ impl Host {
         let mut store = Store::create(&config.state_dir, Duration::from_secs(5)).unwrap();
         let context = machine::context(&config.procfs_root, "test discover").unwrap();
         store
-            .reconcile("host1", |known| inventory::plan(&snapshot, known, &config.whitelist), &context)
+            .reconcile(
+                "host1",
+                &config.flapping,
+                |known| inventory::plan(&snapshot, known, &config.whitelist, &config.aliases),
+                &context,
+            )
             .unwrap();
     }
 

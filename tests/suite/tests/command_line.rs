@@ -170,6 +170,46 @@ fn whitelist_check_names_the_rule_for_each_device() {
 }
 
 #[test]
+fn an_operator_sets_devices_aside_and_gives_them_tags() {
+    let host = Host::new("usb_passthrough_whitelist = [{ serial = 'A', tags = ['erp'] }]\n");
+    host.discover(&two_keys());
+    let status = || json(&host, &["devices"])[0]["status_reason"].clone();
+    let said = ok(&host.virt_usb(&["disable", "1", "--reason", "lent"]));
+    assert_eq!(
+        said.trim(),
+        "device 1 (0529:0001 \"HASP\", port 1-1) is disabled (lent); it is unavailable (disabled)"
+    );
+    assert_eq!(status(), "disabled");
+    assert_eq!(json(&host, &["disable", "1", "--reason", "lent"])["changed"], false);
+    assert_eq!(json(&host, &["enable", "1"])["changed"], true);
+    assert_eq!(status(), Value::Null);
+    assert!(ok(&host.virt_usb(&["enable", "1"])).contains("is already enabled"));
+    assert!(fails(&host, &["enable", "9"]).contains("there is no device 9: 'virt-usb devices --all'"));
+    assert!(ok(&host.virt_usb(&["quarantine"])).contains("no device is set aside"));
+    assert!(ok(&host.virt_usb(&["quarantine", "clear", "1"])).contains("is already out of quarantine"));
+    let tags = || json(&host, &["devices"])[0]["tags"].clone();
+    assert!(
+        ok(&host.virt_usb(&["tag", "1", "blue", "a"])).contains("is tagged erp, a, blue; it is available")
+    );
+    assert_eq!(tags(), serde_json::json!(["erp", "a", "blue"]));
+    assert!(fails(&host, &["untag", "1", "erp"]).contains("has the tag \"erp\" from a whitelist rule"));
+    ok(&host.virt_usb(&["untag", "1", "blue", "none"]));
+    host.discover(&two_keys());
+    assert_eq!(tags(), serde_json::json!(["erp", "a"]), "a scan changes nothing");
+    for wrong in [&["tag", "1"][..], &["tag", "x", "a"], &["tag", "1", "white space"], &["disable", "0"]] {
+        assert_eq!(host.virt_usb(wrong).status.code(), Some(2), "{wrong:?}");
+    }
+    let events = json(&host, &["events", "--device", "1"]);
+    let told: Vec<&str> = events.as_array().unwrap().iter().map(|e| e["event"].as_str().unwrap()).collect();
+    let expected = ["disabled", "enabled", "tagged", "tagged"];
+    assert!(
+        expected.iter().all(|e| told.contains(e))
+            && events[2]["actor"].as_str().unwrap().starts_with("virt-usb "),
+        "{told:?}"
+    );
+}
+
+#[test]
 fn the_store_is_checked_and_copied() {
     let host = Host::new("");
     assert!(fails(&host, &["store", "check"]).contains("virt-usb discover"));

@@ -27,6 +27,7 @@ const KEYS: &[&str] = &[
     "product_name",
     "driver",
     "host_use",
+    "descriptors",
     "unreadable",
 ];
 
@@ -106,6 +107,8 @@ impl Fields<'_> {
                 product: self.words("product_name")?.or_else(|| names::product(usb)),
                 driver: self.optional("driver", drivers)?,
                 host_use: self.words("host_use")?,
+                descriptors: self
+                    .optional("descriptors", |value| parsed(value, "descriptors in hexadecimal digits"))?,
             },
             unreadable: self.optional("unreadable", truth)?.unwrap_or(false),
         })

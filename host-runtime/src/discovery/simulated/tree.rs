@@ -64,6 +64,9 @@ fn write_device(dir: &Path, Entry { device, unreadable }: &Entry) -> io::Result<
     put_some("serial", device.key.serial.text())?;
     put_some("manufacturer", device.manufacturer.as_deref())?;
     put_some("product", device.product.as_deref())?;
+    if let Some(descriptors) = &device.descriptors {
+        fs::write(dir.join("descriptors"), descriptors.bytes())?;
+    }
     write_interfaces(dir, device)
 }
 

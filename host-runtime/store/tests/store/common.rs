@@ -10,6 +10,7 @@ use virt_usb_model::{
 };
 use virt_usb_store::claim::{Asker, Claimed, Granted, Judge, Standing, Verified, Want};
 use virt_usb_store::discover::{Change, Done};
+use virt_usb_store::flaps::Limits;
 use virt_usb_store::{Context, Durability, FILE_NAME, Record, Store, StoreError};
 
 pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
@@ -47,6 +48,7 @@ pub(crate) fn device(product: u16, serial: Option<&str>, port: &str, number: u8)
         product: Some("HASP key".into()),
         driver: None,
         host_use: None,
+        descriptors: None,
     }
 }
 
@@ -56,6 +58,7 @@ pub(crate) fn offered() -> Verdict {
         rule: None,
         projects: vec![],
         tags: vec!["erp".into()],
+        one_time_use: false,
         because: "a test".into(),
     }
 }
@@ -66,7 +69,17 @@ pub(crate) fn scan(
     seen: &[(Device, Verdict)],
     context: &Context,
 ) -> Result<Vec<Done>, StoreError> {
-    store.reconcile("node-1", |known| plan(seen, known), context)
+    scan_within(store, seen, &Limits { limit: 0, ..Limits::default() }, context)
+}
+
+/// The same, with limits to how often a device may come back.
+pub(crate) fn scan_within(
+    store: &mut Store,
+    seen: &[(Device, Verdict)],
+    limits: &Limits,
+    context: &Context,
+) -> Result<Vec<Done>, StoreError> {
+    store.reconcile("node-1", limits, |known| plan(seen, known), context)
 }
 
 fn plan(seen: &[(Device, Verdict)], known: &[Record]) -> Vec<Change> {

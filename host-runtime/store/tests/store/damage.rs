@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use tempfile::TempDir;
 use virt_usb_store::claim::Claimed;
+use virt_usb_store::flaps::Limits;
 use virt_usb_store::{Durability, FILE_NAME, Store, StoreError};
 
 use crate::common::*;
@@ -130,8 +131,9 @@ fn damaged() {
         let bytes = fs::read(&path).unwrap();
         let tried = hook(dir.path()).and_then(|mut store| claim(&mut store, 2, ANY).map(drop));
         check!(tried, StoreError::Corrupt { .. }, "is damaged", advice);
-        let created = Store::create(dir.path(), PATIENCE)
-            .and_then(|mut store| store.reconcile("node-1", |_| vec![], &boot(1)).map(drop));
+        let created = Store::create(dir.path(), PATIENCE).and_then(|mut store| {
+            store.reconcile("node-1", &Limits::default(), |_| vec![], &boot(1)).map(drop)
+        });
         check!(created, StoreError::Corrupt { .. }, "is damaged", advice);
         let now = fs::read(&path).unwrap();
         assert!(now == bytes, "{what}: the damaged file is kept as it is");
@@ -173,7 +175,7 @@ fn of_another_version_or_another_program() {
     check!(
         hook(dir.path()),
         StoreError::Newer { found: 99, .. },
-        "has schema 99, this program knows 3",
+        "has schema 99, this program knows 4",
         "or newer"
     );
     check!(Store::create(dir.path(), PATIENCE), StoreError::Newer { .. }, "has schema 99");
@@ -182,7 +184,7 @@ fn of_another_version_or_another_program() {
     check!(
         hook(dir.path()),
         StoreError::Older { found: 0, .. },
-        "has schema 0, this program needs 3",
+        "has schema 0, this program needs 4",
         "virt-usb discover"
     );
 

@@ -7,6 +7,7 @@ use virt_usb_store::adopt::{Adoption, Holding, Stage};
 use virt_usb_store::claim::{Claimed, Granted, Judge, Standing, Verified, Want, Why};
 use virt_usb_store::discover::Change;
 use virt_usb_store::events::Filter;
+use virt_usb_store::flaps::Limits;
 use virt_usb_store::give_back::Extent;
 use virt_usb_store::hints::{Known, may_know};
 use virt_usb_store::{Context, Record, Source, Store};
@@ -255,7 +256,8 @@ fn looking_again_without_news_is_no_change() {
     assert_eq!(scan(&mut store, &seen, &boot(1)).unwrap(), []);
     assert_eq!(store.hosts().unwrap()[0].revision, revision);
     scan(&mut store, &[], &boot(1)).unwrap();
-    let gone = store.reconcile("node-1", |_| vec![Change::Gone(id(1))], &boot(1)).unwrap();
+    let gone =
+        store.reconcile("node-1", &Limits::default(), |_| vec![Change::Gone(id(1))], &boot(1)).unwrap();
     assert_eq!(gone, [], "gone already");
     let events: Vec<_> = store.events(&Filter::default()).unwrap().into_iter().map(|e| e.event).collect();
     assert_eq!(events, ["added", "removed"]);

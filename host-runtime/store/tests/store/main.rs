@@ -1,6 +1,7 @@
 //! The store through its public doors: against a model, against damage, against others at the same time.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test may panic")]
 
+mod aside;
 mod common;
 mod concurrency;
 mod damage;

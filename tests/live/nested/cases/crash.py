@@ -66,7 +66,7 @@ class Chaos:
     def __init__(self, w):
         self.w, self.random = w, w.random
         self.sticks = w.drawer.twins(3)
-        w.product.configure(scan_interval=5)
+        w.product.configure(scan_interval=5, flap_limit=0)
         w.product.agent.start()
         until(lambda: all(known(w, s) for s in self.sticks), "the agent to find the sticks")
         wishes = [{"serial": "SN0"}, {"vendor_id": "0951"}, {"vendor_id": "0951", "product_id": "1666"}]

@@ -1,0 +1,142 @@
+//! `enable`, `disable`, `quarantine`, `tag`, `untag`: what an operator says of a device.
+
+use std::process::ExitCode;
+
+use anyhow::bail;
+use serde::Serialize;
+use virt_usb_hook::message;
+use virt_usb_model::DeviceId;
+use virt_usb_model::flavor::Tag;
+use virt_usb_store::aside::Wished;
+use virt_usb_store::{Context, Record, Store};
+
+use super::Session;
+use super::output::table;
+
+#[derive(Serialize)]
+struct Changed<'a> {
+    changed: bool,
+    device: &'a Record,
+}
+
+/// The store, and on whose behalf it is written.
+fn open(session: &Session, doing: &str) -> anyhow::Result<(Store, Context)> {
+    let config = session.config()?;
+    let context = session.context(&config, doing)?;
+    Ok((session.store()?, context))
+}
+
+/// Says what has become of it: `now` is what it is now.
+fn tell(session: &Session, wished: &Wished, device: DeviceId, now: &str) -> anyhow::Result<ExitCode> {
+    let (record, changed) = match wished {
+        Wished::Done(record) => (record, true),
+        Wished::Already(record) => (record, false),
+        Wished::Unknown => {
+            bail!("there is no device {device}: 'virt-usb devices --all' shows all that were ever seen")
+        }
+    };
+    session.out.show(&Changed { changed, device: record }, || {
+        let already = if changed { "" } else { " already" };
+        let status = match (&record.entry.instance_uuid, record.deleted) {
+            (Some(instance), _) => {
+                format!("{}, by {instance}, which keeps it until it is given back", record.entry.status)
+            }
+            (None, 0) => record.entry.state().map_or_else(|_| record.entry.status.clone(), |s| s.to_string()),
+            (None, _) => "not plugged in".to_owned(),
+        };
+        format!("{} is{already} {now}; it is {status}", message::device(record))
+    })?;
+    Ok(ExitCode::SUCCESS)
+}
+
+pub(super) fn disable(session: &Session, device: DeviceId, reason: Option<&str>) -> anyhow::Result<ExitCode> {
+    let (mut store, context) = open(session, "disable")?;
+    let reason = reason.and_then(virt_usb_model::clean_text).unwrap_or_else(|| "by an operator".into());
+    let wished = store.set_disabled(device, Some(&reason), &context)?;
+    tell(session, &wished, device, &format!("disabled ({reason})"))
+}
+
+pub(super) fn enable(session: &Session, device: DeviceId) -> anyhow::Result<ExitCode> {
+    let (mut store, context) = open(session, "enable")?;
+    let wished = store.set_disabled(device, None, &context)?;
+    tell(session, &wished, device, "enabled")
+}
+
+pub(super) fn clear(session: &Session, device: DeviceId) -> anyhow::Result<ExitCode> {
+    let (mut store, context) = open(session, "quarantine clear")?;
+    let wished = store.clear_quarantine(device, &context)?;
+    tell(session, &wished, device, "out of quarantine")
+}
+
+pub(super) fn tag(session: &Session, device: DeviceId, tags: &[Tag], add: bool) -> anyhow::Result<ExitCode> {
+    let (mut store, context) = open(session, if add { "tag" } else { "untag" })?;
+    let tags: Vec<String> = tags.iter().cloned().map(Tag::into_text).collect();
+    let known = store.all_devices()?.into_iter().find(|r| r.entry.id == device);
+    let mut own = known.as_ref().map(|r| r.own_tags.clone()).unwrap_or_default();
+    if let Some(record) = known.filter(|_| !add)
+        && let Some(of_rule) = tags.iter().find(|tag| record.rule_tags.contains(tag) && !own.contains(tag))
+    {
+        bail!(
+            "device {device} has the tag {of_rule:?} from a whitelist rule: change that rule in the configuration"
+        );
+    }
+    own.retain(|tag| !tags.contains(tag));
+    if add {
+        own.extend(tags);
+        own.sort();
+        own.dedup();
+    }
+    let wished = store.set_tags(device, &own, &context)?;
+    let all = match &wished {
+        Wished::Done(record) | Wished::Already(record) => record.entry.tags.join(", "),
+        Wished::Unknown => String::new(),
+    };
+    tell(
+        session,
+        &wished,
+        device,
+        &if all.is_empty() { "without tags".to_owned() } else { format!("tagged {all}") },
+    )
+}
+
+#[derive(Serialize)]
+struct Quarantined<'a> {
+    #[serde(flatten)]
+    device: &'a Record,
+    why: &'a str,
+    /// What is different from what it was when it was claimed last; `null`: nothing, or it cannot be compared.
+    altered: Option<String>,
+}
+
+pub(super) fn list(session: &Session) -> anyhow::Result<ExitCode> {
+    let devices = session.store()?.all_devices()?;
+    let flapping = |r: &Record| r.flapping_until.as_ref().map(|_| "it comes and goes too often");
+    let set_aside: Vec<Quarantined<'_>> = devices
+        .iter()
+        .filter_map(|device| {
+            let why = device.quarantined.as_deref().or_else(|| flapping(device))?;
+            let pair = device.used_as.as_ref().zip(device.descriptors.as_ref());
+            Some(Quarantined { device, why, altered: pair.and_then(|(was, is)| was.difference(is)) })
+        })
+        .collect();
+    session.out.show(&set_aside, || {
+        let row = |q: &Quarantined<'_>| {
+            let e = &q.device.entry;
+            let until = q.device.flapping_until.as_deref().filter(|_| q.device.quarantined.is_none());
+            vec![
+                e.id.to_string(),
+                q.device.usb().to_string(),
+                q.device.name().unwrap_or("-").to_owned(),
+                e.port_path.to_string(),
+                until.unwrap_or("an operator").to_owned(),
+                q.why.to_owned(),
+            ]
+        };
+        table(
+            &["ID", "USB ID", "NAME", "PORT", "WAITS FOR", "BECAUSE"],
+            set_aside.iter().map(row).collect(),
+            "no device is set aside",
+        )
+    })?;
+    Ok(ExitCode::SUCCESS)
+}

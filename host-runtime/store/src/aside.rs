@@ -1,0 +1,260 @@
+//! Devices that are set aside whatever the rules say: disabled by an operator, quarantined after a use, flapping. And an operator's tags.
+
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use rusqlite::{OptionalExtension, Transaction, params};
+use virt_usb_model::{Descriptors, DeviceId};
+
+use crate::device::{ClaimRow, Record, parse_some, read_id, refresh, sql_id, step_revision, write_tags};
+use crate::error::Sql;
+use crate::events::{Event, record};
+use crate::flaps::{Flaps, Limits, Outcome};
+use crate::open::Fault;
+use crate::{Context, NOW, Store, StoreError};
+
+/// A moment, seconds since 1970, as it is stored.
+const MOMENT: &str = "strftime('%Y-%m-%dT%H:%M:%fZ', ?2, 'unixepoch')";
+
+/// What came of an operator's wish.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Wished {
+    /// It is so now.
+    Done(Box<Record>),
+    /// It was so before.
+    Already(Box<Record>),
+    /// There never was such a device.
+    Unknown,
+}
+
+impl Store {
+    /// Takes a device out of what is offered, or (`None`) offers it again. Who holds it keeps it.
+    ///
+    /// # Errors
+    /// When the database cannot be written; then nothing was changed.
+    pub fn set_disabled(
+        &mut self,
+        device: DeviceId,
+        why: Option<&str>,
+        context: &Context,
+    ) -> Result<Wished, StoreError> {
+        self.wish(device, context, |tx, was| {
+            if was.disabled.as_deref() == why {
+                return Ok(None);
+            }
+            tx.execute("UPDATE usb_devices SET disabled = ?2 WHERE id = ?1", params![sql_id(device), why])?;
+            let event = if why.is_some() { "disabled" } else { "enabled" };
+            Ok(Some(Event::new(event).with(why.unwrap_or_default().to_owned())))
+        })
+    }
+
+    /// An operator has looked at the device: it is offered again, as it is now.
+    ///
+    /// # Errors
+    /// When the database cannot be written; then nothing was changed.
+    pub fn clear_quarantine(&mut self, device: DeviceId, context: &Context) -> Result<Wished, StoreError> {
+        self.wish(device, context, |tx, was| {
+            if was.quarantined.is_none() && was.flapping_until.is_none() {
+                return Ok(None);
+            }
+            let sql = "UPDATE usb_devices SET quarantined = NULL, used_as = NULL, flapping_until = NULL, flaps = NULL WHERE id = ?1";
+            tx.execute(sql, [sql_id(device)])?;
+            let was = was.quarantined.clone().unwrap_or_else(|| "it flapped".into());
+            Ok(Some(Event::new("cleared").with(was)))
+        })
+    }
+
+    /// Gives the device tags beside those of the rules, or takes them away.
+    ///
+    /// # Errors
+    /// When the database cannot be written; then nothing was changed.
+    pub fn set_tags(
+        &mut self,
+        device: DeviceId,
+        tags: &[String],
+        context: &Context,
+    ) -> Result<Wished, StoreError> {
+        self.wish(device, context, |tx, was| {
+            if was.own_tags == tags {
+                return Ok(None);
+            }
+            let text = serde_json::to_string(tags).unwrap_or_else(|_| "[]".into());
+            tx.execute("UPDATE usb_devices SET own_tags = ?2 WHERE id = ?1", params![sql_id(device), text])?;
+            write_tags(tx, device, &was.rule_tags, tags)?;
+            Ok(Some(Event::new("tagged").with(tags.join(", "))))
+        })
+    }
+
+    /// The guest is about to get the device: should the program end now, nobody could say that it was not used.
+    ///
+    /// # Errors
+    /// When the database cannot be written.
+    pub fn mark_used(&mut self, claim: &ClaimRow) -> Result<(), StoreError> {
+        if claim.used {
+            return Ok(());
+        }
+        self.write(|tx, _| {
+            tx.execute("UPDATE claims SET used = 1 WHERE id = ?1", [claim.id])?;
+            Ok(())
+        })
+    }
+
+    fn wish(
+        &mut self,
+        device: DeviceId,
+        context: &Context,
+        act: impl FnOnce(&Transaction<'_>, &Record) -> Sql<Option<Event>>,
+    ) -> Result<Wished, StoreError> {
+        self.write(|tx, _| {
+            let read = |tx: &Transaction<'_>| {
+                tx.query_row("SELECT * FROM usb_devices WHERE id = ?1", [sql_id(device)], Record::read)
+                    .optional()
+            };
+            let Some(was) = read(tx)? else { return Ok::<_, Fault>(Wished::Unknown) };
+            let Some(event) = act(tx, &was)? else { return Ok(Wished::Already(Box::new(was))) };
+            step_revision(tx)?;
+            refresh(tx, device)?;
+            record(tx, context, &event.about(device))?;
+            Ok(read(tx)?.map_or(Wished::Unknown, |now| Wished::Done(Box::new(now))))
+        })
+    }
+}
+
+/// Sets a device of one use aside, now that the claim has ended with which it was in a guest.
+pub(crate) fn after_use(tx: &Transaction<'_>, claim: &ClaimRow, context: &Context) -> Sql<()> {
+    if !claim.used {
+        return Ok(());
+    }
+    let (once, now) = tx
+        .prepare_cached("SELECT one_time_use, descriptors FROM usb_devices WHERE id = ?1")?
+        .query_row([sql_id(claim.device_id)], |row| {
+        Ok((row.get::<_, bool>("one_time_use")?, parse_some::<Descriptors>(row, "descriptors")?))
+    })?;
+    if !once {
+        return Ok(());
+    }
+    let difference = claim.descriptors.as_ref().zip(now).and_then(|(was, is)| was.difference(&is));
+    let used = format!("{} ({}) has used it", claim.domain, claim.instance_uuid);
+    let why = match difference {
+        None => used,
+        Some(difference) => format!("{used}, AND IT IS NOT WHAT IT WAS: {difference}"),
+    };
+    quarantine(tx, claim.device_id, &why, claim.descriptors.as_ref(), context)
+}
+
+fn quarantine(
+    tx: &Transaction<'_>,
+    device: DeviceId,
+    why: &str,
+    used_as: Option<&Descriptors>,
+    context: &Context,
+) -> Sql<()> {
+    tx.prepare_cached(
+        "UPDATE usb_devices SET quarantined = ?2, used_as = coalesce(?3, used_as) WHERE id = ?1",
+    )?
+    .execute(params![sql_id(device), why, used_as.map(ToString::to_string)])?;
+    record(tx, context, &Event::new("quarantined").about(device).with(why.to_owned()))
+}
+
+/// The device sends other descriptors than it did. What it has become is compared with what it was when its holder, or its last, claimed it:
+/// a stick that comes back as a keyboard is an attack until somebody says otherwise.
+pub(crate) fn altered(
+    tx: &Transaction<'_>,
+    known: &Record,
+    now: &Descriptors,
+    context: &Context,
+) -> Sql<Option<String>> {
+    let device = known.entry.id;
+    let held: Option<(String, Option<Descriptors>)> = tx
+        .prepare_cached("SELECT domain, descriptors FROM claims WHERE device_id = ?1")?
+        .query_row([sql_id(device)], |row| Ok((row.get("domain")?, parse_some(row, "descriptors")?)))
+        .optional()?;
+    let (whose, before) = match (held, &known.used_as) {
+        (Some((domain, Some(at_claim))), _) => (format!("when {domain} claimed it"), at_claim),
+        (None, Some(used_as)) => ("before its last use".to_owned(), used_as.clone()),
+        _ => return Ok(None),
+    };
+    let Some(difference) = before.difference(now) else { return Ok(None) };
+    let what = format!("it is not what it was {whose}: {difference}");
+    record(tx, context, &Event::new("altered").about(device).with(what.clone()))?;
+    if let Some(why) = known.quarantined.as_ref().filter(|why| !why.contains(&difference)) {
+        let sql = "UPDATE usb_devices SET quarantined = ?2 WHERE id = ?1";
+        let why = format!("{why}, AND IT IS NOT WHAT IT WAS: {difference}");
+        tx.execute(sql, params![sql_id(device), why])?;
+    }
+    Ok(Some(what))
+}
+
+/// The device has come back once more.
+pub(crate) fn returned(
+    tx: &Transaction<'_>,
+    device: DeviceId,
+    limits: &Limits,
+    context: &Context,
+) -> Sql<()> {
+    let (until, text) = tx
+        .prepare_cached(
+            "SELECT CAST(strftime('%s', flapping_until) AS INTEGER), flaps FROM usb_devices WHERE id = ?1",
+        )?
+        .query_row([sql_id(device)], |row| {
+            Ok((row.get::<_, Option<u64>>(0)?, row.get::<_, Option<String>>(1)?))
+        })?;
+    // What does not parse was not written by us: the device starts anew.
+    let mut flaps: Flaps = text.and_then(|text| serde_json::from_str(&text).ok()).unwrap_or_default();
+    let outcome = flaps.returned(now(), until, limits);
+    tx.prepare_cached("UPDATE usb_devices SET flaps = ?2 WHERE id = ?1")?
+        .execute(params![sql_id(device), serde_json::to_string(&flaps).ok()])?;
+    let often = format!("it came back {} times within {} s", limits.limit, limits.window);
+    match outcome {
+        Outcome::Steady => Ok(()),
+        Outcome::Until(moment) => {
+            tx.prepare_cached(&format!("UPDATE usb_devices SET flapping_until = {MOMENT} WHERE id = ?1"))?
+                .execute(params![sql_id(device), moment])?;
+            if until.is_some() {
+                return Ok(());
+            }
+            let pause = moment.saturating_sub(now());
+            record(
+                tx,
+                context,
+                &Event::new("flapping").about(device).with(format!("{often}: set aside for {pause} s")),
+            )
+        }
+        Outcome::Quarantine(times) => {
+            tx.prepare_cached("UPDATE usb_devices SET flapping_until = NULL WHERE id = ?1")?
+                .execute([sql_id(device)])?;
+            quarantine(
+                tx,
+                device,
+                &format!("{often}, and so {times} times in a day: look at its plug, its cable and its hub"),
+                None,
+                context,
+            )
+        }
+    }
+}
+
+/// Those that have stayed long enough are offered again.
+pub(crate) fn settle(tx: &Transaction<'_>, context: &Context) -> Sql<Vec<DeviceId>> {
+    let steady: Vec<DeviceId> = tx
+        .prepare_cached(&format!("SELECT id FROM usb_devices WHERE flapping_until <= {NOW}"))?
+        .query_map([], |row| read_id(row, "id"))?
+        .collect::<Sql<_>>()?;
+    if !steady.is_empty() {
+        step_revision(tx)?;
+    }
+    for device in &steady {
+        tx.prepare_cached("UPDATE usb_devices SET flapping_until = NULL WHERE id = ?1")?
+            .execute([sql_id(*device)])?;
+        refresh(tx, *device)?;
+        record(
+            tx,
+            context,
+            &Event::new("steady").about(*device).with("it has stayed: it is offered again".into()),
+        )?;
+    }
+    Ok(steady)
+}
+
+fn now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
+}

@@ -1,0 +1,199 @@
+//! Devices that are set aside whatever the rules say, and what an operator says of them.
+
+use virt_usb_model::{Descriptors, Device, DeviceId, Verdict};
+use virt_usb_store::aside::Wished;
+use virt_usb_store::claim::Claimed;
+use virt_usb_store::discover::Done;
+use virt_usb_store::events::Filter;
+use virt_usb_store::flaps::Limits;
+use virt_usb_store::give_back::Extent;
+use virt_usb_store::{Record, Store};
+
+use crate::common::*;
+
+const KEY: DeviceId = match DeviceId::new(1) {
+    Some(id) => id,
+    None => panic!(),
+};
+
+fn record(store: &Store) -> Record {
+    store.all_devices().unwrap().remove(0)
+}
+
+fn status(store: &Store) -> String {
+    record(store).entry.state().unwrap().to_string()
+}
+
+fn told(store: &Store) -> Vec<String> {
+    store.events(&Filter::default()).unwrap().into_iter().map(|e| e.event).collect()
+}
+
+/// One interface: mass storage, or a keyboard beside it.
+fn descriptors(keys: bool) -> Descriptors {
+    let mut bytes = vec![18, 1, 0, 2, 0, 0, 0, 64, 0x29, 5, 1, 0, 0, 1, 1, 2, 3, 1];
+    bytes.extend([9, 2, 32, 0, 1, 1, 0, 0x80, 50, 9, 4, 0, 0, 2, 8, 6, 0x50, 0]);
+    if keys {
+        bytes.extend([9, 4, 1, 0, 1, 3, 1, 1, 0]);
+    }
+    Descriptors::new(bytes).unwrap()
+}
+
+/// The one device, at this number, and what the rules say of it.
+fn seen(number: u8, keys: bool, once: bool) -> Vec<(Device, Verdict)> {
+    let device = Device { descriptors: Some(descriptors(keys)), ..device(1, Some("A"), "1-1", number) };
+    vec![(device, Verdict { one_time_use: once, ..offered() })]
+}
+
+fn claimed(store: &mut Store, n: u32, json: &str) -> Result<(), Claimed> {
+    match claim(store, n, json).unwrap() {
+        Claimed::Granted(_) => Ok(()),
+        other => Err(other),
+    }
+}
+
+fn used(store: &mut Store) {
+    claimed(store, 1, ANY).unwrap();
+    store.confirm(instance(1), &[KEY], &boot(1)).unwrap();
+}
+
+fn given_back(store: &mut Store) {
+    store.release(instance(1), Extent::Run, "ended", &boot(1)).unwrap();
+}
+
+#[test]
+fn a_disabled_device_stays_with_its_holder_and_goes_to_nobody_else() {
+    let (_dir, mut store) = inventory();
+    plug(&mut store, 1);
+    used(&mut store);
+    assert!(matches!(store.set_disabled(KEY, Some("broken"), &boot(1)).unwrap(), Wished::Done(_)));
+    assert!(matches!(store.set_disabled(KEY, Some("broken"), &boot(1)).unwrap(), Wished::Already(_)));
+    assert_eq!(status(&store), "allocated");
+    given_back(&mut store);
+    assert_eq!(status(&store), "unavailable (disabled)");
+    assert!(claimed(&mut store, 2, ANY).is_err());
+    // Neither a scan nor a replug changes what an operator has said.
+    scan(&mut store, &[], &boot(1)).unwrap();
+    plug(&mut store, 1);
+    assert_eq!(status(&store), "unavailable (disabled)");
+    assert_sound(&store);
+    assert!(matches!(store.set_disabled(KEY, None, &boot(1)).unwrap(), Wished::Done(_)));
+    assert_eq!(status(&store), "available");
+    assert!(matches!(
+        store.set_disabled(DeviceId::new(9).unwrap(), None, &boot(1)).unwrap(),
+        Wished::Unknown
+    ));
+    claimed(&mut store, 2, ANY).unwrap();
+}
+
+#[test]
+fn a_device_of_one_use_waits_for_an_operator_after_it() {
+    let (_dir, mut store) = inventory();
+    scan(&mut store, &seen(2, false, true), &boot(1)).unwrap();
+    // Claimed and never in the guest: it was not used.
+    claimed(&mut store, 1, ANY).unwrap();
+    given_back(&mut store);
+    assert_eq!(status(&store), "available");
+    used(&mut store);
+    // The guest has stopped, libvirt has not let go yet.
+    store.out_of_guest(instance(1), &boot(1)).unwrap();
+    given_back(&mut store);
+    assert_eq!(status(&store), "unavailable (quarantined)");
+    assert_eq!(record(&store).quarantined.unwrap(), format!("vm-1 ({}) has used it", instance(1)));
+    assert_sound(&store);
+    assert!(matches!(store.clear_quarantine(KEY, &boot(1)).unwrap(), Wished::Done(_)));
+    assert!(matches!(store.clear_quarantine(KEY, &boot(1)).unwrap(), Wished::Already(_)));
+    assert_eq!(status(&store), "available");
+    // The agent was about to attach it when it died; nobody can say that it was not used.
+    claimed(&mut store, 1, ANY).unwrap();
+    let claim = store.claims().unwrap().remove(0);
+    store.mark_used(&claim).unwrap();
+    given_back(&mut store);
+    assert_eq!(status(&store), "unavailable (quarantined)");
+}
+
+#[test]
+fn a_device_that_has_become_another_is_told_loudly() {
+    let difference = "interfaces 08/06/50 before, 08/06/50 03/01/01 now";
+    let altered = |done: &[Done]| done.iter().find_map(|d| d.altered.clone()).unwrap_or_default();
+    for once in [false, true] {
+        let (_dir, mut store) = inventory();
+        scan(&mut store, &seen(2, false, once), &boot(1)).unwrap();
+        used(&mut store);
+        // While the guest has it.
+        let done = scan(&mut store, &seen(3, true, once), &boot(1)).unwrap();
+        assert_eq!(altered(&done), format!("it is not what it was when vm-1 claimed it: {difference}"));
+        assert_eq!(scan(&mut store, &seen(3, true, once), &boot(1)).unwrap(), [], "told once");
+        given_back(&mut store);
+        match once {
+            false => assert_eq!(status(&store), "available"),
+            true => {
+                let why = record(&store).quarantined.unwrap();
+                assert!(why.ends_with(&format!("AND IT IS NOT WHAT IT WAS: {difference}")), "{why}");
+            }
+        }
+        assert_eq!(told(&store).iter().filter(|e| *e == "altered").count(), 1);
+    }
+    // It waits until it is free.
+    let (_dir, mut store) = inventory();
+    scan(&mut store, &seen(2, false, true), &boot(1)).unwrap();
+    used(&mut store);
+    given_back(&mut store);
+    let done = scan(&mut store, &seen(3, true, true), &boot(1)).unwrap();
+    assert_eq!(altered(&done), format!("it is not what it was before its last use: {difference}"));
+    assert!(record(&store).quarantined.unwrap().contains(difference));
+    assert_sound(&store);
+}
+
+#[test]
+fn what_comes_and_goes_too_often_is_offered_again_once_it_has_stayed() {
+    let (_dir, mut store) = inventory();
+    let limits = Limits { limit: 3, window: 600, pause: 1, quarantine: 1 };
+    let mut number = 1;
+    let mut replug = |store: &mut Store| {
+        number += 1;
+        scan_within(store, &seen(number, false, false), &limits, &boot(1)).unwrap();
+    };
+    replug(&mut store);
+    for _ in 0..2 {
+        replug(&mut store);
+        assert_eq!(status(&store), "available");
+    }
+    replug(&mut store);
+    assert_eq!(status(&store), "unavailable (flapping)");
+    assert!(claimed(&mut store, 1, ANY).is_err());
+    assert_sound(&store);
+    while status(&store) != "available" {
+        scan_within(&mut store, &seen(4, false, false), &limits, &boot(1)).unwrap();
+        std::thread::sleep(std::time::Duration::from_millis(50));
+    }
+    for _ in 0..3 {
+        replug(&mut store);
+    }
+    assert_eq!(status(&store), "unavailable (quarantined)");
+    let why =
+        "it came back 3 times within 600 s, and so 2 times in a day: look at its plug, its cable and its hub";
+    assert_eq!(record(&store).quarantined.unwrap(), why);
+    store.clear_quarantine(KEY, &boot(1)).unwrap();
+    assert_eq!(status(&store), "available");
+    let expected = ["flapping", "steady", "quarantined", "cleared"];
+    let told: Vec<String> = told(&store).into_iter().filter(|e| expected.contains(&e.as_str())).collect();
+    assert_eq!(told, expected);
+}
+
+#[test]
+fn an_operators_tags_stand_beside_those_of_the_rules() {
+    let (_dir, mut store) = inventory();
+    plug(&mut store, 1);
+    store.set_tags(KEY, &["blue".into(), "erp".into()], &boot(1)).unwrap();
+    assert_eq!(record(&store).entry.tags, ["erp", "blue"]);
+    plug(&mut store, 1);
+    scan(&mut store, &[(device(1, None, "1-1", 7), offered())], &boot(1)).unwrap();
+    assert_eq!(record(&store).entry.tags, ["erp", "blue"], "whatever is scanned");
+    claimed(&mut store, 1, r#"{"tags":["blue","erp"]}"#).unwrap();
+    given_back(&mut store);
+    store.set_tags(KEY, &[], &boot(1)).unwrap();
+    assert_eq!(record(&store).entry.tags, ["erp"]);
+    assert!(claimed(&mut store, 1, r#"{"tags":["blue"]}"#).is_err());
+    claimed(&mut store, 1, r#"{"tags":["erp"]}"#).unwrap();
+    assert_sound(&store);
+}
