@@ -40,6 +40,9 @@ pub fn context(procfs_root: &Path, actor: impl Into<String>) -> Result<Context, 
     Ok(Context { boot_id, uptime, actor: actor.into() })
 }
 
+/// The agent's lock, in `state_dir`.
+pub const AGENT_LOCK: &str = "agent.lock";
+
 /// Whether somebody attaches devices to guests that are started by others.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Agent {
@@ -57,7 +60,7 @@ pub fn agent(state_dir: &Path) -> Agent {
     let careful = File::options()
         .read(true)
         .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
-        .open(state_dir.join("agent.lock"));
+        .open(state_dir.join(AGENT_LOCK));
     match careful.and_then(|file| Ok((file.metadata()?.is_file(), file))) {
         Err(_) | Ok((false, _)) => Agent::NotInstalled,
         Ok((true, file)) => match file.try_lock_shared() {

@@ -1,7 +1,7 @@
 //! What is wrong with this host, and how it is mended. Looks, and changes nothing.
 //!
 //! ```text
-//!  hook ─► configuration ─► agent ─► boot id ─► inventory ─► libvirt ─► its guests ─► devices
+//!  hook ─► configuration ─► AppArmor, SELinux ─► agent ─► boot id ─► inventory ─► libvirt ─► its guests ─► devices
 //! ```
 //! What one check needs and does not have is said by the check before it: nothing is said twice.
 
@@ -17,10 +17,11 @@ use virt_usb_hook::config::Config;
 use virt_usb_hook::guest::{NO_SPICE, missing_redirdevs, room};
 use virt_usb_hook::machine::{self, Agent};
 use virt_usb_hook::sysfs::{attribute, device_dir};
-use virt_usb_model::{Class, Flavor};
+use virt_usb_model::{Class, Flavor, Speed};
 use virt_usb_store::{Durability, Record, Store};
 
 use crate::agent::observe::flavor;
+use crate::agent::operate::selects;
 use crate::hypervisor::Libvirt;
 
 /// Our hook's name among others of libvirt's `qemu.d`.
@@ -72,7 +73,8 @@ pub fn examine(places: &Places) -> Vec<Finding> {
     let mut report = Report::default();
     report.hook(places);
     let Some(config) = report.config(places) else { return report.0 };
-    report.agent(&config);
+    report.confinement(places, &config);
+    report.agent(places, &config);
     report.machine(&config);
     let store = report.store(&config);
     report.guests(&config, store.as_ref());
@@ -104,6 +106,13 @@ impl Report {
         match Config::load(places.config.as_deref()) {
             Ok(config) => {
                 self.well("configuration", "it can be read");
+                if config.whitelist.on && config.whitelist.rules.is_empty() {
+                    self.warn(
+                        "configuration",
+                        "usb_white_list_switch is on and there is no rule: no device is offered to anybody",
+                        "write rules into usb_passthrough_whitelist, or turn the switch off",
+                    );
+                }
                 Some(config)
             }
             Err(e) => {
@@ -169,9 +178,7 @@ impl Report {
     fn seen_by_daemon(&mut self, places: &Places) {
         let folder = places.hooks.join("qemu.d");
         let made = std::fs::metadata(&folder).and_then(|found| found.created());
-        for daemon in ["virtqemud", "libvirtd"] {
-            let pid = std::fs::read_to_string(places.run.join(format!("{daemon}.pid")));
-            let Ok(pid) = pid.map(|pid| pid.trim().to_owned()) else { continue };
+        for (daemon, pid) in daemons(places) {
             let began = std::fs::metadata(Path::new("/proc").join(&pid)).and_then(|found| found.modified());
             match (&made, began) {
                 (Ok(made), Ok(began)) if *made > began => self.warn(
@@ -193,7 +200,73 @@ impl Report {
         }
     }
 
-    fn agent(&mut self, config: &Config) {
+    /// What keeps libvirt's daemon from running the hook although all files are as they should be.
+    fn confinement(&mut self, places: &Places, config: &Config) {
+        let hook = std::fs::canonicalize(places.hooks.join(HOOK));
+        for (daemon, pid) in daemons(places) {
+            let label = std::fs::read_to_string(config.procfs_root.join(&pid).join("attr/current"))
+                .unwrap_or_default();
+            if !label.trim_end_matches(['\0', '\n']).ends_with("(enforce)") {
+                continue;
+            }
+            // Debian's profiles (/etc/apparmor.d/usr.sbin.libvirtd, usr.sbin.virtqemud) let the daemon run what lies there.
+            let hooks = std::fs::canonicalize(&places.hooks).unwrap_or_else(|_| places.hooks.clone());
+            let allowed = [hooks.as_path(), Path::new("/usr/bin"), Path::new("/usr/sbin")];
+            match &hook {
+                Ok(real) if !allowed.iter().any(|folder| real.starts_with(folder)) => self.broken(
+                    "hook",
+                    format!("AppArmor confines {daemon}, whose profile does not let it run {}, which the hook is a link to", real.display()),
+                    "put the program itself there, or a link into /usr/sbin: 'make install-hook', or the package",
+                ),
+                _ => self.well("hook", format!("AppArmor lets {daemon} run it")),
+            }
+        }
+        let enforces = std::fs::read_to_string(config.sysfs_root.join("fs/selinux/enforce"));
+        if enforces.is_ok_and(|enforces| enforces.trim() == "1") {
+            self.warn(
+                "hook",
+                "SELinux enforces its policy, in which virt-usb's hook has no rules: libvirt's daemon may be kept from running it, or it from its inventory",
+                "start a guest, then 'ausearch -m avc -ts recent': audit2allow makes a policy module of what was denied",
+            );
+        }
+    }
+
+    /// Whether the agent runs as who it should, and may talk to libvirt.
+    fn agent_user(&mut self, places: &Places, config: &Config) {
+        let Some(process) = holder(&config.state_dir.join(machine::AGENT_LOCK)) else { return };
+        let Ok(owner) = std::fs::metadata(&config.state_dir).map(|found| found.uid()) else { return };
+        if process.uid != owner {
+            self.warn(
+                "agent",
+                format!(
+                    "it runs as user {}, and {} belongs to user {owner}: files that it makes there are not its owner's",
+                    process.uid,
+                    config.state_dir.display()
+                ),
+                format!("start it by its unit ('systemctl restart virt-usbd'), or 'chown -R' {} to its user", config.state_dir.display()),
+            );
+        }
+        for socket in ["libvirt/libvirt-sock", "libvirt/virtqemud-sock"] {
+            let socket = places.run.join(socket);
+            let Ok(found) = std::fs::metadata(&socket) else { continue };
+            let mode = found.permissions().mode();
+            let may = process.uid == 0
+                || (found.uid() == process.uid && mode & 0o200 != 0)
+                || (process.groups.contains(&found.gid()) && mode & 0o020 != 0)
+                || mode & 0o002 != 0;
+            match may {
+                true => self.well("agent", format!("it may talk to libvirt at {}", socket.display())),
+                false => self.broken(
+                    "agent",
+                    format!("it runs as user {}, which may not write {} (group {}): it cannot give guests anything", process.uid, socket.display(), found.gid()),
+                    "'usermod --append --groups libvirt virt-usb', then 'systemctl restart virt-usbd'",
+                ),
+            }
+        }
+    }
+
+    fn agent(&mut self, places: &Places, config: &Config) {
+        self.agent_user(places, config);
         match machine::agent(&config.state_dir) {
             Agent::Alive if config.state_dir.join(machine::HOOK_SOCKET).exists() => self.well("agent", "it runs"),
             Agent::Alive => self.warn("agent", "it runs, and does not hear hooks: their durations are not counted", "'systemctl restart virt-usbd' (guests keep their devices)"),
@@ -292,6 +365,7 @@ impl Report {
             ),
         }
         let (Some(store), Ok(definitions)) = (store, libvirt.definitions()) else { return };
+        let known = store.devices().unwrap_or_default();
         let mut asking = 0;
         for xml in definitions {
             let Ok(domain) = virt_usb_domxml::read(xml.as_bytes()) else { continue };
@@ -299,7 +373,7 @@ impl Report {
                 Ok(flavor) if flavor.is_empty() => {}
                 Ok(flavor) => {
                     asking += 1;
-                    if let Some(why) = unfit(&domain, &flavor) {
+                    if let Some(why) = unfit(&domain, &flavor, &known) {
                         self.warn(
                             "guest",
                             format!("{} asks for USB devices, but {why}", domain.name),
@@ -338,6 +412,24 @@ impl Report {
         }
     }
 
+    /// What waits for somebody.
+    fn set_aside(&mut self, record: &Record) {
+        let subject = format!("device {} (port {})", record.entry.id, record.entry.port_path);
+        let altered =
+            record.used_as.as_ref().zip(record.descriptors.as_ref()).and_then(|(was, is)| was.difference(is));
+        let clear = format!("look at it, then 'virt-usb quarantine clear {}'", record.entry.id);
+        match (&record.quarantined, &record.flapping_until, altered) {
+            (Some(why), _, Some(_)) => self.broken("device", format!("{subject} is set aside: {why}"), clear),
+            (Some(why), _, None) => self.warn("device", format!("{subject} is set aside: {why}"), clear),
+            (None, Some(until), _) => self.warn(
+                "device",
+                format!("{subject} comes and goes; it is not offered until {until}"),
+                "look at its plug, its cable and its hub",
+            ),
+            (None, None, _) => {}
+        }
+    }
+
     /// After a kill -9 of QEMU nobody gives the device back to the host's driver.
     fn devices(&mut self, config: &Config, store: &Store) {
         let Ok(devices) = store.devices() else { return };
@@ -356,18 +448,72 @@ impl Report {
         if none {
             self.well("device", "no free device was left without its driver");
         }
+        for record in &devices {
+            self.set_aside(record);
+        }
     }
 }
 
+/// libvirt's daemons that run, and their process ids.
+fn daemons(places: &Places) -> Vec<(&'static str, String)> {
+    let pid = |daemon: &'static str| {
+        let text = std::fs::read_to_string(places.run.join(format!("{daemon}.pid"))).ok()?;
+        Some((daemon, text.trim().to_owned()))
+    };
+    ["virtqemud", "libvirtd"].into_iter().filter_map(pid).collect()
+}
+
+/// As whom a process runs.
+struct Process {
+    uid: u32,
+    /// All of its groups.
+    groups: Vec<u32>,
+}
+
+/// Who holds the lock on this file, as the kernel lists it (proc_locks(5)).
+fn holder(lock: &Path) -> Option<Process> {
+    let inode = std::fs::metadata(lock).ok()?.ino().to_string();
+    let locks = std::fs::read_to_string("/proc/locks").ok()?;
+    let pid = locks.lines().find_map(|line| {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let [_, "FLOCK", _, _, pid, file, ..] = words.as_slice() else { return None };
+        (file.rsplit(':').next() == Some(&inode)).then_some(*pid)
+    })?;
+    let status = std::fs::read_to_string(Path::new("/proc").join(pid).join("status")).ok()?;
+    let numbers = |key: &str| -> Vec<u32> {
+        let line = status.lines().find_map(|line| line.strip_prefix(key));
+        line.into_iter().flat_map(str::split_whitespace).filter_map(|n| n.parse().ok()).collect()
+    };
+    // Real, effective, saved, file system.
+    let (uid, mut groups) = (*numbers("Uid:").get(1)?, numbers("Groups:"));
+    groups.extend(numbers("Gid:"));
+    Some(Process { uid, groups })
+}
+
+/// Speeds of devices that would serve the flavor, the slowest first: where these do not fit, nothing does.
+fn speeds(flavor: &Flavor, known: &[Record]) -> Vec<Option<Speed>> {
+    let mut speeds = Vec::new();
+    for request in &flavor.usb_devices {
+        let matching = known.iter().filter(|record| selects(&request.selector, record));
+        let mut there: Vec<Option<Speed>> = matching.map(|record| record.entry.speed).collect();
+        there.sort_unstable();
+        there.resize(request.count as usize, None);
+        speeds.extend(there);
+    }
+    speeds
+}
+
 /// Why a domain cannot have what its flavor asks for.
-fn unfit(domain: &Domain, flavor: &Flavor) -> Option<String> {
+fn unfit(domain: &Domain, flavor: &Flavor, known: &[Record]) -> Option<String> {
     let redirections = missing_redirdevs(domain, flavor.usb_redirection_devices.len());
     if !redirections.is_empty() && !domain.spice {
         return Some(NO_SPICE.into());
     }
-    let devices: usize = flavor.usb_devices.iter().map(|r| r.count as usize).sum();
+    // What is in its definition already has its port.
     let there = domain.hostdevs.iter().filter(|h| h.injected().is_some()).count();
-    room(domain, &vec![None; devices.saturating_sub(there) + redirections.len()]).err()
+    let mut wanted: Vec<Option<Speed>> = speeds(flavor, known).into_iter().skip(there).collect();
+    wanted.extend(redirections.iter().map(|_| None));
+    room(domain, &wanted).err()
 }
 
 /// The interfaces of a free device that the kernel's own drivers would have: storage, printers, keyboards, cameras and the like.

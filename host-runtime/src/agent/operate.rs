@@ -280,7 +280,7 @@ pub fn start(
 }
 
 /// Whether the selector means the device.
-fn selects(selector: &Selector, record: &Record) -> bool {
+pub(crate) fn selects(selector: &Selector, record: &Record) -> bool {
     let entry = &record.entry;
     let device = Device {
         key: record.key(),

@@ -112,6 +112,121 @@ fn an_agent_that_is_not_there() {
 }
 
 #[test]
+fn an_agent_that_runs_as_the_wrong_user_or_may_not_talk_to_libvirt() {
+    let patient = Patient::new();
+    let (state, lock) = (patient.host.path("state"), patient.host.path("state/agent.lock"));
+    patient.agent.unlock().unwrap();
+    fs::set_permissions(&lock, fs::Permissions::from_mode(0o666)).unwrap();
+    let open = |path: &std::path::Path| fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
+    open(&patient.host.path(""));
+    open(&state);
+    let mut agent = std::process::Command::new("setpriv")
+        .args(["--reuid=4711", "--regid=4711", "--groups=4711,4713", "flock"])
+        .arg(&lock)
+        .args(["sleep", "60"])
+        .spawn()
+        .unwrap();
+    while patient.agent.try_lock_shared().is_ok() {
+        patient.agent.unlock().unwrap();
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+    patient.finds(
+        "agent",
+        &["warning", "it runs as user 4711", "belongs to user 0", "systemctl restart virt-usbd"],
+    );
+    std::os::unix::fs::chown(&state, Some(4711), None).unwrap();
+    patient.is_well("agent");
+    let socket = patient.host.path("run/libvirt/libvirt-sock");
+    fs::create_dir(socket.parent().unwrap()).unwrap();
+    fs::write(&socket, "").unwrap();
+    fs::set_permissions(&socket, fs::Permissions::from_mode(0o660)).unwrap();
+    std::os::unix::fs::chown(&socket, Some(0), Some(4712)).unwrap();
+    patient.finds("agent", &["broken", "may not write", "(group 4712)", "usermod --append --groups libvirt"]);
+    std::os::unix::fs::chown(&socket, Some(0), Some(4713)).unwrap();
+    patient.is_well("agent");
+    agent.kill().unwrap();
+    agent.wait().unwrap();
+}
+
+#[test]
+fn a_hook_that_apparmor_or_selinux_keeps_from_running() {
+    let patient = Patient::new();
+    fs::write(patient.host.path("run/libvirtd.pid"), "777\n").unwrap();
+    let attributes = patient.host.path("proc/777/attr");
+    fs::create_dir_all(&attributes).unwrap();
+    fs::write(attributes.join("current"), "libvirtd (enforce)\n").unwrap();
+    patient.is_well("hook");
+    let hook = patient.host.path("hooks/qemu.d/50-virt-usb");
+    let elsewhere = patient.host.path("opt-virt-usb-hook");
+    fs::rename(&hook, &elsewhere).unwrap();
+    std::os::unix::fs::symlink(&elsewhere, &hook).unwrap();
+    patient.finds(
+        "hook",
+        &["broken", "AppArmor confines libvirtd", "opt-virt-usb-hook", "a link into /usr/sbin"],
+    );
+    fs::write(attributes.join("current"), "libvirtd (complain)\n").unwrap();
+    patient.is_well("hook");
+    let selinux = patient.host.path("sys/fs/selinux");
+    fs::create_dir_all(&selinux).unwrap();
+    fs::write(selinux.join("enforce"), "1").unwrap();
+    patient.finds("hook", &["warning", "SELinux enforces", "ausearch -m avc"]);
+    fs::write(selinux.join("enforce"), "0").unwrap();
+    patient.is_well("hook");
+}
+
+#[test]
+fn a_device_that_waits_for_somebody_and_a_whitelist_without_rules() {
+    let patient = Patient::new();
+    let run = |words: &[&str]| assert!(patient.host.virt_usb(words).status.success(), "{words:?}");
+    let descriptors = |keyboard: &str| {
+        format!("120100020000004029050100000101020301090220000101008032090400000208065000{keyboard}")
+    };
+    let seen = |number: u8, keyboard: &str| {
+        patient.host.discover(&device(
+            "0001",
+            "1-1",
+            number,
+            &format!("serial = 'A'\ndescriptors = '{}'", descriptors(keyboard)),
+        ));
+    };
+    let keys = fs::read_to_string(patient.host.config_file()).unwrap();
+    let rule = "usb_passthrough_whitelist = [{ vendor = '0529', one_time_use = true }]\n";
+    fs::write(patient.host.config_file(), format!("{keys}{rule}flap_limit = 2\nflap_pause = 1\n")).unwrap();
+    seen(5, "");
+    seen(6, "");
+    patient.is_well("device");
+    seen(7, "");
+    patient.finds("device", &["warning", "device 1 (port 1-1) comes and goes", "look at its plug"]);
+    run(&["quarantine", "clear", "1"]);
+    patient.is_well("device");
+    let hostdev = "<hostdev mode='subsystem' type='usb'><source><vendor id='0x0529'/><product id='0x0001'/>\
+                   <address bus='1' device='7'/></source><alias name='ua-usb-1'/></hostdev>";
+    let guest = virt_usb_suite::domain("g", 1, r#"{"usb_devices":[{"vendor_id":"0529"}]}"#);
+    for (operation, xml) in [
+        ("prepare", guest.clone()),
+        ("started", guest.replace("</devices>", &format!("{hostdev}</devices>"))),
+        ("release", guest.clone()),
+    ] {
+        let sub = if operation == "release" { "end" } else { "begin" };
+        assert!(
+            patient.host.call(&["g", operation, sub, "-"], xml.as_bytes()).status.success(),
+            "{operation}"
+        );
+    }
+    patient.finds("device", &["warning", "is set aside: g (", "virt-usb quarantine clear 1"]);
+    seen(7, "090401000103010100");
+    patient.finds(
+        "device",
+        &["broken", "IT IS NOT WHAT IT WAS: interfaces 08/06/50 before, 08/06/50 03/01/01 now"],
+    );
+    run(&["quarantine", "clear", "1"]);
+    patient.is_well("device");
+    patient.is_well("configuration");
+    fs::write(patient.host.config_file(), format!("{keys}usb_white_list_switch = 'on'\n")).unwrap();
+    patient.finds("configuration", &["warning", "no device is offered to anybody", "turn the switch off"]);
+}
+
+#[test]
 fn a_configuration_and_an_inventory_that_cannot_be_read() {
     let patient = Patient::new();
     patient.is_well("configuration");
