@@ -22,6 +22,7 @@ build: deps ## the programs, in target/release
 	@$(CARGO) build --release --workspace --bins
 	@$(STATIC_HOOK)
 	@filter-wasm/build
+	@target/release/virt-usb manual target/manual --date "$$(date -u -d "$$(sed -n '/^ -- /{s/.*>  //p;q}' debian/changelog)" +%F)"
 
 filter: deps ## the scheduler's filter, as a component and as a core module
 	@filter-wasm/build
