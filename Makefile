@@ -7,7 +7,7 @@ CARGO := cargo
 # flag for everything would break proc-macros and libusb.
 STATIC_HOOK := $(CARGO) rustc --release -p virt-usb-hook --bin virt-usb-hook -- -C target-feature=+crt-static -C lto=fat -C codegen-units=1
 
-.PHONY: help deps test-deps build filter run test lint suite corpus embedding live live-nested bench fuzz soak install-hook install-agent clean
+.PHONY: help deps test-deps build filter run test lint suite corpus embedding live live-nested bench fuzz soak install install-hook install-agent clean
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -69,6 +69,9 @@ soak: test-deps build corpus ## what takes longer than a change may: many more r
 	@PROPTEST_CASES=20000 $(CARGO) test --release --workspace
 	@echo "== 200 kills in the VM"
 	@tests/live/run nested --case crash.random_moments --kills 200
+
+install: ## what was built to where it belongs, below DESTDIR; a package is made of it
+	@install/place command hook config agent
 
 install-hook: build ## put the hook where libvirt calls it (root)
 	@install/hook
