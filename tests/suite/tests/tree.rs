@@ -147,6 +147,7 @@ fn every_folder_of_a_part_explains_itself() {
         "wit",
         "tests",
         "tests/embedding",
+        "tests/packages",
         "install",
     ] {
         assert!(root().join(folder).join("README.md").exists(), "{folder}/README.md");
