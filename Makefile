@@ -7,7 +7,7 @@ CARGO := cargo
 # flag for everything would break proc-macros and libusb.
 STATIC_HOOK := $(CARGO) rustc --release -p virt-usb-hook --bin virt-usb-hook -- -C target-feature=+crt-static -C lto=fat -C codegen-units=1
 
-.PHONY: help deps test-deps build filter run test lint suite corpus embedding live live-nested bench fuzz soak install-hook install-agent clean
+.PHONY: help deps test-deps build filter run test lint suite corpus embedding live live-nested packages bench fuzz soak install install-hook install-agent deb clean
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -22,6 +22,7 @@ build: deps ## the programs, in target/release
 	@$(CARGO) build --release --workspace --bins
 	@$(STATIC_HOOK)
 	@filter-wasm/build
+	@target/release/virt-usb manual target/manual --date "$$(date -u -d "$$(sed -n '/^ -- /{s/.*>  //p;q}' debian/changelog)" +%F)"
 
 filter: deps ## the scheduler's filter, as a component and as a core module
 	@filter-wasm/build
@@ -29,7 +30,7 @@ filter: deps ## the scheduler's filter, as a component and as a core module
 run: build ## the main job as a story, on this machine's devices or a recorded host's
 	@tests/story/run
 
-test: test-deps lint build corpus suite embedding live live-nested ## everything that a change must pass
+test: test-deps lint build corpus suite embedding live live-nested packages ## everything that a change must pass
 
 lint:
 	@echo "== formatting and lints"
@@ -56,6 +57,10 @@ live-nested: test-deps build ## a compute host in a VM, with real USB devices (r
 	@echo "== a compute host in a VM, with real USB devices (some twelve minutes; a line a case)"
 	@tests/live/run nested
 
+packages: test-deps deb ## the Debian package in clean Debians 12 and 13 (root)
+	@echo "== the package in clean Debians"
+	@tests/packages/run
+
 bench: test-deps build embedding ## the figures of BENCHMARKS.md
 	@target/release/virt-usb-bench
 	@tests/live/run nested --case figures
@@ -68,6 +73,13 @@ soak: test-deps build corpus ## what takes longer than a change may: many more r
 	@PROPTEST_CASES=20000 $(CARGO) test --release --workspace
 	@echo "== 200 kills in the VM"
 	@tests/live/run nested --case crash.random_moments --kills 200
+
+install: ## what was built to where it belongs, below DESTDIR; a package is made of it
+	@install/place command hook config agent
+
+deb: build ## a Debian package, in target/deb
+	@install/deps deb
+	@install/deb
 
 install-hook: build ## put the hook where libvirt calls it (root)
 	@install/hook

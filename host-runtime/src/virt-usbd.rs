@@ -3,32 +3,13 @@
 use std::fs::File;
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
-use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Parser;
 use tracing::Level;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
-use virt_usb::agent::{Options, run};
-
-/// The agent of virt-usb: watches this host's USB devices and guests, and gives each guest what is claimed for it.
-///
-/// It runs in the foreground and logs to the journal where it is a service of systemd, else to stderr. SIGHUP reads the
-/// configuration again; SIGTERM ends it, and guests keep what they have.
-#[derive(Debug, Parser)]
-#[command(version, name = "virt-usbd")]
-struct Arguments {
-    /// The configuration [default: /etc/virt-usb/config.toml, where it is there]
-    #[arg(long, value_name = "FILE")]
-    config: Option<PathBuf>,
-    /// Simulate the devices and domains of this file: of this machine nothing is touched but the state_dir of --config
-    #[arg(long, value_name = "FILE")]
-    sim: Option<PathBuf>,
-    /// Say more
-    #[arg(long, short)]
-    verbose: bool,
-}
+use virt_usb::agent::{Arguments, Options, run};
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();

@@ -18,6 +18,7 @@
 //!
 //! It may be killed at any moment: what it knows it reads again, from the store, from sysfs and from the live XML.
 
+mod arguments;
 mod devices;
 mod guests;
 pub mod metrics;
@@ -48,6 +49,8 @@ use devices::{Devices, Files, Nudge, Rules};
 use guests::{Guests, Signal};
 use metrics::Metrics;
 use simulation::Simulation;
+
+pub use arguments::Arguments;
 
 /// How long the agent waits for the store's lock.
 const PATIENCE: Duration = Duration::from_secs(10);

@@ -131,6 +131,15 @@ pub(super) enum Verb {
         /// For which shell
         shell: Shell,
     },
+    /// Write the manual's pages and the completion scripts, for whoever makes a package
+    #[command(hide = true)]
+    Manual {
+        /// The folder to write into
+        dir: PathBuf,
+        /// The pages' date
+        #[arg(long, value_name = "YYYY-MM-DD")]
+        date: String,
+    },
 }
 
 #[derive(Debug, Args)]

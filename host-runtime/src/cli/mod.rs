@@ -14,6 +14,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
+use anyhow::Context as _;
 use clap::{CommandFactory, Parser};
 use virt_usb_hook::config::Config;
 use virt_usb_hook::machine;
@@ -82,6 +83,11 @@ fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Arguments::command(), "virt-usb", &mut script);
             session.out.raw(&script)?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Verb::Manual { dir, date } => {
+            crate::manual::write(&dir, &date)
+                .with_context(|| format!("cannot write the manual to {}", dir.display()))?;
             Ok(ExitCode::SUCCESS)
         }
     }

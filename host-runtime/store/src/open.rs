@@ -215,7 +215,11 @@ impl Store {
             tx.pragma_update(None, "application_id", APPLICATION_ID)?;
             tx.pragma_update(None, "user_version", SCHEMA)
         };
-        run().and_then(|()| tx.commit()).map_err(|e| self.fault(&e))
+        run().and_then(|()| tx.commit()).map_err(|e| self.fault(&e))?;
+        // A package that is older looks at the version in the file's head before it is installed, and cannot read the log. Who reads meanwhile
+        // is not waited for: the log is folded later then.
+        drop(self.checkpoint("PASSIVE"));
+        Ok(())
     }
 
     /// Starts the deadline for locks anew, for programs that live longer than one call.
@@ -324,6 +328,19 @@ mod tests {
         whole.execute_batch(include_str!("../schema.sql")).unwrap();
         assert_eq!(schema(&replayed), schema(&whole));
         assert!(schema(&whole).len() > 10);
+    }
+
+    /// The file says by itself which schema it has: what a package's preinst reads with `od`, which has no SQLite.
+    #[test]
+    fn the_version_stands_in_the_files_head() {
+        let dir = tempfile::tempdir().unwrap();
+        let _open = Store::create(dir.path(), Duration::from_secs(5)).unwrap();
+        let head = fs::read(dir.path().join(FILE_NAME)).unwrap();
+        let number = |at: usize| i64::from(u32::from_be_bytes(head[at..at + 4].try_into().unwrap()));
+        assert_eq!((number(60), number(68)), (SCHEMA, APPLICATION_ID));
+        // And a package counts the migrations' files.
+        let files = fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/migrations")).unwrap();
+        assert_eq!(files.count(), MIGRATIONS.len());
     }
 
     #[test]

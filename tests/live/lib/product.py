@@ -30,7 +30,7 @@ class Product:
         must(self.repo / "install/agent", timeout=120)
         if run("getent", "passwd", USER, quiet=True).status:
             must("useradd", "--system", "--no-create-home", "--shell", "/usr/sbin/nologin", USER)
-        # What its unit says (SupplementaryGroups).
+        # libvirtd here asks for the group, not for polkit.
         must("usermod", "--append", "--groups", "libvirt", USER)
         LOGS.mkdir(parents=True, exist_ok=True)
         LOGS.chmod(0o777)

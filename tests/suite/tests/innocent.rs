@@ -120,6 +120,48 @@ fn a_domain_that_asks_for_nothing_passes_whatever_is_broken() {
     }
 }
 
+/// A hook that was left behind meets the inventory of a newer virt-usb.
+#[test]
+fn of_a_newer_inventory_the_hook_takes_nothing_and_says_what_to_do() {
+    let host = host();
+    let file = host.path("state/inventory.sqlite");
+    drop(host.store());
+    let _ = fs::remove_file(host.path("state/inventory.sqlite-wal"));
+    let mut bytes = fs::read(&file).unwrap();
+    // user_version, in the file's head.
+    bytes[60..64].copy_from_slice(&99_u32.to_be_bytes());
+    fs::write(&file, &bytes).unwrap();
+    for hints in [true, false] {
+        if !hints {
+            lose_hints(&host);
+        }
+        for xml in innocents() {
+            for (operation, sub) in OPERATIONS {
+                unharmed(
+                    "a newer inventory",
+                    operation,
+                    &host.call(&["plain", operation, sub, "-"], xml.as_bytes()),
+                );
+            }
+        }
+        let asking = domain("erp", 2, ASK);
+        let refused = host.call(&["erp", "prepare", "begin", "-"], asking.as_bytes());
+        let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+        assert_eq!(refused.status.code(), Some(1), "{said}");
+        for words in ["virt-usb: erp", "has schema 99", "install the virt-usb that wrote it, or newer"] {
+            assert!(said.contains(words), "{said}");
+        }
+        // No notice fails, whatever the guest asks for: a stop is never blocked.
+        for (operation, sub) in
+            [("started", "begin"), ("stopped", "end"), ("release", "end"), ("reconnect", "begin")]
+        {
+            let passed = host.call(&["erp", operation, sub, "-"], asking.as_bytes());
+            assert_eq!(passed.status.code(), Some(0), "{operation}");
+        }
+    }
+    assert!(fs::read(&file).unwrap() == bytes, "nothing was changed");
+}
+
 #[test]
 fn the_guests_of_a_user_who_may_not_read_the_state_pass() {
     let host = host();

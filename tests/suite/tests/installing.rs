@@ -1,4 +1,4 @@
-//! `install/hook` in a folder of its own.
+//! What `install/` places, in a folder of its own.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
 
 use std::os::unix::fs::PermissionsExt;
@@ -104,4 +104,76 @@ fn the_agent_comes_with_a_unit_that_lets_it_do_little() {
     ok(&agent(&["--remove"]));
     assert!(!program.exists());
     assert!(!agent(&["--purge"]).status.success());
+}
+
+/// What `install/files` names, a path each, for a package: without the files that a * stands for.
+fn listed() -> Vec<String> {
+    let list = std::fs::read_to_string(root().join("install/files")).unwrap();
+    let lines = list.lines().filter(|line| !line.starts_with('#') && !line.is_empty());
+    lines.map(|line| line.split_whitespace().nth(3).unwrap().to_owned()).collect()
+}
+
+fn files(below: &Path) -> Vec<std::path::PathBuf> {
+    let entries = std::fs::read_dir(below).unwrap().map(|e| e.unwrap().path());
+    entries.flat_map(|path| if path.is_dir() { files(&path) } else { vec![path] }).collect()
+}
+
+#[test]
+fn make_install_places_the_list_and_nothing_else() {
+    let dest = tempfile::tempdir().unwrap();
+    let place = |arguments: &[&str]| {
+        let mut command = Command::new(root().join("install/place"));
+        command.args(arguments).env("DESTDIR", dest.path()).output().unwrap()
+    };
+    let make = Command::new("make")
+        .arg("install")
+        .arg(format!("DESTDIR={}", dest.path().display()))
+        .current_dir(root())
+        .output()
+        .unwrap();
+    ok(&make);
+    for path in listed() {
+        assert!(dest.path().join(path.trim_start_matches('/')).exists(), "{path}");
+    }
+    let places = listed();
+    for file in files(dest.path()) {
+        let path = format!("/{}", file.strip_prefix(dest.path()).unwrap().display());
+        let named =
+            |place: &String| *place == path || (place.ends_with('/') && path.starts_with(place.as_str()));
+        assert!(places.iter().any(named), "{path} is not in install/files");
+    }
+    let hook = dest.path().join("usr/sbin/virt-usb-hook");
+    assert_eq!(std::fs::metadata(hook).unwrap().permissions().mode() & 0o7777, 0o755);
+    assert!(dest.path().join("usr/share/man/man1/virt-usb-claims.1").exists());
+    assert!(
+        !dest.path().join("etc/libvirt").exists() && !dest.path().join("var").exists(),
+        "a package's affair"
+    );
+
+    ok(&place(&["--remove", "command", "hook", "config", "agent"]));
+    assert_eq!(files(dest.path()), Vec::<std::path::PathBuf>::new());
+    for wrong in [&["agents"][..], &["--remove"], &[]] {
+        assert!(!place(wrong).status.success(), "{wrong:?}");
+    }
+}
+
+/// A grant that libvirt does not know is none, and nobody would notice: `make packages` asks libvirt itself.
+#[test]
+fn polkits_rule_grants_what_the_agent_does() {
+    let rule = std::fs::read_to_string(root().join("install/virt-usb.rules")).unwrap();
+    let granted: Vec<&str> =
+        rule.split('"').filter(|word| word.starts_with("org.libvirt.") && word.len() > 12).collect();
+    let calls = [
+        "connect.getattr",
+        "connect.read",
+        "connect.search-domains",
+        "domain.getattr",
+        "domain.read",
+        "domain.write",
+        "domain.stop",
+    ];
+    let wanted: Vec<String> = std::iter::once("org.libvirt.unix.manage".to_owned())
+        .chain(calls.iter().map(|call| format!("org.libvirt.api.{call}")))
+        .collect();
+    assert_eq!(granted, wanted);
 }

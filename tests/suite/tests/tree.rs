@@ -129,7 +129,7 @@ fn the_top_holds_the_folders_of_the_design_and_no_other() {
         .map(|(top, _)| top)
         .filter(|top| !top.starts_with('.'))
         .collect();
-    let design = BTreeSet::from(["hook", "filter-wasm", "host-runtime", "wit", "tests", "install"]);
+    let design = BTreeSet::from(["hook", "filter-wasm", "host-runtime", "wit", "tests", "install", "debian"]);
     assert!(!folders.is_empty() && folders.is_subset(&design), "{folders:?}");
 }
 
@@ -147,6 +147,7 @@ fn every_folder_of_a_part_explains_itself() {
         "wit",
         "tests",
         "tests/embedding",
+        "tests/packages",
         "install",
     ] {
         assert!(root().join(folder).join("README.md").exists(), "{folder}/README.md");

@@ -1,0 +1,143 @@
+//! The manual: a page a command and the completions for shells, made of what clap knows about the arguments. `make build` writes
+//! it to `target/manual`; a package takes it from there. The hook, which has no clap, has its page in `install/man/`.
+
+use std::fs;
+use std::io;
+use std::path::Path;
+
+use clap::{Command, CommandFactory};
+use clap_complete::Shell;
+use clap_mangen::Man;
+use clap_mangen::roff::{Roff, bold, roman};
+
+use crate::{agent, cli};
+
+/// A section that clap does not know of: its heading, and entries with a tag each (without one: a paragraph).
+type Section = (&'static str, &'static [(&'static str, &'static str)]);
+
+const FILES: Section = (
+    "FILES",
+    &[
+        ("/etc/virt-usb/config.toml", "The configuration; every key is explained in it."),
+        ("/var/lib/virt-usb/inventory.sqlite", "The inventory, in the folder that state_dir names."),
+        ("/etc/libvirt/hooks/qemu.d/50-virt-usb", "The hook, where libvirt calls it."),
+    ],
+);
+const COMMAND: [Section; 3] = [
+    (
+        "EXIT STATUS",
+        &[
+            ("0", "It is done."),
+            (
+                "1",
+                "It could not be done; one line on stderr says why. Of 'store check': damage was found. Of 'doctor': something will not work for somebody.",
+            ),
+            ("2", "The arguments are wrong. Of 'doctor': guests do not get their devices."),
+            ("3", "Of 'filter': it was asked, and no host can serve."),
+        ],
+    ),
+    FILES,
+    ("SEE ALSO", &[("", "virt-usbd(8), virt-usb-hook(8), virsh(1)")]),
+];
+const SUBCOMMAND: [Section; 1] = [("SEE ALSO", &[("", "virt-usb(1), virt-usbd(8), virt-usb-hook(8)")])];
+const DAEMON: [Section; 4] = [
+    (
+        "EXIT STATUS",
+        &[("0", "It was told to end."), ("1", "It could not start; the last line of its log says why.")],
+    ),
+    (
+        "SIGNALS",
+        &[
+            (
+                "SIGHUP",
+                "Reads the configuration again. One that is wrong is refused, and the one before counts on.",
+            ),
+            ("SIGTERM, SIGINT", "End it. Guests keep their devices."),
+        ],
+    ),
+    FILES,
+    ("SEE ALSO", &[("", "virt-usb(1), virt-usb-hook(8), libvirtd(8)")]),
+];
+
+/// Writes all of it into `dir`, which is made where it is missing: `*.1`, `*.8`, and a completion script a shell. `date` (YYYY-MM-DD) is the
+/// pages': whoever builds says it, so that two builds are alike.
+///
+/// # Errors
+/// What the file system says.
+pub fn write(dir: &Path, date: &str) -> io::Result<()> {
+    fs::create_dir_all(dir)?;
+    let mut command = cli::Arguments::command().disable_help_subcommand(true);
+    command.build();
+    page(dir, &command, ("1", date), &COMMAND)?;
+    subcommands(dir, &command, date)?;
+    page(dir, &agent::Arguments::command(), ("8", date), &DAEMON)?;
+    for shell in [Shell::Bash, Shell::Zsh, Shell::Fish] {
+        clap_complete::generate_to(shell, &mut cli::Arguments::command(), "virt-usb", dir)?;
+    }
+    Ok(())
+}
+
+fn subcommands(dir: &Path, command: &Command, date: &str) -> io::Result<()> {
+    for below in command.get_subcommands().filter(|c| !c.is_hide_set()) {
+        page(dir, below, ("1", date), &SUBCOMMAND)?;
+        subcommands(dir, below, date)?;
+    }
+    Ok(())
+}
+
+fn page(dir: &Path, command: &Command, (section, date): (&str, &str), more: &[Section]) -> io::Result<()> {
+    let man = Man::new(command.clone())
+        .section(section)
+        .date(date)
+        .source(concat!("virt-usb ", env!("CARGO_PKG_VERSION")))
+        .manual("virt-usb");
+    let mut text = Vec::new();
+    man.render(&mut text)?;
+    text.extend(sections(more).to_roff().into_bytes());
+    fs::write(dir.join(man.get_filename()), text)
+}
+
+fn sections(list: &[Section]) -> Roff {
+    let mut roff = Roff::new();
+    for (heading, entries) in list {
+        roff.control("SH", [*heading]);
+        for (tag, text) in *entries {
+            if !tag.is_empty() {
+                roff.control("TP", []);
+                roff.text([bold(*tag)]);
+            }
+            roff.text([roman(*text)]);
+        }
+    }
+    roff
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_command_that_is_shown_has_a_page() {
+        let dir = tempfile::tempdir().unwrap();
+        write(dir.path(), "2026-11-24").unwrap();
+        let read = |name: &str| fs::read_to_string(dir.path().join(name)).unwrap();
+        for command in cli::Arguments::command().get_subcommands() {
+            let name = format!("virt-usb-{}.1", command.get_name());
+            if command.is_hide_set() {
+                assert!(!dir.path().join(&name).exists(), "{name}");
+                continue;
+            }
+            let text = read(&name);
+            for heading in [".SH NAME", ".SH SYNOPSIS", ".SH DESCRIPTION", ".SH \"SEE ALSO\""] {
+                assert!(text.contains(heading), "{name}: {heading}\n{text}");
+            }
+        }
+        assert!(read("virt-usb-claims-release.1").contains("force"));
+        assert!(read("virt-usb.1").contains(".SH \"EXIT STATUS\""));
+        assert!(read("virt-usbd.8").contains("SIGHUP"));
+        for script in ["virt-usb.bash", "_virt-usb", "virt-usb.fish"] {
+            let text = read(script);
+            assert!(text.contains("discover"), "{script}");
+        }
+    }
+}
