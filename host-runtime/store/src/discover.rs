@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use rusqlite::{Transaction, params};
 use serde::Serialize;
-use virt_usb_model::{Device, DeviceId, Verdict};
+use virt_usb_model::{Class, Device, DeviceId, Verdict};
 
 use crate::device::{Record, read_id, refresh, sql_id, step_revision};
 use crate::error::Sql;
@@ -153,9 +153,19 @@ fn update(tx: &Transaction<'_>, id: DeviceId, d: &Device, verdict: &Verdict) -> 
         d.host_use,
         verdict.withheld.map(virt_usb_model::Reason::name),
     ])?;
+    label(tx, id, std::iter::once(&d.class).chain(&d.interfaces), &verdict.tags)
+}
+
+/// Makes the device's labels these.
+pub(crate) fn label<'a>(
+    tx: &Transaction<'_>,
+    id: DeviceId,
+    classes: impl Iterator<Item = &'a Class>,
+    tags: &[String],
+) -> Sql<()> {
     tx.prepare_cached("DELETE FROM device_labels WHERE device_id = ?1")?.execute([sql_id(id)])?;
-    let classes = std::iter::once(&d.class).chain(&d.interfaces).map(|c| ("class", c.to_string()));
-    for (kind, value) in classes.chain(verdict.tags.iter().map(|t| ("tag", t.clone()))) {
+    let classes = classes.map(|c| ("class", c.to_string()));
+    for (kind, value) in classes.chain(tags.iter().map(|t| ("tag", t.clone()))) {
         tx.prepare_cached(
             "INSERT OR IGNORE INTO device_labels (kind, value, device_id) VALUES (?1, ?2, ?3)",
         )?

@@ -76,7 +76,8 @@ pub struct EventRow {
     /// UTC, ISO 8601.
     pub at: String,
     /// What happened: `assigned`, `unassigned`, `claimed`, `allocated`, `detached`, `released`, `refused`, `voided`, `forced`, `adopted`,
-    /// `problem`, `solved`, `added`, `changed`, `removed`, `returned`, `flavor-set`, `flavor-removed`.
+    /// `problem`, `solved`, `added`, `changed`, `removed`, `returned`, `flavor-set`, `flavor-removed`,
+    /// `restored`, `rebuilt`.
     pub event: String,
     /// To which instance.
     pub instance_uuid: Option<InstanceId>,
@@ -93,7 +94,7 @@ pub struct EventRow {
 }
 
 impl EventRow {
-    fn read(row: &Row<'_>) -> Sql<Self> {
+    pub(crate) fn read(row: &Row<'_>) -> Sql<Self> {
         let device: Option<i64> = row.get("device_id")?;
         Ok(Self {
             id: row.get("id")?,

@@ -8,4 +8,5 @@ mod files;
 mod life;
 mod model;
 mod property;
+mod recover;
 mod schema;
