@@ -7,3 +7,4 @@ pub mod doctor;
 pub mod filter;
 pub mod hypervisor;
 pub mod inventory;
+pub mod recover;
