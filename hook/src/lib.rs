@@ -6,7 +6,7 @@
 //!  stdin ─► Input ─┘                               │ (claims in the store, sysfs at the ports)   └──► one journal record
 //! ```
 //! It is a library too, so that agent and command line claim and rewrite with the same code: [`config`], [`sysfs`],
-//! [`machine`], [`guest`], [`wish`] and [`run::handle_with`] are shared, and nothing here may need libvirt, libusb or an async runtime.
+//! [`machine`], [`guest`], [`notice::take_over`], [`wish`] and [`run::handle_with`] are shared, and nothing here may need libvirt, libusb or an async runtime.
 //!
 //! libvirt holds the domain's lock while the hook runs and waits for every descriptor that it was given: the hook
 //! calls nothing, starts nothing, and waits for nothing but the store's lock, two seconds at the most.
@@ -20,7 +20,7 @@ pub mod input;
 pub mod journal;
 pub mod machine;
 pub mod message;
-mod notice;
+pub mod notice;
 mod prepare;
 pub mod run;
 pub mod sysfs;

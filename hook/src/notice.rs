@@ -1,9 +1,10 @@
 //! `started`, `stopped`, `release`, `reconnect`: nothing can be refused, and nothing here ever fails a call.
 
 use std::collections::BTreeSet;
+use std::path::Path;
 
-use virt_usb_domxml::UsbHostdev;
-use virt_usb_model::DeviceId;
+use virt_usb_domxml::{Domain, UsbHostdev};
+use virt_usb_model::{DeviceId, InstanceId};
 use virt_usb_store::adopt::{Adoption, Stage};
 use virt_usb_store::give_back::Extent;
 use virt_usb_store::{Context, Store, StoreError};
@@ -30,26 +31,8 @@ fn running(job: &Job<'_>, concerned: bool) -> Result<Answer, Fault> {
     let fault = |e: StoreError| Fault::of(true, e);
     let config = job.config(true)?;
     let (mut store, context) = open(config, &job.call.op, true)?;
-    let holdings: Vec<_> = job.domain.hostdevs.iter().map(holding).collect();
-    let mut ports = Ports { sysfs_root: &config.sysfs_root };
-    let adopted = match holdings.is_empty() {
-        true => Vec::new(),
-        false => store
-            .adopt(&asker(job.domain, instance), &holdings, Stage::Running, &mut ports, &context)
-            .map_err(fault)?,
-    };
-    // A device with our alias is in the guest even if its port cannot be read at this moment.
-    let injected = job.domain.hostdevs.iter().filter_map(UsbHostdev::injected);
-    let in_guest: BTreeSet<DeviceId> = adopted
-        .iter()
-        .filter_map(|a| match a {
-            Adoption::New(id) | Adoption::AlreadyYours(id) => Some(*id),
-            Adoption::HeldBy(..) | Adoption::Unknown => None,
-        })
-        .chain(injected)
-        .collect();
-    let waiting =
-        store.confirm(instance, &in_guest.iter().copied().collect::<Vec<_>>(), &context).map_err(fault)?;
+    let TakenOver { adopted, in_guest, waiting } =
+        take_over(&mut store, job.domain, instance, &config.sysfs_root, &context).map_err(fault)?;
     let anew = store.claims_of(instance).map_err(fault)?.iter().filter(|c| c.arrived).count();
     let mut did = format!("{} in the guest, {} to be attached", in_guest.len(), waiting.len());
     if anew > 0 {
@@ -75,6 +58,53 @@ fn running(job: &Job<'_>, concerned: bool) -> Result<Answer, Fault> {
         }
     }
     Ok(answer)
+}
+
+/// What a guest that runs has now.
+#[derive(Debug)]
+pub struct TakenOver {
+    /// What became of each hostdev of its live XML.
+    pub adopted: Vec<Adoption>,
+    /// The devices that are in it.
+    pub in_guest: BTreeSet<DeviceId>,
+    /// Those that it holds and that are not in it yet.
+    pub waiting: Vec<DeviceId>,
+}
+
+/// A guest was found running: what its live XML shows is its own, and what it holds is brought in line with that.
+///
+/// # Errors
+/// When the database cannot be written.
+pub fn take_over(
+    store: &mut Store,
+    domain: &Domain,
+    instance: InstanceId,
+    sysfs_root: &Path,
+    context: &Context,
+) -> Result<TakenOver, StoreError> {
+    let holdings: Vec<_> = domain.hostdevs.iter().map(holding).collect();
+    let adopted = match holdings.is_empty() {
+        true => Vec::new(),
+        false => store.adopt(
+            &asker(domain, instance),
+            &holdings,
+            Stage::Running,
+            &mut Ports { sysfs_root },
+            context,
+        )?,
+    };
+    // A device with our alias is in the guest even if its port cannot be read at this moment.
+    let injected = domain.hostdevs.iter().filter_map(UsbHostdev::injected);
+    let in_guest: BTreeSet<DeviceId> = adopted
+        .iter()
+        .filter_map(|a| match a {
+            Adoption::New(id) | Adoption::AlreadyYours(id) => Some(*id),
+            Adoption::HeldBy(..) | Adoption::Unknown => None,
+        })
+        .chain(injected)
+        .collect();
+    let waiting = store.confirm(instance, &in_guest.iter().copied().collect::<Vec<_>>(), context)?;
+    Ok(TakenOver { adopted, in_guest, waiting })
 }
 
 /// QEMU is gone. The devices stay the instance's until `release`: between the two calls libvirt still counts them as the

@@ -308,7 +308,7 @@ impl Report {
             }
             Ok(findings) => {
                 for finding in findings {
-                    self.broken("inventory", finding, "'virt-usb store backup FILE' keeps it as it is; 'virt-usb discover' brings rows in line with what is plugged in");
+                    self.broken("inventory", finding, "'virt-usb store rebuild' makes it anew and keeps what can be kept, or 'virt-usb store restore FILE' takes a backup; a hint that is missing: 'virt-usb discover'");
                 }
             }
             Err(e) => self.broken("inventory", e, "'virt-usb store check' says more"),

@@ -8,3 +8,4 @@ pub mod filter;
 pub mod hypervisor;
 pub mod inventory;
 pub mod manual;
+pub mod recover;

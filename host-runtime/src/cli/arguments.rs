@@ -348,6 +348,35 @@ pub(super) enum StoreVerb {
         /// The copy, which must not exist yet
         file: PathBuf,
     },
+    /// Take a backup's content; the inventory that is there is kept beside it
+    ///
+    /// Hooks and agent may run meanwhile. Devices that were seen since the backup keep their ids, and who holds a device is what it is now.
+    Restore {
+        /// The backup
+        file: PathBuf,
+        #[command(flatten)]
+        options: Recover,
+    },
+    /// Make the inventory anew: of what can still be read of it, of what is plugged in, and of what the guests that run have
+    ///
+    /// The damaged one is kept beside it. A device whose row is lost gets an id that no device had before.
+    Rebuild {
+        /// Even though it is sound, or another version's or program's
+        #[arg(long)]
+        force: bool,
+        #[command(flatten)]
+        options: Recover,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(super) struct Recover {
+    /// Without asking libvirt: a device that is in a guest may be shown free until the agent adopts it
+    #[arg(long)]
+    pub(super) without_guests: bool,
+    /// Take the devices from this TOML file instead of libusb
+    #[arg(long, value_name = "FILE")]
+    pub(super) sim: Option<PathBuf>,
 }
 
 #[cfg(test)]

@@ -17,7 +17,7 @@ use super::output::{or_dash, table};
 use crate::discovery::{LibUsb, Simulated, Snapshot, UsbSource};
 use crate::inventory::{host_name, plan};
 
-fn source(config: &Config, sim: Option<&Path>) -> anyhow::Result<Box<dyn UsbSource>> {
+pub(super) fn source(config: &Config, sim: Option<&Path>) -> anyhow::Result<Box<dyn UsbSource>> {
     Ok(match sim {
         Some(file) => Box::new(Simulated::load(file)?),
         None => Box::new(LibUsb::new(config)),

@@ -8,6 +8,7 @@ mod filter;
 mod flavors;
 mod guests;
 mod output;
+mod recover;
 mod upkeep;
 
 use std::path::PathBuf;
@@ -78,6 +79,8 @@ fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
         Verb::Store { verb } => match verb {
             StoreVerb::Check => upkeep::check(&session),
             StoreVerb::Backup { file } => upkeep::backup(&session, &file),
+            StoreVerb::Restore { file, options } => recover::restore(&session, &file, &options),
+            StoreVerb::Rebuild { force, options } => recover::rebuild(&session, force, &options),
         },
         Verb::Completions { shell } => {
             let mut script = Vec::new();

@@ -89,13 +89,18 @@ fn find(
     asker: &Asker,
     judge: &mut dyn Judge,
 ) -> Sql<Option<(Record, BusAddress)>> {
+    // An alias that names no device of this inventory, or one of another kind, was given by another one: it counts as written by hand.
+    let id = match holding.id {
+        Some(id) if holding.address.is_some() && !is_kind(tx, id, holding.usb)? => None,
+        id => id,
+    };
     let mut statement = tx.prepare_cached(
         "SELECT * FROM usb_devices WHERE deleted = 0 AND present = 1 AND (?1 IS NULL OR id = ?1) AND (?2 IS NULL OR vendor_id = ?2)
          AND (?3 IS NULL OR product_id = ?3) ORDER BY id",
     )?;
     let found = statement.query_map(
         params![
-            holding.id.map(sql_id),
+            id.map(sql_id),
             holding.usb.map(|u| u.vendor.to_string()),
             holding.usb.map(|u| u.product.to_string()),
         ],
@@ -119,6 +124,13 @@ fn find(
     }
     let only = there.pop();
     Ok(if there.is_empty() { only } else { None })
+}
+
+fn is_kind(tx: &Transaction<'_>, id: DeviceId, usb: Option<UsbId>) -> Sql<bool> {
+    tx.prepare_cached(
+        "SELECT EXISTS (SELECT 1 FROM usb_devices WHERE id = ?1 AND (?2 IS NULL OR vendor_id = ?2) AND (?3 IS NULL OR product_id = ?3))",
+    )?
+    .query_row(params![sql_id(id), usb.map(|u| u.vendor.to_string()), usb.map(|u| u.product.to_string())], |row| row.get(0))
 }
 
 fn take(tx: &Transaction<'_>, asker: &Asker, id: DeviceId, stage: Stage, context: &Context) -> Sql<Adoption> {

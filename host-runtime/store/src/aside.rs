@@ -5,7 +5,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use rusqlite::{OptionalExtension, Transaction, params};
 use virt_usb_model::{Descriptors, DeviceId};
 
-use crate::device::{ClaimRow, Record, parse_some, read_id, refresh, sql_id, step_revision, write_tags};
+use crate::device::{ClaimRow, Record, joined, parse_some, read_id, refresh, sql_id, step_revision};
+use crate::discover::label;
 use crate::error::Sql;
 use crate::events::{Event, record};
 use crate::flaps::{Flaps, Limits, Outcome};
@@ -79,7 +80,8 @@ impl Store {
             }
             let text = serde_json::to_string(tags).unwrap_or_else(|_| "[]".into());
             tx.execute("UPDATE usb_devices SET own_tags = ?2 WHERE id = ?1", params![sql_id(device), text])?;
-            write_tags(tx, device, &was.rule_tags, tags)?;
+            let classes = std::iter::once(&was.entry.class).chain(&was.entry.interface_classes);
+            label(tx, device, classes, &joined(&was.rule_tags, tags))?;
             Ok(Some(Event::new("tagged").with(tags.join(", "))))
         })
     }

@@ -46,7 +46,7 @@ pub struct Assignment {
 }
 
 impl Assignment {
-    fn read(row: &Row<'_>) -> Sql<Self> {
+    pub(crate) fn read(row: &Row<'_>) -> Sql<Self> {
         let text: String = row.get("request")?;
         let flavor = Flavor::parse_lists(Some(&text), None).map_err(|e| bad_row(row, "request", e))?;
         let request =

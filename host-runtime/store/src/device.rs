@@ -151,27 +151,9 @@ fn withheld(row: &Row<'_>) -> Sql<Option<Reason>> {
 }
 
 /// A device's tags: those of the rules, then its own.
-fn joined(of_rules: &[String], own: &[String]) -> Vec<String> {
+pub(crate) fn joined(of_rules: &[String], own: &[String]) -> Vec<String> {
     let more = own.iter().filter(|tag| !of_rules.contains(tag));
     of_rules.iter().chain(more).cloned().collect()
-}
-
-/// Writes the tags by which a device is found.
-pub(crate) fn write_tags(
-    tx: &Transaction<'_>,
-    device: DeviceId,
-    of_rules: &[String],
-    own: &[String],
-) -> Sql<()> {
-    tx.prepare_cached("DELETE FROM device_labels WHERE device_id = ?1 AND kind = 'tag'")?
-        .execute([sql_id(device)])?;
-    for tag in joined(of_rules, own) {
-        tx.prepare_cached(
-            "INSERT OR IGNORE INTO device_labels (kind, value, device_id) VALUES ('tag', ?1, ?2)",
-        )?
-        .execute(params![tag, sql_id(device)])?;
-    }
-    Ok(())
 }
 
 /// A hold on one device.

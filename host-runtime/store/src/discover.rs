@@ -4,9 +4,9 @@ use std::collections::BTreeMap;
 
 use rusqlite::{Transaction, params};
 use serde::Serialize;
-use virt_usb_model::{Device, DeviceId, Verdict};
+use virt_usb_model::{Class, Device, DeviceId, Verdict};
 
-use crate::device::{Record, read_id, refresh, sql_id, step_revision, write_tags};
+use crate::device::{Record, joined, read_id, refresh, sql_id, step_revision};
 use crate::error::Sql;
 use crate::events::{Event, record};
 use crate::flaps::Limits;
@@ -183,15 +183,26 @@ fn update(tx: &Transaction<'_>, id: DeviceId, d: &Device, verdict: &Verdict, own
         verdict.one_time_use,
         d.descriptors.as_ref().map(ToString::to_string),
     ])?;
-    tx.prepare_cached("DELETE FROM device_labels WHERE device_id = ?1 AND kind = 'class'")?
-        .execute([sql_id(id)])?;
-    for class in std::iter::once(&d.class).chain(&d.interfaces) {
+    let tags = joined(&verdict.tags, own_tags);
+    label(tx, id, std::iter::once(&d.class).chain(&d.interfaces), &tags)
+}
+
+/// Makes the device's labels these.
+pub(crate) fn label<'a>(
+    tx: &Transaction<'_>,
+    id: DeviceId,
+    classes: impl Iterator<Item = &'a Class>,
+    tags: &[String],
+) -> Sql<()> {
+    tx.prepare_cached("DELETE FROM device_labels WHERE device_id = ?1")?.execute([sql_id(id)])?;
+    let classes = classes.map(|c| ("class", c.to_string()));
+    for (kind, value) in classes.chain(tags.iter().map(|t| ("tag", t.clone()))) {
         tx.prepare_cached(
-            "INSERT OR IGNORE INTO device_labels (kind, value, device_id) VALUES ('class', ?1, ?2)",
+            "INSERT OR IGNORE INTO device_labels (kind, value, device_id) VALUES (?1, ?2, ?3)",
         )?
-        .execute(params![class.to_string(), sql_id(id)])?;
+        .execute(params![kind, value, sql_id(id)])?;
     }
-    write_tags(tx, id, &verdict.tags, own_tags)
+    Ok(())
 }
 
 /// Whether the row says already what was seen.

@@ -44,7 +44,7 @@ pub enum StoreError {
     },
     /// The file is damaged, or is no database at all.
     #[error(
-        "the inventory {path} is damaged ({what}): keep the file, then put a backup in its place (without the -wal and -shm beside it) or move it aside, and run 'virt-usb discover'; without a backup devices get new ids"
+        "the inventory {path} is damaged ({what}): 'virt-usb store rebuild' makes it anew of what can still be read, of what is plugged in and of the guests that run; with a backup, 'virt-usb store restore FILE'; both keep the damaged file"
     )]
     Corrupt {
         /// The database's file.
@@ -93,6 +93,30 @@ pub enum StoreError {
     ReadOnly {
         /// The database's file.
         path: PathBuf,
+    },
+    /// Another file stands in its place since it was opened. Nothing was changed.
+    #[error(
+        "the inventory {path} was replaced while it was in use: nothing was written to the old one; try again"
+    )]
+    Replaced {
+        /// The database's file.
+        path: PathBuf,
+    },
+    /// Somebody else makes it anew.
+    #[error(
+        "another 'virt-usb store restore' or 'rebuild' works on {path}: wait until it is done, then see 'virt-usb store check'"
+    )]
+    Recovering {
+        /// The database's file.
+        path: PathBuf,
+    },
+    /// A file that was to be restored is no inventory that can be relied on. Nothing was changed.
+    #[error("{path} is no sound inventory ({what}): nothing was changed; take another backup")]
+    Unsound {
+        /// The file.
+        path: PathBuf,
+        /// What was found.
+        what: String,
     },
     /// A row holds what this program never writes.
     #[error(
@@ -163,6 +187,29 @@ impl StoreError {
             Ok(meta) if files::is_strange_to(&meta) => Ok(Self::Permission { path }),
             Ok(_) => Err(path),
         }
+    }
+
+    /// The same, about another file: what goes wrong with a copy is told of what it is a copy of.
+    pub(crate) fn of(mut self, file: &Path) -> Self {
+        match &mut self {
+            Self::Missing { path }
+            | Self::Permission { path }
+            | Self::Link { path }
+            | Self::Locked { path, .. }
+            | Self::Corrupt { path, .. }
+            | Self::Newer { path, .. }
+            | Self::Older { path, .. }
+            | Self::Foreign { path }
+            | Self::Full { path }
+            | Self::ReadOnly { path }
+            | Self::Replaced { path }
+            | Self::Recovering { path }
+            | Self::Unsound { path, .. }
+            | Self::Row { path, .. }
+            | Self::File { path, .. }
+            | Self::Other { path, .. } => file.clone_into(path),
+        }
+        self
     }
 
     /// A file beside the database, or the database's own file before SQLite has it.

@@ -77,7 +77,7 @@ pub struct EventRow {
     pub at: String,
     /// What happened: `assigned`, `unassigned`, `claimed`, `allocated`, `detached`, `released`, `refused`, `voided`, `forced`, `adopted`,
     /// `problem`, `solved`, `added`, `changed`, `removed`, `returned`, `altered`, `flapping`, `steady`, `quarantined`, `cleared`, `disabled`,
-    /// `enabled`, `tagged`, `flavor-set`, `flavor-removed`.
+    /// `enabled`, `tagged`, `flavor-set`, `flavor-removed`, `restored`, `rebuilt`.
     pub event: String,
     /// To which instance.
     pub instance_uuid: Option<InstanceId>,
@@ -94,7 +94,7 @@ pub struct EventRow {
 }
 
 impl EventRow {
-    fn read(row: &Row<'_>) -> Sql<Self> {
+    pub(crate) fn read(row: &Row<'_>) -> Sql<Self> {
         let device: Option<i64> = row.get("device_id")?;
         Ok(Self {
             id: row.get("id")?,

@@ -15,6 +15,14 @@ use crate::StoreError;
 const DIR_MODE: u32 = 0o750;
 const FILE_MODE: u32 = 0o640;
 
+/// Device and inode.
+pub(crate) type Identity = (u64, u64);
+
+/// Which file stands at this path, looked at and not opened; none where there is none.
+pub(crate) fn identity(path: &Path) -> Option<Identity> {
+    fs::symlink_metadata(path).ok().map(|found| (found.dev(), found.ino()))
+}
+
 pub(crate) fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
     name.push(suffix);

@@ -24,7 +24,7 @@ pub struct StoredFlavor {
 }
 
 impl StoredFlavor {
-    fn read(row: &Row<'_>) -> Sql<Self> {
+    pub(crate) fn read(row: &Row<'_>) -> Sql<Self> {
         let document: String = row.get("document")?;
         Ok(Self {
             name: row.get("name")?,

@@ -13,6 +13,7 @@
 //! | [`discover`] | brings the rows in line with what is plugged in |
 //! | `flavors`, `assignments`, [`events`], [`problems`] | the other tables |
 //! | [`maintain`] | check, backup, prune |
+//! | [`recover`] | restore, rebuild: another content in the inventory's place |
 //!
 //! Invariants, each held by one piece of code:
 //! - `usb_devices.status`, `status_reason`, `instance_uuid` and `deleted` are derived, in `device::refresh`, and written by `device::write_state` alone.
@@ -40,6 +41,8 @@ mod metadata;
 mod open;
 pub mod problems;
 mod query;
+pub mod recover;
+mod salvage;
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -65,6 +68,8 @@ pub const PENDING_SECONDS: f64 = 120.0;
 pub struct Store {
     conn: Connection,
     path: PathBuf,
+    /// Which file that was when it was opened.
+    file: Option<files::Identity>,
     hints: hints::Hints,
     patience: Duration,
     deadline: open::Deadline,

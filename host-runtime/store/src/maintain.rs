@@ -73,16 +73,7 @@ impl Store {
     /// # Errors
     /// When the database cannot be read at all.
     pub fn check(&self) -> Result<Vec<String>, StoreError> {
-        let mut findings = self.all("PRAGMA integrity_check", [], |row| row.get::<_, String>(0))?;
-        findings.retain(|line| line != "ok");
-        findings.extend(self.all("PRAGMA foreign_key_check", [], |row| {
-            Ok(format!(
-                "table {} points to a row of {} that is not there",
-                row.get::<_, String>(0)?,
-                row.get::<_, String>(2)?
-            ))
-        })?);
-        findings.extend(self.contradictions()?);
+        let mut findings = self.faults()?;
         for row in Row::all(&self.conn).map_err(|e| self.fault(&e))? {
             if !self.hints.may_know(row.as_known()) {
                 let whose = match &row {
@@ -94,6 +85,29 @@ impl Store {
                     .push(format!("the hint for {whose} is missing: 'virt-usb discover' writes it again"));
             }
         }
+        Ok(findings)
+    }
+
+    /// Damage and contradictions inside the file; empty: all is well.
+    pub(crate) fn faults(&self) -> Result<Vec<String>, StoreError> {
+        // One moment: claims come and go while this looks.
+        let _moment = self.conn.unchecked_transaction().map_err(|e| self.fault(&e))?;
+        let mut findings = self.integrity()?;
+        findings.extend(self.all("PRAGMA foreign_key_check", [], |row| {
+            Ok(format!(
+                "table {} points to a row of {} that is not there",
+                row.get::<_, String>(0)?,
+                row.get::<_, String>(2)?
+            ))
+        })?);
+        findings.extend(self.contradictions()?);
+        Ok(findings)
+    }
+
+    /// What SQLite says of its pages; empty: all is well.
+    pub(crate) fn integrity(&self) -> Result<Vec<String>, StoreError> {
+        let mut findings = self.all("PRAGMA integrity_check", [], |row| row.get::<_, String>(0))?;
+        findings.retain(|line| line != "ok");
         Ok(findings)
     }
 
@@ -196,7 +210,7 @@ fn put(partial: &Path, target: &Path) -> std::io::Result<()> {
 }
 
 /// Serials are in it: for its owner alone.
-fn create_private(path: &Path) -> std::io::Result<()> {
+pub(crate) fn create_private(path: &Path) -> std::io::Result<()> {
     use std::os::unix::fs::OpenOptionsExt;
     fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(path).map(drop)
 }

@@ -106,7 +106,9 @@ impl Store {
         let fault = |e: rusqlite::Error| store.fault(&e);
         store.conn.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true).map_err(fault)?;
         store.configure(durability).map_err(fault)?;
-        match store.version()? {
+        let version = store.version()?;
+        store.stay()?;
+        match version {
             None => Err(StoreError::Missing { path: store.path }),
             Some(found) if found < SCHEMA => {
                 Err(StoreError::Older { path: store.path, found, known: SCHEMA })
@@ -126,6 +128,7 @@ impl Store {
         let mut store = Self::connect(state_dir, patience, Durability::Power)?;
         // Before anything is written: a file that is not ours stays as it is.
         store.version()?;
+        store.stay()?;
         store.use_wal().map_err(|e| store.fault(&e))?;
         store.configure(Durability::Power).map_err(|e| store.fault(&e))?;
         store.migrate()?;
@@ -136,9 +139,14 @@ impl Store {
         Ok(store)
     }
 
-    fn connect(state_dir: &Path, patience: Duration, durability: Durability) -> Result<Self, StoreError> {
+    pub(crate) fn connect(
+        state_dir: &Path,
+        patience: Duration,
+        durability: Durability,
+    ) -> Result<Self, StoreError> {
         let state_dir = canonical(state_dir)?;
         let path = state_dir.join(FILE_NAME);
+        let file = files::identity(&path);
         let flags = OpenFlags::SQLITE_OPEN_READ_WRITE
             | OpenFlags::SQLITE_OPEN_NOFOLLOW
             | OpenFlags::SQLITE_OPEN_NO_MUTEX;
@@ -147,7 +155,7 @@ impl Store {
         let deadline = Deadline::after(patience);
         let waits = deadline.clone();
         let hints = Hints::new(&state_dir, durability == Durability::Power);
-        let mut store = Self { conn, path, hints, patience, deadline };
+        let mut store = Self { conn, path, file, hints, patience, deadline };
         store.conn.busy_handler(Some(move |attempt| waits.wait(attempt))).map_err(|e| store.fault(&e))?;
         Ok(store)
     }
@@ -168,6 +176,15 @@ impl Store {
         }
     }
 
+    /// Whether the file that was opened is still the inventory. Its log is found by name: who goes on with one that was replaced would
+    /// write into the log of the other (<https://www.sqlite.org/howtocorrupt.html>, 2.3, 2.5).
+    pub(crate) fn stay(&self) -> Result<(), StoreError> {
+        match files::identity(&self.path) == self.file {
+            true => Ok(()),
+            false => Err(StoreError::Replaced { path: self.path.clone() }),
+        }
+    }
+
     fn configure(&self, durability: Durability) -> Sql<()> {
         let conn = &self.conn;
         conn.set_db_config(DbConfig::SQLITE_DBCONFIG_DEFENSIVE, true)?;
@@ -185,7 +202,7 @@ impl Store {
     }
 
     /// The schema version, `None` for an empty file; refuses what is not ours or newer than this program.
-    fn version(&self) -> Result<Option<i64>, StoreError> {
+    pub(crate) fn version(&self) -> Result<Option<i64>, StoreError> {
         self.known(look(&self.conn).map_err(|e| self.fault(&e))?)
     }
 
@@ -199,6 +216,24 @@ impl Store {
             }
             Found::Schema(found) => Ok(Some(found)),
         }
+    }
+
+    /// The first page of an inventory that was just made: where its tables begin.
+    pub(crate) fn first_page(scratch: &Path) -> Result<Vec<u8>, StoreError> {
+        let path = scratch.join("template.sqlite");
+        // What another try has left.
+        drop(fs::remove_file(&path));
+        let make = || {
+            let conn = Connection::open(&path)?;
+            MIGRATIONS.iter().try_for_each(|step| conn.execute_batch(step))?;
+            conn.pragma_update(None, "application_id", APPLICATION_ID)?;
+            conn.pragma_update(None, "user_version", SCHEMA)?;
+            conn.pragma_query_value(None, "page_size", |row| row.get::<_, usize>(0))
+        };
+        let size = make().map_err(|e| StoreError::from_sqlite(&path, 0, &e))?;
+        let mut page = fs::read(&path).map_err(|e| StoreError::file(&path, e))?;
+        page.truncate(size);
+        Ok(page)
     }
 
     fn migrate(&mut self) -> Result<(), StoreError> {
@@ -233,7 +268,9 @@ impl Store {
         work: impl FnOnce(&Transaction<'_>, &Hints) -> Result<T, Fault>,
     ) -> Result<T, StoreError> {
         let done = (|| {
-            let tx = self.conn.transaction_with_behavior(TransactionBehavior::Immediate)?;
+            let tx = Transaction::new_unchecked(&self.conn, TransactionBehavior::Immediate)?;
+            // Whoever replaces the file holds this lock, or leaves a file that cannot be locked.
+            self.stay()?;
             let value = work(&tx, &self.hints)?;
             tx.commit()?;
             Ok(value)
@@ -273,7 +310,7 @@ impl Store {
 }
 
 /// Links on the way to the folder are root's affair; below it none is followed.
-fn canonical(state_dir: &Path) -> Result<PathBuf, StoreError> {
+pub(crate) fn canonical(state_dir: &Path) -> Result<PathBuf, StoreError> {
     state_dir.canonicalize().map_err(|e| {
         let path = state_dir.join(FILE_NAME);
         match e.kind() {

@@ -245,7 +245,7 @@ fn a_configuration_and_an_inventory_that_cannot_be_read() {
         .arg(&database).arg(sql).status().unwrap().success());
     };
     run("UPDATE usb_devices SET status = 'allocated' WHERE id = 1");
-    patient.finds("inventory", &["broken", "virt-usb store backup FILE"]);
+    patient.finds("inventory", &["broken", "virt-usb store rebuild"]);
     run("UPDATE usb_devices SET status = 'available' WHERE id = 1");
     patient.is_well("inventory");
     run("INSERT INTO events (at, event, actor) VALUES ('2999-01-01T00:00:00.000Z', 'added', 'a test')");

@@ -117,7 +117,7 @@ fn overwrite(path: &Path, from: u64, length: usize) {
 
 #[test]
 fn damaged() {
-    let advice = "put a backup in its place";
+    let advice = "virt-usb store rebuild";
     for (what, harm) in [
         ("random bytes", (|p| fs::write(p, vec![0x5a; 20_000]).unwrap()) as fn(&Path)),
         ("a few bytes", |p| fs::write(p, "hello").unwrap()),

@@ -9,4 +9,5 @@ mod files;
 mod life;
 mod model;
 mod property;
+mod recover;
 mod schema;

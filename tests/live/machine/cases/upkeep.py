@@ -4,8 +4,8 @@ import signal
 
 from lib.case import case
 from lib.guests import NO_USB, metadata, usb_devices
-from lib.product import AGENT
-from lib.shell import expect, run
+from lib.product import AGENT, STATE, USER
+from lib.shell import expect, refused, run
 from lib.waiting import stays, until
 
 from .endings import claimed, free
@@ -90,3 +90,24 @@ def doctor(w):
     w.libvirtd.kill()
     away = w.product("doctor")
     expect(away.status == 2 and "BROKEN   libvirt: " in away.out, f"libvirtd to be missed: {away}")
+
+
+@case("the inventory is damaged while a guest runs: it is made anew, and the guest's claim with it; then a backup is restored")
+def damaged(w):
+    guest = claimed(w)
+    copy = STATE / "copy"
+    w.product.must("store", "backup", str(copy))
+    inventory = STATE / "inventory.sqlite"
+    with inventory.open("r+b") as file:
+        file.write(b"\x5a" * 100)
+    refused(w.product("devices"), "is damaged", "virt-usb store rebuild")
+    anew = w.product.must("store", "rebuild", "--sim", "/tmp/key.toml")
+    expect("made anew" in anew.out and ".before-rebuild-" in anew.out, f"what was done: {anew.out}")
+    expect(w.product.claims_of(guest), "its claim to live")
+    restored = w.product.must("store", "restore", str(copy), "--sim", "/tmp/key.toml")
+    expect(".before-restore-" in restored.out, f"what was done: {restored.out}")
+    expect(w.product.claims_of(guest), "its claim to live")
+    expect(inventory.owner() == USER and inventory.stat().st_mode & 0o777 == 0o640, "the agent's user to own it")
+    w.product.must("store", "check")
+    w.destroy(guest)
+    free(w, guest)

@@ -1,0 +1,123 @@
+//! `store restore` and `store rebuild`.
+
+use std::path::Path;
+use std::process::ExitCode;
+
+use anyhow::bail;
+use virt_usb_hook::config::Config;
+use virt_usb_store::StoreError;
+use virt_usb_store::recover::{Health, health};
+
+use super::arguments::Recover;
+use super::devices::source;
+use super::{PATIENCE, Session};
+use crate::hypervisor::{Hypervisor, Libvirt};
+use crate::inventory::host_name;
+use crate::recover::{Recovery, Refusal, Report};
+
+pub(super) fn restore(session: &Session, file: &Path, options: &Recover) -> anyhow::Result<ExitCode> {
+    let config = session.config()?;
+    // What is another program's is not ours to replace.
+    if let Err(e @ StoreError::Foreign { .. }) = health(&config.state_dir, PATIENCE) {
+        bail!(e);
+    }
+    run(session, &config, Some(file), options)
+}
+
+pub(super) fn rebuild(session: &Session, force: bool, options: &Recover) -> anyhow::Result<ExitCode> {
+    let config = session.config()?;
+    match health(&config.state_dir, PATIENCE) {
+        Ok(Health::Sound) if !force => bail!(
+            "it is sound: {} needs no rebuild ('virt-usb discover' brings it in line with what is plugged in; --force makes it anew all the same)",
+            config.state_dir.join(virt_usb_store::FILE_NAME).display()
+        ),
+        Ok(_) => {}
+        Err(StoreError::Newer { .. } | StoreError::Foreign { .. }) if force => {}
+        Err(e) => bail!(e),
+    }
+    run(session, &config, None, options)
+}
+
+fn run(
+    session: &Session,
+    config: &Config,
+    backup: Option<&Path>,
+    options: &Recover,
+) -> anyhow::Result<ExitCode> {
+    let what = if backup.is_some() { "restore" } else { "rebuild" };
+    let libvirt = match options.without_guests {
+        true => None,
+        false => Some(Libvirt::open(&config.libvirt_uri).map_err(|e| unasked(&e.to_string()))?),
+    };
+    let snapshot = source(config, options.sim.as_deref())?.snapshot();
+    let context = session.context(config, &format!("store {what}"))?;
+    let recovery = Recovery {
+        config,
+        host: &host_name(&config.procfs_root)?,
+        snapshot: &snapshot,
+        hypervisor: libvirt.as_ref().map(|libvirt| libvirt as &dyn Hypervisor),
+        backup,
+        patience: PATIENCE,
+        context: &context,
+    };
+    let mut report = recovery.run().map_err(|refusal| match refusal {
+        Refusal::Guests(why) => unasked(&why),
+        Refusal::Store(e) => e.into(),
+    })?;
+    if options.without_guests {
+        report.warnings.push(
+            "no guest was asked what it has: a device that is in one and that no claim tells of is shown free until the agent adopts it \
+             (within its scan_interval, or at its start: 'systemctl restart virt-usbd'); start no guest that asks for one before"
+                .into(),
+        );
+    }
+    report.warnings.extend(snapshot.problems.iter().map(|p| {
+        let place = if p.place.is_empty() { "the whole scan" } else { &p.place };
+        format!("could not be read: {place}: {}", p.what)
+    }));
+    session.out.show(&report, || tell(what, &report))?;
+    Ok(if snapshot.failed() { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+}
+
+fn unasked(why: &str) -> anyhow::Error {
+    anyhow::anyhow!(
+        "{why}; nothing was changed, for nobody else knows which guests have which devices: 'systemctl status libvirtd virtqemud', \
+         or go on with --without-guests"
+    )
+}
+
+fn tell(what: &str, report: &Report) -> String {
+    let mut lines = vec![format!(
+        "{} {}: {} device(s), {} claim(s)",
+        if what == "restore" { "restored" } else { "made anew:" },
+        report.file.display(),
+        report.devices,
+        report.claims
+    )];
+    for kept in report.kept.iter().filter(|kept| kept.rows > 0 || kept.refused > 0 || kept.torn) {
+        let mut line = format!("  {:<26} {} row(s) kept", kept.table, kept.rows);
+        if kept.refused > 0 {
+            line.push_str(&format!(", {} made no sense", kept.refused));
+        }
+        if kept.torn {
+            line.push_str(", part of it could not be read");
+        }
+        lines.push(line);
+    }
+    if report.lost_devices > 0 {
+        lines.push(format!(
+            "{} device id(s) are lost: those devices have new ids, and what names an old one finds nothing ('virt-usb flavor list', 'virt-usb devices')",
+            report.lost_devices
+        ));
+    }
+    if let Some(aside) = &report.aside {
+        lines.push(format!("the one before is kept: {}", aside.display()));
+    }
+    if report.agent_ends {
+        lines.push(
+            "the agent that runs has the old file open: it ends within seconds, and systemd starts it anew ('systemctl restart virt-usbd')".into(),
+        );
+    }
+    lines.extend(report.warnings.iter().map(|warning| format!("warning: {warning}")));
+    lines.join("\n")
+}

@@ -1,0 +1,243 @@
+//! A backup, or an inventory that is made anew, brought in line with the world before anybody sees it: with what is plugged in, and with what the
+//! guests that run really have.
+//!
+//! ```text
+//!  libvirt ─► guests ──┐
+//!  libusb ─► snapshot ─┼─► store::recover::replace ─► reconcile ─► take over, guest by guest ─► in place ─► the guests once more
+//!  backup, salvage ────┘
+//! ```
+//! What a guest's live XML shows is its own (`virt_usb_hook::notice::take_over`, as when libvirtd finds it running): a claim that says otherwise
+//! ends, unless that guest has the device too. A claim of a guest that does not run is kept, for it may be about to start: the agent ends it.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::Serialize;
+use virt_usb_domxml::Domain;
+use virt_usb_hook::config::Config;
+use virt_usb_hook::machine::{self, Agent};
+use virt_usb_hook::message;
+use virt_usb_hook::notice::{TakenOver, take_over};
+use virt_usb_model::{DeviceId, InstanceId};
+use virt_usb_store::adopt::Adoption;
+use virt_usb_store::recover::{Kept, Recovered, Wish, replace};
+use virt_usb_store::{ClaimRow, Context, Record, Store, StoreError};
+
+use crate::discovery::Snapshot;
+use crate::hypervisor::Hypervisor;
+use crate::inventory::plan;
+
+/// A guest that runs.
+#[derive(Debug, Clone)]
+pub struct Guest {
+    /// Its UUID.
+    pub instance: InstanceId,
+    /// Its live XML.
+    pub domain: Domain,
+    /// Its state is on its way in or out: what its XML shows need not be so.
+    pub moving: bool,
+}
+
+/// All guests that run.
+///
+/// # Errors
+/// Which could not be asked for, and why: a guest that nobody knows of might lose its device to another.
+pub fn guests(hypervisor: &dyn Hypervisor) -> Result<Vec<Guest>, String> {
+    let mut guests = Vec::new();
+    for instance in hypervisor.running().map_err(|e| e.to_string())? {
+        let running = hypervisor.look(instance).map_err(|e| format!("instance {instance}: {e}"))?;
+        // One that has stopped meanwhile has nothing.
+        let Some(running) = running else { continue };
+        let domain = running.domain().map_err(|e| format!("cannot read the XML of {}: {e}", running.name))?;
+        guests.push(Guest { instance, domain, moving: running.moving });
+    }
+    Ok(guests)
+}
+
+/// What is to be done, and with what.
+pub struct Recovery<'a> {
+    /// The configuration.
+    pub config: &'a Config,
+    /// The host's name.
+    pub host: &'a str,
+    /// What is plugged in.
+    pub snapshot: &'a Snapshot,
+    /// Who runs the guests; none: nobody is to be asked.
+    pub hypervisor: Option<&'a dyn Hypervisor>,
+    /// The backup; none: the inventory is made anew.
+    pub backup: Option<&'a Path>,
+    /// How long is waited for locks.
+    pub patience: Duration,
+    /// When, and on whose behalf.
+    pub context: &'a Context,
+}
+
+/// What was done.
+#[derive(Debug, Serialize)]
+pub struct Report {
+    /// The inventory.
+    pub file: PathBuf,
+    /// Where the one before is.
+    pub aside: Option<PathBuf>,
+    /// Whether an agent runs that has the old file open: it ends by itself.
+    pub agent_ends: bool,
+    /// Devices that are plugged in or held.
+    pub devices: usize,
+    /// Claims.
+    pub claims: usize,
+    /// What was taken over from the inventory before, table by table.
+    pub kept: Vec<Kept>,
+    /// Devices of which nothing can be read any more, though they had an id.
+    pub lost_devices: u64,
+    /// What is to be looked after.
+    pub warnings: Vec<String>,
+}
+
+/// It could not be done, and nothing was changed.
+#[derive(Debug, thiserror::Error)]
+pub enum Refusal {
+    /// The inventory's file.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// A guest that runs cannot be asked for.
+    #[error("{0}")]
+    Guests(String),
+}
+
+impl Recovery<'_> {
+    /// Does it.
+    ///
+    /// # Errors
+    /// Why it could not be.
+    pub fn run(&self) -> Result<Report, Refusal> {
+        let known = self.hypervisor.map(guests).transpose().map_err(Refusal::Guests)?;
+        let ids: Vec<DeviceId> =
+            known.iter().flatten().flat_map(|g| &g.domain.hostdevs).filter_map(|h| h.injected()).collect();
+        let wish = Wish {
+            what: if self.backup.is_some() { "restore" } else { "rebuild" },
+            backup: self.backup,
+            guests_known: known.is_some(),
+            ids: &ids,
+        };
+        let mut warnings = BTreeSet::new();
+        let mut fill = |store: &mut Store| {
+            let Config { whitelist, aliases, flapping, .. } = self.config;
+            let plan = |rows: &[Record]| plan(self.snapshot, rows, whitelist, aliases);
+            store.reconcile(self.host, flapping, plan, self.context)?;
+            warnings =
+                settle(store, known.as_deref().unwrap_or_default(), &self.config.sysfs_root, self.context)?;
+            Ok(())
+        };
+        let recovered = replace(&self.config.state_dir, self.patience, &wish, self.context, &mut fill)?;
+        let Recovered { mut store, aside, kept, lost_devices, in_place } = recovered;
+        // Who started, or was given a device, between the look and the lock.
+        if let Some(hypervisor) = self.hypervisor {
+            match guests(hypervisor) {
+                Ok(again) => {
+                    store.restart_patience();
+                    warnings = settle(&mut store, &again, &self.config.sysfs_root, self.context)?;
+                    warnings.extend(idle(&store.claims()?, &again));
+                }
+                Err(why) => {
+                    warnings.insert(format!("{why}: what it was given meanwhile the agent adopts"));
+                }
+            }
+        }
+        Ok(Report {
+            file: store.path().to_owned(),
+            aside,
+            agent_ends: !in_place && machine::agent(&self.config.state_dir) == Agent::Alive,
+            devices: store.devices()?.len(),
+            claims: store.claims()?.len(),
+            kept,
+            lost_devices,
+            warnings: warnings.into_iter().collect(),
+        })
+    }
+}
+
+/// Brings the claims in line with what the guests have. Returns what is left to be looked after.
+///
+/// # Errors
+/// When the inventory cannot be written.
+pub fn settle(
+    store: &mut Store,
+    guests: &[Guest],
+    sysfs_root: &Path,
+    context: &Context,
+) -> Result<BTreeSet<String>, StoreError> {
+    let mut warnings = BTreeSet::new();
+    for guest in guests {
+        let name = &guest.domain.name;
+        if guest.moving {
+            warnings.insert(format!(
+                "{name} is being restored or migrated: what it has the agent adopts afterwards"
+            ));
+            continue;
+        }
+        let mut taken = take_over(store, &guest.domain, guest.instance, sysfs_root, context)?;
+        let mut freed = false;
+        for (device, claim) in held_by_others(&taken) {
+            let other = guests.iter().find(|g| g.instance == claim.instance_uuid);
+            match other.is_some_and(|other| shows(&other.domain, device)) {
+                true => drop(warnings.insert(format!(
+                    "{name} runs with {} though {} ({}) has it too: detach it from one of them (virsh detach-device)",
+                    message::device(device),
+                    claim.domain,
+                    claim.instance_uuid
+                ))),
+                false => {
+                    let why = format!("{name} runs with it");
+                    let id = claim.device_id;
+                    freed |= store.release_device(claim.instance_uuid, id, Some(claim.revision), &why, context)?;
+                }
+            }
+        }
+        if freed {
+            taken = take_over(store, &guest.domain, guest.instance, sysfs_root, context)?;
+        }
+        let strange = guest.domain.hostdevs.iter().zip(&taken.adopted);
+        for (hostdev, _) in strange.filter(|(_, adopted)| **adopted == Adoption::Unknown) {
+            let what = match (hostdev.injected(), hostdev.address) {
+                (Some(id), _) => format!("device {id} (alias ua-usb-{id})"),
+                (None, Some(address)) => format!("a device at {address}"),
+                (None, None) => "a device without an address".into(),
+            };
+            warnings.insert(format!(
+                "the XML of {name} shows {what}, and it cannot be told which of those that are plugged in that is: 'virsh dumpxml {name}', 'virt-usb devices'"
+            ));
+        }
+    }
+    Ok(warnings)
+}
+
+fn held_by_others(taken: &TakenOver) -> Vec<(&Record, &ClaimRow)> {
+    let held = taken.adopted.iter().filter_map(|a| match a {
+        Adoption::HeldBy(device, claim) => Some((&**device, &**claim)),
+        _ => None,
+    });
+    held.collect()
+}
+
+fn shows(domain: &Domain, device: &Record) -> bool {
+    domain.hostdevs.iter().any(|h| {
+        h.address == Some(device.entry.address)
+            || (h.address.is_none() && h.injected() == Some(device.entry.id))
+    })
+}
+
+/// Claims for which no guest runs.
+fn idle(claims: &[ClaimRow], guests: &[Guest]) -> Option<String> {
+    let runs = |claim: &ClaimRow| guests.iter().any(|g| g.instance == claim.instance_uuid);
+    let idle: Vec<&ClaimRow> =
+        claims.iter().filter(|c| c.hold == "running" && !c.pending && !runs(c)).collect();
+    let names: BTreeSet<&str> = idle.iter().map(|c| c.domain.as_str()).collect();
+    (!idle.is_empty()).then(|| {
+        format!(
+            "{} claim(s) of guests that do not run ({}) were kept, for they may be about to start: the agent frees them; without one 'virt-usb claims release INSTANCE --force' does",
+            idle.len(),
+            names.into_iter().collect::<Vec<_>>().join(", ")
+        )
+    })
+}
