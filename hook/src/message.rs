@@ -86,24 +86,32 @@ fn obstacle(obstacle: &Obstacle) -> String {
         Why::OtherRequest => format!("{subject} serves another request of this domain"),
         Why::NotThere(why) => format!("{subject} is not where it was: {why}"),
         Why::Project => format!("{subject} is given to certain projects only"),
-        Why::Unavailable => {
-            let status = obstacle.device.entry.state().unwrap_or(Status::Available);
-            let device = &obstacle.device;
-            let more = match status.reason() {
-                Some(Reason::HostUse) => device.entry.host_use.as_deref(),
-                Some(Reason::Disabled) => device.disabled.as_deref(),
-                Some(Reason::Quarantined) => device.quarantined.as_deref(),
-                Some(Reason::Flapping) => device.flapping_until.as_deref(),
-                Some(Reason::Whitelist) | None => None,
-            };
-            format!("{subject} is {status}{}", more.map(|m| format!(": {m}")).unwrap_or_default())
-        }
+        Why::Unavailable => unavailable(&obstacle.device),
     }
 }
 
+/// `device 5 (…) is unavailable (quarantined): g has used it`
+fn unavailable(record: &Record) -> String {
+    let status = record.entry.state().unwrap_or(Status::Available);
+    let more = match status.reason() {
+        Some(Reason::HostUse) => record.entry.host_use.as_deref(),
+        Some(Reason::Disabled) => record.disabled.as_deref(),
+        Some(Reason::Quarantined) => record.quarantined.as_deref(),
+        Some(Reason::Flapping) => record.flapping_until.as_deref(),
+        Some(Reason::Whitelist) | None => None,
+    };
+    format!("{} is {status}{}", device(record), more.map(|m| format!(": {m}")).unwrap_or_default())
+}
+
+/// A domain's own XML names a device that is set aside.
+pub(crate) fn set_aside_by_hand(domain: &str, record: &Record) -> String {
+    let advice = set_aside(record).unwrap_or_default();
+    format!("{domain} has a <hostdev> in its own XML, and {}. {advice}", unavailable(record))
+}
+
 /// What to do about a device that is set aside whatever the rules say.
-fn set_aside(obstacle: &Obstacle) -> Option<&'static str> {
-    match obstacle.device.entry.state().ok()?.reason()? {
+fn set_aside(record: &Record) -> Option<&'static str> {
+    match record.entry.state().ok()?.reason()? {
         Reason::Disabled => Some("'virt-usb enable DEVICE' offers it again"),
         Reason::Quarantined => Some("Look at it, then 'virt-usb quarantine clear DEVICE'"),
         Reason::Flapping => {
@@ -120,7 +128,7 @@ fn advice(short: &Shortage) -> &'static str {
         "Stop the guest that holds it, or 'virt-usb claims release INSTANCE --force' if that guest is gone"
     } else if any(|w| matches!(w, Why::NotThere(_))) {
         "Run 'virt-usb discover' on this host"
-    } else if let Some(aside) = short.matching.iter().find_map(set_aside) {
+    } else if let Some(aside) = short.matching.iter().find_map(|o| set_aside(&o.device)) {
         aside
     } else if any(|w| matches!(w, Why::Unavailable)) {
         "'virt-usb whitelist check' says why it is not offered"

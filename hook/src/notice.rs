@@ -7,7 +7,7 @@ use virt_usb_domxml::{Domain, UsbHostdev};
 use virt_usb_model::{DeviceId, InstanceId};
 use virt_usb_store::adopt::{Adoption, Stage};
 use virt_usb_store::give_back::Extent;
-use virt_usb_store::{Context, Store, StoreError};
+use virt_usb_store::{ClaimRow, Context, Store, StoreError};
 
 use crate::answer::Answer;
 use crate::guest::{Ports, holding, open};
@@ -99,7 +99,7 @@ pub fn take_over(
         .iter()
         .filter_map(|a| match a {
             Adoption::New(id) | Adoption::AlreadyYours(id) => Some(*id),
-            Adoption::HeldBy(..) | Adoption::Unknown => None,
+            Adoption::HeldBy(..) | Adoption::SetAside(_) | Adoption::Unknown => None,
         })
         .chain(injected)
         .collect();
@@ -113,6 +113,7 @@ pub fn take_over(
 pub(crate) fn stopped(job: &Job<'_>) -> Result<Answer, Fault> {
     with_store(job, |store, context| {
         let Some(instance) = job.domain.uuid else { return Ok(NOTHING.into()) };
+        note_use(store, job.domain, instance)?;
         store.out_of_guest(instance, context)?;
         Ok("out of the guest".into())
     })
@@ -122,6 +123,7 @@ pub(crate) fn stopped(job: &Job<'_>) -> Result<Answer, Fault> {
 pub(crate) fn released(job: &Job<'_>, reason: &str) -> Result<Answer, Fault> {
     with_store(job, |store, context| {
         let Some(instance) = job.domain.uuid else { return Ok(NOTHING.into()) };
+        note_use(store, job.domain, instance)?;
         let freed = store.release(instance, Extent::Run, &format!("libvirt: {reason}"), context)?;
         let ids: Vec<String> = freed.iter().map(ToString::to_string).collect();
         Ok(if ids.is_empty() {
@@ -130,6 +132,19 @@ pub(crate) fn released(job: &Job<'_>, reason: &str) -> Result<Answer, Fault> {
             format!("gave back {}", ids.join(", "))
         })
     })
+}
+
+/// What the XML of a guest that ends shows was in it, though nobody may have seen it start.
+fn note_use(store: &mut Store, domain: &Domain, instance: InstanceId) -> Result<(), StoreError> {
+    if domain.hostdevs.is_empty() {
+        return Ok(());
+    }
+    let shown = |claim: &ClaimRow| {
+        claim.request.is_none() || domain.hostdevs.iter().any(|h| h.injected() == Some(claim.device_id))
+    };
+    let unseen: Vec<ClaimRow> =
+        store.claims_of(instance)?.into_iter().filter(|c| !c.used && shown(c)).collect();
+    unseen.iter().try_for_each(|claim| store.mark_used(claim))
 }
 
 fn with_store(

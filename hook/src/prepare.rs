@@ -106,6 +106,10 @@ impl Gate<'_> {
                 claim.instance_uuid,
                 claim.created_at
             ))),
+            Adoption::SetAside(device) => Some(Answer::refused(message::set_aside_by_hand(
+                &self.job.domain.name,
+                &device,
+            ))),
             _ => None,
         });
         Ok(held)

@@ -95,7 +95,11 @@ pub fn handle_with(config: Result<Config, ConfigError>, call: &Call, input: Inpu
     if call.operation == Operation::Ignored {
         return handled(Answer::unchanged(NOTHING), None);
     }
-    let failed = |fault: &Fault| answer_fault(call, fault);
+    // At a restore nothing is said yet: the prepare that follows gets the same XML, and refuses whom it concerns (see incoming::hand_on).
+    let failed = |fault: &Fault| match call.operation {
+        Operation::Filter(Incoming::Restore) => Answer::unchanged("left to prepare").warn(&fault.what),
+        _ => answer_fault(call, fault),
+    };
     let xml = match whole(input) {
         Ok(xml) => xml,
         Err(fault) => return handled(failed(&fault), None),

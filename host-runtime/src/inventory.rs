@@ -26,21 +26,22 @@ pub fn host_name(procfs_root: &Path) -> anyhow::Result<String> {
 ///
 /// A device of several kinds (`aliases`) is one: it is recognised where it was, or by its serial.
 pub fn plan(snapshot: &Snapshot, known: &[Record], whitelist: &Whitelist, aliases: &Aliases) -> Vec<Change> {
+    let devices: Vec<Device> =
+        snapshot.devices.iter().map(|seen| Device { key: worth(&seen.key, known), ..seen.clone() }).collect();
+    let rows = recognise(&devices, known, aliases);
     let mut taken = vec![false; known.len()];
-    let mut changes = Vec::new();
-    for seen in &snapshot.devices {
-        let mut device = seen.clone();
-        device.key = worth(&device.key, known);
-        let verdict = whitelist.judge(&device);
-        let found = recognise(&device, known, &taken, aliases);
-        changes.push(match found {
-            Some(at) => {
-                taken[at] = true;
-                Change::See(known[at].entry.id, Box::new(device), verdict)
+    rows.iter().flatten().for_each(|at| taken[*at] = true);
+    let mut changes: Vec<Change> = devices
+        .into_iter()
+        .zip(rows)
+        .map(|(device, row)| {
+            let verdict = whitelist.judge(&device);
+            match row {
+                Some(at) => Change::See(known[at].entry.id, Box::new(device), verdict),
+                None => Change::Add(Box::new(device), verdict),
             }
-            None => Change::Add(Box::new(device), verdict),
-        });
-    }
+        })
+        .collect();
     let gone = known.iter().zip(&taken).filter(|(record, taken)| record.present && !**taken);
     // Where another device was seen there is nothing to be unsure of: a port holds one.
     let occupied = |port: &PortPath| snapshot.devices.iter().any(|seen| seen.key.port == *port);
@@ -67,18 +68,39 @@ fn worth(key: &DeviceKey, known: &[Record]) -> DeviceKey {
     DeviceKey { serial, ..key.clone() }
 }
 
-/// The row of this device: held ones before free ones, of its own kind before another that it shows, its own port before others, the older
-/// id before the newer.
-fn recognise(device: &Device, known: &[Record], taken: &[bool], aliases: &Aliases) -> Option<usize> {
-    let fits = |(at, record): &(usize, &Record)| {
-        let key = record.key();
-        !taken[*at] && (key.is(&device.key) || aliases.is(&key, &device.key))
-    };
-    let rank = |(_, r): &(usize, &Record)| {
-        let (held, other_kind) = (r.entry.instance_uuid.is_some(), r.usb() != device.key.usb);
-        (!held, r.deleted != 0, other_kind, r.entry.port_path != device.key.port, r.entry.id)
-    };
-    known.iter().enumerate().filter(fits).min_by_key(rank).map(|(at, _)| at)
+/// The row of each device, none twice.
+///
+/// First those whose own key is in a row that is alive: no alias takes a row whose device is there. What is left takes a row of another kind
+/// that it may show, if that device is alive, then a row of its own that was gone, then one of another kind that was. A row that is set aside is its own
+/// device's before all: no other face is to hide that.
+fn recognise(devices: &[Device], known: &[Record], aliases: &Aliases) -> Vec<Option<usize>> {
+    type Fits<'a> = &'a dyn Fn(&Record, &DeviceKey) -> bool;
+    let own = |r: &Record, key: &DeviceKey| r.key().is(key);
+    let other = |r: &Record, key: &DeviceKey| aliases.is(&r.key(), key);
+    let gone = |r: &Record| r.deleted != 0;
+    let aside = |r: &Record| r.disabled.is_some() || r.quarantined.is_some() || r.flapping_until.is_some();
+    let rounds: [Fits<'_>; 4] = [
+        &|r, key| own(r, key) && (!gone(r) || aside(r)),
+        &|r, key| other(r, key) && !gone(r),
+        &|r, key| own(r, key),
+        &|r, key| other(r, key),
+    ];
+    let mut rows = vec![None; devices.len()];
+    let mut taken = vec![false; known.len()];
+    for fits in rounds {
+        for (device, row) in devices.iter().zip(&mut rows).filter(|(_, row)| row.is_none()) {
+            // Held ones before free ones, its own port before others, the older id before the newer.
+            let rank = |(_, r): &(usize, &Record)| {
+                (r.entry.instance_uuid.is_none(), gone(r), r.entry.port_path != device.key.port, r.entry.id)
+            };
+            let free = known.iter().enumerate().filter(|(at, r)| !taken[*at] && fits(r, &device.key));
+            *row = free.min_by_key(rank).map(|(at, _)| at);
+            if let Some(at) = row {
+                taken[*at] = true;
+            }
+        }
+    }
+    rows
 }
 
 #[cfg(test)]
@@ -180,6 +202,48 @@ mod tests {
             [at(3, "1-1")],
             "undeclared it is another device"
         );
+    }
+
+    #[test]
+    fn no_alias_takes_the_row_of_a_device_that_is_there() {
+        let mut bench = Bench::new();
+        bench.aliases = Aliases::parse(&[vec!["0529:0001".into(), "0529:0002".into()]]).unwrap();
+        let one = |port, n| device(1, unique("A"), port, n);
+        bench.scan(&[one("1-2", 2)], &[]);
+        // It moves, and one of the other kind comes into its port, with another serial.
+        let stranger = device(2, unique("B"), "1-2", 6);
+        assert_eq!(bench.scan(&[stranger.clone(), one("1-3", 5)], &[]), [at(1, "1-3"), at(2, "1-2")]);
+        // They change places.
+        let moved = device(2, unique("B"), "1-3", 8);
+        assert_eq!(bench.scan(&[one("1-2", 7), moved], &[]), [at(1, "1-2"), at(2, "1-3")]);
+        // Another of the other kind with the same serial, while the first is there.
+        let like = device(2, unique("A"), "1-1", 9);
+        assert_eq!(bench.scan(&[like, one("1-2", 7)], &[]), [at(1, "1-2"), at(3, "1-1")]);
+        // Gone, with a stranger in its port, it comes back elsewhere as itself.
+        let mut bench = Bench { aliases: bench.aliases, ..Bench::new() };
+        bench.scan(&[one("1-2", 2)], &[]);
+        assert_eq!(bench.scan(std::slice::from_ref(&stranger), &[]), [at(2, "1-2")]);
+        assert_eq!(bench.scan(&[stranger, one("1-4", 9)], &[]), [at(1, "1-4"), at(2, "1-2")]);
+    }
+
+    #[test]
+    fn both_faces_may_have_been_recorded_before_they_were_declared_one() {
+        let mut bench = Bench::new();
+        let (one, other) = (device(1, Serial::Missing, "1-1", 2), device(2, Serial::Missing, "1-1", 3));
+        bench.scan(std::slice::from_ref(&one), &[]);
+        bench.scan(std::slice::from_ref(&other), &[]);
+        bench.scan(std::slice::from_ref(&one), &[]);
+        bench.aliases = Aliases::parse(&[vec!["0529:0001".into(), "0529:0002".into()]]).unwrap();
+        assert_eq!(
+            bench.scan(std::slice::from_ref(&other), &[]),
+            [at(1, "1-1")],
+            "the one that was alive goes on"
+        );
+        assert_eq!(bench.scan(std::slice::from_ref(&one), &[]), [at(1, "1-1")]);
+        // The row of the other face is set aside: that counts when it shows that face.
+        let context = Context { boot_id: "b".into(), uptime: 1.0, actor: "test".into() };
+        bench.store.set_disabled(DeviceId::new(2).unwrap(), Some("no"), &context).unwrap();
+        assert_eq!(bench.scan(std::slice::from_ref(&other), &[]), [at(2, "1-1")]);
     }
 
     #[test]

@@ -24,9 +24,10 @@ impl Descriptors {
     /// The most bytes that are kept: a device with many alternate settings has a few thousand.
     pub const MOST: usize = 16 << 10;
 
-    /// From the bytes that the kernel shows; none when there are none, or more than any device has.
-    pub fn new(bytes: Vec<u8>) -> Option<Self> {
-        (1..=Self::MOST).contains(&bytes.len()).then_some(Self(bytes))
+    /// From the bytes that the kernel shows, the first [`MOST`](Self::MOST) of them; none when there are none.
+    pub fn new(mut bytes: Vec<u8>) -> Option<Self> {
+        bytes.truncate(Self::MOST);
+        (!bytes.is_empty()).then_some(Self(bytes))
     }
 
     /// As the device sent them.
@@ -34,9 +35,11 @@ impl Descriptors {
         &self.0
     }
 
-    /// What is different in `later`, for people; `None` when nothing is.
+    /// What is different in `later`, for people; `None` when nothing is, or when the device shows another vendor and product: one
+    /// device does that only where it is declared ([`Aliases`](crate::Aliases)), and there all is different.
     pub fn difference(&self, later: &Self) -> Option<String> {
-        if self == later {
+        // idVendor and idProduct of the device descriptor.
+        if self == later || self.0.get(8..12) != later.0.get(8..12) {
             return None;
         }
         let (was, is) = (self.summary(), later.summary());
@@ -167,6 +170,8 @@ mod tests {
         assert_eq!(said(&stick(2, false)).unwrap(), "release 0100 before, 0200 now");
         let mut other = stick(1, false).0;
         other[8] = 0x30;
+        assert_eq!(said(&Descriptors::new(other.clone()).unwrap()), None, "another kind");
+        (other[8], other[14]) = (0x29, 9);
         assert!(said(&Descriptors::new(other).unwrap()).unwrap().ends_with("with other content"));
     }
 
@@ -177,14 +182,17 @@ mod tests {
         for wrong in ["", "1", "0g", "12 ", "é0"] {
             assert!(wrong.parse::<Descriptors>().is_err(), "{wrong}");
         }
-        assert!(Descriptors::new(alloc::vec![0; Descriptors::MOST + 1]).is_none());
+        let long = Descriptors::new(alloc::vec![0; Descriptors::MOST + 1]).unwrap();
+        assert_eq!(long.bytes().len(), Descriptors::MOST);
     }
 
     #[test]
     fn nonsense_has_a_difference_too() {
         for bytes in [&[0, 0, 0][..], &[1], &[200, 1], &[2, 4, 2, 4], &[18, 1], &[255, 4, 0]] {
             let nonsense = Descriptors::new(bytes.to_vec()).unwrap();
-            assert!(nonsense.difference(&stick(1, false)).is_some());
+            let short = Descriptors::new(bytes[..bytes.len() - 1].to_vec());
+            assert!(short.is_none_or(|short| nonsense.difference(&short).is_some()));
+            assert_eq!(nonsense.difference(&stick(1, false)), None);
             assert_eq!(nonsense.difference(&nonsense), None);
         }
     }

@@ -118,10 +118,13 @@ impl Aliases {
         one != other && self.0.iter().any(|group| group.contains(&one) && group.contains(&other))
     }
 
-    /// Whether both are one device that shows another kind now: at the same port, or, where both kinds carry it, with the same unique serial.
+    /// Whether both are one device that shows another kind now: where both kinds have a unique serial, that decides; else the port does.
     pub fn is(&self, one: &DeviceKey, other: &DeviceKey) -> bool {
-        let same_serial = one.serial_decides() && other.serial_decides() && one.serial == other.serial;
-        self.join(one.usb, other.usb) && (one.port == other.port || same_serial)
+        let same = match one.serial_decides() && other.serial_decides() {
+            true => one.serial == other.serial,
+            false => one.port == other.port,
+        };
+        self.join(one.usb, other.usb) && same
     }
 }
 
@@ -150,6 +153,11 @@ mod tests {
         assert!(!aliases.is(&one, &key(2, Serial::Missing, "1-2")), "another port");
         let unique = |product, port| key(product, Serial::Unique("A".into()), port);
         assert!(aliases.is(&unique(1, "1-1"), &unique(2, "1-2")));
+        let stranger = key(2, Serial::Unique("B".into()), "1-1");
+        assert!(
+            !aliases.is(&unique(1, "1-1"), &stranger),
+            "another serial is another device, in that port too"
+        );
         for wrong in [
             &[group(&["1:1"])][..],
             &[group(&["1:1", "1:1"])],

@@ -72,21 +72,16 @@ pub(super) fn tag(session: &Session, device: DeviceId, tags: &[Tag], add: bool) 
     let (mut store, context) = open(session, if add { "tag" } else { "untag" })?;
     let tags: Vec<String> = tags.iter().cloned().map(Tag::into_text).collect();
     let known = store.all_devices()?.into_iter().find(|r| r.entry.id == device);
-    let mut own = known.as_ref().map(|r| r.own_tags.clone()).unwrap_or_default();
+    let is_rules = |r: &Record, tag: &String| r.rule_tags.contains(tag) && !r.own_tags.contains(tag);
     if let Some(record) = known.filter(|_| !add)
-        && let Some(of_rule) = tags.iter().find(|tag| record.rule_tags.contains(tag) && !own.contains(tag))
+        && let Some(of_rule) = tags.iter().find(|tag| is_rules(&record, tag))
     {
         bail!(
             "device {device} has the tag {of_rule:?} from a whitelist rule: change that rule in the configuration"
         );
     }
-    own.retain(|tag| !tags.contains(tag));
-    if add {
-        own.extend(tags);
-        own.sort();
-        own.dedup();
-    }
-    let wished = store.set_tags(device, &own, &context)?;
+    let (more, fewer): (&[String], &[String]) = if add { (&tags, &[]) } else { (&[], &tags) };
+    let wished = store.set_tags(device, more, fewer, &context)?;
     let all = match &wished {
         Wished::Done(record) | Wished::Already(record) => record.entry.tags.join(", "),
         Wished::Unknown => String::new(),

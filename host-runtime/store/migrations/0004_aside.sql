@@ -15,3 +15,5 @@ ALTER TABLE usb_devices ADD COLUMN used_as text;
 -- The descriptors when the claim was made, and whether the device was, or may have been, in the guest since
 ALTER TABLE claims ADD COLUMN descriptors text;
 ALTER TABLE claims ADD COLUMN used int NOT NULL DEFAULT 0;
+-- Of claims that were made before nobody knows: they count as used.
+UPDATE claims SET used = 1;

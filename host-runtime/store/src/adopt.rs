@@ -2,7 +2,7 @@
 //! was found with when the daemon came back.
 
 use rusqlite::{Transaction, params};
-use virt_usb_model::{BusAddress, DeviceId, UsbId};
+use virt_usb_model::{BusAddress, DeviceId, Reason, UsbId};
 
 use crate::claim::{Asker, Judge, Verified};
 use crate::device::{self, ClaimRow, Record, refresh, sql_id, step_revision};
@@ -31,6 +31,8 @@ pub enum Adoption {
     AlreadyYours(DeviceId),
     /// Another instance holds it.
     HeldBy(Box<Record>, Box<ClaimRow>),
+    /// It is set aside, whatever the rules say: nobody starts with it.
+    SetAside(Box<Record>),
     /// No device of the inventory, or it cannot be told which.
     Unknown,
 }
@@ -46,7 +48,8 @@ pub enum Stage {
 
 impl Store {
     /// Claims what the domain's own XML holds, one answer a holding. What another instance holds stays with it.
-    /// Devices that are not offered are adopted too: whoever wrote the XML may do that.
+    /// Devices that the rules do not offer are adopted too: whoever wrote the XML may do that. What is set aside is adopted only from a guest
+    /// that runs with it.
     ///
     /// # Errors
     /// When the database cannot be written; then nothing was adopted.
@@ -69,6 +72,14 @@ impl Store {
                 let id = device.entry.id;
                 if let Some(claim) = give_back::holder(tx, id, asker.instance)? {
                     adopted.push(Adoption::HeldBy(Box::new(device), Box::new(claim)));
+                    continue;
+                }
+                let aside = matches!(
+                    device.withheld,
+                    Some(Reason::Disabled | Reason::Quarantined | Reason::Flapping)
+                );
+                if stage == Stage::Starting && aside && device.entry.instance_uuid.is_none() {
+                    adopted.push(Adoption::SetAside(Box::new(device)));
                     continue;
                 }
                 hints.add(Known::Instance(asker.instance))?;

@@ -1,5 +1,6 @@
 //! Devices that are set aside whatever the rules say: disabled by an operator, quarantined after a use, flapping. And an operator's tags.
 
+use std::collections::BTreeSet;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use rusqlite::{OptionalExtension, Transaction, params};
@@ -64,24 +65,27 @@ impl Store {
         })
     }
 
-    /// Gives the device tags beside those of the rules, or takes them away.
+    /// Gives the device tags beside those of the rules, or takes such away.
     ///
     /// # Errors
     /// When the database cannot be written; then nothing was changed.
     pub fn set_tags(
         &mut self,
         device: DeviceId,
-        tags: &[String],
+        add: &[String],
+        remove: &[String],
         context: &Context,
     ) -> Result<Wished, StoreError> {
         self.wish(device, context, |tx, was| {
+            let kept = was.own_tags.iter().filter(|tag| !remove.contains(tag));
+            let tags: Vec<String> = kept.chain(add).cloned().collect::<BTreeSet<_>>().into_iter().collect();
             if was.own_tags == tags {
                 return Ok(None);
             }
-            let text = serde_json::to_string(tags).unwrap_or_else(|_| "[]".into());
+            let text = serde_json::to_string(&tags).unwrap_or_else(|_| "[]".into());
             tx.execute("UPDATE usb_devices SET own_tags = ?2 WHERE id = ?1", params![sql_id(device), text])?;
             let classes = std::iter::once(&was.entry.class).chain(&was.entry.interface_classes);
-            label(tx, device, classes, &joined(&was.rule_tags, tags))?;
+            label(tx, device, classes, &joined(&was.rule_tags, &tags))?;
             Ok(Some(Event::new("tagged").with(tags.join(", "))))
         })
     }
@@ -143,6 +147,18 @@ pub(crate) fn after_use(tx: &Transaction<'_>, claim: &ClaimRow, context: &Contex
     quarantine(tx, claim.device_id, &why, claim.descriptors.as_ref(), context)
 }
 
+/// The longest reason, in bytes: the first of what was added stays.
+const LONGEST: usize = 600;
+
+/// A further reason behind those that are there.
+fn both(before: &str, more: &str) -> String {
+    match before.len() + more.len() {
+        _ if before.contains(more) => before.to_owned(),
+        0..=LONGEST => format!("{before}; {more}"),
+        _ => before.to_owned(),
+    }
+}
+
 fn quarantine(
     tx: &Transaction<'_>,
     device: DeviceId,
@@ -150,11 +166,16 @@ fn quarantine(
     used_as: Option<&Descriptors>,
     context: &Context,
 ) -> Sql<()> {
+    let before: Option<String> = tx
+        .prepare_cached("SELECT quarantined FROM usb_devices WHERE id = ?1")?
+        .query_row([sql_id(device)], |row| row.get(0))?;
+    // What was there first stays: a loose plug is not to cover an alarm.
+    let why = &before.map_or_else(|| why.to_owned(), |before| both(&before, why));
     tx.prepare_cached(
         "UPDATE usb_devices SET quarantined = ?2, used_as = coalesce(?3, used_as) WHERE id = ?1",
     )?
     .execute(params![sql_id(device), why, used_as.map(ToString::to_string)])?;
-    record(tx, context, &Event::new("quarantined").about(device).with(why.to_owned()))
+    record(tx, context, &Event::new("quarantined").about(device).with(why.clone()))
 }
 
 /// The device sends other descriptors than it did. What it has become is compared with what it was when its holder, or its last, claimed it:
@@ -180,7 +201,7 @@ pub(crate) fn altered(
     record(tx, context, &Event::new("altered").about(device).with(what.clone()))?;
     if let Some(why) = known.quarantined.as_ref().filter(|why| !why.contains(&difference)) {
         let sql = "UPDATE usb_devices SET quarantined = ?2 WHERE id = ?1";
-        let why = format!("{why}, AND IT IS NOT WHAT IT WAS: {difference}");
+        let why = both(why, &format!("IT IS NOT WHAT IT WAS: {difference}"));
         tx.execute(sql, params![sql_id(device), why])?;
     }
     Ok(Some(what))
@@ -235,10 +256,12 @@ pub(crate) fn returned(
     }
 }
 
-/// Those that have stayed long enough are offered again.
+/// Those that have stayed long enough are offered again; a moment further away than any pause is one of a clock that was wrong.
 pub(crate) fn settle(tx: &Transaction<'_>, context: &Context) -> Sql<Vec<DeviceId>> {
     let steady: Vec<DeviceId> = tx
-        .prepare_cached(&format!("SELECT id FROM usb_devices WHERE flapping_until <= {NOW}"))?
+        .prepare_cached(&format!(
+            "SELECT id FROM usb_devices WHERE flapping_until <= {NOW} OR flapping_until > strftime('%Y-%m-%dT%H:%M:%fZ', 'now', '+2 days')"
+        ))?
         .query_map([], |row| read_id(row, "id"))?
         .collect::<Sql<_>>()?;
     if !steady.is_empty() {

@@ -157,7 +157,7 @@ fn update(tx: &Transaction<'_>, id: DeviceId, d: &Device, verdict: &Verdict, own
     tx.prepare_cached(
         "UPDATE usb_devices SET address = ?2, product_id = ?3, vendor_id = ?4, bus_id = ?5, device_id = ?6, port_id = ?7, port_path = ?8,
          serial = ?9, serial_kind = ?10, class = ?11, interface_classes = ?12, tags = ?13, projects = ?14, speed = ?15, manufacturer = ?16,
-         product_name = ?17, driver = ?18, host_use = ?19, withheld = ?20, one_time_use = ?21, descriptors = ?22, present = 1 WHERE id = ?1",
+         product_name = ?17, driver = ?18, host_use = ?19, withheld = ?20, one_time_use = ?21 OR (one_time_use AND EXISTS (SELECT 1 FROM claims WHERE device_id = ?1)), descriptors = ?22, present = 1 WHERE id = ?1",
     )?
     .execute(params![
         sql_id(id),
@@ -218,7 +218,7 @@ fn is_same(r: &Record, d: &Device, verdict: &Verdict) -> bool {
         && e.driver == d.driver
         && e.host_use == d.host_use
         && r.rule_tags == verdict.tags
-        && r.one_time_use == verdict.one_time_use
+        && (r.one_time_use == verdict.one_time_use || (r.one_time_use && e.instance_uuid.is_some()))
         && r.descriptors == d.descriptors
         && e.projects == verdict.projects
         && r.rule_withheld == verdict.withheld

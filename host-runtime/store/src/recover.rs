@@ -639,6 +639,15 @@ fn copy(tx: &Transaction<'_>, name: &str, table: &Table) -> Sql<Kept> {
     Ok(kept)
 }
 
+/// Makes the row of this id what another file says, in the columns that both have.
+fn overwrite(tx: &Transaction<'_>, name: &str, table: &Table, row: &[Value], id: i64) -> Sql<()> {
+    let known = columns(tx, name)?;
+    let shared = || (0..table.columns.len()).filter(|at| known.contains(&table.columns[*at]));
+    let list: Vec<String> = shared().map(|at| format!("{} = ?", table.columns[at])).collect();
+    let sql = format!("UPDATE {name} SET {} WHERE id = {id}", list.join(", "));
+    tx.prepare_cached(&sql)?.execute(params_from_iter(shared().filter_map(|at| row.get(at)))).map(drop)
+}
+
 fn columns(tx: &Transaction<'_>, name: &str) -> Sql<Vec<String>> {
     let statement = tx.prepare(&format!("SELECT * FROM {name}"))?;
     Ok(statement.column_names().map(ToOwned::to_owned).collect())
@@ -709,8 +718,12 @@ fn drop_doubles(tx: &Transaction<'_>) -> Sql<usize> {
     let mut dropped = 0;
     for record in &all {
         let others = &alike[&(record.usb(), record.entry.serial.as_deref())];
-        let doubled =
-            others.iter().any(|other| other.entry.id != record.entry.id && other.key().is(&record.key()));
+        // One that was gone is no double of one that is alive: it goes, and the other stays.
+        let rivals = |other: &&&Record| other.deleted == 0 || record.deleted != 0;
+        let doubled = others
+            .iter()
+            .filter(rivals)
+            .any(|other| other.entry.id != record.entry.id && other.key().is(&record.key()));
         if doubled {
             dropped += tx.execute("DELETE FROM usb_devices WHERE id = ?1", [sql(record.entry.id)])?;
             continue;
@@ -772,16 +785,17 @@ fn continue_ids(tx: &Transaction<'_>, salvage: &Salvage, was_there: bool, guests
 
 /// What was set aside since the backup stays so: a backup of last week must not offer what was quarantined yesterday.
 fn set_aside_still(tx: &Transaction<'_>, id: DeviceId, present: &Record) -> Sql<()> {
-    if present.quarantined.is_none() && present.disabled.is_none() {
+    if present.quarantined.is_none() && present.disabled.is_none() && present.flapping_until.is_none() {
         return Ok(());
     }
     tx.execute(
-        "UPDATE usb_devices SET quarantined = coalesce(?2, quarantined), used_as = coalesce(?3, used_as), disabled = coalesce(?4, disabled) WHERE id = ?1",
+        "UPDATE usb_devices SET quarantined = coalesce(?2, quarantined), used_as = coalesce(?3, used_as), disabled = coalesce(?4, disabled), flapping_until = coalesce(?5, flapping_until) WHERE id = ?1",
         params![
             sql(id),
             present.quarantined,
             present.used_as.as_ref().map(ToString::to_string),
             present.disabled,
+            present.flapping_until,
         ],
     )?;
     refresh(tx, id)
@@ -814,8 +828,26 @@ fn continue_with(new: &mut Store, present: &Store, all: bool, guests_known: bool
         // From an id of the present to the backup's.
         let mut ids: BTreeMap<i64, i64> = BTreeMap::new();
         let mut seen_since = Table::default();
+        let born: BTreeMap<i64, &Option<String>> =
+            restored.iter().map(|record| (sql(record.entry.id), &record.created_at)).collect();
+        let row_of = |id: i64| {
+            let table = since.table("usb_devices")?;
+            let at = table.column("id")?;
+            let row = table.rows.iter().find(|row| row.get(at) == Some(&Value::Integer(id)))?;
+            Some((table, row))
+        };
         for record in &records {
             let id = sql(record.entry.id);
+            // An id is given once: this is the row of that device, whatever it shows and wherever it is by now.
+            if born.get(&id).is_some_and(|at| **at == record.created_at)
+                && let Some((table, row)) = row_of(id)
+            {
+                overwrite(tx, "usb_devices", table, row, id)?;
+                let classes = std::iter::once(&record.entry.class).chain(&record.entry.interface_classes);
+                label(tx, record.entry.id, classes, &record.entry.tags)?;
+                ids.insert(id, id);
+                continue;
+            }
             let same = alike
                 .get(&(record.usb(), record.entry.serial.as_deref()))
                 .and_then(|those| those.iter().find(|r| r.key().is(&record.key())));
@@ -826,12 +858,7 @@ fn continue_with(new: &mut Store, present: &Store, all: bool, guests_known: bool
                 }
                 None if taken.contains(&id) => {}
                 None => {
-                    let table = since.table("usb_devices");
-                    let row = table.and_then(|table| {
-                        let at = table.column("id")?;
-                        table.rows.iter().find(|row| row.get(at) == Some(&Value::Integer(id)))
-                    });
-                    if let (Some(table), Some(row)) = (table, row) {
+                    if let Some((table, row)) = row_of(id) {
                         seen_since.columns.clone_from(&table.columns);
                         seen_since.rows.push(row.clone());
                         ids.insert(id, id);

@@ -1,6 +1,7 @@
 //! Devices that are set aside whatever the rules say, and what an operator says of them.
 
 use virt_usb_model::{Descriptors, Device, DeviceId, Verdict};
+use virt_usb_store::adopt::{Adoption, Holding, Stage};
 use virt_usb_store::aside::Wished;
 use virt_usb_store::claim::Claimed;
 use virt_usb_store::discover::Done;
@@ -112,6 +113,62 @@ fn a_device_of_one_use_waits_for_an_operator_after_it() {
 }
 
 #[test]
+fn no_rule_that_changes_while_it_is_held_makes_a_device_fresh() {
+    let (_dir, mut store) = inventory();
+    scan(&mut store, &seen(2, false, true), &boot(1)).unwrap();
+    used(&mut store);
+    // It shows another kind, is in another port, or the rule is gone: the rules say nothing of it any more.
+    scan(&mut store, &seen(2, false, false), &boot(1)).unwrap();
+    given_back(&mut store);
+    assert_eq!(status(&store), "unavailable (quarantined)");
+    store.clear_quarantine(KEY, &boot(1)).unwrap();
+    scan(&mut store, &seen(2, false, false), &boot(1)).unwrap();
+    used(&mut store);
+    given_back(&mut store);
+    assert_eq!(status(&store), "available", "once it is free the rules count");
+}
+
+#[test]
+fn nobody_starts_with_what_is_set_aside_whoever_wrote_it_into_his_domain() {
+    let (_dir, mut store) = inventory();
+    scan(&mut store, &seen(2, false, true), &boot(1)).unwrap();
+    let address = virt_usb_model::BusAddress::new(1, 2);
+    let by_hand = [Holding { id: None, usb: Some(virt_usb_model::UsbId::new(0x0529, 1)), address }];
+    let mut adopt = |store: &mut Store, stage| {
+        store.adopt(&asker(7), &by_hand, stage, &mut Trusting, &boot(1)).unwrap().remove(0)
+    };
+    store.set_disabled(KEY, Some("no"), &boot(1)).unwrap();
+    assert!(matches!(adopt(&mut store, Stage::Starting), Adoption::SetAside(_)));
+    assert_eq!(store.claims().unwrap(), []);
+    assert!(matches!(adopt(&mut store, Stage::Running), Adoption::New(_)), "it is in that guest");
+    assert!(matches!(adopt(&mut store, Stage::Starting), Adoption::AlreadyYours(_)));
+    assert_sound(&store);
+}
+
+#[test]
+fn a_loose_plug_covers_no_alarm() {
+    let (_dir, mut store) = inventory();
+    scan(&mut store, &seen(2, false, true), &boot(1)).unwrap();
+    used(&mut store);
+    given_back(&mut store);
+    let limits = Limits { limit: 1, window: 600, pause: 1, quarantine: 1 };
+    for number in 3..60 {
+        let mut one = seen(number, true, true);
+        let mut bytes = one[0].0.descriptors.as_ref().unwrap().bytes().to_vec();
+        bytes[13] = number;
+        one[0].0.descriptors = Descriptors::new(bytes);
+        scan_within(&mut store, &one, &limits, &boot(1)).unwrap();
+    }
+    let why = record(&store).quarantined.unwrap();
+    let parts = [
+        "has used it",
+        "IT IS NOT WHAT IT WAS: interfaces 08/06/50 before, 08/06/50 03/01/01 now",
+        "look at its plug",
+    ];
+    assert!(parts.iter().all(|part| why.contains(part)) && why.len() < 700, "{why}");
+}
+
+#[test]
 fn a_device_that_has_become_another_is_told_loudly() {
     let difference = "interfaces 08/06/50 before, 08/06/50 03/01/01 now";
     let altered = |done: &[Done]| done.iter().find_map(|d| d.altered.clone()).unwrap_or_default();
@@ -184,14 +241,14 @@ fn what_comes_and_goes_too_often_is_offered_again_once_it_has_stayed() {
 fn an_operators_tags_stand_beside_those_of_the_rules() {
     let (_dir, mut store) = inventory();
     plug(&mut store, 1);
-    store.set_tags(KEY, &["blue".into(), "erp".into()], &boot(1)).unwrap();
+    store.set_tags(KEY, &["blue".into(), "erp".into()], &[], &boot(1)).unwrap();
     assert_eq!(record(&store).entry.tags, ["erp", "blue"]);
     plug(&mut store, 1);
     scan(&mut store, &[(device(1, None, "1-1", 7), offered())], &boot(1)).unwrap();
     assert_eq!(record(&store).entry.tags, ["erp", "blue"], "whatever is scanned");
     claimed(&mut store, 1, r#"{"tags":["blue","erp"]}"#).unwrap();
     given_back(&mut store);
-    store.set_tags(KEY, &[], &boot(1)).unwrap();
+    store.set_tags(KEY, &[], &["blue".into(), "erp".into()], &boot(1)).unwrap();
     assert_eq!(record(&store).entry.tags, ["erp"]);
     assert!(claimed(&mut store, 1, r#"{"tags":["blue"]}"#).is_err());
     claimed(&mut store, 1, r#"{"tags":["erp"]}"#).unwrap();

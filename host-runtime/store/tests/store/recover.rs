@@ -341,7 +341,7 @@ fn what_was_set_aside_since_the_backup_or_before_stays_so() {
     let mut store = hook(dir.path()).unwrap();
     let id = |n| virt_usb_model::DeviceId::new(n).unwrap();
     store.set_disabled(id(10), Some("before"), &boot(1)).unwrap();
-    store.set_tags(id(11), &["blue".into()], &boot(1)).unwrap();
+    store.set_tags(id(11), &["blue".into()], &[], &boot(1)).unwrap();
     store.backup(&copy).unwrap();
     store.set_disabled(id(12), Some("since"), &boot(1)).unwrap();
     let recovered = with(dir.path(), Some(&copy), &plugged()).unwrap();

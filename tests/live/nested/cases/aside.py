@@ -59,6 +59,7 @@ def two_faces(w):
         (hostdev,) = w.virsh.hostdevs("g")
         expect(hostdev.product == product, f"the guest's hostdev to name it: {hostdev}")
     w.boots_from(guest, stick, reset=True)
+    expect("not what it was" not in AGENT_LOG.read_text(), "no alarm: that is declared")
 
 
 @case("a stick that comes and goes is given back to its guest once it has stayed, and the second time waits for an operator")
