@@ -134,7 +134,7 @@ fn nobody_starts_with_what_is_set_aside_whoever_wrote_it_into_his_domain() {
     scan(&mut store, &seen(2, false, true), &boot(1)).unwrap();
     let address = virt_usb_model::BusAddress::new(1, 2);
     let by_hand = [Holding { id: None, usb: Some(virt_usb_model::UsbId::new(0x0529, 1)), address }];
-    let mut adopt = |store: &mut Store, stage| {
+    let adopt = |store: &mut Store, stage| {
         store.adopt(&asker(7), &by_hand, stage, &mut Trusting, &boot(1)).unwrap().remove(0)
     };
     store.set_disabled(KEY, Some("no"), &boot(1)).unwrap();
