@@ -53,8 +53,8 @@ live: build ## real libvirtd and real guests on this machine (root)
 	@echo "== libvirtd and guests on this machine"
 	@tests/live/run machine
 
-live-nested: test-deps build ## a compute host in a VM, with real USB devices (root; twelve minutes)
-	@echo "== a compute host in a VM, with real USB devices (some twelve minutes; a line a case)"
+live-nested: test-deps build ## a compute host in a VM, with real USB devices (root; a quarter of an hour)
+	@echo "== a compute host in a VM, with real USB devices (a quarter of an hour; a line a case)"
 	@tests/live/run nested
 
 packages: test-deps deb ## the Debian package in clean Debians 12 and 13 (root)
