@@ -8,6 +8,7 @@ from lib.shell import expect, refused
 from lib.waiting import until
 
 from .live import asking, known
+from .replug import running
 
 
 def set_aside(w):
@@ -43,12 +44,8 @@ def used_once(w):
 @case("usb_aliases: a stick that shows another product while a guest has it is the same device, and the guest has it again")
 def two_faces(w):
     w.product.configure(usb_aliases=[["0951:1666", "0951:16ae"]])
-    (stick,) = w.drawer.twins(1)
-    w.product.agent.start()
-    row = until(lambda: known(w, stick), "the agent to find the stick")
-    guest = asking(w, "g")
-    w.start(guest)
-    w.allocated(guest, stick)
+    ((guest, stick),) = running(w)
+    row = known(w, stick)
     for product in ("16ae", "1666"):
         stick.unplug()
         stick.show_as(product)
@@ -56,7 +53,7 @@ def two_faces(w):
         w.allocated(guest, stick)
         now = known(w, stick)
         expect((now["id"], now["product_id"]) == (row["id"], product), f"the same device with another product: {now}")
-        (hostdev,) = w.virsh.hostdevs("g")
+        (hostdev,) = w.virsh.hostdevs(guest.name)
         expect(hostdev.product == product, f"the guest's hostdev to name it: {hostdev}")
     w.boots_from(guest, stick, reset=True)
     expect("not what it was" not in AGENT_LOG.read_text(), "no alarm: that is declared")
@@ -65,18 +62,14 @@ def two_faces(w):
 @case("a stick that comes and goes is given back to its guest once it has stayed, and the second time waits for an operator")
 def flapping(w):
     w.product.configure(flap_limit=3, flap_window=120, flap_pause=4, flap_quarantine=1, scan_interval=1)
-    (stick,) = w.drawer.twins(1)
-    w.product.agent.start()
-    row = until(lambda: known(w, stick), "the agent to find the stick")
-    guest = asking(w, "g")
-    w.start(guest)
-    w.allocated(guest, stick)
+    ((guest, stick),) = running(w)
+    row = known(w, stick)
     for _ in range(3):
         stick.move(0)
         until(lambda: known(w, stick) and known(w, stick)["status"] != "removed", "it to be seen")
     until(lambda: known(w, stick).get("flapping_until"), "it to count as flapping")
     until(lambda: "comes and goes too often" in w.product.must("claims").out, "an operator to be told")
-    expect(not w.virsh.hostdevs("g"), "it not to be given back at once")
+    expect(not w.virsh.hostdevs(guest.name), "it not to be given back at once")
     w.allocated(guest, stick)
     for _ in range(3):
         stick.move(0)
