@@ -415,10 +415,8 @@ impl Report {
     /// What waits for somebody.
     fn set_aside(&mut self, record: &Record) {
         let subject = format!("device {} (port {})", record.entry.id, record.entry.port_path);
-        let altered =
-            record.used_as.as_ref().zip(record.descriptors.as_ref()).and_then(|(was, is)| was.difference(is));
         let clear = format!("look at it, then 'virt-usb quarantine clear {}'", record.entry.id);
-        match (&record.quarantined, &record.flapping_until, altered) {
+        match (&record.quarantined, &record.flapping_until, record.altered()) {
             (Some(why), _, Some(_)) => self.broken("device", format!("{subject} is set aside: {why}"), clear),
             (Some(why), _, None) => self.warn("device", format!("{subject} is set aside: {why}"), clear),
             (None, Some(until), _) => self.warn(

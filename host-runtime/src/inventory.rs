@@ -78,9 +78,8 @@ fn recognise(devices: &[Device], known: &[Record], aliases: &Aliases) -> Vec<Opt
     let own = |r: &Record, key: &DeviceKey| r.key().is(key);
     let other = |r: &Record, key: &DeviceKey| aliases.is(&r.key(), key);
     let gone = |r: &Record| r.deleted != 0;
-    let aside = |r: &Record| r.disabled.is_some() || r.quarantined.is_some() || r.flapping_until.is_some();
     let rounds: [Fits<'_>; 4] = [
-        &|r, key| own(r, key) && (!gone(r) || aside(r)),
+        &|r, key| own(r, key) && (!gone(r) || r.is_set_aside()),
         &|r, key| other(r, key) && !gone(r),
         &|r, key| own(r, key),
         &|r, key| other(r, key),

@@ -176,7 +176,7 @@ fn forward(to: Sender<Signal>) -> std::io::Result<Sender<Event>> {
 
 /// One agent a host, and hooks that know whether it lives: a lock that the kernel lets go of, whatever becomes of the process.
 fn lock(state_dir: &Path) -> anyhow::Result<(File, PathBuf)> {
-    let path = state_dir.join("agent.lock");
+    let path = state_dir.join(machine::AGENT_LOCK);
     let file = OpenOptions::new().write(true).create(true).truncate(false).mode(0o644).open(&path);
     let file = file.with_context(|| {
         format!(

@@ -110,8 +110,7 @@ pub(super) fn list(session: &Session) -> anyhow::Result<ExitCode> {
         .iter()
         .filter_map(|device| {
             let why = device.quarantined.as_deref().or_else(|| flapping(device))?;
-            let pair = device.used_as.as_ref().zip(device.descriptors.as_ref());
-            Some(Quarantined { device, why, altered: pair.and_then(|(was, is)| was.difference(is)) })
+            Some(Quarantined { device, why, altered: device.altered() })
         })
         .collect();
     session.out.show(&set_aside, || {

@@ -2,7 +2,7 @@
 //! was found with when the daemon came back.
 
 use rusqlite::{Transaction, params};
-use virt_usb_model::{BusAddress, DeviceId, Reason, UsbId};
+use virt_usb_model::{BusAddress, DeviceId, UsbId};
 
 use crate::claim::{Asker, Judge, Verified};
 use crate::device::{self, ClaimRow, Record, refresh, sql_id, step_revision};
@@ -74,11 +74,7 @@ impl Store {
                     adopted.push(Adoption::HeldBy(Box::new(device), Box::new(claim)));
                     continue;
                 }
-                let aside = matches!(
-                    device.withheld,
-                    Some(Reason::Disabled | Reason::Quarantined | Reason::Flapping)
-                );
-                if stage == Stage::Starting && aside && device.entry.instance_uuid.is_none() {
+                if stage == Stage::Starting && device.is_set_aside() && device.entry.instance_uuid.is_none() {
                     adopted.push(Adoption::SetAside(Box::new(device)));
                     continue;
                 }

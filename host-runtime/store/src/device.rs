@@ -77,6 +77,16 @@ impl Record {
         UsbId { vendor: self.entry.vendor_id, product: self.entry.product_id }
     }
 
+    /// Whether it is not offered whatever the rules say.
+    pub const fn is_set_aside(&self) -> bool {
+        matches!(self.withheld, Some(Reason::Disabled | Reason::Quarantined | Reason::Flapping))
+    }
+
+    /// What is different from what it was when it was claimed last, where it was quarantined after that.
+    pub fn altered(&self) -> Option<String> {
+        self.used_as.as_ref().zip(self.descriptors.as_ref()).and_then(|(was, is)| was.difference(is))
+    }
+
     /// The product's name, or the maker's, for messages.
     pub fn name(&self) -> Option<&str> {
         self.entry.product_name.as_deref().or(self.entry.manufacturer.as_deref())

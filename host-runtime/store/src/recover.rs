@@ -728,10 +728,14 @@ fn drop_doubles(tx: &Transaction<'_>) -> Sql<usize> {
             dropped += tx.execute("DELETE FROM usb_devices WHERE id = ?1", [sql(record.entry.id)])?;
             continue;
         }
-        let classes = std::iter::once(&record.entry.class).chain(&record.entry.interface_classes);
-        label(tx, record.entry.id, classes, &record.entry.tags)?;
+        relabel(tx, record)?;
     }
     Ok(dropped)
+}
+
+fn relabel(tx: &Transaction<'_>, record: &Record) -> Sql<()> {
+    let classes = std::iter::once(&record.entry.class).chain(&record.entry.interface_classes);
+    label(tx, record.entry.id, classes, &record.entry.tags)
 }
 
 fn sql(id: DeviceId) -> i64 {
@@ -785,7 +789,7 @@ fn continue_ids(tx: &Transaction<'_>, salvage: &Salvage, was_there: bool, guests
 
 /// What was set aside since the backup stays so: a backup of last week must not offer what was quarantined yesterday.
 fn set_aside_still(tx: &Transaction<'_>, id: DeviceId, present: &Record) -> Sql<()> {
-    if present.quarantined.is_none() && present.disabled.is_none() && present.flapping_until.is_none() {
+    if !present.is_set_aside() {
         return Ok(());
     }
     tx.execute(
@@ -843,8 +847,7 @@ fn continue_with(new: &mut Store, present: &Store, all: bool, guests_known: bool
                 && let Some((table, row)) = row_of(id)
             {
                 overwrite(tx, "usb_devices", table, row, id)?;
-                let classes = std::iter::once(&record.entry.class).chain(&record.entry.interface_classes);
-                label(tx, record.entry.id, classes, &record.entry.tags)?;
+                relabel(tx, record)?;
                 ids.insert(id, id);
                 continue;
             }
@@ -872,8 +875,7 @@ fn continue_with(new: &mut Store, present: &Store, all: bool, guests_known: bool
             !taken.contains(&id) && ids.contains_key(&id)
         };
         for record in records.iter().filter(is_new) {
-            let classes = std::iter::once(&record.entry.class).chain(&record.entry.interface_classes);
-            label(tx, record.entry.id, classes, &record.entry.tags)?;
+            relabel(tx, record)?;
         }
         if let Some(table) = since.table("sqlite_sequence") {
             for row in &table.rows {

@@ -205,3 +205,20 @@ pub fn domain(name: &str, number: u32, flavor: &str) -> String {
 "
     )
 }
+
+/// What a program wrote.
+///
+/// # Panics
+/// When it is no UTF-8.
+pub fn text(bytes: &[u8]) -> String {
+    String::from_utf8(bytes.to_vec()).unwrap()
+}
+
+/// What a program that must have done its work wrote to stdout.
+///
+/// # Panics
+/// When it has failed.
+pub fn ok(output: &Output) -> String {
+    assert!(output.status.success(), "{}{}", text(&output.stdout), text(&output.stderr));
+    text(&output.stdout)
+}

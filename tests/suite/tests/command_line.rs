@@ -1,19 +1,8 @@
 //! `virt-usb` as an operator types it.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
 
-use std::process::Output;
-
 use serde_json::Value;
-use virt_usb_suite::{Host, device, domain};
-
-fn text(bytes: &[u8]) -> String {
-    String::from_utf8(bytes.to_vec()).unwrap()
-}
-
-fn ok(output: &Output) -> String {
-    assert!(output.status.success(), "{}{}", text(&output.stdout), text(&output.stderr));
-    text(&output.stdout)
-}
+use virt_usb_suite::{Host, device, domain, ok, text};
 
 fn json(host: &Host, arguments: &[&str]) -> Value {
     let all: Vec<&str> = arguments.iter().copied().chain(["--json"]).collect();

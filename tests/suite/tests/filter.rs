@@ -5,13 +5,9 @@ use std::path::Path;
 use std::process::Output;
 
 use serde_json::{Value, json};
-use virt_usb_suite::{Host, device, program};
+use virt_usb_suite::{Host, device, program, text};
 
 const KEY: &str = r#"{"usb_devices":[{"vendor_id":"0529","product_id":"0001"}]}"#;
-
-fn text(bytes: &[u8]) -> String {
-    String::from_utf8(bytes.to_vec()).unwrap()
-}
 
 fn answer(output: &Output, code: i32) -> String {
     assert_eq!(output.status.code(), Some(code), "{}{}", text(&output.stdout), text(&output.stderr));

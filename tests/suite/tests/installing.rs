@@ -5,16 +5,11 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{Command, Output};
 
-use virt_usb_suite::{program, root};
+use virt_usb_suite::{ok, program, root};
 
 fn install(dest: &Path, arguments: &[&str]) -> Output {
     program("virt-usb-hook");
     Command::new(root().join("install/hook")).args(arguments).env("DESTDIR", dest).output().unwrap()
-}
-
-fn ok(output: &Output) -> String {
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    String::from_utf8(output.stdout.clone()).unwrap()
 }
 
 #[test]

@@ -8,16 +8,7 @@ use std::process::{Child, Command, Output};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
-use virt_usb_suite::{Host, device, domain, program};
-
-fn text(bytes: &[u8]) -> String {
-    String::from_utf8(bytes.to_vec()).unwrap()
-}
-
-fn ok(output: &Output) -> String {
-    assert!(output.status.success(), "{}{}", text(&output.stdout), text(&output.stderr));
-    text(&output.stdout)
-}
+use virt_usb_suite::{Host, device, domain, ok, program, text};
 
 fn fails(output: &Output) -> String {
     assert_eq!((output.status.code(), text(&output.stdout).as_str()), (Some(1), ""));
