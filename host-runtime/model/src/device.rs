@@ -47,17 +47,18 @@ impl Device {
 /// formatting characters become U+FFFD, white space at the ends goes, and at most 126 characters stay (a USB string descriptor holds no more,
 /// USB 2.0, 9.6.7). Empty text is none.
 pub fn clean_text(text: &str) -> Option<String> {
-    let hidden = |c: char| {
-        c.is_control()
-            || matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{feff}')
-    };
-    let clean: String = text
-        .trim_matches(|c: char| c.is_whitespace() || c == '\0')
-        .chars()
-        .take(126)
-        .map(|c| if hidden(c) { '\u{fffd}' } else { c })
-        .collect();
+    let trimmed = text.trim_matches(|c: char| c.is_whitespace() || c == '\0');
+    let clean: String = trimmed.chars().take(126).map(printable).collect();
     (!clean.is_empty()).then_some(clean)
+}
+
+/// The character, or U+FFFD for one that a terminal obeys, that is not seen, or that turns the order of a line around.
+pub const fn printable(c: char) -> char {
+    let hidden = matches!(
+        c,
+        '\0'..='\u{1f}' | '\u{7f}'..='\u{9f}' | '\u{61c}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{feff}'
+    );
+    if hidden { '\u{fffd}' } else { c }
 }
 
 /// What could not be read while looking for devices. Carried along: unreadable is not absent.

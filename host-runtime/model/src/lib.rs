@@ -39,7 +39,7 @@ pub mod whitelist;
 pub use address::{BusAddress, PortPath};
 pub use class::{Class, Speed};
 pub use descriptors::Descriptors;
-pub use device::{Device, clean_text};
+pub use device::{Device, clean_text, printable};
 pub use error::ParseError;
 pub use flavor::{DeviceRequest, Flavor, RedirectionRequest, Selector};
 pub use host::{DeviceEntry, HostDocument};

@@ -53,6 +53,11 @@ pub(super) enum Verb {
     },
     /// Show the audit trail: who got what, when and why
     Events(Events),
+    /// Watch devices, claims and events as they change
+    ///
+    /// On a terminal a screen that keeps itself up to date: arrows, PgUp, PgDn, Home and End scroll, q ends it. Elsewhere, or with
+    /// --lines, an event a line as it happens; with --json each is a JSON object.
+    Watch(Watch),
     /// Manage stored flavors, which domains name
     Flavor {
         #[command(subcommand)]
@@ -202,6 +207,16 @@ pub(super) struct Events {
     /// The newest so many; 0 for all
     #[arg(long, default_value_t = 50)]
     pub(super) limit: u32,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct Watch {
+    /// An event a line, on a terminal too
+    #[arg(long)]
+    pub(super) lines: bool,
+    /// Where events are lines: begin with the newest so many of those that were before
+    #[arg(long, default_value_t = 10, value_name = "N")]
+    pub(super) last: u32,
 }
 
 #[derive(Debug, Subcommand)]

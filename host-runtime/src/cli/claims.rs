@@ -8,6 +8,7 @@ use virt_usb_model::{DeviceId, InstanceId};
 use virt_usb_store::events::{EventRow, Filter};
 use virt_usb_store::give_back::Extent;
 use virt_usb_store::problems::Problem;
+use virt_usb_store::watch::Moment;
 use virt_usb_store::{ClaimRow, Record, Store};
 
 use super::Session;
@@ -16,46 +17,51 @@ use super::output::{or_dash, table};
 use crate::agent::plan::{ABOUT_STOP, about_device};
 
 pub(super) fn list(session: &Session) -> anyhow::Result<ExitCode> {
-    let store = session.store()?;
-    let (claims, problems) = (store.claims()?, store.problems()?);
+    let Moment { devices, claims, problems, .. } = session.store()?.moment(0)?;
     let now = session.context(&session.config()?, "claims")?;
-    let devices = store.devices()?;
     let shown: Vec<Shown> = claims.into_iter().map(|claim| Shown::new(claim, &devices, &problems)).collect();
-    let claims = || shown.iter().map(|s| &s.claim);
     session.out.show(&shown, || {
-        let gone = |c: &ClaimRow| shown.iter().any(|s| s.claim.id == c.id && s.unplugged);
-        let row = |c: &ClaimRow| {
-            let state = match (c.pending, c.boot_id == now.boot_id || c.hold == "instance") {
-                (_, false) => "void (earlier boot)".to_owned(),
-                (true, true) => format!("{}, to be confirmed", c.state),
-                (false, true) if c.ending => "being detached".to_owned(),
-                (false, true) if gone(c) => "unplugged".to_owned(),
-                (false, true) => c.state.clone(),
-            };
+        let row = |Shown { claim, unplugged, .. }: &Shown| {
             vec![
-                c.device_id.to_string(),
-                c.domain.clone(),
-                c.instance_uuid.to_string(),
-                state,
-                c.hold.clone(),
-                c.created_at.clone(),
+                claim.device_id.to_string(),
+                claim.domain.clone(),
+                claim.instance_uuid.to_string(),
+                state(claim, *unplugged, &now.boot_id),
+                claim.hold.clone(),
+                claim.created_at.clone(),
             ]
         };
         let mut text = table(
             &["DEVICE", "DOMAIN", "INSTANCE", "STATE", "HOLD", "SINCE"],
-            claims().map(row).collect(),
+            shown.iter().map(row).collect(),
             "no device is held by anybody",
         );
-        for Problem { domain, about, what, since, .. } in &problems {
-            let lead = match about.as_str() {
-                ABOUT_STOP => format!("{domain} does not run"),
-                about => format!("{domain} does not get {about}"),
-            };
-            text.push_str(&format!("\n{lead} (since {since}): {what}"));
+        for problem in &problems {
+            text.push_str(&format!("\n{}", in_the_way(problem)));
         }
         text
     })?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// How far a claim has come, in words.
+pub(super) fn state(claim: &ClaimRow, unplugged: bool, boot_id: &str) -> String {
+    match (claim.pending, claim.boot_id == boot_id || claim.hold == "instance") {
+        (_, false) => "void (earlier boot)".to_owned(),
+        (true, true) => format!("{}, to be confirmed", claim.state),
+        (false, true) if claim.ending => "being detached".to_owned(),
+        (false, true) if unplugged => "unplugged".to_owned(),
+        (false, true) => claim.state.clone(),
+    }
+}
+
+/// What keeps a device out of a guest.
+pub(super) fn in_the_way(Problem { domain, about, what, since, .. }: &Problem) -> String {
+    let lead = match about.as_str() {
+        ABOUT_STOP => format!("{domain} does not run"),
+        about => format!("{domain} does not get {about}"),
+    };
+    format!("{lead} (since {since}): {what}")
 }
 
 #[derive(Serialize)]
@@ -131,7 +137,7 @@ pub(super) fn find_instance(store: &Store, text: &str) -> anyhow::Result<Instanc
 pub(super) fn events(session: &Session, options: &Events) -> anyhow::Result<ExitCode> {
     let instance = options.instance.as_deref().map(str::parse).transpose().context("--instance")?;
     let device = options.device.as_deref().map(str::parse).transpose().context("--device")?;
-    let events = session.store()?.events(&Filter { instance, device, limit: options.limit })?;
+    let events = session.store()?.events(&Filter { instance, device, limit: options.limit, after: 0 })?;
     session.out.show(&events, || {
         let row = |e: &EventRow| {
             let whom = e.domain.clone().or_else(|| e.instance_uuid.map(|i| i.to_string()));

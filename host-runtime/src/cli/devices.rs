@@ -123,11 +123,6 @@ pub(super) fn list(session: &Session, all: bool) -> anyhow::Result<ExitCode> {
 fn device_table(devices: &[Record], empty: &str) -> String {
     let row = |r: &Record| {
         let e = &r.entry;
-        let state = if r.deleted != 0 {
-            "unplugged".to_owned()
-        } else {
-            e.status_reason.as_ref().map_or_else(|| e.status.clone(), |why| format!("{} ({why})", e.status))
-        };
         vec![
             e.id.to_string(),
             r.usb().to_string(),
@@ -136,7 +131,7 @@ fn device_table(devices: &[Record], empty: &str) -> String {
             e.port_path.to_string(),
             e.address.to_string(),
             or_dash(e.speed),
-            state,
+            status(r),
             or_dash(e.instance_uuid),
         ]
     };
@@ -150,7 +145,17 @@ fn device_table(devices: &[Record], empty: &str) -> String {
     table(&header, rows, empty)
 }
 
-fn name(manufacturer: Option<&str>, product: Option<&str>) -> String {
+/// Its status, and why.
+pub(super) fn status(record: &Record) -> String {
+    let e = &record.entry;
+    match &e.status_reason {
+        _ if record.deleted != 0 => "unplugged".to_owned(),
+        Some(why) => format!("{} ({why})", e.status),
+        None => e.status.clone(),
+    }
+}
+
+pub(super) fn name(manufacturer: Option<&str>, product: Option<&str>) -> String {
     match (manufacturer, product) {
         (Some(m), Some(p)) if p.starts_with(m) => p.to_owned(),
         (Some(m), Some(p)) => format!("{m} {p}"),

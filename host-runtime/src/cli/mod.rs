@@ -10,6 +10,7 @@ mod guests;
 mod output;
 mod recover;
 mod upkeep;
+mod watch;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -69,6 +70,7 @@ fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
         Verb::Tag(tags) => aside::tag(&session, tags.device, &tags.tags, true),
         Verb::Untag(tags) => aside::tag(&session, tags.device, &tags.tags, false),
         Verb::Events(options) => claims::events(&session, &options),
+        Verb::Watch(options) => watch::run(&session, &options),
         Verb::Flavor { verb } => match verb {
             FlavorVerb::List => flavors::list(&session),
             FlavorVerb::Show { name } => flavors::show(&session, &name),

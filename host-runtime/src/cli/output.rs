@@ -16,6 +16,10 @@ impl Output {
         Self { json }
     }
 
+    pub(super) const fn is_json(&self) -> bool {
+        self.json
+    }
+
     /// `value` as JSON, or else what `text` says.
     pub(super) fn show(&self, value: &impl Serialize, text: impl FnOnce() -> String) -> anyhow::Result<()> {
         let shown = if self.json { serde_json::to_string_pretty(value)? } else { text() };

@@ -117,6 +117,8 @@ pub struct Filter {
     pub instance: Option<InstanceId>,
     /// Only of this device.
     pub device: Option<DeviceId>,
+    /// Only those that came after the one of this id.
+    pub after: i64,
     /// At most so many, the newest; 0: all.
     pub limit: u32,
 }
@@ -129,8 +131,9 @@ impl Store {
     pub fn events(&self, filter: &Filter) -> Result<Vec<EventRow>, StoreError> {
         let limit = if filter.limit == 0 { -1 } else { i64::from(filter.limit) };
         let mut events = self.all(
-            "SELECT * FROM events WHERE (?1 IS NULL OR instance_uuid = ?1) AND (?2 IS NULL OR device_id = ?2) ORDER BY id DESC LIMIT ?3",
-            params![filter.instance.map(|i| i.to_string()), filter.device.map(sql_id), limit],
+            "SELECT * FROM events WHERE (?1 IS NULL OR instance_uuid = ?1) AND (?2 IS NULL OR device_id = ?2) AND id > ?3
+             ORDER BY id DESC LIMIT ?4",
+            params![filter.instance.map(|i| i.to_string()), filter.device.map(sql_id), filter.after, limit],
             EventRow::read,
         )?;
         events.reverse();

@@ -13,6 +13,7 @@
 //! | [`discover`] | brings the rows in line with what is plugged in |
 //! | `flavors`, `assignments`, [`events`], [`problems`] | the other tables |
 //! | [`maintain`] | check, backup, prune |
+//! | [`watch`] | what there is at one moment, and whether it has changed since |
 //! | [`recover`] | restore, rebuild: another content in the inventory's place |
 //!
 //! Invariants, each held by one piece of code:
@@ -43,6 +44,7 @@ pub mod problems;
 mod query;
 pub mod recover;
 mod salvage;
+pub mod watch;
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;

@@ -1,0 +1,152 @@
+//! `watch`: a screen on a terminal, else an event a line.
+//!
+//! ```text
+//! store::watch ─► View ─► Screen ─► Terminal        each pure but for the ends
+//!                            └─► lines, of which those that differ are written, in one write
+//! ```
+
+mod screen;
+mod terminal;
+mod view;
+
+use std::io::{self, IsTerminal};
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use virt_usb_store::events::{EventRow, Filter};
+use virt_usb_store::watch::Watched;
+
+use super::arguments::Watch;
+use super::output::Output;
+use super::{PATIENCE, Session, chain};
+use crate::inventory::host_name;
+use screen::{Scroll, Size};
+use terminal::{Terminal, Touch};
+use view::{View, clean};
+
+/// How often is looked whether there is something new. SQLite tells by a counter in shared memory: that costs microseconds.
+const BEAT: Duration = Duration::from_millis(250);
+/// As many events as the tallest terminal shows.
+const EVENTS: u32 = 500;
+
+pub(super) fn run(session: &Session, options: &Watch) -> anyhow::Result<ExitCode> {
+    let config = session.config()?;
+    let mut watched = Watched::open(&config.state_dir, PATIENCE)?;
+    let is_screen = io::stdin().is_terminal()
+        && io::stdout().is_terminal()
+        && std::env::var_os("TERM").is_some_and(|term| term != "dumb");
+    if options.lines || session.out.is_json() || !is_screen {
+        return lines(&session.out, &mut watched, options.last);
+    }
+    let boot_id = session.context(&config, "watch")?.boot_id;
+    let mut view = View::new(&host_name(&config.procfs_root)?, boot_id);
+    // What cannot be read at all is said as every command says it, before the screen hides it.
+    view.moment = watched.store().moment(EVENTS)?;
+    let mut terminal = Terminal::open(&session.out)?;
+    screen(&mut terminal, &mut watched, &mut view)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Until somebody has had enough of it, or the terminal is gone.
+fn screen(terminal: &mut Terminal<'_>, watched: &mut Watched, view: &mut View) -> anyhow::Result<()> {
+    let mut scroll = Scroll::default();
+    let mut looked = None::<Instant>;
+    loop {
+        // A key that is held down does not make the inventory be read more often.
+        if looked.is_none_or(|at| at.elapsed() >= BEAT) {
+            look(watched, view);
+            looked = Some(Instant::now());
+        }
+        let (columns, rows) = terminal.size();
+        let size = Size { columns, rows };
+        let lines = screen::draw(view, size, &mut scroll);
+        terminal.show(&lines)?;
+        match terminal.touch(BEAT)? {
+            Some(Touch::Enough) => return Ok(()),
+            Some(Touch::Scroll(by)) => scroll.by(by, size),
+            Some(Touch::Redraw | Touch::Suspend) | None => {}
+        }
+    }
+}
+
+/// What was seen last stays on the screen while the inventory cannot be read, and the screen says so.
+fn look(watched: &mut Watched, view: &mut View) {
+    let news = watched.has_news().and_then(|news| match news {
+        true => watched.store().moment(EVENTS).map(Some),
+        false => Ok(None),
+    });
+    match news {
+        Ok(Some(moment)) => (view.moment, view.trouble) = (moment, None),
+        Ok(None) => view.trouble = None,
+        Err(e) => view.trouble = Some(chain(&e.into())),
+    }
+}
+
+/// Each event as a line, until the reader of them goes.
+fn lines(out: &Output, watched: &mut Watched, last: u32) -> anyhow::Result<ExitCode> {
+    let mut events = if last == 0 { Vec::new() } else { watched.store().events(&newest(last))? };
+    let mut told = match events.last() {
+        Some(event) => Some(event.clone()),
+        None => watched.store().events(&newest(1))?.pop(),
+    };
+    loop {
+        for event in &events {
+            let line = if out.is_json() { serde_json::to_string(event)? } else { line(event) };
+            out.raw(format!("{line}\n").as_bytes())?;
+        }
+        if let Some(event) = events.pop() {
+            told = Some(event);
+        }
+        if reader_has_gone()? {
+            return Ok(ExitCode::SUCCESS);
+        }
+        events = if watched.has_news()? { since(watched, told.as_ref())? } else { Vec::new() };
+    }
+}
+
+fn newest(limit: u32) -> Filter {
+    Filter { limit, ..Filter::default() }
+}
+
+/// The events after `told`. An inventory that was restored or made anew may count from an earlier one: its events are told apart by time.
+fn since(watched: &Watched, told: Option<&EventRow>) -> anyhow::Result<Vec<EventRow>> {
+    let Some(told) = told else { return Ok(watched.store().events(&Filter::default())?) };
+    let mut events = watched.store().events(&Filter { after: told.id - 1, ..Filter::default() })?;
+    if events.first() == Some(told) {
+        events.remove(0);
+        return Ok(events);
+    }
+    events = watched.store().events(&Filter::default())?;
+    events.retain(|event| event.at > told.at);
+    Ok(events)
+}
+
+/// Waits a beat; true as soon as nobody reads stdout any more.
+fn reader_has_gone() -> anyhow::Result<bool> {
+    let stdout = io::stdout();
+    // Nothing is asked for: that the other end is closed is told unasked.
+    let mut ends = [PollFd::new(&stdout, PollFlags::empty())];
+    let beat = Timespec::try_from(BEAT)?;
+    match poll(&mut ends, Some(&beat)) {
+        Ok(0) | Err(rustix::io::Errno::INTR) => Ok(false),
+        Ok(_) => Ok(ends[0].revents().intersects(PollFlags::ERR | PollFlags::HUP | PollFlags::NVAL)),
+        Err(e) => Err(io::Error::from(e).into()),
+    }
+}
+
+/// `2026-11-25T20:40:33.123Z claimed device 1 erp by hook prepare: usb_devices[0]`
+fn line(event: &EventRow) -> String {
+    let mut line = format!("{} {}", event.at, event.event);
+    if let Some(device) = event.device_id {
+        line.push_str(&format!(" device {device}"));
+    }
+    if let Some(whom) = event.domain.clone().or_else(|| event.instance_uuid.map(|i| i.to_string())) {
+        line.push_str(&format!(" {whom}"));
+    }
+    line.push_str(&format!(" by {}", event.actor));
+    if let Some(detail) = &event.detail {
+        line.push_str(&format!(": {detail}"));
+    }
+    clean(&line)
+}

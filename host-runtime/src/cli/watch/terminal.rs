@@ -1,0 +1,274 @@
+//! The terminal: taken, drawn on, and given back as it was, however this ends.
+
+use std::collections::VecDeque;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::Context as _;
+use crossterm::style::{Attribute, Color, Print, SetAttribute, SetForegroundColor};
+use crossterm::{cursor, queue, terminal};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use signal_hook::consts::{SIGCONT, SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGTSTP, SIGWINCH};
+use signal_hook::{flag, low_level};
+
+use super::screen::{By, Line};
+use super::view::Tone;
+use crate::cli::output::Output;
+
+/// What somebody wants.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Touch {
+    Enough,
+    Scroll(By),
+    /// The shell's turn.
+    Suspend,
+    /// The terminal has another size, or something else has written on it.
+    Redraw,
+}
+
+/// A terminal in raw mode, on its other screen.
+pub(super) struct Terminal<'a> {
+    out: &'a Output,
+    /// What stands on it.
+    shown: Vec<Line>,
+    /// Pressed, and not yet obeyed.
+    pressed: VecDeque<Touch>,
+    colour: bool,
+    enough: Arc<AtomicBool>,
+    suspend: Arc<AtomicBool>,
+    resumed: Arc<AtomicBool>,
+    resized: Arc<AtomicBool>,
+}
+
+impl<'a> Terminal<'a> {
+    pub(super) fn open(out: &'a Output) -> anyhow::Result<Self> {
+        let flags: [Arc<AtomicBool>; 4] = Default::default();
+        let [enough, suspend, resumed, resized] = flags;
+        for signal in [SIGTERM, SIGHUP, SIGINT, SIGQUIT] {
+            // Told twice, it ends at once: a terminal that is stopped takes nothing, not even its own restoring.
+            flag::register_conditional_shutdown(signal, 1, Arc::clone(&enough))?;
+            flag::register(signal, Arc::clone(&enough))?;
+        }
+        flag::register(SIGTSTP, Arc::clone(&suspend))?;
+        flag::register(SIGCONT, Arc::clone(&resumed))?;
+        flag::register(SIGWINCH, Arc::clone(&resized))?;
+        // A panic aborts: nothing is dropped then, and its message would be lost with the other screen.
+        let told = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |info| {
+            drop(give_back(&Output::new(false)));
+            told(info);
+        }));
+        // <https://no-color.org>
+        let colour = std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
+        let terminal = Self {
+            out,
+            shown: Vec::new(),
+            pressed: VecDeque::new(),
+            colour,
+            enough,
+            suspend,
+            resumed,
+            resized,
+        };
+        terminal.take().context("cannot take the terminal: add --lines")?;
+        Ok(terminal)
+    }
+
+    fn take(&self) -> anyhow::Result<()> {
+        terminal::enable_raw_mode()?;
+        let mut bytes = Vec::new();
+        queue!(bytes, terminal::EnterAlternateScreen, cursor::Hide, terminal::DisableLineWrap)?;
+        self.out.raw(&bytes)
+    }
+
+    /// Columns and rows.
+    pub(super) fn size(&self) -> (u16, u16) {
+        terminal::size().ok().filter(|(columns, rows)| *columns > 0 && *rows > 0).unwrap_or((80, 24))
+    }
+
+    /// Writes the lines that differ from what is there, all at once.
+    pub(super) fn show(&mut self, lines: &[Line]) -> anyhow::Result<()> {
+        let mut bytes = Vec::new();
+        queue!(bytes, terminal::BeginSynchronizedUpdate)?;
+        if self.shown.len() != lines.len() {
+            queue!(bytes, terminal::Clear(terminal::ClearType::All))?;
+            self.shown = vec![Line::default(); lines.len()];
+        }
+        let unchanged = bytes.len();
+        for ((row, line), shown) in (0..).zip(lines).zip(&mut self.shown) {
+            if line != shown {
+                queue!(bytes, cursor::MoveTo(0, row))?;
+                write_line(&mut bytes, line, self.colour)?;
+                queue!(bytes, terminal::Clear(terminal::ClearType::UntilNewLine))?;
+                shown.clone_from(line);
+            }
+        }
+        if bytes.len() == unchanged {
+            return Ok(());
+        }
+        queue!(bytes, terminal::EndSynchronizedUpdate)?;
+        self.out.raw(&bytes)
+    }
+
+    /// Waits for `patience`, or for somebody.
+    pub(super) fn touch(&mut self, patience: Duration) -> anyhow::Result<Option<Touch>> {
+        let end = Instant::now() + patience;
+        loop {
+            if self.enough.load(Ordering::Relaxed) {
+                return Ok(Some(Touch::Enough));
+            }
+            if self.suspend.swap(false, Ordering::Relaxed) {
+                return self.stop().map(Some);
+            }
+            let resumed = self.resumed.swap(false, Ordering::Relaxed);
+            if resumed {
+                self.take()?;
+            }
+            if self.resized.swap(false, Ordering::Relaxed) || resumed {
+                self.shown.clear();
+                return Ok(Some(Touch::Redraw));
+            }
+            match self.pressed.pop_front() {
+                Some(Touch::Suspend) => return self.stop().map(Some),
+                Some(Touch::Redraw) => self.shown.clear(),
+                Some(touch) => return Ok(Some(touch)),
+                None => {}
+            }
+            let left = end.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Ok(None);
+            }
+            self.listen(left)?;
+        }
+    }
+
+    /// Takes up what is pressed within `patience`. The end of the terminal is enough.
+    ///
+    /// crossterm's own reading of keys is not used: at the end of a terminal that was hung up it goes on reading for ever.
+    fn listen(&mut self, patience: Duration) -> anyhow::Result<()> {
+        let keys = io::stdin();
+        let mut ends = [PollFd::new(&keys, PollFlags::IN)];
+        match poll(&mut ends, Some(&Timespec::try_from(patience)?)) {
+            Ok(0) | Err(rustix::io::Errno::INTR) => return Ok(()),
+            Ok(_) => {}
+            Err(e) => return Err(io::Error::from(e).into()),
+        }
+        let mut bytes = [0; 1024];
+        match rustix::io::read(&keys, &mut bytes) {
+            // EIO is how Linux says that a terminal was hung up.
+            Ok(0) | Err(_) => self.pressed.push_back(Touch::Enough),
+            Ok(read) => self.pressed.extend(touches(&bytes[..read])),
+        }
+        Ok(())
+    }
+
+    /// As Ctrl-Z does: the shell has its terminal until it lets this go on.
+    fn stop(&mut self) -> anyhow::Result<Touch> {
+        give_back(self.out)?;
+        low_level::emulate_default_handler(SIGTSTP)?;
+        self.resumed.store(false, Ordering::Relaxed);
+        self.take()?;
+        self.shown.clear();
+        Ok(Touch::Redraw)
+    }
+}
+
+impl Drop for Terminal<'_> {
+    fn drop(&mut self) {
+        // A terminal that is gone needs nothing back.
+        drop(give_back(self.out));
+    }
+}
+
+fn give_back(out: &Output) -> anyhow::Result<()> {
+    let mut bytes = Vec::new();
+    queue!(
+        bytes,
+        terminal::EndSynchronizedUpdate,
+        SetAttribute(Attribute::Reset),
+        terminal::EnableLineWrap,
+        cursor::Show,
+        terminal::LeaveAlternateScreen
+    )?;
+    let written = out.raw(&bytes);
+    terminal::disable_raw_mode()?;
+    written
+}
+
+/// What keys mean, as xterm and all its kind send them.
+/// See <https://invisible-island.net/xterm/ctlseqs/ctlseqs.html>, "Special Keyboard Keys".
+fn touches(mut bytes: &[u8]) -> Vec<Touch> {
+    let mut touches = Vec::new();
+    while let Some((&first, rest)) = bytes.split_first() {
+        let sequence = match (first, rest.first()) {
+            (0x1b, Some(b'[')) => {
+                rest[1..].iter().position(|b| (0x40..0x7f).contains(b)).map_or(rest.len(), |n| n + 2)
+            }
+            (0x1b, Some(b'O')) => rest.len().min(2),
+            _ => 0,
+        };
+        let (key, after) = bytes.split_at(1 + sequence);
+        bytes = after;
+        touches.extend(match key {
+            b"q" | b"\x1b" | b"\x03" | b"\x04" | b"\x1c" => Some(Touch::Enough),
+            b"\x1a" => Some(Touch::Suspend),
+            b"\x0c" => Some(Touch::Redraw),
+            b"k" | b"\x1b[A" | b"\x1bOA" => Some(Touch::Scroll(By::Rows(-1))),
+            b"j" | b"\x1b[B" | b"\x1bOB" => Some(Touch::Scroll(By::Rows(1))),
+            b"\x1b[5~" => Some(Touch::Scroll(By::Pages(-1))),
+            b" " | b"\x1b[6~" => Some(Touch::Scroll(By::Pages(1))),
+            b"g" | b"\x1b[H" | b"\x1bOH" | b"\x1b[1~" | b"\x1b[7~" => Some(Touch::Scroll(By::Start)),
+            b"G" | b"\x1b[F" | b"\x1bOF" | b"\x1b[4~" | b"\x1b[8~" => Some(Touch::Scroll(By::End)),
+            _ => None,
+        });
+    }
+    touches
+}
+
+fn write_line(bytes: &mut Vec<u8>, line: &Line, colour: bool) -> io::Result<()> {
+    for (text, tone) in &line.0 {
+        match tone {
+            Tone::Plain => {}
+            Tone::Head => queue!(bytes, SetAttribute(Attribute::Bold))?,
+            Tone::Quiet => queue!(bytes, SetAttribute(Attribute::Dim))?,
+            Tone::Free if colour => queue!(bytes, SetForegroundColor(Color::DarkGreen))?,
+            Tone::Held if colour => queue!(bytes, SetForegroundColor(Color::DarkCyan))?,
+            Tone::Bad if colour => queue!(bytes, SetForegroundColor(Color::DarkRed))?,
+            Tone::Bad => queue!(bytes, SetAttribute(Attribute::Bold))?,
+            Tone::Free | Tone::Held => {}
+        }
+        queue!(bytes, Print(text))?;
+        if *tone != Tone::Plain {
+            queue!(bytes, SetAttribute(Attribute::Reset))?;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn keys_are_told_apart_however_many_come_at_once() {
+        use Touch::{Enough, Scroll, Suspend};
+        assert_eq!(
+            touches(b"\x1b[Aj\x1b[6~\x1bOH\x1b[1;5Cx\xc3\xa9G\x1a"),
+            [
+                Scroll(By::Rows(-1)),
+                Scroll(By::Rows(1)),
+                Scroll(By::Pages(1)),
+                Scroll(By::Start),
+                Scroll(By::End),
+                Suspend
+            ]
+        );
+        assert_eq!(touches(b"\x1b"), [Enough]);
+        assert_eq!(touches(b"\x1b[A\x1b"), [Scroll(By::Rows(-1)), Enough]);
+        for unfinished in [&b"\x1b["[..], b"\x1bO", b"\x1b[1;5", b"\x1b[200\x01"] {
+            assert_eq!(touches(unfinished), [], "{unfinished:?}");
+        }
+    }
+}

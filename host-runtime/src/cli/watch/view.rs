@@ -1,0 +1,164 @@
+//! What is to be seen, as rows of text. Pure.
+
+use virt_usb_model::Status;
+use virt_usb_store::events::EventRow;
+use virt_usb_store::watch::Moment;
+use virt_usb_store::{ClaimRow, Record};
+
+use crate::cli::claims::{in_the_way, state};
+use crate::cli::devices::{name, status};
+
+/// How a text is meant; what it says never hangs on its colour.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(super) enum Tone {
+    #[default]
+    Plain,
+    /// Of less weight.
+    Quiet,
+    /// A heading.
+    Head,
+    /// To be had.
+    Free,
+    /// Somebody's.
+    Held,
+    /// Somebody should look at it.
+    Bad,
+}
+
+/// What is known, and what is in the way of knowing it.
+pub(super) struct View {
+    pub(super) host: String,
+    boot_id: String,
+    pub(super) moment: Moment,
+    /// Why the inventory cannot be read now.
+    pub(super) trouble: Option<String>,
+}
+
+/// A device's row.
+pub(super) struct DeviceRow {
+    /// ID, USB ID, NAME, PORT, STATUS, HELD BY, SINCE
+    pub(super) cells: [String; 7],
+    pub(super) tone: Tone,
+}
+
+impl View {
+    pub(super) fn new(host: &str, boot_id: String) -> Self {
+        Self { host: clean(host), boot_id, moment: Moment::default(), trouble: None }
+    }
+
+    /// `7 devices: 4 available, 2 allocated, 1 unavailable`
+    pub(super) fn summary(&self) -> String {
+        let devices = &self.moment.devices;
+        let count = |name: &str| devices.iter().filter(|r| r.entry.status == name).count();
+        let states = ["available", "claimed", "allocated", "removed", "unavailable"];
+        let counted: Vec<String> = states
+            .into_iter()
+            .filter(|name| count(name) > 0)
+            .map(|name| format!("{} {name}", count(name)))
+            .collect();
+        let plural = if devices.len() == 1 { "" } else { "s" };
+        let list = if counted.is_empty() { String::new() } else { format!(": {}", counted.join(", ")) };
+        format!("{} device{plural}{list}", devices.len())
+    }
+
+    /// The rows `from..`, `count` at the most: of ten thousand devices only those that are shown are made into text.
+    pub(super) fn devices(&self, from: usize, count: usize) -> Vec<DeviceRow> {
+        let row = |record: &Record| {
+            let claim = self.moment.claims.iter().find(|c| c.device_id == record.entry.id);
+            self.device(record, claim)
+        };
+        self.moment.devices.iter().skip(from).take(count).map(row).collect()
+    }
+
+    fn device(&self, record: &Record, claim: Option<&ClaimRow>) -> DeviceRow {
+        let e = &record.entry;
+        let is_late = |about: &str| about == crate::agent::plan::about_device(e.id);
+        let is_stuck = self
+            .moment
+            .problems
+            .iter()
+            .any(|p| Some(p.instance_uuid) == claim.map(|c| c.instance_uuid) && is_late(&p.about));
+        let tone = match e.state() {
+            Ok(Status::Available) => Tone::Free,
+            Ok(Status::Claimed | Status::Allocated) if !is_stuck => Tone::Held,
+            Ok(Status::Unavailable(_)) if !record.is_set_aside() => Tone::Quiet,
+            _ => Tone::Bad,
+        };
+        let status = match (claim, &record.flapping_until) {
+            (Some(claim), _) => state(claim, !record.present, &self.boot_id),
+            (None, Some(until)) => format!("{} until {}", status(record), to_the_second(until)),
+            (None, None) => status(record),
+        };
+        let cells = [
+            e.id.to_string(),
+            record.usb().to_string(),
+            name(e.manufacturer.as_deref(), e.product_name.as_deref()),
+            e.port_path.to_string(),
+            status,
+            claim.map_or_else(String::new, |c| c.domain.clone()),
+            claim.map_or_else(String::new, |c| to_the_second(&c.created_at)),
+        ];
+        DeviceRow { cells: cells.map(|cell| clean(&cell)), tone }
+    }
+
+    /// What keeps devices out of guests, a line each.
+    pub(super) fn problems(&self) -> Vec<String> {
+        self.moment.problems.iter().map(|p| clean(&in_the_way(p))).collect()
+    }
+
+    /// The newest `count` events, newest last, a line each.
+    pub(super) fn events(&self, count: usize) -> Vec<(String, Tone)> {
+        let events = &self.moment.events;
+        events[events.len().saturating_sub(count)..].iter().map(event).collect()
+    }
+}
+
+fn event(event: &EventRow) -> (String, Tone) {
+    let whom = event.domain.clone().or_else(|| event.instance_uuid.map(|i| i.to_string()));
+    let device = event.device_id.map_or_else(|| "-".to_owned(), |id| id.to_string());
+    let text = format!(
+        "{}  {:11}  {device:>4}  {:16}  {}{}",
+        to_the_second(&event.at),
+        event.event,
+        whom.as_deref().unwrap_or("-"),
+        event.actor,
+        event.detail.as_ref().map_or_else(String::new, |detail| format!(": {detail}"))
+    );
+    let tone = match event.event.as_str() {
+        "refused" | "problem" | "altered" | "quarantined" | "flapping" => Tone::Bad,
+        _ => Tone::Plain,
+    };
+    (clean(&text), tone)
+}
+
+/// `2026-11-25T20:40:33.123Z` as `11-25 20:40:33`.
+fn to_the_second(at: &str) -> String {
+    match (at.get(5..10), at.get(11..19)) {
+        (Some(day), Some(time)) => format!("{day} {time}"),
+        _ => at.to_owned(),
+    }
+}
+
+/// Safe on a terminal: names come from devices and guests, and a row is a line.
+pub(super) fn clean(text: &str) -> String {
+    text.chars().map(virt_usb_model::printable).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{clean, to_the_second};
+
+    #[test]
+    fn nothing_that_a_terminal_obeys_is_left() {
+        assert_eq!(
+            clean("a\x1b[2Jb\u{9b}c\nd\te\u{202e}f\u{7f}é鍵"),
+            "a\u{fffd}[2Jb\u{fffd}c\u{fffd}d\u{fffd}e\u{fffd}f\u{fffd}é鍵"
+        );
+    }
+
+    #[test]
+    fn a_time_without_its_year_and_milliseconds() {
+        assert_eq!(to_the_second("2026-11-25T20:40:33.123Z"), "11-25 20:40:33");
+        assert_eq!(to_the_second("soon"), "soon");
+    }
+}

@@ -1,0 +1,83 @@
+//! For those who look on: what there is at one moment, and whether it has changed since.
+
+use std::path::Path;
+use std::time::Duration;
+
+use crate::events::{EventRow, Filter};
+use crate::problems::Problem;
+use crate::{ClaimRow, Durability, Record, Store, StoreError};
+
+/// Devices, claims, what stands in somebody's way, and events, of one moment: no claim on a device that is not among them.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Moment {
+    /// All that are plugged in or held, by id.
+    pub devices: Vec<Record>,
+    /// All claims, by device.
+    pub claims: Vec<ClaimRow>,
+    /// All problems, by instance.
+    pub problems: Vec<Problem>,
+    /// The newest, oldest first.
+    pub events: Vec<EventRow>,
+}
+
+impl Store {
+    /// What there is now, with the newest `events` events.
+    ///
+    /// # Errors
+    /// When the database cannot be read.
+    pub fn moment(&self, events: u32) -> Result<Moment, StoreError> {
+        let _moment = self.conn.unchecked_transaction().map_err(|e| self.fault(&e))?;
+        Ok(Moment {
+            devices: self.devices()?,
+            claims: self.claims()?,
+            problems: self.problems()?,
+            events: match events {
+                0 => Vec::new(),
+                limit => self.events(&Filter { limit, ..Filter::default() })?,
+            },
+        })
+    }
+}
+
+/// A store to look at for hours: it says when somebody has written, and stays with the inventory when its file is replaced.
+#[derive(Debug)]
+pub struct Watched {
+    store: Store,
+    patience: Duration,
+    /// SQLite's own counter: another value than before once another connection has committed.
+    seen: Option<i64>,
+}
+
+impl Watched {
+    /// Opens the inventory in `state_dir`, which must be there, as [`Store::open`] does.
+    ///
+    /// # Errors
+    /// As [`Store::open`].
+    pub fn open(state_dir: &Path, patience: Duration) -> Result<Self, StoreError> {
+        let store = Store::open(state_dir, patience, Durability::Power)?;
+        Ok(Self { store, patience, seen: None })
+    }
+
+    /// The store, to be read.
+    pub const fn store(&self) -> &Store {
+        &self.store
+    }
+
+    /// Whether there is something new since this was asked last, or an error was given; the first time there is.
+    ///
+    /// # Errors
+    /// When the database cannot be read, or the file that has taken its place cannot be opened.
+    pub fn has_news(&mut self) -> Result<bool, StoreError> {
+        let mut before = self.seen.take();
+        self.store.restart_patience();
+        if self.store.stay().is_err() {
+            let dir = self.store.path().parent().unwrap_or(Path::new("/")).to_path_buf();
+            self.store = Store::open(&dir, self.patience, Durability::Power)?;
+            before = None;
+        }
+        let read = || self.store.conn.pragma_query_value(None, "data_version", |row| row.get(0));
+        let now = read().map_err(|e| self.store.fault(&e))?;
+        self.seen = Some(now);
+        Ok(before != self.seen)
+    }
+}
