@@ -53,7 +53,7 @@ live: build ## real libvirtd and real guests on this machine (root)
 	@echo "== libvirtd and guests on this machine"
 	@tests/live/run machine
 
-live-nested: test-deps build ## a compute host in a VM, with real USB devices (root; a quarter of an hour)
+live-nested: test-deps deb ## a compute host in a VM, with real USB devices (root; a quarter of an hour)
 	@echo "== a compute host in a VM, with real USB devices (a quarter of an hour; a line a case)"
 	@tests/live/run nested
 

@@ -8,7 +8,7 @@ import stat
 import subprocess
 import time
 
-from roots import REPO, Failure, check
+from roots import REPO, Failure, check, repack
 
 HOOK = "/etc/libvirt/hooks/qemu.d/50-virt-usb"
 PROGRAM = "/usr/sbin/virt-usb-hook"
@@ -24,7 +24,7 @@ OURS = "# ours\n"
 def installed(root):
     root.must("apt-get", "-qq", "update")
     # Built with a lower version: what is upgraded later.
-    root.repack("older.deb", "0.0.1")
+    repack(root.package, root.packages / "older.deb", "0.0.1")
     said = root.apt("install", "/packages/older.deb")
     check("'systemctl reload'" in said.all, f"it does not say what to reload:\n{said}")
     check(os.readlink(root.file(HOOK)) == PROGRAM, "the hook is no link to the program")

@@ -64,6 +64,19 @@ def prepare(debian):
     mark.write_text(made_of)
 
 
+def repack(package, to, version, edit=None):
+    """A package again, with another version, and changed by `edit`: what is upgraded later."""
+    tree = to.with_suffix(".tree")
+    subprocess.run(["dpkg-deb", "-R", package, tree], check=True)
+    control = tree / "DEBIAN/control"
+    lines = [f"Version: {version}" if line.startswith("Version: ") else line for line in control.read_text().splitlines()]
+    control.write_text("\n".join(lines) + "\n")
+    if edit:
+        edit(tree)
+    subprocess.run(["dpkg-deb", "-Znone", "--root-owner-group", "-b", tree, to], check=True, stdout=subprocess.DEVNULL)
+    shutil.rmtree(tree)
+
+
 class Answer:
     """What a command in a root came to."""
 
@@ -142,19 +155,6 @@ class Root:
 
     def file(self, path):
         return self.path / path.lstrip("/")
-
-    def repack(self, name, version, edit=None):
-        """The package again, with another version."""
-        tree = self.packages / "tree"
-        shutil.rmtree(tree, ignore_errors=True)
-        subprocess.run(["dpkg-deb", "-R", self.package, tree], check=True)
-        control = tree / "DEBIAN/control"
-        lines = [f"Version: {version}" if line.startswith("Version: ") else line for line in control.read_text().splitlines()]
-        control.write_text("\n".join(lines) + "\n")
-        if edit:
-            edit(tree)
-        subprocess.run(["dpkg-deb", "-Zgzip", "-z1", "--root-owner-group", "-b", tree, self.packages / name], check=True, stdout=subprocess.DEVNULL)
-        shutil.rmtree(tree)
 
     def told(self):
         """The last commands, for who looks for a mistake."""

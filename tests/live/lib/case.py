@@ -17,14 +17,15 @@ class Case:
     name: str
     title: str
     body: Callable
+    bare: bool
 
 
-def case(title):
-    """Marks a function of a world as a case."""
+def case(title, bare=False):
+    """Marks a function of a world as a case. `bare`: it brings virt-usb itself, and begins on a host without."""
 
     def mark(body):
         file = body.__module__.rsplit(".", 1)[-1]
-        _found.append(Case(f"{file}.{body.__name__}", title, body))
+        _found.append(Case(f"{file}.{body.__name__}", title, body, bare))
         return body
 
     return mark
@@ -62,7 +63,7 @@ def run_all(cases, world, say):
 def _run(one, world):
     shell.transcript.clear()
     try:
-        world.fresh()
+        world.fresh(one.bare)
         one.body(world)
     except Failure as failure:
         where = traceback.extract_tb(failure.__traceback__)

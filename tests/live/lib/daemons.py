@@ -18,13 +18,14 @@ group = "root"
 stdio_handler = "file"
 remember_owner = 0
 """
+# Debian's own: polkit is asked who may talk to it.
+ASKING_POLKIT = f'log_outputs = "3:file:{LOG}"\n'
 # No polkit here: whoever is in the group may talk to it.
 LIBVIRTD_CONF = f"""
 auth_unix_rw = "none"
 unix_sock_group = "libvirt"
 unix_sock_rw_perms = "0770"
-log_outputs = "3:file:{LOG}"
-"""
+{ASKING_POLKIT}"""
 
 
 class Libvirtd:
@@ -33,9 +34,9 @@ class Libvirtd:
         self.process = None
 
     @staticmethod
-    def configure(root=Path("/"), more=""):
-        (root / "etc/libvirt/qemu.conf").write_text(QEMU_CONF)
-        (root / "etc/libvirt/libvirtd.conf").write_text(LIBVIRTD_CONF + more)
+    def configure(conf=LIBVIRTD_CONF):
+        Path("/etc/libvirt/qemu.conf").write_text(QEMU_CONF)
+        Path("/etc/libvirt/libvirtd.conf").write_text(conf)
 
     def start(self):
         self.socket.unlink(missing_ok=True)
@@ -58,9 +59,42 @@ class Libvirtd:
         self.kill(how)
         self.start()
 
+    def reload(self):
+        """What 'systemctl reload libvirtd' does."""
+        os.kill(self.process.pid, signal.SIGHUP)
+
     def ensure(self):
         if not self.is_running():
             self.start()
+
+
+class Polkit:
+    """A system bus and polkitd, for a libvirtd that asks them who may talk to it."""
+
+    BUS = Path("/run/dbus/system_bus_socket")
+
+    def __init__(self):
+        self.processes = []
+
+    def start(self):
+        if self.processes:
+            return
+        self.BUS.parent.mkdir(exist_ok=True)
+        self._run("dbus-daemon", "--system", "--nofork", "--nopidfile")
+        until(self.BUS.exists, "the system bus")
+        # Debian 12's place and Debian 13's.
+        self._run(next(p for p in ("/usr/lib/polkit-1/polkitd", "/usr/libexec/polkitd") if Path(p).exists()), "--no-debug")
+
+    def _run(self, *words):
+        quiet = subprocess.DEVNULL
+        self.processes.append(subprocess.Popen(words, stdin=quiet, stdout=quiet, stderr=quiet))
+
+    def stop(self):
+        while self.processes:
+            process = self.processes.pop()
+            process.kill()
+            process.wait()
+        self.BUS.unlink(missing_ok=True)
 
 
 def qemu_pid(name, run=Path("/run/libvirt/qemu")):

@@ -35,6 +35,18 @@ class Product:
         LOGS.mkdir(parents=True, exist_ok=True)
         LOGS.chmod(0o777)
 
+    def remove(self):
+        """Leaves nothing of it, whether it was installed from the build or from a package."""
+        if run("dpkg-query", "-W", "virt-usb", quiet=True).ok:
+            must("dpkg", "--no-triggers", "--purge", "virt-usb")
+        else:
+            must(self.repo / "install/agent", "--remove")
+            must(self.repo / "install/hook", "--remove")
+        for folder in (CONFIG.parent, STATE):
+            shutil.rmtree(folder, ignore_errors=True)
+        run("userdel", USER)
+        self._clear_logs()
+
     def fresh(self):
         """An inventory that knows nothing, and the default configuration."""
         self.agent.stop()
@@ -42,10 +54,14 @@ class Product:
         shutil.rmtree(STATE, ignore_errors=True)
         STATE.mkdir(mode=0o750)
         shutil.chown(STATE, USER, USER)
+        self._clear_logs()
+        self.configure()
+
+    @staticmethod
+    def _clear_logs():
         for log in (HOOK_LOG, AGENT_LOG):
             log.write_text("")
             log.chmod(0o666)
-        self.configure()
 
     def configure(self, **keys):
         # What a default is belongs to the product: only what a case wants to be different is written.
@@ -103,10 +119,12 @@ class Agent:
         self.prefix = tuple(prefix)
         self.process = None
 
+    def command(self):
+        return ["setpriv", "--reuid", USER, "--regid", USER, "--init-groups", AGENT]
+
     def start(self):
-        own_user = ["setpriv", "--reuid", USER, "--regid", USER, "--init-groups"]
         with open(AGENT_LOG, "a", encoding="utf-8") as log:
-            self.process = subprocess.Popen([*self.prefix, *own_user, AGENT], stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+            self.process = subprocess.Popen([*self.prefix, *self.command()], stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         until(self.is_ready, "the agent to hold its lock")
 
     def is_ready(self):

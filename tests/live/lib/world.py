@@ -4,7 +4,7 @@ import random
 from pathlib import Path
 
 from . import shell
-from .daemons import LOG, Libvirtd
+from .daemons import ASKING_POLKIT, LOG, Libvirtd, Polkit
 from .guests import Guest
 from .product import AGENT_LOG, HOOK_LOG, HOOKS, Product
 from .shell import expect
@@ -16,6 +16,9 @@ class World:
     def __init__(self, repo, seed, kills, drawer=None):
         self.product = Product(repo)
         self.libvirtd = Libvirtd()
+        self.polkit = Polkit()
+        self.bare = False
+        """The case at hand began without virt-usb: what there is now, it has brought."""
         self.virsh = Virsh()
         self.drawer = drawer
         """The USB sticks, where the place can have any."""
@@ -29,19 +32,36 @@ class World:
         self.libvirtd.start()
         self.virsh.must("version", timeout=120)
 
-    def fresh(self):
-        """Every case begins with no guest, no stick, no inventory, no agent."""
+    def fresh(self, bare=False):
+        """Every case begins with no guest, no stick, no inventory, no agent. `bare`: without virt-usb, and with polkit."""
         self.product.agent.stop()
         self.libvirtd.ensure()
         self._remove_guests()
         if self.drawer:
             self.drawer.empty()
-        self.product.fresh()
+        if bare or self.bare:
+            self._install_anew(bare)
+        if not bare:
+            self.product.fresh()
         for hook in HOOKS.glob("*"):
             if hook.name != "50-virt-usb":
                 hook.unlink()
         self.log_from = LOG.stat().st_size if LOG.exists() else 0
         self.random.seed(self.seed)
+
+    def _install_anew(self, bare):
+        self.product.remove()
+        # The bus must not end under a libvirtd that starts: it would end, too.
+        self.libvirtd.kill()
+        if bare:
+            self.polkit.start()
+            Libvirtd.configure(ASKING_POLKIT)
+        else:
+            self.polkit.stop()
+            Libvirtd.configure()
+            self.product.install()
+        self.libvirtd.start()
+        self.bare = bare
 
     def _remove_guests(self):
         for name in self.virsh.names():
