@@ -57,6 +57,9 @@ impl Hypervisor for Fused {
     fn is_known(&self, instance: InstanceId) -> Result<bool, Failure> {
         self.call(|| self.inner.is_known(instance))
     }
+    fn xml(&self, instance: InstanceId) -> Result<Option<String>, Failure> {
+        self.call(|| self.inner.xml(instance))
+    }
     fn attach(&self, instance: InstanceId, device: &str) -> Result<(), Failure> {
         self.call(|| self.inner.attach(instance, device))
     }
@@ -122,7 +125,7 @@ impl World {
             hypervisor: hypervisor.clone(),
             store,
             metrics: Arc::default(),
-            actor: "test",
+            actor: "test".into(),
         };
         let mut world = Self {
             dir,
@@ -391,8 +394,8 @@ impl World {
             // Refused where its device is gone or another's: then it does not run.
             Act::Restore(n) => drop(self.simulated.save_and_restore(instance(*n))),
             // Refusals are right answers here; what must hold is looked at afterwards.
-            Act::Give(n, id) => drop(self.worker.give(instance(*n), &by_id(*id))),
-            Act::Take(n, id) => drop(self.worker.take(instance(*n), &by_id(*id).selector)),
+            Act::Give(n, id) => drop(self.worker.give(instance(*n), &[by_id(*id)])),
+            Act::Take(n, id) => drop(self.worker.take(instance(*n), &[by_id(*id).selector])),
         }
     }
 }
@@ -506,20 +509,18 @@ fn giving_and_taking_is_all_or_nothing() {
     started(&mut world, 2);
     let two =
         Flavor::parse_lists(Some(r#"[{"vendor_id":"0529","product_id":"0001","count":2}]"#), None).unwrap();
-    let Attached::Now(devices) = world.worker.give(instance(2), &two.usb_devices[0]).unwrap() else {
-        panic!("it runs")
-    };
-    assert_eq!(devices.len(), 2);
-    assert!(matches!(world.worker.give(instance(2), &by_id(1)).unwrap(), Attached::Already(_)));
+    let given = world.worker.give(instance(2), &two.usb_devices).unwrap();
+    assert_eq!((given.live, given.new.len()), (true, 2));
+    assert_eq!(world.worker.give(instance(2), &[by_id(1)]).unwrap().already.len(), 1);
     // Nothing is left of what cannot be.
     let three = Flavor::parse_lists(Some(r#"[{"vendor_id":"0529","count":9}]"#), None).unwrap();
-    let why = world.worker.give(instance(2), &three.usb_devices[0]).unwrap_err().to_string();
+    let why = world.worker.give(instance(2), &three.usb_devices).unwrap_err().to_string();
     assert!(why.contains("vm2 asks for usb_devices[0]"), "{why}");
     assert_eq!(world.worker.store.assignments(instance(2)).unwrap().len(), 1);
     // Two do for the selector: which one is to be said.
-    let why = world.worker.take(instance(2), &two.usb_devices[0].selector).unwrap_err().to_string();
+    let why = world.worker.take(instance(2), &[two.usb_devices[0].selector.clone()]).unwrap_err().to_string();
     assert!(why.contains("has 2 of them: name one by its id"), "{why}");
-    let taken = world.worker.take(instance(2), &by_id(1).selector).unwrap().unwrap();
+    let taken = world.worker.take(instance(2), &[by_id(1).selector]).unwrap().remove(0).unwrap();
     assert_eq!(taken.entry.id, DeviceId::new(1).unwrap());
     let left = world.worker.store.assignments(instance(2)).unwrap();
     assert_eq!(left[0].request.count, 1, "one of the two is still wanted");
@@ -529,7 +530,8 @@ fn giving_and_taking_is_all_or_nothing() {
     // At its next start it gets it again, and what was given to it while it did not run.
     world.domains[2] = Some(false);
     world.domains();
-    assert_eq!(world.worker.give(instance(2), &by_id(3)).unwrap(), Attached::AtNextStart);
+    let later = world.worker.give(instance(2), &[by_id(3)]).unwrap();
+    assert_eq!(later, Attached { live: false, new: vec![], already: vec![] });
     started(&mut world, 2);
     world.settle();
     assert_eq!(world.live()[0].1.hostdevs.len(), 2);

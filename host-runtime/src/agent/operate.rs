@@ -10,10 +10,10 @@ use virt_usb_hook::guest::Ports;
 use virt_usb_hook::input::Input;
 use virt_usb_hook::{message, run};
 use virt_usb_model::{Device, DeviceId, DeviceRequest, InstanceId, Selector};
-use virt_usb_store::claim::{Asker, Claimed, Standing, Want};
+use virt_usb_store::claim::{Asker, Claimed, Shortage, Standing, Want};
 use virt_usb_store::give_back::Extent;
 use virt_usb_store::problems::Problem;
-use virt_usb_store::{Record, Source, StoreError};
+use virt_usb_store::{Assignment, Record, Source, StoreError};
 
 use super::observe::asker;
 use super::plan::Gone;
@@ -26,6 +26,17 @@ pub enum OperateError {
     /// And why.
     #[error("{0}")]
     Refused(String),
+    /// Devices of this host cannot serve it.
+    #[error("{}", message::shortages(asker, short))]
+    Short {
+        /// Whoever asked.
+        asker: Asker,
+        /// Each request that cannot be served, with what there is.
+        short: Vec<Shortage>,
+    },
+    /// There is no such thing to be taken back.
+    #[error("{0} has no such device, and none assigned: 'virt-usb claims' shows who has what")]
+    Nothing(String),
     /// Something is in the way.
     #[error(transparent)]
     Work(#[from] WorkError),
@@ -49,139 +60,171 @@ fn refused<T>(why: impl Into<String>) -> Result<T, OperateError> {
 
 /// What came of an attach.
 #[derive(Debug, Clone, PartialEq)]
-pub enum Attached {
-    /// It is in the guest.
-    Now(Vec<Record>),
-    /// The guest does not run: it gets it at its next start.
-    AtNextStart,
-    /// It had it already.
-    Already(Box<Record>),
+pub struct Attached {
+    /// Whether they are in the guest; else it does not run, and gets them at its next start.
+    pub live: bool,
+    /// Those that it has now and had not before.
+    pub new: Vec<Record>,
+    /// Those that it had already.
+    pub already: Vec<Record>,
 }
 
 impl Worker {
-    /// Gives an instance what the request asks for: into the guest at once where it runs, and at each of its starts. All or nothing.
+    /// Gives an instance what the requests ask for: into the guest at once where it runs, and at each of its starts. All or nothing.
     ///
     /// # Errors
-    /// [`OperateError::Refused`] where it cannot have it; then everything is as it was.
-    pub fn give(&mut self, instance: InstanceId, request: &DeviceRequest) -> Result<Attached, OperateError> {
+    /// [`OperateError::Refused`], [`OperateError::Short`] where it cannot have them; then everything is as it was.
+    pub fn give(
+        &mut self,
+        instance: InstanceId,
+        requests: &[DeviceRequest],
+    ) -> Result<Attached, OperateError> {
         self.store.restart_patience();
-        if let Some(record) = self.has_already(instance, request)? {
-            return Ok(Attached::Already(Box::new(record)));
-        }
         let context = self.context()?;
         let running = self.hypervisor.look(instance)?;
-        let before: Vec<DeviceRequest> = self.operators(instance)?;
-        let after: Vec<DeviceRequest> = before.iter().chain([request]).cloned().collect();
+        let before = self.operators(instance)?;
+        let mut already = Vec::new();
+        let mut missing = Vec::new();
+        for request in requests {
+            match self.has_already(instance, request)? {
+                Some(record) => already.push(record),
+                // A device is asked for by its id once.
+                None if request.selector.id.is_some() && missing.contains(request) => {}
+                None if running.is_none()
+                    && request.selector.id.is_some()
+                    && before.iter().any(|a| a.request == *request) => {}
+                None => missing.push(request.clone()),
+            }
+        }
+        let live = running.is_some();
+        if missing.is_empty() {
+            return Ok(Attached { live, new: Vec::new(), already });
+        }
         let Some(running) = running else {
             let whom = Asker { instance, domain: self.name(instance)?, project: None };
-            self.store.assign(&whom, Source::Operator, &after, &context)?;
-            return Ok(Attached::AtNextStart);
+            self.store.assign_more(&whom, &missing, &context)?;
+            return Ok(Attached { live, new: Vec::new(), already });
         };
         let domain = running.domain().map_err(WorkError::from)?;
         let whom = asker(instance, &domain);
-        let held = self.held(instance)?;
-        self.store.assign(&whom, Source::Operator, &after, &context)?;
-        let undo = |this: &mut Self| -> Result<(), OperateError> {
-            this.store.assign(&whom, Source::Operator, &before, &context)?;
-            for device in this.held(instance)?.difference(&held) {
-                this.take_out(instance, &whom, *device)?;
+        // Others may do the same for this instance at this moment: what is undone is what was done here.
+        let assigned = self.store.assign_more(&whom, &missing, &context)?;
+        let new = match self.claim(&domain, &whom, &missing) {
+            Ok(new) => new,
+            Err(why) => {
+                self.store.unassign(&whom, &assigned, &context)?;
+                // Somebody else has just given it to this instance.
+                for request in &missing {
+                    match self.has_already(instance, request)? {
+                        Some(record) => already.push(record),
+                        None => return Err(why),
+                    }
+                }
+                return Ok(Attached { live, new: Vec::new(), already });
             }
-            Ok(())
         };
-        if let Err(why) = self.claim(&domain, &whom, request) {
-            undo(self)?;
-            return Err(why);
-        }
-        let new: Vec<DeviceId> = self.held(instance)?.difference(&held).copied().collect();
         let report = self.converge(instance, Gone::default(), &BTreeSet::new())?;
         let claims = self.store.claims_of(instance)?;
         let inside = |id: &DeviceId| claims.iter().any(|c| c.device_id == *id && c.state == "allocated");
         if !new.iter().all(inside) {
             let why = self.obstacle(instance, &report)?;
             let why = why.unwrap_or_else(|| "libvirt is busy with the guest: try again".to_owned());
-            undo(self)?;
+            self.store.unassign(&whom, &assigned, &context)?;
+            self.take_out(instance, &whom, &new, |_, _| false)?;
             self.converge(instance, Gone::default(), &report.failed)?;
             return refused(format!("{} cannot be given it: {why}", domain.name));
         }
         let devices = self.store.devices()?;
-        Ok(Attached::Now(devices.into_iter().filter(|r| new.contains(&r.entry.id)).collect()))
+        let new = devices.into_iter().filter(|r| new.contains(&r.entry.id)).collect();
+        Ok(Attached { live, new, already })
     }
 
-    /// Takes a device back from an instance: out of the guest where it runs, out of its assignments, and free for others.
+    /// Takes devices back from an instance: out of the guest where it runs, out of its assignments, and free for others. Each selector means
+    /// one; the answer holds the device, or none where only an assignment has ended.
     ///
     /// # Errors
-    /// [`OperateError::Refused`] where it has no such device, or several.
+    /// [`OperateError::Nothing`], [`OperateError::Refused`] where it has no such device, or several: then everything is as it was. Once a
+    /// device is to leave the guest it will: where it cannot at once, the agent goes on trying.
     pub fn take(
         &mut self,
         instance: InstanceId,
-        selector: &Selector,
-    ) -> Result<Option<Record>, OperateError> {
+        selectors: &[Selector],
+    ) -> Result<Vec<Option<Record>>, OperateError> {
         self.store.restart_patience();
         let held = self.held(instance)?;
         let devices = self.store.devices()?;
-        let meant: Vec<&Record> =
-            devices.iter().filter(|r| held.contains(&r.entry.id) && selects(selector, r)).collect();
         let name = self.name(instance)?;
-        match meant.as_slice() {
-            [] => self.unassign(instance, name, selector).map(|()| None),
-            [record] => {
-                let whom = Asker { instance, domain: name, project: None };
-                self.take_out(instance, &whom, record.entry.id)?;
-                Ok(Some((*record).clone()))
-            }
-            several => {
-                let ids: Vec<String> = several.iter().map(|r| message::device(r)).collect();
-                refused(format!(
-                    "{name} has {} of them: name one by its id: {}",
-                    several.len(),
-                    ids.join(", ")
-                ))
+        let mut assigned = self.operators(instance)?;
+        let (mut ending, mut found) = (Vec::new(), Vec::<Option<Record>>::new());
+        for selector in selectors {
+            let taken = |r: &Record| found.iter().flatten().any(|f| f.entry.id == r.entry.id);
+            let meant: Vec<&Record> = devices
+                .iter()
+                .filter(|r| held.contains(&r.entry.id) && selects(selector, r) && !taken(r))
+                .collect();
+            match meant.as_slice() {
+                [] => {
+                    let Some(at) = assigned.iter().position(|a| a.request.selector == *selector) else {
+                        return Err(OperateError::Nothing(name));
+                    };
+                    ending.push(assigned.remove(at).id);
+                    found.push(None);
+                }
+                [record] => found.push(Some((*record).clone())),
+                several => {
+                    let ids: Vec<String> = several.iter().map(|r| message::device(r)).collect();
+                    return refused(format!(
+                        "{name} has {} of them: name one by its id: {}",
+                        several.len(),
+                        ids.join(", ")
+                    ));
+                }
             }
         }
+        let whom = Asker { instance, domain: name, project: None };
+        let context = self.context()?;
+        self.store.unassign(&whom, &ending, &context)?;
+        let leaving: Vec<DeviceId> = found.iter().flatten().map(|r| r.entry.id).collect();
+        self.take_out(instance, &whom, &leaving, |request, record| selects(&request.selector, record))?;
+        Ok(found)
     }
 
-    /// An assignment that no device serves now.
-    fn unassign(
+    /// Marks the claims and finishes them: whoever looks at this instance would. With each an assignment ends that `serves` says would be served by
+    /// its device.
+    fn take_out(
         &mut self,
         instance: InstanceId,
-        name: String,
-        selector: &Selector,
+        whom: &Asker,
+        devices: &[DeviceId],
+        serves: impl Fn(&DeviceRequest, &Record) -> bool,
     ) -> Result<(), OperateError> {
-        let before = self.operators(instance)?;
-        let Some(at) = before.iter().position(|r| r.selector == *selector) else {
-            return refused(format!(
-                "{name} has no such device, and none assigned: 'virt-usb claims' shows who has what"
-            ));
-        };
-        let mut after = before;
-        after.remove(at);
-        let context = self.context()?;
-        let whom = Asker { instance, domain: name, project: None };
-        self.store.assign(&whom, Source::Operator, &after, &context)?;
-        Ok(())
-    }
-
-    /// Marks the claim and finishes it: whoever looks at this instance would.
-    fn take_out(&mut self, instance: InstanceId, whom: &Asker, device: DeviceId) -> Result<(), OperateError> {
-        let context = self.context()?;
-        let record = self.store.devices()?.into_iter().find(|r| r.entry.id == device);
-        let serves = |request: &DeviceRequest| record.as_ref().is_some_and(|r| selects(&request.selector, r));
-        self.store.dismiss(whom, device, serves, &context)?;
-        let report = self.converge(instance, Gone::default(), &BTreeSet::new())?;
-        let claim = self.store.claims_of(instance)?.into_iter().find(|c| c.device_id == device);
-        match claim {
-            None => Ok(()),
-            // Its guest does not run: there is nothing to wait for.
-            Some(claim) if self.hypervisor.look(instance)?.is_none() => {
-                self.store.release_device(instance, device, Some(claim.revision), "detached", &context)?;
-                Ok(())
-            }
-            Some(_) => {
-                let why = self.obstacle(instance, &report)?;
-                let why = why.unwrap_or_else(|| "libvirt is busy with the guest".to_owned());
-                refused(format!("{} still has it: {why}; the agent goes on trying", whom.domain))
-            }
+        if devices.is_empty() {
+            return Ok(());
         }
+        let context = self.context()?;
+        let records = self.store.devices()?;
+        for device in devices {
+            let record = records.iter().find(|r| r.entry.id == *device);
+            let serves = |request: &DeviceRequest| record.is_some_and(|record| serves(request, record));
+            self.store.dismiss(whom, *device, serves, &context)?;
+        }
+        let report = self.converge(instance, Gone::default(), &BTreeSet::new())?;
+        let mut claims = self.store.claims_of(instance)?;
+        claims.retain(|c| devices.contains(&c.device_id));
+        if claims.is_empty() {
+            return Ok(());
+        }
+        if self.hypervisor.look(instance)?.is_some() {
+            let why = self.obstacle(instance, &report)?;
+            let why = why.unwrap_or_else(|| "libvirt is busy with the guest".to_owned());
+            return refused(format!("{} still has it: {why}; the agent goes on trying", whom.domain));
+        }
+        // Its guest does not run: there is nothing to wait for.
+        for claim in claims {
+            let (device, revision) = (claim.device_id, claim.revision);
+            self.store.release_device(instance, device, Some(revision), "detached", &context)?;
+        }
+        Ok(())
     }
 
     /// What is noted to stand in the way of what has just failed.
@@ -190,14 +233,21 @@ impl Worker {
         Ok(self.store.problems()?.into_iter().find(about).map(|p| p.what))
     }
 
-    fn claim(&mut self, domain: &Domain, whom: &Asker, request: &DeviceRequest) -> Result<(), OperateError> {
+    /// Claims what is asked for, all or nothing; returns what it has got.
+    fn claim(
+        &mut self,
+        domain: &Domain,
+        whom: &Asker,
+        requests: &[DeviceRequest],
+    ) -> Result<Vec<DeviceId>, OperateError> {
         let context = self.context()?;
-        let wants = [Want { request: request.clone(), lasting: true, by_hand: false }];
+        let want = |request: &DeviceRequest| Want { request: request.clone(), lasting: true, by_hand: false };
+        let wants: Vec<Want> = requests.iter().map(want).collect();
         let config = self.config.clone();
         let mut judge = Live { ports: Ports { sysfs_root: &config.sysfs_root }, domain };
         match self.store.claim(whom, &wants, &[], Standing::More, &mut judge, &context)? {
-            Claimed::Granted(_) => Ok(()),
-            Claimed::Short(short) => refused(message::shortages(whom, &short)),
+            Claimed::Granted(granted) => Ok(granted.iter().map(|g| g.device.entry.id).collect()),
+            Claimed::Short(short) => Err(OperateError::Short { asker: whom.clone(), short }),
             Claimed::Unfit(why) => refused(format!("{}: {why}", whom.domain)),
         }
     }
@@ -213,9 +263,10 @@ impl Worker {
         Ok(self.store.devices()?.into_iter().find(mine))
     }
 
-    fn operators(&self, instance: InstanceId) -> Result<Vec<DeviceRequest>, OperateError> {
-        let all = self.store.assignments(instance)?;
-        Ok(all.into_iter().filter(|a| a.source == Source::Operator).map(|a| a.request).collect())
+    fn operators(&self, instance: InstanceId) -> Result<Vec<Assignment>, OperateError> {
+        let mut all = self.store.assignments(instance)?;
+        all.retain(|a| a.source == Source::Operator);
+        Ok(all)
     }
 
     fn held(&self, instance: InstanceId) -> Result<BTreeSet<DeviceId>, OperateError> {

@@ -39,7 +39,7 @@ pub struct Worker {
     /// What is counted.
     pub metrics: Arc<Metrics>,
     /// The program, for the audit.
-    pub actor: &'static str,
+    pub actor: String,
 }
 
 /// What came of it.
@@ -91,10 +91,10 @@ impl Worker {
         config: Arc<Config>,
         hypervisor: Arc<dyn Hypervisor>,
         metrics: Arc<Metrics>,
-        actor: &'static str,
+        actor: &str,
     ) -> Result<Self, StoreError> {
         let store = Store::open(&config.state_dir, PATIENCE, Durability::Power)?;
-        Ok(Self { config, hypervisor, store, metrics, actor })
+        Ok(Self { config, hypervisor, store, metrics, actor: actor.to_owned() })
     }
 
     /// Brings the instance and its guest in line. `blocked` is what is not to be tried yet.
@@ -147,7 +147,7 @@ impl Worker {
     }
 
     pub(super) fn context(&self) -> Result<Context, WorkError> {
-        Ok(machine::context(&self.config.procfs_root, self.actor)?)
+        Ok(machine::context(&self.config.procfs_root, &self.actor)?)
     }
 
     fn note(

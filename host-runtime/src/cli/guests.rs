@@ -71,20 +71,14 @@ pub(super) fn attach(session: &Session, wanted: &Device) -> anyhow::Result<ExitC
     let (libvirt, mut worker) = open(session)?;
     let name = &wanted.instance;
     let instance = find(&libvirt, name)?;
-    let (live, devices, text) = match worker.give(instance, &wanted.device)? {
-        Attached::Now(devices) => {
-            let list: Vec<String> = devices.iter().map(message::device).collect();
-            let text = format!("{name} has {} now", list.join(", "));
-            (true, devices, text)
-        }
-        Attached::Already(device) => {
-            let text = format!("{name} has {} already", message::device(&device));
-            (true, vec![*device], text)
-        }
-        Attached::AtNextStart => {
-            (false, Vec::new(), format!("{name} does not run: it gets {} at its next start", wanted.device))
-        }
+    let Attached { live, new, already } = worker.give(instance, std::slice::from_ref(&wanted.device))?;
+    let list = |records: &[Record]| records.iter().map(message::device).collect::<Vec<_>>().join(", ");
+    let text = match (new.is_empty(), already.is_empty()) {
+        (false, _) => format!("{name} has {} now", list(&new)),
+        (true, false) => format!("{name} has {} already", list(&already)),
+        (true, true) => format!("{name} does not run: it gets {} at its next start", wanted.device),
     };
+    let devices = new.into_iter().chain(already).collect();
     session.out.show(&Given { instance_uuid: instance, live, devices }, || text)?;
     Ok(ExitCode::SUCCESS)
 }
@@ -106,7 +100,8 @@ pub(super) fn detach(session: &Session, wanted: &Device) -> anyhow::Result<ExitC
     if wanted.device.count != 1 {
         bail!("one device at a time: leave count out");
     }
-    let device = worker.take(instance, &wanted.device.selector)?;
+    let device =
+        worker.take(instance, std::slice::from_ref(&wanted.device.selector))?.into_iter().flatten().next();
     let taken = Taken { instance_uuid: instance, device };
     session.out.show(&taken, || match &taken.device {
         Some(device) => format!("{} is free", message::device(device)),

@@ -304,6 +304,15 @@ impl Hypervisor for Libvirt {
         }
     }
 
+    fn xml(&self, instance: InstanceId) -> Result<Option<String>, Failure> {
+        let open = self.connection()?;
+        match self.find(&open, instance).and_then(|domain| domain.get_xml_desc(0).map_err(|e| failure(&e))) {
+            Ok(xml) => Ok(Some(xml)),
+            Err(Failure::Gone) => Ok(None),
+            Err(other) => Err(other),
+        }
+    }
+
     fn attach(&self, instance: InstanceId, device: &str) -> Result<(), Failure> {
         let open = self.connection()?;
         let domain = self.find(&open, instance)?;

@@ -90,6 +90,12 @@ pub trait Hypervisor: Send + Sync {
     /// [`Failure::Away`].
     fn is_known(&self, instance: InstanceId) -> Result<bool, Failure>;
 
+    /// The XML of a domain, live where it runs, or else as it is defined; `None` where there is no such domain.
+    ///
+    /// # Errors
+    /// [`Failure::Away`].
+    fn xml(&self, instance: InstanceId) -> Result<Option<String>, Failure>;
+
     /// Gives a running domain a device. That it was taken does not say that it is still there: look.
     ///
     /// # Errors

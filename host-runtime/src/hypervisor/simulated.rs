@@ -1,8 +1,8 @@
 //! A hypervisor in memory, for a laptop and for tests: it starts and stops the domains of a file, calls our hook as libvirt does,
 //! and keeps what is attached. No guest runs.
 //!
-//! Each `[[domain]]` of the simulation file has `name`, `uuid`, and where wanted `running` (true), `flavor` (JSON, for its
-//! metadata), `controller` (`"qemu-xhci"`; `"none"`: no USB), `ports` (15) and `spice` (false). A change of the file is what an operator
+//! Each `[[domain]]` of the simulation file has `name`, `uuid`, and where wanted `running` (true), `flavor` (JSON) and `project` (Nova's owner), for
+//! its metadata, `controller` (`"qemu-xhci"`; `"none"`: no USB), `ports` (15) and `spice` (false). A change of the file is what an operator
 //! does: `running = false` stops the domain, an entry that goes undefines it.
 
 use std::collections::BTreeMap;
@@ -36,6 +36,7 @@ struct Spec {
     #[serde(default = "yes")]
     running: bool,
     flavor: Option<String>,
+    project: Option<String>,
     #[serde(default = "xhci")]
     controller: String,
     #[serde(default = "fifteen")]
@@ -279,15 +280,20 @@ fn parse(text: &str) -> Result<BTreeMap<InstanceId, Spec>, String> {
 
 /// The domain's XML as libvirt would show it.
 fn xml(instance: InstanceId, domain: &Domain) -> String {
-    let Spec { name, flavor, controller, ports, spice, .. } = &domain.spec;
+    let Spec { name, flavor, project, controller, ports, spice, .. } = &domain.spec;
     let mut text =
         format!("<domain type='qemu'>\n  <name>{}</name>\n  <uuid>{instance}</uuid>\n", escaped(name));
-    if let Some(flavor) = flavor {
-        let space = virt_usb_domxml::NAMESPACE;
-        let flavor = escaped(flavor);
+    if flavor.is_some() || project.is_some() {
+        let ours = virt_usb_domxml::NAMESPACE;
+        let flavor =
+            flavor.iter().map(|f| format!("<usb:flavor xmlns:usb='{ours}'>{}</usb:flavor>", escaped(f)));
+        let owner = project.iter().map(|p| {
+            let (space, project) = ("http://openstack.org/xmlns/libvirt/nova/1.1", escaped(p));
+            format!("<nova:instance xmlns:nova='{space}'><nova:owner><nova:project uuid='{project}'/></nova:owner></nova:instance>")
+        });
+        let inside: String = flavor.chain(owner).collect();
         // Writing to a String cannot fail.
-        let _ =
-            writeln!(text, "  <metadata><usb:flavor xmlns:usb='{space}'>{flavor}</usb:flavor></metadata>");
+        let _ = writeln!(text, "  <metadata>{inside}</metadata>");
     }
     let ports = if controller == "qemu-xhci" { format!(" ports='{ports}'") } else { String::new() };
     let _ = writeln!(
@@ -332,6 +338,10 @@ impl Hypervisor for SimulatedHypervisor {
 
     fn is_known(&self, instance: InstanceId) -> Result<bool, Failure> {
         Ok(self.domains().contains_key(&instance))
+    }
+
+    fn xml(&self, instance: InstanceId) -> Result<Option<String>, Failure> {
+        Ok(self.domains().get(&instance).map(|domain| xml(instance, domain)))
     }
 
     fn attach(&self, instance: InstanceId, device: &str) -> Result<(), Failure> {

@@ -1,6 +1,6 @@
 //! Assignments: this instance is to have these devices, whenever it runs.
 
-use rusqlite::{Row, params};
+use rusqlite::{OptionalExtension as _, Row, Transaction, params};
 use serde::Serialize;
 use virt_usb_model::{DeviceId, DeviceRequest, Flavor, InstanceId};
 
@@ -111,10 +111,7 @@ impl Store {
                 params![instance.to_string(), source.name()],
             )?;
             for request in requests {
-                tx.execute(
-                    &format!("INSERT INTO assignments (created_at, instance_uuid, request, source) VALUES ({NOW}, ?1, ?2, ?3)"),
-                    params![instance.to_string(), request.to_string(), source.name()],
-                )?;
+                insert(tx, instance, request, source)?;
             }
             let detail = serde_json::to_string(requests).unwrap_or_default();
             record(tx, context, &Event::of("assigned", asker).with(format!("{}: {detail}", source.name())))?;
@@ -122,6 +119,66 @@ impl Store {
         })?;
         self.forget_hint(instance)?;
         Ok(true)
+    }
+
+    /// Assigns more to the instance, on an operator's behalf, beside whatever others do at the same time; returns the numbers of the
+    /// assignments that were made.
+    ///
+    /// # Errors
+    /// When the database cannot be written; then nothing was assigned.
+    pub fn assign_more(
+        &mut self,
+        asker: &Asker,
+        requests: &[DeviceRequest],
+        context: &Context,
+    ) -> Result<Vec<i64>, StoreError> {
+        let instance = asker.instance;
+        self.write(|tx, hints| {
+            hints.add(Known::Assigned(instance))?;
+            let mut made = Vec::new();
+            for request in requests {
+                insert(tx, instance, request, Source::Operator)?;
+                made.push(tx.last_insert_rowid());
+            }
+            let detail = serde_json::to_string(requests).unwrap_or_default();
+            record(tx, context, &Event::of("assigned", asker).with(format!("operator: {detail}")))?;
+            Ok(made)
+        })
+    }
+
+    /// Ends assignments, by their numbers. One that has ended already is none the worse for it.
+    ///
+    /// # Errors
+    /// When the database cannot be written; then none has ended.
+    pub fn unassign(
+        &mut self,
+        asker: &Asker,
+        assignments: &[i64],
+        context: &Context,
+    ) -> Result<(), StoreError> {
+        if assignments.is_empty() {
+            return Ok(());
+        }
+        self.write(|tx, _| {
+            for id in assignments {
+                let request: Option<String> = tx
+                    .query_row(
+                        "DELETE FROM assignments WHERE id = ?1 AND instance_uuid = ?2 RETURNING request",
+                        params![id, asker.instance.to_string()],
+                        |row| row.get(0),
+                    )
+                    .optional()?;
+                if let Some(request) = request {
+                    record(
+                        tx,
+                        context,
+                        &Event::of("unassigned", asker).with(format!("operator: {request}")),
+                    )?;
+                }
+            }
+            Ok(())
+        })?;
+        self.forget_hint(asker.instance)
     }
 
     /// The instance is not to have the device any more: the operator's assignment that asked for it ends (the one that names it, or else
@@ -167,6 +224,16 @@ impl Store {
         self.forget_hint(instance)?;
         Ok(dismissed)
     }
+}
+
+fn insert(tx: &Transaction<'_>, instance: InstanceId, request: &DeviceRequest, source: Source) -> Sql<()> {
+    tx.execute(
+        &format!(
+            "INSERT INTO assignments (created_at, instance_uuid, request, source) VALUES ({NOW}, ?1, ?2, ?3)"
+        ),
+        params![instance.to_string(), request.to_string(), source.name()],
+    )?;
+    Ok(())
 }
 
 /// What ended.
