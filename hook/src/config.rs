@@ -86,6 +86,21 @@ pub enum Metrics {
     Unix(PathBuf),
 }
 
+/// Where the agent's API is served.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Api {
+    /// Nowhere.
+    Off,
+    /// On this address, and on a unix socket in `state_dir`.
+    On(SocketAddr),
+}
+
+impl Default for Api {
+    fn default() -> Self {
+        Self::On(SocketAddr::from(([127, 0, 0, 1], 8790)))
+    }
+}
+
 /// Where the record of each hook call goes.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub enum Log {
@@ -133,6 +148,8 @@ pub struct Config {
     pub require_agent: RequireAgent,
     /// Where the agent's metrics are served.
     pub metrics: Metrics,
+    /// Where its API is served.
+    pub api: Api,
 }
 
 impl Default for Config {
@@ -154,6 +171,7 @@ impl Default for Config {
             on_attach_failure: AttachFailurePolicy::default(),
             require_agent: RequireAgent::default(),
             metrics: Metrics::default(),
+            api: Api::default(),
         }
     }
 }
@@ -237,6 +255,7 @@ impl Config {
             on_attach_failure: raw.on_attach_failure,
             require_agent: require_agent(table.get("require_agent"))?,
             metrics: metrics(raw.metrics.as_deref())?,
+            api: api(raw.api.as_deref())?,
         })
     }
 
@@ -285,6 +304,7 @@ struct Raw {
     #[serde(default)]
     on_attach_failure: AttachFailurePolicy,
     metrics: Option<String>,
+    api: Option<String>,
 }
 
 const KEYS: &[&str] = &[
@@ -309,6 +329,7 @@ const KEYS: &[&str] = &[
     "on_attach_failure",
     "require_agent",
     "metrics",
+    "api",
 ];
 
 fn known(key: &str) -> Result<(), String> {
@@ -399,6 +420,19 @@ fn metrics(value: Option<&str>) -> Result<Metrics, String> {
     }
 }
 
+fn api(value: Option<&str>) -> Result<Api, String> {
+    match value {
+        None => Ok(Api::default()),
+        Some("off") => Ok(Api::Off),
+        Some(address) => match address.parse::<SocketAddr>() {
+            Ok(address) if address.ip().is_loopback() => Ok(Api::On(address)),
+            _ => Err(format!(
+                "api: found {address:?}, wanted \"off\" or a loopback address such as \"127.0.0.1:8790\""
+            )),
+        },
+    }
+}
+
 fn one_line(e: &toml::de::Error, text: &str) -> String {
     let line = e.span().map(|span| 1 + text[..span.start.min(text.len())].matches('\n').count());
     let message = e.message().split_whitespace().collect::<Vec<_>>().join(" ");
@@ -430,6 +464,7 @@ mod tests {
             on_attach_failure = "stop"
             require_agent = true
             metrics = "127.0.0.1:9177"
+            api = "[::1]:8791"
             usb_aliases = [["1a6e:089a", "18d1:9302"]]
             flap_limit = 0
             flap_window = 10
@@ -449,6 +484,7 @@ mod tests {
             (RequireAgent::Always, Duration::from_secs(5))
         );
         assert_eq!(config.metrics, Metrics::Tcp("127.0.0.1:9177".parse().unwrap()));
+        assert_eq!(config.api, Api::On("[::1]:8791".parse().unwrap()));
         assert!(config.whitelist.on);
         assert_eq!(config.whitelist.rules.len(), 1);
         assert_eq!((config.hold, config.migration), (HoldPolicy::Instance, MigrationPolicy::Reclaim));
@@ -493,6 +529,7 @@ mod tests {
         assert!(error("scan_interval = 0").contains("wanted 1 to 86400 seconds"));
         assert!(error("require_agent = 'yes'").contains("wanted \"auto\", true or false"));
         assert!(error("metrics = '0.0.0.0:9177'").contains("wanted \"off\", a loopback address"));
+        assert!(error("api = '0.0.0.0:80'").contains("wanted \"off\" or a loopback address"));
         assert!(error("libvirt_uri = 'qemu'").starts_with("libvirt_uri: found \"qemu\""));
         assert!(error("hold = ").starts_with("line 1"));
     }

@@ -1,6 +1,7 @@
 //! The library behind the operator's command line, and what the agent is made of.
 
 pub mod agent;
+pub mod api;
 pub mod cli;
 pub mod discovery;
 pub mod doctor;
@@ -9,3 +10,4 @@ pub mod hypervisor;
 pub mod inventory;
 pub mod manual;
 pub mod recover;
+mod stamp;

@@ -144,6 +144,16 @@ impl DeviceRequest {
     }
 }
 
+/// The longest name of a stored flavor, in characters.
+pub const MAX_NAME: usize = 255;
+
+/// Whether a stored flavor may have this name: 1 to [`MAX_NAME`] printable characters, the first no `@`, which marks one in Nova's extra specs.
+pub fn is_name(name: &str) -> bool {
+    (1..=MAX_NAME).contains(&name.chars().count())
+        && !name.chars().any(char::is_control)
+        && !name.starts_with('@')
+}
+
 /// Whether all requests of an instance together are within bounds.
 ///
 /// # Errors

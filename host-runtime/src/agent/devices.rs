@@ -17,11 +17,12 @@ use virt_usb_hook::config::{Config, ConfigError, DEFAULT_PATH};
 use virt_usb_hook::machine;
 use virt_usb_store::{Store, StoreError};
 
+use super::ACTOR;
 use super::guests::Signal;
 use super::metrics::Metrics;
-use super::{ACTOR, Stamp, stamp};
 use crate::discovery::UsbSource;
 use crate::inventory;
+use crate::stamp::{Stamp, stamp};
 
 /// A burst has ended when nothing has come for so long …
 const QUIET: Duration = Duration::from_millis(15);
@@ -106,6 +107,7 @@ impl Rules {
             ("procfs_root", read.procfs_root != first.procfs_root),
             ("libvirt_uri", read.libvirt_uri != first.libvirt_uri),
             ("metrics", read.metrics != first.metrics),
+            ("api", read.api != first.api),
         ];
         for (key, _) in fixed.iter().filter(|(_, changed)| *changed) {
             tracing::warn!("{key} has changed: it counts from the agent's next start on");
@@ -116,6 +118,7 @@ impl Rules {
             procfs_root: was.procfs_root.clone(),
             libvirt_uri: was.libvirt_uri.clone(),
             metrics: was.metrics.clone(),
+            api: was.api,
             ..read
         };
         let changed = next != *was;

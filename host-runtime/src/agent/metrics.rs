@@ -37,6 +37,7 @@ pub struct Metrics {
     passes: Histogram,
     connected: Gauge<i64, AtomicI64>,
     hooks: Family<Labels, Histogram>,
+    answers: Family<Labels, Histogram>,
     /// The label sets that were shown, so that one that is no more becomes 0.
     shown: Mutex<Shown>,
 }
@@ -68,6 +69,7 @@ impl Default for Metrics {
             passes: seconds(),
             connected: Gauge::default(),
             hooks: Family::new_with_constructor(seconds),
+            answers: Family::new_with_constructor(seconds),
             shown: Mutex::default(),
             registry: Registry::default(),
         };
@@ -100,8 +102,14 @@ impl Default for Metrics {
         registry.register_with_unit(
             "hook",
             "Calls of the hook, by operation and exit status",
-            unit,
+            unit.clone(),
             metrics.hooks.clone(),
+        );
+        registry.register_with_unit(
+            "api",
+            "Requests to the API, by method and status",
+            unit,
+            metrics.answers.clone(),
         );
         Self { registry, ..metrics }
     }
@@ -181,6 +189,13 @@ impl Metrics {
         let exit = if exit == "0" { "0" } else { "1" };
         let labels = vec![("operation", (*op).to_owned()), ("exit", exit.to_owned())];
         self.hooks.get_or_create(&labels).observe(f64::from(micros) / 1e6);
+    }
+
+    pub(crate) fn answered(&self, method: &str, status: u16, took: Duration) {
+        const KNOWN: [&str; 4] = ["GET", "POST", "PUT", "DELETE"];
+        let method = if KNOWN.contains(&method) { method } else { "other" };
+        let labels = vec![("method", method.to_owned()), ("status", status.to_string())];
+        self.answers.get_or_create(&labels).observe(took.as_secs_f64());
     }
 
     /// All of it, as text.

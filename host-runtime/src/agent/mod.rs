@@ -29,20 +29,25 @@ mod simulation;
 pub mod work;
 
 use std::fs::{File, OpenOptions, TryLockError};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::io::{self, IsTerminal as _, Write as _};
+use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::{Sender, channel};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use virt_usb_hook::config::Config;
 use virt_usb_hook::machine;
+use virt_usb_model::{ParseError, ProjectId};
 use virt_usb_store::Store;
 
+use crate::api::identity::Role;
+use crate::api::tokens::{Made, TokenFile, Tokens, TokensError, Wanted};
+use crate::api::{self, Api, Listening};
 use crate::discovery::{LibUsb, UsbSource, hotplug};
 use crate::hypervisor::{Event, Hypervisor, Libvirt};
 use devices::{Devices, Files, Nudge, Rules};
@@ -53,7 +58,7 @@ use simulation::Simulation;
 pub use arguments::Arguments;
 
 /// How long the agent waits for the store's lock.
-const PATIENCE: Duration = Duration::from_secs(10);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(10);
 /// The agent in the audit.
 const ACTOR: &str = "virt-usbd";
 
@@ -89,7 +94,8 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
     let (to_guests, signals) = channel();
     follow_signals(to_devices.clone(), to_guests.clone())?;
     let world = World::new(&config, simulation, &to_devices, &to_guests)?;
-    let guests = Guests::new(rules.clone(), world.hypervisor, metrics.clone(), &to_guests)?;
+    let guests = Guests::new(rules.clone(), world.hypervisor.clone(), metrics.clone(), &to_guests)?;
+    let api = serve_api(&rules, world.hypervisor, metrics.clone(), &host)?;
     let devices = Devices {
         rules,
         source: world.source,
@@ -112,6 +118,7 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
         std::thread::Builder::new().name("devices".into()).spawn(move || devices.run(&nudges, ready))?;
     guests.run(&signals);
     drop(sd_notify::notify(&[sd_notify::NotifyState::Stopping]));
+    api.stop();
     let _ = to_devices.send(Nudge::Stop);
     match watching.join() {
         Ok(Ok(())) => tracing::info!("stopped"),
@@ -119,14 +126,6 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
         Err(_) => bail!("the thread of the devices has failed"),
     }
     Ok(())
-}
-
-/// What tells one state of a file from another.
-type Stamp = (SystemTime, u64, u64);
-
-fn stamp(file: &Path) -> Option<Stamp> {
-    let found = std::fs::metadata(file).ok()?;
-    Some((found.modified().ok()?, found.len(), found.ino()))
 }
 
 /// What is watched: the machine, or a simulation of one.
@@ -158,6 +157,37 @@ impl World {
             after: Box::new(|| {}),
         })
     }
+}
+
+fn serve_api(
+    rules: &Rules,
+    hypervisor: Arc<dyn Hypervisor>,
+    metrics: Arc<Metrics>,
+    host: &str,
+) -> anyhow::Result<Listening> {
+    let file = TokenFile::new(&rules.now().state_dir);
+    match first_token(&file) {
+        Ok(None) => {}
+        Ok(Some(made)) => {
+            let text =
+                format!("the API's first token, an administrator's, is shown this once: {}\n", made.token);
+            // To the person who looks on, and to no log.
+            io::stderr().write_all(text.as_bytes())?;
+        }
+        Err(e) => tracing::error!("{e}"),
+    }
+    let (rules, identity) = (rules.clone(), Arc::new(Tokens::new(file)));
+    let api = Api::new(Box::new(move || rules.now()), hypervisor, metrics, host.to_owned(), identity);
+    api::start(&Arc::new(api)).context("cannot serve the API")
+}
+
+/// Where there is no file of tokens yet: one, with a token if there is somebody to be shown it.
+fn first_token(file: &TokenFile) -> Result<Option<Made>, TokensError> {
+    if !file.ensure()? || !io::stderr().is_terminal() {
+        return Ok(None);
+    }
+    let project: ProjectId = "admin".parse().map_err(|e: ParseError| TokensError::Refused(e.to_string()))?;
+    file.add(&Wanted { name: "first", project: &project, role: Role::Admin, lifetime: None }).map(Some)
 }
 
 /// The hypervisor's events, among the guests' other signals.

@@ -9,10 +9,11 @@ use anyhow::{Context as _, bail};
 use virt_usb_hook::config::Config;
 use virt_usb_model::device::Problem;
 
+use super::World;
 use super::devices::Nudge;
-use super::{Stamp, World, stamp};
 use crate::discovery::{Simulated, Snapshot, UsbSource};
 use crate::hypervisor::{Event, SimulatedHypervisor};
+use crate::stamp::{Stamp, stamp};
 
 /// How often the file is looked at.
 const LOOK: Duration = Duration::from_millis(100);

@@ -7,6 +7,8 @@ use clap_complete::Shell;
 use virt_usb_model::flavor::Tag;
 use virt_usb_model::{DeviceId, DeviceRequest, Flavor, ProductId, ProjectId, VendorId};
 
+use crate::api::identity::Role;
+
 /// USB devices for libvirt guests: find them, say who may have them, see who has them.
 ///
 /// A flavor asks for devices; libvirt's hook claims them when a guest starts and gives them
@@ -100,6 +102,11 @@ pub(super) enum Verb {
     Tag(Tags),
     /// Take tags away that were given with 'virt-usb tag'
     Untag(Tags),
+    /// Say who may use the API
+    Token {
+        #[command(subcommand)]
+        verb: TokenVerb,
+    },
     /// Explain the whitelist
     Whitelist {
         #[command(subcommand)]
@@ -184,6 +191,38 @@ pub(super) enum QuarantineVerb {
         #[arg(value_name = "DEVICE")]
         device: DeviceId,
     },
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum TokenVerb {
+    /// Make a token and show it, this once
+    Add(NewToken),
+    /// Show whose tokens there are
+    List,
+    /// End a token, at once
+    Remove {
+        /// Its name
+        name: String,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(super) struct NewToken {
+    /// Whose it is, for the audit and the log
+    pub(super) name: String,
+    /// The project that it acts for
+    #[arg(long, value_name = "ID")]
+    pub(super) project: ProjectId,
+    /// What it may: look (reader), attach and detach as well (member), all of every project (admin)
+    #[arg(long, default_value = "member", value_parser = role)]
+    pub(super) role: Role,
+    /// It counts for so many days; else until it is removed
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=3650))]
+    pub(super) days: Option<u32>,
+}
+
+fn role(text: &str) -> Result<Role, String> {
+    text.parse()
 }
 
 #[derive(Debug, Args)]

@@ -72,10 +72,7 @@ pub(super) fn tag(session: &Session, device: DeviceId, tags: &[Tag], add: bool) 
     let (mut store, context) = open(session, if add { "tag" } else { "untag" })?;
     let tags: Vec<String> = tags.iter().cloned().map(Tag::into_text).collect();
     let known = store.all_devices()?.into_iter().find(|r| r.entry.id == device);
-    let is_rules = |r: &Record, tag: &String| r.rule_tags.contains(tag) && !r.own_tags.contains(tag);
-    if let Some(record) = known.filter(|_| !add)
-        && let Some(of_rule) = tags.iter().find(|tag| is_rules(&record, tag))
-    {
+    if let Some(of_rule) = known.filter(|_| !add).and_then(|record| record.tag_of_a_rule(&tags)) {
         bail!(
             "device {device} has the tag {of_rule:?} from a whitelist rule: change that rule in the configuration"
         );

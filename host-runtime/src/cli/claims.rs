@@ -137,7 +137,8 @@ pub(super) fn find_instance(store: &Store, text: &str) -> anyhow::Result<Instanc
 pub(super) fn events(session: &Session, options: &Events) -> anyhow::Result<ExitCode> {
     let instance = options.instance.as_deref().map(str::parse).transpose().context("--instance")?;
     let device = options.device.as_deref().map(str::parse).transpose().context("--device")?;
-    let events = session.store()?.events(&Filter { instance, device, limit: options.limit, after: 0 })?;
+    let events =
+        session.store()?.events(&Filter { instance, device, limit: options.limit, ..Filter::default() })?;
     session.out.show(&events, || {
         let row = |e: &EventRow| {
             let whom = e.domain.clone().or_else(|| e.instance_uuid.map(|i| i.to_string()));

@@ -6,12 +6,10 @@ use std::process::ExitCode;
 use anyhow::{Context as _, bail};
 use serde::Serialize;
 use virt_usb_model::Flavor;
+use virt_usb_model::flavor::{MAX_NAME, is_name};
 
 use super::Session;
 use super::output::table;
-
-/// The longest name: Nova's own limit.
-const MAX_NAME: usize = 255;
 
 pub(super) fn list(session: &Session) -> anyhow::Result<ExitCode> {
     let flavors = session.store()?.flavors()?;
@@ -39,11 +37,7 @@ struct Changed<'a> {
 }
 
 pub(super) fn set(session: &Session, name: &str, definition: &str) -> anyhow::Result<ExitCode> {
-    if name.is_empty()
-        || name.chars().count() > MAX_NAME
-        || name.chars().any(char::is_control)
-        || name.starts_with('@')
-    {
+    if !is_name(name) {
         bail!("{name:?} is no name for a flavor: 1 to {MAX_NAME} printable characters, the first no @");
     }
     let text = if definition == "-" { stdin()? } else { definition.to_owned() };

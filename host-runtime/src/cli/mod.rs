@@ -9,6 +9,7 @@ mod flavors;
 mod guests;
 mod output;
 mod recover;
+mod tokens;
 mod upkeep;
 mod watch;
 
@@ -23,7 +24,7 @@ use virt_usb_hook::machine;
 use virt_usb_store::{Context, Durability, Store};
 
 pub use arguments::Arguments;
-use arguments::{ClaimsVerb, FlavorVerb, QuarantineVerb, StoreVerb, Verb, WhitelistVerb};
+use arguments::{ClaimsVerb, FlavorVerb, QuarantineVerb, StoreVerb, TokenVerb, Verb, WhitelistVerb};
 use output::Output;
 
 /// How long a command waits for the store's lock.
@@ -69,6 +70,11 @@ fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
         Verb::Quarantine { verb: Some(QuarantineVerb::Clear { device }) } => aside::clear(&session, device),
         Verb::Tag(tags) => aside::tag(&session, tags.device, &tags.tags, true),
         Verb::Untag(tags) => aside::tag(&session, tags.device, &tags.tags, false),
+        Verb::Token { verb } => match verb {
+            TokenVerb::Add(options) => tokens::add(&session, &options),
+            TokenVerb::List => tokens::list(&session),
+            TokenVerb::Remove { name } => tokens::remove(&session, &name),
+        },
         Verb::Events(options) => claims::events(&session, &options),
         Verb::Watch(options) => watch::run(&session, &options),
         Verb::Flavor { verb } => match verb {

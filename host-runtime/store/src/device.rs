@@ -87,6 +87,11 @@ impl Record {
         self.used_as.as_ref().zip(self.descriptors.as_ref()).and_then(|(was, is)| was.difference(is))
     }
 
+    /// The first of the tags that only a whitelist rule can take away.
+    pub fn tag_of_a_rule<'a>(&self, tags: &'a [String]) -> Option<&'a String> {
+        tags.iter().find(|tag| self.rule_tags.contains(tag) && !self.own_tags.contains(tag))
+    }
+
     /// The product's name, or the maker's, for messages.
     pub fn name(&self) -> Option<&str> {
         self.entry.product_name.as_deref().or(self.entry.manufacturer.as_deref())

@@ -119,6 +119,8 @@ pub struct Filter {
     pub device: Option<DeviceId>,
     /// Only those that came after the one of this id.
     pub after: i64,
+    /// Only those that came before the one of this id; 0: all.
+    pub before: i64,
     /// At most so many, the newest; 0: all.
     pub limit: u32,
 }
@@ -132,8 +134,14 @@ impl Store {
         let limit = if filter.limit == 0 { -1 } else { i64::from(filter.limit) };
         let mut events = self.all(
             "SELECT * FROM events WHERE (?1 IS NULL OR instance_uuid = ?1) AND (?2 IS NULL OR device_id = ?2) AND id > ?3
-             ORDER BY id DESC LIMIT ?4",
-            params![filter.instance.map(|i| i.to_string()), filter.device.map(sql_id), filter.after, limit],
+             AND (?4 = 0 OR id < ?4) ORDER BY id DESC LIMIT ?5",
+            params![
+                filter.instance.map(|i| i.to_string()),
+                filter.device.map(sql_id),
+                filter.after,
+                filter.before,
+                limit
+            ],
             EventRow::read,
         )?;
         events.reverse();

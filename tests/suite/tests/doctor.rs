@@ -234,7 +234,7 @@ fn a_configuration_and_an_inventory_that_cannot_be_read() {
     patient.is_well("machine");
     let keys = fs::read_to_string(patient.host.config_file()).unwrap();
     fs::write(patient.host.config_file(), format!("{keys}hold = 'tight'\n")).unwrap();
-    patient.finds("configuration", &["broken", "line 6", "tight"]);
+    patient.finds("configuration", &["broken", "line 7", "tight"]);
     fs::write(patient.host.config_file(), keys.replace("procfs_root", "procfs_root = '/nowhere' #")).unwrap();
     patient.finds("machine", &["broken", "/nowhere/sys/kernel/random/boot_id"]);
     fs::write(patient.host.config_file(), &keys).unwrap();

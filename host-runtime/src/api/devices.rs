@@ -1,0 +1,275 @@
+//! Devices: list, show, and what an administrator does about one.
+
+use std::sync::Arc;
+
+use axum::Json;
+use axum::extract::{OriginalUri, State};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use utoipa::{IntoParams, ToSchema};
+use virt_usb_model::flavor::Tag;
+use virt_usb_model::{DeviceId, InstanceId, ProductId, VendorId, clean_text};
+use virt_usb_store::Record;
+use virt_usb_store::aside::Wished;
+
+use super::Api;
+use super::documents::{Link, UsbDevice};
+use super::fault::{Fault, sentence};
+use super::hypervisors::seen;
+use super::identity::Caller;
+use super::openapi::DeviceActionRequest;
+use super::paging::{limit, next, page};
+use super::policy::{Call, may, may_with_device};
+use super::request::{Asked, Asks, Content, Named, action, object};
+
+/// A path's device.
+#[derive(Deserialize)]
+pub(super) struct DeviceName {
+    pub(super) usb_device_id: String,
+}
+
+/// Which devices, in which order, how many.
+#[derive(Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub(super) struct Query {
+    status: Option<String>,
+    vendor_id: Option<String>,
+    product_id: Option<String>,
+    serial: Option<String>,
+    tag: Option<String>,
+    instance_uuid: Option<String>,
+    sort_key: Option<SortKey>,
+    sort_dir: Option<SortDir>,
+    limit: Option<usize>,
+    marker: Option<u64>,
+}
+
+#[derive(Clone, Copy, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum SortKey {
+    Id,
+    Status,
+    VendorId,
+    ProductId,
+    PortPath,
+    UpdatedAt,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum SortDir {
+    Asc,
+    Desc,
+}
+
+#[derive(Serialize, ToSchema)]
+pub(super) struct UsbDevices {
+    usb_devices: Vec<UsbDevice>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    usb_devices_links: Vec<Link>,
+}
+
+#[derive(Serialize, ToSchema)]
+#[schema(as = UsbDeviceShown)]
+pub(super) struct Shown {
+    usb_device: UsbDevice,
+}
+
+fn missing(name: &str) -> Fault {
+    Fault::not_found(format!("USB device {name} could not be found."))
+}
+
+/// Devices, filtered, sorted, in pages
+#[utoipa::path(get, path = "/os-usb-devices", tag = "devices", operation_id = "list_usb_devices", params(Query),
+    responses((status = 200, description = "The devices", body = UsbDevices)))]
+pub(super) async fn list(
+    State(api): State<Arc<Api>>,
+    Asks(caller): Asks,
+    Asked(query): Asked<Query>,
+    OriginalUri(uri): OriginalUri,
+) -> Result<Json<UsbDevices>, Fault> {
+    Fault::unless(may(&caller, Call::Look), Fault::forbidden)?;
+    let snapshot = api.inventory.now()?;
+    let wanted = Wanted::read(&query)?;
+    let shown = |r: &Record| UsbDevice::new(r, snapshot.claim(r.entry.id), &caller);
+    let mut found: Vec<&Record> = seen(&snapshot, &caller).filter(|r| wanted.is(r, &shown(r))).collect();
+    if let Some(key) = query.sort_key {
+        found.sort_by_cached_key(|r| sort_text(r, key));
+    }
+    if query.sort_dir == Some(SortDir::Desc) {
+        found.reverse();
+    }
+    let (page, more) = page(found, limit(query.limit)?, query.marker.as_ref(), |r| r.entry.id.get())?;
+    Ok(Json(UsbDevices {
+        usb_devices: page.into_iter().map(shown).collect(),
+        usb_devices_links: more.iter().map(|marker| next(&uri, &marker.to_string())).collect(),
+    }))
+}
+
+fn sort_text(record: &Record, key: SortKey) -> String {
+    let e = &record.entry;
+    match key {
+        SortKey::Id => format!("{:020}", e.id.get()),
+        SortKey::Status => e.status.clone(),
+        SortKey::VendorId => e.vendor_id.to_string(),
+        SortKey::ProductId => e.product_id.to_string(),
+        SortKey::PortPath => e.port_path.to_string(),
+        SortKey::UpdatedAt => record.updated_at.clone().unwrap_or_default(),
+    }
+}
+
+/// What a query asks for, each value read as it is read everywhere.
+struct Wanted<'a> {
+    query: &'a Query,
+    vendor: Option<VendorId>,
+    product: Option<ProductId>,
+    instance: Option<InstanceId>,
+}
+
+impl<'a> Wanted<'a> {
+    fn read(query: &'a Query) -> Result<Self, Fault> {
+        fn value<T: std::str::FromStr<Err = virt_usb_model::ParseError>>(
+            key: &str,
+            text: Option<&String>,
+        ) -> Result<Option<T>, Fault> {
+            let wrong = |e: virt_usb_model::ParseError| Fault::bad_request(sentence(&e.at(key).to_string()));
+            text.map(|text| text.parse().map_err(wrong)).transpose()
+        }
+        Ok(Self {
+            query,
+            vendor: value("vendor_id", query.vendor_id.as_ref())?,
+            product: value("product_id", query.product_id.as_ref())?,
+            instance: value("instance_uuid", query.instance_uuid.as_ref())?,
+        })
+    }
+
+    /// Of who has a device only what is shown counts: else a filter would tell what is not.
+    fn is(&self, record: &Record, shown: &UsbDevice) -> bool {
+        let e = &record.entry;
+        self.query.status.as_ref().is_none_or(|status| *status == e.status)
+            && self.vendor.is_none_or(|vendor| vendor == e.vendor_id)
+            && self.product.is_none_or(|product| product == e.product_id)
+            && self.query.serial.as_ref().is_none_or(|serial| e.serial.as_ref() == Some(serial))
+            && self.query.tag.as_ref().is_none_or(|tag| e.tags.contains(tag))
+            && self.instance.is_none_or(|instance| shown.is_held_by(&instance.to_string()))
+    }
+}
+
+impl Api {
+    pub(super) fn device(
+        &self,
+        caller: &Caller,
+        call: Call,
+        name: &str,
+    ) -> Result<(DeviceId, UsbDevice), Fault> {
+        Fault::unless(may(caller, call), || missing(name))?;
+        let id = name.parse().ok().and_then(DeviceId::new).ok_or_else(|| missing(name))?;
+        let snapshot = self.inventory.now()?;
+        let record = snapshot.device(id).ok_or_else(|| missing(name))?;
+        let claim = snapshot.claim(id);
+        Fault::unless(may_with_device(caller, call, record, claim), || missing(name))?;
+        Ok((id, UsbDevice::new(record, claim, caller)))
+    }
+}
+
+/// One device
+#[utoipa::path(get, path = "/os-usb-devices/{usb_device_id}", tag = "devices", operation_id = "show_usb_device",
+    params(("usb_device_id" = String, Path, description = "The device's id")),
+    responses((status = 200, description = "The device", body = Shown)))]
+pub(super) async fn show(
+    State(api): State<Arc<Api>>,
+    Asks(caller): Asks,
+    Named(DeviceName { usb_device_id: name }): Named<DeviceName>,
+) -> Result<Json<Shown>, Fault> {
+    let (_, usb_device) = api.device(&caller, Call::LookAt, &name)?;
+    Ok(Json(Shown { usb_device }))
+}
+
+/// What an administrator does.
+enum Change {
+    Enable,
+    Disable(Option<String>),
+    ClearQuarantine,
+    AddTags(Vec<String>),
+    RemoveTags(Vec<String>),
+}
+
+impl Change {
+    fn read(content: &serde_json::Map<String, Value>) -> Result<Self, Fault> {
+        let (name, value) = action(content)?;
+        let nothing = |change| match value {
+            Value::Null => Ok(change),
+            _ => Err(Fault::bad_request(format!("{name} wants null: {{\"{name}\":null}}."))),
+        };
+        match name {
+            "enable" => nothing(Self::Enable),
+            "clear_quarantine" => nothing(Self::ClearQuarantine),
+            "disable" => match object(value, name, &["reason"])?.get("reason") {
+                None | Some(Value::Null) => Ok(Self::Disable(None)),
+                Some(Value::String(why)) if why.len() <= 255 => Ok(Self::Disable(Some(why.clone()))),
+                Some(_) => Err(Fault::bad_request("disable.reason: wanted text of at most 255 bytes.")),
+            },
+            "add_tags" | "remove_tags" => {
+                let tags = object(value, name, &["tags"])?.get("tags").and_then(Value::as_array);
+                let Some(tags) = tags else {
+                    return Err(Fault::bad_request(format!("{name} wants a list: {{\"tags\":[\"erp\"]}}.")));
+                };
+                let tag = |value: &Value| {
+                    let tag: Result<Tag, _> = value.as_str().unwrap_or_default().parse();
+                    tag.map(Tag::into_text)
+                        .map_err(|e| Fault::bad_request(sentence(&e.at("tags").to_string())))
+                };
+                let tags = tags.iter().map(tag).collect::<Result<_, _>>()?;
+                Ok(if name == "add_tags" { Self::AddTags(tags) } else { Self::RemoveTags(tags) })
+            }
+            other => Err(Fault::bad_request(format!("There is no such action: {other}."))),
+        }
+    }
+}
+
+/// Enable, disable, clear quarantine, tag: for administrators
+#[utoipa::path(post, path = "/os-usb-devices/{usb_device_id}/action", tag = "devices", operation_id = "act_on_usb_device",
+    params(("usb_device_id" = String, Path, description = "The device's id")),
+    request_body = DeviceActionRequest,
+    responses((status = 200, description = "The device as it is now", body = Shown)))]
+pub(super) async fn act(
+    State(api): State<Arc<Api>>,
+    Asks(caller): Asks,
+    Named(DeviceName { usb_device_id: name }): Named<DeviceName>,
+    Content(content): Content,
+) -> Result<Json<Shown>, Fault> {
+    let (id, _) = api.device(&caller, Call::ChangeDevice, &name)?;
+    let change = Change::read(&content)?;
+    let (actor, told) = (caller.clone(), name.clone());
+    api.blocking(move |api| {
+        let mut store = api.store()?;
+        let context = api.context(&actor)?;
+        let wished = match change {
+            Change::Enable => store.set_disabled(id, None, &context),
+            Change::Disable(why) => {
+                let why = why.as_deref().and_then(clean_text).unwrap_or_else(|| format!("by {}", actor.name));
+                store.set_disabled(id, Some(&why), &context)
+            }
+            Change::ClearQuarantine => store.clear_quarantine(id, &context),
+            Change::AddTags(tags) => store.set_tags(id, &tags, &[], &context),
+            Change::RemoveTags(tags) => {
+                let snapshot = api.inventory.now()?;
+                let of_rule = snapshot.device(id).and_then(|r| r.tag_of_a_rule(&tags));
+                if let Some(tag) = of_rule {
+                    return Err(Fault::conflict(format!(
+                        "The tag {tag:?} comes from a whitelist rule: it goes when that rule changes."
+                    )));
+                }
+                store.set_tags(id, &[], &tags, &context)
+            }
+        };
+        match wished? {
+            Wished::Unknown => Err(missing(&told)),
+            Wished::Done(_) | Wished::Already(_) => Ok(()),
+        }
+    })
+    .await?;
+    let (_, usb_device) = api.device(&caller, Call::LookAt, &name)?;
+    Ok(Json(Shown { usb_device }))
+}

@@ -1,0 +1,200 @@
+//! What is answered, key by key. The first eleven of a device, their order and their types are the API's promise; more may follow them.
+
+use serde::Serialize;
+use utoipa::ToSchema;
+use virt_usb_model::{DeviceRequest, Flavor, RedirectionRequest};
+use virt_usb_store::events::EventRow;
+use virt_usb_store::{ClaimRow, Record, StoredFlavor};
+
+use super::identity::Caller;
+use super::policy::may_know_holder;
+
+/// A device, as its caller may see it.
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct UsbDevice {
+    id: u64,
+    compute_node_id: u64,
+    /// `usb_<bus>_<device>`.
+    address: String,
+    /// Four hexadecimal digits.
+    product_id: String,
+    /// Four hexadecimal digits.
+    vendor_id: String,
+    bus_id: String,
+    /// Its number on the bus.
+    device_id: String,
+    /// The last number of its port path.
+    port_id: String,
+    /// `available`, `claimed`, `allocated`, `removed`, `unavailable`.
+    status: String,
+    /// The operator's words.
+    extra_info: String,
+    /// Who has it, for those who may know; else empty.
+    instance_uuid: String,
+    /// Why it is unavailable: `whitelist`, `host-use`, `disabled`, `quarantined`, `flapping`.
+    status_reason: Option<String>,
+    /// Where it is plugged in: `1-1.4`.
+    port_path: String,
+    serial: Option<String>,
+    /// `unique`, `duplicate`, `missing`.
+    serial_kind: String,
+    /// Two hexadecimal digits.
+    class: String,
+    interface_classes: Vec<String>,
+    /// `low`, `full`, `high`, `super`, `super-plus`.
+    speed: Option<String>,
+    manufacturer: Option<String>,
+    product_name: Option<String>,
+    tags: Vec<String>,
+    /// The domain's name, for those who may know.
+    held_by: Option<String>,
+    /// UTC, ISO 8601, for those who may know.
+    held_since: Option<String>,
+    /// The only projects that get it, for administrators.
+    projects: Option<Vec<String>>,
+    /// What the host uses it for, for administrators.
+    host_use: Option<String>,
+    created_at: Option<String>,
+    updated_at: Option<String>,
+}
+
+impl UsbDevice {
+    pub(super) fn new(record: &Record, claim: Option<&ClaimRow>, caller: &Caller) -> Self {
+        let e = &record.entry;
+        let known = claim.filter(|claim| may_know_holder(caller, claim));
+        let admin = caller.is_admin();
+        Self {
+            id: e.id.get(),
+            compute_node_id: e.compute_node_id,
+            address: e.address.to_string(),
+            product_id: e.product_id.to_string(),
+            vendor_id: e.vendor_id.to_string(),
+            bus_id: e.bus_id.to_string(),
+            device_id: e.device_id.to_string(),
+            port_id: e.port_id.to_string(),
+            status: e.status.clone(),
+            extra_info: e.extra_info.clone().unwrap_or_default(),
+            instance_uuid: known.map(|claim| claim.instance_uuid.to_string()).unwrap_or_default(),
+            status_reason: e.status_reason.clone(),
+            port_path: e.port_path.to_string(),
+            serial: e.serial.clone(),
+            serial_kind: e.serial_kind.clone(),
+            class: e.class.to_string(),
+            interface_classes: e.interface_classes.iter().map(ToString::to_string).collect(),
+            speed: e.speed.map(|speed| speed.to_string()),
+            manufacturer: e.manufacturer.clone(),
+            product_name: e.product_name.clone(),
+            tags: e.tags.clone(),
+            held_by: known.map(|claim| claim.domain.clone()),
+            held_since: known.map(|claim| claim.created_at.clone()),
+            projects: admin.then(|| e.projects.iter().map(ToString::to_string).collect()),
+            host_use: e.host_use.clone().filter(|_| admin),
+            created_at: record.created_at.clone(),
+            updated_at: record.updated_at.clone(),
+        }
+    }
+}
+
+impl UsbDevice {
+    /// As far as the caller may know.
+    pub(super) fn is_held_by(&self, instance: &str) -> bool {
+        self.instance_uuid == instance
+    }
+}
+
+/// An entry of the audit.
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct UsbEvent {
+    /// Grows with time.
+    id: i64,
+    /// UTC, ISO 8601.
+    at: String,
+    /// What happened: `claimed`, `allocated`, `released`, `refused`, ...
+    event: String,
+    instance_uuid: Option<String>,
+    /// The domain's name then.
+    domain: Option<String>,
+    project_id: Option<String>,
+    usb_device_id: Option<u64>,
+    /// By which program or caller, doing what.
+    actor: String,
+    /// Why.
+    detail: Option<String>,
+}
+
+impl From<EventRow> for UsbEvent {
+    fn from(row: EventRow) -> Self {
+        Self {
+            id: row.id,
+            at: row.at,
+            event: row.event,
+            instance_uuid: row.instance_uuid.map(|instance| instance.to_string()),
+            domain: row.domain,
+            project_id: row.project_id,
+            usb_device_id: row.device_id.map(|device| device.get()),
+            actor: row.actor,
+            detail: row.detail,
+        }
+    }
+}
+
+/// A stored flavor.
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct UsbFlavor {
+    name: String,
+    created_at: String,
+    updated_at: String,
+    #[schema(value_type = Vec<super::openapi::UsbDeviceRequest>)]
+    usb_devices: Vec<DeviceRequest>,
+    #[schema(value_type = Vec<super::openapi::UsbRedirectionRequest>)]
+    usb_redirection_devices: Vec<RedirectionRequest>,
+}
+
+impl From<StoredFlavor> for UsbFlavor {
+    fn from(stored: StoredFlavor) -> Self {
+        let StoredFlavor { name, created_at, updated_at, flavor } = stored;
+        let Flavor { usb_devices, usb_redirection_devices } = flavor;
+        Self { name, created_at, updated_at, usb_devices, usb_redirection_devices }
+    }
+}
+
+/// How many devices of a host are in which state.
+#[derive(Debug, Default, Serialize, ToSchema)]
+pub(super) struct Totals {
+    total: usize,
+    available: usize,
+    claimed: usize,
+    allocated: usize,
+    removed: usize,
+    unavailable: usize,
+}
+
+impl Totals {
+    pub(super) fn of<'a>(devices: impl Iterator<Item = &'a Record>) -> Self {
+        let mut totals = Self::default();
+        for device in devices {
+            totals.total += 1;
+            match device.entry.status.as_str() {
+                "available" => totals.available += 1,
+                "claimed" => totals.claimed += 1,
+                "allocated" => totals.allocated += 1,
+                "removed" => totals.removed += 1,
+                _ => totals.unavailable += 1,
+            }
+        }
+        totals
+    }
+}
+
+/// Where the next page is.
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct Link {
+    href: String,
+    rel: &'static str,
+}
+
+impl Link {
+    pub(super) const fn next(href: String) -> Self {
+        Self { href, rel: "next" }
+    }
+}

@@ -1,0 +1,110 @@
+//! The audit: of a device, of a server.
+
+use std::sync::Arc;
+
+use axum::Json;
+use axum::extract::{OriginalUri, State};
+use serde::{Deserialize, Serialize};
+use utoipa::{IntoParams, ToSchema};
+use virt_usb_model::ProjectId;
+use virt_usb_store::events::{EventRow, Filter};
+
+use super::Api;
+use super::devices::DeviceName;
+use super::documents::{Link, UsbEvent};
+use super::fault::Fault;
+use super::identity::Caller;
+use super::paging::{limit, next};
+use super::policy::Call;
+use super::request::{Asked, Asks, Named};
+use super::servers::ServerName;
+
+/// So many are read at once.
+const CHUNK: u32 = 1001;
+
+/// How many, from where on.
+#[derive(Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub(super) struct Query {
+    limit: Option<usize>,
+    /// The id of the oldest event that is known: those before it are wanted.
+    marker: Option<i64>,
+}
+
+#[derive(Serialize, ToSchema)]
+#[schema(as = UsbEvents)]
+pub(super) struct Events {
+    /// Newest first.
+    events: Vec<UsbEvent>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    events_links: Vec<Link>,
+}
+
+/// A device's audit, newest first
+///
+/// Administrators see all of it, others what concerned their project.
+#[utoipa::path(get, path = "/os-usb-devices/{usb_device_id}/events", tag = "events", operation_id = "list_usb_device_events",
+    params(("usb_device_id" = String, Path, description = "The device's id"), Query),
+    responses((status = 200, description = "The events", body = Events)))]
+pub(super) async fn of_device(
+    State(api): State<Arc<Api>>,
+    Asks(caller): Asks,
+    Named(device): Named<DeviceName>,
+    Asked(query): Asked<Query>,
+    OriginalUri(uri): OriginalUri,
+) -> Result<Json<Events>, Fault> {
+    let device = api.device(&caller, Call::LookAt, &device.usb_device_id)?.0;
+    answer(&api, caller, query, Filter { device: Some(device), ..Filter::default() }, &uri).await
+}
+
+/// A server's audit, newest first
+#[utoipa::path(get, path = "/servers/{server_id}/os-usb-events", tag = "events", operation_id = "list_server_usb_events",
+    params(("server_id" = String, Path, description = "The server's UUID"), Query),
+    responses((status = 200, description = "The events", body = Events)))]
+pub(super) async fn of_server(
+    State(api): State<Arc<Api>>,
+    Asks(caller): Asks,
+    Named(server): Named<ServerName>,
+    Asked(query): Asked<Query>,
+    OriginalUri(uri): OriginalUri,
+) -> Result<Json<Events>, Fault> {
+    let server = api.server(&caller, Call::LookAt, server.name()).await?;
+    answer(&api, caller, query, Filter { instance: Some(server.id), ..Filter::default() }, &uri).await
+}
+
+async fn answer(
+    api: &Arc<Api>,
+    caller: Caller,
+    query: Query,
+    filter: Filter,
+    uri: &axum::http::Uri,
+) -> Result<Json<Events>, Fault> {
+    let limit = limit(query.limit)?;
+    let before = query.marker.unwrap_or(0);
+    let found = api.blocking(move |api| {
+        let (store, mut found) = (api.store()?, Vec::new());
+        let mut filter = Filter { before, limit: CHUNK, ..filter };
+        // Most that there is may be others'.
+        loop {
+            let events = store.events(&filter)?;
+            let Some(oldest) = events.first() else { return Ok(found) };
+            filter.before = oldest.id;
+            found.extend(events.into_iter().rev().filter(|event| concerns(&caller, event)));
+            if found.len() > limit {
+                return Ok(found);
+            }
+        }
+    });
+    let mut events = found.await?;
+    let more = events.len() > limit;
+    events.truncate(limit);
+    let events_links = events.last().filter(|_| more).map(|last| next(uri, &last.id.to_string()));
+    let events = events.into_iter().map(UsbEvent::from).collect();
+    Ok(Json(Events { events, events_links: events_links.into_iter().collect() }))
+}
+
+fn concerns(caller: &Caller, event: &EventRow) -> bool {
+    let project: Option<ProjectId> = event.project_id.as_deref().and_then(|project| project.parse().ok());
+    caller.is_admin() || caller.owns(project.as_ref())
+}

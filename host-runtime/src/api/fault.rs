@@ -1,0 +1,172 @@
+//! What went wrong, in Nova's shape: `{"itemNotFound":{"code":404,"message":"…"}}`.
+
+use axum::Json;
+use axum::http::StatusCode;
+use axum::http::header::{RETRY_AFTER, WWW_AUTHENTICATE};
+use axum::response::{IntoResponse, Response};
+use serde_json::json;
+use virt_usb_store::StoreError;
+
+use super::policy::Verdict;
+use crate::agent::work::WorkError;
+use crate::hypervisor::Failure;
+
+/// A call that could not be served. Nothing was changed by it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Fault {
+    status: StatusCode,
+    /// One sentence that the caller can act on.
+    message: String,
+    /// What only the log is told.
+    pub(super) private: Option<String>,
+}
+
+impl Fault {
+    fn new(status: StatusCode, message: impl Into<String>) -> Self {
+        Self { status, message: message.into(), private: None }
+    }
+
+    pub(super) fn bad_request(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::BAD_REQUEST, message)
+    }
+
+    pub(super) fn unauthorized() -> Self {
+        Self::new(
+            StatusCode::UNAUTHORIZED,
+            "The request you have made requires authentication: send a valid token in X-Auth-Token.",
+        )
+    }
+
+    pub(super) fn forbidden() -> Self {
+        Self::new(StatusCode::FORBIDDEN, "Policy doesn't allow this to be performed with the token's role.")
+    }
+
+    pub(super) fn not_found(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::NOT_FOUND, message)
+    }
+
+    pub(super) fn bad_method() -> Self {
+        Self::new(StatusCode::METHOD_NOT_ALLOWED, "This resource has no such method.")
+    }
+
+    pub(super) fn timeout() -> Self {
+        Self::new(StatusCode::REQUEST_TIMEOUT, "The body did not arrive in time.")
+    }
+
+    pub(super) fn conflict(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::CONFLICT, message)
+    }
+
+    pub(super) fn too_large(most: usize) -> Self {
+        Self::new(StatusCode::PAYLOAD_TOO_LARGE, format!("The body is larger than {most} bytes."))
+    }
+
+    pub(super) fn bad_media_type() -> Self {
+        Self::new(
+            StatusCode::UNSUPPORTED_MEDIA_TYPE,
+            "The body must be JSON, and Content-Type must say application/json.",
+        )
+    }
+
+    pub(super) fn unavailable(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, message)
+    }
+
+    /// Nobody but the log is told what it was.
+    pub(super) fn internal(private: impl Into<String>) -> Self {
+        let message = "virt-usb cannot serve this now. The host's administrator finds why in the agent's log, by the request id.";
+        let private = Some(private.into());
+        Self { private, ..Self::new(StatusCode::INTERNAL_SERVER_ERROR, message) }
+    }
+
+    /// The token may be a good one: it cannot be said now.
+    pub(super) fn cannot_tell(private: String) -> Self {
+        Self::away(
+            "Tokens cannot be looked up now. The host's administrator finds why in the agent's log.",
+            private,
+        )
+    }
+
+    fn away(message: &str, private: impl Into<String>) -> Self {
+        Self { private: Some(private.into()), ..Self::unavailable(message) }
+    }
+
+    /// What Nova calls it.
+    fn name(&self) -> &'static str {
+        match self.status.as_u16() {
+            400 => "badRequest",
+            401 => "unauthorized",
+            403 => "forbidden",
+            404 => "itemNotFound",
+            405 => "badMethod",
+            408 => "requestTimeout",
+            409 => "conflictingRequest",
+            413 | 429 => "overLimit",
+            415 => "badMediaType",
+            503 => "serviceUnavailable",
+            _ => "computeFault",
+        }
+    }
+
+    /// `Ok` where it is allowed; `missing` is what somebody is told who may not know that there is such a thing.
+    pub(super) fn unless(verdict: Verdict, missing: impl FnOnce() -> Self) -> Result<(), Self> {
+        match verdict {
+            Verdict::Allowed => Ok(()),
+            Verdict::Forbidden => Err(Self::forbidden()),
+            Verdict::Hidden => Err(missing()),
+        }
+    }
+}
+
+impl From<StoreError> for Fault {
+    fn from(e: StoreError) -> Self {
+        Self::away("The inventory cannot be used now: try again.", e.to_string())
+    }
+}
+
+impl From<Failure> for Fault {
+    fn from(e: Failure) -> Self {
+        match e {
+            Failure::Away(_) => Self::away("libvirt cannot be reached now: try again.", e.to_string()),
+            Failure::Gone | Failure::Busy(_) | Failure::Refused(_) => {
+                Self::conflict(sentence(&e.to_string()))
+            }
+        }
+    }
+}
+
+impl From<WorkError> for Fault {
+    fn from(e: WorkError) -> Self {
+        match e {
+            WorkError::Store(e) => e.into(),
+            WorkError::Hypervisor(e) => e.into(),
+            WorkError::Machine(_) | WorkError::Xml(_) => Self::internal(e.to_string()),
+        }
+    }
+}
+
+/// Ends with a full stop. How it begins stays: it may be a key's name.
+pub(super) fn sentence(text: &str) -> String {
+    let text = text.trim();
+    let end = if text.ends_with(['.', '!', '?']) { "" } else { "." };
+    format!("{text}{end}")
+}
+
+impl IntoResponse for Fault {
+    fn into_response(self) -> Response {
+        let body = json!({ self.name(): { "code": self.status.as_u16(), "message": self.message } });
+        let mut response = (self.status, Json(body)).into_response();
+        let headers = response.headers_mut();
+        match self.status {
+            StatusCode::UNAUTHORIZED => {
+                headers.insert(WWW_AUTHENTICATE, axum::http::HeaderValue::from_static("X-Auth-Token"));
+            }
+            StatusCode::SERVICE_UNAVAILABLE => {
+                headers.insert(RETRY_AFTER, axum::http::HeaderValue::from_static("5"));
+            }
+            _ => {}
+        }
+        response.extensions_mut().insert(self);
+        response
+    }
+}

@@ -1,0 +1,104 @@
+//! Hosts, as Nova's hypervisors.
+
+use std::sync::Arc;
+
+use axum::Json;
+use axum::extract::State;
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+use virt_usb_store::{LONE_NODE, Record};
+
+use super::Api;
+use super::documents::{Totals, UsbDevice};
+use super::fault::Fault;
+use super::identity::Caller;
+use super::inventory::Snapshot;
+use super::policy::{Call, Verdict, may, may_with_device};
+use super::request::{Asks, Named};
+
+/// A path's host.
+#[derive(Deserialize)]
+pub(super) struct HostName {
+    hypervisor_hostname: String,
+}
+
+#[derive(Serialize, ToSchema)]
+#[schema(as = HypervisorSummary)]
+pub(super) struct Listed {
+    id: u64,
+    hypervisor_hostname: String,
+    /// As Nova has it.
+    state: &'static str,
+    /// As Nova has it.
+    status: &'static str,
+    usb_device_totals: Totals,
+}
+
+/// The devices promised first, as they have always been.
+#[derive(Serialize, ToSchema)]
+#[schema(as = HypervisorDetail)]
+pub(super) struct Shown {
+    usb_device_stats: Vec<UsbDevice>,
+    #[serde(flatten)]
+    listed: Listed,
+}
+
+#[derive(Serialize, ToSchema)]
+pub(super) struct Hypervisors {
+    hypervisors: Vec<Listed>,
+}
+
+#[derive(Serialize, ToSchema)]
+pub(super) struct Hypervisor {
+    hypervisor: Shown,
+}
+
+/// The devices that the caller may see.
+pub(super) fn seen<'a>(snapshot: &'a Snapshot, caller: &'a Caller) -> impl Iterator<Item = &'a Record> {
+    snapshot.devices.iter().filter(move |record| {
+        let claim = snapshot.claim(record.entry.id);
+        may_with_device(caller, Call::LookAt, record, claim) == Verdict::Allowed
+    })
+}
+
+fn listed(api: &Api, snapshot: &Snapshot, caller: &Caller) -> Listed {
+    Listed {
+        id: LONE_NODE,
+        hypervisor_hostname: api.host.clone(),
+        state: "up",
+        status: "enabled",
+        usb_device_totals: Totals::of(seen(snapshot, caller)),
+    }
+}
+
+/// Hosts, and how many devices of each state
+#[utoipa::path(get, path = "/os-hypervisors", tag = "hypervisors", operation_id = "list_hypervisors",
+    responses((status = 200, description = "The hosts", body = Hypervisors)))]
+pub(super) async fn list(
+    State(api): State<Arc<Api>>,
+    Asks(caller): Asks,
+) -> Result<Json<Hypervisors>, Fault> {
+    Fault::unless(may(&caller, Call::Look), Fault::forbidden)?;
+    let snapshot = api.inventory.now()?;
+    Ok(Json(Hypervisors { hypervisors: vec![listed(&api, &snapshot, &caller)] }))
+}
+
+/// A host and its devices
+#[utoipa::path(get, path = "/os-hypervisors/{hypervisor_hostname}", tag = "hypervisors", operation_id = "show_hypervisor",
+    params(("hypervisor_hostname" = String, Path, description = "The host's name")),
+    responses((status = 200, description = "The host", body = Hypervisor)))]
+pub(super) async fn show(
+    State(api): State<Arc<Api>>,
+    Asks(caller): Asks,
+    Named(HostName { hypervisor_hostname: name }): Named<HostName>,
+) -> Result<Json<Hypervisor>, Fault> {
+    Fault::unless(may(&caller, Call::Look), Fault::forbidden)?;
+    if name != api.host {
+        return Err(Fault::not_found(format!("Compute host {name} could not be found.")));
+    }
+    let snapshot = api.inventory.now()?;
+    let devices = seen(&snapshot, &caller);
+    let usb_device_stats = devices.map(|r| UsbDevice::new(r, snapshot.claim(r.entry.id), &caller)).collect();
+    let shown = Shown { usb_device_stats, listed: listed(&api, &snapshot, &caller) };
+    Ok(Json(Hypervisor { hypervisor: shown }))
+}

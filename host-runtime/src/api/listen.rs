@@ -1,0 +1,227 @@
+//! Sockets, and what a connection may cost: how many, how long, how large. Whatever comes, the others are served.
+
+use std::io;
+use std::net::SocketAddr;
+use std::os::unix::fs::{FileTypeExt as _, PermissionsExt as _};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use hyper::body::Incoming;
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt as _};
+use tokio::net::{TcpListener, UnixListener};
+use tokio::sync::{Semaphore, watch};
+use tokio_io_timeout::TimeoutStream;
+use tower::Service as _;
+use virt_usb_hook::config;
+
+use super::{Api, Peer, router, socket};
+
+/// Connections over the network at once; the unix socket has as many of its own.
+const CONNECTIONS: usize = 256;
+/// How long the head of a request may take to arrive, and a connection may idle.
+const HEAD_TIME: Duration = Duration::from_secs(30);
+/// The largest head, in bytes.
+const HEAD: usize = 16 << 10;
+/// How long a reader may take nothing.
+const WRITE_TIME: Duration = Duration::from_secs(30);
+/// How long requests that were begun may take once the end has come.
+const END_TIME: Duration = Duration::from_secs(15);
+/// Until a socket that could not be had is tried again.
+const RETRY: Duration = Duration::from_secs(10);
+
+/// The API, while it is served.
+pub struct Listening {
+    runtime: tokio::runtime::Runtime,
+    stop: watch::Sender<bool>,
+    limits: Vec<Arc<Semaphore>>,
+}
+
+impl Listening {
+    /// Takes no more requests, and waits for those that were begun.
+    pub fn stop(self) {
+        self.stop.send_replace(true);
+        let all = u32::try_from(CONNECTIONS).unwrap_or(u32::MAX);
+        self.runtime.block_on(async {
+            for limit in &self.limits {
+                // Whoever has not ended by then is cut off.
+                drop(tokio::time::timeout(END_TIME, limit.acquire_many(all)).await);
+            }
+        });
+        self.runtime.shutdown_timeout(Duration::from_secs(1));
+    }
+}
+
+/// Serves the API until it is stopped. A socket that cannot be had is tried again for as long.
+///
+/// # Errors
+/// When there can be no threads for it.
+pub fn start(api: &Arc<Api>) -> io::Result<Listening> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .thread_name("api")
+        .enable_all()
+        .build()?;
+    let (stop, stopping) = watch::channel(false);
+    let config = (api.config)();
+    let mut limits = Vec::new();
+    let mut server = |stopping: watch::Receiver<bool>| {
+        let limit = Arc::new(Semaphore::new(CONNECTIONS));
+        limits.push(limit.clone());
+        Server { router: router(api.clone()), limit, stopping }
+    };
+    if let config::Api::On(address) = config.api {
+        runtime.spawn(server(stopping.clone()).network(address));
+        runtime.spawn(server(stopping).local(socket(&config)));
+    }
+    Ok(Listening { runtime, stop, limits })
+}
+
+#[derive(Clone)]
+struct Server {
+    router: Router,
+    limit: Arc<Semaphore>,
+    stopping: watch::Receiver<bool>,
+}
+
+impl Server {
+    async fn network(self, address: SocketAddr) {
+        let bind = || async move { TcpListener::bind(address).await };
+        let Some(listener) = self.listen(&address.to_string(), bind).await else { return };
+        let at = listener.local_addr().map_or_else(|_| address.to_string(), |at| at.to_string());
+        tracing::info!("the API is served at http://{at}/v2.1/");
+        let mut stopping = self.stopping.clone();
+        loop {
+            let accepted = tokio::select! {
+                accepted = listener.accept() => accepted,
+                () = end(&mut stopping) => return,
+            };
+            match accepted {
+                Ok((stream, from)) => {
+                    // Answers are small and whole: nothing is gained by waiting for more.
+                    drop(stream.set_nodelay(true));
+                    self.take(stream, Peer::Remote(from.ip()));
+                }
+                Err(e) => pause(&e).await,
+            }
+        }
+    }
+
+    async fn local(self, path: PathBuf) {
+        let place = path.clone();
+        let bind = || async { bind_local(&place) };
+        let Some(listener) = self.listen(&path.display().to_string(), bind).await else { return };
+        let mut stopping = self.stopping.clone();
+        loop {
+            let accepted = tokio::select! {
+                accepted = listener.accept() => accepted,
+                () = end(&mut stopping) => break,
+            };
+            match accepted {
+                Ok((stream, _)) => match stream.peer_cred() {
+                    Ok(peer) => self.take(stream, Peer::Local { uid: peer.uid() }),
+                    Err(e) => tracing::warn!("somebody at {} cannot be named: {e}", path.display()),
+                },
+                Err(e) => pause(&e).await,
+            }
+        }
+        drop(std::fs::remove_file(&path));
+    }
+
+    /// The socket, as soon as it can be had; none where the end comes first.
+    async fn listen<L, F: Future<Output = io::Result<L>>>(
+        &self,
+        place: &str,
+        bind: impl Fn() -> F,
+    ) -> Option<L> {
+        let mut stopping = self.stopping.clone();
+        let mut told = false;
+        loop {
+            match bind().await {
+                Ok(listener) => return Some(listener),
+                Err(e) if !told => {
+                    tracing::error!(
+                        "the API cannot be served at {place}: {e}; it is tried again every {} s",
+                        RETRY.as_secs()
+                    );
+                    told = true;
+                }
+                Err(_) => {}
+            }
+            tokio::select! {
+                () = tokio::time::sleep(RETRY) => {}
+                () = end(&mut stopping) => return None,
+            }
+        }
+    }
+
+    /// Serves a connection, if there are not too many already.
+    fn take(&self, stream: impl AsyncRead + AsyncWrite + Send + 'static, peer: Peer) {
+        let Ok(place) = self.limit.clone().try_acquire_owned() else {
+            tokio::spawn(turn_away(stream));
+            return;
+        };
+        let (router, mut stopping) = (self.router.clone(), self.stopping.clone());
+        tokio::spawn(async move {
+            let mut stream = TimeoutStream::new(stream);
+            stream.set_write_timeout(Some(WRITE_TIME));
+            let service = service_fn(move |mut request: hyper::Request<Incoming>| {
+                request.extensions_mut().insert(peer);
+                router.clone().call(request)
+            });
+            let mut builder = http1::Builder::new();
+            builder.timer(TokioTimer::new()).header_read_timeout(HEAD_TIME).max_buf_size(HEAD);
+            let serving = builder.serve_connection(TokioIo::new(Box::pin(stream)), service);
+            let mut serving = std::pin::pin!(serving);
+            // How a connection ends is its client's matter.
+            tokio::select! {
+                _ = serving.as_mut() => {}
+                () = end(&mut stopping) => {
+                    serving.as_mut().graceful_shutdown();
+                    drop(tokio::time::timeout(END_TIME, serving).await);
+                }
+            }
+            drop(place);
+        });
+    }
+}
+
+/// Until the API is to end.
+async fn end(stopping: &mut watch::Receiver<bool>) {
+    drop(stopping.wait_for(|stop| *stop).await);
+}
+
+/// Too many open files, for instance: those that there are will end.
+async fn pause(e: &io::Error) {
+    tracing::warn!("the API cannot take a connection: {e}");
+    tokio::time::sleep(Duration::from_millis(100)).await;
+}
+
+async fn turn_away(stream: impl AsyncRead + AsyncWrite + Send) {
+    let body = r#"{"serviceUnavailable":{"code":503,"message":"Too many connections: try again."}}"#;
+    let text = format!(
+        "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 5\r\nConnection: close\r\nContent-Length: {}\r\n\r\n{body}",
+        body.len()
+    );
+    let mut stream = std::pin::pin!(stream);
+    let told = async {
+        stream.write_all(text.as_bytes()).await?;
+        stream.shutdown().await
+    };
+    drop(tokio::time::timeout(Duration::from_secs(1), told).await);
+}
+
+/// In `state_dir`, which only root and the agent's group may enter.
+fn bind_local(path: &Path) -> io::Result<UnixListener> {
+    if std::fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket()) {
+        // What an agent before this one has left: there is one a host, and it holds the lock.
+        std::fs::remove_file(path)?;
+    }
+    let listener = UnixListener::bind(path)?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o660))?;
+    Ok(listener)
+}

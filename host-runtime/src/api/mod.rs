@@ -1,0 +1,255 @@
+//! The REST API, in OpenStack's style: what there is, attach, detach, by whoever may.
+//!
+//! ```text
+//!  TCP, TLS ─┐                        ┌─ identity: whose token?        ┌─► inventory ──► store (read once for all readers)
+//!            ├─► listen ─► observe ───┤                    handlers ───┤
+//!  unix ─────┘  (limits)  (id, log)   └─ tenant: is it the token's?    └─► agent::operate (attach, detach)
+//!                                                             └─ policy: may it?
+//! ```
+//! | module | what it does |
+//! |---|---|
+//! | `listen` | sockets, limits, the end |
+//! | [`identity`], [`tokens`] | who asks |
+//! | [`policy`] | who may do what: pure |
+//! | `request`, `paging` | what a request says |
+//! | `fault` | what went wrong, in Nova's shape |
+//! | `documents`, `openapi` | what is answered, and how it is described |
+//! | `hypervisors`, `servers`, `devices`, `flavors`, `events` | the calls |
+//! | `inventory` | what there is, for many readers |
+//!
+//! It runs on threads of its own, and whatever becomes of it, the agent goes on giving guests their devices.
+
+mod devices;
+mod documents;
+mod events;
+mod fault;
+mod flavors;
+mod hypervisors;
+pub mod identity;
+mod inventory;
+mod listen;
+mod openapi;
+mod paging;
+pub mod policy;
+mod request;
+mod servers;
+pub mod tokens;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use axum::Router;
+use axum::extract::{RawPathParams, Request, State};
+use axum::http::header::{CACHE_CONTROL, HeaderName, HeaderValue, X_CONTENT_TYPE_OPTIONS};
+use axum::middleware::{Next, from_fn_with_state};
+use axum::response::{IntoResponse as _, Response};
+use axum::routing::{get, post};
+use tokio::sync::{Semaphore, SemaphorePermit};
+use virt_usb_hook::config::Config;
+use virt_usb_hook::machine;
+use virt_usb_model::ProjectId;
+use virt_usb_store::{Context, Durability, Store};
+
+use crate::agent::PATIENCE;
+use crate::agent::metrics::Metrics;
+use crate::hypervisor::Hypervisor;
+use fault::Fault;
+use identity::{Caller, Identity, Role, Unknown};
+use inventory::Inventory;
+use request::RequestId;
+
+pub use listen::{Listening, start};
+
+/// So many attaches and detaches at once; libvirt takes its time for each.
+const TURNS: usize = 8;
+/// How long one waits for its turn.
+const TURN_TIME: Duration = Duration::from_secs(30);
+/// How long a request may take in all.
+const REQUEST_TIME: Duration = Duration::from_secs(120);
+
+/// What the API is served with.
+pub struct Api {
+    /// The configuration that counts now.
+    pub config: Box<dyn Fn() -> Arc<Config> + Send + Sync>,
+    /// What runs the guests.
+    pub hypervisor: Arc<dyn Hypervisor>,
+    /// What is counted.
+    pub metrics: Arc<Metrics>,
+    /// This host's name.
+    pub host: String,
+    /// Who can tell whose a token is.
+    pub identity: Arc<dyn Identity>,
+    inventory: Inventory,
+    turns: Semaphore,
+}
+
+impl Api {
+    /// With the inventory in this folder.
+    pub fn new(
+        config: Box<dyn Fn() -> Arc<Config> + Send + Sync>,
+        hypervisor: Arc<dyn Hypervisor>,
+        metrics: Arc<Metrics>,
+        host: String,
+        identity: Arc<dyn Identity>,
+    ) -> Self {
+        let inventory = Inventory::new(config().state_dir.clone());
+        Self { config, hypervisor, metrics, host, identity, inventory, turns: Semaphore::new(TURNS) }
+    }
+
+    fn store(&self) -> Result<Store, virt_usb_store::StoreError> {
+        Store::open(&(self.config)().state_dir, PATIENCE, Durability::Power)
+    }
+
+    /// In the caller's name.
+    fn context(&self, caller: &Caller) -> Result<Context, Fault> {
+        let context = machine::context(&(self.config)().procfs_root, format!("api {}", caller.name));
+        context.map_err(|e| Fault::internal(e.to_string()))
+    }
+
+    /// What waits for disks and for libvirt does not keep others waiting. It is finished even when its caller has gone.
+    async fn blocking<T: Send + 'static>(
+        self: &Arc<Self>,
+        work: impl FnOnce(&Self) -> Result<T, Fault> + Send + 'static,
+    ) -> Result<T, Fault> {
+        let api = self.clone();
+        let done = tokio::task::spawn_blocking(move || work(&api)).await;
+        done.unwrap_or_else(|e| Err(Fault::internal(e.to_string())))
+    }
+
+    async fn turn(&self) -> Result<SemaphorePermit<'_>, Fault> {
+        match tokio::time::timeout(TURN_TIME, self.turns.acquire()).await {
+            Ok(Ok(turn)) => Ok(turn),
+            _ => Err(Fault::unavailable("Too many devices are being attached and detached: try again.")),
+        }
+    }
+}
+
+/// From where a connection comes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Peer {
+    /// Over the network.
+    Remote(std::net::IpAddr),
+    /// Over the unix socket, which only root and the agent's group can open.
+    Local { uid: u32 },
+}
+
+fn router(api: Arc<Api>) -> Router {
+    let calls = Router::new()
+        .route("/os-hypervisors", get(hypervisors::list))
+        .route("/os-hypervisors/{hypervisor_hostname}", get(hypervisors::show))
+        .route("/servers/{server_id}/action", post(servers::act))
+        .route("/servers/{server_id}/os-usb-devices", get(servers::show))
+        .route("/servers/{server_id}/os-usb-events", get(events::of_server))
+        .route("/os-usb-devices", get(devices::list))
+        .route("/os-usb-devices/{usb_device_id}", get(devices::show))
+        .route("/os-usb-devices/{usb_device_id}/action", post(devices::act))
+        .route("/os-usb-devices/{usb_device_id}/events", get(events::of_device))
+        .route("/os-usb-flavors", get(flavors::list))
+        .route("/os-usb-flavors/{flavor_name}", get(flavors::show).put(flavors::set).delete(flavors::remove))
+        .method_not_allowed_fallback(request::no_method)
+        .route_layer(from_fn_with_state(api.clone(), authenticate));
+    Router::new()
+        .nest("/v2/{tenant_id}", calls.clone())
+        .nest("/v2.1/{tenant_id}", calls.clone())
+        .nest("/v2.1", calls.clone())
+        .nest("/v3", calls)
+        .route("/openapi.json", get(openapi::show))
+        .fallback(request::nowhere)
+        .layer(from_fn_with_state(api.clone(), observe))
+        .with_state(api)
+}
+
+/// Who asks, and whether for the tenant that the path names.
+async fn authenticate(
+    State(api): State<Arc<Api>>,
+    path: RawPathParams,
+    mut request: Request,
+    next: Next,
+) -> Response {
+    let token = request.headers().get("x-auth-token").cloned();
+    let peer = request.extensions().get::<Peer>().copied();
+    let caller = match whose(&api, token, peer).await {
+        Ok(caller) => caller,
+        Err(fault) => return fault.into_response(),
+    };
+    let tenant = path.iter().find(|(name, _)| *name == "tenant_id").map(|(_, tenant)| tenant);
+    let mut response = match tenant.map(|tenant| is_its(&caller, tenant)) {
+        Some(Err(fault)) => fault.into_response(),
+        _ => {
+            request.extensions_mut().insert(caller.clone());
+            next.run(request).await
+        }
+    };
+    response.extensions_mut().insert(caller);
+    response
+}
+
+async fn whose(api: &Api, token: Option<HeaderValue>, peer: Option<Peer>) -> Result<Caller, Fault> {
+    match (token, peer) {
+        (Some(token), _) => {
+            let token = token.to_str().map_err(|_| Fault::unauthorized())?;
+            api.identity.caller(token).await.map_err(|why| match why {
+                Unknown::Nobody => Fault::unauthorized(),
+                Unknown::Unavailable(why) => Fault::cannot_tell(why),
+            })
+        }
+        (None, Some(Peer::Local { uid })) => {
+            Ok(Caller { name: format!("uid {uid}"), project: None, role: Role::Admin })
+        }
+        _ => Err(Fault::unauthorized()),
+    }
+}
+
+/// A token acts for one project; root on the host itself for none, and names whichever it likes.
+fn is_its(caller: &Caller, tenant: &str) -> Result<(), Fault> {
+    let Some(project) = &caller.project else { return Ok(()) };
+    let named: Option<ProjectId> = tenant.parse().ok();
+    if named.is_some_and(|named| named.is(project)) {
+        return Ok(());
+    }
+    Err(Fault::bad_request(format!(
+        "Malformed request URL: URL's project_id '{tenant}' doesn't match Context's project_id '{project}'."
+    )))
+}
+
+/// Names the request, bounds it, and writes it down.
+async fn observe(State(api): State<Arc<Api>>, mut request: Request, next: Next) -> Response {
+    let id = RequestId::new();
+    request.extensions_mut().insert(id.clone());
+    let peer = request.extensions().get::<Peer>().copied();
+    let (method, path) = (request.method().clone(), request.uri().path().to_owned());
+    let begun = Instant::now();
+    let mut response = match tokio::time::timeout(REQUEST_TIME, next.run(request)).await {
+        Ok(response) => response,
+        Err(_) => Fault::unavailable("This took too long; what was begun is being finished.").into_response(),
+    };
+    let headers = response.headers_mut();
+    if let Ok(value) = HeaderValue::from_str(&id.0) {
+        headers.insert(HeaderName::from_static("x-openstack-request-id"), value.clone());
+        headers.insert(HeaderName::from_static("x-compute-request-id"), value);
+    }
+    headers.entry(CACHE_CONTROL).or_insert(HeaderValue::from_static("no-store"));
+    headers.insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+    let status = response.status().as_u16();
+    api.metrics.answered(method.as_str(), status, begun.elapsed());
+    let caller = response.extensions().get::<Caller>().map_or("-", |caller| &caller.name);
+    let why = response.extensions().get::<Fault>().and_then(|fault| fault.private.as_deref());
+    let ms = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
+    let path: String = path.chars().take(256).map(virt_usb_model::printable).collect();
+    let text = format!("{} {method} {path} {status} by {caller} in {ms} ms", id.0);
+    let from = peer.map(|peer| format!("{peer:?}"));
+    match (why, method.as_str(), status) {
+        (Some(why), ..) => tracing::error!(request_id = id.0, caller, status, from, "{text}: {why}"),
+        (None, "GET", 200) => tracing::debug!(request_id = id.0, caller, status, from, "{text}"),
+        _ => tracing::info!(request_id = id.0, caller, status, from, "{text}"),
+    }
+    response
+}
+
+/// The unix socket's name in `state_dir`.
+const SOCKET: &str = "api.sock";
+
+fn socket(config: &Config) -> PathBuf {
+    config.state_dir.join(SOCKET)
+}

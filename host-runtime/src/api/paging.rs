@@ -1,0 +1,53 @@
+//! Pages of lists, as Nova has them: `limit`, `marker`, and a link to the next.
+
+use axum::http::Uri;
+
+use super::documents::Link;
+use super::fault::Fault;
+use super::request::PAGE;
+
+/// How many at once: what was asked for, but no more than [`PAGE`].
+pub(super) fn limit(asked: Option<usize>) -> Result<usize, Fault> {
+    match asked {
+        Some(0) => Err(Fault::bad_request("limit: found 0, wanted 1 or more.")),
+        asked => Ok(asked.map_or(PAGE, |asked| asked.min(PAGE))),
+    }
+}
+
+/// The page that begins after the marker, and the marker of the next one.
+///
+/// # Errors
+/// When there is no such marker.
+pub(super) fn page<T, M: PartialEq + ToString>(
+    all: Vec<T>,
+    limit: usize,
+    marker: Option<&M>,
+    marker_of: impl Fn(&T) -> M,
+) -> Result<(Vec<T>, Option<M>), Fault> {
+    let from = match marker {
+        None => 0,
+        Some(marker) => {
+            let at = all.iter().position(|one| marker_of(one) == *marker);
+            let at = at.ok_or_else(|| {
+                Fault::bad_request(format!("Marker {} could not be found.", marker.to_string()))
+            })?;
+            at + 1
+        }
+    };
+    let more = all.len() > from + limit;
+    let page: Vec<T> = all.into_iter().skip(from).take(limit).collect();
+    let next = page.last().filter(|_| more).map(marker_of);
+    Ok((page, next))
+}
+
+/// The link to the page after that marker: this request, with another marker.
+pub(super) fn next(uri: &Uri, marker: &str) -> Link {
+    let kept = uri
+        .query()
+        .unwrap_or_default()
+        .split('&')
+        .filter(|pair| !pair.is_empty() && pair.split('=').next() != Some("marker"));
+    let query: Vec<String> = kept.map(str::to_owned).chain([format!("marker={marker}")]).collect();
+    // A path alone: right behind whatever stands before this server.
+    Link::next(format!("{}?{}", uri.path(), query.join("&")))
+}

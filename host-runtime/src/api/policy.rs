@@ -1,0 +1,107 @@
+//! Who may do what: one table, and nothing else decides it. Pure. What no line allows is denied.
+//!
+//! | | reader | member | admin |
+//! |---|---|---|---|
+//! | look at hosts, flavors | yes | yes | yes |
+//! | look at devices | those for its project | those for its project | all |
+//! | look at servers and their events | its project's | its project's | all |
+//! | attach, detach | | its project's servers | all |
+//! | change devices, flavors, owners | | | yes |
+//!
+//! The role is looked at first: who may not do it at all is told so, whatever there is. Then the object: what is not one's own is not there.
+
+use virt_usb_model::{ProjectId, Reason};
+use virt_usb_store::{ClaimRow, Record};
+
+use super::identity::{Caller, Role};
+
+/// What is asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Call {
+    /// Hosts, flavors: nobody's own.
+    Look,
+    /// A device, a server, its events.
+    LookAt,
+    /// Gives a server a device.
+    Attach,
+    /// Takes one back.
+    Detach,
+    /// Devices: enable, disable, tags, clearing of quarantine.
+    ChangeDevice,
+    /// Flavors.
+    ChangeFlavor,
+    /// Whose a server is.
+    ChangeOwner,
+}
+
+impl Call {
+    /// All calls.
+    pub const ALL: [Self; 7] = [
+        Self::Look,
+        Self::LookAt,
+        Self::Attach,
+        Self::Detach,
+        Self::ChangeDevice,
+        Self::ChangeFlavor,
+        Self::ChangeOwner,
+    ];
+
+    /// The least role that may.
+    const fn least(self) -> Role {
+        match self {
+            Self::Look | Self::LookAt => Role::Reader,
+            Self::Attach | Self::Detach => Role::Member,
+            Self::ChangeDevice | Self::ChangeFlavor | Self::ChangeOwner => Role::Admin,
+        }
+    }
+}
+
+/// May it?
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verdict {
+    /// Yes.
+    Allowed,
+    /// No, and it may know that.
+    Forbidden,
+    /// It is told that there is no such thing.
+    Hidden,
+}
+
+/// Whether the role allows the call at all.
+pub fn may(caller: &Caller, call: Call) -> Verdict {
+    if caller.role >= call.least() { Verdict::Allowed } else { Verdict::Forbidden }
+}
+
+/// Whether the caller may do this with a server of that project.
+pub fn may_with_server(caller: &Caller, call: Call, owner: Option<&ProjectId>) -> Verdict {
+    match may(caller, call) {
+        Verdict::Allowed if caller.is_admin() || caller.owns(owner) => Verdict::Allowed,
+        Verdict::Allowed => Verdict::Hidden,
+        denied => denied,
+    }
+}
+
+/// Whether the caller may do this with that device.
+pub fn may_with_device(caller: &Caller, call: Call, device: &Record, claim: Option<&ClaimRow>) -> Verdict {
+    match may(caller, call) {
+        Verdict::Allowed if caller.is_admin() || is_for(caller, device, claim) => Verdict::Allowed,
+        Verdict::Allowed => Verdict::Hidden,
+        denied => denied,
+    }
+}
+
+/// Whether the caller may know who has the device.
+pub fn may_know_holder(caller: &Caller, claim: &ClaimRow) -> bool {
+    let owner: Option<ProjectId> = claim.project_id.as_deref().and_then(|project| project.parse().ok());
+    caller.is_admin() || caller.owns(owner.as_ref())
+}
+
+/// What the caller's project holds is its own to see; else what the whitelist gives to it, or to everybody.
+fn is_for(caller: &Caller, device: &Record, claim: Option<&ClaimRow>) -> bool {
+    if claim.is_some_and(|claim| may_know_holder(caller, claim)) {
+        return true;
+    }
+    let offered = !matches!(device.rule_withheld, Some(Reason::Whitelist | Reason::HostUse));
+    let projects = &device.entry.projects;
+    offered && device.deleted == 0 && (projects.is_empty() || projects.iter().any(|p| caller.owns(Some(p))))
+}

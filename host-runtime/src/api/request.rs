@@ -1,0 +1,152 @@
+//! What a request says, read strictly: each part that is wrong is answered in Nova's shape, with its place.
+
+use std::fmt::Write as _;
+use std::time::Duration;
+
+use axum::body::Body;
+use axum::extract::{FromRequest, FromRequestParts, Path, Query, Request};
+use axum::http::StatusCode;
+use axum::http::header::CONTENT_TYPE;
+use axum::http::request::Parts;
+use http_body_util::{BodyExt as _, LengthLimitError, Limited};
+use serde::de::DeserializeOwned;
+use serde_json::{Map, Value};
+
+use super::fault::{Fault, sentence};
+use super::identity::Caller;
+
+/// The largest body, in bytes.
+pub(super) const MOST: usize = 64 << 10;
+/// How long a body may take to arrive.
+const BODY_TIME: Duration = Duration::from_secs(10);
+
+/// What every answer and the log name a request by: `req-` and a UUID, as OpenStack has it.
+#[derive(Debug, Clone)]
+pub(super) struct RequestId(pub(super) String);
+
+impl RequestId {
+    pub(super) fn new() -> Self {
+        let mut bytes = [0_u8; 16];
+        // Without random bytes it names nothing: it is no secret.
+        let _ = getrandom::fill(&mut bytes);
+        bytes[6] = bytes[6] & 0x0f | 0x40;
+        bytes[8] = bytes[8] & 0x3f | 0x80;
+        let mut text = "req-".to_owned();
+        for (at, byte) in bytes.iter().enumerate() {
+            let dash = if matches!(at, 4 | 6 | 8 | 10) { "-" } else { "" };
+            // Writing to a String cannot fail.
+            let _ = write!(text, "{dash}{byte:02x}");
+        }
+        Self(text)
+    }
+}
+
+/// Whoever asks.
+pub(super) struct Asks(pub(super) Caller);
+
+impl<S: Sync> FromRequestParts<S> for Asks {
+    type Rejection = Fault;
+
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Fault> {
+        // It is there: no route is without the layer that puts it there. Were it not, nobody would be let in.
+        parts.extensions.get::<Caller>().cloned().map(Self).ok_or_else(Fault::unauthorized)
+    }
+}
+
+/// The parts of the path that vary.
+pub(super) struct Named<T>(pub(super) T);
+
+impl<T: DeserializeOwned + Send, S: Send + Sync> FromRequestParts<S> for Named<T> {
+    type Rejection = Fault;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Fault> {
+        let named = Path::<T>::from_request_parts(parts, state).await;
+        named.map(|Path(named)| Self(named)).map_err(|e| Fault::bad_request(sentence(&e.body_text())))
+    }
+}
+
+/// The query.
+pub(super) struct Asked<T>(pub(super) T);
+
+impl<T: DeserializeOwned, S: Send + Sync> FromRequestParts<S> for Asked<T> {
+    type Rejection = Fault;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Fault> {
+        let asked = Query::<T>::from_request_parts(parts, state).await;
+        asked.map(|Query(asked)| Self(asked)).map_err(|e| Fault::bad_request(sentence(&e.body_text())))
+    }
+}
+
+/// A body that is a JSON object.
+pub(super) struct Content(pub(super) Map<String, Value>);
+
+impl<S: Send + Sync> FromRequest<S> for Content {
+    type Rejection = Fault;
+
+    async fn from_request(request: Request, _: &S) -> Result<Self, Fault> {
+        let kind =
+            request.headers().get(CONTENT_TYPE).and_then(|kind| kind.to_str().ok()).unwrap_or_default();
+        let kind = kind.split(';').next().unwrap_or_default().trim();
+        if !kind.eq_ignore_ascii_case("application/json") {
+            return Err(Fault::bad_media_type());
+        }
+        let bytes = tokio::time::timeout(BODY_TIME, read(request.into_body()));
+        let bytes = bytes.await.map_err(|_| Fault::timeout())??;
+        let text = str::from_utf8(&bytes).map_err(|e| {
+            Fault::bad_request(format!("The body is no UTF-8: byte {} is none.", e.valid_up_to()))
+        })?;
+        match serde_json::from_str(text) {
+            Ok(Value::Object(object)) => Ok(Self(object)),
+            Ok(_) => Err(Fault::bad_request("The body is no JSON object.")),
+            Err(e) => Err(Fault::bad_request(format!("The body is no JSON: {e}."))),
+        }
+    }
+}
+
+async fn read(body: Body) -> Result<Vec<u8>, Fault> {
+    match Limited::new(body, MOST).collect().await {
+        Ok(collected) => Ok(collected.to_bytes().into()),
+        Err(e) if e.downcast_ref::<LengthLimitError>().is_some() => Err(Fault::too_large(MOST)),
+        Err(e) => Err(Fault::bad_request(format!("The body did not arrive whole: {e}."))),
+    }
+}
+
+/// The one key of an action's body, and what is under it.
+pub(super) fn action(content: &Map<String, Value>) -> Result<(&str, &Value), Fault> {
+    let mut keys = content.iter();
+    match (keys.next(), keys.next()) {
+        (Some((name, value)), None) => Ok((name, value)),
+        (None, _) => Err(Fault::bad_request("The body names no action.")),
+        _ => Err(Fault::bad_request("The body names more than one action.")),
+    }
+}
+
+/// An object that holds these keys and no other.
+pub(super) fn object<'a>(
+    value: &'a Value,
+    place: &str,
+    keys: &[&str],
+) -> Result<&'a Map<String, Value>, Fault> {
+    let Some(object) = value.as_object() else {
+        return Err(Fault::bad_request(format!("{place} is no JSON object.")));
+    };
+    match object.keys().find(|key| !keys.contains(&key.as_str())) {
+        Some(key) => {
+            Err(Fault::bad_request(format!("{place} has the key {key:?}, wanted: {}.", keys.join(", "))))
+        }
+        None => Ok(object),
+    }
+}
+
+/// No more of a list than this is answered at once, whatever is asked for; Nova's `max_limit`.
+pub(super) const PAGE: usize = 1000;
+
+/// The status of a path that leads nowhere.
+pub(super) async fn nowhere() -> Fault {
+    Fault::not_found("The resource could not be found.")
+}
+
+/// A method that a resource does not have.
+pub(super) async fn no_method() -> (StatusCode, Fault) {
+    (StatusCode::METHOD_NOT_ALLOWED, Fault::bad_method())
+}

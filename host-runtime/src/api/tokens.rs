@@ -1,0 +1,438 @@
+//! The file of tokens, in `state_dir`: who may use the API where no other service says so.
+//!
+//! ```toml
+//! [[token]]
+//! name = "erp-team"
+//! sha256 = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
+//! project = "3f0c7a5e9d2b4c1f8a6e5d4c3b2a1908"
+//! role = "member"
+//! created_at = "2026-11-25T20:40:33Z"
+//! expires_at = "2027-02-23T20:40:33Z"
+//! ```
+//! It holds hashes: a token is 256 random bits, shown once, when it is made, and guessing one from its SHA-256 is guessing 256 bits. The
+//! file is 0600 and the agent's; it is written beside and renamed, and the agent reads it again when it has changed. One that
+//! cannot be read, or is wrong, lets nobody in.
+
+use std::collections::HashMap;
+use std::fmt::Write as _;
+use std::fs::{File, OpenOptions, Permissions};
+use std::io::{self, Read, Write as _};
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+use virt_usb_model::ProjectId;
+
+use super::identity::{Answer, Caller, Identity, Role, Unknown};
+use crate::stamp::{Stamp, stamp};
+
+/// The file's name.
+pub const FILE: &str = "tokens.toml";
+/// What every token begins with, so that one that has strayed into a log or a repository is found.
+const PREFIX: &str = "vusb_";
+/// The largest file that is read, in bytes: ten thousand tokens.
+const MOST: u64 = 4 << 20;
+
+/// A token's entry. The token itself is not known.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Entry {
+    /// Whose it is, for audit and log.
+    pub name: String,
+    /// Of the token, hexadecimal.
+    pub sha256: String,
+    /// The project that it acts for.
+    pub project: String,
+    /// `reader`, `member` or `admin`.
+    pub role: String,
+    /// UTC, RFC 3339.
+    pub created_at: String,
+    /// Until when it counts; none: until it is removed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub expires_at: Option<String>,
+}
+
+#[derive(Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Content {
+    #[serde(default)]
+    token: Vec<Entry>,
+}
+
+/// The file cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum TokensError {
+    /// It cannot be read or written.
+    #[error("cannot use the tokens' file {path}: {why}")]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        why: io::Error,
+    },
+    /// It does not say what it may say.
+    #[error("the tokens' file {path} is wrong: {what}; nobody is let in until it is right")]
+    Wrong {
+        /// The file.
+        path: PathBuf,
+        /// Where and why.
+        what: String,
+    },
+    /// An entry cannot be made.
+    #[error("{0}")]
+    Refused(String),
+}
+
+/// A new token: to be shown once.
+#[derive(Debug)]
+pub struct Made {
+    /// The token.
+    pub token: String,
+    /// What the file knows of it.
+    pub entry: Entry,
+}
+
+/// What a new token is to be.
+#[derive(Debug, Clone)]
+pub struct Wanted<'a> {
+    /// Whose; no two tokens have one name.
+    pub name: &'a str,
+    /// For which project.
+    pub project: &'a ProjectId,
+    /// With which role.
+    pub role: Role,
+    /// For how long; none: until it is removed.
+    pub lifetime: Option<std::time::Duration>,
+}
+
+/// The file of one `state_dir`.
+#[derive(Debug, Clone)]
+pub struct TokenFile {
+    path: PathBuf,
+}
+
+impl TokenFile {
+    /// That of this folder; it need not be there.
+    pub fn new(state_dir: &Path) -> Self {
+        Self { path: state_dir.join(FILE) }
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// All entries; none where there is no file.
+    ///
+    /// # Errors
+    /// When it cannot be read, or is wrong.
+    pub fn entries(&self) -> Result<Vec<Entry>, TokensError> {
+        let text = match self.read() {
+            Ok(text) => text,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(why) => return Err(self.fault(why)),
+        };
+        let content: Content = toml::from_str(&text).map_err(|e| {
+            let line =
+                e.span().map_or(0, |span| 1 + text[..span.start.min(text.len())].matches('\n').count());
+            self.wrong(format!("line {line}: {}", e.message()))
+        })?;
+        for entry in &content.token {
+            parse(entry).map_err(|what| self.wrong(format!("the token of {:?}: {what}", entry.name)))?;
+        }
+        Ok(content.token)
+    }
+
+    /// Makes a token, and the file where there is none.
+    ///
+    /// # Errors
+    /// When there is one of the name, or the file cannot be written: then nothing was changed.
+    pub fn add(&self, wanted: &Wanted<'_>) -> Result<Made, TokensError> {
+        let plain = |c: char| !c.is_control() && !c.is_whitespace();
+        if wanted.name.is_empty() || wanted.name.len() > 64 || !wanted.name.chars().all(plain) {
+            let why =
+                format!("{:?} is no name for a token: wanted 1 to 64 bytes without white space", wanted.name);
+            return Err(TokensError::Refused(why));
+        }
+        let token = random_token().map_err(|why| self.fault(why))?;
+        let now = Timestamp::now();
+        let until = wanted.lifetime.map(|lifetime| now.checked_add(lifetime)).transpose();
+        let until = until.map_err(|_| TokensError::Refused("a token cannot last that long".into()))?;
+        let text = |at: Timestamp| format!("{at:.0}");
+        let entry = Entry {
+            name: wanted.name.to_owned(),
+            sha256: hash(&token),
+            project: wanted.project.to_string(),
+            role: wanted.role.to_string(),
+            created_at: text(now),
+            expires_at: until.map(text),
+        };
+        self.change(|entries| {
+            if entries.iter().any(|e| e.name == entry.name) {
+                return Err(TokensError::Refused(format!(
+                    "there is a token of the name {:?}: 'virt-usb token remove' it first, or take another name",
+                    entry.name
+                )));
+            }
+            entries.push(entry.clone());
+            Ok(())
+        })?;
+        Ok(Made { token, entry })
+    }
+
+    /// Ends a token at once; says whether there was one of the name.
+    ///
+    /// # Errors
+    /// When the file cannot be written: then it counts on.
+    pub fn remove(&self, name: &str) -> Result<bool, TokensError> {
+        let mut found = false;
+        self.change(|entries| {
+            let before = entries.len();
+            entries.retain(|e| e.name != name);
+            found = entries.len() < before;
+            Ok(())
+        })?;
+        Ok(found)
+    }
+
+    /// Makes an empty one, if there is none; says whether it did.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn ensure(&self) -> Result<bool, TokensError> {
+        if self.path.symlink_metadata().is_ok() {
+            return Ok(false);
+        }
+        self.change(|_| Ok(())).map(|()| true)
+    }
+
+    fn change(
+        &self,
+        change: impl FnOnce(&mut Vec<Entry>) -> Result<(), TokensError>,
+    ) -> Result<(), TokensError> {
+        let lock = self.path.with_extension("lock");
+        let open = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(&lock);
+        let locked = open.and_then(|file| {
+            virt_usb_store::hand_over(&lock).map_err(|e| io::Error::other(e.to_string()))?;
+            file.lock().map(|()| file)
+        });
+        let _locked = locked.map_err(|why| self.fault(why))?;
+        let mut entries = self.entries()?;
+        change(&mut entries)?;
+        self.write(entries).map_err(|why| self.fault(why))
+    }
+
+    fn write(&self, token: Vec<Entry>) -> io::Result<()> {
+        let text = toml::to_string(&Content { token }).map_err(io::Error::other)?;
+        let beside = self.path.with_extension("new");
+        let mut file =
+            OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&beside)?;
+        file.set_permissions(Permissions::from_mode(0o600))?;
+        writeln!(
+            file,
+            "# Who may use the API: 'virt-usb token' writes this file. Tokens themselves are not in it.\n{text}"
+        )?;
+        file.sync_all()?;
+        virt_usb_store::hand_over(&beside).map_err(|e| io::Error::other(e.to_string()))?;
+        std::fs::rename(&beside, &self.path)
+    }
+
+    fn read(&self) -> io::Result<String> {
+        let file = OpenOptions::new()
+            .read(true)
+            .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
+            .open(&self.path)?;
+        let found = file.metadata()?;
+        if !found.is_file() {
+            return Err(io::Error::other("it is no regular file"));
+        }
+        if found.permissions().mode() & 0o077 != 0 {
+            return Err(io::Error::other("others may read it: 'chmod 600' it, and make its tokens anew"));
+        }
+        let mut text = String::new();
+        read_bounded(file, &mut text)?;
+        Ok(text)
+    }
+
+    fn fault(&self, why: io::Error) -> TokensError {
+        TokensError::Io { path: self.path.clone(), why }
+    }
+
+    fn wrong(&self, what: String) -> TokensError {
+        TokensError::Wrong { path: self.path.clone(), what }
+    }
+}
+
+fn read_bounded(file: File, text: &mut String) -> io::Result<()> {
+    file.take(MOST + 1).read_to_string(text)?;
+    if text.len() as u64 > MOST {
+        return Err(io::Error::new(io::ErrorKind::FileTooLarge, format!("it is larger than {MOST} bytes")));
+    }
+    Ok(())
+}
+
+fn random_token() -> io::Result<String> {
+    let mut bytes = [0; 32];
+    getrandom::fill(&mut bytes)?;
+    Ok(format!("{PREFIX}{}", hex(&bytes)))
+}
+
+fn hash(token: &str) -> String {
+    hex(&Sha256::digest(token.as_bytes()))
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().fold(String::new(), |mut text, byte| {
+        // Writing to a String cannot fail.
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
+}
+
+/// Who it is, and until when.
+fn parse(entry: &Entry) -> Result<(Caller, Option<Timestamp>), String> {
+    let wrong = |key: &'static str| move |e: &dyn std::fmt::Display| format!("{key}: {e}");
+    let is_hash =
+        entry.sha256.len() == 64 && entry.sha256.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
+    if !is_hash {
+        return Err("sha256: wanted 64 small hexadecimal digits".into());
+    }
+    let role = entry.role.parse().map_err(|e: String| wrong("role")(&e))?;
+    let project: ProjectId = entry.project.parse().map_err(|e| wrong("project")(&e))?;
+    let until = entry.expires_at.as_ref().map(|at| at.parse::<Timestamp>()).transpose();
+    let until = until.map_err(|e| wrong("expires_at")(&e))?;
+    Ok((Caller { name: entry.name.clone(), project: Some(project), role }, until))
+}
+
+/// Who the file says they are. It is read again when it has changed.
+pub struct Tokens {
+    file: TokenFile,
+    known: Mutex<Known>,
+}
+
+#[derive(Default, Clone)]
+struct Known {
+    stamp: Option<Stamp>,
+    read: bool,
+    callers: Arc<HashMap<String, (Caller, Option<Timestamp>)>>,
+    trouble: Option<String>,
+}
+
+impl Tokens {
+    /// Those of the file.
+    pub fn new(file: TokenFile) -> Self {
+        Self { file, known: Mutex::default() }
+    }
+
+    fn now(&self) -> Known {
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        let stamp = stamp(&self.file.path);
+        if !known.read || known.stamp != stamp {
+            let (callers, trouble) = match self.file.entries() {
+                Ok(entries) => {
+                    let callers =
+                        entries.iter().filter_map(|e| Some((e.sha256.clone(), parse(e).ok()?))).collect();
+                    (callers, None)
+                }
+                Err(e) => (HashMap::new(), Some(e.to_string())),
+            };
+            if let Some(trouble) = &trouble {
+                tracing::error!("{trouble}");
+            }
+            *known = Known { stamp, read: true, callers: Arc::new(callers), trouble };
+        }
+        known.clone()
+    }
+
+    fn find(&self, token: &str) -> Result<Caller, Unknown> {
+        let known = self.now();
+        if let Some(trouble) = known.trouble {
+            return Err(Unknown::Unavailable(trouble));
+        }
+        // Looked up by its hash: how long that takes says nothing about any token.
+        match known.callers.get(&hash(token)) {
+            Some((caller, until)) if until.is_none_or(|until| Timestamp::now() < until) => Ok(caller.clone()),
+            _ => Err(Unknown::Nobody),
+        }
+    }
+}
+
+impl Identity for Tokens {
+    fn caller<'a>(&'a self, token: &'a str) -> Answer<'a> {
+        Box::pin(std::future::ready(self.find(token)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    fn wanted<'a>(name: &'a str, project: &'a ProjectId) -> Wanted<'a> {
+        Wanted { name, project, role: Role::Member, lifetime: None }
+    }
+
+    #[test]
+    fn a_token_is_known_until_it_is_removed_or_expires() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = TokenFile::new(dir.path());
+        let project: ProjectId = "p1".parse().unwrap();
+        let tokens = Tokens::new(file.clone());
+        assert_eq!(tokens.find("vusb_x"), Err(Unknown::Nobody));
+        assert!(file.ensure().unwrap() && !file.ensure().unwrap());
+        let made = file.add(&wanted("erp", &project)).unwrap();
+        assert_eq!(std::fs::metadata(file.path()).unwrap().permissions().mode() & 0o777, 0o600);
+        assert!(!std::fs::read_to_string(file.path()).unwrap().contains(&made.token));
+        let caller = tokens.find(&made.token).unwrap();
+        assert_eq!(
+            (caller.name.as_str(), caller.role, caller.project),
+            ("erp", Role::Member, Some(project.clone()))
+        );
+        assert_eq!(tokens.find(&made.token[..68]), Err(Unknown::Nobody));
+        let why = file.add(&wanted("erp", &project)).unwrap_err().to_string();
+        assert!(why.contains("there is a token of the name"), "{why}");
+        let past = file.add(&Wanted { lifetime: Some(Duration::ZERO), ..wanted("past", &project) }).unwrap();
+        assert_eq!(tokens.find(&past.token), Err(Unknown::Nobody));
+        assert!(file.remove("erp").unwrap() && !file.remove("erp").unwrap());
+        assert_eq!(tokens.find(&made.token), Err(Unknown::Nobody));
+        for name in ["", "a b", "a\n"] {
+            assert!(file.add(&wanted(name, &project)).is_err(), "{name:?}");
+        }
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_relied_on_lets_nobody_in() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = TokenFile::new(dir.path());
+        let project: ProjectId = "p1".parse().unwrap();
+        let made = file.add(&wanted("erp", &project)).unwrap();
+        let tokens = Tokens::new(file.clone());
+        assert!(tokens.find(&made.token).is_ok());
+        let right = std::fs::read_to_string(file.path()).unwrap();
+        let wrong = [
+            right.replace("member", "boss"),
+            right.replace("sha256 = \"", "sha256 = \"Z"),
+            right.replace("p1", "p 1"),
+            format!("{right}colour = 1\n"),
+            "[[token".to_owned(),
+        ];
+        for (at, text) in wrong.iter().enumerate() {
+            std::fs::write(file.path(), format!("{text}{}", "\n".repeat(at))).unwrap();
+            assert!(
+                matches!(tokens.find(&made.token), Err(Unknown::Unavailable(why)) if why.contains("is wrong")),
+                "{text}"
+            );
+        }
+        std::fs::write(file.path(), &right).unwrap();
+        assert!(tokens.find(&made.token).is_ok());
+        std::fs::set_permissions(file.path(), Permissions::from_mode(0o640)).unwrap();
+        let again = Tokens::new(file);
+        assert!(
+            matches!(again.find(&made.token), Err(Unknown::Unavailable(why)) if why.contains("others may read it"))
+        );
+    }
+}

@@ -1,0 +1,82 @@
+"""The API, with real guests and real devices."""
+
+import http.client
+import json
+from concurrent.futures import ThreadPoolExecutor
+
+from lib.case import case
+from lib.shell import expect
+from lib.waiting import until
+
+from .live import known
+
+PROJECT = "3f0c7a5e9d2b4c1f8a6e5d4c3b2a1908"
+
+
+class Client:
+    """Somebody with a token."""
+
+    def __init__(self, w, role):
+        made = w.product.must("--json", "token", "add", role, "--project", PROJECT, "--role", role).out
+        self.headers = {"X-Auth-Token": json.loads(made)["token"], "Content-Type": "application/json"}
+
+    def __call__(self, method, path, body=None):
+        connection = http.client.HTTPConnection("127.0.0.1", 8790, timeout=180)
+        connection.request(method, path, json.dumps(body) if body else None, self.headers)
+        answer = connection.getresponse()
+        return answer.status, json.loads(answer.read())
+
+    def act(self, guest, action, *requests):
+        return self("POST", f"/v3/servers/{guest.uuid}/action", {f"{action}_usb_devices": {"usb_devices_requests": list(requests)}})
+
+
+def message(answer):
+    """What a fault says."""
+    (fault,) = answer[1].values()
+    return fault["message"]
+
+
+@case("through the API a key that is plugged in while the guest runs is found, attached, used, detached")
+def hot_plug(w):
+    w.product.agent.start()
+    guest = w.guest("g")
+    w.start(guest)
+    admin = Client(w, "admin")
+    (stick,) = w.drawer.twins(1)
+    until(lambda: known(w, stick), "the agent to find the stick")
+    (found,) = admin("GET", f"/v3/os-usb-devices?serial={stick.serial}")[1]["usb_devices"]
+    status, answer = admin.act(guest, "attach", {"id": found["id"]})
+    expect(status == 202 and answer["live"], f"it to be attached: {status} {answer}")
+    # 202 says that it is done.
+    expect(w.holds(guest, stick) and w.has_live(guest, stick), "the guest to have it when that is said")
+    w.boots_from(guest, stick, reset=True)
+    server = admin("GET", f"/v3/servers/{guest.uuid}/os-usb-devices")[1]["server"]
+    expect(server["status"] == "ACTIVE" and server["usb_devices"][0]["held_by"] == "g", f"the server to show it: {server}")
+    status, answer = admin.act(guest, "detach", {"id": found["id"]})
+    expect(status == 202 and answer["usb_devices"][0]["status"] == "available", f"it to be detached: {status} {answer}")
+    expect(not w.virsh.hostdevs("g") and not w.product.claims_of(guest), "nothing to be left of it")
+    member = Client(w, "member")
+    status, answer = member.act(guest, "attach", {"id": found["id"]})
+    expect(status == 404, f"a guest without an owner to be nobody's but an administrator's: {status} {answer}")
+
+
+@case("a hundred attaches of one device through the API at once: one guest has it")
+def a_hundred_at_once(w):
+    (stick,) = w.drawer.twins(1)
+    w.product.agent.start()
+    device = until(lambda: known(w, stick), "the agent to find the stick")["id"]
+    guests = [w.guest(f"g{n}") for n in range(4)]
+    for guest in guests:
+        w.start(guest)
+    admin = Client(w, "admin")
+    # By its kind: what a guest has already would be no conflict.
+    ask = lambda n: admin.act(guests[n % 4], "attach", {"serial": stick.serial})
+    with ThreadPoolExecutor(100) as crowd:
+        answers = list(crowd.map(ask, range(100)))
+    statuses = sorted(status for status, _ in answers)
+    expect(statuses == [202] + [409] * 99, f"one 202 and 99 times 409: {statuses}")
+    holders = [guest for guest in guests if w.holds(guest, stick)]
+    expect(len(holders) == 1 and [g.name for g in guests if w.virsh.hostdevs(g.name)] == [holders[0].name], "one guest to have it")
+    refusals = [message(answer) for answer in answers if answer[0] == 409]
+    expect(all(f"USB device {device} is held by instance {holders[0].uuid}" in text for text in refusals), f"each refusal to name the holder: {set(refusals)}")
+    w.boots_from(holders[0], stick, reset=True)

@@ -1,0 +1,587 @@
+//! The API through real sockets, of a real agent; its devices and guests are simulated.
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "a test's helpers fail the test"
+)]
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::os::unix::net::UnixStream;
+use std::process::{Child, Command};
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+use virt_usb_suite::{Host, device, ok, program};
+
+const ERP: &str = "11111111-2222-4333-8444-555555555555";
+const CRM: &str = "99999999-2222-4333-8444-555555555555";
+const OFF: &str = "77777777-2222-4333-8444-555555555555";
+/// The project of the guests `erp` and `off`; `crm` is another's.
+const OURS: &str = "3f0c7a5e9d2b4c1f8a6e5d4c3b2a1908";
+const THEIRS: &str = "00000000000000000000000000000002";
+
+/// The agent of a host, and where it answers.
+struct Served {
+    host: Host,
+    child: Child,
+    at: SocketAddr,
+}
+
+/// An answer.
+#[derive(Debug)]
+struct Answer {
+    status: u16,
+    headers: BTreeMap<String, String>,
+    text: String,
+}
+
+impl Answer {
+    fn json(&self) -> Value {
+        serde_json::from_str(&self.text).unwrap_or_else(|e| panic!("{e}: {self:?}"))
+    }
+
+    /// The words of a fault, which must have this name.
+    fn fault(&self, name: &str) -> String {
+        let body = self.json();
+        assert_eq!(body[name]["code"], self.status, "{self:?}");
+        body[name]["message"].as_str().unwrap().to_owned()
+    }
+}
+
+fn read(mut stream: impl Read) -> Answer {
+    let mut bytes = Vec::new();
+    // One that is cut off has said what it has.
+    let _ = stream.read_to_end(&mut bytes);
+    let text = String::from_utf8(bytes).unwrap();
+    let (head, body) = text.split_once("\r\n\r\n").unwrap_or((&text, ""));
+    let mut lines = head.lines();
+    let status = lines.next().and_then(|line| line.split(' ').nth(1)).and_then(|code| code.parse().ok());
+    let header = |line: &str| {
+        let (name, value) = line.split_once(": ")?;
+        Some((name.to_ascii_lowercase(), value.to_owned()))
+    };
+    Answer { status: status.unwrap_or(0), headers: lines.filter_map(header).collect(), text: body.to_owned() }
+}
+
+fn guest(name: &str, uuid: &str, project: &str, more: &str) -> String {
+    format!("[[domain]]\nname = '{name}'\nuuid = '{uuid}'\nproject = '{project}'\n{more}\n")
+}
+
+/// Four devices: 1 for everybody, 2 for our project alone, 3 for theirs alone, 4 for nobody.
+const RULES: &str = r#"
+usb_white_list_switch = "on"
+usb_passthrough_whitelist = [
+    { vendor = "0529", product = "0001" },
+    { vendor = "0529", product = "0002", projects = ["3f0c7a5e9d2b4c1f8a6e5d4c3b2a1908"], tags = ["ours"] },
+    { vendor = "0529", product = "0003", projects = ["00000000000000000000000000000002"] },
+]
+"#;
+
+impl Served {
+    fn new(keys: &str) -> Self {
+        let host = Host::new(&format!("api = \"127.0.0.1:0\"\n{keys}"));
+        let devices: String = (1..=4)
+            .map(|n| device(&format!("000{n}"), &format!("1-{n}"), 4 + n, &format!("serial = 'S{n}'")))
+            .collect();
+        let guests = guest("erp", ERP, OURS, "")
+            + &guest("crm", CRM, THEIRS, "")
+            + &guest("off", OFF, OURS, "running = false");
+        std::fs::write(host.path("sim.toml"), devices + &guests).unwrap();
+        let log = File::create(host.path("agent.log")).unwrap();
+        let mut command = Command::new(program("virt-usbd"));
+        command.arg("--config").arg(host.config_file()).arg("--sim").arg(host.path("sim.toml"));
+        let child = command.stderr(log).spawn().unwrap();
+        let mut served = Self { host, child, at: SocketAddr::from(([127, 0, 0, 1], 0)) };
+        served.at = served.until("the API to be served", |served| {
+            let log = served.log();
+            let at = log.split("the API is served at http://").nth(1)?.split('/').next()?;
+            at.parse().ok()
+        });
+        served.until("the devices to be found, and the guests to run", |served| {
+            (served.local("GET", "/v3/os-usb-devices", "").json()["usb_devices"].as_array()?.len() == 4)
+                .then_some(())?;
+            let erp = served.local("GET", &format!("/v3/servers/{ERP}/os-usb-devices"), "");
+            (erp.status == 200).then_some(())
+        });
+        served
+    }
+
+    fn log(&self) -> String {
+        std::fs::read_to_string(self.host.path("agent.log")).unwrap_or_default()
+    }
+
+    fn until<T>(&self, what: &str, mut look: impl FnMut(&Self) -> Option<T>) -> T {
+        let deadline = Instant::now() + Duration::from_secs(30);
+        loop {
+            if let Some(found) = look(self) {
+                return found;
+            }
+            assert!(Instant::now() < deadline, "waited in vain for {what}\n{}", self.log());
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    fn token(&self, name: &str, project: &str, role: &str) -> String {
+        let made =
+            self.host.virt_usb(&["--json", "token", "add", name, "--project", project, "--role", role]);
+        let made: Value = serde_json::from_str(&ok(&made)).unwrap();
+        made["token"].as_str().unwrap().to_owned()
+    }
+
+    /// Bytes as they are, and what comes back until the other end closes.
+    fn raw(&self, bytes: &[u8]) -> Answer {
+        let mut stream = TcpStream::connect(self.at).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+        // It may have heard enough before all was said.
+        let _ = stream.write_all(bytes);
+        read(stream)
+    }
+
+    fn ask(&self, token: &str, method: &str, path: &str, body: &str) -> Answer {
+        self.raw(request(&format!("X-Auth-Token: {token}\r\n"), method, path, body).as_bytes())
+    }
+
+    fn local(&self, method: &str, path: &str, body: &str) -> Answer {
+        let Ok(mut stream) = UnixStream::connect(self.host.path("state/api.sock")) else {
+            return read(&b""[..]);
+        };
+        stream.write_all(request("", method, path, body).as_bytes()).unwrap();
+        read(stream)
+    }
+
+    fn attach(&self, token: &str, server: &str, requests: &Value) -> Answer {
+        let body = json!({ "attach_usb_devices": { "usb_devices_requests": requests } });
+        self.ask(token, "POST", &format!("/v3/servers/{server}/action"), &body.to_string())
+    }
+
+    fn detach(&self, token: &str, server: &str, requests: &Value) -> Answer {
+        let body = json!({ "detach_usb_devices": { "usb_devices_requests": requests } });
+        self.ask(token, "POST", &format!("/v3/servers/{server}/action"), &body.to_string())
+    }
+}
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        drop(self.child.kill());
+        drop(self.child.wait());
+    }
+}
+
+fn request(headers: &str, method: &str, path: &str, body: &str) -> String {
+    let kind = if body.is_empty() { "" } else { "Content-Type: application/json\r\n" };
+    format!(
+        "{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{headers}{kind}Content-Length: {}\r\n\r\n{body}",
+        body.len()
+    )
+}
+
+#[test]
+fn the_calls_are_answered_key_by_key() {
+    let served = Served::new("");
+    let admin = served.token("root", OURS, "admin");
+    for prefix in [format!("/v2/{OURS}"), "/v3".to_owned(), "/v2.1".to_owned(), format!("/v2.1/{OURS}")] {
+        let answer = served.ask(&admin, "GET", &format!("{prefix}/os-hypervisors/host1"), "");
+        assert_eq!(answer.status, 200, "{prefix}: {answer:?}");
+        // The promise: these keys, in this order, of these types.
+        let first = r#"{"hypervisor":{"usb_device_stats":[{"id":1,"compute_node_id":1,"address":"usb_1_5","product_id":"0001","vendor_id":"0529","bus_id":"1","device_id":"5","port_id":"1","status":"available","extra_info":"","instance_uuid":"","#;
+        assert!(answer.text.starts_with(first), "{prefix}: {}", answer.text);
+        assert!(answer.headers["x-openstack-request-id"].starts_with("req-"), "{answer:?}");
+        assert_eq!(answer.json()["hypervisor"]["usb_device_totals"]["available"], 4);
+    }
+    for prefix in [format!("/v2/{OURS}"), "/v3".to_owned(), "/v2.1".to_owned()] {
+        let action = format!("{prefix}/servers/{ERP}/action");
+        let attach = r#"{"attach_usb_devices":{"usb_devices_requests":[{"id":1}]}}"#;
+        let attached = served.ask(&admin, "POST", &action, attach);
+        assert_eq!(attached.status, 202, "{attached:?}");
+        let has = &attached.json()["usb_devices"][0];
+        assert_eq!(
+            (&has["id"], &has["status"], &has["instance_uuid"]),
+            (&json!(1), &json!("allocated"), &json!(ERP))
+        );
+        assert_eq!(served.host.claims(), format!("device 1 erp {ERP} allocated hold=instance\n"));
+        let again = served.ask(&admin, "POST", &action, attach);
+        assert_eq!(
+            (again.status, again.json()["live"].clone()),
+            (202, json!(true)),
+            "asked twice, done once"
+        );
+        let detach = r#"{"detach_usb_devices":{"usb_devices_requests":[{"id":1}]}}"#;
+        let detached = served.ask(&admin, "POST", &action, detach);
+        assert_eq!(
+            (detached.status, &detached.json()["usb_devices"][0]["status"]),
+            (202, &json!("available"))
+        );
+        assert_eq!(served.host.claims(), "");
+        assert!(
+            served
+                .ask(&admin, "POST", &action, detach)
+                .fault("itemNotFound")
+                .contains("has no such USB device")
+        );
+    }
+    let list = served.ask(&admin, "GET", "/v2.1/os-hypervisors", "").json();
+    assert_eq!(list["hypervisors"][0]["hypervisor_hostname"], "host1");
+    assert_eq!(
+        served.ask(&admin, "GET", "/v3/os-hypervisors/host9", "").fault("itemNotFound"),
+        "Compute host host9 could not be found."
+    );
+}
+
+#[test]
+fn all_or_nothing_and_a_conflict_names_the_holder() {
+    let served = Served::new("");
+    let admin = served.token("root", OURS, "admin");
+    assert_eq!(served.attach(&admin, CRM, &json!([{ "id": 2 }])).status, 202);
+    let refused = served.attach(&admin, ERP, &json!([{ "id": 1 }, { "id": 2 }]));
+    let why = refused.fault("conflictingRequest");
+    assert!(why.contains(&format!("USB device 2 is held by instance {CRM} (crm) since ")), "{why}");
+    assert_eq!(
+        served.host.claims(),
+        format!("device 2 crm {CRM} allocated hold=instance\n"),
+        "nothing is left of it"
+    );
+    // Two that are there, by what they are.
+    let two = served.attach(
+        &admin,
+        ERP,
+        &json!([{ "vendor_id": "0529", "product_id": "0001" }, { "serial": "S3" }]),
+    );
+    let ids: Vec<Value> =
+        two.json()["usb_devices"].as_array().unwrap().iter().map(|d| d["id"].clone()).collect();
+    assert_eq!((two.status, ids), (202, vec![json!(1), json!(3)]));
+    // A wrong one among those that are to go: none goes.
+    assert_eq!(served.detach(&admin, ERP, &json!([{ "id": 1 }, { "id": 2 }])).status, 404);
+    assert_eq!(served.host.claims().matches(ERP).count(), 2);
+    assert_eq!(served.detach(&admin, ERP, &json!([{ "id": 1 }, { "id": 3 }])).status, 202);
+    // It does not run: at its next start.
+    let later = served.attach(&admin, OFF, &json!([{ "id": 3 }]));
+    assert_eq!((later.status, later.json()), (202, json!({ "usb_devices": [], "live": false })));
+    assert_eq!(served.attach(&admin, OFF, &json!([{ "id": 3 }])).status, 202);
+    let off = served.ask(&admin, "GET", &format!("/v3/servers/{OFF}/os-usb-devices"), "").json();
+    assert_eq!(off["server"]["usb_devices_requests"], json!([{ "id": 3 }]), "once");
+    assert_eq!((&off["server"]["status"], &off["server"]["name"]), (&json!("SHUTOFF"), &json!("off")));
+    assert_eq!(served.detach(&admin, OFF, &json!([{ "id": 3 }])).status, 202);
+    let off = served.ask(&admin, "GET", &format!("/v3/servers/{OFF}/os-usb-devices"), "").json();
+    assert_eq!(off["server"]["usb_devices_requests"], json!([]));
+}
+
+#[test]
+fn a_hundred_ask_and_one_gets_it() {
+    let served = Served::new("");
+    let admin = served.token("root", OURS, "admin");
+    let served = &served;
+    let statuses: Vec<u16> = std::thread::scope(|scope| {
+        let ask = |n: usize| {
+            let (admin, server) = (&admin, if n.is_multiple_of(2) { ERP } else { CRM });
+            // A selector, not an id: what one has already is no conflict.
+            scope.spawn(move || served.attach(admin, server, &json!([{ "serial": "S1" }])).status)
+        };
+        (0..100).map(ask).collect::<Vec<_>>().into_iter().map(|asked| asked.join().unwrap()).collect()
+    });
+    let count = |status: u16| statuses.iter().filter(|s| **s == status).count();
+    assert_eq!((count(202), count(409)), (1, 99), "{statuses:?}");
+    assert_eq!(served.host.claims().lines().count(), 1);
+}
+
+#[test]
+fn who_may_what() {
+    let served = Served::new(RULES);
+    let theirs = served.token("theirs", THEIRS, "member");
+    let rules_hold = served.until("the rules", |served| {
+        let seen = served.ask(&theirs, "GET", "/v3/os-usb-devices", "").json();
+        let ids: Vec<u64> = seen["usb_devices"].as_array()?.iter().filter_map(|d| d["id"].as_u64()).collect();
+        (ids == [1, 3]).then_some(ids)
+    });
+    assert_eq!(rules_hold, [1, 3]);
+    let callers = [
+        ("reader", served.token("reader", OURS, "reader")),
+        ("member", served.token("member", OURS, "member")),
+        ("admin", served.token("admin", OURS, "admin")),
+        ("nobody", "vusb_nobody".to_owned()),
+    ];
+    let attach =
+        |id: u32| json!({ "attach_usb_devices": { "usb_devices_requests": [{ "id": id }] } }).to_string();
+    let detach =
+        |id: u32| json!({ "detach_usb_devices": { "usb_devices_requests": [{ "id": id }] } }).to_string();
+    let flavor = r#"{"usb_devices":[{"vendor_id":"0529"}]}"#.to_owned();
+    let nothing = String::new;
+    let server = |id: &str, what: &str| format!("/v3/servers/{id}/{what}");
+    let item = |id: u32, what: &str| format!("/v3/os-usb-devices/{id}{what}");
+    // Method, path, body: what comes of it for reader, member, admin, nobody. In this order: what one has done the next one finds.
+    let table: Vec<(&str, String, String, [u16; 4])> = vec![
+        ("GET", "/v3/os-hypervisors".into(), nothing(), [200, 200, 200, 401]),
+        ("GET", "/v3/os-hypervisors/host1".into(), nothing(), [200, 200, 200, 401]),
+        ("GET", "/v3/os-hypervisors/host2".into(), nothing(), [404, 404, 404, 401]),
+        ("GET", "/v3/os-usb-flavors".into(), nothing(), [200, 200, 200, 401]),
+        ("GET", item(1, ""), nothing(), [200, 200, 200, 401]),
+        ("GET", item(2, ""), nothing(), [200, 200, 200, 401]),
+        ("GET", item(3, ""), nothing(), [404, 404, 200, 401]),
+        ("GET", item(4, ""), nothing(), [404, 404, 200, 401]),
+        ("GET", item(9, ""), nothing(), [404, 404, 404, 401]),
+        ("GET", item(2, "/events"), nothing(), [200, 200, 200, 401]),
+        ("GET", item(3, "/events"), nothing(), [404, 404, 200, 401]),
+        ("GET", server(ERP, "os-usb-devices"), nothing(), [200, 200, 200, 401]),
+        ("GET", server(OFF, "os-usb-devices"), nothing(), [200, 200, 200, 401]),
+        ("GET", server(CRM, "os-usb-devices"), nothing(), [404, 404, 200, 401]),
+        ("GET", server(ERP, "os-usb-events"), nothing(), [200, 200, 200, 401]),
+        ("GET", server(CRM, "os-usb-events"), nothing(), [404, 404, 200, 401]),
+        ("POST", server(ERP, "action"), attach(1), [403, 202, 202, 401]),
+        ("POST", server(ERP, "action"), attach(2), [403, 202, 202, 401]),
+        ("POST", server(ERP, "action"), attach(3), [403, 404, 409, 401]),
+        ("POST", server(ERP, "action"), attach(4), [403, 404, 409, 401]),
+        ("POST", server(CRM, "action"), attach(1), [403, 404, 409, 401]),
+        ("POST", server(ERP, "action"), "{}".into(), [400, 400, 400, 401]),
+        ("POST", server(CRM, "action"), r#"{"attach_usb_devices":3}"#.into(), [403, 404, 400, 401]),
+        ("POST", server(CRM, "action"), detach(1), [403, 404, 404, 401]),
+        ("POST", server(ERP, "action"), detach(1), [403, 202, 404, 401]),
+        ("POST", item(1, "/action"), r#"{"disable":{"reason":"lent"}}"#.into(), [403, 403, 200, 401]),
+        ("POST", item(1, "/action"), r#"{"enable":null}"#.into(), [403, 403, 200, 401]),
+        ("POST", item(9, "/action"), r#"{"enable":null}"#.into(), [403, 403, 404, 401]),
+        ("POST", item(1, "/action"), r#"{"clear_quarantine":null}"#.into(), [403, 403, 200, 401]),
+        ("POST", item(1, "/action"), r#"{"add_tags":{"tags":["blue"]}}"#.into(), [403, 403, 200, 401]),
+        ("POST", item(1, "/action"), r#"{"remove_tags":{"tags":["blue"]}}"#.into(), [403, 403, 200, 401]),
+        ("PUT", "/v3/os-usb-flavors/erp".into(), flavor, [403, 403, 200, 401]),
+        ("GET", "/v3/os-usb-flavors/erp".into(), nothing(), [200, 200, 200, 401]),
+        ("DELETE", "/v3/os-usb-flavors/erp".into(), nothing(), [403, 403, 204, 401]),
+        ("DELETE", "/v3/os-usb-flavors/erp".into(), nothing(), [403, 403, 404, 401]),
+        ("GET", format!("/v2/{OURS}/os-hypervisors"), nothing(), [200, 200, 200, 401]),
+        ("GET", format!("/v2/{THEIRS}/os-hypervisors"), nothing(), [400, 400, 400, 401]),
+        ("GET", format!("/v2.1/{THEIRS}/os-usb-devices"), nothing(), [400, 400, 400, 401]),
+    ];
+    for (method, path, body, wanted) in &table {
+        for ((role, token), wanted) in callers.iter().zip(wanted) {
+            let answer = served.ask(token, method, path, body);
+            assert_eq!(answer.status, *wanted, "{role}: {method} {path} {body}\n{answer:?}");
+        }
+    }
+    // Not yours and not there: one text.
+    let member = &callers[1].1;
+    let text = |path: &str, id: &str| served.ask(member, "GET", path, "").text.replace(id, "X");
+    assert_eq!(text(&item(3, ""), "3"), text(&item(9, ""), "9"));
+    let absent = "55555555-2222-4333-8444-555555555555";
+    assert_eq!(text(&server(CRM, "os-usb-devices"), CRM), text(&server(absent, "os-usb-devices"), absent));
+    assert_eq!(text(&server("x", "os-usb-devices"), "x"), text(&server(absent, "os-usb-devices"), absent));
+    // What another project holds is in use, and no more is said; in what is asked for by its kind neither.
+    served.until("device 1 to be free", |served| (!served.host.claims().contains("device 1")).then_some(()));
+    assert_eq!(served.attach(&callers[2].1, CRM, &json!([{ "id": 1 }])).status, 202);
+    let seen = served.ask(member, "GET", &item(1, ""), "").json();
+    assert_eq!(
+        (&seen["usb_device"]["status"], &seen["usb_device"]["instance_uuid"], &seen["usb_device"]["held_by"]),
+        (&json!("allocated"), &json!(""), &json!(null))
+    );
+    let why = served
+        .attach(member, ERP, &json!([{ "vendor_id": "0529", "product_id": "0001" }]))
+        .fault("conflictingRequest");
+    assert!(why.contains("USB device 1 is in use") && !why.contains("crm") && !why.contains(CRM), "{why}");
+    let why = served.attach(member, ERP, &json!([{ "serial": "S3" }])).fault("conflictingRequest");
+    assert_eq!(why, "No USB device that can be had matches {\"serial\":\"S3\"}.");
+    let filtered = served.ask(member, "GET", &format!("/v3/os-usb-devices?instance_uuid={CRM}"), "").json();
+    assert_eq!(filtered["usb_devices"], json!([]), "a filter tells nothing that is not shown");
+    let audit = served.ask(member, "GET", &item(1, "/events"), "").text;
+    assert!(audit.contains("erp") && !audit.contains("crm"), "{audit}");
+    let admins = served.ask(&callers[2].1, "GET", &item(1, "/events"), "").text;
+    assert!(admins.contains("crm") && admins.contains("\"actor\":\"api admin\""), "{admins}");
+}
+
+#[test]
+fn lists_are_filtered_sorted_and_paged() {
+    let served = Served::new(RULES);
+    let admin = served.token("root", OURS, "admin");
+    let list = |query: &str| served.ask(&admin, "GET", &format!("/v3/os-usb-devices?{query}"), "");
+    let ids = |query: &str| -> Vec<u64> {
+        let answer = list(query);
+        let devices =
+            answer.json()["usb_devices"].as_array().cloned().unwrap_or_else(|| panic!("{answer:?}"));
+        devices.iter().filter_map(|d| d["id"].as_u64()).collect()
+    };
+    served.until("the rules", |_| (ids("status=unavailable") == [4]).then_some(()));
+    assert_eq!(ids("vendor_id=0x529&product_id=2"), [2]);
+    assert_eq!(ids("serial=S3"), [3]);
+    assert_eq!(ids("tag=ours"), [2]);
+    assert_eq!(ids("sort_key=product_id&sort_dir=desc"), [4, 3, 2, 1]);
+    assert_eq!(ids("vendor_id=1234"), [0_u64; 0]);
+    let mut seen = Vec::new();
+    let mut next = "/v3/os-usb-devices?limit=3&sort_key=id&sort_dir=desc".to_owned();
+    loop {
+        let page = served.ask(&admin, "GET", &next, "").json();
+        seen.extend(page["usb_devices"].as_array().unwrap().iter().map(|d| d["id"].as_u64().unwrap()));
+        let Some(href) = page["usb_devices_links"][0]["href"].as_str() else { break };
+        next = href.to_owned();
+    }
+    assert_eq!(seen, [4, 3, 2, 1], "each once");
+    for (query, why) in [
+        ("limit=0", "limit: found 0"),
+        ("limit=x", "limit"),
+        ("marker=77", "Marker 77 could not be found"),
+        ("colour=red", "unknown field `colour`"),
+        ("sort_key=colour", "unknown variant `colour`"),
+        ("vendor_id=zz", "vendor_id: found"),
+        ("instance_uuid=7", "instance_uuid"),
+    ] {
+        assert!(list(query).fault("badRequest").contains(why), "{query}: {:?}", list(query));
+    }
+    let events =
+        |query: &str| served.ask(&admin, "GET", &format!("/v3/os-usb-devices/2/events{query}"), "").json();
+    for _ in 0..3 {
+        assert_eq!(served.attach(&admin, ERP, &json!([{ "id": 2 }])).status, 202);
+        assert_eq!(served.detach(&admin, ERP, &json!([{ "id": 2 }])).status, 202);
+    }
+    let all = events("")["events"].as_array().unwrap().len();
+    let first = events("?limit=2");
+    assert_eq!(first["events"].as_array().unwrap().len(), 2);
+    let href = first["events_links"][0]["href"].as_str().unwrap();
+    let rest = served.ask(&admin, "GET", &href.replace("limit=2", "limit=1000"), "").json();
+    assert_eq!(rest["events"].as_array().unwrap().len(), all - 2);
+}
+
+#[test]
+fn what_is_wrong_is_said_and_the_next_one_is_served() {
+    let served = Served::new("");
+    let admin = served.token("root", OURS, "admin");
+    let action = format!("/v3/servers/{ERP}/action");
+    let post = |body: &str| served.ask(&admin, "POST", &action, body);
+    for (body, why) in [
+        ("{", "no JSON"),
+        ("[]", "no JSON object"),
+        ("{}", "names no action"),
+        (r#"{"reboot":null}"#, "no such action: reboot"),
+        (r#"{"attach_usb_devices":null,"detach_usb_devices":null}"#, "more than one action"),
+        (r#"{"attach_usb_devices":{"usb_devices_requests":[]}}"#, "is empty"),
+        (r#"{"attach_usb_devices":{"usb_devices_requests":{}}}"#, "wants a list"),
+        (r#"{"attach_usb_devices":{"devices":[]}}"#, "has the key \"devices\""),
+        (r#"{"attach_usb_devices":{"usb_devices_requests":[{"id":-1}]}}"#, "usb_devices_requests[0].id"),
+        (r#"{"attach_usb_devices":{"usb_devices_requests":[{"colour":1}]}}"#, "colour"),
+        (
+            r#"{"detach_usb_devices":{"usb_devices_requests":[{"vendor_id":"0529","count":2}]}}"#,
+            "leave count out",
+        ),
+    ] {
+        let answer = post(body);
+        assert!(answer.status == 400 && answer.fault("badRequest").contains(why), "{body}: {answer:?}");
+    }
+    let token = format!("X-Auth-Token: {admin}\r\n");
+    let with = |headers: &str, body: &[u8], length: usize| {
+        let head = format!(
+            "POST {action} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{token}{headers}Content-Length: {length}\r\n\r\n"
+        );
+        served.raw(&[head.as_bytes(), body].concat())
+    };
+    let json = "Content-Type: application/json\r\n";
+    assert_eq!(with("Content-Type: text/plain\r\n", b"{}", 2).status, 415);
+    assert!(with(json, b"{\"\xff\":1}", 7).fault("badRequest").contains("byte 2"));
+    assert_eq!(with(json, &vec![b' '; 70_000], 70_000).status, 413);
+    // Half a request, and no more: it is not waited for without end, and nobody else waits.
+    let half = std::thread::scope(|scope| {
+        let half = scope.spawn(|| with(json, b"{", 100));
+        assert_eq!(served.ask(&admin, "GET", "/v3/os-hypervisors", "").status, 200);
+        half.join().unwrap()
+    });
+    assert_eq!(half.status, 408, "{half:?}");
+    assert_eq!(served.raw(b"\x00\x01 / HTTP/1.1\r\n\r\n").status, 400);
+    assert_eq!(
+        served.raw(format!("GET / HTTP/1.1\r\nX: {}\r\n\r\n", "x".repeat(40_000)).as_bytes()).status,
+        431
+    );
+    for path in [
+        "/",
+        "/v3",
+        "/v3/",
+        "/v4/os-hypervisors",
+        "/v3/../etc/passwd",
+        "/v3/os-hypervisors/../../x",
+        "/v3//os-hypervisors",
+    ] {
+        assert_eq!(served.ask(&admin, "GET", path, "").status, 404, "{path}");
+    }
+    for path in [
+        "/v3/os-hypervisors/%2e%2e%2f%2e%2e%2fetc",
+        "/v3/os-usb-devices/%00",
+        "/v3/os-usb-flavors/%F0%9F%94%91",
+    ] {
+        assert_eq!(served.ask(&admin, "GET", path, "").status, 404, "{path}");
+    }
+    assert_eq!(served.ask(&admin, "GET", "/v3/os-usb-devices/%ff", "").status, 400);
+    assert_eq!(
+        served.ask(&admin, "DELETE", "/v3/os-hypervisors", "").fault("badMethod"),
+        "This resource has no such method."
+    );
+    assert_eq!(served.ask("\u{1}", "GET", "/v3/os-hypervisors", "").status, 400, "no header's text");
+    assert_eq!(served.raw(b"GET /v3/os-hypervisors HTTP/1.1\r\nHost: x\r\nConnection: close\r\nX-Auth-Token: \xff\r\n\r\n").status, 401);
+    assert_eq!(
+        served.raw(b"GET /v3/os-hypervisors HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").status,
+        401
+    );
+    assert!(served.host.claims().is_empty());
+    assert_eq!(served.ask(&admin, "GET", "/v3/os-hypervisors", "").status, 200);
+    assert!(!served.log().contains(&admin), "no token is in the log");
+}
+
+#[test]
+fn more_connections_than_are_taken_are_turned_away() {
+    let served = Served::new("");
+    let admin = served.token("root", OURS, "admin");
+    let mut idle: Vec<TcpStream> = (0..256).map(|_| TcpStream::connect(served.at).unwrap()).collect();
+    served.until("the next to be turned away", |served| {
+        let answer = served.ask(&admin, "GET", "/v3/os-hypervisors", "");
+        (answer.status == 503).then(|| answer.fault("serviceUnavailable"))
+    });
+    assert_eq!(served.local("GET", "/v3/os-hypervisors", "").status, 200, "root is let in still");
+    idle.truncate(200);
+    served.until("the next to be served", |served| {
+        (served.ask(&admin, "GET", "/v3/os-hypervisors", "").status == 200).then_some(())
+    });
+}
+
+#[test]
+fn tokens_count_until_they_do_not() {
+    let served = Served::new("");
+    let (first, second) = (served.token("first", OURS, "member"), served.token("second", OURS, "reader"));
+    let status = |token: &str| served.ask(token, "GET", "/v3/os-hypervisors", "").status;
+    assert_eq!((status(&first), status(&second)), (200, 200));
+    ok(&served.host.virt_usb(&["token", "remove", "first"]));
+    assert_eq!((status(&first), status(&second)), (401, 200));
+    let file = served.host.path("state/tokens.toml");
+    let text = std::fs::read_to_string(&file).unwrap();
+    let expired = text.replace("role = ", "expires_at = \"2026-01-01T00:00:00Z\"\nrole = ");
+    std::fs::write(&file, expired).unwrap();
+    assert_eq!(status(&second), 401);
+    std::fs::write(&file, "[[token]]\nname = 1\n").unwrap();
+    let answer = served.ask(&second, "GET", "/v3/os-hypervisors", "");
+    assert!(
+        answer.status == 503 && answer.fault("serviceUnavailable").contains("Tokens cannot be looked up"),
+        "{answer:?}"
+    );
+    assert!(served.log().contains("tokens.toml is wrong"), "{}", served.log());
+    std::fs::remove_file(&file).unwrap();
+    assert_eq!(status(&second), 401);
+    std::fs::write(&file, text).unwrap();
+    std::fs::set_permissions(&file, std::os::unix::fs::PermissionsExt::from_mode(0o600)).unwrap();
+    assert_eq!(status(&second), 200);
+    let listed = ok(&served.host.virt_usb(&["token", "list"]));
+    assert!(listed.contains("second") && listed.contains("reader") && !listed.contains(&second), "{listed}");
+}
+
+#[test]
+fn it_ends_with_what_was_begun() {
+    let mut served = Served::new("");
+    let admin = served.token("root", OURS, "admin");
+    // A connection that is kept open, and says nothing, does not keep it.
+    let mut idle = TcpStream::connect(served.at).unwrap();
+    idle.write_all(
+        request(&format!("X-Auth-Token: {admin}\r\n"), "GET", "/v3/os-hypervisors", "")
+            .replace("close", "keep-alive")
+            .as_bytes(),
+    )
+    .unwrap();
+    let mut byte = [0];
+    idle.read_exact(&mut byte).unwrap();
+    let sent = Command::new("kill").arg(served.child.id().to_string()).status().unwrap();
+    assert!(sent.success());
+    let ended = served.child.wait().unwrap();
+    assert_eq!(ended.code(), Some(0), "{}", served.log());
+    assert!(!served.host.path("state/api.sock").exists());
+}
