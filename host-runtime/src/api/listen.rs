@@ -39,6 +39,8 @@ pub struct Listening {
     runtime: tokio::runtime::Runtime,
     stop: watch::Sender<bool>,
     limits: Vec<Arc<Semaphore>>,
+    /// The unix socket, which goes with it.
+    socket: Option<PathBuf>,
 }
 
 impl Listening {
@@ -53,6 +55,9 @@ impl Listening {
             }
         });
         self.runtime.shutdown_timeout(Duration::from_secs(1));
+        if let Some(socket) = self.socket {
+            drop(std::fs::remove_file(socket));
+        }
     }
 }
 
@@ -74,11 +79,13 @@ pub fn start(api: &Arc<Api>) -> io::Result<Listening> {
         limits.push(limit.clone());
         Server { router: router(api.clone()), limit, stopping }
     };
+    let mut local = None;
     if let config::Api::On(address) = config.api {
         runtime.spawn(server(stopping.clone()).network(address));
         runtime.spawn(server(stopping).local(socket(&config)));
+        local = Some(socket(&config));
     }
-    Ok(Listening { runtime, stop, limits })
+    Ok(Listening { runtime, stop, limits, socket: local })
 }
 
 #[derive(Clone)]
@@ -119,7 +126,7 @@ impl Server {
         loop {
             let accepted = tokio::select! {
                 accepted = listener.accept() => accepted,
-                () = end(&mut stopping) => break,
+                () = end(&mut stopping) => return,
             };
             match accepted {
                 Ok((stream, _)) => match stream.peer_cred() {
@@ -129,7 +136,6 @@ impl Server {
                 Err(e) => pause(&e).await,
             }
         }
-        drop(std::fs::remove_file(&path));
     }
 
     /// The socket, as soon as it can be had; none where the end comes first.

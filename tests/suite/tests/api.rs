@@ -566,6 +566,14 @@ fn tokens_count_until_they_do_not() {
 }
 
 #[test]
+fn it_leaves_no_socket_behind() {
+    let mut served = Served::new("");
+    let sent = Command::new("kill").arg(served.child.id().to_string()).status().unwrap();
+    assert!(sent.success() && served.child.wait().unwrap().success());
+    assert!(!served.host.path("state/api.sock").exists());
+}
+
+#[test]
 fn it_ends_with_what_was_begun() {
     let mut served = Served::new("");
     let admin = served.token("root", OURS, "admin");
