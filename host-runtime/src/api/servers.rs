@@ -163,7 +163,10 @@ pub(super) async fn act(
     // Before the body is looked at: who may not do it has nothing to learn from its mistakes.
     let server = api.server(&caller, call, &server_id).await?;
     let requests = requests(name, value)?;
-    visible(&api, &caller, call, &requests, &server)?;
+    // What is detached is the server's own, though its device be unplugged or another's by now.
+    if call == Call::Attach {
+        visible(&api, &caller, call, &requests, &server)?;
+    }
     let _turn = api.turn().await?;
     let answer = api.blocking(move |api| match call {
         Call::Attach => attach(api, &caller, &server, &requests),

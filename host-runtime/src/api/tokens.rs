@@ -214,7 +214,11 @@ impl TokenFile {
         change: impl FnOnce(&mut Vec<Entry>) -> Result<(), TokensError>,
     ) -> Result<(), TokensError> {
         let lock = self.path.with_extension("lock");
-        let open = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(&lock);
+        // The folder is the agent's user's, and root may be writing here: no link that stands there is followed.
+        let careful = libc::O_NOFOLLOW | libc::O_NONBLOCK;
+        let mut options = OpenOptions::new();
+        options.write(true).create(true).truncate(false).mode(0o600).custom_flags(careful);
+        let open = options.open(&lock);
         let locked = open.and_then(|file| {
             virt_usb_store::hand_over(&lock).map_err(|e| io::Error::other(e.to_string()))?;
             file.lock().map(|()| file)
@@ -228,8 +232,12 @@ impl TokenFile {
     fn write(&self, token: Vec<Entry>) -> io::Result<()> {
         let text = toml::to_string(&Content { token }).map_err(io::Error::other)?;
         let beside = self.path.with_extension("new");
-        let mut file =
-            OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&beside)?;
+        match std::fs::remove_file(&beside) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+            _ => {}
+        }
+        // A new file or none: what stands there, a link too, is not written to.
+        let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&beside)?;
         file.set_permissions(Permissions::from_mode(0o600))?;
         writeln!(
             file,
@@ -402,6 +410,23 @@ mod tests {
         for name in ["", "a b", "a\n"] {
             assert!(file.add(&wanted(name, &project)).is_err(), "{name:?}");
         }
+    }
+
+    #[test]
+    fn no_link_in_the_folder_is_followed() {
+        let dir = tempfile::tempdir().unwrap();
+        let victim = dir.path().join("victim");
+        std::fs::write(&victim, "theirs").unwrap();
+        let file = TokenFile::new(dir.path());
+        let project: ProjectId = "p1".parse().unwrap();
+        std::os::unix::fs::symlink(&victim, dir.path().join("tokens.new")).unwrap();
+        file.add(&wanted("erp", &project)).unwrap();
+        assert_eq!(std::fs::read_to_string(&victim).unwrap(), "theirs");
+        assert!(file.path().symlink_metadata().unwrap().is_file());
+        std::fs::remove_file(dir.path().join("tokens.lock")).unwrap();
+        std::os::unix::fs::symlink(dir.path().join("made"), dir.path().join("tokens.lock")).unwrap();
+        assert!(file.add(&wanted("crm", &project)).is_err());
+        assert!(!dir.path().join("made").exists());
     }
 
     #[test]

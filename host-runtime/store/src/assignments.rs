@@ -122,7 +122,7 @@ impl Store {
     }
 
     /// Assigns more to the instance, on an operator's behalf, beside whatever others do at the same time; returns the numbers of the
-    /// assignments that were made.
+    /// assignments that were made. A device that is assigned by its id already is not assigned twice: no start could have it so.
     ///
     /// # Errors
     /// When the database cannot be written; then nothing was assigned.
@@ -137,6 +137,11 @@ impl Store {
             hints.add(Known::Assigned(instance))?;
             let mut made = Vec::new();
             for request in requests {
+                let sql = "SELECT EXISTS (SELECT 1 FROM assignments WHERE instance_uuid = ?1 AND source = ?2 AND request = ?3)";
+                let known = params![instance.to_string(), Source::Operator.name(), request.to_string()];
+                if request.selector.id.is_some() && tx.query_row(sql, known, |row| row.get(0))? {
+                    continue;
+                }
                 insert(tx, instance, request, Source::Operator)?;
                 made.push(tx.last_insert_rowid());
             }

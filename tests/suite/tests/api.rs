@@ -261,6 +261,11 @@ fn all_or_nothing_and_a_conflict_names_the_holder() {
     let later = served.attach(&admin, OFF, &json!([{ "id": 3 }]));
     assert_eq!((later.status, later.json()), (202, json!({ "usb_devices": [], "live": false })));
     assert_eq!(served.attach(&admin, OFF, &json!([{ "id": 3 }])).status, 202);
+    std::thread::scope(|scope| {
+        for _ in 0..8 {
+            scope.spawn(|| assert_eq!(served.attach(&admin, OFF, &json!([{ "id": 3 }])).status, 202));
+        }
+    });
     let off = served.ask(&admin, "GET", &format!("/v3/servers/{OFF}/os-usb-devices"), "").json();
     assert_eq!(off["server"]["usb_devices_requests"], json!([{ "id": 3 }]), "once");
     assert_eq!((&off["server"]["status"], &off["server"]["name"]), (&json!("SHUTOFF"), &json!("off")));
