@@ -1,5 +1,6 @@
 //! Devices: list, show, and what an administrator does about one.
 
+use std::fmt::Display;
 use std::sync::Arc;
 
 use axum::Json;
@@ -15,11 +16,11 @@ use virt_usb_store::aside::Wished;
 use super::Api;
 use super::documents::{Link, UsbDevice};
 use super::fault::{Fault, sentence};
-use super::hypervisors::seen;
 use super::identity::Caller;
+use super::inventory::Snapshot;
 use super::openapi::DeviceActionRequest;
 use super::paging::{limit, next, page};
-use super::policy::{Call, may, may_with_device};
+use super::policy::{Call, may};
 use super::request::{Asked, Asks, Content, Named, action, object};
 
 /// A path's device.
@@ -76,7 +77,7 @@ pub(super) struct Shown {
     usb_device: UsbDevice,
 }
 
-fn missing(name: &str) -> Fault {
+pub(super) fn missing(name: impl Display) -> Fault {
     Fault::not_found(format!("USB device {name} could not be found."))
 }
 
@@ -92,8 +93,8 @@ pub(super) async fn list(
     Fault::unless(may(&caller, Call::Look), Fault::forbidden)?;
     let snapshot = api.inventory.now()?;
     let wanted = Wanted::read(&query)?;
-    let shown = |r: &Record| UsbDevice::new(r, snapshot.claim(r.entry.id), &caller);
-    let mut found: Vec<&Record> = seen(&snapshot, &caller).filter(|r| wanted.is(r, &shown(r))).collect();
+    let is_wanted = |record: &&Record| wanted.is(&snapshot, &caller, record);
+    let mut found: Vec<&Record> = snapshot.seen(&caller).filter(is_wanted).collect();
     if let Some(key) = query.sort_key {
         found.sort_by_cached_key(|r| sort_text(r, key));
     }
@@ -102,7 +103,7 @@ pub(super) async fn list(
     }
     let (page, more) = page(found, limit(query.limit)?, query.marker.as_ref(), |r| r.entry.id.get())?;
     Ok(Json(UsbDevices {
-        usb_devices: page.into_iter().map(shown).collect(),
+        usb_devices: page.into_iter().map(|record| snapshot.shown(record, &caller)).collect(),
         usb_devices_links: more.iter().map(|marker| next(&uri, &marker.to_string())).collect(),
     }))
 }
@@ -145,14 +146,14 @@ impl<'a> Wanted<'a> {
     }
 
     /// Of who has a device only what is shown counts: else a filter would tell what is not.
-    fn is(&self, record: &Record, shown: &UsbDevice) -> bool {
+    fn is(&self, snapshot: &Snapshot, caller: &Caller, record: &Record) -> bool {
         let e = &record.entry;
         self.query.status.as_ref().is_none_or(|status| *status == e.status)
             && self.vendor.is_none_or(|vendor| vendor == e.vendor_id)
             && self.product.is_none_or(|product| product == e.product_id)
             && self.query.serial.as_ref().is_none_or(|serial| e.serial.as_ref() == Some(serial))
             && self.query.tag.as_ref().is_none_or(|tag| e.tags.contains(tag))
-            && self.instance.is_none_or(|instance| shown.is_held_by(&instance.to_string()))
+            && self.instance.is_none_or(|instance| snapshot.shows_holder(caller, record, instance))
     }
 }
 
@@ -167,9 +168,8 @@ impl Api {
         let id = name.parse().ok().and_then(DeviceId::new).ok_or_else(|| missing(name))?;
         let snapshot = self.inventory.now()?;
         let record = snapshot.device(id).ok_or_else(|| missing(name))?;
-        let claim = snapshot.claim(id);
-        Fault::unless(may_with_device(caller, call, record, claim), || missing(name))?;
-        Ok((id, UsbDevice::new(record, claim, caller)))
+        Fault::unless(snapshot.may(caller, call, record), || missing(name))?;
+        Ok((id, snapshot.shown(record, caller)))
     }
 }
 

@@ -95,13 +95,6 @@ impl UsbDevice {
     }
 }
 
-impl UsbDevice {
-    /// As far as the caller may know.
-    pub(super) fn is_held_by(&self, instance: &str) -> bool {
-        self.instance_uuid == instance
-    }
-}
-
 /// An entry of the audit.
 #[derive(Debug, Serialize, ToSchema)]
 pub(super) struct UsbEvent {

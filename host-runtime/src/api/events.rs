@@ -69,7 +69,7 @@ pub(super) async fn of_server(
     Asked(query): Asked<Query>,
     OriginalUri(uri): OriginalUri,
 ) -> Result<Json<Events>, Fault> {
-    let server = api.server(&caller, Call::LookAt, server.name()).await?;
+    let server = api.server(&caller, Call::LookAt, &server.server_id).await?;
     answer(&api, caller, query, Filter { instance: Some(server.id), ..Filter::default() }, &uri).await
 }
 

@@ -6,14 +6,14 @@ use axum::Json;
 use axum::extract::State;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
-use virt_usb_store::{LONE_NODE, Record};
+use virt_usb_store::LONE_NODE;
 
 use super::Api;
 use super::documents::{Totals, UsbDevice};
 use super::fault::Fault;
 use super::identity::Caller;
 use super::inventory::Snapshot;
-use super::policy::{Call, Verdict, may, may_with_device};
+use super::policy::{Call, may};
 use super::request::{Asks, Named};
 
 /// A path's host.
@@ -53,21 +53,13 @@ pub(super) struct Hypervisor {
     hypervisor: Shown,
 }
 
-/// The devices that the caller may see.
-pub(super) fn seen<'a>(snapshot: &'a Snapshot, caller: &'a Caller) -> impl Iterator<Item = &'a Record> {
-    snapshot.devices.iter().filter(move |record| {
-        let claim = snapshot.claim(record.entry.id);
-        may_with_device(caller, Call::LookAt, record, claim) == Verdict::Allowed
-    })
-}
-
 fn listed(api: &Api, snapshot: &Snapshot, caller: &Caller) -> Listed {
     Listed {
         id: LONE_NODE,
         hypervisor_hostname: api.host.clone(),
         state: "up",
         status: "enabled",
-        usb_device_totals: Totals::of(seen(snapshot, caller)),
+        usb_device_totals: Totals::of(snapshot.seen(caller)),
     }
 }
 
@@ -97,8 +89,7 @@ pub(super) async fn show(
         return Err(Fault::not_found(format!("Compute host {name} could not be found.")));
     }
     let snapshot = api.inventory.now()?;
-    let devices = seen(&snapshot, &caller);
-    let usb_device_stats = devices.map(|r| UsbDevice::new(r, snapshot.claim(r.entry.id), &caller)).collect();
+    let usb_device_stats = snapshot.seen(&caller).map(|record| snapshot.shown(record, &caller)).collect();
     let shown = Shown { usb_device_stats, listed: listed(&api, &snapshot, &caller) };
     Ok(Json(Hypervisor { hypervisor: shown }))
 }

@@ -4,10 +4,13 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use virt_usb_model::DeviceId;
+use virt_usb_model::{DeviceId, InstanceId};
 use virt_usb_store::watch::{Moment, Watched};
 use virt_usb_store::{ClaimRow, Record, StoreError};
 
+use super::documents::UsbDevice;
+use super::identity::Caller;
+use super::policy::{Call, Verdict, may_know_holder, may_with_device};
 use crate::agent::PATIENCE;
 
 /// One moment of the inventory.
@@ -29,6 +32,32 @@ impl Snapshot {
 
     pub(super) fn claim(&self, device: DeviceId) -> Option<&ClaimRow> {
         self.claims.get(&device)
+    }
+
+    /// What the caller may do with a device.
+    pub(super) fn may(&self, caller: &Caller, call: Call, record: &Record) -> Verdict {
+        may_with_device(caller, call, record, self.claim(record.entry.id))
+    }
+
+    /// Whether the caller may know of the device.
+    pub(super) fn sees(&self, caller: &Caller, record: &Record) -> bool {
+        self.may(caller, Call::LookAt, record) == Verdict::Allowed
+    }
+
+    /// The devices that the caller may know of.
+    pub(super) fn seen(&self, caller: &Caller) -> impl Iterator<Item = &Record> {
+        self.devices.iter().filter(move |record| self.sees(caller, record))
+    }
+
+    /// Whether the caller may know that the instance has the device.
+    pub(super) fn shows_holder(&self, caller: &Caller, record: &Record, instance: InstanceId) -> bool {
+        let claim = self.claim(record.entry.id);
+        claim.is_some_and(|claim| claim.instance_uuid == instance && may_know_holder(caller, claim))
+    }
+
+    /// A device as the caller may see it.
+    pub(super) fn shown(&self, record: &Record, caller: &Caller) -> UsbDevice {
+        UsbDevice::new(record, self.claim(record.entry.id), caller)
     }
 }
 

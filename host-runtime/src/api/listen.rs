@@ -88,7 +88,6 @@ pub fn start(api: &Arc<Api>) -> io::Result<Listening> {
     Ok(Listening { runtime, stop, limits, socket: local })
 }
 
-#[derive(Clone)]
 struct Server {
     router: Router,
     limit: Arc<Semaphore>,

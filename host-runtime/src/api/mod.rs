@@ -214,9 +214,8 @@ fn is_its(caller: &Caller, tenant: &str) -> Result<(), Fault> {
 }
 
 /// Names the request, bounds it, and writes it down.
-async fn observe(State(api): State<Arc<Api>>, mut request: Request, next: Next) -> Response {
+async fn observe(State(api): State<Arc<Api>>, request: Request, next: Next) -> Response {
     let id = RequestId::new();
-    request.extensions_mut().insert(id.clone());
     let peer = request.extensions().get::<Peer>().copied();
     let (method, path) = (request.method().clone(), request.uri().path().to_owned());
     let begun = Instant::now();

@@ -4,7 +4,9 @@ use axum::http::Uri;
 
 use super::documents::Link;
 use super::fault::Fault;
-use super::request::PAGE;
+
+/// No more of a list than this is answered at once, whatever is asked for; Nova's `max_limit`.
+const PAGE: usize = 1000;
 
 /// How many at once: what was asked for, but no more than [`PAGE`].
 pub(super) fn limit(asked: Option<usize>) -> Result<usize, Fault> {

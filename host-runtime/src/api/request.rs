@@ -5,7 +5,6 @@ use std::time::Duration;
 
 use axum::body::Body;
 use axum::extract::{FromRequest, FromRequestParts, Path, Query, Request};
-use axum::http::StatusCode;
 use axum::http::header::CONTENT_TYPE;
 use axum::http::request::Parts;
 use http_body_util::{BodyExt as _, LengthLimitError, Limited};
@@ -21,7 +20,6 @@ pub(super) const MOST: usize = 64 << 10;
 const BODY_TIME: Duration = Duration::from_secs(10);
 
 /// What every answer and the log name a request by: `req-` and a UUID, as OpenStack has it.
-#[derive(Debug, Clone)]
 pub(super) struct RequestId(pub(super) String);
 
 impl RequestId {
@@ -138,15 +136,12 @@ pub(super) fn object<'a>(
     }
 }
 
-/// No more of a list than this is answered at once, whatever is asked for; Nova's `max_limit`.
-pub(super) const PAGE: usize = 1000;
-
 /// The status of a path that leads nowhere.
 pub(super) async fn nowhere() -> Fault {
     Fault::not_found("The resource could not be found.")
 }
 
 /// A method that a resource does not have.
-pub(super) async fn no_method() -> (StatusCode, Fault) {
-    (StatusCode::METHOD_NOT_ALLOWED, Fault::bad_method())
+pub(super) async fn no_method() -> Fault {
+    Fault::bad_method()
 }

@@ -13,12 +13,13 @@ use virt_usb_store::claim::{Shortage, Why};
 use virt_usb_store::{Record, StoreError};
 
 use super::Api;
+use super::devices::missing;
 use super::documents::UsbDevice;
 use super::fault::{Fault, sentence};
 use super::identity::Caller;
 use super::inventory::Snapshot;
 use super::openapi::ServerActionRequest;
-use super::policy::{Call, Verdict, may, may_know_holder, may_with_device, may_with_server};
+use super::policy::{Call, may, may_know_holder, may_with_server};
 use super::request::{Asks, Content, Named, action, object};
 use crate::agent::operate::{Attached, OperateError};
 use crate::agent::work::Worker;
@@ -26,13 +27,7 @@ use crate::agent::work::Worker;
 /// A path's server.
 #[derive(Deserialize)]
 pub(super) struct ServerName {
-    server_id: String,
-}
-
-impl ServerName {
-    pub(super) fn name(&self) -> &str {
-        &self.server_id
-    }
+    pub(super) server_id: String,
 }
 
 /// A server that the caller may know of.
@@ -45,10 +40,6 @@ pub(super) struct Server {
 
 fn no_server(id: &str) -> Fault {
     Fault::not_found(format!("Instance {id} could not be found."))
-}
-
-fn no_device(id: impl std::fmt::Display) -> Fault {
-    Fault::not_found(format!("USB device {id} could not be found."))
 }
 
 impl Api {
@@ -129,7 +120,7 @@ pub(super) async fn show(
     let snapshot = api.inventory.now()?;
     let id = server.id;
     let mine = snapshot.devices.iter().filter(|r| r.entry.instance_uuid == Some(id));
-    let usb_devices = mine.map(|r| UsbDevice::new(r, snapshot.claim(r.entry.id), &caller)).collect();
+    let usb_devices = mine.map(|record| snapshot.shown(record, &caller)).collect();
     let assigned = api.blocking(move |api| Ok(api.store()?.assignments(id)?)).await?;
     let described = Described {
         id,
@@ -200,11 +191,10 @@ fn visible(
 ) -> Result<(), Fault> {
     let snapshot = api.inventory.now()?;
     for id in requests.iter().filter_map(|r| r.selector.id) {
-        let Some(record) = snapshot.device(id) else { return Err(no_device(id)) };
+        let Some(record) = snapshot.device(id) else { return Err(missing(id)) };
         // What one's server has is never hidden.
         if record.entry.instance_uuid != Some(server.id) {
-            let verdict = may_with_device(caller, call, record, snapshot.claim(id));
-            Fault::unless(verdict, || no_device(id))?;
+            Fault::unless(snapshot.may(caller, call, record), || missing(id))?;
         }
     }
     Ok(())
@@ -236,10 +226,7 @@ fn answer<'a>(
     devices: impl Iterator<Item = &'a Record>,
 ) -> Result<Acted, Fault> {
     let snapshot = api.inventory.now()?;
-    let now = devices.map(|was| {
-        let id = was.entry.id;
-        UsbDevice::new(snapshot.device(id).unwrap_or(was), snapshot.claim(id), caller)
-    });
+    let now = devices.map(|was| snapshot.shown(snapshot.device(was.entry.id).unwrap_or(was), caller));
     Ok(Acted { usb_devices: now.collect(), live })
 }
 
@@ -267,13 +254,10 @@ fn fault(api: &Api, caller: &Caller, server: &Server, e: OperateError) -> Fault 
 
 /// What stands in the way of a request, as far as the caller may know of it.
 fn shortage(snapshot: &Snapshot, caller: &Caller, short: &Shortage) -> String {
-    let seen = |record: &Record| {
-        may_with_device(caller, Call::LookAt, record, snapshot.claim(record.entry.id)) == Verdict::Allowed
-    };
     let obstacles: Vec<String> = short
         .matching
         .iter()
-        .filter(|o| seen(&o.device))
+        .filter(|o| snapshot.sees(caller, &o.device))
         .map(|o| {
             let device = format!("USB device {}", o.device.entry.id);
             match &o.why {

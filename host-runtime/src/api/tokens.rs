@@ -14,7 +14,6 @@
 //! cannot be read, or is wrong, lets nobody in.
 
 use std::collections::HashMap;
-use std::fmt::Write as _;
 use std::fs::{File, OpenOptions, Permissions};
 use std::io::{self, Read, Write as _};
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
@@ -23,7 +22,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
+use virt_usb_filter_host::{hex, sha256};
 use virt_usb_model::ProjectId;
 
 use super::identity::{Answer, Caller, Identity, Role, Unknown};
@@ -289,15 +288,7 @@ fn random_token() -> io::Result<String> {
 }
 
 fn hash(token: &str) -> String {
-    hex(&Sha256::digest(token.as_bytes()))
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().fold(String::new(), |mut text, byte| {
-        // Writing to a String cannot fail.
-        let _ = write!(text, "{byte:02x}");
-        text
-    })
+    hex(&sha256(token.as_bytes()))
 }
 
 /// Who it is, and until when.
