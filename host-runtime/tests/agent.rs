@@ -543,6 +543,89 @@ fn giving_and_taking_is_all_or_nothing() {
     assert_eq!(world.worker.store.all_assignments().unwrap(), []);
 }
 
+impl World {
+    /// Whether the device is assigned to the domain, claimed for it, and in its guest: all of it or nothing.
+    fn has_wholly(&self, n: usize, id: usize) -> bool {
+        let store = &self.worker.store;
+        let assigned =
+            store.assignments(instance(n)).unwrap().iter().filter(|a| a.request == by_id(id)).count();
+        let claimed = store
+            .claims_of(instance(n))
+            .unwrap()
+            .iter()
+            .filter(|c| Some(c.device_id) == by_id(id).selector.id)
+            .count();
+        let live = self.live();
+        let inside = |(of, domain): &(InstanceId, Domain)| {
+            *of == instance(n) && domain.hostdevs.iter().any(|h| h.injected() == by_id(id).selector.id)
+        };
+        let inside = live.iter().filter(|guest| inside(guest)).count();
+        assert!(
+            [assigned, claimed, inside] == [assigned; 3] && assigned < 2,
+            "{assigned} {claimed} {inside}"
+        );
+        assigned == 1
+    }
+}
+
+#[test]
+fn a_device_is_given_and_taken_whole_however_often_at_once() {
+    let mut world = World::new(ReplugPolicy::Reattach);
+    world.plug(0, 0);
+    world.scan();
+    started(&mut world, 2);
+    let another = || {
+        let (config, metrics) = (Arc::new(world.config.clone()), Arc::default());
+        Worker::open(config, world.hypervisor.clone(), metrics, "test").unwrap()
+    };
+    let (mut giver, mut taker) = (another(), another());
+    std::thread::scope(|scope| {
+        scope.spawn(move || (0..40).for_each(|_| drop(giver.give(instance(2), &[by_id(1)]))));
+        scope.spawn(move || (0..40).for_each(|_| drop(taker.take(instance(2), &[by_id(1).selector]))));
+    });
+    world.settle();
+    world.has_wholly(2, 1);
+}
+
+#[test]
+fn a_device_is_given_whole_or_not_at_all_wherever_that_is_cut_off() {
+    let mut world = World::new(ReplugPolicy::Reattach);
+    world.plug(0, 0);
+    world.scan();
+    started(&mut world, 2);
+    let mut outcomes = BTreeSet::new();
+    for fuse in 0..16 {
+        for give in [true, false] {
+            world.hypervisor.fuse.store(fuse, Ordering::SeqCst);
+            let done = match give {
+                true => world.worker.give(instance(2), &[by_id(1)]).is_ok(),
+                false => world.worker.take(instance(2), &[by_id(1).selector]).is_ok(),
+            };
+            world.settle();
+            let has = world.has_wholly(2, 1);
+            assert!(!done || has == give, "{fuse}: {give}, but {has}");
+            outcomes.insert((give, done, has));
+        }
+    }
+    assert!(
+        outcomes.is_superset(&[(true, true, true), (true, false, false), (false, true, false)].into()),
+        "{outcomes:?}"
+    );
+}
+
+#[test]
+fn no_instance_is_assigned_more_than_a_bus_can_have() {
+    let mut world = World::new(ReplugPolicy::Reattach);
+    world.domains[2] = Some(false);
+    world.domains();
+    let hundred =
+        Flavor::parse_lists(Some(r#"[{"vendor_id":"0529","count":100}]"#), None).unwrap().usb_devices;
+    world.worker.give(instance(2), &hundred).unwrap();
+    let why = world.worker.give(instance(2), &hundred).unwrap_err().to_string();
+    assert_eq!(why, "vm2: 200 devices would be assigned to it: at most 127 can be");
+    assert_eq!(world.worker.store.assignments(instance(2)).unwrap().len(), 1);
+}
+
 #[test]
 fn a_key_that_shows_another_kind_stays_with_its_guest() {
     let mut world = World::new(ReplugPolicy::Reattach);

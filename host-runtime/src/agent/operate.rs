@@ -3,17 +3,16 @@
 
 use std::collections::BTreeSet;
 
-use virt_usb_domxml::Domain;
 use virt_usb_hook::call::{Call, Caller, Operation};
 use virt_usb_hook::config::Config;
 use virt_usb_hook::guest::Ports;
 use virt_usb_hook::input::Input;
 use virt_usb_hook::{message, run};
 use virt_usb_model::{Device, DeviceId, DeviceRequest, InstanceId, Selector};
-use virt_usb_store::claim::{Asker, Claimed, Shortage, Standing, Want};
+use virt_usb_store::claim::{Asker, Shortage};
 use virt_usb_store::give_back::Extent;
 use virt_usb_store::problems::Problem;
-use virt_usb_store::{Assignment, Record, Source, StoreError};
+use virt_usb_store::{Assignment, ClaimRow, Given, Record, Source, StoreError, TooMany};
 
 use super::observe::asker;
 use super::plan::Gone;
@@ -58,6 +57,10 @@ fn refused<T>(why: impl Into<String>) -> Result<T, OperateError> {
     Err(OperateError::Refused(why.into()))
 }
 
+fn too_many<T>(whom: &Asker, e: TooMany) -> Result<T, OperateError> {
+    refused(format!("{}: {e}", whom.domain))
+}
+
 /// What came of an attach.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Attached {
@@ -81,62 +84,61 @@ impl Worker {
     ) -> Result<Attached, OperateError> {
         self.store.restart_patience();
         let context = self.context()?;
-        let running = self.hypervisor.look(instance)?;
-        let before = self.operators(instance)?;
-        let mut already = Vec::new();
-        let mut missing = Vec::new();
-        for request in requests {
-            match self.has_already(instance, request)? {
-                Some(record) => already.push(record),
-                // A device is asked for by its id once.
-                None if request.selector.id.is_some() && missing.contains(request) => {}
-                None if running.is_none()
-                    && request.selector.id.is_some()
-                    && before.iter().any(|a| a.request == *request) => {}
-                None => missing.push(request.clone()),
+        let Some(running) = self.hypervisor.look(instance)? else {
+            let mut already = Vec::new();
+            let mut missing = Vec::new();
+            for request in requests {
+                match self.has_already(instance, request)? {
+                    Some(record) => already.push(record),
+                    None => missing.push(request.clone()),
+                }
             }
-        }
-        let live = running.is_some();
-        if missing.is_empty() {
-            return Ok(Attached { live, new: Vec::new(), already });
-        }
-        let Some(running) = running else {
-            let whom = Asker { instance, domain: self.name(instance)?, project: None };
-            self.store.assign_more(&whom, &missing, &context)?;
-            return Ok(Attached { live, new: Vec::new(), already });
+            let whom = self.whom(instance)?;
+            self.store.assign_more(&whom, &missing, &context)?.or_else(|e| too_many(&whom, e))?;
+            return Ok(Attached { live: false, new: Vec::new(), already });
         };
         let domain = running.domain().map_err(WorkError::from)?;
         let whom = asker(instance, &domain);
-        // Others may do the same for this instance at this moment: what is undone is what was done here.
-        let assigned = self.store.assign_more(&whom, &missing, &context)?;
-        let new = match self.claim(&domain, &whom, &missing) {
-            Ok(new) => new,
-            Err(why) => {
-                self.store.unassign(&whom, &assigned, &context)?;
-                // Somebody else has just given it to this instance.
-                for request in &missing {
-                    match self.has_already(instance, request)? {
-                        Some(record) => already.push(record),
-                        None => return Err(why),
-                    }
-                }
-                return Ok(Attached { live, new: Vec::new(), already });
-            }
+        let config = self.config.clone();
+        let mut judge = Live { ports: Ports { sysfs_root: &config.sysfs_root }, domain: &domain };
+        let (new, already, assigned) = match self.store.give(&whom, requests, &mut judge, &context)? {
+            Given::Granted { new, already, assigned } => (new, already, assigned),
+            Given::Short(short) => return Err(OperateError::Short { asker: whom, short }),
+            Given::Unfit(why) => return refused(format!("{}: {why}", whom.domain)),
+            Given::TooMany(e) => return too_many(&whom, e),
         };
-        let report = self.converge(instance, Gone::default(), &BTreeSet::new())?;
-        let claims = self.store.claims_of(instance)?;
-        let inside = |id: &DeviceId| claims.iter().any(|c| c.device_id == *id && c.state == "allocated");
-        if !new.iter().all(inside) {
-            let why = self.obstacle(instance, &report)?;
-            let why = why.unwrap_or_else(|| "libvirt is busy with the guest: try again".to_owned());
-            self.store.unassign(&whom, &assigned, &context)?;
-            self.take_out(instance, &whom, &new, |_, _| false)?;
-            self.converge(instance, Gone::default(), &report.failed)?;
-            return refused(format!("{} cannot be given it: {why}", domain.name));
+        if !new.is_empty()
+            && let Err(why) = self.bring(instance, &whom, &new)
+        {
+            // Others may do the same for this instance at this moment: what is undone is what was done here.
+            self.store.restart_patience();
+            self.store.dismiss(&whom, &assigned, &new, |_, _| false, &context)?;
+            // What cannot be finished here the agent finishes.
+            drop(self.finish(instance, &whom, &new));
+            return Err(why);
         }
         let devices = self.store.devices()?;
-        let new = devices.into_iter().filter(|r| new.contains(&r.entry.id)).collect();
-        Ok(Attached { live, new, already })
+        let of = |ids: &[DeviceId]| devices.iter().filter(|r| ids.contains(&r.entry.id)).cloned().collect();
+        let new: Vec<DeviceId> = new.iter().map(|c| c.device_id).collect();
+        Ok(Attached { live: true, new: of(&new), already: of(&already) })
+    }
+
+    /// Brings what was claimed into the guest.
+    fn bring(&mut self, instance: InstanceId, whom: &Asker, new: &[ClaimRow]) -> Result<(), OperateError> {
+        let report = self.converge(instance, Gone::default(), &BTreeSet::new())?;
+        let claims = self.store.claims_of(instance)?;
+        let now = |was: &ClaimRow| claims.iter().find(|c| c.id == was.id);
+        if new.iter().all(|was| now(was).is_some_and(|c| c.state == "allocated" && !c.ending)) {
+            return Ok(());
+        }
+        let why = match self.obstacle(instance, &report)? {
+            Some(why) => why,
+            None if new.iter().any(|was| now(was).is_none_or(|c| c.ending)) => {
+                "it was taken back at the same moment".to_owned()
+            }
+            None => "libvirt is busy with the guest: try again".to_owned(),
+        };
+        refused(format!("{} cannot be given it: {why}", whom.domain))
     }
 
     /// Takes devices back from an instance: out of the guest where it runs, out of its assignments, and free for others. Each selector means
@@ -151,66 +153,64 @@ impl Worker {
         selectors: &[Selector],
     ) -> Result<Vec<Option<Record>>, OperateError> {
         self.store.restart_patience();
-        let held = self.held(instance)?;
+        let held = self.store.claims_of(instance)?;
         let devices = self.store.devices()?;
-        let name = self.name(instance)?;
+        let whom = self.whom(instance)?;
         let mut assigned = self.operators(instance)?;
-        let (mut ending, mut found) = (Vec::new(), Vec::<Option<Record>>::new());
+        let (mut ending, mut leaving) = (Vec::new(), Vec::new());
+        let mut found = Vec::<Option<Record>>::new();
         for selector in selectors {
             let taken = |r: &Record| found.iter().flatten().any(|f| f.entry.id == r.entry.id);
-            let meant: Vec<&Record> = devices
-                .iter()
-                .filter(|r| held.contains(&r.entry.id) && selects(selector, r) && !taken(r))
-                .collect();
+            let claim = |r: &Record| held.iter().find(|c| c.device_id == r.entry.id);
+            let meant = devices.iter().filter(|r| selects(selector, r) && !taken(r));
+            let meant: Vec<(&Record, &ClaimRow)> = meant.filter_map(|r| Some((r, claim(r)?))).collect();
             match meant.as_slice() {
                 [] => {
                     let Some(at) = assigned.iter().position(|a| a.request.selector == *selector) else {
-                        return Err(OperateError::Nothing(name));
+                        return Err(OperateError::Nothing(whom.domain));
                     };
                     ending.push(assigned.remove(at).id);
                     found.push(None);
                 }
-                [record] => found.push(Some((*record).clone())),
+                [(record, claim)] => {
+                    found.push(Some((*record).clone()));
+                    leaving.push((*claim).clone());
+                }
                 several => {
-                    let ids: Vec<String> = several.iter().map(|r| message::device(r)).collect();
+                    let ids: Vec<String> = several.iter().map(|(r, _)| message::device(r)).collect();
                     return refused(format!(
-                        "{name} has {} of them: name one by its id: {}",
+                        "{} has {} of them: name one by its id: {}",
+                        whom.domain,
                         several.len(),
                         ids.join(", ")
                     ));
                 }
             }
         }
-        let whom = Asker { instance, domain: name, project: None };
         let context = self.context()?;
-        self.store.unassign(&whom, &ending, &context)?;
-        let leaving: Vec<DeviceId> = found.iter().flatten().map(|r| r.entry.id).collect();
-        self.take_out(instance, &whom, &leaving, |request, record| selects(&request.selector, record))?;
+        let serves = |request: &DeviceRequest, device: DeviceId| {
+            devices.iter().any(|r| r.entry.id == device && selects(&request.selector, r))
+        };
+        self.store.dismiss(&whom, &ending, &leaving, serves, &context)?;
+        self.finish(instance, &whom, &leaving)?;
         Ok(found)
     }
 
-    /// Marks the claims and finishes them: whoever looks at this instance would. With each an assignment ends that `serves` says would be served by
-    /// its device.
-    fn take_out(
+    /// Finishes claims that were marked: whoever looks at this instance would.
+    fn finish(
         &mut self,
         instance: InstanceId,
         whom: &Asker,
-        devices: &[DeviceId],
-        serves: impl Fn(&DeviceRequest, &Record) -> bool,
+        leaving: &[ClaimRow],
     ) -> Result<(), OperateError> {
-        if devices.is_empty() {
+        if leaving.is_empty() {
             return Ok(());
         }
         let context = self.context()?;
-        let records = self.store.devices()?;
-        for device in devices {
-            let record = records.iter().find(|r| r.entry.id == *device);
-            let serves = |request: &DeviceRequest| record.is_some_and(|record| serves(request, record));
-            self.store.dismiss(whom, *device, serves, &context)?;
-        }
         let report = self.converge(instance, Gone::default(), &BTreeSet::new())?;
         let mut claims = self.store.claims_of(instance)?;
-        claims.retain(|c| devices.contains(&c.device_id));
+        // One that somebody has given back to the instance meanwhile stays.
+        claims.retain(|c| c.ending && leaving.iter().any(|was| was.id == c.id));
         if claims.is_empty() {
             return Ok(());
         }
@@ -233,25 +233,6 @@ impl Worker {
         Ok(self.store.problems()?.into_iter().find(about).map(|p| p.what))
     }
 
-    /// Claims what is asked for, all or nothing; returns what it has got.
-    fn claim(
-        &mut self,
-        domain: &Domain,
-        whom: &Asker,
-        requests: &[DeviceRequest],
-    ) -> Result<Vec<DeviceId>, OperateError> {
-        let context = self.context()?;
-        let want = |request: &DeviceRequest| Want { request: request.clone(), lasting: true, by_hand: false };
-        let wants: Vec<Want> = requests.iter().map(want).collect();
-        let config = self.config.clone();
-        let mut judge = Live { ports: Ports { sysfs_root: &config.sysfs_root }, domain };
-        match self.store.claim(whom, &wants, &[], Standing::More, &mut judge, &context)? {
-            Claimed::Granted(granted) => Ok(granted.iter().map(|g| g.device.entry.id).collect()),
-            Claimed::Short(short) => Err(OperateError::Short { asker: whom.clone(), short }),
-            Claimed::Unfit(why) => refused(format!("{}: {why}", whom.domain)),
-        }
-    }
-
     /// A device that is asked for by its id, and that the instance has.
     fn has_already(
         &self,
@@ -269,17 +250,15 @@ impl Worker {
         Ok(all)
     }
 
-    fn held(&self, instance: InstanceId) -> Result<BTreeSet<DeviceId>, OperateError> {
-        Ok(self.store.claims_of(instance)?.iter().map(|c| c.device_id).collect())
-    }
-
-    /// As its domain is called, or was when it claimed.
-    fn name(&self, instance: InstanceId) -> Result<String, OperateError> {
-        if let Some(running) = self.hypervisor.look(instance)? {
-            return Ok(running.name);
+    /// As its domain is called and whose it is, or was when it claimed.
+    fn whom(&self, instance: InstanceId) -> Result<Asker, OperateError> {
+        if let Some(xml) = self.hypervisor.xml(instance)? {
+            let domain = virt_usb_domxml::read(xml.as_bytes()).map_err(WorkError::from)?;
+            return Ok(asker(instance, &domain));
         }
-        let claim = self.store.claims_of(instance)?.into_iter().next();
-        Ok(claim.map_or_else(|| instance.to_string(), |c| c.domain))
+        let claims = self.store.claims_of(instance)?;
+        let unknown = || Asker { instance, domain: instance.to_string(), project: None };
+        Ok(claims.first().map_or_else(unknown, ClaimRow::asker))
     }
 }
 

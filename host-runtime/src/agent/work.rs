@@ -193,7 +193,7 @@ impl Worker {
 fn whom(instance: InstanceId, guest: Option<&Guest>, view: &View) -> Asker {
     match (guest, view.claims(instance)) {
         (Some(guest), _) => asker(instance, &guest.domain),
-        (None, [claim, ..]) => Asker { instance, domain: claim.domain.clone(), project: None },
+        (None, [claim, ..]) => claim.asker(),
         (None, []) => Asker { instance, domain: instance.to_string(), project: None },
     }
 }

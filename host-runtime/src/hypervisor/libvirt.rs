@@ -316,7 +316,19 @@ impl Hypervisor for Libvirt {
     fn attach(&self, instance: InstanceId, device: &str) -> Result<(), Failure> {
         let open = self.connection()?;
         let domain = self.find(&open, instance)?;
-        domain.attach_device_flags(device, sys::VIR_DOMAIN_AFFECT_LIVE).map(drop).map_err(|e| failure(&e))
+        let attach = || {
+            domain.attach_device_flags(device, sys::VIR_DOMAIN_AFFECT_LIVE).map(drop).map_err(|e| failure(&e))
+        };
+        match attach() {
+            Err(Failure::Refused(why)) => {
+                let Some(alias) = unknown_to_libvirt(&why, device) else { return Err(Failure::Refused(why)) };
+                let command = serde_json::json!({"execute": "device_del", "arguments": {"id": alias}});
+                domain.qemu_monitor_command(&command.to_string(), 0).map_err(|e| failure(&e))?;
+                tracing::warn!(%instance, alias, "QEMU had {alias} already, and libvirt did not know of it: taken out, and attached anew");
+                attach()
+            }
+            done => done,
+        }
     }
 
     fn detach(&self, instance: InstanceId, alias: &str) -> Result<(), Failure> {
@@ -333,6 +345,16 @@ impl Hypervisor for Libvirt {
         let open = self.connection()?;
         self.find(&open, instance)?.destroy().map_err(|e| failure(&e))
     }
+}
+
+/// Our alias, where QEMU refuses the device because it has one of that alias already: a libvirtd that ends between QEMU's answer and its own
+/// status file never hears of the device, and could neither take it out nor attach it. An alias in the domain's XML libvirt refuses by itself
+/// ("non unique alias detected", virDomainDeviceDefValidateAliasesHotplug). QEMU 6.2 and later say "Duplicate device ID 'ua-usb-2'", earlier
+/// ones "Duplicate ID 'ua-usb-2' for device".
+fn unknown_to_libvirt<'a>(why: &'a str, device: &str) -> Option<&'a str> {
+    let (_, after) = why.split_once("Duplicate ")?;
+    let alias = after.strip_prefix("device ").unwrap_or(after).strip_prefix("ID '")?.split('\'').next()?;
+    device.contains(&format!("<alias name='{alias}'/>")).then_some(alias)
 }
 
 /// What libvirt's error comes to.
@@ -363,4 +385,27 @@ fn failure(e: &Error) -> Failure {
 fn quiet() {
     static ONCE: Once = Once::new();
     ONCE.call_once(virt::error::clear_error_callback);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::unknown_to_libvirt;
+
+    #[test]
+    fn only_our_own_device_is_taken_out_behind_libvirts_back() {
+        let device = "<hostdev mode='subsystem' type='usb'><alias name='ua-usb-2'/></hostdev>";
+        let new =
+            "internal error: unable to execute QEMU command 'device_add': Duplicate device ID 'ua-usb-2'";
+        let old =
+            "internal error: unable to execute QEMU command 'device_add': Duplicate ID 'ua-usb-2' for device";
+        assert_eq!(unknown_to_libvirt(new, device), Some("ua-usb-2"));
+        assert_eq!(unknown_to_libvirt(old, device), Some("ua-usb-2"));
+        for other in [
+            &new.replace("ua-usb-2", "ua-usb-21"),
+            &new.replace("ua-usb-2", "hostdev0"),
+            "non unique alias detected: ua-usb-2",
+        ] {
+            assert_eq!(unknown_to_libvirt(other, device), None, "{other}");
+        }
+    }
 }

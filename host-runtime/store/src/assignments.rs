@@ -2,14 +2,16 @@
 
 use rusqlite::{OptionalExtension as _, Row, Transaction, params};
 use serde::Serialize;
+use virt_usb_model::flavor::MAX_DEVICES;
 use virt_usb_model::{DeviceId, DeviceRequest, Flavor, InstanceId};
 
-use crate::claim::Asker;
-use crate::device::sql_id;
+use crate::claim::{self, Asker, Claimed, Judge, Shortage, Standing, Want};
+use crate::device::{ClaimRow, step_revision};
 use crate::error::{Sql, bad_row};
 use crate::events::{Event, record};
-use crate::hints::Known;
-use crate::{Context, NOW, Store, StoreError};
+use crate::hints::{Hints, Known};
+use crate::open::Fault;
+use crate::{Context, NOW, Store, StoreError, give_back};
 
 /// Who made an assignment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -121,8 +123,8 @@ impl Store {
         Ok(true)
     }
 
-    /// Assigns more to the instance, on an operator's behalf, beside whatever others do at the same time; returns the numbers of the
-    /// assignments that were made. A device that is assigned by its id already is not assigned twice: no start could have it so.
+    /// Assigns more to the instance, on an operator's behalf, beside whatever others do at the same time. A device that is assigned by its id
+    /// already is not assigned twice: no start could have it so.
     ///
     /// # Errors
     /// When the database cannot be written; then nothing was assigned.
@@ -131,104 +133,176 @@ impl Store {
         asker: &Asker,
         requests: &[DeviceRequest],
         context: &Context,
-    ) -> Result<Vec<i64>, StoreError> {
-        let instance = asker.instance;
-        self.write(|tx, hints| {
-            hints.add(Known::Assigned(instance))?;
-            let mut made = Vec::new();
-            for request in requests {
-                let sql = "SELECT EXISTS (SELECT 1 FROM assignments WHERE instance_uuid = ?1 AND source = ?2 AND request = ?3)";
-                let known = params![instance.to_string(), Source::Operator.name(), request.to_string()];
-                if request.selector.id.is_some() && tx.query_row(sql, known, |row| row.get(0))? {
-                    continue;
-                }
-                insert(tx, instance, request, Source::Operator)?;
-                made.push(tx.last_insert_rowid());
-            }
-            let detail = serde_json::to_string(requests).unwrap_or_default();
-            record(tx, context, &Event::of("assigned", asker).with(format!("operator: {detail}")))?;
-            Ok(made)
+    ) -> Result<Result<(), TooMany>, StoreError> {
+        self.write(|tx, hints| match unassigned(tx, asker.instance, requests)? {
+            Ok(new) => add(tx, hints, asker, &new, context).map(|_| Ok(())),
+            Err(too_many) => Ok(Err(too_many)),
         })
     }
 
-    /// Ends assignments, by their numbers. One that has ended already is none the worse for it.
+    /// Gives an instance that runs what is asked for, on an operator's behalf: assigns it and claims the devices, all or nothing. What it holds
+    /// already stays and serves none of the requests, but for a device that is asked for by its id: that is the answer, and where it was to
+    /// leave the guest it stays.
     ///
     /// # Errors
-    /// When the database cannot be written; then none has ended.
-    pub fn unassign(
+    /// When the database cannot be written; then nothing was given.
+    pub fn give(
         &mut self,
         asker: &Asker,
-        assignments: &[i64],
+        requests: &[DeviceRequest],
+        judge: &mut dyn Judge,
         context: &Context,
-    ) -> Result<(), StoreError> {
-        if assignments.is_empty() {
-            return Ok(());
-        }
-        self.write(|tx, _| {
-            for id in assignments {
-                let request: Option<String> = tx
-                    .query_row(
-                        "DELETE FROM assignments WHERE id = ?1 AND instance_uuid = ?2 RETURNING request",
-                        params![id, asker.instance.to_string()],
-                        |row| row.get(0),
-                    )
-                    .optional()?;
-                if let Some(request) = request {
-                    record(
-                        tx,
-                        context,
-                        &Event::of("unassigned", asker).with(format!("operator: {request}")),
-                    )?;
+    ) -> Result<Given, StoreError> {
+        self.write(|tx, hints| {
+            let mine = give_back::held(tx, asker.instance)?;
+            let (mut new, mut already, mut missing) = (Vec::new(), Vec::new(), Vec::new());
+            let (mut kept, mut wanted) = (Vec::new(), Vec::new());
+            for request in requests {
+                let id = request.selector.id.filter(|_| request.count == 1);
+                match mine.iter().find(|c| Some(c.device_id) == id) {
+                    Some(claim) if claim.ending => {
+                        kept.push(claim);
+                        wanted.push(request.clone());
+                    }
+                    Some(claim) => already.push(claim.device_id),
+                    // A device is asked for by its id once.
+                    None if id.is_some() && missing.contains(request) => {}
+                    None => missing.push(request.clone()),
                 }
             }
-            Ok(())
-        })?;
-        self.forget_hint(asker.instance)
+            wanted.extend(missing.iter().cloned());
+            let wanted = match unassigned(tx, asker.instance, &wanted)? {
+                Ok(wanted) => wanted,
+                Err(too_many) => return Ok(Given::TooMany(too_many)),
+            };
+            if !missing.is_empty() {
+                let want = |request: &DeviceRequest| Want { request: request.clone(), lasting: true, by_hand: false };
+                let wants: Vec<Want> = missing.iter().map(want).collect();
+                match claim::take(tx, hints, asker, &wants, &[], Standing::More, judge, context)? {
+                    Claimed::Granted(granted) => new.extend(granted.iter().map(|g| g.device.entry.id)),
+                    Claimed::Short(short) => return Ok(Given::Short(short)),
+                    Claimed::Unfit(why) => return Ok(Given::Unfit(why)),
+                }
+            }
+            for claim in kept {
+                step_revision(tx)?;
+                tx.execute(
+                    "UPDATE claims SET ending = 0, hold = 'instance', revision = (SELECT max(revision) FROM compute_nodes) WHERE id = ?1",
+                    [claim.id],
+                )?;
+                new.push(claim.device_id);
+            }
+            let assigned = add(tx, hints, asker, &wanted, context)?;
+            let mut claims = give_back::held(tx, asker.instance)?;
+            claims.retain(|c| new.contains(&c.device_id));
+            Ok(Given::Granted { new: claims, already, assigned })
+        })
     }
 
-    /// The instance is not to have the device any more: the operator's assignment that asked for it ends (the one that names it, or else
-    /// the first that it would serve), and a claim on it is marked, for whoever takes the device out of the guest. Says what there was.
+    /// What an operator takes back, in one step: assignments, by their numbers, and devices, by the claims on them. A claim is marked, for
+    /// whoever takes its device out of the guest; with it the assignment ends that asked for the device (the one that names it, or else the
+    /// first that `serves` says it would serve). What has ended meanwhile is none the worse for it, and a claim that somebody has made
+    /// since then is nobody's business here.
     ///
     /// # Errors
-    /// When the database cannot be written.
+    /// When the database cannot be written; then nothing has ended.
     pub fn dismiss(
         &mut self,
         asker: &Asker,
-        device: DeviceId,
-        serves: impl Fn(&DeviceRequest) -> bool,
+        assignments: &[i64],
+        claims: &[ClaimRow],
+        serves: impl Fn(&DeviceRequest, DeviceId) -> bool,
         context: &Context,
-    ) -> Result<Dismissed, StoreError> {
+    ) -> Result<(), StoreError> {
+        if assignments.is_empty() && claims.is_empty() {
+            return Ok(());
+        }
         let instance = asker.instance;
-        let mut asked: Vec<Assignment> = self
-            .assignments(instance)?
-            .into_iter()
-            .filter(|a| a.source == Source::Operator && serves(&a.request))
-            .collect();
-        asked.sort_by_key(|a| (a.request.selector.id != Some(device), a.id));
-        let dismissed = self.write(|tx, _| {
-            let assignment = match asked.first() {
-                None => false,
-                Some(Assignment { id, request, .. }) if request.count > 1 => {
-                    let fewer = DeviceRequest { count: request.count - 1, ..request.clone() };
-                    tx.execute(
-                        "UPDATE assignments SET request = ?2 WHERE id = ?1",
-                        params![id, fewer.to_string()],
-                    )? > 0
-                }
-                Some(Assignment { id, .. }) => tx.execute("DELETE FROM assignments WHERE id = ?1", [id])? > 0,
+        self.write(|tx, _| {
+            let remove = |id: i64| {
+                let sql = "DELETE FROM assignments WHERE id = ?1 AND instance_uuid = ?2 RETURNING request";
+                tx.query_row(sql, params![id, instance.to_string()], |row| row.get::<_, String>(0)).optional()
             };
-            let claim = tx.execute(
-                "UPDATE claims SET ending = 1 WHERE instance_uuid = ?1 AND device_id = ?2",
-                params![instance.to_string(), sql_id(device)],
-            )? > 0;
-            if assignment {
+            for id in assignments {
+                if let Some(request) = remove(*id)? {
+                    let detail = format!("operator: {request}");
+                    record(tx, context, &Event::of("unassigned", asker).with(detail))?;
+                }
+            }
+            for claim in claims {
+                let sql = "UPDATE claims SET ending = 1 WHERE id = ?1 AND instance_uuid = ?2 AND NOT ending";
+                if tx.execute(sql, params![claim.id, instance.to_string()])? == 0 {
+                    continue;
+                }
+                let device = claim.device_id;
+                let mut asked = of_operators(tx, instance)?;
+                asked.retain(|a| serves(&a.request, device));
+                let Some(asked) =
+                    asked.into_iter().min_by_key(|a| (a.request.selector.id != Some(device), a.id))
+                else {
+                    continue;
+                };
+                if asked.request.count > 1 {
+                    let fewer = DeviceRequest { count: asked.request.count - 1, ..asked.request };
+                    let sql = "UPDATE assignments SET request = ?2 WHERE id = ?1";
+                    tx.execute(sql, params![asked.id, fewer.to_string()])?;
+                } else {
+                    remove(asked.id)?;
+                }
                 record(tx, context, &Event::of("unassigned", asker).about(device))?;
             }
-            Ok(Dismissed { assignment, claim })
+            Ok(())
         })?;
-        self.forget_hint(instance)?;
-        Ok(dismissed)
+        self.forget_hint(instance)
     }
+}
+
+/// An instance's assignments by operators, in the order they were made.
+fn of_operators(tx: &Transaction<'_>, instance: InstanceId) -> Sql<Vec<Assignment>> {
+    let sql = "SELECT * FROM assignments WHERE instance_uuid = ?1 AND source = ?2 ORDER BY id";
+    let mut query = tx.prepare_cached(sql)?;
+    query.query_map(params![instance.to_string(), Source::Operator.name()], Assignment::read)?.collect()
+}
+
+/// Those of the requests that are to be assigned: a device by its id is once.
+fn unassigned(
+    tx: &Transaction<'_>,
+    instance: InstanceId,
+    requests: &[DeviceRequest],
+) -> Sql<Result<Vec<DeviceRequest>, TooMany>> {
+    let known = of_operators(tx, instance)?;
+    let mut new: Vec<DeviceRequest> = Vec::new();
+    for request in requests {
+        let is_there = known.iter().any(|a| a.request == *request) || new.contains(request);
+        if request.selector.id.is_none() || !is_there {
+            new.push(request.clone());
+        }
+    }
+    let all = known.iter().map(|a| &a.request).chain(&new);
+    let devices: u64 = all.map(|request| u64::from(request.count)).sum();
+    Ok(if devices > u64::from(MAX_DEVICES) { Err(TooMany { devices }) } else { Ok(new) })
+}
+
+/// Makes assignments; returns their numbers.
+fn add(
+    tx: &Transaction<'_>,
+    hints: &Hints,
+    asker: &Asker,
+    requests: &[DeviceRequest],
+    context: &Context,
+) -> Result<Vec<i64>, Fault> {
+    if requests.is_empty() {
+        return Ok(Vec::new());
+    }
+    hints.add(Known::Assigned(asker.instance))?;
+    let mut made = Vec::new();
+    for request in requests {
+        insert(tx, asker.instance, request, Source::Operator)?;
+        made.push(tx.last_insert_rowid());
+    }
+    let detail = serde_json::to_string(requests).unwrap_or_default();
+    record(tx, context, &Event::of("assigned", asker).with(format!("operator: {detail}")))?;
+    Ok(made)
 }
 
 fn insert(tx: &Transaction<'_>, instance: InstanceId, request: &DeviceRequest, source: Source) -> Sql<()> {
@@ -241,11 +315,30 @@ fn insert(tx: &Transaction<'_>, instance: InstanceId, request: &DeviceRequest, s
     Ok(())
 }
 
-/// What ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Dismissed {
-    /// An assignment.
-    pub assignment: bool,
-    /// A claim is to end.
-    pub claim: bool,
+/// How [`Store::give`] ended.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Given {
+    /// The instance is to have it all.
+    Granted {
+        /// The claims that were made for it.
+        new: Vec<ClaimRow>,
+        /// The devices that it had already.
+        already: Vec<DeviceId>,
+        /// The numbers of the assignments that were made for it.
+        assigned: Vec<i64>,
+    },
+    /// Not enough devices; nothing was given.
+    Short(Vec<Shortage>),
+    /// The guest cannot take them; nothing was given.
+    Unfit(String),
+    /// No guest could have so many; nothing was given.
+    TooMany(TooMany),
+}
+
+/// More devices assigned to one instance than a USB bus has addresses: [`MAX_DEVICES`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("{devices} devices would be assigned to it: at most {MAX_DEVICES} can be")]
+pub struct TooMany {
+    /// As many as there would be.
+    pub devices: u64,
 }

@@ -7,12 +7,15 @@
 //! ```
 //! Everything happens under the write lock: of two hooks that run at once, the second sees what the first has done.
 
+use rusqlite::Transaction;
 use virt_usb_model::{BusAddress, DeviceId, DeviceRequest, InstanceId, ProjectId};
 
 use crate::choose::Choice;
 use crate::device::{ClaimRow, Record};
 use crate::events::{Event, record};
 use crate::grant::Grant;
+use crate::hints::Hints;
+use crate::open::Fault;
 use crate::{Context, Store, StoreError, give_back};
 
 /// For whom devices are taken.
@@ -150,36 +153,46 @@ impl Store {
         judge: &mut dyn Judge,
         context: &Context,
     ) -> Result<Claimed, StoreError> {
-        self.write(|tx, hints| {
-            give_back::sweep(tx, context)?;
-            let mut choice = Choice::new(tx, asker, prefer, standing, judge)?;
-            let outcome = match choice.choose(wants)? {
-                Err(short) => Claimed::Short(short),
-                Ok(chosen) => match choice.fits(&chosen) {
-                    Err(why) => Claimed::Unfit(why),
-                    Ok(()) => Claimed::Granted(chosen),
-                },
-            };
-            let refused = match &outcome {
-                Claimed::Granted(chosen) => {
-                    let mine = choice.mine();
-                    Grant { tx, hints, asker, mine, standing, context }.write(wants, chosen)?;
-                    return Ok(outcome);
-                }
-                Claimed::Short(short) => short
-                    .iter()
-                    .map(|s| {
-                        format!(
-                            "usb_devices[{}] {}: {} of {} to be had",
-                            s.number, s.request, s.got, s.request.count
-                        )
-                    })
-                    .collect::<Vec<_>>()
-                    .join("; "),
-                Claimed::Unfit(why) => why.clone(),
-            };
-            record(tx, context, &Event::of("refused", asker).with(refused))?;
-            Ok(outcome)
-        })
+        self.write(|tx, hints| take(tx, hints, asker, wants, prefer, standing, judge, context))
     }
+}
+
+/// [`Store::claim`], within a transaction.
+#[expect(clippy::too_many_arguments, reason = "the claim's own, and where it is written")]
+pub(crate) fn take(
+    tx: &Transaction<'_>,
+    hints: &Hints,
+    asker: &Asker,
+    wants: &[Want],
+    prefer: &[DeviceId],
+    standing: Standing,
+    judge: &mut dyn Judge,
+    context: &Context,
+) -> Result<Claimed, Fault> {
+    give_back::sweep(tx, context)?;
+    let mut choice = Choice::new(tx, asker, prefer, standing, judge)?;
+    let outcome = match choice.choose(wants)? {
+        Err(short) => Claimed::Short(short),
+        Ok(chosen) => match choice.fits(&chosen) {
+            Err(why) => Claimed::Unfit(why),
+            Ok(()) => Claimed::Granted(chosen),
+        },
+    };
+    let refused = match &outcome {
+        Claimed::Granted(chosen) => {
+            let mine = choice.mine();
+            Grant { tx, hints, asker, mine, standing, context }.write(wants, chosen)?;
+            return Ok(outcome);
+        }
+        Claimed::Short(short) => short
+            .iter()
+            .map(|s| {
+                format!("usb_devices[{}] {}: {} of {} to be had", s.number, s.request, s.got, s.request.count)
+            })
+            .collect::<Vec<_>>()
+            .join("; "),
+        Claimed::Unfit(why) => why.clone(),
+    };
+    record(tx, context, &Event::of("refused", asker).with(refused))?;
+    Ok(outcome)
 }

@@ -8,6 +8,7 @@ use virt_usb_model::{
     Serial, Speed, Status, UsbId,
 };
 
+use crate::claim::Asker;
 use crate::error::{Sql, bad_row};
 use crate::give_back::held;
 use crate::{NOW, Store, StoreError};
@@ -213,6 +214,15 @@ pub struct ClaimRow {
 }
 
 impl ClaimRow {
+    /// Whose it was when it was made.
+    pub fn asker(&self) -> Asker {
+        Asker {
+            instance: self.instance_uuid,
+            domain: self.domain.clone(),
+            project: self.project_id.as_deref().and_then(|project| project.parse().ok()),
+        }
+    }
+
     pub(crate) fn read(row: &Row<'_>) -> Sql<Self> {
         Ok(Self {
             id: row.get("id")?,

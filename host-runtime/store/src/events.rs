@@ -52,6 +52,9 @@ impl Event {
     }
 }
 
+/// The longest detail that is kept, in characters: what people write into requests has no end.
+const DETAIL: usize = 1024;
+
 pub(crate) fn record(tx: &Transaction<'_>, context: &Context, event: &Event) -> Sql<()> {
     tx.prepare_cached(&format!(
         "INSERT INTO events (at, event, instance_uuid, domain, project_id, device_id, actor, detail) VALUES ({NOW}, ?1, ?2, ?3, ?4, ?5, ?6, ?7)"
@@ -63,9 +66,16 @@ pub(crate) fn record(tx: &Transaction<'_>, context: &Context, event: &Event) -> 
         event.project,
         event.device.map(sql_id),
         context.actor,
-        event.detail,
+        event.detail.as_deref().map(shortened),
     ])?;
     Ok(())
+}
+
+fn shortened(detail: &str) -> std::borrow::Cow<'_, str> {
+    match detail.char_indices().nth(DETAIL) {
+        Some((end, _)) => format!("{}…", &detail[..end]).into(),
+        None => detail.into(),
+    }
 }
 
 /// A recorded event.

@@ -51,7 +51,7 @@ use std::time::Duration;
 
 use rusqlite::Connection;
 
-pub use assignments::{Assignment, Dismissed, Source};
+pub use assignments::{Assignment, Given, Source, TooMany};
 pub use device::{ClaimRow, Record};
 pub use error::StoreError;
 pub use files::hand_over;

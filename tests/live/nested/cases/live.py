@@ -1,5 +1,7 @@
 """The agent and the command line give running guests their devices."""
 
+import json
+
 from lib.case import case
 from lib.guests import XHCI, hostdev, metadata, usb_devices
 from lib.shell import done, expect, refused
@@ -141,6 +143,22 @@ def no_free_port(w):
     refused(w.product("attach", "g", "0951:1666"), "USB port")
     expect(not w.product.claims_of(guest), "nothing to be held")
     expect(known(w, stick)["status"] == "available", "it to be available")
+
+
+@case("a device in QEMU that libvirt does not know of (it ended between the two) is taken out, and attached anew")
+def unknown_to_libvirt(w):
+    (stick,) = w.drawer.twins(1)
+    w.product.agent.start()
+    row = until(lambda: known(w, stick), "the agent to find the stick")
+    guest = w.guest("g")
+    w.start(guest)
+    add = {"driver": "usb-host", "id": f"ua-usb-{row['id']}", "vendorid": 0xDEAD, "productid": 1}
+    answer = done(w.virsh("qemu-monitor-command", "g", json.dumps({"execute": "device_add", "arguments": add})))
+    expect("error" not in answer.text, f"QEMU to take it: {answer}")
+    refused(w.virsh.attach("g", hostdev(stick, alias=add["id"])), "Duplicate")
+    w.product.must("attach", "g", f"id={row['id']}")
+    w.allocated(guest, stick)
+    w.boots_from(guest, stick, reset=True)
 
 
 @case("where an agent is installed and does not run, a guest that asks is not started without its device")
