@@ -2,11 +2,11 @@
 
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
-use std::time::SystemTime;
 
-pub(crate) type Stamp = (SystemTime, u64, u64);
+/// Its device, number and size, and when it was last changed: content, owner or mode.
+pub(crate) type Stamp = (u64, u64, u64, (i64, i64));
 
 pub(crate) fn stamp(file: &Path) -> Option<Stamp> {
     let found = std::fs::metadata(file).ok()?;
-    Some((found.modified().ok()?, found.len(), found.ino()))
+    Some((found.dev(), found.ino(), found.len(), (found.ctime(), found.ctime_nsec())))
 }

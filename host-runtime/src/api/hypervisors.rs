@@ -3,7 +3,9 @@
 use std::sync::Arc;
 
 use axum::Json;
+use axum::body::Bytes;
 use axum::extract::State;
+use axum::http::header::{CONTENT_TYPE, HeaderName};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use virt_usb_store::LONE_NODE;
@@ -83,13 +85,17 @@ pub(super) async fn show(
     State(api): State<Arc<Api>>,
     Asks(caller): Asks,
     Named(HostName { hypervisor_hostname: name }): Named<HostName>,
-) -> Result<Json<Hypervisor>, Fault> {
+) -> Result<([(HeaderName, &'static str); 1], Bytes), Fault> {
     Fault::unless(may(&caller, Call::Look), Fault::forbidden)?;
     if name != api.host {
         return Err(Fault::not_found(format!("Compute host {name} could not be found.")));
     }
     let snapshot = api.inventory.now()?;
-    let usb_device_stats = snapshot.seen(&caller).map(|record| snapshot.shown(record, &caller)).collect();
-    let shown = Shown { usb_device_stats, listed: listed(&api, &snapshot, &caller) };
-    Ok(Json(Hypervisor { hypervisor: shown }))
+    let body = snapshot.answer(&caller, || {
+        let usb_device_stats = snapshot.seen(&caller).map(|record| snapshot.shown(record, &caller)).collect();
+        let shown = Shown { usb_device_stats, listed: listed(&api, &snapshot, &caller) };
+        serde_json::to_vec(&Hypervisor { hypervisor: shown }).map(Bytes::from)
+    });
+    let body = body.map_err(|e| Fault::internal(e.to_string()))?;
+    Ok(([(CONTENT_TYPE, "application/json")], body))
 }

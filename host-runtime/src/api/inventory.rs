@@ -4,7 +4,8 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use virt_usb_model::{DeviceId, InstanceId};
+use axum::body::Bytes;
+use virt_usb_model::{DeviceId, InstanceId, ProjectId};
 use virt_usb_store::watch::{Moment, Watched};
 use virt_usb_store::{ClaimRow, Record, StoreError};
 
@@ -19,11 +20,36 @@ pub(super) struct Snapshot {
     /// By id.
     pub(super) devices: Vec<Record>,
     claims: HashMap<DeviceId, ClaimRow>,
+    /// Answers that are asked for again and again, by what their readers may see.
+    answers: Mutex<HashMap<Option<ProjectId>, Bytes>>,
 }
+
+/// For so many kinds of readers an answer is kept.
+const ANSWERS: usize = 64;
 
 impl Snapshot {
     fn new(Moment { devices, claims, .. }: Moment) -> Self {
-        Self { devices, claims: claims.into_iter().map(|claim| (claim.device_id, claim)).collect() }
+        let claims = claims.into_iter().map(|claim| (claim.device_id, claim)).collect();
+        Self { devices, claims, answers: Mutex::default() }
+    }
+
+    /// What `make` makes, once for all who see the same; it says nothing else of its caller.
+    pub(super) fn answer<E>(
+        &self,
+        caller: &Caller,
+        make: impl FnOnce() -> Result<Bytes, E>,
+    ) -> Result<Bytes, E> {
+        let who = caller.project.clone().filter(|_| !caller.is_admin());
+        let known = self.answers.lock().unwrap_or_else(PoisonError::into_inner).get(&who).cloned();
+        if let Some(known) = known {
+            return Ok(known);
+        }
+        let made = make()?;
+        let mut answers = self.answers.lock().unwrap_or_else(PoisonError::into_inner);
+        if answers.len() < ANSWERS {
+            answers.insert(who, made.clone());
+        }
+        Ok(made)
     }
 
     pub(super) fn device(&self, id: DeviceId) -> Option<&Record> {

@@ -19,7 +19,7 @@ use tokio_io_timeout::TimeoutStream;
 use tower::Service as _;
 use virt_usb_hook::config;
 
-use super::{Api, Peer, router, socket};
+use super::{Api, Peer, TURNS, WORKS, router, socket};
 
 /// Connections over the network at once; the unix socket has as many of its own.
 const CONNECTIONS: usize = 256;
@@ -29,6 +29,8 @@ const HEAD_TIME: Duration = Duration::from_secs(30);
 const HEAD: usize = 16 << 10;
 /// How long a reader may take nothing.
 const WRITE_TIME: Duration = Duration::from_secs(30);
+/// After so long a connection is to end with the answer that it is at: whoever reads a byte now and then keeps its place no longer.
+const CONNECTION_TIME: Duration = Duration::from_secs(600);
 /// How long requests that were begun may take once the end has come.
 const END_TIME: Duration = Duration::from_secs(15);
 /// Until a socket that could not be had is tried again.
@@ -38,7 +40,8 @@ const RETRY: Duration = Duration::from_secs(10);
 pub struct Listening {
     runtime: tokio::runtime::Runtime,
     stop: watch::Sender<bool>,
-    limits: Vec<Arc<Semaphore>>,
+    /// Connections, then the work behind them, each with how many there may be.
+    limits: Vec<(Arc<Semaphore>, usize)>,
     /// The unix socket, which goes with it.
     socket: Option<PathBuf>,
 }
@@ -47,13 +50,13 @@ impl Listening {
     /// Takes no more requests, and waits for those that were begun.
     pub fn stop(self) {
         self.stop.send_replace(true);
-        let all = u32::try_from(CONNECTIONS).unwrap_or(u32::MAX);
-        self.runtime.block_on(async {
-            for limit in &self.limits {
-                // Whoever has not ended by then is cut off.
-                drop(tokio::time::timeout(END_TIME, limit.acquire_many(all)).await);
+        let ended = async {
+            for (limit, all) in &self.limits {
+                drop(limit.acquire_many(u32::try_from(*all).unwrap_or(u32::MAX)).await);
             }
-        });
+        };
+        // Whoever has not ended by then is cut off.
+        drop(self.runtime.block_on(async { tokio::time::timeout(END_TIME, ended).await }));
         self.runtime.shutdown_timeout(Duration::from_secs(1));
         if let Some(socket) = self.socket {
             drop(std::fs::remove_file(socket));
@@ -69,6 +72,7 @@ pub fn start(api: &Arc<Api>) -> io::Result<Listening> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .thread_name("api")
+        .max_blocking_threads(WORKS)
         .enable_all()
         .build()?;
     let (stop, stopping) = watch::channel(false);
@@ -76,7 +80,7 @@ pub fn start(api: &Arc<Api>) -> io::Result<Listening> {
     let mut limits = Vec::new();
     let mut server = |stopping: watch::Receiver<bool>| {
         let limit = Arc::new(Semaphore::new(CONNECTIONS));
-        limits.push(limit.clone());
+        limits.push((limit.clone(), CONNECTIONS));
         Server { router: router(api.clone()), limit, stopping }
     };
     let mut local = None;
@@ -85,6 +89,7 @@ pub fn start(api: &Arc<Api>) -> io::Result<Listening> {
         runtime.spawn(server(stopping).local(socket(&config)));
         local = Some(socket(&config));
     }
+    limits.extend([(api.turns.clone(), TURNS), (api.works.clone(), WORKS)]);
     Ok(Listening { runtime, stop, limits, socket: local })
 }
 
@@ -185,7 +190,7 @@ impl Server {
             // How a connection ends is its client's matter.
             tokio::select! {
                 _ = serving.as_mut() => {}
-                () = end(&mut stopping) => {
+                _ = tokio::time::timeout(CONNECTION_TIME, end(&mut stopping)) => {
                     serving.as_mut().graceful_shutdown();
                     drop(tokio::time::timeout(END_TIME, serving).await);
                 }

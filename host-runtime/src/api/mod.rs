@@ -41,11 +41,11 @@ use std::time::{Duration, Instant};
 
 use axum::Router;
 use axum::extract::{RawPathParams, Request, State};
-use axum::http::header::{CACHE_CONTROL, HeaderName, HeaderValue, X_CONTENT_TYPE_OPTIONS};
+use axum::http::header::{CACHE_CONTROL, CONNECTION, HeaderName, HeaderValue, X_CONTENT_TYPE_OPTIONS};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse as _, Response};
 use axum::routing::{get, post};
-use tokio::sync::{Semaphore, SemaphorePermit};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use virt_usb_hook::config::Config;
 use virt_usb_hook::machine;
 use virt_usb_model::ProjectId;
@@ -63,6 +63,8 @@ pub use listen::{Listening, start};
 
 /// So many attaches and detaches at once; libvirt takes its time for each.
 const TURNS: usize = 8;
+/// So many calls at once wait for disks or for libvirt.
+const WORKS: usize = 32;
 /// How long one waits for its turn.
 const TURN_TIME: Duration = Duration::from_secs(30);
 /// How long a request may take in all.
@@ -81,7 +83,8 @@ pub struct Api {
     /// Who can tell whose a token is.
     pub identity: Arc<dyn Identity>,
     inventory: Inventory,
-    turns: Semaphore,
+    works: Arc<Semaphore>,
+    turns: Arc<Semaphore>,
 }
 
 impl Api {
@@ -94,7 +97,8 @@ impl Api {
         identity: Arc<dyn Identity>,
     ) -> Self {
         let inventory = Inventory::new(config().state_dir.clone());
-        Self { config, hypervisor, metrics, host, identity, inventory, turns: Semaphore::new(TURNS) }
+        let (works, turns) = (Arc::new(Semaphore::new(WORKS)), Arc::new(Semaphore::new(TURNS)));
+        Self { config, hypervisor, metrics, host, identity, inventory, works, turns }
     }
 
     fn store(&self) -> Result<Store, virt_usb_store::StoreError> {
@@ -107,18 +111,24 @@ impl Api {
         context.map_err(|e| Fault::internal(e.to_string()))
     }
 
-    /// What waits for disks and for libvirt does not keep others waiting. It is finished even when its caller has gone.
+    /// What waits for disks and for libvirt does not keep others waiting. Once begun it is finished, though its caller be gone, and has its
+    /// place for as long.
     async fn blocking<T: Send + 'static>(
         self: &Arc<Self>,
         work: impl FnOnce(&Self) -> Result<T, Fault> + Send + 'static,
     ) -> Result<T, Fault> {
         let api = self.clone();
-        let done = tokio::task::spawn_blocking(move || work(&api)).await;
-        done.unwrap_or_else(|e| Err(Fault::internal(e.to_string())))
+        let place = self.works.clone().acquire_owned().await;
+        let done = tokio::task::spawn_blocking(move || {
+            let _place = place;
+            work(&api)
+        });
+        done.await.unwrap_or_else(|e| Err(Fault::internal(e.to_string())))
     }
 
-    async fn turn(&self) -> Result<SemaphorePermit<'_>, Fault> {
-        match tokio::time::timeout(TURN_TIME, self.turns.acquire()).await {
+    /// To be kept by the work itself.
+    async fn turn(&self) -> Result<OwnedSemaphorePermit, Fault> {
+        match tokio::time::timeout(TURN_TIME, self.turns.clone().acquire_owned()).await {
             Ok(Ok(turn)) => Ok(turn),
             _ => Err(Fault::unavailable("Too many devices are being attached and detached: try again.")),
         }
@@ -171,7 +181,12 @@ async fn authenticate(
     let peer = request.extensions().get::<Peer>().copied();
     let caller = match whose(&api, token, peer).await {
         Ok(caller) => caller,
-        Err(fault) => return fault.into_response(),
+        Err(fault) => {
+            let mut response = fault.into_response();
+            // Nobody who cannot say who he is keeps a connection.
+            response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+            return response;
+        }
     };
     let tenant = path.iter().find(|(name, _)| *name == "tenant_id").map(|(_, tenant)| tenant);
     let mut response = match tenant.map(|tenant| is_its(&caller, tenant)) {

@@ -158,10 +158,13 @@ pub(super) async fn act(
     if call == Call::Attach {
         visible(&api, &caller, call, &requests, &server)?;
     }
-    let _turn = api.turn().await?;
-    let answer = api.blocking(move |api| match call {
-        Call::Attach => attach(api, &caller, &server, &requests),
-        _ => detach(api, &caller, &server, &requests),
+    let turn = api.turn().await?;
+    let answer = api.blocking(move |api| {
+        let _turn = turn;
+        match call {
+            Call::Attach => attach(api, &caller, &server, &requests),
+            _ => detach(api, &caller, &server, &requests),
+        }
     });
     Ok((StatusCode::ACCEPTED, Json(answer.await?)))
 }

@@ -329,8 +329,11 @@ impl Tokens {
     fn now(&self) -> Known {
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         let stamp = stamp(&self.file.path);
+        // What could not be read may be readable by now, without a trace on the file.
         if !known.read || known.stamp != stamp {
-            let (callers, trouble) = match self.file.entries() {
+            let entries = self.file.entries();
+            let read = !matches!(entries, Err(TokensError::Io { .. }));
+            let (callers, trouble) = match entries {
                 Ok(entries) => {
                     let callers =
                         entries.iter().filter_map(|e| Some((e.sha256.clone(), parse(e).ok()?))).collect();
@@ -338,10 +341,10 @@ impl Tokens {
                 }
                 Err(e) => (HashMap::new(), Some(e.to_string())),
             };
-            if let Some(trouble) = &trouble {
+            if let Some(trouble) = trouble.as_ref().filter(|why| known.trouble.as_ref() != Some(*why)) {
                 tracing::error!("{trouble}");
             }
-            *known = Known { stamp, read: true, callers: Arc::new(callers), trouble };
+            *known = Known { stamp, read, callers: Arc::new(callers), trouble };
         }
         known.clone()
     }
@@ -446,9 +449,10 @@ mod tests {
         std::fs::write(file.path(), &right).unwrap();
         assert!(tokens.find(&made.token).is_ok());
         std::fs::set_permissions(file.path(), Permissions::from_mode(0o640)).unwrap();
-        let again = Tokens::new(file);
         assert!(
-            matches!(again.find(&made.token), Err(Unknown::Unavailable(why)) if why.contains("others may read it"))
+            matches!(tokens.find(&made.token), Err(Unknown::Unavailable(why)) if why.contains("others may read it"))
         );
+        std::fs::set_permissions(file.path(), Permissions::from_mode(0o600)).unwrap();
+        assert!(tokens.find(&made.token).is_ok());
     }
 }

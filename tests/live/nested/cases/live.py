@@ -156,7 +156,7 @@ def unknown_to_libvirt(w):
     answer = done(w.virsh("qemu-monitor-command", "g", json.dumps({"execute": "device_add", "arguments": add})))
     expect("error" not in answer.text, f"QEMU to take it: {answer}")
     refused(w.virsh.attach("g", hostdev(stick, alias=add["id"])), "Duplicate")
-    w.product.must("attach", "g", f"id={row['id']}")
+    w.product.must("attach", "g", str(row["id"]))
     w.allocated(guest, stick)
     w.boots_from(guest, stick, reset=True)
 
