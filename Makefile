@@ -7,7 +7,7 @@ CARGO := cargo
 # flag for everything would break proc-macros and libusb.
 STATIC_HOOK := $(CARGO) rustc --release -p virt-usb-hook --bin virt-usb-hook -- -C target-feature=+crt-static -C lto=fat -C codegen-units=1
 
-.PHONY: help deps test-deps build filter run test lint suite corpus embedding live live-nested packages bench fuzz soak install install-hook install-agent deb clean
+.PHONY: help deps test-deps build filter run test lint suite corpus embedding portal live live-nested packages bench fuzz soak install install-hook install-agent deb clean
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -30,7 +30,7 @@ filter: deps ## the scheduler's filter, as a component and as a core module
 run: build ## the main job as a story, on this machine's devices or a recorded host's
 	@tests/story/run
 
-test: test-deps lint build corpus suite embedding live live-nested packages ## everything that a change must pass
+test: test-deps lint build corpus suite embedding portal live live-nested packages ## everything that a change must pass
 
 lint:
 	@echo "== formatting and lints"
@@ -48,6 +48,10 @@ suite: build
 embedding: build ## the filter in Python and JavaScript (brings wasmtime from PyPI and jco from npm)
 	@echo "== the filter in other languages"
 	@tests/embedding/run
+
+portal: test-deps build ## users of the portal in a real Chromium (brings playwright-core and axe-core from npm)
+	@echo "== the portal in Chromium"
+	@tests/portal/run
 
 live: build ## real libvirtd and real guests on this machine (root)
 	@echo "== libvirtd and guests on this machine"

@@ -51,6 +51,9 @@ impl Hypervisor for Fused {
     fn running(&self) -> Result<Vec<InstanceId>, Failure> {
         self.call(|| self.inner.running())
     }
+    fn all(&self) -> Result<Vec<InstanceId>, Failure> {
+        self.call(|| self.inner.all())
+    }
     fn look(&self, instance: InstanceId) -> Result<Option<Running>, Failure> {
         self.call(|| self.inner.look(instance))
     }

@@ -187,7 +187,7 @@ pub(super) async fn show(
 }
 
 /// What an administrator does.
-enum Change {
+pub(super) enum Change {
     Enable,
     Disable(Option<String>),
     ClearQuarantine,
@@ -239,8 +239,19 @@ pub(super) async fn act(
     Named(DeviceName { usb_device_id: name }): Named<DeviceName>,
     Content(content): Content,
 ) -> Result<Json<Shown>, Fault> {
-    let (id, _) = api.device(&caller, Call::ChangeDevice, &name)?;
-    let change = Change::read(&content)?;
+    api.device(&caller, Call::ChangeDevice, &name)?;
+    let usb_device = change(&api, &caller, name, Change::read(&content)?).await?;
+    Ok(Json(Shown { usb_device }))
+}
+
+/// Changes a device, if the caller may; returns it as it is then.
+pub(super) async fn change(
+    api: &Arc<Api>,
+    caller: &Caller,
+    name: String,
+    change: Change,
+) -> Result<UsbDevice, Fault> {
+    let (id, _) = api.device(caller, Call::ChangeDevice, &name)?;
     let (actor, told) = (caller.clone(), name.clone());
     api.blocking(move |api| {
         let mut store = api.store()?;
@@ -270,6 +281,5 @@ pub(super) async fn act(
         }
     })
     .await?;
-    let (_, usb_device) = api.device(&caller, Call::LookAt, &name)?;
-    Ok(Json(Shown { usb_device }))
+    Ok(api.device(caller, Call::LookAt, &name)?.1)
 }

@@ -12,50 +12,50 @@ use super::policy::may_know_holder;
 /// A device, as its caller may see it.
 #[derive(Debug, Serialize, ToSchema)]
 pub(super) struct UsbDevice {
-    id: u64,
-    compute_node_id: u64,
+    pub(super) id: u64,
+    pub(super) compute_node_id: u64,
     /// `usb_<bus>_<device>`.
-    address: String,
+    pub(super) address: String,
     /// Four hexadecimal digits.
-    product_id: String,
+    pub(super) product_id: String,
     /// Four hexadecimal digits.
-    vendor_id: String,
-    bus_id: String,
+    pub(super) vendor_id: String,
+    pub(super) bus_id: String,
     /// Its number on the bus.
-    device_id: String,
+    pub(super) device_id: String,
     /// The last number of its port path.
-    port_id: String,
+    pub(super) port_id: String,
     /// `available`, `claimed`, `allocated`, `removed`, `unavailable`.
-    status: String,
+    pub(super) status: String,
     /// The operator's words.
-    extra_info: String,
+    pub(super) extra_info: String,
     /// Who has it, for those who may know; else empty.
-    instance_uuid: String,
+    pub(super) instance_uuid: String,
     /// Why it is unavailable: `whitelist`, `host-use`, `disabled`, `quarantined`, `flapping`.
-    status_reason: Option<String>,
+    pub(super) status_reason: Option<String>,
     /// Where it is plugged in: `1-1.4`.
-    port_path: String,
-    serial: Option<String>,
+    pub(super) port_path: String,
+    pub(super) serial: Option<String>,
     /// `unique`, `duplicate`, `missing`.
-    serial_kind: String,
+    pub(super) serial_kind: String,
     /// Two hexadecimal digits.
-    class: String,
-    interface_classes: Vec<String>,
+    pub(super) class: String,
+    pub(super) interface_classes: Vec<String>,
     /// `low`, `full`, `high`, `super`, `super-plus`.
-    speed: Option<String>,
-    manufacturer: Option<String>,
-    product_name: Option<String>,
-    tags: Vec<String>,
+    pub(super) speed: Option<String>,
+    pub(super) manufacturer: Option<String>,
+    pub(super) product_name: Option<String>,
+    pub(super) tags: Vec<String>,
     /// The domain's name, for those who may know.
-    held_by: Option<String>,
+    pub(super) held_by: Option<String>,
     /// UTC, ISO 8601, for those who may know.
-    held_since: Option<String>,
+    pub(super) held_since: Option<String>,
     /// The only projects that get it, for administrators.
-    projects: Option<Vec<String>>,
+    pub(super) projects: Option<Vec<String>>,
     /// What the host uses it for, for administrators.
-    host_use: Option<String>,
-    created_at: Option<String>,
-    updated_at: Option<String>,
+    pub(super) host_use: Option<String>,
+    pub(super) created_at: Option<String>,
+    pub(super) updated_at: Option<String>,
 }
 
 impl UsbDevice {
@@ -154,12 +154,12 @@ impl From<StoredFlavor> for UsbFlavor {
 /// How many devices of a host are in which state.
 #[derive(Debug, Default, Serialize, ToSchema)]
 pub(super) struct Totals {
-    total: usize,
-    available: usize,
-    claimed: usize,
-    allocated: usize,
-    removed: usize,
-    unavailable: usize,
+    pub(super) total: usize,
+    pub(super) available: usize,
+    pub(super) claimed: usize,
+    pub(super) allocated: usize,
+    pub(super) removed: usize,
+    pub(super) unavailable: usize,
 }
 
 impl Totals {

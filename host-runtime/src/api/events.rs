@@ -43,7 +43,7 @@ pub(super) struct Events {
 
 /// A device's audit, newest first
 ///
-/// Administrators see all of it, others what concerned their project.
+/// Administrators see all of it, others what concerned their project or no instance.
 #[utoipa::path(get, path = "/os-usb-devices/{usb_device_id}/events", tag = "events", operation_id = "list_usb_device_events",
     params(("usb_device_id" = String, Path, description = "The device's id"), Query),
     responses((status = 200, description = "The events", body = Events)))]
@@ -82,6 +82,21 @@ async fn answer(
 ) -> Result<Json<Events>, Fault> {
     let limit = limit(query.limit)?;
     let before = query.marker.unwrap_or(0);
+    let (events, more) = read(api, caller, filter, before, limit).await?;
+    let events_links = events.last().filter(|_| more).map(|last| next(uri, &last.id.to_string()));
+    let events = events.into_iter().map(UsbEvent::from).collect();
+    Ok(Json(Events { events, events_links: events_links.into_iter().collect() }))
+}
+
+/// What the caller may know of, newest first, before the event of that id (0: from the newest on); and whether there is more.
+pub(super) async fn read(
+    api: &Arc<Api>,
+    caller: Caller,
+    filter: Filter,
+    before: i64,
+    limit: usize,
+) -> Result<(Vec<EventRow>, bool), Fault> {
+    let of_device = filter.device.is_some();
     let found = api.blocking(move |api| {
         let (store, mut found) = (api.store()?, Vec::new());
         let mut filter = Filter { before, limit: CHUNK, ..filter };
@@ -90,7 +105,7 @@ async fn answer(
             let events = store.events(&filter)?;
             let Some(oldest) = events.first() else { return Ok(found) };
             filter.before = oldest.id;
-            found.extend(events.into_iter().rev().filter(|event| concerns(&caller, event)));
+            found.extend(events.into_iter().rev().filter(|event| concerns(&caller, event, of_device)));
             if found.len() > limit {
                 return Ok(found);
             }
@@ -99,12 +114,14 @@ async fn answer(
     let mut events = found.await?;
     let more = events.len() > limit;
     events.truncate(limit);
-    let events_links = events.last().filter(|_| more).map(|last| next(uri, &last.id.to_string()));
-    let events = events.into_iter().map(UsbEvent::from).collect();
-    Ok(Json(Events { events, events_links: events_links.into_iter().collect() }))
+    Ok((events, more))
 }
 
-fn concerns(caller: &Caller, event: &EventRow) -> bool {
+/// Who may look at a device may know what became of it while nobody had it.
+fn concerns(caller: &Caller, event: &EventRow, of_device: bool) -> bool {
+    if of_device && event.instance_uuid.is_none() {
+        return true;
+    }
     let project: Option<ProjectId> = event.project_id.as_deref().and_then(|project| project.parse().ok());
     caller.is_admin() || caller.owns(project.as_ref())
 }

@@ -14,9 +14,9 @@ use crate::hypervisor::Failure;
 /// A call that could not be served. Nothing was changed by it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Fault {
-    status: StatusCode,
+    pub(super) status: StatusCode,
     /// One sentence that the caller can act on.
-    message: String,
+    pub(super) message: String,
     /// What only the log is told.
     pub(super) private: Option<String>,
 }

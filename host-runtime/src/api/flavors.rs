@@ -10,10 +10,12 @@ use serde_json::Value;
 use utoipa::ToSchema;
 use virt_usb_model::Flavor;
 use virt_usb_model::flavor::{MAX_NAME, is_name};
+use virt_usb_store::StoredFlavor;
 
 use super::Api;
 use super::documents::UsbFlavor;
 use super::fault::{Fault, sentence};
+use super::identity::Caller;
 use super::openapi::FlavorRequest;
 use super::policy::{Call, may};
 use super::request::{Asks, Content, Named};
@@ -44,9 +46,14 @@ fn missing(name: &str) -> Fault {
 #[utoipa::path(get, path = "/os-usb-flavors", tag = "flavors", operation_id = "list_usb_flavors",
     responses((status = 200, description = "The flavors", body = Flavors)))]
 pub(super) async fn list(State(api): State<Arc<Api>>, Asks(caller): Asks) -> Result<Json<Flavors>, Fault> {
-    Fault::unless(may(&caller, Call::Look), Fault::forbidden)?;
-    let usb_flavors = api.blocking(|api| Ok(api.store()?.flavors()?)).await?;
+    let usb_flavors = all(&api, &caller).await?;
     Ok(Json(Flavors { usb_flavors: usb_flavors.into_iter().map(UsbFlavor::from).collect() }))
+}
+
+/// All of them, if the caller may.
+pub(super) async fn all(api: &Arc<Api>, caller: &Caller) -> Result<Vec<StoredFlavor>, Fault> {
+    Fault::unless(may(caller, Call::Look), Fault::forbidden)?;
+    api.blocking(|api| Ok(api.store()?.flavors()?)).await
 }
 
 /// One flavor
@@ -75,23 +82,33 @@ pub(super) async fn set(
     Named(FlavorName { flavor_name: name }): Named<FlavorName>,
     Content(content): Content,
 ) -> Result<Json<Shown>, Fault> {
+    let text = Value::Object(content).to_string();
+    Ok(Json(Shown { usb_flavor: store(&api, caller, name, &text).await?.into() }))
+}
+
+/// Stores a flavor of this JSON, if the caller may.
+pub(super) async fn store(
+    api: &Arc<Api>,
+    caller: Caller,
+    name: String,
+    text: &str,
+) -> Result<StoredFlavor, Fault> {
     Fault::unless(may(&caller, Call::ChangeFlavor), Fault::forbidden)?;
     if !is_name(&name) {
         return Err(Fault::bad_request(format!(
             "{name:?} is no name for a flavor: 1 to {MAX_NAME} printable characters, the first no @."
         )));
     }
-    let text = Value::Object(content).to_string();
-    let flavor = Flavor::parse(&text).map_err(|e| Fault::bad_request(sentence(&e.to_string())))?;
+    let flavor = Flavor::parse(text).map_err(|e| Fault::bad_request(sentence(&e.to_string())))?;
     if flavor.is_empty() {
         return Err(Fault::bad_request("The flavor asks for nothing."));
     }
-    let usb_flavor = api.blocking(move |api| {
+    let stored = api.blocking(move |api| {
         let mut store = api.store()?;
         store.set_flavor(&name, &flavor, &api.context(&caller)?)?;
         store.flavor(&name)?.ok_or_else(|| missing(&name))
     });
-    Ok(Json(Shown { usb_flavor: usb_flavor.await?.into() }))
+    stored.await
 }
 
 /// Remove a flavor: for administrators
@@ -103,10 +120,15 @@ pub(super) async fn remove(
     Asks(caller): Asks,
     Named(FlavorName { flavor_name: name }): Named<FlavorName>,
 ) -> Result<StatusCode, Fault> {
+    end(&api, caller, name).await.map(|()| StatusCode::NO_CONTENT)
+}
+
+/// Removes a flavor, if the caller may.
+pub(super) async fn end(api: &Arc<Api>, caller: Caller, name: String) -> Result<(), Fault> {
     Fault::unless(may(&caller, Call::ChangeFlavor), Fault::forbidden)?;
     let removed = api.blocking(move |api| {
         let removed = api.store()?.remove_flavor(&name, &api.context(&caller)?)?;
         if removed { Ok(()) } else { Err(missing(&name)) }
     });
-    removed.await.map(|()| StatusCode::NO_CONTENT)
+    removed.await
 }

@@ -39,7 +39,7 @@ const RETRY: Duration = Duration::from_secs(10);
 /// The API, while it is served.
 pub struct Listening {
     runtime: tokio::runtime::Runtime,
-    stop: watch::Sender<bool>,
+    api: Arc<Api>,
     /// Connections, then the work behind them, each with how many there may be.
     limits: Vec<(Arc<Semaphore>, usize)>,
     /// The unix socket, which goes with it.
@@ -49,7 +49,7 @@ pub struct Listening {
 impl Listening {
     /// Takes no more requests, and waits for those that were begun.
     pub fn stop(self) {
-        self.stop.send_replace(true);
+        self.api.ending.send_replace(true);
         let ended = async {
             for (limit, all) in &self.limits {
                 drop(limit.acquire_many(u32::try_from(*all).unwrap_or(u32::MAX)).await);
@@ -75,7 +75,7 @@ pub fn start(api: &Arc<Api>) -> io::Result<Listening> {
         .max_blocking_threads(WORKS)
         .enable_all()
         .build()?;
-    let (stop, stopping) = watch::channel(false);
+    let stopping = api.ending.subscribe();
     let config = (api.config)();
     let mut limits = Vec::new();
     let mut server = |stopping: watch::Receiver<bool>| {
@@ -90,7 +90,7 @@ pub fn start(api: &Arc<Api>) -> io::Result<Listening> {
         local = Some(socket(&config));
     }
     limits.extend([(api.turns.clone(), TURNS), (api.works.clone(), WORKS)]);
-    Ok(Listening { runtime, stop, limits, socket: local })
+    Ok(Listening { runtime, api: api.clone(), limits, socket: local })
 }
 
 struct Server {

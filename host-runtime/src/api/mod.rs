@@ -15,6 +15,7 @@
 //! | `fault` | what went wrong, in Nova's shape |
 //! | `documents`, `openapi` | what is answered, and how it is described |
 //! | `hypervisors`, `servers`, `devices`, `flavors`, `events` | the calls |
+//! | `portal` | pages for people |
 //! | `inventory` | what there is, for many readers |
 //!
 //! It runs on threads of its own, and whatever becomes of it, the agent goes on giving guests their devices.
@@ -31,6 +32,7 @@ mod listen;
 mod openapi;
 mod paging;
 pub mod policy;
+mod portal;
 mod request;
 mod servers;
 pub mod tokens;
@@ -45,7 +47,7 @@ use axum::http::header::{CACHE_CONTROL, CONNECTION, HeaderName, HeaderValue, X_C
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse as _, Response};
 use axum::routing::{get, post};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use virt_usb_hook::config::Config;
 use virt_usb_hook::machine;
 use virt_usb_model::ProjectId;
@@ -83,6 +85,9 @@ pub struct Api {
     /// Who can tell whose a token is.
     pub identity: Arc<dyn Identity>,
     inventory: Inventory,
+    portal: portal::Portal,
+    /// Whether it is to end.
+    ending: watch::Sender<bool>,
     works: Arc<Semaphore>,
     turns: Arc<Semaphore>,
 }
@@ -98,7 +103,18 @@ impl Api {
     ) -> Self {
         let inventory = Inventory::new(config().state_dir.clone());
         let (works, turns) = (Arc::new(Semaphore::new(WORKS)), Arc::new(Semaphore::new(TURNS)));
-        Self { config, hypervisor, metrics, host, identity, inventory, works, turns }
+        Self {
+            config,
+            hypervisor,
+            metrics,
+            host,
+            identity,
+            inventory,
+            portal: portal::Portal::default(),
+            ending: watch::Sender::default(),
+            works,
+            turns,
+        }
     }
 
     fn store(&self) -> Result<Store, virt_usb_store::StoreError> {
@@ -165,6 +181,7 @@ fn router(api: Arc<Api>) -> Router {
         .nest("/v2.1", calls.clone())
         .nest("/v3", calls)
         .route("/openapi.json", get(openapi::show))
+        .merge(portal::routes())
         .fallback(request::nowhere)
         .layer(from_fn_with_state(api.clone(), observe))
         .with_state(api)

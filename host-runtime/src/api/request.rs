@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use axum::body::Body;
 use axum::extract::{FromRequest, FromRequestParts, Path, Query, Request};
+use axum::http::HeaderMap;
 use axum::http::header::CONTENT_TYPE;
 use axum::http::request::Parts;
 use http_body_util::{BodyExt as _, LengthLimitError, Limited};
@@ -99,6 +100,16 @@ impl<S: Send + Sync> FromRequest<S> for Content {
             Err(e) => Err(Fault::bad_request(format!("The body is no JSON: {e}."))),
         }
     }
+}
+
+/// The text of a form, read within its bounds.
+pub(super) async fn form(headers: &HeaderMap, body: Body) -> Result<String, Fault> {
+    let kind = headers.get(CONTENT_TYPE).and_then(|kind| kind.to_str().ok()).unwrap_or_default();
+    if !kind.starts_with("application/x-www-form-urlencoded") {
+        return Err(Fault { message: "This is no form.".into(), ..Fault::bad_media_type() });
+    }
+    let bytes = tokio::time::timeout(BODY_TIME, read(body)).await.map_err(|_| Fault::timeout())??;
+    String::from_utf8(bytes).map_err(|_| Fault::bad_request("The form is no UTF-8."))
 }
 
 async fn read(body: Body) -> Result<Vec<u8>, Fault> {

@@ -1,5 +1,6 @@
 //! Servers: what they have, attach, detach.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 
 use axum::Json;
@@ -19,7 +20,7 @@ use super::fault::{Fault, sentence};
 use super::identity::Caller;
 use super::inventory::Snapshot;
 use super::openapi::ServerActionRequest;
-use super::policy::{Call, may, may_know_holder, may_with_server};
+use super::policy::{Call, Verdict, may, may_know_holder, may_with_server};
 use super::request::{Asks, Content, Named, action, object};
 use crate::agent::operate::{Attached, OperateError};
 use crate::agent::work::Worker;
@@ -34,8 +35,8 @@ pub(super) struct ServerName {
 #[derive(Debug, Clone)]
 pub(super) struct Server {
     pub(super) id: InstanceId,
-    name: String,
-    running: bool,
+    pub(super) name: String,
+    pub(super) running: bool,
 }
 
 fn no_server(id: &str) -> Fault {
@@ -57,6 +58,27 @@ impl Api {
         let Some((server, owner)) = found else { return Err(no_server(name)) };
         Fault::unless(may_with_server(caller, call, owner.as_ref()), || no_server(name))?;
         Ok(server)
+    }
+
+    /// The servers that the caller may know of, by name.
+    pub(super) async fn servers(self: &Arc<Self>, caller: &Caller) -> Result<Vec<Server>, Fault> {
+        Fault::unless(may(caller, Call::LookAt), Fault::forbidden)?;
+        let caller = caller.clone();
+        let found = self.blocking(move |api| {
+            let running: HashSet<InstanceId> = api.hypervisor.running()?.into_iter().collect();
+            let mut found = Vec::new();
+            for id in api.hypervisor.all()? {
+                // One that has gone meanwhile, or whose XML cannot be read, is nobody's.
+                let Some(xml) = api.hypervisor.xml(id)? else { continue };
+                let Ok(domain) = virt_usb_domxml::read(xml.as_bytes()) else { continue };
+                if may_with_server(&caller, Call::LookAt, domain.project.as_ref()) == Verdict::Allowed {
+                    found.push(Server { id, name: domain.name, running: running.contains(&id) });
+                }
+            }
+            found.sort_by(|a, b| (&a.name, a.id).cmp(&(&b.name, b.id)));
+            Ok(found)
+        });
+        found.await
     }
 
     /// The server and whose it is; of one that libvirt does not know any more what it still holds tells.
@@ -88,9 +110,9 @@ pub(super) struct Shown {
 #[schema(as = ServerAction)]
 pub(super) struct Acted {
     /// Those that were attached or detached, as they are now.
-    usb_devices: Vec<UsbDevice>,
+    pub(super) usb_devices: Vec<UsbDevice>,
     /// Whether the server runs; if not, what is attached comes at its next start.
-    live: bool,
+    pub(super) live: bool,
 }
 
 #[derive(Serialize, ToSchema)]
@@ -154,19 +176,30 @@ pub(super) async fn act(
     // Before the body is looked at: who may not do it has nothing to learn from its mistakes.
     let server = api.server(&caller, call, &server_id).await?;
     let requests = requests(name, value)?;
+    perform(&api, caller, call, server, requests).await.map(|acted| (StatusCode::ACCEPTED, Json(acted)))
+}
+
+/// Attaches to or detaches from a server that the caller may do this with.
+pub(super) async fn perform(
+    api: &Arc<Api>,
+    caller: Caller,
+    call: Call,
+    server: Server,
+    requests: Vec<DeviceRequest>,
+) -> Result<Acted, Fault> {
     // What is detached is the server's own, though its device be unplugged or another's by now.
     if call == Call::Attach {
-        visible(&api, &caller, call, &requests, &server)?;
+        visible(api, &caller, call, &requests, &server)?;
     }
     let turn = api.turn().await?;
-    let answer = api.blocking(move |api| {
+    let done = api.blocking(move |api| {
         let _turn = turn;
         match call {
             Call::Attach => attach(api, &caller, &server, &requests),
             _ => detach(api, &caller, &server, &requests),
         }
     });
-    Ok((StatusCode::ACCEPTED, Json(answer.await?)))
+    done.await
 }
 
 fn requests(name: &str, value: &Value) -> Result<Vec<DeviceRequest>, Fault> {

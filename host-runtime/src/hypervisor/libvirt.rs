@@ -286,6 +286,11 @@ impl Hypervisor for Libvirt {
         domains.iter().map(uuid).collect()
     }
 
+    fn all(&self) -> Result<Vec<InstanceId>, Failure> {
+        let open = self.connection()?;
+        open.0.list_all_domains(0).map_err(|e| failure(&e))?.iter().map(uuid).collect()
+    }
+
     fn look(&self, instance: InstanceId) -> Result<Option<Running>, Failure> {
         let open = self.connection()?;
         match self.find(&open, instance) {

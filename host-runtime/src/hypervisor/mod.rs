@@ -78,6 +78,12 @@ pub trait Hypervisor: Send + Sync {
     /// [`Failure::Away`].
     fn running(&self) -> Result<Vec<InstanceId>, Failure>;
 
+    /// All domains, whether they run or not.
+    ///
+    /// # Errors
+    /// [`Failure::Away`].
+    fn all(&self) -> Result<Vec<InstanceId>, Failure>;
+
     /// One domain; `None` when it does not run.
     ///
     /// # Errors

@@ -340,6 +340,10 @@ impl Hypervisor for SimulatedHypervisor {
         Ok(self.domains().contains_key(&instance))
     }
 
+    fn all(&self) -> Result<Vec<InstanceId>, Failure> {
+        Ok(self.domains().keys().copied().collect())
+    }
+
     fn xml(&self, instance: InstanceId) -> Result<Option<String>, Failure> {
         Ok(self.domains().get(&instance).map(|domain| xml(instance, domain)))
     }

@@ -1,0 +1,65 @@
+//! The audit: who got what, when, why.
+
+use std::sync::Arc;
+
+use axum::extract::State;
+use axum::response::Response;
+use maud::{Markup, html};
+use serde::Deserialize;
+use virt_usb_store::events::{EventRow, Filter};
+
+use super::super::Api;
+use super::super::events;
+use super::super::fault::Fault;
+use super::super::request::Asked;
+use super::pages::{page, table, time};
+use super::session::Signed;
+
+/// So many on a page.
+const PAGE: usize = 100;
+
+/// From where on.
+#[derive(Deserialize)]
+pub(super) struct Query {
+    #[serde(default)]
+    before: i64,
+}
+
+/// Events as a table; of one server, or with each one's.
+pub(super) fn rows(story: &[EventRow], of_one: bool) -> Markup {
+    let row = |event: &EventRow| {
+        html! {
+            td { (time(&event.at)) }
+            td { (event.event) }
+            td { @if let Some(id) = event.device_id { a href={ "/portal/devices/" (id) } { (id) } } }
+            @if !of_one {
+                td { @if let (Some(id), Some(domain)) = (event.instance_uuid, &event.domain) { a href={ "/portal/servers/" (id) } { (domain) } } }
+            }
+            td { (event.actor) }
+            td.text { (event.detail.as_deref().unwrap_or_default()) }
+        }
+    };
+    let rows: Vec<Markup> = story.iter().map(row).collect();
+    let mut heads = vec!["When (UTC)", "What", "Device", "Server", "By", "Why"];
+    if of_one {
+        heads.remove(3);
+    }
+    html! {
+        @if rows.is_empty() { p { "Nothing that you may know of." } } @else { (table("Events, newest first", &heads, &rows)) }
+    }
+}
+
+pub(super) async fn list(
+    State(api): State<Arc<Api>>,
+    signed: Signed,
+    Asked(query): Asked<Query>,
+) -> Result<Response, Fault> {
+    let (story, more) =
+        events::read(&api, signed.caller.clone(), Filter::default(), query.before.max(0), PAGE).await?;
+    let last = story.last().map_or(0, |event| event.id);
+    let main = html! {
+        div id="events" data-live[query.before == 0] { (rows(&story, false)) }
+        @if more { p { a href={ "/portal/events?before=" (last) } { "Older" } } }
+    };
+    Ok(page("Audit", Some(&signed), &main))
+}

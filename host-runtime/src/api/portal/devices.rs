@@ -1,0 +1,219 @@
+//! Devices: all that there are, and one with its story.
+
+use std::sync::Arc;
+
+use axum::extract::State;
+use axum::response::Response;
+use maud::{Markup, html};
+use serde::Deserialize;
+use virt_usb_store::events::Filter;
+
+use super::super::Api;
+use super::super::devices::{Change, DeviceName, change as change_device};
+use super::super::documents::{Totals, UsbDevice};
+use super::super::events;
+use super::super::fault::Fault;
+use super::super::policy::{Call, may};
+use super::super::request::{Asked, Named};
+use super::audit::rows;
+use super::pages::{csrf, name, page, quoted, see, state, table, time, words};
+use super::session::{Sent, Signed};
+
+/// So many on a page.
+const PAGE: usize = 100;
+/// So much of a device's story on its page.
+const STORY: usize = 20;
+
+/// Which devices.
+#[derive(Deserialize)]
+pub(super) struct Query {
+    #[serde(default)]
+    q: String,
+    #[serde(default)]
+    state: String,
+    /// The last of the page before.
+    #[serde(default)]
+    after: u64,
+}
+
+const STATES: [(&str, &str); 6] = [
+    ("", "any"),
+    ("available", "free"),
+    ("claimed", "on its way"),
+    ("allocated", "in use"),
+    ("removed", "unplugged"),
+    ("unavailable", "not to be had"),
+];
+
+/// Whether each word of the search is somewhere in what is shown.
+fn found(device: &UsbDevice, search: &str) -> bool {
+    let all = format!(
+        "{} {}:{} {} {} {} {} {}",
+        name(device),
+        device.vendor_id,
+        device.product_id,
+        device.serial.as_deref().unwrap_or_default(),
+        device.port_path,
+        device.tags.join(" "),
+        device.held_by.as_deref().unwrap_or_default(),
+        words(device).0,
+    )
+    .to_lowercase();
+    search.to_lowercase().split_whitespace().all(|word| all.contains(word))
+}
+
+pub(super) async fn list(
+    State(api): State<Arc<Api>>,
+    signed: Signed,
+    Asked(query): Asked<Query>,
+) -> Result<Response, Fault> {
+    let snapshot = api.inventory.now()?;
+    let totals = Totals::of(snapshot.seen(&signed.caller));
+    let after = |record: &&virt_usb_store::Record| record.entry.id.get() > query.after;
+    let all =
+        snapshot.seen(&signed.caller).filter(after).map(|record| snapshot.shown(record, &signed.caller));
+    let is_wanted = |device: &UsbDevice| {
+        (query.state.is_empty() || query.state == device.status) && found(device, &query.q)
+    };
+    let mut devices: Vec<UsbDevice> = all.filter(is_wanted).take(PAGE + 1).collect();
+    let more = devices.len() > PAGE;
+    devices.truncate(PAGE);
+    let rows: Vec<Markup> = devices.iter().map(|device| row(device, &signed)).collect();
+    let last = devices.last().map_or(0, |device| device.id);
+    let main = html! {
+        form.filter role="search" {
+            label { "Search" input name="q" type="search" value=(query.q) placeholder="name, serial, tag, server"; }
+            label { "State" select name="state" {
+                @for (value, word) in STATES { option value=(value) selected[value == query.state] { (word) } }
+            } }
+            button { "Show" }
+        }
+        div id="devices" data-live {
+            p.note { "Host " (api.host) ": " (totals.total) " devices, " (totals.available) " free, " (totals.claimed + totals.allocated) " in use." }
+            @if rows.is_empty() {
+                p { "No device here " @if query.q.is_empty() && query.state.is_empty() { "that you may see. Plug one in: it appears by itself." } @else { "is like that." } }
+            } @else {
+                (table("Devices", &["Device", "State", "Held by", "Since", "Serial", "USB ID", "Port", "Action"], &rows))
+            }
+        }
+        @if more {
+            p { a href={ "/portal/?q=" (quoted(&query.q)) "&state=" (quoted(&query.state)) "&after=" (last) } { "More" } }
+        }
+    };
+    Ok(page("Devices", Some(&signed), &main))
+}
+
+/// Who has it, where that may be known.
+pub(super) fn holder(device: &UsbDevice) -> Markup {
+    html! {
+        @if let Some(by) = &device.held_by { a href={ "/portal/servers/" (device.instance_uuid) } { (by) } }
+    }
+}
+
+/// What can be done with it now.
+fn hands(device: &UsbDevice, signed: &Signed) -> Markup {
+    html! {
+        @if signed.may_act() {
+            @if device.held_by.is_some() {
+                a href={ "/portal/detach?server=" (device.instance_uuid) "&device=" (device.id) } aria-label={ "Detach " (name(device)) } { "Detach" }
+            } @else if device.status == "available" {
+                a href={ "/portal/attach?device=" (device.id) } aria-label={ "Attach " (name(device)) } { "Attach" }
+            }
+        }
+    }
+}
+
+fn row(device: &UsbDevice, signed: &Signed) -> Markup {
+    html! {
+        th scope="row" { a href={ "/portal/devices/" (device.id) } { (name(device)) } }
+        td { (state(device)) }
+        td { (holder(device)) }
+        td { @if let Some(since) = &device.held_since { (time(since)) } }
+        td { (device.serial.as_deref().unwrap_or("none")) }
+        td { (device.vendor_id) ":" (device.product_id) }
+        td { (device.port_path) }
+        td { (hands(device, signed)) }
+    }
+}
+
+pub(super) async fn show(
+    State(api): State<Arc<Api>>,
+    signed: Signed,
+    Named(DeviceName { usb_device_id }): Named<DeviceName>,
+) -> Result<Response, Fault> {
+    let (id, device) = api.device(&signed.caller, Call::LookAt, &usb_device_id)?;
+    let filter = Filter { device: Some(id), ..Filter::default() };
+    let (story, _) = events::read(&api, signed.caller.clone(), filter, 0, STORY).await?;
+    let main = html! {
+        div id="device" data-live {
+            dl {
+                dt { "State" } dd { (state(&device)) }
+                @if device.held_by.is_some() {
+                    dt { "Held by" } dd { (holder(&device)) }
+                    dt { "Since" } dd { @if let Some(since) = &device.held_since { (time(since)) } }
+                }
+                dt { "USB ID" } dd { (device.vendor_id) ":" (device.product_id) }
+                dt { "Serial" } dd { (device.serial.as_deref().unwrap_or("none")) " (" (device.serial_kind) ")" }
+                dt { "Port" } dd { (device.port_path) ", " (device.address) }
+                dt { "Speed" } dd { (device.speed.as_deref().unwrap_or("unknown")) }
+                @if !device.tags.is_empty() { dt { "Tags" } dd { (device.tags.join(", ")) } }
+                @if !device.extra_info.is_empty() { dt { "Note" } dd { (device.extra_info) } }
+                @if let Some(used) = &device.host_use { dt { "Used by the host" } dd { (used) } }
+            }
+            div.actions {
+                (hands(&device, &signed))
+                @if signed.caller.is_admin() { a href={ "/portal/flavors/new?device=" (device.id) } { "Make a flavor of it" } }
+            }
+            @if signed.caller.is_admin() { (changes(&device, &signed)) }
+            h2 { "What happened" }
+            (rows(&story, false))
+        }
+    };
+    Ok(page(&name(&device), Some(&signed), &main))
+}
+
+/// What an administrator may do about it.
+fn changes(device: &UsbDevice, signed: &Signed) -> Markup {
+    let reason = device.status_reason.as_deref();
+    html! {
+        h2 { "Administration" }
+        form.actions method="post" action={ "/portal/devices/" (device.id) "/change" } {
+            (csrf(signed))
+            @if reason == Some("disabled") {
+                button name="change" value="enable" { "Enable" }
+            } @else {
+                label { "Why" input name="reason" maxlength="255" id="reason"; }
+                button name="change" value="disable" { "Disable" }
+            }
+            @if matches!(reason, Some("quarantined" | "flapping")) {
+                button name="change" value="clear_quarantine" { "End the quarantine" }
+            }
+        }
+    }
+}
+
+#[derive(Deserialize)]
+pub(super) struct Wish {
+    change: String,
+    #[serde(default)]
+    reason: String,
+}
+
+pub(super) async fn change(
+    State(api): State<Arc<Api>>,
+    Named(DeviceName { usb_device_id }): Named<DeviceName>,
+    Sent(signed, wish): Sent<Wish>,
+) -> Result<Response, Fault> {
+    let change = match wish.change.as_str() {
+        "enable" => Change::Enable,
+        "disable" => {
+            let why: String = wish.reason.chars().take(255).collect();
+            Change::Disable(Some(why).filter(|why| !why.trim().is_empty()))
+        }
+        "clear_quarantine" => Change::ClearQuarantine,
+        other => return Err(Fault::bad_request(format!("There is no such action: {other}."))),
+    };
+    Fault::unless(may(&signed.caller, Call::ChangeDevice), Fault::forbidden)?;
+    let device = change_device(&api, &signed.caller, usb_device_id, change).await?;
+    Ok(see(&format!("/portal/devices/{}", device.id)))
+}

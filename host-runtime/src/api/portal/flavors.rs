@@ -1,0 +1,149 @@
+//! Flavors: what there is, and one written from a device.
+
+use std::sync::Arc;
+
+use axum::extract::State;
+use axum::response::Response;
+use maud::{Markup, html};
+use serde::Deserialize;
+use serde_json::{Map, Value, json};
+
+use super::super::Api;
+use super::super::documents::UsbDevice;
+use super::super::fault::Fault;
+use super::super::flavors::{all, end, store as store_flavor};
+use super::super::policy::Call;
+use super::super::request::Asked;
+use super::pages::{csrf, name, page, quoted, see, table, time};
+use super::session::{Sent, Signed};
+
+pub(super) async fn list(State(api): State<Arc<Api>>, signed: Signed) -> Result<Response, Fault> {
+    let flavors = all(&api, &signed.caller).await?;
+    let row = |stored: &virt_usb_store::StoredFlavor| {
+        let flavor = &stored.flavor;
+        html! {
+            th scope="row" { (stored.name) }
+            td.text {
+                @for request in &flavor.usb_devices { div { code { (request) } } }
+                @for request in &flavor.usb_redirection_devices { div { code { (json!(request)) } } }
+            }
+            td { (time(&stored.updated_at)) }
+            td { @if signed.caller.is_admin() {
+                a href={ "/portal/flavors/remove?name=" (quoted(&stored.name)) } aria-label={ "Remove " (stored.name) } { "Remove" }
+            } }
+        }
+    };
+    let rows: Vec<Markup> = flavors.iter().map(row).collect();
+    let main = html! {
+        @if rows.is_empty() { p { "There are no flavors yet." } } @else { (table("Flavors", &["Name", "Asks for", "Changed", "Action"], &rows)) }
+        p.note { "A server asks for a flavor by " code { "usb:devices=@NAME" } " in its extra specs. A device's page makes one of it." }
+    };
+    Ok(page("Flavors", Some(&signed), &main))
+}
+
+/// Of which device.
+#[derive(Deserialize)]
+pub(super) struct Query {
+    device: String,
+}
+
+/// What tells this very device from all others.
+fn very(device: &UsbDevice) -> (&'static str, String, &'static str) {
+    match &device.serial {
+        Some(serial) if device.serial_kind == "unique" => {
+            ("serial", serial.clone(), "this very one, by its serial")
+        }
+        _ => ("port", device.port_path.clone(), "whatever of this kind is in its port"),
+    }
+}
+
+pub(super) async fn form(
+    State(api): State<Arc<Api>>,
+    signed: Signed,
+    Asked(query): Asked<Query>,
+) -> Result<Response, Fault> {
+    let (_, device) = api.device(&signed.caller, Call::ChangeFlavor, &query.device)?;
+    let (_, value, which) = very(&device);
+    let main = html! {
+        p { "A flavor that asks for " b { (name(&device)) } ". One of the same name is replaced." }
+        form.stack method="post" action="/portal/flavors" {
+            (csrf(&signed))
+            input type="hidden" name="device" value=(device.id);
+            label for="name" { "Name" }
+            input id="name" name="name" required maxlength="255" pattern="[^@].*";
+            fieldset {
+                legend { "Which device" }
+                label { input type="radio" name="which" value="kind" checked; "any of this kind (" (device.vendor_id) ":" (device.product_id) ")" }
+                label { input type="radio" name="which" value="very"; (which) " (" (value) ")" }
+            }
+            label for="count" { "How many of the kind" }
+            input id="count" name="count" type="number" min="1" max="127" value="1";
+            button { "Write the flavor" }
+        }
+    };
+    Ok(page("New flavor", Some(&signed), &main))
+}
+
+#[derive(Deserialize)]
+pub(super) struct Wish {
+    device: String,
+    name: String,
+    which: String,
+    #[serde(default)]
+    count: String,
+}
+
+pub(super) async fn store(
+    State(api): State<Arc<Api>>,
+    Sent(signed, wish): Sent<Wish>,
+) -> Result<Response, Fault> {
+    let (_, device) = api.device(&signed.caller, Call::ChangeFlavor, &wish.device)?;
+    let mut request = Map::new();
+    request.insert("vendor_id".into(), json!(device.vendor_id));
+    request.insert("product_id".into(), json!(device.product_id));
+    match wish.which.as_str() {
+        "kind" => {
+            let count = wish.count.trim();
+            let count: u32 = if count.is_empty() {
+                1
+            } else {
+                count.parse().map_err(|_| Fault::bad_request(format!("How many: {count:?} is no number.")))?
+            };
+            request.insert("count".into(), json!(count));
+        }
+        "very" => {
+            let (key, value, _) = very(&device);
+            request.insert(key.into(), Value::String(value));
+        }
+        _ => return Err(Fault::bad_request("Which device: wanted any of the kind, or this very one.")),
+    }
+    let text = json!({ "usb_devices": [request] }).to_string();
+    store_flavor(&api, signed.caller, wish.name.trim().to_owned(), &text).await?;
+    Ok(see("/portal/flavors"))
+}
+
+#[derive(Deserialize)]
+pub(super) struct Removal {
+    name: String,
+}
+
+pub(super) async fn removal(signed: Signed, Asked(removal): Asked<Removal>) -> Response {
+    let main = html! {
+        p { "Remove the flavor " b { (removal.name) } "? Servers that name it do not start any more; what runs keeps its devices." }
+        form.actions method="post" action="/portal/flavors/remove" {
+            (csrf(&signed))
+            input type="hidden" name="name" value=(removal.name);
+            button { "Remove" }
+            a href="/portal/flavors" { "Leave it" }
+        }
+    };
+    page("Remove a flavor", Some(&signed), &main)
+}
+
+pub(super) async fn remove(
+    State(api): State<Arc<Api>>,
+    Sent(signed, removal): Sent<Removal>,
+) -> Result<Response, Fault> {
+    end(&api, signed.caller, removal.name).await?;
+    Ok(see("/portal/flavors"))
+}

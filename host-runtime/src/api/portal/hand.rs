@@ -1,0 +1,252 @@
+//! Handing a device to a server, and taking it back: a question first, then the progress, then what came of it.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use axum::extract::State;
+use axum::http::header::{HeaderValue, REFRESH};
+use axum::response::Response;
+use maud::{Markup, html};
+use serde::Deserialize;
+use tokio::sync::watch;
+use virt_usb_model::{DeviceRequest, Flavor};
+
+use super::super::Api;
+use super::super::documents::UsbDevice;
+use super::super::fault::{Fault, sentence};
+use super::super::policy::Call;
+use super::super::request::{Asked, Named};
+use super::super::servers::{Server, perform};
+use super::pages::{csrf, name, page, see};
+use super::session::{Sent, Signed, secret};
+
+/// So long an action may take until its page is shown, which then asks again and again.
+const AT_ONCE: Duration = Duration::from_millis(800);
+/// So many actions are remembered.
+const MOST: usize = 256;
+/// So many devices can be chosen from; the others are found by searching for them.
+const CHOICE: usize = 500;
+
+/// An action that was begun.
+#[derive(Clone)]
+struct Action {
+    /// Whose: the session.
+    owner: String,
+    title: String,
+    server: String,
+    begun: Instant,
+    /// What came of it; none: nothing yet.
+    outcome: watch::Receiver<Option<Result<String, Fault>>>,
+}
+
+/// The actions, by random numbers.
+#[derive(Default)]
+pub(super) struct Hands(Mutex<BTreeMap<String, Action>>);
+
+impl Hands {
+    fn add(&self, action: Action) -> Result<String, Fault> {
+        let id = secret()?;
+        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        while all.len() >= MOST {
+            let oldest = all.iter().min_by_key(|(_, action)| action.begun).map(|(id, _)| id.clone());
+            oldest.and_then(|id| all.remove(&id));
+        }
+        all.insert(id.clone(), action);
+        Ok(id)
+    }
+
+    fn of(&self, owner: &str, id: &str) -> Option<Action> {
+        let all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        all.get(id).filter(|action| action.owner == owner).cloned()
+    }
+}
+
+/// What is to go where.
+#[derive(Deserialize)]
+pub(super) struct Wish {
+    #[serde(default)]
+    device: String,
+    #[serde(default)]
+    server: String,
+    /// A request as flavors have it, in the place of a device.
+    #[serde(default)]
+    request: String,
+}
+
+impl Wish {
+    fn request(&self) -> Result<DeviceRequest, Fault> {
+        let text = match self.request.as_str() {
+            "" => format!(
+                "[{{\"id\":{}}}]",
+                self.device.trim().parse::<u64>().map_err(|_| Fault::bad_request("Choose a device."))?
+            ),
+            request => format!("[{request}]"),
+        };
+        let parsed = Flavor::parse_lists(Some(&text), None)
+            .map_err(|e| Fault::bad_request(sentence(&e.to_string())))?;
+        let mut requests = parsed.usb_devices.into_iter();
+        match (requests.next(), requests.next()) {
+            (Some(request), None) => Ok(DeviceRequest { count: 1, ..request }),
+            _ => Err(Fault::bad_request("Choose one device.")),
+        }
+    }
+}
+
+fn option(device: &UsbDevice) -> String {
+    let serial = device.serial.as_deref().map(|serial| format!(", serial {serial}")).unwrap_or_default();
+    format!(
+        "{} ({}:{}{serial}, port {})",
+        name(device),
+        device.vendor_id,
+        device.product_id,
+        device.port_path
+    )
+}
+
+/// Which device to which server: what is known already is asked no more.
+pub(super) async fn attach_page(
+    State(api): State<Arc<Api>>,
+    signed: Signed,
+    Asked(wish): Asked<Wish>,
+) -> Result<Response, Fault> {
+    let servers: Vec<Server> = if wish.server.is_empty() {
+        api.servers(&signed.caller).await?
+    } else {
+        vec![api.server(&signed.caller, Call::Attach, &wish.server).await?]
+    };
+    let devices: Vec<UsbDevice> = if wish.device.is_empty() {
+        let snapshot = api.inventory.now()?;
+        let free = snapshot.seen(&signed.caller).filter(|record| record.entry.status == "available");
+        free.take(CHOICE).map(|record| snapshot.shown(record, &signed.caller)).collect()
+    } else {
+        vec![api.device(&signed.caller, Call::Attach, &wish.device)?.1]
+    };
+    let main = html! {
+        @if servers.is_empty() {
+            p.bad { "No server of your project is on this host." }
+        } @else if devices.is_empty() {
+            p.bad { "No device is free." }
+        } @else {
+            form.stack method="post" action="/portal/attach" {
+                (csrf(&signed))
+                label for="device" { "Device" }
+                select id="device" name="device" { @for device in &devices { option value=(device.id) { (option(device)) } } }
+                label for="server" { "To the server" }
+                select id="server" name="server" {
+                    @for server in &servers { option value=(server.id) { (server.name) @if !server.running { " (stopped: from its next start)" } } }
+                }
+                p.note { "A server that runs has it at once, and at each of its starts until it is detached." }
+                div.actions { button { "Attach" } a href="/portal/" { "Leave it" } }
+            }
+        }
+    };
+    Ok(page("Attach a device", Some(&signed), &main))
+}
+
+/// Whether it is really to be taken.
+pub(super) async fn detach_page(
+    State(api): State<Arc<Api>>,
+    signed: Signed,
+    Asked(wish): Asked<Wish>,
+) -> Result<Response, Fault> {
+    let server = api.server(&signed.caller, Call::Detach, &wish.server).await?;
+    let what = if wish.request.is_empty() {
+        option(&api.device(&signed.caller, Call::LookAt, &wish.device)?.1)
+    } else {
+        wish.request()?.to_string()
+    };
+    let main = html! {
+        p { "Take " b { (what) } " from " b { (server.name) } "?" }
+        @if server.running { p.busy { "It is as if its plug were pulled: whatever in the server uses it should have ended, and a file system on it be unmounted." } }
+        form.actions method="post" action="/portal/detach" {
+            (csrf(&signed))
+            input type="hidden" name="server" value=(server.id);
+            input type="hidden" name="device" value=(wish.device);
+            input type="hidden" name="request" value=(wish.request);
+            button { "Detach" }
+            a href={ "/portal/servers/" (server.id) } { "Leave it" }
+        }
+    };
+    Ok(page("Detach a device", Some(&signed), &main))
+}
+
+pub(super) async fn attach(
+    State(api): State<Arc<Api>>,
+    Sent(signed, wish): Sent<Wish>,
+) -> Result<Response, Fault> {
+    begin(&api, signed, Call::Attach, &wish).await
+}
+
+pub(super) async fn detach(
+    State(api): State<Arc<Api>>,
+    Sent(signed, wish): Sent<Wish>,
+) -> Result<Response, Fault> {
+    begin(&api, signed, Call::Detach, &wish).await
+}
+
+/// It goes on though the browser hang up; its page says how it goes.
+async fn begin(api: &Arc<Api>, signed: Signed, call: Call, wish: &Wish) -> Result<Response, Fault> {
+    let request = wish.request()?;
+    let server = api.server(&signed.caller, call, &wish.server).await?;
+    let attach = call == Call::Attach;
+    let (to, mut outcome) = watch::channel(None);
+    let action = Action {
+        owner: signed.id,
+        title: format!("{} {}", if attach { "Attaching to" } else { "Detaching from" }, server.name),
+        server: server.id.to_string(),
+        begun: Instant::now(),
+        outcome: outcome.clone(),
+    };
+    let id = api.portal.hands.add(action)?;
+    let (api, caller) = (api.clone(), signed.caller);
+    tokio::spawn(async move {
+        let whom = server.name.clone();
+        let done = perform(&api, caller, call, server, vec![request]).await;
+        let told = done.map(|acted| {
+            let names: Vec<String> = acted.usb_devices.iter().map(name).collect();
+            match (attach, acted.live, names.is_empty()) {
+                (true, true, _) => format!("{whom} has {}.", names.join(", ")),
+                (true, false, _) => format!("{whom} gets it at its next start."),
+                (false, _, true) => format!("{whom} does not get it any more."),
+                (false, _, false) => format!("{whom} has given back {}.", names.join(", ")),
+            }
+        });
+        to.send_replace(Some(told));
+    });
+    // Most are done before anybody could read that they are being done.
+    drop(tokio::time::timeout(AT_ONCE, outcome.wait_for(Option::is_some)).await);
+    Ok(see(&format!("/portal/actions/{id}")))
+}
+
+/// A path's action.
+#[derive(Deserialize)]
+pub(super) struct ActionName {
+    id: String,
+}
+
+pub(super) async fn show(
+    State(api): State<Arc<Api>>,
+    signed: Signed,
+    Named(ActionName { id }): Named<ActionName>,
+) -> Result<Response, Fault> {
+    let gone = || Fault::not_found("This action is not known any more: the server's page shows what it has.");
+    let action = api.portal.hands.of(&signed.id, &id).ok_or_else(gone)?;
+    let outcome = action.outcome.borrow().clone();
+    let links = html! { p.actions { a href={ "/portal/servers/" (action.server) } { "To the server" } a href="/portal/" { "To the devices" } } };
+    let (main, done): (Markup, bool) = match &outcome {
+        None => (
+            html! { p.busy role="status" { "This goes on since " (action.begun.elapsed().as_secs()) " s; libvirt and the guest take their time. This page asks again by itself." } },
+            false,
+        ),
+        Some(Ok(told)) => (html! { p.good role="status" { (told) } }, true),
+        Some(Err(fault)) => {
+            (html! { p.bad role="alert" { (fault.message) } p { "Nothing was changed." } }, true)
+        }
+    };
+    let mut page = page(&action.title, Some(&signed), &html! { (main) (links) });
+    if !done {
+        page.headers_mut().insert(REFRESH, HeaderValue::from_static("1"));
+    }
+    Ok(page)
+}

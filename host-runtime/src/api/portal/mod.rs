@@ -1,0 +1,95 @@
+//! The portal: what the API can do, as pages for people. No page needs a script; one script keeps open pages up to date.
+//!
+//! ```text
+//!  browser ─► session (cookie, token looked up, form's secret) ─► a page's handler ─► the same functions as the API's calls
+//!     ▲                                                             │
+//!     └────── live (server-sent events) ◄── inventory               └─► hand: attach, detach, with their progress
+//! ```
+//! | module | what it does |
+//! |---|---|
+//! | `session` | who has signed in; forms that come from here |
+//! | `pages` | what all pages have in common; words |
+//! | `sign_in`, `devices`, `servers`, `flavors`, `audit` | the pages |
+//! | `hand` | handing a device to a server and taking it back |
+//! | `live` | tells open pages that something has changed |
+//!
+//! It decides nothing: the policy is the API's, and what is shown is what the API would answer to the same token.
+
+mod audit;
+mod devices;
+mod flavors;
+mod hand;
+mod live;
+mod pages;
+mod servers;
+mod session;
+mod sign_in;
+
+use std::sync::Arc;
+
+use axum::Router;
+use axum::extract::Request;
+use axum::middleware::{Next, from_fn};
+use axum::response::Response;
+use axum::routing::{get, post};
+use tokio::sync::Semaphore;
+
+use super::Api;
+use super::fault::Fault;
+
+/// What the portal remembers.
+pub(super) struct Portal {
+    sessions: session::Sessions,
+    hands: hand::Hands,
+    watchers: Arc<Semaphore>,
+}
+
+impl Default for Portal {
+    fn default() -> Self {
+        Self {
+            sessions: Default::default(),
+            hands: Default::default(),
+            watchers: Arc::new(Semaphore::new(live::MOST)),
+        }
+    }
+}
+
+pub(super) fn routes() -> Router<Arc<Api>> {
+    let pages = Router::new()
+        .route("/portal/", get(devices::list))
+        .route("/portal/sign-in", get(sign_in::show).post(sign_in::sign_in))
+        .route("/portal/sign-out", post(sign_in::sign_out))
+        .route("/portal/devices/{usb_device_id}", get(devices::show))
+        .route("/portal/devices/{usb_device_id}/change", post(devices::change))
+        .route("/portal/servers", get(servers::list))
+        .route("/portal/servers/{server_id}", get(servers::show))
+        .route("/portal/attach", get(hand::attach_page).post(hand::attach))
+        .route("/portal/detach", get(hand::detach_page).post(hand::detach))
+        .route("/portal/actions/{id}", get(hand::show))
+        .route("/portal/flavors", get(flavors::list).post(flavors::store))
+        .route("/portal/flavors/new", get(flavors::form))
+        .route("/portal/flavors/remove", get(flavors::removal).post(flavors::remove))
+        .route("/portal/events", get(audit::list))
+        .route("/portal/live", get(live::live))
+        .method_not_allowed_fallback(super::request::no_method)
+        .layer(from_fn(for_people));
+    Router::new()
+        .route("/", get(|| async { pages::see("/portal/") }))
+        .route("/portal", get(|| async { pages::see("/portal/") }))
+        .route("/portal/style.css", get(pages::style))
+        .route("/portal/live.js", get(pages::script))
+        .merge(pages)
+}
+
+/// What could not be done is said on a page, too.
+async fn for_people(request: Request, next: Next) -> Response {
+    let response = next.run(request).await;
+    match response.extensions().get::<Fault>() {
+        Some(fault) => {
+            let mut page = pages::refusal(fault);
+            page.extensions_mut().insert(fault.clone());
+            page
+        }
+        None => response,
+    }
+}

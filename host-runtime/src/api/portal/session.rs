@@ -1,0 +1,252 @@
+//! Who has signed in. A session is a random number in a cookie; what it stands for stays here, in memory: the token, which is looked up anew
+//! for each page, so that one that ends or is removed ends its sessions. With the agent they end too.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use axum::extract::{FromRequest, FromRequestParts, OptionalFromRequestParts, Request};
+use axum::http::HeaderMap;
+use axum::http::header::{COOKIE, HOST, HeaderName, ORIGIN};
+use axum::http::request::Parts;
+use axum::response::{IntoResponse, Response};
+use serde::de::DeserializeOwned;
+use virt_usb_filter_host::{hex, sha256};
+
+use super::super::Api;
+use super::super::fault::{Fault, sentence};
+use super::super::identity::{Caller, Role, Unknown};
+use super::super::request::form;
+use super::pages::see;
+
+/// The cookie's name.
+const COOKIE_NAME: &str = "virt-usb-portal";
+/// Without a page for so long a session ends ...
+const IDLE: Duration = Duration::from_secs(3600);
+/// ... and after so long in any case.
+const LIFETIME: Duration = Duration::from_secs(12 * 3600);
+/// So many at once; with one more the one that idles longest ends.
+const MOST: usize = 1024;
+
+struct Session {
+    token: String,
+    csrf: String,
+    begun: Instant,
+    used: Instant,
+}
+
+impl Session {
+    fn is_over(&self) -> bool {
+        self.used.elapsed() > IDLE || self.begun.elapsed() > LIFETIME
+    }
+}
+
+/// All sessions, by the hash of their number: how long one is looked for says nothing about any.
+#[derive(Default)]
+pub(in super::super) struct Sessions(Mutex<HashMap<String, Session>>);
+
+/// 256 random bits, hexadecimal.
+pub(super) fn secret() -> Result<String, Fault> {
+    let mut bytes = [0; 32];
+    getrandom::fill(&mut bytes).map_err(|e| Fault::internal(e.to_string()))?;
+    Ok(hex(&bytes))
+}
+
+fn hash(secret: &str) -> String {
+    hex(&sha256(secret.as_bytes()))
+}
+
+impl Sessions {
+    /// Begins a session; returns the cookie that stands for it.
+    pub(super) fn begin(&self, token: String) -> Result<String, Fault> {
+        let (number, now) = (secret()?, Instant::now());
+        let session = Session { token, csrf: secret()?, begun: now, used: now };
+        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        all.retain(|_, session| !session.is_over());
+        while all.len() >= MOST {
+            let oldest = all.iter().min_by_key(|(_, session)| session.used).map(|(id, _)| id.clone());
+            oldest.and_then(|id| all.remove(&id));
+        }
+        all.insert(hash(&number), session);
+        Ok(cookie(&number, LIFETIME.as_secs()))
+    }
+
+    fn use_it(&self, id: &str) -> Option<(String, String)> {
+        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if all.get(id)?.is_over() {
+            all.remove(id);
+            return None;
+        }
+        let session = all.get_mut(id)?;
+        session.used = Instant::now();
+        Some((session.token.clone(), session.csrf.clone()))
+    }
+
+    /// Ends a session; returns what takes its cookie away.
+    pub(super) fn end(&self, id: &str) -> String {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).remove(id);
+        cookie("", 0)
+    }
+}
+
+fn cookie(value: &str, seconds: u64) -> String {
+    format!("{COOKIE_NAME}={value}; Path=/portal; HttpOnly; SameSite=Strict; Max-Age={seconds}")
+}
+
+fn number(headers: &HeaderMap) -> Option<&str> {
+    let lines = headers.get_all(COOKIE).iter().filter_map(|line| line.to_str().ok());
+    lines
+        .flat_map(|line| line.split(';'))
+        .find_map(|pair| pair.trim().strip_prefix(COOKIE_NAME)?.strip_prefix('='))
+}
+
+/// Somebody who has signed in.
+#[derive(Debug, Clone)]
+pub(super) struct Signed {
+    pub(super) caller: Caller,
+    /// What a form must bring along: no other site knows it.
+    pub(super) csrf: String,
+    /// Which session.
+    pub(super) id: String,
+}
+
+impl Signed {
+    /// Whether forms are shown that attach and detach.
+    pub(super) fn may_act(&self) -> bool {
+        self.caller.role >= Role::Member
+    }
+
+    async fn of(parts: &Parts, api: &Arc<Api>) -> Result<Option<Self>, Fault> {
+        let Some(id) = number(&parts.headers).map(hash) else { return Ok(None) };
+        let Some((token, csrf)) = api.portal.sessions.use_it(&id) else { return Ok(None) };
+        match api.identity.caller(&token).await {
+            Ok(caller) => Ok(Some(Self { caller, csrf, id })),
+            Err(Unknown::Nobody) => {
+                api.portal.sessions.end(&id);
+                Ok(None)
+            }
+            Err(Unknown::Unavailable(why)) => Err(Fault::cannot_tell(why)),
+        }
+    }
+}
+
+impl FromRequestParts<Arc<Api>> for Signed {
+    type Rejection = Response;
+
+    async fn from_request_parts(parts: &mut Parts, api: &Arc<Api>) -> Result<Self, Response> {
+        match Self::of(parts, api).await {
+            Ok(Some(signed)) => Ok(signed),
+            Ok(None) => Err(see("/portal/sign-in")),
+            Err(fault) => Err(fault.into_response()),
+        }
+    }
+}
+
+impl OptionalFromRequestParts<Arc<Api>> for Signed {
+    type Rejection = Response;
+
+    async fn from_request_parts(parts: &mut Parts, api: &Arc<Api>) -> Result<Option<Self>, Response> {
+        Self::of(parts, api).await.map_err(IntoResponse::into_response)
+    }
+}
+
+/// Browsers say where a form comes from: from here, or it is not taken.
+pub(super) fn is_from_here(headers: &HeaderMap) -> Result<(), Fault> {
+    let text = |name: &HeaderName| headers.get(name).and_then(|value| value.to_str().ok());
+    let site = headers.get("sec-fetch-site").and_then(|value| value.to_str().ok());
+    let origin = text(&ORIGIN).map(|origin| origin.split_once("://").map_or(origin, |(_, host)| host));
+    let here = site.is_none_or(|site| matches!(site, "same-origin" | "none"))
+        && origin.is_none_or(|origin| Some(origin) == text(&HOST));
+    if here { Ok(()) } else { Err(foreign()) }
+}
+
+fn foreign() -> Fault {
+    Fault {
+        status: axum::http::StatusCode::FORBIDDEN,
+        ..Fault::bad_request(
+            "This form does not come from your session: open the page again, and send it from there.",
+        )
+    }
+}
+
+/// A form, sent by somebody who has signed in, from a page of his session.
+pub(super) struct Sent<T>(pub(super) Signed, pub(super) T);
+
+impl<T: DeserializeOwned> FromRequest<Arc<Api>> for Sent<T> {
+    type Rejection = Response;
+
+    async fn from_request(request: Request, api: &Arc<Api>) -> Result<Self, Response> {
+        let (mut parts, body) = request.into_parts();
+        let signed = <Signed as FromRequestParts<Arc<Api>>>::from_request_parts(&mut parts, api).await?;
+        let read = async {
+            is_from_here(&parts.headers)?;
+            let text = form(&parts.headers, body).await?;
+            let wrong = |e: serde_urlencoded::de::Error| {
+                Fault::bad_request(sentence(&format!("The form is wrong: {e}")))
+            };
+            let fields: Vec<(String, String)> = serde_urlencoded::from_str(&text).map_err(wrong)?;
+            let csrf = fields.iter().find(|(name, _)| name == "csrf").map(|(_, value)| hash(value));
+            if csrf != Some(hash(&signed.csrf)) {
+                return Err(foreign());
+            }
+            serde_urlencoded::from_str(&text).map_err(wrong)
+        };
+        match read.await {
+            Ok(value) => Ok(Self(signed, value)),
+            Err(fault) => Err(fault.into_response()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_session_is_its_cookie_and_nothing_else_is() {
+        let sessions = Sessions::default();
+        let cookie = sessions.begin("vusb_1".into()).unwrap();
+        let mut headers = HeaderMap::new();
+        assert_eq!(number(&headers), None);
+        let (pair, rest) = cookie.split_once(';').unwrap();
+        assert!(
+            ["HttpOnly", "SameSite=Strict", "Path=/portal"].iter().all(|part| rest.contains(part)),
+            "{rest}"
+        );
+        headers.append(COOKIE, format!("other=1; {pair}").parse().unwrap());
+        let id = hash(number(&headers).unwrap());
+        assert_eq!(sessions.use_it(&id).unwrap().0, "vusb_1");
+        assert_eq!(sessions.use_it(&hash("forged")), None);
+        assert!(sessions.end(&id).contains("Max-Age=0"));
+        assert_eq!(sessions.use_it(&id), None);
+    }
+
+    #[test]
+    fn there_is_an_end_to_how_many_there_are() {
+        let sessions = Sessions::default();
+        for n in 0..MOST + 8 {
+            sessions.begin(n.to_string()).unwrap();
+        }
+        assert_eq!(sessions.0.lock().unwrap().len(), MOST);
+    }
+
+    #[test]
+    fn a_form_of_another_site_is_not_taken() {
+        let asked = |pairs: &[(&'static str, &str)]| {
+            let mut headers = HeaderMap::new();
+            for (name, value) in pairs {
+                headers.insert(*name, value.parse().unwrap());
+            }
+            is_from_here(&headers).is_ok()
+        };
+        assert!(asked(&[("host", "127.0.0.1:8790")]));
+        assert!(asked(&[
+            ("host", "127.0.0.1:8790"),
+            ("origin", "http://127.0.0.1:8790"),
+            ("sec-fetch-site", "same-origin")
+        ]));
+        assert!(!asked(&[("host", "127.0.0.1:8790"), ("origin", "http://evil.example")]));
+        assert!(!asked(&[("host", "127.0.0.1:8790"), ("origin", "null")]));
+        assert!(!asked(&[("host", "127.0.0.1:8790"), ("sec-fetch-site", "cross-site")]));
+    }
+}

@@ -1,0 +1,79 @@
+//! Signing in with a token, and out.
+
+use std::sync::Arc;
+
+use axum::body::Body;
+use axum::extract::State;
+use axum::http::HeaderMap;
+use axum::http::header::{HeaderValue, SET_COOKIE};
+use axum::response::{IntoResponse, Response};
+use maud::{Markup, html};
+use serde::Deserialize;
+
+use super::super::Api;
+use super::super::fault::{Fault, sentence};
+use super::super::identity::Unknown;
+use super::super::request::form;
+use super::pages::{page, see};
+use super::session::{Sent, Signed, is_from_here};
+
+fn asks(wrong: bool) -> Markup {
+    html! {
+        @if wrong { p.bad role="alert" { "There is no such token, or it has ended. The host's administrator makes one: 'virt-usb token add'." } }
+        form.stack method="post" action="/portal/sign-in" {
+            label for="token" { "Token" }
+            input id="token" name="token" type="password" autocomplete="current-password" required autofocus spellcheck="false"
+                aria-invalid=[wrong.then_some("true")];
+            button { "Sign in" }
+        }
+        p.note { "A token begins with vusb_. It stands for one project, and says what you may do." }
+    }
+}
+
+pub(super) async fn show(signed: Option<Signed>) -> Response {
+    match signed {
+        Some(_) => see("/portal/"),
+        None => page("Sign in", None, &asks(false)),
+    }
+}
+
+#[derive(Deserialize)]
+struct Given {
+    token: String,
+}
+
+pub(super) async fn sign_in(
+    State(api): State<Arc<Api>>,
+    headers: HeaderMap,
+    body: Body,
+) -> Result<Response, Fault> {
+    // Else another site could sign its visitor in as whom it likes.
+    is_from_here(&headers)?;
+    let text = form(&headers, body).await?;
+    let Given { token } = serde_urlencoded::from_str(&text)
+        .map_err(|e| Fault::bad_request(sentence(&format!("The form is wrong: {e}"))))?;
+    match api.identity.caller(token.trim()).await {
+        Ok(_) => Ok(with_cookie(see("/portal/"), &api.portal.sessions.begin(token.trim().to_owned())?)),
+        Err(Unknown::Nobody) => {
+            let mut page = page("Sign in", None, &asks(true));
+            *page.status_mut() = axum::http::StatusCode::FORBIDDEN;
+            Ok(page)
+        }
+        Err(Unknown::Unavailable(why)) => Err(Fault::cannot_tell(why)),
+    }
+}
+
+#[derive(Deserialize)]
+pub(super) struct Nothing {}
+
+pub(super) async fn sign_out(
+    State(api): State<Arc<Api>>,
+    Sent(signed, Nothing {}): Sent<Nothing>,
+) -> Response {
+    with_cookie(see("/portal/sign-in"), &api.portal.sessions.end(&signed.id))
+}
+
+fn with_cookie(response: Response, cookie: &str) -> Response {
+    let value = HeaderValue::from_str(cookie).ok();
+    (value.map(|value| [(SET_COOKIE, value)]), response).into_response()
+}
