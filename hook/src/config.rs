@@ -95,6 +95,15 @@ pub enum Api {
     On(SocketAddr),
 }
 
+/// What the API's port proves itself with, and encrypts.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Tls {
+    /// PEM: the certificate, then those that lead to its authority.
+    pub certificate: PathBuf,
+    /// PEM: its private key.
+    pub key: PathBuf,
+}
+
 impl Default for Api {
     fn default() -> Self {
         Self::On(SocketAddr::from(([127, 0, 0, 1], 8790)))
@@ -150,6 +159,8 @@ pub struct Config {
     pub metrics: Metrics,
     /// Where its API is served.
     pub api: Api,
+    /// Its certificate; none: there is no TLS, and loopback addresses alone.
+    pub api_tls: Option<Tls>,
 }
 
 impl Default for Config {
@@ -172,6 +183,7 @@ impl Default for Config {
             require_agent: RequireAgent::default(),
             metrics: Metrics::default(),
             api: Api::default(),
+            api_tls: None,
         }
     }
 }
@@ -238,6 +250,7 @@ impl Config {
             .map_err(|e| e.to_string().replacen("usb_passthrough_whitelist", named, 1))?;
         let default = Self::default();
         let flapping = flapping(&raw, default.flapping)?;
+        let api_tls = tls(raw.api_certificate, raw.api_key)?;
         Ok(Self {
             state_dir: absolute("state_dir", raw.state_dir, default.state_dir)?,
             sysfs_root: absolute("sysfs_root", raw.sysfs_root, default.sysfs_root)?,
@@ -255,7 +268,8 @@ impl Config {
             on_attach_failure: raw.on_attach_failure,
             require_agent: require_agent(table.get("require_agent"))?,
             metrics: metrics(raw.metrics.as_deref())?,
-            api: api(raw.api.as_deref())?,
+            api: api(raw.api.as_deref(), api_tls.is_some())?,
+            api_tls,
         })
     }
 
@@ -305,6 +319,8 @@ struct Raw {
     on_attach_failure: AttachFailurePolicy,
     metrics: Option<String>,
     api: Option<String>,
+    api_certificate: Option<PathBuf>,
+    api_key: Option<PathBuf>,
 }
 
 const KEYS: &[&str] = &[
@@ -330,6 +346,8 @@ const KEYS: &[&str] = &[
     "require_agent",
     "metrics",
     "api",
+    "api_certificate",
+    "api_key",
 ];
 
 fn known(key: &str) -> Result<(), String> {
@@ -420,16 +438,37 @@ fn metrics(value: Option<&str>) -> Result<Metrics, String> {
     }
 }
 
-fn api(value: Option<&str>) -> Result<Api, String> {
+fn api(value: Option<&str>, encrypted: bool) -> Result<Api, String> {
     match value {
         None => Ok(Api::default()),
         Some("off") => Ok(Api::Off),
         Some(address) => match address.parse::<SocketAddr>() {
-            Ok(address) if address.ip().is_loopback() => Ok(Api::On(address)),
-            _ => Err(format!(
-                "api: found {address:?}, wanted \"off\" or a loopback address such as \"127.0.0.1:8790\""
+            Ok(address) if encrypted || address.ip().is_loopback() => Ok(Api::On(address)),
+            Ok(_) => Err(format!(
+                "api: found {address:?}, an address that others can reach: tokens would be read on their way without TLS: give api_certificate and api_key, or a loopback address"
+            )),
+            Err(_) => Err(format!(
+                "api: found {address:?}, wanted \"off\" or an address such as \"127.0.0.1:8790\""
             )),
         },
+    }
+}
+
+fn tls(certificate: Option<PathBuf>, key: Option<PathBuf>) -> Result<Option<Tls>, String> {
+    match (certificate, key) {
+        (None, None) => Ok(None),
+        (Some(certificate), Some(key)) => {
+            for (name, path) in [("api_certificate", &certificate), ("api_key", &key)] {
+                if !path.is_absolute() {
+                    return Err(format!("{name}: {} is not an absolute path", path.display()));
+                }
+            }
+            Ok(Some(Tls { certificate, key }))
+        }
+        (Some(_), None) => Err("api_certificate: its key is missing: give api_key as well".to_owned()),
+        (None, Some(_)) => {
+            Err("api_key: its certificate is missing: give api_certificate as well".to_owned())
+        }
     }
 }
 
@@ -529,7 +568,17 @@ mod tests {
         assert!(error("scan_interval = 0").contains("wanted 1 to 86400 seconds"));
         assert!(error("require_agent = 'yes'").contains("wanted \"auto\", true or false"));
         assert!(error("metrics = '0.0.0.0:9177'").contains("wanted \"off\", a loopback address"));
-        assert!(error("api = '0.0.0.0:80'").contains("wanted \"off\" or a loopback address"));
+        assert!(error("api = '0.0.0.0:80'").contains("tokens would be read on their way without TLS"));
+        assert!(error("api = 'here'").contains("wanted \"off\" or an address"));
+        assert!(error("api_key = '/k'").contains("give api_certificate as well"));
+        assert!(error("api_certificate = '/c'").contains("give api_key as well"));
+        assert!(
+            error("api_certificate = 'c'\napi_key = '/k'")
+                .contains("api_certificate: c is not an absolute path")
+        );
+        let open = Config::parse("api = '0.0.0.0:80'\napi_certificate = '/c'\napi_key = '/k'").unwrap();
+        assert_eq!(open.api, Api::On("0.0.0.0:80".parse().unwrap()));
+        assert_eq!(open.api_tls, Some(Tls { certificate: "/c".into(), key: "/k".into() }));
         assert!(error("libvirt_uri = 'qemu'").starts_with("libvirt_uri: found \"qemu\""));
         assert!(error("hold = ").starts_with("line 1"));
     }

@@ -108,6 +108,7 @@ impl Rules {
             ("libvirt_uri", read.libvirt_uri != first.libvirt_uri),
             ("metrics", read.metrics != first.metrics),
             ("api", read.api != first.api),
+            ("api_certificate, api_key", read.api_tls != first.api_tls),
         ];
         for (key, _) in fixed.iter().filter(|(_, changed)| *changed) {
             tracing::warn!("{key} has changed: it counts from the agent's next start on");
@@ -119,6 +120,7 @@ impl Rules {
             libvirt_uri: was.libvirt_uri.clone(),
             metrics: was.metrics.clone(),
             api: was.api,
+            api_tls: was.api_tls.clone(),
             ..read
         };
         let changed = next != *was;

@@ -1,6 +1,7 @@
 //! What went wrong, in Nova's shape: `{"itemNotFound":{"code":404,"message":"…"}}`.
 
 use axum::Json;
+use axum::http::HeaderValue;
 use axum::http::StatusCode;
 use axum::http::header::{RETRY_AFTER, WWW_AUTHENTICATE};
 use axum::response::{IntoResponse, Response};
@@ -17,13 +18,20 @@ pub(super) struct Fault {
     pub(super) status: StatusCode,
     /// One sentence that the caller can act on.
     pub(super) message: String,
+    /// In seconds.
+    retry_after: Option<u64>,
     /// What only the log is told.
     pub(super) private: Option<String>,
 }
 
 impl Fault {
     fn new(status: StatusCode, message: impl Into<String>) -> Self {
-        Self { status, message: message.into(), private: None }
+        Self { status, message: message.into(), retry_after: None, private: None }
+    }
+
+    /// The same in other words.
+    pub(super) fn saying(self, message: impl Into<String>) -> Self {
+        Self { message: message.into(), ..self }
     }
 
     pub(super) fn bad_request(message: impl Into<String>) -> Self {
@@ -68,8 +76,14 @@ impl Fault {
         )
     }
 
+    /// Seconds until it is worth while to try again.
+    pub(super) fn too_often(wait: u64) -> Self {
+        let message = format!("This was asked for too often: try again in {wait} s.");
+        Self { retry_after: Some(wait), ..Self::new(StatusCode::TOO_MANY_REQUESTS, message) }
+    }
+
     pub(super) fn unavailable(message: impl Into<String>) -> Self {
-        Self::new(StatusCode::SERVICE_UNAVAILABLE, message)
+        Self { retry_after: Some(5), ..Self::new(StatusCode::SERVICE_UNAVAILABLE, message) }
     }
 
     /// Nobody but the log is told what it was.
@@ -157,14 +171,11 @@ impl IntoResponse for Fault {
         let body = json!({ self.name(): { "code": self.status.as_u16(), "message": self.message } });
         let mut response = (self.status, Json(body)).into_response();
         let headers = response.headers_mut();
-        match self.status {
-            StatusCode::UNAUTHORIZED => {
-                headers.insert(WWW_AUTHENTICATE, axum::http::HeaderValue::from_static("X-Auth-Token"));
-            }
-            StatusCode::SERVICE_UNAVAILABLE => {
-                headers.insert(RETRY_AFTER, axum::http::HeaderValue::from_static("5"));
-            }
-            _ => {}
+        if self.status == StatusCode::UNAUTHORIZED {
+            headers.insert(WWW_AUTHENTICATE, HeaderValue::from_static("X-Auth-Token"));
+        }
+        if let Some(wait) = self.retry_after {
+            headers.insert(RETRY_AFTER, HeaderValue::from(wait));
         }
         response.extensions_mut().insert(self);
         response

@@ -13,11 +13,17 @@ use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt as _};
-use tokio::net::{TcpListener, UnixListener};
-use tokio::sync::{Semaphore, watch};
+use tokio::net::{TcpListener, TcpStream, UnixListener};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio_io_timeout::TimeoutStream;
+use tokio_rustls::TlsAcceptor;
+use tokio_rustls::rustls;
+use tokio_rustls::rustls::pki_types::pem::{self, PemObject as _};
+use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use tower::Service as _;
-use virt_usb_hook::config;
+use virt_usb_hook::config::{self, Tls};
+
+use crate::stamp::{Stamp, stamp};
 
 use super::{Api, Peer, TURNS, WORKS, router, socket};
 
@@ -27,6 +33,8 @@ const CONNECTIONS: usize = 256;
 const HEAD_TIME: Duration = Duration::from_secs(30);
 /// The largest head, in bytes.
 const HEAD: usize = 16 << 10;
+/// How long TLS may take to begin.
+const HANDSHAKE_TIME: Duration = Duration::from_secs(10);
 /// How long a reader may take nothing.
 const WRITE_TIME: Duration = Duration::from_secs(30);
 /// After so long a connection is to end with the answer that it is at: whoever reads a byte now and then keeps its place no longer.
@@ -85,7 +93,8 @@ pub fn start(api: &Arc<Api>) -> io::Result<Listening> {
     };
     let mut local = None;
     if let config::Api::On(address) = config.api {
-        runtime.spawn(server(stopping.clone()).network(address));
+        let tls = config.api_tls.clone().map(Certificate::new);
+        runtime.spawn(server(stopping.clone()).network(address, tls));
         runtime.spawn(server(stopping).local(socket(&config)));
         local = Some(socket(&config));
     }
@@ -93,6 +102,7 @@ pub fn start(api: &Arc<Api>) -> io::Result<Listening> {
     Ok(Listening { runtime, api: api.clone(), limits, socket: local })
 }
 
+#[derive(Clone)]
 struct Server {
     router: Router,
     limit: Arc<Semaphore>,
@@ -100,11 +110,12 @@ struct Server {
 }
 
 impl Server {
-    async fn network(self, address: SocketAddr) {
+    async fn network(self, address: SocketAddr, mut tls: Option<Certificate>) {
         let bind = || async move { TcpListener::bind(address).await };
         let Some(listener) = self.listen(&address.to_string(), bind).await else { return };
         let at = listener.local_addr().map_or_else(|_| address.to_string(), |at| at.to_string());
-        tracing::info!("the API is served at http://{at}/v2.1/");
+        let scheme = if tls.is_some() { "https" } else { "http" };
+        tracing::info!("the API is served at {scheme}://{at}/v2.1/, the portal at {scheme}://{at}/");
         let mut stopping = self.stopping.clone();
         loop {
             let accepted = tokio::select! {
@@ -115,7 +126,13 @@ impl Server {
                 Ok((stream, from)) => {
                     // Answers are small and whole: nothing is gained by waiting for more.
                     drop(stream.set_nodelay(true));
-                    self.take(stream, Peer::Remote(from.ip()));
+                    let peer = Peer::Remote(from.ip());
+                    match tls.as_mut().map(Certificate::now) {
+                        None => self.take(stream, peer),
+                        Some(Some(acceptor)) => self.shake_hands(stream, peer, &acceptor),
+                        // It is said why, and tried again with the next.
+                        Some(None) => {}
+                    }
                 }
                 Err(e) => pause(&e).await,
             }
@@ -171,32 +188,104 @@ impl Server {
 
     /// Serves a connection, if there are not too many already.
     fn take(&self, stream: impl AsyncRead + AsyncWrite + Send + 'static, peer: Peer) {
-        let Ok(place) = self.limit.clone().try_acquire_owned() else {
-            tokio::spawn(turn_away(stream));
-            return;
-        };
-        let (router, mut stopping) = (self.router.clone(), self.stopping.clone());
+        match self.limit.clone().try_acquire_owned() {
+            Ok(place) => drop(tokio::spawn(self.clone().serve(stream, peer, place))),
+            Err(_) => drop(tokio::spawn(turn_away(stream))),
+        }
+    }
+
+    /// The same, once it is encrypted.
+    fn shake_hands(&self, stream: TcpStream, peer: Peer, acceptor: &TlsAcceptor) {
+        // There is nobody yet to whom to say that there are too many.
+        let Ok(place) = self.limit.clone().try_acquire_owned() else { return };
+        let (accepted, server) = (acceptor.accept(stream), self.clone());
         tokio::spawn(async move {
-            let mut stream = TimeoutStream::new(stream);
-            stream.set_write_timeout(Some(WRITE_TIME));
-            let service = service_fn(move |mut request: hyper::Request<Incoming>| {
-                request.extensions_mut().insert(peer);
-                router.clone().call(request)
-            });
-            let mut builder = http1::Builder::new();
-            builder.timer(TokioTimer::new()).header_read_timeout(HEAD_TIME).max_buf_size(HEAD);
-            let serving = builder.serve_connection(TokioIo::new(Box::pin(stream)), service);
-            let mut serving = std::pin::pin!(serving);
-            // How a connection ends is its client's matter.
-            tokio::select! {
-                _ = serving.as_mut() => {}
-                _ = tokio::time::timeout(CONNECTION_TIME, end(&mut stopping)) => {
-                    serving.as_mut().graceful_shutdown();
-                    drop(tokio::time::timeout(END_TIME, serving).await);
+            match tokio::time::timeout(HANDSHAKE_TIME, accepted).await {
+                Ok(Ok(stream)) => server.serve(stream, peer, place).await,
+                Ok(Err(e)) => tracing::debug!("no TLS with {peer:?}: {e}"),
+                Err(_) => {}
+            }
+        });
+    }
+
+    async fn serve(
+        self,
+        stream: impl AsyncRead + AsyncWrite + Send + 'static,
+        peer: Peer,
+        place: OwnedSemaphorePermit,
+    ) {
+        let Self { router, mut stopping, .. } = self;
+        let mut stream = TimeoutStream::new(stream);
+        stream.set_write_timeout(Some(WRITE_TIME));
+        let service = service_fn(move |mut request: hyper::Request<Incoming>| {
+            request.extensions_mut().insert(peer);
+            router.clone().call(request)
+        });
+        let mut builder = http1::Builder::new();
+        builder.timer(TokioTimer::new()).header_read_timeout(HEAD_TIME).max_buf_size(HEAD);
+        let serving = builder.serve_connection(TokioIo::new(Box::pin(stream)), service);
+        let mut serving = std::pin::pin!(serving);
+        // How a connection ends is its client's matter.
+        tokio::select! {
+            _ = serving.as_mut() => {}
+            _ = tokio::time::timeout(CONNECTION_TIME, end(&mut stopping)) => {
+                serving.as_mut().graceful_shutdown();
+                drop(tokio::time::timeout(END_TIME, serving).await);
+            }
+        }
+        drop(place);
+    }
+}
+
+/// The API's certificate, read again when its files have changed: one that is renewed needs no restart.
+struct Certificate {
+    files: Tls,
+    stamp: Option<(Option<Stamp>, Option<Stamp>)>,
+    acceptor: Option<TlsAcceptor>,
+}
+
+impl Certificate {
+    fn new(files: Tls) -> Self {
+        Self { files, stamp: None, acceptor: None }
+    }
+
+    /// As it is now; the one before, where what is there now is wrong.
+    fn now(&mut self) -> Option<TlsAcceptor> {
+        let now = (stamp(&self.files.certificate), stamp(&self.files.key));
+        if self.stamp != Some(now) {
+            self.stamp = Some(now);
+            match self.read() {
+                Ok(acceptor) => self.acceptor = Some(acceptor),
+                Err(e) => {
+                    let then = if self.acceptor.is_some() {
+                        "the one before counts on"
+                    } else {
+                        "nobody is let in over the network"
+                    };
+                    tracing::error!("the API's certificate cannot be used: {e}; {then}");
                 }
             }
-            drop(place);
-        });
+        }
+        self.acceptor.clone()
+    }
+
+    fn read(&self) -> Result<TlsAcceptor, String> {
+        let Tls { certificate, key } = &self.files;
+        let of = |file: &Path| {
+            let file = file.display().to_string();
+            move |e: pem::Error| format!("{file}: {e}")
+        };
+        let chain: Vec<CertificateDer<'static>> = CertificateDer::pem_file_iter(certificate)
+            .and_then(Iterator::collect)
+            .map_err(of(certificate))?;
+        let private = PrivateKeyDer::from_pem_file(key).map_err(of(key))?;
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let config =
+            rustls::ServerConfig::builder_with_provider(provider).with_safe_default_protocol_versions();
+        let config = config.and_then(|config| config.with_no_client_auth().with_single_cert(chain, private));
+        let mut config = config.map_err(|e| e.to_string())?;
+        config.alpn_protocols = vec![b"http/1.1".to_vec()];
+        Ok(TlsAcceptor::from(Arc::new(config)))
     }
 }
 

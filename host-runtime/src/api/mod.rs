@@ -15,6 +15,7 @@
 //! | `fault` | what went wrong, in Nova's shape |
 //! | `documents`, `openapi` | what is answered, and how it is described |
 //! | `hypervisors`, `servers`, `devices`, `flavors`, `events` | the calls |
+//! | `rates` | how often |
 //! | `portal` | pages for people |
 //! | `inventory` | what there is, for many readers |
 //!
@@ -33,6 +34,7 @@ mod openapi;
 mod paging;
 pub mod policy;
 mod portal;
+mod rates;
 mod request;
 mod servers;
 pub mod tokens;
@@ -43,6 +45,7 @@ use std::time::{Duration, Instant};
 
 use axum::Router;
 use axum::extract::{RawPathParams, Request, State};
+use axum::http::Method;
 use axum::http::header::{CACHE_CONTROL, CONNECTION, HeaderName, HeaderValue, X_CONTENT_TYPE_OPTIONS};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse as _, Response};
@@ -86,6 +89,7 @@ pub struct Api {
     pub identity: Arc<dyn Identity>,
     inventory: Inventory,
     portal: portal::Portal,
+    rates: rates::Rates,
     /// Whether it is to end.
     ending: watch::Sender<bool>,
     works: Arc<Semaphore>,
@@ -111,6 +115,7 @@ impl Api {
             identity,
             inventory,
             portal: portal::Portal::default(),
+            rates: rates::Rates::default(),
             ending: watch::Sender::default(),
             works,
             turns,
@@ -140,6 +145,27 @@ impl Api {
             work(&api)
         });
         done.await.unwrap_or_else(|e| Err(Fault::internal(e.to_string())))
+    }
+
+    /// Whose token it is. Whoever guesses is soon told to wait.
+    async fn caller(&self, token: &str, peer: Option<Peer>) -> Result<Caller, Fault> {
+        match (self.identity.caller(token).await, peer) {
+            (Ok(caller), _) => Ok(caller),
+            (Err(Unknown::Unavailable(why)), _) => Err(Fault::cannot_tell(why)),
+            (Err(Unknown::Nobody), Some(Peer::Remote(from))) => {
+                self.rates.guess(from)?;
+                Err(Fault::unauthorized())
+            }
+            (Err(Unknown::Nobody), _) => Err(Fault::unauthorized()),
+        }
+    }
+
+    /// Whether the caller has not changed too much of late. Root on the host itself may.
+    fn may_change_more(&self, caller: &Caller, peer: Option<Peer>, method: &Method) -> Result<(), Fault> {
+        if method.is_safe() || matches!(peer, Some(Peer::Local { .. })) {
+            return Ok(());
+        }
+        self.rates.change(&caller.name)
     }
 
     /// To be kept by the work itself.
@@ -208,10 +234,13 @@ async fn authenticate(
     let tenant = path.iter().find(|(name, _)| *name == "tenant_id").map(|(_, tenant)| tenant);
     let mut response = match tenant.map(|tenant| is_its(&caller, tenant)) {
         Some(Err(fault)) => fault.into_response(),
-        _ => {
-            request.extensions_mut().insert(caller.clone());
-            next.run(request).await
-        }
+        _ => match api.may_change_more(&caller, peer, request.method()) {
+            Err(fault) => fault.into_response(),
+            Ok(()) => {
+                request.extensions_mut().insert(caller.clone());
+                next.run(request).await
+            }
+        },
     };
     response.extensions_mut().insert(caller);
     response
@@ -221,10 +250,7 @@ async fn whose(api: &Api, token: Option<HeaderValue>, peer: Option<Peer>) -> Res
     match (token, peer) {
         (Some(token), _) => {
             let token = token.to_str().map_err(|_| Fault::unauthorized())?;
-            api.identity.caller(token).await.map_err(|why| match why {
-                Unknown::Nobody => Fault::unauthorized(),
-                Unknown::Unavailable(why) => Fault::cannot_tell(why),
-            })
+            api.caller(token, peer).await
         }
         (None, Some(Peer::Local { uid })) => {
             Ok(Caller { name: format!("uid {uid}"), project: None, role: Role::Admin })

@@ -106,7 +106,7 @@ impl<S: Send + Sync> FromRequest<S> for Content {
 pub(super) async fn form(headers: &HeaderMap, body: Body) -> Result<String, Fault> {
     let kind = headers.get(CONTENT_TYPE).and_then(|kind| kind.to_str().ok()).unwrap_or_default();
     if !kind.starts_with("application/x-www-form-urlencoded") {
-        return Err(Fault { message: "This is no form.".into(), ..Fault::bad_media_type() });
+        return Err(Fault::bad_media_type().saying("This is no form."));
     }
     let bytes = tokio::time::timeout(BODY_TIME, read(body)).await.map_err(|_| Fault::timeout())??;
     String::from_utf8(bytes).map_err(|_| Fault::bad_request("The form is no UTF-8."))

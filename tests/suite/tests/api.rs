@@ -98,7 +98,7 @@ impl Served {
         let mut served = Self { host, child, at: SocketAddr::from(([127, 0, 0, 1], 0)) };
         served.at = served.until("the API to be served", |served| {
             let log = served.log();
-            let at = log.split("the API is served at http://").nth(1)?.split('/').next()?;
+            let at = log.split("the API is served at ").nth(1)?.split("://").nth(1)?.split('/').next()?;
             at.parse().ok()
         });
         served.until("the devices to be found, and the guests to run", |served| {
@@ -492,7 +492,6 @@ fn what_is_wrong_is_said_and_the_next_one_is_served() {
         431
     );
     for path in [
-        "/",
         "/v3",
         "/v3/",
         "/v4/os-hypervisors",
@@ -568,6 +567,86 @@ fn tokens_count_until_they_do_not() {
     assert_eq!(status(&second), 200);
     let listed = ok(&served.host.virt_usb(&["token", "list"]));
     assert!(listed.contains("second") && listed.contains("reader") && !listed.contains(&second), "{listed}");
+}
+
+#[test]
+fn who_asks_too_often_is_told_to_wait_and_nobody_else_is() {
+    let served = Served::new("");
+    let (loud, quiet) = (served.token("loud", OURS, "member"), served.token("quiet", OURS, "member"));
+    let action = format!("/v3/servers/{ERP}/action");
+    let too_often = |count, ask: &dyn Fn() -> Answer| (0..count).map(|_| ask()).find(|a| a.status == 429);
+    let told = too_often(400, &|| served.ask(&loud, "POST", &action, "{}")).unwrap();
+    assert!(told.fault("overLimit").contains("too often: try again in"), "{told:?}");
+    assert!(told.headers["retry-after"].parse::<u64>().unwrap() >= 1);
+    assert_eq!(served.ask(&loud, "GET", "/v3/os-usb-devices", "").status, 200, "reading goes on");
+    assert_eq!(served.ask(&quiet, "POST", &action, "{}").status, 400);
+    let guessed = too_often(100, &|| served.ask("vusb_guess", "GET", "/v3/os-usb-devices", "")).unwrap();
+    guessed.fault("overLimit");
+    assert_eq!(served.ask(&quiet, "GET", "/v3/os-usb-devices", "").status, 200, "who has a token is let in");
+}
+
+/// Makes a certificate for 127.0.0.1, `api.crt`, and its key, `api.key`.
+fn certify(folder: &std::path::Path) {
+    let made = Command::new("openssl")
+        .args([
+            "req",
+            "-x509",
+            "-newkey",
+            "ec",
+            "-pkeyopt",
+            "ec_paramgen_curve:prime256v1",
+            "-nodes",
+            "-days",
+            "2",
+        ])
+        .args(["-subj", "/CN=virt-usb test", "-addext", "subjectAltName=IP:127.0.0.1"])
+        .args(["-keyout", "api.key", "-out", "api.crt"])
+        .current_dir(folder)
+        .output()
+        .expect("no openssl: 'make test-deps' brings it");
+    assert!(made.status.success(), "{made:?}");
+}
+
+#[test]
+fn tls_proves_whose_it_is_and_a_renewed_certificate_counts_at_once() {
+    let folder = tempfile::tempdir().unwrap();
+    certify(folder.path());
+    let at = folder.path().display();
+    let served = Served::new(&format!("api_certificate = \"{at}/api.crt\"\napi_key = \"{at}/api.key\""));
+    let token = served.token("erp", OURS, "member");
+    let ask = |trusted: &str| {
+        let mut client = Command::new("openssl")
+            .args([
+                "s_client",
+                "-quiet",
+                "-verify_return_error",
+                "-verify_ip",
+                "127.0.0.1",
+                "-CAfile",
+                trusted,
+            ])
+            .args(["-connect", &served.at.to_string()])
+            .current_dir(folder.path())
+            .stdin(std::process::Stdio::piped())
+            .stdout(std::process::Stdio::piped())
+            .stderr(std::process::Stdio::null())
+            .spawn()
+            .unwrap();
+        let text = request(&format!("X-Auth-Token: {token}\r\n"), "GET", "/v3/os-usb-devices", "");
+        // It may have ended, for want of trust.
+        let _ = client.stdin.as_mut().unwrap().write_all(text.as_bytes());
+        let answer = read(client.stdout.take().unwrap());
+        client.wait().unwrap();
+        answer.status
+    };
+    assert_eq!(ask("api.crt"), 200);
+    assert_eq!(served.ask(&token, "GET", "/v3/os-usb-devices", "").status, 0, "nothing without TLS");
+    std::fs::copy(folder.path().join("api.crt"), folder.path().join("old.crt")).unwrap();
+    certify(folder.path());
+    assert_eq!((ask("old.crt"), ask("api.crt")), (0, 200), "the new one counts");
+    std::fs::write(folder.path().join("api.key"), "no key").unwrap();
+    assert_eq!(ask("api.crt"), 200, "what is wrong does not");
+    assert!(served.log().contains("the API's certificate cannot be used"), "{}", served.log());
 }
 
 #[test]

@@ -58,7 +58,7 @@ fn hash(secret: &str) -> String {
 
 impl Sessions {
     /// Begins a session; returns the cookie that stands for it.
-    pub(super) fn begin(&self, token: String) -> Result<String, Fault> {
+    pub(super) fn begin(&self, token: String, encrypted: bool) -> Result<String, Fault> {
         let (number, now) = (secret()?, Instant::now());
         let session = Session { token, csrf: secret()?, begun: now, used: now };
         let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
@@ -68,7 +68,8 @@ impl Sessions {
             oldest.and_then(|id| all.remove(&id));
         }
         all.insert(hash(&number), session);
-        Ok(cookie(&number, LIFETIME.as_secs()))
+        let secure = if encrypted { "; Secure" } else { "" };
+        Ok(format!("{}{secure}", cookie(&number, LIFETIME.as_secs())))
     }
 
     fn use_it(&self, id: &str) -> Option<(String, String)> {
@@ -161,12 +162,8 @@ pub(super) fn is_from_here(headers: &HeaderMap) -> Result<(), Fault> {
 }
 
 fn foreign() -> Fault {
-    Fault {
-        status: axum::http::StatusCode::FORBIDDEN,
-        ..Fault::bad_request(
-            "This form does not come from your session: open the page again, and send it from there.",
-        )
-    }
+    Fault::forbidden()
+        .saying("This form does not come from your session: open the page again, and send it from there.")
 }
 
 /// A form, sent by somebody who has signed in, from a page of his session.
@@ -180,6 +177,7 @@ impl<T: DeserializeOwned> FromRequest<Arc<Api>> for Sent<T> {
         let signed = <Signed as FromRequestParts<Arc<Api>>>::from_request_parts(&mut parts, api).await?;
         let read = async {
             is_from_here(&parts.headers)?;
+            api.rates.change(&signed.caller.name)?;
             let text = form(&parts.headers, body).await?;
             let wrong = |e: serde_urlencoded::de::Error| {
                 Fault::bad_request(sentence(&format!("The form is wrong: {e}")))
@@ -205,12 +203,12 @@ mod tests {
     #[test]
     fn a_session_is_its_cookie_and_nothing_else_is() {
         let sessions = Sessions::default();
-        let cookie = sessions.begin("vusb_1".into()).unwrap();
+        let cookie = sessions.begin("vusb_1".into(), true).unwrap();
         let mut headers = HeaderMap::new();
         assert_eq!(number(&headers), None);
         let (pair, rest) = cookie.split_once(';').unwrap();
         assert!(
-            ["HttpOnly", "SameSite=Strict", "Path=/portal"].iter().all(|part| rest.contains(part)),
+            ["HttpOnly", "SameSite=Strict", "Path=/portal", "Secure"].iter().all(|part| rest.contains(part)),
             "{rest}"
         );
         headers.append(COOKIE, format!("other=1; {pair}").parse().unwrap());
@@ -225,7 +223,7 @@ mod tests {
     fn there_is_an_end_to_how_many_there_are() {
         let sessions = Sessions::default();
         for n in 0..MOST + 8 {
-            sessions.begin(n.to_string()).unwrap();
+            sessions.begin(n.to_string(), false).unwrap();
         }
         assert_eq!(sessions.0.lock().unwrap().len(), MOST);
     }

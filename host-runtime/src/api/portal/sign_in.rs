@@ -2,18 +2,18 @@
 
 use std::sync::Arc;
 
+use axum::Extension;
 use axum::body::Body;
 use axum::extract::State;
-use axum::http::HeaderMap;
 use axum::http::header::{HeaderValue, SET_COOKIE};
+use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
 use maud::{Markup, html};
 use serde::Deserialize;
 
-use super::super::Api;
 use super::super::fault::{Fault, sentence};
-use super::super::identity::Unknown;
 use super::super::request::form;
+use super::super::{Api, Peer};
 use super::pages::{page, see};
 use super::session::{Sent, Signed, is_from_here};
 
@@ -44,6 +44,7 @@ struct Given {
 
 pub(super) async fn sign_in(
     State(api): State<Arc<Api>>,
+    peer: Option<Extension<Peer>>,
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, Fault> {
@@ -52,14 +53,18 @@ pub(super) async fn sign_in(
     let text = form(&headers, body).await?;
     let Given { token } = serde_urlencoded::from_str(&text)
         .map_err(|e| Fault::bad_request(sentence(&format!("The form is wrong: {e}"))))?;
-    match api.identity.caller(token.trim()).await {
-        Ok(_) => Ok(with_cookie(see("/portal/"), &api.portal.sessions.begin(token.trim().to_owned())?)),
-        Err(Unknown::Nobody) => {
+    match api.caller(token.trim(), peer.map(|Extension(peer)| peer)).await {
+        Ok(_) => {
+            let encrypted = (api.config)().api_tls.is_some();
+            let cookie = api.portal.sessions.begin(token.trim().to_owned(), encrypted)?;
+            Ok(with_cookie(see("/portal/"), &cookie))
+        }
+        Err(fault) if fault.status == StatusCode::UNAUTHORIZED => {
             let mut page = page("Sign in", None, &asks(true));
-            *page.status_mut() = axum::http::StatusCode::FORBIDDEN;
+            *page.status_mut() = StatusCode::FORBIDDEN;
             Ok(page)
         }
-        Err(Unknown::Unavailable(why)) => Err(Fault::cannot_tell(why)),
+        Err(fault) => Err(fault),
     }
 }
 
