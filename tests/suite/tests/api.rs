@@ -603,7 +603,7 @@ fn certify(folder: &std::path::Path) {
         .args(["-keyout", "api.key", "-out", "api.crt"])
         .current_dir(folder)
         .output()
-        .expect("no openssl: 'make test-deps' brings it");
+        .unwrap_or_else(|e| panic!("no openssl ({e}): 'make test-deps' brings it"));
     assert!(made.status.success(), "{made:?}");
 }
 
