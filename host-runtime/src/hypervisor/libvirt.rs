@@ -329,6 +329,8 @@ impl Hypervisor for Libvirt {
                 let Some(alias) = unknown_to_libvirt(&why, device) else { return Err(Failure::Refused(why)) };
                 let command = serde_json::json!({"execute": "device_del", "arguments": {"id": alias}});
                 domain.qemu_monitor_command(&command.to_string(), 0).map_err(|e| failure(&e))?;
+                // libvirt hears of that by an event, and would take what is attached before it has for what is gone: it has the same alias.
+                std::thread::sleep(SHORT);
                 tracing::warn!(%instance, alias, "QEMU had {alias} already, and libvirt did not know of it: taken out, and attached anew");
                 attach()
             }
