@@ -140,7 +140,7 @@ const PREFIXES: [(&str, &str, bool); 4] = [
 const TOKEN: &str = "token";
 const FAULT: &str = "Fault";
 /// What any call may be answered instead.
-const FAULTS: [(&str, &str); 11] = [
+const FAULTS: [(&str, &str); 12] = [
     ("400", "The request is wrong; the message says where"),
     ("401", "No token, or none that counts"),
     ("403", "The token's role may not"),
@@ -149,6 +149,7 @@ const FAULTS: [(&str, &str); 11] = [
     ("409", "It cannot be had now; the message says why"),
     ("413", "The body is too large"),
     ("415", "The body is no JSON"),
+    ("429", "Asked for too often; Retry-After says when to try again"),
     ("500", "A fault of the host; its log says which"),
     ("503", "Not now: try again"),
     ("default", "A fault"),
