@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 
 use virt_usb_hook::call::{Call, Caller, Operation};
 use virt_usb_hook::config::Config;
-use virt_usb_hook::guest::Ports;
+use virt_usb_hook::guest::{Ports, asker};
 use virt_usb_hook::input::Input;
 use virt_usb_hook::{message, run};
 use virt_usb_model::{Device, DeviceId, DeviceRequest, InstanceId, Selector};
@@ -14,7 +14,6 @@ use virt_usb_store::give_back::Extent;
 use virt_usb_store::problems::Problem;
 use virt_usb_store::{Assignment, ClaimRow, Given, Record, Source, StoreError, TooMany};
 
-use super::observe::asker;
 use super::plan::Gone;
 use super::work::{Live, Report, WorkError, Worker};
 use crate::hypervisor::{Failure, Libvirt, Started};
@@ -98,7 +97,7 @@ impl Worker {
             return Ok(Attached { live: false, new: Vec::new(), already });
         };
         let domain = running.domain().map_err(WorkError::from)?;
-        let whom = asker(instance, &domain);
+        let whom = asker(&self.store, &domain, instance)?;
         let config = self.config.clone();
         let mut judge = Live { ports: Ports { sysfs_root: &config.sysfs_root }, domain: &domain };
         let (new, already, assigned) = match self.store.give(&whom, requests, &mut judge, &context)? {
@@ -254,11 +253,13 @@ impl Worker {
     fn whom(&self, instance: InstanceId) -> Result<Asker, OperateError> {
         if let Some(xml) = self.hypervisor.xml(instance)? {
             let domain = virt_usb_domxml::read(xml.as_bytes()).map_err(WorkError::from)?;
-            return Ok(asker(instance, &domain));
+            return Ok(asker(&self.store, &domain, instance)?);
         }
         let claims = self.store.claims_of(instance)?;
-        let unknown = || Asker { instance, domain: instance.to_string(), project: None };
-        Ok(claims.first().map_or_else(unknown, ClaimRow::asker))
+        match claims.first() {
+            Some(claim) => Ok(claim.asker()),
+            None => Ok(self.store.asker(instance, &instance.to_string(), None)?),
+        }
     }
 }
 
