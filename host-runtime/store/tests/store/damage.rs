@@ -184,7 +184,7 @@ fn of_another_version_or_another_program() {
     check!(
         hook(dir.path()),
         StoreError::Older { found: 0, .. },
-        "has schema 0, this program needs 4",
+        "has schema 0, this program needs 5",
         "virt-usb discover"
     );
 
