@@ -8,8 +8,8 @@ use virt_usb_hook::config::Config;
 use virt_usb_hook::guest::{Ports, asker};
 use virt_usb_hook::input::Input;
 use virt_usb_hook::{message, run};
-use virt_usb_model::{Device, DeviceId, DeviceRequest, InstanceId, Selector};
-use virt_usb_store::claim::{Asker, Shortage};
+use virt_usb_model::{Device, DeviceId, DeviceRequest, InstanceId, Reason, Selector};
+use virt_usb_store::claim::{Asker, Obstacle, SHOWN, Shortage, Why};
 use virt_usb_store::give_back::Extent;
 use virt_usb_store::problems::Problem;
 use virt_usb_store::{Assignment, ClaimRow, Given, Record, Source, StoreError, TooMany};
@@ -93,6 +93,10 @@ impl Worker {
                 }
             }
             let whom = self.whom(instance)?;
+            let short = self.hopeless(&whom, &missing)?;
+            if !short.is_empty() {
+                return Err(OperateError::Short { asker: whom, short });
+            }
             self.store.assign_more(&whom, &missing, &context)?.or_else(|e| too_many(&whom, e))?;
             return Ok(Attached { live: false, new: Vec::new(), already });
         };
@@ -230,6 +234,31 @@ impl Worker {
     fn obstacle(&self, instance: InstanceId, report: &Report) -> Result<Option<String>, OperateError> {
         let about = |p: &Problem| p.instance_uuid == instance && report.failed.contains(&p.about);
         Ok(self.store.problems()?.into_iter().find(about).map(|p| p.what))
+    }
+
+    /// The requests that no device which this host has ever seen could serve, whoever has it now: a start would be refused for ever.
+    fn hopeless(&self, whom: &Asker, requests: &[DeviceRequest]) -> Result<Vec<Shortage>, OperateError> {
+        let all = self.store.all_devices()?;
+        let mut short = Vec::new();
+        for (number, request) in requests.iter().enumerate() {
+            let matching: Vec<&Record> = all.iter().filter(|r| selects(&request.selector, r)).collect();
+            let obstacle = |record: &&Record| {
+                let why = match record.rule_withheld {
+                    Some(Reason::Whitelist) => Why::Unavailable,
+                    _ if !record.is_for(whom.project.as_ref()) => Why::Project,
+                    _ => return None,
+                };
+                Some(Obstacle { device: (*record).clone(), why })
+            };
+            let obstacles: Vec<Obstacle> = matching.iter().filter_map(obstacle).collect();
+            let (total, got) = (matching.len(), matching.len() - obstacles.len());
+            if got < request.count as usize {
+                let matching = obstacles.into_iter().take(SHOWN).collect();
+                let got = u32::try_from(got).unwrap_or(u32::MAX);
+                short.push(Shortage { number, request: request.clone(), got, matching, total });
+            }
+        }
+        Ok(short)
     }
 
     /// A device that is asked for by its id, and that the instance has.

@@ -276,6 +276,10 @@ fn all_or_nothing_and_a_conflict_names_the_holder() {
         (later.status, later.json()),
         (202, json!({ "usb_devices": [], "live": false, "already": [] }))
     );
+    // What no device could ever serve is not promised.
+    let never =
+        served.attach(&admin, OFF, &json!([{ "vendor_id": "0529", "count": 5 }])).fault("conflictingRequest");
+    assert!(never.starts_with("No USB device that can be had matches"), "{never}");
     assert_eq!(served.attach(&admin, OFF, &json!([{ "id": 3 }])).status, 202);
     std::thread::scope(|scope| {
         for _ in 0..8 {
