@@ -621,12 +621,16 @@ fn no_instance_is_assigned_more_than_a_bus_can_have() {
     let mut world = World::new(ReplugPolicy::Reattach);
     world.domains[2] = Some(false);
     world.domains();
-    let hundred =
-        Flavor::parse_lists(Some(r#"[{"vendor_id":"0529","count":100}]"#), None).unwrap().usb_devices;
+    let ask = |json: &str| Flavor::parse_lists(Some(json), None).unwrap().usb_devices;
+    let why = world.worker.give(instance(2), &ask(r#"[{"vendor_id":"0529"}]"#)).unwrap_err().to_string();
+    assert!(why.contains("this host has no such device"), "what was never seen is not promised: {why}");
+    world.plug(0, 0);
+    world.scan();
+    let hundred = vec![ask(r#"[{"vendor_id":"0529"}]"#).remove(0); 100];
     world.worker.give(instance(2), &hundred).unwrap();
     let why = world.worker.give(instance(2), &hundred).unwrap_err().to_string();
     assert_eq!(why, "vm2: 200 devices would be assigned to it: at most 127 can be");
-    assert_eq!(world.worker.store.assignments(instance(2)).unwrap().len(), 1);
+    assert_eq!(world.worker.store.assignments(instance(2)).unwrap().len(), 100);
 }
 
 #[test]
