@@ -157,7 +157,8 @@ const cases = {
     async "by keyboard alone"({ host, browser, tokens }) {
         const user = await User.at(browser, host);
         await user.page.goto("/portal/");
-        // The field has the focus.
+        // The field gets the focus by itself: with the first frame, which may come after the page.
+        await until("the token's field to have the focus", () => user.page.evaluate(() => document.activeElement?.matches("input[name=token]")));
         await user.page.keyboard.type(tokens.erp);
         await user.page.keyboard.press("Enter");
         await user.sees("Devices");
