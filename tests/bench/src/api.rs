@@ -205,8 +205,13 @@ struct Compared {
 }
 
 impl Compared {
+    /// Ours as a multiple of nginx's.
+    fn times(&self, what: impl Fn(&Round) -> f64) -> f64 {
+        self.ours.median(&what) / self.nginx.median(&what)
+    }
+
     fn ratio(&self) -> f64 {
-        self.ours.rate() / self.nginx.rate()
+        self.times(|round| round.rate)
     }
 
     fn row(&self, table: &mut Table, what: &str, reach: &str) {
@@ -218,14 +223,11 @@ impl Compared {
 
     fn rows_of_detail(&self, table: &mut Table) {
         let Self { ours, nginx, .. } = self;
-        let ratio = format!("{:.2} ×, {:.2} ×", of(self, |r| r.p50), of(self, |r| r.p99));
+        let ratio = format!("{:.2} ×, {:.2} ×", self.times(|r| r.p50), self.times(|r| r.p99));
         table.row("until the answer", ours.latencies(), &nginx.latencies(), &ratio, "");
         let each = |load: &Load| format!("{:.1} µs", load.median(|round| round.each));
-        let ratio = format!("{:.2} ×", of(self, |r| r.each));
+        let ratio = format!("{:.2} ×", self.times(|r| r.each));
         table.row("the server's processor time for one", each(ours), &each(nginx), &ratio, "");
-        fn of(compared: &Compared, what: impl Fn(&Round) -> f64 + Copy) -> f64 {
-            compared.ours.median(what) / compared.nginx.median(what)
-        }
     }
 }
 
@@ -251,7 +253,7 @@ impl Reader {
         ensure!(line.starts_with("HTTP/1.1 200 "), "GET {path}: {line}");
         while line != "\r\n" {
             line.clear();
-            self.stream.read_line(&mut line)?;
+            ensure!(self.stream.read_line(&mut line)? > 0, "GET {path}: the answer ends in its head");
             if let Some((name, value)) =
                 line.split_once(':').filter(|(name, _)| name.eq_ignore_ascii_case("content-length"))
             {

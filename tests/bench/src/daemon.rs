@@ -114,9 +114,16 @@ impl Agent {
 
     /// Where its API is served.
     pub(crate) fn address(&self) -> Result<SocketAddr> {
-        let log = self.log()?;
-        let at = log.split_once("the API is served at ").and_then(|(_, rest)| rest.split('/').nth(2));
-        at.and_then(|at| at.parse().ok()).with_context(|| format!("no API: {log}"))
+        let deadline = Instant::now() + Duration::from_secs(10);
+        loop {
+            let log = self.log()?;
+            let at = log.split_once("the API is served at ").and_then(|(_, rest)| rest.split('/').nth(2));
+            if let Some(at) = at.and_then(|at| at.parse().ok()) {
+                return Ok(at);
+            }
+            ensure!(Instant::now() < deadline, "no API: {log}");
+            std::thread::sleep(Duration::from_millis(20));
+        }
     }
 
     /// A new token for its API.

@@ -14,6 +14,9 @@ use tempfile::TempDir;
 
 use crate::daemon::Process;
 
+/// Where Debian puts it: not on the path of everybody.
+const NGINX: &str = "/usr/sbin/nginx";
+
 /// The names of a certificate and its key.
 pub(crate) type Certificate<'a> = (&'a Path, &'a Path);
 
@@ -60,7 +63,7 @@ impl Nginx {
         );
         fs::write(folder.path().join("nginx.conf"), config)?;
         fs::create_dir(folder.path().join("served"))?;
-        let mut command = Command::new("nginx");
+        let mut command = Command::new(NGINX);
         command.arg("-p").arg(folder.path()).args(["-e", "log", "-c", "nginx.conf"]).stderr(Stdio::null());
         let child = command.spawn().map_err(needs_debian("nginx"))?;
         let mut nginx = Self { child, at, folder };
