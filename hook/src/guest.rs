@@ -4,10 +4,10 @@ use std::path::Path;
 use std::time::Duration;
 
 use virt_usb_domxml::{Domain, Edits, Fit, Hostdev, UsbHostdev};
-use virt_usb_model::Speed;
+use virt_usb_model::{InstanceId, Speed};
 use virt_usb_store::adopt::Holding;
-use virt_usb_store::claim::{Granted, Judge, Verified};
-use virt_usb_store::{Context, Durability, Record, Store};
+use virt_usb_store::claim::{Asker, Granted, Judge, Verified};
+use virt_usb_store::{Context, Durability, Record, Store, StoreError};
 
 use crate::answer::Answer;
 use crate::config::{Config, HoldPolicy};
@@ -27,6 +27,14 @@ pub(crate) fn open(config: &Config, op: &str, concerned: bool) -> Result<(Store,
     let context = machine::context(&config.procfs_root, format!("hook {op}")).map_err(|e| fault(&e))?;
     let store = Store::open(&config.state_dir, PATIENCE, durability).map_err(|e| fault(&e))?;
     Ok((store, context))
+}
+
+/// For whom devices are claimed.
+///
+/// # Errors
+/// When the inventory cannot be read.
+pub fn asker(store: &Store, domain: &Domain, instance: InstanceId) -> Result<Asker, StoreError> {
+    store.asker(instance, &domain.name, domain.project.as_ref())
 }
 
 /// Looks at ports, nothing else.

@@ -10,9 +10,9 @@ use virt_usb_store::{ClaimRow, Context, Record, Store};
 use crate::answer::Answer;
 use crate::call::Incoming;
 use crate::config::{Config, MigrationPolicy};
-use crate::guest::{Ports, hostdev, open, refuse_hubs};
+use crate::guest::{Ports, asker, hostdev, open, refuse_hubs};
 use crate::message;
-use crate::prepare::{asker, only};
+use crate::prepare::only;
 use crate::run::{Fault, Job, NOTHING};
 
 pub(crate) fn incoming(job: &Job<'_>, how: Incoming) -> Result<Answer, Fault> {
@@ -38,7 +38,7 @@ pub(crate) fn incoming(job: &Job<'_>, how: Incoming) -> Result<Answer, Fault> {
         .uuid
         .ok_or_else(|| Fault::of(concerned, "its XML has no <uuid>, by which devices are claimed"))?;
     let (store, context) = open(config, &job.call.op, concerned)?;
-    let asker = asker(domain, instance);
+    let asker = asker(&store, domain, instance).map_err(|e| Fault::of(concerned, e))?;
     Arrival { job, config, store, context, asker, concerned }.settle(how)
 }
 

@@ -10,10 +10,9 @@ use virt_usb_store::give_back::Extent;
 use virt_usb_store::{ClaimRow, Context, Store, StoreError};
 
 use crate::answer::Answer;
-use crate::guest::{Ports, holding, open};
+use crate::guest::{Ports, asker, holding, open};
 use crate::machine::{self, Agent};
 use crate::message;
-use crate::prepare::asker;
 use crate::run::{Fault, Job, NOTHING};
 
 /// The guest runs: what its live XML shows is in it.
@@ -85,13 +84,10 @@ pub fn take_over(
     let holdings: Vec<_> = domain.hostdevs.iter().map(holding).collect();
     let adopted = match holdings.is_empty() {
         true => Vec::new(),
-        false => store.adopt(
-            &asker(domain, instance),
-            &holdings,
-            Stage::Running,
-            &mut Ports { sysfs_root },
-            context,
-        )?,
+        false => {
+            let whom = asker(store, domain, instance)?;
+            store.adopt(&whom, &holdings, Stage::Running, &mut Ports { sysfs_root }, context)?
+        }
     };
     // A device with our alias is in the guest even if its port cannot be read at this moment.
     let injected = domain.hostdevs.iter().filter_map(UsbHostdev::injected);

@@ -1,7 +1,6 @@
 //! `prepare`: claim what the domain asks for, and write it into the XML, or refuse the start. What `restore` refused is refused here.
 
-use virt_usb_domxml::Domain;
-use virt_usb_model::{DeviceId, Flavor, InstanceId, Selector};
+use virt_usb_model::{DeviceId, Flavor, Selector};
 use virt_usb_store::adopt::{Adoption, Stage};
 use virt_usb_store::claim::{Asker, Claimed, Granted, Standing, Want};
 use virt_usb_store::{Assignment, Context, Source, Store};
@@ -9,7 +8,7 @@ use virt_usb_store::{Assignment, Context, Source, Store};
 use crate::answer::Answer;
 use crate::call::Caller;
 use crate::config::{Config, HoldPolicy, RequireAgent};
-use crate::guest::{Guest, Ports, holding, open, refuse_hubs};
+use crate::guest::{Guest, Ports, asker, holding, open, refuse_hubs};
 use crate::machine::{self, Agent};
 use crate::message;
 use crate::run::{Fault, Job, NOTHING};
@@ -38,8 +37,8 @@ pub(crate) fn prepare(job: &Job<'_>) -> Result<Answer, Fault> {
     }
     let no_uuid = || Fault::of(concerned, "its XML has no <uuid>, by which devices are claimed");
     let instance = job.domain.uuid.ok_or_else(no_uuid)?;
-    let asker = asker(job.domain, instance);
     let (store, context) = open(config, &job.call.op, concerned)?;
+    let asker = asker(&store, job.domain, instance).map_err(|e| Fault::of(concerned, e))?;
     let mut gate = Gate { job, config, store, context, asker, concerned };
     if let Some(refusal) = gate.take_over_by_hand()? {
         return Ok(refusal);
@@ -51,11 +50,6 @@ pub(crate) fn prepare(job: &Job<'_>) -> Result<Answer, Fault> {
         gate.store.leave();
     }
     Ok(answer)
-}
-
-/// For whom devices are claimed.
-pub(crate) fn asker(domain: &Domain, instance: InstanceId) -> Asker {
-    Asker { instance, domain: domain.name.clone(), project: domain.project.clone() }
 }
 
 /// A flavor without `usb_devices` needs no inventory.

@@ -94,6 +94,15 @@ CREATE TABLE assignments (
 );
 CREATE INDEX assignments_instance ON assignments (instance_uuid);
 
+-- Whose an instance is, as an administrator says, where its domain does not.
+CREATE TABLE owners (
+    instance_uuid   varchar(36) PRIMARY KEY,
+    created_at      datetime NOT NULL,
+    -- the domain's name then
+    domain          varchar(255) NOT NULL,
+    project_id      varchar(255) NOT NULL
+) WITHOUT ROWID;
+
 -- A hold on one device. One row a device: two instances can never hold the same.
 CREATE TABLE claims (
     id              INTEGER PRIMARY KEY AUTOINCREMENT,

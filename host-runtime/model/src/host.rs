@@ -162,6 +162,11 @@ const KEYS: &[&str] = &[
     "projects",
 ];
 
+/// Whether a device of a document may have this key.
+pub fn is_key(key: &str) -> bool {
+    KEYS.contains(&key)
+}
+
 impl FromJson for DeviceEntry {
     fn from_json(value: &Value) -> Result<Self, ParseError> {
         let known: Vec<&str> = KEYS.iter().chain(PASSED_OVER).copied().collect();

@@ -6,7 +6,6 @@ use virt_usb_domxml::{Domain, UsbHostdev, XmlError};
 use virt_usb_hook::config::{Config, ReplugPolicy};
 use virt_usb_hook::wish::Wish;
 use virt_usb_model::{BusAddress, DeviceId, Flavor, InstanceId};
-use virt_usb_store::claim::Asker;
 use virt_usb_store::{ClaimRow, Record, Store, StoreError};
 
 use super::plan::{Guest, Host, Instance, Seen};
@@ -18,6 +17,7 @@ pub struct View {
     devices: BTreeMap<DeviceId, Record>,
     claims: BTreeMap<InstanceId, Vec<ClaimRow>>,
     holders: BTreeMap<DeviceId, InstanceId>,
+    /// To whom something is assigned, or who are assigned to a project.
     assigned: BTreeSet<InstanceId>,
     problems: BTreeMap<InstanceId, BTreeMap<String, String>>,
 }
@@ -33,6 +33,7 @@ impl View {
             assigned: store.all_assignments()?.into_iter().map(|a| a.instance_uuid).collect(),
             ..Self::default()
         };
+        view.assigned.extend(store.owners()?.into_iter().map(|owner| owner.instance_uuid));
         for claim in store.claims()? {
             view.holders.insert(claim.device_id, claim.instance_uuid);
             view.claims.entry(claim.instance_uuid).or_default().push(claim);
@@ -65,7 +66,7 @@ impl View {
         if !claims.is_empty() {
             view.claims.insert(instance, claims);
         }
-        if !store.assignments(instance)?.is_empty() {
+        if !store.assignments(instance)?.is_empty() || store.owner(instance)?.is_some() {
             view.assigned.insert(instance);
         }
         for problem in store.problems()?.into_iter().filter(|p| p.instance_uuid == instance) {
@@ -139,9 +140,4 @@ pub fn guest(running: &Running, config: &Config, store: &Store) -> Result<Guest,
 pub fn flavor(domain: &Domain, config: &Config, store: &Store) -> Result<Flavor, String> {
     let wish = Wish::read(&domain.flavor, &config.state_dir).map_err(|fault| fault.what)?;
     wish.resolve(store).map_err(|fault| fault.what)
-}
-
-/// For whom something is written.
-pub fn asker(instance: InstanceId, domain: &Domain) -> Asker {
-    Asker { instance, domain: domain.name.clone(), project: domain.project.clone() }
 }

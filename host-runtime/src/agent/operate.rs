@@ -5,16 +5,15 @@ use std::collections::BTreeSet;
 
 use virt_usb_hook::call::{Call, Caller, Operation};
 use virt_usb_hook::config::Config;
-use virt_usb_hook::guest::Ports;
+use virt_usb_hook::guest::{Ports, asker};
 use virt_usb_hook::input::Input;
 use virt_usb_hook::{message, run};
-use virt_usb_model::{Device, DeviceId, DeviceRequest, InstanceId, Selector};
-use virt_usb_store::claim::{Asker, Shortage};
+use virt_usb_model::{Device, DeviceId, DeviceRequest, InstanceId, Reason, Selector};
+use virt_usb_store::claim::{Asker, Obstacle, SHOWN, Shortage, Why};
 use virt_usb_store::give_back::Extent;
 use virt_usb_store::problems::Problem;
 use virt_usb_store::{Assignment, ClaimRow, Given, Record, Source, StoreError, TooMany};
 
-use super::observe::asker;
 use super::plan::Gone;
 use super::work::{Live, Report, WorkError, Worker};
 use crate::hypervisor::{Failure, Libvirt, Started};
@@ -94,11 +93,15 @@ impl Worker {
                 }
             }
             let whom = self.whom(instance)?;
+            let short = self.hopeless(&whom, &missing)?;
+            if !short.is_empty() {
+                return Err(OperateError::Short { asker: whom, short });
+            }
             self.store.assign_more(&whom, &missing, &context)?.or_else(|e| too_many(&whom, e))?;
             return Ok(Attached { live: false, new: Vec::new(), already });
         };
         let domain = running.domain().map_err(WorkError::from)?;
-        let whom = asker(instance, &domain);
+        let whom = asker(&self.store, &domain, instance)?;
         let config = self.config.clone();
         let mut judge = Live { ports: Ports { sysfs_root: &config.sysfs_root }, domain: &domain };
         let (new, already, assigned) = match self.store.give(&whom, requests, &mut judge, &context)? {
@@ -233,6 +236,31 @@ impl Worker {
         Ok(self.store.problems()?.into_iter().find(about).map(|p| p.what))
     }
 
+    /// The requests that no device which this host has ever seen could serve, whoever has it now: a start would be refused for ever.
+    fn hopeless(&self, whom: &Asker, requests: &[DeviceRequest]) -> Result<Vec<Shortage>, OperateError> {
+        let all = self.store.all_devices()?;
+        let mut short = Vec::new();
+        for (number, request) in requests.iter().enumerate() {
+            let matching: Vec<&Record> = all.iter().filter(|r| selects(&request.selector, r)).collect();
+            let obstacle = |record: &&Record| {
+                let why = match record.rule_withheld {
+                    Some(Reason::Whitelist) => Why::Unavailable,
+                    _ if !record.is_for(whom.project.as_ref()) => Why::Project,
+                    _ => return None,
+                };
+                Some(Obstacle { device: (*record).clone(), why })
+            };
+            let obstacles: Vec<Obstacle> = matching.iter().filter_map(obstacle).collect();
+            let (total, got) = (matching.len(), matching.len() - obstacles.len());
+            if got < request.count as usize {
+                let matching = obstacles.into_iter().take(SHOWN).collect();
+                let got = u32::try_from(got).unwrap_or(u32::MAX);
+                short.push(Shortage { number, request: request.clone(), got, matching, total });
+            }
+        }
+        Ok(short)
+    }
+
     /// A device that is asked for by its id, and that the instance has.
     fn has_already(
         &self,
@@ -254,11 +282,13 @@ impl Worker {
     fn whom(&self, instance: InstanceId) -> Result<Asker, OperateError> {
         if let Some(xml) = self.hypervisor.xml(instance)? {
             let domain = virt_usb_domxml::read(xml.as_bytes()).map_err(WorkError::from)?;
-            return Ok(asker(instance, &domain));
+            return Ok(asker(&self.store, &domain, instance)?);
         }
         let claims = self.store.claims_of(instance)?;
-        let unknown = || Asker { instance, domain: instance.to_string(), project: None };
-        Ok(claims.first().map_or_else(unknown, ClaimRow::asker))
+        match claims.first() {
+            Some(claim) => Ok(claim.asker()),
+            None => Ok(self.store.asker(instance, &instance.to_string(), None)?),
+        }
     }
 }
 

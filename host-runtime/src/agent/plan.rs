@@ -64,7 +64,7 @@ pub struct Instance<'a> {
     pub seen: Seen<'a>,
     /// What it holds.
     pub claims: &'a [&'a ClaimRow],
-    /// Whether anything is assigned to it.
+    /// Whether anything is assigned to it, or it to a project.
     pub assigned: bool,
     /// What is noted to stand in its way, by what it is about.
     pub problems: &'a BTreeMap<String, String>,

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use virt_usb_domxml::{Domain, XmlError, redirdev_element};
 use virt_usb_hook::config::{AttachFailurePolicy, Config};
-use virt_usb_hook::guest::{NO_SPICE, Ports, hostdev, room};
+use virt_usb_hook::guest::{NO_SPICE, Ports, asker, hostdev, room};
 use virt_usb_hook::machine;
 use virt_usb_model::{DeviceId, InstanceId, Speed};
 use virt_usb_store::adopt::Stage;
@@ -17,7 +17,7 @@ use virt_usb_store::{Context, Durability, Record, Store, StoreError};
 
 use super::PATIENCE;
 use super::metrics::Metrics;
-use super::observe::{View, asker, guest};
+use super::observe::{View, guest};
 use super::plan::{ABOUT_STOP, Gone, Guest, Seen, Step, about_device};
 use crate::hypervisor::{Failure, Hypervisor};
 
@@ -159,7 +159,7 @@ impl Worker {
         what: Option<&str>,
     ) -> Result<(), WorkError> {
         let context = self.context()?;
-        let whom = whom(instance, guest, view);
+        let whom = whom(&self.store, instance, guest, view)?;
         if self.store.note_problem(&whom, about, what, &context)? {
             match what {
                 Some(what) => {
@@ -190,11 +190,16 @@ impl Worker {
 }
 
 /// For the record: the domain as it runs, or else as it was called when it claimed.
-fn whom(instance: InstanceId, guest: Option<&Guest>, view: &View) -> Asker {
+fn whom(
+    store: &Store,
+    instance: InstanceId,
+    guest: Option<&Guest>,
+    view: &View,
+) -> Result<Asker, StoreError> {
     match (guest, view.claims(instance)) {
-        (Some(guest), _) => asker(instance, &guest.domain),
-        (None, [claim, ..]) => claim.asker(),
-        (None, []) => Asker { instance, domain: instance.to_string(), project: None },
+        (Some(guest), _) => asker(store, &guest.domain, instance),
+        (None, [claim, ..]) => Ok(claim.asker()),
+        (None, []) => store.asker(instance, &instance.to_string(), None),
     }
 }
 
@@ -216,7 +221,7 @@ impl Work<'_> {
             Step::Adopt { holding, device } => {
                 let Some(guest) = self.guest else { return Ok(Outcome::Moot) };
                 let mut ports = Ports { sysfs_root: &self.worker.config.sysfs_root };
-                let whom = asker(instance, &guest.domain);
+                let whom = asker(&self.worker.store, &guest.domain, instance)?;
                 let holding = std::slice::from_ref(holding);
                 self.worker.store.adopt(&whom, holding, Stage::Running, &mut ports, &context)?;
                 tracing::info!(domain = %whom.domain, %instance, %device, "{}: device {device} was found in the guest and is its now", whom.domain);
@@ -229,7 +234,7 @@ impl Work<'_> {
             }
             Step::OutOfGuest => self.worker.store.out_of_guest(instance, &context)?,
             Step::End => {
-                self.worker.store.release(instance, Extent::Everything, "the domain is gone", &context)?;
+                self.worker.store.release(instance, Extent::Gone, "the domain is gone", &context)?;
                 tracing::info!(%instance, "instance {instance} is gone: what was held for it and assigned to it ends");
             }
             Step::Note { about, what } => {

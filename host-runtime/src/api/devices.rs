@@ -21,7 +21,7 @@ use super::inventory::Snapshot;
 use super::openapi::DeviceActionRequest;
 use super::paging::{limit, next, page};
 use super::policy::{Call, may};
-use super::request::{Asked, Asks, Content, Named, action, object};
+use super::request::{Asked, Asks, Content, Named, action, nothing, object};
 
 /// A path's device.
 #[derive(Deserialize)]
@@ -40,6 +40,8 @@ pub(super) struct Query {
     serial: Option<String>,
     tag: Option<String>,
     instance_uuid: Option<String>,
+    /// Also those that were unplugged while nobody had them: for administrators.
+    deleted: Option<bool>,
     sort_key: Option<SortKey>,
     sort_dir: Option<SortDir>,
     limit: Option<usize>,
@@ -91,7 +93,12 @@ pub(super) async fn list(
     OriginalUri(uri): OriginalUri,
 ) -> Result<Json<UsbDevices>, Fault> {
     Fault::unless(may(&caller, Call::Look), Fault::forbidden)?;
-    let snapshot = api.inventory.now()?;
+    let snapshot = if query.deleted == Some(true) {
+        Fault::unless(may(&caller, Call::ChangeDevice), Fault::forbidden)?;
+        tokio::task::block_in_place(|| api.inventory.with_deleted())?
+    } else {
+        api.inventory.now()?
+    };
     let wanted = Wanted::read(&query)?;
     let is_wanted = |record: &&Record| wanted.is(&snapshot, &caller, record);
     let mut found: Vec<&Record> = snapshot.seen(&caller).filter(is_wanted).collect();
@@ -166,7 +173,11 @@ impl Api {
     ) -> Result<(DeviceId, UsbDevice), Fault> {
         Fault::unless(may(caller, call), || missing(name))?;
         let id = name.parse().ok().and_then(DeviceId::new).ok_or_else(|| missing(name))?;
-        let snapshot = self.inventory.now()?;
+        let mut snapshot = self.inventory.now()?;
+        // One that was unplugged is still there for administrators.
+        if snapshot.device(id).is_none() && caller.is_admin() {
+            snapshot = tokio::task::block_in_place(|| self.inventory.with_deleted())?;
+        }
         let record = snapshot.device(id).ok_or_else(|| missing(name))?;
         Fault::unless(snapshot.may(caller, call, record), || missing(name))?;
         Ok((id, snapshot.shown(record, caller)))
@@ -198,10 +209,7 @@ pub(super) enum Change {
 impl Change {
     fn read(content: &serde_json::Map<String, Value>) -> Result<Self, Fault> {
         let (name, value) = action(content)?;
-        let nothing = |change| match value {
-            Value::Null => Ok(change),
-            _ => Err(Fault::bad_request(format!("{name} wants null: {{\"{name}\":null}}."))),
-        };
+        let nothing = |change| Ok(nothing(name, value)?.unwrap_or(change));
         match name {
             "enable" => nothing(Self::Enable),
             "clear_quarantine" => nothing(Self::ClearQuarantine),

@@ -4,6 +4,7 @@ use serde::Serialize;
 use utoipa::ToSchema;
 use virt_usb_model::{DeviceRequest, Flavor, RedirectionRequest};
 use virt_usb_store::events::EventRow;
+use virt_usb_store::problems::Problem;
 use virt_usb_store::{ClaimRow, Record, StoredFlavor};
 
 use super::identity::Caller;
@@ -56,6 +57,18 @@ pub(super) struct UsbDevice {
     pub(super) host_use: Option<String>,
     pub(super) created_at: Option<String>,
     pub(super) updated_at: Option<String>,
+    /// When it was unplugged, where nobody had it then.
+    pub(super) deleted_at: Option<String>,
+    /// The kernel drivers that it is bound to, for administrators; so are those that follow.
+    pub(super) driver: Option<String>,
+    /// Why an operator has disabled it.
+    pub(super) disabled: Option<String>,
+    /// Why it waits for an operator.
+    pub(super) quarantined: Option<String>,
+    /// It came and went too often: it is not offered until then.
+    pub(super) flapping_until: Option<String>,
+    /// What is different from what it was when it was claimed last, where it was quarantined after that.
+    pub(super) altered: Option<String>,
 }
 
 impl UsbDevice {
@@ -91,6 +104,86 @@ impl UsbDevice {
             host_use: e.host_use.clone().filter(|_| admin),
             created_at: record.created_at.clone(),
             updated_at: record.updated_at.clone(),
+            deleted_at: record.deleted_at.clone(),
+            driver: e.driver.clone().filter(|_| admin),
+            disabled: record.disabled.clone().filter(|_| admin),
+            quarantined: record.quarantined.clone().filter(|_| admin),
+            flapping_until: record.flapping_until.clone().filter(|_| admin),
+            altered: record.altered().filter(|_| admin),
+        }
+    }
+}
+
+/// Who has a device.
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct UsbClaim {
+    id: i64,
+    /// UTC, ISO 8601.
+    created_at: String,
+    usb_device_id: u64,
+    instance_uuid: String,
+    /// The domain's name then.
+    domain: String,
+    project_id: Option<String>,
+    /// The position of the request among the instance's; none: found in the domain's own XML.
+    request: Option<u32>,
+    /// `claimed`, `allocated`.
+    state: String,
+    /// Until when: `running`, `instance`.
+    hold: String,
+    /// An incoming restore or migration that was not confirmed yet.
+    pending: bool,
+    boot_id: String,
+    /// The inventory's revision at its last change.
+    revision: i64,
+    /// The device is to leave the guest.
+    ending: bool,
+    /// The guest came in with the device by restore or migration: it is to be attached anew.
+    arrived: bool,
+}
+
+impl From<&ClaimRow> for UsbClaim {
+    fn from(claim: &ClaimRow) -> Self {
+        Self {
+            id: claim.id,
+            created_at: claim.created_at.clone(),
+            usb_device_id: claim.device_id.get(),
+            instance_uuid: claim.instance_uuid.to_string(),
+            domain: claim.domain.clone(),
+            project_id: claim.project_id.clone(),
+            request: claim.request,
+            state: claim.state.clone(),
+            hold: claim.hold.clone(),
+            pending: claim.pending,
+            boot_id: claim.boot_id.clone(),
+            revision: claim.revision,
+            ending: claim.ending,
+            arrived: claim.arrived,
+        }
+    }
+}
+
+/// What stands between an instance and what it is to have.
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct UsbProblem {
+    instance_uuid: String,
+    /// `device 5`, `redirection 0`, `start`.
+    about: String,
+    /// The domain's name.
+    domain: String,
+    /// UTC, ISO 8601.
+    since: String,
+    what: String,
+}
+
+impl From<&Problem> for UsbProblem {
+    fn from(problem: &Problem) -> Self {
+        Self {
+            instance_uuid: problem.instance_uuid.to_string(),
+            about: problem.about.clone(),
+            domain: problem.domain.clone(),
+            since: problem.since.clone(),
+            what: problem.what.clone(),
         }
     }
 }

@@ -15,7 +15,7 @@ use super::documents::{Link, UsbEvent};
 use super::fault::Fault;
 use super::identity::Caller;
 use super::paging::{limit, next};
-use super::policy::Call;
+use super::policy::{Call, may};
 use super::request::{Asked, Asks, Named};
 use super::servers::ServerName;
 
@@ -71,6 +71,19 @@ pub(super) async fn of_server(
 ) -> Result<Json<Events>, Fault> {
     let server = api.server(&caller, Call::LookAt, &server.server_id).await?;
     answer(&api, caller, query, Filter { instance: Some(server.id), ..Filter::default() }, &uri).await
+}
+
+/// The audit, newest first: for administrators all of it, for others what concerned their project
+#[utoipa::path(get, path = "/os-usb-events", tag = "events", operation_id = "list_usb_events", params(Query),
+    responses((status = 200, description = "The events", body = Events)))]
+pub(super) async fn list(
+    State(api): State<Arc<Api>>,
+    Asks(caller): Asks,
+    Asked(query): Asked<Query>,
+    OriginalUri(uri): OriginalUri,
+) -> Result<Json<Events>, Fault> {
+    Fault::unless(may(&caller, Call::LookAt), Fault::forbidden)?;
+    answer(&api, caller, query, Filter::default(), &uri).await
 }
 
 async fn answer(

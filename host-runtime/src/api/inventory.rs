@@ -6,8 +6,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use axum::body::Bytes;
 use virt_usb_model::{DeviceId, InstanceId, ProjectId};
+use virt_usb_store::problems::Problem;
 use virt_usb_store::watch::{Moment, Watched};
-use virt_usb_store::{ClaimRow, Record, StoreError};
+use virt_usb_store::{ClaimRow, Durability, Record, Store, StoreError};
 
 use super::documents::UsbDevice;
 use super::identity::Caller;
@@ -20,6 +21,8 @@ pub(super) struct Snapshot {
     /// By id.
     pub(super) devices: Vec<Record>,
     claims: HashMap<DeviceId, ClaimRow>,
+    owners: HashMap<InstanceId, ProjectId>,
+    pub(super) problems: Vec<Problem>,
     /// Answers that are asked for again and again, by what their readers may see.
     answers: Mutex<HashMap<Option<ProjectId>, Bytes>>,
 }
@@ -28,9 +31,10 @@ pub(super) struct Snapshot {
 const ANSWERS: usize = 64;
 
 impl Snapshot {
-    fn new(Moment { devices, claims, .. }: Moment) -> Self {
+    fn new(Moment { devices, claims, owners, problems, .. }: Moment) -> Self {
         let claims = claims.into_iter().map(|claim| (claim.device_id, claim)).collect();
-        Self { devices, claims, answers: Mutex::default() }
+        let owners = owners.into_iter().map(|owner| (owner.instance_uuid, owner.project_id)).collect();
+        Self { devices, claims, owners, problems, answers: Mutex::default() }
     }
 
     /// What `make` makes, once for all who see the same; it says nothing else of its caller.
@@ -56,8 +60,18 @@ impl Snapshot {
         self.devices.binary_search_by_key(&id, |r| r.entry.id).ok().map(|at| &self.devices[at])
     }
 
+    /// By device.
+    pub(super) fn claims(&self) -> impl Iterator<Item = &ClaimRow> {
+        self.devices.iter().filter_map(|record| self.claim(record.entry.id))
+    }
+
     pub(super) fn claim(&self, device: DeviceId) -> Option<&ClaimRow> {
         self.claims.get(&device)
+    }
+
+    /// Whose an instance is, as an administrator has said.
+    pub(super) fn owner(&self, instance: InstanceId) -> Option<&ProjectId> {
+        self.owners.get(&instance)
     }
 
     /// What the caller may do with a device.
@@ -96,6 +110,16 @@ pub(super) struct Inventory {
 impl Inventory {
     pub(super) fn new(state_dir: PathBuf) -> Self {
         Self { state_dir, open: Mutex::default() }
+    }
+
+    /// As it is now, with the devices that were unplugged while nobody had them. Read anew each time.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub(super) fn with_deleted(&self) -> Result<Arc<Snapshot>, StoreError> {
+        let store = Store::open(&self.state_dir, PATIENCE, Durability::Boot)?;
+        let devices = store.all_devices()?;
+        Ok(Arc::new(Snapshot::new(Moment { devices, ..store.moment(0)? })))
     }
 
     /// As it is now.

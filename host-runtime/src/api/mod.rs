@@ -14,13 +14,14 @@
 //! | `request`, `paging` | what a request says |
 //! | `fault` | what went wrong, in Nova's shape |
 //! | `documents`, `openapi` | what is answered, and how it is described |
-//! | `hypervisors`, `servers`, `devices`, `flavors`, `events` | the calls |
+//! | `hypervisors`, `servers`, `devices`, `claims`, `flavors`, `events` | the calls |
 //! | `rates` | how often |
 //! | `portal` | pages for people |
 //! | `inventory` | what there is, for many readers |
 //!
 //! It runs on threads of its own, and whatever becomes of it, the agent goes on giving guests their devices.
 
+mod claims;
 mod devices;
 mod documents;
 mod events;
@@ -190,6 +191,7 @@ fn router(api: Arc<Api>) -> Router {
     let calls = Router::new()
         .route("/os-hypervisors", get(hypervisors::list))
         .route("/os-hypervisors/{hypervisor_hostname}", get(hypervisors::show))
+        .route("/servers", get(servers::list))
         .route("/servers/{server_id}/action", post(servers::act))
         .route("/servers/{server_id}/os-usb-devices", get(servers::show))
         .route("/servers/{server_id}/os-usb-events", get(events::of_server))
@@ -197,6 +199,9 @@ fn router(api: Arc<Api>) -> Router {
         .route("/os-usb-devices/{usb_device_id}", get(devices::show))
         .route("/os-usb-devices/{usb_device_id}/action", post(devices::act))
         .route("/os-usb-devices/{usb_device_id}/events", get(events::of_device))
+        .route("/os-usb-claims", get(claims::list))
+        .route("/os-usb-owners", get(servers::owners))
+        .route("/os-usb-events", get(events::list))
         .route("/os-usb-flavors", get(flavors::list))
         .route("/os-usb-flavors/{flavor_name}", get(flavors::show).put(flavors::set).delete(flavors::remove))
         .method_not_allowed_fallback(request::no_method)

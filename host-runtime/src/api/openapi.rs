@@ -10,7 +10,7 @@ use utoipa::openapi::security::{ApiKey, ApiKeyValue, SecurityRequirement, Securi
 use utoipa::openapi::{ContentBuilder, ObjectBuilder, Paths, Ref, Required, ResponseBuilder, Type};
 use utoipa::{OpenApi, ToSchema};
 
-use super::{devices, events, flavors, hypervisors, servers};
+use super::{claims, devices, events, flavors, hypervisors, servers};
 
 /// One entry of what a server or a flavor asks for; what it names must all match.
 #[derive(ToSchema)]
@@ -73,6 +73,17 @@ pub(super) struct UsbDevicesRequests {
 pub(super) struct ServerActionRequest {
     attach_usb_devices: Option<UsbDevicesRequests>,
     detach_usb_devices: Option<UsbDevicesRequests>,
+    set_usb_owner: Option<NewOwner>,
+    /// `null`.
+    clear_usb_owner: Option<()>,
+}
+
+/// Whose a server is.
+#[derive(ToSchema)]
+#[expect(dead_code, reason = "a description of what is read")]
+pub(super) struct NewOwner {
+    #[schema(min_length = 1)]
+    project_id: String,
 }
 
 /// One of them.
@@ -114,6 +125,8 @@ pub(super) struct TagList {
     paths(
         hypervisors::list,
         hypervisors::show,
+        servers::list,
+        servers::owners,
         servers::act,
         servers::show,
         events::of_server,
@@ -121,6 +134,8 @@ pub(super) struct TagList {
         devices::show,
         devices::act,
         events::of_device,
+        events::list,
+        claims::list,
         flavors::list,
         flavors::show,
         flavors::set,

@@ -130,6 +130,14 @@ pub(super) fn action(content: &Map<String, Value>) -> Result<(&str, &Value), Fau
     }
 }
 
+/// An action that wants nothing.
+pub(super) fn nothing<T>(name: &str, value: &Value) -> Result<Option<T>, Fault> {
+    match value {
+        Value::Null => Ok(None),
+        _ => Err(Fault::bad_request(format!("{name} wants null: {{\"{name}\":null}}."))),
+    }
+}
+
 /// An object that holds these keys and no other.
 pub(super) fn object<'a>(
     value: &'a Value,

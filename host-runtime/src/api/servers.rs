@@ -6,10 +6,12 @@ use std::sync::Arc;
 use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
+use axum::response::{IntoResponse as _, Response};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use utoipa::ToSchema;
-use virt_usb_model::{DeviceRequest, Flavor, InstanceId, ProjectId, Selector};
+use utoipa::{IntoParams, ToSchema};
+use virt_usb_domxml::Domain;
+use virt_usb_model::{DeviceRequest, Flavor, InstanceId, ParseError, ProjectId, Selector};
 use virt_usb_store::claim::{Shortage, Why};
 use virt_usb_store::{Record, StoreError};
 
@@ -21,7 +23,7 @@ use super::identity::Caller;
 use super::inventory::Snapshot;
 use super::openapi::ServerActionRequest;
 use super::policy::{Call, Verdict, may, may_know_holder, may_with_server};
-use super::request::{Asks, Content, Named, action, object};
+use super::request::{Asked, Asks, Content, Named, action, nothing, object};
 use crate::agent::operate::{Attached, OperateError};
 use crate::agent::work::Worker;
 
@@ -37,6 +39,23 @@ pub(super) struct Server {
     pub(super) id: InstanceId,
     pub(super) name: String,
     pub(super) running: bool,
+    /// Whose it is, where that is known.
+    pub(super) owner: Option<ProjectId>,
+    /// Whether its domain says so itself.
+    pub(super) by_domain: bool,
+}
+
+impl Server {
+    fn new(id: InstanceId, domain: Domain, running: bool, snapshot: &Snapshot) -> Self {
+        let by_domain = domain.project.is_some();
+        let owner = domain.project.or_else(|| snapshot.owner(id).cloned());
+        Self { id, name: domain.name, running, owner, by_domain }
+    }
+
+    /// As Nova has it.
+    const fn status(&self) -> &'static str {
+        if self.running { "ACTIVE" } else { "SHUTOFF" }
+    }
 }
 
 fn no_server(id: &str) -> Fault {
@@ -55,8 +74,8 @@ impl Api {
         Fault::unless(may(caller, call), || no_server(name))?;
         let id: InstanceId = name.parse().map_err(|_| no_server(name))?;
         let found = self.blocking(move |api| api.find(id)).await?;
-        let Some((server, owner)) = found else { return Err(no_server(name)) };
-        Fault::unless(may_with_server(caller, call, owner.as_ref()), || no_server(name))?;
+        let Some(server) = found else { return Err(no_server(name)) };
+        Fault::unless(may_with_server(caller, call, server.owner.as_ref()), || no_server(name))?;
         Ok(server)
     }
 
@@ -66,13 +85,15 @@ impl Api {
         let caller = caller.clone();
         let found = self.blocking(move |api| {
             let running: HashSet<InstanceId> = api.hypervisor.running()?.into_iter().collect();
+            let snapshot = api.inventory.now()?;
             let mut found = Vec::new();
             for id in api.hypervisor.all()? {
                 // One that has gone meanwhile, or whose XML cannot be read, is nobody's.
                 let Some(xml) = api.hypervisor.xml(id)? else { continue };
                 let Ok(domain) = virt_usb_domxml::read(xml.as_bytes()) else { continue };
-                if may_with_server(&caller, Call::LookAt, domain.project.as_ref()) == Verdict::Allowed {
-                    found.push(Server { id, name: domain.name, running: running.contains(&id) });
+                let server = Server::new(id, domain, running.contains(&id), &snapshot);
+                if may_with_server(&caller, Call::LookAt, server.owner.as_ref()) == Verdict::Allowed {
+                    found.push(server);
                 }
             }
             found.sort_by(|a, b| (&a.name, a.id).cmp(&(&b.name, b.id)));
@@ -81,22 +102,102 @@ impl Api {
         found.await
     }
 
-    /// The server and whose it is; of one that libvirt does not know any more what it still holds tells.
-    fn find(&self, id: InstanceId) -> Result<Option<(Server, Option<ProjectId>)>, Fault> {
+    /// The server; of one that libvirt does not know any more what it still holds tells.
+    fn find(&self, id: InstanceId) -> Result<Option<Server>, Fault> {
         let running = self.hypervisor.look(id)?.is_some();
+        let snapshot = self.inventory.now()?;
         if let Some(xml) = self.hypervisor.xml(id)? {
             let domain = virt_usb_domxml::read(xml.as_bytes())
                 .map_err(|e| Fault::internal(format!("cannot read the domain's XML: {e}")))?;
-            return Ok(Some((Server { id, name: domain.name, running }, domain.project)));
+            return Ok(Some(Server::new(id, domain, running, &snapshot)));
         }
-        let snapshot = self.inventory.now()?;
         let held = snapshot.devices.iter().find(|r| r.entry.instance_uuid == Some(id));
         let claim = held.and_then(|r| snapshot.claim(r.entry.id));
         Ok(claim.map(|claim| {
-            let owner = claim.project_id.as_deref().and_then(|project| project.parse().ok());
-            (Server { id, name: claim.domain.clone(), running }, owner)
+            let owner = claim.asker().project;
+            let by_domain = owner.is_some() && snapshot.owner(id).is_none();
+            Server { id, name: claim.domain.clone(), running, owner, by_domain }
         }))
     }
+}
+
+/// A server among others.
+#[derive(Serialize, ToSchema)]
+#[schema(as = ServerSummary)]
+struct Listed {
+    #[schema(value_type = String)]
+    id: InstanceId,
+    name: String,
+    /// As Nova has it: `ACTIVE`, `SHUTOFF`.
+    status: &'static str,
+    /// Whose it is, where that is known.
+    #[schema(value_type = Option<String>)]
+    project_id: Option<ProjectId>,
+}
+
+impl From<Server> for Listed {
+    fn from(server: Server) -> Self {
+        let status = server.status();
+        Self { id: server.id, name: server.name, status, project_id: server.owner }
+    }
+}
+
+#[derive(Serialize, ToSchema)]
+pub(super) struct Servers {
+    servers: Vec<Listed>,
+}
+
+/// Which servers.
+#[derive(Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub(super) struct Query {
+    /// Those of exactly this name.
+    name: Option<String>,
+}
+
+/// This host's servers, by name
+#[utoipa::path(get, path = "/servers", tag = "servers", operation_id = "list_servers", params(Query),
+    responses((status = 200, description = "The servers", body = Servers)))]
+pub(super) async fn list(
+    State(api): State<Arc<Api>>,
+    Asks(caller): Asks,
+    Asked(query): Asked<Query>,
+) -> Result<Json<Servers>, Fault> {
+    let mut servers = api.servers(&caller).await?;
+    servers.retain(|server| query.name.as_ref().is_none_or(|name| *name == server.name));
+    Ok(Json(Servers { servers: servers.into_iter().map(Listed::from).collect() }))
+}
+
+/// Whose a server is, as an administrator has said.
+#[derive(Serialize, ToSchema)]
+struct UsbOwner {
+    instance_uuid: String,
+    /// Since when: UTC, ISO 8601.
+    created_at: String,
+    /// The domain's name then.
+    domain: String,
+    project_id: String,
+}
+
+#[derive(Serialize, ToSchema)]
+pub(super) struct Owners {
+    usb_owners: Vec<UsbOwner>,
+}
+
+/// Whose servers are, as administrators have said: for administrators
+#[utoipa::path(get, path = "/os-usb-owners", tag = "servers", operation_id = "list_usb_owners",
+    responses((status = 200, description = "What was said", body = Owners)))]
+pub(super) async fn owners(State(api): State<Arc<Api>>, Asks(caller): Asks) -> Result<Json<Owners>, Fault> {
+    Fault::unless(may(&caller, Call::ChangeOwner), Fault::forbidden)?;
+    let owners = api.blocking(|api| Ok(api.store()?.owners()?)).await?;
+    let shown = |owner: virt_usb_store::Owner| UsbOwner {
+        instance_uuid: owner.instance_uuid.to_string(),
+        created_at: owner.created_at,
+        domain: owner.domain,
+        project_id: owner.project_id.to_string(),
+    };
+    Ok(Json(Owners { usb_owners: owners.into_iter().map(shown).collect() }))
 }
 
 #[derive(Serialize, ToSchema)]
@@ -113,16 +214,15 @@ pub(super) struct Acted {
     pub(super) usb_devices: Vec<UsbDevice>,
     /// Whether the server runs; if not, what is attached comes at its next start.
     pub(super) live: bool,
+    /// The ids of those that it had before it was asked for.
+    pub(super) already: Vec<u64>,
 }
 
 #[derive(Serialize, ToSchema)]
 #[schema(as = ServerDetail)]
 struct Described {
-    #[schema(value_type = String)]
-    id: InstanceId,
-    name: String,
-    /// As Nova has it: `ACTIVE`, `SHUTOFF`.
-    status: &'static str,
+    #[serde(flatten)]
+    listed: Listed,
     usb_devices: Vec<UsbDevice>,
     /// What it is to have at each start, whoever is free then.
     #[schema(value_type = Vec<super::openapi::UsbDeviceRequest>)]
@@ -139,44 +239,80 @@ pub(super) async fn show(
     Named(ServerName { server_id }): Named<ServerName>,
 ) -> Result<Json<Shown>, Fault> {
     let server = api.server(&caller, Call::LookAt, &server_id).await?;
+    describe(&api, &caller, server).await.map(Json)
+}
+
+async fn describe(api: &Arc<Api>, caller: &Caller, server: Server) -> Result<Shown, Fault> {
     let snapshot = api.inventory.now()?;
     let id = server.id;
     let mine = snapshot.devices.iter().filter(|r| r.entry.instance_uuid == Some(id));
-    let usb_devices = mine.map(|record| snapshot.shown(record, &caller)).collect();
+    let usb_devices = mine.map(|record| snapshot.shown(record, caller)).collect();
     let assigned = api.blocking(move |api| Ok(api.store()?.assignments(id)?)).await?;
-    let described = Described {
-        id,
-        name: server.name,
-        status: if server.running { "ACTIVE" } else { "SHUTOFF" },
-        usb_devices,
-        usb_devices_requests: assigned.into_iter().map(|a| a.request).collect(),
-    };
-    Ok(Json(Shown { server: described }))
+    let usb_devices_requests = assigned.into_iter().map(|a| a.request).collect();
+    Ok(Shown { server: Described { listed: server.into(), usb_devices, usb_devices_requests } })
 }
 
-/// Attach or detach devices, all or nothing
+/// Attach or detach devices, all or nothing; say whose a server is
 ///
-/// On a server that runs it is done when it is answered; on one that does not it counts from its next start.
+/// On a server that runs an attach is done when it is answered; on one that does not it counts from its next start. Whose a server is
+/// administrators say of those whose domain does not.
 #[utoipa::path(post, path = "/servers/{server_id}/action", tag = "servers", operation_id = "act_on_server",
     params(("server_id" = String, Path, description = "The server's UUID")),
     request_body = ServerActionRequest,
-    responses((status = 202, description = "Done", body = Acted)))]
+    responses((status = 202, description = "Devices are attached or detached", body = Acted),
+        (status = 200, description = "The server, and whose it is now", body = Shown)))]
 pub(super) async fn act(
     State(api): State<Arc<Api>>,
     Asks(caller): Asks,
     Named(ServerName { server_id }): Named<ServerName>,
     Content(content): Content,
-) -> Result<(StatusCode, Json<Acted>), Fault> {
+) -> Result<Response, Fault> {
     let (name, value) = action(&content)?;
     let call = match name {
         "attach_usb_devices" => Call::Attach,
         "detach_usb_devices" => Call::Detach,
+        "set_usb_owner" | "clear_usb_owner" => Call::ChangeOwner,
         other => return Err(Fault::bad_request(format!("There is no such action: {other}."))),
     };
     // Before the body is looked at: who may not do it has nothing to learn from its mistakes.
     let server = api.server(&caller, call, &server_id).await?;
+    if call == Call::ChangeOwner {
+        let project =
+            if name == "set_usb_owner" { Some(project(name, value)?) } else { nothing(name, value)? };
+        let server = give_to(&api, &caller, server, project).await?;
+        return Ok(Json(describe(&api, &caller, server).await?).into_response());
+    }
     let requests = requests(name, value)?;
-    perform(&api, caller, call, server, requests).await.map(|acted| (StatusCode::ACCEPTED, Json(acted)))
+    let acted = perform(&api, caller, call, server, requests).await?;
+    Ok((StatusCode::ACCEPTED, Json(acted)).into_response())
+}
+
+fn project(name: &str, value: &Value) -> Result<ProjectId, Fault> {
+    let Some(Value::String(project)) = object(value, name, &["project_id"])?.get("project_id") else {
+        return Err(Fault::bad_request(format!("{name} wants a project: {{\"project_id\":\"...\"}}.")));
+    };
+    project.parse().map_err(|e: ParseError| Fault::bad_request(sentence(&e.at("project_id").to_string())))
+}
+
+/// Says whose a server is; `None` takes that back.
+pub(super) async fn give_to(
+    api: &Arc<Api>,
+    caller: &Caller,
+    server: Server,
+    project: Option<ProjectId>,
+) -> Result<Server, Fault> {
+    if let (true, Some(owner)) = (server.by_domain, &server.owner) {
+        return Err(Fault::conflict(format!(
+            "The domain of instance {} says itself that it is project {owner}'s: what is said here would not count.",
+            server.id
+        )));
+    }
+    let caller = caller.clone();
+    let given = api.blocking(move |api| {
+        api.store()?.set_owner(server.id, &server.name, project.as_ref(), &api.context(&caller)?)?;
+        Ok(Server { owner: project, ..server })
+    });
+    given.await
 }
 
 /// Attaches to or detaches from a server that the caller may do this with.
@@ -239,7 +375,8 @@ fn visible(
 fn attach(api: &Api, caller: &Caller, server: &Server, requests: &[DeviceRequest]) -> Result<Acted, Fault> {
     let given = api.worker(caller)?.give(server.id, requests);
     let Attached { live, new, already } = given.map_err(|e| fault(api, caller, server, e))?;
-    answer(api, caller, live, new.iter().chain(&already))
+    let had = already.iter().map(|record| record.entry.id.get()).collect();
+    answer(api, caller, live, new.iter().chain(&already), had)
 }
 
 fn detach(api: &Api, caller: &Caller, server: &Server, requests: &[DeviceRequest]) -> Result<Acted, Fault> {
@@ -251,7 +388,7 @@ fn detach(api: &Api, caller: &Caller, server: &Server, requests: &[DeviceRequest
     let selectors: Vec<Selector> = requests.iter().map(|r| r.selector.clone()).collect();
     let taken = api.worker(caller)?.take(server.id, &selectors);
     let taken = taken.map_err(|e| fault(api, caller, server, e))?;
-    answer(api, caller, server.running, taken.iter().flatten())
+    answer(api, caller, server.running, taken.iter().flatten(), Vec::new())
 }
 
 /// The devices as they are now.
@@ -260,10 +397,11 @@ fn answer<'a>(
     caller: &Caller,
     live: bool,
     devices: impl Iterator<Item = &'a Record>,
+    already: Vec<u64>,
 ) -> Result<Acted, Fault> {
     let snapshot = api.inventory.now()?;
     let now = devices.map(|was| snapshot.shown(snapshot.device(was.entry.id).unwrap_or(was), caller));
-    Ok(Acted { usb_devices: now.collect(), live })
+    Ok(Acted { usb_devices: now.collect(), live, already })
 }
 
 impl Api {

@@ -34,8 +34,25 @@ pub struct Arguments {
     /// Print JSON instead of tables
     #[arg(long, global = true)]
     pub(super) json: bool,
+    #[command(flatten)]
+    pub(super) api: Api,
     #[command(subcommand)]
     pub(super) verb: Verb,
+}
+
+/// Another host's API in the place of this host's inventory.
+#[derive(Debug, Args)]
+pub(super) struct Api {
+    /// Ask and tell the API at this address instead of this host's inventory: devices, claims, events, flavor, attach, detach, enable,
+    /// disable, quarantine, tag, untag, owner
+    #[arg(long, global = true, value_name = "URL", env = "VIRT_USB_URL", hide_env_values = true)]
+    pub(super) url: Option<String>,
+    /// With --url: the file that holds the token
+    #[arg(long, global = true, value_name = "FILE", env = "VIRT_USB_TOKEN_FILE", hide_env_values = true)]
+    pub(super) token_file: Option<PathBuf>,
+    /// With --url: trust certificates of these authorities (PEM) instead of this machine's
+    #[arg(long, global = true, value_name = "FILE", env = "VIRT_USB_CACERT", hide_env_values = true)]
+    pub(super) cacert: Option<PathBuf>,
 }
 
 #[derive(Debug, Subcommand)]
@@ -102,6 +119,11 @@ pub(super) enum Verb {
     Tag(Tags),
     /// Take tags away that were given with 'virt-usb tag'
     Untag(Tags),
+    /// Say whose a guest is, where its domain does not say so: that project's members may then give it devices
+    Owner {
+        #[command(subcommand)]
+        verb: Option<OwnerVerb>,
+    },
     /// Say who may use the API
     Token {
         #[command(subcommand)]
@@ -190,6 +212,25 @@ pub(super) enum QuarantineVerb {
         /// The device's id
         #[arg(value_name = "DEVICE")]
         device: DeviceId,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum OwnerVerb {
+    /// Show what was said
+    List,
+    /// Say whose it is
+    Set {
+        /// The domain's name or UUID
+        domain: String,
+        /// The project
+        #[arg(value_name = "PROJECT")]
+        project: ProjectId,
+    },
+    /// Take back what was said
+    Clear {
+        /// The domain's name or UUID
+        domain: String,
     },
 }
 

@@ -4,6 +4,7 @@ use std::process::ExitCode;
 
 use anyhow::bail;
 use serde::Serialize;
+use serde_json::json;
 use virt_usb_hook::message;
 use virt_usb_model::DeviceId;
 use virt_usb_model::flavor::Tag;
@@ -50,35 +51,53 @@ fn tell(session: &Session, wished: &Wished, device: DeviceId, now: &str) -> anyh
 }
 
 pub(super) fn disable(session: &Session, device: DeviceId, reason: Option<&str>) -> anyhow::Result<ExitCode> {
-    let (mut store, context) = open(session, "disable")?;
     let reason = reason.and_then(virt_usb_model::clean_text).unwrap_or_else(|| "by an operator".into());
-    let wished = store.set_disabled(device, Some(&reason), &context)?;
+    let wished = match session.remote()? {
+        Some(api) => api.change(device, &json!({ "disable": { "reason": reason } }), |now| {
+            now.disabled.as_ref() == Some(&reason)
+        })?,
+        None => {
+            let (mut store, context) = open(session, "disable")?;
+            store.set_disabled(device, Some(&reason), &context)?
+        }
+    };
     tell(session, &wished, device, &format!("disabled ({reason})"))
 }
 
 pub(super) fn enable(session: &Session, device: DeviceId) -> anyhow::Result<ExitCode> {
-    let (mut store, context) = open(session, "enable")?;
-    let wished = store.set_disabled(device, None, &context)?;
+    let wished = match session.remote()? {
+        Some(api) => api.change(device, &json!({ "enable": null }), |now| now.disabled.is_none())?,
+        None => {
+            let (mut store, context) = open(session, "enable")?;
+            store.set_disabled(device, None, &context)?
+        }
+    };
     tell(session, &wished, device, "enabled")
 }
 
 pub(super) fn clear(session: &Session, device: DeviceId) -> anyhow::Result<ExitCode> {
-    let (mut store, context) = open(session, "quarantine clear")?;
-    let wished = store.clear_quarantine(device, &context)?;
+    let wished = match session.remote()? {
+        Some(api) => api.change(device, &json!({ "clear_quarantine": null }), |now| {
+            now.quarantined.is_none() && now.flapping_until.is_none()
+        })?,
+        None => {
+            let (mut store, context) = open(session, "quarantine clear")?;
+            store.clear_quarantine(device, &context)?
+        }
+    };
     tell(session, &wished, device, "out of quarantine")
 }
 
 pub(super) fn tag(session: &Session, device: DeviceId, tags: &[Tag], add: bool) -> anyhow::Result<ExitCode> {
-    let (mut store, context) = open(session, if add { "tag" } else { "untag" })?;
     let tags: Vec<String> = tags.iter().cloned().map(Tag::into_text).collect();
-    let known = store.all_devices()?.into_iter().find(|r| r.entry.id == device);
-    if let Some(of_rule) = known.filter(|_| !add).and_then(|record| record.tag_of_a_rule(&tags)) {
-        bail!(
-            "device {device} has the tag {of_rule:?} from a whitelist rule: change that rule in the configuration"
-        );
-    }
-    let (more, fewer): (&[String], &[String]) = if add { (&tags, &[]) } else { (&[], &tags) };
-    let wished = store.set_tags(device, more, fewer, &context)?;
+    let wished = match session.remote()? {
+        Some(api) => {
+            let action = if add { "add_tags" } else { "remove_tags" };
+            let is_so = |now: &Record| tags.iter().all(|tag| now.entry.tags.contains(tag) == add);
+            api.change(device, &json!({ action: { "tags": tags } }), is_so)?
+        }
+        None => set_tags(session, device, &tags, add)?,
+    };
     let all = match &wished {
         Wished::Done(record) | Wished::Already(record) => record.entry.tags.join(", "),
         Wished::Unknown => String::new(),
@@ -91,6 +110,18 @@ pub(super) fn tag(session: &Session, device: DeviceId, tags: &[Tag], add: bool) 
     )
 }
 
+fn set_tags(session: &Session, device: DeviceId, tags: &[String], add: bool) -> anyhow::Result<Wished> {
+    let (mut store, context) = open(session, if add { "tag" } else { "untag" })?;
+    let known = store.all_devices()?.into_iter().find(|r| r.entry.id == device);
+    if let Some(of_rule) = known.filter(|_| !add).and_then(|record| record.tag_of_a_rule(tags).cloned()) {
+        bail!(
+            "device {device} has the tag {of_rule:?} from a whitelist rule: change that rule in the configuration"
+        );
+    }
+    let (more, fewer) = if add { (tags, &[][..]) } else { (&[][..], tags) };
+    Ok(store.set_tags(device, more, fewer, &context)?)
+}
+
 #[derive(Serialize)]
 struct Quarantined<'a> {
     #[serde(flatten)]
@@ -101,13 +132,22 @@ struct Quarantined<'a> {
 }
 
 pub(super) fn list(session: &Session) -> anyhow::Result<ExitCode> {
-    let devices = session.store()?.all_devices()?;
+    let devices: Vec<(Record, Option<String>)> = match session.remote()? {
+        Some(api) => api.set_aside()?,
+        None => {
+            let devices = session.store()?.all_devices()?.into_iter();
+            devices
+                .map(|device| (device.altered(), device))
+                .map(|(altered, device)| (device, altered))
+                .collect()
+        }
+    };
     let flapping = |r: &Record| r.flapping_until.as_ref().map(|_| "it comes and goes too often");
     let set_aside: Vec<Quarantined<'_>> = devices
         .iter()
-        .filter_map(|device| {
+        .filter_map(|(device, altered)| {
             let why = device.quarantined.as_deref().or_else(|| flapping(device))?;
-            Some(Quarantined { device, why, altered: device.altered() })
+            Some(Quarantined { device, why, altered: altered.clone() })
         })
         .collect();
     session.out.show(&set_aside, || {

@@ -17,8 +17,18 @@ use super::output::{or_dash, table};
 use crate::agent::plan::{ABOUT_STOP, about_device};
 
 pub(super) fn list(session: &Session) -> anyhow::Result<ExitCode> {
-    let Moment { devices, claims, problems, .. } = session.store()?.moment(0)?;
-    let now = session.context(&session.config()?, "claims")?;
+    let (devices, claims, problems, boot_id) = match session.remote()? {
+        Some(api) => {
+            let (claims, problems) = api.claims()?;
+            // An agent sweeps before it serves.
+            (api.devices(false)?, claims, problems, None)
+        }
+        None => {
+            let Moment { devices, claims, problems, .. } = session.store()?.moment(0)?;
+            let now = session.context(&session.config()?, "claims")?;
+            (devices, claims, problems, Some(now.boot_id))
+        }
+    };
     let shown: Vec<Shown> = claims.into_iter().map(|claim| Shown::new(claim, &devices, &problems)).collect();
     session.out.show(&shown, || {
         let row = |Shown { claim, unplugged, .. }: &Shown| {
@@ -26,7 +36,7 @@ pub(super) fn list(session: &Session) -> anyhow::Result<ExitCode> {
                 claim.device_id.to_string(),
                 claim.domain.clone(),
                 claim.instance_uuid.to_string(),
-                state(claim, *unplugged, &now.boot_id),
+                state(claim, *unplugged, boot_id.as_ref().unwrap_or(&claim.boot_id)),
                 claim.hold.clone(),
                 claim.created_at.clone(),
             ]
@@ -137,8 +147,13 @@ pub(super) fn find_instance(store: &Store, text: &str) -> anyhow::Result<Instanc
 pub(super) fn events(session: &Session, options: &Events) -> anyhow::Result<ExitCode> {
     let instance = options.instance.as_deref().map(str::parse).transpose().context("--instance")?;
     let device = options.device.as_deref().map(str::parse).transpose().context("--device")?;
-    let events =
-        session.store()?.events(&Filter { instance, device, limit: options.limit, ..Filter::default() })?;
+    let events = match session.remote()? {
+        Some(api) => api.events(instance, device, options.limit)?,
+        None => {
+            let filter = Filter { instance, device, limit: options.limit, ..Filter::default() };
+            session.store()?.events(&filter)?
+        }
+    };
     session.out.show(&events, || {
         let row = |e: &EventRow| {
             let whom = e.domain.clone().or_else(|| e.instance_uuid.map(|i| i.to_string()));

@@ -112,8 +112,11 @@ fn alterations(changes: &[Done]) -> String {
 }
 
 pub(super) fn list(session: &Session, all: bool) -> anyhow::Result<ExitCode> {
-    let store = session.store()?;
-    let devices = if all { store.all_devices()? } else { store.devices()? };
+    let devices = match session.remote()? {
+        Some(api) => api.devices(all)?,
+        None if all => session.store()?.all_devices()?,
+        None => session.store()?.devices()?,
+    };
     session.out.show(&devices, || {
         device_table(&devices, "the inventory holds no device: plug one in and run 'virt-usb discover'")
     })?;

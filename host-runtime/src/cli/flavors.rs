@@ -12,7 +12,10 @@ use super::Session;
 use super::output::table;
 
 pub(super) fn list(session: &Session) -> anyhow::Result<ExitCode> {
-    let flavors = session.store()?.flavors()?;
+    let flavors = match session.remote()? {
+        Some(api) => api.flavors()?,
+        None => session.store()?.flavors()?,
+    };
     session.out.show(&flavors, || {
         let rows = flavors.iter().map(|f| vec![f.name.clone(), f.flavor.to_string(), f.updated_at.clone()]);
         table(
@@ -25,7 +28,11 @@ pub(super) fn list(session: &Session) -> anyhow::Result<ExitCode> {
 }
 
 pub(super) fn show(session: &Session, name: &str) -> anyhow::Result<ExitCode> {
-    let Some(flavor) = session.store()?.flavor(name)? else { bail!("{}", unknown(name)) };
+    let found = match session.remote()? {
+        Some(api) => api.flavor(name)?,
+        None => session.store()?.flavor(name)?,
+    };
+    let Some(flavor) = found else { bail!("{}", unknown(name)) };
     session.out.show(&flavor, || flavor.flavor.to_string())?;
     Ok(ExitCode::SUCCESS)
 }
@@ -45,9 +52,14 @@ pub(super) fn set(session: &Session, name: &str, definition: &str) -> anyhow::Re
     if flavor.is_empty() {
         bail!("the flavor {name} is not stored: it asks for nothing");
     }
-    let config = session.config()?;
-    let changed =
-        session.make_store(&config)?.set_flavor(name, &flavor, &session.context(&config, "flavor set")?)?;
+    let changed = match session.remote()? {
+        Some(api) => api.set_flavor(name, &flavor)?,
+        None => {
+            let config = session.config()?;
+            let context = session.context(&config, "flavor set")?;
+            session.make_store(&config)?.set_flavor(name, &flavor, &context)?
+        }
+    };
     session.out.show(&Changed { name, changed }, || {
         let verb = if changed { "stored" } else { "unchanged" };
         format!("{verb}: {name} asks for {flavor}")
@@ -66,8 +78,13 @@ fn stdin() -> anyhow::Result<String> {
 }
 
 pub(super) fn remove(session: &Session, name: &str) -> anyhow::Result<ExitCode> {
-    let config = session.config()?;
-    let changed = session.store()?.remove_flavor(name, &session.context(&config, "flavor remove")?)?;
+    let changed = match session.remote()? {
+        Some(api) => api.remove_flavor(name)?,
+        None => {
+            let context = session.context(&session.config()?, "flavor remove")?;
+            session.store()?.remove_flavor(name, &context)?
+        }
+    };
     if !changed {
         bail!("{}", unknown(name));
     }

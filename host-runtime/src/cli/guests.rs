@@ -16,14 +16,14 @@ use crate::agent::work::Worker;
 use crate::hypervisor::{Failure, Libvirt, Started};
 
 /// libvirt, and whoever works on its guests.
-fn open(session: &Session) -> anyhow::Result<(Libvirt, Worker)> {
+pub(super) fn open(session: &Session) -> anyhow::Result<(Libvirt, Worker)> {
     let config = session.config()?;
     let libvirt = Libvirt::open(&config.libvirt_uri)?;
     let worker = Worker::open(Arc::new(config), Arc::new(libvirt.clone()), Arc::default(), "virt-usb")?;
     Ok((libvirt, worker))
 }
 
-fn find(libvirt: &Libvirt, name: &str) -> anyhow::Result<InstanceId> {
+pub(super) fn find(libvirt: &Libvirt, name: &str) -> anyhow::Result<InstanceId> {
     match libvirt.resolve(name) {
         Err(Failure::Gone) => {
             bail!("libvirt knows no domain {name:?}: 'virsh list --all' shows those it knows")
@@ -68,10 +68,18 @@ struct Given {
 }
 
 pub(super) fn attach(session: &Session, wanted: &Device) -> anyhow::Result<ExitCode> {
-    let (libvirt, mut worker) = open(session)?;
     let name = &wanted.instance;
-    let instance = find(&libvirt, name)?;
-    let Attached { live, new, already } = worker.give(instance, std::slice::from_ref(&wanted.device))?;
+    let (instance, Attached { live, new, already }) = match session.remote()? {
+        Some(api) => {
+            let instance = api.server(name)?;
+            (instance, api.attach(instance, &wanted.device)?)
+        }
+        None => {
+            let (libvirt, mut worker) = open(session)?;
+            let instance = find(&libvirt, name)?;
+            (instance, worker.give(instance, std::slice::from_ref(&wanted.device))?)
+        }
+    };
     let list = |records: &[Record]| records.iter().map(message::device).collect::<Vec<_>>().join(", ");
     let text = match (new.is_empty(), already.is_empty()) {
         (false, _) => format!("{name} has {} now", list(&new)),
@@ -90,18 +98,26 @@ struct Taken {
 }
 
 pub(super) fn detach(session: &Session, wanted: &Device) -> anyhow::Result<ExitCode> {
-    let (libvirt, mut worker) = open(session)?;
     let name = &wanted.instance;
-    let instance = match libvirt.resolve(name) {
-        // A domain that is gone may still hold something.
-        Err(Failure::Gone) => super::claims::find_instance(&worker.store, name)?,
-        found => found?,
-    };
     if wanted.device.count != 1 {
         bail!("one device at a time: leave count out");
     }
-    let device =
-        worker.take(instance, std::slice::from_ref(&wanted.device.selector))?.into_iter().flatten().next();
+    let (instance, device) = match session.remote()? {
+        Some(api) => {
+            let instance = api.server(name)?;
+            (instance, api.detach(instance, &wanted.device)?)
+        }
+        None => {
+            let (libvirt, mut worker) = open(session)?;
+            let instance = match libvirt.resolve(name) {
+                // A domain that is gone may still hold something.
+                Err(Failure::Gone) => super::claims::find_instance(&worker.store, name)?,
+                found => found?,
+            };
+            let taken = worker.take(instance, std::slice::from_ref(&wanted.device.selector))?;
+            (instance, taken.into_iter().flatten().next())
+        }
+    };
     let taken = Taken { instance_uuid: instance, device };
     session.out.show(&taken, || match &taken.device {
         Some(device) => format!("{} is free", message::device(device)),

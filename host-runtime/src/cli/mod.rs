@@ -8,7 +8,9 @@ mod filter;
 mod flavors;
 mod guests;
 mod output;
+mod owners;
 mod recover;
+mod remote;
 mod tokens;
 mod upkeep;
 mod watch;
@@ -17,15 +19,18 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::Context as _;
+use anyhow::{Context as _, bail};
 use clap::{CommandFactory, Parser};
 use virt_usb_hook::config::Config;
 use virt_usb_hook::machine;
 use virt_usb_store::{Context, Durability, Store};
 
 pub use arguments::Arguments;
-use arguments::{ClaimsVerb, FlavorVerb, QuarantineVerb, StoreVerb, TokenVerb, Verb, WhitelistVerb};
+use arguments::{
+    Api, ClaimsVerb, FlavorVerb, OwnerVerb, QuarantineVerb, StoreVerb, TokenVerb, Verb, WhitelistVerb,
+};
 use output::Output;
+use remote::Remote;
 
 /// How long a command waits for the store's lock.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -47,7 +52,11 @@ pub fn main() -> ExitCode {
 }
 
 fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
-    let session = Session { config_file: arguments.config, out: Output::new(arguments.json) };
+    let session =
+        Session { config_file: arguments.config, out: Output::new(arguments.json), api: arguments.api };
+    if session.api.url.is_some() && is_local(&arguments.verb) {
+        bail!("this is done on the host itself: leave out --url (VIRT_USB_URL)");
+    }
     match arguments.verb {
         Verb::Discover(options) => devices::discover(&session, &options),
         Verb::Devices { all } => devices::list(&session, all),
@@ -70,6 +79,11 @@ fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
         Verb::Quarantine { verb: Some(QuarantineVerb::Clear { device }) } => aside::clear(&session, device),
         Verb::Tag(tags) => aside::tag(&session, tags.device, &tags.tags, true),
         Verb::Untag(tags) => aside::tag(&session, tags.device, &tags.tags, false),
+        Verb::Owner { verb } => match verb {
+            None | Some(OwnerVerb::List) => owners::list(&session),
+            Some(OwnerVerb::Set { domain, project }) => owners::set(&session, &domain, &project),
+            Some(OwnerVerb::Clear { domain }) => owners::clear(&session, &domain),
+        },
         Verb::Token { verb } => match verb {
             TokenVerb::Add(options) => tokens::add(&session, &options),
             TokenVerb::List => tokens::list(&session),
@@ -104,15 +118,52 @@ fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
     }
 }
 
+/// Whether only this host itself can do it.
+const fn is_local(verb: &Verb) -> bool {
+    match verb {
+        Verb::Devices { .. }
+        | Verb::Claims { verb: None | Some(ClaimsVerb::List) }
+        | Verb::Events(_)
+        | Verb::Flavor { .. }
+        | Verb::Attach(_)
+        | Verb::Detach(_)
+        | Verb::Enable { .. }
+        | Verb::Disable { .. }
+        | Verb::Quarantine { .. }
+        | Verb::Tag(_)
+        | Verb::Untag(_)
+        | Verb::Owner { .. }
+        // These two ask nobody anything.
+        | Verb::Completions { .. }
+        | Verb::Manual { .. } => false,
+        Verb::Claims { .. }
+        | Verb::Discover(_)
+        | Verb::Doctor { .. }
+        | Verb::Filter(_)
+        | Verb::Hosts { .. }
+        | Verb::Start { .. }
+        | Verb::Store { .. }
+        | Verb::Token { .. }
+        | Verb::Watch(_)
+        | Verb::Whitelist { .. } => true,
+    }
+}
+
 /// What every command needs.
 struct Session {
     config_file: Option<PathBuf>,
     out: Output,
+    api: Api,
 }
 
 impl Session {
     fn config(&self) -> anyhow::Result<Config> {
         Ok(Config::load(self.config_file.as_deref())?)
+    }
+
+    /// The API that is asked in the inventory's place, if there is one.
+    fn remote(&self) -> anyhow::Result<Option<Remote>> {
+        self.api.url.as_deref().map(|url| Remote::open(url, &self.api)).transpose()
     }
 
     /// The inventory, which must be there.

@@ -184,17 +184,12 @@ impl<'a> Choice<'a> {
             && let Some(row) = rows.next()?
         {
             let device = Record::read(row)?;
-            if self.allowed(&device) && !self.passed_over.contains_key(&device.entry.id) {
+            if device.is_for(self.asker.project.as_ref()) && !self.passed_over.contains_key(&device.entry.id)
+            {
                 found.push(device);
             }
         }
         Ok(found)
-    }
-
-    fn allowed(&self, device: &Record) -> bool {
-        let projects = &device.entry.projects;
-        projects.is_empty()
-            || self.asker.project.as_ref().is_some_and(|mine| projects.iter().any(|p| p.is(mine)))
     }
 
     fn shortages(&self, wants: &[Want], pool: &Pool, served: &[Served]) -> Sql<Vec<Shortage>> {
@@ -239,7 +234,7 @@ impl<'a> Choice<'a> {
 
     fn why(&self, device: &Record, taken: &BTreeMap<DeviceId, usize>) -> Sql<Why> {
         let id = device.entry.id;
-        if !self.allowed(device) {
+        if !device.is_for(self.asker.project.as_ref()) {
             return Ok(Why::Project);
         }
         if let Some(claim) = give_back::holder(self.tx, id, self.asker.instance)? {

@@ -78,6 +78,12 @@ impl Record {
         UsbId { vendor: self.entry.vendor_id, product: self.entry.product_id }
     }
 
+    /// Whether an instance of that project may have it.
+    pub fn is_for(&self, project: Option<&ProjectId>) -> bool {
+        let projects = &self.entry.projects;
+        projects.is_empty() || project.is_some_and(|mine| projects.iter().any(|p| p.is(mine)))
+    }
+
     /// Whether it is not offered whatever the rules say.
     pub const fn is_set_aside(&self) -> bool {
         matches!(self.withheld, Some(Reason::Disabled | Reason::Quarantined | Reason::Flapping))

@@ -87,7 +87,7 @@ pub struct EventRow {
     pub at: String,
     /// What happened: `assigned`, `unassigned`, `claimed`, `allocated`, `detached`, `released`, `refused`, `voided`, `forced`, `adopted`,
     /// `problem`, `solved`, `added`, `changed`, `removed`, `returned`, `altered`, `flapping`, `steady`, `quarantined`, `cleared`, `disabled`,
-    /// `enabled`, `tagged`, `flavor-set`, `flavor-removed`, `restored`, `rebuilt`.
+    /// `enabled`, `tagged`, `flavor-set`, `flavor-removed`, `owner-set`, `owner-cleared`, `restored`, `rebuilt`.
     pub event: String,
     /// To which instance.
     pub instance_uuid: Option<InstanceId>,

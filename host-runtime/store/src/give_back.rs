@@ -14,8 +14,10 @@ use crate::{Context, PENDING_SECONDS, Store, StoreError, aside, metadata};
 pub enum Extent {
     /// What is held while the guest runs; what is held for the instance stays claimed, unless it was never confirmed.
     Run,
-    /// Everything, the assignments too: the instance is gone, or an operator says so.
+    /// Everything, the assignments too: an operator says so.
     Everything,
+    /// The same, and whose it was: the instance is gone.
+    Gone,
 }
 
 impl Store {
@@ -30,7 +32,7 @@ impl Store {
         why: &str,
         context: &Context,
     ) -> Result<Vec<DeviceId>, StoreError> {
-        let everything = extent == Extent::Everything;
+        let everything = extent != Extent::Run;
         // Most often there is nothing: that needs no lock.
         if !everything && held(&self.conn, instance).map_err(|e| self.fault(&e))?.is_empty() {
             self.forget_hint(instance)?;
@@ -54,6 +56,9 @@ impl Store {
                         .with(format!("{dropped} request(s): {why}"));
                     record(tx, context, &event)?;
                 }
+            }
+            if extent == Extent::Gone {
+                tx.execute("DELETE FROM owners WHERE instance_uuid = ?1", [instance.to_string()])?;
             }
             set_places(tx, &kept, context, |_| Place::Outside)?;
             metadata::refresh(tx, instance)?;

@@ -11,7 +11,7 @@
 //! | [`give_back`] | confirms, gives back, voids |
 //! | [`adopt`] | takes over what a domain's own XML already holds |
 //! | [`discover`] | brings the rows in line with what is plugged in |
-//! | `flavors`, `assignments`, [`events`], [`problems`] | the other tables |
+//! | `flavors`, `assignments`, `owners`, [`events`], [`problems`] | the other tables |
 //! | [`maintain`] | check, backup, prune |
 //! | [`watch`] | what there is at one moment, and whether it has changed since |
 //! | [`recover`] | restore, rebuild: another content in the inventory's place |
@@ -40,6 +40,7 @@ pub mod hints;
 pub mod maintain;
 mod metadata;
 mod open;
+mod owners;
 pub mod problems;
 mod query;
 pub mod recover;
@@ -57,6 +58,7 @@ pub use error::StoreError;
 pub use files::hand_over;
 pub use flavors::StoredFlavor;
 pub use open::{Durability, SCHEMA};
+pub use owners::Owner;
 
 /// The database's name inside `state_dir`.
 pub const FILE_NAME: &str = "inventory.sqlite";

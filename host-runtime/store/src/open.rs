@@ -22,6 +22,7 @@ const MIGRATIONS: &[&str] = &[
     include_str!("../migrations/0002_agent.sql"),
     include_str!("../migrations/0003_arrived.sql"),
     include_str!("../migrations/0004_aside.sql"),
+    include_str!("../migrations/0005_owners.sql"),
 ];
 
 /// The schema version that this program reads and writes.

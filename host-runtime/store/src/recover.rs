@@ -35,7 +35,8 @@ use crate::hints::{self, Hints};
 use crate::open::canonical;
 use crate::salvage::{self, Salvage, Table};
 use crate::{
-    Assignment, Context, Durability, FILE_NAME, LONE_NODE, SCHEMA, Store, StoreError, StoredFlavor, metadata,
+    Assignment, Context, Durability, FILE_NAME, LONE_NODE, Owner, SCHEMA, Store, StoreError, StoredFlavor,
+    metadata,
 };
 
 /// Where the new inventory is built, beside the old one.
@@ -566,8 +567,15 @@ fn summary(built: &Built) -> String {
 }
 
 /// The tables in an order in which no row comes before the one that it points to; those of a later schema come last.
-const ORDER: [&str; 6] =
-    ["compute_nodes", "usb_devices", "flavors", "assignments", "instance_system_metadata", "events"];
+const ORDER: [&str; 7] = [
+    "compute_nodes",
+    "usb_devices",
+    "flavors",
+    "assignments",
+    "owners",
+    "instance_system_metadata",
+    "events",
+];
 /// Made from other tables, or noted anew by the agent.
 const DERIVED: [&str; 3] = ["device_labels", "problems", "sqlite_sequence"];
 
@@ -690,6 +698,7 @@ fn makes_sense(name: &str, row: &Row<'_>) -> Sql<()> {
             }
         }
         "assignments" => drop(Assignment::read(row)?),
+        "owners" => drop(Owner::read(row)?),
         "flavors" => drop(StoredFlavor::read(row)?),
         "events" => drop(EventRow::read(row)?),
         "instance_system_metadata" => drop(parse::<InstanceId>(row, "instance_uuid")?),

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use crate::events::{EventRow, Filter};
 use crate::problems::Problem;
-use crate::{ClaimRow, Durability, Record, Store, StoreError};
+use crate::{ClaimRow, Durability, Owner, Record, Store, StoreError};
 
 /// Devices, claims, what stands in somebody's way, and events, of one moment: no claim on a device that is not among them.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -14,6 +14,8 @@ pub struct Moment {
     pub devices: Vec<Record>,
     /// All claims, by device.
     pub claims: Vec<ClaimRow>,
+    /// Whose instances are, by instance.
+    pub owners: Vec<Owner>,
     /// All problems, by instance.
     pub problems: Vec<Problem>,
     /// The newest, oldest first.
@@ -30,6 +32,7 @@ impl Store {
         Ok(Moment {
             devices: self.devices()?,
             claims: self.claims()?,
+            owners: self.owners()?,
             problems: self.problems()?,
             events: match events {
                 0 => Vec::new(),

@@ -20,6 +20,8 @@ use virt_usb_suite::{Host, device, ok, program};
 const ERP: &str = "11111111-2222-4333-8444-555555555555";
 const CRM: &str = "99999999-2222-4333-8444-555555555555";
 const OFF: &str = "77777777-2222-4333-8444-555555555555";
+/// Its domain does not say whose it is.
+const LAB: &str = "33333333-2222-4333-8444-555555555555";
 /// The project of the guests `erp` and `off`; `crm` is another's.
 const OURS: &str = "3f0c7a5e9d2b4c1f8a6e5d4c3b2a1908";
 const THEIRS: &str = "00000000000000000000000000000002";
@@ -83,14 +85,21 @@ usb_passthrough_whitelist = [
 
 impl Served {
     fn new(keys: &str) -> Self {
-        let host = Host::new(&format!("api = \"127.0.0.1:0\"\n{keys}"));
         let devices: String = (1..=4)
             .map(|n| device(&format!("000{n}"), &format!("1-{n}"), 4 + n, &format!("serial = 'S{n}'")))
             .collect();
         let guests = guest("erp", ERP, OURS, "")
             + &guest("crm", CRM, THEIRS, "")
-            + &guest("off", OFF, OURS, "running = false");
-        std::fs::write(host.path("sim.toml"), devices + &guests).unwrap();
+            + &guest("off", OFF, OURS, "running = false")
+            + &format!("[[domain]]\nname = 'lab'\nuuid = '{LAB}'\n");
+        Self::with("host1", keys, &devices, &guests)
+    }
+
+    /// A host of that name, with these devices and guests.
+    fn with(name: &str, keys: &str, devices: &str, guests: &str) -> Self {
+        let host = Host::new(&format!("api = \"127.0.0.1:0\"\n{keys}"));
+        std::fs::write(host.path("proc/sys/kernel/hostname"), name).unwrap();
+        std::fs::write(host.path("sim.toml"), format!("{devices}{guests}")).unwrap();
         let log = File::create(host.path("agent.log")).unwrap();
         let mut command = Command::new(program("virt-usbd"));
         command.arg("--config").arg(host.config_file()).arg("--sim").arg(host.path("sim.toml"));
@@ -101,11 +110,15 @@ impl Served {
             let at = log.split("the API is served at ").nth(1)?.split("://").nth(1)?.split('/').next()?;
             at.parse().ok()
         });
+        let there = |served: &Self, path: &str, key: &str| {
+            let answer = served.local("GET", path, "");
+            let list = (answer.status == 200).then(|| answer.json()[key].as_array().map_or(0, Vec::len));
+            list.unwrap_or_default()
+        };
         served.until("the devices to be found, and the guests to run", |served| {
-            (served.local("GET", "/v3/os-usb-devices", "").json()["usb_devices"].as_array()?.len() == 4)
-                .then_some(())?;
-            let erp = served.local("GET", &format!("/v3/servers/{ERP}/os-usb-devices"), "");
-            (erp.status == 200).then_some(())
+            let found =
+                there(served, "/v3/os-usb-devices", "usb_devices") == devices.matches("[[device]]").count();
+            (found && there(served, "/v3/servers", "servers") > 0).then_some(())
         });
         served
     }
@@ -259,7 +272,14 @@ fn all_or_nothing_and_a_conflict_names_the_holder() {
     assert_eq!(served.detach(&admin, ERP, &json!([{ "id": 1 }, { "id": 3 }])).status, 202);
     // It does not run: at its next start.
     let later = served.attach(&admin, OFF, &json!([{ "id": 3 }]));
-    assert_eq!((later.status, later.json()), (202, json!({ "usb_devices": [], "live": false })));
+    assert_eq!(
+        (later.status, later.json()),
+        (202, json!({ "usb_devices": [], "live": false, "already": [] }))
+    );
+    // What no device could ever serve is not promised.
+    let never =
+        served.attach(&admin, OFF, &json!([{ "vendor_id": "0529", "count": 5 }])).fault("conflictingRequest");
+    assert!(never.starts_with("No USB device that can be had matches"), "{never}");
     assert_eq!(served.attach(&admin, OFF, &json!([{ "id": 3 }])).status, 202);
     std::thread::scope(|scope| {
         for _ in 0..8 {
@@ -315,6 +335,7 @@ fn who_may_what() {
     let flavor = r#"{"usb_devices":[{"vendor_id":"0529"}]}"#.to_owned();
     let nothing = String::new;
     let server = |id: &str, what: &str| format!("/v3/servers/{id}/{what}");
+    let absent = "55555555-2222-4333-8444-555555555555";
     let item = |id: u32, what: &str| format!("/v3/os-usb-devices/{id}{what}");
     // Method, path, body: what comes of it for reader, member, admin, nobody. In this order: what one has done the next one finds.
     let table: Vec<(&str, String, String, [u16; 4])> = vec![
@@ -353,6 +374,20 @@ fn who_may_what() {
         ("GET", "/v3/os-usb-flavors/erp".into(), nothing(), [200, 200, 200, 401]),
         ("DELETE", "/v3/os-usb-flavors/erp".into(), nothing(), [403, 403, 204, 401]),
         ("DELETE", "/v3/os-usb-flavors/erp".into(), nothing(), [403, 403, 404, 401]),
+        ("GET", "/v3/servers".into(), nothing(), [200, 200, 200, 401]),
+        ("GET", "/v3/os-usb-claims".into(), nothing(), [200, 200, 200, 401]),
+        ("GET", "/v3/os-usb-events".into(), nothing(), [200, 200, 200, 401]),
+        ("GET", "/v3/os-usb-owners".into(), nothing(), [403, 403, 200, 401]),
+        ("GET", "/v3/os-usb-devices?deleted=true".into(), nothing(), [403, 403, 200, 401]),
+        ("GET", server(LAB, "os-usb-devices"), nothing(), [404, 404, 200, 401]),
+        ("POST", server(LAB, "action"), r#"{"clear_usb_owner":null}"#.into(), [403, 403, 200, 401]),
+        (
+            "POST",
+            server(ERP, "action"),
+            r#"{"set_usb_owner":{"project_id":"x"}}"#.into(),
+            [403, 403, 409, 401],
+        ),
+        ("POST", server(absent, "action"), r#"{"clear_usb_owner":null}"#.into(), [403, 403, 404, 401]),
         ("GET", format!("/v2/{OURS}/os-hypervisors"), nothing(), [200, 200, 200, 401]),
         ("GET", format!("/v2/{THEIRS}/os-hypervisors"), nothing(), [400, 400, 400, 401]),
         ("GET", format!("/v2.1/{THEIRS}/os-usb-devices"), nothing(), [400, 400, 400, 401]),
@@ -367,7 +402,6 @@ fn who_may_what() {
     let member = &callers[1].1;
     let text = |path: &str, id: &str| served.ask(member, "GET", path, "").text.replace(id, "X");
     assert_eq!(text(&item(3, ""), "3"), text(&item(9, ""), "9"));
-    let absent = "55555555-2222-4333-8444-555555555555";
     assert_eq!(text(&server(CRM, "os-usb-devices"), CRM), text(&server(absent, "os-usb-devices"), absent));
     assert_eq!(text(&server("x", "os-usb-devices"), "x"), text(&server(absent, "os-usb-devices"), absent));
     // What another project holds is in use, and no more is said; in what is asked for by its kind neither.
@@ -390,6 +424,227 @@ fn who_may_what() {
     assert!(audit.contains("erp") && !audit.contains("crm"), "{audit}");
     let admins = served.ask(&callers[2].1, "GET", &item(1, "/events"), "").text;
     assert!(admins.contains("crm") && admins.contains("\"actor\":\"api admin\""), "{admins}");
+}
+
+#[test]
+fn an_administrator_says_whose_a_server_is() {
+    let served = Served::new(RULES);
+    let admin = served.token("root", OURS, "admin");
+    let (ours, theirs) = (served.token("ours", OURS, "member"), served.token("theirs", THEIRS, "member"));
+    served.until("the rules", |served| {
+        let seen = served.ask(&ours, "GET", "/v3/os-usb-devices", "").json();
+        (seen["usb_devices"].as_array()?.len() == 2).then_some(())
+    });
+    let say =
+        |body: Value| served.ask(&admin, "POST", &format!("/v3/servers/{LAB}/action"), &body.to_string());
+    let names = |token: &str| -> Vec<String> {
+        let servers = served.ask(token, "GET", "/v3/servers", "").json();
+        servers["servers"].as_array().unwrap().iter().map(|s| s["name"].as_str().unwrap().into()).collect()
+    };
+    assert_eq!((names(&ours), names(&theirs)), (vec!["erp".into(), "off".into()], vec!["crm".to_owned()]));
+    assert_eq!(served.attach(&ours, LAB, &json!([{ "id": 2 }])).status, 404, "nobody's is nobody's");
+    let said = say(json!({ "set_usb_owner": { "project_id": OURS } }));
+    assert_eq!((said.status, &said.json()["server"]["project_id"]), (200, &json!(OURS)), "{said:?}");
+    assert_eq!((names(&ours).len(), names(&theirs).len()), (3, 1));
+    // The whitelist gives device 2 to that project, and so to its server.
+    let attached = served.attach(&ours, LAB, &json!([{ "serial": "S2" }]));
+    assert_eq!(attached.status, 202, "{attached:?}");
+    assert_eq!(served.attach(&theirs, LAB, &json!([{ "id": 1 }])).status, 404);
+    // What it holds goes with it.
+    assert_eq!(say(json!({ "set_usb_owner": { "project_id": THEIRS } })).status, 200);
+    let claims = |token: &str| served.ask(token, "GET", "/v3/os-usb-claims", "").json()["usb_claims"].clone();
+    assert_eq!((claims(&ours), &claims(&theirs)[0]["usb_device_id"]), (json!([]), &json!(2)));
+    assert_eq!(served.detach(&ours, LAB, &json!([{ "id": 2 }])).status, 404);
+    assert_eq!(served.detach(&theirs, LAB, &json!([{ "id": 2 }])).status, 202);
+    for (body, why) in [
+        (json!({ "set_usb_owner": { "project_id": "" } }), "project_id"),
+        (json!({ "set_usb_owner": { "project_id": 7 } }), "wants a project"),
+        (json!({ "set_usb_owner": null }), "no JSON object"),
+        (json!({ "clear_usb_owner": {} }), "wants null"),
+    ] {
+        assert!(say(body.clone()).fault("badRequest").contains(why), "{body}: {:?}", say(body.clone()));
+    }
+    let owners = served.ask(&admin, "GET", "/v3/os-usb-owners", "").json();
+    assert_eq!(owners["usb_owners"][0]["project_id"], json!(THEIRS));
+    assert_eq!(say(json!({ "clear_usb_owner": null })).json()["server"]["project_id"], json!(null));
+    assert_eq!(served.ask(&admin, "GET", "/v3/os-usb-owners", "").json()["usb_owners"], json!([]));
+    assert_eq!(names(&theirs), ["crm"]);
+    let audit = served.ask(&admin, "GET", &format!("/v3/servers/{LAB}/os-usb-events"), "").text;
+    assert!(audit.contains("owner-set") && audit.contains("owner-cleared"), "{audit}");
+}
+
+#[test]
+fn the_command_line_asks_an_api_as_it_asks_its_own_inventory() {
+    let served = Served::new(RULES);
+    let token = served.host.path("token");
+    std::fs::write(&token, served.token("root", OURS, "admin") + "\n").unwrap();
+    let url = format!("http://{}/", served.at);
+    let there = |arguments: &[&str]| {
+        let api = ["--url", &url, "--token-file", token.to_str().unwrap()];
+        served.host.virt_usb(&[&api, arguments].concat())
+    };
+    served.until("the rules", |_| ok(&there(&["devices"])).contains("unavailable (whitelist)").then_some(()));
+    // What changes something says the same each time but the first.
+    assert_eq!(
+        ok(&there(&["attach", "erp", "0529:0001"])),
+        "erp has device 1 (0529:0001 \"HASP copy protection dongle\", port 1-1) now\n"
+    );
+    assert_eq!(
+        ok(&there(&["attach", "erp", "1"])),
+        "erp has device 1 (0529:0001 \"HASP copy protection dongle\", port 1-1) already\n"
+    );
+    assert_eq!(
+        ok(&there(&["attach", OFF, "0529:0002"])),
+        format!(
+            "{OFF} does not run: it gets {{\"vendor_id\":\"0529\",\"product_id\":\"0002\"}} at its next start\n"
+        )
+    );
+    assert!(
+        ok(&there(&["disable", "2", "--reason", "lent"])).contains("is disabled (lent); it is unavailable")
+    );
+    assert!(ok(&there(&["disable", "2", "--reason", "lent"])).contains("is already disabled (lent)"));
+    assert!(ok(&there(&["tag", "3", "blue", "green"])).contains("is tagged blue, green"));
+    assert!(
+        ok(&there(&["flavor", "set", "erp/2 %", r#"{"usb_devices":[{"serial":"S1"}]}"#]))
+            .starts_with("stored: ")
+    );
+    assert!(
+        ok(&there(&["flavor", "set", "erp/2 %", r#"{"usb_devices":[{"serial":"S1"}]}"#]))
+            .starts_with("unchanged: ")
+    );
+    assert_eq!(ok(&there(&["owner", "set", "lab", OURS])), format!("lab is project {OURS}'s now\n"));
+    // What is shown is the same, byte for byte.
+    for shown in [
+        &["devices"][..],
+        &["devices", "--all"],
+        &["claims"],
+        &["events", "--limit", "0"],
+        &["events", "--device", "1"],
+        &["events", "--instance", ERP, "--device", "1", "--limit", "2"],
+        &["events", "--instance", ERP, "--limit", "1"],
+        &["flavor", "list"],
+        &["flavor", "show", "erp/2 %"],
+        &["quarantine"],
+        &["owner"],
+        // Done already: it tells how it is, and changes nothing.
+        &["disable", "2", "--reason", "lent"],
+        &["enable", "1"],
+        &["tag", "3", "blue"],
+        &["quarantine", "clear", "3"],
+    ] {
+        for form in [&[][..], &["--json"]] {
+            let arguments = [form, shown].concat();
+            let (here, remote) = (served.host.virt_usb(&arguments), there(&arguments));
+            assert_eq!(ok(&remote), ok(&here), "{arguments:?}");
+        }
+    }
+    assert!(ok(&there(&["enable", "2"])).contains("is enabled; it is available"));
+    assert!(ok(&there(&["untag", "3", "blue", "green"])).contains("is without tags"));
+    assert_eq!(
+        ok(&there(&["detach", "erp", "1"])),
+        "device 1 (0529:0001 \"HASP copy protection dongle\", port 1-1) is free\n"
+    );
+    assert!(ok(&there(&["flavor", "remove", "erp/2 %"])).starts_with("removed: "));
+    assert!(ok(&there(&["owner", "clear", "lab"])).starts_with("lab is whose its domain says"));
+    let refused = |arguments: &[&str], why: &str| {
+        let output = there(arguments);
+        let text = String::from_utf8(output.stderr).unwrap();
+        assert!(
+            !output.status.success() && text.contains(why) && text.lines().count() == 1,
+            "{arguments:?}: {text}"
+        );
+    };
+    refused(&["devices", "--url", "http://127.0.0.1:1"], "cannot ask the API at http://127.0.0.1:1: ");
+    refused(&["devices", "--url", "host:8790"], "wanted an address such as https://");
+    refused(&["devices", "--token-file", "/dev/null"], "holds no token");
+    refused(&["devices", "--token-file", "/nowhere"], "cannot read the token in /nowhere: ");
+    refused(&["devices", "--cacert", "/dev/null"], "no certificate in PEM");
+    refused(&["attach", "nobody", "1"], "knows no server \"nobody\"");
+    refused(&["attach", "crm", "4"], "the API answers 409: ");
+    refused(&["attach", "erp", "99"], "the API answers 404: USB device 99 could not be found.");
+    refused(&["enable", "99"], "there is no device 99");
+    refused(&["flavor", "show", "none"], "no flavor of the name \"none\"");
+    refused(&["doctor"], "this is done on the host itself");
+    std::fs::write(&token, "vusb_forged").unwrap();
+    refused(&["devices"], "the API answers 401: ");
+}
+
+/// What a document shows: a command, and what it prints, where `...` is anything. The lines are indented by four.
+fn examples(text: &str) -> Vec<(String, String)> {
+    let mut found: Vec<(String, String)> = Vec::new();
+    let mut goes_on = false;
+    for line in text.lines() {
+        let line = line.strip_prefix("    ").unwrap_or_default();
+        match (line.strip_prefix("$ "), found.last_mut()) {
+            (Some(command), _) => found.push((command.to_owned(), String::new())),
+            (None, Some((command, _))) if goes_on => *command += &format!("\n{line}"),
+            (None, Some((_, output))) if !line.is_empty() => *output += &format!("{line}\n"),
+            _ => {}
+        }
+        goes_on = line.ends_with('\\');
+    }
+    found
+}
+
+/// Whether the text is what the pattern shows; how wide a gap is does not count.
+fn is_like(text: &str, pattern: &str) -> bool {
+    let narrow = |text: &str| text.split_whitespace().collect::<Vec<_>>().join(" ");
+    let (text, pattern) = (narrow(text), narrow(pattern));
+    let mut rest = text.as_str();
+    for (n, part) in pattern.split("...").enumerate() {
+        match rest.find(part) {
+            Some(0) => rest = &rest[part.len()..],
+            Some(at) if n > 0 => rest = &rest[at + part.len()..],
+            _ => return false,
+        }
+    }
+    pattern.ends_with("...") || rest.is_empty()
+}
+
+#[test]
+fn the_examples_of_the_documents_work() {
+    let served = Served::with(
+        "compute1",
+        "",
+        &device("0001", "1-1.4", 5, "serial = 'HL-0001'\nproduct_name = 'HASP HL'"),
+        &guest("erp", "6f3c9d7e-0b51-4a55-9a3e-0d3b8c1f2a01", OURS, ""),
+    );
+    let readme = std::fs::read_to_string(virt_usb_suite::root().join("README.md")).unwrap();
+    let section =
+        readme.split("\n### The same through the API\n").nth(1).unwrap().split("\n#").next().unwrap();
+    let api = std::fs::read_to_string(virt_usb_suite::root().join("host-runtime/src/api/README.md")).unwrap();
+    let member = served.token("anna", OURS, "member");
+    let admin = served.token("root", OURS, "admin");
+    std::fs::write(served.host.path("token"), &member).unwrap();
+    for (text, token, least) in [(section, &member, 9), (&api, &admin, 11)] {
+        let examples = examples(text);
+        assert!(examples.len() >= least, "{examples:?}");
+        let mut script = format!(
+            "set -f\nsudo() {{ \"$@\"; }}\nvirt-usb() {{ {:?} --config {:?} \"$@\"; }}\nTOKEN={token}\nAPI=http://127.0.0.1:8790/v2.1\n\
+             curl() {{ if [ \"$2\" = HEADERS ]; then shift 2; set -- -s -H \"X-Auth-Token: $TOKEN\" -H 'Content-Type: application/json' \"$@\"; fi; command curl \"$@\"; }}\n",
+            program("virt-usb"),
+            served.host.config_file()
+        );
+        for (command, _) in &examples {
+            script += &format!("{command} 2>&1\necho; echo '<<<>>>'\n");
+        }
+        let script = script
+            .replace("$H ", "HEADERS ")
+            .replace("http://127.0.0.1:8790", &format!("http://{}", served.at))
+            .replace("https://compute1.example:8790", &format!("http://{}", served.at))
+            .replace("~/.virt-usb-token", served.host.path("token").to_str().unwrap())
+            .replace("/var/lib/virt-usb/api.sock", served.host.path("state/api.sock").to_str().unwrap());
+        let ran = Command::new("bash").arg("-c").arg(&script).output().unwrap();
+        let told = String::from_utf8(ran.stdout).unwrap();
+        let outputs: Vec<&str> = told.split("<<<>>>\n").collect();
+        assert_eq!(outputs.len(), examples.len() + 1, "{told}{}", String::from_utf8_lossy(&ran.stderr));
+        for ((command, wanted), output) in examples.iter().zip(outputs) {
+            assert!(
+                is_like(output.trim_end(), wanted),
+                "{command}\nprinted\n{output}\nand is said to print\n{wanted}"
+            );
+        }
+    }
 }
 
 #[test]

@@ -63,6 +63,7 @@ pub(super) fn routes() -> Router<Arc<Api>> {
         .route("/portal/devices/{usb_device_id}/change", post(devices::change))
         .route("/portal/servers", get(servers::list))
         .route("/portal/servers/{server_id}", get(servers::show))
+        .route("/portal/servers/{server_id}/owner", post(servers::own))
         .route("/portal/attach", get(hand::attach_page).post(hand::attach))
         .route("/portal/detach", get(hand::detach_page).post(hand::detach))
         .route("/portal/actions/{id}", get(hand::show))

@@ -5,17 +5,19 @@ use std::sync::Arc;
 use axum::extract::State;
 use axum::response::Response;
 use maud::{Markup, html};
+use serde::Deserialize;
+use virt_usb_model::ParseError;
 use virt_usb_store::events::Filter;
 
 use super::super::Api;
 use super::super::events;
-use super::super::fault::Fault;
-use super::super::policy::Call;
+use super::super::fault::{Fault, sentence};
+use super::super::policy::{Call, Verdict, may};
 use super::super::request::Named;
-use super::super::servers::ServerName;
+use super::super::servers::{ServerName, give_to};
 use super::audit::rows;
-use super::pages::{name, page, quoted, state, table, time};
-use super::session::Signed;
+use super::pages::{csrf, name, page, quoted, see, state, table, time};
+use super::session::{Sent, Signed};
 
 /// So much of a server's story on its page.
 const STORY: usize = 20;
@@ -84,9 +86,11 @@ pub(super) async fn show(
         }
     };
     let wishes: Vec<Markup> = assigned.iter().map(wish).collect();
+    let owner = server.owner.as_ref().map_or_else(|| "none".to_owned(), ToString::to_string);
     let main = html! {
         div id="server" data-live {
             p { (running(server.running)) " " span.note { (id) } }
+            p { "Project: " (owner) }
             @if devices.is_empty() {
                 p { "It has no USB device." }
             } @else {
@@ -102,6 +106,35 @@ pub(super) async fn show(
             h2 { "What happened" }
             (rows(&story, true))
         }
+        @if may(&signed.caller, Call::ChangeOwner) == Verdict::Allowed && !server.by_domain {
+            h2 { "Administration" }
+            form.actions method="post" action={ "/portal/servers/" (id) "/owner" } {
+                (csrf(&signed))
+                label { "Its project" input name="project" id="project" value=[server.owner.as_ref()]; }
+                button { "Say so" }
+            }
+            p.note { "Its domain does not say whose it is. The members of the project that you name may give it devices; empty: administrators alone." }
+        }
     };
     Ok(page(&server.name, Some(&signed), &main))
+}
+
+/// Whose it is to be; empty: nobody's.
+#[derive(Deserialize)]
+pub(super) struct NewOwner {
+    project: String,
+}
+
+pub(super) async fn own(
+    State(api): State<Arc<Api>>,
+    Named(ServerName { server_id }): Named<ServerName>,
+    Sent(signed, NewOwner { project }): Sent<NewOwner>,
+) -> Result<Response, Fault> {
+    let server = api.server(&signed.caller, Call::ChangeOwner, &server_id).await?;
+    let project = match project.trim() {
+        "" => None,
+        text => Some(text.parse().map_err(|e: ParseError| Fault::bad_request(sentence(&e.to_string())))?),
+    };
+    let server = give_to(&api, &signed.caller, server, project).await?;
+    Ok(see(&format!("/portal/servers/{}", server.id)))
 }

@@ -8,6 +8,7 @@ mod damage;
 mod files;
 mod life;
 mod model;
+mod owners;
 mod property;
 mod recover;
 mod schema;

@@ -1,0 +1,38 @@
+//! Claims: who has which device, and what keeps one out of a guest.
+
+use std::sync::Arc;
+
+use axum::Json;
+use axum::extract::State;
+use serde::Serialize;
+use utoipa::ToSchema;
+use virt_usb_store::ClaimRow;
+
+use super::Api;
+use super::documents::{UsbClaim, UsbProblem};
+use super::fault::Fault;
+use super::policy::{Call, may, may_know_holder};
+use super::request::Asks;
+
+#[derive(Serialize, ToSchema)]
+pub(super) struct Claims {
+    /// By device.
+    usb_claims: Vec<UsbClaim>,
+    /// By instance.
+    usb_problems: Vec<UsbProblem>,
+}
+
+/// Who has which device, and what stands in somebody's way: for administrators all of it, for others what concerns their project
+#[utoipa::path(get, path = "/os-usb-claims", tag = "devices", operation_id = "list_usb_claims",
+    responses((status = 200, description = "The claims", body = Claims)))]
+pub(super) async fn list(State(api): State<Arc<Api>>, Asks(caller): Asks) -> Result<Json<Claims>, Fault> {
+    Fault::unless(may(&caller, Call::LookAt), Fault::forbidden)?;
+    let snapshot = api.inventory.now()?;
+    let known: Vec<&ClaimRow> = snapshot.claims().filter(|claim| may_know_holder(&caller, claim)).collect();
+    let is_known = |instance| caller.is_admin() || known.iter().any(|claim| claim.instance_uuid == instance);
+    let problems = snapshot.problems.iter().filter(|problem| is_known(problem.instance_uuid));
+    Ok(Json(Claims {
+        usb_claims: known.iter().map(|claim| UsbClaim::from(*claim)).collect(),
+        usb_problems: problems.map(UsbProblem::from).collect(),
+    }))
+}

@@ -1,0 +1,8 @@
+-- Whose an instance is, as an administrator says, where its domain does not.
+CREATE TABLE owners (
+    instance_uuid   varchar(36) PRIMARY KEY,
+    created_at      datetime NOT NULL,
+    -- the domain's name then
+    domain          varchar(255) NOT NULL,
+    project_id      varchar(255) NOT NULL
+) WITHOUT ROWID;
