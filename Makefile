@@ -7,7 +7,7 @@ CARGO := cargo
 # flag for everything would break proc-macros and libusb.
 STATIC_HOOK := $(CARGO) rustc --release -p virt-usb-hook --bin virt-usb-hook -- -C target-feature=+crt-static -C lto=fat -C codegen-units=1
 
-.PHONY: help deps test-deps build filter run test lint suite corpus embedding portal live live-nested packages bench fuzz soak install install-hook install-agent deb clean
+.PHONY: help deps test-deps bench-deps build filter run test lint suite corpus embedding portal live live-nested packages bench fuzz soak install install-hook install-agent deb clean
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -16,6 +16,8 @@ deps: ## install what building needs (apt)
 	@install/deps
 test-deps: ## install what the tests need as well (apt)
 	@install/deps test
+bench-deps: ## install what the figures need as well (apt)
+	@install/deps bench
 
 build: deps ## the programs, in target/release
 	@echo "== building (the first time takes some minutes)"
@@ -65,7 +67,7 @@ packages: test-deps deb ## the Debian package in clean Debians 12 and 13 (root)
 	@echo "== the package in clean Debians"
 	@tests/packages/run
 
-bench: test-deps build embedding ## the figures of BENCHMARKS.md
+bench: bench-deps build embedding ## the figures of BENCHMARKS.md
 	@target/release/virt-usb-bench
 	@tests/live/run nested --case figures
 

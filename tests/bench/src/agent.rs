@@ -1,14 +1,12 @@
 //! The agent: from an event to a row (real libusb over umockdev), and a big host that is left alone (simulated).
 
 use std::fmt::Write as _;
-use std::io::{Read, Write as _};
-use std::os::unix::net::UnixStream;
-use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, ensure};
 
+use crate::daemon::Agent;
 use crate::program::Programs;
 use crate::table::Table;
 
@@ -44,74 +42,6 @@ fn events() -> Result<(String, String)> {
     Ok((figure("latency")?, figure("storm")?))
 }
 
-struct Agent {
-    child: Child,
-    folder: tempfile::TempDir,
-}
-
-impl Drop for Agent {
-    fn drop(&mut self) {
-        // It may have ended by itself.
-        drop(self.child.kill());
-        drop(self.child.wait());
-    }
-}
-
-impl Agent {
-    fn start(program: &Path, sim: &str, interval: u32) -> Result<Self> {
-        let folder = tempfile::tempdir()?;
-        let at = |name: &str| folder.path().join(name);
-        let keys = format!(
-            "state_dir = {:?}\nmetrics = {:?}\nlog = \"off\"\nscan_interval = {interval}\n",
-            at("state"),
-            at("metrics")
-        );
-        std::fs::write(at("config.toml"), keys)?;
-        std::fs::write(at("sim.toml"), sim)?;
-        let mut command = Command::new(program);
-        command.arg("--config").arg(at("config.toml")).arg("--sim").arg(at("sim.toml"));
-        let child = command.stderr(std::fs::File::create(at("log"))?).spawn()?;
-        let agent = Self { child, folder };
-        let deadline = Instant::now() + Duration::from_secs(120);
-        while !agent.log()?.contains(" ready") {
-            ensure!(Instant::now() < deadline, "the agent is not ready: {}", agent.log()?);
-            std::thread::sleep(Duration::from_millis(20));
-        }
-        Ok(agent)
-    }
-
-    fn log(&self) -> Result<String> {
-        Ok(std::fs::read_to_string(self.folder.path().join("log"))?)
-    }
-
-    fn metric(&self, name: &str) -> Result<f64> {
-        let mut socket = UnixStream::connect(self.folder.path().join("metrics"))?;
-        socket.write_all(b"GET /metrics HTTP/1.0\r\n\r\n")?;
-        let mut text = String::new();
-        socket.read_to_string(&mut text)?;
-        let line = text.lines().find_map(|l| l.strip_prefix(name)?.trim().parse().ok());
-        line.with_context(|| format!("no metric {name}"))
-    }
-
-    /// Processor time so far, in clock ticks of 1/100 s (proc(5), stat, fields 14 and 15).
-    fn ticks(&self) -> Result<f64> {
-        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.child.id()))?;
-        let fields: Vec<&str> = stat.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
-        match fields.get(11..13) {
-            Some([user, system]) => Ok(user.parse::<f64>()? + system.parse::<f64>()?),
-            _ => bail!("{stat}"),
-        }
-    }
-
-    fn resident(&self) -> Result<f64> {
-        let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id()))?;
-        let kib = status
-            .lines()
-            .find_map(|l| l.strip_prefix("VmRSS:")?.trim().strip_suffix(" kB")?.trim().parse::<f64>().ok());
-        kib.map(|kib| kib / 1024.0).context("VmRSS")
-    }
-}
-
 /// 1 000 devices, 200 domains that have one each.
 fn host() -> String {
     let mut text = String::new();
@@ -134,8 +64,7 @@ fn host() -> String {
 }
 
 fn big_host(programs: &Programs, table: &mut Table) -> Result<()> {
-    let program = programs.hook.with_file_name("virt-usbd");
-    let agent = Agent::start(&program, &host(), 2)?;
+    let agent = Agent::start(programs, &host(), "api = \"127.0.0.1:0\"\nscan_interval = 2\n")?;
     let deadline = Instant::now() + Duration::from_secs(120);
     while agent.metric("virt_usb_attaches_total{result=\"done\"}").unwrap_or(0.0) < f64::from(DOMAINS) {
         ensure!(Instant::now() < deadline, "not all are attached: {}", agent.log()?);
@@ -157,11 +86,11 @@ fn big_host(programs: &Programs, table: &mut Table) -> Result<()> {
         format!("agent: a full reconcile pass, {DEVICES} devices and {DOMAINS} running domains (simulated)");
     table.row(&what, format!("{mean:.1} ms, mean of {passes:.0}"), "", "", "≤ 100 ms");
     drop(agent);
-    let agent = Agent::start(&program, &host(), 60)?;
+    let agent = Agent::start(programs, &host(), "api = \"127.0.0.1:0\"\nscan_interval = 60\n")?;
     std::thread::sleep(Duration::from_secs(5));
-    let before = agent.ticks()?;
+    let before = agent.process().ticks()?;
     std::thread::sleep(IDLE);
-    let share = (agent.ticks()? - before) / IDLE.as_secs_f64();
+    let share = (agent.process().ticks()? - before) / IDLE.as_secs_f64();
     table.row(
         "agent: processor while nothing happens, the same host",
         format!("{share:.2} %"),
@@ -171,7 +100,7 @@ fn big_host(programs: &Programs, table: &mut Table) -> Result<()> {
     );
     table.row(
         "agent: resident memory, the same host",
-        format!("{:.1} MiB", agent.resident()?),
+        format!("{:.1} MiB", agent.process().resident()?),
         "",
         "",
         "< 40 MiB",

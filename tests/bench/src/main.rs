@@ -6,18 +6,24 @@
 //!                                                 ├─► memory ... the peak of one process
 //!                                                 ├─► crowd .... 200 processes at once
 //!                                                 └─► claims ... inside one process, 10 000 devices
+//! simulated hosts (a live agent each) ─────┬─► agent .... from an event to a row, a pass, idle
+//!                                          └─► api ...... under wrk, in turn with nginx; 10 000 devices in pages; idle
 //! made fleet (50 000 hosts × 20 devices) ──┬─► filter ... in the sandbox and natively
 //!                                          └─► python ... one batch call, and the same rules in Python
 //!                                                        all ──► table
 //! ```
+//! With names of parts as arguments, those alone are measured: `virt-usb-bench api`.
 
 mod agent;
+mod api;
 mod calls;
 mod claims;
 mod crowd;
+mod daemon;
 mod filter;
 mod machine;
 mod memory;
+mod nginx;
 mod program;
 mod python;
 mod samples;
@@ -26,9 +32,23 @@ mod world;
 
 use std::io::Write;
 
-use anyhow::Result;
+use anyhow::{Context as _, Result, ensure};
 
+use crate::program::Programs;
 use crate::table::Table;
+
+type Part = fn(&Programs, &mut Table) -> Result<()>;
+
+const PARTS: [(&str, Part); 8] = [
+    ("calls", calls::measure),
+    ("memory", memory::measure),
+    ("crowd", crowd::measure),
+    ("claims", |_, table| claims::measure(table)),
+    ("agent", agent::measure),
+    ("api", api::measure),
+    ("filter", filter::measure),
+    ("python", python::measure),
+];
 
 fn main() -> Result<()> {
     let arguments: Vec<_> = std::env::args_os().skip(1).collect();
@@ -37,16 +57,17 @@ fn main() -> Result<()> {
     {
         return show(&memory::peak_of(command)?.to_string());
     }
-    let programs = program::Programs::find()?;
+    let names = PARTS.map(|(name, _)| name);
+    let unknown = arguments.iter().find(|asked| names.iter().all(|name| name != asked));
+    ensure!(unknown.is_none(), "no such part: {unknown:?}; there are {}", names.join(", "));
+    let programs = Programs::find()?;
     show(&machine::describe(&programs))?;
     let mut table = Table::default();
-    calls::measure(&programs, &mut table)?;
-    memory::measure(&programs, &mut table)?;
-    crowd::measure(&programs, &mut table)?;
-    claims::measure(&mut table)?;
-    agent::measure(&programs, &mut table)?;
-    filter::measure(&programs, &mut table)?;
-    python::measure(&programs, &mut table)?;
+    for (name, measure) in PARTS {
+        if arguments.is_empty() || arguments.iter().any(|asked| asked == name) {
+            measure(&programs, &mut table).with_context(|| format!("measuring {name}"))?;
+        }
+    }
     show(&table.to_string())
 }
 

@@ -98,7 +98,8 @@ pub(crate) fn place(n: usize) -> (usize, usize, String) {
     (bus, at + 2, format!("{bus}-{}.{}", at / 10 + 1, at % 10 + 1))
 }
 
-fn simulation(count: usize, devices: Devices) -> String {
+/// So many devices, as a simulation has them.
+pub(crate) fn simulation(count: usize, devices: Devices) -> String {
     let mut text = String::new();
     for n in 0..count {
         let (bus, number, port) = place(n);
