@@ -7,7 +7,7 @@ CARGO := cargo
 # flag for everything would break proc-macros and libusb.
 STATIC_HOOK := $(CARGO) rustc --release -p virt-usb-hook --bin virt-usb-hook -- -C target-feature=+crt-static -C lto=fat -C codegen-units=1
 
-.PHONY: help deps test-deps bench-deps build filter run test lint suite corpus embedding portal live live-nested packages bench fuzz soak install install-hook install-agent deb clean
+.PHONY: help deps test-deps bench-deps build filter run test lint suite corpus conformance embedding portal live live-nested packages bench fuzz soak install install-hook install-agent deb clean
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -32,7 +32,7 @@ filter: deps ## the scheduler's filter, as a component and as a core module
 run: build ## the main job as a story, on this machine's devices or a recorded host's
 	@tests/story/run
 
-test: test-deps lint build corpus suite embedding portal live live-nested packages ## everything that a change must pass
+test: test-deps lint build corpus suite conformance embedding portal live live-nested packages ## everything that a change must pass
 
 lint:
 	@echo "== formatting and lints"
@@ -46,6 +46,10 @@ suite: build
 	@echo "== tests"
 	@$(CARGO) test --workspace --no-fail-fast
 	@tests/story/run > target/story.txt && echo "== the story of 'make run' was told: target/story.txt"
+
+conformance: test-deps build ## the API against its own description (brings schemathesis from PyPI)
+	@echo "== the API against its description"
+	@tests/conformance/run
 
 embedding: build ## the filter in Python and JavaScript (brings wasmtime from PyPI and jco from npm)
 	@echo "== the filter in other languages"

@@ -9,7 +9,7 @@ use serde::{Serialize, Serializer};
 use serde_json::Value;
 
 use crate::ParseError;
-use crate::json::FromJson;
+use crate::json::{FromJson, number};
 
 /// A base class code of a device or an interface, 8 bits (<https://www.usb.org/defined-class-codes>).
 ///
@@ -83,7 +83,7 @@ impl FromStr for Class {
 
 impl FromJson for Class {
     fn from_json(value: &Value) -> Result<Self, ParseError> {
-        match value.as_u64() {
+        match number(value) {
             Some(n) => u8::try_from(n)
                 .map(Self)
                 .map_err(|_| ParseError::new(value, "a USB class from 0 to 255 (0xff)")),
@@ -189,6 +189,8 @@ mod tests {
         }
         assert!("100".parse::<Class>().is_err());
         assert!("usb-stick".parse::<Class>().is_err());
+        assert_eq!(Class::from_json(&serde_json::json!(8.0)).unwrap(), Class::new(8));
+        assert!(Class::from_json(&serde_json::json!(8.5)).is_err());
         assert_eq!(Class::from_json(&serde_json::json!(255)).unwrap().name(), Some("vendor-specific"));
     }
 

@@ -10,7 +10,7 @@ use serde::{Serialize, Serializer};
 use serde_json::Value;
 
 use crate::ParseError;
-use crate::json::FromJson;
+use crate::json::{FromJson, number};
 
 macro_rules! hex_id {
     ($name:ident, $what:literal) => {
@@ -53,7 +53,7 @@ macro_rules! hex_id {
                 match value {
                     Value::String(text) => text.parse(),
                     Value::Number(n) => {
-                        n.as_u64().and_then(|n| u16::try_from(n).ok()).map(Self).ok_or_else(|| {
+                        number(value).and_then(|n| u16::try_from(n).ok()).map(Self).ok_or_else(|| {
                             ParseError::new(n, concat!("a ", $what, " id from 0 to 65535 (0xffff)"))
                         })
                     }
@@ -147,8 +147,7 @@ impl FromJson for DeviceId {
     fn from_json(value: &Value) -> Result<Self, ParseError> {
         match value {
             Value::String(text) => text.parse(),
-            other => other
-                .as_u64()
+            other => number(other)
                 .and_then(Self::new)
                 .ok_or_else(|| ParseError::new(other, "a device id, a whole number from 1")),
         }
@@ -276,6 +275,7 @@ mod tests {
             assert!(text.parse::<VendorId>().is_err(), "{text:?}");
         }
         assert_eq!(VendorId::from_json(&serde_json::json!(0x136b)).unwrap().to_string(), "136b");
+        assert_eq!(VendorId::from_json(&serde_json::json!(1321.0)).unwrap().to_string(), "0529");
         assert!(VendorId::from_json(&serde_json::json!(70000)).is_err());
         assert!(VendorId::from_json(&serde_json::json!(1.5)).is_err());
     }

@@ -69,8 +69,14 @@ pub(crate) fn whole(value: &Value) -> Option<u64> {
         Value::String(text) if !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit()) => {
             text.parse().ok()
         }
-        other => other.as_u64(),
+        other => number(other),
     }
+}
+
+/// A number that is whole, however it is written: in JSON `8.0` is `8`.
+pub(crate) fn number(value: &Value) -> Option<u64> {
+    let text = value.as_number()?.to_string();
+    text.strip_suffix(".0").unwrap_or(&text).parse().ok()
 }
 
 /// The JSON text as a value; a syntax error says line and column.

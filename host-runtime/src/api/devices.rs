@@ -14,11 +14,11 @@ use virt_usb_store::Record;
 use virt_usb_store::aside::Wished;
 
 use super::Api;
+use super::asked::DeviceActionRequest;
 use super::documents::{Link, UsbDevice};
 use super::fault::{Fault, sentence};
 use super::identity::Caller;
 use super::inventory::Snapshot;
-use super::openapi::DeviceActionRequest;
 use super::paging::{limit, next, page};
 use super::policy::{Call, may};
 use super::request::{Asked, Asks, Content, Named, action, nothing, object};
@@ -44,7 +44,8 @@ pub(super) struct Query {
     deleted: Option<bool>,
     sort_key: Option<SortKey>,
     sort_dir: Option<SortDir>,
-    limit: Option<usize>,
+    limit: Option<u32>,
+    /// The id of the last device that is known: those after it are wanted.
     marker: Option<u64>,
 }
 
@@ -172,7 +173,7 @@ impl Api {
         name: &str,
     ) -> Result<(DeviceId, UsbDevice), Fault> {
         Fault::unless(may(caller, call), || missing(name))?;
-        let id = name.parse().ok().and_then(DeviceId::new).ok_or_else(|| missing(name))?;
+        let id = name.parse::<DeviceId>().map_err(|_| missing(name))?;
         let mut snapshot = self.inventory.now()?;
         // One that was unplugged is still there for administrators.
         if snapshot.device(id).is_none() && caller.is_admin() {
@@ -186,7 +187,7 @@ impl Api {
 
 /// One device
 #[utoipa::path(get, path = "/os-usb-devices/{usb_device_id}", tag = "devices", operation_id = "show_usb_device",
-    params(("usb_device_id" = String, Path, description = "The device's id")),
+    params(("usb_device_id" = u64, Path, description = "The device's id")),
     responses((status = 200, description = "The device", body = Shown)))]
 pub(super) async fn show(
     State(api): State<Arc<Api>>,
@@ -215,8 +216,10 @@ impl Change {
             "clear_quarantine" => nothing(Self::ClearQuarantine),
             "disable" => match object(value, name, &["reason"])?.get("reason") {
                 None | Some(Value::Null) => Ok(Self::Disable(None)),
-                Some(Value::String(why)) if why.len() <= 255 => Ok(Self::Disable(Some(why.clone()))),
-                Some(_) => Err(Fault::bad_request("disable.reason: wanted text of at most 255 bytes.")),
+                Some(Value::String(why)) if why.chars().count() <= 255 => {
+                    Ok(Self::Disable(Some(why.clone())))
+                }
+                Some(_) => Err(Fault::bad_request("disable.reason: wanted text of at most 255 characters.")),
             },
             "add_tags" | "remove_tags" => {
                 let tags = object(value, name, &["tags"])?.get("tags").and_then(Value::as_array);
@@ -238,7 +241,7 @@ impl Change {
 
 /// Enable, disable, clear quarantine, tag: for administrators
 #[utoipa::path(post, path = "/os-usb-devices/{usb_device_id}/action", tag = "devices", operation_id = "act_on_usb_device",
-    params(("usb_device_id" = String, Path, description = "The device's id")),
+    params(("usb_device_id" = u64, Path, description = "The device's id")),
     request_body = DeviceActionRequest,
     responses((status = 200, description = "The device as it is now", body = Shown)))]
 pub(super) async fn act(

@@ -230,9 +230,9 @@ pub(super) struct UsbFlavor {
     name: String,
     created_at: String,
     updated_at: String,
-    #[schema(value_type = Vec<super::openapi::UsbDeviceRequest>)]
+    #[schema(value_type = Vec<super::asked::UsbDeviceRequest>)]
     usb_devices: Vec<DeviceRequest>,
-    #[schema(value_type = Vec<super::openapi::UsbRedirectionRequest>)]
+    #[schema(value_type = Vec<super::asked::UsbRedirectionRequest>)]
     usb_redirection_devices: Vec<RedirectionRequest>,
 }
 

@@ -14,7 +14,7 @@ use super::devices::DeviceName;
 use super::documents::{Link, UsbEvent};
 use super::fault::Fault;
 use super::identity::Caller;
-use super::paging::{limit, next};
+use super::paging::{event, limit, next};
 use super::policy::{Call, may};
 use super::request::{Asked, Asks, Named};
 use super::servers::ServerName;
@@ -27,9 +27,9 @@ const CHUNK: u32 = 1001;
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
 pub(super) struct Query {
-    limit: Option<usize>,
+    limit: Option<u32>,
     /// The id of the oldest event that is known: those before it are wanted.
-    marker: Option<i64>,
+    marker: Option<u64>,
 }
 
 #[derive(Serialize, ToSchema)]
@@ -45,7 +45,7 @@ pub(super) struct Events {
 ///
 /// Administrators see all of it, others what concerned their project or no instance.
 #[utoipa::path(get, path = "/os-usb-devices/{usb_device_id}/events", tag = "events", operation_id = "list_usb_device_events",
-    params(("usb_device_id" = String, Path, description = "The device's id"), Query),
+    params(("usb_device_id" = u64, Path, description = "The device's id"), Query),
     responses((status = 200, description = "The events", body = Events)))]
 pub(super) async fn of_device(
     State(api): State<Arc<Api>>,
@@ -94,7 +94,7 @@ async fn answer(
     uri: &axum::http::Uri,
 ) -> Result<Json<Events>, Fault> {
     let limit = limit(query.limit)?;
-    let before = query.marker.unwrap_or(0);
+    let before = event(query.marker)?;
     let (events, more) = read(api, caller, filter, before, limit).await?;
     let events_links = events.last().filter(|_| more).map(|last| next(uri, &last.id.to_string()));
     let events = events.into_iter().map(UsbEvent::from).collect();

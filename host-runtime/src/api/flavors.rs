@@ -13,10 +13,10 @@ use virt_usb_model::flavor::{MAX_NAME, is_name};
 use virt_usb_store::StoredFlavor;
 
 use super::Api;
+use super::asked::FlavorRequest;
 use super::documents::UsbFlavor;
 use super::fault::{Fault, sentence};
 use super::identity::Caller;
-use super::openapi::FlavorRequest;
 use super::policy::{Call, may};
 use super::request::{Asks, Content, Named};
 

@@ -13,7 +13,7 @@
 //! | [`policy`] | who may do what: pure |
 //! | `request`, `paging` | what a request says |
 //! | `fault` | what went wrong, in Nova's shape |
-//! | `documents`, `openapi` | what is answered, and how it is described |
+//! | `documents`, `asked`, `openapi` | what is answered, what may be asked, and how it is described |
 //! | `hypervisors`, `servers`, `devices`, `claims`, `flavors`, `events` | the calls |
 //! | `rates` | how often |
 //! | `portal` | pages for people |
@@ -21,6 +21,7 @@
 //!
 //! It runs on threads of its own, and whatever becomes of it, the agent goes on giving guests their devices.
 
+mod asked;
 mod claims;
 mod devices;
 mod documents;

@@ -5,115 +5,12 @@ use std::sync::LazyLock;
 
 use axum::http::header::CONTENT_TYPE;
 use axum::response::IntoResponse;
+use utoipa::OpenApi;
 use utoipa::openapi::path::{Operation, Parameter, ParameterBuilder, ParameterIn};
 use utoipa::openapi::security::{ApiKey, ApiKeyValue, SecurityRequirement, SecurityScheme};
-use utoipa::openapi::{ContentBuilder, ObjectBuilder, Paths, Ref, Required, ResponseBuilder, Type};
-use utoipa::{OpenApi, ToSchema};
+use utoipa::openapi::{ContentBuilder, ObjectBuilder, Paths, Ref, RefOr, Required, ResponseBuilder, Type};
 
-use super::{claims, devices, events, flavors, hypervisors, servers};
-
-/// One entry of what a server or a flavor asks for; what it names must all match.
-#[derive(ToSchema)]
-#[schema(example = json!({ "id": 1 }))]
-#[expect(dead_code, reason = "a description of what the model reads")]
-pub(super) struct UsbDeviceRequest {
-    /// The device's id.
-    #[schema(minimum = 1)]
-    id: Option<u64>,
-    /// One to four hexadecimal digits.
-    #[schema(pattern = "^(0[xX])?[0-9a-fA-F]{1,4}$")]
-    vendor_id: Option<String>,
-    /// One to four hexadecimal digits; only beside a vendor_id.
-    #[schema(pattern = "^(0[xX])?[0-9a-fA-F]{1,4}$")]
-    product_id: Option<String>,
-    #[schema(min_length = 1, max_length = 126)]
-    serial: Option<String>,
-    /// A port path.
-    #[schema(pattern = r"^[0-9]{1,3}-[0-9]{1,3}(\.[0-9]{1,3}){0,6}$")]
-    port: Option<String>,
-    /// Two hexadecimal digits.
-    class: Option<String>,
-    tags: Option<Vec<String>>,
-    /// How many; 1 when absent.
-    #[schema(minimum = 1)]
-    count: Option<u32>,
-}
-
-/// A USB port that a SPICE client fills.
-#[derive(ToSchema)]
-#[expect(dead_code, reason = "a description of what the model reads")]
-pub(super) struct UsbRedirectionRequest {
-    /// `usb`.
-    bus: String,
-    /// `spicevmc`.
-    r#type: String,
-}
-
-/// What a flavor asks for.
-#[derive(ToSchema)]
-#[schema(example = json!({ "usb_devices": [{ "vendor_id": "0529", "product_id": "0001" }] }))]
-#[expect(dead_code, reason = "a description of what the model reads")]
-pub(super) struct FlavorRequest {
-    usb_devices: Option<Vec<UsbDeviceRequest>>,
-    usb_redirection_devices: Option<Vec<UsbRedirectionRequest>>,
-}
-
-/// The devices of an action.
-#[derive(ToSchema)]
-#[expect(dead_code, reason = "a description of what is read")]
-pub(super) struct UsbDevicesRequests {
-    #[schema(min_items = 1)]
-    usb_devices_requests: Vec<UsbDeviceRequest>,
-}
-
-/// One of them.
-#[derive(ToSchema)]
-#[schema(example = json!({ "attach_usb_devices": { "usb_devices_requests": [{ "id": 1 }] } }))]
-#[expect(dead_code, reason = "a description of what is read")]
-pub(super) struct ServerActionRequest {
-    attach_usb_devices: Option<UsbDevicesRequests>,
-    detach_usb_devices: Option<UsbDevicesRequests>,
-    set_usb_owner: Option<NewOwner>,
-    /// `null`.
-    clear_usb_owner: Option<()>,
-}
-
-/// Whose a server is.
-#[derive(ToSchema)]
-#[expect(dead_code, reason = "a description of what is read")]
-pub(super) struct NewOwner {
-    #[schema(min_length = 1)]
-    project_id: String,
-}
-
-/// One of them.
-#[derive(ToSchema)]
-#[schema(example = json!({ "disable": { "reason": "lent" } }))]
-#[expect(dead_code, reason = "a description of what is read")]
-pub(super) struct DeviceActionRequest {
-    /// `null`.
-    enable: Option<()>,
-    disable: Option<Disable>,
-    /// `null`.
-    clear_quarantine: Option<()>,
-    add_tags: Option<TagList>,
-    remove_tags: Option<TagList>,
-}
-
-/// Why.
-#[derive(ToSchema)]
-#[expect(dead_code, reason = "a description of what is read")]
-pub(super) struct Disable {
-    #[schema(max_length = 255)]
-    reason: Option<String>,
-}
-
-/// Tags.
-#[derive(ToSchema)]
-#[expect(dead_code, reason = "a description of what is read")]
-pub(super) struct TagList {
-    tags: Vec<String>,
-}
+use super::{asked, claims, devices, events, flavors, hypervisors, servers};
 
 #[derive(OpenApi)]
 #[openapi(
@@ -141,7 +38,13 @@ pub(super) struct TagList {
         flavors::set,
         flavors::remove,
     ),
-    components(schemas(devices::SortKey, devices::SortDir))
+    components(schemas(
+        devices::SortKey,
+        devices::SortDir,
+        asked::UsbDeviceRequest,
+        asked::UsbDeviceDetachRequest,
+        asked::UsbRedirectionRequest,
+    ))
 )]
 struct Described;
 
@@ -215,6 +118,12 @@ fn complete(operation: &mut Operation, version: &str, tenant: bool) {
     if tenant {
         operation.parameters.get_or_insert_default().insert(0, tenant_id().into());
     }
+    for parameter in operation.parameters.iter_mut().flatten() {
+        if let RefOr::T(parameter) = parameter {
+            let known = asked::parameter(&parameter.name);
+            parameter.schema = known.or(parameter.schema.take());
+        }
+    }
     for (status, _) in FAULTS {
         let response = || Ref::from_response_name(fault_name(status)).into();
         operation.responses.responses.entry(status.into()).or_insert_with(response);
@@ -231,7 +140,6 @@ fn tenant_id() -> Parameter {
         .parameter_in(ParameterIn::Path)
         .required(Required::True)
         .description(Some("The token's project"))
-        .schema(Some(ObjectBuilder::new().schema_type(Type::String)))
         .build()
 }
 

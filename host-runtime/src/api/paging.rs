@@ -7,12 +7,25 @@ use super::fault::Fault;
 
 /// No more of a list than this is answered at once, whatever is asked for; Nova's `max_limit`.
 const PAGE: usize = 1000;
+/// The last that any JSON reader keeps whole.
+pub(super) const LAST_MARKER: u64 = (1 << 53) - 1;
 
 /// How many at once: what was asked for, but no more than [`PAGE`].
-pub(super) fn limit(asked: Option<usize>) -> Result<usize, Fault> {
+pub(super) fn limit(asked: Option<u32>) -> Result<usize, Fault> {
     match asked {
         Some(0) => Err(Fault::bad_request("limit: found 0, wanted 1 or more.")),
-        asked => Ok(asked.map_or(PAGE, |asked| asked.min(PAGE))),
+        asked => {
+            Ok(asked.and_then(|asked| usize::try_from(asked).ok()).map_or(PAGE, |asked| asked.min(PAGE)))
+        }
+    }
+}
+
+/// The event before which a page begins; 0 is none.
+pub(super) fn event(marker: Option<u64>) -> Result<i64, Fault> {
+    let marker = marker.unwrap_or(0);
+    match i64::try_from(marker) {
+        Ok(event) if marker <= LAST_MARKER => Ok(event),
+        _ => Err(Fault::bad_request(format!("marker: found {marker}, wanted at most {LAST_MARKER}."))),
     }
 }
 

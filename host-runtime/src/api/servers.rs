@@ -16,12 +16,12 @@ use virt_usb_store::claim::{Shortage, Why};
 use virt_usb_store::{Record, StoreError};
 
 use super::Api;
+use super::asked::ServerActionRequest;
 use super::devices::missing;
 use super::documents::UsbDevice;
 use super::fault::{Fault, sentence};
 use super::identity::Caller;
 use super::inventory::Snapshot;
-use super::openapi::ServerActionRequest;
 use super::policy::{Call, Verdict, may, may_know_holder, may_with_server};
 use super::request::{Asked, Asks, Content, Named, action, nothing, object};
 use crate::agent::operate::{Attached, OperateError};
@@ -225,7 +225,7 @@ struct Described {
     listed: Listed,
     usb_devices: Vec<UsbDevice>,
     /// What it is to have at each start, whoever is free then.
-    #[schema(value_type = Vec<super::openapi::UsbDeviceRequest>)]
+    #[schema(value_type = Vec<super::asked::UsbDeviceRequest>)]
     usb_devices_requests: Vec<DeviceRequest>,
 }
 

@@ -1,0 +1,255 @@
+//! What a request's body may be, described: strictly, and as widely as the model reads it. A derived schema cannot say that a key rules out
+//! another, or that a number may be text.
+
+use std::borrow::Cow;
+
+use serde_json::{Map, Value, json};
+use utoipa::openapi::{RefOr, Schema};
+use utoipa::{PartialSchema, ToSchema};
+use virt_usb_model::DeviceId;
+use virt_usb_model::flavor::{MAX_DEVICES, MAX_REDIRECTIONS};
+
+use super::paging::LAST_MARKER;
+
+/// One to four hexadecimal digits.
+const HEX: &str = "^(0[xX])?[0-9a-fA-F]{1,4}$";
+/// 32 hexadecimal digits; hyphens are passed over.
+const UUID: &str = "^(-*[0-9a-fA-F]){32}-*$";
+/// Letters, digits and some signs.
+const TAG: &str = r"^[\p{L}\p{N}_.:/-]{1,64}$";
+/// No white space, no control characters.
+const PROJECT: &str =
+    r"^[^\u0000-\u0020\u007f-\u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]{1,255}$";
+/// A stored flavor's name.
+const FLAVOR: &str = r"^[^@\u0000-\u001f\u007f-\u009f][^\u0000-\u001f\u007f-\u009f]{0,254}$";
+
+/// What a parameter of that name may be, in whichever path or query it stands; none: what its call says.
+pub(super) fn parameter(name: &str) -> Option<RefOr<Schema>> {
+    let text = |pattern| json!({ "type": "string", "pattern": pattern });
+    let number = |least: u64, most: u64| json!({ "type": "integer", "minimum": least, "maximum": most });
+    let schema = match name {
+        "tenant_id" => text(PROJECT),
+        "server_id" | "instance_uuid" => text(UUID),
+        "usb_device_id" => number(1, DeviceId::MAX),
+        "flavor_name" => text(FLAVOR),
+        "vendor_id" | "product_id" => text(HEX),
+        "limit" => number(1, u32::MAX.into()),
+        "marker" => number(0, LAST_MARKER),
+        _ => return None,
+    };
+    Some(described(schema))
+}
+
+/// These are texts of this module's own: they can be read.
+fn described(schema: Value) -> RefOr<Schema> {
+    serde_json::from_value::<Schema>(schema).unwrap_or_default().into()
+}
+
+macro_rules! described {
+    ($($(#[$doc:meta])* $name:ident = $schema:expr;)*) => {$(
+        $(#[$doc])*
+        pub(super) struct $name;
+
+        impl PartialSchema for $name {
+            fn schema() -> RefOr<Schema> {
+                described($schema)
+            }
+        }
+
+        impl ToSchema for $name {
+            fn name() -> Cow<'static, str> {
+                stringify!($name).into()
+            }
+        }
+    )*};
+}
+
+described! {
+    /// One entry of what a server or a flavor asks for; what it names must all match.
+    UsbDeviceRequest = device_request(MAX_DEVICES);
+    /// One entry of what a server is to lose.
+    UsbDeviceDetachRequest = device_request(1);
+    /// A USB port that a SPICE client fills.
+    UsbRedirectionRequest = json!({
+        "type": "object",
+        "description": "A USB port that a SPICE client fills.",
+        "required": ["bus", "type"],
+        "properties": {
+            "bus": { "type": "string", "enum": ["usb"] },
+            "type": { "type": "string", "enum": ["spicevmc"] },
+        },
+        "additionalProperties": false,
+    });
+    /// What a flavor asks for.
+    FlavorRequest = flavor_request();
+    /// An action on a server.
+    ServerActionRequest = json!({
+        "description": "One of them.",
+        "example": { "attach_usb_devices": { "usb_devices_requests": [{ "id": 1 }] } },
+        "oneOf": [
+            one("attach_usb_devices", requests("UsbDeviceRequest")),
+            one("detach_usb_devices", requests("UsbDeviceDetachRequest")),
+            one("set_usb_owner", one("project_id", json!({ "type": "string", "pattern": PROJECT }))),
+            one("clear_usb_owner", json!({ "type": "null" })),
+        ],
+    });
+    /// An action on a device.
+    DeviceActionRequest = json!({
+        "description": "One of them.",
+        "example": { "disable": { "reason": "lent" } },
+        "oneOf": [
+            one("enable", json!({ "type": "null" })),
+            one("disable", json!({
+                "type": "object",
+                "properties": { "reason": { "type": ["string", "null"], "maxLength": 255, "description": "Why." } },
+                "additionalProperties": false,
+            })),
+            one("clear_quarantine", json!({ "type": "null" })),
+            one("add_tags", one("tags", tags(0))),
+            one("remove_tags", one("tags", tags(0))),
+        ],
+    });
+}
+
+/// An object of this key and no other.
+fn one(key: &str, value: Value) -> Value {
+    let properties: Map<String, Value> = [(key.to_owned(), value)].into_iter().collect();
+    json!({ "type": "object", "required": [key], "properties": properties, "additionalProperties": false })
+}
+
+fn reference(name: &str) -> Value {
+    json!({ "$ref": format!("#/components/schemas/{name}") })
+}
+
+fn requests(item: &str) -> Value {
+    let list = json!({
+        "type": "array",
+        "minItems": 1,
+        "maxItems": MAX_DEVICES,
+        "items": reference(item),
+        "description": format!("For at most {MAX_DEVICES} devices in all."),
+    });
+    one("usb_devices_requests", list)
+}
+
+fn tags(least: u32) -> Value {
+    json!({ "type": "array", "minItems": least, "items": { "type": "string", "pattern": TAG } })
+}
+
+/// A list, one alone in place of a list of one, or nothing.
+fn list(item: &Value, most: usize) -> Value {
+    json!({ "anyOf": [{ "type": "array", "maxItems": most, "items": item }, item, { "type": "null" }] })
+}
+
+/// The same, but not nothing.
+fn some(item: &Value, most: usize) -> Value {
+    json!({ "anyOf": [{ "type": "array", "minItems": 1, "maxItems": most, "items": item }, item] })
+}
+
+fn flavor_request() -> Value {
+    let (device, port) = (reference("UsbDeviceRequest"), reference("UsbRedirectionRequest"));
+    let devices = MAX_DEVICES as usize;
+    let asks = |key: &str, properties: Value| json!({ "type": "object", "required": [key], "properties": properties, "additionalProperties": false });
+    json!({
+        "description": format!("What a flavor asks for: something, and at most {MAX_DEVICES} devices in all."),
+        "example": { "usb_devices": [{ "vendor_id": "0529", "product_id": "0001" }] },
+        "anyOf": [
+            asks("usb_devices", json!({
+                "usb_devices": some(&device, devices),
+                "usb_redirection_devices": list(&port, MAX_REDIRECTIONS),
+            })),
+            asks("usb_redirection_devices", json!({
+                "usb_devices": list(&device, devices),
+                "usb_redirection_devices": some(&port, MAX_REDIRECTIONS),
+            })),
+        ],
+    })
+}
+
+/// Which keys are there as something, which as `null` at most; the others as either.
+fn device_request(most: u32) -> Value {
+    let describe = |named: &[&str], nothing: &[&str]| {
+        let most = if named.contains(&"id") { 1 } else { most };
+        let describe = |key: &str| match nothing.contains(&key) {
+            true => json!({ "type": "null" }),
+            false => value(key, named.contains(&key), most),
+        };
+        let properties: Map<String, Value> =
+            KEYS.into_iter().map(|key| (key.to_owned(), describe(key))).collect();
+        json!({ "type": "object", "required": named, "properties": properties, "additionalProperties": false })
+    };
+    let alone = &["id", "vendor_id", "product_id"];
+    json!({
+        "description": "What a device must match, all of it. An id names one device; a product_id is the vendor's own.",
+        "example": { "id": 1 },
+        "anyOf": [
+            describe(&["id"], &["vendor_id", "product_id"]),
+            describe(&["id", "vendor_id"], &[]),
+            describe(&["vendor_id"], &["id"]),
+            describe(&["serial"], alone),
+            describe(&["port"], alone),
+            describe(&["class"], alone),
+            describe(&["tags"], alone),
+        ],
+    })
+}
+
+const KEYS: [&str; 8] = ["id", "vendor_id", "product_id", "serial", "port", "class", "tags", "count"];
+
+/// What may stand at a key of a request; `null` is as good as nothing.
+fn value(key: &str, needed: bool, most: u32) -> Value {
+    let kinds =
+        |kinds: &[&str]| -> Value { kinds.iter().copied().chain((!needed).then_some("null")).collect() };
+    match key {
+        "id" => json!({
+            "type": kinds(&["integer", "string"]),
+            "description": "The device's id.",
+            "minimum": 1,
+            "maximum": DeviceId::MAX,
+            "pattern": "^0*([1-9][0-9]{0,14}|[1-8][0-9]{15})$",
+        }),
+        "vendor_id" | "product_id" => json!({
+            "type": kinds(&["string", "integer"]),
+            "description": "One to four hexadecimal digits, or a number.",
+            "minimum": 0,
+            "maximum": 0xffff,
+            "pattern": HEX,
+        }),
+        "serial" => json!({
+            "type": kinds(&["string", "number"]),
+            "pattern": r"^[^\u0000-\u001f\u007f-\u009f]{1,126}$",
+        }),
+        "port" => {
+            const NUMBER: &str = "(0{0,2}[1-9]|0?[1-9][0-9]|1[0-9]{2}|2[0-4][0-9]|25[0-5])";
+            json!({
+                "type": kinds(&["string"]),
+                "description": "A port path.",
+                "pattern": format!(r"^{NUMBER}-{NUMBER}(\.{NUMBER}){{0,6}}$"),
+            })
+        }
+        "class" => {
+            let names: Vec<&str> =
+                (0..=u8::MAX).filter_map(|code| virt_usb_model::Class::new(code).name()).collect();
+            json!({
+                "type": kinds(&["string", "integer"]),
+                "description": "Two hexadecimal digits, a number, or a name.",
+                "minimum": 0,
+                "maximum": 0xff,
+                "pattern": format!("^((0[xX])?[0-9a-fA-F]{{1,2}}|{})$", names.join("|")),
+            })
+        }
+        "tags" => {
+            let tag = json!({ "type": "string", "pattern": TAG });
+            let nothing = (!needed).then(|| json!({ "type": "null" }));
+            let some: Vec<Value> = [tags(needed.into()), tag].into_iter().chain(nothing).collect();
+            json!({ "anyOf": some })
+        }
+        _ => json!({
+            "type": ["integer", "string", "null"],
+            "description": "How many; 1 when absent.",
+            "minimum": 1,
+            "maximum": most,
+            "pattern": if most == 1 { "^0*1$" } else { "^0*([1-9][0-9]?|1[01][0-9]|12[0-7])$" },
+        }),
+    }
+}
