@@ -332,6 +332,33 @@ fn elsewhere_an_event_is_a_line() {
 }
 
 #[test]
+fn lines_go_on_when_the_inventory_comes_back() {
+    let host = host();
+    let mut child = Command::new(program("virt-usb"))
+        .arg("--config")
+        .arg(host.config_file())
+        .args(["watch", "--lines", "--last", "1"])
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut out = BufReader::new(child.stdout.take().unwrap());
+    let mut said = BufReader::new(child.stderr.take().unwrap());
+    assert!(next(&mut out).contains(" added device 1 "));
+    let (file, away) = (host.path("state/inventory.sqlite"), host.path("state/away"));
+    std::fs::rename(&file, &away).unwrap();
+    let trouble = next(&mut said);
+    assert!(trouble.starts_with("virt-usb: watch: there is no inventory"), "{trouble:?}");
+    std::fs::rename(&away, &file).unwrap();
+    assert_eq!(next(&mut said), "virt-usb: watch: the inventory can be read again\n");
+    host.flavor("erp", r#"{"usb_devices":[{"vendor_id":"0529"}]}"#);
+    assert!(next(&mut out).contains(" flavor-set by test flavor: erp"));
+    drop(out);
+    assert!(until("its end", || child.try_wait().unwrap()).success());
+}
+
+#[test]
 fn without_an_inventory_it_says_so() {
     let output = Host::new("").virt_usb(&["watch"]);
     assert_eq!(output.status.code(), Some(1));

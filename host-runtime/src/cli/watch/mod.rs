@@ -9,7 +9,7 @@ mod screen;
 mod terminal;
 mod view;
 
-use std::io::{self, IsTerminal};
+use std::io::{self, IsTerminal, Write as _};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
@@ -90,6 +90,8 @@ fn lines(out: &Output, watched: &mut Watched, last: u32) -> anyhow::Result<ExitC
         Some(event) => Some(event.clone()),
         None => watched.store().events(&newest(1))?.pop(),
     };
+    let mut behind = false;
+    let mut trouble = None;
     loop {
         for event in &events {
             let line = if out.is_json() { serde_json::to_string(event)? } else { line(event) };
@@ -101,8 +103,40 @@ fn lines(out: &Output, watched: &mut Watched, last: u32) -> anyhow::Result<ExitC
         if reader_has_gone()? {
             return Ok(ExitCode::SUCCESS);
         }
-        events = if watched.has_news()? { since(watched, told.as_ref())? } else { Vec::new() };
+        events = match news(watched, &mut behind, told.as_ref()) {
+            Ok(events) => {
+                if trouble.take().is_some() {
+                    warn("the inventory can be read again");
+                }
+                events
+            }
+            // As on the screen: what cannot be read now may be readable in a moment. Said once.
+            Err(e) => {
+                let why = chain(&e);
+                if trouble.as_ref() != Some(&why) {
+                    warn(&why);
+                }
+                trouble = Some(why);
+                Vec::new()
+            }
+        };
     }
+}
+
+/// The events since `told`, if there are some. `behind` says that some were seen to be there and were not read.
+fn news(watched: &mut Watched, behind: &mut bool, told: Option<&EventRow>) -> anyhow::Result<Vec<EventRow>> {
+    *behind |= watched.has_news()?;
+    if !*behind {
+        return Ok(Vec::new());
+    }
+    let events = since(watched, told)?;
+    *behind = false;
+    Ok(events)
+}
+
+/// To whoever looks on. Nobody depends on it.
+fn warn(what: &str) {
+    drop(writeln!(io::stderr(), "virt-usb: watch: {what}"));
 }
 
 fn newest(limit: u32) -> Filter {

@@ -17,6 +17,11 @@ use super::screen::{By, Line};
 use super::view::Tone;
 use crate::cli::output::Output;
 
+/// The bytes of one key come together, but for a slow line: so long is the rest of one waited for. A lone Escape is a key as well.
+const PIECES: Duration = Duration::from_millis(100);
+/// No key is longer.
+const LONGEST: usize = 64;
+
 /// What somebody wants.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Touch {
@@ -35,6 +40,8 @@ pub(super) struct Terminal<'a> {
     shown: Vec<Line>,
     /// Pressed, and not yet obeyed.
     pressed: VecDeque<Touch>,
+    /// The beginning of a key.
+    unfinished: Vec<u8>,
     colour: bool,
     enough: Arc<AtomicBool>,
     suspend: Arc<AtomicBool>,
@@ -66,6 +73,7 @@ impl<'a> Terminal<'a> {
             out,
             shown: Vec::new(),
             pressed: VecDeque::new(),
+            unfinished: Vec::new(),
             colour,
             enough,
             suspend,
@@ -150,8 +158,13 @@ impl<'a> Terminal<'a> {
     fn listen(&mut self, patience: Duration) -> anyhow::Result<()> {
         let keys = io::stdin();
         let mut ends = [PollFd::new(&keys, PollFlags::IN)];
+        let patience = if self.unfinished.is_empty() { patience } else { PIECES };
         match poll(&mut ends, Some(&Timespec::try_from(patience)?)) {
-            Ok(0) | Err(rustix::io::Errno::INTR) => return Ok(()),
+            Ok(0) => {
+                self.pressed.extend(as_it_is(&mut self.unfinished));
+                return Ok(());
+            }
+            Err(rustix::io::Errno::INTR) => return Ok(()),
             Ok(_) => {}
             Err(e) => return Err(io::Error::from(e).into()),
         }
@@ -159,7 +172,10 @@ impl<'a> Terminal<'a> {
         match rustix::io::read(&keys, &mut bytes) {
             // EIO is how Linux says that a terminal was hung up.
             Ok(0) | Err(_) => self.pressed.push_back(Touch::Enough),
-            Ok(read) => self.pressed.extend(touches(&bytes[..read])),
+            Ok(read) => {
+                self.unfinished.extend(&bytes[..read]);
+                self.pressed.extend(touches(&mut self.unfinished));
+            }
         }
         Ok(())
     }
@@ -197,22 +213,16 @@ fn give_back(out: &Output) -> anyhow::Result<()> {
     written
 }
 
-/// What keys mean, as xterm and all its kind send them.
+/// What keys mean, as xterm and all its kind send them. The beginning of a key is left where it is.
 /// See <https://invisible-island.net/xterm/ctlseqs/ctlseqs.html>, "Special Keyboard Keys".
-fn touches(mut bytes: &[u8]) -> Vec<Touch> {
+fn touches(typed: &mut Vec<u8>) -> Vec<Touch> {
     let mut touches = Vec::new();
-    while let Some((&first, rest)) = bytes.split_first() {
-        let sequence = match (first, rest.first()) {
-            (0x1b, Some(b'[')) => {
-                rest[1..].iter().position(|b| (0x40..0x7f).contains(b)).map_or(rest.len(), |n| n + 2)
-            }
-            (0x1b, Some(b'O')) => rest.len().min(2),
-            _ => 0,
-        };
-        let (key, after) = bytes.split_at(1 + sequence);
+    let mut bytes = typed.as_slice();
+    while let Some(length) = key_length(bytes) {
+        let (key, after) = bytes.split_at(length);
         bytes = after;
         touches.extend(match key {
-            b"q" | b"\x1b" | b"\x03" | b"\x04" | b"\x1c" => Some(Touch::Enough),
+            b"q" | b"\x03" | b"\x04" | b"\x1c" => Some(Touch::Enough),
             b"\x1a" => Some(Touch::Suspend),
             b"\x0c" => Some(Touch::Redraw),
             b"k" | b"\x1b[A" | b"\x1bOA" => Some(Touch::Scroll(By::Rows(-1))),
@@ -224,7 +234,29 @@ fn touches(mut bytes: &[u8]) -> Vec<Touch> {
             _ => None,
         });
     }
+    *typed = bytes.to_vec();
     touches
+}
+
+/// How many bytes the first key has; `None` where there is none, or not all of it.
+fn key_length(bytes: &[u8]) -> Option<usize> {
+    match *bytes {
+        [] | [0x1b] | [0x1b, b'O'] => None,
+        [0x1b, b'[', ref rest @ ..] => match rest.iter().position(|b| (0x40..0x7f).contains(b)) {
+            Some(last) => Some(last + 3),
+            None => (bytes.len() > LONGEST).then_some(bytes.len()),
+        },
+        [0x1b, b'O', _, ..] => Some(3),
+        // Alt and a key, which means nothing here. Escape twice is Escape.
+        [0x1b, 0x1b, ..] => Some(1),
+        [0x1b, _, ..] => Some(2),
+        _ => Some(1),
+    }
+}
+
+/// The beginning of a key after which nothing came: Escape, or nothing.
+fn as_it_is(unfinished: &mut Vec<u8>) -> Option<Touch> {
+    (std::mem::take(unfinished) == b"\x1b").then_some(Touch::Enough)
 }
 
 fn write_line(bytes: &mut Vec<u8>, line: &Line, colour: bool) -> io::Result<()> {
@@ -251,24 +283,48 @@ fn write_line(bytes: &mut Vec<u8>, line: &Line, colour: bool) -> io::Result<()> 
 mod tests {
     use super::*;
 
+    /// What is made of it, and what is left.
+    fn touched(typed: &[u8]) -> (Vec<Touch>, Vec<u8>) {
+        let mut typed = typed.to_vec();
+        let touches = touches(&mut typed);
+        (touches, typed)
+    }
+
     #[test]
     fn keys_are_told_apart_however_many_come_at_once() {
         use Touch::{Enough, Scroll, Suspend};
-        assert_eq!(
-            touches(b"\x1b[Aj\x1b[6~\x1bOH\x1b[1;5Cx\xc3\xa9G\x1a"),
-            [
-                Scroll(By::Rows(-1)),
-                Scroll(By::Rows(1)),
-                Scroll(By::Pages(1)),
-                Scroll(By::Start),
-                Scroll(By::End),
-                Suspend
-            ]
-        );
-        assert_eq!(touches(b"\x1b"), [Enough]);
-        assert_eq!(touches(b"\x1b[A\x1b"), [Scroll(By::Rows(-1)), Enough]);
-        for unfinished in [&b"\x1b["[..], b"\x1bO", b"\x1b[1;5", b"\x1b[200\x01"] {
-            assert_eq!(touches(unfinished), [], "{unfinished:?}");
+        let all = [
+            Scroll(By::Rows(-1)),
+            Scroll(By::Rows(1)),
+            Scroll(By::Pages(1)),
+            Scroll(By::Start),
+            Scroll(By::End),
+            Suspend,
+        ];
+        let typed = b"\x1b[Aj\x1b[6~\x1bOH\x1b[1;5Cx\xc3\xa9G\x1a";
+        assert_eq!(touched(typed), (all.to_vec(), vec![]));
+        assert_eq!(touched(b"\x1bxq"), (vec![Enough], vec![]), "Alt-x is not Escape");
+        assert_eq!(touched(b"\x1b[200\x01"), (vec![], b"\x1b[200\x01".to_vec()));
+        assert_eq!(touched(&[b"\x1b[".as_slice(), &[b'0'; 100]].concat()), (vec![], vec![]), "it has an end");
+    }
+
+    #[test]
+    fn keys_that_come_in_pieces_are_what_they_are_whole() {
+        let whole = b"\x1b[Aj\x1b[6~\x1bOH\x1b[1;5CxG";
+        for cut in 0..whole.len() {
+            let (first, mut typed) = touched(&whole[..cut]);
+            typed.extend(&whole[cut..]);
+            let (second, left) = touched(&typed);
+            assert_eq!(([first, second].concat(), left), touched(whole), "cut at {cut}");
+        }
+    }
+
+    #[test]
+    fn a_lone_escape_is_a_key_once_nothing_follows() {
+        let (none, mut typed) = touched(b"\x1b");
+        assert_eq!((none, as_it_is(&mut typed)), (vec![], Some(Touch::Enough)));
+        for unfinished in [&b"\x1b["[..], b"\x1bO", b"\x1b[1;5", b""] {
+            assert_eq!(as_it_is(&mut unfinished.to_vec()), None, "{unfinished:?}");
         }
     }
 }
