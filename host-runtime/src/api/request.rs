@@ -1,9 +1,11 @@
 //! What a request says, read strictly: each part that is wrong is answered in Nova's shape, with its place.
 
+use std::error::Error as _;
 use std::fmt::Write as _;
 use std::time::Duration;
 
 use axum::body::Body;
+use axum::extract::rejection::QueryRejection;
 use axum::extract::{FromRequest, FromRequestParts, Path, Query, Request};
 use axum::http::HeaderMap;
 use axum::http::header::CONTENT_TYPE;
@@ -72,7 +74,9 @@ impl<T: DeserializeOwned, S: Send + Sync> FromRequestParts<S> for Asked<T> {
 
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Fault> {
         let asked = Query::<T>::from_request_parts(parts, state).await;
-        asked.map(|Query(asked)| Self(asked)).map_err(|e| Fault::bad_request(sentence(&e.body_text())))
+        // The reason alone names the key: that a query was deserialized is nothing to its sender.
+        let why = |e: QueryRejection| e.source().map_or_else(|| e.body_text(), ToString::to_string);
+        asked.map(|Query(asked)| Self(asked)).map_err(|e| Fault::bad_request(sentence(&why(e))))
     }
 }
 
