@@ -34,6 +34,10 @@ pub(super) struct Listed {
     /// As Nova has it.
     status: &'static str,
     usb_device_totals: Totals,
+    /// The inventory's, for administrators: it grows with every change.
+    revision: Option<u64>,
+    /// When its devices were looked for last, completely; UTC, ISO 8601.
+    scanned_at: Option<String>,
 }
 
 /// The devices promised first, as they have always been.
@@ -56,12 +60,15 @@ pub(super) struct Hypervisor {
 }
 
 fn listed(api: &Api, snapshot: &Snapshot, caller: &Caller) -> Listed {
+    let known = snapshot.host.as_ref();
     Listed {
-        id: LONE_NODE,
+        id: known.map_or(LONE_NODE, |host| host.id),
         hypervisor_hostname: api.host.clone(),
         state: "up",
         status: "enabled",
         usb_device_totals: Totals::of(snapshot.seen(caller)),
+        revision: known.filter(|_| caller.is_admin()).map(|host| host.revision),
+        scanned_at: known.and_then(|host| host.scanned_at.clone()),
     }
 }
 

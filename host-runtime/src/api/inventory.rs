@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use axum::body::Bytes;
 use virt_usb_model::{DeviceId, InstanceId, ProjectId};
+use virt_usb_store::maintain::HostRow;
 use virt_usb_store::problems::Problem;
 use virt_usb_store::watch::{Moment, Watched};
 use virt_usb_store::{ClaimRow, Durability, Record, Store, StoreError};
@@ -18,6 +19,8 @@ use crate::agent::PATIENCE;
 /// One moment of the inventory.
 #[derive(Debug, Default)]
 pub(super) struct Snapshot {
+    /// This host; none before its first discovery.
+    pub(super) host: Option<HostRow>,
     /// By id.
     pub(super) devices: Vec<Record>,
     claims: HashMap<DeviceId, ClaimRow>,
@@ -31,10 +34,11 @@ pub(super) struct Snapshot {
 const ANSWERS: usize = 64;
 
 impl Snapshot {
-    fn new(Moment { devices, claims, owners, problems, .. }: Moment) -> Self {
+    fn new(Moment { hosts, devices, claims, owners, problems, .. }: Moment) -> Self {
         let claims = claims.into_iter().map(|claim| (claim.device_id, claim)).collect();
         let owners = owners.into_iter().map(|owner| (owner.instance_uuid, owner.project_id)).collect();
-        Self { devices, claims, owners, problems, answers: Mutex::default() }
+        let host = hosts.into_iter().next();
+        Self { host, devices, claims, owners, problems, answers: Mutex::default() }
     }
 
     /// What `make` makes, once for all who see the same; it says nothing else of its caller.

@@ -43,8 +43,8 @@ pub struct Arguments {
 /// Another host's API in the place of this host's inventory.
 #[derive(Debug, Args)]
 pub(super) struct Api {
-    /// Ask and tell the API at this address instead of this host's inventory: devices, claims, events, flavor, attach, detach, enable,
-    /// disable, quarantine, tag, untag, owner
+    /// Ask and tell the API at this address instead of this host's inventory: hosts, devices, claims, events, flavor, attach, detach,
+    /// enable, disable, quarantine, tag, untag, owner
     #[arg(long, global = true, value_name = "URL", env = "VIRT_USB_URL", hide_env_values = true)]
     pub(super) url: Option<String>,
     /// With --url: the file that holds the token

@@ -175,7 +175,10 @@ fn serial(text: Option<&str>, kind: &str) -> String {
 }
 
 pub(super) fn hosts(session: &Session) -> anyhow::Result<ExitCode> {
-    let hosts = session.store()?.hosts()?;
+    let hosts = match session.remote()? {
+        Some(api) => api.hosts()?,
+        None => session.store()?.hosts()?,
+    };
     session.out.show(&hosts, || {
         let rows = hosts.iter().map(|h| {
             vec![
@@ -197,7 +200,11 @@ pub(super) fn hosts(session: &Session) -> anyhow::Result<ExitCode> {
 
 /// Compact, as they are published: a line is a document.
 pub(super) fn documents(session: &Session) -> anyhow::Result<ExitCode> {
-    if let Some(document) = session.store()?.host_document()? {
+    let documents = match session.remote()? {
+        Some(api) => api.documents()?,
+        None => session.store()?.host_document()?.into_iter().collect(),
+    };
+    for document in documents {
         session.out.raw(format!("{}\n", serde_json::to_string(&document)?).as_bytes())?;
     }
     Ok(ExitCode::SUCCESS)

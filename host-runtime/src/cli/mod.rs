@@ -122,6 +122,7 @@ fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
 const fn is_local(verb: &Verb) -> bool {
     match verb {
         Verb::Devices { .. }
+        | Verb::Hosts { .. }
         | Verb::Claims { verb: None | Some(ClaimsVerb::List) }
         | Verb::Events(_)
         | Verb::Flavor { .. }
@@ -140,7 +141,6 @@ const fn is_local(verb: &Verb) -> bool {
         | Verb::Discover(_)
         | Verb::Doctor { .. }
         | Verb::Filter(_)
-        | Verb::Hosts { .. }
         | Verb::Start { .. }
         | Verb::Store { .. }
         | Verb::Token { .. }

@@ -16,6 +16,7 @@ use virt_usb_model::host::{self, HostDocument};
 use virt_usb_model::{DeviceId, DeviceRequest, Flavor, InstanceId, ProjectId};
 use virt_usb_store::aside::Wished;
 use virt_usb_store::events::EventRow;
+use virt_usb_store::maintain::HostRow;
 use virt_usb_store::problems::Problem;
 use virt_usb_store::{ClaimRow, Owner, Record, StoredFlavor};
 
@@ -122,6 +123,26 @@ impl Remote {
                 None => return Ok(all),
             }
         }
+    }
+
+    pub(super) fn hosts(&self) -> anyhow::Result<Vec<HostRow>> {
+        list(&mut self.get("os-hypervisors")?, "hypervisors")?.iter().map(host).collect()
+    }
+
+    /// What each host tells the world; for administrators.
+    pub(super) fn documents(&self) -> anyhow::Result<Vec<HostDocument>> {
+        let document = |known: HostRow| {
+            let mut answer = self.get(&format!("os-hypervisors/{}", quoted(&known.host)))?;
+            if answer["hypervisor"]["revision"].is_null() {
+                bail!(
+                    "host documents need an administrator's token: members are not told all that they hold"
+                );
+            }
+            let HostRow { id, host, revision, .. } = self::host(&answer["hypervisor"])?;
+            let devices = records(&list(&mut answer["hypervisor"], "usb_device_stats")?)?;
+            Ok(HostDocument::new(host, id, revision, devices.into_iter().map(|r| r.entry).collect()))
+        };
+        self.hosts()?.into_iter().map(document).collect()
     }
 
     pub(super) fn devices(&self, deleted: bool) -> anyhow::Result<Vec<Record>> {
@@ -319,9 +340,12 @@ impl Refused {
 }
 
 fn flavor_path(name: &str) -> String {
-    // A name may hold anything that can be printed.
-    let quoted: String = name.bytes().map(|byte| format!("%{byte:02X}")).collect();
-    format!("os-usb-flavors/{quoted}")
+    format!("os-usb-flavors/{}", quoted(name))
+}
+
+/// As a part of a path: a name may hold anything that can be printed.
+fn quoted(name: &str) -> String {
+    name.bytes().map(|byte| format!("%{byte:02X}")).collect()
 }
 
 fn list(answer: &mut Value, key: &str) -> anyhow::Result<Vec<Value>> {
@@ -399,6 +423,20 @@ fn records(devices: &[Value]) -> anyhow::Result<Vec<Record>> {
         }
     };
     Ok(devices.iter().zip(document.devices).map(whole).collect())
+}
+
+fn host(value: &Value) -> anyhow::Result<HostRow> {
+    let whole = |of: &Value, key: &str| of[key].as_u64().ok_or_else(|| odd(key, "no number"));
+    let totals = &value["usb_device_totals"];
+    Ok(HostRow {
+        id: whole(value, "id")?,
+        host: read(value, "hypervisor_hostname")?,
+        // Only administrators are told.
+        revision: value["revision"].as_u64().unwrap_or_default(),
+        scanned_at: text(value, "scanned_at"),
+        devices: whole(totals, "total")?,
+        available: whole(totals, "available")?,
+    })
 }
 
 fn claim(value: &Value) -> anyhow::Result<ClaimRow> {

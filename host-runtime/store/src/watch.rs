@@ -4,12 +4,15 @@ use std::path::Path;
 use std::time::Duration;
 
 use crate::events::{EventRow, Filter};
+use crate::maintain::HostRow;
 use crate::problems::Problem;
 use crate::{ClaimRow, Durability, Owner, Record, Store, StoreError};
 
 /// Devices, claims, what stands in somebody's way, and events, of one moment: no claim on a device that is not among them.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Moment {
+    /// By id.
+    pub hosts: Vec<HostRow>,
     /// All that are plugged in or held, by id.
     pub devices: Vec<Record>,
     /// All claims, by device.
@@ -30,6 +33,7 @@ impl Store {
     pub fn moment(&self, events: u32) -> Result<Moment, StoreError> {
         let _moment = self.conn.unchecked_transaction().map_err(|e| self.fault(&e))?;
         Ok(Moment {
+            hosts: self.hosts()?,
             devices: self.devices()?,
             claims: self.claims()?,
             owners: self.owners()?,

@@ -517,6 +517,8 @@ fn the_command_line_asks_an_api_as_it_asks_its_own_inventory() {
     for shown in [
         &["devices"][..],
         &["devices", "--all"],
+        &["hosts"],
+        &["hosts", "--documents"],
         &["claims"],
         &["events", "--limit", "0"],
         &["events", "--device", "1"],
@@ -565,6 +567,15 @@ fn the_command_line_asks_an_api_as_it_asks_its_own_inventory() {
     refused(&["enable", "99"], "there is no device 99");
     refused(&["flavor", "show", "none"], "no flavor of the name \"none\"");
     refused(&["doctor"], "this is done on the host itself");
+    std::fs::write(&token, served.token("ours", OURS, "member")).unwrap();
+    let hosts = ok(&there(&["hosts", "--json"]));
+    let hosts: Value = serde_json::from_str(&hosts).unwrap();
+    assert_eq!(
+        (&hosts[0]["host"], &hosts[0]["devices"]),
+        (&json!("host1"), &json!(2)),
+        "those that it may have"
+    );
+    refused(&["hosts", "--documents"], "host documents need an administrator's token");
     std::fs::write(&token, "vusb_forged").unwrap();
     refused(&["devices"], "the API answers 401: ");
 }
