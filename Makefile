@@ -81,6 +81,8 @@ fuzz: ## ten minutes of each fuzz target (installs cargo-fuzz)
 soak: test-deps build corpus ## what takes longer than a change may: many more random runs
 	@echo "== long property tests"
 	@PROPTEST_CASES=20000 $(CARGO) test --release --workspace
+	@echo "== etcd's cluster under 20 times so many faults"
+	@FLEET_ROUNDS=20 FLEET_SEED=100 $(CARGO) test -p virt-usb-suite --test fleet whatever_befalls -- --nocapture
 	@echo "== 200 kills in the VM"
 	@tests/live/run nested --case crash.random_moments --kills 200
 

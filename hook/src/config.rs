@@ -3,6 +3,8 @@
 //! An unknown key is an error that names the nearest known one: a misspelt `usb_white_list_switch` must not leave
 //! the whitelist off in silence. `install/config.toml` explains every key; a test reads it with this module.
 
+mod fleet;
+
 use std::io::{self, Read};
 use std::net::SocketAddr;
 use std::os::unix::fs::OpenOptionsExt;
@@ -12,6 +14,8 @@ use std::time::Duration;
 use serde::Deserialize;
 use virt_usb_model::{Aliases, Whitelist};
 use virt_usb_store::flaps::Limits;
+
+pub use fleet::{Fleet, User};
 
 /// The largest configuration read, in bytes.
 const MAX_CONFIG: u64 = 1 << 20;
@@ -161,6 +165,8 @@ pub struct Config {
     pub api: Api,
     /// Its certificate; none: there is no TLS, and loopback addresses alone.
     pub api_tls: Option<Tls>,
+    /// What the inventory is shared through; none: it is not.
+    pub fleet: Option<Fleet>,
 }
 
 impl Default for Config {
@@ -184,6 +190,7 @@ impl Default for Config {
             metrics: Metrics::default(),
             api: Api::default(),
             api_tls: None,
+            fleet: None,
         }
     }
 }
@@ -230,7 +237,12 @@ impl Config {
     pub fn parse(text: &str) -> Result<Self, String> {
         let table: toml::Table = text.parse().map_err(|e: toml::de::Error| one_line(&e, text))?;
         for key in table.keys() {
-            known(key)?;
+            known(key, KEYS)?;
+        }
+        if let Some(fleet) = table.get("fleet").and_then(toml::Value::as_table) {
+            for key in fleet.keys() {
+                known(key, fleet::KEYS).map_err(|e| format!("fleet: {e}"))?;
+            }
         }
         let both = table.contains_key("usb_white_list") && table.contains_key("usb_passthrough_whitelist");
         if both {
@@ -270,6 +282,7 @@ impl Config {
             metrics: metrics(raw.metrics.as_deref())?,
             api: api(raw.api.as_deref(), api_tls.is_some())?,
             api_tls,
+            fleet: raw.fleet.map(fleet::Raw::check).transpose().map_err(|e| format!("fleet.{e}"))?,
         })
     }
 
@@ -321,6 +334,7 @@ struct Raw {
     api: Option<String>,
     api_certificate: Option<PathBuf>,
     api_key: Option<PathBuf>,
+    fleet: Option<fleet::Raw>,
 }
 
 const KEYS: &[&str] = &[
@@ -348,18 +362,19 @@ const KEYS: &[&str] = &[
     "api",
     "api_certificate",
     "api_key",
+    "fleet",
 ];
 
-fn known(key: &str) -> Result<(), String> {
-    if KEYS.contains(&key) {
+fn known(key: &str, keys: &[&str]) -> Result<(), String> {
+    if keys.contains(&key) {
         return Ok(());
     }
-    let near = KEYS.iter().map(|k| (strsim::damerau_levenshtein(key, k), *k)).min();
+    let near = keys.iter().map(|k| (strsim::damerau_levenshtein(key, k), *k)).min();
     Err(match near {
         Some((distance, k)) if distance <= 1 + k.len() / 3 => {
             format!("unknown key {key:?}: did you mean {k:?}?")
         }
-        _ => format!("unknown key {key:?}: the keys are {}", KEYS.join(", ")),
+        _ => format!("unknown key {key:?}: the keys are {}", keys.join(", ")),
     })
 }
 
@@ -581,5 +596,48 @@ mod tests {
         assert_eq!(open.api_tls, Some(Tls { certificate: "/c".into(), key: "/k".into() }));
         assert!(error("libvirt_uri = 'qemu'").starts_with("libvirt_uri: found \"qemu\""));
         assert!(error("hold = ").starts_with("line 1"));
+    }
+
+    #[test]
+    fn a_fleet_is_named_by_its_endpoints() {
+        let fleet = Config::parse("[fleet]\nendpoints = ['http://127.0.0.1:2379']").unwrap().fleet.unwrap();
+        assert_eq!((fleet.prefix.as_str(), fleet.lease.as_secs()), ("/virt-usb/", 30));
+        assert_eq!((fleet.user, fleet.identity), (None, None));
+        let whole = r#"
+            [fleet]
+            endpoints = ["https://a:2379", "https://[::1]:2379"]
+            prefix = "/cloud/usb/"
+            ca = "/ca"
+            certificate = "/c"
+            key = "/k"
+            user = "host1"
+            password_file = "/p"
+            lease = 10
+            heartbeat = 20
+            machine_id = "/m"
+        "#;
+        let fleet = Config::parse(whole).unwrap().fleet.unwrap();
+        assert_eq!(
+            (fleet.endpoints.len(), fleet.prefix.as_str(), fleet.lease.as_secs()),
+            (2, "/cloud/usb/", 10)
+        );
+        assert_eq!(fleet.identity, Some(Tls { certificate: "/c".into(), key: "/k".into() }));
+        assert_eq!(fleet.user, Some(User { name: "host1".into(), password_file: "/p".into() }));
+        let error = |text: &str| Config::parse(&format!("[fleet]\n{text}")).unwrap_err();
+        assert_eq!(
+            error("endpoint = ['http://a:1']"),
+            "fleet: unknown key \"endpoint\": did you mean \"endpoints\"?"
+        );
+        assert!(error("lease = 10").starts_with("fleet.endpoints: found none"));
+        let with = |text: &str| error(&format!("endpoints = ['http://a:1']\n{text}"));
+        assert!(error("endpoints = ['a:1']").contains("found \"a:1\", wanted an address"));
+        assert!(error("endpoints = ['http://u:p@a:1']").contains("wanted an address"));
+        assert!(error("endpoints = ['http://a:1', 'https://b:1']").contains("some are https and some http"));
+        assert!(with("prefix = 'x'").contains("fleet.prefix: found \"x\""));
+        assert!(with("ca = '/ca'").contains("are for endpoints that begin with https"));
+        assert!(with("user = 'x'").contains("its password is missing"));
+        assert!(with("password_file = '/x'").contains("whose?"));
+        assert!(with("lease = 1").contains("fleet.lease: found 1, wanted 5 to 86400 seconds"));
+        assert!(with("machine_id = 'x'").contains("fleet.machine_id: x is not an absolute path"));
     }
 }

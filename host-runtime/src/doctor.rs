@@ -1,7 +1,7 @@
 //! What is wrong with this host, and how it is mended. Looks, and changes nothing.
 //!
 //! ```text
-//!  hook ─► configuration ─► AppArmor, SELinux ─► agent ─► boot id ─► inventory ─► libvirt ─► its guests ─► devices
+//!  hook ─► configuration ─► AppArmor, SELinux ─► agent ─► boot id ─► inventory ─► fleet ─► libvirt ─► its guests ─► devices
 //! ```
 //! What one check needs and does not have is said by the check before it: nothing is said twice.
 
@@ -28,6 +28,8 @@ use crate::hypervisor::Libvirt;
 const HOOK: &str = "qemu.d/50-virt-usb";
 /// A log of this size is one that nobody folds: writers do past half a MiB.
 const LOG_LIMIT: u64 = 16 << 20;
+/// etcd's database is nearly full at this size, in bytes, unless it was given more room than by default.
+const DB_SIZE: i64 = 1600 << 20;
 const VERSION: &str = env!("CARGO_PKG_VERSION");
 /// How long the doctor waits for the store's lock.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -77,6 +79,7 @@ pub fn examine(places: &Places) -> Vec<Finding> {
     report.agent(places, &config);
     report.machine(&config);
     let store = report.store(&config);
+    report.fleet(&config, store.as_ref());
     report.guests(&config, store.as_ref());
     if let Some(store) = &store {
         report.devices(&config, store);
@@ -287,6 +290,72 @@ impl Report {
         match machine::context(&config.procfs_root, "virt-usb doctor") {
             Ok(_) => self.well("machine", "it has a boot id, by which claims are dated"),
             Err(e) => self.broken("machine", e, "mount procfs, or correct procfs_root in the configuration"),
+        }
+    }
+
+    /// How it is with etcd, where there is a fleet. None of it keeps a guest of this host from its devices.
+    fn fleet(&mut self, config: &Config, store: Option<&Store>) {
+        let Some(fleet) = &config.fleet else { return };
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        let asked = crate::inventory::host_name(&config.procfs_root).and_then(|host| {
+            let status = runtime?.block_on(crate::fleet::join::status(fleet, &host))?;
+            Ok(status)
+        });
+        let status = match asked {
+            Ok(status) => status,
+            Err(e) => {
+                let why = e.chain().map(ToString::to_string).collect::<Vec<_>>().join(": ");
+                self.warn("fleet", why, "what is said above; the network and 'etcdctl endpoint health' tell more. Guests of this host get their devices all the same");
+                return;
+            }
+        };
+        for endpoint in &status.endpoints {
+            let name = &endpoint.endpoint;
+            if let Some(fault) = &endpoint.fault {
+                self.warn(
+                    "fleet",
+                    format!("etcd at {name}: {fault}"),
+                    "bring it back, or take it out of fleet.endpoints; the others serve meanwhile",
+                );
+            }
+            if !endpoint.alarms.is_empty() {
+                self.warn(
+                    "fleet",
+                    format!("etcd at {name} has an alarm: {}", endpoint.alarms.join(", ")),
+                    "NOSPACE: 'etcdctl compact' to a revision of late, 'etcdctl defrag', a larger --quota-backend-bytes, then 'etcdctl alarm disarm'",
+                );
+            }
+            if endpoint.db_size.is_some_and(|size| size > DB_SIZE) {
+                let used = endpoint.db_used.unwrap_or_default() >> 20;
+                self.warn(
+                    "fleet",
+                    format!("etcd's database at {name} has {} MiB, of which {used} are in use: by default it takes no more than 2048", endpoint.db_size.unwrap_or_default() >> 20),
+                    "'etcdctl defrag' gives back what is not in use; where most is, a larger --quota-backend-bytes (8 GiB at most)",
+                );
+            }
+        }
+        if status.never_compacted {
+            self.warn(
+                "fleet",
+                "etcd has forgotten nothing in ten thousand changes: its database grows until it is full",
+                "start it with --auto-compaction-mode=periodic --auto-compaction-retention=10m",
+            );
+        }
+        let number = store.and_then(|store| store.node().ok());
+        let revision = store.and_then(|store| store.host_document().ok()?).map(|document| document.revision);
+        match (status.number, status.published) {
+            (None, _) => self.warn("fleet", "this host has not joined it: nobody else knows its devices", "'virt-usb fleet join'"),
+            (Some(joined), _) if number.is_some_and(|own| own != joined) => self.warn(
+                "fleet",
+                format!("this machine is number {joined} there, and its inventory has another: nothing is published"),
+                "'virt-usb fleet join' gives its devices the ids that belong to it",
+            ),
+            (Some(_), published) if published < revision => self.warn(
+                "fleet",
+                format!("it knows revision {} of this host, and the inventory is at {}", published.unwrap_or_default(), revision.unwrap_or_default()),
+                "look again in a second; if it stays so: 'journalctl -u virt-usbd' says what keeps the agent from publishing",
+            ),
+            (Some(joined), _) => self.well("fleet", format!("this host is number {joined}, and is published")),
         }
     }
 

@@ -1,19 +1,14 @@
 //! `virt-usbd`: the agent. See the library's `agent`.
 
-use std::fs::File;
-use std::os::fd::AsFd;
-use std::os::unix::fs::MetadataExt;
 use std::process::ExitCode;
 
 use clap::Parser;
 use tracing::Level;
-use tracing_subscriber::layer::SubscriberExt;
-use tracing_subscriber::util::SubscriberInitExt;
 use virt_usb::agent::{Arguments, Options, run};
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    log(if arguments.verbose { Level::DEBUG } else { Level::INFO });
+    virt_usb::log::start(if arguments.verbose { Level::DEBUG } else { Level::INFO });
     match run(&Options { config: arguments.config, sim: arguments.sim }) {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
@@ -22,29 +17,4 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
-}
-
-/// To the journal, where systemd says that stderr is connected to it (JOURNAL_STREAM, systemd.exec(5)); to stderr otherwise.
-fn log(level: Level) {
-    use tracing_subscriber::filter::LevelFilter;
-    let registry = tracing_subscriber::registry().with(LevelFilter::from_level(level));
-    match is_journal().then(tracing_journald::layer).and_then(Result::ok) {
-        Some(journal) => registry.with(journal).init(),
-        None => {
-            let plain = tracing_subscriber::fmt::layer()
-                .with_writer(std::io::stderr)
-                .with_target(false)
-                .with_ansi(false);
-            registry.with(plain).init();
-        }
-    }
-}
-
-/// Whether JOURNAL_STREAM is about our stderr: programs started from a service inherit the variable with another one.
-fn is_journal() -> bool {
-    let Some(stream) = std::env::var_os("JOURNAL_STREAM") else { return false };
-    let stderr = std::io::stderr().as_fd().try_clone_to_owned().map(File::from);
-    let ours =
-        stderr.and_then(|file| file.metadata()).map(|found| format!("{}:{}", found.dev(), found.ino()));
-    ours.is_ok_and(|ours| stream == *ours)
 }

@@ -1,8 +1,8 @@
 //! Reads host documents, one a line.
 //!
 //! [`HostDocument::parse`] is the format's reader, and slow: it builds a tree of values. A fleet sends hundreds of
-//! megabytes that all look alike, just as [`HostDocument`] is serialised: no white space, the keys in the order of the
-//! struct. So the quick reader here expects exactly that and compares each key with what must come next. Anything
+//! megabytes that all look alike, just as [`HostDocument`] is serialised or published: no white space, the keys in the order of
+//! the struct, some of them left out. So the quick reader here expects exactly that and compares each key with what must come next. Anything
 //! else, be it right or wrong, makes it give up, and the model's reader decides and words the error.
 //!
 //! What the quick reader takes, the model's reader takes with the same meaning, but that the values of keys which the
@@ -79,46 +79,52 @@ impl<'a> Quick<'a> {
     fn device(&mut self, draft: &mut Draft) -> Option<()> {
         self.exactly(b"{\"id\":")?;
         let id = self.number().filter(|id| (1..=virt_usb_model::DeviceId::MAX).contains(id))?;
-        self.exactly(b",\"compute_node_id\":")?;
-        self.number()?;
+        if self.has(b",\"compute_node_id\":") {
+            self.number().filter(|node| *node > 0)?;
+        }
         self.exactly(b",\"address\":")?;
         self.string()?;
         self.exactly(b",\"product_id\":\"")?;
         let product = self.hex::<4>()?;
         self.exactly(b"\",\"vendor_id\":\"")?;
         let vendor = self.hex::<4>()?;
-        self.exactly(b"\",\"bus_id\":")?;
-        self.number()?;
-        self.exactly(b",\"device_id\":")?;
-        self.number()?;
-        self.exactly(b",\"port_id\":")?;
-        self.number()?;
+        self.exactly(b"\"")?;
+        // All three, or none.
+        if self.has(b",\"bus_id\":") {
+            self.number()?;
+            self.exactly(b",\"device_id\":")?;
+            self.number()?;
+            self.exactly(b",\"port_id\":")?;
+            self.number()?;
+        }
         self.exactly(b",\"status\":")?;
         let available = self.status()?;
-        self.exactly(b",\"extra_info\":")?;
-        self.nullable()?;
-        self.exactly(b",\"instance_uuid\":")?;
-        self.nullable()?;
+        self.passed_over(b",\"extra_info\":")?;
+        self.passed_over(b",\"instance_uuid\":")?;
         self.exactly(b",\"port_path\":\"")?;
         let port = self.port()?;
         draft.push(id, vendor << 16 | product, port, available);
-        self.exactly(b"\",\"serial\":")?;
-        if let Some(serial) = self.nullable()? {
+        self.exactly(b"\"")?;
+        if self.has(b",\"serial\":")
+            && let Some(serial) = self.nullable()?
+        {
             draft.serial(serial);
         }
-        self.exactly(b",\"serial_kind\":")?;
-        self.string()?;
+        if self.has(b",\"serial_kind\":") {
+            self.string()?;
+        }
         self.traits(draft)?;
         self.projects(draft)
     }
 
-    /// `"available","status_reason":null` and the like.
+    /// `"available","status_reason":null`, or without the reason, and the like.
     fn status(&mut self) -> Option<bool> {
-        if self.exactly(b"\"available\",\"status_reason\":null").is_some() {
+        if self.has(b"\"available\"") {
+            self.no_reason();
             return Some(true);
         }
         match self.string()? {
-            "claimed" | "allocated" | "removed" => self.exactly(b",\"status_reason\":null")?,
+            "claimed" | "allocated" | "removed" => self.no_reason(),
             "unavailable" => {
                 self.exactly(b",\"status_reason\":")?;
                 self.string()?.parse::<virt_usb_model::Reason>().ok()?;
@@ -126,6 +132,11 @@ impl<'a> Quick<'a> {
             _ => return None,
         }
         Some(false)
+    }
+
+    /// A reason that is not null is met by the next key, which is another.
+    fn no_reason(&mut self) {
+        let _ = self.has(b",\"status_reason\":null");
     }
 
     /// Bus and ports, to the quotation mark.
@@ -150,10 +161,10 @@ impl<'a> Quick<'a> {
     fn traits(&mut self, draft: &mut Draft) -> Option<()> {
         self.exactly(b",\"class\":\"")?;
         let class = self.hex::<2>()? as u8;
-        self.exactly(b"\",\"interface_classes\":[")?;
+        self.exactly(b"\"")?;
         let start = draft.text.len();
         draft.text.extend([0, class]);
-        if !self.skip(b']') {
+        if self.has(b",\"interface_classes\":[") && !self.skip(b']') {
             loop {
                 self.exactly(b"\"")?;
                 let class = self.hex::<2>()? as u8;
@@ -168,18 +179,14 @@ impl<'a> Quick<'a> {
                 self.exactly(b",")?;
             }
         }
-        self.exactly(b",\"speed\":")?;
-        self.nullable()?;
-        self.exactly(b",\"manufacturer\":")?;
-        self.nullable()?;
-        self.exactly(b",\"product_name\":")?;
-        self.nullable()?;
-        self.exactly(b",\"driver\":")?;
-        self.nullable()?;
-        self.exactly(b",\"host_use\":")?;
-        self.nullable()?;
-        self.exactly(b",\"tags\":[")?;
-        self.list(draft)?;
+        self.passed_over(b",\"speed\":")?;
+        self.passed_over(b",\"manufacturer\":")?;
+        self.passed_over(b",\"product_name\":")?;
+        self.passed_over(b",\"driver\":")?;
+        self.passed_over(b",\"host_use\":")?;
+        if self.has(b",\"tags\":[") {
+            self.list(draft)?;
+        }
         let end = draft.here();
         draft.devices.last_mut()?.traits = start as u32..end;
         Some(())
@@ -207,8 +214,7 @@ impl<'a> Quick<'a> {
 
     /// Projects are rare, and compared by a rule of the model: theirs is the slow way.
     fn projects(&mut self, draft: &mut Draft) -> Option<()> {
-        self.exactly(b",\"projects\":[")?;
-        if !self.skip(b']') {
+        if self.has(b",\"projects\":[") && !self.skip(b']') {
             let start = draft.here();
             loop {
                 let project: virt_usb_model::ProjectId = self.string()?.parse().ok()?;
@@ -234,6 +240,21 @@ impl<'a> Quick<'a> {
             }
             _ => None,
         }
+    }
+
+    /// Whether it comes next; it is taken then.
+    #[inline]
+    fn has<const N: usize>(&mut self, wanted: &[u8; N]) -> bool {
+        self.exactly(wanted).is_some()
+    }
+
+    /// A key that may be there, and its value.
+    #[inline]
+    fn passed_over<const N: usize>(&mut self, key: &[u8; N]) -> Option<()> {
+        if self.has(key) {
+            self.nullable()?;
+        }
+        Some(())
     }
 
     #[inline]

@@ -81,10 +81,27 @@ impl Fleet {
     /// If it is not JSON, or names no host.
     pub fn put_text(&self, document: &str, received: u64) -> Result<(), DocumentError> {
         let named: Named<'_> = serde_json::from_str(document).map_err(|e| DocumentError(e.to_string()))?;
+        self.put_line(&named.host, document, received);
+        Ok(())
+    }
+
+    /// The same, of a host that must be this one: nobody speaks for another.
+    ///
+    /// # Errors
+    /// If it is not JSON, or names another host or none; what was known of the host counts on.
+    pub fn put_of(&self, host: &str, document: &str, received: u64) -> Result<(), DocumentError> {
+        let named: Named<'_> = serde_json::from_str(document).map_err(|e| DocumentError(e.to_string()))?;
+        if named.host != host {
+            return Err(DocumentError(format!("it names another host: {:?}", named.host)));
+        }
+        self.put_line(host, document, received);
+        Ok(())
+    }
+
+    fn put_line(&self, host: &str, document: &str, received: u64) {
         // Documents go to the filter a line each. In JSON a line break is white space, or else it is escaped.
         let line = if document.contains('\n') { document.replace('\n', " ").into() } else { document.into() };
-        self.write().put(&named.host, line, received);
-        Ok(())
+        self.write().put(host, line, received);
     }
 
     /// Forgets a host; false if there was none.
@@ -115,6 +132,20 @@ impl Fleet {
         let name = known.name.clone();
         hosts.changed(name, What::Status(device, status));
         true
+    }
+
+    /// Takes back what [`Fleet::set_status`] has said of a device: its host's document counts again; false if nothing was said of it.
+    pub fn forget_status(&self, host: &str, device: DeviceId) -> bool {
+        let mut hosts = self.write();
+        let Some(known) = hosts.hosts.get_mut(host) else { return false };
+        let before = known.statuses.len();
+        known.statuses.retain(|(other, _)| *other != device);
+        let found = known.statuses.len() < before;
+        if found {
+            let name = known.name.clone();
+            hosts.changed(name, What::Document);
+        }
+        found
     }
 
     /// How many hosts there are.

@@ -38,6 +38,42 @@ impl HostDocument {
         Self { version: VERSION, host, compute_node_id, revision, devices }
     }
 
+    /// The JSON text as it is sent to others: without what a reader can do without. Where it would be longer than `limit` bytes, the names
+    /// of makers and products go first, and then devices: those that nobody can have before those that are held, and those before the free.
+    pub fn published(&self, limit: usize) -> Published {
+        let lean = |words: bool| -> Vec<(u8, String)> {
+            let text = |device| serde_json::to_string(&Lean::new(device, words)).unwrap_or_default();
+            self.devices.iter().map(|device| (device.rank(), text(device))).collect()
+        };
+        let head = serde_json::to_string(&Self { devices: Vec::new(), ..self.clone() }).unwrap_or_default();
+        let head = head.strip_suffix("]}").unwrap_or_default();
+        let size = |devices: &[(u8, String)]| {
+            head.len() + 2 + devices.iter().map(|(_, text)| text.len() + 1).sum::<usize>()
+        };
+        let mut devices = lean(true);
+        if size(&devices) > limit {
+            devices = lean(false);
+        }
+        let all = devices.len();
+        for rank in 0..3 {
+            let mut over = size(&devices).saturating_sub(limit);
+            // The last ones first.
+            let mut kept = Vec::new();
+            while let Some((of, text)) = devices.pop() {
+                if over > 0 && of == rank {
+                    over = over.saturating_sub(text.len() + 1);
+                } else {
+                    kept.push((of, text));
+                }
+            }
+            kept.reverse();
+            devices = kept;
+        }
+        let left_out = all - devices.len();
+        let list: Vec<String> = devices.into_iter().map(|(_, text)| text).collect();
+        Published { text: alloc::format!("{head}{}]}}", list.join(",")), left_out }
+    }
+
     /// Reads the JSON text.
     ///
     /// # Errors
@@ -68,8 +104,22 @@ impl HostDocument {
         };
         let host =
             object.take("host")?.ok_or_else(|| ParseError::new("no name", "the host's name").at("host"))?;
-        Ok(Self::new(host, number("compute_node_id")?, number("revision")?, object.list("devices")?))
+        let compute_node_id = number("compute_node_id")?;
+        let mut devices: Vec<DeviceEntry> = object.list("devices")?;
+        for device in devices.iter_mut().filter(|device| device.compute_node_id == 0) {
+            device.compute_node_id = compute_node_id;
+        }
+        Ok(Self::new(host, compute_node_id, number("revision")?, devices))
     }
+}
+
+/// A document on its way to others.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Published {
+    /// The JSON text.
+    pub text: String,
+    /// How many devices are not in it, for want of room.
+    pub left_out: usize,
 }
 
 /// One device of the document. The keys are the columns of the inventory's `usb_devices`.
@@ -133,6 +183,87 @@ impl DeviceEntry {
     pub fn state(&self) -> Result<Status, ParseError> {
         Status::from_columns(&self.status, self.status_reason.as_deref())
     }
+
+    /// What others can do without first: 0 what nobody can have, 1 what is held, 2 what is free.
+    fn rank(&self) -> u8 {
+        match self.status.as_str() {
+            "available" => 2,
+            "claimed" | "allocated" => 1,
+            _ => 0,
+        }
+    }
+}
+
+/// An entry without what is empty and what follows from the rest, its keys in the same order.
+#[derive(Serialize)]
+struct Lean<'a> {
+    id: DeviceId,
+    address: BusAddress,
+    product_id: ProductId,
+    vendor_id: VendorId,
+    status: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    status_reason: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    extra_info: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    instance_uuid: Option<InstanceId>,
+    port_path: &'a PortPath,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    serial: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    serial_kind: Option<&'a str>,
+    class: Class,
+    #[serde(skip_serializing_if = "<[_]>::is_empty")]
+    interface_classes: &'a [Class],
+    #[serde(skip_serializing_if = "Option::is_none")]
+    speed: Option<Speed>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    manufacturer: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    product_name: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    driver: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    host_use: Option<&'a str>,
+    #[serde(skip_serializing_if = "<[_]>::is_empty")]
+    tags: &'a [String],
+    #[serde(skip_serializing_if = "<[_]>::is_empty")]
+    projects: &'a [ProjectId],
+}
+
+impl<'a> Lean<'a> {
+    /// With or without what only people read.
+    fn new(entry: &'a DeviceEntry, words: bool) -> Self {
+        let text = |text: &'a Option<String>| text.as_deref().filter(|_| words);
+        let kind = entry.serial_kind.as_str();
+        Self {
+            id: entry.id,
+            address: entry.address,
+            product_id: entry.product_id,
+            vendor_id: entry.vendor_id,
+            status: &entry.status,
+            status_reason: entry.status_reason.as_deref(),
+            extra_info: text(&entry.extra_info),
+            instance_uuid: entry.instance_uuid,
+            port_path: &entry.port_path,
+            serial: entry.serial.as_deref(),
+            serial_kind: Some(kind).filter(|kind| *kind != implied_kind(entry.serial.as_deref())),
+            class: entry.class,
+            interface_classes: &entry.interface_classes,
+            speed: entry.speed,
+            manufacturer: text(&entry.manufacturer),
+            product_name: text(&entry.product_name),
+            driver: text(&entry.driver),
+            host_use: text(&entry.host_use),
+            tags: &entry.tags,
+            projects: &entry.projects,
+        }
+    }
+}
+
+fn implied_kind(serial: Option<&str>) -> &'static str {
+    if serial.is_some() { "unique" } else { "missing" }
 }
 
 /// Keys of the inventory that a document may carry and that readers pass over.
@@ -178,12 +309,15 @@ impl FromJson for DeviceEntry {
             .parse()
             .map_err(|e: ParseError| e.at("address"))?;
         let port_path: PortPath = object.take("port_path")?.ok_or_else(missing("port_path"))?;
+        let serial = text("serial")?;
         let entry = Self {
             id: object.take("id")?.ok_or_else(missing("id"))?,
-            compute_node_id: object
-                .raw("compute_node_id")
-                .and_then(whole)
-                .ok_or_else(missing("compute_node_id"))?,
+            // Without one, that of the document.
+            compute_node_id: match object.raw("compute_node_id") {
+                None => 0,
+                Some(number) => whole(number)
+                    .ok_or_else(|| ParseError::new(number, "a whole number").at("compute_node_id"))?,
+            },
             address,
             product_id: object.take("product_id")?.ok_or_else(missing("product_id"))?,
             vendor_id: object.take("vendor_id")?.ok_or_else(missing("vendor_id"))?,
@@ -195,8 +329,11 @@ impl FromJson for DeviceEntry {
             extra_info: text("extra_info")?,
             instance_uuid: object.take("instance_uuid")?,
             port_path,
-            serial: text("serial")?,
-            serial_kind: text("serial_kind")?.ok_or_else(missing("serial_kind"))?,
+            serial_kind: match text("serial_kind")? {
+                Some(kind) => kind,
+                None => implied_kind(serial.as_deref()).to_string(),
+            },
+            serial,
             class: object.take("class")?.ok_or_else(missing("class"))?,
             interface_classes: object.list("interface_classes")?,
             speed: object.take("speed")?,
@@ -255,6 +392,60 @@ mod tests {
         let document = HostDocument::new("h1".into(), 1, 7, alloc::vec![entry()]);
         let text = serde_json::to_string(&document).unwrap();
         assert_eq!(HostDocument::parse(&text).unwrap(), document);
+    }
+
+    #[test]
+    fn what_is_published_is_the_same_document_with_less_text() {
+        let mut devices = alloc::vec![entry(), entry()];
+        devices[1].serial = None;
+        devices[1].serial_kind = "missing".into();
+        devices[1].compute_node_id = 9;
+        let document = HostDocument::new("h1".into(), 9, 7, devices.clone());
+        let published = document.published(1 << 20);
+        let mut expected = document.clone();
+        expected.devices[0].compute_node_id = 9;
+        assert_eq!((HostDocument::parse(&published.text).unwrap(), published.left_out), (expected, 0));
+        let whole = serde_json::to_string(&document).unwrap();
+        assert!(published.text.len() * 3 < whole.len() * 2, "{}", published.text);
+        for derived in ["null", "[]", "bus_id", "port_id", "serial_kind", "\"compute_node_id\":1"] {
+            assert!(!published.text.contains(derived), "{derived}: {}", published.text);
+        }
+        // A serial that is not unique is said to be.
+        let mut twice = entry();
+        twice.serial_kind = "duplicate".into();
+        let document = HostDocument::new("h1".into(), 1, 7, alloc::vec![twice]);
+        assert_eq!(HostDocument::parse(&document.published(1 << 20).text).unwrap(), document);
+        let none = HostDocument::new("h\"1".into(), 1, 7, Vec::new());
+        assert_eq!(HostDocument::parse(&none.published(0).text).unwrap(), none);
+    }
+
+    #[test]
+    fn four_thousand_devices_fit_and_free_ones_are_left_out_last() {
+        let device = |n: u64, status: &str| {
+            let mut one = entry();
+            one.id = DeviceId::new(4_999_000_000 + n).unwrap();
+            one.compute_node_id = 5000;
+            one.serial = Some(alloc::format!("SERIAL-{n:09}"));
+            one.status = status.into();
+            one.status_reason = (status == "unavailable").then(|| "whitelist".into());
+            one.manufacturer = Some("A maker with a long name, Inc.".into());
+            one.product_name = Some("A product with an even longer name than that".into());
+            one.port_path = "1-1.4.4.4.4".parse().unwrap();
+            one
+        };
+        let status = |n: u64| ["available", "allocated", "unavailable"][usize::try_from(n % 3).unwrap()];
+        let devices: Vec<DeviceEntry> = (0..4000).map(|n| device(n, status(n))).collect();
+        let document = HostDocument::new("compute-0815.example.org".into(), 5000, 1 << 40, devices);
+        let published = document.published(1_000_000);
+        assert!(published.text.len() <= 1_000_000 && published.left_out == 0, "{}", published.text.len());
+        let small = document.published(400_000);
+        let read = HostDocument::parse(&small.text).unwrap();
+        assert!(small.text.len() <= 400_000 && small.text.len() > 399_000, "{}", small.text.len());
+        assert_eq!(read.devices.len() + small.left_out, 4000);
+        let count = |status: &str| read.devices.iter().filter(|d| d.status == status).count();
+        assert_eq!((count("available"), count("unavailable")), (1334, 0));
+        assert!(read.devices.is_sorted_by_key(|d| d.id));
+        assert_eq!(document.published(0).left_out, 4000);
     }
 
     #[test]

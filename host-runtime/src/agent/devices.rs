@@ -109,6 +109,7 @@ impl Rules {
             ("metrics", read.metrics != first.metrics),
             ("api", read.api != first.api),
             ("api_certificate, api_key", read.api_tls != first.api_tls),
+            ("fleet", read.fleet != first.fleet),
         ];
         for (key, _) in fixed.iter().filter(|(_, changed)| *changed) {
             tracing::warn!("{key} has changed: it counts from the agent's next start on");
@@ -121,6 +122,7 @@ impl Rules {
             metrics: was.metrics.clone(),
             api: was.api,
             api_tls: was.api_tls.clone(),
+            fleet: was.fleet.clone(),
             ..read
         };
         let changed = next != *was;

@@ -38,6 +38,9 @@ pub struct Metrics {
     connected: Gauge<i64, AtomicI64>,
     hooks: Family<Labels, Histogram>,
     answers: Family<Labels, Histogram>,
+    published: Counter,
+    fleet: Gauge<i64, AtomicI64>,
+    revision: Gauge<i64, AtomicI64>,
     /// The label sets that were shown, so that one that is no more becomes 0.
     shown: Mutex<Shown>,
 }
@@ -70,6 +73,9 @@ impl Default for Metrics {
             connected: Gauge::default(),
             hooks: Family::new_with_constructor(seconds),
             answers: Family::new_with_constructor(seconds),
+            published: Counter::default(),
+            fleet: Gauge::default(),
+            revision: Gauge::default(),
             shown: Mutex::default(),
             registry: Registry::default(),
         };
@@ -110,6 +116,13 @@ impl Default for Metrics {
             "Requests to the API, by method and status",
             unit,
             metrics.answers.clone(),
+        );
+        registry.register("fleet_connected", "1 while the fleet hears of this host", metrics.fleet.clone());
+        registry.register("fleet_publications", "Documents told to the fleet", metrics.published.clone());
+        registry.register(
+            "fleet_revision",
+            "The inventory's revision that the fleet was told last",
+            metrics.revision.clone(),
         );
         Self { registry, ..metrics }
     }
@@ -175,6 +188,15 @@ impl Metrics {
 
     pub(super) fn connected(&self, is: bool) {
         self.connected.set(i64::from(is));
+    }
+
+    /// The fleet was told this revision; or, with nothing, does not hear of this host.
+    pub(crate) fn fleet(&self, revision: Option<u64>) {
+        self.fleet.set(i64::from(revision.is_some()));
+        if let Some(revision) = revision {
+            self.published.inc();
+            self.revision.set(i64::try_from(revision).unwrap_or(i64::MAX));
+        }
     }
 
     /// A hook's message: `prepare 1234 0`. What is no such message is nobody's.

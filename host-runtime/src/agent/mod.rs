@@ -49,6 +49,7 @@ use crate::api::identity::Role;
 use crate::api::tokens::{Made, TokenFile, Tokens, TokensError, Wanted};
 use crate::api::{self, Api, Listening};
 use crate::discovery::{LibUsb, UsbSource, hotplug};
+use crate::fleet::publish::{Publisher, Publishing};
 use crate::hypervisor::{Event, Hypervisor, Libvirt};
 use devices::{Devices, Files, Nudge, Rules};
 use guests::{Guests, Signal};
@@ -96,6 +97,7 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
     let world = World::new(&config, simulation, &to_devices, &to_guests)?;
     let guests = Guests::new(rules.clone(), world.hypervisor.clone(), metrics.clone(), &to_guests)?;
     let api = serve_api(&rules, world.hypervisor, metrics.clone(), &host)?;
+    let publishing = publish(&config, metrics.clone(), &host)?;
     let devices = Devices {
         rules,
         source: world.source,
@@ -119,6 +121,9 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
     guests.run(&signals);
     drop(sd_notify::notify(&[sd_notify::NotifyState::Stopping]));
     api.stop();
+    if let Some(publishing) = publishing {
+        publishing.stop();
+    }
     let _ = to_devices.send(Nudge::Stop);
     match watching.join() {
         Ok(Ok(())) => tracing::info!("stopped"),
@@ -157,6 +162,15 @@ impl World {
             after: Box::new(|| {}),
         })
     }
+}
+
+/// Tells the fleet what this host has, where there is one.
+fn publish(config: &Config, metrics: Arc<Metrics>, host: &str) -> anyhow::Result<Option<Publishing>> {
+    let Some(fleet) = config.fleet.clone() else { return Ok(None) };
+    let state_dir = config.state_dir.clone();
+    let procfs_root = config.procfs_root.clone();
+    let publisher = Publisher { fleet, state_dir, procfs_root, host: host.to_owned(), metrics };
+    Ok(Some(publisher.start().context("cannot tell the fleet of this host")?))
 }
 
 fn serve_api(

@@ -10,6 +10,7 @@ use virt_usb_store::StoreError;
 
 use super::policy::Verdict;
 use crate::agent::work::WorkError;
+use crate::fleet::flavors::ChangeError;
 use crate::hypervisor::Failure;
 
 /// A call that could not be served. Nothing was changed by it.
@@ -135,6 +136,18 @@ impl Fault {
 impl From<StoreError> for Fault {
     fn from(e: StoreError) -> Self {
         Self::away("The inventory cannot be used now: try again.", e.to_string())
+    }
+}
+
+impl From<ChangeError> for Fault {
+    fn from(e: ChangeError) -> Self {
+        match e {
+            ChangeError::Store(e) => e.into(),
+            ChangeError::Fleet(e) => Self::away(
+                "The fleet's flavors cannot be changed here now. The host's administrator finds why in the agent's log.",
+                e.to_string(),
+            ),
+        }
     }
 }
 

@@ -19,6 +19,7 @@ use super::fault::{Fault, sentence};
 use super::identity::Caller;
 use super::policy::{Call, may};
 use super::request::{Asks, Content, Named};
+use crate::fleet::flavors::change;
 
 /// A path's flavor.
 #[derive(Deserialize)]
@@ -105,7 +106,7 @@ pub(super) async fn store(
     }
     let stored = api.blocking(move |api| {
         let mut store = api.store()?;
-        store.set_flavor(&name, &flavor, &api.context(&caller)?)?;
+        change(&(api.config)(), &mut store, &name, Some(&flavor), &api.context(&caller)?)?;
         store.flavor(&name)?.ok_or_else(|| missing(&name))
     });
     stored.await
@@ -127,7 +128,8 @@ pub(super) async fn remove(
 pub(super) async fn end(api: &Arc<Api>, caller: Caller, name: String) -> Result<(), Fault> {
     Fault::unless(may(&caller, Call::ChangeFlavor), Fault::forbidden)?;
     let removed = api.blocking(move |api| {
-        let removed = api.store()?.remove_flavor(&name, &api.context(&caller)?)?;
+        let context = api.context(&caller)?;
+        let removed = change(&(api.config)(), &mut api.store()?, &name, None, &context)?;
         if removed { Ok(()) } else { Err(missing(&name)) }
     });
     removed.await

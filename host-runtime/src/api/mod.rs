@@ -61,6 +61,7 @@ use virt_usb_store::{Context, Durability, Store};
 use crate::agent::PATIENCE;
 use crate::agent::metrics::Metrics;
 use crate::hypervisor::Hypervisor;
+use crate::listen::Peer;
 use fault::Fault;
 use identity::{Caller, Identity, Role, Unknown};
 use inventory::Inventory;
@@ -177,15 +178,6 @@ impl Api {
             _ => Err(Fault::unavailable("Too many devices are being attached and detached: try again.")),
         }
     }
-}
-
-/// From where a connection comes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Peer {
-    /// Over the network.
-    Remote(std::net::IpAddr),
-    /// Over the unix socket, which only root and the agent's group can open.
-    Local { uid: u32 },
 }
 
 fn router(api: Arc<Api>) -> Router {

@@ -1,5 +1,6 @@
 //! What can be typed.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
@@ -81,6 +82,16 @@ pub(super) enum Verb {
     Flavor {
         #[command(subcommand)]
         verb: FlavorVerb,
+    },
+    /// Answer schedulers which hosts can serve, from what the fleet publishes
+    ///
+    /// Follows the fleet of the configuration, and answers over HTTP and on a unix socket until SIGTERM: POST /select, POST /explain,
+    /// GET and DELETE /assumptions, GET /health, GET /metrics.
+    Scheduler(Scheduler),
+    /// Share the inventory with other hosts, through etcd
+    Fleet {
+        #[command(subcommand)]
+        verb: FleetVerb,
     },
     /// Say which hosts can serve a flavor, as a scheduler would be told
     Filter(Filter),
@@ -232,6 +243,85 @@ pub(super) enum OwnerVerb {
         /// The domain's name or UUID
         domain: String,
     },
+}
+
+#[derive(Debug, Args)]
+pub(super) struct Scheduler {
+    /// Answer HTTP at this loopback address
+    #[arg(long, value_name = "ADDRESS", value_parser = loopback, required_unless_present = "socket")]
+    pub(super) listen: Option<SocketAddr>,
+    /// Answer on this unix socket, for whoever may enter its folder and is of its group
+    #[arg(long, value_name = "PATH")]
+    pub(super) socket: Option<PathBuf>,
+    /// When nothing was heard of the fleet for so many seconds, refuse to answer
+    #[arg(long, value_name = "SECONDS", default_value_t = 300, value_parser = clap::value_parser!(u64).range(1..=86400))]
+    pub(super) max_age: u64,
+    #[command(flatten)]
+    pub(super) component: FilterFile,
+}
+
+fn loopback(text: &str) -> Result<SocketAddr, String> {
+    match text.parse::<SocketAddr>() {
+        Ok(address) if address.ip().is_loopback() => Ok(address),
+        _ => {
+            Err("wanted a loopback address such as 127.0.0.1:8791: nobody has to say who he is there".into())
+        }
+    }
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum FleetVerb {
+    /// Give this host its number in the fleet, and its devices the ids that come with it; not while any is held
+    Join(Credentials),
+    /// Take a host out of the fleet; its devices keep their ids
+    Leave {
+        /// Another host than this one: one that is gone for good
+        #[arg(long, value_name = "NAME")]
+        host: Option<String>,
+        #[command(flatten)]
+        credentials: Credentials,
+    },
+    /// Show how it is with etcd, this host and the others
+    ///
+    /// Exit status: 0 when every endpoint answers, else 1.
+    Status,
+    /// Run a made fleet on this machine against the configuration's etcd, and check what must hold
+    ///
+    /// Devices come and go, guests start where the filter says and stop, hosts die and come back. All of it stands in a folder of its own
+    /// below the prefix, which is removed at the end. Exit status: 0 when all held that must, else 1.
+    Simulate(Simulate),
+}
+
+#[derive(Debug, Args)]
+pub(super) struct Simulate {
+    /// So many hosts
+    #[arg(long, default_value_t = 50, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    pub(super) hosts: u32,
+    /// So many devices a host, of which three in four are plugged in at first
+    #[arg(long, default_value_t = 20, value_name = "M", value_parser = clap::value_parser!(u32).range(1..=4000))]
+    pub(super) devices: u32,
+    /// So many changes a second, of all hosts together
+    #[arg(long, default_value_t = 50, value_name = "R", value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    pub(super) churn: u32,
+    /// For so many seconds
+    #[arg(long, default_value_t = 10, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=86400))]
+    pub(super) time: u64,
+    /// The same seed makes the same things happen, as far as the machine's own timing lets them
+    #[arg(long, default_value_t = 1)]
+    pub(super) seed: u64,
+    #[command(flatten)]
+    pub(super) component: FilterFile,
+}
+
+/// As whom etcd is asked.
+#[derive(Debug, Args)]
+pub(super) struct Credentials {
+    /// Ask etcd as this user, who may write all of the fleet's keys, instead of the configuration's
+    #[arg(long, value_name = "NAME", requires = "password_file")]
+    pub(super) user: Option<String>,
+    /// With --user: the file whose first line is the password
+    #[arg(long, value_name = "FILE", requires = "user")]
+    pub(super) password_file: Option<PathBuf>,
 }
 
 #[derive(Debug, Subcommand)]

@@ -37,13 +37,16 @@ pub(super) fn run(session: &Session, arguments: &Arguments) -> anyhow::Result<Ex
     }
 }
 
+/// For a command that is waited for: it may take its time.
 fn load(file: &FilterFile) -> anyhow::Result<Filter> {
+    load_with(file, Limits { memory: 4 << 30, epoch: Duration::from_secs(10) })
+}
+
+pub(super) fn load_with(file: &FilterFile, limits: Limits) -> anyhow::Result<Filter> {
     let path = match &file.component {
         Some(path) => path.clone(),
         None => find()?,
     };
-    // A command that is waited for may take its time.
-    let limits = Limits { memory: 4 << 30, epoch: Duration::from_secs(10) };
     Ok(Filter::load(path, &Options { limits, sha256: file.sha256 })?)
 }
 

@@ -10,6 +10,7 @@ use virt_usb_model::flavor::{MAX_NAME, is_name};
 
 use super::Session;
 use super::output::table;
+use crate::fleet::flavors::change;
 
 pub(super) fn list(session: &Session) -> anyhow::Result<ExitCode> {
     let flavors = match session.remote()? {
@@ -57,7 +58,7 @@ pub(super) fn set(session: &Session, name: &str, definition: &str) -> anyhow::Re
         None => {
             let config = session.config()?;
             let context = session.context(&config, "flavor set")?;
-            session.make_store(&config)?.set_flavor(name, &flavor, &context)?
+            change(&config, &mut session.make_store(&config)?, name, Some(&flavor), &context)?
         }
     };
     session.out.show(&Changed { name, changed }, || {
@@ -81,8 +82,9 @@ pub(super) fn remove(session: &Session, name: &str) -> anyhow::Result<ExitCode> 
     let changed = match session.remote()? {
         Some(api) => api.remove_flavor(name)?,
         None => {
-            let context = session.context(&session.config()?, "flavor remove")?;
-            session.store()?.remove_flavor(name, &context)?
+            let config = session.config()?;
+            let context = session.context(&config, "flavor remove")?;
+            change(&config, &mut session.store()?, name, None, &context)?
         }
     };
     if !changed {

@@ -6,11 +6,13 @@ mod claims;
 mod devices;
 mod filter;
 mod flavors;
+mod fleet;
 mod guests;
 mod output;
 mod owners;
 mod recover;
 mod remote;
+mod scheduler;
 mod tokens;
 mod upkeep;
 mod watch;
@@ -27,7 +29,8 @@ use virt_usb_store::{Context, Durability, Store};
 
 pub use arguments::Arguments;
 use arguments::{
-    Api, ClaimsVerb, FlavorVerb, OwnerVerb, QuarantineVerb, StoreVerb, TokenVerb, Verb, WhitelistVerb,
+    Api, ClaimsVerb, FlavorVerb, FleetVerb, OwnerVerb, QuarantineVerb, StoreVerb, TokenVerb, Verb,
+    WhitelistVerb,
 };
 use output::Output;
 use remote::Remote;
@@ -70,6 +73,7 @@ fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
             claims::release(&session, &instance, force)
         }
         Verb::Filter(options) => filter::run(&session, &options),
+        Verb::Scheduler(options) => scheduler::run(&session, &options),
         Verb::Start { domain } => guests::start(&session, &domain),
         Verb::Attach(device) => guests::attach(&session, &device),
         Verb::Detach(device) => guests::detach(&session, &device),
@@ -96,6 +100,12 @@ fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
             FlavorVerb::Show { name } => flavors::show(&session, &name),
             FlavorVerb::Set { name, definition } => flavors::set(&session, &name, &definition),
             FlavorVerb::Remove { name } => flavors::remove(&session, &name),
+        },
+        Verb::Fleet { verb } => match verb {
+            FleetVerb::Join(credentials) => fleet::join(&session, &credentials),
+            FleetVerb::Leave { host, credentials } => fleet::leave(&session, host.as_deref(), &credentials),
+            FleetVerb::Status => fleet::status(&session),
+            FleetVerb::Simulate(options) => fleet::simulate(&session, &options),
         },
         Verb::Doctor { all, hooks, run } => upkeep::doctor(&session, all, hooks, run),
         Verb::Store { verb } => match verb {
@@ -141,6 +151,8 @@ const fn is_local(verb: &Verb) -> bool {
         | Verb::Discover(_)
         | Verb::Doctor { .. }
         | Verb::Filter(_)
+        | Verb::Fleet { .. }
+        | Verb::Scheduler(_)
         | Verb::Start { .. }
         | Verb::Store { .. }
         | Verb::Token { .. }

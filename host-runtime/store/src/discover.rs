@@ -10,7 +10,7 @@ use crate::device::{Record, joined, read_id, refresh, sql_id, step_revision};
 use crate::error::Sql;
 use crate::events::{Event, record};
 use crate::flaps::Limits;
-use crate::{Context, LONE_NODE, NOW, Store, StoreError, aside, give_back, metadata};
+use crate::{Context, NOW, Store, StoreError, aside, give_back, join, metadata};
 
 /// One step of a plan.
 #[derive(Debug, Clone, PartialEq)]
@@ -78,7 +78,7 @@ impl Store {
 }
 
 fn register_host(tx: &Transaction<'_>, host: &str) -> Sql<()> {
-    let node = i64::try_from(LONE_NODE).unwrap_or(1);
+    let node = join::node(tx)?;
     tx.execute(
         &format!(
             "INSERT INTO compute_nodes (created_at, updated_at, id, host, scanned_at) VALUES ({NOW}, {NOW}, ?1, ?2, {NOW})
@@ -146,7 +146,7 @@ fn insert(tx: &Transaction<'_>, device: &Device, verdict: &Verdict) -> Sql<Devic
             "INSERT INTO usb_devices (created_at, compute_node_id, address, status, port_path, serial_kind, class) VALUES ({NOW}, ?1, ?2, 'available', ?3, 'missing', '00')
              RETURNING id"
         ))?
-        .query_row(params![i64::try_from(LONE_NODE).unwrap_or(1), device.address.to_string(), device.key.port.to_string()], |row| {
+        .query_row(params![join::node(tx)?, device.address.to_string(), device.key.port.to_string()], |row| {
             read_id(row, "id")
         })?;
     update(tx, id, device, verdict, &[])?;

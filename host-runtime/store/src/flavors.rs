@@ -1,5 +1,7 @@
 //! Stored flavors: from a name to what it asks for.
 
+use std::collections::{BTreeMap, BTreeSet};
+
 use rusqlite::{OptionalExtension, Row, params};
 use serde::Serialize;
 use virt_usb_model::Flavor;
@@ -94,6 +96,28 @@ impl Store {
         })?;
         self.forget_flavor(name)?;
         Ok(removed)
+    }
+
+    /// Makes the flavors these, but for those of unclear names, which stay as they are; returns how many were changed.
+    ///
+    /// # Errors
+    /// When the database cannot be written; what was changed before stays.
+    pub fn mirror_flavors(
+        &mut self,
+        flavors: &BTreeMap<String, Flavor>,
+        unclear: &BTreeSet<String>,
+        context: &Context,
+    ) -> Result<usize, StoreError> {
+        let mut changed = 0;
+        for (name, flavor) in flavors {
+            changed += usize::from(self.set_flavor(name, flavor, context)?);
+        }
+        for StoredFlavor { name, .. } in self.flavors()? {
+            if !flavors.contains_key(&name) && !unclear.contains(&name) {
+                changed += usize::from(self.remove_flavor(&name, context)?);
+            }
+        }
+        Ok(changed)
     }
 
     /// Removes the hint, unless a flavor that is there, perhaps by another name, has the same. A write of its own: only

@@ -37,6 +37,7 @@ mod flavors;
 pub mod give_back;
 mod grant;
 pub mod hints;
+pub mod join;
 pub mod maintain;
 mod metadata;
 mod open;

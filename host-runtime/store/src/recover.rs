@@ -32,11 +32,11 @@ use crate::error::{Sql, bad_row};
 use crate::events::{Event, EventRow, record};
 use crate::files::{self, with_suffix};
 use crate::hints::{self, Hints};
+use crate::join::{self, IDS};
 use crate::open::canonical;
 use crate::salvage::{self, Salvage, Table};
 use crate::{
-    Assignment, Context, Durability, FILE_NAME, LONE_NODE, Owner, SCHEMA, Store, StoreError, StoredFlavor,
-    metadata,
+    Assignment, Context, Durability, FILE_NAME, Owner, SCHEMA, Store, StoreError, StoredFlavor, metadata,
 };
 
 /// Where the new inventory is built, beside the old one.
@@ -46,7 +46,6 @@ const TRIES: u32 = 40;
 /// Between two of them.
 const PAUSE: Duration = Duration::from_millis(20);
 /// Device ids of one host: see DESIGN, "Who owns what".
-const IDS: i64 = 1_000_000;
 /// Where it is not known which ids were given, so many are passed over: an id never names another device.
 const MARGIN: i64 = 1000;
 
@@ -589,14 +588,18 @@ fn take_over(new: &mut Store, salvage: Option<&Salvage>, ids: &[DeviceId]) -> Re
         let own = tables(tx)?;
         names.extend(own.iter().map(String::as_str).filter(|n| !ORDER.contains(n) && !DERIVED.contains(n)));
         for name in names {
-            let Some(table) = salvage.table(name) else { continue };
-            let mut kept = copy(tx, name, table)?;
-            if name == "usb_devices" {
-                let doubles = drop_doubles(tx)?;
-                kept.rows -= doubles;
-                kept.refused += doubles;
+            if let Some(table) = salvage.table(name) {
+                let mut kept = copy(tx, name, table)?;
+                if name == "usb_devices" {
+                    let doubles = drop_doubles(tx)?;
+                    kept.rows -= doubles;
+                    kept.refused += doubles;
+                }
+                built.kept.push(kept);
             }
-            built.kept.push(kept);
+            if name == "compute_nodes" {
+                remember_node(tx, salvage, ids)?;
+            }
         }
         // Whose boot the claims are of is looked at anew.
         tx.execute("UPDATE compute_nodes SET boot_id = NULL, revision = revision + 1", [])?;
@@ -626,6 +629,8 @@ fn copy(tx: &Transaction<'_>, name: &str, table: &Table) -> Sql<Kept> {
     let marks = vec!["?"; list.len()].join(", ");
     let sql = format!("INSERT INTO {name} ({}) VALUES ({marks}) RETURNING *", list.join(", "));
     let id = table.column("id");
+    // Hosts come first.
+    let node = join::node(tx)?;
     for row in &table.rows {
         let values = shared.iter().filter_map(|at| row.get(*at));
         // A number that is no id of ours would be the last that there can be.
@@ -635,7 +640,7 @@ fn copy(tx: &Transaction<'_>, name: &str, table: &Table) -> Sql<Kept> {
         let taken = sane
             && tx
                 .prepare_cached(&sql)?
-                .query_row(params_from_iter(values), |row| makes_sense(name, row))
+                .query_row(params_from_iter(values), |row| makes_sense(name, node, row))
                 .is_ok();
         tx.execute_batch(if taken { "RELEASE one" } else { "ROLLBACK TO one; RELEASE one" })?;
         if taken {
@@ -662,13 +667,13 @@ fn columns(tx: &Transaction<'_>, name: &str) -> Sql<Vec<String>> {
 }
 
 /// Whether this program may have written the row.
-fn makes_sense(name: &str, row: &Row<'_>) -> Sql<()> {
+fn makes_sense(name: &str, node: i64, row: &Row<'_>) -> Sql<()> {
     let refuse = |column, what: &str| Err(bad_row(row, column, what));
     match name {
         "compute_nodes" => {
             let (id, revision): (i64, i64) = (row.get("id")?, row.get("revision")?);
             let host: String = row.get("host")?;
-            if id != node() || !(0..1 << 53).contains(&revision) || host.is_empty() {
+            if !(1..=(1 << 53) / IDS).contains(&id) || !(0..1 << 53).contains(&revision) || host.is_empty() {
                 return refuse("id", "is not this host");
             }
         }
@@ -684,7 +689,7 @@ fn makes_sense(name: &str, row: &Row<'_>) -> Sql<()> {
                 && (record.deleted == 0 || record.deleted == entry.id.get())
                 && ["unique", "duplicate", "missing"].contains(&entry.serial_kind.as_str())
                 && (entry.serial_kind == "missing") == entry.serial.is_none();
-            if !twice || !is_own(id) {
+            if !twice || !is_own(node, id) {
                 return refuse("id", "contradicts itself");
             }
         }
@@ -707,13 +712,24 @@ fn makes_sense(name: &str, row: &Row<'_>) -> Sql<()> {
     Ok(())
 }
 
-fn node() -> i64 {
-    i64::try_from(LONE_NODE).unwrap_or(1)
+/// Where nothing tells the host's number but the ids of its devices, most of them do.
+fn remember_node(tx: &Transaction<'_>, salvage: &Salvage, guests: &[DeviceId]) -> Sql<()> {
+    let mut votes: BTreeMap<i64, usize> = BTreeMap::new();
+    let devices = salvage.table("usb_devices").into_iter().flat_map(|table| table.numbers("id"));
+    for id in devices.chain(guests.iter().map(|id| sql(*id))) {
+        *votes.entry((id - 1).div_euclid(IDS) + 1).or_default() += 1;
+    }
+    if let Some((node, _)) = votes.into_iter().max_by_key(|(_, votes)| *votes).filter(|(node, _)| *node > 1) {
+        // The next scan says what it is called.
+        let sql = "INSERT INTO compute_nodes (id, host) SELECT ?1, '-' WHERE NOT EXISTS (SELECT 1 FROM compute_nodes)";
+        tx.execute(sql, [node])?;
+    }
+    Ok(())
 }
 
-/// Whether a device's id can be one of this host's.
-fn is_own(id: i64) -> bool {
-    (1..=IDS).contains(&(id - (node() - 1) * IDS))
+/// Whether a device's id can be one of the host of that number.
+fn is_own(node: i64, id: i64) -> bool {
+    (1..=IDS).contains(&(id - (node - 1) * IDS))
 }
 
 /// Two ids of one device: at least one of them was another's, and nobody knows which. Returns how many went.
@@ -754,6 +770,7 @@ fn sql(id: DeviceId) -> i64 {
 /// New devices and rows get ids above all that were ever seen. Returns how many devices had an id and are lost.
 fn continue_ids(tx: &Transaction<'_>, salvage: &Salvage, was_there: bool, guests: &[DeviceId]) -> Sql<u64> {
     let mut last: BTreeMap<String, i64> = BTreeMap::new();
+    let node = join::node(tx)?;
     if let Some(table) = salvage.table("sqlite_sequence")
         && let (Some(name), Some(seq)) = (table.column("name"), table.column("seq"))
     {
@@ -766,7 +783,7 @@ fn continue_ids(tx: &Transaction<'_>, salvage: &Salvage, was_there: bool, guests
         }
     }
     let devices = "usb_devices";
-    let given = last.get(devices).copied().filter(|id| is_own(*id));
+    let given = last.get(devices).copied().filter(|id| is_own(node, *id));
     let named = |table: &str, column: &str| -> Vec<i64> {
         salvage.table(table).map(|table| table.numbers(column).collect()).unwrap_or_default()
     };
@@ -782,7 +799,7 @@ fn continue_ids(tx: &Transaction<'_>, salvage: &Salvage, was_there: bool, guests
     let assigned: Vec<Assignment> =
         tx.prepare("SELECT * FROM assignments")?.query_map([], Assignment::read)?.collect::<Sql<_>>()?;
     seen.extend(assigned.iter().map(|a| &a.request).filter_map(asked));
-    let highest = seen.into_iter().filter(|id| is_own(*id)).max().unwrap_or((node() - 1) * IDS);
+    let highest = seen.into_iter().filter(|id| is_own(node, *id)).max().unwrap_or((node - 1) * IDS);
     let top = match given {
         Some(given) => given.max(highest),
         None if !was_there && guests.is_empty() => highest,
@@ -793,7 +810,7 @@ fn continue_ids(tx: &Transaction<'_>, salvage: &Salvage, was_there: bool, guests
         raise(tx, name, *seq)?;
     }
     let kept: i64 = tx.query_row("SELECT count(*) FROM usb_devices", [], |row| row.get(0))?;
-    Ok(given.map_or(0, |given| u64::try_from(given - (node() - 1) * IDS - kept).unwrap_or(0)))
+    Ok(given.map_or(0, |given| u64::try_from(given - (node - 1) * IDS - kept).unwrap_or(0)))
 }
 
 /// What was set aside since the backup stays so: a backup of last week must not offer what was quarantined yesterday.

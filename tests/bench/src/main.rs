@@ -9,6 +9,7 @@
 //! simulated hosts (a live agent each) ─────┬─► agent .... from an event to a row, a pass, idle
 //!                                          └─► api ...... under wrk, in turn with nginx; 10 000 devices in pages; idle
 //! made fleet (50 000 hosts × 20 devices) ──┬─► filter ... in the sandbox and natively
+//!                                          ├─► fleet .... 5 000 of them over etcd, under a scheduler that follows
 //!                                          └─► python ... one batch call, and the same rules in Python
 //!                                                        all ──► table
 //! ```
@@ -21,6 +22,7 @@ mod claims;
 mod crowd;
 mod daemon;
 mod filter;
+mod fleet;
 mod machine;
 mod memory;
 mod nginx;
@@ -39,7 +41,7 @@ use crate::table::Table;
 
 type Part = fn(&Programs, &mut Table) -> Result<()>;
 
-const PARTS: [(&str, Part); 8] = [
+const PARTS: [(&str, Part); 9] = [
     ("calls", calls::measure),
     ("memory", memory::measure),
     ("crowd", crowd::measure),
@@ -47,6 +49,7 @@ const PARTS: [(&str, Part); 8] = [
     ("agent", agent::measure),
     ("api", api::measure),
     ("filter", filter::measure),
+    ("fleet", fleet::measure),
     ("python", python::measure),
 ];
 

@@ -13,6 +13,11 @@ fuzz_target!(|text: &str| {
                 Ok(&document),
                 "what it writes, it reads: {written}"
             );
+            let published = document.published(usize::MAX).text;
+            let read = HostDocument::parse(&published);
+            let mut same = document.clone();
+            same.devices.iter_mut().for_each(|device| device.compute_node_id = document.compute_node_id);
+            assert_eq!(read, Ok(same), "what it publishes, others read: {published}");
             assert!(document.devices.iter().all(|d| d.state().is_ok()), "every state has a name");
         }
         Err(e) => assert!(!e.to_string().contains('\n'), "one line: {e}"),

@@ -2,6 +2,8 @@
 //! store, and the real programs.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test's helper fails the test")]
 
+mod etcd;
+
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
@@ -13,6 +15,8 @@ use virt_usb_hook::config::Config;
 use virt_usb_hook::machine;
 use virt_usb_model::Flavor;
 use virt_usb_store::{Durability, Store};
+
+pub use etcd::Etcd;
 
 /// The repository's root.
 pub fn root() -> PathBuf {
@@ -97,13 +101,18 @@ impl Host {
 
     /// Plugs in and records.
     pub fn discover(&self, devices: &str) {
+        self.discover_as("host1", devices);
+    }
+
+    /// The same on a host of that name.
+    pub fn discover_as(&self, name: &str, devices: &str) {
         let snapshot = self.plug(devices).snapshot();
         let config = self.config();
         let mut store = Store::create(&config.state_dir, Duration::from_secs(5)).unwrap();
         let context = machine::context(&config.procfs_root, "test discover").unwrap();
         store
             .reconcile(
-                "host1",
+                name,
                 &config.flapping,
                 |known| inventory::plan(&snapshot, known, &config.whitelist, &config.aliases),
                 &context,

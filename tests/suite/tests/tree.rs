@@ -172,4 +172,15 @@ fn the_example_configuration_is_the_defaults() {
         .map(|l| l.trim_start_matches('#').to_owned() + "\n")
         .collect();
     assert_eq!(Config::parse(&example).unwrap().whitelist.rules.len(), 2);
+    // So is the example fleet, whose numbers are the defaults.
+    let fleet: String = text
+        .lines()
+        .skip_while(|l| *l != "#   [fleet]")
+        .map(|l| l.trim_start_matches('#').to_owned() + "\n")
+        .collect();
+    let fleet = Config::parse(&fleet).unwrap().fleet.unwrap();
+    let bare = Config::parse("[fleet]\nendpoints = ['http://a:1']").unwrap().fleet.unwrap();
+    assert_eq!((fleet.endpoints.len(), fleet.user.is_some(), fleet.identity.is_some()), (3, true, true));
+    let numbers = |f: virt_usb_hook::config::Fleet| (f.prefix, f.lease, f.heartbeat, f.machine_id);
+    assert_eq!(numbers(fleet), numbers(bare));
 }

@@ -11,11 +11,12 @@ use axum::response::{IntoResponse, Response};
 use maud::{Markup, html};
 use serde::Deserialize;
 
+use super::super::Api;
 use super::super::fault::{Fault, sentence};
 use super::super::request::form;
-use super::super::{Api, Peer};
 use super::pages::{page, see};
 use super::session::{Sent, Signed, is_from_here};
+use crate::listen::Peer;
 
 fn asks(wrong: bool) -> Markup {
     html! {

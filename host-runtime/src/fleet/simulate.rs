@@ -1,0 +1,639 @@
+//! `fleet simulate`: many hosts on one machine, over a real etcd: real inventories, real publishers, a real scheduler's view, and made
+//! devices and guests. What must hold is checked while they change and at the end.
+//!
+//! | what must hold | when |
+//! |---|---|
+//! | no device is in two guests | at each start |
+//! | a host's revision never falls | at each document |
+//! | no two hosts have a device of one id | at the end |
+//! | the watcher knows what a fresh list says, and that is what each living host's inventory holds; nothing is left of dead ones | at the end |
+//! | the filter finds as many hosts as the inventories say | at the end |
+
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, bail};
+use etcd_client::DeleteOptions;
+use serde::Serialize;
+use tokio::runtime::Runtime;
+use tokio::sync::Notify;
+use tokio::task::JoinHandle;
+use virt_usb_filter_host::{Filter, Question};
+use virt_usb_hook::config::Fleet;
+use virt_usb_model::{
+    BusAddress, Class, Device, DeviceId, DeviceKey, Flavor, HostDocument, InstanceId, PortPath, Serial,
+    UsbId, Whitelist,
+};
+use virt_usb_store::claim::{Asker, Claimed, Granted, Judge, Standing, Verified, Want};
+use virt_usb_store::flaps::Limits;
+use virt_usb_store::give_back::Extent;
+use virt_usb_store::{Context, Record, Store};
+
+use super::etcd::Etcd;
+use super::join;
+use super::publish::Publisher;
+use super::reader::{Reader, Sink};
+use crate::agent::metrics::Metrics;
+use crate::discovery::Snapshot;
+use crate::scheduler::View;
+
+/// How long the fleet may take to say what there is.
+const SETTLING: Duration = Duration::from_secs(60);
+/// A promise to a guest that starts.
+const PROMISE: Duration = Duration::from_secs(10);
+/// Kinds of devices.
+const KINDS: u64 = 8;
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// What is simulated.
+#[derive(Debug)]
+pub(crate) struct Options {
+    /// Which etcd, and below which prefix: all happens in a folder of it, which is removed at the end.
+    pub(crate) fleet: Fleet,
+    pub(crate) filter: Filter,
+    pub(crate) hosts: u32,
+    /// On each host, plugged in or not.
+    pub(crate) devices: u32,
+    /// Changes a second, of all hosts together.
+    pub(crate) churn: u32,
+    pub(crate) time: Duration,
+    pub(crate) seed: u64,
+}
+
+/// How it went.
+#[derive(Debug, Default, Serialize)]
+pub(crate) struct Report {
+    pub(crate) hosts: u32,
+    pub(crate) devices: u32,
+    pub(crate) seed: u64,
+    /// How often each thing was done.
+    pub(crate) done: BTreeMap<&'static str, u64>,
+    /// Documents that the watcher was told of.
+    pub(crate) documents: usize,
+    /// Changes made a second.
+    pub(crate) changes_per_second: f64,
+    /// From a change in an inventory to the watcher, in milliseconds.
+    pub(crate) lag_ms: Lag,
+    /// The size of a document in bytes.
+    pub(crate) mean_document: usize,
+    pub(crate) largest_document: usize,
+    /// What etcd's database takes, in bytes.
+    pub(crate) db_size: i64,
+    /// What must hold and does not. There must be none.
+    pub(crate) broken: Vec<String>,
+}
+
+#[derive(Debug, Default, Serialize)]
+pub(crate) struct Lag {
+    pub(crate) p50: f64,
+    pub(crate) p99: f64,
+    pub(crate) max: f64,
+}
+
+/// SplitMix64 (Steele, Lea, Flood 2014).
+struct Dice(u64);
+
+impl Dice {
+    fn roll(&mut self, sides: u64) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+        (z ^ z >> 31) % sides.max(1)
+    }
+
+    fn index(&mut self, len: usize) -> usize {
+        usize::try_from(self.roll(len as u64)).unwrap_or_default()
+    }
+}
+
+/// What the watcher hears, and how late.
+#[derive(Clone)]
+struct Ears {
+    view: Arc<View>,
+    heard: Arc<Mutex<Heard>>,
+}
+
+#[derive(Default)]
+struct Heard {
+    /// The last document of each host, and its revision.
+    now: HashMap<String, (u64, Vec<u8>)>,
+    /// Revisions that were written and not heard of yet.
+    written: HashMap<String, VecDeque<(u64, Instant)>>,
+    lag: Vec<f64>,
+    documents: usize,
+    bytes: usize,
+    largest: usize,
+    broken: Vec<String>,
+}
+
+impl Ears {
+    fn heard(&self) -> std::sync::MutexGuard<'_, Heard> {
+        self.heard.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn written(&self, host: &str, revision: u64) {
+        self.heard().written.entry(host.to_owned()).or_default().push_back((revision, Instant::now()));
+    }
+}
+
+impl Sink for Ears {
+    fn put(&mut self, key: &str, value: &[u8], revision: i64) {
+        self.view.put(key, value, revision);
+        let now = Instant::now();
+        let mut heard = self.heard();
+        let document = match HostDocument::parse(&String::from_utf8_lossy(value)) {
+            Ok(document) => document,
+            Err(e) => return heard.broken.push(format!("the document of {key}: {e}")),
+        };
+        heard.documents += 1;
+        heard.bytes += value.len();
+        heard.largest = heard.largest.max(value.len());
+        let before = heard.now.insert(key.to_owned(), (document.revision, value.to_vec()));
+        if let Some((before, _)) = before.filter(|(before, _)| *before > document.revision) {
+            heard.broken.push(format!("the revision of {key} fell from {before} to {}", document.revision));
+        }
+        let waiting = heard.written.entry(key.to_owned()).or_default();
+        let mut lags = Vec::new();
+        while waiting.front().is_some_and(|(revision, _)| *revision <= document.revision) {
+            lags.extend(waiting.pop_front().map(|(_, at)| (now - at).as_secs_f64() * 1e3));
+        }
+        heard.lag.extend(lags);
+    }
+
+    fn gone(&mut self, key: &str) {
+        self.view.gone(key);
+        self.heard().now.remove(key);
+    }
+
+    fn listed(&mut self) {
+        self.view.listed();
+    }
+
+    fn deaf(&mut self, why: &super::Error) {
+        self.view.deaf(why);
+    }
+}
+
+/// One host.
+struct Host {
+    name: String,
+    dir: PathBuf,
+    fleet: Fleet,
+    store: Store,
+    /// Which of its devices are plugged in.
+    plugged: Vec<bool>,
+    guests: Vec<InstanceId>,
+    news: Arc<Notify>,
+    /// None: it is dead.
+    publishing: Option<JoinHandle<()>>,
+}
+
+/// Whatever is chosen is there, and fits.
+struct Willing;
+
+impl Judge for Willing {
+    fn verify(&mut self, candidate: &Record) -> Verified {
+        Verified::Here(candidate.entry.address)
+    }
+
+    fn fits(&mut self, _: &[Granted]) -> Result<(), String> {
+        Ok(())
+    }
+}
+
+fn kind(number: u64) -> UsbId {
+    UsbId::new(0x0529, 1 + u16::try_from(number % KINDS).unwrap_or_default())
+}
+
+/// Device `n` of a host, from 0; as many as the buses hold.
+fn device(host: u32, n: usize) -> Option<Device> {
+    const PER_BUS: usize = 120;
+    let bus = u8::try_from(1 + n / PER_BUS).ok()?;
+    let number = u8::try_from(1 + n % PER_BUS).ok()?;
+    Some(Device {
+        key: DeviceKey {
+            usb: kind(u64::from(host) + n as u64),
+            serial: Serial::Unique(format!("H{host}-{n}")),
+            port: PortPath::new(bus, &[1 + number / 15, 1 + number % 15])?,
+        },
+        address: BusAddress::new(bus, number)?,
+        class: Class::new(0),
+        interfaces: vec![Class::new(0xff)],
+        speed: None,
+        manufacturer: None,
+        product: Some("HASP HL 3.25".to_owned()),
+        driver: None,
+        host_use: None,
+        descriptors: None,
+    })
+}
+
+impl Host {
+    fn scan(&mut self, number: u32, context: &Context) -> anyhow::Result<()> {
+        let devices = self.plugged.iter().enumerate().filter(|(_, plugged)| **plugged);
+        let devices = devices.filter_map(|(n, _)| device(number, n)).collect();
+        let snapshot = Snapshot { devices, ..Snapshot::default() };
+        // Its devices come and go more often than any should.
+        let limits = Limits { limit: 0, ..Limits::default() };
+        let (whitelist, aliases) = (Whitelist::default(), virt_usb_model::Aliases::default());
+        let plan = |known: &[Record]| crate::inventory::plan(&snapshot, known, &whitelist, &aliases);
+        self.store.restart_patience();
+        self.store.reconcile(&self.name, &limits, plan, context)?;
+        Ok(())
+    }
+
+    fn revision(&self) -> anyhow::Result<u64> {
+        Ok(self.store.host_document()?.map_or(0, |document| document.revision))
+    }
+
+    fn live(&mut self, runtime: &Runtime) {
+        let publisher = Publisher {
+            fleet: self.fleet.clone(),
+            state_dir: self.dir.clone(),
+            procfs_root: "/proc".into(),
+            host: self.name.clone(),
+            metrics: Arc::new(Metrics::default()),
+        };
+        self.publishing = Some(runtime.spawn(publisher.publish(Some(self.news.clone()))));
+    }
+
+    fn die(&mut self) {
+        if let Some(publishing) = self.publishing.take() {
+            publishing.abort();
+        }
+    }
+}
+
+/// Runs it; `told` is called now and then with what is being done.
+///
+/// # Errors
+/// When it cannot be run; what must hold and does not is no error, but part of the report.
+pub(crate) fn run(options: &Options, told: impl Fn(&str)) -> anyhow::Result<Report> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    let mut random = [0; 4];
+    let _ = getrandom::fill(&mut random);
+    let folder: String = random.iter().map(|byte| format!("{byte:02x}")).collect();
+    let mut fleet = options.fleet.clone();
+    fleet.prefix = format!("{}simulation-{folder}/", fleet.prefix);
+    let result = simulate(options, &fleet, &runtime, &told);
+    told("cleaning up");
+    let cleaned = runtime.block_on(clean(&fleet));
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    let report = result?;
+    cleaned.with_context(|| format!("what was simulated is left in etcd, below {}", fleet.prefix))?;
+    Ok(report)
+}
+
+async fn clean(fleet: &Fleet) -> anyhow::Result<()> {
+    let mut etcd = Etcd::new(fleet.clone());
+    let mut connection = etcd.connect().await?;
+    let all = DeleteOptions::new().with_range(super::etcd::after(&fleet.prefix));
+    etcd.within("remove the simulation", connection.client.delete(fleet.prefix.clone(), Some(all))).await?;
+    Ok(())
+}
+
+struct Simulation<'a> {
+    options: &'a Options,
+    runtime: &'a Runtime,
+    ears: Ears,
+    hosts: Vec<Host>,
+    context: Context,
+    dice: Dice,
+    /// Each device that a guest has, and which.
+    held: HashMap<DeviceId, InstanceId>,
+    report: Report,
+}
+
+fn simulate(
+    options: &Options,
+    fleet: &Fleet,
+    runtime: &Runtime,
+    told: &impl Fn(&str),
+) -> anyhow::Result<Report> {
+    let folder = tempfile()?;
+    let view = Arc::new(View::new(&options.filter));
+    let ears = Ears { view: view.clone(), heard: Arc::default() };
+    let context = Context {
+        boot_id: "00000000-0000-4000-8000-000000000001".to_owned(),
+        uptime: 1000.0,
+        actor: "fleet simulate".to_owned(),
+    };
+    let mut simulation = Simulation {
+        options,
+        runtime,
+        ears: ears.clone(),
+        hosts: Vec::new(),
+        context,
+        dice: Dice(options.seed),
+        held: HashMap::new(),
+        report: Report {
+            hosts: options.hosts,
+            devices: options.devices,
+            seed: options.seed,
+            ..Report::default()
+        },
+    };
+    told(&format!("{} hosts join", options.hosts));
+    for number in 0..options.hosts {
+        let host = simulation.join(fleet, &folder.0, number)?;
+        simulation.hosts.push(host);
+    }
+    let mut sink = ears.clone();
+    let reader = Reader::new(fleet, super::keys::Keys::new(fleet.prefix.clone()).hosts());
+    let following = runtime.spawn(async move { reader.follow(&mut sink).await });
+    for host in &mut simulation.hosts {
+        host.live(runtime);
+    }
+    told("all publish");
+    simulation.settle()?;
+    ears.heard().lag.clear();
+    told(&format!("{} changes a second for {} s", options.churn, options.time.as_secs()));
+    simulation.churn(&view)?;
+    told("settling");
+    simulation.settle()?;
+    simulation.check(fleet, &view)?;
+    following.abort();
+    for host in &mut simulation.hosts {
+        host.die();
+    }
+    let Simulation { mut report, .. } = simulation;
+    let mut heard = ears.heard();
+    heard.lag.sort_by(f64::total_cmp);
+    let at = |share: f64| {
+        let last = heard.lag.len().saturating_sub(1);
+        heard.lag.get((last as f64 * share).round() as usize).copied().unwrap_or_default()
+    };
+    report.lag_ms = Lag { p50: at(0.5), p99: at(0.99), max: at(1.0) };
+    report.documents = heard.documents;
+    report.mean_document = heard.bytes.checked_div(heard.documents).unwrap_or_default();
+    report.largest_document = heard.largest;
+    report.broken.append(&mut heard.broken);
+    Ok(report)
+}
+
+impl Simulation<'_> {
+    fn join(&self, fleet: &Fleet, folder: &std::path::Path, number: u32) -> anyhow::Result<Host> {
+        let name = format!("host-{number:05}");
+        let dir = folder.join(&name);
+        let mut store = Store::create(&dir, PATIENCE)?;
+        let machine = folder.join(format!("{name}.machine"));
+        std::fs::write(&machine, format!("{:032x}", u64::from(number) + 1))?;
+        let fleet = Fleet { machine_id: machine, ..fleet.clone() };
+        let node = self.runtime.block_on(join::join(&fleet, &name))?;
+        store.renumber(&name, node, &self.context)?;
+        let plugged = (0..self.options.devices).map(|n| n % 4 != 3).collect();
+        let news = Arc::new(Notify::new());
+        let mut host = Host { name, dir, fleet, store, plugged, guests: Vec::new(), news, publishing: None };
+        host.scan(number, &self.context)?;
+        Ok(host)
+    }
+
+    fn churn(&mut self, view: &View) -> anyhow::Result<()> {
+        let begun = Instant::now();
+        let mut made = 0u32;
+        while begun.elapsed() < self.options.time {
+            let due = begun + Duration::from_secs(1) * made / self.options.churn.max(1);
+            std::thread::sleep(due.saturating_duration_since(Instant::now()));
+            let what = self.change(view)?;
+            *self.report.done.entry(what).or_default() += 1;
+            made += 1;
+            if made.is_multiple_of(64) {
+                view.tick();
+            }
+        }
+        self.report.changes_per_second = f64::from(made) / begun.elapsed().as_secs_f64();
+        Ok(())
+    }
+
+    /// One thing happens somewhere; returns what.
+    fn change(&mut self, view: &View) -> anyhow::Result<&'static str> {
+        let at = self.dice.index(self.hosts.len());
+        match self.dice.roll(100) {
+            0..40 => self.plug(at),
+            40..70 => self.start(view),
+            70..98 => self.stop(),
+            _ => {
+                let (runtime, host) = (self.runtime, &mut self.hosts[at]);
+                if host.publishing.is_some() {
+                    host.die();
+                    Ok("host died")
+                } else {
+                    host.live(runtime);
+                    Ok("host came back")
+                }
+            }
+        }
+    }
+
+    /// A device that nobody has comes or goes.
+    fn plug(&mut self, at: usize) -> anyhow::Result<&'static str> {
+        let slot = self.dice.index(self.hosts[at].plugged.len());
+        let host = &mut self.hosts[at];
+        if host.publishing.is_none() || host.plugged.is_empty() {
+            return Ok("nothing, for the host is dead");
+        }
+        let number = u32::try_from(at).unwrap_or_default();
+        let port = device(number, slot).map(|device| device.key.port);
+        let held = host
+            .store
+            .devices()?
+            .iter()
+            .any(|r| Some(&r.entry.port_path) == port.as_ref() && r.entry.instance_uuid.is_some());
+        if held {
+            return Ok("nothing, for the device is held");
+        }
+        host.plugged[slot] = !host.plugged[slot];
+        let what = if host.plugged[slot] { "plugged in" } else { "unplugged" };
+        host.scan(number, &self.context)?;
+        self.told(at)?;
+        Ok(what)
+    }
+
+    /// A guest starts where the scheduler says.
+    fn start(&mut self, view: &View) -> anyhow::Result<&'static str> {
+        let usb = kind(self.dice.roll(KINDS));
+        let text =
+            format!(r#"{{"usb_devices":[{{"vendor_id":"{}","product_id":"{}"}}]}}"#, usb.vendor, usb.product);
+        let flavor = Flavor::parse(&text)?;
+        let selected = view.select(&Question::new(flavor.clone()), None, 1, Some(PROMISE))?;
+        let Some(best) = selected.chosen.first() else { return Ok("no host for a guest") };
+        let Some(at) = self.hosts.iter().position(|host| host.name == best.placement.host) else {
+            bail!("the scheduler names a host that there is not: {}", best.placement.host);
+        };
+        let id = u128::from(self.dice.roll(u64::MAX)) << 64 | u128::from(self.dice.roll(u64::MAX));
+        let instance: InstanceId = format!("{id:032x}").parse()?;
+        let host = &mut self.hosts[at];
+        if host.publishing.is_none() {
+            return Ok("start on a host that has just died");
+        }
+        let asker = Asker { instance, domain: format!("guest-{id:08x}"), project: None };
+        let wants: Vec<Want> = flavor
+            .usb_devices
+            .into_iter()
+            .map(|request| Want { request, lasting: false, by_hand: false })
+            .collect();
+        host.store.restart_patience();
+        match host.store.claim(&asker, &wants, &[], Standing::Firm, &mut Willing, &self.context)? {
+            Claimed::Granted(granted) => {
+                host.guests.push(instance);
+                for device in granted.iter().map(|granted| granted.device.entry.id) {
+                    if let Some(other) = self.held.insert(device, instance) {
+                        self.report.broken.push(format!("device {device} is in {other} and in {instance}"));
+                    }
+                }
+                self.told(at)?;
+                Ok("started")
+            }
+            Claimed::Short(_) | Claimed::Unfit(_) => Ok("start refused, for the fleet's view was old"),
+        }
+    }
+
+    fn stop(&mut self) -> anyhow::Result<&'static str> {
+        let with: Vec<usize> = (0..self.hosts.len())
+            .filter(|at| self.hosts[*at].publishing.is_some() && !self.hosts[*at].guests.is_empty())
+            .collect();
+        if with.is_empty() {
+            return Ok("nothing, for there is no guest");
+        }
+        let at = with[self.dice.index(with.len())];
+        let host = &mut self.hosts[at];
+        let which = self.dice.index(host.guests.len());
+        let instance = host.guests.swap_remove(which);
+        host.store.restart_patience();
+        host.store.release(instance, Extent::Run, "it stops", &self.context)?;
+        self.held.retain(|_, holder| *holder != instance);
+        self.told(at)?;
+        Ok("stopped")
+    }
+
+    /// The inventory was written.
+    fn told(&self, at: usize) -> anyhow::Result<()> {
+        let host = &self.hosts[at];
+        self.ears.written(&host.name, host.revision()?);
+        host.news.notify_one();
+        Ok(())
+    }
+
+    /// Until the watcher knows what there is.
+    fn settle(&self) -> anyhow::Result<()> {
+        let begun = Instant::now();
+        loop {
+            let missing = self.missing()?;
+            if missing.is_empty() {
+                return Ok(());
+            }
+            if begun.elapsed() > SETTLING {
+                let few: Vec<String> = missing.into_iter().take(5).collect();
+                self.ears
+                    .heard()
+                    .broken
+                    .push(format!("after {SETTLING:?} the watcher does not know: {}", few.join(", ")));
+                return Ok(());
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    fn missing(&self) -> anyhow::Result<Vec<String>> {
+        let mut missing = Vec::new();
+        for host in &self.hosts {
+            let known = self.ears.heard().now.get(&host.name).map(|(revision, _)| *revision);
+            match (&host.publishing, known) {
+                (Some(_), known) if known != Some(host.revision()?) => missing.push(host.name.clone()),
+                (None, Some(_)) => missing.push(format!("that {} is dead", host.name)),
+                _ => {}
+            }
+        }
+        Ok(missing)
+    }
+
+    fn check(&mut self, fleet: &Fleet, view: &View) -> anyhow::Result<()> {
+        let mut broken = Vec::new();
+        let mut listed: HashMap<String, Vec<u8>> = HashMap::new();
+        let mut etcd = Etcd::new(fleet.clone());
+        self.report.db_size = self.runtime.block_on(async {
+            let mut connection = etcd.connect().await?;
+            let prefix = etcd.keys().hosts();
+            let each = |kv: &etcd_client::KeyValue| {
+                let name = super::etcd::name(&prefix, kv.key()).unwrap_or_default();
+                listed.insert(name, kv.value().to_vec());
+            };
+            etcd.list(&mut connection, &prefix, each).await?;
+            Ok::<_, anyhow::Error>(
+                etcd.within("ask for its state", connection.client.status()).await?.db_size(),
+            )
+        })?;
+        let heard: HashMap<String, Vec<u8>> =
+            self.ears.heard().now.iter().map(|(name, (_, text))| (name.clone(), text.clone())).collect();
+        if heard != listed {
+            broken.push(format!(
+                "the watcher knows {} documents, a fresh list has {} and they differ",
+                heard.len(),
+                listed.len()
+            ));
+        }
+        let mut ids = HashSet::new();
+        let mut claims: HashMap<DeviceId, InstanceId> = HashMap::new();
+        for host in &self.hosts {
+            let own = host.store.host_document()?;
+            for device in own.iter().flat_map(|document| &document.devices) {
+                if !ids.insert(device.id) {
+                    broken.push(format!("two devices have the id {}", device.id));
+                }
+            }
+            claims
+                .extend(host.store.claims()?.into_iter().map(|claim| (claim.device_id, claim.instance_uuid)));
+            let published = listed.get(&host.name).map(|text| String::from_utf8_lossy(text).into_owned());
+            let published = published.map(|text| HostDocument::parse(&text)).transpose()?;
+            let expected = own.filter(|_| host.publishing.is_some());
+            if published != expected {
+                broken.push(format!("what is published of {} is not what its inventory holds", host.name));
+            }
+        }
+        if claims != self.held {
+            broken.push("what the inventories say is held is not what the guests have".to_owned());
+        }
+        for token in view.assumed().into_keys() {
+            view.cancel(&token);
+        }
+        for number in 0..KINDS {
+            let usb = kind(number);
+            let text = format!(r#"[{{"vendor_id":"{}","product_id":"{}"}}]"#, usb.vendor, usb.product);
+            let question = Question::new(Flavor::parse_lists(Some(&text), None)?);
+            let found = view.select(&question, None, 1, None)?.matched;
+            let mut expected = 0;
+            for host in self.hosts.iter().filter(|host| host.publishing.is_some()) {
+                let free = |r: &Record| r.usb() == usb && r.entry.status == "available";
+                expected += u32::from(host.store.devices()?.iter().any(free));
+            }
+            if found != expected {
+                broken.push(format!(
+                    "{found} hosts have {usb} free, says the filter; {expected}, say the inventories"
+                ));
+            }
+        }
+        self.report.broken.append(&mut broken);
+        Ok(())
+    }
+}
+
+/// A folder that goes when it is not needed any more.
+struct Folder(PathBuf);
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        drop(std::fs::remove_dir_all(&self.0));
+    }
+}
+
+fn tempfile() -> anyhow::Result<Folder> {
+    let mut random = [0; 8];
+    let _ = getrandom::fill(&mut random);
+    let name: String = random.iter().map(|byte| format!("{byte:02x}")).collect();
+    let path = std::env::temp_dir().join(format!("virt-usb-simulation-{name}"));
+    std::os::unix::fs::DirBuilderExt::mode(&mut std::fs::DirBuilder::new(), 0o700).create(&path)?;
+    Ok(Folder(path))
+}

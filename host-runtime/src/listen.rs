@@ -1,0 +1,280 @@
+//! Serving HTTP: sockets, and what a connection may cost: how many, how long, how large. Whatever comes, the others are served.
+
+use std::io;
+use std::net::SocketAddr;
+use std::os::unix::fs::{FileTypeExt as _, PermissionsExt as _};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use hyper::body::Incoming;
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt as _};
+use tokio::net::{TcpListener, TcpStream, UnixListener};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio_io_timeout::TimeoutStream;
+use tokio_rustls::TlsAcceptor;
+use tokio_rustls::rustls;
+use tokio_rustls::rustls::pki_types::pem::{self, PemObject as _};
+use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use tower::Service as _;
+use virt_usb_hook::config::Tls;
+
+use crate::stamp::{Stamp, stamp};
+
+/// Connections over the network at once; the unix socket has as many of its own.
+pub(crate) const CONNECTIONS: usize = 256;
+/// How long the head of a request may take to arrive, and a connection may idle.
+const HEAD_TIME: Duration = Duration::from_secs(30);
+/// The largest head, in bytes.
+const HEAD: usize = 16 << 10;
+/// How long TLS may take to begin.
+const HANDSHAKE_TIME: Duration = Duration::from_secs(10);
+/// How long a reader may take nothing.
+const WRITE_TIME: Duration = Duration::from_secs(30);
+/// After so long a connection is to end with the answer that it is at: whoever reads a byte now and then keeps its place no longer.
+const CONNECTION_TIME: Duration = Duration::from_secs(600);
+/// How long requests that were begun may take once the end has come.
+pub(crate) const END_TIME: Duration = Duration::from_secs(15);
+/// Until a socket that could not be had is tried again.
+const RETRY: Duration = Duration::from_secs(10);
+
+/// From where a connection comes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Peer {
+    /// Over the network.
+    Remote(std::net::IpAddr),
+    /// Over the unix socket, which only those can open who may enter its folder and write to it.
+    Local { uid: u32 },
+}
+
+/// What is served at a socket. Requests find a [`Peer`] among their extensions.
+#[derive(Clone)]
+pub(crate) struct Server {
+    /// For messages: `the API`.
+    pub(crate) what: &'static str,
+    pub(crate) router: Router,
+    /// A place for each connection.
+    pub(crate) limit: Arc<Semaphore>,
+    pub(crate) stopping: watch::Receiver<bool>,
+}
+
+impl Server {
+    pub(crate) async fn network(self, address: SocketAddr, mut tls: Option<Certificate>) {
+        let bind = || async move { TcpListener::bind(address).await };
+        let Some(listener) = self.listen(&address.to_string(), bind).await else { return };
+        let at = listener.local_addr().map_or_else(|_| address.to_string(), |at| at.to_string());
+        let scheme = if tls.is_some() { "https" } else { "http" };
+        tracing::info!("{} is served at {scheme}://{at}/", self.what);
+        let mut stopping = self.stopping.clone();
+        loop {
+            let accepted = tokio::select! {
+                accepted = listener.accept() => accepted,
+                () = end(&mut stopping) => return,
+            };
+            match accepted {
+                Ok((stream, from)) => {
+                    // Answers are small and whole: nothing is gained by waiting for more.
+                    drop(stream.set_nodelay(true));
+                    let peer = Peer::Remote(from.ip());
+                    match tls.as_mut().map(Certificate::now) {
+                        None => self.take(stream, peer),
+                        Some(Some(acceptor)) => self.shake_hands(stream, peer, &acceptor),
+                        // It is said why, and tried again with the next.
+                        Some(None) => {}
+                    }
+                }
+                Err(e) => pause(self.what, &e).await,
+            }
+        }
+    }
+
+    pub(crate) async fn local(self, path: PathBuf) {
+        let place = path.clone();
+        let bind = || async { bind_local(&place) };
+        let Some(listener) = self.listen(&path.display().to_string(), bind).await else { return };
+        let mut stopping = self.stopping.clone();
+        loop {
+            let accepted = tokio::select! {
+                accepted = listener.accept() => accepted,
+                () = end(&mut stopping) => return,
+            };
+            match accepted {
+                Ok((stream, _)) => match stream.peer_cred() {
+                    Ok(peer) => self.take(stream, Peer::Local { uid: peer.uid() }),
+                    Err(e) => tracing::warn!("somebody at {} cannot be named: {e}", path.display()),
+                },
+                Err(e) => pause(self.what, &e).await,
+            }
+        }
+    }
+
+    /// The socket, as soon as it can be had; none where the end comes first.
+    async fn listen<L, F: Future<Output = io::Result<L>>>(
+        &self,
+        place: &str,
+        bind: impl Fn() -> F,
+    ) -> Option<L> {
+        let mut stopping = self.stopping.clone();
+        let mut told = false;
+        loop {
+            match bind().await {
+                Ok(listener) => return Some(listener),
+                Err(e) if !told => {
+                    tracing::error!(
+                        "{} cannot be served at {place}: {e}; it is tried again every {} s",
+                        self.what,
+                        RETRY.as_secs()
+                    );
+                    told = true;
+                }
+                Err(_) => {}
+            }
+            tokio::select! {
+                () = tokio::time::sleep(RETRY) => {}
+                () = end(&mut stopping) => return None,
+            }
+        }
+    }
+
+    /// Serves a connection, if there are not too many already.
+    fn take(&self, stream: impl AsyncRead + AsyncWrite + Send + 'static, peer: Peer) {
+        match self.limit.clone().try_acquire_owned() {
+            Ok(place) => drop(tokio::spawn(self.clone().serve(stream, peer, place))),
+            Err(_) => drop(tokio::spawn(turn_away(stream))),
+        }
+    }
+
+    /// The same, once it is encrypted.
+    fn shake_hands(&self, stream: TcpStream, peer: Peer, acceptor: &TlsAcceptor) {
+        // There is nobody yet to whom to say that there are too many.
+        let Ok(place) = self.limit.clone().try_acquire_owned() else { return };
+        let (accepted, server) = (acceptor.accept(stream), self.clone());
+        tokio::spawn(async move {
+            match tokio::time::timeout(HANDSHAKE_TIME, accepted).await {
+                Ok(Ok(stream)) => server.serve(stream, peer, place).await,
+                Ok(Err(e)) => tracing::debug!("no TLS with {peer:?}: {e}"),
+                Err(_) => {}
+            }
+        });
+    }
+
+    async fn serve(
+        self,
+        stream: impl AsyncRead + AsyncWrite + Send + 'static,
+        peer: Peer,
+        place: OwnedSemaphorePermit,
+    ) {
+        let Self { router, mut stopping, .. } = self;
+        let mut stream = TimeoutStream::new(stream);
+        stream.set_write_timeout(Some(WRITE_TIME));
+        let service = service_fn(move |mut request: hyper::Request<Incoming>| {
+            request.extensions_mut().insert(peer);
+            router.clone().call(request)
+        });
+        let mut builder = http1::Builder::new();
+        builder.timer(TokioTimer::new()).header_read_timeout(HEAD_TIME).max_buf_size(HEAD);
+        let serving = builder.serve_connection(TokioIo::new(Box::pin(stream)), service);
+        let mut serving = std::pin::pin!(serving);
+        // How a connection ends is its client's matter.
+        tokio::select! {
+            _ = serving.as_mut() => {}
+            _ = tokio::time::timeout(CONNECTION_TIME, end(&mut stopping)) => {
+                serving.as_mut().graceful_shutdown();
+                drop(tokio::time::timeout(END_TIME, serving).await);
+            }
+        }
+        drop(place);
+    }
+}
+
+/// A certificate, read again when its files have changed: one that is renewed needs no restart.
+pub(crate) struct Certificate {
+    files: Tls,
+    stamp: Option<(Option<Stamp>, Option<Stamp>)>,
+    acceptor: Option<TlsAcceptor>,
+}
+
+impl Certificate {
+    pub(crate) const fn new(files: Tls) -> Self {
+        Self { files, stamp: None, acceptor: None }
+    }
+
+    /// As it is now; the one before, where what is there now is wrong.
+    fn now(&mut self) -> Option<TlsAcceptor> {
+        let now = (stamp(&self.files.certificate), stamp(&self.files.key));
+        if self.stamp != Some(now) {
+            self.stamp = Some(now);
+            match self.read() {
+                Ok(acceptor) => self.acceptor = Some(acceptor),
+                Err(e) => {
+                    let then = if self.acceptor.is_some() {
+                        "the one before counts on"
+                    } else {
+                        "nobody is let in over the network"
+                    };
+                    tracing::error!("the API's certificate cannot be used: {e}; {then}");
+                }
+            }
+        }
+        self.acceptor.clone()
+    }
+
+    fn read(&self) -> Result<TlsAcceptor, String> {
+        let Tls { certificate, key } = &self.files;
+        let of = |file: &Path| {
+            let file = file.display().to_string();
+            move |e: pem::Error| format!("{file}: {e}")
+        };
+        let chain: Vec<CertificateDer<'static>> = CertificateDer::pem_file_iter(certificate)
+            .and_then(Iterator::collect)
+            .map_err(of(certificate))?;
+        let private = PrivateKeyDer::from_pem_file(key).map_err(of(key))?;
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let config =
+            rustls::ServerConfig::builder_with_provider(provider).with_safe_default_protocol_versions();
+        let config = config.and_then(|config| config.with_no_client_auth().with_single_cert(chain, private));
+        let mut config = config.map_err(|e| e.to_string())?;
+        config.alpn_protocols = vec![b"http/1.1".to_vec()];
+        Ok(TlsAcceptor::from(Arc::new(config)))
+    }
+}
+
+/// Until it is to end.
+async fn end(stopping: &mut watch::Receiver<bool>) {
+    drop(stopping.wait_for(|stop| *stop).await);
+}
+
+/// Too many open files, for instance: those that there are will end.
+async fn pause(what: &str, e: &io::Error) {
+    tracing::warn!("{what} cannot take a connection: {e}");
+    tokio::time::sleep(Duration::from_millis(100)).await;
+}
+
+async fn turn_away(stream: impl AsyncRead + AsyncWrite + Send) {
+    let body = r#"{"serviceUnavailable":{"code":503,"message":"Too many connections: try again."}}"#;
+    let text = format!(
+        "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 5\r\nConnection: close\r\nContent-Length: {}\r\n\r\n{body}",
+        body.len()
+    );
+    let mut stream = std::pin::pin!(stream);
+    let told = async {
+        stream.write_all(text.as_bytes()).await?;
+        stream.shutdown().await
+    };
+    drop(tokio::time::timeout(Duration::from_secs(1), told).await);
+}
+
+/// In `state_dir`, which only root and the agent's group may enter.
+fn bind_local(path: &Path) -> io::Result<UnixListener> {
+    if std::fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket()) {
+        // What an agent before this one has left: there is one a host, and it holds the lock.
+        std::fs::remove_file(path)?;
+    }
+    let listener = UnixListener::bind(path)?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o660))?;
+    Ok(listener)
+}

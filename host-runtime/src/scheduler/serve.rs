@@ -1,0 +1,293 @@
+//! Its calls. Whatever comes is answered with JSON; a failure is `{"error": "…"}`, and never looks like "no host".
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use axum::body::Bytes;
+use axum::extract::{DefaultBodyLimit, MatchedPath, Path, Request, State};
+use axum::http::{StatusCode, header};
+use axum::middleware::{Next, from_fn_with_state};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{delete, get, post};
+use axum::{Json, Router};
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+use virt_usb_filter_host::{Error, Question, Rejection, Verdict};
+use virt_usb_model::{Flavor, ProjectId};
+
+use super::view::{Chosen, View};
+
+/// The largest question, in bytes: the names of a hundred thousand hosts.
+const BODY: usize = 8 << 20;
+/// So many hosts are named where nobody says how many.
+const LIMIT: u32 = 10;
+/// The longest that a promise counts.
+const LONGEST: u64 = 3600;
+
+struct Service {
+    view: Arc<View>,
+    max_age: Duration,
+}
+
+pub(super) fn router(view: Arc<View>, max_age: Duration) -> Router {
+    let service = Arc::new(Service { view, max_age });
+    Router::new()
+        .route("/select", post(select))
+        .route("/explain", post(explain))
+        .route("/assumptions", get(assumptions))
+        .route("/assumptions/{token}", delete(cancel))
+        .route("/health", get(health))
+        .route("/metrics", get(metrics))
+        .method_not_allowed_fallback(|| async {
+            Fault::new(StatusCode::METHOD_NOT_ALLOWED, "this is asked otherwise: see README, \"A scheduler\"")
+        })
+        .fallback(|| async {
+            Fault::new(
+                StatusCode::NOT_FOUND,
+                "there is /select, /explain, /assumptions, /health and /metrics",
+            )
+        })
+        .layer(DefaultBodyLimit::max(BODY))
+        .layer(from_fn_with_state(service.clone(), count))
+        .with_state(service)
+}
+
+/// What went wrong.
+struct Fault {
+    status: StatusCode,
+    why: String,
+}
+
+impl Fault {
+    fn new(status: StatusCode, why: impl Into<String>) -> Self {
+        Self { status, why: why.into() }
+    }
+
+    fn bad(why: impl Into<String>) -> Self {
+        Self::new(StatusCode::BAD_REQUEST, why)
+    }
+}
+
+impl IntoResponse for Fault {
+    fn into_response(self) -> Response {
+        (self.status, Json(json!({ "error": self.why }))).into_response()
+    }
+}
+
+impl From<Error> for Fault {
+    fn from(e: Error) -> Self {
+        match e {
+            Error::Refused(why) => Self::bad(why),
+            broken @ Error::Broken { .. } => {
+                tracing::error!("{broken}");
+                Self::new(StatusCode::INTERNAL_SERVER_ERROR, broken.to_string())
+            }
+        }
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Select {
+    flavor: serde_json::Value,
+    project: Option<String>,
+    hosts: Option<Vec<String>>,
+    limit: Option<u32>,
+    /// Seconds.
+    assume: Option<u64>,
+}
+
+#[derive(Serialize)]
+struct Selected {
+    /// Hosts that can serve, named or not.
+    matched: u32,
+    placements: Vec<Chosen>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    token: Option<String>,
+    /// How many hosts cannot serve for which reason; where none can.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    reasons: BTreeMap<String, usize>,
+    /// Hosts that are known.
+    hosts: usize,
+    /// For how long nothing was heard of the fleet, in seconds.
+    age: u64,
+}
+
+async fn select(State(service): State<Arc<Service>>, body: Bytes) -> Result<Json<Selected>, Fault> {
+    let asked: Select = read(&body)?;
+    let question = question(&asked.flavor, asked.project.as_deref())?;
+    if asked.assume.is_some_and(|seconds| !(1..=LONGEST).contains(&seconds)) {
+        return Err(Fault::bad(format!("assume: wanted 1 to {LONGEST} seconds")));
+    }
+    let age = service.fresh()?;
+    let assume = asked.assume.map(Duration::from_secs);
+    let limit = asked.limit.unwrap_or(LIMIT);
+    let candidates = asked.hosts.as_deref();
+    let answer = tokio::task::block_in_place(|| {
+        let selected = service.view.select(&question, candidates, limit, assume)?;
+        let mut reasons = BTreeMap::new();
+        if selected.matched == 0 {
+            let named = |host: &String| candidates.is_none_or(|hosts| hosts.contains(host));
+            for (_, why) in service.view.rejected(&question)?.into_iter().filter(|(host, _)| named(host)) {
+                *reasons.entry(why.reason.name().to_owned()).or_default() += 1;
+            }
+        }
+        Ok::<_, Error>((selected, reasons))
+    });
+    let (selected, reasons) = answer?;
+    Ok(Json(Selected {
+        matched: selected.matched,
+        placements: selected.chosen,
+        token: selected.token,
+        reasons,
+        hosts: service.view.hosts(),
+        age: age.as_secs(),
+    }))
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Explain {
+    flavor: serde_json::Value,
+    project: Option<String>,
+    host: Option<String>,
+}
+
+#[derive(Serialize)]
+struct Explained {
+    /// By host.
+    verdicts: BTreeMap<String, Said>,
+    age: u64,
+}
+
+#[derive(Serialize)]
+struct Said {
+    #[serde(flatten)]
+    verdict: Verdict,
+    /// The same in words.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    because: Option<String>,
+}
+
+impl Said {
+    fn new(verdict: Verdict) -> Self {
+        let because = match &verdict {
+            Verdict::Rejected(why) => Some(why.to_string()),
+            Verdict::Accepted { .. } => None,
+        };
+        Self { verdict, because }
+    }
+}
+
+/// One host, or all that cannot serve.
+async fn explain(State(service): State<Arc<Service>>, body: Bytes) -> Result<Json<Explained>, Fault> {
+    let asked: Explain = read(&body)?;
+    let question = question(&asked.flavor, asked.project.as_deref())?;
+    let age = service.fresh()?.as_secs();
+    let verdicts = tokio::task::block_in_place(|| match &asked.host {
+        Some(host) => {
+            let verdict = service.view.explain(&question, host)?;
+            Ok::<_, Error>(BTreeMap::from([(host.clone(), Said::new(verdict))]))
+        }
+        None => {
+            let said = |(host, why): (String, Rejection)| (host, Said::new(Verdict::Rejected(why)));
+            Ok(service.view.rejected(&question)?.into_iter().map(said).collect())
+        }
+    })?;
+    Ok(Json(Explained { verdicts, age }))
+}
+
+async fn assumptions(State(service): State<Arc<Service>>) -> Response {
+    Json(json!({ "assumptions": service.view.assumed() })).into_response()
+}
+
+async fn cancel(State(service): State<Arc<Service>>, Path(token): Path<String>) -> Response {
+    match service.view.cancel(&token) {
+        Some(_) => StatusCode::NO_CONTENT.into_response(),
+        None => Fault::new(
+            StatusCode::NOT_FOUND,
+            "there is no such token, or not any more: its time was up, or its host has published its devices",
+        )
+        .into_response(),
+    }
+}
+
+async fn health(State(service): State<Arc<Service>>) -> Response {
+    let hearing = service.view.hearing().clone();
+    let (age, hosts) = (service.view.age(), service.view.hosts());
+    let ready = hearing.listed && age <= service.max_age;
+    let status = if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    let body = json!({
+        "ready": ready,
+        "hosts": hosts,
+        "age": age.as_secs(),
+        "deaf": hearing.deaf.map(|(_, why)| why),
+        "refused": hearing.refused,
+    });
+    (status, Json(body)).into_response()
+}
+
+async fn metrics(State(service): State<Arc<Service>>) -> Response {
+    let (view, metrics) = (&service.view, &service.view.metrics);
+    let whole = |n: usize| i64::try_from(n).unwrap_or(i64::MAX);
+    metrics.hosts.set(whole(view.hosts()));
+    metrics.assumed.set(whole(view.assumed().len()));
+    metrics.hearing.set(i64::from(view.hearing().deaf.is_none()));
+    let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+    ([(header::CONTENT_TYPE, kind)], metrics.text()).into_response()
+}
+
+impl Service {
+    /// How old what is known is, where it may be asked at all.
+    fn fresh(&self) -> Result<Duration, Fault> {
+        let hearing = self.view.hearing().clone();
+        let deaf = hearing.deaf.map(|(since, why)| (since.elapsed(), why));
+        let unavailable = |why: String| Err(Fault::new(StatusCode::SERVICE_UNAVAILABLE, why));
+        match deaf {
+            Some((_, why)) if !hearing.listed => unavailable(format!("the fleet is not known yet: {why}")),
+            Some((age, why)) if age > self.max_age => {
+                unavailable(format!("nothing was heard of the fleet for {} s: {why}", age.as_secs()))
+            }
+            Some((age, _)) => Ok(age),
+            None => Ok(Duration::ZERO),
+        }
+    }
+}
+
+fn read<'a, T: Deserialize<'a>>(body: &'a [u8]) -> Result<T, Fault> {
+    serde_json::from_slice(body).map_err(|e| Fault::bad(format!("the body cannot be read: {e}")))
+}
+
+/// The flavor is an object as it is stored, or its list of devices alone.
+fn question(flavor: &serde_json::Value, project: Option<&str>) -> Result<Question, Fault> {
+    let text = flavor.to_string();
+    let read = match flavor {
+        serde_json::Value::Array(_) => Flavor::parse_lists(Some(&text), None),
+        _ => Flavor::parse(&text),
+    };
+    let flavor = read.map_err(|e| Fault::bad(format!("flavor: {e}")))?;
+    let project: Option<ProjectId> =
+        project.map(str::parse).transpose().map_err(|e| Fault::bad(format!("project: {e}")))?;
+    Ok(Question { project, ..Question::new(flavor) })
+}
+
+/// Counts what is answered.
+async fn count(
+    State(service): State<Arc<Service>>,
+    path: Option<MatchedPath>,
+    request: Request,
+    next: Next,
+) -> Response {
+    let begun = Instant::now();
+    let path = match path.as_ref().map(MatchedPath::as_str) {
+        Some("/select") => "/select",
+        Some("/explain") => "/explain",
+        Some("/assumptions" | "/assumptions/{token}") => "/assumptions",
+        Some(_) => "/health",
+        None => "other",
+    };
+    let response = next.run(request).await;
+    service.view.metrics.answered(path, response.status().as_u16(), begun.elapsed().as_secs_f64());
+    response
+}

@@ -1,0 +1,171 @@
+//! A real etcd, in a folder of its own, on loopback.
+
+use std::net::TcpListener;
+use std::path::Path;
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+/// One etcd, alone or a member of a cluster.
+pub struct Etcd {
+    dir: tempfile::TempDir,
+    name: String,
+    port: u16,
+    peer: u16,
+    /// All members, as `--initial-cluster` wants them.
+    cluster: String,
+    arguments: Vec<String>,
+    scheme: &'static str,
+    child: Option<Child>,
+}
+
+fn free_port() -> u16 {
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
+
+impl Etcd {
+    /// A fresh one, which answers.
+    pub fn new() -> Self {
+        Self::with(&[], "http")
+    }
+
+    /// The same with more arguments, over this scheme.
+    pub fn with(arguments: &[String], scheme: &'static str) -> Self {
+        let mut etcd = Self::member("one", arguments, scheme);
+        etcd.cluster = etcd.peer_url();
+        etcd.start();
+        etcd
+    }
+
+    /// A cluster of so many members, which answers.
+    pub fn cluster(members: usize, arguments: &[String]) -> Vec<Self> {
+        let mut all: Vec<Self> =
+            (0..members).map(|n| Self::member(&format!("m{n}"), arguments, "http")).collect();
+        let cluster = all.iter().map(Self::peer_url).collect::<Vec<_>>().join(",");
+        for member in &mut all {
+            member.cluster.clone_from(&cluster);
+            member.spawn();
+        }
+        all.iter().for_each(Self::wait);
+        all
+    }
+
+    fn member(name: &str, arguments: &[String], scheme: &'static str) -> Self {
+        Self {
+            dir: tempfile::tempdir().unwrap(),
+            name: name.to_owned(),
+            port: free_port(),
+            peer: free_port(),
+            cluster: String::new(),
+            arguments: arguments.to_vec(),
+            scheme,
+            child: None,
+        }
+    }
+
+    fn peer_url(&self) -> String {
+        format!("{}=http://127.0.0.1:{}", self.name, self.peer)
+    }
+
+    /// Its folder.
+    pub fn path(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// Where it answers.
+    pub fn endpoint(&self) -> String {
+        format!("{}://127.0.0.1:{}", self.scheme, self.port)
+    }
+
+    /// Lines of a configuration that name it, and a machine by a file of that text.
+    pub fn keys(&self, machine: &Path, more: &str) -> String {
+        format!(
+            "[fleet]\nendpoints = [{:?}]\nmachine_id = {:?}\nlease = 5\n{more}\n",
+            self.endpoint(),
+            machine.display().to_string()
+        )
+    }
+
+    /// Starts it again, with what it had.
+    pub fn start(&mut self) {
+        self.spawn();
+        self.wait();
+    }
+
+    fn spawn(&mut self) {
+        let peer = format!("http://127.0.0.1:{}", self.peer);
+        let log =
+            std::fs::File::options().append(true).create(true).open(self.dir.path().join("log")).unwrap();
+        let child = Command::new("etcd")
+            .arg("--data-dir")
+            .arg(self.dir.path().join("data"))
+            .args(["--listen-client-urls", &self.endpoint(), "--advertise-client-urls", &self.endpoint()])
+            .args(["--listen-peer-urls", &peer, "--initial-advertise-peer-urls", &peer])
+            .args(["--name", &self.name, "--initial-cluster", &self.cluster])
+            .args(&self.arguments)
+            .stdout(Stdio::null())
+            .stderr(log)
+            .spawn()
+            .unwrap_or_else(|e| panic!("etcd: {e}: 'make test-deps' installs it"));
+        self.child = Some(child);
+    }
+
+    fn wait(&self) {
+        let deadline = Instant::now() + Duration::from_secs(30);
+        let up = || std::net::TcpStream::connect(("127.0.0.1", self.port)).is_ok();
+        while !up() {
+            let log = || std::fs::read_to_string(self.dir.path().join("log")).unwrap_or_default();
+            assert!(Instant::now() < deadline, "etcd does not answer: {}", log());
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    /// Sends it a signal.
+    pub fn signal(&self, signal: &str) {
+        let pid = self.child.as_ref().map(|child| child.id().to_string()).unwrap_or_default();
+        assert!(Command::new("kill").arg(signal).arg(pid).status().unwrap().success());
+    }
+
+    /// Ends it, as a power cut would.
+    pub fn kill(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            child.kill().unwrap();
+            child.wait().unwrap();
+        }
+    }
+
+    /// Asks it by its own command line.
+    pub fn etcdctl(&self, arguments: &[&str]) -> Output {
+        let ctl = Command::new("etcdctl")
+            .env("ETCDCTL_API", "3")
+            .env("ETCDCTL_ENDPOINTS", self.endpoint())
+            .args(arguments)
+            .stdin(Stdio::null())
+            .output();
+        ctl.unwrap_or_else(|e| panic!("etcdctl: {e}: 'make test-deps' installs it"))
+    }
+
+    /// What a key holds; empty: nothing.
+    pub fn get(&self, key: &str) -> String {
+        let output = self.etcdctl(&["get", "--print-value-only", key]);
+        assert!(output.status.success(), "{output:?}");
+        String::from_utf8(output.stdout).unwrap().trim_end().to_owned()
+    }
+
+    /// Puts a key.
+    pub fn put(&self, key: &str, value: &str) {
+        let output = self.etcdctl(&["put", key, value]);
+        assert!(output.status.success(), "{output:?}");
+    }
+}
+
+impl Default for Etcd {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Drop for Etcd {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
