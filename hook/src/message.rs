@@ -98,7 +98,7 @@ fn unavailable(record: &Record) -> String {
         Some(Reason::Disabled) => record.disabled.as_deref(),
         Some(Reason::Quarantined) => record.quarantined.as_deref(),
         Some(Reason::Flapping) => record.flapping_until.as_deref(),
-        Some(Reason::Whitelist) | None => None,
+        Some(Reason::Whitelist | Reason::Unreachable) | None => None,
     };
     format!("{} is {status}{}", device(record), more.map(|m| format!(": {m}")).unwrap_or_default())
 }
@@ -117,7 +117,7 @@ fn set_aside(record: &Record) -> Option<&'static str> {
         Reason::Flapping => {
             Some("Look at its plug, its cable and its hub; it is offered again once it has stayed")
         }
-        Reason::Whitelist | Reason::HostUse => None,
+        Reason::Whitelist | Reason::HostUse | Reason::Unreachable => None,
     }
 }
 

@@ -34,12 +34,20 @@ pub enum Reason {
     Quarantined,
     /// It comes and goes too often.
     Flapping,
+    /// Its host is not heard of. In no host's own inventory: others say so of it.
+    Unreachable,
 }
 
 impl Reason {
     /// All of them.
-    pub const ALL: [Self; 5] =
-        [Self::Whitelist, Self::HostUse, Self::Disabled, Self::Quarantined, Self::Flapping];
+    pub const ALL: [Self; 6] = [
+        Self::Whitelist,
+        Self::HostUse,
+        Self::Disabled,
+        Self::Quarantined,
+        Self::Flapping,
+        Self::Unreachable,
+    ];
 
     /// The spelling of the inventory's `status_reason`.
     pub const fn name(self) -> &'static str {
@@ -49,6 +57,7 @@ impl Reason {
             Self::Disabled => "disabled",
             Self::Quarantined => "quarantined",
             Self::Flapping => "flapping",
+            Self::Unreachable => "unreachable",
         }
     }
 }
@@ -64,7 +73,7 @@ impl FromStr for Reason {
         Self::ALL.into_iter().find(|r| r.name() == text).ok_or_else(|| {
             ParseError::new(
                 alloc::format!("{text:?}"),
-                "whitelist, host-use, disabled, quarantined or flapping",
+                "whitelist, host-use, disabled, quarantined, flapping or unreachable",
             )
         })
     }

@@ -96,8 +96,8 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
     follow_signals(to_devices.clone(), to_guests.clone())?;
     let world = World::new(&config, simulation, &to_devices, &to_guests)?;
     let guests = Guests::new(rules.clone(), world.hypervisor.clone(), metrics.clone(), &to_guests)?;
+    let publishing = publish(&config, &world.hypervisor, metrics.clone(), &host)?;
     let api = serve_api(&rules, world.hypervisor, metrics.clone(), &host)?;
-    let publishing = publish(&config, metrics.clone(), &host)?;
     let devices = Devices {
         rules,
         source: world.source,
@@ -165,11 +165,17 @@ impl World {
 }
 
 /// Tells the fleet what this host has, where there is one.
-fn publish(config: &Config, metrics: Arc<Metrics>, host: &str) -> anyhow::Result<Option<Publishing>> {
+fn publish(
+    config: &Config,
+    hypervisor: &Arc<dyn Hypervisor>,
+    metrics: Arc<Metrics>,
+    host: &str,
+) -> anyhow::Result<Option<Publishing>> {
     let Some(fleet) = config.fleet.clone() else { return Ok(None) };
     let state_dir = config.state_dir.clone();
     let procfs_root = config.procfs_root.clone();
-    let publisher = Publisher { fleet, state_dir, procfs_root, host: host.to_owned(), metrics };
+    let (hypervisor, host) = (Some(hypervisor.clone()), host.to_owned());
+    let publisher = Publisher { fleet, state_dir, procfs_root, host, hypervisor, metrics };
     Ok(Some(publisher.start().context("cannot tell the fleet of this host")?))
 }
 

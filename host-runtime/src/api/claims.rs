@@ -30,7 +30,7 @@ pub(super) async fn list(State(api): State<Arc<Api>>, Asks(caller): Asks) -> Res
     let snapshot = api.inventory.now()?;
     let known: Vec<&ClaimRow> = snapshot.claims().filter(|claim| may_know_holder(&caller, claim)).collect();
     let is_known = |instance| caller.is_admin() || known.iter().any(|claim| claim.instance_uuid == instance);
-    let problems = snapshot.problems.iter().filter(|problem| is_known(problem.instance_uuid));
+    let problems = snapshot.own.problems.iter().filter(|problem| is_known(problem.instance_uuid));
     Ok(Json(Claims {
         usb_claims: known.iter().map(|claim| UsbClaim::from(*claim)).collect(),
         usb_problems: problems.map(UsbProblem::from).collect(),

@@ -263,6 +263,12 @@ pub(super) async fn change(
     change: Change,
 ) -> Result<UsbDevice, Fault> {
     let (id, _) = api.device(caller, Call::ChangeDevice, &name)?;
+    if let Some(other) = api.inventory.now()?.elsewhere(id) {
+        return Err(Fault::conflict(format!(
+            "USB device {id} is on host {}: it is changed by that host's API.",
+            other.name
+        )));
+    }
     let (actor, told) = (caller.clone(), name.clone());
     api.blocking(move |api| {
         let mut store = api.store()?;

@@ -1,6 +1,6 @@
 //! What is answered, key by key. The first eleven of a device, their order and their types are the API's promise; more may follow them.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use virt_usb_model::{DeviceRequest, Flavor, RedirectionRequest};
 use virt_usb_store::events::EventRow;
@@ -11,7 +11,7 @@ use super::identity::Caller;
 use super::policy::may_know_holder;
 
 /// A device, as its caller may see it.
-#[derive(Debug, Serialize, ToSchema)]
+#[derive(Debug, Serialize, Deserialize, ToSchema)]
 pub(super) struct UsbDevice {
     pub(super) id: u64,
     pub(super) compute_node_id: u64,
@@ -32,7 +32,7 @@ pub(super) struct UsbDevice {
     pub(super) extra_info: String,
     /// Who has it, for those who may know; else empty.
     pub(super) instance_uuid: String,
-    /// Why it is unavailable: `whitelist`, `host-use`, `disabled`, `quarantined`, `flapping`.
+    /// Why it is unavailable: `whitelist`, `host-use`, `disabled`, `quarantined`, `flapping`, `unreachable`.
     pub(super) status_reason: Option<String>,
     /// Where it is plugged in: `1-1.4`.
     pub(super) port_path: String,
@@ -99,7 +99,8 @@ impl UsbDevice {
             product_name: e.product_name.clone(),
             tags: e.tags.clone(),
             held_by: known.map(|claim| claim.domain.clone()),
-            held_since: known.map(|claim| claim.created_at.clone()),
+            // Of another host's that is not published.
+            held_since: known.map(|claim| claim.created_at.clone()).filter(|at| !at.is_empty()),
             projects: admin.then(|| e.projects.iter().map(ToString::to_string).collect()),
             host_use: e.host_use.clone().filter(|_| admin),
             created_at: record.created_at.clone(),

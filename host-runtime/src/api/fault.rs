@@ -102,6 +102,33 @@ impl Fault {
         )
     }
 
+    /// What another host has answered.
+    pub(super) fn of_other(status: u16, message: Option<&str>, host: &str) -> Self {
+        let status = StatusCode::from_u16(status)
+            .ok()
+            .filter(|status| status.is_client_error() || status.is_server_error());
+        match (status, message) {
+            (Some(StatusCode::SERVICE_UNAVAILABLE), Some(message)) => Self::unavailable(message),
+            (Some(status), Some(message)) => Self::new(status, message),
+            _ => Self::internal(format!("host {host} gave no answer that can be read")),
+        }
+    }
+
+    pub(super) fn fleet_away(private: String) -> Self {
+        Self::away(
+            "Other hosts cannot be asked from here now. The host's administrator finds why in the agent's log.",
+            private,
+        )
+    }
+
+    pub(super) const fn status(&self) -> StatusCode {
+        self.status
+    }
+
+    pub(super) fn message(&self) -> &str {
+        &self.message
+    }
+
     fn away(message: &str, private: impl Into<String>) -> Self {
         Self { private: Some(private.into()), ..Self::unavailable(message) }
     }

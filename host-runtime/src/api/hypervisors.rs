@@ -8,7 +8,6 @@ use axum::extract::State;
 use axum::http::header::{CONTENT_TYPE, HeaderName};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
-use virt_usb_store::LONE_NODE;
 
 use super::Api;
 use super::documents::{Totals, UsbDevice};
@@ -17,6 +16,7 @@ use super::identity::Caller;
 use super::inventory::Snapshot;
 use super::policy::{Call, may};
 use super::request::{Asks, Named};
+use crate::fleet::others::Other;
 
 /// A path's host.
 #[derive(Deserialize)]
@@ -29,7 +29,7 @@ pub(super) struct HostName {
 pub(super) struct Listed {
     id: u64,
     hypervisor_hostname: String,
-    /// As Nova has it.
+    /// As Nova has it: `up`, or `down` where the fleet does not hear of it.
     state: &'static str,
     /// As Nova has it.
     status: &'static str,
@@ -59,16 +59,30 @@ pub(super) struct Hypervisor {
     hypervisor: Shown,
 }
 
-fn listed(api: &Api, snapshot: &Snapshot, caller: &Caller) -> Listed {
-    let known = snapshot.host.as_ref();
+fn own(api: &Api, snapshot: &Snapshot, caller: &Caller) -> Listed {
+    let known = snapshot.own.host.as_ref();
+    let seen = snapshot.own_devices().filter(|record| snapshot.sees(caller, record));
     Listed {
-        id: known.map_or(LONE_NODE, |host| host.id),
+        id: snapshot.number(),
         hypervisor_hostname: api.host.clone(),
         state: "up",
         status: "enabled",
-        usb_device_totals: Totals::of(snapshot.seen(caller)),
+        usb_device_totals: Totals::of(seen),
         revision: known.filter(|_| caller.is_admin()).map(|host| host.revision),
         scanned_at: known.and_then(|host| host.scanned_at.clone()),
+    }
+}
+
+fn other(other: &Other, snapshot: &Snapshot, caller: &Caller) -> Listed {
+    let seen = other.devices.iter().filter(|record| snapshot.sees(caller, record));
+    Listed {
+        id: other.number,
+        hypervisor_hostname: other.name.clone(),
+        state: if other.reachable { "up" } else { "down" },
+        status: "enabled",
+        usb_device_totals: Totals::of(seen),
+        revision: Some(other.revision).filter(|_| caller.is_admin()),
+        scanned_at: None,
     }
 }
 
@@ -81,7 +95,11 @@ pub(super) async fn list(
 ) -> Result<Json<Hypervisors>, Fault> {
     Fault::unless(may(&caller, Call::Look), Fault::forbidden)?;
     let snapshot = api.inventory.now()?;
-    Ok(Json(Hypervisors { hypervisors: vec![listed(&api, &snapshot, &caller)] }))
+    let mut hypervisors: Vec<Listed> =
+        snapshot.others.values().map(|one| other(one, &snapshot, &caller)).collect();
+    hypervisors.push(own(&api, &snapshot, &caller));
+    hypervisors.sort_by_key(|listed| listed.id);
+    Ok(Json(Hypervisors { hypervisors }))
 }
 
 /// A host and its devices
@@ -94,15 +112,23 @@ pub(super) async fn show(
     Named(HostName { hypervisor_hostname: name }): Named<HostName>,
 ) -> Result<([(HeaderName, &'static str); 1], Bytes), Fault> {
     Fault::unless(may(&caller, Call::Look), Fault::forbidden)?;
-    if name != api.host {
-        return Err(Fault::not_found(format!("Compute host {name} could not be found.")));
-    }
     let snapshot = api.inventory.now()?;
-    let body = snapshot.answer(&caller, || {
-        let usb_device_stats = snapshot.seen(&caller).map(|record| snapshot.shown(record, &caller)).collect();
-        let shown = Shown { usb_device_stats, listed: listed(&api, &snapshot, &caller) };
+    let body = if name == api.host {
+        snapshot.answer(&caller, || {
+            let devices = snapshot.own_devices().filter(|record| snapshot.sees(&caller, record));
+            let usb_device_stats = devices.map(|record| snapshot.shown(record, &caller)).collect();
+            let shown = Shown { usb_device_stats, listed: own(&api, &snapshot, &caller) };
+            serde_json::to_vec(&Hypervisor { hypervisor: shown }).map(Bytes::from)
+        })
+    } else {
+        let Some(found) = snapshot.others.values().find(|other| other.name == name) else {
+            return Err(Fault::not_found(format!("Compute host {name} could not be found.")));
+        };
+        let devices = found.devices.iter().filter(|record| snapshot.sees(&caller, record));
+        let usb_device_stats = devices.map(|record| snapshot.shown(record, &caller)).collect();
+        let shown = Shown { usb_device_stats, listed: other(found, &snapshot, &caller) };
         serde_json::to_vec(&Hypervisor { hypervisor: shown }).map(Bytes::from)
-    });
+    };
     let body = body.map_err(|e| Fault::internal(e.to_string()))?;
     Ok(([(CONTENT_TYPE, "application/json")], body))
 }

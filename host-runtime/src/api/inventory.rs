@@ -6,26 +6,36 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use axum::body::Bytes;
 use virt_usb_model::{DeviceId, InstanceId, ProjectId};
+use virt_usb_store::join::IDS_A_HOST;
 use virt_usb_store::maintain::HostRow;
 use virt_usb_store::problems::Problem;
 use virt_usb_store::watch::{Moment, Watched};
-use virt_usb_store::{ClaimRow, Durability, Record, Store, StoreError};
+use virt_usb_store::{ClaimRow, Durability, LONE_NODE, Record, Store, StoreError};
 
 use super::documents::UsbDevice;
 use super::identity::Caller;
 use super::policy::{Call, Verdict, may_know_holder, may_with_device};
 use crate::agent::PATIENCE;
+use crate::fleet::others::{Hosts, Other, Others, Server};
 
-/// One moment of the inventory.
+/// This host's own.
 #[derive(Debug, Default)]
-pub(super) struct Snapshot {
-    /// This host; none before its first discovery.
+pub(super) struct Own {
+    /// None before its first discovery.
     pub(super) host: Option<HostRow>,
     /// By id.
-    pub(super) devices: Vec<Record>,
+    devices: Vec<Record>,
     claims: HashMap<DeviceId, ClaimRow>,
     owners: HashMap<InstanceId, ProjectId>,
     pub(super) problems: Vec<Problem>,
+}
+
+/// One moment of the inventory, and of the rest of the fleet.
+#[derive(Debug, Default)]
+pub(super) struct Snapshot {
+    pub(super) own: Arc<Own>,
+    /// The other hosts, by number.
+    pub(super) others: Hosts,
     /// Answers that are asked for again and again, by what their readers may see.
     answers: Mutex<HashMap<Option<ProjectId>, Bytes>>,
 }
@@ -33,12 +43,53 @@ pub(super) struct Snapshot {
 /// For so many kinds of readers an answer is kept.
 const ANSWERS: usize = 64;
 
-impl Snapshot {
+impl Own {
     fn new(Moment { hosts, devices, claims, owners, problems, .. }: Moment) -> Self {
         let claims = claims.into_iter().map(|claim| (claim.device_id, claim)).collect();
         let owners = owners.into_iter().map(|owner| (owner.instance_uuid, owner.project_id)).collect();
         let host = hosts.into_iter().next();
-        Self { host, devices, claims, owners, problems, answers: Mutex::default() }
+        Self { host, devices, claims, owners, problems }
+    }
+}
+
+fn find(devices: &[Record], id: DeviceId) -> Option<&Record> {
+    devices.binary_search_by_key(&id, |r| r.entry.id).ok().map(|at| &devices[at])
+}
+
+impl Snapshot {
+    fn new(own: Arc<Own>, others: Hosts) -> Self {
+        Self { own, others, answers: Mutex::default() }
+    }
+
+    /// This host's number.
+    pub(super) fn number(&self) -> u64 {
+        self.own.host.as_ref().map_or(LONE_NODE, |host| host.id)
+    }
+
+    /// All devices of all hosts, by id.
+    pub(super) fn devices(&self) -> impl Iterator<Item = &Record> {
+        let number = self.number();
+        let before = self.others.range(..number).flat_map(|(_, other)| other.devices.iter());
+        let after = self.others.range(number..).flat_map(|(_, other)| other.devices.iter());
+        before.chain(&self.own.devices).chain(after)
+    }
+
+    /// This host's devices, by id.
+    pub(super) fn own_devices(&self) -> impl Iterator<Item = &Record> {
+        self.own.devices.iter()
+    }
+
+    /// The other host that the device belongs to; none: this one, or nobody.
+    pub(super) fn elsewhere(&self, device: DeviceId) -> Option<&Other> {
+        let number = (device.get() - 1) / IDS_A_HOST + 1;
+        self.others.get(&number).map(Arc::as_ref).filter(|other| find(&other.devices, device).is_some())
+    }
+
+    /// A server of another host, and which.
+    pub(super) fn other_server(&self, id: InstanceId) -> Option<(&Other, &Server)> {
+        let find = |other: &'_ Arc<Other>| other.servers.iter().position(|server| server.id == id);
+        let (other, at) = self.others.values().find_map(|other| Some((other, find(other)?)))?;
+        Some((other, &other.servers[at]))
     }
 
     /// What `make` makes, once for all who see the same; it says nothing else of its caller.
@@ -61,21 +112,21 @@ impl Snapshot {
     }
 
     pub(super) fn device(&self, id: DeviceId) -> Option<&Record> {
-        self.devices.binary_search_by_key(&id, |r| r.entry.id).ok().map(|at| &self.devices[at])
+        find(&self.own.devices, id).or_else(|| find(&self.elsewhere(id)?.devices, id))
     }
 
     /// By device.
     pub(super) fn claims(&self) -> impl Iterator<Item = &ClaimRow> {
-        self.devices.iter().filter_map(|record| self.claim(record.entry.id))
+        self.own_devices().filter_map(|record| self.claim(record.entry.id))
     }
 
     pub(super) fn claim(&self, device: DeviceId) -> Option<&ClaimRow> {
-        self.claims.get(&device)
+        self.own.claims.get(&device).or_else(|| self.elsewhere(device)?.claims.get(&device))
     }
 
     /// Whose an instance is, as an administrator has said.
     pub(super) fn owner(&self, instance: InstanceId) -> Option<&ProjectId> {
-        self.owners.get(&instance)
+        self.own.owners.get(&instance)
     }
 
     /// What the caller may do with a device.
@@ -90,7 +141,7 @@ impl Snapshot {
 
     /// The devices that the caller may know of.
     pub(super) fn seen(&self, caller: &Caller) -> impl Iterator<Item = &Record> {
-        self.devices.iter().filter(move |record| self.sees(caller, record))
+        self.devices().filter(move |record| self.sees(caller, record))
     }
 
     /// Whether the caller may know that the instance has the device.
@@ -105,15 +156,25 @@ impl Snapshot {
     }
 }
 
-/// The inventory of one `state_dir`.
+/// The inventory of one `state_dir`, and the rest of the fleet.
 pub(super) struct Inventory {
     state_dir: PathBuf,
+    others: Option<Others>,
     open: Mutex<Option<(Watched, Arc<Snapshot>)>>,
 }
 
 impl Inventory {
-    pub(super) fn new(state_dir: PathBuf) -> Self {
-        Self { state_dir, open: Mutex::default() }
+    pub(super) fn new(state_dir: PathBuf, others: Option<Others>) -> Self {
+        Self { state_dir, others, open: Mutex::default() }
+    }
+
+    /// Where what is heard of the others goes.
+    pub(super) fn following(&self) -> Option<Others> {
+        self.others.clone()
+    }
+
+    fn others(&self) -> Hosts {
+        self.others.as_ref().map(Others::now).unwrap_or_default()
     }
 
     /// As it is now, with the devices that were unplugged while nobody had them. Read anew each time.
@@ -123,7 +184,8 @@ impl Inventory {
     pub(super) fn with_deleted(&self) -> Result<Arc<Snapshot>, StoreError> {
         let store = Store::open(&self.state_dir, PATIENCE, Durability::Boot)?;
         let devices = store.all_devices()?;
-        Ok(Arc::new(Snapshot::new(Moment { devices, ..store.moment(0)? })))
+        let own = Own::new(Moment { devices, ..store.moment(0)? });
+        Ok(Arc::new(Snapshot::new(Arc::new(own), self.others())))
     }
 
     /// As it is now.
@@ -137,11 +199,18 @@ impl Inventory {
             Some(known) => known,
             None => (Watched::open(&self.state_dir, PATIENCE)?, Arc::default()),
         };
-        let snapshot = if watched.has_news()? {
+        let others = self.others();
+        let own = if watched.has_news()? {
             let read = || watched.store().moment(0);
-            Arc::new(Snapshot::new(tokio::task::block_in_place(read)?))
+            Some(Arc::new(Own::new(tokio::task::block_in_place(read)?)))
         } else {
-            known
+            None
+        };
+        let snapshot = match own {
+            None if Arc::ptr_eq(&others, &known.others) || (others.is_empty() && known.others.is_empty()) => {
+                known
+            }
+            own => Arc::new(Snapshot::new(own.unwrap_or_else(|| known.own.clone()), others)),
         };
         *open = Some((watched, snapshot.clone()));
         Ok(snapshot)

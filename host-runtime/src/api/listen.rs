@@ -8,7 +8,7 @@ use std::time::Duration;
 use tokio::sync::{Semaphore, watch};
 use virt_usb_hook::config;
 
-use super::{Api, TURNS, WORKS, router, socket};
+use super::{Api, TURNS, WORKS, fleet, router, socket};
 use crate::listen::{CONNECTIONS, Certificate, END_TIME, Server};
 
 /// The API, while it is served.
@@ -64,6 +64,9 @@ pub fn start(api: &Arc<Api>) -> io::Result<Listening> {
         runtime.spawn(server(stopping.clone()).network(address, tls));
         runtime.spawn(server(stopping).local(socket(&config)));
         local = Some(socket(&config));
+    }
+    if let Some(fleet) = config.fleet.clone() {
+        runtime.spawn(fleet::follow(api.clone(), fleet));
     }
     limits.extend([(api.turns.clone(), TURNS), (api.works.clone(), WORKS)]);
     Ok(Listening { runtime, api: api.clone(), limits, socket: local })

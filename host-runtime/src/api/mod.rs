@@ -15,6 +15,7 @@
 //! | `fault` | what went wrong, in Nova's shape |
 //! | `documents`, `asked`, `openapi` | what is answered, what may be asked, and how it is described |
 //! | `hypervisors`, `servers`, `devices`, `claims`, `flavors`, `events` | the calls |
+//! | `fleet` | the other hosts: shown, and asked |
 //! | `rates` | how often |
 //! | `portal` | pages for people |
 //! | `inventory` | what there is, for many readers |
@@ -28,6 +29,7 @@ mod documents;
 mod events;
 mod fault;
 mod flavors;
+mod fleet;
 mod hypervisors;
 pub mod identity;
 mod inventory;
@@ -60,6 +62,7 @@ use virt_usb_store::{Context, Durability, Store};
 
 use crate::agent::PATIENCE;
 use crate::agent::metrics::Metrics;
+use crate::fleet::others::Others;
 use crate::hypervisor::Hypervisor;
 use crate::listen::Peer;
 use fault::Fault;
@@ -108,7 +111,8 @@ impl Api {
         host: String,
         identity: Arc<dyn Identity>,
     ) -> Self {
-        let inventory = Inventory::new(config().state_dir.clone());
+        let others = config().fleet.as_ref().map(|_| Others::new(host.clone()));
+        let inventory = Inventory::new(config().state_dir.clone(), others);
         let (works, turns) = (Arc::new(Semaphore::new(WORKS)), Arc::new(Semaphore::new(TURNS)));
         Self {
             config,

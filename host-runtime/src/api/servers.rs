@@ -26,6 +26,7 @@ use super::policy::{Call, Verdict, may, may_know_holder, may_with_server};
 use super::request::{Asked, Asks, Content, Named, action, nothing, object};
 use crate::agent::operate::{Attached, OperateError};
 use crate::agent::work::Worker;
+use crate::fleet::others::{self, Other};
 
 /// A path's server.
 #[derive(Deserialize)]
@@ -43,13 +44,21 @@ pub(super) struct Server {
     pub(super) owner: Option<ProjectId>,
     /// Whether its domain says so itself.
     pub(super) by_domain: bool,
+    /// The other host that it is on; none: this one.
+    pub(super) host: Option<String>,
 }
 
 impl Server {
     fn new(id: InstanceId, domain: Domain, running: bool, snapshot: &Snapshot) -> Self {
         let by_domain = domain.project.is_some();
         let owner = domain.project.or_else(|| snapshot.owner(id).cloned());
-        Self { id, name: domain.name, running, owner, by_domain }
+        Self { id, name: domain.name, running, owner, by_domain, host: None }
+    }
+
+    fn elsewhere(host: &Other, server: &others::Server) -> Self {
+        let others::Server { id, ref name, running, by_domain, .. } = *server;
+        let (name, owner) = (name.clone(), server.project.clone());
+        Self { id, name, running, owner, by_domain, host: Some(host.name.clone()) }
     }
 
     /// As Nova has it.
@@ -96,6 +105,14 @@ impl Api {
                     found.push(server);
                 }
             }
+            let here: HashSet<InstanceId> = found.iter().map(|server| server.id).collect();
+            for other in snapshot.others.values() {
+                let servers = other.servers.iter().filter(|server| !here.contains(&server.id));
+                let servers = servers.map(|server| Server::elsewhere(other, server));
+                found.extend(servers.filter(|server| {
+                    may_with_server(&caller, Call::LookAt, server.owner.as_ref()) == Verdict::Allowed
+                }));
+            }
             found.sort_by(|a, b| (&a.name, a.id).cmp(&(&b.name, b.id)));
             Ok(found)
         });
@@ -111,13 +128,20 @@ impl Api {
                 .map_err(|e| Fault::internal(format!("cannot read the domain's XML: {e}")))?;
             return Ok(Some(Server::new(id, domain, running, &snapshot)));
         }
-        let held = snapshot.devices.iter().find(|r| r.entry.instance_uuid == Some(id));
-        let claim = held.and_then(|r| snapshot.claim(r.entry.id));
-        Ok(claim.map(|claim| {
+        let held = snapshot.own_devices().find(|r| r.entry.instance_uuid == Some(id));
+        if let Some(claim) = held.and_then(|r| snapshot.claim(r.entry.id)) {
             let owner = claim.asker().project;
             let by_domain = owner.is_some() && snapshot.owner(id).is_none();
-            Server { id, name: claim.domain.clone(), running, owner, by_domain }
-        }))
+            return Ok(Some(Server {
+                id,
+                name: claim.domain.clone(),
+                running,
+                owner,
+                by_domain,
+                host: None,
+            }));
+        }
+        Ok(snapshot.other_server(id).map(|(other, server)| Server::elsewhere(other, server)))
     }
 }
 
@@ -156,7 +180,7 @@ pub(super) struct Query {
     name: Option<String>,
 }
 
-/// This host's servers, by name
+/// Servers, by name
 #[utoipa::path(get, path = "/servers", tag = "servers", operation_id = "list_servers", params(Query),
     responses((status = 200, description = "The servers", body = Servers)))]
 pub(super) async fn list(
@@ -207,7 +231,7 @@ pub(super) struct Shown {
 }
 
 /// What came of an action.
-#[derive(Serialize, ToSchema)]
+#[derive(Serialize, Deserialize, ToSchema)]
 #[schema(as = ServerAction)]
 pub(super) struct Acted {
     /// Those that were attached or detached, as they are now.
@@ -245,10 +269,15 @@ pub(super) async fn show(
 async fn describe(api: &Arc<Api>, caller: &Caller, server: Server) -> Result<Shown, Fault> {
     let snapshot = api.inventory.now()?;
     let id = server.id;
-    let mine = snapshot.devices.iter().filter(|r| r.entry.instance_uuid == Some(id));
+    let mine = snapshot.devices().filter(|r| r.entry.instance_uuid == Some(id));
     let usb_devices = mine.map(|record| snapshot.shown(record, caller)).collect();
-    let assigned = api.blocking(move |api| Ok(api.store()?.assignments(id)?)).await?;
-    let usb_devices_requests = assigned.into_iter().map(|a| a.request).collect();
+    let usb_devices_requests = match snapshot.other_server(id).filter(|_| server.host.is_some()) {
+        Some((_, server)) => server.requests.clone(),
+        None => {
+            let assigned = api.blocking(move |api| Ok(api.store()?.assignments(id)?)).await?;
+            assigned.into_iter().map(|a| a.request).collect()
+        }
+    };
     Ok(Shown { server: Described { listed: server.into(), usb_devices, usb_devices_requests } })
 }
 
@@ -301,6 +330,12 @@ pub(super) async fn give_to(
     server: Server,
     project: Option<ProjectId>,
 ) -> Result<Server, Fault> {
+    if let Some(host) = &server.host {
+        return Err(Fault::conflict(format!(
+            "Instance {} is on host {host}: whose it is is said there.",
+            server.id
+        )));
+    }
     if let (true, Some(owner)) = (server.by_domain, &server.owner) {
         return Err(Fault::conflict(format!(
             "The domain of instance {} says itself that it is project {owner}'s: what is said here would not count.",
@@ -327,6 +362,9 @@ pub(super) async fn perform(
     if call == Call::Attach {
         visible(api, &caller, call, &requests, &server)?;
     }
+    if let Some(host) = &server.host {
+        return api.ask_elsewhere(&caller, call, host, server.id, &requests).await;
+    }
     let turn = api.turn().await?;
     let done = api.blocking(move |api| {
         let _turn = turn;
@@ -338,7 +376,7 @@ pub(super) async fn perform(
     done.await
 }
 
-fn requests(name: &str, value: &Value) -> Result<Vec<DeviceRequest>, Fault> {
+pub(super) fn requests(name: &str, value: &Value) -> Result<Vec<DeviceRequest>, Fault> {
     const KEY: &str = "usb_devices_requests";
     let object = object(value, name, &[KEY])?;
     let Some(Value::Array(list)) = object.get(KEY) else {

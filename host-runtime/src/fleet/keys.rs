@@ -3,6 +3,9 @@
 //! | key | holds | who writes it | ends with |
 //! |---|---|---|---|
 //! | `hosts/NAME` | the host document | that host | its lease |
+//! | `servers/NAME` | the host's guests, whose they are and whether they run | that host | its lease |
+//! | `requests/NAME/ID` | what the host is to do | the API of another host | its lease: the deadline |
+//! | `answers/NAME/ID` | that it has begun, then what came of it | that host | a lease of its own |
 //! | `flavors/NAME` | a flavor's JSON | whoever changes one, on any host | its removal |
 //! | `nodes/N` | [`Node`]: which machine and host the number N is | who joins | `fleet leave` |
 //! | `names/NAME` | the number of the host of that name | who joins | `fleet leave` |
@@ -40,6 +43,24 @@ impl Keys {
 
     pub(super) fn node(&self, node: u64) -> String {
         format!("{}nodes/{node}", self.prefix)
+    }
+
+    /// All keys begin so.
+    pub(crate) fn all(&self) -> &str {
+        &self.prefix
+    }
+
+    pub(super) fn servers(&self, host: &str) -> String {
+        format!("{}servers/{host}", self.prefix)
+    }
+
+    /// What the requests to a host begin with.
+    pub(super) fn requests(&self, host: &str) -> String {
+        format!("{}requests/{host}/", self.prefix)
+    }
+
+    pub(super) fn answer(&self, host: &str, request: &str) -> String {
+        format!("{}answers/{host}/{request}", self.prefix)
     }
 
     /// What the flavors' keys begin with.

@@ -11,7 +11,9 @@
 //! | `etcd` | a connection, the next endpoint, errors in words |
 //! | `join` | a machine's number; leaving; how things are |
 //! | `flavors` | the fleet's flavors: changed in etcd, mirrored into the inventory |
-//! | `publish`, `news` | a host's document: when it changes, as long as the host lives |
+//! | `publish`, `guests`, `news` | a host's document and its guests: when they change, as long as the host lives |
+//! | `others` | the other hosts, for the API |
+//! | `requests` | what one host's API asks another's agent, and what that answers |
 //! | `reader` | list, then watch, without a gap |
 //! | `simulate` | many hosts on one machine, and what must hold |
 //!
@@ -19,11 +21,14 @@
 
 mod etcd;
 pub(crate) mod flavors;
+mod guests;
 pub(crate) mod join;
 pub(crate) mod keys;
 mod news;
+pub(crate) mod others;
 pub mod publish;
 pub(crate) mod reader;
+pub(crate) mod requests;
 pub(crate) mod simulate;
 
 pub use etcd::Error;

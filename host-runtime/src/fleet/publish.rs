@@ -18,11 +18,13 @@ use virt_usb_store::{Store, StoreError};
 
 use super::etcd::{Connection, Error, Etcd, Pause};
 use super::flavors::Mirror;
+use super::guests::Guests;
 use super::join::{Place, place};
 use super::keys::{Keys, Node};
 use super::news;
 use crate::agent::PATIENCE;
 use crate::agent::metrics::Metrics;
+use crate::hypervisor::Hypervisor;
 
 /// A document is no longer than this, in bytes; etcd takes 1.5 MiB.
 pub const LARGEST: usize = 1_000_000;
@@ -63,6 +65,8 @@ pub struct Publisher {
     pub procfs_root: PathBuf,
     /// This host's name.
     pub host: String,
+    /// What runs its guests; none: they are not told of.
+    pub hypervisor: Option<Arc<dyn Hypervisor>>,
     /// What is counted.
     pub metrics: Arc<Metrics>,
 }
@@ -112,11 +116,19 @@ impl Publisher {
 
     /// For ever. `news` tells of each write to the inventory; without it, it is looked at now and then.
     pub(super) async fn publish(self, news: Option<Arc<Notify>>) {
+        let guests = Guests::new(self.hypervisor.clone(), self.state_dir.clone());
+        tokio::select! {
+            () = guests.follow() => {}
+            () = self.sessions(news.as_deref(), &guests) => {}
+        }
+    }
+
+    async fn sessions(&self, news: Option<&Notify>, guests: &Guests) {
         let mut etcd = Etcd::new(self.fleet.clone());
         let mut pause = Pause::default();
         let mut told = None;
         loop {
-            let failure = match self.session(&mut etcd, news.as_deref(), &mut pause, &mut told).await {
+            let failure = match self.session(&mut etcd, news, guests, &mut pause, &mut told).await {
                 Ok(never) => match never {},
                 Err(failure) => failure,
             };
@@ -145,6 +157,7 @@ impl Publisher {
         &self,
         etcd: &mut Etcd,
         news: Option<&Notify>,
+        guests: &Guests,
         pause: &mut Pause,
         told: &mut Option<String>,
     ) -> Result<Infallible, Failure> {
@@ -159,6 +172,8 @@ impl Publisher {
         let mut watched = Watched::open(&self.state_dir, PATIENCE)?;
         me.raise(etcd, connection, &self.state_dir).await?;
         let mut last = None;
+        let mut servers = guests.text.subscribe();
+        servers.mark_changed();
         let mut keep = interval_at(Instant::now(), self.fleet.lease / 3);
         keep.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut beat = Instant::now() + self.fleet.heartbeat;
@@ -170,7 +185,7 @@ impl Publisher {
             {
                 let text = self.text(&document);
                 if due || last.as_ref() != Some(&text) {
-                    me.put(etcd, connection, lease, &text).await?;
+                    me.put(etcd, connection, lease, &me.key, &text).await?;
                     self.metrics.fleet(Some(document.revision));
                     tracing::debug!("published revision {} ({} bytes)", document.revision, text.len());
                     if told.take().is_some() || last.is_none() {
@@ -192,7 +207,16 @@ impl Publisher {
                 }
             };
             tokio::select! {
-                () = written => sleep(GATHER).await,
+                () = written => {
+                    guests.look.notify_one();
+                    sleep(GATHER).await;
+                }
+                changed = servers.changed() => {
+                    let text = servers.borrow_and_update().clone();
+                    if let (Ok(()), Some(text)) = (changed, text) {
+                        me.put(etcd, connection, lease, &me.servers, &text).await?;
+                    }
+                }
                 () = sleep_until(beat) => {}
                 _ = keep.tick() => {
                     etcd.within("keep a lease", keeper.keep_alive()).await?;
@@ -230,6 +254,7 @@ struct Me {
     node: Node,
     node_key: String,
     key: String,
+    servers: String,
 }
 
 impl Me {
@@ -251,7 +276,8 @@ impl Me {
                     return Err(Failure::OtherNumber { inventory, fleet: number });
                 }
                 let (node_key, key) = (keys.node(number), keys.host(&node.host));
-                Ok(Self { number, node, node_key, key })
+                let servers = keys.servers(&node.host);
+                Ok(Self { number, node, node_key, key, servers })
             }
             _ => Err(Failure::NotJoined),
         }
@@ -279,16 +305,17 @@ impl Me {
         Ok(())
     }
 
-    /// Puts the document, if this host is still in the fleet.
+    /// Puts what this host says, if it is still in the fleet.
     async fn put(
         &self,
         etcd: &Etcd,
         connection: &mut Connection,
         lease: i64,
+        key: &str,
         text: &str,
     ) -> Result<(), Failure> {
         let still = Compare::value(self.node_key.clone(), CompareOp::Equal, self.node.text());
-        let put = TxnOp::put(self.key.clone(), text, Some(PutOptions::new().with_lease(lease)));
+        let put = TxnOp::put(key, text, Some(PutOptions::new().with_lease(lease)));
         let who = TxnOp::get(self.node_key.clone(), Some(GetOptions::new()));
         let txn = Txn::new().when([still]).and_then([put]).or_else([who]);
         let sent = etcd.within("publish its document", connection.client.txn(txn)).await;

@@ -255,6 +255,7 @@ impl Host {
             state_dir: self.dir.clone(),
             procfs_root: "/proc".into(),
             host: self.name.clone(),
+            hypervisor: None,
             metrics: Arc::new(Metrics::default()),
         };
         self.publishing = Some(runtime.spawn(publisher.publish(Some(self.news.clone()))));

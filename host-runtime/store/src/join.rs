@@ -10,8 +10,9 @@ use crate::error::Sql;
 use crate::events::{Event, record};
 use crate::{ClaimRow, Context, LONE_NODE, NOW, Store, StoreError};
 
-/// So many ids a host has.
-pub(crate) const IDS: i64 = 1_000_000;
+/// So many ids a host has: those of number N follow `(N − 1) × IDS_A_HOST`.
+pub const IDS_A_HOST: u64 = 1_000_000;
+pub(crate) const IDS: i64 = IDS_A_HOST.cast_signed();
 
 /// What came of giving a host its number.
 #[derive(Debug, Clone, PartialEq)]

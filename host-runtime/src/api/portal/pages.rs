@@ -132,6 +132,7 @@ pub(super) fn words(device: &UsbDevice) -> (&'static str, &'static str) {
         (_, Some("disabled")) => ("disabled", "bad"),
         (_, Some("quarantined")) => ("in quarantine", "bad"),
         (_, Some("flapping")) => ("unsteady", "bad"),
+        (_, Some("unreachable")) => ("host not heard of", "bad"),
         _ => ("unavailable", "off"),
     }
 }

@@ -29,7 +29,7 @@ fn running(runs: bool) -> Markup {
 pub(super) async fn list(State(api): State<Arc<Api>>, signed: Signed) -> Result<Response, Fault> {
     let servers = api.servers(&signed.caller).await?;
     let snapshot = api.inventory.now()?;
-    let held = |id| snapshot.devices.iter().filter(|r| r.entry.instance_uuid == Some(id)).count();
+    let held = |id| snapshot.devices().filter(|r| r.entry.instance_uuid == Some(id)).count();
     let row = |server: &super::super::servers::Server| {
         html! {
             th scope="row" { a href={ "/portal/servers/" (server.id) } { (server.name) } }
@@ -62,7 +62,7 @@ pub(super) async fn show(
     let filter = Filter { instance: Some(id), ..Filter::default() };
     let (story, _) = events::read(&api, signed.caller.clone(), filter, 0, STORY).await?;
     let snapshot = api.inventory.now()?;
-    let mine = snapshot.devices.iter().filter(|r| r.entry.instance_uuid == Some(id));
+    let mine = snapshot.devices().filter(|r| r.entry.instance_uuid == Some(id));
     let row = |device: super::super::documents::UsbDevice| {
         html! {
             th scope="row" { a href={ "/portal/devices/" (device.id) } { (name(&device)) } }

@@ -1,0 +1,131 @@
+//! The API of one host in a fleet: it shows the others, and what is to be done on them is done by their agents.
+
+use std::sync::Arc;
+
+use axum::http::StatusCode;
+use serde_json::{Value, json};
+use virt_usb_hook::config::Fleet;
+use virt_usb_model::{DeviceRequest, InstanceId};
+
+use super::Api;
+use super::fault::Fault;
+use super::identity::{Caller, Role};
+use super::policy::Call;
+use super::servers::{Acted, perform, requests};
+use crate::fleet::keys::Keys;
+use crate::fleet::reader::Reader;
+use crate::fleet::requests::{self as through, Answer, Doer, Doing, Request, Unanswered};
+
+const KEY: &str = "usb_devices_requests";
+
+/// Follows the fleet, and does what other hosts ask of this one, for ever.
+pub(super) async fn follow(api: Arc<Api>, fleet: Fleet) {
+    let Some(mut others) = api.inventory.following() else { return };
+    let reader = Reader::new(&fleet, Keys::new(fleet.prefix.clone()).all().to_owned());
+    let doer: Arc<dyn Doer> = api.clone();
+    tokio::join!(reader.follow(&mut others), through::serve(fleet, api.host.clone(), doer));
+}
+
+impl Api {
+    /// Has it done by the agent of that host.
+    pub(super) async fn ask_elsewhere(
+        self: &Arc<Self>,
+        caller: &Caller,
+        call: Call,
+        host: &str,
+        server: InstanceId,
+        wanted: &[DeviceRequest],
+    ) -> Result<Acted, Fault> {
+        let Some(fleet) = (self.config)().fleet.clone() else {
+            return Err(Fault::unavailable("This host is in no fleet any more."));
+        };
+        let request = Request {
+            call: if call == Call::Attach { "attach" } else { "detach" }.to_owned(),
+            server: server.to_string(),
+            usb_devices_requests: serde_json::to_value(wanted).unwrap_or_default(),
+            caller: caller.name.clone(),
+            project_id: caller.project.as_ref().map(ToString::to_string),
+            role: caller.role.to_string(),
+            from: self.host.clone(),
+        };
+        match through::ask(&fleet, host, &request).await {
+            Ok(Answer { status: 202, body }) => serde_json::from_value(body).map_err(|e| {
+                Fault::internal(format!("host {host} has done it, and its answer cannot be read: {e}"))
+            }),
+            Ok(Answer { status, body }) => Err(Fault::of_other(status, body["message"].as_str(), host)),
+            Err(Unanswered::Unreachable) => Err(Fault::unavailable(format!(
+                "Host {host} is not heard of: nothing was done. Try again when it is back."
+            ))),
+            Err(Unanswered::Late) => Err(Fault::unavailable(format!(
+                "Host {host} did not begin in time: nothing was done, and nothing will be."
+            ))),
+            Err(Unanswered::Unknown) => Err(Fault::unavailable(format!(
+                "It is unknown what host {host} has done: it did not say in time. Look at what the server has."
+            ))),
+            Err(Unanswered::Etcd(e)) => Err(Fault::fleet_away(e.to_string())),
+        }
+    }
+
+    /// What another host's API asks: looked at as if it were asked here.
+    async fn answer(self: &Arc<Self>, request: &Request) -> Result<Acted, Fault> {
+        let bad =
+            |what: &str| Fault::bad_request(format!("{what} of a request through etcd cannot be read."));
+        let role: Role = request.role.parse().map_err(|_| bad("The role"))?;
+        let project = request.project_id.as_deref().map(str::parse).transpose();
+        let project = project.map_err(|_| bad("The project"))?;
+        let caller = Caller { name: format!("{}@{}", request.caller, request.from), project, role };
+        let call = match request.call.as_str() {
+            "attach" => Call::Attach,
+            "detach" => Call::Detach,
+            _ => return Err(bad("The call")),
+        };
+        let server = self.server(&caller, call, &request.server).await?;
+        if let Some(host) = &server.host {
+            return Err(Fault::conflict(format!("Instance {} is on host {host} now.", server.id)));
+        }
+        let wanted = requests(KEY, &json!({ KEY: request.usb_devices_requests }))?;
+        perform(self, caller, call, server, wanted).await
+    }
+
+    /// How things are with the server of a request that an agent before this one has begun.
+    async fn state(self: &Arc<Self>, request: &Request) -> Fault {
+        let id: Option<InstanceId> = request.server.parse().ok();
+        let has = self.inventory.now().map(|snapshot| {
+            let mine = snapshot.own_devices().filter(|r| r.entry.instance_uuid == id && id.is_some());
+            mine.map(|r| format!("{} ({})", r.entry.id, r.entry.status)).collect::<Vec<_>>()
+        });
+        let state = match has {
+            Ok(has) if has.is_empty() => "the server has no device".to_owned(),
+            Ok(has) => format!("the server has device {}", has.join(", ")),
+            Err(_) => "the inventory cannot be read now".to_owned(),
+        };
+        Fault::unavailable(format!(
+            "It is unknown how it ended: the agent was interrupted, and does it no second time. The state is: {state}."
+        ))
+    }
+}
+
+fn answered(result: Result<Acted, Fault>) -> Answer {
+    match result {
+        Ok(acted) => {
+            let body = serde_json::to_value(acted).unwrap_or(Value::Null);
+            Answer { status: StatusCode::ACCEPTED.as_u16(), body }
+        }
+        Err(fault) => {
+            if let Some(why) = &fault.private {
+                tracing::error!("{}: {why}", fault.message());
+            }
+            Answer { status: fault.status().as_u16(), body: json!({ "message": fault.message() }) }
+        }
+    }
+}
+
+impl Doer for Api {
+    fn act(self: Arc<Self>, request: Request) -> Doing {
+        Box::pin(async move { answered(self.answer(&request).await) })
+    }
+
+    fn look(self: Arc<Self>, request: Request) -> Doing {
+        Box::pin(async move { answered(Err(self.state(&request).await)) })
+    }
+}

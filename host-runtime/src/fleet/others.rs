@@ -1,0 +1,354 @@
+//! The other hosts of the fleet, as they are published: what the API and the portal of any host show. A host that is not heard of any more is
+//! shown as it was last, as unreachable.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use serde::{Deserialize, Serialize};
+use virt_usb_model::{
+    DeviceId, DeviceRequest, Flavor, HostDocument, InstanceId, ProjectId, Reason, Status, clean_text,
+};
+use virt_usb_store::join::IDS_A_HOST;
+use virt_usb_store::{ClaimRow, Record};
+
+use super::Error;
+use super::keys::Node;
+use super::reader::Sink;
+
+/// Another host.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Other {
+    pub(crate) name: String,
+    pub(crate) number: u64,
+    /// Whether it is heard of.
+    pub(crate) reachable: bool,
+    pub(crate) revision: u64,
+    /// By id.
+    pub(crate) devices: Vec<Record>,
+    /// Who has which, as far as it is published.
+    pub(crate) claims: HashMap<DeviceId, ClaimRow>,
+    pub(crate) servers: Vec<Server>,
+}
+
+/// A guest of a host.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Server {
+    pub(crate) id: InstanceId,
+    pub(crate) name: String,
+    pub(crate) running: bool,
+    /// Whose it is, where that is known.
+    pub(crate) project: Option<ProjectId>,
+    /// Whether its domain says so itself.
+    pub(crate) by_domain: bool,
+    /// What it is to have at each start.
+    pub(crate) requests: Vec<DeviceRequest>,
+}
+
+/// The same as its host publishes it.
+#[derive(Serialize, Deserialize)]
+struct Published {
+    id: String,
+    name: String,
+    running: bool,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    project_id: Option<String>,
+    #[serde(default)]
+    by_domain: bool,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    usb_devices_requests: Vec<serde_json::Value>,
+}
+
+/// A host's guests as text.
+pub(crate) fn publish(servers: &[Server]) -> String {
+    let publish = |server: &Server| Published {
+        id: server.id.to_string(),
+        name: server.name.clone(),
+        running: server.running,
+        project_id: server.project.as_ref().map(ToString::to_string),
+        by_domain: server.by_domain,
+        usb_devices_requests: server.requests.iter().filter_map(|r| serde_json::to_value(r).ok()).collect(),
+    };
+    let all: Vec<Published> = servers.iter().map(publish).collect();
+    serde_json::to_string(&all).unwrap_or_default()
+}
+
+/// What can be read of it.
+fn read(text: &str) -> Vec<Server> {
+    let all: Vec<Published> = serde_json::from_str(text).unwrap_or_default();
+    let one = |published: Published| {
+        let list = serde_json::Value::Array(published.usb_devices_requests).to_string();
+        Some(Server {
+            id: published.id.parse().ok()?,
+            name: clean_text(&published.name)?,
+            running: published.running,
+            project: published.project_id.and_then(|project| project.parse().ok()),
+            by_domain: published.by_domain,
+            requests: Flavor::parse_lists(Some(&list), None).map(|f| f.usb_devices).unwrap_or_default(),
+        })
+    };
+    all.into_iter().filter_map(one).collect()
+}
+
+/// All of them at one moment, by number.
+pub(crate) type Hosts = Arc<BTreeMap<u64, Arc<Other>>>;
+
+/// What is known of the others; clones are the same.
+#[derive(Debug, Clone)]
+pub(crate) struct Others {
+    state: Arc<Mutex<State>>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// This host's name: it knows better of itself.
+    own: String,
+    nodes: BTreeMap<u64, Node>,
+    /// The last document of each host, and whether it is there still.
+    documents: HashMap<String, (Arc<HostDocument>, bool)>,
+    servers: HashMap<String, Vec<Server>>,
+    hosts: Hosts,
+    /// Why nothing is heard; none: it is.
+    deaf: Option<String>,
+}
+
+impl Others {
+    pub(crate) fn new(own: String) -> Self {
+        Self { state: Arc::new(Mutex::new(State { own, ..State::default() })) }
+    }
+
+    fn state(&self) -> std::sync::MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// As they are now; the same `Arc` as before where nothing has changed.
+    pub(crate) fn now(&self) -> Hosts {
+        self.state().hosts.clone()
+    }
+}
+
+impl State {
+    /// Makes the host of that number what is known of it.
+    fn refresh(&mut self, number: u64) {
+        let made = self.make(number);
+        let hosts = Arc::make_mut(&mut self.hosts);
+        match made {
+            Some(other) => drop(hosts.insert(number, Arc::new(other))),
+            None => drop(hosts.remove(&number)),
+        }
+    }
+
+    fn refresh_of(&mut self, host: &str) {
+        let numbers: Vec<u64> =
+            self.nodes.iter().filter(|(_, node)| node.host == host).map(|(number, _)| *number).collect();
+        for number in numbers {
+            self.refresh(number);
+        }
+    }
+
+    fn make(&self, number: u64) -> Option<Other> {
+        let node = self.nodes.get(&number).filter(|node| node.host != self.own)?;
+        let name = node.host.clone();
+        let servers = self.servers.get(&name).cloned().unwrap_or_default();
+        // A document that names another's number says nothing about this one.
+        let known = self.documents.get(&name).filter(|(document, _)| document.compute_node_id == number);
+        let Some((document, reachable)) = known else {
+            return Some(Other { name, number, servers, ..Other::default() });
+        };
+        let first = (number - 1) * IDS_A_HOST;
+        let own = |id: DeviceId| (first + 1..=first + IDS_A_HOST).contains(&id.get());
+        let mut devices: Vec<Record> = Vec::new();
+        let mut claims = HashMap::new();
+        for entry in document.devices.iter().filter(|entry| own(entry.id)) {
+            if let Some(instance) = entry.instance_uuid {
+                let server = servers.iter().find(|server| server.id == instance);
+                claims.insert(entry.id, claim(entry.id, instance, &entry.status, server));
+            }
+            devices.push(record(entry.clone(), *reachable));
+        }
+        devices.sort_by_key(|record| record.entry.id);
+        devices.dedup_by_key(|record| record.entry.id);
+        let revision = document.revision;
+        Some(Other { name, number, reachable: *reachable, revision, devices, claims, servers })
+    }
+}
+
+impl Sink for Others {
+    fn put(&mut self, key: &str, value: &[u8], _: i64) {
+        let text = String::from_utf8_lossy(value);
+        let mut state = self.state();
+        match key.split_once('/') {
+            Some(("hosts", host)) => {
+                // Nobody speaks for another; what cannot be read is as if it were not there.
+                let read = HostDocument::parse(&text).ok().filter(|document| document.host == host);
+                match read {
+                    Some(document) => {
+                        drop(state.documents.insert(host.to_owned(), (Arc::new(document), true)));
+                    }
+                    None => state.lose(host),
+                }
+                state.refresh_of(host);
+            }
+            Some(("servers", host)) => {
+                state.servers.insert(host.to_owned(), read(&text));
+                state.refresh_of(host);
+            }
+            Some(("nodes", number)) => {
+                if let (Ok(number), Ok(node)) = (number.parse(), serde_json::from_str::<Node>(&text)) {
+                    state.nodes.insert(number, node);
+                    state.refresh(number);
+                }
+            }
+            _ => {}
+        }
+    }
+
+    fn gone(&mut self, key: &str) {
+        let mut state = self.state();
+        match key.split_once('/') {
+            Some(("hosts", host)) => {
+                state.lose(host);
+                state.refresh_of(host);
+            }
+            Some(("nodes", number)) => {
+                if let Ok(number) = number.parse() {
+                    if let Some(node) = state.nodes.remove(&number) {
+                        state.documents.remove(&node.host);
+                        state.servers.remove(&node.host);
+                    }
+                    state.refresh(number);
+                }
+            }
+            // A host's guests go with its lease; what was known of them tells whose its devices are.
+            _ => {}
+        }
+    }
+
+    fn listed(&mut self) {
+        if self.state().deaf.take().is_some() {
+            tracing::info!("the fleet is heard again");
+        }
+    }
+
+    fn deaf(&mut self, why: &Error) {
+        let mut state = self.state();
+        if state.deaf.is_none() {
+            tracing::warn!("the fleet is shown as it was last: {why}");
+        }
+        state.deaf = Some(why.to_string());
+    }
+}
+
+impl State {
+    fn lose(&mut self, host: &str) {
+        if let Some((_, reachable)) = self.documents.get_mut(host) {
+            *reachable = false;
+        }
+    }
+}
+
+/// A published device as a row.
+pub(crate) fn record(mut entry: virt_usb_model::DeviceEntry, reachable: bool) -> Record {
+    if !reachable {
+        let status = Status::Unavailable(Reason::Unreachable);
+        entry.status = status.name().to_owned();
+        entry.status_reason = Some(Reason::Unreachable.name().to_owned());
+    }
+    Record {
+        created_at: None,
+        updated_at: None,
+        deleted: 0,
+        deleted_at: None,
+        present: entry.status != "removed",
+        withheld: None,
+        disabled: None,
+        quarantined: None,
+        flapping_until: None,
+        // What it is withheld for is all that is published of the rules.
+        rule_withheld: entry.status_reason.as_deref().and_then(|reason| reason.parse().ok()),
+        rule_tags: Vec::new(),
+        one_time_use: false,
+        own_tags: Vec::new(),
+        descriptors: None,
+        used_as: None,
+        entry,
+    }
+}
+
+/// Who has it, as far as that is published.
+fn claim(device: DeviceId, instance: InstanceId, status: &str, server: Option<&Server>) -> ClaimRow {
+    ClaimRow {
+        id: 0,
+        created_at: String::new(),
+        device_id: device,
+        instance_uuid: instance,
+        domain: server.map_or_else(|| instance.to_string(), |server| server.name.clone()),
+        project_id: server.and_then(|server| server.project.as_ref().map(ToString::to_string)),
+        request: None,
+        state: if status == "allocated" { "allocated" } else { "claimed" }.to_owned(),
+        hold: "running".to_owned(),
+        pending: false,
+        boot_id: String::new(),
+        revision: 0,
+        ending: false,
+        arrived: false,
+        descriptors: None,
+        used: false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GUEST: &str = "11111111-2222-4333-8444-555555555555";
+
+    fn document(host: &str, number: u64, device: u64) -> String {
+        let held = format!(r#""status":"allocated","instance_uuid":"{GUEST}""#);
+        format!(
+            r#"{{"version":1,"host":"{host}","compute_node_id":{number},"revision":7,"devices":[
+            {{"id":{device},"address":"usb_1_5","product_id":"0001","vendor_id":"0529",{held},"port_path":"1-1","class":"00"}}]}}"#
+        )
+    }
+
+    fn node(host: &str) -> String {
+        format!(r#"{{"machine":"m","host":"{host}"}}"#)
+    }
+
+    #[test]
+    fn a_host_is_shown_as_what_it_says_and_nobody_else() {
+        let mut others = Others::new("own".to_owned());
+        let put = |others: &mut Others, key: &str, value: &str| others.put(key, value.as_bytes(), 1);
+        put(&mut others, "hosts/a", &document("a", 2, 1_000_001));
+        assert!(others.now().is_empty(), "it has not joined");
+        put(&mut others, "nodes/2", &node("a"));
+        put(&mut others, "nodes/3", &node("own"));
+        put(&mut others, "hosts/own", &document("own", 3, 2_000_001));
+        let one = |others: &Others| others.now().get(&2).cloned().unwrap();
+        assert_eq!((others.now().len(), one(&others).devices.len(), one(&others).reachable), (1, 1, true));
+        let server = format!(r#"[{{"id":"{GUEST}","name":"erp","running":true,"project_id":"p1"}}]"#);
+        put(&mut others, "servers/a", &server);
+        let claim = one(&others).claims.values().next().cloned().unwrap();
+        assert_eq!((claim.domain.as_str(), claim.project_id.as_deref()), ("erp", Some("p1")));
+        // Devices of another's range, a document of another's number, of another's name.
+        put(&mut others, "hosts/a", &document("a", 2, 5_000_001));
+        assert_eq!(one(&others).devices.len(), 0);
+        put(&mut others, "hosts/a", &document("a", 3, 2_000_001));
+        assert!(!one(&others).reachable);
+        put(&mut others, "hosts/a", &document("a", 2, 1_000_001));
+        put(&mut others, "hosts/a", &document("b", 2, 1_000_001));
+        assert!(!one(&others).reachable);
+        // It dies: it is shown as it was, and nothing of it is free.
+        put(&mut others, "hosts/a", &document("a", 2, 1_000_001).replace("allocated", "available"));
+        assert_eq!(one(&others).devices[0].entry.status, "available");
+        others.gone("hosts/a");
+        let device = &one(&others).devices[0].entry;
+        assert_eq!(
+            (device.status.as_str(), device.status_reason.as_deref()),
+            ("unavailable", Some("unreachable"))
+        );
+        device.state().unwrap();
+        // It leaves.
+        others.gone("nodes/2");
+        assert!(others.now().is_empty());
+    }
+}
