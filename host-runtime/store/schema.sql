@@ -64,7 +64,9 @@ CREATE TABLE usb_devices (
     own_tags        text NOT NULL DEFAULT '[]',
     -- what the device sends of itself, hexadecimal: now, and at the claim after which it was quarantined
     descriptors     text,
-    used_as         text
+    used_as         text,
+    -- the projects of the grants that match, a JSON list; those of the whitelist's rule stand in projects
+    granted         text NOT NULL DEFAULT '[]'
 );
 CREATE INDEX usb_devices_compute_node ON usb_devices (compute_node_id);
 CREATE INDEX usb_devices_instance ON usb_devices (instance_uuid) WHERE instance_uuid IS NOT NULL;
@@ -151,6 +153,15 @@ CREATE TABLE flavors (
     created_at      datetime NOT NULL,
     updated_at      datetime NOT NULL,
     -- the flavor's JSON
+    document        text NOT NULL
+) WITHOUT ROWID;
+
+-- Which projects may have which devices, beside what the whitelist's rules say.
+CREATE TABLE grants (
+    name            varchar(255) PRIMARY KEY,
+    created_at      datetime NOT NULL,
+    updated_at      datetime NOT NULL,
+    -- the grant's JSON
     document        text NOT NULL
 ) WITHOUT ROWID;
 

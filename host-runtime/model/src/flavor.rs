@@ -80,16 +80,12 @@ const fn is_one(count: &u32) -> bool {
     *count == 1
 }
 
-const REQUEST_KEYS: &[&str] = &["id", "vendor_id", "product_id", "serial", "port", "class", "tags", "count"];
+const REQUEST_KEYS: [&str; 8] = ["id", "vendor_id", "product_id", "serial", "port", "class", "tags", "count"];
+const RIGHT_SELECTOR: &str = "an object such as {\"vendor_id\":\"0529\",\"product_id\":\"0001\"}";
 
-impl FromJson for DeviceRequest {
-    fn from_json(value: &Value) -> Result<Self, ParseError> {
-        let object = Object::new(
-            value,
-            "an object such as {\"vendor_id\":\"0529\",\"product_id\":\"0001\"}",
-            REQUEST_KEYS,
-        )?;
-        let selector = Selector {
+impl Selector {
+    fn read(object: &Object<'_>) -> Result<Self, ParseError> {
+        Ok(Self {
             id: object.take("id")?,
             vendor_id: object.take("vendor_id")?,
             product_id: object.take("product_id")?,
@@ -97,7 +93,40 @@ impl FromJson for DeviceRequest {
             port: object.take("port")?,
             class: object.take("class")?,
             tags: object.list::<Tag>("tags")?.into_iter().map(|t| t.0).collect(),
-        };
+        })
+    }
+
+    fn check(&self) -> Result<(), ParseError> {
+        if *self == Self::default() {
+            return Err(ParseError::new("a request that names nothing", NAMES_NOTHING));
+        }
+        if self.product_id.is_some() && self.vendor_id.is_none() {
+            return Err(ParseError::new(
+                "a product_id alone",
+                "the vendor_id too: product ids are the vendor's own",
+            ));
+        }
+        Ok(())
+    }
+}
+
+impl FromJson for Selector {
+    fn from_json(value: &Value) -> Result<Self, ParseError> {
+        // The last is the request's own.
+        let (keys, _) = REQUEST_KEYS.split_at(REQUEST_KEYS.len() - 1);
+        let selector = Self::read(&Object::new(value, RIGHT_SELECTOR, keys)?)?;
+        if selector == Self::default() {
+            return Err(ParseError::new(value, NAMES_NOTHING));
+        }
+        selector.check()?;
+        Ok(selector)
+    }
+}
+
+impl FromJson for DeviceRequest {
+    fn from_json(value: &Value) -> Result<Self, ParseError> {
+        let object = Object::new(value, RIGHT_SELECTOR, &REQUEST_KEYS)?;
+        let selector = Selector::read(&object)?;
         if selector == Selector::default() {
             return Err(ParseError::new(value, NAMES_NOTHING));
         }
@@ -125,15 +154,7 @@ impl DeviceRequest {
     /// Names the key that is wrong.
     pub fn check(&self) -> Result<(), ParseError> {
         let Self { selector, count } = self;
-        if *selector == Selector::default() {
-            return Err(ParseError::new("a request that names nothing", NAMES_NOTHING));
-        }
-        if selector.product_id.is_some() && selector.vendor_id.is_none() {
-            return Err(ParseError::new(
-                "a product_id alone",
-                "the vendor_id too: product ids are the vendor's own",
-            ));
-        }
+        selector.check()?;
         if !(1..=MAX_DEVICES).contains(count) {
             return Err(ParseError::new(count, format!("a count from 1 to {MAX_DEVICES}")).at("count"));
         }
@@ -285,7 +306,7 @@ impl Flavor {
     /// # Errors
     /// Says which entry was wrong and shows the right spelling.
     pub fn parse(text: &str) -> Result<Self, ParseError> {
-        let value = checked(text)?;
+        let value = checked(text, RIGHT_FLAVOR)?;
         let object = Object::new(&value, RIGHT_FLAVOR, &["usb_devices", "usb_redirection_devices"])?;
         Self {
             usb_devices: object.list("usb_devices")?,
@@ -344,7 +365,7 @@ impl fmt::Display for Flavor {
 fn list<T: FromJson>(text: Option<&str>, key: &str) -> Result<Vec<T>, ParseError> {
     const KEYS: [&str; 2] = ["usb_devices", "usb_redirection_devices"];
     let Some(text) = text.filter(|t| !t.trim().is_empty()) else { return Ok(Vec::new()) };
-    let value = checked(text).map_err(|e| e.at(key))?;
+    let value = checked(text, RIGHT_FLAVOR).map_err(|e| e.at(key))?;
     if value.get(key).is_none() {
         let object = Value::Object([(key.to_string(), value)].into_iter().collect());
         return Object::new(&object, RIGHT_FLAVOR, &[key])?.list(key);
@@ -365,7 +386,7 @@ fn list<T: FromJson>(text: Option<&str>, key: &str) -> Result<Vec<T>, ParseError
 }
 
 /// The text as JSON. Early documents show a spelling that no JSON reader takes; whoever copied it is shown the right one.
-fn checked(text: &str) -> Result<Value, ParseError> {
+pub(crate) fn checked(text: &str, right: &str) -> Result<Value, ParseError> {
     if text.len() > MAX_TEXT {
         return Err(ParseError::new(format!("{} bytes", text.len()), format!("at most {MAX_TEXT} bytes")));
     }
@@ -376,10 +397,7 @@ fn checked(text: &str) -> Result<Value, ParseError> {
             || squeezed.contains("[\"vendor_id\":")
             || squeezed.contains("[\"id\":");
         if !early {
-            return ParseError::new(
-                format!("text that is not JSON ({e})"),
-                format!("JSON such as {RIGHT_FLAVOR}"),
-            );
+            return ParseError::new(format!("text that is not JSON ({e})"), format!("JSON such as {right}"));
         }
         let right = if squeezed.contains("redirection") || squeezed.contains("spicevmc") {
             "{\"usb_redirection_devices\":[{\"bus\":\"usb\",\"type\":\"spicevmc\"}]}"

@@ -13,6 +13,7 @@
 //! | [`device`] | what discovery knows of one device |
 //! | [`state`] | states, reasons and legal transitions |
 //! | [`flavor`] | what a flavor asks for |
+//! | [`grant`] | which projects may have which devices |
 //! | [`descriptors`] | what a device sends of itself, and what has become of it |
 //! | [`whitelist`] | which devices are offered, and to whom |
 //! | [`matching`] | which devices serve which requests of one instance |
@@ -27,6 +28,7 @@ pub mod descriptors;
 pub mod device;
 mod error;
 pub mod flavor;
+pub mod grant;
 pub mod host;
 pub mod ids;
 mod json;
@@ -42,6 +44,7 @@ pub use descriptors::Descriptors;
 pub use device::{Device, clean_text, printable};
 pub use error::ParseError;
 pub use flavor::{DeviceRequest, Flavor, RedirectionRequest, Selector};
+pub use grant::Grant;
 pub use host::{DeviceEntry, HostDocument};
 pub use ids::{DeviceId, InstanceId, ProductId, ProjectId, UsbId, VendorId};
 pub use key::{Aliases, DeviceKey, Serial};

@@ -8,6 +8,7 @@ use utoipa::openapi::{RefOr, Schema};
 use utoipa::{PartialSchema, ToSchema};
 use virt_usb_model::DeviceId;
 use virt_usb_model::flavor::{MAX_DEVICES, MAX_REDIRECTIONS};
+use virt_usb_model::grant::MAX_ENTRIES;
 
 use super::paging::LAST_MARKER;
 
@@ -20,8 +21,8 @@ const TAG: &str = r"^[\p{L}\p{N}_.:/-]{1,64}$";
 /// No white space, no control characters.
 const PROJECT: &str =
     r"^[^\u0000-\u0020\u007f-\u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]{1,255}$";
-/// A stored flavor's name.
-const FLAVOR: &str = r"^[^@\u0000-\u001f\u007f-\u009f][^\u0000-\u001f\u007f-\u009f]{0,254}$";
+/// A stored flavor's name, or a grant's.
+const NAME: &str = r"^[^@\u0000-\u001f\u007f-\u009f][^\u0000-\u001f\u007f-\u009f]{0,254}$";
 
 /// What a parameter of that name may be, in whichever path or query it stands; none: what its call says.
 pub(super) fn parameter(name: &str) -> Option<RefOr<Schema>> {
@@ -31,7 +32,7 @@ pub(super) fn parameter(name: &str) -> Option<RefOr<Schema>> {
         "tenant_id" => text(PROJECT),
         "server_id" | "instance_uuid" => text(UUID),
         "usb_device_id" => number(1, DeviceId::MAX),
-        "flavor_name" => text(FLAVOR),
+        "flavor_name" | "grant_name" => text(NAME),
         "vendor_id" | "product_id" => text(HEX),
         "limit" => number(1, u32::MAX.into()),
         "marker" => number(0, LAST_MARKER),
@@ -66,9 +67,11 @@ macro_rules! described {
 
 described! {
     /// One entry of what a server or a flavor asks for; what it names must all match.
-    UsbDeviceRequest = device_request(MAX_DEVICES);
+    UsbDeviceRequest = device_request(Some(MAX_DEVICES));
     /// One entry of what a server is to lose.
-    UsbDeviceDetachRequest = device_request(1);
+    UsbDeviceDetachRequest = device_request(Some(1));
+    /// One entry of what a grant gives; what it names must all match.
+    UsbDeviceSelector = device_request(None);
     /// A USB port that a SPICE client fills.
     UsbRedirectionRequest = json!({
         "type": "object",
@@ -82,6 +85,18 @@ described! {
     });
     /// What a flavor asks for.
     FlavorRequest = flavor_request();
+    /// Which devices, for which projects.
+    GrantRequest = json!({
+        "type": "object",
+        "description": "Which devices, for which projects.",
+        "example": { "usb_devices": [{ "vendor_id": "0529", "product_id": "0001" }], "projects": ["4f1c0d2e"] },
+        "required": ["usb_devices", "projects"],
+        "properties": {
+            "usb_devices": some(&reference("UsbDeviceSelector"), MAX_ENTRIES),
+            "projects": some(&json!({ "type": "string", "pattern": PROJECT }), MAX_ENTRIES),
+        },
+        "additionalProperties": false,
+    });
     /// An action on a server.
     ServerActionRequest = json!({
         "description": "One of them.",
@@ -166,16 +181,17 @@ fn flavor_request() -> Value {
     })
 }
 
-/// Which keys are there as something, which as `null` at most; the others as either.
-fn device_request(most: u32) -> Value {
+/// Which keys are there as something, which as `null` at most; the others as either. `most` is how many devices may be asked for; none: no
+/// count is said.
+fn device_request(most: Option<u32>) -> Value {
     let describe = |named: &[&str], nothing: &[&str]| {
-        let most = if named.contains(&"id") { 1 } else { most };
+        let count = if named.contains(&"id") { most.map(|_| 1) } else { most };
         let describe = |key: &str| match nothing.contains(&key) {
             true => json!({ "type": "null" }),
-            false => value(key, named.contains(&key), most),
+            false => value(key, named.contains(&key), count.unwrap_or(1)),
         };
-        let properties: Map<String, Value> =
-            KEYS.into_iter().map(|key| (key.to_owned(), describe(key))).collect();
+        let keys = KEYS.into_iter().filter(|key| *key != "count" || count.is_some());
+        let properties: Map<String, Value> = keys.map(|key| (key.to_owned(), describe(key))).collect();
         json!({ "type": "object", "required": named, "properties": properties, "additionalProperties": false })
     };
     let alone = &["id", "vendor_id", "product_id"];

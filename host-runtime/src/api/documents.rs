@@ -2,10 +2,10 @@
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
-use virt_usb_model::{DeviceRequest, Flavor, RedirectionRequest};
+use virt_usb_model::{DeviceRequest, Flavor, Grant, ProjectId, RedirectionRequest, Selector};
 use virt_usb_store::events::EventRow;
 use virt_usb_store::problems::Problem;
-use virt_usb_store::{ClaimRow, Record, StoredFlavor};
+use virt_usb_store::{ClaimRow, Record, StoredFlavor, StoredGrant};
 
 use super::identity::Caller;
 use super::policy::may_know_holder;
@@ -242,6 +242,26 @@ impl From<StoredFlavor> for UsbFlavor {
         let StoredFlavor { name, created_at, updated_at, flavor } = stored;
         let Flavor { usb_devices, usb_redirection_devices } = flavor;
         Self { name, created_at, updated_at, usb_devices, usb_redirection_devices }
+    }
+}
+
+/// A stored grant.
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct UsbGrant {
+    name: String,
+    created_at: String,
+    updated_at: String,
+    #[schema(value_type = Vec<super::asked::UsbDeviceSelector>)]
+    usb_devices: Vec<Selector>,
+    #[schema(value_type = Vec<String>)]
+    projects: Vec<ProjectId>,
+}
+
+impl From<StoredGrant> for UsbGrant {
+    fn from(stored: StoredGrant) -> Self {
+        let StoredGrant { name, created_at, updated_at, grant } = stored;
+        let Grant { usb_devices, projects } = grant;
+        Self { name, created_at, updated_at, usb_devices, projects }
     }
 }
 

@@ -10,7 +10,7 @@ use virt_usb_store::StoreError;
 
 use super::policy::Verdict;
 use crate::agent::work::WorkError;
-use crate::fleet::flavors::ChangeError;
+use crate::fleet::shared::ChangeError;
 use crate::hypervisor::Failure;
 
 /// A call that could not be served. Nothing was changed by it.
@@ -129,7 +129,7 @@ impl Fault {
         &self.message
     }
 
-    fn away(message: &str, private: impl Into<String>) -> Self {
+    fn away(message: impl Into<String>, private: impl Into<String>) -> Self {
         Self { private: Some(private.into()), ..Self::unavailable(message) }
     }
 
@@ -170,8 +170,10 @@ impl From<ChangeError> for Fault {
     fn from(e: ChangeError) -> Self {
         match e {
             ChangeError::Store(e) => e.into(),
-            ChangeError::Fleet(e) => Self::away(
-                "The fleet's flavors cannot be changed here now. The host's administrator finds why in the agent's log.",
+            ChangeError::Fleet(what, e) => Self::away(
+                format!(
+                    "The fleet's {what} cannot be changed here now. The host's administrator finds why in the agent's log."
+                ),
                 e.to_string(),
             ),
         }

@@ -19,7 +19,7 @@ use super::fault::{Fault, sentence};
 use super::identity::Caller;
 use super::policy::{Call, may};
 use super::request::{Asks, Content, Named};
-use crate::fleet::flavors::change;
+use crate::fleet::shared::change;
 
 /// A path's flavor.
 #[derive(Deserialize)]
@@ -129,7 +129,7 @@ pub(super) async fn end(api: &Arc<Api>, caller: Caller, name: String) -> Result<
     Fault::unless(may(&caller, Call::ChangeFlavor), Fault::forbidden)?;
     let removed = api.blocking(move |api| {
         let context = api.context(&caller)?;
-        let removed = change(&(api.config)(), &mut api.store()?, &name, None, &context)?;
+        let removed = change::<Flavor>(&(api.config)(), &mut api.store()?, &name, None, &context)?;
         if removed { Ok(()) } else { Err(missing(&name)) }
     });
     removed.await

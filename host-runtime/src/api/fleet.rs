@@ -12,18 +12,15 @@ use super::fault::Fault;
 use super::identity::{Caller, Role};
 use super::policy::Call;
 use super::servers::{Acted, perform, requests};
-use crate::fleet::keys::Keys;
-use crate::fleet::reader::Reader;
 use crate::fleet::requests::{self as through, Answer, Doer, Doing, Request, Unanswered};
 
 const KEY: &str = "usb_devices_requests";
 
 /// Follows the fleet, and does what other hosts ask of this one, for ever.
 pub(super) async fn follow(api: Arc<Api>, fleet: Fleet) {
-    let Some(mut others) = api.inventory.following() else { return };
-    let reader = Reader::new(&fleet, Keys::new(fleet.prefix.clone()).all().to_owned());
+    let Some(others) = api.inventory.following() else { return };
     let doer: Arc<dyn Doer> = api.clone();
-    tokio::join!(reader.follow(&mut others), through::serve(fleet, api.host.clone(), doer));
+    tokio::join!(others.follow(&fleet), through::serve(fleet.clone(), api.host.clone(), doer));
 }
 
 impl Api {
@@ -79,6 +76,7 @@ impl Api {
             "detach" => Call::Detach,
             _ => return Err(bad("The call")),
         };
+        self.inventory.wake().await;
         let server = self.server(&caller, call, &request.server).await?;
         if let Some(host) = &server.host {
             return Err(Fault::conflict(format!("Instance {} is on host {host} now.", server.id)));

@@ -173,6 +173,13 @@ impl Inventory {
         self.others.clone()
     }
 
+    /// Somebody asks; see [`Others::wake`].
+    pub(super) async fn wake(&self) {
+        if let Some(others) = &self.others {
+            others.wake().await;
+        }
+    }
+
     fn others(&self) -> Hosts {
         self.others.as_ref().map(Others::now).unwrap_or_default()
     }

@@ -14,7 +14,7 @@
 //! | `request`, `paging` | what a request says |
 //! | `fault` | what went wrong, in Nova's shape |
 //! | `documents`, `asked`, `openapi` | what is answered, what may be asked, and how it is described |
-//! | `hypervisors`, `servers`, `devices`, `claims`, `flavors`, `events` | the calls |
+//! | `hypervisors`, `servers`, `devices`, `claims`, `flavors`, `grants`, `events` | the calls |
 //! | `fleet` | the other hosts: shown, and asked |
 //! | `rates` | how often |
 //! | `portal` | pages for people |
@@ -30,6 +30,7 @@ mod events;
 mod fault;
 mod flavors;
 mod fleet;
+mod grants;
 mod hypervisors;
 pub mod identity;
 mod inventory;
@@ -201,6 +202,8 @@ fn router(api: Arc<Api>) -> Router {
         .route("/os-usb-events", get(events::list))
         .route("/os-usb-flavors", get(flavors::list))
         .route("/os-usb-flavors/{flavor_name}", get(flavors::show).put(flavors::set).delete(flavors::remove))
+        .route("/os-usb-grants", get(grants::list))
+        .route("/os-usb-grants/{grant_name}", get(grants::show).put(grants::set).delete(grants::remove))
         .method_not_allowed_fallback(request::no_method)
         .route_layer(from_fn_with_state(api.clone(), authenticate));
     Router::new()
@@ -279,6 +282,7 @@ async fn observe(State(api): State<Arc<Api>>, request: Request, next: Next) -> R
     let peer = request.extensions().get::<Peer>().copied();
     let (method, path) = (request.method().clone(), request.uri().path().to_owned());
     let begun = Instant::now();
+    api.inventory.wake().await;
     let mut response = match tokio::time::timeout(REQUEST_TIME, next.run(request)).await {
         Ok(response) => response,
         Err(_) => Fault::unavailable("This took too long; what was begun is being finished.").into_response(),

@@ -10,7 +10,7 @@ use utoipa::openapi::path::{Operation, Parameter, ParameterBuilder, ParameterIn}
 use utoipa::openapi::security::{ApiKey, ApiKeyValue, SecurityRequirement, SecurityScheme};
 use utoipa::openapi::{ContentBuilder, ObjectBuilder, Paths, Ref, RefOr, Required, ResponseBuilder, Type};
 
-use super::{asked, claims, devices, events, flavors, hypervisors, servers};
+use super::{asked, claims, devices, events, flavors, grants, hypervisors, servers};
 
 #[derive(OpenApi)]
 #[openapi(
@@ -37,12 +37,17 @@ use super::{asked, claims, devices, events, flavors, hypervisors, servers};
         flavors::show,
         flavors::set,
         flavors::remove,
+        grants::list,
+        grants::show,
+        grants::set,
+        grants::remove,
     ),
     components(schemas(
         devices::SortKey,
         devices::SortDir,
         asked::UsbDeviceRequest,
         asked::UsbDeviceDetachRequest,
+        asked::UsbDeviceSelector,
         asked::UsbRedirectionRequest,
     ))
 )]

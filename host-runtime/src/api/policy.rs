@@ -6,7 +6,7 @@
 //! | look at devices | those for its project | those for its project | all |
 //! | look at servers and their events | its project's | its project's | all |
 //! | attach, detach | | its project's servers | all |
-//! | change devices, flavors, owners | | | yes |
+//! | change devices, flavors, owners; look at grants and change them | | | yes |
 //!
 //! The role is looked at first: who may not do it at all is told so, whatever there is. Then the object: what is not one's own is not there.
 
@@ -32,11 +32,13 @@ pub enum Call {
     ChangeFlavor,
     /// Whose a server is.
     ChangeOwner,
+    /// Grants: to look at them too, for they name projects.
+    Grants,
 }
 
 impl Call {
     /// All calls.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::Look,
         Self::LookAt,
         Self::Attach,
@@ -44,6 +46,7 @@ impl Call {
         Self::ChangeDevice,
         Self::ChangeFlavor,
         Self::ChangeOwner,
+        Self::Grants,
     ];
 
     /// The least role that may.
@@ -51,7 +54,7 @@ impl Call {
         match self {
             Self::Look | Self::LookAt => Role::Reader,
             Self::Attach | Self::Detach => Role::Member,
-            Self::ChangeDevice | Self::ChangeFlavor | Self::ChangeOwner => Role::Admin,
+            Self::ChangeDevice | Self::ChangeFlavor | Self::ChangeOwner | Self::Grants => Role::Admin,
         }
     }
 }
@@ -96,7 +99,7 @@ pub fn may_know_holder(caller: &Caller, claim: &ClaimRow) -> bool {
     caller.is_admin() || caller.owns(owner.as_ref())
 }
 
-/// What the caller's project holds is its own to see; else what the whitelist gives to it, or to everybody.
+/// What the caller's project holds is its own to see; else what the whitelist or a grant gives to it, or what is for everybody.
 fn is_for(caller: &Caller, device: &Record, claim: Option<&ClaimRow>) -> bool {
     if claim.is_some_and(|claim| may_know_holder(caller, claim)) {
         return true;

@@ -44,8 +44,8 @@ pub struct Arguments {
 /// Another host's API in the place of this host's inventory.
 #[derive(Debug, Args)]
 pub(super) struct Api {
-    /// Ask and tell the API at this address instead of this host's inventory: hosts, devices, claims, events, flavor, attach, detach,
-    /// enable, disable, quarantine, tag, untag, owner
+    /// Ask and tell the API at this address instead of this host's inventory: hosts, devices, claims, events, flavor, grant, attach,
+    /// detach, enable, disable, quarantine, tag, untag, owner
     #[arg(long, global = true, value_name = "URL", env = "VIRT_USB_URL", hide_env_values = true)]
     pub(super) url: Option<String>,
     /// With --url: the file that holds the token
@@ -82,6 +82,13 @@ pub(super) enum Verb {
     Flavor {
         #[command(subcommand)]
         verb: FlavorVerb,
+    },
+    /// Manage grants: which projects may have which devices
+    ///
+    /// In a fleet they are the fleet's, and count on all of its hosts.
+    Grant {
+        #[command(subcommand)]
+        verb: GrantVerb,
     },
     /// Answer schedulers which hosts can serve, from what the fleet publishes
     ///
@@ -409,6 +416,33 @@ pub(super) enum FlavorVerb {
         definition: String,
     },
     /// Forget a flavor; guests that run keep what they have
+    Remove {
+        /// Its name
+        name: String,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum GrantVerb {
+    /// Show all grants
+    List,
+    /// Show one grant
+    Show {
+        /// Its name
+        name: String,
+    },
+    /// Store a grant; who holds a device keeps it
+    ///
+    /// DEFINITION is {"usb_devices":[...],"projects":[...]}. An entry of usb_devices names one or more of id, vendor_id, product_id, serial, port,
+    /// class, tags. A device that one of them matches is for these projects, for those of other grants that match it and for those of its whitelist
+    /// rule, and for nobody else. What no grant and no rule gives to certain projects is for every one.
+    Set {
+        /// Its name
+        name: String,
+        /// What is given to whom, as JSON; - reads it from stdin
+        definition: String,
+    },
+    /// Forget a grant; who holds a device keeps it
     Remove {
         /// Its name
         name: String,

@@ -8,13 +8,15 @@ use anyhow::bail;
 use serde::Serialize;
 use virt_usb_filter_host::Limits;
 use virt_usb_hook::config::{Config, Fleet, User};
+use virt_usb_model::{Flavor, Grant};
 use virt_usb_store::join::{Numbered, Renumbered};
 
 use super::Session;
 use super::arguments::{Credentials, Simulate};
 use super::filter::load_with;
 use super::output::{or_dash, table};
-use crate::fleet::{flavors, join, simulate, wait};
+use crate::fleet::shared::{Shared as _, contribute};
+use crate::fleet::{join, simulate, wait};
 use crate::inventory::host_name;
 
 /// The configuration's fleet, asked as whom the arguments say.
@@ -35,6 +37,8 @@ struct Joined {
     renumbered: Option<Renumbered>,
     /// Flavors that the fleet has otherwise: its own count from now on.
     replaced_flavors: Vec<String>,
+    /// The same of grants.
+    replaced_grants: Vec<String>,
 }
 
 pub(super) fn join(session: &Session, credentials: &Credentials) -> anyhow::Result<ExitCode> {
@@ -55,8 +59,9 @@ pub(super) fn join(session: &Session, credentials: &Credentials) -> anyhow::Resu
         Numbered::Renumbered(renumbered) => Some(renumbered),
         Numbered::Held(held) => bail!("{}", is_held(&held)),
     };
-    let replaced_flavors = wait(flavors::contribute(&fleet, &store.flavors()?))?;
-    let joined = Joined { host, number, renumbered, replaced_flavors };
+    let replaced_flavors = wait(contribute(&fleet, &Flavor::all(&store)?))?;
+    let replaced_grants = wait(contribute(&fleet, &Grant::all(&store)?))?;
+    let joined = Joined { host, number, renumbered, replaced_flavors, replaced_grants };
     session.out.show(&joined, || text(&joined))?;
     Ok(ExitCode::SUCCESS)
 }
@@ -71,28 +76,29 @@ fn is_held(held: &[virt_usb_store::ClaimRow]) -> String {
 }
 
 fn text(joined: &Joined) -> String {
-    let Joined { host, number, renumbered, replaced_flavors } = joined;
+    let Joined { host, number, renumbered, replaced_flavors, replaced_grants } = joined;
     let mut text = match renumbered {
         None => format!("{host} is in the fleet, with number {number} as before"),
         Some(Renumbered { devices, added, .. }) => format!(
             "{host} is in the fleet, with number {number}: to the id of each of its {devices} device(s) {added} was added"
         ),
     };
-    if let Some(Renumbered { assignments, flavors, .. }) = renumbered {
+    if let Some(Renumbered { assignments, flavors, grants, .. }) = renumbered {
         if *assignments > 0 {
             text.push_str(&format!("\n{assignments} assignment(s) name the new ids"));
         }
-        if !flavors.is_empty() {
+        for (noun, names) in [("flavor", flavors), ("grant", grants)].iter().filter(|(_, n)| !n.is_empty()) {
             text.push_str(&format!(
-                "\nthese flavors name a device by the id that it had, change them with 'virt-usb flavor set': {}",
-                flavors.join(", ")
+                "\nthese {noun}s name a device by the id that it had, change them with 'virt-usb {noun} set': {}",
+                names.join(", ")
             ));
         }
     }
-    if !replaced_flavors.is_empty() {
+    let replaced = [("flavors", replaced_flavors), ("grants", replaced_grants)];
+    for (what, names) in replaced.iter().filter(|(_, names)| !names.is_empty()) {
         text.push_str(&format!(
-            "\nthe fleet has other flavors of these names, which count from now on: {}",
-            replaced_flavors.join(", ")
+            "\nthe fleet has other {what} of these names, which count from now on: {}",
+            names.join(", ")
         ));
     }
     text

@@ -5,7 +5,6 @@ mod aside;
 mod claims;
 mod devices;
 mod filter;
-mod flavors;
 mod fleet;
 mod guests;
 mod output;
@@ -13,6 +12,7 @@ mod owners;
 mod recover;
 mod remote;
 mod scheduler;
+mod shared;
 mod tokens;
 mod upkeep;
 mod watch;
@@ -25,11 +25,12 @@ use anyhow::{Context as _, bail};
 use clap::{CommandFactory, Parser};
 use virt_usb_hook::config::Config;
 use virt_usb_hook::machine;
+use virt_usb_model::{Flavor, Grant};
 use virt_usb_store::{Context, Durability, Store};
 
 pub use arguments::Arguments;
 use arguments::{
-    Api, ClaimsVerb, FlavorVerb, FleetVerb, OwnerVerb, QuarantineVerb, StoreVerb, TokenVerb, Verb,
+    Api, ClaimsVerb, FlavorVerb, FleetVerb, GrantVerb, OwnerVerb, QuarantineVerb, StoreVerb, TokenVerb, Verb,
     WhitelistVerb,
 };
 use output::Output;
@@ -96,10 +97,16 @@ fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
         Verb::Events(options) => claims::events(&session, &options),
         Verb::Watch(options) => watch::run(&session, &options),
         Verb::Flavor { verb } => match verb {
-            FlavorVerb::List => flavors::list(&session),
-            FlavorVerb::Show { name } => flavors::show(&session, &name),
-            FlavorVerb::Set { name, definition } => flavors::set(&session, &name, &definition),
-            FlavorVerb::Remove { name } => flavors::remove(&session, &name),
+            FlavorVerb::List => shared::list::<Flavor>(&session),
+            FlavorVerb::Show { name } => shared::show::<Flavor>(&session, &name),
+            FlavorVerb::Set { name, definition } => shared::set::<Flavor>(&session, &name, &definition),
+            FlavorVerb::Remove { name } => shared::remove::<Flavor>(&session, &name),
+        },
+        Verb::Grant { verb } => match verb {
+            GrantVerb::List => shared::list::<Grant>(&session),
+            GrantVerb::Show { name } => shared::show::<Grant>(&session, &name),
+            GrantVerb::Set { name, definition } => shared::set::<Grant>(&session, &name, &definition),
+            GrantVerb::Remove { name } => shared::remove::<Grant>(&session, &name),
         },
         Verb::Fleet { verb } => match verb {
             FleetVerb::Join(credentials) => fleet::join(&session, &credentials),
@@ -136,6 +143,7 @@ const fn is_local(verb: &Verb) -> bool {
         | Verb::Claims { verb: None | Some(ClaimsVerb::List) }
         | Verb::Events(_)
         | Verb::Flavor { .. }
+        | Verb::Grant { .. }
         | Verb::Attach(_)
         | Verb::Detach(_)
         | Verb::Enable { .. }

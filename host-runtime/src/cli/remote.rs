@@ -13,14 +13,15 @@ use ureq::Agent;
 use ureq::http::{Request, StatusCode, Uri};
 use ureq::tls::{Certificate, PemItem, RootCerts, TlsConfig, parse_pem};
 use virt_usb_model::host::{self, HostDocument};
-use virt_usb_model::{DeviceId, DeviceRequest, Flavor, InstanceId, ProjectId};
+use virt_usb_model::{DeviceId, DeviceRequest, Flavor, Grant, InstanceId, ProjectId};
 use virt_usb_store::aside::Wished;
 use virt_usb_store::events::EventRow;
 use virt_usb_store::maintain::HostRow;
 use virt_usb_store::problems::Problem;
-use virt_usb_store::{ClaimRow, Owner, Record, StoredFlavor};
+use virt_usb_store::{ClaimRow, Owner, Record, StoredFlavor, StoredGrant};
 
 use super::arguments::Api;
+use super::shared::Named;
 use crate::agent::operate::Attached;
 
 /// Longer than the API itself takes at most.
@@ -192,31 +193,34 @@ impl Remote {
         Ok(found)
     }
 
-    pub(super) fn flavors(&self) -> anyhow::Result<Vec<StoredFlavor>> {
-        list(&mut self.get("os-usb-flavors")?, "usb_flavors")?.iter().map(flavor).collect()
+    /// All flavors, or all grants.
+    pub(super) fn named<T: Named>(&self) -> anyhow::Result<Vec<T::Stored>> {
+        let mut answer = self.get(&format!("os-usb-{}", T::PLURAL))?;
+        list(&mut answer, &format!("usb_{}", T::PLURAL))?.iter().map(T::read).collect()
     }
 
-    /// None: there is no such flavor.
-    pub(super) fn flavor(&self, name: &str) -> anyhow::Result<Option<StoredFlavor>> {
-        match self.ask("GET", &flavor_path(name), None)? {
-            Ok(answer) => flavor(&answer["usb_flavor"]).map(Some),
+    /// None: there is none of that name.
+    pub(super) fn one_named<T: Named>(&self, name: &str) -> anyhow::Result<Option<T::Stored>> {
+        match self.ask("GET", &named_path::<T>(name), None)? {
+            Ok(answer) => T::read(&answer[format!("usb_{}", T::NOUN)]).map(Some),
             Err(refused) if refused.status == StatusCode::NOT_FOUND => Ok(None),
             Err(refused) => Err(refused.into()),
         }
     }
 
     /// Whether that changed anything.
-    pub(super) fn set_flavor(&self, name: &str, flavor: &Flavor) -> anyhow::Result<bool> {
-        let known = self.flavor(name)?.is_some_and(|stored| stored.flavor == *flavor);
+    pub(super) fn set_named<T: Named>(&self, name: &str, wanted: &T) -> anyhow::Result<bool> {
+        let known = self.one_named::<T>(name)?.is_some_and(|stored| T::parts(&stored).1 == wanted);
         if !known {
-            self.ask("PUT", &flavor_path(name), Some(&serde_json::to_value(flavor)?))??;
+            let body = serde_json::from_str(&wanted.to_string())?;
+            self.ask("PUT", &named_path::<T>(name), Some(&body))??;
         }
         Ok(!known)
     }
 
     /// Whether it was there.
-    pub(super) fn remove_flavor(&self, name: &str) -> anyhow::Result<bool> {
-        match self.ask("DELETE", &flavor_path(name), None)? {
+    pub(super) fn remove_named<T: Named>(&self, name: &str) -> anyhow::Result<bool> {
+        match self.ask("DELETE", &named_path::<T>(name), None)? {
             Ok(_) => Ok(true),
             Err(refused) if refused.status == StatusCode::NOT_FOUND => Ok(false),
             Err(refused) => Err(refused.into()),
@@ -339,8 +343,8 @@ impl Refused {
     }
 }
 
-fn flavor_path(name: &str) -> String {
-    format!("os-usb-flavors/{}", quoted(name))
+fn named_path<T: Named>(name: &str) -> String {
+    format!("os-usb-{}/{}", T::PLURAL, quoted(name))
 }
 
 /// As a part of a path: a name may hold anything that can be printed.
@@ -415,6 +419,7 @@ fn records(devices: &[Value]) -> anyhow::Result<Vec<Record>> {
             flapping_until: text(device, "flapping_until"),
             rule_withheld: None,
             rule_tags: Vec::new(),
+            rule_projects: Vec::new(),
             one_time_use: false,
             own_tags: Vec::new(),
             descriptors: None,
@@ -484,15 +489,30 @@ fn event(value: &Value) -> anyhow::Result<EventRow> {
     })
 }
 
-fn flavor(value: &Value) -> anyhow::Result<StoredFlavor> {
-    let asks = ["usb_devices", "usb_redirection_devices"];
-    let asks: Map<String, Value> = asks.into_iter().map(|key| (key.to_owned(), value[key].clone())).collect();
+pub(super) fn flavor(value: &Value) -> anyhow::Result<StoredFlavor> {
+    let asks = part(value, ["usb_devices", "usb_redirection_devices"]);
     Ok(StoredFlavor {
         name: read(value, "name")?,
         created_at: read(value, "created_at")?,
         updated_at: read(value, "updated_at")?,
-        flavor: Flavor::parse(&Value::Object(asks).to_string()).map_err(|e| odd("usb_flavor", e))?,
+        flavor: Flavor::parse(&asks).map_err(|e| odd("usb_flavor", e))?,
     })
+}
+
+pub(super) fn grant(value: &Value) -> anyhow::Result<StoredGrant> {
+    let gives = part(value, ["usb_devices", "projects"]);
+    Ok(StoredGrant {
+        name: read(value, "name")?,
+        created_at: read(value, "created_at")?,
+        updated_at: read(value, "updated_at")?,
+        grant: Grant::parse(&gives).map_err(|e| odd("usb_grant", e))?,
+    })
+}
+
+/// These keys of an object, as an object of its own.
+fn part(value: &Value, keys: [&str; 2]) -> String {
+    let part: Map<String, Value> = keys.into_iter().map(|key| (key.to_owned(), value[key].clone())).collect();
+    Value::Object(part).to_string()
 }
 
 fn owner(value: &Value) -> anyhow::Result<Owner> {

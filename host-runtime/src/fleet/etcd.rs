@@ -14,8 +14,9 @@ use super::keys::Keys;
 pub(super) const ANSWER: Duration = Duration::from_secs(5);
 /// How long making a connection may take.
 const CONNECTING: Duration = Duration::from_secs(3);
-/// How often a connection is tried while nothing comes, and how long it may be silent then.
-const ALIVE: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(5));
+/// How often a connection is tried while nothing comes, and how long it may be silent then. etcd closes one that is tried more often than
+/// every five seconds (`--grpc-keepalive-min-time`), or while nothing is asked on it.
+const ALIVE: (Duration, Duration) = (Duration::from_secs(10), Duration::from_secs(5));
 /// So many keys a page …
 const PAGE: i64 = 128;
 /// … and so many bytes a message: a page of the largest documents, or a burst of them.
@@ -140,6 +141,7 @@ impl Etcd {
         let mut options = ConnectOptions::new()
             .with_connect_timeout(CONNECTING)
             .with_keep_alive(ALIVE.0, ALIVE.1)
+            .with_keep_alive_while_idle(false)
             .with_require_leader(true)
             .with_auto_token_refresh(true);
         if self.fleet.endpoints.iter().any(|endpoint| endpoint.starts_with("https://")) {

@@ -7,6 +7,7 @@
 //! | `requests/NAME/ID` | what the host is to do | the API of another host | its lease: the deadline |
 //! | `answers/NAME/ID` | that it has begun, then what came of it | that host | a lease of its own |
 //! | `flavors/NAME` | a flavor's JSON | whoever changes one, on any host | its removal |
+//! | `grants/NAME` | a grant's JSON | the same | its removal |
 //! | `nodes/N` | [`Node`]: which machine and host the number N is | who joins | `fleet leave` |
 //! | `names/NAME` | the number of the host of that name | who joins | `fleet leave` |
 //! | `machines/ID` | the number of that machine, for good | who joins | never |
@@ -63,13 +64,13 @@ impl Keys {
         format!("{}answers/{host}/{request}", self.prefix)
     }
 
-    /// What the flavors' keys begin with.
-    pub(super) fn flavors(&self) -> String {
-        format!("{}flavors/", self.prefix)
+    /// What the keys of one kind of what is common begin with: `flavors`, `grants`.
+    pub(super) fn shared(&self, kind: &str) -> String {
+        format!("{}{kind}/", self.prefix)
     }
 
-    pub(super) fn flavor(&self, name: &str) -> String {
-        format!("{}flavors/{name}", self.prefix)
+    pub(super) fn shared_one(&self, kind: &str, name: &str) -> String {
+        format!("{}{kind}/{name}", self.prefix)
     }
 
     pub(super) fn name(&self, host: &str) -> String {

@@ -10,7 +10,7 @@
 //! | `keys` | what stands where |
 //! | `etcd` | a connection, the next endpoint, errors in words |
 //! | `join` | a machine's number; leaving; how things are |
-//! | `flavors` | the fleet's flavors: changed in etcd, mirrored into the inventory |
+//! | `shared` | the fleet's flavors and grants: changed in etcd, mirrored into the inventory |
 //! | `publish`, `guests`, `news` | a host's document and its guests: when they change, as long as the host lives |
 //! | `others` | the other hosts, for the API |
 //! | `requests` | what one host's API asks another's agent, and what that answers |
@@ -20,7 +20,6 @@
 //! What happens to etcd changes nothing on a host.
 
 mod etcd;
-pub(crate) mod flavors;
 mod guests;
 pub(crate) mod join;
 pub(crate) mod keys;
@@ -29,6 +28,7 @@ pub(crate) mod others;
 pub mod publish;
 pub(crate) mod reader;
 pub(crate) mod requests;
+pub(crate) mod shared;
 pub(crate) mod simulate;
 
 pub use etcd::Error;

@@ -3,8 +3,12 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
+use tokio::time::Instant;
+use virt_usb_hook::config::Fleet;
 use virt_usb_model::{
     DeviceId, DeviceRequest, Flavor, HostDocument, InstanceId, ProjectId, Reason, Status, clean_text,
 };
@@ -12,8 +16,13 @@ use virt_usb_store::join::IDS_A_HOST;
 use virt_usb_store::{ClaimRow, Record};
 
 use super::Error;
-use super::keys::Node;
-use super::reader::Sink;
+use super::keys::{Keys, Node};
+use super::reader::{Reader, Sink};
+
+/// So long after the last question the fleet is followed: a host whose API nobody asks costs etcd nothing.
+const FOLLOWED: Duration = Duration::from_secs(600);
+/// So long the first that asks waits until the fleet was listed; whoever is answered before sees what was known.
+const LISTED: Duration = Duration::from_secs(3);
 
 /// Another host.
 #[derive(Debug, Clone, Default)]
@@ -96,6 +105,10 @@ pub(crate) type Hosts = Arc<BTreeMap<u64, Arc<Other>>>;
 #[derive(Debug, Clone)]
 pub(crate) struct Others {
     state: Arc<Mutex<State>>,
+    /// When somebody asked last; none: nobody has.
+    asked: Arc<watch::Sender<Option<Instant>>>,
+    /// Whether what is known is of now, or is known not to be (etcd does not answer).
+    told: Arc<watch::Sender<bool>>,
 }
 
 #[derive(Debug, Default)]
@@ -113,7 +126,34 @@ struct State {
 
 impl Others {
     pub(crate) fn new(own: String) -> Self {
-        Self { state: Arc::new(Mutex::new(State { own, ..State::default() })) }
+        let state = Arc::new(Mutex::new(State { own, ..State::default() }));
+        Self { state, asked: Arc::new(watch::Sender::new(None)), told: Arc::new(watch::Sender::new(false)) }
+    }
+
+    /// Somebody asks: the fleet is followed from now on, and has been listed where that goes quickly.
+    pub(crate) async fn wake(&self) {
+        self.asked.send_replace(Some(Instant::now()));
+        let mut told = self.told.subscribe();
+        // In vain: what was known is shown.
+        drop(tokio::time::timeout(LISTED, told.wait_for(|told| *told)).await);
+    }
+
+    /// Follows the fleet for ever, whenever somebody asks.
+    pub(crate) async fn follow(mut self, fleet: &Fleet) {
+        let mut reader = Reader::new(fleet, Keys::new(fleet.prefix.clone()).all().to_owned());
+        let mut asked = self.asked.subscribe();
+        let (asks, told) = (self.asked.clone(), self.told.clone());
+        loop {
+            let fresh = |last: &Option<Instant>| last.is_some_and(|last| last.elapsed() < FOLLOWED);
+            if asked.wait_for(fresh).await.is_err() {
+                return;
+            }
+            tokio::select! {
+                () = reader.follow(&mut self) => {}
+                () = idle(&asks) => {}
+            }
+            told.send_replace(false);
+        }
     }
 
     fn state(&self) -> std::sync::MutexGuard<'_, State> {
@@ -122,7 +162,23 @@ impl Others {
 
     /// As they are now; the same `Arc` as before where nothing has changed.
     pub(crate) fn now(&self) -> Hosts {
+        // Who looks again and again, as a page that is live does, asks.
+        self.asked.send_if_modified(|last| {
+            *last = last.map(|_| Instant::now());
+            false
+        });
         self.state().hosts.clone()
+    }
+}
+
+/// Until nobody has asked for a while.
+async fn idle(asks: &watch::Sender<Option<Instant>>) {
+    loop {
+        let last = *asks.borrow();
+        let Some(until) = last.map(|last| last + FOLLOWED).filter(|until| *until > Instant::now()) else {
+            return;
+        };
+        tokio::time::sleep_until(until).await;
     }
 }
 
@@ -224,12 +280,14 @@ impl Sink for Others {
     }
 
     fn listed(&mut self) {
+        self.told.send_replace(true);
         if self.state().deaf.take().is_some() {
             tracing::info!("the fleet is heard again");
         }
     }
 
     fn deaf(&mut self, why: &Error) {
+        self.told.send_replace(true);
         let mut state = self.state();
         if state.deaf.is_none() {
             tracing::warn!("the fleet is shown as it was last: {why}");
@@ -266,6 +324,7 @@ pub(crate) fn record(mut entry: virt_usb_model::DeviceEntry, reachable: bool) ->
         // What it is withheld for is all that is published of the rules.
         rule_withheld: entry.status_reason.as_deref().and_then(|reason| reason.parse().ok()),
         rule_tags: Vec::new(),
+        rule_projects: Vec::new(),
         one_time_use: false,
         own_tags: Vec::new(),
         descriptors: None,

@@ -12,16 +12,16 @@ use etcd_client::{Compare, CompareOp, GetOptions, PutOptions, Txn, TxnOp, TxnOpR
 use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, MissedTickBehavior, interval_at, sleep, sleep_until};
 use virt_usb_hook::config::Fleet;
-use virt_usb_model::HostDocument;
+use virt_usb_model::{Flavor, Grant, HostDocument};
 use virt_usb_store::watch::Watched;
 use virt_usb_store::{Store, StoreError};
 
 use super::etcd::{Connection, Error, Etcd, Pause};
-use super::flavors::Mirror;
 use super::guests::Guests;
 use super::join::{Place, place};
 use super::keys::{Keys, Node};
 use super::news;
+use super::shared::Mirror;
 use crate::agent::PATIENCE;
 use crate::agent::metrics::Metrics;
 use crate::hypervisor::Hypervisor;
@@ -97,17 +97,16 @@ impl Publisher {
         if let Err(e) = &news {
             tracing::warn!("the inventory is looked at every {LOOK:?}: {e}");
         }
-        let mirror = Mirror {
-            fleet: self.fleet.clone(),
-            state_dir: self.state_dir.clone(),
-            procfs_root: self.procfs_root.clone(),
-        };
+        let (fleet, state_dir, procfs_root) = (&self.fleet, &self.state_dir, &self.procfs_root);
+        let flavors = Mirror::<Flavor>::new(fleet, state_dir, procfs_root);
+        let grants = Mirror::<Grant>::new(fleet, state_dir, procfs_root);
         let thread = std::thread::Builder::new().name("fleet".into()).spawn(move || {
             runtime.block_on(async {
                 tokio::select! {
                     _ = stopped.wait_for(|stop| *stop) => {}
                     () = self.publish(news.ok()) => {}
-                    () = mirror.follow() => {}
+                    () = flavors.follow() => {}
+                    () = grants.follow() => {}
                 }
             });
         })?;
@@ -199,6 +198,10 @@ impl Publisher {
                     last = Some(text);
                     beat = Instant::now() + self.fleet.heartbeat;
                 }
+            }
+            if due {
+                // An inventory that says nothing of this host yet is no reason to ask it again and again.
+                beat = Instant::now() + self.fleet.heartbeat;
             }
             let written = async {
                 match news {

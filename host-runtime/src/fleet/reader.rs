@@ -10,7 +10,7 @@
 //!                                          (goes on from the last revision: no list)
 //! ```
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use etcd_client::{EventType, KeyValue, WatchOptions};
 use virt_usb_hook::config::Fleet;
@@ -46,8 +46,9 @@ impl Reader {
         Self { etcd, prefix, known: HashMap::new(), revision: 0, cluster: 0 }
     }
 
-    /// Follows for ever.
-    pub(crate) async fn follow(mut self, sink: &mut impl Sink) {
+    /// Follows for ever, beginning with a list. Who stops it may begin anew later: only what is news then is told.
+    pub(crate) async fn follow(&mut self, sink: &mut impl Sink) {
+        self.revision = 0;
         let mut pause = Pause::default();
         loop {
             let failure = match self.etcd.connect().await {
@@ -100,19 +101,23 @@ impl Reader {
 
     async fn list(&mut self, connection: &mut Connection, sink: &mut impl Sink) -> Result<(), Error> {
         let Self { etcd, prefix, known, .. } = self;
-        let mut seen = HashMap::new();
+        let mut seen = HashSet::new();
+        // What is told counts as known at once: a list may fail half way, and a key of it be gone at the next.
         let each = |kv: &KeyValue| {
             let Some(key) = name(prefix, kv.key()) else { return };
-            if known.get(&key) != Some(&kv.mod_revision()) {
+            if known.insert(key.clone(), kv.mod_revision()) != Some(kv.mod_revision()) {
                 sink.put(&key, kv.value(), kv.mod_revision());
             }
-            seen.insert(key, kv.mod_revision());
+            seen.insert(key);
         };
         self.revision = etcd.list(connection, prefix, each).await?;
-        for key in known.keys().filter(|key| !seen.contains_key(*key)) {
-            sink.gone(key);
-        }
-        self.known = seen;
+        known.retain(|key, _| {
+            let there = seen.contains(key);
+            if !there {
+                sink.gone(key);
+            }
+            there
+        });
         Ok(())
     }
 

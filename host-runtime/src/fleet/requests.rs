@@ -10,7 +10,7 @@
 
 use std::collections::HashSet;
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use etcd_client::{Compare, CompareOp, EventType, GetOptions, PutOptions, Txn, TxnOp, WatchOptions};
@@ -187,30 +187,33 @@ pub(crate) trait Doer: Send + Sync + 'static {
 /// A request as it was read: its id, the revision that it was put at, its text.
 type Read = (String, i64, Vec<u8>);
 
-struct Ears(mpsc::UnboundedSender<Read>);
+struct Ears {
+    asked: mpsc::UnboundedSender<Read>,
+    /// Those that this agent has begun, as long as they stand in etcd: they come again when another etcd is listed.
+    begun: HashSet<String>,
+}
 
 impl Sink for Ears {
     fn put(&mut self, key: &str, value: &[u8], revision: i64) {
-        // Nobody does it any more when the other end is gone.
-        let _ = self.0.send((key.to_owned(), revision, value.to_vec()));
+        if self.begun.insert(key.to_owned()) {
+            // Nobody does it any more when the other end is gone.
+            let _ = self.asked.send((key.to_owned(), revision, value.to_vec()));
+        }
     }
 
-    fn gone(&mut self, _: &str) {}
+    fn gone(&mut self, key: &str) {
+        self.begun.remove(key);
+    }
 }
 
 /// Does for ever what this host is asked.
 pub(crate) async fn serve(fleet: Fleet, host: String, doer: Arc<dyn Doer>) {
     let (sender, mut asked) = mpsc::unbounded_channel();
     let keys = Etcd::new(fleet.clone()).keys();
-    let reader = Reader::new(&fleet, keys.requests(&host));
-    let mut ears = Ears(sender);
-    // Those that this agent has begun: they come again with each list.
-    let begun: Arc<Mutex<HashSet<String>>> = Arc::default();
+    let mut reader = Reader::new(&fleet, keys.requests(&host));
+    let mut ears = Ears { asked: sender, begun: HashSet::new() };
     let work = async {
         while let Some((id, revision, text)) = asked.recv().await {
-            if !begun.lock().unwrap_or_else(PoisonError::into_inner).insert(id.clone()) {
-                continue;
-            }
             let one = One { fleet: fleet.clone(), host: host.clone(), id, revision, text };
             tokio::spawn(one.serve(doer.clone()));
         }

@@ -343,7 +343,7 @@ fn simulate(
         simulation.hosts.push(host);
     }
     let mut sink = ears.clone();
-    let reader = Reader::new(fleet, super::keys::Keys::new(fleet.prefix.clone()).hosts());
+    let mut reader = Reader::new(fleet, super::keys::Keys::new(fleet.prefix.clone()).hosts());
     let following = runtime.spawn(async move { reader.follow(&mut sink).await });
     for host in &mut simulation.hosts {
         host.live(runtime);

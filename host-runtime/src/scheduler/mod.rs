@@ -69,7 +69,7 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
         runtime.spawn(server.local(path.clone()));
     }
     let hosts = Keys::new(options.fleet.prefix.clone()).hosts();
-    let reader = Reader::new(&options.fleet, hosts);
+    let mut reader = Reader::new(&options.fleet, hosts);
     let mut sink = view.clone();
     runtime.spawn(async move { reader.follow(&mut sink).await });
     runtime.spawn(async move {

@@ -12,7 +12,7 @@ use crate::error::Sql;
 use crate::events::{Event, record};
 use crate::flaps::{Flaps, Limits, Outcome};
 use crate::open::Fault;
-use crate::{Context, NOW, Store, StoreError};
+use crate::{Context, NOW, Store, StoreError, grants};
 
 /// A moment, seconds since 1970, as it is stored.
 const MOMENT: &str = "strftime('%Y-%m-%dT%H:%M:%fZ', ?2, 'unixepoch')";
@@ -86,6 +86,7 @@ impl Store {
             tx.execute("UPDATE usb_devices SET own_tags = ?2 WHERE id = ?1", params![sql_id(device), text])?;
             let classes = std::iter::once(&was.entry.class).chain(&was.entry.interface_classes);
             label(tx, device, classes, &joined(&was.rule_tags, &tags))?;
+            grants::apply(tx)?;
             Ok(Some(Event::new("tagged").with(tags.join(", "))))
         })
     }

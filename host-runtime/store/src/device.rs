@@ -5,7 +5,7 @@ use serde::Serialize;
 use virt_usb_model::state::Hold;
 use virt_usb_model::{
     BusAddress, Descriptors, DeviceEntry, DeviceId, DeviceKey, InstanceId, PortPath, ProjectId, Reason,
-    Serial, Speed, Status, UsbId,
+    Serial, Speed, Status, UsbId, grant,
 };
 
 use crate::claim::Asker;
@@ -42,7 +42,7 @@ pub struct Record {
     /// It came and went too often, and is not offered until then.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub flapping_until: Option<String>,
-    /// What the rules alone say of it: why it is not offered, its tags, and whether it is quarantined after each use.
+    /// What the rules alone say of it: why it is not offered, its tags, whether it is quarantined after each use, and for whom it is.
     #[serde(skip)]
     pub rule_withheld: Option<Reason>,
     #[serde(skip)]
@@ -51,6 +51,9 @@ pub struct Record {
     #[serde(skip)]
     #[expect(missing_docs, reason = "said above")]
     pub one_time_use: bool,
+    #[serde(skip)]
+    #[expect(missing_docs, reason = "said above")]
+    pub rule_projects: Vec<ProjectId>,
     /// The tags that an operator has given it.
     #[serde(skip)]
     pub own_tags: Vec<String>,
@@ -111,6 +114,7 @@ impl Record {
         let status: String = row.get("status")?;
         Status::from_columns(&status, reason.as_deref()).map_err(|e| bad_row(row, "status", e))?;
         let (rule_tags, own_tags) = (texts(row, "tags")?, texts(row, "own_tags")?);
+        let (rule_projects, granted) = (list::<ProjectId>(row, "projects")?, list(row, "granted")?);
         let entry = DeviceEntry {
             id: read_id(row, "id")?,
             compute_node_id: row.get("compute_node_id")?,
@@ -135,7 +139,7 @@ impl Record {
             driver: row.get("driver")?,
             host_use: row.get("host_use")?,
             tags: joined(&rule_tags, &own_tags),
-            projects: list::<ProjectId>(row, "projects")?,
+            projects: grant::joined(&rule_projects, &granted),
         };
         Ok(Self {
             entry,
@@ -151,6 +155,7 @@ impl Record {
             rule_withheld: parse_some(row, "withheld")?,
             rule_tags,
             one_time_use: row.get("one_time_use")?,
+            rule_projects,
             own_tags,
             descriptors: parse_some(row, "descriptors")?,
             used_as: parse_some(row, "used_as")?,

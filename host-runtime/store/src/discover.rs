@@ -10,7 +10,7 @@ use crate::device::{Record, joined, read_id, refresh, sql_id, step_revision};
 use crate::error::Sql;
 use crate::events::{Event, record};
 use crate::flaps::Limits;
-use crate::{Context, NOW, Store, StoreError, aside, give_back, join, metadata};
+use crate::{Context, NOW, Store, StoreError, aside, give_back, grants, join, metadata};
 
 /// One step of a plan.
 #[derive(Debug, Clone, PartialEq)]
@@ -68,6 +68,9 @@ impl Store {
                 steady.into_iter().map(|id| Done { id, what: "steady", altered: None }).collect();
             for change in changes {
                 done.push(execute(tx, &known, change, limits, context)?);
+            }
+            if !done.is_empty() {
+                grants::apply(tx)?;
             }
             Ok(done)
         })?;
@@ -220,7 +223,7 @@ fn is_same(r: &Record, d: &Device, verdict: &Verdict) -> bool {
         && r.rule_tags == verdict.tags
         && (r.one_time_use == verdict.one_time_use || (r.one_time_use && e.instance_uuid.is_some()))
         && r.descriptors == d.descriptors
-        && e.projects == verdict.projects
+        && r.rule_projects == verdict.projects
         && r.rule_withheld == verdict.withheld
 }
 

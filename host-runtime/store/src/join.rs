@@ -2,13 +2,13 @@
 
 use rusqlite::{OptionalExtension as _, Transaction, params};
 use serde::Serialize;
-use virt_usb_model::{DeviceId, Flavor};
+use virt_usb_model::{DeviceId, Selector};
 
 use crate::assignments::Assignment;
 use crate::device::step_revision;
 use crate::error::Sql;
 use crate::events::{Event, record};
-use crate::{ClaimRow, Context, LONE_NODE, NOW, Store, StoreError};
+use crate::{ClaimRow, Context, LONE_NODE, NOW, Store, StoreError, StoredFlavor, StoredGrant};
 
 /// So many ids a host has: those of number N follow `(N − 1) × IDS_A_HOST`.
 pub const IDS_A_HOST: u64 = 1_000_000;
@@ -36,6 +36,8 @@ pub struct Renumbered {
     pub added: i64,
     /// Stored flavors that name a device by its id, as it was: they are to be changed by hand.
     pub flavors: Vec<String>,
+    /// Grants that do the same.
+    pub grants: Vec<String>,
     /// How many assignments named one, and name the new id now.
     pub assignments: usize,
 }
@@ -80,7 +82,7 @@ impl Store {
             let added = (wanted - was) * IDS;
             // Labels point to devices: both change.
             tx.pragma_update(None, "defer_foreign_keys", true)?;
-            let flavors = flavors(tx)?;
+            let (flavors, grants) = (flavors(tx)?, grants(tx)?);
             let assignments = assignments(tx, added)?;
             let devices = tx.execute(
                 "UPDATE usb_devices SET id = id + ?1, compute_node_id = ?2, deleted = iif(deleted = 0, 0, id + ?1)",
@@ -98,11 +100,12 @@ impl Store {
                 params![was, wanted],
             )?;
             continue_ids(tx, wanted, added)?;
+            crate::grants::apply(tx)?;
             step_revision(tx)?;
             let detail = format!("number {was} became {wanted}: to each id of a device {added} was added");
             record(tx, context, &Event::new("renumbered").with(detail))?;
             let was = u64::try_from(was).unwrap_or(LONE_NODE);
-            Ok(Numbered::Renumbered(Renumbered { was, devices, added, flavors, assignments }))
+            Ok(Numbered::Renumbered(Renumbered { was, devices, added, flavors, grants, assignments }))
         })
     }
 
@@ -131,14 +134,29 @@ fn continue_ids(tx: &Transaction<'_>, number: i64, added: i64) -> Sql<()> {
 /// Those that name a device of this host by its id.
 fn flavors(tx: &Transaction<'_>) -> Sql<Vec<String>> {
     let all = tx
-        .prepare("SELECT name, document FROM flavors ORDER BY name")?
-        .query_map([], |row| Ok((row.get::<_, String>(0)?, row.get::<_, String>(1)?)))?
+        .prepare("SELECT * FROM flavors ORDER BY name")?
+        .query_map([], StoredFlavor::read)?
         .collect::<Sql<Vec<_>>>()?;
+    let named = all.iter().map(|f| (&f.name, f.flavor.usb_devices.iter().map(|request| &request.selector)));
+    naming(tx, named)
+}
+
+fn grants(tx: &Transaction<'_>) -> Sql<Vec<String>> {
+    let all = tx
+        .prepare("SELECT * FROM grants ORDER BY name")?
+        .query_map([], StoredGrant::read)?
+        .collect::<Sql<Vec<_>>>()?;
+    naming(tx, all.iter().map(|g| (&g.name, g.grant.usb_devices.iter())))
+}
+
+fn naming<'a, S: Iterator<Item = &'a Selector>>(
+    tx: &Transaction<'_>,
+    named: impl Iterator<Item = (&'a String, S)>,
+) -> Sql<Vec<String>> {
     let mut found = Vec::new();
-    for (name, document) in all {
-        let Ok(flavor) = Flavor::parse(&document) else { continue };
-        for id in flavor.usb_devices.iter().filter_map(|request| request.selector.id) {
-            if is_here(tx, id)? && found.last() != Some(&name) {
+    for (name, selectors) in named {
+        for id in selectors.filter_map(|selector| selector.id) {
+            if is_here(tx, id)? && found.last() != Some(name) {
                 found.push(name.clone());
             }
         }

@@ -1,4 +1,4 @@
-//! The inventory of one host in SQLite: devices, claims, assignments, flavors, audit events.
+//! The inventory of one host in SQLite: devices, claims, assignments, flavors, grants, audit events.
 //!
 //! This file is the authority over the devices of its host. Claims are made under SQLite's write lock, so that of
 //! two instances that want one device one gets it and the other is told; no network is needed.
@@ -11,7 +11,7 @@
 //! | [`give_back`] | confirms, gives back, voids |
 //! | [`adopt`] | takes over what a domain's own XML already holds |
 //! | [`discover`] | brings the rows in line with what is plugged in |
-//! | `flavors`, `assignments`, `owners`, [`events`], [`problems`] | the other tables |
+//! | `flavors`, `grants`, `assignments`, `owners`, [`events`], [`problems`] | the other tables |
 //! | [`maintain`] | check, backup, prune |
 //! | [`watch`] | what there is at one moment, and whether it has changed since |
 //! | [`recover`] | restore, rebuild: another content in the inventory's place |
@@ -36,6 +36,7 @@ pub mod flaps;
 mod flavors;
 pub mod give_back;
 mod grant;
+mod grants;
 pub mod hints;
 pub mod join;
 pub mod maintain;
@@ -58,6 +59,7 @@ pub use device::{ClaimRow, Record};
 pub use error::StoreError;
 pub use files::hand_over;
 pub use flavors::StoredFlavor;
+pub use grants::StoredGrant;
 pub use open::{Durability, SCHEMA};
 pub use owners::Owner;
 

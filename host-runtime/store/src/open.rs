@@ -23,6 +23,7 @@ const MIGRATIONS: &[&str] = &[
     include_str!("../migrations/0003_arrived.sql"),
     include_str!("../migrations/0004_aside.sql"),
     include_str!("../migrations/0005_owners.sql"),
+    include_str!("../migrations/0006_grants.sql"),
 ];
 
 /// The schema version that this program reads and writes.

@@ -36,7 +36,8 @@ use crate::join::{self, IDS};
 use crate::open::canonical;
 use crate::salvage::{self, Salvage, Table};
 use crate::{
-    Assignment, Context, Durability, FILE_NAME, Owner, SCHEMA, Store, StoreError, StoredFlavor, metadata,
+    Assignment, Context, Durability, FILE_NAME, Owner, SCHEMA, Store, StoreError, StoredFlavor, StoredGrant,
+    metadata,
 };
 
 /// Where the new inventory is built, beside the old one.
@@ -566,10 +567,11 @@ fn summary(built: &Built) -> String {
 }
 
 /// The tables in an order in which no row comes before the one that it points to; those of a later schema come last.
-const ORDER: [&str; 7] = [
+const ORDER: [&str; 8] = [
     "compute_nodes",
     "usb_devices",
     "flavors",
+    "grants",
     "assignments",
     "owners",
     "instance_system_metadata",
@@ -604,6 +606,8 @@ fn take_over(new: &mut Store, salvage: Option<&Salvage>, ids: &[DeviceId]) -> Re
         // Whose boot the claims are of is looked at anew.
         tx.execute("UPDATE compute_nodes SET boot_id = NULL, revision = revision + 1", [])?;
         built.lost_devices = continue_ids(tx, salvage, was_there, ids)?;
+        // What a device's row says follows from the grants that are left.
+        crate::grants::apply(tx)?;
         Ok(built)
     })
 }
@@ -705,6 +709,7 @@ fn makes_sense(name: &str, node: i64, row: &Row<'_>) -> Sql<()> {
         "assignments" => drop(Assignment::read(row)?),
         "owners" => drop(Owner::read(row)?),
         "flavors" => drop(StoredFlavor::read(row)?),
+        "grants" => drop(StoredGrant::read(row)?),
         "events" => drop(EventRow::read(row)?),
         "instance_system_metadata" => drop(parse::<InstanceId>(row, "instance_uuid")?),
         _ => {}
@@ -796,6 +801,9 @@ fn continue_ids(tx: &Transaction<'_>, salvage: &Salvage, was_there: bool, guests
     let flavors: Vec<StoredFlavor> =
         tx.prepare("SELECT * FROM flavors")?.query_map([], StoredFlavor::read)?.collect::<Sql<_>>()?;
     seen.extend(flavors.iter().flat_map(|f| &f.flavor.usb_devices).filter_map(asked));
+    let grants: Vec<StoredGrant> =
+        tx.prepare("SELECT * FROM grants")?.query_map([], StoredGrant::read)?.collect::<Sql<_>>()?;
+    seen.extend(grants.iter().flat_map(|g| &g.grant.usb_devices).filter_map(|s| s.id).map(sql));
     let assigned: Vec<Assignment> =
         tx.prepare("SELECT * FROM assignments")?.query_map([], Assignment::read)?.collect::<Sql<_>>()?;
     seen.extend(assigned.iter().map(|a| &a.request).filter_map(asked));

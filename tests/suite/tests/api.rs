@@ -333,6 +333,7 @@ fn who_may_what() {
     let detach =
         |id: u32| json!({ "detach_usb_devices": { "usb_devices_requests": [{ "id": id }] } }).to_string();
     let flavor = r#"{"usb_devices":[{"vendor_id":"0529"}]}"#.to_owned();
+    let grant = format!(r#"{{"usb_devices":[{{"id":1}}],"projects":["{THEIRS}"]}}"#);
     let nothing = String::new;
     let server = |id: &str, what: &str| format!("/v3/servers/{id}/{what}");
     let absent = "55555555-2222-4333-8444-555555555555";
@@ -374,6 +375,13 @@ fn who_may_what() {
         ("GET", "/v3/os-usb-flavors/erp".into(), nothing(), [200, 200, 200, 401]),
         ("DELETE", "/v3/os-usb-flavors/erp".into(), nothing(), [403, 403, 204, 401]),
         ("DELETE", "/v3/os-usb-flavors/erp".into(), nothing(), [403, 403, 404, 401]),
+        ("PUT", "/v3/os-usb-grants/erp".into(), grant, [403, 403, 200, 401]),
+        ("GET", "/v3/os-usb-grants".into(), nothing(), [403, 403, 200, 401]),
+        ("GET", "/v3/os-usb-grants/erp".into(), nothing(), [403, 403, 200, 401]),
+        ("GET", item(1, ""), nothing(), [404, 404, 200, 401]),
+        ("DELETE", "/v3/os-usb-grants/erp".into(), nothing(), [403, 403, 204, 401]),
+        ("DELETE", "/v3/os-usb-grants/erp".into(), nothing(), [403, 403, 404, 401]),
+        ("GET", item(1, ""), nothing(), [200, 200, 200, 401]),
         ("GET", "/v3/servers".into(), nothing(), [200, 200, 200, 401]),
         ("GET", "/v3/os-usb-claims".into(), nothing(), [200, 200, 200, 401]),
         ("GET", "/v3/os-usb-events".into(), nothing(), [200, 200, 200, 401]),
@@ -512,6 +520,9 @@ fn the_command_line_asks_an_api_as_it_asks_its_own_inventory() {
         ok(&there(&["flavor", "set", "erp/2 %", r#"{"usb_devices":[{"serial":"S1"}]}"#]))
             .starts_with("unchanged: ")
     );
+    let grant = r#"{"usb_devices":[{"serial":"none"}],"projects":["p1"]}"#;
+    assert!(ok(&there(&["grant", "set", "erp/2 %", grant])).starts_with("stored: erp/2 % gives {"));
+    assert!(ok(&there(&["grant", "set", "erp/2 %", grant])).starts_with("unchanged: "));
     assert_eq!(ok(&there(&["owner", "set", "lab", OURS])), format!("lab is project {OURS}'s now\n"));
     // What is shown is the same, byte for byte.
     for shown in [
@@ -526,6 +537,8 @@ fn the_command_line_asks_an_api_as_it_asks_its_own_inventory() {
         &["events", "--instance", ERP, "--limit", "1"],
         &["flavor", "list"],
         &["flavor", "show", "erp/2 %"],
+        &["grant", "list"],
+        &["grant", "show", "erp/2 %"],
         &["quarantine"],
         &["owner"],
         // Done already: it tells how it is, and changes nothing.
@@ -547,6 +560,7 @@ fn the_command_line_asks_an_api_as_it_asks_its_own_inventory() {
         "device 1 (0529:0001 \"HASP copy protection dongle\", port 1-1) is free\n"
     );
     assert!(ok(&there(&["flavor", "remove", "erp/2 %"])).starts_with("removed: "));
+    assert!(ok(&there(&["grant", "remove", "erp/2 %"])).starts_with("removed: "));
     assert!(ok(&there(&["owner", "clear", "lab"])).starts_with("lab is whose its domain says"));
     let refused = |arguments: &[&str], why: &str| {
         let output = there(arguments);
@@ -566,6 +580,9 @@ fn the_command_line_asks_an_api_as_it_asks_its_own_inventory() {
     refused(&["attach", "erp", "99"], "the API answers 404: USB device 99 could not be found.");
     refused(&["enable", "99"], "there is no device 99");
     refused(&["flavor", "show", "none"], "no flavor of the name \"none\"");
+    refused(&["grant", "remove", "none"], "no grant of the name \"none\"");
+    refused(&["grant", "set", "@a", grant], "is no name for a grant");
+    refused(&["grant", "set", "a", "{}"], "the grant a is not stored");
     refused(&["doctor"], "this is done on the host itself");
     std::fs::write(&token, served.token("ours", OURS, "member")).unwrap();
     let hosts = ok(&there(&["hosts", "--json"]));

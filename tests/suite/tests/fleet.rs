@@ -349,6 +349,7 @@ fn a_host_writes_its_own_document_and_nothing_else() {
         "hosts/compute11",
         "requests/compute1/1",
         "flavors/erp",
+        "grants/erp",
         "nodes/2",
         "machines/x",
         "next",
@@ -731,6 +732,54 @@ fn flavors_are_the_fleets_and_every_host_has_them() {
 }
 
 /// A fleet that is made up, below a prefix of its own.
+#[test]
+fn grants_are_the_fleets_and_every_host_heeds_them() {
+    let mut etcd = Etcd::new();
+    let (one, two) = (host(&etcd, "compute1", 'a', ""), host(&etcd, "compute2", 'b', ""));
+    for (host, n) in [(&one, 1), (&two, 2)] {
+        std::fs::write(host.path("sim.toml"), key(n)).unwrap();
+    }
+    let grant =
+        |devices: &str, project: &str| format!(r#"{{"usb_devices":[{devices}],"projects":["{project}"]}}"#);
+    // For whom the host's one key is, as it is published.
+    let whose = |etcd: &Etcd, host: &str| -> Option<String> {
+        let document = document(etcd, host)?;
+        let projects = &document.devices.first()?.projects;
+        Some(projects.iter().map(ToString::to_string).collect::<Vec<_>>().join("+"))
+    };
+    ok(&one.virt_usb(&["grant", "set", "mine", &grant(r#"{"serial":"S1"}"#, "p1")]));
+    ok(&one.virt_usb(&["fleet", "join"]));
+    ok(&two.virt_usb(&["grant", "set", "mine", &grant(r#"{"serial":"S2"}"#, "p2")]));
+    let joined = ok(&two.virt_usb(&["fleet", "join"]));
+    assert!(
+        joined.contains("the fleet has other grants of these names, which count from now on: mine\n"),
+        "{joined}"
+    );
+    let _agents = (agent(&one), agent(&two));
+    let published = |etcd: &Etcd, first: &str, second: &str| {
+        let now = (whose(etcd, "compute1"), whose(etcd, "compute2"));
+        (now == (Some(first.to_owned()), Some(second.to_owned()))).then_some(())
+    };
+    until("the fleet's grant", || published(&etcd, "p1", ""));
+    ok(&two.virt_usb(&["grant", "set", "all", &grant(r#"{"vendor_id":"0529"}"#, "p3")]));
+    until("a grant that was set on the other host", || published(&etcd, "p3+p1", "p3"));
+    // What cannot be read gives nothing to everybody.
+    etcd.put("/virt-usb/grants/all", "rubbish");
+    etcd.put("/virt-usb/grants/new", &grant(r#"{"serial":"S2"}"#, "p4"));
+    until("the new one", || published(&etcd, "p3+p1", "p3+p4"));
+    // etcd is away: they count on, and are not changed by halves.
+    etcd.kill();
+    let why = refused(&one.virt_usb(&["grant", "remove", "mine"]));
+    assert!(why.contains("the grants of this host are the fleet's, and are changed in etcd alone"), "{why}");
+    let held = ok(&one.virt_usb(&["grant", "show", "mine"]));
+    assert!(held.contains("p1"), "{held}");
+    etcd.start();
+    ok(&one.virt_usb(&["grant", "remove", "mine"]));
+    ok(&one.virt_usb(&["grant", "remove", "all"]));
+    ok(&one.virt_usb(&["grant", "remove", "new"]));
+    until("all to be everybody's", || published(&etcd, "", ""));
+}
+
 fn simulate(folder: &Path, endpoints: &[String], seed: u64, arguments: &[&str]) -> Command {
     let config = folder.join("config.toml");
     let state = folder.join("state");

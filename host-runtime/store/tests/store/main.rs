@@ -6,6 +6,7 @@ mod common;
 mod concurrency;
 mod damage;
 mod files;
+mod grants;
 mod life;
 mod model;
 mod owners;

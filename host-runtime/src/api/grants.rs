@@ -1,0 +1,109 @@
+//! Grants: which projects may have which devices. For administrators.
+
+use std::sync::Arc;
+
+use axum::Json;
+use axum::extract::State;
+use axum::http::StatusCode;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use utoipa::ToSchema;
+use virt_usb_model::Grant;
+use virt_usb_model::flavor::{MAX_NAME, is_name};
+
+use super::Api;
+use super::asked::GrantRequest;
+use super::documents::UsbGrant;
+use super::fault::{Fault, sentence};
+use super::policy::{Call, may};
+use super::request::{Asks, Content, Named};
+use crate::fleet::shared::change;
+
+/// A path's grant.
+#[derive(Deserialize)]
+pub(super) struct GrantName {
+    grant_name: String,
+}
+
+#[derive(Serialize, ToSchema)]
+#[schema(as = UsbGrants)]
+pub(super) struct Grants {
+    usb_grants: Vec<UsbGrant>,
+}
+
+#[derive(Serialize, ToSchema)]
+#[schema(as = UsbGrantShown)]
+pub(super) struct Shown {
+    usb_grant: UsbGrant,
+}
+
+fn missing(name: &str) -> Fault {
+    Fault::not_found(format!("USB grant {name} could not be found."))
+}
+
+/// Stored grants: for administrators
+#[utoipa::path(get, path = "/os-usb-grants", tag = "grants", operation_id = "list_usb_grants",
+    responses((status = 200, description = "The grants", body = Grants)))]
+pub(super) async fn list(State(api): State<Arc<Api>>, Asks(caller): Asks) -> Result<Json<Grants>, Fault> {
+    Fault::unless(may(&caller, Call::Grants), Fault::forbidden)?;
+    let stored = api.blocking(|api| Ok(api.store()?.grants()?)).await?;
+    Ok(Json(Grants { usb_grants: stored.into_iter().map(UsbGrant::from).collect() }))
+}
+
+/// One grant: for administrators
+#[utoipa::path(get, path = "/os-usb-grants/{grant_name}", tag = "grants", operation_id = "show_usb_grant",
+    params(("grant_name" = String, Path, description = "The grant's name")),
+    responses((status = 200, description = "The grant", body = Shown)))]
+pub(super) async fn show(
+    State(api): State<Arc<Api>>,
+    Asks(caller): Asks,
+    Named(GrantName { grant_name: name }): Named<GrantName>,
+) -> Result<Json<Shown>, Fault> {
+    Fault::unless(may(&caller, Call::Grants), Fault::forbidden)?;
+    let found = api.blocking(move |api| api.store()?.grant(&name)?.ok_or_else(|| missing(&name))).await?;
+    Ok(Json(Shown { usb_grant: found.into() }))
+}
+
+/// Store a grant: for administrators
+#[utoipa::path(put, path = "/os-usb-grants/{grant_name}", tag = "grants", operation_id = "set_usb_grant",
+    params(("grant_name" = String, Path, description = "The grant's name")), request_body = GrantRequest,
+    responses((status = 200, description = "The grant as it is now", body = Shown)))]
+pub(super) async fn set(
+    State(api): State<Arc<Api>>,
+    Asks(caller): Asks,
+    Named(GrantName { grant_name: name }): Named<GrantName>,
+    Content(content): Content,
+) -> Result<Json<Shown>, Fault> {
+    Fault::unless(may(&caller, Call::Grants), Fault::forbidden)?;
+    if !is_name(&name) {
+        return Err(Fault::bad_request(format!(
+            "{name:?} is no name for a grant: 1 to {MAX_NAME} printable characters, the first no @."
+        )));
+    }
+    let grant = Grant::parse(&Value::Object(content).to_string())
+        .map_err(|e| Fault::bad_request(sentence(&e.to_string())))?;
+    let stored = api.blocking(move |api| {
+        let mut store = api.store()?;
+        change(&(api.config)(), &mut store, &name, Some(&grant), &api.context(&caller)?)?;
+        store.grant(&name)?.ok_or_else(|| missing(&name))
+    });
+    Ok(Json(Shown { usb_grant: stored.await?.into() }))
+}
+
+/// Remove a grant: for administrators
+#[utoipa::path(delete, path = "/os-usb-grants/{grant_name}", tag = "grants", operation_id = "remove_usb_grant",
+    params(("grant_name" = String, Path, description = "The grant's name")),
+    responses((status = 204, description = "It is gone")))]
+pub(super) async fn remove(
+    State(api): State<Arc<Api>>,
+    Asks(caller): Asks,
+    Named(GrantName { grant_name: name }): Named<GrantName>,
+) -> Result<StatusCode, Fault> {
+    Fault::unless(may(&caller, Call::Grants), Fault::forbidden)?;
+    let removed = api.blocking(move |api| {
+        let context = api.context(&caller)?;
+        let removed = change::<Grant>(&(api.config)(), &mut api.store()?, &name, None, &context)?;
+        if removed { Ok(StatusCode::NO_CONTENT) } else { Err(missing(&name)) }
+    });
+    removed.await
+}

@@ -1,0 +1,173 @@
+//! `flavor`, `grant`: what has a name, and is the fleet's where this host is in one.
+
+use std::io::Read;
+use std::process::ExitCode;
+
+use anyhow::{Context as _, bail};
+use serde::Serialize;
+use serde_json::Value;
+use virt_usb_model::flavor::{MAX_NAME, is_name};
+use virt_usb_model::{Flavor, Grant};
+use virt_usb_store::{Store, StoreError, StoredFlavor, StoredGrant};
+
+use super::output::table;
+use super::{Session, remote};
+use crate::fleet::shared::{Shared, change};
+
+/// One kind of it, as the command line has it.
+pub(super) trait Named: Shared {
+    /// What one is called.
+    const NOUN: &'static str;
+    /// The heading of what it says.
+    const HEADING: &'static str;
+    /// As it is stored.
+    type Stored: Serialize;
+
+    fn list(store: &Store) -> Result<Vec<Self::Stored>, StoreError>;
+    fn find(store: &Store, name: &str) -> Result<Option<Self::Stored>, StoreError>;
+    /// As the API shows it.
+    fn read(value: &Value) -> anyhow::Result<Self::Stored>;
+    /// Its name, what it is, and when it was set.
+    fn parts(stored: &Self::Stored) -> (&str, &Self, &str);
+    /// What it says, in words.
+    fn words(&self) -> String;
+}
+
+impl Named for Flavor {
+    const NOUN: &'static str = "flavor";
+    const HEADING: &'static str = "ASKS FOR";
+    type Stored = StoredFlavor;
+
+    fn list(store: &Store) -> Result<Vec<StoredFlavor>, StoreError> {
+        store.flavors()
+    }
+
+    fn find(store: &Store, name: &str) -> Result<Option<StoredFlavor>, StoreError> {
+        store.flavor(name)
+    }
+
+    fn read(value: &Value) -> anyhow::Result<StoredFlavor> {
+        remote::flavor(value)
+    }
+
+    fn parts(stored: &StoredFlavor) -> (&str, &Self, &str) {
+        (&stored.name, &stored.flavor, &stored.updated_at)
+    }
+
+    fn words(&self) -> String {
+        format!("asks for {self}")
+    }
+}
+
+impl Named for Grant {
+    const NOUN: &'static str = "grant";
+    const HEADING: &'static str = "GIVES";
+    type Stored = StoredGrant;
+
+    fn list(store: &Store) -> Result<Vec<StoredGrant>, StoreError> {
+        store.grants()
+    }
+
+    fn find(store: &Store, name: &str) -> Result<Option<StoredGrant>, StoreError> {
+        store.grant(name)
+    }
+
+    fn read(value: &Value) -> anyhow::Result<StoredGrant> {
+        remote::grant(value)
+    }
+
+    fn parts(stored: &StoredGrant) -> (&str, &Self, &str) {
+        (&stored.name, &stored.grant, &stored.updated_at)
+    }
+
+    fn words(&self) -> String {
+        format!("gives {self}")
+    }
+}
+
+pub(super) fn list<T: Named>(session: &Session) -> anyhow::Result<ExitCode> {
+    let all = match session.remote()? {
+        Some(api) => api.named::<T>()?,
+        None => T::list(&session.store()?)?,
+    };
+    session.out.show(&all, || {
+        let rows = all.iter().map(T::parts);
+        let rows = rows.map(|(name, one, set)| vec![name.to_owned(), one.to_string(), set.to_owned()]);
+        let noun = T::NOUN;
+        let none = format!("no {noun} is stored: 'virt-usb {noun} set NAME JSON' stores one");
+        table(&["NAME", T::HEADING, "SET"], rows.collect(), &none)
+    })?;
+    Ok(ExitCode::SUCCESS)
+}
+
+pub(super) fn show<T: Named>(session: &Session, name: &str) -> anyhow::Result<ExitCode> {
+    let found = match session.remote()? {
+        Some(api) => api.one_named::<T>(name)?,
+        None => T::find(&session.store()?, name)?,
+    };
+    let Some(stored) = found else { bail!("{}", unknown::<T>(name)) };
+    session.out.show(&stored, || T::parts(&stored).1.to_string())?;
+    Ok(ExitCode::SUCCESS)
+}
+
+#[derive(Serialize)]
+struct Changed<'a> {
+    name: &'a str,
+    changed: bool,
+}
+
+pub(super) fn set<T: Named>(session: &Session, name: &str, definition: &str) -> anyhow::Result<ExitCode> {
+    let noun = T::NOUN;
+    if !is_name(name) {
+        bail!("{name:?} is no name for a {noun}: 1 to {MAX_NAME} printable characters, the first no @");
+    }
+    let text = if definition == "-" { stdin()? } else { definition.to_owned() };
+    let wanted: T = text.parse().with_context(|| format!("the {noun} {name} is not stored"))?;
+    if wanted.is_void() {
+        bail!("the {noun} {name} is not stored: it asks for nothing");
+    }
+    let changed = match session.remote()? {
+        Some(api) => api.set_named(name, &wanted)?,
+        None => {
+            let config = session.config()?;
+            let context = session.context(&config, &format!("{noun} set"))?;
+            change(&config, &mut session.make_store(&config)?, name, Some(&wanted), &context)?
+        }
+    };
+    session.out.show(&Changed { name, changed }, || {
+        let verb = if changed { "stored" } else { "unchanged" };
+        format!("{verb}: {name} {}", wanted.words())
+    })?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn stdin() -> anyhow::Result<String> {
+    let mut text = String::new();
+    std::io::stdin()
+        .lock()
+        .take(virt_usb_model::flavor::MAX_TEXT as u64 + 1)
+        .read_to_string(&mut text)
+        .context("cannot read stdin")?;
+    Ok(text)
+}
+
+pub(super) fn remove<T: Named>(session: &Session, name: &str) -> anyhow::Result<ExitCode> {
+    let changed = match session.remote()? {
+        Some(api) => api.remove_named::<T>(name)?,
+        None => {
+            let config = session.config()?;
+            let context = session.context(&config, &format!("{} remove", T::NOUN))?;
+            change::<T>(&config, &mut session.store()?, name, None, &context)?
+        }
+    };
+    if !changed {
+        bail!("{}", unknown::<T>(name));
+    }
+    session.out.show(&Changed { name, changed }, || format!("removed: {name}"))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+pub(super) fn unknown<T: Named>(name: &str) -> String {
+    let noun = T::NOUN;
+    format!("no {noun} of the name {name:?} is stored: 'virt-usb {noun} list' shows those that are")
+}
