@@ -402,7 +402,12 @@ fn who_may_what() {
     ];
     for (method, path, body, wanted) in &table {
         for ((role, token), wanted) in callers.iter().zip(wanted) {
-            let answer = served.ask(token, method, path, body);
+            let mut answer = served.ask(token, method, path, body);
+            // Whoever has no token may not ask without end.
+            while *role == "nobody" && answer.status == 429 {
+                std::thread::sleep(Duration::from_secs(1));
+                answer = served.ask(token, method, path, body);
+            }
             assert_eq!(answer.status, *wanted, "{role}: {method} {path} {body}\n{answer:?}");
         }
     }
