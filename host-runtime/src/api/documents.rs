@@ -51,6 +51,9 @@ pub(super) struct UsbDevice {
     pub(super) held_by: Option<String>,
     /// UTC, ISO 8601, for those who may know.
     pub(super) held_since: Option<String>,
+    /// The host that it is plugged into.
+    #[serde(default)]
+    pub(super) hypervisor_hostname: String,
     /// The only projects that get it, for administrators.
     pub(super) projects: Option<Vec<String>>,
     /// What the host uses it for, for administrators.
@@ -72,7 +75,7 @@ pub(super) struct UsbDevice {
 }
 
 impl UsbDevice {
-    pub(super) fn new(record: &Record, claim: Option<&ClaimRow>, caller: &Caller) -> Self {
+    pub(super) fn new(record: &Record, host: &str, claim: Option<&ClaimRow>, caller: &Caller) -> Self {
         let e = &record.entry;
         let known = claim.filter(|claim| may_know_holder(caller, claim));
         let admin = caller.is_admin();
@@ -101,6 +104,7 @@ impl UsbDevice {
             held_by: known.map(|claim| claim.domain.clone()),
             // Of another host's that is not published.
             held_since: known.map(|claim| claim.created_at.clone()).filter(|at| !at.is_empty()),
+            hypervisor_hostname: host.to_owned(),
             projects: admin.then(|| e.projects.iter().map(ToString::to_string).collect()),
             host_use: e.host_use.clone().filter(|_| admin),
             created_at: record.created_at.clone(),

@@ -79,6 +79,24 @@ impl Snapshot {
         self.own.devices.iter()
     }
 
+    /// The name of the host that has the device.
+    fn host_of(&self, record: &Record) -> &str {
+        match self.others.get(&record.entry.compute_node_id) {
+            Some(other) => &other.name,
+            None => self.own.host.as_ref().map_or("", |host| &host.host),
+        }
+    }
+
+    /// The devices of those hosts that are not what they are in the other snapshot.
+    pub(super) fn changed_since<'a>(&'a self, before: &'a Self) -> impl Iterator<Item = &'a Record> {
+        let own = if Arc::ptr_eq(&self.own, &before.own) { &[][..] } else { &self.own.devices };
+        let is_same = |number: &u64, other: &Arc<Other>| {
+            before.others.get(number).is_some_and(|known| Arc::ptr_eq(known, other))
+        };
+        let others = self.others.iter().filter(move |(number, other)| !is_same(number, other));
+        own.iter().chain(others.flat_map(|(_, other)| other.devices.iter()))
+    }
+
     /// The other host that the device belongs to; none: this one, or nobody.
     pub(super) fn elsewhere(&self, device: DeviceId) -> Option<&Other> {
         let number = (device.get() - 1) / IDS_A_HOST + 1;
@@ -152,7 +170,7 @@ impl Snapshot {
 
     /// A device as the caller may see it.
     pub(super) fn shown(&self, record: &Record, caller: &Caller) -> UsbDevice {
-        UsbDevice::new(record, self.claim(record.entry.id), caller)
+        UsbDevice::new(record, self.host_of(record), self.claim(record.entry.id), caller)
     }
 }
 

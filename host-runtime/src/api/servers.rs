@@ -88,6 +88,21 @@ impl Api {
         Ok(server)
     }
 
+    /// What the server is to have at each start, and since when, where that is known.
+    pub(super) async fn assigned(
+        self: &Arc<Self>,
+        server: &Server,
+    ) -> Result<Vec<(DeviceRequest, Option<String>)>, Fault> {
+        let id = server.id;
+        if server.host.is_some() {
+            let snapshot = self.inventory.now()?;
+            let requests = snapshot.other_server(id).map(|(_, server)| server.requests.clone());
+            return Ok(requests.unwrap_or_default().into_iter().map(|request| (request, None)).collect());
+        }
+        let assigned = self.blocking(move |api| Ok(api.store()?.assignments(id)?)).await?;
+        Ok(assigned.into_iter().map(|a| (a.request, Some(a.created_at))).collect())
+    }
+
     /// The servers that the caller may know of, by name.
     pub(super) async fn servers(self: &Arc<Self>, caller: &Caller) -> Result<Vec<Server>, Fault> {
         Fault::unless(may(caller, Call::LookAt), Fault::forbidden)?;
@@ -271,13 +286,7 @@ async fn describe(api: &Arc<Api>, caller: &Caller, server: Server) -> Result<Sho
     let id = server.id;
     let mine = snapshot.devices().filter(|r| r.entry.instance_uuid == Some(id));
     let usb_devices = mine.map(|record| snapshot.shown(record, caller)).collect();
-    let usb_devices_requests = match snapshot.other_server(id).filter(|_| server.host.is_some()) {
-        Some((_, server)) => server.requests.clone(),
-        None => {
-            let assigned = api.blocking(move |api| Ok(api.store()?.assignments(id)?)).await?;
-            assigned.into_iter().map(|a| a.request).collect()
-        }
-    };
+    let usb_devices_requests = api.assigned(&server).await?.into_iter().map(|(request, _)| request).collect();
     Ok(Shown { server: Described { listed: server.into(), usb_devices, usb_devices_requests } })
 }
 

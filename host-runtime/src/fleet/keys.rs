@@ -65,7 +65,7 @@ impl Keys {
     }
 
     /// What the keys of one kind of what is common begin with: `flavors`, `grants`.
-    pub(super) fn shared(&self, kind: &str) -> String {
+    pub(crate) fn shared(&self, kind: &str) -> String {
         format!("{}{kind}/", self.prefix)
     }
 

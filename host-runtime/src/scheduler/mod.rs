@@ -8,6 +8,7 @@
 //! Nothing of it lasts: each instance is made anew of what etcd holds, and several may run.
 
 mod assume;
+mod flavors;
 mod metrics;
 mod serve;
 mod view;
@@ -21,9 +22,11 @@ use anyhow::Context as _;
 use tokio::sync::{Semaphore, watch};
 use virt_usb_filter_host::Filter;
 use virt_usb_hook::config::Fleet;
+use virt_usb_model::Flavor;
 
 use crate::fleet::keys::Keys;
 use crate::fleet::reader::Reader;
+use crate::fleet::shared::Shared as _;
 use crate::listen::{CONNECTIONS, END_TIME, Server};
 
 pub(crate) use view::View;
@@ -60,7 +63,8 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
         signal_hook::iterator::Signals::new([signal_hook::consts::SIGTERM, signal_hook::consts::SIGINT])?;
     let view = Arc::new(View::new(&options.filter));
     let limit = Arc::new(Semaphore::new(CONNECTIONS));
-    let router = serve::router(view.clone(), options.max_age);
+    let flavors = flavors::Flavors::default();
+    let router = serve::router(view.clone(), flavors.clone(), options.max_age);
     let server = Server { what: "the scheduler", router, limit: limit.clone(), stopping };
     if let Some(address) = options.listen {
         runtime.spawn(server.clone().network(address, None));
@@ -68,10 +72,13 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
     if let Some(path) = &options.socket {
         runtime.spawn(server.local(path.clone()));
     }
-    let hosts = Keys::new(options.fleet.prefix.clone()).hosts();
-    let mut reader = Reader::new(&options.fleet, hosts);
+    let keys = Keys::new(options.fleet.prefix.clone());
+    let mut hosts = Reader::new(&options.fleet, keys.hosts());
     let mut sink = view.clone();
-    runtime.spawn(async move { reader.follow(&mut sink).await });
+    runtime.spawn(async move { hosts.follow(&mut sink).await });
+    let mut named = Reader::new(&options.fleet, keys.shared(Flavor::PLURAL));
+    let mut sink = flavors;
+    runtime.spawn(async move { named.follow(&mut sink).await });
     runtime.spawn(async move {
         let mut ticks = tokio::time::interval(TICK);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);

@@ -16,6 +16,7 @@ use serde_json::json;
 use virt_usb_filter_host::{Error, Question, Rejection, Verdict};
 use virt_usb_model::{Flavor, ProjectId};
 
+use super::flavors::Flavors;
 use super::view::{Chosen, View};
 
 /// The largest question, in bytes: the names of a hundred thousand hosts.
@@ -27,11 +28,12 @@ const LONGEST: u64 = 3600;
 
 struct Service {
     view: Arc<View>,
+    flavors: Flavors,
     max_age: Duration,
 }
 
-pub(super) fn router(view: Arc<View>, max_age: Duration) -> Router {
-    let service = Arc::new(Service { view, max_age });
+pub(super) fn router(view: Arc<View>, flavors: Flavors, max_age: Duration) -> Router {
+    let service = Arc::new(Service { view, flavors, max_age });
     Router::new()
         .route("/select", post(select))
         .route("/explain", post(explain))
@@ -116,7 +118,7 @@ struct Selected {
 
 async fn select(State(service): State<Arc<Service>>, body: Bytes) -> Result<Json<Selected>, Fault> {
     let asked: Select = read(&body)?;
-    let question = question(&asked.flavor, asked.project.as_deref())?;
+    let question = service.question(&asked.flavor, asked.project.as_deref())?;
     if asked.assume.is_some_and(|seconds| !(1..=LONGEST).contains(&seconds)) {
         return Err(Fault::bad(format!("assume: wanted 1 to {LONGEST} seconds")));
     }
@@ -183,7 +185,7 @@ impl Said {
 /// One host, or all that cannot serve.
 async fn explain(State(service): State<Arc<Service>>, body: Bytes) -> Result<Json<Explained>, Fault> {
     let asked: Explain = read(&body)?;
-    let question = question(&asked.flavor, asked.project.as_deref())?;
+    let question = service.question(&asked.flavor, asked.project.as_deref())?;
     let age = service.fresh()?.as_secs();
     let verdicts = tokio::task::block_in_place(|| match &asked.host {
         Some(host) => {
@@ -239,6 +241,33 @@ async fn metrics(State(service): State<Arc<Service>>) -> Response {
 }
 
 impl Service {
+    /// The flavor is an object as it is stored, its list of devices alone, or the name of one of the fleet's.
+    fn question(&self, flavor: &serde_json::Value, project: Option<&str>) -> Result<Question, Fault> {
+        let text = flavor.to_string();
+        let read = match flavor {
+            serde_json::Value::Array(_) => Flavor::parse_lists(Some(&text), None),
+            serde_json::Value::String(name) => {
+                let name = name.strip_prefix('@').unwrap_or(name);
+                let none = || match self.flavors.listed() {
+                    true => Fault::new(
+                        StatusCode::NOT_FOUND,
+                        format!("the fleet has no flavor of the name {name:?}"),
+                    ),
+                    false => Fault::new(
+                        StatusCode::SERVICE_UNAVAILABLE,
+                        "the fleet's flavors are not known yet",
+                    ),
+                };
+                self.flavors.find(name).ok_or_else(none)?
+            }
+            _ => Flavor::parse(&text),
+        };
+        let flavor = read.map_err(|e| Fault::bad(format!("flavor: {e}")))?;
+        let project: Option<ProjectId> =
+            project.map(str::parse).transpose().map_err(|e| Fault::bad(format!("project: {e}")))?;
+        Ok(Question { project, ..Question::new(flavor) })
+    }
+
     /// How old what is known is, where it may be asked at all.
     fn fresh(&self) -> Result<Duration, Fault> {
         let hearing = self.view.hearing().clone();
@@ -257,19 +286,6 @@ impl Service {
 
 fn read<'a, T: Deserialize<'a>>(body: &'a [u8]) -> Result<T, Fault> {
     serde_json::from_slice(body).map_err(|e| Fault::bad(format!("the body cannot be read: {e}")))
-}
-
-/// The flavor is an object as it is stored, or its list of devices alone.
-fn question(flavor: &serde_json::Value, project: Option<&str>) -> Result<Question, Fault> {
-    let text = flavor.to_string();
-    let read = match flavor {
-        serde_json::Value::Array(_) => Flavor::parse_lists(Some(&text), None),
-        _ => Flavor::parse(&text),
-    };
-    let flavor = read.map_err(|e| Fault::bad(format!("flavor: {e}")))?;
-    let project: Option<ProjectId> =
-        project.map(str::parse).transpose().map_err(|e| Fault::bad(format!("project: {e}")))?;
-    Ok(Question { project, ..Question::new(flavor) })
 }
 
 /// Counts what is answered.

@@ -496,6 +496,13 @@ fn a_scheduler_answers_what_the_fleet_has() {
         answer["placements"][0],
         json!({"host": "a", "score": answer["placements"][0]["score"], "devices": [1_000_001]})
     );
+    // By the name of one of the fleet's.
+    etcd.put("/virt-usb/flavors/erp", &wanted.to_string());
+    let named = |name: &str| scheduler.ask("POST", "/select", &json!({ "flavor": name }));
+    until("the flavor", || (named("erp").0 == 200).then_some(()));
+    assert_eq!(named("@erp").1["placements"], answer["placements"]);
+    let (status, why) = named("none");
+    assert_eq!((status, &why["error"]), (404, &json!("the fleet has no flavor of the name \"none\"")));
     let narrow = scheduler.select(&json!({"flavor": wanted, "hosts": ["b", "c", "x"], "limit": 5}));
     assert_eq!((&narrow["matched"], &narrow["placements"][0]["host"]), (&json!(1), &json!("b")));
     let none = scheduler.select(&json!({"flavor": {"usb_devices": [{"vendor_id": "1234"}]}}));
@@ -954,6 +961,25 @@ fn served(etcd: &Etcd, name: &str, machine: char, devices: &str, guests: &[(&str
     host
 }
 
+/// Where the host's API is.
+fn address(host: &Host) -> String {
+    let log = log(host);
+    let at = log.rsplit("the API is served at http://").next().and_then(|at| at.split('/').next());
+    at.unwrap().to_owned()
+}
+
+/// A page of the host's portal, as whoever has that token is shown it.
+fn page(host: &Host, token: &str, path: &str) -> String {
+    let (at, jar) = (address(host), host.path("cookies"));
+    let curl = |arguments: &[&str]| {
+        let mut command = Command::new("curl");
+        command.args(["--silent", "--show-error", "--fail", "--cookie-jar"]).arg(&jar).arg("--cookie").arg(&jar);
+        ok(&command.args(arguments).output().unwrap())
+    };
+    curl(&["--data-urlencode", &format!("token={token}"), &format!("http://{at}/portal/sign-in")]);
+    curl(&[&format!("http://{at}{path}")])
+}
+
 /// Asks a host's API: with a token over the network, or else as root on its socket.
 fn api(host: &Host, token: Option<&str>, method: &str, path: &str, body: &Value) -> (u16, Value) {
     let body = if body.is_null() { String::new() } else { body.to_string() };
@@ -964,9 +990,7 @@ fn api(host: &Host, token: Option<&str>, method: &str, path: &str, body: &Value)
     );
     let mut text = String::new();
     if token.is_some() {
-        let log = log(host);
-        let at = log.rsplit("the API is served at http://").next().and_then(|at| at.split('/').next());
-        let mut stream = std::net::TcpStream::connect(at.unwrap()).unwrap();
+        let mut stream = std::net::TcpStream::connect(address(host)).unwrap();
         stream.write_all(request.as_bytes()).unwrap();
         stream.read_to_string(&mut text).unwrap();
     } else {
@@ -1019,7 +1043,8 @@ fn any_hosts_api_shows_the_fleet_and_acts_on_it() {
     assert_eq!(brief, [(Some(2), Some("compute1"), Some("up")), (Some(3), Some("compute2"), Some("up"))]);
     let (status, other) = get("/v3/os-hypervisors/compute2");
     assert_eq!((status, other["hypervisor"]["usb_device_stats"].as_array().unwrap().len()), (200, 2));
-    assert_eq!(other["hypervisor"]["usb_device_stats"][0]["id"], 2_000_001);
+    let first = &other["hypervisor"]["usb_device_stats"][0];
+    assert_eq!((&first["id"], &first["hypervisor_hostname"]), (&json!(2_000_001), &json!("compute2")));
     // The other host's guest, by that host's agent.
     let attached = act(&one, None, "attach_usb_devices", CRM, 2_000_001);
     assert_eq!(
@@ -1035,6 +1060,17 @@ fn any_hosts_api_shows_the_fleet_and_acts_on_it() {
             && server["usb_devices_requests"] == json!([{"id": 2_000_001}]))
         .then_some(())
     });
+    // The portal too.
+    let admin = token(&one, "admin", OURS, "admin");
+    let devices = page(&one, &admin, "/portal/?q=compute2");
+    for words in ["2 hosts: 3 devices", "<td>compute2</td>", "/portal/servers/"] {
+        assert!(devices.contains(words), "{words}: {devices}");
+    }
+    assert!(!devices.contains("<td>compute1</td>"), "{devices}");
+    let server = page(&one, &admin, &format!("/portal/servers/{CRM}"));
+    for words in ["Host: compute2", "What it gets at each start", "{&quot;id&quot;:2000001}"] {
+        assert!(server.contains(words), "{words}: {server}");
+    }
     let taken = message(&act(&one, None, "attach_usb_devices", LAB, 2_000_001), 409);
     assert!(taken.contains(&format!("USB device 2000001 is held by instance {CRM} (crm)")), "{taken}");
     let elsewhere = message(&act(&one, None, "attach_usb_devices", LAB, 1_000_001), 409);

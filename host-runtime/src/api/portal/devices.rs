@@ -48,8 +48,9 @@ const STATES: [(&str, &str); 6] = [
 /// Whether each word of the search is somewhere in what is shown.
 fn found(device: &UsbDevice, search: &str) -> bool {
     let all = format!(
-        "{} {}:{} {} {} {} {} {}",
+        "{} {} {}:{} {} {} {} {} {}",
         name(device),
+        device.hypervisor_hostname,
         device.vendor_id,
         device.product_id,
         device.serial.as_deref().unwrap_or_default(),
@@ -78,7 +79,12 @@ pub(super) async fn list(
     let mut devices: Vec<UsbDevice> = all.filter(is_wanted).take(PAGE + 1).collect();
     let more = devices.len() > PAGE;
     devices.truncate(PAGE);
-    let rows: Vec<Markup> = devices.iter().map(|device| row(device, &signed)).collect();
+    let fleet = !snapshot.others.is_empty();
+    let rows: Vec<Markup> = devices.iter().map(|device| row(device, fleet, &signed)).collect();
+    let mut columns = vec!["Device", "State", "Held by", "Since", "Serial", "USB ID", "Port", "Action"];
+    if fleet {
+        columns.insert(1, "Host");
+    }
     let last = devices.last().map_or(0, |device| device.id);
     let main = html! {
         form.filter role="search" {
@@ -89,11 +95,14 @@ pub(super) async fn list(
             button { "Show" }
         }
         div id="devices" data-live {
-            p.note { "Host " (api.host) ": " (totals.total) " devices, " (totals.available) " free, " (totals.claimed + totals.allocated) " in use." }
+            p.note {
+                @if fleet { (snapshot.others.len() + 1) " hosts: " } @else { "Host " (api.host) ": " }
+                (totals.total) " devices, " (totals.available) " free, " (totals.claimed + totals.allocated) " in use."
+            }
             @if rows.is_empty() {
                 p { "No device here " @if query.q.is_empty() && query.state.is_empty() { "that you may see. Plug one in: it appears by itself." } @else { "is like that." } }
             } @else {
-                (table("Devices", &["Device", "State", "Held by", "Since", "Serial", "USB ID", "Port", "Action"], &rows))
+                (table("Devices", &columns, &rows))
             }
         }
         @if more {
@@ -123,9 +132,10 @@ fn hands(device: &UsbDevice, signed: &Signed) -> Markup {
     }
 }
 
-fn row(device: &UsbDevice, signed: &Signed) -> Markup {
+fn row(device: &UsbDevice, fleet: bool, signed: &Signed) -> Markup {
     html! {
         th scope="row" { a href={ "/portal/devices/" (device.id) } { (name(device)) } }
+        @if fleet { td { (device.hypervisor_hostname) } }
         td { (state(device)) }
         td { (holder(device)) }
         td { @if let Some(since) = &device.held_since { (time(since)) } }
@@ -152,6 +162,7 @@ pub(super) async fn show(
                     dt { "Held by" } dd { (holder(&device)) }
                     dt { "Since" } dd { @if let Some(since) = &device.held_since { (time(since)) } }
                 }
+                dt { "Host" } dd { (device.hypervisor_hostname) }
                 dt { "USB ID" } dd { (device.vendor_id) ":" (device.product_id) }
                 dt { "Serial" } dd { (device.serial.as_deref().unwrap_or("none")) " (" (device.serial_kind) ")" }
                 dt { "Port" } dd { (device.port_path) ", " (device.address) }

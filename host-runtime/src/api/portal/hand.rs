@@ -124,7 +124,7 @@ pub(super) async fn attach_page(
     };
     let main = html! {
         @if servers.is_empty() {
-            p.bad { "No server of your project is on this host." }
+            p.bad { "There is no server of your project." }
         } @else if devices.is_empty() {
             p.bad { "No device is free." }
         } @else {

@@ -9,6 +9,7 @@ use axum::extract::State;
 use axum::response::IntoResponse;
 use axum::response::sse::{Event, KeepAlive, Sse};
 use virt_usb_model::DeviceId;
+use virt_usb_store::Record;
 
 use super::super::Api;
 use super::super::fault::Fault;
@@ -27,13 +28,14 @@ const TOLD: usize = 3;
 /// What is shown of each device, in words.
 type Shown = BTreeMap<DeviceId, (String, String)>;
 
-fn shown(snapshot: &Snapshot, caller: &Caller) -> Shown {
-    let one = |record| {
+/// What of a snapshot is not as it was, or will not be as it is: the rest of the fleet is not looked at again.
+fn shown(snapshot: &Snapshot, other: &Snapshot, caller: &Caller) -> Shown {
+    let one = |record: &Record| {
         let device = snapshot.shown(record, caller);
         let holder = device.held_by.as_deref().map(|by| format!(" by {by}")).unwrap_or_default();
         (record.entry.id, (name(&device), format!("{}{holder}", words(&device).0)))
     };
-    snapshot.seen(caller).map(one).collect()
+    snapshot.changed_since(other).filter(|record| snapshot.sees(caller, record)).map(one).collect()
 }
 
 /// What is different, in words; none where it is nothing.
@@ -56,10 +58,9 @@ pub(super) async fn live(State(api): State<Arc<Api>>, signed: Signed) -> Result<
     let place =
         place.map_err(|_| Fault::unavailable("Too many pages are open: this one does not update itself."))?;
     let first = api.inventory.now()?;
-    let known = shown(&first, &signed.caller);
-    let state = (api, signed.caller, first, known, place);
+    let state = (api, signed.caller, first, place);
     let events =
-        futures_util::stream::unfold(state, |(api, caller, mut last, mut known, place)| async move {
+        futures_util::stream::unfold(state, |(api, caller, mut last, place)| async move {
             let mut ending = api.ending.subscribe();
             loop {
                 tokio::select! {
@@ -71,12 +72,11 @@ pub(super) async fn live(State(api): State<Arc<Api>>, signed: Signed) -> Result<
                 if Arc::ptr_eq(&now, &last) {
                     continue;
                 }
-                let fresh = shown(&now, &caller);
-                let told = difference(&known, &fresh);
-                (last, known) = (now, fresh);
+                let told = difference(&shown(&last, &now, &caller), &shown(&now, &last, &caller));
+                last = now;
                 if let Some(told) = told {
                     let event = Event::default().event("change").data(told);
-                    return Some((Ok::<_, Infallible>(event), (api, caller, last, known, place)));
+                    return Some((Ok::<_, Infallible>(event), (api, caller, last, place)));
                 }
             }
         });

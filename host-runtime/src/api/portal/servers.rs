@@ -42,7 +42,7 @@ pub(super) async fn list(State(api): State<Arc<Api>>, signed: Signed) -> Result<
     let main = html! {
         div id="servers" data-live {
             @if rows.is_empty() {
-                p { "No server of your project is on this host." }
+                p { "There is no server of your project." }
             } @else {
                 (table("Servers", &["Server", "State", "USB devices", "UUID"], &rows))
             }
@@ -58,7 +58,7 @@ pub(super) async fn show(
 ) -> Result<Response, Fault> {
     let server = api.server(&signed.caller, Call::LookAt, &server_id).await?;
     let id = server.id;
-    let assigned = api.blocking(move |api| Ok(api.store()?.assignments(id)?)).await?;
+    let assigned = api.assigned(&server).await?;
     let filter = Filter { instance: Some(id), ..Filter::default() };
     let (story, _) = events::read(&api, signed.caller.clone(), filter, 0, STORY).await?;
     let snapshot = api.inventory.now()?;
@@ -75,11 +75,11 @@ pub(super) async fn show(
         }
     };
     let devices: Vec<Markup> = mine.map(|record| row(snapshot.shown(record, &signed.caller))).collect();
-    let wish = |assignment: &virt_usb_store::Assignment| {
-        let request = assignment.request.to_string();
+    let wish = |(request, since): &(virt_usb_model::DeviceRequest, Option<String>)| {
+        let request = request.to_string();
         html! {
             th scope="row" { code { (request) } }
-            td { (time(&assignment.created_at)) }
+            td { @if let Some(since) = since { (time(since)) } }
             td { @if signed.may_act() {
                 a href={ "/portal/detach?server=" (id) "&request=" (quoted(&request)) } aria-label={ "Take back " (request) } { "Take back" }
             } }
@@ -91,6 +91,7 @@ pub(super) async fn show(
         div id="server" data-live {
             p { (running(server.running)) " " span.note { (id) } }
             p { "Project: " (owner) }
+            @if let Some(host) = &server.host { p { "Host: " (host) } }
             @if devices.is_empty() {
                 p { "It has no USB device." }
             } @else {
