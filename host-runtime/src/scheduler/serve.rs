@@ -253,10 +253,9 @@ impl Service {
                         StatusCode::NOT_FOUND,
                         format!("the fleet has no flavor of the name {name:?}"),
                     ),
-                    false => Fault::new(
-                        StatusCode::SERVICE_UNAVAILABLE,
-                        "the fleet's flavors are not known yet",
-                    ),
+                    false => {
+                        Fault::new(StatusCode::SERVICE_UNAVAILABLE, "the fleet's flavors are not known yet")
+                    }
                 };
                 self.flavors.find(name).ok_or_else(none)?
             }

@@ -973,7 +973,11 @@ fn page(host: &Host, token: &str, path: &str) -> String {
     let (at, jar) = (address(host), host.path("cookies"));
     let curl = |arguments: &[&str]| {
         let mut command = Command::new("curl");
-        command.args(["--silent", "--show-error", "--fail", "--cookie-jar"]).arg(&jar).arg("--cookie").arg(&jar);
+        command
+            .args(["--silent", "--show-error", "--fail", "--cookie-jar"])
+            .arg(&jar)
+            .arg("--cookie")
+            .arg(&jar);
         ok(&command.args(arguments).output().unwrap())
     };
     curl(&["--data-urlencode", &format!("token={token}"), &format!("http://{at}/portal/sign-in")]);

@@ -59,27 +59,26 @@ pub(super) async fn live(State(api): State<Arc<Api>>, signed: Signed) -> Result<
         place.map_err(|_| Fault::unavailable("Too many pages are open: this one does not update itself."))?;
     let first = api.inventory.now()?;
     let state = (api, signed.caller, first, place);
-    let events =
-        futures_util::stream::unfold(state, |(api, caller, mut last, place)| async move {
-            let mut ending = api.ending.subscribe();
-            loop {
-                tokio::select! {
-                    () = tokio::time::sleep(LOOK) => {}
-                    _ = ending.wait_for(|ending| *ending) => return None,
-                }
-                // What cannot be read now is looked at again.
-                let Ok(now) = api.inventory.now() else { continue };
-                if Arc::ptr_eq(&now, &last) {
-                    continue;
-                }
-                let told = difference(&shown(&last, &now, &caller), &shown(&now, &last, &caller));
-                last = now;
-                if let Some(told) = told {
-                    let event = Event::default().event("change").data(told);
-                    return Some((Ok::<_, Infallible>(event), (api, caller, last, place)));
-                }
+    let events = futures_util::stream::unfold(state, |(api, caller, mut last, place)| async move {
+        let mut ending = api.ending.subscribe();
+        loop {
+            tokio::select! {
+                () = tokio::time::sleep(LOOK) => {}
+                _ = ending.wait_for(|ending| *ending) => return None,
             }
-        });
+            // What cannot be read now is looked at again.
+            let Ok(now) = api.inventory.now() else { continue };
+            if Arc::ptr_eq(&now, &last) {
+                continue;
+            }
+            let told = difference(&shown(&last, &now, &caller), &shown(&now, &last, &caller));
+            last = now;
+            if let Some(told) = told {
+                let event = Event::default().event("change").data(told);
+                return Some((Ok::<_, Infallible>(event), (api, caller, last, place)));
+            }
+        }
+    });
     Ok(Sse::new(events).keep_alive(KeepAlive::new().interval(Duration::from_secs(15))))
 }
 
