@@ -7,7 +7,7 @@ CARGO := cargo
 # flag for everything would break proc-macros and libusb.
 STATIC_HOOK := $(CARGO) rustc --release -p virt-usb-hook --bin virt-usb-hook -- -C target-feature=+crt-static -C lto=fat -C codegen-units=1
 
-.PHONY: help deps test-deps bench-deps build filter run test lint suite corpus conformance embedding portal live live-nested packages bench fuzz soak install install-hook install-agent deb clean
+.PHONY: help deps test-deps bench-deps build filter run test lint suite corpus conformance embedding nova portal live live-nested packages bench fuzz soak install install-hook install-agent deb clean
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -32,7 +32,7 @@ filter: deps ## the scheduler's filter, as a component and as a core module
 run: build ## the main job as a story, on this machine's devices or a recorded host's
 	@tests/story/run
 
-test: test-deps lint build corpus suite conformance embedding portal live live-nested packages ## everything that a change must pass
+test: test-deps lint build corpus suite conformance embedding nova portal live live-nested packages ## everything that a change must pass
 
 lint:
 	@echo "== formatting and lints"
@@ -55,6 +55,10 @@ embedding: build ## the filter in Python and JavaScript (brings wasmtime from Py
 	@echo "== the filter in other languages"
 	@tests/embedding/run
 
+nova: test-deps build ## the filter in Nova's own scheduler (brings nova from PyPI)
+	@echo "== the filter in OpenStack Nova"
+	@tests/nova/run
+
 portal: test-deps build ## users of the portal in a real Chromium (brings playwright-core and axe-core from npm)
 	@echo "== the portal in Chromium"
 	@tests/portal/run
@@ -73,6 +77,7 @@ packages: test-deps deb ## the Debian package in clean Debians 12 and 13 (root)
 
 bench: bench-deps build embedding ## the figures of BENCHMARKS.md
 	@target/release/virt-usb-bench
+	@tests/nova/run bench
 	@tests/live/run nested --case figures
 
 fuzz: ## ten minutes of each fuzz target (installs cargo-fuzz)

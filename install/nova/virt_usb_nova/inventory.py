@@ -1,0 +1,379 @@
+"""What the hosts have, as they have published it: from etcd, or from a file.
+
+Nothing is begun before it is asked for: nova-scheduler forks its workers after it has loaded its filters, and neither threads nor
+connections survive that.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any, Optional, Protocol
+
+import requests
+
+LOG = logging.getLogger(__name__)
+
+# A change: the host, and its document as one line; none: it is gone.
+Change = tuple[str, Optional[str]]
+
+
+class Hosts:
+    """The documents of all hosts, for many readers: each takes the changes since it looked last."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        # In the order of the changes, the last one last.
+        self._documents: dict[str, tuple[int, str | None]] = {}
+        self._change = 0
+
+    def put(self, host: str, document: str | None) -> None:
+        """The host has this document now; None: it is gone."""
+        with self._lock:
+            known = self._documents.pop(host, None)
+            self._change += 1
+            if document is not None or known is not None:
+                self._documents[host] = (self._change, document)
+
+    def names(self) -> list[str]:
+        """Those that are known."""
+        with self._lock:
+            return [host for host, (_, document) in self._documents.items() if document is not None]
+
+    def since(self, change: int) -> tuple[list[Change], int]:
+        """What has changed since that change, and the number of the last one. All of it since 0."""
+        changes: list[Change] = []
+        with self._lock:
+            for host, (number, document) in reversed(self._documents.items()):
+                if number <= change:
+                    break
+                changes.append((host, document))
+            return changes[::-1], self._change
+
+
+class Inventory(Protocol):
+    """Where documents and flavors come from."""
+
+    hosts: Hosts
+
+    def refresh(self) -> None:
+        """Called before each question."""
+
+    def stale(self, max_age: float) -> str | None:
+        """Why what is known is not to be trusted; None: it is."""
+
+    def flavor(self, name: str) -> str | None:
+        """The flavor of that name, as JSON."""
+
+
+def host_of(document: str) -> str | None:
+    """The host that the document is of; None: it cannot be read."""
+    try:
+        host = json.loads(document)["host"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return host if isinstance(host, str) else None
+
+
+class File:
+    """A file of host documents, one a line, that somebody writes again and again; written whole, and renamed into its place."""
+
+    def __init__(self, path: str, flavors: str | None = None) -> None:
+        self.hosts = Hosts()
+        self._path, self._flavors = path, flavors
+        self._lock = threading.Lock()
+        self._read: tuple[int, int, int] | None = None
+        self._written = 0.0
+        self._fault: str | None = "nothing was read yet"
+
+    def refresh(self) -> None:
+        with self._lock:
+            try:
+                found = os.stat(self._path)
+                stamp = (found.st_mtime_ns, found.st_size, found.st_ino)
+                if stamp != self._read:
+                    self._take()
+                    self._read = stamp
+                self._written, self._fault = found.st_mtime, None
+            except (OSError, UnicodeDecodeError) as fault:
+                self._fault = f"{self._path}: {fault}"
+
+    def _take(self) -> None:
+        with open(self._path, encoding="utf-8") as file:
+            lines = [line for line in file.read().split("\n") if line.strip()]
+        fresh: dict[str, str] = {}
+        for number, line in enumerate(lines, 1):
+            host = host_of(line)
+            if host is None:
+                LOG.warning("%s, line %d: no host document", self._path, number)
+            else:
+                fresh[host] = line
+        known = {host: document for host, document in self.hosts.since(0)[0] if document is not None}
+        for host in known.keys() - fresh.keys():
+            self.hosts.put(host, None)
+        for host, line in fresh.items():
+            if known.get(host) != line:
+                self.hosts.put(host, line)
+
+    def stale(self, max_age: float) -> str | None:
+        if self._fault is not None:
+            return self._fault
+        age = time.time() - self._written
+        return f"{self._path} was written {age:.0f} s ago" if age > max_age else None
+
+    def flavor(self, name: str) -> str | None:
+        if self._flavors is None:
+            return None
+        try:
+            with open(self._flavors, encoding="utf-8") as file:
+                stored = json.load(file)
+            return next((json.dumps(asks(one)) for one in stored if one["name"] == name), None)
+        except (OSError, ValueError, KeyError, TypeError) as fault:
+            LOG.error("%s: %s", self._flavors, fault)
+            return None
+
+
+def asks(stored: dict[str, Any]) -> dict[str, Any]:
+    """What a stored flavor asks for."""
+    return {key: stored[key] for key in ("usb_devices", "usb_redirection_devices") if stored.get(key)}
+
+
+class Compacted(Exception):
+    """etcd has forgotten the revision from which on it was to tell."""
+
+
+class Fault(Exception):
+    """etcd says no, or nothing that can be used."""
+
+
+def _encoded(text: str) -> str:
+    return base64.b64encode(text.encode()).decode()
+
+
+def _decoded(text: str) -> str:
+    return base64.b64decode(text).decode("utf-8", "replace")
+
+
+def _after(prefix: str) -> str:
+    """The first key behind all that begin so."""
+    return prefix[:-1] + chr(ord(prefix[-1]) + 1)
+
+
+class Follower:
+    """Follows what stands below one prefix: lists it, then watches from that revision on, through etcd's JSON gateway."""
+
+    PAGE = 500
+    CONNECT = 3.0
+    # So long nothing may come until etcd is asked whether it is still there.
+    SILENCE = 15.0
+    PAUSE = 1.0
+
+    def __init__(self, options: Any, part: str, sink: Any) -> None:
+        self._endpoints = [endpoint.rstrip("/") for endpoint in options.etcd_endpoints]
+        self._options, self._sink = options, sink
+        self._prefix = options.etcd_prefix + part
+        self._revision = 0
+        self._cluster = ""
+        self._known: dict[str, str] = {}
+        self._token: str | None = None
+        self.heard: float | None = None
+        self.fault: str | None = "etcd has not answered yet"
+        self.listed = threading.Event()
+        self._session = requests.Session()
+        self._session.trust_env = False
+        if options.etcd_cafile:
+            self._session.verify = options.etcd_cafile
+        if options.etcd_certfile:
+            self._session.cert = (options.etcd_certfile, options.etcd_keyfile or options.etcd_certfile)
+
+    def start(self) -> None:
+        """In a thread of its own, for ever."""
+        threading.Thread(target=self.follow, daemon=True, name="virt-usb-etcd").start()
+
+    def follow(self) -> None:
+        while True:
+            try:
+                self._check()
+                if self._revision == 0:
+                    self._list()
+                self._watch()
+            except Compacted:
+                LOG.info("etcd has forgotten revision %d: %s is listed anew", self._revision, self._prefix)
+                self._revision = 0
+            except (requests.RequestException, Fault, ValueError, KeyError, OSError) as fault:
+                said = f"{self._endpoints[0]}: {fault}"
+                if self.fault is None:
+                    LOG.warning("what the hosts publish is not heard: %s", said)
+                self.fault, self._token = said, None
+                self._endpoints.append(self._endpoints.pop(0))
+                time.sleep(self.PAUSE)
+
+    def _hear(self) -> None:
+        self.heard = time.monotonic()
+        if self.fault is not None and self.listed.is_set():
+            LOG.info("what the hosts publish is heard: %s", self._endpoints[0])
+            self.fault = None
+
+    def _post(self, path: str, body: dict[str, Any], stream: bool = False) -> requests.Response:
+        headers = {}
+        if self._options.etcd_user and path != "/v3/auth/authenticate":
+            if self._token is None:
+                self._token = self._sign_in()
+            headers["Authorization"] = self._token
+        answer = self._session.post(
+            self._endpoints[0] + path,
+            json=body,
+            headers=headers,
+            stream=stream,
+            timeout=(self.CONNECT, self.SILENCE),
+        )
+        if not answer.ok:
+            raise Fault(_message(answer))
+        return answer
+
+    def _sign_in(self) -> str:
+        with open(self._options.etcd_password_file, encoding="utf-8") as file:
+            password = file.readline().rstrip("\n")
+        body = {"name": self._options.etcd_user, "password": password}
+        return str(self._post("/v3/auth/authenticate", body).json()["token"])
+
+    def _check(self) -> None:
+        """Asks something that needs a leader. Another etcd, or one that was put back, is listed anew."""
+        key = _encoded(self._prefix)
+        header = self._post("/v3/kv/range", {"key": key, "keys_only": True}).json()["header"]
+        if header["cluster_id"] != self._cluster or int(header["revision"]) < self._revision:
+            self._cluster, self._revision = header["cluster_id"], 0
+
+    def _list(self) -> None:
+        key, at, seen = self._prefix, 0, set()
+        while True:
+            body = {
+                "key": _encoded(key),
+                "range_end": _encoded(_after(self._prefix)),
+                "limit": str(self.PAGE),
+                "revision": str(at),
+            }
+            page = self._post("/v3/kv/range", body).json()
+            at = at or int(page["header"]["revision"])
+            for pair in page.get("kvs", []):
+                name = _decoded(pair["key"])[len(self._prefix) :]
+                seen.add(name)
+                self._put(name, pair["mod_revision"], _decoded(pair.get("value", "")))
+            if not page.get("more"):
+                break
+            key = _decoded(page["kvs"][-1]["key"]) + "\0"
+        for name in self._known.keys() - seen:
+            self._gone(name)
+        self._revision = at
+
+    def _watch(self) -> None:
+        create = {
+            "key": _encoded(self._prefix),
+            "range_end": _encoded(_after(self._prefix)),
+            "start_revision": str(self._revision + 1),
+        }
+        with self._post("/v3/watch", {"create_request": create}, stream=True) as answer:
+            try:
+                rest = b""
+                for part in answer.iter_content(chunk_size=None):
+                    *lines, rest = (rest + part).split(b"\n")
+                    for line in filter(None, lines):
+                        self._take(json.loads(line))
+            except requests.ConnectionError as fault:
+                # Nothing came for a while: the next round asks whether etcd is there, and goes on where this one was.
+                if "timed out" not in str(fault).lower():
+                    raise
+                return
+        # etcd has ended it.
+        time.sleep(0.1)
+
+    def _take(self, message: dict[str, Any]) -> None:
+        if "error" in message:
+            raise Fault(str(message["error"].get("message", message["error"])))
+        result = message["result"]
+        if int(result.get("compact_revision", 0)) > 0:
+            raise Compacted
+        if result.get("canceled"):
+            raise Fault(result.get("cancel_reason") or "the watch was cancelled")
+        if result.get("created"):
+            self.listed.set()
+        self._hear()
+        for event in result.get("events", []):
+            pair = event["kv"]
+            name = _decoded(pair["key"])[len(self._prefix) :]
+            if event.get("type") == "DELETE":
+                self._gone(name)
+            else:
+                self._put(name, pair["mod_revision"], _decoded(pair.get("value", "")))
+            self._revision = max(self._revision, int(pair["mod_revision"]))
+
+    def _put(self, name: str, revision: str, value: str) -> None:
+        if self._known.get(name) != revision:
+            self._known[name] = revision
+            self._sink(name, value)
+
+    def _gone(self, name: str) -> None:
+        if self._known.pop(name, None) is not None:
+            self._sink(name, None)
+
+
+def _message(answer: requests.Response) -> str:
+    try:
+        body = answer.json()
+        said = body.get("error") or body.get("message")
+    except (ValueError, AttributeError):
+        said = None
+    return str(said or f"status {answer.status_code}")
+
+
+class Etcd:
+    """What the fleet's agents publish in etcd."""
+
+    # How long the first question waits until the fleet is known.
+    FIRST = 10.0
+
+    def __init__(self, options: Any) -> None:
+        self.hosts = Hosts()
+        self._flavors: dict[str, str] = {}
+        self._followers = [Follower(options, "hosts/", self._host), Follower(options, "flavors/", self._flavor)]
+        for follower in self._followers:
+            follower.start()
+
+    def _host(self, host: str, document: str | None) -> None:
+        # Nobody speaks for another.
+        if document is not None and host_of(document) != host:
+            LOG.warning("the document of host %s cannot be read, or names another host: it is passed over", host)
+            document = None
+        self.hosts.put(host, document)
+
+    def _flavor(self, name: str, text: str | None) -> None:
+        if text is None:
+            self._flavors.pop(name, None)
+        else:
+            self._flavors[name] = text
+
+    def refresh(self) -> None:
+        end = time.monotonic() + self.FIRST
+        for follower in self._followers:
+            follower.listed.wait(max(0.0, end - time.monotonic()))
+
+    def stale(self, max_age: float) -> str | None:
+        hosts = self._followers[0]
+        if not hosts.listed.is_set() or hosts.heard is None:
+            return f"the fleet is not known yet: {hosts.fault}"
+        age = time.monotonic() - hosts.heard
+        return f"nothing was heard of the fleet for {age:.0f} s: {hosts.fault}" if age > max_age else None
+
+    def flavor(self, name: str) -> str | None:
+        return self._flavors.get(name)
+
+
+def chunks(lines: list[str], size: int = 250) -> Iterator[list[str]]:
+    """So many at a time: a chunk is in the filter's memory as a whole while it is read."""
+    for at in range(0, len(lines), size):
+        yield lines[at : at + size]

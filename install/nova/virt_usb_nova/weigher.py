@@ -1,0 +1,43 @@
+"""Of the hosts that can serve, the better ones first."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nova.scheduler import weights
+from oslo_log import log as logging
+
+from virt_usb_nova import asked, filter, oracle
+from virt_usb_nova.wasm import Broken, Refused
+
+LOG = logging.getLogger(__name__)
+
+
+class UsbDevicesWeigher(weights.BaseHostWeigher):  # type: ignore[misc]
+    """A host is better that has more devices to spare, and fewer that others ask for: the filter's score.
+
+    A request that asks for no USB device finds all hosts alike.
+    """
+
+    def weight_multiplier(self, host_state: Any) -> float:
+        return float(filter.OPTIONS.weight_multiplier)
+
+    def weigh_objects(self, weighed_obj_list: list[Any], weight_properties: Any) -> list[float]:
+        called = filter.names(weighed.obj for weighed in weighed_obj_list)
+        scores = self._scores(called, weight_properties)
+        return [float(scores.get(host, 0)) for host in called]
+
+    def _weigh_object(self, obj: Any, weight_properties: Any) -> float:
+        called = filter.names([obj])
+        return float(self._scores(called, weight_properties).get(called[0], 0))
+
+    @staticmethod
+    def _scores(called: list[str], spec_obj: Any) -> dict[str, int]:
+        try:
+            who = oracle.get(filter.OPTIONS)
+            wanted = filter.question(spec_obj, who)
+            return {} if wanted is None or not called else who.scores(wanted, called)
+        except (oracle.Stale, Refused, Broken, asked.Wrong) as why:
+            # The filter has said so already, and let pass whoever is here.
+            LOG.debug("USB devices: all hosts are alike: %s", why)
+            return {}
