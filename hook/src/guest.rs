@@ -181,13 +181,13 @@ pub fn room(domain: &Domain, speeds: &[Option<Speed>]) -> Result<bool, String> {
         Fit::Fits => Ok(false),
         Fit::NeedsController => Ok(true),
         Fit::NoUsb => Err("it has no USB bus (<controller type='usb' model='none'/>), and libvirt adds none to it: \
-                           remove that controller, or in Nova set hw:usb_model=qemu-xhci on the flavor (image: hw_usb_model=qemu-xhci)"
+                           remove that controller, or in Nova set hw:usb_model=qemu-xhci on the flavor (image: hw_usb_model=qemu-xhci; before Nova 32: image hw_input_bus=usb)"
             .into()),
         Fit::TooFew { needed, free, speed, .. } => {
             let speed = speed.map(|s| format!(" for a {s}-speed device")).unwrap_or_default();
             Err(format!(
                 "it needs {needed} USB port(s) more{speed} and has {free} free: give it <controller type='usb' model='qemu-xhci' ports='15'/> \
-                 instead of its USB controller (in Nova: hw:usb_model=qemu-xhci)"
+                 instead of its USB controller (in Nova: hw:usb_model=qemu-xhci on the flavor, which counts where the image says hw_input_bus=virtio)"
             ))
         }
     }
