@@ -4,6 +4,7 @@
 //! the whitelist off in silence. `install/config.toml` explains every key; a test reads it with this module.
 
 mod fleet;
+mod keystone;
 
 use std::io::{self, Read};
 use std::net::SocketAddr;
@@ -16,6 +17,7 @@ use virt_usb_model::{Aliases, Whitelist};
 use virt_usb_store::flaps::Limits;
 
 pub use fleet::{Fleet, User};
+pub use keystone::Keystone;
 
 /// The largest configuration read, in bytes.
 const MAX_CONFIG: u64 = 1 << 20;
@@ -167,6 +169,8 @@ pub struct Config {
     pub api_tls: Option<Tls>,
     /// What the inventory is shared through; none: it is not.
     pub fleet: Option<Fleet>,
+    /// Whose tokens the API takes beside its own; none: no others.
+    pub keystone: Option<Keystone>,
 }
 
 impl Default for Config {
@@ -191,6 +195,7 @@ impl Default for Config {
             api: Api::default(),
             api_tls: None,
             fleet: None,
+            keystone: None,
         }
     }
 }
@@ -239,9 +244,10 @@ impl Config {
         for key in table.keys() {
             known(key, KEYS)?;
         }
-        if let Some(fleet) = table.get("fleet").and_then(toml::Value::as_table) {
-            for key in fleet.keys() {
-                known(key, fleet::KEYS).map_err(|e| format!("fleet: {e}"))?;
+        for (name, keys) in [("fleet", fleet::KEYS), ("keystone", keystone::KEYS)] {
+            for key in table.get(name).and_then(toml::Value::as_table).into_iter().flat_map(toml::Table::keys)
+            {
+                known(key, keys).map_err(|e| format!("{name}: {e}"))?;
             }
         }
         let both = table.contains_key("usb_white_list") && table.contains_key("usb_passthrough_whitelist");
@@ -283,6 +289,11 @@ impl Config {
             api: api(raw.api.as_deref(), api_tls.is_some())?,
             api_tls,
             fleet: raw.fleet.map(fleet::Raw::check).transpose().map_err(|e| format!("fleet.{e}"))?,
+            keystone: raw
+                .keystone
+                .map(keystone::Raw::check)
+                .transpose()
+                .map_err(|e| format!("keystone.{e}"))?,
         })
     }
 
@@ -335,6 +346,7 @@ struct Raw {
     api_certificate: Option<PathBuf>,
     api_key: Option<PathBuf>,
     fleet: Option<fleet::Raw>,
+    keystone: Option<keystone::Raw>,
 }
 
 const KEYS: &[&str] = &[
@@ -363,6 +375,7 @@ const KEYS: &[&str] = &[
     "api_certificate",
     "api_key",
     "fleet",
+    "keystone",
 ];
 
 fn known(key: &str, keys: &[&str]) -> Result<(), String> {
@@ -596,6 +609,50 @@ mod tests {
         assert_eq!(open.api_tls, Some(Tls { certificate: "/c".into(), key: "/k".into() }));
         assert!(error("libvirt_uri = 'qemu'").starts_with("libvirt_uri: found \"qemu\""));
         assert!(error("hold = ").starts_with("line 1"));
+    }
+
+    #[test]
+    fn a_keystone_is_named_by_its_address() {
+        let right = "[keystone]\nurl = 'https://id.example:5000/v3/'\npassword_file = '/p'\n";
+        let keystone = Config::parse(right).unwrap().keystone.unwrap();
+        assert_eq!(keystone.url, "https://id.example:5000/v3");
+        assert_eq!(
+            [&keystone.user, &keystone.user_domain, &keystone.project, &keystone.project_domain],
+            ["virt-usb", "Default", "service", "Default"]
+        );
+        assert_eq!((keystone.cache.as_secs(), keystone.roles.len(), keystone.ca), (60, 3, None));
+        let with = |more: &str| Config::parse(&format!("{right}{more}"));
+        let whole = with(
+            "ca = '/ca'\nuser = 'usb'\nuser_domain = 'd'\nproject = 's'\nproject_domain = 'e'\ncache = 0\nroles = { operator = 'admin' }",
+        );
+        let keystone = whole.unwrap().keystone.unwrap();
+        assert_eq!((keystone.cache.as_secs(), keystone.roles["operator"].as_str()), (0, "admin"));
+        for (more, why) in [
+            ("user = ''", "keystone.user: found an empty name"),
+            ("cache = 3601", "keystone.cache: found 3601, wanted 0 to 3600 seconds"),
+            ("roles = { operator = 'root' }", "keystone.roles.operator: found \"root\""),
+            ("roles = {}", "keystone.roles: found none"),
+            ("ca = 'ca'", "keystone.ca: ca is not an absolute path"),
+            ("pasword = 'x'", "keystone: unknown key \"pasword\""),
+        ] {
+            let error = with(more).unwrap_err();
+            assert!(error.starts_with(why), "{more}: {error}");
+        }
+        for url in [
+            "",
+            "id.example/v3",
+            "https://id.example",
+            "https:///v3",
+            "https://u:p@id/v3",
+            "http://id/v3?x",
+            "ftp://id/v3",
+        ] {
+            let error =
+                Config::parse(&format!("[keystone]\nurl = '{url}'\npassword_file = '/p'")).unwrap_err();
+            assert!(error.starts_with("keystone.url: found "), "{url}: {error}");
+        }
+        let error = Config::parse("[keystone]\nurl = 'http://id/v3'").unwrap_err();
+        assert!(error.starts_with("keystone.password_file: found none"), "{error}");
     }
 
     #[test]

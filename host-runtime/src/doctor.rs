@@ -9,6 +9,7 @@ use std::fmt::Display;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Arc;
 use std::time::Duration;
 
 use serde::Serialize;
@@ -22,6 +23,8 @@ use virt_usb_store::{Durability, Record, Store};
 
 use crate::agent::observe::flavor;
 use crate::agent::operate::selects;
+use crate::api::keystone::Keystone;
+use crate::api::tokens::TokenFile;
 use crate::hypervisor::Libvirt;
 
 /// Our hook's name among others of libvirt's `qemu.d`.
@@ -80,6 +83,8 @@ pub fn examine(places: &Places) -> Vec<Finding> {
     report.machine(&config);
     let store = report.store(&config);
     report.fleet(&config, store.as_ref());
+    report.tokens(&config);
+    report.keystone(&config);
     report.guests(&config, store.as_ref());
     if let Some(store) = &store {
         report.devices(&config, store);
@@ -290,6 +295,50 @@ impl Report {
         match machine::context(&config.procfs_root, "virt-usb doctor") {
             Ok(_) => self.well("machine", "it has a boot id, by which claims are dated"),
             Err(e) => self.broken("machine", e, "mount procfs, or correct procfs_root in the configuration"),
+        }
+    }
+
+    /// Whether the API's tokens can be relied on.
+    fn tokens(&mut self, config: &Config) {
+        if let Err(e) = TokenFile::new(&config.state_dir).entries() {
+            self.warn(
+                "tokens",
+                e,
+                "what is said above: until then the API lets nobody in by a token of this file",
+            );
+        }
+    }
+
+    /// Whether Keystone can be asked whose tokens are. None of it keeps a guest from its devices.
+    fn keystone(&mut self, config: &Config) {
+        const ROLES: [&str; 2] = ["service", "admin"];
+        let Some(keystone) = &config.keystone else { return };
+        match Keystone::new(keystone.clone(), Arc::default()).check() {
+            Err(why) => self.warn(
+                "keystone",
+                why,
+                "what is said above; until then its tokens are refused, and those of 'virt-usb token' count",
+            ),
+            Ok(roles) if !roles.iter().any(|role| ROLES.contains(&role.as_str())) => self.warn(
+                "keystone",
+                format!(
+                    "the user {} has the roles {}: by default Keystone does not let it ask about others' tokens",
+                    keystone.user,
+                    roles.join(", ")
+                ),
+                format!("'openstack role add --user {} --project {} service'", keystone.user, keystone.project),
+            ),
+            Ok(_) => self.well("keystone", format!("{} answers", keystone.url)),
+        }
+        if keystone.url.starts_with("http://") {
+            self.warn(
+                "keystone",
+                format!(
+                    "{} is not encrypted: whoever is on the way reads the password and the tokens",
+                    keystone.url
+                ),
+                "an https:// address, unless it is on this host or on a network of your own",
+            );
         }
     }
 

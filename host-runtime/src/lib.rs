@@ -3,6 +3,7 @@
 pub mod agent;
 pub mod api;
 pub mod cli;
+mod client;
 pub mod discovery;
 pub mod doctor;
 pub mod filter;

@@ -15,7 +15,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use crate::json::{FromJson, Object, whole};
-use crate::{Class, Device, DeviceId, ParseError, PortPath, ProductId, VendorId};
+use crate::{Class, Device, DeviceId, ParseError, PortPath, ProductId, VendorId, printable};
 
 /// The most devices that one request, or one flavor in all, may ask for: USB's own limit of devices on a bus.
 pub const MAX_DEVICES: u32 = 127;
@@ -171,7 +171,7 @@ pub const MAX_NAME: usize = 255;
 /// Whether a stored flavor may have this name: 1 to [`MAX_NAME`] printable characters, the first no `@`, which marks one in Nova's extra specs.
 pub fn is_name(name: &str) -> bool {
     (1..=MAX_NAME).contains(&name.chars().count())
-        && !name.chars().any(char::is_control)
+        && name.chars().all(|c| printable(c) == c)
         && !name.starts_with('@')
 }
 
@@ -215,6 +215,9 @@ impl FromJson for Text {
         }
     }
 }
+
+/// An operator gives a device no more tags than this.
+pub const MAX_TAGS: usize = 127;
 
 /// A tag: 1 to 64 letters, digits and `-_.:/`.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]

@@ -110,6 +110,7 @@ impl Rules {
             ("api", read.api != first.api),
             ("api_certificate, api_key", read.api_tls != first.api_tls),
             ("fleet", read.fleet != first.fleet),
+            ("keystone", read.keystone != first.keystone),
         ];
         for (key, _) in fixed.iter().filter(|(_, changed)| *changed) {
             tracing::warn!("{key} has changed: it counts from the agent's next start on");

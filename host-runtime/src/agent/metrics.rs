@@ -38,6 +38,7 @@ pub struct Metrics {
     connected: Gauge<i64, AtomicI64>,
     hooks: Family<Labels, Histogram>,
     answers: Family<Labels, Histogram>,
+    lookups: Family<Labels, Counter>,
     published: Counter,
     fleet: Gauge<i64, AtomicI64>,
     revision: Gauge<i64, AtomicI64>,
@@ -73,6 +74,7 @@ impl Default for Metrics {
             connected: Gauge::default(),
             hooks: Family::new_with_constructor(seconds),
             answers: Family::new_with_constructor(seconds),
+            lookups: Family::default(),
             published: Counter::default(),
             fleet: Gauge::default(),
             revision: Gauge::default(),
@@ -116,6 +118,11 @@ impl Default for Metrics {
             "Requests to the API, by method and status",
             unit,
             metrics.answers.clone(),
+        );
+        registry.register(
+            "keystone_lookups",
+            "Tokens that Keystone was asked about, by result",
+            metrics.lookups.clone(),
         );
         registry.register("fleet_connected", "1 while the fleet hears of this host", metrics.fleet.clone());
         registry.register("fleet_publications", "Documents told to the fleet", metrics.published.clone());
@@ -218,6 +225,10 @@ impl Metrics {
         let method = if KNOWN.contains(&method) { method } else { "other" };
         let labels = vec![("method", method.to_owned()), ("status", status.to_string())];
         self.answers.get_or_create(&labels).observe(took.as_secs_f64());
+    }
+
+    pub(crate) fn looked_up(&self, result: &str) {
+        self.lookups.get_or_create(&vec![("result", result.to_owned())]).inc();
     }
 
     /// All of it, as text.

@@ -45,7 +45,8 @@ use virt_usb_hook::machine;
 use virt_usb_model::{ParseError, ProjectId};
 use virt_usb_store::Store;
 
-use crate::api::identity::Role;
+use crate::api::identity::{Identities, Role};
+use crate::api::keystone::Keystone;
 use crate::api::tokens::{Made, TokenFile, Tokens, TokensError, Wanted};
 use crate::api::{self, Api, Listening};
 use crate::discovery::{LibUsb, UsbSource, hotplug};
@@ -196,7 +197,8 @@ fn serve_api(
         }
         Err(e) => tracing::error!("{e}"),
     }
-    let (rules, identity) = (rules.clone(), Arc::new(Tokens::new(file)));
+    let keystone = rules.now().keystone.clone().map(|config| Keystone::new(config, metrics.clone()));
+    let (rules, identity) = (rules.clone(), Arc::new(Identities::new(Tokens::new(file), keystone)));
     let api = Api::new(Box::new(move || rules.now()), hypervisor, metrics, host.to_owned(), identity);
     api::start(&Arc::new(api)).context("cannot serve the API")
 }

@@ -22,7 +22,7 @@ const TAG: &str = r"^[\p{L}\p{N}_.:/-]{1,64}$";
 const PROJECT: &str =
     r"^[^\u0000-\u0020\u007f-\u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]{1,255}$";
 /// A stored flavor's name, or a grant's.
-const NAME: &str = r"^[^@\u0000-\u001f\u007f-\u009f][^\u0000-\u001f\u007f-\u009f]{0,254}$";
+const NAME: &str = r"^[^@\u0000-\u001f\u007f-\u009f\u061c\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff][^\u0000-\u001f\u007f-\u009f\u061c\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff]{0,254}$";
 
 /// What a parameter of that name may be, in whichever path or query it stands; none: what its call says.
 pub(super) fn parameter(name: &str) -> Option<RefOr<Schema>> {

@@ -8,7 +8,7 @@ use axum::extract::{OriginalUri, State};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use utoipa::{IntoParams, ToSchema};
-use virt_usb_model::flavor::Tag;
+use virt_usb_model::flavor::{MAX_TAGS, Tag};
 use virt_usb_model::{DeviceId, InstanceId, ProductId, VendorId, clean_text};
 use virt_usb_store::Record;
 use virt_usb_store::aside::Wished;
@@ -294,6 +294,9 @@ pub(super) async fn change(
         };
         match wished? {
             Wished::Unknown => Err(missing(&told)),
+            Wished::TooManyTags => {
+                Err(Fault::conflict(format!("USB device {id} would have more than {MAX_TAGS} tags.")))
+            }
             Wished::Done(_) | Wished::Already(_) => Ok(()),
         }
     })

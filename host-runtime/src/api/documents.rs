@@ -207,8 +207,8 @@ pub(super) struct UsbEvent {
     domain: Option<String>,
     project_id: Option<String>,
     usb_device_id: Option<u64>,
-    /// By which program or caller, doing what.
-    actor: String,
+    /// By which program or caller, doing what; `null`: it is not for the caller to know.
+    actor: Option<String>,
     /// Why.
     detail: Option<String>,
 }
@@ -223,7 +223,7 @@ impl From<EventRow> for UsbEvent {
             domain: row.domain,
             project_id: row.project_id,
             usb_device_id: row.device_id.map(|device| device.get()),
-            actor: row.actor,
+            actor: Some(row.actor).filter(|actor| !actor.is_empty()),
             detail: row.detail,
         }
     }
@@ -307,5 +307,10 @@ pub(super) struct Link {
 impl Link {
     pub(super) const fn next(href: String) -> Self {
         Self { href, rel: "next" }
+    }
+
+    #[cfg(test)]
+    pub(super) fn href(&self) -> &str {
+        &self.href
     }
 }

@@ -43,7 +43,7 @@ pub(super) struct Events {
 
 /// A device's audit, newest first
 ///
-/// Administrators see all of it, others what concerned their project or no instance.
+/// Administrators see all of it, others what concerned their project, and what became of it while no instance had it, without who and why.
 #[utoipa::path(get, path = "/os-usb-devices/{usb_device_id}/events", tag = "events", operation_id = "list_usb_device_events",
     params(("usb_device_id" = u64, Path, description = "The device's id"), Query),
     responses((status = 200, description = "The events", body = Events)))]
@@ -118,7 +118,7 @@ pub(super) async fn read(
             let events = store.events(&filter)?;
             let Some(oldest) = events.first() else { return Ok(found) };
             filter.before = oldest.id;
-            found.extend(events.into_iter().rev().filter(|event| concerns(&caller, event, of_device)));
+            found.extend(events.into_iter().rev().filter_map(|event| shown(&caller, event, of_device)));
             if found.len() > limit {
                 return Ok(found);
             }
@@ -130,11 +130,14 @@ pub(super) async fn read(
     Ok((events, more))
 }
 
-/// Who may look at a device may know what became of it while nobody had it.
-fn concerns(caller: &Caller, event: &EventRow, of_device: bool) -> bool {
-    if of_device && event.instance_uuid.is_none() {
-        return true;
-    }
+/// What the caller is told of it. Who may look at a device may know what became of it while nobody had it, but not why or by whom: that names others,
+/// and what they did.
+fn shown(caller: &Caller, event: EventRow, of_device: bool) -> Option<EventRow> {
     let project: Option<ProjectId> = event.project_id.as_deref().and_then(|project| project.parse().ok());
-    caller.is_admin() || caller.owns(project.as_ref())
+    if caller.is_admin() || caller.owns(project.as_ref()) {
+        return Some(event);
+    }
+    let bare =
+        |event| EventRow { domain: None, project_id: None, actor: String::new(), detail: None, ..event };
+    (of_device && event.instance_uuid.is_none()).then(|| bare(event))
 }

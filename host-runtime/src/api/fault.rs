@@ -1,5 +1,7 @@
 //! What went wrong, in Nova's shape: `{"itemNotFound":{"code":404,"message":"…"}}`.
 
+use std::time::Duration;
+
 use axum::Json;
 use axum::http::HeaderValue;
 use axum::http::StatusCode;
@@ -81,6 +83,11 @@ impl Fault {
     pub(super) fn too_often(wait: u64) -> Self {
         let message = format!("This was asked for too often: try again in {wait} s.");
         Self { retry_after: Some(wait), ..Self::new(StatusCode::TOO_MANY_REQUESTS, message) }
+    }
+
+    /// How long until it is worth while to try again.
+    pub(super) fn retry_after(&self) -> Option<Duration> {
+        self.retry_after.map(Duration::from_secs)
     }
 
     pub(super) fn unavailable(message: impl Into<String>) -> Self {

@@ -1,4 +1,4 @@
-//! Who asks. A token says it, to whoever implements [`Identity`]: the [file of tokens](super::tokens) does; so may another service.
+//! Who asks. A token says it, to whoever implements [`Identity`]: the [file of tokens](super::tokens) does, and [Keystone](super::keystone).
 
 use std::fmt;
 use std::future::Future;
@@ -6,6 +6,9 @@ use std::pin::Pin;
 use std::str::FromStr;
 
 use virt_usb_model::ProjectId;
+
+use super::keystone::Keystone;
+use super::tokens::{PREFIX, Tokens};
 
 /// What somebody may do; each role may what those before it may.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -75,8 +78,21 @@ impl Caller {
 pub enum Unknown {
     /// There is no such token, or it has expired. Which of both is nobody's business.
     Nobody,
+    /// There is, and it is good for nothing here: why, for its owner.
+    Useless(String),
     /// It could not be looked up: why, for the log.
     Unavailable(String),
+}
+
+/// How far a token is to be looked up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Look {
+    /// What is known by heart counts; nobody else is asked.
+    Known,
+    /// What was found of late counts.
+    Lately,
+    /// As it is now: something is about to be changed.
+    Now,
 }
 
 /// The answer, some time.
@@ -85,5 +101,28 @@ pub type Answer<'a> = Pin<Box<dyn Future<Output = Result<Caller, Unknown>> + Sen
 /// Who can tell whose a token is.
 pub trait Identity: Send + Sync {
     /// Whose token it is.
-    fn caller<'a>(&'a self, token: &'a str) -> Answer<'a>;
+    fn caller<'a>(&'a self, token: &'a str, look: Look) -> Answer<'a>;
+}
+
+/// The file's tokens, which tell themselves by how they begin, and all others Keystone's, where there is one: should it be away, this host's
+/// administrators have tokens still.
+pub struct Identities {
+    file: Tokens,
+    keystone: Option<Keystone>,
+}
+
+impl Identities {
+    /// Both.
+    pub const fn new(file: Tokens, keystone: Option<Keystone>) -> Self {
+        Self { file, keystone }
+    }
+}
+
+impl Identity for Identities {
+    fn caller<'a>(&'a self, token: &'a str, look: Look) -> Answer<'a> {
+        match &self.keystone {
+            Some(keystone) if !token.starts_with(PREFIX) => keystone.caller(token, look),
+            _ => self.file.caller(token, look),
+        }
+    }
 }

@@ -8,6 +8,7 @@ use std::time::Duration;
 use tokio::sync::{Semaphore, watch};
 use virt_usb_hook::config;
 
+use super::keystone::PLACES;
 use super::{Api, TURNS, WORKS, fleet, router, socket};
 use crate::listen::{CONNECTIONS, Certificate, END_TIME, Server};
 
@@ -47,7 +48,7 @@ pub fn start(api: &Arc<Api>) -> io::Result<Listening> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .thread_name("api")
-        .max_blocking_threads(WORKS)
+        .max_blocking_threads(WORKS + PLACES)
         .enable_all()
         .build()?;
     let stopping = api.ending.subscribe();

@@ -9,7 +9,7 @@
 //! | module | what it does |
 //! |---|---|
 //! | `listen` | sockets, limits, the end |
-//! | [`identity`], [`tokens`] | who asks |
+//! | [`identity`], [`tokens`], [`keystone`] | who asks |
 //! | [`policy`] | who may do what: pure |
 //! | `request`, `paging` | what a request says |
 //! | `fault` | what went wrong, in Nova's shape |
@@ -34,6 +34,7 @@ mod grants;
 mod hypervisors;
 pub mod identity;
 mod inventory;
+pub mod keystone;
 mod listen;
 mod openapi;
 mod paging;
@@ -49,6 +50,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use axum::Router;
+use axum::extract::rejection::RawPathParamsRejection;
 use axum::extract::{RawPathParams, Request, State};
 use axum::http::Method;
 use axum::http::header::{CACHE_CONTROL, CONNECTION, HeaderName, HeaderValue, X_CONTENT_TYPE_OPTIONS};
@@ -67,7 +69,7 @@ use crate::fleet::others::Others;
 use crate::hypervisor::Hypervisor;
 use crate::listen::Peer;
 use fault::Fault;
-use identity::{Caller, Identity, Role, Unknown};
+use identity::{Caller, Identity, Look, Role, Unknown};
 use inventory::Inventory;
 use request::RequestId;
 
@@ -156,10 +158,18 @@ impl Api {
     }
 
     /// Whose token it is. Whoever guesses is soon told to wait.
-    async fn caller(&self, token: &str, peer: Option<Peer>) -> Result<Caller, Fault> {
-        match (self.identity.caller(token).await, peer) {
+    async fn caller(&self, token: &str, peer: Option<Peer>, look: Look) -> Result<Caller, Fault> {
+        // Nobody else is kept busy by guesses.
+        if let Some(Peer::Remote(from)) = peer
+            && let Some(wait) = self.rates.waits(from)
+            && self.identity.caller(token, Look::Known).await.is_err()
+        {
+            return Err(wait);
+        }
+        match (self.identity.caller(token, look).await, peer) {
             (Ok(caller), _) => Ok(caller),
             (Err(Unknown::Unavailable(why)), _) => Err(Fault::cannot_tell(why)),
+            (Err(Unknown::Useless(why)), _) => Err(Fault::forbidden().saying(why)),
             (Err(Unknown::Nobody), Some(Peer::Remote(from))) => {
                 self.rates.guess(from)?;
                 Err(Fault::unauthorized())
@@ -213,6 +223,7 @@ fn router(api: Arc<Api>) -> Router {
         .nest("/v3", calls)
         .route("/openapi.json", get(openapi::show))
         .merge(portal::routes())
+        .method_not_allowed_fallback(request::no_method)
         .fallback(request::nowhere)
         .layer(from_fn_with_state(api.clone(), observe))
         .with_state(api)
@@ -221,13 +232,13 @@ fn router(api: Arc<Api>) -> Router {
 /// Who asks, and whether for the tenant that the path names.
 async fn authenticate(
     State(api): State<Arc<Api>>,
-    path: RawPathParams,
+    path: Result<RawPathParams, RawPathParamsRejection>,
     mut request: Request,
     next: Next,
 ) -> Response {
     let token = request.headers().get("x-auth-token").cloned();
     let peer = request.extensions().get::<Peer>().copied();
-    let caller = match whose(&api, token, peer).await {
+    let caller = match whose(&api, token, peer, look(request.method())).await {
         Ok(caller) => caller,
         Err(fault) => {
             let mut response = fault.into_response();
@@ -236,10 +247,16 @@ async fn authenticate(
             return response;
         }
     };
-    let tenant = path.iter().find(|(name, _)| *name == "tenant_id").map(|(_, tenant)| tenant);
-    let mut response = match tenant.map(|tenant| is_its(&caller, tenant)) {
-        Some(Err(fault)) => fault.into_response(),
-        _ => match api.may_change_more(&caller, peer, request.method()) {
+    let allowed = match &path {
+        Ok(path) => match path.iter().find(|(name, _)| *name == "tenant_id") {
+            Some((_, tenant)) => is_its(&caller, tenant),
+            None => Ok(()),
+        },
+        Err(_) => Err(Fault::bad_request("The path is no UTF-8.")),
+    };
+    let mut response = match allowed {
+        Err(fault) => fault.into_response(),
+        Ok(()) => match api.may_change_more(&caller, peer, request.method()) {
             Err(fault) => fault.into_response(),
             Ok(()) => {
                 request.extensions_mut().insert(caller.clone());
@@ -251,11 +268,21 @@ async fn authenticate(
     response
 }
 
-async fn whose(api: &Api, token: Option<HeaderValue>, peer: Option<Peer>) -> Result<Caller, Fault> {
+/// How far the token is looked up with which this is asked.
+fn look(method: &Method) -> Look {
+    if method.is_safe() { Look::Lately } else { Look::Now }
+}
+
+async fn whose(
+    api: &Api,
+    token: Option<HeaderValue>,
+    peer: Option<Peer>,
+    look: Look,
+) -> Result<Caller, Fault> {
     match (token, peer) {
         (Some(token), _) => {
             let token = token.to_str().map_err(|_| Fault::unauthorized())?;
-            api.caller(token, peer).await
+            api.caller(token, peer, look).await
         }
         (None, Some(Peer::Local { uid })) => {
             Ok(Caller { name: format!("uid {uid}"), project: None, role: Role::Admin })

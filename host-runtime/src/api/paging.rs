@@ -57,12 +57,30 @@ pub(super) fn page<T, M: PartialEq + ToString>(
 
 /// The link to the page after that marker: this request, with another marker.
 pub(super) fn next(uri: &Uri, marker: &str) -> Link {
-    let kept = uri
-        .query()
-        .unwrap_or_default()
-        .split('&')
-        .filter(|pair| !pair.is_empty() && pair.split('=').next() != Some("marker"));
-    let query: Vec<String> = kept.map(str::to_owned).chain([format!("marker={marker}")]).collect();
+    let kept = uri.query().unwrap_or_default().split('&').filter(|pair| !pair.is_empty() && !is_marker(pair));
+    let marker = serde_urlencoded::to_string([("marker", marker)]).unwrap_or_default();
+    let query: Vec<&str> = kept.chain([marker.as_str()]).collect();
     // A path alone: right behind whatever stands before this server.
     Link::next(format!("{}?{}", uri.path(), query.join("&")))
+}
+
+/// However it is written: `m%61rker` too.
+fn is_marker(pair: &str) -> bool {
+    let pairs: Vec<(String, String)> = serde_urlencoded::from_str(pair).unwrap_or_default();
+    pairs.iter().any(|(key, _)| key == "marker")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_next_page_has_one_marker_and_all_else() {
+        let next = |query: &str| next(&format!("/v3/x?{query}").parse().unwrap(), "7 &").href().to_owned();
+        assert_eq!(
+            next("limit=2&m%61rker=1&tag=a%3Ab&marker=5&&marker"),
+            "/v3/x?limit=2&tag=a%3Ab&marker=7+%26"
+        );
+        assert_eq!(next(""), "/v3/x?marker=7+%26");
+    }
 }

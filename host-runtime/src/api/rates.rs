@@ -1,8 +1,11 @@
 //! How often somebody may do something. Reading is bounded by connections; what changes something, and guessing, by these.
 
+use std::collections::HashMap;
 use std::hash::Hash;
 use std::net::IpAddr;
 use std::num::NonZeroU32;
+use std::sync::{Mutex, PoisonError};
+use std::time::Instant;
 
 use governor::clock::{Clock as _, DefaultClock};
 use governor::state::keyed::HashMapStateStore;
@@ -23,6 +26,8 @@ type Limiter<K> = RateLimiter<K, HashMapStateStore<K>, DefaultClock>;
 pub(super) struct Rates {
     changes: Limiter<String>,
     guesses: Limiter<IpAddr>,
+    /// Who has guessed too often, and until when.
+    waiting: Mutex<HashMap<IpAddr, Instant>>,
 }
 
 fn limiter<K: Hash + Eq + Clone>((burst, rate): (u32, u32)) -> Limiter<K> {
@@ -42,7 +47,7 @@ fn check<K: Hash + Eq + Clone>(limiter: &Limiter<K>, key: &K) -> Result<(), Faul
 
 impl Default for Rates {
     fn default() -> Self {
-        Self { changes: limiter(CHANGES), guesses: limiter(GUESSES) }
+        Self { changes: limiter(CHANGES), guesses: limiter(GUESSES), waiting: Mutex::default() }
     }
 }
 
@@ -54,7 +59,23 @@ impl Rates {
 
     /// One more token that nobody has.
     pub(super) fn guess(&self, from: IpAddr) -> Result<(), Fault> {
-        check(&self.guesses, &from)
+        let checked = check(&self.guesses, &from);
+        if let Some(wait) = checked.as_ref().err().and_then(Fault::retry_after) {
+            let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+            let now = Instant::now();
+            if waiting.len() > KNOWN {
+                waiting.retain(|_, until| *until > now);
+            }
+            waiting.insert(from, now + wait);
+        }
+        checked
+    }
+
+    /// What somebody at this address is told who is to guess no more for now.
+    pub(super) fn waits(&self, from: IpAddr) -> Option<Fault> {
+        let waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        let left = waiting.get(&from)?.checked_duration_since(Instant::now())?;
+        Some(Fault::too_often(left.as_secs().saturating_add(1)))
     }
 }
 
@@ -70,7 +91,10 @@ mod tests {
         assert_eq!(rates.change("loud").unwrap_err().status.as_u16(), 429);
         assert!(rates.change("quiet").is_ok());
         let from = IpAddr::from([192, 0, 2, 1]);
+        assert!(rates.waits(from).is_none());
         assert!((0..GUESSES.0 * 2).any(|_| rates.guess(from).is_err()));
+        assert_eq!(rates.waits(from).unwrap().status.as_u16(), 429);
+        assert!(rates.waits(IpAddr::from([192, 0, 2, 2])).is_none());
         assert!(rates.guess(IpAddr::from([192, 0, 2, 2])).is_ok());
     }
 }

@@ -14,9 +14,9 @@
 //! cannot be read, or is wrong, lets nobody in.
 
 use std::collections::HashMap;
-use std::fs::{File, OpenOptions, Permissions};
+use std::fs::{File, Metadata, OpenOptions, Permissions};
 use std::io::{self, Read, Write as _};
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -25,13 +25,13 @@ use serde::{Deserialize, Serialize};
 use virt_usb_filter_host::{hex, sha256};
 use virt_usb_model::ProjectId;
 
-use super::identity::{Answer, Caller, Identity, Role, Unknown};
+use super::identity::{Answer, Caller, Identity, Look, Role, Unknown};
 use crate::stamp::{Stamp, stamp};
 
 /// The file's name.
 pub const FILE: &str = "tokens.toml";
 /// What every token begins with, so that one that has strayed into a log or a repository is found.
-const PREFIX: &str = "vusb_";
+pub(super) const PREFIX: &str = "vusb_";
 /// The largest file that is read, in bytes: ten thousand tokens.
 const MOST: u64 = 4 << 20;
 
@@ -259,9 +259,27 @@ impl TokenFile {
         if found.permissions().mode() & 0o077 != 0 {
             return Err(io::Error::other("others may read it: 'chmod 600' it, and make its tokens anew"));
         }
+        self.is_ours(&found)?;
         let mut text = String::new();
         read_bounded(file, &mut text)?;
         Ok(text)
+    }
+
+    /// Whoever may write to its folder may put another file in its place.
+    fn is_ours(&self, file: &Metadata) -> io::Result<()> {
+        let folder = self.path.parent().unwrap_or(Path::new("/")).metadata()?;
+        if folder.mode() & 0o002 != 0 {
+            return Err(io::Error::other(
+                "everybody may write to its folder: 'chmod o-w' that, and make the tokens anew",
+            ));
+        }
+        let owner = file.uid();
+        if owner != 0 && owner != folder.uid() && owner != rustix::process::geteuid().as_raw() {
+            return Err(io::Error::other(format!(
+                "it belongs to the user {owner}, who is neither root nor the folder's owner: remove it, and make the tokens anew"
+            )));
+        }
+        Ok(())
     }
 
     fn fault(&self, why: io::Error) -> TokensError {
@@ -363,7 +381,7 @@ impl Tokens {
 }
 
 impl Identity for Tokens {
-    fn caller<'a>(&'a self, token: &'a str) -> Answer<'a> {
+    fn caller<'a>(&'a self, token: &'a str, _: Look) -> Answer<'a> {
         Box::pin(std::future::ready(self.find(token)))
     }
 }
@@ -453,6 +471,14 @@ mod tests {
             matches!(tokens.find(&made.token), Err(Unknown::Unavailable(why)) if why.contains("others may read it"))
         );
         std::fs::set_permissions(file.path(), Permissions::from_mode(0o600)).unwrap();
+        assert!(tokens.find(&made.token).is_ok());
+        // Looked at anew when the file's stamp changes, and then it is the folder that is wrong.
+        std::fs::set_permissions(dir.path(), Permissions::from_mode(0o777)).unwrap();
+        std::fs::write(file.path(), format!("{right}\n\n\n\n")).unwrap();
+        assert!(
+            matches!(tokens.find(&made.token), Err(Unknown::Unavailable(why)) if why.contains("everybody may write to its folder"))
+        );
+        std::fs::set_permissions(dir.path(), Permissions::from_mode(0o700)).unwrap();
         assert!(tokens.find(&made.token).is_ok());
     }
 }

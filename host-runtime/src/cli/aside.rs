@@ -7,7 +7,7 @@ use serde::Serialize;
 use serde_json::json;
 use virt_usb_hook::message;
 use virt_usb_model::DeviceId;
-use virt_usb_model::flavor::Tag;
+use virt_usb_model::flavor::{MAX_TAGS, Tag};
 use virt_usb_store::aside::Wished;
 use virt_usb_store::{Context, Record, Store};
 
@@ -34,6 +34,9 @@ fn tell(session: &Session, wished: &Wished, device: DeviceId, now: &str) -> anyh
         Wished::Already(record) => (record, false),
         Wished::Unknown => {
             bail!("there is no device {device}: 'virt-usb devices --all' shows all that were ever seen")
+        }
+        Wished::TooManyTags => {
+            bail!("device {device} would have more than {MAX_TAGS} tags: 'virt-usb untag' takes some away")
         }
     };
     session.out.show(&Changed { changed, device: record }, || {
@@ -100,7 +103,7 @@ pub(super) fn tag(session: &Session, device: DeviceId, tags: &[Tag], add: bool) 
     };
     let all = match &wished {
         Wished::Done(record) | Wished::Already(record) => record.entry.tags.join(", "),
-        Wished::Unknown => String::new(),
+        Wished::Unknown | Wished::TooManyTags => String::new(),
     };
     tell(
         session,

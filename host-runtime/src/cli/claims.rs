@@ -162,7 +162,7 @@ pub(super) fn events(session: &Session, options: &Events) -> anyhow::Result<Exit
                 e.event.clone(),
                 or_dash(e.device_id),
                 or_dash(whom),
-                e.actor.clone(),
+                or_dash(Some(&e.actor).filter(|actor| !actor.is_empty())),
                 or_dash(e.detail.as_deref()),
             ]
         };

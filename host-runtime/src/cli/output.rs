@@ -5,6 +5,7 @@ use std::io::{self, Write};
 use anyhow::Context as _;
 use comfy_table::{ContentArrangement, Table, presets};
 use serde::Serialize;
+use virt_usb_model::printable;
 
 /// Tables for people, JSON for programs.
 pub(super) struct Output {
@@ -22,7 +23,7 @@ impl Output {
 
     /// `value` as JSON, or else what `text` says.
     pub(super) fn show(&self, value: &impl Serialize, text: impl FnOnce() -> String) -> anyhow::Result<()> {
-        let shown = if self.json { serde_json::to_string_pretty(value)? } else { text() };
+        let shown = if self.json { serde_json::to_string_pretty(value)? } else { seen(&text()) };
         self.raw(format!("{}\n", shown.trim_end()).as_bytes())
     }
 
@@ -30,6 +31,14 @@ impl Output {
         let mut stdout = io::stdout().lock();
         stdout.write_all(bytes).and_then(|()| stdout.flush()).context("cannot write the answer")
     }
+}
+
+/// What others have named is not obeyed by the terminal.
+fn seen(text: &str) -> String {
+    text.split('\n')
+        .map(|line| line.chars().map(printable).collect::<String>())
+        .collect::<Vec<_>>()
+        .join("\n")
 }
 
 /// A table that fits the terminal; `empty` when it has no rows.

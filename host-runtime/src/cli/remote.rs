@@ -2,16 +2,13 @@
 //! are shown by the same code.
 
 use std::fmt::Display;
-use std::path::Path;
-use std::sync::Arc;
+use std::net::IpAddr;
 use std::time::Duration;
 
 use anyhow::{Context as _, anyhow, bail};
 use serde_json::{Map, Value, json};
-use tokio_rustls::rustls::crypto::ring;
 use ureq::Agent;
 use ureq::http::{Request, StatusCode, Uri};
-use ureq::tls::{Certificate, PemItem, RootCerts, TlsConfig, parse_pem};
 use virt_usb_model::host::{self, HostDocument};
 use virt_usb_model::{DeviceId, DeviceRequest, Flavor, Grant, InstanceId, ProjectId};
 use virt_usb_store::aside::Wished;
@@ -23,6 +20,7 @@ use virt_usb_store::{ClaimRow, Owner, Record, StoredFlavor, StoredGrant};
 use super::arguments::Api;
 use super::shared::Named;
 use crate::agent::operate::Attached;
+use crate::client::tls;
 
 /// Longer than the API itself takes at most.
 const PATIENCE: Duration = Duration::from_secs(150);
@@ -62,13 +60,18 @@ impl Remote {
         {
             bail!("--url {url}: wanted an address such as https://host.example:8790");
         }
+        if uri.scheme_str() == Some("http") && !uri.host().is_some_and(is_loopback) {
+            bail!(
+                "--url {url}: everybody on the way could read the token: wanted https://, or an address of this machine such as http://127.0.0.1:8790"
+            );
+        }
         let agent = Agent::config_builder()
             .http_status_as_error(false)
             .max_redirects(0)
             .timeout_connect(Some(CONNECTING))
             .timeout_global(Some(PATIENCE))
             .user_agent(concat!("virt-usb/", env!("CARGO_PKG_VERSION")))
-            .tls_config(tls(options.cacert.as_deref())?)
+            .tls_config(tls(options.cacert.as_deref()).context("--cacert")?)
             .build();
         Ok(Self { agent: agent.into(), url: url.trim_end_matches('/').to_owned(), token: token.to_owned() })
     }
@@ -240,11 +243,10 @@ impl Remote {
             Err(refused) if refused.status == StatusCode::NOT_FOUND => return Ok(Wished::Unknown),
             Err(refused) => return Err(refused.into()),
         };
-        if is_so(&was) {
-            return Ok(Wished::Already(Box::new(was)));
-        }
+        // Asked for though it seems to be so: what the caller may not see seems to be nothing.
         let answer = self.ask("POST", &format!("{path}/action"), Some(action))??;
-        Ok(Wished::Done(Box::new(record(&answer["usb_device"])?)))
+        let now = Box::new(record(&answer["usb_device"])?);
+        Ok(if is_so(&was) { Wished::Already(now) } else { Wished::Done(now) })
     }
 
     /// The server of that UUID, or of that name.
@@ -300,27 +302,10 @@ impl Remote {
     }
 }
 
-fn tls(cacert: Option<&Path>) -> anyhow::Result<TlsConfig> {
-    let roots = match cacert {
-        None => RootCerts::PlatformVerifier,
-        Some(file) => {
-            let pem = std::fs::read(file).with_context(|| format!("--cacert {}", file.display()))?;
-            let certificates = parse_pem(&pem)
-                .filter_map(|item| match item {
-                    Ok(PemItem::Certificate(certificate)) => Some(Ok(certificate)),
-                    Ok(_) => None,
-                    Err(e) => Some(Err(e)),
-                })
-                .collect::<Result<Vec<Certificate<'static>>, _>>()
-                .with_context(|| format!("--cacert {}", file.display()))?;
-            if certificates.is_empty() {
-                bail!("--cacert {}: it holds no certificate in PEM", file.display());
-            }
-            RootCerts::Specific(Arc::new(certificates))
-        }
-    };
-    let provider = Arc::new(ring::default_provider());
-    Ok(TlsConfig::builder().root_certs(roots).unversioned_rustls_crypto_provider(provider).build())
+/// Whether nobody but this machine is on the way to the host.
+fn is_loopback(host: &str) -> bool {
+    let bare = host.trim_start_matches('[').trim_end_matches(']');
+    bare.eq_ignore_ascii_case("localhost") || bare.parse().is_ok_and(|ip: IpAddr| ip.is_loopback())
 }
 
 /// The API's answer when it does not do something.
@@ -484,7 +469,7 @@ fn event(value: &Value) -> anyhow::Result<EventRow> {
         domain: text(value, "domain"),
         project_id: text(value, "project_id"),
         device_id: device_id(value)?,
-        actor: read(value, "actor")?,
+        actor: text(value, "actor").unwrap_or_default(),
         detail: text(value, "detail"),
     })
 }

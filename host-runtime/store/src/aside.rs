@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use rusqlite::{OptionalExtension, Transaction, params};
+use virt_usb_model::flavor::MAX_TAGS;
 use virt_usb_model::{Descriptors, DeviceId};
 
 use crate::device::{ClaimRow, Record, joined, parse_some, read_id, refresh, sql_id, step_revision};
@@ -26,6 +27,8 @@ pub enum Wished {
     Already(Box<Record>),
     /// There never was such a device.
     Unknown,
+    /// It would have more tags than [`MAX_TAGS`].
+    TooManyTags,
 }
 
 impl Store {
@@ -76,10 +79,13 @@ impl Store {
         remove: &[String],
         context: &Context,
     ) -> Result<Wished, StoreError> {
-        self.wish(device, context, |tx, was| {
+        let mut too_many = false;
+        let wished = self.wish(device, context, |tx, was| {
             let kept = was.own_tags.iter().filter(|tag| !remove.contains(tag));
             let tags: Vec<String> = kept.chain(add).cloned().collect::<BTreeSet<_>>().into_iter().collect();
-            if was.own_tags == tags {
+            // Those that a store has already may go on, and become fewer.
+            too_many = tags.len() > MAX_TAGS && tags.len() > was.own_tags.len();
+            if was.own_tags == tags || too_many {
                 return Ok(None);
             }
             let text = serde_json::to_string(&tags).unwrap_or_else(|_| "[]".into());
@@ -88,7 +94,8 @@ impl Store {
             label(tx, device, classes, &joined(&was.rule_tags, &tags))?;
             grants::apply(tx)?;
             Ok(Some(Event::new("tagged").with(tags.join(", "))))
-        })
+        })?;
+        Ok(if too_many { Wished::TooManyTags } else { wished })
     }
 
     /// The guest is about to get the device: should the program end now, nobody could say that it was not used.

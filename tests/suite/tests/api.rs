@@ -437,6 +437,56 @@ fn who_may_what() {
     assert!(audit.contains("erp") && !audit.contains("crm"), "{audit}");
     let admins = served.ask(&callers[2].1, "GET", &item(1, "/events"), "").text;
     assert!(admins.contains("crm") && admins.contains("\"actor\":\"api admin\""), "{admins}");
+    // What an administrator did to the device: that he did, and neither why nor who he is.
+    let events = served.ask(member, "GET", &item(1, "/events"), "").json()["events"].clone();
+    let disabled = events.as_array().unwrap().iter().find(|event| event["event"] == "disabled").unwrap();
+    assert_eq!((&disabled["actor"], &disabled["detail"]), (&json!(null), &json!(null)), "{disabled}");
+    assert!(admins.contains("lent") && !audit.contains("lent"), "{audit}");
+    let own = events.as_array().unwrap().iter().find(|event| event["project_id"] == OURS).unwrap();
+    assert!(own["actor"].as_str().unwrap().starts_with("api "), "{own}");
+}
+
+#[test]
+fn who_has_no_token_learns_nothing_of_a_path_and_every_refusal_has_one_shape() {
+    let served = Served::new("");
+    for path in ["/v3/os-usb-devices/%ff", "/v2/%ff/os-hypervisors", "/v3/nowhere/%ff"] {
+        let answer = served.ask("vusb_nobody", "GET", path, "");
+        assert!([401, 404].contains(&answer.status), "{path}: {answer:?}");
+    }
+    assert_eq!(served.ask("vusb_nobody", "GET", "/v3/os-usb-devices/%ff", "").status, 401);
+    let admin = served.token("root", OURS, "admin");
+    let told = served.ask(&admin, "GET", "/v3/os-usb-devices/%ff", "").fault("badRequest");
+    assert_eq!(told, "The path is no UTF-8.");
+    for path in ["/openapi.json", "/v3/os-hypervisors"] {
+        let told = served.ask(&admin, "PUT", path, "{}").fault("badMethod");
+        assert_eq!(told, "This resource has no such method.", "{path}");
+    }
+}
+
+#[test]
+fn a_device_has_so_many_tags_and_names_are_what_they_look_like() {
+    let served = Served::new("");
+    let admin = served.token("root", OURS, "admin");
+    let tag = |numbers: std::ops::Range<u32>, action: &str| {
+        let tags: Vec<String> = numbers.map(|n| format!("t{n}")).collect();
+        let body = json!({ action: { "tags": tags } }).to_string();
+        served.ask(&admin, "POST", "/v3/os-usb-devices/1/action", &body)
+    };
+    assert_eq!(tag(0..127, "add_tags").status, 200);
+    assert_eq!(tag(0..127, "add_tags").status, 200, "those that it has");
+    let told = tag(127..128, "add_tags").fault("conflictingRequest");
+    assert_eq!(told, "USB device 1 would have more than 127 tags.");
+    assert_eq!(tag(0..1, "remove_tags").status, 200);
+    assert_eq!(tag(127..128, "add_tags").status, 200);
+    let one_more = served.host.virt_usb(&["tag", "1", "more"]);
+    let told = String::from_utf8(one_more.stderr).unwrap();
+    assert!(told.contains("more than 127 tags: 'virt-usb untag' takes some away"), "{told}");
+    // Overriding the direction of writing, and of no width.
+    for name in ["a%E2%80%AEb", "a%E2%80%8Bb"] {
+        let flavor = r#"{"usb_devices":[{"vendor_id":"0529"}]}"#;
+        let answer = served.ask(&admin, "PUT", &format!("/v3/os-usb-flavors/{name}"), flavor);
+        assert_eq!(answer.status, 400, "{name}: {answer:?}");
+    }
 }
 
 #[test]
@@ -577,6 +627,10 @@ fn the_command_line_asks_an_api_as_it_asks_its_own_inventory() {
     };
     refused(&["devices", "--url", "http://127.0.0.1:1"], "cannot ask the API at http://127.0.0.1:1: ");
     refused(&["devices", "--url", "host:8790"], "wanted an address such as https://");
+    refused(
+        &["devices", "--url", "http://192.0.2.1:8790"],
+        "everybody on the way could read the token: wanted https://",
+    );
     refused(&["devices", "--token-file", "/dev/null"], "holds no token");
     refused(&["devices", "--token-file", "/nowhere"], "cannot read the token in /nowhere: ");
     refused(&["devices", "--cacert", "/dev/null"], "no certificate in PEM");
@@ -598,6 +652,12 @@ fn the_command_line_asks_an_api_as_it_asks_its_own_inventory() {
         "those that it may have"
     );
     refused(&["hosts", "--documents"], "host documents need an administrator's token");
+    // Whatever is so already, or seems to be: who may not is told that he may not.
+    for change in [&["enable", "1"][..], &["quarantine", "clear", "1"], &["untag", "1", "blue"]] {
+        refused(change, "the API answers 403: ");
+    }
+    let events = ok(&there(&["events", "--device", "2"]));
+    assert!(events.contains("disabled") && !events.contains("lent") && !events.contains("root"), "{events}");
     std::fs::write(&token, "vusb_forged").unwrap();
     refused(&["devices"], "the API answers 401: ");
 }

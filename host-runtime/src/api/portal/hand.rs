@@ -1,6 +1,6 @@
 //! Handing a device to a server, and taking it back: a question first, then the progress, then what came of it.
 
-use std::collections::BTreeMap;
+use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -19,20 +19,24 @@ use super::super::policy::Call;
 use super::super::request::{Asked, Named};
 use super::super::servers::{Server, perform};
 use super::pages::{csrf, name, page, see};
-use super::session::{Sent, Signed, secret};
+use super::session::{Sent, Signed, make_room, secret};
 
 /// So long an action may take until its page is shown, which then asks again and again.
 const AT_ONCE: Duration = Duration::from_millis(800);
-/// So many actions are remembered.
-const MOST: usize = 256;
+/// So many actions are remembered ...
+const MOST: usize = 1024;
+/// ... and of one caller so many.
+const MOST_EACH: usize = 16;
 /// So many devices can be chosen from; the others are found by searching for them.
 const CHOICE: usize = 500;
 
 /// An action that was begun.
 #[derive(Clone)]
 struct Action {
-    /// Whose: the session.
+    /// Whose: the session ...
     owner: String,
+    /// ... and its caller's name.
+    caller: String,
     title: String,
     server: String,
     begun: Instant,
@@ -42,16 +46,14 @@ struct Action {
 
 /// The actions, by random numbers.
 #[derive(Default)]
-pub(super) struct Hands(Mutex<BTreeMap<String, Action>>);
+pub(super) struct Hands(Mutex<HashMap<String, Action>>);
 
 impl Hands {
     fn add(&self, action: Action) -> Result<String, Fault> {
         let id = secret()?;
         let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        while all.len() >= MOST {
-            let oldest = all.iter().min_by_key(|(_, action)| action.begun).map(|(id, _)| id.clone());
-            oldest.and_then(|id| all.remove(&id));
-        }
+        make_room(&mut all, MOST_EACH, |other| other.caller == action.caller, |other| other.begun);
+        make_room(&mut all, MOST, |_| true, |other| other.begun);
         all.insert(id.clone(), action);
         Ok(id)
     }
@@ -193,6 +195,7 @@ async fn begin(api: &Arc<Api>, signed: Signed, call: Call, wish: &Wish) -> Resul
     let (to, mut outcome) = watch::channel(None);
     let action = Action {
         owner: signed.id,
+        caller: signed.caller.name.clone(),
         title: format!("{} {}", if attach { "Attaching to" } else { "Detaching from" }, server.name),
         server: server.id.to_string(),
         begun: Instant::now(),

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::convert::Infallible;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use axum::extract::State;
@@ -13,13 +13,15 @@ use virt_usb_store::Record;
 
 use super::super::Api;
 use super::super::fault::Fault;
-use super::super::identity::Caller;
+use super::super::identity::{Caller, Look, Unknown};
 use super::super::inventory::Snapshot;
 use super::pages::{name, words};
 use super::session::Signed;
 
-/// So many look on at once.
-pub(super) const MOST: usize = 64;
+/// So many look on at once ...
+const MOST: usize = 128;
+/// ... and so many pages of one caller: browsers open six at most to one host.
+const MOST_EACH: usize = 8;
 /// How often it is looked whether something has changed; SQLite tells without reading anything.
 const LOOK: Duration = Duration::from_millis(500);
 /// So many changes are told in words.
@@ -53,31 +55,92 @@ fn difference(before: &Shown, now: &Shown) -> Option<String> {
     (!told.is_empty()).then(|| told.join("; "))
 }
 
-pub(super) async fn live(State(api): State<Arc<Api>>, signed: Signed) -> Result<impl IntoResponse, Fault> {
-    let place = api.portal.watchers.clone().try_acquire_owned();
-    let place =
-        place.map_err(|_| Fault::unavailable("Too many pages are open: this one does not update itself."))?;
-    let first = api.inventory.now()?;
-    let state = (api, signed.caller, first, place);
-    let events = futures_util::stream::unfold(state, |(api, caller, mut last, place)| async move {
-        let mut ending = api.ending.subscribe();
+/// Who looks on, by the callers' names.
+#[derive(Clone, Default)]
+pub(super) struct Watchers(Arc<Mutex<BTreeMap<String, usize>>>);
+
+/// The place of one who looks on, until it is dropped.
+struct Place(Watchers, String);
+
+impl Watchers {
+    fn all(&self) -> MutexGuard<'_, BTreeMap<String, usize>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn place(&self, caller: &str) -> Option<Place> {
+        let mut all = self.all();
+        if all.values().sum::<usize>() >= MOST {
+            return None;
+        }
+        let own = all.entry(caller.to_owned()).or_default();
+        if *own >= MOST_EACH {
+            return None;
+        }
+        *own += 1;
+        Some(Place(self.clone(), caller.to_owned()))
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mut all = self.0.all();
+        if let Some(own) = all.get_mut(&self.1) {
+            *own -= 1;
+            if *own == 0 {
+                all.remove(&self.1);
+            }
+        }
+    }
+}
+
+/// One page that looks on.
+struct Watch {
+    api: Arc<Api>,
+    /// The session.
+    id: String,
+    last: Arc<Snapshot>,
+    _place: Place,
+}
+
+impl Watch {
+    /// What has changed that may be told, some time; none: the session has ended, or its token.
+    async fn next(&mut self) -> Option<String> {
+        let mut ending = self.api.ending.subscribe();
         loop {
             tokio::select! {
                 () = tokio::time::sleep(LOOK) => {}
                 _ = ending.wait_for(|ending| *ending) => return None,
             }
+            let token = self.api.portal.sessions.token(&self.id)?;
+            let caller = match self.api.identity.caller(&token, Look::Lately).await {
+                Ok(caller) => caller,
+                Err(Unknown::Nobody | Unknown::Useless(_)) => return None,
+                // Nothing is told to whom nobody can name now.
+                Err(Unknown::Unavailable(_)) => continue,
+            };
             // What cannot be read now is looked at again.
-            let Ok(now) = api.inventory.now() else { continue };
-            if Arc::ptr_eq(&now, &last) {
+            let Ok(now) = self.api.inventory.now() else { continue };
+            if Arc::ptr_eq(&now, &self.last) {
                 continue;
             }
-            let told = difference(&shown(&last, &now, &caller), &shown(&now, &last, &caller));
-            last = now;
-            if let Some(told) = told {
-                let event = Event::default().event("change").data(told);
-                return Some((Ok::<_, Infallible>(event), (api, caller, last, place)));
+            let told = difference(&shown(&self.last, &now, &caller), &shown(&now, &self.last, &caller));
+            self.last = now;
+            if told.is_some() {
+                return told;
             }
         }
+    }
+}
+
+pub(super) async fn live(State(api): State<Arc<Api>>, signed: Signed) -> Result<impl IntoResponse, Fault> {
+    let place = api.portal.watchers.place(&signed.caller.name);
+    let place = place
+        .ok_or_else(|| Fault::unavailable("Too many pages are open: this one does not update itself."))?;
+    let last = api.inventory.now()?;
+    let watch = Watch { api, id: signed.id, last, _place: place };
+    let events = futures_util::stream::unfold(watch, |mut watch| async move {
+        let told = watch.next().await?;
+        Some((Ok::<_, Infallible>(Event::default().event("change").data(told)), watch))
     });
     Ok(Sse::new(events).keep_alive(KeepAlive::new().interval(Duration::from_secs(15))))
 }
@@ -85,6 +148,20 @@ pub(super) async fn live(State(api): State<Arc<Api>>, signed: Signed) -> Result<
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn one_who_opens_too_many_pages_keeps_nobody_else_from_it() {
+        let watchers = Watchers::default();
+        let mut loud: Vec<Place> = (0..MOST).filter_map(|_| watchers.place("loud")).collect();
+        assert_eq!(loud.len(), MOST_EACH);
+        let others: Vec<Place> = (0..MOST).filter_map(|n| watchers.place(&n.to_string())).collect();
+        assert_eq!(others.len(), MOST - MOST_EACH);
+        assert!(watchers.place("late").is_none());
+        loud.pop();
+        assert!(watchers.place("late").is_some());
+        drop((loud, others));
+        assert!(watchers.all().is_empty());
+    }
 
     #[test]
     fn what_has_changed_is_told_in_a_few_words() {

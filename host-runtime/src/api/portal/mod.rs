@@ -32,26 +32,16 @@ use axum::extract::Request;
 use axum::middleware::{Next, from_fn};
 use axum::response::Response;
 use axum::routing::{get, post};
-use tokio::sync::Semaphore;
 
 use super::Api;
 use super::fault::Fault;
 
 /// What the portal remembers.
+#[derive(Default)]
 pub(super) struct Portal {
     sessions: session::Sessions,
     hands: hand::Hands,
-    watchers: Arc<Semaphore>,
-}
-
-impl Default for Portal {
-    fn default() -> Self {
-        Self {
-            sessions: Default::default(),
-            hands: Default::default(),
-            watchers: Arc::new(Semaphore::new(live::MOST)),
-        }
-    }
+    watchers: live::Watchers,
 }
 
 pub(super) fn routes() -> Router<Arc<Api>> {

@@ -13,10 +13,10 @@ use axum::response::{IntoResponse, Response};
 use serde::de::DeserializeOwned;
 use virt_usb_filter_host::{hex, sha256};
 
-use super::super::Api;
 use super::super::fault::{Fault, sentence};
 use super::super::identity::{Caller, Role, Unknown};
 use super::super::request::form;
+use super::super::{Api, look};
 use super::pages::see;
 
 /// The cookie's name.
@@ -27,9 +27,13 @@ const IDLE: Duration = Duration::from_secs(3600);
 const LIFETIME: Duration = Duration::from_secs(12 * 3600);
 /// So many at once; with one more the one that idles longest ends.
 const MOST: usize = 1024;
+/// So many of one caller: whoever signs in again and again ends his own.
+const MOST_EACH: usize = 16;
 
 struct Session {
     token: String,
+    /// The caller's name.
+    whose: String,
     csrf: String,
     begun: Instant,
     used: Instant,
@@ -58,15 +62,13 @@ fn hash(secret: &str) -> String {
 
 impl Sessions {
     /// Begins a session; returns the cookie that stands for it.
-    pub(super) fn begin(&self, token: String, encrypted: bool) -> Result<String, Fault> {
+    pub(super) fn begin(&self, token: String, whose: &str, encrypted: bool) -> Result<String, Fault> {
         let (number, now) = (secret()?, Instant::now());
-        let session = Session { token, csrf: secret()?, begun: now, used: now };
+        let session = Session { token, whose: whose.to_owned(), csrf: secret()?, begun: now, used: now };
         let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         all.retain(|_, session| !session.is_over());
-        while all.len() >= MOST {
-            let oldest = all.iter().min_by_key(|(_, session)| session.used).map(|(id, _)| id.clone());
-            oldest.and_then(|id| all.remove(&id));
-        }
+        make_room(&mut all, MOST_EACH, |session| session.whose == whose, |session| session.used);
+        make_room(&mut all, MOST, |_| true, |session| session.used);
         all.insert(hash(&number), session);
         let secure = if encrypted { "; Secure" } else { "" };
         Ok(format!("{}{secure}", cookie(&number, LIFETIME.as_secs())))
@@ -83,10 +85,30 @@ impl Sessions {
         Some((session.token.clone(), session.csrf.clone()))
     }
 
+    /// Its token, if it goes on. Looking on is no use of it.
+    pub(super) fn token(&self, id: &str) -> Option<String> {
+        let all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        all.get(id).filter(|session| !session.is_over()).map(|session| session.token.clone())
+    }
+
     /// Ends a session; returns what takes its cookie away.
     pub(super) fn end(&self, id: &str) -> String {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).remove(id);
         cookie("", 0)
+    }
+}
+
+/// Takes the oldest of these away until there are less than so many.
+pub(super) fn make_room<T>(
+    all: &mut HashMap<String, T>,
+    most: usize,
+    of: impl Fn(&T) -> bool,
+    age: impl Fn(&T) -> Instant,
+) {
+    while all.values().filter(|one| of(one)).count() >= most {
+        let oldest = all.iter().filter(|(_, one)| of(one)).min_by_key(|(_, one)| age(one));
+        let Some(id) = oldest.map(|(id, _)| id.clone()) else { return };
+        all.remove(&id);
     }
 }
 
@@ -120,9 +142,9 @@ impl Signed {
     async fn of(parts: &Parts, api: &Arc<Api>) -> Result<Option<Self>, Fault> {
         let Some(id) = number(&parts.headers).map(hash) else { return Ok(None) };
         let Some((token, csrf)) = api.portal.sessions.use_it(&id) else { return Ok(None) };
-        match api.identity.caller(&token).await {
+        match api.identity.caller(&token, look(&parts.method)).await {
             Ok(caller) => Ok(Some(Self { caller, csrf, id })),
-            Err(Unknown::Nobody) => {
+            Err(Unknown::Nobody | Unknown::Useless(_)) => {
                 api.portal.sessions.end(&id);
                 Ok(None)
             }
@@ -203,7 +225,7 @@ mod tests {
     #[test]
     fn a_session_is_its_cookie_and_nothing_else_is() {
         let sessions = Sessions::default();
-        let cookie = sessions.begin("vusb_1".into(), true).unwrap();
+        let cookie = sessions.begin("vusb_1".into(), "erp", true).unwrap();
         let mut headers = HeaderMap::new();
         assert_eq!(number(&headers), None);
         let (pair, rest) = cookie.split_once(';').unwrap();
@@ -223,9 +245,20 @@ mod tests {
     fn there_is_an_end_to_how_many_there_are() {
         let sessions = Sessions::default();
         for n in 0..MOST + 8 {
-            sessions.begin(n.to_string(), false).unwrap();
+            sessions.begin(n.to_string(), &n.to_string(), false).unwrap();
         }
         assert_eq!(sessions.0.lock().unwrap().len(), MOST);
+        // Whoever begins too many ends his own.
+        let all = |whose: &str| sessions.0.lock().unwrap().values().filter(|s| s.whose == whose).count();
+        let sessions_of_others = MOST - MOST_EACH;
+        for _ in 0..2 * MOST {
+            sessions.begin("t".into(), "loud", false).unwrap();
+        }
+        assert_eq!((all("loud"), sessions.0.lock().unwrap().len()), (MOST_EACH, MOST));
+        assert_eq!(
+            sessions.0.lock().unwrap().values().filter(|s| s.whose != "loud").count(),
+            sessions_of_others
+        );
     }
 
     #[test]

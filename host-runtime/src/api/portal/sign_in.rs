@@ -13,12 +13,14 @@ use serde::Deserialize;
 
 use super::super::Api;
 use super::super::fault::{Fault, sentence};
+use super::super::identity::Look;
 use super::super::request::form;
 use super::pages::{page, see};
 use super::session::{Sent, Signed, is_from_here};
 use crate::listen::Peer;
 
-fn asks(wrong: bool) -> Markup {
+fn asks(api: &Api, wrong: bool) -> Markup {
+    let keystone = (api.config)().keystone.is_some();
     html! {
         @if wrong { p.bad role="alert" { "There is no such token, or it has ended. The host's administrator makes one: 'virt-usb token add'." } }
         form.stack method="post" action="/portal/sign-in" {
@@ -27,14 +29,17 @@ fn asks(wrong: bool) -> Markup {
                 aria-invalid=[wrong.then_some("true")];
             button { "Sign in" }
         }
-        p.note { "A token begins with vusb_. It stands for one project, and says what you may do." }
+        p.note {
+            @if keystone { "A token of OpenStack's ('openstack token issue'), or one that begins with vusb_. " } @else { "A token begins with vusb_. " }
+            "It stands for one project, and says what you may do."
+        }
     }
 }
 
-pub(super) async fn show(signed: Option<Signed>) -> Response {
+pub(super) async fn show(State(api): State<Arc<Api>>, signed: Option<Signed>) -> Response {
     match signed {
         Some(_) => see("/portal/"),
-        None => page("Sign in", None, &asks(false)),
+        None => page("Sign in", None, &asks(&api, false)),
     }
 }
 
@@ -54,14 +59,14 @@ pub(super) async fn sign_in(
     let text = form(&headers, body).await?;
     let Given { token } = serde_urlencoded::from_str(&text)
         .map_err(|e| Fault::bad_request(sentence(&format!("The form is wrong: {e}"))))?;
-    match api.caller(token.trim(), peer.map(|Extension(peer)| peer)).await {
-        Ok(_) => {
+    match api.caller(token.trim(), peer.map(|Extension(peer)| peer), Look::Now).await {
+        Ok(caller) => {
             let encrypted = (api.config)().api_tls.is_some();
-            let cookie = api.portal.sessions.begin(token.trim().to_owned(), encrypted)?;
+            let cookie = api.portal.sessions.begin(token.trim().to_owned(), &caller.name, encrypted)?;
             Ok(with_cookie(see("/portal/"), &cookie))
         }
         Err(fault) if fault.status == StatusCode::UNAUTHORIZED => {
-            let mut page = page("Sign in", None, &asks(true));
+            let mut page = page("Sign in", None, &asks(&api, true));
             *page.status_mut() = StatusCode::FORBIDDEN;
             Ok(page)
         }

@@ -1,0 +1,621 @@
+//! OpenStack's identity service: whose a token is that Keystone has given out.
+//!
+//! The agent asks as a service user: `POST /v3/auth/tokens` for a token of its own, then `GET /v3/auth/tokens` about each token that it is
+//! shown ([Identity API v3](https://docs.openstack.org/api-ref/identity/v3/)). Keystone lets the role `service` ask about others' tokens.
+//!
+//! What it said of a token counts for `cache` seconds for whoever only looks, and never longer than the token itself; before anything is
+//! changed it is asked anew, so a token that was revoked changes nothing. While it cannot be asked nobody is let in whom it has not just vouched for.
+
+use std::collections::HashMap;
+use std::error::Error as _;
+use std::io::Read as _;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
+
+use jiff::Timestamp;
+use serde::Deserialize;
+use serde_json::{Value, json};
+use tokio::sync::Semaphore;
+use ureq::Agent;
+use ureq::http::{Request, Response, StatusCode};
+use virt_usb_filter_host::sha256;
+use virt_usb_hook::config;
+use virt_usb_model::{ProjectId, printable};
+
+use super::identity::{Answer, Caller, Identity, Look, Role, Unknown};
+use crate::agent::metrics::Metrics;
+use crate::client::tls;
+
+/// So many questions at once.
+pub(super) const PLACES: usize = 8;
+/// How long one waits for its turn, and then for the answer.
+const PATIENCE: Duration = Duration::from_secs(10);
+const CONNECTING: Duration = Duration::from_secs(5);
+/// For so long a token that is good for nothing is not asked about again.
+const REFUSED: Duration = Duration::from_secs(5);
+/// For so long a password that was refused is not tried again: Keystone may lock a user out who is wrong too often.
+const PAUSE: Duration = Duration::from_secs(30);
+/// A token of the service's own that has less than this left is replaced, in seconds.
+const LEFT: i64 = 60;
+/// So many tokens are remembered.
+const KNOWN: usize = 4096;
+/// The longest token, in bytes; Keystone's are below 300, others' below what fits a header.
+const LONGEST: usize = 8 << 10;
+/// The largest answer, in bytes.
+const LARGEST: u64 = 1 << 20;
+/// Longer names are shown as the user's id.
+const NAME: usize = 64;
+
+/// What was found out about a token.
+#[derive(Debug, Clone)]
+struct Found {
+    at: Instant,
+    /// Whose, and until when.
+    whose: Result<(Caller, Timestamp), Unknown>,
+}
+
+/// This service's own token.
+struct Own {
+    token: String,
+    until: Timestamp,
+}
+
+/// As whom Keystone is asked, and why it could not be, lately.
+#[derive(Default)]
+struct Service {
+    own: Option<Own>,
+    /// The password was refused: when, and in which words.
+    refused: Option<(Instant, String)>,
+}
+
+/// A Keystone.
+#[derive(Clone)]
+pub struct Keystone(Arc<Inner>);
+
+struct Inner {
+    config: config::Keystone,
+    metrics: Arc<Metrics>,
+    client: OnceLock<Agent>,
+    service: Mutex<Service>,
+    /// By the tokens' hashes.
+    known: Mutex<HashMap<[u8; 32], Found>>,
+    /// What it could not be asked for; empty: it can.
+    trouble: Mutex<String>,
+    places: Arc<Semaphore>,
+}
+
+impl Keystone {
+    /// That of the configuration; nothing is asked yet.
+    pub fn new(config: config::Keystone, metrics: Arc<Metrics>) -> Self {
+        Self(Arc::new(Inner {
+            config,
+            metrics,
+            client: OnceLock::new(),
+            service: Mutex::default(),
+            known: Mutex::default(),
+            trouble: Mutex::default(),
+            places: Arc::new(Semaphore::new(PLACES)),
+        }))
+    }
+
+    /// Whether it can be asked, as whom and with which roles there.
+    ///
+    /// # Errors
+    /// Why not.
+    pub fn check(&self) -> Result<Vec<String>, String> {
+        let token = self.0.own_token()?;
+        match self.0.validate(&token)? {
+            Some(answer) => Ok(answer.token.roles.into_iter().map(|role| role.name).collect()),
+            None => Err("it does not know the token that it has just given out".into()),
+        }
+    }
+
+    async fn look_up(&self, token: &str, look: Look) -> Result<Caller, Unknown> {
+        if token.is_empty() || token.len() > LONGEST || !token.bytes().all(|b| b.is_ascii_graphic()) {
+            return Err(Unknown::Nobody);
+        }
+        let hash = sha256(token.as_bytes());
+        if let Some(found) = self.0.remembered(&hash, look) {
+            return found;
+        }
+        if look == Look::Known {
+            return Err(Unknown::Nobody);
+        }
+        let place = tokio::time::timeout(PATIENCE, self.0.places.clone().acquire_owned()).await;
+        let Ok(Ok(place)) = place else {
+            return Err(Unknown::Unavailable(format!(
+                "Keystone at {} answers too slowly: {PLACES} tokens are being looked up",
+                self.0.config.url
+            )));
+        };
+        // Somebody else may have asked the same meanwhile.
+        if let Some(found) = self.0.remembered(&hash, look) {
+            return found;
+        }
+        let (inner, token) = (self.0.clone(), token.to_owned());
+        let asked = tokio::task::spawn_blocking(move || {
+            let _place = place;
+            inner.ask(&token, hash)
+        });
+        asked.await.unwrap_or_else(|e| Err(Unknown::Unavailable(e.to_string())))
+    }
+}
+
+impl Identity for Keystone {
+    fn caller<'a>(&'a self, token: &'a str, look: Look) -> Answer<'a> {
+        Box::pin(self.look_up(token, look))
+    }
+}
+
+impl Inner {
+    /// What counts still of what was found out.
+    fn remembered(&self, hash: &[u8; 32], look: Look) -> Option<Result<Caller, Unknown>> {
+        let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        let found = known.get(hash)?;
+        match &found.whose {
+            // One that was refused will not become good.
+            Err(why) => (found.at.elapsed() < REFUSED).then(|| Err(why.clone())),
+            Ok((_, until)) if Timestamp::now() >= *until => Some(Err(Unknown::Nobody)),
+            Ok((caller, _)) => {
+                (look != Look::Now && found.at.elapsed() < self.config.cache).then(|| Ok(caller.clone()))
+            }
+        }
+    }
+
+    /// Waits for the network.
+    fn ask(&self, token: &str, hash: [u8; 32]) -> Result<Caller, Unknown> {
+        // When it was asked: what it says is no younger.
+        let at = Instant::now();
+        let answer = self.validate(token);
+        let result = match &answer {
+            Ok(Some(_)) => "known",
+            Ok(None) => "unknown",
+            Err(_) => "away",
+        };
+        self.metrics.looked_up(result);
+        self.tell(answer.as_ref().err());
+        let whose = match answer {
+            Err(why) => return Err(Unknown::Unavailable(why)),
+            Ok(None) => Err(Unknown::Nobody),
+            Ok(Some(answer)) => answer.whose(&self.config),
+        };
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        if known.len() >= KNOWN {
+            let longest = self.config.cache.max(REFUSED);
+            known.retain(|_, found| found.at.elapsed() < longest);
+        }
+        while known.len() >= KNOWN {
+            let oldest = known.iter().min_by_key(|(_, found)| found.at).map(|(hash, _)| *hash);
+            oldest.and_then(|hash| known.remove(&hash));
+        }
+        known.insert(hash, Found { at, whose: whose.clone() });
+        whose.map(|(caller, _)| caller)
+    }
+
+    /// Says once that Keystone cannot be asked, and once that it can.
+    fn tell(&self, why: Option<&String>) {
+        let mut trouble = self.trouble.lock().unwrap_or_else(PoisonError::into_inner);
+        match why {
+            Some(why) if *why != *trouble => {
+                tracing::error!("{why}; its tokens are refused until it can be asked");
+                trouble.clone_from(why);
+            }
+            None if !trouble.is_empty() => {
+                tracing::info!("Keystone at {} answers again", self.config.url);
+                trouble.clear();
+            }
+            _ => {}
+        }
+    }
+
+    /// What Keystone says of the token; none: nothing.
+    fn validate(&self, token: &str) -> Result<Option<Described>, String> {
+        // Its token may have been revoked, or Keystone have new keys: then with another one.
+        for last in [false, true] {
+            let own = self.own_token()?;
+            let request = Request::builder()
+                .uri(format!("{}/auth/tokens?nocatalog", self.config.url))
+                .header("X-Auth-Token", &own)
+                .header("X-Subject-Token", token);
+            let request = request.body(()).map_err(|e| e.to_string())?;
+            let mut response = self.client()?.run(request).map_err(|e| self.away(&e))?;
+            match response.status() {
+                StatusCode::OK => return self.read(&mut response).map(Some),
+                StatusCode::NOT_FOUND => return Ok(None),
+                StatusCode::UNAUTHORIZED if !last => self.forget(&own),
+                StatusCode::FORBIDDEN => {
+                    return Err(format!(
+                        "Keystone at {} does not let the user {} ask about tokens: give it the role \"service\" in the project {}",
+                        self.config.url, self.config.user, self.config.project
+                    ));
+                }
+                status => return Err(self.odd(status)),
+            }
+        }
+        Err(self.odd(StatusCode::UNAUTHORIZED))
+    }
+
+    fn forget(&self, token: &str) {
+        let mut service = self.service.lock().unwrap_or_else(PoisonError::into_inner);
+        if service.own.as_ref().is_some_and(|own| own.token == token) {
+            service.own = None;
+        }
+    }
+
+    /// The token of this service. Whoever needs it while it is fetched waits for it.
+    fn own_token(&self) -> Result<String, String> {
+        let mut service = self.service.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(own) = &service.own
+            && own.until.as_second() - Timestamp::now().as_second() > LEFT
+        {
+            return Ok(own.token.clone());
+        }
+        if let Some((when, why)) = &service.refused
+            && when.elapsed() < PAUSE
+        {
+            return Err(why.clone());
+        }
+        service.own = None;
+        service.refused = None;
+        let c = &self.config;
+        let password = password(c)?;
+        let body = json!({ "auth": {
+            "identity": { "methods": ["password"], "password": { "user": {
+                "name": c.user, "domain": { "name": c.user_domain }, "password": password,
+            } } },
+            "scope": { "project": { "name": c.project, "domain": { "name": c.project_domain } } },
+        } });
+        let request = Request::post(format!("{}/auth/tokens?nocatalog", c.url))
+            .header("Content-Type", "application/json")
+            .body(body.to_string());
+        let request = request.map_err(|e| e.to_string())?;
+        let mut response = self.client()?.run(request).map_err(|e| self.away(&e))?;
+        match response.status() {
+            StatusCode::CREATED => {}
+            StatusCode::UNAUTHORIZED => {
+                let why = format!(
+                    "Keystone at {} refuses the user {} of the domain {} in the project {} of the domain {}, or its password in {}",
+                    c.url,
+                    c.user,
+                    c.user_domain,
+                    c.project,
+                    c.project_domain,
+                    c.password_file.display()
+                );
+                service.refused = Some((Instant::now(), why.clone()));
+                return Err(why);
+            }
+            status => return Err(self.odd(status)),
+        }
+        let token = response.headers().get("x-subject-token").and_then(|token| token.to_str().ok());
+        let Some(token) = token.map(ToOwned::to_owned) else {
+            return Err(format!("Keystone at {} gives out no token", c.url));
+        };
+        let until = self.read(&mut response)?.token.expires_at;
+        service.own = Some(Own { token: token.clone(), until });
+        Ok(token)
+    }
+
+    fn client(&self) -> Result<&Agent, String> {
+        if let Some(client) = self.client.get() {
+            return Ok(client);
+        }
+        let tls = tls(self.config.ca.as_deref()).map_err(|e| format!("keystone.ca: {e:#}"))?;
+        let client = Agent::config_builder()
+            .http_status_as_error(false)
+            .max_redirects(0)
+            .timeout_connect(Some(CONNECTING))
+            .timeout_global(Some(PATIENCE))
+            .user_agent(concat!("virt-usb/", env!("CARGO_PKG_VERSION")))
+            .tls_config(tls)
+            .build();
+        Ok(self.client.get_or_init(|| client.into()))
+    }
+
+    fn read(&self, response: &mut Response<ureq::Body>) -> Result<Described, String> {
+        let text = response.body_mut().with_config().limit(LARGEST).read_to_string();
+        let text = text.map_err(|e| self.away(&e))?;
+        serde_json::from_str(&text)
+            .map_err(|e| format!("what Keystone at {} says of a token cannot be read: {e}", self.config.url))
+    }
+
+    fn odd(&self, status: StatusCode) -> String {
+        format!("Keystone at {} answers {status}", self.config.url)
+    }
+
+    fn away(&self, e: &ureq::Error) -> String {
+        let mut why = e.to_string();
+        let mut cause = e.source();
+        while let Some(e) = cause {
+            // Some say what their cause says.
+            if !why.contains(&e.to_string()) {
+                why = format!("{why}: {e}");
+            }
+            cause = e.source();
+        }
+        format!("Keystone at {} cannot be asked: {why}", self.config.url)
+    }
+}
+
+fn password(config: &config::Keystone) -> Result<String, String> {
+    let path = &config.password_file;
+    let mut text = String::new();
+    let read = std::fs::File::open(path).and_then(|file| file.take(4096).read_to_string(&mut text));
+    read.map_err(|e| format!("keystone.password_file {}: {e}", path.display()))?;
+    match text.lines().next() {
+        Some(line) if !line.is_empty() => Ok(line.to_owned()),
+        _ => Err(format!("keystone.password_file {}: its first line is empty", path.display())),
+    }
+}
+
+/// What Keystone says of a token: `{"token": {...}}`. Whatever else it says is passed over.
+#[derive(Debug, Deserialize)]
+struct Described {
+    token: Token,
+}
+
+#[derive(Debug, Deserialize)]
+struct Token {
+    expires_at: Timestamp,
+    user: User,
+    project: Option<Project>,
+    /// `{"all": true}`.
+    system: Option<Value>,
+    #[serde(default)]
+    roles: Vec<Named>,
+}
+
+#[derive(Debug, Deserialize)]
+struct User {
+    id: String,
+    name: String,
+    domain: Named,
+}
+
+#[derive(Debug, Deserialize)]
+struct Project {
+    id: String,
+}
+
+#[derive(Debug, Deserialize)]
+struct Named {
+    name: String,
+}
+
+impl Described {
+    /// Who that is here, and until when.
+    fn whose(self, config: &config::Keystone) -> Result<(Caller, Timestamp), Unknown> {
+        let Token { expires_at, user, project, system, roles } = self.token;
+        if Timestamp::now() >= expires_at {
+            return Err(Unknown::Nobody);
+        }
+        let role = roles.iter().filter_map(|role| config.roles.get(&role.name)?.parse::<Role>().ok()).max();
+        let Some(role) = role else {
+            let wanted = config.roles.keys().map(String::as_str).collect::<Vec<_>>().join(", ");
+            return Err(Unknown::Useless(format!(
+                "The token has none of the roles that count here: {wanted}."
+            )));
+        };
+        let project: Option<ProjectId> = match (project, &system) {
+            (Some(project), _) => {
+                let id = project.id.parse();
+                Some(id.map_err(|e| Unknown::Unavailable(format!("Keystone names a project: {e}")))?)
+            }
+            (None, Some(system)) if system["all"] == true && role == Role::Admin => None,
+            (None, Some(_)) => {
+                return Err(Unknown::Useless(
+                    "A token for the system is an administrator's here, or it is for a project.".into(),
+                ));
+            }
+            (None, None) => return Err(Unknown::Useless("The token is for no project.".into())),
+        };
+        Ok((Caller { name: name(&user), project, role }, expires_at))
+    }
+}
+
+/// As the audit names it. Names of tokens in the file have no white space.
+fn name(user: &User) -> String {
+    let whole = format!("{}@{}", user.name, user.domain.name);
+    let plain = |c: char| !c.is_whitespace() && printable(c) == c;
+    if whole.chars().count() <= NAME && whole.chars().all(plain) {
+        return format!("keystone {whole}");
+    }
+    let id: String = user.id.chars().take(NAME).map(printable).collect();
+    format!("keystone {id}")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicU16, AtomicUsize, Ordering};
+
+    use super::*;
+
+    /// A Keystone that says what it is told to.
+    struct Fake {
+        url: String,
+        /// What it answers to a question about a token.
+        status: Arc<AtomicU16>,
+        /// How often it was asked for a token of the service's, and about others'.
+        asked: Arc<[AtomicUsize; 2]>,
+        folder: tempfile::TempDir,
+    }
+
+    fn token(project: &Value, roles: &Value, expires_at: &str) -> Value {
+        json!({ "token": { "expires_at": expires_at, "project": project, "roles": roles, "methods": ["password"],
+            "user": { "id": "u1", "name": "erp", "domain": { "id": "default", "name": "Default" } } } })
+    }
+
+    const FUTURE: &str = "2999-01-01T00:00:00.000000Z";
+
+    impl Fake {
+        fn new() -> Self {
+            let server = tiny_http::Server::http("127.0.0.1:0").unwrap();
+            let url = format!("http://{}/v3", server.server_addr());
+            let status = Arc::new(AtomicU16::new(200));
+            let asked: Arc<[AtomicUsize; 2]> = Arc::default();
+            let (answers, count) = (status.clone(), asked.clone());
+            std::thread::spawn(move || {
+                for request in server.incoming_requests() {
+                    let text =
+                        token(&json!({ "id": "p1" }), &json!([{ "name": "member" }]), FUTURE).to_string();
+                    let post = *request.method() == tiny_http::Method::Post;
+                    let status = answers.load(Ordering::SeqCst);
+                    let own = status == 1401;
+                    count[usize::from(!post)].fetch_add(1, Ordering::SeqCst);
+                    let status = match (post, own) {
+                        (true, true) => 401,
+                        (true, false) => 201,
+                        (false, _) => status,
+                    };
+                    let header = tiny_http::Header::from_bytes("X-Subject-Token", "own").unwrap();
+                    let response =
+                        tiny_http::Response::from_string(if status == 299 { "{".into() } else { text });
+                    let status = if status == 299 { 200 } else { status };
+                    drop(request.respond(response.with_status_code(status).with_header(header)));
+                }
+            });
+            let folder = tempfile::tempdir().unwrap();
+            std::fs::write(folder.path().join("password"), "secret\n").unwrap();
+            Self { url, status, asked, folder }
+        }
+
+        fn keystone(&self, cache: u64) -> Keystone {
+            let file = self.folder.path().join("password");
+            let text = format!(
+                "[keystone]\nurl = '{}'\ncache = {cache}\npassword_file = '{}'",
+                self.url,
+                file.display()
+            );
+            Keystone::new(config::Config::parse(&text).unwrap().keystone.unwrap(), Arc::default())
+        }
+
+        fn asked(&self) -> (usize, usize) {
+            (self.asked[0].load(Ordering::SeqCst), self.asked[1].load(Ordering::SeqCst))
+        }
+    }
+
+    fn find(keystone: &Keystone, token: &str, look: Look) -> Result<String, Unknown> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(keystone.look_up(token, look)).map(|caller| caller.name)
+    }
+
+    #[test]
+    fn what_was_found_counts_for_a_while_for_whoever_only_looks() {
+        let fake = Fake::new();
+        let keystone = fake.keystone(3600);
+        assert_eq!(find(&keystone, "t1", Look::Known), Err(Unknown::Nobody), "nobody was asked");
+        assert_eq!(fake.asked(), (0, 0));
+        for _ in 0..3 {
+            assert_eq!(find(&keystone, "t1", Look::Lately).unwrap(), "keystone erp@Default");
+        }
+        assert_eq!(find(&keystone, "t1", Look::Known).unwrap(), "keystone erp@Default");
+        assert_eq!(fake.asked(), (1, 1));
+        find(&keystone, "t1", Look::Now).unwrap();
+        assert_eq!(fake.asked(), (1, 2), "before a change it is asked anew");
+        fake.status.store(404, Ordering::SeqCst);
+        assert_eq!(find(&keystone, "t1", Look::Now), Err(Unknown::Nobody));
+        assert_eq!(find(&keystone, "t1", Look::Lately), Err(Unknown::Nobody), "what was revoked stays so");
+        assert_eq!(fake.asked(), (1, 3));
+        let uncached = fake.keystone(0);
+        fake.status.store(200, Ordering::SeqCst);
+        for _ in 0..3 {
+            find(&uncached, "t1", Look::Lately).unwrap();
+        }
+        assert_eq!(fake.asked(), (2, 6));
+    }
+
+    #[test]
+    fn while_it_is_away_nobody_is_let_in_whom_it_has_not_vouched_for() {
+        let fake = Fake::new();
+        let keystone = fake.keystone(3600);
+        find(&keystone, "t1", Look::Lately).unwrap();
+        for (status, why) in [
+            (500, "answers 500"),
+            (503, "answers 503"),
+            (302, "answers 302"),
+            (401, "answers 401"),
+            (403, "does not let the user virt-usb ask about tokens: give it the role \"service\""),
+            (299, "cannot be read"),
+        ] {
+            fake.status.store(status, Ordering::SeqCst);
+            let answer = find(&keystone, &format!("t{status}"), Look::Lately);
+            assert!(
+                matches!(&answer, Err(Unknown::Unavailable(text)) if text.contains(why)),
+                "{status}: {answer:?}"
+            );
+            assert!(find(&keystone, "t1", Look::Lately).is_ok(), "{status}");
+            assert!(matches!(find(&keystone, "t1", Look::Now), Err(Unknown::Unavailable(_))), "{status}");
+        }
+        fake.status.store(200, Ordering::SeqCst);
+        find(&keystone, "t500", Look::Now).unwrap();
+    }
+
+    #[test]
+    fn a_password_that_is_refused_is_not_tried_again_at_once() {
+        let fake = Fake::new();
+        fake.status.store(1401, Ordering::SeqCst);
+        let keystone = fake.keystone(60);
+        for n in 0..5 {
+            let answer = find(&keystone, &format!("t{n}"), Look::Lately);
+            assert!(
+                matches!(&answer, Err(Unknown::Unavailable(why)) if why.contains("refuses the user virt-usb")),
+                "{answer:?}"
+            );
+        }
+        assert_eq!(fake.asked(), (1, 0));
+        let file = fake.folder.path().join("password");
+        std::fs::write(&file, "\n").unwrap();
+        assert!(fake.keystone(60).check().unwrap_err().ends_with("its first line is empty"));
+        std::fs::remove_file(&file).unwrap();
+        assert!(fake.keystone(60).check().unwrap_err().contains("keystone.password_file"));
+    }
+
+    #[test]
+    fn nobody_is_asked_about_what_is_no_token() {
+        let fake = Fake::new();
+        let keystone = fake.keystone(60);
+        for no_token in ["", "a b", "a\r\nX-Auth-Token: b", "ü", &"x".repeat(LONGEST + 1)] {
+            assert_eq!(find(&keystone, no_token, Look::Now), Err(Unknown::Nobody));
+        }
+        assert_eq!(fake.asked(), (0, 0));
+    }
+
+    #[test]
+    fn a_token_is_for_a_project_and_has_the_greatest_of_its_roles() {
+        let config = Fake::new().keystone(60).0.config.clone();
+        let whose = |value: Value| serde_json::from_value::<Described>(value).unwrap().whose(&config);
+        let project = json!({ "id": "p1", "name": "erp", "domain": { "id": "default", "name": "Default" } });
+        let role = |names: &[&str]| {
+            json!(names.iter().map(|name| json!({ "id": "r", "name": name })).collect::<Vec<_>>())
+        };
+        let (caller, _) = whose(token(&project, &role(&["reader", "admin", "member", "x"]), FUTURE)).unwrap();
+        assert_eq!((caller.role, caller.project), (Role::Admin, Some("p1".parse().unwrap())));
+        let useless = |value: Value, why: &str| {
+            let answer = whose(value);
+            assert!(matches!(&answer, Err(Unknown::Useless(text)) if text.contains(why)), "{answer:?}");
+        };
+        useless(token(&project, &role(&["x"]), FUTURE), "none of the roles");
+        useless(token(&Value::Null, &role(&["admin"]), FUTURE), "for no project");
+        let past = token(&project, &role(&["admin"]), "2020-01-01T00:00:00Z");
+        assert_eq!(whose(past).unwrap_err(), Unknown::Nobody);
+        let mut system = token(&Value::Null, &role(&["admin"]), FUTURE);
+        system["token"]["system"] = json!({ "all": true });
+        let (caller, _) = whose(system.clone()).unwrap();
+        assert_eq!((caller.role, caller.project), (Role::Admin, None));
+        system["token"]["roles"] = role(&["reader"]);
+        useless(system, "for the system");
+    }
+
+    #[test]
+    fn names_that_could_deceive_are_shown_as_ids() {
+        let user = |name: &str| name_of(name, "u1");
+        assert_eq!(user("erp"), "keystone erp@Default");
+        for deceives in ["a b", "a\u{202e}b", "a\nb", &"x".repeat(70)] {
+            assert_eq!(user(deceives), "keystone u1");
+        }
+    }
+
+    fn name_of(name: &str, id: &str) -> String {
+        super::name(&User { id: id.into(), name: name.into(), domain: Named { name: "Default".into() } })
+    }
+}

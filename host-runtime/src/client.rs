@@ -1,0 +1,35 @@
+//! What every HTTP client here has in common.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use anyhow::{Context as _, bail};
+use tokio_rustls::rustls::crypto::ring;
+use ureq::tls::{Certificate, PemItem, RootCerts, TlsConfig, parse_pem};
+
+/// Trusts the certificates of this file (PEM), or without one those that this machine trusts.
+///
+/// # Errors
+/// When the file cannot be read, or holds no certificate.
+pub(crate) fn tls(trusted: Option<&Path>) -> anyhow::Result<TlsConfig> {
+    let roots = match trusted {
+        None => RootCerts::PlatformVerifier,
+        Some(file) => {
+            let pem = std::fs::read(file).with_context(|| file.display().to_string())?;
+            let certificates = parse_pem(&pem)
+                .filter_map(|item| match item {
+                    Ok(PemItem::Certificate(certificate)) => Some(Ok(certificate)),
+                    Ok(_) => None,
+                    Err(e) => Some(Err(e)),
+                })
+                .collect::<Result<Vec<Certificate<'static>>, _>>()
+                .with_context(|| file.display().to_string())?;
+            if certificates.is_empty() {
+                bail!("{}: it holds no certificate in PEM", file.display());
+            }
+            RootCerts::Specific(Arc::new(certificates))
+        }
+    };
+    let provider = Arc::new(ring::default_provider());
+    Ok(TlsConfig::builder().root_certs(roots).unversioned_rustls_crypto_provider(provider).build())
+}
