@@ -1,0 +1,1 @@
+"""USB devices in the openstack command."""

@@ -1,0 +1,109 @@
+"""`openstack usb device ...`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable
+from typing import Any
+
+from osc_lib.command import command
+
+from virt_usb_openstackclient.client import usb
+
+# A column's head, and the key of a device. The second list is for --long.
+COLUMNS = [
+    ("ID", "id"),
+    ("Host", "hypervisor_hostname"),
+    ("Vendor ID", "vendor_id"),
+    ("Product ID", "product_id"),
+    ("Name", "product_name"),
+    ("Serial", "serial"),
+    ("Status", "status"),
+    ("Server", "instance_uuid"),
+]
+LONG = [
+    ("Status Reason", "status_reason"),
+    ("Port", "port_path"),
+    ("Address", "address"),
+    ("Speed", "speed"),
+    ("Tags", "tags"),
+    ("Held Since", "held_since"),
+]
+# An option, and the API's filter.
+FILTERS = {
+    "status": ("<status>", "available, claimed, allocated, removed or unavailable"),
+    "vendor_id": ("<vendor-id>", "Four hexadecimal digits"),
+    "product_id": ("<product-id>", "Four hexadecimal digits"),
+    "serial": ("<serial>", "Exactly this serial number"),
+    "tag": ("<tag>", "A tag of the device"),
+    "instance_uuid": ("<server-id>", "Held by this server"),
+}
+OPTIONS = {"instance_uuid": "--server"}
+
+
+def shown(device: dict[str, Any]) -> tuple[tuple[str, ...], tuple[Any, ...]]:
+    """All that is known of a device: what it has no value for is left out."""
+    known = {key: value for key, value in device.items() if value not in (None, "")}
+    return tuple(known), tuple(known.values())
+
+
+class ListUsbDevice(command.Lister):
+    """List the USB devices of the cloud's hosts that the project may have"""
+
+    def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
+        """Its options."""
+        parser = super().get_parser(prog_name)
+        for name, (metavar, text) in FILTERS.items():
+            parser.add_argument(OPTIONS.get(name, f"--{name.replace('_', '-')}"), dest=name, metavar=metavar, help=text)
+        parser.add_argument("--host", metavar="<host>", help="Plugged into this host")
+        parser.add_argument("--deleted", action="store_true", help="Unplugged ones, too (admin only)")
+        parser.add_argument("--long", action="store_true", help="More columns")
+        return parser
+
+    def take_action(self, parsed_args: argparse.Namespace) -> tuple[list[str], Iterable[tuple[Any, ...]]]:
+        """Asks page after page."""
+        filters = {name: getattr(parsed_args, name) for name in FILTERS if getattr(parsed_args, name) is not None}
+        if parsed_args.deleted:
+            filters["deleted"] = "true"
+        devices = usb(self).devices(filters)
+        columns = COLUMNS + (LONG if parsed_args.long else [])
+        host = parsed_args.host
+        rows = [tuple(one.get(key) for _, key in columns) for one in devices if host is None or one["hypervisor_hostname"] == host]
+        return [head for head, _ in columns], rows
+
+
+class ShowUsbDevice(command.ShowOne):
+    """Show a USB device"""
+
+    def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
+        """Its argument."""
+        parser = super().get_parser(prog_name)
+        parser.add_argument("device", metavar="<device>", help="USB device (ID)")
+        return parser
+
+    def take_action(self, parsed_args: argparse.Namespace) -> tuple[tuple[str, ...], tuple[Any, ...]]:
+        """Asks for it."""
+        return shown(usb(self).device(parsed_args.device))
+
+
+class EnableUsbDevice(ShowUsbDevice):
+    """Offer a USB device again (admin only)"""
+
+    def take_action(self, parsed_args: argparse.Namespace) -> tuple[tuple[str, ...], tuple[Any, ...]]:
+        """Changes it."""
+        return shown(usb(self).change_device(parsed_args.device, "enable"))
+
+
+class DisableUsbDevice(ShowUsbDevice):
+    """Offer a USB device to no server any more; who has it keeps it (admin only)"""
+
+    def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
+        """And why."""
+        parser = super().get_parser(prog_name)
+        parser.add_argument("--reason", metavar="<reason>", help="Why: shown to administrators")
+        return parser
+
+    def take_action(self, parsed_args: argparse.Namespace) -> tuple[tuple[str, ...], tuple[Any, ...]]:
+        """Changes it."""
+        value = {} if parsed_args.reason is None else {"reason": parsed_args.reason}
+        return shown(usb(self).change_device(parsed_args.device, "disable", value))

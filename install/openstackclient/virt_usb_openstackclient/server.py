@@ -1,0 +1,90 @@
+"""`openstack server add usb device` and `remove`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import re
+import uuid
+from typing import Any
+
+from osc_lib import exceptions
+from osc_lib.command import command
+
+from virt_usb_openstackclient.client import usb
+
+LOG = logging.getLogger(__name__)
+KIND = re.compile(r"([0-9a-fA-F]{4}):([0-9a-fA-F]{4})")
+
+
+def request(text: str) -> dict[str, Any]:
+    """What asks for a device: its id, its kind, or what a flavor says."""
+    if text.isascii() and text.isdigit():
+        return {"id": int(text)}
+    kind = KIND.fullmatch(text)
+    if kind:
+        return {"vendor_id": kind[1], "product_id": kind[2]}
+    if text.startswith("{"):
+        try:
+            return dict(json.loads(text))
+        except ValueError as e:
+            raise exceptions.CommandError(f"{text}: no JSON: {e}") from e
+    raise exceptions.CommandError(f'{text}: wanted the id of a device, VENDOR:PRODUCT such as 0529:0001, or JSON such as {{"serial":"HL-0001"}}')
+
+
+class _ServerUsbDevice(command.ShowOne):
+    ACTION = ""
+    LATER = ""
+
+    def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
+        """A server and a device."""
+        parser = super().get_parser(prog_name)
+        parser.add_argument("server", metavar="<server>", help="Server (name or ID)")
+        parser.add_argument(
+            "device",
+            metavar="<device>",
+            help="USB device (ID), one of a kind as VENDOR:PRODUCT, or an entry of a flavor's list as JSON, with serial, port, class, tags or count",
+        )
+        return parser
+
+    def take_action(self, parsed_args: argparse.Namespace) -> tuple[tuple[str, ...], tuple[Any, ...]]:
+        """Asks for it, and shows what came of it."""
+        wanted = request(parsed_args.device)
+        server = self._server(parsed_args.server)
+        said = usb(self).act(server, self.ACTION, wanted)
+        if not said["live"]:
+            LOG.warning(self.LATER, parsed_args.server)
+        devices = said["usb_devices"]
+        shown = {"server_id": server, "live": said["live"], "device_ids": [one["id"] for one in devices], "already": said["already"]}
+        return tuple(shown), tuple(shown.values())
+
+    def _server(self, name: str) -> str:
+        """Its id: what Nova calls a server, and where there is no Nova what libvirt calls it."""
+        try:
+            return str(uuid.UUID(name))
+        except ValueError:
+            pass
+        manager = self.app.client_manager
+        if manager.is_service_available("compute", manager.region_name, manager.interface):
+            return str(manager.sdk_connection.compute.find_server(name, ignore_missing=False).id)
+        found = usb(self).servers(name)
+        if len(found) != 1:
+            raise exceptions.CommandError(
+                f"{'More than one server exists with' if found else 'No server with'} the name {name!r}{': use its ID' if found else ''}"
+            )
+        return str(found[0]["id"])
+
+
+class AddServerUsbDevice(_ServerUsbDevice):
+    """Attach a USB device to a server, now or, where it does not run, at its next start"""
+
+    ACTION = "attach_usb_devices"
+    LATER = "%s does not run: it gets the device at its next start"
+
+
+class RemoveServerUsbDevice(_ServerUsbDevice):
+    """Detach a USB device from a server; it is free for others then"""
+
+    ACTION = "detach_usb_devices"
+    LATER = "%s does not run: it does not get the device any more"

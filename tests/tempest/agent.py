@@ -1,0 +1,171 @@
+"""The agent, with devices and guests that are simulated, and its API on 127.0.0.1."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import re
+import socket
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+from identity import end_with_parent, free_port
+
+ROOT = Path(__file__).resolve().parents[2]
+PATIENCE = 30.0
+# Two devices: the first of a kind of its own, and another.
+DEVICES = """\
+[[device]]
+vendor = "0529"
+product = "0001"
+bus = 1
+device = 5
+port = "1-1"
+serial = "S1"
+product_name = "HASP HL"
+
+[[device]]
+vendor = "096e"
+product = "0006"
+bus = 1
+device = 6
+port = "1-2"
+serial = "S2"
+product_name = "SafeNet"
+"""
+
+
+def program(name: str) -> str:
+    """A program as it is shipped."""
+    path = ROOT / "target/release" / name
+    if not path.exists():
+        raise SystemExit(f"there is no {path}: run 'make build'")
+    return str(path)
+
+
+class Local(http.client.HTTPConnection):
+    """Over a unix socket."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__("localhost", timeout=PATIENCE)
+        self.path = str(path)
+
+    def connect(self) -> None:
+        """Instead of TCP."""
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(PATIENCE)
+        self.sock.connect(self.path)
+
+
+class Answer:
+    """What the API says."""
+
+    def __init__(self, response: http.client.HTTPResponse) -> None:
+        self.status, self.headers = response.status, response.headers
+        text = response.read()
+        self.json: Any = json.loads(text) if text else None
+
+    def __repr__(self) -> str:
+        return f"{self.status} {self.json}"
+
+    def fault(self) -> str:
+        """Its message."""
+        (told,) = self.json.values()
+        return str(told["message"])
+
+
+class Agent:
+    """An agent in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config = folder / "config.toml"
+        self.child: subprocess.Popen[bytes] | None = None
+
+    def make(self, keystone: dict[str, str | int]) -> None:
+        """Its folder, and its configuration: a table `[keystone]` of these keys, none of it where there are none."""
+        self.folder.mkdir(exist_ok=True)
+        port = self.folder / "port"
+        if not port.exists():
+            port.write_text(str(free_port()))
+        lines = [f'state_dir = "{self.folder}/state"', f'api = "127.0.0.1:{port.read_text()}"', f'log = "{self.folder}/hook.log"']
+        lines += ["[keystone]"] * bool(keystone)
+        lines += [f"{key} = {json.dumps(value)}" for key, value in keystone.items()]
+        self.config.write_text("\n".join(lines) + "\n")
+        if not (self.folder / "sim.toml").exists():
+            self.write_domains([])
+
+    @property
+    def port(self) -> int:
+        """Where its API is."""
+        return int((self.folder / "port").read_text())
+
+    @property
+    def url(self) -> str:
+        """As it is to stand in Keystone's catalogue."""
+        return f"http://127.0.0.1:{self.port}/v2.1"
+
+    def write_domains(self, domains: list[dict[str, Any]]) -> None:
+        """What is to run. The file is in its place at once or not at all."""
+        tables = ["[[domain]]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in one.items() if value is not None) for one in domains]
+        new = self.folder / "sim.new"
+        new.write_text("\n".join([DEVICES, *tables]))
+        new.rename(self.folder / "sim.toml")
+
+    def start(self) -> None:
+        """Starts it, and waits for its devices."""
+        command = [program("virt-usbd"), "--config", str(self.config), "--sim", str(self.folder / "sim.toml")]
+        log = self.folder / "agent.log"
+        with log.open("ab") as to:
+            self.child = subprocess.Popen(command, stdout=to, stderr=to, preexec_fn=end_with_parent)
+        until = time.monotonic() + PATIENCE
+        while time.monotonic() < until:
+            try:
+                if len(self.local("GET", "os-usb-devices")["usb_devices"]) == DEVICES.count("[[device]]"):
+                    return
+            except (OSError, http.client.HTTPException):
+                pass
+            time.sleep(0.05)
+        raise AssertionError(f"the agent does not serve its devices: {self.log()}")
+
+    def stop(self) -> None:
+        """Ends it."""
+        if self.child is not None:
+            self.child.terminate()
+            self.child.wait()
+            self.child = None
+
+    def log(self) -> str:
+        """All that it has said, without colours."""
+        text = (self.folder / "agent.log").read_text()
+        return re.sub(r"\x1b\[[0-9;]*m", "", text)
+
+    def local(self, method: str, path: str, body: Any = None) -> Any:
+        """What it answers on its socket, to an administrator."""
+        answer = self._ask(Local(self.folder / "state/api.sock"), {}, method, f"/v3/{path}", body)
+        assert answer.status < 300, answer
+        return answer.json
+
+    def ask(self, token: str, method: str, path: str, body: Any = None) -> Answer:
+        """What it answers to whoever has this token."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
+        return self._ask(connection, {"X-Auth-Token": token}, method, path if path.startswith("/") else f"/v3/{path}", body)
+
+    @staticmethod
+    def _ask(connection: http.client.HTTPConnection, headers: dict[str, str], method: str, path: str, body: Any) -> Answer:
+        sent = None if body is None else json.dumps(body)
+        if sent is not None:
+            headers = {**headers, "Content-Type": "application/json"}
+        try:
+            connection.request(method, path, sent, headers)
+            return Answer(connection.getresponse())
+        finally:
+            connection.close()
+
+    def virt_usb(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """The command line, on this host."""
+        command = [program("virt-usb"), "--config", str(self.config), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "NO_COLOR": "1"})

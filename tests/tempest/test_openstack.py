@@ -1,0 +1,197 @@
+"""The openstack command with install/openstackclient, as its users type it, under a real Keystone."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import tempfile
+import time
+import unittest
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import requests
+from keystoneauth1 import session
+from keystoneauth1.identity import v3
+from virt_usb_openstackclient.client import UsbClient
+
+from cloud import Cloud
+from identity import REGION, password
+
+ERP = "11111111-2222-4333-8444-555555555555"
+OFF = "77777777-2222-4333-8444-555555555555"
+CRM = "99999999-2222-4333-8444-555555555555"
+
+
+class OpenStack(unittest.TestCase):
+    """One cloud for all; each test leaves it as it was."""
+
+    cloud: ClassVar[Cloud]
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        folder = tempfile.TemporaryDirectory(prefix="openstack-")
+        cls.addClassCleanup(folder.cleanup)
+        cls.cloud = Cloud(Path(folder.name))
+        cls.enterClassContext(cls.cloud)
+        projects = json.loads((cls.cloud.folder / "keystone/cloud.json").read_text())["projects"]
+        guest = {"name": "erp", "uuid": ERP, "project": projects["erp"]}
+        off = {"name": "off", "uuid": OFF, "project": projects["erp"], "running": False}
+        cls.cloud.agent.write_domains([guest, off, {"name": "crm", "uuid": CRM, "project": projects["crm"]}])
+        until = time.monotonic() + 30
+        while len(cls.cloud.agent.local("GET", "servers")["servers"]) < 3:
+            assert time.monotonic() < until, cls.cloud.agent.log()
+            time.sleep(0.05)
+
+    def openstack(self, command: str, *more: str, user: str = "erp-member", project: str = "erp", **environment: str) -> tuple[str, str, int]:
+        """What it prints, what it complains of, and how it ends."""
+        done = subprocess.run(
+            ["openstack", *command.split(), *more],
+            env={**self.cloud.environment(user, project), **environment},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        return done.stdout, done.stderr, done.returncode
+
+    def said(self, command: str, *more: str, **who: str) -> Any:
+        """As JSON, of what went well."""
+        out, err, code = self.openstack(command, "-f", "json", *more, **who)
+        self.assertEqual(code, 0, err)
+        return json.loads(out)
+
+    def refused(self, command: str, why: str, *more: str, **who: str) -> None:
+        """In these words, and no traceback."""
+        out, err, code = self.openstack(command, *more, **who)
+        self.assertEqual((code, out), (1, ""), err)
+        self.assertIn(why, err)
+        self.assertNotIn("Traceback", err)
+
+    def test_devices_are_listed_and_shown(self) -> None:
+        listed = self.said("usb device list")
+        self.assertEqual(
+            [(one["ID"], one["Vendor ID"], one["Serial"], one["Status"]) for one in listed],
+            [(1, "0529", "S1", "available"), (2, "096e", "S2", "available")],
+        )
+        self.assertEqual([one["ID"] for one in self.said("usb device list --vendor-id 096e --status available --long")], [2])
+        self.assertEqual(self.said("usb device list --host nowhere"), [])
+        self.assertEqual(self.said("usb device list", "--serial", "S 1&status=x"), [])
+        shown = self.said("usb device show 1")
+        self.assertEqual((shown["id"], shown["product_name"], shown["port_path"]), (1, "HASP HL", "1-1"))
+        table, _, _ = self.openstack("usb device list", user="erp-reader")
+        self.assertIn("| HASP HL ", table)
+        self.refused("usb device show 9", "USB device 9 could not be found. (HTTP 404, req-")
+        self.refused("usb device show", "USB device ../servers could not be found.", "../servers")
+        self.refused("usb device list --status lost", "(HTTP 400, req-")
+        self.refused("usb device list --deleted", "(HTTP 403, req-")
+
+    def test_a_list_of_many_pages_is_whole(self) -> None:
+        auth = v3.Password(
+            self.cloud.keystone,
+            username="erp-member",
+            password=password("erp-member"),
+            project_name="erp",
+            user_domain_name="Default",
+            project_domain_name="Default",
+        )
+        usb = UsbClient(session.Session(auth), region_name=REGION, interface="public", endpoint_override=None)
+        self.assertEqual([one["serial"] for one in usb.devices({"limit": 1, "sort_key": "id", "sort_dir": "desc"})], ["S2", "S1"])
+
+    def test_devices_are_disabled_and_enabled_by_administrators(self) -> None:
+        self.refused("usb device disable 2", "(HTTP 403, req-")
+        admin = {"user": "admin", "project": "admin"}
+        disabled = self.said("usb device disable 2 --reason lent", **admin)
+        self.assertEqual((disabled["status"], disabled["status_reason"], disabled["disabled"]), ("unavailable", "disabled", "lent"))
+        self.refused("server add usb device erp 2", "USB device 2 is unavailable (disabled)")
+        enabled = self.said("usb device enable 2", **admin)
+        self.assertEqual(enabled["status"], "available")
+        self.assertNotIn("disabled", enabled)
+
+    def test_a_device_goes_to_a_server_and_back(self) -> None:
+        added = self.said("server add usb device erp 1")
+        self.assertEqual(added, {"server_id": ERP, "live": True, "device_ids": [1], "already": []})
+        self.assertEqual(self.said("server add usb device", ERP, "1")["already"], [1])
+        self.assertEqual([one["ID"] for one in self.said("usb device list --server", ERP)], [1])
+        crm = {"user": "crm-member", "project": "crm"}
+        self.refused("server add usb device crm 0529:0001", "USB device 1 is in use", **crm)
+        self.refused("server add usb device", f"Instance {ERP} could not be found. (HTTP 404, req-", ERP, "2", **crm)
+        self.refused("server add usb device erp 2", "No server with the name 'erp'", **crm)
+        self.refused("server add usb device erp 1", "(HTTP 403, req-", user="erp-reader")
+        removed = self.said("server remove usb device erp 0529:0001")
+        self.assertEqual((removed["device_ids"], removed["live"]), ([1], True))
+        self.refused("server remove usb device erp 1", "has no such USB device, and none assigned")
+        by_serial = self.said("server add usb device", "crm", '{"serial":"S2"}', **crm)
+        self.assertEqual(by_serial["device_ids"], [2])
+        self.said("server remove usb device crm 2", **crm)
+
+    def test_a_server_that_does_not_run_gets_it_at_its_next_start(self) -> None:
+        out, err, code = self.openstack("server add usb device off 1 -f json")
+        self.assertEqual((code, json.loads(out)["live"]), (0, False))
+        self.assertIn("off does not run: it gets the device at its next start", err)
+        self.said("server remove usb device off 1")
+
+    def test_what_is_asked_wrongly_is_said(self) -> None:
+        self.refused(
+            "server add usb device erp stick", 'wanted the id of a device, VENDOR:PRODUCT such as 0529:0001, or JSON such as {"serial":"HL-0001"}'
+        )
+        self.refused("server add usb device erp", "no JSON", "{serial}")
+        self.refused("server add usb device erp", "colour", '{"colour":"red"}')
+
+    def test_where_there_is_no_such_service_it_is_said(self) -> None:
+        self.refused("usb device list --os-region-name", "The catalogue has no service of the type usb in this region", "Elsewhere")
+        self.refused("usb device list", "is not the USB device API", OS_USB_ENDPOINT=f"http://127.0.0.1:{self.cloud.agent.port}/portal/sign-in?x=")
+
+    def test_where_there_is_nova_its_names_count_and_flavors_ask(self) -> None:
+        self.cloud.start_compute()
+        try:
+            key = self.boot("key", {"usb:devices": '[{"vendor_id":"0529"}]'})
+            self.assertEqual([one["ID"] for one in self.said("usb device list --server", key)], [1])
+            # libvirt has another name for it.
+            self.refused("server add usb device erp 2", "erp")
+            self.assertEqual(self.said("server add usb device key 2")["server_id"], key)
+            # Tempest cannot see a redirection; the agent says that the guest has it.
+            self.boot("far", {"usb:redirection_devices": '[{"bus":"usb","type":"spicevmc"}]'})
+            self.until(lambda: re.search(r"instance-\S+: redirection 0 attached", self.cloud.agent.log()) is not None)
+            for server in ("key", "far"):
+                out, err, code = self.openstack("server delete --wait", server)
+                self.assertEqual((code, out), (0, ""), err)
+            self.until(lambda: [one["Status"] for one in self.said("usb device list")] == ["available"] * 2)
+        finally:
+            self.cloud.stop_compute()
+
+    def boot(self, name: str, specs: dict[str, str]) -> str:
+        """A server of that name, and of a flavor with these extra specs; its id."""
+        compute = self.said("catalog show compute", user="admin", project="admin")["endpoints"][0]["url"]
+        tokens = {user: self.said("token issue", user=user, project=project)["id"] for user, project in (("admin", "admin"), ("erp-member", "erp"))}
+
+        def post(user: str, path: str, body: dict[str, Any]) -> Any:
+            answer = requests.post(
+                f"{compute}/{path}", json=body, headers={"X-Auth-Token": tokens[user]}, timeout=30, proxies={"no_proxy": "127.0.0.1"}
+            )
+            answer.raise_for_status()
+            return answer.json()
+
+        flavor = post("admin", "flavors", {"flavor": {"name": name, "ram": 64, "vcpus": 1, "disk": 1}})["flavor"]["id"]
+        post("admin", f"flavors/{flavor}/os-extra_specs", {"extra_specs": specs})
+        server = str(post("erp-member", "servers", {"server": {"name": name, "flavorRef": flavor}})["server"]["id"])
+        headers = {"X-Auth-Token": tokens["erp-member"]}
+
+        def status() -> str:
+            answer = requests.get(f"{compute}/servers/{server}", headers=headers, timeout=30, proxies={"no_proxy": "127.0.0.1"})
+            return str(answer.json()["server"]["status"])
+
+        self.until(lambda: status() == "ACTIVE")
+        return server
+
+    def until(self, is_so: Callable[[], bool]) -> None:
+        """Waits."""
+        until = time.monotonic() + 60
+        while not is_so():
+            self.assertLess(time.monotonic(), until, self.cloud.agent.log())
+            time.sleep(0.2)
+
+
+if __name__ == "__main__":
+    unittest.main()

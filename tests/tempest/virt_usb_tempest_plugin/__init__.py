@@ -1,0 +1,1 @@
+"""Tempest tests of virt-usb: USB devices for servers."""

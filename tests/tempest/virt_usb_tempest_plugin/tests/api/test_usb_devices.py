@@ -1,0 +1,156 @@
+"""Devices: seen, attached and detached, asked for by a flavor, given back, kept from others."""
+
+from tempest import config
+from tempest.lib import decorators, exceptions
+from tempest.lib.common.utils import data_utils
+
+from virt_usb_tempest_plugin.tests.api import base
+
+CONF = config.CONF
+# The first keys of a device, in their order: what clients rely on.
+PROMISED = [
+    "id",
+    "compute_node_id",
+    "address",
+    "product_id",
+    "vendor_id",
+    "bus_id",
+    "device_id",
+    "port_id",
+    "status",
+    "extra_info",
+    "instance_uuid",
+]
+
+
+class TestUsbDevices(base.UsbTest):
+    """For members of two projects."""
+
+    credentials = ["primary", "alt", "admin"]  # noqa: RUF012
+
+    @classmethod
+    def setup_clients(cls):
+        """And the other's."""
+        super().setup_clients()
+        cls.alt_usb = cls.os_alt.usb.UsbClient()
+
+    @decorators.idempotent_id("6c1fd3ad-6a5c-4f7f-9f6a-0a8a3f7a1c01")
+    def test_a_hypervisor_shows_its_devices(self):
+        device = self.device()
+        host = self.usb.show_hypervisor(device["hypervisor_hostname"])
+        shown = [one for one in host["usb_device_stats"] if one["id"] == device["id"]]
+        self.assertEqual([PROMISED], [list(one)[: len(PROMISED)] for one in shown])
+        self.assertEqual("available", shown[0]["status"])
+        listed = {one["hypervisor_hostname"]: one for one in self.usb.list_hypervisors()}
+        totals = listed[device["hypervisor_hostname"]]["usb_device_totals"]
+        self.assertEqual(len(host["usb_device_stats"]), totals["total"])
+        self.assertRaises(exceptions.NotFound, self.usb.show_hypervisor, data_utils.rand_name("nowhere"))
+
+    @decorators.idempotent_id("6c1fd3ad-6a5c-4f7f-9f6a-0a8a3f7a1c02")
+    def test_attach_to_a_running_server_and_detach(self):
+        server = self.server(self.os_primary, self.flavor())
+        self.assertEqual([], self.usb.show_server(server)["usb_devices"])
+        attached = self.usb.attach(server, self.kind)
+        self.assertTrue(attached["live"])
+        device = self.device()
+        self.assertEqual(("allocated", server), (device["status"], device["instance_uuid"]))
+        self.assertEqual([device["id"]], [one["id"] for one in self.usb.show_server(server)["usb_devices"]])
+        # Twice is once.
+        self.usb.attach(server, {"id": device["id"]})
+        self.usb.detach(server, {"id": device["id"]})
+        self.assertEqual("available", self.device()["status"])
+        self.assertEqual([], self.usb.show_server(server)["usb_devices"])
+        self.assertRaises(exceptions.NotFound, self.usb.detach, server, {"id": device["id"]})
+        told = [one["event"] for one in self.usb.list_server_events(server)]
+        self.assertIn("claimed", told)
+        self.assertIn("released", told)
+
+    @decorators.idempotent_id("6c1fd3ad-6a5c-4f7f-9f6a-0a8a3f7a1c03")
+    def test_a_second_taker_is_refused(self):
+        flavor = self.flavor()
+        first, second = self.server(self.os_primary, flavor), self.server(self.os_primary, flavor)
+        self.usb.attach(first, self.kind)
+        refused = self.assertRaises(exceptions.Conflict, self.usb.attach, second, self.kind)
+        self.assertIn(first, str(refused))
+        self.assertEqual(first, self.device()["instance_uuid"])
+        self.assertEqual([], self.usb.show_server(second)["usb_devices"])
+        # What another project has is in use, and no more is said.
+        other = self.server(self.os_alt, flavor)
+        refused = self.assertRaises(exceptions.Conflict, self.alt_usb.attach, other, self.kind)
+        self.assertNotIn(first, str(refused))
+        self.assertEqual("", self.device(self.alt_usb)["instance_uuid"])
+        self.usb.detach(first, self.kind)
+        self.alt_usb.attach(other, self.kind)
+        self.alt_usb.detach(other, self.kind)
+
+    @decorators.idempotent_id("6c1fd3ad-6a5c-4f7f-9f6a-0a8a3f7a1c04")
+    def test_a_flavor_with_passthrough_and_deleting_the_server_gives_the_device_back(self):
+        flavor = self.flavor(devices=[self.kind])
+        server = self.server(self.os_primary, flavor)
+        device = self.device()
+        self.assertEqual(("allocated", server), (device["status"], device["instance_uuid"]))
+        self.assertEqual([device["id"]], [one["id"] for one in self.usb.show_server(server)["usb_devices"]])
+        late = self.server(self.os_primary, flavor, status="ERROR")
+        self.assertEqual(server, self.device()["instance_uuid"])
+        self.gone(self.os_primary.servers_client, late)
+        self.gone(self.os_primary.servers_client, server)
+        self.assertEqual("", self.given_back()["instance_uuid"])
+        # And the next one has it.
+        self.assertEqual(self.server(self.os_primary, flavor), self.device()["instance_uuid"])
+
+    @decorators.idempotent_id("6c1fd3ad-6a5c-4f7f-9f6a-0a8a3f7a1c05")
+    def test_a_flavor_with_redirection(self):
+        server = self.server(self.os_primary, self.flavor(redirection_devices=[{"bus": "usb", "type": "spicevmc"}]))
+        self.assertEqual([], self.usb.show_server(server)["usb_devices"])
+        self.assertEqual("available", self.device()["status"])
+        problems = [one for one in self.usb.list_claims()["usb_problems"] if one["instance_uuid"] == server]
+        self.assertEqual([], problems)
+
+    @decorators.idempotent_id("6c1fd3ad-6a5c-4f7f-9f6a-0a8a3f7a1c06")
+    def test_a_member_cannot_take_what_is_not_his(self):
+        flavor = self.flavor()
+        mine, others = self.server(self.os_primary, flavor), self.server(self.os_alt, flavor)
+        device = self.device()
+        # For another's server, and as much as to look at it.
+        self.assertRaises(exceptions.NotFound, self.usb.attach, others, self.kind)
+        self.assertRaises(exceptions.NotFound, self.usb.show_server, others)
+        # A device that is another project's alone.
+        name = data_utils.rand_name("grant")
+        self.admin_usb.set_grant(name, [self.kind], [self.os_alt.credentials.project_id])
+        self.addCleanup(self.admin_usb.delete_grant, name)
+        self.assertRaises(exceptions.NotFound, self.usb.show_device, device["id"])
+        self.assertRaises(exceptions.NotFound, self.usb.attach, mine, {"id": device["id"]})
+        self.assertRaises(exceptions.Conflict, self.usb.attach, mine, self.kind)
+        self.alt_usb.attach(others, self.kind)
+        self.assertRaises(exceptions.NotFound, self.usb.detach, others, {"id": device["id"]})
+        self.alt_usb.detach(others, {"id": device["id"]})
+
+    @decorators.idempotent_id("6c1fd3ad-6a5c-4f7f-9f6a-0a8a3f7a1c07")
+    def test_administrators_alone_change_what_all_have(self):
+        device = self.device()["id"]
+        self.assertRaises(exceptions.Forbidden, self.usb.change_device, device, "disable", {"reason": "mine"})
+        self.assertRaises(exceptions.Forbidden, self.usb.set_grant, data_utils.rand_name("grant"), [self.kind], ["p"])
+        self.addCleanup(self.admin_usb.change_device, device, "enable")
+        self.assertEqual("unavailable", self.admin_usb.change_device(device, "disable", {"reason": "lent"})["status"])
+        server = self.server(self.os_primary, self.flavor())
+        self.assertRaises(exceptions.Conflict, self.usb.attach, server, self.kind)
+        self.assertEqual("available", self.admin_usb.change_device(device, "enable")["status"])
+
+
+class TestUsbReader(base.UsbTest):
+    """For those who may look only."""
+
+    credentials = ["primary", "admin", ["reader", "reader"]]  # noqa: RUF012
+
+    @classmethod
+    def setup_clients(cls):
+        """And the reader's."""
+        super().setup_clients()
+        cls.reader_usb = cls.os_roles_reader.usb.UsbClient()
+
+    @decorators.idempotent_id("6c1fd3ad-6a5c-4f7f-9f6a-0a8a3f7a1c08")
+    def test_a_reader_looks_and_takes_nothing(self):
+        server = self.server(self.os_primary, self.flavor())
+        self.assertEqual(self.kind, {key: self.device(self.reader_usb)[key] for key in self.kind})
+        self.assertRaises(exceptions.Forbidden, self.reader_usb.attach, server, self.kind)
+        self.assertEqual("available", self.device()["status"])
