@@ -7,7 +7,7 @@ CARGO := cargo
 # flag for everything would break proc-macros and libusb.
 STATIC_HOOK := $(CARGO) rustc --release -p virt-usb-hook --bin virt-usb-hook -- -C target-feature=+crt-static -C lto=fat -C codegen-units=1
 
-.PHONY: help deps test-deps bench-deps build filter run test lint suite corpus conformance embedding nova portal live live-nested packages bench fuzz soak install install-hook install-agent deb clean
+.PHONY: help deps test-deps bench-deps build filter run test lint suite corpus conformance embedding nova portal tempest foreign live live-nested packages bench fuzz soak install install-hook install-agent deb clean
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -32,7 +32,7 @@ filter: deps ## the scheduler's filter, as a component and as a core module
 run: build ## the main job as a story, on this machine's devices or a recorded host's
 	@tests/story/run
 
-test: test-deps lint build corpus suite conformance embedding nova portal live live-nested packages ## everything that a change must pass
+test: test-deps lint build corpus suite foreign live live-nested packages ## everything that a change must pass
 
 lint:
 	@echo "== formatting and lints"
@@ -58,6 +58,14 @@ embedding: build ## the filter in Python and JavaScript (brings wasmtime from Py
 nova: test-deps build ## the filter in Nova's own scheduler (brings nova from PyPI)
 	@echo "== the filter in OpenStack Nova"
 	@tests/nova/run
+
+tempest: test-deps build ## the API under a real Keystone, by Tempest and the openstack command (brings them from PyPI)
+	@echo "== the API under Keystone"
+	@tests/tempest/run
+
+# Each of them waits much: two at once.
+foreign: test-deps build
+	@$(MAKE) --no-print-directory -j2 -o build -o test-deps tempest nova conformance portal embedding
 
 portal: test-deps build ## users of the portal in a real Chromium (brings playwright-core and axe-core from npm)
 	@echo "== the portal in Chromium"

@@ -2,8 +2,9 @@
 
     python compute.py PORT CLOUD
 
-CLOUD is the folder that `cloud.py` has made. What Nova does is done by the agent's `--sim FILE` instead: a server is a `[[domain]]` of it, whose flavor is what
-the Nova flavor's extra specs ask for; the agent starts it, with the hook. Whose a token is Keystone says, through keystonemiddleware.
+CLOUD is the folder that `cloud.py` has made. What Nova does is done by the agent's `--sim FILE` instead: a server is a `[[domain]]` of it,
+whose flavor is what the Nova flavor's extra specs ask for; the agent starts it, with the hook. Whose a token is Keystone says, through
+keystonemiddleware.
 """
 
 from __future__ import annotations

@@ -1,12 +1,11 @@
 """OpenStack's Keystone on this machine alone: SQLite, Fernet tokens, users and projects to test with.
 
     python identity.py serve DIR [--port N] [--expiration SECONDS]
-    python identity.py service DIR TYPE URL
 
-`serve` makes a Keystone in DIR unless there is one, serves it on 127.0.0.1, prints its URL when it answers, and ends with its parent. It has the port that it had
-before, unless another is given. `service` puts a service and its endpoint into the catalogue of the Keystone that is served.
+It makes a Keystone in DIR unless there is one, serves it on 127.0.0.1, prints its URL when it answers, and ends with its parent. It has the port that
+it had before, unless another is given.
 
-Who there is stands below; ids are in DIR/cloud.json, and `.password` of each user in DIR/USER.password. Every password is the user's name and `-secret`.
+Who there is stands below; ids are in DIR/cloud.json, and each user's password in DIR/USER.password: the user's name and `-secret`.
 """
 
 from __future__ import annotations
@@ -89,10 +88,10 @@ class Admin:
         self.url = url
         self.session = requests.Session()
         self.session.trust_env = False
-        domain = {"id": "default"}
-        user = {"name": ADMIN, "domain": domain, "password": password(ADMIN)}
-        identity = {"methods": ["password"], "password": {"user": user}}
-        scope = {"project": {"name": ADMIN, "domain": domain}}
+        domain: Any = {"id": "default"}
+        user: Any = {"name": ADMIN, "domain": domain, "password": password(ADMIN)}
+        identity: Any = {"methods": ["password"], "password": {"user": user}}
+        scope: Any = {"project": {"name": ADMIN, "domain": domain}}
         answer = self.session.post(f"{url}/auth/tokens", json={"auth": {"identity": identity, "scope": scope}}, timeout=PATIENCE)
         answer.raise_for_status()
         self.session.headers["X-Auth-Token"] = answer.headers["X-Subject-Token"]
@@ -234,19 +233,10 @@ def main() -> int:
     command.add_argument("--port", type=int)
     command.add_argument("--expiration", type=int, default=3600, help="how long a token holds, in seconds")
     commands.add_parser("answer").add_argument("port", type=int)
-    command = commands.add_parser("service", help="put a service into the catalogue")
-    command.add_argument("folder", type=Path)
-    command.add_argument("type")
-    command.add_argument("url")
     asked = parser.parse_args()
     if asked.command == "answer":
         return answer(asked.port)
-    folder = asked.folder.resolve()
-    if asked.command == "serve":
-        return serve(folder, asked.port, asked.expiration)
-    port = int((folder / "port").read_text())
-    Admin(f"http://127.0.0.1:{port}/v3").service(asked.type, asked.url)
-    return 0
+    return serve(asked.folder.resolve(), asked.port, asked.expiration)
 
 
 if __name__ == "__main__":

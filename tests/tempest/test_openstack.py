@@ -18,7 +18,7 @@ from keystoneauth1.identity import v3
 from virt_usb_openstackclient.client import UsbClient
 
 from cloud import Cloud
-from identity import REGION, password
+from identity import REGION, Admin, password
 
 ERP = "11111111-2222-4333-8444-555555555555"
 OFF = "77777777-2222-4333-8444-555555555555"
@@ -58,7 +58,7 @@ class OpenStack(unittest.TestCase):
 
     def said(self, command: str, *more: str, **who: str) -> Any:
         """As JSON, of what went well."""
-        out, err, code = self.openstack(command, "-f", "json", *more, **who)
+        out, err, code = self.openstack(command, *more, "-f", "json", **who)
         self.assertEqual(code, 0, err)
         return json.loads(out)
 
@@ -84,7 +84,7 @@ class OpenStack(unittest.TestCase):
         self.assertIn("| HASP HL ", table)
         self.refused("usb device show 9", "USB device 9 could not be found. (HTTP 404, req-")
         self.refused("usb device show", "USB device ../servers could not be found.", "../servers")
-        self.refused("usb device list --status lost", "(HTTP 400, req-")
+        self.refused("usb device list --vendor-id 12345", "(HTTP 400, req-")
         self.refused("usb device list --deleted", "(HTTP 403, req-")
 
     def test_a_list_of_many_pages_is_whole(self) -> None:
@@ -140,7 +140,13 @@ class OpenStack(unittest.TestCase):
         self.refused("server add usb device erp", "colour", '{"colour":"red"}')
 
     def test_where_there_is_no_such_service_it_is_said(self) -> None:
-        self.refused("usb device list --os-region-name", "The catalogue has no service of the type usb in this region", "Elsewhere")
+        admin = Admin(self.cloud.keystone)
+        admin.no_service("usb")
+        try:
+            self.refused("usb device list", "The catalogue has no service of the type usb in this region")
+            self.assertEqual(len(self.said("usb device list", OS_USB_ENDPOINT=self.cloud.agent.url + "/")), 2)
+        finally:
+            admin.service("usb", self.cloud.agent.url)
         self.refused("usb device list", "is not the USB device API", OS_USB_ENDPOINT=f"http://127.0.0.1:{self.cloud.agent.port}/portal/sign-in?x=")
 
     def test_where_there_is_nova_its_names_count_and_flavors_ask(self) -> None:
@@ -157,7 +163,7 @@ class OpenStack(unittest.TestCase):
             for server in ("key", "far"):
                 out, err, code = self.openstack("server delete --wait", server)
                 self.assertEqual((code, out), (0, ""), err)
-            self.until(lambda: [one["Status"] for one in self.said("usb device list")] == ["available"] * 2)
+            self.until(lambda: self.cloud.agent.local("GET", "os-usb-claims")["usb_claims"] == [])
         finally:
             self.cloud.stop_compute()
 

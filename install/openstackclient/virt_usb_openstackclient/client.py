@@ -59,7 +59,8 @@ class UsbClient:
             answer = self._api.request(path, method, raise_exc=False, headers={"Accept": "application/json"}, **sent)
         except auth_exceptions.EndpointNotFound as e:
             raise exceptions.CommandError(
-                f"The catalogue has no service of the type {SERVICE_TYPE} in this region: 'openstack endpoint create' by an administrator, or --os-usb-endpoint"
+                f"The catalogue has no service of the type {SERVICE_TYPE} in this region: "
+                "an administrator makes one with 'openstack endpoint create'; or name it by --os-usb-endpoint"
             ) from e
         try:
             said = answer.json()
