@@ -392,10 +392,15 @@ fn known(key: &str, keys: &[&str]) -> Result<(), String> {
 }
 
 fn absolute(key: &str, value: Option<PathBuf>, default: PathBuf) -> Result<PathBuf, String> {
-    match value {
-        None => Ok(default),
-        Some(path) if path.is_absolute() => Ok(path),
-        Some(path) => Err(format!("{key}: {} is not an absolute path", path.display())),
+    value.map_or(Ok(default), |path| absolute_path(key, path))
+}
+
+/// The path, if it is an absolute one.
+fn absolute_path(key: &str, path: PathBuf) -> Result<PathBuf, String> {
+    if path.is_absolute() {
+        Ok(path)
+    } else {
+        Err(format!("{key}: {} is not an absolute path", path.display()))
     }
 }
 
@@ -486,12 +491,8 @@ fn tls(certificate: Option<PathBuf>, key: Option<PathBuf>) -> Result<Option<Tls>
     match (certificate, key) {
         (None, None) => Ok(None),
         (Some(certificate), Some(key)) => {
-            for (name, path) in [("api_certificate", &certificate), ("api_key", &key)] {
-                if !path.is_absolute() {
-                    return Err(format!("{name}: {} is not an absolute path", path.display()));
-                }
-            }
-            Ok(Some(Tls { certificate, key }))
+            let certificate = absolute_path("api_certificate", certificate)?;
+            Ok(Some(Tls { certificate, key: absolute_path("api_key", key)? }))
         }
         (Some(_), None) => Err("api_certificate: its key is missing: give api_key as well".to_owned()),
         (None, Some(_)) => {

@@ -2,16 +2,39 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use tokio_rustls::rustls::crypto::ring;
+use ureq::Agent;
 use ureq::tls::{Certificate, PemItem, RootCerts, TlsConfig, parse_pem};
+
+/// A client that is redirected nowhere, and whose answers are looked at whatever their status is. It trusts what [`tls`] says; it may take so long to
+/// connect, and so long in all.
+///
+/// # Errors
+/// Those of [`tls`].
+pub(crate) fn agent(
+    trusted: Option<&Path>,
+    connecting: Duration,
+    patience: Duration,
+) -> anyhow::Result<Agent> {
+    let config = Agent::config_builder()
+        .http_status_as_error(false)
+        .max_redirects(0)
+        .timeout_connect(Some(connecting))
+        .timeout_global(Some(patience))
+        .user_agent(concat!("virt-usb/", env!("CARGO_PKG_VERSION")))
+        .tls_config(tls(trusted)?)
+        .build();
+    Ok(config.into())
+}
 
 /// Trusts the certificates of this file (PEM), or without one those that this machine trusts.
 ///
 /// # Errors
 /// When the file cannot be read, or holds no certificate.
-pub(crate) fn tls(trusted: Option<&Path>) -> anyhow::Result<TlsConfig> {
+fn tls(trusted: Option<&Path>) -> anyhow::Result<TlsConfig> {
     let roots = match trusted {
         None => RootCerts::PlatformVerifier,
         Some(file) => {

@@ -8,14 +8,12 @@ import os
 import re
 import socket
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
-from identity import end_with_parent, free_port
+from local import PATIENCE, end_with_parent, free_port, until
 
 ROOT = Path(__file__).resolve().parents[2]
-PATIENCE = 30.0
 # Two devices: the first of a kind of its own, and another.
 DEVICES = """\
 [[device]]
@@ -121,15 +119,13 @@ class Agent:
         log = self.folder / "agent.log"
         with log.open("ab") as to:
             self.child = subprocess.Popen(command, stdout=to, stderr=to, preexec_fn=end_with_parent)
-        until = time.monotonic() + PATIENCE
-        while time.monotonic() < until:
-            try:
-                if len(self.local("GET", "os-usb-devices")["usb_devices"]) == DEVICES.count("[[device]]"):
-                    return
-            except (OSError, http.client.HTTPException):
-                pass
-            time.sleep(0.05)
-        raise AssertionError(f"the agent does not serve its devices: {self.log()}")
+        until(self._has_its_devices, self.log)
+
+    def _has_its_devices(self) -> bool:
+        try:
+            return len(self.local("GET", "os-usb-devices")["usb_devices"]) == DEVICES.count("[[device]]")
+        except (OSError, http.client.HTTPException):
+            return False
 
     def stop(self) -> None:
         """Ends it."""

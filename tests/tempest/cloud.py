@@ -11,17 +11,14 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import TracebackType
 
-import requests
-
 from agent import Agent
-from identity import REGION, Admin, end_with_parent, free_port, password
+from identity import REGION, Admin, password
+from local import end_with_parent, free_port, wait_for
 
 HERE = Path(__file__).resolve().parent
-PATIENCE = 60.0
 TEMPEST = """\
 [DEFAULT]
 log_file = {folder}/tempest.log
@@ -67,7 +64,7 @@ class Cloud:
     def __enter__(self) -> Cloud:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.start_keystone()
-        self.make_agent()
+        self.agent.make({"url": self.keystone, "password_file": f"{self.folder}/keystone/virt-usb.password", "cache": self.cache})
         self.agent.start()
         Admin(self.keystone).service("usb", self.agent.url)
         return self
@@ -95,11 +92,6 @@ class Cloud:
             self._identity.stdout.close()
             self._identity = None
 
-    def make_agent(self, user: str = "virt-usb", project: str = "service") -> None:
-        """The agent's configuration, with which it asks as that user."""
-        file = str(self.folder / f"keystone/{user}.password")
-        self.agent.make({"url": self.keystone, "user": user, "project": project, "password_file": file, "cache": self.cache})
-
     def start_compute(self) -> None:
         """The stand-in for Nova's API."""
         port = free_port()
@@ -109,17 +101,8 @@ class Cloud:
             command = [sys.executable, str(HERE / "compute.py"), str(port), str(self.folder)]
             self._compute = subprocess.Popen(command, stdout=log, stderr=log, preexec_fn=end_with_parent)
         url = f"http://127.0.0.1:{port}/v2.1"
-        session = requests.Session()
-        session.trust_env = False
-        until = time.monotonic() + PATIENCE
-        while time.monotonic() < until and self._compute.poll() is None:
-            try:
-                if session.get(f"{url}/", timeout=PATIENCE).status_code in {200, 401}:
-                    Admin(self.keystone).service("compute", url)
-                    return
-            except requests.ConnectionError:
-                time.sleep(0.05)
-        raise SystemExit(f"the stand-in for Nova does not answer: see {self.folder}/compute.log")
+        wait_for(self._compute, f"{url}/", {200, 401}, f"{self.folder}/compute.log")
+        Admin(self.keystone).service("compute", url)
 
     def stop_compute(self) -> None:
         """As in a cloud without Nova."""

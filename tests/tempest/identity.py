@@ -1,9 +1,9 @@
 """OpenStack's Keystone on this machine alone: SQLite, Fernet tokens, users and projects to test with.
 
-    python identity.py serve DIR [--port N] [--expiration SECONDS]
+    python identity.py serve DIR [--expiration SECONDS]
 
 It makes a Keystone in DIR unless there is one, serves it on 127.0.0.1, prints its URL when it answers, and ends with its parent. It has the port that
-it had before, unless another is given.
+it had before.
 
 Who there is stands below; ids are in DIR/cloud.json, and each user's password in DIR/USER.password: the user's name and `-secret`.
 """
@@ -11,19 +11,17 @@ Who there is stands below; ids are in DIR/cloud.json, and each user's password i
 from __future__ import annotations
 
 import argparse
-import ctypes
 import importlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import requests
+from local import PATIENCE, end_with_parent, free_port, session, wait_for
 
 # User, project, role. `admin` is made by keystone-manage; `service`, `member` and `reader` are Keystone's own roles.
 ASSIGNMENTS = [
@@ -35,7 +33,6 @@ ASSIGNMENTS = [
 ]
 ADMIN = "admin"
 REGION = "RegionOne"
-PATIENCE = 60.0
 
 # bcrypt's four rounds are its fewest.
 CONFIGURATION = """\
@@ -63,22 +60,23 @@ def password(user: str) -> str:
     return f"{user}-secret"
 
 
-def free_port() -> int:
-    """A port that nobody has now."""
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        port: int = taken.getsockname()[1]
-        return port
-
-
-def end_with_parent() -> None:
-    """Run in a child before it becomes its program: the kernel ends it when this process is gone."""
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
-
-
 def tool(name: str) -> str:
     """A program of this Python environment."""
     return str(Path(sys.executable).parent / name)
+
+
+def scope(project: str) -> dict[str, Any]:
+    """Of a token for that project."""
+    return {"project": {"name": project, "domain": {"id": "default"}}}
+
+
+def issue_token(url: str, user: str, scope: dict[str, Any] | str) -> str:
+    """What Keystone gives out; `scope` is in its own words, `"unscoped"` one of them."""
+    who = {"name": user, "domain": {"id": "default"}, "password": password(user)}
+    auth: Any = {"identity": {"methods": ["password"], "password": {"user": who}}, "scope": scope}
+    answer = session().post(f"{url}/auth/tokens", json={"auth": auth}, timeout=PATIENCE)
+    answer.raise_for_status()
+    return answer.headers["X-Subject-Token"]
 
 
 class Admin:
@@ -86,15 +84,8 @@ class Admin:
 
     def __init__(self, url: str) -> None:
         self.url = url
-        self.session = requests.Session()
-        self.session.trust_env = False
-        domain: Any = {"id": "default"}
-        user: Any = {"name": ADMIN, "domain": domain, "password": password(ADMIN)}
-        identity: Any = {"methods": ["password"], "password": {"user": user}}
-        scope: Any = {"project": {"name": ADMIN, "domain": domain}}
-        answer = self.session.post(f"{url}/auth/tokens", json={"auth": {"identity": identity, "scope": scope}}, timeout=PATIENCE)
-        answer.raise_for_status()
-        self.session.headers["X-Auth-Token"] = answer.headers["X-Subject-Token"]
+        self.session = session()
+        self.session.headers["X-Auth-Token"] = issue_token(url, ADMIN, scope(ADMIN))
 
     def call(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
         """What Keystone answers."""
@@ -151,46 +142,24 @@ def make(folder: Path, url: str) -> None:
     keys.mkdir(mode=0o700, exist_ok=True)
     owner = ["--keystone-user", str(os.getuid()), "--keystone-group", str(os.getgid())]
     manage(folder, "fernet_setup", *owner)
-    bootstrap(folder, url)
+    manage(folder, "bootstrap", "--bootstrap-password", password(ADMIN), "--bootstrap-public-url", url, "--bootstrap-region-id", REGION)
     for user in [ADMIN, *(user for user, _, _ in ASSIGNMENTS)]:
         file = folder / f"{user}.password"
         file.touch(mode=0o600)
         file.write_text(f"{password(user)}\n")
 
 
-def bootstrap(folder: Path, url: str) -> None:
-    """The administrator, and where Keystone is; changes what was said before."""
-    manage(folder, "bootstrap", "--bootstrap-password", password(ADMIN), "--bootstrap-public-url", url, "--bootstrap-region-id", REGION)
-
-
-def wait(url: str, server: subprocess.Popen[bytes], folder: Path) -> None:
-    """Waits until Keystone answers."""
-    until = time.monotonic() + PATIENCE
-    session = requests.Session()
-    session.trust_env = False
-    while server.poll() is None and time.monotonic() < until:
-        try:
-            if session.get(url, timeout=PATIENCE).ok:
-                return
-        except requests.ConnectionError:
-            time.sleep(0.05)
-    server.kill()
-    raise SystemExit(f"identity.py: Keystone does not answer: see {folder}/server.log and {folder}/keystone.log")
-
-
-def serve(folder: Path, port: int | None, expiration: int) -> int:
+def serve(folder: Path, expiration: int) -> int:
     """Serves until this process is ended or its parent is gone."""
     parent = os.getppid()
     folder.mkdir(parents=True, exist_ok=True)
     had = folder / "port"
-    before = int(had.read_text()) if had.exists() else None
-    port = port or before or free_port()
+    is_new = not had.exists()
+    port = free_port() if is_new else int(had.read_text())
     url = f"http://127.0.0.1:{port}/v3"
     (folder / "keystone.conf").write_text(CONFIGURATION.format(folder=folder, expiration=expiration))
-    if before is None:
+    if is_new:
         make(folder, url)
-    elif before != port:
-        bootstrap(folder, url)
 
     with (folder / "server.log").open("ab") as log:
         server = subprocess.Popen(
@@ -202,10 +171,10 @@ def serve(folder: Path, port: int | None, expiration: int) -> int:
         )
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
-        wait(url, server, folder)
-        if before is None:
+        wait_for(server, url, {200}, f"{folder}/server.log and {folder}/keystone.log")
+        if is_new:
             (folder / "cloud.json").write_text(json.dumps(Admin(url).people(), indent=1))
-        had.write_text(str(port))
+            had.write_text(str(port))
         print(url, flush=True)
         while server.poll() is None and os.getppid() == parent:
             time.sleep(0.2)
@@ -230,13 +199,12 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("serve", help="serve it, and make it before where it is not there")
     command.add_argument("folder", type=Path)
-    command.add_argument("--port", type=int)
     command.add_argument("--expiration", type=int, default=3600, help="how long a token holds, in seconds")
     commands.add_parser("answer").add_argument("port", type=int)
     asked = parser.parse_args()
     if asked.command == "answer":
         return answer(asked.port)
-    return serve(asked.folder.resolve(), asked.port, asked.expiration)
+    return serve(asked.folder.resolve(), asked.expiration)
 
 
 if __name__ == "__main__":

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import json
 import tempfile
-import time
 import unittest
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
-import requests
-
 from agent import Agent
 from cloud import Cloud
-from identity import Admin, password
+from identity import Admin, issue_token, scope
+from local import PATIENCE, until
 
 ERP = "11111111-2222-4333-8444-555555555555"
 CRM = "99999999-2222-4333-8444-555555555555"
 # For so many seconds what Keystone said counts for whoever only looks.
 CACHE = 3
-PATIENCE = 30.0
 SAID = "its tokens are refused until it can be asked"
 DEFAULT = {"id": "default"}
 
@@ -51,27 +49,17 @@ class Keystone(unittest.TestCase):
         cls.until(lambda: len(cls.agent.local("GET", "servers")["servers"]) == 2)
 
     @classmethod
-    def until(cls, is_so: Any) -> None:
+    def until(cls, is_so: Callable[[], bool]) -> None:
         """Waits."""
-        until = time.monotonic() + PATIENCE
-        while not is_so():
-            if time.monotonic() > until:
-                raise AssertionError(cls.agent.log())
-            time.sleep(0.05)
+        until(is_so, cls.agent.log)
 
-    def token(self, user: str, scope: dict[str, Any] | None = None, secret: str | None = None) -> str:
-        """What Keystone gives out; `scope` is Keystone's own, `"unscoped"` without."""
-        who = {"name": user, "domain": DEFAULT, "password": secret or password(user)}
-        auth: dict[str, Any] = {"identity": {"methods": ["password"], "password": {"user": who}}, "scope": scope or "unscoped"}
-        session = requests.Session()
-        session.trust_env = False
-        answer = session.post(f"{self.cloud.keystone}/auth/tokens", json={"auth": auth}, timeout=PATIENCE)
-        answer.raise_for_status()
-        return answer.headers["X-Subject-Token"]
+    def token(self, user: str, scope: dict[str, Any] | str = "unscoped") -> str:
+        """What Keystone gives out."""
+        return issue_token(self.cloud.keystone, user, scope)
 
     def of(self, user: str, project: str) -> str:
         """A token for a project."""
-        return self.token(user, {"project": {"name": project, "domain": DEFAULT}})
+        return self.token(user, scope(project))
 
     def attach(self, token: str, server: str = ERP) -> Any:
         """Device 1 to that server."""

@@ -8,20 +8,20 @@ import re
 import subprocess
 import sys
 import tempfile
-import time
 import unittest
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
 import requests
-from keystoneauth1 import session
+from keystoneauth1 import session as keystoneauth
 from keystoneauth1.identity import v3
 from openstackclient import shell
 from virt_usb_openstackclient.client import UsbClient
 
 from cloud import Cloud
-from identity import REGION, Admin, password
+from identity import REGION, Admin, issue_token, password, scope
+from local import PATIENCE, session, until
 
 ERP = "11111111-2222-4333-8444-555555555555"
 OFF = "77777777-2222-4333-8444-555555555555"
@@ -69,10 +69,7 @@ class OpenStack(unittest.TestCase):
         guest = {"name": "erp", "uuid": ERP, "project": projects["erp"]}
         off = {"name": "off", "uuid": OFF, "project": projects["erp"], "running": False}
         cls.cloud.agent.write_domains([guest, off, {"name": "crm", "uuid": CRM, "project": projects["crm"]}])
-        until = time.monotonic() + 30
-        while len(cls.cloud.agent.local("GET", "servers")["servers"]) < 3:
-            assert time.monotonic() < until, cls.cloud.agent.log()
-            time.sleep(0.05)
+        until(lambda: len(cls.cloud.agent.local("GET", "servers")["servers"]) == 3, cls.cloud.agent.log)
 
     def openstack(self, command: str, *more: str, user: str = "erp-member", project: str = "erp", **environment: str) -> tuple[str, str, int]:
         """What it prints, what it complains of, and how it ends."""
@@ -125,7 +122,7 @@ class OpenStack(unittest.TestCase):
             user_domain_name="Default",
             project_domain_name="Default",
         )
-        usb = UsbClient(session.Session(auth), region_name=REGION, interface="public", endpoint_override=None)
+        usb = UsbClient(keystoneauth.Session(auth), region_name=REGION, interface="public", endpoint_override=None)
         self.assertEqual([one["serial"] for one in usb.devices({"limit": 1, "sort_key": "id", "sort_dir": "desc"})], ["S2", "S1"])
 
     def test_devices_are_disabled_and_enabled_by_administrators(self) -> None:
@@ -199,33 +196,25 @@ class OpenStack(unittest.TestCase):
     def boot(self, name: str, specs: dict[str, str]) -> str:
         """A server of that name, and of a flavor with these extra specs; its id."""
         compute = self.said("catalog show compute", user="admin", project="admin")["endpoints"][0]["url"]
-        tokens = {user: self.said("token issue", user=user, project=project)["id"] for user, project in (("admin", "admin"), ("erp-member", "erp"))}
+        admin, member = session(), session()
+        admin.headers["X-Auth-Token"] = issue_token(self.cloud.keystone, "admin", scope("admin"))
+        member.headers["X-Auth-Token"] = issue_token(self.cloud.keystone, "erp-member", scope("erp"))
 
-        def post(user: str, path: str, body: dict[str, Any]) -> Any:
-            answer = requests.post(
-                f"{compute}/{path}", json=body, headers={"X-Auth-Token": tokens[user]}, timeout=30, proxies={"no_proxy": "127.0.0.1"}
-            )
+        def post(who: requests.Session, path: str, body: dict[str, Any]) -> Any:
+            answer = who.post(f"{compute}/{path}", json=body, timeout=PATIENCE)
             answer.raise_for_status()
             return answer.json()
 
-        flavor = post("admin", "flavors", {"flavor": {"name": name, "ram": 64, "vcpus": 1, "disk": 1}})["flavor"]["id"]
-        post("admin", f"flavors/{flavor}/os-extra_specs", {"extra_specs": specs})
-        server = str(post("erp-member", "servers", {"server": {"name": name, "flavorRef": flavor}})["server"]["id"])
-        headers = {"X-Auth-Token": tokens["erp-member"]}
-
-        def status() -> str:
-            answer = requests.get(f"{compute}/servers/{server}", headers=headers, timeout=30, proxies={"no_proxy": "127.0.0.1"})
-            return str(answer.json()["server"]["status"])
-
-        self.until(lambda: status() == "ACTIVE")
+        flavor = post(admin, "flavors", {"flavor": {"name": name, "ram": 64, "vcpus": 1, "disk": 1}})["flavor"]["id"]
+        post(admin, f"flavors/{flavor}/os-extra_specs", {"extra_specs": specs})
+        server = str(post(member, "servers", {"server": {"name": name, "flavorRef": flavor}})["server"]["id"])
+        shown = f"{compute}/servers/{server}"
+        self.until(lambda: bool(member.get(shown, timeout=PATIENCE).json()["server"]["status"] == "ACTIVE"))
         return server
 
     def until(self, is_so: Callable[[], bool]) -> None:
         """Waits."""
-        until = time.monotonic() + 60
-        while not is_so():
-            self.assertLess(time.monotonic(), until, self.cloud.agent.log())
-            time.sleep(0.2)
+        until(is_so, self.cloud.agent.log)
 
 
 if __name__ == "__main__":

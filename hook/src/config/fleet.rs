@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use serde::Deserialize;
 
-use super::Tls;
+use super::{Tls, absolute_path};
 
 /// The etcd that several hosts share their inventories through.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -99,12 +99,7 @@ impl Raw {
                 "prefix: found {prefix:?}, wanted letters, digits, '.', '_', '-' and '/' between two slashes, such as \"/virt-usb/\""
             ));
         }
-        let file = |name: &str, path: Option<PathBuf>| match path {
-            Some(path) if !path.is_absolute() => {
-                Err(format!("{name}: {} is not an absolute path", path.display()))
-            }
-            path => Ok(path),
-        };
+        let file = |name: &str, path: Option<PathBuf>| path.map(|path| absolute_path(name, path)).transpose();
         let (ca, certificate, key) =
             (file("ca", self.ca)?, file("certificate", self.certificate)?, file("key", self.key)?);
         if https == 0 && (ca.is_some() || certificate.is_some() || key.is_some()) {

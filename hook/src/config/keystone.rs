@@ -6,6 +6,8 @@ use std::time::Duration;
 
 use serde::Deserialize;
 
+use super::absolute_path;
+
 /// The Keystone whose tokens count, and as whom it is asked.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Keystone {
@@ -64,11 +66,7 @@ impl Raw {
                 "url: found {url:?}, wanted Keystone's address with its version, such as \"https://keystone.example:5000/v3\""
             ));
         }
-        let file = |name: &str, path: PathBuf| match path.is_absolute() {
-            true => Ok(path),
-            false => Err(format!("{name}: {} is not an absolute path", path.display())),
-        };
-        let ca = self.ca.map(|path| file("ca", path)).transpose()?;
+        let ca = self.ca.map(|path| absolute_path("ca", path)).transpose()?;
         if ca.is_some() && bare.starts_with("http://") {
             return Err("ca is for a url that begins with https://".into());
         }
@@ -100,7 +98,7 @@ impl Raw {
             user_domain: text("user_domain", self.user_domain, "Default")?,
             project: text("project", self.project, "service")?,
             project_domain: text("project_domain", self.project_domain, "Default")?,
-            password_file: file("password_file", password_file)?,
+            password_file: absolute_path("password_file", password_file)?,
             cache,
             roles,
         })

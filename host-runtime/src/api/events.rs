@@ -137,7 +137,6 @@ fn shown(caller: &Caller, event: EventRow, of_device: bool) -> Option<EventRow> 
     if caller.is_admin() || caller.owns(project.as_ref()) {
         return Some(event);
     }
-    let bare =
-        |event| EventRow { domain: None, project_id: None, actor: String::new(), detail: None, ..event };
-    (of_device && event.instance_uuid.is_none()).then(|| bare(event))
+    let bare = of_device && event.instance_uuid.is_none();
+    bare.then(|| EventRow { domain: None, project_id: None, actor: String::new(), detail: None, ..event })
 }

@@ -24,7 +24,7 @@ use virt_usb_model::{ProjectId, printable};
 
 use super::identity::{Answer, Caller, Identity, Look, Role, Unknown};
 use crate::agent::metrics::Metrics;
-use crate::client::tls;
+use crate::client;
 
 /// So many questions at once.
 pub(super) const PLACES: usize = 8;
@@ -300,16 +300,9 @@ impl Inner {
         if let Some(client) = self.client.get() {
             return Ok(client);
         }
-        let tls = tls(self.config.ca.as_deref()).map_err(|e| format!("keystone.ca: {e:#}"))?;
-        let client = Agent::config_builder()
-            .http_status_as_error(false)
-            .max_redirects(0)
-            .timeout_connect(Some(CONNECTING))
-            .timeout_global(Some(PATIENCE))
-            .user_agent(concat!("virt-usb/", env!("CARGO_PKG_VERSION")))
-            .tls_config(tls)
-            .build();
-        Ok(self.client.get_or_init(|| client.into()))
+        let client = client::agent(self.config.ca.as_deref(), CONNECTING, PATIENCE);
+        let client = client.map_err(|e| format!("keystone.ca: {e:#}"))?;
+        Ok(self.client.get_or_init(|| client))
     }
 
     fn read(&self, response: &mut Response<ureq::Body>) -> Result<Described, String> {

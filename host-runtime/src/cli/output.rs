@@ -35,10 +35,7 @@ impl Output {
 
 /// What others have named is not obeyed by the terminal.
 fn seen(text: &str) -> String {
-    text.split('\n')
-        .map(|line| line.chars().map(printable).collect::<String>())
-        .collect::<Vec<_>>()
-        .join("\n")
+    text.chars().map(|c| if c == '\n' { c } else { printable(c) }).collect()
 }
 
 /// A table that fits the terminal; `empty` when it has no rows.

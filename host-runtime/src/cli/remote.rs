@@ -20,7 +20,7 @@ use virt_usb_store::{ClaimRow, Owner, Record, StoredFlavor, StoredGrant};
 use super::arguments::Api;
 use super::shared::Named;
 use crate::agent::operate::Attached;
-use crate::client::tls;
+use crate::client;
 
 /// Longer than the API itself takes at most.
 const PATIENCE: Duration = Duration::from_secs(150);
@@ -65,15 +65,8 @@ impl Remote {
                 "--url {url}: everybody on the way could read the token: wanted https://, or an address of this machine such as http://127.0.0.1:8790"
             );
         }
-        let agent = Agent::config_builder()
-            .http_status_as_error(false)
-            .max_redirects(0)
-            .timeout_connect(Some(CONNECTING))
-            .timeout_global(Some(PATIENCE))
-            .user_agent(concat!("virt-usb/", env!("CARGO_PKG_VERSION")))
-            .tls_config(tls(options.cacert.as_deref()).context("--cacert")?)
-            .build();
-        Ok(Self { agent: agent.into(), url: url.trim_end_matches('/').to_owned(), token: token.to_owned() })
+        let agent = client::agent(options.cacert.as_deref(), CONNECTING, PATIENCE).context("--cacert")?;
+        Ok(Self { agent, url: url.trim_end_matches('/').to_owned(), token: token.to_owned() })
     }
 
     /// Asks, and returns the answer's JSON; `null` where there is none.
