@@ -13,6 +13,7 @@ from nova.tests.functional.api import client
 from virt_usb_nova import conf, oracle
 
 import fleet
+import hosts
 
 CONF = nova_conf.CONF
 conf.register(CONF)
@@ -59,7 +60,9 @@ class Boot(integrated_helpers.ProviderUsageBaseTestCase):
         return flavor
 
     def boot(self, flavor, state="ACTIVE"):
-        server = self._create_server(flavor_id=flavor, networks="none", expected_state=state)
+        server = self.api.post_server({"server": self._build_server(flavor_id=flavor, networks="none")})
+        # Nova's own patience, five seconds, is too little on a busy machine.
+        self._wait_for_server_parameter(server, {"status": state}, max_retries=240)
         return self.admin_api.get_server(server["id"])
 
     def host_of(self, server):
@@ -122,6 +125,55 @@ class LandsWhereTheKeyIs(Boot):
         # Computes before Nova 32 tell a domain the flavor's name alone.
         self.flags(flavor_names=True, group="virt_usb")
         self.assertEqual("host3", self.host_of(self.boot(self._create_flavor(name="erp.big"))))
+
+
+class AThousandHosts(Boot):
+    """As many as Placement hands over, and one more."""
+
+    OTHERS = tuple(f"other{number:03}" for number in range(998))
+
+    def setUp(self):
+        super().setUp()
+        hosts.copy("host3", self.OTHERS, self.cell_mappings["cell1"])
+        # Where a compute service starts, Nova's fixture shall not map the host once more.
+        self.host_mappings |= dict.fromkeys(self.OTHERS, self.host_mappings["host3"])
+        self.every = ["host1", "host2", "host3", *self.OTHERS]
+
+    def publish(self, *with_key):
+        """Each host has a mouse, a scanner and a key; but for these, somebody has the key."""
+        documents = []
+        for node, host in enumerate(self.every, 2):
+            first = (node - 1) * 1_000_000
+            key = fleet.device(first + 1, "available" if host in with_key else "allocated")
+            rest = [fleet.device(first + at, vendor_id="046d", product_id=f"{at:04x}", port_path=f"1-{at}") for at in (2, 3)]
+            documents.append(fleet.document(host, node, key, *rest))
+        fleet.write(self.file, *documents)
+
+    def boot(self, flavor, state="ACTIVE"):
+        hosts.beat(self.cell_mappings["cell1"])
+        return super().boot(flavor, state)
+
+    def test_the_one_that_has_the_key_is_found(self):
+        erp = self.usb_flavor("erp")
+        self.publish()
+        self.boot(erp, "ERROR")
+        self.assertIn("USB devices: 0 of 1000 hosts can serve (too-few-free 1000): ", self.log)
+        self.assertNotIn("not asked about", self.log)
+        # One was not among them.
+        (last,) = (host for host in self.every if f"host {host} cannot serve" not in self.log)
+        for host in ("host2", "host1"):
+            self.publish(host)
+            self.assertEqual(host, self.host_of(self.boot(erp)))
+        self.assertIn("USB devices: 1 of 1000 hosts can serve (too-few-free 999): ", self.log)
+        # The key is where Placement does not look, and that is said.
+        self.publish(last)
+        self.boot(erp, "ERROR")
+        self.assertIn(f"; not asked about were {last}, which could: ", self.log)
+        self.assertIn("[scheduler] max_placement_results = 1000 hosts at most", self.log)
+        self.flags(max_placement_results=10_000, group="scheduler")
+        self._start_compute(last)
+        self.assertEqual(last, self.host_of(self.boot(erp)))
+        self.assertIn("USB devices: 1 of 1001 hosts can serve (too-few-free 1000): ", self.log)
 
 
 class Stale(Boot):

@@ -110,6 +110,8 @@ class FromEtcd(Case):
         etcd.publish("b", 3, fleet.device(2_000_001), revision=2)
         until("the change", lambda: who.able(WANTED, ["a", "b"]) == {"a", "b"})
         self.assertEqual({"a", "b"}, who.scores(WANTED, ["a", "b"]).keys())
+        self.assertEqual({"a", "b"}, set(who.best(WANTED, 3)))
+        self.assertEqual(1, len(who.best(WANTED, 1)))
         # Nobody speaks for another, and what cannot be read is none.
         etcd.put("hosts/b", fleet.document("a", 3, fleet.device(2_000_001)))
         until("b to be out", lambda: who.able(WANTED, ["a", "b"]) == {"a"})
@@ -192,6 +194,7 @@ class FromAScheduler(Case):
         by_net = oracle.make(options(inventory="scheduler", scheduler_url=f"http://127.0.0.1:{port}"))
         for one in (who, by_net):
             self.assertEqual({"a"}, one.able(WANTED, ["a", "b", "c"]))
+            self.assertEqual(["a"], one.best(WANTED, 3))
             reasons = {host: why["reason"] for host, why in one.reasons(WANTED, ["a", "b", "c"]).items()}
             self.assertEqual({"b": "too-few-free", "c": "unknown-host"}, reasons)
         until("the flavor", lambda: self.answers(who, {"flavor": "@erp"}))

@@ -85,7 +85,18 @@ class UsbDevicesFilter(filters.BaseHostFilter):  # type: ignore[misc]
                 LOG.debug("USB devices: host %s cannot serve: %s", host, words(why))
             total = Counter(str(why["reason"]) for why in reasons.values())
             counts = " (" + ", ".join(f"{reason} {count}" for reason, count in total.most_common()) + ")" if total else ""
-        LOG.info("USB devices: %d of %d hosts can serve%s: %s", chosen, len(called), counts, wanted["flavor"])
+        others = "" if chosen else elsewhere(who.best(wanted, 3))
+        LOG.info("USB devices: %d of %d hosts can serve%s: %s%s", chosen, len(called), counts, wanted["flavor"], others)
+
+
+def elsewhere(hosts: list[str]) -> str:
+    """What is said of hosts that could serve, where Nova has asked about others only."""
+    if not hosts:
+        return ""
+    return (
+        f"; not asked about were {', '.join(hosts)}, which could: left out by a filter before this one, "
+        f"or by Placement, which hands over [scheduler] max_placement_results = {nova.conf.CONF.scheduler.max_placement_results} hosts at most"
+    )
 
 
 def words(why: dict[str, Any]) -> str:

@@ -12,7 +12,6 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator
 from typing import Any, Optional, Protocol
 
 import requests
@@ -371,9 +370,3 @@ class Etcd:
 
     def flavor(self, name: str) -> str | None:
         return self._flavors.get(name)
-
-
-def chunks(lines: list[str], size: int = 250) -> Iterator[list[str]]:
-    """So many at a time: a chunk is in the filter's memory as a whole while it is read."""
-    for at in range(0, len(lines), size):
-        yield lines[at : at + size]

@@ -30,6 +30,9 @@ class Oracle(Protocol):
     def scores(self, question: Question, candidates: list[str]) -> dict[str, int]:
         """The same, with how well."""
 
+    def best(self, question: Question, limit: int) -> list[str]:
+        """So many at most that can serve, of all hosts that are known, the best first."""
+
     def reasons(self, question: Question, candidates: list[str]) -> dict[str, dict[str, Any]]:
         """Why the others cannot: for each `reason` and its counts."""
 
@@ -55,6 +58,10 @@ class Local:
     def scores(self, question: Question, candidates: list[str]) -> dict[str, int]:
         answer = self._ask(lambda one: one.filter.select(question, candidates, len(candidates)))
         return {placement["host"]: placement["score"] for placement in answer["placements"]}
+
+    def best(self, question: Question, limit: int) -> list[str]:
+        names: list[str] = self._ask(lambda one: one.filter.select_names(question, None, limit))
+        return names
 
     def reasons(self, question: Question, candidates: list[str]) -> dict[str, dict[str, Any]]:
         verdicts = self._ask(lambda one: one.filter.explain(question, candidates))
@@ -125,6 +132,10 @@ class Remote:
     def scores(self, question: Question, candidates: list[str]) -> dict[str, int]:
         answer = self._ask("/select", {**question, "hosts": candidates, "limit": len(candidates)})
         return {placement["host"]: placement["score"] for placement in answer["placements"]}
+
+    def best(self, question: Question, limit: int) -> list[str]:
+        answer = self._ask("/select", {**question, "limit": limit})
+        return [placement["host"] for placement in answer["placements"]]
 
     def reasons(self, question: Question, candidates: list[str]) -> dict[str, dict[str, Any]]:
         verdicts = self._ask("/explain", question)["verdicts"]
