@@ -1,5 +1,6 @@
 //! What every HTTP client here has in common.
 
+use std::net::IpAddr;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -7,6 +8,7 @@ use std::time::Duration;
 use anyhow::{Context as _, bail};
 use tokio_rustls::rustls::crypto::ring;
 use ureq::Agent;
+use ureq::http::Uri;
 use ureq::tls::{Certificate, PemItem, RootCerts, TlsConfig, parse_pem};
 
 /// A client that is redirected nowhere, and whose answers are looked at whatever their status is. It trusts what [`tls`] says; it may take so long to
@@ -28,6 +30,15 @@ pub(crate) fn agent(
         .tls_config(tls(trusted)?)
         .build();
     Ok(config.into())
+}
+
+/// Whether somebody else may be on the way to that address, and read what is sent there.
+pub(crate) fn is_open(address: &Uri) -> bool {
+    let is_loopback = |host: &str| {
+        let bare = host.trim_start_matches('[').trim_end_matches(']');
+        bare.eq_ignore_ascii_case("localhost") || bare.parse().is_ok_and(|ip: IpAddr| ip.is_loopback())
+    };
+    address.scheme_str() == Some("http") && !address.host().is_some_and(is_loopback)
 }
 
 /// Trusts the certificates of this file (PEM), or without one those that this machine trusts.

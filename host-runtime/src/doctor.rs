@@ -25,6 +25,7 @@ use crate::agent::observe::flavor;
 use crate::agent::operate::selects;
 use crate::api::keystone::Keystone;
 use crate::api::tokens::TokenFile;
+use crate::client;
 use crate::hypervisor::Libvirt;
 
 /// Our hook's name among others of libvirt's `qemu.d`.
@@ -330,7 +331,8 @@ impl Report {
             ),
             Ok(_) => self.well("keystone", format!("{} answers", keystone.url)),
         }
-        if keystone.url.starts_with("http://") {
+        self.secret("keystone", &keystone.password_file, config);
+        if keystone.url.parse().is_ok_and(|address| client::is_open(&address)) {
             self.warn(
                 "keystone",
                 format!(
@@ -340,6 +342,34 @@ impl Report {
                 "an https:// address, unless it is on this host or on a network of your own",
             );
         }
+    }
+
+    /// Whether the agent may read the file of its password, and nobody else. Who looks is root, who may read all.
+    fn secret(&mut self, check: &'static str, file: &Path, config: &Config) {
+        let (Ok(found), Ok(agent)) = (std::fs::metadata(file), std::fs::metadata(&config.state_dir)) else {
+            return;
+        };
+        let mode = found.mode();
+        let may = agent.uid() == 0
+            || (found.uid() == agent.uid() && mode & 0o400 != 0)
+            || (found.gid() == agent.gid() && mode & 0o040 != 0)
+            || mode & 0o004 != 0;
+        let what = if !may {
+            "the agent may not read it"
+        } else if mode & 0o007 != 0 {
+            "everybody on this host may read it, or write to it"
+        } else {
+            return;
+        };
+        let (name, owner) = (file.display(), agent.uid());
+        self.warn(
+            check,
+            format!("the password in {name}: {what}"),
+            format!(
+                "'chown {owner} {name}; chmod 600 {name}': {owner} is the agent's user, who has {}",
+                config.state_dir.display()
+            ),
+        );
     }
 
     /// How it is with etcd, where there is a fleet. None of it keeps a guest of this host from its devices.

@@ -1,8 +1,10 @@
 """Where the filter in Nova learns what the hosts have: a real etcd, a real `virt-usb scheduler`, a file; and who asks it."""
 
 import base64
+import http.server
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -14,7 +16,7 @@ import unittest
 from pathlib import Path
 
 import requests
-from virt_usb_nova import conf, inventory, oracle
+from virt_usb_nova import asked, conf, inventory, oracle
 from virt_usb_nova.wasm import Refused
 
 import fleet
@@ -76,6 +78,31 @@ class Etcd:
         requests.post(f"{self.url}/v3/kv/txn", json={"success": puts}, timeout=30).raise_for_status()
 
 
+class Answers:
+    """Something that answers everybody alike, and is neither etcd nor a scheduler."""
+
+    def __init__(self, case, body, status=200):
+        outer, self.count = self, 0
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_POST(self):
+                outer.count += 1
+                self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *_):
+                pass
+
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        case.addCleanup(lambda: (server.shutdown(), server.server_close()))
+        self.url = f"http://127.0.0.1:{server.server_address[1]}"
+
+
 def encoded(text):
     return base64.b64encode(text.encode()).decode()
 
@@ -83,7 +110,7 @@ def encoded(text):
 def options(**said):
     """All options by their defaults, but for what is said."""
     given = {option.dest: option.default for option in conf.OPTIONS}
-    given.update(component=fleet.COMPONENT, deadline=10.0, **said)
+    given.update({"component": fleet.COMPONENT, "deadline": 10.0, **said})
     return types.SimpleNamespace(**given)
 
 
@@ -126,7 +153,7 @@ class FromEtcd(Case):
         with self.assertRaisesRegex(Refused, "vendor_id"):
             who.able({"flavor": {"usb_devices": [{"vendor_id": "xyz"}]}}, ["a"])
         etcd.put("flavors/erp/big %", '{"usb_devices":[{"vendor_id":"0529"}]}')
-        self.assertIn("0529", until("the flavor", lambda: who.flavor("erp/big %")))
+        self.assertEqual({"usb_devices": [{"vendor_id": "0529"}]}, until("the flavor", lambda: who.flavor("erp/big %")))
         self.assertIsNone(who.flavor("none"))
 
     def test_etcd_away_is_stale_and_caught_up_afterwards(self):
@@ -147,6 +174,49 @@ class FromEtcd(Case):
         etcd.run("compact", str(revision))
         until("it to be heard", lambda: self.stale(who) is None, 60)
         until("both to be out", lambda: set(names) - who.able(WANTED, names) == {"h7", "h8"})
+
+    def test_a_host_speaks_for_itself_alone_and_silences_nobody(self):
+        etcd = self.etcd()
+        etcd.publish("victim", 3, fleet.device(2_000_001, "allocated"))
+        free = fleet.document("victim", 3, fleet.device(2_000_001), revision=9)
+        etcd.put("hosts/liar", f'{{"host":"liar","x":\n{free}\n}}')
+        etcd.run("put", "/virt-usb/hosts/deep", text='{"host":"deep","x":' + "[" * 100_000 + "]" * 100_000 + "}")
+        etcd.put("hosts/pretty", json.dumps(json.loads(fleet.document("pretty", 4, fleet.device(3_000_001))), indent=1))
+        etcd.put("flavors/deep", "[" * 90_000)
+        who = oracle.make(options(etcd_endpoints=[etcd.url]))
+        everybody = ["victim", "liar", "deep", "pretty", "late"]
+        self.assertEqual({"pretty"}, who.able(WANTED, everybody))
+        etcd.publish("late", 5, fleet.device(4_000_001))
+        until("what came afterwards", lambda: who.able(WANTED, everybody) == {"pretty", "late"})
+        with self.assertRaisesRegex(asked.Wrong, "the stored flavor 'deep': it is nested too deeply"):
+            who.flavor("deep")
+
+    def test_what_answers_need_be_no_etcd(self):
+        answers = Answers(self, b"[]")
+        inventory.Etcd.FIRST, first = 1.0, inventory.Etcd.FIRST
+        self.addCleanup(setattr, inventory.Etcd, "FIRST", first)
+        who = oracle.make(options(etcd_endpoints=[answers.url]))
+        for _ in range(2):
+            with self.assertRaisesRegex(oracle.Stale, "the fleet is not known yet: .*TypeError"):
+                who.able(WANTED, ["a"])
+        with self.assertRaisesRegex(oracle.Stale, "the fleet's flavors are not known yet"):
+            who.flavor("erp")
+        asked_before = answers.count
+        until("it to be asked again", lambda: answers.count > asked_before)
+
+    def test_another_etcd_is_believed_from_its_beginning(self):
+        etcd = self.etcd()
+        etcd.publish("a", 2, fleet.device(1_000_001))
+        etcd.publish("b", 3, fleet.device(2_000_001, "allocated"))
+        who = oracle.make(options(etcd_endpoints=[etcd.url]))
+        self.assertEqual({"a"}, who.able(WANTED, ["a", "b"]))
+        etcd.stop()
+        shutil.rmtree(etcd.folder / "data")
+        etcd.start()
+        # Their revisions are the same numbers as before.
+        etcd.publish("a", 2, fleet.device(1_000_001, "allocated"))
+        etcd.publish("b", 3, fleet.device(2_000_001))
+        until("the other", lambda: who.able(WANTED, ["a", "b"]) == {"b"})
 
     @staticmethod
     def stale(who):
@@ -195,9 +265,10 @@ class FromAScheduler(Case):
         for one in (who, by_net):
             self.assertEqual({"a"}, one.able(WANTED, ["a", "b", "c"]))
             self.assertEqual(["a"], one.best(WANTED, 3))
-            reasons = {host: why["reason"] for host, why in one.reasons(WANTED, ["a", "b", "c"]).items()}
+            reasons = {host: why["reason"] for host, why in one.reasons(WANTED, ["b", "c"]).items()}
             self.assertEqual({"b": "too-few-free", "c": "unknown-host"}, reasons)
         until("the flavor", lambda: self.answers(who, {"flavor": "@erp"}))
+        self.assertEqual(("@erp", None), (who.flavor("erp"), who.flavor("none")))
         with self.assertRaisesRegex(Refused, "no flavor of the name"):
             who.able({"flavor": "@none"}, ["a"])
         with self.assertRaisesRegex(Refused, "vendor_id"):
@@ -206,7 +277,7 @@ class FromAScheduler(Case):
         with self.assertRaisesRegex(oracle.Stale, "nothing was heard of the fleet"):
             until("it to be stale", lambda: not who.able(WANTED, ["a"]))
         scheduler.kill()
-        with self.assertRaisesRegex(oracle.Stale, "virt-usb scheduler does not answer"):
+        with self.assertRaisesRegex(oracle.Stale, "virt-usb scheduler at unix:.* does not answer"):
             until("it to be away", lambda: not who.able(WANTED, ["a"]))
 
     @staticmethod
@@ -215,6 +286,58 @@ class FromAScheduler(Case):
             return who.able(question, ["a"])
         except (oracle.Stale, Refused):
             return None
+
+
+class WhatIsWrong(Case):
+    def test_options(self):
+        for said, why in [
+            ({"inventory": "file"}, "inventory_file names none"),
+            ({"etcd_endpoints": []}, "etcd_endpoints: found "),
+            ({"etcd_endpoints": ["etcd1:2379"]}, "begin with http://"),
+            ({"etcd_prefix": "/virt-usb"}, "etcd_prefix: found '/virt-usb'"),
+            ({"etcd_user": "scheduler"}, "etcd_password_file is not"),
+            ({"inventory": "scheduler", "scheduler_url": "sched1:9000"}, "scheduler_url: found 'sched1:9000'"),
+            ({"inventory": "scheduler", "scheduler_url": "https://sched1"}, "wanted http://HOST:PORT"),
+            ({"inventory": "scheduler", "scheduler_url": "http://127.0.0.1:99999"}, "scheduler_url: "),
+            ({"inventory": "scheduler", "scheduler_url": "http://[::1"}, "scheduler_url: "),
+        ]:
+            with self.assertRaisesRegex(inventory.Misconfigured, re.escape(why), msg=said):
+                oracle.make(options(**said))
+
+    def test_the_filter_is_none(self):
+        for text, why in [(None, "none.wasm: .*No such file"), ("(component)", "found no inventory"), ("root:x:0:0", "expected `\\(`")]:
+            component = Path(self.folder) / "none.wasm"
+            if text is not None:
+                component.write_text(text)
+            file = Path(self.folder) / "hosts"
+            file.write_text("")
+            threads = threading.active_count()
+            with self.assertRaisesRegex(oracle.Broken, why):
+                oracle.make(options(component=str(component), inventory="file", inventory_file=str(file))).able(WANTED, ["a"])
+            self.assertLessEqual(threading.active_count(), threads + 1, "a clock, of a filter that is one")
+        before = threading.active_count()
+        for _ in range(3):
+            with self.assertRaises(oracle.Broken):
+                oracle.make(options(component="/nowhere.wasm"))
+        self.assertEqual(before, threading.active_count(), "nothing follows etcd")
+
+    def test_what_answers_is_no_scheduler(self):
+        for body in (b"{}", b"[]", b"null", b'{"age":null}', b'{"age":1,"placements":[1]}', b"<html>", b"[" * 100_000):
+            for status in (200, 404):
+                answers = Answers(self, body, status)
+                who = oracle.make(options(inventory="scheduler", scheduler_url=answers.url))
+                with self.assertRaisesRegex(oracle.Broken, f"what answers at {answers.url} is no virt-usb scheduler"):
+                    who.able(WANTED, ["a"])
+
+    def test_a_file_of_another_time(self):
+        file = os.path.join(self.folder, "hosts")
+        who = oracle.make(options(inventory="file", inventory_file=file, flavors_file=f"{file}.flavors"))
+        for age, why in [(500, "was written 50[0-9] s ago"), (-500, "was written (49|50)[0-9] s from now")]:
+            fleet.write(file, fleet.document("a", 2, fleet.device(1_000_001)), age=age)
+            with self.assertRaisesRegex(oracle.Stale, why):
+                who.able(WANTED, ["a"])
+        with self.assertRaisesRegex(oracle.Stale, "No such file"):
+            who.flavor("erp")
 
 
 class InManyHands(Case):

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from agent import Agent
 from cloud import Cloud
 from identity import Admin, issue_token, scope
-from local import PATIENCE, until
+from local import PATIENCE, session, until
 
 ERP = "11111111-2222-4333-8444-555555555555"
 CRM = "99999999-2222-4333-8444-555555555555"
@@ -105,7 +105,7 @@ class Keystone(unittest.TestCase):
 
     def test_what_is_good_for_nothing_here_is_told_why(self) -> None:
         for token, why in [
-            (self.token("erp-member"), "The token has none of the roles that count here: admin, member, reader."),
+            (self.token("erp-member"), "The token is for no project."),
             (self.of("virt-usb", "service"), "The token has none of the roles that count here: admin, member, reader."),
         ]:
             answer = self.agent.ask(token, "GET", "os-usb-devices")
@@ -120,6 +120,27 @@ class Keystone(unittest.TestCase):
         member = self.of("erp-member", "erp")
         for forged in ["gAAAAABnothing", member[:-4] + "AAAA", "x" * 200]:
             self.assertEqual(self.look(forged), 401, forged)
+
+    def test_an_application_credential_is_its_user_and_one_with_access_rules_is_nobody(self) -> None:
+        user = self.users["erp-member"]
+        mine = session()
+        mine.headers["X-Auth-Token"] = self.of("erp-member", "erp")
+
+        def token(name: str, **more: Any) -> str:
+            wanted = {"application_credential": {"name": name, **more}}
+            made = mine.post(f"{self.cloud.keystone}/users/{user}/application_credentials", json=wanted, timeout=PATIENCE)
+            made.raise_for_status()
+            which = {key: made.json()["application_credential"][key] for key in ("id", "secret")}
+            auth = {"identity": {"methods": ["application_credential"], "application_credential": which}}
+            answer = session().post(f"{self.cloud.keystone}/auth/tokens", json={"auth": auth}, timeout=PATIENCE)
+            answer.raise_for_status()
+            return answer.headers["X-Subject-Token"]
+
+        plain = token("plain")
+        self.assertEqual(self.attach(plain).status, 202)
+        self.detach(plain)
+        rules = [{"service": "usb", "method": "GET", "path": "/v3/os-usb-devices"}]
+        self.assertEqual(self.look(token("rules", access_rules=rules)), 401)
 
     def test_what_was_revoked_changes_nothing_from_then_on_and_soon_sees_nothing(self) -> None:
         member = self.of("erp-member", "erp")

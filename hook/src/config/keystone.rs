@@ -62,8 +62,10 @@ impl Raw {
                 && !bare.contains(|c: char| "@?#".contains(c) || c.is_whitespace() || c.is_control())
         });
         if !right {
+            // What stands before an @ may be a password.
+            let found = if url.contains('@') { "one with an @".to_owned() } else { format!("{url:?}") };
             return Err(format!(
-                "url: found {url:?}, wanted Keystone's address with its version, such as \"https://keystone.example:5000/v3\""
+                "url: found {found}, wanted Keystone's address with its version, such as \"https://keystone.example:5000/v3\""
             ));
         }
         let ca = self.ca.map(|path| absolute_path("ca", path)).transpose()?;

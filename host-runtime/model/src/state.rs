@@ -109,6 +109,9 @@ pub enum Status {
 }
 
 impl Status {
+    /// All that [`Status::name`] says.
+    pub const NAMES: [&'static str; 5] = ["available", "claimed", "allocated", "removed", "unavailable"];
+
     /// The state that follows from the facts; `None` for a device that is neither plugged in nor held, which the
     /// inventory keeps as a deleted row, so that its id comes back with it.
     pub const fn derive(hold: Option<Hold>, present: bool, withheld: Option<Reason>) -> Option<Self> {
@@ -216,6 +219,7 @@ mod tests {
                     let back =
                         Status::from_columns(status.name(), status.reason().map(Reason::name)).unwrap();
                     assert_eq!(back, status);
+                    assert!(Status::NAMES.contains(&status.name()));
                 }
             }
         }

@@ -6,9 +6,9 @@ use std::borrow::Cow;
 use serde_json::{Map, Value, json};
 use utoipa::openapi::{RefOr, Schema};
 use utoipa::{PartialSchema, ToSchema};
-use virt_usb_model::DeviceId;
 use virt_usb_model::flavor::{MAX_DEVICES, MAX_REDIRECTIONS};
 use virt_usb_model::grant::MAX_ENTRIES;
+use virt_usb_model::{DeviceId, Status};
 
 use super::paging::LAST_MARKER;
 
@@ -34,6 +34,7 @@ pub(super) fn parameter(name: &str) -> Option<RefOr<Schema>> {
         "usb_device_id" => number(1, DeviceId::MAX),
         "flavor_name" | "grant_name" => text(NAME),
         "vendor_id" | "product_id" => text(HEX),
+        "status" => json!({ "type": "string", "enum": Status::NAMES }),
         "limit" => number(1, u32::MAX.into()),
         "marker" => number(0, LAST_MARKER),
         _ => return None,

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use utoipa::{IntoParams, ToSchema};
 use virt_usb_model::flavor::{MAX_TAGS, Tag};
-use virt_usb_model::{DeviceId, InstanceId, ProductId, VendorId, clean_text};
+use virt_usb_model::{DeviceId, InstanceId, ParseError, ProductId, Status, VendorId, clean_text};
 use virt_usb_store::Record;
 use virt_usb_store::aside::Wished;
 
@@ -138,12 +138,19 @@ struct Wanted<'a> {
 
 impl<'a> Wanted<'a> {
     fn read(query: &'a Query) -> Result<Self, Fault> {
-        fn value<T: std::str::FromStr<Err = virt_usb_model::ParseError>>(
+        fn value<T: std::str::FromStr<Err = ParseError>>(
             key: &str,
             text: Option<&String>,
         ) -> Result<Option<T>, Fault> {
-            let wrong = |e: virt_usb_model::ParseError| Fault::bad_request(sentence(&e.at(key).to_string()));
+            let wrong = |e: ParseError| Fault::bad_request(sentence(&e.at(key).to_string()));
             text.map(|text| text.parse().map_err(wrong)).transpose()
+        }
+        if let Some(status) = &query.status
+            && !Status::NAMES.contains(&status.as_str())
+        {
+            let wrong =
+                ParseError::new(format!("{status:?}"), format!("one of {}", Status::NAMES.join(", ")));
+            return Err(Fault::bad_request(sentence(&wrong.at("status").to_string())));
         }
         Ok(Self {
             query,

@@ -60,12 +60,20 @@ struct Own {
     until: Timestamp,
 }
 
+/// Why the service has no token.
+struct Failed {
+    at: Instant,
+    why: String,
+    /// Its password was refused, in whichever way.
+    refused: bool,
+}
+
 /// As whom Keystone is asked, and why it could not be, lately.
 #[derive(Default)]
 struct Service {
     own: Option<Own>,
-    /// The password was refused: when, and in which words.
-    refused: Option<(Instant, String)>,
+    /// Why there was none, lately.
+    failed: Option<Failed>,
 }
 
 /// A Keystone.
@@ -242,21 +250,36 @@ impl Inner {
         }
     }
 
-    /// The token of this service. Whoever needs it while it is fetched waits for it.
+    /// The token of this service. Whoever needs it while it is fetched waits for it, or for why there is none.
     fn own_token(&self) -> Result<String, String> {
+        let begun = Instant::now();
         let mut service = self.service.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(own) = &service.own
             && own.until.as_second() - Timestamp::now().as_second() > LEFT
         {
             return Ok(own.token.clone());
         }
-        if let Some((when, why)) = &service.refused
-            && when.elapsed() < PAUSE
+        if let Some(failed) = &service.failed
+            && (failed.at >= begun || (failed.refused && failed.at.elapsed() < PAUSE))
         {
-            return Err(why.clone());
+            return Err(failed.why.clone());
         }
         service.own = None;
-        service.refused = None;
+        let mut refused = false;
+        match self.fetch_own(&mut refused) {
+            Ok(own) => {
+                let token = own.token.clone();
+                *service = Service { own: Some(own), failed: None };
+                Ok(token)
+            }
+            Err(why) => {
+                service.failed = Some(Failed { at: Instant::now(), why: why.clone(), refused });
+                Err(why)
+            }
+        }
+    }
+
+    fn fetch_own(&self, refused: &mut bool) -> Result<Own, String> {
         let c = &self.config;
         let password = password(c)?;
         let body = json!({ "auth": {
@@ -273,7 +296,8 @@ impl Inner {
         match response.status() {
             StatusCode::CREATED => {}
             StatusCode::UNAUTHORIZED => {
-                let why = format!(
+                *refused = true;
+                return Err(format!(
                     "Keystone at {} refuses the user {} of the domain {} in the project {} of the domain {}, or its password in {}",
                     c.url,
                     c.user,
@@ -281,9 +305,7 @@ impl Inner {
                     c.project,
                     c.project_domain,
                     c.password_file.display()
-                );
-                service.refused = Some((Instant::now(), why.clone()));
-                return Err(why);
+                ));
             }
             status => return Err(self.odd(status)),
         }
@@ -291,9 +313,7 @@ impl Inner {
         let Some(token) = token.map(ToOwned::to_owned) else {
             return Err(format!("Keystone at {} gives out no token", c.url));
         };
-        let until = self.read(&mut response)?.token.expires_at;
-        service.own = Some(Own { token: token.clone(), until });
-        Ok(token)
+        Ok(Own { token, until: self.read(&mut response)?.token.expires_at })
     }
 
     fn client(&self) -> Result<&Agent, String> {
@@ -382,25 +402,30 @@ impl Described {
         if Timestamp::now() >= expires_at {
             return Err(Unknown::Nobody);
         }
-        let role = roles.iter().filter_map(|role| config.roles.get(&role.name)?.parse::<Role>().ok()).max();
+        if project.is_none() && system.is_none() {
+            return Err(Unknown::Useless("The token is for no project.".into()));
+        }
+        // Keystone and its services make no difference between cases.
+        let has = |name: &str| roles.iter().any(|role| role.name.eq_ignore_ascii_case(name));
+        let meanings = config.roles.iter().filter(|(name, _)| has(name)).map(|(_, meaning)| meaning);
+        let role = meanings.filter_map(|meaning| meaning.parse::<Role>().ok()).max();
         let Some(role) = role else {
             let wanted = config.roles.keys().map(String::as_str).collect::<Vec<_>>().join(", ");
             return Err(Unknown::Useless(format!(
                 "The token has none of the roles that count here: {wanted}."
             )));
         };
-        let project: Option<ProjectId> = match (project, &system) {
-            (Some(project), _) => {
+        let project: Option<ProjectId> = match project {
+            Some(project) => {
                 let id = project.id.parse();
                 Some(id.map_err(|e| Unknown::Unavailable(format!("Keystone names a project: {e}")))?)
             }
-            (None, Some(system)) if system["all"] == true && role == Role::Admin => None,
-            (None, Some(_)) => {
+            None if system.is_some_and(|system| system["all"] == true) && role == Role::Admin => None,
+            None => {
                 return Err(Unknown::Useless(
                     "A token for the system is an administrator's here, or it is for a project.".into(),
                 ));
             }
-            (None, None) => return Err(Unknown::Useless("The token is for no project.".into())),
         };
         Ok((Caller { name: name(&user), project, role }, expires_at))
     }
@@ -564,6 +589,22 @@ mod tests {
     }
 
     #[test]
+    fn who_waits_for_a_keystone_that_hangs_waits_once() {
+        let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut fake = Fake::new();
+        fake.url = format!("http://{}/v3", silent.local_addr().unwrap());
+        let keystone = fake.keystone(60);
+        std::thread::scope(|scope| {
+            for _ in 0..PLACES {
+                scope.spawn(|| assert!(keystone.0.own_token().unwrap_err().contains("cannot be asked")));
+            }
+        });
+        silent.set_nonblocking(true).unwrap();
+        let calls = std::iter::from_fn(|| silent.accept().ok()).count();
+        assert_eq!(calls, 1, "one has asked for all");
+    }
+
+    #[test]
     fn nobody_is_asked_about_what_is_no_token() {
         let fake = Fake::new();
         let keystone = fake.keystone(60);
@@ -583,12 +624,14 @@ mod tests {
         };
         let (caller, _) = whose(token(&project, &role(&["reader", "admin", "member", "x"]), FUTURE)).unwrap();
         assert_eq!((caller.role, caller.project), (Role::Admin, Some("p1".parse().unwrap())));
+        assert_eq!(whose(token(&project, &role(&["Member"]), FUTURE)).unwrap().0.role, Role::Member);
         let useless = |value: Value, why: &str| {
             let answer = whose(value);
             assert!(matches!(&answer, Err(Unknown::Useless(text)) if text.contains(why)), "{answer:?}");
         };
         useless(token(&project, &role(&["x"]), FUTURE), "none of the roles");
         useless(token(&Value::Null, &role(&["admin"]), FUTURE), "for no project");
+        useless(token(&Value::Null, &role(&[]), FUTURE), "for no project");
         let past = token(&project, &role(&["admin"]), "2020-01-01T00:00:00Z");
         assert_eq!(whose(past).unwrap_err(), Unknown::Nobody);
         let mut system = token(&Value::Null, &role(&["admin"]), FUTURE);

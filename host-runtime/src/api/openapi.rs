@@ -97,7 +97,8 @@ pub(super) fn document() -> utoipa::openapi::OpenApi {
     document.paths = paths;
     document.security = Some(vec![SecurityRequirement::new(TOKEN, Vec::<String>::new())]);
     let components = document.components.get_or_insert_default();
-    let scheme = ApiKeyValue::with_description("X-Auth-Token", "Made by 'virt-usb token add'");
+    let scheme =
+        ApiKeyValue::with_description("X-Auth-Token", "Made by 'virt-usb token add', or by Keystone");
     components.security_schemes.insert(TOKEN.into(), SecurityScheme::ApiKey(ApiKey::Header(scheme)).into());
     let text = || ObjectBuilder::new().schema_type(Type::String);
     let fault = ObjectBuilder::new()

@@ -2,7 +2,6 @@
 //! are shown by the same code.
 
 use std::fmt::Display;
-use std::net::IpAddr;
 use std::time::Duration;
 
 use anyhow::{Context as _, anyhow, bail};
@@ -60,7 +59,7 @@ impl Remote {
         {
             bail!("--url {url}: wanted an address such as https://host.example:8790");
         }
-        if uri.scheme_str() == Some("http") && !uri.host().is_some_and(is_loopback) {
+        if client::is_open(&uri) {
             bail!(
                 "--url {url}: everybody on the way could read the token: wanted https://, or an address of this machine such as http://127.0.0.1:8790"
             );
@@ -293,12 +292,6 @@ impl Remote {
         self.ask("POST", &format!("servers/{server}/action"), Some(&body))??;
         Ok(())
     }
-}
-
-/// Whether nobody but this machine is on the way to the host.
-fn is_loopback(host: &str) -> bool {
-    let bare = host.trim_start_matches('[').trim_end_matches(']');
-    bare.eq_ignore_ascii_case("localhost") || bare.parse().is_ok_and(|ip: IpAddr| ip.is_loopback())
 }
 
 /// The API's answer when it does not do something.

@@ -1,6 +1,6 @@
 //! Its calls. Whatever comes is answered with JSON; a failure is `{"error": "…"}`, and never looks like "no host".
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -130,7 +130,8 @@ async fn select(State(service): State<Arc<Service>>, body: Bytes) -> Result<Json
         let selected = service.view.select(&question, candidates, limit, assume)?;
         let mut reasons = BTreeMap::new();
         if selected.matched == 0 {
-            let named = |host: &String| candidates.is_none_or(|hosts| hosts.contains(host));
+            let candidates = candidates.map(|hosts| hosts.iter().collect::<HashSet<_>>());
+            let named = |host: &String| candidates.as_ref().is_none_or(|hosts| hosts.contains(host));
             for (_, why) in service.view.rejected(&question)?.into_iter().filter(|(host, _)| named(host)) {
                 *reasons.entry(why.reason.name().to_owned()).or_default() += 1;
             }

@@ -10,57 +10,51 @@ REDIRECTION = ("usb:redirection_devices", "usb_redirection_devices")
 # Nova keeps no more of an extra spec's value.
 LONGEST = 255
 
+# What a question says for the stored flavor of a name; None: none is stored.
+Stored = Callable[[str], Any]
+
 
 class Wrong(ValueError):
     """What the flavor says cannot be read."""
 
 
-def one(key: str, text: str, stored: Callable[[str], str | None]) -> dict[str, Any]:
-    """What the value of one extra spec asks for, as a flavor: its list alone, one entry, a whole flavor, or `@NAME`."""
-    text = text.strip()
-    if text.startswith("@"):
-        return named(text[1:], stored)
+def read(text: str) -> Any:
+    """JSON; ValueError: it is none, or nested too deeply to be any that is meant."""
     try:
-        value = json.loads(text)
-    except ValueError as fault:
-        raise Wrong(f"{key}: {fault}") from fault
-    return value if isinstance(value, dict) and key in value else {key: value}
+        return json.loads(text)
+    except RecursionError as fault:
+        raise ValueError("it is nested too deeply") from fault
 
 
-def named(name: str, stored: Callable[[str], str | None]) -> dict[str, Any]:
-    """What the stored flavor of that name asks for."""
-    text = stored(name)
-    if text is None:
-        raise Wrong(f"no flavor of the name {name!r} is stored: 'virt-usb flavor set' stores one")
-    try:
-        value = json.loads(text)
-    except ValueError as fault:
-        raise Wrong(f"the stored flavor {name!r}: {fault}") from fault
-    if not isinstance(value, dict):
-        raise Wrong(f"the stored flavor {name!r} is no object")
-    return value
+def extra_spec(spec_obj: Any) -> tuple[str, str] | None:
+    """The extra spec that says which devices are asked for, and what it says; None: the flavor says nothing of devices."""
+    specs = dict(getattr(getattr(spec_obj, "flavor", None), "extra_specs", None) or {})
+    said = ((key, str(specs.get(key) or "").strip()) for key in DEVICES)
+    return next(((key, text) for key, text in said if text), None)
 
 
-def flavor(spec_obj: Any, stored: Callable[[str], str | None], by_name: bool = False) -> dict[str, Any] | None:
-    """The devices that the request asks for, as a flavor of virt-usb; None: it asks for none.
+def flavor(key: str, text: str, stored: Stored) -> Any:
+    """What is asked for by the value of that extra spec: its list alone, one entry, a whole flavor, or `@NAME`. None: nothing.
 
     Redirection asks nothing of a host, and is not part of it.
     """
-    asked = getattr(spec_obj, "flavor", None)
-    specs: dict[str, Any] = dict(getattr(asked, "extra_specs", None) or {})
-    text = next((str(specs[key]) for key in DEVICES if str(specs.get(key) or "").strip()), None)
-    if text is not None:
-        found = one("usb_devices", text, stored)
-    elif by_name and asked is not None and stored(asked.name) is not None:
-        found = named(asked.name, stored)
-    else:
-        return None
-    devices = found.get("usb_devices")
-    return {"usb_devices": devices} if devices else None
+    if text.startswith("@"):
+        name = text[1:].strip()
+        found = stored(name)
+        if found is None:
+            raise Wrong(f"no flavor of the name {name!r} is stored: 'virt-usb flavor set' stores one")
+        return devices(found)
+    try:
+        value = read(text)
+    except ValueError as fault:
+        raise Wrong(f"{key}: {fault}") from fault
+    whole = isinstance(value, dict) and "usb_devices" in value
+    return devices(value if whole else {"usb_devices": value})
 
 
-def at_name(spec_obj: Any) -> str | None:
-    """`@NAME`, where that is what the extra spec says."""
-    specs = dict(getattr(getattr(spec_obj, "flavor", None), "extra_specs", None) or {})
-    text = next((str(specs[key]).strip() for key in DEVICES if str(specs.get(key) or "").strip()), "")
-    return text if text.startswith("@") else None
+def devices(found: Any) -> Any:
+    """A flavor without its redirections; None: it asks for no devices. A name is kept: whoever is asked knows the flavor."""
+    if not isinstance(found, dict):
+        return found
+    wanted = found.get("usb_devices")
+    return None if wanted is None or wanted == [] else {"usb_devices": wanted}

@@ -50,7 +50,7 @@ OPTIONS = [
     cfg.IntOpt(
         "max_age",
         default=60,
-        min=1,
+        min=30,
         help="When nothing was heard for so many seconds, what is known is stale. For a file: when it was written.",
     ),
     cfg.StrOpt(

@@ -11,6 +11,7 @@ from nova.scheduler import filters
 from oslo_log import log as logging
 
 from virt_usb_nova import asked, conf, oracle
+from virt_usb_nova.inventory import Misconfigured, Stale
 from virt_usb_nova.wasm import Broken, Refused
 
 LOG = logging.getLogger(__name__)
@@ -24,18 +25,33 @@ def names(host_states: Iterable[Any]) -> list[str]:
     return [host_state.host for host_state in host_states]
 
 
-def question(spec_obj: Any, who: oracle.Oracle) -> dict[str, Any] | None:
-    """What is asked of the filter; None: the request asks for no USB device."""
-    remote = isinstance(who, oracle.Remote)
-    # A `virt-usb scheduler` knows the fleet's flavors itself.
-    named = asked.at_name(spec_obj) if remote else None
-    wanted: Any = named or asked.flavor(spec_obj, who.flavor, OPTIONS.flavor_names)
+def question(spec_obj: Any) -> dict[str, Any] | None:
+    """What is asked of the filter; None: the request asks for no USB device, and nobody need be asked.
+
+    Raises what an oracle raises: it knows the flavors that are stored.
+    """
+    said = asked.extra_spec(spec_obj)
+    if said is not None:
+        wanted = asked.flavor(*said, lambda name: oracle.get(OPTIONS).flavor(name))
+    elif OPTIONS.flavor_names and spec_obj.flavor is not None:
+        wanted = by_name(spec_obj.flavor.name)
+    else:
+        return None
     if wanted is None:
         return None
     found: dict[str, Any] = {"flavor": wanted}
     if spec_obj.project_id:
         found["project"] = spec_obj.project_id
     return found
+
+
+def by_name(name: str) -> Any:
+    """What the stored flavor of that name asks for. Most flavors are none of ours: they are not held up where that cannot be known."""
+    try:
+        return asked.devices(oracle.get(OPTIONS).flavor(name))
+    except oracle.NO_ANSWER as why:
+        LOG.warning("USB devices: not known whether the flavor %s asks for any, so it passes: %s", name, why)
+        return None
 
 
 class UsbDevicesFilter(filters.BaseHostFilter):  # type: ignore[misc]
@@ -54,15 +70,12 @@ class UsbDevicesFilter(filters.BaseHostFilter):  # type: ignore[misc]
 
     def _able(self, hosts: list[Any], spec_obj: Any) -> list[Any]:
         try:
-            who = oracle.get(OPTIONS)
-            wanted = question(spec_obj, who)
+            wanted = question(spec_obj)
             if wanted is None or not hosts:
                 return hosts
             called = names(hosts)
-            able = who.able(wanted, called)
-            left = [host_state for host_state, host in zip(hosts, called) if host in able]
-            self._tell(who, wanted, called, able, len(left))
-        except oracle.Stale as why:
+            able = oracle.get(OPTIONS).able(wanted, called)
+        except Stale as why:
             if OPTIONS.on_stale_inventory == "pass":
                 LOG.warning("USB devices: not known which host has them, so all pass: %s", why)
                 return hosts
@@ -71,37 +84,54 @@ class UsbDevicesFilter(filters.BaseHostFilter):  # type: ignore[misc]
         except (asked.Wrong, Refused) as why:
             LOG.error("USB devices: no host can be chosen, for what is asked is wrong: %s", why)
             return []
+        except Misconfigured as why:
+            LOG.error("USB devices: no host can be chosen, for the configuration is wrong: [virt_usb] %s", why)
+            return []
         except Broken as why:
             LOG.error("USB devices: no host can be chosen, for the filter is broken: %s", why)
             return []
-        return left
+        tell(wanted, called, able)
+        return [host_state for host_state, host in zip(hosts, called) if host in able]
 
-    @staticmethod
-    def _tell(who: oracle.Oracle, wanted: dict[str, Any], called: list[str], able: set[str], chosen: int) -> None:
-        counts = ""
-        if LOG.isEnabledFor(logging.DEBUG) or chosen == 0:
-            reasons = who.reasons(wanted, [host for host in called if host not in able])
+
+def tell(wanted: dict[str, Any], called: list[str], able: set[str]) -> None:
+    """Says what was found. What fails here changes no answer."""
+    unable = [host for host in called if host not in able]
+    chosen, more, others = len(called) - len(unable), "", ""
+    if LOG.isEnabledFor(logging.DEBUG) or not chosen:
+        try:
+            who = oracle.get(OPTIONS)
+            reasons = who.reasons(wanted, unable)
             for host, why in reasons.items():
                 LOG.debug("USB devices: host %s cannot serve: %s", host, words(why))
             total = Counter(str(why["reason"]) for why in reasons.values())
-            counts = " (" + ", ".join(f"{reason} {count}" for reason, count in total.most_common()) + ")" if total else ""
-        others = "" if chosen else elsewhere(who.best(wanted, 3))
-        LOG.info("USB devices: %d of %d hosts can serve%s: %s%s", chosen, len(called), counts, wanted["flavor"], others)
+            more = " (" + ", ".join(f"{reason} {count}" for reason, count in total.most_common()) + ")" if total else ""
+            if not chosen:
+                others = elsewhere([host for host in who.best(wanted, 3) if host not in unable], total.keys() == {"unknown-host"})
+        except oracle.NO_ANSWER as why:
+            more = f" (not known why: {why})"
+    LOG.info("USB devices: %d of %d hosts can serve%s: %s%s", chosen, len(called), more, wanted["flavor"], others)
 
 
-def elsewhere(hosts: list[str]) -> str:
-    """What is said of hosts that could serve, where Nova has asked about others only."""
+def elsewhere(hosts: list[str], strangers: bool) -> str:
+    """What is said of hosts that could serve, where Nova has asked about others only; `strangers`: nothing is known of any of those."""
     if not hosts:
         return ""
+    found = ", ".join(hosts)
+    if strangers:
+        return f"; {found} could: if these are the same hosts, set [virt_usb] host_name (now {OPTIONS.host_name!r}) to the name that they publish"
+    most = nova.conf.CONF.scheduler.max_placement_results
     return (
-        f"; not asked about were {', '.join(hosts)}, which could: left out by a filter before this one, "
-        f"or by Placement, which hands over [scheduler] max_placement_results = {nova.conf.CONF.scheduler.max_placement_results} hosts at most"
+        f"; {found} could, but Nova did not ask about them: for what the request says of its host, for a filter before this one, "
+        f"or because Placement hands over [scheduler] max_placement_results = {most} hosts at most"
     )
 
 
 def words(why: dict[str, Any]) -> str:
     """A verdict in words."""
     reason = str(why["reason"])
+    if reason == "unknown-host":
+        return f"{reason}: it publishes nothing under this name"
     if "wanted" not in why:
         return reason
     return f"{reason}: wanted {why['wanted']}, {why['matching']} match, {why['allowed']} are for the project, {why['free']} of these are free"

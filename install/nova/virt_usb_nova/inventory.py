@@ -18,6 +18,15 @@ import requests
 
 LOG = logging.getLogger(__name__)
 
+
+class Stale(RuntimeError):
+    """What is known of the hosts is too old, or nothing is known: never "no host"."""
+
+
+class Misconfigured(RuntimeError):
+    """An option is wrong; it says which."""
+
+
 # A change: the host, and its document as one line; none: it is gone.
 Change = tuple[str, Optional[str]]
 
@@ -33,6 +42,9 @@ class Hosts:
 
     def put(self, host: str, document: str | None) -> None:
         """The host has this document now; None: it is gone."""
+        if document is not None:
+            # One line: else a part of it could stand for another host's.
+            document = document.replace("\n", " ")
         with self._lock:
             known = self._documents.pop(host, None)
             self._change += 1
@@ -51,7 +63,9 @@ class Hosts:
             for host, (number, document) in reversed(self._documents.items()):
                 if number <= change:
                     break
-                changes.append((host, document))
+                # Who begins need not forget anybody.
+                if document is not None or change > 0:
+                    changes.append((host, document))
             return changes[::-1], self._change
 
 
@@ -67,14 +81,14 @@ class Inventory(Protocol):
         """Why what is known is not to be trusted; None: it is."""
 
     def flavor(self, name: str) -> str | None:
-        """The flavor of that name, as JSON."""
+        """The stored flavor of that name, as JSON; None: none is stored. Raises Stale."""
 
 
 def host_of(document: str) -> str | None:
     """The host that the document is of; None: it cannot be read."""
     try:
         host = json.loads(document)["host"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
     return host if isinstance(host, str) else None
 
@@ -82,9 +96,15 @@ def host_of(document: str) -> str | None:
 class File:
     """A file of host documents, one a line, that somebody writes again and again; written whole, and renamed into its place."""
 
-    def __init__(self, path: str, flavors: str | None = None) -> None:
+    @staticmethod
+    def check(options: Any) -> None:
+        """Raises Misconfigured."""
+        if not options.inventory_file:
+            raise Misconfigured("inventory = file, and inventory_file names none")
+
+    def __init__(self, options: Any) -> None:
         self.hosts = Hosts()
-        self._path, self._flavors = path, flavors
+        self._path, self._flavors = options.inventory_file, options.flavors_file
         self._lock = threading.Lock()
         self._read: tuple[int, int, int] | None = None
         self._written = 0.0
@@ -112,7 +132,7 @@ class File:
                 LOG.warning("%s, line %d: no host document", self._path, number)
             else:
                 fresh[host] = line
-        known = {host: document for host, document in self.hosts.since(0)[0] if document is not None}
+        known = dict(self.hosts.since(0)[0])
         for host in known.keys() - fresh.keys():
             self.hosts.put(host, None)
         for host, line in fresh.items():
@@ -123,6 +143,8 @@ class File:
         if self._fault is not None:
             return self._fault
         age = time.time() - self._written
+        if age < -max_age:
+            return f"{self._path} was written {-age:.0f} s from now: somebody's clock is wrong"
         return f"{self._path} was written {age:.0f} s ago" if age > max_age else None
 
     def flavor(self, name: str) -> str | None:
@@ -132,9 +154,8 @@ class File:
             with open(self._flavors, encoding="utf-8") as file:
                 stored = json.load(file)
             return next((json.dumps(asks(one)) for one in stored if one["name"] == name), None)
-        except (OSError, ValueError, KeyError, TypeError) as fault:
-            LOG.error("%s: %s", self._flavors, fault)
-            return None
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as fault:
+            raise Stale(f"{self._flavors}: {fault}") from fault
 
 
 def asks(stored: dict[str, Any]) -> dict[str, Any]:
@@ -181,7 +202,9 @@ class Follower:
         self._known: dict[str, str] = {}
         self._token: str | None = None
         self.heard: float | None = None
+        # Why nothing is heard; none: it is. What the log says of it, it says once.
         self.fault: str | None = "etcd has not answered yet"
+        self._said = False
         self.listed = threading.Event()
         self._session = requests.Session()
         self._session.trust_env = False
@@ -205,18 +228,28 @@ class Follower:
                 LOG.info("etcd has forgotten revision %d: %s is listed anew", self._revision, self._prefix)
                 self._revision = 0
             except (requests.RequestException, Fault, ValueError, KeyError, OSError) as fault:
-                said = f"{self._endpoints[0]}: {fault}"
-                if self.fault is None:
-                    LOG.warning("what the hosts publish is not heard: %s", said)
-                self.fault, self._token = said, None
-                self._endpoints.append(self._endpoints.pop(0))
-                time.sleep(self.PAUSE)
+                self._deaf(str(fault))
+            except Exception as fault:  # this thread has nobody who would begin it again
+                LOG.debug("etcd's follower", exc_info=True)
+                self._deaf(f"{type(fault).__name__}: {fault}")
+
+    def _deaf(self, why: str) -> None:
+        self.fault = f"{self._endpoints[0]}: {why}"
+        if not self._said:
+            LOG.warning("what stands below %s in etcd is not heard: %s", self._prefix, self.fault)
+            self._said = True
+        # What answers next may be another etcd, or one that was put back: all is listed anew.
+        self._token, self._revision = None, 0
+        self._endpoints.append(self._endpoints.pop(0))
+        time.sleep(self.PAUSE)
 
     def _hear(self) -> None:
         self.heard = time.monotonic()
         if self.fault is not None and self.listed.is_set():
-            LOG.info("what the hosts publish is heard: %s", self._endpoints[0])
             self.fault = None
+            if self._said:
+                LOG.info("what stands below %s in etcd is heard: %s", self._prefix, self._endpoints[0])
+            self._said = False
 
     def _post(self, path: str, body: dict[str, Any], stream: bool = False) -> requests.Response:
         headers = {}
@@ -262,7 +295,7 @@ class Follower:
             for pair in page.get("kvs", []):
                 name = _decoded(pair["key"])[len(self._prefix) :]
                 seen.add(name)
-                self._put(name, pair["mod_revision"], _decoded(pair.get("value", "")))
+                self._put(name, _decoded(pair.get("value", "")))
             if not page.get("more"):
                 break
             key = _decoded(page["kvs"][-1]["key"]) + "\0"
@@ -308,12 +341,12 @@ class Follower:
             if event.get("type") == "DELETE":
                 self._gone(name)
             else:
-                self._put(name, pair["mod_revision"], _decoded(pair.get("value", "")))
+                self._put(name, _decoded(pair.get("value", "")))
             self._revision = max(self._revision, int(pair["mod_revision"]))
 
-    def _put(self, name: str, revision: str, value: str) -> None:
-        if self._known.get(name) != revision:
-            self._known[name] = revision
+    def _put(self, name: str, value: str) -> None:
+        if self._known.get(name) != value:
+            self._known[name] = value
             self._sink(name, value)
 
     def _gone(self, name: str) -> None:
@@ -333,15 +366,28 @@ def _message(answer: requests.Response) -> str:
 class Etcd:
     """What the fleet's agents publish in etcd."""
 
-    # How long the first question waits until the fleet is known.
+    # For so long whoever asks first waits until the fleet is known, in seconds.
     FIRST = 10.0
+
+    @staticmethod
+    def check(options: Any) -> None:
+        """Raises Misconfigured."""
+        wrong = [endpoint for endpoint in options.etcd_endpoints if not endpoint.startswith(("http://", "https://"))]
+        if wrong or not options.etcd_endpoints:
+            raise Misconfigured(f"etcd_endpoints: found {wrong}, wanted addresses that begin with http:// or https://")
+        if not (options.etcd_prefix.startswith("/") and options.etcd_prefix.endswith("/")):
+            raise Misconfigured(f"etcd_prefix: found {options.etcd_prefix!r}, wanted one between two slashes, as fleet.prefix on the hosts")
+        if options.etcd_user and not options.etcd_password_file:
+            raise Misconfigured("etcd_user is set, and etcd_password_file is not")
 
     def __init__(self, options: Any) -> None:
         self.hosts = Hosts()
         self._flavors: dict[str, str] = {}
-        self._followers = [Follower(options, "hosts/", self._host), Follower(options, "flavors/", self._flavor)]
-        for follower in self._followers:
-            follower.start()
+        self._known = Follower(options, "hosts/", self._host)
+        self._named = Follower(options, "flavors/", self._flavor)
+        self._first = time.monotonic() + self.FIRST
+        self._known.start()
+        self._named.start()
 
     def _host(self, host: str, document: str | None) -> None:
         # Nobody speaks for another.
@@ -356,17 +402,20 @@ class Etcd:
         else:
             self._flavors[name] = text
 
+    def _wait(self, follower: Follower) -> None:
+        follower.listed.wait(max(0.0, self._first - time.monotonic()))
+
     def refresh(self) -> None:
-        end = time.monotonic() + self.FIRST
-        for follower in self._followers:
-            follower.listed.wait(max(0.0, end - time.monotonic()))
+        self._wait(self._known)
 
     def stale(self, max_age: float) -> str | None:
-        hosts = self._followers[0]
-        if not hosts.listed.is_set() or hosts.heard is None:
-            return f"the fleet is not known yet: {hosts.fault}"
-        age = time.monotonic() - hosts.heard
-        return f"nothing was heard of the fleet for {age:.0f} s: {hosts.fault}" if age > max_age else None
+        if not self._known.listed.is_set() or self._known.heard is None:
+            return f"the fleet is not known yet: {self._known.fault}"
+        age = time.monotonic() - self._known.heard
+        return f"nothing was heard of the fleet for {age:.0f} s: {self._known.fault}" if age > max_age else None
 
     def flavor(self, name: str) -> str | None:
+        self._wait(self._named)
+        if not self._named.listed.is_set():
+            raise Stale(f"the fleet's flavors are not known yet: {self._named.fault}")
         return self._flavors.get(name)

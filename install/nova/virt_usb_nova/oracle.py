@@ -8,17 +8,18 @@ import logging
 import os
 import socket
 import threading
-from typing import Any, Protocol
+from typing import Any, Callable, Protocol, TypeVar
 from urllib.parse import urlsplit
 
-from virt_usb_nova import inventory, wasm
+from virt_usb_nova import asked, inventory, wasm
+from virt_usb_nova.inventory import Misconfigured, Stale
 from virt_usb_nova.wasm import Broken, Question, Refused
 
 LOG = logging.getLogger(__name__)
 
-
-class Stale(RuntimeError):
-    """What is known of the hosts is too old, or nothing is known: never "no host"."""
+T = TypeVar("T")
+# All that may come instead of an answer.
+NO_ANSWER = (Stale, Refused, Misconfigured, Broken, asked.Wrong)
 
 
 class Oracle(Protocol):
@@ -33,11 +34,11 @@ class Oracle(Protocol):
     def best(self, question: Question, limit: int) -> list[str]:
         """So many at most that can serve, of all hosts that are known, the best first."""
 
-    def reasons(self, question: Question, candidates: list[str]) -> dict[str, dict[str, Any]]:
-        """Why the others cannot: for each `reason` and its counts."""
+    def reasons(self, question: Question, unable: list[str]) -> dict[str, dict[str, Any]]:
+        """Why those that cannot serve cannot: for each `reason` and its counts."""
 
-    def flavor(self, name: str) -> str | None:
-        """The stored flavor of that name, as JSON."""
+    def flavor(self, name: str) -> Any:
+        """What a question says for the stored flavor of that name; None: none is stored."""
 
 
 class Local:
@@ -46,9 +47,8 @@ class Local:
     One instance for each who asks at the same time: they are kept, and each takes the changes since it was used last.
     """
 
-    def __init__(self, source: inventory.Inventory, component: str, deadline: float, max_age: float) -> None:
-        self._source, self._max_age = source, max_age
-        self._program = wasm.Program(component, deadline)
+    def __init__(self, source: inventory.Inventory, program: wasm.Program, max_age: float) -> None:
+        self._source, self._program, self._max_age = source, program, max_age
         self._idle: list[_Instance] = []
         self._lock = threading.Lock()
 
@@ -63,13 +63,22 @@ class Local:
         names: list[str] = self._ask(lambda one: one.filter.select_names(question, None, limit))
         return names
 
-    def reasons(self, question: Question, candidates: list[str]) -> dict[str, dict[str, Any]]:
-        verdicts = self._ask(lambda one: one.filter.explain(question, candidates))
+    def reasons(self, question: Question, unable: list[str]) -> dict[str, dict[str, Any]]:
+        verdicts = self._ask(lambda one: one.filter.explain(question, unable))
+        # Some may be able by now.
         return {host: verdict for host, verdict in verdicts.items() if not verdict["accepted"]}
 
-    def flavor(self, name: str) -> str | None:
-        self._source.refresh()
-        return self._source.flavor(name)
+    def flavor(self, name: str) -> Any:
+        text = self._source.flavor(name)
+        if text is None:
+            return None
+        try:
+            value = asked.read(text)
+        except ValueError as fault:
+            raise asked.Wrong(f"the stored flavor {name!r}: {fault}") from fault
+        if not isinstance(value, dict):
+            raise asked.Wrong(f"the stored flavor {name!r} is no object")
+        return value
 
     def _ask(self, call: Any) -> Any:
         self._source.refresh()
@@ -121,56 +130,70 @@ class Remote:
     """A `virt-usb scheduler`, which follows the fleet itself."""
 
     def __init__(self, url: str, timeout: float, max_age: float) -> None:
-        self._timeout, self._max_age = timeout, max_age
-        self._path = url[len("unix:") :] if url.startswith("unix:") else None
-        parts = urlsplit(url)
-        self._host, self._port = parts.hostname or "127.0.0.1", parts.port or 8791
+        self._url, self._timeout, self._max_age = url, timeout, max_age
+        self._path = url[len("unix:") :] if url.startswith("unix:/") else None
+        try:
+            parts = urlsplit(url)
+            self._host, self._port = parts.hostname, parts.port or 8791
+        except ValueError as fault:
+            raise Misconfigured(f"scheduler_url: {url}: {fault}") from fault
+        if self._path is None and (parts.scheme != "http" or not self._host or parts.path.strip("/")):
+            raise Misconfigured(f"scheduler_url: found {url!r}, wanted http://HOST:PORT or unix:/PATH")
 
     def able(self, question: Question, candidates: list[str]) -> set[str]:
         return set(self.scores(question, candidates))
 
     def scores(self, question: Question, candidates: list[str]) -> dict[str, int]:
-        answer = self._ask("/select", {**question, "hosts": candidates, "limit": len(candidates)})
-        return {placement["host"]: placement["score"] for placement in answer["placements"]}
+        asks = {**question, "hosts": candidates, "limit": len(candidates)}
+        return self._ask("/select", asks, lambda answer: {placement["host"]: int(placement["score"]) for placement in answer["placements"]})
 
     def best(self, question: Question, limit: int) -> list[str]:
-        answer = self._ask("/select", {**question, "limit": limit})
-        return [placement["host"] for placement in answer["placements"]]
+        return self._ask("/select", {**question, "limit": limit}, lambda answer: [placement["host"] for placement in answer["placements"]])
 
-    def reasons(self, question: Question, candidates: list[str]) -> dict[str, dict[str, Any]]:
-        verdicts = self._ask("/explain", question)["verdicts"]
+    def reasons(self, question: Question, unable: list[str]) -> dict[str, dict[str, Any]]:
         unknown = {"accepted": False, "reason": "unknown-host"}
-        able = self.able(question, candidates)
-        return {host: verdicts.get(host, unknown) for host in candidates if host not in able}
+        return self._ask("/explain", question, lambda answer: {host: answer["verdicts"].get(host, unknown) for host in unable})
 
-    def flavor(self, name: str) -> str | None:
-        """A scheduler is asked with the name itself; the answer is read by nobody else."""
-        return None
+    def flavor(self, name: str) -> Any:
+        """It knows them itself, and is asked with the name."""
+        try:
+            self._ask("/select", {"flavor": f"@{name}", "limit": 1}, lambda _: None)
+        except _Nowhere:
+            return None
+        return f"@{name}"
 
-    def _ask(self, path: str, body: dict[str, Any]) -> Any:
+    def _ask(self, path: str, body: dict[str, Any], read: Callable[[Any], T]) -> T:
         connection: http.client.HTTPConnection
         if self._path is None:
-            connection = http.client.HTTPConnection(self._host, self._port, timeout=self._timeout)
+            connection = http.client.HTTPConnection(self._host or "", self._port, timeout=self._timeout)
         else:
             connection = _Unix(self._path, self._timeout)
         try:
             connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
             response = connection.getresponse()
-            answer = json.loads(response.read())
-        except (OSError, http.client.HTTPException, ValueError) as fault:
-            raise Stale(f"virt-usb scheduler does not answer: {fault}") from fault
+            status, text = response.status, response.read()
+        except (OSError, http.client.HTTPException) as fault:
+            raise Stale(f"virt-usb scheduler at {self._url} does not answer: {fault}") from fault
         finally:
             connection.close()
-        if response.status == http.client.OK:
-            if answer["age"] > self._max_age:
-                raise Stale(f"virt-usb scheduler has heard nothing of the fleet for {answer['age']} s")
-            return answer
-        why = answer.get("error", f"status {response.status}")
-        if response.status == http.client.SERVICE_UNAVAILABLE:
+        try:
+            answer = json.loads(text)
+            if status == http.client.OK:
+                if answer["age"] > self._max_age:
+                    raise Stale(f"virt-usb scheduler at {self._url} has heard nothing of the fleet for {answer['age']} s")
+                return read(answer)
+            why = str(answer["error"])
+        except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as fault:
+            raise Broken(f"what answers at {self._url} is no virt-usb scheduler: status {status}, {text[:100]!r}") from fault
+        if status == http.client.SERVICE_UNAVAILABLE:
             raise Stale(why)
-        if response.status in (http.client.BAD_REQUEST, http.client.NOT_FOUND):
-            raise Refused(why)
-        raise Broken(why)
+        if status == http.client.NOT_FOUND:
+            raise _Nowhere(why)
+        raise (Refused if status == http.client.BAD_REQUEST else Broken)(why)
+
+
+class _Nowhere(Refused):
+    """The fleet has no flavor of that name."""
 
 
 class _Unix(http.client.HTTPConnection):
@@ -185,35 +208,34 @@ class _Unix(http.client.HTTPConnection):
 
 
 _lock = threading.Lock()
-_made: tuple[int, Oracle | None] = (0, None)
+_made: Oracle | None = None
 
 
 def get(options: Any) -> Oracle:
-    """This process's own: what was made before a fork is not used after it."""
+    """This process's own."""
     global _made
     with _lock:
-        process, oracle = _made
-        if oracle is None or process != os.getpid():
-            oracle = make(options)
-            _made = (os.getpid(), oracle)
-        return oracle
+        if _made is None:
+            _made = make(options)
+        return _made
 
 
 def forget() -> None:
-    """The next one is made anew: for tests."""
-    global _made
-    _made = (0, None)
+    """The next one is made anew: after a fork, and for tests."""
+    global _lock, _made
+    # Somebody may have held it when the process was forked.
+    _lock, _made = threading.Lock(), None
+
+
+os.register_at_fork(after_in_child=forget)
 
 
 def make(options: Any) -> Oracle:
-    """As the options say."""
+    """As the options say. Raises Misconfigured, or Broken where the filter is none."""
     if options.inventory == "scheduler":
         return Remote(options.scheduler_url, options.scheduler_timeout, options.max_age)
-    source: inventory.Inventory
-    if options.inventory == "file":
-        if not options.inventory_file:
-            raise ValueError("[virt_usb] inventory = file, and inventory_file names none")
-        source = inventory.File(options.inventory_file, options.flavors_file)
-    else:
-        source = inventory.Etcd(options)
-    return Local(source, options.component, options.deadline, options.max_age)
+    kind = inventory.File if options.inventory == "file" else inventory.Etcd
+    kind.check(options)
+    # First what may fail: nobody would end what the other begins.
+    program = wasm.Program(options.component, options.deadline)
+    return Local(kind(options), program, options.max_age)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from typing import Any
 
 from nova import exception
@@ -18,8 +19,14 @@ MAX_REDIRECTIONS = 15
 MAX_DEVICES = 127
 # As virt-usb's model reads them.
 HEX = re.compile(r"(0[xX])?[0-9a-fA-F]{1,4}")
-PORT = re.compile(r"\d{1,3}-\d{1,3}(\.\d{1,3}){0,6}")
-TAG = re.compile(r"[\w.:/-]{1,64}")
+PORT = re.compile(r"[0-9]{1,3}-[0-9]{1,3}(\.[0-9]{1,3}){0,6}")
+TAG_SIGNS = "-_.:/"
+CLASS = re.compile(r"(0x)?[0-9a-f]{1,2}")
+CLASSES = (
+    "per-interface", "audio", "communications", "hid", "physical", "image", "printer", "mass-storage", "hub", "cdc-data", "smart-card",
+    "content-security", "video", "healthcare", "audio-video", "billboard", "type-c-bridge", "diagnostic", "wireless", "miscellaneous",
+    "application-specific", "vendor-specific",
+)  # fmt: skip
 NAMED = ("id", "vendor_id", "product_id", "serial", "port", "class", "tags")
 
 HELP = {
@@ -57,10 +64,13 @@ class Validator(base.ExtraSpecValidator):  # type: ignore[misc]
                 raise refuse(name, "no name follows the @: write @NAME")
             return
         try:
-            entries = json.loads(text)
+            value = asked.read(text)
         except ValueError as fault:
             raise refuse(name, f"it is no JSON ({fault}); wanted for instance {EXAMPLE[name]}") from fault
-        entries = entries if isinstance(entries, list) else [entries]
+        key = name.replace(":", "_")
+        if isinstance(value, dict) and value.keys() == {key}:
+            value = value[key]
+        entries = value if isinstance(value, list) else [value]
         if name == "usb:devices":
             devices(name, entries)
         else:
@@ -82,7 +92,7 @@ def devices(name: str, entries: list[Any]) -> None:
             raise refuse(name, f"{place}: wanted an object such as {EXAMPLE[name][1:-1]}")
         if unknown := sorted(entry.keys() - {*NAMED, "count"}):
             raise refuse(name, f"{place}: there is no key {unknown[0]!r}; there are {', '.join(NAMED)}, count")
-        said = {key: value for key, value in entry.items() if value not in (None, [])}
+        said = {key: value for key, value in entry.items() if value is not None and not (key == "tags" and value == [])}
         if not said.keys() & set(NAMED):
             raise refuse(name, f"{place}: it names nothing: wanted at least one of {', '.join(NAMED)}")
         if "product_id" in said and "vendor_id" not in said:
@@ -100,22 +110,28 @@ def devices(name: str, entries: list[Any]) -> None:
 
 def right(key: str, value: Any) -> bool:
     """Whether a value can stand at that key."""
-    if isinstance(value, bool):
+    if key == "tags":
+        return all(isinstance(tag, str) and is_tag(tag) for tag in (value if isinstance(value, list) else [value]))
+    if isinstance(value, float) and value.is_integer() and key != "serial":
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, (str, int) if key != "serial" else (str, int, float)):
         return False
     text = str(value)
-    if key == "count":
-        return text.isdecimal() and 1 <= int(text) <= MAX_DEVICES
-    if key == "id":
-        return text.isdecimal() and 1 <= int(text) < 1 << 53
+    if key in ("count", "id"):
+        most = MAX_DEVICES if key == "count" else (1 << 53) - 1
+        return text.isascii() and text.isdecimal() and len(text) <= 16 and 1 <= int(text) <= most
     if key in ("vendor_id", "product_id"):
-        return 0 <= value < 1 << 16 if isinstance(value, int) else isinstance(value, str) and bool(HEX.fullmatch(value))
+        return 0 <= value < 1 << 16 if isinstance(value, int) else bool(HEX.fullmatch(text))
     if key == "port":
-        return isinstance(value, str) and bool(PORT.fullmatch(value))
-    if key == "tags":
-        tags = value if isinstance(value, list) else [value]
-        return all(isinstance(tag, str) and bool(TAG.fullmatch(tag)) for tag in tags)
-    # Serials and classes have many spellings: the hook reads them.
-    return isinstance(value, (str, int))
+        return isinstance(value, str) and bool(PORT.fullmatch(value)) and all(1 <= int(part) <= 255 for part in re.split("[-.]", value))
+    if key == "class":
+        plain = text.lower().replace("_", "-").replace(" ", "-")
+        return 0 <= value <= 255 if isinstance(value, int) else plain in CLASSES or bool(CLASS.fullmatch(plain))
+    return 1 <= len(text) <= 126 and not any(unicodedata.category(sign) in ("Cc", "Cs") for sign in text)
+
+
+def is_tag(text: str) -> bool:
+    return 1 <= len(text) <= 64 and all(sign.isalnum() or sign in TAG_SIGNS for sign in text)
 
 
 def redirections(name: str, entries: list[Any]) -> None:

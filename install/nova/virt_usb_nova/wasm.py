@@ -38,6 +38,12 @@ class Broken(RuntimeError):
     """The filter failed: out of memory, out of time, a trap. It is never "no host"."""
 
 
+def words(fault: Exception) -> str:
+    """What went wrong in the first place, without where in the program: the last cause that is named, or what is said first."""
+    lines = [line.strip() for line in str(fault).splitlines() if line.strip()]
+    return lines[-1] if "Caused by:" in lines else lines[0]
+
+
 def _threads() -> Any:
     """The real threads: green ones stand still while the filter computes, and could not stop it."""
     if "eventlet" in sys.modules:
@@ -63,7 +69,7 @@ class Program:
         try:
             self.component = Component.from_file(self.engine, str(file))
         except (WasmtimeError, OSError) as fault:
-            raise Broken(f"{file}: {str(fault).splitlines()[-1].strip()}") from fault
+            raise Broken(f"{file}: {words(fault)}") from fault
         self._deadline = deadline
         threads = _threads()
         self._stopped = threads.Event()
@@ -130,7 +136,7 @@ class Filter:
         except WasmtimeError as fault:
             # A trap leaves an instance that cannot be entered again.
             self._functions = {}
-            raise Broken(str(fault).splitlines()[-1].strip()) from fault
+            raise Broken(words(fault)) from fault
         if not isinstance(answer, Variant):
             return answer
         if answer.tag == "err":
@@ -152,7 +158,7 @@ class Filter:
         outer = instance.get_export_index(self._store, f"virt-usb:scheduler/{interface}@0.1.0")
         inner = outer and instance.get_export_index(self._store, name, outer)
         if inner is None:
-            raise LookupError(f"found no {interface}.{name} in the component, wanted a filter of version 0.1.0")
+            raise Broken(f"found no {interface}.{name} in the component, wanted a filter of version 0.1.0")
         return instance.get_func(self._store, inner)
 
     def _run(self, function: Any, *arguments: Any) -> Any:

@@ -7,8 +7,7 @@ from typing import Any
 from nova.scheduler import weights
 from oslo_log import log as logging
 
-from virt_usb_nova import asked, filter, oracle
-from virt_usb_nova.wasm import Broken, Refused
+from virt_usb_nova import filter, oracle
 
 LOG = logging.getLogger(__name__)
 
@@ -33,11 +32,12 @@ class UsbDevicesWeigher(weights.BaseHostWeigher):  # type: ignore[misc]
 
     @staticmethod
     def _scores(called: list[str], spec_obj: Any) -> dict[str, int]:
+        if not called or not filter.OPTIONS.weight_multiplier:
+            return {}
         try:
-            who = oracle.get(filter.OPTIONS)
-            wanted = filter.question(spec_obj, who)
-            return {} if wanted is None or not called else who.scores(wanted, called)
-        except (oracle.Stale, Refused, Broken, asked.Wrong) as why:
+            wanted = filter.question(spec_obj)
+            return {} if wanted is None else oracle.get(filter.OPTIONS).scores(wanted, called)
+        except oracle.NO_ANSWER as why:
             # The filter has said so already, and let pass whoever is here.
             LOG.debug("USB devices: all hosts are alike: %s", why)
             return {}

@@ -772,6 +772,7 @@ fn lists_are_filtered_sorted_and_paged() {
         ("colour=red", "unknown field `colour`"),
         ("sort_key=colour", "unknown variant `colour`"),
         ("vendor_id=zz", "vendor_id: found"),
+        ("status=free", "status: found \"free\", wanted one of available, "),
         ("instance_uuid=7", "instance_uuid"),
     ] {
         assert!(list(query).fault("badRequest").contains(why), "{query}: {:?}", list(query));
@@ -864,6 +865,8 @@ fn what_is_wrong_is_said_and_the_next_one_is_served() {
     );
     assert_eq!(served.ask("\u{1}", "GET", "/v3/os-hypervisors", "").status, 400, "no header's text");
     assert_eq!(served.raw(b"GET /v3/os-hypervisors HTTP/1.1\r\nHost: x\r\nConnection: close\r\nX-Auth-Token: \xff\r\n\r\n").status, 401);
+    let twice = request(&format!("{token}{token}"), "GET", "/v3/os-hypervisors", "");
+    assert_eq!(served.raw(twice.as_bytes()).status, 401, "two tokens");
     assert_eq!(
         served.raw(b"GET /v3/os-hypervisors HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").status,
         401

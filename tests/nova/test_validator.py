@@ -1,0 +1,85 @@
+"""What the validator lets into a flavor the filter takes, and nothing else: both are asked about the same."""
+
+import itertools
+import json
+import unittest
+
+import nova.tests.functional  # noqa: F401  it must be the first of Nova's
+from nova import exception
+from virt_usb_nova import validator, wasm
+
+import fleet
+
+KEYS = {key: validator.Validator(name=key, description=text, value={"type": str, "description": text}) for key, text in validator.HELP.items()}
+VALUES = [
+    None, True, 0, 1, 2, -1, 127, 128, 255, 256, 65535, 65536, 1 << 53, 1.0, 1.5, "", " ", "0", "1", "01", "127", "128", "٣", "0x529", "0529", "5290x",
+    "12345", "zzz", "a b", "hid", "HID", "mass storage", "mass_storage", "hub", "ff", "0xff", "fff", "0x", "08", "1-1", "1-1.4", "0-1", "1-0", "1-256",
+    "256-1", "1-1.1.1.1.1.1.1", "1-1.1.1.1.1.1.1.1", "1-", "1-01", "-1", "١-٢", "x" * 64, "x" * 65, "x" * 126, "x" * 127, "a/b", "a,b", "ü", "²", "\u0000",
+    "\u0085", "\u200b", "🔑", [], [[]], ["a"], ["a", "b c"], [1], {}, {"a": 1}, 99999999999999999999999,
+]  # fmt: skip
+
+
+class AsTheFilter(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.program = wasm.Program(fleet.COMPONENT, 30.0)
+        cls.addClassCleanup(cls.program.close)
+        cls.filter = wasm.Filter(cls.program)
+
+    def takes(self, entries):
+        try:
+            self.filter.select_names({"flavor": {"usb_devices": entries}})
+        except wasm.Refused:
+            return False
+        return True
+
+    @staticmethod
+    def valid(text, key="usb:devices"):
+        try:
+            KEYS[key].validate(key, text)
+        except exception.ValidationError:
+            return False
+        return True
+
+    def same(self, entries):
+        text = json.dumps(entries, ensure_ascii=False, separators=(",", ":"))
+        if len(text) <= 255:
+            self.assertEqual(self.takes(entries), self.valid(text), text)
+
+    def test_each_key_with_each_value(self):
+        for key in (*validator.NAMED, "count", "vendor"):
+            for value in VALUES:
+                self.same([{key: value}])
+                self.same([{"vendor_id": "0529", **{key: value}}])
+                self.same([{"class": "hid", **{key: value}}])
+
+    def test_pairs_and_lists(self):
+        some = [
+            {},
+            {"id": 1},
+            {"id": 1, "count": 2},
+            {"id": "1", "count": "1"},
+            {"product_id": 1},
+            {"class": "hid", "count": 127},
+            {"port": "1-1"},
+            1,
+            "x",
+            None,
+            [],
+        ]
+        for pair in itertools.product(some, some):
+            self.same(list(pair))
+        for one in some:
+            self.same([one])
+
+    def test_the_three_shapes(self):
+        for text, is_right in [
+            ('{"vendor_id":1}', True), ('[{"vendor_id":1}]', True), ('{"usb_devices":[{"vendor_id":1}]}', True), ('{"usb_devices":{"vendor_id":1}}', True),
+            ('{"usb_devices":[{}]}', False), ('{"usb_devices":[],"usb_redirection_devices":[]}', False), ("[" * 200, False), ("@erp", True), ("@", False),
+        ]:  # fmt: skip
+            self.assertEqual(is_right, self.valid(text), text)
+        self.assertTrue(self.valid('{"usb_redirection_devices":{"bus":"usb","type":"spicevmc"}}', "usb:redirection_devices"))
+
+
+if __name__ == "__main__":
+    unittest.main()
