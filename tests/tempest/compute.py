@@ -63,9 +63,14 @@ class Compute:
 compute: Compute
 
 
+def roles() -> list[str]:
+    """The caller's."""
+    return flask.request.headers.get("X-Roles", "").split(",")
+
+
 def caller(role: str = "reader") -> str:
     """The caller's project; refused to whoever has not the role."""
-    if role not in flask.request.headers.get("X-Roles", "").split(","):
+    if role not in roles():
         flask.abort(403)
     return str(flask.request.headers["X-Project-Id"])
 
@@ -83,7 +88,7 @@ def links(kind: str, one: str) -> list[dict[str, str]]:
 def one_of(all_of_them: dict[str, dict[str, Any]], one: str) -> dict[str, Any]:
     """That of this id, which is the caller's."""
     found = all_of_them.get(one)
-    is_mine = found is not None and ("project" not in found or found["project"] == caller() or "admin" in flask.request.headers["X-Roles"])
+    is_mine = found is not None and ("project" not in found or found["project"] == caller() or "admin" in roles())
     if found is None or not is_mine:
         flask.abort(404)
     return found

@@ -131,7 +131,7 @@ class Keystone(unittest.TestCase):
             made = mine.post(f"{self.cloud.keystone}/users/{user}/application_credentials", json=wanted, timeout=PATIENCE)
             made.raise_for_status()
             which = {key: made.json()["application_credential"][key] for key in ("id", "secret")}
-            auth = {"identity": {"methods": ["application_credential"], "application_credential": which}}
+            auth: Any = {"identity": {"methods": ["application_credential"], "application_credential": which}}
             answer = session().post(f"{self.cloud.keystone}/auth/tokens", json={"auth": auth}, timeout=PATIENCE)
             answer.raise_for_status()
             return answer.headers["X-Subject-Token"]
@@ -185,7 +185,7 @@ class Keystone(unittest.TestCase):
             self.until(lambda: self.look(member) == 503)
             self.assertEqual(self.agent.log().count(SAID) - before, 1, self.agent.log())
             found = self.doctor()
-            self.assertEqual((found["level"], "cannot be asked" in found["what"]), ("warning", True), found)
+            self.assertEqual([(level, "cannot be asked" in what) for level, what in found], [("warning", True)], found)
             # And with tokens that end soon.
             self.cloud.start_keystone(expiration=4)
             brief = self.of("erp-member", "erp")
@@ -199,11 +199,10 @@ class Keystone(unittest.TestCase):
             self.cloud.start_keystone()
             self.agent.virt_usb("token", "remove", "local")
 
-    def doctor(self) -> dict[str, Any]:
-        """What `virt-usb doctor` finds of Keystone."""
+    def doctor(self) -> list[tuple[str, str]]:
+        """What `virt-usb doctor` finds of Keystone: how bad it is, and what."""
         findings = json.loads(self.agent.virt_usb("--json", "doctor").stdout)
-        found = [finding for finding in findings if finding["check"] == "keystone"]
-        return dict(found[0])
+        return [(finding["level"], finding["what"]) for finding in findings if finding["check"] == "keystone"]
 
     def test_a_service_user_that_may_not_ask_lets_nobody_in_and_the_log_says_why(self) -> None:
         member = self.of("erp-member", "erp")
@@ -239,8 +238,14 @@ class Keystone(unittest.TestCase):
                     other.stop()
 
     def test_the_doctor_says_how_it_is(self) -> None:
-        found = self.doctor()
-        self.assertEqual((found["level"], found["what"]), ("well", f"{self.cloud.keystone} answers"))
+        well = ("well", f"{self.cloud.keystone} answers")
+        self.assertEqual(self.doctor(), [well])
+        file = self.cloud.folder / "keystone/virt-usb.password"
+        file.chmod(0o644)
+        try:
+            self.assertEqual(self.doctor(), [well, ("warning", f"the password in {file}: everybody on this host may read it, or write to it")])
+        finally:
+            file.chmod(0o600)
 
 
 if __name__ == "__main__":

@@ -104,6 +104,9 @@ class OpenStack(unittest.TestCase):
         self.refused("usb device show 9", "USB device 9 could not be found. (HTTP 404, req-")
         self.refused("usb device show", "USB device ../servers could not be found.", "../servers")
         self.refused("usb device list --vendor-id 12345", "(HTTP 400, req-")
+        out, err, code = self.openstack("usb device list --status free")
+        self.assertEqual((code, out), (2, ""), err)
+        self.assertIn("invalid choice: 'free'", err)
         self.refused("usb device list --deleted", "(HTTP 403, req-")
 
     def test_it_is_a_command_of_openstacks(self) -> None:
@@ -137,9 +140,10 @@ class OpenStack(unittest.TestCase):
 
     def test_a_device_goes_to_a_server_and_back(self) -> None:
         added = self.said("server add usb device erp 1")
-        self.assertEqual(added, {"server_id": ERP, "live": True, "device_ids": [1], "already": []})
+        self.assertEqual(added, {"server_id": ERP, "live": True, "device_ids": [1], "already": [], "requested": ['{"id": 1}']})
         self.assertEqual(self.said("server add usb device", ERP, "1")["already"], [1])
-        self.assertEqual([one["ID"] for one in self.said("usb device list --server", ERP)], [1])
+        for server in (ERP, "erp"):
+            self.assertEqual([one["ID"] for one in self.said("usb device list --server", server)], [1])
         crm = {"user": "crm-member", "project": "crm"}
         self.refused("server add usb device crm 0529:0001", "USB device 1 is in use", **crm)
         self.refused("server add usb device", f"Instance {ERP} could not be found. (HTTP 404, req-", ERP, "2", **crm)
@@ -154,8 +158,9 @@ class OpenStack(unittest.TestCase):
 
     def test_a_server_that_does_not_run_gets_it_at_its_next_start(self) -> None:
         out, err, code = self.openstack("server add usb device off 1 -f json")
-        self.assertEqual((code, json.loads(out)["live"]), (0, False))
-        self.assertIn("off does not run: it gets the device at its next start", err)
+        added = json.loads(out)
+        self.assertEqual((code, added["live"], added["requested"]), (0, False, ['{"id": 1}']))
+        self.assertIn("off does not run: it asks for the device when it starts, and does not start while another has it", err)
         self.said("server remove usb device off 1")
 
     def test_what_is_asked_wrongly_is_said(self) -> None:
@@ -169,11 +174,17 @@ class OpenStack(unittest.TestCase):
         admin = Admin(self.cloud.keystone)
         admin.no_service("usb")
         try:
-            self.refused("usb device list", "The catalogue has no service of the type usb in this region")
+            self.refused("usb device list", "The catalogue has no public endpoint of the type usb in the region RegionOne")
             self.assertEqual(len(self.said("usb device list", OS_USB_ENDPOINT=self.cloud.agent.url + "/")), 2)
         finally:
             admin.service("usb", self.cloud.agent.url)
-        self.refused("usb device list", "is not the USB device API", OS_USB_ENDPOINT=f"http://127.0.0.1:{self.cloud.agent.port}/portal/sign-in?x=")
+        self.refused("usb device list", "The catalogue has no internal endpoint of the type usb", OS_INTERFACE="internal")
+        agent = f"http://127.0.0.1:{self.cloud.agent.port}"
+        for wrong in ("/portal/sign-in?x=", "/openapi.json?x="):
+            self.refused("usb device list", f"What answers at {agent}{wrong}", OS_USB_ENDPOINT=agent + wrong)
+        self.refused(
+            "usb device list", f"{agent}/os-usb-devices is nowhere in the USB device API: its endpoint ends with /v2.1", OS_USB_ENDPOINT=agent
+        )
 
     def test_where_there_is_nova_its_names_count_and_flavors_ask(self) -> None:
         self.cloud.start_compute()
@@ -181,7 +192,7 @@ class OpenStack(unittest.TestCase):
             key = self.boot("key", {"usb:devices": '[{"vendor_id":"0529"}]'})
             self.assertEqual([one["ID"] for one in self.said("usb device list --server", key)], [1])
             # libvirt has another name for it.
-            self.refused("server add usb device erp 2", "erp")
+            self.refused("server add usb device erp 2", "No Server found for erp")
             self.assertEqual(self.said("server add usb device key 2")["server_id"], key)
             # Tempest cannot see a redirection; the agent says that the guest has it.
             self.boot("far", {"usb:redirection_devices": '[{"bus":"usb","type":"spicevmc"}]'})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterator
 from typing import Any
 from urllib.parse import quote, urlencode
@@ -9,8 +10,11 @@ from urllib.parse import quote, urlencode
 from keystoneauth1 import adapter
 from keystoneauth1 import exceptions as auth_exceptions
 from osc_lib import exceptions
+from osc_lib.cli import format_columns
 
 SERVICE_TYPE = "usb"
+# What the API says where it has no such path.
+NOWHERE = "The resource could not be found."
 
 
 class UsbClient:
@@ -22,7 +26,7 @@ class UsbClient:
             service_type=SERVICE_TYPE,
             region_name=region_name,
             interface=interface,
-            endpoint_override=endpoint_override.rstrip("/") if endpoint_override else None,
+            endpoint_override=endpoint_override,
             client_name="virt-usb-openstackclient",
         )
 
@@ -30,7 +34,7 @@ class UsbClient:
         """Devices, by what is known of them; page after page."""
         query = urlencode(filters)
         while True:
-            page = self._ask("GET", f"/os-usb-devices?{query}")
+            page = self._ask("usb_devices", "GET", f"/os-usb-devices?{query}" if query else "/os-usb-devices")
             yield from page["usb_devices"]
             links = page.get("usb_devices_links")
             if not links:
@@ -39,43 +43,76 @@ class UsbClient:
 
     def device(self, device: str) -> dict[str, Any]:
         """A device, by its id."""
-        return dict(self._ask("GET", f"/os-usb-devices/{quote(device, safe='')}")["usb_device"])
+        return dict(self._ask("usb_device", "GET", f"/os-usb-devices/{quote(device, safe='')}")["usb_device"])
 
     def change_device(self, device: str, action: str, value: dict[str, Any] | None = None) -> dict[str, Any]:
         """`enable` and `disable`."""
-        return dict(self._ask("POST", f"/os-usb-devices/{quote(device, safe='')}/action", {action: value})["usb_device"])
+        return dict(self._ask("usb_device", "POST", f"/os-usb-devices/{quote(device, safe='')}/action", {action: value})["usb_device"])
 
     def servers(self, name: str) -> list[dict[str, Any]]:
         """The servers of that name."""
-        return list(self._ask("GET", f"/servers?{urlencode({'name': name})}")["servers"])
+        return list(self._ask("servers", "GET", f"/servers?{urlencode({'name': name})}")["servers"])
+
+    def assigned(self, server: str) -> list[dict[str, Any]]:
+        """What the server asks for beside its flavor, at each of its starts."""
+        return list(self._ask("server", "GET", f"/servers/{server}/os-usb-devices")["server"]["usb_devices_requests"])
 
     def act(self, server: str, action: str, request: dict[str, Any]) -> dict[str, Any]:
         """`attach_usb_devices` and `detach_usb_devices`."""
-        return dict(self._ask("POST", f"/servers/{server}/action", {action: {"usb_devices_requests": [request]}}))
+        return dict(self._ask("live", "POST", f"/servers/{server}/action", {action: {"usb_devices_requests": [request]}}))
 
-    def _ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+    def _ask(self, key: str, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        """The answer, in which that key stands."""
         sent = {} if body is None else {"json": body}
         try:
             answer = self._api.request(path, method, raise_exc=False, headers={"Accept": "application/json"}, **sent)
         except auth_exceptions.EndpointNotFound as e:
+            where = f" in the region {self._api.region_name}" if self._api.region_name else ""
             raise exceptions.CommandError(
-                f"The catalogue has no service of the type {SERVICE_TYPE} in this region: "
-                "an administrator makes one with 'openstack endpoint create'; or name it by --os-usb-endpoint"
+                f"The catalogue has no {self._api.interface or 'public'} endpoint of the type {SERVICE_TYPE}{where} "
+                f"('openstack catalog show {SERVICE_TYPE}'): an administrator makes one with 'openstack endpoint create'; "
+                "or choose with --os-interface, or name it by --os-usb-endpoint"
             ) from e
         try:
             said = answer.json()
-        except ValueError as e:
-            raise exceptions.CommandError(f"What answers at {answer.url} is not the USB device API: HTTP {answer.status_code}") from e
-        if answer.ok:
+        except ValueError:
+            said = None
+        if answer.ok and isinstance(said, dict) and key in said:
             return said
-        told = [fault["message"] for fault in said.values() if isinstance(fault, dict) and "message" in fault] if isinstance(said, dict) else []
+        faults = said.values() if isinstance(said, dict) else []
+        told = " ".join(str(fault["message"]) for fault in faults if isinstance(fault, dict) and "message" in fault)
         request = answer.headers.get("x-openstack-request-id")
-        raise exceptions.CommandError(
-            f"{' '.join(told) or 'The USB device API refuses'} (HTTP {answer.status_code}{f', {request}' if request else ''})"
-        )
+        status = f"HTTP {answer.status_code}{f', {request}' if request else ''}"
+        if told == NOWHERE:
+            told = f"{answer.url} is nowhere in the USB device API: its endpoint ends with /v2.1"
+        elif answer.status_code >= 500 and not told:
+            told = f"What stands before the USB device API at {answer.url} cannot reach it"
+        raise exceptions.CommandError(f"{told or f'What answers at {answer.url} is not the USB device API'} ({status})")
 
 
 def usb(command: Any) -> UsbClient:
     """The client of a command, as `plugin.make_client` made it."""
     client: UsbClient = command.app.client_manager.usb
     return client
+
+
+def find_server(command: Any, name: str) -> str:
+    """A server's id: what Nova calls a server, and where there is no Nova what libvirt calls it."""
+    try:
+        return str(uuid.UUID(name))
+    except ValueError:
+        pass
+    manager = command.app.client_manager
+    if manager.is_service_available("compute", manager.region_name, manager.interface):
+        return str(manager.sdk_connection.compute.find_server(name, ignore_missing=False).id)
+    found = usb(command).servers(name)
+    if len(found) != 1:
+        raise exceptions.CommandError(
+            f"{'More than one server exists with' if found else 'No server with'} the name {name!r}{': use its ID' if found else ''}"
+        )
+    return str(found[0]["id"])
+
+
+def listed(value: Any) -> Any:
+    """A value for a person or a program, as the command's format wants it."""
+    return format_columns.ListColumn(value) if isinstance(value, list) else value

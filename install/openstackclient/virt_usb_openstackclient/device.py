@@ -8,7 +8,7 @@ from typing import Any
 
 from osc_lib.command import command
 
-from virt_usb_openstackclient.client import usb
+from virt_usb_openstackclient.client import find_server, listed, usb
 
 # A column's head, and the key of a device. The second list is for --long.
 COLUMNS = [
@@ -31,20 +31,21 @@ LONG = [
 ]
 # An option, and the API's filter.
 FILTERS = {
-    "status": ("<status>", "available, claimed, allocated, removed or unavailable"),
-    "vendor_id": ("<vendor-id>", "Four hexadecimal digits"),
-    "product_id": ("<product-id>", "Four hexadecimal digits"),
+    "status": ("<status>", "available, claimed, allocated, removed (unplugged while a server has it) or unavailable"),
+    "vendor_id": ("<vendor-id>", "One to four hexadecimal digits"),
+    "product_id": ("<product-id>", "One to four hexadecimal digits"),
     "serial": ("<serial>", "Exactly this serial number"),
     "tag": ("<tag>", "A tag of the device"),
-    "instance_uuid": ("<server-id>", "Held by this server"),
+    "instance_uuid": ("<server>", "Held by this server (name or ID)"),
 }
 OPTIONS = {"instance_uuid": "--server"}
+CHOICES = {"status": ("available", "claimed", "allocated", "removed", "unavailable")}
 
 
 def shown(device: dict[str, Any]) -> tuple[tuple[str, ...], tuple[Any, ...]]:
     """All that is known of a device: what it has no value for is left out."""
     known = {key: value for key, value in device.items() if value not in (None, "")}
-    return tuple(known), tuple(known.values())
+    return tuple(known), tuple(listed(value) for value in known.values())
 
 
 class ListUsbDevice(command.Lister):
@@ -54,7 +55,7 @@ class ListUsbDevice(command.Lister):
         """Its options."""
         parser = super().get_parser(prog_name)
         for name, (metavar, text) in FILTERS.items():
-            parser.add_argument(OPTIONS.get(name, f"--{name.replace('_', '-')}"), dest=name, metavar=metavar, help=text)
+            parser.add_argument(OPTIONS.get(name, f"--{name.replace('_', '-')}"), dest=name, metavar=metavar, choices=CHOICES.get(name), help=text)
         parser.add_argument("--host", metavar="<host>", help="Plugged into this host")
         parser.add_argument("--deleted", action="store_true", help="Unplugged ones, too (admin only)")
         parser.add_argument("--long", action="store_true", help="More columns")
@@ -63,12 +64,14 @@ class ListUsbDevice(command.Lister):
     def take_action(self, parsed_args: argparse.Namespace) -> tuple[list[str], Iterable[tuple[Any, ...]]]:
         """Asks page after page."""
         filters = {name: getattr(parsed_args, name) for name in FILTERS if getattr(parsed_args, name) is not None}
+        if "instance_uuid" in filters:
+            filters["instance_uuid"] = find_server(self, filters["instance_uuid"])
         if parsed_args.deleted:
             filters["deleted"] = "true"
         devices = usb(self).devices(filters)
         columns = COLUMNS + (LONG if parsed_args.long else [])
         host = parsed_args.host
-        rows = [tuple(one.get(key) for _, key in columns) for one in devices if host is None or one["hypervisor_hostname"] == host]
+        rows = [tuple(listed(one.get(key)) for _, key in columns) for one in devices if host in (None, one["hypervisor_hostname"])]
         return [head for head, _ in columns], rows
 
 

@@ -9,7 +9,7 @@ from osc_lib import utils
 
 from virt_usb_openstackclient.client import UsbClient
 
-# What OpenStackClient looks for.
+# What OpenStackClient looks for. There is one version, and no option to choose it.
 API_NAME = "usb"
 API_VERSION_OPTION = "os_usb_api_version"
 DEFAULT_API_VERSION = "2.1"
@@ -27,13 +27,7 @@ def make_client(instance: Any) -> UsbClient:
 
 
 def build_option_parser(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """The options of all commands."""
-    parser.add_argument(
-        "--os-usb-api-version",
-        metavar="<usb-api-version>",
-        default=utils.env("OS_USB_API_VERSION"),
-        help=f"USB device API version, default={DEFAULT_API_VERSION} (Env: OS_USB_API_VERSION)",
-    )
+    """The option of all commands."""
     parser.add_argument(
         "--os-usb-endpoint",
         # So it is called in clouds.yaml, too.

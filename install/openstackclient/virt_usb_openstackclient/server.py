@@ -6,21 +6,23 @@ import argparse
 import json
 import logging
 import re
-import uuid
 from typing import Any
 
 from osc_lib import exceptions
 from osc_lib.command import command
 
-from virt_usb_openstackclient.client import usb
+from virt_usb_openstackclient.client import find_server, listed, usb
 
 LOG = logging.getLogger(__name__)
+# Digits of an id.
+LONGEST = 16
 KIND = re.compile(r"([0-9a-fA-F]{4}):([0-9a-fA-F]{4})")
 
 
 def request(text: str) -> dict[str, Any]:
     """What asks for a device: its id, its kind, or what a flavor says."""
-    if text.isascii() and text.isdigit():
+    text = text.strip()
+    if text.isascii() and text.isdigit() and len(text) <= LONGEST:
         return {"id": int(text)}
     kind = KIND.fullmatch(text)
     if kind:
@@ -51,36 +53,26 @@ class _ServerUsbDevice(command.ShowOne):
     def take_action(self, parsed_args: argparse.Namespace) -> tuple[tuple[str, ...], tuple[Any, ...]]:
         """Asks for it, and shows what came of it."""
         wanted = request(parsed_args.device)
-        server = self._server(parsed_args.server)
+        server = find_server(self, parsed_args.server)
         said = usb(self).act(server, self.ACTION, wanted)
         if not said["live"]:
             LOG.warning(self.LATER, parsed_args.server)
         devices = said["usb_devices"]
-        shown = {"server_id": server, "live": said["live"], "device_ids": [one["id"] for one in devices], "already": said["already"]}
-        return tuple(shown), tuple(shown.values())
-
-    def _server(self, name: str) -> str:
-        """Its id: what Nova calls a server, and where there is no Nova what libvirt calls it."""
-        try:
-            return str(uuid.UUID(name))
-        except ValueError:
-            pass
-        manager = self.app.client_manager
-        if manager.is_service_available("compute", manager.region_name, manager.interface):
-            return str(manager.sdk_connection.compute.find_server(name, ignore_missing=False).id)
-        found = usb(self).servers(name)
-        if len(found) != 1:
-            raise exceptions.CommandError(
-                f"{'More than one server exists with' if found else 'No server with'} the name {name!r}{': use its ID' if found else ''}"
-            )
-        return str(found[0]["id"])
+        shown = {
+            "server_id": server,
+            "live": said["live"],
+            "device_ids": [one["id"] for one in devices],
+            "already": said["already"],
+            "requested": [json.dumps(one) for one in usb(self).assigned(server)],
+        }
+        return tuple(shown), tuple(listed(value) for value in shown.values())
 
 
 class AddServerUsbDevice(_ServerUsbDevice):
     """Attach a USB device to a server, now or, where it does not run, at its next start"""
 
     ACTION = "attach_usb_devices"
-    LATER = "%s does not run: it gets the device at its next start"
+    LATER = "%s does not run: it asks for the device when it starts, and does not start while another has it"
 
 
 class RemoveServerUsbDevice(_ServerUsbDevice):

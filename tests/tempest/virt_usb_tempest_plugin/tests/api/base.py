@@ -1,5 +1,6 @@
 """What all tests need."""
 
+import contextlib
 import json
 import time
 
@@ -23,6 +24,8 @@ class UsbTest(test.BaseTestCase):
         super().skip_checks()
         if not CONF.service_available.virt_usb:
             raise cls.skipException("there is no virt-usb: service_available.virt_usb")
+        if not CONF.service_available.nova:
+            raise cls.skipException("there is no Nova, which makes the servers: service_available.nova")
 
     @classmethod
     def setup_credentials(cls):
@@ -42,6 +45,8 @@ class UsbTest(test.BaseTestCase):
         """There is one device: whoever tests beside this one waits."""
         super().setUp()
         self.useFixture(lockutils.LockFixture("virt-usb-device"))
+        # What a test before this one has left is on its way.
+        self.given_back()
 
     def device(self, client=None):
         """The device, as it is now."""
@@ -76,6 +81,17 @@ class UsbTest(test.BaseTestCase):
         except exceptions.NotFound:
             return
         waiters.wait_for_server_termination(client, server)
+
+    def attach(self, client, server, wanted):
+        """Gives a server the device, and takes it back in the end, whatever comes."""
+        self.addCleanup(self.detach_if_there, client, server, wanted)
+        return client.attach(server, wanted)
+
+    @staticmethod
+    def detach_if_there(client, server, wanted):
+        """Takes it back, where the server has it still."""
+        with contextlib.suppress(exceptions.NotFound):
+            client.detach(server, wanted)
 
     def given_back(self):
         """Waits until the device is free; returns it."""
