@@ -161,7 +161,7 @@ class AThousandHosts(Boot):
         self.assertNotIn("could", self.log)
         # One was not among them.
         (last,) = (host for host in self.every if f"host {host} cannot serve" not in self.log)
-        for host in ("host2", "host1"):
+        for host in [host for host in self.computes if host != last][:2]:
             self.publish(host)
             self.assertEqual(host, self.host_of(self.boot(erp)))
         self.assertIn("USB devices: 1 of 1000 hosts can serve (too-few-free 999): ", self.log)
@@ -171,7 +171,8 @@ class AThousandHosts(Boot):
         self.assertIn(f"; {last} could, but Nova did not ask about them: ", self.log)
         self.assertIn("[scheduler] max_placement_results = 1000 hosts at most", self.log)
         self.flags(max_placement_results=10_000, group="scheduler")
-        self._start_compute(last)
+        if last not in self.computes:
+            self._start_compute(last)
         self.assertEqual(last, self.host_of(self.boot(erp)))
         self.assertIn("USB devices: 1 of 1001 hosts can serve (too-few-free 1000): ", self.log)
 
@@ -190,6 +191,8 @@ class Stale(Boot):
         os.remove(self.file)
         self.assertEqual("host1", self.host_of(self.boot(self.usb_flavor("erp"))))
         self.assertIn("not known which host has them, so all pass", self.log)
+        # Nor is it known what a name stands for.
+        self.assertEqual("host1", self.host_of(self.boot(self.usb_flavor("crm", "@erp.big"))))
 
     def test_what_asks_for_no_device_is_not_held_up_by_anything(self):
         plain = self._create_flavor(name="plain")

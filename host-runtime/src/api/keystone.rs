@@ -337,7 +337,13 @@ impl Inner {
     }
 
     fn away(&self, e: &ureq::Error) -> String {
-        let mut why = e.to_string();
+        let mut why = match e {
+            ureq::Error::Timeout(ureq::Timeout::Connect) => {
+                format!("no connection within {} s", CONNECTING.as_secs())
+            }
+            ureq::Error::Timeout(_) => format!("no answer within {} s", PATIENCE.as_secs()),
+            e => e.to_string(),
+        };
         let mut cause = e.source();
         while let Some(e) = cause {
             // Some say what their cause says.
@@ -596,7 +602,9 @@ mod tests {
         let keystone = fake.keystone(60);
         std::thread::scope(|scope| {
             for _ in 0..PLACES {
-                scope.spawn(|| assert!(keystone.0.own_token().unwrap_err().contains("cannot be asked")));
+                scope.spawn(|| {
+                    assert!(keystone.0.own_token().unwrap_err().ends_with("no answer within 10 s"))
+                });
             }
         });
         silent.set_nonblocking(true).unwrap();
