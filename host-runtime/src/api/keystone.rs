@@ -603,7 +603,7 @@ mod tests {
         std::thread::scope(|scope| {
             for _ in 0..PLACES {
                 scope.spawn(|| {
-                    assert!(keystone.0.own_token().unwrap_err().ends_with("no answer within 10 s"))
+                    assert!(keystone.0.own_token().unwrap_err().ends_with("no answer within 10 s"));
                 });
             }
         });

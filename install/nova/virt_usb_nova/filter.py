@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from itertools import compress
+from operator import attrgetter
 from typing import Any
 
 import nova.conf
@@ -16,13 +18,12 @@ from virt_usb_nova.wasm import Broken, Refused
 
 LOG = logging.getLogger(__name__)
 OPTIONS = conf.register(nova.conf.CONF)
+HOST, NODENAME = attrgetter("host"), attrgetter("nodename")
 
 
 def names(host_states: Iterable[Any]) -> list[str]:
     """What the hosts are called in their documents. The option is read once: that takes as long as a host."""
-    if OPTIONS.host_name == "node":
-        return [host_state.nodename for host_state in host_states]
-    return [host_state.host for host_state in host_states]
+    return list(map(NODENAME if OPTIONS.host_name == "node" else HOST, host_states))
 
 
 def question(spec_obj: Any) -> dict[str, Any] | None:
@@ -90,17 +91,17 @@ class UsbDevicesFilter(filters.BaseHostFilter):  # type: ignore[misc]
         except Broken as why:
             LOG.error("USB devices: no host can be chosen, for the filter is broken: %s", why)
             return []
-        tell(wanted, called, able)
-        return [host_state for host_state, host in zip(hosts, called) if host in able]
+        left = list(compress(hosts, map(able.__contains__, called)))
+        tell(wanted, called, able, len(left))
+        return left
 
 
-def tell(wanted: dict[str, Any], called: list[str], able: set[str]) -> None:
+def tell(wanted: dict[str, Any], called: list[str], able: set[str], chosen: int) -> None:
     """Says what was found. What fails here changes no answer."""
-    unable = [host for host in called if host not in able]
-    chosen, more, others = len(called) - len(unable), "", ""
+    more, others = "", ""
     if LOG.isEnabledFor(logging.DEBUG) or not chosen:
         try:
-            who = oracle.get(OPTIONS)
+            who, unable = oracle.get(OPTIONS), [host for host in called if host not in able]
             reasons = who.reasons(wanted, unable)
             for host, why in reasons.items():
                 LOG.debug("USB devices: host %s cannot serve: %s", host, words(why))
