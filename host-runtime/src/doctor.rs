@@ -6,6 +6,7 @@
 //! What one check needs and does not have is said by the check before it: nothing is said twice.
 
 use std::fmt::Display;
+use std::fs::Metadata;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -258,12 +259,7 @@ impl Report {
         for socket in ["libvirt/libvirt-sock", "libvirt/virtqemud-sock"] {
             let socket = places.run.join(socket);
             let Ok(found) = std::fs::metadata(&socket) else { continue };
-            let mode = found.permissions().mode();
-            let may = process.uid == 0
-                || (found.uid() == process.uid && mode & 0o200 != 0)
-                || (process.groups.contains(&found.gid()) && mode & 0o020 != 0)
-                || mode & 0o002 != 0;
-            match may {
+            match may(&found, process.uid, &process.groups, 0o2) {
                 true => self.well("agent", format!("it may talk to libvirt at {}", socket.display())),
                 false => self.broken(
                     "agent",
@@ -349,14 +345,9 @@ impl Report {
         let (Ok(found), Ok(agent)) = (std::fs::metadata(file), std::fs::metadata(&config.state_dir)) else {
             return;
         };
-        let mode = found.mode();
-        let may = agent.uid() == 0
-            || (found.uid() == agent.uid() && mode & 0o400 != 0)
-            || (found.gid() == agent.gid() && mode & 0o040 != 0)
-            || mode & 0o004 != 0;
-        let what = if !may {
+        let what = if !may(&found, agent.uid(), &[agent.gid()], 0o4) {
             "the agent may not read it"
-        } else if mode & 0o007 != 0 {
+        } else if found.mode() & 0o007 != 0 {
             "everybody on this host may read it, or write to it"
         } else {
             return;
@@ -634,6 +625,14 @@ fn holder(lock: &Path) -> Option<Process> {
     let (uid, mut groups) = (*numbers("Uid:").get(1)?, numbers("Groups:"));
     groups.extend(numbers("Gid:"));
     Some(Process { uid, groups })
+}
+
+/// Whether a user of these groups may read a file (`access` 4), or write to it (2).
+fn may(file: &Metadata, uid: u32, groups: &[u32], access: u32) -> bool {
+    uid == 0
+        || (file.uid() == uid && file.mode() & (access << 6) != 0)
+        || (groups.contains(&file.gid()) && file.mode() & (access << 3) != 0)
+        || file.mode() & access != 0
 }
 
 /// Speeds of devices that would serve the flavor, the slowest first: where these do not fit, nothing does.

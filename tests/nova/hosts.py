@@ -32,19 +32,17 @@ class Table:
         with self.engine.connect() as connection:
             return [dict(row) for row in connection.execute(wanted).mappings()]
 
-    def greatest(self, column="id"):
-        with self.engine.connect() as connection:
-            return connection.execute(sqlalchemy.select(sqlalchemy.func.max(self.table.c[column]))).scalar()
-
     def add(self, rows):
         with self.engine.begin() as connection:
             connection.execute(self.table.insert(), rows)
 
     def copy(self, names, of, **other):
-        """The row of the host, again for each name; `other` tells what differs: a function of the name and the new row's id."""
+        """The row of the host, again for each name; `other` tells what differs: a function of the name and the new row's id. Its id, and theirs."""
         (row,) = self.rows(**of)
-        first = self.greatest() + 1
+        with self.engine.connect() as connection:
+            first = connection.execute(sqlalchemy.select(sqlalchemy.func.max(self.table.c.id))).scalar() + 1
         self.add([row | {"id": at} | {key: make(name, at) for key, make in other.items()} for at, name in enumerate(names, first)])
+        return row["id"], range(first, first + len(names))
 
 
 def copy(host, names, mapping):
@@ -59,13 +57,13 @@ def copy(host, names, mapping):
     )  # fmt: skip
     Table(api_db.get_engine(), "host_mappings").copy(names, {"host": host}, **called)
     providers = Table(placement, "resource_providers")
-    (of,) = (row["id"] for row in providers.rows(name=host))
-    first = providers.greatest() + 1
-    providers.copy(names, {"name": host}, name=lambda name, _: name, uuid=lambda name, _: uuids[name], root_provider_id=lambda _, at: at)
+    of, theirs = providers.copy(
+        names, {"name": host}, name=lambda name, _: name, uuid=lambda name, _: uuids[name], root_provider_id=lambda _, at: at
+    )  # fmt: skip
     for part in ("inventories", "resource_provider_traits"):
         table = Table(placement, part)
         rows = [{key: value for key, value in row.items() if key != "id"} for row in table.rows(resource_provider_id=of)]
-        table.add([row | {"resource_provider_id": at} for at in range(first, first + len(names)) for row in rows])
+        table.add([row | {"resource_provider_id": at} for at in theirs for row in rows])
 
 
 def beat(mapping):

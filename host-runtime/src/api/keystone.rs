@@ -68,6 +68,12 @@ struct Failed {
     refused: bool,
 }
 
+impl From<String> for Failed {
+    fn from(why: String) -> Self {
+        Self { at: Instant::now(), why, refused: false }
+    }
+}
+
 /// As whom Keystone is asked, and why it could not be, lately.
 #[derive(Default)]
 struct Service {
@@ -265,21 +271,21 @@ impl Inner {
             return Err(failed.why.clone());
         }
         service.own = None;
-        let mut refused = false;
-        match self.fetch_own(&mut refused) {
+        match self.fetch_own() {
             Ok(own) => {
                 let token = own.token.clone();
                 *service = Service { own: Some(own), failed: None };
                 Ok(token)
             }
-            Err(why) => {
-                service.failed = Some(Failed { at: Instant::now(), why: why.clone(), refused });
+            Err(failed) => {
+                let why = failed.why.clone();
+                service.failed = Some(failed);
                 Err(why)
             }
         }
     }
 
-    fn fetch_own(&self, refused: &mut bool) -> Result<Own, String> {
+    fn fetch_own(&self) -> Result<Own, Failed> {
         let c = &self.config;
         let password = password(c)?;
         let body = json!({ "auth": {
@@ -296,8 +302,7 @@ impl Inner {
         match response.status() {
             StatusCode::CREATED => {}
             StatusCode::UNAUTHORIZED => {
-                *refused = true;
-                return Err(format!(
+                let why = format!(
                     "Keystone at {} refuses the user {} of the domain {} in the project {} of the domain {}, or its password in {}",
                     c.url,
                     c.user,
@@ -305,13 +310,14 @@ impl Inner {
                     c.project,
                     c.project_domain,
                     c.password_file.display()
-                ));
+                );
+                return Err(Failed { refused: true, ..why.into() });
             }
-            status => return Err(self.odd(status)),
+            status => return Err(self.odd(status).into()),
         }
         let token = response.headers().get("x-subject-token").and_then(|token| token.to_str().ok());
         let Some(token) = token.map(ToOwned::to_owned) else {
-            return Err(format!("Keystone at {} gives out no token", c.url));
+            return Err(format!("Keystone at {} gives out no token", c.url).into());
         };
         Ok(Own { token, until: self.read(&mut response)?.token.expires_at })
     }

@@ -18,7 +18,7 @@ class Wrong(ValueError):
     """What the flavor says cannot be read."""
 
 
-def read(text: str) -> Any:
+def read(text: str | bytes) -> Any:
     """JSON; ValueError: it is none, or nested too deeply to be any that is meant."""
     try:
         return json.loads(text)

@@ -33,7 +33,7 @@ OPTIONS = [
     cfg.StrOpt(
         "scheduler_url",
         default="http://127.0.0.1:8791",
-        help="Where `virt-usb scheduler` listens: an address, or `unix:/run/virt-usb-scheduler/scheduler.sock`.",
+        help="Where `virt-usb scheduler` listens: `http://HOST:PORT`, or `unix:/run/virt-usb-scheduler/scheduler.sock`.",
     ),
     cfg.FloatOpt("scheduler_timeout", default=5.0, min=0.1, help="How long it may take to answer, in seconds."),
     cfg.StrOpt("inventory_file", help="The file of host documents, for inventory = file. Read again when it changes."),

@@ -33,7 +33,7 @@ def question(spec_obj: Any) -> dict[str, Any] | None:
     """
     said = asked.extra_spec(spec_obj)
     if said is not None:
-        wanted = asked.flavor(*said, lambda name: oracle.get(OPTIONS).flavor(name))
+        wanted = asked.flavor(*said, lambda name: oracle.get(OPTIONS).named(name))
     elif OPTIONS.flavor_names and spec_obj.flavor is not None:
         wanted = by_name(spec_obj.flavor.name)
     else:

@@ -16,6 +16,8 @@ from typing import Any, Optional, Protocol
 
 import requests
 
+from virt_usb_nova import asked
+
 LOG = logging.getLogger(__name__)
 
 
@@ -87,8 +89,8 @@ class Inventory(Protocol):
 def host_of(document: str) -> str | None:
     """The host that the document is of; None: it cannot be read."""
     try:
-        host = json.loads(document)["host"]
-    except (ValueError, KeyError, TypeError, RecursionError):
+        host = asked.read(document)["host"]
+    except (ValueError, KeyError, TypeError):
         return None
     return host if isinstance(host, str) else None
 
@@ -152,9 +154,9 @@ class File:
             return None
         try:
             with open(self._flavors, encoding="utf-8") as file:
-                stored = json.load(file)
+                stored = asked.read(file.read())
             return next((json.dumps(asks(one)) for one in stored if one["name"] == name), None)
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as fault:
+        except (OSError, ValueError, KeyError, TypeError) as fault:
             raise Stale(f"{self._flavors}: {fault}") from fault
 
 

@@ -40,6 +40,9 @@ class Oracle(Protocol):
     def flavor(self, name: str) -> Any:
         """What a question says for the stored flavor of that name; None: none is stored."""
 
+    def named(self, name: str) -> Any:
+        """The same for `@NAME`; whoever knows the flavors himself is not asked twice, and refuses the question where there is none."""
+
 
 class Local:
     """The filter in this process, fed with what the hosts have published.
@@ -79,6 +82,9 @@ class Local:
         if not isinstance(value, dict):
             raise asked.Wrong(f"the stored flavor {name!r} is no object")
         return value
+
+    def named(self, name: str) -> Any:
+        return self.flavor(name)
 
     def _ask(self, call: Any) -> Any:
         self._source.refresh()
@@ -155,11 +161,13 @@ class Remote:
         return self._ask("/explain", question, lambda answer: {host: answer["verdicts"].get(host, unknown) for host in unable})
 
     def flavor(self, name: str) -> Any:
-        """It knows them itself, and is asked with the name."""
         try:
-            self._ask("/select", {"flavor": f"@{name}", "limit": 1}, lambda _: None)
+            self._ask("/select", {"flavor": self.named(name), "limit": 1}, lambda _: None)
         except _Nowhere:
             return None
+        return self.named(name)
+
+    def named(self, name: str) -> Any:
         return f"@{name}"
 
     def _ask(self, path: str, body: dict[str, Any], read: Callable[[Any], T]) -> T:
@@ -177,13 +185,13 @@ class Remote:
         finally:
             connection.close()
         try:
-            answer = json.loads(text)
+            answer = asked.read(text)
             if status == http.client.OK:
                 if answer["age"] > self._max_age:
                     raise Stale(f"virt-usb scheduler at {self._url} has heard nothing of the fleet for {answer['age']} s")
                 return read(answer)
             why = str(answer["error"])
-        except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as fault:
+        except (ValueError, KeyError, TypeError, AttributeError) as fault:
             raise Broken(f"what answers at {self._url} is no virt-usb scheduler: status {status}, {text[:100]!r}") from fault
         if status == http.client.SERVICE_UNAVAILABLE:
             raise Stale(why)
