@@ -155,6 +155,12 @@ pub struct Config {
     pub libvirt_uri: String,
     /// How often the agent looks at everything, whatever events there were.
     pub scan_interval: Duration,
+    /// How long an instance must be absent from libvirt before the agent releases what its flavor gave it.
+    pub absent_grace: Duration,
+    /// How long a domain must be undefined before its assignments end.
+    pub undefined_grace: Duration,
+    /// How long after a failure the agent asks libvirt again about a guest that it could not read.
+    pub recheck_delay: Duration,
     /// What an unplugged device's claim comes to.
     pub replug: ReplugPolicy,
     /// What a guest comes to that cannot be given its device.
@@ -188,6 +194,9 @@ impl Default for Config {
             events_keep_days: 365,
             libvirt_uri: "qemu:///system".into(),
             scan_interval: Duration::from_secs(60),
+            absent_grace: Duration::from_secs(10),
+            undefined_grace: Duration::from_secs(60),
+            recheck_delay: Duration::from_secs(10),
             replug: ReplugPolicy::default(),
             on_attach_failure: AttachFailurePolicy::default(),
             require_agent: RequireAgent::default(),
@@ -281,7 +290,10 @@ impl Config {
             log: log(raw.log.as_deref())?,
             events_keep_days: raw.events_keep_days.unwrap_or(default.events_keep_days),
             libvirt_uri: libvirt_uri(raw.libvirt_uri, default.libvirt_uri)?,
-            scan_interval: scan_interval(raw.scan_interval, default.scan_interval)?,
+            scan_interval: seconds("scan_interval", raw.scan_interval, default.scan_interval)?,
+            absent_grace: seconds("absent_grace", raw.absent_grace, default.absent_grace)?,
+            undefined_grace: seconds("undefined_grace", raw.undefined_grace, default.undefined_grace)?,
+            recheck_delay: seconds("recheck_delay", raw.recheck_delay, default.recheck_delay)?,
             replug: raw.replug,
             on_attach_failure: raw.on_attach_failure,
             require_agent: require_agent(table.get("require_agent"))?,
@@ -337,6 +349,9 @@ struct Raw {
     flap_quarantine: Option<u64>,
     libvirt_uri: Option<String>,
     scan_interval: Option<u64>,
+    absent_grace: Option<u64>,
+    undefined_grace: Option<u64>,
+    recheck_delay: Option<u64>,
     #[serde(default)]
     replug: ReplugPolicy,
     #[serde(default)]
@@ -367,6 +382,9 @@ const KEYS: &[&str] = &[
     "events_keep_days",
     "libvirt_uri",
     "scan_interval",
+    "absent_grace",
+    "undefined_grace",
+    "recheck_delay",
     "replug",
     "on_attach_failure",
     "require_agent",
@@ -439,11 +457,12 @@ fn flapping(raw: &Raw, default: Limits) -> Result<Limits, String> {
     })
 }
 
-fn scan_interval(value: Option<u64>, default: Duration) -> Result<Duration, String> {
+/// A time in whole seconds, a day at most.
+fn seconds(key: &str, value: Option<u64>, default: Duration) -> Result<Duration, String> {
     match value {
         None => Ok(default),
         Some(seconds @ 1..=86400) => Ok(Duration::from_secs(seconds)),
-        Some(other) => Err(format!("scan_interval: found {other}, wanted 1 to 86400 seconds")),
+        Some(other) => Err(format!("{key}: found {other}, wanted 1 to 86400 seconds")),
     }
 }
 
@@ -528,6 +547,9 @@ mod tests {
             log = "/var/log/virt-usb.log"
             libvirt_uri = "qemu:///session"
             scan_interval = 5
+            absent_grace = 2
+            undefined_grace = 3
+            recheck_delay = 4
             replug = "release"
             on_attach_failure = "stop"
             require_agent = true
@@ -551,6 +573,8 @@ mod tests {
             (config.require_agent, config.scan_interval),
             (RequireAgent::Always, Duration::from_secs(5))
         );
+        let waits = [config.absent_grace, config.undefined_grace, config.recheck_delay];
+        assert_eq!(waits, [2, 3, 4].map(Duration::from_secs));
         assert_eq!(config.metrics, Metrics::Tcp("127.0.0.1:9177".parse().unwrap()));
         assert_eq!(config.api, Api::On("[::1]:8791".parse().unwrap()));
         assert!(config.whitelist.on);
@@ -594,7 +618,9 @@ mod tests {
         assert!(error("log = 'syslog'").starts_with("log: found"));
         assert!(error("usb_aliases = [['1:1']]").starts_with("usb_aliases: found a list of fewer than two"));
         assert!(error("flap_pause = 0").contains("flap_pause: found 0, wanted 1 to 86400"));
-        assert!(error("scan_interval = 0").contains("wanted 1 to 86400 seconds"));
+        for key in ["scan_interval", "absent_grace", "undefined_grace", "recheck_delay"] {
+            assert_eq!(error(&format!("{key} = 0")), format!("{key}: found 0, wanted 1 to 86400 seconds"));
+        }
         assert!(error("require_agent = 'yes'").contains("wanted \"auto\", true or false"));
         assert!(error("metrics = '0.0.0.0:9177'").contains("wanted \"off\", a loopback address"));
         assert!(error("api = '0.0.0.0:80'").contains("tokens would be read on their way without TLS"));

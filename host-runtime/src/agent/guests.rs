@@ -17,7 +17,7 @@ use virt_usb_store::{Durability, Store, StoreError};
 use super::devices::Rules;
 use super::metrics::Metrics;
 use super::observe::{View, guest};
-use super::plan::{ABSENT_SECONDS, Gone, Seen, UNDEFINED_SECONDS};
+use super::plan::{Gone, Seen};
 use super::work::{Report, WorkError, Worker};
 use super::{ACTOR, PATIENCE};
 use crate::hypervisor::{Event, Failure, Hypervisor, Running};
@@ -29,8 +29,6 @@ const SHORTEST: Duration = Duration::from_millis(500);
 const LONGEST: Duration = Duration::from_secs(60);
 /// Until another look, when one failed; the gauges are not shown more often.
 const SECOND: Duration = Duration::from_secs(1);
-/// Until another look at a guest of which libvirt says nothing.
-const LATER: Duration = Duration::from_secs(10);
 
 /// What the thread is told.
 #[derive(Debug)]
@@ -303,7 +301,7 @@ impl Guests {
                 Err(why) => {
                     self.absences.remove(&instance);
                     tracing::error!(%instance, "instance {instance}: {why}; it is looked at again");
-                    self.promised.insert(instance, Instant::now() + LATER);
+                    self.promised.insert(instance, Instant::now() + config.recheck_delay);
                     continue;
                 }
             };
@@ -331,7 +329,7 @@ impl Guests {
                 }
             };
             let blocked = self.blocked(instance);
-            let steps = view.plan(instance, seen, config.replug);
+            let steps = view.plan(instance, seen, &config);
             if steps.iter().any(|s| s.about().is_none_or(|about| !blocked.contains(&about))) {
                 self.busy.insert(instance, false);
                 // The workers end with this thread.
@@ -376,7 +374,11 @@ impl Guests {
         let absence = absence.clone();
         let seconds = absence.since.elapsed().as_secs_f64();
         let undefined = absence.undefined.map(|since| since.elapsed().as_secs_f64());
-        let ahead = [(seconds, ABSENT_SECONDS), (undefined.unwrap_or(f64::MAX), UNDEFINED_SECONDS)];
+        let config = self.rules.now();
+        let ahead = [
+            (seconds, config.absent_grace.as_secs_f64()),
+            (undefined.unwrap_or(f64::MAX), config.undefined_grace.as_secs_f64()),
+        ];
         let next =
             ahead.iter().filter(|(at, limit)| at < limit).map(|(at, limit)| limit - at).reduce(f64::min);
         if let Some(next) = next {

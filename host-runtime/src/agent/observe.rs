@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use virt_usb_domxml::{Domain, UsbHostdev, XmlError};
-use virt_usb_hook::config::{Config, ReplugPolicy};
+use virt_usb_hook::config::Config;
 use virt_usb_hook::wish::Wish;
 use virt_usb_model::{BusAddress, DeviceId, Flavor, InstanceId};
 use virt_usb_store::{ClaimRow, Record, Store, StoreError};
@@ -109,7 +109,7 @@ impl View {
     }
 
     /// Plans for one instance.
-    pub fn plan(&self, id: InstanceId, seen: Seen<'_>, replug: ReplugPolicy) -> Vec<super::plan::Step> {
+    pub fn plan(&self, id: InstanceId, seen: Seen<'_>, config: &Config) -> Vec<super::plan::Step> {
         let none = BTreeMap::new();
         let claims: Vec<&ClaimRow> = self.claims(id).iter().collect();
         let instance = Instance {
@@ -119,7 +119,14 @@ impl View {
             assigned: self.assigned.contains(&id),
             problems: self.problems.get(&id).unwrap_or(&none),
         };
-        super::plan::plan(&instance, &Host { devices: &self.devices, holders: &self.holders, replug })
+        let host = Host {
+            devices: &self.devices,
+            holders: &self.holders,
+            replug: config.replug,
+            absent_grace: config.absent_grace.as_secs_f64(),
+            undefined_grace: config.undefined_grace.as_secs_f64(),
+        };
+        super::plan::plan(&instance, &host)
     }
 }
 

@@ -19,11 +19,6 @@ use virt_usb_model::{DeviceId, InstanceId};
 use virt_usb_store::adopt::Holding;
 use virt_usb_store::{ClaimRow, Record};
 
-/// So long a guest must have been gone before what it held is free: nothing is done on one look.
-pub const ABSENT_SECONDS: f64 = 10.0;
-/// So long a domain must not exist before its assignments end: Nova's hard reboot undefines and redefines.
-pub const UNDEFINED_SECONDS: f64 = 60.0;
-
 /// A guest that runs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Guest {
@@ -79,6 +74,11 @@ pub struct Host<'a> {
     pub holders: &'a BTreeMap<DeviceId, InstanceId>,
     /// What becomes of a claim whose device is unplugged.
     pub replug: ReplugPolicy,
+    /// How long a guest must have been gone before what it held is free, in seconds: nothing is done on one look.
+    pub absent_grace: f64,
+    /// How long a domain must not exist before its assignments end, in seconds: Nova's hard reboot undefines and
+    /// redefines.
+    pub undefined_grace: f64,
 }
 
 /// One thing to do.
@@ -171,12 +171,12 @@ pub fn plan(instance: &Instance<'_>, host: &Host<'_>) -> Vec<Step> {
         // The event that ends it leads to the next look.
         Seen::Running(guest) if guest.moving => Vec::new(),
         Seen::Running(guest) => Present { instance, host, guest }.plan(),
-        Seen::Absent(gone) => absent(instance, gone),
+        Seen::Absent(gone) => absent(instance, host, gone),
     }
 }
 
-fn absent(instance: &Instance<'_>, Gone { seconds, undefined }: Gone) -> Vec<Step> {
-    let is_over = undefined.is_some_and(|undefined| undefined >= UNDEFINED_SECONDS);
+fn absent(instance: &Instance<'_>, host: &Host<'_>, Gone { seconds, undefined }: Gone) -> Vec<Step> {
+    let is_over = undefined.is_some_and(|undefined| undefined >= host.undefined_grace);
     let ended = instance.problems.keys().filter(|about| is_over || *about != ABOUT_STOP);
     let mut steps: Vec<Step> = ended.map(|about| Step::Solved { about: about.clone() }).collect();
     let owns = instance.assigned || !instance.claims.is_empty();
@@ -184,7 +184,7 @@ fn absent(instance: &Instance<'_>, Gone { seconds, undefined }: Gone) -> Vec<Ste
         steps.push(Step::End);
         return steps;
     }
-    if seconds < ABSENT_SECONDS {
+    if seconds < host.absent_grace {
         return steps;
     }
     // What comes in by restore or migration is not there yet; it has a time of its own.

@@ -121,7 +121,7 @@ impl Worker {
                 None => Seen::Absent(gone),
             };
             let view = View::read_about(&self.store, instance, guest.as_ref())?;
-            let mut steps = view.plan(instance, seen, self.config.replug);
+            let mut steps = view.plan(instance, seen, &self.config);
             steps.retain(|s| s.about().is_none_or(|a| !blocked.contains(&a) && !report.failed.contains(&a)));
             // A step that was done and is planned again did not do what it should.
             steps.retain(|s| tried.insert(format!("{s:?}")));
