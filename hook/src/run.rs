@@ -33,6 +33,7 @@ impl Fault {
 
 /// The program.
 pub fn main() -> ExitCode {
+    crate::panics::abort();
     let began = Instant::now();
     let (mut stdout, mut stderr) = (std::io::stdout(), std::io::stderr());
     let show = |text: &str| {

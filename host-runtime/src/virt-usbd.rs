@@ -7,6 +7,7 @@ use tracing::Level;
 use virt_usb::agent::{Arguments, Options, run};
 
 fn main() -> ExitCode {
+    virt_usb_hook::panics::abort();
     let arguments = Arguments::parse();
     virt_usb::log::start(if arguments.verbose { Level::DEBUG } else { Level::INFO });
     match run(&Options { config: arguments.config, sim: arguments.sim }) {

@@ -88,7 +88,9 @@ mod tests {
         let rates = Rates::default();
         let done = (0..CHANGES.0 * 2).filter(|_| rates.change("loud").is_ok()).count();
         assert!(done >= CHANGES.0 as usize && done < 2 * CHANGES.0 as usize, "{done}");
-        assert_eq!(rates.change("loud").unwrap_err().status.as_u16(), 429);
+        // A place comes free every 50 ms: on a busy machine perhaps just now.
+        let refused = (0..CHANGES.0 * 2).find_map(|_| rates.change("loud").err()).unwrap();
+        assert_eq!(refused.status.as_u16(), 429);
         assert!(rates.change("quiet").is_ok());
         let from = IpAddr::from([192, 0, 2, 1]);
         assert!(rates.waits(from).is_none());

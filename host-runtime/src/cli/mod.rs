@@ -42,6 +42,7 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// The program. Exit status: 0 done, 1 it could not be done (the reason is on stderr), 2 wrong arguments, 3 `filter` has asked and no
 /// host can serve; `doctor`: 1 for a warning, 2 for something broken.
 pub fn main() -> ExitCode {
+    virt_usb_hook::panics::abort();
     let arguments = Arguments::parse();
     match run(arguments) {
         Ok(code) => code,

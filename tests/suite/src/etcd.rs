@@ -109,9 +109,14 @@ impl Etcd {
         self.child = Some(child);
     }
 
+    /// Waits until it serves requests: it listens before it has read its log and elected a leader.
     fn wait(&self) {
-        let deadline = Instant::now() + Duration::from_secs(30);
-        let up = || std::net::TcpStream::connect(("127.0.0.1", self.port)).is_ok();
+        let deadline = Instant::now() + Duration::from_secs(60);
+        // A client with a wrong certificate or without a password is refused, and so answered.
+        let up = || {
+            std::net::TcpStream::connect(("127.0.0.1", self.port)).is_ok()
+                && (self.scheme == "https" || self.etcdctl(&["endpoint", "health"]).status.success())
+        };
         while !up() {
             let log = || std::fs::read_to_string(self.dir.path().join("log")).unwrap_or_default();
             assert!(Instant::now() < deadline, "etcd does not answer: {}", log());
@@ -138,6 +143,7 @@ impl Etcd {
         let ctl = Command::new("etcdctl")
             .env("ETCDCTL_API", "3")
             .env("ETCDCTL_ENDPOINTS", self.endpoint())
+            .arg("--command-timeout=60s")
             .args(arguments)
             .stdin(Stdio::null())
             .output();

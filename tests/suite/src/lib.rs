@@ -176,6 +176,20 @@ impl Host {
     }
 }
 
+/// Writes an executable file.
+///
+/// Another process writes it: a test that forks meanwhile would inherit a descriptor of ours that is open for writing,
+/// and the kernel executes no file that somebody writes (ETXTBSY).
+///
+/// # Panics
+/// When it cannot be written.
+pub fn write_program(path: &Path, contents: &[u8]) {
+    let mut writer = Command::new("/bin/sh");
+    writer.args(["-c", "cat > \"$1\" && chmod 755 \"$1\"", "sh"]).arg(path);
+    let output = feed(writer, contents);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+}
+
 /// Runs a command with `input` on stdin, reading both of its outputs.
 pub fn feed(mut command: Command, input: &[u8]) -> Output {
     let mut child =
@@ -186,6 +200,31 @@ pub fn feed(mut command: Command, input: &[u8]) -> Output {
         scope.spawn(move || drop(stdin.write_all(input)));
         child.wait_with_output().unwrap()
     })
+}
+
+/// `unshare`, which runs the command in its arguments in a network namespace of its own, as root.
+///
+/// Only root may make one without a user namespace, and containers and chroots refuse user namespaces.
+///
+/// # Panics
+/// When the kernel refuses it.
+pub fn own_network() -> Command {
+    let new = || {
+        let mut unshare = Command::new("unshare");
+        unshare.arg("--net");
+        if !rustix::process::geteuid().is_root() {
+            unshare.arg("--map-root-user");
+        }
+        unshare
+    };
+    let tried = new().arg("true").output();
+    let tried = tried.unwrap_or_else(|e| panic!("unshare: {e}: 'make test-deps' installs it"));
+    assert!(
+        tried.status.success(),
+        "this test needs a network namespace, and the kernel refuses one ({}): run it as root, outside of a chroot",
+        text(&tried.stderr).trim()
+    );
+    new()
 }
 
 /// A device for [`Host::discover`].

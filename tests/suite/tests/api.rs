@@ -110,15 +110,8 @@ impl Served {
             let at = log.split("the API is served at ").nth(1)?.split("://").nth(1)?.split('/').next()?;
             at.parse().ok()
         });
-        let there = |served: &Self, path: &str, key: &str| {
-            let answer = served.local("GET", path, "");
-            let list = (answer.status == 200).then(|| answer.json()[key].as_array().map_or(0, Vec::len));
-            list.unwrap_or_default()
-        };
         served.until("the devices to be found, and the guests to run", |served| {
-            let found =
-                there(served, "/v3/os-usb-devices", "usb_devices") == devices.matches("[[device]]").count();
-            (found && there(served, "/v3/servers", "servers") > 0).then_some(())
+            served.log().contains(" ready").then_some(())
         });
         served
     }
@@ -128,7 +121,7 @@ impl Served {
     }
 
     fn until<T>(&self, what: &str, mut look: impl FnMut(&Self) -> Option<T>) -> T {
-        let deadline = Instant::now() + Duration::from_secs(30);
+        let deadline = Instant::now() + Duration::from_secs(60);
         loop {
             if let Some(found) = look(self) {
                 return found;
@@ -442,7 +435,9 @@ fn who_may_what() {
     let disabled = events.as_array().unwrap().iter().find(|event| event["event"] == "disabled").unwrap();
     assert_eq!((&disabled["actor"], &disabled["detail"]), (&json!(null), &json!(null)), "{disabled}");
     assert!(admins.contains("lent") && !audit.contains("lent"), "{audit}");
-    let own = events.as_array().unwrap().iter().find(|event| event["project_id"] == OURS).unwrap();
+    // The release of a device may be the agent's.
+    let own = |event: &&Value| event["project_id"] == OURS && event["event"] == "claimed";
+    let own = events.as_array().unwrap().iter().find(own).unwrap();
     assert!(own["actor"].as_str().unwrap().starts_with("api "), "{own}");
 }
 
@@ -927,12 +922,12 @@ fn who_asks_too_often_is_told_to_wait_and_nobody_else_is() {
     let (loud, quiet) = (served.token("loud", OURS, "member"), served.token("quiet", OURS, "member"));
     let action = format!("/v3/servers/{ERP}/action");
     let too_often = |count, ask: &dyn Fn() -> Answer| (0..count).map(|_| ask()).find(|a| a.status == 429);
-    let told = too_often(400, &|| served.ask(&loud, "POST", &action, "{}")).unwrap();
+    let told = too_often(5000, &|| served.ask(&loud, "POST", &action, "{}")).unwrap();
     assert!(told.fault("overLimit").contains("too often: try again in"), "{told:?}");
     assert!(told.headers["retry-after"].parse::<u64>().unwrap() >= 1);
     assert_eq!(served.ask(&loud, "GET", "/v3/os-usb-devices", "").status, 200, "reading goes on");
     assert_eq!(served.ask(&quiet, "POST", &action, "{}").status, 400);
-    let guessed = too_often(100, &|| served.ask("vusb_guess", "GET", "/v3/os-usb-devices", "")).unwrap();
+    let guessed = too_often(5000, &|| served.ask("vusb_guess", "GET", "/v3/os-usb-devices", "")).unwrap();
     guessed.fault("overLimit");
     assert_eq!(served.ask(&quiet, "GET", "/v3/os-usb-devices", "").status, 200, "who has a token is let in");
 }

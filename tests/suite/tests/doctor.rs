@@ -5,7 +5,7 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 
 use serde_json::Value;
-use virt_usb_suite::{Host, device, program};
+use virt_usb_suite::{Host, device, program, write_program};
 
 /// A host on which all is well, but for what only a real machine has.
 struct Patient {
@@ -22,7 +22,7 @@ impl Patient {
         let host = Host::new(LIBVIRT);
         let hooks = host.path("hooks/qemu.d");
         fs::create_dir_all(&hooks).unwrap();
-        fs::copy(program("virt-usb-hook"), hooks.join("50-virt-usb")).unwrap();
+        write_program(&hooks.join("50-virt-usb"), &fs::read(program("virt-usb-hook")).unwrap());
         host.discover(&device("0001", "1-1", 5, "serial = 'A'"));
         let agent = fs::File::create(host.path("state/agent.lock")).unwrap();
         agent.lock().unwrap();
@@ -80,9 +80,9 @@ fn a_hook_that_libvirt_would_not_call() {
     patient.finds("hook", &["others than root may write"]);
     fs::set_permissions(&hook, fs::Permissions::from_mode(0o755)).unwrap();
     patient.is_well("hook");
-    fs::write(&hook, "#!/bin/sh\necho virt-usb-hook 0.0.1\n").unwrap();
+    write_program(&hook, b"#!/bin/sh\necho virt-usb-hook 0.0.1\n");
     patient.finds("hook", &["warning", "is version 0.0.1, this program is"]);
-    fs::write(&hook, "#!/bin/sh\n").unwrap();
+    write_program(&hook, b"#!/bin/sh\n");
     patient.finds("hook", &["broken", "it is not ours"]);
     fs::remove_file(&hook).unwrap();
     patient.finds("hook", &["broken", "there is none at", "make install-hook"]);
@@ -121,12 +121,13 @@ fn an_agent_that_runs_as_the_wrong_user_or_may_not_talk_to_libvirt() {
     open(&patient.host.path(""));
     open(&state);
     let mut agent = std::process::Command::new("setpriv")
-        .args(["--reuid=4711", "--regid=4711", "--groups=4711,4713", "flock"])
+        .args(["--reuid=4711", "--regid=4711", "--groups=4711,4713", "flock", "--no-fork"])
         .arg(&lock)
         .args(["sleep", "60"])
         .spawn()
         .unwrap();
     while patient.agent.try_lock_shared().is_ok() {
+        assert!(agent.try_wait().unwrap().is_none(), "flock of another user cannot take the lock");
         patient.agent.unlock().unwrap();
         std::thread::sleep(std::time::Duration::from_millis(20));
     }

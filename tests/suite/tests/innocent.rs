@@ -173,7 +173,7 @@ fn the_guests_of_a_user_who_may_not_read_the_state_pass() {
     let open = |path| fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
     open(host.path(""));
     let hook = host.path("hook");
-    fs::copy(virt_usb_suite::program("virt-usb-hook"), &hook).unwrap();
+    virt_usb_suite::write_program(&hook, &fs::read(virt_usb_suite::program("virt-usb-hook")).unwrap());
     for xml in innocents() {
         for (operation, sub) in OPERATIONS {
             let mut command = Command::new("setpriv");

@@ -7,38 +7,38 @@ use std::process::Command;
 use serde_json::Value;
 use virt_usb_suite::root;
 
-/// All packages that `package` is built with, itself not.
-fn closure(package: &str) -> BTreeSet<String> {
+/// What `cargo tree` prints, a package a line.
+fn tree(arguments: &[&str]) -> String {
     let output = Command::new(env!("CARGO"))
-        .args([
-            "tree",
-            "--offline",
-            "-p",
-            package,
-            "-e",
-            "normal,build",
-            "--prefix",
-            "none",
-            "--format",
-            "{p}",
-        ])
+        .args(["tree", "--offline", "--prefix", "none"])
+        .args(arguments)
         .current_dir(root())
         .output()
         .unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    let text = String::from_utf8(output.stdout).unwrap();
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// All packages that `package` is built with, itself not.
+fn closure(package: &str) -> BTreeSet<String> {
+    let text = tree(&["-p", package, "-e", "normal,build", "--format", "{p}"]);
     let names = text.lines().filter_map(|line| line.split_whitespace().next()).map(str::to_owned);
     names.filter(|name| name != package).collect()
 }
 
-fn direct(package: &str) -> BTreeSet<String> {
+/// The packages of the workspace, as `cargo metadata` describes them.
+fn members() -> Vec<Value> {
     let output = Command::new(env!("CARGO"))
         .args(["metadata", "--offline", "--no-deps", "--format-version", "1"])
         .current_dir(root())
         .output()
         .unwrap();
-    let metadata: Value = serde_json::from_slice(&output.stdout).unwrap();
-    let packages = metadata["packages"].as_array().unwrap();
+    let mut metadata: Value = serde_json::from_slice(&output.stdout).unwrap();
+    serde_json::from_value(metadata["packages"].take()).unwrap()
+}
+
+fn direct(package: &str) -> BTreeSet<String> {
+    let packages = members();
     let found =
         packages.iter().find(|p| p["name"] == package).unwrap_or_else(|| panic!("no package {package}"));
     let normal = found["dependencies"].as_array().unwrap().iter().filter(|d| d["kind"].is_null());
@@ -116,6 +116,44 @@ fn no_product_is_built_with_test_code() {
         for forbidden in ["virt-usb-harness", "virt-usb-suite", "virt-usb-bench", "proptest"] {
             assert!(!all.contains(forbidden), "{package} is built with {forbidden}");
         }
+    }
+}
+
+#[test]
+fn dependencies_are_compiled_once_for_programs_and_tests() {
+    let features = |edges: &str, excluded: &[&str]| -> BTreeSet<String> {
+        let text = tree(&[&["--workspace", "-e", edges, "--format", "{p} {f}"], excluded].concat());
+        text.lines().map(|line| line.trim_end_matches(" (*)").trim_end().to_owned()).collect()
+    };
+    // As install/build builds them, and as the tests are built.
+    let (programs, tests) =
+        (features("normal", &["--exclude", "virt-usb-bench"]), features("normal,dev", &[]));
+    let versions = |all: &BTreeSet<String>| -> BTreeSet<String> {
+        all.iter().map(|line| line.split_whitespace().take(2).collect::<Vec<_>>().join(" ")).collect()
+    };
+    let shared = versions(&programs);
+    let twice: Vec<_> = tests
+        .difference(&programs)
+        .filter(|line| shared.contains(&line.split_whitespace().take(2).collect::<Vec<_>>().join(" ")))
+        .collect();
+    assert!(
+        twice.is_empty(),
+        "tests want these with other features than programs: name the features in Cargo.toml: {twice:#?}"
+    );
+    let manifest: toml::Table = std::fs::read_to_string(root().join("Cargo.toml")).unwrap().parse().unwrap();
+    let checked: BTreeSet<String> =
+        manifest["profile"]["bench"]["package"].as_table().unwrap().keys().cloned().collect();
+    let all: BTreeSet<String> = members().iter().map(|p| p["name"].as_str().unwrap().to_owned()).collect();
+    assert_eq!(checked, all, "profile.bench.package in Cargo.toml names every package of the workspace");
+}
+
+#[test]
+fn no_test_puts_another_program_in_place_of_the_one_that_is_shipped() {
+    for package in members() {
+        let kinds: BTreeSet<&str> =
+            package["targets"].as_array().unwrap().iter().filter_map(|t| t["kind"][0].as_str()).collect();
+        let both = kinds.contains("bin") && kinds.contains("test");
+        assert!(!both, "{} has programs and a folder tests: its tests go to tests/suite", package["name"]);
     }
 }
 

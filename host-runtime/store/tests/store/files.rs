@@ -41,7 +41,10 @@ fn run(wrapper: &[&str], state: &Path) -> (String, String) {
     let folder = tempfile::tempdir().unwrap();
     open(folder.path());
     let program = folder.path().join("child");
-    fs::copy(std::env::current_exe().unwrap(), &program).unwrap();
+    // By another process: a test that forks meanwhile would inherit a descriptor of ours that is open for writing, and
+    // the kernel executes no file that somebody writes.
+    let copied = Command::new("cp").arg(std::env::current_exe().unwrap()).arg(&program).status().unwrap();
+    assert!(copied.success());
     let output = Command::new(wrapper[0])
         .args(&wrapper[1..])
         .arg(&program)

@@ -1,9 +1,5 @@
 //! Which calls follow which, against libvirt's qemu driver.
-#![allow(clippy::unwrap_used, clippy::panic, reason = "a test may fail")]
-
-mod common;
-
-use common::{domain, folder, recorded, recorder};
+use super::common::{domain, folder, recorded, recorder};
 use virt_usb_harness::{Caller, Cycle, Domain, Hooks, Outcome, OutputFate, Played, Player, Script, Settings};
 
 const HOSTDEV: &str = "<hostdev mode='subsystem' type='usb'/>";

@@ -1,13 +1,9 @@
 //! Several hooks, against libvirt's virHookCall.
-#![allow(clippy::unwrap_used, clippy::panic, reason = "a test may fail")]
-
-mod common;
-
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
-use common::{folder, script};
+use super::common::{folder, script};
 use virt_usb_harness::{Chained, Hooks, Request, Script, Settings};
 
 fn call(dir: &Path, op: &str, filter: bool) -> Chained {

@@ -131,8 +131,8 @@ fn interface(device: &str, name: &str, class: [&str; 3], driver: &str) -> String
 
 /// The recorded compute host; umockdev-record leaves the interfaces out, the second file has them as its kernel shows them.
 fn compute_host() -> String {
-    let recorded = include_str!("../../tests/fixtures/compute-host.umockdev");
-    let interfaces = include_str!("../../tests/fixtures/compute-host-interfaces.umockdev");
+    let recorded = include_str!("../../fixtures/compute-host.umockdev");
+    let interfaces = include_str!("../../fixtures/compute-host-interfaces.umockdev");
     format!("{recorded}\n{interfaces}")
 }
 

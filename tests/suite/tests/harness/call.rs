@@ -1,12 +1,8 @@
 //! One call, against what libvirt's virCommandRun does.
-#![allow(clippy::unwrap_used, clippy::panic, reason = "a test may fail")]
-
-mod common;
-
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use common::{folder, raw_script, script};
+use super::common::{folder, raw_script, script};
 use virt_usb_harness::{Answer, Call, Exit, Hang, Settings, call};
 
 fn made<'a>(hook: &Path, stdin: &'a [u8]) -> Call<'a> {
@@ -52,7 +48,7 @@ fn a_named_variable_is_kept() {
     let dir = folder();
     let hook = script(&dir.path().join("qemu"), "echo \"$CARGO_PKG_NAME\"");
     let settings = Settings { keep_env: vec!["CARGO_PKG_NAME".into()], ..Settings::default() };
-    assert_eq!(printed(&call(&made(&hook, b""), &settings).unwrap()), "virt-usb-harness\n");
+    assert_eq!(printed(&call(&made(&hook, b""), &settings).unwrap()), concat!(env!("CARGO_PKG_NAME"), "\n"));
 }
 
 #[test]
@@ -109,10 +105,10 @@ fn a_signal_is_named() {
 #[test]
 fn a_hook_that_does_not_end_is_ended() {
     let begun = Instant::now();
-    let (answer, message) = answer("echo begun; sleep 60", b"", 2.0);
+    let (answer, message) = answer("echo begun; sleep 600", b"", 10.0);
     assert_eq!((answer.exit, answer.hang), (Exit::Signal(9), Some(Hang::StillRunning)));
     assert_eq!(printed(&answer), "begun\n");
-    assert!(begun.elapsed() < Duration::from_secs(20));
+    assert!(begun.elapsed() < Duration::from_secs(500));
     assert!(message.unwrap().contains("libvirt would wait for ever"));
 }
 
@@ -126,7 +122,7 @@ fn a_hook_that_closes_its_outputs_and_goes_on_is_waited_for() {
 #[test]
 fn a_grandchild_that_holds_the_pipes_is_found_out() {
     let begun = Instant::now();
-    let (answer, message) = answer("sleep 60 & echo $!; exit 0", b"", 3.0);
+    let (answer, message) = answer("sleep 600 & echo $!; exit 0", b"", 10.0);
     assert_eq!((answer.exit, answer.hang), (Exit::Code(0), Some(Hang::PipesHeld)));
     assert!(!answer.succeeded());
     assert!(
@@ -134,7 +130,7 @@ fn a_grandchild_that_holds_the_pipes_is_found_out() {
             .unwrap()
             .contains("a child of the hook still holds stdout/stderr open: libvirt would hang here")
     );
-    assert!(begun.elapsed() < Duration::from_secs(20));
+    assert!(begun.elapsed() < Duration::from_secs(500));
     let pid = printed(&answer).trim().to_owned();
     let gone = || {
         let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();

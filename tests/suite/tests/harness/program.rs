@@ -1,13 +1,9 @@
 //! hook-harness as an operator runs it: scenarios, exit statuses, the story and the document.
-#![allow(clippy::unwrap_used, clippy::panic, reason = "a test may fail")]
-
-mod common;
-
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-use common::{domain, folder, recorded, recorder, script};
+use super::common::{domain, folder, recorded, recorder, script};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -37,7 +33,7 @@ impl Bench {
     }
 
     fn run(&self, args: &[&str]) -> Output {
-        Command::new(env!("CARGO_BIN_EXE_hook-harness"))
+        Command::new(virt_usb_suite::program("hook-harness"))
             .current_dir(self.dir.path())
             .args(["--hook", "hook", "--virt-usb", "virt-usb"])
             .args(args)
@@ -292,8 +288,8 @@ fn a_stored_flavor_is_looked_up() {
 
 #[test]
 fn a_hang_is_told_whatever_was_expected() {
-    let bench = Bench::new("[ \"$2\" != prepare ] || sleep 60 & true");
-    let (document, status) = bench.json(&["start", "a.xml", "--expect", "veto", "--timeout", "3"]);
+    let bench = Bench::new("[ \"$2\" != prepare ] || sleep 600 & true");
+    let (document, status) = bench.json(&["start", "a.xml", "--expect", "veto", "--timeout", "10"]);
     assert_eq!(status, 1);
     let problem = document["plays"][0]["problem"].as_str().unwrap();
     assert!(problem.contains("libvirt would hang here"), "{problem}");
@@ -301,7 +297,7 @@ fn a_hang_is_told_whatever_was_expected() {
 
 #[test]
 fn the_example_is_a_scenario() {
-    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/two-guests.toml");
+    let file = virt_usb_suite::root().join("tests/harness/examples/two-guests.toml");
     let scenario = virt_usb_harness::Scenario::load(&file).unwrap();
     assert!(scenario.needs_product() && scenario.is_simulated());
     assert_eq!(scenario.domains.len(), 2);

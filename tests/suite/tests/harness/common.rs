@@ -1,10 +1,6 @@
 //! Hooks written in shell, for the tests of the harness.
-#![allow(dead_code, reason = "each test file uses its part")]
-#![allow(clippy::unwrap_used, reason = "a test may fail")]
 
-use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 
 use tempfile::TempDir;
 
@@ -14,9 +10,6 @@ pub(crate) fn folder() -> TempDir {
 }
 
 /// Writes an executable shell script.
-///
-/// Another process writes it: a test that forks meanwhile would inherit a descriptor of ours that is open for writing,
-/// and the kernel executes no file that somebody writes.
 pub(crate) fn script(path: &Path, body: &str) -> PathBuf {
     std::fs::create_dir_all(path.parent().unwrap()).unwrap();
     raw_script(path, &format!("#!/bin/sh\n{body}\n"))
@@ -24,14 +17,7 @@ pub(crate) fn script(path: &Path, body: &str) -> PathBuf {
 
 /// The same without `#!`.
 pub(crate) fn raw_script(path: &Path, text: &str) -> PathBuf {
-    let mut writer = Command::new("/bin/sh")
-        .args(["-c", "cat > \"$1\" && chmod 755 \"$1\"", "sh"])
-        .arg(path)
-        .stdin(Stdio::piped())
-        .spawn()
-        .unwrap();
-    writer.stdin.take().unwrap().write_all(text.as_bytes()).unwrap();
-    assert!(writer.wait().unwrap().success());
+    virt_usb_suite::write_program(path, text.as_bytes());
     path.to_owned()
 }
 
