@@ -3,28 +3,28 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 
 CARGO := cargo
-# The hook starts twice as fast when nothing has to be linked at run time. Only its last step is told so: the same
-# flag for everything would break proc-macros and libusb.
-STATIC_HOOK := $(CARGO) rustc --release -p virt-usb-hook --bin virt-usb-hook -- -C target-feature=+crt-static -C lto=fat -C codegen-units=1
+# Each target below is a step: 'tests/step' runs it, and reports it where 'make test' runs many.
+STEP := tests/step
+# The way to the end of 'make test' is the build, then the nested host: what is run beside them yields to them.
+BESIDE := $(STEP) --beside
+# Tests are built with the profile "bench" of Cargo.toml, which shares its dependencies with the programs.
+TESTS := --profile bench --workspace
 
-.PHONY: help deps test-deps bench-deps build filter run test lint suite corpus conformance embedding nova portal tempest foreign live live-nested packages bench fuzz soak install install-hook install-agent deb clean
+.PHONY: help deps test-deps bench-deps build filter run test check steps-test steps-check tests lint corpus suite story \
+	conformance embedding nova portal tempest live live-nested packages bench fuzz soak install install-hook install-agent deb clean
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 deps: ## install what building needs (apt)
-	@install/deps
-test-deps: ## install what the tests need as well (apt)
-	@install/deps test
+	@$(STEP) $@ "install what building needs" install/deps
+test-deps: deps ## install what the tests need as well (apt)
+	@$(STEP) $@ "install what the tests need" install/deps test
 bench-deps: ## install what the figures need as well (apt)
 	@install/deps bench
 
 build: deps ## the programs, in target/release
-	@echo "== building (the first time takes some minutes)"
-	@$(CARGO) build --release --workspace --bins
-	@$(STATIC_HOOK)
-	@filter-wasm/build
-	@target/release/virt-usb manual target/manual --date "$$(date -u -d "$$(sed -n '/^ -- /{s/.*>  //p;q}' debian/changelog)" +%F)"
+	@$(STEP) $@ "build the programs (some minutes the first time)" install/build
 
 filter: deps ## the scheduler's filter, as a component and as a core module
 	@filter-wasm/build
@@ -32,56 +32,68 @@ filter: deps ## the scheduler's filter, as a component and as a core module
 run: build ## the main job as a story, on this machine's devices or a recorded host's
 	@tests/story/run
 
-test: test-deps lint build corpus suite foreign live live-nested packages ## everything that a change must pass
+# --- Tests. 'make test' and 'make check' run these steps several at a time; each can be made alone.
 
-lint:
-	@echo "== formatting and lints"
-	@$(CARGO) fmt --all --check
-	@$(CARGO) clippy --workspace --all-targets --features virt-usb-filter/component,virt-usb-filter/module -- -D warnings
+test: ## everything that a change must pass (20 minutes the first time)
+	@$(STEP) --all steps-test
+check: ## the inner loop: formatting, lints, unit, property and process tests (3 minutes)
+	@$(STEP) --all steps-check
 
-corpus: test-deps
-	@tests/corpus/fetch
+# The longest is named first: make starts steps in this order, as soon as what they need is there.
+steps-test: live-nested tests suite lint packages tempest nova conformance portal embedding live story
+steps-check: tests suite lint
 
-suite: build
-	@echo "== tests"
-	@$(CARGO) test --workspace --no-fail-fast
-	@tests/story/run > target/story.txt && echo "== the story of 'make run' was told: target/story.txt"
+# Below 'make test', what waits for cargo's lock anyway is not started beside what holds it, and what is fetched is
+# fetched while the programs are built.
+ifdef STEPS_BEGAN
+lint: tests
+# apt is not run twice at a time.
+deb: test-deps
+live-nested: fetch-live
+packages tempest nova conformance portal embedding: %: fetch-%
+endif
+
+fetch-%: test-deps
+	@$(BESIDE) $@ "fetch what '$*' takes from package registries" tests/$*/run fetch
+
+tests: test-deps build ## build the tests
+	@$(BESIDE) $@ "build the tests" $(CARGO) test $(TESTS) --no-run
+
+suite: test-deps build tests corpus ## unit, property and process tests
+	@$(BESIDE) $@ "run the unit, property and process tests" tests/suite/run
+
+lint: test-deps ## formatting and lints
+	@$(BESIDE) $@ "check formatting and lints" tests/lint
+
+corpus: test-deps ## fetch the domain files of libvirt's own tests
+	@$(BESIDE) $@ "fetch the domain files of libvirt's own tests" tests/corpus/fetch
+
+story: test-deps build ## 'make run' as a test
+	@$(BESIDE) $@ "run the story of 'make run'" tests/story/run
 
 conformance: test-deps build ## the API against its own description (brings schemathesis from PyPI)
-	@echo "== the API against its description"
-	@tests/conformance/run
+	@$(BESIDE) $@ "compare the API with its description" tests/conformance/run
 
-embedding: build ## the filter in Python and JavaScript (brings wasmtime from PyPI and jco from npm)
-	@echo "== the filter in other languages"
-	@tests/embedding/run
+embedding: test-deps build ## the filter in Python and JavaScript (brings wasmtime from PyPI and jco from npm)
+	@$(BESIDE) $@ "use the filter from Python and JavaScript" tests/embedding/run
 
 nova: test-deps build ## the filter in Nova's own scheduler (brings nova from PyPI)
-	@echo "== the filter in OpenStack Nova"
-	@tests/nova/run
+	@$(BESIDE) $@ "use the filter in OpenStack Nova" tests/nova/run
 
 tempest: test-deps build ## the API under a real Keystone, by Tempest and the openstack command (brings them from PyPI)
-	@echo "== the API under Keystone"
-	@tests/tempest/run
-
-# Each of them waits much: two at once.
-foreign: test-deps build
-	@$(MAKE) --no-print-directory -j2 -o build -o test-deps tempest nova conformance portal embedding
+	@$(BESIDE) $@ "use the API with Keystone, Tempest and the openstack command" tests/tempest/run
 
 portal: test-deps build ## users of the portal in a real Chromium (brings playwright-core and axe-core from npm)
-	@echo "== the portal in Chromium"
-	@tests/portal/run
+	@$(BESIDE) $@ "use the portal in Chromium" tests/portal/run
 
-live: build ## real libvirtd and real guests on this machine (root)
-	@echo "== libvirtd and guests on this machine"
-	@tests/live/run machine
+live: test-deps build ## real libvirtd and real guests on this machine (root)
+	@$(BESIDE) $@ "start guests with libvirtd on this machine" tests/live/run machine
 
-live-nested: test-deps deb ## a compute host in a VM, with real USB devices (root; a quarter of an hour)
-	@echo "== a compute host in a VM, with real USB devices (a quarter of an hour; a line a case)"
-	@tests/live/run nested
+live-nested: test-deps deb ## a compute host in a VM, with real USB devices (root)
+	@$(STEP) $@ "pass USB devices to guests on a compute host in a VM" tests/live/run nested
 
-packages: test-deps deb ## the Debian package in clean Debians 12 and 13 (root)
-	@echo "== the package in clean Debians"
-	@tests/packages/run
+packages: test-deps deb ## the Debian package in clean Debians (root)
+	@$(BESIDE) $@ "install the package in clean Debians" tests/packages/run
 
 bench: bench-deps build embedding ## the figures of BENCHMARKS.md
 	@target/release/virt-usb-bench
@@ -93,18 +105,17 @@ fuzz: ## ten minutes of each fuzz target (installs cargo-fuzz)
 
 soak: test-deps build corpus ## what takes longer than a change may: many more random runs
 	@echo "== long property tests"
-	@PROPTEST_CASES=20000 $(CARGO) test --release --workspace
+	@PROPTEST_CASES=20000 tests/suite/run --timeout 7200
 	@echo "== etcd's cluster under 20 times so many faults"
-	@FLEET_ROUNDS=20 FLEET_SEED=100 $(CARGO) test -p virt-usb-suite --test fleet whatever_befalls -- --nocapture
+	@FLEET_ROUNDS=20 FLEET_SEED=100 tests/suite/run --timeout 7200 fleet
 	@echo "== 200 kills in the VM"
-	@tests/live/run nested --case crash.random_moments --kills 200
+	@tests/live/run nested --case crash.random_moments --kills 200 --cpus 2
 
 install: ## what was built to where it belongs, below DESTDIR; a package is made of it
 	@install/place command hook config agent
 
 deb: build ## a Debian package, in target/deb
-	@install/deps deb
-	@install/deb
+	@$(STEP) $@ "make the Debian package" sh -c "install/deps deb && install/deb"
 
 install-hook: build ## put the hook where libvirt calls it (root)
 	@install/hook

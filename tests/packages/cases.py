@@ -142,7 +142,7 @@ def agent_starts(root):
     """With devices and guests of a file; as its unit would have it otherwise."""
     command = "setpriv --reuid virt-usb --regid virt-usb --clear-groups virt-usbd --config /packages/agent.toml --sim /packages/host.toml"
     root.must("sh", "-c", f"{command} < /dev/null > /run/agent.log 2>&1 & echo $! > /run/agent.pid")
-    for _ in range(100):
+    for _ in range(600):
         if "ready" in root.file("/run/agent.log").read_text():
             return
         time.sleep(0.1)
@@ -153,7 +153,7 @@ def ends(root, file, log, signal="TERM"):
     """Ends the program whose process id is in a file, and waits until it has."""
     pid = root.file(file).read_text().strip()
     root.must("kill", f"-{signal}", pid)
-    for _ in range(200):
+    for _ in range(600):
         # Nobody waits for what was left alone: it stays as a zombie.
         if root.run("sh", "-c", f"grep -q '^State:.[^Z]' /proc/{pid}/status").status:
             return
@@ -168,7 +168,7 @@ def agent_stops(root):
 def held(root):
     """Which claim the simulated guest has, once its device is in it. A simulated guest lives in its agent, and gets its device from each anew:
     the claim is what outlives it. Real guests over a restart are tests/live's."""
-    for _ in range(100):
+    for _ in range(600):
         said = root.run("virt-usb", "--config", "/packages/agent.toml", "claims", "--json")
         found = json.loads(said.out) if said.status == 0 else []
         if [claim["state"] for claim in found] == ["allocated"]:
@@ -260,7 +260,7 @@ def libvirtd(root, keys):
     said = root.run("sh", "-c", "unshare --net libvirtd --daemon < /dev/null > /run/libvirtd.log 2>&1")
     if said.status:
         raise Failure(f"libvirtd does not start: {root.file('/run/libvirtd.log').read_text()}")
-    for _ in range(100):
+    for _ in range(600):
         if root.file("/run/libvirt/libvirt-sock").exists():
             return
         time.sleep(0.1)
@@ -274,7 +274,7 @@ def virsh(root, *words, groups="--clear-groups"):
 
 def until(root, holds):
     """polkit reads its rules anew some moments after they have changed."""
-    for _ in range(50):
+    for _ in range(300):
         if holds():
             return
         time.sleep(0.2)
@@ -286,8 +286,8 @@ def polkit(root):
     daemons(root)
     rule = root.file("/usr/share/polkit-1/rules.d/50-virt-usb.rules")
     libvirtd(root, "")
-    said = virsh(root, "list", "--all")
-    check(said.status == 0, f"the agent's user is not let in:\n{said}")
+    # polkit is started in the background: it may not answer yet.
+    until(root, lambda: virsh(root, "list", "--all").status == 0)
     # Without the rule it would not be, with the group in its process or without it: polkit looks into the user database.
     away = rule.rename(rule.with_suffix(".away"))
     for groups in ("--clear-groups", "--groups=libvirt"):
@@ -298,6 +298,8 @@ def polkit(root):
     allowed = set(re.findall(r'"(org\.libvirt\.[a-z.-]+)"', rule.read_text()))
     root.must("sh", "-c", "setpriv --reuid virt-usb --regid virt-usb --clear-groups sleep 600 < /dev/null > /dev/null 2>&1 & echo $! > /run/agent.pid")
     agent = root.file("/run/agent.pid").read_text().strip()
+    # Before, it is root's shell.
+    until(root, lambda: root.run("cat", f"/proc/{agent}/comm").out == "sleep\n")
     actions = set()
     for policy in root.file("/usr/share/polkit-1/actions").glob("org.libvirt.*.policy"):
         actions |= set(re.findall(r'<action id="([^"]+)"', policy.read_text()))
@@ -387,3 +389,14 @@ CASES = [
     ("purged but for the data", purged),
     ("installed again, and removed with the data", again),
 ]
+
+
+def too_new(root):
+    root.must("apt-get", "-qq", "update")
+    said = root.refused("apt-get", "-qq", "-y", "--no-install-recommends", "install", "/packages/virt-usb.deb")
+    check("virt-usb : Depends:" in said.all, f"apt does not name what is missing:\n{said}")
+    check(root.run("dpkg-query", "-W", "virt-usb").status != 0, "a part of the package is there")
+
+
+# Where the Debian is older than the one that the package was built on.
+OLDER = [("a package that was built on a newer Debian is refused as a whole", too_new)]

@@ -5,8 +5,10 @@ import { createRequire } from "node:module";
 import os from "node:os";
 import path from "node:path";
 import { setTimeout as sleep } from "node:timers/promises";
+import { fileURLToPath } from "node:url";
 
-const root = path.resolve(import.meta.dirname, "../..");
+// Not import.meta.dirname, which Debian 12's Node does not know.
+const root = path.resolve(path.dirname(fileURLToPath(import.meta.url)), "../..");
 const require = createRequire(path.join(root, ".cache/portal/package.json"));
 const { chromium } = require("playwright-core");
 const axe = fs.readFileSync(require.resolve("axe-core/axe.min.js"), "utf8");
@@ -15,7 +17,7 @@ export function expect(truth, what) {
     if (!truth) throw new Error(`wanted: ${what}`);
 }
 
-export async function until(what, look, seconds = 20) {
+export async function until(what, look, seconds = 60) {
     const end = Date.now() + seconds * 1000;
     for (;;) {
         const found = await look();
@@ -113,7 +115,7 @@ export class User {
         return (await this.page.locator("main").innerText()).replace(/[ \t]+/g, " ");
     }
 
-    async sees(text, seconds = 20) {
+    async sees(text, seconds = 60) {
         await until(`${JSON.stringify(text)} on ${this.page.url()}`, async () => (await this.text().catch(() => "")).includes(text), seconds)
             .catch(async e => { throw new Error(`${e.message}; there is:\n${await this.text()}`); });
     }
