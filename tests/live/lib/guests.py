@@ -87,4 +87,6 @@ class Guest:
                 text = file.read()
         except FileNotFoundError:
             return []
-        return [line.split()[1] for line in text.splitlines() if line.startswith("BOOTED-FROM ") and len(line.split()) > 1]
+        # The boot code writes byte by byte: the last line may not be whole yet.
+        lines = text.split("\n")[:-1]
+        return [line.split()[1] for line in lines if line.startswith("BOOTED-FROM ") and len(line.split()) > 1]

@@ -13,7 +13,7 @@ class Host:
 
     def __init__(self, w):
         self.live = {name: w.virsh.hostdevs(name) for name in w.virsh.running()}
-        self.uuids = {name: w.virsh.must("domuuid", name, quiet=True).strip() for name in self.live}
+        self.uuids = {name: w.virsh.uuid(name) for name in self.live}
         self.claims = w.product.claims()
         self.devices = [d for d in w.product.devices() if not d["deleted"]]
         self.plugged = {g.serial: (g.address(), g.port()) for g in w.drawer.plugged()}

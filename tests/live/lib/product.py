@@ -18,6 +18,8 @@ AGENT_LOG = LOGS / "agent.log"
 STATE = Path("/var/lib/virt-usb")
 AGENT = Path("/usr/sbin/virt-usbd")
 USER = "virt-usb"
+# The agent's waits, in seconds; a case that shows the defaults sets these to None.
+SHORT_WAITS = {"absent_grace": 3, "undefined_grace": 6, "recheck_delay": 2}
 
 
 class Product:
@@ -64,9 +66,9 @@ class Product:
             log.chmod(0o666)
 
     def configure(self, **keys):
-        # What a default is belongs to the product: only what a case wants to be different is written.
-        keys = {"log": str(HOOK_LOG)} | keys
-        CONFIG.write_text("".join(f"{key} = {toml(value)}\n" for key, value in keys.items()))
+        """Writes the configuration: what a case names, and shorter waits. A key that is None has its default."""
+        keys = {"log": str(HOOK_LOG)} | SHORT_WAITS | keys
+        CONFIG.write_text("".join(f"{key} = {toml(value)}\n" for key, value in keys.items() if value is not None))
 
     def __call__(self, *words, timeout=60, quiet=False):
         return run("virt-usb", *words, timeout=timeout, quiet=quiet)

@@ -1,9 +1,22 @@
-"""libvirt as an operator sees it."""
+"""libvirt as an operator sees it.
 
+What a case shows of libvirt is done with virsh. What it needs beside that (a guest defined, started, ended, looked at) goes
+through one connection to libvirt: under emulation each virsh takes half a second.
+"""
+
+import time
 import xml.etree.ElementTree as ElementTree
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from .shell import must, run
+import libvirt
+
+from .shell import Failure, must, run, transcript
+
+# Of one question, in seconds; and of a libvirtd that is being started.
+TIMEOUT = 60
+# Errors are raised, and not printed as well.
+libvirt.registerErrorHandler(lambda *_: None, None)
 
 
 @dataclass(frozen=True)
@@ -20,9 +33,58 @@ class Hostdev:
 
 
 class Virsh:
-    def __init__(self, prefix=()):
-        # What brings a command into another libvirtd's world: the second host of a migration.
-        self.prefix = tuple(prefix)
+    def __init__(self, prefix=(), uri="qemu:///system"):
+        # What brings a command into another libvirtd's world, and where that answers: the second host of a migration.
+        self.prefix, self.uri = tuple(prefix), uri
+        self._connection = None
+        # A libvirtd that hangs must not hang the case.
+        self._asks = ThreadPoolExecutor(4)
+
+    def ask(self, question):
+        """What libvirt answers; None where there is no such domain."""
+        try:
+            return self._answer(question)
+        except libvirt.libvirtError as error:
+            if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
+                return None
+            raise Failure(f"libvirt: {error}") from None
+
+    def act(self, what, name, deed):
+        """Does something to a domain, and takes no failure."""
+        try:
+            self._answer(lambda connection: deed(connection.lookupByName(name)))
+            transcript.append(f"$ {what} {name}")
+        except libvirt.libvirtError as error:
+            raise Failure(f"{what} {name}: {error}") from None
+
+    def start(self, name):
+        self.act("start", name, lambda domain: domain.create())
+
+    def destroy(self, name):
+        self.act("destroy", name, lambda domain: domain.destroy())
+
+    def undefine(self, name):
+        self.act("undefine", name, lambda domain: domain.undefineFlags(libvirt.VIR_DOMAIN_UNDEFINE_MANAGED_SAVE))
+
+    def _answer(self, question):
+        """A libvirtd that has ended, or starts, is connected to again."""
+        end = time.monotonic() + TIMEOUT
+        while True:
+            try:
+                return self._asks.submit(self._ask, question).result(TIMEOUT)
+            except TimeoutError:
+                raise Failure(f"libvirt does not answer within {TIMEOUT} s") from None
+            except libvirt.libvirtError as error:
+                unconnected = error.get_error_domain() == libvirt.VIR_FROM_RPC or error.get_error_code() == libvirt.VIR_ERR_NO_CONNECT
+                if not unconnected or time.monotonic() > end:
+                    raise
+                self._connection = None
+                time.sleep(0.2)
+
+    def _ask(self, question):
+        if self._connection is None:
+            self._connection = libvirt.open(self.uri)
+        return question(self._connection)
 
     def __call__(self, *words, timeout=60, quiet=False):
         return run(*self.prefix, "virsh", "-q", *words, timeout=timeout, quiet=quiet)
@@ -31,10 +93,7 @@ class Virsh:
         return must(*self.prefix, "virsh", "-q", *words, timeout=timeout, quiet=quiet).out
 
     def define(self, guest):
-        path = f"/tmp/{guest.name}.xml"
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(guest.xml())
-        self.must("define", path)
+        self.ask(lambda connection: connection.defineXML(guest.xml()))
 
     def attach(self, name, device_xml, *flags):
         return self._device("attach-device", name, device_xml, flags)
@@ -48,17 +107,22 @@ class Virsh:
             file.write(device_xml)
         return self(verb, name, path, *flags)
 
-    def names(self, *flags):
-        return self.must("list", "--name", *flags, quiet=True).split()
+    def names(self):
+        """All that are defined or run."""
+        return self.ask(lambda connection: [domain.name() for domain in connection.listAllDomains()])
 
     def running(self):
         """Guests that have a QEMU, paused ones too."""
-        return self.names()
+        active = libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE
+        return self.ask(lambda connection: [domain.name() for domain in connection.listAllDomains(active)])
 
-    def xml(self, name, *flags):
-        """None: there is no such domain (any more)."""
-        answer = self("dumpxml", name, *flags, quiet=True)
-        return answer.out if answer.ok else None
+    def xml(self, name, inactive=False):
+        """The live XML, or the definition's; None: there is no such domain (any more)."""
+        flags = libvirt.VIR_DOMAIN_XML_INACTIVE if inactive else 0
+        return self.ask(lambda connection: connection.lookupByName(name).XMLDesc(flags))
+
+    def uuid(self, name):
+        return self.ask(lambda connection: connection.lookupByName(name).UUIDString())
 
     def hostdevs(self, name):
         """The USB devices in the live XML."""

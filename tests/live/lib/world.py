@@ -64,10 +64,10 @@ class World:
         self.bare = bare
 
     def _remove_guests(self):
+        for name in self.virsh.running():
+            self.virsh.destroy(name)
         for name in self.virsh.names():
-            self.virsh.must("destroy", name)
-        for name in self.virsh.names("--all"):
-            self.virsh.must("undefine", name, "--managed-save")
+            self.virsh.undefine(name)
         for serial in Path("/tmp").glob("*.serial"):
             serial.unlink()
 
@@ -78,10 +78,10 @@ class World:
         return guest
 
     def start(self, guest):
-        self.virsh.must("start", guest.name)
+        self.virsh.start(guest.name)
 
     def destroy(self, guest):
-        self.virsh.must("destroy", guest.name)
+        self.virsh.destroy(guest.name)
 
     def gone(self, guest):
         until(lambda: guest.name not in self.virsh.running(), f"{guest.name} to be off")
@@ -103,7 +103,7 @@ class World:
         """The device is in the guest's live XML with the address of now."""
         return any(h.address == stick.address() for h in self.virsh.hostdevs(guest.name))
 
-    def allocated(self, guest, stick, seconds=20):
+    def allocated(self, guest, stick, seconds=60):
         """Waits until the agent has given it to the guest, and both sides say so."""
         until(lambda: self.holds(guest, stick) and self.has_live(guest, stick), f"{stick.serial} to be allocated to {guest.name}", seconds)
 

@@ -19,7 +19,7 @@ class SecondHost:
         self.holder = subprocess.Popen(["unshare", "--mount", "--uts", script], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
         expect(self.holder.stdout.readline() == "ready\n", "the second host to be made")
         self.prefix = ["nsenter", "--target", str(self.holder.pid), "--mount", "--uts", "--"]
-        self.virsh = Virsh(self.prefix)
+        self.virsh = Virsh(self.prefix, URI)
         self.agent = Agent(self.prefix)
         self.libvirtd = Libvirtd(self.prefix, socket="/run/second/libvirt-sock", options=["--pid-file", "/run/second/libvirtd.pid"])
 

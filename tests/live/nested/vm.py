@@ -1,6 +1,8 @@
 """The nested compute host: a VM whose root is the machine's own, read-only, below a layer in memory."""
 
+import ctypes
 import shutil
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -9,16 +11,23 @@ from nested.kernel import Kernel
 
 # The first boot asks QEMU for its capabilities; each later one finds the answer here.
 KEPT = "capabilities"
+# Without AVX and without fast string instructions: what programs choose instead is emulated in half the time.
+CPU = "Nehalem"
 # It is a test machine: nothing that costs time and protects nobody.
 KERNEL_WORDS = (
     "console=ttyS0 quiet mitigations=off nokaslr tsc=reliable no_timer_check audit=0 apparmor=0 random.trust_cpu=on "
-    "cryptomgr.notests net.ifnames=0 panic=-1"
+    "cryptomgr.notests net.ifnames=0 panic=-1 norandmaps"
 )
 
 
+def end_with_parent():
+    """Run in a child before it becomes its program: the kernel kills it when this process is gone."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
 class Nested:
-    def __init__(self, repo, cache, say):
-        self.repo, self.cache, self.say = Path(repo), Path(cache), say
+    def __init__(self, repo, cache, say, cpus=1):
+        self.repo, self.cache, self.say, self.cpus = Path(repo), Path(cache), say, cpus
         self.share = self.cache / "share"
         self.kernel = Kernel(self.cache, self.repo / "tests/live/nested/init")
 
@@ -28,7 +37,7 @@ class Nested:
         self._lay_out(words, limit)
         began = time.monotonic()
         with open(self.cache / "qemu.log", "w", encoding="utf-8") as log:
-            vm = subprocess.Popen(self._command(), stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+            vm = subprocess.Popen(self._command(), stdin=subprocess.DEVNULL, stdout=log, stderr=log, preexec_fn=end_with_parent)
             try:
                 self._follow(vm, limit + 90)
             finally:
@@ -59,9 +68,9 @@ class Nested:
             return ["-virtfs", f"local,path={path},mount_tag={tag},security_model=none,multidevs=remap{mode}"]
 
         return [
-            "nice", "-n", "5", "qemu-system-x86_64",
+            "qemu-system-x86_64",
             "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
-            "-machine", "q35", "-accel", "tcg,thread=multi,tb-size=512", "-cpu", "max", "-smp", "2", "-m", "1536",
+            "-machine", "q35", "-accel", "tcg,thread=multi,tb-size=512", "-cpu", CPU, "-smp", str(self.cpus), "-m", "1536",
             "-kernel", self.kernel.image, "-initrd", self.kernel.initramfs, "-append", KERNEL_WORDS,
             "-serial", f"file:{self.cache / 'console.log'}",
             # A real hub with a device behind it: dummy_hcd can make neither.
