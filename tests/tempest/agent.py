@@ -145,6 +145,10 @@ class Agent:
         assert answer.status < 300, answer
         return answer.json
 
+    def servers(self) -> dict[str, str]:
+        """The status of each guest, by its name."""
+        return {one["name"]: one["status"] for one in self.local("GET", "servers")["servers"]}
+
     def ask(self, token: str, method: str, path: str, body: Any = None) -> Answer:
         """What it answers to whoever has this token."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+import time
 import unittest
 from collections.abc import Callable
 from pathlib import Path
@@ -46,7 +47,7 @@ class Keystone(unittest.TestCase):
         guests = [{"name": "erp", "uuid": ERP, "project": cls.projects["erp"]}, {"name": "crm", "uuid": CRM, "project": cls.projects["crm"]}]
         cls.agent = cls.cloud.agent
         cls.agent.write_domains(guests)
-        cls.until(lambda: len(cls.agent.local("GET", "servers")["servers"]) == 2)
+        cls.until(lambda: cls.agent.servers() == {"erp": "ACTIVE", "crm": "ACTIVE"})
 
     @classmethod
     def until(cls, is_so: Callable[[], bool]) -> None:
@@ -171,11 +172,15 @@ class Keystone(unittest.TestCase):
         member, other = self.of("erp-member", "erp"), self.of("crm-member", "crm")
         made = self.agent.virt_usb("--json", "token", "add", "local", "--project", "p", "--role", "admin")
         local = json.loads(made.stdout)["token"]
+        asked = time.monotonic()
         self.assertEqual(self.look(member), 200)
         before = self.agent.log().count(SAID)
         self.cloud.stop_keystone()
         try:
-            self.assertEqual(self.look(member), 200, "it was vouched for a moment ago")
+            looked = self.look(member)
+            # On a slow machine the answer may be older than that by now.
+            if time.monotonic() - asked < CACHE:
+                self.assertEqual(looked, 200, "it was vouched for a moment ago")
             for _ in range(3):
                 refused = self.attach(member)
                 self.assertEqual((refused.status, refused.headers["Retry-After"]), (503, "5"), refused)
@@ -187,7 +192,7 @@ class Keystone(unittest.TestCase):
             found = self.doctor()
             self.assertEqual([(level, "cannot be asked" in what) for level, what in found], [("warning", True)], found)
             # And with tokens that end soon.
-            self.cloud.start_keystone(expiration=4)
+            self.cloud.start_keystone(expiration=15)
             brief = self.of("erp-member", "erp")
             self.assertEqual(self.look(brief), 200)
             self.assertIn("answers again", self.agent.log())

@@ -95,10 +95,20 @@ class UsbTest(test.BaseTestCase):
 
     def given_back(self):
         """Waits until the device is free; returns it."""
+        return self._reaches("available", "")
+
+    def given_to(self, server):
+        """Waits until the guest of a server has the device; returns the device.
+
+        A server is ACTIVE as soon as its guest runs, and the agent attaches the device after that.
+        """
+        return self._reaches("allocated", server)
+
+    def _reaches(self, status, instance_uuid):
         until = time.monotonic() + CONF.usb.timeout
         while True:
             device = self.device()
-            if device["status"] == "available":
+            if (device["status"], device["instance_uuid"]) == (status, instance_uuid):
                 return device
-            self.assertLess(time.monotonic(), until, f"it was not given back: {device}")
+            self.assertLess(time.monotonic(), until, f"wanted {status} for {instance_uuid or 'nobody'}, the device is {device}")
             time.sleep(0.2)

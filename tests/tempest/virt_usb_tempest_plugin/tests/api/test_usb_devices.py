@@ -90,16 +90,15 @@ class TestUsbDevices(base.UsbTest):
     def test_a_flavor_with_passthrough_and_deleting_the_server_gives_the_device_back(self):
         flavor = self.flavor(devices=[self.kind])
         server = self.server(self.os_primary, flavor)
-        device = self.device()
-        self.assertEqual(("allocated", server), (device["status"], device["instance_uuid"]))
+        device = self.given_to(server)
         self.assertEqual([device["id"]], [one["id"] for one in self.usb.show_server(server)["usb_devices"]])
         late = self.server(self.os_primary, flavor, status="ERROR")
         self.assertEqual(server, self.device()["instance_uuid"])
         self.gone(self.os_primary.servers_client, late)
         self.gone(self.os_primary.servers_client, server)
-        self.assertEqual("", self.given_back()["instance_uuid"])
+        self.given_back()
         # And the next one has it.
-        self.assertEqual(self.server(self.os_primary, flavor), self.device()["instance_uuid"])
+        self.given_to(self.server(self.os_primary, flavor))
 
     @decorators.idempotent_id("6c1fd3ad-6a5c-4f7f-9f6a-0a8a3f7a1c05")
     def test_a_flavor_with_redirection(self):
