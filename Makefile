@@ -60,7 +60,7 @@ tests: test-deps build ## build the tests
 	@$(BESIDE) $@ "build the tests" $(CARGO) test $(TESTS) --no-run
 
 suite: test-deps build tests corpus ## unit, property and process tests
-	@$(BESIDE) $@ "run the unit, property and process tests" tests/suite/run
+	@$(STEP) $@ "run the unit, property and process tests" nice tests/suite/run
 
 lint: test-deps ## formatting and lints
 	@$(BESIDE) $@ "check formatting and lints" tests/lint
