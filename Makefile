@@ -5,7 +5,7 @@ SHELL := /bin/bash
 CARGO := cargo
 # Each target below is a step: 'tests/step' runs it, and reports it where 'make test' runs many.
 STEP := tests/step
-# The way to the end of 'make test' is the build, then the nested host: what is run beside them yields to them.
+# The build and the nested host take longest: other steps run at a lower priority.
 BESIDE := $(STEP) --beside
 # Tests are built with the profile "bench" of Cargo.toml, which shares its dependencies with the programs.
 TESTS := --profile bench --workspace
@@ -36,15 +36,14 @@ run: build ## the main job as a story, on this machine's devices or a recorded h
 
 test: ## everything that a change must pass (20 minutes the first time)
 	@$(STEP) --all steps-test
-check: ## the inner loop: formatting, lints, unit, property and process tests (3 minutes)
+check: ## the inner loop: formatting, lints, unit, property and process tests
 	@$(STEP) --all steps-check
 
 # The longest is named first: make starts steps in this order, as soon as what they need is there.
 steps-test: live-nested tests suite lint packages tempest nova conformance portal embedding live story
 steps-check: tests suite lint
 
-# Below 'make test', what waits for cargo's lock anyway is not started beside what holds it, and what is fetched is
-# fetched while the programs are built.
+# Below 'make test', steps that need cargo's lock run one after the other, and downloads run during the build.
 ifdef STEPS_BEGAN
 lint: tests
 # apt is not run twice at a time.
@@ -96,6 +95,7 @@ packages: test-deps deb ## the Debian package in clean Debians (root)
 	@$(BESIDE) $@ "install the package in clean Debians" tests/packages/run
 
 bench: bench-deps build embedding ## the figures of BENCHMARKS.md
+	@$(CARGO) build --release -p virt-usb-bench
 	@target/release/virt-usb-bench
 	@tests/nova/run bench
 	@tests/live/run nested --case figures

@@ -1,10 +1,10 @@
 //! A panic ends the program.
 //!
-//! Half of a program that goes on without one of its threads would be worse: systemd starts the agent again, and libvirt
-//! takes the hook's end for a veto. The release build does not say `panic = "abort"`, because dependencies would then be
-//! compiled a second time for the tests.
+//! A program that lost a thread must not continue. systemd restarts the agent; libvirt treats the hook's abort as a veto.
+//! The release build does not set `panic = "abort"`, because dependencies would then be compiled a second time for tests.
 
-/// Makes every panic of this process end it by SIGABRT, once its message is printed. Called first in each `main`.
+/// Makes every panic of this process end it by SIGABRT, once its message is printed. Called first in the `main` of each
+/// installed program.
 pub fn abort() {
     let print = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |info| {

@@ -31,7 +31,7 @@ pub(crate) fn measure(programs: &Programs, table: &mut Table) -> Result<()> {
 /// What the hotplug test measures: it has the testbed.
 fn events() -> Result<(String, String)> {
     let mut command = Command::new(env!("CARGO"));
-    command.args(["test", "--quiet", "-p", "virt-usb", "--test", "hotplug", "--"]);
+    command.args(["test", "--quiet", "--profile", "bench", "--workspace", "--test", "hotplug", "--"]);
     command.args(["latency", "storm", "--include-ignored", "--nocapture"]).stderr(Stdio::null());
     let said = command.output().context("the hotplug test")?;
     let text = String::from_utf8_lossy(&said.stdout).into_owned();

@@ -50,7 +50,7 @@ class Virsh:
             raise Failure(f"libvirt: {error}") from None
 
     def act(self, what, name, deed):
-        """Does something to a domain, and takes no failure."""
+        """Runs `deed` on a domain. Raises Failure on any error."""
         try:
             self._answer(lambda connection: deed(connection.lookupByName(name)))
             transcript.append(f"$ {what} {name}")
@@ -73,6 +73,7 @@ class Virsh:
             try:
                 return self._asks.submit(self._ask, question).result(TIMEOUT)
             except TimeoutError:
+                self._connection, self._asks = None, ThreadPoolExecutor(4)
                 raise Failure(f"libvirt does not answer within {TIMEOUT} s") from None
             except libvirt.libvirtError as error:
                 unconnected = error.get_error_domain() == libvirt.VIR_FROM_RPC or error.get_error_code() == libvirt.VIR_ERR_NO_CONNECT

@@ -165,7 +165,9 @@ fn what_changes_is_seen_and_nothing_else_is_written() {
     seat.sees("q quit");
     assert!(seat.is_taken());
     // The rest of the first frame.
+    let deadline = Instant::now() + Duration::from_secs(60);
     while !std::mem::take(&mut *seat.written.lock().unwrap()).is_empty() {
+        assert!(Instant::now() < deadline, "it writes although nothing is new");
         std::thread::sleep(Duration::from_millis(300));
     }
     // It looks four times a second; where nothing is new it writes nothing.
