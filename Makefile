@@ -34,12 +34,11 @@ run: build ## the main job as a story, on this machine's devices or a recorded h
 
 # --- Tests. 'make test' and 'make check' run these steps several at a time; each can be made alone.
 
-test: ## everything that a change must pass (20 minutes the first time)
+test: ## everything that a change must pass (some 25 minutes the first time)
 	@$(STEP) --all steps-test
 check: ## the inner loop: formatting, lints, unit, property and process tests
 	@$(STEP) --all steps-check
 
-# The longest is named first: make starts steps in this order, as soon as what they need is there.
 steps-test: live-nested tests suite lint packages tempest nova conformance portal embedding live story
 steps-check: tests suite lint
 

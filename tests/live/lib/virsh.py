@@ -118,7 +118,7 @@ class Virsh:
         return self.ask(lambda connection: [domain.name() for domain in connection.listAllDomains(active)])
 
     def xml(self, name, inactive=False):
-        """The live XML, or the definition's; None: there is no such domain (any more)."""
+        """The live XML, or the definition's; None if the domain does not exist."""
         flags = libvirt.VIR_DOMAIN_XML_INACTIVE if inactive else 0
         return self.ask(lambda connection: connection.lookupByName(name).XMLDesc(flags))
 

@@ -153,7 +153,7 @@ fn it_may_be_killed_at_any_moment() {
     }
     show(&host, &both(true, false, false, 98));
     let agent = Agent::start(&host);
-    // Whatever the last one left behind belongs to guests that do not run any more.
+    // Neither guest runs now, so the agent releases every claim that the last one left.
     agent.claims("");
     show(&host, &both(true, true, false, 99));
     agent.claims(&held(1, "erp", ERP, "allocated"));
