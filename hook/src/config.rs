@@ -161,6 +161,8 @@ pub struct Config {
     pub undefined_grace: Duration,
     /// How long after a failure the agent asks libvirt again about a guest that it could not read.
     pub recheck_delay: Duration,
+    /// How long what an incoming restore or migration claimed may stay unconfirmed.
+    pub pending_grace: Duration,
     /// What an unplugged device's claim comes to.
     pub replug: ReplugPolicy,
     /// What a guest comes to that cannot be given its device.
@@ -197,6 +199,7 @@ impl Default for Config {
             absent_grace: Duration::from_secs(10),
             undefined_grace: Duration::from_secs(60),
             recheck_delay: Duration::from_secs(10),
+            pending_grace: Duration::from_secs(120),
             replug: ReplugPolicy::default(),
             on_attach_failure: AttachFailurePolicy::default(),
             require_agent: RequireAgent::default(),
@@ -294,6 +297,7 @@ impl Config {
             absent_grace: seconds("absent_grace", raw.absent_grace, default.absent_grace)?,
             undefined_grace: seconds("undefined_grace", raw.undefined_grace, default.undefined_grace)?,
             recheck_delay: seconds("recheck_delay", raw.recheck_delay, default.recheck_delay)?,
+            pending_grace: seconds("pending_grace", raw.pending_grace, default.pending_grace)?,
             replug: raw.replug,
             on_attach_failure: raw.on_attach_failure,
             require_agent: require_agent(table.get("require_agent"))?,
@@ -352,6 +356,7 @@ struct Raw {
     absent_grace: Option<u64>,
     undefined_grace: Option<u64>,
     recheck_delay: Option<u64>,
+    pending_grace: Option<u64>,
     #[serde(default)]
     replug: ReplugPolicy,
     #[serde(default)]
@@ -385,6 +390,7 @@ const KEYS: &[&str] = &[
     "absent_grace",
     "undefined_grace",
     "recheck_delay",
+    "pending_grace",
     "replug",
     "on_attach_failure",
     "require_agent",
@@ -550,6 +556,7 @@ mod tests {
             absent_grace = 2
             undefined_grace = 3
             recheck_delay = 4
+            pending_grace = 5
             replug = "release"
             on_attach_failure = "stop"
             require_agent = true
@@ -573,8 +580,8 @@ mod tests {
             (config.require_agent, config.scan_interval),
             (RequireAgent::Always, Duration::from_secs(5))
         );
-        let waits = [config.absent_grace, config.undefined_grace, config.recheck_delay];
-        assert_eq!(waits, [2, 3, 4].map(Duration::from_secs));
+        let waits = [config.absent_grace, config.undefined_grace, config.recheck_delay, config.pending_grace];
+        assert_eq!(waits, [2, 3, 4, 5].map(Duration::from_secs));
         assert_eq!(config.metrics, Metrics::Tcp("127.0.0.1:9177".parse().unwrap()));
         assert_eq!(config.api, Api::On("[::1]:8791".parse().unwrap()));
         assert!(config.whitelist.on);
@@ -618,7 +625,7 @@ mod tests {
         assert!(error("log = 'syslog'").starts_with("log: found"));
         assert!(error("usb_aliases = [['1:1']]").starts_with("usb_aliases: found a list of fewer than two"));
         assert!(error("flap_pause = 0").contains("flap_pause: found 0, wanted 1 to 86400"));
-        for key in ["scan_interval", "absent_grace", "undefined_grace", "recheck_delay"] {
+        for key in ["scan_interval", "absent_grace", "undefined_grace", "recheck_delay", "pending_grace"] {
             assert_eq!(error(&format!("{key} = 0")), format!("{key}: found 0, wanted 1 to 86400 seconds"));
         }
         assert!(error("require_agent = 'yes'").contains("wanted \"auto\", true or false"));

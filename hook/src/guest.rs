@@ -24,7 +24,7 @@ pub(crate) fn open(config: &Config, op: &str, concerned: bool) -> Result<(Store,
     // A quarantine must survive a power cut, as what is held for the instance must.
     let lasts = config.hold == HoldPolicy::Instance || config.whitelist.rules.iter().any(|r| r.one_time_use);
     let durability = if lasts { Durability::Power } else { Durability::Boot };
-    let context = machine::context(&config.procfs_root, format!("hook {op}")).map_err(|e| fault(&e))?;
+    let context = machine::context(config, format!("hook {op}")).map_err(|e| fault(&e))?;
     let store = Store::open(&config.state_dir, PATIENCE, durability).map_err(|e| fault(&e))?;
     Ok((store, context))
 }

@@ -8,6 +8,8 @@ use std::time::Duration;
 
 use virt_usb_store::Context;
 
+use crate::config::Config;
+
 /// The machine cannot say which boot this is.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot read {path}: {what}; without it no claim can be dated")]
@@ -16,28 +18,29 @@ pub struct BootError {
     what: String,
 }
 
-/// The context of a write: this boot, this moment, and `actor` (`hook prepare`).
+/// The context of a write: this boot, this moment, `actor` (`hook prepare`), and what the configuration says of
+/// pending claims.
 ///
 /// # Errors
 /// When procfs does not hold `sys/kernel/random/boot_id` and `uptime`.
-pub fn context(procfs_root: &Path, actor: impl Into<String>) -> Result<Context, BootError> {
+pub fn context(config: &Config, actor: impl Into<String>) -> Result<Context, BootError> {
     let read = |name: &str| {
-        let path = procfs_root.join(name);
+        let path = config.procfs_root.join(name);
         std::fs::read_to_string(&path)
             .map_err(|e| BootError { path: path.display().to_string(), what: e.to_string() })
     };
     let boot_id = read("sys/kernel/random/boot_id")?.trim().to_owned();
     // Claims of another boot are void: what is no boot id must not void them.
     if boot_id.parse::<virt_usb_model::InstanceId>().is_err() {
-        let path = procfs_root.join("sys/kernel/random/boot_id").display().to_string();
+        let path = config.procfs_root.join("sys/kernel/random/boot_id").display().to_string();
         return Err(BootError { path, what: format!("{boot_id:?} is no boot id") });
     }
     let uptime = read("uptime")?;
     let uptime = uptime.split_whitespace().next().and_then(|t| t.parse().ok()).ok_or_else(|| BootError {
-        path: procfs_root.join("uptime").display().to_string(),
+        path: config.procfs_root.join("uptime").display().to_string(),
         what: format!("{:?} does not begin with seconds since boot", uptime.trim()),
     })?;
-    Ok(Context { boot_id, uptime, actor: actor.into() })
+    Ok(Context { boot_id, uptime, pending_grace: config.pending_grace.as_secs_f64(), actor: actor.into() })
 }
 
 /// The agent's lock, in `state_dir`.
@@ -107,11 +110,11 @@ mod tests {
 
     #[test]
     fn this_boot_has_an_id() {
-        let context = context(Path::new("/proc"), "test").unwrap();
+        let context = context(&Config::default(), "test").unwrap();
         assert_eq!(context.boot_id.len(), 36);
         assert!(context.uptime > 0.0);
         assert!(
-            super::context(Path::new("/nowhere"), "test")
+            super::context(&Config { procfs_root: "/nowhere".into(), ..Config::default() }, "test")
                 .unwrap_err()
                 .to_string()
                 .contains("/nowhere/sys/kernel/random/boot_id")

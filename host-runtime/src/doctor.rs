@@ -289,7 +289,7 @@ impl Report {
     }
 
     fn machine(&mut self, config: &Config) {
-        match machine::context(&config.procfs_root, "virt-usb doctor") {
+        match machine::context(config, "virt-usb doctor") {
             Ok(_) => self.well("machine", "it has a boot id, by which claims are dated"),
             Err(e) => self.broken("machine", e, "mount procfs, or correct procfs_root in the configuration"),
         }

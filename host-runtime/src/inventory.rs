@@ -146,7 +146,8 @@ mod tests {
             let problems =
                 unsure.iter().map(|p| Problem { place: (*p).to_owned(), what: "?".into() }).collect();
             let snapshot = Snapshot { devices: devices.to_vec(), hubs: vec![], problems };
-            let context = Context { boot_id: "b".into(), uptime: 1.0, actor: "test".into() };
+            let context =
+                Context { boot_id: "b".into(), uptime: 1.0, pending_grace: 120.0, actor: "test".into() };
             self.store
                 .reconcile(
                     "h",
@@ -240,7 +241,8 @@ mod tests {
         );
         assert_eq!(bench.scan(std::slice::from_ref(&one), &[]), [at(1, "1-1")]);
         // The row of the other face is set aside: that counts when it shows that face.
-        let context = Context { boot_id: "b".into(), uptime: 1.0, actor: "test".into() };
+        let context =
+            Context { boot_id: "b".into(), uptime: 1.0, pending_grace: 120.0, actor: "test".into() };
         bench.store.set_disabled(DeviceId::new(2).unwrap(), Some("no"), &context).unwrap();
         assert_eq!(bench.scan(std::slice::from_ref(&other), &[]), [at(2, "1-1")]);
     }

@@ -271,7 +271,7 @@ impl Devices {
 
     fn look(&mut self) -> Result<Look, String> {
         let config = self.rules.now();
-        let context = machine::context(&config.procfs_root, ACTOR).map_err(|e| e.to_string())?;
+        let context = machine::context(&config, ACTOR).map_err(|e| e.to_string())?;
         let snapshot = self.source.snapshot();
         for problem in &snapshot.problems {
             let place = if problem.place.is_empty() { "the whole scan" } else { &problem.place };

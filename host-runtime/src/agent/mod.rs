@@ -87,7 +87,7 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
     let files = Files::new(vec![lock_file, config.state_dir.join(virt_usb_store::FILE_NAME)])
         .with_context(|| format!("cannot look at {}", config.state_dir.display()))?;
     // Claims of an earlier boot are void, before anybody can ask for their devices.
-    store.sweep(&machine::context(&config.procfs_root, ACTOR)?)?;
+    store.sweep(&machine::context(&config, ACTOR)?)?;
     let host = crate::inventory::host_name(&config.procfs_root)?;
     let metrics = Arc::new(Metrics::default());
     metrics::serve(metrics.clone(), &config.metrics)?;
@@ -173,10 +173,9 @@ fn publish(
     host: &str,
 ) -> anyhow::Result<Option<Publishing>> {
     let Some(fleet) = config.fleet.clone() else { return Ok(None) };
-    let state_dir = config.state_dir.clone();
-    let procfs_root = config.procfs_root.clone();
+    let config = config.clone();
     let (hypervisor, host) = (Some(hypervisor.clone()), host.to_owned());
-    let publisher = Publisher { fleet, state_dir, procfs_root, host, hypervisor, metrics };
+    let publisher = Publisher { fleet, config, host, hypervisor, metrics };
     Ok(Some(publisher.start().context("cannot tell the fleet of this host")?))
 }
 

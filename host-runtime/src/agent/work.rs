@@ -147,7 +147,7 @@ impl Worker {
     }
 
     pub(super) fn context(&self) -> Result<Context, WorkError> {
-        Ok(machine::context(&self.config.procfs_root, &self.actor)?)
+        Ok(machine::context(&self.config, &self.actor)?)
     }
 
     fn note(

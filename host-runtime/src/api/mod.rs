@@ -138,7 +138,7 @@ impl Api {
 
     /// In the caller's name.
     fn context(&self, caller: &Caller) -> Result<Context, Fault> {
-        let context = machine::context(&(self.config)().procfs_root, format!("api {}", caller.name));
+        let context = machine::context(&(self.config)(), format!("api {}", caller.name));
         context.map_err(|e| Fault::internal(e.to_string()))
     }
 

@@ -198,7 +198,7 @@ impl Session {
     }
 
     fn context(&self, config: &Config, doing: &str) -> anyhow::Result<Context> {
-        Ok(machine::context(&config.procfs_root, format!("virt-usb {doing}"))?)
+        Ok(machine::context(config, format!("virt-usb {doing}"))?)
     }
 }
 

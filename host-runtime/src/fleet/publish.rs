@@ -4,14 +4,13 @@
 //! up by telling how things are now.
 
 use std::convert::Infallible;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use etcd_client::{Compare, CompareOp, GetOptions, PutOptions, Txn, TxnOp, TxnOpResponse};
 use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, MissedTickBehavior, interval_at, sleep, sleep_until};
-use virt_usb_hook::config::Fleet;
+use virt_usb_hook::config::{Config, Fleet};
 use virt_usb_model::{Flavor, Grant, HostDocument};
 use virt_usb_store::watch::Watched;
 use virt_usb_store::{Store, StoreError};
@@ -59,10 +58,8 @@ enum Failure {
 pub struct Publisher {
     /// What is published through.
     pub fleet: Fleet,
-    /// Where the inventory is.
-    pub state_dir: PathBuf,
-    /// Where procfs is mounted.
-    pub procfs_root: PathBuf,
+    /// Says where the inventory is.
+    pub config: Config,
     /// This host's name.
     pub host: String,
     /// What runs its guests; none: they are not told of.
@@ -93,13 +90,12 @@ impl Publisher {
     pub fn start(self) -> std::io::Result<Publishing> {
         let (stop, mut stopped) = watch::channel(false);
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let news = news::follow(&self.state_dir);
+        let news = news::follow(&self.config.state_dir);
         if let Err(e) = &news {
             tracing::warn!("the inventory is looked at every {LOOK:?}: {e}");
         }
-        let (fleet, state_dir, procfs_root) = (&self.fleet, &self.state_dir, &self.procfs_root);
-        let flavors = Mirror::<Flavor>::new(fleet, state_dir, procfs_root);
-        let grants = Mirror::<Grant>::new(fleet, state_dir, procfs_root);
+        let flavors = Mirror::<Flavor>::new(&self.fleet, &self.config);
+        let grants = Mirror::<Grant>::new(&self.fleet, &self.config);
         let thread = std::thread::Builder::new().name("fleet".into()).spawn(move || {
             runtime.block_on(async {
                 tokio::select! {
@@ -115,7 +111,7 @@ impl Publisher {
 
     /// For ever. `news` tells of each write to the inventory; without it, it is looked at now and then.
     pub(super) async fn publish(self, news: Option<Arc<Notify>>) {
-        let guests = Guests::new(self.hypervisor.clone(), self.state_dir.clone());
+        let guests = Guests::new(self.hypervisor.clone(), self.config.state_dir.clone());
         tokio::select! {
             () = guests.follow() => {}
             () = self.sessions(news.as_deref(), &guests) => {}
@@ -168,8 +164,8 @@ impl Publisher {
         let lease = etcd.within("take a lease", connection.client.lease_grant(ttl, None)).await?.id();
         let keeping = connection.client.lease_keep_alive(lease);
         let (mut keeper, mut kept) = etcd.within("keep a lease", keeping).await?;
-        let mut watched = Watched::open(&self.state_dir, PATIENCE)?;
-        me.raise(etcd, connection, &self.state_dir).await?;
+        let mut watched = Watched::open(&self.config.state_dir, PATIENCE)?;
+        me.raise(etcd, connection, &self.config.state_dir).await?;
         let mut last = None;
         let mut servers = guests.text.subscribe();
         servers.mark_changed();
@@ -270,7 +266,7 @@ impl Me {
         let machine =
             super::join::this_machine(&publisher.fleet).map_err(|e| Failure::Machine(e.to_string()))?;
         let inventory =
-            Store::open(&publisher.state_dir, PATIENCE, virt_usb_store::Durability::Boot)?.node()?;
+            Store::open(&publisher.config.state_dir, PATIENCE, virt_usb_store::Durability::Boot)?.node()?;
         match place(etcd, connection, keys, &machine).await? {
             Place { number: Some(number), node: Some(node) }
                 if node.machine == machine && node.host == publisher.host =>

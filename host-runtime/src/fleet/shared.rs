@@ -8,7 +8,6 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Display;
 use std::marker::PhantomData;
-use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
@@ -221,8 +220,7 @@ pub(crate) async fn contribute<T: Shared>(
 /// Who mirrors one kind.
 pub(super) struct Mirror<T> {
     fleet: Fleet,
-    state_dir: PathBuf,
-    procfs_root: PathBuf,
+    config: Config,
     kind: PhantomData<T>,
 }
 
@@ -261,9 +259,8 @@ impl Sink for Ears {
 }
 
 impl<T: Shared> Mirror<T> {
-    pub(super) fn new(fleet: &Fleet, state_dir: &Path, procfs_root: &Path) -> Self {
-        let (fleet, state_dir) = (fleet.clone(), state_dir.to_owned());
-        Self { fleet, state_dir, procfs_root: procfs_root.to_owned(), kind: PhantomData }
+    pub(super) fn new(fleet: &Fleet, config: &Config) -> Self {
+        Self { fleet: fleet.clone(), config: config.clone(), kind: PhantomData }
     }
 
     /// For ever.
@@ -333,8 +330,8 @@ impl<T: Shared> Mirror<T> {
     }
 
     fn write(&self, clear: &BTreeMap<String, T>, unclear: &BTreeSet<String>) -> anyhow::Result<usize> {
-        let context = machine::context(&self.procfs_root, "virt-usbd fleet")?;
-        let mut store = Store::open(&self.state_dir, PATIENCE, Durability::Power)?;
+        let context = machine::context(&self.config, "virt-usbd fleet")?;
+        let mut store = Store::open(&self.config.state_dir, PATIENCE, Durability::Power)?;
         Ok(T::mirror(&mut store, clear, unclear, &context)?)
     }
 }

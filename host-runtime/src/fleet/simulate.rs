@@ -21,7 +21,7 @@ use tokio::runtime::Runtime;
 use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 use virt_usb_filter_host::{Filter, Question};
-use virt_usb_hook::config::Fleet;
+use virt_usb_hook::config::{Config, Fleet};
 use virt_usb_model::{
     BusAddress, Class, Device, DeviceId, DeviceKey, Flavor, HostDocument, InstanceId, PortPath, Serial,
     UsbId, Whitelist,
@@ -252,8 +252,7 @@ impl Host {
     fn live(&mut self, runtime: &Runtime) {
         let publisher = Publisher {
             fleet: self.fleet.clone(),
-            state_dir: self.dir.clone(),
-            procfs_root: "/proc".into(),
+            config: Config { state_dir: self.dir.clone(), ..Config::default() },
             host: self.name.clone(),
             hypervisor: None,
             metrics: Arc::new(Metrics::default()),
@@ -320,6 +319,7 @@ fn simulate(
     let context = Context {
         boot_id: "00000000-0000-4000-8000-000000000001".to_owned(),
         uptime: 1000.0,
+        pending_grace: 120.0,
         actor: "fleet simulate".to_owned(),
     };
     let mut simulation = Simulation {

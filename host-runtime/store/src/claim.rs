@@ -47,7 +47,7 @@ pub enum Standing {
     Firm,
     /// Made while the guest runs, beside all that it holds: that stays, and serves none of these requests.
     More,
-    /// Made by an incoming restore or migration: void unless confirmed within [`crate::PENDING_SECONDS`]. What the
+    /// Made by an incoming restore or migration: void unless confirmed within [`crate::Context::pending_grace`]. What the
     /// instance held firmly before stays firm: a restore that fails must not cost it a device.
     Pending,
 }

@@ -7,7 +7,7 @@ use crate::device::{ClaimRow, refresh, sql_id, step_revision};
 use crate::error::Sql;
 use crate::events::{Event, record};
 use crate::hints::Known;
-use crate::{Context, PENDING_SECONDS, Store, StoreError, aside, metadata};
+use crate::{Context, Store, StoreError, aside, metadata};
 
 /// What is given back.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -235,7 +235,7 @@ pub(crate) const UNCONFIRMED: &str =
 pub(crate) fn sweep(tx: &Transaction<'_>, context: &Context) -> Sql<()> {
     let unconfirmed = tx
         .prepare_cached(UNCONFIRMED)?
-        .query_map(params![context.uptime, PENDING_SECONDS], ClaimRow::read)?
+        .query_map(params![context.uptime, context.pending_grace], ClaimRow::read)?
         .collect::<Sql<Vec<_>>>()?;
     let mut doubtful = of_earlier_boots(tx, &context.boot_id)?;
     doubtful.extend(unconfirmed.into_iter().filter(|c| c.boot_id == context.boot_id));

@@ -67,8 +67,6 @@ pub use owners::Owner;
 pub const FILE_NAME: &str = "inventory.sqlite";
 /// The number of a host that has joined no fleet.
 pub const LONE_NODE: u64 = 1;
-/// How long an incoming restore or migration may stay unconfirmed, in seconds.
-pub const PENDING_SECONDS: f64 = 120.0;
 
 /// An open inventory. Each thread opens its own.
 #[derive(Debug)]
@@ -102,6 +100,8 @@ pub struct Context {
     pub boot_id: String,
     /// Seconds since boot, sleep included, which no clock change moves: `/proc/uptime`.
     pub uptime: f64,
+    /// How long a pending claim of this boot may stay unconfirmed, in seconds.
+    pub pending_grace: f64,
     /// The program and what it is doing, for the audit: `hook prepare`.
     pub actor: String,
 }

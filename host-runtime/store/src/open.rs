@@ -386,7 +386,8 @@ mod tests {
     fn a_full_disk_loses_nothing() {
         let dir = tempfile::tempdir().unwrap();
         let mut store = Store::create(dir.path(), Duration::from_secs(5)).unwrap();
-        let context = crate::Context { boot_id: "b".into(), uptime: 1.0, actor: "test".into() };
+        let context =
+            crate::Context { boot_id: "b".into(), uptime: 1.0, pending_grace: 120.0, actor: "test".into() };
         let flavor = virt_usb_model::Flavor::default();
         assert!(store.set_flavor("before", &flavor, &context).unwrap());
         // SQLite reports a file that may not grow as it reports a disk without space.

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
+use virt_usb_hook::config::Config;
 use virt_usb_hook::{machine, sysfs};
 use virt_usb_model::{Flavor, InstanceId};
 use virt_usb_store::claim::{Asker, Claimed, Granted, Judge, Standing, Verified, Want};
@@ -24,7 +25,7 @@ pub(crate) fn measure(table: &mut Table) -> Result<()> {
     let mut bench = Bench {
         store: world.store()?,
         ports: Ports { sysfs_root: world.sysfs_root() },
-        context: machine::context("/proc".as_ref(), "bench")?,
+        context: machine::context(&Config::default(), "bench")?,
     };
     // A device that is free in both rounds.
     let (last, (_, _, port)) = (serial(COUNT - 1), place(COUNT - 1));

@@ -8,6 +8,7 @@ use anyhow::{Context as _, Result};
 use tempfile::TempDir;
 use virt_usb::discovery::{Simulated, UsbSource};
 use virt_usb::inventory;
+use virt_usb_hook::config::Config;
 use virt_usb_hook::machine;
 use virt_usb_model::{Aliases, Whitelist};
 use virt_usb_store::flaps::Limits;
@@ -44,7 +45,7 @@ impl World {
         let whitelist =
             Whitelist::parse(None, Some(&serde_json::json!([{ "vendor": "0529", "tags": ["erp"] }])))?;
         let mut store = Store::create(&world.state_dir(), PATIENCE)?;
-        let context = machine::context("/proc".as_ref(), "bench")?;
+        let context = machine::context(&Config::default(), "bench")?;
         let snapshot = simulated.snapshot();
         store.reconcile(
             "bench",

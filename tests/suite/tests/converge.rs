@@ -5,7 +5,6 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
-use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::channel;
@@ -179,7 +178,7 @@ impl World {
             self.show();
         }
         let snapshot = Simulated::load(&self.file()).unwrap().snapshot();
-        let context = machine::context(Path::new(&self.config.procfs_root), "test").unwrap();
+        let context = machine::context(&self.config, "test").unwrap();
         let plan = |known: &[Record]| {
             inventory::plan(&snapshot, known, &self.config.whitelist, &self.config.aliases)
         };
@@ -690,7 +689,7 @@ fn a_key_that_comes_and_goes_is_given_back_once_it_has_stayed() {
     assert_eq!(world.live()[0].1.hostdevs.len(), 0);
     let why = world.worker.store.problems().unwrap();
     assert!(why[0].what.ends_with("then 'virt-usb quarantine clear 1'"), "{why:?}");
-    let context = machine::context(&world.config.procfs_root, "test").unwrap();
+    let context = machine::context(&world.config, "test").unwrap();
     world.worker.store.clear_quarantine(DeviceId::new(1).unwrap(), &context).unwrap();
     world.settle();
     assert_eq!(world.live()[0].1.hostdevs.len(), 1);

@@ -240,7 +240,12 @@ mod tests {
     fn view(count: usize, domain: &str) -> View {
         let dir = tempfile::tempdir().unwrap();
         let mut store = virt_usb_store::Store::create(dir.path(), std::time::Duration::from_secs(5)).unwrap();
-        let context = virt_usb_store::Context { boot_id: "b".into(), uptime: 1.0, actor: "test".into() };
+        let context = virt_usb_store::Context {
+            boot_id: "b".into(),
+            uptime: 1.0,
+            pending_grace: 120.0,
+            actor: "test".into(),
+        };
         let devices: String = (1..=count)
             .map(|n| {
                 format!("[[device]]\nport = \"1-{n}\"\nbus = 1\ndevice = {n}\nvendor = \"f0f0\"\nproduct = \"{n:04x}\"\nserial = \"S{n}\"\nproduct_name = \"鍵 key {n}\"\n")

@@ -105,8 +105,11 @@ pub(crate) fn plug(store: &mut Store, count: u8) {
     scan(store, &seen, &boot(1)).unwrap();
 }
 
+/// Seconds that a pending claim may stay unconfirmed.
+pub(crate) const PENDING_GRACE: f64 = 120.0;
+
 pub(crate) fn boot(n: u32) -> Context {
-    Context { boot_id: format!("boot-{n}"), uptime: 10.0, actor: "test".into() }
+    Context { boot_id: format!("boot-{n}"), uptime: 10.0, pending_grace: PENDING_GRACE, actor: "test".into() }
 }
 
 pub(crate) fn instance(n: u32) -> InstanceId {

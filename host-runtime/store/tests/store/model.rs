@@ -5,7 +5,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use virt_usb_model::{
     BusAddress, Device, DeviceId, DeviceRequest, Hold, InstanceId, ProjectId, Reason, Serial, Status, Verdict,
 };
-use virt_usb_store::PENDING_SECONDS;
+
+use crate::common::PENDING_GRACE;
 
 /// What a device is told apart by: its serial, or else its port.
 pub(crate) fn identity(device: &Device) -> String {
@@ -58,7 +59,7 @@ impl Model {
     /// A claim ends with the boot; held for the instance, it only leaves the guest. Unconfirmed, it ends after a while.
     pub(crate) fn sweep(&mut self, boot: &str, uptime: f64) {
         self.claims.retain(|_, c| match c.pending {
-            Some(since) => c.boot == boot && since >= uptime - PENDING_SECONDS,
+            Some(since) => c.boot == boot && since >= uptime - PENDING_GRACE,
             None => c.boot == boot || c.lasting,
         });
         for claim in self.claims.values_mut().filter(|c| c.boot != boot) {
