@@ -11,7 +11,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from local import PATIENCE, end_with_parent, free_port, until
+import ports
+from local import PATIENCE, end_with_parent, until
 
 ROOT = Path(__file__).resolve().parents[2]
 # Two devices: the first of a kind of its own, and another.
@@ -88,7 +89,7 @@ class Agent:
         self.folder.mkdir(exist_ok=True)
         port = self.folder / "port"
         if not port.exists():
-            port.write_text(str(free_port()))
+            port.write_text(str(ports.reserve()))
         lines = [f'state_dir = "{self.folder}/state"', f'api = "127.0.0.1:{port.read_text()}"', f'log = "{self.folder}/hook.log"']
         lines += ["[keystone]"] * bool(keystone)
         lines += [f"{key} = {json.dumps(value)}" for key, value in keystone.items()]

@@ -14,9 +14,10 @@ import sys
 from pathlib import Path
 from types import TracebackType
 
+import ports
 from agent import Agent
 from identity import REGION, Admin, password
-from local import end_with_parent, free_port, wait_for
+from local import end_with_parent, wait_for
 
 HERE = Path(__file__).resolve().parent
 TEMPEST = """\
@@ -94,7 +95,7 @@ class Cloud:
 
     def start_compute(self) -> None:
         """The stand-in for Nova's API."""
-        port = free_port()
+        port = ports.reserve()
         told = {"keystone": self.keystone, "password": password("virt-usb")}
         (self.folder / "services.json").write_text(json.dumps(told))
         with (self.folder / "compute.log").open("ab") as log:

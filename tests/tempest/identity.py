@@ -21,7 +21,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from local import PATIENCE, end_with_parent, free_port, session, wait_for
+import ports
+from local import PATIENCE, end_with_parent, session, wait_for
 
 # User, project, role. `admin` is made by keystone-manage; `service`, `member` and `reader` are Keystone's own roles.
 ASSIGNMENTS = [
@@ -155,7 +156,7 @@ def serve(folder: Path, expiration: int) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     had = folder / "port"
     is_new = not had.exists()
-    port = free_port() if is_new else int(had.read_text())
+    port = ports.reserve() if is_new else int(had.read_text())
     url = f"http://127.0.0.1:{port}/v3"
     (folder / "keystone.conf").write_text(CONFIGURATION.format(folder=folder, expiration=expiration))
     if is_new:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Callable
@@ -12,14 +11,6 @@ from collections.abc import Callable
 import requests
 
 PATIENCE = 60.0
-
-
-def free_port() -> int:
-    """A port that nobody has now."""
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        port: int = taken.getsockname()[1]
-        return port
 
 
 def end_with_parent() -> None:

@@ -1,25 +1,22 @@
 //! A real etcd, in a folder of its own, on loopback.
 
-use std::net::TcpListener;
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
+
+use crate::ports::Port;
 
 /// One etcd, alone or a member of a cluster.
 pub struct Etcd {
     dir: tempfile::TempDir,
     name: String,
-    port: u16,
-    peer: u16,
+    port: Port,
+    peer: Port,
     /// All members, as `--initial-cluster` wants them.
     cluster: String,
     arguments: Vec<String>,
     scheme: &'static str,
     child: Option<Child>,
-}
-
-fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
 }
 
 impl Etcd {
@@ -53,8 +50,8 @@ impl Etcd {
         Self {
             dir: tempfile::tempdir().unwrap(),
             name: name.to_owned(),
-            port: free_port(),
-            peer: free_port(),
+            port: Port::reserve(),
+            peer: Port::reserve(),
             cluster: String::new(),
             arguments: arguments.to_vec(),
             scheme,
@@ -63,7 +60,7 @@ impl Etcd {
     }
 
     fn peer_url(&self) -> String {
-        format!("{}=http://127.0.0.1:{}", self.name, self.peer)
+        format!("{}=http://127.0.0.1:{}", self.name, self.peer.number)
     }
 
     /// Its folder.
@@ -73,7 +70,7 @@ impl Etcd {
 
     /// Where it answers.
     pub fn endpoint(&self) -> String {
-        format!("{}://127.0.0.1:{}", self.scheme, self.port)
+        format!("{}://127.0.0.1:{}", self.scheme, self.port.number)
     }
 
     /// Lines of a configuration that name it, and a machine by a file of that text.
@@ -92,7 +89,7 @@ impl Etcd {
     }
 
     fn spawn(&mut self) {
-        let peer = format!("http://127.0.0.1:{}", self.peer);
+        let peer = format!("http://127.0.0.1:{}", self.peer.number);
         let log =
             std::fs::File::options().append(true).create(true).open(self.dir.path().join("log")).unwrap();
         let child = Command::new("etcd")
@@ -114,7 +111,7 @@ impl Etcd {
         let deadline = Instant::now() + Duration::from_secs(60);
         // A client with a wrong certificate or without a password is refused, and so answered.
         let up = || {
-            std::net::TcpStream::connect(("127.0.0.1", self.port)).is_ok()
+            std::net::TcpStream::connect(("127.0.0.1", self.port.number)).is_ok()
                 && (self.scheme == "https" || self.etcdctl(&["endpoint", "health"]).status.success())
         };
         while !up() {

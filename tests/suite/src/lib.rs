@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test's helper fails the test")]
 
 mod etcd;
+mod ports;
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -109,7 +110,7 @@ impl Host {
         let snapshot = self.plug(devices).snapshot();
         let config = self.config();
         let mut store = Store::create(&config.state_dir, Duration::from_secs(5)).unwrap();
-        let context = machine::context(&config.procfs_root, "test discover").unwrap();
+        let context = machine::context(&config, "test discover").unwrap();
         store
             .reconcile(
                 name,
@@ -123,7 +124,7 @@ impl Host {
     /// Stores a flavor.
     pub fn flavor(&self, name: &str, json: &str) {
         let config = self.config();
-        let context = machine::context(&config.procfs_root, "test flavor").unwrap();
+        let context = machine::context(&config, "test flavor").unwrap();
         let mut store = Store::create(&config.state_dir, Duration::from_secs(5)).unwrap();
         store.set_flavor(name, &Flavor::parse(json).unwrap(), &context).unwrap();
     }
