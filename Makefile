@@ -7,11 +7,9 @@ CARGO := cargo
 STEP := tests/step
 # The build and the nested host take longest: other steps run at a lower priority.
 BESIDE := $(STEP) --beside
-# Tests are built with the profile "bench" of Cargo.toml, which shares its dependencies with the programs.
-TESTS := --profile bench --workspace
 
 .PHONY: help deps test-deps bench-deps build filter run test check steps-test steps-check tests lint corpus suite story \
-	conformance embedding nova portal tempest live live-nested packages bench fuzz soak install install-hook install-agent deb clean
+	conformance embedding nova portal tempest live live-nested packages bench deny fuzz soak install install-hook install-agent deb clean
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -45,6 +43,8 @@ steps-check: tests suite lint
 # Below 'make test', steps that need cargo's lock run one after the other, and downloads run during the build.
 ifdef STEPS_BEGAN
 lint: tests
+# 'tests' was a step of its own.
+BUILT := --built
 # apt is not run twice at a time.
 deb: test-deps
 live-nested: fetch-live
@@ -55,10 +55,10 @@ fetch-%: test-deps
 	@$(BESIDE) $@ "fetch what '$*' takes from package registries" tests/$*/run fetch
 
 tests: test-deps build ## build the tests
-	@$(BESIDE) $@ "build the tests" $(CARGO) test $(TESTS) --no-run
+	@$(BESIDE) $@ "build the tests" tests/suite/run build
 
 suite: test-deps build tests corpus ## unit, property and process tests
-	@$(STEP) $@ "run the unit, property and process tests" nice tests/suite/run
+	@$(STEP) $@ "run the unit, property and process tests" nice tests/suite/run $(BUILT)
 
 lint: test-deps ## formatting and lints
 	@$(BESIDE) $@ "check formatting and lints" tests/lint
@@ -98,6 +98,9 @@ bench: bench-deps build embedding ## the figures of BENCHMARKS.md
 	@target/release/virt-usb-bench
 	@tests/nova/run bench
 	@tests/live/run nested --case figures
+
+deny: ## licences, bans, sources and advisories of the dependencies (installs cargo-deny)
+	@tests/deny
 
 fuzz: ## ten minutes of each fuzz target (installs cargo-fuzz)
 	@tests/fuzz/run 600
