@@ -25,6 +25,7 @@ def arguments():
     parser.add_argument("--case", action="append", default=[])
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--repeat", type=int, default=1)
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--repo", default=str(Path(__file__).parents[2]))
     return parser.parse_args()
@@ -48,6 +49,7 @@ def main():
     if not cases:
         say(f"no case has {' or '.join(asked.case)} in its name: see --list")
         return 1
+    cases *= asked.repeat
     world = World(asked.repo, asked.seed, asked.kills, drawer(asked.place))
     world.set_up()
     return 0 if case.run_all(cases, world, say) else 1

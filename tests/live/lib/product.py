@@ -120,24 +120,34 @@ class Agent:
     def __init__(self, prefix=()):
         self.prefix = tuple(prefix)
         self.process = None
+        # How long the log was when it was started.
+        self.before = 0
 
     def command(self):
         return ["setpriv", "--reuid", USER, "--regid", USER, "--init-groups", AGENT]
 
     def start(self):
         with open(AGENT_LOG, "a", encoding="utf-8") as log:
+            self.before = log.tell()
             self.process = subprocess.Popen([*self.prefix, *self.command()], stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-        until(self.is_ready, "the agent to hold its lock")
+        until(self.is_ready, "the agent to be ready")
 
     def is_ready(self):
-        if not self.is_running():
-            raise Failure(f"the agent ended with status {self.process.returncode}:\n{AGENT_LOG.read_text()[-3000:]}")
-        # Looked up, not tried: to try is to take it, and an agent that starts just then gives up.
-        locks = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
-        return any(words[1] == "FLOCK" and words[4] == str(self.process.pid) for words in locks if len(words) > 4)
+        self.must_run()
+        # It says so after its first look at the devices, when hooks and the API can reach it.
+        return any(line.endswith(b" ready") for line in AGENT_LOG.read_bytes()[self.before :].splitlines())
 
     def is_running(self):
         return self.process is not None and self.process.poll() is None
+
+    def must_run(self):
+        if not self.is_running():
+            raise Failure(f"the agent {self.state()}:\n{AGENT_LOG.read_text()[-3000:]}")
+
+    def state(self):
+        if self.process is None:
+            return "was not started"
+        return "runs" if self.is_running() else f"ended with status {self.process.returncode}"
 
     def kill(self, how=signal.SIGKILL):
         if self.is_running():

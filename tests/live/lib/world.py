@@ -105,14 +105,20 @@ class World:
 
     def allocated(self, guest, stick, seconds=60):
         """Waits until the agent has given it to the guest, and both sides say so."""
-        until(lambda: self.holds(guest, stick) and self.has_live(guest, stick), f"{stick.serial} to be allocated to {guest.name}", seconds)
+
+        def is_allocated():
+            self.product.agent.must_run()
+            return self.holds(guest, stick) and self.has_live(guest, stick)
+
+        until(is_allocated, f"{stick.serial} to be allocated to {guest.name}", seconds)
 
     def logs(self):
         """What helps to understand a failure."""
-        parts = ["--- commands of this case", *shell.transcript[-25:]]
+        parts = ["--- commands of this case", *shell.transcript[-25:], f"--- the agent {self.product.agent.state()}"]
         for title, path, start in (("hook", HOOK_LOG, 0), ("agent", AGENT_LOG, 0), ("libvirtd", LOG, self.log_from)):
             text = path.read_bytes()[start:].decode(errors="replace") if path.exists() else ""
             parts += [f"--- {title}'s log", text[-6000:].rstrip()]
         for words in (("devices", "--all"), ("claims",), ("events", "--limit", "30")):
             parts += [f"--- virt-usb {' '.join(words)}", self.product(*words, quiet=True).text]
+        parts += ["--- the kernel's log", "\n".join(shell.run("dmesg", quiet=True).out.splitlines()[-30:])]
         return "\n".join(parts)
