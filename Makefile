@@ -105,13 +105,19 @@ deny: ## licences, bans, sources and advisories of the dependencies (installs ca
 fuzz: ## ten minutes of each fuzz target (installs cargo-fuzz)
 	@tests/fuzz/run 600
 
-soak: test-deps build corpus ## what takes longer than a change may: many more random runs
+soak: test-deps build deb corpus deny ## what takes longer than a change may: many more random runs, mutants, coverage
 	@echo "== long property tests"
 	@PROPTEST_CASES=20000 tests/suite/run --timeout 7200
 	@echo "== etcd's cluster under 20 times so many faults"
 	@FLEET_ROUNDS=20 FLEET_SEED=100 tests/suite/run --timeout 7200 fleet
 	@echo "== 200 kills in the VM"
 	@tests/live/run nested --case crash.random_moments --kills 200 --cpus 2
+	@echo "== the nested compute host with Debian 13"
+	@tests/soak/debian13
+	@echo "== mutants"
+	@tests/soak/mutants
+	@echo "== coverage"
+	@tests/soak/coverage
 
 install: ## what was built to where it belongs, below DESTDIR; a package is made of it
 	@install/place command hook config agent

@@ -149,6 +149,14 @@ class Agent:
             return "was not started"
         return "runs" if self.is_running() else f"ended with status {self.process.returncode}"
 
+    def threads(self):
+        """Where each of its threads waits in the kernel."""
+        tasks = sorted(Path(f"/proc/{self.process.pid}/task").glob("*")) if self.is_running() else []
+        try:
+            return [f"{(task / 'comm').read_text().strip()}: {(task / 'stack').read_text().splitlines()[:6]}" for task in tasks]
+        except OSError as gone:
+            return [str(gone)]
+
     def kill(self, how=signal.SIGKILL):
         if self.is_running():
             os.kill(self.process.pid, how)

@@ -114,7 +114,7 @@ class World:
 
     def logs(self):
         """What helps to understand a failure."""
-        parts = ["--- commands of this case", *shell.transcript[-25:], f"--- the agent {self.product.agent.state()}"]
+        parts = ["--- commands of this case", *shell.transcript[-25:], f"--- the agent {self.product.agent.state()}", *self.product.agent.threads()]
         for title, path, start in (("hook", HOOK_LOG, 0), ("agent", AGENT_LOG, 0), ("libvirtd", LOG, self.log_from)):
             text = path.read_bytes()[start:].decode(errors="replace") if path.exists() else ""
             parts += [f"--- {title}'s log", text[-6000:].rstrip()]
