@@ -14,12 +14,12 @@ import types
 import unittest
 from pathlib import Path
 
+import ports
 import requests
 from virt_usb_nova import asked, conf, inventory, oracle
 from virt_usb_nova.wasm import Refused
 
 import fleet
-import ports
 
 VIRT_USB = os.environ.get("VIRT_USB", str(Path(__file__).parents[2] / "target/release/virt-usb"))
 WANTED = {"flavor": {"usb_devices": [fleet.KEY]}}

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import ports
+
 from local import PATIENCE, end_with_parent, until
 
 ROOT = Path(__file__).resolve().parents[2]

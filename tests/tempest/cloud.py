@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 
 import ports
+
 from agent import Agent
 from identity import REGION, Admin, password
 from local import end_with_parent, wait_for

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import ports
+
 from local import PATIENCE, end_with_parent, session, wait_for
 
 # User, project, role. `admin` is made by keystone-manage; `service`, `member` and `reader` are Keystone's own roles.

@@ -158,6 +158,7 @@ mod tests {
         for text in ["usb1", "1-", "1-0", "1-1.", "1-1..2", "0-1", "1-1.2.3.4.5.6.7.8", "1-1:1.0", "1-+1"] {
             assert!(text.parse::<PortPath>().is_err(), "{text}");
         }
-        assert_eq!("1-1.4".parse::<PortPath>().unwrap().port_id(), 4);
+        let port: PortPath = "12-1.4".parse().unwrap();
+        assert_eq!((port.bus(), port.ports(), port.port_id()), (12, &[1, 4][..], 4));
     }
 }

@@ -187,8 +187,10 @@ mod tests {
         for text in ["08", "8", "0x08", "mass-storage", "Mass_Storage"] {
             assert_eq!(text.parse::<Class>().unwrap().to_string(), "08", "{text}");
         }
-        assert!("100".parse::<Class>().is_err());
-        assert!("usb-stick".parse::<Class>().is_err());
+        for text in ["100", "usb-stick", "", "0x", "+8", "0g"] {
+            assert!(text.parse::<Class>().is_err(), "{text}");
+        }
+        assert_eq!((Class::HUB.get(), Class::HID.get()), (0x09, 0x03));
         assert_eq!(Class::from_json(&serde_json::json!(8.0)).unwrap(), Class::new(8));
         assert!(Class::from_json(&serde_json::json!(8.5)).is_err());
         assert_eq!(Class::from_json(&serde_json::json!(255)).unwrap().name(), Some("vendor-specific"));
@@ -197,7 +199,12 @@ mod tests {
     #[test]
     fn speeds_are_ordered() {
         assert!(Speed::Low < Speed::Full && Speed::High < Speed::Super && Speed::Super < Speed::SuperPlus);
-        assert_eq!("480".parse::<Speed>().unwrap(), Speed::High);
+        for (mbits, name) in
+            [("1.5", "low"), ("12", "full"), ("480", "high"), ("5000", "super"), ("20000", "super-plus")]
+        {
+            let speed: Speed = mbits.parse().unwrap();
+            assert_eq!((speed.to_string().as_str(), name.parse()), (name, Ok(speed)));
+        }
         assert!("fast".parse::<Speed>().is_err());
     }
 }

@@ -173,6 +173,17 @@ mod tests {
         assert_eq!(said(&Descriptors::new(other.clone()).unwrap()), None, "another kind");
         (other[8], other[14]) = (0x29, 9);
         assert!(said(&Descriptors::new(other).unwrap()).unwrap().ends_with("with other content"));
+        let with = |more: &[u8]| Descriptors::new([stick(1, false).bytes(), more].concat()).unwrap();
+        let configuration = [9, 2, 9, 0, 0, 2, 0, 0x80, 50];
+        assert_eq!(said(&with(&configuration)).unwrap(), "1 configuration(s) before, 2 now");
+        let bare = Descriptors::new(stick(1, false).bytes()[..27].to_vec()).unwrap();
+        assert_eq!(bare.difference(&stick(1, false)).unwrap(), "interfaces none before, 08/06/50 now");
+        let interface = [9, 4, 1, 0, 1, 3, 1, 1, 0];
+        let twelve = said(&with(&interface.repeat(11))).unwrap();
+        assert!(twelve.ends_with("03/01/01 now"), "{twelve}");
+        let thirteen = said(&with(&interface.repeat(12))).unwrap();
+        assert!(thirteen.ends_with("03/01/01 … now"), "{thirteen}");
+        assert_eq!(twelve.matches("03/01/01").count(), thirteen.matches("03/01/01").count());
     }
 
     #[test]

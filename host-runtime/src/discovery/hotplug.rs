@@ -5,6 +5,8 @@ use std::time::Duration;
 
 use rusb::{Context, Device, Hotplug, HotplugBuilder, UsbContext};
 
+use super::context::end;
+
 /// How long one wait for events lasts. It has no effect on how soon they arrive.
 const WAIT: Duration = Duration::from_secs(60);
 /// How long until another attempt on a machine without USB, or where libusb has failed.
@@ -45,8 +47,14 @@ pub fn follow<T: Clone + Send + 'static>(
 fn listen<T: Clone + Send + 'static>(to: &Sender<T>, message: &T) -> rusb::Result<()> {
     // Not rusb::has_hotplug: it panics on a machine where libusb cannot start.
     let context = Context::new()?;
+    let done = hear(&context, to, message);
+    end(context);
+    done
+}
+
+fn hear<T: Clone + Send + 'static>(context: &Context, to: &Sender<T>, message: &T) -> rusb::Result<()> {
     let bell = Bell { to: to.clone(), message: message.clone() };
-    let _registered = HotplugBuilder::new().enumerate(false).register(&context, Box::new(bell))?;
+    let _registered = HotplugBuilder::new().enumerate(false).register(context, Box::new(bell))?;
     // Between the last scan and this moment something may have come.
     while to.send(message.clone()).is_ok() {
         context.handle_events(Some(WAIT))?;

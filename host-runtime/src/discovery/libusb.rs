@@ -13,9 +13,9 @@ use virt_usb_model::device::Problem;
 use virt_usb_model::{BusAddress, Class, Device, DeviceKey, PortPath, Serial};
 
 use super::host_use::HostUse;
-use super::listed::{Listed, Strings, Wanted, list};
+use super::listed::{Listed, Strings, Wanted, describe};
 use super::sysfs::{Plugged, Scan, scan};
-use super::{Snapshot, UsbSource, about, about_all, names};
+use super::{Snapshot, UsbSource, about, about_all, context, names};
 
 /// While a device comes or goes, libusb and sysfs disagree for an instant; only what lasts longer is a problem.
 const SECOND_LOOK: Duration = Duration::from_millis(30);
@@ -39,10 +39,14 @@ impl LibUsb {
 
 impl UsbSource for LibUsb {
     fn snapshot(&self) -> Snapshot {
-        let mut look = Look::take(&self.sysfs_root);
+        let mut look = Look::take(&self.sysfs_root, context::devices);
         if !look.agrees() {
             std::thread::sleep(SECOND_LOOK);
-            look = Look::take(&self.sysfs_root);
+            look = Look::take(&self.sysfs_root, context::devices);
+        }
+        if !look.agrees() {
+            drop(look);
+            look = Look::take(&self.sysfs_root, context::devices_anew);
         }
         look.judge(&HostUse::new(&self.sysfs_root, &self.procfs_root))
     }
@@ -55,17 +59,21 @@ struct Look {
 }
 
 impl Look {
-    fn take(sysfs_root: &Path) -> Self {
-        Self { sysfs: scan(sysfs_root), listed: list() }
+    fn take(
+        sysfs_root: &Path,
+        devices: impl FnOnce() -> rusb::Result<Vec<rusb::Device<rusb::Context>>>,
+    ) -> Self {
+        Self { sysfs: scan(sysfs_root), listed: devices().map(describe) }
     }
 
     fn agrees(&self) -> bool {
         let Ok((listed, wrong)) = &self.listed else { return self.sysfs.is_empty() };
-        // The kernel shows a device before it shows all about it: one without its serial would be another device.
-        let whole_of = |l: &Listed, p: &Plugged| p.has_serial || !l.has_serial();
+        // The kernel shows a device before it shows all about it: one without its serial would be another device. So is one
+        // of another kind, that has the address of a device whose end libusb has not heard of yet.
+        let same = |l: &Listed, p: &Plugged| p.seen.usb == l.usb() && (p.has_serial || !l.has_serial());
         let known = |l: &Listed| {
             let plugged = l.address().and_then(|address| self.sysfs.by_address(address));
-            plugged.is_some_and(|plugged| whole_of(l, plugged))
+            plugged.is_some_and(|plugged| same(l, plugged))
         };
         let whole = self.sysfs.unreadable.is_empty() && wrong.is_empty();
         whole && listed.len() == self.sysfs.plugged.len() && listed.iter().all(known)

@@ -1,11 +1,11 @@
-//! What libusb lists: the only place that calls it.
+//! What libusb lists.
 //!
 //! libusb takes descriptors from the kernel's cache and needs to open no device for them. Only string descriptors
 //! cost a transfer, and they are asked for only where sysfs has none.
 
 use std::time::Duration;
 
-use rusb::{Context, DeviceDescriptor, UsbContext};
+use rusb::{Context, DeviceDescriptor};
 use virt_usb_model::{BusAddress, Class, PortPath, Speed, UsbId, clean_text};
 
 /// How long a device may take to answer with one string. Most need under 1 ms.
@@ -17,13 +17,11 @@ pub(super) struct Listed {
     descriptor: DeviceDescriptor,
 }
 
-/// All that libusb lists, root hubs left out, and what went wrong with single devices.
-pub(super) fn list() -> rusb::Result<(Vec<Listed>, Vec<String>)> {
-    // A fresh context looks at everything again; an old one knows only what its hotplug events told.
-    let context = Context::new()?;
+/// The devices without the root hubs, and what went wrong with single ones.
+pub(super) fn describe(devices: Vec<rusb::Device<Context>>) -> (Vec<Listed>, Vec<String>) {
     let mut listed = Vec::new();
     let mut wrong = Vec::new();
-    for device in context.devices()?.iter() {
+    for device in devices {
         match device.device_descriptor() {
             Ok(descriptor) => listed.push(Listed { device, descriptor }),
             Err(e) => {
@@ -33,7 +31,7 @@ pub(super) fn list() -> rusb::Result<(Vec<Listed>, Vec<String>)> {
         }
     }
     listed.retain(|listed| !listed.is_root_hub());
-    Ok((listed, wrong))
+    (listed, wrong)
 }
 
 impl Listed {

@@ -13,6 +13,7 @@
 //! What is deliberately absent: a source never writes, never claims, and never talks to a device whose strings the
 //! kernel has already read; it may be in use by a guest.
 
+mod context;
 mod host_use;
 pub mod hotplug;
 mod libusb;

@@ -156,9 +156,16 @@ impl Agent {
                 return began.elapsed();
             }
             let log = || std::fs::read_to_string(self.folder.join("log")).unwrap();
+            assert!(!self.has_ended(), "the agent has ended\n{}", log());
             assert!(Instant::now() < deadline, "{found:?} and not {wanted:?}\n{}", log());
             std::thread::sleep(Duration::from_micros(500));
         }
+    }
+
+    fn has_ended(&self) -> bool {
+        // "virt-usbd) Z": it waits for its parent to ask.
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.child.id())).unwrap();
+        stat.rsplit(')').next().unwrap().starts_with(" Z")
     }
 
     fn devices(&self) -> Vec<Record> {
@@ -197,8 +204,9 @@ fn until<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
     }
 }
 
+/// Where a port's device is; "" is the root hub.
 fn path(port: &str) -> String {
-    format!("/devices/pci0000:00/0000:00:04.0/usb1/{port}")
+    format!("/devices/pci0000:00/0000:00:04.0/usb1/{port}").trim_end_matches('/').to_owned()
 }
 
 fn sys(port: &str) -> String {
@@ -216,6 +224,20 @@ fn device(port: &str, number: u8, serial: Option<&str>) -> String {
          A: bDeviceClass=00\\n\nA: bConfigurationValue=1\\n\nA: speed=480\\n\n{serial}H: descriptors={descriptors}\n\n",
         path = path(port)
     )
+}
+
+/// The hub that a bus begins with.
+fn plug_root_hub(bed: &Testbed) {
+    let descriptors =
+        "12010002090001406B1D020006060302010109021900010100E0000904000001090000000705810304000C";
+    bed.add(&format!(
+        "P: {path}\nN: bus/usb/001/001={descriptors}\nE: SUBSYSTEM=usb\nE: DEVTYPE=usb_device\n\
+         E: DEVNAME=/dev/bus/usb/001/001\nE: BUSNUM=001\nE: DEVNUM=001\nE: PRODUCT=1d6b/2/606\n\
+         A: busnum=1\\n\nA: devnum=1\\n\nA: idVendor=1d6b\\n\nA: idProduct=0002\\n\nA: bDeviceClass=09\\n\n\
+         A: bConfigurationValue=1\\n\nA: speed=480\\n\nH: descriptors={descriptors}\n\n",
+        path = path("")
+    ));
+    bed.uevent(&sys(""), "add");
 }
 
 fn plug(bed: &Testbed, port: &str, number: u8, serial: Option<&str>) {
@@ -300,6 +322,33 @@ fn a_storm_is_looked_at_as_one() {
         let scans = until("it is counted", || Some(agent.scans() - before).filter(|n| *n > 0));
         assert!((1..=most).contains(&scans), "{scans} scans in a storm of {storm:?}");
         println!("figure storm 1001 events in {} ms, {scans} scans", storm.as_millis());
+    });
+}
+
+/// A controller that was reset has its bus again, with the same number, and its devices: there are a new hub and a new device
+/// before libusb hears that the old hub has gone.
+#[test]
+fn events_of_an_earlier_hub_do_not_end_the_agent() {
+    under("events_of_an_earlier_hub_do_not_end_the_agent", |folder| {
+        let bed = Testbed::new();
+        plug_root_hub(&bed);
+        plug(&bed, "1-1", 2, Some("SN1"));
+        let agent = Agent::start(folder);
+        agent.shows(&["1-1 SN1 usb_1_2"]);
+        for round in 0..5u8 {
+            // It looks at least once a second, also where events do not end.
+            let begin = Instant::now();
+            while begin.elapsed() < Duration::from_millis(1500) {
+                bed.uevent(&sys(""), "remove");
+                bed.uevent(&sys(""), "add");
+                std::thread::sleep(Duration::from_micros(200));
+            }
+            // It goes on with what comes.
+            plug(&bed, "1-2", round + 3, Some("SN2"));
+            agent.shows(&["1-1 SN1 usb_1_2", &format!("1-2 SN2 usb_1_{}", round + 3)]);
+            unplug(&bed, "1-2");
+            agent.shows(&["1-1 SN1 usb_1_2"]);
+        }
     });
 }
 
