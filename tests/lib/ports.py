@@ -1,12 +1,16 @@
-"""TCP ports of loopback for servers of a test. `ports.rs` of `tests/suite` reserves them in the same way."""
+"""TCP ports of loopback for servers of a test.
+
+`ports.rs` of `tests/suite` reserves them in the same way.
+"""
 
 from __future__ import annotations
 
 import random
 import socket
 
-# The kernel gives ports from 32768 on to connections. A server that starts again on one of those may find it taken by any
-# connection, also by one to itself: a client that tries a port of that range again and again is connected to itself at some time.
+# The kernel gives ports from 32768 on to connections. A server that starts again on one of those may
+# find it taken by a connection. Such a connection can even be one to itself: a client that tries a
+# port of that range again and again is connected to itself at some time.
 PORTS = range(16000, 32768)
 _reserved: list[socket.socket] = []
 

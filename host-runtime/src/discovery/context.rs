@@ -1,11 +1,11 @@
 //! libusb's contexts, and how one ends.
 //!
-//! `libusb_exit` takes a hub from the context's list that its last device refers to, whether it is in the list or not
-//! (`usbi_hotplug_exit`; 1.0.26 to 1.0.28 have it), and the program ends with a segmentation fault. A hub is not in the
-//! list where libusb heard that it has gone while its device stayed. That is what a controller brings about that is reset,
-//! or unbound and bound again: there are a new hub and a new device under the numbers of the old ones, libusb finds them
-//! in sysfs, and then hears udev tell of the end of the old hub. A fresh context for each look ended agents in this way,
-//! so one context lasts, and follows the events.
+//! `libusb_exit` crashes the program (`usbi_hotplug_exit`, in 1.0.26 and 1.0.27) when a device in
+//! the context's list has a parent hub that is not in the list. libusb removes a hub from the list
+//! when udev reports its end. A controller that is reset, or unbound and bound again, makes such a
+//! list: libusb finds the new hub and the new device in sysfs, under the numbers of the old ones,
+//! and then reads udev's report about the old hub. The agent used a new context for each look, and
+//! ended in this way. Now one context lasts and follows the events.
 
 use std::sync::{Mutex, PoisonError};
 
@@ -29,8 +29,8 @@ pub(super) fn devices() -> rusb::Result<Vec<Device<Context>>> {
     found
 }
 
-/// What a fresh context lists, which looks at everything again: for when events were missed, or where there are none, as
-/// without udev. Nobody may keep a device of [`devices`] meanwhile.
+/// What a new context lists. It looks at everything again: for when events were missed, or where
+/// there are none, as without udev. The caller keeps no device of [`devices`] meanwhile.
 ///
 /// # Errors
 /// When libusb cannot start.

@@ -68,8 +68,9 @@ impl Look {
 
     fn agrees(&self) -> bool {
         let Ok((listed, wrong)) = &self.listed else { return self.sysfs.is_empty() };
-        // The kernel shows a device before it shows all about it: one without its serial would be another device. So is one
-        // of another kind, that has the address of a device whose end libusb has not heard of yet.
+        // The kernel shows a device before it shows all about it: one without its serial would be
+        // another device. So would one of another kind, at the address of a device whose end
+        // libusb has not heard of yet.
         let same = |l: &Listed, p: &Plugged| p.seen.usb == l.usb() && (p.has_serial || !l.has_serial());
         let known = |l: &Listed| {
             let plugged = l.address().and_then(|address| self.sysfs.by_address(address));

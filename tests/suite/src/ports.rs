@@ -1,4 +1,5 @@
-//! TCP ports of loopback for servers of a test. `ports.py` of `tests/lib` reserves them in the same way.
+//! TCP ports of loopback for servers of a test. `ports.py` of `tests/lib` reserves them in the
+//! same way.
 
 use std::io::ErrorKind;
 use std::net::TcpListener;
@@ -6,9 +7,9 @@ use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixListener};
 use std::sync::atomic::{AtomicU32, Ordering};
 
-/// The kernel gives ports from 32768 on to connections. A server that starts again on one of those may find it taken by
-/// any connection, also by one to itself: a client that tries a port of that range again and again is connected to itself
-/// at some time.
+/// The kernel gives ports from 32768 on to connections. A server that starts again on one of those
+/// may find it taken by a connection. Such a connection can even be one to itself: a client that
+/// tries a port of that range again and again is connected to itself at some time.
 const FIRST: u16 = 16_000;
 const COUNT: u32 = 16_768;
 
