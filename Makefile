@@ -6,6 +6,7 @@ CARGO := cargo
 # Each target below is a step: 'tests/step' runs it, and reports it where 'make test' runs many.
 STEP := tests/step
 # The build and the nested host take longest: other steps run at a lower priority.
+BEHIND := $(STEP) --behind
 BESIDE := $(STEP) --beside
 
 .PHONY: help deps test-deps bench-deps build filter run test check steps-test steps-check tests lint corpus suite story \
@@ -61,7 +62,7 @@ tests: test-deps build ## build the tests
 	@$(BESIDE) $@ "build the tests" tests/suite/run build
 
 suite: test-deps build tests corpus ## unit, property and process tests
-	@$(STEP) $@ "run the unit, property and process tests" nice tests/suite/run $(BUILT)
+	@$(BEHIND) $@ "run the unit, property and process tests" tests/suite/run $(BUILT)
 
 lint: test-deps ## formatting and lints
 	@$(BESIDE) $@ "check formatting and lints" tests/lint

@@ -154,8 +154,9 @@ def ends(root, file, log, signal="TERM"):
     pid = root.file(file).read_text().strip()
     root.must("kill", f"-{signal}", pid)
     for _ in range(600):
-        # Nobody waits for what was left alone: it stays as a zombie.
-        if root.run("sh", "-c", f"grep -q '^State:.[^Z]' /proc/{pid}/status").status:
+        # Nobody waits for what was left alone: it stays as a zombie. Its first thread is one before the
+        # others have ended, and until then the process has its files and their locks.
+        if root.run("sh", "-c", f"cat /proc/{pid}/task/*/status 2> /dev/null | grep -q '^State:.[^ZX]'").status:
             return
         time.sleep(0.1)
     raise Failure(f"{pid} does not end:\n{root.file(log).read_text()}")
