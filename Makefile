@@ -10,7 +10,7 @@ BEHIND := $(STEP) --behind
 BESIDE := $(STEP) --beside
 
 .PHONY: help deps test-deps bench-deps build filter run test check steps-test steps-check tests lint corpus suite story \
-	conformance embedding nova portal tempest live live-nested packages bench deny fuzz soak install install-hook install-agent deb clean
+	conformance embedding nova portal tempest live live-nested live-nested-1 live-nested-2 packages bench deny fuzz soak install install-hook install-agent deb clean
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -38,7 +38,7 @@ test: ## everything that a change must pass (some 25 minutes the first time)
 check: ## the inner loop: formatting, lints, unit, property and process tests
 	@$(STEP) --all steps-check
 
-steps-test: live-nested tests suite lint packages tempest nova conformance portal embedding live story
+steps-test: live-nested-1 live-nested-2 tests suite lint packages tempest nova conformance portal embedding live story
 steps-check: tests suite lint
 
 # Below 'make test', steps that need cargo's lock run one after the other, and downloads run during the build.
@@ -48,11 +48,11 @@ lint: tests
 BUILT := --built
 # apt is not run twice at a time.
 deb: test-deps
-live-nested: fetch-live
+live-nested-1 live-nested-2: fetch-live
 packages tempest nova conformance portal embedding: %: fetch-%
 else
 # Below 'make test' the package is made while the first cases run: its own are the last.
-live-nested: deb
+live-nested live-nested-1 live-nested-2: deb
 endif
 
 fetch-%: test-deps
@@ -93,6 +93,8 @@ live: test-deps build ## real libvirtd and real guests on this machine (root)
 
 live-nested: test-deps build ## a compute host in a VM, with real USB devices (root)
 	@$(STEP) $@ "pass USB devices to guests on a compute host in a VM" tests/live/run nested
+live-nested-1 live-nested-2: live-nested-%: test-deps build
+	@$(STEP) $@ "pass USB devices to guests on a compute host in a VM, part $* of 2" tests/live/run nested --part $*/2
 
 packages: test-deps deb ## the Debian package in clean Debians (root)
 	@$(BESIDE) $@ "install the package in clean Debians" tests/packages/run

@@ -25,6 +25,7 @@ def arguments():
     parser.add_argument("--case", action="append", default=[])
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--part")
     parser.add_argument("--repeat", type=int, default=1)
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--repo", default=str(Path(__file__).parents[2]))
@@ -42,6 +43,8 @@ def main():
     figures = ["figures"] if any("figures" in name for name in asked.case) else []
     files = [f for f in FILES[asked.place] + figures if (folder / f"{f}.py").exists()]
     cases = case.matching(case.collect(f"{asked.place}.cases", files), asked.case)
+    part, parts = map(int, asked.part.split("/"))
+    cases = cases[part - 1 :: parts]
     if asked.list:
         for one in cases:
             say(f"{one.name:44} {one.title}")

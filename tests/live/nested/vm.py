@@ -26,9 +26,11 @@ def end_with_parent():
 
 
 class Nested:
-    def __init__(self, repo, cache, say, cpus=1):
+    def __init__(self, repo, cache, say, cpus=1, part="1/1"):
         self.repo, self.cache, self.say, self.cpus = Path(repo), Path(cache), say, cpus
-        self.share = self.cache / "share"
+        # Several VMs may run at a time, each with a part of the cases.
+        self.place = self.cache / f"vm-{part.replace('/', '-of-')}"
+        self.share = self.place / "share"
         self.kernel = Kernel(self.cache, self.repo / "tests/live/nested/init")
 
     def run(self, words, limit):
@@ -36,7 +38,7 @@ class Nested:
         self.kernel.prepare()
         self._lay_out(words, limit)
         began = time.monotonic()
-        with open(self.cache / "qemu.log", "w", encoding="utf-8") as log:
+        with open(self.place / "qemu.log", "w", encoding="utf-8") as log:
             vm = subprocess.Popen(self._command(), stdin=subprocess.DEVNULL, stdout=log, stderr=log, preexec_fn=end_with_parent)
             try:
                 self._follow(vm, limit + 90)
@@ -72,7 +74,7 @@ class Nested:
             "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
             "-machine", "q35", "-accel", "tcg,thread=multi,tb-size=512", "-cpu", CPU, "-smp", str(self.cpus), "-m", "1536",
             "-kernel", self.kernel.image, "-initrd", self.kernel.initramfs, "-append", KERNEL_WORDS,
-            "-serial", f"file:{self.cache / 'console.log'}",
+            "-serial", f"file:{self.place / 'console.log'}",
             # A real hub with a device behind it: dummy_hcd can make neither.
             "-device", "qemu-xhci,id=usb", "-device", "usb-hub,bus=usb.0,port=1",
             "-chardev", "null,id=nowhere", "-device", "usb-serial,bus=usb.0,port=1.2,chardev=nowhere,always-plugged=on",
@@ -100,6 +102,6 @@ class Nested:
             return None
 
     def _tail(self, name):
-        path = self.cache / name
+        path = self.place / name
         text = path.read_text(errors="replace") if path.exists() else ""
         return f"--- {name}\n" + "\n".join(text.splitlines()[-30:]) + "\n"
