@@ -50,9 +50,6 @@ BUILT := --built
 deb: test-deps
 live-nested-1 live-nested-2: fetch-live
 packages tempest nova conformance portal embedding: %: fetch-%
-else
-# Below 'make test' the package is made while the first cases run: its own are the last.
-live-nested live-nested-1 live-nested-2: deb
 endif
 
 fetch-%: test-deps
@@ -91,9 +88,9 @@ portal: test-deps build ## users of the portal in a real Chromium (brings playwr
 live: test-deps build ## real libvirtd and real guests on this machine (root)
 	@$(BESIDE) $@ "start guests with libvirtd on this machine" tests/live/run machine
 
-live-nested: test-deps build ## a compute host in a VM, with real USB devices (root)
+live-nested: test-deps deb ## a compute host in a VM, with real USB devices (root)
 	@$(STEP) $@ "pass USB devices to guests on a compute host in a VM" tests/live/run nested
-live-nested-1 live-nested-2: live-nested-%: test-deps build
+live-nested-1 live-nested-2: live-nested-%: test-deps deb
 	@$(STEP) $@ "pass USB devices to guests on a compute host in a VM, part $* of 2" tests/live/run nested --part $*/2
 
 packages: test-deps deb ## the Debian package in clean Debians (root)
@@ -111,7 +108,7 @@ deny: ## licences, bans, sources and advisories of the dependencies (installs ca
 fuzz: ## ten minutes of each fuzz target (installs cargo-fuzz)
 	@tests/fuzz/run 600
 
-soak: test-deps build deb corpus deny ## what takes longer than a change may: many more random runs, mutants, coverage
+soak: test-deps build deb corpus deny ## hours: more random runs, Debian 13's compute host, coverage, mutants
 	@echo "== long property tests"
 	@PROPTEST_CASES=20000 tests/suite/run --timeout 7200
 	@echo "== etcd's cluster under 20 times so many faults"
@@ -120,10 +117,10 @@ soak: test-deps build deb corpus deny ## what takes longer than a change may: ma
 	@tests/live/run nested --case crash.random_moments --kills 200 --cpus 2
 	@echo "== the nested compute host with Debian 13"
 	@tests/soak/debian13
-	@echo "== mutants"
-	@tests/soak/mutants
 	@echo "== coverage"
 	@tests/soak/coverage
+	@echo "== mutants"
+	@tests/soak/mutants
 
 install: ## what was built to where it belongs, below DESTDIR; a package is made of it
 	@install/place command hook config agent

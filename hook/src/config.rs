@@ -161,7 +161,7 @@ pub struct Config {
     pub undefined_grace: Duration,
     /// How long after a failure the agent asks libvirt again about a guest that it could not read.
     pub recheck_delay: Duration,
-    /// How long what an incoming restore or migration claimed may stay unconfirmed.
+    /// How long a claim of an incoming restore or migration may stay unconfirmed.
     pub pending_grace: Duration,
     /// What an unplugged device's claim comes to.
     pub replug: ReplugPolicy,

@@ -25,7 +25,7 @@ def arguments():
     parser.add_argument("--case", action="append", default=[])
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--kills", type=int, default=10)
-    parser.add_argument("--part")
+    parser.add_argument("--part", default="1/1")
     parser.add_argument("--repeat", type=int, default=1)
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--repo", default=str(Path(__file__).parents[2]))
@@ -43,15 +43,15 @@ def main():
     figures = ["figures"] if any("figures" in name for name in asked.case) else []
     files = [f for f in FILES[asked.place] + figures if (folder / f"{f}.py").exists()]
     cases = case.matching(case.collect(f"{asked.place}.cases", files), asked.case)
+    if not cases:
+        say(f"no case has {' or '.join(asked.case)} in its name: see --list")
+        return 1
     part, parts = map(int, asked.part.split("/"))
     cases = cases[part - 1 :: parts]
     if asked.list:
         for one in cases:
             say(f"{one.name:44} {one.title}")
         return 0
-    if not cases:
-        say(f"no case has {' or '.join(asked.case)} in its name: see --list")
-        return 1
     cases *= asked.repeat
     world = World(asked.repo, asked.seed, asked.kills, drawer(asked.place))
     world.set_up()

@@ -5,54 +5,72 @@
 //! when udev reports its end. A controller that is reset, or unbound and bound again, makes such a
 //! list: libusb finds the new hub and the new device in sysfs, under the numbers of the old ones,
 //! and then reads udev's report about the old hub. The agent used a new context for each look, and
-//! ended in this way. Now one context lasts and follows the events.
+//! ended in this way. Now one context lasts and follows the events. A context that is replaced is put
+//! aside, and ended at a later look, when no event is on its way.
 
 use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
 
 use rusb::{Context, Device, UsbContext};
 
-/// The context that devices are listed from. It lasts as long as the process.
-static LISTING: Mutex<Option<Context>> = Mutex::new(None);
+/// The contexts of this process. One thread at a time looks at devices.
+struct Contexts {
+    /// Devices are listed from it.
+    lasting: Option<Context>,
+    /// Replaced, and not ended yet.
+    aside: Vec<Context>,
+}
 
-/// What one context lists.
+static CONTEXTS: Mutex<Contexts> = Mutex::new(Contexts { lasting: None, aside: Vec::new() });
+
+/// Lists the devices of the lasting context.
 ///
 /// # Errors
 /// When libusb cannot start, as on a machine without USB.
 pub(super) fn devices() -> rusb::Result<Vec<Device<Context>>> {
-    let mut listing = LISTING.lock().unwrap_or_else(PoisonError::into_inner);
-    let context = match listing.take() {
+    let mut contexts = CONTEXTS.lock().unwrap_or_else(PoisonError::into_inner);
+    let context = match contexts.lasting.take() {
         Some(context) => context,
         None => Context::new()?,
     };
     let found = list(&context);
-    *listing = Some(context);
+    contexts.lasting = Some(context);
     found
 }
 
-/// What a new context lists. It looks at everything again: for when events were missed, or where
-/// there are none, as without udev. The caller keeps no device of [`devices`] meanwhile.
+/// Replaces the lasting context and lists the devices of the new one, which libusb finds in sysfs.
+/// For when libusb missed events, and where it hears none, as without udev.
 ///
 /// # Errors
 /// When libusb cannot start.
 pub(super) fn devices_anew() -> rusb::Result<Vec<Device<Context>>> {
-    let before = LISTING.lock().unwrap_or_else(PoisonError::into_inner).take();
-    if let Some(context) = before {
-        end(context);
-    }
+    let replaced = CONTEXTS.lock().unwrap_or_else(PoisonError::into_inner).lasting.take();
+    replaced.into_iter().for_each(put_aside);
     devices()
 }
 
-/// Ends a context, unless libusb would crash: then it stays, and costs some memory.
-pub(super) fn end(context: Context) {
-    let is_whole = list(&context).is_ok_and(|devices| {
+/// Keeps a context until [`end_those_aside`].
+pub(super) fn put_aside(context: Context) {
+    CONTEXTS.lock().unwrap_or_else(PoisonError::into_inner).aside.push(context);
+}
+
+/// Ends the contexts that were put aside, but for those with which libusb would crash. Called when
+/// libusb and sysfs agree: then no event is on its way that takes a hub out of a list meanwhile.
+pub(super) fn end_those_aside() {
+    let mut contexts = CONTEXTS.lock().unwrap_or_else(PoisonError::into_inner);
+    contexts.aside.retain(|context| !has_all_parents(context));
+}
+
+/// Whether each parent of a listed device is listed.
+fn has_all_parents(context: &Context) -> bool {
+    list(context).is_ok_and(|devices| {
         let is_listed = |hub: &Device<Context>| devices.iter().any(|d| d.as_raw() == hub.as_raw());
         devices.iter().filter_map(Device::get_parent).all(|hub| is_listed(&hub))
-    });
-    if !is_whole {
-        std::mem::forget(context);
-    }
+    })
 }
 
 fn list(context: &Context) -> rusb::Result<Vec<Device<Context>>> {
+    // libusb keeps a message for each event, and what has gone with it, until they are handled.
+    context.handle_events(Some(Duration::ZERO))?;
     context.devices().map(|list| list.iter().collect())
 }

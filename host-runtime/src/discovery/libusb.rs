@@ -40,7 +40,9 @@ impl LibUsb {
 impl UsbSource for LibUsb {
     fn snapshot(&self) -> Snapshot {
         let mut look = Look::take(&self.sysfs_root, context::devices);
-        if !look.agrees() {
+        if look.agrees() {
+            context::end_those_aside();
+        } else {
             std::thread::sleep(SECOND_LOOK);
             look = Look::take(&self.sysfs_root, context::devices);
         }

@@ -162,6 +162,10 @@ impl Agent {
         }
     }
 
+    fn open_files(&self) -> usize {
+        std::fs::read_dir(format!("/proc/{}/fd", self.child.id())).unwrap().count()
+    }
+
     fn has_ended(&self) -> bool {
         // "virt-usbd) Z": it waits for its parent to ask.
         let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.child.id())).unwrap();
@@ -349,6 +353,29 @@ fn events_of_an_earlier_hub_do_not_end_the_agent() {
             unplug(&bed, "1-2");
             agent.shows(&["1-1 SN1 usb_1_2"]);
         }
+    });
+}
+
+/// libusb lists it still. The agent asks anew, and keeps nothing of the list before.
+#[test]
+fn a_device_whose_end_nobody_told_is_gone_at_the_next_look() {
+    under("a_device_whose_end_nobody_told_is_gone_at_the_next_look", |folder| {
+        let bed = machine();
+        let agent = Agent::start(folder);
+        plug(&bed, "1-1", 2, Some("SN1"));
+        agent.shows(&["1-1 SN1 usb_1_2"]);
+        let open_files = agent.open_files();
+        for round in 0..10u8 {
+            let (second, third) = (2 * round + 3, 2 * round + 4);
+            plug(&bed, "1-2", second, Some("SN2"));
+            agent.shows(&["1-1 SN1 usb_1_2", &format!("1-2 SN2 usb_1_{second}")]);
+            bed.remove(&sys("1-2"));
+            plug(&bed, "1-3", third, Some("SN3"));
+            agent.shows(&["1-1 SN1 usb_1_2", &format!("1-3 SN3 usb_1_{third}")]);
+            unplug(&bed, "1-3");
+            agent.shows(&["1-1 SN1 usb_1_2"]);
+        }
+        until("its open files are as few as before", || (agent.open_files() <= open_files + 4).then_some(()));
     });
 }
 

@@ -9,14 +9,13 @@ import json
 import os
 import re
 import sys
-import time
 from pathlib import Path
 
 from lib.case import case
 from lib.daemons import qemu_pid
 from lib.product import AGENT, CONFIG, HOOK_LOG, HOOKS, LOGS, STATE, USER, Agent
 from lib.shell import Failure, expect, must, refused, run
-from lib.waiting import PATIENCE, until
+from lib.waiting import until
 
 from .live import asking, known
 
@@ -60,18 +59,7 @@ class Unit(Agent):
 
 
 def built():
-    """The package of what is built. 'make test' makes it while the first cases run."""
-    end = time.monotonic() + PATIENCE
-    while True:
-        try:
-            return found()
-        except Failure:
-            if time.monotonic() > end:
-                raise
-            time.sleep(1)
-
-
-def found():
+    """The package of what is built."""
     packages = list((REPO / "target/deb").glob("virt-usb_*.deb"))
     if len(packages) != 1:
         raise Failure("target/deb has no package: 'make deb' makes it")
