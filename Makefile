@@ -5,7 +5,7 @@ SHELL := /bin/bash
 CARGO := cargo
 # Each target below is a step: 'tests/step' runs it, and reports it where 'make test' runs many.
 STEP := tests/step
-# The build and the nested host take longest: other steps run at a lower priority.
+# The builds and the nested host take longest: other steps run at a lower priority.
 BEHIND := $(STEP) --behind
 BESIDE := $(STEP) --beside
 
@@ -56,7 +56,7 @@ fetch-%: test-deps
 	@$(BESIDE) $@ "fetch what '$*' takes from package registries" tests/$*/run fetch
 
 tests: test-deps build ## build the tests
-	@$(BESIDE) $@ "build the tests" tests/suite/run build
+	@$(STEP) $@ "build the tests" tests/suite/run build
 
 suite: test-deps build tests corpus ## unit, property and process tests
 	@$(BEHIND) $@ "run the unit, property and process tests" tests/suite/run $(BUILT)
