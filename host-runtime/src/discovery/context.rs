@@ -5,8 +5,8 @@
 //! when udev reports its end. A controller that is reset, or unbound and bound again, makes such a
 //! list: libusb finds the new hub and the new device in sysfs, under the numbers of the old ones,
 //! and then reads udev's report about the old hub. The agent used a new context for each look, and
-//! ended in this way. Now one context lasts and follows the events. A context that is replaced is put
-//! aside, and ended at a later look, when no event is on its way.
+//! ended in this way. Now one context lasts and follows the events. A context that is replaced is
+//! exited at the next look, when its own events have been handled.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
@@ -15,13 +15,13 @@ use rusb::{Context, Device, UsbContext};
 
 /// The contexts of this process. One thread at a time looks at devices.
 struct Contexts {
-    /// Devices are listed from it.
+    /// The context that devices are listed from.
     lasting: Option<Context>,
-    /// Replaced, and not ended yet.
-    aside: Vec<Context>,
+    /// Contexts that were replaced and not exited yet.
+    replaced: Vec<Context>,
 }
 
-static CONTEXTS: Mutex<Contexts> = Mutex::new(Contexts { lasting: None, aside: Vec::new() });
+static CONTEXTS: Mutex<Contexts> = Mutex::new(Contexts { lasting: None, replaced: Vec::new() });
 
 /// Lists the devices of the lasting context.
 ///
@@ -45,20 +45,19 @@ pub(super) fn devices() -> rusb::Result<Vec<Device<Context>>> {
 /// When libusb cannot start.
 pub(super) fn devices_anew() -> rusb::Result<Vec<Device<Context>>> {
     let replaced = CONTEXTS.lock().unwrap_or_else(PoisonError::into_inner).lasting.take();
-    replaced.into_iter().for_each(put_aside);
+    replaced.into_iter().for_each(exit_later);
     devices()
 }
 
-/// Keeps a context until [`end_those_aside`].
-pub(super) fn put_aside(context: Context) {
-    CONTEXTS.lock().unwrap_or_else(PoisonError::into_inner).aside.push(context);
+/// Keeps a context until [`exit_replaced`].
+pub(super) fn exit_later(context: Context) {
+    CONTEXTS.lock().unwrap_or_else(PoisonError::into_inner).replaced.push(context);
 }
 
-/// Ends the contexts that were put aside, but for those with which libusb would crash. Called when
-/// libusb and sysfs agree: then no event is on its way that takes a hub out of a list meanwhile.
-pub(super) fn end_those_aside() {
+/// Exits the contexts that an earlier look replaced, except those that would crash `libusb_exit`.
+pub(super) fn exit_replaced() {
     let mut contexts = CONTEXTS.lock().unwrap_or_else(PoisonError::into_inner);
-    contexts.aside.retain(|context| !has_all_parents(context));
+    contexts.replaced.retain(|context| !has_all_parents(context));
 }
 
 /// Whether each parent of a listed device is listed.

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use rusb::{Context, Device, Hotplug, HotplugBuilder, UsbContext};
 
-use super::context::put_aside;
+use super::context::exit_later;
 
 /// How long one wait for events lasts. It has no effect on how soon they arrive.
 const WAIT: Duration = Duration::from_secs(60);
@@ -48,7 +48,7 @@ fn listen<T: Clone + Send + 'static>(to: &Sender<T>, message: &T) -> rusb::Resul
     // Not rusb::has_hotplug: it panics on a machine where libusb cannot start.
     let context = Context::new()?;
     let done = hear(&context, to, message);
-    put_aside(context);
+    exit_later(context);
     done
 }
 

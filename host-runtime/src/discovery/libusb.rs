@@ -40,12 +40,11 @@ impl LibUsb {
 impl UsbSource for LibUsb {
     fn snapshot(&self) -> Snapshot {
         let mut look = Look::take(&self.sysfs_root, context::devices);
-        if look.agrees() {
-            context::end_those_aside();
-        } else {
+        if !look.agrees() {
             std::thread::sleep(SECOND_LOOK);
             look = Look::take(&self.sysfs_root, context::devices);
         }
+        context::exit_replaced();
         if !look.agrees() {
             drop(look);
             look = Look::take(&self.sysfs_root, context::devices_anew);
@@ -71,8 +70,8 @@ impl Look {
     fn agrees(&self) -> bool {
         let Ok((listed, wrong)) = &self.listed else { return self.sysfs.is_empty() };
         // The kernel shows a device before it shows all about it: one without its serial would be
-        // another device. So would one of another kind, at the address of a device whose end
-        // libusb has not heard of yet.
+        // another device. A device of another kind can have the address of a device that libusb
+        // still lists, because udev has not reported the removal yet.
         let same = |l: &Listed, p: &Plugged| p.seen.usb == l.usb() && (p.has_serial || !l.has_serial());
         let known = |l: &Listed| {
             let plugged = l.address().and_then(|address| self.sysfs.by_address(address));
