@@ -395,8 +395,8 @@ CASES = [
 def too_new(root):
     root.must("apt-get", "-qq", "update")
     # With -qq apt does not say what is missing.
-    said = root.refused("apt-get", "-y", "--no-install-recommends", "install", "/packages/virt-usb.deb")
-    check("virt-usb : Depends:" in said.all, f"apt does not name what is missing:\n{said}")
+    refusal = root.refused("apt-get", "-y", "--no-install-recommends", "install", "/packages/virt-usb.deb")
+    check("virt-usb : Depends:" in refusal.all, f"apt does not name what is missing:\n{refusal}")
     check(root.run("dpkg-query", "-W", "virt-usb").status != 0, "a part of the package is there")
 
 
