@@ -6,7 +6,6 @@ CARGO := cargo
 # Each target below is a step: 'tests/step' runs it, and reports it where 'make test' runs many.
 STEP := tests/step
 # The builds and the nested host take longest: other steps run at a lower priority.
-BEHIND := $(STEP) --behind
 BESIDE := $(STEP) --beside
 
 .PHONY: help deps test-deps bench-deps build filter run test check steps-test steps-check tests lint corpus suite story \
@@ -59,7 +58,7 @@ tests: test-deps build ## build the tests
 	@$(STEP) $@ "build the tests" tests/suite/run build
 
 suite: test-deps build tests corpus ## unit, property and process tests
-	@$(BEHIND) $@ "run the unit, property and process tests" tests/suite/run $(BUILT)
+	@$(STEP) --memory --behind $@ "run the unit, property and process tests" tests/suite/run $(BUILT)
 
 lint: test-deps ## formatting and lints
 	@$(BESIDE) $@ "check formatting and lints" tests/lint
@@ -77,7 +76,7 @@ embedding: test-deps build ## the filter in Python and JavaScript (brings wasmti
 	@$(BESIDE) $@ "use the filter from Python and JavaScript" tests/embedding/run
 
 nova: test-deps build ## the filter in Nova's own scheduler (brings nova from PyPI)
-	@$(BESIDE) $@ "use the filter in OpenStack Nova" tests/nova/run
+	@$(STEP) --memory --beside $@ "use the filter in OpenStack Nova" tests/nova/run
 
 tempest: test-deps build ## the API under a real Keystone, by Tempest and the openstack command (brings them from PyPI)
 	@$(BESIDE) $@ "use the API with Keystone, Tempest and the openstack command" tests/tempest/run
