@@ -6,8 +6,8 @@ use std::rc::Rc;
 use virt_usb_filter_core as engine;
 use virt_usb_filter_core::text as strings;
 use virt_usb_model::{
-    Class, DeviceId, DeviceRequest, ParseError, PortPath, ProductId, ProjectId, Reason, Selector, Status,
-    UsbId, VendorId,
+    Class, DeviceId, DevicePath, DeviceRequest, ParseError, PortPath, ProductId, ProjectId, Reason, Selector,
+    Status, UsbId, VendorId,
 };
 
 #[allow(
@@ -187,14 +187,17 @@ fn draft(node: &wit::Node) -> Result<engine::Draft, ParseError> {
 }
 
 fn add(draft: &mut engine::Draft, device: &wit::Device) -> Result<(), ParseError> {
-    let port: PortPath = device.port.parse().map_err(|e: ParseError| e.at("port"))?;
+    let (port, path) = place(&device.port).map_err(|e| e.at("port"))?;
+    let port =
+        port.ok_or_else(|| ParseError::new(&device.port, "a port path such as \"1-1.4\"").at("port"))?;
     let usb = UsbId::new(device.vendor_id, device.product_id);
     draft.device(device_id(device.id)?, usb, &port, device.status.into());
     if let Some(serial) = &device.serial {
         draft.serial(serial);
     }
     let interfaces = device.interface_classes.iter().copied().map(Class::new);
-    draft.traits(Class::new(device.class), interfaces, device.tags.iter().map(String::as_str));
+    let tags = device.tags.iter().map(String::as_str);
+    draft.traits(Class::new(device.class), interfaces, path.as_ref(), tags);
     let projects: Vec<ProjectId> = device
         .projects
         .iter()
@@ -203,6 +206,18 @@ fn add(draft: &mut engine::Draft, device: &wit::Device) -> Result<(), ParseError
         .map_err(|e: ParseError| e.at("projects"))?;
     draft.projects(projects.iter());
     Ok(())
+}
+
+/// A port path, a device path, or both with a space between them.
+fn place(text: &str) -> Result<(Option<PortPath>, Option<DevicePath>), ParseError> {
+    let (mut port, mut path) = (None, None);
+    for part in text.split(' ') {
+        match part.parse() {
+            Ok(is) => path = Some(is),
+            Err(_) => port = Some(part.parse()?),
+        }
+    }
+    Ok((port, path))
 }
 
 fn device_id(id: u64) -> Result<DeviceId, ParseError> {
@@ -230,14 +245,16 @@ impl TryFrom<wit::Question> for engine::Question {
 }
 
 fn request(request: wit::Request) -> Result<DeviceRequest, ParseError> {
-    let port = request.port.map(|p| p.parse()).transpose();
+    let named = request.port.map(|text| place(&text)).transpose().map_err(|e| e.at("port"))?;
+    let (port, path) = named.unwrap_or_default();
     Ok(DeviceRequest {
         selector: Selector {
             id: request.id.map(device_id).transpose()?,
             vendor_id: request.vendor_id.map(VendorId::new),
             product_id: request.product_id.map(ProductId::new),
             serial: request.serial,
-            port: port.map_err(|e: ParseError| e.at("port"))?,
+            port,
+            path,
             class: request.class.map(Class::new),
             tags: request.tags,
         },

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use virt_usb_domxml::{Domain, Edits, Fit, Hostdev, UsbHostdev};
-use virt_usb_model::{InstanceId, Speed};
+use virt_usb_model::{InstanceId, PortPath, Speed};
 use virt_usb_store::adopt::Holding;
 use virt_usb_store::claim::{Asker, Granted, Judge, Verified};
 use virt_usb_store::{Context, Durability, Record, Store, StoreError};
@@ -43,10 +43,10 @@ pub struct Ports<'a> {
     pub sysfs_root: &'a Path,
 }
 
-impl Judge for Ports<'_> {
-    fn verify(&mut self, candidate: &Record) -> Verified {
+impl Ports<'_> {
+    /// Whether the device is at this port.
+    fn verify_at(&self, port: &PortPath, candidate: &Record) -> Verified {
         let entry = &candidate.entry;
-        let port = &entry.port_path;
         match sysfs::at_port(self.sysfs_root, port) {
             Ok(Some(seen)) if seen.usb == candidate.usb() && seen.serial == entry.serial => {
                 Verified::Here(seen.address)
@@ -58,6 +58,32 @@ impl Judge for Ports<'_> {
             Ok(None) => Verified::Not(format!("nothing is plugged in at port {port}")),
             Err(e) => Verified::Not(e.to_string()),
         }
+    }
+}
+
+impl Judge for Ports<'_> {
+    /// The recorded port has the bus number of the boot in which it was recorded: where the path is known, the path decides.
+    fn verify(&mut self, candidate: &Record) -> Verified {
+        let recorded = &candidate.entry.port_path;
+        let Some(path) = &candidate.entry.path else { return self.verify_at(recorded, candidate) };
+        let mut found = None;
+        if sysfs::path_of(self.sysfs_root, recorded).as_ref() == Some(path) {
+            found = Some(self.verify_at(recorded, candidate));
+        }
+        if let Some(here @ Verified::Here(_)) = found {
+            return here;
+        }
+        for port in sysfs::ports_of(self.sysfs_root, path).iter().filter(|port| *port != recorded) {
+            match self.verify_at(port, candidate) {
+                here @ Verified::Here(_) => return here,
+                not @ Verified::Not(_) => found = found.or(Some(not)),
+            }
+        }
+        found.unwrap_or_else(|| {
+            Verified::Not(format!(
+                "this host has no USB port {path}: its controller is gone or has another place"
+            ))
+        })
     }
     fn fits(&mut self, _: &[Granted]) -> Result<(), String> {
         Ok(())

@@ -3,9 +3,10 @@
 use std::path::Path;
 
 use anyhow::Context as _;
-use virt_usb_model::{Aliases, Device, DeviceKey, PortPath, Serial, Whitelist};
-use virt_usb_store::Record;
+use virt_usb_hook::sysfs::path_of;
+use virt_usb_model::{Aliases, Device, DeviceKey, DevicePath, PortPath, Serial, Whitelist};
 use virt_usb_store::discover::Change;
+use virt_usb_store::{Record, Store, StoreError};
 
 use crate::discovery::Snapshot;
 
@@ -17,6 +18,28 @@ pub fn host_name(procfs_root: &Path) -> anyhow::Result<String> {
     let path = procfs_root.join("sys/kernel/hostname");
     let name = std::fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
     Ok(virt_usb_model::clean_text(&name).unwrap_or_else(|| "localhost".into()))
+}
+
+/// The whitelist with each port that its rules name replaced by the socket that it meant when the rule was seen first.
+///
+/// # Errors
+/// When the inventory cannot be read or written.
+pub fn located(
+    whitelist: &Whitelist,
+    store: &mut Store,
+    snapshot: &Snapshot,
+    sysfs_root: &Path,
+) -> Result<Whitelist, StoreError> {
+    let ports = whitelist.ports();
+    if ports.is_empty() && store.rule_paths(&[], |_| None)?.is_empty() {
+        return Ok(whitelist.clone());
+    }
+    let plugged = |port: &PortPath| {
+        let all = snapshot.devices.iter().chain(&snapshot.hubs);
+        all.filter(|device| device.key.port == *port).find_map(|device| device.key.path.clone())
+    };
+    let paths = store.rule_paths(&ports, |port| plugged(port).or_else(|| path_of(sysfs_root, port)))?;
+    Ok(whitelist.at(|port| paths.get(port).cloned()))
 }
 
 /// Plans what brings the rows in line with the snapshot. `known` are all devices ever seen, those marked deleted too.
@@ -44,12 +67,22 @@ pub fn plan(snapshot: &Snapshot, known: &[Record], whitelist: &Whitelist, aliase
         .collect();
     let gone = known.iter().zip(&taken).filter(|(record, taken)| record.present && !**taken);
     // Where another device was seen there is nothing to be unsure of: a port holds one.
-    let occupied = |port: &PortPath| snapshot.devices.iter().any(|seen| seen.key.port == *port);
-    let sure = |port: &PortPath| occupied(port) || !snapshot.is_unsure(port);
-    changes.extend(gone.filter(|(r, _)| sure(&r.entry.port_path)).map(|(r, _)| Change::Gone(r.entry.id)));
+    let occupied = |r: &Record| snapshot.devices.iter().any(|seen| seen.key.is_at_place_of(&r.key()));
+    let sure = |r: &Record| occupied(r) || !is_unsure(snapshot, r);
+    changes.extend(gone.filter(|(r, _)| sure(r)).map(|(r, _)| Change::Gone(r.entry.id)));
     // Who leaves makes room before who comes.
     changes.sort_by_key(|c| !matches!(c, Change::Gone(_)));
     changes
+}
+
+/// Whether a device that the snapshot lacks may be plugged in nevertheless. The recorded port may have the bus number of an
+/// earlier boot: where a path is known, a problem at the same chain of ports on any bus counts.
+fn is_unsure(snapshot: &Snapshot, record: &Record) -> bool {
+    let anywhere = |path: &DevicePath| {
+        let at = |place: &str| place.parse::<PortPath>().is_ok_and(|port| port.ports() == path.ports());
+        snapshot.problems.iter().any(|problem| at(&problem.place))
+    };
+    snapshot.is_unsure(&record.entry.port_path) || record.entry.path.as_ref().is_some_and(anywhere)
 }
 
 /// A serial that was ever seen on two devices of a kind stays worthless, even while one of them is unplugged.
@@ -68,21 +101,29 @@ fn worth(key: &DeviceKey, known: &[Record]) -> DeviceKey {
     DeviceKey { serial, ..key.clone() }
 }
 
+/// Whether a device that neither a serial nor a path identifies has other names than the one recorded at its port: then it
+/// is another device, plugged in there or brought there by a bus that has another number now.
+fn is_renamed(record: &Record, device: &Device) -> bool {
+    let known = record.entry.path.is_some() || device.key.path.is_some() || device.key.serial_decides();
+    let entry = &record.entry;
+    !known && (&entry.manufacturer, &entry.product_name) != (&device.manufacturer, &device.product)
+}
+
 /// The row of each device, none twice.
 ///
 /// First those whose own key is in a row that is alive: no alias takes a row whose device is there. What is left takes a row of another kind
 /// that it may show, if that device is alive, then a row of its own that was gone, then one of another kind that was. A row that is set aside is its own
 /// device's before all: no other face is to hide that.
 fn recognise(devices: &[Device], known: &[Record], aliases: &Aliases) -> Vec<Option<usize>> {
-    type Fits<'a> = &'a dyn Fn(&Record, &DeviceKey) -> bool;
-    let own = |r: &Record, key: &DeviceKey| r.key().is(key);
-    let other = |r: &Record, key: &DeviceKey| aliases.is(&r.key(), key);
+    type Fits<'a> = &'a dyn Fn(&Record, &Device) -> bool;
+    let own = |r: &Record, d: &Device| r.key().is(&d.key) && !is_renamed(r, d);
+    let other = |r: &Record, d: &Device| aliases.is(&r.key(), &d.key);
     let gone = |r: &Record| r.deleted != 0;
     let rounds: [Fits<'_>; 4] = [
-        &|r, key| own(r, key) && (!gone(r) || r.is_set_aside()),
-        &|r, key| other(r, key) && !gone(r),
-        &|r, key| own(r, key),
-        &|r, key| other(r, key),
+        &|r, device| own(r, device) && (!gone(r) || r.is_set_aside()),
+        &|r, device| other(r, device) && !gone(r),
+        &|r, device| own(r, device),
+        &|r, device| other(r, device),
     ];
     let mut rows = vec![None; devices.len()];
     let mut taken = vec![false; known.len()];
@@ -90,9 +131,10 @@ fn recognise(devices: &[Device], known: &[Record], aliases: &Aliases) -> Vec<Opt
         for (device, row) in devices.iter().zip(&mut rows).filter(|(_, row)| row.is_none()) {
             // Held ones before free ones, its own port before others, the older id before the newer.
             let rank = |(_, r): &(usize, &Record)| {
-                (r.entry.instance_uuid.is_none(), gone(r), r.entry.port_path != device.key.port, r.entry.id)
+                let elsewhere = !r.key().is_at_place_of(&device.key);
+                (r.entry.instance_uuid.is_none(), gone(r), elsewhere, r.entry.id)
             };
-            let free = known.iter().enumerate().filter(|(at, r)| !taken[*at] && fits(r, &device.key));
+            let free = known.iter().enumerate().filter(|(at, r)| !taken[*at] && fits(r, device));
             *row = free.min_by_key(rank).map(|(at, _)| at);
             if let Some(at) = row {
                 taken[*at] = true;
@@ -107,12 +149,17 @@ mod tests {
     use super::*;
     use virt_usb_model::device::Problem;
     use virt_usb_model::{BusAddress, Class, DeviceId, UsbId};
+    use virt_usb_store::Context;
     use virt_usb_store::flaps::Limits;
-    use virt_usb_store::{Context, Store};
 
     fn device(product: u16, serial: Serial, port: &str, number: u8) -> Device {
         Device {
-            key: DeviceKey { usb: UsbId::new(0x0529, product), serial, port: port.parse().unwrap() },
+            key: DeviceKey {
+                usb: UsbId::new(0x0529, product),
+                serial,
+                port: port.parse().unwrap(),
+                path: None,
+            },
             address: BusAddress::new(1, number).unwrap(),
             class: Class::new(0),
             interfaces: vec![],

@@ -26,7 +26,7 @@ use virt_usb_store::{ClaimRow, Context, Record, Store, StoreError};
 
 use crate::discovery::Snapshot;
 use crate::hypervisor::Hypervisor;
-use crate::inventory::plan;
+use crate::inventory::{self, plan};
 
 /// A guest that runs.
 #[derive(Debug, Clone)]
@@ -122,7 +122,8 @@ impl Recovery<'_> {
         };
         let mut warnings = BTreeSet::new();
         let mut fill = |store: &mut Store| {
-            let Config { whitelist, aliases, flapping, .. } = self.config;
+            let Config { whitelist, aliases, flapping, sysfs_root, .. } = self.config;
+            let whitelist = &inventory::located(whitelist, store, self.snapshot, sysfs_root)?;
             let plan = |rows: &[Record]| plan(self.snapshot, rows, whitelist, aliases);
             store.reconcile(self.host, flapping, plan, self.context)?;
             warnings =

@@ -66,7 +66,9 @@ CREATE TABLE usb_devices (
     descriptors     text,
     used_as         text,
     -- the projects of the grants that match, a JSON list; those of the whitelist's rule stand in projects
-    granted         text NOT NULL DEFAULT '[]'
+    granted         text NOT NULL DEFAULT '[]',
+    -- the socket, whatever the bus numbers are, as udev's ID_PATH_WITH_USB_REVISION; NULL: not known
+    path            varchar(255)
 );
 CREATE INDEX usb_devices_compute_node ON usb_devices (compute_node_id);
 CREATE INDEX usb_devices_instance ON usb_devices (instance_uuid) WHERE instance_uuid IS NOT NULL;
@@ -74,6 +76,7 @@ CREATE INDEX usb_devices_kind ON usb_devices (vendor_id, product_id, status) WHE
 CREATE INDEX usb_devices_vendor ON usb_devices (vendor_id, status) WHERE deleted = 0;
 CREATE INDEX usb_devices_serial ON usb_devices (serial) WHERE deleted = 0;
 CREATE INDEX usb_devices_port ON usb_devices (port_path) WHERE deleted = 0;
+CREATE INDEX usb_devices_path ON usb_devices (path) WHERE deleted = 0;
 
 -- What a selector can ask for that a device has several of: kind is 'class' or 'tag'.
 CREATE TABLE device_labels (
@@ -130,7 +133,9 @@ CREATE TABLE claims (
     -- the device's descriptors when the claim was made
     descriptors     text,
     -- 1: the device was, or may have been, in the guest since
-    used            int NOT NULL DEFAULT 0
+    used            int NOT NULL DEFAULT 0,
+    -- 1: since the claim was made, another device of the kind has shown the same serial
+    serial_shared   int NOT NULL DEFAULT 0
 );
 CREATE INDEX claims_instance ON claims (instance_uuid);
 CREATE INDEX claims_pending ON claims (pending_since) WHERE pending_since IS NOT NULL;
@@ -163,6 +168,12 @@ CREATE TABLE grants (
     updated_at      datetime NOT NULL,
     -- the grant's JSON
     document        text NOT NULL
+) WITHOUT ROWID;
+
+-- Which socket a port of the configuration's rules meant when the rule was first seen: bus numbers change at a reboot.
+CREATE TABLE rule_ports (
+    port            varchar(32) PRIMARY KEY,
+    path            varchar(255) NOT NULL
 ) WITHOUT ROWID;
 
 -- What stands between an instance and what it is to have, as long as it does.

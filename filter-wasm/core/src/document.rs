@@ -12,7 +12,7 @@ use alloc::string::{String, ToString};
 
 use virt_usb_model::HostDocument;
 
-use crate::draft::{Draft, END};
+use crate::draft::{Draft, END, PATH_MARK};
 
 /// Fills `draft` with the document of the first line, and says what the other lines are. Nothing is read where the line is empty.
 pub(crate) fn read<'a>(lines: &'a str, draft: &mut Draft) -> (Read, &'a str) {
@@ -184,6 +184,17 @@ impl<'a> Quick<'a> {
         self.passed_over(b",\"product_name\":")?;
         self.passed_over(b",\"driver\":")?;
         self.passed_over(b",\"host_use\":")?;
+        if self.has(b",\"path\":")
+            && let Some(path) = self.nullable()?
+        {
+            // What a path may be, the model knows.
+            if !path.bytes().all(|b| b.is_ascii_graphic()) || path.len() > 255 {
+                return None;
+            }
+            draft.text.push(PATH_MARK);
+            draft.text.extend_from_slice(path.as_bytes());
+            draft.text.push(END);
+        }
         if self.has(b",\"tags\":[") {
             self.list(draft)?;
         }

@@ -8,7 +8,9 @@ use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 use core::ops::Range;
 
-use virt_usb_model::{Class, DeviceId, HostDocument, InstanceId, PortPath, ProjectId, Status, UsbId};
+use virt_usb_model::{
+    Class, DeviceId, DevicePath, HostDocument, InstanceId, PortPath, ProjectId, Status, UsbId,
+};
 
 use crate::keys::{kind, port_code};
 use crate::refusal::Refusal;
@@ -62,6 +64,14 @@ pub(crate) fn texts(list: &[u8]) -> impl Iterator<Item = &str> {
         .filter(|text| !text.is_empty())
 }
 
+/// What tells a path from a tag, which holds no such byte.
+pub(crate) const PATH_MARK: u8 = 1;
+
+/// A path as devices are found by it: a tag that nobody can give.
+pub(crate) fn path_tag(path: &DevicePath) -> String {
+    alloc::format!("{}{path}", char::from(PATH_MARK))
+}
+
 /// How a project is compared: a UUID without regard to hyphens and case, anything else as it is written.
 pub(crate) fn canonical(project: &ProjectId) -> String {
     project.as_str().parse::<InstanceId>().map_or_else(|_| project.to_string(), |uuid| uuid.to_string())
@@ -100,11 +110,12 @@ impl Draft {
         self.last(|device| device.serial = range);
     }
 
-    /// Gives the last device its own class, those of its interfaces, and its tags.
+    /// Gives the last device its own class, those of its interfaces, its path and its tags.
     pub fn traits<'a>(
         &mut self,
         class: Class,
         interfaces: impl Iterator<Item = Class>,
+        path: Option<&DevicePath>,
         tags: impl Iterator<Item = &'a str>,
     ) {
         let range = self.write(|buffer| {
@@ -115,6 +126,10 @@ impl Draft {
                     buffer.push(interface.get());
                     buffer[start] += 1;
                 }
+            }
+            if let Some(path) = path {
+                buffer.extend_from_slice(path_tag(path).as_bytes());
+                buffer.push(END);
             }
             for tag in tags {
                 buffer.extend_from_slice(tag.as_bytes());
@@ -164,6 +179,7 @@ impl Draft {
             self.traits(
                 entry.class,
                 entry.interface_classes.iter().copied(),
+                entry.path.as_ref(),
                 entry.tags.iter().map(String::as_str),
             );
             self.projects(entry.projects.iter());

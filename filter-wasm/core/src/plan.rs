@@ -6,7 +6,7 @@ use alloc::vec::Vec;
 use virt_usb_model::scheduling::{Moment, Question, Weights};
 use virt_usb_model::{Selector, flavor};
 
-use crate::draft::{canonical, texts};
+use crate::draft::{canonical, path_tag, texts};
 use crate::hall::{FEW, Served, Wants};
 use crate::inventory::{Inventory, Row};
 use crate::keys::{Key, kind, port_code};
@@ -74,6 +74,8 @@ impl Entry {
         keys.extend(selector.port.as_ref().map(|port| Key::Port(port_code(port))));
         keys.extend(selector.class.map(|class| Key::Class(class.get())));
         keys.extend(selector.tags.iter().map(|tag| Key::Tag(tag)));
+        let path = selector.path.as_ref().map(path_tag);
+        keys.extend(path.as_deref().map(Key::Tag));
         Self {
             keys: keys.into_iter().map(|key| inventory.keys.find(key)).collect(),
             id: selector.id.map(virt_usb_model::DeviceId::get),

@@ -33,12 +33,15 @@ impl From<&Question> for wit::Question {
 impl From<&DeviceRequest> for wit::Request {
     fn from(request: &DeviceRequest) -> Self {
         let selector = &request.selector;
+        let (port, path) = (selector.port.as_ref(), selector.path.as_ref());
+        let named = port.map(ToString::to_string).into_iter().chain(path.map(ToString::to_string));
+        let place: Vec<String> = named.collect();
         Self {
             id: selector.id.map(virt_usb_model::DeviceId::get),
             vendor_id: selector.vendor_id.map(virt_usb_model::VendorId::get),
             product_id: selector.product_id.map(virt_usb_model::ProductId::get),
             serial: selector.serial.clone(),
-            port: selector.port.as_ref().map(ToString::to_string),
+            port: (!place.is_empty()).then(|| place.join(" ")),
             class: selector.class.map(virt_usb_model::Class::get),
             tags: selector.tags.clone(),
             count: request.count,

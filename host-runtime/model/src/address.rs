@@ -134,6 +134,93 @@ impl Serialize for PortPath {
     }
 }
 
+/// Where a device is plugged in, independent of bus numbers: the controller, the USB version of its root hub, and
+/// the port at each hub, as in `pci-0000:00:14.0-usbv2-0:1.4`. This is udev's `ID_PATH_WITH_USB_REVISION`
+/// (systemd, `src/udev/udev-builtin-path_id.c`).
+///
+/// The kernel assigns bus numbers at boot, in the order in which it finds the controllers. A [`PortPath`] begins with
+/// a bus number, so it may name another socket after a reboot. A device path names the same socket.
+///
+/// A socket of USB 3 has a port at two root hubs. It has one path here: that of its USB 2 port.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct DevicePath {
+    controller: String,
+    version: u8,
+    ports: Vec<u8>,
+}
+
+impl DevicePath {
+    /// The longest controller name, in bytes.
+    const MAX_CONTROLLER: usize = 200;
+
+    /// `None` unless the controller has 1 to 200 letters, digits and `-_.:@,+`, the USB version is 1 to 9, and there are
+    /// one to seven ports, each at least 1.
+    pub fn new(controller: &str, version: u8, ports: &[u8]) -> Option<Self> {
+        let plain = |b: u8| b.is_ascii_alphanumeric() || b"-_.:@,+".contains(&b);
+        let named = (1..=Self::MAX_CONTROLLER).contains(&controller.len()) && controller.bytes().all(plain);
+        let fits =
+            named && (1..=9).contains(&version) && (1..=7).contains(&ports.len()) && !ports.contains(&0);
+        fits.then(|| Self { controller: controller.to_string(), version, ports: ports.to_vec() })
+    }
+    /// The controller, such as `pci-0000:00:14.0`.
+    pub fn controller(&self) -> &str {
+        &self.controller
+    }
+    /// The major USB version of the root hub: 1, 2 or 3.
+    pub const fn version(&self) -> u8 {
+        self.version
+    }
+    /// The port at each hub, from the root hub on; never empty.
+    pub fn ports(&self) -> &[u8] {
+        &self.ports
+    }
+}
+
+impl fmt::Display for DevicePath {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}-usbv{}-0", self.controller, self.version)?;
+        for (i, port) in self.ports.iter().enumerate() {
+            write!(f, "{}{port}", if i == 0 { ':' } else { '.' })?;
+        }
+        Ok(())
+    }
+}
+impl fmt::Debug for DevicePath {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+impl FromStr for DevicePath {
+    type Err = ParseError;
+    fn from_str(text: &str) -> Result<Self, ParseError> {
+        let path = || {
+            let (controller, rest) = text.rsplit_once("-usbv")?;
+            let (version, ports) = rest.split_once("-0:")?;
+            let ports: Vec<u8> = ports.split('.').map(decimal).collect::<Option<_>>()?;
+            Self::new(controller, decimal(version)?, &ports)
+        };
+        path().ok_or_else(|| {
+            ParseError::new(
+                format!("{text:?}"),
+                "a device path such as \"pci-0000:00:14.0-usbv2-0:1.4\" ('virt-usb devices --json' shows it)",
+            )
+        })
+    }
+}
+
+impl FromJson for DevicePath {
+    fn from_json(value: &Value) -> Result<Self, ParseError> {
+        String::from_json(value)?.parse()
+    }
+}
+
+impl Serialize for DevicePath {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(&self.to_string())
+    }
+}
+
 fn decimal(text: &str) -> Option<u8> {
     let digits = (1..=3).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_digit());
     digits.then(|| text.parse().ok()).flatten()
@@ -157,6 +244,27 @@ mod tests {
         }
         for text in ["usb1", "1-", "1-0", "1-1.", "1-1..2", "0-1", "1-1.2.3.4.5.6.7.8", "1-1:1.0", "1-+1"] {
             assert!(text.parse::<PortPath>().is_err(), "{text}");
+        }
+        for text in [
+            "pci-0000:00:14.0-usbv2-0:1.4",
+            "platform-dummy_hcd.0-usbv3-0:1",
+            "a-usbv2-0:1-usbv1-0:1.2.3.4.5.6.255",
+        ] {
+            assert_eq!(text.parse::<DevicePath>().unwrap().to_string(), text);
+        }
+        for text in [
+            "",
+            "-usbv2-0:1",
+            "pci-0000:00:14.0-usb-0:1.4",
+            "pci-0000:00:14.0-usbv0-0:1",
+            "pci-0000:00:14.0-usbv2-0:0",
+            "pci-0000:00:14.0-usbv2-0:1.",
+            "pci-0000:00:14.0-usbv2-0:1.2.3.4.5.6.7.8",
+            "pci-0000:00:14.0-usbv2-0:1.4:1.0",
+            "pci 0-usbv2-0:1",
+            "1-1.4",
+        ] {
+            assert!(text.parse::<DevicePath>().is_err(), "{text}");
         }
         let port: PortPath = "12-1.4".parse().unwrap();
         assert_eq!((port.bus(), port.ports(), port.port_id()), (12, &[1, 4][..], 4));

@@ -15,7 +15,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use crate::json::{FromJson, Object, whole};
-use crate::{Class, Device, DeviceId, ParseError, PortPath, ProductId, VendorId, printable};
+use crate::{Class, Device, DeviceId, DevicePath, ParseError, PortPath, ProductId, VendorId, printable};
 
 /// The most devices that one request, or one flavor in all, may ask for: USB's own limit of devices on a bus.
 pub const MAX_DEVICES: u32 = 127;
@@ -39,9 +39,12 @@ pub struct Selector {
     /// Its serial, letter for letter.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub serial: Option<String>,
-    /// The port that it is plugged into.
+    /// The port that it is plugged into. Bus numbers are assigned at boot: what is stored names the path instead.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub port: Option<PortPath>,
+    /// The socket that it is plugged into, whatever the bus numbers are.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub path: Option<DevicePath>,
     /// A class of the device or of one of its interfaces.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub class: Option<Class>,
@@ -59,6 +62,7 @@ impl Selector {
             && self.product_id.is_none_or(|want| want == key.usb.product)
             && self.serial.as_deref().is_none_or(|want| key.serial.text() == Some(want))
             && self.port.as_ref().is_none_or(|want| *want == key.port)
+            && self.path.as_ref().is_none_or(|want| key.path.as_ref() == Some(want))
             && self.class.is_none_or(|want| device.is_of(want))
             && self.tags.iter().all(|want| tags.contains(want))
     }
@@ -80,7 +84,8 @@ const fn is_one(count: &u32) -> bool {
     *count == 1
 }
 
-const REQUEST_KEYS: [&str; 8] = ["id", "vendor_id", "product_id", "serial", "port", "class", "tags", "count"];
+const REQUEST_KEYS: [&str; 9] =
+    ["id", "vendor_id", "product_id", "serial", "port", "path", "class", "tags", "count"];
 const RIGHT_SELECTOR: &str = "an object such as {\"vendor_id\":\"0529\",\"product_id\":\"0001\"}";
 
 impl Selector {
@@ -91,6 +96,7 @@ impl Selector {
             product_id: object.take("product_id")?,
             serial: object.take::<Text>("serial")?.map(|t| t.0),
             port: object.take("port")?,
+            path: object.take("path")?,
             class: object.take("class")?,
             tags: object.list::<Tag>("tags")?.into_iter().map(|t| t.0).collect(),
         })
@@ -145,7 +151,7 @@ impl FromJson for DeviceRequest {
     }
 }
 
-const NAMES_NOTHING: &str = "at least one of id, vendor_id, product_id, serial, port, class, tags";
+const NAMES_NOTHING: &str = "at least one of id, vendor_id, product_id, serial, port, path, class, tags";
 
 impl DeviceRequest {
     /// Whether a request that was put together, rather than read, is one that could be read.

@@ -3,6 +3,7 @@
 //! One format everywhere: what the API serves, what a shared inventory holds, what a scheduler's filter is fed and
 //! what `virt-usb devices --json` prints (its `devices`).
 
+use alloc::format;
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 
@@ -11,8 +12,8 @@ use serde_json::Value;
 
 use crate::json::{FromJson, Object, parse_text, whole};
 use crate::{
-    BusAddress, Class, DeviceId, InstanceId, ParseError, PortPath, ProductId, ProjectId, Speed, Status,
-    VendorId,
+    BusAddress, Class, DeviceId, DevicePath, InstanceId, ParseError, PortPath, ProductId, ProjectId, Serial,
+    Speed, Status, VendorId,
 };
 
 /// The version of the format; a reader refuses another.
@@ -39,10 +40,10 @@ impl HostDocument {
     }
 
     /// The JSON text as it is sent to others: without what a reader can do without. Where it would be longer than `limit` bytes, the names
-    /// of makers and products go first, and then devices: those that nobody can have before those that are held, and those before the free.
+    /// of makers and products go first, then the paths, and then devices: those that nobody can have before those that are held, and those before the free.
     pub fn published(&self, limit: usize) -> Published {
-        let lean = |words: bool| -> Vec<(u8, String)> {
-            let text = |device| serde_json::to_string(&Lean::new(device, words)).unwrap_or_default();
+        let lean = |words: bool, paths: bool| -> Vec<(u8, String)> {
+            let text = |device| serde_json::to_string(&Lean::new(device, words, paths)).unwrap_or_default();
             self.devices.iter().map(|device| (device.rank(), text(device))).collect()
         };
         let head = serde_json::to_string(&Self { devices: Vec::new(), ..self.clone() }).unwrap_or_default();
@@ -50,9 +51,11 @@ impl HostDocument {
         let size = |devices: &[(u8, String)]| {
             head.len() + 2 + devices.iter().map(|(_, text)| text.len() + 1).sum::<usize>()
         };
-        let mut devices = lean(true);
-        if size(&devices) > limit {
-            devices = lean(false);
+        let mut devices = lean(true, true);
+        for paths in [true, false] {
+            if size(&devices) > limit {
+                devices = lean(false, paths);
+            }
         }
         let all = devices.len();
         for rank in 0..3 {
@@ -153,7 +156,7 @@ pub struct DeviceEntry {
     pub port_path: PortPath,
     /// Serial number.
     pub serial: Option<String>,
-    /// `unique`, `duplicate` or `missing`.
+    /// `unique`, `duplicate`, `worthless` or `missing`.
     pub serial_kind: String,
     /// bDeviceClass.
     pub class: Class,
@@ -169,6 +172,8 @@ pub struct DeviceEntry {
     pub driver: Option<String>,
     /// What the host uses it for.
     pub host_use: Option<String>,
+    /// The socket that it is plugged into, whatever the bus numbers are; `None` where that is not known.
+    pub path: Option<DevicePath>,
     /// Tags.
     pub tags: Vec<String>,
     /// The only projects that get it; empty: every one.
@@ -226,6 +231,8 @@ struct Lean<'a> {
     driver: Option<&'a str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     host_use: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    path: Option<&'a DevicePath>,
     #[serde(skip_serializing_if = "<[_]>::is_empty")]
     tags: &'a [String],
     #[serde(skip_serializing_if = "<[_]>::is_empty")]
@@ -233,8 +240,8 @@ struct Lean<'a> {
 }
 
 impl<'a> Lean<'a> {
-    /// With or without what only people read.
-    fn new(entry: &'a DeviceEntry, words: bool) -> Self {
+    /// With or without what only people read, with or without the path.
+    fn new(entry: &'a DeviceEntry, words: bool, paths: bool) -> Self {
         let text = |text: &'a Option<String>| text.as_deref().filter(|_| words);
         let kind = entry.serial_kind.as_str();
         Self {
@@ -258,6 +265,7 @@ impl<'a> Lean<'a> {
             host_use: text(&entry.host_use),
             tags: &entry.tags,
             projects: &entry.projects,
+            path: entry.path.as_ref().filter(|_| paths),
         }
     }
 }
@@ -289,6 +297,7 @@ const KEYS: &[&str] = &[
     "product_name",
     "driver",
     "host_use",
+    "path",
     "tags",
     "projects",
 ];
@@ -343,11 +352,15 @@ impl FromJson for DeviceEntry {
             host_use: text("host_use")?,
             tags: object.list("tags")?,
             projects: object.list("projects")?,
+            path: object.take("path")?,
         };
         entry.state()?;
-        match entry.serial_kind.as_str() {
-            "unique" | "duplicate" | "missing" => Ok(entry),
-            other => Err(ParseError::new(other, "unique, duplicate or missing").at("serial_kind")),
+        match Serial::KINDS.contains(&entry.serial_kind.as_str()) {
+            true => Ok(entry),
+            false => {
+                let right = Serial::KINDS.join(", ");
+                Err(ParseError::new(&entry.serial_kind, format!("one of {right}")).at("serial_kind"))
+            }
         }
     }
 }
@@ -384,6 +397,7 @@ mod tests {
             host_use: Some("mounted on /".into()),
             tags: alloc::vec!["erp".into()],
             projects: Vec::new(),
+            path: Some("pci-0000:00:14.0-usbv2-0:1.4".parse().unwrap()),
         }
     }
 

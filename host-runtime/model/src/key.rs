@@ -7,12 +7,12 @@ use core::fmt;
 
 use serde::Serialize;
 
-use crate::{ParseError, PortPath, UsbId};
+use crate::{DevicePath, ParseError, PortPath, UsbId};
 
 /// A device's serial number, as far as it tells devices apart.
 ///
-/// Vendors print the same serial on a whole production run more often than one would think: a serial that was seen
-/// on two devices of the same kind identifies neither.
+/// Some vendors put the same serial on a whole production run. A serial that was seen on two devices of the same kind
+/// identifies neither, and neither does a placeholder such as `0001` ([`is_worthless`]).
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
 #[serde(tag = "kind", content = "value", rename_all = "lowercase")]
 pub enum Serial {
@@ -20,60 +20,134 @@ pub enum Serial {
     Unique(String),
     /// At least two devices of this kind carry it: only the port tells them apart.
     Duplicate(String),
+    /// A placeholder that many devices carry, whether or not a second one was seen here.
+    Worthless(String),
     /// The device has none (iSerialNumber is 0).
     Missing,
+}
+
+/// Words that devices carry in place of a serial, in lower case. Sources: firmware templates of board vendors and the
+/// examples of the LUFA, TinyUSB and Linux gadget sources; counterfeits of FTDI adapters (`a5xk3rjt`, `a50285bi`).
+const PLACEHOLDERS: &[&str] = &[
+    "a50285bi",
+    "a5xk3rjt",
+    "default",
+    "default string",
+    "empty",
+    "n/a",
+    "no serial",
+    "none",
+    "not available",
+    "null",
+    "serial",
+    "serial number",
+    "serialnumber",
+    "sn",
+    "to be filled by o.e.m.",
+    "unknown",
+];
+
+/// Whether a serial is a placeholder that identifies no device. Case, spaces and `-_.:` do not count. A placeholder is
+///
+/// - one of a list of words, such as `None`;
+/// - one character several times, or one digit: `0`, `FFFFFFFF`;
+/// - zeros and a one: `0001` (Silicon Labs CP210x and many others);
+/// - four or more digits that count up from 0 or 1: `123456789`, `123456789ABC` (JMicron), `0123456789ABCDEF` (Android,
+///   Realtek), `0123456789.0123456789.0123456789` (Linux gadget examples).
+pub fn is_worthless(serial: &str) -> bool {
+    let plain = serial.trim().to_lowercase();
+    let marks: Vec<char> =
+        plain.chars().filter(|c| !c.is_whitespace() && !matches!(c, '-' | '_' | '.' | ':')).collect();
+    match marks.as_slice() {
+        [] => true,
+        [one] => one.is_ascii_digit(),
+        [first, rest @ ..] => {
+            rest.iter().all(|c| c == first)
+                || matches!(marks.as_slice(), [zeros @ .., '1'] if zeros.iter().all(|c| *c == '0'))
+                || counts_up(&marks)
+                || PLACEHOLDERS.contains(&plain.as_str())
+        }
+    }
+}
+
+/// `1234`, `0123456789`, `1234567890`, `0123456789abcdef`, also several times.
+fn counts_up(digits: &[char]) -> bool {
+    let follows = |base: u32, one: char, next: char| match (one.to_digit(base), next.to_digit(base)) {
+        (Some(last), Some(next)) if last == base - 1 => next < 2,
+        (Some(one), Some(next)) => next == one + 1,
+        _ => false,
+    };
+    let all = |base| digits.windows(2).all(|pair| matches!(pair, [one, next] if follows(base, *one, *next)));
+    matches!(digits, ['0', '1', '2', '3', ..] | ['1', '2', '3', '4', ..]) && (all(10) || all(16))
 }
 
 impl Serial {
     /// The text of the descriptor, if there is one.
     pub fn text(&self) -> Option<&str> {
         match self {
-            Self::Unique(text) | Self::Duplicate(text) => Some(text),
+            Self::Unique(text) | Self::Duplicate(text) | Self::Worthless(text) => Some(text),
             Self::Missing => None,
         }
     }
-    /// `unique`, `duplicate` or `missing`: the spelling of the inventory.
+    /// `unique`, `duplicate`, `worthless` or `missing`: the spelling of the inventory.
     pub const fn kind(&self) -> &'static str {
         match self {
             Self::Unique(_) => "unique",
             Self::Duplicate(_) => "duplicate",
+            Self::Worthless(_) => "worthless",
             Self::Missing => "missing",
         }
     }
+    /// The kinds of a serial that there is, as [`kind`](Self::kind) spells them, and `missing`.
+    pub const KINDS: &[&str] = &["unique", "duplicate", "worthless", "missing"];
+
     /// From the descriptor's text and whether another device of the kind carries the same.
     pub fn new(text: Option<String>, duplicate: bool) -> Self {
         match text {
             None => Self::Missing,
+            Some(text) if is_worthless(&text) => Self::Worthless(text),
             Some(text) if duplicate => Self::Duplicate(text),
             Some(text) => Self::Unique(text),
         }
     }
 }
 
-/// What identifies a device across replugs: its kind, its serial and, where that does not decide, its port.
+/// What identifies a device across replugs: its kind, its serial and, where that does not decide, its path.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct DeviceKey {
     /// vendor:product
     pub usb: UsbId,
     /// The serial, and what it is worth.
     pub serial: Serial,
-    /// Where it is plugged in.
+    /// The port that it is plugged into, as the kernel numbers it during this boot.
     pub port: PortPath,
+    /// The socket that it is plugged into, whatever the bus numbers are; `None` where that is not known.
+    pub path: Option<DevicePath>,
 }
 
 impl DeviceKey {
     /// Whether both are one device, seen twice.
     ///
     /// The same kind and the same serial text are needed. Then a serial that is unique on both sides decides
-    /// wherever the device is plugged in; otherwise it must be the same port. The same port with another kind or
+    /// wherever the device is plugged in; otherwise it must be the same place. The same place with another kind or
     /// another serial is another device.
     pub fn is(&self, other: &Self) -> bool {
         self.usb == other.usb
             && self.serial.text() == other.serial.text()
-            && (self.port == other.port || (self.serial_decides() && other.serial_decides()))
+            && (self.is_at_place_of(other) || (self.serial_decides() && other.serial_decides()))
     }
 
-    const fn serial_decides(&self) -> bool {
+    /// Whether both are plugged into one socket. Where one of the paths is not known, the ports decide. They say nothing
+    /// about another boot: the inventory sets devices without a path aside when the host was restarted.
+    pub fn is_at_place_of(&self, other: &Self) -> bool {
+        match (&self.path, &other.path) {
+            (Some(one), Some(other)) => one == other,
+            _ => self.port == other.port,
+        }
+    }
+
+    /// Whether the serial alone identifies the device.
+    pub const fn serial_decides(&self) -> bool {
         matches!(self.serial, Serial::Unique(_))
     }
 }
@@ -122,7 +196,7 @@ impl Aliases {
     pub fn is(&self, one: &DeviceKey, other: &DeviceKey) -> bool {
         let same = match one.serial_decides() && other.serial_decides() {
             true => one.serial == other.serial,
-            false => one.port == other.port,
+            false => one.is_at_place_of(other),
         };
         self.join(one.usb, other.usb) && same
     }
@@ -169,7 +243,74 @@ mod tests {
     }
 
     fn key(product: u16, serial: Serial, port: &str) -> DeviceKey {
-        DeviceKey { usb: UsbId::new(0x0529, product), serial, port: port.parse().unwrap() }
+        DeviceKey { usb: UsbId::new(0x0529, product), serial, port: port.parse().unwrap(), path: None }
+    }
+
+    #[test]
+    fn a_path_decides_where_both_have_one() {
+        let at = |port: &str, path: &str| DeviceKey {
+            path: Some(path.parse().unwrap()),
+            ..key(1, Serial::Missing, port)
+        };
+        let (one, other) = (at("1-4", "pci-0000:00:14.0-usbv2-0:4"), at("1-4", "pci-0000:0a:00.0-usbv2-0:4"));
+        assert!(!one.is(&other), "the buses have swapped their numbers");
+        assert!(one.is(&at("3-4", "pci-0000:00:14.0-usbv2-0:4")), "the same socket, another number");
+        assert!(one.is(&key(1, Serial::Missing, "1-4")), "no path on one side");
+        assert!(!one.is(&key(1, Serial::Missing, "3-4")));
+    }
+
+    #[test]
+    fn placeholders_are_no_serials() {
+        for text in [
+            "0",
+            "0000",
+            "0001",
+            "000000000001",
+            "1234",
+            "123456789",
+            "1234567890",
+            "0123456789",
+            "0123456789ABCDEF",
+            "0123456789abcdef0123456789ABCDEF",
+            "123456789ABC",
+            "12345678901234567890",
+            "FFFFFFFFFFFF",
+            "xxxx",
+            "None",
+            "Not Available",
+            "00-00-00",
+            "  1 ",
+            "01",
+            "-",
+            "To be filled by O.E.M.",
+            "123456789ABCDEF0",
+        ] {
+            assert!(is_worthless(text), "{text}");
+            assert_eq!(Serial::new(Some(text.into()), false).kind(), "worthless", "{text}");
+        }
+        for text in [
+            "A",
+            "HL-0001",
+            "123",
+            "12345601",
+            "123123",
+            "4C530001",
+            "0002",
+            "1002",
+            "12",
+            "00000002",
+            "A6008isP",
+            "0329",
+            "1111112",
+            "123457",
+            "0123456789ABCDEG",
+            "987654321",
+            "10",
+            "121212",
+            "E6616408432B5F2A",
+        ] {
+            assert_eq!(Serial::new(Some(text.into()), false).kind(), "unique", "{text}");
+        }
     }
 
     #[test]

@@ -38,7 +38,7 @@ pub mod scheduling;
 pub mod state;
 pub mod whitelist;
 
-pub use address::{BusAddress, PortPath};
+pub use address::{BusAddress, DevicePath, PortPath};
 pub use class::{Class, Speed};
 pub use descriptors::Descriptors;
 pub use device::{Device, clean_text, printable};

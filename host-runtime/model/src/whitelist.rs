@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use crate::flavor::Tag;
 use crate::json::{FromJson, Object, parse_text, whole};
-use crate::{Class, Device, ParseError, PortPath, ProductId, ProjectId, Reason, VendorId};
+use crate::{Class, Device, DevicePath, ParseError, PortPath, ProductId, ProjectId, Reason, VendorId};
 
 /// One rule. What it names must all match; `tags` and `projects` are what it gives to the devices it matches.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
@@ -29,9 +29,12 @@ pub struct WhitelistRule {
     /// Serial, letter for letter.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub serial: Option<String>,
-    /// Port path.
+    /// Port path. Bus numbers are assigned at boot: the inventory remembers which socket it meant ([`Whitelist::at`]).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub port: Option<PortPath>,
+    /// Device path.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub path: Option<DevicePath>,
     /// A class of the device or of one of its interfaces.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub class: Option<Class>,
@@ -46,8 +49,19 @@ pub struct WhitelistRule {
     pub one_time_use: bool,
 }
 
-const RULE_KEYS: &[&str] =
-    &["vendor", "product", "bus", "device", "serial", "port", "class", "tags", "projects", "one_time_use"];
+const RULE_KEYS: &[&str] = &[
+    "vendor",
+    "product",
+    "bus",
+    "device",
+    "serial",
+    "port",
+    "path",
+    "class",
+    "tags",
+    "projects",
+    "one_time_use",
+];
 
 impl WhitelistRule {
     fn matches(&self, d: &Device) -> bool {
@@ -57,12 +71,17 @@ impl WhitelistRule {
             && self.device.is_none_or(|n| n == d.address.device())
             && self.serial.as_deref().is_none_or(|s| d.key.serial.text() == Some(s))
             && self.port.as_ref().is_none_or(|p| *p == d.key.port)
+            && self.path.as_ref().is_none_or(|p| d.key.path.as_ref() == Some(p))
             && self.class.is_none_or(|c| d.is_of(c))
     }
 
     /// Whether the rule names devices, rather than a whole class, bus or vendor: only then does it give away what the host uses.
     const fn names(&self) -> bool {
-        self.product.is_some() || self.serial.is_some() || self.port.is_some() || self.device.is_some()
+        self.product.is_some()
+            || self.serial.is_some()
+            || self.port.is_some()
+            || self.path.is_some()
+            || self.device.is_some()
     }
 }
 
@@ -85,6 +104,7 @@ impl FromJson for WhitelistRule {
             device: number("device", 127)?,
             serial: object.take("serial")?,
             port: object.take("port")?,
+            path: object.take("path")?,
             class: object.take("class")?,
             tags: object.list::<Tag>("tags")?.into_iter().map(|t| t.0).collect(),
             projects: object.list("projects")?,
@@ -98,7 +118,7 @@ impl FromJson for WhitelistRule {
         if object.is_empty() || selects == Self::default() {
             return Err(ParseError::new(
                 value,
-                "a rule that names vendor, product, bus, device, serial, port or class",
+                "a rule that names vendor, product, bus, device, serial, port, path or class",
             ));
         }
         if rule.product.is_some() && rule.vendor.is_none() {
@@ -172,6 +192,27 @@ impl Whitelist {
         Ok(Self { on, rules })
     }
 
+    /// The same list with each port that a rule names replaced by its path, where `path` knows it. A rule keeps its port otherwise.
+    #[must_use]
+    pub fn at(&self, path: impl Fn(&PortPath) -> Option<DevicePath>) -> Self {
+        let rules = self.rules.iter().map(|rule| match rule.port.as_ref().and_then(&path) {
+            // A rule that names both a port and a path means neither more nor less than both.
+            Some(found) if rule.path.as_ref().is_none_or(|named| *named == found) => {
+                WhitelistRule { port: None, path: Some(found), ..rule.clone() }
+            }
+            _ => rule.clone(),
+        });
+        Self { on: self.on, rules: rules.collect() }
+    }
+
+    /// The ports that rules name, each once.
+    pub fn ports(&self) -> Vec<&PortPath> {
+        let mut ports: Vec<&PortPath> = self.rules.iter().filter_map(|rule| rule.port.as_ref()).collect();
+        ports.sort_unstable();
+        ports.dedup();
+        ports
+    }
+
     /// Judges one device. Hubs are not judged: they are never offered, and discovery keeps them apart.
     pub fn judge(&self, device: &Device) -> Verdict {
         let mut matching = self.rules.iter().enumerate().filter(|(_, rule)| rule.matches(device));
@@ -236,6 +277,7 @@ mod tests {
                 usb: UsbId::new(0x136b, 3),
                 serial: Serial::Unique("A1".into()),
                 port: "2-1".parse().unwrap(),
+                path: None,
             },
             address: BusAddress::new(2, 2).unwrap(),
             class: Class::new(0),

@@ -278,9 +278,10 @@ impl Devices {
             tracing::warn!(place, "could not be read: {place}: {}", problem.what);
         }
         self.store.restart_patience();
-        let plan = |known: &[virt_usb_store::Record]| {
-            inventory::plan(&snapshot, known, &config.whitelist, &config.aliases)
-        };
+        let whitelist = inventory::located(&config.whitelist, &mut self.store, &snapshot, &config.sysfs_root)
+            .map_err(|e| e.to_string())?;
+        let plan =
+            |known: &[virt_usb_store::Record]| inventory::plan(&snapshot, known, &whitelist, &config.aliases);
         let done =
             self.store.reconcile(&self.host, &config.flapping, plan, &context).map_err(|e| e.to_string())?;
         for change in &done {

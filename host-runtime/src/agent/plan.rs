@@ -156,6 +156,11 @@ pub fn about_device(device: DeviceId) -> String {
     format!("device {device}")
 }
 
+/// How it is filed that the serial of a held device is no longer unique.
+pub fn about_serial(device: DeviceId) -> String {
+    format!("serial of device {device}")
+}
+
 /// How problems of a redirection are filed.
 pub fn about_redirection(n: usize) -> String {
     format!("redirection {n}")
@@ -268,6 +273,13 @@ impl<'a> Present<'a> {
         for claim in taken {
             let (device, revision) = (claim.device_id, claim.revision);
             steps.insert(0, Step::Release { device, revision, why: "detached by hand" });
+        }
+        for claim in held.iter().filter(|c| c.serial_shared) {
+            problems.insert(about_serial(claim.device_id), format!(
+                "another device of the kind of device {} has the same serial: only the port identifies it. Do not move it \
+                 to another port while a guest holds it",
+                claim.device_id
+            ));
         }
         for claim in held.into_iter().filter(|c| is_away(c)) {
             match self.set_aside(claim) {

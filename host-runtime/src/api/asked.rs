@@ -205,13 +205,17 @@ fn device_request(most: Option<u32>) -> Value {
             describe(&["vendor_id"], &["id"]),
             describe(&["serial"], alone),
             describe(&["port"], alone),
+            describe(&["path"], alone),
             describe(&["class"], alone),
             describe(&["tags"], alone),
         ],
     })
 }
 
-const KEYS: [&str; 8] = ["id", "vendor_id", "product_id", "serial", "port", "class", "tags", "count"];
+const KEYS: [&str; 9] = ["id", "vendor_id", "product_id", "serial", "port", "path", "class", "tags", "count"];
+
+/// A port number at a hub, 1 to 255, in up to three digits.
+const NUMBER: &str = "(0{0,2}[1-9]|0?[1-9][0-9]|1[0-9]{2}|2[0-4][0-9]|25[0-5])";
 
 /// What may stand at a key of a request; `null` is as good as nothing.
 fn value(key: &str, needed: bool, most: u32) -> Value {
@@ -236,8 +240,12 @@ fn value(key: &str, needed: bool, most: u32) -> Value {
             "type": kinds(&["string", "number"]),
             "pattern": r"^[^\u0000-\u001f\u007f-\u009f]{1,126}$",
         }),
+        "path" => json!({
+            "type": kinds(&["string"]),
+            "description": "A device path: the controller, the USB version of its root hub, the port at each hub.",
+            "pattern": format!(r"^[A-Za-z0-9_.:@,+-]{{1,200}}-usbv0{{0,2}}[1-9]-0:{NUMBER}(\.{NUMBER}){{0,6}}$"),
+        }),
         "port" => {
-            const NUMBER: &str = "(0{0,2}[1-9]|0?[1-9][0-9]|1[0-9]{2}|2[0-4][0-9]|25[0-5])";
             json!({
                 "type": kinds(&["string"]),
                 "description": "A port path.",

@@ -39,6 +39,8 @@ pub(super) struct UsbDevice {
     pub(super) serial: Option<String>,
     /// `unique`, `duplicate`, `missing`.
     pub(super) serial_kind: String,
+    /// The socket that it is plugged into, whatever number the bus has: `pci-0000:00:14.0-usbv2-0:1.4`.
+    pub(super) path: Option<String>,
     /// Two hexadecimal digits.
     pub(super) class: String,
     pub(super) interface_classes: Vec<String>,
@@ -95,6 +97,7 @@ impl UsbDevice {
             port_path: e.port_path.to_string(),
             serial: e.serial.clone(),
             serial_kind: e.serial_kind.clone(),
+            path: e.path.as_ref().map(ToString::to_string),
             class: e.class.to_string(),
             interface_classes: e.interface_classes.iter().map(ToString::to_string).collect(),
             speed: e.speed.map(|speed| speed.to_string()),

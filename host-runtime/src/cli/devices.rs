@@ -15,7 +15,7 @@ use super::Session;
 use super::arguments::Discover;
 use super::output::{or_dash, table};
 use crate::discovery::{LibUsb, Simulated, Snapshot, UsbSource};
-use crate::inventory::{host_name, plan};
+use crate::inventory::{host_name, located, plan};
 
 pub(super) fn source(config: &Config, sim: Option<&Path>) -> anyhow::Result<Box<dyn UsbSource>> {
     Ok(match sim {
@@ -49,10 +49,11 @@ pub(super) fn discover(session: &Session, options: &Discover) -> anyhow::Result<
     let context = session.context(&config, "discover")?;
     let mut store = session.make_store(&config)?;
     store.mend_hints()?;
+    let whitelist = located(&config.whitelist, &mut store, &snapshot, &config.sysfs_root)?;
     let changes = store.reconcile(
         &host_name(&config.procfs_root)?,
         &config.flapping,
-        |known| plan(&snapshot, known, &config.whitelist, &config.aliases),
+        |known| plan(&snapshot, known, &whitelist, &config.aliases),
         &context,
     )?;
     if config.events_keep_days > 0 {
@@ -169,6 +170,7 @@ pub(super) fn name(manufacturer: Option<&str>, product: Option<&str>) -> String 
 fn serial(text: Option<&str>, kind: &str) -> String {
     match text {
         Some(text) if kind == "duplicate" => format!("{text} (not unique)"),
+        Some(text) if kind == "worthless" => format!("{text} (placeholder)"),
         Some(text) => text.to_owned(),
         None => "-".to_owned(),
     }
@@ -276,7 +278,10 @@ pub(super) fn check_whitelist(session: &Session, sim: Option<&Path>) -> anyhow::
 }
 
 fn show_verdicts(session: &Session, config: &Config, snapshot: &Snapshot) -> anyhow::Result<ExitCode> {
-    let devices = snapshot.devices.iter().map(|d| Judged::new(d, config.whitelist.judge(d)));
+    // Ports that rules name mean the sockets that the inventory remembers, where there is one.
+    let known = session.store().and_then(|store| Ok(store.known_rule_paths()?)).unwrap_or_default();
+    let whitelist = config.whitelist.at(|port| known.get(port).cloned());
+    let devices = snapshot.devices.iter().map(|d| Judged::new(d, whitelist.judge(d)));
     let verdicts: Vec<Judged> = devices.chain(snapshot.hubs.iter().map(Judged::hub)).collect();
     session.out.show(&verdicts, || {
         let rules = config.whitelist.rules.len();

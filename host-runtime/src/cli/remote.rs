@@ -433,6 +433,7 @@ fn claim(value: &Value) -> anyhow::Result<ClaimRow> {
         arrived: flag(value, "arrived")?,
         descriptors: None,
         used: false,
+        serial_shared: false,
     })
 }
 

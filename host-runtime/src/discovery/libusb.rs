@@ -140,6 +140,7 @@ impl Merge {
                 usb,
                 serial: Serial::new(plugged.seen.serial.clone(), false),
                 port: plugged.port.clone(),
+                path: plugged.path.clone(),
             },
             address: plugged.seen.address,
             class: plugged.class.or(listed.map(Listed::class)).unwrap_or(Class::new(0)),
@@ -211,7 +212,7 @@ impl Merge {
         }
         let interfaces = self.interfaces(listed, &port);
         self.found.push(Device {
-            key: DeviceKey { usb, serial: Serial::new(strings.serial, false), port },
+            key: DeviceKey { usb, serial: Serial::new(strings.serial, false), port, path: None },
             address,
             class: listed.class(),
             interfaces: ascending(interfaces),
@@ -271,7 +272,7 @@ mod tests {
     #[test]
     fn the_simulated_tree_is_the_simulated_snapshot() {
         let file = format!(
-            "{KEY}interfaces = ['03', 'ff']\nspeed = 'full'\ndriver = 'usbhid'\nproduct_name = 'HASP'"
+            "{KEY}interfaces = ['03', 'ff']\nspeed = 'full'\ndriver = 'usbhid'\nproduct_name = 'HASP'\npath = 'pci-0000:00:14.0-usbv2-0:1'"
         );
         let simulated = Simulated::parse(&file).unwrap().snapshot();
         assert_eq!(without_libusb(&file).devices, simulated.devices);

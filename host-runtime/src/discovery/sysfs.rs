@@ -8,14 +8,17 @@ use std::fs;
 use std::io::{self, Read as _};
 use std::path::{Path, PathBuf};
 
-use virt_usb_hook::sysfs::{Seen, at_port, attribute, device_dir};
+use virt_usb_hook::sysfs::{Seen, at_port, attribute, device_dir, path_of};
 use virt_usb_model::device::Problem;
-use virt_usb_model::{BusAddress, Class, Descriptors, PortPath, Speed, clean_text};
+use virt_usb_model::{BusAddress, Class, Descriptors, DevicePath, PortPath, Speed, clean_text};
 
 use super::{about, about_all};
 
 /// The drivers of a whole device that mean nothing: every configured device has it.
 const GENERIC_DRIVER: &str = "usb";
+
+/// The folder in which a simulated tree keeps its controllers.
+pub(super) const CONTROLLERS: &str = ".controllers";
 
 /// What sysfs shows of the USB devices.
 #[derive(Debug, Default)]
@@ -30,6 +33,7 @@ pub(super) struct Scan {
 #[derive(Debug)]
 pub(super) struct Plugged {
     pub(super) port: PortPath,
+    pub(super) path: Option<DevicePath>,
     pub(super) dir: PathBuf,
     pub(super) seen: Seen,
     /// Whether there is a `serial` at all: blank is not the same as not readable.
@@ -111,7 +115,7 @@ pub(super) fn scan(sysfs_root: &Path) -> Scan {
 impl Scan {
     /// One name under `bus/usb/devices`: interfaces (`1-1:1.0`) and root hubs (`usb1`) are no devices.
     fn take(&mut self, sysfs_root: &Path, name: &str) {
-        if name.contains(':') || is_root_hub(name) {
+        if name.contains(':') || is_root_hub(name) || name == CONTROLLERS {
             return;
         }
         match name.parse() {
@@ -131,7 +135,8 @@ impl Scan {
             Ok(None) => return self.lost(port, "sysfs does not tell its vendor, product and address"),
             Err(e) => return self.lost(port, &e.to_string()),
         };
-        let plugged = self.read(port, dir, before);
+        let path = path_of(sysfs_root, &port);
+        let plugged = self.read(port, path, dir, before);
         match at_port(sysfs_root, &plugged.port) {
             Ok(Some(after)) if after == plugged.seen => self.plugged.push(plugged),
             Ok(None) if is_gone(&plugged.dir) => {}
@@ -144,7 +149,7 @@ impl Scan {
         self.unreadable.push(port);
     }
 
-    fn read(&mut self, port: PortPath, dir: PathBuf, seen: Seen) -> Plugged {
+    fn read(&mut self, port: PortPath, path: Option<DevicePath>, dir: PathBuf, seen: Seen) -> Plugged {
         let mut get = |name: &str| self.note(&port, attribute(&dir, name));
         let speed = get("speed").and_then(|text| text.trim().parse().ok());
         let manufacturer = get("manufacturer").as_deref().and_then(clean_text);
@@ -158,6 +163,7 @@ impl Scan {
         let descriptors = descriptors(&dir);
         Plugged {
             port,
+            path,
             dir,
             seen,
             has_serial,

@@ -100,5 +100,6 @@ fn device(node: u64, n: u32, usb: UsbId, available: bool, dice: &mut Dice) -> Op
         host_use: None,
         tags: if dice.roll(5) == 0 { vec!["erp".to_owned()] } else { Vec::new() },
         projects: Vec::new(),
+        path: None,
     })
 }

@@ -352,6 +352,7 @@ fn claim(device: DeviceId, instance: InstanceId, status: &str, server: Option<&S
         arrived: false,
         descriptors: None,
         used: false,
+        serial_shared: false,
     }
 }
 

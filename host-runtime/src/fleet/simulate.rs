@@ -218,6 +218,7 @@ fn device(host: u32, n: usize) -> Option<Device> {
             usb: kind(u64::from(host) + n as u64),
             serial: Serial::Unique(format!("H{host}-{n}")),
             port: PortPath::new(bus, &[1 + number / 15, 1 + number % 15])?,
+            path: None,
         },
         address: BusAddress::new(bus, number)?,
         class: Class::new(0),

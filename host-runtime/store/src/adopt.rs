@@ -117,7 +117,8 @@ fn find(
     for device in found {
         let device = device?;
         // The stored address is a memory: ask the port, but only of those that it could be.
-        if holding.address.is_some_and(|a| a.bus() != device.entry.port_path.bus()) {
+        let recorded = &device.entry;
+        if recorded.path.is_none() && holding.address.is_some_and(|a| a.bus() != recorded.port_path.bus()) {
             continue;
         }
         if let Verified::Here(address) = judge.verify(&device)

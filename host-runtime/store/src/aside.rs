@@ -1,11 +1,11 @@
 //! Devices that are set aside whatever the rules say: disabled by an operator, quarantined after a use, flapping. And an operator's tags.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use rusqlite::{OptionalExtension, Transaction, params};
 use virt_usb_model::flavor::MAX_TAGS;
-use virt_usb_model::{Descriptors, DeviceId};
+use virt_usb_model::{Descriptors, DeviceId, Serial, UsbId};
 
 use crate::device::{ClaimRow, Record, joined, parse_some, read_id, refresh, sql_id, step_revision};
 use crate::discover::label;
@@ -212,6 +212,58 @@ pub(crate) fn altered(
         let why = both(why, &format!("IT IS NOT WHAT IT WAS: {difference}"));
         tx.execute(sql, params![sql_id(device), why])?;
     }
+    Ok(Some(what))
+}
+
+/// Quarantines devices that cannot be told apart since the host was restarted: neither a serial nor a path identifies them,
+/// and ports begin with bus numbers, which are assigned at boot. A device that is the only one of its kind stays as it is.
+pub(crate) fn set_aside_after_restart(tx: &Transaction<'_>, context: &Context) -> Sql<()> {
+    let mut doubtful: BTreeMap<UsbId, Vec<Record>> = BTreeMap::new();
+    let all = tx
+        .prepare("SELECT * FROM usb_devices WHERE deleted = 0 ORDER BY id")?
+        .query_map([], Record::read)?
+        .collect::<Sql<Vec<_>>>()?;
+    for record in all.into_iter().filter(|record| !record.key().serial_decides()) {
+        doubtful.entry(record.usb()).or_default().push(record);
+    }
+    let mut stepped = false;
+    for twins in doubtful.into_values().filter(|twins| twins.len() > 1) {
+        let ids: Vec<String> = twins.iter().map(|twin| twin.entry.id.to_string()).collect();
+        for twin in twins.iter().filter(|twin| twin.entry.path.is_none() && twin.quarantined.is_none()) {
+            if !std::mem::replace(&mut stepped, true) {
+                step_revision(tx)?;
+            }
+            let why = format!(
+                "the host was restarted, and devices {} have no serial that tells them apart: bus numbers are assigned \
+                 at boot, so this may be another of them: look which one is in port {}",
+                ids.join(", "),
+                twin.entry.port_path
+            );
+            quarantine(tx, twin.entry.id, &why, None, context)?;
+            refresh(tx, twin.entry.id)?;
+        }
+    }
+    Ok(())
+}
+
+/// Notes that a held device's serial, unique so far, has been seen on another device of the kind. Says so in words.
+pub(crate) fn serial_is_shared(
+    tx: &Transaction<'_>,
+    known: &Record,
+    now: &Serial,
+    context: &Context,
+) -> Sql<Option<String>> {
+    let Serial::Duplicate(serial) = now else { return Ok(None) };
+    let held = known.entry.instance_uuid.is_some();
+    if !held || !known.key().serial_decides() {
+        return Ok(None);
+    }
+    let id = known.entry.id;
+    tx.execute("UPDATE claims SET serial_shared = 1 WHERE device_id = ?1", [sql_id(id)])?;
+    let what = format!(
+        "another device of its kind has the same serial, {serial:?}: only its port identifies it now"
+    );
+    record(tx, context, &Event::new("serial-shared").about(id).with(what.clone()))?;
     Ok(Some(what))
 }
 

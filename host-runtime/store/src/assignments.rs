@@ -11,7 +11,7 @@ use crate::error::{Sql, bad_row};
 use crate::events::{Event, record};
 use crate::hints::{Hints, Known};
 use crate::open::Fault;
-use crate::{Context, NOW, Store, StoreError, give_back};
+use crate::{Context, NOW, Store, StoreError, give_back, places};
 
 /// Who made an assignment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -97,6 +97,7 @@ impl Store {
         context: &Context,
     ) -> Result<bool, StoreError> {
         let instance = asker.instance;
+        let requests = places::resolve_all(&self.conn, requests).map_err(|e| self.fault(&e))?;
         let now: Vec<DeviceRequest> = self
             .assignments(instance)?
             .into_iter()
@@ -112,10 +113,10 @@ impl Store {
                 "DELETE FROM assignments WHERE instance_uuid = ?1 AND source = ?2",
                 params![instance.to_string(), source.name()],
             )?;
-            for request in requests {
+            for request in &requests {
                 insert(tx, instance, request, source)?;
             }
-            let detail = serde_json::to_string(requests).unwrap_or_default();
+            let detail = serde_json::to_string(&requests).unwrap_or_default();
             record(tx, context, &Event::of("assigned", asker).with(format!("{}: {detail}", source.name())))?;
             Ok(())
         })?;
@@ -134,7 +135,7 @@ impl Store {
         requests: &[DeviceRequest],
         context: &Context,
     ) -> Result<Result<(), TooMany>, StoreError> {
-        self.write(|tx, hints| match unassigned(tx, asker.instance, requests)? {
+        self.write(|tx, hints| match unassigned(tx, asker.instance, &places::resolve_all(tx, requests)?)? {
             Ok(new) => add(tx, hints, asker, &new, context).map(|_| Ok(())),
             Err(too_many) => Ok(Err(too_many)),
         })
@@ -154,6 +155,7 @@ impl Store {
         context: &Context,
     ) -> Result<Given, StoreError> {
         self.write(|tx, hints| {
+            let requests = &places::resolve_all(tx, requests)?;
             let mine = give_back::held(tx, asker.instance)?;
             let (mut new, mut already, mut missing) = (Vec::new(), Vec::new(), Vec::new());
             let (mut kept, mut wanted) = (Vec::new(), Vec::new());

@@ -68,12 +68,9 @@ pub struct Record {
 impl Record {
     /// Who the device is.
     pub fn key(&self) -> DeviceKey {
-        let serial = match (&self.entry.serial, self.entry.serial_kind.as_str()) {
-            (None, _) => Serial::Missing,
-            (Some(text), "duplicate") => Serial::Duplicate(text.clone()),
-            (Some(text), _) => Serial::Unique(text.clone()),
-        };
-        DeviceKey { usb: self.usb(), serial, port: self.entry.port_path.clone() }
+        let serial = Serial::new(self.entry.serial.clone(), self.entry.serial_kind == "duplicate");
+        let (port, path) = (self.entry.port_path.clone(), self.entry.path.clone());
+        DeviceKey { usb: self.usb(), serial, port, path }
     }
 
     /// vendor:product
@@ -140,6 +137,7 @@ impl Record {
             host_use: row.get("host_use")?,
             tags: joined(&rule_tags, &own_tags),
             projects: grant::joined(&rule_projects, &granted),
+            path: parse_some(row, "path")?,
         };
         Ok(Self {
             entry,
@@ -222,6 +220,9 @@ pub struct ClaimRow {
     /// Whether the device was, or may have been, in the guest.
     #[serde(skip)]
     pub used: bool,
+    /// Whether another device of the kind has shown the same serial since the claim was made.
+    #[serde(skip)]
+    pub serial_shared: bool,
 }
 
 impl ClaimRow {
@@ -252,6 +253,7 @@ impl ClaimRow {
             arrived: row.get("arrived")?,
             descriptors: parse_some(row, "descriptors")?,
             used: row.get("used")?,
+            serial_shared: row.get("serial_shared")?,
         })
     }
 }
@@ -362,10 +364,11 @@ pub(crate) fn write_state(
     Ok(())
 }
 
-/// Corrects the stored address to what was just seen.
+/// Corrects the stored address, and the bus of the port, to what was just seen.
 pub(crate) fn set_address(tx: &Transaction<'_>, device: DeviceId, address: BusAddress) -> Sql<()> {
     tx.prepare_cached(
-        "UPDATE usb_devices SET address = ?2, bus_id = ?3, device_id = ?4 WHERE id = ?1 AND address <> ?2",
+        "UPDATE usb_devices SET address = ?2, bus_id = ?3, device_id = ?4,
+         port_path = ?3 || substr(port_path, instr(port_path, '-')) WHERE id = ?1 AND address <> ?2",
     )?
     .execute(params![sql_id(device), address.to_string(), address.bus(), address.device()])?;
     Ok(())

@@ -30,7 +30,7 @@ pub struct Done {
     pub id: DeviceId,
     /// `added`, `returned` (plugged in again, or under another number), `changed` or `removed`.
     pub what: &'static str,
-    /// That it is not what it was when it was claimed, and what is different.
+    /// What about the device is not as it was when it was claimed: its descriptors, or that its serial is unique.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub altered: Option<String>,
 }
@@ -122,6 +122,9 @@ fn execute(
             {
                 altered = aside::altered(tx, before, now, context)?;
             }
+            if let Some(before) = before {
+                altered = aside::serial_is_shared(tx, before, &device.key.serial, context)?.or(altered);
+            }
             // Another number: it was unplugged, or reset, between two looks.
             let returned = before.is_some_and(|r| !r.present || r.entry.address != device.address);
             if returned {
@@ -160,7 +163,7 @@ fn update(tx: &Transaction<'_>, id: DeviceId, d: &Device, verdict: &Verdict, own
     tx.prepare_cached(
         "UPDATE usb_devices SET address = ?2, product_id = ?3, vendor_id = ?4, bus_id = ?5, device_id = ?6, port_id = ?7, port_path = ?8,
          serial = ?9, serial_kind = ?10, class = ?11, interface_classes = ?12, tags = ?13, projects = ?14, speed = ?15, manufacturer = ?16,
-         product_name = ?17, driver = ?18, host_use = ?19, withheld = ?20, one_time_use = ?21 OR (one_time_use AND EXISTS (SELECT 1 FROM claims WHERE device_id = ?1)), descriptors = ?22, present = 1 WHERE id = ?1",
+         product_name = ?17, driver = ?18, host_use = ?19, withheld = ?20, one_time_use = ?21 OR (one_time_use AND EXISTS (SELECT 1 FROM claims WHERE device_id = ?1)), descriptors = ?22, path = ?23, present = 1 WHERE id = ?1",
     )?
     .execute(params![
         sql_id(id),
@@ -185,6 +188,7 @@ fn update(tx: &Transaction<'_>, id: DeviceId, d: &Device, verdict: &Verdict, own
         verdict.withheld.map(virt_usb_model::Reason::name),
         verdict.one_time_use,
         d.descriptors.as_ref().map(ToString::to_string),
+        d.key.path.as_ref().map(ToString::to_string),
     ])?;
     let tags = joined(&verdict.tags, own_tags);
     label(tx, id, std::iter::once(&d.class).chain(&d.interfaces), &tags)

@@ -9,7 +9,7 @@ use virt_usb_model::Flavor;
 use crate::error::{Sql, bad_row};
 use crate::events::{Event, record};
 use crate::hints::{Known, Row as Hinted};
-use crate::{Context, NOW, Store, StoreError};
+use crate::{Context, NOW, Store, StoreError, places};
 
 /// A flavor as it is stored.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -60,12 +60,14 @@ impl Store {
         read().map_err(|e| self.fault(&e))
     }
 
-    /// Stores a flavor; says whether that changed anything.
+    /// Stores a flavor, with each port replaced by its path; says whether that changed anything.
     ///
     /// # Errors
     /// When the database cannot be written.
     pub fn set_flavor(&mut self, name: &str, flavor: &Flavor, context: &Context) -> Result<bool, StoreError> {
-        if self.flavor(name)?.is_some_and(|stored| stored.flavor == *flavor) {
+        let usb_devices = places::resolve_all(&self.conn, &flavor.usb_devices).map_err(|e| self.fault(&e))?;
+        let flavor = Flavor { usb_devices, ..flavor.clone() };
+        if self.flavor(name)?.is_some_and(|stored| stored.flavor == flavor) {
             return Ok(false);
         }
         self.write(|tx, hints| {

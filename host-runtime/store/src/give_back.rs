@@ -237,7 +237,7 @@ pub(crate) fn sweep(tx: &Transaction<'_>, context: &Context) -> Sql<()> {
         .prepare_cached(UNCONFIRMED)?
         .query_map(params![context.uptime, context.pending_grace], ClaimRow::read)?
         .collect::<Sql<Vec<_>>>()?;
-    let mut doubtful = of_earlier_boots(tx, &context.boot_id)?;
+    let mut doubtful = of_earlier_boots(tx, context)?;
     doubtful.extend(unconfirmed.into_iter().filter(|c| c.boot_id == context.boot_id));
     let (kept, void): (Vec<ClaimRow>, Vec<ClaimRow>) =
         doubtful.into_iter().partition(|c| c.hold == "instance" && !c.pending);
@@ -253,13 +253,15 @@ pub(crate) fn sweep(tx: &Transaction<'_>, context: &Context) -> Sql<()> {
 }
 
 /// Claims of other boots than this. Looked for once a boot, which the host's row remembers.
-fn of_earlier_boots(tx: &Transaction<'_>, boot_id: &str) -> Sql<Vec<ClaimRow>> {
+fn of_earlier_boots(tx: &Transaction<'_>, context: &Context) -> Sql<Vec<ClaimRow>> {
+    let boot_id = context.boot_id.as_str();
     let first = tx
         .prepare_cached("UPDATE compute_nodes SET boot_id = ?1 WHERE deleted = 0 AND boot_id IS NOT ?1")?
         .execute([boot_id])?;
     if first == 0 {
         return Ok(Vec::new());
     }
+    aside::set_aside_after_restart(tx, context)?;
     tx.prepare_cached("SELECT * FROM claims WHERE boot_id <> ?1")?
         .query_map([boot_id], ClaimRow::read)?
         .collect()

@@ -11,7 +11,7 @@ use virt_usb_model::{DeviceId, Grant, ProjectId};
 use crate::device::{read_id, refresh, sql_id, step_revision};
 use crate::error::{Sql, bad_row};
 use crate::events::{Event, record};
-use crate::{Context, NOW, Store, StoreError, query};
+use crate::{Context, NOW, Store, StoreError, places, query};
 
 /// A grant as it is stored.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -62,12 +62,15 @@ impl Store {
         read().map_err(|e| self.fault(&e))
     }
 
-    /// Stores a grant; says whether that changed anything. Who holds a device keeps it.
+    /// Stores a grant, with each port replaced by its path; says whether that changed anything. Who holds a device keeps it.
     ///
     /// # Errors
     /// When the database cannot be written.
     pub fn set_grant(&mut self, name: &str, grant: &Grant, context: &Context) -> Result<bool, StoreError> {
-        let (one, none) = (BTreeMap::from([(name.to_owned(), grant.clone())]), BTreeSet::new());
+        let resolved = grant.usb_devices.iter().map(|selector| places::resolve(&self.conn, selector));
+        let usb_devices = resolved.collect::<Sql<_>>().map_err(|e| self.fault(&e))?;
+        let grant = Grant { usb_devices, ..grant.clone() };
+        let (one, none) = (BTreeMap::from([(name.to_owned(), grant)]), BTreeSet::new());
         self.change_grants(&one, &none, context).map(|changed| changed > 0)
     }
 

@@ -43,6 +43,7 @@ pub mod maintain;
 mod metadata;
 mod open;
 mod owners;
+mod places;
 pub mod problems;
 mod query;
 pub mod recover;

@@ -24,6 +24,7 @@ const MIGRATIONS: &[&str] = &[
     include_str!("../migrations/0004_aside.sql"),
     include_str!("../migrations/0005_owners.sql"),
     include_str!("../migrations/0006_grants.sql"),
+    include_str!("../migrations/0007_path.sql"),
 ];
 
 /// The schema version that this program reads and writes.

@@ -35,6 +35,7 @@ impl Query {
 enum Driver {
     Elsewhere,
     Serial,
+    Path,
     Port,
     Vendor,
     Label,
@@ -45,6 +46,7 @@ pub(crate) fn find(selector: &Selector) -> Query {
     let driver = match selector {
         Selector { id: Some(_), .. } => Driver::Elsewhere,
         Selector { serial: Some(_), .. } => Driver::Serial,
+        Selector { path: Some(_), .. } => Driver::Path,
         Selector { port: Some(_), .. } => Driver::Port,
         Selector { vendor_id: Some(_), .. } => Driver::Vendor,
         _ => Driver::Label,
@@ -84,6 +86,7 @@ fn build(selector: &Selector, driver: Driver) -> Query {
     column("id", true, selector.id.map(|id| sql_id(id).into()));
     column("serial", driver == Driver::Serial, selector.serial.clone().map(Into::into));
     column("port_path", driver == Driver::Port, selector.port.as_ref().map(|p| p.to_string().into()));
+    column("path", driver == Driver::Path, selector.path.as_ref().map(|p| p.to_string().into()));
     column("vendor_id", driver == Driver::Vendor, selector.vendor_id.map(|v| v.to_string().into()));
     column("product_id", driver == Driver::Vendor, selector.product_id.map(|p| p.to_string().into()));
     query
@@ -119,6 +122,7 @@ mod tests {
             (r#"{"vendor_id":"0529","product_id":"0001","serial":"A"}"#, "usb_devices_serial"),
             (r#"{"port":"1-1.4"}"#, "usb_devices_port"),
             (r#"{"vendor_id":"0529","port":"1-1.4"}"#, "usb_devices_port"),
+            (r#"{"vendor_id":"0529","port":"1-4","path":"pci-0000:00:14.0-usbv2-0:4"}"#, "usb_devices_path"),
             (r#"{"class":"03"}"#, "SEARCH l USING PRIMARY KEY (kind=? AND value=?)"),
             (r#"{"tags":["erp","blue"]}"#, "SEARCH l USING PRIMARY KEY (kind=? AND value=?)"),
         ];

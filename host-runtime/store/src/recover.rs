@@ -24,7 +24,7 @@ use rusqlite::config::DbConfig;
 use rusqlite::types::Value;
 use rusqlite::{Connection, ErrorCode, OpenFlags, Row, Transaction, params, params_from_iter};
 use serde::Serialize;
-use virt_usb_model::{DeviceId, InstanceId, UsbId};
+use virt_usb_model::{DeviceId, DevicePath, InstanceId, PortPath, Serial, UsbId};
 
 use crate::device::{ClaimRow, Record, parse, refresh};
 use crate::discover::label;
@@ -567,13 +567,14 @@ fn summary(built: &Built) -> String {
 }
 
 /// The tables in an order in which no row comes before the one that it points to; those of a later schema come last.
-const ORDER: [&str; 8] = [
+const ORDER: [&str; 9] = [
     "compute_nodes",
     "usb_devices",
     "flavors",
     "grants",
     "assignments",
     "owners",
+    "rule_ports",
     "instance_system_metadata",
     "events",
 ];
@@ -691,7 +692,8 @@ fn makes_sense(name: &str, node: i64, row: &Row<'_>) -> Sql<()> {
                 && row.get::<_, Option<u8>>("port_id")? == Some(entry.port_path.port_id())
                 && entry.port_path.bus() == entry.address.bus()
                 && (record.deleted == 0 || record.deleted == entry.id.get())
-                && ["unique", "duplicate", "missing"].contains(&entry.serial_kind.as_str())
+                && Serial::KINDS.contains(&entry.serial_kind.as_str())
+                && entry.path.as_ref().is_none_or(|path| path.ports().len() == entry.port_path.ports().len())
                 && (entry.serial_kind == "missing") == entry.serial.is_none();
             if !twice || !is_own(node, id) {
                 return refuse("id", "contradicts itself");
@@ -708,6 +710,10 @@ fn makes_sense(name: &str, node: i64, row: &Row<'_>) -> Sql<()> {
         }
         "assignments" => drop(Assignment::read(row)?),
         "owners" => drop(Owner::read(row)?),
+        "rule_ports" => {
+            drop(parse::<PortPath>(row, "port")?);
+            drop(parse::<DevicePath>(row, "path")?);
+        }
         "flavors" => drop(StoredFlavor::read(row)?),
         "grants" => drop(StoredGrant::read(row)?),
         "events" => drop(EventRow::read(row)?),

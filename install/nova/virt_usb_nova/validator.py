@@ -20,6 +20,7 @@ MAX_DEVICES = 127
 # As virt-usb's model reads them.
 HEX = re.compile(r"(0[xX])?[0-9a-fA-F]{1,4}")
 PORT = re.compile(r"[0-9]{1,3}-[0-9]{1,3}(\.[0-9]{1,3}){0,6}")
+PATH = re.compile(r"[A-Za-z0-9_.:@,+-]{1,200}-usbv0{0,2}[1-9]-0:(?P<ports>[0-9]{1,3}(\.[0-9]{1,3}){0,6})")
 TAG_SIGNS = "-_.:/"
 CLASS = re.compile(r"(0x)?[0-9a-f]{1,2}")
 CLASSES = (
@@ -27,7 +28,7 @@ CLASSES = (
     "content-security", "video", "healthcare", "audio-video", "billboard", "type-c-bridge", "diagnostic", "wireless", "miscellaneous",
     "application-specific", "vendor-specific",
 )  # fmt: skip
-NAMED = ("id", "vendor_id", "product_id", "serial", "port", "class", "tags")
+NAMED = ("id", "vendor_id", "product_id", "serial", "port", "path", "class", "tags")
 
 HELP = {
     "usb:devices": (
@@ -124,6 +125,9 @@ def right(key: str, value: Any) -> bool:
         return 0 <= value < 1 << 16 if isinstance(value, int) else bool(HEX.fullmatch(text))
     if key == "port":
         return isinstance(value, str) and bool(PORT.fullmatch(value)) and all(1 <= int(part) <= 255 for part in re.split("[-.]", value))
+    if key == "path":
+        found = PATH.fullmatch(value) if isinstance(value, str) else None
+        return bool(found) and all(1 <= int(part) <= 255 for part in found["ports"].split("."))
     if key == "class":
         plain = text.lower().replace("_", "-").replace(" ", "-")
         return 0 <= value <= 255 if isinstance(value, int) else plain in CLASSES or bool(CLASS.fullmatch(plain))

@@ -111,11 +111,13 @@ impl Host {
         let config = self.config();
         let mut store = Store::create(&config.state_dir, Duration::from_secs(5)).unwrap();
         let context = machine::context(&config, "test discover").unwrap();
+        let whitelist =
+            inventory::located(&config.whitelist, &mut store, &snapshot, &config.sysfs_root).unwrap();
         store
             .reconcile(
                 name,
                 &config.flapping,
-                |known| inventory::plan(&snapshot, known, &config.whitelist, &config.aliases),
+                |known| inventory::plan(&snapshot, known, &whitelist, &config.aliases),
                 &context,
             )
             .unwrap();

@@ -80,6 +80,7 @@ prop_compose! {
             } else {
                 Vec::new()
             },
+            path: (vendor == 1).then(|| format!("pci-0000:00:14.0-usbv2-0:{port}").parse().unwrap()),
         }
     }
 }
@@ -116,7 +117,7 @@ fn selector() -> impl Strategy<Value = Selector> {
         (some(0.1), id),
         (some(0.6), 1u16..5, some(0.5), 1u16..3),
         (some(0.1), 0u8..5),
-        (some(0.15), 1u8..6),
+        (some(0.15), 1u8..6, some(0.1)),
         (some(0.3), prop::sample::select(vec![0u8, 3, 8, 0xff, 7])),
         prop::collection::vec(prop::sample::select(vec!["erp", "blue", "none"]), 0..2),
     )
@@ -126,6 +127,7 @@ fn selector() -> impl Strategy<Value = Selector> {
             product_id: (vendor.0 && vendor.2).then_some(ProductId::new(vendor.3)),
             serial: serial.0.then(|| format!("S{}", serial.1)),
             port: port.0.then(|| format!("1-{}", port.1).parse().unwrap()),
+            path: port.2.then(|| format!("pci-0000:00:14.0-usbv2-0:{}", port.1).parse().unwrap()),
             class: class.0.then_some(Class::new(class.1)),
             tags: tags.into_iter().map(Into::into).collect(),
         })
@@ -280,6 +282,7 @@ fn fits(selector: &Selector, d: &DeviceEntry) -> bool {
         && selector.product_id.is_none_or(|p| p == d.product_id)
         && selector.serial.as_ref().is_none_or(|s| d.serial.as_ref() == Some(s))
         && selector.port.as_ref().is_none_or(|p| *p == d.port_path)
+        && selector.path.as_ref().is_none_or(|p| d.path.as_ref() == Some(p))
         && selector.class.is_none_or(|c| d.class == c || d.interface_classes.contains(&c))
         && selector.tags.iter().all(|t| d.tags.contains(t))
 }

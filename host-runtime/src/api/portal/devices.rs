@@ -166,6 +166,9 @@ pub(super) async fn show(
                 dt { "USB ID" } dd { (device.vendor_id) ":" (device.product_id) }
                 dt { "Serial" } dd { (device.serial.as_deref().unwrap_or("none")) " (" (device.serial_kind) ")" }
                 dt { "Port" } dd { (device.port_path) ", " (device.address) }
+                @if let Some(path) = &device.path {
+                    dt { "Path" } dd { (path) }
+                }
                 dt { "Speed" } dd { (device.speed.as_deref().unwrap_or("unknown")) }
                 @if !device.tags.is_empty() { dt { "Tags" } dd { (device.tags.join(", ")) } }
                 @if !device.extra_info.is_empty() { dt { "Note" } dd { (device.extra_info) } }

@@ -125,7 +125,7 @@ fn event(event: &EventRow) -> (String, Tone) {
         event.detail.as_ref().map_or_else(String::new, |detail| format!(": {detail}"))
     );
     let tone = match event.event.as_str() {
-        "refused" | "problem" | "altered" | "quarantined" | "flapping" => Tone::Bad,
+        "refused" | "problem" | "altered" | "serial-shared" | "quarantined" | "flapping" => Tone::Bad,
         _ => Tone::Plain,
     };
     (clean(&text), tone)

@@ -6,8 +6,8 @@ use std::str::FromStr;
 
 use toml::{Table, Value};
 use virt_usb_model::{
-    BusAddress, Class, Device, DeviceKey, ParseError, PortPath, ProductId, Serial, UsbId, VendorId,
-    clean_text,
+    BusAddress, Class, Device, DeviceKey, DevicePath, ParseError, PortPath, ProductId, Serial, UsbId,
+    VendorId, clean_text,
 };
 
 use super::Entry;
@@ -19,6 +19,7 @@ const KEYS: &[&str] = &[
     "bus",
     "device",
     "port",
+    "path",
     "serial",
     "class",
     "interfaces",
@@ -51,7 +52,28 @@ pub(super) fn parse(text: &str) -> Result<Vec<Entry>, String> {
         .collect::<Result<_, _>>()?;
     distinct("port", entries.iter().map(|entry| entry.device.key.port.to_string()))?;
     distinct("bus and device", entries.iter().map(|entry| entry.device.address.to_string()))?;
+    one_controller_a_bus(&entries)?;
     Ok(entries)
+}
+
+/// A bus has one root hub, and a root hub one bus.
+fn one_controller_a_bus(entries: &[Entry]) -> Result<(), String> {
+    let mut seen: Vec<(u8, &str, u8)> = Vec::new();
+    for (n, entry) in (1..).zip(entries) {
+        let Some(path) = &entry.device.key.path else { continue };
+        let hub = (entry.device.key.port.bus(), path.controller(), path.version());
+        let other = seen
+            .iter()
+            .find(|known| **known != hub && (known.0 == hub.0 || (known.1, known.2) == (hub.1, hub.2)));
+        if let Some((bus, controller, version)) = other {
+            return Err(format!(
+                "device {n}: path: found {path} on bus {}, but bus {bus} is {controller}-usbv{version}",
+                hub.0
+            ));
+        }
+        seen.push(hub);
+    }
+    Ok(())
 }
 
 fn distinct(what: &str, values: impl Iterator<Item = String>) -> Result<(), String> {
@@ -95,10 +117,14 @@ impl Fields<'_> {
                 address.bus()
             ));
         }
+        let path: Option<DevicePath> = self.optional("path", |value| parsed(value, "a device path"))?;
+        if let Some(path) = path.as_ref().filter(|path| path.ports() != port.ports()) {
+            return Err(format!("path: found {path} at port {port}: both end with the same chain of ports"));
+        }
         let class = self.optional("class", class)?.unwrap_or(Class::new(0));
         Ok(Entry {
             device: Device {
-                key: DeviceKey { usb, serial: Serial::new(self.words("serial")?, false), port },
+                key: DeviceKey { usb, serial: Serial::new(self.words("serial")?, false), port, path },
                 address,
                 class,
                 interfaces: self.interfaces(class)?,
@@ -297,6 +323,15 @@ mod tests {
         assert_eq!(error(KEY), "device 2: port: 1-1.4 is device 1's already");
         let moved = KEY.replace("1-1.4", "1-2");
         assert_eq!(error(&moved), "device 2: bus and device: usb_1_5 is device 1's already");
+        let path = "path = 'pci-0000:00:14.0-usbv2-0:1.4'\n";
+        assert!(error("path = 'pci-0000:00:14.0-usbv2-0:1'").starts_with("device 1: path: found pci-"));
+        assert!(error("path = '1-1.4'").starts_with("device 1: path: found \"1-1.4\", wanted a device path"));
+        let second = format!("{path}{}", KEY.replace("1-1.4", "1-2").replace("'5'", "6"));
+        assert!(parse(&format!("{KEY}{second}path = 'pci-0000:00:14.0-usbv2-0:2'")).is_ok());
+        assert_eq!(
+            error(&format!("{second}path = 'pci-0000:0a:00.0-usbv2-0:2'")),
+            "device 2: path: found pci-0000:0a:00.0-usbv2-0:2 on bus 1, but bus 1 is pci-0000:00:14.0-usbv2"
+        );
         let wrong = |from: &str, to: &str| parse(&KEY.replace(from, to)).unwrap_err();
         assert_eq!(wrong("product = 1\n", ""), "device 1: product is missing");
         assert!(wrong("'0529'", "'zz'").starts_with("device 1: vendor: found \"zz\", wanted a vendor id"));

@@ -5,9 +5,10 @@ use std::io;
 use std::os::unix::fs::symlink;
 use std::path::Path;
 
-use virt_usb_model::{Class, Device, Speed};
+use virt_usb_model::{Class, Device, DevicePath, Speed};
 
 use super::Entry;
+use crate::discovery::sysfs::CONTROLLERS;
 
 /// Lies beside `devices` and says that it is ours to replace.
 const MARK: &str = "simulated-by-virt-usb";
@@ -29,6 +30,9 @@ pub(super) fn write(root: &Path, entries: &[Entry]) -> io::Result<()> {
     fs::create_dir(&fresh)?;
     for entry in entries {
         write_device(&fresh.join(entry.device.key.port.to_string()), entry)?;
+        if let Some(path) = &entry.device.key.path {
+            write_root_hub(&fresh, entry.device.key.port.bus(), path)?;
+        }
     }
     remove(&old)?;
     if devices.exists() {
@@ -43,6 +47,30 @@ fn remove(dir: &Path) -> io::Result<()> {
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
         done => done,
     }
+}
+
+/// The root hub of a bus, as a link to its folder below its controller. The folder lies within `devices`, so that all of the
+/// tree is replaced at once.
+fn write_root_hub(devices: &Path, bus: u8, path: &DevicePath) -> io::Result<()> {
+    let link = devices.join(format!("usb{bus}"));
+    if link.is_symlink() {
+        return Ok(());
+    }
+    // The reverse of `controller` in the hook's sysfs.rs.
+    let (function, platform) = match path.controller().split_once("-platform-") {
+        Some((function, platform)) => (Some(function), Some(platform)),
+        None => match path.controller().strip_prefix("platform-") {
+            Some(platform) => (None, Some(platform)),
+            None => (Some(path.controller()), None),
+        },
+    };
+    let function = function.map(|name| format!("pci0000:00/{}", name.trim_start_matches("pci-")));
+    let platform = platform.map(|name| format!("platform/{name}"));
+    let folder: Vec<String> = function.into_iter().chain(platform).collect();
+    let hub = Path::new(CONTROLLERS).join("devices").join(folder.join("/")).join(format!("usb{bus}"));
+    fs::create_dir_all(devices.join(&hub))?;
+    fs::write(devices.join(&hub).join("version"), format!(" {}.00\n", path.version()))?;
+    symlink(hub, link)
 }
 
 fn write_device(dir: &Path, Entry { device, unreadable }: &Entry) -> io::Result<()> {

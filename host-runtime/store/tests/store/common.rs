@@ -6,7 +6,8 @@ use std::time::Duration;
 use rusqlite::Connection;
 use tempfile::TempDir;
 use virt_usb_model::{
-    BusAddress, Class, Device, DeviceId, DeviceKey, DeviceRequest, Flavor, InstanceId, Serial, UsbId, Verdict,
+    BusAddress, Class, Device, DeviceId, DeviceKey, DevicePath, DeviceRequest, Flavor, InstanceId, PortPath,
+    Serial, UsbId, Verdict,
 };
 use virt_usb_store::claim::{Asker, Claimed, Granted, Judge, Standing, Verified, Want};
 use virt_usb_store::discover::{Change, Done};
@@ -32,15 +33,29 @@ pub(crate) fn raw(dir: &Path) -> Connection {
     Connection::open(dir.join(FILE_NAME)).unwrap()
 }
 
+/// A device on the controller that has the bus's number in this boot.
 pub(crate) fn device(product: u16, serial: Option<&str>, port: &str, number: u8) -> Device {
-    let bus = port.split('-').next().unwrap().parse().unwrap();
+    let port: PortPath = port.parse().unwrap();
+    on_controller(port.bus(), product, serial, &port, number)
+}
+
+/// A device on this controller, whatever number its bus has.
+pub(crate) fn on_controller(
+    controller: u8,
+    product: u16,
+    serial: Option<&str>,
+    port: &PortPath,
+    number: u8,
+) -> Device {
+    let path = DevicePath::new(&format!("pci-0000:0{controller}:00.0"), 2, port.ports());
     Device {
         key: DeviceKey {
             usb: UsbId::new(0x0529, product),
             serial: Serial::new(serial.map(Into::into), false),
-            port: port.parse().unwrap(),
+            port: port.clone(),
+            path,
         },
-        address: BusAddress::new(bus, number).unwrap(),
+        address: BusAddress::new(port.bus(), number).unwrap(),
         class: Class::new(0),
         interfaces: vec![Class::HID],
         speed: None,

@@ -175,7 +175,7 @@ fn of_another_version_or_another_program() {
     check!(
         hook(dir.path()),
         StoreError::Newer { found: 99, .. },
-        "has schema 99, this program knows 6",
+        "has schema 99, this program knows 7",
         "or newer"
     );
     check!(Store::create(dir.path(), PATIENCE), StoreError::Newer { .. }, "has schema 99");
@@ -184,7 +184,7 @@ fn of_another_version_or_another_program() {
     check!(
         hook(dir.path()),
         StoreError::Older { found: 0, .. },
-        "has schema 0, this program needs 6",
+        "has schema 0, this program needs 7",
         "virt-usb discover"
     );
 

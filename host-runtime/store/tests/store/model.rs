@@ -8,11 +8,11 @@ use virt_usb_model::{
 
 use crate::common::PENDING_GRACE;
 
-/// What a device is told apart by: its serial, or else its port.
+/// What a device is told apart by: its serial, or else its socket, whatever number the bus has.
 pub(crate) fn identity(device: &Device) -> String {
     match &device.key.serial {
         Serial::Unique(serial) => format!("{} {serial}", device.key.usb),
-        _ => format!("{} at {}", device.key.usb, device.key.port),
+        _ => format!("{} at {:?}", device.key.usb, device.key.path),
     }
 }
 
@@ -164,7 +164,12 @@ impl Model {
 
 /// Where the device really is, if it is at the port that the inventory has.
 pub(crate) fn where_is(world: &[(Device, Verdict)], known: &Device) -> Option<BusAddress> {
-    world.iter().map(|(d, _)| d).find(|d| d.key == known.key).map(|d| d.address)
+    world.iter().map(|(d, _)| d).find(|d| is_same_place(d, known)).map(|d| d.address)
+}
+
+/// The same device in the same socket, whatever number its bus has.
+pub(crate) fn is_same_place(one: &Device, other: &Device) -> bool {
+    one.key.usb == other.key.usb && one.key.serial == other.key.serial && one.key.path == other.key.path
 }
 
 /// Whether each row can have a device of its own, by trying everything.

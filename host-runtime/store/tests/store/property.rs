@@ -6,7 +6,9 @@ use std::path::Path;
 
 use proptest::prelude::*;
 use tempfile::TempDir;
-use virt_usb_model::{BusAddress, Device, DeviceId, DeviceRequest, InstanceId, ProjectId, Status, Verdict};
+use virt_usb_model::{
+    BusAddress, Device, DeviceId, DeviceRequest, InstanceId, PortPath, ProjectId, Status, Verdict,
+};
 use virt_usb_store::adopt::{Adoption, Holding, Stage};
 use virt_usb_store::claim::{Asker, Claimed, Granted, Judge, Standing, Verified, Want};
 use virt_usb_store::give_back::Extent;
@@ -47,7 +49,8 @@ enum Step {
     },
     Flavor(usize, bool),
     Time(u8),
-    Reboot,
+    /// Whether the kernel finds the two controllers in the other order this time.
+    Reboot(bool),
     Reopen,
     /// The power fails, as it were: the files as they are at this moment, without the shared memory.
     Image,
@@ -71,7 +74,7 @@ fn step() -> impl Strategy<Value = Step> {
             .prop_map(|(who, slot, by, running)| Step::Adopt { who, slot, by, running }),
         1 => (0..3usize, any::<bool>()).prop_map(|(name, set)| Step::Flavor(name, set)),
         2 => (1..100u8).prop_map(Step::Time),
-        1 => Just(Step::Reboot),
+        1 => any::<bool>().prop_map(Step::Reboot),
         1 => Just(Step::Reopen),
         1 => Just(Step::Image),
     ]
@@ -83,7 +86,7 @@ const REQUESTS: [&str; 7] = [
     r#"{"vendor_id":"0529","product_id":"0001"}"#,
     r#"{"vendor_id":"0529","product_id":"0002"}"#,
     r#"{"serial":"S1"}"#,
-    r#"{"port":"1-1"}"#,
+    r#"{"path":"pci-0000:01:00.0-usbv2-0:2"}"#,
     r#"{"class":"03","vendor_id":"0529"}"#,
     r#"{"tags":["erp","blue"]}"#,
 ];
@@ -92,12 +95,14 @@ fn project(who: u32) -> Option<ProjectId> {
     ["red", "blue"].get(who as usize).map(|name| name.parse().unwrap())
 }
 
-/// Six devices: two with serials, four without; two for one project only, two with a second tag.
-fn physical(slot: usize, moved: bool, number: u8, withheld: bool) -> (Device, Verdict) {
+/// Six devices on two controllers: two with serials, four without; two for one project only, two with a second tag. Twins
+/// are in the same port of either controller: `swapped` gives them each other's port path.
+fn physical(slot: usize, moved: bool, number: u8, withheld: bool, swapped: bool) -> (Device, Verdict) {
     let serial = (slot < 2).then(|| format!("S{slot}"));
-    let port = format!("1-{}", slot * 2 + usize::from(moved));
-    let port = if port == "1-0" { "1-12".into() } else { port };
-    let device = device(1 + u16::from(slot.is_multiple_of(3)), serial.as_deref(), &port, number);
+    let controller = 1 + slot % 2;
+    let port = port(controller, 1 + slot / 2 + 3 * usize::from(moved), swapped);
+    let controller = u8::try_from(controller).unwrap();
+    let device = on_controller(controller, 1 + u16::from(slot < 4), serial.as_deref(), &port, number);
     let mut verdict = offered();
     verdict.withheld = withheld.then_some(WITHHELD);
     if slot >= 4 {
@@ -109,6 +114,12 @@ fn physical(slot: usize, moved: bool, number: u8, withheld: bool) -> (Device, Ve
     (device, verdict)
 }
 
+/// A port of a controller, 1 or 2, in the numbers of this boot.
+fn port(controller: usize, number: usize, swapped: bool) -> PortPath {
+    let bus = if swapped { 3 - controller } else { controller };
+    format!("{bus}-{number}").parse().unwrap()
+}
+
 struct Eyes<'a> {
     world: &'a [(Device, Verdict)],
     fits: bool,
@@ -116,7 +127,8 @@ struct Eyes<'a> {
 
 impl Judge for Eyes<'_> {
     fn verify(&mut self, candidate: &Record) -> Verified {
-        let there = self.world.iter().find(|(d, _)| d.key == candidate.key());
+        let is = |d: &Device| d.key.is(&candidate.key()) && d.key.is_at_place_of(&candidate.key());
+        let there = self.world.iter().find(|(d, _)| is(d));
         there.map_or(Verified::Not("nothing there".into()), |(d, _)| Verified::Here(d.address))
     }
     fn fits(&mut self, _: &[Granted]) -> Result<(), String> {
@@ -132,6 +144,8 @@ struct Life {
     number: u8,
     boot: u32,
     uptime: f64,
+    /// Whether the buses of the two controllers have each other's number.
+    swapped: bool,
 }
 
 impl Life {
@@ -140,7 +154,7 @@ impl Life {
         drop(store);
         let store = Some(hook(dir.path()).unwrap());
         let (model, world) = (Model::default(), Vec::new());
-        let mut life = Self { dir, store, model, world, number: 0, boot: 1, uptime: 50.0 };
+        let mut life = Self { dir, store, model, world, number: 0, boot: 1, uptime: 50.0, swapped: false };
         life.run(&Step::World([(true, false, false); 6], true));
         life
     }
@@ -203,7 +217,12 @@ impl Life {
                 assert!(changed, "says whether that changed anything");
             }
             Step::Time(seconds) => self.uptime += f64::from(*seconds),
-            Step::Reboot => (self.boot, self.uptime) = (self.boot + 1, 5.0),
+            Step::Reboot(swap) => {
+                (self.boot, self.uptime) = (self.boot + 1, 5.0);
+                if *swap {
+                    self.swap_buses();
+                }
+            }
             Step::Reopen => {
                 drop(store);
                 store = hook(self.dir.path()).unwrap();
@@ -225,7 +244,7 @@ impl Life {
                 continue;
             }
             self.number = self.number % 120 + 1;
-            let (mut device, verdict) = physical(slot, moved, self.number, withheld);
+            let (mut device, verdict) = physical(slot, moved, self.number, withheld, self.swapped);
             // Still there: the same number. Came back or moved: a new one.
             if let Some(address) = where_is(&before, &device) {
                 device.address = address;
@@ -237,8 +256,18 @@ impl Life {
         for (device, _) in &mut self.world {
             while !used.insert(device.address) {
                 self.number = self.number % 120 + 1;
-                device.address = BusAddress::new(1, self.number).unwrap();
+                device.address = BusAddress::new(device.address.bus(), self.number).unwrap();
             }
+        }
+    }
+
+    /// Every device stays where it is, and its bus gets the other number.
+    fn swap_buses(&mut self) {
+        self.swapped = !self.swapped;
+        for (device, _) in &mut self.world {
+            let bus = 3 - device.address.bus();
+            device.address = BusAddress::new(bus, device.address.device()).unwrap();
+            device.key.port = PortPath::new(bus, device.key.port.ports()).unwrap();
         }
     }
 
