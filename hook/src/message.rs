@@ -92,7 +92,10 @@ fn obstacle(obstacle: &Obstacle) -> String {
 
 /// `device 5 (…) is unavailable (quarantined): g has used it`
 fn unavailable(record: &Record) -> String {
-    let status = record.entry.state().unwrap_or(Status::Available);
+    // A device that is held has its holder's state: why it cannot be had stands beside that.
+    let held = record.entry.instance_uuid.is_some();
+    let set_aside = record.withheld.filter(|_| held).map(Status::Unavailable);
+    let status = set_aside.or_else(|| record.entry.state().ok()).unwrap_or(Status::Available);
     let more = match status.reason() {
         Some(Reason::HostUse) => record.entry.host_use.as_deref(),
         Some(Reason::Disabled) => record.disabled.as_deref(),
@@ -111,7 +114,7 @@ pub(crate) fn set_aside_by_hand(domain: &str, record: &Record) -> String {
 
 /// What to do about a device that is set aside whatever the rules say.
 fn set_aside(record: &Record) -> Option<&'static str> {
-    match record.entry.state().ok()?.reason()? {
+    match record.entry.state().ok()?.reason().or(record.withheld)? {
         Reason::Disabled => Some("'virt-usb enable DEVICE' offers it again"),
         Reason::Quarantined => Some("Look at it, then 'virt-usb quarantine clear DEVICE'"),
         Reason::Flapping => {

@@ -158,8 +158,11 @@ pub fn about_device(device: DeviceId) -> String {
 
 /// How it is filed that the serial of a held device is no longer unique.
 pub fn about_serial(device: DeviceId) -> String {
-    format!("serial of device {device}")
+    format!("{ABOUT_SERIAL}{device}")
 }
+
+/// How [`about_serial`] begins.
+pub const ABOUT_SERIAL: &str = "serial of device ";
 
 /// How problems of a redirection are filed.
 pub fn about_redirection(n: usize) -> String {

@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context as _, bail};
 use serde::Serialize;
-use virt_usb_model::{DeviceId, InstanceId};
+use virt_usb_model::{DeviceId, InstanceId, Status};
 use virt_usb_store::events::{EventRow, Filter};
 use virt_usb_store::give_back::Extent;
 use virt_usb_store::problems::Problem;
@@ -14,7 +14,7 @@ use virt_usb_store::{ClaimRow, Record, Store};
 use super::Session;
 use super::arguments::Events;
 use super::output::{or_dash, table};
-use crate::agent::plan::{ABOUT_STOP, about_device};
+use crate::agent::plan::{ABOUT_SERIAL, ABOUT_STOP, about_device};
 
 pub(super) fn list(session: &Session) -> anyhow::Result<ExitCode> {
     let (devices, claims, problems, boot_id) = match session.remote()? {
@@ -49,6 +49,9 @@ pub(super) fn list(session: &Session) -> anyhow::Result<ExitCode> {
         for problem in &problems {
             text.push_str(&format!("\n{}", in_the_way(problem)));
         }
+        for hint in shown.iter().filter_map(|shown| moved(&shown.claim, &devices)) {
+            text.push_str(&format!("\n{hint}"));
+        }
         text
     })?;
     Ok(ExitCode::SUCCESS)
@@ -69,9 +72,26 @@ pub(super) fn state(claim: &ClaimRow, unplugged: bool, boot_id: &str) -> String 
 pub(super) fn in_the_way(Problem { domain, about, what, since, .. }: &Problem) -> String {
     let lead = match about.as_str() {
         ABOUT_STOP => format!("{domain} does not run"),
+        about if about.starts_with(ABOUT_SERIAL) => format!("{domain} holds a device that may be mistaken"),
         about => format!("{domain} does not get {about}"),
     };
     format!("{lead} (since {since}): {what}")
+}
+
+/// What to do if a held device without a serial of its own was moved to another port: there it is another device.
+fn moved(claim: &ClaimRow, devices: &[Record]) -> Option<String> {
+    let held = devices.iter().find(|r| r.entry.id == claim.device_id && !r.present)?;
+    if held.key().serial_decides() {
+        return None;
+    }
+    let alike = |r: &&Record| r.usb() == held.usb() && r.entry.status == Status::Available.name();
+    let free = devices.iter().find(alike)?;
+    let (domain, old, new) = (&claim.domain, held.entry.id, free.entry.id);
+    Some(format!(
+        "device {new} of the same kind as device {old} is free at port {}. No serial says whether it is the same device, \
+         moved. If it is: 'virt-usb attach {domain} {new}', then 'virt-usb detach {domain} {old}'",
+        free.entry.port_path
+    ))
 }
 
 #[derive(Serialize)]

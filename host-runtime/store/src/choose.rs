@@ -161,7 +161,9 @@ impl<'a> Choice<'a> {
         }
         if !self.mine.is_empty() && self.standing != Standing::More {
             let instance = self.asker.instance.to_string();
-            found.extend(self.gather(&test, "d.instance_uuid = ?", Some(instance), usize::MAX)?);
+            // Like the agent, no start gives a guest what waits for an operator, though the guest holds it.
+            let condition = "d.instance_uuid = ? AND d.quarantined IS NULL";
+            found.extend(self.gather(&test, condition, Some(instance), usize::MAX)?);
         }
         found.extend(self.gather(&find, "d.status = 'available'", None, total)?);
         let mut seen = BTreeSet::new();
@@ -239,6 +241,9 @@ impl<'a> Choice<'a> {
         }
         if let Some(claim) = give_back::holder(self.tx, id, self.asker.instance)? {
             return Ok(Why::HeldBy(Box::new(claim)));
+        }
+        if device.is_set_aside() && device.quarantined.is_some() {
+            return Ok(Why::Unavailable);
         }
         Ok(match self.passed_over.get(&id) {
             Some(why) => Why::NotThere(why.clone()),

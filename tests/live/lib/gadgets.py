@@ -115,11 +115,12 @@ def port_of(slot):
     return f"{buses[0].name.removeprefix('usb')}-1"
 
 
-def renew(*slots):
-    """Takes these controllers away and brings them back: their device numbers begin again, as after a reboot."""
+def renew(*slots, found=None):
+    """Takes these controllers away and brings them back: their device numbers begin again, as after a reboot. 'found' is the
+    order in which the kernel finds them then, and numbers their buses."""
     driver = Path("/sys/bus/platform/drivers/dummy_hcd")
-    for verb in ("unbind", "bind"):
-        for slot in slots:
+    for verb, order in (("unbind", slots), ("bind", found or slots)):
+        for slot in order:
             (driver / verb).write_text(f"dummy_hcd.{slot}\n")
     for slot in slots:
         until(lambda: list(Path(f"/sys/devices/platform/dummy_hcd.{slot}").glob("usb*")), f"slot {slot}'s bus")

@@ -92,7 +92,8 @@ class World:
         if reset:
             self.virsh.must("reset", guest.name)
         fresh = until(lambda: guest.booted_from()[len(before) if reset else 0:], f"{guest.name} to boot from a stick", seconds=60)
-        expect(set(fresh) == {stick.serial}, f"{guest.name} to boot from {stick.serial} alone, it booted from {fresh}")
+        name = stick.serial or stick.name
+        expect(set(fresh) == {name}, f"{guest.name} to boot from {name} alone, it booted from {fresh}")
 
     def holds(self, guest, stick, state="allocated"):
         """The guest's claim on this stick; None if it has none in that state."""

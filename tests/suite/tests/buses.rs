@@ -164,6 +164,9 @@ fn a_placeholder_is_no_serial() {
     let seen: Vec<_> = devices.iter().map(|r| (r.entry.id.get(), r.entry.status.as_str())).collect();
     assert_eq!(seen, [(1, "removed"), (2, "available")]);
     assert!(ok(&host.virt_usb(&["devices"])).contains("0001 (placeholder)"));
+    let claims = ok(&host.virt_usb(&["claims"]));
+    assert!(claims.contains("device 2 of the same kind as device 1 is free at port 1-2"), "{claims}");
+    assert!(claims.contains("'virt-usb attach erp 2', then 'virt-usb detach erp 1'"), "{claims}");
 }
 
 #[test]
@@ -184,4 +187,42 @@ fn a_held_device_whose_serial_is_seen_twice_is_reported() {
     let held: Vec<u64> = host.store().claims().unwrap().iter().map(|c| c.device_id.get()).collect();
     assert_eq!(held, [1]);
     assert_eq!(place(&host, 1).0, "1-1");
+}
+
+/// Makes the inventory one of a release that knew no paths.
+fn forget_paths(host: &Host) {
+    let script = "import sqlite3, sys; c = sqlite3.connect(sys.argv[1]); c.execute('UPDATE usb_devices SET path = NULL'); c.commit()";
+    let file = host.path("state/inventory.sqlite");
+    let done = std::process::Command::new("python3").args(["-c", script]).arg(file).status().unwrap();
+    assert!(done.success());
+}
+
+#[test]
+fn an_older_inventory_learns_paths_while_its_bus_numbers_hold() {
+    let host = Host::new("");
+    host.discover(&keys(false));
+    forget_paths(&host);
+    host.discover(&keys(false));
+    let known = |host: &Host| -> Vec<(u64, Option<String>, bool)> {
+        let row = |r: virt_usb_store::Record| {
+            (r.entry.id.get(), r.entry.path.map(|p| p.to_string()), r.quarantined.is_some())
+        };
+        host.store().devices().unwrap().into_iter().map(row).collect()
+    };
+    let path = |controller| Some(format!("{controller}-usbv2-0:4"));
+    assert_eq!(known(&host), [(1, path(FIRST), false), (2, path(SECOND), false)]);
+    // With a restart in between, no device is taken for its twin unseen. The holder of one is refused too.
+    let host = Host::new("hold = 'instance'");
+    host.discover(&keys(false));
+    let erp = domain("erp", 7, r#"{"usb_devices":[{"id":1}]}"#);
+    ok(&host.call(&["erp", "prepare", "begin", "-"], erp.as_bytes()));
+    ok(&host.call(&["erp", "release", "end", "-"], erp.as_bytes()));
+    forget_paths(&host);
+    reboot(&host);
+    host.discover(&keys(true));
+    assert!(known(&host).iter().all(|(.., quarantined)| *quarantined), "{:?}", known(&host));
+    let refused = host.call(&["erp", "prepare", "begin", "-"], erp.as_bytes());
+    assert!(!refused.status.success() && text(&refused.stderr).contains("quarantine"), "{refused:?}");
+    assert_eq!(text(&refused.stdout), "");
+    assert!(host.claims().contains("device 1 erp"), "the claim waits for the operator");
 }

@@ -152,6 +152,10 @@ fn a_recorded_compute_host() {
         assert_eq!(keyboard.product.as_deref(), Some("QEMU USB Keyboard"));
         assert_eq!(keyboard.host_use.as_deref(), Some("keyboard in use by the host"));
 
+        let path = |port: &str| at(&snapshot, port).key.path.as_ref().map(ToString::to_string);
+        assert_eq!(path("1-5.2").as_deref(), Some("pci-0000:00:04.0-usbv2-0:5.2"));
+        assert_eq!(path("2-1").as_deref(), Some("pci-0000:00:04.0-usbv3-0:1"));
+        assert_eq!(path("3-1").as_deref(), Some("platform-dummy_hcd.0-usbv2-0:1"));
         let stick = at(&snapshot, "3-1");
         assert_eq!(stick.key.serial, Serial::Unique("SN1".into()));
         assert_eq!(

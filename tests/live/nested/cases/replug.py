@@ -122,6 +122,37 @@ def no_serials(w):
     expect(ids == {row(one)["id"], row(other)["id"]}, "the same devices")
 
 
+@case("two buses swap their numbers, as at a reboot: each guest gets its own stick without a serial")
+def swapped_buses(w):
+    sticks = [w.drawer.stick(f"plain{n}", slot=n) for n in range(2)]
+    w.product.agent.start()
+    row = lambda stick: next((d for d in w.product.devices() if d["port_path"] == stick.port() and not d["deleted"]), None)
+    until(lambda: all(row(s) for s in sticks), "the agent to find the sticks")
+    ids = [row(s)["id"] for s in sticks]
+    guests = [asking(w, f"g{n}", {"id": i}) for n, i in enumerate(ids)]
+    for guest, stick in zip(guests, sticks):
+        w.start(guest)
+        until(lambda: w.has_live(guest, stick), "the guest to have its stick")
+    ports = [s.port() for s in sticks]
+    for guest in guests:
+        w.destroy(guest)
+    w.product.agent.kill()
+    for stick in sticks:
+        stick.unplug()
+    renew(0, 1, found=(1, 0))
+    for slot, stick in enumerate(sticks):
+        stick.plug(slot)
+    expect([s.port() for s in sticks] == ports[::-1], f"the buses to have each other's number: {ports}")
+    # A start before the agent has looked finds the inventory with the old numbers.
+    w.product.agent.start()
+    for guest in guests:
+        w.start(guest)
+    for guest, stick, device in zip(guests, sticks, ids):
+        until(lambda: w.has_live(guest, stick), "the guest to have its own stick again")
+        expect([c["device_id"] for c in w.product.claims_of(guest)] == [device], "the same device")
+        w.boots_from(guest, stick, reset=True)
+
+
 @case('replug = "release": an unplugged device is nobody\'s')
 def release_policy(w):
     w.product.configure(replug="release")
