@@ -53,7 +53,13 @@ fn very(device: &UsbDevice) -> (&'static str, String, &'static str) {
         Some(serial) if device.serial_kind == "unique" => {
             ("serial", serial.clone(), "this very one, by its serial")
         }
-        _ => ("port", device.port_path.clone(), "whatever of this kind is in its port"),
+        _ => {
+            let words = "whatever of this kind is in its port";
+            match &device.path {
+                Some(path) => ("path", path.clone(), words),
+                None => ("port", device.port_path.clone(), words),
+            }
+        }
     }
 }
 
