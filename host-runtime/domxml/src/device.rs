@@ -5,7 +5,7 @@
 
 use std::ops::Range;
 
-use virt_usb_model::{BusAddress, UsbId};
+use virt_usb_model::{BusAddress, PortPath, UsbId};
 
 use crate::domain::{Redirdev, UsbHostdev};
 use crate::error::XmlError;
@@ -159,6 +159,7 @@ impl<'a> Device<'a> {
         Ok(UsbHostdev {
             usb: self.usb_id(),
             address: self.bus_address(),
+            port: self.port(),
             alias: self.alias(),
             has_startup_policy: source.is_some_and(|node| node.tag.get("startupPolicy").is_some()),
         })
@@ -182,6 +183,18 @@ impl<'a> Device<'a> {
         let device = number(&self.value(Part::SourceAddress, "device"))?;
         BusAddress::new(bus.try_into().ok()?, device.try_into().ok()?)
     }
+
+    /// Bus and port of the source.
+    fn port(&self) -> Option<PortPath> {
+        host_port(number(&self.value(Part::SourceAddress, "bus"))?, &self.value(Part::SourceAddress, "port"))
+    }
+}
+
+/// A port of the host as libvirt writes it: a bus, and the numbers of its ports with dots between
+/// them.
+pub(crate) fn host_port(bus: u32, port: &str) -> Option<PortPath> {
+    let ports: Option<Vec<u8>> = port.split('.').map(|p| number(p)?.try_into().ok()).collect();
+    PortPath::new(bus.try_into().ok()?, &ports?)
 }
 
 /// A number as libvirt reads it: C's `strtoul` with base 0, so `0x1f` is hexadecimal and `010` octal.

@@ -1,6 +1,6 @@
 //! What is read: plain data.
 
-use virt_usb_model::{BusAddress, DeviceId, InstanceId, ProjectId, UsbId};
+use virt_usb_model::{BusAddress, DeviceId, InstanceId, PortPath, ProjectId, UsbId};
 
 use crate::usb_bus::UsbBus;
 
@@ -24,6 +24,9 @@ pub struct Domain {
     pub project: Option<ProjectId>,
     /// Every `<hostdev type='usb'>` directly under `<devices>`, in order.
     pub hostdevs: Vec<UsbHostdev>,
+    /// Every `usb-host` device that `<qemu:commandline>` gives to QEMU, in order: no libvirt
+    /// device, so without an alias, and nothing edits it.
+    pub commandline: Vec<UsbHostdev>,
     /// Every `<redirdev bus='usb'>` directly under `<devices>`, in order.
     pub redirdevs: Vec<Redirdev>,
     /// The USB controllers, and what occupies their ports.
@@ -56,14 +59,29 @@ pub enum FlavorSource {
     Named(String),
 }
 
+impl Domain {
+    /// All host devices that the domain names: its hostdevs, then those of `<qemu:commandline>`.
+    pub fn host_devices(&self) -> impl Iterator<Item = &UsbHostdev> {
+        self.hostdevs.iter().chain(&self.commandline)
+    }
+
+    /// Whether the domain names a host device at all.
+    pub fn has_host_devices(&self) -> bool {
+        self.host_devices().next().is_some()
+    }
+}
+
 /// A USB host device of the domain.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct UsbHostdev {
     /// Vendor and product of the source. `None` when it names none, or no valid ones.
     pub usb: Option<UsbId>,
     /// The source's bus and device number on the host. `None` when it names none, or no valid ones.
     pub address: Option<BusAddress>,
+    /// The source's port on the host (`<address bus='1' port='1.4'/>`, libvirt 12.8). `None` when
+    /// it names none, or no valid one.
+    pub port: Option<PortPath>,
     /// The alias, libvirt's own (`hostdev0`) or the user's (`ua-…`).
     pub alias: Option<String>,
     /// Whether the source has a `startupPolicy`, with which QEMU may take any device that it can open.
@@ -71,7 +89,13 @@ pub struct UsbHostdev {
 }
 
 impl UsbHostdev {
-    /// The device that virt-usb injected here, from the alias `ua-usb-<id>`.
+    /// Whether the source names a device in any way.
+    pub const fn names_a_device(&self) -> bool {
+        self.usb.is_some() || self.address.is_some() || self.port.is_some()
+    }
+
+    /// The device that the alias `ua-usb-<id>` names. virt-usb injects such hostdevs, but others
+    /// may use the name too: only a claim says whose it is.
     pub fn injected(&self) -> Option<DeviceId> {
         let id: DeviceId = self.alias.as_deref()?.strip_prefix(HOSTDEV_ALIAS)?.parse().ok()?;
         (self.alias.as_deref() == Some(&hostdev_alias(id))).then_some(id)

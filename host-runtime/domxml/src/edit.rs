@@ -28,6 +28,10 @@ pub struct Edits {
     pub controller: bool,
     /// Hostdevs that are there, by their index in [`Domain::hostdevs`], and the source and alias that they get.
     pub relocate: Vec<(usize, Hostdev)>,
+    /// Hostdevs that somebody wrote, by their index in [`Domain::hostdevs`], and where their
+    /// devices are now: only bus and device number of the source change, and only where the source
+    /// names them.
+    pub readdress: Vec<(usize, BusAddress)>,
     /// One line to write into the metadata, `<refusal xmlns='urn:virt-usb:refusal:1' why='…'/>`, for [`Domain::refusal`] to find later,
     /// unless one is there.
     pub refusal: Option<String>,
@@ -109,6 +113,16 @@ pub(crate) fn plan(
             return Err(no("another hostdev is that device"));
         }
         Relocation { text, device, unit: &unit, splices: &mut splices }.run(to);
+    }
+    for (index, to) in &edits.readdress {
+        let no = |why| XmlError::Relocate { index: *index, why };
+        let device = layout.hostdevs.get(*index).ok_or_else(|| no("the domain has no such hostdev"))?;
+        if !relocated.insert(*index) {
+            return Err(no("it is given two"));
+        }
+        if let Some(address) = device.part(Part::SourceAddress).filter(|a| a.tag.get("device").is_some()) {
+            Relocation { text, device, unit: &unit, splices: &mut splices }.numbers(address, *to);
+        }
     }
     let mut redirs: BTreeSet<usize> = domain.redirdevs.iter().filter_map(|r| r.injected()).collect();
 
@@ -325,11 +339,9 @@ impl Relocation<'_, '_> {
         }
         match device.part(Part::SourceAddress) {
             Some(node) => {
-                let (bus, device) = (to.address.bus(), to.address.device());
                 // A host port, which late versions of libvirt take, would contradict the device number.
                 self.remove(node, "port");
-                self.set(node, "bus", &bus.to_string(), id(bus.into()));
-                self.set(node, "device", &device.to_string(), id(device.into()));
+                self.numbers(node, to.address);
             }
             None => behind.push(address),
         }
@@ -345,6 +357,13 @@ impl Relocation<'_, '_> {
             self.splices.push(Splice::insert(node.tag.span.end, out));
         }
         self.append(node, &behind);
+    }
+
+    /// Bus and device number of a source's address.
+    fn numbers(&mut self, node: &Node<'_>, to: BusAddress) {
+        let is = |wanted: u8| move |old: &str| number(old) == Some(u32::from(wanted));
+        self.set(node, "bus", &to.bus().to_string(), is(to.bus()));
+        self.set(node, "device", &to.device().to_string(), is(to.device()));
     }
 
     /// Gives an attribute its value, unless `same` says that it has it.

@@ -3,11 +3,13 @@
 //! ## Modules
 //!
 //! ```text
-//! bytes ─ encoding ─► text ─ scan, tag ─► tokens ─ read ─┬─► Domain   (metadata, device, usb_bus ─ fit)
+//! bytes ─ encoding ─► text ─ scan, tag ─► tokens ─ read ─┬─► Domain   (metadata, device,
+//! commandline, usb_bus ─ fit)
 //!                                                        └─► Layout ─┐
 //!                                    bytes ◄─ encoding ─ splices ◄─ edit, style ◄─ Edits
 //! ```
 
+mod commandline;
 mod device;
 mod domain;
 mod edit;

@@ -15,6 +15,8 @@ use crate::tag::Tag;
 pub const NAMESPACE: &str = "urn:virt-usb:flavor:1";
 /// The namespace of the element by which `restore` hands a refusal on to `prepare`.
 pub(crate) const REFUSAL_NAMESPACE: &str = "urn:virt-usb:refusal:1";
+/// libvirt's namespace for what it hands to QEMU unread (<https://libvirt.org/drvqemu.html>).
+const QEMU: &str = "http://libvirt.org/schemas/domain/qemu/1.0";
 /// Nova's namespaces, any version.
 const NOVA: &str = "http://openstack.org/xmlns/libvirt/nova/";
 
@@ -26,6 +28,7 @@ pub(crate) enum Space {
     Ours,
     Refusal,
     Nova,
+    Qemu,
     Other,
 }
 
@@ -51,6 +54,7 @@ impl<'a> Namespaces<'a> {
             let space = match attribute.decoded().as_ref() {
                 NAMESPACE => Space::Ours,
                 REFUSAL_NAMESPACE => Space::Refusal,
+                QEMU => Space::Qemu,
                 uri if uri.starts_with(NOVA) => Space::Nova,
                 _ => Space::Other,
             };

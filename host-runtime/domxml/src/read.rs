@@ -7,6 +7,7 @@
 //!         │            ├─ (refusal) .... why
 //!         │            └─ nova:instance ─┬─ nova:flavor ── nova:extraSpecs ── nova:extraSpec
 //!         │                              └─ nova:owner ── nova:project
+//!         ├─ qemu:commandline ── qemu:arg
 //!         └─ devices ── (device) ── parts, parts of <source> and <target>
 //! ```
 //! Everything else is passed over, whatever it is called: a `<hostdev>` in the metadata is no device.
@@ -17,6 +18,7 @@ use std::ops::Range;
 use virt_usb_model::InstanceId;
 
 use crate::MAX_USB;
+use crate::commandline::{is_device_option, usb_host};
 use crate::device::{Device, Node, Part};
 use crate::domain::{Domain, FlavorSource};
 use crate::error::{XmlError, cut};
@@ -53,6 +55,7 @@ enum At {
     NovaExtraSpecs,
     NovaExtraSpec(&'static str),
     NovaOwner,
+    Commandline,
     Devices,
     Device,
     Part(Part),
@@ -86,6 +89,8 @@ struct Reading<'a> {
     device: Option<Device<'a>>,
     layout: Layout<'a>,
     domain: Domain,
+    /// Whether the argument of QEMU that comes next is a device.
+    device_follows: bool,
 }
 
 impl<'a> Reading<'a> {
@@ -108,10 +113,12 @@ impl<'a> Reading<'a> {
                 refusal: None,
                 project: None,
                 hostdevs: Vec::new(),
+                commandline: Vec::new(),
                 redirdevs: Vec::new(),
                 bus: UsbBus::default(),
                 spice: false,
             },
+            device_follows: false,
         }
     }
 
@@ -142,7 +149,7 @@ impl<'a> Reading<'a> {
         let depth = self.stack.len();
         let empty = tag.empty;
         let end = tag.span.end;
-        if parent.is_none_or(|at| matches!(at, At::Domain)) || self.in_metadata() {
+        if parent.is_none_or(|at| matches!(at, At::Domain | At::Commandline)) || self.in_metadata() {
             self.namespaces.enter(&tag, depth);
         }
         self.first_child(parent, tag.span.start);
@@ -150,6 +157,7 @@ impl<'a> Reading<'a> {
             None => self.root(tag)?,
             Some(At::Domain) => self.in_domain(tag)?,
             Some(At::Os) => self.in_os(&tag),
+            Some(At::Commandline) => self.in_commandline(&tag)?,
             Some(At::Devices) => {
                 self.layout.last_device = Some(tag.span.start);
                 self.device = Some(Device::new(tag));
@@ -257,8 +265,25 @@ impl<'a> Reading<'a> {
                 self.layout.devices = Some(Node::new(tag));
                 At::Devices
             }
+            name if self.namespaces.resolve(name) == (Space::Qemu, "commandline") => At::Commandline,
             _ => At::Other,
         })
+    }
+
+    /// Takes in an argument of QEMU, where it is a device of this host.
+    fn in_commandline(&mut self, tag: &Tag<'a>) -> Result<At, XmlError> {
+        if self.namespaces.resolve(tag.name) != (Space::Qemu, "arg") {
+            return Ok(At::Other);
+        }
+        let value = tag.value("value").unwrap_or_default();
+        let is_device = std::mem::replace(&mut self.device_follows, is_device_option(&value));
+        if is_device && let Some(device) = usb_host(&value) {
+            if self.domain.commandline.len() >= MAX_USB {
+                return Err(XmlError::TooManyDevices { line: self.scanner.line(tag.span.start) });
+            }
+            self.domain.commandline.push(device);
+        }
+        Ok(At::Other)
     }
 
     fn in_os(&mut self, tag: &Tag<'a>) -> At {

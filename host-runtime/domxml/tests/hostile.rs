@@ -17,6 +17,7 @@ fn edits() -> Edits {
     Edits {
         hostdevs: vec![device(1)],
         redirdevs: vec![0],
+        readdress: Vec::new(),
         controller: true,
         relocate: vec![(0, device(2))],
         refusal: Some("no".into()),

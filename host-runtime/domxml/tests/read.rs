@@ -406,3 +406,59 @@ fn errors_are_typed() {
     assert!(matches!(read(b"<domain"), Err(XmlError::Syntax { line: 1, .. })));
     assert!(matches!(read(&vec![b' '; virt_usb_domxml::MAX_XML + 1]), Err(XmlError::TooLarge { .. })));
 }
+
+#[test]
+fn a_hostdev_may_name_a_port_of_the_host_or_nothing() {
+    let source = |inside: &str| {
+        let xml = format!(
+            "<domain><name>x</name><devices><hostdev mode='subsystem' type='usb'><source>{inside}</source></hostdev></devices></domain>"
+        );
+        let hostdev = read(xml.as_bytes()).unwrap().hostdevs.remove(0);
+        let port = hostdev.port.as_ref().map(ToString::to_string);
+        assert_eq!(
+            hostdev.names_a_device(),
+            hostdev.usb.is_some() || hostdev.address.is_some() || port.is_some()
+        );
+        (hostdev.address.map(|a| a.to_string()), port)
+    };
+    let some = |text: &str| Some(text.to_owned());
+    assert_eq!(source("<address bus='1' port='1.2.5'/>"), (None, some("1-1.2.5")));
+    assert_eq!(source("<address bus='2' port='3' device='9'/>"), (some("usb_2_9"), some("2-3")));
+    for nothing in [
+        "",
+        "<address bus='1'/>",
+        "<address port='1'/>",
+        "<address bus='1' port='1.'/>",
+        "<address bus='1' port='x'/>",
+        "<address bus='1' port='0'/>",
+        "<vendor id='0x529'/>",
+    ] {
+        assert_eq!(source(nothing), (None, None), "{nothing}");
+    }
+}
+
+#[test]
+fn devices_on_the_command_line_of_qemu_are_read() {
+    let domain = |space: &str, arguments: &str| {
+        let xml = format!(
+            "<domain xmlns:q='{space}'><name>x</name><devices/><q:commandline>{arguments}</q:commandline></domain>"
+        );
+        read(xml.as_bytes()).unwrap()
+    };
+    const QEMU: &str = "http://libvirt.org/schemas/domain/qemu/1.0";
+    let key = "<q:arg value='-device'/><q:arg value='usb-host,hostbus=1,hostport=1.4'/>";
+    let two = format!(
+        "<q:arg value='-usb'/>{key}<q:env name='A' value='-device'/><q:arg value='--device'/><q:arg value='{{&quot;driver&quot;:&quot;usb-host&quot;,&quot;vendorid&quot;:1321,&quot;productid&quot;:1}}'/>"
+    );
+    let found = domain(QEMU, &two);
+    assert_eq!(found.hostdevs, []);
+    let [port, kind] = &found.commandline[..] else { panic!("{found:?}") };
+    assert_eq!(port.port.as_ref().unwrap().to_string(), "1-1.4");
+    assert_eq!((kind.usb.unwrap().to_string().as_str(), &kind.alias), ("0529:0001", &None));
+    assert!(found.has_host_devices());
+    // Another namespace, another element, an argument of another option.
+    assert_eq!(domain("urn:other", key).commandline, []);
+    assert_eq!(domain(QEMU, &key.replace("q:arg", "arg")).commandline, []);
+    assert_eq!(domain(QEMU, &key.replace("-device", "-drive")).commandline, []);
+    assert_eq!(domain(QEMU, "<q:arg value='usb-host,hostbus=1,hostport=1.4'/><q:arg/>").commandline, []);
+}

@@ -301,3 +301,40 @@ fn other_encodings_keep_their_bytes() {
     let bom = format!("\u{feff}{text}");
     assert_eq!(rewrite(bom.as_bytes(), &edits).unwrap().unwrap(), format!("\u{feff}{after}").into_bytes());
 }
+
+/// Of a hostdev that somebody wrote, two numbers change and nothing else, and only where they are.
+#[test]
+fn a_new_address_is_all_that_changes() {
+    let to = BusAddress::new(2, 17).unwrap();
+    let edits = Edits { readdress: vec![(0, to)], ..Edits::default() };
+    let domain = |source: &str| {
+        format!(
+            "<domain><name>x</name><devices><hostdev mode='subsystem' type='usb'>{source}<alias name='ua-usb-9'/></hostdev></devices></domain>"
+        )
+    };
+    let cases = [
+        (
+            "<source startupPolicy='optional'><vendor id='0x529'/><product id='1'/><address bus='1'  device=\"5\"/></source>",
+            Some(
+                "<source startupPolicy='optional'><vendor id='0x529'/><product id='1'/><address bus='2'  device=\"17\"/></source>",
+            ),
+        ),
+        (
+            "<source><address bus='2' port='1.4' device='0x5'/></source>",
+            Some("<source><address bus='2' port='1.4' device='17'/></source>"),
+        ),
+        ("<source><address device='021' bus='0x2'/></source>", None),
+        ("<source><address bus='1' port='1.4'/></source>", None),
+        ("<source><vendor id='0x529'/><product id='1'/></source>", None),
+        ("<source/>", None),
+        ("", None),
+    ];
+    for (before, after) in cases {
+        let written = rewrite(domain(before).as_bytes(), &edits).unwrap();
+        assert_eq!(written.map(|w| String::from_utf8(w).unwrap()), after.map(domain), "{before}");
+    }
+    let twice = Edits { readdress: vec![(0, to), (0, to)], ..Edits::default() };
+    assert!(rewrite(domain("").as_bytes(), &twice).is_err());
+    let nowhere = Edits { readdress: vec![(1, to)], ..Edits::default() };
+    assert!(rewrite(domain("").as_bytes(), &nowhere).is_err());
+}

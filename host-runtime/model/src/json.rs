@@ -1,5 +1,6 @@
 //! Reading JSON values strictly: every key known, every error with its place.
 
+use alloc::collections::BTreeMap;
 use alloc::format;
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
@@ -20,6 +21,17 @@ impl FromJson for String {
             other => Err(ParseError::new(other, "a string")),
         }
     }
+}
+
+/// The members of a JSON object, their values as text: a string without its quotes, anything else
+/// as JSON has it. `None` where the text is no object.
+pub fn members(text: &str) -> Option<BTreeMap<String, String>> {
+    let object: BTreeMap<String, Value> = serde_json::from_str(text).ok()?;
+    let text = |value: Value| match value {
+        Value::String(text) => text,
+        other => other.to_string(),
+    };
+    Some(object.into_iter().map(|(name, value)| (name, text(value))).collect())
 }
 
 /// An object whose keys must all be taken.

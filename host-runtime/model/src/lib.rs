@@ -47,6 +47,7 @@ pub use flavor::{DeviceRequest, Flavor, RedirectionRequest, Selector};
 pub use grant::Grant;
 pub use host::{DeviceEntry, HostDocument};
 pub use ids::{DeviceId, InstanceId, ProductId, ProjectId, UsbId, VendorId};
+pub use json::members;
 pub use key::{Aliases, DeviceKey, Serial};
 pub use state::{Hold, Reason, Status};
 pub use whitelist::{Verdict, Whitelist, WhitelistRule};
