@@ -3,7 +3,7 @@
 //! | operation | what we do | a fault of ours |
 //! |---|---|---|
 //! | `prepare` | claim, rewrite; its exit is the veto | closed if the domain asks for a device, else open |
-//! | `restore`, `migrate` | claim, rewrite; a true filter (a restore's refusal is said by the `prepare` behind it) | closed if the domain holds a hostdev of ours (migrate: any USB hostdev), else open |
+//! | `restore`, `migrate` | claim, rewrite; a true filter (a restore never fails: its refusal is said by the `prepare` behind it) | closed if the domain holds a hostdev of ours (migrate: any USB hostdev), else open |
 //! | `started`, `stopped`, `release` | confirm, give back | open: a stop is never blocked, and a start no longer |
 //! | `reconnect` | adopt | open: libvirt kills the guest otherwise |
 //! | anything else | nothing | open |
@@ -66,6 +66,13 @@ impl Operation {
             (Self::Gate | Self::Filter(_), false) => OnFault::Open,
             (Self::Notice(_) | Self::Adopt | Self::Ignored, _) => OnFault::Open,
         }
+    }
+
+    /// Whether the call may end with another exit status than 0. libvirt ignores that of notices,
+    /// kills the guest for that of a reconnect, and removes the saved state for that of a restore
+    /// (`qemuDomainObjRestore` in 11.3): these never fail, whatever happens.
+    pub const fn may_fail(&self) -> bool {
+        matches!(self, Self::Gate | Self::Filter(Incoming::Migrate))
     }
 
     fn parse(op: &str, extra: &str) -> Self {

@@ -47,10 +47,19 @@ pub fn main() -> ExitCode {
             ExitCode::from(2)
         }
         Asked::Handle(call) => {
+            if !call.operation.may_fail() {
+                crate::panics::succeed();
+            }
             let handled = handle(&call, input::read(std::io::stdin().lock()));
             let delivered = handled.answer.deliver(&mut stdout, &mut stderr);
-            // Half of an XML must not be taken for all of it.
+            // Half of an XML must not be taken for all of it. A restore that fails here would cost
+            // the saved state: it goes on as if nothing had been printed, and the prepare that
+            // follows refuses what cannot be.
             let lost = delivered.is_err() && handled.answer.xml.is_some();
+            let handled = match &delivered {
+                Err(e) if lost => handled.unheard(e),
+                _ => handled,
+            };
             journal::record(
                 &handled.log,
                 &call,
@@ -61,7 +70,8 @@ pub fn main() -> ExitCode {
             if let Some(state_dir) = &handled.state_dir {
                 machine::tell_agent(state_dir, &call.op, began.elapsed(), handled.answer.exit());
             }
-            if lost { ExitCode::FAILURE } else { ExitCode::from(handled.answer.exit()) }
+            let failed = lost || handled.answer.exit() != 0;
+            finished(!(failed && call.operation.may_fail()))
         }
     }
 }
@@ -83,6 +93,14 @@ pub struct Handled {
     pub state_dir: Option<PathBuf>,
 }
 
+impl Handled {
+    /// The caller did not take what was printed.
+    fn unheard(mut self, e: &std::io::Error) -> Self {
+        self.answer = self.answer.warn(format!("cannot write the domain XML to stdout: {e}"));
+        self
+    }
+}
+
 /// Handles one call.
 pub fn handle(call: &Call, input: Input) -> Handled {
     handle_with(Config::load(call.config.as_deref()), call, input)
@@ -101,11 +119,11 @@ pub fn handle_with(config: Result<Config, ConfigError>, call: &Call, input: Inpu
         Operation::Filter(Incoming::Restore) => Answer::unchanged("left to prepare").warn(&fault.what),
         _ => answer_fault(call, fault),
     };
-    let xml = match whole(input) {
+    let filter = matches!(call.operation, Operation::Filter(_));
+    let xml = match whole(input, filter) {
         Ok(xml) => xml,
         Err(fault) => return handled(failed(&fault), None),
     };
-    let filter = matches!(call.operation, Operation::Filter(_));
     let unreadable = |e: XmlError| {
         let concerned = input::mentions_us(&xml) || (filter && input::mentions_hostdevs(&xml));
         Fault::of(concerned, format!("cannot read the domain XML: {e}"))
@@ -129,13 +147,13 @@ pub fn handle_with(config: Result<Config, ConfigError>, call: &Call, input: Inpu
     handled(answer, instance)
 }
 
-/// The XML, if all of it could be read.
-fn whole(input: Input) -> Result<Vec<u8>, Fault> {
+/// The XML, if all of it could be read. `filter`: what holds a hostdev must not pass unread.
+fn whole(input: Input, filter: bool) -> Result<Vec<u8>, Fault> {
     match input {
         Input::Xml(xml) => Ok(xml),
-        Input::TooLong(part) => {
+        Input::TooLong(marks) => {
             let what = format!("the domain XML is longer than {} bytes", virt_usb_domxml::MAX_XML);
-            Err(Fault::of(input::mentions_us(&part), what))
+            Err(Fault::of(marks.us || (filter && marks.hostdevs), what))
         }
         Input::Broken(e) => Err(Fault::of(false, format!("cannot read the domain XML from stdin: {e}"))),
     }
@@ -186,6 +204,11 @@ impl Job<'_> {
     pub(crate) fn may_be_known(&self, state_dir: &Path) -> bool {
         let known = |id| may_know(state_dir, Known::Instance(id)) || may_know(state_dir, Known::Assigned(id));
         self.domain.uuid.is_some_and(known)
+    }
+
+    /// Whether this instance surely holds a device: only then may an alias of our form be ours.
+    pub(crate) fn is_holder(&self, state_dir: &Path) -> bool {
+        self.domain.uuid.is_some_and(|id| look(state_dir, Known::Instance(id)) == Hint::Yes)
     }
 
     /// Whether something is surely assigned to this instance.
