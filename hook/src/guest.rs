@@ -4,7 +4,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use virt_usb_domxml::{Domain, Edits, Fit, Hostdev, UsbHostdev};
-use virt_usb_model::{InstanceId, PortPath, Speed};
+use virt_usb_model::{Device, DeviceId, InstanceId, PortPath, Selector, Speed};
 use virt_usb_store::adopt::Holding;
 use virt_usb_store::claim::{Asker, Granted, Judge, Verified};
 use virt_usb_store::{Context, Durability, Record, Store, StoreError};
@@ -96,19 +96,27 @@ pub(crate) struct Guest<'a> {
     pub(crate) domain: &'a Domain,
     /// How many redirection devices the flavor asks for.
     pub(crate) redirections: usize,
+    /// The devices that the domain's own XML holds.
+    pub(crate) inside: &'a [DeviceId],
     /// What is to be changed in the XML: known once [`Judge::fits`] said yes.
     pub(crate) edits: Edits,
 }
 
 impl<'a> Guest<'a> {
-    pub(crate) fn new(sysfs_root: &'a Path, domain: &'a Domain, redirections: usize) -> Self {
-        Self { ports: Ports { sysfs_root }, domain, redirections, edits: Edits::default() }
+    pub(crate) fn new(
+        sysfs_root: &'a Path,
+        domain: &'a Domain,
+        redirections: usize,
+        inside: &'a [DeviceId],
+    ) -> Self {
+        Self { ports: Ports { sysfs_root }, domain, redirections, inside, edits: Edits::default() }
     }
 
     /// What has to be injected for these devices and redirections, if the guest can take it.
     pub(crate) fn plan(&mut self, chosen: &[Granted]) -> Result<(), String> {
-        self.refuse_strangers(chosen)?;
-        let new: Vec<&Granted> = chosen.iter().filter(|g| !self.has(g)).collect();
+        let has = |g: &&Granted| self.inside.contains(&g.device.entry.id);
+        let new: Vec<&Granted> = chosen.iter().filter(|g| !has(g)).collect();
+        self.refuse_taken_aliases(&new)?;
         let redirdevs = self.missing_redirdevs();
         if let (Some(first), false) = (redirdevs.first(), self.domain.spice) {
             return Err(format!("asks for usb_redirection_devices[{first}], but {NO_SPICE}"));
@@ -126,39 +134,17 @@ impl<'a> Guest<'a> {
         Ok(())
     }
 
-    /// A hostdev with our alias that is not what this instance was given now would start with a device that may be somebody else's:
-    /// libvirt starts the XML as it stands, not as we print it.
-    fn refuse_strangers(&self, chosen: &[Granted]) -> Result<(), String> {
-        for (id, hostdev) in self.domain.hostdevs.iter().filter_map(|h| Some((h.injected()?, h))) {
-            let advice =
-                "take that <hostdev> out of the domain (virsh edit): it is written anew for each start";
-            let Some(granted) = chosen.iter().find(|g| g.device.entry.id == id) else {
-                return Err(format!(
-                    "has a <hostdev> for device {id} (alias ua-usb-{id}) in its XML that its flavor does not ask for or that it cannot have: {advice}"
-                ));
-            };
-            if hostdev.address.is_some_and(|a| a != granted.device.entry.address)
-                || hostdev.usb.is_some_and(|u| u != granted.device.usb())
-            {
-                return Err(format!(
-                    "has a <hostdev> (alias ua-usb-{id}) in its XML with an address that is no longer that of device {id}, which is now {}: {advice}",
-                    granted.device.entry.address
-                ));
-            }
-        }
-        Ok(())
-    }
-
-    /// Whether the XML holds the device already, injected or written by hand.
-    fn has(&self, granted: &Granted) -> bool {
-        let device = &granted.device;
-        self.domain.hostdevs.iter().any(|h| match h.injected() {
-            Some(id) => id == device.entry.id,
-            None => {
-                h.address == Some(device.entry.address)
-                    || (granted.already && h.address.is_none() && h.usb == Some(device.usb()))
-            }
-        })
+    /// No two devices of a domain have one alias: a hostdev that is not the device that its alias
+    /// names is in the way of that device.
+    fn refuse_taken_aliases(&self, new: &[&Granted]) -> Result<(), String> {
+        let taken =
+            |g: &&&Granted| self.domain.hostdevs.iter().any(|h| h.injected() == Some(g.device.entry.id));
+        let Some(Granted { device, .. }) = new.iter().find(taken) else { return Ok(()) };
+        let (id, address) = (device.entry.id, device.entry.address);
+        Err(format!(
+            "has a <hostdev> (alias ua-usb-{id}) in its XML with an address that is not that of device {id}, which is {address}, and that alias is needed for \
+             it: take that <hostdev> out of the domain (virsh edit), or give it another alias"
+        ))
     }
 
     /// See [`missing_redirdevs`].
@@ -180,12 +166,14 @@ pub const NO_SPICE: &str = "has no SPICE graphics to carry it: add <graphics typ
 
 /// A hub that the XML gives to the guest: every device behind it, a root hub's whole bus, would leave the host with it.
 pub(crate) fn refuse_hubs(config: &Config, domain: &Domain) -> Option<Answer> {
-    if domain.hostdevs.is_empty() {
+    if !domain.has_host_devices() {
         return None;
     }
-    let hub = sysfs::hub(&config.sysfs_root, |usb, address| {
-        domain.hostdevs.iter().filter(|h| h.usb.is_some() || h.address.is_some()).any(|hostdev| {
-            hostdev.usb.is_none_or(|u| u == usb) && hostdev.address.is_none_or(|a| a == address)
+    let hub = sysfs::hub(&config.sysfs_root, |name, usb, address| {
+        domain.host_devices().filter(|h| h.names_a_device()).any(|hostdev| {
+            hostdev.usb.is_none_or(|u| u == usb)
+                && hostdev.address.is_none_or(|a| a == address)
+                && hostdev.port.as_ref().is_none_or(|p| p.to_string() == name)
         })
     })?;
     Some(Answer::refused(format!(
@@ -235,5 +223,32 @@ pub const fn hostdev(device: &Record) -> Hostdev {
 
 /// A hostdev of the XML, as the store looks for it.
 pub fn holding(hostdev: &UsbHostdev) -> Holding {
-    Holding { id: hostdev.injected(), usb: hostdev.usb, address: hostdev.address }
+    Holding { id: hostdev.injected(), usb: hostdev.usb, address: hostdev.address, port: hostdev.port.clone() }
+}
+
+/// Whether the hostdev of a guest that runs is the device: by its alias, its address or its port.
+pub fn is_device(hostdev: &UsbHostdev, record: &Record) -> bool {
+    let entry = &record.entry;
+    hostdev.usb.is_none_or(|usb| usb == record.usb())
+        && (hostdev.injected() == Some(entry.id)
+            || hostdev.address == Some(entry.address)
+            || hostdev.port.as_ref() == Some(&entry.port_path))
+}
+
+/// Whether the selector means the device.
+pub fn selects(selector: &Selector, record: &Record) -> bool {
+    let entry = &record.entry;
+    let device = Device {
+        key: record.key(),
+        address: entry.address,
+        class: entry.class,
+        interfaces: entry.interface_classes.clone(),
+        speed: entry.speed,
+        manufacturer: None,
+        product: None,
+        driver: None,
+        host_use: None,
+        descriptors: None,
+    };
+    selector.matches(entry.id, &device, &entry.tags)
 }

@@ -1,34 +1,45 @@
 //! `restore` and `migrate`: libvirt uses what is printed here. Each USB hostdev gets the device that it is to have on this host.
 //!
+//! A hostdev is ours where a claim says so, or where the guest asks for the device that its alias
+//! names: it gets that device by the rules. All others somebody wrote: they are adopted, and of
+//! their XML only an address that is out of date changes.
+//!
 //! A restore is not refused here but by the `prepare` that follows it ([`hand_on`]).
 
-use virt_usb_domxml::{Document, Edits, UsbHostdev};
-use virt_usb_model::{DeviceId, DeviceRequest, Selector};
-use virt_usb_store::claim::{Asker, Claimed, Granted, Judge, Standing, Verified, Want};
+use virt_usb_domxml::{Document, Domain, Edits, UsbHostdev};
+use virt_usb_model::{BusAddress, DeviceId, DeviceRequest, Selector};
+use virt_usb_store::adopt::{Holding, Received};
+use virt_usb_store::claim::{Asker, Granted, Want};
 use virt_usb_store::{ClaimRow, Context, Record, Store};
 
 use crate::answer::Answer;
 use crate::call::Incoming;
-use crate::config::{Config, MigrationPolicy};
-use crate::guest::{Ports, asker, hostdev, open, refuse_hubs};
+use crate::config::{Config, HoldPolicy, MigrationPolicy};
+use crate::guest::{Ports, asker, holding, hostdev, open, refuse_hubs, selects};
 use crate::message;
 use crate::prepare::only;
 use crate::run::{Fault, Job, NOTHING};
+use crate::wish::{Wish, wants};
 
 pub(crate) fn incoming(job: &Job<'_>, how: Incoming) -> Result<Answer, Fault> {
     let domain = job.domain;
-    if domain.hostdevs.is_empty() {
+    if !domain.has_host_devices() {
         return Ok(Answer::unchanged(NOTHING));
     }
+    let state_dir = job.state_dir();
+    // A flavor that cannot be read asks for nothing here: the guest has what it was saved with.
+    let wish = Wish::read(&domain.flavor, &state_dir).unwrap_or(Wish::Nothing);
     // A hostdev that somebody wrote into a saved domain is theirs: where we fail, it goes on as if we were not there.
-    let concerned = how == Incoming::Migrate || domain.hostdevs.iter().any(|h| h.injected().is_some());
+    let injected = domain.hostdevs.iter().any(|h| h.injected().is_some());
+    let asks = wish.is_certain() || job.is_assigned(&state_dir) || job.is_holder(&state_dir);
+    let concerned = how == Incoming::Migrate || (injected && asks);
     let config = job.config(concerned)?;
     if how == Incoming::Migrate && config.migration == MigrationPolicy::Refuse {
         return Ok(Answer::refused(format!(
             "{} has {} USB device(s) of its host passed through, which cannot move with it: detach them before the migration, or set \
              migration = \"reclaim\" in the configuration of this host to give it equivalent ones",
             domain.name,
-            domain.hostdevs.len()
+            domain.host_devices().count()
         )));
     }
     if let Some(refusal) = refuse_hubs(config, domain) {
@@ -38,8 +49,13 @@ pub(crate) fn incoming(job: &Job<'_>, how: Incoming) -> Result<Answer, Fault> {
         .uuid
         .ok_or_else(|| Fault::of(concerned, "its XML has no <uuid>, by which devices are claimed"))?;
     let (store, context) = open(config, &job.call.op, concerned)?;
-    let asker = asker(&store, domain, instance).map_err(|e| Fault::of(concerned, e))?;
-    Arrival { job, config, store, context, asker, concerned }.settle(how)
+    let fault = |e| Fault::of(concerned, e);
+    let asker = asker(&store, domain, instance).map_err(fault)?;
+    let claims = store.claims_of(instance).map_err(fault)?;
+    let known = store.all_devices().map_err(fault)?;
+    let flavor = wish.resolve(&store).unwrap_or_default();
+    let asked = wants(&flavor, config.hold, &store.assignments(instance).map_err(fault)?);
+    Arrival { job, how, config, store, context, asker, concerned, claims, known, asked }.settle()
 }
 
 /// Writes a restore's refusal into the XML, for `prepare` to refuse with.
@@ -58,70 +74,70 @@ pub(crate) fn hand_on(answer: Answer, document: &Document<'_>) -> Answer {
 /// A guest that comes in with devices.
 struct Arrival<'a> {
     job: &'a Job<'a>,
+    how: Incoming,
     config: &'a Config,
     store: Store,
     context: Context,
     asker: Asker,
     concerned: bool,
+    /// What it holds.
+    claims: Vec<ClaimRow>,
+    /// All devices ever seen.
+    known: Vec<Record>,
+    /// What its flavor and its assignments ask for now.
+    asked: Vec<Want>,
 }
 
-impl Arrival<'_> {
+impl<'a> Arrival<'a> {
     /// The guest comes from another host, and by this inventory it runs on this one: two libvirtds use one inventory, and the device that
     /// its old QEMU has would be given to its new one too.
-    fn refuse_shared(&self) -> Result<Option<Answer>, Fault> {
-        let claims = self.store.claims_of(self.asker.instance).map_err(|e| Fault::of(self.concerned, e))?;
-        let runs = |c: &&ClaimRow| {
-            let firm = !c.pending && c.boot_id == self.context.boot_id;
-            firm && (c.state == "allocated" || c.hold == "running")
-        };
-        Ok(claims.iter().find(runs).map(|claim| {
-            Answer::refused(format!(
-                "{} comes from another host, and in this host's inventory ({}) it holds device {} since {}, as a guest does that runs here: each libvirtd \
-                 needs a state_dir of its own. If it has ended here, the agent frees the device within seconds",
-                self.asker.domain,
-                self.config.state_dir.display(),
-                claim.device_id,
-                claim.created_at
-            ))
-        }))
+    fn refuse_shared(&self) -> Option<Answer> {
+        let claim = self.claims.iter().find(|c| c.is_of_a_run(&self.context.boot_id))?;
+        Some(Answer::refused(format!(
+            "{} comes from another host, and in this host's inventory ({}) it holds device {} since {}, as a guest does that runs here: each libvirtd \
+             needs a state_dir of its own. If it has ended here, the agent frees the device within seconds",
+            self.asker.domain,
+            self.config.state_dir.display(),
+            claim.device_id,
+            claim.created_at
+        )))
     }
 
-    fn settle(mut self, how: Incoming) -> Result<Answer, Fault> {
-        if how == Incoming::Migrate
-            && let Some(refusal) = self.refuse_shared()?
+    fn settle(mut self) -> Result<Answer, Fault> {
+        if self.how == Incoming::Migrate
+            && let Some(refusal) = self.refuse_shared()
         {
             return Ok(refusal);
         }
-        let known = self.store.all_devices().map_err(|e| Fault::of(self.concerned, e))?;
+        let (places, by_hand) = self.places();
+        let holdings: Vec<Holding> = by_hand.iter().map(|(_, hostdev)| holding(hostdev)).collect();
         let mut refusal = String::new();
-        for &choice in choices(self.config, how) {
-            let places = match self.places(choice, &known) {
-                Ok(places) => places,
-                Err(why) => {
-                    refusal = why;
-                    continue;
+        for &choice in choices(self.config, self.how) {
+            let Some(wants) = wanted(&places, choice) else { continue };
+            let mut ports = Ports { sysfs_root: &self.config.sysfs_root };
+            let equivalent = choice == Choice::Equivalent;
+            let received = self
+                .store
+                .receive(&self.asker, &wants, &holdings, equivalent, &mut ports, &self.context)
+                .map_err(|e| Fault::of(self.concerned, e))?;
+            let name = &self.asker.domain;
+            refusal = match received {
+                Received::Granted { ours, by_hand: found } => {
+                    let readdress = readdressed(self.job, &by_hand, &found);
+                    let answer = self.relocated(&places, &ours, readdress, &found)?;
+                    return Ok(self.warned(answer, &by_hand, &found));
+                }
+                Received::Unfit(why) => return Ok(Answer::refused(format!("{name} {why}"))),
+                Received::HeldBy(device, claim) => message::held_by_hand(name, &device, &claim),
+                Received::SetAside(device) => message::set_aside_by_hand(name, &device),
+                Received::Short(short) => {
+                    let lead = |n: usize| places.get(n).map_or_else(String::new, |p| p.what(choice));
+                    let host = message::Host::of(self.config, &self.store, &short);
+                    message::shortages_of_incoming(&self.asker, &short, lead, &host)
                 }
             };
-            if places.is_empty() {
-                return Ok(Answer::unchanged("no USB device that could be told apart"));
-            }
-            let want = |p: &Place| Want { request: p.request.clone(), lasting: false, by_hand: p.by_hand };
-            let wants: Vec<Want> = places.iter().map(want).collect();
-            let mut ports = Ports { sysfs_root: &self.config.sysfs_root };
-            let claimed = self
-                .store
-                .claim(&self.asker, &wants, &[], Standing::Pending, &mut ports, &self.context)
-                .map_err(|e| Fault::of(self.concerned, e))?;
-            match claimed {
-                Claimed::Granted(granted) => return relocated(self.job, &places, &granted),
-                Claimed::Unfit(why) => return Ok(Answer::refused(format!("{} {why}", self.asker.domain))),
-                Claimed::Short(short) => {
-                    let lead = |n: usize| places.get(n).map_or_else(String::new, |p| p.what.clone());
-                    refusal = message::shortages_of_incoming(&self.asker, &short, lead);
-                }
-            }
         }
-        Ok(Answer::refused(match how {
+        Ok(Answer::refused(match self.how {
             Incoming::Migrate => refusal,
             Incoming::Restore => format!(
                 "{refusal}. To start the guest without its saved state: 'virsh managedsave-remove {}' (what was in its memory is lost, as after a power cut)",
@@ -130,63 +146,111 @@ impl Arrival<'_> {
         }))
     }
 
-    /// What each hostdev of the XML is to get. One that names no device that this host knows stays as it is: it is not ours.
-    fn places(&self, choice: Choice, known: &[Record]) -> Result<Vec<Place>, String> {
-        let mut places = Vec::new();
-        for (position, hostdev) in self.job.domain.hostdevs.iter().enumerate() {
-            let same = match choice {
-                Choice::Same => self.same(hostdev, known)?,
-                Choice::Equivalent => None,
-            };
-            let kind = hostdev.usb.map(|usb| Selector {
-                vendor_id: Some(usb.vendor),
-                product_id: Some(usb.product),
-                ..Selector::default()
-            });
-            let (request, what) = match (same, kind) {
-                (Some(id), _) => (only(id), describe(id, hostdev, known)),
-                (None, Some(selector)) if choice == Choice::Equivalent => {
-                    let request = DeviceRequest { selector, count: 1 };
-                    let what = format!("a USB device {request}");
-                    (request, what)
-                }
-                _ => continue,
-            };
-            let by_hand = hostdev.injected().is_none();
-            places.push(Place { position, request, by_hand, what });
+    /// The hostdevs that are ours, each with what it is to get; and those that somebody wrote, by
+    /// their positions among all host devices.
+    fn places(&self) -> (Vec<Place>, Vec<(usize, &'a UsbHostdev)>) {
+        let domain: &'a Domain = self.job.domain;
+        let (mut ours, mut by_hand) = (Vec::new(), Vec::new());
+        for (position, hostdev) in domain.host_devices().enumerate() {
+            match self.ours(position, hostdev) {
+                Some(place) => ours.push(place),
+                None => by_hand.push((position, hostdev)),
+            }
         }
-        Ok(places)
+        (ours, by_hand)
     }
 
-    /// The device that the guest had: by our alias, or, in a hostdev that somebody wrote, the one of its kind that is at its address,
-    /// or the only one of its kind. Which of several twins it was cannot be known.
-    fn same(&self, hostdev: &UsbHostdev, known: &[Record]) -> Result<Option<DeviceId>, String> {
-        // An alias from another host, or from an inventory that was begun anew, may name another device here.
-        let differs =
-            |id| hostdev.usb.is_some_and(|usb| known.iter().any(|r| r.entry.id == id && r.usb() != usb));
-        if let Some(id) = hostdev.injected().filter(|id| !differs(*id)) {
-            return Ok(Some(id));
+    fn ours(&self, position: usize, hostdev: &UsbHostdev) -> Option<Place> {
+        let id = hostdev.injected()?;
+        let kind = hostdev.usb.map(|usb| {
+            let (vendor_id, product_id) = (Some(usb.vendor), Some(usb.product));
+            DeviceRequest { selector: Selector { vendor_id, product_id, ..Selector::default() }, count: 1 }
+        });
+        if self.how == Incoming::Migrate {
+            // The alias is the other host's. A guest that asks for devices was given this one
+            // there.
+            kind.as_ref().filter(|_| !self.asked.is_empty())?;
+            let lasting = self.config.hold == HoldPolicy::Instance;
+            return Some(Place { position, same: None, kind, number: None, lasting, device: String::new() });
         }
-        let Some(usb) = hostdev.usb else { return Ok(None) };
-        let twins: Vec<&Record> = known.iter().filter(|r| r.deleted == 0 && r.usb() == usb).collect();
-        let mut ports = Ports { sysfs_root: &self.config.sysfs_root };
-        let mut at_address =
-            |r: &&&Record| matches!(ports.verify(r), Verified::Here(now) if hostdev.address == Some(now));
-        match (twins.iter().find(&mut at_address), twins.as_slice()) {
-            (Some(device), _) | (None, [device]) => Ok(Some(device.entry.id)),
-            (None, []) if hostdev.injected().is_some() => Err(format!(
-                "{} comes with a USB device {usb}, and this host has no such device: plug it in, and run 'virt-usb discover'",
-                self.asker.domain
-            )),
-            (None, []) => Ok(None),
-            (None, several) => Err(format!(
-                "{} comes with a USB device {usb}, of which this host has {}, none at the address that it had: which one was the guest's cannot be told. \
-                 Let a flavor ask for it, which tells them apart",
-                self.asker.domain,
-                several.len()
-            )),
-        }
+        // An alias from an inventory that was begun anew may name another device here.
+        let is_kind = |r: &&Record| {
+            let same = |usb| usb == r.usb() || self.config.aliases.join(usb, r.usb());
+            r.entry.id == id && hostdev.usb.is_none_or(same)
+        };
+        let record = self.known.iter().find(is_kind)?;
+        let (number, lasting) = match self.claims.iter().find(|c| c.device_id == id) {
+            Some(claim) if claim.by_hand => return None,
+            Some(claim) => (claim.request, claim.hold == "instance"),
+            None => {
+                let asks = |w: &&Want| selects(&w.request.selector, record);
+                let number = self.asked.iter().position(|w| asks(&w))?;
+                (u32::try_from(number).ok(), self.asked.get(number).is_some_and(|w| w.lasting))
+            }
+        };
+        Some(Place { position, same: Some(id), kind, number, lasting, device: message::device(record) })
     }
+
+    /// libvirt finds out that the device of such a hostdev is not there; why it was not found here
+    /// is said in the record.
+    fn warned(
+        &self,
+        mut answer: Answer,
+        by_hand: &[(usize, &UsbHostdev)],
+        found: &[Option<(DeviceId, BusAddress)>],
+    ) -> Answer {
+        let unknown = by_hand.iter().zip(found).filter(|(_, found)| found.is_none());
+        for usb in unknown.filter_map(|((_, hostdev), _)| hostdev.usb.filter(|_| hostdev.address.is_some())) {
+            let kind = self.known.iter().filter(|r| r.deleted == 0 && r.usb() == usb).count();
+            if kind > 1 {
+                answer = answer.warn(format!(
+                    "{} comes with a USB device {usb}, of which this host has {kind}, none at the address that it had: which one was the guest's cannot be told. \
+                     Let a flavor ask for it, which tells them apart",
+                    self.asker.domain
+                ));
+            }
+        }
+        answer
+    }
+
+    fn relocated(
+        &self,
+        places: &[Place],
+        granted: &[Granted],
+        readdress: Vec<(usize, BusAddress)>,
+        found: &[Option<(DeviceId, BusAddress)>],
+    ) -> Result<Answer, Fault> {
+        let place = |g: &Granted| Some((places.get(g.request)?.position, hostdev(&g.device)));
+        let relocate = granted.iter().filter_map(place).collect();
+        let edits = Edits { relocate, readdress, ..Edits::default() };
+        let xml = self.job.document.rewrite(&edits).map_err(|e| {
+            Fault::of(true, format!("cannot write the devices' new addresses into the domain XML: {e}"))
+        })?;
+        let ours = granted.iter().map(|g| g.device.entry.id);
+        let ids: Vec<String> =
+            ours.chain(found.iter().flatten().map(|(id, _)| *id)).map(|id| id.to_string()).collect();
+        let did = match ids.as_slice() {
+            [] => "no USB device that could be told apart".to_owned(),
+            ids => format!("claimed {}, to be confirmed", ids.join(", ")),
+        };
+        Ok(Answer { xml, did, ..Answer::default() })
+    }
+}
+
+/// The addresses that are out of date, of hostdevs that somebody wrote. libvirt takes an explicit
+/// address literally.
+fn readdressed(
+    job: &Job<'_>,
+    by_hand: &[(usize, &UsbHostdev)],
+    found: &[Option<(DeviceId, BusAddress)>],
+) -> Vec<(usize, BusAddress)> {
+    let there = by_hand.iter().zip(found).filter_map(|((position, hostdev), found)| {
+        let (_, address) = (*found)?;
+        // Arguments of QEMU are not edited.
+        let is_stale = hostdev.address.is_some_and(|a| a != address);
+        (is_stale && *position < job.domain.hostdevs.len()).then_some((*position, address))
+    });
+    there.collect()
 }
 
 /// What will do for a hostdev.
@@ -207,31 +271,38 @@ const fn choices(config: &Config, how: Incoming) -> &'static [Choice] {
     }
 }
 
-/// A hostdev, by its position in the XML, and the request for its device.
+/// A hostdev of ours, by its position in the XML, and what it is to get.
 struct Place {
     position: usize,
-    request: DeviceRequest,
-    by_hand: bool,
+    /// The device that the guest had; none: a guest from another host.
+    same: Option<DeviceId>,
+    /// Any of its kind.
+    kind: Option<DeviceRequest>,
+    /// The request that its device serves, where that is known.
+    number: Option<u32>,
+    lasting: bool,
     /// The device in words, for messages.
-    what: String,
+    device: String,
 }
 
-/// `device 5 (0529:0001 "HASP HL", port 1-1.4)`, as far as it is known here.
-fn describe(id: DeviceId, hostdev: &UsbHostdev, known: &[Record]) -> String {
-    match (known.iter().find(|r| r.entry.id == id), hostdev.usb) {
-        (Some(record), _) => message::device(record),
-        (None, Some(usb)) => format!("device {id} ({usb})"),
-        (None, None) => format!("device {id}"),
+impl Place {
+    fn request(&self, choice: Choice) -> Option<DeviceRequest> {
+        match choice {
+            Choice::Same => self.same.map(only),
+            Choice::Equivalent => self.kind.clone().or_else(|| self.same.map(only)),
+        }
+    }
+
+    fn what(&self, choice: Choice) -> String {
+        match (choice, &self.kind) {
+            (Choice::Equivalent, Some(kind)) => format!("a USB device {kind}"),
+            _ => self.device.clone(),
+        }
     }
 }
 
-fn relocated(job: &Job<'_>, places: &[Place], granted: &[Granted]) -> Result<Answer, Fault> {
-    let relocate =
-        granted.iter().filter_map(|g| Some((places.get(g.request)?.position, hostdev(&g.device)))).collect();
-    let edits = Edits { relocate, ..Edits::default() };
-    let xml = job.document.rewrite(&edits).map_err(|e| {
-        Fault::of(true, format!("cannot write the devices' new addresses into the domain XML: {e}"))
-    })?;
-    let ids: Vec<String> = granted.iter().map(|g| g.device.entry.id.to_string()).collect();
-    Ok(Answer { xml, did: format!("claimed {}, to be confirmed", ids.join(", ")), ..Answer::default() })
+/// What is asked for, one request a place; none: this choice is none for one of them.
+fn wanted(places: &[Place], choice: Choice) -> Option<Vec<Want>> {
+    let want = |p: &Place| Some(Want { request: p.request(choice)?, lasting: p.lasting, number: p.number });
+    places.iter().map(want).collect()
 }

@@ -1,8 +1,14 @@
 //! Refusals: one line that names the request, what is there, who holds it, and what to do.
 
-use virt_usb_model::{Reason, Status};
-use virt_usb_store::Record;
+use std::collections::BTreeMap;
+
+use virt_usb_model::{Aliases, DeviceId, DeviceRequest, Reason, Selector, Status, UsbId};
 use virt_usb_store::claim::{Asker, Obstacle, Shortage, Why};
+use virt_usb_store::{ClaimRow, Record, Store};
+
+use crate::config::Config;
+use crate::guest::selects;
+use crate::machine::{self, Agent};
 
 /// `device 5 (0529:0001 "HASP HL", port 1-1.4)`
 pub fn device(record: &Record) -> String {
@@ -13,13 +19,85 @@ pub fn device(record: &Record) -> String {
 /// How many devices a message lists: more would not be read.
 const SHOWN: usize = 3;
 
-/// All requests that cannot be served, each with what there is.
-pub fn shortages(asker: &Asker, short: &[Shortage]) -> String {
+/// What a refusal says beside what the claim found.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Host {
+    /// An agent runs, which looks at every change: to look once more tells nothing new.
+    agent_looks: bool,
+    /// By a request's number, the device that nearly matches it, where none matches.
+    near: BTreeMap<usize, String>,
+}
+
+impl Host {
+    /// As it is now. What cannot be read is not said.
+    pub fn of(config: &Config, store: &Store, short: &[Shortage]) -> Self {
+        let agent_looks = machine::agent(&config.state_dir) == Agent::Alive;
+        let mut near = BTreeMap::new();
+        if short.iter().any(|s| s.total == 0) {
+            let devices = store.devices().unwrap_or_default();
+            let hint = |s: &Shortage| {
+                let hint = devices.iter().find_map(|r| nearly(&s.request.selector, r, &config.aliases))?;
+                Some((s.number, hint))
+            };
+            near = short.iter().filter(|s| s.total == 0).filter_map(hint).collect();
+        }
+        Self { agent_looks, near }
+    }
+}
+
+/// How a device differs from one that the selector means, where that is easily overlooked.
+fn nearly(selector: &Selector, record: &Record, aliases: &Aliases) -> Option<String> {
+    let plain = |text: &str| text.split_whitespace().collect::<String>().to_lowercase();
+    let serial = || {
+        let (wanted, is) = (selector.serial.as_deref()?, record.entry.serial.as_deref()?);
+        let other = Selector { serial: Some(is.to_owned()), ..selector.clone() };
+        let alike = plain(wanted) == plain(is) && selects(&other, record);
+        alike.then(|| format!("{} has the serial \"{is}\": letter case and spaces count", device(record)))
+    };
+    let kind = || {
+        let usb = UsbId { vendor: selector.vendor_id?, product: selector.product_id? };
+        let is = record.usb();
+        let (vendor_id, product_id) = (Some(is.vendor), Some(is.product));
+        let other = Selector { vendor_id, product_id, serial: None, ..selector.clone() };
+        (aliases.join(usb, is) && selects(&other, record)).then(|| {
+            format!("{} is {usb} in another mode (usb_aliases): ask for {is}, or for its id", device(record))
+        })
+    };
+    serial().or_else(kind)
+}
+
+/// All requests that cannot be served, each with what there is. Those from number `operators` on
+/// are assignments by operators.
+pub fn shortages(asker: &Asker, short: &[Shortage], operators: usize, host: &Host) -> String {
     first(short, |s| {
-        let asked =
-            format!("{} asks for usb_devices[{}] {}", asker.domain, s.number, brief(&s.request.to_string()));
-        shortage(&asked, asker.project.is_some(), s)
+        let request = brief(&s.request.to_string());
+        let text = |asked: String| shortage(&asked, asker.project.is_some(), s, host);
+        if s.number < operators {
+            return text(format!("{} asks for usb_devices[{}] {request}", asker.domain, s.number));
+        }
+        format!(
+            "{}. It is an assignment: 'virt-usb detach {} {}' ends it",
+            text(format!("{} has {request} assigned to it by an operator", asker.domain)),
+            asker.domain,
+            argument(&s.request)
+        )
     })
+}
+
+/// A request as the command line takes it.
+fn argument(request: &DeviceRequest) -> String {
+    let Selector { id, vendor_id, product_id, .. } = &request.selector;
+    let only_kind = Selector { vendor_id: *vendor_id, product_id: *product_id, ..Selector::default() };
+    match (id, vendor_id, product_id) {
+        (Some(id), _, _) => id.to_string(),
+        (None, Some(vendor), Some(product)) if request.selector == only_kind => {
+            format!("{vendor}:{product}")
+        }
+        _ => {
+            let one = DeviceRequest { count: 1, ..request.clone() };
+            format!("\"{}\"", one.to_string().replace('"', "\\\""))
+        }
+    }
 }
 
 /// The same for a guest that comes in with devices; `what` names the device of each place.
@@ -27,9 +105,11 @@ pub(crate) fn shortages_of_incoming(
     asker: &Asker,
     short: &[Shortage],
     what: impl Fn(usize) -> String,
+    host: &Host,
 ) -> String {
     first(short, |s| {
-        shortage(&format!("{} comes with {}", asker.domain, what(s.number)), asker.project.is_some(), s)
+        let asked = format!("{} comes with {}", asker.domain, what(s.number));
+        shortage(&asked, asker.project.is_some(), s, host)
     })
 }
 
@@ -50,12 +130,12 @@ fn brief(text: &str) -> String {
 }
 
 /// What was asked for and cannot be had, and what there is.
-fn shortage(asked: &str, owner_known: bool, short: &Shortage) -> String {
+fn shortage(asked: &str, owner_known: bool, short: &Shortage, host: &Host) -> String {
     let count = short.request.count;
     if short.total == 0 {
-        return format!(
-            "{asked}, and this host has no such device: plug it in, or see 'virt-usb devices' for what there is"
-        );
+        let plug = "plug it in, or see 'virt-usb devices' for what there is";
+        let what = host.near.get(&short.number).map_or(plug, String::as_str);
+        return format!("{asked}, and this host has no such device: {what}");
     }
     let (hidden, shown): (Vec<&Obstacle>, Vec<&Obstacle>) =
         short.matching.iter().partition(|o| o.why == Why::Project);
@@ -71,9 +151,9 @@ fn shortage(asked: &str, owner_known: bool, short: &Shortage) -> String {
     let missing = count.saturating_sub(short.got);
     let lack = if count == 1 { String::new() } else { format!(", {missing} too few") };
     if short.matching.is_empty() {
-        return format!("{asked}{lack}: this host has {} that match. {}", short.total, advice(short));
+        return format!("{asked}{lack}: this host has {} that match. {}", short.total, advice(short, host));
     }
-    format!("{asked}{lack}; of {} that match: {}. {}", short.total, parts.join("; "), advice(short))
+    format!("{asked}{lack}; of {} that match: {}. {}", short.total, parts.join("; "), advice(short, host))
 }
 
 fn obstacle(obstacle: &Obstacle) -> String {
@@ -106,6 +186,32 @@ fn unavailable(record: &Record) -> String {
     format!("{} is {status}{}", device(record), more.map(|m| format!(": {m}")).unwrap_or_default())
 }
 
+/// A domain's own XML names a device that another instance holds.
+pub(crate) fn held_by_hand(domain: &str, record: &Record, claim: &ClaimRow) -> String {
+    let advice = match is_kept(claim) {
+        true => format!(
+            "take the <hostdev> out, or 'virt-usb claims release {} --force' ends what is kept for that guest",
+            claim.instance_uuid
+        ),
+        false => "take the <hostdev> out, or stop that guest".to_owned(),
+    };
+    format!(
+        "{domain} has a <hostdev> for {} in its own XML, and {} ({}) holds it since {}: {advice}",
+        device(record),
+        claim.domain,
+        claim.instance_uuid,
+        claim.created_at
+    )
+}
+
+/// A guest comes in with a device that was there a moment ago.
+pub(crate) fn lost(domain: &str, id: DeviceId) -> String {
+    format!(
+        "{domain} has a <hostdev> (alias ua-usb-{id}) in its XML with an address that is not that of device {id}: it was unplugged or plugged in anew since \
+         the guest began to come in. Plug it in, and try again"
+    )
+}
+
 /// A domain's own XML names a device that is set aside.
 pub(crate) fn set_aside_by_hand(domain: &str, record: &Record) -> String {
     let advice = set_aside(record).unwrap_or_default();
@@ -125,12 +231,32 @@ fn set_aside(record: &Record) -> Option<&'static str> {
 }
 
 /// What to do, by what stands in the way most often.
-fn advice(short: &Shortage) -> &'static str {
+fn advice(short: &Shortage, host: &Host) -> String {
     let any = |test: fn(&Why) -> bool| short.matching.iter().any(|o| test(&o.why));
-    if any(|w| matches!(w, Why::HeldBy(_))) {
-        "Stop the guest that holds it, or 'virt-usb claims release INSTANCE --force' if that guest is gone"
-    } else if any(|w| matches!(w, Why::NotThere(_))) {
-        "Run 'virt-usb discover' on this host"
+    let holders = || {
+        short.matching.iter().filter_map(|o| match &o.why {
+            Why::HeldBy(claim) => Some(&**claim),
+            _ => None,
+        })
+    };
+    // What is kept for a guest that does not run is not freed by stopping it.
+    if let Some(claim) = holders().find(|c| !is_kept(c)) {
+        return format!(
+            "Stop the guest that holds it, or 'virt-usb claims release {} --force' if that guest is gone",
+            claim.instance_uuid
+        );
+    }
+    if let Some(claim) = holders().next() {
+        return format!(
+            "It is kept for that guest while it does not run: 'virt-usb claims release {} --force' ends that",
+            claim.instance_uuid
+        );
+    }
+    if any(|w| matches!(w, Why::NotThere(_))) {
+        match host.agent_looks {
+            true => "Plug it in again: the agent records it by itself",
+            false => "Run 'virt-usb discover' on this host",
+        }
     } else if let Some(aside) = short.matching.iter().find_map(|o| set_aside(&o.device)) {
         aside
     } else if any(|w| matches!(w, Why::Unavailable)) {
@@ -140,4 +266,11 @@ fn advice(short: &Shortage) -> &'static str {
     } else {
         "Plug in one more"
     }
+    .to_owned()
+}
+
+/// Whether the claim is for an instance whose guest has not got the device: it does not run, or has
+/// just started.
+fn is_kept(claim: &ClaimRow) -> bool {
+    claim.hold == "instance" && claim.state != "allocated" && !claim.pending
 }

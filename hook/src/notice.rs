@@ -3,10 +3,10 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
-use virt_usb_domxml::{Domain, UsbHostdev};
+use virt_usb_domxml::Domain;
 use virt_usb_model::{DeviceId, InstanceId};
 use virt_usb_store::adopt::{Adoption, Stage};
-use virt_usb_store::give_back::Extent;
+use virt_usb_store::give_back::{Extent, Witness};
 use virt_usb_store::{ClaimRow, Context, Store, StoreError};
 
 use crate::answer::Answer;
@@ -17,22 +17,23 @@ use crate::run::{Fault, Job, NOTHING};
 
 /// The guest runs: what its live XML shows is in it.
 pub(crate) fn started(job: &Job<'_>) -> Result<Answer, Fault> {
-    running(job, job.may_be_known(&job.state_dir()))
+    running(job, job.may_be_known(&job.state_dir()), Witness::Start)
 }
 
 /// The daemon found the guest running: it keeps what it has.
 pub(crate) fn reconnect(job: &Job<'_>) -> Result<Answer, Fault> {
-    running(job, job.may_be_known(&job.state_dir()) || !job.domain.hostdevs.is_empty())
+    let concerned = job.may_be_known(&job.state_dir()) || job.domain.has_host_devices();
+    running(job, concerned, Witness::Look)
 }
 
-fn running(job: &Job<'_>, concerned: bool) -> Result<Answer, Fault> {
+fn running(job: &Job<'_>, concerned: bool, witness: Witness) -> Result<Answer, Fault> {
     let (Some(instance), true) = (job.domain.uuid, concerned) else { return Ok(Answer::unchanged(NOTHING)) };
     let fault = |e: StoreError| Fault::of(true, e);
     let config = job.config(true)?;
     let (mut store, context) = open(config, &job.call.op, true)?;
     let TakenOver { adopted, in_guest, waiting } =
-        take_over(&mut store, job.domain, instance, &config.sysfs_root, &context).map_err(fault)?;
-    let anew = store.claims_of(instance).map_err(fault)?.iter().filter(|c| c.arrived).count();
+        take_over(&mut store, job.domain, instance, &config.sysfs_root, witness, &context).map_err(fault)?;
+    let anew = store.claims_of(instance).map_err(fault)?.iter().filter(|c| c.arrived && !c.pending).count();
     let mut did = format!("{} in the guest, {} to be attached", in_guest.len(), waiting.len());
     if anew > 0 {
         did.push_str(&format!(", {anew} to be attached anew"));
@@ -70,7 +71,8 @@ pub struct TakenOver {
     pub waiting: Vec<DeviceId>,
 }
 
-/// A guest was found running: what its live XML shows is its own, and what it holds is brought in line with that.
+/// A guest runs: what its live XML shows is its own, and what it holds is brought in line with
+/// that.
 ///
 /// # Errors
 /// When the database cannot be written.
@@ -79,9 +81,10 @@ pub fn take_over(
     domain: &Domain,
     instance: InstanceId,
     sysfs_root: &Path,
+    witness: Witness,
     context: &Context,
 ) -> Result<TakenOver, StoreError> {
-    let holdings: Vec<_> = domain.hostdevs.iter().map(holding).collect();
+    let holdings: Vec<_> = domain.host_devices().map(holding).collect();
     let adopted = match holdings.is_empty() {
         true => Vec::new(),
         false => {
@@ -89,17 +92,13 @@ pub fn take_over(
             store.adopt(&whom, &holdings, Stage::Running, &mut Ports { sysfs_root }, context)?
         }
     };
-    // A device with our alias is in the guest even if its port cannot be read at this moment.
-    let injected = domain.hostdevs.iter().filter_map(UsbHostdev::injected);
-    let in_guest: BTreeSet<DeviceId> = adopted
-        .iter()
-        .filter_map(|a| match a {
-            Adoption::New(id) | Adoption::AlreadyYours(id) => Some(*id),
-            Adoption::HeldBy(..) | Adoption::SetAside(_) | Adoption::Unknown => None,
-        })
-        .chain(injected)
-        .collect();
-    let waiting = store.confirm(instance, &in_guest.iter().copied().collect::<Vec<_>>(), context)?;
+    // A device that was given to the guest is in it even if its port cannot be read at this moment.
+    // Aliases of what it does not hold say nothing: `confirm` passes over them.
+    let unread = domain.host_devices().zip(&adopted).filter(|(_, a)| **a == Adoption::Unknown);
+    let injected = unread.filter_map(|(hostdev, _)| hostdev.injected());
+    let in_guest: BTreeSet<DeviceId> = adopted.iter().filter_map(Adoption::device).chain(injected).collect();
+    let inside: Vec<DeviceId> = in_guest.iter().copied().collect();
+    let waiting = store.confirm(instance, &inside, witness, context)?;
     Ok(TakenOver { adopted, in_guest, waiting })
 }
 
@@ -132,11 +131,11 @@ pub(crate) fn released(job: &Job<'_>, reason: &str) -> Result<Answer, Fault> {
 
 /// What the XML of a guest that ends shows was in it, though nobody may have seen it start.
 fn note_use(store: &mut Store, domain: &Domain, instance: InstanceId) -> Result<(), StoreError> {
-    if domain.hostdevs.is_empty() {
+    if !domain.has_host_devices() {
         return Ok(());
     }
     let shown = |claim: &ClaimRow| {
-        claim.request.is_none() || domain.hostdevs.iter().any(|h| h.injected() == Some(claim.device_id))
+        claim.by_hand || domain.hostdevs.iter().any(|h| h.injected() == Some(claim.device_id))
     };
     let unseen: Vec<ClaimRow> =
         store.claims_of(instance)?.into_iter().filter(|c| !c.used && shown(c)).collect();

@@ -1,8 +1,9 @@
 //! `prepare`: claim what the domain asks for, and write it into the XML, or refuse the start. What `restore` refused is refused here.
 
+use virt_usb_domxml::UsbHostdev;
 use virt_usb_model::{DeviceId, Flavor, Selector};
-use virt_usb_store::adopt::{Adoption, Stage};
-use virt_usb_store::claim::{Asker, Claimed, Granted, Standing, Want};
+use virt_usb_store::adopt::{Adoption, Entered};
+use virt_usb_store::claim::{Asker, Claimed, Standing};
 use virt_usb_store::{Assignment, Context, Source, Store};
 
 use crate::answer::Answer;
@@ -21,18 +22,19 @@ pub(crate) fn prepare(job: &Job<'_>) -> Result<Answer, Fault> {
     let state_dir = job.state_dir();
     let wish = Wish::read(&job.domain.flavor, &state_dir)?;
     let known = job.may_be_known(&state_dir);
-    let hostdevs = &job.domain.hostdevs;
-    if !(wish.is_certain() || wish.needs_store() || known || !hostdevs.is_empty()) {
+    let holds = job.domain.has_host_devices();
+    if !(wish.is_certain() || wish.needs_store() || known || holds) {
         return Ok(Answer::unchanged(NOTHING));
     }
     // Only a domain that surely asks for a device, or has one of ours, is refused when we fail.
-    let injected = hostdevs.iter().any(|h| h.injected().is_some());
-    let concerned = wish.is_certain() || injected || job.is_assigned(&state_dir);
+    let injected = job.domain.hostdevs.iter().any(|h| h.injected().is_some());
+    let concerned =
+        wish.is_certain() || job.is_assigned(&state_dir) || (injected && job.is_holder(&state_dir));
     let config = job.config(concerned)?;
     if let Some(refusal) = refuse_hubs(config, job.domain) {
         return Ok(refusal);
     }
-    if !(wish.needs_store() || known || !hostdevs.is_empty()) {
+    if !(wish.needs_store() || known || holds) {
         return redirections_only(job, config, wish);
     }
     let no_uuid = || Fault::of(concerned, "its XML has no <uuid>, by which devices are claimed");
@@ -40,12 +42,18 @@ pub(crate) fn prepare(job: &Job<'_>) -> Result<Answer, Fault> {
     let (store, context) = open(config, &job.call.op, concerned)?;
     let asker = asker(&store, job.domain, instance).map_err(|e| Fault::of(concerned, e))?;
     let mut gate = Gate { job, config, store, context, asker, concerned };
-    if let Some(refusal) = gate.take_over_by_hand()? {
-        return Ok(refusal);
-    }
-    let flavor = wish.resolve(&gate.store)?;
-    gate.concerned |= !flavor.is_empty();
-    let answer = gate.claim(&flavor)?;
+    let entered = gate.enter()?;
+    let answer = match gate.refusal(&entered)? {
+        Some(refusal) => refusal,
+        // One that comes in with nothing that could be ours is asked what it asks for, as at any
+        // start.
+        None if entered.arriving && injected => gate.arrive(&entered, wish.resolve(&gate.store).ok())?,
+        None => {
+            let flavor = wish.resolve(&gate.store)?;
+            gate.concerned |= !flavor.is_empty();
+            gate.claim(&flavor, &devices(&entered))?
+        }
+    };
     if job.call.caller == Caller::Process {
         gate.store.leave();
     }
@@ -55,7 +63,7 @@ pub(crate) fn prepare(job: &Job<'_>) -> Result<Answer, Fault> {
 /// A flavor without `usb_devices` needs no inventory.
 fn redirections_only(job: &Job<'_>, config: &Config, wish: Wish) -> Result<Answer, Fault> {
     let Wish::Flavor(flavor) = wish else { return Ok(Answer::unchanged(NOTHING)) };
-    let mut guest = Guest::new(&config.sysfs_root, job.domain, flavor.usb_redirection_devices.len());
+    let mut guest = Guest::new(&config.sysfs_root, job.domain, flavor.usb_redirection_devices.len(), &[]);
     if !guest.missing_redirdevs().is_empty()
         && let Some(refusal) = refuse_without_agent(job, config)
     {
@@ -78,67 +86,86 @@ struct Gate<'a> {
 }
 
 impl Gate<'_> {
-    /// Hostdevs that somebody wrote into the domain are claimed for it too, so that nobody else is given them. What another
-    /// instance holds refuses the start.
-    fn take_over_by_hand(&mut self) -> Result<Option<Answer>, Fault> {
-        let holdings: Vec<_> =
-            self.job.domain.hostdevs.iter().filter(|h| h.injected().is_none()).map(holding).collect();
+    /// What the domain's own XML holds is claimed for it too, so that nobody else is given it.
+    fn enter(&mut self) -> Result<Entered, Fault> {
+        let holdings: Vec<_> = self.job.domain.host_devices().map(holding).collect();
         if holdings.is_empty() {
-            return Ok(None);
+            return Ok(Entered { adopted: Vec::new(), arriving: false });
         }
         let mut ports = Ports { sysfs_root: &self.config.sysfs_root };
-        let adopted = self
-            .store
-            .adopt(&self.asker, &holdings, Stage::Starting, &mut ports, &self.context)
-            .map_err(|e| Fault::of(self.concerned, e))?;
-        let held = adopted.into_iter().find_map(|a| match a {
-            Adoption::HeldBy(device, claim) => Some(Answer::refused(format!(
-                "{} has a <hostdev> for {} in its own XML, and {} ({}) holds it since {}: take the <hostdev> out, or stop that guest",
-                self.job.domain.name,
-                message::device(&device),
-                claim.domain,
-                claim.instance_uuid,
-                claim.created_at
-            ))),
-            Adoption::SetAside(device) => Some(Answer::refused(message::set_aside_by_hand(
-                &self.job.domain.name,
-                &device,
-            ))),
-            _ => None,
-        });
-        Ok(held)
+        self.store
+            .enter(&self.asker, &holdings, &mut ports, &self.context)
+            .map_err(|e| Fault::of(self.concerned, e))
     }
 
-    fn claim(&mut self, flavor: &Flavor) -> Result<Answer, Fault> {
+    /// Why it cannot start with what its own XML holds: the one rule for hostdevs that somebody
+    /// wrote, and that a guest which comes in needs the devices that were claimed for it.
+    fn refusal(&self, entered: &Entered) -> Result<Option<Answer>, Fault> {
         let domain = self.job.domain;
-        let injected: Vec<DeviceId> =
-            domain.hostdevs.iter().filter_map(virt_usb_domxml::UsbHostdev::injected).collect();
-        let wants = match self.arrived_with(&injected)? {
-            Some(wants) => wants,
-            None => wants(flavor, self.config.hold, &self.assigned()?),
-        };
-        let mut guest = Guest::new(&self.config.sysfs_root, domain, flavor.usb_redirection_devices.len());
+        for (hostdev, adopted) in domain.host_devices().zip(&entered.adopted) {
+            let why = match adopted {
+                Adoption::HeldBy(device, claim) => message::held_by_hand(&domain.name, device, claim),
+                Adoption::SetAside(device) => message::set_aside_by_hand(&domain.name, device),
+                Adoption::Unknown if entered.arriving => match self.lost(hostdev)? {
+                    Some(id) => message::lost(&domain.name, id),
+                    None => continue,
+                },
+                Adoption::Unknown | Adoption::New(_) | Adoption::AlreadyYours(_) => continue,
+            };
+            return Ok(Some(Answer::refused(why)));
+        }
+        Ok(None)
+    }
+
+    /// The device of ours that the hostdev was given, and that is not there any more.
+    fn lost(&self, hostdev: &UsbHostdev) -> Result<Option<DeviceId>, Fault> {
+        let Some(id) = hostdev.injected() else { return Ok(None) };
+        let mine = self.store.claims_of(self.asker.instance).map_err(|e| Fault::of(self.concerned, e))?;
+        Ok(mine.iter().any(|c| c.device_id == id && !c.by_hand).then_some(id))
+    }
+
+    /// A guest that comes in by restore or migration has what the filter claimed for it: its flavor
+    /// may have changed, or name devices of the host that it left, and is not asked again.
+    fn arrive(&mut self, entered: &Entered, flavor: Option<Flavor>) -> Result<Answer, Fault> {
+        if let Some(flavor) = flavor {
+            self.make_lasting(&flavor)?;
+        }
+        Ok(startup_policy(self.job, Answer::unchanged(claimed_text(&devices(entered)))))
+    }
+
+    /// `inside`: what the domain's own XML holds, which libvirt itself gives to the guest.
+    fn claim(&mut self, flavor: &Flavor, inside: &[DeviceId]) -> Result<Answer, Fault> {
+        let domain = self.job.domain;
+        let assigned = self.assigned()?;
+        let wants = wants(flavor, self.config.hold, &assigned);
+        let mut guest =
+            Guest::new(&self.config.sysfs_root, domain, flavor.usb_redirection_devices.len(), inside);
         self.concerned |= !wants.is_empty();
         if !self.concerned && !self.job.may_be_known(&self.config.state_dir) {
             return Ok(Answer::unchanged(NOTHING));
         }
-        // What is in the XML already, libvirt itself gives to the guest.
         let asked: usize = wants.iter().map(|w| w.request.count as usize).sum();
-        if (asked > injected.len() || !guest.missing_redirdevs().is_empty())
+        if (asked > inside.len() || !guest.missing_redirdevs().is_empty())
             && let Some(refusal) = refuse_without_agent(self.job, self.config)
         {
             return Ok(refusal);
         }
         let claimed = self
             .store
-            .claim(&self.asker, &wants, &injected, Standing::Firm, &mut guest, &self.context)
+            .claim(&self.asker, &wants, inside, Standing::Firm, &mut guest, &self.context)
             .map_err(|e| Fault::of(self.concerned, e))?;
         match claimed {
-            Claimed::Short(short) => Ok(Answer::refused(message::shortages(&self.asker, &short))),
+            Claimed::Short(short) => {
+                let operators = assigned.iter().filter(|a| a.source == Source::Operator).count();
+                let host = message::Host::of(self.config, &self.store, &short);
+                let from = wants.len() - operators;
+                Ok(Answer::refused(message::shortages(&self.asker, &short, from, &host)))
+            }
             Claimed::Unfit(why) => Ok(Answer::refused(format!("{} {why}", domain.name))),
             Claimed::Granted(granted) => {
                 self.make_lasting(flavor)?;
-                rewritten(self.job, self.config, &guest, claimed_text(&granted))
+                let ids: Vec<DeviceId> = granted.iter().map(|g| g.device.entry.id).collect();
+                rewritten(self.job, self.config, &guest, claimed_text(&ids))
             }
         }
     }
@@ -149,21 +176,6 @@ impl Gate<'_> {
             true => self.store.assignments(self.asker.instance).map_err(|e| Fault::of(self.concerned, e)),
             false => Ok(Vec::new()),
         }
-    }
-
-    /// A guest that comes in by restore or migration has what the filter claimed for it: its flavor may name devices
-    /// of the host that it left, and is not asked again.
-    fn arrived_with(&self, injected: &[DeviceId]) -> Result<Option<Vec<Want>>, Fault> {
-        if injected.is_empty() {
-            return Ok(None);
-        }
-        let claims = self.store.claims_of(self.asker.instance).map_err(|e| Fault::of(self.concerned, e))?;
-        let lasting = self.config.hold == HoldPolicy::Instance;
-        let exactly = |id: &DeviceId| {
-            let by_hand = claims.iter().any(|c| c.device_id == *id && c.request.is_none());
-            Want { request: only(*id), lasting: lasting && !by_hand, by_hand }
-        };
-        Ok(claims.iter().any(|c| c.pending).then(|| injected.iter().map(exactly).collect()))
     }
 
     /// With `hold = "instance"` the flavor's requests become assignments.
@@ -185,12 +197,25 @@ pub(crate) fn only(id: DeviceId) -> virt_usb_model::DeviceRequest {
     virt_usb_model::DeviceRequest { selector: Selector { id: Some(id), ..Selector::default() }, count: 1 }
 }
 
-fn claimed_text(granted: &[Granted]) -> String {
-    if granted.is_empty() {
+/// What the domain's own XML holds.
+fn devices(entered: &Entered) -> Vec<DeviceId> {
+    entered.adopted.iter().filter_map(Adoption::device).collect()
+}
+
+fn claimed_text(ids: &[DeviceId]) -> String {
+    if ids.is_empty() {
         return "nothing to claim".into();
     }
-    let ids: Vec<String> = granted.iter().map(|g| g.device.entry.id.to_string()).collect();
+    let ids: Vec<String> = ids.iter().map(ToString::to_string).collect();
     format!("claimed {}", ids.join(", "))
+}
+
+/// The answer, with a warning where a hostdev of the domain may become any device.
+fn startup_policy(job: &Job<'_>, answer: Answer) -> Answer {
+    match job.domain.hostdevs.iter().any(|h| h.has_startup_policy) {
+        true => answer.warn("a <hostdev> of the domain has a startupPolicy: with its device missing, QEMU takes any other it can open; take the attribute out"),
+        false => answer,
+    }
 }
 
 /// The answer with the XML that the plan leads to.
@@ -199,10 +224,7 @@ fn rewritten(job: &Job<'_>, config: &Config, guest: &Guest<'_>, did: String) -> 
         .document
         .rewrite(&guest.edits)
         .map_err(|e| Fault::of(true, format!("cannot write the devices into the domain XML: {e}")))?;
-    let mut answer = Answer { xml, did, ..Answer::default() };
-    if job.domain.hostdevs.iter().any(|h| h.has_startup_policy) {
-        answer = answer.warn("a <hostdev> of the domain has a startupPolicy: with its device missing, QEMU takes any other it can open; take the attribute out");
-    }
+    let answer = startup_policy(job, Answer { xml, did, ..Answer::default() });
     if answer.xml.is_none() || job.call.caller == Caller::Starter {
         return Ok(answer);
     }

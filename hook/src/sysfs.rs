@@ -161,7 +161,7 @@ fn peer(devices: &Path, port: &PortPath) -> Option<PortPath> {
 }
 
 /// A hub of this host that `wanted` is true of, by the kernel's name for it: root hubs (`usb1`) too. What cannot be read is none.
-pub fn hub(sysfs_root: &Path, wanted: impl Fn(UsbId, BusAddress) -> bool) -> Option<String> {
+pub fn hub(sysfs_root: &Path, wanted: impl Fn(&str, UsbId, BusAddress) -> bool) -> Option<String> {
     let all = std::fs::read_dir(sysfs_root.join("bus/usb/devices")).ok()?;
     all.flatten().find_map(|entry| {
         let dir = entry.path();
@@ -170,7 +170,8 @@ pub fn hub(sysfs_root: &Path, wanted: impl Fn(UsbId, BusAddress) -> bool) -> Opt
             return None;
         }
         let hub = seen(&dir).ok()??;
-        wanted(hub.usb, hub.address).then(|| entry.file_name().to_string_lossy().into_owned())
+        let name = entry.file_name().to_string_lossy().into_owned();
+        wanted(&name, hub.usb, hub.address).then_some(name)
     })
 }
 
@@ -229,10 +230,10 @@ mod tests {
         plug(root.path(), "2-1", &of("00", "0002", "2", "7"));
         plug(root.path(), "2-1:1.0", &[("bInterfaceClass", "09")]);
         let at = |bus, device| BusAddress::new(bus, device).unwrap();
-        assert_eq!(hub(root.path(), |_, a| a == at(2, 1)).as_deref(), Some("usb2"));
-        assert_eq!(hub(root.path(), |_, a| a == at(2, 7)), None);
-        assert_eq!(hub(root.path(), |usb, _| usb == UsbId::new(0x1d6b, 2)).as_deref(), Some("usb2"));
-        assert_eq!(hub(&root.path().join("nowhere"), |_, _| true), None);
+        assert_eq!(hub(root.path(), |_, _, a| a == at(2, 1)).as_deref(), Some("usb2"));
+        assert_eq!(hub(root.path(), |_, _, a| a == at(2, 7)), None);
+        assert_eq!(hub(root.path(), |_, usb, _| usb == UsbId::new(0x1d6b, 2)).as_deref(), Some("usb2"));
+        assert_eq!(hub(&root.path().join("nowhere"), |_, _, _| true), None);
     }
 
     /// A root hub below its controller, of that USB version.

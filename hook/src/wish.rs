@@ -143,8 +143,8 @@ pub(crate) fn wants(flavor: &Flavor, hold: HoldPolicy, assigned: &[Assignment]) 
     if requests.is_empty() && lasting {
         requests = of(Source::Flavor).collect();
     }
-    let wants = requests.into_iter().map(|request| Want { request, lasting, by_hand: false });
-    wants.chain(of(Source::Operator).map(|request| Want { request, lasting: true, by_hand: false })).collect()
+    let wants = requests.into_iter().map(|request| Want::new(request, lasting));
+    wants.chain(of(Source::Operator).map(|request| Want::new(request, true))).collect()
 }
 
 #[cfg(test)]

@@ -14,13 +14,14 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::Serialize;
-use virt_usb_domxml::Domain;
+use virt_usb_domxml::{Domain, UsbHostdev};
 use virt_usb_hook::config::Config;
 use virt_usb_hook::machine::{self, Agent};
 use virt_usb_hook::message;
 use virt_usb_hook::notice::{TakenOver, take_over};
 use virt_usb_model::{DeviceId, InstanceId};
 use virt_usb_store::adopt::Adoption;
+use virt_usb_store::give_back::Witness;
 use virt_usb_store::recover::{Kept, Recovered, Wish, replace};
 use virt_usb_store::{ClaimRow, Context, Record, Store, StoreError};
 
@@ -177,7 +178,7 @@ pub fn settle(
             ));
             continue;
         }
-        let mut taken = take_over(store, &guest.domain, guest.instance, sysfs_root, context)?;
+        let mut taken = take_over(store, &guest.domain, guest.instance, sysfs_root, Witness::Look, context)?;
         let mut freed = false;
         for (device, claim) in held_by_others(&taken) {
             let other = guests.iter().find(|g| g.instance == claim.instance_uuid);
@@ -196,14 +197,20 @@ pub fn settle(
             }
         }
         if freed {
-            taken = take_over(store, &guest.domain, guest.instance, sysfs_root, context)?;
+            taken = take_over(store, &guest.domain, guest.instance, sysfs_root, Witness::Look, context)?;
         }
-        let strange = guest.domain.hostdevs.iter().zip(&taken.adopted);
-        for (hostdev, _) in strange.filter(|(_, adopted)| **adopted == Adoption::Unknown) {
+        let strange = guest.domain.host_devices().zip(&taken.adopted);
+        let unknown = |(hostdev, adopted): &(&UsbHostdev, &Adoption)| {
+            **adopted == Adoption::Unknown && (hostdev.names_a_device() || hostdev.alias.is_some())
+        };
+        for (hostdev, _) in strange.filter(unknown) {
             let what = match (hostdev.injected(), hostdev.address) {
                 (Some(id), _) => format!("device {id} (alias ua-usb-{id})"),
                 (None, Some(address)) => format!("a device at {address}"),
-                (None, None) => "a device without an address".into(),
+                (None, None) => match &hostdev.port {
+                    Some(port) => format!("a device at port {port}"),
+                    None => "a device without an address".into(),
+                },
             };
             warnings.insert(format!(
                 "the XML of {name} shows {what}, and it cannot be told which of those that are plugged in that is: 'virsh dumpxml {name}', 'virt-usb devices'"
@@ -222,8 +229,9 @@ fn held_by_others(taken: &TakenOver) -> Vec<(&Record, &ClaimRow)> {
 }
 
 fn shows(domain: &Domain, device: &Record) -> bool {
-    domain.hostdevs.iter().any(|h| {
+    domain.host_devices().any(|h| {
         h.address == Some(device.entry.address)
+            || h.port.as_ref() == Some(&device.entry.port_path)
             || (h.address.is_none() && h.injected() == Some(device.entry.id))
     })
 }

@@ -116,7 +116,7 @@ CREATE TABLE claims (
     instance_uuid   varchar(36) NOT NULL,
     domain          varchar(255) NOT NULL,
     project_id      varchar(255),
-    -- the position of the request among the instance's; NULL: adopted from the domain's own XML
+    -- the position of the request among the instance's; NULL: no request is served by it
     request         int,
     -- 'claimed' or 'allocated'
     state           varchar(9) NOT NULL,
@@ -135,7 +135,11 @@ CREATE TABLE claims (
     -- 1: the device was, or may have been, in the guest since
     used            int NOT NULL DEFAULT 0,
     -- 1: since the claim was made, another device of the kind has shown the same serial
-    serial_shared   int NOT NULL DEFAULT 0
+    serial_shared   int NOT NULL DEFAULT 0,
+    -- 1: the device is in a hostdev that somebody wrote by hand, whether or not a request is served by it too
+    by_hand         int NOT NULL DEFAULT 0,
+    -- seconds since boot at which a restore named the device of this firm claim: what that means only the next prepare knows
+    incoming_since  real
 );
 CREATE INDEX claims_instance ON claims (instance_uuid);
 CREATE INDEX claims_pending ON claims (pending_since) WHERE pending_since IS NOT NULL;

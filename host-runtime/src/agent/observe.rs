@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use virt_usb_domxml::{Domain, UsbHostdev, XmlError};
 use virt_usb_hook::config::Config;
 use virt_usb_hook::wish::Wish;
-use virt_usb_model::{BusAddress, DeviceId, Flavor, InstanceId};
+use virt_usb_model::{BusAddress, DeviceId, Flavor, InstanceId, PortPath};
 use virt_usb_store::{ClaimRow, Record, Store, StoreError};
 
 use super::plan::{Guest, Host, Instance, Seen};
@@ -53,11 +53,12 @@ impl View {
         instance: InstanceId,
         guest: Option<&Guest>,
     ) -> Result<Self, StoreError> {
-        let hostdevs = guest.map_or(&[][..], |g| &g.domain.hostdevs);
-        let ids: Vec<DeviceId> = hostdevs.iter().filter_map(UsbHostdev::injected).collect();
-        let addresses: Vec<BusAddress> = hostdevs.iter().filter_map(|h| h.address).collect();
+        let hostdevs = || guest.into_iter().flat_map(|g| g.domain.host_devices());
+        let ids: Vec<DeviceId> = hostdevs().filter_map(UsbHostdev::injected).collect();
+        let addresses: Vec<BusAddress> = hostdevs().filter_map(|h| h.address).collect();
+        let ports: Vec<PortPath> = hostdevs().filter_map(|h| h.port.clone()).collect();
         let mut view = Self::default();
-        for record in store.devices_about(instance, &ids, &addresses)? {
+        for record in store.devices_about(instance, &ids, &addresses, &ports)? {
             let id = record.entry.id;
             view.holders.extend(record.entry.instance_uuid.map(|holder| (id, holder)));
             view.devices.insert(id, record);

@@ -5,10 +5,11 @@ use std::collections::BTreeSet;
 
 use virt_usb_hook::call::{Call, Caller, Operation};
 use virt_usb_hook::config::Config;
+pub(crate) use virt_usb_hook::guest::selects;
 use virt_usb_hook::guest::{Ports, asker};
 use virt_usb_hook::input::Input;
 use virt_usb_hook::{message, run};
-use virt_usb_model::{Device, DeviceId, DeviceRequest, InstanceId, Reason, Selector};
+use virt_usb_model::{DeviceId, DeviceRequest, InstanceId, Reason, Selector};
 use virt_usb_store::claim::{Asker, Obstacle, SHOWN, Shortage, Why};
 use virt_usb_store::give_back::Extent;
 use virt_usb_store::problems::Problem;
@@ -25,12 +26,14 @@ pub enum OperateError {
     #[error("{0}")]
     Refused(String),
     /// Devices of this host cannot serve it.
-    #[error("{}", message::shortages(asker, short))]
+    #[error("{}", message::shortages(asker, short, usize::MAX, host))]
     Short {
         /// Whoever asked.
         asker: Asker,
         /// Each request that cannot be served, with what there is.
         short: Vec<Shortage>,
+        /// What else is to be said of it.
+        host: message::Host,
     },
     /// There is no such thing to be taken back.
     #[error("{0} has no such device, and none assigned: 'virt-usb claims' shows who has what")]
@@ -95,7 +98,7 @@ impl Worker {
             let whom = self.whom(instance)?;
             let short = self.hopeless(&whom, &missing)?;
             if !short.is_empty() {
-                return Err(OperateError::Short { asker: whom, short });
+                return Err(self.short(whom, short));
             }
             self.store.assign_more(&whom, &missing, &context)?.or_else(|e| too_many(&whom, e))?;
             return Ok(Attached { live: false, new: Vec::new(), already });
@@ -106,7 +109,7 @@ impl Worker {
         let mut judge = Live { ports: Ports { sysfs_root: &config.sysfs_root }, domain: &domain };
         let (new, already, assigned) = match self.store.give(&whom, requests, &mut judge, &context)? {
             Given::Granted { new, already, assigned } => (new, already, assigned),
-            Given::Short(short) => return Err(OperateError::Short { asker: whom, short }),
+            Given::Short(short) => return Err(self.short(whom, short)),
             Given::Unfit(why) => return refused(format!("{}: {why}", whom.domain)),
             Given::TooMany(e) => return too_many(&whom, e),
         };
@@ -236,6 +239,11 @@ impl Worker {
         Ok(self.store.problems()?.into_iter().find(about).map(|p| p.what))
     }
 
+    fn short(&self, asker: Asker, short: Vec<Shortage>) -> OperateError {
+        let host = message::Host::of(&self.config, &self.store, &short);
+        OperateError::Short { asker, short, host }
+    }
+
     /// The requests that no device which this host has ever seen could serve, whoever has it now: a start would be refused for ever.
     fn hopeless(&self, whom: &Asker, requests: &[DeviceRequest]) -> Result<Vec<Shortage>, OperateError> {
         let all = self.store.all_devices()?;
@@ -337,22 +345,4 @@ pub fn start(
             Err(WorkError::from(why).into())
         }
     }
-}
-
-/// Whether the selector means the device.
-pub(crate) fn selects(selector: &Selector, record: &Record) -> bool {
-    let entry = &record.entry;
-    let device = Device {
-        key: record.key(),
-        address: entry.address,
-        class: entry.class,
-        interfaces: entry.interface_classes.clone(),
-        speed: entry.speed,
-        manufacturer: None,
-        product: None,
-        driver: None,
-        host_use: None,
-        descriptors: None,
-    };
-    selector.matches(entry.id, &device, &entry.tags)
 }

@@ -231,9 +231,11 @@ impl<'a> Present<'a> {
         let (mut in_guest, mut stale) = (BTreeSet::new(), BTreeSet::new());
         for h in &hosted {
             let device = h.record.entry.id;
-            let ours = h.hostdev.injected().is_some();
             let claim = self.claim(device);
             match (self.host.holders.get(&device), h.fresh) {
+                // Made by a restore or a migration in this guest's name while it runs: not for this
+                // guest.
+                _ if claim.is_some_and(|c| c.pending) => {}
                 (Some(holder), true) if *holder == self.instance.id && !claim.is_some_and(|c| c.ending) => {
                     in_guest.insert(device);
                     // The XML shows it, QEMU has let go of it: see [`ClaimRow::arrived`].
@@ -243,31 +245,21 @@ impl<'a> Present<'a> {
                     stale.insert(device);
                     steps.extend(detach(h));
                 }
-                // Two guests with one device: what we have put there we take out.
-                (Some(_), _) if ours => steps.extend(detach(h)),
                 (Some(holder), true) => {
                     problems.insert(about_device(device), format!(
                         "the guest was given it by hand though instance {holder} holds it: detach it from one of them (virsh detach-device)"
                     ));
                 }
                 (None, true) => steps.push(Step::Adopt { holding: holding(h.hostdev), device }),
-                (None, false) if ours => steps.extend(detach(h)),
                 (_, false) => {}
-            }
-        }
-        // What we have put there, and what is neither plugged in nor held any more.
-        for hostdev in &self.guest.domain.hostdevs {
-            let known = hosted.iter().any(|h| std::ptr::eq(h.hostdev, hostdev));
-            if let (Some(device), Some(alias), false) = (hostdev.injected(), hostdev.alias.clone(), known) {
-                steps.push(Step::Detach { alias, device });
             }
         }
         let is_away = |c: &ClaimRow| !in_guest.contains(&c.device_id) && !stale.contains(&c.device_id);
         let (taken, held): (Vec<&ClaimRow>, Vec<&ClaimRow>) =
-            self.instance.claims.iter().partition(|c| is_away(c) && self.was_taken_by_hand(c));
+            self.claims().partition(|c| is_away(c) && self.was_taken_by_hand(c));
         let settled = |c: &&ClaimRow| {
             let inside = in_guest.contains(&c.device_id);
-            !c.pending && (c.state == "allocated") == (inside && !c.arrived) && (inside || !c.arrived)
+            (c.state == "allocated") == (inside && !c.arrived) && (inside || !c.arrived)
         };
         if !held.iter().all(settled) {
             // Before a stale hostdev goes: what is not in the guest then was not taken by anybody.
@@ -299,7 +291,7 @@ impl<'a> Present<'a> {
     /// A device that somebody gave to the guest with his own hands, and has taken out again: nobody asked for it.
     fn was_taken_by_hand(&self, claim: &ClaimRow) -> bool {
         let present = self.host.devices.get(&claim.device_id).is_some_and(|record| record.present);
-        claim.request.is_none() && claim.state == "allocated" && !claim.pending && present
+        claim.by_hand && claim.state == "allocated" && present
     }
 
     /// Why the guest is not given a device again that comes and goes.
@@ -342,21 +334,26 @@ impl<'a> Present<'a> {
         steps.extend(news.map(|(about, what)| Step::Note { about, what }));
     }
 
+    /// What the guest holds. A pending claim waits for a start of its own.
+    fn claims(&self) -> impl Iterator<Item = &'a ClaimRow> {
+        self.instance.claims.iter().copied().filter(|c| !c.pending)
+    }
+
     fn claim(&self, device: DeviceId) -> Option<&ClaimRow> {
         self.instance.claims.iter().copied().find(|c| c.device_id == device)
     }
 
     fn hosted(&self) -> Vec<Hosted<'a>> {
-        let hostdevs = &self.guest.domain.hostdevs;
+        let hostdevs: Vec<&UsbHostdev> = self.guest.domain.host_devices().collect();
         let mut found: Vec<Option<Hosted<'a>>> = hostdevs.iter().map(|h| self.by_name(h)).collect();
         // One that somebody else wrote, and whose device has another number by now: of this instance's devices the only one of its
         // kind that is not in the guest otherwise.
-        for (at, hostdev) in hostdevs.iter().enumerate() {
-            if found[at].is_some() || hostdev.injected().is_some() {
+        for (at, hostdev) in hostdevs.into_iter().enumerate() {
+            if found[at].is_some() {
                 continue;
             }
             let named: BTreeSet<DeviceId> = found.iter().flatten().map(|h| h.record.entry.id).collect();
-            let mine = self.instance.claims.iter().map(|c| c.device_id).filter(|id| !named.contains(id));
+            let mine = self.claims().map(|c| c.device_id).filter(|id| !named.contains(id));
             let alike: Vec<&Record> = mine
                 .filter_map(|id| self.host.devices.get(&id))
                 .filter(|r| hostdev.usb == Some(r.usb()))
@@ -368,19 +365,33 @@ impl<'a> Present<'a> {
         found.into_iter().flatten().collect()
     }
 
-    /// By our alias, or by the address.
+    /// By the alias, where a claim of this instance says that it is ours; or by address, port or
+    /// kind.
     fn by_name(&self, hostdev: &'a UsbHostdev) -> Option<Hosted<'a>> {
-        let is_kind = |record: &Record| hostdev.usb.is_none_or(|usb| usb == record.usb());
-        let injected = hostdev.injected().and_then(|id| self.host.devices.get(&id)).filter(|r| is_kind(r));
-        let at_address = || {
-            let address = hostdev.address?;
-            let there = |r: &&Record| r.entry.address == address && is_kind(r);
-            // A device that went may have had the number that another has now.
-            let all = || self.host.devices.values().filter(there);
-            all().find(|r| r.present).or_else(|| all().next())
+        let is_kind = |record: &&Record| hostdev.usb.is_none_or(|usb| usb == record.usb());
+        let claim = self.claims().find(|c| Some(c.device_id) == hostdev.injected());
+        let named = claim.and_then(|c| self.host.devices.get(&c.device_id));
+        let there = |r: &&Record| {
+            let port = hostdev.port.as_ref();
+            let is_there = match (hostdev.address, port) {
+                (Some(address), _) => r.entry.address == address,
+                (None, Some(port)) => r.entry.port_path == *port,
+                // By its kind alone QEMU takes one of several: of those that the instance holds it
+                // has one.
+                (None, None) => hostdev.usb.is_some() && self.claim(r.entry.id).is_some(),
+            };
+            is_there && is_kind(r)
         };
-        let record = injected.or_else(at_address)?;
-        let fresh = record.present && hostdev.address.is_none_or(|a| a == record.entry.address);
+        let all = || self.host.devices.values().filter(there);
+        // A device that went may have had the number that another has now.
+        let present = || all().find(|r| r.present);
+        // One that is ours and shows another kind meanwhile (a declared alias) is stale.
+        let renamed = || named.filter(|_| claim.is_some_and(|c| !c.by_hand));
+        let record = named.filter(is_kind).or_else(present).or_else(renamed).or_else(|| all().next())?;
+        let fresh = record.present
+            && is_kind(&record)
+            && hostdev.address.is_none_or(|a| a == record.entry.address)
+            && hostdev.port.as_ref().is_none_or(|p| *p == record.entry.port_path);
         Some(Hosted { hostdev, record, fresh })
     }
 }

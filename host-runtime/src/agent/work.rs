@@ -7,12 +7,12 @@ use std::time::{Duration, Instant};
 
 use virt_usb_domxml::{Domain, XmlError, redirdev_element};
 use virt_usb_hook::config::{AttachFailurePolicy, Config};
-use virt_usb_hook::guest::{NO_SPICE, Ports, asker, hostdev, room};
+use virt_usb_hook::guest::{NO_SPICE, Ports, asker, hostdev, is_device, room};
 use virt_usb_hook::machine;
 use virt_usb_model::{DeviceId, InstanceId, Speed};
 use virt_usb_store::adopt::Stage;
 use virt_usb_store::claim::{Asker, Judge, Verified};
-use virt_usb_store::give_back::Extent;
+use virt_usb_store::give_back::{Extent, Witness};
 use virt_usb_store::{Context, Durability, Record, Store, StoreError};
 
 use super::PATIENCE;
@@ -226,7 +226,9 @@ impl Work<'_> {
                 self.worker.store.adopt(&whom, holding, Stage::Running, &mut ports, &context)?;
                 tracing::info!(domain = %whom.domain, %instance, %device, "{}: device {device} was found in the guest and is its now", whom.domain);
             }
-            Step::Settle { in_guest } => drop(self.worker.store.confirm(instance, in_guest, &context)?),
+            Step::Settle { in_guest } => {
+                self.worker.store.confirm(instance, in_guest, Witness::Look, &context)?;
+            }
             Step::Release { device, revision, why } => {
                 if self.worker.store.release_device(instance, *device, Some(*revision), why, &context)? {
                     tracing::info!(%instance, %device, "device {device} is free: {why}");
@@ -379,10 +381,8 @@ impl Judge for Live<'_> {
     }
 
     fn fits(&mut self, chosen: &[virt_usb_store::claim::Granted]) -> Result<(), String> {
-        let there = |id: DeviceId, address| {
-            self.domain.hostdevs.iter().any(|h| h.injected() == Some(id) || h.address == Some(address))
-        };
-        let new = chosen.iter().filter(|g| !there(g.device.entry.id, g.device.entry.address));
+        let there = |record: &Record| self.domain.host_devices().any(|h| is_device(h, record));
+        let new = chosen.iter().filter(|g| !there(&g.device));
         let speeds: Vec<_> = new.map(|g| g.device.entry.speed).collect();
         live_room(self.domain, &speeds)
     }

@@ -431,6 +431,8 @@ fn claim(value: &Value) -> anyhow::Result<ClaimRow> {
         revision: number(value, "revision")?,
         ending: flag(value, "ending")?,
         arrived: flag(value, "arrived")?,
+        by_hand: value["request"].is_null(),
+        incoming_since: None,
         descriptors: None,
         used: false,
         serial_shared: false,

@@ -350,6 +350,8 @@ fn claim(device: DeviceId, instance: InstanceId, status: &str, server: Option<&S
         revision: 0,
         ending: false,
         arrived: false,
+        by_hand: false,
+        incoming_since: None,
         descriptors: None,
         used: false,
         serial_shared: false,

@@ -472,11 +472,8 @@ impl Simulation<'_> {
             return Ok("start on a host that has just died");
         }
         let asker = Asker { instance, domain: format!("guest-{id:08x}"), project: None };
-        let wants: Vec<Want> = flavor
-            .usb_devices
-            .into_iter()
-            .map(|request| Want { request, lasting: false, by_hand: false })
-            .collect();
+        let wants: Vec<Want> =
+            flavor.usb_devices.into_iter().map(|request| Want::new(request, false)).collect();
         host.store.restart_patience();
         match host.store.claim(&asker, &wants, &[], Standing::Firm, &mut Willing, &self.context)? {
             Claimed::Granted(granted) => {

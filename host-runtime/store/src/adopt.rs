@@ -1,25 +1,38 @@
 //! Taking over what a domain's own XML already holds: a hostdev that somebody wrote by hand, or one that a running guest
 //! was found with when the daemon came back.
+//!
+//! One rule, at prepare, restore, migrate and reconnect: such a device is claimed for the domain
+//! whatever the rules offer, for whoever wrote the XML may do that. A guest is refused only where
+//! another instance holds its device, or where that is set aside.
 
-use rusqlite::{Transaction, params};
-use virt_usb_model::{BusAddress, DeviceId, UsbId};
+use std::collections::{BTreeMap, BTreeSet};
 
-use crate::claim::{Asker, Judge, Verified};
+use rusqlite::types::Value;
+use rusqlite::{Transaction, params, params_from_iter};
+use virt_usb_model::{BusAddress, DeviceId, PortPath, UsbId};
+
+use crate::choose::Choice;
+use crate::claim::{self, Asker, Claimed, Granted, Judge, Shortage, Standing, Verified, Want};
 use crate::device::{self, ClaimRow, Record, refresh, sql_id, step_revision};
 use crate::error::Sql;
 use crate::events::{Event, record};
-use crate::hints::Known;
+use crate::grant::name_incoming;
+use crate::hints::{Hints, Known};
+use crate::open::Fault;
 use crate::{Context, NOW, Store, StoreError, give_back, metadata};
 
 /// A hostdev as the XML names its source.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Holding {
-    /// From our alias.
+    /// From an alias of our form. It counts where this instance has a claim on that device; others
+    /// use the form too.
     pub id: Option<DeviceId>,
     /// From vendor and product.
     pub usb: Option<UsbId>,
     /// From the source's address.
     pub address: Option<BusAddress>,
+    /// From the source's port on the host.
+    pub port: Option<PortPath>,
 }
 
 /// What became of one holding.
@@ -37,6 +50,16 @@ pub enum Adoption {
     Unknown,
 }
 
+impl Adoption {
+    /// The device, where the instance has it now.
+    pub const fn device(&self) -> Option<DeviceId> {
+        match self {
+            Self::New(id) | Self::AlreadyYours(id) => Some(*id),
+            Self::HeldBy(..) | Self::SetAside(_) | Self::Unknown => None,
+        }
+    }
+}
+
 /// How far the instance has come with what is adopted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Stage {
@@ -46,10 +69,40 @@ pub enum Stage {
     Running,
 }
 
+/// What a domain that is about to start holds in its own XML.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Entered {
+    /// One answer a holding.
+    pub adopted: Vec<Adoption>,
+    /// The guest comes in by restore or migration, with what was claimed for it then.
+    pub arriving: bool,
+}
+
+/// What a guest that comes in by restore or migration is to have.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Received {
+    /// All of it, until it is confirmed.
+    Granted {
+        /// The devices of `ours`.
+        ours: Vec<Granted>,
+        /// The devices of `by_hand`, one answer a holding, with their addresses; none: no device of
+        /// the inventory, or it cannot be told which.
+        by_hand: Vec<Option<(DeviceId, BusAddress)>>,
+    },
+    /// Not enough devices for `ours`; nothing was taken.
+    Short(Vec<Shortage>),
+    /// The guest cannot take them; nothing was taken.
+    Unfit(String),
+    /// Another instance holds a device of `by_hand`; nothing was taken.
+    HeldBy(Box<Record>, Box<ClaimRow>),
+    /// A device of `by_hand` is set aside; nothing was taken.
+    SetAside(Box<Record>),
+}
+
 impl Store {
-    /// Claims what the domain's own XML holds, one answer a holding. What another instance holds stays with it.
-    /// Devices that the rules do not offer are adopted too: whoever wrote the XML may do that. What is set aside is adopted only from a guest
-    /// that runs with it.
+    /// Claims what the domain's own XML holds, one answer a holding. What another instance holds
+    /// stays with it. What is set aside is adopted only from a guest that runs with it. A pending
+    /// claim stays pending at [`Stage::Running`]: the guest may have run before it was made.
     ///
     /// # Errors
     /// When the database cannot be written; then nothing was adopted.
@@ -61,111 +114,443 @@ impl Store {
         judge: &mut dyn Judge,
         context: &Context,
     ) -> Result<Vec<Adoption>, StoreError> {
+        self.write(|tx, hints| adopt(tx, hints, asker, holdings, stage, judge, context))
+    }
+
+    /// The domain is about to start with what its own XML holds: [`Store::adopt`]. Where it comes
+    /// in by restore or migration, what was claimed for it then stands from now on, each claim with
+    /// its request and its hold; of the rest it keeps what is held for the instance.
+    ///
+    /// # Errors
+    /// When the database cannot be written; then nothing was adopted.
+    pub fn enter(
+        &mut self,
+        asker: &Asker,
+        holdings: &[Holding],
+        judge: &mut dyn Judge,
+        context: &Context,
+    ) -> Result<Entered, StoreError> {
+        self.write(|tx, hints| {
+            let adopted = adopt(tx, hints, asker, holdings, Stage::Starting, judge, context)?;
+            let inside: BTreeSet<DeviceId> = adopted.iter().filter_map(Adoption::device).collect();
+            let mine = give_back::held(tx, asker.instance)?;
+            let arriving = mine.iter().any(|c| c.arrived && inside.contains(&c.device_id));
+            if arriving {
+                let strays: Vec<&ClaimRow> = mine
+                    .iter()
+                    .filter(|c| !inside.contains(&c.device_id) && (c.pending || c.hold == "running"))
+                    .collect();
+                if !strays.is_empty() {
+                    step_revision(tx)?;
+                }
+                for claim in strays {
+                    give_back::delete(tx, claim, "released", "not in the guest that comes in", context)?;
+                }
+                metadata::refresh(tx, asker.instance)?;
+            }
+            Ok(Entered { adopted, arriving })
+        })
+    }
+
+    /// Claims what a guest that comes in is to have, all or nothing, until its next
+    /// [`Store::enter`] or start: devices for `ours`, and those of hostdevs that somebody wrote.
+    /// One of those whose address is out of date gets the only device of its kind; with
+    /// `equivalent`, any.
+    ///
+    /// libvirt asks before it looks whether the guest runs. Where it does, by its claims, the
+    /// answer is the same and nothing is written.
+    ///
+    /// # Errors
+    /// When the database cannot be written; then nothing was taken.
+    pub fn receive(
+        &mut self,
+        asker: &Asker,
+        ours: &[Want],
+        by_hand: &[Holding],
+        equivalent: bool,
+        judge: &mut dyn Judge,
+        context: &Context,
+    ) -> Result<Received, StoreError> {
         self.write(|tx, hints| {
             give_back::sweep(tx, context)?;
-            let mut adopted = Vec::new();
-            for holding in holdings {
-                let Some((device, address)) = find(tx, holding, asker, judge)? else {
-                    adopted.push(Adoption::Unknown);
-                    continue;
-                };
-                let id = device.entry.id;
-                if let Some(claim) = give_back::holder(tx, id, asker.instance)? {
-                    adopted.push(Adoption::HeldBy(Box::new(device), Box::new(claim)));
-                    continue;
-                }
-                if stage == Stage::Starting && device.is_set_aside() && device.entry.instance_uuid.is_none() {
-                    adopted.push(Adoption::SetAside(Box::new(device)));
-                    continue;
-                }
-                hints.add(Known::Instance(asker.instance))?;
-                device::set_address(tx, id, address)?;
-                adopted.push(take(tx, asker, id, stage, context)?);
+            let mine = give_back::held(tx, asker.instance)?;
+            let runs = mine.iter().any(|c| c.is_of_a_run(&context.boot_id));
+            if runs {
+                tx.execute_batch("SAVEPOINT look")?;
             }
-            metadata::refresh(tx, asker.instance)?;
-            Ok(adopted)
+            let received =
+                Arrival { tx, hints, asker, mine, context }.settle(ours, by_hand, equivalent, judge)?;
+            if runs {
+                tx.execute_batch("ROLLBACK TO look; RELEASE look")?;
+            }
+            Ok(received)
         })
     }
 }
 
-/// The device that a holding means, and where it really is; none if it cannot be told. Of several the one that is
-/// the instance's already is meant.
-fn find(
+fn adopt(
     tx: &Transaction<'_>,
-    holding: &Holding,
+    hints: &Hints,
     asker: &Asker,
+    holdings: &[Holding],
+    stage: Stage,
     judge: &mut dyn Judge,
-) -> Sql<Option<(Record, BusAddress)>> {
-    // An alias that names no device of this inventory, or one of another kind, was given by another one: it counts as written by hand.
-    let id = match holding.id {
-        Some(id) if holding.address.is_some() && !is_kind(tx, id, holding.usb)? => None,
-        id => id,
-    };
-    let mut statement = tx.prepare_cached(
-        "SELECT * FROM usb_devices WHERE deleted = 0 AND present = 1 AND (?1 IS NULL OR id = ?1) AND (?2 IS NULL OR vendor_id = ?2)
-         AND (?3 IS NULL OR product_id = ?3) ORDER BY id",
-    )?;
-    let found = statement.query_map(
-        params![
-            id.map(sql_id),
-            holding.usb.map(|u| u.vendor.to_string()),
-            holding.usb.map(|u| u.product.to_string()),
-        ],
-        Record::read,
-    )?;
-    let mut there = Vec::new();
-    for device in found {
-        let device = device?;
-        // The stored address is a memory: ask the port, but only of those that it could be.
-        let recorded = &device.entry;
-        if recorded.path.is_none() && holding.address.is_some_and(|a| a.bus() != recorded.port_path.bus()) {
+    context: &Context,
+) -> Result<Vec<Adoption>, Fault> {
+    give_back::sweep(tx, context)?;
+    let mine = give_back::held(tx, asker.instance)?;
+    // What is adopted for one holding does not decide which device the next one means.
+    let mut finder = Finder::new(tx, &mine, asker, judge);
+    let found = holdings.iter().map(|h| finder.find(h)).collect::<Sql<Vec<_>>>()?;
+    let mut adopted = Vec::new();
+    for found in found {
+        let Some(found) = found else {
+            adopted.push(Adoption::Unknown);
+            continue;
+        };
+        let device = &found.device;
+        let id = device.entry.id;
+        if let Some(claim) = give_back::holder(tx, id, asker.instance)? {
+            adopted.push(Adoption::HeldBy(Box::new(found.device), Box::new(claim)));
             continue;
         }
-        if let Verified::Here(address) = judge.verify(&device)
-            && holding.address.is_none_or(|a| a == address)
+        if stage == Stage::Starting && device.is_set_aside() && device.entry.instance_uuid.is_none() {
+            adopted.push(Adoption::SetAside(Box::new(found.device)));
+            continue;
+        }
+        hints.add(Known::Instance(asker.instance))?;
+        device::set_address(tx, id, found.address)?;
+        adopted.push(take(tx, asker, &found, stage, context)?);
+    }
+    metadata::refresh(tx, asker.instance)?;
+    Ok(adopted)
+}
+
+/// A device that a holding means.
+struct Found {
+    device: Record,
+    /// Where it really is.
+    address: BusAddress,
+    /// The alias says so, and a claim of this instance that is not by hand.
+    ours: bool,
+}
+
+/// Finds out which devices holdings mean. The stored address is a memory, so the ports are asked,
+/// each once.
+struct Finder<'a> {
+    tx: &'a Transaction<'a>,
+    /// What the instance holds.
+    mine: &'a [ClaimRow],
+    asker: &'a Asker,
+    judge: &'a mut dyn Judge,
+    seen: BTreeMap<DeviceId, Option<BusAddress>>,
+}
+
+impl<'a> Finder<'a> {
+    fn new(
+        tx: &'a Transaction<'a>,
+        mine: &'a [ClaimRow],
+        asker: &'a Asker,
+        judge: &'a mut dyn Judge,
+    ) -> Self {
+        Self { tx, mine, asker, judge, seen: BTreeMap::new() }
+    }
+
+    fn look(&mut self, device: &Record) -> Option<BusAddress> {
+        let judge = &mut *self.judge;
+        *self.seen.entry(device.entry.id).or_insert_with(|| match judge.verify(device) {
+            Verified::Here(address) => Some(address),
+            Verified::Not(_) => None,
+        })
+    }
+
+    /// The device that a holding means; none if it cannot be told. Of several the one that is the
+    /// instance's already is meant.
+    fn find(&mut self, holding: &Holding) -> Sql<Option<Found>> {
+        let claim = self.claim(holding)?;
+        if claim.is_none() && holding.usb.is_none() && holding.address.is_none() && holding.port.is_none() {
+            return Ok(None);
+        }
+        let id = claim.map(|c| c.device_id);
+        let ours = claim.is_some_and(|c| !c.by_hand);
+        let mut there = self.matching(holding, id, true, usize::MAX)?;
+        if there.is_empty() {
+            // Two are as many as cannot be told apart.
+            there = self.matching(holding, id, false, 2)?;
+        }
+        let only = there.pop();
+        Ok(if there.is_empty() {
+            only.map(|(device, address)| Found { device, address, ours })
+        } else {
+            None
+        })
+    }
+
+    /// The claim of this instance that the alias names, if the source names a device of that kind.
+    fn claim(&self, holding: &Holding) -> Sql<Option<&'a ClaimRow>> {
+        let Some(claim) = self.mine.iter().find(|c| Some(c.device_id) == holding.id) else { return Ok(None) };
+        let is_kind: bool = self
+            .tx
+            .prepare_cached(
+                "SELECT EXISTS (SELECT 1 FROM usb_devices WHERE id = ?1 AND (?2 IS NULL OR vendor_id = ?2) AND (?3 IS NULL OR product_id = ?3))",
+            )?
+            .query_row(
+                params![
+                    sql_id(claim.device_id),
+                    holding.usb.map(|u| u.vendor.to_string()),
+                    holding.usb.map(|u| u.product.to_string())
+                ],
+                |row| row.get(0),
+            )?;
+        Ok(is_kind.then_some(claim))
+    }
+
+    /// At most `most` devices that are where the holding has them, and are the instance's (`mine`)
+    /// or not.
+    fn matching(
+        &mut self,
+        holding: &Holding,
+        id: Option<DeviceId>,
+        mine: bool,
+        most: usize,
+    ) -> Sql<Vec<(Record, BusAddress)>> {
+        let mut sql = "SELECT * FROM usb_devices WHERE deleted = 0 AND present = 1".to_owned();
+        sql += if mine { " AND instance_uuid = ?" } else { " AND instance_uuid IS NOT ?" };
+        let mut values: Vec<Value> = vec![self.asker.instance.to_string().into()];
+        let mut narrow = |condition: &str, value: Value| {
+            sql += condition;
+            values.push(value);
+        };
+        if let Some(id) = id {
+            narrow(" AND id = ?", sql_id(id).into());
+        }
+        if let Some(usb) = holding.usb {
+            narrow(" AND vendor_id = ?", usb.vendor.to_string().into());
+            narrow(" AND product_id = ?", usb.product.to_string().into());
+        }
+        if let Some(port) = &holding.port {
+            // The bus may have had another number when the port was recorded.
+            let ports = port.to_string();
+            let (_, ports) = ports.split_once('-').unwrap_or_default();
+            narrow(" AND substr(port_path, instr(port_path, '-') + 1) = ?", ports.to_owned().into());
+        }
+        let tx = self.tx;
+        let mut statement = tx.prepare_cached(&sql)?;
+        let mut rows = statement.query(params_from_iter(values))?;
+        let mut there = Vec::new();
+        while there.len() < most
+            && let Some(row) = rows.next()?
         {
-            there.push((device, address));
+            let device = Record::read(row)?;
+            // The stored address is a memory: ask the port, but only of those that it could be.
+            let recorded = &device.entry;
+            if recorded.path.is_none() && holding.address.is_some_and(|a| a.bus() != recorded.port_path.bus())
+            {
+                continue;
+            }
+            if let Some(address) = self.look(&device)
+                && holding.address.is_none_or(|a| a == address)
+                && holding.port.as_ref().is_none_or(|port| port.bus() == address.bus())
+            {
+                there.push((device, address));
+                // No two devices have one address.
+                if holding.address.is_some() {
+                    break;
+                }
+            }
+        }
+        Ok(there)
+    }
+}
+
+/// Claims a device that was found, for a guest that starts or runs.
+fn take(
+    tx: &Transaction<'_>,
+    asker: &Asker,
+    found: &Found,
+    stage: Stage,
+    context: &Context,
+) -> Sql<Adoption> {
+    let id = found.device.entry.id;
+    let known = give_back::held(tx, asker.instance)?.into_iter().find(|c| c.device_id == id);
+    let Some(claim) = known else {
+        insert(tx, asker, id, stage == Stage::Running, None, context)?;
+        return Ok(Adoption::New(id));
+    };
+    match stage {
+        Stage::Running if claim.pending => {}
+        Stage::Running => give_back::set_places(tx, &[claim], context, |_| give_back::Place::Inside)?,
+        Stage::Starting => {
+            // A guest that starts is in no QEMU: a claim that says otherwise is left from a run
+            // whose end nobody wrote down, and only a saved guest has our alias then.
+            let left = found.ours && claim.state == "allocated";
+            let named = claim.incoming_since.is_some_and(|at| at >= context.uptime - context.pending_grace);
+            let arriving = claim.pending || named || left;
+            let by_hand = claim.by_hand;
+            give_back::set_places(tx, &[claim], context, |_| give_back::Place::Coming { arriving })?;
+            if !found.ours && !by_hand {
+                tx.prepare_cached("UPDATE claims SET by_hand = 1 WHERE device_id = ?1")?
+                    .execute([sql_id(id)])?;
+            }
         }
     }
-    if there.len() > 1 {
-        there.retain(|(d, _)| d.entry.instance_uuid == Some(asker.instance));
-    }
-    let only = there.pop();
-    Ok(if there.is_empty() { only } else { None })
+    Ok(Adoption::AlreadyYours(id))
 }
 
-fn is_kind(tx: &Transaction<'_>, id: DeviceId, usb: Option<UsbId>) -> Sql<bool> {
-    tx.prepare_cached(
-        "SELECT EXISTS (SELECT 1 FROM usb_devices WHERE id = ?1 AND (?2 IS NULL OR vendor_id = ?2) AND (?3 IS NULL OR product_id = ?3))",
-    )?
-    .query_row(params![sql_id(id), usb.map(|u| u.vendor.to_string()), usb.map(|u| u.product.to_string())], |row| row.get(0))
-}
-
-fn take(tx: &Transaction<'_>, asker: &Asker, id: DeviceId, stage: Stage, context: &Context) -> Sql<Adoption> {
-    let (state, place) = match stage {
-        Stage::Running => ("allocated", give_back::Place::Inside),
-        Stage::Starting => ("claimed", give_back::Place::Coming),
-    };
-    let known = give_back::held(tx, asker.instance)?.into_iter().find(|c| c.device_id == id);
-    if let Some(claim) = known {
-        give_back::set_places(tx, &[claim], context, |_| place)?;
-        return Ok(Adoption::AlreadyYours(id));
-    }
+/// A claim on a device that nobody asked for. `pending`: for a guest that comes in.
+fn insert(
+    tx: &Transaction<'_>,
+    asker: &Asker,
+    id: DeviceId,
+    runs: bool,
+    pending: Option<f64>,
+    context: &Context,
+) -> Sql<()> {
     step_revision(tx)?;
     tx.prepare_cached(&format!(
-        "INSERT INTO claims (created_at, device_id, instance_uuid, domain, project_id, state, hold, boot_id, revision, descriptors, used)
-         VALUES ({NOW}, ?1, ?2, ?3, ?4, ?5, 'running', ?6, (SELECT max(revision) FROM compute_nodes),
-                 (SELECT descriptors FROM usb_devices WHERE id = ?1), ?5 = 'allocated')"
+        "INSERT INTO claims (created_at, device_id, instance_uuid, domain, project_id, state, hold, pending_since, arrived, boot_id, revision, descriptors, used, by_hand)
+         VALUES ({NOW}, ?1, ?2, ?3, ?4, iif(?5, 'allocated', 'claimed'), 'running', ?6, ?6 IS NOT NULL, ?7, (SELECT max(revision) FROM compute_nodes),
+                 (SELECT descriptors FROM usb_devices WHERE id = ?1), ?5, 1)"
     ))?
     .execute(params![
         sql_id(id),
         asker.instance.to_string(),
         asker.domain,
         asker.project.as_ref().map(ToString::to_string),
-        state,
+        runs,
+        pending,
         context.boot_id,
     ])?;
     refresh(tx, id)?;
-    record(tx, context, &Event::of("adopted", asker).about(id).with("found in the domain's own XML".into()))?;
-    Ok(Adoption::New(id))
+    let detail = match pending {
+        None => "found in the domain's own XML",
+        Some(_) => "found in the domain's own XML, to be confirmed",
+    };
+    record(tx, context, &Event::of("adopted", asker).about(id).with(detail.into()))
+}
+
+/// A guest that comes in.
+struct Arrival<'a> {
+    tx: &'a Transaction<'a>,
+    hints: &'a Hints,
+    asker: &'a Asker,
+    mine: Vec<ClaimRow>,
+    context: &'a Context,
+}
+
+impl Arrival<'_> {
+    fn settle(
+        &self,
+        ours: &[Want],
+        by_hand: &[Holding],
+        equivalent: bool,
+        judge: &mut dyn Judge,
+    ) -> Result<Received, Fault> {
+        let found = self.find(ours, by_hand, equivalent, judge)?;
+        for device in found.iter().flatten().map(|(device, _)| device) {
+            if let Some(claim) = give_back::holder(self.tx, device.entry.id, self.asker.instance)? {
+                return Ok(Received::HeldBy(Box::new(device.clone()), Box::new(claim)));
+            }
+            if device.is_set_aside() && device.entry.instance_uuid.is_none() {
+                return Ok(Received::SetAside(Box::new(device.clone())));
+            }
+        }
+        let mut granted = Vec::new();
+        if !ours.is_empty() {
+            let mut choice = Choice::new(self.tx, self.asker, &[], Standing::Pending, judge)?;
+            let taken = found.iter().flatten().map(|(device, _)| device.entry.id);
+            choice.pass_over(taken, "it is in another <hostdev> of this domain");
+            match claim::take_of(choice, self.hints, ours, self.context)? {
+                Claimed::Granted(devices) => granted = devices,
+                Claimed::Short(short) => return Ok(Received::Short(short)),
+                Claimed::Unfit(why) => return Ok(Received::Unfit(why)),
+            }
+        }
+        for (device, address) in found.iter().flatten() {
+            self.claim(device.entry.id, *address)?;
+        }
+        metadata::refresh(self.tx, self.asker.instance)?;
+        let by_hand = found.into_iter().map(|f| f.map(|(device, at)| (device.entry.id, at))).collect();
+        Ok(Received::Granted { ours: granted, by_hand })
+    }
+
+    /// The devices of the hostdevs that somebody wrote: first those that are where the XML has
+    /// them, then those that have moved.
+    fn find(
+        &self,
+        ours: &[Want],
+        by_hand: &[Holding],
+        equivalent: bool,
+        judge: &mut dyn Judge,
+    ) -> Sql<Vec<Option<(Record, BusAddress)>>> {
+        let mut finder = Finder::new(self.tx, &self.mine, self.asker, judge);
+        let mut taken: BTreeSet<DeviceId> = ours.iter().filter_map(|w| w.request.selector.id).collect();
+        let mut found = Vec::new();
+        for holding in by_hand {
+            let device = finder.find(holding)?.map(|f| (f.device, f.address));
+            found.push(device.filter(|(device, _)| taken.insert(device.entry.id)));
+        }
+        // What virt-usb gave to the instance is not what somebody wrote.
+        taken.extend(self.mine.iter().filter(|c| !c.by_hand).map(|c| c.device_id));
+        for (holding, found) in by_hand.iter().zip(&mut found) {
+            if found.is_none()
+                && let Some(moved) = self.moved(&mut finder, holding, &taken, equivalent)?
+            {
+                taken.insert(moved.0.entry.id);
+                *found = Some(moved);
+            }
+        }
+        Ok(found)
+    }
+
+    /// The device of a hostdev whose address is out of date.
+    fn moved(
+        &self,
+        finder: &mut Finder<'_>,
+        holding: &Holding,
+        taken: &BTreeSet<DeviceId>,
+        equivalent: bool,
+    ) -> Sql<Option<(Record, BusAddress)>> {
+        if holding.usb.is_none() || holding.address.is_none() {
+            return Ok(None);
+        }
+        let anywhere = Holding { usb: holding.usb, port: holding.port.clone(), ..Holding::default() };
+        let mut mine = finder.matching(&anywhere, None, true, usize::MAX)?;
+        mine.retain(|(device, _)| !taken.contains(&device.entry.id));
+        if mine.len() == 1 {
+            return Ok(mine.pop());
+        }
+        let mut all = finder.matching(&anywhere, None, false, usize::MAX)?;
+        all.extend(mine);
+        all.retain(|(device, _)| !taken.contains(&device.entry.id));
+        if all.len() > 1 && !equivalent {
+            return Ok(None);
+        }
+        // The instance's, then what is offered, then what only the rules keep back, then what
+        // cannot be had.
+        let rank = |device: &Record| match device.entry.instance_uuid {
+            Some(holder) if holder == self.asker.instance => 0,
+            Some(_) => 3,
+            None if device.is_set_aside() => 3,
+            None => 1 + u8::from(device.entry.status_reason.is_some()),
+        };
+        all.sort_by_key(|(device, _)| (rank(device), device.entry.id));
+        Ok(all.into_iter().next())
+    }
+
+    fn claim(&self, id: DeviceId, address: BusAddress) -> Result<(), Fault> {
+        self.hints.add(Known::Instance(self.asker.instance))?;
+        device::set_address(self.tx, id, address)?;
+        match self.mine.iter().find(|c| c.device_id == id) {
+            Some(claim) if claim.pending => {
+                step_revision(self.tx)?;
+                self.tx
+                    .prepare_cached("UPDATE claims SET by_hand = 1, request = NULL, hold = 'running', arrived = 1, pending_since = ?2, revision = (SELECT max(revision) FROM compute_nodes) WHERE id = ?1")?
+                    .execute(params![claim.id, self.context.uptime])?;
+            }
+            Some(_) => name_incoming(self.tx, id, self.context)?,
+            None => insert(self.tx, self.asker, id, false, Some(self.context.uptime), self.context)?,
+        }
+        Ok(())
+    }
 }

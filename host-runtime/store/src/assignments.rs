@@ -178,7 +178,7 @@ impl Store {
                 Err(too_many) => return Ok(Given::TooMany(too_many)),
             };
             if !missing.is_empty() {
-                let want = |request: &DeviceRequest| Want { request: request.clone(), lasting: true, by_hand: false };
+                let want = |request: &DeviceRequest| Want::new(request.clone(), true);
                 let wants: Vec<Want> = missing.iter().map(want).collect();
                 match claim::take(tx, hints, asker, &wants, &[], Standing::More, judge, context)? {
                     Claimed::Granted(granted) => new.extend(granted.iter().map(|g| g.device.entry.id)),

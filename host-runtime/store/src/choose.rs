@@ -15,10 +15,10 @@ use crate::query::{self, Query};
 const MAX_PASSED_OVER: usize = 256;
 
 pub(crate) struct Choice<'a> {
-    tx: &'a Transaction<'a>,
-    asker: &'a Asker,
-    prefer: &'a [DeviceId],
-    standing: Standing,
+    pub(crate) tx: &'a Transaction<'a>,
+    pub(crate) asker: &'a Asker,
+    pub(crate) prefer: &'a [DeviceId],
+    pub(crate) standing: Standing,
     judge: &'a mut dyn Judge,
     /// What the instance holds already.
     mine: Vec<ClaimRow>,
@@ -62,6 +62,11 @@ impl<'a> Choice<'a> {
 
     pub(crate) fn mine(&self) -> &[ClaimRow] {
         &self.mine
+    }
+
+    /// Leaves these devices to others.
+    pub(crate) fn pass_over(&mut self, devices: impl IntoIterator<Item = DeviceId>, why: &str) {
+        self.passed_over.extend(devices.into_iter().map(|id| (id, why.to_owned())));
     }
 
     pub(crate) fn fits(&mut self, chosen: &[Granted]) -> Result<(), String> {
@@ -186,8 +191,11 @@ impl<'a> Choice<'a> {
             && let Some(row) = rows.next()?
         {
             let device = Record::read(row)?;
-            if device.is_for(self.asker.project.as_ref()) && !self.passed_over.contains_key(&device.entry.id)
-            {
+            let id = device.entry.id;
+            // What an incoming guest holds already it keeps, whoever the device is for by now.
+            let keeps = self.standing == Standing::Pending && self.mine.iter().any(|c| c.device_id == id);
+            let is_for = keeps || device.is_for(self.asker.project.as_ref());
+            if is_for && !self.passed_over.contains_key(&id) {
                 found.push(device);
             }
         }

@@ -36,8 +36,15 @@ pub struct Want {
     pub request: DeviceRequest,
     /// Whether the claim outlives the run of the guest.
     pub lasting: bool,
-    /// Whether it is for a hostdev that somebody wrote into the domain: no flavor asks for it, and none that asks for less gives it up.
-    pub by_hand: bool,
+    /// Its position among the instance's requests, where that is not its position here.
+    pub number: Option<u32>,
+}
+
+impl Want {
+    /// The request at its own position.
+    pub const fn new(request: DeviceRequest, lasting: bool) -> Self {
+        Self { request, lasting, number: None }
+    }
 }
 
 /// Whether a claim stands, or waits for the step that follows.
@@ -48,7 +55,8 @@ pub enum Standing {
     /// Made while the guest runs, beside all that it holds: that stays, and serves none of these requests.
     More,
     /// Made by an incoming restore or migration: void unless confirmed within [`crate::Context::pending_grace`]. What the
-    /// instance held firmly before stays firm: a restore that fails must not cost it a device.
+    /// instance held firmly before stays as it is, and only remembers that it was named: the guest
+    /// may run, or fail to come in.
     Pending,
 }
 
@@ -140,7 +148,9 @@ pub enum Why {
 
 impl Store {
     /// Takes all devices that `wants` asks for, or none. Asked twice, the answer is the same claim. What the instance holds
-    /// beyond that (an older flavor's) is given back, but for what was adopted from the domain's own XML. `prefer` lists devices to be chosen before others.
+    /// beyond that (an older flavor's) is given back, except what was adopted from the domain's own
+    /// XML. `prefer` lists the devices that the domain's XML holds: they are chosen before others,
+    /// and a firm claim keeps them in any case.
     ///
     /// # Errors
     /// When the database cannot be written; then nothing was taken.
@@ -170,7 +180,18 @@ pub(crate) fn take(
     context: &Context,
 ) -> Result<Claimed, Fault> {
     give_back::sweep(tx, context)?;
-    let mut choice = Choice::new(tx, asker, prefer, standing, judge)?;
+    let choice = Choice::new(tx, asker, prefer, standing, judge)?;
+    take_of(choice, hints, wants, context)
+}
+
+/// [`take`], of what is left to choose from.
+pub(crate) fn take_of(
+    mut choice: Choice<'_>,
+    hints: &Hints,
+    wants: &[Want],
+    context: &Context,
+) -> Result<Claimed, Fault> {
+    let Choice { tx, asker, prefer, standing, .. } = choice;
     let outcome = match choice.choose(wants)? {
         Err(short) => Claimed::Short(short),
         Ok(chosen) => match choice.fits(&chosen) {
@@ -181,7 +202,7 @@ pub(crate) fn take(
     let refused = match &outcome {
         Claimed::Granted(chosen) => {
             let mine = choice.mine();
-            Grant { tx, hints, asker, mine, standing, context }.write(wants, chosen)?;
+            Grant { tx, hints, asker, mine, prefer, standing, context }.write(wants, chosen)?;
             return Ok(outcome);
         }
         Claimed::Short(short) => short

@@ -196,7 +196,7 @@ pub struct ClaimRow {
     pub domain: String,
     /// Whose instance it is, where known.
     pub project_id: Option<String>,
-    /// The position of the request among the instance's; none when adopted.
+    /// The position of the request among the instance's; none where no request is served by it.
     pub request: Option<u32>,
     /// `claimed` or `allocated`.
     pub state: String,
@@ -214,6 +214,15 @@ pub struct ClaimRow {
     /// and does not take it again, whatever the live XML shows (hw/usb/host-libusb.c, `usb_host_post_load_bh`; libvirt names a
     /// device file, for which QEMU does not scan): the device is to leave the guest and to be attached anew.
     pub arrived: bool,
+    /// The device is in a hostdev that somebody wrote by hand, whatever alias that has and whether
+    /// or not a request is served by it too: no rule takes it away, and it is never rewritten.
+    #[serde(skip)]
+    pub by_hand: bool,
+    /// Seconds since boot at which a restore named the device of this firm claim. The restore may
+    /// be of a guest that runs, which libvirt refuses afterwards, so the claim itself stays as it
+    /// was until the next prepare.
+    #[serde(skip)]
+    pub incoming_since: Option<f64>,
     /// What the device sent of itself when the claim was made.
     #[serde(skip)]
     pub descriptors: Option<Descriptors>,
@@ -226,6 +235,12 @@ pub struct ClaimRow {
 }
 
 impl ClaimRow {
+    /// Whether its guest runs, as far as claims tell: what is held for a run of this boot, or is in
+    /// a guest.
+    pub fn is_of_a_run(&self, boot_id: &str) -> bool {
+        !self.pending && self.boot_id == boot_id && (self.state == "allocated" || self.hold == "running")
+    }
+
     /// Whose it was when it was made.
     pub fn asker(&self) -> Asker {
         Asker {
@@ -251,6 +266,8 @@ impl ClaimRow {
             revision: row.get("revision")?,
             ending: row.get("ending")?,
             arrived: row.get("arrived")?,
+            by_hand: row.get("by_hand")?,
+            incoming_since: row.get("incoming_since")?,
             descriptors: parse_some(row, "descriptors")?,
             used: row.get("used")?,
             serial_shared: row.get("serial_shared")?,
@@ -283,7 +300,8 @@ impl Store {
         self.all("SELECT * FROM claims ORDER BY device_id", [], ClaimRow::read)
     }
 
-    /// What has to do with one instance: the devices that it holds, those of these ids, those at these addresses.
+    /// What has to do with one instance: the devices that it holds, those of these ids, those at
+    /// these addresses and ports.
     ///
     /// # Errors
     /// When the database cannot be read.
@@ -292,14 +310,17 @@ impl Store {
         instance: InstanceId,
         ids: &[DeviceId],
         addresses: &[BusAddress],
+        ports: &[PortPath],
     ) -> Result<Vec<Record>, StoreError> {
-        // Numbers and addresses hold nothing that SQL would read.
+        // Numbers, addresses and ports hold nothing that SQL would read.
         let ids: Vec<String> = ids.iter().map(ToString::to_string).collect();
         let addresses: Vec<String> = addresses.iter().map(|a| format!("'{a}'")).collect();
+        let ports: Vec<String> = ports.iter().map(|p| format!("'{p}'")).collect();
         self.records(&format!(
-            "deleted = 0 AND (instance_uuid = '{instance}' OR id IN ({}) OR address IN ({}))",
+            "deleted = 0 AND (instance_uuid = '{instance}' OR id IN ({}) OR address IN ({}) OR port_path IN ({}))",
             ids.join(", "),
-            addresses.join(", ")
+            addresses.join(", "),
+            ports.join(", ")
         ))
     }
 

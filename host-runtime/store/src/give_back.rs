@@ -20,6 +20,16 @@ pub enum Extent {
     Gone,
 }
 
+/// How it is known that a guest runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Witness {
+    /// It has just started, says libvirt: what came in for it is in it.
+    Start,
+    /// It was found running, and may have run before a restore or a migration claimed devices in
+    /// its name.
+    Look,
+}
+
 impl Store {
     /// Gives back what the instance holds. Returns the devices that became free; done twice, the second finds nothing.
     ///
@@ -68,8 +78,10 @@ impl Store {
         Ok(freed)
     }
 
-    /// The guest runs: its pending claims stand, and the devices of `in_guest` are allocated, but for those that it came in with and
-    /// that are to be attached anew. Returns those that the instance holds but that are not in the guest yet.
+    /// The guest runs: the devices of `in_guest` are allocated, except those that it came in with
+    /// and that are to be attached anew. Pending claims stand from its own start on; a guest that
+    /// was only found running never asked for them. Returns the devices that the instance holds but
+    /// that are not in the guest yet.
     ///
     /// # Errors
     /// When the database cannot be written.
@@ -77,10 +89,12 @@ impl Store {
         &mut self,
         instance: InstanceId,
         in_guest: &[DeviceId],
+        witness: Witness,
         context: &Context,
     ) -> Result<Vec<DeviceId>, StoreError> {
         self.write(|tx, _| {
-            let claims = valid(tx, instance, context)?;
+            let mut claims = valid(tx, instance, context)?;
+            claims.retain(|c| !c.pending || witness == Witness::Start);
             set_places(tx, &claims, context, |claim| {
                 if in_guest.contains(&claim.device_id) { Place::Inside } else { Place::Outside }
             })?;
@@ -177,7 +191,10 @@ fn valid(tx: &Transaction<'_>, instance: InstanceId, context: &Context) -> Sql<V
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Place {
     /// In the XML of a guest that is about to run.
-    Coming,
+    Coming {
+        /// With a state of its own, for which QEMU lets go of the device.
+        arriving: bool,
+    },
     /// In the XML of the guest that runs.
     Inside,
     /// Not in the guest.
@@ -189,7 +206,8 @@ impl Place {
     fn of(self, claim: &ClaimRow) -> (&'static str, bool) {
         match self {
             Self::Inside if !claim.arrived => ("allocated", false),
-            Self::Inside | Self::Coming => ("claimed", claim.arrived),
+            Self::Inside => ("claimed", true),
+            Self::Coming { arriving } => ("claimed", claim.arrived || arriving),
             Self::Outside => ("claimed", false),
         }
     }
@@ -206,14 +224,15 @@ pub(crate) fn set_places(
     for claim in claims {
         let (state, arrived) = place(claim).of(claim);
         let same = claim.state == state && claim.arrived == arrived;
-        if same && !claim.pending && claim.boot_id == context.boot_id {
+        let named = claim.pending || claim.incoming_since.is_some();
+        if same && !named && claim.boot_id == context.boot_id {
             continue;
         }
         if !std::mem::replace(&mut stepped, true) {
             step_revision(tx)?;
         }
         tx.prepare_cached(
-            "UPDATE claims SET state = ?2, pending_since = NULL, boot_id = ?3, arrived = ?4, used = used OR ?2 = 'allocated', revision = (SELECT max(revision) FROM compute_nodes) WHERE id = ?1",
+            "UPDATE claims SET state = ?2, pending_since = NULL, incoming_since = NULL, boot_id = ?3, arrived = ?4, used = used OR ?2 = 'allocated', revision = (SELECT max(revision) FROM compute_nodes) WHERE id = ?1",
         )?
         .execute(params![claim.id, state, context.boot_id, arrived])?;
         refresh(tx, claim.device_id)?;

@@ -18,6 +18,8 @@ pub(crate) struct Grant<'a> {
     pub(crate) asker: &'a Asker,
     /// What the instance holds already.
     pub(crate) mine: &'a [ClaimRow],
+    /// What the domain's own XML holds.
+    pub(crate) prefer: &'a [DeviceId],
     pub(crate) standing: Standing,
     pub(crate) context: &'a Context,
 }
@@ -28,14 +30,23 @@ impl Grant<'_> {
         // And an incoming guest that may yet fail to arrive loses nothing.
         let firm = self.standing == Standing::Firm;
         let asked_for = self.mine.iter().filter(|c| firm && c.request.is_some());
-        let given_up: Vec<&ClaimRow> =
-            asked_for.filter(|c| chosen.iter().all(|g| g.device.entry.id != c.device_id)).collect();
-        if given_up.is_empty() && chosen.iter().all(|g| self.is_as_was(g, wants.get(g.request))) {
+        let (by_hand, given_up): (Vec<&ClaimRow>, Vec<&ClaimRow>) = asked_for
+            .filter(|c| chosen.iter().all(|g| g.device.entry.id != c.device_id))
+            .partition(|c| self.prefer.contains(&c.device_id));
+        if given_up.is_empty()
+            && by_hand.is_empty()
+            && chosen.iter().all(|g| self.is_as_was(g, wants.get(g.request)))
+        {
             return Ok(());
         }
         step_revision(self.tx)?;
         for claim in given_up {
             give_back::delete(self.tx, claim, "released", "no longer asked for", self.context)?;
+        }
+        // Nothing asks for it any more, and the guest starts with it all the same.
+        for claim in by_hand {
+            let sql = "UPDATE claims SET by_hand = 1, request = NULL, hold = 'running', revision = (SELECT max(revision) FROM compute_nodes) WHERE id = ?1";
+            self.tx.prepare_cached(sql)?.execute([claim.id])?;
         }
         if !chosen.is_empty() {
             self.hints.add(Known::Instance(self.asker.instance))?;
@@ -51,14 +62,23 @@ impl Grant<'_> {
         self.mine.iter().find(|c| c.device_id == device)
     }
 
+    /// Whether the device is in a hostdev that somebody wrote: a claim says so as long as the XML
+    /// holds it.
+    fn by_hand(&self, device: DeviceId) -> bool {
+        self.held(device)
+            .is_some_and(|c| c.by_hand && (self.standing != Standing::Firm || self.prefer.contains(&device)))
+    }
+
     /// Nothing to write for this one: the same claim, the same request, firm, the address as stored.
     fn is_as_was(&self, granted: &Granted, want: Option<&Want>) -> bool {
         let entry = &granted.device.entry;
         let same_claim = self.held(entry.id).is_some_and(|c| {
-            c.request == position(granted, want)
+            c.request == Some(position(granted, want))
                 && !c.pending
                 && !c.ending
-                && (c.arrived || self.standing != Standing::Pending)
+                && self.standing != Standing::Pending
+                && c.incoming_since.is_none()
+                && c.by_hand == self.by_hand(entry.id)
                 && c.hold == hold_name(want)
                 && c.domain == self.asker.domain
         });
@@ -68,6 +88,9 @@ impl Grant<'_> {
     fn claim(&self, granted: &Granted, want: Option<&Want>) -> Sql<()> {
         let device = granted.device.entry.id;
         let pending = (self.standing == Standing::Pending).then_some(self.context.uptime);
+        if pending.is_some() && self.held(device).is_some_and(|c| !c.pending) {
+            return name_incoming(self.tx, device, self.context);
+        }
         let what = params![
             sql_id(device),
             self.asker.instance.to_string(),
@@ -77,20 +100,17 @@ impl Grant<'_> {
             hold_name(want),
             pending,
             self.context.boot_id,
+            self.by_hand(device),
         ];
-        if self.standing == Standing::Pending && self.held(device).is_some_and(|c| !c.pending) {
-            // What is firm stays firm: the guest that comes in may fail to.
-            let sql = "UPDATE claims SET arrived = 1, revision = (SELECT max(revision) FROM compute_nodes) WHERE device_id = ?1";
-            self.tx.prepare_cached(sql)?.execute([sql_id(device)])?;
-        } else if self.held(device).is_some() {
-            let sql = "UPDATE claims SET domain = ?3, project_id = ?4, request = ?5, hold = ?6, pending_since = ?7,
-                 arrived = arrived OR ?7 IS NOT NULL, ending = 0, boot_id = ?8, revision = (SELECT max(revision) FROM compute_nodes) WHERE device_id = ?1 AND instance_uuid = ?2";
+        if self.held(device).is_some() {
+            let sql = "UPDATE claims SET domain = ?3, project_id = ?4, request = ?5, hold = ?6, pending_since = ?7, incoming_since = NULL,
+                 by_hand = ?9, arrived = arrived OR ?7 IS NOT NULL, ending = 0, boot_id = ?8, revision = (SELECT max(revision) FROM compute_nodes) WHERE device_id = ?1 AND instance_uuid = ?2";
             self.tx.prepare_cached(sql)?.execute(what)?;
         } else {
             let sql = format!(
-                "INSERT INTO claims (created_at, device_id, instance_uuid, domain, project_id, request, state, hold, pending_since, arrived, boot_id, revision, descriptors)
+                "INSERT INTO claims (created_at, device_id, instance_uuid, domain, project_id, request, state, hold, pending_since, arrived, boot_id, revision, descriptors, by_hand)
                  VALUES ({NOW}, ?1, ?2, ?3, ?4, ?5, 'claimed', ?6, ?7, ?7 IS NOT NULL, ?8,
-                 (SELECT max(revision) FROM compute_nodes), (SELECT descriptors FROM usb_devices WHERE id = ?1))"
+                 (SELECT max(revision) FROM compute_nodes), (SELECT descriptors FROM usb_devices WHERE id = ?1), ?9)"
             );
             self.tx.prepare_cached(&sql)?.execute(what)?;
         }
@@ -111,9 +131,18 @@ impl Grant<'_> {
     }
 }
 
+/// A restore names the device of a firm claim. Nothing of the claim changes, its revision neither:
+/// its guest may run.
+pub(crate) fn name_incoming(tx: &Transaction<'_>, device: DeviceId, context: &Context) -> Sql<()> {
+    tx.prepare_cached("UPDATE claims SET incoming_since = ?2 WHERE device_id = ?1")?
+        .execute(params![sql_id(device), context.uptime])?;
+    Ok(())
+}
+
 /// The request that the claim says it serves.
-fn position(granted: &Granted, want: Option<&Want>) -> Option<u32> {
-    (!want.is_some_and(|w| w.by_hand)).then(|| u32::try_from(granted.request).unwrap_or(u32::MAX))
+fn position(granted: &Granted, want: Option<&Want>) -> u32 {
+    let here = || u32::try_from(granted.request).unwrap_or(u32::MAX);
+    want.and_then(|w| w.number).unwrap_or_else(here)
 }
 
 fn hold_name(want: Option<&Want>) -> &'static str {

@@ -25,6 +25,7 @@ const MIGRATIONS: &[&str] = &[
     include_str!("../migrations/0005_owners.sql"),
     include_str!("../migrations/0006_grants.sql"),
     include_str!("../migrations/0007_path.sql"),
+    include_str!("../migrations/0009_incoming.sql"),
 ];
 
 /// The schema version that this program reads and writes.

@@ -71,8 +71,7 @@ impl Bench {
         let asker =
             Asker { instance: instance(number)?, domain: format!("instance-{number:08x}"), project: None };
         let requests = Flavor::parse_lists(Some(selector), None)?.usb_devices;
-        let wants: Vec<Want> =
-            requests.into_iter().map(|request| Want { request, lasting: false, by_hand: false }).collect();
+        let wants: Vec<Want> = requests.into_iter().map(|request| Want::new(request, false)).collect();
         let began = Instant::now();
         let claimed =
             self.store.claim(&asker, &wants, &[], Standing::Firm, &mut self.ports, &self.context)?;

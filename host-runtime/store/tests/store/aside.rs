@@ -7,7 +7,7 @@ use virt_usb_store::claim::Claimed;
 use virt_usb_store::discover::Done;
 use virt_usb_store::events::Filter;
 use virt_usb_store::flaps::Limits;
-use virt_usb_store::give_back::Extent;
+use virt_usb_store::give_back::{Extent, Witness};
 use virt_usb_store::{Record, Store};
 
 use crate::common::*;
@@ -54,7 +54,7 @@ fn claimed(store: &mut Store, n: u32, json: &str) -> Result<(), Claimed> {
 
 fn used(store: &mut Store) {
     claimed(store, 1, ANY).unwrap();
-    store.confirm(instance(1), &[KEY], &boot(1)).unwrap();
+    store.confirm(instance(1), &[KEY], Witness::Look, &boot(1)).unwrap();
 }
 
 fn given_back(store: &mut Store) {
@@ -133,7 +133,8 @@ fn nobody_starts_with_what_is_set_aside_whoever_wrote_it_into_his_domain() {
     let (_dir, mut store) = inventory();
     scan(&mut store, &seen(2, false, true), &boot(1)).unwrap();
     let address = virt_usb_model::BusAddress::new(1, 2);
-    let by_hand = [Holding { id: None, usb: Some(virt_usb_model::UsbId::new(0x0529, 1)), address }];
+    let by_hand =
+        [Holding { usb: Some(virt_usb_model::UsbId::new(0x0529, 1)), address, ..Holding::default() }];
     let adopt = |store: &mut Store, stage| {
         store.adopt(&asker(7), &by_hand, stage, &mut Trusting, &boot(1)).unwrap().remove(0)
     };

@@ -140,7 +140,7 @@ pub(crate) fn request(json: &str) -> DeviceRequest {
 }
 
 pub(crate) fn want(json: &str) -> Want {
-    Want { request: request(json), lasting: false, by_hand: false }
+    Want::new(request(json), false)
 }
 
 /// Believes the inventory, and refuses nothing.

@@ -9,7 +9,7 @@ use std::time::Duration;
 use tempfile::TempDir;
 use virt_usb_store::claim::Claimed;
 use virt_usb_store::flaps::Limits;
-use virt_usb_store::{Durability, FILE_NAME, Store, StoreError};
+use virt_usb_store::{Durability, FILE_NAME, SCHEMA, Store, StoreError};
 
 use crate::common::*;
 
@@ -175,7 +175,7 @@ fn of_another_version_or_another_program() {
     check!(
         hook(dir.path()),
         StoreError::Newer { found: 99, .. },
-        "has schema 99, this program knows 7",
+        &format!("has schema 99, this program knows {SCHEMA}"),
         "or newer"
     );
     check!(Store::create(dir.path(), PATIENCE), StoreError::Newer { .. }, "has schema 99");
@@ -184,7 +184,7 @@ fn of_another_version_or_another_program() {
     check!(
         hook(dir.path()),
         StoreError::Older { found: 0, .. },
-        "has schema 0, this program needs 7",
+        &format!("has schema 0, this program needs {SCHEMA}"),
         "virt-usb discover"
     );
 

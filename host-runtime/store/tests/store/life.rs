@@ -8,7 +8,7 @@ use virt_usb_store::claim::{Claimed, Granted, Judge, Standing, Verified, Want, W
 use virt_usb_store::discover::Change;
 use virt_usb_store::events::Filter;
 use virt_usb_store::flaps::Limits;
-use virt_usb_store::give_back::Extent;
+use virt_usb_store::give_back::{Extent, Witness};
 use virt_usb_store::hints::{Known, may_know};
 use virt_usb_store::{Context, Record, Source, Store};
 
@@ -24,7 +24,7 @@ fn at(boot_number: u32, uptime: f64) -> Context {
 
 /// Claims any one device, for the instance or for its run.
 fn claim_as(store: &mut Store, n: u32, lasting: bool, standing: Standing, context: &Context) -> Claimed {
-    let wants = [Want { request: request(ANY), lasting, by_hand: false }];
+    let wants = [Want::new(request(ANY), lasting)];
     store.claim(&asker(n), &wants, &[], standing, &mut Trusting, context).unwrap()
 }
 
@@ -39,8 +39,8 @@ fn what_is_held_for_the_instance_outlives_the_boot_as_a_claim() {
     plug(&mut store, 2);
     claim_as(&mut store, 1, true, Standing::Firm, &at(1, 10.0));
     claim_as(&mut store, 2, false, Standing::Firm, &at(1, 10.0));
-    store.confirm(instance(1), &[id(1)], &at(1, 20.0)).unwrap();
-    store.confirm(instance(2), &[id(2)], &at(1, 20.0)).unwrap();
+    store.confirm(instance(1), &[id(1)], Witness::Look, &at(1, 20.0)).unwrap();
+    store.confirm(instance(2), &[id(2)], Witness::Look, &at(1, 20.0)).unwrap();
     // The first to come after the boot, whoever it is.
     scan(
         &mut store,
@@ -54,7 +54,7 @@ fn what_is_held_for_the_instance_outlives_the_boot_as_a_claim() {
     assert_eq!(claims[0].instance_uuid, instance(1));
     // A claim of an earlier boot that nobody has swept is not revived by a confirmation.
     claim_as(&mut store, 3, false, Standing::Firm, &at(2, 10.0));
-    assert_eq!(store.confirm(instance(3), &[id(2)], &at(3, 5.0)).unwrap(), []);
+    assert_eq!(store.confirm(instance(3), &[id(2)], Witness::Look, &at(3, 5.0)).unwrap(), []);
     assert_eq!(store.claims().unwrap()[1].boot_id, "boot-2");
     assert_sound(&store);
 }
@@ -88,7 +88,7 @@ fn a_restore_that_fails_costs_nothing_that_was_held_before() {
     }
     // Late, but in time for a confirmation: nobody took it meanwhile.
     claim_as(&mut store, 1, false, Standing::Pending, &at(1, 1000.0));
-    assert_eq!(store.confirm(instance(1), &[], &at(1, 2000.0)).unwrap(), [id(1)]);
+    assert_eq!(store.confirm(instance(1), &[], Witness::Start, &at(1, 2000.0)).unwrap(), [id(1)]);
     claim_as(&mut store, 9, false, Standing::Firm, &at(1, 3000.0));
     assert_eq!(store.claims().unwrap().len(), 2);
 }
@@ -134,8 +134,7 @@ fn the_metadata_says_what_the_instance_has() {
     let (dir, mut store) = inventory();
     let key = device(1, Some("A1"), "1-4", 7);
     scan(&mut store, &[(key, offered()), (device(2, None, "1-2", 9), offered())], &boot(1)).unwrap();
-    let wants =
-        [Want { request: request(r#"{"vendor_id":"0529","count":2}"#), lasting: false, by_hand: false }];
+    let wants = [Want::new(request(r#"{"vendor_id":"0529","count":2}"#), false)];
     store.claim(&asker(1), &wants, &[], Standing::Firm, &mut Trusting, &boot(1)).unwrap();
     let first = r#"{"id":1,"vendor_id":"0529","product_id":"0001","serial":"A1","address":"usb_1_7"}"#;
     let second = r#"{"id":2,"vendor_id":"0529","product_id":"0002","address":"usb_1_9"}"#;
@@ -158,7 +157,7 @@ fn the_metadata_says_what_the_instance_has() {
 fn what_was_adopted_stays_beside_what_is_asked_for() {
     let (_dir, mut store) = inventory();
     plug(&mut store, 3);
-    let holding = Holding { id: Some(id(2)), usb: None, address: None };
+    let holding = Holding { address: BusAddress::new(1, 2), ..Holding::default() };
     let adopt = |store: &mut Store| {
         store
             .adopt(&asker(1), std::slice::from_ref(&holding), Stage::Starting, &mut Trusting, &boot(1))

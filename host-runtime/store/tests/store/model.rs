@@ -30,8 +30,12 @@ pub(crate) struct Claim {
     pub(crate) lasting: bool,
     pub(crate) pending: Option<f64>,
     pub(crate) boot: String,
-    /// Not (yet) asked for: found in the domain's own XML.
-    pub(crate) adopted: bool,
+    /// No request is served by it.
+    pub(crate) unasked: bool,
+    /// It is in a hostdev that somebody wrote.
+    pub(crate) by_hand: bool,
+    /// When a restore named it while it was firm.
+    pub(crate) named: Option<f64>,
     /// Claimed for a guest that comes in with it: not allocated before it was out of that guest.
     pub(crate) arrived: bool,
 }
@@ -63,23 +67,38 @@ impl Model {
             None => c.boot == boot || c.lasting,
         });
         for claim in self.claims.values_mut().filter(|c| c.boot != boot) {
-            (claim.allocated, claim.arrived) = (false, false);
+            (claim.allocated, claim.arrived, claim.named) = (false, false, None);
             claim.boot = boot.into();
         }
     }
 
-    /// The instance now holds exactly `ids`, and what was adopted. Who comes in and may yet fail to (`since`) loses
+    /// Whether the instance's guest runs, as far as its claims tell.
+    pub(crate) fn runs(&self, instance: InstanceId, boot: &str) -> bool {
+        let runs = |c: &Claim| c.pending.is_none() && c.boot == boot && (c.allocated || !c.lasting);
+        self.claims.values().any(|c| c.instance == instance && runs(c))
+    }
+
+    /// The instance now holds exactly `ids`, what was adopted and what its XML holds (`inside`).
+    /// Who comes in and may yet fail to (`since`) loses
     /// nothing: what was firm stays as it was.
     pub(crate) fn grant(
         &mut self,
         instance: InstanceId,
         ids: &BTreeSet<DeviceId>,
+        inside: &[DeviceId],
         lasting: bool,
         since: Option<f64>,
         boot: &str,
     ) {
-        self.claims
-            .retain(|id, c| c.instance != instance || c.adopted || since.is_some() || ids.contains(id));
+        let kept = |id: &DeviceId, c: &Claim| {
+            c.unasked || since.is_some() || ids.contains(id) || inside.contains(id)
+        };
+        self.claims.retain(|id, c| c.instance != instance || kept(id, c));
+        for (id, claim) in self.claims.iter_mut().filter(|(_, c)| c.instance == instance && since.is_none()) {
+            if !ids.contains(id) && !claim.unasked {
+                (claim.by_hand, claim.unasked, claim.lasting) = (true, true, false);
+            }
+        }
         for id in ids {
             let new = Claim {
                 instance,
@@ -87,14 +106,18 @@ impl Model {
                 lasting,
                 pending: since,
                 boot: boot.into(),
-                adopted: false,
+                unasked: false,
+                by_hand: false,
+                named: None,
                 arrived: since.is_some(),
             };
             match self.claims.get_mut(id) {
-                Some(firm) if since.is_some() && firm.pending.is_none() => firm.arrived = true,
+                Some(firm) if since.is_some() && firm.pending.is_none() => firm.named = since,
                 Some(claim) => {
                     claim.lasting = lasting;
-                    claim.adopted = false;
+                    claim.unasked = false;
+                    claim.by_hand &= since.is_some() || inside.contains(id);
+                    claim.named = None;
                     claim.pending = since;
                     claim.arrived |= since.is_some();
                 }
@@ -103,17 +126,55 @@ impl Model {
         }
     }
 
-    /// The guest runs with `in_guest`; or it does not run.
-    pub(crate) fn set_states(&mut self, instance: InstanceId, in_guest: Option<&[DeviceId]>, boot: &str) {
+    /// A hostdev that somebody wrote comes in with this device.
+    pub(crate) fn receive_by_hand(&mut self, instance: InstanceId, id: DeviceId, since: f64, boot: &str) {
+        let new = Claim {
+            instance,
+            allocated: false,
+            lasting: false,
+            pending: Some(since),
+            boot: boot.into(),
+            unasked: true,
+            by_hand: true,
+            named: None,
+            arrived: true,
+        };
+        match self.claims.get_mut(&id) {
+            Some(firm) if firm.pending.is_none() => firm.named = Some(since),
+            Some(claim) => *claim = Claim { boot: claim.boot.clone(), ..new },
+            None => drop(self.claims.insert(id, new)),
+        }
+    }
+
+    /// The guest is about to start with `inside`: (device, by our alias) each.
+    pub(crate) fn enter(&mut self, instance: InstanceId, inside: &BTreeSet<DeviceId>) -> bool {
+        let mine = || self.claims.iter().filter(|(_, c)| c.instance == instance);
+        if !mine().any(|(id, c)| c.arrived && inside.contains(id)) {
+            return false;
+        }
+        self.claims.retain(|id, c| {
+            c.instance != instance || inside.contains(id) || (c.pending.is_none() && c.lasting)
+        });
+        true
+    }
+
+    /// The guest runs with `in_guest` (`started`: that is the start of it); or it does not run.
+    pub(crate) fn set_states(
+        &mut self,
+        instance: InstanceId,
+        in_guest: Option<&[DeviceId]>,
+        started: bool,
+        boot: &str,
+    ) {
         for (id, claim) in self.claims.iter_mut().filter(|(_, c)| c.instance == instance) {
             let valid = claim.boot == boot || (claim.lasting && claim.pending.is_none());
-            if !valid || (in_guest.is_none() && claim.pending.is_some()) {
+            if !valid || (!started && claim.pending.is_some()) {
                 continue;
             }
             let inside = in_guest.is_some_and(|ids| ids.contains(id));
             claim.arrived &= inside;
             claim.allocated = inside && !claim.arrived;
-            claim.pending = None;
+            (claim.pending, claim.named) = (None, None);
             claim.boot = boot.into();
         }
     }
@@ -129,7 +190,7 @@ impl Model {
         let ended: BTreeSet<_> = self.of(instance).into_iter().filter(|id| !kept(&self.claims[id])).collect();
         self.claims.retain(|id, _| !ended.contains(id));
         for claim in self.claims.values_mut().filter(|c| c.instance == instance) {
-            (claim.allocated, claim.arrived) = (false, false);
+            (claim.allocated, claim.arrived, claim.named) = (false, false, None);
             claim.boot = boot.into();
         }
         if everything {
@@ -138,13 +199,15 @@ impl Model {
         ended
     }
 
-    /// Devices that the instance may be given for the request, if they are where the inventory has them.
+    /// Devices that the instance may be given for the request, if they are where the inventory has
+    /// them. `keeps`: what it holds it keeps, whoever that is for.
     pub(crate) fn eligible(
         &self,
         world: &[(Device, Verdict)],
         instance: InstanceId,
         project: Option<&ProjectId>,
         request: &DeviceRequest,
+        keeps: bool,
     ) -> BTreeSet<DeviceId> {
         let free = |id: &DeviceId| self.status(*id) == Some(Status::Available);
         let mine = |id: &DeviceId| self.claims.get(id).is_some_and(|c| c.instance == instance);
@@ -154,7 +217,7 @@ impl Model {
         };
         let fits = |id: &DeviceId, row: &Row| {
             request.selector.matches(*id, &row.device, &row.verdict.tags)
-                && allowed(row)
+                && (allowed(row) || (keeps && mine(id)))
                 && (free(id) || mine(id))
                 && where_is(world, &row.device).is_some()
         };

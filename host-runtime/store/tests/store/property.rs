@@ -9,9 +9,9 @@ use tempfile::TempDir;
 use virt_usb_model::{
     BusAddress, Device, DeviceId, DeviceRequest, InstanceId, PortPath, ProjectId, Status, Verdict,
 };
-use virt_usb_store::adopt::{Adoption, Holding, Stage};
+use virt_usb_store::adopt::{Adoption, Holding, Received, Stage};
 use virt_usb_store::claim::{Asker, Claimed, Granted, Judge, Standing, Verified, Want};
-use virt_usb_store::give_back::Extent;
+use virt_usb_store::give_back::{Extent, Witness};
 use virt_usb_store::hints::{Known, may_know};
 use virt_usb_store::{ClaimRow, Context, Record, Source, Store};
 
@@ -36,6 +36,20 @@ enum Step {
     Confirm {
         who: u32,
         in_guest: u8,
+        started: bool,
+    },
+    /// A restore or a migration, of a guest that may run.
+    Receive {
+        who: u32,
+        hostdevs: Vec<(usize, u8)>,
+        wants: Vec<(usize, u32)>,
+        lasting: bool,
+        equivalent: bool,
+    },
+    /// A prepare with these hostdevs in the XML.
+    Enter {
+        who: u32,
+        hostdevs: Vec<(usize, u8)>,
     },
     OutOfGuest(u32),
     Release(u32),
@@ -58,19 +72,24 @@ enum Step {
 
 fn step() -> impl Strategy<Value = Step> {
     let slot = || (prop::bool::weighted(0.8), prop::bool::weighted(0.2), prop::bool::weighted(0.15));
-    let wants = prop::collection::vec((0..REQUESTS.len(), 1..=2u32), 0..=3);
+    let wants = || prop::collection::vec((0..REQUESTS.len(), 1..=2u32), 0..=3);
     let prefer = prop::option::weighted(0.3, 0..6usize);
     prop_oneof![
         4 => (prop::array::uniform6(slot()), prop::bool::weighted(0.8)).prop_map(|(w, seen)| Step::World(w, seen)),
-        8 => (0..3u32, wants, any::<bool>(), prop::bool::weighted(0.3), prefer, prop::bool::weighted(0.9)).prop_map(
+        8 => (0..3u32, wants(), any::<bool>(), prop::bool::weighted(0.3), prefer, prop::bool::weighted(0.9)).prop_map(
             |(who, wants, lasting, pending, prefer, fits)| Step::Claim { who, wants, lasting, pending, prefer, fits }
         ),
-        3 => (0..3u32, any::<u8>()).prop_map(|(who, in_guest)| Step::Confirm { who, in_guest }),
+        3 => (0..3u32, any::<u8>(), any::<bool>())
+            .prop_map(|(who, in_guest, started)| Step::Confirm { who, in_guest, started }),
+        4 => (0..3u32, prop::collection::vec((0..6usize, 0..BY), 0..=3), wants(), any::<bool>(), any::<bool>())
+            .prop_map(|(who, hostdevs, wants, lasting, equivalent)| Step::Receive { who, hostdevs, wants, lasting, equivalent }),
+        4 => (0..3u32, prop::collection::vec((0..6usize, 0..BY), 0..=3))
+            .prop_map(|(who, hostdevs)| Step::Enter { who, hostdevs }),
         1 => (0..3u32).prop_map(Step::OutOfGuest),
         3 => (0..3u32).prop_map(Step::Release),
         1 => (0..3u32).prop_map(Step::Force),
         1 => (0..3u32, prop::collection::vec(0..REQUESTS.len(), 0..3)).prop_map(|(who, r)| Step::Assign(who, r)),
-        2 => (0..3u32, 0..6usize, 0..4u8, any::<bool>())
+        2 => (0..3u32, 0..6usize, 0..BY, any::<bool>())
             .prop_map(|(who, slot, by, running)| Step::Adopt { who, slot, by, running }),
         1 => (0..3usize, any::<bool>()).prop_map(|(name, set)| Step::Flavor(name, set)),
         2 => (1..100u8).prop_map(Step::Time),
@@ -79,6 +98,9 @@ fn step() -> impl Strategy<Value = Step> {
         1 => Just(Step::Image),
     ]
 }
+
+/// In how many ways a hostdev names its device: see [`Life::holding`].
+const BY: u8 = 8;
 
 /// Overlapping on purpose.
 const REQUESTS: [&str; 7] = [
@@ -177,18 +199,21 @@ impl Life {
                 }
             }
             Step::Claim { who, .. } => self.claim(&mut store, *who, step),
-            Step::Confirm { who, in_guest } => {
+            Step::Receive { who, .. } => self.receive(&mut store, *who, step),
+            Step::Enter { who, hostdevs } => self.enter(&mut store, *who, hostdevs),
+            Step::Confirm { who, in_guest, started } => {
                 let ids: Vec<_> = self.model.rows.keys().copied().collect();
                 let ids: Vec<_> = ids.into_iter().filter(|id| in_guest >> (id.get() % 8) & 1 == 1).collect();
-                let left = store.confirm(instance(*who), &ids, &context).unwrap();
+                let witness = if *started { Witness::Start } else { Witness::Look };
+                let left = store.confirm(instance(*who), &ids, witness, &context).unwrap();
                 assert!(
                     left.iter().all(|id| self.model.of(instance(*who)).contains(id) && !ids.contains(id))
                 );
-                self.model.set_states(instance(*who), Some(&ids), &boot_id);
+                self.model.set_states(instance(*who), Some(&ids), *started, &boot_id);
             }
             Step::OutOfGuest(who) => {
                 store.out_of_guest(instance(*who), &context).unwrap();
-                self.model.set_states(instance(*who), None, &boot_id);
+                self.model.set_states(instance(*who), None, false, &boot_id);
             }
             Step::Release(who) | Step::Force(who) => {
                 let force = matches!(step, Step::Force(_));
@@ -297,20 +322,15 @@ impl Life {
         let context = self.context();
         self.model.sweep(&context.boot_id, self.uptime);
         let asker = Asker { project: project(who), ..asker(who) };
-        let wants: Vec<Want> = wants
-            .iter()
-            .map(|&(which, count)| Want {
-                request: DeviceRequest { count, ..request(REQUESTS[which]) },
-                lasting: *lasting,
-                by_hand: false,
-            })
-            .collect();
+        let wants = wanted(wants, *lasting);
         let prefer: Vec<DeviceId> =
             prefer.iter().filter_map(|n| self.model.rows.keys().nth(*n).copied()).collect();
         let standing = if *pending { Standing::Pending } else { Standing::Firm };
         let eligible: Vec<_> = wants
             .iter()
-            .map(|w| self.model.eligible(&self.world, asker.instance, asker.project.as_ref(), &w.request))
+            .map(|w| {
+                self.model.eligible(&self.world, asker.instance, asker.project.as_ref(), &w.request, *pending)
+            })
             .collect();
         let rows: Vec<_> = wants
             .iter()
@@ -341,7 +361,7 @@ impl Life {
                     assert_eq!(g.already, before.contains(&id));
                 }
                 let since = pending.then_some(self.uptime);
-                self.model.grant(asker.instance, &ids, *lasting, since, &context.boot_id);
+                self.model.grant(asker.instance, &ids, &prefer, *lasting, since, &context.boot_id);
                 let rows = store.claims().unwrap();
                 let again = store.claim(&asker, &wants, &prefer, standing, &mut eyes, &context).unwrap();
                 let Claimed::Granted(again) = again else { panic!("claimed twice: {again:?}") };
@@ -373,57 +393,243 @@ impl Life {
         let Some((device, _)) = self.world.get(*slot) else { return };
         let context = self.context();
         self.model.sweep(&context.boot_id, self.uptime);
-        let holding = Holding {
-            id: self.model.ids.get(&identity(device)).copied().filter(|_| *by == 0),
-            usb: (*by != 1).then_some(device.key.usb),
-            address: (*by <= 2).then_some(device.address),
-        };
+        let holding = self.holding(device, *by);
         let mine = instance(who);
-        let mut meant: Vec<DeviceId> = (self.model.rows.iter())
-            .filter(|(id, row)| {
-                let address = where_is(&self.world, &row.device);
-                row.present
-                    && holding.id.is_none_or(|want| want == **id)
-                    && holding.usb.is_none_or(|want| want == row.device.key.usb)
-                    && address.is_some_and(|a| holding.address.is_none_or(|want| want == a))
-            })
-            .map(|(id, _)| *id)
-            .collect();
-        if meant.len() > 1 {
-            meant.retain(|id| self.model.of(mine).contains(id));
-        }
+        let meant = self.meant(mine, &holding);
         let stage = if *running { Stage::Running } else { Stage::Starting };
         let mut eyes = Eyes { world: &self.world, fits: true };
         let asker = Asker { project: project(who), ..asker(who) };
         let adopted = store.adopt(&asker, &[holding], stage, &mut eyes, &context).unwrap().remove(0);
-        let [id] = meant[..] else {
+        let Some((id, ours)) = meant else {
             assert_eq!(adopted, Adoption::Unknown);
             return;
         };
+        if !running {
+            self.adopted_at_start(mine, id, ours, &adopted, &context.boot_id);
+            return;
+        }
         match (self.model.claims.get_mut(&id), adopted) {
             (Some(claim), Adoption::HeldBy(record, _)) => {
                 assert!(claim.instance != mine && record.entry.id == id);
             }
             (Some(claim), Adoption::AlreadyYours(yours)) => {
                 assert!(claim.instance == mine && yours == id);
-                (claim.allocated, claim.pending) = (*running && !claim.arrived, None);
+                if claim.pending.is_none() {
+                    (claim.allocated, claim.named) = (!claim.arrived, None);
+                }
             }
             (None, Adoption::New(new)) => {
                 assert_eq!(new, id);
                 let boot = context.boot_id;
-                let claim = Claim {
-                    instance: mine,
-                    allocated: *running,
-                    lasting: false,
-                    pending: None,
-                    boot,
-                    adopted: true,
-                    arrived: false,
-                };
-                self.model.claims.insert(id, claim);
+                self.model.claims.insert(id, found(mine, true, boot));
             }
             (claim, adopted) => panic!("{claim:?}: {adopted:?}"),
         }
+    }
+
+    /// How somebody may name a device in a hostdev.
+    fn holding(&self, device: &Device, by: u8) -> Holding {
+        let id = self.model.ids.get(&identity(device)).copied();
+        let (usb, address) = (Some(device.key.usb), Some(device.address));
+        let none = Holding::default();
+        match by {
+            // As virt-usb does.
+            0 => Holding { id, usb, address, ..none },
+            1 => Holding { address, ..none },
+            2 => Holding { usb, address, ..none },
+            3 => Holding { usb, ..none },
+            4 => Holding { port: Some(device.key.port.clone()), ..none },
+            // `<source/>`, and one with an alias of our form.
+            5 => Holding { id, ..none },
+            // An address from before it was plugged in anew.
+            6 => Holding { usb, address: BusAddress::new(1, 127), ..none },
+            // An alias of our form that means another device.
+            _ => Holding { id: self.model.rows.keys().next().copied(), usb, address, ..none },
+        }
+    }
+
+    fn is_kind(&self, id: DeviceId, holding: &Holding) -> bool {
+        holding.usb.is_none_or(|usb| usb == self.model.rows[&id].device.key.usb)
+    }
+
+    /// The device that a hostdev means, and whether it is one of ours.
+    fn meant(&self, mine: InstanceId, holding: &Holding) -> Option<(DeviceId, bool)> {
+        let claim = |id: &DeviceId| self.model.claims.get(id).filter(|c| c.instance == mine);
+        let named = holding.id.filter(|id| claim(id).is_some() && self.is_kind(*id, holding));
+        let anything = holding.usb.is_some() || holding.address.is_some() || holding.port.is_some();
+        if named.is_none() && !anything {
+            return None;
+        }
+        let is = |id: DeviceId, row: &Row| {
+            let address = where_is(&self.world, &row.device);
+            row.present
+                && named.is_none_or(|named| named == id)
+                && self.is_kind(id, holding)
+                && address.is_some_and(|a| {
+                    let ports = row.device.key.port.ports();
+                    holding.address.is_none_or(|want| want == a)
+                        && holding.port.as_ref().is_none_or(|p| (p.bus(), p.ports()) == (a.bus(), ports))
+                })
+        };
+        let all: Vec<DeviceId> =
+            self.model.rows.iter().filter(|(id, row)| is(**id, row)).map(|(id, _)| *id).collect();
+        let own: Vec<DeviceId> = all.iter().copied().filter(|id| claim(id).is_some()).collect();
+        match (own.as_slice(), all.as_slice()) {
+            ([id], _) | ([], [id]) => {
+                Some((*id, named.is_some_and(|named| claim(&named).is_some_and(|c| !c.by_hand))))
+            }
+            _ => None,
+        }
+    }
+
+    /// What becomes of a device in the XML of a guest that starts.
+    fn adopted_at_start(
+        &mut self,
+        mine: InstanceId,
+        id: DeviceId,
+        ours: bool,
+        adopted: &Adoption,
+        boot: &str,
+    ) {
+        match (self.model.claims.get_mut(&id), adopted) {
+            (Some(claim), Adoption::HeldBy(record, _)) => {
+                assert!(claim.instance != mine && record.entry.id == id);
+            }
+            (Some(claim), Adoption::AlreadyYours(yours)) => {
+                assert!(claim.instance == mine && *yours == id);
+                claim.arrived |= claim.pending.is_some()
+                    || claim.named.is_some_and(|at| at >= self.uptime - PENDING_GRACE)
+                    || (ours && claim.allocated);
+                (claim.allocated, claim.pending, claim.named) = (false, None, None);
+                claim.by_hand |= !ours;
+            }
+            (None, Adoption::New(new)) => {
+                assert_eq!(*new, id);
+                self.model.claims.insert(id, found(mine, false, boot.into()));
+            }
+            (claim, adopted) => panic!("{claim:?}: {adopted:?}"),
+        }
+    }
+
+    fn enter(&mut self, store: &mut Store, who: u32, hostdevs: &[(usize, u8)]) {
+        let context = self.context();
+        self.model.sweep(&context.boot_id, self.uptime);
+        let asker = Asker { project: project(who), ..asker(who) };
+        let holdings = self.holdings(hostdevs);
+        let mut eyes = Eyes { world: &self.world, fits: true };
+        let entered = store.enter(&asker, &holdings, &mut eyes, &context).unwrap();
+        assert_eq!(entered.adopted.len(), holdings.len());
+        let mine = instance(who);
+        // Which devices are meant is decided by what the instance held before.
+        let meant: Vec<_> = holdings.iter().map(|h| self.meant(mine, h)).collect();
+        let mut inside = BTreeSet::new();
+        for (meant, adopted) in meant.iter().zip(&entered.adopted) {
+            match meant {
+                None => assert_eq!(*adopted, Adoption::Unknown),
+                Some((id, ours)) => {
+                    self.adopted_at_start(mine, *id, *ours, adopted, &context.boot_id);
+                    inside.extend(adopted.device());
+                }
+            }
+        }
+        assert_eq!(entered.arriving, self.model.enter(mine, &inside));
+    }
+
+    fn holdings(&self, hostdevs: &[(usize, u8)]) -> Vec<Holding> {
+        let there = hostdevs.iter().filter_map(|(slot, by)| Some((self.world.get(*slot)?, *by)));
+        there.map(|((device, _), by)| self.holding(device, by)).collect()
+    }
+
+    fn receive(&mut self, store: &mut Store, who: u32, step: &Step) {
+        let Step::Receive { hostdevs, wants, lasting, equivalent, .. } = step else { unreachable!() };
+        let context = self.context();
+        self.model.sweep(&context.boot_id, self.uptime);
+        let (mine, since) = (instance(who), self.uptime);
+        let asker = Asker { project: project(who), ..asker(who) };
+        let wants = wanted(wants, *lasting);
+        let holdings = self.holdings(hostdevs);
+        let mut eyes = Eyes { world: &self.world, fits: true };
+        store.sweep(&context).unwrap();
+        let before = store.claims().unwrap();
+        let received = store.receive(&asker, &wants, &holdings, *equivalent, &mut eyes, &context).unwrap();
+        let by_hand = self.incoming(mine, &holdings, *equivalent);
+        let is_anothers = |id: &DeviceId| self.model.claims.get(id).is_some_and(|c| c.instance != mine);
+        let rows: Vec<BTreeSet<DeviceId>> = wants
+            .iter()
+            .flat_map(|w| {
+                let project = asker.project.as_ref();
+                let mut row = self.model.eligible(&self.world, mine, project, &w.request, true);
+                row.retain(|id| !by_hand.contains(&Some(*id)));
+                std::iter::repeat_n(row, w.request.count as usize)
+            })
+            .collect();
+        match received {
+            Received::HeldBy(device, claim) => {
+                assert!(claim.instance_uuid != mine && by_hand.contains(&Some(device.entry.id)));
+                assert_eq!(store.claims().unwrap(), before);
+            }
+            Received::Short(_) => {
+                assert!(!by_hand.iter().flatten().any(is_anothers));
+                assert!(!can_serve(&rows, &mut Vec::new()), "refused what could be had");
+                assert_eq!(store.claims().unwrap(), before);
+            }
+            Received::Granted { ours, by_hand: found } => {
+                assert!(!by_hand.iter().flatten().any(is_anothers));
+                let found: Vec<_> = found.into_iter().map(|f| f.map(|(id, _)| id)).collect();
+                assert_eq!(found, by_hand, "{holdings:?}");
+                assert_eq!(ours.len(), rows.len(), "all or nothing");
+                if self.model.runs(mine, &context.boot_id) {
+                    assert_eq!(store.claims().unwrap(), before, "a guest that runs is not disturbed");
+                    return;
+                }
+                let ids = ours.iter().map(|g| g.device.entry.id).collect();
+                self.model.grant(mine, &ids, &[], *lasting, Some(since), &context.boot_id);
+                for id in by_hand.into_iter().flatten() {
+                    self.model.receive_by_hand(mine, id, since, &context.boot_id);
+                }
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// The devices of the hostdevs that somebody wrote, in an incoming guest: those that are where
+    /// the XML has them, then those that moved.
+    fn incoming(&self, mine: InstanceId, holdings: &[Holding], equivalent: bool) -> Vec<Option<DeviceId>> {
+        let mut taken = BTreeSet::new();
+        let mut found: Vec<Option<DeviceId>> = holdings
+            .iter()
+            .map(|h| self.meant(mine, h).map(|(id, _)| id).filter(|id| taken.insert(*id)))
+            .collect();
+        taken.extend(
+            self.model.claims.iter().filter(|(_, c)| c.instance == mine && !c.by_hand).map(|(id, _)| *id),
+        );
+        for (holding, found) in holdings.iter().zip(&mut found) {
+            if found.is_some() || holding.usb.is_none() || holding.address.is_none() {
+                continue;
+            }
+            let free = |id: &DeviceId, row: &Row| {
+                row.present
+                    && !taken.contains(id)
+                    && self.is_kind(*id, holding)
+                    && where_is(&self.world, &row.device).is_some()
+            };
+            let all: Vec<DeviceId> =
+                self.model.rows.iter().filter(|(id, row)| free(id, row)).map(|(id, _)| *id).collect();
+            let holder = |id: &DeviceId| self.model.claims.get(id).map(|c| c.instance);
+            let own: Vec<DeviceId> = all.iter().copied().filter(|id| holder(id) == Some(mine)).collect();
+            let rank = |id: &DeviceId| match holder(id) {
+                Some(who) if who == mine => 0,
+                Some(_) => 3,
+                None => 1 + u8::from(self.model.rows[id].verdict.withheld.is_some()),
+            };
+            *found = match (own.as_slice(), all.as_slice()) {
+                ([id], _) | (_, [id]) => Some(*id),
+                (_, several) if equivalent => several.iter().copied().min_by_key(|id| (rank(id), *id)),
+                _ => None,
+            };
+            taken.extend(*found);
+        }
+        found
     }
 
     /// The store says what the model says.
@@ -446,7 +652,9 @@ impl Life {
                         .and_then(|m| m.pending)
                         .filter(|_| c.pending),
                     boot: c.boot_id.clone(),
-                    adopted: c.request.is_none(),
+                    unasked: c.request.is_none(),
+                    by_hand: c.by_hand,
+                    named: c.incoming_since,
                     arrived: c.arrived,
                 };
                 assert_eq!(c.pending, claim.pending.is_some(), "{c:?}");
@@ -493,6 +701,26 @@ impl Life {
     }
 }
 
+/// A claim on what was found in the domain's own XML.
+fn found(instance: InstanceId, allocated: bool, boot: String) -> Claim {
+    Claim {
+        instance,
+        allocated,
+        lasting: false,
+        pending: None,
+        boot,
+        unasked: true,
+        by_hand: true,
+        named: None,
+        arrived: false,
+    }
+}
+
+fn wanted(wants: &[(usize, u32)], lasting: bool) -> Vec<Want> {
+    let request = |&(which, count): &(usize, u32)| DeviceRequest { count, ..request(REQUESTS[which]) };
+    wants.iter().map(|want| Want::new(request(want), lasting)).collect()
+}
+
 fn copy(from: &Path, to: &Path) {
     for entry in fs::read_dir(from).unwrap() {
         let entry = entry.unwrap();
@@ -514,7 +742,7 @@ proptest! {
         for step in &steps {
             let before = life.statuses();
             life.run(step);
-            life.compare(&before, matches!(step, Step::Adopt { .. }));
+            life.compare(&before, matches!(step, Step::Adopt { .. } | Step::Enter { .. } | Step::Receive { .. }));
         }
     }
 }
