@@ -46,6 +46,8 @@ const NAMES: &[(u8, &str)] = &[
 impl Class {
     /// A hub: never offered to anybody.
     pub const HUB: Self = Self(0x09);
+    /// Mass storage.
+    pub const MASS_STORAGE: Self = Self(0x08);
     /// Human interface devices: keyboards, mice, many licence keys.
     pub const HID: Self = Self(0x03);
 

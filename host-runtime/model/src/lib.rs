@@ -15,6 +15,7 @@
 //! | [`flavor`] | what a flavor asks for |
 //! | [`grant`] | which projects may have which devices |
 //! | [`descriptors`] | what a device sends of itself, and what has become of it |
+//! | [`speed_mask`] | on which guest ports QEMU attaches a device |
 //! | [`whitelist`] | which devices are offered, and to whom |
 //! | [`matching`] | which devices serve which requests of one instance |
 //! | [`scheduling`] | what a scheduler asks the filter, and what it is told |
@@ -35,6 +36,7 @@ mod json;
 pub mod key;
 pub mod matching;
 pub mod scheduling;
+pub mod speed_mask;
 pub mod state;
 pub mod whitelist;
 
@@ -49,5 +51,6 @@ pub use host::{DeviceEntry, HostDocument};
 pub use ids::{DeviceId, InstanceId, ProductId, ProjectId, UsbId, VendorId};
 pub use json::members;
 pub use key::{Aliases, DeviceKey, Serial};
+pub use speed_mask::SpeedMask;
 pub use state::{Hold, Reason, Status};
 pub use whitelist::{Verdict, Whitelist, WhitelistRule};
