@@ -1,15 +1,17 @@
 //! The guest and its host, as the store asks about them while it chooses devices.
 
+use std::iter::repeat;
 use std::path::Path;
 use std::time::Duration;
 
-use virt_usb_domxml::{Domain, Edits, Fit, Hostdev, UsbHostdev};
-use virt_usb_model::{Device, DeviceId, InstanceId, PortPath, Selector, Speed};
+use virt_usb_domxml::{Domain, Edits, Fit, GuestPort, Hostdev, Place, TooFew, UsbBus, UsbHostdev};
+use virt_usb_model::{Class, Device, DeviceId, InstanceId, PortPath, Selector, Speed, SpeedMask};
 use virt_usb_store::adopt::Holding;
 use virt_usb_store::claim::{Asker, Granted, Judge, Verified};
 use virt_usb_store::{Context, Durability, Record, Store, StoreError};
 
 use crate::answer::Answer;
+use crate::call::Caller;
 use crate::config::{Config, HoldPolicy};
 use crate::machine;
 use crate::run::Fault;
@@ -98,8 +100,12 @@ pub(crate) struct Guest<'a> {
     pub(crate) redirections: usize,
     /// The devices that the domain's own XML holds.
     pub(crate) inside: &'a [DeviceId],
+    /// How the devices come into the guest.
+    delivery: Delivery,
     /// What is to be changed in the XML: known once [`Judge::fits`] said yes.
     pub(crate) edits: Edits,
+    /// What will work, but not well: known with the edits.
+    pub(crate) warnings: Vec<String>,
 }
 
 impl<'a> Guest<'a> {
@@ -108,8 +114,11 @@ impl<'a> Guest<'a> {
         domain: &'a Domain,
         redirections: usize,
         inside: &'a [DeviceId],
+        caller: Caller,
     ) -> Self {
-        Self { ports: Ports { sysfs_root }, domain, redirections, inside, edits: Edits::default() }
+        let delivery = Delivery::of(caller);
+        let (edits, warnings) = (Edits::default(), Vec::new());
+        Self { ports: Ports { sysfs_root }, domain, redirections, inside, delivery, edits, warnings }
     }
 
     /// What has to be injected for these devices and redirections, if the guest can take it.
@@ -121,15 +130,21 @@ impl<'a> Guest<'a> {
         if let (Some(first), false) = (redirdevs.first(), self.domain.spice) {
             return Err(format!("asks for usb_redirection_devices[{first}], but {NO_SPICE}"));
         }
-        let speeds: Vec<Option<Speed>> =
-            new.iter().map(|g| g.device.entry.speed).chain(redirdevs.iter().map(|_| None)).collect();
+        let speeds: Vec<SpeedMask> = new
+            .iter()
+            .map(|g| port_speeds(&g.device))
+            .chain(redirdevs.iter().map(|_| SpeedMask::ANY))
+            .collect();
         let devices = new.iter().map(|g| format!("usb_devices[{}]", g.request));
         let mut asked: Vec<String> =
             devices.chain(redirdevs.iter().map(|n| format!("usb_redirection_devices[{n}]"))).collect();
         asked.dedup();
-        let controller =
-            room(self.domain, &speeds).map_err(|why| format!("asks for {}, but {why}", asked.join(", ")))?;
-        let hostdevs = new.iter().map(|g| hostdev(&g.device)).collect();
+        let controller = room(self.domain, &speeds, self.delivery)
+            .map_err(|why| format!("asks for {}, but {why}", asked.join(", ")))?;
+        let places = if controller { Vec::new() } else { self.domain.bus.place(&speeds) };
+        let devices = || new.iter().map(|g| &g.device).zip(places.iter().map(Some).chain(repeat(None)));
+        self.warnings = devices().filter_map(|(device, at)| slowed(self.domain, device, at?)).collect();
+        let hostdevs = devices().map(|(device, at)| hostdev(device, at.and_then(|at| at.port))).collect();
         self.edits = Edits { hostdevs, redirdevs, controller, ..Edits::default() };
         Ok(())
     }
@@ -183,28 +198,107 @@ pub(crate) fn refuse_hubs(config: &Config, domain: &Domain) -> Option<Answer> {
     )))
 }
 
-/// Whether the guest has USB ports for devices of these speeds (none: a redirection, or not known); true: with a controller of ours.
+/// How devices come into a guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Delivery {
+    /// Whoever calls may start the printed XML, or leave it to the agent to attach the devices:
+    /// libvirt does not tell the hook whether it uses what is printed, and at a start it does not.
+    Unknown,
+    /// The printed XML is started: it may hold a controller of ours.
+    Printed,
+    /// The guest runs: libvirt adds no controller to it.
+    HotPlug,
+}
+
+impl Delivery {
+    const fn of(caller: Caller) -> Self {
+        match caller {
+            Caller::Starter => Self::Printed,
+            Caller::Process | Caller::Simulation => Self::Unknown,
+        }
+    }
+}
+
+/// The guest ports on which QEMU attaches the device.
+pub fn port_speeds(device: &Record) -> SpeedMask {
+    SpeedMask::of(device.entry.speed, device.descriptors.as_ref())
+}
+
+/// Whether the guest has USB ports for devices of these speeds; true: with a controller that is
+/// added to the printed XML.
 ///
 /// # Errors
 /// What it lacks, and what to do.
-pub fn room(domain: &Domain, speeds: &[Option<Speed>]) -> Result<bool, String> {
-    if speeds.is_empty() {
-        return Ok(false);
-    }
-    match domain.bus.fit(speeds) {
-        Fit::Fits => Ok(false),
-        Fit::NeedsController => Ok(true),
-        Fit::NoUsb => Err("it has no USB bus (<controller type='usb' model='none'/>), and libvirt adds none to it: \
-                           remove that controller, or in Nova set hw:usb_model=qemu-xhci on the flavor (image: hw_usb_model=qemu-xhci; before Nova 32: image hw_input_bus=usb)"
+pub fn room(domain: &Domain, speeds: &[SpeedMask], delivery: Delivery) -> Result<bool, String> {
+    let (bus, name) = (&domain.bus, &domain.name);
+    match (bus.fit(speeds), delivery) {
+        (Fit::Fits, _) => Ok(false),
+        // Whatever libvirt adds by itself is in the XML that it passes on: who sends XML without it
+        // uses the answer.
+        (Fit::NeedsController, Delivery::Unknown | Delivery::Printed) => Ok(true),
+        (Fit::NoController, Delivery::Printed) => Ok(true),
+        (Fit::NeedsController, Delivery::HotPlug)
+        | (Fit::NoController, Delivery::Unknown | Delivery::HotPlug) => Err(format!(
+            "it has no USB controller, and libvirt adds none to a guest that runs: add {XHCI} to the domain \
+             ('virsh edit {name}'), or start it with 'virt-usb start {name}', which adds it"
+        )),
+        (Fit::NoUsb, _) => Err("it has no USB bus (<controller type='usb' model='none'/>), and libvirt adds none to it: \
+                                remove that controller, or in Nova set hw:usb_model=qemu-xhci on the flavor (image: \
+                                hw_usb_model=qemu-xhci; before Nova 32: image hw_input_bus=usb)"
             .into()),
-        Fit::TooFew { needed, free, speed, .. } => {
-            let speed = speed.map(|s| format!(" for a {s}-speed device")).unwrap_or_default();
-            Err(format!(
-                "it needs {needed} USB port(s) more{speed} and has {free} free: give it <controller type='usb' model='qemu-xhci' ports='15'/> \
-                 instead of its USB controller (in Nova: hw:usb_model=qemu-xhci on the flavor, which counts where the image says hw_input_bus=virtio)"
-            ))
-        }
+        (Fit::NoPci, _) => Err(format!(
+            "its machine ({}) has no PCI bus, which a USB controller needs: define it with another machine type (pc or \
+             q35 on x86, virt elsewhere)",
+            bus.machine()
+        )),
+        (Fit::TooFew(few), _) => Err(too_few(bus, few)),
     }
+}
+
+/// The controller that serves every device, as the advice gives it.
+const XHCI: &str = "<controller type='usb' model='qemu-xhci' ports='15'/>";
+
+/// How many ports are missing, and what gives the guest more.
+fn too_few(bus: &UsbBus, few: TooFew) -> String {
+    let are = |count: usize| if count == 1 { "is" } else { "are" };
+    let ports = if few.needed == 1 { "port" } else { "ports" };
+    let speed = few.speed.map(|s| format!(" for {s}-speed devices")).unwrap_or_default();
+    let TooFew { needed, free, .. } = few;
+    let advice = if !bus.has_controller() {
+        format!("declare more than one controller {XHCI} in the domain")
+    } else if bus.spare_xhci_ports() >= needed - free {
+        "write ports='15' into its qemu-xhci controller".to_owned()
+    } else if bus.has_xhci() {
+        format!(
+            "give it a second controller, <controller type='usb' index='{}' model='qemu-xhci' ports='15'/>",
+            bus.next_index()
+        )
+    } else {
+        format!(
+            "give it {XHCI} instead of its USB controller (in Nova: hw:usb_model=qemu-xhci on the flavor, \
+             which counts where the image says hw_input_bus=virtio)"
+        )
+    };
+    format!("{needed} USB {ports}{speed} {} needed, {free} {} free: {advice}", are(needed), are(free))
+}
+
+/// Why the device works at this port, but not well.
+///
+/// A disk at a port that is slower than the disk keeps its large packets (512 bytes at high speed,
+/// 64 at full speed), and not every guest's driver copes.
+pub fn slowed(domain: &Domain, device: &Record, at: &Place) -> Option<String> {
+    let storage = Class::MASS_STORAGE;
+    let is_storage = device.entry.class == storage || device.entry.interface_classes.contains(&storage);
+    let (speed, port) = (device.entry.speed.filter(|_| is_storage)?, at.speeds.fastest()?);
+    // QEMU has no port that is faster than SuperSpeed.
+    (port < speed.min(Speed::Super)).then(|| {
+        format!(
+            "{} is a disk that runs at {speed} speed and gets a {port}-speed port of {}: it is slow, and some guests \
+             cannot read it. {XHCI} in place of the guest's USB controller serves it",
+            crate::message::device(device),
+            domain.name
+        )
+    })
 }
 
 impl Judge for Guest<'_> {
@@ -216,9 +310,11 @@ impl Judge for Guest<'_> {
     }
 }
 
-/// The source that libvirt is given: vendor, product and address together.
-pub const fn hostdev(device: &Record) -> Hostdev {
-    Hostdev { id: device.entry.id, usb: device.usb(), address: device.entry.address }
+/// The hostdev that libvirt is given: vendor, product and address together, and the guest's port
+/// where it has to be a certain one.
+pub const fn hostdev(device: &Record, guest_port: Option<GuestPort>) -> Hostdev {
+    let (id, address) = (device.entry.id, device.entry.address);
+    Hostdev { id, usb: device.usb(), address, guest_port }
 }
 
 /// A hostdev of the XML, as the store looks for it.

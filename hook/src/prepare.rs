@@ -63,7 +63,13 @@ pub(crate) fn prepare(job: &Job<'_>) -> Result<Answer, Fault> {
 /// A flavor without `usb_devices` needs no inventory.
 fn redirections_only(job: &Job<'_>, config: &Config, wish: Wish) -> Result<Answer, Fault> {
     let Wish::Flavor(flavor) = wish else { return Ok(Answer::unchanged(NOTHING)) };
-    let mut guest = Guest::new(&config.sysfs_root, job.domain, flavor.usb_redirection_devices.len(), &[]);
+    let mut guest = Guest::new(
+        &config.sysfs_root,
+        job.domain,
+        flavor.usb_redirection_devices.len(),
+        &[],
+        job.call.caller,
+    );
     if !guest.missing_redirdevs().is_empty()
         && let Some(refusal) = refuse_without_agent(job, config)
     {
@@ -138,8 +144,13 @@ impl Gate<'_> {
         let domain = self.job.domain;
         let assigned = self.assigned()?;
         let wants = wants(flavor, self.config.hold, &assigned);
-        let mut guest =
-            Guest::new(&self.config.sysfs_root, domain, flavor.usb_redirection_devices.len(), inside);
+        let mut guest = Guest::new(
+            &self.config.sysfs_root,
+            domain,
+            flavor.usb_redirection_devices.len(),
+            inside,
+            self.job.call.caller,
+        );
         self.concerned |= !wants.is_empty();
         if !self.concerned && !self.job.may_be_known(&self.config.state_dir) {
             return Ok(Answer::unchanged(NOTHING));
@@ -224,7 +235,10 @@ fn rewritten(job: &Job<'_>, config: &Config, guest: &Guest<'_>, did: String) -> 
         .document
         .rewrite(&guest.edits)
         .map_err(|e| Fault::of(true, format!("cannot write the devices into the domain XML: {e}")))?;
-    let answer = startup_policy(job, Answer { xml, did, ..Answer::default() });
+    let mut answer = startup_policy(job, Answer { xml, did, ..Answer::default() });
+    for warning in &guest.warnings {
+        answer = answer.warn(warning);
+    }
     if answer.xml.is_none() || job.call.caller == Caller::Starter {
         return Ok(answer);
     }

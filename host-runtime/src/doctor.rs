@@ -5,6 +5,7 @@
 //! ```
 //! What one check needs and does not have is said by the check before it: nothing is said twice.
 
+use std::cmp::Reverse;
 use std::fmt::Display;
 use std::fs::Metadata;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
@@ -16,10 +17,10 @@ use std::time::Duration;
 use serde::Serialize;
 use virt_usb_domxml::Domain;
 use virt_usb_hook::config::Config;
-use virt_usb_hook::guest::{NO_SPICE, missing_redirdevs, room};
+use virt_usb_hook::guest::{Delivery, NO_SPICE, missing_redirdevs, port_speeds, room};
 use virt_usb_hook::machine::{self, Agent};
 use virt_usb_hook::sysfs::{attribute, device_dir};
-use virt_usb_model::{Class, Flavor, Speed};
+use virt_usb_model::{Class, Flavor, SpeedMask};
 use virt_usb_store::{Durability, Record, Store};
 
 use crate::agent::observe::flavor;
@@ -635,14 +636,15 @@ fn may(file: &Metadata, uid: u32, groups: &[u32], access: u32) -> bool {
         || file.mode() & access != 0
 }
 
-/// Speeds of devices that would serve the flavor, the slowest first: where these do not fit, nothing does.
-fn speeds(flavor: &Flavor, known: &[Record]) -> Vec<Option<Speed>> {
+/// The ports for devices that would serve the flavor, the least demanding ones: where these do not
+/// fit, nothing does.
+fn speeds(flavor: &Flavor, known: &[Record]) -> Vec<SpeedMask> {
     let mut speeds = Vec::new();
     for request in &flavor.usb_devices {
         let matching = known.iter().filter(|record| selects(&request.selector, record));
-        let mut there: Vec<Option<Speed>> = matching.map(|record| record.entry.speed).collect();
-        there.sort_unstable();
-        there.resize(request.count as usize, None);
+        let mut there: Vec<SpeedMask> = matching.map(port_speeds).collect();
+        there.sort_by_key(|speeds| (speeds.slowest(), Reverse(speeds.fastest())));
+        there.resize(request.count as usize, SpeedMask::ANY);
         speeds.extend(there);
     }
     speeds
@@ -656,9 +658,9 @@ fn unfit(domain: &Domain, flavor: &Flavor, known: &[Record]) -> Option<String> {
     }
     // What is in its definition already has its port.
     let there = domain.hostdevs.iter().filter(|h| h.injected().is_some()).count();
-    let mut wanted: Vec<Option<Speed>> = speeds(flavor, known).into_iter().skip(there).collect();
-    wanted.extend(redirections.iter().map(|_| None));
-    room(domain, &wanted).err()
+    let mut wanted: Vec<SpeedMask> = speeds(flavor, known).into_iter().skip(there).collect();
+    wanted.extend(redirections.iter().map(|_| SpeedMask::ANY));
+    room(domain, &wanted, Delivery::Unknown).err()
 }
 
 /// The interfaces of a free device that the kernel's own drivers would have: storage, printers, keyboards, cameras and the like.

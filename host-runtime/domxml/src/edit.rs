@@ -14,7 +14,7 @@ use crate::error::XmlError;
 use crate::metadata::REFUSAL_NAMESPACE;
 use crate::read::Layout;
 use crate::style::{Element, Style, unit};
-use crate::usb_bus::INJECTED_PORTS;
+use crate::usb_bus::{GuestPort, INJECTED_PORTS};
 
 /// What to change in a domain.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -47,6 +47,8 @@ pub struct Hostdev {
     pub usb: UsbId,
     /// Where it is on the host.
     pub address: BusAddress,
+    /// The guest's port for it; `None`: libvirt chooses. A relocated hostdev keeps its port.
+    pub guest_port: Option<GuestPort>,
 }
 
 impl Hostdev {
@@ -151,10 +153,9 @@ fn alias(name: &str) -> Element {
 
 fn hostdev(device: &Hostdev) -> Element {
     let source = Element { start: "source".to_owned(), children: source(device).into() };
-    Element {
-        start: "hostdev mode='subsystem' type='usb'".to_owned(),
-        children: vec![source, alias(&hostdev_alias(device.id))],
-    }
+    let mut children = vec![source, alias(&hostdev_alias(device.id))];
+    children.extend(device.guest_port.map(|port| Element::leaf(format!("address type='usb' {port}"))));
+    Element { start: "hostdev mode='subsystem' type='usb'".to_owned(), children }
 }
 
 fn redirdev(n: usize) -> Element {

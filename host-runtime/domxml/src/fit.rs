@@ -1,16 +1,13 @@
 //! Do so many devices of such speeds fit into so many free ports of such kinds?
 //!
-//! A matching between devices and ports, but a small one: four kinds of ports and four groups of devices. By Hall's
-//! theorem everybody finds a port exactly when no group of devices has fewer ports than members, so the groups are
-//! counted, and the one that comes short is what the operator is told. (A property test compares this with brute
-//! force.)
+//! A matching between devices and ports. By Hall's theorem every device finds a port exactly when
+//! no set of port kinds has fewer ports than devices that can go nowhere else. There are four
+//! kinds, so all sets of them are counted; the first that comes short is what the operator is told.
+//! (A property test compares this with brute force.)
 
-use virt_usb_model::Speed;
+use virt_usb_model::{Speed, SpeedMask};
 
 /// What a port can serve.
-///
-/// QEMU refuses a device on a port of another speed ("speed mismatch"), and what runs at SuperSpeed on the host
-/// is not slowed down for an EHCI.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Serves {
     /// Low and full speed: UHCI, OHCI, the ports of a hub.
@@ -23,6 +20,21 @@ pub(crate) enum Serves {
     All,
 }
 
+impl Serves {
+    /// All kinds of ports, each at the place of its number.
+    const KINDS: [Self; 4] = [Self::Slow, Self::High, Self::Usb2, Self::All];
+
+    /// The speeds of such a port, as QEMU registers it.
+    pub(crate) const fn speeds(self) -> SpeedMask {
+        match self {
+            Self::Slow => SpeedMask::new(&[Speed::Low, Speed::Full]),
+            Self::High => SpeedMask::new(&[Speed::High]),
+            Self::Usb2 => SpeedMask::new(&[Speed::Low, Speed::Full, Speed::High]),
+            Self::All => SpeedMask::ANY,
+        }
+    }
+}
+
 /// How a domain's free USB ports compare with what is to be added.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Fit {
@@ -30,75 +42,64 @@ pub enum Fit {
     Fits,
     /// No controller is declared and the default one would not do: inject a `qemu-xhci` with 15 ports.
     NeedsController,
-    /// The domain has no USB: `<controller type='usb' model='none'>`, or a machine that never gets a controller.
+    /// No controller is declared, and libvirt adds none for this machine, neither at its start nor
+    /// later. An injected `qemu-xhci` would do, for a caller that uses the edited XML.
+    NoController,
+    /// The domain declares that it has no USB: `<controller type='usb' model='none'/>`.
     NoUsb,
+    /// The machine has no PCI bus, which every USB controller that libvirt can add needs.
+    NoPci,
     /// Some devices have no port.
-    TooFew {
-        /// How many of the devices to add need a port of at least `speed`'s kind.
-        needed: usize,
-        /// How many free ports serve them.
-        free: usize,
-        /// The slowest speed among those devices; `None` when ports of any speed are too few.
-        speed: Option<Speed>,
-    },
+    TooFew(TooFew),
 }
 
-/// The devices above high speed, and with them those at it or below it.
-struct Group {
-    slow: bool,
-    high: bool,
-}
-
-impl Group {
-    fn has(&self, speed: Speed) -> bool {
-        match speed {
-            Speed::Low | Speed::Full => self.slow,
-            Speed::High => self.high,
-            Speed::Super | Speed::SuperPlus => true,
-        }
-    }
+/// Ports that are needed, and those that are free.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TooFew {
+    /// How many of the devices to add need a port of at least `speed`'s kind.
+    pub needed: usize,
+    /// How many free ports serve them.
+    pub free: usize,
+    /// The slowest speed at which such a port would do; `None` when ports of any speed are too few.
+    pub speed: Option<Speed>,
 }
 
 /// Free ports, by kind.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(crate) struct Free {
-    pub(crate) slow: usize,
-    pub(crate) high: usize,
-    pub(crate) usb2: usize,
-    pub(crate) all: usize,
-}
+pub(crate) struct Free([usize; 4]);
 
 impl Free {
     pub(crate) fn count(ports: impl IntoIterator<Item = Serves>) -> Self {
-        ports.into_iter().fold(Self::default(), |mut free, port| {
-            match port {
-                Serves::Slow => free.slow += 1,
-                Serves::High => free.high += 1,
-                Serves::Usb2 => free.usb2 += 1,
-                Serves::All => free.all += 1,
-            }
-            free
-        })
-    }
-
-    /// `Ok` when each of `wants` gets a port of its own; else the group that does not, as [`Fit::TooFew`].
-    pub(crate) fn take(self, wants: &[Option<Speed>]) -> Result<(), Fit> {
-        let Self { slow, high, usb2, all } = self;
-        // Each group with the ports that serve any of it; the other groups follow from these.
-        let groups = [
-            (Group { slow: false, high: false }, all),
-            (Group { slow: false, high: true }, high + usb2 + all),
-            (Group { slow: true, high: false }, slow + usb2 + all),
-        ];
-        for (group, free) in groups {
-            let members = || wants.iter().flatten().copied().filter(|&s| group.has(s));
-            let needed = members().count();
-            if needed > free {
-                return Err(Fit::TooFew { needed, free, speed: members().min() });
+        let mut free = Self::default();
+        for port in ports {
+            if let Some(count) = free.0.get_mut(port as usize) {
+                *count += 1;
             }
         }
-        let free = slow + high + usb2 + all;
-        if wants.len() > free { Err(Fit::TooFew { needed: wants.len(), free, speed: None }) } else { Ok(()) }
+        free
+    }
+
+    /// `Ok` when each of `wants` gets a port of its own; else the devices that do not.
+    pub(crate) fn take(self, wants: &[SpeedMask]) -> Result<(), TooFew> {
+        // Each set of kinds, a bit each; the smaller ones first, so that the cause is told and not
+        // the sum.
+        let mut sets: [u8; 16] = std::array::from_fn(|set| u8::try_from(set).unwrap_or_default());
+        sets.sort_by_key(|set| set.count_ones());
+        for set in sets {
+            let chosen = |kind: &Serves| set & (1 << *kind as u8) != 0;
+            let only = |want: &&SpeedMask| {
+                Serves::KINDS.iter().all(|kind| chosen(kind) || !kind.speeds().meets(**want))
+            };
+            let needed = wants.iter().filter(only).count();
+            let free = Serves::KINDS.iter().zip(self.0).filter(|(kind, _)| chosen(kind)).map(|(_, n)| n);
+            let free = free.sum();
+            if needed > free {
+                let slowest = wants.iter().filter(only).filter_map(|want| want.slowest()).min();
+                let speed = slowest.filter(|_| !Serves::KINDS.iter().all(chosen));
+                return Err(TooFew { needed, free, speed });
+            }
+        }
+        Ok(())
     }
 }
 
@@ -106,22 +107,14 @@ impl Free {
 mod tests {
     use super::*;
     use proptest::prelude::*;
-
-    fn serves(port: Serves, want: Option<Speed>) -> bool {
-        match (port, want) {
-            (Serves::All, _) | (_, None) => true,
-            (Serves::Slow, Some(s)) => s <= Speed::Full,
-            (Serves::High, Some(s)) => s == Speed::High,
-            (Serves::Usb2, Some(s)) => s <= Speed::High,
-        }
-    }
+    use virt_usb_model::Speed::{Full, High, Low, Super};
 
     /// Tries every assignment.
-    fn possible(ports: &mut Vec<Serves>, wants: &[Option<Speed>]) -> bool {
+    fn possible(ports: &mut Vec<Serves>, wants: &[SpeedMask]) -> bool {
         let Some((first, rest)) = wants.split_first() else { return true };
         (0..ports.len()).any(|i| {
             let port = ports.swap_remove(i);
-            let fits = serves(port, *first) && possible(&mut ports.clone(), rest);
+            let fits = port.speeds().meets(*first) && possible(&mut ports.clone(), rest);
             ports.push(port);
             let last = ports.len() - 1;
             ports.swap(i, last);
@@ -129,20 +122,29 @@ mod tests {
         })
     }
 
-    fn any_speed() -> impl Strategy<Value = Option<Speed>> {
-        use Speed::{Full, High, Low, Super, SuperPlus};
-        prop::sample::select(vec![None, Some(Low), Some(Full), Some(High), Some(Super), Some(SuperPlus)])
+    fn any_want() -> impl Strategy<Value = SpeedMask> {
+        let wants = [
+            SpeedMask::ANY,
+            SpeedMask::new(&[Low]),
+            SpeedMask::new(&[Full]),
+            SpeedMask::new(&[High]),
+            SpeedMask::new(&[Full, High]),
+            SpeedMask::new(&[Super]),
+            SpeedMask::new(&[High, Super]),
+            SpeedMask::new(&[Full, High, Super]),
+        ];
+        prop::sample::select(wants.to_vec())
     }
 
     fn any_port() -> impl Strategy<Value = Serves> {
-        prop::sample::select(vec![Serves::Slow, Serves::High, Serves::Usb2, Serves::All])
+        prop::sample::select(Serves::KINDS.to_vec())
     }
 
     proptest! {
         #[test]
         fn counting_agrees_with_brute_force(
             mut ports in prop::collection::vec(any_port(), 0..6),
-            wants in prop::collection::vec(any_speed(), 0..6),
+            wants in prop::collection::vec(any_want(), 0..6),
         ) {
             let counted = Free::count(ports.clone()).take(&wants);
             prop_assert_eq!(counted.is_ok(), possible(&mut ports, &wants), "{:?}", counted);
@@ -151,11 +153,12 @@ mod tests {
         #[test]
         fn what_is_short_is_really_short(
             ports in prop::collection::vec(any_port(), 0..6),
-            wants in prop::collection::vec(any_speed(), 0..6),
+            wants in prop::collection::vec(any_want(), 0..6),
         ) {
-            if let Err(Fit::TooFew { needed, free, speed }) = Free::count(ports.clone()).take(&wants) {
+            if let Err(TooFew { needed, free, speed }) = Free::count(ports.clone()).take(&wants) {
                 prop_assert!(needed > free && needed <= wants.len() && free <= ports.len());
-                prop_assert!(speed.is_none() || wants.contains(&speed));
+                let slowest: Vec<_> = wants.iter().map(|want| want.slowest()).collect();
+                prop_assert!(speed.is_none() || slowest.contains(&speed));
             }
         }
     }

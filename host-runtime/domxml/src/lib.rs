@@ -26,9 +26,9 @@ mod usb_bus;
 pub use domain::{Domain, FlavorSource, Redirdev, UsbHostdev, hostdev_alias, redirdev_alias};
 pub use edit::{Edits, Hostdev, redirdev_element};
 pub use error::XmlError;
-pub use fit::Fit;
+pub use fit::{Fit, TooFew};
 pub use metadata::NAMESPACE;
-pub use usb_bus::UsbBus;
+pub use usb_bus::{GuestPort, Place, UsbBus};
 
 use encoding::Decoded;
 

@@ -3,11 +3,13 @@
 //!
 //! libvirt keeps a tree of ports for every controller index, reserves what has an address, and gives everything else
 //! the first free port, hubs last. On hot-plug it adds nothing: what does not fit is refused. So the same tree is built
-//! here, with one thing that libvirt does not know and QEMU insists on: the speeds that a port serves.
+//! here, with one thing that libvirt does not know and QEMU insists on: the speeds that a port
+//! serves ([`SpeedMask`]).
 
 use std::collections::BTreeMap;
+use std::fmt;
 
-use virt_usb_model::Speed;
+use virt_usb_model::SpeedMask;
 
 use crate::device::{Device, Part, number};
 use crate::fit::{Fit, Free, Serves};
@@ -30,6 +32,30 @@ pub struct UsbBus {
     plugged: Vec<Plugged>,
     ccid: bool,
     smartcard: bool,
+}
+
+/// The port that a further device gets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Place {
+    /// The speeds of the port.
+    pub speeds: SpeedMask,
+    /// Where it is, when the device's element has to name it.
+    pub port: Option<GuestPort>,
+}
+
+/// A USB port of the guest: what `<address type='usb'/>` says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct GuestPort {
+    /// Index of the controller.
+    bus: u32,
+    path: Path,
+}
+
+impl fmt::Display for GuestPort {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let path = self.path.iter().take_while(|port| **port > 0).map(ToString::to_string);
+        write!(f, "bus='{}' port='{}'", self.bus, path.collect::<Vec<_>>().join("."))
+    }
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -56,17 +82,16 @@ impl UsbBus {
         !self.controllers.is_empty()
     }
 
-    /// Whether the domain has no USB: nothing can be added to it as it is.
-    pub fn is_disabled(&self) -> bool {
+    /// Whether the domain declares that it has no USB: nothing can be added to it as it is.
+    fn is_disabled(&self) -> bool {
         let none = |c: &Controller| c.model == "none" || (c.model.is_empty() && self.is_s390());
         self.controllers.iter().any(none)
-            || (self.controllers.is_empty() && self.default_model() == Some("none"))
     }
 
-    /// Whether devices of these speeds (`None`: a redirection, or not known) can be added.
+    /// Whether devices for ports of these speeds can be added.
     ///
-    /// Nothing to add always fits. Each device needs a free port that serves its speed; see [`Fit`].
-    pub fn fit(&self, wants: &[Option<Speed>]) -> Fit {
+    /// Nothing to add always fits. Each device needs a free port that serves it; see [`Fit`].
+    pub fn fit(&self, wants: &[SpeedMask]) -> Fit {
         if wants.is_empty() {
             return Fit::Fits;
         }
@@ -74,22 +99,65 @@ impl UsbBus {
             return Fit::NoUsb;
         }
         if self.has_controller() {
-            return match self.free(&self.controllers).take(wants) {
-                Ok(()) => Fit::Fits,
-                Err(too_few) => too_few,
-            };
+            return self.tree(&self.controllers).free().take(wants).map_or_else(Fit::TooFew, |()| Fit::Fits);
         }
-        let default =
-            self.default_model().map(|model| Controller { model: model.to_owned(), ..Default::default() });
-        if default.is_some_and(|c| self.free(&[c]).take(wants).is_ok()) {
-            return Fit::Fits;
+        let otherwise = match self.usual() {
+            Usual::Impossible => return Fit::NoPci,
+            Usual::Absent => Fit::NoController,
+            Usual::Model(model) => {
+                if self.tree(&[Controller::of(model)]).free().take(wants).is_ok() {
+                    return Fit::Fits;
+                }
+                Fit::NeedsController
+            }
+        };
+        let ours = Controller { ports: Some(INJECTED_PORTS), ..Controller::of("qemu-xhci") };
+        self.tree(&[ours]).free().take(wants).map_or_else(Fit::TooFew, |()| otherwise)
+    }
+
+    /// The ports that further devices get, one for each of `wants`, for which [`fit`](Self::fit)
+    /// has said yes.
+    ///
+    /// libvirt takes the first free port, whatever its speed. Where that one does not serve the
+    /// device, the first free one that does is named.
+    pub fn place(&self, wants: &[SpeedMask]) -> Vec<Place> {
+        let mut tree = match self.usual() {
+            Usual::Model(model) if !self.has_controller() => self.tree(&[Controller::of(model)]),
+            _ => self.tree(&self.controllers),
+        };
+        wants.iter().map_while(|want| tree.place(*want)).collect()
+    }
+
+    /// How many ports more the xHCI controllers of the domain could have: QEMU gives one up to 15.
+    pub fn spare_xhci_ports(&self) -> usize {
+        self.xhcis().map(|ports| INJECTED_PORTS - ports).sum()
+    }
+
+    /// Whether a controller of the domain serves devices of every speed.
+    pub fn has_xhci(&self) -> bool {
+        self.xhcis().next().is_some()
+    }
+
+    /// The ports of each xHCI controller.
+    fn xhcis(&self) -> impl Iterator<Item = usize> {
+        let hosts = self.controllers.iter().filter(|c| c.companion().is_none());
+        let ports = hosts.map(|c| c.ports(&self.arch));
+        ports.filter(|(_, serves)| *serves == Serves::All).map(|(ports, _)| ports)
+    }
+
+    /// The lowest index that no USB controller of the domain has.
+    pub fn next_index(&self) -> u32 {
+        let mut taken: Vec<u32> = self.controllers.iter().filter_map(|c| c.index).collect();
+        // A controller without an index gets one at its definition: the lowest that is left.
+        for _ in self.controllers.iter().filter(|c| c.index.is_none() && c.companion().is_none()) {
+            taken.push(lowest_beside(&taken));
         }
-        let ours =
-            Controller { model: "qemu-xhci".to_owned(), ports: Some(INJECTED_PORTS), ..Default::default() };
-        match self.free(&[ours]).take(wants) {
-            Ok(()) => Fit::NeedsController,
-            Err(too_few) => too_few,
-        }
+        lowest_beside(&taken)
+    }
+
+    /// The machine, for messages: `aarch64 virt`.
+    pub fn machine(&self) -> String {
+        [self.arch.as_str(), self.machine.as_str()].join(" ").trim().to_owned()
     }
 
     pub(crate) fn set_machine(&mut self, arch: &str, machine: &str) {
@@ -140,24 +208,34 @@ impl UsbBus {
         self.arch.starts_with("s390")
     }
 
-    /// The controller that libvirt adds where none is declared (`qemuDomainDefAddDefaultDevices`); `none` where
-    /// there can be none; nothing where none is added or where it depends on more than the document (on ppc64 the
-    /// version of QEMU decides, and a keyboard and a mouse come with it).
-    fn default_model(&self) -> Option<&'static str> {
+    /// The controller that libvirt adds where none is declared (`qemuDomainDefAddDefaultDevices` in
+    /// `src/qemu/qemu_postparse.c`, and `qemuDomainSupportsPCI`).
+    ///
+    /// What libvirt passes to a hook has the controller that it added. So a document without one is
+    /// unfinished, or its machine gets none. On ppc64 and its like the model depends on the version
+    /// of QEMU, and a keyboard and a mouse come with it: nothing is assumed there.
+    fn usual(&self) -> Usual {
+        let machine = self.machine.as_str();
         match self.arch.as_str() {
-            "" | "x86_64" | "i686" => Some(match self.machine.as_str() {
-                "isapc" => "none",
-                "q35" => "qemu-xhci",
-                m if m.starts_with("pc-q35") => "qemu-xhci",
+            "" | "x86_64" | "i686" => match machine {
+                "isapc" | "microvm" => Usual::Impossible,
+                "q35" => Usual::Model("qemu-xhci"),
+                m if m.starts_with("pc-q35") => Usual::Model("qemu-xhci"),
                 // `pc`, `pc-i440fx-…`, and what libvirt takes when no machine is given.
-                _ => "piix3-uhci",
-            }),
-            _ if self.is_s390() => Some("none"),
-            _ => None,
+                _ => Usual::Model("piix3-uhci"),
+            },
+            "aarch64" | "armv7l" | "armv7b" | "armv6l" => match machine {
+                // The two boards for which QEMU had `-usb` from early on: an OHCI controller.
+                m if m == "versatilepb" || m.starts_with("realview-eb") => Usual::Model("piix3-uhci"),
+                m if is_virt(m) => Usual::Absent,
+                _ => Usual::Impossible,
+            },
+            "riscv32" | "riscv64" if !is_virt(machine) => Usual::Impossible,
+            _ => Usual::Absent,
         }
     }
 
-    fn free(&self, controllers: &[Controller]) -> Free {
+    fn tree(&self, controllers: &[Controller]) -> Tree {
         let mut tree = Tree::new(controllers, self.arch.as_str());
         // Addressed hubs first, the outer before the inner, so that what stands behind them finds its port.
         let mut addressed: Vec<&Plugged> = self.plugged.iter().filter(|p| !p.path.is_empty()).collect();
@@ -173,8 +251,28 @@ impl UsbBus {
         for plugged in floating {
             tree.assign(plugged);
         }
-        tree.free()
+        tree
     }
+}
+
+/// What libvirt makes of a domain that declares no USB controller.
+enum Usual {
+    /// It adds one of this model.
+    Model(&'static str),
+    /// It adds none, but takes one that is declared.
+    Absent,
+    /// There can be none.
+    Impossible,
+}
+
+/// The generic machine of an architecture that has boards too; what libvirt takes when no machine
+/// is given.
+fn is_virt(machine: &str) -> bool {
+    machine.is_empty() || machine == "virt" || machine.starts_with("virt-")
+}
+
+fn lowest_beside(taken: &[u32]) -> u32 {
+    (0..).find(|index| !taken.contains(index)).unwrap_or_default()
 }
 
 fn controller(device: &Device<'_>) -> Controller {
@@ -206,6 +304,10 @@ impl Plugged {
 }
 
 impl Controller {
+    fn of(model: &str) -> Self {
+        Self { model: model.to_owned(), ..Self::default() }
+    }
+
     /// Which two ports of its EHCI a UHCI companion serves; `None` for what is no companion.
     fn companion(&self) -> Option<std::ops::Range<usize>> {
         let usual = match self.model.as_str() {
@@ -301,12 +403,20 @@ impl Tree {
 
     /// Takes the first free port, as libvirt does, whatever its speed.
     fn assign(&mut self, plugged: &Plugged) {
-        let buses = self.0.iter_mut().filter(|(index, _)| plugged.bus.is_none_or(|bus| bus == **index));
-        for (_, ports) in buses {
-            if assign(ports, plugged.hub, 1) {
-                return;
-            }
-        }
+        let mut buses = self.0.iter_mut().filter(|(index, _)| plugged.bus.is_none_or(|bus| bus == **index));
+        buses.find_map(|(_, ports)| assign(ports, plugged.hub, &|_| true, &[]));
+    }
+
+    /// Takes the port that a device of these speeds is to have.
+    fn place(&mut self, want: SpeedMask) -> Option<Place> {
+        let serving = |serves: Serves| serves.speeds().meets(want);
+        let first = self.0.values().find_map(|ports| first_free(ports, 1));
+        let named = !first.is_some_and(serving);
+        self.0.iter_mut().find_map(|(&bus, ports)| {
+            let (serves, path) = assign(ports, false, &serving, &[])?;
+            let port = named.then_some(GuestPort { bus, path });
+            Some(Place { speeds: serves.speeds(), port })
+        })
     }
 
     fn free(&self) -> Free {
@@ -330,11 +440,33 @@ fn taken(controllers: &[Controller], index: u32) -> bool {
     controllers.iter().any(|c| c.index == Some(index))
 }
 
-fn assign(ports: &mut [Port], hub: bool, tier: usize) -> bool {
-    if let Some(port) = ports.iter_mut().find(|port| !port.used) {
+/// A port's number at each hub on the way to it, from 1; 0 behind its end.
+type Path = [u8; MAX_TIERS];
+
+/// Takes the first free port that will do; what it serves, and where it is. `above` is where these
+/// ports are.
+fn assign(
+    ports: &mut [Port],
+    hub: bool,
+    will_do: &dyn Fn(Serves) -> bool,
+    above: &[u8],
+) -> Option<(Serves, Path)> {
+    let path = |at: usize| [above, &[u8::try_from(at + 1).unwrap_or(u8::MAX)]].concat();
+    let free = ports.iter_mut().enumerate().find(|(_, port)| !port.used && will_do(port.serves));
+    if let Some((at, port)) = free {
         port.plug(hub);
-        return true;
+        let mut whole = [0; MAX_TIERS];
+        whole.iter_mut().zip(path(at)).for_each(|(to, from)| *to = from);
+        return Some((port.serves, whole));
     }
-    tier < MAX_TIERS
-        && ports.iter_mut().filter_map(|p| p.hub.as_mut()).any(|inner| assign(inner, hub, tier + 1))
+    let is_deep = above.len() + 1 >= MAX_TIERS;
+    let mut hubs = ports.iter_mut().enumerate().filter(|_| !is_deep);
+    hubs.find_map(|(at, port)| assign(port.hub.as_mut()?, hub, will_do, &path(at)))
+}
+
+/// What the first free port serves.
+fn first_free(ports: &[Port], tier: usize) -> Option<Serves> {
+    let free = ports.iter().find(|port| !port.used).map(|port| port.serves);
+    let hubs = || ports.iter().filter_map(|port| port.hub.as_deref()).filter(|_| tier < MAX_TIERS);
+    free.or_else(|| hubs().find_map(|inner| first_free(inner, tier + 1)))
 }

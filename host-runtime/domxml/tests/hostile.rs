@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test may panic")]
 
 use virt_usb_domxml::{Edits, FlavorSource, Hostdev, MAX_DEPTH, MAX_USB, MAX_XML, XmlError, read, rewrite};
-use virt_usb_model::{BusAddress, DeviceId, UsbId};
+use virt_usb_model::{BusAddress, DeviceId, SpeedMask, UsbId};
 
 fn domain(inside: &str) -> String {
     format!("<domain><name>x</name>{inside}</domain>")
@@ -13,6 +13,7 @@ fn edits() -> Edits {
         id: DeviceId::new(id).unwrap(),
         usb: UsbId::new(1, 2),
         address: BusAddress::new(3, 4).unwrap(),
+        guest_port: None,
     };
     Edits {
         hostdevs: vec![device(1)],
@@ -94,7 +95,7 @@ fn many_of_everything() {
         let many = |n: usize| domain(&format!("<devices>{}</devices>", device.repeat(n)));
         assert!(read(many(MAX_USB).as_bytes()).is_ok());
         assert_eq!(read(many(MAX_USB + 1).as_bytes()), Err(XmlError::TooManyDevices { line: 1 }));
-        read(many(MAX_USB).as_bytes()).unwrap().bus.fit(&[None; 20]);
+        read(many(MAX_USB).as_bytes()).unwrap().bus.fit(&[SpeedMask::ANY; 20]);
     }
 }
 

@@ -109,6 +109,7 @@ fn some_hostdev() -> impl Strategy<Value = Hostdev> {
             id: DeviceId::new(id).unwrap(),
             usb: UsbId::new(vendor, product),
             address: BusAddress::new(bus, device).unwrap(),
+            guest_port: None,
         },
     )
 }

@@ -1,8 +1,8 @@
 //! What is read from domains of many shapes.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test may panic")]
 
-use virt_usb_domxml::{Domain, Fit, FlavorSource, XmlError, read};
-use virt_usb_model::{BusAddress, Speed, UsbId};
+use virt_usb_domxml::{Domain, Fit, FlavorSource, Place, TooFew, UsbBus, XmlError, read};
+use virt_usb_model::{BusAddress, Speed, SpeedMask, UsbId};
 
 fn domain(inside: &str) -> String {
     format!("<domain type='kvm'>\n  <name>erp</name>\n{inside}\n</domain>\n")
@@ -265,44 +265,82 @@ fn encodings() {
 }
 
 /// The fit of one domain, as a line of text.
-fn fit(machine: &str, devices: &str, wants: &[Option<Speed>]) -> Fit {
+fn bus(machine: &str, devices: &str) -> UsbBus {
     let os = format!("<os><type {machine}>hvm</type></os>");
-    read(domain(&format!("{os}<devices>{devices}</devices>")).as_bytes()).unwrap().bus.fit(wants)
+    read(domain(&format!("{os}<devices>{devices}</devices>")).as_bytes()).unwrap().bus
+}
+
+fn fit(machine: &str, devices: &str, wants: &[SpeedMask]) -> Fit {
+    bus(machine, devices).fit(wants)
 }
 
 const Q35: &str = "arch='x86_64' machine='pc-q35-9.0'";
 const PC: &str = "arch='x86_64' machine='pc-i440fx-9.0'";
-const LOW: Option<Speed> = Some(Speed::Low);
-const FULL: Option<Speed> = Some(Speed::Full);
-const HIGH: Option<Speed> = Some(Speed::High);
-const SUPER: Option<Speed> = Some(Speed::Super);
+const ANY: SpeedMask = SpeedMask::ANY;
+const LOW: SpeedMask = SpeedMask::new(&[Speed::Low]);
+const FULL: SpeedMask = SpeedMask::new(&[Speed::Full]);
+/// What QEMU does not slow down: a camera.
+const HIGH: SpeedMask = SpeedMask::new(&[Speed::High]);
+/// What it does: a licence key.
+const SLOWED: SpeedMask = SpeedMask::new(&[Speed::High, Speed::Full]);
+const SUPER: SpeedMask = SpeedMask::new(&[Speed::Super]);
 
-fn few(needed: usize, free: usize, speed: Option<Speed>) -> Fit {
-    Fit::TooFew { needed, free, speed }
+fn few(needed: usize, free: usize, wants: SpeedMask) -> Fit {
+    let speed = wants.slowest().filter(|_| wants != ANY);
+    Fit::TooFew(TooFew { needed, free, speed })
 }
 
 #[test]
 fn the_default_controller_follows_the_machine() {
     assert_eq!(fit(Q35, "", &[SUPER; 4]), Fit::Fits);
     assert_eq!(fit(Q35, "", &[FULL; 5]), Fit::NeedsController);
-    assert_eq!(fit(Q35, "", &[None; 16]), few(16, 15, None));
+    assert_eq!(fit(Q35, "", &[ANY; 16]), few(16, 15, ANY));
     assert_eq!(fit(PC, "", &[FULL, LOW]), Fit::Fits);
     assert_eq!(fit(PC, "", &[HIGH]), Fit::NeedsController);
+    assert_eq!(fit(PC, "", &[SLOWED, SLOWED]), Fit::Fits);
     assert_eq!(fit("", "", &[FULL]), Fit::Fits);
-    assert_eq!(fit(PC, "<input type='tablet' bus='usb'/>", &[None, None]), Fit::NeedsController);
-    assert_eq!(fit("arch='aarch64' machine='virt'", "", &[FULL]), Fit::NeedsController);
-    assert_eq!(fit("arch='s390x' machine='s390-ccw-virtio'", "", &[FULL]), Fit::NoUsb);
+    assert_eq!(fit(PC, "<input type='tablet' bus='usb'/>", &[ANY, ANY]), Fit::NeedsController);
+    let bare = |arch: &str, machine: &str| {
+        let os = format!("arch='{arch}' machine='{machine}'");
+        (fit(&os, "", &[FULL]), fit(&os, "<controller type='usb' model='qemu-xhci'/>", &[FULL]))
+    };
+    for (arch, machine) in [
+        ("aarch64", "virt"),
+        ("aarch64", "virt-9.0"),
+        ("aarch64", ""),
+        ("armv7l", "virt-7.2"),
+        ("riscv64", "virt"),
+        ("riscv32", "virt"),
+        ("loongarch64", "virt"),
+        ("ppc64", "pseries"),
+        ("ppc64le", "pseries-7.2"),
+        ("s390x", "s390-ccw-virtio"),
+        ("sparc64", "sun4u"),
+        ("alpha", ""),
+    ] {
+        assert_eq!(bare(arch, machine), (Fit::NoController, Fit::Fits), "{arch} {machine}");
+    }
+    for (arch, machine) in [
+        ("x86_64", "isapc"),
+        ("i686", "isapc"),
+        ("x86_64", "microvm"),
+        ("aarch64", "raspi3b"),
+        ("armv7l", "vexpress-a9"),
+        ("riscv64", "sifive_u"),
+    ] {
+        assert_eq!(bare(arch, machine).0, Fit::NoPci, "{arch} {machine}");
+    }
+    assert_eq!(bare("armv6l", "versatilepb").0, Fit::Fits);
+    assert_eq!(fit("arch='aarch64' machine='virt'", "", &[ANY; 16]), few(16, 15, ANY));
     assert_eq!(fit("arch='s390x' machine='s390-ccw-virtio'", "", &[]), Fit::Fits);
-    assert_eq!(fit("arch='s390x'", "<controller type='usb' model='qemu-xhci'/>", &[FULL]), Fit::Fits);
-    assert_eq!(fit("arch='x86_64' machine='isapc'", "", &[FULL]), Fit::NoUsb);
-    assert_eq!(fit("arch='ppc64' machine='pseries'", "", &[FULL]), Fit::NeedsController);
+    assert_eq!(fit("arch='s390x'", "<controller type='usb'/>", &[FULL]), Fit::NoUsb);
     assert_eq!(fit("arch='ppc64'", "<controller type='usb'/>", &[FULL, FULL, HIGH]), few(1, 0, HIGH));
 }
 
 #[test]
 fn controllers_have_ports_of_their_speed() {
     let controller = |model: &str, rest: &str| format!("<controller type='usb' {rest} model='{model}'/>");
-    let declared = |devices: &str, wants: &[Option<Speed>]| fit(Q35, devices, wants);
+    let declared = |devices: &str, wants: &[SpeedMask]| fit(Q35, devices, wants);
     let none = controller("none", "");
     assert_eq!(declared(&none, &[FULL]), Fit::NoUsb);
     assert_eq!(declared(&none, &[]), Fit::Fits);
@@ -312,7 +350,7 @@ fn controllers_have_ports_of_their_speed() {
     assert_eq!(declared(&controller("piix3-uhci", ""), &[FULL; 3]), few(3, 2, FULL));
     assert_eq!(declared(&controller("piix3-uhci", ""), &[FULL, HIGH]), few(1, 0, HIGH));
     assert_eq!(declared("<controller type='usb' index='0'/>", &[HIGH]), few(1, 0, HIGH));
-    assert_eq!(declared(&controller("pci-ohci", ""), &[LOW, FULL, None]), Fit::Fits);
+    assert_eq!(declared(&controller("pci-ohci", ""), &[LOW, FULL, ANY]), Fit::Fits);
     assert_eq!(declared(&controller("ehci", ""), &[HIGH; 6]), Fit::Fits);
     assert_eq!(declared(&controller("ehci", ""), &[FULL]), few(1, 0, FULL));
     assert_eq!(declared(&controller("ehci", ""), &[SUPER]), few(1, 0, SUPER));
@@ -329,7 +367,7 @@ fn companions_serve_the_ports_of_their_ehci() {
             uhcis.iter().map(uhci).collect::<String>()
         )
     };
-    assert_eq!(fit(PC, &ich9(&["1", "2", "3"]), &[HIGH, FULL, LOW, FULL, HIGH, None]), Fit::Fits);
+    assert_eq!(fit(PC, &ich9(&["1", "2", "3"]), &[HIGH, FULL, LOW, FULL, HIGH, ANY]), Fit::Fits);
     assert_eq!(fit(PC, &ich9(&["1", "2", "3"]), &[FULL; 7]), few(7, 6, FULL));
     assert_eq!(fit(PC, &ich9(&["2"]), &[FULL, FULL, HIGH, HIGH, HIGH, HIGH]), Fit::Fits);
     assert_eq!(fit(PC, &ich9(&["2"]), &[FULL; 3]), few(3, 2, FULL));
@@ -398,7 +436,46 @@ fn two_controllers() {
         <input type='keyboard' bus='usb'/>";
     assert_eq!(fit(PC, two, &[HIGH, HIGH, HIGH, FULL]), Fit::Fits);
     assert_eq!(fit(PC, two, &[HIGH, HIGH, HIGH, HIGH]), few(4, 3, HIGH));
-    assert_eq!(fit(PC, two, &[HIGH, HIGH, FULL, FULL, None]), few(5, 4, None));
+    assert_eq!(fit(PC, two, &[HIGH, HIGH, FULL, FULL, ANY]), few(5, 4, ANY));
+    assert_eq!(fit(PC, two, &[SLOWED, SLOWED, HIGH, SLOWED]), Fit::Fits);
+}
+
+#[test]
+fn a_port_is_named_where_the_first_free_one_does_not_serve() {
+    let places = |machine, devices: &str, wants: &[SpeedMask]| -> Vec<String> {
+        let shown = |place: Place| {
+            let speed = place.speeds.fastest().unwrap();
+            place.port.map_or_else(|| speed.to_string(), |port| format!("{speed} at {port}"))
+        };
+        bus(machine, devices).place(wants).into_iter().map(shown).collect()
+    };
+    assert_eq!(places(PC, "", &[SLOWED, FULL, FULL]), ["full", "full"], "the default controller");
+    assert_eq!(places(Q35, "", &[SUPER]), ["super"]);
+    assert_eq!(places("arch='aarch64' machine='virt'", "", &[FULL]), [""; 0]);
+    let two = "<controller type='usb' index='0' model='piix3-uhci'/>\
+        <controller type='usb' index='1' model='qemu-xhci'/>\
+        <input type='tablet' bus='usb'><address type='usb' bus='1' port='1'/></input>";
+    assert_eq!(places(PC, two, &[HIGH, FULL, SUPER]), ["super at bus='1' port='2'", "full", "super at bus='1' port='3'"]);
+    assert_eq!(places(PC, two, &[SLOWED; 3]), ["full", "full", "super"]);
+    let hub = "<controller type='usb' index='0' model='ehci'/><hub type='usb'/>";
+    assert_eq!(places(PC, hub, &[FULL, HIGH, LOW])[..1], ["full at bus='0' port='1.1'"]);
+}
+
+#[test]
+fn advice_knows_the_controllers_that_are_there() {
+    let facts = |devices| {
+        let bus = bus(PC, devices);
+        (bus.has_xhci(), bus.spare_xhci_ports(), bus.next_index())
+    };
+    assert_eq!(facts("<controller type='usb' index='0' model='qemu-xhci' ports='15'/>"), (true, 0, 1));
+    assert_eq!(facts("<controller type='usb' model='nec-xhci'/>"), (true, 11, 1));
+    assert_eq!(facts("<controller type='usb' index='0' model='piix3-uhci'/>"), (false, 0, 1));
+    assert_eq!(facts("<controller type='usb' index='1' model='qemu-xhci' ports='8'/>"), (true, 7, 0));
+    let ich9 = "<controller type='usb' index='0' model='ich9-ehci1'/>\
+        <controller type='usb' index='0' model='ich9-uhci1'/>";
+    assert_eq!(facts(ich9), (false, 0, 1));
+    assert_eq!(facts(""), (false, 0, 0));
+    assert_eq!(bus("arch='aarch64' machine='virt'", "").machine(), "aarch64 virt");
 }
 
 #[test]

@@ -6,7 +6,8 @@ use virt_usb_model::{BusAddress, DeviceId, UsbId};
 
 fn hostdev(id: u64) -> Hostdev {
     let address = BusAddress::new(1, u8::try_from(id % 127).unwrap()).unwrap();
-    Hostdev { id: DeviceId::new(id).unwrap(), usb: UsbId::new(0x0529, 1), address }
+    let usb = UsbId::new(0x0529, 1);
+    Hostdev { id: DeviceId::new(id).unwrap(), usb, address, guest_port: None }
 }
 
 fn inject() -> Edits {

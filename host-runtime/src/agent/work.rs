@@ -7,9 +7,11 @@ use std::time::{Duration, Instant};
 
 use virt_usb_domxml::{Domain, XmlError, redirdev_element};
 use virt_usb_hook::config::{AttachFailurePolicy, Config};
-use virt_usb_hook::guest::{NO_SPICE, Ports, asker, hostdev, is_device, room};
+use virt_usb_hook::guest::{
+    Delivery, NO_SPICE, Ports, asker, hostdev, is_device, port_speeds, room, slowed,
+};
 use virt_usb_hook::machine;
-use virt_usb_model::{DeviceId, InstanceId, Speed};
+use virt_usb_model::{DeviceId, InstanceId, SpeedMask};
 use virt_usb_store::adopt::Stage;
 use virt_usb_store::claim::{Asker, Judge, Verified};
 use virt_usb_store::give_back::{Extent, Witness};
@@ -269,9 +271,13 @@ impl Work<'_> {
             self.worker.store.mark_used(claim)?;
         }
         let began = Instant::now();
-        let attached = live_room(&guest.domain, &[record.entry.speed])
-            .map_err(Failure::Refused)
-            .and_then(|()| self.worker.hypervisor.attach(self.instance, &hostdev(&record).element()));
+        let speeds = [port_speeds(&record)];
+        let place = guest.domain.bus.place(&speeds).first().copied();
+        let attached =
+            room(&guest.domain, &speeds, Delivery::HotPlug).map_err(Failure::Refused).and_then(|_| {
+                let hostdev = hostdev(&record, place.and_then(|place| place.port));
+                self.worker.hypervisor.attach(self.instance, &hostdev.element())
+            });
         // Whatever libvirt says: is it there?
         let inside = self.has(device)?;
         self.worker.metrics.attached(began.elapsed(), attached.as_ref().err());
@@ -284,6 +290,9 @@ impl Work<'_> {
             }
             Ok(()) if inside => {
                 tracing::info!(domain = %guest.domain.name, instance = %self.instance, %device, "{}: device {device} attached in {:.0?}", guest.domain.name, began.elapsed());
+                if let Some(why) = place.and_then(|place| slowed(&guest.domain, &record, &place)) {
+                    tracing::warn!(domain = %guest.domain.name, instance = %self.instance, %device, "{why}");
+                }
                 Ok(Outcome::Done)
             }
             Ok(()) => Ok(Outcome::Failed(
@@ -333,7 +342,7 @@ impl Work<'_> {
 
     fn redirect(self, n: usize) -> Result<Outcome, WorkError> {
         let Some(guest) = self.guest else { return Ok(Outcome::Moot) };
-        let attached = match (guest.domain.spice, room(&guest.domain, &[None])) {
+        let attached = match (guest.domain.spice, room(&guest.domain, &[SpeedMask::ANY], Delivery::HotPlug)) {
             (false, _) => Err(Failure::Refused(NO_SPICE.into())),
             (true, Err(why)) => Err(Failure::Refused(why)),
             (true, Ok(_)) => self.worker.hypervisor.attach(self.instance, &redirdev_element(n)),
@@ -383,15 +392,7 @@ impl Judge for Live<'_> {
     fn fits(&mut self, chosen: &[virt_usb_store::claim::Granted]) -> Result<(), String> {
         let there = |record: &Record| self.domain.host_devices().any(|h| is_device(h, record));
         let new = chosen.iter().filter(|g| !there(&g.device));
-        let speeds: Vec<_> = new.map(|g| g.device.entry.speed).collect();
-        live_room(self.domain, &speeds)
-    }
-}
-
-/// Whether a guest that runs has USB ports for devices of these speeds.
-fn live_room(domain: &Domain, speeds: &[Option<Speed>]) -> Result<(), String> {
-    match room(domain, speeds)? {
-        true => Err("it has no USB controller, and libvirt adds none to a guest that runs".into()),
-        false => Ok(()),
+        let speeds: Vec<SpeedMask> = new.map(|g| port_speeds(&g.device)).collect();
+        room(self.domain, &speeds, Delivery::HotPlug).map(drop)
     }
 }

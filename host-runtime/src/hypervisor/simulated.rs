@@ -16,7 +16,7 @@ use virt_usb_hook::call::{Call, Caller, Happened, Incoming, Operation};
 use virt_usb_hook::config::Config;
 use virt_usb_hook::input::Input;
 use virt_usb_hook::run;
-use virt_usb_model::{BusAddress, InstanceId};
+use virt_usb_model::{BusAddress, InstanceId, SpeedMask};
 
 use super::{Event, Failure, Hypervisor, Running};
 
@@ -355,9 +355,9 @@ impl Hypervisor for SimulatedHypervisor {
                     .map_err(|e| Failure::Refused(format!("XML error: {e}")))
             };
             let before = read(domain)?;
-            match before.bus.fit(&[None]) {
+            match before.bus.fit(&[SpeedMask::ANY]) {
                 Fit::Fits => {}
-                Fit::TooFew { .. } => {
+                Fit::TooFew(_) => {
                     return Err(Failure::Refused("internal error: No free USB ports".into()));
                 }
                 _ => {

@@ -3,7 +3,7 @@
 
 use libfuzzer_sys::fuzz_target;
 use virt_usb_domxml::{Domain, Edits, Hostdev, read, rewrite};
-use virt_usb_model::{BusAddress, DeviceId, Speed, UsbId};
+use virt_usb_model::{BusAddress, DeviceId, Speed, SpeedMask, UsbId};
 
 fuzz_target!(|xml: &[u8]| {
     let domain = match read(xml) {
@@ -23,7 +23,9 @@ fuzz_target!(|xml: &[u8]| {
         }
     };
     for speed in [None, Some(Speed::Low), Some(Speed::High), Some(Speed::Super)] {
-        domain.bus.fit(&[speed, None, Some(Speed::Full)]);
+        let wants = [SpeedMask::of(speed, None), SpeedMask::ANY, SpeedMask::of(Some(Speed::Full), None)];
+        domain.bus.fit(&wants);
+        assert!(domain.bus.place(&wants).len() <= wants.len(), "a place for each, or fewer");
     }
     assert_eq!(rewrite(xml, &Edits::default()), Ok(None), "no edit, no change");
     adds(xml, &domain);
@@ -36,6 +38,7 @@ fn hostdev(id: u64, product: u16) -> Hostdev {
         id: id.expect("an id"),
         usb: UsbId::new(0x0529, product),
         address: address.expect("an address"),
+        guest_port: None,
     }
 }
 

@@ -473,7 +473,12 @@ fn what_cannot_be_attached_is_told_and_may_stop_the_guest() {
         let report = world.worker.converge(instance(0), Gone::default(), &BTreeSet::new()).unwrap();
         let events = world.worker.store.events(&virt_usb_store::events::Filter::default()).unwrap();
         let told = events.iter().find(|e| e.event == "problem").and_then(|e| e.detail.clone()).unwrap();
-        assert!(told.contains("it needs 1 USB port(s) more"), "{told}");
+        assert!(
+            told.contains(
+                "1 USB port for full-speed devices is needed, 0 are free: give it a second controller"
+            ),
+            "{told}"
+        );
         let runs = !world.live().is_empty();
         assert_eq!(runs, policy == AttachFailurePolicy::Keep);
         assert_eq!(report.failed.is_empty(), !runs);

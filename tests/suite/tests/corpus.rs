@@ -31,6 +31,7 @@ fn edits() -> Edits {
         id: DeviceId::new(id).unwrap(),
         usb: UsbId::new(0x0529, 1),
         address: BusAddress::new(1, device).unwrap(),
+        guest_port: None,
     };
     Edits { hostdevs: vec![hostdev(5, 5), hostdev(7, 9)], ..Edits::default() }
 }
