@@ -16,20 +16,22 @@ SEEN = Path("/sys/bus/usb/devices")
 BOOT_CODE = bytes.fromhex("fa31c08ed8be167cac84c07406baf803eeebf5f4ebfd")
 
 
-class Gadget:
-    """A mass-storage stick that tells a guest who boots from it its serial."""
+# One vendor-defined report of 128 bytes (HID 1.11, 6.2.2).
+REPORTS = bytes.fromhex("06a0ff 0901 a101 0902 1500 26ff00 7508 9580 8102 c0")
 
-    def __init__(self, name, vendor, product, serial):
+
+class Gadget:
+    """A mass-storage stick that tells a guest who boots from it its serial; or another `function` of configfs."""
+
+    def __init__(self, name, vendor, product, serial, function="mass_storage"):
+        self.function = function
         self.name, self.vendor, self.product, self.serial = name, vendor, product, serial
         self.slot = None
         self.folder = GADGETS / name
         self._make()
 
     def _make(self):
-        image = Path(f"/tmp/{self.name}.img")
-        sector = BOOT_CODE + f"BOOTED-FROM {self.serial or self.name}\r\n\0".encode()
-        image.write_bytes(sector.ljust(510, b"\0") + b"\x55\xaa" + bytes(1024 * 1024 - 512))
-        function = self.folder / "functions/mass_storage.0"
+        function = self.folder / f"functions/{self.function}.0"
         for folder in (self.folder, self.folder / "strings/0x409", self.folder / "configs/c.1", function):
             folder.mkdir()
         self._write("idVendor", f"0x{self.vendor}")
@@ -38,8 +40,19 @@ class Gadget:
         self._write("strings/0x409/product", self.name)
         if self.serial:
             self._write("strings/0x409/serialnumber", self.serial)
-        self._write("functions/mass_storage.0/lun.0/file", str(image))
-        os.symlink(function, self.folder / "configs/c.1/mass_storage.0")
+        if self.function == "mass_storage":
+            self._write("functions/mass_storage.0/lun.0/file", str(self._image()))
+        if self.function == "hid":
+            # Its interrupt endpoint has packets of so many bytes, more than full speed allows.
+            self._write("functions/hid.0/report_length", "128")
+            (self.folder / "functions/hid.0/report_desc").write_bytes(REPORTS)
+        os.symlink(function, self.folder / f"configs/c.1/{self.function}.0")
+
+    def _image(self):
+        image = Path(f"/tmp/{self.name}.img")
+        sector = BOOT_CODE + f"BOOTED-FROM {self.serial or self.name}\r\n\0".encode()
+        image.write_bytes(sector.ljust(510, b"\0") + b"\x55\xaa" + bytes(1024 * 1024 - 512))
+        return image
 
     def _write(self, path, text):
         (self.folder / path).write_text(text + "\n")
@@ -80,9 +93,9 @@ class Gadget:
     def remove(self):
         self.unplug()
         # configfs wants it taken apart in this order.
-        for link in (self.folder / "configs/c.1").glob("mass_storage.*"):
+        for link in (self.folder / "configs/c.1").glob(f"{self.function}.*"):
             link.unlink()
-        functions = (self.folder / "functions").glob("mass_storage.*")
+        functions = (self.folder / "functions").glob(f"{self.function}.*")
         for folder in (self.folder / "configs/c.1", *functions, self.folder / "strings/0x409", self.folder):
             folder.rmdir()
 
@@ -136,6 +149,19 @@ class Drawer:
         gadget = Gadget(name, vendor, product, serial)
         self.gadgets.append(gadget)
         return gadget if slot is None else gadget.plug(slot)
+
+    def serial_adapter(self, serial, slot):
+        """A CDC-ACM device: /dev/ttyACM* on the host."""
+        return self._other("acm", "a4a7", serial, slot)
+
+    def reporter(self, serial, slot):
+        """A HID device that QEMU refuses at a port of full speed."""
+        return self._other("hid", "a4ac", serial, slot)
+
+    def _other(self, function, product, serial, slot):
+        gadget = Gadget(function, "0525", product, serial, function=function)
+        self.gadgets.append(gadget)
+        return gadget.plug(slot)
 
     def twins(self, count, serials=True):
         """Sticks of one product, in the first slots."""

@@ -9,7 +9,7 @@ NAMESPACE = uuid.UUID("7b0f5c9e-6a55-4d53-9d0e-6f0e5f6d0a11")
 
 XHCI = "<controller type='usb' model='qemu-xhci' ports='15'/>"
 NO_USB = "<controller type='usb' model='none'/>"
-# USB 1.1 with two ports: nothing faster fits into it.
+# USB 1.1 with two ports: what libvirt gives an i440fx guest by itself.
 UHCI = "<controller type='usb' model='piix3-uhci'/>"
 
 

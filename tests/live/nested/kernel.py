@@ -14,8 +14,8 @@ KERNEL = "linux-image-amd64"
 FOLDERS = ["arch", "crypto", "drivers/char", "drivers/hid", "drivers/input", "drivers/scsi", "drivers/usb", "drivers/virtio", "fs", "lib", "net/9p"]
 MODULES = [
     "virtio_pci", "9p", "9pnet_virtio", "overlay", "virtio_console",  # the machine's files
-    "xhci_pci", "usbhid", "hid_generic", "usb_storage",  # USB on the host's side
-    "dummy_hcd", "usb_f_mass_storage",  # and on the devices' side
+    "xhci_pci", "usbhid", "hid_generic", "usb_storage", "cdc_acm",  # USB on the host's side
+    "dummy_hcd", "usb_f_mass_storage", "usb_f_acm", "usb_f_hid",  # and on the devices' side
 ]  # fmt: skip
 
 
@@ -60,7 +60,9 @@ class Kernel:
             self._unpack(self._newest(), self.unpacked, self._wanted)
         if not (self.cache / "udev").exists():
             self._unpack("udev", self.cache / "udev", lambda name: True)
-        if not self.initramfs.exists() or self.initramfs.stat().st_mtime < self.init.stat().st_mtime:
+        # The list of modules above is a source of it, too.
+        changed = max(source.stat().st_mtime for source in (self.init, Path(__file__)))
+        if not self.initramfs.exists() or self.initramfs.stat().st_mtime < changed:
             self._make_initramfs()
 
     @staticmethod

@@ -56,9 +56,10 @@ def no_free_port(w):
     w.drawer.twins(1)
     w.product.discover()
     full = asks(w, "full", usb=XHCI.replace("15", "1"), devices="<input type='tablet' bus='usb'/>")
-    refused(w.virsh("start", full.name), "USB port(s) more", "qemu-xhci")
-    slow = asks(w, "slow", usb=UHCI)
-    refused(w.virsh("start", slow.name), "USB port(s) more for a high-speed device", "qemu-xhci")
+    refused(w.virsh("start", full.name), "1 USB port is needed, 0 are free", "ports='15'")
+    tablets = "<input type='tablet' bus='usb'/>" * 2
+    slow = asks(w, "slow", usb=UHCI, devices=tablets)
+    refused(w.virsh("start", slow.name), "1 USB port is needed, 0 are free", "qemu-xhci")
     expect(not w.product.claims(), "nothing to be held")
 
 
