@@ -220,7 +220,7 @@ impl<'a> Arrival<'a> {
         readdress: Vec<(usize, BusAddress)>,
         found: &[Option<(DeviceId, BusAddress)>],
     ) -> Result<Answer, Fault> {
-        let place = |g: &Granted| Some((places.get(g.request)?.position, hostdev(&g.device)));
+        let place = |g: &Granted| Some((places.get(g.request)?.position, hostdev(&g.device, None)));
         let relocate = granted.iter().filter_map(place).collect();
         let edits = Edits { relocate, readdress, ..Edits::default() };
         let xml = self.job.document.rewrite(&edits).map_err(|e| {

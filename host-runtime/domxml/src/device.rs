@@ -50,11 +50,13 @@ pub(crate) enum Part {
     SourceProduct,
     SourceAddress,
     TargetModel,
+    SourceAdapter,
+    Backend,
 }
 
 impl Part {
     /// How many parts there are.
-    const COUNT: usize = 10;
+    const COUNT: usize = 12;
 
     /// What an element is, by its name and by what it stands in (`None`: the device itself).
     pub(crate) fn new(within: Option<Self>, name: &str) -> Option<Self> {
@@ -65,9 +67,11 @@ impl Part {
             (None, "target") => Self::Target,
             (None, "model") => Self::Model,
             (None, "master") => Self::Master,
+            (None, "backend") => Self::Backend,
             (Some(Self::Source), "vendor") => Self::SourceVendor,
             (Some(Self::Source), "product") => Self::SourceProduct,
             (Some(Self::Source), "address") => Self::SourceAddress,
+            (Some(Self::Source), "adapter") => Self::SourceAdapter,
             (Some(Self::Target), "model") => Self::TargetModel,
             _ => return None,
         })
@@ -85,6 +89,8 @@ impl Part {
             Self::SourceProduct => "<product> in the source of a USB hostdev",
             Self::SourceAddress => "<address> in the source of a USB hostdev",
             Self::TargetModel => "<model> in the target of a USB hostdev",
+            Self::SourceAdapter => "<adapter> in the source of a USB hostdev",
+            Self::Backend => "<backend> in a USB hostdev",
         }
     }
 }
@@ -136,6 +142,13 @@ impl<'a> Device<'a> {
     pub(crate) fn value(&self, part: Part, attribute: &str) -> String {
         let value = self.part(part).and_then(|node| node.tag.value(attribute));
         value.map(std::borrow::Cow::into_owned).unwrap_or_default()
+    }
+
+    /// The text of a part, as it is written; `None` when there is none.
+    pub(crate) fn text(&self, part: Part, text: &str) -> Option<String> {
+        let node = self.part(part)?;
+        let inside = text.get(node.tag.span.end..node.content_end)?.trim_start_matches(crate::tag::is_space);
+        (!inside.is_empty()).then(|| inside.to_owned())
     }
 
     pub(crate) fn is_usb_hostdev(&self) -> bool {

@@ -2,6 +2,7 @@
 
 use virt_usb_model::{BusAddress, DeviceId, InstanceId, PortPath, ProjectId, UsbId};
 
+use crate::host_source::HostSource;
 use crate::usb_bus::UsbBus;
 
 /// The alias prefix of a hostdev that virt-usb injected; the device's id follows.
@@ -29,6 +30,8 @@ pub struct Domain {
     pub commandline: Vec<UsbHostdev>,
     /// Every `<redirdev bus='usb'>` directly under `<devices>`, in order.
     pub redirdevs: Vec<Redirdev>,
+    /// What the other devices use of the host.
+    pub host_sources: Vec<HostSource>,
     /// The USB controllers, and what occupies their ports.
     pub bus: UsbBus,
     /// Whether there is SPICE graphics, which a spicevmc redirection needs.

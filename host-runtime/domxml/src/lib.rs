@@ -16,6 +16,7 @@ mod edit;
 mod encoding;
 mod error;
 mod fit;
+mod host_source;
 mod metadata;
 mod read;
 mod scan;
@@ -27,6 +28,7 @@ pub use domain::{Domain, FlavorSource, Redirdev, UsbHostdev, hostdev_alias, redi
 pub use edit::{Edits, Hostdev, redirdev_element};
 pub use error::XmlError;
 pub use fit::{Fit, TooFew};
+pub use host_source::{HostPlace, HostSource};
 pub use metadata::NAMESPACE;
 pub use usb_bus::{GuestPort, Place, UsbBus};
 

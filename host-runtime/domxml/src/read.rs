@@ -22,6 +22,7 @@ use crate::commandline::{is_device_option, usb_host};
 use crate::device::{Device, Node, Part};
 use crate::domain::{Domain, FlavorSource};
 use crate::error::{XmlError, cut};
+use crate::host_source::host_source;
 use crate::metadata::{Metadata, Namespaces, Space};
 use crate::scan::{Scanner, Token};
 use crate::tag::Tag;
@@ -115,6 +116,7 @@ impl<'a> Reading<'a> {
                 hostdevs: Vec::new(),
                 commandline: Vec::new(),
                 redirdevs: Vec::new(),
+                host_sources: Vec::new(),
                 bus: UsbBus::default(),
                 spice: false,
             },
@@ -364,6 +366,7 @@ impl<'a> Reading<'a> {
         if self.domain.bus.len() > MAX_USB {
             return Err(XmlError::TooManyDevices { line: self.scanner.line(start) });
         }
+        self.domain.host_sources.extend(host_source(&device, self.text));
         match device.node.tag.name {
             "graphics" => self.domain.spice |= device.node.tag.is("type", "spice"),
             "controller" => self.layout.last_controller = Some(start..end),

@@ -1,7 +1,7 @@
 //! What is read from domains of many shapes.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test may panic")]
 
-use virt_usb_domxml::{Domain, Fit, FlavorSource, Place, TooFew, UsbBus, XmlError, read};
+use virt_usb_domxml::{Domain, Fit, FlavorSource, HostPlace, Place, TooFew, UsbBus, XmlError, read};
 use virt_usb_model::{BusAddress, Speed, SpeedMask, UsbId};
 
 fn domain(inside: &str) -> String {
@@ -455,7 +455,10 @@ fn a_port_is_named_where_the_first_free_one_does_not_serve() {
     let two = "<controller type='usb' index='0' model='piix3-uhci'/>\
         <controller type='usb' index='1' model='qemu-xhci'/>\
         <input type='tablet' bus='usb'><address type='usb' bus='1' port='1'/></input>";
-    assert_eq!(places(PC, two, &[HIGH, FULL, SUPER]), ["super at bus='1' port='2'", "full", "super at bus='1' port='3'"]);
+    assert_eq!(
+        places(PC, two, &[HIGH, FULL, SUPER]),
+        ["super at bus='1' port='2'", "full", "super at bus='1' port='3'"]
+    );
     assert_eq!(places(PC, two, &[SLOWED; 3]), ["full", "full", "super"]);
     let hub = "<controller type='usb' index='0' model='ehci'/><hub type='usb'/>";
     assert_eq!(places(PC, hub, &[FULL, HIGH, LOW])[..1], ["full at bus='0' port='1.1'"]);
@@ -538,4 +541,59 @@ fn devices_on_the_command_line_of_qemu_are_read() {
     assert_eq!(domain(QEMU, &key.replace("q:arg", "arg")).commandline, []);
     assert_eq!(domain(QEMU, &key.replace("-device", "-drive")).commandline, []);
     assert_eq!(domain(QEMU, "<q:arg value='usb-host,hostbus=1,hostport=1.4'/><q:arg/>").commandline, []);
+}
+
+#[test]
+fn what_of_the_host_is_used_is_read() {
+    let used = |devices: &str| {
+        let domain = read(domain(&format!("<devices>{devices}</devices>")).as_bytes()).unwrap();
+        let shown = |place: &HostPlace| match place {
+            HostPlace::Path(path) => path.clone(),
+            HostPlace::Network(name) => format!("net {name}"),
+            HostPlace::ScsiHost(name) => format!("scsi {name}"),
+        };
+        let all = domain.host_sources.iter().map(|s| format!("{}: {}", s.what, shown(&s.place)));
+        all.collect::<Vec<_>>().join("; ")
+    };
+    for (devices, shown) in [
+        ("<disk type='block'><source dev='/dev/sdb'/><target dev='vda'/></disk>", "disk vda: /dev/sdb"),
+        (
+            "<disk type='block' device='lun'><target dev='sda' bus='scsi'/><source dev='/dev/disk/by-id/usb-K'/></disk>",
+            "disk sda: /dev/disk/by-id/usb-K",
+        ),
+        ("<disk type='file'><source file='/dev/sdb1'/><target dev='vda'/></disk>", "disk vda: /dev/sdb1"),
+        ("<disk type='file'><source file='/var/lib/a.qcow2'/><target dev='vda'/></disk>", ""),
+        ("<disk type='network'><source protocol='rbd' name='a/b'/><target dev='vda'/></disk>", ""),
+        ("<disk type='block' device='cdrom'><target dev='sda'/></disk>", ""),
+        (
+            "<serial type='dev'><source path='/dev/ttyUSB0'/><target type='isa-serial' port='0'/></serial>",
+            "serial 0: /dev/ttyUSB0",
+        ),
+        ("<serial type='pty'><source path='/dev/pts/3'/><target port='0'/></serial>", ""),
+        ("<parallel type='dev'><source path='/dev/usb/lp0'/></parallel>", "parallel: /dev/usb/lp0"),
+        ("<console type='dev'><source path='/dev/ttyACM0'/></console>", "console: /dev/ttyACM0"),
+        ("<channel type='dev'><source path='/dev/ttyACM0'/></channel>", "channel: /dev/ttyACM0"),
+        (
+            "<smartcard mode='passthrough' type='dev'><source path='/srv/reader'/></smartcard>",
+            "smartcard: /srv/reader",
+        ),
+        ("<input type='evdev'><source dev='/dev/input/event5'/></input>", "input: /dev/input/event5"),
+        (
+            "<input type='passthrough' bus='virtio'><source evdev='/dev/input/event5'/></input>",
+            "input: /dev/input/event5",
+        ),
+        ("<input type='tablet' bus='usb'/>", ""),
+        ("<rng model='virtio'><backend model='random'> /dev/ttyACM1 </backend></rng>", "rng: /dev/ttyACM1"),
+        ("<rng model='virtio'><backend model='egd' type='udp'><source mode='bind'/></backend></rng>", ""),
+        ("<interface type='direct'><source dev='enx0' mode='bridge'/></interface>", "interface: net enx0"),
+        ("<interface type='bridge'><source bridge='br0'/></interface>", ""),
+        (
+            "<hostdev mode='subsystem' type='scsi'><source><adapter name='scsi_host6'/><address bus='0' target='0' unit='0'/></source></hostdev>",
+            "hostdev: scsi host6",
+        ),
+        ("<hostdev mode='subsystem' type='scsi'><source protocol='iscsi' name='iqn'/></hostdev>", ""),
+        ("<hostdev mode='subsystem' type='usb'><source><address bus='1' device='2'/></source></hostdev>", ""),
+    ] {
+        assert_eq!(used(devices), shown, "{devices}");
+    }
 }
