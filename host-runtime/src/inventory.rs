@@ -4,11 +4,12 @@ use std::path::Path;
 
 use anyhow::Context as _;
 use virt_usb_hook::sysfs::path_of;
-use virt_usb_model::{Aliases, Device, DeviceKey, DevicePath, PortPath, Serial, Whitelist};
+use virt_usb_model::{Aliases, Device, DeviceKey, DevicePath, PortPath, Serial, Verdict, Whitelist};
 use virt_usb_store::discover::Change;
 use virt_usb_store::{Record, Store, StoreError};
 
 use crate::discovery::Snapshot;
+use crate::discovery::ties::{Recorded, Ties, Uses, uses};
 
 /// The host's name, as the kernel has it.
 ///
@@ -58,7 +59,7 @@ pub fn plan(snapshot: &Snapshot, known: &[Record], whitelist: &Whitelist, aliase
         .into_iter()
         .zip(rows)
         .map(|(device, row)| {
-            let verdict = whitelist.judge(&device);
+            let (device, verdict) = judge(snapshot, device, row.map(|at| &known[at]), whitelist);
             match row {
                 Some(at) => Change::See(known[at].entry.id, Box::new(device), verdict),
                 None => Change::Add(Box::new(device), verdict),
@@ -83,6 +84,28 @@ fn is_unsure(snapshot: &Snapshot, record: &Record) -> bool {
         snapshot.problems.iter().any(|problem| at(&problem.place))
     };
     snapshot.is_unsure(&record.entry.port_path) || record.entry.path.as_ref().is_some_and(anywhere)
+}
+
+/// What the device is used for, by all that is known, and whether it is offered.
+pub fn judge(
+    snapshot: &Snapshot,
+    device: Device,
+    row: Option<&Record>,
+    whitelist: &Whitelist,
+) -> (Device, Verdict) {
+    let recorded = row.map_or_else(Recorded::default, |r| Recorded {
+        holder: r.entry.instance_uuid,
+        host_use: r.entry.host_use.as_deref(),
+    });
+    let none = Ties::default();
+    let ties = snapshot.ties.get(&device.key.port).unwrap_or(&none);
+    let Uses { words, fixed } = uses(&device, ties, &snapshot.guests, recorded);
+    let device = Device { host_use: words, ..device };
+    let verdict = whitelist.judge(&device);
+    match fixed {
+        Some(why) => (device, verdict.withheld_for(&why)),
+        None => (device, verdict),
+    }
 }
 
 /// A serial that was ever seen on two devices of a kind stays worthless, even while one of them is unplugged.
@@ -147,8 +170,10 @@ fn recognise(devices: &[Device], known: &[Record], aliases: &Aliases) -> Vec<Opt
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::discovery::ties::{GuestUse, GuestUses};
+    use crate::discovery::{Simulated, UsbSource};
     use virt_usb_model::device::Problem;
-    use virt_usb_model::{BusAddress, Class, DeviceId, UsbId};
+    use virt_usb_model::{BusAddress, Class, DeviceId, Reason, UsbId};
     use virt_usb_store::Context;
     use virt_usb_store::flaps::Limits;
 
@@ -192,7 +217,7 @@ mod tests {
         fn scan(&mut self, devices: &[Device], unsure: &[&str]) -> Vec<(u64, String)> {
             let problems =
                 unsure.iter().map(|p| Problem { place: (*p).to_owned(), what: "?".into() }).collect();
-            let snapshot = Snapshot { devices: devices.to_vec(), hubs: vec![], problems };
+            let snapshot = Snapshot { devices: devices.to_vec(), problems, ..Snapshot::default() };
             let context =
                 Context { boot_id: "b".into(), uptime: 1.0, pending_grace: 120.0, actor: "test".into() };
             self.store
@@ -321,6 +346,40 @@ mod tests {
         assert_eq!(bench.scan(&[], &["1-1"]), [at(1, "1-1")], "a problem at its port");
         assert_eq!(bench.scan(&[], &[""]), [at(1, "1-1")], "a scan that failed");
         assert_eq!(bench.scan(&[], &[]), []);
+    }
+
+    #[test]
+    fn a_claim_explains_what_is_open_and_no_rule_takes_from_a_running_guest() {
+        let simulated = |more: &str| {
+            let key = "[[device]]\nvendor = '0529'\nproduct = '0001'\nbus = 1\ndevice = 5\nport = '1-1'\n";
+            Simulated::parse(&format!("{key}{more}")).unwrap().snapshot()
+        };
+        let names = serde_json::json!([{"vendor": "0529", "product": "0001"}]);
+        let names = Whitelist::parse(Some(&true.into()), Some(&names)).unwrap();
+        let told = |snapshot: &Snapshot, whitelist: &Whitelist| {
+            let (device, verdict) = judge(snapshot, snapshot.devices[0].clone(), None, whitelist);
+            (device.host_use.unwrap_or_default(), verdict.withheld)
+        };
+        let off = Whitelist::default();
+        let open = simulated("driver = 'usbfs'");
+        assert_eq!(told(&open, &off), ("claimed by a program (usbfs)".into(), Some(Reason::HostUse)));
+        assert_eq!(told(&open, &names).1, None, "the rule names it");
+        let unauthorized = simulated("authorized = false");
+        let words = "not authorized (authorized = 0)";
+        assert_eq!(told(&unauthorized, &names), (words.into(), Some(Reason::HostUse)));
+        let used = |running| {
+            let used = GuestUse::new(
+                "11111111-2222-4333-8444-555555555555".parse().unwrap(),
+                "g",
+                running,
+                "disk vda",
+            );
+            let guests = GuestUses::Known([("1-1".parse().unwrap(), vec![used])].into());
+            Snapshot { guests, ..simulated("") }
+        };
+        assert_eq!(told(&used(true), &names), ("used by guest g as disk vda".into(), Some(Reason::HostUse)));
+        assert_eq!(told(&used(false), &names).1, None);
+        assert_eq!(told(&used(false), &off).1, Some(Reason::HostUse));
     }
 
     #[test]

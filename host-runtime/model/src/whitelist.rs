@@ -170,6 +170,15 @@ pub struct Verdict {
     pub because: String,
 }
 
+impl Verdict {
+    /// The verdict for a device that no rule can give away: another guest has it, or nobody can use
+    /// it.
+    #[must_use]
+    pub fn withheld_for(self, why: &str) -> Self {
+        Self { withheld: Some(Reason::HostUse), because: format!("{why}; no rule changes that"), ..self }
+    }
+}
+
 impl Whitelist {
     /// Reads `usb_white_list_switch` (`"on"`, `"off"` or a boolean) and the rules: a list, one rule, or JSON text of
     /// either.

@@ -15,7 +15,7 @@ use super::Session;
 use super::arguments::Discover;
 use super::output::{or_dash, table};
 use crate::discovery::{LibUsb, Simulated, Snapshot, UsbSource};
-use crate::inventory::{host_name, located, plan};
+use crate::inventory::{host_name, judge, located, plan};
 
 pub(super) fn source(config: &Config, sim: Option<&Path>) -> anyhow::Result<Box<dyn UsbSource>> {
     Ok(match sim {
@@ -278,10 +278,18 @@ pub(super) fn check_whitelist(session: &Session, sim: Option<&Path>) -> anyhow::
 }
 
 fn show_verdicts(session: &Session, config: &Config, snapshot: &Snapshot) -> anyhow::Result<ExitCode> {
-    // Ports that rules name mean the sockets that the inventory remembers, where there is one.
-    let known = session.store().and_then(|store| Ok(store.known_rule_paths()?)).unwrap_or_default();
-    let whitelist = config.whitelist.at(|port| known.get(port).cloned());
-    let devices = snapshot.devices.iter().map(|d| Judged::new(d, whitelist.judge(d)));
+    // What the inventory remembers, where there is one: ports that rules name mean its sockets, and a claim explains
+    // what is open.
+    let store = session.store().ok();
+    let paths = store.as_ref().and_then(|store| store.known_rule_paths().ok()).unwrap_or_default();
+    let whitelist = config.whitelist.at(|port| paths.get(port).cloned());
+    let known = store.and_then(|store| store.devices().ok()).unwrap_or_default();
+    let verdict = |device: &Device| {
+        let row = known.iter().find(|r| r.key().is(&device.key) && r.entry.port_path == device.key.port);
+        let (device, verdict) = judge(snapshot, device.clone(), row, &whitelist);
+        Judged::new(&device, verdict)
+    };
+    let devices = snapshot.devices.iter().map(verdict);
     let verdicts: Vec<Judged> = devices.chain(snapshot.hubs.iter().map(Judged::hub)).collect();
     session.out.show(&verdicts, || {
         let rules = config.whitelist.rules.len();

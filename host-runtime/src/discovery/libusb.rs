@@ -5,6 +5,7 @@
 //! with a problem that says so. A serial that cannot be read makes a device nobody's: it becomes a problem, never a
 //! device "without serial", because that would be another device in the inventory.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -14,14 +15,12 @@ use virt_usb_model::{BusAddress, Class, Device, DeviceKey, PortPath, Serial};
 
 use super::host_use::HostUse;
 use super::listed::{Listed, Strings, Wanted, describe};
-use super::sysfs::{Plugged, Scan, scan};
+use super::sysfs::{CLAIMED, Plugged, Scan, scan};
+use super::ties::Ties;
 use super::{Snapshot, UsbSource, about, about_all, context, names};
 
 /// While a device comes or goes, libusb and sysfs disagree for an instant; only what lasts longer is a problem.
 const SECOND_LOOK: Duration = Duration::from_millis(30);
-
-/// The driver of interfaces that a program, QEMU for one, has claimed.
-const CLAIMED: &str = "usbfs";
 
 /// The machine's own USB devices.
 #[derive(Debug, Clone)]
@@ -82,7 +81,7 @@ impl Look {
     }
 
     fn judge(&self, host: &HostUse<'_>) -> Snapshot {
-        let mut merge = Merge { found: Vec::new(), problems: self.sysfs.problems.clone() };
+        let mut merge = Merge { problems: self.sysfs.problems.clone(), ..Merge::default() };
         let listed = merge.listed(self);
         for plugged in &self.sysfs.plugged {
             let twin = listed.and_then(|all| all.iter().find(|l| l.address() == Some(plugged.seen.address)));
@@ -94,14 +93,16 @@ impl Look {
         for listed in listed.into_iter().flatten() {
             merge.not_shown(listed, &self.sysfs);
         }
-        Snapshot::new(merge.found, merge.problems)
+        Snapshot { ties: merge.ties, ..Snapshot::new(merge.found, merge.problems) }
     }
 }
 
 /// A snapshot while it is put together.
+#[derive(Default)]
 struct Merge {
     found: Vec<Device>,
     problems: Vec<Problem>,
+    ties: BTreeMap<PortPath, Ties>,
 }
 
 impl Merge {
@@ -135,6 +136,8 @@ impl Merge {
         }
         let mut interfaces: Vec<Class> = plugged.interfaces.iter().map(|i| Class::new(i.class[0])).collect();
         interfaces.extend(listed.map(|listed| self.interfaces(listed, &plugged.port)).unwrap_or_default());
+        let (host_use, ties) = host.of(plugged, &mut self.problems);
+        self.ties.insert(plugged.port.clone(), ties);
         self.found.push(Device {
             key: DeviceKey {
                 usb,
@@ -153,7 +156,7 @@ impl Merge {
                 .or_else(|| names::vendor(usb)),
             product: plugged.product.clone().or(strings.product).or_else(|| names::product(usb)),
             driver: plugged.drivers(),
-            host_use: host.of(plugged, &mut self.problems),
+            host_use,
             descriptors: plugged.descriptors.clone(),
         });
     }

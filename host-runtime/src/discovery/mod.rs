@@ -3,7 +3,7 @@
 //! ```text
 //!   sysfs ──┐
 //!           ├─► LibUsb ────┐
-//!   libusb ─┘              ├─► UsbSource::snapshot ─► Snapshot { devices, hubs, problems }
+//!   libusb ─┘              ├─► UsbSource::snapshot ─► Snapshot { devices, hubs, problems, ties }
 //!   TOML ─────► Simulated ─┘
 //! ```
 //!
@@ -21,14 +21,16 @@ mod listed;
 mod names;
 mod simulated;
 mod sysfs;
+pub mod ties;
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 
 use virt_usb_model::device::Problem;
 use virt_usb_model::{Device, PortPath, Serial, UsbId};
 
 pub use libusb::LibUsb;
 pub use simulated::{SimError, Simulated};
+use ties::{GuestUses, Ties};
 
 /// Where devices are found.
 pub trait UsbSource {
@@ -45,6 +47,10 @@ pub struct Snapshot {
     pub hubs: Vec<Device>,
     /// What could not be read. Unreadable is not absent.
     pub problems: Vec<Problem>,
+    /// What ties devices to the host, by port.
+    pub ties: BTreeMap<PortPath, Ties>,
+    /// What guests use of them: who asks libvirt fills it in.
+    pub guests: GuestUses,
 }
 
 impl Snapshot {
@@ -68,7 +74,7 @@ impl Snapshot {
         problems.dedup();
         mark_duplicates(&mut found);
         let (hubs, devices) = found.into_iter().partition(Device::is_hub);
-        Self { devices, hubs, problems }
+        Self { devices, hubs, problems, ..Self::default() }
     }
 }
 

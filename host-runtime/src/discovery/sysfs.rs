@@ -20,6 +20,9 @@ const GENERIC_DRIVER: &str = "usb";
 /// The folder in which a simulated tree keeps its controllers.
 pub(super) const CONTROLLERS: &str = ".controllers";
 
+/// The driver of interfaces that a program, QEMU for one, has claimed.
+pub(super) const CLAIMED: &str = "usbfs";
+
 /// What sysfs shows of the USB devices.
 #[derive(Debug, Default)]
 pub(super) struct Scan {

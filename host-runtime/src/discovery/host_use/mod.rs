@@ -1,16 +1,24 @@
 //! Whether the host itself uses a device, in words.
 //!
-//! Three uses are told: storage that is mounted, swapped to or held by another block device (LVM, dm-crypt, md); a
-//! network interface that is up; a keyboard that the kernel's driver listens to. What cannot be told is said to be in
-//! use: taking a disk from under a mounted file system costs more than a device that an administrator has to release
-//! by naming it in the whitelist.
+//! | use | how it is seen |
+//! |---|---|
+//! | storage that is mounted, swapped to, behind a loop device, or held by another block device (LVM, dm-crypt, md) | mountinfo, swaps, `holders`, `loop/backing_file` |
+//! | a member of a ZFS pool, a volume group or a RAID, active or not | udev's database |
+//! | a network interface that is up | its flags |
+//! | a keyboard that the kernel's driver listens to | its driver |
+//! | a device that is exported to another machine | its driver |
+//! | a device node that a program has open, or an interface that one has claimed | `/proc/*/fd`, the driver `usbfs` |
 //!
-//! Not told: who has a character device open (serial ports, printers), ZFS pools, guests that have the block device as
-//! their disk, and mounts that only other mount namespaces see; the kernel shows no link from the device to them.
+//! The last one counts only while no claim of ours holds the device ([`Ties::open`]). What cannot
+//! be told is said to be in use: taking a disk from under a mounted file system costs more than a
+//! device that an administrator has to release by naming it in the whitelist. SECURITY.md lists
+//! what nobody can see.
 
 mod mounts;
+mod openers;
 mod storage;
 mod subtree;
+mod udev;
 
 use std::cell::OnceCell;
 use std::path::{Path, PathBuf};
@@ -20,10 +28,16 @@ use virt_usb_model::clean_text;
 use virt_usb_model::device::Problem;
 
 use super::about;
-use super::sysfs::{Interface, Plugged};
+use super::sysfs::{CLAIMED, Interface, Plugged};
+use super::ties::{Nodes, Ties};
 use mounts::Mounts;
+use openers::Openers;
 use storage::Storage;
 use subtree::Subtree;
+use udev::Number;
+
+/// The driver of a device that is exported to another machine.
+const USBIP: &str = "usbip-host";
 
 /// HID, boot interface, keyboard (HID 1.11, 4.2 and 4.3).
 const BOOT_KEYBOARD: [u8; 3] = [0x03, 0x01, 0x01];
@@ -36,29 +50,69 @@ pub(super) struct HostUse<'a> {
     sysfs_root: &'a Path,
     procfs_root: &'a Path,
     mounts: OnceCell<Result<Mounts, String>>,
+    openers: OnceCell<Openers>,
 }
 
 impl<'a> HostUse<'a> {
     pub(super) const fn new(sysfs_root: &'a Path, procfs_root: &'a Path) -> Self {
-        Self { sysfs_root, procfs_root, mounts: OnceCell::new() }
+        Self { sysfs_root, procfs_root, mounts: OnceCell::new(), openers: OnceCell::new() }
     }
 
-    /// What the host uses the device for, joined by `; `. Problems name the device's port.
-    pub(super) fn of(&self, plugged: &Plugged, problems: &mut Vec<Problem>) -> Option<String> {
+    /// What the host uses the device for, joined by `; `, and what else ties the two. Problems name
+    /// the device's port.
+    pub(super) fn of(&self, plugged: &Plugged, problems: &mut Vec<Problem>) -> (Option<String>, Ties) {
         let subtree = Subtree::of(&plugged.dir);
+        let ties = self.ties(plugged, &subtree);
         let mut wrong: Vec<String> = subtree.problems.clone();
         let mut uses = Vec::new();
         uses.extend(self.storage(&subtree.blocks, &mut wrong));
         uses.extend(subtree.nets.iter().filter_map(|net| network(net, &mut wrong)));
         uses.extend(subtree.hidden_net.then(|| "network interface in another namespace".to_owned()));
         uses.extend(keyboard(&plugged.interfaces));
+        let exported = plugged.driver.as_deref() == Some(USBIP);
+        uses.extend(exported.then(|| "exported to another machine (usbip)".to_owned()));
         if !subtree.problems.is_empty() || !plugged.whole {
             uses.push("it cannot be told whether the host uses it".to_owned());
         }
         problems.extend(wrong.into_iter().map(|what| about(&plugged.port, what)));
         uses.sort();
         uses.dedup();
-        (!uses.is_empty()).then(|| uses.join("; "))
+        ((!uses.is_empty()).then(|| uses.join("; ")), ties)
+    }
+
+    fn ties(&self, plugged: &Plugged, subtree: &Subtree) -> Ties {
+        let mut nodes = Nodes {
+            scsi_hosts: subtree.scsi_hosts.iter().cloned().collect(),
+            networks: subtree.nets.iter().filter_map(|net| file_name(net)).collect(),
+            ..Nodes::default()
+        };
+        let partitions = subtree.blocks.iter().flat_map(|disk| subtree::folders(disk).unwrap_or_default());
+        let blocks = subtree.blocks.iter().cloned().chain(partitions).map(|dir| (dir, true));
+        let characters = subtree.characters.iter().cloned().map(|dir| (dir, false));
+        let (mut numbers, mut names) = (Vec::new(), Vec::new());
+        for (dir, is_block) in blocks.chain(characters) {
+            let number = attribute(&dir, "dev").ok().flatten();
+            let Some(number) = number.and_then(|text| Number::parse(&text, is_block)) else { continue };
+            numbers.push(number);
+            let name = node_name(&dir);
+            names.extend(name.clone());
+            let links = udev::entry(&udev::folder(self.sysfs_root), number).links;
+            nodes.paths.extend(name.into_iter().chain(links).map(|name| format!("/dev/{name}")));
+        }
+        let locks = self.sysfs_root.parent().unwrap_or(Path::new("/")).join("run/lock");
+        let openers = self.openers.get_or_init(|| Openers::read(self.procfs_root, &locks));
+        let claimed = plugged.is_bound_to(CLAIMED);
+        let unknown = || claimed.then(|| "claimed by a program (usbfs)".to_owned());
+        let open = openers.of(&numbers, &names).or_else(unknown).into_iter().collect();
+        // QEMU claims every interface: one that it may not have keeps the device from the guest.
+        let interfaces = subtree::folders(&plugged.dir).unwrap_or_default();
+        let prefix = format!("{}:", plugged.port);
+        let own = interfaces.iter().filter(|dir| file_name(dir).is_some_and(|n| n.starts_with(&prefix)));
+        let is_refused =
+            |dir: &Path| attribute(dir, "authorized").ok().flatten().is_some_and(|text| text.trim() == "0");
+        let unauthorized =
+            std::iter::once(plugged.dir.as_path()).chain(own.map(PathBuf::as_path)).any(is_refused);
+        Ties { nodes, open, unauthorized }
     }
 
     fn storage(&self, blocks: &[PathBuf], wrong: &mut Vec<String>) -> Vec<String> {
@@ -75,6 +129,18 @@ impl<'a> HostUse<'a> {
             vec!["storage, and it cannot be told whether it is mounted".to_owned()]
         })
     }
+}
+
+/// The name of a device's node below `/dev`: the kernel's, where it says one (`input/event5`), or
+/// else its folder's.
+fn node_name(dir: &Path) -> Option<String> {
+    let uevent = attribute(dir, "uevent").ok().flatten().unwrap_or_default();
+    let named = uevent.lines().find_map(|line| line.strip_prefix("DEVNAME=").map(str::to_owned));
+    named.or_else(|| file_name(dir))
+}
+
+fn file_name(path: &Path) -> Option<String> {
+    Some(path.file_name()?.to_string_lossy().into_owned())
 }
 
 fn network(net: &Path, wrong: &mut Vec<String>) -> Option<String> {
@@ -153,8 +219,12 @@ mod tests {
             let scan = scan(&sysfs);
             assert_eq!(scan.problems, []);
             let mut problems = Vec::new();
-            let told = HostUse::new(&sysfs, &procfs).of(&scan.plugged[0], &mut problems);
+            let (told, _) = HostUse::new(&sysfs, &procfs).of(&scan.plugged[0], &mut problems);
             (told, problems)
+        }
+        fn ties(&self) -> Ties {
+            let (sysfs, procfs) = (self.0.path().join("sys"), self.0.path().join("proc"));
+            HostUse::new(&sysfs, &procfs).of(&scan(&sysfs).plugged[0], &mut Vec::new()).1
         }
         fn told(&self) -> String {
             let (told, problems) = self.look();
@@ -254,6 +324,95 @@ mod tests {
         assert_eq!(machine.told(), "keyboard in use by the host");
         machine.device("1-1:1.0/bInterfaceProtocol", "02");
         assert_eq!(machine.told(), "", "a mouse");
+    }
+
+    #[test]
+    fn members_and_loops_are_in_use() {
+        let machine = Machine::new();
+        machine.disk();
+        let zfs = "S:disk/by-id/usb-K-part1\nE:ID_FS_TYPE=zfs_member\nE:ID_FS_USAGE=raid";
+        machine.file("run/udev/data/b8:17", zfs);
+        assert_eq!(machine.told(), "member of a ZFS pool");
+        machine.file("run/udev/data/b8:17", "E:ID_FS_TYPE=LVM2_member\nE:ID_FS_USAGE=raid");
+        assert_eq!(machine.told(), "member of a volume group (LVM)");
+        machine.file("run/udev/data/b8:17", "E:ID_FS_TYPE=linux_raid_member\nE:ID_FS_USAGE=raid");
+        assert_eq!(machine.told(), "member of a RAID (linux_raid_member)");
+        machine.dm(0, &format!("bus/usb/devices/1-1/{BLOCK}/sdb/sdb1"));
+        assert_eq!(machine.told(), "held by dm-0; member of a RAID (linux_raid_member)");
+        fs::remove_dir_all(machine.0.path().join("sys/class/block/dm-0")).unwrap();
+        let holders = format!("sys/bus/usb/devices/1-1/{BLOCK}/sdb/sdb1/holders");
+        fs::remove_dir_all(machine.0.path().join(holders)).unwrap();
+        machine.file("run/udev/data/b8:17", "E:ID_FS_TYPE=ext4\nE:ID_FS_USAGE=filesystem");
+        assert_eq!(machine.told(), "");
+        machine.file("sys/class/block/loop3/loop/backing_file", "/dev/sdb1");
+        assert_eq!(machine.told(), "behind loop3");
+        machine.file("sys/class/block/loop3/loop/backing_file", "/srv/image");
+        assert_eq!(machine.told(), "");
+    }
+
+    #[test]
+    fn what_a_guest_may_name_is_collected() {
+        let machine = Machine::new();
+        machine.disk();
+        machine.device("dev", "189:1");
+        machine.device("uevent", "MAJOR=189\nMINOR=1\nDEVNAME=bus/usb/001/002");
+        machine.device("1-1:1.1/ttyUSB0/tty/ttyUSB0/dev", "188:0");
+        machine.device("1-1:1.2/input/input7/event5/dev", "13:69");
+        machine.device("1-1:1.2/input/input7/event5/uevent", "DEVNAME=input/event5");
+        machine.device("1-1:1.3/net/enx0/flags", "0x1002");
+        machine.device("1-1.2/1-1.2:1.0/ttyUSB9/tty/ttyUSB9/dev", "188:9");
+        machine.file("run/udev/data/b8:17", "S:disk/by-id/usb-K-part1");
+        machine.file("run/udev/data/c188:0", "S:serial/by-id/usb-FTDI");
+        let nodes = machine.ties().nodes;
+        let paths: Vec<&str> = nodes.paths.iter().map(String::as_str).collect();
+        let wanted = [
+            "/dev/bus/usb/001/002",
+            "/dev/disk/by-id/usb-K-part1",
+            "/dev/input/event5",
+            "/dev/sdb",
+            "/dev/sdb1",
+            "/dev/serial/by-id/usb-FTDI",
+            "/dev/ttyUSB0",
+        ];
+        assert_eq!(paths, wanted);
+        assert_eq!(nodes.networks.iter().collect::<Vec<_>>(), ["enx0"]);
+        assert_eq!(nodes.scsi_hosts.iter().collect::<Vec<_>>(), ["host6"]);
+    }
+
+    #[test]
+    fn programs_that_have_it_open_are_named_where_they_can_be_seen() {
+        let machine = Machine::new();
+        // The number of /dev/zero, which everybody may open.
+        machine.device("1-1:1.0/ttyUSB0/tty/ttyUSB0/dev", "1:5");
+        assert_eq!(machine.ties(), Ties { nodes: machine.ties().nodes, ..Ties::default() });
+        machine.file("proc/812/comm", "picocom");
+        fs::create_dir_all(machine.0.path().join("proc/812/fd")).unwrap();
+        symlink("/dev/zero", machine.0.path().join("proc/812/fd/3")).unwrap();
+        assert_eq!(machine.ties().open, ["open in picocom (812)"]);
+        machine.device("1-1:1.1/bInterfaceClass", "ff");
+        symlink("../../../../drivers/usbfs", machine.0.path().join("sys/bus/usb/devices/1-1/1-1:1.1/driver"))
+            .unwrap();
+        assert_eq!(machine.ties().open, ["open in picocom (812)"]);
+        fs::remove_dir_all(machine.0.path().join("proc/812")).unwrap();
+        assert_eq!(machine.ties().open, ["claimed by a program (usbfs)"]);
+        assert_eq!(machine.told(), "", "that depends on who holds it");
+    }
+
+    #[test]
+    fn authorization_and_export_are_seen() {
+        let machine = Machine::new();
+        machine.device("authorized", "1");
+        assert!(!machine.ties().unauthorized);
+        machine.device("authorized", "0");
+        assert!(machine.ties().unauthorized);
+        machine.device("authorized", "1");
+        machine.device("1-1:1.0/authorized", "1");
+        assert!(!machine.ties().unauthorized);
+        machine.device("1-1:1.1/authorized", "0");
+        assert!(machine.ties().unauthorized, "one of its interfaces");
+        symlink("../../../drivers/usbip-host", machine.0.path().join("sys/bus/usb/devices/1-1/driver"))
+            .unwrap();
+        assert_eq!(machine.told(), "exported to another machine (usbip)");
     }
 
     #[test]

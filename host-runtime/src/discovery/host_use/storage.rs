@@ -13,6 +13,7 @@ use virt_usb_model::clean_text;
 
 use super::mounts::Mounts;
 use super::subtree::folders;
+use super::udev::{self, Number};
 
 /// How many holders are followed: a stack of LVM on crypt on md has three, a volume group some dozen volumes.
 const HOLDERS: usize = 500;
@@ -60,7 +61,9 @@ impl<'a> Storage<'a> {
         let mounted = mounted(self.mounts.points(number.trim(), &names));
         let swap = self.mounts.is_swap(&names).then(|| "swap".to_owned());
         let pool = self.btrfs(dir)?;
-        let own: Vec<String> = mounted.or(pool).into_iter().chain(swap).collect();
+        let member = Number::parse(&number, true).and_then(|number| self.member(number));
+        let others = [swap, self.behind_loop(&names)?, member].into_iter().flatten();
+        let own: Vec<String> = mounted.or(pool).into_iter().chain(others).collect();
         self.uses.extend(own.iter().map(|what| format!("{held}{what}")));
         Ok(self.holders(dir, held)? || !own.is_empty())
     }
@@ -80,6 +83,35 @@ impl<'a> Storage<'a> {
             }
         }
         Ok(any)
+    }
+
+    /// What it is a member of, active or not: the kernel shows no link from a disk to a ZFS pool.
+    fn member(&self, number: Number) -> Option<String> {
+        let entry = udev::entry(&udev::folder(self.sysfs_root), number);
+        let content = entry.content.as_deref().unwrap_or_default();
+        match content {
+            "zfs_member" => Some("member of a ZFS pool".to_owned()),
+            "LVM2_member" | "LVM1_member" => Some("member of a volume group (LVM)".to_owned()),
+            "bcache" | "ceph_bluestore" | "drbd" => Some(format!("member of something larger ({content})")),
+            other if entry.usage.as_deref() == Some("raid") => {
+                Some(format!("member of a RAID ({})", clean_text(other).unwrap_or_default()))
+            }
+            _ => None,
+        }
+    }
+
+    /// The loop device that is set up on it, by one of its names: it is no holder.
+    fn behind_loop(&self, names: &[String]) -> Result<Option<String>, String> {
+        for name in entries(&self.sysfs_root.join("class/block"))? {
+            if !name.starts_with("loop") {
+                continue;
+            }
+            let dir = self.sysfs_root.join("class/block").join(&name).join("loop");
+            if read(&dir, "backing_file")?.is_some_and(|file| names.contains(&file)) {
+                return Ok(Some(format!("behind {name}")));
+            }
+        }
+        Ok(None)
     }
 
     /// A btrfs over several devices names one of them in mountinfo, and all of them here while it is mounted.

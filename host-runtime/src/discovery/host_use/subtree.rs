@@ -20,6 +20,10 @@ pub(super) struct Subtree {
     pub(super) blocks: Vec<PathBuf>,
     /// The folders of network interfaces (`…/net/enx…`).
     pub(super) nets: Vec<PathBuf>,
+    /// The folders of character devices (`.../tty/ttyUSB0`), the device's own among them.
+    pub(super) characters: Vec<PathBuf>,
+    /// The names of SCSI host adapters (`host6`).
+    pub(super) scsi_hosts: Vec<String>,
     /// An interface is there but belongs to another network namespace: the kernel keeps `net` only while it holds
     /// one, and hides those of other namespaces.
     pub(super) hidden_net: bool,
@@ -43,6 +47,9 @@ impl Subtree {
             }
             return;
         }
+        if dir.join("dev").exists() {
+            self.characters.push(dir.to_owned());
+        }
         match folders(dir) {
             Ok(children) => {
                 self.hidden_net |= children.is_empty() && name(dir) == "net";
@@ -57,9 +64,19 @@ impl Subtree {
             "block" => self.blocks.push(child.to_owned()),
             "net" => self.nets.push(child.to_owned()),
             _ if name(child).parse::<PortPath>().is_ok() => {}
-            _ => self.walk(child, depth),
+            _ => {
+                if is_scsi_host(&name(child)) {
+                    self.scsi_hosts.push(name(child).into_owned());
+                }
+                self.walk(child, depth);
+            }
         }
     }
+}
+
+fn is_scsi_host(name: &str) -> bool {
+    let number = name.strip_prefix("host").unwrap_or_default();
+    !number.is_empty() && number.bytes().all(|b| b.is_ascii_digit())
 }
 
 fn name(path: &Path) -> Cow<'_, str> {

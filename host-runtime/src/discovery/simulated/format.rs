@@ -1,6 +1,6 @@
 //! The file format of the simulation: strict, because a misspelt key would simulate something else.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::fmt::Display;
 use std::str::FromStr;
 
@@ -12,6 +12,8 @@ use virt_usb_model::{
 
 use super::Entry;
 use crate::discovery::names;
+use crate::discovery::sysfs::CLAIMED;
+use crate::discovery::ties::{Nodes, Ties};
 
 const KEYS: &[&str] = &[
     "vendor",
@@ -29,6 +31,9 @@ const KEYS: &[&str] = &[
     "driver",
     "host_use",
     "descriptors",
+    "authorized",
+    "opened_by",
+    "nodes",
     "unreadable",
 ];
 
@@ -136,7 +141,21 @@ impl Fields<'_> {
                 descriptors: self
                     .optional("descriptors", |value| parsed(value, "descriptors in hexadecimal digits"))?,
             },
+            ties: self.ties()?,
             unreadable: self.optional("unreadable", truth)?.unwrap_or(false),
+        })
+    }
+
+    fn ties(&self) -> Result<Ties, String> {
+        let claimed =
+            self.words("driver")?.is_some_and(|names| names.split(',').any(|n| n.trim() == CLAIMED));
+        let unknown = || claimed.then(|| "claimed by a program (usbfs)".to_owned());
+        let opened = self.words("opened_by")?.map(|who| format!("open in {who}"));
+        let nodes = Nodes { paths: self.optional("nodes", paths)?.unwrap_or_default(), ..Nodes::default() };
+        Ok(Ties {
+            nodes,
+            open: opened.or_else(unknown).into_iter().collect(),
+            unauthorized: !self.optional("authorized", truth)?.unwrap_or(true),
         })
     }
 
@@ -211,6 +230,12 @@ fn classes(value: &Value) -> Result<Vec<Class>, String> {
         Value::Array(values) => values.iter().map(class).collect(),
         one => class(one).map(|class| vec![class]),
     }
+}
+
+fn paths(value: &Value) -> Result<BTreeSet<String>, String> {
+    let wrong = || wanted(value, "a list of paths below /dev");
+    let path = |value: &Value| value.as_str().filter(|p| p.starts_with("/dev/")).map(str::to_owned);
+    value.as_array().ok_or_else(wrong)?.iter().map(|value| path(value).ok_or_else(wrong)).collect()
 }
 
 /// Driver names are file names in sysfs.
@@ -315,6 +340,8 @@ mod tests {
         assert_eq!(error("serail = 'x'"), "device 1: unknown key \"serail\": did you mean \"serial\"?");
         assert!(error("colour = 1").starts_with("device 1: unknown key \"colour\": the keys are vendor,"));
         assert!(error("speed = 'fast'").starts_with("device 1: speed: found \"fast\", wanted a speed"));
+        assert!(error("nodes = ['sdb']").starts_with("device 1: nodes: found"));
+        assert!(error("authorized = 0").starts_with("device 1: authorized: found 0"));
         assert!(error("class = 300").starts_with("device 1: class: found 300, wanted a class from 0"));
         assert!(error("unreadable = 'yes'").starts_with("device 1: unreadable: found"));
         assert!(error("driver = '../x'").starts_with("device 1: driver: found \"../x\""));

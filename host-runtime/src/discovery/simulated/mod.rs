@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use virt_usb_model::Device;
 
+use super::ties::Ties;
 use super::{Snapshot, UsbSource, about};
 
 #[doc = include_str!("../README.md")]
@@ -39,6 +40,7 @@ pub struct Simulated {
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Entry {
     device: Device,
+    ties: Ties,
     unreadable: bool,
 }
 
@@ -101,10 +103,10 @@ impl UsbSource for Simulated {
         let (lost, found): (Vec<_>, Vec<_>) =
             self.devices.iter().cloned().partition(|entry| entry.unreadable);
         let problem = |entry: &Entry| about(&entry.device.key.port, "cannot be read: the simulation says so");
-        Snapshot::new(
-            found.into_iter().map(|entry| entry.device).collect(),
-            lost.iter().map(problem).collect(),
-        )
+        let ties = found.iter().filter(|entry| entry.ties != Ties::default());
+        let ties = ties.map(|entry| (entry.device.key.port.clone(), entry.ties.clone())).collect();
+        let problems = lost.iter().map(problem).collect();
+        Snapshot { ties, ..Snapshot::new(found.into_iter().map(|entry| entry.device).collect(), problems) }
     }
 }
 

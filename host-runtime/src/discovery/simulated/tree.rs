@@ -73,7 +73,7 @@ fn write_root_hub(devices: &Path, bus: u8, path: &DevicePath) -> io::Result<()> 
     symlink(hub, link)
 }
 
-fn write_device(dir: &Path, Entry { device, unreadable }: &Entry) -> io::Result<()> {
+fn write_device(dir: &Path, Entry { device, ties, unreadable }: &Entry) -> io::Result<()> {
     fs::create_dir(dir)?;
     let put = |name: &str, value: &str| fs::write(dir.join(name), format!("{value}\n"));
     let put_some = |name: &str, value: Option<&str>| value.map_or(Ok(()), |value| put(name, value));
@@ -87,7 +87,7 @@ fn write_device(dir: &Path, Entry { device, unreadable }: &Entry) -> io::Result<
     put("devnum", &device.address.device().to_string())?;
     put("bDeviceClass", &device.class.to_string())?;
     put("bConfigurationValue", "1")?;
-    put("authorized", "1")?;
+    put("authorized", if ties.unauthorized { "0" } else { "1" })?;
     put_some("speed", device.speed.map(megabits))?;
     put_some("serial", device.key.serial.text())?;
     put_some("manufacturer", device.manufacturer.as_deref())?;
