@@ -18,6 +18,7 @@ use virt_usb_hook::machine;
 use virt_usb_store::{Store, StoreError};
 
 use super::ACTOR;
+use super::guest_uses::Shared;
 use super::guests::Signal;
 use super::metrics::Metrics;
 use crate::discovery::UsbSource;
@@ -38,7 +39,7 @@ const PRUNE: Duration = Duration::from_secs(24 * 3600);
 /// What the thread is told.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Nudge {
-    /// A device came or went.
+    /// A device came or went, or guests use others than before.
     Usb,
     /// Read the configuration again.
     Reload,
@@ -181,6 +182,8 @@ pub(super) struct Devices {
     pub(super) host: String,
     pub(super) metrics: Arc<Metrics>,
     pub(super) files: Files,
+    /// What guests use without a claim.
+    pub(super) uses: Shared,
     pub(super) guests: Sender<Signal>,
     /// Called after each scan: where devices are simulated, domains start when their devices are there.
     pub(super) after: Box<dyn Fn() + Send>,
@@ -272,7 +275,8 @@ impl Devices {
     fn look(&mut self) -> Result<Look, String> {
         let config = self.rules.now();
         let context = machine::context(&config, ACTOR).map_err(|e| e.to_string())?;
-        let snapshot = self.source.snapshot();
+        let mut snapshot = self.source.snapshot();
+        snapshot.guests = self.uses.resolve(&snapshot);
         for problem in &snapshot.problems {
             let place = if problem.place.is_empty() { "the whole scan" } else { &problem.place };
             tracing::warn!(place, "could not be read: {place}: {}", problem.what);
@@ -392,6 +396,7 @@ mod tests {
             host: "host".into(),
             metrics: Arc::default(),
             files: Files::new(vec![]).unwrap(),
+            uses: Shared::default(),
             guests: channel().0,
             after: Box::new(|| {}),
         };

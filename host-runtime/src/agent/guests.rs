@@ -14,7 +14,8 @@ use std::time::{Duration, Instant};
 use virt_usb_model::InstanceId;
 use virt_usb_store::{Durability, Store, StoreError};
 
-use super::devices::Rules;
+use super::devices::{Nudge, Rules};
+use super::guest_uses::{ByGuest, Shared, Using};
 use super::metrics::Metrics;
 use super::observe::{View, guest};
 use super::plan::{Gone, Seen};
@@ -67,6 +68,7 @@ pub(super) struct Guests {
     hypervisor: Arc<dyn Hypervisor>,
     store: Store,
     metrics: Arc<Metrics>,
+    uses: Uses,
     jobs: Sender<Job>,
     /// Whoever is to be looked at.
     due: BTreeSet<InstanceId>,
@@ -81,6 +83,12 @@ pub(super) struct Guests {
     /// When the gauges were last true, and whether anything may have changed since.
     shown: Instant,
     is_stale: bool,
+}
+
+/// Where this thread leaves what guests use without a claim.
+pub(super) struct Uses {
+    pub(super) shared: Shared,
+    pub(super) devices: Sender<Nudge>,
 }
 
 struct Job {
@@ -99,6 +107,7 @@ impl Guests {
         hypervisor: Arc<dyn Hypervisor>,
         metrics: Arc<Metrics>,
         signals: &Sender<Signal>,
+        uses: Uses,
     ) -> anyhow::Result<Self> {
         let (jobs, queue) = channel::<Job>();
         let queue = Arc::new(Mutex::new(queue));
@@ -124,6 +133,7 @@ impl Guests {
             hypervisor,
             store,
             metrics,
+            uses,
             jobs,
             due: BTreeSet::new(),
             everybody: true,
@@ -277,6 +287,11 @@ impl Guests {
         }
         let whole = whole.transpose()?;
         let running = self.running(everybody, &due)?;
+        match self.note_uses(everybody, &due, &running) {
+            Ok(()) | Err(Failure::Away(_)) => {}
+            // What is recorded stays; guests get their devices all the same.
+            Err(e) => tracing::warn!("what guests use without a claim cannot be asked: {e}"),
+        }
         if let Some(view) = &whole {
             due.extend(view.instances());
             due.extend(running.keys());
@@ -337,6 +352,51 @@ impl Guests {
             } else if steps.is_empty() {
                 self.forget_retries(instance);
             }
+        }
+        Ok(())
+    }
+
+    /// What the guests use without a claim, for the devices' thread: of all of them, or of those of
+    /// `due`. A guest whose XML cannot be had at the moment uses what it used.
+    fn note_uses(
+        &self,
+        everybody: bool,
+        due: &BTreeSet<InstanceId>,
+        running: &BTreeMap<InstanceId, Result<Running, Failure>>,
+    ) -> Result<(), Failure> {
+        let known = self.uses.shared.get();
+        let (before, mut uses) = match (everybody, known) {
+            (true, known) => (known.unwrap_or_default(), ByGuest::new()),
+            (false, Some(known)) => (known.clone(), known),
+            // All of them first.
+            (false, None) => return Ok(()),
+        };
+        // Who is with a worker was not looked at, and is due again afterwards.
+        let few = || due.iter().copied().filter(|instance| !self.busy.contains_key(instance)).collect();
+        let whom = if everybody { self.hypervisor.all()? } else { few() };
+        for instance in whom {
+            let xml = match running.get(&instance) {
+                Some(Ok(running)) => Ok(Some(running.xml.clone())),
+                Some(Err(failure)) => Err(failure.clone()),
+                None => self.hypervisor.xml(instance),
+            };
+            let using = match xml {
+                Ok(None) => None,
+                Err(Failure::Away(why)) => return Err(Failure::Away(why)),
+                Ok(Some(xml)) => match virt_usb_domxml::read(xml.as_bytes()) {
+                    Ok(domain) => Using::new(&domain, running.contains_key(&instance)),
+                    Err(_) => before.get(&instance).cloned(),
+                },
+                Err(_) => before.get(&instance).cloned(),
+            };
+            match using {
+                Some(using) => drop(uses.insert(instance, using)),
+                None => drop(uses.remove(&instance)),
+            }
+        }
+        if self.uses.shared.set(uses) {
+            // The devices' thread ends after this one.
+            let _ = self.uses.devices.send(Nudge::Usb);
         }
         Ok(())
     }
@@ -414,7 +474,8 @@ mod tests {
         let (to, signals) = channel();
         let hypervisor = Arc::new(SimulatedHypervisor::new(config.clone(), channel().0));
         let rules = Rules::of(config);
-        (Guests::new(rules, hypervisor, Arc::default(), &to).unwrap(), signals)
+        let uses = Uses { shared: Shared::default(), devices: channel().0 };
+        (Guests::new(rules, hypervisor, Arc::default(), &to, uses).unwrap(), signals)
     }
 
     #[test]

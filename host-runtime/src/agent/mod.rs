@@ -14,12 +14,14 @@
 //! | [`operate`] | what people ask for: attach, detach, start |
 //! | `guests` | who is looked at when; retries |
 //! | `devices` | from events to rows; the configuration |
+//! | `guest_uses` | what guests use of the host's devices without a claim |
 //! | [`metrics`] | what is counted |
 //!
 //! It may be killed at any moment: what it knows it reads again, from the store, from sysfs and from the live XML.
 
 mod arguments;
 mod devices;
+pub mod guest_uses;
 mod guests;
 pub mod metrics;
 pub mod observe;
@@ -53,7 +55,7 @@ use crate::discovery::{LibUsb, UsbSource, hotplug};
 use crate::fleet::publish::{Publisher, Publishing};
 use crate::hypervisor::{Event, Hypervisor, Libvirt};
 use devices::{Devices, Files, Nudge, Rules};
-use guests::{Guests, Signal};
+use guests::{Guests, Signal, Uses};
 use metrics::Metrics;
 use simulation::Simulation;
 
@@ -96,7 +98,9 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
     let (to_guests, signals) = channel();
     follow_signals(to_devices.clone(), to_guests.clone())?;
     let world = World::new(&config, simulation, &to_devices, &to_guests)?;
-    let guests = Guests::new(rules.clone(), world.hypervisor.clone(), metrics.clone(), &to_guests)?;
+    let uses = guest_uses::Shared::default();
+    let telling = Uses { shared: uses.clone(), devices: to_devices.clone() };
+    let guests = Guests::new(rules.clone(), world.hypervisor.clone(), metrics.clone(), &to_guests, telling)?;
     let publishing = publish(&config, &world.hypervisor, metrics.clone(), &host)?;
     let api = serve_api(&rules, world.hypervisor, metrics.clone(), &host)?;
     let devices = Devices {
@@ -106,6 +110,7 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
         host,
         metrics,
         files,
+        uses,
         guests: to_guests,
         after: world.after,
     };

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use anyhow::{Context as _, bail};
 use serde::Serialize;
 use virt_usb_hook::config::Config;
+use virt_usb_hook::machine::{self, Agent};
 use virt_usb_model::device::Problem;
 use virt_usb_model::{Device, Verdict};
 use virt_usb_store::Record;
@@ -14,7 +15,9 @@ use virt_usb_store::discover::Done;
 use super::Session;
 use super::arguments::Discover;
 use super::output::{or_dash, table};
+use crate::agent::guest_uses::ask;
 use crate::discovery::{LibUsb, Simulated, Snapshot, UsbSource};
+use crate::hypervisor::Libvirt;
 use crate::inventory::{host_name, judge, located, plan};
 
 pub(super) fn source(config: &Config, sim: Option<&Path>) -> anyhow::Result<Box<dyn UsbSource>> {
@@ -42,7 +45,15 @@ pub(super) fn discover(session: &Session, options: &Discover) -> anyhow::Result<
             .write_sysfs(dir)
             .with_context(|| format!("cannot write the simulated sysfs tree to {}", dir.display()))?;
     }
-    let snapshot = source(&config, options.sim.as_deref())?.snapshot();
+    let mut snapshot = source(&config, options.sim.as_deref())?.snapshot();
+    // Where no agent asks libvirt what its guests use, this does. What cannot be asked stays as it
+    // is recorded.
+    if options.sim.is_none()
+        && machine::agent(&config.state_dir) == Agent::NotInstalled
+        && let Ok(uses) = Libvirt::open(&config.libvirt_uri).and_then(|libvirt| ask(&libvirt, &snapshot))
+    {
+        snapshot.guests = uses;
+    }
     if options.dry_run {
         return show_verdicts(session, &config, &snapshot);
     }
@@ -278,8 +289,8 @@ pub(super) fn check_whitelist(session: &Session, sim: Option<&Path>) -> anyhow::
 }
 
 fn show_verdicts(session: &Session, config: &Config, snapshot: &Snapshot) -> anyhow::Result<ExitCode> {
-    // What the inventory remembers, where there is one: ports that rules name mean its sockets, and a claim explains
-    // what is open.
+    // What the inventory remembers, where there is one: ports that rules name mean its sockets, and
+    // a claim explains what is open.
     let store = session.store().ok();
     let paths = store.as_ref().and_then(|store| store.known_rule_paths().ok()).unwrap_or_default();
     let whitelist = config.whitelist.at(|port| paths.get(port).cloned());

@@ -2,7 +2,8 @@
 //! and keeps what is attached. No guest runs.
 //!
 //! Each `[[domain]]` of the simulation file has `name`, `uuid`, and where wanted `running` (true), `flavor` (JSON) and `project` (Nova's owner), for
-//! its metadata, `controller` (`"qemu-xhci"`; `"none"`: no USB), `ports` (15) and `spice` (false). A change of the file is what an operator
+//! its metadata, `controller` (`"qemu-xhci"`; `"none"`: no USB), `ports` (15), `spice` (false) and
+//! `devices` (XML of its other devices). A change of the file is what an operator
 //! does: `running = false` stops the domain, an entry that goes undefines it.
 
 use std::collections::BTreeMap;
@@ -43,6 +44,8 @@ struct Spec {
     ports: u8,
     #[serde(default)]
     spice: bool,
+    #[serde(default)]
+    devices: String,
 }
 
 const fn yes() -> bool {
@@ -303,6 +306,9 @@ fn xml(instance: InstanceId, domain: &Domain) -> String {
     );
     if *spice {
         text.push_str("    <graphics type='spice'/>\n");
+    }
+    if !domain.spec.devices.is_empty() {
+        let _ = writeln!(text, "    {}", domain.spec.devices);
     }
     for device in &domain.devices {
         let _ = writeln!(text, "    {}", device.xml);

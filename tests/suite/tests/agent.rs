@@ -107,6 +107,36 @@ fn a_key_goes_from_guest_to_guest() {
 }
 
 #[test]
+fn what_a_guest_has_through_another_door_is_not_offered() {
+    let host = Host::new("");
+    let stick = device("0001", "1-1", 5, "nodes = ['/dev/disk/by-id/usb-HASP']");
+    let disk = "flavor = '{}'\ndevices = \"<disk type='block'><source dev='/dev/disk/by-id/usb-HASP'/><target dev='vda'/></disk>\"";
+    let domain = |more: &str| format!("[[domain]]\nname = 'files'\nuuid = '{CRM}'\n{disk}\n{more}\n");
+    show(&host, &(stick.clone() + &domain("")));
+    let agent = Agent::start(&host);
+    agent.until("there is an inventory", || agent.log().contains("ready"));
+    let used = || host.store().devices().unwrap().first().and_then(|d| d.entry.host_use.clone());
+    let waits_for =
+        |wanted: Option<&str>| agent.until(&format!("{wanted:?}"), || used().as_deref() == wanted);
+    waits_for(Some("used by guest files as disk vda"));
+    assert_eq!(host.store().devices().unwrap()[0].entry.status_reason.as_deref(), Some("host-use"));
+    show(&host, &(stick.clone() + &domain("") + &guest("erp", ERP, "")));
+    agent.until("erp is refused", || agent.log().contains("used by guest files as disk vda"));
+    assert_eq!(host.claims(), "");
+    // Defined, it is still that guest's; undefined, it is free.
+    show(&host, &(stick.clone() + &domain("running = false")));
+    waits_for(Some("used by guest files, which does not run, as disk vda"));
+    // An agent that has not asked libvirt yet, and `discover` beside it, leave what is recorded.
+    let discovered = host.virt_usb(&["discover", "--sim", host.path("sim.toml").to_str().unwrap()]);
+    assert!(discovered.status.success(), "{discovered:?}");
+    waits_for(Some("used by guest files, which does not run, as disk vda"));
+    show(&host, &stick);
+    waits_for(None);
+    show(&host, &(stick + &guest("erp", ERP, "")));
+    agent.claims(&held(1, "erp", ERP, "allocated"));
+}
+
+#[test]
 fn what_cannot_be_given_is_shown_with_what_to_do() {
     let host = Host::new("");
     // The guest has two ports; its flavor's devices fill them, and the operator's wish comes too late.

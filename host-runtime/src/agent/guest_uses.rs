@@ -1,0 +1,223 @@
+//! What guests use of the host's devices through another door than a claim: a disk, a serial port,
+//! a network interface, a SCSI adapter, or a hostdev that somebody wrote into the definition of a
+//! guest that does not run.
+//!
+//! ```text
+//!   guests' thread:  libvirt's XML of all domains ─► Known ──┐ (changed: the devices' thread is told)
+//!   devices' thread: Snapshot::ties ─────────────────────────┴─► resolve ─► Snapshot::guests ─► plan
+//! ```
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+use std::sync::{Arc, PoisonError, RwLock};
+
+use virt_usb_domxml::{Domain, HostPlace, HostSource, UsbHostdev};
+use virt_usb_model::{Device, InstanceId, PortPath};
+
+use crate::discovery::Snapshot;
+use crate::discovery::ties::{GuestUse, GuestUses, Nodes};
+use crate::hypervisor::{Failure, Hypervisor};
+
+/// What one guest uses, by its XML.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Using {
+    domain: String,
+    running: bool,
+    sources: Vec<HostSource>,
+    /// Without those that the agent attached.
+    hostdevs: Vec<UsbHostdev>,
+}
+
+impl Using {
+    /// From the guest's XML; `None` when it uses nothing of the kind.
+    pub(super) fn new(domain: &Domain, running: bool) -> Option<Self> {
+        let hostdevs: Vec<UsbHostdev> =
+            domain.hostdevs.iter().filter(|h| h.injected().is_none()).cloned().collect();
+        let sources = domain.host_sources.clone();
+        let uses_some = !sources.is_empty() || !hostdevs.is_empty();
+        uses_some.then(|| Self { domain: domain.name.clone(), running, sources, hostdevs })
+    }
+}
+
+/// What all guests use.
+pub(super) type ByGuest = BTreeMap<InstanceId, Using>;
+
+/// Asks for what all guests use, once: for a program that is no agent.
+///
+/// # Errors
+/// When the hypervisor cannot be asked.
+pub fn ask(hypervisor: &dyn Hypervisor, snapshot: &Snapshot) -> Result<GuestUses, Failure> {
+    let running: BTreeSet<InstanceId> = hypervisor.running()?.into_iter().collect();
+    let mut guests = ByGuest::new();
+    for instance in hypervisor.all()? {
+        // One that went meanwhile, or that cannot be read, uses nothing that could be told.
+        let domain = hypervisor.xml(instance)?.and_then(|xml| virt_usb_domxml::read(xml.as_bytes()).ok());
+        let using = domain.and_then(|domain| Using::new(&domain, running.contains(&instance)));
+        guests.extend(using.map(|using| (instance, using)));
+    }
+    Ok(GuestUses::Known(resolve(snapshot, &guests, canonical)))
+}
+
+/// The guests' thread writes it, the devices' thread reads it. `None` until libvirt was asked.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Shared(Arc<RwLock<Option<ByGuest>>>);
+
+impl Shared {
+    /// Replaces what is known; says whether that is news.
+    pub(super) fn set(&self, uses: ByGuest) -> bool {
+        let mut known = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        let changed = known.as_ref() != Some(&uses);
+        *known = Some(uses);
+        changed
+    }
+
+    /// What was known last.
+    pub(super) fn get(&self) -> Option<ByGuest> {
+        self.0.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Which of the devices that are plugged in guests use.
+    pub(super) fn resolve(&self, snapshot: &Snapshot) -> GuestUses {
+        match self.get() {
+            None => GuestUses::Unknown,
+            Some(guests) => GuestUses::Known(resolve(snapshot, &guests, canonical)),
+        }
+    }
+}
+
+/// Where a path leads, through all links; `None` when it leads nowhere.
+fn canonical(path: &str) -> Option<String> {
+    Some(std::fs::canonicalize(Path::new(path)).ok()?.to_str()?.to_owned())
+}
+
+fn resolve(
+    snapshot: &Snapshot,
+    guests: &ByGuest,
+    canonical: impl Fn(&str) -> Option<String>,
+) -> BTreeMap<PortPath, Vec<GuestUse>> {
+    let mut uses: BTreeMap<PortPath, Vec<GuestUse>> = BTreeMap::new();
+    for (instance, using) in guests {
+        let mut add = |port: &PortPath, what: &str| {
+            let used = GuestUse::new(*instance, &using.domain, using.running, what);
+            let all = uses.entry(port.clone()).or_default();
+            // A console is the first serial port once more.
+            if !all.iter().any(|one| one.instance == used.instance) {
+                all.push(used);
+            }
+        };
+        for source in &using.sources {
+            // Only what is on a USB device is of interest; most disks are not, and their links are
+            // not followed.
+            let link = match &source.place {
+                HostPlace::Path(path) => canonical(path),
+                _ => None,
+            };
+            let is_of = |nodes: &Nodes| match &source.place {
+                HostPlace::Path(path) => {
+                    nodes.paths.contains(path) || link.as_ref().is_some_and(|link| nodes.paths.contains(link))
+                }
+                HostPlace::Network(name) => nodes.networks.contains(name),
+                HostPlace::ScsiHost(name) => nodes.scsi_hosts.contains(name),
+            };
+            for (port, _) in snapshot.ties.iter().filter(|(_, ties)| is_of(&ties.nodes)) {
+                add(port, &source.what);
+            }
+        }
+        for hostdev in &using.hostdevs {
+            if let Some(device) = named(&snapshot.devices, hostdev) {
+                add(&device.key.port, "hostdev");
+            }
+        }
+    }
+    uses
+}
+
+/// The device that a hostdev names: the one at its address, or the only one of its kind.
+fn named<'a>(devices: &'a [Device], hostdev: &UsbHostdev) -> Option<&'a Device> {
+    if hostdev.usb.is_none() && hostdev.address.is_none() {
+        return None;
+    }
+    let mut fitting = devices.iter().filter(|device| {
+        hostdev.usb.is_none_or(|usb| usb == device.key.usb)
+            && hostdev.address.is_none_or(|address| address == device.address)
+    });
+    let first = fitting.next()?;
+    fitting.next().is_none().then_some(first)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::discovery::{Simulated, UsbSource};
+
+    const DEVICES: &str = "
+        [[device]]
+        vendor = '0951'
+        product = '1666'
+        bus = 1
+        device = 5
+        port = '1-1'
+        nodes = ['/dev/sdb', '/dev/sdb1', '/dev/disk/by-id/usb-K']
+        [[device]]
+        vendor = '0951'
+        product = '1666'
+        bus = 1
+        device = 6
+        port = '1-2'
+        [[device]]
+        vendor = '0403'
+        product = '6001'
+        bus = 1
+        device = 7
+        port = '1-3'
+        nodes = ['/dev/ttyUSB0']
+    ";
+
+    fn used(devices: &str) -> Vec<String> {
+        let xml = format!("<domain><name>g</name><devices>{devices}</devices></domain>");
+        let domain = virt_usb_domxml::read(xml.as_bytes()).unwrap();
+        let instance = "11111111-2222-4333-8444-555555555555".parse().unwrap();
+        let guests = Using::new(&domain, true).map(|using| (instance, using)).into_iter().collect();
+        let link = |path: &str| (path == "/dev/stick").then(|| "/dev/sdb1".to_owned());
+        let uses = resolve(&Simulated::parse(DEVICES).unwrap().snapshot(), &guests, link);
+        let shown =
+            uses.iter().flat_map(|(port, all)| all.iter().map(move |one| format!("{port} {}", one.what)));
+        shown.collect()
+    }
+
+    #[test]
+    fn each_door_leads_to_its_device() {
+        let disk =
+            |path: &str| format!("<disk type='block'><source dev='{path}'/><target dev='vda'/></disk>");
+        for path in ["/dev/sdb", "/dev/sdb1", "/dev/disk/by-id/usb-K", "/dev/stick"] {
+            assert_eq!(used(&disk(path)), ["1-1 used by guest g as disk vda"], "{path}");
+        }
+        assert_eq!(used(&disk("/dev/sda")), [""; 0]);
+        let serial = "<serial type='dev'><source path='/dev/ttyUSB0'/><target port='0'/></serial>\
+            <console type='dev'><source path='/dev/ttyUSB0'/><target port='0'/></console>";
+        assert_eq!(used(serial), ["1-3 used by guest g as serial 0"]);
+    }
+
+    #[test]
+    fn a_hostdev_counts_where_it_names_one_device() {
+        let hostdev = |source: &str, more: &str| {
+            format!("<hostdev mode='subsystem' type='usb'><source>{source}</source>{more}</hostdev>")
+        };
+        let kind = "<vendor id='0x0403'/><product id='0x6001'/>";
+        assert_eq!(used(&hostdev(kind, "")), ["1-3 used by guest g as hostdev"]);
+        assert_eq!(used(&hostdev("<address bus='1' device='6'/>", "")), ["1-2 used by guest g as hostdev"]);
+        let twins = "<vendor id='0x0951'/><product id='0x1666'/>";
+        assert_eq!(used(&hostdev(twins, "")), [""; 0], "either of two");
+        assert_eq!(used(&hostdev("", "")), [""; 0], "any");
+        assert_eq!(used(&hostdev(kind, "<alias name='ua-usb-3'/>")), [""; 0], "the agent's own");
+    }
+
+    #[test]
+    fn what_is_known_changes_once() {
+        let shared = Shared::default();
+        let snapshot = Snapshot::default();
+        assert_eq!(shared.resolve(&snapshot), GuestUses::Unknown);
+        assert!(shared.set(ByGuest::new()) && !shared.set(ByGuest::new()));
+        assert_eq!(shared.resolve(&snapshot), GuestUses::Known(BTreeMap::new()));
+    }
+}
