@@ -21,6 +21,7 @@ pub mod journal;
 pub mod machine;
 pub mod message;
 pub mod notice;
+mod other_door;
 pub mod panics;
 mod prepare;
 pub mod run;

@@ -11,7 +11,7 @@ use crate::answer::Answer;
 use crate::call::{self, Asked, Call, Happened, Incoming, OnFault, Operation};
 use crate::config::{Config, ConfigError, Log};
 use crate::input::{self, Input};
-use crate::{incoming, journal, machine, notice, prepare};
+use crate::{incoming, journal, machine, notice, other_door, prepare};
 
 /// What a record says of a call that was none of our business.
 pub const NOTHING: &str = "nothing to do";
@@ -142,6 +142,7 @@ pub fn handle_with(config: Result<Config, ConfigError>, call: &Call, input: Inpu
     let answer = job.act().unwrap_or_else(|fault| answer_fault(call, &fault));
     let answer = match call.operation {
         Operation::Filter(Incoming::Restore) => incoming::hand_on(answer, &document),
+        Operation::Gate => other_door::warn(answer, &job),
         _ => answer,
     };
     handled(answer, instance)

@@ -183,3 +183,33 @@ fn the_guests_of_a_user_who_may_not_read_the_state_pass() {
         }
     }
 }
+
+#[test]
+fn a_guest_whose_disk_another_guest_holds_starts_with_a_warning() {
+    let host = Host::new("");
+    host.discover(&device("0001", "1-1", 5, "serial = 'HL-1'"));
+    let args = ["erp", "prepare", "begin", "-"];
+    assert!(host.call(&args, domain("erp", 2, ASK).as_bytes()).status.success());
+    // The kernel's link from a device node to its device; /dev/zero is there for everybody.
+    let node = host.path("sys/bus/usb/devices/1-1/1-1:1.0/tty/ttyUSB0");
+    fs::create_dir_all(&node).unwrap();
+    fs::create_dir_all(host.path("sys/dev/char")).unwrap();
+    std::os::unix::fs::symlink(&node, host.path("sys/dev/char/1:5")).unwrap();
+    let serial = |path: &str| {
+        let device = format!("<serial type='dev'><source path='{path}'/><target port='0'/></serial>");
+        innocents()[0].replace("</devices>", &format!("{device}</devices>"))
+    };
+    let start = |xml: String| host.call(&["plain", "prepare", "begin", "-"], xml.as_bytes());
+    let warned = start(serial("/dev/zero"));
+    assert!(warned.status.success() && warned.stdout.is_empty(), "{warned:?}");
+    let said = String::from_utf8_lossy(&warned.stderr).into_owned();
+    assert!(said.contains("plain has /dev/zero as its serial 0, which is on device 1"), "{said}");
+    assert!(said.contains("and erp (") && said.lines().count() == 1, "{said}");
+    for other in ["/dev/null", "/dev/gone"] {
+        let quiet = start(serial(other));
+        assert!(quiet.status.success() && quiet.stderr.is_empty(), "{other}: {quiet:?}");
+    }
+    fs::remove_dir_all(host.path("state")).unwrap();
+    let quiet = start(serial("/dev/zero"));
+    assert!(quiet.status.success() && quiet.stderr.is_empty(), "without an inventory: {quiet:?}");
+}

@@ -1,0 +1,87 @@
+//! A disk or a serial port of a starting guest that is on a USB device which another guest holds.
+//!
+//! Such a guest asks us for nothing, so it is never refused. But it takes the device from the guest
+//! that holds it, and that is said.
+
+use std::fs;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::Path;
+
+use virt_usb_domxml::HostPlace;
+use virt_usb_model::PortPath;
+
+use crate::answer::Answer;
+use crate::config::Config;
+use crate::guest::open;
+use crate::message;
+use crate::run::{Fault, Job};
+
+/// Adds a warning for each device that the guest takes from another one. What cannot be read warns
+/// of nothing.
+pub(crate) fn warn(answer: Answer, job: &Job<'_>) -> Answer {
+    if answer.refusal.is_some() || job.domain.host_sources.is_empty() {
+        return answer;
+    }
+    match warnings(job) {
+        Ok(warnings) => warnings.into_iter().fold(answer, Answer::warn),
+        Err(_) => answer,
+    }
+}
+
+fn warnings(job: &Job<'_>) -> Result<Vec<String>, Fault> {
+    let config: &Config = job.config(false)?;
+    let on_usb: Vec<(&str, &str, PortPath)> = job
+        .domain
+        .host_sources
+        .iter()
+        .filter_map(|source| match &source.place {
+            HostPlace::Path(path) => {
+                Some((source.what.as_str(), path.as_str(), port(&config.sysfs_root, path)?))
+            }
+            HostPlace::Network(_) | HostPlace::ScsiHost(_) => None,
+        })
+        .collect();
+    if on_usb.is_empty() {
+        return Ok(Vec::new());
+    }
+    let (store, _) = open(config, &job.call.op, false)?;
+    let fault = |e| Fault::of(false, e);
+    let (devices, claims) = (store.devices().map_err(fault)?, store.claims().map_err(fault)?);
+    let mut warnings = Vec::new();
+    for (what, path, port) in on_usb {
+        let device = devices.iter().find(|d| d.present && d.entry.port_path == port);
+        let claim = device.and_then(|d| claims.iter().find(|c| c.device_id == d.entry.id));
+        let (Some(device), Some(claim)) = (device, claim) else { continue };
+        if job.domain.uuid != Some(claim.instance_uuid) {
+            warnings.push(format!(
+                "{} has {path} as its {what}, which is on {}, and {} ({}) holds that device since {}: stop one of the guests",
+                job.domain.name,
+                message::device(device),
+                claim.domain,
+                claim.instance_uuid,
+                claim.created_at
+            ));
+        }
+    }
+    Ok(warnings)
+}
+
+/// The port of the USB device that a device node belongs to; `None` for what is on no USB device.
+fn port(sysfs_root: &Path, node: &str) -> Option<PortPath> {
+    // Elsewhere a file system that does not answer would hold up the start.
+    if !node.starts_with("/dev/") {
+        return None;
+    }
+    let found = fs::metadata(node).ok()?;
+    let kind = match found.file_type() {
+        kind if kind.is_block_device() => "block",
+        kind if kind.is_char_device() => "char",
+        _ => return None,
+    };
+    // As Linux packs it (`gnu_dev_major` in glibc's sys/sysmacros.h).
+    let rdev = found.rdev();
+    let major = ((rdev >> 8) & 0xfff) | ((rdev >> 32) & 0xffff_f000);
+    let minor = (rdev & 0xff) | ((rdev >> 12) & 0xffff_ff00);
+    let dir = fs::canonicalize(sysfs_root.join(format!("dev/{kind}/{major}:{minor}"))).ok()?;
+    dir.ancestors().find_map(|dir| dir.file_name()?.to_str()?.parse().ok())
+}
