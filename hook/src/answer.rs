@@ -63,7 +63,7 @@ const LONGEST: usize = 760;
 /// Messages are one line, harmless to a terminal, and short enough to be shown whole: names come from outsiders. What is too long
 /// loses its middle: the end says what to do.
 fn one_line(text: &str) -> String {
-    let clean: String = text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
+    let clean = virt_usb_model::clean(text);
     if clean.len() <= LONGEST {
         return clean;
     }

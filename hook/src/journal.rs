@@ -9,6 +9,8 @@ use std::os::unix::net::UnixDatagram;
 use std::path::Path;
 use std::time::Duration;
 
+use virt_usb_model::clean;
+
 use crate::answer::Answer;
 use crate::call::Call;
 use crate::config::Log;
@@ -19,7 +21,7 @@ const SOCKET: &str = "/run/systemd/journal/socket";
 pub fn record(log: &Log, call: &Call, instance: Option<&str>, answer: &Answer, took: Duration) {
     let micros = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
     let (message, duration) = (message(call, answer), micros.to_string());
-    let fields = fields(call, instance, answer, &message, &duration);
+    let fields = fields(call, instance, answer, &message, &duration).map(|(key, text)| (key, clean(text)));
     match log {
         Log::Off => {}
         Log::Journal => drop(to_journal(Path::new(SOCKET), &fields)),
@@ -27,7 +29,7 @@ pub fn record(log: &Log, call: &Call, instance: Option<&str>, answer: &Answer, t
             // One write of one line: records of hooks that run at once do not mix.
             let object: serde_json::Map<String, serde_json::Value> = fields
                 .iter()
-                .map(|(key, value)| (key.to_lowercase().replace("virt_usb_", ""), (*value).into()))
+                .map(|(key, value)| (key.to_lowercase().replace("virt_usb_", ""), value.as_str().into()))
                 .chain([("duration_us".to_owned(), micros.into()), ("at".to_owned(), seconds().into())])
                 .collect();
             let line = format!("{}\n", serde_json::Value::Object(object));
@@ -87,11 +89,11 @@ fn seconds() -> f64 {
     (now.as_secs_f64() * 1000.0).round() / 1000.0
 }
 
-fn to_journal(socket: &Path, fields: &[(&str, &str)]) -> std::io::Result<usize> {
+fn to_journal(socket: &Path, fields: &[(&str, String)]) -> std::io::Result<usize> {
     let mut datagram = Vec::with_capacity(512);
     for (key, value) in fields.iter().filter(|(_, value)| !value.is_empty()) {
-        // Values are one line: names with line ends are cut there.
-        let value: String = value.chars().map(|c| if c == '\n' { ' ' } else { c }).take(4096).collect();
+        // Values are one line: see `clean`.
+        let value: String = value.chars().take(4096).collect();
         datagram.extend_from_slice(format!("{key}={value}\n").as_bytes());
     }
     let sender = UnixDatagram::unbound()?;
@@ -124,7 +126,8 @@ mod tests {
         let micros = 1234;
         to_journal(
             &socket,
-            &fields(&call(), Some("uuid"), &answer, &message(&call(), &answer), &micros.to_string()),
+            &fields(&call(), Some("uuid"), &answer, &message(&call(), &answer), &micros.to_string())
+                .map(|(key, text)| (key, clean(text))),
         )
         .unwrap();
         let mut datagram = [0; 1024];

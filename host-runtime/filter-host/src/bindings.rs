@@ -86,12 +86,7 @@ pub(crate) fn refusal(refusal: wit::Refusal) -> String {
     }
 }
 
-/// A filter's text for people: one line, without control characters, not without end.
+/// A filter's text for people: one line, harmless to a terminal, not without end.
 pub(crate) fn clean(text: &str) -> String {
-    const MOST: usize = 500;
-    let mut clean: String = text.chars().take(MOST).map(|c| if c.is_control() { ' ' } else { c }).collect();
-    if text.chars().nth(MOST).is_some() {
-        clean.push('…');
-    }
-    clean
+    virt_usb_model::clean_start(text, 500)
 }

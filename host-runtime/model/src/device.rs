@@ -43,24 +43,6 @@ impl Device {
     }
 }
 
-/// Text that came from a device or another outsider, made safe to print and to store: control and invisible
-/// formatting characters become U+FFFD, white space at the ends goes, and at most 126 characters stay (a USB string descriptor holds no more,
-/// USB 2.0, 9.6.7). Empty text is none.
-pub fn clean_text(text: &str) -> Option<String> {
-    let trimmed = text.trim_matches(|c: char| c.is_whitespace() || c == '\0');
-    let clean: String = trimmed.chars().take(126).map(printable).collect();
-    (!clean.is_empty()).then_some(clean)
-}
-
-/// The character, or U+FFFD for one that a terminal obeys, that is not seen, or that turns the order of a line around.
-pub const fn printable(c: char) -> char {
-    let hidden = matches!(
-        c,
-        '\0'..='\u{1f}' | '\u{7f}'..='\u{9f}' | '\u{61c}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{feff}'
-    );
-    if hidden { '\u{fffd}' } else { c }
-}
-
 /// What could not be read while looking for devices. Carried along: unreadable is not absent.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Problem {
@@ -68,17 +50,4 @@ pub struct Problem {
     pub place: String,
     /// What went wrong, in words.
     pub what: String,
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn text_from_devices_is_harmless() {
-        assert_eq!(clean_text("  HASP key\n"), Some("HASP key".into()));
-        assert_eq!(clean_text("a\u{1b}[31mb\u{202e}c"), Some("a\u{fffd}[31mb\u{fffd}c".into()));
-        assert_eq!(clean_text(" \0 "), None);
-        assert_eq!(clean_text(&"x".repeat(500)).unwrap().len(), 126);
-    }
 }

@@ -1,6 +1,8 @@
 use alloc::string::{String, ToString};
 use core::fmt;
 
+use crate::clean_start;
+
 /// What was wrong, and where, in something a person or a program wrote.
 ///
 /// Displays as `AT: found FOUND, wanted WANTED`, where `AT` is a path such as `usb_devices[1].vendor_id`.
@@ -17,7 +19,7 @@ const SHOWN: usize = 60;
 impl ParseError {
     /// An error about `found`, which should have been `wanted`. Where it stands is added by [`ParseError::at`].
     pub fn new(found: impl fmt::Display, wanted: impl Into<String>) -> Self {
-        Self { at: String::new(), found: shorten(&found.to_string()), wanted: wanted.into() }
+        Self { at: String::new(), found: clean_start(&found.to_string(), SHOWN), wanted: wanted.into() }
     }
 
     /// The same error, one step further out: `step` is a key (`vendor_id`) or an index (`[2]`).
@@ -44,11 +46,3 @@ impl fmt::Display for ParseError {
 }
 
 impl core::error::Error for ParseError {}
-
-fn shorten(text: &str) -> String {
-    let clean: String = text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
-    match clean.char_indices().nth(SHOWN) {
-        Some((cut, _)) => alloc::format!("{}…", &clean[..cut]),
-        None => clean,
-    }
-}

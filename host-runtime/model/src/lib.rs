@@ -12,6 +12,7 @@
 //! | [`class`] | USB classes and speeds |
 //! | [`device`] | what discovery knows of one device |
 //! | [`state`] | states, reasons and legal transitions |
+//! | [`text`] | text of outsiders, made safe to print and to log |
 //! | [`flavor`] | what a flavor asks for |
 //! | [`grant`] | which projects may have which devices |
 //! | [`descriptors`] | what a device sends of itself, and what has become of it |
@@ -38,12 +39,13 @@ pub mod matching;
 pub mod scheduling;
 pub mod speed_mask;
 pub mod state;
+pub mod text;
 pub mod whitelist;
 
 pub use address::{BusAddress, DevicePath, PortPath};
 pub use class::{Class, Speed};
 pub use descriptors::Descriptors;
-pub use device::{Device, clean_text, printable};
+pub use device::Device;
 pub use error::ParseError;
 pub use flavor::{DeviceRequest, Flavor, RedirectionRequest, Selector};
 pub use grant::Grant;
@@ -54,3 +56,4 @@ pub use key::{Aliases, DeviceKey, Serial};
 pub use speed_mask::SpeedMask;
 pub use state::{Hold, Reason, Status};
 pub use whitelist::{Verdict, Whitelist, WhitelistRule};
+pub use text::{clean, clean_json, clean_lines, clean_start, clean_text, printable};

@@ -20,7 +20,7 @@ use ureq::Agent;
 use ureq::http::{Request, Response, StatusCode};
 use virt_usb_filter_host::sha256;
 use virt_usb_hook::config;
-use virt_usb_model::{ProjectId, printable};
+use virt_usb_model::{ProjectId, clean_start, printable};
 
 use super::identity::{Answer, Caller, Identity, Look, Role, Unknown};
 use crate::agent::metrics::Metrics;
@@ -450,8 +450,7 @@ fn name(user: &User) -> String {
     if whole.chars().count() <= NAME && whole.chars().all(plain) {
         return format!("keystone {whole}");
     }
-    let id: String = user.id.chars().take(NAME).map(printable).collect();
-    format!("keystone {id}")
+    format!("keystone {}", clean_start(&user.id, NAME))
 }
 
 #[cfg(test)]

@@ -322,7 +322,7 @@ async fn observe(State(api): State<Arc<Api>>, request: Request, next: Next) -> R
     let caller = response.extensions().get::<Caller>().map_or("-", |caller| &caller.name);
     let why = response.extensions().get::<Fault>().and_then(|fault| fault.private.as_deref());
     let ms = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
-    let path: String = path.chars().take(256).map(virt_usb_model::printable).collect();
+    let path: String = path.chars().take(256).collect();
     let text = format!("{} {method} {path} {status} by {caller} in {ms} ms", id.0);
     let from = peer.map(|peer| format!("{peer:?}"));
     match (why, method.as_str(), status) {

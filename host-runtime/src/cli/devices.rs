@@ -8,7 +8,7 @@ use serde::Serialize;
 use virt_usb_hook::config::Config;
 use virt_usb_hook::machine::{self, Agent};
 use virt_usb_model::device::Problem;
-use virt_usb_model::{Device, Verdict};
+use virt_usb_model::{Device, Verdict, clean_json};
 use virt_usb_store::Record;
 use virt_usb_store::discover::Done;
 
@@ -218,7 +218,7 @@ pub(super) fn documents(session: &Session) -> anyhow::Result<ExitCode> {
         None => session.store()?.host_document()?.into_iter().collect(),
     };
     for document in documents {
-        session.out.raw(format!("{}\n", serde_json::to_string(&document)?).as_bytes())?;
+        session.out.raw(format!("{}\n", clean_json(&serde_json::to_string(&document)?)).as_bytes())?;
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -15,7 +15,7 @@ use virt_usb_model::{DeviceEntry, DeviceId, Flavor, HostDocument};
 
 use super::Session;
 use super::arguments::{Filter as Arguments, FilterFile, FilterVerb};
-use super::output::table;
+use super::output::{complain, table};
 use crate::filter::{bench, fleet};
 
 /// The filter's name beside the program.
@@ -286,8 +286,7 @@ struct Shown {
 
 fn measure(session: &Session, filter: &Filter, made: fleet::Fleet) -> anyhow::Result<ExitCode> {
     let mut say = |what: &str| {
-        use std::io::Write;
-        drop(writeln!(std::io::stderr(), "virt-usb filter bench: {what}"));
+        complain(&format!("virt-usb filter bench: {what}"));
     };
     let measured = bench::measure(filter, made, &mut say)?;
     let micros = |time: Duration| time.as_secs_f64() * 1e6;

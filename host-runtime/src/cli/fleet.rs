@@ -1,6 +1,5 @@
 //! `fleet join`, `fleet leave`, `fleet status`.
 
-use std::io::Write as _;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -14,7 +13,7 @@ use virt_usb_store::join::{Numbered, Renumbered};
 use super::Session;
 use super::arguments::{Credentials, Simulate};
 use super::filter::load_with;
-use super::output::{or_dash, table};
+use super::output::{complain, or_dash, table};
 use crate::fleet::shared::{Shared as _, contribute};
 use crate::fleet::{join, simulate, wait};
 use crate::inventory::host_name;
@@ -220,7 +219,7 @@ pub(super) fn simulate(session: &Session, options: &Simulate) -> anyhow::Result<
         seed: options.seed,
     };
     // To whom waits; the answer is the report.
-    let told = |what: &str| drop(writeln!(std::io::stderr(), "{what} ..."));
+    let told = |what: &str| complain(&format!("{what} ..."));
     let report = simulate::run(&options, told)?;
     session.out.show(&report, || simulation_text(&report))?;
     Ok(if report.broken.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })

@@ -49,8 +49,7 @@ pub fn main() -> ExitCode {
         // The reader of our output has gone: nobody is left to be told.
         Err(e) if is_broken_pipe(&e) => ExitCode::SUCCESS,
         Err(e) => {
-            use std::io::Write;
-            drop(writeln!(std::io::stderr(), "virt-usb: {}", chain(&e)));
+            output::complain(&format!("virt-usb: {}", chain(&e)));
             ExitCode::FAILURE
         }
     }

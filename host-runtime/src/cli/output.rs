@@ -5,7 +5,7 @@ use std::io::{self, Write};
 use anyhow::Context as _;
 use comfy_table::{ContentArrangement, Table, presets};
 use serde::Serialize;
-use virt_usb_model::printable;
+use virt_usb_model::{clean, clean_json, clean_lines};
 
 /// Tables for people, JSON for programs.
 pub(super) struct Output {
@@ -23,7 +23,8 @@ impl Output {
 
     /// `value` as JSON, or else what `text` says.
     pub(super) fn show(&self, value: &impl Serialize, text: impl FnOnce() -> String) -> anyhow::Result<()> {
-        let shown = if self.json { serde_json::to_string_pretty(value)? } else { seen(&text()) };
+        let shown =
+            if self.json { clean_json(&serde_json::to_string_pretty(value)?) } else { clean_lines(&text()) };
         self.raw(format!("{}\n", shown.trim_end()).as_bytes())
     }
 
@@ -33,9 +34,10 @@ impl Output {
     }
 }
 
-/// What others have named is not obeyed by the terminal.
-fn seen(text: &str) -> String {
-    text.chars().map(|c| if c == '\n' { c } else { printable(c) }).collect()
+/// One line to stderr.
+pub(super) fn complain(text: &str) {
+    // Where nobody reads it there is nobody to be told.
+    drop(writeln!(io::stderr(), "{}", clean(text)));
 }
 
 /// A table that fits the terminal; `empty` when it has no rows.

@@ -9,21 +9,22 @@ mod screen;
 mod terminal;
 mod view;
 
-use std::io::{self, IsTerminal, Write as _};
+use std::io::{self, IsTerminal};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use virt_usb_model::{clean, clean_json};
 use virt_usb_store::events::{EventRow, Filter};
 use virt_usb_store::watch::Watched;
 
 use super::arguments::Watch;
-use super::output::Output;
+use super::output::{Output, complain};
 use super::{PATIENCE, Session, chain};
 use crate::inventory::host_name;
 use screen::{Scroll, Size};
 use terminal::{Terminal, Touch};
-use view::{View, clean};
+use view::View;
 
 /// How often is looked whether there is something new. SQLite tells by a counter in shared memory: that costs microseconds.
 const BEAT: Duration = Duration::from_millis(250);
@@ -94,7 +95,7 @@ fn lines(out: &Output, watched: &mut Watched, last: u32) -> anyhow::Result<ExitC
     let mut trouble = None;
     loop {
         for event in &events {
-            let line = if out.is_json() { serde_json::to_string(event)? } else { line(event) };
+            let line = if out.is_json() { clean_json(&serde_json::to_string(event)?) } else { line(event) };
             out.raw(format!("{line}\n").as_bytes())?;
         }
         if let Some(event) = events.pop() {
@@ -136,7 +137,7 @@ fn news(watched: &mut Watched, behind: &mut bool, told: Option<&EventRow>) -> an
 
 /// To whoever looks on. Nobody depends on it.
 fn warn(what: &str) {
-    drop(writeln!(io::stderr(), "virt-usb: watch: {what}"));
+    complain(&format!("virt-usb: watch: {what}"));
 }
 
 fn newest(limit: u32) -> Filter {

@@ -120,7 +120,9 @@ pub(super) fn draw(view: &View, size: Size, scroll: &mut Scroll) -> Vec<Line> {
 
 fn title(view: &View, columns: usize) -> Line {
     match &view.trouble {
-        Some(trouble) => Line::of(&format!("NOT UP TO DATE: {}", super::clean(trouble)), Tone::Bad, columns),
+        Some(trouble) => {
+            Line::of(&format!("NOT UP TO DATE: {}", virt_usb_model::clean(trouble)), Tone::Bad, columns)
+        }
         None => Line::of(&format!("virt-usb watch  {}  {}", view.host, view.summary()), Tone::Head, columns),
     }
 }
@@ -332,7 +334,7 @@ mod tests {
     fn trouble_stands_first() {
         let mut view = view(1, "erp");
         view.trouble = Some("it is\nbroken".into());
-        assert_eq!(at(&view, 80, 24)[0], "NOT UP TO DATE: it is\u{fffd}broken");
+        assert_eq!(at(&view, 80, 24)[0], "NOT UP TO DATE: it is broken");
     }
 
     proptest! {
