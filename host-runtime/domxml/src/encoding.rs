@@ -143,12 +143,20 @@ fn utf16(rest: &[u8], little: bool) -> Result<Decoded<'static>, XmlError> {
     }
 }
 
-/// XML 1.0 has no control characters but tab, line feed and carriage return; NUL least of all.
+/// XML 1.0 has no control characters but tab, line feed and carriage return, NUL least of all; and neither U+FFFE nor U+FFFF.
 fn controls(text: &str) -> Result<(), XmlError> {
     let bad = |&b: &u8| b < 0x20 && !matches!(b, b'\t' | b'\n' | b'\r');
+    // The first byte of the two in UTF-8, and of much else.
+    let odd = |b: &u8| bad(b) || *b == 0xef;
     // Without an early end the compiler looks at many bytes at once, and there is nearly never one to find.
-    let any = text.as_bytes().iter().fold(false, |any, b| any | bad(b));
-    match any.then(|| text.as_bytes().iter().position(bad)).flatten() {
+    if !text.as_bytes().iter().fold(false, |any, b| any | odd(b)) {
+        return Ok(());
+    }
+    if let Some(at) = text.find(['\u{fffe}', '\u{ffff}']) {
+        let what = "the character U+FFFE or U+FFFF, which XML does not allow".to_owned();
+        return Err(XmlError::Syntax { line: line_of(text, at), what });
+    }
+    match text.as_bytes().iter().position(bad) {
         None => Ok(()),
         Some(at) => {
             let byte = text.as_bytes().get(at).copied().unwrap_or_default();

@@ -5,6 +5,7 @@
 //! migration XML can carry secrets.
 
 use thiserror::Error;
+use virt_usb_model::clean_start;
 
 use crate::{MAX_ATTRIBUTES, MAX_DEPTH, MAX_USB, MAX_XML};
 
@@ -126,14 +127,7 @@ pub enum XmlError {
 
 /// A few characters of something unknown, for a message.
 pub(crate) fn cut(text: &str) -> String {
-    shorten(text, 60)
-}
-
-/// The start of a text, at most so many characters, none of them a control character.
-pub(crate) fn shorten(text: &str, most: usize) -> String {
-    let printable = |c: char| if c.is_control() { '\u{fffd}' } else { c };
-    let more = if text.chars().nth(most).is_some() { "…" } else { "" };
-    text.chars().take(most).map(printable).chain(more.chars()).collect()
+    clean_start(text, 60)
 }
 
 /// The line of a byte offset, counted from 1.

@@ -7,13 +7,13 @@
 use std::borrow::Cow;
 use std::ops::Range;
 
-use quick_xml::escape::unescape;
 use quick_xml::events::Event;
 use quick_xml::reader::Reader;
+use virt_usb_model::clean_start;
 
 use crate::MAX_DEPTH;
-use crate::error::{XmlError, line_of, shorten};
-use crate::tag::{BadTag, Tag, is_space};
+use crate::error::{XmlError, line_of};
+use crate::tag::{BadTag, Tag, is_space, resolve};
 
 pub(crate) enum Token<'a> {
     /// `<name …>` or `<name …/>`; the latter is followed by no [`Token::Close`].
@@ -62,8 +62,9 @@ impl<'a> Scanner<'a> {
             }
             Event::GeneralRef(_) => {
                 self.inside_root(start)?;
-                let known = unescape(self.slice(&span, 0, 0));
-                known.map(Token::Text).map_err(|_| self.syntax(start, "an entity that is not known"))
+                resolve(self.slice(&span, 0, 0)).map(Token::Text).ok_or_else(|| {
+                    self.syntax(start, "an entity that is not known or a character that XML does not have")
+                })
             }
             Event::Decl(_) if start > 0 => {
                 Err(self.syntax(start, "an XML declaration that is not at the start"))
@@ -114,7 +115,7 @@ impl<'a> Scanner<'a> {
     }
 
     fn syntax(&self, offset: usize, what: &str) -> XmlError {
-        XmlError::Syntax { line: self.line(offset), what: shorten(what, 160) }
+        XmlError::Syntax { line: self.line(offset), what: clean_start(what, 160) }
     }
 
     fn position(&self) -> usize {

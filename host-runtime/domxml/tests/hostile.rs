@@ -53,6 +53,59 @@ fn entity_tricks() {
     assert_eq!(read(domain(&much("&amp;")).as_bytes()).unwrap().name, "x");
 }
 
+/// As in libvirt's parser, wherever a reference may stand.
+#[test]
+fn references_to_what_is_no_character() {
+    let places: [fn(&str) -> String; 4] = [
+        |reference| format!("<domain type='kvm'><name>x{reference}</name></domain>"),
+        |reference| format!("<domain type='kvm' id='{reference}'><name>x</name></domain>"),
+        |reference| {
+            format!("<domain type='kvm'><name>x</name><description>a{reference}b</description></domain>")
+        },
+        |reference| {
+            format!(
+                "<domain type='kvm'><name>x</name><devices><hostdev mode=\"{reference}\"/></devices></domain>"
+            )
+        },
+    ];
+    let illegal = [
+        0,
+        1,
+        8,
+        0xb,
+        0xc,
+        0xe,
+        0x1b,
+        0x1f,
+        0xd800,
+        0xdbff,
+        0xdc00,
+        0xdfff,
+        0xfffe,
+        0xffff,
+        0x11_0000,
+        u32::MAX,
+    ];
+    let legal = [9, 0xa, 0xd, 0x20, 0x7f, 0x9b, 0xd7ff, 0xe000, 0xfffd, 0x1_0000, 0x1_fffe, 0x10_ffff];
+    let spellings = |code: u32| [format!("&#{code};"), format!("&#x{code:x};"), format!("&#x000{code:X};")];
+    for place in places {
+        for reference in illegal.into_iter().flat_map(spellings).chain(
+            ["&#;", "&#x;", "&#X41;", "&#-1;", "&#+65;", "&# 65;", "&#x110000000041;", "&nbsp;", "&#xg;"]
+                .map(Into::into),
+        ) {
+            let error = read(place(&reference).as_bytes()).expect_err(&reference).to_string();
+            assert!(error.starts_with("line 1: "), "{reference}: {error}");
+        }
+        for reference in legal.into_iter().flat_map(spellings) {
+            read(place(&reference).as_bytes()).expect(&reference);
+        }
+    }
+    for raw in ["\u{fffe}", "\u{ffff}", "\u{1}"] {
+        assert!(read(places[0](raw).as_bytes()).is_err(), "{raw:?}");
+    }
+    read(places[0]("\u{fffd}\u{ff21}").as_bytes()).unwrap();
+}
+
 #[test]
 fn size() {
     let size = 100 << 20;
