@@ -30,7 +30,10 @@ use crate::refusal::Refusal;
 /// [`Refusal::Question`], which says where what was found, and what was wanted.
 pub fn question(text: &str) -> Result<Question, Refusal> {
     let refused = |why: String| Refusal::Question(why);
-    let value: Value = serde_json::from_str(text).map_err(|e| {
+    let value = virt_usb_model::unique_json(text).map_err(|e| {
+        if e.is_data() {
+            return refused(format!("found {e}, wanted each key once"));
+        }
         refused(format!("found text that is not JSON ({e}), wanted a question such as {EXAMPLE}"))
     })?;
     let Value::Object(map) = value else {

@@ -14,7 +14,7 @@ use core::str::FromStr;
 use serde::Serialize;
 use serde_json::Value;
 
-use crate::json::{FromJson, Object, whole};
+use crate::json::{FromJson, Object, twice, unique, whole};
 use crate::{Class, Device, DeviceId, DevicePath, ParseError, PortPath, ProductId, VendorId, printable};
 
 /// The most devices that one request, or one flavor in all, may ask for: USB's own limit of devices on a bus.
@@ -399,7 +399,10 @@ pub(crate) fn checked(text: &str, right: &str) -> Result<Value, ParseError> {
     if text.len() > MAX_TEXT {
         return Err(ParseError::new(format!("{} bytes", text.len()), format!("at most {MAX_TEXT} bytes")));
     }
-    serde_json::from_str(text).map_err(|e| {
+    unique(text).map_err(|e| {
+        if let Some(error) = twice(&e) {
+            return error;
+        }
         let squeezed: String = text.chars().filter(|c| !c.is_whitespace()).collect();
         let early = squeezed.contains(":{[")
             || squeezed.contains("[\"bus\":")
@@ -423,6 +426,22 @@ pub(crate) fn checked(text: &str, right: &str) -> Result<Value, ParseError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_said_twice_is_not_said() {
+        for (text, key) in [
+            (r#"{"usb_devices":[{"vendor_id":"0529","vendor_id":"0403"}]}"#, "vendor_id"),
+            (r#"{"usb_devices":[{"id":5}],"usb_devices":[{"id":6}]}"#, "usb_devices"),
+        ] {
+            let error = Flavor::parse(text).unwrap_err().to_string();
+            assert!(error.starts_with(&format!("found the key {key:?} twice")), "{error}");
+        }
+        let error = Flavor::parse_lists(Some(r#"[{"id":5,"id":6}]"#), None).unwrap_err().to_string();
+        assert!(error.starts_with("usb_devices: found the key \"id\" twice"), "{error}");
+        let grant = r#"{"usb_devices":[{"id":5}],"projects":["a"],"projects":["b"]}"#;
+        let error = crate::Grant::parse(grant).unwrap_err().to_string();
+        assert!(error.starts_with("found the key \"projects\" twice"), "{error}");
+    }
 
     fn error(text: &str) -> String {
         Flavor::parse(text).unwrap_err().to_string()

@@ -1,10 +1,13 @@
-//! Reading JSON values strictly: every key known, every error with its place.
+//! Reading JSON values strictly: every key known and there once, every error with its place.
 
+use alloc::borrow::Cow;
 use alloc::collections::BTreeMap;
 use alloc::format;
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 
+use serde::de::{self, Deserialize, Deserializer, MapAccess, SeqAccess, Visitor};
+use serde_json::error::Category;
 use serde_json::{Map, Value};
 
 use crate::ParseError;
@@ -93,8 +96,124 @@ pub(crate) fn number(value: &Value) -> Option<u64> {
 
 /// The JSON text as a value; a syntax error says line and column.
 pub(crate) fn parse_text(text: &str) -> Result<Value, ParseError> {
-    serde_json::from_str(text).map_err(|e| {
-        let reason = e.to_string();
-        ParseError::new(format!("text that is not JSON ({reason})"), "JSON")
+    unique(text).map_err(|e| {
+        twice(&e).unwrap_or_else(|| ParseError::new(format!("text that is not JSON ({e})"), "JSON"))
     })
+}
+
+/// The JSON text as a value in which no object holds a key twice. Of two values serde_json keeps the last and other
+/// readers the first: what was asked for would depend on who reads it.
+///
+/// # Errors
+/// Of a text that is not JSON; and of a key that is there twice, which the error names.
+pub fn unique(text: &str) -> Result<Value, serde_json::Error> {
+    serde_json::from_str::<Unique>(text).map(|value| value.0)
+}
+
+/// The error of [`unique`] about a key that is there twice; `None`: it is about something else.
+pub(crate) fn twice(e: &serde_json::Error) -> Option<ParseError> {
+    // Any text that is JSON is a value: nothing else is wrong with its data.
+    (e.classify() == Category::Data).then(|| ParseError::new(e, "each key once"))
+}
+
+/// A value as [`unique`] reads it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Unique(pub Value);
+
+impl<'de> Deserialize<'de> for Unique {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        from.deserialize_any(UniqueVisitor).map(Self)
+    }
+}
+
+struct UniqueVisitor;
+
+impl<'de> Visitor<'de> for UniqueVisitor {
+    type Value = Value;
+
+    fn expecting(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        f.write_str("JSON")
+    }
+    fn visit_unit<E>(self) -> Result<Value, E> {
+        Ok(Value::Null)
+    }
+    fn visit_bool<E>(self, value: bool) -> Result<Value, E> {
+        Ok(value.into())
+    }
+    fn visit_i64<E>(self, value: i64) -> Result<Value, E> {
+        Ok(value.into())
+    }
+    fn visit_u64<E>(self, value: u64) -> Result<Value, E> {
+        Ok(value.into())
+    }
+    fn visit_f64<E>(self, value: f64) -> Result<Value, E> {
+        Ok(value.into())
+    }
+    fn visit_str<E>(self, value: &str) -> Result<Value, E> {
+        Ok(value.into())
+    }
+    fn visit_string<E>(self, value: String) -> Result<Value, E> {
+        Ok(value.into())
+    }
+    fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<Value, A::Error> {
+        let mut list = Vec::new();
+        while let Some(Unique(item)) = items.next_element()? {
+            list.push(item);
+        }
+        Ok(list.into())
+    }
+    fn visit_map<A: MapAccess<'de>>(self, mut entries: A) -> Result<Value, A::Error> {
+        let mut map = Map::new();
+        while let Some(key) = entries.next_key::<Cow<'de, str>>()? {
+            if map.contains_key(key.as_ref()) {
+                let key: String = key.chars().take(SHOWN_KEY).collect();
+                return Err(de::Error::custom(format!("the key {key:?} twice")));
+            }
+            let Unique(value) = entries.next_value()?;
+            map.insert(key.into_owned(), value);
+        }
+        Ok(Value::Object(map))
+    }
+}
+
+/// As much as a message shows of a key, in characters.
+const SHOWN_KEY: usize = 24;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_key_that_is_there_twice_is_named() {
+        for (text, key) in [
+            (r#"{"id":1,"id":1}"#, "id"),
+            (r#"{"a":[{"vendor_id":"1","\u0076endor_id":"2"}]}"#, "vendor_id"),
+            (r#"[{"b":{"c":null,"c":null}}]"#, "c"),
+            (r#"{"":0,"":0}"#, ""),
+        ] {
+            let error = parse_text(text).unwrap_err().to_string();
+            assert!(error.starts_with(&format!("found the key {key:?} twice at line 1 column")), "{error}");
+            assert!(error.ends_with(", wanted each key once"), "{error}");
+        }
+        let long = "x".repeat(500);
+        let error = parse_text(&format!("{{\"{long}\":1,\"{long}\":1}}")).unwrap_err().to_string();
+        assert!(error.len() < 120, "{error}");
+    }
+
+    #[test]
+    fn all_else_is_read_as_ever() {
+        for text in [
+            "null",
+            " [] ",
+            r#"{"a":[1,-2,3.5,1e300,18446744073709551615,-9223372036854775808,true,false,null,"\u00e9\n"],"b":{"a":{}}}"#,
+        ] {
+            assert_eq!(unique(text).unwrap(), serde_json::from_str::<Value>(text).unwrap(), "{text}");
+        }
+        for text in ["", "{", "[1,]", "{\"a\"}", "1 2", "nul", "\"\u{1}\"", &"[".repeat(200)] {
+            let (mine, theirs) =
+                (unique(text).unwrap_err(), serde_json::from_str::<Value>(text).unwrap_err());
+            assert_eq!(mine.to_string(), theirs.to_string(), "{text}");
+            assert!(parse_text(text).unwrap_err().to_string().contains("text that is not JSON"), "{text}");
+        }
+    }
 }

@@ -98,9 +98,10 @@ impl<S: Send + Sync> FromRequest<S> for Content {
         let text = str::from_utf8(&bytes).map_err(|e| {
             Fault::bad_request(format!("The body is no UTF-8: byte {} is none.", e.valid_up_to()))
         })?;
-        match serde_json::from_str(text) {
+        match virt_usb_model::unique_json(text) {
             Ok(Value::Object(object)) => Ok(Self(object)),
             Ok(_) => Err(Fault::bad_request("The body is no JSON object.")),
+            Err(e) if e.is_data() => Err(Fault::bad_request(format!("The body holds {e}."))),
             Err(e) => Err(Fault::bad_request(format!("The body is no JSON: {e}."))),
         }
     }

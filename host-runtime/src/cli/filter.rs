@@ -11,7 +11,7 @@ use serde::Serialize;
 use virt_usb_filter_host::{
     Filter, Fleet, Limits, Options, Placement, Question, Rejection, Session as Asked, Verdict, hex, sha256,
 };
-use virt_usb_model::{DeviceEntry, DeviceId, Flavor, HostDocument};
+use virt_usb_model::{DeviceEntry, DeviceId, Flavor, HostDocument, UniqueJson};
 
 use super::Session;
 use super::arguments::{Filter as Arguments, FilterFile, FilterVerb};
@@ -171,8 +171,8 @@ fn read_documents(text: &str) -> anyhow::Result<Documents> {
             Some(twice) => bail!("document {number}: the host {:?} is there twice", twice.host),
         }
     };
-    for value in serde_json::Deserializer::from_str(text).into_iter::<serde_json::Value>() {
-        match value? {
+    for value in serde_json::Deserializer::from_str(text).into_iter::<UniqueJson>() {
+        match value?.0 {
             serde_json::Value::Array(list) => list.iter().try_for_each(&mut take)?,
             one => take(&one)?,
         }

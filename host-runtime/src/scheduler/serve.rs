@@ -11,6 +11,7 @@ use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{delete, get, post};
 use axum::{Json, Router};
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use virt_usb_filter_host::{Error, Question, Rejection, Verdict};
@@ -284,8 +285,11 @@ impl Service {
     }
 }
 
-fn read<'a, T: Deserialize<'a>>(body: &'a [u8]) -> Result<T, Fault> {
-    serde_json::from_slice(body).map_err(|e| Fault::bad(format!("the body cannot be read: {e}")))
+fn read<T: DeserializeOwned>(body: &[u8]) -> Result<T, Fault> {
+    let wrong = |e: &dyn std::fmt::Display| Fault::bad(format!("the body cannot be read: {e}"));
+    let text = str::from_utf8(body).map_err(|e| wrong(&e))?;
+    let value = virt_usb_model::unique_json(text).map_err(|e| wrong(&e))?;
+    serde_json::from_value(value).map_err(|e| wrong(&e))
 }
 
 /// Counts what is answered.

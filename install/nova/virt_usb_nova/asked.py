@@ -18,10 +18,19 @@ class Wrong(ValueError):
     """What the flavor says cannot be read."""
 
 
-def read(text: str | bytes) -> Any:
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; ValueError: it holds a key twice, of which readers would take one or the other."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} is there twice")
+    return found
+
+
+def read(text: str | bytes, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
     """JSON; ValueError: it is none, or nested too deeply to be any that is meant."""
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=pairs)
     except RecursionError as fault:
         raise ValueError("it is nested too deeply") from fault
 
@@ -45,7 +54,7 @@ def flavor(key: str, text: str, stored: Stored) -> Any:
             raise Wrong(f"no flavor of the name {name!r} is stored: 'virt-usb flavor set' stores one")
         return devices(found)
     try:
-        value = read(text)
+        value = read(text, once)
     except ValueError as fault:
         raise Wrong(f"{key}: {fault}") from fault
     whole = isinstance(value, dict) and "usb_devices" in value
