@@ -12,7 +12,7 @@ use virt_usb_store::{Context, Durability, Record, Store, StoreError};
 
 use crate::answer::Answer;
 use crate::call::Caller;
-use crate::config::{Config, HoldPolicy};
+use crate::config::Config;
 use crate::machine;
 use crate::run::Fault;
 use crate::sysfs;
@@ -23,11 +23,8 @@ const PATIENCE: Duration = Duration::from_secs(2);
 /// Opens the store for one call.
 pub(crate) fn open(config: &Config, op: &str, concerned: bool) -> Result<(Store, Context), Fault> {
     let fault = |e: &dyn std::fmt::Display| Fault::of(concerned, e);
-    // A quarantine must survive a power cut, as what is held for the instance must.
-    let lasts = config.hold == HoldPolicy::Instance || config.whitelist.rules.iter().any(|r| r.one_time_use);
-    let durability = if lasts { Durability::Power } else { Durability::Boot };
     let context = machine::context(config, format!("hook {op}")).map_err(|e| fault(&e))?;
-    let store = Store::open(&config.state_dir, PATIENCE, durability).map_err(|e| fault(&e))?;
+    let store = Store::open(&config.state_dir, PATIENCE, Durability::Boot).map_err(|e| fault(&e))?;
     Ok((store, context))
 }
 

@@ -11,7 +11,13 @@ CREATE TABLE compute_nodes (
     revision        int NOT NULL DEFAULT 0,
     scanned_at      datetime,
     -- the boot whose claims these are: those of the boots before were swept
-    boot_id         varchar(36)
+    boot_id         varchar(36),
+    -- the age of an event is measured against this time, which follows the clock but makes no leap with it
+    audit_time      datetime,
+    -- seconds since boot at the last discovery
+    scanned_uptime  real,
+    -- what the configuration held when it was last read: 2: the whitelist, on; 1: rules, off; 0: neither; NULL: not known
+    whitelist       int
 );
 
 CREATE TABLE usb_devices (
@@ -136,6 +142,8 @@ CREATE TABLE claims (
     used            int NOT NULL DEFAULT 0,
     -- 1: since the claim was made, another device of the kind has shown the same serial
     serial_shared   int NOT NULL DEFAULT 0,
+    -- 1: the device was seen in the guest during this run of it
+    seen_in_guest   int NOT NULL DEFAULT 0,
     -- 1: the device is in a hostdev that somebody wrote by hand, whether or not a request is served by it too
     by_hand         int NOT NULL DEFAULT 0,
     -- seconds since boot at which a restore named the device of this firm claim: what that means only the next prepare knows

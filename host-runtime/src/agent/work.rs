@@ -311,7 +311,7 @@ impl Work<'_> {
         let stop = self.worker.config.on_attach_failure == AttachFailurePolicy::Stop;
         let Some(claim) = claim.filter(|_| stop) else { return Ok(Outcome::Failed(why)) };
         // A guest that had it once runs on: it has lost a device, not failed to start.
-        if self.worker.store.was_allocated(claim)? {
+        if claim.seen_in_guest {
             return Ok(Outcome::Failed(why));
         }
         let about = about_device(device);

@@ -436,6 +436,7 @@ fn claim(value: &Value) -> anyhow::Result<ClaimRow> {
         descriptors: None,
         used: false,
         serial_shared: false,
+        seen_in_guest: false,
     })
 }
 

@@ -355,6 +355,7 @@ fn claim(device: DeviceId, instance: InstanceId, status: &str, server: Option<&S
         descriptors: None,
         used: false,
         serial_shared: false,
+        seen_in_guest: false,
     }
 }
 

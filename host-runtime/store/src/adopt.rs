@@ -6,9 +6,9 @@
 //! another instance holds its device, or where that is set aside.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::rc::Rc;
 
-use rusqlite::types::Value;
-use rusqlite::{Transaction, params, params_from_iter};
+use rusqlite::params;
 use virt_usb_model::{BusAddress, DeviceId, PortPath, UsbId};
 
 use crate::choose::Choice;
@@ -18,8 +18,8 @@ use crate::error::Sql;
 use crate::events::{Event, record};
 use crate::grant::name_incoming;
 use crate::hints::{Hints, Known};
-use crate::open::Fault;
-use crate::{Context, NOW, Store, StoreError, give_back, metadata};
+use crate::open::{Fault, Tx};
+use crate::{Context, NOW, Store, StoreError, aside, give_back, metadata};
 
 /// A hostdev as the XML names its source.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -189,7 +189,7 @@ impl Store {
 }
 
 fn adopt(
-    tx: &Transaction<'_>,
+    tx: &Tx<'_>,
     hints: &Hints,
     asker: &Asker,
     holdings: &[Holding],
@@ -201,7 +201,8 @@ fn adopt(
     let mine = give_back::held(tx, asker.instance)?;
     // What is adopted for one holding does not decide which device the next one means.
     let mut finder = Finder::new(tx, &mine, asker, judge);
-    let found = holdings.iter().map(|h| finder.find(h)).collect::<Sql<Vec<_>>>()?;
+    let mut found = holdings.iter().take(MAX_HOLDINGS).map(|h| finder.find(h)).collect::<Sql<Vec<_>>>()?;
+    found.resize_with(holdings.len(), || None);
     let mut adopted = Vec::new();
     for found in found {
         let Some(found) = found else {
@@ -235,25 +236,35 @@ struct Found {
     ours: bool,
 }
 
-/// Finds out which devices holdings mean. The stored address is a memory, so the ports are asked,
-/// each once.
+/// The most hostdevs of one domain that are looked at: more USB devices fit into no guest. The write
+/// lock is held meanwhile, and a domain's XML is as long as whoever wrote it likes.
+pub const MAX_HOLDINGS: usize = 1024;
+
+/// What a holding names beside an address and a port.
+type Named = (Option<DeviceId>, Option<UsbId>);
+
+/// Finds out which devices holdings mean. The stored address is a memory, so the ports are asked.
+/// Rows are read once for each id or kind that is named, and each port is asked once, however many
+/// holdings there are.
 struct Finder<'a> {
-    tx: &'a Transaction<'a>,
+    tx: &'a Tx<'a>,
     /// What the instance holds.
     mine: &'a [ClaimRow],
     asker: &'a Asker,
     judge: &'a mut dyn Judge,
+    candidates: BTreeMap<Named, Rc<[Record]>>,
     seen: BTreeMap<DeviceId, Option<BusAddress>>,
 }
 
 impl<'a> Finder<'a> {
     fn new(
-        tx: &'a Transaction<'a>,
+        tx: &'a Tx<'a>,
         mine: &'a [ClaimRow],
         asker: &'a Asker,
         judge: &'a mut dyn Judge,
     ) -> Self {
-        Self { tx, mine, asker, judge, seen: BTreeMap::new() }
+        let (candidates, seen) = <_>::default();
+        Self { tx, mine, asker, judge, candidates, seen }
     }
 
     fn look(&mut self, device: &Record) -> Option<BusAddress> {
@@ -305,6 +316,27 @@ impl<'a> Finder<'a> {
         Ok(is_kind.then_some(claim))
     }
 
+    /// The devices that are plugged in and that the id and the kind fit.
+    fn candidates(&mut self, named: Named) -> Sql<Rc<[Record]>> {
+        if let Some(known) = self.candidates.get(&named) {
+            return Ok(known.clone());
+        }
+        let (id, usb) = named;
+        let read: Rc<[Record]> = self
+            .tx
+            .prepare_cached(
+                "SELECT * FROM usb_devices WHERE deleted = 0 AND present = 1 AND (?1 IS NULL OR id = ?1) AND (?2 IS NULL OR vendor_id = ?2)
+                 AND (?3 IS NULL OR product_id = ?3) ORDER BY id",
+            )?
+            .query_map(
+                params![id.map(sql_id), usb.map(|u| u.vendor.to_string()), usb.map(|u| u.product.to_string())],
+                Record::read,
+            )?
+            .collect::<Sql<_>>()?;
+        self.candidates.insert(named, read.clone());
+        Ok(read)
+    }
+
     /// At most `most` devices that are where the holding has them, and are the instance's (`mine`)
     /// or not.
     fn matching(
@@ -314,47 +346,27 @@ impl<'a> Finder<'a> {
         mine: bool,
         most: usize,
     ) -> Sql<Vec<(Record, BusAddress)>> {
-        let mut sql = "SELECT * FROM usb_devices WHERE deleted = 0 AND present = 1".to_owned();
-        sql += if mine { " AND instance_uuid = ?" } else { " AND instance_uuid IS NOT ?" };
-        let mut values: Vec<Value> = vec![self.asker.instance.to_string().into()];
-        let mut narrow = |condition: &str, value: Value| {
-            sql += condition;
-            values.push(value);
-        };
-        if let Some(id) = id {
-            narrow(" AND id = ?", sql_id(id).into());
-        }
-        if let Some(usb) = holding.usb {
-            narrow(" AND vendor_id = ?", usb.vendor.to_string().into());
-            narrow(" AND product_id = ?", usb.product.to_string().into());
-        }
-        if let Some(port) = &holding.port {
-            // The bus may have had another number when the port was recorded.
-            let ports = port.to_string();
-            let (_, ports) = ports.split_once('-').unwrap_or_default();
-            narrow(" AND substr(port_path, instr(port_path, '-') + 1) = ?", ports.to_owned().into());
-        }
-        let tx = self.tx;
-        let mut statement = tx.prepare_cached(&sql)?;
-        let mut rows = statement.query(params_from_iter(values))?;
         let mut there = Vec::new();
-        while there.len() < most
-            && let Some(row) = rows.next()?
-        {
-            let device = Record::read(row)?;
+        for device in self.candidates((id, holding.usb))?.iter() {
+            let is_mine = device.entry.instance_uuid == Some(self.asker.instance);
+            // The bus may have had another number when the port was recorded.
+            let at_port = |port: &PortPath| port.ports() == device.entry.port_path.ports();
+            if is_mine != mine || !holding.port.as_ref().is_none_or(at_port) {
+                continue;
+            }
             // The stored address is a memory: ask the port, but only of those that it could be.
             let recorded = &device.entry;
             if recorded.path.is_none() && holding.address.is_some_and(|a| a.bus() != recorded.port_path.bus())
             {
                 continue;
             }
-            if let Some(address) = self.look(&device)
+            if let Some(address) = self.look(device)
                 && holding.address.is_none_or(|a| a == address)
                 && holding.port.as_ref().is_none_or(|port| port.bus() == address.bus())
             {
-                there.push((device, address));
+                there.push((device.clone(), address));
                 // No two devices have one address.
-                if holding.address.is_some() {
+                if holding.address.is_some() || there.len() == most {
                     break;
                 }
             }
@@ -365,7 +377,7 @@ impl<'a> Finder<'a> {
 
 /// Claims a device that was found, for a guest that starts or runs.
 fn take(
-    tx: &Transaction<'_>,
+    tx: &Tx<'_>,
     asker: &Asker,
     found: &Found,
     stage: Stage,
@@ -399,7 +411,7 @@ fn take(
 
 /// A claim on a device that nobody asked for. `pending`: for a guest that comes in.
 fn insert(
-    tx: &Transaction<'_>,
+    tx: &Tx<'_>,
     asker: &Asker,
     id: DeviceId,
     runs: bool,
@@ -408,9 +420,9 @@ fn insert(
 ) -> Sql<()> {
     step_revision(tx)?;
     tx.prepare_cached(&format!(
-        "INSERT INTO claims (created_at, device_id, instance_uuid, domain, project_id, state, hold, pending_since, arrived, boot_id, revision, descriptors, used, by_hand)
+        "INSERT INTO claims (created_at, device_id, instance_uuid, domain, project_id, state, hold, pending_since, arrived, boot_id, revision, descriptors, used, seen_in_guest, by_hand)
          VALUES ({NOW}, ?1, ?2, ?3, ?4, iif(?5, 'allocated', 'claimed'), 'running', ?6, ?6 IS NOT NULL, ?7, (SELECT max(revision) FROM compute_nodes),
-                 (SELECT descriptors FROM usb_devices WHERE id = ?1), ?5, 1)"
+                 (SELECT descriptors FROM usb_devices WHERE id = ?1), ?5, ?5, 1)"
     ))?
     .execute(params![
         sql_id(id),
@@ -421,6 +433,9 @@ fn insert(
         pending,
         context.boot_id,
     ])?;
+    if runs {
+        aside::note_use(tx, id)?;
+    }
     refresh(tx, id)?;
     let detail = match pending {
         None => "found in the domain's own XML",
@@ -431,7 +446,7 @@ fn insert(
 
 /// A guest that comes in.
 struct Arrival<'a> {
-    tx: &'a Transaction<'a>,
+    tx: &'a Tx<'a>,
     hints: &'a Hints,
     asker: &'a Asker,
     mine: Vec<ClaimRow>,

@@ -12,7 +12,7 @@ use crate::discover::label;
 use crate::error::Sql;
 use crate::events::{Event, record};
 use crate::flaps::{Flaps, Limits, Outcome};
-use crate::open::Fault;
+use crate::open::{Fault, Tx};
 use crate::{Context, NOW, Store, StoreError, grants};
 
 /// A moment, seconds since 1970, as it is stored.
@@ -108,7 +108,7 @@ impl Store {
         }
         self.write(|tx, _| {
             tx.execute("UPDATE claims SET used = 1 WHERE id = ?1", [claim.id])?;
-            Ok(())
+            Ok(note_use(tx, claim.device_id)?)
         })
     }
 
@@ -133,8 +133,17 @@ impl Store {
     }
 }
 
+/// That a device of one use was used must survive a power cut.
+pub(crate) fn note_use(tx: &Tx<'_>, device: DeviceId) -> Sql<()> {
+    let sql = "SELECT one_time_use FROM usb_devices WHERE id = ?1";
+    if tx.prepare_cached(sql)?.query_row([sql_id(device)], |row| row.get(0))? {
+        tx.mark_lasting();
+    }
+    Ok(())
+}
+
 /// Sets a device of one use aside, now that the claim has ended with which it was in a guest.
-pub(crate) fn after_use(tx: &Transaction<'_>, claim: &ClaimRow, context: &Context) -> Sql<()> {
+pub(crate) fn after_use(tx: &Tx<'_>, claim: &ClaimRow, context: &Context) -> Sql<()> {
     if !claim.used {
         return Ok(());
     }
@@ -168,7 +177,7 @@ fn both(before: &str, more: &str) -> String {
 }
 
 fn quarantine(
-    tx: &Transaction<'_>,
+    tx: &Tx<'_>,
     device: DeviceId,
     why: &str,
     used_as: Option<&Descriptors>,
@@ -177,6 +186,7 @@ fn quarantine(
     let before: Option<String> = tx
         .prepare_cached("SELECT quarantined FROM usb_devices WHERE id = ?1")?
         .query_row([sql_id(device)], |row| row.get(0))?;
+    tx.mark_lasting();
     // What was there first stays: a loose plug is not to cover an alarm.
     let why = &before.map_or_else(|| why.to_owned(), |before| both(&before, why));
     tx.prepare_cached(
@@ -217,7 +227,7 @@ pub(crate) fn altered(
 
 /// Quarantines devices that cannot be told apart since the host was restarted: neither a serial nor a path identifies them,
 /// and ports begin with bus numbers, which are assigned at boot. A device that is the only one of its kind stays as it is.
-pub(crate) fn set_aside_after_restart(tx: &Transaction<'_>, context: &Context) -> Sql<()> {
+pub(crate) fn set_aside_after_restart(tx: &Tx<'_>, context: &Context) -> Sql<()> {
     let mut doubtful: BTreeMap<UsbId, Vec<Record>> = BTreeMap::new();
     let all = tx
         .prepare("SELECT * FROM usb_devices WHERE deleted = 0 ORDER BY id")?
@@ -268,12 +278,7 @@ pub(crate) fn serial_is_shared(
 }
 
 /// The device has come back once more.
-pub(crate) fn returned(
-    tx: &Transaction<'_>,
-    device: DeviceId,
-    limits: &Limits,
-    context: &Context,
-) -> Sql<()> {
+pub(crate) fn returned(tx: &Tx<'_>, device: DeviceId, limits: &Limits, context: &Context) -> Sql<()> {
     let (until, text) = tx
         .prepare_cached(
             "SELECT CAST(strftime('%s', flapping_until) AS INTEGER), flaps FROM usb_devices WHERE id = ?1",

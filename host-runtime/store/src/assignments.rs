@@ -10,7 +10,7 @@ use crate::device::{ClaimRow, step_revision};
 use crate::error::{Sql, bad_row};
 use crate::events::{Event, record};
 use crate::hints::{Hints, Known};
-use crate::open::Fault;
+use crate::open::{Fault, Tx};
 use crate::{Context, NOW, Store, StoreError, give_back, places};
 
 /// Who made an assignment.
@@ -108,7 +108,7 @@ impl Store {
             return Ok(false);
         }
         self.write(|tx, hints| {
-            hints.add(Known::Assigned(instance))?;
+            lasting(tx, hints, instance)?;
             tx.execute(
                 "DELETE FROM assignments WHERE instance_uuid = ?1 AND source = ?2",
                 params![instance.to_string(), source.name()],
@@ -188,6 +188,7 @@ impl Store {
             }
             for claim in kept {
                 step_revision(tx)?;
+                tx.mark_lasting();
                 tx.execute(
                     "UPDATE claims SET ending = 0, hold = 'instance', revision = (SELECT max(revision) FROM compute_nodes) WHERE id = ?1",
                     [claim.id],
@@ -221,6 +222,7 @@ impl Store {
         }
         let instance = asker.instance;
         self.write(|tx, _| {
+            tx.mark_lasting();
             let remove = |id: i64| {
                 let sql = "DELETE FROM assignments WHERE id = ?1 AND instance_uuid = ?2 RETURNING request";
                 tx.query_row(sql, params![id, instance.to_string()], |row| row.get::<_, String>(0)).optional()
@@ -287,7 +289,7 @@ fn unassigned(
 
 /// Makes assignments; returns their numbers.
 fn add(
-    tx: &Transaction<'_>,
+    tx: &Tx<'_>,
     hints: &Hints,
     asker: &Asker,
     requests: &[DeviceRequest],
@@ -296,7 +298,7 @@ fn add(
     if requests.is_empty() {
         return Ok(Vec::new());
     }
-    hints.add(Known::Assigned(asker.instance))?;
+    lasting(tx, hints, asker.instance)?;
     let mut made = Vec::new();
     for request in requests {
         insert(tx, asker.instance, request, Source::Operator)?;
@@ -305,6 +307,12 @@ fn add(
     let detail = serde_json::to_string(requests).unwrap_or_default();
     record(tx, context, &Event::of("assigned", asker).with(format!("operator: {detail}")))?;
     Ok(made)
+}
+
+/// An assignment of the instance is to be written, which must survive a power cut, and so must its hint.
+fn lasting(tx: &Tx<'_>, hints: &Hints, instance: InstanceId) -> Result<(), StoreError> {
+    tx.mark_lasting();
+    hints.add_lasting(Known::Assigned(instance))
 }
 
 fn insert(tx: &Transaction<'_>, instance: InstanceId, request: &DeviceRequest, source: Source) -> Sql<()> {

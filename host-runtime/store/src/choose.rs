@@ -1,21 +1,23 @@
 //! Choosing the devices of a claim: reads, asks the judge, writes nothing.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::rc::Rc;
 
-use rusqlite::{Transaction, params_from_iter};
-use virt_usb_model::{BusAddress, DeviceId, matching};
+use rusqlite::params_from_iter;
+use virt_usb_model::{BusAddress, DeviceId, Selector, matching};
 
 use crate::claim::{Asker, Granted, Judge, Obstacle, SHOWN, Shortage, Standing, Verified, Want, Why};
 use crate::device::{ClaimRow, Record};
 use crate::error::Sql;
 use crate::give_back;
+use crate::open::Tx;
 use crate::query::{self, Query};
 
 /// After so many candidates that were not who the inventory says, it is out of date: no more are tried.
 const MAX_PASSED_OVER: usize = 256;
 
 pub(crate) struct Choice<'a> {
-    pub(crate) tx: &'a Transaction<'a>,
+    pub(crate) tx: &'a Tx<'a>,
     pub(crate) asker: &'a Asker,
     pub(crate) prefer: &'a [DeviceId],
     pub(crate) standing: Standing,
@@ -24,17 +26,21 @@ pub(crate) struct Choice<'a> {
     mine: Vec<ClaimRow>,
     verified: BTreeMap<DeviceId, BusAddress>,
     passed_over: BTreeMap<DeviceId, String>,
+    /// The rows that were read for a selector. The write lock is held: they are read once, and once more after the first
+    /// device was passed over, as many then as can be needed.
+    found: HashMap<Selector, Vec<Rc<Record>>>,
+    wide: bool,
 }
 
 /// The candidates of all requests, each once.
 #[derive(Default)]
 struct Pool {
-    devices: Vec<Record>,
+    devices: Vec<Rc<Record>>,
     positions: BTreeMap<DeviceId, usize>,
 }
 
 impl Pool {
-    fn place(&mut self, device: Record) -> usize {
+    fn place(&mut self, device: Rc<Record>) -> usize {
         let next = self.devices.len();
         let at = *self.positions.entry(device.entry.id).or_insert(next);
         if at == next {
@@ -49,15 +55,15 @@ type Served = (usize, usize);
 
 impl<'a> Choice<'a> {
     pub(crate) fn new(
-        tx: &'a Transaction<'a>,
+        tx: &'a Tx<'a>,
         asker: &'a Asker,
         prefer: &'a [DeviceId],
         standing: Standing,
         judge: &'a mut dyn Judge,
     ) -> Sql<Self> {
         let mine = give_back::held(tx, asker.instance)?;
-        let (verified, passed_over) = (BTreeMap::new(), BTreeMap::new());
-        Ok(Self { tx, asker, prefer, standing, judge, mine, verified, passed_over })
+        let (verified, passed_over, found) = <_>::default();
+        Ok(Self { tx, asker, prefer, standing, judge, mine, verified, passed_over, found, wide: false })
     }
 
     pub(crate) fn mine(&self) -> &[ClaimRow] {
@@ -77,6 +83,10 @@ impl<'a> Choice<'a> {
     pub(crate) fn choose(&mut self, wants: &[Want]) -> Sql<Result<Vec<Granted>, Vec<Shortage>>> {
         let total: usize = wants.iter().map(|w| w.request.count as usize).sum();
         loop {
+            if !self.wide && !self.passed_over.is_empty() {
+                self.wide = true;
+                self.found.clear();
+            }
             let mut pool = Pool::default();
             // One row a device that is needed.
             let (mut rows, mut requests) = (Vec::new(), Vec::new());
@@ -94,7 +104,7 @@ impl<'a> Choice<'a> {
             if served.len() < rows.len() {
                 return self.shortages(wants, &pool, &served).map(Err);
             }
-            if self.verify(served.iter().map(|&(_, at)| &pool.devices[at])) {
+            if self.verify(served.iter().map(|&(_, at)| &*pool.devices[at])) {
                 let granted = |&(number, at): &Served| self.granted(&pool.devices[at], number);
                 return Ok(Ok(served.iter().map(granted).collect()));
             }
@@ -149,12 +159,30 @@ impl<'a> Choice<'a> {
     /// The devices that would serve the request, the most wanted first: the preferred, those that serve it already, the
     /// instance's others, free ones. Of the free ones at most as many as all requests together need: more cannot change
     /// whether all can be served.
-    fn candidates(&self, number: usize, want: &Want, total: usize) -> Sql<Vec<Record>> {
-        let mut found = Vec::new();
+    fn candidates(&mut self, number: usize, want: &Want, total: usize) -> Sql<Vec<Rc<Record>>> {
         if self.passed_over.len() > MAX_PASSED_OVER {
-            return Ok(found);
+            return Ok(Vec::new());
         }
         let selector = &want.request.selector;
+        if !self.found.contains_key(selector) {
+            let most = if self.wide { total + MAX_PASSED_OVER } else { total };
+            let read = self.read(selector, most)?;
+            self.found.insert(selector.clone(), read);
+        }
+        let of_selector = self.found.get(selector).into_iter().flatten();
+        let mut found: Vec<Rc<Record>> =
+            of_selector.filter(|d| !self.passed_over.contains_key(&d.entry.id)).cloned().collect();
+        found.sort_by_key(|d| {
+            let claim = self.mine.iter().find(|c| c.device_id == d.entry.id);
+            let serves_it = claim.is_some_and(|c| c.request.is_some_and(|r| r as usize == number));
+            (!self.prefer.contains(&d.entry.id), !serves_it, claim.is_none())
+        });
+        Ok(found)
+    }
+
+    /// Reads what a selector finds: the preferred, the instance's others, at most `most` free ones.
+    fn read(&self, selector: &Selector, most: usize) -> Sql<Vec<Rc<Record>>> {
+        let mut found = Vec::new();
         let (test, find) = (query::test(selector), query::find(selector));
         for id in self.prefer {
             found.extend(self.gather(
@@ -170,15 +198,10 @@ impl<'a> Choice<'a> {
             let condition = "d.instance_uuid = ? AND d.quarantined IS NULL";
             found.extend(self.gather(&test, condition, Some(instance), usize::MAX)?);
         }
-        found.extend(self.gather(&find, "d.status = 'available'", None, total)?);
+        found.extend(self.gather(&find, "d.status = 'available'", None, most)?);
         let mut seen = BTreeSet::new();
         found.retain(|d| seen.insert(d.entry.id));
-        found.sort_by_key(|d| {
-            let claim = self.mine.iter().find(|c| c.device_id == d.entry.id);
-            let serves_it = claim.is_some_and(|c| c.request.is_some_and(|r| r as usize == number));
-            (!self.prefer.contains(&d.entry.id), !serves_it, claim.is_none())
-        });
-        Ok(found)
+        Ok(found.into_iter().map(Rc::new).collect())
     }
 
     /// At most `most` devices of the query that this instance may have.
@@ -191,11 +214,10 @@ impl<'a> Choice<'a> {
             && let Some(row) = rows.next()?
         {
             let device = Record::read(row)?;
-            let id = device.entry.id;
             // What an incoming guest holds already it keeps, whoever the device is for by now.
-            let keeps = self.standing == Standing::Pending && self.mine.iter().any(|c| c.device_id == id);
-            let is_for = keeps || device.is_for(self.asker.project.as_ref());
-            if is_for && !self.passed_over.contains_key(&id) {
+            let is_mine = || self.mine.iter().any(|c| c.device_id == device.entry.id);
+            let keeps = self.standing == Standing::Pending && is_mine();
+            if keeps || device.is_for(self.asker.project.as_ref()) {
                 found.push(device);
             }
         }

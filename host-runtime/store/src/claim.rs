@@ -7,7 +7,6 @@
 //! ```
 //! Everything happens under the write lock: of two hooks that run at once, the second sees what the first has done.
 
-use rusqlite::Transaction;
 use virt_usb_model::{BusAddress, DeviceId, DeviceRequest, InstanceId, ProjectId};
 
 use crate::choose::Choice;
@@ -15,7 +14,7 @@ use crate::device::{ClaimRow, Record};
 use crate::events::{Event, record};
 use crate::grant::Grant;
 use crate::hints::Hints;
-use crate::open::Fault;
+use crate::open::{Fault, Tx};
 use crate::{Context, Store, StoreError, give_back};
 
 /// For whom devices are taken.
@@ -170,7 +169,7 @@ impl Store {
 /// [`Store::claim`], within a transaction.
 #[expect(clippy::too_many_arguments, reason = "the claim's own, and where it is written")]
 pub(crate) fn take(
-    tx: &Transaction<'_>,
+    tx: &Tx<'_>,
     hints: &Hints,
     asker: &Asker,
     wants: &[Want],

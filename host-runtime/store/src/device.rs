@@ -232,6 +232,10 @@ pub struct ClaimRow {
     /// Whether another device of the kind has shown the same serial since the claim was made.
     #[serde(skip)]
     pub serial_shared: bool,
+    /// Whether the device was seen in the guest during this run of it: a guest that had it has lost a device, and did
+    /// not fail to start.
+    #[serde(skip)]
+    pub seen_in_guest: bool,
 }
 
 impl ClaimRow {
@@ -271,6 +275,7 @@ impl ClaimRow {
             descriptors: parse_some(row, "descriptors")?,
             used: row.get("used")?,
             serial_shared: row.get("serial_shared")?,
+            seen_in_guest: row.get("seen_in_guest")?,
         })
     }
 }

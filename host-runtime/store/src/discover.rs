@@ -8,8 +8,9 @@ use virt_usb_model::{Class, Device, DeviceId, Verdict};
 
 use crate::device::{Record, joined, read_id, refresh, sql_id, step_revision};
 use crate::error::Sql;
-use crate::events::{Event, record};
+use crate::events::{Event, follow_clock, record};
 use crate::flaps::Limits;
+use crate::open::Tx;
 use crate::{Context, NOW, Store, StoreError, aside, give_back, grants, join, metadata};
 
 /// One step of a plan.
@@ -50,8 +51,12 @@ impl Store {
         context: &Context,
     ) -> Result<Vec<Done>, StoreError> {
         self.mend_hints()?;
-        let done = self.write(|tx, _| {
+        // Before the write and not after it: who writes first after the log was folded begins it anew and syncs its head,
+        // and that is not to be a hook. When it cannot be folded now, a later write does it.
+        drop(self.checkpoint("PASSIVE"));
+        self.write(|tx, _| {
             register_host(tx, host)?;
+            follow_clock(tx, context)?;
             give_back::sweep(tx, context)?;
             let steady = aside::settle(tx, context)?;
             let known: Vec<Record> = tx
@@ -73,10 +78,7 @@ impl Store {
                 grants::apply(tx)?;
             }
             Ok(done)
-        })?;
-        // It is committed: when the log cannot be moved now, a later write does it.
-        drop(self.checkpoint("PASSIVE"));
-        Ok(done)
+        })
     }
 }
 
@@ -103,13 +105,7 @@ fn is_news(known: &Known<'_>, change: &Change) -> bool {
     }
 }
 
-fn execute(
-    tx: &Transaction<'_>,
-    known: &Known<'_>,
-    change: Change,
-    limits: &Limits,
-    context: &Context,
-) -> Sql<Done> {
+fn execute(tx: &Tx<'_>, known: &Known<'_>, change: Change, limits: &Limits, context: &Context) -> Sql<Done> {
     let mut altered = None;
     let (id, what, detail) = match change {
         Change::Add(device, verdict) => (insert(tx, &device, &verdict)?, "added", device.key.to_string()),

@@ -167,14 +167,59 @@ impl Store {
         Ok(self.all(sql, [], |row| row.get(0))?.pop())
     }
 
-    /// Removes events older than `days` days (at least one); returns how many.
+    /// Removes events older than `days` days (at least one), at most [`PRUNED_AT_ONCE`] under one lock; returns how many.
+    ///
+    /// The age is measured against `compute_nodes.audit_time`, which a leap of the clock does not move ([`follow_clock`]).
+    /// Where no discovery has set it yet, it is measured against the newest event.
     ///
     /// # Errors
     /// When the database cannot be written.
     pub fn prune_events(&mut self, days: u32) -> Result<usize, StoreError> {
         let age = format!("-{} days", days.max(1));
-        self.write(|tx, _| {
-            Ok(tx.execute("DELETE FROM events WHERE at < strftime('%Y-%m-%dT%H:%M:%fZ', 'now', ?1)", [age])?)
-        })
+        let sql = format!(
+            "DELETE FROM events WHERE id IN (SELECT id FROM events WHERE at < strftime({ISO}, min({NOW}, coalesce(
+                (SELECT max(audit_time) FROM compute_nodes WHERE deleted = 0),
+                (SELECT at FROM events ORDER BY id DESC LIMIT 1))), ?1) ORDER BY id LIMIT {PRUNED_AT_ONCE})"
+        );
+        let mut pruned = 0;
+        loop {
+            let now = self.write(|tx, _| Ok(tx.execute(&sql, [&age])?))?;
+            pruned += now;
+            if now < PRUNED_AT_ONCE {
+                return Ok(pruned);
+            }
+        }
     }
+}
+
+/// The most events that are removed under one lock.
+const PRUNED_AT_ONCE: usize = 10_000;
+
+/// How many times faster than real time the audit's time may follow a clock that is ahead of it. A host that was off for
+/// a month has caught up after five days. A clock that is wrong for an hour costs the oldest seven hours of the audit.
+const CATCH_UP: f64 = 7.0;
+
+/// A clock that says less is wrong: this format is younger.
+const EARLIEST: &str = "'2026-01-01T00:00:00.000Z'";
+
+const ISO: &str = "'%Y-%m-%dT%H:%M:%fZ'";
+
+/// Moves the audit's time towards the clock's, by no more than the time that has passed since the last discovery allows:
+/// uptime measures that, which no change of the clock moves. It never moves back, and begins at the newest event.
+pub(crate) fn follow_clock(tx: &Transaction<'_>, context: &Context) -> Sql<()> {
+    let then: Option<f64> = tx
+        .prepare_cached("SELECT scanned_uptime FROM compute_nodes WHERE deleted = 0")?
+        .query_row([], |row| row.get(0))?;
+    // Less than before: the host has booted since.
+    let passed =
+        then.filter(|then| *then <= context.uptime).map_or(context.uptime, |then| context.uptime - then);
+    let sql = format!(
+        "UPDATE compute_nodes SET scanned_uptime = ?1, audit_time = coalesce(
+             max(audit_time, min({NOW}, coalesce(strftime({ISO}, audit_time, ?2), audit_time))),
+             max({EARLIEST}, min({NOW}, coalesce((SELECT at FROM events ORDER BY id DESC LIMIT 1), {NOW}))))
+         WHERE deleted = 0"
+    );
+    let ahead = format!("+{:.3} seconds", passed * CATCH_UP);
+    tx.prepare_cached(&sql)?.execute(params![context.uptime, ahead])?;
+    Ok(())
 }

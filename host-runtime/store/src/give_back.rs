@@ -7,6 +7,7 @@ use crate::device::{ClaimRow, refresh, sql_id, step_revision};
 use crate::error::Sql;
 use crate::events::{Event, record};
 use crate::hints::Known;
+use crate::open::Tx;
 use crate::{Context, Store, StoreError, aside, metadata};
 
 /// What is given back.
@@ -59,6 +60,7 @@ impl Store {
                 delete(tx, claim, if everything { "forced" } else { "released" }, why, context)?;
             }
             if everything {
+                tx.mark_lasting();
                 let dropped =
                     tx.execute("DELETE FROM assignments WHERE instance_uuid = ?1", [instance.to_string()])?;
                 if dropped > 0 {
@@ -70,7 +72,7 @@ impl Store {
             if extent == Extent::Gone {
                 tx.execute("DELETE FROM owners WHERE instance_uuid = ?1", [instance.to_string()])?;
             }
-            set_places(tx, &kept, context, |_| Place::Outside)?;
+            set_places(tx, &kept, context, |_| Place::Over)?;
             metadata::refresh(tx, instance)?;
             Ok(ended.iter().map(|c| c.device_id).collect())
         })?;
@@ -136,16 +138,6 @@ impl Store {
         self.write(|tx, _| Ok(sweep(tx, context)?))
     }
 
-    /// Whether the device was in the guest since it was claimed.
-    ///
-    /// # Errors
-    /// When the database cannot be read.
-    pub fn was_allocated(&self, claim: &ClaimRow) -> Result<bool, StoreError> {
-        let sql = "SELECT 1 FROM events WHERE event = 'allocated' AND instance_uuid = ?1 AND device_id = ?2 AND at >= ?3 LIMIT 1";
-        let what = params![claim.instance_uuid.to_string(), sql_id(claim.device_id), claim.created_at];
-        Ok(!self.all(sql, what, |_| Ok(()))?.is_empty())
-    }
-
     /// The guest's process is gone, libvirt has not let go of its devices yet: nothing is in the guest any more.
     ///
     /// # Errors
@@ -153,7 +145,7 @@ impl Store {
     pub fn out_of_guest(&mut self, instance: InstanceId, context: &Context) -> Result<(), StoreError> {
         self.write(|tx, _| {
             let firm: Vec<_> = valid(tx, instance, context)?.into_iter().filter(|c| !c.pending).collect();
-            Ok(set_places(tx, &firm, context, |_| Place::Outside)?)
+            Ok(set_places(tx, &firm, context, |_| Place::Over)?)
         })
     }
 
@@ -199,31 +191,34 @@ pub(crate) enum Place {
     Inside,
     /// Not in the guest.
     Outside,
+    /// Nowhere: the guest's process is gone.
+    Over,
 }
 
 impl Place {
-    /// The claim's state, and whether the device is still to be attached anew.
-    fn of(self, claim: &ClaimRow) -> (&'static str, bool) {
+    /// The claim's state, whether the device is still to be attached anew, and whether it was seen in the guest.
+    fn of(self, claim: &ClaimRow) -> (&'static str, bool, bool) {
         match self {
-            Self::Inside if !claim.arrived => ("allocated", false),
-            Self::Inside => ("claimed", true),
-            Self::Coming { arriving } => ("claimed", claim.arrived || arriving),
-            Self::Outside => ("claimed", false),
+            Self::Inside if !claim.arrived => ("allocated", false, true),
+            Self::Inside => ("claimed", true, claim.seen_in_guest),
+            Self::Coming { arriving } => ("claimed", claim.arrived || arriving, false),
+            Self::Outside => ("claimed", false, claim.seen_in_guest),
+            Self::Over => ("claimed", false, false),
         }
     }
 }
 
 /// Makes the claims firm, of this boot, and of the state that follows from where their devices are.
 pub(crate) fn set_places(
-    tx: &Transaction<'_>,
+    tx: &Tx<'_>,
     claims: &[ClaimRow],
     context: &Context,
     place: impl Fn(&ClaimRow) -> Place,
 ) -> Sql<()> {
     let mut stepped = false;
     for claim in claims {
-        let (state, arrived) = place(claim).of(claim);
-        let same = claim.state == state && claim.arrived == arrived;
+        let (state, arrived, seen) = place(claim).of(claim);
+        let same = claim.state == state && claim.arrived == arrived && claim.seen_in_guest == seen;
         let named = claim.pending || claim.incoming_since.is_some();
         if same && !named && claim.boot_id == context.boot_id {
             continue;
@@ -232,9 +227,15 @@ pub(crate) fn set_places(
             step_revision(tx)?;
         }
         tx.prepare_cached(
-            "UPDATE claims SET state = ?2, pending_since = NULL, incoming_since = NULL, boot_id = ?3, arrived = ?4, used = used OR ?2 = 'allocated', revision = (SELECT max(revision) FROM compute_nodes) WHERE id = ?1",
+            "UPDATE claims SET state = ?2, pending_since = NULL, incoming_since = NULL, boot_id = ?3, arrived = ?4, seen_in_guest = ?5, used = used OR ?2 = 'allocated', revision = (SELECT max(revision) FROM compute_nodes) WHERE id = ?1",
         )?
-        .execute(params![claim.id, state, context.boot_id, arrived])?;
+        .execute(params![claim.id, state, context.boot_id, arrived, seen])?;
+        if claim.pending && claim.hold == "instance" {
+            tx.mark_lasting();
+        }
+        if state == "allocated" && !claim.used {
+            aside::note_use(tx, claim.device_id)?;
+        }
         refresh(tx, claim.device_id)?;
         if claim.state != state {
             // The claim stays, its device is no longer in the guest.
@@ -245,13 +246,18 @@ pub(crate) fn set_places(
     Ok(())
 }
 
+/// Fills `seen_in_guest` from the audit, for claims that were written before the column was there: as migration 0008 does.
+pub(crate) const SEEN_BY_THE_AUDIT: &str = "UPDATE claims SET seen_in_guest = 1 WHERE state = 'allocated' OR id IN (
+    SELECT c.id FROM events e CROSS JOIN claims c ON c.device_id = e.device_id AND c.instance_uuid = e.instance_uuid
+    WHERE e.event = 'allocated' AND e.at >= c.created_at)";
+
 /// Pending claims not made after uptime ?1 − ?2. Spelled so that the index finds them.
 pub(crate) const UNCONFIRMED: &str =
     "SELECT * FROM claims WHERE pending_since IS NOT NULL AND pending_since < ?1 - ?2";
 
 /// Ends claims that no longer hold: of an earlier boot, and pending ones that nobody confirmed. A claim held for the
 /// instance outlives the boot, but nothing is in a guest after it.
-pub(crate) fn sweep(tx: &Transaction<'_>, context: &Context) -> Sql<()> {
+pub(crate) fn sweep(tx: &Tx<'_>, context: &Context) -> Sql<()> {
     let unconfirmed = tx
         .prepare_cached(UNCONFIRMED)?
         .query_map(params![context.uptime, context.pending_grace], ClaimRow::read)?
@@ -268,11 +274,11 @@ pub(crate) fn sweep(tx: &Transaction<'_>, context: &Context) -> Sql<()> {
         delete(tx, &claim, "voided", why, context)?;
         metadata::refresh(tx, claim.instance_uuid)?;
     }
-    set_places(tx, &kept, context, |_| Place::Outside)
+    set_places(tx, &kept, context, |_| Place::Over)
 }
 
 /// Claims of other boots than this. Looked for once a boot, which the host's row remembers.
-fn of_earlier_boots(tx: &Transaction<'_>, context: &Context) -> Sql<Vec<ClaimRow>> {
+fn of_earlier_boots(tx: &Tx<'_>, context: &Context) -> Sql<Vec<ClaimRow>> {
     let boot_id = context.boot_id.as_str();
     let first = tx
         .prepare_cached("UPDATE compute_nodes SET boot_id = ?1 WHERE deleted = 0 AND boot_id IS NOT ?1")?
@@ -295,13 +301,16 @@ pub(crate) fn held(conn: &Connection, instance: InstanceId) -> Sql<Vec<ClaimRow>
 
 /// Ends one claim. The instance's metadata is to be refreshed after the last.
 pub(crate) fn delete(
-    tx: &Transaction<'_>,
+    tx: &Tx<'_>,
     claim: &ClaimRow,
     event: &'static str,
     why: &str,
     context: &Context,
 ) -> Sql<()> {
     tx.prepare_cached("DELETE FROM claims WHERE id = ?1")?.execute([claim.id])?;
+    if claim.hold == "instance" && !claim.pending {
+        tx.mark_lasting();
+    }
     aside::after_use(tx, claim, context)?;
     refresh(tx, claim.device_id)?;
     record(tx, context, &Event::about_claim(event, claim).with(why.to_owned()))

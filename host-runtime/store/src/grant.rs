@@ -1,6 +1,6 @@
 //! Writing what was chosen for a claim: decides nothing.
 
-use rusqlite::{Transaction, params};
+use rusqlite::params;
 use virt_usb_model::DeviceId;
 use virt_usb_model::state::{Hold, Status};
 
@@ -9,11 +9,11 @@ use crate::device::{self, ClaimRow, refresh, sql_id, step_revision};
 use crate::error::Sql;
 use crate::events::{Event, record};
 use crate::hints::{Hints, Known};
-use crate::open::Fault;
+use crate::open::{Fault, Tx};
 use crate::{Context, NOW, give_back, metadata};
 
 pub(crate) struct Grant<'a> {
-    pub(crate) tx: &'a Transaction<'a>,
+    pub(crate) tx: &'a Tx<'a>,
     pub(crate) hints: &'a Hints,
     pub(crate) asker: &'a Asker,
     /// What the instance holds already.
@@ -48,8 +48,12 @@ impl Grant<'_> {
             let sql = "UPDATE claims SET by_hand = 1, request = NULL, hold = 'running', revision = (SELECT max(revision) FROM compute_nodes) WHERE id = ?1";
             self.tx.prepare_cached(sql)?.execute([claim.id])?;
         }
-        if !chosen.is_empty() {
-            self.hints.add(Known::Instance(self.asker.instance))?;
+        let known = Known::Instance(self.asker.instance);
+        if chosen.iter().any(|g| self.outlives_the_boot(g, wants.get(g.request))) {
+            self.tx.mark_lasting();
+            self.hints.add_lasting(known)?;
+        } else if !chosen.is_empty() {
+            self.hints.add(known)?;
         }
         for granted in chosen {
             self.claim(granted, wants.get(granted.request))?;
@@ -67,6 +71,13 @@ impl Grant<'_> {
     fn by_hand(&self, device: DeviceId) -> bool {
         self.held(device)
             .is_some_and(|c| c.by_hand && (self.standing != Standing::Firm || self.prefer.contains(&device)))
+    }
+
+    /// Whether what is written of this claim must survive a power cut: the claim is held for the instance, or was.
+    /// What waits to be confirmed ends with the boot.
+    fn outlives_the_boot(&self, granted: &Granted, want: Option<&Want>) -> bool {
+        let was = || self.held(granted.device.entry.id).is_some_and(|c| c.hold == "instance" && !c.pending);
+        self.standing != Standing::Pending && (hold_name(want) == "instance" || was())
     }
 
     /// Nothing to write for this one: the same claim, the same request, firm, the address as stored.

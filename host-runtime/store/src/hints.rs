@@ -98,6 +98,17 @@ impl Hints {
         Ok(())
     }
 
+    /// To be called before a row is committed that must survive a power cut: its hint must survive it too, even one
+    /// that another row has made before.
+    pub(crate) fn add_lasting(&self, what: Known<'_>) -> Result<(), StoreError> {
+        self.add(what)?;
+        if self.durable || !self.folder()? {
+            return Ok(());
+        }
+        let folder = dir(&self.state_dir);
+        File::open(&folder).and_then(|f| f.sync_all()).map_err(|e| StoreError::file(&folder, e))
+    }
+
     /// To be called after the row's removal was committed.
     pub(crate) fn remove(&self, what: Known<'_>) -> Result<(), StoreError> {
         if self.folder()? { remove(&what.path(&self.state_dir)) } else { Ok(()) }

@@ -14,6 +14,7 @@
 //! | `flavors`, `grants`, `assignments`, `owners`, [`events`], [`problems`] | the other tables |
 //! | [`maintain`] | check, backup, prune |
 //! | [`watch`] | what there is at one moment, and whether it has changed since |
+//! | [`rules`] | what the configuration held when it was last read |
 //! | [`recover`] | restore, rebuild: another content in the inventory's place |
 //!
 //! Invariants, each held by one piece of code:
@@ -47,6 +48,7 @@ mod places;
 pub mod problems;
 mod query;
 pub mod recover;
+pub mod rules;
 mod salvage;
 pub mod watch;
 
@@ -77,6 +79,7 @@ pub struct Store {
     /// Which file that was when it was opened.
     file: Option<files::Identity>,
     hints: hints::Hints,
+    durability: Durability,
     patience: Duration,
     deadline: open::Deadline,
 }

@@ -1,7 +1,9 @@
 //! Opening the database: by the hook, which finds it or fails, and by agent and command line, which make it.
 
+use std::cell::Cell;
 use std::fs;
 use std::io::ErrorKind;
+use std::ops::Deref;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
@@ -25,6 +27,7 @@ const MIGRATIONS: &[&str] = &[
     include_str!("../migrations/0005_owners.sql"),
     include_str!("../migrations/0006_grants.sql"),
     include_str!("../migrations/0007_path.sql"),
+    include_str!("../migrations/0008_columns.sql"),
     include_str!("../migrations/0009_incoming.sql"),
 ];
 
@@ -35,14 +38,35 @@ pub const SCHEMA: i64 = MIGRATIONS.len() as i64;
 /// everybody had closed it reads the whole log once: half a MiB keeps that far below a millisecond.
 const WAL_LIMIT: u64 = 1 << 19;
 
-/// What a commit must survive.
+/// What the commits of a store must survive.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Durability {
-    /// Any crash of a program; a power cut may take the last commits back. Right for what ends with the boot
-    /// anyway: a claim with `hold = "running"`. Costs no fsync.
+    /// Any crash of a program. A power cut may take back the last commits, unless one wrote something that outlives
+    /// the boot: see [`Tx::mark_lasting`]. A claim with `hold = "running"` costs no fsync.
     Boot,
-    /// A power cut too. Right for flavors, assignments, devices' ids, and claims with `hold = "instance"`.
+    /// A power cut, whatever was written. Right for flavors, devices' ids and what an operator does.
     Power,
+}
+
+/// A write transaction. Derefs to the transaction of SQLite.
+pub(crate) struct Tx<'a> {
+    inner: Transaction<'a>,
+    lasting: Cell<bool>,
+}
+
+impl Tx<'_> {
+    /// The transaction writes something that must survive a power cut: an assignment, a claim with
+    /// `hold = "instance"`, a quarantine. [`Store::write`] then syncs the log before it returns.
+    pub(crate) fn mark_lasting(&self) {
+        self.lasting.set(true);
+    }
+}
+
+impl<'a> Deref for Tx<'a> {
+    type Target = Transaction<'a>;
+    fn deref(&self) -> &Transaction<'a> {
+        &self.inner
+    }
 }
 
 /// Until when is waited for locks, all waits together. The connection's busy handler holds the other end.
@@ -159,7 +183,7 @@ impl Store {
         let deadline = Deadline::after(patience);
         let waits = deadline.clone();
         let hints = Hints::new(&state_dir, durability == Durability::Power);
-        let mut store = Self { conn, path, file, hints, patience, deadline };
+        let mut store = Self { conn, path, file, hints, durability, patience, deadline };
         store.conn.busy_handler(Some(move |attempt| waits.wait(attempt))).map_err(|e| store.fault(&e))?;
         Ok(store)
     }
@@ -269,14 +293,19 @@ impl Store {
     /// Runs `work` under the write lock and commits it, all or nothing.
     pub(crate) fn write<T>(
         &mut self,
-        work: impl FnOnce(&Transaction<'_>, &Hints) -> Result<T, Fault>,
+        work: impl FnOnce(&Tx<'_>, &Hints) -> Result<T, Fault>,
     ) -> Result<T, StoreError> {
         let done = (|| {
-            let tx = Transaction::new_unchecked(&self.conn, TransactionBehavior::Immediate)?;
+            let inner = Transaction::new_unchecked(&self.conn, TransactionBehavior::Immediate)?;
+            let tx = Tx { inner, lasting: Cell::new(false) };
             // Whoever replaces the file holds this lock, or leaves a file that cannot be locked.
             self.stay()?;
             let value = work(&tx, &self.hints)?;
-            tx.commit()?;
+            let lasting = tx.lasting.get();
+            tx.inner.commit()?;
+            if lasting && self.durability == Durability::Boot {
+                self.sync_wal()?;
+            }
             Ok(value)
         })();
         let value = done.map_err(|fault| match fault {
@@ -285,6 +314,17 @@ impl Store {
         })?;
         self.bound_wal();
         Ok(value)
+    }
+
+    /// Makes what was committed survive a power cut. SQLite changes `synchronous` between transactions only, and what
+    /// a transaction writes is not known before it begins. The log is not locked by SQLite, so to open and close it here
+    /// drops no lock. A log that was folded meanwhile was synced by whoever folded it.
+    fn sync_wal(&self) -> Result<(), StoreError> {
+        let log = files::with_suffix(&self.path, "-wal");
+        match fs::File::open(&log).and_then(|file| file.sync_data()) {
+            Err(e) if e.kind() != ErrorKind::NotFound => Err(StoreError::file(&log, e)),
+            _ => Ok(()),
+        }
     }
 
     /// Bounds the write-ahead log: past [`WAL_LIMIT`] what can be moved into the database without waiting is moved.
@@ -369,6 +409,11 @@ mod tests {
         whole.execute_batch(include_str!("../schema.sql")).unwrap();
         assert_eq!(schema(&replayed), schema(&whole));
         assert!(schema(&whole).len() > 10);
+    }
+
+    #[test]
+    fn a_rebuild_of_an_older_inventory_fills_a_column_as_its_migration_does() {
+        assert!(plain(MIGRATIONS[7]).contains(&plain(crate::give_back::SEEN_BY_THE_AUDIT)));
     }
 
     /// The file says by itself which schema it has: what a package's preinst reads with `od`, which has no SQLite.

@@ -31,6 +31,7 @@ use crate::discover::label;
 use crate::error::{Sql, bad_row};
 use crate::events::{Event, EventRow, record};
 use crate::files::{self, with_suffix};
+use crate::give_back::SEEN_BY_THE_AUDIT;
 use crate::hints::{self, Hints};
 use crate::join::{self, IDS};
 use crate::open::canonical;
@@ -603,6 +604,9 @@ fn take_over(new: &mut Store, salvage: Option<&Salvage>, ids: &[DeviceId]) -> Re
             if name == "compute_nodes" {
                 remember_node(tx, salvage, ids)?;
             }
+        }
+        if salvage.table("claims").is_some_and(|claims| claims.column("seen_in_guest").is_none()) {
+            tx.execute(SEEN_BY_THE_AUDIT, [])?;
         }
         // Whose boot the claims are of is looked at anew.
         tx.execute("UPDATE compute_nodes SET boot_id = NULL, revision = revision + 1", [])?;

@@ -334,3 +334,52 @@ fn an_inventory_that_is_taken_away_ends_it() {
         agent.log()
     );
 }
+
+/// Believes the inventory.
+struct Trusting;
+
+impl virt_usb_store::claim::Judge for Trusting {
+    fn verify(&mut self, candidate: &virt_usb_store::Record) -> virt_usb_store::claim::Verified {
+        virt_usb_store::claim::Verified::Here(candidate.entry.address)
+    }
+    fn fits(&mut self, _: &[virt_usb_store::claim::Granted]) -> Result<(), String> {
+        Ok(())
+    }
+}
+
+/// A guest that has lost its device and cannot be given it again has not failed to start, whether or not the audit knows it.
+#[test]
+fn a_guest_that_had_its_device_is_not_stopped_though_the_audit_is_gone() {
+    let host = Host::new("on_attach_failure = 'stop'\nscan_interval = 1\n");
+    let (key, other) = (device("0001", "1-1", 5, ""), device("0002", "1-2", 6, ""));
+    let flavor = r#"{"usb_devices":[{"vendor_id":"0529","product_id":"0001"}]}"#;
+    let erp =
+        format!("[[domain]]\nname = 'erp'\nuuid = '{ERP}'\nrunning = true\nports = 1\nflavor = '{flavor}'\n");
+    show(&host, &format!("{key}{other}{erp}"));
+    let agent = Agent::start(&host);
+    agent.until("it has the key", || host.claims().contains("device 1 erp"));
+    agent.until("it is in the guest", || host.claims().contains("allocated"));
+    show(&host, &format!("{other}{erp}"));
+    agent.until("it is out of the guest", || !host.claims().contains("allocated"));
+    // The guest's only port gets another device.
+    let whom =
+        virt_usb_store::claim::Asker { instance: ERP.parse().unwrap(), domain: "erp".into(), project: None };
+    let context = virt_usb_hook::machine::context(&host.config(), "test").unwrap();
+    let requests = virt_usb_model::Flavor::parse(r#"{"usb_devices":[{"id":2}]}"#).unwrap().usb_devices;
+    host.store().give(&whom, &requests, &mut Trusting, &context).unwrap();
+    agent.until("the other one is in the guest", || host.claims().contains("device 2 erp"));
+    agent.until("the port is taken", || host.claims().contains("allocated"));
+    let prune = "import sqlite3, sys; c = sqlite3.connect(sys.argv[1], timeout=20); c.execute('DROP TRIGGER events_are_kept'); \
+                 c.execute('DELETE FROM events'); c.commit()";
+    let pruned =
+        Command::new("python3").args(["-c", prune]).arg(host.path("state/inventory.sqlite")).status();
+    assert!(pruned.unwrap().success());
+    show(&host, &format!("{}{other}{erp}", device("0001", "1-1", 9, "")));
+    agent.until("it says why", || agent.log().contains("1 USB port(s) more"));
+    assert!(!agent.log().contains("the guest was stopped"), "{}", agent.log());
+    assert!(
+        host.claims().contains("device 2 erp") && host.claims().contains("allocated"),
+        "{}",
+        host.claims()
+    );
+}

@@ -286,3 +286,234 @@ fn the_audit_is_only_added_to() {
     let newest = Filter { limit: 1, device: Some(id(1)), ..Filter::default() };
     assert_eq!(store.events(&newest).unwrap().len(), 1);
 }
+
+/// What an instance's claims say of whether the device was in its guest.
+fn seen(store: &Store, n: u32) -> Vec<bool> {
+    store.claims_of(instance(n)).unwrap().iter().map(|c| c.seen_in_guest).collect()
+}
+
+#[test]
+fn a_claim_knows_whether_its_device_was_in_the_guest_during_this_run() {
+    let (dir, mut store) = inventory();
+    plug(&mut store, 1);
+    let here = at(1, 10.0);
+    claim_as(&mut store, 1, true, Standing::Firm, &here);
+    assert_eq!(seen(&store, 1), [false]);
+    store.confirm(instance(1), &[id(1)], &here).unwrap();
+    forget_the_audit(dir.path());
+    assert_eq!(seen(&store, 1), [true]);
+    store.confirm(instance(1), &[], &here).unwrap();
+    assert_eq!(seen(&store, 1), [true], "unplugged: it was there");
+    store.out_of_guest(instance(1), &here).unwrap();
+    assert_eq!(seen(&store, 1), [false], "the guest has ended");
+    for end in [Extent::Run, Extent::Everything] {
+        store.confirm(instance(1), &[id(1)], &here).unwrap();
+        store.release(instance(1), end, "a test", &here).unwrap();
+        assert_eq!(seen(&store, 1), [false].repeat(usize::from(end == Extent::Run)));
+    }
+    claim_as(&mut store, 1, true, Standing::Firm, &here);
+    store.confirm(instance(1), &[id(1)], &here).unwrap();
+    store.sweep(&at(2, 5.0)).unwrap();
+    assert_eq!(seen(&store, 1), [false], "no guest outlives a boot");
+    store.release(instance(1), Extent::Everything, "a test", &at(2, 6.0)).unwrap();
+    // By hand: in the XML of a guest that starts it is not in the guest yet.
+    let holding = [Holding { id: Some(id(1)), usb: None, address: None }];
+    for (stage, was) in [(Stage::Starting, false), (Stage::Running, true), (Stage::Starting, false)] {
+        store.adopt(&asker(2), &holding, stage, &mut Trusting, &at(2, 7.0)).unwrap();
+        assert_eq!(seen(&store, 2), [was], "{stage:?}");
+    }
+    store.release(instance(2), Extent::Run, "a test", &at(2, 8.0)).unwrap();
+    store.adopt(&asker(2), &holding, Stage::Running, &mut Trusting, &at(2, 9.0)).unwrap();
+    assert_eq!(seen(&store, 2), [true]);
+}
+
+#[test]
+fn a_migration_learns_from_the_audit_what_was_in_a_guest() {
+    let (dir, mut store) = inventory();
+    plug(&mut store, 4);
+    for n in 1..=4 {
+        claim_as(&mut store, n, true, Standing::Firm, &at(1, 10.0));
+    }
+    store.confirm(instance(1), &[id(1)], &at(1, 20.0)).unwrap();
+    store.confirm(instance(2), &[id(2)], &at(1, 20.0)).unwrap();
+    store.confirm(instance(2), &[], &at(1, 30.0)).unwrap();
+    drop(store);
+    let old = raw(dir.path());
+    // An event of a claim before this one.
+    let sql = "INSERT INTO events (at, event, instance_uuid, device_id, actor) VALUES ('2020-01-01T00:00:00.000Z', 'allocated', ?1, 3, 'x')";
+    old.execute(sql, [instance(3).to_string()]).unwrap();
+    old.execute_batch(
+        "ALTER TABLE claims DROP COLUMN seen_in_guest; ALTER TABLE compute_nodes DROP COLUMN audit_time;
+         ALTER TABLE compute_nodes DROP COLUMN scanned_uptime; ALTER TABLE compute_nodes DROP COLUMN whitelist; PRAGMA user_version = 7",
+    )
+    .unwrap();
+    drop(old);
+    let store = Store::create(dir.path(), PATIENCE).unwrap();
+    let seen: Vec<bool> = store.claims().unwrap().iter().map(|c| c.seen_in_guest).collect();
+    assert_eq!(seen, [true, true, false, false]);
+    assert_sound(&store);
+}
+
+/// Moves the past: what happened seems to have been so many days ago, as after a leap of the clock.
+fn leap(dir: &Path, days: u32) {
+    let moved = |column: &str| format!("strftime('%Y-%m-%dT%H:%M:%fZ', {column}, '-{days} days')");
+    raw(dir)
+        .execute_batch(&format!(
+            "DROP TRIGGER IF EXISTS events_are_not_changed; UPDATE events SET at = {}; UPDATE compute_nodes SET audit_time = {}",
+            moved("at"),
+            moved("audit_time")
+        ))
+        .unwrap();
+}
+
+/// By how many days the time of the audit is behind the clock, to an hour.
+fn behind(dir: &Path) -> f64 {
+    let sql = "SELECT julianday('now') - julianday(audit_time) FROM compute_nodes";
+    (raw(dir).query_row(sql, [], |row| row.get::<_, f64>(0)).unwrap() * 24.0).round() / 24.0
+}
+
+#[test]
+fn a_clock_that_leaps_does_not_erase_the_audit() {
+    let (dir, mut store) = inventory();
+    let see = |store: &mut Store, context: &Context| {
+        drop(scan(store, &[(device(1, None, "1-1", 1), offered())], context).unwrap());
+    };
+    see(&mut store, &at(1, 1000.0));
+    let count = |store: &Store| store.events(&Filter::default()).unwrap().len();
+    let all = count(&store);
+    // The clock says that ten years have passed.
+    leap(dir.path(), 3650);
+    for _ in 0..3 {
+        see(&mut store, &at(1, 1000.0));
+        assert_eq!((store.prune_events(1).unwrap(), count(&store)), (0, all), "however often");
+    }
+    see(&mut store, &at(1, 1000.0 + 3600.0));
+    assert!((behind(dir.path()) - 3650.0 + 7.0 / 24.0).abs() < 0.05, "an hour moves it by seven");
+    assert_eq!(store.prune_events(1).unwrap(), 0);
+    // A boot: no more has passed than since then.
+    see(&mut store, &at(2, 600.0));
+    assert!(behind(dir.path()) > 3649.0);
+    // New events come, dated by the wrong clock; and the clock is put right.
+    claim_as(&mut store, 1, false, Standing::Firm, &at(2, 700.0));
+    raw(dir.path())
+        .execute_batch(
+            "UPDATE events SET at = strftime('%Y-%m-%dT%H:%M:%fZ', at, '+3650 days');
+             UPDATE compute_nodes SET audit_time = strftime('%Y-%m-%dT%H:%M:%fZ', audit_time, '+3650 days')",
+        )
+        .unwrap();
+    see(&mut store, &at(2, 800.0));
+    assert!((-0.5..0.1).contains(&behind(dir.path())), "it is ahead by hours, and the clock counts");
+    assert_eq!(store.prune_events(1).unwrap(), 0);
+    // Set back by years: nothing is old.
+    let sql = "UPDATE compute_nodes SET audit_time = '2999-01-01T00:00:00.000Z'";
+    raw(dir.path()).execute(sql, []).unwrap();
+    see(&mut store, &at(2, 900.0));
+    assert_eq!(store.prune_events(1).unwrap(), 0, "what is older is older than now");
+    assert_eq!(count(&store), all + 1);
+}
+
+#[test]
+fn a_host_that_was_off_prunes_again_after_a_while() {
+    let (dir, mut store) = inventory();
+    let seen = [(device(1, None, "1-1", 1), offered())];
+    scan(&mut store, &seen, &at(1, 1000.0)).unwrap();
+    leap(dir.path(), 70);
+    let mut uptime = 100.0;
+    let mut days = 0;
+    while store.prune_events(30).unwrap() == 0 {
+        uptime += 24.0 * 3600.0;
+        days += 1;
+        scan(&mut store, &seen, &at(2, uptime)).unwrap();
+        assert!(days < 20);
+    }
+    assert_eq!(days, 5, "after five days it has caught up with 30 of 70");
+}
+
+#[test]
+fn much_is_pruned_bit_by_bit() {
+    let (dir, mut store) = inventory();
+    plug(&mut store, 1);
+    let sql = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 25000)
+               INSERT INTO events (at, event, actor) SELECT '2020-01-01T00:00:00.000Z', 'added', 'x' FROM n";
+    raw(dir.path()).execute(sql, []).unwrap();
+    assert_eq!(store.prune_events(30).unwrap(), 25_000);
+    assert_eq!(store.events(&Filter::default()).unwrap().len(), 1);
+}
+
+/// Believes the inventory, and counts what it is asked.
+#[derive(Default)]
+struct Counting {
+    verified: usize,
+    away: Vec<DeviceId>,
+}
+
+impl Judge for Counting {
+    fn verify(&mut self, candidate: &Record) -> Verified {
+        self.verified += 1;
+        match self.away.contains(&candidate.entry.id) {
+            true => Verified::Not("it is away".into()),
+            false => Verified::Here(candidate.entry.address),
+        }
+    }
+    fn fits(&mut self, _: &[Granted]) -> Result<(), String> {
+        Ok(())
+    }
+}
+
+/// So many devices of one kind, on as many buses as they need.
+fn crowd(store: &mut Store, count: u16) {
+    let place = |n: u16| (u8::try_from(n / 100 + 1).unwrap(), u8::try_from(n % 100 + 1).unwrap());
+    let seen: Vec<_> = (0..count)
+        .map(|n| {
+            let (bus, number) = place(n);
+            (device(1, None, &format!("{bus}-{number}"), number), offered())
+        })
+        .collect();
+    scan(store, &seen, &boot(1)).unwrap();
+}
+
+#[test]
+fn each_device_is_looked_at_once_however_many_hostdevs_there_are() {
+    let (_dir, mut store) = inventory();
+    crowd(&mut store, 1000);
+    let kind = Holding { id: None, usb: Some(virt_usb_model::UsbId::new(0x0529, 1)), address: None };
+    let by_address = |n: u8| Holding { address: BusAddress::new(3, n), ..kind.clone() };
+    let mut judge = Counting::default();
+    let mut holdings = vec![kind.clone(); 100];
+    holdings.extend((1..=100).map(by_address));
+    holdings.extend((1..=100).map(|n| Holding { usb: None, ..by_address(n) }));
+    let adopted = store.adopt(&asker(1), &holdings, Stage::Starting, &mut judge, &boot(1)).unwrap();
+    assert!(adopted[..100].iter().all(|a| *a == Adoption::Unknown), "which of the thousand cannot be told");
+    assert!(adopted[100..200].iter().all(|a| matches!(a, Adoption::New(_))));
+    assert!(adopted[200..].iter().all(|a| matches!(a, Adoption::AlreadyYours(_))));
+    assert_eq!(judge.verified, 1000);
+    // Beyond what any guest has room for nobody looks.
+    let many = vec![by_address(1); virt_usb_store::adopt::MAX_HOLDINGS + 1];
+    let adopted = store.adopt(&asker(1), &many, Stage::Starting, &mut Trusting, &boot(1)).unwrap();
+    let known = adopted.iter().filter(|a| **a != Adoption::Unknown).count();
+    assert_eq!((known, adopted.len()), (many.len() - 1, many.len()));
+}
+
+#[test]
+fn one_by_kind_is_found_again_after_it_was_adopted() {
+    let (_dir, mut store) = inventory();
+    plug(&mut store, 2);
+    let kind = Holding { id: None, usb: Some(virt_usb_model::UsbId::new(0x0529, 1)), address: None };
+    let by_kind = || Holding { address: None, ..kind };
+    let holdings = [by_kind(), Holding { address: BusAddress::new(1, 2), ..kind }, by_kind()];
+    let adopted = store.adopt(&asker(1), &holdings, Stage::Starting, &mut Trusting, &boot(1)).unwrap();
+    assert_eq!(adopted, [Adoption::Unknown, Adoption::New(id(2)), Adoption::AlreadyYours(id(2))]);
+}
+
+#[test]
+fn devices_that_are_not_there_are_passed_over_one_by_one() {
+    let (_dir, mut store) = inventory();
+    crowd(&mut store, 400);
+    let mut judge = Counting { verified: 0, away: (1..=200).map(|n| id(2 * n)).collect() };
+    let wants = vec![want(ANY); 127];
+    let claimed = store.claim(&asker(1), &wants, &[], Standing::Firm, &mut judge, &boot(1)).unwrap();
+    let Claimed::Granted(granted) = claimed else { panic!("{claimed:?}") };
+    assert!(granted.iter().all(|g| g.device.entry.id.get() % 2 == 1));
+    assert_eq!(granted.len(), 127);
+    assert!(judge.verified <= 400, "{}", judge.verified);
+}

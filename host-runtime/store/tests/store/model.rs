@@ -38,6 +38,8 @@ pub(crate) struct Claim {
     pub(crate) named: Option<f64>,
     /// Claimed for a guest that comes in with it: not allocated before it was out of that guest.
     pub(crate) arrived: bool,
+    /// In the guest, at any time of this run of it.
+    pub(crate) seen: bool,
 }
 
 #[derive(Debug, Clone, Default)]
@@ -67,7 +69,7 @@ impl Model {
             None => c.boot == boot || c.lasting,
         });
         for claim in self.claims.values_mut().filter(|c| c.boot != boot) {
-            (claim.allocated, claim.arrived, claim.named) = (false, false, None);
+            (claim.allocated, claim.arrived, claim.named, claim.seen) = (false, false, None, false);
             claim.boot = boot.into();
         }
     }
@@ -110,6 +112,7 @@ impl Model {
                 by_hand: false,
                 named: None,
                 arrived: since.is_some(),
+                seen: false,
             };
             match self.claims.get_mut(id) {
                 Some(firm) if since.is_some() && firm.pending.is_none() => firm.named = since,
@@ -174,6 +177,7 @@ impl Model {
             let inside = in_guest.is_some_and(|ids| ids.contains(id));
             claim.arrived &= inside;
             claim.allocated = inside && !claim.arrived;
+            claim.seen = in_guest.is_some() && (claim.seen || claim.allocated);
             (claim.pending, claim.named) = (None, None);
             claim.boot = boot.into();
         }
@@ -190,7 +194,7 @@ impl Model {
         let ended: BTreeSet<_> = self.of(instance).into_iter().filter(|id| !kept(&self.claims[id])).collect();
         self.claims.retain(|id, _| !ended.contains(id));
         for claim in self.claims.values_mut().filter(|c| c.instance == instance) {
-            (claim.allocated, claim.arrived, claim.named) = (false, false, None);
+            (claim.allocated, claim.arrived, claim.named, claim.seen) = (false, false, None, false);
             claim.boot = boot.into();
         }
         if everything {

@@ -66,6 +66,8 @@ enum Step {
     /// Whether the kernel finds the two controllers in the other order this time.
     Reboot(bool),
     Reopen,
+    /// The whole audit goes: nothing is decided by it.
+    Prune,
     /// The power fails, as it were: the files as they are at this moment, without the shared memory.
     Image,
 }
@@ -95,6 +97,7 @@ fn step() -> impl Strategy<Value = Step> {
         2 => (1..100u8).prop_map(Step::Time),
         1 => any::<bool>().prop_map(Step::Reboot),
         1 => Just(Step::Reopen),
+        1 => Just(Step::Prune),
         1 => Just(Step::Image),
     ]
 }
@@ -252,6 +255,7 @@ impl Life {
                 drop(store);
                 store = hook(self.dir.path()).unwrap();
             }
+            Step::Prune => forget_the_audit(self.dir.path()),
             Step::Image => {
                 let image = tempfile::tempdir().unwrap();
                 copy(self.dir.path(), image.path());
@@ -416,6 +420,7 @@ impl Life {
                 assert!(claim.instance == mine && yours == id);
                 if claim.pending.is_none() {
                     (claim.allocated, claim.named) = (!claim.arrived, None);
+                    claim.seen |= claim.allocated;
                 }
             }
             (None, Adoption::New(new)) => {
@@ -500,7 +505,7 @@ impl Life {
                 claim.arrived |= claim.pending.is_some()
                     || claim.named.is_some_and(|at| at >= self.uptime - PENDING_GRACE)
                     || (ours && claim.allocated);
-                (claim.allocated, claim.pending, claim.named) = (false, None, None);
+                (claim.allocated, claim.pending, claim.named, claim.seen) = (false, None, None, false);
                 claim.by_hand |= !ours;
             }
             (None, Adoption::New(new)) => {
@@ -656,6 +661,7 @@ impl Life {
                     by_hand: c.by_hand,
                     named: c.incoming_since,
                     arrived: c.arrived,
+                    seen: c.seen_in_guest,
                 };
                 assert_eq!(c.pending, claim.pending.is_some(), "{c:?}");
                 (c.device_id, claim)
@@ -713,6 +719,7 @@ fn found(instance: InstanceId, allocated: bool, boot: String) -> Claim {
         by_hand: true,
         named: None,
         arrived: false,
+        seen: allocated,
     }
 }
 

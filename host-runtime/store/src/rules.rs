@@ -1,0 +1,49 @@
+//! What the configuration held when it was last read: a file that has lost its end is told by it.
+
+use crate::{Store, StoreError};
+
+/// What a configuration says of the whitelist.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Rules {
+    /// Nothing.
+    None,
+    /// Rules that give tags and the like; the switch is off.
+    Off,
+    /// Only what a rule matches is offered.
+    On,
+}
+
+impl Store {
+    /// What the configuration said when [`Store::note_rules`] was called last; `Rules::None` where it never was.
+    ///
+    /// # Errors
+    /// When the database cannot be read.
+    pub fn rules(&self) -> Result<Rules, StoreError> {
+        let sql = "SELECT max(whitelist) FROM compute_nodes WHERE deleted = 0";
+        Ok(match self.all(sql, [], |row| row.get::<_, Option<i64>>(0))?.pop().flatten() {
+            Some(2) => Rules::On,
+            Some(1) => Rules::Off,
+            _ => Rules::None,
+        })
+    }
+
+    /// Remembers what the configuration says. Before the first discovery there is nothing to remember it with.
+    ///
+    /// # Errors
+    /// When the database cannot be written.
+    pub fn note_rules(&mut self, rules: Rules) -> Result<(), StoreError> {
+        let number = match rules {
+            Rules::None => 0,
+            Rules::Off => 1,
+            Rules::On => 2,
+        };
+        let sql = "SELECT 1 FROM compute_nodes WHERE deleted = 0 AND whitelist IS NOT ?1";
+        if self.all(sql, [number], |_| Ok(()))?.is_empty() {
+            return Ok(());
+        }
+        self.write(|tx, _| {
+            tx.execute("UPDATE compute_nodes SET whitelist = ?1 WHERE deleted = 0", [number])?;
+            Ok(())
+        })
+    }
+}
