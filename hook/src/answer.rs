@@ -33,6 +33,14 @@ impl Answer {
         self
     }
 
+    /// The same, unless the answer says so already.
+    #[must_use]
+    pub(crate) fn warn_once(self, warning: &str) -> Self {
+        let clean = one_line(warning);
+        let said = self.refusal.iter().chain(&self.warnings).any(|text| text.contains(&clean));
+        if said { self } else { self.warn(clean) }
+    }
+
     /// 0: go on; 1: refused.
     pub const fn exit(&self) -> u8 {
         if self.refusal.is_some() { 1 } else { 0 }

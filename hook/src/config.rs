@@ -128,6 +128,32 @@ pub enum Log {
     Off,
 }
 
+/// Which of the whitelist's keys a file holds. Where it held them once and holds none now, the file may have lost its end.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct WhitelistKeys {
+    /// `usb_white_list_switch`
+    pub switch: bool,
+    /// `usb_passthrough_whitelist`, or `usb_white_list`
+    pub rules: bool,
+}
+
+/// They are no setting: a file that writes the defaults out means the same as one that does not.
+impl PartialEq for WhitelistKeys {
+    fn eq(&self, _: &Self) -> bool {
+        true
+    }
+}
+impl Eq for WhitelistKeys {}
+
+/// What can be read of a configuration that is wrong.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Readable {
+    /// Where the inventory and its hints are; none: it cannot be told.
+    pub state_dir: Option<PathBuf>,
+    /// Where the hook's records go; none: it cannot be told.
+    pub log: Option<Log>,
+}
+
 /// The configuration, checked.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Config {
@@ -139,6 +165,8 @@ pub struct Config {
     pub procfs_root: PathBuf,
     /// Which devices are offered, and to whom.
     pub whitelist: Whitelist,
+    /// Which of the whitelist's keys the file holds.
+    pub whitelist_keys: WhitelistKeys,
     /// Which devices show several kinds in turn.
     pub aliases: Aliases,
     /// When a device comes and goes too often.
@@ -188,6 +216,7 @@ impl Default for Config {
             sysfs_root: "/sys".into(),
             procfs_root: "/proc".into(),
             whitelist: Whitelist::default(),
+            whitelist_keys: WhitelistKeys::default(),
             aliases: Aliases::default(),
             flapping: Limits::default(),
             hold: HoldPolicy::default(),
@@ -230,7 +259,19 @@ pub enum ConfigError {
         path: PathBuf,
         /// Which key, what it holds, what it should hold.
         what: String,
+        /// What it says all the same.
+        readable: Readable,
     },
+}
+
+impl ConfigError {
+    /// What can be read of it all the same.
+    pub fn readable(&self) -> Readable {
+        match self {
+            Self::Wrong { readable, .. } => readable.clone(),
+            Self::Read { .. } => Readable::default(),
+        }
+    }
 }
 
 impl Config {
@@ -241,10 +282,29 @@ impl Config {
     pub fn load(path: Option<&Path>) -> Result<Self, ConfigError> {
         let file = path.unwrap_or(Path::new(DEFAULT_PATH));
         match read_bounded(file) {
-            Ok(text) => Self::parse(&text).map_err(|what| ConfigError::Wrong { path: file.into(), what }),
+            Ok(bytes) => Self::parse_file(&bytes).map_err(|what| ConfigError::Wrong {
+                path: file.into(),
+                what,
+                readable: Readable::of(&String::from_utf8_lossy(&bytes)),
+            }),
             Err(e) if e.kind() == io::ErrorKind::NotFound && path.is_none() => Ok(Self::default()),
             Err(why) => Err(ConfigError::Read { path: file.into(), why }),
         }
+    }
+
+    /// An empty file is refused: the defaults offer every device to everybody, and a full disk or an editor that ended
+    /// leaves such a file.
+    fn parse_file(bytes: &[u8]) -> Result<Self, String> {
+        let text = str::from_utf8(bytes).map_err(|e| {
+            let line = 1 + bytes.iter().take(e.valid_up_to()).filter(|b| **b == b'\n').count();
+            format!("line {line}: it is not UTF-8")
+        })?;
+        if text.trim().is_empty() {
+            return Err("it is empty, as a full disk leaves it: write the keys again; \
+                        if you want the defaults, which offer every device, write a comment (#) into it"
+                .into());
+        }
+        Self::parse(text)
     }
 
     /// Reads the text of a configuration file.
@@ -286,6 +346,10 @@ impl Config {
             sysfs_root: absolute("sysfs_root", raw.sysfs_root, default.sysfs_root)?,
             procfs_root: absolute("procfs_root", raw.procfs_root, default.procfs_root)?,
             whitelist,
+            whitelist_keys: WhitelistKeys {
+                switch: table.contains_key("usb_white_list_switch"),
+                rules: table.contains_key(named),
+            },
             aliases: Aliases::parse(&raw.usb_aliases).map_err(|e| e.at("usb_aliases").to_string())?,
             flapping,
             hold: raw.hold,
@@ -319,18 +383,48 @@ impl Config {
     }
 }
 
-/// The file's text. Whatever stands in its place: nothing is waited for, and nothing without end is read.
-fn read_bounded(file: &Path) -> io::Result<String> {
+impl Readable {
+    /// Reads the keys one by one, whatever is wrong with the others. What is said twice in two ways is not said.
+    fn of(text: &str) -> Self {
+        let table = text.parse().unwrap_or_else(|_| top_level(text));
+        let word = |key: &str| table.get(key).and_then(toml::Value::as_str);
+        Self {
+            state_dir: word("state_dir").map(PathBuf::from).filter(|path| path.is_absolute()),
+            log: word("log").and_then(|text| log(Some(text)).ok()),
+        }
+    }
+}
+
+/// The keys of a text that is no TOML, as far as a line holds one whole: those above the first section.
+fn top_level(text: &str) -> toml::Table {
+    let is_section = |line: &str| {
+        let name = line.trim_start_matches('[').split(']').next().unwrap_or_default();
+        line.starts_with('[')
+            && !name.is_empty()
+            && name.chars().all(|c| c.is_alphanumeric() || "._- ".contains(c))
+    };
+    let mut found = toml::Table::new();
+    for line in text.lines().map(str::trim).take_while(|line| !is_section(line)) {
+        for (key, value) in line.parse::<toml::Table>().unwrap_or_default() {
+            let same = found.get(&key).is_none_or(|was| *was == value);
+            found.insert(key, if same { value } else { toml::Value::Boolean(false) });
+        }
+    }
+    found
+}
+
+/// The file's bytes. Whatever stands in its place: nothing is waited for, and nothing without end is read.
+fn read_bounded(file: &Path) -> io::Result<Vec<u8>> {
     let careful = std::fs::OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(file)?;
     if !careful.metadata()?.is_file() {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is no regular file"));
     }
-    let mut text = String::new();
-    careful.take(MAX_CONFIG + 1).read_to_string(&mut text)?;
-    if text.len() as u64 > MAX_CONFIG {
+    let mut bytes = Vec::new();
+    careful.take(MAX_CONFIG + 1).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > MAX_CONFIG {
         return Err(io::Error::new(io::ErrorKind::FileTooLarge, "it is larger than 1 MiB"));
     }
-    Ok(text)
+    Ok(bytes)
 }
 
 /// What serde reads; the whitelist's keys are read by the model.
@@ -539,6 +633,66 @@ mod tests {
     #[test]
     fn an_empty_file_is_the_defaults() {
         assert_eq!(Config::parse("").unwrap(), Config::default());
+    }
+
+    #[test]
+    fn a_file_that_was_emptied_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("config.toml");
+        for emptied in ["", "\n", " \r\n\t\n"] {
+            std::fs::write(&file, emptied).unwrap();
+            let error = Config::load(Some(&file)).unwrap_err();
+            assert!(error.to_string().contains("it is empty, as a full disk leaves it"), "{error}");
+            assert_eq!(error.readable(), Readable::default());
+        }
+        std::fs::write(&file, "# the defaults\n").unwrap();
+        assert_eq!(Config::load(Some(&file)).unwrap(), Config::default());
+    }
+
+    #[test]
+    fn the_folder_is_read_whatever_else_is_wrong() {
+        let state_dir = |text: &[u8]| {
+            let dir = tempfile::tempdir().unwrap();
+            let file = dir.path().join("config.toml");
+            std::fs::write(&file, text).unwrap();
+            let error = Config::load(Some(&file)).unwrap_err();
+            error.readable().state_dir.map(|path| path.to_str().unwrap().to_owned())
+        };
+        for wrong in [
+            "colour = 1",
+            "hold = 5",
+            "scan_interval = 'often'",
+            "usb_white_list = [{vendor='zz'}]",
+            "hold = ",
+            "usb_white_list = [",
+            "usb_white_list = [\n[\n['a', 'b'],\n",
+            "= = =",
+            "[fleet\nstate_dir = '/fleet'",
+            "[fleet]\nstate_dir = '/fleet'",
+            "state_dir = '/s' # twice",
+        ] {
+            for text in
+                [format!("state_dir = '/s'\n{wrong}"), format!(" \"state_dir\"=\"/s\"\t# it\r\n{wrong}\n")]
+            {
+                assert_eq!(state_dir(text.as_bytes()).as_deref(), Some("/s"), "{text}");
+            }
+            if !wrong.starts_with("[f") && !wrong.starts_with("state") {
+                let text = format!("{wrong}\nstate_dir = '/s'\n");
+                assert_eq!(state_dir(text.as_bytes()).as_deref(), Some("/s"), "{text}");
+            }
+        }
+        assert_eq!(state_dir(b"state_dir = '/s'\n# \xff\n").as_deref(), Some("/s"));
+        for unknown in [
+            "state_dir = 5",
+            "state_dir = 's'",
+            "state_dir = '/s",
+            "state_dir = ",
+            "state_dir = '/s'\nstate_dir = '/t'",
+            "hold = 5",
+            "[fleet]\nstate_dir = '/s'",
+        ] {
+            assert_eq!(state_dir(unknown.as_bytes()), None, "{unknown}");
+        }
     }
 
     #[test]

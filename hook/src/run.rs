@@ -13,6 +13,9 @@ use crate::config::{Config, ConfigError, Log};
 use crate::input::{self, Input};
 use crate::{incoming, journal, machine, notice, other_door, prepare};
 
+/// Where no folder can be.
+const NO_FOLDER: &str = "/dev/null";
+
 /// What a record says of a call that was none of our business.
 pub const NOTHING: &str = "nothing to do";
 
@@ -108,9 +111,19 @@ pub fn handle(call: &Call, input: Input) -> Handled {
 
 /// Handles one call by a configuration that was read already.
 pub fn handle_with(config: Result<Config, ConfigError>, call: &Call, input: Input) -> Handled {
-    let log = config.as_ref().map(|c| c.log.clone()).unwrap_or_default();
-    let state_dir = config.as_ref().ok().map(|c| c.state_dir.clone());
-    let handled = |answer, instance| Handled { answer, log, instance, state_dir };
+    let (log, state_dir) = match &config {
+        Ok(config) => (config.log.clone(), Some(config.state_dir.clone())),
+        Err(e) => {
+            let readable = e.readable();
+            (readable.log.unwrap_or_default(), readable.state_dir)
+        }
+    };
+    let broken = config.as_ref().err().map(ToString::to_string);
+    let handled = |answer: Answer, instance| {
+        // A wrong configuration is never passed over in silence, even for a domain that it cannot hurt.
+        let answer = broken.iter().fold(answer, |answer, why| answer.warn_once(why));
+        Handled { answer, log, instance, state_dir }
+    };
     if call.operation == Operation::Ignored {
         return handled(Answer::unchanged(NOTHING), None);
     }
@@ -196,9 +209,13 @@ impl Job<'_> {
         self.config.as_ref().map_err(|e| Fault::of(concerned, e))
     }
 
-    /// Where hints are looked for, even with a broken configuration.
-    pub(crate) fn state_dir(&self) -> std::path::PathBuf {
-        self.config.as_ref().map_or_else(|_| Config::default().state_dir, |c| c.state_dir.clone())
+    /// Where hints are looked for. With a wrong configuration that does not say where: a place where nothing can be
+    /// looked up, so that no hint is sure.
+    pub(crate) fn state_dir(&self) -> PathBuf {
+        match &self.config {
+            Ok(config) => config.state_dir.clone(),
+            Err(e) => e.readable().state_dir.unwrap_or_else(|| NO_FOLDER.into()),
+        }
     }
 
     /// Whether the database is worth asking about this instance.
@@ -215,5 +232,15 @@ impl Job<'_> {
     /// Whether something is surely assigned to this instance.
     pub(crate) fn is_assigned(&self, state_dir: &Path) -> bool {
         self.domain.uuid.is_some_and(|id| look(state_dir, Known::Assigned(id)) == Hint::Yes)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn where_no_folder_can_be_no_hint_is_sure() {
+        assert_eq!(look(Path::new(NO_FOLDER), Known::Flavor("erp")), Hint::Unsure);
     }
 }

@@ -31,6 +31,8 @@ const QUIET: Duration = Duration::from_millis(15);
 const ENOUGH: Duration = Duration::from_secs(1);
 /// How often the configuration's file is looked at.
 const LOOK: Duration = Duration::from_secs(2);
+/// How long it must stay the same before it is read.
+const SETTLE: Duration = Duration::from_millis(500);
 /// Until a scan that failed is tried again.
 const FIRST_RETRY: Duration = Duration::from_secs(1);
 /// How often old events are pruned.
@@ -86,7 +88,7 @@ impl Rules {
 
     /// Reads the file again; says whether anything changed. What is wrong changes nothing; what cannot change while the agent runs
     /// stays, and is told.
-    fn reload(&self) -> bool {
+    fn reload(&self, admit: impl FnOnce(&Config, Option<&Path>) -> anyhow::Result<()>) -> bool {
         let was = self.now();
         // Without a file of that name the defaults would count, which offer every device to everybody.
         let path = path(self.file.as_deref());
@@ -101,6 +103,10 @@ impl Rules {
                 return false;
             }
         };
+        if let Err(e) = admit(&read, self.file.as_deref()) {
+            tracing::error!("{e:#}; the rules before count on");
+            return false;
+        }
         let first = &self.read;
         let fixed = [
             ("state_dir", read.state_dir != first.state_dir),
@@ -205,7 +211,7 @@ impl Devices {
         ready();
         let watchdog = sd_notify::watchdog_enabled().map(|limit| limit / 2);
         let mut last_scan = Instant::now();
-        let (mut last_prune, mut stamp) = (None::<Instant>, self.rules.first);
+        let (mut last_prune, mut edits) = (None::<Instant>, Edits::new(self.rules.first));
         loop {
             self.files.check()?;
             // An error here is a service manager that is not there.
@@ -218,7 +224,8 @@ impl Devices {
             let interval = self.rules.now().scan_interval;
             let pause = wait_for_next.map_or(interval, |wait| wait.min(interval));
             let until_scan = pause.saturating_sub(last_scan.elapsed());
-            let wait = until_scan.min(LOOK).min(watchdog.unwrap_or(LOOK)).max(Duration::from_millis(1));
+            let wait =
+                until_scan.min(edits.next_look()).min(watchdog.unwrap_or(LOOK)).max(Duration::from_millis(1));
             let first = match nudges.recv_timeout(wait) {
                 Ok(nudge) => Some(nudge),
                 Err(RecvTimeoutError::Timeout) => None,
@@ -233,10 +240,9 @@ impl Devices {
             if seen.stop {
                 return Ok(());
             }
-            let changed = self.rules.stamp();
-            if seen.reload || changed != stamp {
-                stamp = changed;
-                if self.rules.reload() {
+            if edits.settled(self.rules.stamp(), seen.reload, Instant::now()) {
+                self.store.restart_patience();
+                if self.rules.reload(|read, file| inventory::admit_rules(&self.store, read, file)) {
                     // Intervals and policies are theirs too.
                     drop(self.guests.send(Signal::Devices));
                 }
@@ -288,6 +294,7 @@ impl Devices {
             |known: &[virt_usb_store::Record]| inventory::plan(&snapshot, known, &whitelist, &config.aliases);
         let done =
             self.store.reconcile(&self.host, &config.flapping, plan, &context).map_err(|e| e.to_string())?;
+        self.store.note_rules(inventory::rules(&config)).map_err(|e| e.to_string())?;
         for change in &done {
             tracing::info!(device = %change.id, "device {} {}", change.id, change.what);
             if let Some(altered) = &change.altered {
@@ -305,6 +312,50 @@ impl Devices {
         let pruned: Result<usize, StoreError> = if days == 0 { Ok(0) } else { self.store.prune_events(days) };
         if let Err(e) = pruned {
             tracing::warn!("old events cannot be removed: {e}");
+        }
+    }
+}
+
+/// When the configuration's file is read again: after it was the same in two looks, for an editor that writes it anew
+/// empties it first.
+struct Edits {
+    /// As it was when it was read.
+    read: Option<Stamp>,
+    /// Somebody has asked for it to be read, changed or not.
+    asked: bool,
+    /// As it was when it was first seen to be another, and when that was.
+    seen: Option<(Option<Stamp>, Instant)>,
+}
+
+impl Edits {
+    const fn new(read: Option<Stamp>) -> Self {
+        Self { read, asked: false, seen: None }
+    }
+
+    /// Until the next look.
+    fn next_look(&self) -> Duration {
+        if self.seen.is_some() { SETTLE } else { LOOK }
+    }
+
+    /// Whether it is to be read now.
+    fn settled(&mut self, stamp: Option<Stamp>, asked: bool, now: Instant) -> bool {
+        self.asked |= asked;
+        if !self.asked && stamp == self.read {
+            self.seen = None;
+            return false;
+        }
+        match self.seen {
+            Some((before, at)) if before == stamp => {
+                let settled = now.saturating_duration_since(at) >= SETTLE;
+                if settled {
+                    *self = Self::new(stamp);
+                }
+                settled
+            }
+            _ => {
+                self.seen = Some((stamp, now));
+                false
+            }
         }
     }
 }
@@ -414,18 +465,40 @@ mod tests {
         std::fs::write(&file, "scan_interval = 7\n").unwrap();
         let rules = Rules::read(Some(file.clone())).unwrap();
         std::fs::write(&file, "scan_interval = 'often'\n").unwrap();
-        rules.reload();
+        rules.reload(|_, _| Ok(()));
         assert_eq!(rules.now().scan_interval, Duration::from_secs(7));
         let before = rules.stamp();
         std::fs::write(&file, "scan_interval = 9\nstate_dir = '/elsewhere'\nusb_white_list_switch = 'on'\n")
             .unwrap();
         assert_ne!(rules.stamp(), before);
-        rules.reload();
+        rules.reload(|_, _| Ok(()));
         assert_eq!(rules.now().scan_interval, Duration::from_secs(9));
         assert!(rules.now().whitelist.on);
         assert_eq!(rules.now().state_dir, Config::default().state_dir, "from the next start on");
         std::fs::remove_file(&file).unwrap();
-        rules.reload();
+        rules.reload(|_, _| Ok(()));
         assert_eq!(rules.now().scan_interval, Duration::from_secs(9), "a file that is gone changes nothing");
+    }
+
+    #[test]
+    fn a_file_is_read_after_two_equal_looks() {
+        let stamp = |size| Some((1, 1, size, (0, 0)));
+        let start = Instant::now();
+        let after = |ms| start + Duration::from_millis(ms);
+        let mut edits = Edits::new(stamp(9));
+        assert!(!edits.settled(stamp(9), false, after(0)));
+        assert_eq!(edits.next_look(), LOOK);
+        assert!(!edits.settled(stamp(0), false, after(1)), "an editor empties it");
+        assert_eq!(edits.next_look(), SETTLE);
+        assert!(!edits.settled(stamp(5), false, after(600)), "and writes it");
+        assert!(!edits.settled(stamp(5), false, after(601)), "a look at once says nothing");
+        assert!(edits.settled(stamp(5), false, after(1100)));
+        assert!(!edits.settled(stamp(5), false, after(9000)), "once");
+        assert!(!edits.settled(stamp(0), false, after(9001)));
+        assert!(!edits.settled(stamp(5), false, after(9900)), "it is as it was read");
+        assert!(!edits.settled(stamp(5), true, after(10_000)), "asked for");
+        assert!(!edits.settled(None, false, after(10_100)));
+        assert!(!edits.settled(stamp(5), false, after(10_700)));
+        assert!(edits.settled(stamp(5), false, after(11_300)));
     }
 }

@@ -42,7 +42,7 @@ use std::time::Duration;
 use anyhow::{Context as _, bail};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
-use virt_usb_hook::config::Config;
+use virt_usb_hook::config::{Config, DEFAULT_PATH};
 use virt_usb_hook::machine;
 use virt_usb_model::{ParseError, ProjectId};
 use virt_usb_store::Store;
@@ -86,6 +86,12 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
     let rules = rules.with(config.clone());
     let mut store = Store::create(&config.state_dir, PATIENCE)?;
     let (_lock, lock_file) = lock(&config.state_dir)?;
+    crate::inventory::admit_rules(&store, &config, options.config.as_deref())?;
+    if options.config.is_none() && !Path::new(DEFAULT_PATH).exists() {
+        tracing::warn!(
+            "there is no {DEFAULT_PATH}: the defaults count, which offer every device of this host to every project"
+        );
+    }
     let files = Files::new(vec![lock_file, config.state_dir.join(virt_usb_store::FILE_NAME)])
         .with_context(|| format!("cannot look at {}", config.state_dir.display()))?;
     // Claims of an earlier boot are void, before anybody can ask for their devices.

@@ -18,7 +18,7 @@ use super::output::{or_dash, table};
 use crate::agent::guest_uses::ask;
 use crate::discovery::{LibUsb, Simulated, Snapshot, UsbSource};
 use crate::hypervisor::Libvirt;
-use crate::inventory::{host_name, judge, located, plan};
+use crate::inventory::{admit_rules, host_name, judge, located, plan, rules};
 
 pub(super) fn source(config: &Config, sim: Option<&Path>) -> anyhow::Result<Box<dyn UsbSource>> {
     Ok(match sim {
@@ -59,6 +59,7 @@ pub(super) fn discover(session: &Session, options: &Discover) -> anyhow::Result<
     }
     let context = session.context(&config, "discover")?;
     let mut store = session.make_store(&config)?;
+    admit_rules(&store, &config, session.config_file.as_deref())?;
     store.mend_hints()?;
     let whitelist = located(&config.whitelist, &mut store, &snapshot, &config.sysfs_root)?;
     let changes = store.reconcile(
@@ -67,6 +68,7 @@ pub(super) fn discover(session: &Session, options: &Discover) -> anyhow::Result<
         |known| plan(&snapshot, known, &whitelist, &config.aliases),
         &context,
     )?;
+    store.note_rules(rules(&config))?;
     if config.events_keep_days > 0 {
         store.prune_events(config.events_keep_days)?;
     }

@@ -210,9 +210,58 @@ fn rules_are_read_again_and_a_bad_edit_is_refused() {
     write(&format!("{before}usb_white_list_switch = 'on'\n"));
     agent.signal("-HUP");
     agent.until("it is withdrawn", || status() == "unavailable");
+    // A file that has lost its end must not offer everything.
+    for lost in [before.as_str(), "", "\n"] {
+        let refusals = || agent.log().matches("the rules before count on").count();
+        let told = refusals();
+        write(lost);
+        agent.until("it is refused", || refusals() > told);
+        assert_eq!(status(), "unavailable", "{lost:?}");
+    }
+    assert!(agent.log().contains("which was \"on\": every device would be offered"), "{}", agent.log());
     // The file's change alone is enough.
-    write(&before);
+    write(&format!("{before}usb_white_list_switch = 'off'\n"));
     agent.until("it is offered again", || status() == "available");
+}
+
+#[test]
+fn it_does_not_start_with_a_file_that_has_lost_the_whitelist() {
+    let host = Host::new("");
+    let before = std::fs::read_to_string(host.config_file()).unwrap();
+    let write = |text: &str| std::fs::write(host.config_file(), format!("{before}{text}")).unwrap();
+    show(&host, &device("0001", "1-1", 5, ""));
+    let rules = "usb_passthrough_whitelist = [{ vendor = '0403' }]\n";
+    write(&format!("{rules}usb_white_list_switch = 'on'\n"));
+    let status = || host.store().devices().unwrap()[0].entry.status.clone();
+    {
+        let agent = Agent::start(&host);
+        agent.until("it is ready", || agent.log().contains(" ready"));
+    }
+    assert_eq!(status(), "unavailable");
+    for lost in ["", rules] {
+        write(lost);
+        let output = command(&host).output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(!output.status.success() && said.contains("does not hold usb_white_list_switch"), "{said}");
+        let discovered = host.virt_usb(&["discover", "--sim", host.path("sim.toml").to_str().unwrap()]);
+        let said = String::from_utf8_lossy(&discovered.stderr);
+        assert!(
+            !discovered.status.success() && said.contains("write usb_white_list_switch = \"off\""),
+            "{said}"
+        );
+        assert_eq!(status(), "unavailable");
+    }
+    // Rules that count for nothing are not lost in silence either.
+    write(&format!("{rules}usb_white_list_switch = 'off'\n"));
+    let discover = || host.virt_usb(&["discover", "--sim", host.path("sim.toml").to_str().unwrap()]);
+    virt_usb_suite::ok(&discover());
+    assert_eq!(status(), "available");
+    write("");
+    assert!(!discover().status.success());
+    write("usb_white_list = []\n");
+    virt_usb_suite::ok(&discover());
+    write("");
+    virt_usb_suite::ok(&discover());
 }
 
 #[test]

@@ -86,6 +86,13 @@ fn breakages() -> Vec<Breakage> {
             fs::File::create(h.config_file()).unwrap().set_len(3 << 30).unwrap();
         }),
         ("the configuration is wrong", |h| fs::write(h.config_file(), "state_dir = 5").unwrap()),
+        ("the configuration is empty", |h| fs::write(h.config_file(), "").unwrap()),
+        ("the configuration is cut off", |h| {
+            let text = fs::read_to_string(h.config_file()).unwrap();
+            fs::write(h.config_file(), &text[..text.find("sysfs_root").unwrap() + 4]).unwrap();
+        }),
+        ("the configuration is gone", |h| fs::remove_file(h.config_file()).unwrap()),
+        ("the configuration is no text", |h| fs::write(h.config_file(), [0xff, 0xfe]).unwrap()),
     ]
 }
 
@@ -117,6 +124,40 @@ fn a_domain_that_asks_for_nothing_passes_whatever_is_broken() {
         // Lost hints alone are no reason: the database still answers.
         assert_eq!(refused.status.code(), Some(1), "{what}: {said}");
         assert!(said.starts_with("virt-usb: erp") && said.lines().count() == 1, "{what}: {said}");
+    }
+}
+
+/// Nothing is decided by the folder of another configuration, and nobody is left in the dark.
+#[test]
+fn a_wrong_configuration_is_said_in_every_call_and_hides_no_hint() {
+    let nova = innocents()[1].replace("m1.small", "m1.erp");
+    for (wrong, known) in [
+        ("usb_white_list_swich = 'on'\n", true),
+        ("hold = 5\n", true),
+        ("hold = \n", true),
+        ("usb_white_list = [\n", true),
+        ("state_dir = 5\n", false),
+        ("", false),
+    ] {
+        let host = host();
+        host.flavor("m1.erp", ASK);
+        let text = fs::read_to_string(host.config_file()).unwrap();
+        let text = if known { text + wrong } else { wrong.to_owned() };
+        fs::write(host.config_file(), text).unwrap();
+        for (operation, sub) in OPERATIONS.into_iter().chain([("attach", "begin")]) {
+            let output = host.call(&["plain", operation, sub, "-"], innocents()[0].as_bytes());
+            unharmed(wrong, operation, &output);
+            let said = String::from_utf8_lossy(&output.stderr);
+            assert!(
+                said.starts_with("virt-usb: warning: the configuration ") && said.lines().count() == 1,
+                "{wrong}: {operation}: {said}"
+            );
+        }
+        // Its name is the only sign that it asks for something.
+        let named = host.call(&["nova", "prepare", "begin", "-"], nova.as_bytes());
+        let said = String::from_utf8_lossy(&named.stderr);
+        assert_eq!(named.status.code(), Some(i32::from(known)), "{wrong}: {said}");
+        assert!(said.contains("the configuration ") && said.lines().count() == 1, "{wrong}: {said}");
     }
 }
 
