@@ -7,9 +7,7 @@ use std::time::{Duration, Instant};
 
 use virt_usb_domxml::{Domain, XmlError, redirdev_element};
 use virt_usb_hook::config::{AttachFailurePolicy, Config};
-use virt_usb_hook::guest::{
-    Delivery, NO_SPICE, Ports, asker, hostdev, is_device, port_speeds, room, slowed,
-};
+use virt_usb_hook::guest::{Delivery, NO_SPICE, Ports, asker, hostdev, is_device, port_speeds, room, slowed};
 use virt_usb_hook::machine;
 use virt_usb_model::{DeviceId, InstanceId, SpeedMask};
 use virt_usb_store::adopt::Stage;

@@ -257,12 +257,7 @@ struct Finder<'a> {
 }
 
 impl<'a> Finder<'a> {
-    fn new(
-        tx: &'a Tx<'a>,
-        mine: &'a [ClaimRow],
-        asker: &'a Asker,
-        judge: &'a mut dyn Judge,
-    ) -> Self {
+    fn new(tx: &'a Tx<'a>, mine: &'a [ClaimRow], asker: &'a Asker, judge: &'a mut dyn Judge) -> Self {
         let (candidates, seen) = <_>::default();
         Self { tx, mine, asker, judge, candidates, seen }
     }
@@ -376,13 +371,7 @@ impl<'a> Finder<'a> {
 }
 
 /// Claims a device that was found, for a guest that starts or runs.
-fn take(
-    tx: &Tx<'_>,
-    asker: &Asker,
-    found: &Found,
-    stage: Stage,
-    context: &Context,
-) -> Sql<Adoption> {
+fn take(tx: &Tx<'_>, asker: &Asker, found: &Found, stage: Stage, context: &Context) -> Sql<Adoption> {
     let id = found.device.entry.id;
     let known = give_back::held(tx, asker.instance)?.into_iter().find(|c| c.device_id == id);
     let Some(claim) = known else {

@@ -144,7 +144,7 @@ impl Grant<'_> {
 
 /// A restore names the device of a firm claim. Nothing of the claim changes, its revision neither:
 /// its guest may run.
-pub(crate) fn name_incoming(tx: &Transaction<'_>, device: DeviceId, context: &Context) -> Sql<()> {
+pub(crate) fn name_incoming(tx: &Tx<'_>, device: DeviceId, context: &Context) -> Sql<()> {
     tx.prepare_cached("UPDATE claims SET incoming_since = ?2 WHERE device_id = ?1")?
         .execute(params![sql_id(device), context.uptime])?;
     Ok(())

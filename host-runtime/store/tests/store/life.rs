@@ -299,25 +299,26 @@ fn a_claim_knows_whether_its_device_was_in_the_guest_during_this_run() {
     let here = at(1, 10.0);
     claim_as(&mut store, 1, true, Standing::Firm, &here);
     assert_eq!(seen(&store, 1), [false]);
-    store.confirm(instance(1), &[id(1)], &here).unwrap();
+    store.confirm(instance(1), &[id(1)], Witness::Look, &here).unwrap();
     forget_the_audit(dir.path());
     assert_eq!(seen(&store, 1), [true]);
-    store.confirm(instance(1), &[], &here).unwrap();
+    store.confirm(instance(1), &[], Witness::Look, &here).unwrap();
     assert_eq!(seen(&store, 1), [true], "unplugged: it was there");
     store.out_of_guest(instance(1), &here).unwrap();
     assert_eq!(seen(&store, 1), [false], "the guest has ended");
     for end in [Extent::Run, Extent::Everything] {
-        store.confirm(instance(1), &[id(1)], &here).unwrap();
+        store.confirm(instance(1), &[id(1)], Witness::Look, &here).unwrap();
         store.release(instance(1), end, "a test", &here).unwrap();
         assert_eq!(seen(&store, 1), [false].repeat(usize::from(end == Extent::Run)));
     }
     claim_as(&mut store, 1, true, Standing::Firm, &here);
-    store.confirm(instance(1), &[id(1)], &here).unwrap();
+    store.confirm(instance(1), &[id(1)], Witness::Look, &here).unwrap();
     store.sweep(&at(2, 5.0)).unwrap();
     assert_eq!(seen(&store, 1), [false], "no guest outlives a boot");
     store.release(instance(1), Extent::Everything, "a test", &at(2, 6.0)).unwrap();
     // By hand: in the XML of a guest that starts it is not in the guest yet.
-    let holding = [Holding { id: Some(id(1)), usb: None, address: None }];
+    let usb = Some(virt_usb_model::UsbId::new(0x0529, 1));
+    let holding = [Holding { usb, ..Holding::default() }];
     for (stage, was) in [(Stage::Starting, false), (Stage::Running, true), (Stage::Starting, false)] {
         store.adopt(&asker(2), &holding, stage, &mut Trusting, &at(2, 7.0)).unwrap();
         assert_eq!(seen(&store, 2), [was], "{stage:?}");
@@ -334,9 +335,9 @@ fn a_migration_learns_from_the_audit_what_was_in_a_guest() {
     for n in 1..=4 {
         claim_as(&mut store, n, true, Standing::Firm, &at(1, 10.0));
     }
-    store.confirm(instance(1), &[id(1)], &at(1, 20.0)).unwrap();
-    store.confirm(instance(2), &[id(2)], &at(1, 20.0)).unwrap();
-    store.confirm(instance(2), &[], &at(1, 30.0)).unwrap();
+    store.confirm(instance(1), &[id(1)], Witness::Look, &at(1, 20.0)).unwrap();
+    store.confirm(instance(2), &[id(2)], Witness::Look, &at(1, 20.0)).unwrap();
+    store.confirm(instance(2), &[], Witness::Look, &at(1, 30.0)).unwrap();
     drop(store);
     let old = raw(dir.path());
     // An event of a claim before this one.
@@ -476,7 +477,7 @@ fn crowd(store: &mut Store, count: u16) {
 fn each_device_is_looked_at_once_however_many_hostdevs_there_are() {
     let (_dir, mut store) = inventory();
     crowd(&mut store, 1000);
-    let kind = Holding { id: None, usb: Some(virt_usb_model::UsbId::new(0x0529, 1)), address: None };
+    let kind = Holding { usb: Some(virt_usb_model::UsbId::new(0x0529, 1)), ..Holding::default() };
     let by_address = |n: u8| Holding { address: BusAddress::new(3, n), ..kind.clone() };
     let mut judge = Counting::default();
     let mut holdings = vec![kind.clone(); 100];
@@ -498,9 +499,9 @@ fn each_device_is_looked_at_once_however_many_hostdevs_there_are() {
 fn one_by_kind_is_found_again_after_it_was_adopted() {
     let (_dir, mut store) = inventory();
     plug(&mut store, 2);
-    let kind = Holding { id: None, usb: Some(virt_usb_model::UsbId::new(0x0529, 1)), address: None };
-    let by_kind = || Holding { address: None, ..kind };
-    let holdings = [by_kind(), Holding { address: BusAddress::new(1, 2), ..kind }, by_kind()];
+    let kind = Holding { usb: Some(virt_usb_model::UsbId::new(0x0529, 1)), ..Holding::default() };
+    let by_kind = || Holding { address: None, ..kind.clone() };
+    let holdings = [by_kind(), Holding { address: BusAddress::new(1, 2), ..kind.clone() }, by_kind()];
     let adopted = store.adopt(&asker(1), &holdings, Stage::Starting, &mut Trusting, &boot(1)).unwrap();
     assert_eq!(adopted, [Adoption::Unknown, Adoption::New(id(2)), Adoption::AlreadyYours(id(2))]);
 }

@@ -141,6 +141,7 @@ impl Model {
             by_hand: true,
             named: None,
             arrived: true,
+            seen: false,
         };
         match self.claims.get_mut(&id) {
             Some(firm) if firm.pending.is_none() => firm.named = Some(since),
