@@ -10,6 +10,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use virt_usb_model::clean;
+use virt_usb_store::user::User;
 
 use crate::answer::Answer;
 use crate::call::Call;
@@ -34,12 +35,15 @@ pub fn record(log: &Log, call: &Call, instance: Option<&str>, answer: &Answer, t
                 .collect();
             let line = format!("{}\n", serde_json::Value::Object(object));
             let careful = libc::O_NOFOLLOW | libc::O_NONBLOCK;
-            let file = std::fs::OpenOptions::new()
-                .append(true)
-                .create(true)
-                .mode(0o640)
-                .custom_flags(careful)
-                .open(path);
+            let open = |_owner| {
+                std::fs::OpenOptions::new()
+                    .append(true)
+                    .create(true)
+                    .mode(0o640)
+                    .custom_flags(careful)
+                    .open(path)
+            };
+            let file = User::of_folder_of(path).and_then(User::enter).and_then(open);
             drop(file.and_then(|mut f| f.write_all(line.as_bytes())));
         }
     }

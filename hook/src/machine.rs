@@ -1,6 +1,7 @@
 //! The machine: which boot this is, how long it lasts, whether an agent lives.
 
 use std::fs::{File, TryLockError};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixDatagram;
 use std::path::Path;
@@ -79,10 +80,18 @@ pub const HOOK_SOCKET: &str = "hook.sock";
 /// Tells the agent of a call: `prepare 1234 0` is the operation, its microseconds, its exit status. Nobody waits, and nobody minds if
 /// there is no agent.
 pub fn tell_agent(state_dir: &Path, op: &str, took: Duration, exit: u8) {
-    let told = UnixDatagram::unbound().and_then(|socket| {
-        socket.set_nonblocking(true)?;
-        socket.send_to(format!("{op} {} {exit}", took.as_micros()).as_bytes(), state_dir.join(HOOK_SOCKET))
-    });
+    // The name may be a link of the folder's owner to a socket that listens to root alone. So the socket
+    // itself is opened, as a place, and addressed by its descriptor.
+    let told = File::options()
+        .read(true)
+        .custom_flags(libc::O_PATH | libc::O_NOFOLLOW)
+        .open(state_dir.join(HOOK_SOCKET))
+        .and_then(|place| {
+            let socket = UnixDatagram::unbound()?;
+            socket.set_nonblocking(true)?;
+            let told = format!("{op} {} {exit}", took.as_micros());
+            socket.send_to(told.as_bytes(), format!("/proc/self/fd/{}", place.as_raw_fd()))
+        });
     drop(told);
 }
 
@@ -106,6 +115,25 @@ mod tests {
         std::fs::remove_file(&file).unwrap();
         assert!(std::process::Command::new("mkfifo").arg(&file).status().unwrap().success());
         assert_eq!(agent(state.path()), Agent::NotInstalled);
+    }
+
+    #[test]
+    fn the_agent_is_told_at_its_socket_and_nobody_at_a_link() {
+        let state = tempfile::tempdir().unwrap();
+        let file = state.path().join(HOOK_SOCKET);
+        let hear = |socket: &UnixDatagram| {
+            socket.set_nonblocking(true).unwrap();
+            let mut told = [0; 64];
+            socket.recv(&mut told).map(|length| String::from_utf8_lossy(&told[..length]).into_owned())
+        };
+        let agent = UnixDatagram::bind(&file).unwrap();
+        tell_agent(state.path(), "prepare", Duration::from_micros(1234), 0);
+        assert_eq!(hear(&agent).unwrap(), "prepare 1234 0");
+        let other = state.path().join("other");
+        std::fs::rename(&file, &other).unwrap();
+        std::os::unix::fs::symlink(&other, &file).unwrap();
+        tell_agent(state.path(), "prepare", Duration::ZERO, 0);
+        assert!(hear(&agent).is_err());
     }
 
     #[test]

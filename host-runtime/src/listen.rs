@@ -22,6 +22,7 @@ use tokio_rustls::rustls::pki_types::pem::{self, PemObject as _};
 use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use tower::Service as _;
 use virt_usb_hook::config::Tls;
+use virt_usb_store::user::User;
 
 use crate::stamp::{Stamp, stamp};
 
@@ -270,6 +271,7 @@ async fn turn_away(stream: impl AsyncRead + AsyncWrite + Send) {
 
 /// In `state_dir`, which only root and the agent's group may enter.
 fn bind_local(path: &Path) -> io::Result<UnixListener> {
+    let _owner = User::of_folder_of(path)?.enter()?;
     if std::fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket()) {
         // What an agent before this one has left: there is one a host, and it holds the lock.
         std::fs::remove_file(path)?;

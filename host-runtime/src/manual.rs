@@ -10,6 +10,8 @@ use clap_complete::Shell;
 use clap_mangen::Man;
 use clap_mangen::roff::{Roff, bold, roman};
 
+use virt_usb_store::user::User;
+
 use crate::{agent, cli};
 
 /// A section that clap does not know of: its heading, and entries with a tag each (without one: a paragraph).
@@ -65,6 +67,7 @@ const DAEMON: [Section; 4] = [
 /// # Errors
 /// What the file system says.
 pub fn write(dir: &Path, date: &str) -> io::Result<()> {
+    let _owner = User::of(dir)?.enter()?;
     fs::create_dir_all(dir)?;
     let mut command = cli::Arguments::command().disable_help_subcommand(true);
     command.build();

@@ -16,6 +16,7 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::{Registry, Unit};
 use virt_usb_hook::config;
+use virt_usb_store::user::User;
 
 use super::observe::View;
 use crate::hypervisor::Failure;
@@ -263,6 +264,7 @@ pub(super) fn serve(metrics: Arc<Metrics>, at: &config::Metrics) -> anyhow::Resu
         config::Metrics::Off => return Ok(()),
         config::Metrics::Tcp(address) => (address.to_string(), tiny_http::Server::http(address)),
         config::Metrics::Unix(path) => {
+            let _owner = User::of_folder_of(path)?.enter()?;
             remove_stale(path)?;
             let server = tiny_http::Server::http_unix(path);
             // Whoever may enter its folder may read it: there is no secret in it.

@@ -46,6 +46,7 @@ use virt_usb_hook::config::{Config, DEFAULT_PATH};
 use virt_usb_hook::machine;
 use virt_usb_model::{ParseError, ProjectId};
 use virt_usb_store::Store;
+use virt_usb_store::user::User;
 
 use crate::api::identity::{Identities, Role};
 use crate::api::keystone::Keystone;
@@ -239,6 +240,7 @@ fn forward(to: Sender<Signal>) -> std::io::Result<Sender<Event>> {
 /// One agent a host, and hooks that know whether it lives: a lock that the kernel lets go of, whatever becomes of the process.
 fn lock(state_dir: &Path) -> anyhow::Result<(File, PathBuf)> {
     let path = state_dir.join(machine::AGENT_LOCK);
+    let _owner = User::of(state_dir)?.enter()?;
     let file = OpenOptions::new().write(true).create(true).truncate(false).mode(0o644).open(&path);
     let file = file.with_context(|| {
         format!(
@@ -247,7 +249,6 @@ fn lock(state_dir: &Path) -> anyhow::Result<(File, PathBuf)> {
             state_dir.display()
         )
     })?;
-    virt_usb_store::hand_over(&path)?;
     // A hook that asks whether an agent lives holds it for a moment.
     for _ in 0..20 {
         match file.try_lock() {
@@ -278,8 +279,6 @@ fn follow_signals(devices: Sender<Nudge>, guests: Sender<Signal>) -> std::io::Re
 /// Hooks tell how long they took. Nobody depends on it: an agent that cannot hear them goes on.
 fn hear_hooks(state_dir: &Path, metrics: Arc<Metrics>) {
     let path = state_dir.join(machine::HOOK_SOCKET);
-    // What an agent before this one has left.
-    drop(std::fs::remove_file(&path));
     let hear = |socket: UnixDatagram| {
         let listen = move || {
             let mut message = [0; 128];
@@ -290,7 +289,13 @@ fn hear_hooks(state_dir: &Path, metrics: Arc<Metrics>) {
         };
         std::thread::Builder::new().name("hooks".into()).spawn(listen).map(drop)
     };
-    if let Err(e) = UnixDatagram::bind(&path).and_then(hear) {
+    let bind = || {
+        let _owner = User::of(state_dir)?.enter()?;
+        // What an agent before this one has left.
+        drop(std::fs::remove_file(&path));
+        UnixDatagram::bind(&path)
+    };
+    if let Err(e) = bind().and_then(hear) {
         tracing::warn!("durations of hooks are not counted: {}: {e}", path.display());
     }
 }

@@ -8,6 +8,7 @@ use std::time::Duration;
 use anyhow::{Context as _, bail};
 use virt_usb_hook::config::Config;
 use virt_usb_model::device::Problem;
+use virt_usb_store::user::User;
 
 use super::World;
 use super::devices::Nudge;
@@ -107,7 +108,10 @@ impl UsbSource for FileSource {
         }
         let read = || {
             let (text, simulated) = self.simulation.read()?;
-            simulated.write_sysfs(&self.simulation.sysfs).context("cannot write the simulated sysfs")?;
+            let written = User::of(&self.simulation.sysfs)
+                .and_then(User::enter)
+                .and_then(|_owner| simulated.write_sysfs(&self.simulation.sysfs));
+            written.context("cannot write the simulated sysfs")?;
             Ok::<_, anyhow::Error>((text, simulated.snapshot()))
         };
         match read() {

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use tokio::sync::{Semaphore, watch};
 use virt_usb_hook::config;
+use virt_usb_store::user::User;
 
 use super::keystone::PLACES;
 use super::{Api, TURNS, WORKS, fleet, router, socket};
@@ -35,7 +36,8 @@ impl Listening {
         drop(self.runtime.block_on(async { tokio::time::timeout(END_TIME, ended).await }));
         self.runtime.shutdown_timeout(Duration::from_secs(1));
         if let Some(socket) = self.socket {
-            drop(std::fs::remove_file(socket));
+            let owner = User::of_folder_of(&socket).and_then(User::enter);
+            drop(owner.and_then(|_owner| std::fs::remove_file(socket)));
         }
     }
 }

@@ -24,6 +24,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use virt_usb_filter_host::{hex, sha256};
 use virt_usb_model::ProjectId;
+use virt_usb_store::user::{AsUser, User};
 
 use super::identity::{Answer, Caller, Identity, Look, Role, Unknown};
 use crate::stamp::{Stamp, stamp};
@@ -129,6 +130,7 @@ impl TokenFile {
     /// # Errors
     /// When it cannot be read, or is wrong.
     pub fn entries(&self) -> Result<Vec<Entry>, TokensError> {
+        let _owner = self.enter()?;
         let text = match self.read() {
             Ok(text) => text,
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
@@ -212,16 +214,12 @@ impl TokenFile {
         &self,
         change: impl FnOnce(&mut Vec<Entry>) -> Result<(), TokensError>,
     ) -> Result<(), TokensError> {
+        let _owner = self.enter()?;
         let lock = self.path.with_extension("lock");
-        // The folder is the agent's user's, and root may be writing here: no link that stands there is followed.
         let careful = libc::O_NOFOLLOW | libc::O_NONBLOCK;
         let mut options = OpenOptions::new();
         options.write(true).create(true).truncate(false).mode(0o600).custom_flags(careful);
-        let open = options.open(&lock);
-        let locked = open.and_then(|file| {
-            virt_usb_store::hand_over(&lock).map_err(|e| io::Error::other(e.to_string()))?;
-            file.lock().map(|()| file)
-        });
+        let locked = options.open(&lock).and_then(|file| file.lock().map(|()| file));
         let _locked = locked.map_err(|why| self.fault(why))?;
         let mut entries = self.entries()?;
         change(&mut entries)?;
@@ -243,7 +241,6 @@ impl TokenFile {
             "# Who may use the API: 'virt-usb token' writes this file. Tokens themselves are not in it.\n{text}"
         )?;
         file.sync_all()?;
-        virt_usb_store::hand_over(&beside).map_err(|e| io::Error::other(e.to_string()))?;
         std::fs::rename(&beside, &self.path)
     }
 
@@ -282,7 +279,18 @@ impl TokenFile {
         Ok(())
     }
 
+    /// Root uses the file as the user to whom its folder belongs, and who may plant links there.
+    fn enter(&self) -> Result<AsUser, TokensError> {
+        User::of_folder_of(&self.path).and_then(User::enter).map_err(|why| self.fault(why))
+    }
+
     fn fault(&self, why: io::Error) -> TokensError {
+        let why = match why.kind() {
+            io::ErrorKind::PermissionDenied => {
+                io::Error::new(why.kind(), format!("{why}; run it as root or as the owner of its folder"))
+            }
+            _ => why,
+        };
         TokensError::Io { path: self.path.clone(), why }
     }
 

@@ -11,6 +11,7 @@ use virt_usb_model::device::Problem;
 use virt_usb_model::{Device, Verdict, clean_json};
 use virt_usb_store::Record;
 use virt_usb_store::discover::Done;
+use virt_usb_store::user::User;
 
 use super::Session;
 use super::arguments::Discover;
@@ -41,8 +42,10 @@ pub(super) fn discover(session: &Session, options: &Discover) -> anyhow::Result<
         if dir.starts_with("/sys") {
             bail!("--sysfs-out {} is the kernel's own tree: name a folder of yours", dir.display());
         }
-        Simulated::load(sim)?
-            .write_sysfs(dir)
+        let simulated = Simulated::load(sim)?;
+        User::of(dir)
+            .and_then(User::enter)
+            .and_then(|_owner| simulated.write_sysfs(dir))
             .with_context(|| format!("cannot write the simulated sysfs tree to {}", dir.display()))?;
     }
     let mut snapshot = source(&config, options.sim.as_deref())?.snapshot();

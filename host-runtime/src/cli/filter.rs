@@ -12,6 +12,7 @@ use virt_usb_filter_host::{
     Filter, Fleet, Limits, Options, Placement, Question, Rejection, Session as Asked, Verdict, hex, sha256,
 };
 use virt_usb_model::{DeviceEntry, DeviceId, Flavor, HostDocument, UniqueJson};
+use virt_usb_store::user::User;
 
 use super::Session;
 use super::arguments::{Filter as Arguments, FilterFile, FilterVerb};
@@ -337,6 +338,7 @@ fn precompile(session: &Session, filter: &Filter, file: &Path) -> anyhow::Result
     }
     let name = file.file_name().with_context(|| format!("{} names no file", file.display()))?;
     let beside = file.with_file_name(format!(".{}.{}.part", name.display(), std::process::id()));
+    let _owner = User::of_folder_of(file).and_then(User::enter).with_context(cannot)?;
     let written = write_new(&beside, &machine_code).and_then(|()| std::fs::rename(&beside, file));
     if written.is_err() {
         // What is not there need not go.

@@ -97,7 +97,7 @@ impl Store {
         context: &Context,
     ) -> Result<bool, StoreError> {
         let instance = asker.instance;
-        let requests = places::resolve_all(&self.conn, requests).map_err(|e| self.fault(&e))?;
+        let requests = places::resolve_all(&*self.conn()?, requests).map_err(|e| self.fault(&e))?;
         let now: Vec<DeviceRequest> = self
             .assignments(instance)?
             .into_iter()

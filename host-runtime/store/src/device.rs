@@ -334,7 +334,7 @@ impl Store {
     /// # Errors
     /// When the database cannot be read.
     pub fn claims_of(&self, instance: InstanceId) -> Result<Vec<ClaimRow>, StoreError> {
-        held(&self.conn, instance).map_err(|e| self.fault(&e))
+        held(&*self.conn()?, instance).map_err(|e| self.fault(&e))
     }
 
     pub(crate) fn records(&self, which: &str) -> Result<Vec<Record>, StoreError> {
@@ -347,7 +347,8 @@ impl Store {
         params: impl rusqlite::Params,
         read: impl FnMut(&Row<'_>) -> Sql<T>,
     ) -> Result<Vec<T>, StoreError> {
-        let rows = || self.conn.prepare_cached(sql)?.query_map(params, read)?.collect::<Sql<Vec<T>>>();
+        let conn = self.conn()?;
+        let rows = || conn.prepare_cached(sql)?.query_map(params, read)?.collect::<Sql<Vec<T>>>();
         rows().map_err(|e| self.fault(&e))
     }
 }

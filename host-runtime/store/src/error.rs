@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use rusqlite::{ErrorCode, ffi};
 
 use crate::files;
+use crate::user::User;
 
 /// Why the inventory could not be read or written. Each says what an operator can do about it.
 #[derive(Debug, thiserror::Error)]
@@ -24,9 +25,19 @@ pub enum StoreError {
         /// The database's file.
         path: PathBuf,
     },
+    /// Root works as the user to whom the folder belongs, and that user may not use the file.
+    #[error(
+        "user {user} may not use {path}, and root uses that folder as user {user}, to whom it belongs: 'chown {user}: {path}', and let user {user} into each folder above it"
+    )]
+    NotTheirs {
+        /// The file.
+        path: PathBuf,
+        /// The user's number.
+        user: u32,
+    },
     /// A link stands where the database should be.
     #[error(
-        "{path} is a symbolic link or no regular file: the inventory is not opened through links; put the file itself there"
+        "{path} is a symbolic link or no regular file: the inventory is not opened through links; remove it, or put the file itself there"
     )]
     Link {
         /// The database's file.
@@ -167,7 +178,7 @@ impl StoreError {
             ) => Self::Locked { path, waited_ms },
             Some(ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase) => Self::Corrupt { path, what },
             Some(ErrorCode::DiskFull) => Self::Full { path },
-            Some(ErrorCode::PermissionDenied) => Self::Permission { path },
+            Some(ErrorCode::PermissionDenied) => Self::permission(path),
             Some(ErrorCode::ReadOnly) => Self::look_why(path).unwrap_or_else(|path| Self::ReadOnly { path }),
             Some(ErrorCode::CannotOpen | ErrorCode::SystemIoFailure) => {
                 Self::look_why(path).unwrap_or_else(|path| Self::Other { path, what })
@@ -180,12 +191,21 @@ impl StoreError {
     fn look_why(path: PathBuf) -> Result<Self, PathBuf> {
         let folder = path.parent().unwrap_or(Path::new("/"));
         match std::fs::symlink_metadata(&path) {
-            Err(e) if e.kind() == ErrorKind::PermissionDenied => Ok(Self::Permission { path }),
+            Err(e) if e.kind() == ErrorKind::PermissionDenied => Ok(Self::permission(path)),
             Err(_) => Ok(Self::Missing { path }),
             Ok(meta) if !meta.is_file() => Ok(Self::Link { path }),
             Ok(_) if files::is_read_only(folder) => Ok(Self::ReadOnly { path }),
-            Ok(meta) if files::is_strange_to(&meta) => Ok(Self::Permission { path }),
+            Ok(meta) if files::is_strange_to(&meta) => Ok(Self::permission(path)),
             Ok(_) => Err(path),
+        }
+    }
+
+    /// What is said depends on who may not: a user whom the inventory does not belong to, or the one
+    /// whose it is, in whose place root works.
+    pub(crate) fn permission(path: PathBuf) -> Self {
+        match User::in_place_of_root() {
+            Some(user) => Self::NotTheirs { path, user },
+            None => Self::Permission { path },
         }
     }
 
@@ -194,6 +214,7 @@ impl StoreError {
         match &mut self {
             Self::Missing { path }
             | Self::Permission { path }
+            | Self::NotTheirs { path, .. }
             | Self::Link { path }
             | Self::Locked { path, .. }
             | Self::Corrupt { path, .. }
@@ -216,7 +237,7 @@ impl StoreError {
     pub(crate) fn file(path: &Path, why: std::io::Error) -> Self {
         let path = path.to_path_buf();
         match why.kind() {
-            ErrorKind::PermissionDenied => Self::Permission { path },
+            ErrorKind::PermissionDenied => Self::permission(path),
             ErrorKind::ReadOnlyFilesystem => Self::ReadOnly { path },
             ErrorKind::StorageFull | ErrorKind::QuotaExceeded => Self::Full { path },
             _ => Self::File { path, why },

@@ -1,16 +1,20 @@
-//! The files beside SQL: made with the right mode, and handed to the agent's user when root made them.
+//! The files beside SQL: made with the right mode, by the owner of their folder ([`user`](crate::user)).
 //!
 //! The database's own files are never opened and closed here while a connection may exist: closing any file
 //! descriptor of a file drops all of the process's POSIX locks on it, SQLite's too
 //! (<https://www.sqlite.org/howtocorrupt.html>, 2.2).
 
 use std::fs::{self, File, Permissions};
-use std::io::ErrorKind;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt, fchown, lchown};
+use std::io::{self, ErrorKind, Read};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt, fchown};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
+use rustix::fs::OFlags;
+
 use crate::StoreError;
+use crate::open::is_inventory;
+use crate::user::User;
 
 const DIR_MODE: u32 = 0o750;
 const FILE_MODE: u32 = 0o640;
@@ -20,7 +24,22 @@ pub(crate) type Identity = (u64, u64);
 
 /// Which file stands at this path, looked at and not opened; none where there is none.
 pub(crate) fn identity(path: &Path) -> Option<Identity> {
-    fs::symlink_metadata(path).ok().map(|found| (found.dev(), found.ino()))
+    fs::symlink_metadata(path).ok().map(|found| of(&found))
+}
+
+pub(crate) fn of(file: &fs::Metadata) -> Identity {
+    (file.dev(), file.ino())
+}
+
+/// Whether the files that SQLite opens by name are files, or not there. It follows no link, but waits for
+/// who writes to a pipe.
+pub(crate) fn are_plain(database: &Path) -> Result<(), StoreError> {
+    for path in ["", "-wal", "-shm", "-journal"].map(|suffix| with_suffix(database, suffix)) {
+        if fs::symlink_metadata(&path).is_ok_and(|found| !found.is_file()) {
+            return Err(StoreError::Link { path });
+        }
+    }
+    Ok(())
 }
 
 pub(crate) fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
@@ -45,7 +64,7 @@ pub(crate) fn make_dir(path: &Path) -> Result<(), StoreError> {
     fs::set_permissions(path, Permissions::from_mode(DIR_MODE)).map_err(fault)
 }
 
-/// Makes an empty file where there is none, for the owner of its folder.
+/// Makes an empty file where there is none.
 pub(crate) fn make_file(path: &Path) -> Result<bool, StoreError> {
     /// So that no thread opens the file as a database before this one has closed it.
     static MAKING: Mutex<()> = Mutex::new(());
@@ -55,35 +74,40 @@ pub(crate) fn make_file(path: &Path) -> Result<bool, StoreError> {
         Err(e) if e.kind() == ErrorKind::AlreadyExists => return Ok(false),
         other => other.map_err(fault)?,
     };
-    let (made, owner) = (file.metadata().map_err(fault)?, owner_for(path)?);
+    let made = file.metadata().map_err(fault)?;
     if made.mode() & 0o7777 != FILE_MODE {
         file.set_permissions(Permissions::from_mode(FILE_MODE)).map_err(fault)?;
-    }
-    if made.uid() == 0 && owner != (made.uid(), made.gid()) {
-        fchown(&file, Some(owner.0), Some(owner.1)).map_err(fault)?;
     }
     Ok(true)
 }
 
-/// Gives a file or folder of root's to the owner of the folder that it lies in. Anybody else's is its owner's already.
-/// A file with a second name is left alone: that name may be root's own.
+/// Gives an inventory that root put into another user's folder to that user: a backup, copied back
+/// by hand.
 ///
-/// # Errors
-/// When the folder cannot be read or the file cannot be given away.
-pub fn hand_over(path: &Path) -> Result<(), StoreError> {
-    let Ok(meta) = fs::symlink_metadata(path) else { return Ok(()) };
-    let owner = owner_for(path)?;
-    let single = meta.is_dir() || (meta.is_file() && meta.nlink() == 1);
-    if meta.uid() != 0 || (meta.uid(), meta.gid()) == owner || !single {
+/// Only a file that says itself that it is an inventory, and that has no second name. The file is
+/// examined and given away by its descriptor: whatever its name leads to meanwhile, it is this file.
+pub(crate) fn hand_over(inventory: &Path, user: User) -> io::Result<()> {
+    let Some((uid, gid)) = user.ids() else { return Ok(()) };
+    // Most often it is the user's already. Then nothing is opened: see above.
+    if fs::symlink_metadata(inventory).map_or(true, |found| found.uid() != 0) {
         return Ok(());
     }
-    lchown(path, Some(owner.0), Some(owner.1)).map_err(|e| StoreError::file(path, e))
-}
-
-/// User and group of the folder that `path` lies in.
-fn owner_for(path: &Path) -> Result<(u32, u32), StoreError> {
-    let folder = path.parent().unwrap_or(Path::new("/"));
-    fs::metadata(folder).map(|m| (m.uid(), m.gid())).map_err(|e| StoreError::file(folder, e))
+    let careful = OFlags::NOFOLLOW.union(OFlags::NONBLOCK).bits();
+    let flags = i32::try_from(careful).unwrap_or_default();
+    let Ok(mut file) = File::options().read(true).custom_flags(flags).open(inventory) else {
+        // Missing, or a link: who opens it says so.
+        return Ok(());
+    };
+    let found = file.metadata()?;
+    if found.uid() != 0 || !found.is_file() || found.nlink() != 1 {
+        return Ok(());
+    }
+    let mut head = [0; 72];
+    let is_ours = file.read_exact(&mut head).is_ok() && is_inventory(&head);
+    if is_ours {
+        fchown(&file, Some(uid.as_raw()), Some(gid.as_raw()))?;
+    }
+    Ok(())
 }
 
 /// Whether the file system that `folder` lies on is mounted read-only. Removing a name that is not there says so,
@@ -93,7 +117,8 @@ pub(crate) fn is_read_only(folder: &Path) -> bool {
     fs::remove_file(nothing).is_err_and(|e| e.kind() == ErrorKind::ReadOnlyFilesystem)
 }
 
-/// Whether this process runs as a user who neither owns the file nor is root.
+/// Whether this thread has the rights of a user who neither owns the file nor is root.
 pub(crate) fn is_strange_to(file: &fs::Metadata) -> bool {
-    fs::metadata("/proc/self").is_ok_and(|me| me.uid() != 0 && me.uid() != file.uid())
+    let me = rustix::process::geteuid();
+    !me.is_root() && me.as_raw() != file.uid()
 }

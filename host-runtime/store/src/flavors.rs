@@ -51,9 +51,9 @@ impl Store {
     /// # Errors
     /// When the database cannot be read.
     pub fn flavor(&self, name: &str) -> Result<Option<StoredFlavor>, StoreError> {
+        let conn = self.conn()?;
         let read = || {
-            self.conn
-                .prepare_cached("SELECT * FROM flavors WHERE name = ?1")?
+            conn.prepare_cached("SELECT * FROM flavors WHERE name = ?1")?
                 .query_row([name], StoredFlavor::read)
                 .optional()
         };
@@ -65,7 +65,8 @@ impl Store {
     /// # Errors
     /// When the database cannot be written.
     pub fn set_flavor(&mut self, name: &str, flavor: &Flavor, context: &Context) -> Result<bool, StoreError> {
-        let usb_devices = places::resolve_all(&self.conn, &flavor.usb_devices).map_err(|e| self.fault(&e))?;
+        let usb_devices =
+            places::resolve_all(&*self.conn()?, &flavor.usb_devices).map_err(|e| self.fault(&e))?;
         let flavor = Flavor { usb_devices, ..flavor.clone() };
         if self.flavor(name)?.is_some_and(|stored| stored.flavor == flavor) {
             return Ok(false);

@@ -45,7 +45,7 @@ impl Store {
     ) -> Result<Vec<DeviceId>, StoreError> {
         let everything = extent != Extent::Run;
         // Most often there is nothing: that needs no lock.
-        if !everything && held(&self.conn, instance).map_err(|e| self.fault(&e))?.is_empty() {
+        if !everything && held(&*self.conn()?, instance).map_err(|e| self.fault(&e))?.is_empty() {
             self.forget_hint(instance)?;
             return Ok(Vec::new());
         }

@@ -53,9 +53,9 @@ impl Store {
     /// # Errors
     /// When the database cannot be read.
     pub fn grant(&self, name: &str) -> Result<Option<StoredGrant>, StoreError> {
+        let conn = self.conn()?;
         let read = || {
-            self.conn
-                .prepare_cached("SELECT * FROM grants WHERE name = ?1")?
+            conn.prepare_cached("SELECT * FROM grants WHERE name = ?1")?
                 .query_row([name], StoredGrant::read)
                 .optional()
         };
@@ -67,8 +67,11 @@ impl Store {
     /// # Errors
     /// When the database cannot be written.
     pub fn set_grant(&mut self, name: &str, grant: &Grant, context: &Context) -> Result<bool, StoreError> {
-        let resolved = grant.usb_devices.iter().map(|selector| places::resolve(&self.conn, selector));
-        let usb_devices = resolved.collect::<Sql<_>>().map_err(|e| self.fault(&e))?;
+        let usb_devices = {
+            let conn = self.conn()?;
+            let resolved = grant.usb_devices.iter().map(|selector| places::resolve(&conn, selector));
+            resolved.collect::<Sql<_>>().map_err(|e| self.fault(&e))?
+        };
         let grant = Grant { usb_devices, ..grant.clone() };
         let (one, none) = (BTreeMap::from([(name.to_owned(), grant)]), BTreeSet::new());
         self.change_grants(&one, &none, context).map(|changed| changed > 0)

@@ -129,7 +129,6 @@ impl Hints {
                 Err(e) if e.kind() != ErrorKind::NotFound => return Err(fault(e)),
                 _ => files::make_dir(&new)?,
             }
-            files::hand_over(&new)?;
         }
         let wanted: BTreeSet<String> = known.iter().map(|row| row.as_known().name()).collect();
         let mut changed = !there;

@@ -57,7 +57,7 @@ impl Store {
     /// # Errors
     /// When the database cannot be read.
     pub fn node(&self) -> Result<u64, StoreError> {
-        let node = node(&self.conn).map_err(|e| self.fault(&e))?;
+        let node = node(&*self.conn()?).map_err(|e| self.fault(&e))?;
         Ok(u64::try_from(node).unwrap_or(LONE_NODE))
     }
 

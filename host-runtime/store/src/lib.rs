@@ -16,12 +16,15 @@
 //! | [`watch`] | what there is at one moment, and whether it has changed since |
 //! | [`rules`] | what the configuration held when it was last read |
 //! | [`recover`] | restore, rebuild: another content in the inventory's place |
+//! | [`user`] | with whose rights all of it is done: those of the folder's owner |
 //!
 //! Invariants, each held by one piece of code:
 //! - `usb_devices.status`, `status_reason`, `instance_uuid` and `deleted` are derived, in `device::refresh`, and written by `device::write_state` alone.
 //! - A device has at most one claim: `claims.device_id` is unique.
 //! - An id is never used again: rows of devices that went are kept, marked deleted, and come back with their device.
 //! - A hint is never missing for a row that is there: see [`hints`].
+//! - Root touches nothing in `state_dir`: the connection is reached through `Store::conn` alone,
+//!   which makes the thread the folder's owner (see [`user`]).
 
 pub mod adopt;
 pub mod aside;
@@ -50,17 +53,15 @@ mod query;
 pub mod recover;
 pub mod rules;
 mod salvage;
+pub mod user;
 pub mod watch;
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use rusqlite::Connection;
-
 pub use assignments::{Assignment, Given, Source, TooMany};
 pub use device::{ClaimRow, Record};
 pub use error::StoreError;
-pub use files::hand_over;
 pub use flavors::StoredFlavor;
 pub use grants::StoredGrant;
 pub use open::{Durability, SCHEMA};
@@ -74,7 +75,7 @@ pub const LONE_NODE: u64 = 1;
 /// An open inventory. Each thread opens its own.
 #[derive(Debug)]
 pub struct Store {
-    conn: Connection,
+    database: open::Database,
     path: PathBuf,
     /// Which file that was when it was opened.
     file: Option<files::Identity>,
@@ -87,7 +88,8 @@ pub struct Store {
 impl Store {
     /// For a process that ends now: the kernel lets go of memory and locks faster than SQLite does, and closing does
     /// nothing else in a store that was opened by [`Store::open`].
-    pub fn leave(self) {
+    pub fn leave(mut self) {
+        self.database.be_root_again();
         std::mem::forget(self);
     }
 

@@ -2,8 +2,9 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::ErrorKind;
-use std::path::Path;
+use std::io::{self, ErrorKind};
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
 
 use rusqlite::backup::{Backup, StepResult};
 use rusqlite::{Connection, ffi};
@@ -14,7 +15,8 @@ use crate::device::{ClaimRow, Record};
 use crate::error::Sql;
 use crate::files::with_suffix;
 use crate::hints::Row;
-use crate::{Store, StoreError};
+use crate::user::User;
+use crate::{FILE_NAME, Store, StoreError};
 
 /// A host of the inventory.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -62,7 +64,8 @@ impl Store {
     /// When the database cannot be read.
     pub fn host_document(&self) -> Result<Option<HostDocument>, StoreError> {
         // One moment: the devices are those of that revision.
-        let _moment = self.conn.unchecked_transaction().map_err(|e| self.fault(&e))?;
+        let conn = self.conn()?;
+        let _moment = conn.unchecked_transaction().map_err(|e| self.fault(&e))?;
         let Some(host) = self.hosts()?.into_iter().next() else { return Ok(None) };
         let devices = self.devices()?.into_iter().map(|r| r.entry).collect();
         Ok(Some(HostDocument::new(host.host, host.id, host.revision, devices)))
@@ -74,7 +77,7 @@ impl Store {
     /// When the database cannot be read at all.
     pub fn check(&self) -> Result<Vec<String>, StoreError> {
         let mut findings = self.faults()?;
-        for row in Row::all(&self.conn).map_err(|e| self.fault(&e))? {
+        for row in Row::all(&*self.conn()?).map_err(|e| self.fault(&e))? {
             if !self.hints.may_know(row.as_known()) {
                 let whose = match &row {
                     Row::Flavor(name) => format!("flavor {name}"),
@@ -91,7 +94,8 @@ impl Store {
     /// Damage and contradictions inside the file; empty: all is well.
     pub(crate) fn faults(&self) -> Result<Vec<String>, StoreError> {
         // One moment: claims come and go while this looks.
-        let _moment = self.conn.unchecked_transaction().map_err(|e| self.fault(&e))?;
+        let conn = self.conn()?;
+        let _moment = conn.unchecked_transaction().map_err(|e| self.fault(&e))?;
         let mut findings = self.integrity()?;
         findings.extend(self.all("PRAGMA foreign_key_check", [], |row| {
             Ok(format!(
@@ -154,36 +158,43 @@ impl Store {
 
     /// Writes a copy of the inventory to `target`, which must not be there; hooks may run meanwhile.
     ///
+    /// The inventory is read as its owner, and the copy is written as the user to whom its folder
+    /// belongs: see [`user`](crate::user).
+    ///
     /// # Errors
     /// When the target exists or cannot be written; no half copy stays.
     pub fn backup(&self, target: &Path) -> Result<(), StoreError> {
         let file = |why| StoreError::File { path: target.into(), why };
-        let partial = with_suffix(target, ".partial");
-        let inner = || -> Result<(), StoreError> {
-            let fault = |e: rusqlite::Error| StoreError::from_sqlite(&partial, 0, &e);
-            let mut copy = Connection::open(&partial).map_err(fault)?;
-            // All pages in one step: a reader stops no writer, but page by page writers would stop the reader.
-            let step = Backup::new(&self.conn, &mut copy).and_then(|b| b.step(-1)).map_err(fault)?;
-            if step != StepResult::Done {
-                return Err(self.fault(&busy()));
-            }
-            // A single file, whole by itself.
-            copy.pragma_update(None, "journal_mode", "DELETE").map_err(fault)?;
-            copy.close().map_err(|(_, e)| fault(e))?;
-            let written = fs::File::open(&partial).and_then(|f| f.sync_all());
-            written.and_then(|()| put(&partial, target)).map_err(file)
-        };
+        let writer = User::of_folder_of(target).map_err(file)?;
+        let as_writer = || writer.enter().map_err(file);
+        let writing = as_writer()?;
         if fs::symlink_metadata(target).is_ok() {
-            return Err(file(std::io::Error::new(
-                std::io::ErrorKind::AlreadyExists,
+            return Err(file(io::Error::new(
+                ErrorKind::AlreadyExists,
                 "a file of that name is there already",
             )));
         }
-        drop(fs::remove_file(&partial));
-        create_private(&partial).map_err(file)?;
-        let done = inner();
-        drop(fs::remove_file(&partial));
-        done
+        let place = Private::beside(target, writer).map_err(file)?;
+        let copied = place.path.join(FILE_NAME);
+        create_private(&copied).map_err(file)?;
+        let fault = |e: rusqlite::Error| StoreError::from_sqlite(target, 0, &e);
+        let mut copy = Connection::open(&copied).map_err(fault)?;
+        // A copy that fails is thrown away. Without a journal SQLite opens no other file while it copies.
+        copy.pragma_update(None, "journal_mode", "OFF").map_err(fault)?;
+        drop(writing);
+        // All pages in one step: a reader stops no writer, but page by page writers would stop the reader.
+        let source = self.conn()?;
+        let step = Backup::new(&source, &mut copy).and_then(|b| b.step(-1));
+        drop(source);
+        let _writing = as_writer()?;
+        if step.map_err(fault)? != StepResult::Done {
+            return Err(self.fault(&busy()));
+        }
+        // A single file, whole by itself.
+        copy.pragma_update(None, "journal_mode", "DELETE").map_err(fault)?;
+        copy.close().map_err(|(_, e)| fault(e))?;
+        let written = fs::File::open(&copied).and_then(|f| f.sync_all());
+        written.and_then(|()| put(&copied, target)).map_err(file)
     }
 
     /// Moves the write-ahead log into the database as far as nobody reads it, and shrinks it.
@@ -192,6 +203,36 @@ impl Store {
     /// When the database cannot be written.
     pub fn fold_wal(&self) -> Result<(), StoreError> {
         self.checkpoint("TRUNCATE")
+    }
+}
+
+/// A folder that nobody else may enter: SQLite works by names, and others may make names where the
+/// copy goes (`/tmp`).
+struct Private {
+    path: PathBuf,
+    writer: User,
+}
+
+impl Private {
+    fn beside(target: &Path, writer: User) -> io::Result<Self> {
+        let name = |n| with_suffix(target, &format!(".partial-{}-{n}", std::process::id()));
+        let make = |path: &Path| fs::DirBuilder::new().mode(0o700).create(path);
+        // What stands there already is another's, and stays.
+        for path in (0..100).map(name) {
+            match make(&path) {
+                Err(e) if e.kind() == ErrorKind::AlreadyExists => {}
+                made => return made.map(|()| Self { path, writer }),
+            }
+        }
+        Err(ErrorKind::AlreadyExists.into())
+    }
+}
+
+impl Drop for Private {
+    fn drop(&mut self) {
+        if let Ok(_writing) = self.writer.enter() {
+            drop(fs::remove_dir_all(&self.path));
+        }
     }
 }
 

@@ -13,6 +13,7 @@ use rusqlite::{Connection, ErrorCode, OpenFlags, Transaction, TransactionBehavio
 
 use crate::error::Sql;
 use crate::hints::Hints;
+use crate::user::{AsUser, Left, User};
 use crate::{FILE_NAME, Store, StoreError, files};
 
 /// `PRAGMA application_id` of an inventory: "vUSB".
@@ -101,6 +102,46 @@ impl Deadline {
     }
 }
 
+/// The connection to the database, which is reached as the owner of its folder alone: SQLite opens
+/// files beside the database, and removes them, whenever it likes.
+#[derive(Debug)]
+pub(crate) struct Database {
+    connection: Connection,
+    /// Dropped after the connection, which is closed as the owner, too.
+    closing: Option<Left>,
+    user: User,
+    /// What root had before, where the thread stays the owner as long as the database is open.
+    remaining: Option<Left>,
+}
+
+/// The connection, while this thread is the owner of the database's folder.
+pub(crate) struct Held<'a> {
+    connection: &'a Connection,
+    _owner: AsUser,
+}
+
+impl std::ops::Deref for Held<'_> {
+    type Target = Connection;
+
+    fn deref(&self) -> &Connection {
+        self.connection
+    }
+}
+
+impl Database {
+    /// Ends what [`Store::open_for_call`] began.
+    pub(crate) fn be_root_again(&mut self) {
+        drop(self.remaining.take());
+    }
+}
+
+impl Drop for Database {
+    fn drop(&mut self) {
+        // Who could become the owner to open it can do so to close it.
+        self.closing = self.user.enter().ok().and_then(AsUser::into_left);
+    }
+}
+
 /// What stands in a file, as far as it can be told without knowing its tables.
 #[derive(Clone, Copy)]
 enum Found {
@@ -123,17 +164,48 @@ fn look(conn: &Connection) -> Sql<Found> {
     })
 }
 
+/// Whether a file that begins like this is an inventory (<https://www.sqlite.org/fileformat.html>, 1.3).
+pub(crate) fn is_inventory(head: &[u8; 72]) -> bool {
+    let mark = i64::from(u32::from_be_bytes([head[68], head[69], head[70], head[71]]));
+    head.starts_with(b"SQLite format 3\0") && mark == APPLICATION_ID
+}
+
 impl Store {
-    /// Opens the inventory in `state_dir` as the hook does: it must be there and current, is never made or
-    /// migrated, and closing it does not checkpoint. `patience` is the deadline for all locks together, from now on.
+    /// Opens the inventory in `state_dir`: it must be there and current, is never made or migrated, and
+    /// closing it does not checkpoint. `patience` is the deadline for all locks together, from now on.
     ///
     /// # Errors
     /// Each thing that can be wrong with the file has a variant of its own.
     pub fn open(state_dir: &Path, patience: Duration, durability: Durability) -> Result<Self, StoreError> {
-        let store = Self::connect(state_dir, patience, durability)?;
+        Self::open_as_owner(state_dir, patience, durability).map(|(store, _)| store)
+    }
+
+    /// Opens it for one call in one thread, as the hook does: the thread is the owner of the folder until
+    /// the store is dropped, where root would become that user anew at each use.
+    ///
+    /// # Errors
+    /// As [`Store::open`].
+    pub fn open_for_call(
+        state_dir: &Path,
+        patience: Duration,
+        durability: Durability,
+    ) -> Result<Self, StoreError> {
+        let (mut store, owner) = Self::open_as_owner(state_dir, patience, durability)?;
+        store.database.remaining = owner.into_left();
+        Ok(store)
+    }
+
+    fn open_as_owner(
+        state_dir: &Path,
+        patience: Duration,
+        durability: Durability,
+    ) -> Result<(Self, AsUser), StoreError> {
+        let user = user_of(state_dir)?;
+        let owner = enter(user, state_dir)?;
+        let store = Self::connect_as(user, state_dir, patience, durability)?;
+        store.keep_log()?;
         let fault = |e: rusqlite::Error| store.fault(&e);
-        store.conn.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true).map_err(fault)?;
-        store.configure(durability).map_err(fault)?;
+        configure(&*store.conn()?, durability).map_err(fault)?;
         let version = store.version()?;
         store.stay()?;
         match version {
@@ -141,28 +213,28 @@ impl Store {
             Some(found) if found < SCHEMA => {
                 Err(StoreError::Older { path: store.path, found, known: SCHEMA })
             }
-            Some(_) => Ok(store),
+            Some(_) => Ok((store, owner)),
         }
     }
 
     /// Opens the inventory for the agent and the command line: makes folder and file where they are missing,
-    /// and migrates an older schema. What root makes is handed to the folder's owner.
+    /// and migrates an older schema. Root makes all of it as the folder's owner.
     ///
     /// # Errors
     /// As [`Store::open`], but for `Missing` and `Older`.
     pub fn create(state_dir: &Path, patience: Duration) -> Result<Self, StoreError> {
+        let user = user_of(state_dir)?;
+        files::hand_over(&state_dir.join(FILE_NAME), user).map_err(|e| StoreError::file(state_dir, e))?;
+        let _owner = enter(user, state_dir)?;
         files::make_dir(state_dir)?;
         files::make_file(&canonical(state_dir)?.join(FILE_NAME))?;
-        let mut store = Self::connect(state_dir, patience, Durability::Power)?;
+        let mut store = Self::connect_as(user, state_dir, patience, Durability::Power)?;
         // Before anything is written: a file that is not ours stays as it is.
         store.version()?;
         store.stay()?;
-        store.use_wal().map_err(|e| store.fault(&e))?;
-        store.configure(Durability::Power).map_err(|e| store.fault(&e))?;
+        store.use_wal()?;
+        configure(&*store.conn()?, Durability::Power).map_err(|e| store.fault(&e))?;
         store.migrate()?;
-        for suffix in ["", "-wal", "-shm"] {
-            files::hand_over(&files::with_suffix(&store.path, suffix))?;
-        }
         store.make_hints()?;
         Ok(store)
     }
@@ -172,34 +244,65 @@ impl Store {
         patience: Duration,
         durability: Durability,
     ) -> Result<Self, StoreError> {
+        let user = user_of(state_dir)?;
+        let _owner = enter(user, state_dir)?;
+        Self::connect_as(user, state_dir, patience, durability)
+    }
+
+    /// The same, in a thread that has the user's rights already.
+    fn connect_as(
+        user: User,
+        state_dir: &Path,
+        patience: Duration,
+        durability: Durability,
+    ) -> Result<Self, StoreError> {
         let state_dir = canonical(state_dir)?;
         let path = state_dir.join(FILE_NAME);
+        files::are_plain(&path)?;
         let file = files::identity(&path);
         let flags = OpenFlags::SQLITE_OPEN_READ_WRITE
             | OpenFlags::SQLITE_OPEN_NOFOLLOW
             | OpenFlags::SQLITE_OPEN_NO_MUTEX;
-        let conn =
+        let connection =
             Connection::open_with_flags(&path, flags).map_err(|e| StoreError::from_sqlite(&path, 0, &e))?;
+        let mut database = Database { connection, closing: None, user, remaining: None };
         let deadline = Deadline::after(patience);
         let waits = deadline.clone();
         let hints = Hints::new(&state_dir, durability == Durability::Power);
-        let mut store = Self { conn, path, file, hints, durability, patience, deadline };
-        store.conn.busy_handler(Some(move |attempt| waits.wait(attempt))).map_err(|e| store.fault(&e))?;
-        Ok(store)
+        let waiting = database.connection.busy_handler(Some(move |attempt| waits.wait(attempt)));
+        waiting.map_err(|e| StoreError::from_sqlite(&path, 0, &e))?;
+        Ok(Self { database, path, file, hints, durability, patience, deadline })
+    }
+
+    /// Makes this thread the owner of the inventory's folder, if it is root.
+    fn become_owner(&self) -> Result<AsUser, StoreError> {
+        enter(self.database.user, &self.path)
+    }
+
+    /// The connection: this thread is the owner of the inventory's folder as long as it is used.
+    pub(crate) fn conn(&self) -> Result<Held<'_>, StoreError> {
+        Ok(Held { connection: &self.database.connection, _owner: self.become_owner()? })
+    }
+
+    /// Closing folds nothing of the log into the database.
+    pub(crate) fn keep_log(&self) -> Result<(), StoreError> {
+        let set = self.conn()?.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true);
+        set.map(drop).map_err(|e| self.fault(&e))
     }
 
     /// Two who make the file at once get in each other's way here, and SQLite does not ask the busy handler then.
-    fn use_wal(&self) -> Sql<()> {
+    fn use_wal(&self) -> Result<(), StoreError> {
+        let conn = self.conn()?;
         let mut attempt = 0;
         loop {
-            match self.conn.pragma_update(None, "journal_mode", "WAL") {
+            match conn.pragma_update(None, "journal_mode", "WAL") {
                 Err(e)
                     if e.sqlite_error_code() == Some(ErrorCode::DatabaseBusy)
                         && self.deadline.wait(attempt) =>
                 {
                     attempt += 1;
                 }
-                other => return other,
+                other => return other.map_err(|e| self.fault(&e)),
             }
         }
     }
@@ -213,25 +316,9 @@ impl Store {
         }
     }
 
-    fn configure(&self, durability: Durability) -> Sql<()> {
-        let conn = &self.conn;
-        conn.set_db_config(DbConfig::SQLITE_DBCONFIG_DEFENSIVE, true)?;
-        conn.set_db_config(DbConfig::SQLITE_DBCONFIG_TRUSTED_SCHEMA, false)?;
-        conn.pragma_update(None, "cell_size_check", true)?;
-        // No statement of ours breaks a reference, 'store check' looks for one: the hook saves itself the checks.
-        conn.set_db_config(DbConfig::SQLITE_DBCONFIG_ENABLE_FKEY, durability == Durability::Power)?;
-        conn.pragma_update(None, "wal_autocheckpoint", 0)?;
-        conn.pragma_update(None, "temp_store", "MEMORY")?;
-        conn.pragma_update(
-            None,
-            "synchronous",
-            if durability == Durability::Power { "FULL" } else { "NORMAL" },
-        )
-    }
-
     /// The schema version, `None` for an empty file; refuses what is not ours or newer than this program.
     pub(crate) fn version(&self) -> Result<Option<i64>, StoreError> {
-        self.known(look(&self.conn).map_err(|e| self.fault(&e))?)
+        self.known(look(&*self.conn()?).map_err(|e| self.fault(&e))?)
     }
 
     fn known(&self, found: Found) -> Result<Option<i64>, StoreError> {
@@ -268,8 +355,9 @@ impl Store {
         if self.version()? == Some(SCHEMA) {
             return Ok(());
         }
-        let tx = Transaction::new_unchecked(&self.conn, TransactionBehavior::Immediate)
-            .map_err(|e| self.fault(&e))?;
+        let conn = self.conn()?;
+        let tx =
+            Transaction::new_unchecked(&conn, TransactionBehavior::Immediate).map_err(|e| self.fault(&e))?;
         // Another program may have migrated meanwhile: look again under the lock.
         let found = self.known(look(&tx).map_err(|e| self.fault(&e))?)?.unwrap_or_default();
         let done = usize::try_from(found).unwrap_or_default();
@@ -295,8 +383,9 @@ impl Store {
         &mut self,
         work: impl FnOnce(&Tx<'_>, &Hints) -> Result<T, Fault>,
     ) -> Result<T, StoreError> {
+        let conn = self.conn()?;
         let done = (|| {
-            let inner = Transaction::new_unchecked(&self.conn, TransactionBehavior::Immediate)?;
+            let inner = Transaction::new_unchecked(&conn, TransactionBehavior::Immediate)?;
             let tx = Tx { inner, lasting: Cell::new(false) };
             // Whoever replaces the file holds this lock, or leaves a file that cannot be locked.
             self.stay()?;
@@ -342,7 +431,7 @@ impl Store {
     }
 
     pub(crate) fn checkpoint(&self, mode: &str) -> Result<(), StoreError> {
-        self.conn
+        self.conn()?
             .query_row(&format!("PRAGMA wal_checkpoint({mode})"), [], |_| Ok(()))
             .map_err(|e| self.fault(&e))
     }
@@ -353,12 +442,32 @@ impl Store {
     }
 }
 
+fn configure(conn: &Connection, durability: Durability) -> Sql<()> {
+    conn.set_db_config(DbConfig::SQLITE_DBCONFIG_DEFENSIVE, true)?;
+    conn.set_db_config(DbConfig::SQLITE_DBCONFIG_TRUSTED_SCHEMA, false)?;
+    conn.pragma_update(None, "cell_size_check", true)?;
+    // No statement of ours breaks a reference, 'store check' looks for one: the hook saves itself the checks.
+    conn.set_db_config(DbConfig::SQLITE_DBCONFIG_ENABLE_FKEY, durability == Durability::Power)?;
+    conn.pragma_update(None, "wal_autocheckpoint", 0)?;
+    conn.pragma_update(None, "temp_store", "MEMORY")?;
+    conn.pragma_update(None, "synchronous", if durability == Durability::Power { "FULL" } else { "NORMAL" })
+}
+
+/// The user with whose rights `state_dir` is used.
+pub(crate) fn user_of(state_dir: &Path) -> Result<User, StoreError> {
+    User::of(state_dir).map_err(|e| StoreError::file(&state_dir.join(FILE_NAME), e))
+}
+
+pub(crate) fn enter(user: User, path: &Path) -> Result<AsUser, StoreError> {
+    user.enter().map_err(|why| StoreError::File { path: path.into(), why })
+}
+
 /// Links on the way to the folder are root's affair; below it none is followed.
 pub(crate) fn canonical(state_dir: &Path) -> Result<PathBuf, StoreError> {
     state_dir.canonicalize().map_err(|e| {
         let path = state_dir.join(FILE_NAME);
         match e.kind() {
-            ErrorKind::PermissionDenied => StoreError::Permission { path },
+            ErrorKind::PermissionDenied => StoreError::permission(path),
             _ => StoreError::Missing { path },
         }
     })
@@ -438,8 +547,9 @@ mod tests {
         let flavor = virt_usb_model::Flavor::default();
         assert!(store.set_flavor("before", &flavor, &context).unwrap());
         // SQLite reports a file that may not grow as it reports a disk without space.
-        let pages: i64 = store.conn.pragma_query_value(None, "page_count", |row| row.get(0)).unwrap();
-        store.conn.query_row(&format!("PRAGMA max_page_count = {pages}"), [], |_| Ok(())).unwrap();
+        let pages: i64 =
+            store.conn().unwrap().pragma_query_value(None, "page_count", |row| row.get(0)).unwrap();
+        store.conn().unwrap().query_row(&format!("PRAGMA max_page_count = {pages}"), [], |_| Ok(())).unwrap();
         let names = (0..).map(|n| format!("{n} {}", "x".repeat(200)));
         let (mut stored, mut full) = (0, None);
         for name in names {
@@ -456,7 +566,7 @@ mod tests {
         assert!(message.to_string().contains("nothing was changed; free some space"), "{message}");
         assert_eq!(store.flavors().unwrap().len(), stored + 1);
         assert_eq!(store.check().unwrap(), Vec::<String>::new());
-        store.conn.query_row("PRAGMA max_page_count = 1000000", [], |_| Ok(())).unwrap();
+        store.conn().unwrap().query_row("PRAGMA max_page_count = 1000000", [], |_| Ok(())).unwrap();
         assert!(store.set_flavor("after", &flavor, &context).unwrap(), "with space again it goes on");
     }
 }

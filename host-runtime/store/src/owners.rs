@@ -48,9 +48,9 @@ impl Store {
     /// # Errors
     /// When the database cannot be read.
     pub fn owner(&self, instance: InstanceId) -> Result<Option<Owner>, StoreError> {
+        let conn = self.conn()?;
         let read = || {
-            self.conn
-                .prepare_cached("SELECT * FROM owners WHERE instance_uuid = ?1")?
+            conn.prepare_cached("SELECT * FROM owners WHERE instance_uuid = ?1")?
                 .query_row([instance.to_string()], Owner::read)
                 .optional()
         };

@@ -55,7 +55,7 @@ impl Store {
     ) -> Result<bool, StoreError> {
         let instance = asker.instance.to_string();
         let known: Option<(String, String)> = self
-            .conn
+            .conn()?
             .prepare_cached("SELECT what, domain FROM problems WHERE instance_uuid = ?1 AND about = ?2")
             .and_then(|mut known| {
                 known.query_row([&instance, about], |row| Ok((row.get(0)?, row.get(1)?))).optional()

@@ -15,14 +15,15 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::{self, File, TryLockError};
-use std::io::ErrorKind;
+use std::io::{self, ErrorKind};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use rusqlite::backup::{Backup, StepResult};
-use rusqlite::config::DbConfig;
 use rusqlite::types::Value;
 use rusqlite::{Connection, ErrorCode, OpenFlags, Row, Transaction, params, params_from_iter};
+use rustix::fs::OFlags;
 use serde::Serialize;
 use virt_usb_model::{DeviceId, DevicePath, InstanceId, PortPath, Serial, UsbId};
 
@@ -34,8 +35,9 @@ use crate::files::{self, with_suffix};
 use crate::give_back::SEEN_BY_THE_AUDIT;
 use crate::hints::{self, Hints};
 use crate::join::{self, IDS};
-use crate::open::canonical;
+use crate::open::{canonical, enter, user_of};
 use crate::salvage::{self, Salvage, Table};
+use crate::user::User;
 use crate::{
     Assignment, Context, Durability, FILE_NAME, Owner, SCHEMA, Store, StoreError, StoredFlavor, StoredGrant,
     metadata,
@@ -134,10 +136,7 @@ fn one_line(text: &str) -> String {
 /// Opened to be looked at: closing it folds nothing into what may be damaged.
 fn quiet(state_dir: &Path, patience: Duration) -> Result<Store, StoreError> {
     let store = Store::connect(state_dir, patience, Durability::Power)?;
-    store
-        .conn
-        .set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true)
-        .map_err(|e| store.fault(&e))?;
+    store.keep_log()?;
     Ok(store)
 }
 
@@ -153,16 +152,18 @@ pub fn replace(
     context: &Context,
     fill: &mut dyn FnMut(&mut Store) -> Result<(), StoreError>,
 ) -> Result<Recovered, StoreError> {
+    let backup = wish.backup.map(Source::open).transpose()?;
+    let _owner = enter(user_of(state_dir)?, state_dir)?;
     files::make_dir(state_dir)?;
     let state_dir = canonical(state_dir)?;
     let path = state_dir.join(FILE_NAME);
     let folder = fs::metadata(&state_dir).map_err(|e| StoreError::file(&state_dir, e))?;
     if files::is_strange_to(&folder) {
-        return Err(StoreError::Permission { path });
+        return Err(StoreError::permission(path));
     }
     let _one = one_at_a_time(&state_dir, &path)?;
     let scratch = Scratch::make(&state_dir).map_err(|e| e.of(&path))?;
-    Job { state_dir, path, scratch, patience, wish, context }.run(fill)
+    Job { state_dir, path, scratch, patience, wish, backup, context }.run(fill)
 }
 
 /// One restore or rebuild at a time: a lock on the folder, which the kernel lets go of whatever becomes of the process.
@@ -183,7 +184,6 @@ impl Scratch {
         let scratch = Self(state_dir.join(BESIDE));
         scratch.clear().map_err(|e| StoreError::file(&scratch.0, e))?;
         files::make_dir(&scratch.0)?;
-        files::hand_over(&scratch.0)?;
         Ok(scratch)
     }
 
@@ -208,7 +208,47 @@ struct Job<'a> {
     scratch: Scratch,
     patience: Duration,
     wish: &'a Wish<'a>,
+    backup: Option<Source>,
     context: &'a Context,
+}
+
+/// A backup, opened with the rights of the user who may put another file in its place: root's tool
+/// copies into a folder of the agent's user, who must learn nothing by it.
+struct Source {
+    path: PathBuf,
+    file: File,
+    /// What stands beside the file of an inventory that was copied while it was in use.
+    log: Option<File>,
+}
+
+impl Source {
+    fn open(path: &Path) -> Result<Self, StoreError> {
+        let fault = |e| StoreError::file(path, e);
+        let _user = User::of(path).and_then(User::enter).map_err(fault)?;
+        let open = |path: &Path| {
+            // A pipe without a writer would be waited for.
+            let flags = i32::try_from(OFlags::NONBLOCK.bits()).unwrap_or_default();
+            let file = File::options().read(true).custom_flags(flags).open(path)?;
+            match file.metadata()?.is_file() {
+                true => Ok(file),
+                false => Err(io::Error::other("it is no regular file")),
+            }
+        };
+        let file = open(path).map_err(fault)?;
+        let log = match open(&with_suffix(path, "-wal")) {
+            Err(e) if e.kind() == ErrorKind::NotFound => None,
+            log => Some(log.map_err(fault)?),
+        };
+        Ok(Self { path: path.into(), file, log })
+    }
+
+    fn copy_to(&self, copy: &Path) -> io::Result<()> {
+        io::copy(&mut &self.file, &mut File::create(copy)?)?;
+        if let Some(log) = &self.log {
+            io::copy(&mut &*log, &mut File::create(with_suffix(copy, "-wal"))?)?;
+        }
+        Ok(())
+    }
 }
 
 /// What was done to the file.
@@ -241,23 +281,17 @@ impl Job<'_> {
 
     /// The new inventory as it begins: empty, or the backup's content.
     fn begin(&self) -> Result<Store, StoreError> {
-        let Some(backup) = self.wish.backup else {
+        let Some(source) = &self.backup else {
             return Store::create(&self.scratch.0, self.patience).map_err(|e| e.of(&self.path));
         };
-        if files::identity(backup).is_some() && fs::canonicalize(backup).ok().as_deref() == Some(&self.path) {
+        let backup = source.path.as_path();
+        let found = source.file.metadata().map_err(|e| StoreError::file(backup, e))?;
+        if files::identity(&self.path) == Some(files::of(&found)) {
             return Err(unsound(backup, "it is the inventory itself"));
         }
         let copy = self.scratch.0.join(FILE_NAME);
-        // Its copy is the inventory's owner's, as the inventory is.
         files::make_file(&copy).map_err(|e| e.of(&self.path))?;
-        let contents = fs::read(backup).map_err(|e| StoreError::file(backup, e))?;
-        fs::write(&copy, contents).map_err(|e| StoreError::file(&self.path, e))?;
-        let log = with_suffix(backup, "-wal");
-        if fs::metadata(&log).is_ok() {
-            let to = with_suffix(&copy, "-wal");
-            fs::copy(&log, &to).map_err(|e| StoreError::file(&log, e))?;
-            files::hand_over(&to)?;
-        }
+        source.copy_to(&copy).map_err(|e| StoreError::file(&self.path, e))?;
         let refuse = |e: StoreError| match e {
             StoreError::Corrupt { what, .. }
             | StoreError::Row { what, .. }
@@ -302,7 +336,6 @@ impl Job<'_> {
             let aside = self.free_name(new)?;
             if sound {
                 quiet(&self.state_dir, self.patience)?.backup(&aside)?;
-                files::hand_over(&aside)?;
             } else {
                 self.copy_aside(&aside)?;
             }
@@ -467,7 +500,7 @@ impl Job<'_> {
     /// A name that nobody has: `inventory.sqlite.before-restore-20260131T235959Z`.
     fn free_name(&self, new: &Store) -> Result<PathBuf, StoreError> {
         let now: String = new
-            .conn
+            .conn()?
             .query_row("SELECT strftime('%Y%m%dT%H%M%SZ', 'now')", [], |row| row.get(0))
             .map_err(|e| new.fault(&e))?;
         let name = format!(".before-{}-{now}", self.wish.what);
@@ -481,11 +514,7 @@ impl Job<'_> {
 
     /// Byte for byte; what could not be copied whole does not stay.
     fn copy_aside(&self, aside: &Path) -> Result<(), StoreError> {
-        salvage::copy_all(&self.path, aside).inspect_err(|_| remove(aside)).map_err(|e| e.of(&self.path))?;
-        for suffix in ["", "-wal"] {
-            files::hand_over(&with_suffix(aside, suffix))?;
-        }
-        Ok(())
+        salvage::copy_all(&self.path, aside).inspect_err(|_| remove(aside)).map_err(|e| e.of(&self.path))
     }
 
     /// What tells whether somebody wrote to the file or its log. Looked at, not opened: that would drop SQLite's locks.
@@ -499,7 +528,7 @@ impl Job<'_> {
     /// Before the rows can be seen: a hint too many costs a look, one too few hides a claim.
     fn add_hints(&self, new: &Store) -> Result<(), StoreError> {
         let hints = Hints::new(&self.state_dir, true);
-        for row in hints::Row::all(&new.conn).map_err(|e| new.fault(&e))? {
+        for row in hints::Row::all(&*new.conn()?).map_err(|e| new.fault(&e))? {
             hints.add(row.as_known())?;
         }
         Ok(())
@@ -862,7 +891,7 @@ fn raise(tx: &Transaction<'_>, table: &str, seq: i64) -> Sql<()> {
 /// A backup goes on where the inventory was: devices that were seen since keep their ids, the audit its events, and who holds a device now is
 /// not a matter of the past. `all`: every claim of the present could be read.
 fn continue_with(new: &mut Store, present: &Store, all: bool, guests_known: bool) -> Result<(), StoreError> {
-    let since = Salvage::read(&present.conn);
+    let since = Salvage::read(&*present.conn()?);
     let records = present.all_devices()?;
     let claims = present.claims()?;
     new.write(|tx, _| {

@@ -31,7 +31,8 @@ impl Store {
     /// # Errors
     /// When the database cannot be read.
     pub fn moment(&self, events: u32) -> Result<Moment, StoreError> {
-        let _moment = self.conn.unchecked_transaction().map_err(|e| self.fault(&e))?;
+        let conn = self.conn()?;
+        let _moment = conn.unchecked_transaction().map_err(|e| self.fault(&e))?;
         Ok(Moment {
             hosts: self.hosts()?,
             devices: self.devices()?,
@@ -82,8 +83,8 @@ impl Watched {
             self.store = Store::open(&dir, self.patience, Durability::Power)?;
             before = None;
         }
-        let read = || self.store.conn.pragma_query_value(None, "data_version", |row| row.get(0));
-        let now = read().map_err(|e| self.store.fault(&e))?;
+        let now = self.store.conn()?.pragma_query_value(None, "data_version", |row| row.get(0));
+        let now = now.map_err(|e| self.store.fault(&e))?;
         self.seen = Some(now);
         Ok(before != self.seen)
     }

@@ -171,6 +171,44 @@ fn the_top_holds_the_folders_of_the_design_and_no_other() {
     assert!(!folders.is_empty() && folders.is_subset(&design), "{folders:?}");
 }
 
+/// Root works in `state_dir` as its owner (`store::user`). The store sees to that itself; a file beside it that is named elsewhere is
+/// used under the same guard, or is only looked at, or is opened without following a link.
+#[test]
+fn who_names_a_file_in_the_state_uses_it_as_its_owner() {
+    let looks = [
+        "hook/src/config.rs",
+        "hook/src/machine.rs",
+        "host-runtime/src/api/mod.rs",
+        "host-runtime/src/cli/recover.rs",
+        "host-runtime/src/doctor.rs",
+    ];
+    let mut folders = vec![root().join("hook/src"), root().join("host-runtime/src")];
+    let mut found = 0;
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                folders.push(path);
+                continue;
+            }
+            if path.extension().is_none_or(|extension| extension != "rs") {
+                continue;
+            }
+            let text = std::fs::read_to_string(&path).unwrap();
+            let name = path.strip_prefix(root()).unwrap().to_str().unwrap();
+            if text.contains("state_dir.join(") {
+                found += 1;
+                let guarded = text.contains("User::of");
+                assert!(
+                    guarded || looks.contains(&name),
+                    "{name} uses files in state_dir without store::user"
+                );
+            }
+        }
+    }
+    assert!(found >= looks.len());
+}
+
 #[test]
 fn every_folder_of_a_part_explains_itself() {
     for folder in [

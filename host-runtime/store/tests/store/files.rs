@@ -7,7 +7,7 @@ use std::path::Path;
 use std::process::Command;
 
 use tempfile::TempDir;
-use virt_usb_store::{FILE_NAME, Store};
+use virt_usb_store::{FILE_NAME, Store, StoreError};
 
 use crate::common::*;
 
@@ -134,13 +134,56 @@ fn its_owner_needs_no_root() {
     chown(dir.path().join(FILE_NAME), Some(0), Some(0)).unwrap();
     drop(Store::create(dir.path(), PATIENCE).unwrap());
     assert_eq!(fs::metadata(dir.path().join(FILE_NAME)).unwrap().uid(), NOBODY);
-    // But not under a second name, which may be root's own.
+    // But not under a second name, which may be root's own, and not what is no inventory.
+    let file = dir.path().join(FILE_NAME);
+    let kept = |own: &Path| {
+        let error = Store::create(dir.path(), PATIENCE).unwrap_err();
+        assert!(matches!(error, StoreError::NotTheirs { user: NOBODY, .. }), "{error:?}");
+        let says = format!("'chown {NOBODY}: {}'", file.display());
+        assert!(error.to_string().contains(&says), "{error}");
+        assert_eq!(fs::metadata(own).unwrap().uid(), 0);
+    };
     let own = dir.path().join("own");
-    fs::write(&own, "").unwrap();
-    fs::remove_file(dir.path().join(FILE_NAME)).unwrap();
-    fs::hard_link(&own, dir.path().join(FILE_NAME)).unwrap();
-    drop(Store::create(dir.path(), PATIENCE).unwrap());
-    assert_eq!(fs::metadata(&own).unwrap().uid(), 0);
+    fs::rename(&file, &own).unwrap();
+    chown(&own, Some(0), Some(0)).unwrap();
+    fs::hard_link(&own, &file).unwrap();
+    kept(&own);
+    fs::remove_file(&file).unwrap();
+    fs::write(&file, "root's own secret, longer than what is looked at: ".repeat(9)).unwrap();
+    fs::set_permissions(&file, fs::Permissions::from_mode(0o600)).unwrap();
+    kept(&file);
+}
+
+/// What root does with the inventory of another user, that user can do: nothing is left to root.
+#[test]
+fn root_s_inventory_stays_its_owner_s() {
+    if !is_root() {
+        return;
+    }
+    let (place, copies) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    open(place.path());
+    let state = place.path().join("state");
+    fs::create_dir(&state).unwrap();
+    chown(&state, Some(NOBODY), Some(NOBODY)).unwrap();
+    let mut store = Store::create(&state, PATIENCE).unwrap();
+    plug(&mut store, 3);
+    // Neither that root opened it nor that a thread of root's closes it makes a file of root's.
+    let copy = copies.path().join("copy");
+    store.backup(&copy).unwrap();
+    std::thread::spawn(move || drop(store)).join().unwrap();
+    drop(crate::common::hook(&state).unwrap());
+    let made = fs::metadata(&copy).unwrap();
+    assert_eq!((made.uid(), made.mode() & 0o777), (0, 0o600), "a copy elsewhere is root's");
+    assert_eq!(fs::read_dir(copies.path()).unwrap().count(), 1, "and nothing beside it");
+    for entry in fs::read_dir(&state).unwrap() {
+        let entry = entry.unwrap();
+        assert_eq!(entry.metadata().unwrap().uid(), NOBODY, "{:?}", entry.file_name());
+    }
+    assert_eq!(run(&AS_NOBODY, &state), ("fine".into(), "fine".into()));
+    // One in a folder of theirs is theirs.
+    let store = crate::common::hook(&state).unwrap();
+    store.backup(&state.join("copy")).unwrap();
+    assert_eq!(fs::metadata(state.join("copy")).unwrap().uid(), NOBODY);
 }
 
 /// A wrapper that runs `setup` under mounts of its own; none where that is not allowed.
