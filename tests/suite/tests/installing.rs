@@ -1,7 +1,7 @@
 //! What `install/` places, in a folder of its own.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
 
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
 use std::process::{Command, Output};
 
@@ -67,6 +67,50 @@ fn state_dir_is_made_where_the_configuration_says() {
     .unwrap();
     ok(&install(dest.path(), &[]));
     assert!(dest.path().join("srv/usb").is_dir() && !dest.path().join("var/lib/virt-usb").exists());
+}
+
+/// Gives a folder to nobody as the installation does. Returns whose the folder and what is in it are then.
+fn give(state: &Path) -> Vec<u32> {
+    let give = "config=/nonexistent; . \"$1\"; state_dir=$2; give_state_dir 65534:65534";
+    let script = root().join("install/state-dir");
+    ok(&Command::new("sh").args(["-ec", give, "sh"]).arg(script).arg(state).output().unwrap());
+    let owner = |path: &Path| std::fs::symlink_metadata(path).unwrap().uid();
+    let mut found = vec![owner(state)];
+    found.extend(["file", "hints", "hints/one", "link"].map(|name| owner(&state.join(name))));
+    found
+}
+
+#[test]
+fn the_state_is_given_away_only_while_it_is_root_s_alone() {
+    if !rustix::process::geteuid().is_root() {
+        eprintln!(
+            "the state is given away: not root: nothing can be given to another user, this is not tested"
+        );
+        return;
+    }
+    let mode = |path: &Path, mode| {
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).unwrap();
+    };
+    let place = tempfile::tempdir().unwrap();
+    let (state, secret) = (place.path().join("state"), place.path().join("secret"));
+    std::fs::create_dir_all(state.join("hints")).unwrap();
+    for file in [&secret, &state.join("file"), &state.join("hints/one")] {
+        std::fs::write(file, "").unwrap();
+    }
+    std::os::unix::fs::symlink(&secret, state.join("link")).unwrap();
+    // Others may write to it: what is in it may be theirs.
+    mode(&state, 0o777);
+    assert_eq!(give(&state), [0; 5]);
+    // Another's already: a link or a second name may stand anywhere.
+    mode(&state, 0o750);
+    std::os::unix::fs::chown(&state, Some(65534), Some(65534)).unwrap();
+    assert_eq!(give(&state), [65534, 0, 0, 0, 0]);
+    std::os::unix::fs::chown(&state, Some(0), Some(0)).unwrap();
+    let link = place.path().join("link-to-state");
+    std::os::unix::fs::symlink(&state, &link).unwrap();
+    assert_eq!(give(&link), [0, 65534, 65534, 65534, 65534], "the link itself is root's");
+    assert_eq!(std::fs::metadata(&state).unwrap().uid(), 65534);
+    assert_eq!(std::fs::metadata(&secret).unwrap().uid(), 0);
 }
 
 #[test]
