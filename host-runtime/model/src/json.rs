@@ -201,6 +201,16 @@ mod tests {
     }
 
     #[test]
+    fn a_whole_number_is_whole_however_it_is_written() {
+        for text in ["2251799813685247.0", "9007199254740991.0", "194.0", "1e3"] {
+            let expected: f64 = text.parse().unwrap();
+            let value = parse_text(text).unwrap();
+            assert_eq!(number(&value).map(|n| n.to_string()), Some(format!("{expected:.0}")), "{text}");
+        }
+        assert_eq!(number(&parse_text("2251799813685247.5").unwrap()), None);
+    }
+
+    #[test]
     fn all_else_is_read_as_ever() {
         for text in [
             "null",
