@@ -6,6 +6,10 @@ use std::time::{Duration, Instant};
 
 use crate::ports::Port;
 
+/// Timeouts of etcdctl in its environment. It gives up a connection after two seconds by default, and where etcd
+/// asks for a password, checking that is part of the connection: on a busy machine it takes longer.
+pub const PATIENT: [(&str, &str); 2] = [("ETCDCTL_DIAL_TIMEOUT", "60s"), ("ETCDCTL_COMMAND_TIMEOUT", "60s")];
+
 /// One etcd, alone or a member of a cluster.
 pub struct Etcd {
     dir: tempfile::TempDir,
@@ -140,6 +144,7 @@ impl Etcd {
         let ctl = Command::new("etcdctl")
             .env("ETCDCTL_API", "3")
             .env("ETCDCTL_ENDPOINTS", self.endpoint())
+            .env(PATIENT[0].0, PATIENT[0].1)
             .arg("--command-timeout=60s")
             .args(arguments)
             .stdin(Stdio::null())

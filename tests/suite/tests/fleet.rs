@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use virt_usb_model::{Flavor, HostDocument};
 use virt_usb_store::Source;
 use virt_usb_store::claim::Asker;
-use virt_usb_suite::{Etcd, Host, device, domain, program, root};
+use virt_usb_suite::{Etcd, Host, PATIENT, device, domain, program, root};
 
 const ERP: &str = "11111111-2222-4333-8444-555555555555";
 
@@ -301,6 +301,7 @@ fn many_join_at_once_and_no_two_get_one_number() {
 fn roles(etcd: &Etcd, password: &str, arguments: &[&str]) {
     let mut script = Command::new(root().join("install/etcd-roles"))
         .env("ETCDCTL_ENDPOINTS", etcd.endpoint())
+        .envs(PATIENT)
         .args(arguments)
         .stdin(std::process::Stdio::piped())
         .spawn()
