@@ -24,8 +24,7 @@ const PATIENCE: Duration = Duration::from_secs(2);
 pub(crate) fn open(config: &Config, op: &str, concerned: bool) -> Result<(Store, Context), Fault> {
     let fault = |e: &dyn std::fmt::Display| Fault::of(concerned, e);
     let context = machine::context(config, format!("hook {op}")).map_err(|e| fault(&e))?;
-    let store =
-        Store::open_for_call(&config.state_dir, PATIENCE, Durability::Boot).map_err(|e| fault(&e))?;
+    let store = Store::open_for_call(&config.state_dir, PATIENCE, Durability::Boot).map_err(|e| fault(&e))?;
     Ok((store, context))
 }
 

@@ -110,7 +110,12 @@ impl<'a> Arrival<'a> {
             return Ok(refusal);
         }
         let (places, by_hand) = self.places();
-        let holdings: Vec<Holding> = by_hand.iter().map(|(_, hostdev)| holding(hostdev)).collect();
+        // An address or a port of the host that the guest left means nothing here.
+        let here = |holding: Holding| match self.how {
+            Incoming::Migrate => Holding { address: None, port: None, ..holding },
+            Incoming::Restore => holding,
+        };
+        let holdings: Vec<Holding> = by_hand.iter().map(|(_, hostdev)| here(holding(hostdev))).collect();
         let mut refusal = String::new();
         for &choice in choices(self.config, self.how) {
             let Some(wants) = wanted(&places, choice) else { continue };

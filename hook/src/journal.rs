@@ -18,7 +18,8 @@ use crate::config::Log;
 
 const SOCKET: &str = "/run/systemd/journal/socket";
 
-/// Writes the record. Nothing is done about a record that cannot be written: nobody must suffer for it.
+/// Writes the record. One that cannot be written to its file goes to the journal; nothing more is done about it, because no
+/// call must fail for its record.
 pub fn record(log: &Log, call: &Call, instance: Option<&str>, answer: &Answer, took: Duration) {
     let micros = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
     let (message, duration) = (message(call, answer), micros.to_string());
@@ -44,7 +45,9 @@ pub fn record(log: &Log, call: &Call, instance: Option<&str>, answer: &Answer, t
                     .open(path)
             };
             let file = User::of_folder_of(path).and_then(User::enter).and_then(open);
-            drop(file.and_then(|mut f| f.write_all(line.as_bytes())));
+            if file.and_then(|mut f| f.write_all(line.as_bytes())).is_err() {
+                drop(to_journal(Path::new(SOCKET), &fields));
+            }
         }
     }
 }

@@ -243,7 +243,11 @@ impl<'a> Lean<'a> {
     /// With or without what only people read, with or without the path.
     fn new(entry: &'a DeviceEntry, words: bool, paths: bool) -> Self {
         let text = |text: &'a Option<String>| text.as_deref().filter(|_| words);
-        let kind = entry.serial_kind.as_str();
+        // A serial that identifies nothing: readers of older releases know one word for that.
+        let kind = match entry.serial_kind.as_str() {
+            "worthless" => "duplicate",
+            kind => kind,
+        };
         Self {
             id: entry.id,
             address: entry.address,

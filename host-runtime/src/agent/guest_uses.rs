@@ -24,15 +24,15 @@ pub(super) struct Using {
     domain: String,
     running: bool,
     sources: Vec<HostSource>,
-    /// Without those that the agent attached.
+    /// Of a guest that runs without those of our alias: a claim says whose they are.
     hostdevs: Vec<UsbHostdev>,
 }
 
 impl Using {
     /// From the guest's XML; `None` when it uses nothing of the kind.
     pub(super) fn new(domain: &Domain, running: bool) -> Option<Self> {
-        let hostdevs: Vec<UsbHostdev> =
-            domain.hostdevs.iter().filter(|h| h.injected().is_none()).cloned().collect();
+        let by_itself = |h: &&UsbHostdev| !running || h.injected().is_none();
+        let hostdevs: Vec<UsbHostdev> = domain.host_devices().filter(by_itself).cloned().collect();
         let sources = domain.host_sources.clone();
         let uses_some = !sources.is_empty() || !hostdevs.is_empty();
         uses_some.then(|| Self { domain: domain.name.clone(), running, sources, hostdevs })
@@ -132,14 +132,15 @@ fn resolve(
     uses
 }
 
-/// The device that a hostdev names: the one at its address, or the only one of its kind.
+/// The device that a hostdev names: the one at its address or port, or the only one of its kind.
 fn named<'a>(devices: &'a [Device], hostdev: &UsbHostdev) -> Option<&'a Device> {
-    if hostdev.usb.is_none() && hostdev.address.is_none() {
+    if !hostdev.names_a_device() {
         return None;
     }
     let mut fitting = devices.iter().filter(|device| {
         hostdev.usb.is_none_or(|usb| usb == device.key.usb)
             && hostdev.address.is_none_or(|address| address == device.address)
+            && hostdev.port.as_ref().is_none_or(|port| *port == device.key.port)
     });
     let first = fitting.next()?;
     fitting.next().is_none().then_some(first)

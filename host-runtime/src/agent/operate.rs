@@ -172,7 +172,9 @@ impl Worker {
             let meant: Vec<(&Record, &ClaimRow)> = meant.filter_map(|r| Some((r, claim(r)?))).collect();
             match meant.as_slice() {
                 [] => {
-                    let Some(at) = assigned.iter().position(|a| a.request.selector == *selector) else {
+                    let stored = self.store.as_stored(selector)?;
+                    let is = |a: &Assignment| [selector, &stored].contains(&&a.request.selector);
+                    let Some(at) = assigned.iter().position(is) else {
                         return Err(OperateError::Nothing(whom.domain));
                     };
                     ending.push(assigned.remove(at).id);

@@ -291,7 +291,8 @@ impl<'a> Present<'a> {
     /// A device that somebody gave to the guest with his own hands, and has taken out again: nobody asked for it.
     fn was_taken_by_hand(&self, claim: &ClaimRow) -> bool {
         let present = self.host.devices.get(&claim.device_id).is_some_and(|record| record.present);
-        claim.by_hand && claim.state == "allocated" && present
+        let unasked = claim.by_hand && claim.request.is_none();
+        unasked && claim.state == "allocated" && present
     }
 
     /// Why the guest is not given a device again that comes and goes.

@@ -11,6 +11,7 @@ use virt_usb_store::recover::{Health, health};
 use super::arguments::Recover;
 use super::devices::source;
 use super::{PATIENCE, Session};
+use crate::agent::guest_uses::ask;
 use crate::hypervisor::{Hypervisor, Libvirt};
 use crate::inventory::host_name;
 use crate::recover::{Recovery, Refusal, Report};
@@ -49,7 +50,10 @@ fn run(
         true => None,
         false => Some(Libvirt::open(&config.libvirt_uri).map_err(|e| unasked(&e.to_string()))?),
     };
-    let snapshot = source(config, options.sim.as_deref())?.snapshot();
+    let mut snapshot = source(config, options.sim.as_deref())?.snapshot();
+    if let Some(libvirt) = &libvirt {
+        snapshot.guests = ask(libvirt, &snapshot).map_err(|e| unasked(&e.to_string()))?;
+    }
     let context = session.context(config, &format!("store {what}"))?;
     let recovery = Recovery {
         config,

@@ -136,10 +136,14 @@ impl Store {
             let mine = give_back::held(tx, asker.instance)?;
             let arriving = mine.iter().any(|c| c.arrived && inside.contains(&c.device_id));
             if arriving {
-                let strays: Vec<&ClaimRow> = mine
-                    .iter()
-                    .filter(|c| !inside.contains(&c.device_id) && (c.pending || c.hold == "running"))
-                    .collect();
+                // One that the XML names by our alias is not away: its device could not be found now, and
+                // the start is refused for it.
+                let is_named = |c: &ClaimRow| holdings.iter().any(|h| h.id == Some(c.device_id));
+                let is_stray = |c: &&ClaimRow| {
+                    let kept = inside.contains(&c.device_id) || is_named(c);
+                    !kept && (c.pending || c.hold == "running")
+                };
+                let strays: Vec<&ClaimRow> = mine.iter().filter(is_stray).collect();
                 if !strays.is_empty() {
                     step_revision(tx)?;
                 }
@@ -387,11 +391,14 @@ fn take(tx: &Tx<'_>, asker: &Asker, found: &Found, stage: Stage, context: &Conte
             let left = found.ours && claim.state == "allocated";
             let named = claim.incoming_since.is_some_and(|at| at >= context.uptime - context.pending_grace);
             let arriving = claim.pending || named || left;
-            let by_hand = claim.by_hand;
+            let (by_hand, lasting) = (claim.by_hand, claim.hold == "instance");
             give_back::set_places(tx, &[claim], context, |_| give_back::Place::Coming { arriving })?;
             if !found.ours && !by_hand {
                 tx.prepare_cached("UPDATE claims SET by_hand = 1 WHERE device_id = ?1")?
                     .execute([sql_id(id)])?;
+                if lasting {
+                    tx.mark_lasting();
+                }
             }
         }
     }
@@ -490,7 +497,7 @@ impl Arrival<'_> {
         let mut finder = Finder::new(self.tx, &self.mine, self.asker, judge);
         let mut taken: BTreeSet<DeviceId> = ours.iter().filter_map(|w| w.request.selector.id).collect();
         let mut found = Vec::new();
-        for holding in by_hand {
+        for holding in by_hand.iter().take(MAX_HOLDINGS) {
             let device = finder.find(holding)?.map(|f| (f.device, f.address));
             found.push(device.filter(|(device, _)| taken.insert(device.entry.id)));
         }
@@ -504,10 +511,11 @@ impl Arrival<'_> {
                 *found = Some(moved);
             }
         }
+        found.resize_with(by_hand.len(), || None);
         Ok(found)
     }
 
-    /// The device of a hostdev whose address is out of date.
+    /// The device of a hostdev whose address is out of date, or another host's.
     fn moved(
         &self,
         finder: &mut Finder<'_>,
@@ -515,10 +523,10 @@ impl Arrival<'_> {
         taken: &BTreeSet<DeviceId>,
         equivalent: bool,
     ) -> Sql<Option<(Record, BusAddress)>> {
-        if holding.usb.is_none() || holding.address.is_none() {
+        if holding.usb.is_none() || (holding.address.is_none() && !equivalent) {
             return Ok(None);
         }
-        let anywhere = Holding { usb: holding.usb, port: holding.port.clone(), ..Holding::default() };
+        let anywhere = Holding { usb: holding.usb, ..Holding::default() };
         let mut mine = finder.matching(&anywhere, None, true, usize::MAX)?;
         mine.retain(|(device, _)| !taken.contains(&device.entry.id));
         if mine.len() == 1 {

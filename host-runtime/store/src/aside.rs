@@ -226,26 +226,31 @@ pub(crate) fn altered(
 }
 
 /// Quarantines devices that cannot be told apart since the host was restarted: neither a serial nor a path identifies them,
-/// and ports begin with bus numbers, which are assigned at boot. A device that is the only one of its kind stays as it is.
+/// and ports begin with bus numbers, which are assigned at boot. Devices that were unplugged count, because they may be back in
+/// another port. A device that is the only one of its kind stays as it is, unless it is held and was not seen before the restart.
 pub(crate) fn set_aside_after_restart(tx: &Tx<'_>, context: &Context) -> Sql<()> {
     let mut doubtful: BTreeMap<UsbId, Vec<Record>> = BTreeMap::new();
     let all = tx
-        .prepare("SELECT * FROM usb_devices WHERE deleted = 0 ORDER BY id")?
+        .prepare("SELECT * FROM usb_devices ORDER BY id")?
         .query_map([], Record::read)?
         .collect::<Sql<Vec<_>>>()?;
     for record in all.into_iter().filter(|record| !record.key().serial_decides()) {
         doubtful.entry(record.usb()).or_default().push(record);
     }
     let mut stepped = false;
-    for twins in doubtful.into_values().filter(|twins| twins.len() > 1) {
+    for twins in doubtful.into_values() {
+        let alone = twins.len() == 1;
         let ids: Vec<String> = twins.iter().map(|twin| twin.entry.id.to_string()).collect();
-        for twin in twins.iter().filter(|twin| twin.entry.path.is_none() && twin.quarantined.is_none()) {
+        let unseen = |twin: &&Record| !twin.present && twin.entry.instance_uuid.is_some();
+        let unplaced = |twin: &&Record| twin.entry.path.is_none() && twin.quarantined.is_none();
+        for twin in twins.iter().filter(unplaced).filter(|twin| !alone || unseen(twin)) {
             if !std::mem::replace(&mut stepped, true) {
                 step_revision(tx)?;
             }
             let why = format!(
-                "the host was restarted, and devices {} have no serial that tells them apart: bus numbers are assigned \
-                 at boot, so this may be another of them: look which one is in port {}",
+                "the host was restarted, and no serial identifies {} {}: bus numbers are assigned at boot, so another \
+                 device of the kind may be in port {} now: look which one is there",
+                if alone { "device" } else { "devices" },
                 ids.join(", "),
                 twin.entry.port_path
             );

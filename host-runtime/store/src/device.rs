@@ -391,11 +391,12 @@ pub(crate) fn write_state(
     Ok(())
 }
 
-/// Corrects the stored address, and the bus of the port, to what was just seen.
+/// Corrects the stored address to what was just seen, and with another bus the port: the ports of the path on that bus.
 pub(crate) fn set_address(tx: &Transaction<'_>, device: DeviceId, address: BusAddress) -> Sql<()> {
     tx.prepare_cached(
         "UPDATE usb_devices SET address = ?2, bus_id = ?3, device_id = ?4,
-         port_path = ?3 || substr(port_path, instr(port_path, '-')) WHERE id = ?1 AND address <> ?2",
+         port_path = iif(bus_id = ?3, port_path, ?3 || '-' ||
+             iif(path IS NULL, substr(port_path, instr(port_path, '-') + 1), substr(path, instr(path, '-usbv') + 9))) WHERE id = ?1 AND address <> ?2",
     )?
     .execute(params![sql_id(device), address.to_string(), address.bus(), address.device()])?;
     Ok(())

@@ -67,8 +67,12 @@ impl Store {
     pub fn set_flavor(&mut self, name: &str, flavor: &Flavor, context: &Context) -> Result<bool, StoreError> {
         let usb_devices =
             places::resolve_all(&*self.conn()?, &flavor.usb_devices).map_err(|e| self.fault(&e))?;
-        let flavor = Flavor { usb_devices, ..flavor.clone() };
-        if self.flavor(name)?.is_some_and(|stored| stored.flavor == flavor) {
+        self.put_flavor(name, &Flavor { usb_devices, ..flavor.clone() }, context)
+    }
+
+    /// Stores a flavor as it is.
+    fn put_flavor(&mut self, name: &str, flavor: &Flavor, context: &Context) -> Result<bool, StoreError> {
+        if self.flavor(name)?.is_some_and(|stored| stored.flavor == *flavor) {
             return Ok(false);
         }
         self.write(|tx, hints| {
@@ -113,7 +117,7 @@ impl Store {
     ) -> Result<usize, StoreError> {
         let mut changed = 0;
         for (name, flavor) in flavors {
-            changed += usize::from(self.set_flavor(name, flavor, context)?);
+            changed += usize::from(self.put_flavor(name, flavor, context)?);
         }
         for StoredFlavor { name, .. } in self.flavors()? {
             if !flavors.contains_key(&name) && !unclear.contains(&name) {

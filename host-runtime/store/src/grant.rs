@@ -47,6 +47,9 @@ impl Grant<'_> {
         for claim in by_hand {
             let sql = "UPDATE claims SET by_hand = 1, request = NULL, hold = 'running', revision = (SELECT max(revision) FROM compute_nodes) WHERE id = ?1";
             self.tx.prepare_cached(sql)?.execute([claim.id])?;
+            if claim.hold == "instance" && !claim.pending {
+                self.tx.mark_lasting();
+            }
         }
         let known = Known::Instance(self.asker.instance);
         if chosen.iter().any(|g| self.outlives_the_boot(g, wants.get(g.request))) {

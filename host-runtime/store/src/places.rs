@@ -42,6 +42,15 @@ impl Store {
         Ok(paths)
     }
 
+    /// The selector as it would be stored: its port replaced by the port's path, where that is known.
+    ///
+    /// # Errors
+    /// When the database cannot be read.
+    pub fn as_stored(&self, selector: &Selector) -> Result<Selector, StoreError> {
+        let conn = self.conn()?;
+        resolve(&conn, selector).map_err(|e| self.fault(&e))
+    }
+
     /// The paths of ports that rules name, as far as they are known.
     ///
     /// # Errors

@@ -943,6 +943,11 @@ fn continue_with(new: &mut Store, present: &Store, all: bool, guests_known: bool
             }
         }
         copy(tx, "usb_devices", &seen_since)?;
+        // Which socket a rule's port meant, and that there were rules, is of the configuration and not of the past.
+        if let Some(ports) = since.table("rule_ports").filter(|table| !table.rows.is_empty()) {
+            tx.execute("DELETE FROM rule_ports", [])?;
+            copy(tx, "rule_ports", ports)?;
+        }
         let is_new = |r: &&Record| {
             let id = sql(r.entry.id);
             !taken.contains(&id) && ids.contains_key(&id)

@@ -226,3 +226,31 @@ fn an_older_inventory_learns_paths_while_its_bus_numbers_hold() {
     assert_eq!(text(&refused.stdout), "");
     assert!(host.claims().contains("device 1 erp"), "the claim waits for the operator");
 }
+
+#[test]
+fn a_twin_that_was_unplugged_before_the_restart_counts() {
+    let without = |bus: u8, number| device("0001", &format!("{bus}-4"), number, "");
+    let quarantined = |host: &Host| -> Vec<(u64, bool)> {
+        let row = |r: virt_usb_store::Record| (r.entry.id.get(), r.quarantined.is_some());
+        host.store().devices().unwrap().into_iter().map(row).collect()
+    };
+    let host = Host::new("");
+    host.discover(&(without(1, 5) + &without(3, 6)));
+    host.discover(&without(1, 5));
+    reboot(&host);
+    host.discover(&without(1, 7));
+    assert_eq!(quarantined(&host), [(1, true)]);
+    // The only one of its kind may have been swapped for another while it was away.
+    let host = Host::new("hold = 'instance'");
+    host.discover(&without(1, 5));
+    let erp = domain("erp", 7, r#"{"usb_devices":[{"id":1}]}"#);
+    ok(&host.call(&["erp", "prepare", "begin", "-"], erp.as_bytes()));
+    ok(&host.call(&["erp", "release", "end", "-"], erp.as_bytes()));
+    reboot(&host);
+    host.discover(&without(1, 7));
+    assert_eq!(quarantined(&host), [(1, false)], "it was there when the host went down");
+    host.discover("");
+    host.boot("33333333-3333-4333-8333-333333333333", 30.0);
+    host.discover(&without(1, 5));
+    assert_eq!(quarantined(&host), [(1, true)]);
+}

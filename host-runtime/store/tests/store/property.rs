@@ -609,7 +609,8 @@ impl Life {
             self.model.claims.iter().filter(|(_, c)| c.instance == mine && !c.by_hand).map(|(id, _)| *id),
         );
         for (holding, found) in holdings.iter().zip(&mut found) {
-            if found.is_some() || holding.usb.is_none() || holding.address.is_none() {
+            let is_told = holding.address.is_some() || equivalent;
+            if found.is_some() || holding.usb.is_none() || !is_told {
                 continue;
             }
             let free = |id: &DeviceId, row: &Row| {

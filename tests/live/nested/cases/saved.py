@@ -59,7 +59,7 @@ def taken(w):
     guest, stick = saved(w)
     other = w.guest("other", devices=hostdev(stick))
     w.start(other)
-    refused(w.virsh("start", guest.name), "is held by other")
+    refused(w.virsh("start", guest.name), "and other (", "holds it since")
     kept(w, guest)
     w.destroy(other)
     w.start(guest)
