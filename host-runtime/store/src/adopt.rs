@@ -136,14 +136,10 @@ impl Store {
             let mine = give_back::held(tx, asker.instance)?;
             let arriving = mine.iter().any(|c| c.arrived && inside.contains(&c.device_id));
             if arriving {
-                // One that the XML names by our alias is not away: its device could not be found now, and
-                // the start is refused for it.
-                let is_named = |c: &ClaimRow| holdings.iter().any(|h| h.id == Some(c.device_id));
-                let is_stray = |c: &&ClaimRow| {
-                    let kept = inside.contains(&c.device_id) || is_named(c);
-                    !kept && (c.pending || c.hold == "running")
-                };
-                let strays: Vec<&ClaimRow> = mine.iter().filter(is_stray).collect();
+                let strays: Vec<&ClaimRow> = mine
+                    .iter()
+                    .filter(|c| !inside.contains(&c.device_id) && (c.pending || c.hold == "running"))
+                    .collect();
                 if !strays.is_empty() {
                     step_revision(tx)?;
                 }
