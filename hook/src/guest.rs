@@ -198,8 +198,8 @@ pub(crate) fn refuse_hubs(config: &Config, domain: &Domain) -> Option<Answer> {
 /// How devices come into a guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Delivery {
-    /// Whoever calls may start the printed XML, or leave it to the agent to attach the devices:
-    /// libvirt does not tell the hook whether it uses what is printed, and at a start it does not.
+    /// The caller starts the printed XML, or the agent attaches the devices later. libvirt does not
+    /// tell the hook whether it uses the printed XML, and at a start it does not use it.
     Unknown,
     /// The printed XML is started: it may hold a controller of ours.
     Printed,

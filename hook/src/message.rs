@@ -269,8 +269,8 @@ fn advice(short: &Shortage, host: &Host) -> String {
     .to_owned()
 }
 
-/// Whether the claim is for an instance whose guest has not got the device: it does not run, or has
-/// just started.
+/// Whether the instance holds the device while its guest does not have it: the guest does not run,
+/// or has just started.
 fn is_kept(claim: &ClaimRow) -> bool {
     claim.hold == "instance" && claim.state != "allocated" && !claim.pending
 }

@@ -13,8 +13,8 @@ pub fn abort() {
     }));
 }
 
-/// Makes every panic of this process end it with exit status 0, once its message is printed: for a
-/// call whose failure would cost more than what it is about.
+/// Makes a panic end this process with exit status 0, after it has printed its message. For the
+/// calls that must not fail ([`Operation::may_fail`](crate::call::Operation::may_fail)).
 pub fn succeed() {
     drop(std::panic::take_hook());
     let print = std::panic::take_hook();

@@ -123,7 +123,7 @@ impl Gate<'_> {
         Ok(None)
     }
 
-    /// The device of ours that the hostdev was given, and that is not there any more.
+    /// The device that virt-usb assigned to the hostdev and that the host no longer has.
     fn lost(&self, hostdev: &UsbHostdev) -> Result<Option<DeviceId>, Fault> {
         let Some(id) = hostdev.injected() else { return Ok(None) };
         let mine = self.store.claims_of(self.asker.instance).map_err(|e| Fault::of(self.concerned, e))?;
