@@ -127,7 +127,7 @@ def right(key: str, value: Any) -> bool:
         return isinstance(value, str) and bool(PORT.fullmatch(value)) and all(1 <= int(part) <= 255 for part in re.split("[-.]", value))
     if key == "path":
         found = PATH.fullmatch(value) if isinstance(value, str) else None
-        return bool(found) and all(1 <= int(part) <= 255 for part in found["ports"].split("."))
+        return found is not None and all(1 <= int(part) <= 255 for part in found["ports"].split("."))
     if key == "class":
         plain = text.lower().replace("_", "-").replace(" ", "-")
         return 0 <= value <= 255 if isinstance(value, int) else plain in CLASSES or bool(CLASS.fullmatch(plain))
