@@ -8,7 +8,7 @@ use virt_usb_domxml::{Domain, Edits, Fit, GuestPort, Hostdev, Place, TooFew, Usb
 use virt_usb_model::{Class, Device, DeviceId, InstanceId, PortPath, Selector, Speed, SpeedMask};
 use virt_usb_store::adopt::Holding;
 use virt_usb_store::claim::{Asker, Granted, Judge, Verified};
-use virt_usb_store::{Context, Durability, Record, Store, StoreError};
+use virt_usb_store::{Context, Durability, Location, Record, Store, StoreError};
 
 use crate::answer::Answer;
 use crate::call::Caller;
@@ -48,7 +48,7 @@ impl Ports<'_> {
         let entry = &candidate.entry;
         match sysfs::at_port(self.sysfs_root, port) {
             Ok(Some(seen)) if seen.usb == candidate.usb() && seen.serial == entry.serial => {
-                Verified::Here(seen.address)
+                Verified::Here(Location { port: port.clone(), address: seen.address })
             }
             Ok(Some(seen)) => {
                 let serial = seen.serial.map(|s| format!(" serial {s}")).unwrap_or_default();

@@ -253,8 +253,8 @@ impl Work<'_> {
         };
         let mut ports = Ports { sysfs_root: &self.worker.config.sysfs_root };
         // The inventory's address is a memory: whoever is at the port now gets it, or nobody.
-        let address = match ports.verify(record) {
-            Verified::Here(address) => address,
+        let seen = match ports.verify(record) {
+            Verified::Here(seen) => seen,
             // The scan that is on its way will most often tell more, and end the problem.
             Verified::Not(why) => {
                 self.worker.metrics.not_there();
@@ -262,7 +262,7 @@ impl Work<'_> {
             }
         };
         let mut record = record.clone();
-        record.entry.address = address;
+        record.set_location(seen.clone());
         if record.one_time_use
             && let Some(claim) = self.view.claims(self.instance).iter().find(|c| c.device_id == device)
         {
@@ -281,7 +281,7 @@ impl Work<'_> {
         self.worker.metrics.attached(began.elapsed(), attached.as_ref().err());
         match attached {
             // Between the look at the port and libvirt's the device may have gone and another come.
-            Ok(()) if !matches!(ports.verify(&record), Verified::Here(now) if now == address) => {
+            Ok(()) if !matches!(ports.verify(&record), Verified::Here(now) if now == seen) => {
                 self.worker.hypervisor.detach(self.instance, &virt_usb_domxml::hostdev_alias(device))?;
                 self.worker.metrics.not_there();
                 Ok(Outcome::Failed("it was unplugged while it was attached; it is tried again".into()))

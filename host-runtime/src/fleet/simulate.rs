@@ -196,7 +196,7 @@ struct Willing;
 
 impl Judge for Willing {
     fn verify(&mut self, candidate: &Record) -> Verified {
-        Verified::Here(candidate.entry.address)
+        Verified::Here(candidate.location())
     }
 
     fn fits(&mut self, _: &[Granted]) -> Result<(), String> {

@@ -13,7 +13,7 @@ use virt_usb_model::{BusAddress, DeviceId, PortPath, UsbId};
 
 use crate::choose::Choice;
 use crate::claim::{self, Asker, Claimed, Granted, Judge, Shortage, Standing, Verified, Want};
-use crate::device::{self, ClaimRow, Record, refresh, sql_id, step_revision};
+use crate::device::{self, ClaimRow, Location, Record, refresh, sql_id, step_revision};
 use crate::error::Sql;
 use crate::events::{Event, record};
 use crate::grant::name_incoming;
@@ -220,7 +220,7 @@ fn adopt(
             continue;
         }
         hints.add(Known::Instance(asker.instance))?;
-        device::set_address(tx, id, found.address)?;
+        device::set_location(tx, id, &found.seen)?;
         adopted.push(take(tx, asker, &found, stage, context)?);
     }
     metadata::refresh(tx, asker.instance)?;
@@ -231,7 +231,7 @@ fn adopt(
 struct Found {
     device: Record,
     /// Where it really is.
-    address: BusAddress,
+    seen: Location,
     /// The alias says so, and a claim of this instance that is not by hand.
     ours: bool,
 }
@@ -253,7 +253,7 @@ struct Finder<'a> {
     asker: &'a Asker,
     judge: &'a mut dyn Judge,
     candidates: BTreeMap<Named, Rc<[Record]>>,
-    seen: BTreeMap<DeviceId, Option<BusAddress>>,
+    seen: BTreeMap<DeviceId, Option<Location>>,
 }
 
 impl<'a> Finder<'a> {
@@ -262,12 +262,13 @@ impl<'a> Finder<'a> {
         Self { tx, mine, asker, judge, candidates, seen }
     }
 
-    fn look(&mut self, device: &Record) -> Option<BusAddress> {
+    fn look(&mut self, device: &Record) -> Option<&Location> {
         let judge = &mut *self.judge;
-        *self.seen.entry(device.entry.id).or_insert_with(|| match judge.verify(device) {
-            Verified::Here(address) => Some(address),
+        let seen = self.seen.entry(device.entry.id).or_insert_with(|| match judge.verify(device) {
+            Verified::Here(seen) => Some(seen),
             Verified::Not(_) => None,
-        })
+        });
+        seen.as_ref()
     }
 
     /// The device that a holding means; none if it cannot be told. Of several the one that is the
@@ -285,11 +286,7 @@ impl<'a> Finder<'a> {
             there = self.matching(holding, id, false, 2)?;
         }
         let only = there.pop();
-        Ok(if there.is_empty() {
-            only.map(|(device, address)| Found { device, address, ours })
-        } else {
-            None
-        })
+        Ok(if there.is_empty() { only.map(|(device, seen)| Found { device, seen, ours }) } else { None })
     }
 
     /// The claim of this instance that the alias names, if the source names a device of that kind.
@@ -340,7 +337,7 @@ impl<'a> Finder<'a> {
         id: Option<DeviceId>,
         mine: bool,
         most: usize,
-    ) -> Sql<Vec<(Record, BusAddress)>> {
+    ) -> Sql<Vec<(Record, Location)>> {
         let mut there = Vec::new();
         for device in self.candidates((id, holding.usb))?.iter() {
             let is_mine = device.entry.instance_uuid == Some(self.asker.instance);
@@ -355,11 +352,11 @@ impl<'a> Finder<'a> {
             {
                 continue;
             }
-            if let Some(address) = self.look(device)
-                && holding.address.is_none_or(|a| a == address)
-                && holding.port.as_ref().is_none_or(|port| port.bus() == address.bus())
+            if let Some(seen) = self.look(device)
+                && holding.address.is_none_or(|a| a == seen.address)
+                && holding.port.as_ref().is_none_or(|port| port.bus() == seen.address.bus())
             {
-                there.push((device.clone(), address));
+                there.push((device.clone(), seen.clone()));
                 // No two devices have one address.
                 if holding.address.is_some() || there.len() == most {
                     break;
@@ -473,11 +470,12 @@ impl Arrival<'_> {
                 Claimed::Unfit(why) => return Ok(Received::Unfit(why)),
             }
         }
-        for (device, address) in found.iter().flatten() {
-            self.claim(device.entry.id, *address)?;
+        for (device, seen) in found.iter().flatten() {
+            self.claim(device.entry.id, seen)?;
         }
         metadata::refresh(self.tx, self.asker.instance)?;
-        let by_hand = found.into_iter().map(|f| f.map(|(device, at)| (device.entry.id, at))).collect();
+        let by_hand =
+            found.into_iter().map(|f| f.map(|(device, seen)| (device.entry.id, seen.address))).collect();
         Ok(Received::Granted { ours: granted, by_hand })
     }
 
@@ -489,12 +487,12 @@ impl Arrival<'_> {
         by_hand: &[Holding],
         equivalent: bool,
         judge: &mut dyn Judge,
-    ) -> Sql<Vec<Option<(Record, BusAddress)>>> {
+    ) -> Sql<Vec<Option<(Record, Location)>>> {
         let mut finder = Finder::new(self.tx, &self.mine, self.asker, judge);
         let mut taken: BTreeSet<DeviceId> = ours.iter().filter_map(|w| w.request.selector.id).collect();
         let mut found = Vec::new();
         for holding in by_hand.iter().take(MAX_HOLDINGS) {
-            let device = finder.find(holding)?.map(|f| (f.device, f.address));
+            let device = finder.find(holding)?.map(|f| (f.device, f.seen));
             found.push(device.filter(|(device, _)| taken.insert(device.entry.id)));
         }
         // What virt-usb gave to the instance is not what somebody wrote.
@@ -518,7 +516,7 @@ impl Arrival<'_> {
         holding: &Holding,
         taken: &BTreeSet<DeviceId>,
         equivalent: bool,
-    ) -> Sql<Option<(Record, BusAddress)>> {
+    ) -> Sql<Option<(Record, Location)>> {
         if holding.usb.is_none() || (holding.address.is_none() && !equivalent) {
             return Ok(None);
         }
@@ -546,9 +544,9 @@ impl Arrival<'_> {
         Ok(all.into_iter().next())
     }
 
-    fn claim(&self, id: DeviceId, address: BusAddress) -> Result<(), Fault> {
+    fn claim(&self, id: DeviceId, seen: &Location) -> Result<(), Fault> {
         self.hints.add(Known::Instance(self.asker.instance))?;
-        device::set_address(self.tx, id, address)?;
+        device::set_location(self.tx, id, seen)?;
         match self.mine.iter().find(|c| c.device_id == id) {
             Some(claim) if claim.pending => {
                 step_revision(self.tx)?;

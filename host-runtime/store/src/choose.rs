@@ -4,10 +4,10 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::rc::Rc;
 
 use rusqlite::params_from_iter;
-use virt_usb_model::{BusAddress, DeviceId, Selector, matching};
+use virt_usb_model::{DeviceId, Selector, matching};
 
 use crate::claim::{Asker, Granted, Judge, Obstacle, SHOWN, Shortage, Standing, Verified, Want, Why};
-use crate::device::{ClaimRow, Record};
+use crate::device::{ClaimRow, Location, Record};
 use crate::error::Sql;
 use crate::give_back;
 use crate::open::Tx;
@@ -24,7 +24,7 @@ pub(crate) struct Choice<'a> {
     judge: &'a mut dyn Judge,
     /// What the instance holds already.
     mine: Vec<ClaimRow>,
-    verified: BTreeMap<DeviceId, BusAddress>,
+    verified: BTreeMap<DeviceId, Location>,
     passed_over: BTreeMap<DeviceId, String>,
     /// The rows that were read for a selector. The write lock is held: they are read once, and once more after the first
     /// device was passed over, as many then as can be needed.
@@ -132,8 +132,8 @@ impl<'a> Choice<'a> {
                 continue;
             }
             match self.judge.verify(device) {
-                Verified::Here(address) => {
-                    self.verified.insert(id, address);
+                Verified::Here(seen) => {
+                    self.verified.insert(id, seen);
                 }
                 Verified::Not(why) => {
                     self.passed_over.insert(id, why);
@@ -146,11 +146,9 @@ impl<'a> Choice<'a> {
 
     fn granted(&self, device: &Record, request: usize) -> Granted {
         let mut device = device.clone();
-        let stored = device.entry.address;
-        if let Some(address) = self.verified.get(&device.entry.id) {
-            device.entry.address = *address;
-            device.entry.bus_id = address.bus();
-            device.entry.device_id = address.device();
+        let stored = device.location();
+        if let Some(seen) = self.verified.get(&device.entry.id) {
+            device.set_location(seen.clone());
         }
         let already = self.mine.iter().any(|c| c.device_id == device.entry.id);
         Granted { device, request, already, stored }

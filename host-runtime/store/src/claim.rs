@@ -7,10 +7,10 @@
 //! ```
 //! Everything happens under the write lock: of two hooks that run at once, the second sees what the first has done.
 
-use virt_usb_model::{BusAddress, DeviceId, DeviceRequest, InstanceId, ProjectId};
+use virt_usb_model::{DeviceId, DeviceRequest, InstanceId, ProjectId};
 
 use crate::choose::Choice;
-use crate::device::{ClaimRow, Record};
+use crate::device::{ClaimRow, Location, Record};
 use crate::events::{Event, record};
 use crate::grant::Grant;
 use crate::hints::Hints;
@@ -62,8 +62,8 @@ pub enum Standing {
 /// What is really at a candidate's port.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Verified {
-    /// The device, under this address.
-    Here(BusAddress),
+    /// The device, at this port and address.
+    Here(Location),
     /// Not the device: why, in words.
     Not(String),
 }
@@ -82,14 +82,14 @@ pub trait Judge {
 /// A device that the instance has now.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Granted {
-    /// The device, its address as verified.
+    /// The device, at the port and address where it was verified.
     pub device: Record,
     /// Which request it serves, counted from 0.
     pub request: usize,
     /// Whether it was the instance's already.
     pub already: bool,
-    /// The address that the inventory had until now.
-    pub(crate) stored: BusAddress,
+    /// Where the inventory had it until now.
+    pub(crate) stored: Location,
 }
 
 /// How a claim ended.

@@ -13,6 +13,15 @@ use crate::error::{Sql, bad_row};
 use crate::give_back::held;
 use crate::{NOW, Store, StoreError};
 
+/// Where a device is plugged in during this boot.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Location {
+    /// The port, with this boot's bus number.
+    pub port: PortPath,
+    /// The bus and the device number; the bus is that of the port.
+    pub address: BusAddress,
+}
+
 /// A device's row: the host document's entry, and what only this host needs to know.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Record {
@@ -71,6 +80,21 @@ impl Record {
         let serial = Serial::new(self.entry.serial.clone(), self.entry.serial_kind == "duplicate");
         let (port, path) = (self.entry.port_path.clone(), self.entry.path.clone());
         DeviceKey { usb: self.usb(), serial, port, path }
+    }
+
+    /// Where the device was when it was last seen.
+    pub fn location(&self) -> Location {
+        Location { port: self.entry.port_path.clone(), address: self.entry.address }
+    }
+
+    /// Records that the device was seen there.
+    pub fn set_location(&mut self, seen: Location) {
+        let Location { port, address } = seen;
+        self.entry.address = address;
+        self.entry.bus_id = address.bus();
+        self.entry.device_id = address.device();
+        self.entry.port_id = port.port_id();
+        self.entry.port_path = port;
     }
 
     /// vendor:product
@@ -391,14 +415,21 @@ pub(crate) fn write_state(
     Ok(())
 }
 
-/// Corrects the stored address to what was just seen, and with another bus the port: the ports of the path on that bus.
-pub(crate) fn set_address(tx: &Transaction<'_>, device: DeviceId, address: BusAddress) -> Sql<()> {
+/// Corrects the stored port and address to those that were just seen.
+pub(crate) fn set_location(tx: &Transaction<'_>, device: DeviceId, seen: &Location) -> Sql<()> {
+    let Location { port, address } = seen;
     tx.prepare_cached(
-        "UPDATE usb_devices SET address = ?2, bus_id = ?3, device_id = ?4,
-         port_path = iif(bus_id = ?3, port_path, ?3 || '-' ||
-             iif(path IS NULL, substr(port_path, instr(port_path, '-') + 1), substr(path, instr(path, '-usbv') + 9))) WHERE id = ?1 AND address <> ?2",
+        "UPDATE usb_devices SET address = ?2, bus_id = ?3, device_id = ?4, port_path = ?5, port_id = ?6
+         WHERE id = ?1 AND (address, port_path) <> (?2, ?5)",
     )?
-    .execute(params![sql_id(device), address.to_string(), address.bus(), address.device()])?;
+    .execute(params![
+        sql_id(device),
+        address.to_string(),
+        address.bus(),
+        address.device(),
+        port.to_string(),
+        port.port_id(),
+    ])?;
     Ok(())
 }
 

@@ -83,7 +83,7 @@ impl Grant<'_> {
         self.standing != Standing::Pending && (hold_name(want) == "instance" || was())
     }
 
-    /// Nothing to write for this one: the same claim, the same request, firm, the address as stored.
+    /// Nothing to write for this one: the same claim, the same request, firm, where it was stored.
     fn is_as_was(&self, granted: &Granted, want: Option<&Want>) -> bool {
         let entry = &granted.device.entry;
         let same_claim = self.held(entry.id).is_some_and(|c| {
@@ -96,7 +96,7 @@ impl Grant<'_> {
                 && c.hold == hold_name(want)
                 && c.domain == self.asker.domain
         });
-        same_claim && granted.stored == entry.address
+        same_claim && granted.stored == granted.device.location()
     }
 
     fn claim(&self, granted: &Granted, want: Option<&Want>) -> Sql<()> {
@@ -128,8 +128,9 @@ impl Grant<'_> {
             );
             self.tx.prepare_cached(&sql)?.execute(what)?;
         }
-        if granted.stored != granted.device.entry.address {
-            device::set_address(self.tx, device, granted.device.entry.address)?;
+        let seen = granted.device.location();
+        if granted.stored != seen {
+            device::set_location(self.tx, device, &seen)?;
         }
         if self.held(device).is_some() {
             return refresh(self.tx, device);

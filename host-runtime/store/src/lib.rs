@@ -60,7 +60,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 pub use assignments::{Assignment, Given, Source, TooMany};
-pub use device::{ClaimRow, Record};
+pub use device::{ClaimRow, Location, Record};
 pub use error::StoreError;
 pub use flavors::StoredFlavor;
 pub use grants::StoredGrant;

@@ -9,7 +9,7 @@ use virt_usb_hook::{machine, sysfs};
 use virt_usb_model::{Flavor, InstanceId};
 use virt_usb_store::claim::{Asker, Claimed, Granted, Judge, Standing, Verified, Want};
 use virt_usb_store::give_back::Extent;
-use virt_usb_store::{Context, Record, Store};
+use virt_usb_store::{Context, Location, Record, Store};
 
 use crate::samples::Samples;
 use crate::table::Table;
@@ -101,7 +101,9 @@ struct Ports {
 impl Judge for Ports {
     fn verify(&mut self, candidate: &Record) -> Verified {
         match sysfs::at_port(&self.sysfs_root, &candidate.entry.port_path) {
-            Ok(Some(seen)) if seen.usb == candidate.usb() => Verified::Here(seen.address),
+            Ok(Some(seen)) if seen.usb == candidate.usb() => {
+                Verified::Here(Location { address: seen.address, ..candidate.location() })
+            }
             other => Verified::Not(format!("{other:?}")),
         }
     }

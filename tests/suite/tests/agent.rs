@@ -389,7 +389,7 @@ struct Trusting;
 
 impl virt_usb_store::claim::Judge for Trusting {
     fn verify(&mut self, candidate: &virt_usb_store::Record) -> virt_usb_store::claim::Verified {
-        virt_usb_store::claim::Verified::Here(candidate.entry.address)
+        virt_usb_store::claim::Verified::Here(candidate.location())
     }
     fn fits(&mut self, _: &[virt_usb_store::claim::Granted]) -> Result<(), String> {
         Ok(())

@@ -153,7 +153,7 @@ pub(crate) struct Trusting;
 
 impl Judge for Trusting {
     fn verify(&mut self, candidate: &Record) -> Verified {
-        Verified::Here(candidate.entry.address)
+        Verified::Here(candidate.location())
     }
     fn fits(&mut self, _: &[Granted]) -> Result<(), String> {
         Ok(())

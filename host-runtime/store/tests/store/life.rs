@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use virt_usb_model::{BusAddress, DeviceId, Reason};
+use virt_usb_model::{BusAddress, DeviceId, DevicePath, PortPath, Reason};
 use virt_usb_store::adopt::{Adoption, Holding, Stage};
 use virt_usb_store::claim::{Claimed, Granted, Judge, Standing, Verified, Want, Why};
 use virt_usb_store::discover::Change;
@@ -10,7 +10,7 @@ use virt_usb_store::events::Filter;
 use virt_usb_store::flaps::Limits;
 use virt_usb_store::give_back::{Extent, Witness};
 use virt_usb_store::hints::{Known, may_know};
-use virt_usb_store::{Context, Record, Source, Store};
+use virt_usb_store::{Context, Location, Record, Source, Store};
 
 use crate::common::*;
 
@@ -179,7 +179,7 @@ fn what_was_adopted_stays_beside_what_is_asked_for() {
 
 /// Sees the devices of `here` under other numbers than the inventory, and nothing else.
 struct Sees {
-    here: Vec<(DeviceId, BusAddress)>,
+    here: Vec<(DeviceId, Location)>,
     asked: usize,
 }
 
@@ -187,7 +187,7 @@ impl Judge for Sees {
     fn verify(&mut self, candidate: &Record) -> Verified {
         self.asked += 1;
         match self.here.iter().find(|(id, _)| *id == candidate.entry.id) {
-            Some((_, address)) => Verified::Here(*address),
+            Some((_, seen)) => Verified::Here(seen.clone()),
             None => Verified::Not("port 1-1 is empty".into()),
         }
     }
@@ -196,12 +196,43 @@ impl Judge for Sees {
     }
 }
 
+fn seen_at(port: &str, number: u8) -> Location {
+    let port: PortPath = port.parse().unwrap();
+    Location { address: BusAddress::new(port.bus(), number).unwrap(), port }
+}
+
+#[test]
+fn a_claim_and_an_adoption_record_the_port_and_the_address_that_were_seen() {
+    let (dir, mut store) = inventory();
+    // At the USB 3 hub of the socket; later at its USB 2 hub, where the socket has another number.
+    let key = |n: u8| device(1, None, &format!("2-{n}"), n);
+    let mut seen = [(key(2), offered()), (key(3), offered())];
+    for (n, (device, _)) in seen.iter_mut().enumerate() {
+        device.key.path = DevicePath::new("pci-0000:00:14.0", 2, &[u8::try_from(n).unwrap() + 4]);
+    }
+    scan(&mut store, &seen, &boot(1)).unwrap();
+    let mut judge = Sees { here: vec![(id(1), seen_at("1-4", 7)), (id(2), seen_at("1-5", 8))], asked: 0 };
+    let wants = [want(r#"{"id":1}"#)];
+    let claimed = store.claim(&asker(1), &wants, &[], Standing::Firm, &mut judge, &boot(1)).unwrap();
+    let Claimed::Granted(granted) = claimed else { panic!("{claimed:?}") };
+    assert_eq!(granted[0].device.location(), seen_at("1-4", 7));
+    let holding = Holding { address: BusAddress::new(1, 8), usb: Some(key(3).key.usb), ..Holding::default() };
+    let adopted = store.adopt(&asker(2), &[holding], Stage::Starting, &mut judge, &boot(1)).unwrap();
+    assert_eq!(adopted, [Adoption::New(id(2))]);
+    let rows = store.devices().unwrap();
+    assert_eq!(rows.iter().map(Record::location).collect::<Vec<_>>(), [seen_at("1-4", 7), seen_at("1-5", 8)]);
+    let ports = "SELECT group_concat(port_path || ' ' || bus_id || ' ' || port_id) FROM usb_devices";
+    let ports: String = raw(dir.path()).query_row(ports, [], |row| row.get(0)).unwrap();
+    assert_eq!(ports, "1-4 1 4,1-5 1 5");
+}
+
 #[test]
 fn the_port_is_asked_not_the_memory() {
     let (dir, mut store) = inventory();
     plug(&mut store, 4);
-    let address = BusAddress::new(1, 99).unwrap();
-    let mut judge = Sees { here: vec![(id(3), address)], asked: 0 };
+    let seen = seen_at("1-3", 99);
+    let address = seen.address;
+    let mut judge = Sees { here: vec![(id(3), seen)], asked: 0 };
     let one = [want(ANY)];
     let two = [want(r#"{"vendor_id":"0529","count":2}"#)];
     let mut try_claim =
@@ -216,7 +247,7 @@ fn the_port_is_asked_not_the_memory() {
     assert!(metadata(dir.path(), 1).unwrap().contains("usb_1_99"));
     assert_eq!(store.devices().unwrap()[2].entry.device_id, 99);
     assert!(judge.asked >= 5);
-    judge.here = (1..=4).map(|n| (id(n), BusAddress::new(1, u8::try_from(n).unwrap()).unwrap())).collect();
+    judge.here = (1..=4).map(|n| (id(u64::from(n)), seen_at(&format!("1-{n}"), n))).collect();
     let many = [want(r#"{"vendor_id":"0529","count":3}"#)];
     let unfit = store.claim(&asker(2), &many, &[], Standing::Firm, &mut judge, &boot(1)).unwrap();
     assert_eq!(unfit, Claimed::Unfit("the guest has 2 ports".into()));
@@ -454,7 +485,7 @@ impl Judge for Counting {
         self.verified += 1;
         match self.away.contains(&candidate.entry.id) {
             true => Verified::Not("it is away".into()),
-            false => Verified::Here(candidate.entry.address),
+            false => Verified::Here(candidate.location()),
         }
     }
     fn fits(&mut self, _: &[Granted]) -> Result<(), String> {

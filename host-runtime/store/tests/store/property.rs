@@ -13,7 +13,7 @@ use virt_usb_store::adopt::{Adoption, Holding, Received, Stage};
 use virt_usb_store::claim::{Asker, Claimed, Granted, Judge, Standing, Verified, Want};
 use virt_usb_store::give_back::{Extent, Witness};
 use virt_usb_store::hints::{Known, may_know};
-use virt_usb_store::{ClaimRow, Context, Record, Source, Store};
+use virt_usb_store::{ClaimRow, Context, Location, Record, Source, Store};
 
 use crate::common::*;
 use crate::model::*;
@@ -154,7 +154,9 @@ impl Judge for Eyes<'_> {
     fn verify(&mut self, candidate: &Record) -> Verified {
         let is = |d: &Device| d.key.is(&candidate.key()) && d.key.is_at_place_of(&candidate.key());
         let there = self.world.iter().find(|(d, _)| is(d));
-        there.map_or(Verified::Not("nothing there".into()), |(d, _)| Verified::Here(d.address))
+        there.map_or(Verified::Not("nothing there".into()), |(d, _)| {
+            Verified::Here(Location { port: d.key.port.clone(), address: d.address })
+        })
     }
     fn fits(&mut self, _: &[Granted]) -> Result<(), String> {
         if self.fits { Ok(()) } else { Err("no port left".into()) }
