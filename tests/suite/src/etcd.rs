@@ -1,14 +1,11 @@
 //! A real etcd, in a folder of its own, on loopback.
 
+use std::ffi::OsStr;
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use crate::ports::Port;
-
-/// Timeouts of etcdctl in its environment. It gives up a connection after two seconds by default, and where etcd
-/// asks for a password, checking that is part of the connection: on a busy machine it takes longer.
-pub const PATIENT: [(&str, &str); 2] = [("ETCDCTL_DIAL_TIMEOUT", "60s"), ("ETCDCTL_COMMAND_TIMEOUT", "60s")];
 
 /// One etcd, alone or a member of a cluster.
 pub struct Etcd {
@@ -139,17 +136,27 @@ impl Etcd {
         }
     }
 
-    /// Asks it by its own command line.
+    /// Asks it by its own command line, and waits a minute for the answer.
     pub fn etcdctl(&self, arguments: &[&str]) -> Output {
-        let ctl = Command::new("etcdctl")
+        self.etcdctl_within("60s", arguments)
+    }
+
+    /// The same; the answer has to come within this time, as etcdctl writes times.
+    pub fn etcdctl_within(&self, timeout: &str, arguments: &[&str]) -> Output {
+        let ctl = self.client("etcdctl", timeout).args(arguments).stdin(Stdio::null()).output();
+        ctl.unwrap_or_else(|e| panic!("etcdctl: {e}: 'make test-deps' installs it"))
+    }
+
+    /// A program that asks it by etcdctl. By default etcdctl gives up a connection after two seconds, and where
+    /// etcd asks for a password, checking that is part of the connection: on a busy machine it takes longer.
+    pub fn client(&self, program: impl AsRef<OsStr>, timeout: &str) -> Command {
+        let mut client = Command::new(program);
+        client
             .env("ETCDCTL_API", "3")
             .env("ETCDCTL_ENDPOINTS", self.endpoint())
-            .env(PATIENT[0].0, PATIENT[0].1)
-            .arg("--command-timeout=60s")
-            .args(arguments)
-            .stdin(Stdio::null())
-            .output();
-        ctl.unwrap_or_else(|e| panic!("etcdctl: {e}: 'make test-deps' installs it"))
+            .env("ETCDCTL_DIAL_TIMEOUT", timeout)
+            .env("ETCDCTL_COMMAND_TIMEOUT", timeout);
+        client
     }
 
     /// What a key holds; empty: nothing.

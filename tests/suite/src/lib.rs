@@ -17,7 +17,7 @@ use virt_usb_hook::machine;
 use virt_usb_model::Flavor;
 use virt_usb_store::{Durability, Store};
 
-pub use etcd::{Etcd, PATIENT};
+pub use etcd::Etcd;
 
 /// The repository's root.
 pub fn root() -> PathBuf {

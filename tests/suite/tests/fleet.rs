@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use virt_usb_model::{Flavor, HostDocument};
 use virt_usb_store::Source;
 use virt_usb_store::claim::Asker;
-use virt_usb_suite::{Etcd, Host, PATIENT, device, domain, program, root};
+use virt_usb_suite::{Etcd, Host, device, domain, program, root};
 
 const ERP: &str = "11111111-2222-4333-8444-555555555555";
 
@@ -299,9 +299,8 @@ fn many_join_at_once_and_no_two_get_one_number() {
 
 /// Runs the script that makes etcd's roles.
 fn roles(etcd: &Etcd, password: &str, arguments: &[&str]) {
-    let mut script = Command::new(root().join("install/etcd-roles"))
-        .env("ETCDCTL_ENDPOINTS", etcd.endpoint())
-        .envs(PATIENT)
+    let mut script = etcd
+        .client(root().join("install/etcd-roles"), "60s")
         .args(arguments)
         .stdin(std::process::Stdio::piped())
         .spawn()
@@ -846,7 +845,7 @@ impl Faults {
     fn etcdctl(&self, arguments: &[&str]) -> String {
         let mut last = String::new();
         for member in self.members.iter().cycle().take(30) {
-            let output = member.etcdctl(&[&["--command-timeout=3s"], arguments].concat());
+            let output = member.etcdctl_within("3s", arguments);
             if output.status.success() {
                 return String::from_utf8(output.stdout).unwrap();
             }

@@ -8,9 +8,11 @@ from lib.shell import expect, refused
 from lib.waiting import until
 
 
-def known(w, gadget):
-    rows = [d for d in w.product.devices() if d["serial"] == gadget.serial and d["status"] == "available"]
-    return rows and rows[0]
+def found(w, gadget):
+    """Starts the agent, and waits until it offers the gadget."""
+    w.product.agent.start()
+    rows = lambda: [d for d in w.product.devices() if d["serial"] == gadget.serial and d["status"] == "available"]
+    until(rows, f"the agent to find {gadget.serial}")
 
 
 def asking(w, gadget, **more):
@@ -30,8 +32,7 @@ def runs_at_high_speed(gadget):
 def adapter_on_uhci(w):
     adapter = w.drawer.serial_adapter("ACM0", slot=0)
     runs_at_high_speed(adapter)
-    w.product.agent.start()
-    until(lambda: known(w, adapter), "the agent to find the adapter")
+    found(w, adapter)
     guest = asking(w, adapter)
     w.start(guest)
     w.allocated(guest, adapter)
@@ -42,8 +43,7 @@ def adapter_on_uhci(w):
 def stick_on_uhci(w):
     (stick,) = w.drawer.twins(1)
     runs_at_high_speed(stick)
-    w.product.agent.start()
-    until(lambda: known(w, stick), "the agent to find the stick")
+    found(w, stick)
     guest = asking(w, stick)
     w.start(guest)
     w.allocated(guest, stick)
@@ -54,8 +54,7 @@ def stick_on_uhci(w):
 @case("virt-usb start: a guest with piix3-uhci boots from a stick at 480 Mb/s")
 def stick_on_uhci_from_power_on(w):
     (stick,) = w.drawer.twins(1)
-    w.product.agent.start()
-    until(lambda: known(w, stick), "the agent to find the stick")
+    found(w, stick)
     guest = asking(w, stick)
     w.product.must("start", guest.name)
     w.boots_from(guest, stick)
@@ -66,8 +65,7 @@ def stick_on_uhci_from_power_on(w):
 def not_slowed_down(w):
     reporter = w.drawer.reporter("HID0", slot=0)
     runs_at_high_speed(reporter)
-    w.product.agent.start()
-    until(lambda: known(w, reporter), "the agent to find the device")
+    found(w, reporter)
     alone = asking(w, reporter)
     refused(w.virsh("start", alone.name), "1 USB port for high-speed devices is needed, 0 are free", "instead of its USB controller")
     both = UHCI.replace("/>", " index='0'/>") + "<controller type='usb' model='qemu-xhci' index='1' ports='15'/>"
