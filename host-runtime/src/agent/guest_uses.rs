@@ -59,20 +59,22 @@ pub fn ask(hypervisor: &dyn Hypervisor, snapshot: &Snapshot) -> Result<GuestUses
 }
 
 /// The guests' thread writes it, the devices' thread reads it. `None` until libvirt was asked.
+///
+/// Readers take the map with them and keep no lock: they follow paths, and a mount can hang.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Shared(Arc<RwLock<Option<ByGuest>>>);
+pub(super) struct Shared(Arc<RwLock<Option<Arc<ByGuest>>>>);
 
 impl Shared {
     /// Replaces what is known; says whether that is news.
     pub(super) fn set(&self, uses: ByGuest) -> bool {
         let mut known = self.0.write().unwrap_or_else(PoisonError::into_inner);
-        let changed = known.as_ref() != Some(&uses);
-        *known = Some(uses);
+        let changed = known.as_deref() != Some(&uses);
+        *known = Some(Arc::new(uses));
         changed
     }
 
     /// What was known last.
-    pub(super) fn get(&self) -> Option<ByGuest> {
+    pub(super) fn get(&self) -> Option<Arc<ByGuest>> {
         self.0.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 

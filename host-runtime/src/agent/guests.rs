@@ -367,7 +367,7 @@ impl Guests {
         let known = self.uses.shared.get();
         let (before, mut uses) = match (everybody, known) {
             (true, known) => (known.unwrap_or_default(), ByGuest::new()),
-            (false, Some(known)) => (known.clone(), known),
+            (false, Some(known)) => (Arc::clone(&known), ByGuest::clone(&known)),
             // All of them first.
             (false, None) => return Ok(()),
         };
