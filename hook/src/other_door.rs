@@ -78,10 +78,7 @@ fn port(sysfs_root: &Path, node: &str) -> Option<PortPath> {
         kind if kind.is_char_device() => "char",
         _ => return None,
     };
-    // As Linux packs it (`gnu_dev_major` in glibc's sys/sysmacros.h).
-    let rdev = found.rdev();
-    let major = ((rdev >> 8) & 0xfff) | ((rdev >> 32) & 0xffff_f000);
-    let minor = (rdev & 0xff) | ((rdev >> 12) & 0xffff_ff00);
+    let (major, minor) = (libc::major(found.rdev()), libc::minor(found.rdev()));
     let dir = fs::canonicalize(sysfs_root.join(format!("dev/{kind}/{major}:{minor}"))).ok()?;
     dir.ancestors().find_map(|dir| dir.file_name()?.to_str()?.parse().ok())
 }

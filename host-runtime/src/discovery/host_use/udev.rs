@@ -19,12 +19,9 @@ impl Number {
         Some(Self { is_block, major: major.parse().ok()?, minor: minor.parse().ok()? })
     }
 
-    /// From `st_rdev`, as Linux packs it (`gnu_dev_major` in glibc's sys/sysmacros.h).
+    /// From `st_rdev`.
     pub(super) fn of_rdev(rdev: u64, is_block: bool) -> Self {
-        let low = |n: u64| u32::try_from(n & 0xffff_ffff).unwrap_or_default();
-        let major = low(((rdev >> 8) & 0xfff) | ((rdev >> 32) & 0xffff_f000));
-        let minor = low((rdev & 0xff) | ((rdev >> 12) & 0xffff_ff00));
-        Self { is_block, major, minor }
+        Self { is_block, major: libc::major(rdev), minor: libc::minor(rdev) }
     }
 }
 
