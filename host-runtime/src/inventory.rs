@@ -33,15 +33,12 @@ pub fn located(
     snapshot: &Snapshot,
     sysfs_root: &Path,
 ) -> Result<Whitelist, StoreError> {
-    let ports = whitelist.ports();
-    if ports.is_empty() && store.rule_paths(&[], |_| None)?.is_empty() {
-        return Ok(whitelist.clone());
-    }
     let plugged = |port: &PortPath| {
         let all = snapshot.devices.iter().chain(&snapshot.hubs);
         all.filter(|device| device.key.port == *port).find_map(|device| device.key.path.clone())
     };
-    let paths = store.rule_paths(&ports, |port| plugged(port).or_else(|| path_of(sysfs_root, port)))?;
+    let paths =
+        store.rule_paths(&whitelist.ports(), |port| plugged(port).or_else(|| path_of(sysfs_root, port)))?;
     Ok(whitelist.at(|port| paths.get(port).cloned()))
 }
 
@@ -87,7 +84,8 @@ pub fn rules(config: &Config) -> Rules {
 pub fn plan(snapshot: &Snapshot, known: &[Record], whitelist: &Whitelist, aliases: &Aliases) -> Vec<Change> {
     let devices: Vec<Device> =
         snapshot.devices.iter().map(|seen| Device { key: worth(&seen.key, known), ..seen.clone() }).collect();
-    let rows = recognise(&devices, known, aliases);
+    let keys: Vec<DeviceKey> = known.iter().map(Record::key).collect();
+    let rows = recognise(&devices, known, &keys, aliases);
     let mut taken = vec![false; known.len()];
     rows.iter().flatten().for_each(|at| taken[*at] = true);
     let mut changes: Vec<Change> = devices
@@ -101,11 +99,11 @@ pub fn plan(snapshot: &Snapshot, known: &[Record], whitelist: &Whitelist, aliase
             }
         })
         .collect();
-    let gone = known.iter().zip(&taken).filter(|(record, taken)| record.present && !**taken);
     // Where another device was seen there is nothing to be unsure of: a port holds one.
-    let occupied = |r: &Record| snapshot.devices.iter().any(|seen| seen.key.is_at_place_of(&r.key()));
-    let sure = |r: &Record| occupied(r) || !is_unsure(snapshot, r);
-    changes.extend(gone.filter(|(r, _)| sure(r)).map(|(r, _)| Change::Gone(r.entry.id)));
+    let occupied = |key: &DeviceKey| snapshot.devices.iter().any(|seen| seen.key.is_at_place_of(key));
+    let gone = (0..known.len()).filter(|at| known[*at].present && !taken[*at]);
+    let sure = |at: &usize| occupied(&keys[*at]) || !is_unsure(snapshot, &known[*at]);
+    changes.extend(gone.filter(sure).map(|at| Change::Gone(known[at].entry.id)));
     // Who leaves makes room before who comes.
     changes.sort_by_key(|c| !matches!(c, Change::Gone(_)));
     changes
@@ -162,40 +160,47 @@ fn worth(key: &DeviceKey, known: &[Record]) -> DeviceKey {
 /// Whether a device that neither a serial nor a path identifies has other names than the one recorded at its port: then it
 /// is another device, plugged in there or brought there by a bus that has another number now.
 fn is_renamed(record: &Record, device: &Device) -> bool {
-    let known = record.entry.path.is_some() || device.key.path.is_some() || device.key.serial_decides();
+    let identified = record.entry.path.is_some() || device.key.path.is_some() || device.key.serial_decides();
     let entry = &record.entry;
-    !known && (&entry.manufacturer, &entry.product_name) != (&device.manufacturer, &device.product)
+    !identified && (&entry.manufacturer, &entry.product_name) != (&device.manufacturer, &device.product)
 }
 
-/// The row of each device, none twice.
+/// The row of each device, none twice. `keys` are those of `known`: each is built once, for every
+/// device is compared with every row.
 ///
 /// First those whose own key is in a row that is alive: no alias takes a row whose device is there. What is left takes a row of another kind
 /// that it may show, if that device is alive, then a row of its own that was gone, then one of another kind that was. A row that is set aside is its own
 /// device's before all: no other face is to hide that.
-fn recognise(devices: &[Device], known: &[Record], aliases: &Aliases) -> Vec<Option<usize>> {
-    type Fits<'a> = &'a dyn Fn(&Record, &Device) -> bool;
-    let own = |r: &Record, d: &Device| r.key().is(&d.key) && !is_renamed(r, d);
-    let other = |r: &Record, d: &Device| aliases.is(&r.key(), &d.key);
-    let gone = |r: &Record| r.deleted != 0;
+fn recognise(
+    devices: &[Device],
+    known: &[Record],
+    keys: &[DeviceKey],
+    aliases: &Aliases,
+) -> Vec<Option<usize>> {
+    type Fits<'a> = &'a dyn Fn(usize, &Device) -> bool;
+    let own = |at: usize, d: &Device| keys[at].is(&d.key) && !is_renamed(&known[at], d);
+    let other = |at: usize, d: &Device| aliases.is(&keys[at], &d.key);
+    let gone = |at: usize| known[at].deleted != 0;
     let rounds: [Fits<'_>; 4] = [
-        &|r, device| own(r, device) && (!gone(r) || r.is_set_aside()),
-        &|r, device| other(r, device) && !gone(r),
-        &|r, device| own(r, device),
-        &|r, device| other(r, device),
+        &|at, device| (!gone(at) || known[at].is_set_aside()) && own(at, device),
+        &|at, device| !gone(at) && other(at, device),
+        &own,
+        &other,
     ];
     let mut rows = vec![None; devices.len()];
     let mut taken = vec![false; known.len()];
     for fits in rounds {
         for (device, row) in devices.iter().zip(&mut rows).filter(|(_, row)| row.is_none()) {
             // Held ones before free ones, its own port before others, the older id before the newer.
-            let rank = |(_, r): &(usize, &Record)| {
-                let elsewhere = !r.key().is_at_place_of(&device.key);
-                (r.entry.instance_uuid.is_none(), gone(r), elsewhere, r.entry.id)
+            let rank = |at: &usize| {
+                let elsewhere = !keys[*at].is_at_place_of(&device.key);
+                let entry = &known[*at].entry;
+                (entry.instance_uuid.is_none(), gone(*at), elsewhere, entry.id)
             };
-            let free = known.iter().enumerate().filter(|(at, r)| !taken[*at] && fits(r, device));
-            *row = free.min_by_key(rank).map(|(at, _)| at);
-            if let Some(at) = row {
-                taken[*at] = true;
+            let free = (0..known.len()).filter(|at| !taken[*at] && fits(*at, device));
+            *row = free.min_by_key(rank);
+            if let Some(at) = *row {
+                taken[at] = true;
             }
         }
     }

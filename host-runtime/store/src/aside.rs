@@ -231,7 +231,10 @@ pub(crate) fn altered(
 pub(crate) fn set_aside_after_restart(tx: &Tx<'_>, context: &Context) -> Sql<()> {
     let mut doubtful: BTreeMap<UsbId, Vec<Record>> = BTreeMap::new();
     let all = tx
-        .prepare("SELECT * FROM usb_devices ORDER BY id")?
+        .prepare(
+            "SELECT * FROM usb_devices WHERE (vendor_id, product_id) IN
+             (SELECT vendor_id, product_id FROM usb_devices WHERE path IS NULL) ORDER BY id",
+        )?
         .query_map([], Record::read)?
         .collect::<Sql<Vec<_>>>()?;
     for record in all.into_iter().filter(|record| !record.key().serial_decides()) {

@@ -270,7 +270,7 @@ impl<'a> Choice<'a> {
         if let Some(claim) = give_back::holder(self.tx, id, self.asker.instance)? {
             return Ok(Why::HeldBy(Box::new(claim)));
         }
-        if device.is_set_aside() && device.quarantined.is_some() {
+        if device.quarantined.is_some() {
             return Ok(Why::Unavailable);
         }
         Ok(match self.passed_over.get(&id) {
