@@ -122,7 +122,7 @@ impl<'a> Guest<'a> {
     pub(crate) fn plan(&mut self, chosen: &[Granted]) -> Result<(), String> {
         let has = |g: &&Granted| self.inside.contains(&g.device.entry.id);
         let new: Vec<&Granted> = chosen.iter().filter(|g| !has(g)).collect();
-        self.refuse_taken_aliases(&new)?;
+        refuse_taken_aliases(self.domain, &new)?;
         let redirdevs = self.missing_redirdevs();
         if let (Some(first), false) = (redirdevs.first(), self.domain.spice) {
             return Err(format!("asks for usb_redirection_devices[{first}], but {NO_SPICE}"));
@@ -146,23 +146,25 @@ impl<'a> Guest<'a> {
         Ok(())
     }
 
-    /// No two devices of a domain have one alias: a hostdev that is not the device that its alias
-    /// names is in the way of that device.
-    fn refuse_taken_aliases(&self, new: &[&Granted]) -> Result<(), String> {
-        let taken =
-            |g: &&&Granted| self.domain.hostdevs.iter().any(|h| h.injected() == Some(g.device.entry.id));
-        let Some(Granted { device, .. }) = new.iter().find(taken) else { return Ok(()) };
-        let (id, address) = (device.entry.id, device.entry.address);
-        Err(format!(
-            "has a <hostdev> (alias ua-usb-{id}) in its XML with an address that is not that of device {id}, which is {address}, and that alias is needed for \
-             it: take that <hostdev> out of the domain (virsh edit), or give it another alias"
-        ))
-    }
-
     /// See [`missing_redirdevs`].
     pub(crate) fn missing_redirdevs(&self) -> Vec<usize> {
         missing_redirdevs(self.domain, self.redirections)
     }
+}
+
+/// No two devices of a domain have one alias: a hostdev that is not the device that its alias names
+/// is in the way of that device.
+///
+/// # Errors
+/// Which of the devices cannot come into the guest, and what to do.
+pub fn refuse_taken_aliases(domain: &Domain, new: &[&Granted]) -> Result<(), String> {
+    let taken = |g: &&&Granted| domain.hostdevs.iter().any(|h| h.injected() == Some(g.device.entry.id));
+    let Some(Granted { device, .. }) = new.iter().find(taken) else { return Ok(()) };
+    let (id, address) = (device.entry.id, device.entry.address);
+    Err(format!(
+        "has a <hostdev> (alias ua-usb-{id}) in its XML with an address that is not that of device {id}, which is {address}, and that alias is needed for \
+         it: take that <hostdev> out of the domain ('virsh edit'; of a guest that runs 'virsh detach-device'), or give it another alias"
+    ))
 }
 
 /// Of a flavor's so many redirection entries those for which the XML has none yet. Those that somebody else wrote serve the first entries.
@@ -319,13 +321,16 @@ pub fn holding(hostdev: &UsbHostdev) -> Holding {
     Holding { id: hostdev.injected(), usb: hostdev.usb, address: hostdev.address, port: hostdev.port.clone() }
 }
 
-/// Whether the hostdev of a guest that runs is the device: by its alias, its address or its port.
+/// Whether the hostdev of a guest that runs is the device: by its address or its port, and where it
+/// has neither, by its alias.
 pub fn is_device(hostdev: &UsbHostdev, record: &Record) -> bool {
     let entry = &record.entry;
-    hostdev.usb.is_none_or(|usb| usb == record.usb())
-        && (hostdev.injected() == Some(entry.id)
-            || hostdev.address == Some(entry.address)
-            || hostdev.port.as_ref() == Some(&entry.port_path))
+    let is_there = match (hostdev.address, &hostdev.port) {
+        (Some(address), _) => address == entry.address,
+        (None, Some(port)) => *port == entry.port_path,
+        (None, None) => hostdev.injected() == Some(entry.id),
+    };
+    is_there && hostdev.usb.is_none_or(|usb| usb == record.usb())
 }
 
 /// Whether the selector means the device.

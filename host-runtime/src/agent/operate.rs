@@ -74,6 +74,21 @@ pub struct Attached {
     pub already: Vec<Record>,
 }
 
+/// How often it is decided anew what an operator takes back, where the instance is given more
+/// meanwhile.
+const TRIES: usize = 8;
+
+/// What is to be taken back from an instance.
+#[derive(Default)]
+struct Meant {
+    /// Assignments that no device serves now, by their numbers.
+    ending: Vec<i64>,
+    /// Claims.
+    leaving: Vec<ClaimRow>,
+    /// One answer a selector: the device, or none where only an assignment ends.
+    found: Vec<Option<Record>>,
+}
+
 impl Worker {
     /// Gives an instance what the requests ask for: into the guest at once where it runs, and at each of its starts. All or nothing.
     ///
@@ -118,7 +133,7 @@ impl Worker {
         {
             // Others may do the same for this instance at this moment: what is undone is what was done here.
             self.store.restart_patience();
-            self.store.dismiss(&whom, &assigned, &new, |_, _| false, &context)?;
+            self.store.dismiss(&whom, None, &assigned, &new, |_, _| false, &context)?;
             // What cannot be finished here the agent finishes.
             drop(self.finish(instance, &whom, &new));
             return Err(why);
@@ -159,14 +174,35 @@ impl Worker {
         selectors: &[Selector],
     ) -> Result<Vec<Option<Record>>, OperateError> {
         self.store.restart_patience();
-        let held = self.store.claims_of(instance)?;
-        let devices = self.store.devices()?;
         let whom = self.whom(instance)?;
-        let mut assigned = self.operators(instance)?;
-        let (mut ending, mut leaving) = (Vec::new(), Vec::new());
-        let mut found = Vec::<Option<Record>>::new();
+        let context = self.context()?;
+        for _ in 0..TRIES {
+            let held = self.store.claims_of(instance)?;
+            let devices = self.store.devices()?;
+            let Meant { ending, leaving, found } = self.meant(&whom, selectors, &held, &devices)?;
+            let serves = |request: &DeviceRequest, device: DeviceId| {
+                devices.iter().any(|r| r.entry.id == device && selects(&request.selector, r))
+            };
+            if self.store.dismiss(&whom, Some(&held), &ending, &leaving, serves, &context)? {
+                self.finish(instance, &whom, &leaving)?;
+                return Ok(found);
+            }
+        }
+        refused(format!("{} is given devices all the time: try again", whom.domain))
+    }
+
+    /// What an operator's selectors mean of what the instance holds and is assigned.
+    fn meant(
+        &self,
+        whom: &Asker,
+        selectors: &[Selector],
+        held: &[ClaimRow],
+        devices: &[Record],
+    ) -> Result<Meant, OperateError> {
+        let mut assigned = self.operators(whom.instance)?;
+        let mut all = Meant::default();
         for selector in selectors {
-            let taken = |r: &Record| found.iter().flatten().any(|f| f.entry.id == r.entry.id);
+            let taken = |r: &Record| all.found.iter().flatten().any(|f| f.entry.id == r.entry.id);
             let claim = |r: &Record| held.iter().find(|c| c.device_id == r.entry.id);
             let meant = devices.iter().filter(|r| selects(selector, r) && !taken(r));
             let meant: Vec<(&Record, &ClaimRow)> = meant.filter_map(|r| Some((r, claim(r)?))).collect();
@@ -175,14 +211,14 @@ impl Worker {
                     let stored = self.store.as_stored(selector)?;
                     let is = |a: &Assignment| [selector, &stored].contains(&&a.request.selector);
                     let Some(at) = assigned.iter().position(is) else {
-                        return Err(OperateError::Nothing(whom.domain));
+                        return Err(OperateError::Nothing(whom.domain.clone()));
                     };
-                    ending.push(assigned.remove(at).id);
-                    found.push(None);
+                    all.ending.push(assigned.remove(at).id);
+                    all.found.push(None);
                 }
                 [(record, claim)] => {
-                    found.push(Some((*record).clone()));
-                    leaving.push((*claim).clone());
+                    all.found.push(Some((*record).clone()));
+                    all.leaving.push((*claim).clone());
                 }
                 several => {
                     let ids: Vec<String> = several.iter().map(|(r, _)| message::device(r)).collect();
@@ -195,13 +231,7 @@ impl Worker {
                 }
             }
         }
-        let context = self.context()?;
-        let serves = |request: &DeviceRequest, device: DeviceId| {
-            devices.iter().any(|r| r.entry.id == device && selects(&request.selector, r))
-        };
-        self.store.dismiss(&whom, &ending, &leaving, serves, &context)?;
-        self.finish(instance, &whom, &leaving)?;
-        Ok(found)
+        Ok(all)
     }
 
     /// Finishes claims that were marked: whoever looks at this instance would.

@@ -386,9 +386,17 @@ impl<'a> Present<'a> {
         let all = || self.host.devices.values().filter(there);
         // A device that went may have had the number that another has now.
         let present = || all().find(|r| r.present);
+        // Somebody else's hostdev may have an alias of our form, which names another device.
+        let has_place = hostdev.address.is_some() || hostdev.port.is_some();
+        let is_by_hand = |r: &&Record| has_place && self.claim(r.entry.id).is_some_and(|c| c.by_hand);
+        let by_hand = || present().filter(is_by_hand);
         // One that is ours and shows another kind meanwhile (a declared alias) is stale.
         let renamed = || named.filter(|_| claim.is_some_and(|c| !c.by_hand));
-        let record = named.filter(is_kind).or_else(present).or_else(renamed).or_else(|| all().next())?;
+        let record = by_hand()
+            .or_else(|| named.filter(is_kind))
+            .or_else(present)
+            .or_else(renamed)
+            .or_else(|| all().next())?;
         let fresh = record.present
             && is_kind(&record)
             && hostdev.address.is_none_or(|a| a == record.entry.address)

@@ -5,13 +5,15 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use virt_usb_domxml::{Domain, XmlError, redirdev_element};
+use virt_usb_domxml::{Domain, UsbHostdev, XmlError, redirdev_element};
 use virt_usb_hook::config::{AttachFailurePolicy, Config};
-use virt_usb_hook::guest::{Delivery, NO_SPICE, Ports, asker, hostdev, is_device, port_speeds, room, slowed};
+use virt_usb_hook::guest::{
+    Delivery, NO_SPICE, Ports, asker, hostdev, is_device, port_speeds, refuse_taken_aliases, room, slowed,
+};
 use virt_usb_hook::machine;
 use virt_usb_model::{DeviceId, InstanceId, SpeedMask};
 use virt_usb_store::adopt::Stage;
-use virt_usb_store::claim::{Asker, Judge, Verified};
+use virt_usb_store::claim::{Asker, Granted, Judge, Verified};
 use virt_usb_store::give_back::{Extent, Witness};
 use virt_usb_store::{Context, Durability, Record, Store, StoreError};
 
@@ -277,9 +279,14 @@ impl Work<'_> {
                 self.worker.hypervisor.attach(self.instance, &hostdev.element())
             });
         // Whatever libvirt says: is it there?
-        let inside = self.has(device)?;
+        let inside = self.has(&record)?;
         self.worker.metrics.attached(began.elapsed(), attached.as_ref().err());
         match attached {
+            // It was taken back meanwhile by somebody who did not see it in the guest.
+            Ok(()) if !self.is_still_wanted(device)? => {
+                self.worker.hypervisor.detach(self.instance, &virt_usb_domxml::hostdev_alias(device))?;
+                Ok(Outcome::Moot)
+            }
             // Between the look at the port and libvirt's the device may have gone and another come.
             Ok(()) if !matches!(ports.verify(&record), Verified::Here(now) if now == seen) => {
                 self.worker.hypervisor.detach(self.instance, &virt_usb_domxml::hostdev_alias(device))?;
@@ -355,10 +362,22 @@ impl Work<'_> {
         }
     }
 
-    /// Whether the live XML shows the device now.
-    fn has(&self, device: DeviceId) -> Result<bool, WorkError> {
+    /// Whether the instance is to have the device, by its claim or one that was made since: not one
+    /// that somebody made on seeing what we attached.
+    fn is_still_wanted(&self, device: DeviceId) -> Result<bool, WorkError> {
+        let planned = self.view.claims(self.instance).iter().find(|c| c.device_id == device);
+        let claims = self.worker.store.claims_of(self.instance)?;
+        Ok(claims.iter().any(|c| {
+            let is_same = planned.is_some_and(|planned| planned.id == c.id);
+            c.device_id == device && !c.ending && (is_same || !c.by_hand)
+        }))
+    }
+
+    /// Whether the live XML shows the device now, under our alias.
+    fn has(&self, record: &Record) -> Result<bool, WorkError> {
         let Some(running) = self.worker.hypervisor.look(self.instance)? else { return Ok(false) };
-        Ok(running.domain()?.hostdevs.iter().any(|h| h.injected() == Some(device)))
+        let ours = |h: &&UsbHostdev| h.injected() == Some(record.entry.id);
+        Ok(running.domain()?.hostdevs.iter().filter(ours).any(|h| is_device(h, record)))
     }
 }
 
@@ -387,10 +406,13 @@ impl Judge for Live<'_> {
         self.ports.verify(candidate)
     }
 
-    fn fits(&mut self, chosen: &[virt_usb_store::claim::Granted]) -> Result<(), String> {
+    fn fits(&mut self, chosen: &[Granted]) -> Result<(), String> {
         let there = |record: &Record| self.domain.host_devices().any(|h| is_device(h, record));
-        let new = chosen.iter().filter(|g| !there(&g.device));
-        let speeds: Vec<SpeedMask> = new.map(|g| port_speeds(&g.device)).collect();
+        let new: Vec<&Granted> = chosen.iter().filter(|g| !there(&g.device)).collect();
+        // What it holds already may have a stale hostdev, which the agent takes out.
+        let first: Vec<&Granted> = new.iter().copied().filter(|g| !g.already).collect();
+        refuse_taken_aliases(self.domain, &first).map_err(|why| format!("it {why}"))?;
+        let speeds: Vec<SpeedMask> = new.iter().map(|g| port_speeds(&g.device)).collect();
         room(self.domain, &speeds, Delivery::HotPlug).map(drop)
     }
 }

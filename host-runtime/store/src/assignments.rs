@@ -207,21 +207,29 @@ impl Store {
     /// first that `serves` says it would serve). What has ended meanwhile is none the worse for it, and a claim that somebody has made
     /// since then is nobody's business here.
     ///
+    /// `held` is what the instance held when this was decided, where it was decided by that: false
+    /// if it holds more now. Then nothing has ended, and it is to be decided anew.
+    ///
     /// # Errors
     /// When the database cannot be written; then nothing has ended.
     pub fn dismiss(
         &mut self,
         asker: &Asker,
+        held: Option<&[ClaimRow]>,
         assignments: &[i64],
         claims: &[ClaimRow],
         serves: impl Fn(&DeviceRequest, DeviceId) -> bool,
         context: &Context,
-    ) -> Result<(), StoreError> {
+    ) -> Result<bool, StoreError> {
         if assignments.is_empty() && claims.is_empty() {
-            return Ok(());
+            return Ok(true);
         }
         let instance = asker.instance;
-        self.write(|tx, _| {
+        let done = self.write(|tx, _| {
+            let is_known = |c: &ClaimRow| held.is_none_or(|held| held.iter().any(|known| known.id == c.id));
+            if !give_back::held(tx, instance)?.iter().all(is_known) {
+                return Ok(false);
+            }
             tx.mark_lasting();
             let remove = |id: i64| {
                 let sql = "DELETE FROM assignments WHERE id = ?1 AND instance_uuid = ?2 RETURNING request";
@@ -255,9 +263,10 @@ impl Store {
                 }
                 record(tx, context, &Event::of("unassigned", asker).about(device))?;
             }
-            Ok(())
+            Ok(true)
         })?;
-        self.forget_hint(instance)
+        self.forget_hint(instance)?;
+        Ok(done)
     }
 }
 

@@ -5,9 +5,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::channel;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use proptest::prelude::*;
@@ -19,6 +19,7 @@ use virt_usb::hypervisor::{Event, Failure, Hypervisor, Running, SimulatedHypervi
 use virt_usb::inventory;
 use virt_usb_domxml::Domain;
 use virt_usb_hook::config::{AttachFailurePolicy, Config, Log, ReplugPolicy};
+use virt_usb_hook::guest::Ports;
 use virt_usb_hook::machine;
 use virt_usb_model::{Aliases, BusAddress, DeviceId, DeviceRequest, Flavor, InstanceId};
 use virt_usb_store::flaps::Limits;
@@ -28,6 +29,8 @@ use virt_usb_store::{Record, Store};
 struct Fused {
     inner: Arc<SimulatedHypervisor>,
     fuse: AtomicUsize,
+    /// What somebody else does just before a device is attached.
+    meanwhile: Mutex<Option<Box<dyn FnOnce() + Send>>>,
 }
 
 const NEVER: usize = usize::MAX / 2;
@@ -63,6 +66,9 @@ impl Hypervisor for Fused {
         self.call(|| self.inner.xml(instance))
     }
     fn attach(&self, instance: InstanceId, device: &str) -> Result<(), Failure> {
+        if let Some(act) = self.meanwhile.lock().unwrap().take() {
+            act();
+        }
         self.call(|| self.inner.attach(instance, device))
     }
     fn detach(&self, instance: InstanceId, alias: &str) -> Result<(), Failure> {
@@ -121,7 +127,8 @@ impl World {
         let store = Store::create(&config.state_dir, Duration::from_secs(5)).unwrap();
         let (to, events) = channel();
         let simulated = Arc::new(SimulatedHypervisor::new(config.clone(), to));
-        let hypervisor = Arc::new(Fused { inner: simulated.clone(), fuse: AtomicUsize::new(NEVER) });
+        let fuse = AtomicUsize::new(NEVER);
+        let hypervisor = Arc::new(Fused { inner: simulated.clone(), fuse, meanwhile: Mutex::default() });
         let worker = Worker {
             config: Arc::new(config.clone()),
             hypervisor: hypervisor.clone(),
@@ -569,10 +576,70 @@ impl World {
         let inside = live.iter().filter(|guest| inside(guest)).count();
         assert!(
             [assigned, claimed, inside] == [assigned; 3] && assigned < 2,
-            "{assigned} {claimed} {inside}"
+            "{assigned} {claimed} {inside}: {:#?} {:#?}",
+            store.claims().unwrap(),
+            store.events(&virt_usb_store::events::Filter::default()).unwrap()
         );
         assigned == 1
     }
+}
+
+impl World {
+    /// Somebody else who works at the same time.
+    fn another(&self) -> Worker {
+        let (config, metrics) = (Arc::new(self.config.clone()), Arc::default());
+        Worker::open(config, self.hypervisor.clone(), metrics, "test").unwrap()
+    }
+}
+
+#[test]
+fn a_device_that_is_taken_just_before_it_is_attached_leaves_the_guest() {
+    let mut world = World::new(ReplugPolicy::Reattach);
+    world.plug(0, 0);
+    world.scan();
+    started(&mut world, 2);
+    let mut taker = world.another();
+    *world.hypervisor.meanwhile.lock().unwrap() = Some(Box::new(move || {
+        taker.take(instance(2), &[by_id(1).selector]).unwrap();
+    }));
+    let given = world.worker.give(instance(2), &[by_id(1)]).unwrap_err().to_string();
+    assert!(given.contains("it was taken back at the same moment"), "{given}");
+    assert!(!world.has_wholly(2, 1));
+    world.settle();
+    assert!(!world.has_wholly(2, 1));
+}
+
+#[test]
+fn an_alias_of_our_form_does_not_make_a_hostdev_ours() {
+    let mut world = World::new(ReplugPolicy::Reattach);
+    world.plug(0, 0);
+    world.plug(1, 1);
+    world.scan();
+    started(&mut world, 2);
+    let number = world.plugged[&1].1;
+    let hostdev = format!(
+        "<hostdev mode='subsystem' type='usb'><source><vendor id='0x0529'/><product id='0x0001'/><address bus='1' device='{number}'/></source><alias name='ua-usb-1'/></hostdev>"
+    );
+    world.simulated.attach(instance(2), &hostdev).unwrap();
+    world.settle();
+    let claims = world.worker.store.claims().unwrap();
+    assert_eq!((claims.len(), claims[0].device_id), (1, DeviceId::new(2).unwrap()));
+    // Device 1 cannot have its alias, and the other one stays.
+    let why = world.worker.give(instance(2), &[by_id(1)]).unwrap_err().to_string();
+    assert!(why.contains("that alias is needed for it"), "{why}");
+    world.settle();
+    assert_eq!(world.worker.store.claims().unwrap().len(), 1);
+    // The same where device 1 was claimed before.
+    let context = machine::context(&world.config, "test").unwrap();
+    let whom = world.worker.store.asker(instance(2), "vm2", None).unwrap();
+    let want = virt_usb_store::claim::Want { request: by_id(1), lasting: false, number: None };
+    let firm = virt_usb_store::claim::Standing::Firm;
+    let mut ports = Ports { sysfs_root: &world.config.sysfs_root };
+    world.worker.store.claim(&whom, &[want], &[], firm, &mut ports, &context).unwrap();
+    world.settle();
+    let twin = BusAddress::new(1, number).unwrap();
+    assert_eq!(world.live()[0].1.hostdevs.len(), 1);
+    assert_eq!(world.live()[0].1.hostdevs[0].address, Some(twin));
 }
 
 #[test]
@@ -581,11 +648,7 @@ fn a_device_is_given_and_taken_whole_however_often_at_once() {
     world.plug(0, 0);
     world.scan();
     started(&mut world, 2);
-    let another = || {
-        let (config, metrics) = (Arc::new(world.config.clone()), Arc::default());
-        Worker::open(config, world.hypervisor.clone(), metrics, "test").unwrap()
-    };
-    let (mut giver, mut taker) = (another(), another());
+    let (mut giver, mut taker) = (world.another(), world.another());
     std::thread::scope(|scope| {
         scope.spawn(move || (0..40).for_each(|_| drop(giver.give(instance(2), &[by_id(1)]))));
         scope.spawn(move || (0..40).for_each(|_| drop(taker.take(instance(2), &[by_id(1).selector]))));
