@@ -1,6 +1,5 @@
 //! `prepare`: claim what the domain asks for, and write it into the XML, or refuse the start. What `restore` refused is refused here.
 
-use virt_usb_domxml::UsbHostdev;
 use virt_usb_model::{DeviceId, Flavor, Selector};
 use virt_usb_store::adopt::{Adoption, Entered};
 use virt_usb_store::claim::{Asker, Claimed, Standing};
@@ -43,7 +42,7 @@ pub(crate) fn prepare(job: &Job<'_>) -> Result<Answer, Fault> {
     let asker = asker(&store, job.domain, instance).map_err(|e| Fault::of(concerned, e))?;
     let mut gate = Gate { job, config, store, context, asker, concerned };
     let entered = gate.enter()?;
-    let answer = match gate.refusal(&entered)? {
+    let answer = match gate.refusal(&entered) {
         Some(refusal) => refusal,
         // One that comes in with nothing that could be ours is asked what it asks for, as at any
         // start.
@@ -106,28 +105,18 @@ impl Gate<'_> {
 
     /// Why it cannot start with what its own XML holds: the one rule for hostdevs that somebody
     /// wrote, and that a guest which comes in needs the devices that were claimed for it.
-    fn refusal(&self, entered: &Entered) -> Result<Option<Answer>, Fault> {
+    fn refusal(&self, entered: &Entered) -> Option<Answer> {
         let domain = self.job.domain;
-        for (hostdev, adopted) in domain.host_devices().zip(&entered.adopted) {
+        for adopted in &entered.adopted {
             let why = match adopted {
                 Adoption::HeldBy(device, claim) => message::held_by_hand(&domain.name, device, claim),
                 Adoption::SetAside(device) => message::set_aside_by_hand(&domain.name, device),
-                Adoption::Unknown if entered.arriving => match self.lost(hostdev)? {
-                    Some(id) => message::lost(&domain.name, id),
-                    None => continue,
-                },
+                Adoption::Lost(id) => message::lost(&domain.name, *id),
                 Adoption::Unknown | Adoption::New(_) | Adoption::AlreadyYours(_) => continue,
             };
-            return Ok(Some(Answer::refused(why)));
+            return Some(Answer::refused(why));
         }
-        Ok(None)
-    }
-
-    /// The device that virt-usb assigned to the hostdev and that the host no longer has.
-    fn lost(&self, hostdev: &UsbHostdev) -> Result<Option<DeviceId>, Fault> {
-        let Some(id) = hostdev.injected() else { return Ok(None) };
-        let mine = self.store.claims_of(self.asker.instance).map_err(|e| Fault::of(self.concerned, e))?;
-        Ok(mine.iter().any(|c| c.device_id == id && !c.by_hand).then_some(id))
+        None
     }
 
     /// A guest that comes in by restore or migration has what the filter claimed for it: its flavor

@@ -46,6 +46,9 @@ pub enum Adoption {
     HeldBy(Box<Record>, Box<ClaimRow>),
     /// It is set aside, whatever the rules say: nobody starts with it.
     SetAside(Box<Record>),
+    /// It was claimed for the instance by the restore or the migration that goes on, and is not
+    /// where the hostdev has it now.
+    Lost(DeviceId),
     /// No device of the inventory, or it cannot be told which.
     Unknown,
 }
@@ -55,7 +58,7 @@ impl Adoption {
     pub const fn device(&self) -> Option<DeviceId> {
         match self {
             Self::New(id) | Self::AlreadyYours(id) => Some(*id),
-            Self::HeldBy(..) | Self::SetAside(_) | Self::Unknown => None,
+            Self::HeldBy(..) | Self::SetAside(_) | Self::Lost(_) | Self::Unknown => None,
         }
     }
 }
@@ -119,7 +122,8 @@ impl Store {
 
     /// The domain is about to start with what its own XML holds: [`Store::adopt`]. Where it comes
     /// in by restore or migration, what was claimed for it then stands from now on, each claim with
-    /// its request and its hold; of the rest it keeps what is held for the instance.
+    /// its request and its hold; of the rest it keeps what is held for the instance. If a device of
+    /// those is lost, all claims stay as they are: the guest cannot start.
     ///
     /// # Errors
     /// When the database cannot be written; then nothing was adopted.
@@ -131,11 +135,20 @@ impl Store {
         context: &Context,
     ) -> Result<Entered, StoreError> {
         self.write(|tx, hints| {
-            let adopted = adopt(tx, hints, asker, holdings, Stage::Starting, judge, context)?;
+            let mut adopted = adopt(tx, hints, asker, holdings, Stage::Starting, judge, context)?;
             let inside: BTreeSet<DeviceId> = adopted.iter().filter_map(Adoption::device).collect();
             let mine = give_back::held(tx, asker.instance)?;
-            let arriving = mine.iter().any(|c| c.arrived && inside.contains(&c.device_id));
-            if arriving {
+            let mut lost = false;
+            for (adopted, holding) in adopted.iter_mut().zip(holdings) {
+                let comes =
+                    |c: &&ClaimRow| Some(c.device_id) == holding.id && !c.by_hand && is_coming(c, context);
+                if let (Adoption::Unknown, Some(claim)) = (&*adopted, mine.iter().find(comes)) {
+                    *adopted = Adoption::Lost(claim.device_id);
+                    lost = true;
+                }
+            }
+            let arriving = lost || mine.iter().any(|c| c.arrived && inside.contains(&c.device_id));
+            if arriving && !lost {
                 let strays: Vec<&ClaimRow> = mine
                     .iter()
                     .filter(|c| !inside.contains(&c.device_id) && (c.pending || c.hold == "running"))
@@ -341,20 +354,18 @@ impl<'a> Finder<'a> {
         let mut there = Vec::new();
         for device in self.candidates((id, holding.usb))?.iter() {
             let is_mine = device.entry.instance_uuid == Some(self.asker.instance);
-            // The bus may have had another number when the port was recorded.
-            let at_port = |port: &PortPath| port.ports() == device.entry.port_path.ports();
-            if is_mine != mine || !holding.port.as_ref().is_none_or(at_port) {
-                continue;
-            }
-            // The stored address is a memory: ask the port, but only of those that it could be.
-            let recorded = &device.entry;
-            if recorded.path.is_none() && holding.address.is_some_and(|a| a.bus() != recorded.port_path.bus())
-            {
+            // What was stored is a memory: ask the port, but only of those that it could be. Without
+            // a path the device is on the bus that was recorded, or cannot be told.
+            let recorded = &device.entry.port_path;
+            let elsewhere = device.entry.path.is_none()
+                && (holding.address.is_some_and(|a| a.bus() != recorded.bus())
+                    || holding.port.as_ref().is_some_and(|port| port != recorded));
+            if is_mine != mine || elsewhere {
                 continue;
             }
             if let Some(seen) = self.look(device)
                 && holding.address.is_none_or(|a| a == seen.address)
-                && holding.port.as_ref().is_none_or(|port| port.bus() == seen.address.bus())
+                && holding.port.as_ref().is_none_or(|port| *port == seen.port)
             {
                 there.push((device.clone(), seen.clone()));
                 // No two devices have one address.
@@ -382,8 +393,7 @@ fn take(tx: &Tx<'_>, asker: &Asker, found: &Found, stage: Stage, context: &Conte
             // A guest that starts is in no QEMU: a claim that says otherwise is left from a run
             // whose end nobody wrote down, and only a saved guest has our alias then.
             let left = found.ours && claim.state == "allocated";
-            let named = claim.incoming_since.is_some_and(|at| at >= context.uptime - context.pending_grace);
-            let arriving = claim.pending || named || left;
+            let arriving = is_coming(&claim, context) || left;
             let (by_hand, lasting) = (claim.by_hand, claim.hold == "instance");
             give_back::set_places(tx, &[claim], context, |_| give_back::Place::Coming { arriving })?;
             if !found.ours && !by_hand {
@@ -396,6 +406,11 @@ fn take(tx: &Tx<'_>, asker: &Asker, found: &Found, stage: Stage, context: &Conte
         }
     }
     Ok(Adoption::AlreadyYours(id))
+}
+
+/// Whether a restore or a migration that goes on has named the device of this claim.
+fn is_coming(claim: &ClaimRow, context: &Context) -> bool {
+    claim.pending || claim.incoming_since.is_some_and(|at| at >= context.uptime - context.pending_grace)
 }
 
 /// A claim on a device that nobody asked for. `pending`: for a guest that comes in.

@@ -219,6 +219,9 @@ fn a_claim_and_an_adoption_record_the_port_and_the_address_that_were_seen() {
     let holding = Holding { address: BusAddress::new(1, 8), usb: Some(key(3).key.usb), ..Holding::default() };
     let adopted = store.adopt(&asker(2), &[holding], Stage::Starting, &mut judge, &boot(1)).unwrap();
     assert_eq!(adopted, [Adoption::New(id(2))]);
+    let holding = Holding { port: Some("1-4".parse().unwrap()), ..Holding::default() };
+    let adopted = store.adopt(&asker(1), &[holding], Stage::Starting, &mut judge, &boot(1)).unwrap();
+    assert_eq!(adopted, [Adoption::AlreadyYours(id(1))], "by the port where it is, not where it was");
     let rows = store.devices().unwrap();
     assert_eq!(rows.iter().map(Record::location).collect::<Vec<_>>(), [seen_at("1-4", 7), seen_at("1-5", 8)]);
     let ports = "SELECT group_concat(port_path || ' ' || bus_id || ' ' || port_id) FROM usb_devices";

@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use virt_usb_model::{
     BusAddress, Device, DeviceId, DeviceRequest, Hold, InstanceId, ProjectId, Reason, Serial, Status, Verdict,
 };
+use virt_usb_store::Source;
 
 use crate::common::PENDING_GRACE;
 
@@ -47,7 +48,7 @@ pub(crate) struct Model {
     pub(crate) ids: BTreeMap<String, DeviceId>,
     pub(crate) rows: BTreeMap<DeviceId, Row>,
     pub(crate) claims: BTreeMap<DeviceId, Claim>,
-    pub(crate) assignments: BTreeMap<InstanceId, Vec<DeviceRequest>>,
+    pub(crate) assignments: BTreeMap<InstanceId, Vec<(Source, DeviceRequest)>>,
     pub(crate) flavors: BTreeSet<String>,
 }
 
@@ -150,8 +151,21 @@ impl Model {
         }
     }
 
-    /// The guest is about to start with `inside`: (device, by our alias) each.
-    pub(crate) fn enter(&mut self, instance: InstanceId, inside: &BTreeSet<DeviceId>) -> bool {
+    /// A flavor's requests are these from now on; those of operators stay.
+    pub(crate) fn assign(&mut self, instance: InstanceId, requests: Vec<DeviceRequest>) {
+        let all = self.assignments.entry(instance).or_default();
+        let is_flavors = |(source, _): &&(Source, DeviceRequest)| *source == Source::Flavor;
+        if !all.iter().filter(is_flavors).map(|(_, request)| request).eq(&requests) {
+            all.retain(|one| !is_flavors(&one));
+            all.extend(requests.into_iter().map(|request| (Source::Flavor, request)));
+        }
+    }
+
+    /// The guest is about to start with `inside`; `lost`: without a device that it comes in with.
+    pub(crate) fn enter(&mut self, instance: InstanceId, inside: &BTreeSet<DeviceId>, lost: bool) -> bool {
+        if lost {
+            return true;
+        }
         let mine = || self.claims.iter().filter(|(_, c)| c.instance == instance);
         if !mine().any(|(id, c)| c.arrived && inside.contains(id)) {
             return false;

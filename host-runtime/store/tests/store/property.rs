@@ -54,7 +54,12 @@ enum Step {
     OutOfGuest(u32),
     Release(u32),
     Force(u32),
+    /// A flavor's requests, with `hold = "instance"`.
     Assign(u32, Vec<usize>),
+    /// An operator assigns one more.
+    More(u32, usize),
+    /// An operator takes one of his back, and decided that before others claimed something (true).
+    Dismiss(u32, usize, bool),
     Adopt {
         who: u32,
         slot: usize,
@@ -91,6 +96,8 @@ fn step() -> impl Strategy<Value = Step> {
         3 => (0..3u32).prop_map(Step::Release),
         1 => (0..3u32).prop_map(Step::Force),
         1 => (0..3u32, prop::collection::vec(0..REQUESTS.len(), 0..3)).prop_map(|(who, r)| Step::Assign(who, r)),
+        1 => (0..3u32, 0..REQUESTS.len()).prop_map(|(who, request)| Step::More(who, request)),
+        1 => (0..3u32, 0..3usize, any::<bool>()).prop_map(|(who, nth, late)| Step::Dismiss(who, nth, late)),
         2 => (0..3u32, 0..6usize, 0..BY, any::<bool>())
             .prop_map(|(who, slot, by, running)| Step::Adopt { who, slot, by, running }),
         1 => (0..3usize, any::<bool>()).prop_map(|(name, set)| Step::Flavor(name, set)),
@@ -232,8 +239,14 @@ impl Life {
             Step::Assign(who, which) => {
                 let requests: Vec<_> = which.iter().map(|r| request(REQUESTS[*r])).collect();
                 store.assign(&asker(*who), Source::Flavor, &requests, &context).unwrap();
-                self.model.assignments.insert(instance(*who), requests);
+                self.model.assign(instance(*who), requests);
             }
+            Step::More(who, which) => {
+                let request = request(REQUESTS[*which]);
+                store.assign_more(&asker(*who), std::slice::from_ref(&request), &context).unwrap().unwrap();
+                self.model.assignments.entry(instance(*who)).or_default().push((Source::Operator, request));
+            }
+            Step::Dismiss(who, nth, late) => self.dismiss(&mut store, *who, *nth, *late),
             Step::Adopt { who, .. } => self.adopt(&mut store, *who, step),
             Step::Flavor(name, set) => {
                 let name = ["small", "large key", "größer"][*name];
@@ -394,6 +407,21 @@ impl Life {
         }
     }
 
+    fn dismiss(&mut self, store: &mut Store, who: u32, nth: usize, late: bool) {
+        let mine = instance(who);
+        let all = store.assignments(mine).unwrap();
+        let Some(ended) = all.iter().filter(|a| a.source == Source::Operator).nth(nth) else { return };
+        let held = if late { Vec::new() } else { store.claims_of(mine).unwrap() };
+        let serves = |_: &DeviceRequest, _| panic!("no claim is to end");
+        let done =
+            store.dismiss(&asker(who), Some(&held), &[ended.id], &[], serves, &self.context()).unwrap();
+        assert_eq!(done, !late || self.model.of(mine).is_empty(), "with claims that were not looked at");
+        if done {
+            let at = all.iter().position(|a| a.id == ended.id).unwrap();
+            self.model.assignments.get_mut(&mine).unwrap().remove(at);
+        }
+    }
+
     fn adopt(&mut self, store: &mut Store, who: u32, step: &Step) {
         let Step::Adopt { slot, by, running, .. } = step else { unreachable!() };
         let Some((device, _)) = self.world.get(*slot) else { return };
@@ -529,17 +557,28 @@ impl Life {
         let mine = instance(who);
         // Which devices are meant is decided by what the instance held before.
         let meant: Vec<_> = holdings.iter().map(|h| self.meant(mine, h)).collect();
+        let is_inside = |id: &DeviceId| meant.iter().flatten().any(|(inside, _)| inside == id);
+        let lost: Vec<_> = holdings.iter().map(|h| self.lost(mine, h).filter(|id| !is_inside(id))).collect();
         let mut inside = BTreeSet::new();
-        for (meant, adopted) in meant.iter().zip(&entered.adopted) {
-            match meant {
-                None => assert_eq!(*adopted, Adoption::Unknown),
-                Some((id, ours)) => {
+        for ((meant, lost), adopted) in meant.iter().zip(&lost).zip(&entered.adopted) {
+            match (meant, lost) {
+                (None, None) => assert_eq!(*adopted, Adoption::Unknown),
+                (None, Some(id)) => assert_eq!(*adopted, Adoption::Lost(*id)),
+                (Some((id, ours)), _) => {
                     self.adopted_at_start(mine, *id, *ours, adopted, &context.boot_id);
                     inside.extend(adopted.device());
                 }
             }
         }
-        assert_eq!(entered.arriving, self.model.enter(mine, &inside));
+        let is_lost = meant.iter().zip(&lost).any(|(meant, lost)| meant.is_none() && lost.is_some());
+        assert_eq!(entered.arriving, self.model.enter(mine, &inside, is_lost));
+    }
+
+    /// The device that the alias names, if a restore or a migration claimed it a moment ago.
+    fn lost(&self, mine: InstanceId, holding: &Holding) -> Option<DeviceId> {
+        let claim = self.model.claims.get(&holding.id?).filter(|c| c.instance == mine && !c.by_hand)?;
+        let named = claim.named.is_some_and(|at| at >= self.uptime - PENDING_GRACE);
+        (claim.pending.is_some() || named).then_some(holding.id?)
     }
 
     fn holdings(&self, hostdevs: &[(usize, u8)]) -> Vec<Holding> {
@@ -693,7 +732,8 @@ impl Life {
     }
 
     fn compare_instance(&self, store: &Store, who: InstanceId) {
-        let assigned: Vec<_> = store.assignments(who).unwrap().into_iter().map(|a| a.request).collect();
+        let assigned: Vec<_> =
+            store.assignments(who).unwrap().into_iter().map(|a| (a.source, a.request)).collect();
         assert_eq!(assigned, self.model.assignments.get(&who).cloned().unwrap_or_default());
         assert!(
             assigned.is_empty() || may_know(self.dir.path(), Known::Assigned(who)),
