@@ -18,8 +18,9 @@ use crate::{Error, Fleet, LoadError, Session};
 pub struct Limits {
     /// The most memory of an instance, in bytes. A fleet of 1 million devices takes some 100 MB.
     pub memory: usize,
-    /// A call has one epoch at least, and is stopped before two have passed. The first call after a change of the fleet feeds the
-    /// instance in several calls, each with a time of its own.
+    /// A call may compute for one epoch, and is stopped before it has computed for two: processor
+    /// time of its thread, so that a busy machine stops no call. The first call after a change of
+    /// the fleet feeds the instance in several calls, each with a time of its own.
     pub epoch: Duration,
 }
 

@@ -2,7 +2,9 @@
 
 use std::collections::HashSet;
 use std::sync::Arc;
+use std::time::Duration;
 
+use rustix::time::{ClockId, clock_gettime};
 use virt_usb_model::scheduling::{Placement, Question, Selection, Verdict};
 use virt_usb_model::{DeviceId, Status};
 use wasmtime::component::ResourceAny;
@@ -11,7 +13,7 @@ use wasmtime::{ResourceLimiter, Store, Trap, UpdateDeadline};
 use crate::bindings::{self, FilterPre, Guest, clean, wit};
 use crate::error::Fault;
 use crate::filter::cause;
-use crate::{Error, Filter, Statistics};
+use crate::{Error, Filter, Limits, Statistics};
 
 /// What the store knows besides the instance.
 pub(crate) struct State {
@@ -19,6 +21,15 @@ pub(crate) struct State {
     memory: usize,
     elements: usize,
     exceeded: bool,
+    /// What the thread had computed when the call began.
+    began: Duration,
+}
+
+/// The processor time of this thread: on a machine that is busy a call takes longer, and computes
+/// no more.
+fn computed() -> Duration {
+    let now = clock_gettime(ClockId::ThreadCPUTime);
+    Duration::try_from(now).unwrap_or_default()
 }
 
 /// Elements of all tables, 16 bytes each at the most.
@@ -79,12 +90,15 @@ pub(crate) struct PreparedHandle(ResourceAny);
 
 impl Instance {
     pub(crate) fn new(filter: &Filter, pre: &FilterPre<State>) -> Result<Self, Error> {
-        let most = filter.limits().memory;
-        let mut store = Store::new(pre.engine(), State { most, memory: 0, elements: 0, exceeded: false });
+        let Limits { memory: most, epoch } = filter.limits();
+        let state = State { most, memory: 0, elements: 0, exceeded: false, began: computed() };
+        let mut store = Store::new(pre.engine(), state);
         store.limiter(|state| state);
-        store.epoch_deadline_callback(|_| Ok(UpdateDeadline::Interrupt));
-        // The deadline is the second tick from here: one whole epoch at least.
-        store.set_epoch_deadline(2);
+        store.epoch_deadline_callback(move |store| {
+            let is_over = computed().saturating_sub(store.data().began) >= epoch;
+            Ok(if is_over { UpdateDeadline::Interrupt } else { UpdateDeadline::Continue(1) })
+        });
+        store.set_epoch_deadline(1);
         let made = pre.instantiate(&mut store).and_then(|bindings| {
             let inventory =
                 bindings.virt_usb_scheduler_inventory().inventory().call_constructor(&mut store)?;
@@ -100,7 +114,8 @@ impl Instance {
         &mut self,
         act: impl FnOnce(&Guest, &mut Store<State>, ResourceAny) -> wasmtime::Result<T>,
     ) -> Result<T, Error> {
-        self.store.set_epoch_deadline(2);
+        self.store.set_epoch_deadline(1);
+        self.store.data_mut().began = computed();
         // One that went on without the memory was not stopped for it.
         self.store.data_mut().exceeded = false;
         let guest = self.bindings.virt_usb_scheduler_inventory();
