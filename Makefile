@@ -112,6 +112,8 @@ soak: test-deps build deb corpus deny ## hours: more random runs, Debian 13's co
 	@PROPTEST_CASES=20000 tests/suite/run --timeout 7200
 	@echo "== etcd's cluster under 20 times so many faults"
 	@FLEET_ROUNDS=20 FLEET_SEED=100 tests/suite/run --timeout 7200 fleet
+	@echo "== root's tools under attack, 100 times as often"
+	@VIRT_USB_ROUNDS=100 tests/suite/run --timeout 7200 planted
 	@echo "== 200 kills in the VM"
 	@tests/live/run nested --case crash.random_moments --kills 200 --cpus 2
 	@echo "== the nested compute host with Debian 13"

@@ -73,6 +73,25 @@ def serial(w):
     refused(w.virsh("start", asking(w, adapter).name), "used by guest owner as serial 1")
 
 
+@case("a stick that is another guest's disk is not offered, while that guest runs and while it is off; the guest keeps its disk")
+def disk(w):
+    (stick,) = w.drawer.twins(1)
+    w.product.agent.start()
+    path = node(stick, "*:1.0/host*/target*/*:*/block/sd*")
+    available(w, stick)
+    source = f"<driver name='qemu' type='raw'/><source dev='{path}'/><target dev='vdb' bus='virtio'/>"
+    owner = w.guest("owner", devices=f"<disk type='block' device='disk'>{source}</disk>")
+    w.start(owner)
+    withheld(w, stick, "used by guest owner as disk vdb")
+    refused(w.virsh("start", asking(w, stick).name), "used by guest owner as disk vdb")
+    expect(Path(path).exists(), "the disk to stay with the host")
+    w.destroy(owner)
+    withheld(w, stick, "used by guest owner, which does not run, as disk vdb")
+    w.virsh.must("undefine", "owner")
+    available(w, stick)
+    w.start(asking(w, stick))
+
+
 @contextmanager
 def opened(path):
     descriptor = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_NOCTTY)
