@@ -25,7 +25,7 @@ VIRT_USB = os.environ.get("VIRT_USB", str(Path(__file__).parents[2] / "target/re
 WANTED = {"flavor": {"usb_devices": [fleet.KEY]}}
 
 
-def until(what, look, seconds=30):
+def until(what, look, seconds=300):
     end = time.monotonic() + seconds
     while not (found := look()):
         if time.monotonic() > end:
@@ -77,7 +77,7 @@ class Etcd:
     def publish_all(self, documents):
         """In one transaction."""
         puts = [{"request_put": {"key": encoded(f"/virt-usb/hosts/{host}"), "value": encoded(text)}} for host, text in documents.items()]
-        requests.post(f"{self.url}/v3/kv/txn", json={"success": puts}, timeout=30).raise_for_status()
+        requests.post(f"{self.url}/v3/kv/txn", json={"success": puts}, timeout=300).raise_for_status()
 
 
 class Answers:

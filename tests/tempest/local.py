@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import requests
 
-PATIENCE = 60.0
+PATIENCE = 300.0
 
 
 def end_with_parent() -> None:

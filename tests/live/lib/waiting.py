@@ -5,7 +5,7 @@ import time
 from .shell import Failure
 
 # Under emulation and with other work on the machine everything takes longer; no limit here is a claim about speed.
-PATIENCE = 60
+PATIENCE = 300
 
 
 def until(probe, what, seconds=PATIENCE, pause=0.1):

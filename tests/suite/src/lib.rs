@@ -8,7 +8,7 @@ mod ports;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use virt_usb::discovery::{Simulated, UsbSource};
 use virt_usb::inventory;
@@ -18,6 +18,22 @@ use virt_usb_model::Flavor;
 use virt_usb_store::{Durability, Store};
 
 pub use etcd::Etcd;
+
+/// How long a test waits for what must come. On a machine that does other things it takes long; only a
+/// failure takes so long.
+pub const PATIENCE: Duration = Duration::from_secs(300);
+
+/// Looks again and again until something is seen.
+pub fn until<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        if let Some(found) = look() {
+            return found;
+        }
+        assert!(Instant::now() < deadline, "waited in vain for {what}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
 
 /// The repository's root.
 pub fn root() -> PathBuf {

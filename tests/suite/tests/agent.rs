@@ -7,7 +7,7 @@ use std::os::unix::net::UnixStream;
 use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
-use virt_usb_suite::{Host, device, domain, program};
+use virt_usb_suite::{Host, PATIENCE, device, domain, program};
 
 const ERP: &str = "11111111-2222-4333-8444-555555555555";
 const CRM: &str = "99999999-2222-4333-8444-555555555555";
@@ -50,7 +50,7 @@ impl<'a> Agent<'a> {
     }
 
     fn until(&self, what: &str, mut look: impl FnMut() -> bool) {
-        let deadline = Instant::now() + Duration::from_secs(60);
+        let deadline = Instant::now() + PATIENCE;
         while !look() {
             assert!(Instant::now() < deadline, "never: {what}\n{}\n{}", self.host.claims(), self.log());
             std::thread::sleep(Duration::from_millis(10));
@@ -273,11 +273,6 @@ fn there_is_one_a_host_and_the_hook_knows_whether_it_lives() {
     let said = |output: &std::process::Output| String::from_utf8_lossy(&output.stderr).into_owned();
     {
         let _agent = Agent::start(&host);
-        let deadline = Instant::now() + Duration::from_secs(20);
-        while host.claims().is_empty() && Instant::now() < deadline && !host.path("state/hook.sock").exists()
-        {
-            std::thread::sleep(Duration::from_millis(10));
-        }
         _agent.until("it is ready", || _agent.log().contains(" ready"));
         let second = command(&host).output().unwrap();
         assert_eq!(second.status.code(), Some(1));

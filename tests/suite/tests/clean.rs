@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use virt_usb_model::printable;
-use virt_usb_suite::{Host, device, domain, feed, program, root};
+use virt_usb_suite::{Host, PATIENCE, device, domain, feed, program, root};
 
 /// What XML and TOML let through: C1's CSI, the overrides and isolates, a mark at the start of a file.
 const HOSTILE: &str = "e\u{9b}2J\u{85}\u{202e}\u{2066}\u{200f}\u{feff}\u{7f}rp";
@@ -140,7 +140,7 @@ fn the_agent() {
     let mut command = Command::new(program("virt-usbd"));
     command.arg("--verbose").arg("--config").arg(host.config_file()).arg("--sim").arg(&sim);
     let mut agent = command.stderr(std::fs::File::create(&log).unwrap()).spawn().unwrap();
-    let deadline = Instant::now() + Duration::from_secs(60);
+    let deadline = Instant::now() + PATIENCE;
     while !host.claims().contains("allocated") {
         assert!(Instant::now() < deadline, "{}", std::fs::read_to_string(&log).unwrap());
         std::thread::sleep(Duration::from_millis(20));

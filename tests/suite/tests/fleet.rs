@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use virt_usb_model::{Flavor, HostDocument};
 use virt_usb_store::Source;
 use virt_usb_store::claim::Asker;
-use virt_usb_suite::{Etcd, Host, device, domain, program, root};
+use virt_usb_suite::{Etcd, Host, device, domain, program, root, until};
 
 const ERP: &str = "11111111-2222-4333-8444-555555555555";
 
@@ -27,17 +27,6 @@ fn refused(output: &Output) -> String {
     let text = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(!output.status.success() && text.lines().count() == 1, "{output:?}");
     text
-}
-
-fn until<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
-    let deadline = Instant::now() + Duration::from_secs(40);
-    loop {
-        if let Some(found) = look() {
-            return found;
-        }
-        assert!(Instant::now() < deadline, "waited in vain for {what}");
-        std::thread::sleep(Duration::from_millis(10));
-    }
 }
 
 /// A program that runs until it is dropped.

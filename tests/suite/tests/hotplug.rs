@@ -149,7 +149,7 @@ impl Agent {
             devices.sort();
             devices
         };
-        let deadline = began + Duration::from_secs(60);
+        let deadline = began + PATIENCE;
         loop {
             let found = now();
             if found == wanted {
@@ -199,17 +199,6 @@ impl Agent {
 impl Drop for Agent {
     fn drop(&mut self) {
         self.child.kill().and_then(|()| self.child.wait()).map(drop).unwrap();
-    }
-}
-
-fn until<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
-    let deadline = Instant::now() + Duration::from_secs(60);
-    loop {
-        if let Some(found) = look() {
-            return found;
-        }
-        assert!(Instant::now() < deadline, "never: {what}");
-        std::thread::sleep(Duration::from_millis(2));
     }
 }
 

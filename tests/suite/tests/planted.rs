@@ -21,7 +21,7 @@ const NOBODY: u32 = 65534;
 /// Stands in every file that only root may read.
 const SECRET: &str = "root's own secret";
 /// A command that has not ended by then hangs, in seconds.
-const PATIENCE: &str = "60";
+const PATIENCE: &str = "300";
 
 /// Names that stand in `state_dir`, or come there while a command runs.
 const NAMES: [&str; 21] = [

@@ -8,7 +8,7 @@ use std::process::{Child, Command, Output};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
-use virt_usb_suite::{Host, device, domain, ok, program, text};
+use virt_usb_suite::{Host, device, domain, ok, program, text, until};
 
 fn fails(output: &Output) -> String {
     assert_eq!((output.status.code(), text(&output.stdout).as_str()), (Some(1), ""));
@@ -168,14 +168,6 @@ impl Drop for Agent {
     }
 }
 
-fn until(what: &str, mut look: impl FnMut() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(30);
-    while !look() {
-        assert!(Instant::now() < deadline, "never: {what}");
-        std::thread::sleep(Duration::from_millis(20));
-    }
-}
-
 #[test]
 fn an_agent_goes_on_with_a_restored_file_and_ends_with_a_replaced_one() {
     let host = host("");
@@ -192,7 +184,7 @@ fn an_agent_goes_on_with_a_restored_file_and_ends_with_a_replaced_one() {
         .unwrap();
     let mut agent = Agent(child);
     let held = "device 1 erp 11111111-2222-4333-8444-555555555555 allocated hold=running\n";
-    until("erp has it", || host.claims() == held);
+    until("erp has it", || (host.claims() == held).then_some(()));
     let copy = host.path("copy");
     ok(&host.virt_usb(&["store", "backup", copy.to_str().unwrap()]));
     host.flavor("since", r#"{"usb_devices":[{"id":1}]}"#);

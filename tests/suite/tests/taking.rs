@@ -3,7 +3,7 @@
 
 use std::process::Stdio;
 
-use virt_usb_suite::{Host, device, domain, program};
+use virt_usb_suite::{Host, PATIENCE, device, domain, program};
 
 const ASK: &str = r#"{"usb_devices":[{"vendor_id":"0529","product_id":"0001"}]}"#;
 
@@ -96,7 +96,7 @@ fn of_many_takers_at_once_as_many_win_as_there_are_devices() {
         .collect();
     let mut outputs: Vec<_> = children.into_iter().map(|child| child.wait_with_output().unwrap()).collect();
     // A hook waits two seconds for the lock. On a slow machine some time out and are retried.
-    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(120);
+    let deadline = std::time::Instant::now() + PATIENCE;
     for (output, n) in outputs.iter_mut().zip(1..) {
         while output.status.code() != Some(0) && String::from_utf8_lossy(&output.stderr).contains("lock") {
             assert!(std::time::Instant::now() < deadline, "the lock is never free");

@@ -14,21 +14,10 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, Signal, kill_process};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{Termios, Winsize, tcgetattr, tcsetwinsize};
-use virt_usb_suite::{Host, program, text};
+use virt_usb_suite::{Host, PATIENCE, program, text, until};
 
 const KEY: &str = "[[device]]\nvendor = \"0529\"\nproduct = \"0001\"\nbus = 1\ndevice = 5\nport = \"1-1.4\"\nserial = \"A\"\nproduct_name = \"HASP HL\"\n";
 const STICK: &str = "[[device]]\nvendor = \"0951\"\nproduct = \"1666\"\nbus = 2\ndevice = 3\nport = \"2-1\"\nserial = \"B\"\nproduct_name = \"Stick\"\n";
-
-fn until<T>(what: &str, mut seen: impl FnMut() -> Option<T>) -> T {
-    let end = Instant::now() + Duration::from_secs(30);
-    loop {
-        if let Some(seen) = seen() {
-            return seen;
-        }
-        assert!(Instant::now() < end, "waited in vain for {what}");
-        std::thread::sleep(Duration::from_millis(20));
-    }
-}
 
 /// Somebody who sits at a terminal.
 struct Seat {
@@ -109,7 +98,7 @@ impl Seat {
     }
 
     fn sees(&self, what: &str) {
-        let end = Instant::now() + Duration::from_secs(30);
+        let end = Instant::now() + PATIENCE;
         while !self.rows().iter().any(|row| row.contains(what)) {
             assert!(Instant::now() < end, "{what:?} is not on the screen:\n{}", self.rows().join("\n"));
             std::thread::sleep(Duration::from_millis(20));
@@ -165,7 +154,7 @@ fn what_changes_is_seen_and_nothing_else_is_written() {
     seat.sees("q quit");
     assert!(seat.is_taken());
     // The rest of the first frame.
-    let deadline = Instant::now() + Duration::from_secs(60);
+    let deadline = Instant::now() + PATIENCE;
     while !std::mem::take(&mut *seat.written.lock().unwrap()).is_empty() {
         assert!(Instant::now() < deadline, "it writes although nothing is new");
         std::thread::sleep(Duration::from_millis(300));

@@ -136,11 +136,7 @@ fn a_grandchild_that_holds_the_pipes_is_found_out() {
         let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
         !stat.contains("(sleep)") || stat.contains(") Z ")
     };
-    let patience = Instant::now() + Duration::from_secs(10);
-    while !gone() {
-        assert!(Instant::now() < patience, "the grandchild is still there");
-        std::thread::sleep(Duration::from_millis(10));
-    }
+    until("the grandchild to be gone", || gone().then_some(()));
 }
 
 #[test]
