@@ -49,6 +49,7 @@ pub(crate) fn incoming(job: &Job<'_>, how: Incoming) -> Result<Answer, Fault> {
         .uuid
         .ok_or_else(|| Fault::of(concerned, "its XML has no <uuid>, by which devices are claimed"))?;
     let (store, context) = open(config, &job.call.op, concerned)?;
+    job.admit(&store, config, concerned)?;
     let fault = |e| Fault::of(concerned, e);
     let asker = asker(&store, domain, instance).map_err(fault)?;
     let claims = store.claims_of(instance).map_err(fault)?;

@@ -39,6 +39,7 @@ pub(crate) fn prepare(job: &Job<'_>) -> Result<Answer, Fault> {
     let no_uuid = || Fault::of(concerned, "its XML has no <uuid>, by which devices are claimed");
     let instance = job.domain.uuid.ok_or_else(no_uuid)?;
     let (store, context) = open(config, &job.call.op, concerned)?;
+    job.admit(&store, config, concerned)?;
     let asker = asker(&store, job.domain, instance).map_err(|e| Fault::of(concerned, e))?;
     let mut gate = Gate { job, config, store, context, asker, concerned };
     let entered = gate.enter()?;

@@ -5,13 +5,14 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use virt_usb_domxml::{Document, Domain, Text, XmlError};
+use virt_usb_store::Store;
 use virt_usb_store::hints::{Hint, Known, look, may_know};
 
 use crate::answer::Answer;
 use crate::call::{self, Asked, Call, Happened, Incoming, OnFault, Operation};
 use crate::config::{Config, ConfigError, Log};
 use crate::input::{self, Input};
-use crate::{incoming, journal, machine, notice, other_door, prepare};
+use crate::{incoming, journal, machine, notice, other_door, prepare, rules};
 
 /// Where no folder can be.
 const NO_FOLDER: &str = "/dev/null";
@@ -60,7 +61,13 @@ pub fn main() -> ExitCode {
             // follows refuses what cannot be.
             let lost = delivered.is_err() && handled.answer.xml.is_some();
             let handled = match &delivered {
-                Err(e) if lost => handled.unheard(e),
+                Err(e) if lost => {
+                    let handled = handled.unheard(e);
+                    let why = handled.answer.warnings.last().into_iter().cloned().collect();
+                    let only = Answer { warnings: why, ..Answer::default() };
+                    drop(only.deliver(std::io::sink(), &mut stderr));
+                    handled
+                }
                 _ => handled,
             };
             journal::record(
@@ -207,6 +214,11 @@ impl Job<'_> {
     /// The configuration, for whoever cannot do without.
     pub(crate) fn config(&self, concerned: bool) -> Result<&Config, Fault> {
         self.config.as_ref().map_err(|e| Fault::of(concerned, e))
+    }
+
+    /// Refuses a configuration that has lost the whitelist.
+    pub(crate) fn admit(&self, store: &Store, config: &Config, concerned: bool) -> Result<(), Fault> {
+        rules::admit(store, config, self.call.config.as_deref()).map_err(|e| Fault::of(concerned, e))
     }
 
     /// Where hints are looked for. With a wrong configuration that does not say where: a place where nothing can be

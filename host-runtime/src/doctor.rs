@@ -19,6 +19,7 @@ use virt_usb_domxml::Domain;
 use virt_usb_hook::config::Config;
 use virt_usb_hook::guest::{Delivery, NO_SPICE, missing_redirdevs, port_speeds, room};
 use virt_usb_hook::machine::{self, Agent};
+use virt_usb_hook::rules;
 use virt_usb_hook::sysfs::{attribute, device_dir};
 use virt_usb_model::{Class, Flavor, SpeedMask};
 use virt_usb_store::{Durability, Record, Store};
@@ -84,7 +85,7 @@ pub fn examine(places: &Places) -> Vec<Finding> {
     report.confinement(places, &config);
     report.agent(places, &config);
     report.machine(&config);
-    let store = report.store(&config);
+    let store = report.store(places, &config);
     report.fleet(&config, store.as_ref());
     report.tokens(&config);
     report.keystone(&config);
@@ -430,7 +431,7 @@ impl Report {
         }
     }
 
-    fn store(&mut self, config: &Config) -> Option<Store> {
+    fn store(&mut self, places: &Places, config: &Config) -> Option<Store> {
         let store = match Store::open(&config.state_dir, PATIENCE, Durability::Power) {
             Ok(store) => store,
             Err(e) => {
@@ -465,6 +466,13 @@ impl Report {
                     size >> 20
                 ),
                 "find who has it open: 'fuser -v' with its name",
+            );
+        }
+        if let Err(lost) = rules::admit(&store, config, places.config.as_deref()) {
+            self.broken(
+                "configuration",
+                lost,
+                "no guest starts with a device until the file is whole: restore it from a backup",
             );
         }
         self.clock(&store);

@@ -3,11 +3,9 @@
 use std::path::Path;
 
 use anyhow::Context as _;
-use virt_usb_hook::config::{Config, DEFAULT_PATH};
 use virt_usb_hook::sysfs::path_of;
 use virt_usb_model::{Aliases, Device, DeviceKey, DevicePath, PortPath, Serial, Verdict, Whitelist};
 use virt_usb_store::discover::Change;
-use virt_usb_store::rules::Rules;
 use virt_usb_store::{Record, Store, StoreError};
 
 use crate::discovery::Snapshot;
@@ -40,39 +38,6 @@ pub fn located(
     let paths =
         store.rule_paths(&whitelist.ports(), |port| plugged(port).or_else(|| path_of(sysfs_root, port)))?;
     Ok(whitelist.at(|port| paths.get(port).cloned()))
-}
-
-/// Refuses a configuration that has lost the whitelist: a file that was cut off, or is gone, must not offer every device
-/// to everybody. To turn the whitelist off, a file has to say so.
-///
-/// # Errors
-/// What is missing and what to do; or a fault of the inventory.
-pub fn admit_rules(store: &Store, config: &Config, file: Option<&Path>) -> anyhow::Result<()> {
-    let (now, keys) = (rules(config), config.whitelist_keys);
-    let lost = match store.rules()? {
-        Rules::On if now < Rules::On && !keys.switch => Some(
-            "usb_white_list_switch, which was \"on\": every device would be offered. Restore the file, or write usb_white_list_switch = \"off\"",
-        ),
-        Rules::Off if now == Rules::None && !keys.rules => Some(
-            "usb_passthrough_whitelist, which held rules. Restore the file, or write usb_passthrough_whitelist = []",
-        ),
-        _ => None,
-    };
-    if let Some(lost) = lost {
-        let file = file.unwrap_or(Path::new(DEFAULT_PATH));
-        let why = if file.exists() { "may be cut off: it" } else { "is gone, and the default" };
-        anyhow::bail!("the configuration {} {why} does not hold {lost}", file.display());
-    }
-    Ok(())
-}
-
-/// What the store remembers of a configuration.
-pub fn rules(config: &Config) -> Rules {
-    match (config.whitelist.on, config.whitelist.rules.is_empty()) {
-        (true, _) => Rules::On,
-        (false, false) => Rules::Off,
-        (false, true) => Rules::None,
-    }
 }
 
 /// Plans what brings the rows in line with the snapshot. `known` are all devices ever seen, those marked deleted too.

@@ -14,7 +14,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use virt_usb_hook::config::{Config, ConfigError, DEFAULT_PATH};
-use virt_usb_hook::machine;
+use virt_usb_hook::{machine, rules};
 use virt_usb_store::{Store, StoreError};
 
 use super::ACTOR;
@@ -242,7 +242,7 @@ impl Devices {
             }
             if edits.settled(self.rules.stamp(), seen.reload, Instant::now()) {
                 self.store.restart_patience();
-                if self.rules.reload(|read, file| inventory::admit_rules(&self.store, read, file)) {
+                if self.rules.reload(|read, file| Ok(rules::admit(&self.store, read, file)?)) {
                     // Intervals and policies are theirs too.
                     drop(self.guests.send(Signal::Devices));
                 }
@@ -294,7 +294,7 @@ impl Devices {
             |known: &[virt_usb_store::Record]| inventory::plan(&snapshot, known, &whitelist, &config.aliases);
         let done =
             self.store.reconcile(&self.host, &config.flapping, plan, &context).map_err(|e| e.to_string())?;
-        self.store.note_rules(inventory::rules(&config)).map_err(|e| e.to_string())?;
+        self.store.note_rules(rules::remembered(&config)).map_err(|e| e.to_string())?;
         for change in &done {
             tracing::info!(device = %change.id, "device {} {}", change.id, change.what);
             if let Some(altered) = &change.altered {

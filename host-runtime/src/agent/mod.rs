@@ -87,7 +87,7 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
     let rules = rules.with(config.clone());
     let mut store = Store::create(&config.state_dir, PATIENCE)?;
     let (_lock, lock_file) = lock(&config.state_dir)?;
-    crate::inventory::admit_rules(&store, &config, options.config.as_deref())?;
+    virt_usb_hook::rules::admit(&store, &config, options.config.as_deref())?;
     if options.config.is_none() && !Path::new(DEFAULT_PATH).exists() {
         tracing::warn!(
             "there is no {DEFAULT_PATH}: the defaults count, which offer every device of this host to every project"

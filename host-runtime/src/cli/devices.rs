@@ -7,6 +7,7 @@ use anyhow::{Context as _, bail};
 use serde::Serialize;
 use virt_usb_hook::config::Config;
 use virt_usb_hook::machine::{self, Agent};
+use virt_usb_hook::rules;
 use virt_usb_model::device::Problem;
 use virt_usb_model::{Device, Verdict, clean_json};
 use virt_usb_store::Record;
@@ -19,7 +20,7 @@ use super::output::{or_dash, table};
 use crate::agent::guest_uses::ask;
 use crate::discovery::{LibUsb, Simulated, Snapshot, UsbSource};
 use crate::hypervisor::Libvirt;
-use crate::inventory::{admit_rules, host_name, judge, located, plan, rules};
+use crate::inventory::{host_name, judge, located, plan};
 
 pub(super) fn source(config: &Config, sim: Option<&Path>) -> anyhow::Result<Box<dyn UsbSource>> {
     Ok(match sim {
@@ -62,7 +63,7 @@ pub(super) fn discover(session: &Session, options: &Discover) -> anyhow::Result<
     }
     let context = session.context(&config, "discover")?;
     let mut store = session.make_store(&config)?;
-    admit_rules(&store, &config, session.config_file.as_deref())?;
+    rules::admit(&store, &config, session.config_file.as_deref())?;
     store.mend_hints()?;
     let whitelist = located(&config.whitelist, &mut store, &snapshot, &config.sysfs_root)?;
     let changes = store.reconcile(
@@ -71,7 +72,7 @@ pub(super) fn discover(session: &Session, options: &Discover) -> anyhow::Result<
         |known| plan(&snapshot, known, &whitelist, &config.aliases),
         &context,
     )?;
-    store.note_rules(rules(&config))?;
+    store.note_rules(rules::remembered(&config))?;
     if config.events_keep_days > 0 {
         store.prune_events(config.events_keep_days)?;
     }
@@ -297,6 +298,9 @@ fn show_verdicts(session: &Session, config: &Config, snapshot: &Snapshot) -> any
     // What the inventory remembers, where there is one: ports that rules name mean its sockets, and
     // a claim explains what is open.
     let store = session.store().ok();
+    if let Some(store) = &store {
+        rules::admit(store, config, session.config_file.as_deref())?;
+    }
     let paths = store.as_ref().and_then(|store| store.known_rule_paths().ok()).unwrap_or_default();
     let whitelist = config.whitelist.at(|port| paths.get(port).cloned());
     let known = store.and_then(|store| store.devices().ok()).unwrap_or_default();

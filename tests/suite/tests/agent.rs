@@ -250,6 +250,18 @@ fn it_does_not_start_with_a_file_that_has_lost_the_whitelist() {
             "{said}"
         );
         assert_eq!(status(), "unavailable");
+        let asks = domain("erp", 7, r#"{"usb_devices":[{"id":1}]}"#);
+        let refused = host.call(&["erp", "prepare", "begin", "-"], asks.as_bytes());
+        let said = String::from_utf8_lossy(&refused.stderr);
+        assert!(!refused.status.success() && said.contains("does not hold usb_white_list_switch"), "{said}");
+        let innocent = domain("crm", 8, r#"{"usb_devices":[]}"#);
+        assert!(host.call(&["crm", "prepare", "begin", "-"], innocent.as_bytes()).status.success());
+        let doctor = host.virt_usb(&["doctor"]);
+        let said = String::from_utf8_lossy(&doctor.stdout);
+        assert!(said.contains("does not hold usb_white_list_switch"), "{said}");
+        let checked =
+            host.virt_usb(&["whitelist", "check", "--sim", host.path("sim.toml").to_str().unwrap()]);
+        assert!(!checked.status.success());
     }
     // Rules that count for nothing are not lost in silence either.
     write(&format!("{rules}usb_white_list_switch = 'off'\n"));

@@ -1,0 +1,53 @@
+//! Whether a configuration has lost the whitelist. A file that was cut off, or is gone, must not offer every device to
+//! everybody: the inventory remembers what the file held.
+
+use std::path::Path;
+
+use virt_usb_store::rules::Rules;
+use virt_usb_store::{Store, StoreError};
+
+use crate::config::{Config, DEFAULT_PATH};
+
+/// Why a configuration is not obeyed.
+#[derive(Debug, thiserror::Error)]
+pub enum RulesError {
+    /// It held rules when it was read last.
+    #[error("{0}")]
+    Lost(String),
+    /// The inventory cannot be read.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+/// What the inventory remembers of a configuration.
+pub fn remembered(config: &Config) -> Rules {
+    match (config.whitelist.on, config.whitelist.rules.is_empty()) {
+        (true, _) => Rules::On,
+        (false, false) => Rules::Off,
+        (false, true) => Rules::None,
+    }
+}
+
+/// Refuses a configuration that has lost the whitelist. To turn the whitelist off, a file has to say so. `file`: where it
+/// was read, if not at its usual place.
+///
+/// # Errors
+/// What is missing and what to do; or a fault of the inventory.
+pub fn admit(store: &Store, config: &Config, file: Option<&Path>) -> Result<(), RulesError> {
+    let (now, keys) = (remembered(config), config.whitelist_keys);
+    if keys.switch && keys.rules {
+        return Ok(());
+    }
+    let lost = match store.rules()? {
+        Rules::On if now < Rules::On && !keys.switch => {
+            "usb_white_list_switch, which was \"on\": every device would be offered. Restore the file, or write usb_white_list_switch = \"off\""
+        }
+        Rules::Off if now == Rules::None && !keys.rules => {
+            "usb_passthrough_whitelist, which held rules. Restore the file, or write usb_passthrough_whitelist = []"
+        }
+        _ => return Ok(()),
+    };
+    let file = file.unwrap_or(Path::new(DEFAULT_PATH));
+    let why = if file.exists() { "may be cut off: it" } else { "is gone, and the default" };
+    Err(RulesError::Lost(format!("the configuration {} {why} does not hold {lost}", file.display())))
+}
