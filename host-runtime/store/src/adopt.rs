@@ -8,7 +8,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 
-use rusqlite::params;
+use rusqlite::types::Value;
+use rusqlite::{params, params_from_iter};
 use virt_usb_model::{BusAddress, DeviceId, PortPath, UsbId};
 
 use crate::choose::Choice;
@@ -217,6 +218,11 @@ fn adopt(
     let mut found = holdings.iter().take(MAX_HOLDINGS).map(|h| finder.find(h)).collect::<Sql<Vec<_>>>()?;
     found.resize_with(holdings.len(), || None);
     let mut adopted = Vec::new();
+    // What was inserted here. A claim is read once, however many hostdevs there are.
+    let mut new = BTreeSet::new();
+    if found.iter().any(Option::is_some) {
+        hints.add(Known::Instance(asker.instance))?;
+    }
     for found in found {
         let Some(found) = found else {
             adopted.push(Adoption::Unknown);
@@ -232,9 +238,18 @@ fn adopt(
             adopted.push(Adoption::SetAside(Box::new(found.device)));
             continue;
         }
-        hints.add(Known::Instance(asker.instance))?;
         device::set_location(tx, id, &found.seen)?;
-        adopted.push(take(tx, asker, &found, stage, context)?);
+        adopted.push(match mine.iter().find(|c| c.device_id == id) {
+            Some(claim) => {
+                keep(tx, &found, claim, stage, context)?;
+                Adoption::AlreadyYours(id)
+            }
+            None if new.insert(id) => {
+                insert(tx, asker, id, stage == Stage::Running, None, context)?;
+                Adoption::New(id)
+            }
+            None => Adoption::AlreadyYours(id),
+        });
     }
     metadata::refresh(tx, asker.instance)?;
     Ok(adopted)
@@ -327,16 +342,22 @@ impl<'a> Finder<'a> {
             return Ok(known.clone());
         }
         let (id, usb) = named;
+        // Spelled so that an index finds them.
+        let mut sql = "SELECT * FROM usb_devices WHERE deleted = 0 AND present = 1".to_owned();
+        let mut values = Vec::new();
+        if let Some(id) = id {
+            sql.push_str(" AND id = ?");
+            values.push(Value::from(sql_id(id)));
+        }
+        if let Some(usb) = usb {
+            sql.push_str(" AND vendor_id = ? AND product_id = ?");
+            values.extend([usb.vendor.to_string().into(), usb.product.to_string().into()]);
+        }
+        sql.push_str(" ORDER BY id");
         let read: Rc<[Record]> = self
             .tx
-            .prepare_cached(
-                "SELECT * FROM usb_devices WHERE deleted = 0 AND present = 1 AND (?1 IS NULL OR id = ?1) AND (?2 IS NULL OR vendor_id = ?2)
-                 AND (?3 IS NULL OR product_id = ?3) ORDER BY id",
-            )?
-            .query_map(
-                params![id.map(sql_id), usb.map(|u| u.vendor.to_string()), usb.map(|u| u.product.to_string())],
-                Record::read,
-            )?
+            .prepare_cached(&sql)?
+            .query_map(params_from_iter(values), Record::read)?
             .collect::<Sql<_>>()?;
         self.candidates.insert(named, read.clone());
         Ok(read)
@@ -378,34 +399,27 @@ impl<'a> Finder<'a> {
     }
 }
 
-/// Claims a device that was found, for a guest that starts or runs.
-fn take(tx: &Tx<'_>, asker: &Asker, found: &Found, stage: Stage, context: &Context) -> Sql<Adoption> {
-    let id = found.device.entry.id;
-    let known = give_back::held(tx, asker.instance)?.into_iter().find(|c| c.device_id == id);
-    let Some(claim) = known else {
-        insert(tx, asker, id, stage == Stage::Running, None, context)?;
-        return Ok(Adoption::New(id));
-    };
+/// Brings a claim of the instance in line with a guest that starts or runs with its device.
+fn keep(tx: &Tx<'_>, found: &Found, claim: &ClaimRow, stage: Stage, context: &Context) -> Sql<()> {
+    let place = |place| give_back::set_places(tx, std::slice::from_ref(claim), context, |_| place);
     match stage {
-        Stage::Running if claim.pending => {}
-        Stage::Running => give_back::set_places(tx, &[claim], context, |_| give_back::Place::Inside)?,
+        Stage::Running if claim.pending => Ok(()),
+        Stage::Running => place(give_back::Place::Inside),
         Stage::Starting => {
             // A guest that starts is in no QEMU: a claim that says otherwise is left from a run
             // whose end nobody wrote down, and only a saved guest has our alias then.
             let left = found.ours && claim.state == "allocated";
-            let arriving = is_coming(&claim, context) || left;
-            let (by_hand, lasting) = (claim.by_hand, claim.hold == "instance");
-            give_back::set_places(tx, &[claim], context, |_| give_back::Place::Coming { arriving })?;
-            if !found.ours && !by_hand {
+            place(give_back::Place::Coming { arriving: is_coming(claim, context) || left })?;
+            if !found.ours && !claim.by_hand {
                 tx.prepare_cached("UPDATE claims SET by_hand = 1 WHERE device_id = ?1")?
-                    .execute([sql_id(id)])?;
-                if lasting {
+                    .execute([sql_id(claim.device_id)])?;
+                if claim.hold == "instance" {
                     tx.mark_lasting();
                 }
             }
+            Ok(())
         }
     }
-    Ok(Adoption::AlreadyYours(id))
 }
 
 /// Whether a restore or a migration that goes on has named the device of this claim.
