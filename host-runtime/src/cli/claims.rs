@@ -17,19 +17,24 @@ use super::output::{or_dash, table};
 use crate::agent::plan::{ABOUT_SERIAL, ABOUT_STOP, about_device};
 
 pub(super) fn list(session: &Session) -> anyhow::Result<ExitCode> {
-    let (devices, claims, problems, boot_id) = match session.remote()? {
+    let (devices, claims, problems, boot_id, store) = match session.remote()? {
         Some(api) => {
             let (claims, problems) = api.claims()?;
             // An agent sweeps before it serves.
-            (api.devices(false)?, claims, problems, None)
+            (api.devices(false)?, claims, problems, None, None)
         }
         None => {
-            let Moment { devices, claims, problems, .. } = session.store()?.moment(0)?;
+            let store = session.store()?;
+            let Moment { devices, claims, problems, .. } = store.moment(0)?;
             let now = session.context(&session.config()?, "claims")?;
-            (devices, claims, problems, Some(now.boot_id))
+            (devices, claims, problems, Some(now.boot_id), Some(store))
         }
     };
-    let shown: Vec<Shown> = claims.into_iter().map(|claim| Shown::new(claim, &devices, &problems)).collect();
+    let mut shown: Vec<Shown> =
+        claims.into_iter().map(|claim| Shown::new(claim, &devices, &problems)).collect();
+    for one in &mut shown {
+        one.moved_to = moved_to(&one.claim, &devices, store.as_ref())?;
+    }
     session.out.show(&shown, || {
         let row = |Shown { claim, unplugged, .. }: &Shown| {
             vec![
@@ -49,7 +54,7 @@ pub(super) fn list(session: &Session) -> anyhow::Result<ExitCode> {
         for problem in &problems {
             text.push_str(&format!("\n{}", in_the_way(problem)));
         }
-        for hint in shown.iter().filter_map(|shown| moved(&shown.claim, &devices)) {
+        for hint in shown.iter().filter_map(|shown| moved(shown, &devices)) {
             text.push_str(&format!("\n{hint}"));
         }
         text
@@ -78,19 +83,49 @@ pub(super) fn in_the_way(Problem { domain, about, what, since, .. }: &Problem) -
     format!("{lead} (since {since}): {what}")
 }
 
-/// What to do if a held device without a serial of its own was moved to another port: there it is another device.
-fn moved(claim: &ClaimRow, devices: &[Record]) -> Option<String> {
-    let held = devices.iter().find(|r| r.entry.id == claim.device_id && !r.present)?;
-    if held.key().serial_decides() {
-        return None;
-    }
+/// Which devices a held one may be that is away: without a serial of its own it is another device in another port. Free ones
+/// of its kind that came after it went, as far as the audit says so.
+fn moved_to(claim: &ClaimRow, devices: &[Record], store: Option<&Store>) -> anyhow::Result<Vec<DeviceId>> {
+    let gone = devices.iter().find(|r| r.entry.id == claim.device_id && !r.present);
+    let Some(held) = gone.filter(|held| !held.key().serial_decides()) else { return Ok(Vec::new()) };
+    let last = |device: DeviceId, what: &[&str]| -> anyhow::Result<Option<i64>> {
+        let Some(store) = store else { return Ok(None) };
+        let events = store.events(&Filter { device: Some(device), ..Filter::default() })?;
+        Ok(events.iter().find(|e| what.contains(&e.event.as_str())).map(|e| e.id))
+    };
+    let went = last(held.entry.id, &["removed"])?;
     let alike = |r: &&Record| r.usb() == held.usb() && r.entry.status == Status::Available.name();
-    let free = devices.iter().find(alike)?;
-    let (domain, old, new) = (&claim.domain, held.entry.id, free.entry.id);
+    let mut found = Vec::new();
+    for free in devices.iter().filter(alike).map(|r| r.entry.id) {
+        let was_there = match (went, last(free, &["added", "returned"])?) {
+            (Some(went), Some(came)) => came < went,
+            _ => false,
+        };
+        // One scan records who went before who came.
+        if !was_there {
+            found.push(free);
+        }
+    }
+    Ok(found)
+}
+
+/// What to do if a held device was moved to another port.
+fn moved(Shown { claim, moved_to, .. }: &Shown, devices: &[Record]) -> Option<String> {
+    let place = |id: &DeviceId| {
+        let device = devices.iter().find(|r| r.entry.id == *id)?;
+        Some(format!("device {id} at port {}", device.entry.port_path))
+    };
+    let places: Vec<String> = moved_to.iter().filter_map(place).collect();
+    let (domain, old) = (&claim.domain, claim.device_id);
+    let (is, same, new) = match moved_to.as_slice() {
+        [] => return None,
+        [one] => ("is", "it is the same device", one.to_string()),
+        _ => ("are", "one of them is the same device", "DEVICE".to_owned()),
+    };
     Some(format!(
-        "device {new} of the same kind as device {old} is free at port {}. No serial says whether it is the same device, \
-         moved. If it is: 'virt-usb attach {domain} {new}', then 'virt-usb detach {domain} {old}'",
-        free.entry.port_path
+        "device {old} is away, and of the same kind {} {is} free. Without a serial it cannot be told whether {same} in another port. \
+         If so: 'virt-usb attach {domain} {new}', then 'virt-usb detach {domain} {old}'",
+        places.join(", ")
     ))
 }
 
@@ -102,6 +137,9 @@ struct Shown {
     unplugged: bool,
     /// Why the device is not in the guest.
     problem: Option<String>,
+    /// Which devices it may be, if it was moved to another port.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    moved_to: Vec<DeviceId>,
 }
 
 impl Shown {
@@ -109,7 +147,7 @@ impl Shown {
         let unplugged = devices.iter().any(|r| r.entry.id == claim.device_id && !r.present);
         let about = about_device(claim.device_id);
         let problem = problems.iter().find(|p| p.instance_uuid == claim.instance_uuid && p.about == about);
-        Self { unplugged, problem: problem.map(|p| p.what.clone()), claim }
+        Self { unplugged, problem: problem.map(|p| p.what.clone()), moved_to: Vec::new(), claim }
     }
 }
 

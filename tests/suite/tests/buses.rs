@@ -165,8 +165,31 @@ fn a_placeholder_is_no_serial() {
     assert_eq!(seen, [(1, "removed"), (2, "available")]);
     assert!(ok(&host.virt_usb(&["devices"])).contains("0001 (placeholder)"));
     let claims = ok(&host.virt_usb(&["claims"]));
-    assert!(claims.contains("device 2 of the same kind as device 1 is free at port 1-2"), "{claims}");
+    assert!(
+        claims.contains("device 1 is away, and of the same kind device 2 at port 1-2 is free"),
+        "{claims}"
+    );
     assert!(claims.contains("'virt-usb attach erp 2', then 'virt-usb detach erp 1'"), "{claims}");
+    let shown: serde_json::Value = serde_json::from_str(&ok(&host.virt_usb(&["--json", "claims"]))).unwrap();
+    assert_eq!(shown[0]["moved_to"], serde_json::json!([2]));
+}
+
+#[test]
+fn only_a_device_that_came_later_may_be_the_one_that_was_moved() {
+    let key = |port: &str, number| device("0001", port, number, "");
+    let host = Host::new("");
+    host.discover(&(key("1-1", 5) + &key("1-2", 6)));
+    let erp = domain("erp", 7, r#"{"usb_devices":[{"id":1}]}"#);
+    ok(&host.call(&["erp", "prepare", "begin", "-"], erp.as_bytes()));
+    host.discover(&key("1-2", 6));
+    assert!(!ok(&host.virt_usb(&["claims"])).contains("is away"), "device 2 was there all the time");
+    host.discover(&(key("1-2", 6) + &key("1-3", 7)));
+    let claims = ok(&host.virt_usb(&["claims"]));
+    assert!(claims.contains("of the same kind device 3 at port 1-3 is free"), "{claims}");
+    host.discover(&(key("1-2", 6) + &key("1-3", 7) + &key("1-4", 8)));
+    let claims = ok(&host.virt_usb(&["claims"]));
+    assert!(claims.contains("device 3 at port 1-3, device 4 at port 1-4 are free"), "{claims}");
+    assert!(claims.contains("'virt-usb attach erp DEVICE'"), "{claims}");
 }
 
 #[test]
