@@ -2,8 +2,10 @@
 
 use std::fmt::Debug;
 use std::fs::File;
+use std::io::Write as _;
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
+use std::process::ExitCode;
 
 use tracing::field::{DisplayValue, Field, Value, Visit, display};
 use tracing::span::{Attributes, Id, Record};
@@ -92,6 +94,24 @@ impl Visit for Texts {
     }
     fn record_debug(&mut self, field: &Field, value: &dyn Debug) {
         self.set(field, Text::Plain(display(virt_usb_model::clean(&format!("{value:?}")))));
+    }
+}
+
+/// A program's arguments. clap repeats what it was given, so what it says is cleaned.
+///
+/// # Errors
+/// The exit status of arguments that cannot be read; what is wrong was said.
+pub fn arguments<T: clap::Parser>() -> Result<T, ExitCode> {
+    match T::try_parse() {
+        Ok(arguments) => Ok(arguments),
+        Err(e) if e.use_stderr() => {
+            let text = virt_usb_model::clean_lines(e.render().to_string().trim_end());
+            // Where nobody reads it there is nobody to be told.
+            drop(writeln!(std::io::stderr(), "{text}"));
+            Err(ExitCode::from(2))
+        }
+        // What was asked for: help, or the version.
+        Err(e) => e.exit(),
     }
 }
 

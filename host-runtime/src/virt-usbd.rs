@@ -2,13 +2,15 @@
 
 use std::process::ExitCode;
 
-use clap::Parser;
 use tracing::Level;
 use virt_usb::agent::{Arguments, Options, run};
 
 fn main() -> ExitCode {
     virt_usb_hook::panics::abort();
-    let arguments = Arguments::parse();
+    let arguments: Arguments = match virt_usb::log::arguments() {
+        Ok(arguments) => arguments,
+        Err(code) => return code,
+    };
     virt_usb::log::start(if arguments.verbose { Level::DEBUG } else { Level::INFO });
     match run(&Options { config: arguments.config, sim: arguments.sim }) {
         Ok(()) => ExitCode::SUCCESS,

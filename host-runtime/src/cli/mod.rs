@@ -22,7 +22,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
-use clap::{CommandFactory, Parser};
+use clap::CommandFactory;
 use virt_usb_hook::config::Config;
 use virt_usb_hook::machine;
 use virt_usb_model::{Flavor, Grant};
@@ -43,7 +43,10 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// host can serve; `doctor`: 1 for a warning, 2 for something broken.
 pub fn main() -> ExitCode {
     virt_usb_hook::panics::abort();
-    let arguments = Arguments::parse();
+    let arguments: Arguments = match crate::log::arguments() {
+        Ok(arguments) => arguments,
+        Err(code) => return code,
+    };
     match run(arguments) {
         Ok(code) => code,
         // The reader of our output has gone: nobody is left to be told.

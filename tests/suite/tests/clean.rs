@@ -92,6 +92,11 @@ fn the_command_line() {
         &["store", "backup", HOSTILE],
         &["claims", "release", HOSTILE],
         &["start", HOSTILE],
+        &["enable", HOSTILE],
+        &["tag", "1", "--", HOSTILE],
+        &["attach", "test", "--vendor", HOSTILE],
+        &["watch", "--last", HOSTILE],
+        &[HOSTILE],
     ] {
         for json in [&[][..], &["--json"]] {
             let mut command = Command::new(program("virt-usb"));
