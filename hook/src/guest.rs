@@ -241,10 +241,11 @@ pub fn room(domain: &Domain, speeds: &[SpeedMask], delivery: Delivery) -> Result
             "it has no USB controller, and libvirt adds none to a guest that runs: add {XHCI} to the domain \
              ('virsh edit {name}'), or start it with 'virt-usb start {name}', which adds it"
         )),
-        (Fit::NoUsb, _) => Err("it has no USB bus (<controller type='usb' model='none'/>), and libvirt adds none to it: \
-                                remove that controller, or in Nova set hw:usb_model=qemu-xhci on the flavor (image: \
-                                hw_usb_model=qemu-xhci; before Nova 32: image hw_input_bus=usb)"
-            .into()),
+        (Fit::NoUsb, _) => Err(format!(
+            "it has no USB bus (<controller type='usb' model='none'/>), and libvirt adds none to it: put {XHCI} in \
+             place of that controller, or in Nova set hw:usb_model=qemu-xhci on the flavor (image: \
+             hw_usb_model=qemu-xhci; before Nova 32: image hw_input_bus=usb)"
+        )),
         (Fit::NoPci, _) => Err(format!(
             "its machine ({}) has no PCI bus, which a USB controller needs: define it with another machine type (pc or \
              q35 on x86, virt elsewhere)",

@@ -248,14 +248,16 @@ fn advice(short: &Shortage, host: &Host) -> String {
     }
     if let Some(claim) = holders().next() {
         return format!(
-            "It is kept for that guest while it does not run: 'virt-usb claims release {} --force' ends that",
+            "It is kept for that guest, also while that guest is off: if it is off, 'virt-usb claims release {} --force' ends that",
             claim.instance_uuid
         );
     }
     if any(|w| matches!(w, Why::NotThere(_))) {
-        match host.agent_looks {
-            true => "Plug it in again: the agent records it by itself",
-            false => "Run 'virt-usb discover' on this host",
+        let is_recorded = |o: &Obstacle| matches!(o.why, Why::NotThere(_)) && !o.device.present;
+        match (host.agent_looks, short.matching.iter().any(is_recorded)) {
+            (true, _) => "Plug it in again: the agent records it by itself",
+            (false, true) => "Plug it in again, then run 'virt-usb discover' on this host",
+            (false, false) => "Run 'virt-usb discover' on this host",
         }
     } else if let Some(aside) = short.matching.iter().find_map(|o| set_aside(&o.device)) {
         aside

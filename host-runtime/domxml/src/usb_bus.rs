@@ -96,7 +96,7 @@ impl UsbBus {
             return Fit::Fits;
         }
         if self.is_disabled() {
-            return Fit::NoUsb;
+            return if matches!(self.usual(), Usual::Impossible) { Fit::NoPci } else { Fit::NoUsb };
         }
         if self.has_controller() {
             return self.tree(&self.controllers).free().take(wants).map_or_else(Fit::TooFew, |()| Fit::Fits);

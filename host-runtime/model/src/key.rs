@@ -26,34 +26,36 @@ pub enum Serial {
     Missing,
 }
 
-/// Words that devices carry in place of a serial, in lower case. Sources: firmware templates of board vendors and the
+/// Words that devices carry in place of a serial, their letters and digits in lower case. Sources: firmware templates of board vendors and the
 /// examples of the LUFA, TinyUSB and Linux gadget sources; counterfeits of FTDI adapters (`a5xk3rjt`, `a50285bi`).
 const PLACEHOLDERS: &[&str] = &[
     "a50285bi",
     "a5xk3rjt",
     "default",
-    "default string",
+    "defaultstring",
     "empty",
-    "n/a",
-    "no serial",
+    "na",
+    "noserial",
     "none",
-    "not available",
+    "notavailable",
+    "notset",
     "null",
     "serial",
-    "serial number",
     "serialnumber",
     "sn",
-    "to be filled by o.e.m.",
+    "tobefilledbyoem",
     "unknown",
 ];
 
-/// Whether a serial is a placeholder that identifies no device. Case, spaces and `-_.:` do not count. A placeholder is
+/// Whether a serial is a placeholder that identifies no device. Case, spaces and `-_.:` do not count; in words no sign but
+/// letters and digits does. A placeholder is
 ///
 /// - one of a list of words, such as `None`;
 /// - one character several times, or one digit: `0`, `FFFFFFFF`;
 /// - zeros and a one: `0001` (Silicon Labs CP210x and many others);
 /// - four or more digits that count up from 0 or 1: `123456789`, `123456789ABC` (JMicron), `0123456789ABCDEF` (Android,
-///   Realtek), `0123456789.0123456789.0123456789` (Linux gadget examples).
+///   Realtek), `0123456789.0123456789.0123456789` (Linux gadget examples);
+/// - all digits in another usual order: `987654321`, `1234567890ABCDEF`.
 pub fn is_worthless(serial: &str) -> bool {
     let plain = serial.trim().to_lowercase();
     let marks: Vec<char> =
@@ -65,7 +67,7 @@ pub fn is_worthless(serial: &str) -> bool {
             rest.iter().all(|c| c == first)
                 || matches!(marks.as_slice(), [zeros @ .., '1'] if zeros.iter().all(|c| *c == '0'))
                 || counts_up(&marks)
-                || PLACEHOLDERS.contains(&plain.as_str())
+                || is_word(&plain)
         }
     }
 }
@@ -79,6 +81,13 @@ fn counts_up(digits: &[char]) -> bool {
     };
     let all = |base| digits.windows(2).all(|pair| matches!(pair, [one, next] if follows(base, *one, *next)));
     matches!(digits, ['0', '1', '2', '3', ..] | ['1', '2', '3', '4', ..]) && (all(10) || all(16))
+}
+
+/// A word of the list, or a row of keys.
+fn is_word(plain: &str) -> bool {
+    let word: String = plain.chars().filter(char::is_ascii_alphanumeric).collect();
+    PLACEHOLDERS.contains(&word.as_str())
+        || matches!(word.as_str(), "987654321" | "9876543210" | "0987654321" | "1234567890abcdef")
 }
 
 impl Serial {
@@ -284,6 +293,13 @@ mod tests {
             "-",
             "To be filled by O.E.M.",
             "123456789ABCDEF0",
+            "1234567890ABCDEF",
+            "987654321",
+            "0987654321",
+            "NA",
+            "n/a",
+            "(none)",
+            "Not Set",
         ] {
             assert!(is_worthless(text), "{text}");
             assert_eq!(Serial::new(Some(text.into()), false).kind(), "worthless", "{text}");
@@ -304,7 +320,7 @@ mod tests {
             "1111112",
             "123457",
             "0123456789ABCDEG",
-            "987654321",
+            "98765432",
             "10",
             "121212",
             "E6616408432B5F2A",

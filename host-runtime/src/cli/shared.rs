@@ -126,17 +126,21 @@ pub(super) fn set<T: Named>(session: &Session, name: &str, definition: &str) -> 
     if wanted.is_void() {
         bail!("the {noun} {name} is not stored: it asks for nothing");
     }
-    let changed = match session.remote()? {
-        Some(api) => api.set_named(name, &wanted)?,
+    let (changed, stored) = match session.remote()? {
+        Some(api) => (api.set_named(name, &wanted)?, api.one_named::<T>(name)?),
         None => {
             let config = session.config()?;
             let context = session.context(&config, &format!("{noun} set"))?;
-            change(&config, &mut session.make_store(&config)?, name, Some(&wanted), &context)?
+            let mut store = session.make_store(&config)?;
+            let changed = change(&config, &mut store, name, Some(&wanted), &context)?;
+            (changed, T::find(&store, name)?)
         }
     };
     session.out.show(&Changed { name, changed }, || {
         let verb = if changed { "stored" } else { "unchanged" };
-        format!("{verb}: {name} {}", wanted.words())
+        // A port is stored as its path.
+        let words = stored.as_ref().map_or_else(|| wanted.words(), |stored| T::parts(stored).1.words());
+        format!("{verb}: {name} {words}")
     })?;
     Ok(ExitCode::SUCCESS)
 }
