@@ -11,10 +11,10 @@ from pathlib import Path
 # Debian's cloud kernel has no USB at all: the usual one it is.
 KERNEL = "linux-image-amd64"
 # Of its 400 MB of modules these folders can be needed.
-FOLDERS = ["arch", "crypto", "drivers/char", "drivers/hid", "drivers/input", "drivers/scsi", "drivers/usb", "drivers/virtio", "fs", "lib", "net/9p"]
+FOLDERS = ["arch", "block", "crypto", "drivers/char", "drivers/hid", "drivers/input", "drivers/scsi", "drivers/usb", "drivers/virtio", "fs", "lib", "net/9p"]
 MODULES = [
     "virtio_pci", "9p", "9pnet_virtio", "overlay", "virtio_console",  # the machine's files
-    "xhci_pci", "usbhid", "hid_generic", "usb_storage", "cdc_acm",  # USB on the host's side
+    "xhci_pci", "usbhid", "hid_generic", "usb_storage", "sd_mod", "cdc_acm",  # USB on the host's side
     "dummy_hcd", "usb_f_mass_storage", "usb_f_acm", "usb_f_hid",  # and on the devices' side
 ]  # fmt: skip
 
@@ -56,8 +56,12 @@ class Kernel:
 
     def prepare(self):
         """Makes what is missing; does nothing when all is there."""
-        if not self.unpacked.exists():
+        # What it was unpacked for.
+        folders, wanted = self.unpacked / "folders", "\n".join(FOLDERS)
+        if not folders.exists() or folders.read_text() != wanted:
+            shutil.rmtree(self.unpacked, ignore_errors=True)
             self._unpack(self._newest(), self.unpacked, self._wanted)
+            folders.write_text(wanted)
         if not (self.cache / "udev").exists():
             self._unpack("udev", self.cache / "udev", lambda name: True)
         # The list of modules above is a source of it, too.

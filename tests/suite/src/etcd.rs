@@ -136,9 +136,9 @@ impl Etcd {
         }
     }
 
-    /// Asks it by its own command line, and waits a minute for the answer.
+    /// Asks it by its own command line, and waits for the answer for five minutes at most.
     pub fn etcdctl(&self, arguments: &[&str]) -> Output {
-        self.etcdctl_within("60s", arguments)
+        self.etcdctl_within("300s", arguments)
     }
 
     /// The same; the answer has to come within this time, as etcdctl writes times.

@@ -289,7 +289,7 @@ fn many_join_at_once_and_no_two_get_one_number() {
 /// Runs the script that makes etcd's roles.
 fn roles(etcd: &Etcd, password: &str, arguments: &[&str]) {
     let mut script = etcd
-        .client(root().join("install/etcd-roles"), "60s")
+        .client(root().join("install/etcd-roles"), "300s")
         .args(arguments)
         .stdin(std::process::Stdio::piped())
         .spawn()

@@ -16,6 +16,7 @@ use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
 use virt_usb_store::{Durability, Record, Store};
+use virt_usb_suite::{PATIENCE, until};
 
 /// umockdev's C library (its reference: <https://martinpitt.github.io/umockdev/>).
 #[allow(unsafe_code, reason = "the C library has no Rust crate")]

@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use super::common::{folder, raw_script, script};
 use virt_usb_harness::{Answer, Call, Exit, Hang, Settings, call};
+use virt_usb_suite::until;
 
 fn made<'a>(hook: &Path, stdin: &'a [u8]) -> Call<'a> {
     Call {
