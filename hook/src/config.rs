@@ -299,7 +299,7 @@ impl Config {
             let line = 1 + bytes.iter().take(e.valid_up_to()).filter(|b| **b == b'\n').count();
             format!("line {line}: it is not UTF-8")
         })?;
-        if text.trim().is_empty() {
+        if text.trim_start_matches('\u{feff}').trim().is_empty() {
             return Err("it is empty, as a full disk leaves it: write the keys again; \
                         if you want the defaults, which offer every device, write a comment (#) into it"
                 .into());
@@ -639,7 +639,7 @@ mod tests {
     fn a_file_that_was_emptied_is_refused() {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("config.toml");
-        for emptied in ["", "\n", " \r\n\t\n"] {
+        for emptied in ["", "\n", " \r\n\t\n", "\u{feff}\n"] {
             std::fs::write(&file, emptied).unwrap();
             let error = Config::load(Some(&file)).unwrap_err();
             assert!(error.to_string().contains("it is empty, as a full disk leaves it"), "{error}");

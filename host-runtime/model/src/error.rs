@@ -14,7 +14,7 @@ pub struct ParseError {
 }
 
 /// Longer input is cut in messages, so that a hostile value cannot fill a log.
-const SHOWN: usize = 60;
+const SHOWN: usize = 80;
 
 impl ParseError {
     /// An error about `found`, which should have been `wanted`. Where it stands is added by [`ParseError::at`].
