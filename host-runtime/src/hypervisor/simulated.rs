@@ -174,12 +174,30 @@ impl SimulatedHypervisor {
                 }
             }
         }
-        let begun = self.ask(&saved, "prepare", Operation::Gate, restored).map(drop);
+        let asked = self.ask(&saved, "prepare", Operation::Gate, restored).map(drop);
+        let begun = asked.and_then(|()| self.refuse_taken(instance, new.iter().map(|(source, _)| source)));
         match begun {
             Ok(()) => self.go(instance),
             Err(_) => self.end(instance),
         }
         begun
+    }
+
+    /// libvirt starts no domain with a device that another one has.
+    fn refuse_taken<'a>(
+        &self,
+        instance: InstanceId,
+        mut sources: impl Iterator<Item = &'a String>,
+    ) -> Result<(), String> {
+        let domains = self.domains();
+        let others = || domains.iter().filter(|(id, domain)| **id != instance && domain.running);
+        let is_taken = |source: &&String| {
+            others().any(|(_, domain)| domain.devices.iter().any(|d| d.xml.contains(source.as_str())))
+        };
+        match sources.find(is_taken) {
+            Some(source) => Err(format!("USB device {source} is in use by driver QEMU")),
+            None => Ok(()),
+        }
     }
 
     /// The aliases of a running domain's devices that its XML shows and QEMU does not have.
