@@ -24,7 +24,8 @@ pub(super) struct Using {
     domain: String,
     running: bool,
     sources: Vec<HostSource>,
-    /// Of a guest that runs without those of our alias: a claim says whose they are.
+    /// The guest's hostdevs. For a guest that runs, not those with an alias of virt-usb: their
+    /// claims name the holder.
     hostdevs: Vec<UsbHostdev>,
 }
 

@@ -83,8 +83,9 @@ pub(super) fn in_the_way(Problem { domain, about, what, since, .. }: &Problem) -
     format!("{lead} (since {since}): {what}")
 }
 
-/// Which devices a held one may be that is away: without a serial of its own it is another device in another port. Free ones
-/// of its kind that came after it went, as far as the audit says so.
+/// The devices that may be the unplugged device of this claim in another port. A device without a
+/// serial gets a new id in another port. The function returns the free devices of the same kind
+/// that were plugged in later. If the audit has no event for a device, the device is included.
 fn moved_to(claim: &ClaimRow, devices: &[Record], store: Option<&Store>) -> anyhow::Result<Vec<DeviceId>> {
     let gone = devices.iter().find(|r| r.entry.id == claim.device_id && !r.present);
     let Some(held) = gone.filter(|held| !held.key().serial_decides()) else { return Ok(Vec::new()) };
