@@ -188,7 +188,7 @@ impl Worker {
                 return Ok(found);
             }
         }
-        refused(format!("{} is given devices all the time: try again", whom.domain))
+        refused(format!("{} received another device during each attempt: try again", whom.domain))
     }
 
     /// What an operator's selectors mean of what the instance holds and is assigned.

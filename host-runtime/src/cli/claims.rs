@@ -124,7 +124,7 @@ fn moved(Shown { claim, moved_to, .. }: &Shown, devices: &[Record]) -> Option<St
         _ => ("are", "one of them is the same device", "DEVICE".to_owned()),
     };
     Some(format!(
-        "device {old} is away, and of the same kind {} {is} free. Without a serial it cannot be told whether {same} in another port. \
+        "device {old} is away, and of the same kind {} {is} free. Without a serial, virt-usb cannot tell whether {same} in another port. \
          If so: 'virt-usb attach {domain} {new}', then 'virt-usb detach {domain} {old}'",
         places.join(", ")
     ))
