@@ -189,6 +189,8 @@ pub struct Config {
     pub undefined_grace: Duration,
     /// How long after a failure the agent asks libvirt again about a guest that it could not read.
     pub recheck_delay: Duration,
+    /// How long libvirt may not answer about a guest before that is a problem of the guest.
+    pub libvirt_patience: Duration,
     /// How long a claim of an incoming restore or migration may stay unconfirmed.
     pub pending_grace: Duration,
     /// What an unplugged device's claim comes to.
@@ -228,6 +230,7 @@ impl Default for Config {
             absent_grace: Duration::from_secs(10),
             undefined_grace: Duration::from_secs(60),
             recheck_delay: Duration::from_secs(10),
+            libvirt_patience: Duration::from_secs(30),
             pending_grace: Duration::from_secs(120),
             replug: ReplugPolicy::default(),
             on_attach_failure: AttachFailurePolicy::default(),
@@ -361,6 +364,7 @@ impl Config {
             absent_grace: seconds("absent_grace", raw.absent_grace, default.absent_grace)?,
             undefined_grace: seconds("undefined_grace", raw.undefined_grace, default.undefined_grace)?,
             recheck_delay: seconds("recheck_delay", raw.recheck_delay, default.recheck_delay)?,
+            libvirt_patience: seconds("libvirt_patience", raw.libvirt_patience, default.libvirt_patience)?,
             pending_grace: seconds("pending_grace", raw.pending_grace, default.pending_grace)?,
             replug: raw.replug,
             on_attach_failure: raw.on_attach_failure,
@@ -450,6 +454,7 @@ struct Raw {
     absent_grace: Option<u64>,
     undefined_grace: Option<u64>,
     recheck_delay: Option<u64>,
+    libvirt_patience: Option<u64>,
     pending_grace: Option<u64>,
     #[serde(default)]
     replug: ReplugPolicy,
@@ -484,6 +489,7 @@ const KEYS: &[&str] = &[
     "absent_grace",
     "undefined_grace",
     "recheck_delay",
+    "libvirt_patience",
     "pending_grace",
     "replug",
     "on_attach_failure",
@@ -710,6 +716,7 @@ mod tests {
             absent_grace = 2
             undefined_grace = 3
             recheck_delay = 4
+            libvirt_patience = 6
             pending_grace = 5
             replug = "release"
             on_attach_failure = "stop"
@@ -736,6 +743,7 @@ mod tests {
         );
         let waits = [config.absent_grace, config.undefined_grace, config.recheck_delay, config.pending_grace];
         assert_eq!(waits, [2, 3, 4, 5].map(Duration::from_secs));
+        assert_eq!(config.libvirt_patience, Duration::from_secs(6));
         assert_eq!(config.metrics, Metrics::Tcp("127.0.0.1:9177".parse().unwrap()));
         assert_eq!(config.api, Api::On("[::1]:8791".parse().unwrap()));
         assert!(config.whitelist.on);
@@ -779,7 +787,8 @@ mod tests {
         assert!(error("log = 'syslog'").starts_with("log: found"));
         assert!(error("usb_aliases = [['1:1']]").starts_with("usb_aliases: found a list of fewer than two"));
         assert!(error("flap_pause = 0").contains("flap_pause: found 0, wanted 1 to 86400"));
-        for key in ["scan_interval", "absent_grace", "undefined_grace", "recheck_delay", "pending_grace"] {
+        let waits = ["scan_interval", "absent_grace", "undefined_grace", "recheck_delay", "pending_grace"];
+        for key in waits.into_iter().chain(["libvirt_patience"]) {
             assert_eq!(error(&format!("{key} = 0")), format!("{key}: found 0, wanted 1 to 86400 seconds"));
         }
         assert!(error("require_agent = 'yes'").contains("wanted \"auto\", true or false"));

@@ -348,6 +348,7 @@ pub fn selects(selector: &Selector, record: &Record) -> bool {
         driver: None,
         host_use: None,
         descriptors: None,
+        generation: None,
     };
     selector.matches(entry.id, &device, &entry.tags)
 }

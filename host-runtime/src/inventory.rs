@@ -199,6 +199,7 @@ mod tests {
             driver: None,
             host_use: None,
             descriptors: None,
+            generation: None,
         }
     }
 

@@ -17,7 +17,11 @@ CREATE TABLE compute_nodes (
     -- seconds since boot at the last discovery
     scanned_uptime  real,
     -- what the configuration held when it was last read: 2: the whitelist, on; 1: rules, off; 0: neither; NULL: not known
-    whitelist       int
+    whitelist       int,
+    -- the boot of the last discovery; until one has run in a boot, a port may be one of the boot before
+    scanned_boot    varchar(36),
+    -- which libvirt has run the guests that hold devices, as it describes itself; NULL: not known
+    libvirt         text
 );
 
 CREATE TABLE usb_devices (
@@ -74,7 +78,9 @@ CREATE TABLE usb_devices (
     -- the projects of the grants that match, a JSON list; those of the whitelist's rule stand in projects
     granted         text NOT NULL DEFAULT '[]',
     -- the socket, whatever the bus numbers are, as udev's ID_PATH_WITH_USB_REVISION; NULL: not known
-    path            varchar(255)
+    path            varchar(255),
+    -- tells one stay of the device in its port from the next: the inode of its sysfs folder; NULL: not known
+    generation      int
 );
 CREATE INDEX usb_devices_compute_node ON usb_devices (compute_node_id);
 CREATE INDEX usb_devices_instance ON usb_devices (instance_uuid) WHERE instance_uuid IS NOT NULL;
@@ -147,7 +153,11 @@ CREATE TABLE claims (
     -- 1: the device is in a hostdev that somebody wrote by hand, whether or not a request is served by it too
     by_hand         int NOT NULL DEFAULT 0,
     -- seconds since boot at which a restore named the device of this firm claim: what that means only the next prepare knows
-    incoming_since  real
+    incoming_since  real,
+    -- 1: libvirt was asked to attach the device, and the connection was lost before it answered: it may still come into the guest
+    unsure          int NOT NULL DEFAULT 0,
+    -- the device's generation when it came into the guest; NULL: not known
+    generation      int
 );
 CREATE INDEX claims_instance ON claims (instance_uuid);
 CREATE INDEX claims_pending ON claims (pending_since) WHERE pending_since IS NOT NULL;

@@ -297,6 +297,7 @@ mod tests {
             driver: None,
             host_use: host_use.map(Into::into),
             descriptors: None,
+            generation: None,
         }
     }
 

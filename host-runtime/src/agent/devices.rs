@@ -5,23 +5,24 @@
 //!  SIGHUP ──┼─► Nudge ─► ──── or 1 s since    ───► scan ─► plan ─► store ─► the guests' thread is told
 //!  clock ───┘                 the first event
 //! ```
-//! It never asks libvirt, so that the inventory is true whatever the guests do, and it is this thread that systemd's watchdog watches.
+//! It never asks libvirt, so that the inventory is true whatever the guests do. systemd's watchdog hears from it as long as the
+//! guests' thread goes on as well ([`Pulse`]).
 
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use virt_usb_hook::config::{Config, ConfigError, DEFAULT_PATH};
 use virt_usb_hook::{machine, rules};
 use virt_usb_store::{Store, StoreError};
 
-use super::ACTOR;
-use super::guest_uses::Shared;
 use super::guests::Signal;
 use super::metrics::Metrics;
+use super::{ACTOR, guest_uses};
 use crate::discovery::UsbSource;
+use crate::hypervisor::Supervised;
 use crate::inventory;
 use crate::stamp::{Stamp, stamp};
 
@@ -47,6 +48,27 @@ pub(super) enum Nudge {
     Reload,
     /// End.
     Stop,
+}
+
+/// That the guests' thread goes on.
+#[derive(Clone)]
+pub(super) struct Pulse(Arc<Mutex<Instant>>);
+
+/// The guests' thread waits for nothing but the store's lock, [`PATIENCE`](super::PATIENCE) at the most each time.
+const PULSE: Duration = Duration::from_secs(25);
+
+impl Pulse {
+    pub(super) fn new() -> Self {
+        Self(Arc::new(Mutex::new(Instant::now())))
+    }
+
+    pub(super) fn beat(&self) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+    }
+
+    fn is_there(&self) -> bool {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).elapsed() < PULSE
+    }
 }
 
 /// The configuration that counts now.
@@ -188,8 +210,9 @@ pub(super) struct Devices {
     pub(super) host: String,
     pub(super) metrics: Arc<Metrics>,
     pub(super) files: Files,
-    /// What guests use without a claim.
-    pub(super) uses: Shared,
+    /// What guests use without a claim follows from what they are.
+    pub(super) hypervisor: Arc<Supervised>,
+    pub(super) pulse: Pulse,
     pub(super) guests: Sender<Signal>,
     /// Called after each scan: where devices are simulated, domains start when their devices are there.
     pub(super) after: Box<dyn Fn() + Send>,
@@ -215,7 +238,9 @@ impl Devices {
         loop {
             self.files.check()?;
             // An error here is a service manager that is not there.
-            drop(sd_notify::notify(&[sd_notify::NotifyState::Watchdog]));
+            if self.pulse.is_there() {
+                drop(sd_notify::notify(&[sd_notify::NotifyState::Watchdog]));
+            }
             if last_prune.is_none_or(|at| at.elapsed() > PRUNE) {
                 last_prune = Some(Instant::now());
                 self.prune();
@@ -282,7 +307,7 @@ impl Devices {
         let config = self.rules.now();
         let context = machine::context(&config, ACTOR).map_err(|e| e.to_string())?;
         let mut snapshot = self.source.snapshot();
-        snapshot.guests = self.uses.resolve(&snapshot);
+        snapshot.guests = guest_uses::of(self.hypervisor.known(), &snapshot);
         for problem in &snapshot.problems {
             let place = if problem.place.is_empty() { "the whole scan" } else { &problem.place };
             tracing::warn!(place, "could not be read: {place}: {}", problem.what);
@@ -423,6 +448,12 @@ mod tests {
         assert_eq!(from.try_recv(), Err(std::sync::mpsc::TryRecvError::Empty));
     }
 
+    fn nothing() -> Supervised {
+        let config = Config { state_dir: "/nonexistent".into(), ..Config::default() };
+        let simulated = crate::hypervisor::SimulatedHypervisor::new(config, channel().0);
+        Supervised::new(Arc::new(simulated), crate::hypervisor::Listeners::nobody())
+    }
+
     struct Eyes(bool);
 
     impl UsbSource for Eyes {
@@ -447,7 +478,8 @@ mod tests {
             host: "host".into(),
             metrics: Arc::default(),
             files: Files::new(vec![]).unwrap(),
-            uses: Shared::default(),
+            hypervisor: Arc::new(nothing()),
+            pulse: Pulse::new(),
             guests: channel().0,
             after: Box::new(|| {}),
         };

@@ -3,24 +3,23 @@
 //! guest that does not run.
 //!
 //! ```text
-//!   guests' thread:  libvirt's XML of all domains ─► Known ──┐ (changed: the devices' thread is told)
+//!   guests' workers: libvirt's XML of all domains ─► Supervised ┐ (changed: the devices' thread is told)
 //!   devices' thread: Snapshot::ties ─────────────────────────┴─► resolve ─► Snapshot::guests ─► plan
 //! ```
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
-use std::sync::{Arc, PoisonError, RwLock};
 
 use virt_usb_domxml::{Domain, HostPlace, HostSource, UsbHostdev};
 use virt_usb_model::{Device, InstanceId, PortPath};
 
 use crate::discovery::Snapshot;
 use crate::discovery::ties::{GuestUse, GuestUses, Nodes};
-use crate::hypervisor::{Failure, Hypervisor};
+use crate::hypervisor::{Failure, Hypervisor, Known};
 
 /// What one guest uses, by its XML.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Using {
+struct Using {
     domain: String,
     running: bool,
     sources: Vec<HostSource>,
@@ -31,7 +30,7 @@ pub(super) struct Using {
 
 impl Using {
     /// From the guest's XML; `None` when it uses nothing of the kind.
-    pub(super) fn new(domain: &Domain, running: bool) -> Option<Self> {
+    fn new(domain: &Domain, running: bool) -> Option<Self> {
         let by_itself = |h: &&UsbHostdev| !running || h.injected().is_none();
         let hostdevs: Vec<UsbHostdev> = domain.host_devices().filter(by_itself).cloned().collect();
         let sources = domain.host_sources.clone();
@@ -41,7 +40,7 @@ impl Using {
 }
 
 /// What all guests use.
-pub(super) type ByGuest = BTreeMap<InstanceId, Using>;
+type ByGuest = BTreeMap<InstanceId, Using>;
 
 /// Asks for what all guests use, once: for a program that is no agent.
 ///
@@ -59,33 +58,20 @@ pub fn ask(hypervisor: &dyn Hypervisor, snapshot: &Snapshot) -> Result<GuestUses
     Ok(GuestUses::Known(resolve(snapshot, &guests, canonical)))
 }
 
-/// The guests' thread writes it, the devices' thread reads it. `None` until libvirt was asked.
-///
-/// Readers take the map with them and keep no lock: they follow paths, and a mount can hang.
-#[derive(Debug, Clone, Default)]
-pub(super) struct Shared(Arc<RwLock<Option<Arc<ByGuest>>>>);
+/// Which of the devices that are plugged in guests use, by what is known of the guests; `None`: they were not all looked at yet.
+pub(super) fn of(known: Option<Vec<Known>>, snapshot: &Snapshot) -> GuestUses {
+    let Some(known) = known else { return GuestUses::Unknown };
+    let using = |known: Known| Some((known.instance, using(&known)?));
+    GuestUses::Known(resolve(snapshot, &known.into_iter().filter_map(using).collect(), canonical))
+}
 
-impl Shared {
-    /// Replaces what is known; says whether that is news.
-    pub(super) fn set(&self, uses: ByGuest) -> bool {
-        let mut known = self.0.write().unwrap_or_else(PoisonError::into_inner);
-        let changed = known.as_deref() != Some(&uses);
-        *known = Some(Arc::new(uses));
-        changed
-    }
+/// Whether a guest uses other devices now than before.
+pub(super) fn have_changed(before: Option<&Known>, now: Option<&Known>) -> bool {
+    before.and_then(using) != now.and_then(using)
+}
 
-    /// What was known last.
-    pub(super) fn get(&self) -> Option<Arc<ByGuest>> {
-        self.0.read().unwrap_or_else(PoisonError::into_inner).clone()
-    }
-
-    /// Which of the devices that are plugged in guests use.
-    pub(super) fn resolve(&self, snapshot: &Snapshot) -> GuestUses {
-        match self.get() {
-            None => GuestUses::Unknown,
-            Some(guests) => GuestUses::Known(resolve(snapshot, &guests, canonical)),
-        }
-    }
+fn using(known: &Known) -> Option<Using> {
+    Using::new(&known.domain, known.running)
 }
 
 /// Where a path leads, through all links; `None` when it leads nowhere.
@@ -217,11 +203,9 @@ mod tests {
     }
 
     #[test]
-    fn what_is_known_changes_once() {
-        let shared = Shared::default();
+    fn nothing_is_known_until_all_were_looked_at() {
         let snapshot = Snapshot::default();
-        assert_eq!(shared.resolve(&snapshot), GuestUses::Unknown);
-        assert!(shared.set(ByGuest::new()) && !shared.set(ByGuest::new()));
-        assert_eq!(shared.resolve(&snapshot), GuestUses::Known(BTreeMap::new()));
+        assert_eq!(of(None, &snapshot), GuestUses::Unknown);
+        assert_eq!(of(Some(Vec::new()), &snapshot), GuestUses::Known(BTreeMap::new()));
     }
 }

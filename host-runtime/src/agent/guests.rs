@@ -1,35 +1,39 @@
-//! The guests' thread: who is to be looked at, and when; and the workers that do what is to be done, an instance at a time each.
+//! The guests' thread: who is to be looked at, and when; and the workers that look and do what is to be done, an instance at a
+//! time each.
 //!
 //! ```text
-//!  libvirt's events ─┐                          nothing to do
-//!  devices changed ──┼─► due ─► look ─► plan ─┬──────────────► (until the next event)
-//!  clock, retries ───┘                        └─► worker: converge ─► Report ─► retries with back-off
+//!  libvirt's events ─┐
+//!  devices changed ──┼─► due ─► worker: look, plan, converge ─► Report ─► retries with back-off, looks that are promised
+//!  clock, retries ───┘
 //! ```
+//! This thread never asks libvirt: a guest about which libvirt does not answer keeps one worker, and nobody else.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::time::{Duration, Instant};
 
+use virt_usb_hook::machine;
 use virt_usb_model::InstanceId;
 use virt_usb_store::{Durability, Store, StoreError};
 
-use super::devices::{Nudge, Rules};
-use super::guest_uses::{ByGuest, Shared, Using};
+use super::devices::{Nudge, Pulse, Rules};
 use super::metrics::Metrics;
-use super::observe::{View, guest};
-use super::plan::{Gone, Seen};
-use super::work::{Report, WorkError, Worker};
+use super::observe::View;
+use super::plan::{ABOUT_LIBVIRT, Gone};
+use super::work::{Found, Report, WorkError, Worker};
+use super::workers::{PLACE_TIME, Work, Workers};
 use super::{ACTOR, PATIENCE};
-use crate::hypervisor::{Event, Failure, Hypervisor, Running};
+use crate::hypervisor::{Event, Failure, Hypervisor as _, IMPATIENCE, Supervised, Unanswered};
 
-/// So many instances are worked on at once: libvirt may keep each waiting for half a minute.
-const WORKERS: usize = 4;
 /// The first wait before something that failed is tried again; it doubles up to [`LONGEST`].
 const SHORTEST: Duration = Duration::from_millis(500);
 const LONGEST: Duration = Duration::from_secs(60);
 /// Until another look, when one failed; the gauges are not shown more often.
 const SECOND: Duration = Duration::from_secs(1);
+
+/// How long a list of all guests is waited for, before those are looked at that are known.
+const LIST_TIME: Duration = Duration::from_secs(2);
 
 /// What the thread is told.
 #[derive(Debug)]
@@ -38,6 +42,10 @@ pub(super) enum Signal {
     Hypervisor(Event),
     /// The inventory's devices changed.
     Devices,
+    /// By a worker: which libvirt it is.
+    Identified(String),
+    /// By a worker: which guests there are.
+    Listed(Result<Vec<InstanceId>, Failure>),
     /// By a worker.
     Done(InstanceId, Result<Report, WorkError>),
     /// End.
@@ -62,39 +70,62 @@ struct Retry {
     wait: Duration,
 }
 
+/// One pass over all guests.
+struct Round {
+    began: Instant,
+    /// Whether it is not known yet which there are.
+    listing: bool,
+    /// Those that were given to a worker in this round.
+    asked: BTreeSet<InstanceId>,
+    /// Those of them of whom nothing was heard yet.
+    open: BTreeSet<InstanceId>,
+}
+
 /// The thread's belongings.
 pub(super) struct Guests {
     rules: Rules,
-    hypervisor: Arc<dyn Hypervisor>,
+    hypervisor: Arc<Supervised>,
     store: Store,
     metrics: Arc<Metrics>,
-    uses: Uses,
-    jobs: Sender<Job>,
+    devices: Sender<Nudge>,
+    pulse: Pulse,
+    workers: Workers<Job>,
     /// Whoever is to be looked at.
     due: BTreeSet<InstanceId>,
     everybody: bool,
+    round: Option<Round>,
+    /// Whether a worker is listing all guests.
+    listing: bool,
+    /// Whether this libvirt is known to be the one that runs the guests, since it was connected to.
+    trusted: bool,
+    /// Which libvirt it is; none: it was not asked since.
+    identity: Option<String>,
+    /// The libvirt of which it was told that it is not the one.
+    doubted: Option<String>,
     absences: BTreeMap<InstanceId, Absence>,
     retries: BTreeMap<(InstanceId, String), Retry>,
     /// Looks that were promised.
     promised: BTreeMap<InstanceId, Instant>,
     /// With a worker now; true: to be looked at again afterwards.
     busy: BTreeMap<InstanceId, bool>,
+    /// Calls that were told of as unanswered, and whether they are a problem that was noted.
+    told: Vec<(Unanswered, bool)>,
+    /// Whether it was told that all workers wait for libvirt.
+    told_of_workers: bool,
+    /// What could not be done about an instance, as it was told last.
+    errors: BTreeMap<InstanceId, String>,
     last_pass: Option<Instant>,
     /// When the gauges were last true, and whether anything may have changed since.
     shown: Instant,
     is_stale: bool,
 }
 
-/// Where this thread leaves what guests use without a claim.
-pub(super) struct Uses {
-    pub(super) shared: Shared,
-    pub(super) devices: Sender<Nudge>,
-}
-
-struct Job {
-    instance: InstanceId,
-    gone: Gone,
-    blocked: BTreeSet<String>,
+/// What a worker is given.
+enum Job {
+    /// Which guests there are.
+    List,
+    /// Look at one, and do what is to be done.
+    Converge { instance: InstanceId, gone: Gone, blocked: BTreeSet<String> },
 }
 
 impl Guests {
@@ -104,43 +135,56 @@ impl Guests {
     /// When a thread or the inventory cannot be had.
     pub(super) fn new(
         rules: Rules,
-        hypervisor: Arc<dyn Hypervisor>,
+        hypervisor: Arc<Supervised>,
         metrics: Arc<Metrics>,
-        signals: &Sender<Signal>,
-        uses: Uses,
+        signals: Sender<Signal>,
+        devices: Sender<Nudge>,
+        pulse: Pulse,
     ) -> anyhow::Result<Self> {
-        let (jobs, queue) = channel::<Job>();
-        let queue = Arc::new(Mutex::new(queue));
-        for number in 0..WORKERS {
-            let mut worker = Worker::open(rules.now(), hypervisor.clone(), metrics.clone(), ACTOR)?;
-            let (rules, queue, signals) = (rules.clone(), queue.clone(), signals.clone());
-            let work = move || {
-                loop {
-                    let job = queue.lock().unwrap_or_else(PoisonError::into_inner).recv();
-                    let Ok(job) = job else { return };
-                    worker.config = rules.now();
-                    let done = worker.converge(job.instance, job.gone, &job.blocked);
-                    if signals.send(Signal::Done(job.instance, done)).is_err() {
-                        return;
-                    }
-                }
-            };
-            std::thread::Builder::new().name(format!("guests-{number}")).spawn(work)?;
-        }
         let store = Store::open(&rules.now().state_dir, PATIENCE, Durability::Power)?;
+        let (of, supervised, counted) = (rules.clone(), hypervisor.clone(), metrics.clone());
+        let make = move || -> anyhow::Result<Work<Job>> {
+            let mut worker = Worker::open(of.now(), supervised.clone(), counted.clone(), ACTOR)?;
+            let (rules, hypervisor, signals) = (of.clone(), supervised.clone(), signals.clone());
+            Ok(Box::new(move |job| {
+                worker.config = rules.now();
+                let signal = match job {
+                    Job::List => {
+                        if let Ok(identity) = hypervisor.identity() {
+                            drop(signals.send(Signal::Identified(identity)));
+                        }
+                        Signal::Listed(hypervisor.all())
+                    }
+                    Job::Converge { instance, gone, blocked } => {
+                        Signal::Done(instance, worker.converge(instance, gone, &blocked))
+                    }
+                };
+                // The guests' thread may have ended.
+                drop(signals.send(signal));
+            }))
+        };
         Ok(Self {
             rules,
             hypervisor,
             store,
             metrics,
-            uses,
-            jobs,
+            devices,
+            pulse,
+            workers: Workers::new(make)?,
             due: BTreeSet::new(),
             everybody: true,
+            round: None,
+            listing: false,
+            trusted: false,
+            identity: None,
+            doubted: None,
             absences: BTreeMap::new(),
             retries: BTreeMap::new(),
             promised: BTreeMap::new(),
             busy: BTreeMap::new(),
+            told: Vec::new(),
+            told_of_workers: false,
+            errors: BTreeMap::new(),
             last_pass: None,
             shown: Instant::now(),
             is_stale: false,
@@ -161,10 +205,12 @@ impl Guests {
                 }
                 self.hear(signal);
             }
+            self.pulse.beat();
             self.wake();
             if self.everybody || !self.due.is_empty() {
                 self.pass();
             }
+            self.tend();
             if self.is_stale && self.shown.elapsed() >= SECOND {
                 self.store.restart_patience();
                 self.show(&View::read(&self.store));
@@ -181,7 +227,7 @@ impl Guests {
         }
     }
 
-    /// Until the next promise, retry or pass over everybody.
+    /// Until the next promise, retry or pass over everybody; no longer than a second.
     fn wait(&self) -> Duration {
         let interval = self.rules.now().scan_interval;
         let pass = self.last_pass.map_or(Duration::ZERO, |at| interval.saturating_sub(at.elapsed()));
@@ -189,7 +235,9 @@ impl Guests {
         let promised = self.promised.values().map(until).min();
         let retry = self.retries.values().filter_map(|r| r.at.as_ref().map(until)).min();
         let show = self.is_stale.then(|| SECOND.saturating_sub(self.shown.elapsed()));
-        [promised, retry, show].into_iter().flatten().fold(pass, Duration::min)
+        let relieve = (!self.busy.is_empty() || self.listing).then_some(PLACE_TIME);
+        let all = [promised, retry, show, relieve, Some(SECOND)];
+        all.into_iter().flatten().fold(pass, Duration::min)
     }
 
     fn hear(&mut self, signal: Signal) {
@@ -199,6 +247,7 @@ impl Guests {
                 tracing::info!("connected to libvirt");
                 self.metrics.connected(true);
                 self.everybody = true;
+                (self.trusted, self.identity) = (false, None);
             }
             Signal::Hypervisor(Event::Lost(why)) => {
                 tracing::warn!("no connection to libvirt: {why}; it is tried again");
@@ -215,6 +264,11 @@ impl Guests {
                 self.retries.values_mut().for_each(|retry| retry.at = Some(now));
                 self.everybody = true;
             }
+            Signal::Identified(identity) => {
+                self.identity = Some(identity);
+                self.compare_libvirt(None);
+            }
+            Signal::Listed(listed) => self.listed(listed),
             Signal::Done(instance, done) => self.done(instance, done),
             Signal::Stop => {}
         }
@@ -224,19 +278,97 @@ impl Guests {
         if self.busy.remove(&instance).unwrap_or(false) {
             self.due.insert(instance);
         }
-        let failed = match done {
-            Ok(report) => report.failed,
-            Err(WorkError::Hypervisor(Failure::Away(_))) => return,
+        self.heard_of(instance);
+        let (failed, blocked) = match done {
+            Ok(report) => {
+                self.errors.remove(&instance);
+                if let Err(e) = self.found(instance, report.found) {
+                    tracing::error!(%instance, "instance {instance}: {e}; it is looked at again");
+                    self.promised.insert(instance, Instant::now() + SECOND);
+                }
+                (report.failed, report.blocked)
+            }
+            // When libvirt is back everybody is looked at; when it has answered, this one.
+            Err(WorkError::Hypervisor(Failure::Away(_) | Failure::Silent(_))) => return,
             Err(e) => {
-                tracing::error!(%instance, "instance {instance}: {e}; it is tried again");
-                BTreeSet::from([String::new()])
+                let why = e.to_string();
+                // Once, until it is another reason.
+                if self.errors.get(&instance) != Some(&why) {
+                    tracing::error!(%instance, "instance {instance}: {why}; it is tried again");
+                    self.errors.insert(instance, why);
+                }
+                // Nothing is known about it.
+                self.absences.remove(&instance);
+                if matches!(e, WorkError::Hypervisor(_) | WorkError::Xml(_)) {
+                    self.promised.insert(instance, Instant::now() + self.rules.now().recheck_delay);
+                    return;
+                }
+                (BTreeSet::from([String::new()]), BTreeSet::new())
             }
         };
-        self.retries.retain(|(of, about), _| *of != instance || failed.contains(about));
+        self.retries
+            .retain(|(of, about), _| *of != instance || failed.contains(about) || blocked.contains(about));
         for about in failed {
             let wait =
                 self.retries.get(&(instance, about.clone())).map_or(SHORTEST, |r| (r.wait * 2).min(LONGEST));
             self.retries.insert((instance, about), Retry { at: Some(Instant::now() + wait), wait });
+        }
+    }
+
+    /// How the worker found the guest when it looked last.
+    fn found(&mut self, instance: InstanceId, found: Found) -> Result<(), StoreError> {
+        match found {
+            Found::Running | Found::Unknown => drop(self.absences.remove(&instance)),
+            Found::Absent { is_known } => {
+                self.store.restart_patience();
+                let view = View::read_about(&self.store, instance, None)?;
+                if view.knows(instance) && !self.trusted {
+                    self.absences.remove(&instance);
+                    self.promised.insert(instance, Instant::now() + SECOND);
+                } else if view.knows(instance) {
+                    self.absent(instance, is_known, &view);
+                } else {
+                    // Nobody's guest, or one that is gone with all that was held for it.
+                    self.absences.remove(&instance);
+                    self.forget_retries(instance);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Nothing more is to be waited for from this guest in this round.
+    fn heard_of(&mut self, instance: InstanceId) {
+        if let Some(round) = &mut self.round {
+            round.open.remove(&instance);
+        }
+    }
+
+    /// A worker has listed all guests, or could not.
+    fn listed(&mut self, listed: Result<Vec<InstanceId>, Failure>) {
+        self.listing = false;
+        let all = match listed {
+            Ok(all) => {
+                self.compare_libvirt(Some(&all));
+                all
+            }
+            // When libvirt is back everybody is looked at.
+            Err(Failure::Away(_)) => {
+                self.round = None;
+                return;
+            }
+            Err(e) => {
+                tracing::warn!("the guests cannot be listed: {e}; those that are known are looked at");
+                self.hypervisor.seen().into_iter().map(|known| known.instance).collect()
+            }
+        };
+        let Some(round) = &mut self.round else { return };
+        round.listing = false;
+        let new: Vec<InstanceId> = all.into_iter().filter(|i| !round.asked.contains(i)).collect();
+        round.open.extend(&new);
+        round.asked.extend(&new);
+        for instance in new {
+            self.give(instance);
         }
     }
 
@@ -253,187 +385,198 @@ impl Guests {
         self.everybody |= self.last_pass.is_none_or(|at| at.elapsed() >= self.rules.now().scan_interval);
     }
 
-    fn pass(&mut self) {
-        let (began, everybody) = (Instant::now(), self.everybody);
-        self.everybody = false;
-        let due = std::mem::take(&mut self.due);
-        if everybody {
-            self.last_pass = Some(began);
-        }
-        match self.look(everybody, due.clone()) {
-            // When libvirt is back everybody is looked at.
-            Ok(()) | Err(WorkError::Hypervisor(Failure::Away(_))) => {}
-            Err(e) => {
-                tracing::error!("the guests cannot be looked at: {e}; it is tried again");
-                let next = Instant::now() + SECOND;
-                self.promised.extend(due.into_iter().map(|instance| (instance, next)));
-                if everybody {
-                    let interval = self.rules.now().scan_interval;
-                    self.last_pass = Instant::now().checked_sub(interval.saturating_sub(SECOND));
-                }
-            }
-        }
-        if everybody {
-            self.metrics.passed(began.elapsed());
+    /// Finds out whether this libvirt is the one that runs the guests which hold devices. `all` are the guests that it knows.
+    fn compare_libvirt(&mut self, all: Option<&[InstanceId]>) {
+        let Some(identity) = self.identity.clone().filter(|_| !self.trusted) else { return };
+        match self.is_trusted(&identity, all) {
+            Ok(trusted) => self.trusted = trusted,
+            Err(e) => tracing::error!("libvirt cannot be compared with the one before: {e}"),
         }
     }
 
-    fn look(&mut self, everybody: bool, mut due: BTreeSet<InstanceId>) -> Result<(), WorkError> {
+    /// What a libvirt does not know is absent only if it is the one that was remembered, or knows one of those who hold devices.
+    fn is_trusted(&mut self, identity: &str, all: Option<&[InstanceId]>) -> Result<bool, StoreError> {
         self.store.restart_patience();
-        // For a few there is no need to read all devices.
-        let whole = everybody.then(|| View::read(&self.store));
-        if let Some(read) = &whole {
-            self.show(read);
+        let before = self.store.libvirt()?;
+        if before.as_deref() == Some(identity) {
+            return Ok(true);
         }
-        let whole = whole.transpose()?;
-        let running = self.running(everybody, &due)?;
-        match self.note_uses(everybody, &due, &running) {
-            Ok(()) | Err(Failure::Away(_)) => {}
-            // What is recorded stays; guests get their devices all the same.
-            Err(e) => tracing::warn!("what guests use without a claim cannot be asked: {e}"),
-        }
-        if let Some(view) = &whole {
-            due.extend(view.instances());
-            due.extend(running.keys());
-            self.absences.retain(|instance, _| view.knows(*instance));
-        }
-        let config = self.rules.now();
-        for instance in due {
-            if let Some(again) = self.busy.get_mut(&instance) {
-                *again = true;
-                continue;
+        let Some(all) = all else { return Ok(false) };
+        let claims = self.store.claims()?;
+        let holders: BTreeSet<InstanceId> =
+            claims.iter().filter(|claim| !claim.pending).map(|claim| claim.instance_uuid).collect();
+        let knows_one = holders.iter().any(|holder| all.contains(holder));
+        if let Some(before) = before.filter(|_| !holders.is_empty() && !knows_one) {
+            if self.doubted.as_deref() != Some(identity) {
+                tracing::error!(
+                    "this libvirt ({identity}) knows none of the {} guests that hold devices, which another one ran ({before}): nothing is freed. \
+                     Look at libvirt_uri; where it is right, 'virt-usb detach' ends what those guests hold",
+                    holders.len()
+                );
+                self.doubted = Some(identity.to_owned());
             }
-            let read = match running.get(&instance) {
-                None => Ok(None),
-                Some(Err(failure)) => Err(failure.to_string()),
-                Some(Ok(running)) => guest(running, &config, &self.store)
-                    .map(Some)
-                    .map_err(|e| format!("cannot read its XML ({}): {e}", running.name)),
-            };
-            let read = match read {
-                Ok(read) => read,
-                // Nothing is known about this one; the others are looked at.
-                Err(why) => {
-                    self.absences.remove(&instance);
-                    tracing::error!(%instance, "instance {instance}: {why}; it is looked at again");
-                    self.promised.insert(instance, Instant::now() + config.recheck_delay);
-                    continue;
-                }
-            };
-            let about;
-            let view = match &whole {
-                Some(view) => view,
-                None => {
-                    about = View::read_about(&self.store, instance, read.as_ref())?;
-                    &about
-                }
-            };
-            let (seen, gone) = match &read {
-                Some(guest) => {
-                    self.absences.remove(&instance);
-                    (Seen::Running(guest), Gone::default())
-                }
-                None if view.knows(instance) => {
-                    let gone = self.absent(instance, view)?;
-                    (Seen::Absent(gone), gone)
-                }
-                // Nobody's guest, or one that is gone with all that was held for it.
-                None => {
-                    self.forget_retries(instance);
-                    continue;
-                }
-            };
-            let blocked = self.blocked(instance);
-            let steps = view.plan(instance, seen, &config);
-            if steps.iter().any(|s| s.about().is_none_or(|about| !blocked.contains(&about))) {
-                self.busy.insert(instance, false);
-                // The workers end with this thread.
-                drop(self.jobs.send(Job { instance, gone, blocked }));
-            } else if steps.is_empty() {
-                self.forget_retries(instance);
+            return Ok(false);
+        }
+        self.doubted = None;
+        self.store.note_libvirt(identity)?;
+        Ok(true)
+    }
+
+    fn pass(&mut self) {
+        if std::mem::take(&mut self.everybody) {
+            self.last_pass = Some(Instant::now());
+            self.store.restart_patience();
+            if let Err(e) = self.begin_round() {
+                tracing::error!("the guests cannot be looked at: {e}; it is tried again");
+                let interval = self.rules.now().scan_interval;
+                self.last_pass = Instant::now().checked_sub(interval.saturating_sub(SECOND));
             }
+        }
+        for instance in std::mem::take(&mut self.due) {
+            self.give(instance);
+        }
+    }
+
+    /// Everybody is looked at: those that have to do with the inventory at once, the others when it is known who they are.
+    fn begin_round(&mut self) -> Result<(), StoreError> {
+        let read = View::read(&self.store);
+        self.show(&read);
+        let view = read?;
+        self.absences.retain(|instance, _| view.knows(*instance));
+        let asked = view.instances();
+        self.due.extend(&asked);
+        self.round = Some(Round { began: Instant::now(), listing: true, open: asked.clone(), asked });
+        if !std::mem::replace(&mut self.listing, true) {
+            self.workers.push(Job::List);
         }
         Ok(())
     }
 
-    /// What the guests use without a claim, for the devices' thread: of all of them, or of those of
-    /// `due`. A guest whose XML cannot be had at the moment uses what it used.
-    fn note_uses(
-        &self,
-        everybody: bool,
-        due: &BTreeSet<InstanceId>,
-        running: &BTreeMap<InstanceId, Result<Running, Failure>>,
-    ) -> Result<(), Failure> {
-        let known = self.uses.shared.get();
-        let (before, mut uses) = match (everybody, known) {
-            (true, known) => (known.unwrap_or_default(), ByGuest::new()),
-            (false, Some(known)) => (Arc::clone(&known), ByGuest::clone(&known)),
-            // All of them first.
-            (false, None) => return Ok(()),
-        };
-        // Who is with a worker was not looked at, and is due again afterwards.
-        let few = || due.iter().copied().filter(|instance| !self.busy.contains_key(instance)).collect();
-        let whom = if everybody { self.hypervisor.all()? } else { few() };
-        for instance in whom {
-            let xml = match running.get(&instance) {
-                Some(Ok(running)) => Ok(Some(running.xml.clone())),
-                Some(Err(failure)) => Err(failure.clone()),
-                None => self.hypervisor.xml(instance),
-            };
-            let using = match xml {
-                Ok(None) => None,
-                Err(Failure::Away(why)) => return Err(Failure::Away(why)),
-                Ok(Some(xml)) => match virt_usb_domxml::read(xml.as_bytes()) {
-                    Ok(domain) => Using::new(&domain, running.contains_key(&instance)),
-                    Err(_) => before.get(&instance).cloned(),
-                },
-                Err(_) => before.get(&instance).cloned(),
-            };
-            match using {
-                Some(using) => drop(uses.insert(instance, using)),
-                None => drop(uses.remove(&instance)),
+    /// Has a worker look at the instance.
+    fn give(&mut self, instance: InstanceId) {
+        if let Some(again) = self.busy.get_mut(&instance) {
+            *again = true;
+            return;
+        }
+        self.busy.insert(instance, false);
+        let (gone, blocked) = (self.gone(instance), self.blocked(instance));
+        self.workers.push(Job::Converge { instance, gone, blocked });
+    }
+
+    /// What lasts too long is told of, and not waited for.
+    fn tend(&mut self) {
+        let load = self.workers.relieve();
+        let unanswered = self.hypervisor.unanswered(IMPATIENCE);
+        self.metrics.working(&load, unanswered.len());
+        self.tell_of(&unanswered);
+        let all_wait = load.waiting >= IMPATIENCE;
+        if all_wait && !self.told_of_workers {
+            tracing::error!(
+                "{} guests keep all workers waiting: other guests are not looked at until libvirt answers about some of them",
+                load.busy
+            );
+        }
+        self.told_of_workers = all_wait;
+        let Some(round) = &mut self.round else { return };
+        // Those are heard of when they are.
+        for call in &unanswered {
+            call.instance.map(|instance| round.open.remove(&instance));
+        }
+        if round.listing && round.began.elapsed() >= LIST_TIME {
+            // The list comes when it comes: there is no knowing of whom else there is before.
+            round.listing = false;
+            let known = self.hypervisor.seen().into_iter().map(|known| known.instance);
+            let new: Vec<InstanceId> = known.filter(|i| !round.asked.contains(i)).collect();
+            round.open.extend(&new);
+            round.asked.extend(&new);
+            for instance in new {
+                self.give(instance);
             }
         }
-        if self.uses.shared.set(uses) {
-            // The devices' thread ends after this one.
-            let _ = self.uses.devices.send(Nudge::Usb);
+        let Some(round) = &self.round else { return };
+        if round.open.is_empty() && !round.listing {
+            self.metrics.passed(round.began.elapsed());
+            // A list that did not come says nothing of whom there is.
+            if !self.listing && self.hypervisor.complete() {
+                // The devices' thread ends after this one.
+                let _ = self.devices.send(Nudge::Usb);
+            }
+            if !self.listing {
+                self.round = None;
+            }
         }
+    }
+
+    /// Tells of calls without an answer: at once in the log, later as a problem of the guest.
+    fn tell_of(&mut self, unanswered: &[Unanswered]) {
+        let patience = self.rules.now().libvirt_patience;
+        self.told.retain(|(call, _)| unanswered.contains(call));
+        for call in unanswered {
+            let known = self.told.iter().position(|(told, _)| told == call);
+            let at = known.unwrap_or_else(|| {
+                self.told.push((*call, false));
+                self.told.len() - 1
+            });
+            let domain = call.instance.map(|instance| self.name(instance));
+            if known.is_none() {
+                let about = domain.as_deref().map_or("all guests", |domain| domain);
+                tracing::warn!(
+                    "libvirt has not answered about {about} for {} s ({}): nothing else waits for that",
+                    call.since.elapsed().as_secs(),
+                    call.what
+                );
+            }
+            let (Some(instance), Some(domain)) = (call.instance, domain) else { continue };
+            if call.since.elapsed() >= patience && !self.told[at].1 {
+                match self.note_silence(instance, &domain, call.what, patience) {
+                    Ok(()) => self.told[at].1 = true,
+                    Err(e) => tracing::error!(%instance, "instance {instance}: {e}"),
+                }
+            }
+        }
+    }
+
+    fn note_silence(
+        &mut self,
+        instance: InstanceId,
+        domain: &str,
+        what: &str,
+        patience: Duration,
+    ) -> Result<(), WorkError> {
+        let context = machine::context(&self.rules.now(), ACTOR)?;
+        self.store.restart_patience();
+        let whom = self.store.asker(instance, domain, None)?;
+        let why = format!(
+            "libvirt has not answered about {domain} for {} s ({what}): QEMU hangs, or a hook of libvirt's does: 'virsh domcontrol {domain}' \
+             and 'journalctl -u libvirtd' show more. It goes on by itself when libvirt answers; if it never does, 'virsh destroy {domain}'",
+            patience.as_secs()
+        );
+        if self.store.note_problem(&whom, ABOUT_LIBVIRT, Some(&why), &context)? {
+            tracing::warn!(domain, %instance, "{domain}: {why}");
+        }
+        self.is_stale = true;
         Ok(())
     }
 
-    /// Those of `due`, or all, that run, or of which that cannot be said.
-    fn running(
-        &self,
-        everybody: bool,
-        due: &BTreeSet<InstanceId>,
-    ) -> Result<BTreeMap<InstanceId, Result<Running, Failure>>, Failure> {
-        let all = if everybody { self.hypervisor.running()? } else { Vec::new() };
-        let few = due.iter().copied().filter(|i| !everybody && !self.busy.contains_key(i));
-        let mut found = BTreeMap::new();
-        for instance in all.into_iter().chain(few) {
-            match self.hypervisor.look(instance) {
-                Ok(Some(running)) => drop(found.insert(instance, Ok(running))),
-                Ok(None) => {}
-                Err(Failure::Away(why)) => return Err(Failure::Away(why)),
-                Err(failure) => drop(found.insert(instance, Err(failure))),
-            }
+    /// The domain's name, as it was seen last.
+    fn name(&self, instance: InstanceId) -> String {
+        match self.hypervisor.guest(instance) {
+            Some(known) => known.domain.name.clone(),
+            None => instance.to_string(),
         }
-        Ok(found)
     }
 
-    /// How long an instance that is not there has been gone, and when to look again.
-    fn absent(&mut self, instance: InstanceId, view: &View) -> Result<Gone, Failure> {
-        let (now, known) = (Instant::now(), self.hypervisor.is_known(instance)?);
+    /// An instance is not there: since when, and when to look again.
+    fn absent(&mut self, instance: InstanceId, is_known: bool, view: &View) {
+        let now = Instant::now();
         let claims: Vec<(i64, i64)> = view.claims(instance).iter().map(|c| (c.id, c.revision)).collect();
         let fresh = Absence { claims: claims.clone(), since: now, undefined: None };
         let absence = self.absences.entry(instance).or_insert(fresh);
         if absence.claims != claims {
             (absence.claims, absence.since) = (claims, now);
         }
-        absence.undefined = (!known).then(|| absence.undefined.unwrap_or(now));
-        let absence = absence.clone();
-        let seconds = absence.since.elapsed().as_secs_f64();
-        let undefined = absence.undefined.map(|since| since.elapsed().as_secs_f64());
+        absence.undefined = (!is_known).then(|| absence.undefined.unwrap_or(now));
+        let Gone { seconds, undefined } = self.gone(instance);
         let config = self.rules.now();
         let ahead = [
             (seconds, config.absent_grace.as_secs_f64()),
@@ -444,7 +587,15 @@ impl Guests {
         if let Some(next) = next {
             self.promised.insert(instance, now + Duration::from_secs_f64(next + 0.01));
         }
-        Ok(Gone { seconds, undefined })
+    }
+
+    /// How long the instance has been gone; not at all where that was not seen.
+    fn gone(&self, instance: InstanceId) -> Gone {
+        let Some(absence) = self.absences.get(&instance) else { return Gone::default() };
+        Gone {
+            seconds: absence.since.elapsed().as_secs_f64(),
+            undefined: absence.undefined.map(|since| since.elapsed().as_secs_f64()),
+        }
     }
 
     fn forget_retries(&mut self, instance: InstanceId) {
@@ -466,22 +617,36 @@ mod tests {
     use virt_usb_hook::config::Config;
 
     use super::*;
-    use crate::hypervisor::SimulatedHypervisor;
+    use crate::hypervisor::{Listeners, SimulatedHypervisor};
+    use std::sync::mpsc::channel;
 
     fn guests(state: &std::path::Path) -> (Guests, Receiver<Signal>) {
         let config = Config { state_dir: state.to_owned(), ..Config::default() };
         drop(Store::create(state, PATIENCE).unwrap());
         let (to, signals) = channel();
-        let hypervisor = Arc::new(SimulatedHypervisor::new(config.clone(), channel().0));
+        let simulated = Arc::new(SimulatedHypervisor::new(config.clone(), channel().0));
+        let supervised = Arc::new(Supervised::new(simulated, Listeners::nobody()));
         let rules = Rules::of(config);
-        let uses = Uses { shared: Shared::default(), devices: channel().0 };
-        (Guests::new(rules, hypervisor, Arc::default(), &to, uses).unwrap(), signals)
+        let guests = Guests::new(rules, supervised, Arc::default(), to, channel().0, Pulse::new());
+        (guests.unwrap(), signals)
+    }
+
+    /// Lets the workers say how it went with the instance.
+    fn hear(guests: &mut Guests, signals: &Receiver<Signal>, instance: InstanceId) {
+        loop {
+            let signal = signals.recv().unwrap();
+            let is_it = matches!(signal, Signal::Done(of, _) if of == instance);
+            guests.hear(signal);
+            if is_it {
+                return;
+            }
+        }
     }
 
     #[test]
     fn a_retry_has_its_turn_once() {
         let state = tempfile::tempdir().unwrap();
-        let (mut guests, _signals) = guests(state.path());
+        let (mut guests, signals) = guests(state.path());
         let instance: InstanceId = "11111111-2222-4333-8444-555555555555".parse().unwrap();
         let retry = Retry { at: Some(Instant::now()), wait: SHORTEST };
         guests.pass();
@@ -494,19 +659,25 @@ mod tests {
         guests.wake();
         assert!(guests.due.is_empty(), "not at once again");
         assert!(guests.wait() > Duration::ZERO);
-        guests.done(instance, Ok(Report { failed: BTreeSet::from(["device 1".into()]), changed: false }));
-        assert_eq!(guests.retries.values().next().unwrap().wait, SHORTEST * 2, "the back-off goes on");
+        let failed = || Report { failed: BTreeSet::from(["device 1".into()]), ..Report::default() };
+        guests.done(instance, Ok(failed()));
+        let wait = |guests: &Guests| guests.retries.values().next().unwrap().wait;
+        assert_eq!(wait(&guests), SHORTEST * 2, "the back-off goes on");
+        // Something else is done meanwhile.
+        guests.done(instance, Ok(Report { blocked: failed().failed, ..Report::default() }));
+        assert_eq!(wait(&guests), SHORTEST * 2);
         // Nothing is to be done any more: it is forgotten.
         guests.everybody = false;
         guests.due = BTreeSet::from([instance]);
         guests.pass();
+        hear(&mut guests, &signals, instance);
         assert!(guests.retries.is_empty());
     }
 
     #[test]
     fn an_inventory_that_cannot_be_read_is_looked_at_once_a_second() {
         let state = tempfile::tempdir().unwrap();
-        let (mut guests, _signals) = guests(state.path());
+        let (mut guests, signals) = guests(state.path());
         let database = rusqlite::Connection::open(state.path().join(virt_usb_store::FILE_NAME)).unwrap();
         database.execute_batch("ALTER TABLE problems RENAME TO elsewhere").unwrap();
         guests.pass();
@@ -514,6 +685,7 @@ mod tests {
         let instance: InstanceId = "11111111-2222-4333-8444-555555555555".parse().unwrap();
         guests.due.insert(instance);
         guests.pass();
-        assert!(guests.wait() > SECOND / 4 && guests.promised.contains_key(&instance));
+        hear(&mut guests, &signals, instance);
+        assert!(guests.wait() > SECOND / 4 && guests.retries.contains_key(&(instance, String::new())));
     }
 }

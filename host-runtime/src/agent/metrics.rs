@@ -4,9 +4,9 @@ use std::collections::BTreeMap;
 use std::fs::Permissions;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::Path;
-use std::sync::atomic::AtomicI64;
+use std::sync::atomic::{AtomicI64, AtomicU64};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context as _;
 use prometheus_client::encoding::text::encode;
@@ -14,11 +14,14 @@ use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
+use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::{Registry, Unit};
+use rustix::time::{ClockId, clock_gettime};
 use virt_usb_hook::config;
 use virt_usb_store::user::User;
 
 use super::observe::View;
+use super::workers::Load;
 use crate::hypervisor::Failure;
 
 type Labels = Vec<(&'static str, String)>;
@@ -37,12 +40,18 @@ pub struct Metrics {
     scans: Family<Labels, Counter>,
     passes: Histogram,
     connected: Gauge<i64, AtomicI64>,
+    connections: Counter,
+    last_pass: Gauge<f64, AtomicU64>,
+    workers: Family<Labels, Gauge<i64, AtomicI64>>,
+    oldest_job: Gauge<f64, AtomicU64>,
+    unanswered: Gauge<i64, AtomicI64>,
     hooks: Family<Labels, Histogram>,
     answers: Family<Labels, Histogram>,
     lookups: Family<Labels, Counter>,
     published: Counter,
     fleet: Gauge<i64, AtomicI64>,
     revision: Gauge<i64, AtomicI64>,
+    process: Process,
     /// The label sets that were shown, so that one that is no more becomes 0.
     shown: Mutex<Shown>,
 }
@@ -73,12 +82,18 @@ impl Default for Metrics {
             scans: Family::default(),
             passes: seconds(),
             connected: Gauge::default(),
+            connections: Counter::default(),
+            last_pass: Gauge::default(),
+            workers: Family::default(),
+            oldest_job: Gauge::default(),
+            unanswered: Gauge::default(),
             hooks: Family::new_with_constructor(seconds),
             answers: Family::new_with_constructor(seconds),
             lookups: Family::default(),
             published: Counter::default(),
             fleet: Gauge::default(),
             revision: Gauge::default(),
+            process: Process::default(),
             shown: Mutex::default(),
             registry: Registry::default(),
         };
@@ -108,6 +123,31 @@ impl Default for Metrics {
         registry.register("scans", "Looks at all devices, by result", metrics.scans.clone());
         registry.register_with_unit("pass", "A look at all guests", unit.clone(), metrics.passes.clone());
         registry.register("libvirt_connected", "1 while libvirt can be reached", metrics.connected.clone());
+        registry.register(
+            "libvirt_connections",
+            "Connections to libvirt that were made",
+            metrics.connections.clone(),
+        );
+        registry.register(
+            "libvirt_unanswered",
+            "Calls that libvirt has not answered for 5 s or longer",
+            metrics.unanswered.clone(),
+        );
+        registry.register(
+            "last_pass_timestamp_seconds",
+            "When all guests were looked at last, in seconds since 1970",
+            metrics.last_pass.clone(),
+        );
+        registry.register(
+            "workers",
+            "Threads that work on guests, by whether others wait for them",
+            metrics.workers.clone(),
+        );
+        registry.register(
+            "oldest_job_seconds",
+            "For how long the oldest job waits for a thread",
+            metrics.oldest_job.clone(),
+        );
         registry.register_with_unit(
             "hook",
             "Calls of the hook, by operation and exit status",
@@ -132,7 +172,47 @@ impl Default for Metrics {
             "The inventory's revision that the fleet was told last",
             metrics.revision.clone(),
         );
+        let version = vec![("version", env!("CARGO_PKG_VERSION").to_owned())];
+        let build = Info::new(version);
+        registry.register("build", "The agent's version", build);
+        metrics.process.register(&mut registry);
         Self { registry, ..metrics }
+    }
+}
+
+/// What the agent's process uses, as the kernel counts it (proc_pid_status(5)), under the names that Prometheus's clients use.
+#[derive(Default)]
+struct Process {
+    cpu: Gauge<f64, AtomicU64>,
+    resident: Gauge<i64, AtomicI64>,
+    descriptors: Gauge<i64, AtomicI64>,
+    threads: Gauge<i64, AtomicI64>,
+}
+
+impl Process {
+    fn register(&self, registry: &mut Registry) {
+        let process = registry.sub_registry_with_prefix("process");
+        process.register("cpu_seconds", "Time on processors, user and system", self.cpu.clone());
+        process.register("resident_memory_bytes", "Memory in use", self.resident.clone());
+        process.register("open_fds", "Open file descriptors", self.descriptors.clone());
+        process.register("threads", "Threads", self.threads.clone());
+    }
+
+    /// What cannot be read stays as it was.
+    fn look(&self) {
+        if let Ok(found) = std::fs::read_dir("/proc/self/fd") {
+            // One of them is the folder itself.
+            self.descriptors.set(i64::try_from(found.count()).unwrap_or(i64::MAX) - 1);
+        }
+        let cpu = clock_gettime(ClockId::ProcessCPUTime);
+        self.cpu.set(cpu.tv_sec as f64 + cpu.tv_nsec as f64 / 1e9);
+        let Ok(status) = std::fs::read_to_string("/proc/self/status") else { return };
+        let field = |name: &str| -> Option<i64> {
+            let line = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
+            line.split_whitespace().next()?.parse().ok()
+        };
+        field("Threads").map(|threads| self.threads.set(threads));
+        field("VmRSS").map(|kib| self.resident.set(kib.saturating_mul(1024)));
     }
 }
 
@@ -192,10 +272,27 @@ impl Metrics {
 
     pub(super) fn passed(&self, took: Duration) {
         self.passes.observe(took.as_secs_f64());
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        self.last_pass.set(now.as_secs_f64());
     }
 
     pub(super) fn connected(&self, is: bool) {
         self.connected.set(i64::from(is));
+        if is {
+            self.connections.inc();
+        }
+    }
+
+    /// How busy the workers are, and how many calls libvirt has left unanswered.
+    pub(super) fn working(&self, load: &Load, unanswered: usize) {
+        let gauge = |state: &str, count: usize| {
+            let labels = vec![("state", state.to_owned())];
+            self.workers.get_or_create(&labels).set(i64::try_from(count).unwrap_or(i64::MAX));
+        };
+        gauge("busy", load.busy - load.slow);
+        gauge("slow", load.slow);
+        self.oldest_job.set(load.waiting.as_secs_f64());
+        self.unanswered.set(i64::try_from(unanswered).unwrap_or(i64::MAX));
     }
 
     /// The fleet was told this revision; or, with nothing, does not hear of this host.
@@ -234,6 +331,7 @@ impl Metrics {
 
     /// All of it, as text.
     pub fn text(&self) -> String {
+        self.process.look();
         let mut text = String::new();
         // A String takes everything.
         let _ = encode(&mut text, &self.registry);
@@ -245,6 +343,8 @@ fn result(failure: Option<&Failure>) -> String {
     match failure {
         None => "done",
         Some(Failure::Away(_)) => "libvirt-away",
+        Some(Failure::Hung(_)) => "guest-hung",
+        Some(Failure::Silent(_)) => "libvirt-silent",
         Some(Failure::Gone) => "guest-gone",
         Some(Failure::Busy(_)) => "busy",
         Some(Failure::Refused(why)) if why.contains("USB bus") => "no-usb-bus",
@@ -255,13 +355,62 @@ fn result(failure: Option<&Failure>) -> String {
     .to_owned()
 }
 
-/// Serves the metrics for as long as the process lives.
+/// Until a place that cannot be listened at is tried again.
+const RETRY: Duration = Duration::from_secs(5);
+
+/// Serves the metrics for as long as the process lives. A place that cannot be had is tried again for as long: guests get their
+/// devices meanwhile.
 ///
 /// # Errors
-/// When the place cannot be listened at.
-pub(super) fn serve(metrics: Arc<Metrics>, at: &config::Metrics) -> anyhow::Result<()> {
+/// When there can be no thread for it.
+pub(super) fn serve(metrics: Arc<Metrics>, at: config::Metrics) -> std::io::Result<()> {
+    if at == config::Metrics::Off {
+        return Ok(());
+    }
+    let serve = move || {
+        let mut told = None;
+        let server = loop {
+            match listen(&at) {
+                Ok(server) => break server,
+                Err(e) => {
+                    let why = format!("{e:#}");
+                    // Once, until it is another reason.
+                    if told.as_ref() != Some(&why) {
+                        tracing::error!("the metrics are not served: {why}; it is tried again");
+                        told = Some(why);
+                    }
+                    std::thread::sleep(RETRY);
+                }
+            }
+        };
+        if told.is_some() {
+            tracing::info!("the metrics are served");
+        }
+        for request in server.incoming_requests() {
+            // Whoever asked may be gone.
+            drop(answer(&metrics, request));
+        }
+    };
+    std::thread::Builder::new().name("metrics".into()).spawn(serve).map(drop)
+}
+
+fn answer(metrics: &Metrics, request: tiny_http::Request) -> std::io::Result<()> {
+    // Of an answer to HEAD the server leaves the body out.
+    let is_read = matches!(request.method(), tiny_http::Method::Get | tiny_http::Method::Head);
+    let wanted = request.url() == "/metrics" && is_read;
+    let (status, text) = if wanted { (200, metrics.text()) } else { (404, "see /metrics\n".to_owned()) };
+    let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+    let header = tiny_http::Header::from_bytes(&b"Content-Type"[..], kind.as_bytes());
+    let mut response = tiny_http::Response::from_string(text).with_status_code(status);
+    if let (true, Ok(header)) = (wanted, header) {
+        response = response.with_header(header);
+    }
+    request.respond(response)
+}
+
+fn listen(at: &config::Metrics) -> anyhow::Result<tiny_http::Server> {
     let (place, server) = match at {
-        config::Metrics::Off => return Ok(()),
+        config::Metrics::Off => anyhow::bail!("metrics = \"off\""),
         config::Metrics::Tcp(address) => (address.to_string(), tiny_http::Server::http(address)),
         config::Metrics::Unix(path) => {
             let _owner = User::of_folder_of(path)?.enter()?;
@@ -272,25 +421,9 @@ pub(super) fn serve(metrics: Arc<Metrics>, at: &config::Metrics) -> anyhow::Resu
             (path.display().to_string(), server)
         }
     };
-    let server = server
-        .map_err(|e| anyhow::anyhow!("metrics = \"{place}\": cannot listen there: {e}; is another program there, or its folder missing?"))?;
-    let answer = move || {
-        for request in server.incoming_requests() {
-            let wanted = request.url() == "/metrics" && *request.method() == tiny_http::Method::Get;
-            let (status, text) =
-                if wanted { (200, metrics.text()) } else { (404, "see /metrics\n".to_owned()) };
-            let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
-            let header = tiny_http::Header::from_bytes(&b"Content-Type"[..], kind.as_bytes());
-            let mut response = tiny_http::Response::from_string(text).with_status_code(status);
-            if let (true, Ok(header)) = (wanted, header) {
-                response = response.with_header(header);
-            }
-            // Whoever asked may be gone.
-            drop(request.respond(response));
-        }
-    };
-    std::thread::Builder::new().name("metrics".into()).spawn(answer)?;
-    Ok(())
+    server.map_err(|e| {
+        anyhow::anyhow!("metrics = \"{place}\": cannot listen there: {e}; is another program there, or its folder missing?")
+    })
 }
 
 /// Removes the socket that an agent before this one has left. One at which somebody listens is his.

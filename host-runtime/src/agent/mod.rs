@@ -13,6 +13,7 @@
 //! | [`work`] | does it, until nothing is left |
 //! | [`operate`] | what people ask for: attach, detach, start |
 //! | `guests` | who is looked at when; retries |
+//! | `workers` | the threads that do it |
 //! | `devices` | from events to rows; the configuration |
 //! | `guest_uses` | what guests use of the host's devices without a claim |
 //! | [`metrics`] | what is counted |
@@ -29,6 +30,7 @@ pub mod operate;
 pub mod plan;
 mod simulation;
 pub mod work;
+mod workers;
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{self, IsTerminal as _, Write as _};
@@ -54,9 +56,9 @@ use crate::api::tokens::{Made, TokenFile, Tokens, TokensError, Wanted};
 use crate::api::{self, Api, Listening};
 use crate::discovery::{LibUsb, UsbSource, hotplug};
 use crate::fleet::publish::{Publisher, Publishing};
-use crate::hypervisor::{Event, Hypervisor, Libvirt};
-use devices::{Devices, Files, Nudge, Rules};
-use guests::{Guests, Signal, Uses};
+use crate::hypervisor::{Event, Hypervisor, Libvirt, Listeners, Supervised};
+use devices::{Devices, Files, Nudge, Pulse, Rules};
+use guests::{Guests, Signal};
 use metrics::Metrics;
 use simulation::Simulation;
 
@@ -99,17 +101,24 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
     store.sweep(&machine::context(&config, ACTOR)?)?;
     let host = crate::inventory::host_name(&config.procfs_root)?;
     let metrics = Arc::new(Metrics::default());
-    metrics::serve(metrics.clone(), &config.metrics)?;
+    metrics::serve(metrics.clone(), config.metrics.clone())?;
     hear_hooks(&config.state_dir, metrics.clone());
     let (to_devices, nudges) = channel();
     let (to_guests, signals) = channel();
     follow_signals(to_devices.clone(), to_guests.clone())?;
     let world = World::new(&config, simulation, &to_devices, &to_guests)?;
-    let uses = guest_uses::Shared::default();
-    let telling = Uses { shared: uses.clone(), devices: to_devices.clone() };
-    let guests = Guests::new(rules.clone(), world.hypervisor.clone(), metrics.clone(), &to_guests, telling)?;
-    let publishing = publish(&config, &world.hypervisor, metrics.clone(), &host)?;
-    let api = serve_api(&rules, world.hypervisor, metrics.clone(), &host)?;
+    let hypervisor = Arc::new(Supervised::new(world.hypervisor, listeners(&to_guests, &to_devices)));
+    let pulse = Pulse::new();
+    let guests = Guests::new(
+        rules.clone(),
+        hypervisor.clone(),
+        metrics.clone(),
+        to_guests.clone(),
+        to_devices.clone(),
+        pulse.clone(),
+    )?;
+    let publishing = publish(&config, &hypervisor, metrics.clone(), &host)?;
+    let api = serve_api(&rules, hypervisor.clone(), metrics.clone(), &host)?;
     let devices = Devices {
         rules,
         source: world.source,
@@ -117,7 +126,8 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
         host,
         metrics,
         files,
-        uses,
+        hypervisor,
+        pulse,
         guests: to_guests,
         after: world.after,
     };
@@ -144,6 +154,22 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
         Err(_) => bail!("the thread of the devices has failed"),
     }
     Ok(())
+}
+
+/// Who is told by the calls to libvirt that are supervised.
+fn listeners(guests: &Sender<Signal>, devices: &Sender<Nudge>) -> Listeners {
+    let (guests, devices) = (guests.clone(), devices.clone());
+    Listeners {
+        answered: Box::new(move |instance| {
+            drop(guests.send(Signal::Hypervisor(Event::Changed(instance))));
+        }),
+        changed: Box::new(move |before, now| {
+            if guest_uses::have_changed(before, now) {
+                // The devices' thread ends after the guests'.
+                let _ = devices.send(Nudge::Usb);
+            }
+        }),
+    }
 }
 
 /// What is watched: the machine, or a simulation of one.
@@ -180,7 +206,7 @@ impl World {
 /// Tells the fleet what this host has, where there is one.
 fn publish(
     config: &Config,
-    hypervisor: &Arc<dyn Hypervisor>,
+    hypervisor: &Arc<Supervised>,
     metrics: Arc<Metrics>,
     host: &str,
 ) -> anyhow::Result<Option<Publishing>> {
@@ -193,7 +219,7 @@ fn publish(
 
 fn serve_api(
     rules: &Rules,
-    hypervisor: Arc<dyn Hypervisor>,
+    hypervisor: Arc<Supervised>,
     metrics: Arc<Metrics>,
     host: &str,
 ) -> anyhow::Result<Listening> {

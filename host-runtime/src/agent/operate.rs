@@ -38,6 +38,9 @@ pub enum OperateError {
     /// There is no such thing to be taken back.
     #[error("{0} has no such device, and none assigned: 'virt-usb claims' shows who has what")]
     Nothing(String),
+    /// libvirt was lost while it attached a device.
+    #[error("{0} may have been given it or not, for {1}: it is taken back once libvirt answers again")]
+    Unsure(String, Failure),
     /// Something is in the way.
     #[error(transparent)]
     Work(#[from] WorkError),
@@ -136,7 +139,12 @@ impl Worker {
             self.store.dismiss(&whom, None, &assigned, &new, |_, _| false, &context)?;
             // What cannot be finished here the agent finishes.
             drop(self.finish(instance, &whom, &new));
-            return Err(why);
+            return Err(match why {
+                OperateError::Work(WorkError::Hypervisor(e @ (Failure::Away(_) | Failure::Silent(_)))) => {
+                    OperateError::Unsure(whom.domain, e)
+                }
+                why => why,
+            });
         }
         let devices = self.store.devices()?;
         let of = |ids: &[DeviceId]| devices.iter().filter(|r| ids.contains(&r.entry.id)).cloned().collect();
@@ -256,6 +264,12 @@ impl Worker {
             let why = self.obstacle(instance, &report)?;
             let why = why.unwrap_or_else(|| "libvirt is busy with the guest".to_owned());
             return refused(format!("{} still has it: {why}; the agent goes on trying", whom.domain));
+        }
+        if let Some(pid) = self.hypervisor.process(instance) {
+            return refused(format!(
+                "{} still has it: its QEMU runs, process {pid}, and this libvirt ({}) does not know it",
+                whom.domain, self.config.libvirt_uri
+            ));
         }
         // Its guest does not run: there is nothing to wait for.
         for claim in claims {

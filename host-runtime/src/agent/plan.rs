@@ -172,6 +172,9 @@ pub fn about_redirection(n: usize) -> String {
 /// How it is filed that a guest was stopped for what it could not be given: until its next start.
 pub const ABOUT_STOP: &str = "start";
 
+/// How it is filed that libvirt does not answer about a guest, or knows nothing of one that runs.
+pub const ABOUT_LIBVIRT: &str = "libvirt";
+
 /// What is to be done, in an order that makes sense.
 pub fn plan(instance: &Instance<'_>, host: &Host<'_>) -> Vec<Step> {
     match instance.seen {
@@ -400,8 +403,18 @@ impl<'a> Present<'a> {
         let fresh = record.present
             && is_kind(&record)
             && hostdev.address.is_none_or(|a| a == record.entry.address)
-            && hostdev.port.as_ref().is_none_or(|p| *p == record.entry.port_path);
+            && hostdev.port.as_ref().is_none_or(|p| *p == record.entry.port_path)
+            && self.is_same_stay(record);
         Some(Hosted { hostdev, record, fresh })
+    }
+}
+
+impl Present<'_> {
+    /// Whether the device has been in its port ever since it came into the guest. One that came back under the same address the
+    /// guest does not have, though its live XML looks as if it did.
+    fn is_same_stay(&self, record: &Record) -> bool {
+        let then = self.claim(record.entry.id).and_then(|c| c.generation);
+        then.zip(record.generation).is_none_or(|(then, now)| then == now)
     }
 }
 

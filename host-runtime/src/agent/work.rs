@@ -20,7 +20,7 @@ use virt_usb_store::{Context, Durability, Record, Store, StoreError};
 use super::PATIENCE;
 use super::metrics::Metrics;
 use super::observe::{View, guest};
-use super::plan::{ABOUT_STOP, Gone, Guest, Seen, Step, about_device};
+use super::plan::{ABOUT_LIBVIRT, ABOUT_STOP, Gone, Guest, Seen, Step, about_device};
 use crate::hypervisor::{Failure, Hypervisor};
 
 /// A plan is made anew after each round; more rounds than this are somebody else's doing.
@@ -44,11 +44,30 @@ pub struct Worker {
     pub actor: String,
 }
 
+/// How a guest was found at the last look.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Found {
+    /// It runs.
+    #[default]
+    Running,
+    /// It does not.
+    Absent {
+        /// Whether there is a domain of this UUID.
+        is_known: bool,
+    },
+    /// libvirt does not run it, and yet its QEMU runs on this host.
+    Unknown,
+}
+
 /// What came of it.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Report {
+    /// The guest.
+    pub found: Found,
     /// What could not be done, to be tried again later.
     pub failed: BTreeSet<String>,
+    /// What is to be done and was not tried: its time has not come.
+    pub blocked: BTreeSet<String>,
     /// Whether something was done.
     pub changed: bool,
 }
@@ -118,12 +137,13 @@ impl Worker {
                 Some(running) => Some(guest(running, &self.config, &self.store)?),
                 None => None,
             };
+            let view = View::read_about(&self.store, instance, guest.as_ref())?;
             let seen = match &guest {
                 Some(guest) => Seen::Running(guest),
-                None => Seen::Absent(gone),
+                None => self.absence(instance, gone, &view, &mut report)?,
             };
-            let view = View::read_about(&self.store, instance, guest.as_ref())?;
             let mut steps = view.plan(instance, seen, &self.config);
+            report.blocked = steps.iter().filter_map(Step::about).filter(|a| blocked.contains(a)).collect();
             steps.retain(|s| s.about().is_none_or(|a| !blocked.contains(&a) && !report.failed.contains(&a)));
             // A step that was done and is planned again did not do what it should.
             steps.retain(|s| tried.insert(format!("{s:?}")));
@@ -146,6 +166,33 @@ impl Worker {
             }
         }
         Ok(report)
+    }
+
+    /// libvirt runs no such guest. Whether that is to be believed: an agent that asks another libvirt than the one that runs the
+    /// guest would free what the guest has.
+    fn absence<'a>(
+        &mut self,
+        instance: InstanceId,
+        gone: Gone,
+        view: &View,
+        report: &mut Report,
+    ) -> Result<Seen<'a>, WorkError> {
+        let process = match view.claims(instance) {
+            [] => None,
+            _ => self.hypervisor.process(instance),
+        };
+        let Some(pid) = process else {
+            report.found = Found::Absent { is_known: self.hypervisor.xml(instance)?.is_some() };
+            return Ok(Seen::Absent(gone));
+        };
+        report.found = Found::Unknown;
+        let why = format!(
+            "its QEMU runs on this host, process {pid}, and libvirt ({}) does not run it: look whether libvirt_uri names the libvirt that does. \
+             The guest keeps what it has",
+            self.config.libvirt_uri
+        );
+        self.note(instance, None, view, ABOUT_LIBVIRT, Some(&why))?;
+        Ok(Seen::Unknown)
     }
 
     pub(super) fn context(&self) -> Result<Context, WorkError> {
@@ -232,6 +279,11 @@ impl Work<'_> {
                 self.worker.store.confirm(instance, in_guest, Witness::Look, &context)?;
             }
             Step::Release { device, revision, why } => {
+                let claim = self.view.claims(instance).iter().find(|c| c.device_id == *device);
+                // What libvirt was asked for before it was lost it may be doing still.
+                if claim.is_some_and(|c| c.unsure) && self.worker.hypervisor.is_busy(instance)? {
+                    return Ok(Outcome::Moot);
+                }
                 if self.worker.store.release_device(instance, *device, Some(*revision), why, &context)? {
                     tracing::info!(%instance, %device, "device {device} is free: {why}");
                 }
@@ -265,10 +317,12 @@ impl Work<'_> {
         };
         let mut record = record.clone();
         record.set_location(seen.clone());
-        if record.one_time_use
-            && let Some(claim) = self.view.claims(self.instance).iter().find(|c| c.device_id == device)
-        {
+        let claim = self.view.claims(self.instance).iter().find(|c| c.device_id == device);
+        if let Some(claim) = claim.filter(|_| record.one_time_use) {
             self.worker.store.mark_used(claim)?;
+        }
+        if let Some(claim) = claim.filter(|c| c.generation.is_some() && c.generation != record.generation) {
+            self.worker.store.forget_generation(claim)?;
         }
         let began = Instant::now();
         let speeds = [port_speeds(&record)];
@@ -278,6 +332,10 @@ impl Work<'_> {
                 let hostdev = hostdev(&record, place.and_then(|place| place.port));
                 self.worker.hypervisor.attach(self.instance, &hostdev.element())
             });
+        let unsure = matches!(attached, Err(Failure::Away(_)));
+        if let Some(claim) = claim.filter(|c| c.unsure || unsure) {
+            self.worker.store.mark_unsure(claim, unsure)?;
+        }
         // Whatever libvirt says: is it there?
         let inside = self.has(&record)?;
         self.worker.metrics.attached(began.elapsed(), attached.as_ref().err());
@@ -335,6 +393,10 @@ impl Work<'_> {
         match done {
             Ok(()) if self.worker.wait_until_gone(self.instance, alias)? => {
                 tracing::info!(instance = %self.instance, %device, "device {device} detached ({alias})");
+                let claim = self.view.claims(self.instance).iter().find(|c| c.device_id == device);
+                if let Some(claim) = claim.filter(|c| c.generation.is_some()) {
+                    self.worker.store.forget_generation(claim)?;
+                }
                 Ok(Outcome::Done)
             }
             Ok(()) => {
@@ -385,6 +447,7 @@ impl Work<'_> {
 fn moot_or_busy(failure: Failure) -> Result<Outcome, WorkError> {
     match failure {
         Failure::Gone => Ok(Outcome::Moot),
+        Failure::Hung(why) => Ok(Outcome::Failed(format!("{why}. It is tried again"))),
         Failure::Busy(why) => Ok(Outcome::Failed(format!(
             "libvirt is busy with the guest ({why}): 'virsh domjobinfo' shows with what. It is tried again; if nothing is going on there, \
              'virsh destroy' ends it"

@@ -191,7 +191,8 @@ impl From<Failure> for Fault {
     fn from(e: Failure) -> Self {
         match e {
             Failure::Away(_) => Self::away("libvirt cannot be reached now: try again.", e.to_string()),
-            Failure::Gone | Failure::Busy(_) | Failure::Refused(_) => {
+            Failure::Silent(_) => Self::unavailable(sentence(&e.to_string())),
+            Failure::Gone | Failure::Hung(_) | Failure::Busy(_) | Failure::Refused(_) => {
                 Self::conflict(sentence(&e.to_string()))
             }
         }

@@ -10,8 +10,11 @@ use virt_usb_hook::config;
 use virt_usb_store::user::User;
 
 use super::keystone::PLACES;
-use super::{Api, TURNS, WORKS, fleet, router, socket};
-use crate::listen::{CONNECTIONS, Certificate, END_TIME, Server};
+use super::{Api, LONG_TURNS, TURNS, WORKS, fleet, router, socket};
+use crate::listen::{CONNECTIONS, Certificate, Server};
+
+/// How long requests that were begun are waited for at the end: the agent ends within 5 s, whatever libvirt does.
+const END_TIME: Duration = Duration::from_secs(3);
 
 /// The API, while it is served.
 pub struct Listening {
@@ -34,7 +37,7 @@ impl Listening {
         };
         // Whoever has not ended by then is cut off.
         drop(self.runtime.block_on(async { tokio::time::timeout(END_TIME, ended).await }));
-        self.runtime.shutdown_timeout(Duration::from_secs(1));
+        self.runtime.shutdown_timeout(Duration::from_millis(500));
         if let Some(socket) = self.socket {
             let owner = User::of_folder_of(&socket).and_then(User::enter);
             drop(owner.and_then(|_owner| std::fs::remove_file(socket)));
@@ -50,7 +53,7 @@ pub fn start(api: &Arc<Api>) -> io::Result<Listening> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .thread_name("api")
-        .max_blocking_threads(WORKS + PLACES)
+        .max_blocking_threads(WORKS + PLACES + TURNS + LONG_TURNS)
         .enable_all()
         .build()?;
     let stopping = api.ending.subscribe();

@@ -46,7 +46,7 @@ mod servers;
 pub mod tokens;
 
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use axum::Router;
@@ -66,7 +66,7 @@ use virt_usb_store::{Context, Durability, Store};
 use crate::agent::PATIENCE;
 use crate::agent::metrics::Metrics;
 use crate::fleet::others::Others;
-use crate::hypervisor::Hypervisor;
+use crate::hypervisor::Supervised;
 use crate::listen::Peer;
 use fault::Fault;
 use identity::{Caller, Identity, Look, Role, Unknown};
@@ -81,6 +81,10 @@ const TURNS: usize = 8;
 const WORKS: usize = 32;
 /// How long one waits for its turn.
 const TURN_TIME: Duration = Duration::from_secs(30);
+/// How long an attach or a detach keeps its turn: libvirt may leave it unanswered for ever.
+const TURN_LENGTH: Duration = Duration::from_secs(5);
+/// So many of them may last longer, beside those that have a turn: as many calls as may be unanswered, and a little.
+const LONG_TURNS: usize = 16;
 /// How long a request may take in all.
 const REQUEST_TIME: Duration = Duration::from_secs(120);
 
@@ -89,7 +93,7 @@ pub struct Api {
     /// The configuration that counts now.
     pub config: Box<dyn Fn() -> Arc<Config> + Send + Sync>,
     /// What runs the guests.
-    pub hypervisor: Arc<dyn Hypervisor>,
+    pub hypervisor: Arc<Supervised>,
     /// What is counted.
     pub metrics: Arc<Metrics>,
     /// This host's name.
@@ -109,7 +113,7 @@ impl Api {
     /// With the inventory in this folder.
     pub fn new(
         config: Box<dyn Fn() -> Arc<Config> + Send + Sync>,
-        hypervisor: Arc<dyn Hypervisor>,
+        hypervisor: Arc<Supervised>,
         metrics: Arc<Metrics>,
         host: String,
         identity: Arc<dyn Identity>,
@@ -186,7 +190,28 @@ impl Api {
         self.rates.change(&caller.name)
     }
 
-    /// To be kept by the work itself.
+    /// What gives devices to guests or takes them back: so many at once, but those for which libvirt takes long give their turn to
+    /// others. Once begun it is finished, though its caller be gone.
+    async fn acting<T: Send + 'static>(
+        self: &Arc<Self>,
+        work: impl FnOnce(&Self) -> Result<T, Fault> + Send + 'static,
+    ) -> Result<T, Fault> {
+        let turn = Arc::new(Mutex::new(Some(self.turn().await?)));
+        let give_back =
+            |turn: &Mutex<Option<_>>| drop(turn.lock().unwrap_or_else(PoisonError::into_inner).take());
+        let (api, its) = (self.clone(), turn.clone());
+        let done = tokio::task::spawn_blocking(move || {
+            let done = work(&api);
+            give_back(&its);
+            done
+        });
+        tokio::spawn(async move {
+            tokio::time::sleep(TURN_LENGTH).await;
+            give_back(&turn);
+        });
+        done.await.unwrap_or_else(|e| Err(Fault::internal(e.to_string())))
+    }
+
     async fn turn(&self) -> Result<OwnedSemaphorePermit, Fault> {
         match tokio::time::timeout(TURN_TIME, self.turns.clone().acquire_owned()).await {
             Ok(Ok(turn)) => Ok(turn),

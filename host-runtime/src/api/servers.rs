@@ -2,11 +2,13 @@
 
 use std::collections::HashSet;
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::{IntoResponse as _, Response};
+use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use utoipa::{IntoParams, ToSchema};
@@ -27,6 +29,7 @@ use super::request::{Asked, Asks, Content, Named, action, nothing, object};
 use crate::agent::operate::{Attached, OperateError};
 use crate::agent::work::Worker;
 use crate::fleet::others::{self, Other};
+use crate::hypervisor::{Hypervisor as _, Known};
 
 /// A path's server.
 #[derive(Deserialize)]
@@ -46,25 +49,39 @@ pub(super) struct Server {
     pub(super) by_domain: bool,
     /// The other host that it is on; none: this one.
     pub(super) host: Option<String>,
+    /// When this host has seen it so.
+    pub(super) seen: Option<Timestamp>,
 }
 
 impl Server {
-    fn new(id: InstanceId, domain: Domain, running: bool, snapshot: &Snapshot) -> Self {
+    fn new(id: InstanceId, domain: &Domain, running: bool, snapshot: &Snapshot) -> Self {
         let by_domain = domain.project.is_some();
-        let owner = domain.project.or_else(|| snapshot.owner(id).cloned());
-        Self { id, name: domain.name, running, owner, by_domain, host: None }
+        let owner = domain.project.clone().or_else(|| snapshot.owner(id).cloned());
+        let seen = moment(SystemTime::now());
+        Self { id, name: domain.name.clone(), running, owner, by_domain, host: None, seen }
+    }
+
+    /// As it was seen last.
+    fn known(known: &Known, snapshot: &Snapshot) -> Self {
+        let seen = moment(known.seen);
+        Self { seen, ..Self::new(known.instance, &known.domain, known.running, snapshot) }
     }
 
     fn elsewhere(host: &Other, server: &others::Server) -> Self {
         let others::Server { id, ref name, running, by_domain, .. } = *server;
         let (name, owner) = (name.clone(), server.project.clone());
-        Self { id, name, running, owner, by_domain, host: Some(host.name.clone()) }
+        Self { id, name, running, owner, by_domain, host: Some(host.name.clone()), seen: None }
     }
 
     /// As Nova has it.
     const fn status(&self) -> &'static str {
         if self.running { "ACTIVE" } else { "SHUTOFF" }
     }
+}
+
+/// To the millisecond, as all times of the API.
+fn moment(time: SystemTime) -> Option<Timestamp> {
+    Timestamp::try_from(time).ok()?.round(jiff::Unit::Millisecond).ok()
 }
 
 fn no_server(id: &str) -> Fault {
@@ -82,7 +99,12 @@ impl Api {
         // Who may not do it at all hears so, whether there is such a server or not.
         Fault::unless(may(caller, call), || no_server(name))?;
         let id: InstanceId = name.parse().map_err(|_| no_server(name))?;
-        let found = self.blocking(move |api| api.find(id)).await?;
+        // Who only looks does not wait for libvirt.
+        let known = self.hypervisor.guest(id).filter(|_| call == Call::LookAt);
+        let found = match known {
+            Some(known) => Some(Server::known(&known, &*self.inventory.now()?)),
+            None => self.blocking(move |api| api.find(id)).await?,
+        };
         let Some(server) = found else { return Err(no_server(name)) };
         Fault::unless(may_with_server(caller, call, server.owner.as_ref()), || no_server(name))?;
         Ok(server)
@@ -106,32 +128,22 @@ impl Api {
     /// The servers that the caller may know of, by name.
     pub(super) async fn servers(self: &Arc<Self>, caller: &Caller) -> Result<Vec<Server>, Fault> {
         Fault::unless(may(caller, Call::LookAt), Fault::forbidden)?;
-        let caller = caller.clone();
-        let found = self.blocking(move |api| {
-            let running: HashSet<InstanceId> = api.hypervisor.running()?.into_iter().collect();
-            let snapshot = api.inventory.now()?;
-            let mut found = Vec::new();
-            for id in api.hypervisor.all()? {
-                // One that has gone meanwhile, or whose XML cannot be read, is nobody's.
-                let Some(xml) = api.hypervisor.xml(id)? else { continue };
-                let Ok(domain) = virt_usb_domxml::read(xml.as_bytes()) else { continue };
-                let server = Server::new(id, domain, running.contains(&id), &snapshot);
-                if may_with_server(&caller, Call::LookAt, server.owner.as_ref()) == Verdict::Allowed {
-                    found.push(server);
-                }
-            }
-            let here: HashSet<InstanceId> = found.iter().map(|server| server.id).collect();
-            for other in snapshot.others.values() {
-                let servers = other.servers.iter().filter(|server| !here.contains(&server.id));
-                let servers = servers.map(|server| Server::elsewhere(other, server));
-                found.extend(servers.filter(|server| {
-                    may_with_server(&caller, Call::LookAt, server.owner.as_ref()) == Verdict::Allowed
-                }));
-            }
-            found.sort_by(|a, b| (&a.name, a.id).cmp(&(&b.name, b.id)));
-            Ok(found)
-        });
-        found.await
+        let is_visible = |server: &Server| {
+            may_with_server(caller, Call::LookAt, server.owner.as_ref()) == Verdict::Allowed
+        };
+        let Some(known) = self.hypervisor.known() else {
+            return Err(Fault::unavailable("The servers of this host were not looked at yet: try again."));
+        };
+        let snapshot = self.inventory.now()?;
+        let mut found: Vec<Server> = known.iter().map(|known| Server::known(known, &snapshot)).collect();
+        let here: HashSet<InstanceId> = found.iter().map(|server| server.id).collect();
+        for other in snapshot.others.values() {
+            let servers = other.servers.iter().filter(|server| !here.contains(&server.id));
+            found.extend(servers.map(|server| Server::elsewhere(other, server)));
+        }
+        found.retain(is_visible);
+        found.sort_by(|a, b| (&a.name, a.id).cmp(&(&b.name, b.id)));
+        Ok(found)
     }
 
     /// The server; of one that libvirt does not know any more what it still holds tells.
@@ -141,7 +153,7 @@ impl Api {
         if let Some(xml) = self.hypervisor.xml(id)? {
             let domain = virt_usb_domxml::read(xml.as_bytes())
                 .map_err(|e| Fault::internal(format!("cannot read the domain's XML: {e}")))?;
-            return Ok(Some(Server::new(id, domain, running, &snapshot)));
+            return Ok(Some(Server::new(id, &domain, running, &snapshot)));
         }
         let held = snapshot.own_devices().find(|r| r.entry.instance_uuid == Some(id));
         if let Some(claim) = held.and_then(|r| snapshot.claim(r.entry.id)) {
@@ -154,6 +166,7 @@ impl Api {
                 owner,
                 by_domain,
                 host: None,
+                seen: None,
             }));
         }
         Ok(snapshot.other_server(id).map(|(other, server)| Server::elsewhere(other, server)))
@@ -172,12 +185,15 @@ struct Listed {
     /// Whose it is, where that is known.
     #[schema(value_type = Option<String>)]
     project_id: Option<ProjectId>,
+    /// When the server's host asked libvirt about it last: UTC, ISO 8601; null where that is not known.
+    #[schema(value_type = Option<String>)]
+    seen_at: Option<Timestamp>,
 }
 
 impl From<Server> for Listed {
     fn from(server: Server) -> Self {
         let status = server.status();
-        Self { id: server.id, name: server.name, status, project_id: server.owner }
+        Self { id: server.id, name: server.name, status, project_id: server.owner, seen_at: server.seen }
     }
 }
 
@@ -374,15 +390,11 @@ pub(super) async fn perform(
     if let Some(host) = &server.host {
         return api.ask_elsewhere(&caller, call, host, server.id, &requests).await;
     }
-    let turn = api.turn().await?;
-    let done = api.blocking(move |api| {
-        let _turn = turn;
-        match call {
-            Call::Attach => attach(api, &caller, &server, &requests),
-            _ => detach(api, &caller, &server, &requests),
-        }
-    });
-    done.await
+    api.acting(move |api| match call {
+        Call::Attach => attach(api, &caller, &server, &requests),
+        _ => detach(api, &caller, &server, &requests),
+    })
+    .await
 }
 
 pub(super) fn requests(name: &str, value: &Value) -> Result<Vec<DeviceRequest>, Fault> {
@@ -469,6 +481,7 @@ fn fault(api: &Api, caller: &Caller, server: &Server, e: OperateError) -> Fault 
             let told: Vec<String> = short.iter().map(|s| shortage(&snapshot, caller, s)).collect();
             Fault::conflict(told.join(" "))
         }
+        OperateError::Unsure(..) => Fault::unavailable(sentence(&e.to_string())),
         OperateError::Work(e) => e.into(),
     }
 }

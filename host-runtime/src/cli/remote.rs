@@ -394,6 +394,7 @@ fn records(devices: &[Value]) -> anyhow::Result<Vec<Record>> {
             one_time_use: false,
             own_tags: Vec::new(),
             descriptors: None,
+            generation: None,
             used_as: None,
             entry,
         }
@@ -433,7 +434,9 @@ fn claim(value: &Value) -> anyhow::Result<ClaimRow> {
         arrived: flag(value, "arrived")?,
         by_hand: value["request"].is_null(),
         incoming_since: None,
+        unsure: false,
         descriptors: None,
+        generation: None,
         used: false,
         serial_shared: false,
         seen_in_guest: false,

@@ -158,6 +158,7 @@ impl Merge {
             driver: plugged.drivers(),
             host_use,
             descriptors: plugged.descriptors.clone(),
+            generation: plugged.generation,
         });
     }
 
@@ -225,6 +226,7 @@ impl Merge {
             driver: None,
             host_use: Some("sysfs does not show it, so it cannot be told whether the host uses it".into()),
             descriptors: None,
+            generation: None,
         });
     }
 
@@ -278,6 +280,8 @@ mod tests {
             "{KEY}interfaces = ['03', 'ff']\nspeed = 'full'\ndriver = 'usbhid'\nproduct_name = 'HASP'\npath = 'pci-0000:00:14.0-usbv2-0:1'"
         );
         let simulated = Simulated::parse(&file).unwrap().snapshot();
-        assert_eq!(without_libusb(&file).devices, simulated.devices);
+        let mut seen = without_libusb(&file).devices;
+        assert!(seen.iter_mut().all(|device| device.generation.take().is_some()), "folders have inodes");
+        assert_eq!(seen, simulated.devices);
     }
 }

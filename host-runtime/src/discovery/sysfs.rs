@@ -6,6 +6,7 @@
 
 use std::fs;
 use std::io::{self, Read as _};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
 use virt_usb_hook::sysfs::{Seen, at_port, attribute, device_dir, path_of};
@@ -51,6 +52,8 @@ pub(super) struct Plugged {
     /// Whether all of the interfaces could be read.
     pub(super) whole: bool,
     pub(super) descriptors: Option<Descriptors>,
+    /// The folder's inode: the kernel makes a new one each time that the device comes.
+    pub(super) generation: Option<i64>,
 }
 
 /// One interface's folder.
@@ -164,6 +167,7 @@ impl Scan {
         let interfaces = self.interfaces(&port, &dir);
         let whole = self.problems.len() == problems;
         let descriptors = descriptors(&dir);
+        let generation = fs::metadata(&dir).ok().and_then(|folder| i64::try_from(folder.ino()).ok());
         Plugged {
             port,
             path,
@@ -178,6 +182,7 @@ impl Scan {
             driver,
             whole,
             descriptors,
+            generation,
         }
     }
 

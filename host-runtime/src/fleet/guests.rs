@@ -1,6 +1,6 @@
 //! The guests of this host, as they are told to the fleet: whose they are, whether they run, what they are to have.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,14 +11,14 @@ use virt_usb_store::{Durability, Store};
 
 use super::others::{Server, publish};
 use crate::agent::PATIENCE;
-use crate::hypervisor::Hypervisor;
+use crate::hypervisor::{Known, Supervised};
 
 /// A guest that came or went without a device is told of after so long.
 const LOOK: Duration = Duration::from_secs(5);
 
 /// Looks at them.
 pub(super) struct Guests {
-    hypervisor: Option<Arc<dyn Hypervisor>>,
+    hypervisor: Option<Arc<Supervised>>,
     state_dir: PathBuf,
     /// As they are published; none: they could not be looked at yet.
     pub(super) text: watch::Sender<Option<String>>,
@@ -27,7 +27,7 @@ pub(super) struct Guests {
 }
 
 impl Guests {
-    pub(super) fn new(hypervisor: Option<Arc<dyn Hypervisor>>, state_dir: PathBuf) -> Self {
+    pub(super) fn new(hypervisor: Option<Arc<Supervised>>, state_dir: PathBuf) -> Self {
         Self { hypervisor, state_dir, text: watch::Sender::default(), look: Notify::new() }
     }
 
@@ -36,10 +36,12 @@ impl Guests {
         let Some(hypervisor) = self.hypervisor.clone() else { return std::future::pending().await };
         loop {
             let (hypervisor, state_dir) = (hypervisor.clone(), self.state_dir.clone());
-            // libvirt takes its time.
-            let looked = tokio::task::spawn_blocking(move || servers(&*hypervisor, &state_dir)).await;
-            // What cannot be looked at now is as it was.
-            if let Ok(Ok(servers)) = looked {
+            let read = move || match hypervisor.known() {
+                Some(known) => servers(known, &state_dir).map(Some),
+                None => Ok(None),
+            };
+            // What cannot be read now is as it was.
+            if let Ok(Ok(Some(servers))) = tokio::task::spawn_blocking(read).await {
                 let text = publish(&servers);
                 self.text.send_if_modified(|known| {
                     let changed = known.as_ref() != Some(&text);
@@ -52,30 +54,22 @@ impl Guests {
     }
 }
 
-fn servers(hypervisor: &dyn Hypervisor, state_dir: &Path) -> anyhow::Result<Vec<Server>> {
+fn servers(known: Vec<Known>, state_dir: &Path) -> anyhow::Result<Vec<Server>> {
     let store = Store::open(state_dir, PATIENCE, Durability::Boot)?;
-    let running: HashSet<InstanceId> = hypervisor.running()?.into_iter().collect();
     let mut owners: HashMap<InstanceId, _> =
         store.owners()?.into_iter().map(|owner| (owner.instance_uuid, owner.project_id)).collect();
     let mut requests: HashMap<InstanceId, Vec<_>> = HashMap::new();
     for assignment in store.all_assignments()? {
         requests.entry(assignment.instance_uuid).or_default().push(assignment.request);
     }
-    let mut found = Vec::new();
-    for id in hypervisor.all()? {
-        // One that has gone meanwhile, or whose XML cannot be read, is nobody's.
-        let Some(xml) = hypervisor.xml(id)? else { continue };
-        let Ok(domain) = virt_usb_domxml::read(xml.as_bytes()) else { continue };
-        let by_domain = domain.project.is_some();
-        found.push(Server {
-            id,
-            name: domain.name,
-            running: running.contains(&id),
-            project: domain.project.or_else(|| owners.remove(&id)),
-            by_domain,
-            requests: requests.remove(&id).unwrap_or_default(),
-        });
-    }
-    found.sort_by_key(|server| server.id);
-    Ok(found)
+    let server = |Known { instance: id, running, domain, .. }: Known| Server {
+        id,
+        name: domain.name.clone(),
+        running,
+        project: domain.project.clone().or_else(|| owners.remove(&id)),
+        by_domain: domain.project.is_some(),
+        requests: requests.remove(&id).unwrap_or_default(),
+    };
+    // In the order of their UUIDs.
+    Ok(known.into_iter().map(server).collect())
 }

@@ -328,6 +328,7 @@ pub(crate) fn record(mut entry: virt_usb_model::DeviceEntry, reachable: bool) ->
         one_time_use: false,
         own_tags: Vec::new(),
         descriptors: None,
+        generation: None,
         used_as: None,
         entry,
     }
@@ -352,7 +353,9 @@ fn claim(device: DeviceId, instance: InstanceId, status: &str, server: Option<&S
         arrived: false,
         by_hand: false,
         incoming_since: None,
+        unsure: false,
         descriptors: None,
+        generation: None,
         used: false,
         serial_shared: false,
         seen_in_guest: false,

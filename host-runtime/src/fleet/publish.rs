@@ -23,7 +23,7 @@ use super::news;
 use super::shared::Mirror;
 use crate::agent::PATIENCE;
 use crate::agent::metrics::Metrics;
-use crate::hypervisor::Hypervisor;
+use crate::hypervisor::Supervised;
 
 /// A document is no longer than this, in bytes; etcd takes 1.5 MiB.
 pub const LARGEST: usize = 1_000_000;
@@ -63,7 +63,7 @@ pub struct Publisher {
     /// This host's name.
     pub host: String,
     /// What runs its guests; none: they are not told of.
-    pub hypervisor: Option<Arc<dyn Hypervisor>>,
+    pub hypervisor: Option<Arc<Supervised>>,
     /// What is counted.
     pub metrics: Arc<Metrics>,
 }

@@ -229,6 +229,7 @@ fn device(host: u32, n: usize) -> Option<Device> {
         driver: None,
         host_use: None,
         descriptors: None,
+        generation: None,
     })
 }
 

@@ -1,4 +1,4 @@
-//! What the `virt` crate does not wrap: domain events, and detaching by alias. The only code here that needs C's pointers.
+//! What the `virt` crate does not wrap: domain events, detaching by alias, and the state of QEMU's monitor. The only code here that needs C's pointers.
 //!
 //! libvirt calls back on the thread that runs its event loop, with the domain and numbers; each callback only sends a plain value into
 //! a channel. (libvirt-domain.h: `virConnectDomainEventRegisterAny`, `virDomainDetachDeviceAlias`.)
@@ -18,8 +18,22 @@ use super::Event;
 
 type Send = Box<dyn Fn(Event) + std::marker::Send>;
 
-/// Asks libvirt to tell of every domain that starts, stops, goes away, or gets or loses a device. It ends with the connection.
-pub(super) fn register(connection: &Connect, to: &Sender<Event>) -> Result<(), Error> {
+/// What libvirt was asked to tell, by the numbers that it gave.
+pub(super) struct Registered(Vec<c_int>);
+
+impl Registered {
+    /// No more is told. Each event keeps a reference to its connection: one that is closed with events is never freed, and keeps its
+    /// descriptors.
+    pub(super) fn end(self, connection: &Connect) {
+        for id in self.0 {
+            // SAFETY: the connection is open or broken, and not freed yet. On a broken one only libvirtd does not hear of it.
+            unsafe { sys::virConnectDomainEventDeregisterAny(connection.as_ptr(), id) };
+        }
+    }
+}
+
+/// Asks libvirt to tell of every domain that starts, stops, goes away, or gets or loses a device.
+pub(super) fn register(connection: &Connect, to: &Sender<Event>) -> Result<Registered, Error> {
     type Lifecycle =
         unsafe extern "C" fn(sys::virConnectPtr, sys::virDomainPtr, c_int, c_int, *mut c_void) -> c_int;
     type Device = unsafe extern "C" fn(sys::virConnectPtr, sys::virDomainPtr, *const c_char, *mut c_void);
@@ -31,15 +45,22 @@ pub(super) fn register(connection: &Connect, to: &Sender<Event>) -> Result<(), E
             std::mem::transmute::<Device, Generic>(on_device),
         )
     };
-    register_one(connection, sys::VIR_DOMAIN_EVENT_ID_LIFECYCLE, lifecycle, to)?;
-    for id in [
-        sys::VIR_DOMAIN_EVENT_ID_DEVICE_ADDED,
-        sys::VIR_DOMAIN_EVENT_ID_DEVICE_REMOVED,
-        sys::VIR_DOMAIN_EVENT_ID_DEVICE_REMOVAL_FAILED,
+    let mut registered = Registered(Vec::new());
+    for (id, callback) in [
+        (sys::VIR_DOMAIN_EVENT_ID_LIFECYCLE, lifecycle),
+        (sys::VIR_DOMAIN_EVENT_ID_DEVICE_ADDED, device),
+        (sys::VIR_DOMAIN_EVENT_ID_DEVICE_REMOVED, device),
+        (sys::VIR_DOMAIN_EVENT_ID_DEVICE_REMOVAL_FAILED, device),
     ] {
-        register_one(connection, id, device, to)?;
+        match register_one(connection, id, callback, to) {
+            Ok(number) => registered.0.push(number),
+            Err(e) => {
+                registered.end(connection);
+                return Err(e);
+            }
+        }
     }
-    Ok(())
+    Ok(registered)
 }
 
 type Generic = unsafe extern "C" fn(sys::virConnectPtr, sys::virDomainPtr, *mut c_void);
@@ -49,7 +70,7 @@ fn register_one(
     id: sys::virDomainEventID,
     callback: Generic,
     to: &Sender<Event>,
-) -> Result<(), Error> {
+) -> Result<c_int, Error> {
     let to = to.clone();
     // Nobody may be left to hear it: then it is not worth telling.
     let send: Box<Send> = Box::new(Box::new(move |event| drop(to.send(event))));
@@ -72,7 +93,7 @@ fn register_one(
         unsafe { free(opaque) };
         return Err(error);
     }
-    Ok(())
+    Ok(registered)
 }
 
 unsafe extern "C" fn free(opaque: *mut c_void) {
@@ -130,6 +151,16 @@ pub(super) fn detach_alias(domain: &Domain, alias: &CString) -> Result<(), Error
     // SAFETY: the domain is valid as long as it is borrowed, and the alias is a C string.
     match unsafe { sys::virDomainDetachDeviceAlias(domain.as_ptr(), alias.as_ptr(), live) } {
         0 => Ok(()),
+        _ => Err(Error::last_error()),
+    }
+}
+
+/// Whether something is being done to a running domain: a job, or a command that QEMU has not answered.
+pub(super) fn is_busy(domain: &Domain) -> Result<bool, Error> {
+    let mut info = sys::virDomainControlInfo { state: 0, details: 0, stateTime: 0 };
+    // SAFETY: the domain is valid as long as it is borrowed, and libvirt writes one `virDomainControlInfo`.
+    match unsafe { sys::virDomainGetControlInfo(domain.as_ptr(), &raw mut info, 0) } {
+        0 => Ok([sys::VIR_DOMAIN_CONTROL_JOB, sys::VIR_DOMAIN_CONTROL_OCCUPIED].contains(&info.state)),
         _ => Err(Error::last_error()),
     }
 }

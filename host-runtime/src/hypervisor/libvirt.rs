@@ -2,13 +2,17 @@
 //!
 //! ```text
 //!   (away) ── open, register events ──► connected ── no answer to keepalive, daemon gone ──► (away) ─ 1, 2, 4 … 30 s ─► …
+//!                                          │ a call while four others are unanswered
+//!                                          └─► further connections, closed when nobody uses them
 //! ```
-//! One thread runs libvirt's event loop for as long as the process lives, another keeps the connection. Calls borrow it; they are made from
-//! any thread.
+//! One thread runs libvirt's event loop for as long as the process lives, another keeps the connections. Calls borrow one; they
+//! are made from any thread.
 
 use std::ffi::CString;
+use std::ops::Deref;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
-use std::sync::{Arc, Mutex, Once, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, Once, PoisonError};
 use std::time::Duration;
 
 use virt::connect::Connect;
@@ -17,7 +21,9 @@ use virt::error::{Error, ErrorNumber};
 use virt_sys as sys;
 use virt_usb_model::InstanceId;
 
-use super::{Event, Failure, Hypervisor, Running, events};
+use super::events::{self, Registered};
+use super::process::{self, Process, State};
+use super::{Event, Failure, Hypervisor, Running};
 
 /// How often the connection is looked at, and the shortest wait before the next attempt.
 const SHORT: Duration = Duration::from_secs(1);
@@ -30,20 +36,85 @@ const DEADLINE: Duration = Duration::from_secs(30);
 /// Seconds between keepalive messages, and how many may go unanswered.
 const KEEPALIVE: (i32, u32) = (5, 3);
 
-/// One libvirt daemon. Cheap to clone: clones are the same connection.
+/// So many calls of one connection libvirtd works on at once, one less than `max_client_requests` in libvirtd.conf (5): a call
+/// that stays unanswered keeps its place, and the last place is for the events' calls.
+const CALLS: usize = 4;
+/// So many connections at the most.
+const CONNECTIONS: usize = 6;
+
+/// One libvirt daemon. Cheap to clone: clones share the connections.
 #[derive(Clone)]
 pub struct Libvirt {
     uri: Arc<str>,
-    connection: Arc<Mutex<Option<Arc<Open>>>>,
+    connections: Arc<Mutex<Connections>>,
+}
+
+/// The first one has the events; without it the daemon is away.
+#[derive(Default)]
+struct Connections {
+    first: Option<Arc<Open>>,
+    more: Vec<Arc<Open>>,
 }
 
 /// An open connection, closed with its last user.
-struct Open(Connect);
+struct Open {
+    connect: Connect,
+    /// The events that it brings: they end before it does.
+    registered: Mutex<Option<Registered>>,
+    /// Calls without an answer yet.
+    calls: AtomicUsize,
+}
+
+impl Open {
+    /// Local drivers (test:///default) have no keepalive, and need none; a program that runs no event loop has none either.
+    fn keep_alive(&self) {
+        drop(self.connect.set_keep_alive(KEEPALIVE.0, KEEPALIVE.1));
+    }
+
+    fn is_alive(&self) -> bool {
+        self.connect.is_alive().unwrap_or(false)
+    }
+
+    /// What libvirt's error comes to. Whatever a call says whose connection is gone, that is why.
+    fn failure(&self, e: &Error) -> Failure {
+        match failure(e) {
+            Failure::Refused(why) if !self.is_alive() => Failure::Away(why),
+            failure => failure,
+        }
+    }
+}
 
 impl Drop for Open {
     fn drop(&mut self) {
+        let registered = self.registered.get_mut().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(registered) = registered {
+            registered.end(&self.connect);
+        }
         // There is nothing to be done about a connection that cannot be closed.
-        drop(self.0.close());
+        drop(self.connect.close());
+    }
+}
+
+/// A connection that a call is made on.
+struct Lease(Arc<Open>);
+
+impl Lease {
+    fn of(open: &Arc<Open>) -> Self {
+        open.calls.fetch_add(1, Ordering::Relaxed);
+        Self(open.clone())
+    }
+}
+
+impl Deref for Lease {
+    type Target = Open;
+    fn deref(&self) -> &Open {
+        &self.0
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        self.0.calls.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -59,7 +130,7 @@ pub enum Started {
 impl Libvirt {
     /// The daemon at this URI; nothing is opened yet.
     pub fn new(uri: &str) -> Self {
-        Self { uri: uri.into(), connection: Arc::default() }
+        Self { uri: uri.into(), connections: Arc::default() }
     }
 
     /// Opens the connection, for a program that asks a few questions.
@@ -116,9 +187,11 @@ impl Libvirt {
                     if events.send(Event::Connected).is_err() {
                         return;
                     }
-                    while open.0.is_alive().unwrap_or(false) {
+                    while open.is_alive() {
+                        self.close_unused();
                         std::thread::sleep(SHORT);
                     }
+                    drop(open);
                     self.set(None);
                     drop(events.send(Event::Lost("the connection broke".into())));
                 }
@@ -150,29 +223,73 @@ impl Libvirt {
         let dialled = self.dial();
         drop(answered);
         let open = dialled?;
-        events::register(&open.0, events).map_err(|e| Failure::Away(e.message().to_owned()))?;
-        // Local drivers (test:///default) have no keepalive, and need none.
-        drop(open.0.set_keep_alive(KEEPALIVE.0, KEEPALIVE.1));
+        let registered = events::register(&open.connect, events);
+        let registered = registered.map_err(|e| Failure::Away(e.message().to_owned()))?;
+        *open.registered.lock().unwrap_or_else(PoisonError::into_inner) = Some(registered);
+        open.keep_alive();
         Ok(Arc::new(open))
     }
 
     fn dial(&self) -> Result<Open, Failure> {
-        Connect::open(Some(&self.uri))
-            .map(Open)
-            .map_err(|e| Failure::Away(format!("{}: {}", self.uri, e.message())))
+        let connect = Connect::open(Some(&self.uri))
+            .map_err(|e| Failure::Away(format!("{}: {}", self.uri, e.message())))?;
+        Ok(Open { connect, registered: Mutex::default(), calls: AtomicUsize::new(0) })
     }
 
-    fn set(&self, open: Option<Arc<Open>>) {
-        *self.connection.lock().unwrap_or_else(PoisonError::into_inner) = open;
+    fn connections(&self) -> MutexGuard<'_, Connections> {
+        self.connections.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn connection(&self) -> Result<Arc<Open>, Failure> {
-        let connection = self.connection.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        connection.ok_or_else(|| Failure::Away(format!("no connection to {}", self.uri)))
+    fn set(&self, first: Option<Arc<Open>>) {
+        let before = std::mem::replace(&mut *self.connections(), Connections { first, more: Vec::new() });
+        // To close a connection may take a while: nobody waits for that.
+        drop(before);
+    }
+
+    /// Closes further connections that are not in use, or broken.
+    fn close_unused(&self) {
+        let is_used = |open: &mut Arc<Open>| open.calls.load(Ordering::Relaxed) > 0 && open.is_alive();
+        let unused: Vec<Arc<Open>> = {
+            let more = &mut self.connections().more;
+            let all = std::mem::take(more);
+            let (used, unused) = all.into_iter().partition(|open| is_used(&mut open.clone()));
+            *more = used;
+            unused
+        };
+        drop(unused);
+    }
+
+    /// A connection that libvirtd would answer on.
+    fn connection(&self) -> Result<Lease, Failure> {
+        {
+            let connections = self.connections();
+            let Some(first) = &connections.first else {
+                return Err(Failure::Away(format!("no connection to {}", self.uri)));
+            };
+            let calls = |open: &&Arc<Open>| open.calls.load(Ordering::Relaxed);
+            let all = std::iter::once(first).chain(&connections.more);
+            if let Some(open) = all.min_by_key(calls).filter(|open| calls(open) < CALLS) {
+                return Ok(Lease::of(open));
+            }
+            if connections.more.len() + 1 >= CONNECTIONS {
+                return Err(Failure::Silent(format!(
+                    "it has left {} calls unanswered: 'systemctl status libvirtd' shows how it is",
+                    CALLS * CONNECTIONS
+                )));
+            }
+        }
+        let open = Arc::new(self.dial()?);
+        open.keep_alive();
+        let lease = Lease::of(&open);
+        let mut connections = self.connections();
+        if connections.first.is_some() {
+            connections.more.push(open);
+        }
+        Ok(lease)
     }
 
     fn find(&self, open: &Open, instance: InstanceId) -> Result<Domain, Failure> {
-        Domain::lookup_by_uuid_string(&open.0, &instance.to_string()).map_err(|e| failure(&e))
+        Domain::lookup_by_uuid_string(&open.connect, &instance.to_string()).map_err(|e| open.failure(&e))
     }
 
     /// The UUID of the domain of this name or UUID.
@@ -181,9 +298,9 @@ impl Libvirt {
     /// [`Failure::Gone`]: there is none.
     pub fn resolve(&self, name: &str) -> Result<InstanceId, Failure> {
         let open = self.connection()?;
-        let domain = Domain::lookup_by_name(&open.0, name)
-            .or_else(|e| Domain::lookup_by_uuid_string(&open.0, name).map_err(|_| e))
-            .map_err(|e| failure(&e))?;
+        let domain = Domain::lookup_by_name(&open.connect, name)
+            .or_else(|e| Domain::lookup_by_uuid_string(&open.connect, name).map_err(|_| e))
+            .map_err(|e| open.failure(&e))?;
         uuid(&domain)
     }
 
@@ -194,12 +311,12 @@ impl Libvirt {
     pub fn definition(&self, instance: InstanceId) -> Result<String, Failure> {
         let open = self.connection()?;
         let domain = self.find(&open, instance)?;
-        if domain.is_active().map_err(|e| failure(&e))? {
+        if domain.is_active().map_err(|e| open.failure(&e))? {
             return Err(Failure::Refused("it runs already".into()));
         }
         domain
             .get_xml_desc(sys::VIR_DOMAIN_XML_INACTIVE | sys::VIR_DOMAIN_XML_SECURE)
-            .map_err(|e| failure(&e))
+            .map_err(|e| open.failure(&e))
     }
 
     /// Starts a persistent domain, with other XML in place of its definition where there is some; the definition stays as it is. A saved
@@ -210,12 +327,12 @@ impl Libvirt {
     pub fn start(&self, instance: InstanceId, xml: Option<&str>) -> Result<Started, Failure> {
         let open = self.connection()?;
         let domain = self.find(&open, instance)?;
-        let saved = domain.has_managed_save(0).map_err(|e| failure(&e))?;
+        let saved = domain.has_managed_save(0).map_err(|e| open.failure(&e))?;
         match xml.filter(|_| !saved) {
             // The crate makes a C string of it.
             Some(xml) if xml.contains('\0') => return Err(Failure::Refused("its XML holds a NUL".into())),
-            Some(xml) => Domain::create_xml(&open.0, xml, 0).map(drop).map_err(|e| failure(&e))?,
-            None => domain.create().map(drop).map_err(|e| failure(&e))?,
+            Some(xml) => Domain::create_xml(&open.connect, xml, 0).map(drop).map_err(|e| open.failure(&e))?,
+            None => domain.create().map(drop).map_err(|e| open.failure(&e))?,
         }
         Ok(if saved { Started::Restored } else { Started::Fresh })
     }
@@ -226,7 +343,7 @@ impl Libvirt {
     /// [`Failure::Away`], [`Failure::Refused`].
     pub fn domain_capabilities(&self) -> Result<String, Failure> {
         let open = self.connection()?;
-        open.0.get_domain_capabilities(None, None, None, None, 0).map_err(|e| failure(&e))
+        open.connect.get_domain_capabilities(None, None, None, None, 0).map_err(|e| open.failure(&e))
     }
 
     /// The definitions of all persistent domains, as their next start has them.
@@ -235,8 +352,10 @@ impl Libvirt {
     /// [`Failure::Away`]. A domain that goes meanwhile is left out.
     pub fn definitions(&self) -> Result<Vec<String>, Failure> {
         let open = self.connection()?;
-        let domains =
-            open.0.list_all_domains(sys::VIR_CONNECT_LIST_DOMAINS_PERSISTENT).map_err(|e| failure(&e))?;
+        let domains = open
+            .connect
+            .list_all_domains(sys::VIR_CONNECT_LIST_DOMAINS_PERSISTENT)
+            .map_err(|e| open.failure(&e))?;
         Ok(domains.iter().filter_map(|d| d.get_xml_desc(sys::VIR_DOMAIN_XML_INACTIVE).ok()).collect())
     }
 
@@ -246,7 +365,7 @@ impl Libvirt {
     /// As [`Hypervisor::look`].
     pub fn is_saved(&self, instance: InstanceId) -> Result<bool, Failure> {
         let open = self.connection()?;
-        self.find(&open, instance)?.has_managed_save(0).map_err(|e| failure(&e))
+        self.find(&open, instance)?.has_managed_save(0).map_err(|e| open.failure(&e))
     }
 }
 
@@ -257,7 +376,7 @@ fn uuid(domain: &Domain) -> Result<InstanceId, Failure> {
 }
 
 /// A running domain; `None` when it has stopped meanwhile.
-fn read(domain: &Domain) -> Result<Option<Running>, Failure> {
+fn read(open: &Open, domain: &Domain) -> Result<Option<Running>, Failure> {
     let read = || {
         if !domain.is_active()? {
             return Ok::<_, Error>(None);
@@ -271,7 +390,7 @@ fn read(domain: &Domain) -> Result<Option<Running>, Failure> {
     match read() {
         Ok(None) => Ok(None),
         Ok(Some((name, xml, moving))) => Ok(Some(Running { instance: uuid(domain)?, name, xml, moving })),
-        Err(e) => match failure(&e) {
+        Err(e) => match open.failure(&e) {
             Failure::Gone => Ok(None),
             other => Err(other),
         },
@@ -281,20 +400,22 @@ fn read(domain: &Domain) -> Result<Option<Running>, Failure> {
 impl Hypervisor for Libvirt {
     fn running(&self) -> Result<Vec<InstanceId>, Failure> {
         let open = self.connection()?;
-        let domains =
-            open.0.list_all_domains(sys::VIR_CONNECT_LIST_DOMAINS_ACTIVE).map_err(|e| failure(&e))?;
+        let domains = open
+            .connect
+            .list_all_domains(sys::VIR_CONNECT_LIST_DOMAINS_ACTIVE)
+            .map_err(|e| open.failure(&e))?;
         domains.iter().map(uuid).collect()
     }
 
     fn all(&self) -> Result<Vec<InstanceId>, Failure> {
         let open = self.connection()?;
-        open.0.list_all_domains(0).map_err(|e| failure(&e))?.iter().map(uuid).collect()
+        open.connect.list_all_domains(0).map_err(|e| open.failure(&e))?.iter().map(uuid).collect()
     }
 
     fn look(&self, instance: InstanceId) -> Result<Option<Running>, Failure> {
         let open = self.connection()?;
         match self.find(&open, instance) {
-            Ok(domain) => read(&domain),
+            Ok(domain) => read(&open, &domain),
             Err(Failure::Gone) => Ok(None),
             Err(other) => Err(other),
         }
@@ -311,7 +432,10 @@ impl Hypervisor for Libvirt {
 
     fn xml(&self, instance: InstanceId) -> Result<Option<String>, Failure> {
         let open = self.connection()?;
-        match self.find(&open, instance).and_then(|domain| domain.get_xml_desc(0).map_err(|e| failure(&e))) {
+        match self
+            .find(&open, instance)
+            .and_then(|domain| domain.get_xml_desc(0).map_err(|e| open.failure(&e)))
+        {
             Ok(xml) => Ok(Some(xml)),
             Err(Failure::Gone) => Ok(None),
             Err(other) => Err(other),
@@ -319,16 +443,20 @@ impl Hypervisor for Libvirt {
     }
 
     fn attach(&self, instance: InstanceId, device: &str) -> Result<(), Failure> {
+        refuse_stopped(instance)?;
         let open = self.connection()?;
         let domain = self.find(&open, instance)?;
         let attach = || {
-            domain.attach_device_flags(device, sys::VIR_DOMAIN_AFFECT_LIVE).map(drop).map_err(|e| failure(&e))
+            domain
+                .attach_device_flags(device, sys::VIR_DOMAIN_AFFECT_LIVE)
+                .map(drop)
+                .map_err(|e| open.failure(&e))
         };
         match attach() {
             Err(Failure::Refused(why)) => {
                 let Some(alias) = unknown_to_libvirt(&why, device) else { return Err(Failure::Refused(why)) };
                 let command = serde_json::json!({"execute": "device_del", "arguments": {"id": alias}});
-                domain.qemu_monitor_command(&command.to_string(), 0).map_err(|e| failure(&e))?;
+                domain.qemu_monitor_command(&command.to_string(), 0).map_err(|e| open.failure(&e))?;
                 // libvirt hears of that by an event, and would take what is attached before it has for what is gone: it has the same alias.
                 std::thread::sleep(SHORT);
                 tracing::warn!(%instance, alias, "QEMU had {alias} already, and libvirt did not know of it: taken out, and attached anew");
@@ -339,18 +467,60 @@ impl Hypervisor for Libvirt {
     }
 
     fn detach(&self, instance: InstanceId, alias: &str) -> Result<(), Failure> {
+        refuse_stopped(instance)?;
         let open = self.connection()?;
         let domain = self.find(&open, instance)?;
         let alias = CString::new(alias).map_err(|_| Failure::Refused("the alias holds a NUL".into()))?;
         match events::detach_alias(&domain, &alias) {
             Err(e) if e.code() == ErrorNumber::DeviceMissing => Ok(()),
-            done => done.map_err(|e| failure(&e)),
+            done => done.map_err(|e| open.failure(&e)),
         }
     }
 
     fn stop(&self, instance: InstanceId) -> Result<(), Failure> {
         let open = self.connection()?;
-        self.find(&open, instance)?.destroy().map_err(|e| failure(&e))
+        self.find(&open, instance)?.destroy().map_err(|e| open.failure(&e))
+    }
+
+    fn is_busy(&self, instance: InstanceId) -> Result<bool, Failure> {
+        let open = self.connection()?;
+        match self.find(&open, instance) {
+            Ok(domain) => events::is_busy(&domain).map_err(|e| open.failure(&e)),
+            Err(Failure::Gone) => Ok(false),
+            Err(other) => Err(other),
+        }
+    }
+
+    fn process(&self, instance: InstanceId) -> Option<u32> {
+        process::of(instance).map(|qemu| qemu.pid)
+    }
+
+    fn identity(&self) -> Result<String, Failure> {
+        let open = self.connection()?;
+        let connect = &open.connect;
+        let identity = || {
+            Ok::<_, Error>(format!(
+                "{} {} on {}",
+                connect.get_type()?,
+                connect.get_uri()?,
+                connect.get_hostname()?
+            ))
+        };
+        identity().map_err(|e| open.failure(&e))
+    }
+}
+
+/// A QEMU that does not go on answers libvirt nothing, and the call would hold one of libvirtd's 20 workers (`max_workers`) for as
+/// long: such a call is not made.
+fn refuse_stopped(instance: InstanceId) -> Result<(), Failure> {
+    match process::settled(instance) {
+        Some(Process { pid, state: State::Stopped }) => Err(Failure::Hung(format!(
+            "its QEMU, process {pid}, is stopped: 'kill -CONT {pid}' lets it go on"
+        ))),
+        Some(Process { pid, state: State::Blocked }) => Err(Failure::Hung(format!(
+            "its QEMU, process {pid}, waits in the kernel, as for a disk or a network file system that does not answer"
+        ))),
+        Some(Process { state: State::Running, .. }) | None => Ok(()),
     }
 }
 

@@ -3,19 +3,24 @@
 //! ```text
 //!   libvirt ──── calls ────► Libvirt ───┐
 //!      └──── events ─► Event ─► agent   ├─► Hypervisor: who runs, with which live XML; attach, detach, stop
-//!   TOML [[domain]] ──────► Simulated ──┘
+//!   TOML [[domain]] ──────► Simulated ──┘      │
+//!                                          Supervised: which calls are not answered, and what the last answers were
 //! ```
 //! An answer is never guessed: what could not be asked is a [`Failure`], and a domain is absent only where libvirt has said so.
 
 mod events;
 mod libvirt;
+mod process;
 mod simulated;
+mod supervised;
 
 use virt_usb_domxml::{Domain, XmlError};
 use virt_usb_model::InstanceId;
 
 pub use libvirt::{Libvirt, Started};
 pub use simulated::SimulatedHypervisor;
+pub(crate) use supervised::IMPATIENCE;
+pub use supervised::{Changed, Known, Listeners, Supervised, Unanswered};
 
 /// A domain that runs.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -52,6 +57,12 @@ pub enum Failure {
     /// Another operation on the domain goes on: to be tried again.
     #[error("libvirt is busy with the domain: {0}")]
     Busy(String),
+    /// The guest's QEMU does not go on: it was not asked for anything.
+    #[error("{0}")]
+    Hung(String),
+    /// libvirt has not answered an earlier call: whether that was done is not known, and no other is made meanwhile.
+    #[error("libvirt has not answered: {0}")]
+    Silent(String),
     /// libvirt will not, and says why.
     #[error("libvirt refuses it: {0}")]
     Refused(String),
@@ -119,4 +130,20 @@ pub trait Hypervisor: Send + Sync {
     /// # Errors
     /// Each of [`Failure`].
     fn stop(&self, instance: InstanceId) -> Result<(), Failure>;
+
+    /// Whether something is being done to a running domain, by anybody: what was asked for may still happen.
+    ///
+    /// # Errors
+    /// [`Failure::Away`].
+    fn is_busy(&self, instance: InstanceId) -> Result<bool, Failure>;
+
+    /// The number of the process that runs this guest on this host, whatever libvirt says of it; none where there is none, or
+    /// where it cannot be seen.
+    fn process(&self, instance: InstanceId) -> Option<u32>;
+
+    /// Which libvirt it is, in words: its driver, its URI and its host. Another one knows other guests.
+    ///
+    /// # Errors
+    /// [`Failure::Away`].
+    fn identity(&self) -> Result<String, Failure>;
 }

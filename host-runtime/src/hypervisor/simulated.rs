@@ -5,11 +5,14 @@
 //! its metadata, `controller` (`"qemu-xhci"`; `"none"`: no USB), `ports` (15), `spice` (false) and
 //! `devices` (XML of its other devices). A change of the file is what an operator
 //! does: `running = false` stops the domain, an entry that goes undefines it.
+//!
+//! `hangs = true`: its QEMU answers nothing, so what is attached or detached waits. `locked = true`: whatever is asked about it
+//! waits, and so do lists of all domains, as while a hook of somebody else's keeps libvirtd waiting.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::sync::mpsc::Sender;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 use serde::Deserialize;
 use virt_usb_domxml::Fit;
@@ -26,6 +29,8 @@ pub struct SimulatedHypervisor {
     config: Config,
     events: Sender<Event>,
     domains: Mutex<BTreeMap<InstanceId, Domain>>,
+    /// The domains have changed.
+    changed: Condvar,
 }
 
 /// A `[[domain]]`.
@@ -46,6 +51,10 @@ struct Spec {
     spice: bool,
     #[serde(default)]
     devices: String,
+    #[serde(default)]
+    hangs: bool,
+    #[serde(default)]
+    locked: bool,
 }
 
 const fn yes() -> bool {
@@ -63,6 +72,13 @@ struct Domain {
     spec: Spec,
     running: bool,
     devices: Vec<Attached>,
+}
+
+impl Domain {
+    /// QEMU runs, and answers nothing.
+    const fn hangs(&self) -> bool {
+        self.running && self.spec.hangs
+    }
 }
 
 /// A device of a running domain.
@@ -84,7 +100,7 @@ struct File {
 impl SimulatedHypervisor {
     /// Without domains. `config` is what the hook is called with.
     pub fn new(config: Config, events: Sender<Event>) -> Self {
-        Self { config, events, domains: Mutex::default() }
+        Self { config, events, domains: Mutex::default(), changed: Condvar::new() }
     }
 
     /// Makes the domains those of the file's text, starts and stops what is to run or not. Returns what the hook said where it refused a start.
@@ -102,10 +118,15 @@ impl SimulatedHypervisor {
             }
             if !wanted.contains_key(&instance) {
                 self.domains().remove(&instance);
+                self.changed.notify_all();
                 self.tell(Event::Changed(instance));
             }
         }
         for (instance, spec) in wanted {
+            if let Some(domain) = self.domains().get_mut(&instance) {
+                (domain.spec.hangs, domain.spec.locked) = (spec.hangs, spec.locked);
+            }
+            self.changed.notify_all();
             let domain = self.domains().get(&instance).cloned();
             // A definition that changes while the domain runs counts from its next start.
             let changed = domain.as_ref().is_none_or(|d| d.spec != spec);
@@ -113,6 +134,7 @@ impl SimulatedHypervisor {
             if changed && !runs {
                 let domain = Domain { spec: spec.clone(), running: false, devices: Vec::new() };
                 self.domains().insert(instance, domain);
+                self.tell(Event::Changed(instance));
             }
             if spec.running
                 && !runs
@@ -212,6 +234,7 @@ impl SimulatedHypervisor {
         if let Some(domain) = self.domains().get_mut(&instance) {
             domain.running = false;
         }
+        self.changed.notify_all();
         self.call_to_end(instance, "destroyed");
         if let Some(domain) = self.domains().get_mut(&instance) {
             domain.devices.clear();
@@ -262,6 +285,16 @@ impl SimulatedHypervisor {
         self.domains.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// The domains, once nothing keeps a question about these waiting.
+    fn unlocked(
+        &self,
+        keeps: impl Fn(InstanceId, &Domain) -> bool,
+    ) -> MutexGuard<'_, BTreeMap<InstanceId, Domain>> {
+        let waits =
+            |all: &mut BTreeMap<InstanceId, Domain>| all.iter().any(|(id, domain)| keeps(*id, domain));
+        self.changed.wait_while(self.domains(), waits).unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn tell(&self, event: Event) {
         // Nobody may be left to hear it.
         drop(self.events.send(event));
@@ -272,7 +305,8 @@ impl SimulatedHypervisor {
         instance: InstanceId,
         act: impl FnOnce(&mut Domain, &[String]) -> Result<T, Failure>,
     ) -> Result<T, Failure> {
-        let mut domains = self.domains();
+        let mut domains =
+            self.unlocked(|id, domain| id == instance && (domain.spec.locked || domain.hangs()));
         let elsewhere: Vec<String> = domains
             .iter()
             .filter(|(id, _)| **id != instance)
@@ -346,11 +380,12 @@ fn escaped(text: &str) -> String {
 
 impl Hypervisor for SimulatedHypervisor {
     fn running(&self) -> Result<Vec<InstanceId>, Failure> {
-        Ok(self.domains().iter().filter(|(_, d)| d.running).map(|(id, _)| *id).collect())
+        let domains = self.unlocked(|_, domain| domain.spec.locked);
+        Ok(domains.iter().filter(|(_, d)| d.running).map(|(id, _)| *id).collect())
     }
 
     fn look(&self, instance: InstanceId) -> Result<Option<Running>, Failure> {
-        let domains = self.domains();
+        let domains = self.unlocked(|id, domain| id == instance && domain.spec.locked);
         let domain = domains.get(&instance).filter(|d| d.running);
         Ok(domain.map(|d| Running {
             instance,
@@ -361,15 +396,28 @@ impl Hypervisor for SimulatedHypervisor {
     }
 
     fn is_known(&self, instance: InstanceId) -> Result<bool, Failure> {
-        Ok(self.domains().contains_key(&instance))
+        Ok(self.unlocked(|id, domain| id == instance && domain.spec.locked).contains_key(&instance))
     }
 
     fn all(&self) -> Result<Vec<InstanceId>, Failure> {
-        Ok(self.domains().keys().copied().collect())
+        Ok(self.unlocked(|_, domain| domain.spec.locked).keys().copied().collect())
     }
 
     fn xml(&self, instance: InstanceId) -> Result<Option<String>, Failure> {
-        Ok(self.domains().get(&instance).map(|domain| xml(instance, domain)))
+        let domains = self.unlocked(|id, domain| id == instance && domain.spec.locked);
+        Ok(domains.get(&instance).map(|domain| xml(instance, domain)))
+    }
+
+    fn is_busy(&self, instance: InstanceId) -> Result<bool, Failure> {
+        Ok(self.domains().get(&instance).is_some_and(|domain| domain.hangs() || domain.spec.locked))
+    }
+
+    fn process(&self, _: InstanceId) -> Option<u32> {
+        None
+    }
+
+    fn identity(&self) -> Result<String, Failure> {
+        Ok("a simulation".into())
     }
 
     fn attach(&self, instance: InstanceId, device: &str) -> Result<(), Failure> {
@@ -465,6 +513,7 @@ mod tests {
         let (simulated, events) = hypervisor();
         let id: InstanceId = "11111111-2222-4333-8444-555555555555".parse().unwrap();
         assert_eq!(simulated.apply(ONE), Ok(vec![]));
+        assert_eq!(events.try_recv(), Ok(Event::Changed(id)), "it is defined");
         assert_eq!(events.try_recv(), Ok(Event::Started(id)));
         let running = simulated.running().unwrap();
         assert_eq!(

@@ -1,6 +1,7 @@
 //! Devices that are set aside whatever the rules say: disabled by an operator, quarantined after a use, flapping. And an operator's tags.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Display;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use rusqlite::{OptionalExtension, Transaction, params};
@@ -109,6 +110,28 @@ impl Store {
         self.write(|tx, _| {
             tx.execute("UPDATE claims SET used = 1 WHERE id = ?1", [claim.id])?;
             Ok(note_use(tx, claim.device_id)?)
+        })
+    }
+
+    /// Whether libvirt was lost before it answered that it had attached the claim's device.
+    ///
+    /// # Errors
+    /// When the database cannot be written.
+    pub fn mark_unsure(&mut self, claim: &ClaimRow, unsure: bool) -> Result<(), StoreError> {
+        self.write(|tx, _| {
+            tx.execute("UPDATE claims SET unsure = ?2 WHERE id = ?1", params![claim.id, unsure])?;
+            Ok::<_, Fault>(())
+        })
+    }
+
+    /// The claim's device is not in the guest any more: whichever stay of it comes in next is the one that the guest has.
+    ///
+    /// # Errors
+    /// When the database cannot be written.
+    pub fn forget_generation(&mut self, claim: &ClaimRow) -> Result<(), StoreError> {
+        self.write(|tx, _| {
+            tx.execute("UPDATE claims SET generation = NULL WHERE id = ?1", [claim.id])?;
+            Ok::<_, Fault>(())
         })
     }
 
@@ -243,25 +266,67 @@ pub(crate) fn set_aside_after_restart(tx: &Tx<'_>, context: &Context) -> Sql<()>
     let mut stepped = false;
     for twins in doubtful.into_values() {
         let alone = twins.len() == 1;
-        let ids: Vec<String> = twins.iter().map(|twin| twin.entry.id.to_string()).collect();
+        let ids: Vec<DeviceId> = twins.iter().map(|twin| twin.entry.id).collect();
         let unseen = |twin: &&Record| !twin.present && twin.entry.instance_uuid.is_some();
-        let unplaced = |twin: &&Record| twin.entry.path.is_none() && twin.quarantined.is_none();
-        for twin in twins.iter().filter(unplaced).filter(|twin| !alone || unseen(twin)) {
+        for twin in twins.iter().filter(|twin| is_unplaced(twin)).filter(|twin| !alone || unseen(twin)) {
             if !std::mem::replace(&mut stepped, true) {
                 step_revision(tx)?;
             }
-            let why = format!(
-                "the host was restarted, and no serial identifies {} {}: bus numbers are assigned at boot, so another \
-                 device of the kind may be in port {} now: look which one is there",
-                if alone { "device" } else { "devices" },
-                ids.join(", "),
-                twin.entry.port_path
-            );
-            quarantine(tx, twin.entry.id, &why, None, context)?;
-            refresh(tx, twin.entry.id)?;
+            set_aside(tx, twin.entry.id, &indistinct(&ids, &twin.entry.port_path), context)?;
         }
     }
     Ok(())
+}
+
+/// Quarantines, at the first discovery after a restart, a device that is known by its port alone and one of its kind that was
+/// never seen: bus numbers may have changed, and each of them may be the one that was known.
+///
+/// `known` are the rows before the discovery, `newcomers` those that it added without a serial.
+pub(crate) fn set_aside_with_newcomers(
+    tx: &Tx<'_>,
+    known: &[Record],
+    newcomers: &[(UsbId, DeviceId)],
+    context: &Context,
+) -> Sql<()> {
+    let mut kinds: BTreeMap<UsbId, Vec<DeviceId>> = BTreeMap::new();
+    for (usb, id) in newcomers {
+        kinds.entry(*usb).or_default().push(*id);
+    }
+    for (usb, new) in kinds {
+        let is_twin = |r: &&Record| r.usb() == usb && r.deleted == 0 && !r.key().serial_decides();
+        let twins = known.iter().filter(|r| is_twin(r) && is_unplaced(r));
+        let ids: Vec<DeviceId> = twins.map(|r| r.entry.id).chain(new.iter().copied()).collect();
+        if ids.len() == new.len() {
+            continue;
+        }
+        for id in &ids {
+            let sql = "SELECT port_path FROM usb_devices WHERE id = ?1";
+            let port: String = tx.query_row(sql, [sql_id(*id)], |row| row.get(0))?;
+            set_aside(tx, *id, &indistinct(&ids, &port), context)?;
+        }
+    }
+    Ok(())
+}
+
+/// Whether nothing but its port says where the device is, and it is not quarantined yet.
+const fn is_unplaced(record: &Record) -> bool {
+    record.entry.path.is_none() && record.quarantined.is_none()
+}
+
+/// Why a device in `port` is quarantined that may be any of `ids`.
+fn indistinct(ids: &[DeviceId], port: impl Display) -> String {
+    let names: Vec<String> = ids.iter().map(ToString::to_string).collect();
+    format!(
+        "the host was restarted, and no serial identifies {} {}: bus numbers are assigned at boot, so another \
+         device of the kind may be in port {port} now: look which one is there",
+        if ids.len() == 1 { "device" } else { "devices" },
+        names.join(", ")
+    )
+}
+
+fn set_aside(tx: &Tx<'_>, device: DeviceId, why: &str, context: &Context) -> Sql<()> {
+    quarantine(tx, device, why, None, context)?;
+    refresh(tx, device)
 }
 
 /// Notes that a held device's serial, unique so far, has been seen on another device of the kind. Says so in words.

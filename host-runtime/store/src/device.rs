@@ -69,6 +69,9 @@ pub struct Record {
     /// What it sends of itself.
     #[serde(skip)]
     pub descriptors: Option<Descriptors>,
+    /// Tells one stay of the device in its port from the next: see [`virt_usb_model::Device::generation`].
+    #[serde(skip)]
+    pub generation: Option<i64>,
     /// The same at the claim after which it was quarantined.
     #[serde(skip)]
     pub used_as: Option<Descriptors>,
@@ -180,6 +183,7 @@ impl Record {
             rule_projects,
             own_tags,
             descriptors: parse_some(row, "descriptors")?,
+            generation: row.get("generation")?,
             used_as: parse_some(row, "used_as")?,
         })
     }
@@ -260,6 +264,13 @@ pub struct ClaimRow {
     /// not fail to start.
     #[serde(skip)]
     pub seen_in_guest: bool,
+    /// Whether libvirt was asked to attach the device, and was lost before it answered: the device may still come into the guest,
+    /// whatever the live XML shows.
+    #[serde(skip)]
+    pub unsure: bool,
+    /// The generation of the device with which it came into the guest, where that is known.
+    #[serde(skip)]
+    pub generation: Option<i64>,
 }
 
 impl ClaimRow {
@@ -296,7 +307,9 @@ impl ClaimRow {
             arrived: row.get("arrived")?,
             by_hand: row.get("by_hand")?,
             incoming_since: row.get("incoming_since")?,
+            unsure: row.get("unsure")?,
             descriptors: parse_some(row, "descriptors")?,
+            generation: row.get("generation")?,
             used: row.get("used")?,
             serial_shared: row.get("serial_shared")?,
             seen_in_guest: row.get("seen_in_guest")?,

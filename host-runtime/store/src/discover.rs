@@ -56,6 +56,7 @@ impl Store {
         drop(self.checkpoint("PASSIVE"));
         self.write(|tx, _| {
             register_host(tx, host)?;
+            let restarted = is_first_of_boot(tx, context)?;
             follow_clock(tx, context)?;
             give_back::sweep(tx, context)?;
             let steady = aside::settle(tx, context)?;
@@ -64,15 +65,26 @@ impl Store {
                 .query_map([], Record::read)?
                 .collect::<Sql<_>>()?;
             let changes = plan(&known);
-            let known: Known<'_> = known.iter().map(|r| (r.entry.id, r)).collect();
+            let rows = &known;
+            let known: Known<'_> = rows.iter().map(|r| (r.entry.id, r)).collect();
             let changes: Vec<Change> = changes.into_iter().filter(|c| is_news(&known, c)).collect();
             if !changes.is_empty() {
                 step_revision(tx)?;
             }
             let mut done: Vec<Done> =
                 steady.into_iter().map(|id| Done { id, what: "steady", altered: None }).collect();
+            let mut newcomers = Vec::new();
             for change in changes {
-                done.push(execute(tx, &known, change, limits, context)?);
+                let unmarked = match &change {
+                    Change::Add(device, _) if !device.key.serial_decides() => Some(device.key.usb),
+                    _ => None,
+                };
+                let step = execute(tx, &known, change, limits, context)?;
+                newcomers.extend(unmarked.map(|usb| (usb, step.id)));
+                done.push(step);
+            }
+            if restarted {
+                aside::set_aside_with_newcomers(tx, rows, &newcomers, context)?;
             }
             if !done.is_empty() {
                 grants::apply(tx)?;
@@ -92,6 +104,12 @@ fn register_host(tx: &Transaction<'_>, host: &str) -> Sql<()> {
         params![node, host],
     )?;
     Ok(())
+}
+
+/// Whether no discovery has run since the host was restarted. Notes that one runs now.
+fn is_first_of_boot(tx: &Transaction<'_>, context: &Context) -> Sql<bool> {
+    let sql = "UPDATE compute_nodes SET scanned_boot = ?1 WHERE deleted = 0 AND scanned_boot IS NOT ?1";
+    Ok(tx.execute(sql, [&context.boot_id])? > 0)
 }
 
 /// Whether the rows do not say so already.
@@ -121,8 +139,10 @@ fn execute(tx: &Tx<'_>, known: &Known<'_>, change: Change, limits: &Limits, cont
             if let Some(before) = before {
                 altered = aside::serial_is_shared(tx, before, &device.key.serial, context)?.or(altered);
             }
-            // Another number: it was unplugged, or reset, between two looks.
-            let returned = before.is_some_and(|r| !r.present || r.entry.address != device.address);
+            // Another number or generation: it was unplugged, or its controller was, between two looks.
+            let is_new = |r: &Record| r.generation.zip(device.generation).is_some_and(|(was, is)| was != is);
+            let returned =
+                before.is_some_and(|r| !r.present || r.entry.address != device.address || is_new(r));
             if returned {
                 aside::returned(tx, id, limits, context)?;
             }
@@ -159,7 +179,7 @@ fn update(tx: &Transaction<'_>, id: DeviceId, d: &Device, verdict: &Verdict, own
     tx.prepare_cached(
         "UPDATE usb_devices SET address = ?2, product_id = ?3, vendor_id = ?4, bus_id = ?5, device_id = ?6, port_id = ?7, port_path = ?8,
          serial = ?9, serial_kind = ?10, class = ?11, interface_classes = ?12, tags = ?13, projects = ?14, speed = ?15, manufacturer = ?16,
-         product_name = ?17, driver = ?18, host_use = ?19, withheld = ?20, one_time_use = ?21 OR (one_time_use AND EXISTS (SELECT 1 FROM claims WHERE device_id = ?1)), descriptors = ?22, path = ?23, present = 1 WHERE id = ?1",
+         product_name = ?17, driver = ?18, host_use = ?19, withheld = ?20, one_time_use = ?21 OR (one_time_use AND EXISTS (SELECT 1 FROM claims WHERE device_id = ?1)), descriptors = ?22, path = ?23, generation = ?24, present = 1 WHERE id = ?1",
     )?
     .execute(params![
         sql_id(id),
@@ -185,6 +205,7 @@ fn update(tx: &Transaction<'_>, id: DeviceId, d: &Device, verdict: &Verdict, own
         verdict.one_time_use,
         d.descriptors.as_ref().map(ToString::to_string),
         d.key.path.as_ref().map(ToString::to_string),
+        d.generation,
     ])?;
     let tags = joined(&verdict.tags, own_tags);
     label(tx, id, std::iter::once(&d.class).chain(&d.interfaces), &tags)
@@ -223,6 +244,7 @@ fn is_same(r: &Record, d: &Device, verdict: &Verdict) -> bool {
         && r.rule_tags == verdict.tags
         && (r.one_time_use == verdict.one_time_use || (r.one_time_use && e.instance_uuid.is_some()))
         && r.descriptors == d.descriptors
+        && r.generation == d.generation
         && r.rule_projects == verdict.projects
         && r.rule_withheld == verdict.withheld
 }

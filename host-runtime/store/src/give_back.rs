@@ -217,7 +217,9 @@ pub(crate) fn set_places(
 ) -> Sql<()> {
     let mut stepped = false;
     for claim in claims {
-        let (state, arrived, seen) = place(claim).of(claim);
+        let place = place(claim);
+        let is_anew = matches!(place, Place::Coming { .. } | Place::Over) || claim.boot_id != context.boot_id;
+        let (state, arrived, seen) = place.of(claim);
         let same = claim.state == state && claim.arrived == arrived && claim.seen_in_guest == seen;
         let named = claim.pending || claim.incoming_since.is_some();
         if same && !named && claim.boot_id == context.boot_id {
@@ -227,9 +229,11 @@ pub(crate) fn set_places(
             step_revision(tx)?;
         }
         tx.prepare_cached(
-            "UPDATE claims SET state = ?2, pending_since = NULL, incoming_since = NULL, boot_id = ?3, arrived = ?4, seen_in_guest = ?5, used = used OR ?2 = 'allocated', revision = (SELECT max(revision) FROM compute_nodes) WHERE id = ?1",
+            "UPDATE claims SET state = ?2, pending_since = NULL, incoming_since = NULL, unsure = 0,
+             generation = CASE WHEN ?6 THEN NULL WHEN ?2 = 'allocated' THEN coalesce(generation, (SELECT generation FROM usb_devices WHERE id = claims.device_id))
+                 ELSE generation END, boot_id = ?3, arrived = ?4, seen_in_guest = ?5, used = used OR ?2 = 'allocated', revision = (SELECT max(revision) FROM compute_nodes) WHERE id = ?1",
         )?
-        .execute(params![claim.id, state, context.boot_id, arrived, seen])?;
+        .execute(params![claim.id, state, context.boot_id, arrived, seen, is_anew])?;
         if claim.pending && claim.hold == "instance" {
             tx.mark_lasting();
         }

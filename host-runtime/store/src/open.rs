@@ -30,6 +30,7 @@ const MIGRATIONS: &[&str] = &[
     include_str!("../migrations/0007_path.sql"),
     include_str!("../migrations/0008_columns.sql"),
     include_str!("../migrations/0009_incoming.sql"),
+    include_str!("../migrations/0010_certainty.sql"),
 ];
 
 /// The schema version that this program reads and writes.

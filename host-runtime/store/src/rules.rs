@@ -1,4 +1,5 @@
-//! What the configuration held when it was last read: a file that has lost its end is told by it.
+//! What is remembered of what lies outside the inventory: what the configuration held when it was last read, by which a file is
+//! told that has lost its end; and which libvirt has run the guests.
 
 use crate::{Store, StoreError};
 
@@ -43,6 +44,26 @@ impl Store {
         }
         self.write(|tx, _| {
             tx.execute("UPDATE compute_nodes SET whitelist = ?1 WHERE deleted = 0", [number])?;
+            Ok(())
+        })
+    }
+
+    /// Which libvirt has run the guests that hold devices, as it describes itself.
+    ///
+    /// # Errors
+    /// When the database cannot be read.
+    pub fn libvirt(&self) -> Result<Option<String>, StoreError> {
+        let sql = "SELECT max(libvirt) FROM compute_nodes WHERE deleted = 0";
+        Ok(self.all(sql, [], |row| row.get::<_, Option<String>>(0))?.pop().flatten())
+    }
+
+    /// Remembers which libvirt runs the guests. Before the first discovery there is nothing to remember it with.
+    ///
+    /// # Errors
+    /// When the database cannot be written.
+    pub fn note_libvirt(&mut self, libvirt: &str) -> Result<(), StoreError> {
+        self.write(|tx, _| {
+            tx.execute("UPDATE compute_nodes SET libvirt = ?1 WHERE deleted = 0", [libvirt])?;
             Ok(())
         })
     }

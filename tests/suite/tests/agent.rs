@@ -107,6 +107,31 @@ fn a_key_goes_from_guest_to_guest() {
 }
 
 #[test]
+fn a_device_that_came_back_under_its_address_is_attached_anew() {
+    let host = Host::new("");
+    let key = |generation: u32| {
+        device("0001", "1-1", 5, &format!("serial = 'HL-1'\ngeneration = {generation}"))
+            + &guest("erp", ERP, "")
+    };
+    show(&host, &key(1));
+    let agent = Agent::start(&host);
+    agent.claims(&held(1, "erp", ERP, "allocated"));
+    let times = |what: &str| agent.log().matches(what).count();
+    assert_eq!((times("device 1 attached"), times("device 1 detached")), (1, 0));
+    // Its controller was unbound and bound again.
+    show(&host, &key(2));
+    agent.until("it is attached anew", || times("device 1 attached") == 2);
+    agent.claims(&held(1, "erp", ERP, "allocated"));
+    assert_eq!(times("device 1 detached"), 1);
+    // Once: whatever happens then is no reason to pull it.
+    show(&host, &(key(2) + &device("0002", "1-2", 6, "")));
+    agent.until("another one is seen", || host.store().devices().unwrap().len() == 2);
+    show(&host, &key(2));
+    agent.until("and gone", || host.store().devices().unwrap().len() == 1);
+    assert_eq!((times("device 1 attached"), times("device 1 detached")), (2, 1), "{}", agent.log());
+}
+
+#[test]
 fn what_a_guest_has_through_another_door_is_not_offered() {
     let host = Host::new("");
     let stick = device("0001", "1-1", 5, "nodes = ['/dev/disk/by-id/usb-HASP']");
@@ -339,6 +364,11 @@ fn it_counts() {
         agent.until(line, || get("/metrics").contains(line));
     }
     assert!(get("/").starts_with("HTTP/1.0 404"));
+    let all = get("/metrics");
+    let version = format!("virt_usb_build_info{{version=\"{}\"}} 1", env!("CARGO_PKG_VERSION"));
+    for line in [version.as_str(), "virt_usb_process_open_fds ", "virt_usb_last_pass_timestamp_seconds "] {
+        assert!(all.contains(line), "{line}: {all}");
+    }
 }
 
 /// What an agent says that does not start.
@@ -353,17 +383,6 @@ fn what_keeps_it_from_starting_is_said() {
     let host = Host::new("");
     let keys = std::fs::read_to_string(host.config_file()).unwrap();
     show(&host, &device("0001", "1-1", 5, ""));
-    // Somebody listens where the metrics are to be served: he is left alone.
-    let socket = host.path("theirs");
-    let theirs = std::os::unix::net::UnixListener::bind(&socket).unwrap();
-    std::fs::write(host.config_file(), format!("{keys}metrics = {socket:?}\n")).unwrap();
-    let said = refusal(command(&host));
-    assert!(said.contains("theirs\": another program listens there"), "{said}");
-    assert!(UnixStream::connect(&socket).is_ok());
-    drop(theirs);
-    std::fs::write(host.config_file(), format!("{keys}metrics = '/nowhere/at/all'\n")).unwrap();
-    let said = refusal(command(&host));
-    assert!(said.contains("metrics = \"/nowhere/at/all\": cannot listen there"), "{said}");
     // A simulation never works on the real inventory.
     std::fs::write(host.config_file(), keys.replace("state_dir", "# state_dir")).unwrap();
     let said = refusal(command(&host));
@@ -438,4 +457,31 @@ fn a_guest_that_had_its_device_is_not_stopped_though_the_audit_is_gone() {
         "{}",
         host.claims()
     );
+}
+
+#[test]
+fn guests_get_their_devices_though_the_metrics_cannot_be_served() {
+    let host = Host::new("");
+    let keys = std::fs::read_to_string(host.config_file()).unwrap();
+    show(&host, &(device("0001", "1-1", 5, "") + &guest("erp", ERP, "")));
+    // Somebody listens where the metrics are to be served: he is left alone.
+    let socket = host.path("theirs");
+    let theirs = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+    std::fs::write(host.config_file(), format!("{keys}metrics = {socket:?}\n")).unwrap();
+    let agent = Agent::start(&host);
+    agent.claims(&held(1, "erp", ERP, "allocated"));
+    agent.until("it is said", || agent.log().contains("theirs\": another program listens there"));
+    // Once he is gone they are served.
+    drop(theirs);
+    agent.until("they are served", || {
+        let Ok(mut stream) = UnixStream::connect(&socket) else { return false };
+        stream.write_all(b"HEAD /metrics HTTP/1.0\r\n\r\n").unwrap();
+        let mut text = String::new();
+        stream.read_to_string(&mut text).unwrap();
+        text.starts_with("HTTP/1.0 200") && !text.contains("virt_usb_")
+    });
+    drop(agent);
+    std::fs::write(host.config_file(), format!("{keys}metrics = '/nowhere/at/all'\n")).unwrap();
+    let agent = Agent::start(&host);
+    agent.until("it is said", || agent.log().contains("metrics = \"/nowhere/at/all\""));
 }

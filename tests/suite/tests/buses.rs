@@ -135,6 +135,52 @@ fn without_a_path_twins_are_set_aside_after_a_restart() {
     assert_eq!(status()[0], "available ", "an operator has looked: the same restart counts once");
 }
 
+/// One of the two was recorded before the restart, and which of them it was cannot be known.
+#[test]
+fn without_a_path_a_device_is_set_aside_with_a_twin_that_came_with_the_restart() {
+    let key = |bus: u8, number| device("0001", &format!("{bus}-4"), number, "");
+    let marked = device("0001", "1-8", 10, "serial = 'S1'");
+    let recorded = [&key(1, 5), marked.as_str()].concat();
+    let all = recorded.clone() + &key(3, 6);
+    let status = |host: &Host| -> Vec<String> {
+        let reason = |r: &virt_usb_store::Record| r.entry.status_reason.clone().unwrap_or_default();
+        host.store().devices().unwrap().iter().map(|r| format!("{} {}", r.entry.status, reason(r))).collect()
+    };
+    let free = |count: usize| vec!["available ".to_owned(); count];
+
+    let host = Host::new("");
+    host.discover(&recorded);
+    host.discover(&all);
+    assert_eq!(status(&host), free(3), "no restart");
+
+    let host = Host::new("hold = 'instance'");
+    host.discover(&recorded);
+    let erp = domain("erp", 7, r#"{"usb_devices":[{"id":1}]}"#);
+    ok(&host.call(&["erp", "prepare", "begin", "-"], erp.as_bytes()));
+    reboot(&host);
+    host.discover(&all);
+    let after = status(&host);
+    assert_eq!(after[1..], ["available ", "unavailable quarantined"], "{after:?}");
+    let refused = host.call(&["erp", "prepare", "begin", "-"], erp.as_bytes());
+    let why = text(&refused.stderr);
+    assert!(!refused.status.success() && why.contains("quarantine"), "{why}");
+    let shown = ok(&host.virt_usb(&["quarantine"]));
+    assert!(shown.contains("the host was restarted") && shown.contains("devices 1, 3"), "{shown}");
+    for id in ["1", "3"] {
+        ok(&host.virt_usb(&["quarantine", "clear", id]));
+    }
+    host.discover(&all);
+    ok(&host.call(&["erp", "prepare", "begin", "-"], erp.as_bytes()));
+
+    // In a later scan of the same boot it is a device that was plugged in.
+    let host = Host::new("");
+    host.discover(&recorded);
+    reboot(&host);
+    host.discover(&recorded);
+    host.discover(&all);
+    assert_eq!(status(&host), free(3));
+}
+
 #[test]
 fn other_names_at_a_port_without_a_path_are_another_device() {
     let named =

@@ -77,6 +77,15 @@ impl Hypervisor for Fused {
     fn stop(&self, instance: InstanceId) -> Result<(), Failure> {
         self.call(|| self.inner.stop(instance))
     }
+    fn is_busy(&self, instance: InstanceId) -> Result<bool, Failure> {
+        self.call(|| self.inner.is_busy(instance))
+    }
+    fn process(&self, instance: InstanceId) -> Option<u32> {
+        self.inner.process(instance)
+    }
+    fn identity(&self) -> Result<String, Failure> {
+        self.call(|| self.inner.identity())
+    }
 }
 
 /// Two identical keys without serials, two with one each, and a fifth of another kind.

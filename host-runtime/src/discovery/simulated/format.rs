@@ -31,6 +31,7 @@ const KEYS: &[&str] = &[
     "driver",
     "host_use",
     "descriptors",
+    "generation",
     "authorized",
     "opened_by",
     "nodes",
@@ -140,6 +141,7 @@ impl Fields<'_> {
                 host_use: self.words("host_use")?,
                 descriptors: self
                     .optional("descriptors", |value| parsed(value, "descriptors in hexadecimal digits"))?,
+                generation: self.optional("generation", |value| parsed(value, "a whole number"))?,
             },
             ties: self.ties()?,
             unreadable: self.optional("unreadable", truth)?.unwrap_or(false),

@@ -69,6 +69,7 @@ pub(crate) fn on_controller(
         driver: None,
         host_use: None,
         descriptors: None,
+        generation: None,
     }
 }
 

@@ -1,0 +1,264 @@
+//! The threads that work on guests, an instance at a time each.
+//!
+//! ```text
+//!   push ─► queue ─► a thread with a place ─► its work ends
+//!                        └─ it lasts: the thread goes on without its place, which another thread gets
+//! ```
+//! So a guest that keeps its thread waiting keeps nobody else waiting.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+/// So many work at once …
+const PLACES: usize = 4;
+/// … not counting those whose work lasts longer than this, which is a second at the most until others go on.
+pub(super) const PLACE_TIME: Duration = Duration::from_millis(300);
+/// So many threads at the most. libvirtd has 20 workers for all of its clients (`max_workers` in libvirtd.conf).
+const MOST: usize = 12;
+
+/// What one thread does: each job that it is given.
+pub(super) type Work<J> = Box<dyn FnMut(J) + Send>;
+
+/// The threads. They end with this.
+pub(super) struct Workers<J>(Arc<Shared<J>>);
+
+struct Shared<J> {
+    state: Mutex<State<J>>,
+    /// There is a job, a place, or the end.
+    news: Condvar,
+    /// What a new thread does.
+    make: Box<dyn Fn() -> anyhow::Result<Work<J>> + Send + Sync>,
+}
+
+struct State<J> {
+    queue: VecDeque<(J, Instant)>,
+    /// Since when each thread that works does so.
+    began: BTreeMap<usize, Instant>,
+    threads: usize,
+    next: usize,
+    ended: bool,
+}
+
+/// How busy they are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(super) struct Load {
+    /// Threads that work.
+    pub(super) busy: usize,
+    /// Those of them that have given their place to others.
+    pub(super) slow: usize,
+    /// For how long the oldest job waits for a thread.
+    pub(super) waiting: Duration,
+}
+
+impl<J> State<J> {
+    fn slow(&self) -> usize {
+        self.began.values().filter(|began| began.elapsed() >= PLACE_TIME).count()
+    }
+
+    fn free_places(&self) -> usize {
+        PLACES.saturating_sub(self.began.len() - self.slow())
+    }
+}
+
+impl<J: Send + 'static> Workers<J> {
+    /// Starts as many as have a place.
+    ///
+    /// # Errors
+    /// When a thread, or what it works with, cannot be had.
+    pub(super) fn new(
+        make: impl Fn() -> anyhow::Result<Work<J>> + Send + Sync + 'static,
+    ) -> anyhow::Result<Self> {
+        let state =
+            State { queue: VecDeque::new(), began: BTreeMap::new(), threads: 0, next: 0, ended: false };
+        let shared =
+            Arc::new(Shared { state: Mutex::new(state), news: Condvar::new(), make: Box::new(make) });
+        let workers = Self(shared);
+        for _ in 0..PLACES {
+            start(&workers.0)?;
+        }
+        Ok(workers)
+    }
+
+    /// Has the job done by whoever is free next.
+    pub(super) fn push(&self, job: J) {
+        self.0.state().queue.push_back((job, Instant::now()));
+        self.0.news.notify_one();
+    }
+
+    /// Gives the places of those whose work lasts to others; how busy they are.
+    pub(super) fn relieve(&self) -> Load {
+        let (load, lacking) = {
+            let state = self.0.state();
+            let (busy, slow) = (state.began.len(), state.slow());
+            let waiting = state.queue.front().map_or(Duration::ZERO, |(_, since)| since.elapsed());
+            let idle = state.threads.saturating_sub(busy);
+            let lacking = state.free_places().min(state.queue.len()).saturating_sub(idle);
+            (Load { busy, slow, waiting }, lacking.min(MOST.saturating_sub(state.threads)))
+        };
+        if load.waiting > Duration::ZERO {
+            self.0.news.notify_all();
+        }
+        for _ in 0..lacking {
+            if let Err(e) = start(&self.0) {
+                tracing::error!("no further thread for the guests: {e:#}");
+                break;
+            }
+        }
+        load
+    }
+}
+
+impl<J> Drop for Workers<J> {
+    fn drop(&mut self) {
+        self.0.state().ended = true;
+        self.0.news.notify_all();
+    }
+}
+
+impl<J> Shared<J> {
+    fn state(&self) -> MutexGuard<'_, State<J>> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn start<J: Send + 'static>(shared: &Arc<Shared<J>>) -> anyhow::Result<()> {
+    let work = (shared.make)()?;
+    let number = {
+        let mut state = shared.state();
+        state.threads += 1;
+        state.next += 1;
+        state.next
+    };
+    let this = shared.clone();
+    let started = std::thread::Builder::new().name(format!("guests-{number}")).spawn(move || {
+        run(&this, number, work);
+        this.state().threads -= 1;
+    });
+    if let Err(e) = started {
+        shared.state().threads -= 1;
+        return Err(e.into());
+    }
+    Ok(())
+}
+
+/// Until the end, or until there are others enough.
+fn run<J>(shared: &Shared<J>, number: usize, mut work: Work<J>) {
+    let mut state = shared.state();
+    loop {
+        if state.ended || state.threads - state.slow() > PLACES {
+            // Whatever it was woken for is another's.
+            shared.news.notify_one();
+            return;
+        }
+        let job = if state.free_places() > 0 { state.queue.pop_front() } else { None };
+        let Some((job, _)) = job else {
+            state = shared.news.wait(state).unwrap_or_else(PoisonError::into_inner);
+            continue;
+        };
+        state.began.insert(number, Instant::now());
+        drop(state);
+        work(job);
+        state = shared.state();
+        state.began.remove(&number);
+        // Its place is free.
+        shared.news.notify_one();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::sync::mpsc::{Sender, channel};
+
+    use super::*;
+
+    /// A job that waits until it is told, and says when it has begun and ended.
+    struct Job(usize, Option<std::sync::mpsc::Receiver<()>>);
+
+    fn workers(began: Sender<usize>, made: Arc<AtomicUsize>) -> Workers<Job> {
+        Workers::new(move || {
+            made.fetch_add(1, Ordering::SeqCst);
+            let began = began.clone();
+            Ok(Box::new(move |Job(number, wait): Job| {
+                began.send(number).unwrap();
+                if let Some(wait) = wait {
+                    let _ = wait.recv();
+                }
+            }))
+        })
+        .unwrap()
+    }
+
+    /// Waits until so many work, all of them for long.
+    fn settle(workers: &Workers<Job>, busy: usize) {
+        loop {
+            let load = workers.relieve();
+            if (load.busy, load.slow) == (busy, busy) {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    #[test]
+    fn work_that_lasts_keeps_nobody_waiting() {
+        let (to, began) = channel();
+        let made = Arc::new(AtomicUsize::new(0));
+        let workers = workers(to, made);
+        let mut ends = Vec::new();
+        for number in 0..MOST - PLACES {
+            let (end, wait) = channel();
+            ends.push(end);
+            workers.push(Job(number, Some(wait)));
+        }
+        workers.push(Job(100, None));
+        let mut seen = Vec::new();
+        while seen.last() != Some(&100) {
+            workers.relieve();
+            if let Ok(number) = began.recv_timeout(Duration::from_millis(20)) {
+                seen.push(number);
+            }
+        }
+        // All others last still.
+        assert_eq!(seen.len(), MOST - PLACES + 1);
+        settle(&workers, MOST - PLACES);
+        drop(ends);
+        let threads = || workers.0.state().threads;
+        while threads() > PLACES {
+            workers.0.news.notify_all();
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        settle(&workers, 0);
+        workers.push(Job(101, None));
+        assert_eq!(began.recv(), Ok(101));
+    }
+
+    #[test]
+    fn there_are_so_many_and_no_more() {
+        let (to, began) = channel();
+        let made = Arc::new(AtomicUsize::new(0));
+        let workers = workers(to, made.clone());
+        let mut ends = Vec::new();
+        for number in 0..MOST * 2 {
+            let (end, wait) = channel();
+            ends.push(end);
+            workers.push(Job(number, Some(wait)));
+        }
+        for number in 0..MOST {
+            loop {
+                workers.relieve();
+                if let Ok(seen) = began.recv_timeout(Duration::from_millis(20)) {
+                    assert_eq!(seen, number);
+                    break;
+                }
+            }
+        }
+        settle(&workers, MOST);
+        assert!(began.try_recv().is_err(), "the others wait");
+        assert_eq!(made.load(Ordering::SeqCst), MOST);
+        drop(ends);
+        let rest: Vec<usize> = (MOST..MOST * 2).map(|_| began.recv().unwrap()).collect();
+        assert_eq!(rest, (MOST..MOST * 2).collect::<Vec<_>>());
+    }
+}

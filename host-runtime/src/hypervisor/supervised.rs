@@ -1,0 +1,255 @@
+//! A hypervisor whose calls are supervised: those that are not answered, and what was answered last.
+//!
+//! A call may stay unanswered for ever: QEMU hangs, or somebody's hook does and libvirtd keeps the domain locked. Whoever has
+//! made it waits. Nobody else does: a further call about the same guest fails at once ([`Failure::Silent`]), and who only wants
+//! to know what there is reads what was answered last ([`Supervised::known`]).
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::time::{Duration, Instant, SystemTime};
+
+use virt_usb_domxml::Domain;
+use virt_usb_model::InstanceId;
+
+use super::{Failure, Hypervisor, Running};
+
+/// A call that lasts so long is not waited for by others.
+pub(crate) const IMPATIENCE: Duration = Duration::from_secs(5);
+/// So many calls may last longer than that. libvirtd has 20 workers for all of its clients (`max_workers` in libvirtd.conf).
+const MOST: usize = 14;
+
+/// A guest as it was seen last.
+#[derive(Debug, Clone)]
+pub struct Known {
+    /// Its UUID.
+    pub instance: InstanceId,
+    /// Whether it runs.
+    pub running: bool,
+    /// Its XML: live where it runs, or else as it is defined.
+    pub domain: Arc<Domain>,
+    /// When that was.
+    pub seen: SystemTime,
+}
+
+/// A call that was not answered yet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Unanswered {
+    /// About whom; none: about all guests.
+    pub instance: Option<InstanceId>,
+    /// Which.
+    pub what: &'static str,
+    /// Since when.
+    pub since: Instant,
+}
+
+/// What is called with a guest as it was and as it is.
+pub type Changed = Box<dyn Fn(Option<&Known>, Option<&Known>) + Send + Sync>;
+
+/// Who is told.
+pub struct Listeners {
+    /// A call about a guest was answered for which others did not wait.
+    pub answered: Box<dyn Fn(InstanceId) + Send + Sync>,
+    /// A guest is not what it was: before and now.
+    pub changed: Changed,
+}
+
+impl Listeners {
+    /// None.
+    pub fn nobody() -> Self {
+        Self { answered: Box::new(|_| {}), changed: Box::new(|_, _| {}) }
+    }
+}
+
+/// See the module.
+pub struct Supervised {
+    inner: Arc<dyn Hypervisor>,
+    listeners: Listeners,
+    calls: Mutex<Calls>,
+    known: RwLock<BTreeMap<InstanceId, Known>>,
+    /// Whether all guests were looked at once.
+    complete: RwLock<bool>,
+}
+
+#[derive(Default)]
+struct Calls {
+    next: u64,
+    open: BTreeMap<u64, Unanswered>,
+}
+
+impl Supervised {
+    /// Supervises the calls of `inner`.
+    pub fn new(inner: Arc<dyn Hypervisor>, listeners: Listeners) -> Self {
+        Self {
+            inner,
+            listeners,
+            calls: Mutex::default(),
+            known: RwLock::default(),
+            complete: RwLock::default(),
+        }
+    }
+
+    /// The calls that have had no answer for so long, the oldest first.
+    pub fn unanswered(&self, age: Duration) -> Vec<Unanswered> {
+        let mut old: Vec<Unanswered> =
+            self.calls().open.values().filter(|call| call.since.elapsed() >= age).copied().collect();
+        old.sort_by_key(|call| call.since);
+        old
+    }
+
+    /// All guests as they were seen last, by UUID; none until all were looked at once.
+    pub fn known(&self) -> Option<Vec<Known>> {
+        let complete = *self.complete.read().unwrap_or_else(PoisonError::into_inner);
+        complete.then(|| self.seen())
+    }
+
+    /// The guests that were seen, all of them or not.
+    pub fn seen(&self) -> Vec<Known> {
+        self.known.read().unwrap_or_else(PoisonError::into_inner).values().cloned().collect()
+    }
+
+    /// A guest as it was seen last.
+    pub fn guest(&self, instance: InstanceId) -> Option<Known> {
+        self.known.read().unwrap_or_else(PoisonError::into_inner).get(&instance).cloned()
+    }
+
+    /// All guests were looked at. Says whether that is news.
+    pub fn complete(&self) -> bool {
+        !std::mem::replace(&mut *self.complete.write().unwrap_or_else(PoisonError::into_inner), true)
+    }
+
+    fn calls(&self) -> MutexGuard<'_, Calls> {
+        self.calls.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn call<T>(
+        &self,
+        instance: Option<InstanceId>,
+        what: &'static str,
+        call: impl FnOnce(&dyn Hypervisor) -> Result<T, Failure>,
+    ) -> Result<T, Failure> {
+        let number = {
+            let mut calls = self.calls();
+            let is_old = |call: &&Unanswered| call.since.elapsed() >= IMPATIENCE;
+            let (old, of) =
+                (calls.open.values().filter(is_old), |call: &&Unanswered| call.instance == instance);
+            if let Some(open) = old.clone().find(of) {
+                let about = match instance {
+                    Some(_) => "about this guest",
+                    None => "which guests there are",
+                };
+                let seconds = open.since.elapsed().as_secs();
+                return Err(Failure::Silent(format!("it was asked {about} {seconds} s ago ({})", open.what)));
+            }
+            if old.count() >= MOST {
+                return Err(Failure::Silent(format!("it has left {MOST} calls unanswered")));
+            }
+            let number = calls.next;
+            calls.next += 1;
+            calls.open.insert(number, Unanswered { instance, what, since: Instant::now() });
+            number
+        };
+        let done = call(&*self.inner);
+        let answered = self.calls().open.remove(&number);
+        if let Some(Unanswered { instance: Some(instance), since, .. }) = answered
+            && since.elapsed() >= IMPATIENCE
+        {
+            let seconds = since.elapsed().as_secs();
+            tracing::info!(%instance, "instance {instance}: libvirt has answered after {seconds} s ({what})");
+            (self.listeners.answered)(instance);
+        }
+        done
+    }
+
+    /// Changes what is known of a guest.
+    fn note(&self, instance: InstanceId, change: impl FnOnce(Option<&Known>) -> Option<Known>) {
+        let (before, now) = {
+            let mut known = self.known.write().unwrap_or_else(PoisonError::into_inner);
+            let before = known.get(&instance).cloned();
+            let now = change(before.as_ref());
+            match &now {
+                Some(now) => drop(known.insert(instance, now.clone())),
+                None => drop(known.remove(&instance)),
+            }
+            (before, now)
+        };
+        (self.listeners.changed)(before.as_ref(), now.as_ref());
+    }
+
+    /// Of XML that cannot be read nothing new is known.
+    fn note_xml(&self, instance: InstanceId, running: Option<bool>, xml: &str) {
+        let Ok(domain) = virt_usb_domxml::read(xml.as_bytes()) else { return };
+        self.note(instance, |before| {
+            let running = running.unwrap_or_else(|| before.is_some_and(|known| known.running));
+            Some(Known { instance, running, domain: Arc::new(domain), seen: SystemTime::now() })
+        });
+    }
+}
+
+impl Hypervisor for Supervised {
+    fn running(&self) -> Result<Vec<InstanceId>, Failure> {
+        self.call(None, "list", |inner| inner.running())
+    }
+
+    fn all(&self) -> Result<Vec<InstanceId>, Failure> {
+        let asked = SystemTime::now();
+        let all = self.call(None, "list", |inner| inner.all())?;
+        let there: BTreeSet<InstanceId> = all.iter().copied().collect();
+        let is_gone = |known: &Known| !there.contains(&known.instance) && known.seen < asked;
+        for gone in self.seen().into_iter().filter(is_gone) {
+            self.note(gone.instance, |now| now.filter(|now| now.seen >= asked).cloned());
+        }
+        Ok(all)
+    }
+
+    fn look(&self, instance: InstanceId) -> Result<Option<Running>, Failure> {
+        let running = self.call(Some(instance), "look", |inner| inner.look(instance))?;
+        match &running {
+            Some(running) => self.note_xml(instance, Some(true), &running.xml),
+            None => self.note(instance, |before| {
+                before.map(|known| Known { running: false, seen: SystemTime::now(), ..known.clone() })
+            }),
+        }
+        Ok(running)
+    }
+
+    fn is_known(&self, instance: InstanceId) -> Result<bool, Failure> {
+        let is_known = self.call(Some(instance), "look", |inner| inner.is_known(instance))?;
+        if !is_known {
+            self.note(instance, |_| None);
+        }
+        Ok(is_known)
+    }
+
+    fn xml(&self, instance: InstanceId) -> Result<Option<String>, Failure> {
+        let xml = self.call(Some(instance), "read its XML", |inner| inner.xml(instance))?;
+        match &xml {
+            Some(xml) => self.note_xml(instance, None, xml),
+            None => self.note(instance, |_| None),
+        }
+        Ok(xml)
+    }
+
+    fn attach(&self, instance: InstanceId, device: &str) -> Result<(), Failure> {
+        self.call(Some(instance), "attach", |inner| inner.attach(instance, device))
+    }
+
+    fn detach(&self, instance: InstanceId, alias: &str) -> Result<(), Failure> {
+        self.call(Some(instance), "detach", |inner| inner.detach(instance, alias))
+    }
+
+    fn stop(&self, instance: InstanceId) -> Result<(), Failure> {
+        self.call(Some(instance), "stop", |inner| inner.stop(instance))
+    }
+
+    fn is_busy(&self, instance: InstanceId) -> Result<bool, Failure> {
+        self.call(Some(instance), "look", |inner| inner.is_busy(instance))
+    }
+
+    fn process(&self, instance: InstanceId) -> Option<u32> {
+        self.inner.process(instance)
+    }
+
+    fn identity(&self) -> Result<String, Failure> {
+        self.call(None, "ask who it is", |inner| inner.identity())
+    }
+}

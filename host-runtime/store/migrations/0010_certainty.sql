@@ -1,0 +1,11 @@
+-- The boot of the last discovery. Until a discovery has run in a boot, a port may be one of the boot before.
+ALTER TABLE compute_nodes ADD COLUMN scanned_boot varchar(36);
+UPDATE compute_nodes SET scanned_boot = boot_id;
+-- 1: libvirt was asked to attach the device, and the connection was lost before it answered: it may still come into the guest
+ALTER TABLE claims ADD COLUMN unsure int NOT NULL DEFAULT 0;
+-- Which libvirt has run the guests that hold devices, as it describes itself; NULL: not known.
+ALTER TABLE compute_nodes ADD COLUMN libvirt text;
+-- Tells one stay of a device in its port from the next, under the same address too: the inode of its sysfs folder. A claim has
+-- that with which its device came into the guest. NULL: not known.
+ALTER TABLE usb_devices ADD COLUMN generation int;
+ALTER TABLE claims ADD COLUMN generation int;

@@ -1,0 +1,138 @@
+//! Guests about which libvirt does not answer: they keep nobody else waiting, and somebody says so.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test's helpers fail the test")]
+
+use std::fmt::Write as _;
+use std::fs::File;
+use std::process::{Child, Command};
+use std::time::{Duration, Instant};
+
+use virt_usb_suite::{Host, PATIENCE, device, ok, program};
+
+struct Agent(Child);
+
+impl Agent {
+    fn start(host: &Host) -> Self {
+        let log = File::options().append(true).create(true).open(host.path("agent.log")).unwrap();
+        let mut command = Command::new(program("virt-usbd"));
+        command.arg("--config").arg(host.config_file()).arg("--sim").arg(host.path("sim.toml"));
+        Self(command.stderr(log).spawn().unwrap())
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        drop(self.0.kill());
+        drop(self.0.wait());
+    }
+}
+
+fn show(host: &Host, text: &str) {
+    std::fs::write(host.path("sim.new"), text).unwrap();
+    std::fs::rename(host.path("sim.new"), host.path("sim.toml")).unwrap();
+}
+
+fn uuid(n: usize) -> String {
+    format!("{n:08}-2222-4333-8444-555555555555")
+}
+
+/// A guest that asks for the device of its number.
+fn guest(n: usize, more: &str) -> String {
+    let flavor = format!(r#"{{"usb_devices":[{{"serial":"S{n}"}}]}}"#);
+    format!("[[domain]]\nname = 'guest{n}'\nuuid = '{}'\nflavor = '{flavor}'\n{more}\n", uuid(n))
+}
+
+fn key(n: usize) -> String {
+    device("0001", &format!("1-{}", n + 1), u8::try_from(n + 1).unwrap(), &format!("serial = 'S{n}'"))
+}
+
+fn log(host: &Host) -> String {
+    std::fs::read_to_string(host.path("agent.log")).unwrap_or_default()
+}
+
+fn is_allocated(host: &Host, n: usize) -> bool {
+    let line = format!("guest{n} {} allocated", uuid(n));
+    host.claims().lines().any(|claim| claim.contains(&line))
+}
+
+fn wait(host: &Host, what: &str, look: impl Fn() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !look() {
+        assert!(Instant::now() < deadline, "never: {what}\n{}\n{}", host.claims(), log(host));
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+const PATIENT: &str = "libvirt_patience = 6\nmetrics = 'METRICS'\n";
+
+fn host() -> Host {
+    let host = Host::new("");
+    let metrics = PATIENT.replace("METRICS", host.path("metrics.sock").to_str().unwrap());
+    let config = std::fs::read_to_string(host.config_file()).unwrap();
+    std::fs::write(host.config_file(), config + &metrics).unwrap();
+    host
+}
+
+#[test]
+fn guests_that_hang_keep_nobody_waiting() {
+    const HUNG: usize = 10;
+    let host = host();
+    let keys: String = (0..=HUNG).map(key).collect();
+    let hung = |more: &str| {
+        (1..=HUNG).fold(String::new(), |mut all, n| {
+            let _ = write!(all, "{}", guest(n, more));
+            all
+        })
+    };
+    show(&host, &(keys.clone() + &hung("hangs = true")));
+    let agent = Agent::start(&host);
+    wait(&host, "calls are unanswered", || log(&host).contains("libvirt has not answered about guest"));
+    // A healthy one among them has its device while they hang.
+    show(&host, &(keys.clone() + &hung("hangs = true") + &guest(0, "")));
+    wait(&host, "the healthy one is served", || is_allocated(&host, 0));
+    assert!((1..=HUNG).all(|n| !is_allocated(&host, n)));
+    // It is said of a guest that is waited for.
+    wait(&host, "a problem is noted", || {
+        let claims = ok(&host.virt_usb(&["claims"]));
+        claims.contains("libvirt has not answered about guest") && claims.contains("virsh domcontrol guest")
+    });
+    // They go on, all of them, by themselves.
+    show(&host, &(keys + &hung("") + &guest(0, "")));
+    wait(&host, "all are served", || (0..=HUNG).all(|n| is_allocated(&host, n)));
+    wait(&host, "no problem is left", || host.store().problems().unwrap().is_empty());
+    drop(agent);
+}
+
+#[test]
+fn a_domain_that_is_locked_keeps_nobody_waiting() {
+    let host = host();
+    let keys: String = (1..=3).map(key).collect();
+    let locked = guest(1, "locked = true");
+    show(&host, &(keys.clone() + &guest(1, "") + &guest(2, "")));
+    let agent = Agent::start(&host);
+    wait(&host, "both are served", || is_allocated(&host, 1) && is_allocated(&host, 2));
+    let servers = || ok(&host.virt_usb(&["claims", "--json"]));
+    assert!(servers().contains("guest1"));
+    // What is asked about the first waits, and so do lists.
+    show(&host, &(keys.clone() + &locked + &guest(2, "")));
+    wait(&host, "it is seen", || log(&host).contains("not answered about"));
+    show(&host, &(keys.clone() + &locked + &guest(2, "") + &guest(3, "")));
+    wait(&host, "the third is served", || is_allocated(&host, 3));
+    // The key of the second is unplugged and comes back.
+    show(&host, &(key(1) + &key(3) + &locked + &guest(2, "") + &guest(3, "")));
+    wait(&host, "it is away", || !is_allocated(&host, 2));
+    show(&host, &(keys + &locked + &guest(2, "") + &guest(3, "")));
+    wait(&host, "it is back", || is_allocated(&host, 2));
+    assert!(is_allocated(&host, 1), "what is not known has not changed");
+    drop(agent);
+}
+
+#[test]
+fn an_agent_ends_though_libvirt_does_not_answer() {
+    let host = host();
+    show(&host, &(key(1) + &guest(1, "hangs = true")));
+    let mut agent = Agent::start(&host);
+    wait(&host, "a call is unanswered", || log(&host).contains("libvirt has not answered about guest1"));
+    assert!(Command::new("kill").args(["-TERM", &agent.0.id().to_string()]).status().unwrap().success());
+    assert_eq!(agent.0.wait().unwrap().code(), Some(0));
+    assert!(log(&host).contains("stopped"), "{}", log(&host));
+}
