@@ -77,6 +77,9 @@ pub fn agent(state_dir: &Path) -> Agent {
 /// The agent's ear, in `state_dir`: hooks tell it what they did.
 pub const HOOK_SOCKET: &str = "hook.sock";
 
+/// What [`tell_agent`] calls a command of `virt-usb` that may have changed the inventory.
+pub const COMMAND: &str = "command";
+
 /// Tells the agent of a call: `prepare 1234 0` is the operation, its microseconds, its exit status. Nobody waits, and nobody minds if
 /// there is no agent.
 pub fn tell_agent(state_dir: &Path, op: &str, took: Duration, exit: u8) {

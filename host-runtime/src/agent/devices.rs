@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 
 use virt_usb_hook::config::{Config, ConfigError, DEFAULT_PATH};
 use virt_usb_hook::{machine, rules};
+use virt_usb_model::device::Problem;
 use virt_usb_store::{Store, StoreError};
 
 use super::guests::Signal;
@@ -210,6 +211,10 @@ pub(super) struct Devices {
     pub(super) host: String,
     pub(super) metrics: Arc<Metrics>,
     pub(super) files: Files,
+    /// What could not be read at the last look.
+    pub(super) told: Vec<Problem>,
+    /// How often to look whatever events there are, where the kernel's events do not arrive.
+    pub(super) without_events: Option<Duration>,
     /// What guests use without a claim follows from what they are.
     pub(super) hypervisor: Arc<Supervised>,
     pub(super) pulse: Pulse,
@@ -247,6 +252,7 @@ impl Devices {
             }
             // What failed is tried again before the next look at all.
             let interval = self.rules.now().scan_interval;
+            let interval = self.without_events.map_or(interval, |often| often.min(interval));
             let pause = wait_for_next.map_or(interval, |wait| wait.min(interval));
             let until_scan = pause.saturating_sub(last_scan.elapsed());
             let wait =
@@ -308,10 +314,7 @@ impl Devices {
         let context = machine::context(&config, ACTOR).map_err(|e| e.to_string())?;
         let mut snapshot = self.source.snapshot();
         snapshot.guests = guest_uses::of(self.hypervisor.known(), &snapshot);
-        for problem in &snapshot.problems {
-            let place = if problem.place.is_empty() { "the whole scan" } else { &problem.place };
-            tracing::warn!(place, "could not be read: {place}: {}", problem.what);
-        }
+        self.tell_of(&snapshot.problems);
         self.store.restart_patience();
         let whitelist = inventory::located(&config.whitelist, &mut self.store, &snapshot, &config.sysfs_root)
             .map_err(|e| e.to_string())?;
@@ -329,6 +332,25 @@ impl Devices {
         let returned = done.iter().filter(|d| d.what == "returned").count();
         let (failed, unsure) = (snapshot.failed(), !snapshot.problems.is_empty());
         Ok(Look { failed, unsure, returned, changed: !done.is_empty() })
+    }
+
+    /// What cannot be read is told when that is news, and so is that it can be read again.
+    fn tell_of(&mut self, problems: &[Problem]) {
+        let name = |problem: &Problem| match problem.place.as_str() {
+            "" => "the whole scan".to_owned(),
+            place => place.to_owned(),
+        };
+        for problem in problems.iter().filter(|problem| !self.told.contains(problem)) {
+            let place = name(problem);
+            tracing::warn!(place, "could not be read: {place}: {}", problem.what);
+        }
+        let is_there = |told: &Problem| problems.iter().any(|problem| problem.place == told.place);
+        let mut solved: Vec<String> = self.told.iter().filter(|told| !is_there(told)).map(name).collect();
+        solved.dedup();
+        for place in solved {
+            tracing::info!(place, "can be read again: {place}");
+        }
+        self.told = problems.to_vec();
     }
 
     fn prune(&mut self) {
@@ -478,6 +500,8 @@ mod tests {
             host: "host".into(),
             metrics: Arc::default(),
             files: Files::new(vec![]).unwrap(),
+            told: Vec::new(),
+            without_events: None,
             hypervisor: Arc::new(nothing()),
             pulse: Pulse::new(),
             guests: channel().0,

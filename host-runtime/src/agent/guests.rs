@@ -410,7 +410,7 @@ impl Guests {
             if self.doubted.as_deref() != Some(identity) {
                 tracing::error!(
                     "this libvirt ({identity}) knows none of the {} guests that hold devices, which another one ran ({before}): nothing is freed. \
-                     Look at libvirt_uri; where it is right, 'virt-usb detach' ends what those guests hold",
+                     Look at libvirt_uri; where it is right, 'virt-usb claims release' ends what those guests hold",
                     holders.len()
                 );
                 self.doubted = Some(identity.to_owned());

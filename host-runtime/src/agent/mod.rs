@@ -66,6 +66,10 @@ pub use arguments::Arguments;
 
 /// How long the agent waits for the store's lock.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(10);
+/// What udevd has while it runs: libusb hears of devices through it.
+const UDEVD: &str = "/run/udev/control";
+/// How often devices are looked at without it.
+const WITHOUT_UDEVD: Duration = Duration::from_secs(10);
 /// The agent in the audit.
 const ACTOR: &str = "virt-usbd";
 
@@ -102,11 +106,20 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
     let host = crate::inventory::host_name(&config.procfs_root)?;
     let metrics = Arc::new(Metrics::default());
     metrics::serve(metrics.clone(), config.metrics.clone())?;
-    hear_hooks(&config.state_dir, metrics.clone());
     let (to_devices, nudges) = channel();
     let (to_guests, signals) = channel();
     follow_signals(to_devices.clone(), to_guests.clone())?;
     let world = World::new(&config, simulation, &to_devices, &to_guests)?;
+    let (retry, of_commands) = (world.retry, (to_devices.clone(), to_guests.clone()));
+    let heard = move |message: &str| {
+        // libvirt has called it: it is there.
+        retry();
+        if message.split(' ').next() == Some(machine::COMMAND) {
+            let _ = of_commands.0.send(Nudge::Usb);
+            drop(of_commands.1.send(Signal::Devices));
+        }
+    };
+    hear_hooks(&config.state_dir, metrics.clone(), heard);
     let hypervisor = Arc::new(Supervised::new(world.hypervisor, listeners(&to_guests, &to_devices)));
     let pulse = Pulse::new();
     let guests = Guests::new(
@@ -126,6 +139,8 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
         host,
         metrics,
         files,
+        told: Vec::new(),
+        without_events: world.without_events,
         hypervisor,
         pulse,
         guests: to_guests,
@@ -174,6 +189,10 @@ fn listeners(guests: &Sender<Signal>, devices: &Sender<Nudge>) -> Listeners {
 
 /// What is watched: the machine, or a simulation of one.
 struct World {
+    /// How often devices are looked at where no events come.
+    without_events: Option<Duration>,
+    /// Connects to libvirt again at once, where it is away.
+    retry: Box<dyn Fn() + Send>,
     source: Box<dyn UsbSource + Send>,
     hypervisor: Arc<dyn Hypervisor>,
     after: Box<dyn Fn() + Send>,
@@ -195,7 +214,17 @@ impl World {
         hotplug::follow(devices.clone(), Nudge::Usb, failed)?;
         let libvirt = Libvirt::new(&config.libvirt_uri);
         libvirt.follow(events)?;
+        let retried = libvirt.clone();
+        let without_events = (!Path::new(UDEVD).exists()).then_some(WITHOUT_UDEVD);
+        if without_events.is_some() {
+            tracing::warn!(
+                "udevd does not run here ({UDEVD} is missing), so libusb tells of no device that comes or goes: devices are looked at every {} s",
+                WITHOUT_UDEVD.as_secs()
+            );
+        }
         Ok(Self {
+            without_events,
+            retry: Box::new(move || retried.retry()),
             source: Box::new(LibUsb::new(config)),
             hypervisor: Arc::new(libvirt),
             after: Box::new(|| {}),
@@ -302,15 +331,16 @@ fn follow_signals(devices: Sender<Nudge>, guests: Sender<Signal>) -> std::io::Re
     std::thread::Builder::new().name("signals".into()).spawn(follow).map(drop)
 }
 
-/// Hooks tell how long they took. Nobody depends on it: an agent that cannot hear them goes on.
-fn hear_hooks(state_dir: &Path, metrics: Arc<Metrics>) {
+/// Hooks and commands tell how long they took. Nobody depends on it: an agent that cannot hear them goes on.
+fn hear_hooks(state_dir: &Path, metrics: Arc<Metrics>, heard: impl Fn(&str) + Send + 'static) {
     let path = state_dir.join(machine::HOOK_SOCKET);
     let hear = |socket: UnixDatagram| {
         let listen = move || {
             let mut message = [0; 128];
             while let Ok(length) = socket.recv(&mut message) {
-                let text = message.get(..length).map(String::from_utf8_lossy);
-                metrics.hook(text.as_deref().unwrap_or_default());
+                let text = message.get(..length).map(String::from_utf8_lossy).unwrap_or_default();
+                metrics.hook(&text);
+                heard(&text);
             }
         };
         std::thread::Builder::new().name("hooks".into()).spawn(listen).map(drop)
@@ -322,6 +352,6 @@ fn hear_hooks(state_dir: &Path, metrics: Arc<Metrics>) {
         UnixDatagram::bind(&path)
     };
     if let Err(e) = bind().and_then(hear) {
-        tracing::warn!("durations of hooks are not counted: {}: {e}", path.display());
+        tracing::warn!("hooks and commands are not heard: {}: {e}", path.display());
     }
 }

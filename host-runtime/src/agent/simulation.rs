@@ -71,7 +71,13 @@ impl Simulation {
                 ),
             }
         };
-        Ok(World { source: Box::new(source), hypervisor, after: Box::new(after) })
+        Ok(World {
+            without_events: None,
+            retry: Box::new(|| {}),
+            source: Box::new(source),
+            hypervisor,
+            after: Box::new(after),
+        })
     }
 }
 

@@ -146,15 +146,24 @@ impl Worker {
             report.blocked = steps.iter().filter_map(Step::about).filter(|a| blocked.contains(a)).collect();
             steps.retain(|s| s.about().is_none_or(|a| !blocked.contains(&a) && !report.failed.contains(&a)));
             // A step that was done and is planned again did not do what it should.
-            steps.retain(|s| tried.insert(format!("{s:?}")));
+            steps.retain(|s| !tried.contains(&format!("{s:?}")));
             if steps.is_empty() {
                 break;
             }
+            let mut has_detached = false;
             for step in steps {
+                // Its place, and its port, are those of the guest as it was before: it is planned anew.
+                if has_detached && matches!(step, Step::Attach { .. } | Step::Redirect { .. }) {
+                    break;
+                }
+                tried.insert(format!("{step:?}"));
                 tracing::debug!(%instance, ?step, "instance {instance}: {step:?}");
                 let at = Work { worker: self, instance, guest: guest.as_ref(), view: &view };
                 match at.run(&step)? {
-                    Outcome::Done => report.changed = true,
+                    Outcome::Done => {
+                        report.changed = true;
+                        has_detached |= matches!(step, Step::Detach { .. });
+                    }
                     Outcome::Moot => {}
                     Outcome::Failed(what) => {
                         if let Some(about) = step.about() {

@@ -19,7 +19,7 @@ mod watch;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
 use clap::CommandFactory;
@@ -64,65 +64,95 @@ fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
     if session.api.url.is_some() && is_local(&arguments.verb) {
         bail!("this is done on the host itself: leave out --url (VIRT_USB_URL)");
     }
-    match arguments.verb {
-        Verb::Discover(options) => devices::discover(&session, &options),
-        Verb::Devices { all } => devices::list(&session, all),
-        Verb::Hosts { documents: false } => devices::hosts(&session),
-        Verb::Hosts { documents: true } => devices::documents(&session),
+    let (changes, began) = (is_change(&arguments.verb) && session.api.url.is_none(), Instant::now());
+    let done = dispatch(&session, arguments.verb);
+    // An agent need not wait for its next look. Whatever the command says: it may have done a part.
+    if changes && let Ok(config) = session.config() {
+        machine::tell_agent(&config.state_dir, machine::COMMAND, began.elapsed(), u8::from(done.is_err()));
+    }
+    done
+}
+
+/// Whether the command may change what the agent has to do with.
+const fn is_change(verb: &Verb) -> bool {
+    matches!(
+        verb,
+        Verb::Discover(_)
+            | Verb::Claims { verb: Some(ClaimsVerb::Release { .. }) }
+            | Verb::Attach(_)
+            | Verb::Detach(_)
+            | Verb::Enable { .. }
+            | Verb::Disable { .. }
+            | Verb::Quarantine { verb: Some(QuarantineVerb::Clear { .. }) }
+            | Verb::Tag(_)
+            | Verb::Untag(_)
+            | Verb::Owner { verb: Some(OwnerVerb::Set { .. } | OwnerVerb::Clear { .. }) }
+            | Verb::Flavor { verb: FlavorVerb::Set { .. } | FlavorVerb::Remove { .. } }
+            | Verb::Grant { verb: GrantVerb::Set { .. } | GrantVerb::Remove { .. } }
+            | Verb::Store { verb: StoreVerb::Restore { .. } | StoreVerb::Rebuild { .. } }
+    )
+}
+
+fn dispatch(session: &Session, verb: Verb) -> anyhow::Result<ExitCode> {
+    match verb {
+        Verb::Discover(options) => devices::discover(session, &options),
+        Verb::Devices { all } => devices::list(session, all),
+        Verb::Hosts { documents: false } => devices::hosts(session),
+        Verb::Hosts { documents: true } => devices::documents(session),
         Verb::Whitelist { verb: WhitelistVerb::Check { sim } } => {
-            devices::check_whitelist(&session, sim.as_deref())
+            devices::check_whitelist(session, sim.as_deref())
         }
-        Verb::Claims { verb: None | Some(ClaimsVerb::List) } => claims::list(&session),
+        Verb::Claims { verb: None | Some(ClaimsVerb::List) } => claims::list(session),
         Verb::Claims { verb: Some(ClaimsVerb::Release { instance, force }) } => {
-            claims::release(&session, &instance, force)
+            claims::release(session, &instance, force)
         }
-        Verb::Filter(options) => filter::run(&session, &options),
-        Verb::Scheduler(options) => scheduler::run(&session, &options),
-        Verb::Start { domain } => guests::start(&session, &domain),
-        Verb::Attach(device) => guests::attach(&session, &device),
-        Verb::Detach(device) => guests::detach(&session, &device),
-        Verb::Enable { device } => aside::enable(&session, device),
-        Verb::Disable { device, reason } => aside::disable(&session, device, reason.as_deref()),
-        Verb::Quarantine { verb: None | Some(QuarantineVerb::List) } => aside::list(&session),
-        Verb::Quarantine { verb: Some(QuarantineVerb::Clear { device }) } => aside::clear(&session, device),
-        Verb::Tag(tags) => aside::tag(&session, tags.device, &tags.tags, true),
-        Verb::Untag(tags) => aside::tag(&session, tags.device, &tags.tags, false),
+        Verb::Filter(options) => filter::run(session, &options),
+        Verb::Scheduler(options) => scheduler::run(session, &options),
+        Verb::Start { domain } => guests::start(session, &domain),
+        Verb::Attach(device) => guests::attach(session, &device),
+        Verb::Detach(device) => guests::detach(session, &device),
+        Verb::Enable { device } => aside::enable(session, device),
+        Verb::Disable { device, reason } => aside::disable(session, device, reason.as_deref()),
+        Verb::Quarantine { verb: None | Some(QuarantineVerb::List) } => aside::list(session),
+        Verb::Quarantine { verb: Some(QuarantineVerb::Clear { device }) } => aside::clear(session, device),
+        Verb::Tag(tags) => aside::tag(session, tags.device, &tags.tags, true),
+        Verb::Untag(tags) => aside::tag(session, tags.device, &tags.tags, false),
         Verb::Owner { verb } => match verb {
-            None | Some(OwnerVerb::List) => owners::list(&session),
-            Some(OwnerVerb::Set { domain, project }) => owners::set(&session, &domain, &project),
-            Some(OwnerVerb::Clear { domain }) => owners::clear(&session, &domain),
+            None | Some(OwnerVerb::List) => owners::list(session),
+            Some(OwnerVerb::Set { domain, project }) => owners::set(session, &domain, &project),
+            Some(OwnerVerb::Clear { domain }) => owners::clear(session, &domain),
         },
         Verb::Token { verb } => match verb {
-            TokenVerb::Add(options) => tokens::add(&session, &options),
-            TokenVerb::List => tokens::list(&session),
-            TokenVerb::Remove { name } => tokens::remove(&session, &name),
+            TokenVerb::Add(options) => tokens::add(session, &options),
+            TokenVerb::List => tokens::list(session),
+            TokenVerb::Remove { name } => tokens::remove(session, &name),
         },
-        Verb::Events(options) => claims::events(&session, &options),
-        Verb::Watch(options) => watch::run(&session, &options),
+        Verb::Events(options) => claims::events(session, &options),
+        Verb::Watch(options) => watch::run(session, &options),
         Verb::Flavor { verb } => match verb {
-            FlavorVerb::List => shared::list::<Flavor>(&session),
-            FlavorVerb::Show { name } => shared::show::<Flavor>(&session, &name),
-            FlavorVerb::Set { name, definition } => shared::set::<Flavor>(&session, &name, &definition),
-            FlavorVerb::Remove { name } => shared::remove::<Flavor>(&session, &name),
+            FlavorVerb::List => shared::list::<Flavor>(session),
+            FlavorVerb::Show { name } => shared::show::<Flavor>(session, &name),
+            FlavorVerb::Set { name, definition } => shared::set::<Flavor>(session, &name, &definition),
+            FlavorVerb::Remove { name } => shared::remove::<Flavor>(session, &name),
         },
         Verb::Grant { verb } => match verb {
-            GrantVerb::List => shared::list::<Grant>(&session),
-            GrantVerb::Show { name } => shared::show::<Grant>(&session, &name),
-            GrantVerb::Set { name, definition } => shared::set::<Grant>(&session, &name, &definition),
-            GrantVerb::Remove { name } => shared::remove::<Grant>(&session, &name),
+            GrantVerb::List => shared::list::<Grant>(session),
+            GrantVerb::Show { name } => shared::show::<Grant>(session, &name),
+            GrantVerb::Set { name, definition } => shared::set::<Grant>(session, &name, &definition),
+            GrantVerb::Remove { name } => shared::remove::<Grant>(session, &name),
         },
         Verb::Fleet { verb } => match verb {
-            FleetVerb::Join(credentials) => fleet::join(&session, &credentials),
-            FleetVerb::Leave { host, credentials } => fleet::leave(&session, host.as_deref(), &credentials),
-            FleetVerb::Status => fleet::status(&session),
-            FleetVerb::Simulate(options) => fleet::simulate(&session, &options),
+            FleetVerb::Join(credentials) => fleet::join(session, &credentials),
+            FleetVerb::Leave { host, credentials } => fleet::leave(session, host.as_deref(), &credentials),
+            FleetVerb::Status => fleet::status(session),
+            FleetVerb::Simulate(options) => fleet::simulate(session, &options),
         },
-        Verb::Doctor { all, hooks, run } => upkeep::doctor(&session, all, hooks, run),
+        Verb::Doctor { all, hooks, run } => upkeep::doctor(session, all, hooks, run),
         Verb::Store { verb } => match verb {
-            StoreVerb::Check => upkeep::check(&session),
-            StoreVerb::Backup { file } => upkeep::backup(&session, &file),
-            StoreVerb::Restore { file, options } => recover::restore(&session, &file, &options),
-            StoreVerb::Rebuild { force, options } => recover::rebuild(&session, force, &options),
+            StoreVerb::Check => upkeep::check(session),
+            StoreVerb::Backup { file } => upkeep::backup(session, &file),
+            StoreVerb::Restore { file, options } => recover::restore(session, &file, &options),
+            StoreVerb::Rebuild { force, options } => recover::rebuild(session, force, &options),
         },
         Verb::Completions { shell } => {
             let mut script = Vec::new();

@@ -2,18 +2,20 @@
 //!
 //! ```text
 //!   (away) ── open, register events ──► connected ── no answer to keepalive, daemon gone ──► (away) ─ 1, 2, 4 … 30 s ─► …
-//!                                          │ a call while four others are unanswered
-//!                                          └─► further connections, closed when nobody uses them
+//!                                          └─► further connections, one for each call at a time
 //! ```
-//! One thread runs libvirt's event loop for as long as the process lives, another keeps the connections. Calls borrow one; they
-//! are made from any thread.
+//! One thread runs libvirt's event loop for as long as the process lives, another keeps the connections. The first one brings the
+//! events. A call is made from any thread, and has a connection to itself: beside a call that stays unanswered, others on the same
+//! connection are sent when the keepalive's timer runs out, 5 s later (seen with libvirt 9.0), and libvirtd takes five at a time.
 
 use std::ffi::CString;
+use std::fs;
 use std::ops::Deref;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::os::unix::fs::MetadataExt as _;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
-use std::sync::{Arc, Mutex, MutexGuard, Once, PoisonError};
-use std::time::Duration;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, Once, PoisonError};
+use std::time::{Duration, Instant};
 
 use virt::connect::Connect;
 use virt::domain::Domain;
@@ -36,20 +38,23 @@ const DEADLINE: Duration = Duration::from_secs(30);
 /// Seconds between keepalive messages, and how many may go unanswered.
 const KEEPALIVE: (i32, u32) = (5, 3);
 
-/// So many calls of one connection libvirtd works on at once, one less than `max_client_requests` in libvirtd.conf (5): a call
-/// that stays unanswered keeps its place, and the last place is for the events' calls.
-const CALLS: usize = 4;
-/// So many connections at the most.
-const CONNECTIONS: usize = 6;
+/// The sockets of the system's daemons: one that appears is tried at once.
+const SOCKETS: [&str; 2] = ["/run/libvirt/libvirt-sock", "/run/libvirt/virtqemud-sock"];
+/// So many connections at the most, beside the first.
+const CONNECTIONS: usize = 24;
+/// So many stay open when nobody uses them.
+const SPARE: usize = 4;
 
 /// One libvirt daemon. Cheap to clone: clones share the connections.
 #[derive(Clone)]
 pub struct Libvirt {
     uri: Arc<str>,
     connections: Arc<Mutex<Connections>>,
+    /// Whether to connect at once, and who waits to.
+    retry: Arc<(Mutex<bool>, Condvar)>,
 }
 
-/// The first one has the events; without it the daemon is away.
+/// Without the first one the daemon is away.
 #[derive(Default)]
 struct Connections {
     first: Option<Arc<Open>>,
@@ -61,8 +66,8 @@ struct Open {
     connect: Connect,
     /// The events that it brings: they end before it does.
     registered: Mutex<Option<Registered>>,
-    /// Calls without an answer yet.
-    calls: AtomicUsize,
+    /// Whether a call is made on it.
+    in_use: AtomicBool,
 }
 
 impl Open {
@@ -99,9 +104,9 @@ impl Drop for Open {
 struct Lease(Arc<Open>);
 
 impl Lease {
-    fn of(open: &Arc<Open>) -> Self {
-        open.calls.fetch_add(1, Ordering::Relaxed);
-        Self(open.clone())
+    /// None where another call is made on it.
+    fn of(open: &Arc<Open>) -> Option<Self> {
+        (!open.in_use.swap(true, Ordering::AcqRel)).then(|| Self(open.clone()))
     }
 }
 
@@ -114,7 +119,7 @@ impl Deref for Lease {
 
 impl Drop for Lease {
     fn drop(&mut self) {
-        self.0.calls.fetch_sub(1, Ordering::Relaxed);
+        self.0.in_use.store(false, Ordering::Release);
     }
 }
 
@@ -130,7 +135,7 @@ pub enum Started {
 impl Libvirt {
     /// The daemon at this URI; nothing is opened yet.
     pub fn new(uri: &str) -> Self {
-        Self { uri: uri.into(), connections: Arc::default() }
+        Self { uri: uri.into(), connections: Arc::default(), retry: Arc::default() }
     }
 
     /// Opens the connection, for a program that asks a few questions.
@@ -202,10 +207,37 @@ impl Libvirt {
                         return;
                     }
                     told = Some(why);
-                    std::thread::sleep(wait);
-                    wait = (wait * 2).min(LONG);
+                    wait = if self.rest(wait) { SHORT } else { (wait * 2).min(LONG) };
                 }
             }
+        }
+    }
+
+    /// Connects at once, where that is waited for: somebody has heard of libvirt.
+    pub fn retry(&self) {
+        let (asked, waits) = &*self.retry;
+        *asked.lock().unwrap_or_else(PoisonError::into_inner) = true;
+        waits.notify_one();
+    }
+
+    /// Waits before the next attempt to connect. Says whether there was a reason not to wait so long.
+    fn rest(&self, wait: Duration) -> bool {
+        let (asked, waits) = &*self.retry;
+        let until = Instant::now() + wait;
+        let sockets =
+            || SOCKETS.map(|socket| fs::metadata(socket).ok().map(|found| (found.dev(), found.ino())));
+        let before = sockets();
+        let mut guard = asked.lock().unwrap_or_else(PoisonError::into_inner);
+        loop {
+            if std::mem::take(&mut *guard) || sockets() != before {
+                return true;
+            }
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return false;
+            }
+            let waited = waits.wait_timeout(guard, left.min(SHORT / 4));
+            guard = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
     }
 
@@ -233,7 +265,7 @@ impl Libvirt {
     fn dial(&self) -> Result<Open, Failure> {
         let connect = Connect::open(Some(&self.uri))
             .map_err(|e| Failure::Away(format!("{}: {}", self.uri, e.message())))?;
-        Ok(Open { connect, registered: Mutex::default(), calls: AtomicUsize::new(0) })
+        Ok(Open { connect, registered: Mutex::default(), in_use: AtomicBool::new(false) })
     }
 
     fn connections(&self) -> MutexGuard<'_, Connections> {
@@ -246,46 +278,50 @@ impl Libvirt {
         drop(before);
     }
 
-    /// Closes further connections that are not in use, or broken.
+    /// Closes further connections that are broken, or that are too many for what is going on.
     fn close_unused(&self) {
-        let is_used = |open: &mut Arc<Open>| open.calls.load(Ordering::Relaxed) > 0 && open.is_alive();
+        let mut spare = 0;
+        let mut is_kept = |open: &Arc<Open>| {
+            let in_use = open.in_use.load(Ordering::Acquire);
+            spare += usize::from(!in_use);
+            in_use || (spare <= SPARE && open.is_alive())
+        };
         let unused: Vec<Arc<Open>> = {
             let more = &mut self.connections().more;
-            let all = std::mem::take(more);
-            let (used, unused) = all.into_iter().partition(|open| is_used(&mut open.clone()));
-            *more = used;
+            let (kept, unused) = std::mem::take(more).into_iter().partition(|open| is_kept(open));
+            *more = kept;
             unused
         };
+        // To close a connection may take a while: nobody waits for that.
         drop(unused);
     }
 
-    /// A connection that libvirtd would answer on.
+    /// A connection to make a call on.
     fn connection(&self) -> Result<Lease, Failure> {
         {
             let connections = self.connections();
             let Some(first) = &connections.first else {
                 return Err(Failure::Away(format!("no connection to {}", self.uri)));
             };
-            let calls = |open: &&Arc<Open>| open.calls.load(Ordering::Relaxed);
-            let all = std::iter::once(first).chain(&connections.more);
-            if let Some(open) = all.min_by_key(calls).filter(|open| calls(open) < CALLS) {
-                return Ok(Lease::of(open));
+            let has_events = first.registered.lock().unwrap_or_else(PoisonError::into_inner).is_some();
+            let first = Some(first).filter(|_| !has_events);
+            if let Some(lease) = first.into_iter().chain(&connections.more).find_map(Lease::of) {
+                return Ok(lease);
             }
-            if connections.more.len() + 1 >= CONNECTIONS {
-                return Err(Failure::Silent(format!(
-                    "it has left {} calls unanswered: 'systemctl status libvirtd' shows how it is",
-                    CALLS * CONNECTIONS
-                )));
+            if connections.more.len() >= CONNECTIONS {
+                return Err(Failure::Silent(format!("it has left {CONNECTIONS} calls unanswered")));
             }
         }
-        let open = Arc::new(self.dial()?);
+        // The first one is there: this is no outage.
+        let open = self.dial().map_err(|e| Failure::Busy(format!("there is no further connection: {e}")))?;
         open.keep_alive();
+        let open = Arc::new(open);
         let lease = Lease::of(&open);
         let mut connections = self.connections();
         if connections.first.is_some() {
             connections.more.push(open);
         }
-        Ok(lease)
+        lease.ok_or_else(|| Failure::Busy("its connection is in use".into()))
     }
 
     fn find(&self, open: &Open, instance: InstanceId) -> Result<Domain, Failure> {

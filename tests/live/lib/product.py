@@ -137,6 +137,10 @@ class Agent:
         # It says so after its first look at the devices, when hooks and the API can reach it.
         return any(line.endswith(b" ready") for line in AGENT_LOG.read_bytes()[self.before :].splitlines())
 
+    def log(self):
+        """What it has said since it was started."""
+        return AGENT_LOG.read_bytes()[self.before :].decode(errors="replace")
+
     def is_running(self):
         return self.process is not None and self.process.poll() is None
 

@@ -1,11 +1,12 @@
 """Daemons that end and come back while guests run."""
 
 import signal
+from pathlib import Path
 
 from lib.case import case
 from lib.guests import NO_USB, metadata, usb_devices
 from lib.product import AGENT, STATE, USER
-from lib.shell import expect, refused, run
+from lib.shell import expect, must, refused, run
 from lib.waiting import stays, until
 
 from .endings import claimed, free
@@ -111,3 +112,29 @@ def damaged(w):
     w.product.must("store", "check")
     w.destroy(guest)
     free(w, guest)
+
+
+def connections(pid):
+    """The numbers of this process's connections, as libvirtd counts them."""
+    listed = must("virt-admin", "-q", "srv-clients-list", "libvirtd", quiet=True).out
+    numbers = [line.split()[0] for line in listed.splitlines() if line.strip()]
+    info = lambda number: run("virt-admin", "-q", "client-info", "libvirtd", number, quiet=True).out.split()
+    return [number for number in numbers if str(pid) in info(number)]
+
+
+@case("the agent's connection is lost again and again, and no descriptor stays")
+def descriptors(w):
+    w.product.agent.start()
+    pid = w.product.agent.process.pid
+    connected = lambda: w.product.agent.log().count("connected to libvirt")
+    until(lambda: connected() == 1, "the agent to be connected")
+    open_files = lambda: len(list(Path(f"/proc/{pid}/fd").iterdir()))
+    first = None
+    for time in range(max(w.kills, 3)):
+        for number in connections(pid):
+            must("virt-admin", "-q", "client-disconnect", "libvirtd", number, quiet=True)
+        until(lambda: connected() == time + 2, "the agent to be connected again")
+        # One connection more or less may be about to be closed.
+        if time == 1:
+            first = open_files()
+    until(lambda: open_files() <= first, f"as many descriptors as after two reconnects, {first}")

@@ -1,0 +1,110 @@
+"""Guests, hooks and libvirts that do not answer, or answer what cannot be true."""
+
+import os
+import signal
+from pathlib import Path
+
+from lib.case import case
+from lib.daemons import qemu_pid
+from lib.product import HOOKS, SHORT_WAITS
+from lib.shell import expect
+from lib.waiting import stays, until
+
+from .live import asking, known
+from .replug import running
+
+# A hook of somebody else's that keeps libvirtd waiting for as long as a file is there.
+SLOW = """#!/bin/sh
+if [ "$1" = slow ] && [ "$2" = prepare ]; then
+    : > /run/slow.began
+    while [ -e /run/slow ]; do sleep 0.2; done
+fi
+"""
+
+
+def problem(w, words):
+    """Whether a problem with these words is noted."""
+    return words in w.product.must("claims").out
+
+
+@case("a guest whose QEMU is stopped waits alone; the problem is named, and ends with it")
+def stopped(w):
+    (stuck, mine), (_, other) = running(w, count=2)
+    late = w.drawer.stick("late", serial="LATE", slot=5)
+    until(lambda: known(w, late), "the agent to find the third stick")
+    pid = qemu_pid(stuck.name)
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        mine.move(mine.slot)
+        until(lambda: problem(w, f"its QEMU, process {pid}, is stopped"), "the problem to be named")
+        guest = asking(w, "late", {"serial": "LATE"})
+        w.start(guest)
+        w.allocated(guest, late)
+        expect(w.product.claims_of(stuck), "the stuck guest to keep its claim")
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    w.allocated(stuck, mine, seconds=120)
+    until(lambda: not problem(w, "is stopped"), "the problem to be solved")
+    w.boots_from(stuck, mine, reset=True)
+
+
+@case("a hook of somebody else's that does not end keeps no other guest waiting")
+def slow_hook(w):
+    ((guest, stick),) = running(w)
+    hook, flag, began = HOOKS / "60-slow", Path("/run/slow"), Path("/run/slow.began")
+    hook.write_text(SLOW)
+    hook.chmod(0o755)
+    flag.touch()
+    began.unlink(missing_ok=True)
+    slow = w.guest("slow")
+    pid = os.fork()
+    if pid == 0:
+        os.execvp("virsh", ["virsh", "-q", "start", slow.name])
+    try:
+        until(began.exists, "the slow hook to be called")
+        address = stick.address()
+        stick.move(stick.slot)
+        expect(stick.address() != address, "another address")
+        w.allocated(guest, stick, seconds=120)
+    finally:
+        flag.unlink()
+        os.waitpid(pid, 0)
+        hook.unlink()
+
+
+@case("a libvirt that knows nothing of a guest frees nothing of it")
+def other_libvirt(w):
+    ((guest, stick),) = running(w)
+    w.product.agent.stop()
+    w.product.configure(libvirt_uri="test:///default")
+    w.product.agent.start()
+    until(lambda: problem(w, "its QEMU runs on this host"), "the problem to be named")
+    stays(lambda: w.holds(guest, stick), "the guest has its stick", seconds=4 * SHORT_WAITS["absent_grace"])
+    w.product.agent.stop()
+    w.product.configure()
+    w.product.agent.start()
+    until(lambda: not problem(w, "its QEMU runs on this host"), "the problem to be solved")
+    w.allocated(guest, stick)
+    w.boots_from(guest, stick, reset=True)
+
+
+@case("a device whose controller was unbound and bound again is attached anew, though its address is the same")
+def rebound(w):
+    w.product.agent.start()
+    kind = {"vendor_id": "0403", "product_id": "6001"}
+    adapter = lambda: next((d for d in w.product.devices() if (d["vendor_id"], d["product_id"]) == ("0403", "6001")), None)
+    row = until(adapter, "the agent to find the adapter behind the hub")
+    guest = asking(w, "g", kind)
+    w.start(guest)
+    is_mine = lambda: [c for c in w.product.claims_of(guest) if c["state"] == "allocated"] and w.virsh.hostdevs("g")
+    until(is_mine, "the guest to have the adapter")
+    controller = Path(f"/sys/bus/usb/devices/usb{row['bus_id']}").resolve().parent
+    driver = (controller / "driver").resolve()
+    attached = lambda: [e for e in w.product.events() if e["event"] == "allocated"]
+    before = len(attached())
+    (driver / "unbind").write_text(controller.name)
+    (driver / "bind").write_text(controller.name)
+    until(lambda: len(attached()) > before, "it to be attached anew")
+    until(is_mine, "the guest to have the adapter")
+    interface = Path(f"/sys/bus/usb/devices/{adapter()['port_path']}:1.0/driver")
+    expect(not interface.exists() or interface.resolve().name == "usbfs", "the host's own driver to have let go of it")
