@@ -230,6 +230,7 @@ mod tests {
                 .reconcile(
                     "h",
                     &Limits::default(),
+                    snapshot.seen(&self.aliases),
                     |known| plan(&snapshot, known, &Whitelist::default(), &self.aliases),
                     &context,
                 )

@@ -126,7 +126,7 @@ impl Recovery<'_> {
             let Config { whitelist, aliases, flapping, sysfs_root, .. } = self.config;
             let whitelist = &inventory::located(whitelist, store, self.snapshot, sysfs_root)?;
             let plan = |rows: &[Record]| plan(self.snapshot, rows, whitelist, aliases);
-            store.reconcile(self.host, flapping, plan, self.context)?;
+            store.reconcile(self.host, flapping, self.snapshot.seen(aliases), plan, self.context)?;
             warnings =
                 settle(store, known.as_deref().unwrap_or_default(), &self.config.sysfs_root, self.context)?;
             Ok(())

@@ -89,6 +89,8 @@ CREATE INDEX usb_devices_vendor ON usb_devices (vendor_id, status) WHERE deleted
 CREATE INDEX usb_devices_serial ON usb_devices (serial) WHERE deleted = 0;
 CREATE INDEX usb_devices_port ON usb_devices (port_path) WHERE deleted = 0;
 CREATE INDEX usb_devices_path ON usb_devices (path) WHERE deleted = 0;
+CREATE INDEX usb_devices_gone_serial ON usb_devices (serial) WHERE deleted <> 0;
+CREATE INDEX usb_devices_gone_kind ON usb_devices (vendor_id, product_id, serial_kind) WHERE deleted <> 0;
 
 -- What a selector can ask for that a device has several of: kind is 'class' or 'tag'.
 CREATE TABLE device_labels (

@@ -166,6 +166,11 @@ impl DeviceKey {
 pub struct Aliases(Vec<Vec<UsbId>>);
 
 impl Aliases {
+    /// All kinds that are in a group.
+    pub fn kinds(&self) -> impl Iterator<Item = UsbId> + '_ {
+        self.0.iter().flatten().copied()
+    }
+
     /// Groups of kinds, `vendor:product` each.
     ///
     /// # Errors

@@ -320,8 +320,9 @@ impl Devices {
             .map_err(|e| e.to_string())?;
         let plan =
             |known: &[virt_usb_store::Record]| inventory::plan(&snapshot, known, &whitelist, &config.aliases);
-        let done =
-            self.store.reconcile(&self.host, &config.flapping, plan, &context).map_err(|e| e.to_string())?;
+        let seen = snapshot.seen(&config.aliases);
+        let done = self.store.reconcile(&self.host, &config.flapping, seen, plan, &context);
+        let done = done.map_err(|e| e.to_string())?;
         self.store.note_rules(rules::remembered(&config)).map_err(|e| e.to_string())?;
         for change in &done {
             tracing::info!(device = %change.id, "device {} {}", change.id, change.what);

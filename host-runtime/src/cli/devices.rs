@@ -69,6 +69,7 @@ pub(super) fn discover(session: &Session, options: &Discover) -> anyhow::Result<
     let changes = store.reconcile(
         &host_name(&config.procfs_root)?,
         &config.flapping,
+        snapshot.seen(&config.aliases),
         |known| plan(&snapshot, known, &whitelist, &config.aliases),
         &context,
     )?;

@@ -26,7 +26,8 @@ pub mod ties;
 use std::collections::{BTreeMap, HashMap};
 
 use virt_usb_model::device::Problem;
-use virt_usb_model::{Device, PortPath, Serial, UsbId};
+use virt_usb_model::{Aliases, Device, DeviceKey, PortPath, Serial, UsbId};
+use virt_usb_store::discover::SeenKeys;
 
 pub use libusb::LibUsb;
 pub use simulated::{SimError, Simulated};
@@ -54,6 +55,11 @@ pub struct Snapshot {
 }
 
 impl Snapshot {
+    /// Who is plugged in, as the inventory is asked for them.
+    pub fn seen<'a>(&'a self, aliases: &'a Aliases) -> SeenKeys<'a, impl Iterator<Item = &'a DeviceKey>> {
+        SeenKeys { keys: self.devices.iter().map(|device| &device.key), aliases }
+    }
+
     /// Whether the scan as a whole failed: then nothing that it lacks may be taken for absent.
     pub fn failed(&self) -> bool {
         self.problems.iter().any(|problem| problem.place.is_empty())

@@ -243,7 +243,7 @@ impl Host {
         let (whitelist, aliases) = (Whitelist::default(), virt_usb_model::Aliases::default());
         let plan = |known: &[Record]| crate::inventory::plan(&snapshot, known, &whitelist, &aliases);
         self.store.restart_patience();
-        self.store.reconcile(&self.name, &limits, plan, context)?;
+        self.store.reconcile(&self.name, &limits, snapshot.seen(&aliases), plan, context)?;
         Ok(())
     }
 

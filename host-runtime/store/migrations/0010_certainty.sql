@@ -9,3 +9,6 @@ ALTER TABLE compute_nodes ADD COLUMN libvirt text;
 -- that with which its device came into the guest. NULL: not known.
 ALTER TABLE usb_devices ADD COLUMN generation int;
 ALTER TABLE claims ADD COLUMN generation int;
+-- Devices that are gone are found by what would make them known again, however many there are.
+CREATE INDEX usb_devices_gone_serial ON usb_devices (serial) WHERE deleted <> 0;
+CREATE INDEX usb_devices_gone_kind ON usb_devices (vendor_id, product_id, serial_kind) WHERE deleted <> 0;

@@ -1,10 +1,10 @@
 //! Bringing the rows in line with what is plugged in. What to do is planned elsewhere, purely; this does it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use rusqlite::{Transaction, params};
 use serde::Serialize;
-use virt_usb_model::{Class, Device, DeviceId, Verdict};
+use virt_usb_model::{Aliases, Class, Device, DeviceId, DeviceKey, Verdict};
 
 use crate::device::{Record, joined, read_id, refresh, sql_id, step_revision};
 use crate::error::Sql;
@@ -36,17 +36,54 @@ pub struct Done {
     pub altered: Option<String>,
 }
 
+/// The devices that are plugged in, and which kinds are one device by declaration.
+pub struct SeenKeys<'a, T> {
+    /// Who they are.
+    pub keys: T,
+    /// The kinds that one device shows in turn.
+    pub aliases: &'a Aliases,
+}
+
+impl<'a, T: Iterator<Item = &'a DeviceKey>> SeenKeys<'a, T> {
+    /// The rows that [`Store::reconcile`] gives to its plan. Of devices that are gone only those are read that share a serial with one
+    /// that is seen, that no serial identifies, or that may have shown another kind: a device that shows another serial each time leaves
+    /// a row each time.
+    fn rows(self, tx: &Transaction<'_>) -> Sql<Vec<Record>> {
+        let (mut kinds, mut serials) = (BTreeSet::new(), BTreeSet::new());
+        for key in self.keys {
+            kinds.insert(key.usb.to_string());
+            serials.extend(key.serial.text());
+        }
+        let joined: BTreeSet<String> = self.aliases.kinds().map(|usb| usb.to_string()).collect();
+        let of_kinds = "FROM json_each({}) k CROSS JOIN usb_devices d
+             ON d.vendor_id = substr(k.value, 1, 4) AND d.product_id = substr(k.value, 6, 4) AND d.deleted <> 0";
+        let sql = format!(
+            "SELECT * FROM usb_devices WHERE id IN (
+                 SELECT id FROM usb_devices INDEXED BY usb_devices_port WHERE deleted = 0
+                 UNION SELECT d.id FROM json_each(?1) s CROSS JOIN usb_devices d ON d.serial = s.value AND d.deleted <> 0
+                 UNION SELECT d.id {} AND d.serial_kind IN ('missing', 'duplicate')
+                 UNION SELECT d.id {}) ORDER BY id",
+            of_kinds.replace("{}", "?2"),
+            of_kinds.replace("{}", "?3"),
+        );
+        let lists = params![json(&serials), json(&kinds), json(&joined)];
+        tx.prepare_cached(&sql)?.query_map(lists, Record::read)?.collect()
+    }
+}
+
 type Known<'a> = BTreeMap<DeviceId, &'a Record>;
 
 impl Store {
-    /// Plans and executes under one lock. `limits` say when a device comes and goes too often. `plan` is given every device that was ever seen, those marked deleted too.
+    /// Plans and executes under one lock. `seen` are the devices that are plugged in, `limits` say when a device comes and goes too
+    /// often. `plan` is given the rows of all devices that are plugged in or held, and of those gone that may be one of `seen`.
     ///
     /// # Errors
     /// When the database cannot be written; then nothing was changed.
-    pub fn reconcile(
+    pub fn reconcile<'a>(
         &mut self,
         host: &str,
         limits: &Limits,
+        seen: SeenKeys<'a, impl Iterator<Item = &'a DeviceKey>>,
         plan: impl FnOnce(&[Record]) -> Vec<Change>,
         context: &Context,
     ) -> Result<Vec<Done>, StoreError> {
@@ -60,10 +97,7 @@ impl Store {
             follow_clock(tx, context)?;
             give_back::sweep(tx, context)?;
             let steady = aside::settle(tx, context)?;
-            let known: Vec<Record> = tx
-                .prepare("SELECT * FROM usb_devices ORDER BY id")?
-                .query_map([], Record::read)?
-                .collect::<Sql<_>>()?;
+            let known = seen.rows(tx)?;
             let changes = plan(&known);
             let rows = &known;
             let known: Known<'_> = rows.iter().map(|r| (r.entry.id, r)).collect();
@@ -119,7 +153,7 @@ fn is_news(known: &Known<'_>, change: &Change) -> bool {
         Change::See(id, device, verdict) => {
             known.get(id).is_none_or(|r| !r.present || !is_same(r, device, verdict))
         }
-        Change::Gone(id) => known.get(id).is_none_or(|r| r.present),
+        Change::Gone(id) => known.get(id).is_some_and(|r| r.present),
     }
 }
 

@@ -50,6 +50,7 @@ impl World {
         store.reconcile(
             "bench",
             &Limits::default(),
+            snapshot.seen(&Aliases::default()),
             |known| inventory::plan(&snapshot, known, &whitelist, &Aliases::default()),
             &context,
         )?;

@@ -133,6 +133,7 @@ impl Host {
             .reconcile(
                 name,
                 &config.flapping,
+                snapshot.seen(&config.aliases),
                 |known| inventory::plan(&snapshot, known, &whitelist, &config.aliases),
                 &context,
             )

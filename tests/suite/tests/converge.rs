@@ -198,7 +198,8 @@ impl World {
         let plan = |known: &[Record]| {
             inventory::plan(&snapshot, known, &self.config.whitelist, &self.config.aliases)
         };
-        self.worker.store.reconcile("host", &self.config.flapping, plan, &context).unwrap();
+        let seen = snapshot.seen(&self.config.aliases);
+        self.worker.store.reconcile("host", &self.config.flapping, seen, plan, &context).unwrap();
     }
 
     fn domains(&mut self) {
@@ -410,7 +411,11 @@ impl World {
                 }
             }
             // Refused where its device is gone or another's: then it does not run.
-            Act::Restore(n) => drop(self.simulated.save_and_restore(instance(*n))),
+            // What moved just before without a serial has no row yet: an agent that lives has made one.
+            Act::Restore(n) => {
+                self.scan();
+                drop(self.simulated.save_and_restore(instance(*n)));
+            }
             // Refusals are right answers here; what must hold is looked at afterwards.
             Act::Give(n, id) => drop(self.worker.give(instance(*n), &[by_id(*id)])),
             Act::Take(n, id) => drop(self.worker.take(instance(*n), &[by_id(*id).selector])),

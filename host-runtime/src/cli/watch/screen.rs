@@ -259,6 +259,7 @@ mod tests {
             .reconcile(
                 "host1",
                 &Default::default(),
+                snapshot.seen(nothing.1),
                 |known| plan(&snapshot, known, nothing.0, nothing.1),
                 &context,
             )

@@ -6,11 +6,11 @@ use std::time::Duration;
 use rusqlite::Connection;
 use tempfile::TempDir;
 use virt_usb_model::{
-    BusAddress, Class, Device, DeviceId, DeviceKey, DevicePath, DeviceRequest, Flavor, InstanceId, PortPath,
-    Serial, UsbId, Verdict,
+    Aliases, BusAddress, Class, Device, DeviceId, DeviceKey, DevicePath, DeviceRequest, Flavor, InstanceId,
+    PortPath, Serial, UsbId, Verdict,
 };
 use virt_usb_store::claim::{Asker, Claimed, Granted, Judge, Standing, Verified, Want};
-use virt_usb_store::discover::{Change, Done};
+use virt_usb_store::discover::{Change, Done, SeenKeys};
 use virt_usb_store::flaps::Limits;
 use virt_usb_store::{Context, Durability, FILE_NAME, Record, Store, StoreError};
 
@@ -93,6 +93,11 @@ pub(crate) fn scan(
     scan_within(store, seen, &Limits { limit: 0, ..Limits::default() }, context)
 }
 
+/// No device.
+pub(crate) fn nothing(aliases: &Aliases) -> SeenKeys<'_, std::iter::Empty<&DeviceKey>> {
+    SeenKeys { keys: std::iter::empty(), aliases }
+}
+
 /// The same, with limits to how often a device may come back.
 pub(crate) fn scan_within(
     store: &mut Store,
@@ -100,7 +105,27 @@ pub(crate) fn scan_within(
     limits: &Limits,
     context: &Context,
 ) -> Result<Vec<Done>, StoreError> {
-    store.reconcile("node-1", limits, |known| plan(seen, known), context)
+    let all = store.all_devices()?;
+    let keys = || seen.iter().map(|(device, _)| &device.key);
+    let aliases = Aliases::default();
+    let plan = |known: &[Record]| {
+        // No row is kept from the planner that may be one of the devices, or makes a serial worthless.
+        let counts = |r: &&Record| {
+            let key = r.key();
+            r.deleted == 0
+                || keys().any(|k| {
+                    key.is(k)
+                        || (key.usb == k.usb
+                            && key.serial.text().is_some()
+                            && key.serial.text() == k.serial.text())
+                })
+        };
+        for row in all.iter().filter(counts) {
+            assert!(known.iter().any(|r| r.entry.id == row.entry.id), "{row:?}");
+        }
+        plan(seen, known)
+    };
+    store.reconcile("node-1", limits, SeenKeys { keys: keys(), aliases: &aliases }, plan, context)
 }
 
 fn plan(seen: &[(Device, Verdict)], known: &[Record]) -> Vec<Change> {

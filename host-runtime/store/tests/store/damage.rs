@@ -7,6 +7,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use tempfile::TempDir;
+use virt_usb_model::Aliases;
 use virt_usb_store::claim::Claimed;
 use virt_usb_store::flaps::Limits;
 use virt_usb_store::{Durability, FILE_NAME, SCHEMA, Store, StoreError};
@@ -132,7 +133,9 @@ fn damaged() {
         let tried = hook(dir.path()).and_then(|mut store| claim(&mut store, 2, ANY).map(drop));
         check!(tried, StoreError::Corrupt { .. }, "is damaged", advice);
         let created = Store::create(dir.path(), PATIENCE).and_then(|mut store| {
-            store.reconcile("node-1", &Limits::default(), |_| vec![], &boot(1)).map(drop)
+            store
+                .reconcile("node-1", &Limits::default(), nothing(&Aliases::default()), |_| vec![], &boot(1))
+                .map(drop)
         });
         check!(created, StoreError::Corrupt { .. }, "is damaged", advice);
         let now = fs::read(&path).unwrap();

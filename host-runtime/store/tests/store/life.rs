@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use virt_usb_model::{BusAddress, DeviceId, DevicePath, PortPath, Reason};
+use virt_usb_model::{Aliases, BusAddress, DeviceId, DevicePath, PortPath, Reason};
 use virt_usb_store::adopt::{Adoption, Holding, Stage};
 use virt_usb_store::claim::{Claimed, Granted, Judge, Standing, Verified, Want, Why};
 use virt_usb_store::discover::Change;
@@ -289,8 +289,15 @@ fn looking_again_without_news_is_no_change() {
     assert_eq!(scan(&mut store, &seen, &boot(1)).unwrap(), []);
     assert_eq!(store.hosts().unwrap()[0].revision, revision);
     scan(&mut store, &[], &boot(1)).unwrap();
-    let gone =
-        store.reconcile("node-1", &Limits::default(), |_| vec![Change::Gone(id(1))], &boot(1)).unwrap();
+    let gone = store
+        .reconcile(
+            "node-1",
+            &Limits::default(),
+            nothing(&Aliases::default()),
+            |_| vec![Change::Gone(id(1))],
+            &boot(1),
+        )
+        .unwrap();
     assert_eq!(gone, [], "gone already");
     let events: Vec<_> = store.events(&Filter::default()).unwrap().into_iter().map(|e| e.event).collect();
     assert_eq!(events, ["added", "removed"]);
@@ -378,7 +385,8 @@ fn a_migration_learns_from_the_audit_what_was_in_a_guest() {
     let sql = "INSERT INTO events (at, event, instance_uuid, device_id, actor) VALUES ('2020-01-01T00:00:00.000Z', 'allocated', ?1, 3, 'x')";
     old.execute(sql, [instance(3).to_string()]).unwrap();
     old.execute_batch(
-        "ALTER TABLE claims DROP COLUMN seen_in_guest; ALTER TABLE claims DROP COLUMN by_hand;
+        "DROP INDEX usb_devices_gone_serial; DROP INDEX usb_devices_gone_kind;
+         ALTER TABLE claims DROP COLUMN seen_in_guest; ALTER TABLE claims DROP COLUMN by_hand;
          ALTER TABLE claims DROP COLUMN incoming_since; ALTER TABLE claims DROP COLUMN unsure;
          ALTER TABLE claims DROP COLUMN generation; ALTER TABLE usb_devices DROP COLUMN generation; ALTER TABLE compute_nodes DROP COLUMN audit_time;
          ALTER TABLE compute_nodes DROP COLUMN scanned_uptime; ALTER TABLE compute_nodes DROP COLUMN whitelist;
