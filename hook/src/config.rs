@@ -179,6 +179,8 @@ pub struct Config {
     pub log: Log,
     /// Audit events older than this many days are pruned by `discover`; 0 keeps them for ever.
     pub events_keep_days: u32,
+    /// For how long a device is remembered that is away and that nobody ever held, in days; 0: for ever.
+    pub forget_after_days: u32,
     /// Where the agent and the command line find libvirt.
     pub libvirt_uri: String,
     /// How often the agent looks at everything, whatever events there were.
@@ -225,6 +227,7 @@ impl Default for Config {
             migration: MigrationPolicy::default(),
             log: Log::default(),
             events_keep_days: 365,
+            forget_after_days: 90,
             libvirt_uri: "qemu:///system".into(),
             scan_interval: Duration::from_secs(60),
             absent_grace: Duration::from_secs(10),
@@ -359,6 +362,7 @@ impl Config {
             migration: raw.migration,
             log: log(raw.log.as_deref())?,
             events_keep_days: raw.events_keep_days.unwrap_or(default.events_keep_days),
+            forget_after_days: raw.forget_after_days.unwrap_or(default.forget_after_days),
             libvirt_uri: libvirt_uri(raw.libvirt_uri, default.libvirt_uri)?,
             scan_interval: seconds("scan_interval", raw.scan_interval, default.scan_interval)?,
             absent_grace: seconds("absent_grace", raw.absent_grace, default.absent_grace)?,
@@ -443,6 +447,7 @@ struct Raw {
     migration: MigrationPolicy,
     log: Option<String>,
     events_keep_days: Option<u32>,
+    forget_after_days: Option<u32>,
     #[serde(default)]
     usb_aliases: Vec<Vec<String>>,
     flap_limit: Option<u64>,
@@ -484,6 +489,7 @@ const KEYS: &[&str] = &[
     "migration",
     "log",
     "events_keep_days",
+    "forget_after_days",
     "libvirt_uri",
     "scan_interval",
     "absent_grace",

@@ -80,7 +80,9 @@ CREATE TABLE usb_devices (
     -- the socket, whatever the bus numbers are, as udev's ID_PATH_WITH_USB_REVISION; NULL: not known
     path            varchar(255),
     -- tells one stay of the device in its port from the next: the inode of its sysfs folder; NULL: not known
-    generation      int
+    generation      int,
+    -- 1: an instance has held the device
+    was_held        int NOT NULL DEFAULT 0
 );
 CREATE INDEX usb_devices_compute_node ON usb_devices (compute_node_id);
 CREATE INDEX usb_devices_instance ON usb_devices (instance_uuid) WHERE instance_uuid IS NOT NULL;

@@ -361,6 +361,21 @@ impl Devices {
         if let Err(e) = pruned {
             tracing::warn!("old events cannot be removed: {e}");
         }
+        let config = self.rules.now();
+        if config.forget_after_days == 0 {
+            return;
+        }
+        self.store.restart_patience();
+        let context = machine::context(&config, ACTOR).map_err(|e| e.to_string());
+        let forget =
+            |context| self.store.forget_old(config.forget_after_days, &context).map_err(|e| e.to_string());
+        match context.and_then(forget) {
+            Ok(0) => {}
+            Ok(count) => {
+                tracing::info!("{count} devices that were away for long, and that nobody held, are forgotten");
+            }
+            Err(e) => tracing::warn!("devices that are gone cannot be forgotten: {e}"),
+        }
     }
 }
 

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use axum::Json;
 use axum::extract::{OriginalUri, State};
+use axum::http::StatusCode;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use utoipa::{IntoParams, ToSchema};
@@ -12,6 +13,7 @@ use virt_usb_model::flavor::{MAX_TAGS, Tag};
 use virt_usb_model::{DeviceId, InstanceId, ParseError, ProductId, Status, VendorId, clean_text};
 use virt_usb_store::Record;
 use virt_usb_store::aside::Wished;
+use virt_usb_store::forget::Forgotten;
 
 use super::Api;
 use super::asked::DeviceActionRequest;
@@ -270,12 +272,7 @@ pub(super) async fn change(
     change: Change,
 ) -> Result<UsbDevice, Fault> {
     let (id, _) = api.device(caller, Call::ChangeDevice, &name)?;
-    if let Some(other) = api.inventory.now()?.elsewhere(id) {
-        return Err(Fault::conflict(format!(
-            "USB device {id} is on host {}: it is changed by that host's API.",
-            other.name
-        )));
-    }
+    refuse_elsewhere(api, id)?;
     let (actor, told) = (caller.clone(), name.clone());
     api.blocking(move |api| {
         let mut store = api.store()?;
@@ -309,4 +306,41 @@ pub(super) async fn change(
     })
     .await?;
     Ok(api.device(caller, Call::LookAt, &name)?.1)
+}
+
+/// Forget a device that is not plugged in: for administrators
+///
+/// If it comes back it is another device, with another id.
+#[utoipa::path(delete, path = "/os-usb-devices/{usb_device_id}", tag = "devices", operation_id = "forget_usb_device",
+    params(("usb_device_id" = u64, Path, description = "The device's id")),
+    responses((status = 204, description = "It is forgotten")))]
+pub(super) async fn forget(
+    State(api): State<Arc<Api>>,
+    Asks(caller): Asks,
+    Named(DeviceName { usb_device_id: name }): Named<DeviceName>,
+) -> Result<StatusCode, Fault> {
+    let (id, _) = api.device(&caller, Call::ChangeDevice, &name)?;
+    refuse_elsewhere(&api, id)?;
+    let forgotten = api.blocking(move |api| Ok(api.store()?.forget(id, &api.context(&caller)?)?)).await?;
+    match forgotten {
+        Forgotten::Done(_) => Ok(StatusCode::NO_CONTENT),
+        Forgotten::Unknown => Err(missing(&name)),
+        Forgotten::Here(_) => Err(Fault::conflict(format!(
+            "USB device {id} is plugged in or in use: only a device that is gone can be forgotten."
+        ))),
+        Forgotten::Named(_, what) => {
+            Err(Fault::conflict(format!("USB device {id} is named by its id in {what}: change that first.")))
+        }
+    }
+}
+
+/// A device is changed where it is plugged in.
+fn refuse_elsewhere(api: &Api, id: DeviceId) -> Result<(), Fault> {
+    match api.inventory.now()?.elsewhere(id) {
+        Some(other) => Err(Fault::conflict(format!(
+            "USB device {id} is on host {}: it is changed by that host's API.",
+            other.name
+        ))),
+        None => Ok(()),
+    }
 }

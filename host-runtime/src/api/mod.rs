@@ -229,7 +229,7 @@ fn router(api: Arc<Api>) -> Router {
         .route("/servers/{server_id}/os-usb-devices", get(servers::show))
         .route("/servers/{server_id}/os-usb-events", get(events::of_server))
         .route("/os-usb-devices", get(devices::list))
-        .route("/os-usb-devices/{usb_device_id}", get(devices::show))
+        .route("/os-usb-devices/{usb_device_id}", get(devices::show).delete(devices::forget))
         .route("/os-usb-devices/{usb_device_id}/action", post(devices::act))
         .route("/os-usb-devices/{usb_device_id}/events", get(events::of_device))
         .route("/os-usb-claims", get(claims::list))

@@ -30,6 +30,7 @@ use super::{asked, claims, devices, events, flavors, grants, hypervisors, server
         devices::list,
         devices::show,
         devices::act,
+        devices::forget,
         events::of_device,
         events::list,
         claims::list,

@@ -128,6 +128,12 @@ pub(super) enum Verb {
         #[arg(long, value_name = "TEXT")]
         reason: Option<String>,
     },
+    /// Forget a device that is not plugged in: if it comes back it is another one, with another id
+    Forget {
+        /// The device's id
+        #[arg(value_name = "DEVICE")]
+        device: DeviceId,
+    },
     /// Show the devices that are set aside after a use, or because they come and go too often
     Quarantine {
         #[command(subcommand)]

@@ -9,6 +9,7 @@ use virt_usb_hook::message;
 use virt_usb_model::DeviceId;
 use virt_usb_model::flavor::{MAX_TAGS, Tag};
 use virt_usb_store::aside::Wished;
+use virt_usb_store::forget::Forgotten;
 use virt_usb_store::{Context, Record, Store};
 
 use super::Session;
@@ -25,6 +26,34 @@ fn open(session: &Session, doing: &str) -> anyhow::Result<(Store, Context)> {
     let config = session.config()?;
     let context = session.context(&config, doing)?;
     Ok((session.store()?, context))
+}
+
+/// Forgets a device that is not plugged in.
+pub(super) fn forget(session: &Session, device: DeviceId) -> anyhow::Result<ExitCode> {
+    let forgotten = match session.remote()? {
+        Some(api) => api.forget(device)?,
+        None => {
+            let (mut store, context) = open(session, "forget")?;
+            store.forget(device, &context)?
+        }
+    };
+    let record = match &forgotten {
+        Forgotten::Done(record) => record,
+        Forgotten::Unknown => {
+            bail!("there is no device {device}: 'virt-usb devices --all' shows all that are known")
+        }
+        Forgotten::Here(record) => bail!(
+            "{} is plugged in or held: only a device that is gone can be forgotten; 'virt-usb disable {device}' offers it no more",
+            message::device(record)
+        ),
+        Forgotten::Named(record, what) => {
+            bail!("{} is named by its id in {what}: change that first", message::device(record))
+        }
+    };
+    session.out.show(&json!({ "forgotten": record }), || {
+        format!("{} is forgotten: if it comes back it has another id", message::device(record))
+    })?;
+    Ok(ExitCode::SUCCESS)
 }
 
 /// Says what has become of it: `now` is what it is now.

@@ -77,6 +77,9 @@ pub(super) fn discover(session: &Session, options: &Discover) -> anyhow::Result<
     if config.events_keep_days > 0 {
         store.prune_events(config.events_keep_days)?;
     }
+    if config.forget_after_days > 0 {
+        store.forget_old(config.forget_after_days, &context)?;
+    }
     store.fold_wal()?;
     let failed = snapshot.failed();
     let found = Discovered {

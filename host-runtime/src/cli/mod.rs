@@ -83,6 +83,7 @@ const fn is_change(verb: &Verb) -> bool {
             | Verb::Detach(_)
             | Verb::Enable { .. }
             | Verb::Disable { .. }
+            | Verb::Forget { .. }
             | Verb::Quarantine { verb: Some(QuarantineVerb::Clear { .. }) }
             | Verb::Tag(_)
             | Verb::Untag(_)
@@ -113,6 +114,7 @@ fn dispatch(session: &Session, verb: Verb) -> anyhow::Result<ExitCode> {
         Verb::Detach(device) => guests::detach(session, &device),
         Verb::Enable { device } => aside::enable(session, device),
         Verb::Disable { device, reason } => aside::disable(session, device, reason.as_deref()),
+        Verb::Forget { device } => aside::forget(session, device),
         Verb::Quarantine { verb: None | Some(QuarantineVerb::List) } => aside::list(session),
         Verb::Quarantine { verb: Some(QuarantineVerb::Clear { device }) } => aside::clear(session, device),
         Verb::Tag(tags) => aside::tag(session, tags.device, &tags.tags, true),
@@ -181,6 +183,7 @@ const fn is_local(verb: &Verb) -> bool {
         | Verb::Detach(_)
         | Verb::Enable { .. }
         | Verb::Disable { .. }
+        | Verb::Forget { .. }
         | Verb::Quarantine { .. }
         | Verb::Tag(_)
         | Verb::Untag(_)

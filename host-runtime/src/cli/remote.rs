@@ -12,6 +12,7 @@ use virt_usb_model::host::{self, HostDocument};
 use virt_usb_model::{DeviceId, DeviceRequest, Flavor, Grant, InstanceId, ProjectId};
 use virt_usb_store::aside::Wished;
 use virt_usb_store::events::EventRow;
+use virt_usb_store::forget::Forgotten;
 use virt_usb_store::maintain::HostRow;
 use virt_usb_store::problems::Problem;
 use virt_usb_store::{ClaimRow, Owner, Record, StoredFlavor, StoredGrant};
@@ -239,6 +240,18 @@ impl Remote {
         let answer = self.ask("POST", &format!("{path}/action"), Some(action))??;
         let now = Box::new(record(&answer["usb_device"])?);
         Ok(if is_so(&was) { Wished::Already(now) } else { Wished::Done(now) })
+    }
+
+    /// Forgets a device that is gone.
+    pub(super) fn forget(&self, device: DeviceId) -> anyhow::Result<Forgotten> {
+        let path = format!("os-usb-devices/{device}");
+        let was = match self.ask("GET", &path, None)? {
+            Ok(answer) => record(&answer["usb_device"])?,
+            Err(refused) if refused.status == StatusCode::NOT_FOUND => return Ok(Forgotten::Unknown),
+            Err(refused) => return Err(refused.into()),
+        };
+        self.ask("DELETE", &path, None)??;
+        Ok(Forgotten::Done(Box::new(was)))
     }
 
     /// The server of that UUID, or of that name.

@@ -12,3 +12,6 @@ ALTER TABLE claims ADD COLUMN generation int;
 -- Devices that are gone are found by what would make them known again, however many there are.
 CREATE INDEX usb_devices_gone_serial ON usb_devices (serial) WHERE deleted <> 0;
 CREATE INDEX usb_devices_gone_kind ON usb_devices (vendor_id, product_id, serial_kind) WHERE deleted <> 0;
+-- 1: an instance has held the device. The audit of an existing inventory knows, as far as it goes.
+ALTER TABLE usb_devices ADD COLUMN was_held int NOT NULL DEFAULT 0;
+UPDATE usb_devices SET was_held = 1 WHERE instance_uuid IS NOT NULL OR id IN (SELECT device_id FROM events WHERE instance_uuid IS NOT NULL);

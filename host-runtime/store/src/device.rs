@@ -414,7 +414,7 @@ pub(crate) fn write_state(
     instance: Option<&str>,
 ) -> Sql<()> {
     tx.prepare_cached(&format!(
-        "UPDATE usb_devices SET status = ?2, status_reason = ?3, instance_uuid = ?4, deleted = iif(?5, id, 0),
+        "UPDATE usb_devices SET status = ?2, status_reason = ?3, instance_uuid = ?4, was_held = was_held OR ?4 IS NOT NULL, deleted = iif(?5, id, 0),
          deleted_at = iif(?5, coalesce(deleted_at, {NOW}), NULL), updated_at = {NOW}, revision = (SELECT max(revision) FROM compute_nodes)
          WHERE id = ?1"
     ))?

@@ -11,6 +11,7 @@
 //! | [`give_back`] | confirms, gives back, voids |
 //! | [`adopt`] | takes over what a domain's own XML already holds |
 //! | [`discover`] | brings the rows in line with what is plugged in |
+//! | [`forget`] | removes rows of devices that are gone for good |
 //! | `flavors`, `grants`, `assignments`, `owners`, [`events`], [`problems`] | the other tables |
 //! | [`maintain`] | check, backup, prune |
 //! | [`watch`] | what there is at one moment, and whether it has changed since |
@@ -21,7 +22,8 @@
 //! Invariants, each held by one piece of code:
 //! - `usb_devices.status`, `status_reason`, `instance_uuid` and `deleted` are derived, in `device::refresh`, and written by `device::write_state` alone.
 //! - A device has at most one claim: `claims.device_id` is unique.
-//! - An id is never used again: rows of devices that went are kept, marked deleted, and come back with their device.
+//! - An id is never used again: rows of devices that went are kept, marked deleted, and come back with their device, until they are
+//!   forgotten ([`forget`]).
 //! - A hint is never missing for a row that is there: see [`hints`].
 //! - Root touches nothing in `state_dir`: the connection is reached through `Store::conn` alone,
 //!   which makes the thread the folder's owner (see [`user`]).
@@ -38,6 +40,7 @@ pub mod events;
 mod files;
 pub mod flaps;
 mod flavors;
+pub mod forget;
 pub mod give_back;
 mod grant;
 mod grants;

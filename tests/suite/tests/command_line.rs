@@ -159,6 +159,24 @@ fn whitelist_check_names_the_rule_for_each_device() {
 }
 
 #[test]
+fn a_device_that_is_gone_is_forgotten() {
+    let host = Host::new("");
+    host.discover(&two_keys());
+    let refused = fails(&host, &["forget", "1"]);
+    assert!(refused.contains("device 1") && refused.contains("is plugged in or held"), "{refused}");
+    host.discover("");
+    ok(&host.virt_usb(&["flavor", "set", "erp", r#"{"usb_devices":[{"id":2}]}"#]));
+    let named = fails(&host, &["forget", "2"]);
+    assert!(named.contains("is named by its id in the flavor erp: change that first"), "{named}");
+    assert!(
+        ok(&host.virt_usb(&["forget", "1"])).contains("is forgotten: if it comes back it has another id")
+    );
+    assert!(fails(&host, &["forget", "1"]).contains("there is no device 1"));
+    let events = json(&host, &["events", "--device", "1"]);
+    assert!(events.as_array().unwrap().iter().any(|e| e["event"] == "forgotten"), "{events}");
+}
+
+#[test]
 fn an_operator_sets_devices_aside_and_gives_them_tags() {
     let host = Host::new("usb_passthrough_whitelist = [{ serial = 'A', tags = ['erp'] }]\n");
     host.discover(&two_keys());

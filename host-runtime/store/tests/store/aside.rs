@@ -1,12 +1,13 @@
 //! Devices that are set aside whatever the rules say, and what an operator says of them.
 
-use virt_usb_model::{Descriptors, Device, DeviceId, Verdict};
+use virt_usb_model::{Descriptors, Device, DeviceId, Flavor, Verdict};
 use virt_usb_store::adopt::{Adoption, Holding, Stage};
 use virt_usb_store::aside::Wished;
 use virt_usb_store::claim::Claimed;
 use virt_usb_store::discover::Done;
 use virt_usb_store::events::Filter;
 use virt_usb_store::flaps::Limits;
+use virt_usb_store::forget::Forgotten;
 use virt_usb_store::give_back::{Extent, Witness};
 use virt_usb_store::{Record, Store};
 
@@ -254,4 +255,52 @@ fn an_operators_tags_stand_beside_those_of_the_rules() {
     assert!(claimed(&mut store, 1, r#"{"tags":["blue"]}"#).is_err());
     claimed(&mut store, 1, r#"{"tags":["erp"]}"#).unwrap();
     assert_sound(&store);
+}
+
+#[test]
+fn what_is_gone_for_good_is_forgotten() {
+    let (dir, mut store) = inventory();
+    let keys: Vec<_> =
+        (1..=6).map(|n| (device(n, Some(&format!("S{n}")), &format!("1-{n}"), 10), offered())).collect();
+    scan(&mut store, &keys, &boot(1)).unwrap();
+    let id = |n| DeviceId::new(n).unwrap();
+    claim(&mut store, 1, r#"{"id":1}"#).unwrap();
+    store.release(instance(1), Extent::Gone, "over", &boot(1)).unwrap();
+    store.set_disabled(id(2), Some("no"), &boot(1)).unwrap();
+    store.set_flavor("erp", &Flavor::parse(r#"{"usb_devices":[{"id":3}]}"#).unwrap(), &boot(1)).unwrap();
+    // It is still there.
+    assert!(matches!(store.forget(id(4), &boot(1)).unwrap(), Forgotten::Here(_)));
+    scan(&mut store, &keys[5..], &boot(1)).unwrap();
+    assert_eq!(store.forget_old(30, &boot(1)).unwrap(), 0, "none is away for long");
+    raw(dir.path())
+        .execute_batch("UPDATE usb_devices SET deleted_at = '2020-01-01T00:00:00.000Z' WHERE deleted <> 0")
+        .unwrap();
+    assert_eq!(store.forget_old(30, &boot(1)).unwrap(), 2);
+    let left = |store: &Store| -> Vec<u64> {
+        store.all_devices().unwrap().iter().map(|r| r.entry.id.get()).collect()
+    };
+    assert_eq!(left(&store), [1, 2, 3, 6], "held once, disabled, named by a flavor, plugged in");
+    let Forgotten::Named(_, what) = store.forget(id(3), &boot(1)).unwrap() else { panic!() };
+    assert_eq!(what, "the flavor erp");
+    for known in [1, 2] {
+        assert!(matches!(store.forget(id(known), &boot(1)).unwrap(), Forgotten::Done(_)));
+    }
+    assert_eq!(store.forget(id(1), &boot(1)).unwrap(), Forgotten::Unknown);
+    assert_eq!(left(&store), [3, 6]);
+    // Back again it is another one.
+    scan(&mut store, &[keys[0].clone(), keys[5].clone()], &boot(1)).unwrap();
+    assert_eq!(left(&store), [3, 6, 7]);
+    assert_sound(&store);
+}
+
+#[test]
+fn a_device_with_another_serial_at_each_plug_does_not_fill_the_inventory() {
+    let (_dir, mut store) = inventory();
+    for n in 0..100 {
+        scan(&mut store, &[(device(1, Some(&format!("R{n}")), "1-1", 10), offered())], &boot(1)).unwrap();
+    }
+    assert_eq!(store.all_devices().unwrap().len(), 100);
+    assert_eq!(store.forget_old(90, &boot(1)).unwrap(), 67);
+    let kept = store.all_devices().unwrap();
+    assert_eq!((kept.len(), kept[0].entry.id.get()), (33, 68), "the newest, and the one that is there");
 }

@@ -388,7 +388,7 @@ fn a_migration_learns_from_the_audit_what_was_in_a_guest() {
         "DROP INDEX usb_devices_gone_serial; DROP INDEX usb_devices_gone_kind;
          ALTER TABLE claims DROP COLUMN seen_in_guest; ALTER TABLE claims DROP COLUMN by_hand;
          ALTER TABLE claims DROP COLUMN incoming_since; ALTER TABLE claims DROP COLUMN unsure;
-         ALTER TABLE claims DROP COLUMN generation; ALTER TABLE usb_devices DROP COLUMN generation; ALTER TABLE compute_nodes DROP COLUMN audit_time;
+         ALTER TABLE claims DROP COLUMN generation; ALTER TABLE usb_devices DROP COLUMN generation; ALTER TABLE usb_devices DROP COLUMN was_held; ALTER TABLE compute_nodes DROP COLUMN audit_time;
          ALTER TABLE compute_nodes DROP COLUMN scanned_uptime; ALTER TABLE compute_nodes DROP COLUMN whitelist;
          ALTER TABLE compute_nodes DROP COLUMN scanned_boot; ALTER TABLE compute_nodes DROP COLUMN libvirt; PRAGMA user_version = 7",
     )
