@@ -8,7 +8,9 @@
 use std::cmp::Reverse;
 use std::fmt::Display;
 use std::fs::Metadata;
+use std::net::TcpStream;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
@@ -16,7 +18,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 use virt_usb_domxml::Domain;
-use virt_usb_hook::config::Config;
+use virt_usb_hook::config::{self, Config};
 use virt_usb_hook::guest::{Delivery, NO_SPICE, missing_redirdevs, port_speeds, room};
 use virt_usb_hook::machine::{self, Agent};
 use virt_usb_hook::rules;
@@ -40,6 +42,8 @@ const DB_SIZE: i64 = 1600 << 20;
 const VERSION: &str = env!("CARGO_PKG_VERSION");
 /// How long the doctor waits for the store's lock.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// So many problems of guests are shown.
+const PROBLEMS: usize = 10;
 
 /// How bad a finding is. The order is that of badness.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -77,15 +81,20 @@ pub struct Places {
     pub run: PathBuf,
 }
 
-/// Looks at everything; what can be asked of libvirt only while it answers is left out where it does not.
-pub fn examine(places: &Places) -> Vec<Finding> {
-    let mut report = Report::default();
+/// Looks at everything; what can be asked of libvirt only while it answers is left out where it does not. `tell` is given each
+/// finding as it is made: some checks wait for others' answers.
+pub fn examine(places: &Places, tell: &mut dyn FnMut(&Finding)) -> Vec<Finding> {
+    let mut report = Report { findings: Vec::new(), tell };
     report.hook(places);
-    let Some(config) = report.config(places) else { return report.0 };
+    let Some(config) = report.config(places) else { return report.findings };
     report.confinement(places, &config);
     report.agent(places, &config);
     report.machine(&config);
+    report.metrics(&config);
     let store = report.store(places, &config);
+    if let Some(store) = &store {
+        report.problems(store);
+    }
     report.fleet(&config, store.as_ref());
     report.tokens(&config);
     report.keystone(&config);
@@ -93,25 +102,75 @@ pub fn examine(places: &Places) -> Vec<Finding> {
     if let Some(store) = &store {
         report.devices(&config, store);
     }
-    report.0
+    report.findings
 }
 
-#[derive(Default)]
-struct Report(Vec<Finding>);
+struct Report<'a> {
+    findings: Vec<Finding>,
+    tell: &'a mut dyn FnMut(&Finding),
+}
 
-impl Report {
+impl Report<'_> {
+    fn add(&mut self, finding: Finding) {
+        (self.tell)(&finding);
+        self.findings.push(finding);
+    }
+
     fn well(&mut self, check: &'static str, what: impl Display) {
-        self.0.push(Finding { check, level: Level::Well, what: what.to_string(), mend: None });
+        self.add(Finding { check, level: Level::Well, what: what.to_string(), mend: None });
     }
 
     fn warn(&mut self, check: &'static str, what: impl Display, mend: impl Display) {
         let mend = Some(mend.to_string());
-        self.0.push(Finding { check, level: Level::Warning, what: what.to_string(), mend });
+        self.add(Finding { check, level: Level::Warning, what: what.to_string(), mend });
     }
 
     fn broken(&mut self, check: &'static str, what: impl Display, mend: impl Display) {
         let mend = Some(mend.to_string());
-        self.0.push(Finding { check, level: Level::Broken, what: what.to_string(), mend });
+        self.add(Finding { check, level: Level::Broken, what: what.to_string(), mend });
+    }
+
+    /// What stands between guests and what they are to have, as the agent has noted it.
+    fn problems(&mut self, store: &Store) {
+        match store.problems() {
+            Ok(problems) => {
+                for problem in problems.iter().take(PROBLEMS) {
+                    let what = format!("{}: {}: {}", problem.domain, problem.about, problem.what);
+                    self.warn("problems", what, "what is said above; 'virt-usb claims' shows it too");
+                }
+                if let Some(more) = problems.len().checked_sub(PROBLEMS).filter(|more| *more > 0) {
+                    self.warn("problems", format!("{more} more"), "'virt-usb claims' shows all");
+                }
+            }
+            Err(e) => self.broken("problems", e, "'virt-usb store check' says more"),
+        }
+    }
+
+    /// Whether the agent's metrics can be read where they are to be served.
+    fn metrics(&mut self, config: &Config) {
+        let (place, connected) = match &config.metrics {
+            config::Metrics::Off => return,
+            config::Metrics::Tcp(address) => {
+                (address.to_string(), TcpStream::connect_timeout(address, PATIENCE).map(drop))
+            }
+            config::Metrics::Unix(path) => (path.display().to_string(), UnixStream::connect(path).map(drop)),
+        };
+        let is_alive = machine::agent(&config.state_dir) == Agent::Alive;
+        match connected {
+            Err(e) if is_alive => self.warn(
+                "metrics",
+                format!("nobody serves them at {place}: {e}"),
+                "'journalctl -u virt-usbd' says why; guests are served all the same",
+            ),
+            Ok(()) if is_alive => self.well("metrics", format!("they are served at {place}")),
+            Ok(()) => self.warn(
+                "metrics",
+                format!("another program listens at {place}"),
+                "another place in metrics, before the agent is started",
+            ),
+            // The agent's own finding.
+            Err(_) => {}
+        }
     }
 
     fn config(&mut self, places: &Places) -> Option<Config> {

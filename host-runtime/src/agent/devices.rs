@@ -372,7 +372,9 @@ impl Devices {
         match context.and_then(forget) {
             Ok(0) => {}
             Ok(count) => {
-                tracing::info!("{count} devices that were away for long, and that nobody held, are forgotten");
+                tracing::info!(
+                    "{count} devices that were away for long, and that nobody held, are forgotten"
+                );
             }
             Err(e) => tracing::warn!("devices that are gone cannot be forgotten: {e}"),
         }

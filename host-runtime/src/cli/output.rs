@@ -28,6 +28,16 @@ impl Output {
         self.raw(format!("{}\n", shown.trim_end()).as_bytes())
     }
 
+    /// Lines for people, as they come; for programs nothing.
+    pub(super) fn line(&self, text: &str) -> anyhow::Result<()> {
+        if self.json { Ok(()) } else { self.raw(format!("{}\n", clean_lines(text).trim_end()).as_bytes()) }
+    }
+
+    /// All of it for programs; for people nothing, who were told line by line.
+    pub(super) fn json(&self, value: &impl Serialize) -> anyhow::Result<()> {
+        if self.json { self.show(value, String::new) } else { Ok(()) }
+    }
+
     pub(super) fn raw(&self, bytes: &[u8]) -> anyhow::Result<()> {
         let mut stdout = io::stdout().lock();
         stdout.write_all(bytes).and_then(|()| stdout.flush()).context("cannot write the answer")

@@ -37,13 +37,21 @@ pub(super) fn backup(session: &Session, file: &Path) -> anyhow::Result<ExitCode>
 }
 
 pub(super) fn doctor(session: &Session, all: bool, hooks: PathBuf, run: PathBuf) -> anyhow::Result<ExitCode> {
-    let findings = examine(&Places { config: session.config_file.clone(), hooks, run });
+    let places = Places { config: session.config_file.clone(), hooks, run };
+    let is_told = |finding: &Finding| all || finding.level != Level::Well;
+    // For people each as it is made: libvirt or etcd may keep the next one waiting.
+    let mut told = Ok(());
+    let findings = examine(&places, &mut |finding| {
+        if is_told(finding) && told.is_ok() {
+            told = session.out.line(&line(finding));
+        }
+    });
+    told?;
     let worst = findings.iter().map(|f| f.level).max().unwrap_or(Level::Well);
-    session.out.show(&findings, || {
-        let told = findings.iter().filter(|f| all || f.level != Level::Well).map(line);
-        let told: Vec<String> = told.collect();
-        if told.is_empty() { format!("all is well ({} checks)", findings.len()) } else { told.join("\n") }
-    })?;
+    if !findings.iter().any(is_told) {
+        session.out.line(&format!("all is well ({} checks)", findings.len()))?;
+    }
+    session.out.json(&findings)?;
     Ok(ExitCode::from(match worst {
         Level::Well => 0,
         Level::Warning => 1,

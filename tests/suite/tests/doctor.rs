@@ -286,3 +286,38 @@ fn a_libvirt_that_does_not_answer() {
     assert_eq!(plain.status.code(), Some(2));
     assert!(text.contains("BROKEN   libvirt: ") && text.contains("\n         -> "), "{text}");
 }
+
+#[test]
+fn open_problems_and_metrics_that_are_not_served_are_found() {
+    let patient = Patient::new();
+    patient.is_well("problems");
+    let context = virt_usb_hook::machine::context(&patient.host.config(), "test").unwrap();
+    let instance = "11111111-2222-4333-8444-555555555555".parse().unwrap();
+    let asker = patient.host.store().asker(instance, "erp", None).unwrap();
+    let what = "libvirt has not answered about erp for 30 s (attach)";
+    assert!(patient.host.store().note_problem(&asker, "libvirt", Some(what), &context).unwrap());
+    patient.finds("problems", &["warning", what]);
+    let keys = fs::read_to_string(patient.host.config_file()).unwrap();
+    let socket = patient.host.path("metrics.sock");
+    fs::write(patient.host.config_file(), format!("{keys}metrics = {socket:?}\n")).unwrap();
+    patient.finds("metrics", &["warning", "nobody serves them at"]);
+    let served = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+    patient.is_well("metrics");
+    drop(patient.agent);
+    drop(served);
+}
+
+#[test]
+fn findings_are_told_in_lines_as_they_are_made() {
+    let patient = Patient::new();
+    fs::remove_file(patient.host.path("hooks/qemu.d/50-virt-usb")).unwrap();
+    let (hooks, run) = (patient.host.path("hooks"), patient.host.path("run"));
+    let places = ["--hooks", hooks.to_str().unwrap(), "--run", run.to_str().unwrap()];
+    let told = patient.host.virt_usb(&[&["doctor", "--all"], &places[..]].concat());
+    let told = String::from_utf8(told.stdout).unwrap();
+    assert!(told.starts_with("BROKEN   hook: there is none at "), "{told}");
+    assert!(
+        told.contains("\n         -> install it")
+            && told.contains("\nwell     configuration: it can be read\n")
+    );
+}
