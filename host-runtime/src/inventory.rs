@@ -40,7 +40,8 @@ pub fn located(
     Ok(whitelist.at(|port| paths.get(port).cloned()))
 }
 
-/// Plans what brings the rows in line with the snapshot. `known` are all devices ever seen, those marked deleted too.
+/// Plans what brings the rows in line with the snapshot. `known` are the devices that are there or held, and of those gone
+/// all that may be among the seen (`SeenKeys`).
 ///
 /// A device is recognised by its key, and gets its id back however long it was gone. What the snapshot could not read is
 /// not taken for absent.

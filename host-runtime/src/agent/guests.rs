@@ -21,7 +21,7 @@ use super::devices::{Nudge, Pulse, Rules};
 use super::metrics::Metrics;
 use super::observe::View;
 use super::plan::{ABOUT_LIBVIRT, Gone};
-use super::work::{Found, Report, WorkError, Worker};
+use super::work::{Absence, Found, Report, WorkError, Worker, marks};
 use super::workers::{PLACE_TIME, Work, Workers};
 use super::{ACTOR, PATIENCE};
 use crate::hypervisor::{Event, Failure, Hypervisor as _, IMPATIENCE, Supervised, Unanswered};
@@ -40,6 +40,8 @@ const LIST_TIME: Duration = Duration::from_secs(2);
 pub(super) enum Signal {
     /// By libvirt.
     Hypervisor(Event),
+    /// libvirt has answered about a guest for which others did not wait.
+    Answered(InstanceId),
     /// The inventory's devices changed.
     Devices,
     /// By a worker: which libvirt it is.
@@ -52,9 +54,9 @@ pub(super) enum Signal {
     Stop,
 }
 
-/// How long an instance has been gone.
+/// Since when an instance has been gone.
 #[derive(Debug, Clone, PartialEq)]
-struct Absence {
+struct Missing {
     /// Its claims when that was first seen: any change begins anew.
     claims: Vec<(i64, i64)>,
     since: Instant,
@@ -75,6 +77,10 @@ struct Round {
     began: Instant,
     /// Whether it is not known yet which there are.
     listing: bool,
+    /// Whether all were listed, and something is known of each of them.
+    is_whole: bool,
+    /// Whether it has ended, but for a list that is still to come.
+    has_passed: bool,
     /// Those that were given to a worker in this round.
     asked: BTreeSet<InstanceId>,
     /// Those of them of whom nothing was heard yet.
@@ -94,15 +100,16 @@ pub(super) struct Guests {
     due: BTreeSet<InstanceId>,
     everybody: bool,
     round: Option<Round>,
-    /// Whether a worker is listing all guests.
+    /// Whether a worker is listing all guests, and whether it began before this round.
     listing: bool,
+    list_again: bool,
     /// Whether this libvirt is known to be the one that runs the guests, since it was connected to.
     trusted: bool,
     /// Which libvirt it is; none: it was not asked since.
     identity: Option<String>,
     /// The libvirt of which it was told that it is not the one.
     doubted: Option<String>,
-    absences: BTreeMap<InstanceId, Absence>,
+    absences: BTreeMap<InstanceId, Missing>,
     retries: BTreeMap<(InstanceId, String), Retry>,
     /// Looks that were promised.
     promised: BTreeMap<InstanceId, Instant>,
@@ -125,7 +132,7 @@ enum Job {
     /// Which guests there are.
     List,
     /// Look at one, and do what is to be done.
-    Converge { instance: InstanceId, gone: Gone, blocked: BTreeSet<String> },
+    Converge { instance: InstanceId, absence: Absence, blocked: BTreeSet<String> },
 }
 
 impl Guests {
@@ -155,8 +162,8 @@ impl Guests {
                         }
                         Signal::Listed(hypervisor.all())
                     }
-                    Job::Converge { instance, gone, blocked } => {
-                        Signal::Done(instance, worker.converge(instance, gone, &blocked))
+                    Job::Converge { instance, absence, blocked } => {
+                        Signal::Done(instance, worker.converge(instance, &absence, &blocked))
                     }
                 };
                 // The guests' thread may have ended.
@@ -175,6 +182,7 @@ impl Guests {
             everybody: true,
             round: None,
             listing: false,
+            list_again: false,
             trusted: false,
             identity: None,
             doubted: None,
@@ -247,6 +255,8 @@ impl Guests {
                 tracing::info!("connected to libvirt");
                 self.metrics.connected(true);
                 self.everybody = true;
+                // What was absent from another connection is looked at anew.
+                self.absences.clear();
                 (self.trusted, self.identity) = (false, None);
             }
             Signal::Hypervisor(Event::Lost(why)) => {
@@ -258,6 +268,7 @@ impl Guests {
                 self.forget_retries(instance);
                 self.due.insert(instance);
             }
+            Signal::Answered(instance) => drop(self.due.insert(instance)),
             Signal::Devices => {
                 // What failed for want of a device may go now; what goes on failing is tried less and less often all the same.
                 let now = Instant::now();
@@ -282,14 +293,21 @@ impl Guests {
         let (failed, blocked) = match done {
             Ok(report) => {
                 self.errors.remove(&instance);
+                if report.later {
+                    self.promise(instance);
+                }
                 if let Err(e) = self.found(instance, report.found) {
                     tracing::error!(%instance, "instance {instance}: {e}; it is looked at again");
                     self.promised.insert(instance, Instant::now() + SECOND);
                 }
                 (report.failed, report.blocked)
             }
-            // When libvirt is back everybody is looked at; when it has answered, this one.
-            Err(WorkError::Hypervisor(Failure::Away(_) | Failure::Silent(_))) => return,
+            // When libvirt is back everybody is looked at; when it has answered, this one. One connection of several may be away.
+            Err(WorkError::Hypervisor(Failure::Away(_) | Failure::Silent(_))) => {
+                self.miss();
+                self.promise(instance);
+                return;
+            }
             Err(e) => {
                 let why = e.to_string();
                 // Once, until it is another reason.
@@ -299,8 +317,9 @@ impl Guests {
                 }
                 // Nothing is known about it.
                 self.absences.remove(&instance);
+                self.miss();
                 if matches!(e, WorkError::Hypervisor(_) | WorkError::Xml(_)) {
-                    self.promised.insert(instance, Instant::now() + self.rules.now().recheck_delay);
+                    self.promise(instance);
                     return;
                 }
                 (BTreeSet::from([String::new()]), BTreeSet::new())
@@ -312,6 +331,18 @@ impl Guests {
             let wait =
                 self.retries.get(&(instance, about.clone())).map_or(SHORTEST, |r| (r.wait * 2).min(LONGEST));
             self.retries.insert((instance, about), Retry { at: Some(Instant::now() + wait), wait });
+        }
+    }
+
+    /// It is looked at again, whatever events there are.
+    fn promise(&mut self, instance: InstanceId) {
+        self.promised.insert(instance, Instant::now() + self.rules.now().recheck_delay);
+    }
+
+    /// Not everybody is known after this round.
+    const fn miss(&mut self) {
+        if let Some(round) = &mut self.round {
+            round.is_whole = false;
         }
     }
 
@@ -347,6 +378,12 @@ impl Guests {
     /// A worker has listed all guests, or could not.
     fn listed(&mut self, listed: Result<Vec<InstanceId>, Failure>) {
         self.listing = false;
+        if std::mem::take(&mut self.list_again) {
+            // It may be of a connection before this one.
+            self.listing = true;
+            self.workers.push(Job::List);
+            return;
+        }
         let all = match listed {
             Ok(all) => {
                 self.compare_libvirt(Some(&all));
@@ -359,6 +396,7 @@ impl Guests {
             }
             Err(e) => {
                 tracing::warn!("the guests cannot be listed: {e}; those that are known are looked at");
+                self.miss();
                 self.hypervisor.seen().into_iter().map(|known| known.instance).collect()
             }
         };
@@ -402,15 +440,16 @@ impl Guests {
             return Ok(true);
         }
         let Some(all) = all else { return Ok(false) };
-        let claims = self.store.claims()?;
-        let holders: BTreeSet<InstanceId> =
-            claims.iter().filter(|claim| !claim.pending).map(|claim| claim.instance_uuid).collect();
+        let holders = View::read(&self.store)?.instances();
         let knows_one = holders.iter().any(|holder| all.contains(holder));
+        // An inventory that does not know yet which libvirt it was has a process of one of them to go by.
+        let runs_elsewhere = || holders.iter().any(|holder| self.hypervisor.process(*holder).is_some());
+        let before = before.or_else(|| runs_elsewhere().then(|| "not known which".to_owned()));
         if let Some(before) = before.filter(|_| !holders.is_empty() && !knows_one) {
             if self.doubted.as_deref() != Some(identity) {
                 tracing::error!(
-                    "this libvirt ({identity}) knows none of the {} guests that hold devices, which another one ran ({before}): nothing is freed. \
-                     Look at libvirt_uri; where it is right, 'virt-usb claims release' ends what those guests hold",
+                    "this libvirt ({identity}) knows none of the {} guests that hold devices, which another one ran ({before}), or that are to \
+                     have some: nothing is freed. Look at libvirt_uri; where it is right, 'virt-usb claims release --force' ends what such a guest holds",
                     holders.len()
                 );
                 self.doubted = Some(identity.to_owned());
@@ -445,8 +484,16 @@ impl Guests {
         self.absences.retain(|instance, _| view.knows(*instance));
         let asked = view.instances();
         self.due.extend(&asked);
-        self.round = Some(Round { began: Instant::now(), listing: true, open: asked.clone(), asked });
-        if !std::mem::replace(&mut self.listing, true) {
+        self.round = Some(Round {
+            began: Instant::now(),
+            listing: true,
+            is_whole: true,
+            has_passed: false,
+            open: asked.clone(),
+            asked,
+        });
+        self.list_again = std::mem::replace(&mut self.listing, true);
+        if !self.list_again {
             self.workers.push(Job::List);
         }
         Ok(())
@@ -459,8 +506,14 @@ impl Guests {
             return;
         }
         self.busy.insert(instance, false);
-        let (gone, blocked) = (self.gone(instance), self.blocked(instance));
-        self.workers.push(Job::Converge { instance, gone, blocked });
+        let absence = Absence {
+            gone: self.gone(instance),
+            claims: Some(
+                self.absences.get(&instance).map(|missing| missing.claims.clone()).unwrap_or_default(),
+            ),
+        };
+        let blocked = self.blocked(instance);
+        self.workers.push(Job::Converge { instance, absence, blocked });
     }
 
     /// What lasts too long is told of, and not waited for.
@@ -480,7 +533,8 @@ impl Guests {
         let Some(round) = &mut self.round else { return };
         // Those are heard of when they are.
         for call in &unanswered {
-            call.instance.map(|instance| round.open.remove(&instance));
+            let was_open = call.instance.is_some_and(|instance| round.open.remove(&instance));
+            round.is_whole &= !was_open;
         }
         if round.listing && round.began.elapsed() >= LIST_TIME {
             // The list comes when it comes: there is no knowing of whom else there is before.
@@ -493,26 +547,32 @@ impl Guests {
                 self.give(instance);
             }
         }
-        let Some(round) = &self.round else { return };
-        if round.open.is_empty() && !round.listing {
-            self.metrics.passed(round.began.elapsed());
-            // A list that did not come says nothing of whom there is.
-            if !self.listing && self.hypervisor.complete() {
-                // The devices' thread ends after this one.
-                let _ = self.devices.send(Nudge::Usb);
-            }
-            if !self.listing {
-                self.round = None;
-            }
+        let Some(round) = &mut self.round else { return };
+        if !round.open.is_empty() || round.listing {
+            return;
         }
+        if !std::mem::replace(&mut round.has_passed, true) {
+            self.metrics.passed(round.began.elapsed());
+        }
+        // A list that did not come says nothing of whom there is.
+        if self.listing {
+            return;
+        }
+        if round.is_whole && self.hypervisor.complete() {
+            // The devices' thread ends after this one.
+            let _ = self.devices.send(Nudge::Usb);
+        }
+        self.round = None;
     }
 
     /// Tells of calls without an answer: at once in the log, later as a problem of the guest.
     fn tell_of(&mut self, unanswered: &[Unanswered]) {
+        let is_same =
+            |one: &Unanswered, other: &Unanswered| (one.instance, one.since) == (other.instance, other.since);
         let patience = self.rules.now().libvirt_patience;
-        self.told.retain(|(call, _)| unanswered.contains(call));
+        self.told.retain(|(told, _)| unanswered.iter().any(|call| is_same(told, call)));
         for call in unanswered {
-            let known = self.told.iter().position(|(told, _)| told == call);
+            let known = self.told.iter().position(|(told, _)| is_same(told, call));
             let at = known.unwrap_or_else(|| {
                 self.told.push((*call, false));
                 self.told.len() - 1
@@ -569,8 +629,8 @@ impl Guests {
     /// An instance is not there: since when, and when to look again.
     fn absent(&mut self, instance: InstanceId, is_known: bool, view: &View) {
         let now = Instant::now();
-        let claims: Vec<(i64, i64)> = view.claims(instance).iter().map(|c| (c.id, c.revision)).collect();
-        let fresh = Absence { claims: claims.clone(), since: now, undefined: None };
+        let claims = marks(view.claims(instance));
+        let fresh = Missing { claims: claims.clone(), since: now, undefined: None };
         let absence = self.absences.entry(instance).or_insert(fresh);
         if absence.claims != claims {
             (absence.claims, absence.since) = (claims, now);

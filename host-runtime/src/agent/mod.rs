@@ -176,7 +176,7 @@ fn listeners(guests: &Sender<Signal>, devices: &Sender<Nudge>) -> Listeners {
     let (guests, devices) = (guests.clone(), devices.clone());
     Listeners {
         answered: Box::new(move |instance| {
-            drop(guests.send(Signal::Hypervisor(Event::Changed(instance))));
+            drop(guests.send(Signal::Answered(instance)));
         }),
         changed: Box::new(move |before, now| {
             if guest_uses::have_changed(before, now) {

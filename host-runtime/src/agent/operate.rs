@@ -15,8 +15,7 @@ use virt_usb_store::give_back::Extent;
 use virt_usb_store::problems::Problem;
 use virt_usb_store::{Assignment, ClaimRow, Given, Record, Source, StoreError, TooMany};
 
-use super::plan::Gone;
-use super::work::{Live, Report, WorkError, Worker};
+use super::work::{Absence, Live, Report, WorkError, Worker};
 use crate::hypervisor::{Failure, Libvirt, Started};
 
 /// What was asked for cannot be.
@@ -154,7 +153,7 @@ impl Worker {
 
     /// Brings what was claimed into the guest.
     fn bring(&mut self, instance: InstanceId, whom: &Asker, new: &[ClaimRow]) -> Result<(), OperateError> {
-        let report = self.converge(instance, Gone::default(), &BTreeSet::new())?;
+        let report = self.converge(instance, &Absence::default(), &BTreeSet::new())?;
         let claims = self.store.claims_of(instance)?;
         let now = |was: &ClaimRow| claims.iter().find(|c| c.id == was.id);
         if new.iter().all(|was| now(was).is_some_and(|c| c.state == "allocated" && !c.ending)) {
@@ -253,7 +252,7 @@ impl Worker {
             return Ok(());
         }
         let context = self.context()?;
-        let report = self.converge(instance, Gone::default(), &BTreeSet::new())?;
+        let report = self.converge(instance, &Absence::default(), &BTreeSet::new())?;
         let mut claims = self.store.claims_of(instance)?;
         // One that somebody has given back to the instance meanwhile stays.
         claims.retain(|c| c.ending && leaving.iter().any(|was| was.id == c.id));
@@ -265,10 +264,10 @@ impl Worker {
             let why = why.unwrap_or_else(|| "libvirt is busy with the guest".to_owned());
             return refused(format!("{} still has it: {why}; the agent goes on trying", whom.domain));
         }
-        if let Some(pid) = self.hypervisor.process(instance) {
+        if self.hypervisor.process(instance).is_some() {
             return refused(format!(
-                "{} still has it: its QEMU runs, process {pid}, and this libvirt ({}) does not know it",
-                whom.domain, self.config.libvirt_uri
+                "{} still has it: its QEMU runs on this host, and this libvirt does not know it",
+                whom.domain
             ));
         }
         // Its guest does not run: there is nothing to wait for.

@@ -15,7 +15,7 @@ use virt_usb_model::{DeviceId, InstanceId, SpeedMask};
 use virt_usb_store::adopt::Stage;
 use virt_usb_store::claim::{Asker, Granted, Judge, Verified};
 use virt_usb_store::give_back::{Extent, Witness};
-use virt_usb_store::{Context, Durability, Record, Store, StoreError};
+use virt_usb_store::{ClaimRow, Context, Durability, Record, Store, StoreError};
 
 use super::PATIENCE;
 use super::metrics::Metrics;
@@ -44,6 +44,20 @@ pub struct Worker {
     pub actor: String,
 }
 
+/// That a guest was gone at looks before.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Absence {
+    /// For how long.
+    pub gone: Gone,
+    /// What the instance held all that time, as [`marks`] has it; none: whatever it holds.
+    pub claims: Option<Vec<(i64, i64)>>,
+}
+
+/// What tells whether claims have changed.
+pub fn marks(claims: &[ClaimRow]) -> Vec<(i64, i64)> {
+    claims.iter().map(|c| (c.id, c.revision)).collect()
+}
+
 /// How a guest was found at the last look.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Found {
@@ -66,6 +80,8 @@ pub struct Report {
     pub found: Found,
     /// What could not be done, to be tried again later.
     pub failed: BTreeSet<String>,
+    /// Something else is to be tried later.
+    pub later: bool,
     /// What is to be done and was not tried: its time has not come.
     pub blocked: BTreeSet<String>,
     /// Whether something was done.
@@ -100,6 +116,8 @@ enum Outcome {
     Done,
     /// Nothing to be done about it now; the next event tells.
     Moot,
+    /// Nothing to be done about it yet, and no event tells when.
+    Later,
     Failed(String),
 }
 
@@ -118,14 +136,14 @@ impl Worker {
         Ok(Self { config, hypervisor, store, metrics, actor: actor.to_owned() })
     }
 
-    /// Brings the instance and its guest in line. `blocked` is what is not to be tried yet.
+    /// Brings the instance and its guest in line. `absence` is how long the guest has been gone, `blocked` what is not to be tried yet.
     ///
     /// # Errors
     /// When nothing more can be known or written; what was done before stays.
     pub fn converge(
         &mut self,
         instance: InstanceId,
-        gone: Gone,
+        absence: &Absence,
         blocked: &BTreeSet<String>,
     ) -> Result<Report, WorkError> {
         let mut report = Report::default();
@@ -140,7 +158,7 @@ impl Worker {
             let view = View::read_about(&self.store, instance, guest.as_ref())?;
             let seen = match &guest {
                 Some(guest) => Seen::Running(guest),
-                None => self.absence(instance, gone, &view, &mut report)?,
+                None => self.absence(instance, absence, &view, &mut report)?,
             };
             let mut steps = view.plan(instance, seen, &self.config);
             report.blocked = steps.iter().filter_map(Step::about).filter(|a| blocked.contains(a)).collect();
@@ -165,6 +183,7 @@ impl Worker {
                         has_detached |= matches!(step, Step::Detach { .. });
                     }
                     Outcome::Moot => {}
+                    Outcome::Later => report.later = true,
                     Outcome::Failed(what) => {
                         if let Some(about) = step.about() {
                             self.note(instance, guest.as_ref(), &view, &about, Some(&what))?;
@@ -182,25 +201,27 @@ impl Worker {
     fn absence<'a>(
         &mut self,
         instance: InstanceId,
-        gone: Gone,
+        absence: &Absence,
         view: &View,
         report: &mut Report,
     ) -> Result<Seen<'a>, WorkError> {
-        let process = match view.claims(instance) {
-            [] => None,
-            _ => self.hypervisor.process(instance),
-        };
+        let process = view.knows(instance).then(|| self.hypervisor.process(instance)).flatten();
         let Some(pid) = process else {
-            report.found = Found::Absent { is_known: self.hypervisor.xml(instance)?.is_some() };
-            return Ok(Seen::Absent(gone));
+            let is_known = self.hypervisor.xml(instance)?.is_some();
+            report.found = Found::Absent { is_known };
+            // What was seen before may be so no more: a claim is newer than that, or the domain is defined again.
+            let is_same =
+                absence.claims.as_ref().is_none_or(|claims| *claims == marks(view.claims(instance)));
+            return Ok(Seen::Absent(Gone {
+                seconds: if is_same { absence.gone.seconds } else { 0.0 },
+                undefined: absence.gone.undefined.filter(|_| !is_known),
+            }));
         };
         report.found = Found::Unknown;
-        let why = format!(
-            "its QEMU runs on this host, process {pid}, and libvirt ({}) does not run it: look whether libvirt_uri names the libvirt that does. \
-             The guest keeps what it has",
-            self.config.libvirt_uri
-        );
-        self.note(instance, None, view, ABOUT_LIBVIRT, Some(&why))?;
+        let why = "its QEMU runs on this host, and the agent's libvirt does not run it: look whether libvirt_uri names the libvirt that does. \
+            The guest keeps what it has";
+        tracing::debug!(%instance, pid, "instance {instance}: its QEMU is process {pid}");
+        self.note(instance, None, view, ABOUT_LIBVIRT, Some(why))?;
         Ok(Seen::Unknown)
     }
 
@@ -291,7 +312,7 @@ impl Work<'_> {
                 let claim = self.view.claims(instance).iter().find(|c| c.device_id == *device);
                 // What libvirt was asked for before it was lost it may be doing still.
                 if claim.is_some_and(|c| c.unsure) && self.worker.hypervisor.is_busy(instance)? {
-                    return Ok(Outcome::Moot);
+                    return Ok(Outcome::Later);
                 }
                 if self.worker.store.release_device(instance, *device, Some(*revision), why, &context)? {
                     tracing::info!(%instance, %device, "device {device} is free: {why}");

@@ -133,7 +133,6 @@ fn start<J: Send + 'static>(shared: &Arc<Shared<J>>) -> anyhow::Result<()> {
     let this = shared.clone();
     let started = std::thread::Builder::new().name(format!("guests-{number}")).spawn(move || {
         run(&this, number, work);
-        this.state().threads -= 1;
     });
     if let Err(e) = started {
         shared.state().threads -= 1;
@@ -147,6 +146,7 @@ fn run<J>(shared: &Shared<J>, number: usize, mut work: Work<J>) {
     let mut state = shared.state();
     loop {
         if state.ended || state.threads - state.slow() > PLACES {
+            state.threads -= 1;
             // Whatever it was woken for is another's.
             shared.news.notify_one();
             return;

@@ -37,6 +37,11 @@ impl Fault {
         Self { message: message.into(), ..self }
     }
 
+    /// The same, with what only the log is told.
+    pub(super) fn and_privately(self, private: String) -> Self {
+        Self { private: Some(private), ..self }
+    }
+
     pub(super) fn bad_request(message: impl Into<String>) -> Self {
         Self::new(StatusCode::BAD_REQUEST, message)
     }
@@ -191,8 +196,13 @@ impl From<Failure> for Fault {
     fn from(e: Failure) -> Self {
         match e {
             Failure::Away(_) => Self::away("libvirt cannot be reached now: try again.", e.to_string()),
-            Failure::Silent(_) => Self::unavailable(sentence(&e.to_string())),
-            Failure::Gone | Failure::Hung(_) | Failure::Busy(_) | Failure::Refused(_) => {
+            Failure::Silent(_) => {
+                Self::away("libvirt does not answer about this server now: try again.", e.to_string())
+            }
+            Failure::Hung(_) => {
+                Self::away("The server's QEMU does not go on: try again later.", e.to_string())
+            }
+            Failure::Gone | Failure::Busy(_) | Failure::Refused(_) => {
                 Self::conflict(sentence(&e.to_string()))
             }
         }

@@ -481,7 +481,10 @@ fn fault(api: &Api, caller: &Caller, server: &Server, e: OperateError) -> Fault 
             let told: Vec<String> = short.iter().map(|s| shortage(&snapshot, caller, s)).collect();
             Fault::conflict(told.join(" "))
         }
-        OperateError::Unsure(..) => Fault::unavailable(sentence(&e.to_string())),
+        OperateError::Unsure(ref domain, ref failure) => Fault::unavailable(format!(
+            "{domain} may have been given it or not: it is taken back once libvirt answers again."
+        ))
+        .and_privately(failure.to_string()),
         OperateError::Work(e) => e.into(),
     }
 }

@@ -305,7 +305,9 @@ impl Libvirt {
             };
             let has_events = first.registered.lock().unwrap_or_else(PoisonError::into_inner).is_some();
             let first = Some(first).filter(|_| !has_events);
-            if let Some(lease) = first.into_iter().chain(&connections.more).find_map(Lease::of) {
+            let alive = |open: &&Arc<Open>| open.is_alive();
+            if let Some(lease) = first.into_iter().chain(&connections.more).filter(alive).find_map(Lease::of)
+            {
                 return Ok(lease);
             }
             if connections.more.len() >= CONNECTIONS {
@@ -520,9 +522,13 @@ impl Hypervisor for Libvirt {
 
     fn is_busy(&self, instance: InstanceId) -> Result<bool, Failure> {
         let open = self.connection()?;
-        match self.find(&open, instance) {
-            Ok(domain) => events::is_busy(&domain).map_err(|e| open.failure(&e)),
+        match self
+            .find(&open, instance)
+            .and_then(|domain| events::is_busy(&domain).map_err(|e| open.failure(&e)))
+        {
+            // There is none, or it does not run.
             Err(Failure::Gone) => Ok(false),
+            Ok(is_busy) => Ok(is_busy),
             Err(other) => Err(other),
         }
     }
@@ -549,15 +555,18 @@ impl Hypervisor for Libvirt {
 /// A QEMU that does not go on answers libvirt nothing, and the call would hold one of libvirtd's 20 workers (`max_workers`) for as
 /// long: such a call is not made.
 fn refuse_stopped(instance: InstanceId) -> Result<(), Failure> {
-    match process::settled(instance) {
-        Some(Process { pid, state: State::Stopped }) => Err(Failure::Hung(format!(
-            "its QEMU, process {pid}, is stopped: 'kill -CONT {pid}' lets it go on"
-        ))),
-        Some(Process { pid, state: State::Blocked }) => Err(Failure::Hung(format!(
-            "its QEMU, process {pid}, waits in the kernel, as for a disk or a network file system that does not answer"
-        ))),
-        Some(Process { state: State::Running, .. }) | None => Ok(()),
-    }
+    let why = match process::settled(instance) {
+        Some(Process { pid, state: State::Stopped }) => {
+            tracing::warn!(%instance, pid, "instance {instance}: its QEMU, process {pid}, is stopped");
+            "its QEMU is stopped, by a signal or a debugger: SIGCONT lets it go on"
+        }
+        Some(Process { pid, state: State::Blocked }) => {
+            tracing::warn!(%instance, pid, "instance {instance}: its QEMU, process {pid}, waits in the kernel");
+            "its QEMU waits in the kernel, as for a disk or a network file system that does not answer"
+        }
+        Some(Process { state: State::Running, .. }) | None => return Ok(()),
+    };
+    Err(Failure::Hung(why.into()))
 }
 
 /// Our alias, where QEMU refuses the device because it has one of that alias already: a libvirtd that ends between QEMU's answer and its own

@@ -13,9 +13,13 @@ use virt_usb_model::InstanceId;
 
 use super::{Failure, Hypervisor, Running};
 
-/// A call that lasts so long is not waited for by others.
+/// A call that lasts so long is told of.
 pub(crate) const IMPATIENCE: Duration = Duration::from_secs(5);
-/// So many calls may last longer than that. libvirtd has 20 workers for all of its clients (`max_workers` in libvirtd.conf).
+/// Nobody waits behind a call about the same guest that lasts so long. On a machine with much to do calls last for seconds.
+const REFUSAL: Duration = Duration::from_secs(15);
+/// So many calls about one guest may be made at a time: more than the API attaches at once.
+const AT_ONCE: usize = 10;
+/// About so many guests calls may last longer than that. libvirtd has 20 workers for all of its clients (`max_workers` in libvirtd.conf).
 const MOST: usize = 14;
 
 /// A guest as it was seen last.
@@ -40,6 +44,8 @@ pub struct Unanswered {
     pub what: &'static str,
     /// Since when.
     pub since: Instant,
+    /// Whether somebody has not waited for it.
+    pub missed: bool,
 }
 
 /// What is called with a guest as it was and as it is.
@@ -129,33 +135,39 @@ impl Supervised {
     ) -> Result<T, Failure> {
         let number = {
             let mut calls = self.calls();
-            let is_old = |call: &&Unanswered| call.since.elapsed() >= IMPATIENCE;
-            let (old, of) =
-                (calls.open.values().filter(is_old), |call: &&Unanswered| call.instance == instance);
-            if let Some(open) = old.clone().find(of) {
-                let about = match instance {
-                    Some(_) => "about this guest",
-                    None => "which guests there are",
-                };
-                let seconds = open.since.elapsed().as_secs();
-                return Err(Failure::Silent(format!("it was asked {about} {seconds} s ago ({})", open.what)));
+            let is_old = |call: &Unanswered| call.since.elapsed() >= REFUSAL;
+            let same = || calls.open.iter().filter(|(_, call)| call.instance == instance);
+            // A few about one guest may be made at once: by a worker, and for people.
+            let first = same().find(|(_, call)| is_old(call)).or_else(|| same().nth(AT_ONCE - 1));
+            if let Some(number) = first.map(|(number, _)| *number) {
+                let about = if instance.is_some() { "about this guest" } else { "which guests there are" };
+                let open = calls.open.get_mut(&number);
+                let told = open.map_or_else(String::new, |open| {
+                    open.missed = true;
+                    format!("it was asked {about} {} s ago ({})", open.since.elapsed().as_secs(), open.what)
+                });
+                return Err(Failure::Silent(told));
             }
-            if old.count() >= MOST {
-                return Err(Failure::Silent(format!("it has left {MOST} calls unanswered")));
+            let old: BTreeSet<_> =
+                calls.open.values().filter(|call| is_old(call)).map(|call| call.instance).collect();
+            if old.len() >= MOST {
+                return Err(Failure::Silent(format!("it leaves calls about {MOST} guests unanswered")));
             }
             let number = calls.next;
             calls.next += 1;
-            calls.open.insert(number, Unanswered { instance, what, since: Instant::now() });
+            calls.open.insert(number, Unanswered { instance, what, since: Instant::now(), missed: false });
             number
         };
         let done = call(&*self.inner);
         let answered = self.calls().open.remove(&number);
-        if let Some(Unanswered { instance: Some(instance), since, .. }) = answered
+        if let Some(Unanswered { instance: Some(instance), since, missed, .. }) = answered
             && since.elapsed() >= IMPATIENCE
         {
             let seconds = since.elapsed().as_secs();
             tracing::info!(%instance, "instance {instance}: libvirt has answered after {seconds} s ({what})");
-            (self.listeners.answered)(instance);
+            if missed {
+                (self.listeners.answered)(instance);
+            }
         }
         done
     }

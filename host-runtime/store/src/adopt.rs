@@ -438,9 +438,10 @@ fn insert(
 ) -> Sql<()> {
     step_revision(tx)?;
     tx.prepare_cached(&format!(
-        "INSERT INTO claims (created_at, device_id, instance_uuid, domain, project_id, state, hold, pending_since, arrived, boot_id, revision, descriptors, used, seen_in_guest, by_hand)
+        "INSERT INTO claims (created_at, device_id, instance_uuid, domain, project_id, state, hold, pending_since, arrived, boot_id, revision, descriptors, used, seen_in_guest, by_hand, generation)
          VALUES ({NOW}, ?1, ?2, ?3, ?4, iif(?5, 'allocated', 'claimed'), 'running', ?6, ?6 IS NOT NULL, ?7, (SELECT max(revision) FROM compute_nodes),
-                 (SELECT descriptors FROM usb_devices WHERE id = ?1), ?5, ?5, 1)"
+                 (SELECT descriptors FROM usb_devices WHERE id = ?1), ?5, ?5, 1,
+                 iif(?5, (SELECT generation FROM usb_devices WHERE id = ?1), NULL))"
     ))?
     .execute(params![
         sql_id(id),

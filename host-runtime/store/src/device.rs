@@ -432,7 +432,7 @@ pub(crate) fn write_state(
 pub(crate) fn set_location(tx: &Transaction<'_>, device: DeviceId, seen: &Location) -> Sql<()> {
     let Location { port, address } = seen;
     tx.prepare_cached(
-        "UPDATE usb_devices SET address = ?2, bus_id = ?3, device_id = ?4, port_path = ?5, port_id = ?6
+        "UPDATE usb_devices SET address = ?2, bus_id = ?3, device_id = ?4, port_path = ?5, port_id = ?6, generation = NULL
          WHERE id = ?1 AND (address, port_path) <> (?2, ?5)",
     )?
     .execute(params![

@@ -165,6 +165,11 @@ fn execute(tx: &Tx<'_>, known: &Known<'_>, change: Change, limits: &Limits, cont
             let before = known.get(&id);
             let own_tags = before.map_or(&[][..], |r| &r.own_tags);
             update(tx, id, &device, &verdict, own_tags)?;
+            if before.is_some_and(|r| r.generation.is_none()) {
+                // Known for the first time: it is the stay that the guest has.
+                let sql = "UPDATE claims SET generation = ?2 WHERE device_id = ?1 AND generation IS NULL AND state = 'allocated'";
+                tx.prepare_cached(sql)?.execute(params![sql_id(id), device.generation])?;
+            }
             if let (Some(before), Some(now)) = (before, &device.descriptors)
                 && before.descriptors.as_ref() != Some(now)
             {

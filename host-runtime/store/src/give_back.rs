@@ -255,6 +255,9 @@ pub(crate) const SEEN_BY_THE_AUDIT: &str = "UPDATE claims SET seen_in_guest = 1 
     SELECT c.id FROM events e CROSS JOIN claims c ON c.device_id = e.device_id AND c.instance_uuid = e.instance_uuid
     WHERE e.event = 'allocated' AND e.at >= c.created_at)";
 
+/// Notes which devices were held where only the audit knows: as migration 0010 does.
+pub(crate) const HELD_BY_THE_AUDIT: &str = "UPDATE usb_devices SET was_held = 1 WHERE instance_uuid IS NOT NULL OR id IN (SELECT device_id FROM events WHERE instance_uuid IS NOT NULL)";
+
 /// Pending claims not made after uptime ?1 − ?2. Spelled so that the index finds them.
 pub(crate) const UNCONFIRMED: &str =
     "SELECT * FROM claims WHERE pending_since IS NOT NULL AND pending_since < ?1 - ?2";
@@ -291,6 +294,8 @@ fn of_earlier_boots(tx: &Tx<'_>, context: &Context) -> Sql<Vec<ClaimRow>> {
         return Ok(Vec::new());
     }
     aside::set_aside_after_restart(tx, context)?;
+    // Those of another boot mean nothing, until a discovery sees the devices.
+    tx.execute("UPDATE usb_devices SET generation = NULL WHERE generation IS NOT NULL", [])?;
     tx.prepare_cached("SELECT * FROM claims WHERE boot_id <> ?1")?
         .query_map([boot_id], ClaimRow::read)?
         .collect()

@@ -524,6 +524,7 @@ mod tests {
     #[test]
     fn a_rebuild_of_an_older_inventory_fills_a_column_as_its_migration_does() {
         assert!(plain(MIGRATIONS[7]).contains(&plain(crate::give_back::SEEN_BY_THE_AUDIT)));
+        assert!(plain(MIGRATIONS[9]).contains(&plain(crate::give_back::HELD_BY_THE_AUDIT)));
     }
 
     /// The file says by itself which schema it has: what a package's preinst reads with `od`, which has no SQLite.

@@ -32,7 +32,7 @@ use crate::discover::label;
 use crate::error::{Sql, bad_row};
 use crate::events::{Event, EventRow, record};
 use crate::files::{self, with_suffix};
-use crate::give_back::SEEN_BY_THE_AUDIT;
+use crate::give_back::{HELD_BY_THE_AUDIT, SEEN_BY_THE_AUDIT};
 use crate::hints::{self, Hints};
 use crate::join::{self, IDS};
 use crate::open::{canonical, enter, user_of};
@@ -637,6 +637,9 @@ fn take_over(new: &mut Store, salvage: Option<&Salvage>, ids: &[DeviceId]) -> Re
         if salvage.table("claims").is_some_and(|claims| claims.column("seen_in_guest").is_none()) {
             tx.execute(SEEN_BY_THE_AUDIT, [])?;
         }
+        if salvage.table("usb_devices").is_some_and(|devices| devices.column("was_held").is_none()) {
+            tx.execute(HELD_BY_THE_AUDIT, [])?;
+        }
         // Whose boot the claims are of is looked at anew.
         tx.execute("UPDATE compute_nodes SET boot_id = NULL, revision = revision + 1", [])?;
         built.lost_devices = continue_ids(tx, salvage, was_there, ids)?;
@@ -856,7 +859,12 @@ fn continue_ids(tx: &Transaction<'_>, salvage: &Salvage, was_there: bool, guests
     for (name, seq) in &last {
         raise(tx, name, *seq)?;
     }
-    let kept: i64 = tx.query_row("SELECT count(*) FROM usb_devices", [], |row| row.get(0))?;
+    // Those that were forgotten are not missed.
+    let kept: i64 = tx.query_row(
+        "SELECT (SELECT count(*) FROM usb_devices) + (SELECT count(*) FROM events WHERE event = 'forgotten')",
+        [],
+        |row| row.get(0),
+    )?;
     Ok(given.map_or(0, |given| u64::try_from(given - (node - 1) * IDS - kept).unwrap_or(0)))
 }
 

@@ -13,7 +13,7 @@ use std::time::Duration;
 use proptest::prelude::*;
 use virt_usb::agent::operate::Attached;
 use virt_usb::agent::plan::Gone;
-use virt_usb::agent::work::Worker;
+use virt_usb::agent::work::{Absence, Worker};
 use virt_usb::discovery::{Simulated, UsbSource};
 use virt_usb::hypervisor::{Event, Failure, Hypervisor, Running, SimulatedHypervisor};
 use virt_usb::inventory;
@@ -243,8 +243,8 @@ impl World {
         let mut changed = false;
         for n in 0..3 {
             let undefined = self.domains[n].is_none().then_some(1000.0);
-            let report =
-                self.worker.converge(instance(n), Gone { undefined, ..gone }, &BTreeSet::new()).unwrap();
+            let absence = Absence { gone: Gone { undefined, ..gone }, claims: None };
+            let report = self.worker.converge(instance(n), &absence, &BTreeSet::new()).unwrap();
             changed |= report.changed;
         }
         changed
@@ -391,7 +391,7 @@ impl World {
             Act::Scan => self.scan(),
             Act::Work(n, fuse) => {
                 self.hypervisor.fuse.store(*fuse, Ordering::SeqCst);
-                drop(self.worker.converge(instance(*n), Gone::default(), &BTreeSet::new()));
+                drop(self.worker.converge(instance(*n), &Absence::default(), &BTreeSet::new()));
             }
             Act::ByHand(n, port) => {
                 if let Some((_, number)) = self.plugged.get(port) {
@@ -491,7 +491,7 @@ fn what_cannot_be_attached_is_told_and_may_stop_the_guest() {
             );
             world.simulated.attach(instance(0), &other).unwrap();
         }
-        let report = world.worker.converge(instance(0), Gone::default(), &BTreeSet::new()).unwrap();
+        let report = world.worker.converge(instance(0), &Absence::default(), &BTreeSet::new()).unwrap();
         let events = world.worker.store.events(&virt_usb_store::events::Filter::default()).unwrap();
         let told = events.iter().find(|e| e.event == "problem").and_then(|e| e.detail.clone()).unwrap();
         assert!(

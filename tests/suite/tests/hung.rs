@@ -136,3 +136,30 @@ fn an_agent_ends_though_libvirt_does_not_answer() {
     assert_eq!(agent.0.wait().unwrap().code(), Some(0));
     assert!(log(&host).contains("stopped"), "{}", log(&host));
 }
+
+/// Nova's hard reboot undefines a domain and defines it again, and libvirt may be away meanwhile.
+#[test]
+fn a_domain_that_is_defined_again_keeps_what_is_assigned_to_it() {
+    let host = host();
+    let config = std::fs::read_to_string(host.config_file()).unwrap();
+    std::fs::write(host.config_file(), config + "undefined_grace = 15\nabsent_grace = 1\n").unwrap();
+    let off = || guest(1, "running = false");
+    show(&host, &(key(1) + &key(2) + &off()));
+    let agent = Agent::start(&host);
+    wait(&host, "the agent is ready", || log(&host).contains("ready"));
+    let assigned = || host.store().assignments(uuid(1).parse().unwrap()).unwrap().len();
+    let context = virt_usb_hook::machine::context(&host.config(), "test").unwrap();
+    let asker = host.store().asker(uuid(1).parse().unwrap(), "guest1", None).unwrap();
+    let request = virt_usb_model::Flavor::parse(r#"{"usb_devices":[{"serial":"S2"}]}"#).unwrap().usb_devices;
+    host.store().assign_more(&asker, &request, &context).unwrap().unwrap();
+    for _ in 0..3 {
+        show(&host, &(key(1) + &key(2)));
+        std::thread::sleep(Duration::from_millis(1500));
+        show(&host, &(key(1) + &key(2) + &off()));
+        std::thread::sleep(Duration::from_millis(1500));
+    }
+    assert_eq!(assigned(), 1, "{}", log(&host));
+    show(&host, &(key(1) + &key(2)));
+    wait(&host, "it ends with the domain", || assigned() == 0);
+    drop(agent);
+}

@@ -112,7 +112,7 @@ pub(crate) fn scan_within(
         // No row is kept from the planner that may be one of the devices, or makes a serial worthless.
         let counts = |r: &&Record| {
             let key = r.key();
-            r.deleted == 0
+            r.present
                 || keys().any(|k| {
                     key.is(k)
                         || (key.usb == k.usb

@@ -36,7 +36,7 @@ def stopped(w):
     os.kill(pid, signal.SIGSTOP)
     try:
         mine.move(mine.slot)
-        until(lambda: problem(w, f"its QEMU, process {pid}, is stopped"), "the problem to be named")
+        until(lambda: problem(w, "its QEMU is stopped"), "the problem to be named")
         guest = asking(w, "late", {"serial": "LATE"})
         w.start(guest)
         w.allocated(guest, late)
