@@ -41,7 +41,11 @@ def filter_body(context, body):
 
 @schemathesis.hook
 def filter_failure(context, failure, case, response):
-    """Nor can it say which markers there are: one that is spelled right and is none is answered as Nova does, 400."""
+    """Nor can it say which markers there are: one that is spelled right and is none is answered as Nova does, 400. And what is wrong in a
+    path is replaced by what schemathesis.toml has for it: a device that was there to be forgotten was asked for rightly."""
+    is_forgotten = (case.operation.method.upper(), response.status_code) == ("DELETE", 204) and "{usb_device_id}" in case.operation.path
+    if is_forgotten and type(failure).__name__ == "AcceptedNegativeData":
+        return False
     return not re.search(r'"Marker [0-9]+ could not be found\."', response.text)
 
 

@@ -137,8 +137,24 @@ impl Etcd {
     }
 
     /// Asks it by its own command line, and waits for the answer for five minutes at most.
+    ///
+    /// On a machine with much to do etcd itself gives up a request after some seconds: it is asked again. What it had done all the
+    /// same it refuses to do twice.
     pub fn etcdctl(&self, arguments: &[&str]) -> Output {
-        self.etcdctl_within("300s", arguments)
+        let says = |output: &Output, words: &str| String::from_utf8_lossy(&output.stderr).contains(words);
+        let mut output = self.etcdctl_within("300s", arguments);
+        for _ in 0..5 {
+            if output.status.success() || !says(&output, "code = DeadlineExceeded") {
+                return output;
+            }
+            let again = self.etcdctl_within("300s", arguments);
+            if says(&again, "already exists") {
+                output.status = std::process::ExitStatus::default();
+                return output;
+            }
+            output = again;
+        }
+        output
     }
 
     /// The same; the answer has to come within this time, as etcdctl writes times.
