@@ -397,17 +397,28 @@ impl Guests {
             Err(e) => {
                 tracing::warn!("the guests cannot be listed: {e}; those that are known are looked at");
                 self.miss();
-                self.hypervisor.seen().into_iter().map(|known| known.instance).collect()
+                self.seen()
             }
         };
         let Some(round) = &mut self.round else { return };
         round.listing = false;
-        let new: Vec<InstanceId> = all.into_iter().filter(|i| !round.asked.contains(i)).collect();
+        self.add_to_round(all);
+    }
+
+    /// Queues the guests that the current round does not include yet.
+    fn add_to_round(&mut self, guests: Vec<InstanceId>) {
+        let Some(round) = &mut self.round else { return };
+        let new: Vec<InstanceId> = guests.into_iter().filter(|i| !round.asked.contains(i)).collect();
         round.open.extend(&new);
         round.asked.extend(&new);
         for instance in new {
             self.give(instance);
         }
+    }
+
+    /// The guests that some answer of libvirt has named so far.
+    fn seen(&self) -> Vec<InstanceId> {
+        self.hypervisor.seen().into_iter().map(|known| known.instance).collect()
     }
 
     /// Whose time has come.
@@ -539,13 +550,8 @@ impl Guests {
         if round.listing && round.began.elapsed() >= LIST_TIME {
             // The list comes when it comes: there is no knowing of whom else there is before.
             round.listing = false;
-            let known = self.hypervisor.seen().into_iter().map(|known| known.instance);
-            let new: Vec<InstanceId> = known.filter(|i| !round.asked.contains(i)).collect();
-            round.open.extend(&new);
-            round.asked.extend(&new);
-            for instance in new {
-                self.give(instance);
-            }
+            let seen = self.seen();
+            self.add_to_round(seen);
         }
         let Some(round) = &mut self.round else { return };
         if !round.open.is_empty() || round.listing {
