@@ -459,15 +459,6 @@ impl Hypervisor for Libvirt {
         }
     }
 
-    fn is_known(&self, instance: InstanceId) -> Result<bool, Failure> {
-        let open = self.connection()?;
-        match self.find(&open, instance) {
-            Ok(_) => Ok(true),
-            Err(Failure::Gone) => Ok(false),
-            Err(other) => Err(other),
-        }
-    }
-
     fn xml(&self, instance: InstanceId) -> Result<Option<String>, Failure> {
         let open = self.connection()?;
         match self

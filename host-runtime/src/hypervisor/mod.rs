@@ -101,12 +101,6 @@ pub trait Hypervisor: Send + Sync {
     /// [`Failure::Away`], [`Failure::Busy`].
     fn look(&self, instance: InstanceId) -> Result<Option<Running>, Failure>;
 
-    /// Whether there is such a domain at all, running or not.
-    ///
-    /// # Errors
-    /// [`Failure::Away`].
-    fn is_known(&self, instance: InstanceId) -> Result<bool, Failure>;
-
     /// The XML of a domain, live where it runs, or else as it is defined; `None` where there is no such domain.
     ///
     /// # Errors

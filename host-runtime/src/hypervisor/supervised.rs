@@ -224,14 +224,6 @@ impl Hypervisor for Supervised {
         Ok(running)
     }
 
-    fn is_known(&self, instance: InstanceId) -> Result<bool, Failure> {
-        let is_known = self.call(Some(instance), "look", |inner| inner.is_known(instance))?;
-        if !is_known {
-            self.note(instance, |_| None);
-        }
-        Ok(is_known)
-    }
-
     fn xml(&self, instance: InstanceId) -> Result<Option<String>, Failure> {
         let xml = self.call(Some(instance), "read its XML", |inner| inner.xml(instance))?;
         match &xml {

@@ -59,9 +59,6 @@ impl Hypervisor for Fused {
     fn look(&self, instance: InstanceId) -> Result<Option<Running>, Failure> {
         self.call(|| self.inner.look(instance))
     }
-    fn is_known(&self, instance: InstanceId) -> Result<bool, Failure> {
-        self.call(|| self.inner.is_known(instance))
-    }
     fn xml(&self, instance: InstanceId) -> Result<Option<String>, Failure> {
         self.call(|| self.inner.xml(instance))
     }
