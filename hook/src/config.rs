@@ -179,7 +179,7 @@ pub struct Config {
     pub log: Log,
     /// Audit events older than this many days are pruned by `discover`; 0 keeps them for ever.
     pub events_keep_days: u32,
-    /// For how long a device is remembered that is away and that nobody ever held, in days; 0: for ever.
+    /// Days until the inventory forgets an unplugged device that no instance has held; 0 disables it.
     pub forget_after_days: u32,
     /// Where the agent and the command line find libvirt.
     pub libvirt_uri: String,
