@@ -25,6 +25,7 @@ use virt_usb_model::InstanceId;
 
 use super::events::{self, Registered};
 use super::process::{self, Process, State};
+use super::supervised::AT_ONCE_IN_ALL;
 use super::{Event, Failure, Hypervisor, Running};
 
 /// How often the connection is looked at, and the shortest wait before the next attempt.
@@ -40,8 +41,8 @@ const KEEPALIVE: (i32, u32) = (5, 3);
 
 /// The sockets of the system's daemons: one that appears is tried at once.
 const SOCKETS: [&str; 2] = ["/run/libvirt/libvirt-sock", "/run/libvirt/virtqemud-sock"];
-/// So many connections at the most, beside the first.
-const CONNECTIONS: usize = 24;
+/// So many connections at the most, beside the first: one for each call.
+const CONNECTIONS: usize = AT_ONCE_IN_ALL;
 /// So many stay open when nobody uses them.
 const SPARE: usize = 4;
 

@@ -1,11 +1,11 @@
 //! A hypervisor whose calls are supervised: those that are not answered, and what was answered last.
 //!
 //! A call may stay unanswered for ever: QEMU hangs, or somebody's hook does and libvirtd keeps the domain locked. Whoever has
-//! made it waits. Nobody else does: a further call about the same guest fails at once ([`Failure::Silent`]), and who only wants
+//! made it waits. Nobody else does: a further call about the same guest fails ([`Failure::Silent`]), and who only wants
 //! to know what there is reads what was answered last ([`Supervised::known`]).
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant, SystemTime};
 
 use virt_usb_domxml::Domain;
@@ -17,8 +17,10 @@ use super::{Failure, Hypervisor, Running};
 pub(crate) const IMPATIENCE: Duration = Duration::from_secs(5);
 /// Nobody waits behind a call about the same guest that lasts so long. On a machine with much to do calls last for seconds.
 const REFUSAL: Duration = Duration::from_secs(15);
-/// So many calls about one guest may be made at a time: more than the API attaches at once.
-const AT_ONCE: usize = 10;
+/// So many calls about one guest are made at a time: libvirt does one thing to a guest after the other. Further ones wait.
+const AT_ONCE: usize = 2;
+/// So many calls are made at a time. Further ones wait.
+pub(super) const AT_ONCE_IN_ALL: usize = 24;
 /// About so many guests calls may last longer than that. libvirtd has 20 workers for all of its clients (`max_workers` in libvirtd.conf).
 const MOST: usize = 14;
 
@@ -71,6 +73,8 @@ pub struct Supervised {
     inner: Arc<dyn Hypervisor>,
     listeners: Listeners,
     calls: Mutex<Calls>,
+    /// A call has ended.
+    ended: Condvar,
     known: RwLock<BTreeMap<InstanceId, Known>>,
     /// Whether all guests were looked at once.
     complete: RwLock<bool>,
@@ -89,6 +93,7 @@ impl Supervised {
             inner,
             listeners,
             calls: Mutex::default(),
+            ended: Condvar::new(),
             known: RwLock::default(),
             complete: RwLock::default(),
         }
@@ -127,39 +132,63 @@ impl Supervised {
         self.calls.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Waits for the end of a call.
+    fn wait<'a>(&self, calls: MutexGuard<'a, Calls>, longest: Duration) -> MutexGuard<'a, Calls> {
+        self.ended.wait_timeout(calls, longest).unwrap_or_else(PoisonError::into_inner).0
+    }
+
+    /// Waits until the call may be made, and notes it. Returns its number.
+    fn begin(&self, instance: Option<InstanceId>, what: &'static str) -> Result<u64, Failure> {
+        let came = Instant::now();
+        let mut calls = self.calls();
+        loop {
+            let same = calls.open.iter().filter(|(_, call)| call.instance == instance);
+            let count = same.clone().count();
+            // The oldest: they are numbered in the order in which they were made.
+            let first = same.map(|(number, call)| (*number, call.since.elapsed())).next();
+            match first {
+                Some((number, age)) if age >= REFUSAL => {
+                    let open = calls.open.get_mut(&number);
+                    let made = open.map_or("", |open| {
+                        open.missed = true;
+                        open.what
+                    });
+                    let about =
+                        if instance.is_some() { "about this guest" } else { "which guests there are" };
+                    let seconds = age.as_secs();
+                    return Err(Failure::Silent(format!("it was asked {about} {seconds} s ago ({made})")));
+                }
+                Some((_, age)) if count >= AT_ONCE => calls = self.wait(calls, REFUSAL - age),
+                _ if calls.open.len() >= AT_ONCE_IN_ALL => {
+                    let Some(left) = REFUSAL.checked_sub(came.elapsed()) else {
+                        return Err(Failure::Silent(format!("it leaves {AT_ONCE_IN_ALL} calls unanswered")));
+                    };
+                    calls = self.wait(calls, left);
+                }
+                _ => break,
+            }
+        }
+        let is_old = |call: &&Unanswered| call.since.elapsed() >= REFUSAL;
+        let old: BTreeSet<_> = calls.open.values().filter(is_old).map(|call| call.instance).collect();
+        if old.len() >= MOST {
+            return Err(Failure::Silent(format!("it leaves calls about {MOST} guests unanswered")));
+        }
+        let number = calls.next;
+        calls.next += 1;
+        calls.open.insert(number, Unanswered { instance, what, since: Instant::now(), missed: false });
+        Ok(number)
+    }
+
     fn call<T>(
         &self,
         instance: Option<InstanceId>,
         what: &'static str,
         call: impl FnOnce(&dyn Hypervisor) -> Result<T, Failure>,
     ) -> Result<T, Failure> {
-        let number = {
-            let mut calls = self.calls();
-            let is_old = |call: &Unanswered| call.since.elapsed() >= REFUSAL;
-            let same = || calls.open.iter().filter(|(_, call)| call.instance == instance);
-            // A few about one guest may be made at once: by a worker, and for people.
-            let first = same().find(|(_, call)| is_old(call)).or_else(|| same().nth(AT_ONCE - 1));
-            if let Some(number) = first.map(|(number, _)| *number) {
-                let about = if instance.is_some() { "about this guest" } else { "which guests there are" };
-                let open = calls.open.get_mut(&number);
-                let told = open.map_or_else(String::new, |open| {
-                    open.missed = true;
-                    format!("it was asked {about} {} s ago ({})", open.since.elapsed().as_secs(), open.what)
-                });
-                return Err(Failure::Silent(told));
-            }
-            let old: BTreeSet<_> =
-                calls.open.values().filter(|call| is_old(call)).map(|call| call.instance).collect();
-            if old.len() >= MOST {
-                return Err(Failure::Silent(format!("it leaves calls about {MOST} guests unanswered")));
-            }
-            let number = calls.next;
-            calls.next += 1;
-            calls.open.insert(number, Unanswered { instance, what, since: Instant::now(), missed: false });
-            number
-        };
+        let number = self.begin(instance, what)?;
         let done = call(&*self.inner);
         let answered = self.calls().open.remove(&number);
+        self.ended.notify_all();
         if let Some(Unanswered { instance: Some(instance), since, missed, .. }) = answered
             && since.elapsed() >= IMPATIENCE
         {
@@ -255,5 +284,100 @@ impl Hypervisor for Supervised {
 
     fn identity(&self) -> Result<String, Failure> {
         self.call(None, "ask who it is", |inner| inner.identity())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use super::*;
+
+    /// Answers once `gate` is open.
+    #[derive(Default)]
+    struct Slow {
+        asked: AtomicUsize,
+        gate: Mutex<bool>,
+        opened: Condvar,
+    }
+
+    impl Hypervisor for Slow {
+        fn running(&self) -> Result<Vec<InstanceId>, Failure> {
+            Ok(Vec::new())
+        }
+
+        fn all(&self) -> Result<Vec<InstanceId>, Failure> {
+            Ok(Vec::new())
+        }
+
+        fn look(&self, _: InstanceId) -> Result<Option<Running>, Failure> {
+            self.asked.fetch_add(1, Ordering::SeqCst);
+            drop(self.opened.wait_while(self.gate.lock().unwrap(), |open| !*open).unwrap());
+            Ok(None)
+        }
+
+        fn xml(&self, _: InstanceId) -> Result<Option<String>, Failure> {
+            Ok(None)
+        }
+
+        fn attach(&self, _: InstanceId, _: &str) -> Result<(), Failure> {
+            Ok(())
+        }
+
+        fn detach(&self, _: InstanceId, _: &str) -> Result<(), Failure> {
+            Ok(())
+        }
+
+        fn stop(&self, _: InstanceId) -> Result<(), Failure> {
+            Ok(())
+        }
+
+        fn is_busy(&self, _: InstanceId) -> Result<bool, Failure> {
+            Ok(false)
+        }
+
+        fn process(&self, _: InstanceId) -> Option<u32> {
+            None
+        }
+
+        fn identity(&self) -> Result<String, Failure> {
+            Ok(String::new())
+        }
+    }
+
+    #[test]
+    fn many_who_ask_at_once_wait_for_their_turn() {
+        let instance =
+            |n: usize| format!("{n:08}-2222-4333-8444-555555555555").parse::<InstanceId>().unwrap();
+        let slow = Arc::new(Slow::default());
+        let supervised = Supervised::new(slow.clone(), Listeners::nobody());
+        let asked = || slow.asked.load(Ordering::SeqCst);
+        // Opened whatever is found: who waits would wait for ever.
+        let (one_guest, others, in_all) = std::thread::scope(|scope| {
+            let supervised = &supervised;
+            let ask = |instance| scope.spawn(move || supervised.look(instance));
+            let settled = |expected| {
+                let until = Instant::now() + Duration::from_secs(60);
+                while asked() < expected && Instant::now() < until {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                std::thread::sleep(Duration::from_millis(50));
+                asked()
+            };
+            let mut all: Vec<_> = (0..10).map(|_| ask(instance(0))).collect();
+            let one_guest = settled(AT_ONCE);
+            let others = supervised.identity();
+            all.extend((1..=AT_ONCE_IN_ALL).map(|n| ask(instance(n))));
+            let in_all = settled(AT_ONCE_IN_ALL);
+            *slow.gate.lock().unwrap() = true;
+            slow.opened.notify_all();
+            for one in all {
+                assert_eq!(one.join().unwrap(), Ok(None));
+            }
+            (one_guest, others, in_all)
+        });
+        assert_eq!((one_guest, in_all), (AT_ONCE, AT_ONCE_IN_ALL));
+        assert_eq!(others, Ok(String::new()), "others are asked meanwhile");
+        assert_eq!(asked(), 10 + AT_ONCE_IN_ALL);
     }
 }
