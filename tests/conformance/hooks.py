@@ -1,10 +1,18 @@
-"""What no description can say: whose tokens there are, how many devices are asked for in all, which markers there are."""
+"""What no description can say: whose tokens there are, what is still there, how many devices are asked for in all, which markers there are."""
 
+import collections
 import itertools
 import os
 import re
 
 import schemathesis
+
+# What is there to be removed once (run), by the parameter that names it, and below how many prefixes.
+REMOVABLE = {"usb_device_id": range(7, 485), "flavor_name": [f"f{n}" for n in range(12, 70)], "grant_name": [f"f{n}" for n in range(12, 70)]}
+PREFIXES = 4
+
+# An action that is always served, and the server that it is asked of (host.toml).
+SERVED = {"set_usb_owner": {"project_id": "erp-team"}}, "33333333-2222-4333-8444-555555555555"
 
 TOKENS = itertools.cycle(os.environ["TOKENS"].split())
 # For one flavor, and for one action, so many devices in all.
@@ -27,6 +35,36 @@ def devices(requests):
     counts = [request.get("count") if isinstance(request, dict) else None for request in requests]
     # In JSON 8.0 is 8; a number may be text.
     return sum(int(float(count)) if re.fullmatch(r"[0-9]+(\.0)?", str(count)) else 1 for count in counts)
+
+
+# What a call has not removed yet, by its path.
+_shares = {}
+# How many right requests each call has had.
+_asked = collections.Counter()
+
+
+def removes_what_is_there(case):
+    """Each path has a share of its own of what can be removed."""
+    path = case.operation.path
+    for name in case.path_parameters.keys() & REMOVABLE.keys():
+        if path not in _shares:
+            number = sum(f"{{{name}}}" in other for other in _shares)
+            _shares[path] = iter(REMOVABLE[name][number::PREFIXES])
+        case.path_parameters[name] = next(_shares[path], case.path_parameters[name])
+
+
+@schemathesis.hook
+def before_call(context, case, kwargs):
+    """Where chance serves few right requests some are replaced by one that is served."""
+    method, path = case.operation.method.upper(), case.operation.path
+    if case.meta is None or case.meta.generation.mode.is_negative:
+        return
+    number = _asked[method, path]
+    _asked[method, path] += 1
+    if method == "DELETE" and number % 2 == 0:
+        removes_what_is_there(case)
+    if path.endswith("/servers/{server_id}/action") and number % 8 == 0:
+        case.body, case.path_parameters["server_id"] = SERVED
 
 
 @schemathesis.hook
