@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::os::unix::fs::{FileTypeExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use axum::Router;
 use hyper::body::Incoming;
@@ -23,6 +23,8 @@ use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use tower::Service as _;
 use virt_usb_hook::config::Tls;
 use virt_usb_store::user::User;
+use x509_cert::Certificate as Certificate509;
+use x509_cert::der::Decode as _;
 
 use crate::stamp::{Stamp, stamp};
 
@@ -224,16 +226,14 @@ impl Certificate {
         self.acceptor.clone()
     }
 
-    fn read(&self) -> Result<TlsAcceptor, String> {
+    /// Reads both files, and whether they belong together.
+    ///
+    /// # Errors
+    /// What is wrong with them.
+    pub(crate) fn read(&self) -> Result<TlsAcceptor, String> {
         let Tls { certificate, key } = &self.files;
-        let of = |file: &Path| {
-            let file = file.display().to_string();
-            move |e: pem::Error| format!("{file}: {e}")
-        };
-        let chain: Vec<CertificateDer<'static>> = CertificateDer::pem_file_iter(certificate)
-            .and_then(Iterator::collect)
-            .map_err(of(certificate))?;
-        let private = PrivateKeyDer::from_pem_file(key).map_err(of(key))?;
+        let chain = chain(certificate)?;
+        let private = PrivateKeyDer::from_pem_file(key).map_err(|e| wrong_pem(key, &e))?;
         let provider = Arc::new(rustls::crypto::ring::default_provider());
         let config =
             rustls::ServerConfig::builder_with_provider(provider).with_safe_default_protocol_versions();
@@ -242,6 +242,28 @@ impl Certificate {
         config.alpn_protocols = vec![b"http/1.1".to_vec()];
         Ok(TlsAcceptor::from(Arc::new(config)))
     }
+}
+
+fn wrong_pem(file: &Path, e: &pem::Error) -> String {
+    format!("{}: {e}", file.display())
+}
+
+fn chain(file: &Path) -> Result<Vec<CertificateDer<'static>>, String> {
+    let chain = CertificateDer::pem_file_iter(file).and_then(Iterator::collect);
+    chain.map_err(|e| wrong_pem(file, &e))
+}
+
+/// When the certificate in this PEM file expires: the first of its chain to do so.
+///
+/// # Errors
+/// When the file cannot be read, or holds no certificate.
+pub(crate) fn expiry(file: &Path) -> Result<SystemTime, String> {
+    let ends = chain(file)?.into_iter().map(|der| {
+        let certificate = Certificate509::from_der(&der).map_err(|e| format!("{}: {e}", file.display()))?;
+        Ok(SystemTime::UNIX_EPOCH + certificate.tbs_certificate().validity().not_after.to_unix_duration())
+    });
+    let ends: Vec<SystemTime> = ends.collect::<Result<_, String>>()?;
+    ends.into_iter().min().ok_or_else(|| format!("{} holds no certificate", file.display()))
 }
 
 /// Until it is to end.

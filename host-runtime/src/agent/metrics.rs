@@ -3,10 +3,10 @@
 use std::collections::BTreeMap;
 use std::fs::Permissions;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicI64, AtomicU64};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context as _;
 use prometheus_client::encoding::text::encode;
@@ -23,6 +23,7 @@ use virt_usb_store::user::User;
 use super::observe::View;
 use super::workers::Load;
 use crate::hypervisor::Failure;
+use crate::listen::expiry;
 
 type Labels = Vec<(&'static str, String)>;
 
@@ -52,8 +53,23 @@ pub struct Metrics {
     fleet: Gauge<i64, AtomicI64>,
     revision: Gauge<i64, AtomicI64>,
     process: Process,
+    /// The API's certificate, where it has one.
+    certificate: Mutex<Option<PathBuf>>,
+    expiry: Family<Labels, Gauge<i64, AtomicI64>>,
+    moments: Mutex<Moments>,
     /// The label sets that were shown, so that one that is no more becomes 0.
     shown: Mutex<Shown>,
+}
+
+/// When something happened last.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Moments {
+    /// All guests were looked at.
+    pub(super) passed: Option<Instant>,
+    /// All devices were looked at.
+    pub(super) scanned: Option<Instant>,
+    /// libvirt was reached; none: it is not.
+    pub(super) connected: Option<Instant>,
 }
 
 #[derive(Default)]
@@ -94,6 +110,9 @@ impl Default for Metrics {
             fleet: Gauge::default(),
             revision: Gauge::default(),
             process: Process::default(),
+            certificate: Mutex::default(),
+            expiry: Family::default(),
+            moments: Mutex::default(),
             shown: Mutex::default(),
             registry: Registry::default(),
         };
@@ -159,6 +178,11 @@ impl Default for Metrics {
             "Requests to the API, by method and status",
             unit,
             metrics.answers.clone(),
+        );
+        registry.register(
+            "api_certificate_expiry_timestamp_seconds",
+            "When the API's certificate expires, in seconds since 1970",
+            metrics.expiry.clone(),
         );
         registry.register(
             "keystone_lookups",
@@ -267,6 +291,9 @@ impl Metrics {
         let result = if well { "done" } else { "failed" };
         self.scans.get_or_create(&vec![("result", result.to_owned())]).inc();
         self.discovery.observe(took.as_secs_f64());
+        if well {
+            self.moments_mut().scanned = Some(Instant::now());
+        }
         self.flaps.inc_by(returned as u64);
     }
 
@@ -274,12 +301,42 @@ impl Metrics {
         self.passes.observe(took.as_secs_f64());
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         self.last_pass.set(now.as_secs_f64());
+        self.moments_mut().passed = Some(Instant::now());
     }
 
     pub(super) fn connected(&self, is: bool) {
         self.connected.set(i64::from(is));
+        self.moments_mut().connected = is.then(Instant::now);
         if is {
             self.connections.inc();
+        }
+    }
+
+    fn moments_mut(&self) -> MutexGuard<'_, Moments> {
+        self.moments.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn moments(&self) -> Moments {
+        *self.moments_mut()
+    }
+
+    /// How often libvirt was reached.
+    pub(super) fn connections(&self) -> u64 {
+        self.connections.get()
+    }
+
+    /// Tells when the certificate in this file expires.
+    pub(super) fn watch_certificate(&self, file: PathBuf) {
+        *self.certificate.lock().unwrap_or_else(PoisonError::into_inner) = Some(file);
+    }
+
+    /// What cannot be read stays as it was.
+    fn look_at_certificate(&self) {
+        let file = self.certificate.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        if let Some(Ok(expires)) = file.map(|file| expiry(&file)) {
+            let since = expires.duration_since(UNIX_EPOCH).unwrap_or_default();
+            let seconds = i64::try_from(since.as_secs()).unwrap_or(i64::MAX);
+            self.expiry.get_or_create(&Labels::new()).set(seconds);
         }
     }
 
@@ -332,6 +389,7 @@ impl Metrics {
     /// All of it, as text.
     pub fn text(&self) -> String {
         self.process.look();
+        self.look_at_certificate();
         let mut text = String::new();
         // A String takes everything.
         let _ = encode(&mut text, &self.registry);

@@ -17,6 +17,7 @@
 //! | `devices` | from events to rows; the configuration |
 //! | `guest_uses` | what guests use of the host's devices without a claim |
 //! | [`metrics`] | what is counted |
+//! | [`health`] | what it says of itself to `virt-usb doctor` |
 //!
 //! It may be killed at any moment: what it knows it reads again, from the store, from sysfs and from the live XML.
 
@@ -24,6 +25,7 @@ mod arguments;
 mod devices;
 pub mod guest_uses;
 mod guests;
+pub mod health;
 pub mod metrics;
 pub mod observe;
 pub mod operate;
@@ -44,7 +46,7 @@ use std::time::Duration;
 use anyhow::{Context as _, bail};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
-use virt_usb_hook::config::{Config, DEFAULT_PATH};
+use virt_usb_hook::config::{self, Config, DEFAULT_PATH};
 use virt_usb_hook::machine;
 use virt_usb_model::{ParseError, ProjectId};
 use virt_usb_store::Store;
@@ -105,12 +107,18 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
     store.sweep(&machine::context(&config, ACTOR)?)?;
     let host = crate::inventory::host_name(&config.procfs_root)?;
     let metrics = Arc::new(Metrics::default());
+    if let (config::Api::On(_), Some(tls)) = (config.api, &config.api_tls) {
+        metrics.watch_certificate(tls.certificate.clone());
+    }
     metrics::serve(metrics.clone(), config.metrics.clone())?;
     let (to_devices, nudges) = channel();
     let (to_guests, signals) = channel();
     follow_signals(to_devices.clone(), to_guests.clone())?;
     let world = World::new(&config, simulation, &to_devices, &to_guests)?;
     let (retry, of_commands) = (world.retry, (to_devices.clone(), to_guests.clone()));
+    let hypervisor = Arc::new(Supervised::new(world.hypervisor, listeners(&to_guests, &to_devices)));
+    let of_health = (metrics.clone(), hypervisor.clone());
+    let asked = move || health::tell(&of_health.0, &of_health.1);
     let heard = move |message: &str| {
         // libvirt has called it: it is there.
         retry();
@@ -119,8 +127,7 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
             drop(of_commands.1.send(Signal::Devices));
         }
     };
-    hear_hooks(&config.state_dir, metrics.clone(), heard);
-    let hypervisor = Arc::new(Supervised::new(world.hypervisor, listeners(&to_guests, &to_devices)));
+    hear_hooks(&config.state_dir, metrics.clone(), heard, asked);
     let pulse = Pulse::new();
     let guests = Guests::new(
         rules.clone(),
@@ -331,14 +338,24 @@ fn follow_signals(devices: Sender<Nudge>, guests: Sender<Signal>) -> std::io::Re
     std::thread::Builder::new().name("signals".into()).spawn(follow).map(drop)
 }
 
-/// Hooks and commands tell how long they took. Nobody depends on it: an agent that cannot hear them goes on.
-fn hear_hooks(state_dir: &Path, metrics: Arc<Metrics>, heard: impl Fn(&str) + Send + 'static) {
+/// Hooks and commands tell how long they took, and the doctor asks how the agent is. Nobody depends on it: an agent that cannot hear
+/// them goes on.
+fn hear_hooks(
+    state_dir: &Path,
+    metrics: Arc<Metrics>,
+    heard: impl Fn(&str) + Send + 'static,
+    asked: impl Fn() -> String + Send + 'static,
+) {
     let path = state_dir.join(machine::HOOK_SOCKET);
     let hear = |socket: UnixDatagram| {
         let listen = move || {
             let mut message = [0; 128];
-            while let Ok(length) = socket.recv(&mut message) {
+            while let Ok((length, from)) = socket.recv_from(&mut message) {
                 let text = message.get(..length).map(String::from_utf8_lossy).unwrap_or_default();
+                if text == health::QUESTION {
+                    drop(socket.send_to_addr(asked().as_bytes(), &from));
+                    continue;
+                }
                 metrics.hook(&text);
                 heard(&text);
             }
@@ -349,7 +366,10 @@ fn hear_hooks(state_dir: &Path, metrics: Arc<Metrics>, heard: impl Fn(&str) + Se
         let _owner = User::of(state_dir)?.enter()?;
         // What an agent before this one has left.
         drop(std::fs::remove_file(&path));
-        UnixDatagram::bind(&path)
+        let socket = UnixDatagram::bind(&path)?;
+        // Whoever asks and takes no answer keeps nobody waiting.
+        socket.set_write_timeout(Some(Duration::from_secs(1)))?;
+        Ok::<_, io::Error>(socket)
     };
     if let Err(e) = bind().and_then(hear) {
         tracing::warn!("hooks and commands are not heard: {}: {e}", path.display());
