@@ -111,10 +111,10 @@ def a_claim(root):
     check('sysfs_root = "/sys"' in text, "the configuration is not the example")
     config.write_text(OURS + text.replace('sysfs_root = "/sys"', 'sysfs_root = "/packages/sys"'))
     root.must("virt-usb", "discover", "--sim", "/packages/key.toml", "--sysfs-out", "/packages/sys")
-    # libvirt is not there yet, so not all is well.
+    # Other checks miss libvirt.
     found = json.loads(root.run("virt-usb", "doctor", "--all", "--json").out)
     levels = {finding["level"] for finding in found if finding["check"] in ("hook", "configuration", "inventory")}
-    check(levels == {"well"}, str(found))
+    check(levels == {"ok"}, str(found))
     said = root.must("stat", "-c", "%U %G %a", INVENTORY)
     check(said.out == "virt-usb virt-usb 640\n", f"the agent could not open what root made: {said}")
     said = prepare(root, "erp")

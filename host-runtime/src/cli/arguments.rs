@@ -164,12 +164,12 @@ pub(super) enum Verb {
         #[arg(long)]
         documents: bool,
     },
-    /// Look for what is wrong with this host, and say how it is mended
+    /// Check this host, and say how to fix what is wrong
     ///
-    /// Changes nothing. Exit status, as monitoring has it: 0 all is well, 1 something will not work for somebody, 2 guests do not get
+    /// Changes nothing. Exit status for monitoring: 0 no problems, 1 something does not work for somebody, 2 guests do not get
     /// their devices.
     Doctor {
-        /// Show what is well, too
+        /// Show checks without problems too
         #[arg(long)]
         all: bool,
         /// Where libvirt's hooks are

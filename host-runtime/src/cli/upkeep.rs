@@ -38,7 +38,7 @@ pub(super) fn backup(session: &Session, file: &Path) -> anyhow::Result<ExitCode>
 
 pub(super) fn doctor(session: &Session, all: bool, hooks: PathBuf, run: PathBuf) -> anyhow::Result<ExitCode> {
     let places = Places { config: session.config_file.clone(), hooks, run };
-    let is_told = |finding: &Finding| all || finding.level != Level::Well;
+    let is_told = |finding: &Finding| all || finding.level != Level::Ok;
     // For people each as it is made: libvirt or etcd may keep the next one waiting.
     let mut told = Ok(());
     let findings = examine(&places, &mut |finding| {
@@ -47,25 +47,25 @@ pub(super) fn doctor(session: &Session, all: bool, hooks: PathBuf, run: PathBuf)
         }
     });
     told?;
-    let worst = findings.iter().map(|f| f.level).max().unwrap_or(Level::Well);
+    let worst = findings.iter().map(|f| f.level).max().unwrap_or(Level::Ok);
     if !findings.iter().any(is_told) {
-        session.out.line(&format!("all is well ({} checks)", findings.len()))?;
+        session.out.line(&format!("no problems found ({} checks)", findings.len()))?;
     }
     session.out.json(&findings)?;
     Ok(ExitCode::from(match worst {
-        Level::Well => 0,
+        Level::Ok => 0,
         Level::Warning => 1,
         Level::Broken => 2,
     }))
 }
 
 fn line(finding: &Finding) -> String {
-    let Finding { check, level, what, mend } = finding;
+    let Finding { check, level, what, fix } = finding;
     let level = match level {
-        Level::Well => "well",
+        Level::Ok => "ok",
         Level::Warning => "warning",
         Level::Broken => "BROKEN",
     };
-    let mend = mend.as_ref().map(|mend| format!("\n         -> {mend}")).unwrap_or_default();
-    format!("{level:<8} {check}: {what}{mend}")
+    let fix = fix.as_ref().map(|fix| format!("\n         -> {fix}")).unwrap_or_default();
+    format!("{level:<8} {check}: {what}{fix}")
 }

@@ -35,7 +35,7 @@ class Product:
         # libvirtd here asks for the group, not for polkit.
         must("usermod", "--append", "--groups", "libvirt", USER)
         LOGS.mkdir(parents=True, exist_ok=True)
-        LOGS.chmod(0o777)
+        LOGS.chmod(0o1777)
 
     def remove(self):
         """Leaves nothing of it, whether it was installed from the build or from a package."""

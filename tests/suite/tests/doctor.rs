@@ -1,17 +1,35 @@
-//! `virt-usb doctor`: each finding is provoked, and mended by what it advises.
+//! `virt-usb doctor`: each finding is provoked, and fixed by what it advises.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test's helpers fail the test")]
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixDatagram;
+use std::sync::{Arc, Mutex};
 
-use serde_json::Value;
+use serde_json::{Value, json};
 use virt_usb_suite::{Host, device, program, write_program};
 
-/// A host on which all is well, but for what only a real machine has.
+/// A host without problems, except what only a real machine has.
 struct Patient {
     host: Host,
     /// Its lock, held.
     agent: fs::File,
+    /// What its agent answers.
+    health: Arc<Mutex<Value>>,
+}
+
+/// Answers as the agent does, until its socket is removed.
+fn answer(socket: &UnixDatagram, health: &Mutex<Value>) {
+    let mut message = [0; 64];
+    while let Ok((length, from)) = socket.recv_from(&mut message) {
+        if &message[..length] == b"health" {
+            socket.send_to_addr(health.lock().unwrap().to_string().as_bytes(), &from).unwrap();
+        }
+    }
+}
+
+fn healthy() -> Value {
+    json!({ "last_pass": 3.0, "last_scan": 4.0, "connected": 100.0, "connections": 1, "unanswered": [] })
 }
 
 /// libvirt's own test driver answers at this URI, in this process.
@@ -26,9 +44,21 @@ impl Patient {
         host.discover(&device("0001", "1-1", 5, "serial = 'A'"));
         let agent = fs::File::create(host.path("state/agent.lock")).unwrap();
         agent.lock().unwrap();
-        fs::write(host.path("state/hook.sock"), "").unwrap();
-        fs::create_dir(host.path("run")).unwrap();
-        Self { host, agent }
+        let health = Arc::new(Mutex::new(healthy()));
+        let (socket, its) = (UnixDatagram::bind(host.path("state/hook.sock")).unwrap(), health.clone());
+        std::thread::spawn(move || answer(&socket, &its));
+        fs::create_dir_all(host.path("run/udev")).unwrap();
+        fs::write(host.path("run/udev/control"), "").unwrap();
+        Self { host, agent, health }
+    }
+
+    /// Sets keys of the configuration, a line each.
+    fn configure(&self, keys: &str) {
+        let key = |line: &str| line.split(' ').next().unwrap().to_owned();
+        let before = fs::read_to_string(self.host.config_file()).unwrap();
+        let others = before.lines().filter(|line| keys.lines().all(|new| key(new) != key(line)));
+        let all: Vec<&str> = others.chain(keys.lines()).collect();
+        fs::write(self.host.config_file(), all.join("\n")).unwrap();
     }
 
     /// The findings of this check that are not well, with the exit status.
@@ -43,14 +73,13 @@ impl Patient {
             run.to_str().unwrap(),
         ]);
         let findings: Value = serde_json::from_slice(&output.stdout).unwrap();
-        let told =
-            findings.as_array().unwrap().iter().filter(|f| f["check"] == check && f["level"] != "well");
+        let told = findings.as_array().unwrap().iter().filter(|f| f["check"] == check && f["level"] != "ok");
         let line = |f: &Value| {
             format!(
                 "{} {} -> {}",
                 f["level"].as_str().unwrap(),
                 f["what"].as_str().unwrap(),
-                f["mend"].as_str().unwrap()
+                f["fix"].as_str().unwrap()
             )
         };
         (told.map(line).collect(), output.status.code().unwrap())
@@ -104,11 +133,95 @@ fn an_agent_that_is_not_there() {
     let patient = Patient::new();
     patient.is_well("agent");
     fs::remove_file(patient.host.path("state/hook.sock")).unwrap();
-    patient.finds("agent", &["warning", "does not hear hooks"]);
+    patient.finds("agent", &["warning", "does not answer at its socket hook.sock", "No such file"]);
+    let _deaf = UnixDatagram::bind(patient.host.path("state/hook.sock")).unwrap();
+    patient.finds("agent", &["warning", "does not answer at its socket hook.sock"]);
     patient.agent.unlock().unwrap();
     patient.finds("agent", &["broken", "does not run", "systemctl start virt-usbd"]);
     fs::remove_file(patient.host.path("state/agent.lock")).unwrap();
     patient.finds("agent", &["warning", "none is installed", "make install-agent"]);
+}
+
+#[test]
+fn an_agent_that_is_not_healthy() {
+    let patient = Patient::new();
+    let says = |key: &str, value: Value| {
+        let mut health = healthy();
+        health[key] = value;
+        *patient.health.lock().unwrap() = health;
+    };
+    says("connected", Value::Null);
+    patient.finds("agent", &["broken", "no connection to libvirt", "test:///default"]);
+    says("last_pass", json!(100_000.0));
+    patient.finds("agent", &["broken", "last looked at all guests 100000 s ago"]);
+    says("last_scan", json!(100_000.0));
+    patient.finds("agent", &["broken", "last looked at all devices 100000 s ago"]);
+    // An agent that has just connected has not looked yet.
+    says("last_pass", Value::Null);
+    patient.is_well("agent");
+    says("unanswered", json!([{ "about": "erp", "what": "attach", "age": 61.4 }]));
+    patient.finds("agent", &["warning", "libvirt has not answered about erp for 61 s (attach)"]);
+    says("connections", json!("many"));
+    patient.finds("agent", &["warning", "does not answer"]);
+}
+
+#[test]
+fn a_certificate_that_ends_and_an_address_that_is_taken() {
+    let patient = Patient::new();
+    let (certificate, key) = (patient.host.path("api.crt"), patient.host.path("api.key"));
+    let make = |days: &str| {
+        let mut openssl = std::process::Command::new("openssl");
+        openssl.args(["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1"]);
+        openssl.args(["-nodes", "-subj", "/CN=host1", "-days", days, "-keyout"]).arg(&key);
+        assert!(openssl.arg("-out").arg(&certificate).output().unwrap().status.success());
+        fs::set_permissions(&key, fs::Permissions::from_mode(0o600)).unwrap();
+    };
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    patient.configure(&format!("api = '{address}'\napi_certificate = {certificate:?}\napi_key = {key:?}\n"));
+    patient.finds("api", &["warning", "its certificate cannot be used", "api.crt"]);
+    make("100");
+    patient.is_well("api");
+    make("3");
+    patient.finds("api", &["warning", "expires in 2 day(s)", "without a restart"]);
+    make("100");
+    fs::set_permissions(&key, fs::Permissions::from_mode(0o644)).unwrap();
+    patient.finds("api", &["warning", "every user of this host may read it", "chmod 600"]);
+    fs::set_permissions(&key, fs::Permissions::from_mode(0o600)).unwrap();
+    let other = fs::read(&key).unwrap();
+    make("100");
+    fs::write(&key, other).unwrap();
+    patient.finds("api", &["warning", "its certificate cannot be used"]);
+    make("100");
+    drop(listener);
+    patient.finds("api", &["warning", "nobody serves it at"]);
+    let _other = std::net::TcpListener::bind(address).unwrap();
+    patient.is_well("api");
+    patient.agent.unlock().unwrap();
+    patient.finds("api", &["warning", "another program listens at", "set api to another address"]);
+}
+
+#[test]
+fn records_that_go_nowhere_and_a_missing_udevd() {
+    let patient = Patient::new();
+    patient.is_well("udev");
+    fs::remove_file(patient.host.path("run/udev/control")).unwrap();
+    patient.finds("udev", &["warning", "udevd does not run", "up to 10 s late"]);
+    let journal = patient.host.path("run/systemd/journal");
+    patient.configure("log = 'journal'");
+    patient.finds("log", &["warning", "run/systemd/journal/socket is missing", "systemd-journald"]);
+    fs::create_dir_all(&journal).unwrap();
+    let _journal = UnixDatagram::bind(journal.join("socket")).unwrap();
+    patient.is_well("log");
+    let folder = patient.host.path("logs");
+    patient.configure(&format!("log = {:?}", folder.join("virt-usb.log")));
+    patient.finds("log", &["warning", "cannot be read", "mkdir -p"]);
+    fs::create_dir(&folder).unwrap();
+    patient.is_well("log");
+    fs::set_permissions(&folder, fs::Permissions::from_mode(0o777)).unwrap();
+    patient.finds("log", &["warning", "every user may replace files", "chmod o-w"]);
+    fs::set_permissions(&folder, fs::Permissions::from_mode(0o1777)).unwrap();
+    patient.is_well("log");
 }
 
 #[test]
@@ -318,6 +431,6 @@ fn findings_are_told_in_lines_as_they_are_made() {
     assert!(told.starts_with("BROKEN   hook: there is none at "), "{told}");
     assert!(
         told.contains("\n         -> install it")
-            && told.contains("\nwell     configuration: it can be read\n")
+            && told.contains("\nok       configuration: it can be read\n")
     );
 }

@@ -1,0 +1,38 @@
+//! The inventory's file.
+
+use super::{Host, Report};
+
+/// Size of SQLite's log at which something keeps it from being folded, in bytes: writers fold it at 0.5 MiB.
+const LOG_LIMIT: u64 = 16 << 20;
+
+pub(super) fn check(host: &Host, report: &Report) {
+    let store = match host.store() {
+        Ok(store) => store,
+        Err(e) => {
+            return report.broken(e, "fix the error above; 'virt-usb discover' makes one if there is none");
+        }
+    };
+    match store.check() {
+        Ok(findings) if findings.is_empty() => {
+            report.ok(format!("{} is sound", store.path().display()));
+        }
+        Ok(findings) => {
+            for finding in findings {
+                report.broken(finding, "'virt-usb store rebuild' makes it anew and keeps what can be kept, or 'virt-usb store restore FILE' takes a backup; a hint that is missing: 'virt-usb discover'");
+            }
+        }
+        Err(e) => report.broken(e, "'virt-usb store check' says more"),
+    }
+    let log = store.path().with_extension("sqlite-wal");
+    if let Some(size) = std::fs::metadata(&log).ok().map(|found| found.len()).filter(|size| *size > LOG_LIMIT)
+    {
+        report.warn(
+            format!(
+                "{} has {} MiB: somebody reads for very long, and it cannot be folded",
+                log.display(),
+                size >> 20
+            ),
+            "find who has it open: 'fuser -v' with its name",
+        );
+    }
+}

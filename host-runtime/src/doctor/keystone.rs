@@ -1,0 +1,39 @@
+//! Keystone, which is asked about callers' tokens.
+
+use std::sync::Arc;
+
+use super::process::secret;
+use super::{Host, Report};
+use crate::api::keystone::Keystone;
+use crate::client;
+
+/// No finding here keeps a guest from its devices.
+pub(super) fn check(host: &Host, report: &Report) {
+    const ROLES: [&str; 2] = ["service", "admin"];
+    let Some(keystone) = &host.config.keystone else { return };
+    match Keystone::new(keystone.clone(), Arc::default()).check() {
+        Err(why) => report.warn(
+            why,
+            "fix the error above; until then its tokens are refused, and those of 'virt-usb token' count",
+        ),
+        Ok(roles) if !roles.iter().any(|role| ROLES.contains(&role.as_str())) => report.warn(
+            format!(
+                "the user {} has the roles {}: by default Keystone does not let it ask about others' tokens",
+                keystone.user,
+                roles.join(", ")
+            ),
+            format!("'openstack role add --user {} --project {} service'", keystone.user, keystone.project),
+        ),
+        Ok(_) => report.ok(format!("{} answers", keystone.url)),
+    }
+    secret("the password in", &keystone.password_file, &host.config, report);
+    if keystone.url.parse().is_ok_and(|address| client::is_open(&address)) {
+        report.warn(
+            format!(
+                "{} is not encrypted: whoever is on the way reads the password and the tokens",
+                keystone.url
+            ),
+            "an https:// address, unless it is on this host or on a network of your own",
+        );
+    }
+}

@@ -1,0 +1,235 @@
+//! `virt-usb doctor`: checks this host and says how to fix what it finds. It reads and changes nothing.
+//!
+//! Each check has a file of its own and an entry in [`CHECKS`]. A check runs in its own thread and
+//! has [`CHECK_TIMEOUT`], so one that waits for a hung service does not hold up the others.
+//! A check says nothing about what an earlier check already reports.
+
+mod agent;
+mod api;
+mod configuration;
+mod devices;
+mod fleet;
+mod guests;
+mod hook;
+mod inventory;
+mod keystone;
+mod libvirt;
+mod log;
+mod machine;
+mod metrics;
+mod problems;
+mod process;
+mod tokens;
+mod udev;
+
+use std::fmt::Display;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+use virt_usb_hook::config::Config;
+use virt_usb_store::{Durability, Store, StoreError};
+
+const VERSION: &str = env!("CARGO_PKG_VERSION");
+/// Timeout for the store's lock.
+const STORE_LOCK_TIMEOUT: Duration = Duration::from_secs(5);
+/// Timeout for the connection to a service of this host.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// Timeout for a whole check. libvirt alone may take 30 s to answer.
+const CHECK_TIMEOUT: Duration = Duration::from_secs(40);
+
+/// A check: reports findings about a host.
+type Check = fn(&Host, &Report);
+
+/// The checks of a host whose configuration can be read, in the order in which they report.
+const CHECKS: &[(&str, Check)] = &[
+    ("hook", hook::confinement),
+    ("configuration", configuration::check),
+    ("machine", machine::check),
+    ("log", log::check),
+    ("udev", udev::check),
+    ("agent", agent::check),
+    ("metrics", metrics::check),
+    ("api", api::check),
+    ("inventory", inventory::check),
+    ("problems", problems::check),
+    ("fleet", fleet::check),
+    ("tokens", tokens::check),
+    ("keystone", keystone::check),
+    ("libvirt", libvirt::check),
+    ("guest", guests::check),
+    ("device", devices::check),
+];
+
+/// How bad a finding is, in ascending order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Level {
+    /// Nothing to fix.
+    Ok,
+    /// Something does not work for somebody.
+    Warning,
+    /// Guests that ask for devices do not get them, or the doctor cannot find out.
+    Broken,
+}
+
+/// One result of a check.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Finding {
+    /// Name of the check: `hook`, `agent`, …
+    pub check: &'static str,
+    /// How bad it is.
+    pub level: Level,
+    /// Description of what was found.
+    pub what: String,
+    /// Advice on how to fix it.
+    pub fix: Option<String>,
+}
+
+/// Files and folders to look at.
+#[derive(Debug, Clone)]
+pub struct Places {
+    /// Configuration file; none: the default one.
+    pub config: Option<PathBuf>,
+    /// Folder of libvirt's hooks.
+    pub hooks: PathBuf,
+    /// Folder in which daemons leave their process ids and sockets.
+    pub run: PathBuf,
+}
+
+/// The host that is checked.
+struct Host {
+    places: Places,
+    config: Config,
+}
+
+impl Host {
+    fn store(&self) -> Result<Store, StoreError> {
+        Store::open(&self.config.state_dir, STORE_LOCK_TIMEOUT, Durability::Power)
+    }
+}
+
+/// Where a check reports its findings.
+struct Report {
+    check: &'static str,
+    to: Sender<Finding>,
+}
+
+impl Report {
+    fn add(&self, level: Level, what: impl Display, fix: Option<String>) {
+        // After its timeout nobody listens to the check any more.
+        drop(self.to.send(Finding { check: self.check, level, what: what.to_string(), fix }));
+    }
+
+    fn ok(&self, what: impl Display) {
+        self.add(Level::Ok, what, None);
+    }
+
+    fn warn(&self, what: impl Display, fix: impl Display) {
+        self.add(Level::Warning, what, Some(fix.to_string()));
+    }
+
+    fn broken(&self, what: impl Display, fix: impl Display) {
+        self.add(Level::Broken, what, Some(fix.to_string()));
+    }
+}
+
+/// Runs all checks. `tell` receives each finding as soon as it is made.
+pub fn examine(places: &Places, tell: &mut dyn FnMut(&Finding)) -> Vec<Finding> {
+    let mut findings = Vec::new();
+    let mut tell = |finding: Finding| {
+        tell(&finding);
+        findings.push(finding);
+    };
+    let hook_places = places.clone();
+    let hook = move |report: &Report| hook::check(&hook_places, report);
+    run("hook", CHECK_TIMEOUT, hook, &mut tell);
+    match Config::load(places.config.as_deref()) {
+        Ok(config) => {
+            let host = Arc::new(Host { places: places.clone(), config });
+            for (name, check) in CHECKS {
+                let host = host.clone();
+                run(name, CHECK_TIMEOUT, move |report: &Report| check(&host, report), &mut tell);
+            }
+        }
+        Err(e) => tell(Finding {
+            check: "configuration",
+            level: Level::Broken,
+            what: e.to_string(),
+            fix: Some("correct it: the installed file explains every key".into()),
+        }),
+    }
+    findings
+}
+
+/// Runs a check in a thread of its own and passes its findings on, until it ends or times out.
+fn run(
+    name: &'static str,
+    timeout: Duration,
+    check: impl FnOnce(&Report) + Send + 'static,
+    tell: &mut dyn FnMut(Finding),
+) {
+    let (to, findings) = channel();
+    let report = Report { check: name, to };
+    let broken = |what: String| Finding {
+        check: name,
+        level: Level::Broken,
+        what,
+        fix: Some("report this with the output of 'virt-usb doctor --all'".into()),
+    };
+    let thread = std::thread::Builder::new().name(format!("doctor-{name}"));
+    let thread = match thread.spawn(move || check(&report)) {
+        Ok(thread) => thread,
+        Err(e) => return tell(broken(format!("this check cannot start: {e}"))),
+    };
+    let end = Instant::now() + timeout;
+    loop {
+        match findings.recv_timeout(end.saturating_duration_since(Instant::now())) {
+            Ok(finding) => tell(finding),
+            Err(RecvTimeoutError::Disconnected) => {
+                if thread.join().is_err() {
+                    tell(broken("this check failed".into()));
+                }
+                return;
+            }
+            Err(RecvTimeoutError::Timeout) => {
+                let what = format!("this check has no result after {} s", timeout.as_secs());
+                let fix = "find out what it waits for: the service that it asks, or the disk".into();
+                return tell(Finding { check: name, level: Level::Broken, what, fix: Some(fix) });
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn findings(check: impl FnOnce(&Report) + Send + 'static, timeout: Duration) -> Vec<String> {
+        let mut told = Vec::new();
+        run("test", timeout, check, &mut |finding| {
+            told.push(format!("{:?} {}", finding.level, finding.what));
+        });
+        told
+    }
+
+    #[test]
+    fn a_check_that_hangs_is_reported_and_left_behind() {
+        let hangs = |report: &Report| {
+            report.warn("found before", "fix it");
+            std::thread::sleep(Duration::from_secs(3600));
+            report.ok("too late");
+        };
+        let expected = ["Warning found before", "Broken this check has no result after 1 s"];
+        assert_eq!(findings(hangs, Duration::from_secs(1)), expected);
+    }
+
+    #[test]
+    fn a_check_that_fails_is_reported() {
+        let fails = |_: &Report| std::panic::resume_unwind(Box::new(()));
+        assert_eq!(findings(fails, Duration::from_secs(60)), ["Broken this check failed"]);
+        assert_eq!(findings(|report| report.ok("fine"), Duration::from_secs(60)), ["Ok fine"]);
+    }
+}

@@ -1,0 +1,77 @@
+//! Processes of this host.
+
+use std::fs::Metadata;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+use virt_usb_hook::config::Config;
+
+use super::{Places, Report};
+
+/// The user and the groups that a process runs as.
+pub(super) struct Process {
+    /// Effective user id.
+    pub(super) uid: u32,
+    /// Group ids, including the supplementary ones.
+    pub(super) groups: Vec<u32>,
+}
+
+/// Names and process ids of libvirt's daemons that run.
+pub(super) fn daemons(places: &Places) -> Vec<(&'static str, String)> {
+    let pid = |daemon: &'static str| {
+        let text = std::fs::read_to_string(places.run.join(format!("{daemon}.pid"))).ok()?;
+        Some((daemon, text.trim().to_owned()))
+    };
+    ["virtqemud", "libvirtd"].into_iter().filter_map(pid).collect()
+}
+
+/// The process that holds the lock on this file, as the kernel lists it (proc_locks(5)).
+pub(super) fn holder(lock: &Path) -> Option<Process> {
+    let inode = std::fs::metadata(lock).ok()?.ino().to_string();
+    let locks = std::fs::read_to_string("/proc/locks").ok()?;
+    let pid = locks.lines().find_map(|line| {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let [_, "FLOCK", _, _, pid, file, ..] = words.as_slice() else { return None };
+        (file.rsplit(':').next() == Some(&inode)).then_some(*pid)
+    })?;
+    let status = std::fs::read_to_string(Path::new("/proc").join(pid).join("status")).ok()?;
+    let numbers = |key: &str| -> Vec<u32> {
+        let line = status.lines().find_map(|line| line.strip_prefix(key));
+        line.into_iter().flat_map(str::split_whitespace).filter_map(|n| n.parse().ok()).collect()
+    };
+    // Real, effective, saved, file system.
+    let (uid, mut groups) = (*numbers("Uid:").get(1)?, numbers("Groups:"));
+    groups.extend(numbers("Gid:"));
+    Some(Process { uid, groups })
+}
+
+/// Whether a user of these groups may read a file (`access` 4), or write to it (2).
+pub(super) fn may(file: &Metadata, uid: u32, groups: &[u32], access: u32) -> bool {
+    uid == 0
+        || (file.uid() == uid && file.mode() & (access << 6) != 0)
+        || (groups.contains(&file.gid()) && file.mode() & (access << 3) != 0)
+        || file.mode() & access != 0
+}
+
+/// Whether the agent may read a file with a secret, and other users may not. `name` is what messages call the file. The doctor
+/// runs as root, which may read every file.
+pub(super) fn secret(name: &str, file: &Path, config: &Config, report: &Report) {
+    let (Ok(found), Ok(agent)) = (std::fs::metadata(file), std::fs::metadata(&config.state_dir)) else {
+        return;
+    };
+    let what = if !may(&found, agent.uid(), &[agent.gid()], 0o4) {
+        "the agent may not read it"
+    } else if found.mode() & 0o007 != 0 {
+        "every user of this host may read it, or write to it"
+    } else {
+        return;
+    };
+    let (file, owner) = (file.display(), agent.uid());
+    report.warn(
+        format!("{name} {file}: {what}"),
+        format!(
+            "'chown {owner} {file}; chmod 600 {file}': {owner} is the agent's user, which owns {}",
+            config.state_dir.display()
+        ),
+    );
+}
