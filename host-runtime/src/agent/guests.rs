@@ -455,8 +455,10 @@ impl Guests {
         let knows_one = holders.iter().any(|holder| all.contains(holder));
         // An inventory that does not know yet which libvirt it was has a process of one of them to go by.
         let runs_elsewhere = || holders.iter().any(|holder| self.hypervisor.process(*holder).is_some());
-        let before = before.or_else(|| runs_elsewhere().then(|| "not known which".to_owned()));
-        if let Some(before) = before.filter(|_| !holders.is_empty() && !knows_one) {
+        let is_doubtful = !holders.is_empty() && !knows_one;
+        let before =
+            is_doubtful.then(|| before.or_else(|| runs_elsewhere().then(|| "not known which".into())));
+        if let Some(before) = before.flatten() {
             if self.doubted.as_deref() != Some(identity) {
                 tracing::error!(
                     "this libvirt ({identity}) knows none of the {} guests that hold devices, which another one ran ({before}), or that are to \

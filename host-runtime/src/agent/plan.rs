@@ -19,6 +19,8 @@ use virt_usb_model::{DeviceId, InstanceId};
 use virt_usb_store::adopt::Holding;
 use virt_usb_store::{ClaimRow, Record};
 
+use crate::discovery::CLAIMED;
+
 /// A guest that runs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Guest {
@@ -91,6 +93,13 @@ pub enum Step {
         /// Which device it was.
         device: DeviceId,
     },
+    /// A driver of the host seems to have taken the device back: if that is so, take its hostdev out of the guest.
+    TakenBack {
+        /// Alias of the hostdev.
+        alias: String,
+        /// Which device it is.
+        device: DeviceId,
+    },
     /// The guest has a device that nobody holds: it is its.
     Adopt {
         /// As the live XML names it.
@@ -144,7 +153,9 @@ impl Step {
     /// What the step is about, where it may fail and be tried again later.
     pub fn about(&self) -> Option<String> {
         match self {
-            Self::Attach { device } | Self::Detach { device, .. } => Some(about_device(*device)),
+            Self::Attach { device } | Self::Detach { device, .. } | Self::TakenBack { device, .. } => {
+                Some(about_device(*device))
+            }
             Self::Redirect { n } => Some(about_redirection(*n)),
             _ => None,
         }
@@ -243,6 +254,7 @@ impl<'a> Present<'a> {
                     in_guest.insert(device);
                     // The XML shows it, QEMU has let go of it: see [`ClaimRow::arrived`].
                     steps.extend(claim.filter(|c| c.arrived).and_then(|_| detach(h)));
+                    steps.extend(claim.and_then(|c| taken_back(c, h)));
                 }
                 (Some(holder), _) if *holder == self.instance.id => {
                     stale.insert(device);
@@ -416,6 +428,15 @@ impl Present<'_> {
         let then = self.claim(record.entry.id).and_then(|c| c.generation);
         then.zip(record.generation).is_none_or(|(then, now)| then == now)
     }
+}
+
+/// While a guest has a device its interfaces have no driver, or usbfs. The inventory's drivers are those of the last scan.
+fn taken_back(claim: &ClaimRow, hosted: &Hosted<'_>) -> Option<Step> {
+    let drivers = hosted.record.entry.driver.as_deref()?;
+    let is_hosts = drivers.split(',').any(|driver| driver != CLAIMED);
+    let is_in_guest = claim.state == "allocated" && !claim.arrived;
+    let alias = hosted.hostdev.alias.clone().filter(|_| is_hosts && is_in_guest)?;
+    Some(Step::TakenBack { alias, device: hosted.record.entry.id })
 }
 
 /// libvirt gives every device of a running domain an alias.

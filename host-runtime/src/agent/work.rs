@@ -21,12 +21,15 @@ use super::PATIENCE;
 use super::metrics::Metrics;
 use super::observe::{View, guest};
 use super::plan::{ABOUT_LIBVIRT, ABOUT_STOP, Gone, Guest, Seen, Step, about_device};
+use crate::discovery::host_driver;
 use crate::hypervisor::{Failure, Hypervisor};
 
 /// A plan is made anew after each round; more rounds than this are somebody else's doing.
 const ROUNDS: usize = 8;
 /// How long a device may take to leave a guest.
 const LEAVING: Duration = Duration::from_secs(5);
+/// How long the host's drivers may have a device while its guest configures it.
+const CONFIGURING: Duration = Duration::from_secs(2);
 /// Between two looks at whether it has.
 const LOOK: Duration = Duration::from_millis(20);
 
@@ -180,7 +183,7 @@ impl Worker {
                 match at.run(&step)? {
                     Outcome::Done => {
                         report.changed = true;
-                        has_detached |= matches!(step, Step::Detach { .. });
+                        has_detached |= matches!(step, Step::Detach { .. } | Step::TakenBack { .. });
                     }
                     Outcome::Moot => {}
                     Outcome::Later => report.later = true,
@@ -297,6 +300,7 @@ impl Work<'_> {
             Step::Attach { device } => return self.attach(*device),
             Step::Detach { alias, device } => return self.detach(alias, *device),
             Step::Redirect { n } => return self.redirect(*n),
+            Step::TakenBack { alias, device } => return self.taken_back(alias, *device),
             Step::Adopt { holding, device } => {
                 let Some(guest) = self.guest else { return Ok(Outcome::Moot) };
                 let mut ports = Ports { sysfs_root: &self.worker.config.sysfs_root };
@@ -435,6 +439,24 @@ impl Work<'_> {
             Err(Failure::Refused(why)) => Ok(Outcome::Failed(why)),
             Err(failure) => moot_or_busy(failure),
         }
+    }
+
+    /// A device that lost its configuration, as when it was deauthorized, comes back with the host's drivers: QEMU does not have it
+    /// any more. When a guest chooses a configuration they have it for a moment, too.
+    fn taken_back(self, alias: &str, device: DeviceId) -> Result<Outcome, WorkError> {
+        let Some(record) = self.view.device(device) else { return Ok(Outcome::Moot) };
+        let driver = || host_driver(&self.worker.config.sysfs_root, &record.entry.port_path);
+        // A guest of a simulation has no QEMU that could take a device from a driver.
+        if driver().is_none() || self.worker.hypervisor.process(self.instance).is_none() {
+            return Ok(Outcome::Moot);
+        }
+        std::thread::sleep(CONFIGURING);
+        let Some(driver) = driver() else { return Ok(Outcome::Moot) };
+        tracing::warn!(
+            instance = %self.instance, %device,
+            "the host's driver {driver} has taken device {device} from its guest: it is attached again"
+        );
+        self.detach(alias, device)
     }
 
     fn redirect(self, n: usize) -> Result<Outcome, WorkError> {

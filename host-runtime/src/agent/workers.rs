@@ -14,8 +14,9 @@ use std::time::{Duration, Instant};
 const PLACES: usize = 4;
 /// … not counting those whose work lasts longer than this, which is a second at the most until others go on.
 pub(super) const PLACE_TIME: Duration = Duration::from_millis(300);
-/// So many threads at the most. libvirtd has 20 workers for all of its clients (`max_workers` in libvirtd.conf).
-const MOST: usize = 12;
+/// Maximum number of threads: more than the calls that libvirt may leave unanswered (`supervised::MOST`), so some are always left to
+/// report that it does.
+const MOST: usize = 16;
 
 /// What one thread does: each job that it is given.
 pub(super) type Work<J> = Box<dyn FnMut(J) + Send>;

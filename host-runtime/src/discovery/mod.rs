@@ -31,6 +31,7 @@ use virt_usb_store::discover::SeenKeys;
 
 pub use libusb::LibUsb;
 pub use simulated::{SimError, Simulated};
+pub(crate) use sysfs::{CLAIMED, host_driver};
 use ties::{GuestUses, Ties};
 
 /// Where devices are found.

@@ -22,7 +22,7 @@ const GENERIC_DRIVER: &str = "usb";
 pub(super) const CONTROLLERS: &str = ".controllers";
 
 /// The driver of interfaces that a program, QEMU for one, has claimed.
-pub(super) const CLAIMED: &str = "usbfs";
+pub(crate) const CLAIMED: &str = "usbfs";
 
 /// What sysfs shows of the USB devices.
 #[derive(Debug, Default)]
@@ -91,6 +91,16 @@ impl Plugged {
     pub(super) fn is_bound_to(&self, driver: &str) -> bool {
         self.interfaces.iter().any(|i| i.driver.as_deref() == Some(driver))
     }
+}
+
+/// The driver of the host, other than usbfs, that one of the device's interfaces has now.
+pub(crate) fn host_driver(sysfs_root: &Path, port: &PortPath) -> Option<String> {
+    let (dir, prefix) = (device_dir(sysfs_root, port), format!("{port}:"));
+    let entries = fs::read_dir(&dir).ok()?.flatten();
+    let interfaces = entries.filter(|entry| entry.file_name().to_string_lossy().starts_with(&prefix));
+    let drivers = interfaces.filter_map(|entry| fs::read_link(entry.path().join("driver")).ok());
+    let mut names = drivers.filter_map(|link| Some(link.file_name()?.to_string_lossy().into_owned()));
+    names.find(|name| name != CLAIMED)
 }
 
 /// Reads all device folders. A machine without USB has none, and no `bus/usb` either; a machine without sysfs is a
@@ -301,6 +311,23 @@ mod tests {
         fs::create_dir_all(blocked.path().join("bus/usb")).unwrap();
         fs::write(blocked.path().join("bus/usb/devices"), "").unwrap();
         assert!(scan(blocked.path()).problems[0].what.contains("cannot list"));
+    }
+
+    #[test]
+    fn a_driver_of_the_host_is_told_from_usbfs() {
+        let root = tempfile::tempdir().unwrap();
+        let port: PortPath = "1-1.4".parse().unwrap();
+        let dir = device_dir(root.path(), &port);
+        assert_eq!(host_driver(root.path(), &port), None);
+        for (interface, driver, expected) in [
+            ("1-1.4:1.0", "../../../../drivers/usbfs", None),
+            ("1-1.40:1.0", "../../../../drivers/usbhid", None),
+            ("1-1.4:1.1", "../../../../drivers/usb-storage", Some("usb-storage")),
+        ] {
+            fs::create_dir_all(dir.join(interface)).unwrap();
+            symlink(driver, dir.join(interface).join("driver")).unwrap();
+            assert_eq!(host_driver(root.path(), &port).as_deref(), expected, "{interface}");
+        }
     }
 
     #[test]

@@ -533,12 +533,9 @@ impl Hypervisor for Libvirt {
         let open = self.connection()?;
         let connect = &open.connect;
         let identity = || {
-            Ok::<_, Error>(format!(
-                "{} {} on {}",
-                connect.get_type()?,
-                connect.get_uri()?,
-                connect.get_hostname()?
-            ))
+            let (kind, uri, host) = (connect.get_type()?, connect.get_uri()?, connect.get_hostname()?);
+            let uuid = host_uuid(&connect.get_capabilities()?);
+            Ok::<_, Error>(format!("{kind} {uri} on {host}{uuid}"))
         };
         identity().map_err(|e| open.failure(&e))
     }
@@ -569,6 +566,13 @@ fn unknown_to_libvirt<'a>(why: &'a str, device: &str) -> Option<&'a str> {
     let (_, after) = why.split_once("Duplicate ")?;
     let alias = after.strip_prefix("device ").unwrap_or(after).strip_prefix("ID '")?.split('\'').next()?;
     device.contains(&format!("<alias name='{alias}'/>")).then_some(alias)
+}
+
+/// The UUID of the host in its capabilities, in brackets. Drivers that run no machines of this host have none.
+fn host_uuid(capabilities: &str) -> String {
+    let uuid = capabilities.split_once("<uuid>").and_then(|(_, rest)| rest.split_once("</uuid>"));
+    let uuid = uuid.and_then(|(uuid, _)| uuid.trim().parse::<InstanceId>().ok());
+    uuid.map(|uuid| format!(" ({uuid})")).unwrap_or_default()
 }
 
 /// What libvirt's error comes to.
@@ -603,7 +607,17 @@ fn quiet() {
 
 #[cfg(test)]
 mod tests {
-    use super::unknown_to_libvirt;
+    use super::{host_uuid, unknown_to_libvirt};
+
+    #[test]
+    fn the_host_is_known_by_its_uuid() {
+        let uuid = "8a5d0f5e-4b3a-4291-8877-665544332211";
+        let capabilities =
+            format!("<capabilities>\n<host>\n<uuid>{uuid}</uuid>\n<cpu/></host></capabilities>");
+        assert_eq!(host_uuid(&capabilities), format!(" ({uuid})"));
+        assert_eq!(host_uuid("<host><uuid>a name</uuid></host>"), "");
+        assert_eq!(host_uuid("<capabilities><host><cpu/></host></capabilities>"), "");
+    }
 
     #[test]
     fn only_our_own_device_is_taken_out_behind_libvirts_back() {

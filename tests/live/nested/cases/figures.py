@@ -1,16 +1,20 @@
 """How long it takes, beside what the same takes by hand in the same run. Told and never judged; run with `--case figures`."""
 
 import json
+import os
+import signal
 import time
 from datetime import datetime
 
 from lib.case import case
+from lib.daemons import qemu_pid
 from lib.guests import hostdev
 from lib.product import HOOK_LOG
 from lib.shell import done
 from lib.waiting import until
 
 from .live import asking, known
+from .replug import running
 
 ROUNDS = 5
 
@@ -68,3 +72,35 @@ def attach(w):
         w.destroy(guest)
     told("started → in the guest", starts, hand)
     told("plugged in again → back in the guest", replugs, hand)
+
+
+@case("how long a guest waits beside 20 whose QEMU is stopped, and the agent for its end")
+def beside_stopped(w):
+    pairs = running(w, count=6)
+    late = w.drawer.stick("late", serial="LATE", slot=7)
+    until(lambda: known(w, late), "the agent to find the last stick")
+    idle = [w.guest(f"idle{n}") for n in range(14)]
+    for guest in idle:
+        w.start(guest)
+    guest = asking(w, "late", {"serial": "LATE"})
+    stopped = [qemu_pid(one.name) for one in [*(g for g, _ in pairs), *idle]]
+    for pid in stopped:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        # Each of these is to be detached and attached.
+        for _, stick in pairs:
+            stick.move(stick.slot)
+        began = time.time()
+        w.start(guest)
+        inside = until(lambda: allocated_at(w, began), "the stick to be in the guest")
+        told("started → in the guest, beside 20 stopped ones", [inside - hook_ended("started", began)])
+        named = [e["at"] for e in json.loads(w.product.must("events", "--json", "--limit", "100").out) if e["event"] == "problem"]
+        print(f"figure problems named: {len(named)}", flush=True)
+        os.kill(w.libvirtd.process.pid, signal.SIGSTOP)
+        began = time.time()
+        w.product.agent.stop()
+        told("SIGTERM → the agent has ended, libvirtd stopped too", [time.time() - began])
+    finally:
+        os.kill(w.libvirtd.process.pid, signal.SIGCONT)
+        for pid in stopped:
+            os.kill(pid, signal.SIGCONT)

@@ -75,13 +75,19 @@ def slow_hook(w):
 @case("a libvirt that knows nothing of a guest frees nothing of it")
 def other_libvirt(w):
     ((guest, stick),) = running(w)
-    w.product.agent.stop()
-    w.product.configure(libvirt_uri="test:///default")
-    w.product.agent.start()
+    # The session's libvirt of the agent's user may start or not: neither knows of the guest.
+    for uri, sign in (("qemu:///session", ("knows none of", "no connection to libvirt")), ("test:///default", ("knows none of",))):
+        w.product.agent.stop()
+        w.product.configure(libvirt_uri=uri)
+        w.product.agent.start()
+        until(lambda: any(words in w.product.agent.log() for words in sign), f"{uri} to be told apart")
+        stays(lambda: w.holds(guest, stick), "the guest has its stick", seconds=4 * SHORT_WAITS["absent_grace"])
     until(lambda: problem(w, "its QEMU runs on this host"), "the problem to be named")
-    stays(lambda: w.holds(guest, stick), "the guest has its stick", seconds=4 * SHORT_WAITS["absent_grace"])
-    w.product.agent.stop()
     w.product.configure()
+    os.kill(w.product.agent.process.pid, signal.SIGHUP)
+    until(lambda: "libvirt_uri has changed: it counts from the agent's next start on" in w.product.agent.log(), "SIGHUP to be answered")
+    expect(w.holds(guest, stick), "the guest to have its stick still")
+    w.product.agent.stop()
     w.product.agent.start()
     until(lambda: not problem(w, "its QEMU runs on this host"), "the problem to be solved")
     w.allocated(guest, stick)
@@ -108,3 +114,18 @@ def rebound(w):
     until(is_mine, "the guest to have the adapter")
     interface = Path(f"/sys/bus/usb/devices/{adapter()['port_path']}:1.0/driver")
     expect(not interface.exists() or interface.resolve().name == "usbfs", "the host's own driver to have let go of it")
+
+
+@case("a stick that was deauthorized and authorized again is taken from the host's driver and attached anew")
+def authorized_again(w):
+    w.product.configure(scan_interval=5)
+    ((guest, stick),) = running(w)
+    w.boots_from(guest, stick, reset=True)
+    folder = Path("/sys/bus/usb/devices") / known(w, stick)["port_path"]
+    attached = lambda: len([e for e in w.product.events() if e["event"] == "allocated"])
+    before = attached()
+    (folder / "authorized").write_text("0")
+    (folder / "authorized").write_text("1")
+    until(lambda: attached() > before, "it to be attached anew")
+    w.allocated(guest, stick)
+    w.boots_from(guest, stick, reset=True)
