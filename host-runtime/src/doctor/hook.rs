@@ -1,5 +1,6 @@
 //! The hook: whether libvirt's daemons call it, and may.
 
+use std::io::ErrorKind;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
 use std::process::Command;
@@ -54,6 +55,17 @@ fn seen_by_daemon(places: &Places, report: &Report) {
     let folder = places.hooks.join("qemu.d");
     let made = std::fs::metadata(&folder).and_then(|found| found.created());
     for (daemon, pid) in daemons(places) {
+        if misses_hook(&pid, places) {
+            report.broken(
+                format!(
+                    "{daemon} has another root folder, as in a container, and there the hook is missing at {}: \
+                     guests get no devices",
+                    places.hooks.join(HOOK).display()
+                ),
+                "mount what install/README.md names (\"libvirt in a container\") into it",
+            );
+            continue;
+        }
         let began = std::fs::metadata(Path::new("/proc").join(&pid)).and_then(|found| found.modified());
         match (&made, began) {
             (Ok(made), Ok(began)) if *made > began => report.warn(
@@ -72,6 +84,16 @@ fn seen_by_daemon(places: &Places, report: &Report) {
             _ => {}
         }
     }
+}
+
+/// Whether a process has another root folder than the doctor, in which the hook is missing.
+fn misses_hook(pid: &str, places: &Places) -> bool {
+    let root = Path::new("/proc").join(pid).join("root");
+    let Ok(hook) = places.hooks.join(HOOK).strip_prefix("/").map(|hook| root.join(hook)) else {
+        return false;
+    };
+    // Where the process is gone, or may not be looked at, nothing is known.
+    root.metadata().is_ok() && hook.symlink_metadata().is_err_and(|e| e.kind() == ErrorKind::NotFound)
 }
 
 /// AppArmor and SELinux, which may keep libvirt's daemons from running the hook.

@@ -1,0 +1,42 @@
+"""A libvirtd in a container, as OpenStack Kolla runs it."""
+
+from pathlib import Path
+
+from lib.case import case
+from lib.shell import expect
+from lib.waiting import until
+
+from .live import asking, known
+
+CONTAINER = Path(__file__).parents[1] / "container"
+
+
+def in_container(w, *options):
+    """libvirtd ends on the host, and starts in a container."""
+    w.libvirtd.kill()
+    w.libvirtd.prefix = ("unshare", "--mount", CONTAINER, *options)
+    w.libvirtd.start()
+
+
+@case("libvirtd in a container gives a guest its stick with four mounts; without them the doctor names what is missing")
+def kolla(w):
+    (stick,) = w.drawer.twins(1)
+    try:
+        in_container(w)
+        w.product.agent.start()
+        until(lambda: known(w, stick), "the agent to find the stick")
+        doctor = lambda: [line for line in w.product("doctor").out.splitlines() if line.startswith("BROKEN")]
+        until(lambda: any("libvirtd has another root folder" in line for line in doctor()), "the doctor to miss the hook there")
+        in_container(w, "--mounted")
+        guest = asking(w, "g")
+        w.start(guest)
+        expect(w.product.claims_of(guest), "the hook in the container to claim the stick in the host's inventory")
+        w.allocated(guest, stick)
+        w.boots_from(guest, stick, reset=True)
+        until(lambda: not doctor(), "the doctor to find nothing broken")
+        w.destroy(guest)
+        until(lambda: known(w, stick)["status"] == "available", "it to be available again")
+    finally:
+        w.libvirtd.kill()
+        w.libvirtd.prefix = ()
+        w.libvirtd.start()
