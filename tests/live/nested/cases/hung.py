@@ -13,6 +13,7 @@ from lib.waiting import stays, until
 from .live import asking, known
 from .replug import running
 
+RESCAN = Path("/sys/bus/pci/rescan")
 # A hook of somebody else's that keeps libvirtd waiting for as long as a file is there.
 SLOW = """#!/bin/sh
 if [ "$1" = slow ] && [ "$2" = prepare ]; then
@@ -94,7 +95,7 @@ def other_libvirt(w):
     w.boots_from(guest, stick, reset=True)
 
 
-@case("a device whose controller was unbound and bound again is attached anew, though its address is the same")
+@case("a device whose controller was unbound, or removed from its bus, is attached anew, though its address is the same")
 def rebound(w):
     w.product.agent.start()
     kind = {"vendor_id": "0403", "product_id": "6001"}
@@ -107,13 +108,14 @@ def rebound(w):
     controller = Path(f"/sys/bus/usb/devices/usb{row['bus_id']}").resolve().parent
     driver = (controller / "driver").resolve()
     attached = lambda: [e for e in w.product.events() if e["event"] == "allocated"]
-    before = len(attached())
-    (driver / "unbind").write_text(controller.name)
-    (driver / "bind").write_text(controller.name)
-    until(lambda: len(attached()) > before, "it to be attached anew")
-    until(is_mine, "the guest to have the adapter")
-    interface = Path(f"/sys/bus/usb/devices/{adapter()['port_path']}:1.0/driver")
-    expect(not interface.exists() or interface.resolve().name == "usbfs", "the host's own driver to have let go of it")
+    for away, back in (((driver / "unbind", controller.name), (driver / "bind", controller.name)), ((controller / "remove", "1"), (RESCAN, "1"))):
+        before = len(attached())
+        away[0].write_text(away[1])
+        back[0].write_text(back[1])
+        until(lambda: len(attached()) > before, f"it to be attached anew after {away[0].name}")
+        until(is_mine, "the guest to have the adapter")
+        interface = Path(f"/sys/bus/usb/devices/{adapter()['port_path']}:1.0/driver")
+        expect(not interface.exists() or interface.resolve().name == "usbfs", "the host's own driver to have let go of it")
 
 
 @case("a stick that was deauthorized and authorized again is taken from the host's driver and attached anew")
