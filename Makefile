@@ -9,7 +9,8 @@ STEP := tests/step
 BESIDE := $(STEP) --beside
 
 .PHONY: help deps test-deps bench-deps build filter run test check steps-test steps-check tests lint corpus suite story \
-	conformance embedding nova portal tempest live live-nested live-nested-1 live-nested-2 packages bench deny fuzz soak install install-hook install-agent deb clean
+	conformance embedding nova portal tempest monitoring \
+	live live-nested live-nested-1 live-nested-2 packages bench deny fuzz soak install install-hook install-agent deb clean
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -37,7 +38,7 @@ test: ## everything that a change must pass (some 25 minutes the first time)
 check: ## the inner loop: formatting, lints, unit, property and process tests
 	@$(STEP) --all steps-check
 
-steps-test: live-nested-1 live-nested-2 tests suite lint packages tempest nova conformance portal embedding live story
+steps-test: live-nested-1 live-nested-2 tests suite lint packages tempest nova conformance portal embedding monitoring live story
 steps-check: tests suite lint
 
 # Below 'make test', steps that need cargo's lock run one after the other, and downloads run during the build.
@@ -83,6 +84,9 @@ tempest: test-deps build ## the API under a real Keystone, by Tempest and the op
 
 portal: test-deps build ## users of the portal in a real Chromium (brings playwright-core and axe-core from npm)
 	@$(BESIDE) $@ "use the portal in Chromium" tests/portal/run
+
+monitoring: test-deps build ## the alert rules in a real Prometheus, the rotation of the log
+	@$(BESIDE) $@ "raise each alert in a real Prometheus" tests/monitoring/run
 
 live: test-deps build ## real libvirtd and real guests on this machine (root)
 	@$(BESIDE) $@ "start guests with libvirtd on this machine" tests/live/run machine

@@ -14,6 +14,7 @@ HOOK = "/etc/libvirt/hooks/qemu.d/50-virt-usb"
 PROGRAM = "/usr/sbin/virt-usb-hook"
 CONFIG = "/etc/virt-usb/config.toml"
 STATE = "/var/lib/virt-usb"
+LOGS = "/var/log/virt-usb"
 INVENTORY = f"{STATE}/inventory.sqlite"
 UNIT = "/usr/lib/systemd/system/virt-usbd.service"
 SCHEDULER = "/usr/lib/systemd/system/virt-usb-scheduler.service"
@@ -79,6 +80,32 @@ def completions(root):
     for path in ("bash-completion/completions/virt-usb", "zsh/vendor-completions/_virt-usb", "fish/vendor_completions.d/virt-usb.fish"):
         check("discover" in root.file(f"/usr/share/{path}").read_text(), path)
     root.must("bash", "-n", "/usr/share/bash-completion/completions/virt-usb")
+
+
+def monitoring(root):
+    """Files for Prometheus and Grafana, and a folder for the hook's log that logrotate knows."""
+    shipped = {path.name for path in root.file("/usr/share/virt-usb/monitoring").iterdir()}
+    names = {"README.md", "virt-usb.rules.yml", "virt-usb.dashboard.json"}
+    check(shipped == names, f"there are {shipped}")
+    conffiles = root.must("dpkg-query", "-W", "-f", "${Conffiles}", "virt-usb").out
+    check("/etc/logrotate.d/virt-usb " in conffiles, f"no conffile:\n{conffiles}")
+    said = root.must("stat", "-c", "%U %G %a", LOGS)
+    check(said.out == "root adm 2750\n", str(said))
+    root.apt("install", "logrotate")
+    config = root.packages / "log.toml"
+    config.write_text(f'state_dir = "{STATE}"\nlog = "{LOGS}/hook.log"\n')
+    plain = "<domain type='qemu'><name>plain</name><uuid>" + INSTANCE[:-2] + "03</uuid></domain>"
+    for name in ("first", "second"):
+        words = ["--config", "/packages/log.toml", name, "prepare", "begin", "-"]
+        root.must(HOOK, *words, stdin=plain)
+        if name == "first":
+            said = root.must("logrotate", "--force", "/etc/logrotate.d/virt-usb")
+            check(not said.all, str(said))
+    for name, file in (("first", "hook.log.1"), ("second", "hook.log")):
+        lines = root.file(f"{LOGS}/{file}").read_text().splitlines()
+        check([json.loads(line)["domain"] for line in lines] == [name], f"{file}: {lines}")
+        said = root.must("stat", "-c", "%U %G %a", f"{LOGS}/{file}")
+        check(said.out == "root adm 640\n", str(said))
 
 
 def recorded_host(root):
@@ -379,6 +406,7 @@ CASES = [
     ("systemd likes the unit", units),
     ("the manual", pages),
     ("completions", completions),
+    ("monitoring, and the rotation of the hook's log", monitoring),
     ("discover on a recorded host", recorded_host),
     ("a claim, by the hook that libvirt would call", a_claim),
     ("a guest that runs", a_guest),
