@@ -23,7 +23,6 @@ use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use tower::Service as _;
 use virt_usb_hook::config::Tls;
 use virt_usb_store::user::User;
-use x509_cert::Certificate as Certificate509;
 use x509_cert::der::Decode as _;
 
 use crate::stamp::{Stamp, stamp};
@@ -253,17 +252,25 @@ fn chain(file: &Path) -> Result<Vec<CertificateDer<'static>>, String> {
     chain.map_err(|e| wrong_pem(file, &e))
 }
 
-/// When the certificate in this PEM file expires: the first of its chain to do so.
+/// When the certificate in this PEM file, or one that leads to its authority, expires. An authority's
+/// own certificate does not count: clients have theirs.
 ///
 /// # Errors
-/// When the file cannot be read, or holds no certificate.
+/// When the file cannot be read, or its first certificate cannot be decoded.
 pub(crate) fn expiry(file: &Path) -> Result<SystemTime, String> {
-    let ends = chain(file)?.into_iter().map(|der| {
-        let certificate = Certificate509::from_der(&der).map_err(|e| format!("{}: {e}", file.display()))?;
-        Ok(SystemTime::UNIX_EPOCH + certificate.tbs_certificate().validity().not_after.to_unix_duration())
-    });
-    let ends: Vec<SystemTime> = ends.collect::<Result<_, String>>()?;
-    ends.into_iter().min().ok_or_else(|| format!("{} holds no certificate", file.display()))
+    let read = |der: &CertificateDer<'_>| {
+        let certificate =
+            x509_cert::Certificate::from_der(der).map_err(|e| format!("{}: {e}", file.display()))?;
+        let content = certificate.tbs_certificate();
+        let is_authority = content.issuer() == content.subject();
+        Ok((SystemTime::UNIX_EPOCH + content.validity().not_after.to_unix_duration(), is_authority))
+    };
+    let chain = chain(file)?;
+    let (first, others) =
+        chain.split_first().ok_or_else(|| format!("{} holds no certificate", file.display()))?;
+    let own = read(first).map_err(|e: String| e)?.0;
+    let others = others.iter().filter_map(|der| read(der).ok()).filter(|(_, is_authority)| !is_authority);
+    Ok(others.map(|(end, _)| end).fold(own, SystemTime::min))
 }
 
 /// Until it is to end.

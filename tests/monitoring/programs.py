@@ -149,7 +149,7 @@ class Agent(Program):
         paths["log"] = "hook.log"
         text = "".join(f'{key} = "{self.folder / path}"\n' for key, path in paths.items())
         text += f'metrics = "{self.metrics}"\n'
-        text += "scan_interval = 1\nabsent_grace = 1\nlibvirt_patience = 6\n"
+        text += "scan_interval = 4\nabsent_grace = 1\nlibvirt_patience = 6\n"
         if "api = " not in keys:
             text += f'api = "{self.api}"\n'
         self.config.write_text(text + keys + "\n" + tables)

@@ -11,46 +11,58 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
+use virt_usb_hook::config::Tls;
 use virt_usb_hook::machine::HOOK_SOCKET;
 
 use super::metrics::Metrics;
 use crate::hypervisor::{IMPATIENCE, Supervised};
+use crate::listen::Certificate;
 
-/// What it is asked.
+/// Message that requests the health.
 pub(super) const QUESTION: &str = "health";
-/// So many calls without an answer are named.
-const NAMED: usize = 10;
-/// The largest answer, in bytes.
-const MOST: usize = 16 << 10;
+/// Maximum number of unanswered calls in a response.
+const MAX_CALLS: usize = 10;
+/// Maximum size of a response, in bytes.
+const MAX_RESPONSE_BYTES: usize = 16 << 10;
 
-/// How the agent is. Times are seconds until now; none: never.
+/// Health of the agent. Ages are in seconds. Readers ignore keys that they do not know, and take missing ones as empty.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Health {
-    /// Since all guests were looked at.
+    /// Version of the agent.
+    pub version: String,
+    /// Time since the agent's start.
+    pub uptime: f64,
+    /// Time since the agent last looked at all guests; none: not yet.
     pub last_pass: Option<f64>,
-    /// Since all devices were looked at.
+    /// Time since the agent last looked at all devices without an error; none: not yet.
     pub last_scan: Option<f64>,
-    /// Since libvirt was reached; none: it is not reached.
+    /// Time since the agent connected to libvirt; none: it is not connected.
     pub connected: Option<f64>,
-    /// How often libvirt was reached.
+    /// Time since the agent lost its connection to libvirt; none: it never had one, or has one.
+    pub lost: Option<f64>,
+    /// Number of connections to libvirt since the agent's start.
     pub connections: u64,
-    /// Calls to libvirt that have had no answer for long, the oldest first; not all of them where there are many.
+    /// Calls to libvirt that have no answer for 5 s or longer, oldest first, at most 10.
     pub unanswered: Vec<Call>,
+    /// Error of the API's certificate or key, as the agent's user reads them; none: no error, or no TLS.
+    pub certificate_error: Option<String>,
 }
 
-/// A call to libvirt that has no answer yet.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+/// A call to libvirt without an answer.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Call {
-    /// The guest's name, or its UUID where the name is not known; none: the call is about all guests.
+    /// Name of the guest, or its UUID if the name is not known; none: the call is about all guests.
     pub about: Option<String>,
-    /// Which call.
+    /// Name of the call.
     pub what: String,
-    /// How long ago it was made.
+    /// Time since the call was made.
     pub age: f64,
 }
 
-/// How the agent is now, as JSON.
-pub(super) fn tell(metrics: &Metrics, hypervisor: &Supervised) -> String {
+/// The health now, as JSON.
+pub(super) fn tell(metrics: &Metrics, hypervisor: &Supervised, tls: Option<&Tls>) -> String {
     let age = |since: Option<Instant>| since.map(|since| since.elapsed().as_secs_f64());
     let moments = metrics.moments();
     let call = |call: &crate::hypervisor::Unanswered| {
@@ -63,11 +75,15 @@ pub(super) fn tell(metrics: &Metrics, hypervisor: &Supervised) -> String {
         }
     };
     let health = Health {
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        uptime: moments.started.elapsed().as_secs_f64(),
         last_pass: age(moments.passed),
         last_scan: age(moments.scanned),
         connected: age(moments.connected),
+        lost: age(moments.lost),
         connections: metrics.connections(),
-        unanswered: hypervisor.unanswered(IMPATIENCE).iter().take(NAMED).map(call).collect(),
+        unanswered: hypervisor.unanswered(IMPATIENCE).iter().take(MAX_CALLS).map(call).collect(),
+        certificate_error: tls.and_then(|tls| Certificate::new(tls.clone()).read().err()),
     };
     serde_json::to_string(&health).unwrap_or_default()
 }
@@ -75,7 +91,7 @@ pub(super) fn tell(metrics: &Metrics, hypervisor: &Supervised) -> String {
 /// Asks the agent of this `state_dir`.
 ///
 /// # Errors
-/// When nobody listens there, or there is no answer for so long.
+/// When nobody listens there, or no response arrives in time.
 pub fn ask(state_dir: &Path, patience: Duration) -> io::Result<Health> {
     // As in `tell_agent`: no link of the folder's owner is followed.
     let place = File::options()
@@ -88,8 +104,10 @@ pub fn ask(state_dir: &Path, patience: Duration) -> io::Result<Health> {
     let socket = UnixDatagram::bind_addr(&SocketAddr::from_abstract_name(name)?)?;
     socket.set_read_timeout(Some(patience))?;
     socket.set_write_timeout(Some(patience))?;
-    socket.send_to(QUESTION.as_bytes(), format!("/proc/self/fd/{}", place.as_raw_fd()))?;
-    let mut answer = vec![0; MOST];
+    // A connected socket receives from its peer only: the abstract name is visible to every user.
+    socket.connect(format!("/proc/self/fd/{}", place.as_raw_fd()))?;
+    socket.send(QUESTION.as_bytes())?;
+    let mut answer = vec![0; MAX_RESPONSE_BYTES];
     let length = socket.recv(&mut answer)?;
     Ok(serde_json::from_slice(answer.get(..length).unwrap_or_default())?)
 }

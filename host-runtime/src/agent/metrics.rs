@@ -27,6 +27,23 @@ use crate::listen::expiry;
 
 type Labels = Vec<(&'static str, String)>;
 
+/// Methods of the API that are counted by name.
+const METHODS: [&str; 4] = ["GET", "POST", "PUT", "DELETE"];
+/// Results of an attach or a detach.
+const ATTACH_RESULTS: [&str; 11] = [
+    "done",
+    "busy",
+    "guest-gone",
+    "guest-hung",
+    "libvirt-away",
+    "libvirt-silent",
+    "no-free-port",
+    "no-spice",
+    "no-usb-bus",
+    "not-there",
+    "refused",
+];
+
 /// Everything that is counted.
 pub struct Metrics {
     registry: Registry,
@@ -50,7 +67,10 @@ pub struct Metrics {
     answers: Family<Labels, Histogram>,
     lookups: Family<Labels, Counter>,
     published: Counter,
-    fleet: Gauge<i64, AtomicI64>,
+    /// Absent on a host without a fleet.
+    fleet: Family<Labels, Gauge<i64, AtomicI64>>,
+    scan_interval: Gauge<f64, AtomicU64>,
+    last_scan: Gauge<f64, AtomicU64>,
     revision: Gauge<i64, AtomicI64>,
     process: Process,
     /// The API's certificate, where it has one.
@@ -62,14 +82,24 @@ pub struct Metrics {
 }
 
 /// When something happened last.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Copy)]
 pub(super) struct Moments {
+    /// The agent started.
+    pub(super) started: Instant,
     /// All guests were looked at.
     pub(super) passed: Option<Instant>,
     /// All devices were looked at.
     pub(super) scanned: Option<Instant>,
     /// libvirt was reached; none: it is not.
     pub(super) connected: Option<Instant>,
+    /// libvirt was lost; none: it never was, or is reached.
+    pub(super) lost: Option<Instant>,
+}
+
+impl Default for Moments {
+    fn default() -> Self {
+        Self { started: Instant::now(), passed: None, scanned: None, connected: None, lost: None }
+    }
 }
 
 #[derive(Default)]
@@ -107,7 +137,9 @@ impl Default for Metrics {
             answers: Family::new_with_constructor(seconds),
             lookups: Family::default(),
             published: Counter::default(),
-            fleet: Gauge::default(),
+            fleet: Family::default(),
+            scan_interval: Gauge::default(),
+            last_scan: Gauge::default(),
             revision: Gauge::default(),
             process: Process::default(),
             certificate: Mutex::default(),
@@ -154,8 +186,18 @@ impl Default for Metrics {
         );
         registry.register(
             "last_pass_timestamp_seconds",
-            "When all guests were looked at last, in seconds since 1970",
+            "When the last pass over all guests ended, or the agent started, in seconds since 1970",
             metrics.last_pass.clone(),
+        );
+        registry.register(
+            "last_scan_timestamp_seconds",
+            "When the last scan without an error ended, or the agent started, in seconds since 1970",
+            metrics.last_scan.clone(),
+        );
+        registry.register(
+            "scan_interval_seconds",
+            "Configured time between two scans and passes",
+            metrics.scan_interval.clone(),
         );
         registry.register(
             "workers",
@@ -200,8 +242,14 @@ impl Default for Metrics {
         let build = Info::new(version);
         registry.register("build", "The agent's version", build);
         metrics.process.register(&mut registry);
+        metrics.begin();
         Self { registry, ..metrics }
     }
+}
+
+/// Seconds since 1970.
+fn now() -> f64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64()
 }
 
 /// What the agent's process uses, as the kernel counts it (proc_pid_status(5)), under the names that Prometheus's clients use.
@@ -292,23 +340,47 @@ impl Metrics {
         self.scans.get_or_create(&vec![("result", result.to_owned())]).inc();
         self.discovery.observe(took.as_secs_f64());
         if well {
+            self.last_scan.set(now());
             self.moments_mut().scanned = Some(Instant::now());
         }
         self.flaps.inc_by(returned as u64);
     }
 
-    pub(super) fn passed(&self, took: Duration) {
+    /// All guests were looked at; it is done again after this interval.
+    pub(super) fn passed(&self, took: Duration, interval: Duration) {
         self.passes.observe(took.as_secs_f64());
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        self.last_pass.set(now.as_secs_f64());
+        self.scan_interval.set(interval.as_secs_f64());
+        self.last_pass.set(now());
         self.moments_mut().passed = Some(Instant::now());
     }
 
     pub(super) fn connected(&self, is: bool) {
         self.connected.set(i64::from(is));
-        self.moments_mut().connected = is.then(Instant::now);
+        let mut moments = self.moments_mut();
+        let was = moments.connected.is_some();
+        moments.connected = is.then(Instant::now);
+        moments.lost = if is { None } else { moments.lost.or_else(|| was.then(Instant::now)) };
         if is {
             self.connections.inc();
+        }
+    }
+
+    /// Sets what is known at the start. A counter that appears with its first count hides that count from Prometheus.
+    fn begin(&self) {
+        self.last_pass.set(now());
+        self.last_scan.set(now());
+        for result in ["done", "failed"] {
+            drop(self.scans.get_or_create(&vec![("result", result.to_owned())]));
+        }
+        for result in ATTACH_RESULTS {
+            drop(self.attaches.get_or_create(&vec![("result", result.to_owned())]));
+            drop(self.detaches.get_or_create(&vec![("result", result.to_owned())]));
+        }
+        for method in METHODS {
+            for status in [500, 503] {
+                let labels = vec![("method", method.to_owned()), ("status", status.to_string())];
+                drop(self.answers.get_or_create(&labels));
+            }
         }
     }
 
@@ -354,7 +426,7 @@ impl Metrics {
 
     /// The fleet was told this revision; or, with nothing, does not hear of this host.
     pub(crate) fn fleet(&self, revision: Option<u64>) {
-        self.fleet.set(i64::from(revision.is_some()));
+        self.fleet.get_or_create(&Labels::new()).set(i64::from(revision.is_some()));
         if let Some(revision) = revision {
             self.published.inc();
             self.revision.set(i64::try_from(revision).unwrap_or(i64::MAX));
@@ -376,8 +448,7 @@ impl Metrics {
     }
 
     pub(crate) fn answered(&self, method: &str, status: u16, took: Duration) {
-        const KNOWN: [&str; 4] = ["GET", "POST", "PUT", "DELETE"];
-        let method = if KNOWN.contains(&method) { method } else { "other" };
+        let method = if METHODS.contains(&method) { method } else { "other" };
         let labels = vec![("method", method.to_owned()), ("status", status.to_string())];
         self.answers.get_or_create(&labels).observe(took.as_secs_f64());
     }

@@ -117,8 +117,9 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
     let world = World::new(&config, simulation, &to_devices, &to_guests)?;
     let (retry, of_commands) = (world.retry, (to_devices.clone(), to_guests.clone()));
     let hypervisor = Arc::new(Supervised::new(world.hypervisor, listeners(&to_guests, &to_devices)));
-    let of_health = (metrics.clone(), hypervisor.clone());
-    let asked = move || health::tell(&of_health.0, &of_health.1);
+    let tls = config.api_tls.clone().filter(|_| config.api != config::Api::Off);
+    let of_health = (metrics.clone(), hypervisor.clone(), tls);
+    let asked = move || health::tell(&of_health.0, &of_health.1, of_health.2.as_ref());
     let heard = move |message: &str| {
         // libvirt has called it: it is there.
         retry();

@@ -99,6 +99,8 @@ pub enum Step {
         alias: String,
         /// Which device it is.
         device: DeviceId,
+        /// The other devices that the guest has.
+        others: Vec<DeviceId>,
     },
     /// The guest has a device that nobody holds: it is its.
     Adopt {
@@ -242,6 +244,7 @@ impl<'a> Present<'a> {
         let hosted = self.hosted();
         let mut steps = Vec::new();
         let mut problems = BTreeMap::new();
+        let mut suspects = Vec::new();
         let (mut in_guest, mut stale) = (BTreeSet::new(), BTreeSet::new());
         for h in &hosted {
             let device = h.record.entry.id;
@@ -254,7 +257,7 @@ impl<'a> Present<'a> {
                     in_guest.insert(device);
                     // The XML shows it, QEMU has let go of it: see [`ClaimRow::arrived`].
                     steps.extend(claim.filter(|c| c.arrived).and_then(|_| detach(h)));
-                    steps.extend(claim.and_then(|c| taken_back(c, h)));
+                    suspects.extend(claim.and_then(|c| taken_back(c, h)));
                 }
                 (Some(holder), _) if *holder == self.instance.id => {
                     stale.insert(device);
@@ -269,6 +272,10 @@ impl<'a> Present<'a> {
                 (_, false) => {}
             }
         }
+        steps.extend(suspects.into_iter().map(|(alias, device)| {
+            let others = in_guest.iter().copied().filter(|other| *other != device).collect();
+            Step::TakenBack { alias, device, others }
+        }));
         let is_away = |c: &ClaimRow| !in_guest.contains(&c.device_id) && !stale.contains(&c.device_id);
         let (taken, held): (Vec<&ClaimRow>, Vec<&ClaimRow>) =
             self.claims().partition(|c| is_away(c) && self.was_taken_by_hand(c));
@@ -431,12 +438,12 @@ impl Present<'_> {
 }
 
 /// While a guest has a device its interfaces have no driver, or usbfs. The inventory's drivers are those of the last scan.
-fn taken_back(claim: &ClaimRow, hosted: &Hosted<'_>) -> Option<Step> {
+fn taken_back(claim: &ClaimRow, hosted: &Hosted<'_>) -> Option<(String, DeviceId)> {
     let drivers = hosted.record.entry.driver.as_deref()?;
     let is_hosts = drivers.split(',').any(|driver| driver != CLAIMED);
     let is_in_guest = claim.state == "allocated" && !claim.arrived;
     let alias = hosted.hostdev.alias.clone().filter(|_| is_hosts && is_in_guest)?;
-    Some(Step::TakenBack { alias, device: hosted.record.entry.id })
+    Some((alias, hosted.record.entry.id))
 }
 
 /// libvirt gives every device of a running domain an alias.

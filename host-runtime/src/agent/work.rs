@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use jiff::Timestamp;
 use virt_usb_domxml::{Domain, UsbHostdev, XmlError, redirdev_element};
 use virt_usb_hook::config::{AttachFailurePolicy, Config};
 use virt_usb_hook::guest::{
@@ -14,6 +15,7 @@ use virt_usb_hook::machine;
 use virt_usb_model::{DeviceId, InstanceId, SpeedMask};
 use virt_usb_store::adopt::Stage;
 use virt_usb_store::claim::{Asker, Granted, Judge, Verified};
+use virt_usb_store::events::Filter;
 use virt_usb_store::give_back::{Extent, Witness};
 use virt_usb_store::{ClaimRow, Context, Durability, Record, Store, StoreError};
 
@@ -30,6 +32,10 @@ const ROUNDS: usize = 8;
 const LEAVING: Duration = Duration::from_secs(5);
 /// How long the host's drivers may have a device while its guest configures it.
 const CONFIGURING: Duration = Duration::from_secs(2);
+/// The agent attaches a device that a driver of the host has taken back this many times …
+const MAX_REATTACHES: usize = 3;
+/// … in this time.
+const REATTACH_PERIOD: Duration = Duration::from_secs(600);
 /// Between two looks at whether it has.
 const LOOK: Duration = Duration::from_millis(20);
 
@@ -300,7 +306,9 @@ impl Work<'_> {
             Step::Attach { device } => return self.attach(*device),
             Step::Detach { alias, device } => return self.detach(alias, *device),
             Step::Redirect { n } => return self.redirect(*n),
-            Step::TakenBack { alias, device } => return self.taken_back(alias, *device),
+            Step::TakenBack { alias, device, others } => {
+                return self.taken_back(alias, *device, others);
+            }
             Step::Adopt { holding, device } => {
                 let Some(guest) = self.guest else { return Ok(Outcome::Moot) };
                 let mut ports = Ports { sysfs_root: &self.worker.config.sysfs_root };
@@ -443,7 +451,7 @@ impl Work<'_> {
 
     /// A device that lost its configuration, as when it was deauthorized, comes back with the host's drivers: QEMU does not have it
     /// any more. When a guest chooses a configuration they have it for a moment, too.
-    fn taken_back(self, alias: &str, device: DeviceId) -> Result<Outcome, WorkError> {
+    fn taken_back(self, alias: &str, device: DeviceId, others: &[DeviceId]) -> Result<Outcome, WorkError> {
         let Some(record) = self.view.device(device) else { return Ok(Outcome::Moot) };
         let driver = || host_driver(&self.worker.config.sysfs_root, &record.entry.port_path);
         // A guest of a simulation has no QEMU that could take a device from a driver.
@@ -452,11 +460,29 @@ impl Work<'_> {
         }
         std::thread::sleep(CONFIGURING);
         let Some(driver) = driver() else { return Ok(Outcome::Moot) };
+        if self.attached_lately(device)? >= MAX_REATTACHES {
+            return Ok(Outcome::Failed(format!(
+                "the host's driver {driver} takes it from the guest again and again: keep the driver from \
+                 it (modprobe.d, udev), then detach and attach the device"
+            )));
+        }
+        // The guest does not have it. Else a device that was attached by hand would count as detached by hand.
+        let context = self.worker.context()?;
+        self.worker.store.confirm(self.instance, others, Witness::Look, &context)?;
         tracing::warn!(
             instance = %self.instance, %device,
             "the host's driver {driver} has taken device {device} from its guest: it is attached again"
         );
         self.detach(alias, device)
+    }
+
+    /// How often the instance has received the device in the last [`REATTACH_PERIOD`].
+    fn attached_lately(&self, device: DeviceId) -> Result<usize, WorkError> {
+        let filter =
+            Filter { instance: Some(self.instance), device: Some(device), limit: 100, ..Filter::default() };
+        let since = Timestamp::now().checked_sub(REATTACH_PERIOD).unwrap_or(Timestamp::MIN).to_string();
+        let events = self.worker.store.events(&filter)?;
+        Ok(events.iter().filter(|event| event.event == "allocated" && event.at > since).count())
     }
 
     fn redirect(self, n: usize) -> Result<Outcome, WorkError> {

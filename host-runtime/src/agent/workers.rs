@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 const PLACES: usize = 4;
 /// … not counting those whose work lasts longer than this, which is a second at the most until others go on.
 pub(super) const PLACE_TIME: Duration = Duration::from_millis(300);
-/// Maximum number of threads: more than the calls that libvirt may leave unanswered (`supervised::MOST`), so some are always left to
+/// Maximum number of threads: more than the calls that libvirt may leave unanswered (`MAX_SILENT_GUESTS` in supervised.rs), so some are always left to
 /// report that it does.
 const MOST: usize = 16;
 

@@ -1,38 +1,87 @@
 //! The agent: its process, and what it reports of itself.
 
+use std::io::ErrorKind;
 use std::os::unix::fs::MetadataExt;
 use std::time::Duration;
 
 use virt_usb_hook::config::Config;
 use virt_usb_hook::machine::{self, Agent};
+use virt_usb_model::clean;
 
 use super::process::{holder, may};
-use super::{CONNECT_TIMEOUT, Host, Places, Report};
+use super::{CONNECT_TIMEOUT, Host, Places, Report, VERSION};
 use crate::agent::health::{self, Health};
 
 /// Time that a pass or a scan may be late, on a machine with much to do.
 const LATE: Duration = Duration::from_secs(60);
+/// Time in seconds in which a missing connection to libvirt is no finding, as after a restart.
+const CONNECTING: f64 = 10.0;
+
+pub(super) fn check(host: &Host, report: &Report) {
+    let Host { places, config } = host;
+    let health = match machine::agent(&config.state_dir) {
+        Agent::Alive => health::ask(&config.state_dir, CONNECT_TIMEOUT),
+        Agent::Dead => {
+            return report.broken(
+                "it is installed and does not run: guests that ask for a device are refused, or do not \
+                 get it",
+                "'systemctl start virt-usbd', and if it does not stay: 'journalctl -u virt-usbd'",
+            );
+        }
+        Agent::NotInstalled => {
+            return report.warn(
+                "none is installed: only 'virt-usb start' gives guests their devices",
+                "'make install-agent', then 'systemctl enable --now virt-usbd'",
+            );
+        }
+    };
+    // A socket that the agent has a connection through needs no look.
+    let is_connected = health.as_ref().is_ok_and(|health| health.connected.is_some());
+    user(places, config, is_connected, report);
+    let restart = "'systemctl restart virt-usbd' (guests keep their devices)";
+    match health {
+        Ok(health) => of_health(&health, config, report),
+        Err(e) if e.kind() == ErrorKind::PermissionDenied => {
+            report.warn("this user may not ask it how it is", "'sudo virt-usb doctor'");
+        }
+        Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => report.warn(
+            format!(
+                "it has not answered for {} s: it hangs, or it is older than version {VERSION}",
+                CONNECT_TIMEOUT.as_secs()
+            ),
+            restart,
+        ),
+        Err(e) => report.warn(
+            format!("it runs, and does not answer at its socket {}: {e}", machine::HOOK_SOCKET),
+            restart,
+        ),
+    }
+}
 
 /// Whether the agent runs as the right user, and may talk to libvirt.
-fn user(places: &Places, config: &Config, report: &Report) {
+fn user(places: &Places, config: &Config, is_connected: bool, report: &Report) {
     let Some(process) = holder(&config.state_dir.join(machine::AGENT_LOCK)) else { return };
     let Ok(owner) = std::fs::metadata(&config.state_dir).map(|found| found.uid()) else { return };
+    let state_dir = config.state_dir.display();
     if process.uid != owner {
         report.warn(
             format!(
-                "it runs as user {}, and {} belongs to user {owner}: files that it makes there are not its owner's",
-                process.uid,
-                config.state_dir.display()
+                "it runs as user {}, and {state_dir} belongs to user {owner}: files that it makes there are \
+                 not its owner's",
+                process.uid
             ),
-            format!("start it by its unit ('systemctl restart virt-usbd'), or 'chown -R' {} to its user", config.state_dir.display()),
+            format!(
+                "start it by its unit ('systemctl restart virt-usbd'), or 'chown -R' {state_dir} to its user"
+            ),
         );
     }
     for socket in ["libvirt/libvirt-sock", "libvirt/virtqemud-sock"] {
         let socket = places.run.join(socket);
-        let Ok(found) = std::fs::metadata(&socket) else { continue };
-        match may(&found, process.uid, &process.groups, 0o2) {
-            true => report.ok(format!("it may talk to libvirt at {}", socket.display())),
-            false => report.broken(
+        let Ok(found) = std::fs::metadata(&socket).map_err(drop) else { continue };
+        if is_connected || may(&found, process.uid, &process.groups, 0o2) {
+            report.ok(format!("it may talk to libvirt at {}", socket.display()));
+        } else {
+            report.broken(
                 format!(
                     "it runs as user {}, which may not write {} (group {}): it cannot give guests anything",
                     process.uid,
@@ -40,71 +89,58 @@ fn user(places: &Places, config: &Config, report: &Report) {
                     found.gid()
                 ),
                 "'usermod --append --groups libvirt virt-usb', then 'systemctl restart virt-usbd'",
-            ),
+            );
         }
-    }
-}
-
-pub(super) fn check(host: &Host, report: &Report) {
-    let Host { places, config } = host;
-    user(places, config, report);
-    match machine::agent(&config.state_dir) {
-        Agent::Alive => match health::ask(&config.state_dir, CONNECT_TIMEOUT) {
-            Ok(health) => of_health(&health, config, report),
-            Err(e) => report.warn(
-                format!("it runs, and does not answer at its socket hook.sock: {e}"),
-                "'systemctl restart virt-usbd' (guests keep their devices)",
-            ),
-        },
-        Agent::Dead => report.broken(
-            "it is installed and does not run: guests that ask for a device are refused, or do not \
-             get it",
-            "'systemctl start virt-usbd', and if it does not stay: 'journalctl -u virt-usbd'",
-        ),
-        Agent::NotInstalled => report.warn(
-            "none is installed: only 'virt-usb start' gives guests their devices",
-            "'make install-agent', then 'systemctl enable --now virt-usbd'",
-        ),
     }
 }
 
 /// What the agent reports of itself.
 fn of_health(health: &Health, config: &Config, report: &Report) {
-    let restart = "'journalctl -u virt-usbd' shows why; 'systemctl restart virt-usbd' (guests keep their \
-                   devices)";
-    let late = 2 * config.scan_interval + LATE;
-    let is_late = |seconds: f64| seconds > late.as_secs_f64();
+    let fix =
+        "'journalctl -u virt-usbd' shows why; 'systemctl restart virt-usbd' (guests keep their devices)";
+    if health.version != VERSION {
+        report.warn(
+            format!("it is version {}, this program is {VERSION}", clean(&health.version)),
+            "'systemctl restart virt-usbd' after an upgrade (guests keep their devices)",
+        );
+    }
+    if let Some(why) = &health.certificate_error {
+        report.warn(
+            format!("it cannot use the API's certificate: {}", clean(why)),
+            "correct api_certificate and api_key, and let the agent's user read both",
+        );
+    }
+    let late = (2 * config.scan_interval + LATE).as_secs_f64();
+    // What has not happened yet is as late as what it waits for.
+    let scan = health.last_scan.unwrap_or(health.uptime);
+    if scan > late {
+        report.broken(format!("it has not looked at all devices without an error for {scan:.0} s"), fix);
+    }
     let Some(connected) = health.connected else {
+        let lost = health.lost.unwrap_or(health.uptime);
+        if lost < CONNECTING {
+            return report.ok("it runs, and is connecting to libvirt");
+        }
         return report.broken(
-            "it has no connection to libvirt: guests get no devices",
+            format!("it has had no connection to libvirt for {lost:.0} s: guests get no devices"),
             format!("'systemctl status libvirtd virtqemud'; libvirt_uri is {:?}", config.libvirt_uri),
         );
     };
-    match health.last_pass {
-        Some(seconds) if is_late(seconds) => {
-            report.broken(format!("it last looked at all guests {seconds:.0} s ago"), restart);
-        }
-        None if is_late(connected) => {
-            report.broken(format!("it has not looked at all guests in {connected:.0} s"), restart);
-        }
-        _ => {}
-    }
-    match health.last_scan {
-        Some(seconds) if is_late(seconds) => {
-            report.broken(format!("it last looked at all devices {seconds:.0} s ago"), restart);
-        }
-        _ => {}
+    // Passes end with the connection.
+    let pass = health.last_pass.unwrap_or(connected).min(connected);
+    if pass > late {
+        report.broken(format!("it has not looked at all guests for {pass:.0} s"), fix);
     }
     for call in &health.unanswered {
-        let about = call.about.as_deref().unwrap_or("all guests");
+        let about = call.about.as_deref().map_or_else(|| "all guests".into(), clean);
         report.warn(
-            format!("libvirt has not answered about {about} for {:.0} s ({})", call.age, call.what),
-            "look at the guest's QEMU ('virsh domcontrol GUEST', 'ps -o pid,stat,wchan,cmd'); other guests \
-             are served meanwhile",
+            format!("libvirt has not answered about {about} for {:.0} s ({})", call.age, clean(&call.what)),
+            "look at the guest's QEMU ('virsh domcontrol GUEST', 'ps -o pid,stat,wchan,cmd'); the agent \
+             serves other guests meanwhile",
         );
     }
     report.ok(format!(
-        "it runs: connected to libvirt for {connected:.0} s ({} connection(s) since its start)",
+        "it runs, connected to libvirt for {connected:.0} s ({} connection(s) since its start)",
         health.connections
     ));
 }

@@ -3,10 +3,10 @@
 use std::net::TcpStream;
 use std::time::{Duration, SystemTime};
 
-use virt_usb_hook::config::{Api, Config, Tls};
+use virt_usb_hook::config::{Api, Tls};
 use virt_usb_hook::machine::{self, Agent};
 
-use super::process::secret;
+use super::process::open_to_all;
 use super::{CONNECT_TIMEOUT, Host, Report};
 use crate::listen::{Certificate, expiry};
 
@@ -32,28 +32,35 @@ pub(super) fn check(host: &Host, report: &Report) {
         (Err(_), false) => {}
     }
     if let Some(tls) = &host.config.api_tls {
-        certificate(tls, &host.config, report);
+        certificate(tls, report);
     }
 }
 
-fn certificate(tls: &Tls, config: &Config, report: &Report) {
+fn certificate(tls: &Tls, report: &Report) {
     if let Err(e) = Certificate::new(tls.clone()).read() {
         return report.warn(
             format!("its certificate cannot be used: {e}"),
             "correct api_certificate and api_key; until then nobody reaches it over the network",
         );
     }
-    secret("its key", &tls.key, config, report);
+    open_to_all("its key", &tls.key, report);
     let name = tls.certificate.display();
     let renew = "renew it; the agent reads the new one without a restart";
     match expiry(&tls.certificate).map(|expires| expires.duration_since(SystemTime::now())) {
-        Err(e) => report.warn(format!("its certificate cannot be read: {e}"), renew),
+        Err(e) => report
+            .warn(format!("its certificate's end cannot be read: {e}"), "'openssl x509 -enddate' shows it"),
         Ok(Err(since)) => {
             let days = days(since.duration());
-            report.warn(format!("its certificate {name} has expired {days} day(s) ago"), renew);
+            report.warn(
+                format!("its certificate {name}, or one of its chain, expired {days} day(s) ago"),
+                renew,
+            );
         }
         Ok(Ok(left)) if days(left) < WARN_DAYS => {
-            report.warn(format!("its certificate {name} expires in {} day(s)", days(left)), renew);
+            report.warn(
+                format!("its certificate {name}, or one of its chain, expires in {} day(s)", days(left)),
+                renew,
+            );
         }
         Ok(Ok(left)) => report.ok(format!("its certificate is valid for {} more days", days(left))),
     }

@@ -1,15 +1,19 @@
 //! The hook: whether libvirt's daemons call it, and may.
 
-use std::io::ErrorKind;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
 use std::process::Command;
+
+use virt_usb_hook::config::DEFAULT_PATH;
+use virt_usb_store::FILE_NAME;
 
 use super::process::daemons;
 use super::{Host, Places, Report, VERSION};
 
 /// The hook in libvirt's folder of hooks.
 const HOOK: &str = "qemu.d/50-virt-usb";
+/// Maximum number of links that are followed to a file.
+const MAX_LINKS: usize = 8;
 
 pub(super) fn check(places: &Places, report: &Report) {
     let hook = places.hooks.join(HOOK);
@@ -55,17 +59,6 @@ fn seen_by_daemon(places: &Places, report: &Report) {
     let folder = places.hooks.join("qemu.d");
     let made = std::fs::metadata(&folder).and_then(|found| found.created());
     for (daemon, pid) in daemons(places) {
-        if misses_hook(&pid, places) {
-            report.broken(
-                format!(
-                    "{daemon} has another root folder, as in a container, and there the hook is missing at {}: \
-                     guests get no devices",
-                    places.hooks.join(HOOK).display()
-                ),
-                "mount what install/README.md names (\"libvirt in a container\") into it",
-            );
-            continue;
-        }
         let began = std::fs::metadata(Path::new("/proc").join(&pid)).and_then(|found| found.modified());
         match (&made, began) {
             (Ok(made), Ok(began)) if *made > began => report.warn(
@@ -84,16 +77,6 @@ fn seen_by_daemon(places: &Places, report: &Report) {
             _ => {}
         }
     }
-}
-
-/// Whether a process has another root folder than the doctor, in which the hook is missing.
-fn misses_hook(pid: &str, places: &Places) -> bool {
-    let root = Path::new("/proc").join(pid).join("root");
-    let Ok(hook) = places.hooks.join(HOOK).strip_prefix("/").map(|hook| root.join(hook)) else {
-        return false;
-    };
-    // Where the process is gone, or may not be looked at, nothing is known.
-    root.metadata().is_ok() && hook.symlink_metadata().is_err_and(|e| e.kind() == ErrorKind::NotFound)
 }
 
 /// AppArmor and SELinux, which may keep libvirt's daemons from running the hook.
@@ -124,4 +107,48 @@ pub(super) fn confinement(host: &Host, report: &Report) {
             "start a guest, then 'ausearch -m avc -ts recent': audit2allow makes a policy module of what was denied",
         );
     }
+}
+
+/// A libvirtd in a container needs the host's hook, configuration and inventory there.
+pub(super) fn containers(host: &Host, report: &Report) {
+    let hook = host.places.hooks.join(HOOK);
+    let config = host.places.config.clone().unwrap_or_else(|| DEFAULT_PATH.into());
+    let files = [hook, config, host.config.state_dir.join(FILE_NAME)];
+    for (daemon, pid) in daemons(&host.places) {
+        let process = Path::new("/proc").join(pid);
+        // The file of a process id may be older than the process.
+        let name = std::fs::read_to_string(process.join("comm")).unwrap_or_default();
+        if name.trim() != daemon {
+            continue;
+        }
+        let root = process.join("root");
+        for file in files.iter().filter(|file| file.exists() && !is_same(&root, file)) {
+            report.broken(
+                format!(
+                    "{daemon} has another root folder, as in a container, and there {} is missing or \
+                     another file: guests get no devices, or the wrong ones",
+                    file.display()
+                ),
+                "mount it (install/README.md, \"libvirt in a container\"); after an upgrade, restart the container",
+            );
+        }
+    }
+}
+
+/// Whether a file is the same below another root folder. Links are followed there, as by who has it.
+fn is_same(root: &Path, file: &Path) -> bool {
+    let Ok(here) = std::fs::metadata(file) else { return false };
+    let mut path = file.to_owned();
+    for _ in 0..MAX_LINKS {
+        let Ok(relative) = path.strip_prefix("/") else { return false };
+        let there = root.join(relative);
+        match std::fs::read_link(&there) {
+            Ok(target) => path = path.parent().unwrap_or(Path::new("/")).join(target),
+            Err(_) => {
+                return std::fs::metadata(&there)
+                    .is_ok_and(|there| (there.dev(), there.ino()) == (here.dev(), here.ino()));
+            }
+        }
+    }
+    false
 }

@@ -30,7 +30,7 @@ pub(super) fn check(host: &Host, report: &Report) {
     if keystone.url.parse().is_ok_and(|address| client::is_open(&address)) {
         report.warn(
             format!(
-                "{} is not encrypted: whoever is on the way reads the password and the tokens",
+                "{} is not encrypted: anyone on the network path can read the password and the tokens",
                 keystone.url
             ),
             "an https:// address, unless it is on this host or on a network of your own",

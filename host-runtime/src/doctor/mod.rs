@@ -23,6 +23,7 @@ mod tokens;
 mod udev;
 
 use std::fmt::Display;
+use std::io::ErrorKind;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
@@ -37,30 +38,38 @@ const VERSION: &str = env!("CARGO_PKG_VERSION");
 const STORE_LOCK_TIMEOUT: Duration = Duration::from_secs(5);
 /// Timeout for the connection to a service of this host.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-/// Timeout for a whole check. libvirt alone may take 30 s to answer.
-const CHECK_TIMEOUT: Duration = Duration::from_secs(40);
+/// Timeout for a whole check. libvirt alone may take 30 s to answer, and an etcd member 8 s.
+const CHECK_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// A check: reports findings about a host.
-type Check = fn(&Host, &Report);
+/// A check of a host whose configuration can be read.
+struct Check {
+    name: &'static str,
+    run: fn(&Host, &Report),
+    /// How bad it is if the check has no result.
+    no_result: Level,
+    /// Whether the check reads `state_dir`, which belongs to the agent's user.
+    reads_state: bool,
+}
 
-/// The checks of a host whose configuration can be read, in the order in which they report.
-const CHECKS: &[(&str, Check)] = &[
-    ("hook", hook::confinement),
-    ("configuration", configuration::check),
-    ("machine", machine::check),
-    ("log", log::check),
-    ("udev", udev::check),
-    ("agent", agent::check),
-    ("metrics", metrics::check),
-    ("api", api::check),
-    ("inventory", inventory::check),
-    ("problems", problems::check),
-    ("fleet", fleet::check),
-    ("tokens", tokens::check),
-    ("keystone", keystone::check),
-    ("libvirt", libvirt::check),
-    ("guest", guests::check),
-    ("device", devices::check),
+/// The checks, in the order in which they report.
+const CHECKS: &[Check] = &[
+    Check { name: "hook", run: hook::confinement, no_result: Level::Broken, reads_state: false },
+    Check { name: "hook", run: hook::containers, no_result: Level::Warning, reads_state: true },
+    Check { name: "configuration", run: configuration::check, no_result: Level::Broken, reads_state: false },
+    Check { name: "machine", run: machine::check, no_result: Level::Broken, reads_state: false },
+    Check { name: "log", run: log::check, no_result: Level::Warning, reads_state: false },
+    Check { name: "udev", run: udev::check, no_result: Level::Warning, reads_state: false },
+    Check { name: "agent", run: agent::check, no_result: Level::Broken, reads_state: true },
+    Check { name: "metrics", run: metrics::check, no_result: Level::Warning, reads_state: true },
+    Check { name: "api", run: api::check, no_result: Level::Warning, reads_state: true },
+    Check { name: "inventory", run: inventory::check, no_result: Level::Broken, reads_state: true },
+    Check { name: "problems", run: problems::check, no_result: Level::Warning, reads_state: true },
+    Check { name: "fleet", run: fleet::check, no_result: Level::Warning, reads_state: false },
+    Check { name: "tokens", run: tokens::check, no_result: Level::Warning, reads_state: true },
+    Check { name: "keystone", run: keystone::check, no_result: Level::Warning, reads_state: false },
+    Check { name: "libvirt", run: libvirt::check, no_result: Level::Broken, reads_state: false },
+    Check { name: "guest", run: guests::check, no_result: Level::Warning, reads_state: true },
+    Check { name: "device", run: devices::check, no_result: Level::Warning, reads_state: true },
 ];
 
 /// How bad a finding is, in ascending order.
@@ -86,6 +95,12 @@ pub struct Finding {
     pub what: String,
     /// Advice on how to fix it.
     pub fix: Option<String>,
+}
+
+impl Finding {
+    fn new(check: &'static str, level: Level, what: impl Display, fix: Option<&str>) -> Self {
+        Self { check, level, what: what.to_string(), fix: fix.map(str::to_owned) }
+    }
 }
 
 /// Files and folders to look at.
@@ -145,21 +160,26 @@ pub fn examine(places: &Places, tell: &mut dyn FnMut(&Finding)) -> Vec<Finding> 
     };
     let hook_places = places.clone();
     let hook = move |report: &Report| hook::check(&hook_places, report);
-    run("hook", CHECK_TIMEOUT, hook, &mut tell);
-    match Config::load(places.config.as_deref()) {
-        Ok(config) => {
-            let host = Arc::new(Host { places: places.clone(), config });
-            for (name, check) in CHECKS {
-                let host = host.clone();
-                run(name, CHECK_TIMEOUT, move |report: &Report| check(&host, report), &mut tell);
-            }
+    run("hook", CHECK_TIMEOUT, Level::Broken, hook, &mut tell);
+    let config = match Config::load(places.config.as_deref()) {
+        Ok(config) => config,
+        Err(e) => {
+            let fix = "correct it: the installed file explains every key";
+            tell(Finding::new("configuration", Level::Broken, e, Some(fix)));
+            return findings;
         }
-        Err(e) => tell(Finding {
-            check: "configuration",
-            level: Level::Broken,
-            what: e.to_string(),
-            fix: Some("correct it: the installed file explains every key".into()),
-        }),
+    };
+    let state = std::fs::read_dir(&config.state_dir);
+    let is_closed = state.is_err_and(|e| e.kind() == ErrorKind::PermissionDenied);
+    if is_closed {
+        let what = format!("this user may not read {}: some checks are left out", config.state_dir.display());
+        tell(Finding::new("inventory", Level::Warning, what, Some("'sudo virt-usb doctor'")));
+    }
+    let host = Arc::new(Host { places: places.clone(), config });
+    for check in CHECKS.iter().filter(|check| !(is_closed && check.reads_state)) {
+        let host = host.clone();
+        let work = move |report: &Report| (check.run)(&host, report);
+        run(check.name, CHECK_TIMEOUT, check.no_result, work, &mut tell);
     }
     findings
 }
@@ -168,16 +188,15 @@ pub fn examine(places: &Places, tell: &mut dyn FnMut(&Finding)) -> Vec<Finding> 
 fn run(
     name: &'static str,
     timeout: Duration,
+    no_result: Level,
     check: impl FnOnce(&Report) + Send + 'static,
     tell: &mut dyn FnMut(Finding),
 ) {
     let (to, findings) = channel();
     let report = Report { check: name, to };
-    let broken = |what: String| Finding {
-        check: name,
-        level: Level::Broken,
-        what,
-        fix: Some("report this with the output of 'virt-usb doctor --all'".into()),
+    let broken = |what: String| {
+        let fix = "report this with the output of 'virt-usb doctor --all'";
+        Finding::new(name, Level::Broken, what, Some(fix))
     };
     let thread = std::thread::Builder::new().name(format!("doctor-{name}"));
     let thread = match thread.spawn(move || check(&report)) {
@@ -196,8 +215,8 @@ fn run(
             }
             Err(RecvTimeoutError::Timeout) => {
                 let what = format!("this check has no result after {} s", timeout.as_secs());
-                let fix = "find out what it waits for: the service that it asks, or the disk".into();
-                return tell(Finding { check: name, level: Level::Broken, what, fix: Some(fix) });
+                let fix = "find out what it waits for: the service that it asks, or the disk";
+                return tell(Finding::new(name, no_result, what, Some(fix)));
             }
         }
     }
@@ -209,7 +228,7 @@ mod tests {
 
     fn findings(check: impl FnOnce(&Report) + Send + 'static, timeout: Duration) -> Vec<String> {
         let mut told = Vec::new();
-        run("test", timeout, check, &mut |finding| {
+        run("test", timeout, Level::Warning, check, &mut |finding| {
             told.push(format!("{:?} {}", finding.level, finding.what));
         });
         told
@@ -222,7 +241,7 @@ mod tests {
             std::thread::sleep(Duration::from_secs(3600));
             report.ok("too late");
         };
-        let expected = ["Warning found before", "Broken this check has no result after 1 s"];
+        let expected = ["Warning found before", "Warning this check has no result after 1 s"];
         assert_eq!(findings(hangs, Duration::from_secs(1)), expected);
     }
 

@@ -53,25 +53,32 @@ pub(super) fn may(file: &Metadata, uid: u32, groups: &[u32], access: u32) -> boo
         || file.mode() & access != 0
 }
 
-/// Whether the agent may read a file with a secret, and other users may not. `name` is what messages call the file. The doctor
+/// Whether the agent may read a file with a secret, and every user may not. `name` is what messages call the file. The doctor
 /// runs as root, which may read every file.
 pub(super) fn secret(name: &str, file: &Path, config: &Config, report: &Report) {
     let (Ok(found), Ok(agent)) = (std::fs::metadata(file), std::fs::metadata(&config.state_dir)) else {
         return;
     };
-    let what = if !may(&found, agent.uid(), &[agent.gid()], 0o4) {
-        "the agent may not read it"
-    } else if found.mode() & 0o007 != 0 {
-        "every user of this host may read it, or write to it"
-    } else {
-        return;
-    };
-    let (file, owner) = (file.display(), agent.uid());
-    report.warn(
-        format!("{name} {file}: {what}"),
-        format!(
-            "'chown {owner} {file}; chmod 600 {file}': {owner} is the agent's user, which owns {}",
-            config.state_dir.display()
-        ),
-    );
+    if !may(&found, agent.uid(), &[agent.gid()], 0o4) {
+        let (file, owner) = (file.display(), agent.uid());
+        report.warn(
+            format!("{name} {file}: the agent may not read it"),
+            format!(
+                "'chown {owner} {file}; chmod 600 {file}': {owner} is the agent's user, which owns {}",
+                config.state_dir.display()
+            ),
+        );
+    }
+    open_to_all(name, file, report);
+}
+
+/// Whether every user may read or change a file with a secret.
+pub(super) fn open_to_all(name: &str, file: &Path, report: &Report) {
+    if std::fs::metadata(file).is_ok_and(|found| found.mode() & 0o007 != 0) {
+        let file = file.display();
+        report.warn(
+            format!("{name} {file}: every user of this host may read it, or write to it"),
+            format!("'chmod o= {file}'"),
+        );
+    }
 }

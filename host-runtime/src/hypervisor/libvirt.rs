@@ -25,7 +25,7 @@ use virt_usb_model::InstanceId;
 
 use super::events::{self, Registered};
 use super::process::{self, Process, State};
-use super::supervised::AT_ONCE_IN_ALL;
+use super::supervised::MAX_CALLS;
 use super::{Event, Failure, Hypervisor, Running};
 
 /// How often the connection is looked at, and the shortest wait before the next attempt.
@@ -42,7 +42,7 @@ const KEEPALIVE: (i32, u32) = (5, 3);
 /// The sockets of the system's daemons: one that appears is tried at once.
 const SOCKETS: [&str; 2] = ["/run/libvirt/libvirt-sock", "/run/libvirt/virtqemud-sock"];
 /// So many connections at the most, beside the first: one for each call.
-const CONNECTIONS: usize = AT_ONCE_IN_ALL;
+const CONNECTIONS: usize = MAX_CALLS;
 /// So many stay open when nobody uses them.
 const SPARE: usize = 4;
 
@@ -532,10 +532,11 @@ impl Hypervisor for Libvirt {
     fn identity(&self) -> Result<String, Failure> {
         let open = self.connection()?;
         let connect = &open.connect;
+        // The host's UUID is left out: on machines without one in their firmware libvirtd makes one at
+        // each start (virSetHostUUIDStr), and a local URI names this host.
         let identity = || {
             let (kind, uri, host) = (connect.get_type()?, connect.get_uri()?, connect.get_hostname()?);
-            let uuid = host_uuid(&connect.get_capabilities()?);
-            Ok::<_, Error>(format!("{kind} {uri} on {host}{uuid}"))
+            Ok::<_, Error>(format!("{kind} {uri} on {host}"))
         };
         identity().map_err(|e| open.failure(&e))
     }
@@ -566,13 +567,6 @@ fn unknown_to_libvirt<'a>(why: &'a str, device: &str) -> Option<&'a str> {
     let (_, after) = why.split_once("Duplicate ")?;
     let alias = after.strip_prefix("device ").unwrap_or(after).strip_prefix("ID '")?.split('\'').next()?;
     device.contains(&format!("<alias name='{alias}'/>")).then_some(alias)
-}
-
-/// The UUID of the host in its capabilities, in brackets. Drivers that run no machines of this host have none.
-fn host_uuid(capabilities: &str) -> String {
-    let uuid = capabilities.split_once("<uuid>").and_then(|(_, rest)| rest.split_once("</uuid>"));
-    let uuid = uuid.and_then(|(uuid, _)| uuid.trim().parse::<InstanceId>().ok());
-    uuid.map(|uuid| format!(" ({uuid})")).unwrap_or_default()
 }
 
 /// What libvirt's error comes to.
@@ -607,17 +601,7 @@ fn quiet() {
 
 #[cfg(test)]
 mod tests {
-    use super::{host_uuid, unknown_to_libvirt};
-
-    #[test]
-    fn the_host_is_known_by_its_uuid() {
-        let uuid = "8a5d0f5e-4b3a-4291-8877-665544332211";
-        let capabilities =
-            format!("<capabilities>\n<host>\n<uuid>{uuid}</uuid>\n<cpu/></host></capabilities>");
-        assert_eq!(host_uuid(&capabilities), format!(" ({uuid})"));
-        assert_eq!(host_uuid("<host><uuid>a name</uuid></host>"), "");
-        assert_eq!(host_uuid("<capabilities><host><cpu/></host></capabilities>"), "");
-    }
+    use super::unknown_to_libvirt;
 
     #[test]
     fn only_our_own_device_is_taken_out_behind_libvirts_back() {

@@ -13,16 +13,21 @@ use virt_usb_model::InstanceId;
 
 use super::{Failure, Hypervisor, Running};
 
-/// A call that lasts so long is told of.
+/// A call without an answer for this time is reported.
 pub(crate) const IMPATIENCE: Duration = Duration::from_secs(5);
-/// Nobody waits behind a call about the same guest that lasts so long. On a machine with much to do calls last for seconds.
-const REFUSAL: Duration = Duration::from_secs(15);
-/// So many calls about one guest are made at a time: libvirt does one thing to a guest after the other. Further ones wait.
-const AT_ONCE: usize = 2;
-/// So many calls are made at a time. Further ones wait.
-pub(super) const AT_ONCE_IN_ALL: usize = 24;
-/// About so many guests calls may last longer than that. libvirtd has 20 workers for all of its clients (`max_workers` in libvirtd.conf).
-const MOST: usize = 14;
+/// A guest counts as silent if a call about it has no answer for this time: further calls about it
+/// fail. On a busy machine calls take seconds.
+const SILENCE: Duration = Duration::from_secs(15);
+/// Maximum time that a call waits for its turn while other calls are answered.
+const TURN_TIMEOUT: Duration = Duration::from_secs(60);
+/// Maximum number of concurrent calls. libvirtd has 20 workers for all of its clients
+/// (`max_workers` in libvirtd.conf).
+pub(super) const MAX_CALLS: usize = 16;
+/// A second call about one guest is made only while there are fewer calls than this, so that silent
+/// guests do not use up all calls.
+const CALLS_FOR_SECONDS: usize = 8;
+/// Maximum number of silent guests. If there are more, no call is made at all.
+const MAX_SILENT_GUESTS: usize = 12;
 
 /// A guest as it was seen last.
 #[derive(Debug, Clone)]
@@ -84,6 +89,48 @@ pub struct Supervised {
 struct Calls {
     next: u64,
     open: BTreeMap<u64, Unanswered>,
+    /// Calls that are not made yet, by their numbers, with the guests that they are about.
+    waiting: BTreeMap<u64, Option<InstanceId>>,
+}
+
+/// Whether a call may be made.
+enum Turn {
+    Now,
+    /// Not yet; it is looked at again after this time at the latest.
+    Later(Duration),
+    Never(Failure),
+}
+
+impl Calls {
+    fn turn(&mut self, number: u64, instance: Option<InstanceId>) -> Turn {
+        let same = self.open.iter_mut().filter(|(_, call)| call.instance == instance);
+        let mut same: Vec<&mut Unanswered> = same.map(|(_, call)| call).collect();
+        let count = same.len();
+        let oldest = same.first_mut().map(|call| (call.since.elapsed(), call));
+        if let Some((age, call)) = oldest.filter(|(age, _)| *age >= SILENCE) {
+            call.missed = true;
+            let about = if instance.is_some() { "about this guest" } else { "which guests there are" };
+            let seconds = age.as_secs();
+            return Turn::Never(Failure::Silent(format!(
+                "it was asked {about} {seconds} s ago ({})",
+                call.what
+            )));
+        }
+        let silent = self.open.values().filter(|call| call.since.elapsed() >= SILENCE);
+        let silent: BTreeSet<_> = silent.map(|call| call.instance).collect();
+        if silent.len() >= MAX_SILENT_GUESTS {
+            return Turn::Never(Failure::Silent(format!(
+                "it leaves calls about {MAX_SILENT_GUESTS} guests unanswered"
+            )));
+        }
+        let most = if self.open.len() < CALLS_FOR_SECONDS { 2 } else { 1 };
+        let is_behind = self.waiting.range(..number).any(|(_, other)| *other == instance);
+        if count >= most || is_behind || self.open.len() >= MAX_CALLS {
+            // A call that becomes old meanwhile notifies nobody.
+            return Turn::Later(Duration::from_secs(1));
+        }
+        Turn::Now
+    }
 }
 
 impl Supervised {
@@ -132,51 +179,39 @@ impl Supervised {
         self.calls.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits for the end of a call.
-    fn wait<'a>(&self, calls: MutexGuard<'a, Calls>, longest: Duration) -> MutexGuard<'a, Calls> {
-        self.ended.wait_timeout(calls, longest).unwrap_or_else(PoisonError::into_inner).0
-    }
-
-    /// Waits until the call may be made, and notes it. Returns its number.
+    /// Waits until the call may be made, and notes it. Returns its number. Calls about one guest are
+    /// made in the order in which they came.
     fn begin(&self, instance: Option<InstanceId>, what: &'static str) -> Result<u64, Failure> {
-        let came = Instant::now();
+        let end = Instant::now() + TURN_TIMEOUT;
         let mut calls = self.calls();
-        loop {
-            let same = calls.open.iter().filter(|(_, call)| call.instance == instance);
-            let count = same.clone().count();
-            // The oldest: they are numbered in the order in which they were made.
-            let first = same.map(|(number, call)| (*number, call.since.elapsed())).next();
-            match first {
-                Some((number, age)) if age >= REFUSAL => {
-                    let open = calls.open.get_mut(&number);
-                    let made = open.map_or("", |open| {
-                        open.missed = true;
-                        open.what
-                    });
-                    let about =
-                        if instance.is_some() { "about this guest" } else { "which guests there are" };
-                    let seconds = age.as_secs();
-                    return Err(Failure::Silent(format!("it was asked {about} {seconds} s ago ({made})")));
-                }
-                Some((_, age)) if count >= AT_ONCE => calls = self.wait(calls, REFUSAL - age),
-                _ if calls.open.len() >= AT_ONCE_IN_ALL => {
-                    let Some(left) = REFUSAL.checked_sub(came.elapsed()) else {
-                        return Err(Failure::Silent(format!("it leaves {AT_ONCE_IN_ALL} calls unanswered")));
-                    };
-                    calls = self.wait(calls, left);
-                }
-                _ => break,
-            }
-        }
-        let is_old = |call: &&Unanswered| call.since.elapsed() >= REFUSAL;
-        let old: BTreeSet<_> = calls.open.values().filter(is_old).map(|call| call.instance).collect();
-        if old.len() >= MOST {
-            return Err(Failure::Silent(format!("it leaves calls about {MOST} guests unanswered")));
-        }
         let number = calls.next;
         calls.next += 1;
-        calls.open.insert(number, Unanswered { instance, what, since: Instant::now(), missed: false });
-        Ok(number)
+        calls.waiting.insert(number, instance);
+        let begun = loop {
+            match calls.turn(number, instance) {
+                Turn::Now => break Ok(number),
+                Turn::Never(why) => break Err(why),
+                Turn::Later(longest) => {
+                    let left = end.saturating_duration_since(Instant::now());
+                    if left.is_zero() {
+                        let seconds = TURN_TIMEOUT.as_secs();
+                        break Err(Failure::Silent(format!(
+                            "it has been busy with other calls for {seconds} s"
+                        )));
+                    }
+                    let waited = self.ended.wait_timeout(calls, longest.min(left));
+                    calls = waited.unwrap_or_else(PoisonError::into_inner).0;
+                }
+            }
+        };
+        calls.waiting.remove(&number);
+        if begun.is_ok() {
+            calls.open.insert(number, Unanswered { instance, what, since: Instant::now(), missed: false });
+        }
+        drop(calls);
+        // It may have stood before others.
+        self.ended.notify_all();
+        begun
     }
 
     fn call<T>(
@@ -365,10 +400,10 @@ mod tests {
                 asked()
             };
             let mut all: Vec<_> = (0..10).map(|_| ask(instance(0))).collect();
-            let one_guest = settled(AT_ONCE);
+            let one_guest = settled(2);
             let others = supervised.identity();
-            all.extend((1..=AT_ONCE_IN_ALL).map(|n| ask(instance(n))));
-            let in_all = settled(AT_ONCE_IN_ALL);
+            all.extend((1..=MAX_CALLS).map(|n| ask(instance(n))));
+            let in_all = settled(MAX_CALLS);
             *slow.gate.lock().unwrap() = true;
             slow.opened.notify_all();
             for one in all {
@@ -376,8 +411,8 @@ mod tests {
             }
             (one_guest, others, in_all)
         });
-        assert_eq!((one_guest, in_all), (AT_ONCE, AT_ONCE_IN_ALL));
+        assert_eq!((one_guest, in_all), (2, MAX_CALLS));
         assert_eq!(others, Ok(String::new()), "others are asked meanwhile");
-        assert_eq!(asked(), 10 + AT_ONCE_IN_ALL);
+        assert_eq!(asked(), 10 + MAX_CALLS);
     }
 }

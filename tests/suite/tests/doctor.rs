@@ -29,7 +29,16 @@ fn answer(socket: &UnixDatagram, health: &Mutex<Value>) {
 }
 
 fn healthy() -> Value {
-    json!({ "last_pass": 3.0, "last_scan": 4.0, "connected": 100.0, "connections": 1, "unanswered": [] })
+    json!({
+        "version": env!("CARGO_PKG_VERSION"),
+        "uptime": 1_000_000.0,
+        "last_pass": 3.0,
+        "last_scan": 4.0,
+        "connected": 100_000.0,
+        "connections": 1,
+        "unanswered": [],
+        "a key of a later version": 1
+    })
 }
 
 /// libvirt's own test driver answers at this URI, in this process.
@@ -135,7 +144,7 @@ fn an_agent_that_is_not_there() {
     fs::remove_file(patient.host.path("state/hook.sock")).unwrap();
     patient.finds("agent", &["warning", "does not answer at its socket hook.sock", "No such file"]);
     let _deaf = UnixDatagram::bind(patient.host.path("state/hook.sock")).unwrap();
-    patient.finds("agent", &["warning", "does not answer at its socket hook.sock"]);
+    patient.finds("agent", &["warning", "has not answered for 5 s: it hangs, or it is older"]);
     patient.agent.unlock().unwrap();
     patient.finds("agent", &["broken", "does not run", "systemctl start virt-usbd"]);
     fs::remove_file(patient.host.path("state/agent.lock")).unwrap();
@@ -145,23 +154,38 @@ fn an_agent_that_is_not_there() {
 #[test]
 fn an_agent_that_is_not_healthy() {
     let patient = Patient::new();
-    let says = |key: &str, value: Value| {
+    let says = |keys: Value| {
         let mut health = healthy();
-        health[key] = value;
+        health.as_object_mut().unwrap().extend(keys.as_object().unwrap().clone());
         *patient.health.lock().unwrap() = health;
     };
-    says("connected", Value::Null);
-    patient.finds("agent", &["broken", "no connection to libvirt", "test:///default"]);
-    says("last_pass", json!(100_000.0));
-    patient.finds("agent", &["broken", "last looked at all guests 100000 s ago"]);
-    says("last_scan", json!(100_000.0));
-    patient.finds("agent", &["broken", "last looked at all devices 100000 s ago"]);
-    // An agent that has just connected has not looked yet.
-    says("last_pass", Value::Null);
     patient.is_well("agent");
-    says("unanswered", json!([{ "about": "erp", "what": "attach", "age": 61.4 }]));
-    patient.finds("agent", &["warning", "libvirt has not answered about erp for 61 s (attach)"]);
-    says("connections", json!("many"));
+    says(json!({ "connected": null, "lost": 61.4 }));
+    patient.finds("agent", &["broken", "no connection to libvirt for 61 s", "test:///default"]);
+    says(json!({ "connected": null, "lost": null }));
+    patient.finds("agent", &["broken", "no connection to libvirt for 1000000 s"]);
+    says(json!({ "last_pass": 100_000.0 }));
+    patient.finds("agent", &["broken", "has not looked at all guests for 100000 s"]);
+    says(json!({ "last_pass": null }));
+    patient.finds("agent", &["broken", "has not looked at all guests for 100000 s"]);
+    says(json!({ "last_scan": 90_000.0 }));
+    patient.finds("agent", &["broken", "has not looked at all devices without an error for 90000 s"]);
+    says(json!({ "last_scan": null }));
+    patient.finds("agent", &["broken", "has not looked at all devices without an error for 1000000 s"]);
+    // An agent that has just started, or connected again, has not looked yet.
+    says(json!({ "connected": null, "lost": 3.0, "last_pass": 100_000.0 }));
+    patient.is_well("agent");
+    says(json!({ "connected": 1.0, "last_pass": 100_000.0 }));
+    patient.is_well("agent");
+    says(json!({ "connected": null, "last_pass": null, "last_scan": null, "uptime": 1.0 }));
+    patient.is_well("agent");
+    says(json!({ "unanswered": [{ "about": "erp\n\u{1b}[2J", "what": "attach", "age": 61.4 }] }));
+    patient.finds("agent", &["warning", "libvirt has not answered about erp \u{fffd}[2J for 61 s (attach)"]);
+    says(json!({ "certificate_error": "/etc/api.key: Permission denied" }));
+    patient.finds("agent", &["warning", "cannot use the API's certificate: /etc/api.key"]);
+    says(json!({ "version": "0.0.1" }));
+    patient.finds("agent", &["warning", "it is version 0.0.1, this program is"]);
+    says(json!({ "connections": "many" }));
     patient.finds("agent", &["warning", "does not answer"]);
 }
 
@@ -186,12 +210,18 @@ fn a_certificate_that_ends_and_an_address_that_is_taken() {
     patient.finds("api", &["warning", "expires in 2 day(s)", "without a restart"]);
     make("100");
     fs::set_permissions(&key, fs::Permissions::from_mode(0o644)).unwrap();
-    patient.finds("api", &["warning", "every user of this host may read it", "chmod 600"]);
+    patient.finds("api", &["warning", "every user of this host may read it", "chmod o="]);
     fs::set_permissions(&key, fs::Permissions::from_mode(0o600)).unwrap();
     let other = fs::read(&key).unwrap();
     make("100");
     fs::write(&key, other).unwrap();
     patient.finds("api", &["warning", "its certificate cannot be used"]);
+    // An authority's own certificate may have expired: clients have theirs.
+    make("1");
+    let authority = fs::read_to_string(&certificate).unwrap();
+    make("100");
+    fs::write(&certificate, fs::read_to_string(&certificate).unwrap() + &authority).unwrap();
+    patient.is_well("api");
     make("100");
     drop(listener);
     patient.finds("api", &["warning", "nobody serves it at"]);
@@ -199,6 +229,22 @@ fn a_certificate_that_ends_and_an_address_that_is_taken() {
     patient.is_well("api");
     patient.agent.unlock().unwrap();
     patient.finds("api", &["warning", "another program listens at", "set api to another address"]);
+}
+
+#[test]
+fn a_user_who_may_not_look() {
+    let patient = Patient::new();
+    for folder in ["", "hooks", "run"] {
+        fs::set_permissions(patient.host.path(folder), fs::Permissions::from_mode(0o755)).unwrap();
+    }
+    let mut doctor = std::process::Command::new("setpriv");
+    doctor.args(["--reuid=4711", "--regid=4711", "--clear-groups"]).arg(program("virt-usb"));
+    doctor.arg("--config").arg(patient.host.config_file()).args(["doctor", "--hooks"]);
+    doctor.arg(patient.host.path("hooks")).arg("--run").arg(patient.host.path("run"));
+    fs::set_permissions(patient.host.path("state"), fs::Permissions::from_mode(0o750)).unwrap();
+    let said = String::from_utf8(doctor.output().unwrap().stdout).unwrap();
+    assert!(said.contains("warning  inventory: this user may not read"), "{said}");
+    assert!(said.contains("'sudo virt-usb doctor'") && !said.contains(" agent: "), "{said}");
 }
 
 #[test]
@@ -255,6 +301,10 @@ fn an_agent_that_runs_as_the_wrong_user_or_may_not_talk_to_libvirt() {
     fs::write(&socket, "").unwrap();
     fs::set_permissions(&socket, fs::Permissions::from_mode(0o660)).unwrap();
     std::os::unix::fs::chown(&socket, Some(0), Some(4712)).unwrap();
+    patient.is_well("agent");
+    let mut lost = healthy();
+    (lost["connected"], lost["lost"]) = (Value::Null, json!(1.0));
+    *patient.health.lock().unwrap() = lost;
     patient.finds("agent", &["broken", "may not write", "(group 4712)", "usermod --append --groups libvirt"]);
     std::os::unix::fs::chown(&socket, Some(0), Some(4713)).unwrap();
     patient.is_well("agent");
