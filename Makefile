@@ -111,7 +111,7 @@ deny: ## licences, bans, sources and advisories of the dependencies (installs ca
 fuzz: ## ten minutes of each fuzz target (installs cargo-fuzz)
 	@tests/fuzz/run 600
 
-soak: test-deps build deb corpus deny ## hours: more random runs, Debian 13's compute host, coverage, mutants
+soak: test-deps build deb corpus deny ## hours: more random runs, an hour of chaos, Debian 13's compute host, coverage, mutants
 	@echo "== long property tests"
 	@PROPTEST_CASES=20000 tests/suite/run --timeout 7200
 	@echo "== etcd's cluster under 20 times so many faults"
@@ -120,6 +120,7 @@ soak: test-deps build deb corpus deny ## hours: more random runs, Debian 13's co
 	@VIRT_USB_ROUNDS=100 tests/suite/run --timeout 7200 planted
 	@echo "== 200 kills in the VM"
 	@tests/live/run nested --case crash.random_moments --kills 200 --cpus 2
+	@tests/soak/chaos
 	@echo "== the nested compute host with Debian 13"
 	@tests/soak/debian13
 	@echo "== coverage"

@@ -25,6 +25,7 @@ def arguments():
     parser.add_argument("--case", action="append", default=[])
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--chaos", type=int, default=600)
     parser.add_argument("--part", default="1/1")
     parser.add_argument("--repeat", type=int, default=1)
     parser.add_argument("--list", action="store_true")
@@ -39,9 +40,9 @@ def say(text):
 def main():
     asked = arguments()
     folder = Path(__file__).parent / asked.place / "cases"
-    # Figures are no test: they are asked for.
-    figures = ["figures"] if any("figures" in name for name in asked.case) else []
-    files = [f for f in FILES[asked.place] + figures if (folder / f"{f}.py").exists()]
+    # Figures are no test, and chaos takes as long as one likes: they are asked for.
+    more = [file for file in ("figures", "chaos") if any(file in name for name in asked.case)]
+    files = [f for f in FILES[asked.place] + more if (folder / f"{f}.py").exists()]
     cases = case.matching(case.collect(f"{asked.place}.cases", files), asked.case)
     if not cases:
         say(f"no case has {' or '.join(asked.case)} in its name: see --list")
@@ -53,7 +54,7 @@ def main():
             say(f"{one.name:44} {one.title}")
         return 0
     cases *= asked.repeat
-    world = World(asked.repo, asked.seed, asked.kills, drawer(asked.place))
+    world = World(asked.repo, asked.seed, asked.kills, drawer(asked.place), asked.chaos)
     world.set_up()
     return 0 if case.run_all(cases, world, say) else 1
 

@@ -1,6 +1,7 @@
 """libvirtd, as this harness starts it: no systemd, its log in a file, and killed as hard as a case wants."""
 
 import os
+import re
 import signal
 import subprocess
 from pathlib import Path
@@ -102,16 +103,35 @@ def qemu_pid(name, run=Path("/run/libvirt/qemu")):
     return int((run / f"{name}.pid").read_text())
 
 
-def has_qemu(name):
-    """Whether any process is this guest's QEMU, whatever libvirtd says."""
-    mark = f"guest={name},".encode()
+def qemus():
+    """The QEMU processes by their guests' names, whatever libvirtd says."""
+    found = {}
     for cmdline in Path("/proc").glob("[0-9]*/cmdline"):
         try:
-            if mark in cmdline.read_bytes():
-                return True
+            words = cmdline.read_bytes().split(b"\0")
         except OSError:  # It has ended meanwhile.
             continue
-    return False
+        for word in words:
+            if word.startswith(b"guest="):
+                found[word.removeprefix(b"guest=").split(b",")[0].decode()] = int(cmdline.parent.name)
+    return found
+
+
+def has_qemu(name):
+    return name in qemus()
+
+
+def open_devices(pid):
+    """The USB devices that this process has open: (bus, device)."""
+    found = set()
+    for link in Path(f"/proc/{pid}/fd").glob("*"):
+        try:
+            node = os.readlink(link)
+        except OSError:  # The process or the descriptor has gone meanwhile.
+            continue
+        if match := re.fullmatch("/dev/bus/usb/([0-9]{3})/([0-9]{3})", node):
+            found.add((int(match[1]), int(match[2])))
+    return found
 
 
 def kill_qemu(name):

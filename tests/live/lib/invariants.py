@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 
+from .daemons import open_devices, qemus
 from .waiting import until_none
 
 # The agent frees what an absent guest held after two looks, 10 s apart; it must first be up and connected again.
@@ -16,6 +17,8 @@ class Host:
         self.uuids = {name: w.virsh.uuid(name) for name in self.live}
         self.claims = w.product.claims()
         self.devices = [d for d in w.product.devices() if not d["deleted"]]
+        self.opened = {name: open_devices(pid) for name, pid in qemus().items()}
+        """What QEMU itself holds, whatever the XML says."""
         self.plugged = {g.serial: (g.address(), g.port()) for g in w.drawer.plugged()}
 
 
@@ -37,8 +40,10 @@ def doubly_claimed(host):
 
 
 def orphans(host):
+    """A claim of an assignment lasts while the guest is off."""
     running = set(host.uuids.values())
-    return [f"device {c['device_id']} is held by {c['domain']}, which does not run" for c in host.claims if c["instance_uuid"] not in running]
+    wrong = [c for c in host.claims if c["hold"] != "instance" and c["instance_uuid"] not in running]
+    return [f"device {c['device_id']} is held by {c['domain']}, which does not run" for c in wrong]
 
 
 def misallocated(host):
@@ -48,7 +53,7 @@ def misallocated(host):
     rows = {d["id"]: d for d in host.devices}
     for claim in host.claims:
         row = rows.get(claim["device_id"])
-        if row is None or row["serial"] not in host.plugged:
+        if row is None or row["serial"] not in host.plugged or claim["instance_uuid"] not in names:
             continue
         address, _ = host.plugged[row["serial"]]
         users = [name for name, hostdevs in host.live.items() if address in [h.address for h in hostdevs]]
@@ -71,6 +76,20 @@ def unclaimed(host):
     return wrong
 
 
+def misopened(host):
+    """QEMU has open exactly what is allocated to its guest. After a restore the XML shows a device that QEMU has closed."""
+    wrong = []
+    names = {uuid: name for name, uuid in host.uuids.items()}
+    serials = {d["id"]: d["serial"] for d in host.devices}
+    held = {(names.get(c["instance_uuid"]), serials.get(c["device_id"])) for c in host.claims if c["state"] == "allocated"}
+    for serial, (address, _) in host.plugged.items():
+        for name in host.live:
+            has, is_held = address in host.opened.get(name, ()), (name, serial) in held
+            if has != is_held:
+                wrong.append(f"{serial} at {address} is {'' if is_held else 'not '}allocated to {name}, and its QEMU has it {'open' if has else 'closed'}")
+    return wrong
+
+
 def lost(host):
     """What is plugged in is in the inventory, where it is now."""
     wrong = []
@@ -83,6 +102,10 @@ def lost(host):
     return wrong
 
 
+SETTLED = (orphans, misallocated, unclaimed, misopened, lost)
+"""What may not hold for a moment."""
+
+
 def never(w):
     """For every moment."""
     host = Host(w)
@@ -91,17 +114,17 @@ def never(w):
 
 def all_of(w):
     host = Host(w)
-    checks = (shared, doubly_claimed, orphans, misallocated, unclaimed, lost)
+    checks = (shared, doubly_claimed, *SETTLED)
     return [problem for check in checks for problem in check(host)]
 
 
-def settle(w, seconds=GRACE):
-    """Waits until all hold; and what may never be must not be meanwhile."""
+def settle(w, seconds=GRACE, more=lambda host: []):
+    """Waits until all hold, and `more` as well; what may never be must not be meanwhile."""
 
     def problems():
         host = Host(w)
         if worst := shared(host) + doubly_claimed(host):
             raise AssertionError("; ".join(worst))
-        return [p for check in (orphans, misallocated, unclaimed, lost) for p in check(host)]
+        return [p for check in (*SETTLED, more) for p in check(host)]
 
     until_none(problems, "what must hold after a crash", seconds)

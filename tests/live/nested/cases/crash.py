@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lib import invariants
 from lib.case import case
-from lib.daemons import has_qemu, kill_qemu
+from lib.daemons import kill_qemu
 from lib.product import CONFIG, HOOKS, SHORT_WAITS
 from lib.shell import Failure, expect
 from lib.waiting import stays, until
@@ -110,16 +110,8 @@ class Chaos:
         self.w.libvirtd.ensure()
         if not self.w.product.agent.is_running():
             self.w.product.agent.start()
-        self.clear_limbo()
+        self.w.clear_limbo()
         invariants.settle(self.w)
-
-    def clear_limbo(self):
-        """A libvirtd that is killed between a guest's status file and its QEMU lists that guest for ever afterwards, with a start job
-        that nobody owns (seen with 9.0.0: "current job is (none, none, start) owned by (0 <null>"). An operator destroys it."""
-        time.sleep(1)
-        for name in self.w.virsh.running():
-            if not has_qemu(name):
-                self.w.virsh("destroy", name)
 
     @staticmethod
     def quietly(act):

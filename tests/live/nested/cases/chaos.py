@@ -1,0 +1,187 @@
+"""Everything at once, for as long as 'tests/live/run nested --chaos SECONDS' says."""
+
+import json
+import os
+import sqlite3
+import time
+from collections import Counter
+from pathlib import Path
+
+import libvirt
+from lib import invariants
+from lib.case import case
+from lib.product import AGENT_LOG
+from lib.shell import Failure, done, expect, run, transcript
+from lib.waiting import PATIENCE, until
+
+from nested.storm import Storm, shown
+
+from .live import asking, known
+
+# What each guest asks for; the last two have what an operator gives them.
+WISHES = {
+    "wants-sn0": [{"serial": "SN0"}],
+    "wants-sn1": [{"serial": "SN1"}],
+    "wants-one": [{"vendor_id": "0951"}],
+    "wants-two": [{"vendor_id": "0951", "product_id": "1666", "count": 2}],
+    "wants-acm": [{"vendor_id": "0525", "product_id": "a4a7"}],
+    "given-a": [],
+    "given-b": [],
+}
+# Seconds between two checks: at least and at most.
+STORM = (60, 90)
+# What the agent may have at a check, when it has settled.
+MOST_DESCRIPTORS = 100
+MOST_THREADS = 64
+ACTIONS_SHOWN = 40
+
+
+@case("libvirtd and agent are killed, stopped and slowed at random: nothing is lost, doubled or silent")
+def storm(w):
+    sticks = [*w.drawer.twins(4), w.drawer.serial_adapter("ACM", slot=4)]
+    w.product.configure(scan_interval=15, flap_limit=0)
+    w.product.agent.start()
+    until(lambda: all(known(w, s) for s in sticks), "the agent to find the sticks")
+    guests = [asking(w, name, *wish) if wish else w.guest(name) for name, wish in WISHES.items()]
+    Chaos(w, guests, sticks).run(w.chaos)
+
+
+class Chaos:
+    def __init__(self, w, guests, sticks):
+        self.w, self.guests = w, guests
+        self.storm = Storm(w, guests, sticks)
+        self.wants = {g.uuid: sum(r.get("count", 1) for r in WISHES[g.name]) for g in guests}
+
+    def run(self, seconds):
+        end, number = time.monotonic() + seconds, 0
+        tell(f"chaos for {seconds} s, seed {self.w.seed}")
+        self.storm.begin()
+        try:
+            while time.monotonic() < end:
+                number += 1
+                # An agent that is left alone for some time shows what it does not give back.
+                self.storm.spares_agent = self.w.random.random() < 0.3
+                self.storm.blow(self.w.random.uniform(*STORM))
+                self.check(number)
+        except (Failure, AssertionError) as trouble:
+            raise Failure(self.story(trouble)) from trouble
+        finally:
+            self.end()
+            for told, times in sorted(self.storm.tally.items()):
+                tell(f"{times:5} {told}")
+
+    def story(self, trouble):
+        deeds = [shown(deed) for deed in self.storm.deeds[-ACTIONS_SHOWN:]]
+        return "\n".join([f"seed {self.w.seed}: {trouble}", f"--- the last {ACTIONS_SHOWN} actions", *deeds])
+
+    def end(self):
+        try:
+            self.storm.calm()
+        except Failure:  # It was told already.
+            pass
+
+    def check(self, number):
+        """The storm pauses: what must hold afterwards."""
+        self.storm.calm()
+        began = time.monotonic()
+        self.w.libvirtd.ensure()
+        until(lambda: not self.w.clear_limbo(), "libvirt to know which guests run")
+        self.resume()
+        self.settle()
+        took = time.monotonic() - began
+        self.probe()
+        self.look_inside()
+        done(self.w.product("store", "check", quiet=True))
+        log = AGENT_LOG.read_text(errors="replace")
+        expect("panicked" not in log, "no panic in the agent's log")
+        self.w.product.agent.must_run()
+        bounds = until(self.bounds, f"the agent to have {MOST_DESCRIPTORS} descriptors and {MOST_THREADS} threads at the most")
+        starts = Counter(told.split(": ")[1] == "done" for told, times in self.storm.tally.items() if " start: " in told for _ in range(times))
+        tell(
+            f"{time.monotonic() - self.storm.began:5.0f} s: check {number} passed, settled after {took:.0f} s; {len(self.storm.deeds)} actions; "
+            f"{starts[True]} starts done, {starts[False]} failed; the agent, {'left alone' if self.storm.spares_agent else 'restarted'}, has {bounds}"
+        )
+        transcript.clear()
+
+    def settle(self):
+        invariants.settle(self.w, PATIENCE, lambda host: self.unserved(host) + self.unknown(host))
+
+    def unserved(self, host):
+        """A guest that runs holds what it asks for. What it does not get is told, and in a calm nothing stands in the way."""
+        inventory = Inventory(self.w)
+        wrong = []
+        for guest in self.guests:
+            holds = sum(claim["instance_uuid"] == guest.uuid for claim in host.claims)
+            assigned = inventory.assigned[guest.uuid]
+            wants = self.wants[guest.uuid] + assigned
+            if guest.name in host.uuids and holds != wants:
+                wrong.append(f"{guest.name} runs and asks for {wants} devices, it holds {holds}")
+            if guest.name not in host.uuids and holds > assigned:
+                wrong.append(f"{guest.name} does not run and is assigned {assigned} devices, it holds {holds}")
+        return wrong + inventory.problems
+
+    @staticmethod
+    def unknown(host):
+        return [f"the QEMU of {name} runs, and libvirt does not know it" for name in host.opened if name not in host.live]
+
+    def resume(self):
+        """A libvirtd that is killed while it saves a guest leaves it paused."""
+        for name in self.w.virsh.running():
+            if self.w.virsh.ask(lambda c, name=name: c.lookupByName(name).state()[0]) == libvirt.VIR_DOMAIN_PAUSED:
+                self.storm.note("check", f"{name} is paused: resumed")
+                self.w.virsh("resume", name)
+
+    def probe(self):
+        """A guest that can be served starts and gets its devices; one that cannot is refused, and told why."""
+        running = self.w.virsh.running()
+        saved = lambda name: self.w.virsh.ask(lambda c: c.lookupByName(name).hasManagedSaveImage())
+        idle = [g.name for g in self.guests if g.about and g.name not in running and not saved(g.name)]
+        if not idle:
+            return
+        name = self.w.random.choice(idle)
+        (request,) = WISHES[name]
+        keys = request.keys() - {"count"}
+        free = [d for d in self.w.product.devices() if d["status"] == "available" and all(d[k] == request[k] for k in keys)]
+        can = len(free) >= request.get("count", 1)
+        result = self.storm.command("check", "virsh", "start", name)
+        expect(result.ok == can, f"{name} to be {'started' if can else 'refused'}, {len(free)} devices are free for it:\n{result}")
+        expect(can or f"virt-usb: {name} " in result.text, f"a refusal with a reason:\n{result}")
+        self.settle()
+
+    def look_inside(self):
+        """The proof from inside, for a guest that has one stick: it boots from it."""
+        rows = {d["id"]: d["serial"] for d in self.w.product.devices()}
+        sticks = {s.serial: s for s in self.storm.sticks if s.slot is not None and s.function == "mass_storage"}
+        running = self.w.virsh.running()
+        ready = []
+        for guest in self.guests:
+            serials = [rows[c["device_id"]] for c in self.w.product.claims_of(guest)]
+            if guest.name in running and len(serials) == 1 and serials[0] in sticks:
+                ready.append((guest, sticks[serials[0]]))
+        if ready:
+            guest, stick = self.w.random.choice(ready)
+            self.storm.note("check", f"{guest.name} boots from {stick.serial}")
+            self.w.boots_from(guest, stick, reset=True)
+
+    def bounds(self):
+        place = Path(f"/proc/{self.w.product.agent.process.pid}")
+        descriptors, threads = (len(os.listdir(place / kind)) for kind in ("fd", "task"))
+        return descriptors <= MOST_DESCRIPTORS and threads <= MOST_THREADS and f"{descriptors} descriptors, {threads} threads"
+
+
+class Inventory:
+    """What the command line does not show as JSON, read from a backup."""
+
+    def __init__(self, w):
+        copy = Path("/tmp/chaos.sqlite")
+        copy.unlink(missing_ok=True)
+        done(run("virt-usb", "store", "backup", copy, quiet=True))
+        with sqlite3.connect(copy) as store:
+            self.problems = [f"{domain}: {about}: {what}" for domain, about, what in store.execute("SELECT domain, about, what FROM problems")]
+            self.assigned = Counter()
+            for instance, request in store.execute("SELECT instance_uuid, request FROM assignments"):
+                self.assigned[instance] += json.loads(request).get("count", 1)
+
+
+def tell(text):
+    print(f"# {text}", flush=True)

@@ -1,0 +1,364 @@
+"""A storm over the compute host: actors that use it and break it at random, each in a thread of its own.
+
+Each actor draws from its own source, which the seed and its name determine. A seed repeats what each actor does, but not
+the moments: how long an action takes is up to the machine.
+"""
+
+import os
+import random
+import re
+import signal
+import threading
+import time
+import traceback
+from collections import Counter
+from pathlib import Path
+
+from lib.daemons import open_devices, qemus
+from lib.product import HOOKS, LOGS
+from lib.shell import Failure
+from lib.waiting import PATIENCE
+
+# Timeout of a command, in seconds. libvirtd is stopped for 20 s at the most.
+COMMAND_TIMEOUT = 180
+# What the agent's unit allows, in seconds: TimeoutStopSec.
+STOP_TIMEOUT = 60
+# Status of a Rust program that panicked, and of one that aborted.
+PANICKED = (101, 134, -6)
+LOG = LOGS / "chaos.log"
+
+# A hook of somebody else's that makes each of libvirtd's calls slow while a file is there.
+SLOW_FLAG = Path("/run/chaos.slow")
+SLOW_HOOK = """#!/bin/sh
+sleep "$(cat /run/chaos.slow 2> /dev/null || echo 0)"
+"""
+
+
+class Storm:
+    def __init__(self, w, guests, sticks):
+        self.w, self.guests, self.sticks = w, guests, sticks
+        self.began = time.monotonic()
+        self.blows, self.rests = threading.Event(), threading.Event()
+        self.deeds, self.faults = [], []
+        self.tally = Counter()
+        """How commands ended."""
+        self.agent = threading.Lock()
+        """Held while the agent is stopped and started on purpose."""
+        self.spares_agent = False
+        LOG.write_text("")
+        kinds = (Tenant, "tenant"), (Tenant, "other tenant"), (Hand, "hand"), (Operator, "operator"), (Libvirt, "libvirtd"), (Agent, "agent")
+        self.actors = [kind(self, name) for kind, name in kinds]
+        hook = HOOKS / "60-chaos"
+        hook.write_text(SLOW_HOOK)
+        hook.chmod(0o755)
+
+    def begin(self):
+        for actor in self.actors:
+            actor.start()
+
+    def blow(self, seconds):
+        """Lets the actors act for so long, and watches what must never be."""
+        self.rests.clear()
+        self.blows.set()
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            self.watch()
+            time.sleep(1)
+
+    def calm(self):
+        """Waits until each actor has ended what it does: then everything runs, and nothing is stopped."""
+        self.blows.clear()
+        self.rests.set()
+        end = time.monotonic() + PATIENCE
+        for actor in self.actors:
+            if not actor.is_idle.wait(max(0, end - time.monotonic())):
+                raise Failure(f"the {actor.name} has not ended within {PATIENCE} s: {self.last(actor)}")
+        self.watch()
+
+    def watch(self):
+        """What must hold at every moment."""
+        if self.faults:
+            raise Failure("\n".join(self.faults))
+        if self.agent.acquire(blocking=False):
+            try:
+                self.w.product.agent.must_run()
+            finally:
+                self.agent.release()
+        # Who lets go of a device while the processes are read one after the other does not have it the second time.
+        if (twice := doubled()) and (twice := twice & doubled()):
+            raise Failure(f"several guests have a device open: {sorted(twice)}")
+
+    def pause(self, seconds):
+        """Ends early when the storm does."""
+        self.rests.wait(seconds)
+
+    def note(self, actor, text):
+        deed = (time.monotonic() - self.began, actor, text)
+        self.deeds.append(deed)
+        with LOG.open("a", encoding="utf-8") as log:
+            log.write(f"{time.strftime('%H:%M:%S', time.gmtime())} {shown(deed)}\n")
+
+    def fault(self, text):
+        self.note("fault", text)
+        self.faults.append(text)
+
+    def last(self, actor):
+        return next((text for _, who, text in reversed(self.deeds) if who == actor.name), "nothing yet")
+
+    def command(self, actor, *words):
+        """Runs virsh or virt-usb. It may fail, but not without a reason that is told."""
+        program, *rest = words
+        self.note(actor, f"{' '.join(words)} ...")
+        run = self.w.virsh if program == "virsh" else self.w.product
+        result = run(*rest, timeout=COMMAND_TIMEOUT, quiet=True)
+        told = result.text.splitlines()
+        self.note(actor, f"{' '.join(words)}: {'done' if result.ok else ' '.join(told)}")
+        if result.status in PANICKED or "panicked" in result.text:
+            self.fault(f"a program panicked:\n{result}")
+        elif not result.ok and not told:
+            self.fault(f"a failure without a reason:\n{result}")
+        elif "Hook script execution failed" in result.text and "virt-usb: " not in result.text:
+            self.fault(f"a refusal without a reason:\n{result}")
+        self.tally[f"{program} {rest[0]}: {'done' if result.ok else alike(' '.join(told))}"] += 1
+        return result
+
+
+def shown(deed):
+    seconds, actor, text = deed
+    return f"{seconds:7.1f} s {actor}: {text}"
+
+
+def alike(text):
+    """A message without what differs from one time to the next."""
+    text = text[max(0, text.find("virt-usb: ")) :]
+    text = re.sub(r"\b(wants|given)-\w+", "GUEST", text)
+    text = re.sub(r"[0-9a-f]{8}-[0-9a-f-]{27}", "UUID", text)
+    return re.sub(r"\d[\d:.TZ-]*", "N", text)[:200]
+
+
+def doubled():
+    """Devices that several QEMU processes have open: (bus, device)."""
+    count = Counter(node for pid in qemus().values() for node in open_devices(pid))
+    return {node for node, users in count.items() if users > 1}
+
+
+class Actor(threading.Thread):
+    # Seconds between two actions: at least and at most.
+    WAIT = (1, 5)
+    # The methods that it may choose, with their weights.
+    ACTS = {}
+
+    def __init__(self, storm, name):
+        super().__init__(name=name, daemon=True)
+        self.storm, self.w = storm, storm.w
+        self.random = random.Random(f"{storm.w.seed}/{name}")
+        self.is_idle = threading.Event()
+
+    def run(self):
+        while True:
+            self.is_idle.set()
+            self.storm.blows.wait()
+            self.is_idle.clear()
+            self.storm.pause(self.random.uniform(*self.WAIT))
+            (act,) = self.random.choices(list(self.ACTS), list(self.ACTS.values()))
+            if not self.storm.rests.is_set():
+                self.do(act)
+
+    def do(self, act):
+        try:
+            getattr(self, act)()
+        except Failure as failure:
+            self.storm.fault(f"the {self.name}: {failure}")
+        except Exception:  # A fault of the harness is told like any other.
+            self.storm.fault(f"the {self.name}: {traceback.format_exc()}")
+
+    def note(self, text):
+        self.storm.note(self.name, text)
+
+    def command(self, *words):
+        return self.storm.command(self.name, *words)
+
+    def stop_and_continue(self, pid, what, seconds):
+        """SIGSTOP, and SIGCONT after so long or when the storm ends."""
+        self.note(f"SIGSTOP to {what} for {seconds:.1f} s")
+        try:
+            os.kill(pid, signal.SIGSTOP)
+            self.storm.pause(seconds)
+            os.kill(pid, signal.SIGCONT)
+            self.note(f"SIGCONT to {what}")
+        except ProcessLookupError:
+            self.note(f"{what} has ended")
+
+
+class Tenant(Actor):
+    """Starts guests and ends them in every way."""
+
+    WAIT = (0.5, 4)
+    ACTS = {"begin": 6, "cold_plug": 2, "destroy": 3, "kill": 2, "freeze": 2, "save": 1}
+
+    def guest(self, runs=True):
+        """One that runs or does not, as far as there is any."""
+        running = qemus()
+        names = [g.name for g in self.storm.guests]
+        return self.random.choice([name for name in names if (name in running) == runs] or names)
+
+    def begin(self):
+        self.command("virsh", "start", self.guest(runs=False))
+
+    def cold_plug(self):
+        self.command("virt-usb", "start", self.guest(runs=False))
+
+    def destroy(self):
+        self.command("virsh", "destroy", self.guest())
+
+    def save(self):
+        self.command("virsh", "managedsave", self.guest())
+
+    def kill(self):
+        name = self.guest()
+        if pid := qemus().get(name):
+            self.note(f"kill -9 of the QEMU of {name}")
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                self.note("it has ended")
+
+    def freeze(self):
+        name = self.guest()
+        seconds = self.random.uniform(1, 20)
+        if pid := qemus().get(name):
+            self.stop_and_continue(pid, f"the QEMU of {name}", seconds)
+
+
+class Hand(Actor):
+    """Pulls sticks out and plugs them in again, at any bus."""
+
+    WAIT = (2, 10)
+    ACTS = {"move": 4, "unplug": 1}
+
+    def stick(self):
+        return self.random.choice(self.storm.sticks)
+
+    def move(self):
+        stick, seconds = self.stick(), self.random.choice([0, self.random.uniform(0, 6)])
+        taken = [s.slot for s in self.storm.sticks if s is not stick]
+        slot = self.random.choice([slot for slot in range(8) if slot not in taken])
+        self.note(f"{stick.serial} from slot {stick.slot} to {slot}, away for {seconds:.1f} s")
+        stick.unplug()
+        self.storm.pause(seconds)
+        stick.plug(slot)
+
+    def unplug(self):
+        stick = self.stick()
+        self.note(f"{stick.serial} unplugged from slot {stick.slot}")
+        stick.unplug()
+
+
+class Operator(Actor):
+    """Gives devices to guests that ask for none, takes them back, and looks."""
+
+    WAIT = (2, 8)
+    ACTS = {"attach": 4, "detach": 3, "look": 1}
+    # How many devices it gives away in all: with more no guest could start.
+    MOST = 3
+
+    def __init__(self, storm, name):
+        super().__init__(storm, name)
+        self.given = []
+
+    def attach(self):
+        if len(self.given) >= self.MOST:
+            self.detach()
+            return
+        stick = self.random.choice(self.storm.sticks)
+        guest = self.random.choice([g.name for g in self.storm.guests if not g.about])
+        selector = self.random.choice([f'{{"serial":"{stick.serial}"}}', f"{stick.vendor}:{stick.product}"])
+        # One that fails may have been done, or be done later.
+        self.command("virt-usb", "attach", guest, selector)
+        self.given.append((guest, selector))
+
+    def detach(self):
+        if self.given:
+            taken = self.random.choice(self.given)
+            result = self.command("virt-usb", "detach", *taken)
+            if result.ok or "no such device" in result.text:
+                self.given.remove(taken)
+
+    def look(self):
+        for words in (("devices",), ("claims",), ("events", "--limit", "5")):
+            if not self.command("virt-usb", *words).ok:
+                self.storm.fault(f"the inventory cannot be shown: {self.storm.last(self)}")
+
+
+class Libvirt(Actor):
+    """Stops libvirtd, kills it and slows it down."""
+
+    WAIT = (5, 20)
+    ACTS = {"freeze": 3, "kill": 3, "stop": 1, "stutter": 2, "slow": 2}
+
+    def freeze(self):
+        self.stop_and_continue(self.w.libvirtd.process.pid, "libvirtd", self.random.uniform(1, 20))
+
+    def kill(self, how=signal.SIGKILL):
+        seconds = self.random.choice([0, self.random.uniform(0, 8)])
+        if not self.w.libvirtd.is_running():
+            self.storm.tally["libvirtd ended by itself"] += 1
+        self.note(f"{how.name} to libvirtd, started again after {seconds:.1f} s")
+        try:
+            self.w.libvirtd.kill(how)
+        except Failure as failure:
+            self.note(f"{failure}: killed")
+            self.w.libvirtd.kill()
+        self.storm.pause(seconds)
+        self.w.libvirtd.start()
+        self.note("libvirtd runs")
+
+    def stop(self):
+        self.kill(signal.SIGTERM)
+
+    def stutter(self):
+        for _ in range(self.random.randrange(5, 20)):
+            self.stop_and_continue(self.w.libvirtd.process.pid, "libvirtd", self.random.uniform(0.1, 1))
+            self.storm.pause(self.random.uniform(0.05, 0.3))
+
+    def slow(self):
+        each, seconds = self.random.uniform(0.5, 4), self.random.uniform(5, 30)
+        self.note(f"each call of libvirtd's hooks takes {each:.1f} s more, for {seconds:.0f} s")
+        flag = SLOW_FLAG
+        flag.write_text(f"{each:.1f}")
+        self.storm.pause(seconds)
+        flag.unlink()
+        self.note("hooks are as quick as before")
+
+
+class Agent(Actor):
+    """Kills the agent, stops it, and has it read its configuration again."""
+
+    WAIT = (5, 30)
+    ACTS = {"kill": 3, "stop": 2, "reload": 2}
+
+    def kill(self, how=signal.SIGKILL):
+        seconds = self.random.choice([0, self.random.uniform(0, 3), self.random.uniform(0, 15)])
+        if self.storm.spares_agent:
+            return
+        with self.storm.agent:
+            agent = self.w.product.agent
+            agent.must_run()
+            self.note(f"{how.name} to the agent, started again after {seconds:.1f} s")
+            began = time.monotonic()
+            os.kill(agent.process.pid, how)
+            status = agent.process.wait(STOP_TIMEOUT)
+            self.note(f"the agent ended after {time.monotonic() - began:.1f} s with {status}")
+            if status != (-how if how == signal.SIGKILL else 0):
+                self.storm.fault(f"the agent ended with status {status} on {how.name}")
+            self.storm.pause(seconds)
+            began = time.monotonic()
+            agent.start()
+            self.note(f"the agent is ready after {time.monotonic() - began:.1f} s")
+
+    def stop(self):
+        self.kill(signal.SIGTERM)
+
+    def reload(self):
+        self.note("SIGHUP to the agent")
+        os.kill(self.w.product.agent.process.pid, signal.SIGHUP)
