@@ -77,16 +77,19 @@ def unclaimed(host):
 
 
 def misopened(host):
-    """QEMU has open exactly what is allocated to its guest. After a restore the XML shows a device that QEMU has closed."""
+    """QEMU has open exactly what is allocated to its guest, which the XML alone does not prove."""
     wrong = []
     names = {uuid: name for name, uuid in host.uuids.items()}
     serials = {d["id"]: d["serial"] for d in host.devices}
-    held = {(names.get(c["instance_uuid"]), serials.get(c["device_id"])) for c in host.claims if c["state"] == "allocated"}
+    allocated = [c for c in host.claims if c["state"] == "allocated"]
+    held = {(names.get(c["instance_uuid"]), serials.get(c["device_id"])) for c in allocated}
     for serial, (address, _) in host.plugged.items():
         for name in host.live:
             has, is_held = address in host.opened.get(name, ()), (name, serial) in held
             if has != is_held:
-                wrong.append(f"{serial} at {address} is {'' if is_held else 'not '}allocated to {name}, and its QEMU has it {'open' if has else 'closed'}")
+                held_or_not = "allocated" if is_held else "not allocated"
+                open_or_not = "open" if has else "closed"
+                wrong.append(f"{serial} is {held_or_not} to {name}, whose QEMU has it {open_or_not}")
     return wrong
 
 

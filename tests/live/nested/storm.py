@@ -1,7 +1,7 @@
-"""A storm over the compute host: actors that use it and break it at random, each in a thread of its own.
+"""A storm over the compute host: actors use it and break it at random, each in its own thread.
 
-Each actor draws from its own source, which the seed and its name determine. A seed repeats what each actor does, but not
-the moments: how long an action takes is up to the machine.
+Each actor draws from its own random source, which the seed and its name determine. A seed repeats
+what each actor chooses, but not the moments: how long an action takes depends on the machine.
 """
 
 import os
@@ -46,8 +46,14 @@ class Storm:
         """Held while the agent is stopped and started on purpose."""
         self.spares_agent = False
         LOG.write_text("")
-        kinds = (Tenant, "tenant"), (Tenant, "other tenant"), (Hand, "hand"), (Operator, "operator"), (Libvirt, "libvirtd"), (Agent, "agent")
-        self.actors = [kind(self, name) for kind, name in kinds]
+        self.actors = [
+            Tenant(self, "tenant"),
+            Tenant(self, "other tenant"),
+            Hand(self, "hand"),
+            Operator(self, "operator"),
+            Libvirt(self, "libvirtd"),
+            Agent(self, "agent"),
+        ]
         hook = HOOKS / "60-chaos"
         hook.write_text(SLOW_HOOK)
         hook.chmod(0o755)
@@ -66,13 +72,14 @@ class Storm:
             time.sleep(1)
 
     def calm(self):
-        """Waits until each actor has ended what it does: then everything runs, and nothing is stopped."""
+        """Waits until each actor has finished its action. Then everything runs."""
         self.blows.clear()
         self.rests.set()
         end = time.monotonic() + PATIENCE
         for actor in self.actors:
             if not actor.is_idle.wait(max(0, end - time.monotonic())):
-                raise Failure(f"the {actor.name} has not ended within {PATIENCE} s: {self.last(actor)}")
+                what = self.last(actor)
+                raise Failure(f"the {actor.name} has not finished within {PATIENCE} s: {what}")
         self.watch()
 
     def watch(self):
@@ -84,7 +91,8 @@ class Storm:
                 self.w.product.agent.must_run()
             finally:
                 self.agent.release()
-        # Who lets go of a device while the processes are read one after the other does not have it the second time.
+        # The processes are read one after the other. A device that moved meanwhile is in one of
+        # them the second time.
         if (twice := doubled()) and (twice := twice & doubled()):
             raise Failure(f"several guests have a device open: {sorted(twice)}")
 
@@ -103,7 +111,8 @@ class Storm:
         self.faults.append(text)
 
     def last(self, actor):
-        return next((text for _, who, text in reversed(self.deeds) if who == actor.name), "nothing yet")
+        deeds = (text for _, who, text in reversed(self.deeds) if who == actor.name)
+        return next(deeds, "nothing yet")
 
     def command(self, actor, *words):
         """Runs virsh or virt-usb. It may fail, but not without a reason that is told."""
@@ -193,7 +202,7 @@ class Actor(threading.Thread):
 class Tenant(Actor):
     """Starts guests and ends them in every way."""
 
-    WAIT = (0.5, 4)
+    WAIT = (0.2, 3)
     ACTS = {"begin": 6, "cold_plug": 2, "destroy": 3, "kill": 2, "freeze": 2, "save": 1}
 
     def guest(self, runs=True):
@@ -272,7 +281,8 @@ class Operator(Actor):
             return
         stick = self.random.choice(self.storm.sticks)
         guest = self.random.choice([g.name for g in self.storm.guests if not g.about])
-        selector = self.random.choice([f'{{"serial":"{stick.serial}"}}', f"{stick.vendor}:{stick.product}"])
+        selectors = [f'{{"serial":"{stick.serial}"}}', f"{stick.vendor}:{stick.product}"]
+        selector = self.random.choice(selectors)
         # One that fails may have been done, or be done later.
         self.command("virt-usb", "attach", guest, selector)
         self.given.append((guest, selector))
@@ -293,7 +303,7 @@ class Operator(Actor):
 class Libvirt(Actor):
     """Stops libvirtd, kills it and slows it down."""
 
-    WAIT = (5, 20)
+    WAIT = (8, 25)
     ACTS = {"freeze": 3, "kill": 3, "stop": 1, "stutter": 2, "slow": 2}
 
     def freeze(self):
@@ -318,7 +328,8 @@ class Libvirt(Actor):
 
     def stutter(self):
         for _ in range(self.random.randrange(5, 20)):
-            self.stop_and_continue(self.w.libvirtd.process.pid, "libvirtd", self.random.uniform(0.1, 1))
+            seconds = self.random.uniform(0.1, 1)
+            self.stop_and_continue(self.w.libvirtd.process.pid, "libvirtd", seconds)
             self.storm.pause(self.random.uniform(0.05, 0.3))
 
     def slow(self):
