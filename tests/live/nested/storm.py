@@ -49,6 +49,7 @@ class Storm:
         self.actors = [
             Tenant(self, "tenant"),
             Tenant(self, "other tenant"),
+            Freezer(self, "freezer"),
             Hand(self, "hand"),
             Operator(self, "operator"),
             Libvirt(self, "libvirtd"),
@@ -199,17 +200,18 @@ class Actor(threading.Thread):
             self.note(f"{what} has ended")
 
 
+    def guest(self, runs=True):
+        """The name of a guest that runs or does not, as far as there is any."""
+        running = qemus()
+        names = [g.name for g in self.storm.guests]
+        return self.random.choice([name for name in names if (name in running) == runs] or names)
+
+
 class Tenant(Actor):
     """Starts guests and ends them in every way."""
 
     WAIT = (0.2, 3)
-    ACTS = {"begin": 6, "cold_plug": 2, "destroy": 3, "kill": 2, "freeze": 2, "save": 1}
-
-    def guest(self, runs=True):
-        """One that runs or does not, as far as there is any."""
-        running = qemus()
-        names = [g.name for g in self.storm.guests]
-        return self.random.choice([name for name in names if (name in running) == runs] or names)
+    ACTS = {"begin": 6, "cold_plug": 2, "destroy": 3, "kill": 2, "save": 1}
 
     def begin(self):
         self.command("virsh", "start", self.guest(runs=False))
@@ -231,6 +233,13 @@ class Tenant(Actor):
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
                 self.note("it has ended")
+
+
+class Freezer(Actor):
+    """Stops the QEMU of a guest and lets it continue."""
+
+    WAIT = (3, 15)
+    ACTS = {"freeze": 1}
 
     def freeze(self):
         name = self.guest()
@@ -269,7 +278,7 @@ class Operator(Actor):
     WAIT = (2, 8)
     ACTS = {"attach": 4, "detach": 3, "look": 1}
     # How many devices it gives away in all: with more no guest could start.
-    MOST = 3
+    MOST = 2
 
     def __init__(self, storm, name):
         super().__init__(storm, name)
@@ -280,17 +289,19 @@ class Operator(Actor):
             self.detach()
             return
         stick = self.random.choice(self.storm.sticks)
-        guest = self.random.choice([g.name for g in self.storm.guests if not g.about])
+        given = self.random.choice([g.name for g in self.storm.guests if not g.about])
         selectors = [f'{{"serial":"{stick.serial}"}}', f"{stick.vendor}:{stick.product}"]
         selector = self.random.choice(selectors)
         # One that fails may have been done, or be done later.
-        self.command("virt-usb", "attach", guest, selector)
-        self.given.append((guest, selector))
+        self.command("virt-usb", "attach", given, selector)
+        self.given.append((given, selector))
 
     def detach(self):
         if self.given:
             taken = self.random.choice(self.given)
             result = self.command("virt-usb", "detach", *taken)
+            if named := re.search("name one by its id: device ([0-9]+)", result.text):
+                result = self.command("virt-usb", "detach", taken[0], named[1])
             if result.ok or "no such device" in result.text:
                 self.given.remove(taken)
 

@@ -38,7 +38,7 @@ ACTIONS_SHOWN = 40
 
 @case("libvirtd and agent are killed, stopped, slowed at random: nothing is lost, doubled, silent")
 def storm(w):
-    sticks = [*w.drawer.twins(4), w.drawer.serial_adapter("ACM", slot=4)]
+    sticks = [*w.drawer.twins(5), w.drawer.serial_adapter("ACM", slot=5)]
     w.product.configure(scan_interval=15, flap_limit=0)
     w.product.agent.start()
     until(lambda: all(known(w, s) for s in sticks), "the agent to find the sticks")
