@@ -2,13 +2,13 @@
 
 use virt_usb_model::{DeviceId, Flavor, Selector};
 use virt_usb_store::adopt::{Adoption, Entered};
-use virt_usb_store::claim::{Asker, Claimed, Standing};
-use virt_usb_store::{Assignment, Context, Source, Store};
+use virt_usb_store::claim::{Asker, Claimed, Standing, Want};
+use virt_usb_store::{Assignment, ClaimRow, Context, Source, Store};
 
 use crate::answer::Answer;
 use crate::call::Caller;
 use crate::config::{Config, HoldPolicy, RequireAgent};
-use crate::guest::{Guest, Ports, asker, holding, open, refuse_hubs};
+use crate::guest::{Guest, Ports, asker, holding, open, refuse_hubs, selects};
 use crate::machine::{self, Agent};
 use crate::message;
 use crate::run::{Fault, Job, NOTHING};
@@ -120,13 +120,93 @@ impl Gate<'_> {
         None
     }
 
-    /// A guest that comes in by restore or migration has what the filter claimed for it: its flavor
-    /// may have changed, or name devices of the host that it left, and is not asked again.
+    /// A guest that comes in by restore or migration has what the filter claimed for it. If its flavor and its assignments ask for
+    /// more, as when a device was unplugged while its state was saved, it gets that too once it runs. It comes in without it where
+    /// it cannot be had: the flavor may have changed, or name devices of the host that it left.
     fn arrive(&mut self, entered: &Entered, flavor: Option<Flavor>) -> Result<Answer, Fault> {
-        if let Some(flavor) = flavor {
-            self.make_lasting(&flavor)?;
+        if let Some(flavor) = &flavor {
+            self.make_lasting(flavor)?;
         }
-        Ok(startup_policy(self.job, Answer::unchanged(claimed_text(&devices(entered)))))
+        let mut ids = devices(entered);
+        let lacking = self.lacking(&flavor.unwrap_or_default())?;
+        let mut warning = None;
+        if !lacking.is_empty() {
+            match self.claim_more(&lacking, &ids)? {
+                Ok(more) => ids.extend(more),
+                Err(why) => warning = Some(why),
+            }
+        }
+        let answer = startup_policy(self.job, Answer::unchanged(claimed_text(&ids)));
+        Ok(match warning {
+            Some(why) => answer.warn(&why),
+            None => answer,
+        })
+    }
+
+    /// What the flavor and the assignments ask for beyond what the instance holds.
+    fn lacking(&self, flavor: &Flavor) -> Result<Vec<Want>, Fault> {
+        let wants = wants(flavor, self.config.hold, &self.assigned()?);
+        if wants.is_empty() {
+            return Ok(wants);
+        }
+        let mut claims =
+            self.store.claims_of(self.asker.instance).map_err(|e| Fault::of(self.concerned, e))?;
+        claims.retain(|claim| !claim.ending);
+        let mut left = self.store.devices().map_err(|e| Fault::of(self.concerned, e))?;
+        left.retain(|record| claims.iter().any(|claim| claim.device_id == record.entry.id));
+        let serving = |want: &Want| left.iter().filter(|r| selects(&want.request.selector, r)).count();
+        let mut wants: Vec<(usize, u32, Want)> =
+            (0..).zip(wants).map(|(number, want)| (serving(&want), number, want)).collect();
+        // The pickiest first: a device that serves several requests is left to those that others cannot serve.
+        wants.sort_by_key(|(serving, number, _)| (*serving, *number));
+        let mut lacking = Vec::new();
+        for (_, number, mut want) in wants {
+            while want.request.count > 0
+                && let Some(at) = left.iter().position(|r| selects(&want.request.selector, r))
+            {
+                left.remove(at);
+                want.request.count -= 1;
+            }
+            if want.request.count > 0 {
+                want.number = Some(number);
+                lacking.push(want);
+            }
+        }
+        lacking.sort_by_key(|want| want.number);
+        // Another host's ids mean nothing here: a device that came in for one of them serves it, though it is not the one that is named.
+        let is_unasked = |c: &ClaimRow| c.by_hand && c.request.is_none();
+        let unasked: Vec<DeviceId> = claims.iter().filter(|c| is_unasked(c)).map(|c| c.device_id).collect();
+        left.retain(|record| !unasked.contains(&record.entry.id));
+        for _ in left {
+            if let Some(want) = lacking.iter_mut().find(|want| want.request.count > 0) {
+                want.request.count -= 1;
+            }
+        }
+        lacking.retain(|want| want.request.count > 0);
+        Ok(lacking)
+    }
+
+    /// Claims more for a guest that comes in; the reason where that cannot be.
+    fn claim_more(
+        &mut self,
+        wants: &[Want],
+        inside: &[DeviceId],
+    ) -> Result<Result<Vec<DeviceId>, String>, Fault> {
+        let name = &self.job.domain.name;
+        let without = |why: String| format!("{name} comes in without some of its USB devices: {why}");
+        let mut guest = Guest::new(&self.config.sysfs_root, self.job.domain, 0, inside, self.job.call.caller);
+        let claimed = self
+            .store
+            .claim(&self.asker, wants, &[], Standing::More, &mut guest, &self.context)
+            .map_err(|e| Fault::of(self.concerned, e))?;
+        Ok(match claimed {
+            Claimed::Granted(granted) => Ok(granted.iter().map(|g| g.device.entry.id).collect()),
+            Claimed::Unfit(why) => Err(without(why)),
+            Claimed::Short(short) => {
+                let host = message::Host::of(self.config, &self.store, &short);
+                Err(without(message::shortages(&self.asker, &short, usize::MAX, &host)))
+            }
+        })
     }
 
     /// `inside`: what the domain's own XML holds, which libvirt itself gives to the guest.

@@ -290,6 +290,7 @@ impl Devices {
     /// `waited` later.
     fn scan(&mut self, began: Instant, waited: Option<Duration>) -> Option<Duration> {
         let again = Some(waited.map_or(FIRST_RETRY, |waited| waited.saturating_mul(2)));
+        self.metrics.interval(self.rules.now().scan_interval);
         let next = match self.look() {
             Ok(look) => {
                 self.metrics.scanned(began.elapsed(), !look.failed, look.returned);

@@ -560,7 +560,7 @@ impl Guests {
             return;
         }
         if !std::mem::replace(&mut round.has_passed, true) {
-            self.metrics.passed(round.began.elapsed(), self.rules.now().scan_interval);
+            self.metrics.passed(round.began.elapsed());
         }
         // A list that did not come says nothing of whom there is.
         if self.listing {

@@ -346,10 +346,13 @@ impl Metrics {
         self.flaps.inc_by(returned as u64);
     }
 
-    /// All guests were looked at; it is done again after this interval.
-    pub(super) fn passed(&self, took: Duration, interval: Duration) {
-        self.passes.observe(took.as_secs_f64());
+    /// Sets the configured time between two scans and passes.
+    pub(super) fn interval(&self, interval: Duration) {
         self.scan_interval.set(interval.as_secs_f64());
+    }
+
+    pub(super) fn passed(&self, took: Duration) {
+        self.passes.observe(took.as_secs_f64());
         self.last_pass.set(now());
         self.moments_mut().passed = Some(Instant::now());
     }

@@ -14,9 +14,9 @@ use std::time::{Duration, Instant};
 const PLACES: usize = 4;
 /// … not counting those whose work lasts longer than this, which is a second at the most until others go on.
 pub(super) const PLACE_TIME: Duration = Duration::from_millis(300);
-/// Maximum number of threads: more than the calls that libvirt may leave unanswered (`MAX_SILENT_GUESTS` in supervised.rs), so some are always left to
-/// report that it does.
-const MOST: usize = 16;
+/// Maximum number of threads: more than the concurrent calls to libvirt (`MAX_CALLS` in supervised.rs), so that some threads are always
+/// left, whatever libvirt does.
+const MOST: usize = 20;
 
 /// What one thread does: each job that it is given.
 pub(super) type Work<J> = Box<dyn FnMut(J) + Send>;

@@ -315,8 +315,13 @@ impl Libvirt {
                 return Err(Failure::Silent(format!("it has left {CONNECTIONS} calls unanswered")));
             }
         }
-        // The first one is there: this is no outage.
-        let open = self.dial().map_err(|e| Failure::Busy(format!("there is no further connection: {e}")))?;
+        // The first one may be gone without being known to be. Whatever else keeps a further one away is no outage.
+        let open = self.dial().map_err(|e| match e {
+            Failure::Away(why) if !why.contains("Failed to connect socket") => {
+                Failure::Busy(format!("there is no further connection: {why}"))
+            }
+            other => other,
+        })?;
         open.keep_alive();
         let open = Arc::new(open);
         let lease = Lease::of(&open);
@@ -569,6 +574,13 @@ fn unknown_to_libvirt<'a>(why: &'a str, device: &str) -> Option<&'a str> {
     device.contains(&format!("<alias name='{alias}'/>")).then_some(alias)
 }
 
+/// Whether libvirt has lost the guest's QEMU meanwhile, and not this process libvirt: "Unable to write to monitor: Broken pipe",
+/// "End of file from qemu monitor", "qemu monitor was closed".
+fn is_end_of_qemu(message: &str) -> bool {
+    message.contains("monitor")
+        && ["Broken pipe", "End of file", "closed"].iter().any(|end| message.contains(end))
+}
+
 /// What libvirt's error comes to.
 fn failure(e: &Error) -> Failure {
     let message = e.message().to_owned();
@@ -576,6 +588,7 @@ fn failure(e: &Error) -> Failure {
         ErrorNumber::NoDomain => Failure::Gone,
         ErrorNumber::OperationInvalid if message.contains("not running") => Failure::Gone,
         ErrorNumber::OperationTimeout => Failure::Busy(message),
+        _ if is_end_of_qemu(&message) => Failure::Gone,
         ErrorNumber::Rpc | ErrorNumber::NoConnect | ErrorNumber::InvalidConn => Failure::Away(message),
         ErrorNumber::SystemError | ErrorNumber::InternalError
             if [
@@ -601,7 +614,21 @@ fn quiet() {
 
 #[cfg(test)]
 mod tests {
-    use super::unknown_to_libvirt;
+    use super::{is_end_of_qemu, unknown_to_libvirt};
+
+    #[test]
+    fn the_end_of_qemu_is_not_that_of_libvirt() {
+        for (message, expected) in [
+            ("Unable to write to monitor: Broken pipe", true),
+            ("internal error: End of file from qemu monitor", true),
+            ("internal error: qemu monitor was closed", true),
+            ("Cannot write data: Broken pipe", false),
+            ("internal error: client socket is closed", false),
+            ("Cannot acquire state change lock (held by monitor=remoteDispatchDomainAttachDevice)", false),
+        ] {
+            assert_eq!(is_end_of_qemu(message), expected, "{message}");
+        }
+    }
 
     #[test]
     fn only_our_own_device_is_taken_out_behind_libvirts_back() {

@@ -202,6 +202,40 @@ fn a_flavor_that_changed_or_went_strands_no_saved_guest() {
 }
 
 #[test]
+fn a_guest_that_was_saved_without_one_of_its_devices_gets_it_after_the_restore() {
+    for (hold, is_back) in [("running", true), ("instance", true), ("running", false)] {
+        let host = Host::new(&format!("hold = \"{hold}\"\n"));
+        let first = device("0001", "1-1", 5, "serial = \"A\"");
+        let both = first.clone() + &device("0001", "1-2", 6, "serial = \"B\"");
+        host.discover(&both);
+        let guest = Guest { host: &host, name: "erp-1" };
+        let flavor = r#"{"usb_devices":[{"vendor_id":"0529","product_id":"0001","count":2}]}"#;
+        let xml = domain("erp-1", 1, flavor);
+        guest.starts(&xml);
+        assert_eq!(claims(&host).len(), 2);
+        // The second is unplugged, and the agent takes it out of the guest before that is saved.
+        host.discover(&first);
+        let live = with(&xml, &hostdev("0001", 5, "", "ua-usb-1"));
+        guest.ends("saved", &live);
+        host.discover(if is_back { &both } else { &first });
+        let restored = guest.filter("restore", &live);
+        let prepared = guest.call("prepare", "-", &restored);
+        assert_eq!(prepared.status.code(), Some(0));
+        let said = text(&prepared.stderr);
+        let words = "erp-1 comes in without some of its USB devices: erp-1 asks for usb_devices[0]";
+        assert_eq!(said.contains(words), !is_back, "{said}");
+        let mut ids: Vec<(u64, bool)> =
+            claims(&host).iter().map(|c| (c.device_id.get(), c.arrived)).collect();
+        ids.sort_unstable();
+        let expected: &[(u64, bool)] = if is_back { &[(1, true), (2, false)] } else { &[(1, true)] };
+        assert_eq!(ids, expected, "{hold}");
+        // Once more is not one more.
+        assert_eq!(guest.call("prepare", "-", &restored).status.code(), Some(0));
+        assert_eq!(claims(&host).len(), expected.len());
+    }
+}
+
+#[test]
 fn an_optional_device_may_be_away_and_come_back() {
     let host = Host::new("");
     let plugged = device("0003", "1-3", 7, "");
