@@ -243,7 +243,7 @@ class Keystone(unittest.TestCase):
                     other.stop()
 
     def test_the_doctor_says_how_it_is(self) -> None:
-        well = ("well", f"{self.cloud.keystone} answers")
+        well = ("ok", f"{self.cloud.keystone} answers")
         self.assertEqual(self.doctor(), [well])
         file = self.cloud.folder / "keystone/virt-usb.password"
         file.chmod(0o644)

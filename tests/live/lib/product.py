@@ -34,8 +34,7 @@ class Product:
             must("useradd", "--system", "--no-create-home", "--shell", "/usr/sbin/nologin", USER)
         # libvirtd here asks for the group, not for polkit.
         must("usermod", "--append", "--groups", "libvirt", USER)
-        LOGS.mkdir(parents=True, exist_ok=True)
-        LOGS.chmod(0o1777)
+        self._clear_logs()
 
     def remove(self):
         """Leaves nothing of it, whether it was installed from the build or from a package."""
@@ -61,6 +60,9 @@ class Product:
 
     @staticmethod
     def _clear_logs():
+        # A package takes the folder away when it is purged.
+        LOGS.mkdir(parents=True, exist_ok=True)
+        LOGS.chmod(0o1777)
         for log in (HOOK_LOG, AGENT_LOG):
             log.write_text("")
             log.chmod(0o666)
