@@ -1,10 +1,11 @@
 //! Serving HTTP: sockets, and what a connection may cost: how many, how long, how large. Whatever comes, the others are served.
 
-use std::io;
+use std::io::{self, Read as _};
 use std::net::SocketAddr;
-use std::os::unix::fs::{FileTypeExt as _, PermissionsExt as _};
+use std::os::unix::fs::{FileTypeExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime};
 
 use axum::Router;
@@ -62,6 +63,8 @@ pub(crate) struct Server {
     /// A place for each connection.
     pub(crate) limit: Arc<Semaphore>,
     pub(crate) stopping: watch::Receiver<bool>,
+    /// Set while the network address is served.
+    pub(crate) served: Arc<AtomicBool>,
 }
 
 impl Server {
@@ -69,6 +72,7 @@ impl Server {
         let bind = || async move { TcpListener::bind(address).await };
         let Some(listener) = self.listen(&address.to_string(), bind).await else { return };
         let at = listener.local_addr().map_or_else(|_| address.to_string(), |at| at.to_string());
+        self.served.store(true, Ordering::Relaxed);
         let scheme = if tls.is_some() { "https" } else { "http" };
         tracing::info!("{} is served at {scheme}://{at}/", self.what);
         let mut stopping = self.stopping.clone();
@@ -232,12 +236,17 @@ impl Certificate {
     pub(crate) fn read(&self) -> Result<TlsAcceptor, String> {
         let Tls { certificate, key } = &self.files;
         let chain = chain(certificate)?;
-        let private = PrivateKeyDer::from_pem_file(key).map_err(|e| wrong_pem(key, &e))?;
+        let private = PrivateKeyDer::from_pem_slice(&content(key)?).map_err(|e| wrong_pem(key, &e))?;
         let provider = Arc::new(rustls::crypto::ring::default_provider());
         let config =
             rustls::ServerConfig::builder_with_provider(provider).with_safe_default_protocol_versions();
         let config = config.and_then(|config| config.with_no_client_auth().with_single_cert(chain, private));
-        let mut config = config.map_err(|e| e.to_string())?;
+        let mut config = config.map_err(|e| {
+            let (certificate, key) = (certificate.display(), key.display());
+            format!(
+                "{certificate} and {key} do not belong together, or are of a kind that is not supported: {e}"
+            )
+        })?;
         config.alpn_protocols = vec![b"http/1.1".to_vec()];
         Ok(TlsAcceptor::from(Arc::new(config)))
     }
@@ -248,8 +257,27 @@ fn wrong_pem(file: &Path, e: &pem::Error) -> String {
 }
 
 fn chain(file: &Path) -> Result<Vec<CertificateDer<'static>>, String> {
-    let chain = CertificateDer::pem_file_iter(file).and_then(Iterator::collect);
-    chain.map_err(|e| wrong_pem(file, &e))
+    let content = content(file)?;
+    let chain: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&content).collect();
+    let chain = chain.map_err(|e| wrong_pem(file, &e))?;
+    if chain.is_empty() {
+        return Err(format!("{} holds no PEM certificate", file.display()));
+    }
+    Ok(chain)
+}
+
+/// The content of a file. One that is no regular file, as a pipe, would be waited for.
+fn content(file: &Path) -> Result<Vec<u8>, String> {
+    let nonblocking = std::fs::File::options().read(true).custom_flags(libc::O_NONBLOCK).open(file);
+    let read = nonblocking.and_then(|mut open| {
+        if !open.metadata()?.is_file() {
+            return Err(io::Error::other("it is no regular file"));
+        }
+        let mut content = Vec::new();
+        open.read_to_end(&mut content)?;
+        Ok(content)
+    });
+    read.map_err(|e| format!("{}: {e}", file.display()))
 }
 
 /// When the certificate in this PEM file, or one that leads to its authority, expires. An authority's

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-# Fewer than the guests about which libvirt may be silent (`MAX_SILENT_GUESTS` in supervised.rs).
-HUNG_GUESTS = 4
+# More than the guests about which libvirt may be silent (`MAX_SILENT_GUESTS` in supervised.rs).
+HUNG_GUESTS = 14
 ONE_TIME = """usb_white_list_switch = "on"
 usb_passthrough_whitelist = [{ vendor = "0529", one_time_use = true }]
 """
@@ -33,9 +33,9 @@ lease = 5
 """
 CERTIFICATE = "virt_usb_api_certificate_expiry_timestamp_seconds"
 EXPIRES = "VirtUsbCertificateExpiresSoon"
-# An agent with more workers than calls to libvirt gives no outsider a way to raise these. They show
-# errors of the agent itself, and have unit tests alone.
-UNCAUSED = {"VirtUsbWorkersBusy", "VirtUsbNoPass"}
+# An agent with more workers than calls to libvirt gives no outsider a way to raise this. It shows
+# an error of the agent itself, and has a unit test alone.
+UNCAUSED = {"VirtUsbWorkersBusy"}
 
 
 def certify(folder: Path, days: int) -> None:
@@ -88,6 +88,8 @@ class Hosts:
             "VirtUsbAgentDown": (self.down.name, "the agent ends", self.down.end),
             "VirtUsbLibvirtDisconnected": (self.lost.name, "libvirt cannot be reached", self.lose),
             "VirtUsbLibvirtUnanswered": (self.hung.name, "QEMUs hang", self.hang),
+            "VirtUsbLibvirtBlocked": (self.hung.name, "too many QEMUs hang", str),
+            "VirtUsbNoPass": (self.hung.name, "libvirt is asked nothing more", str),
             "VirtUsbGuestProblems": (self.hung.name, "guests get no device", str),
             "VirtUsbAttachesFail": (self.unplugged.name, "a device cannot be read", self.spoil),
             "VirtUsbScansFail": (self.blind.name, "no device can be read", self.blind_it),

@@ -248,7 +248,7 @@ class Keystone(unittest.TestCase):
         file = self.cloud.folder / "keystone/virt-usb.password"
         file.chmod(0o644)
         try:
-            self.assertEqual(self.doctor(), [well, ("warning", f"the password in {file}: everybody on this host may read it, or write to it")])
+            self.assertEqual(self.doctor(), [well, ("warning", f"the password in {file}: every user of this host may read it, or write to it")])
         finally:
             file.chmod(0o600)
 

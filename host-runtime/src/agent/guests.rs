@@ -119,6 +119,8 @@ pub(super) struct Guests {
     told: Vec<(Unanswered, bool)>,
     /// Whether it was told that all workers wait for libvirt.
     told_of_workers: bool,
+    /// That libvirt is asked nothing was told.
+    told_of_block: bool,
     /// What could not be done about an instance, as it was told last.
     errors: BTreeMap<InstanceId, String>,
     last_pass: Option<Instant>,
@@ -192,6 +194,7 @@ impl Guests {
             busy: BTreeMap::new(),
             told: Vec::new(),
             told_of_workers: false,
+            told_of_block: false,
             errors: BTreeMap::new(),
             last_pass: None,
             shown: Instant::now(),
@@ -533,7 +536,16 @@ impl Guests {
     fn tend(&mut self) {
         let load = self.workers.relieve();
         let unanswered = self.hypervisor.unanswered(IMPATIENCE);
-        self.metrics.working(&load, unanswered.len());
+        let is_blocked = self.hypervisor.is_blocked();
+        if is_blocked && !std::mem::replace(&mut self.told_of_block, true) {
+            tracing::error!(
+                "libvirt answers nothing about too many guests: it is asked nothing more, and no guest gets a device, until it answers about some"
+            );
+        }
+        if !is_blocked && std::mem::take(&mut self.told_of_block) {
+            tracing::info!("libvirt answers about enough guests: it is asked again");
+        }
+        self.metrics.working(&load, unanswered.len(), is_blocked);
         self.tell_of(&unanswered);
         let all_wait = load.waiting >= IMPATIENCE;
         if all_wait && !self.told_of_workers {
@@ -559,7 +571,7 @@ impl Guests {
         if !round.open.is_empty() || round.listing {
             return;
         }
-        if !std::mem::replace(&mut round.has_passed, true) {
+        if !is_blocked && !std::mem::replace(&mut round.has_passed, true) {
             self.metrics.passed(round.began.elapsed());
         }
         // A list that did not come says nothing of whom there is.

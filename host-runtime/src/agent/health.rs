@@ -8,8 +8,11 @@ use std::os::linux::net::SocketAddrExt;
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::path::Path;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
+use rustix::net::{SendFlags, SocketAddrUnix, sendto};
 use serde::{Deserialize, Serialize};
 use virt_usb_hook::config::Tls;
 use virt_usb_hook::machine::HOOK_SOCKET;
@@ -22,6 +25,8 @@ use crate::listen::Certificate;
 pub(super) const QUESTION: &str = "health";
 /// Maximum number of unanswered calls in a response.
 const MAX_CALLS: usize = 10;
+/// Timeout for the API's certificate and key.
+const READ_TIMEOUT: Duration = Duration::from_secs(2);
 /// Maximum size of a response, in bytes.
 const MAX_RESPONSE_BYTES: usize = 16 << 10;
 
@@ -45,6 +50,12 @@ pub struct Health {
     pub connections: u64,
     /// Calls to libvirt that have no answer for 5 s or longer, oldest first, at most 10.
     pub unanswered: Vec<Call>,
+    /// Whether the agent makes no calls to libvirt, because too many guests are silent.
+    pub blocked: bool,
+    /// Whether the API's network address is served; none: not known.
+    pub api_served: Option<bool>,
+    /// Whether the metrics are served; none: not known.
+    pub metrics_served: Option<bool>,
     /// Error of the API's certificate or key, as the agent's user reads them; none: no error, or no TLS.
     pub certificate_error: Option<String>,
 }
@@ -83,9 +94,29 @@ pub(super) fn tell(metrics: &Metrics, hypervisor: &Supervised, tls: Option<&Tls>
         lost: age(moments.lost),
         connections: metrics.connections(),
         unanswered: hypervisor.unanswered(IMPATIENCE).iter().take(MAX_CALLS).map(call).collect(),
-        certificate_error: tls.and_then(|tls| Certificate::new(tls.clone()).read().err()),
+        blocked: hypervisor.is_blocked(),
+        api_served: Some(metrics.api_served.load(Ordering::Relaxed)),
+        metrics_served: Some(metrics.is_served()),
+        certificate_error: tls.and_then(certificate_error),
     };
     serde_json::to_string(&health).unwrap_or_default()
+}
+
+/// The error of a certificate or its key. On a file system that does not answer they are not waited for.
+fn certificate_error(tls: &Tls) -> Option<String> {
+    let (to, from) = channel();
+    let certificate = Certificate::new(tls.clone());
+    let read = std::thread::Builder::new().name("certificate".into());
+    read.spawn(move || drop(to.send(certificate.read().err()))).ok()?;
+    from.recv_timeout(READ_TIMEOUT).unwrap_or_else(|_| Some("the files cannot be read in time".into()))
+}
+
+/// Sends a response to whoever asked, unless that would mean to wait.
+pub(super) fn answer(socket: &UnixDatagram, to: &SocketAddr, text: &str) {
+    let Some(name) = to.as_abstract_name() else { return };
+    if let Ok(address) = SocketAddrUnix::new_abstract_name(name) {
+        let _ = sendto(socket, text.as_bytes(), SendFlags::DONTWAIT, &address);
+    }
 }
 
 /// Asks the agent of this `state_dir`.

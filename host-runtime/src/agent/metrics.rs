@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fs::Permissions;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicI64, AtomicU64};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -77,6 +77,11 @@ pub struct Metrics {
     certificate: Mutex<Option<PathBuf>>,
     expiry: Family<Labels, Gauge<i64, AtomicI64>>,
     moments: Mutex<Moments>,
+    /// Whether the API's network address is served.
+    pub(crate) api_served: Arc<AtomicBool>,
+    /// Whether the metrics are served.
+    metrics_served: AtomicBool,
+    blocked: Gauge<i64, AtomicI64>,
     /// The label sets that were shown, so that one that is no more becomes 0.
     shown: Mutex<Shown>,
 }
@@ -145,6 +150,9 @@ impl Default for Metrics {
             certificate: Mutex::default(),
             expiry: Family::default(),
             moments: Mutex::default(),
+            api_served: Arc::default(),
+            metrics_served: AtomicBool::default(),
+            blocked: Gauge::default(),
             shown: Mutex::default(),
             registry: Registry::default(),
         };
@@ -198,6 +206,11 @@ impl Default for Metrics {
             "scan_interval_seconds",
             "Configured time between two scans and passes",
             metrics.scan_interval.clone(),
+        );
+        registry.register(
+            "libvirt_blocked",
+            "1 while the agent calls libvirt about no guest, because too many guests are silent",
+            metrics.blocked.clone(),
         );
         registry.register(
             "workers",
@@ -391,6 +404,11 @@ impl Metrics {
         self.moments.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Whether the metrics are served.
+    pub(super) fn is_served(&self) -> bool {
+        self.metrics_served.load(Ordering::Relaxed)
+    }
+
     pub(super) fn moments(&self) -> Moments {
         *self.moments_mut()
     }
@@ -416,7 +434,8 @@ impl Metrics {
     }
 
     /// How busy the workers are, and how many calls libvirt has left unanswered.
-    pub(super) fn working(&self, load: &Load, unanswered: usize) {
+    pub(super) fn working(&self, load: &Load, unanswered: usize, is_blocked: bool) {
+        self.blocked.set(i64::from(is_blocked));
         let gauge = |state: &str, count: usize| {
             let labels = vec![("state", state.to_owned())];
             self.workers.get_or_create(&labels).set(i64::try_from(count).unwrap_or(i64::MAX));
@@ -518,6 +537,7 @@ pub(super) fn serve(metrics: Arc<Metrics>, at: config::Metrics) -> std::io::Resu
         if told.is_some() {
             tracing::info!("the metrics are served");
         }
+        metrics.metrics_served.store(true, Ordering::Relaxed);
         for request in server.incoming_requests() {
             // Whoever asked may be gone.
             drop(answer(&metrics, request));

@@ -354,7 +354,7 @@ fn hear_hooks(
             while let Ok((length, from)) = socket.recv_from(&mut message) {
                 let text = message.get(..length).map(String::from_utf8_lossy).unwrap_or_default();
                 if text == health::QUESTION {
-                    drop(socket.send_to_addr(asked().as_bytes(), &from));
+                    health::answer(&socket, &from, &asked());
                     continue;
                 }
                 metrics.hook(&text);
@@ -367,10 +367,7 @@ fn hear_hooks(
         let _owner = User::of(state_dir)?.enter()?;
         // What an agent before this one has left.
         drop(std::fs::remove_file(&path));
-        let socket = UnixDatagram::bind(&path)?;
-        // Whoever asks and takes no answer keeps nobody waiting.
-        socket.set_write_timeout(Some(Duration::from_secs(1)))?;
-        Ok::<_, io::Error>(socket)
+        UnixDatagram::bind(&path)
     };
     if let Err(e) = bind().and_then(hear) {
         tracing::warn!("hooks and commands are not heard: {}: {e}", path.display());

@@ -62,7 +62,8 @@ pub fn start(api: &Arc<Api>) -> io::Result<Listening> {
     let mut server = |stopping: watch::Receiver<bool>| {
         let limit = Arc::new(Semaphore::new(CONNECTIONS));
         limits.push((limit.clone(), CONNECTIONS));
-        Server { what: "the API", router: router(api.clone()), limit, stopping }
+        let served = api.metrics.api_served.clone();
+        Server { what: "the API", router: router(api.clone()), limit, stopping, served }
     };
     let mut local = None;
     if let config::Api::On(address) = config.api {

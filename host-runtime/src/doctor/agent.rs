@@ -44,7 +44,7 @@ pub(super) fn check(host: &Host, report: &Report) {
         Err(e) if e.kind() == ErrorKind::PermissionDenied => {
             report.warn("this user may not ask it how it is", "'sudo virt-usb doctor'");
         }
-        Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => report.warn(
+        Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => report.broken(
             format!(
                 "it has not answered for {} s: it hangs, or it is older than version {VERSION}",
                 CONNECT_TIMEOUT.as_secs()
@@ -88,7 +88,11 @@ fn user(places: &Places, config: &Config, is_connected: bool, report: &Report) {
                     socket.display(),
                     found.gid()
                 ),
-                "'usermod --append --groups libvirt virt-usb', then 'systemctl restart virt-usbd'",
+                format!(
+                    "'getent group {}' names that group; 'usermod --append --groups GROUP virt-usb', then \
+                     'systemctl restart virt-usbd'",
+                    found.gid()
+                ),
             );
         }
     }
@@ -131,12 +135,18 @@ fn of_health(health: &Health, config: &Config, report: &Report) {
     if pass > late {
         report.broken(format!("it has not looked at all guests for {pass:.0} s"), fix);
     }
+    if health.blocked {
+        report.broken(
+            "libvirt answers nothing about too many guests: the agent asks it nothing more, and no guest gets a \
+             device",
+            "end the guests below ('virsh destroy'), or let their QEMU go on",
+        );
+    }
     for call in &health.unanswered {
         let about = call.about.as_deref().map_or_else(|| "all guests".into(), clean);
         report.warn(
             format!("libvirt has not answered about {about} for {:.0} s ({})", call.age, clean(&call.what)),
-            "look at the guest's QEMU ('virsh domcontrol GUEST', 'ps -o pid,stat,wchan,cmd'); the agent \
-             serves other guests meanwhile",
+            "look at the guest's QEMU: 'virsh domcontrol GUEST', 'ps -o pid,stat,wchan,cmd'",
         );
     }
     report.ok(format!(

@@ -8,6 +8,7 @@ use virt_usb_hook::machine::{self, Agent};
 
 use super::process::open_to_all;
 use super::{CONNECT_TIMEOUT, Host, Report};
+use crate::agent::health;
 use crate::listen::{Certificate, expiry};
 
 /// Time before the end of a certificate at which it is reported, in days.
@@ -23,7 +24,15 @@ pub(super) fn check(host: &Host, report: &Report) {
             format!("nobody serves it at {address}: {e}"),
             "'journalctl -u virt-usbd' shows why; guests get their devices all the same",
         ),
-        (Ok(_), true) => report.ok(format!("it is served at {address}")),
+        (Ok(_), true) => match health::ask(&host.config.state_dir, CONNECT_TIMEOUT) {
+            Ok(health) if health.api_served == Some(false) => report.warn(
+                format!("another program listens at {address}: the agent does not serve the API there"),
+                "set api to another address, and restart the agent (guests keep their devices)",
+            ),
+            Ok(_) => report.ok(format!("it is served at {address}")),
+            // The check of the agent reports that it does not answer.
+            Err(_) => {}
+        },
         (Ok(_), false) => report.warn(
             format!("another program listens at {address}"),
             "set api to another address before you start the agent",
@@ -40,7 +49,7 @@ fn certificate(tls: &Tls, report: &Report) {
     if let Err(e) = Certificate::new(tls.clone()).read() {
         return report.warn(
             format!("its certificate cannot be used: {e}"),
-            "correct api_certificate and api_key; until then nobody reaches it over the network",
+            "correct api_certificate and api_key; until then the agent uses the ones before, if it has any",
         );
     }
     open_to_all("its key", &tls.key, report);

@@ -7,6 +7,7 @@ use virt_usb_hook::config::Metrics;
 use virt_usb_hook::machine::{self, Agent};
 
 use super::{CONNECT_TIMEOUT, Host, Report};
+use crate::agent::health;
 
 pub(super) fn check(host: &Host, report: &Report) {
     let (place, connected) = match &host.config.metrics {
@@ -22,7 +23,15 @@ pub(super) fn check(host: &Host, report: &Report) {
             format!("nobody serves them at {place}: {e}"),
             "'journalctl -u virt-usbd' shows why; guests get their devices all the same",
         ),
-        Ok(()) if is_alive => report.ok(format!("they are served at {place}")),
+        Ok(()) if is_alive => match health::ask(&host.config.state_dir, CONNECT_TIMEOUT) {
+            Ok(health) if health.metrics_served == Some(false) => report.warn(
+                format!("another program listens at {place}: the agent serves no metrics"),
+                "set metrics to another address, and restart the agent (guests keep their devices)",
+            ),
+            Ok(_) => report.ok(format!("they are served at {place}")),
+            // The check of the agent reports that it does not answer.
+            Err(_) => {}
+        },
         Ok(()) => report.warn(
             format!("another program listens at {place}"),
             "set metrics to another address before you start the agent",

@@ -24,6 +24,7 @@ mod udev;
 
 use std::fmt::Display;
 use std::io::ErrorKind;
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
@@ -31,7 +32,7 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 use virt_usb_hook::config::Config;
-use virt_usb_store::{Durability, Store, StoreError};
+use virt_usb_store::{Durability, FILE_NAME, Store, StoreError};
 
 const VERSION: &str = env!("CARGO_PKG_VERSION");
 /// Timeout for the store's lock.
@@ -170,7 +171,13 @@ pub fn examine(places: &Places, tell: &mut dyn FnMut(&Finding)) -> Vec<Finding> 
         }
     };
     let state = std::fs::read_dir(&config.state_dir);
-    let is_closed = state.is_err_and(|e| e.kind() == ErrorKind::PermissionDenied);
+    // The folder belongs to another user: no link is followed there, and no pipe is waited for.
+    let inventory = std::fs::File::options()
+        .read(true)
+        .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
+        .open(config.state_dir.join(FILE_NAME));
+    let is_closed =
+        [state.err(), inventory.err()].iter().flatten().any(|e| e.kind() == ErrorKind::PermissionDenied);
     if is_closed {
         let what = format!("this user may not read {}: some checks are left out", config.state_dir.display());
         tell(Finding::new("inventory", Level::Warning, what, Some("'sudo virt-usb doctor'")));

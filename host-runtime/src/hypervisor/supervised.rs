@@ -102,6 +102,12 @@ enum Turn {
 }
 
 impl Calls {
+    /// The number of silent guests.
+    fn silent(&self) -> usize {
+        let silent = self.open.values().filter(|call| call.since.elapsed() >= SILENCE);
+        silent.map(|call| call.instance).collect::<BTreeSet<_>>().len()
+    }
+
     fn turn(&mut self, number: u64, instance: Option<InstanceId>) -> Turn {
         let same = self.open.iter_mut().filter(|(_, call)| call.instance == instance);
         let mut same: Vec<&mut Unanswered> = same.map(|(_, call)| call).collect();
@@ -116,11 +122,9 @@ impl Calls {
                 call.what
             )));
         }
-        let silent = self.open.values().filter(|call| call.since.elapsed() >= SILENCE);
-        let silent: BTreeSet<_> = silent.map(|call| call.instance).collect();
-        if silent.len() >= MAX_SILENT_GUESTS {
+        if self.silent() >= MAX_SILENT_GUESTS {
             return Turn::Never(Failure::Silent(format!(
-                "it leaves calls about {MAX_SILENT_GUESTS} guests unanswered"
+                "libvirt leaves calls about {MAX_SILENT_GUESTS} guests or more unanswered, so it is asked nothing more"
             )));
         }
         let most = if self.open.len() < CALLS_FOR_SECONDS { 2 } else { 1 };
@@ -152,6 +156,11 @@ impl Supervised {
             self.calls().open.values().filter(|call| call.since.elapsed() >= age).copied().collect();
         old.sort_by_key(|call| call.since);
         old
+    }
+
+    /// Whether no call is made, because too many guests are silent.
+    pub fn is_blocked(&self) -> bool {
+        self.calls().silent() >= MAX_SILENT_GUESTS
     }
 
     /// All guests as they were seen last, by UUID; none until all were looked at once.

@@ -65,7 +65,8 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
     let limit = Arc::new(Semaphore::new(CONNECTIONS));
     let flavors = flavors::Flavors::default();
     let router = serve::router(view.clone(), flavors.clone(), options.max_age);
-    let server = Server { what: "the scheduler", router, limit: limit.clone(), stopping };
+    let server =
+        Server { what: "the scheduler", router, limit: limit.clone(), stopping, served: Arc::default() };
     if let Some(address) = options.listen {
         runtime.spawn(server.clone().network(address, None));
     }

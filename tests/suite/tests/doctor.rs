@@ -144,7 +144,7 @@ fn an_agent_that_is_not_there() {
     fs::remove_file(patient.host.path("state/hook.sock")).unwrap();
     patient.finds("agent", &["warning", "does not answer at its socket hook.sock", "No such file"]);
     let _deaf = UnixDatagram::bind(patient.host.path("state/hook.sock")).unwrap();
-    patient.finds("agent", &["warning", "has not answered for 5 s: it hangs, or it is older"]);
+    patient.finds("agent", &["broken", "has not answered for 5 s: it hangs, or it is older"]);
     patient.agent.unlock().unwrap();
     patient.finds("agent", &["broken", "does not run", "systemctl start virt-usbd"]);
     fs::remove_file(patient.host.path("state/agent.lock")).unwrap();
@@ -181,6 +181,8 @@ fn an_agent_that_is_not_healthy() {
     patient.is_well("agent");
     says(json!({ "unanswered": [{ "about": "erp\n\u{1b}[2J", "what": "attach", "age": 61.4 }] }));
     patient.finds("agent", &["warning", "libvirt has not answered about erp \u{fffd}[2J for 61 s (attach)"]);
+    says(json!({ "blocked": true }));
+    patient.finds("agent", &["broken", "asks it nothing more, and no guest gets a device"]);
     says(json!({ "certificate_error": "/etc/api.key: Permission denied" }));
     patient.finds("agent", &["warning", "cannot use the API's certificate: /etc/api.key"]);
     says(json!({ "version": "0.0.1" }));
@@ -227,6 +229,8 @@ fn a_certificate_that_ends_and_an_address_that_is_taken() {
     patient.finds("api", &["warning", "nobody serves it at"]);
     let _other = std::net::TcpListener::bind(address).unwrap();
     patient.is_well("api");
+    patient.health.lock().unwrap()["api_served"] = json!(false);
+    patient.finds("api", &["warning", "another program listens at", "restart the agent"]);
     patient.agent.unlock().unwrap();
     patient.finds("api", &["warning", "another program listens at", "set api to another address"]);
 }
@@ -305,7 +309,10 @@ fn an_agent_that_runs_as_the_wrong_user_or_may_not_talk_to_libvirt() {
     let mut lost = healthy();
     (lost["connected"], lost["lost"]) = (Value::Null, json!(1.0));
     *patient.health.lock().unwrap() = lost;
-    patient.finds("agent", &["broken", "may not write", "(group 4712)", "usermod --append --groups libvirt"]);
+    patient.finds(
+        "agent",
+        &["broken", "may not write", "(group 4712)", "getent group 4712", "usermod --append --groups GROUP"],
+    );
     std::os::unix::fs::chown(&socket, Some(0), Some(4713)).unwrap();
     patient.is_well("agent");
     agent.kill().unwrap();

@@ -183,6 +183,7 @@ fn who_names_a_file_in_the_state_uses_it_as_its_owner() {
         "host-runtime/src/agent/health.rs",
         "host-runtime/src/doctor/agent.rs",
         "host-runtime/src/doctor/hook.rs",
+        "host-runtime/src/doctor/mod.rs",
     ];
     let mut folders = vec![root().join("hook/src"), root().join("host-runtime/src")];
     let mut found = 0;
