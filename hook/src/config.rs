@@ -421,8 +421,12 @@ fn top_level(text: &str) -> toml::Table {
     found
 }
 
-/// The file's bytes. Whatever stands in its place: nothing is waited for, and nothing without end is read.
-fn read_bounded(file: &Path) -> io::Result<Vec<u8>> {
+/// Reads a regular file of at most 1 MiB, such as the configuration or a certificate. A pipe or a device in its place is an error,
+/// and the call does not wait for it.
+///
+/// # Errors
+/// If the file cannot be read, is larger, or is no regular file.
+pub fn read_bounded(file: &Path) -> io::Result<Vec<u8>> {
     let careful = std::fs::OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(file)?;
     if !careful.metadata()?.is_file() {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is no regular file"));

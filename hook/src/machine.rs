@@ -80,21 +80,24 @@ pub const HOOK_SOCKET: &str = "hook.sock";
 /// What [`tell_agent`] calls a command of `virt-usb` that may have changed the inventory.
 pub const COMMAND: &str = "command";
 
+/// Opens [`HOOK_SOCKET`] as a place, which `/proc/self/fd` addresses. The name may be a link of the folder's owner to a socket that
+/// listens to root alone: no link is followed.
+///
+/// # Errors
+/// If there is no such socket.
+pub fn hook_socket(state_dir: &Path) -> std::io::Result<File> {
+    File::options().read(true).custom_flags(libc::O_PATH | libc::O_NOFOLLOW).open(state_dir.join(HOOK_SOCKET))
+}
+
 /// Tells the agent of a call: `prepare 1234 0` is the operation, its microseconds, its exit status. Nobody waits, and nobody minds if
 /// there is no agent.
 pub fn tell_agent(state_dir: &Path, op: &str, took: Duration, exit: u8) {
-    // The name may be a link of the folder's owner to a socket that listens to root alone. So the socket
-    // itself is opened, as a place, and addressed by its descriptor.
-    let told = File::options()
-        .read(true)
-        .custom_flags(libc::O_PATH | libc::O_NOFOLLOW)
-        .open(state_dir.join(HOOK_SOCKET))
-        .and_then(|place| {
-            let socket = UnixDatagram::unbound()?;
-            socket.set_nonblocking(true)?;
-            let told = format!("{op} {} {exit}", took.as_micros());
-            socket.send_to(told.as_bytes(), format!("/proc/self/fd/{}", place.as_raw_fd()))
-        });
+    let told = hook_socket(state_dir).and_then(|place| {
+        let socket = UnixDatagram::unbound()?;
+        socket.set_nonblocking(true)?;
+        let told = format!("{op} {} {exit}", took.as_micros());
+        socket.send_to(told.as_bytes(), format!("/proc/self/fd/{}", place.as_raw_fd()))
+    });
     drop(told);
 }
 

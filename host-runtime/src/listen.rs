@@ -1,8 +1,8 @@
 //! Serving HTTP: sockets, and what a connection may cost: how many, how long, how large. Whatever comes, the others are served.
 
-use std::io::{self, Read as _};
+use std::io;
 use std::net::SocketAddr;
-use std::os::unix::fs::{FileTypeExt as _, OpenOptionsExt as _, PermissionsExt as _};
+use std::os::unix::fs::{FileTypeExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -22,7 +22,7 @@ use tokio_rustls::rustls;
 use tokio_rustls::rustls::pki_types::pem::{self, PemObject as _};
 use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use tower::Service as _;
-use virt_usb_hook::config::Tls;
+use virt_usb_hook::config::{Tls, read_bounded};
 use virt_usb_store::user::User;
 use x509_cert::der::Decode as _;
 
@@ -266,18 +266,8 @@ fn chain(file: &Path) -> Result<Vec<CertificateDer<'static>>, String> {
     Ok(chain)
 }
 
-/// The content of a file. One that is no regular file, as a pipe, would be waited for.
 fn content(file: &Path) -> Result<Vec<u8>, String> {
-    let nonblocking = std::fs::File::options().read(true).custom_flags(libc::O_NONBLOCK).open(file);
-    let read = nonblocking.and_then(|mut open| {
-        if !open.metadata()?.is_file() {
-            return Err(io::Error::other("it is no regular file"));
-        }
-        let mut content = Vec::new();
-        open.read_to_end(&mut content)?;
-        Ok(content)
-    });
-    read.map_err(|e| format!("{}: {e}", file.display()))
+    read_bounded(file).map_err(|e| format!("{}: {e}", file.display()))
 }
 
 /// When the certificate in this PEM file, or one that leads to its authority, expires. An authority's

@@ -1,11 +1,9 @@
 //! What the agent says of itself to `virt-usb doctor`: asked and answered over the socket at which it hears hooks, by the thread
 //! that hears them. So it answers though its other threads wait.
 
-use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::linux::net::SocketAddrExt;
-use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::path::Path;
 use std::sync::atomic::Ordering;
@@ -15,7 +13,7 @@ use std::time::{Duration, Instant};
 use rustix::net::{SendFlags, SocketAddrUnix, sendto};
 use serde::{Deserialize, Serialize};
 use virt_usb_hook::config::Tls;
-use virt_usb_hook::machine::HOOK_SOCKET;
+use virt_usb_hook::machine::hook_socket;
 
 use super::metrics::Metrics;
 use crate::hypervisor::{IMPATIENCE, Supervised};
@@ -111,7 +109,7 @@ fn certificate_error(tls: &Tls) -> Option<String> {
     from.recv_timeout(READ_TIMEOUT).unwrap_or_else(|_| Some("the files cannot be read in time".into()))
 }
 
-/// Sends a response to whoever asked, unless that would mean to wait.
+/// Sends a response. If the client's queue is full, the response is dropped.
 pub(super) fn answer(socket: &UnixDatagram, to: &SocketAddr, text: &str) {
     let Some(name) = to.as_abstract_name() else { return };
     if let Ok(address) = SocketAddrUnix::new_abstract_name(name) {
@@ -124,11 +122,7 @@ pub(super) fn answer(socket: &UnixDatagram, to: &SocketAddr, text: &str) {
 /// # Errors
 /// When nobody listens there, or no response arrives in time.
 pub fn ask(state_dir: &Path, patience: Duration) -> io::Result<Health> {
-    // As in `tell_agent`: no link of the folder's owner is followed.
-    let place = File::options()
-        .read(true)
-        .custom_flags(libc::O_PATH | libc::O_NOFOLLOW)
-        .open(state_dir.join(HOOK_SOCKET))?;
+    let place = hook_socket(state_dir)?;
     let mut name = [0; 16];
     getrandom::fill(&mut name).map_err(io::Error::other)?;
     let name = format!("virt-usb-{:032x}", u128::from_ne_bytes(name));

@@ -180,7 +180,6 @@ fn who_names_a_file_in_the_state_uses_it_as_its_owner() {
         "hook/src/machine.rs",
         "host-runtime/src/api/mod.rs",
         "host-runtime/src/cli/recover.rs",
-        "host-runtime/src/agent/health.rs",
         "host-runtime/src/doctor/agent.rs",
         "host-runtime/src/doctor/hook.rs",
         "host-runtime/src/doctor/mod.rs",
