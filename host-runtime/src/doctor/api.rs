@@ -4,11 +4,9 @@ use std::net::TcpStream;
 use std::time::{Duration, SystemTime};
 
 use virt_usb_hook::config::{Api, Tls};
-use virt_usb_hook::machine::{self, Agent};
 
 use super::process::open_to_all;
-use super::{CONNECT_TIMEOUT, Host, Report};
-use crate::agent::health;
+use super::{CONNECT_TIMEOUT, Host, Report, address};
 use crate::listen::{Certificate, expiry};
 
 /// Time before the end of a certificate at which it is reported, in days.
@@ -16,29 +14,10 @@ const WARN_DAYS: u64 = 14;
 
 pub(super) fn check(host: &Host, report: &Report) {
     let Api::On(address) = host.config.api else { return };
-    let connected = TcpStream::connect_timeout(&address, CONNECT_TIMEOUT);
-    match (connected, machine::agent(&host.config.state_dir) == Agent::Alive) {
-        // With port 0 the kernel chooses one.
-        (_, _) if address.port() == 0 => {}
-        (Err(e), true) => report.warn(
-            format!("nobody serves it at {address}: {e}"),
-            "'journalctl -u virt-usbd' shows why; guests get their devices all the same",
-        ),
-        (Ok(_), true) => match health::ask(&host.config.state_dir, CONNECT_TIMEOUT) {
-            Ok(health) if health.api_served == Some(false) => report.warn(
-                format!("another program listens at {address}: the agent does not serve the API there"),
-                "set api to another address, and restart the agent (guests keep their devices)",
-            ),
-            Ok(_) => report.ok(format!("it is served at {address}")),
-            // The check of the agent reports that it does not answer.
-            Err(_) => {}
-        },
-        (Ok(_), false) => report.warn(
-            format!("another program listens at {address}"),
-            "set api to another address before you start the agent",
-        ),
-        // The check of the agent reports that it does not run.
-        (Err(_), false) => {}
+    // With port 0 the kernel chooses one.
+    if address.port() != 0 {
+        let connected = TcpStream::connect_timeout(&address, CONNECT_TIMEOUT).map(drop);
+        address::check(host, report, "api", address, connected, |health| health.api_served);
     }
     if let Some(tls) = &host.config.api_tls {
         certificate(tls, report);

@@ -94,7 +94,10 @@ pub(super) fn confinement(host: &Host, report: &Report) {
         let allowed = [hooks.as_path(), Path::new("/usr/bin"), Path::new("/usr/sbin")];
         match &hook {
             Ok(real) if !allowed.iter().any(|folder| real.starts_with(folder)) => report.broken(
-                format!("AppArmor confines {daemon}, whose profile does not let it run {}, which the hook is a link to", real.display()),
+                format!(
+                    "AppArmor confines {daemon}: its profile does not allow the hook's target, {}",
+                    real.display()
+                ),
                 "put the program itself there, or a link into /usr/sbin: 'make install-hook', or the package",
             ),
             _ => report.ok(format!("AppArmor lets {daemon} run it")),

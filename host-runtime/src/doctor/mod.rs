@@ -4,6 +4,7 @@
 //! has [`CHECK_TIMEOUT`], so one that waits for a hung service does not hold up the others.
 //! A check says nothing about what an earlier check already reports.
 
+mod address;
 mod agent;
 mod api;
 mod configuration;
@@ -42,7 +43,7 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Timeout for a whole check. libvirt alone may take 30 s to answer, and an etcd member 8 s.
 const CHECK_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// A check of a host whose configuration can be read.
+/// Check of a host with a readable configuration.
 struct Check {
     name: &'static str,
     run: fn(&Host, &Report),
@@ -135,7 +136,7 @@ struct Report {
 
 impl Report {
     fn add(&self, level: Level, what: impl Display, fix: Option<String>) {
-        // After its timeout nobody listens to the check any more.
+        // After the timeout the receiver is gone.
         drop(self.to.send(Finding { check: self.check, level, what: what.to_string(), fix }));
     }
 

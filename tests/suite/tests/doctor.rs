@@ -226,7 +226,7 @@ fn a_certificate_that_ends_and_an_address_that_is_taken() {
     patient.is_well("api");
     make("100");
     drop(listener);
-    patient.finds("api", &["warning", "nobody serves it at"]);
+    patient.finds("api", &["warning", "nothing listens at"]);
     let _other = std::net::TcpListener::bind(address).unwrap();
     patient.is_well("api");
     patient.health.lock().unwrap()["api_served"] = json!(false);
@@ -470,7 +470,7 @@ fn open_problems_and_metrics_that_are_not_served_are_found() {
     let keys = fs::read_to_string(patient.host.config_file()).unwrap();
     let socket = patient.host.path("metrics.sock");
     fs::write(patient.host.config_file(), format!("{keys}metrics = {socket:?}\n")).unwrap();
-    patient.finds("metrics", &["warning", "nobody serves them at"]);
+    patient.finds("metrics", &["warning", "nothing listens at"]);
     let served = std::os::unix::net::UnixListener::bind(&socket).unwrap();
     patient.is_well("metrics");
     drop(patient.agent);
