@@ -1,4 +1,4 @@
-"""What no description can say: whose tokens there are, what is still there, how many devices are asked for in all, which markers there are."""
+"""Adds what the API's description cannot express: valid tokens, removable resources, device totals, and markers."""
 
 import collections
 import itertools

@@ -449,8 +449,9 @@ impl Work<'_> {
         }
     }
 
-    /// A device that lost its configuration, as when it was deauthorized, comes back with the host's drivers: QEMU does not have it
-    /// any more. When a guest chooses a configuration they have it for a moment, too.
+    /// Detaches a device that a driver of the host has taken back. This happens if the device loses its
+    /// configuration, for example if it is deauthorized and authorized again. The drivers also have it
+    /// for a moment while a guest sets the configuration.
     fn taken_back(self, alias: &str, device: DeviceId, others: &[DeviceId]) -> Result<Outcome, WorkError> {
         let Some(record) = self.view.device(device) else { return Ok(Outcome::Moot) };
         let driver = || host_driver(&self.worker.config.sysfs_root, &record.entry.port_path);

@@ -41,7 +41,7 @@ const KEEPALIVE: (i32, u32) = (5, 3);
 
 /// The sockets of the system's daemons: one that appears is tried at once.
 const SOCKETS: [&str; 2] = ["/run/libvirt/libvirt-sock", "/run/libvirt/virtqemud-sock"];
-/// So many connections at the most, beside the first: one for each call.
+/// Maximum number of connections in addition to the first: one for each call.
 const CONNECTIONS: usize = MAX_CALLS;
 /// So many stay open when nobody uses them.
 const SPARE: usize = 4;
