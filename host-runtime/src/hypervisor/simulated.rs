@@ -9,7 +9,7 @@
 //! `hangs = true`: its QEMU answers nothing, so what is attached or detached waits. `locked = true`: whatever is asked about it
 //! waits, and so do lists of all domains, as while a hook of somebody else's keeps libvirtd waiting.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::sync::mpsc::Sender;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
@@ -205,7 +205,7 @@ impl SimulatedHypervisor {
         begun
     }
 
-    /// libvirt starts no domain with a device that another one has.
+    /// libvirt starts no domain with a device that another one has, nor with one device twice.
     fn refuse_taken<'a>(
         &self,
         instance: InstanceId,
@@ -213,8 +213,10 @@ impl SimulatedHypervisor {
     ) -> Result<(), String> {
         let domains = self.domains();
         let others = || domains.iter().filter(|(id, domain)| **id != instance && domain.running);
-        let is_taken = |source: &&String| {
-            others().any(|(_, domain)| domain.devices.iter().any(|d| d.xml.contains(source.as_str())))
+        let mut own = BTreeSet::new();
+        let is_taken = |source: &&'a String| {
+            !own.insert(*source)
+                || others().any(|(_, domain)| domain.devices.iter().any(|d| d.xml.contains(source.as_str())))
         };
         match sources.find(is_taken) {
             Some(source) => Err(format!("USB device {source} is in use by driver QEMU")),

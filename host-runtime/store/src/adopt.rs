@@ -217,6 +217,9 @@ fn adopt(
     let mut finder = Finder::new(tx, &mine, asker, judge);
     let mut found = holdings.iter().take(MAX_HOLDINGS).map(|h| finder.find(h)).collect::<Sql<Vec<_>>>()?;
     found.resize_with(holdings.len(), || None);
+    // Two hostdevs may mean one device: if one of them has our alias, both are ours.
+    let ours: BTreeSet<DeviceId> =
+        found.iter().flatten().filter(|f| f.ours).map(|f| f.device.entry.id).collect();
     let mut adopted = Vec::new();
     // What was inserted here. A claim is read once, however many hostdevs there are.
     let mut new = BTreeSet::new();
@@ -241,7 +244,7 @@ fn adopt(
         device::set_location(tx, id, &found.seen)?;
         adopted.push(match mine.iter().find(|c| c.device_id == id) {
             Some(claim) => {
-                keep(tx, &found, claim, stage, context)?;
+                keep(tx, claim, ours.contains(&id), stage, context)?;
                 Adoption::AlreadyYours(id)
             }
             None if new.insert(id) => {
@@ -400,7 +403,7 @@ impl<'a> Finder<'a> {
 }
 
 /// Brings a claim of the instance in line with a guest that starts or runs with its device.
-fn keep(tx: &Tx<'_>, found: &Found, claim: &ClaimRow, stage: Stage, context: &Context) -> Sql<()> {
+fn keep(tx: &Tx<'_>, claim: &ClaimRow, ours: bool, stage: Stage, context: &Context) -> Sql<()> {
     let place = |place| give_back::set_places(tx, std::slice::from_ref(claim), context, |_| place);
     match stage {
         Stage::Running if claim.pending => Ok(()),
@@ -408,9 +411,9 @@ fn keep(tx: &Tx<'_>, found: &Found, claim: &ClaimRow, stage: Stage, context: &Co
         Stage::Starting => {
             // A guest that starts is in no QEMU: a claim that says otherwise is left from a run
             // whose end nobody wrote down, and only a saved guest has our alias then.
-            let left = found.ours && claim.state == "allocated";
+            let left = ours && claim.state == "allocated";
             place(give_back::Place::Coming { arriving: is_coming(claim, context) || left })?;
-            if !found.ours && !claim.by_hand {
+            if !ours && !claim.by_hand {
                 tx.prepare_cached("UPDATE claims SET by_hand = 1 WHERE device_id = ?1")?
                     .execute([sql_id(claim.device_id)])?;
                 if claim.hold == "instance" {

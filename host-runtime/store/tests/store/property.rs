@@ -557,6 +557,7 @@ impl Life {
         let mine = instance(who);
         // Which devices are meant is decided by what the instance held before.
         let meant: Vec<_> = holdings.iter().map(|h| self.meant(mine, h)).collect();
+        let ours: BTreeSet<_> = meant.iter().flatten().filter(|(_, ours)| *ours).map(|(id, _)| *id).collect();
         let is_inside = |id: &DeviceId| meant.iter().flatten().any(|(inside, _)| inside == id);
         let lost: Vec<_> = holdings.iter().map(|h| self.lost(mine, h).filter(|id| !is_inside(id))).collect();
         let mut inside = BTreeSet::new();
@@ -564,8 +565,8 @@ impl Life {
             match (meant, lost) {
                 (None, None) => assert_eq!(*adopted, Adoption::Unknown),
                 (None, Some(id)) => assert_eq!(*adopted, Adoption::Lost(*id)),
-                (Some((id, ours)), _) => {
-                    self.adopted_at_start(mine, *id, *ours, adopted, &context.boot_id);
+                (Some((id, _)), _) => {
+                    self.adopted_at_start(mine, *id, ours.contains(id), adopted, &context.boot_id);
                     inside.extend(adopted.device());
                 }
             }
