@@ -6,8 +6,8 @@ use std::rc::Rc;
 use virt_usb_filter_core as engine;
 use virt_usb_filter_core::text as strings;
 use virt_usb_model::{
-    Class, DeviceId, DevicePath, DeviceRequest, ParseError, PortPath, ProductId, ProjectId, Reason, Selector,
-    Status, UsbId, VendorId,
+    Class, DeviceId, DevicePath, DeviceRequest, ParseError, PortPath, ProductId, ProjectId, Reason,
+    Selector, Status, UsbId, VendorId,
 };
 
 #[allow(
@@ -66,7 +66,12 @@ impl inventory::GuestInventory for Fleet {
         self.0.borrow_mut().touch(&node, received)
     }
 
-    fn set_status(&self, node: String, device: u64, status: wit::Status) -> Result<bool, wit::Refusal> {
+    fn set_status(
+        &self,
+        node: String,
+        device: u64,
+        status: wit::Status,
+    ) -> Result<bool, wit::Refusal> {
         let id = DeviceId::new(device).ok_or(wit::Refusal::UnknownDevice(device))?;
         Ok(self.0.borrow_mut().set_status(&node, id, status.into())?)
     }
@@ -97,11 +102,15 @@ impl inventory::GuestInventory for Fleet {
 
     fn prepare(&self, question: wit::Question) -> Result<inventory::Prepared, wit::Refusal> {
         let question = engine::Prepared::new(&self.0.borrow(), question.try_into()?)?;
-        Ok(inventory::Prepared::new(Prepared { fleet: self.0.clone(), question: RefCell::new(question) }))
+        Ok(inventory::Prepared::new(Prepared {
+            fleet: self.0.clone(),
+            question: RefCell::new(question),
+        }))
     }
 
     fn statistics(&self) -> wit::Statistics {
-        let engine::Statistics { revision, hosts, devices, available, keys } = self.0.borrow().statistics();
+        let engine::Statistics { revision, hosts, devices, available, keys } =
+            self.0.borrow().statistics();
         wit::Statistics { revision, nodes: hosts, devices, available, keys }
     }
 
@@ -188,8 +197,8 @@ fn draft(node: &wit::Node) -> Result<engine::Draft, ParseError> {
 
 fn add(draft: &mut engine::Draft, device: &wit::Device) -> Result<(), ParseError> {
     let (port, path) = place(&device.port).map_err(|e| e.at("port"))?;
-    let port =
-        port.ok_or_else(|| ParseError::new(&device.port, "a port path such as \"1-1.4\"").at("port"))?;
+    let port = port
+        .ok_or_else(|| ParseError::new(&device.port, "a port path such as \"1-1.4\"").at("port"))?;
     let usb = UsbId::new(device.vendor_id, device.product_id);
     draft.device(device_id(device.id)?, usb, &port, device.status.into());
     if let Some(serial) = &device.serial {
@@ -239,7 +248,10 @@ impl TryFrom<wit::Question> for engine::Question {
             requests,
             project: project.map_err(|e: ParseError| refused(e.at("project")))?,
             moment: question.moment.map(|m| engine::Moment { now: m.now, max_age: m.max_age }),
-            weights: engine::Weights { spare: question.weights.spare, reserve: question.weights.reserve },
+            weights: engine::Weights {
+                spare: question.weights.spare,
+                reserve: question.weights.reserve,
+            },
         })
     }
 }

@@ -1,9 +1,10 @@
 //! The core module: a C ABI for hosts that know no components.
 //!
-//! Every function is exported by the name `virt_usb_…`; the module imports nothing. Texts go in as a pointer and a length in bytes into
-//! the module's memory, at a place that `virt_usb_alloc` gave; they are UTF-8. A function that answers with a text leaves it in
-//! one buffer, which the next call overwrites: `virt_usb_answer` is where it is, `virt_usb_answer_len` how long.
-//! The formats are those of the interface `text` in `wit/`.
+//! Every function is exported by the name `virt_usb_…`; the module imports nothing. Texts go in as
+//! a pointer and a length in bytes into the module's memory, at a place that `virt_usb_alloc` gave;
+//! they are UTF-8. A function that answers with a text leaves it in one buffer, which the next call
+//! overwrites: `virt_usb_answer` is where it is, `virt_usb_answer_len` how long. The formats are
+//! those of the interface `text` in `wit/`.
 //!
 //! | function | takes | returns |
 //! |---|---|---|
@@ -22,9 +23,13 @@
 //! | `virt_usb_explain` | handle, question, length, hosts, length | status; the answer is JSON lines |
 //! | `virt_usb_statistics` | handle | status; the answer is JSON |
 //!
-//! Status: 0 done, 1 done and nothing changed, −1 refused, and the answer says why. Candidates and hosts at pointer 0 mean the whole fleet.
+//! Status: 0 done, 1 done and nothing changed, −1 refused, and the answer says why. Candidates and
+//! hosts at pointer 0 mean the whole fleet.
 
-#![allow(unsafe_code, reason = "a C ABI: texts come as pointers, and exported names are unsafe attributes")]
+#![allow(
+    unsafe_code,
+    reason = "a C ABI: texts come as pointers, and exported names are unsafe attributes"
+)]
 
 use std::cell::RefCell;
 
@@ -82,7 +87,8 @@ unsafe fn read<'a>(pointer: *const u8, len: usize) -> Result<&'a str, Refusal> {
     }
     // SAFETY: the caller's promise.
     let bytes = unsafe { std::slice::from_raw_parts(pointer, len) };
-    std::str::from_utf8(bytes).map_err(|e| Refusal::Question(format!("found text that is not UTF-8 ({e})")))
+    std::str::from_utf8(bytes)
+        .map_err(|e| Refusal::Question(format!("found text that is not UTF-8 ({e})")))
 }
 
 /// The same where no text means the whole fleet.
@@ -153,7 +159,9 @@ extern "C" fn virt_usb_new() -> u32 {
 #[unsafe(no_mangle)]
 extern "C" fn virt_usb_drop(handle: u32) {
     STATE.with_borrow_mut(|state| {
-        if let Some(slot) = (handle as usize).checked_sub(1).and_then(|at| state.inventories.get_mut(at)) {
+        if let Some(slot) =
+            (handle as usize).checked_sub(1).and_then(|at| state.inventories.get_mut(at))
+        {
             *slot = None;
         }
     });
@@ -162,7 +170,12 @@ extern "C" fn virt_usb_drop(handle: u32) {
 /// # Safety
 /// The text is as [`read`] wants it; the same holds for all below.
 #[unsafe(no_mangle)]
-unsafe extern "C" fn virt_usb_load(handle: u32, lines: *const u8, len: usize, received: u64) -> i32 {
+unsafe extern "C" fn virt_usb_load(
+    handle: u32,
+    lines: *const u8,
+    len: usize,
+    received: u64,
+) -> i32 {
     // SAFETY: the caller's promise.
     let lines = unsafe { read(lines, len) };
     with(handle, |inventory| Ok(Outcome::Text(text::loaded(&inventory.load(lines?, received)))))
@@ -176,7 +189,12 @@ unsafe extern "C" fn virt_usb_remove(handle: u32, host: *const u8, len: usize) -
 }
 
 #[unsafe(no_mangle)]
-unsafe extern "C" fn virt_usb_touch(handle: u32, host: *const u8, len: usize, received: u64) -> i32 {
+unsafe extern "C" fn virt_usb_touch(
+    handle: u32,
+    host: *const u8,
+    len: usize,
+    received: u64,
+) -> i32 {
     // SAFETY: the caller's promise.
     let host = unsafe { read(host, len) };
     with(handle, |inventory| Ok(Outcome::Changed(inventory.touch(host?, received))))
@@ -193,7 +211,9 @@ unsafe extern "C" fn virt_usb_set_status(
 ) -> i32 {
     // SAFETY: the caller's promise.
     let (host, status) = unsafe { (read(host, len), read(status, status_len)) };
-    with(handle, |inventory| Ok(Outcome::Changed(inventory.set_status_text(host?, device, status?)?)))
+    with(handle, |inventory| {
+        Ok(Outcome::Changed(inventory.set_status_text(host?, device, status?)?))
+    })
 }
 
 #[unsafe(no_mangle)]
@@ -206,8 +226,11 @@ unsafe extern "C" fn virt_usb_select(
     limit: u32,
 ) -> i32 {
     // SAFETY: the caller's promise.
-    let (question, candidates) = unsafe { (read(question, len), read_some(candidates, candidates_len)) };
-    with(handle, |inventory| Ok(Outcome::Text(inventory.select_text(question?, candidates?, limit)?)))
+    let (question, candidates) =
+        unsafe { (read(question, len), read_some(candidates, candidates_len)) };
+    with(handle, |inventory| {
+        Ok(Outcome::Text(inventory.select_text(question?, candidates?, limit)?))
+    })
 }
 
 #[unsafe(no_mangle)]
@@ -220,8 +243,11 @@ unsafe extern "C" fn virt_usb_select_names(
     limit: u32,
 ) -> i32 {
     // SAFETY: the caller's promise.
-    let (question, candidates) = unsafe { (read(question, len), read_some(candidates, candidates_len)) };
-    with(handle, |inventory| Ok(Outcome::Text(inventory.select_names(question?, candidates?, limit)?)))
+    let (question, candidates) =
+        unsafe { (read(question, len), read_some(candidates, candidates_len)) };
+    with(handle, |inventory| {
+        Ok(Outcome::Text(inventory.select_names(question?, candidates?, limit)?))
+    })
 }
 
 #[unsafe(no_mangle)]

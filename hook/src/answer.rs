@@ -51,12 +51,14 @@ impl Answer {
     /// # Errors
     /// When the XML cannot be written: half of it must not be taken for all of it.
     pub fn deliver(&self, mut stdout: impl Write, mut stderr: impl Write) -> io::Result<()> {
-        // libvirt shows a refusal's whole stderr to the user: that is one line, the record has the rest.
+        // libvirt shows a refusal's whole stderr to the user: that is one line, the record has the
+        // rest.
         if let Some(why) = &self.refusal {
             drop(stderr.write_all(format!("virt-usb: {why}\n").as_bytes()));
             return Ok(());
         }
-        let warnings: String = self.warnings.iter().map(|w| format!("virt-usb: warning: {w}\n")).collect();
+        let warnings: String =
+            self.warnings.iter().map(|w| format!("virt-usb: warning: {w}\n")).collect();
         drop(stderr.write_all(warnings.as_bytes()));
         match &self.xml {
             Some(xml) => stdout.write_all(xml).and_then(|()| stdout.flush()),
@@ -68,8 +70,8 @@ impl Answer {
 /// The longest message, in bytes: libvirt shows about a thousand, its own words included.
 const LONGEST: usize = 760;
 
-/// Messages are one line, harmless to a terminal, and short enough to be shown whole: names come from outsiders. What is too long
-/// loses its middle: the end says what to do.
+/// Messages are one line, harmless to a terminal, and short enough to be shown whole: names come
+/// from outsiders. What is too long loses its middle: the end says what to do.
 fn one_line(text: &str) -> String {
     let clean = virt_usb_model::clean(text);
     if clean.len() <= LONGEST {

@@ -59,7 +59,8 @@ pub enum OnFault {
 }
 
 impl Operation {
-    /// The rule, for each operation, in one place. `concerned`: the domain asks for a device of ours or holds one.
+    /// The rule, for each operation, in one place. `concerned`: the domain asks for a device of
+    /// ours or holds one.
     pub const fn on_fault(&self, concerned: bool) -> OnFault {
         match (self, concerned) {
             (Self::Gate | Self::Filter(_), true) => OnFault::Closed,
@@ -107,7 +108,8 @@ pub struct Call {
 /// Who calls, and what becomes of the output.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Caller {
-    /// A process of its own, made by libvirtd or a person. libvirt throws away what `prepare` prints, so that the agent must attach what is claimed.
+    /// A process of its own, made by libvirtd or a person. libvirt throws away what `prepare`
+    /// prints, so that the agent must attach what is claimed.
     Process,
     /// The simulated hypervisor: as libvirtd, but in a process that goes on.
     Simulation,
@@ -137,11 +139,11 @@ It lives in /etc/libvirt/hooks/qemu.d/. Exit status: 0 go on, 1 refused (the rea
 stderr), 2 wrong arguments. The rewritten XML, where there is one, is on stdout.
 ";
 
-/// Reads the arguments after the program's name. Bytes that are not UTF-8 are replaced; more arguments than four are passed over,
-/// because a later libvirt may send them.
+/// Reads the arguments after the program's name. Bytes that are not UTF-8 are replaced; more
+/// arguments than four are passed over, because a later libvirt may send them.
 ///
-/// A domain may have any name, `--help` too, and libvirt puts it first: four arguments are always a call. Only people give
-/// fewer, or `--config FILE` before the four.
+/// A domain may have any name, `--help` too, and libvirt puts it first: four arguments are always a
+/// call. Only people give fewer, or `--config FILE` before the four.
 pub fn parse(arguments: impl Iterator<Item = OsString>) -> Asked {
     let arguments: Vec<String> = arguments.map(|a| a.to_string_lossy().into_owned()).collect();
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
@@ -153,7 +155,11 @@ pub fn parse(arguments: impl Iterator<Item = OsString>) -> Asked {
         [name, op, _, extra, ..] => handle(None, name, op, extra),
         ["--help"] => Asked::Help,
         ["--version"] => Asked::Version,
-        _ => Asked::Wrong("four arguments are needed: NAME OPERATION SUBOPERATION EXTRA, and --config FILE may stand before them".into()),
+        _ => Asked::Wrong(
+            "four arguments are needed: NAME OPERATION SUBOPERATION EXTRA, and \
+            --config FILE may stand before them"
+                .into(),
+        ),
     }
 }
 
@@ -179,17 +185,23 @@ mod tests {
     #[test]
     fn libvirts_calls() {
         let Asked::Handle(call) = args(&["g1", "release", "end", "destroyed"]) else { panic!() };
-        assert_eq!(call.operation, Operation::Notice(Happened::Released { reason: "destroyed".into() }));
+        assert_eq!(
+            call.operation,
+            Operation::Notice(Happened::Released { reason: "destroyed".into() })
+        );
     }
 
     #[test]
     fn a_domain_may_have_any_name() {
         for name in ["--x", "--help", "--version", "--config", "--config=/nope", "--", "-", ""] {
             for op in ["prepare", "restore", "reconnect", "teleport"] {
-                let Asked::Handle(call) = args(&[name, op, "begin", "-"]) else { panic!("{name} {op}") };
+                let Asked::Handle(call) = args(&[name, op, "begin", "-"]) else {
+                    panic!("{name} {op}")
+                };
                 assert_eq!((call.name.as_str(), call.op.as_str(), &call.config), (name, op, &None));
             }
-            let Asked::Handle(call) = args(&["--config", "/c", name, "prepare", "begin", "-"]) else {
+            let Asked::Handle(call) = args(&["--config", "/c", name, "prepare", "begin", "-"])
+            else {
                 panic!("{name}")
             };
             assert_eq!((call.name.as_str(), call.config), (name, Some("/c".into())));

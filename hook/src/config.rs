@@ -1,7 +1,8 @@
 //! The configuration: TOML at [`DEFAULT_PATH`], read by every program of virt-usb.
 //!
-//! An unknown key is an error that names the nearest known one: a misspelt `usb_white_list_switch` must not leave
-//! the whitelist off in silence. `install/config.toml` explains every key; a test reads it with this module.
+//! An unknown key is an error that names the nearest known one: a misspelt `usb_white_list_switch`
+//! must not leave the whitelist off in silence. `install/config.toml` explains every key; a test
+//! reads it with this module.
 
 mod fleet;
 mod keystone;
@@ -71,7 +72,8 @@ pub enum AttachFailurePolicy {
 /// Whether a guest may start that only the agent can give its device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum RequireAgent {
-    /// Where an agent is installed it must run; where none is, the caller is believed to use the printed XML.
+    /// Where an agent is installed it must run; where none is, the caller is believed to use the
+    /// printed XML.
     #[default]
     Auto,
     /// It must be installed and run.
@@ -128,7 +130,8 @@ pub enum Log {
     Off,
 }
 
-/// Which of the whitelist's keys a file holds. Where it held them once and holds none now, the file may have lost its end.
+/// Which of the whitelist's keys a file holds. Where it held them once and holds none now, the file
+/// may have lost its end.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct WhitelistKeys {
     /// `usb_white_list_switch`
@@ -179,13 +182,15 @@ pub struct Config {
     pub log: Log,
     /// Audit events older than this many days are pruned by `discover`; 0 keeps them for ever.
     pub events_keep_days: u32,
-    /// Days until the inventory forgets an unplugged device that no instance has held; 0 disables it.
+    /// Days until the inventory forgets an unplugged device that no instance has held; 0 disables
+    /// it.
     pub forget_after_days: u32,
     /// Where the agent and the command line find libvirt.
     pub libvirt_uri: String,
     /// How often the agent looks at everything, whatever events there were.
     pub scan_interval: Duration,
-    /// How long an instance must be absent from libvirt before the agent releases what its flavor gave it.
+    /// How long an instance must be absent from libvirt before the agent releases what its flavor
+    /// gave it.
     pub absent_grace: Duration,
     /// How long a domain must be undefined before its assignments end.
     pub undefined_grace: Duration,
@@ -281,7 +286,8 @@ impl ConfigError {
 }
 
 impl Config {
-    /// Reads `path`, or [`DEFAULT_PATH`] when none is named; a default file that is not there means the defaults.
+    /// Reads `path`, or [`DEFAULT_PATH`] when none is named; a default file that is not there means
+    /// the defaults.
     ///
     /// # Errors
     /// When the file is named and missing, cannot be read, or is wrong anywhere.
@@ -298,8 +304,8 @@ impl Config {
         }
     }
 
-    /// An empty file is refused: the defaults offer every device to everybody, and a full disk or an editor that ended
-    /// leaves such a file.
+    /// An empty file is refused: the defaults offer every device to everybody, and a full disk or
+    /// an editor that ended leaves such a file.
     fn parse_file(bytes: &[u8]) -> Result<Self, String> {
         let text = str::from_utf8(bytes).map_err(|e| {
             let line = 1 + bytes.iter().take(e.valid_up_to()).filter(|b| **b == b'\n').count();
@@ -307,7 +313,8 @@ impl Config {
         })?;
         if text.trim_start_matches('\u{feff}').trim().is_empty() {
             return Err("it is empty, as a full disk leaves it: write the keys again; \
-                        if you want the defaults, which offer every device, write a comment (#) into it"
+                        if you want the defaults, which offer every device, write a comment (#) \
+                        into it"
                 .into());
         }
         Self::parse(text)
@@ -323,15 +330,21 @@ impl Config {
             known(key, KEYS)?;
         }
         for (name, keys) in [("fleet", fleet::KEYS), ("keystone", keystone::KEYS)] {
-            for key in table.get(name).and_then(toml::Value::as_table).into_iter().flat_map(toml::Table::keys)
+            for key in table
+                .get(name)
+                .and_then(toml::Value::as_table)
+                .into_iter()
+                .flat_map(toml::Table::keys)
             {
                 known(key, keys).map_err(|e| format!("{name}: {e}"))?;
             }
         }
-        let both = table.contains_key("usb_white_list") && table.contains_key("usb_passthrough_whitelist");
+        let both =
+            table.contains_key("usb_white_list") && table.contains_key("usb_passthrough_whitelist");
         if both {
             return Err(
-                "usb_white_list and usb_passthrough_whitelist are two names of one key: keep one of them"
+                "usb_white_list and usb_passthrough_whitelist are two names of one key: keep one \
+                    of them"
                     .into(),
             );
         }
@@ -339,8 +352,11 @@ impl Config {
         let json = |key: &str| {
             table.get(key).map(serde_json::to_value).transpose().map_err(|e| format!("{key}: {e}"))
         };
-        let (switch, listed, other) =
-            (json("usb_white_list_switch")?, json("usb_passthrough_whitelist")?, json("usb_white_list")?);
+        let (switch, listed, other) = (
+            json("usb_white_list_switch")?,
+            json("usb_passthrough_whitelist")?,
+            json("usb_white_list")?,
+        );
         let named = if other.is_some() { "usb_white_list" } else { "usb_passthrough_whitelist" };
         let whitelist = Whitelist::parse(switch.as_ref(), listed.or(other).as_ref())
             .map_err(|e| e.to_string().replacen("usb_passthrough_whitelist", named, 1))?;
@@ -356,7 +372,8 @@ impl Config {
                 switch: table.contains_key("usb_white_list_switch"),
                 rules: table.contains_key(named),
             },
-            aliases: Aliases::parse(&raw.usb_aliases).map_err(|e| e.at("usb_aliases").to_string())?,
+            aliases: Aliases::parse(&raw.usb_aliases)
+                .map_err(|e| e.at("usb_aliases").to_string())?,
             flapping,
             hold: raw.hold,
             migration: raw.migration,
@@ -366,9 +383,17 @@ impl Config {
             libvirt_uri: libvirt_uri(raw.libvirt_uri, default.libvirt_uri)?,
             scan_interval: seconds("scan_interval", raw.scan_interval, default.scan_interval)?,
             absent_grace: seconds("absent_grace", raw.absent_grace, default.absent_grace)?,
-            undefined_grace: seconds("undefined_grace", raw.undefined_grace, default.undefined_grace)?,
+            undefined_grace: seconds(
+                "undefined_grace",
+                raw.undefined_grace,
+                default.undefined_grace,
+            )?,
             recheck_delay: seconds("recheck_delay", raw.recheck_delay, default.recheck_delay)?,
-            libvirt_patience: seconds("libvirt_patience", raw.libvirt_patience, default.libvirt_patience)?,
+            libvirt_patience: seconds(
+                "libvirt_patience",
+                raw.libvirt_patience,
+                default.libvirt_patience,
+            )?,
             pending_grace: seconds("pending_grace", raw.pending_grace, default.pending_grace)?,
             replug: raw.replug,
             on_attach_failure: raw.on_attach_failure,
@@ -376,7 +401,11 @@ impl Config {
             metrics: metrics(raw.metrics.as_deref())?,
             api: api(raw.api.as_deref(), api_tls.is_some())?,
             api_tls,
-            fleet: raw.fleet.map(fleet::Raw::check).transpose().map_err(|e| format!("fleet.{e}"))?,
+            fleet: raw
+                .fleet
+                .map(fleet::Raw::check)
+                .transpose()
+                .map_err(|e| format!("fleet.{e}"))?,
             keystone: raw
                 .keystone
                 .map(keystone::Raw::check)
@@ -392,7 +421,8 @@ impl Config {
 }
 
 impl Readable {
-    /// Reads the keys one by one, whatever is wrong with the others. What is said twice in two ways is not said.
+    /// Reads the keys one by one, whatever is wrong with the others. What is said twice in two ways
+    /// is not said.
     fn of(text: &str) -> Self {
         let table = text.parse().unwrap_or_else(|_| top_level(text));
         let word = |key: &str| table.get(key).and_then(toml::Value::as_str);
@@ -403,7 +433,8 @@ impl Readable {
     }
 }
 
-/// The keys of a text that is no TOML, as far as a line holds one whole: those above the first section.
+/// The keys of a text that is no TOML, as far as a line holds one whole: those above the first
+/// section.
 fn top_level(text: &str) -> toml::Table {
     let is_section = |line: &str| {
         let name = line.trim_start_matches('[').split(']').next().unwrap_or_default();
@@ -421,13 +452,14 @@ fn top_level(text: &str) -> toml::Table {
     found
 }
 
-/// Reads a regular file of at most 1 MiB, such as the configuration or a certificate. A pipe or a device in its place is an error,
-/// and the call does not wait for it.
+/// Reads a regular file of at most 1 MiB, such as the configuration or a certificate. A pipe or a
+/// device in its place is an error, and the call does not wait for it.
 ///
 /// # Errors
 /// If the file cannot be read, is larger, or is no regular file.
 pub fn read_bounded(file: &Path) -> io::Result<Vec<u8>> {
-    let careful = std::fs::OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(file)?;
+    let careful =
+        std::fs::OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(file)?;
     if !careful.metadata()?.is_file() {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is no regular file"));
     }
@@ -543,7 +575,9 @@ fn log(value: Option<&str>) -> Result<Log, String> {
         None | Some("journal") => Ok(Log::Journal),
         Some("off") => Ok(Log::Off),
         Some(path) if path.starts_with('/') => Ok(Log::File(path.into())),
-        Some(other) => Err(format!("log: found {other:?}, wanted \"journal\", \"off\" or an absolute path")),
+        Some(other) => {
+            Err(format!("log: found {other:?}, wanted \"journal\", \"off\" or an absolute path"))
+        }
     }
 }
 
@@ -551,7 +585,9 @@ fn libvirt_uri(value: Option<String>, default: String) -> Result<String, String>
     match value {
         None => Ok(default),
         Some(uri) if uri.contains(":/") && !uri.contains(char::is_control) => Ok(uri),
-        Some(uri) => Err(format!("libvirt_uri: found {uri:?}, wanted a URI such as \"qemu:///system\"")),
+        Some(uri) => {
+            Err(format!("libvirt_uri: found {uri:?}, wanted a URI such as \"qemu:///system\""))
+        }
     }
 }
 
@@ -600,7 +636,8 @@ fn metrics(value: Option<&str>) -> Result<Metrics, String> {
         Some(address) => match address.parse::<SocketAddr>() {
             Ok(address) if address.ip().is_loopback() => Ok(Metrics::Tcp(address)),
             _ => Err(format!(
-                "metrics: found {address:?}, wanted \"off\", a loopback address such as \"127.0.0.1:9177\", or an absolute path for a socket"
+                "metrics: found {address:?}, wanted \"off\", a loopback address such \
+                    as \"127.0.0.1:9177\", or an absolute path for a socket"
             )),
         },
     }
@@ -613,7 +650,8 @@ fn api(value: Option<&str>, encrypted: bool) -> Result<Api, String> {
         Some(address) => match address.parse::<SocketAddr>() {
             Ok(address) if encrypted || address.ip().is_loopback() => Ok(Api::On(address)),
             Ok(_) => Err(format!(
-                "api: found {address:?}, an address that others can reach: tokens would be read on their way without TLS: give api_certificate and api_key, or a loopback address"
+                "api: found {address:?}, an address that others can reach: tokens would be read on \
+                    their way without TLS: give api_certificate and api_key, or a loopback address"
             )),
             Err(_) => Err(format!(
                 "api: found {address:?}, wanted \"off\" or an address such as \"127.0.0.1:8790\""
@@ -629,7 +667,9 @@ fn tls(certificate: Option<PathBuf>, key: Option<PathBuf>) -> Result<Option<Tls>
             let certificate = absolute_path("api_certificate", certificate)?;
             Ok(Some(Tls { certificate, key: absolute_path("api_key", key)? }))
         }
-        (Some(_), None) => Err("api_certificate: its key is missing: give api_key as well".to_owned()),
+        (Some(_), None) => {
+            Err("api_certificate: its key is missing: give api_key as well".to_owned())
+        }
         (None, Some(_)) => {
             Err("api_key: its certificate is missing: give api_certificate as well".to_owned())
         }
@@ -687,9 +727,10 @@ mod tests {
             "[fleet]\nstate_dir = '/fleet'",
             "state_dir = '/s' # twice",
         ] {
-            for text in
-                [format!("state_dir = '/s'\n{wrong}"), format!(" \"state_dir\"=\"/s\"\t# it\r\n{wrong}\n")]
-            {
+            for text in [
+                format!("state_dir = '/s'\n{wrong}"),
+                format!(" \"state_dir\"=\"/s\"\t# it\r\n{wrong}\n"),
+            ] {
                 assert_eq!(state_dir(text.as_bytes()).as_deref(), Some("/s"), "{text}");
             }
             if !wrong.starts_with("[f") && !wrong.starts_with("state") {
@@ -751,14 +792,22 @@ mod tests {
             (config.require_agent, config.scan_interval),
             (RequireAgent::Always, Duration::from_secs(5))
         );
-        let waits = [config.absent_grace, config.undefined_grace, config.recheck_delay, config.pending_grace];
+        let waits = [
+            config.absent_grace,
+            config.undefined_grace,
+            config.recheck_delay,
+            config.pending_grace,
+        ];
         assert_eq!(waits, [2, 3, 4, 5].map(Duration::from_secs));
         assert_eq!(config.libvirt_patience, Duration::from_secs(6));
         assert_eq!(config.metrics, Metrics::Tcp("127.0.0.1:9177".parse().unwrap()));
         assert_eq!(config.api, Api::On("[::1]:8791".parse().unwrap()));
         assert!(config.whitelist.on);
         assert_eq!(config.whitelist.rules.len(), 1);
-        assert_eq!((config.hold, config.migration), (HoldPolicy::Instance, MigrationPolicy::Reclaim));
+        assert_eq!(
+            (config.hold, config.migration),
+            (HoldPolicy::Instance, MigrationPolicy::Reclaim)
+        );
         let json = Config::parse(
             r#"usb_white_list = '[{"product":"0x0003","vendor":"0x136b","bus":"2","device":"2"}]'"#,
         )
@@ -773,7 +822,10 @@ mod tests {
         assert!(std::process::Command::new("mkfifo").arg(&file).status().unwrap().success());
         assert!(Config::load(Some(&file)).unwrap_err().to_string().contains("no regular file"));
         assert!(
-            Config::load(Some(Path::new("/dev/zero"))).unwrap_err().to_string().contains("no regular file")
+            Config::load(Some(Path::new("/dev/zero")))
+                .unwrap_err()
+                .to_string()
+                .contains("no regular file")
         );
         std::fs::remove_file(&file).unwrap();
         std::fs::File::create(&file).unwrap().set_len(MAX_CONFIG + 1).unwrap();
@@ -789,21 +841,31 @@ mod tests {
         );
         assert!(error("colour = 1").starts_with("unknown key \"colour\": the keys are state_dir,"));
         assert!(
-            error("usb_white_list = []\nusb_passthrough_whitelist = []").contains("two names of one key")
+            error("usb_white_list = []\nusb_passthrough_whitelist = []")
+                .contains("two names of one key")
         );
         assert!(error("state_dir = 'x'").contains("state_dir: x is not an absolute path"));
         assert!(error("\n\nhold = 'ever'").contains("line 3"), "{}", error("\n\nhold = 'ever'"));
         assert!(error("usb_white_list = [{vendor='zz'}]").starts_with("usb_white_list[0].vendor"));
         assert!(error("log = 'syslog'").starts_with("log: found"));
-        assert!(error("usb_aliases = [['1:1']]").starts_with("usb_aliases: found a list of fewer than two"));
+        assert!(
+            error("usb_aliases = [['1:1']]")
+                .starts_with("usb_aliases: found a list of fewer than two")
+        );
         assert!(error("flap_pause = 0").contains("flap_pause: found 0, wanted 1 to 86400"));
-        let waits = ["scan_interval", "absent_grace", "undefined_grace", "recheck_delay", "pending_grace"];
+        let waits =
+            ["scan_interval", "absent_grace", "undefined_grace", "recheck_delay", "pending_grace"];
         for key in waits.into_iter().chain(["libvirt_patience"]) {
-            assert_eq!(error(&format!("{key} = 0")), format!("{key}: found 0, wanted 1 to 86400 seconds"));
+            assert_eq!(
+                error(&format!("{key} = 0")),
+                format!("{key}: found 0, wanted 1 to 86400 seconds")
+            );
         }
         assert!(error("require_agent = 'yes'").contains("wanted \"auto\", true or false"));
         assert!(error("metrics = '0.0.0.0:9177'").contains("wanted \"off\", a loopback address"));
-        assert!(error("api = '0.0.0.0:80'").contains("tokens would be read on their way without TLS"));
+        assert!(
+            error("api = '0.0.0.0:80'").contains("tokens would be read on their way without TLS")
+        );
         assert!(error("api = 'here'").contains("wanted \"off\" or an address"));
         assert!(error("api_key = '/k'").contains("give api_certificate as well"));
         assert!(error("api_certificate = '/c'").contains("give api_key as well"));
@@ -811,7 +873,8 @@ mod tests {
             error("api_certificate = 'c'\napi_key = '/k'")
                 .contains("api_certificate: c is not an absolute path")
         );
-        let open = Config::parse("api = '0.0.0.0:80'\napi_certificate = '/c'\napi_key = '/k'").unwrap();
+        let open =
+            Config::parse("api = '0.0.0.0:80'\napi_certificate = '/c'\napi_key = '/k'").unwrap();
         assert_eq!(open.api, Api::On("0.0.0.0:80".parse().unwrap()));
         assert_eq!(open.api_tls, Some(Tls { certificate: "/c".into(), key: "/k".into() }));
         assert!(error("libvirt_uri = 'qemu'").starts_with("libvirt_uri: found \"qemu\""));
@@ -830,7 +893,8 @@ mod tests {
         assert_eq!((keystone.cache.as_secs(), keystone.roles.len(), keystone.ca), (60, 3, None));
         let with = |more: &str| Config::parse(&format!("{right}{more}"));
         let whole = with(
-            "ca = '/ca'\nuser = 'usb'\nuser_domain = 'd'\nproject = 's'\nproject_domain = 'e'\ncache = 0\nroles = { operator = 'admin' }",
+            "ca = '/ca'\nuser = 'usb'\nuser_domain = 'd'\nproject = 's'\nproject_domain = \
+                'e'\ncache = 0\nroles = { operator = 'admin' }",
         );
         let keystone = whole.unwrap().keystone.unwrap();
         assert_eq!((keystone.cache.as_secs(), keystone.roles["operator"].as_str()), (0, "admin"));
@@ -854,8 +918,8 @@ mod tests {
             "http://id/v3?x",
             "ftp://id/v3",
         ] {
-            let error =
-                Config::parse(&format!("[keystone]\nurl = '{url}'\npassword_file = '/p'")).unwrap_err();
+            let error = Config::parse(&format!("[keystone]\nurl = '{url}'\npassword_file = '/p'"))
+                .unwrap_err();
             assert!(error.starts_with("keystone.url: found "), "{url}: {error}");
         }
         let error = Config::parse("[keystone]\nurl = 'http://id/v3'").unwrap_err();
@@ -864,7 +928,8 @@ mod tests {
 
     #[test]
     fn a_fleet_is_named_by_its_endpoints() {
-        let fleet = Config::parse("[fleet]\nendpoints = ['http://127.0.0.1:2379']").unwrap().fleet.unwrap();
+        let fleet =
+            Config::parse("[fleet]\nendpoints = ['http://127.0.0.1:2379']").unwrap().fleet.unwrap();
         assert_eq!((fleet.prefix.as_str(), fleet.lease.as_secs()), ("/virt-usb/", 30));
         assert_eq!((fleet.user, fleet.identity), (None, None));
         let whole = r#"
@@ -896,7 +961,10 @@ mod tests {
         let with = |text: &str| error(&format!("endpoints = ['http://a:1']\n{text}"));
         assert!(error("endpoints = ['a:1']").contains("found \"a:1\", wanted an address"));
         assert!(error("endpoints = ['http://u:p@a:1']").contains("wanted an address"));
-        assert!(error("endpoints = ['http://a:1', 'https://b:1']").contains("some are https and some http"));
+        assert!(
+            error("endpoints = ['http://a:1', 'https://b:1']")
+                .contains("some are https and some http")
+        );
         assert!(with("prefix = 'x'").contains("fleet.prefix: found \"x\""));
         assert!(with("ca = '/ca'").contains("are for endpoints that begin with https"));
         assert!(with("user = 'x'").contains("its password is missing"));

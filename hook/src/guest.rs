@@ -24,7 +24,8 @@ const PATIENCE: Duration = Duration::from_secs(2);
 pub(crate) fn open(config: &Config, op: &str, concerned: bool) -> Result<(Store, Context), Fault> {
     let fault = |e: &dyn std::fmt::Display| Fault::of(concerned, e);
     let context = machine::context(config, format!("hook {op}")).map_err(|e| fault(&e))?;
-    let store = Store::open_for_call(&config.state_dir, PATIENCE, Durability::Boot).map_err(|e| fault(&e))?;
+    let store = Store::open_for_call(&config.state_dir, PATIENCE, Durability::Boot)
+        .map_err(|e| fault(&e))?;
     Ok((store, context))
 }
 
@@ -61,7 +62,8 @@ impl Ports<'_> {
 }
 
 impl Judge for Ports<'_> {
-    /// The recorded port has the bus number of the boot in which it was recorded: where the path is known, the path decides.
+    /// The recorded port has the bus number of the boot in which it was recorded: where the path is
+    /// known, the path decides.
     fn verify(&mut self, candidate: &Record) -> Verified {
         let recorded = &candidate.entry.port_path;
         let Some(path) = &candidate.entry.path else { return self.verify_at(recorded, candidate) };
@@ -115,7 +117,15 @@ impl<'a> Guest<'a> {
     ) -> Self {
         let delivery = Delivery::of(caller);
         let (edits, warnings) = (Edits::default(), Vec::new());
-        Self { ports: Ports { sysfs_root }, domain, redirections, inside, delivery, edits, warnings }
+        Self {
+            ports: Ports { sysfs_root },
+            domain,
+            redirections,
+            inside,
+            delivery,
+            edits,
+            warnings,
+        }
     }
 
     /// What has to be injected for these devices and redirections, if the guest can take it.
@@ -133,15 +143,19 @@ impl<'a> Guest<'a> {
             .chain(redirdevs.iter().map(|_| SpeedMask::ANY))
             .collect();
         let devices = new.iter().map(|g| format!("usb_devices[{}]", g.request));
-        let mut asked: Vec<String> =
-            devices.chain(redirdevs.iter().map(|n| format!("usb_redirection_devices[{n}]"))).collect();
+        let mut asked: Vec<String> = devices
+            .chain(redirdevs.iter().map(|n| format!("usb_redirection_devices[{n}]")))
+            .collect();
         asked.dedup();
         let controller = room(self.domain, &speeds, self.delivery)
             .map_err(|why| format!("asks for {}, but {why}", asked.join(", ")))?;
         let places = if controller { Vec::new() } else { self.domain.bus.place(&speeds) };
-        let devices = || new.iter().map(|g| &g.device).zip(places.iter().map(Some).chain(repeat(None)));
-        self.warnings = devices().filter_map(|(device, at)| slowed(self.domain, device, at?)).collect();
-        let hostdevs = devices().map(|(device, at)| hostdev(device, at.and_then(|at| at.port))).collect();
+        let devices =
+            || new.iter().map(|g| &g.device).zip(places.iter().map(Some).chain(repeat(None)));
+        self.warnings =
+            devices().filter_map(|(device, at)| slowed(self.domain, device, at?)).collect();
+        let hostdevs =
+            devices().map(|(device, at)| hostdev(device, at.and_then(|at| at.port))).collect();
         self.edits = Edits { hostdevs, redirdevs, controller, ..Edits::default() };
         Ok(())
     }
@@ -158,16 +172,20 @@ impl<'a> Guest<'a> {
 /// # Errors
 /// Which of the devices cannot come into the guest, and what to do.
 pub fn refuse_taken_aliases(domain: &Domain, new: &[&Granted]) -> Result<(), String> {
-    let taken = |g: &&&Granted| domain.hostdevs.iter().any(|h| h.injected() == Some(g.device.entry.id));
+    let taken =
+        |g: &&&Granted| domain.hostdevs.iter().any(|h| h.injected() == Some(g.device.entry.id));
     let Some(Granted { device, .. }) = new.iter().find(taken) else { return Ok(()) };
     let (id, address) = (device.entry.id, device.entry.address);
     Err(format!(
-        "has a <hostdev> (alias ua-usb-{id}) in its XML with an address that is not that of device {id}, which is {address}, and that alias is needed for \
-         it: take that <hostdev> out of the domain ('virsh edit'; of a guest that runs 'virsh detach-device'), or give it another alias"
+        "has a <hostdev> (alias ua-usb-{id}) in its XML with an address that is not that of device \
+            {id}, which is {address}, and that alias is needed for \
+         it: take that <hostdev> out of the domain ('virsh edit'; of a guest that runs 'virsh \
+         detach-device'), or give it another alias"
     ))
 }
 
-/// Of a flavor's so many redirection entries those for which the XML has none yet. Those that somebody else wrote serve the first entries.
+/// Of a flavor's so many redirection entries those for which the XML has none yet. Those that
+/// somebody else wrote serve the first entries.
 pub fn missing_redirdevs(domain: &Domain, redirections: usize) -> Vec<usize> {
     let spicevmc = || domain.redirdevs.iter().filter(|r| r.kind == "spicevmc");
     let foreign = spicevmc().filter(|r| r.injected().is_none()).count();
@@ -175,10 +193,12 @@ pub fn missing_redirdevs(domain: &Domain, redirections: usize) -> Vec<usize> {
 }
 
 /// Why a redirection cannot be.
-pub const NO_SPICE: &str = "has no SPICE graphics to carry it: add <graphics type='spice'/> to the domain (in Nova: spice enabled on the host), \
+pub const NO_SPICE: &str = "has no SPICE graphics to carry it: add <graphics type='spice'/> to the \
+    domain (in Nova: spice enabled on the host), \
                             or take the redirection out of the flavor";
 
-/// A hub that the XML gives to the guest: every device behind it, a root hub's whole bus, would leave the host with it.
+/// A hub that the XML gives to the guest: every device behind it, a root hub's whole bus, would
+/// leave the host with it.
 pub(crate) fn refuse_hubs(config: &Config, domain: &Domain) -> Option<Answer> {
     if !domain.has_host_devices() {
         return None;
@@ -191,7 +211,8 @@ pub(crate) fn refuse_hubs(config: &Config, domain: &Domain) -> Option<Answer> {
         })
     })?;
     Some(Answer::refused(format!(
-        "{} has a <hostdev> for the USB hub {hub} in its own XML, and all that is plugged in there would leave the host with it. \
+        "{} has a <hostdev> for the USB hub {hub} in its own XML, and all that is plugged in there \
+            would leave the host with it. \
          Take the <hostdev> out, and give the guest the devices themselves",
         domain.name
     )))
@@ -238,16 +259,19 @@ pub fn room(domain: &Domain, speeds: &[SpeedMask], delivery: Delivery) -> Result
         (Fit::NoController, Delivery::Printed) => Ok(true),
         (Fit::NeedsController, Delivery::HotPlug)
         | (Fit::NoController, Delivery::Unknown | Delivery::HotPlug) => Err(format!(
-            "it has no USB controller, and libvirt adds none to a guest that runs: add {XHCI} to the domain \
+            "it has no USB controller, and libvirt adds none to a guest that runs: add {XHCI} to \
+                the domain \
              ('virsh edit {name}'), or start it with 'virt-usb start {name}', which adds it"
         )),
         (Fit::NoUsb, _) => Err(format!(
-            "it has no USB bus (<controller type='usb' model='none'/>), and libvirt adds none to it: put {XHCI} in \
+            "it has no USB bus (<controller type='usb' model='none'/>), and libvirt adds none to \
+                it: put {XHCI} in \
              place of that controller, or in Nova set hw:usb_model=qemu-xhci on the flavor (image: \
              hw_usb_model=qemu-xhci; before Nova 32: image hw_input_bus=usb)"
         )),
         (Fit::NoPci, _) => Err(format!(
-            "its machine ({}) has no PCI bus, which a USB controller needs: define it with another machine type (pc or \
+            "its machine ({}) has no PCI bus, which a USB controller needs: define it with another \
+                machine type (pc or \
              q35 on x86, virt elsewhere)",
             bus.machine()
         )),
@@ -270,16 +294,22 @@ fn too_few(bus: &UsbBus, few: TooFew) -> String {
         "write ports='15' into its qemu-xhci controller".to_owned()
     } else if bus.has_xhci() {
         format!(
-            "give it a second controller, <controller type='usb' index='{}' model='qemu-xhci' ports='15'/>",
+            "give it a second controller, <controller type='usb' index='{}' model='qemu-xhci' \
+                ports='15'/>",
             bus.next_index()
         )
     } else {
         format!(
-            "give it {XHCI} instead of its USB controller (in Nova: hw:usb_model=qemu-xhci on the flavor, \
+            "give it {XHCI} instead of its USB controller (in Nova: hw:usb_model=qemu-xhci on the \
+                flavor, \
              which counts where the image says hw_input_bus=virtio)"
         )
     };
-    format!("{needed} USB {ports}{speed} {} needed, {free} {} free: {advice}", are(needed), are(free))
+    format!(
+        "{needed} USB {ports}{speed} {} needed, {free} {} free: {advice}",
+        are(needed),
+        are(free)
+    )
 }
 
 /// Why the device works at this port, but not well.
@@ -288,12 +318,14 @@ fn too_few(bus: &UsbBus, few: TooFew) -> String {
 /// 64 at full speed), and not every guest's driver copes.
 pub fn slowed(domain: &Domain, device: &Record, at: &Place) -> Option<String> {
     let storage = Class::MASS_STORAGE;
-    let is_storage = device.entry.class == storage || device.entry.interface_classes.contains(&storage);
+    let is_storage =
+        device.entry.class == storage || device.entry.interface_classes.contains(&storage);
     let (speed, port) = (device.entry.speed.filter(|_| is_storage)?, at.speeds.fastest()?);
     // QEMU has no port that is faster than SuperSpeed.
     (port < speed.min(Speed::Super)).then(|| {
         format!(
-            "{} is a disk that runs at {speed} speed and gets a {port}-speed port of {}: it is slow, and some guests \
+            "{} is a disk that runs at {speed} speed and gets a {port}-speed port of {}: it is \
+                slow, and some guests \
              cannot read it. {XHCI} in place of the guest's USB controller serves it",
             crate::message::device(device),
             domain.name
@@ -319,7 +351,12 @@ pub const fn hostdev(device: &Record, guest_port: Option<GuestPort>) -> Hostdev 
 
 /// A hostdev of the XML, as the store looks for it.
 pub fn holding(hostdev: &UsbHostdev) -> Holding {
-    Holding { id: hostdev.injected(), usb: hostdev.usb, address: hostdev.address, port: hostdev.port.clone() }
+    Holding {
+        id: hostdev.injected(),
+        usb: hostdev.usb,
+        address: hostdev.address,
+        port: hostdev.port.clone(),
+    }
 }
 
 /// Whether the hostdev of a guest that runs is the device: by its address or its port, and where it

@@ -1,4 +1,5 @@
-//! `restore` and `migrate`: libvirt uses what is printed here. Each USB hostdev gets the device that it is to have on this host.
+//! `restore` and `migrate`: libvirt uses what is printed here. Each USB hostdev gets the device
+//! that it is to have on this host.
 //!
 //! A hostdev is ours where a claim says so, or where the guest asks for the device that its alias
 //! names: it gets that device by the rules. All others somebody wrote: they are adopted, and of
@@ -29,14 +30,16 @@ pub(crate) fn incoming(job: &Job<'_>, how: Incoming) -> Result<Answer, Fault> {
     let state_dir = job.state_dir();
     // A flavor that cannot be read asks for nothing here: the guest has what it was saved with.
     let wish = Wish::read(&domain.flavor, &state_dir).unwrap_or(Wish::Nothing);
-    // A hostdev that somebody wrote into a saved domain is theirs: where we fail, it goes on as if we were not there.
+    // A hostdev that somebody wrote into a saved domain is theirs: where we fail, it goes on as if
+    // we were not there.
     let injected = domain.hostdevs.iter().any(|h| h.injected().is_some());
     let asks = wish.is_certain() || job.is_assigned(&state_dir) || job.is_holder(&state_dir);
     let concerned = how == Incoming::Migrate || (injected && asks);
     let config = job.config(concerned)?;
     if how == Incoming::Migrate && config.migration == MigrationPolicy::Refuse {
         return Ok(Answer::refused(format!(
-            "{} has {} USB device(s) of its host passed through, which cannot move with it: detach them before the migration, or set \
+            "{} has {} USB device(s) of its host passed through, which cannot move with it: detach \
+                them before the migration, or set \
              migration = \"reclaim\" in the configuration of this host to give it equivalent ones",
             domain.name,
             domain.host_devices().count()
@@ -45,9 +48,9 @@ pub(crate) fn incoming(job: &Job<'_>, how: Incoming) -> Result<Answer, Fault> {
     if let Some(refusal) = refuse_hubs(config, domain) {
         return Ok(refusal);
     }
-    let instance = domain
-        .uuid
-        .ok_or_else(|| Fault::of(concerned, "its XML has no <uuid>, by which devices are claimed"))?;
+    let instance = domain.uuid.ok_or_else(|| {
+        Fault::of(concerned, "its XML has no <uuid>, by which devices are claimed")
+    })?;
     let (store, context) = open(config, &job.call.op, concerned)?;
     job.admit(&store, config, concerned)?;
     let fault = |e| Fault::of(concerned, e);
@@ -61,13 +64,16 @@ pub(crate) fn incoming(job: &Job<'_>, how: Incoming) -> Result<Answer, Fault> {
 
 /// Writes a restore's refusal into the XML, for `prepare` to refuse with.
 ///
-/// libvirt 11.3 takes a restore hook's failure for a success, and removes the managed save image of a guest that it did not start
-/// (`qemuDomainObjRestore` in src/qemu/qemu_driver.c leaves `ret` at 0). `prepare`, which comes next and gets this XML, is heeded: the start
-/// fails, the user sees why, and the image stays.
+/// libvirt 11.3 takes a restore hook's failure for a success, and removes the managed save image of
+/// a guest that it did not start (`qemuDomainObjRestore` in src/qemu/qemu_driver.c leaves `ret` at
+/// 0). `prepare`, which comes next and gets this XML, is heeded: the start fails, the user sees
+/// why, and the image stays.
 pub(crate) fn hand_on(answer: Answer, document: &Document<'_>) -> Answer {
     let Some(why) = answer.refusal.clone() else { return answer };
     match document.rewrite(&Edits { refusal: Some(why), ..Edits::default() }) {
-        Ok(xml) => Answer { xml, did: "refused, which prepare is to say".into(), ..Answer::default() },
+        Ok(xml) => {
+            Answer { xml, did: "refused, which prepare is to say".into(), ..Answer::default() }
+        }
         Err(_) => answer,
     }
 }
@@ -90,13 +96,15 @@ struct Arrival<'a> {
 }
 
 impl<'a> Arrival<'a> {
-    /// The guest comes from another host, and by this inventory it runs on this one: two libvirtds use one inventory, and the device that
-    /// its old QEMU has would be given to its new one too.
+    /// The guest comes from another host, and by this inventory it runs on this one: two libvirtds
+    /// use one inventory, and the device that its old QEMU has would be given to its new one too.
     fn refuse_shared(&self) -> Option<Answer> {
         let claim = self.claims.iter().find(|c| c.is_of_a_run(&self.context.boot_id))?;
         Some(Answer::refused(format!(
-            "{} comes from another host, and in this host's inventory ({}) it holds device {} since {}, as a guest does that runs here: each libvirtd \
-             needs a state_dir of its own. If it has ended here, the agent frees the device within seconds",
+            "{} comes from another host, and in this host's inventory ({}) it holds device {} \
+                since {}, as a guest does that runs here: each libvirtd \
+             needs a state_dir of its own. If it has ended here, the agent frees the device within \
+             seconds",
             self.asker.domain,
             self.config.state_dir.display(),
             claim.device_id,
@@ -116,7 +124,8 @@ impl<'a> Arrival<'a> {
             Incoming::Migrate => Holding { address: None, port: None, ..holding },
             Incoming::Restore => holding,
         };
-        let holdings: Vec<Holding> = by_hand.iter().map(|(_, hostdev)| here(holding(hostdev))).collect();
+        let holdings: Vec<Holding> =
+            by_hand.iter().map(|(_, hostdev)| here(holding(hostdev))).collect();
         let mut refusal = String::new();
         for &choice in choices(self.config, self.how) {
             let Some(wants) = wanted(&places, choice) else { continue };
@@ -137,7 +146,8 @@ impl<'a> Arrival<'a> {
                 Received::HeldBy(device, claim) => message::held_by_hand(name, &device, &claim),
                 Received::SetAside(device) => message::set_aside_by_hand(name, &device),
                 Received::Short(short) => {
-                    let lead = |n: usize| places.get(n).map_or_else(String::new, |p| p.what(choice));
+                    let lead =
+                        |n: usize| places.get(n).map_or_else(String::new, |p| p.what(choice));
                     let host = message::Host::of(self.config, &self.store, &short);
                     message::shortages_of_incoming(&self.asker, &short, lead, &host)
                 }
@@ -146,7 +156,8 @@ impl<'a> Arrival<'a> {
         Ok(Answer::refused(match self.how {
             Incoming::Migrate => refusal,
             Incoming::Restore => format!(
-                "{refusal}. To start the guest without its saved state: 'virsh managedsave-remove {}' (what was in its memory is lost, as after a power cut)",
+                "{refusal}. To start the guest without its saved state: 'virsh managedsave-remove \
+                    {}' (what was in its memory is lost, as after a power cut)",
                 self.asker.domain
             ),
         }))
@@ -170,14 +181,24 @@ impl<'a> Arrival<'a> {
         let id = hostdev.injected()?;
         let kind = hostdev.usb.map(|usb| {
             let (vendor_id, product_id) = (Some(usb.vendor), Some(usb.product));
-            DeviceRequest { selector: Selector { vendor_id, product_id, ..Selector::default() }, count: 1 }
+            DeviceRequest {
+                selector: Selector { vendor_id, product_id, ..Selector::default() },
+                count: 1,
+            }
         });
         if self.how == Incoming::Migrate {
             // The alias is the other host's. A guest that asks for devices was given this one
             // there.
             kind.as_ref().filter(|_| !self.asked.is_empty())?;
             let lasting = self.config.hold == HoldPolicy::Instance;
-            return Some(Place { position, same: None, kind, number: None, lasting, device: String::new() });
+            return Some(Place {
+                position,
+                same: None,
+                kind,
+                number: None,
+                lasting,
+                device: String::new(),
+            });
         }
         // An alias from an inventory that was begun anew may name another device here.
         let is_kind = |r: &&Record| {
@@ -194,7 +215,14 @@ impl<'a> Arrival<'a> {
                 (u32::try_from(number).ok(), self.asked.get(number).is_some_and(|w| w.lasting))
             }
         };
-        Some(Place { position, same: Some(id), kind, number, lasting, device: message::device(record) })
+        Some(Place {
+            position,
+            same: Some(id),
+            kind,
+            number,
+            lasting,
+            device: message::device(record),
+        })
     }
 
     /// libvirt finds out that the device of such a hostdev is not there; why it was not found here
@@ -206,11 +234,14 @@ impl<'a> Arrival<'a> {
         found: &[Option<(DeviceId, BusAddress)>],
     ) -> Answer {
         let unknown = by_hand.iter().zip(found).filter(|(_, found)| found.is_none());
-        for usb in unknown.filter_map(|((_, hostdev), _)| hostdev.usb.filter(|_| hostdev.address.is_some())) {
+        for usb in unknown
+            .filter_map(|((_, hostdev), _)| hostdev.usb.filter(|_| hostdev.address.is_some()))
+        {
             let kind = self.known.iter().filter(|r| r.deleted == 0 && r.usb() == usb).count();
             if kind > 1 {
                 answer = answer.warn(format!(
-                    "{} comes with a USB device {usb}, of which this host has {kind}, none at the address that it had: which one was the guest's cannot be told. \
+                    "{} comes with a USB device {usb}, of which this host has {kind}, none at the \
+                        address that it had: which one was the guest's cannot be told. \
                      Let a flavor ask for it, which tells them apart",
                     self.asker.domain
                 ));
@@ -230,11 +261,16 @@ impl<'a> Arrival<'a> {
         let relocate = granted.iter().filter_map(place).collect();
         let edits = Edits { relocate, readdress, ..Edits::default() };
         let xml = self.job.document.rewrite(&edits).map_err(|e| {
-            Fault::of(true, format!("cannot write the devices' new addresses into the domain XML: {e}"))
+            Fault::of(
+                true,
+                format!("cannot write the devices' new addresses into the domain XML: {e}"),
+            )
         })?;
         let ours = granted.iter().map(|g| g.device.entry.id);
-        let ids: Vec<String> =
-            ours.chain(found.iter().flatten().map(|(id, _)| *id)).map(|id| id.to_string()).collect();
+        let ids: Vec<String> = ours
+            .chain(found.iter().flatten().map(|(id, _)| *id))
+            .map(|id| id.to_string())
+            .collect();
         let did = match ids.as_slice() {
             [] => "no USB device that could be told apart".to_owned(),
             ids => format!("claimed {}, to be confirmed", ids.join(", ")),
@@ -268,7 +304,8 @@ enum Choice {
     Equivalent,
 }
 
-/// A saved guest gets back its own device; another one only where the policy allows it. A guest from another host cannot get its own.
+/// A saved guest gets back its own device; another one only where the policy allows it. A guest
+/// from another host cannot get its own.
 const fn choices(config: &Config, how: Incoming) -> &'static [Choice] {
     match (how, config.migration) {
         (Incoming::Migrate, _) => &[Choice::Equivalent],
@@ -309,6 +346,8 @@ impl Place {
 
 /// What is asked for, one request a place; none: this choice is none for one of them.
 fn wanted(places: &[Place], choice: Choice) -> Option<Vec<Want>> {
-    let want = |p: &Place| Some(Want { request: p.request(choice)?, lasting: p.lasting, number: p.number });
+    let want = |p: &Place| {
+        Some(Want { request: p.request(choice)?, lasting: p.lasting, number: p.number })
+    };
     places.iter().map(want).collect()
 }

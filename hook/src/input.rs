@@ -70,7 +70,8 @@ impl Marks {
     }
 }
 
-/// Whether XML that cannot be parsed speaks of USB devices of ours. Only then may a fault of ours refuse the domain.
+/// Whether XML that cannot be parsed speaks of USB devices of ours. Only then may a fault of ours
+/// refuse the domain.
 pub fn mentions_us(xml: &[u8]) -> bool {
     const MARKS: [&[u8]; 6] = [
         b"urn:virt-usb:flavor:1",
@@ -91,7 +92,8 @@ pub fn mentions_hostdevs(xml: &[u8]) -> bool {
 
 /// One pass for marks that begin with the same byte.
 fn holds_any(xml: &[u8], first: u8, marks: &[&[u8]]) -> bool {
-    let mut starts = xml.iter().enumerate().filter(|(_, byte)| **byte == first).map(|(at, _)| &xml[at..]);
+    let mut starts =
+        xml.iter().enumerate().filter(|(_, byte)| **byte == first).map(|(at, _)| &xml[at..]);
     starts.any(|rest| marks.iter().any(|mark| rest.starts_with(mark)))
 }
 
@@ -113,9 +115,14 @@ mod tests {
     fn what_a_long_document_speaks_of_is_found_everywhere() {
         let mark = b"<hostdev ua-usb-5";
         let part = usize::try_from(PART).unwrap();
-        for before in
-            [0, MAX_XML - 5, MAX_XML, MAX_XML + part - 9, MAX_XML + 2 * part - 1, MAX_XML + 3 * part]
-        {
+        for before in [
+            0,
+            MAX_XML - 5,
+            MAX_XML,
+            MAX_XML + part - 9,
+            MAX_XML + 2 * part - 1,
+            MAX_XML + 3 * part,
+        ] {
             let text = io::repeat(b'x')
                 .take(before as u64)
                 .chain(&mark[..])

@@ -1,7 +1,7 @@
 //! One record a call, with its duration: in the systemd journal or in a file.
 //!
-//! The journal's native protocol (<https://systemd.io/JOURNAL_NATIVE_PROTOCOL/>) is one datagram of `KEY=value` lines. The
-//! domain XML is never in a record: it may hold secrets.
+//! The journal's native protocol (<https://systemd.io/JOURNAL_NATIVE_PROTOCOL/>) is one datagram of
+//! `KEY=value` lines. The domain XML is never in a record: it may hold secrets.
 
 use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;
@@ -18,12 +18,13 @@ use crate::config::Log;
 
 const SOCKET: &str = "/run/systemd/journal/socket";
 
-/// Writes the record. One that cannot be written to its file goes to the journal; nothing more is done about it, because no
-/// call must fail for its record.
+/// Writes the record. One that cannot be written to its file goes to the journal; nothing more is
+/// done about it, because no call must fail for its record.
 pub fn record(log: &Log, call: &Call, instance: Option<&str>, answer: &Answer, took: Duration) {
     let micros = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
     let (message, duration) = (message(call, answer), micros.to_string());
-    let fields = fields(call, instance, answer, &message, &duration).map(|(key, text)| (key, clean(text)));
+    let fields =
+        fields(call, instance, answer, &message, &duration).map(|(key, text)| (key, clean(text)));
     match log {
         Log::Off => {}
         Log::Journal => drop(to_journal(Path::new(SOCKET), &fields)),
@@ -31,8 +32,13 @@ pub fn record(log: &Log, call: &Call, instance: Option<&str>, answer: &Answer, t
             // One write of one line: records of hooks that run at once do not mix.
             let object: serde_json::Map<String, serde_json::Value> = fields
                 .iter()
-                .map(|(key, value)| (key.to_lowercase().replace("virt_usb_", ""), value.as_str().into()))
-                .chain([("duration_us".to_owned(), micros.into()), ("at".to_owned(), seconds().into())])
+                .map(|(key, value)| {
+                    (key.to_lowercase().replace("virt_usb_", ""), value.as_str().into())
+                })
+                .chain([
+                    ("duration_us".to_owned(), micros.into()),
+                    ("at".to_owned(), seconds().into()),
+                ])
                 .collect();
             let line = format!("{}\n", serde_json::Value::Object(object));
             let careful = libc::O_NOFOLLOW | libc::O_NONBLOCK;
@@ -72,7 +78,8 @@ fn fields<'a>(
 }
 
 fn message(call: &Call, answer: &Answer) -> String {
-    let mut text = format!("{} {}: {}", call.name, call.op, answer.refusal.as_deref().unwrap_or(&answer.did));
+    let mut text =
+        format!("{} {}: {}", call.name, call.op, answer.refusal.as_deref().unwrap_or(&answer.did));
     for warning in &answer.warnings {
         text.push_str("; ");
         text.push_str(warning);
@@ -92,7 +99,8 @@ fn priority(answer: &Answer) -> &'static str {
 
 /// Seconds since 1970, to the millisecond.
 fn seconds() -> f64 {
-    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    let now =
+        std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
     (now.as_secs_f64() * 1000.0).round() / 1000.0
 }
 
@@ -133,16 +141,24 @@ mod tests {
         let micros = 1234;
         to_journal(
             &socket,
-            &fields(&call(), Some("uuid"), &answer, &message(&call(), &answer), &micros.to_string())
-                .map(|(key, text)| (key, clean(text))),
+            &fields(
+                &call(),
+                Some("uuid"),
+                &answer,
+                &message(&call(), &answer),
+                &micros.to_string(),
+            )
+            .map(|(key, text)| (key, clean(text))),
         )
         .unwrap();
         let mut datagram = [0; 1024];
         let length = journal.recv(&mut datagram).unwrap();
         assert_eq!(
             std::str::from_utf8(&datagram[..length]).unwrap(),
-            "MESSAGE=erp MESSAGE=forged prepare: no key; and more\nPRIORITY=3\nSYSLOG_IDENTIFIER=virt-usb-hook\n\
-             VIRT_USB_OPERATION=prepare\nVIRT_USB_DOMAIN=erp MESSAGE=forged\nVIRT_USB_INSTANCE=uuid\n\
+            "MESSAGE=erp MESSAGE=forged prepare: no key; and \
+                more\nPRIORITY=3\nSYSLOG_IDENTIFIER=virt-usb-hook\n\
+             VIRT_USB_OPERATION=prepare\nVIRT_USB_DOMAIN=erp \
+             MESSAGE=forged\nVIRT_USB_INSTANCE=uuid\n\
              VIRT_USB_OUTCOME=refused\nVIRT_USB_DURATION_US=1234\n"
         );
     }

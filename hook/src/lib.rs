@@ -5,11 +5,13 @@
 //!                  ├─► run: what may fail how ──► prepare │ incoming │ notice ──► Answer ──► stdout, stderr, exit
 //!  stdin ─► Input ─┘                               │ (claims in the store, sysfs at the ports)   └──► one journal record
 //! ```
-//! It is a library too, so that agent and command line claim and rewrite with the same code: [`config`], [`sysfs`],
-//! [`machine`], [`guest`], [`notice::take_over`], [`rules`], [`wish`] and [`run::handle_with`] are shared, and nothing here may need libvirt, libusb or an async runtime.
+//! It is a library too, so that agent and command line claim and rewrite with the same code:
+//! [`config`], [`sysfs`], [`machine`], [`guest`], [`notice::take_over`], [`rules`], [`wish`] and
+//! [`run::handle_with`] are shared, and nothing here may need libvirt, libusb or an async runtime.
 //!
-//! libvirt holds the domain's lock while the hook runs and waits for every descriptor that it was given: the hook
-//! calls nothing, starts nothing, and waits for nothing but the store's lock, two seconds at the most.
+//! libvirt holds the domain's lock while the hook runs and waits for every descriptor that it was
+//! given: the hook calls nothing, starts nothing, and waits for nothing but the store's lock, two
+//! seconds at the most.
 
 pub mod answer;
 pub mod call;

@@ -19,8 +19,8 @@ pub struct BootError {
     what: String,
 }
 
-/// The context of a write: this boot, this moment, `actor` (`hook prepare`), and what the configuration says of
-/// pending claims.
+/// The context of a write: this boot, this moment, `actor` (`hook prepare`), and what the
+/// configuration says of pending claims.
 ///
 /// # Errors
 /// When procfs does not hold `sys/kernel/random/boot_id` and `uptime`.
@@ -37,11 +37,17 @@ pub fn context(config: &Config, actor: impl Into<String>) -> Result<Context, Boo
         return Err(BootError { path, what: format!("{boot_id:?} is no boot id") });
     }
     let uptime = read("uptime")?;
-    let uptime = uptime.split_whitespace().next().and_then(|t| t.parse().ok()).ok_or_else(|| BootError {
-        path: config.procfs_root.join("uptime").display().to_string(),
-        what: format!("{:?} does not begin with seconds since boot", uptime.trim()),
-    })?;
-    Ok(Context { boot_id, uptime, pending_grace: config.pending_grace.as_secs_f64(), actor: actor.into() })
+    let uptime =
+        uptime.split_whitespace().next().and_then(|t| t.parse().ok()).ok_or_else(|| BootError {
+            path: config.procfs_root.join("uptime").display().to_string(),
+            what: format!("{:?} does not begin with seconds since boot", uptime.trim()),
+        })?;
+    Ok(Context {
+        boot_id,
+        uptime,
+        pending_grace: config.pending_grace.as_secs_f64(),
+        actor: actor.into(),
+    })
 }
 
 /// The agent's lock, in `state_dir`.
@@ -60,7 +66,8 @@ pub enum Agent {
 
 /// Asks the kernel, by the lock on `state_dir/agent.lock`.
 pub fn agent(state_dir: &Path) -> Agent {
-    // The folder belongs to another user: no link is followed there, and nothing that is not a file is waited for.
+    // The folder belongs to another user: no link is followed there, and nothing that is not a file
+    // is waited for.
     let careful = File::options()
         .read(true)
         .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
@@ -80,17 +87,20 @@ pub const HOOK_SOCKET: &str = "hook.sock";
 /// What [`tell_agent`] calls a command of `virt-usb` that may have changed the inventory.
 pub const COMMAND: &str = "command";
 
-/// Opens [`HOOK_SOCKET`] as a place, which `/proc/self/fd` addresses. The name may be a link of the folder's owner to a socket that
-/// listens to root alone: no link is followed.
+/// Opens [`HOOK_SOCKET`] as a place, which `/proc/self/fd` addresses. The name may be a link of the
+/// folder's owner to a socket that listens to root alone: no link is followed.
 ///
 /// # Errors
 /// If there is no such socket.
 pub fn hook_socket(state_dir: &Path) -> std::io::Result<File> {
-    File::options().read(true).custom_flags(libc::O_PATH | libc::O_NOFOLLOW).open(state_dir.join(HOOK_SOCKET))
+    File::options()
+        .read(true)
+        .custom_flags(libc::O_PATH | libc::O_NOFOLLOW)
+        .open(state_dir.join(HOOK_SOCKET))
 }
 
-/// Tells the agent of a call: `prepare 1234 0` is the operation, its microseconds, its exit status. Nobody waits, and nobody minds if
-/// there is no agent.
+/// Tells the agent of a call: `prepare 1234 0` is the operation, its microseconds, its exit status.
+/// Nobody waits, and nobody minds if there is no agent.
 pub fn tell_agent(state_dir: &Path, op: &str, took: Duration, exit: u8) {
     let told = hook_socket(state_dir).and_then(|place| {
         let socket = UnixDatagram::unbound()?;
@@ -130,7 +140,9 @@ mod tests {
         let hear = |socket: &UnixDatagram| {
             socket.set_nonblocking(true).unwrap();
             let mut told = [0; 64];
-            socket.recv(&mut told).map(|length| String::from_utf8_lossy(&told[..length]).into_owned())
+            socket
+                .recv(&mut told)
+                .map(|length| String::from_utf8_lossy(&told[..length]).into_owned())
         };
         let agent = UnixDatagram::bind(&file).unwrap();
         tell_agent(state.path(), "prepare", Duration::from_micros(1234), 0);

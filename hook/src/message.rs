@@ -36,7 +36,8 @@ impl Host {
         if short.iter().any(|s| s.total == 0) {
             let devices = store.devices().unwrap_or_default();
             let hint = |s: &Shortage| {
-                let hint = devices.iter().find_map(|r| nearly(&s.request.selector, r, &config.aliases))?;
+                let hint =
+                    devices.iter().find_map(|r| nearly(&s.request.selector, r, &config.aliases))?;
                 Some((s.number, hint))
             };
             near = short.iter().filter(|s| s.total == 0).filter_map(hint).collect();
@@ -52,7 +53,9 @@ fn nearly(selector: &Selector, record: &Record, aliases: &Aliases) -> Option<Str
         let (wanted, is) = (selector.serial.as_deref()?, record.entry.serial.as_deref()?);
         let other = Selector { serial: Some(is.to_owned()), ..selector.clone() };
         let alike = plain(wanted) == plain(is) && selects(&other, record);
-        alike.then(|| format!("{} has the serial \"{is}\": letter case and spaces count", device(record)))
+        alike.then(|| {
+            format!("{} has the serial \"{is}\": letter case and spaces count", device(record))
+        })
     };
     let kind = || {
         let usb = UsbId { vendor: selector.vendor_id?, product: selector.product_id? };
@@ -60,7 +63,10 @@ fn nearly(selector: &Selector, record: &Record, aliases: &Aliases) -> Option<Str
         let (vendor_id, product_id) = (Some(is.vendor), Some(is.product));
         let other = Selector { vendor_id, product_id, serial: None, ..selector.clone() };
         (aliases.join(usb, is) && selects(&other, record)).then(|| {
-            format!("{} is {usb} in another mode (usb_aliases): ask for {is}, or for its id", device(record))
+            format!(
+                "{} is {usb} in another mode (usb_aliases): ask for {is}, or for its id",
+                device(record)
+            )
         })
     };
     serial().or_else(kind)
@@ -87,7 +93,8 @@ pub fn shortages(asker: &Asker, short: &[Shortage], operators: usize, host: &Hos
 /// A request as the command line takes it.
 fn argument(request: &DeviceRequest) -> String {
     let Selector { id, vendor_id, product_id, .. } = &request.selector;
-    let only_kind = Selector { vendor_id: *vendor_id, product_id: *product_id, ..Selector::default() };
+    let only_kind =
+        Selector { vendor_id: *vendor_id, product_id: *product_id, ..Selector::default() };
     match (id, vendor_id, product_id) {
         (Some(id), _, _) => id.to_string(),
         (None, Some(vendor), Some(product)) if request.selector == only_kind => {
@@ -113,11 +120,15 @@ pub(crate) fn shortages_of_incoming(
     })
 }
 
-/// The first of them: libvirt cuts what it shows at about a thousand bytes, and one reason is enough to refuse.
+/// The first of them: libvirt cuts what it shows at about a thousand bytes, and one reason is
+/// enough to refuse.
 fn first(short: &[Shortage], text: impl Fn(&Shortage) -> String) -> String {
     let more = short.len().saturating_sub(1);
-    let others =
-        if more == 0 { String::new() } else { format!(" ({more} more of its requests cannot be served)") };
+    let others = if more == 0 {
+        String::new()
+    } else {
+        format!(" ({more} more of its requests cannot be served)")
+    };
     short.first().map_or_else(String::new, |s| format!("{}{others}", text(s)))
 }
 
@@ -151,9 +162,18 @@ fn shortage(asked: &str, owner_known: bool, short: &Shortage, host: &Host) -> St
     let missing = count.saturating_sub(short.got);
     let lack = if count == 1 { String::new() } else { format!(", {missing} too few") };
     if short.matching.is_empty() {
-        return format!("{asked}{lack}: this host has {} that match. {}", short.total, advice(short, host));
+        return format!(
+            "{asked}{lack}: this host has {} that match. {}",
+            short.total,
+            advice(short, host)
+        );
     }
-    format!("{asked}{lack}; of {} that match: {}. {}", short.total, parts.join("; "), advice(short, host))
+    format!(
+        "{asked}{lack}; of {} that match: {}. {}",
+        short.total,
+        parts.join("; "),
+        advice(short, host)
+    )
 }
 
 fn obstacle(obstacle: &Obstacle) -> String {
@@ -190,7 +210,8 @@ fn unavailable(record: &Record) -> String {
 pub(crate) fn held_by_hand(domain: &str, record: &Record, claim: &ClaimRow) -> String {
     let advice = match is_kept(claim) {
         true => format!(
-            "take the <hostdev> out, or 'virt-usb claims release {} --force' ends what is kept for that guest",
+            "take the <hostdev> out, or 'virt-usb claims release {} --force' ends what is kept for \
+                that guest",
             claim.instance_uuid
         ),
         false => "take the <hostdev> out, or stop that guest".to_owned(),
@@ -207,7 +228,8 @@ pub(crate) fn held_by_hand(domain: &str, record: &Record, claim: &ClaimRow) -> S
 /// A guest comes in with a device that was there a moment ago.
 pub(crate) fn lost(domain: &str, id: DeviceId) -> String {
     format!(
-        "{domain} has a <hostdev> (alias ua-usb-{id}) in its XML with an address that is not that of device {id}: it was unplugged or plugged in anew since \
+        "{domain} has a <hostdev> (alias ua-usb-{id}) in its XML with an address that is not that \
+            of device {id}: it was unplugged or plugged in anew since \
          the guest began to come in. Plug it in, and try again"
     )
 }
@@ -242,13 +264,15 @@ fn advice(short: &Shortage, host: &Host) -> String {
     // What is kept for a guest that does not run is not freed by stopping it.
     if let Some(claim) = holders().find(|c| !is_kept(c)) {
         return format!(
-            "Stop the guest that holds it, or 'virt-usb claims release {} --force' if that guest is gone",
+            "Stop the guest that holds it, or 'virt-usb claims release {} --force' if that guest \
+                is gone",
             claim.instance_uuid
         );
     }
     if let Some(claim) = holders().next() {
         return format!(
-            "It is kept for that guest, also while that guest is off: if it is off, 'virt-usb claims release {} --force' ends that",
+            "It is kept for that guest, also while that guest is off: if it is off, 'virt-usb \
+                claims release {} --force' ends that",
             claim.instance_uuid
         );
     }

@@ -1,4 +1,5 @@
-//! `started`, `stopped`, `release`, `reconnect`: nothing can be refused, and nothing here ever fails a call.
+//! `started`, `stopped`, `release`, `reconnect`: nothing can be refused, and nothing here ever
+//! fails a call.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -27,13 +28,21 @@ pub(crate) fn reconnect(job: &Job<'_>) -> Result<Answer, Fault> {
 }
 
 fn running(job: &Job<'_>, concerned: bool, witness: Witness) -> Result<Answer, Fault> {
-    let (Some(instance), true) = (job.domain.uuid, concerned) else { return Ok(Answer::unchanged(NOTHING)) };
+    let (Some(instance), true) = (job.domain.uuid, concerned) else {
+        return Ok(Answer::unchanged(NOTHING));
+    };
     let fault = |e: StoreError| Fault::of(true, e);
     let config = job.config(true)?;
     let (mut store, context) = open(config, &job.call.op, true)?;
     let TakenOver { adopted, in_guest, waiting } =
-        take_over(&mut store, job.domain, instance, &config.sysfs_root, witness, &context).map_err(fault)?;
-    let anew = store.claims_of(instance).map_err(fault)?.iter().filter(|c| c.arrived && !c.pending).count();
+        take_over(&mut store, job.domain, instance, &config.sysfs_root, witness, &context)
+            .map_err(fault)?;
+    let anew = store
+        .claims_of(instance)
+        .map_err(fault)?
+        .iter()
+        .filter(|c| c.arrived && !c.pending)
+        .count();
     let mut did = format!("{} in the guest, {} to be attached", in_guest.len(), waiting.len());
     if anew > 0 {
         did.push_str(&format!(", {anew} to be attached anew"));
@@ -41,7 +50,8 @@ fn running(job: &Job<'_>, concerned: bool, witness: Witness) -> Result<Answer, F
     let mut answer = Answer::unchanged(did);
     if anew > 0 && machine::agent(&config.state_dir) != Agent::Alive {
         answer = answer.warn(format!(
-            "{}: QEMU lets go of its USB devices when it loads its state, and no agent runs to attach them anew: \
+            "{}: QEMU lets go of its USB devices when it loads its state, and no agent runs to \
+                attach them anew: \
              'systemctl start virt-usbd', or 'virsh detach-device' and 'virsh attach-device'",
             job.domain.name
         ));
@@ -96,15 +106,17 @@ pub fn take_over(
     // Aliases of what it does not hold say nothing: `confirm` passes over them.
     let unread = domain.host_devices().zip(&adopted).filter(|(_, a)| **a == Adoption::Unknown);
     let injected = unread.filter_map(|(hostdev, _)| hostdev.injected());
-    let in_guest: BTreeSet<DeviceId> = adopted.iter().filter_map(Adoption::device).chain(injected).collect();
+    let in_guest: BTreeSet<DeviceId> =
+        adopted.iter().filter_map(Adoption::device).chain(injected).collect();
     let inside: Vec<DeviceId> = in_guest.iter().copied().collect();
     let waiting = store.confirm(instance, &inside, witness, context)?;
     Ok(TakenOver { adopted, in_guest, waiting })
 }
 
-/// QEMU is gone. The devices stay the instance's until `release`: between the two calls libvirt still counts them as the
-/// domain's (src/qemu/qemu_process.c, qemuProcessStop: this hook, then qemuHostdevReAttachDomainDevices, then the release hook), and
-/// whoever was given one now would be refused by libvirt.
+/// QEMU is gone. The devices stay the instance's until `release`: between the two calls libvirt
+/// still counts them as the domain's (src/qemu/qemu_process.c, qemuProcessStop: this hook, then
+/// qemuHostdevReAttachDomainDevices, then the release hook), and whoever was given one now would be
+/// refused by libvirt.
 pub(crate) fn stopped(job: &Job<'_>) -> Result<Answer, Fault> {
     with_store(job, |store, context| {
         let Some(instance) = job.domain.uuid else { return Ok(NOTHING.into()) };
@@ -154,7 +166,8 @@ fn with_store(
         Fault::of(
             true,
             format!(
-                "{e}; the claims of {} stay until the agent or 'virt-usb claims release' frees them",
+                "{e}; the claims of {} stay until the agent or 'virt-usb claims release' frees \
+                    them",
                 job.domain.name
             ),
         )

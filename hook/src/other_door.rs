@@ -54,7 +54,8 @@ fn warnings(job: &Job<'_>) -> Result<Vec<String>, Fault> {
         let (Some(device), Some(claim)) = (device, claim) else { continue };
         if job.domain.uuid != Some(claim.instance_uuid) {
             warnings.push(format!(
-                "{} has {path} as its {what}, which is on {}, and {} ({}) holds that device since {}: stop one of the guests",
+                "{} has {path} as its {what}, which is on {}, and {} ({}) holds that device since \
+                    {}: stop one of the guests",
                 job.domain.name,
                 message::device(device),
                 claim.domain,

@@ -1,10 +1,11 @@
 //! A panic ends the program.
 //!
-//! A program that lost a thread must not continue. systemd restarts the agent; libvirt treats the hook's abort as a veto.
-//! The release build does not set `panic = "abort"`, because dependencies would then be compiled a second time for tests.
+//! A program that lost a thread must not continue. systemd restarts the agent; libvirt treats the
+//! hook's abort as a veto. The release build does not set `panic = "abort"`, because dependencies
+//! would then be compiled a second time for tests.
 
-/// Makes every panic of this process end it by SIGABRT, once its message is printed. Called first in the `main` of each
-/// installed program.
+/// Makes every panic of this process end it by SIGABRT, once its message is printed. Called first
+/// in the `main` of each installed program.
 pub fn abort() {
     let print = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |info| {

@@ -1,4 +1,5 @@
-//! `prepare`: claim what the domain asks for, and write it into the XML, or refuse the start. What `restore` refused is refused here.
+//! `prepare`: claim what the domain asks for, and write it into the XML, or refuse the start. What
+//! `restore` refused is refused here.
 
 use virt_usb_model::{DeviceId, Flavor, Selector};
 use virt_usb_store::adopt::{Adoption, Entered};
@@ -47,7 +48,9 @@ pub(crate) fn prepare(job: &Job<'_>) -> Result<Answer, Fault> {
         Some(refusal) => refusal,
         // One that comes in with nothing that could be ours is asked what it asks for, as at any
         // start.
-        None if entered.arriving && injected => gate.arrive(&entered, wish.resolve(&gate.store).ok())?,
+        None if entered.arriving && injected => {
+            gate.arrive(&entered, wish.resolve(&gate.store).ok())?
+        }
         None => {
             let flavor = wish.resolve(&gate.store)?;
             gate.concerned |= !flavor.is_empty();
@@ -110,7 +113,9 @@ impl Gate<'_> {
         let domain = self.job.domain;
         for adopted in &entered.adopted {
             let why = match adopted {
-                Adoption::HeldBy(device, claim) => message::held_by_hand(&domain.name, device, claim),
+                Adoption::HeldBy(device, claim) => {
+                    message::held_by_hand(&domain.name, device, claim)
+                }
                 Adoption::SetAside(device) => message::set_aside_by_hand(&domain.name, device),
                 Adoption::Lost(id) => message::lost(&domain.name, *id),
                 Adoption::Unknown | Adoption::New(_) | Adoption::AlreadyYours(_) => continue,
@@ -120,9 +125,10 @@ impl Gate<'_> {
         None
     }
 
-    /// A guest that comes in by restore or migration has what the filter claimed for it. If its flavor and its assignments ask for
-    /// more, as when a device was unplugged while its state was saved, it gets that too once it runs. It comes in without it where
-    /// it cannot be had: the flavor may have changed, or name devices of the host that it left.
+    /// A guest that comes in by restore or migration has what the filter claimed for it. If its
+    /// flavor and its assignments ask for more, as when a device was unplugged while its state was
+    /// saved, it gets that too once it runs. It comes in without it where it cannot be had: the
+    /// flavor may have changed, or name devices of the host that it left.
     fn arrive(&mut self, entered: &Entered, flavor: Option<Flavor>) -> Result<Answer, Fault> {
         if let Some(flavor) = &flavor {
             self.make_lasting(flavor)?;
@@ -154,10 +160,12 @@ impl Gate<'_> {
         claims.retain(|claim| !claim.ending);
         let mut left = self.store.devices().map_err(|e| Fault::of(self.concerned, e))?;
         left.retain(|record| claims.iter().any(|claim| claim.device_id == record.entry.id));
-        let serving = |want: &Want| left.iter().filter(|r| selects(&want.request.selector, r)).count();
+        let serving =
+            |want: &Want| left.iter().filter(|r| selects(&want.request.selector, r)).count();
         let mut wants: Vec<(usize, u32, Want)> =
             (0..).zip(wants).map(|(number, want)| (serving(&want), number, want)).collect();
-        // The pickiest first: a device that serves several requests is left to those that others cannot serve.
+        // The pickiest first: a device that serves several requests is left to those that others
+        // cannot serve.
         wants.sort_by_key(|(serving, number, _)| (*serving, *number));
         let mut lacking = Vec::new();
         for (_, number, mut want) in wants {
@@ -173,9 +181,11 @@ impl Gate<'_> {
             }
         }
         lacking.sort_by_key(|want| want.number);
-        // Another host's ids mean nothing here: a device that came in for one of them serves it, though it is not the one that is named.
+        // Another host's ids mean nothing here: a device that came in for one of them serves it,
+        // though it is not the one that is named.
         let is_unasked = |c: &ClaimRow| c.by_hand && c.request.is_none();
-        let unasked: Vec<DeviceId> = claims.iter().filter(|c| is_unasked(c)).map(|c| c.device_id).collect();
+        let unasked: Vec<DeviceId> =
+            claims.iter().filter(|c| is_unasked(c)).map(|c| c.device_id).collect();
         left.retain(|record| !unasked.contains(&record.entry.id));
         for _ in left {
             if let Some(want) = lacking.iter_mut().find(|want| want.request.count > 0) {
@@ -193,8 +203,10 @@ impl Gate<'_> {
         inside: &[DeviceId],
     ) -> Result<Result<Vec<DeviceId>, String>, Fault> {
         let name = &self.job.domain.name;
-        let without = |why: String| format!("{name} comes in without some of its USB devices: {why}");
-        let mut guest = Guest::new(&self.config.sysfs_root, self.job.domain, 0, inside, self.job.call.caller);
+        let without =
+            |why: String| format!("{name} comes in without some of its USB devices: {why}");
+        let mut guest =
+            Guest::new(&self.config.sysfs_root, self.job.domain, 0, inside, self.job.call.caller);
         let claimed = self
             .store
             .claim(&self.asker, wants, &[], Standing::More, &mut guest, &self.context)
@@ -254,7 +266,10 @@ impl Gate<'_> {
     /// What is assigned to the instance; without a hint of it there is nothing.
     fn assigned(&self) -> Result<Vec<Assignment>, Fault> {
         match self.job.may_be_known(&self.config.state_dir) {
-            true => self.store.assignments(self.asker.instance).map_err(|e| Fault::of(self.concerned, e)),
+            true => self
+                .store
+                .assignments(self.asker.instance)
+                .map_err(|e| Fault::of(self.concerned, e)),
             false => Ok(Vec::new()),
         }
     }
@@ -275,7 +290,10 @@ impl Gate<'_> {
 
 /// The request for one device.
 pub(crate) fn only(id: DeviceId) -> virt_usb_model::DeviceRequest {
-    virt_usb_model::DeviceRequest { selector: Selector { id: Some(id), ..Selector::default() }, count: 1 }
+    virt_usb_model::DeviceRequest {
+        selector: Selector { id: Some(id), ..Selector::default() },
+        count: 1,
+    }
 }
 
 /// What the domain's own XML holds.
@@ -294,17 +312,24 @@ fn claimed_text(ids: &[DeviceId]) -> String {
 /// The answer, with a warning where a hostdev of the domain may become any device.
 fn startup_policy(job: &Job<'_>, answer: Answer) -> Answer {
     match job.domain.hostdevs.iter().any(|h| h.has_startup_policy) {
-        true => answer.warn("a <hostdev> of the domain has a startupPolicy: with its device missing, QEMU takes any other it can open; take the attribute out"),
+        true => answer.warn(
+            "a <hostdev> of the domain has a startupPolicy: with its device \
+            missing, QEMU takes any other it can open; take the attribute out",
+        ),
         false => answer,
     }
 }
 
 /// The answer with the XML that the plan leads to.
-fn rewritten(job: &Job<'_>, config: &Config, guest: &Guest<'_>, did: String) -> Result<Answer, Fault> {
-    let xml = job
-        .document
-        .rewrite(&guest.edits)
-        .map_err(|e| Fault::of(true, format!("cannot write the devices into the domain XML: {e}")))?;
+fn rewritten(
+    job: &Job<'_>,
+    config: &Config,
+    guest: &Guest<'_>,
+    did: String,
+) -> Result<Answer, Fault> {
+    let xml = job.document.rewrite(&guest.edits).map_err(|e| {
+        Fault::of(true, format!("cannot write the devices into the domain XML: {e}"))
+    })?;
     let mut answer = startup_policy(job, Answer { xml, did, ..Answer::default() });
     for warning in &guest.warnings {
         answer = answer.warn(warning);
@@ -314,26 +339,36 @@ fn rewritten(job: &Job<'_>, config: &Config, guest: &Guest<'_>, did: String) -> 
     }
     Ok(match machine::agent(&config.state_dir) {
         Agent::Alive => answer,
-        Agent::Dead => answer.warn("the agent does not run: only a caller that uses the printed XML gets the device (systemctl start virt-usbd)"),
-        Agent::NotInstalled => answer.warn("no agent is installed: only a caller that uses the printed XML gets the device"),
+        Agent::Dead => answer.warn(
+            "the agent does not run: only a caller that uses the printed \
+            XML gets the device (systemctl start virt-usbd)",
+        ),
+        Agent::NotInstalled => answer.warn(
+            "no agent is installed: only a caller that uses the \
+            printed XML gets the device",
+        ),
     })
 }
 
-/// libvirt throws away what is printed: a guest that the agent must give its device does not start without the agent, where
-/// the configuration says so.
+/// libvirt throws away what is printed: a guest that the agent must give its device does not start
+/// without the agent, where the configuration says so.
 fn refuse_without_agent(job: &Job<'_>, config: &Config) -> Option<Answer> {
     if job.call.caller == Caller::Starter {
         return None;
     }
     let name = &job.domain.name;
     match (config.require_agent, machine::agent(&config.state_dir)) {
-        (RequireAgent::Never, _) | (_, Agent::Alive) | (RequireAgent::Auto, Agent::NotInstalled) => None,
+        (RequireAgent::Never, _)
+        | (_, Agent::Alive)
+        | (RequireAgent::Auto, Agent::NotInstalled) => None,
         (_, Agent::Dead) => Some(Answer::refused(format!(
-            "{name} asks for USB devices, and the agent that attaches them does not run: 'systemctl start virt-usbd', or start it with 'virt-usb start {name}' \
+            "{name} asks for USB devices, and the agent that attaches them does not run: \
+                'systemctl start virt-usbd', or start it with 'virt-usb start {name}' \
              (require_agent = false in the configuration: let it start without)"
         ))),
         (_, Agent::NotInstalled) => Some(Answer::refused(format!(
-            "{name} asks for USB devices, and the configuration demands an agent to attach them (require_agent = true), but none is installed: \
+            "{name} asks for USB devices, and the configuration demands an agent to attach them \
+                (require_agent = true), but none is installed: \
              install virt-usbd, or start it with 'virt-usb start {name}'"
         ))),
     }

@@ -1,5 +1,5 @@
-//! Whether a configuration has lost the whitelist. A file that was cut off, or is gone, must not offer every device to
-//! everybody: the inventory remembers what the file held.
+//! Whether a configuration has lost the whitelist. A file that was cut off, or is gone, must not
+//! offer every device to everybody: the inventory remembers what the file held.
 
 use std::path::Path;
 
@@ -28,8 +28,8 @@ pub fn remembered(config: &Config) -> Rules {
     }
 }
 
-/// Refuses a configuration that has lost the whitelist. To turn the whitelist off, a file has to say so. `file`: where it
-/// was read, if not at its usual place.
+/// Refuses a configuration that has lost the whitelist. To turn the whitelist off, a file has to
+/// say so. `file`: where it was read, if not at its usual place.
 ///
 /// # Errors
 /// What is missing and what to do; or a fault of the inventory.
@@ -40,14 +40,19 @@ pub fn admit(store: &Store, config: &Config, file: Option<&Path>) -> Result<(), 
     }
     let lost = match store.rules()? {
         Rules::On if now < Rules::On && !keys.switch => {
-            "usb_white_list_switch, which was \"on\": every device would be offered. Restore the file, or write usb_white_list_switch = \"off\""
+            "usb_white_list_switch, which was \"on\": every device would be offered. Restore the \
+                file, or write usb_white_list_switch = \"off\""
         }
         Rules::Off if now == Rules::None && !keys.rules => {
-            "usb_passthrough_whitelist, which held rules. Restore the file, or write usb_passthrough_whitelist = []"
+            "usb_passthrough_whitelist, which held rules. Restore the file, or write \
+                usb_passthrough_whitelist = []"
         }
         _ => return Ok(()),
     };
     let file = file.unwrap_or(Path::new(DEFAULT_PATH));
     let why = if file.exists() { "may be cut off: it" } else { "is gone, and the default" };
-    Err(RulesError::Lost(format!("the configuration {} {why} does not hold {lost}", file.display())))
+    Err(RulesError::Lost(format!(
+        "the configuration {} {why} does not hold {lost}",
+        file.display()
+    )))
 }

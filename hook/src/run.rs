@@ -41,11 +41,14 @@ pub fn main() -> ExitCode {
     let began = Instant::now();
     let (mut stdout, mut stderr) = (std::io::stdout(), std::io::stderr());
     let show = |text: &str| {
-        Answer { xml: Some(text.into()), ..Answer::default() }.deliver(std::io::stdout(), std::io::stderr())
+        Answer { xml: Some(text.into()), ..Answer::default() }
+            .deliver(std::io::stdout(), std::io::stderr())
     };
     match call::parse(std::env::args_os().skip(1)) {
         Asked::Help => finished(show(call::USAGE).is_ok()),
-        Asked::Version => finished(show(concat!("virt-usb-hook ", env!("CARGO_PKG_VERSION"), "\n")).is_ok()),
+        Asked::Version => {
+            finished(show(concat!("virt-usb-hook ", env!("CARGO_PKG_VERSION"), "\n")).is_ok())
+        }
         Asked::Wrong(why) => {
             drop(Answer::refused(format!("{why} (try --help)")).deliver(&mut stdout, &mut stderr));
             ExitCode::from(2)
@@ -127,16 +130,20 @@ pub fn handle_with(config: Result<Config, ConfigError>, call: &Call, input: Inpu
     };
     let broken = config.as_ref().err().map(ToString::to_string);
     let handled = |answer: Answer, instance| {
-        // A wrong configuration is never passed over in silence, even for a domain that it cannot hurt.
+        // A wrong configuration is never passed over in silence, even for a domain that it cannot
+        // hurt.
         let answer = broken.iter().fold(answer, |answer, why| answer.warn_once(why));
         Handled { answer, log, instance, state_dir }
     };
     if call.operation == Operation::Ignored {
         return handled(Answer::unchanged(NOTHING), None);
     }
-    // At a restore nothing is said yet: the prepare that follows gets the same XML, and refuses whom it concerns (see incoming::hand_on).
+    // At a restore nothing is said yet: the prepare that follows gets the same XML, and refuses
+    // whom it concerns (see incoming::hand_on).
     let failed = |fault: &Fault| match call.operation {
-        Operation::Filter(Incoming::Restore) => Answer::unchanged("left to prepare").warn(&fault.what),
+        Operation::Filter(Incoming::Restore) => {
+            Answer::unchanged("left to prepare").warn(&fault.what)
+        }
         _ => answer_fault(call, fault),
     };
     let filter = matches!(call.operation, Operation::Filter(_));
@@ -176,7 +183,9 @@ fn whole(input: Input, filter: bool) -> Result<Vec<u8>, Fault> {
             let what = format!("the domain XML is longer than {} bytes", virt_usb_domxml::MAX_XML);
             Err(Fault::of(marks.us || (filter && marks.hostdevs), what))
         }
-        Input::Broken(e) => Err(Fault::of(false, format!("cannot read the domain XML from stdin: {e}"))),
+        Input::Broken(e) => {
+            Err(Fault::of(false, format!("cannot read the domain XML from stdin: {e}")))
+        }
     }
 }
 
@@ -217,12 +226,18 @@ impl Job<'_> {
     }
 
     /// Refuses a configuration that has lost the whitelist.
-    pub(crate) fn admit(&self, store: &Store, config: &Config, concerned: bool) -> Result<(), Fault> {
-        rules::admit(store, config, self.call.config.as_deref()).map_err(|e| Fault::of(concerned, e))
+    pub(crate) fn admit(
+        &self,
+        store: &Store,
+        config: &Config,
+        concerned: bool,
+    ) -> Result<(), Fault> {
+        rules::admit(store, config, self.call.config.as_deref())
+            .map_err(|e| Fault::of(concerned, e))
     }
 
-    /// Where hints are looked for. With a wrong configuration that does not say where: a place where nothing can be
-    /// looked up, so that no hint is sure.
+    /// Where hints are looked for. With a wrong configuration that does not say where: a place
+    /// where nothing can be looked up, so that no hint is sure.
     pub(crate) fn state_dir(&self) -> PathBuf {
         match &self.config {
             Ok(config) => config.state_dir.clone(),
@@ -232,7 +247,9 @@ impl Job<'_> {
 
     /// Whether the database is worth asking about this instance.
     pub(crate) fn may_be_known(&self, state_dir: &Path) -> bool {
-        let known = |id| may_know(state_dir, Known::Instance(id)) || may_know(state_dir, Known::Assigned(id));
+        let known = |id| {
+            may_know(state_dir, Known::Instance(id)) || may_know(state_dir, Known::Assigned(id))
+        };
         self.domain.uuid.is_some_and(known)
     }
 

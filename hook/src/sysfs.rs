@@ -1,7 +1,8 @@
 //! What the kernel says of the device at a port, right now.
 //!
-//! The inventory's address is a memory; this is the fact. Sources: `Documentation/ABI/testing/sysfs-bus-usb` and
-//! `Documentation/ABI/stable/sysfs-bus-usb` of the kernel.
+//! The inventory's address is a memory; this is the fact. Sources:
+//! `Documentation/ABI/testing/sysfs-bus-usb` and `Documentation/ABI/stable/sysfs-bus-usb` of the
+//! kernel.
 
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
@@ -61,14 +62,19 @@ fn seen(dir: &Path) -> Result<Option<Seen>, SysfsError> {
         .zip(device.parse().ok())
         .and_then(|(bus, device)| BusAddress::new(bus, device))
         .ok_or_else(|| wrong("devnum", &device))?;
-    Ok(Some(Seen { usb: UsbId { vendor, product }, serial: serial.as_deref().and_then(clean_text), address }))
+    Ok(Some(Seen {
+        usb: UsbId { vendor, product },
+        serial: serial.as_deref().and_then(clean_text),
+        address,
+    }))
 }
 
-/// The path of a port, whether or not something is plugged in there; `None` where sysfs does not show the port's root
-/// hub below its controller.
+/// The path of a port, whether or not something is plugged in there; `None` where sysfs does not
+/// show the port's root hub below its controller.
 ///
-/// A socket of USB 3 has a port at a hub of USB 2 and one at a hub of USB 3, each the other's `peer`. Both have the path
-/// of the USB 2 port, because a device may fall back from one to the other without being moved.
+/// A socket of USB 3 has a port at a hub of USB 2 and one at a hub of USB 3, each the other's
+/// `peer`. Both have the path of the USB 2 port, because a device may fall back from one to the
+/// other without being moved.
 pub fn path_of(sysfs_root: &Path, port: &PortPath) -> Option<DevicePath> {
     let devices = sysfs_root.join("bus/usb/devices");
     let (controller, version) = root_hub(&devices, port.bus())?;
@@ -107,8 +113,8 @@ fn root_hub(devices: &Path, bus: u8) -> Option<(String, u8)> {
     Some((controller, major))
 }
 
-/// A controller's name, from the folder of its root hub, `…/devices/pci0000:00/0000:00:14.0/usb1`, as udev builds
-/// `ID_PATH`: the PCI function that is next to the hub, then what is below that.
+/// A controller's name, from the folder of its root hub, `…/devices/pci0000:00/0000:00:14.0/usb1`,
+/// as udev builds `ID_PATH`: the PCI function that is next to the hub, then what is below that.
 fn controller(root_hub: &Path) -> Option<String> {
     let names: Vec<&str> = root_hub.iter().map(|name| name.to_str()).collect::<Option<_>>()?;
     let (_, above) = names.split_last()?;
@@ -118,7 +124,8 @@ fn controller(root_hub: &Path) -> Option<String> {
     let below = chain.get(function.map_or(0, |at| at + 1)..)?;
     let platform = match below {
         [] => None,
-        // The kernel numbers such devices in the order in which it makes them: the parent is what lasts.
+        // The kernel numbers such devices in the order in which it makes them: the parent is what
+        // lasts.
         [.., parent, name] if name.ends_with(".auto") => {
             let kind = name.split('.').next().unwrap_or(name);
             Some(format!("platform-{parent}-{kind}"))
@@ -160,7 +167,8 @@ fn peer(devices: &Path, port: &PortPath) -> Option<PortPath> {
     }
 }
 
-/// A hub of this host that `wanted` is true of, by the kernel's name for it: root hubs (`usb1`) too. What cannot be read is none.
+/// A hub of this host that `wanted` is true of, by the kernel's name for it: root hubs (`usb1`)
+/// too. What cannot be read is none.
 pub fn hub(sysfs_root: &Path, wanted: impl Fn(&str, UsbId, BusAddress) -> bool) -> Option<String> {
     let all = std::fs::read_dir(sysfs_root.join("bus/usb/devices")).ok()?;
     all.flatten().find_map(|entry| {
@@ -175,8 +183,8 @@ pub fn hub(sysfs_root: &Path, wanted: impl Fn(&str, UsbId, BusAddress) -> bool) 
     })
 }
 
-/// One attribute, without its line end; `None` when it is not there (or its device went away). Bytes that are not
-/// UTF-8 are replaced: serials come from outsiders.
+/// One attribute, without its line end; `None` when it is not there (or its device went away).
+/// Bytes that are not UTF-8 are replaced: serials come from outsiders.
 ///
 /// # Errors
 /// Anything but "not there": permission denied, an I/O error.
@@ -187,7 +195,9 @@ pub fn attribute(dir: &Path, name: &str) -> Result<Option<String>, SysfsError> {
     let read = std::fs::File::open(&path).and_then(|mut file| file.read(&mut page));
     match read {
         Ok(length) => Ok(Some(
-            String::from_utf8_lossy(page.get(..length).unwrap_or_default()).trim_end_matches('\n').to_owned(),
+            String::from_utf8_lossy(page.get(..length).unwrap_or_default())
+                .trim_end_matches('\n')
+                .to_owned(),
         )),
         Err(e) if is_absent(&e) => Ok(None),
         Err(e) => Err(SysfsError { path, reason: e.to_string() }),
@@ -232,7 +242,10 @@ mod tests {
         let at = |bus, device| BusAddress::new(bus, device).unwrap();
         assert_eq!(hub(root.path(), |_, _, a| a == at(2, 1)).as_deref(), Some("usb2"));
         assert_eq!(hub(root.path(), |_, _, a| a == at(2, 7)), None);
-        assert_eq!(hub(root.path(), |_, usb, _| usb == UsbId::new(0x1d6b, 2)).as_deref(), Some("usb2"));
+        assert_eq!(
+            hub(root.path(), |_, usb, _| usb == UsbId::new(0x1d6b, 2)).as_deref(),
+            Some("usb2")
+        );
         assert_eq!(hub(&root.path().join("nowhere"), |_, _, _| true), None);
     }
 
@@ -282,7 +295,8 @@ mod tests {
         }
         assert_eq!(path("9-1"), None);
         assert!(ports_of(root, &"pci-0000:00:14.0-usbv1-0:4".parse().unwrap()).is_empty());
-        // The socket of root port 4 of USB 2 has number 2 at the root hub of USB 3. A hub of USB 3 is plugged in there.
+        // The socket of root port 4 of USB 2 has number 2 at the root hub of USB 3. A hub of USB 3
+        // is plugged in there.
         peers(root, "usb2/2-0:1.0/usb2-port2", "../../../usb1/1-0:1.0/usb1-port4");
         peers(root, "usb1/1-0:1.0/usb1-port4", "../../../usb2/2-0:1.0/usb2-port2");
         peers(root, "2-2/2-2:1.0/2-2-port3", "../../../../usb1/1-4/1-4:1.0/1-4-port1");

@@ -18,14 +18,16 @@ pub enum Wish {
     Nothing,
     /// This.
     Flavor(Flavor),
-    /// What the stored flavors of these names say: one for the devices, one for the redirections. They must exist.
+    /// What the stored flavors of these names say: one for the devices, one for the redirections.
+    /// They must exist.
     Stored {
         /// Where `usb_devices` stands.
         devices: Part,
         /// Where `usb_redirection_devices` stands.
         redirection: Part,
     },
-    /// What the stored flavor of this name says, if there is one. `sure`: there is, or was a moment ago.
+    /// What the stored flavor of this name says, if there is one. `sure`: there is, or was a moment
+    /// ago.
     MaybeStored {
         /// Its name.
         name: String,
@@ -59,21 +61,32 @@ impl Wish {
                 hint => Self::MaybeStored { name: name.clone(), sure: hint == Hint::Yes },
             },
             FlavorSource::Metadata(text) => match name(Some(text)) {
-                Some(name) => {
-                    Self::Stored { devices: Part::Named(name.clone()), redirection: Part::Named(name) }
+                Some(name) => Self::Stored {
+                    devices: Part::Named(name.clone()),
+                    redirection: Part::Named(name),
+                },
+                None => {
+                    Self::of(Flavor::parse(text).map_err(|e| wrong("the domain's <metadata>", e))?)
                 }
-                None => Self::of(Flavor::parse(text).map_err(|e| wrong("the domain's <metadata>", e))?),
             },
             FlavorSource::ExtraSpecs { devices, redirection } => {
-                let given = |d, r| Flavor::parse_lists(d, r).map_err(|e| wrong("Nova's extra specs", e));
-                let part = |text: Option<&str>, flavor| name(text).map_or(Part::Given(flavor), Part::Named);
+                let given =
+                    |d, r| Flavor::parse_lists(d, r).map_err(|e| wrong("Nova's extra specs", e));
+                let part = |text: Option<&str>, flavor| {
+                    name(text).map_or(Part::Given(flavor), Part::Named)
+                };
                 let (d, r) = (devices.as_deref(), redirection.as_deref());
                 match (name(d), name(r)) {
                     (None, None) => Self::of(given(d, r)?),
                     (named, _) => {
-                        let devices = if named.is_some() { Flavor::default() } else { given(d, None)? };
-                        let redirection = if name(r).is_some() { Flavor::default() } else { given(None, r)? };
-                        Self::Stored { devices: part(d, devices), redirection: part(r, redirection) }
+                        let devices =
+                            if named.is_some() { Flavor::default() } else { given(d, None)? };
+                        let redirection =
+                            if name(r).is_some() { Flavor::default() } else { given(None, r)? };
+                        Self::Stored {
+                            devices: part(d, devices),
+                            redirection: part(r, redirection),
+                        }
                     }
                 }
             }
@@ -104,18 +117,26 @@ impl Wish {
     /// When there is none of the name that it must have, or the store cannot be read.
     pub fn resolve(self, store: &Store) -> Result<Flavor, Fault> {
         let concerned = self.is_certain();
-        let stored =
-            |name: &str| store.flavor(name).map(|f| f.map(|f| f.flavor)).map_err(|e| Fault::of(concerned, e));
-        let must = |part: Part| {
-            match part {
+        let stored = |name: &str| {
+            store.flavor(name).map(|f| f.map(|f| f.flavor)).map_err(|e| Fault::of(concerned, e))
+        };
+        let must = |part: Part| match part {
             Part::Given(flavor) => Ok(flavor),
-            Part::Named(name) if name.is_empty() => {
-                Err(Fault::of(true, "it names a stored flavor with @, and no name follows: write @NAME"))
-            }
+            Part::Named(name) if name.is_empty() => Err(Fault::of(
+                true,
+                "it names a stored flavor with @, and no name follows: write \
+                    @NAME",
+            )),
             Part::Named(name) => stored(&name)?.ok_or_else(|| {
-                Fault::of(true, format!("it names the flavor @{name}, which this host does not know: 'virt-usb flavor list' shows those it does, 'virt-usb flavor set {name} JSON' stores it"))
+                Fault::of(
+                    true,
+                    format!(
+                        "it names the flavor @{name}, which this host does not \
+                    know: 'virt-usb flavor list' shows those it does, 'virt-usb flavor set {name} \
+                    JSON' stores it"
+                    ),
+                )
             }),
-        }
         };
         Ok(match self {
             Self::Nothing => Flavor::default(),
@@ -134,11 +155,12 @@ fn name(text: Option<&str>) -> Option<String> {
     text.and_then(|t| t.trim().strip_prefix('@')).map(|n| n.trim().to_owned())
 }
 
-/// The requests: the flavor's, then what operators assigned. With `hold = "instance"` an instance whose flavor
-/// is no longer to be seen keeps the requests that were made lasting then.
+/// The requests: the flavor's, then what operators assigned. With `hold = "instance"` an instance
+/// whose flavor is no longer to be seen keeps the requests that were made lasting then.
 pub(crate) fn wants(flavor: &Flavor, hold: HoldPolicy, assigned: &[Assignment]) -> Vec<Want> {
     let lasting = hold == HoldPolicy::Instance;
-    let of = |source| assigned.iter().filter(move |a| a.source == source).map(|a| a.request.clone());
+    let of =
+        |source| assigned.iter().filter(move |a| a.source == source).map(|a| a.request.clone());
     let mut requests = flavor.usb_devices.clone();
     if requests.is_empty() && lasting {
         requests = of(Source::Flavor).collect();
@@ -162,7 +184,8 @@ mod tests {
             redirection: Some(r.into()),
         };
         let wish = read(&specs("@erp", r#"[{"bus":"usb","type":"spicevmc"}]"#)).unwrap();
-        let Wish::Stored { devices: Part::Named(name), redirection: Part::Given(flavor) } = wish else {
+        let Wish::Stored { devices: Part::Named(name), redirection: Part::Given(flavor) } = wish
+        else {
             panic!()
         };
         assert_eq!((name.as_str(), flavor.usb_redirection_devices.len()), ("erp", 1));

@@ -11,8 +11,8 @@ use ureq::Agent;
 use ureq::http::Uri;
 use ureq::tls::{Certificate, PemItem, RootCerts, TlsConfig, parse_pem};
 
-/// A client that is redirected nowhere, and whose answers are looked at whatever their status is. It trusts what [`tls`] says; it may take so long to
-/// connect, and so long in all.
+/// A client that is redirected nowhere, and whose answers are looked at whatever their status is.
+/// It trusts what [`tls`] says; it may take so long to connect, and so long in all.
 ///
 /// # Errors
 /// Those of [`tls`].
@@ -36,7 +36,8 @@ pub(crate) fn agent(
 pub(crate) fn is_open(address: &Uri) -> bool {
     let is_loopback = |host: &str| {
         let bare = host.trim_start_matches('[').trim_end_matches(']');
-        bare.eq_ignore_ascii_case("localhost") || bare.parse().is_ok_and(|ip: IpAddr| ip.is_loopback())
+        bare.eq_ignore_ascii_case("localhost")
+            || bare.parse().is_ok_and(|ip: IpAddr| ip.is_loopback())
     };
     address.scheme_str() == Some("http") && !address.host().is_some_and(is_loopback)
 }

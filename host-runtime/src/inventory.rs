@@ -4,7 +4,9 @@ use std::path::Path;
 
 use anyhow::Context as _;
 use virt_usb_hook::sysfs::path_of;
-use virt_usb_model::{Aliases, Device, DeviceKey, DevicePath, PortPath, Serial, Verdict, Whitelist};
+use virt_usb_model::{
+    Aliases, Device, DeviceKey, DevicePath, PortPath, Serial, Verdict, Whitelist,
+};
 use virt_usb_store::discover::Change;
 use virt_usb_store::{Record, Store, StoreError};
 
@@ -17,11 +19,13 @@ use crate::discovery::ties::{Recorded, Ties, Uses, uses};
 /// When procfs cannot be read.
 pub fn host_name(procfs_root: &Path) -> anyhow::Result<String> {
     let path = procfs_root.join("sys/kernel/hostname");
-    let name = std::fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
+    let name = std::fs::read_to_string(&path)
+        .with_context(|| format!("cannot read {}", path.display()))?;
     Ok(virt_usb_model::clean_text(&name).unwrap_or_else(|| "localhost".into()))
 }
 
-/// The whitelist with each port that its rules name replaced by the socket that it meant when the rule was seen first.
+/// The whitelist with each port that its rules name replaced by the socket that it meant when the
+/// rule was seen first.
 ///
 /// # Errors
 /// When the inventory cannot be read or written.
@@ -35,21 +39,30 @@ pub fn located(
         let all = snapshot.devices.iter().chain(&snapshot.hubs);
         all.filter(|device| device.key.port == *port).find_map(|device| device.key.path.clone())
     };
-    let paths =
-        store.rule_paths(&whitelist.ports(), |port| plugged(port).or_else(|| path_of(sysfs_root, port)))?;
+    let paths = store.rule_paths(&whitelist.ports(), |port| {
+        plugged(port).or_else(|| path_of(sysfs_root, port))
+    })?;
     Ok(whitelist.at(|port| paths.get(port).cloned()))
 }
 
-/// Plans what brings the rows in line with the snapshot. `known` are the devices that are there or held, and of those gone
-/// all that may be among the seen (`SeenKeys`).
+/// Plans what brings the rows in line with the snapshot. `known` are the devices that are there or
+/// held, and of those gone all that may be among the seen (`SeenKeys`).
 ///
-/// A device is recognised by its key, and gets its id back however long it was gone. What the snapshot could not read is
-/// not taken for absent.
+/// A device is recognised by its key, and gets its id back however long it was gone. What the
+/// snapshot could not read is not taken for absent.
 ///
 /// A device of several kinds (`aliases`) is one: it is recognised where it was, or by its serial.
-pub fn plan(snapshot: &Snapshot, known: &[Record], whitelist: &Whitelist, aliases: &Aliases) -> Vec<Change> {
-    let devices: Vec<Device> =
-        snapshot.devices.iter().map(|seen| Device { key: worth(&seen.key, known), ..seen.clone() }).collect();
+pub fn plan(
+    snapshot: &Snapshot,
+    known: &[Record],
+    whitelist: &Whitelist,
+    aliases: &Aliases,
+) -> Vec<Change> {
+    let devices: Vec<Device> = snapshot
+        .devices
+        .iter()
+        .map(|seen| Device { key: worth(&seen.key, known), ..seen.clone() })
+        .collect();
     let keys: Vec<DeviceKey> = known.iter().map(Record::key).collect();
     let rows = recognise(&devices, known, &keys, aliases);
     let mut taken = vec![false; known.len()];
@@ -66,7 +79,8 @@ pub fn plan(snapshot: &Snapshot, known: &[Record], whitelist: &Whitelist, aliase
         })
         .collect();
     // Where another device was seen there is nothing to be unsure of: a port holds one.
-    let occupied = |key: &DeviceKey| snapshot.devices.iter().any(|seen| seen.key.is_at_place_of(key));
+    let occupied =
+        |key: &DeviceKey| snapshot.devices.iter().any(|seen| seen.key.is_at_place_of(key));
     let gone = (0..known.len()).filter(|at| known[*at].present && !taken[*at]);
     let sure = |at: &usize| occupied(&keys[*at]) || !is_unsure(snapshot, &known[*at]);
     changes.extend(gone.filter(sure).map(|at| Change::Gone(known[at].entry.id)));
@@ -75,11 +89,13 @@ pub fn plan(snapshot: &Snapshot, known: &[Record], whitelist: &Whitelist, aliase
     changes
 }
 
-/// Whether a device that the snapshot lacks may be plugged in nevertheless. The recorded port may have the bus number of an
-/// earlier boot: where a path is known, a problem at the same chain of ports on any bus counts.
+/// Whether a device that the snapshot lacks may be plugged in nevertheless. The recorded port may
+/// have the bus number of an earlier boot: where a path is known, a problem at the same chain of
+/// ports on any bus counts.
 fn is_unsure(snapshot: &Snapshot, record: &Record) -> bool {
     let anywhere = |path: &DevicePath| {
-        let at = |place: &str| place.parse::<PortPath>().is_ok_and(|port| port.ports() == path.ports());
+        let at =
+            |place: &str| place.parse::<PortPath>().is_ok_and(|port| port.ports() == path.ports());
         snapshot.problems.iter().any(|problem| at(&problem.place))
     };
     snapshot.is_unsure(&record.entry.port_path) || record.entry.path.as_ref().is_some_and(anywhere)
@@ -107,7 +123,8 @@ pub fn judge(
     }
 }
 
-/// A serial that was ever seen on two devices of a kind stays worthless, even while one of them is unplugged.
+/// A serial that was ever seen on two devices of a kind stays worthless, even while one of them is
+/// unplugged.
 fn worth(key: &DeviceKey, known: &[Record]) -> DeviceKey {
     let seen_twice = |text: &str| {
         known.iter().any(|r| {
@@ -123,19 +140,23 @@ fn worth(key: &DeviceKey, known: &[Record]) -> DeviceKey {
     DeviceKey { serial, ..key.clone() }
 }
 
-/// Whether a device that neither a serial nor a path identifies has other names than the one recorded at its port: then it
-/// is another device, plugged in there or brought there by a bus that has another number now.
+/// Whether a device that neither a serial nor a path identifies has other names than the one
+/// recorded at its port: then it is another device, plugged in there or brought there by a bus that
+/// has another number now.
 fn is_renamed(record: &Record, device: &Device) -> bool {
-    let identified = record.entry.path.is_some() || device.key.path.is_some() || device.key.serial_decides();
+    let identified =
+        record.entry.path.is_some() || device.key.path.is_some() || device.key.serial_decides();
     let entry = &record.entry;
-    !identified && (&entry.manufacturer, &entry.product_name) != (&device.manufacturer, &device.product)
+    !identified
+        && (&entry.manufacturer, &entry.product_name) != (&device.manufacturer, &device.product)
 }
 
 /// The row of each device, none twice. `keys` are those of `known`: each is built once, for every
 /// device is compared with every row.
 ///
-/// First those whose own key is in a row that is alive: no alias takes a row whose device is there. What is left takes a row of another kind
-/// that it may show, if that device is alive, then a row of its own that was gone, then one of another kind that was. A row that is set aside is its own
+/// First those whose own key is in a row that is alive: no alias takes a row whose device is there.
+/// What is left takes a row of another kind that it may show, if that device is alive, then a row
+/// of its own that was gone, then one of another kind that was. A row that is set aside is its own
 /// device's before all: no other face is to hide that.
 fn recognise(
     devices: &[Device],
@@ -157,7 +178,8 @@ fn recognise(
     let mut taken = vec![false; known.len()];
     for fits in rounds {
         for (device, row) in devices.iter().zip(&mut rows).filter(|(_, row)| row.is_none()) {
-            // Held ones before free ones, its own port before others, the older id before the newer.
+            // Held ones before free ones, its own port before others, the older id before the
+            // newer.
             let rank = |at: &usize| {
                 let elsewhere = !keys[*at].is_at_place_of(&device.key);
                 let entry = &known[*at].entry;
@@ -222,11 +244,17 @@ mod tests {
         }
         /// Scans, and says which id is at which port.
         fn scan(&mut self, devices: &[Device], unsure: &[&str]) -> Vec<(u64, String)> {
-            let problems =
-                unsure.iter().map(|p| Problem { place: (*p).to_owned(), what: "?".into() }).collect();
+            let problems = unsure
+                .iter()
+                .map(|p| Problem { place: (*p).to_owned(), what: "?".into() })
+                .collect();
             let snapshot = Snapshot { devices: devices.to_vec(), problems, ..Snapshot::default() };
-            let context =
-                Context { boot_id: "b".into(), uptime: 1.0, pending_grace: 120.0, actor: "test".into() };
+            let context = Context {
+                boot_id: "b".into(),
+                uptime: 1.0,
+                pending_grace: 120.0,
+                actor: "test".into(),
+            };
             self.store
                 .reconcile(
                     "h",
@@ -292,7 +320,10 @@ mod tests {
         bench.scan(&[one("1-2", 2)], &[]);
         // It moves, and one of the other kind comes into its port, with another serial.
         let stranger = device(2, unique("B"), "1-2", 6);
-        assert_eq!(bench.scan(&[stranger.clone(), one("1-3", 5)], &[]), [at(1, "1-3"), at(2, "1-2")]);
+        assert_eq!(
+            bench.scan(&[stranger.clone(), one("1-3", 5)], &[]),
+            [at(1, "1-3"), at(2, "1-2")]
+        );
         // They change places.
         let moved = device(2, unique("B"), "1-3", 8);
         assert_eq!(bench.scan(&[one("1-2", 7), moved], &[]), [at(1, "1-2"), at(2, "1-3")]);
@@ -309,7 +340,8 @@ mod tests {
     #[test]
     fn both_faces_may_have_been_recorded_before_they_were_declared_one() {
         let mut bench = Bench::new();
-        let (one, other) = (device(1, Serial::Missing, "1-1", 2), device(2, Serial::Missing, "1-1", 3));
+        let (one, other) =
+            (device(1, Serial::Missing, "1-1", 2), device(2, Serial::Missing, "1-1", 3));
         bench.scan(std::slice::from_ref(&one), &[]);
         bench.scan(std::slice::from_ref(&other), &[]);
         bench.scan(std::slice::from_ref(&one), &[]);
@@ -321,8 +353,12 @@ mod tests {
         );
         assert_eq!(bench.scan(std::slice::from_ref(&one), &[]), [at(1, "1-1")]);
         // The row of the other face is set aside: that counts when it shows that face.
-        let context =
-            Context { boot_id: "b".into(), uptime: 1.0, pending_grace: 120.0, actor: "test".into() };
+        let context = Context {
+            boot_id: "b".into(),
+            uptime: 1.0,
+            pending_grace: 120.0,
+            actor: "test".into(),
+        };
         bench.store.set_disabled(DeviceId::new(2).unwrap(), Some("no"), &context).unwrap();
         assert_eq!(bench.scan(std::slice::from_ref(&other), &[]), [at(2, "1-1")]);
     }
@@ -339,9 +375,15 @@ mod tests {
     fn twins_are_told_apart_by_port_and_stay_twins() {
         let mut bench = Bench::new();
         let twin = |port: &str, n| device(1, Serial::Duplicate("A".into()), port, n);
-        assert_eq!(bench.scan(&[twin("1-1", 2), twin("1-2", 3)], &[]), [at(1, "1-1"), at(2, "1-2")]);
+        assert_eq!(
+            bench.scan(&[twin("1-1", 2), twin("1-2", 3)], &[]),
+            [at(1, "1-1"), at(2, "1-2")]
+        );
         // Their numbers swap, their ports do not.
-        assert_eq!(bench.scan(&[twin("1-2", 2), twin("1-1", 3)], &[]), [at(1, "1-1"), at(2, "1-2")]);
+        assert_eq!(
+            bench.scan(&[twin("1-2", 2), twin("1-1", 3)], &[]),
+            [at(1, "1-1"), at(2, "1-2")]
+        );
         // Alone it looks unique, and is not believed: at a new port it is a new device.
         assert_eq!(bench.scan(&[device(1, unique("A"), "1-3", 4)], &[]), [at(3, "1-3")]);
         assert_eq!(bench.scan(&[device(1, unique("A"), "1-2", 5)], &[]), [at(2, "1-2")]);
@@ -359,7 +401,8 @@ mod tests {
     #[test]
     fn a_claim_explains_what_is_open_and_no_rule_takes_from_a_running_guest() {
         let simulated = |more: &str| {
-            let key = "[[device]]\nvendor = '0529'\nproduct = '0001'\nbus = 1\ndevice = 5\nport = '1-1'\n";
+            let key = "[[device]]\nvendor = '0529'\nproduct = '0001'\nbus = 1\ndevice = 5\nport = \
+                '1-1'\n";
             Simulated::parse(&format!("{key}{more}")).unwrap().snapshot()
         };
         let names = serde_json::json!([{"vendor": "0529", "product": "0001"}]);
@@ -370,7 +413,10 @@ mod tests {
         };
         let off = Whitelist::default();
         let open = simulated("driver = 'usbfs'");
-        assert_eq!(told(&open, &off), ("claimed by a program (usbfs)".into(), Some(Reason::HostUse)));
+        assert_eq!(
+            told(&open, &off),
+            ("claimed by a program (usbfs)".into(), Some(Reason::HostUse))
+        );
         assert_eq!(told(&open, &names).1, None, "the rule names it");
         let unauthorized = simulated("authorized = false");
         let words = "not authorized (authorized = 0)";
@@ -385,7 +431,10 @@ mod tests {
             let guests = GuestUses::Known([("1-1".parse().unwrap(), vec![used])].into());
             Snapshot { guests, ..simulated("") }
         };
-        assert_eq!(told(&used(true), &names), ("used by guest g as disk vda".into(), Some(Reason::HostUse)));
+        assert_eq!(
+            told(&used(true), &names),
+            ("used by guest g as disk vda".into(), Some(Reason::HostUse))
+        );
         assert_eq!(told(&used(false), &names).1, None);
         assert_eq!(told(&used(false), &off).1, Some(Reason::HostUse));
     }

@@ -1,4 +1,5 @@
-//! Serving HTTP: sockets, and what a connection may cost: how many, how long, how large. Whatever comes, the others are served.
+//! Serving HTTP: sockets, and what a connection may cost: how many, how long, how large. Whatever
+//! comes, the others are served.
 
 use std::io;
 use std::net::SocketAddr;
@@ -38,7 +39,8 @@ const HEAD: usize = 16 << 10;
 const HANDSHAKE_TIME: Duration = Duration::from_secs(10);
 /// How long a reader may take nothing.
 const WRITE_TIME: Duration = Duration::from_secs(30);
-/// After so long a connection is to end with the answer that it is at: whoever reads a byte now and then keeps its place no longer.
+/// After so long a connection is to end with the answer that it is at: whoever reads a byte now and
+/// then keeps its place no longer.
 const CONNECTION_TIME: Duration = Duration::from_secs(600);
 /// How long requests that were begun may take once the end has come.
 pub(crate) const END_TIME: Duration = Duration::from_secs(15);
@@ -236,15 +238,18 @@ impl Certificate {
     pub(crate) fn read(&self) -> Result<TlsAcceptor, String> {
         let Tls { certificate, key } = &self.files;
         let chain = chain(certificate)?;
-        let private = PrivateKeyDer::from_pem_slice(&content(key)?).map_err(|e| wrong_pem(key, &e))?;
+        let private =
+            PrivateKeyDer::from_pem_slice(&content(key)?).map_err(|e| wrong_pem(key, &e))?;
         let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let config = rustls::ServerConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions();
         let config =
-            rustls::ServerConfig::builder_with_provider(provider).with_safe_default_protocol_versions();
-        let config = config.and_then(|config| config.with_no_client_auth().with_single_cert(chain, private));
+            config.and_then(|config| config.with_no_client_auth().with_single_cert(chain, private));
         let mut config = config.map_err(|e| {
             let (certificate, key) = (certificate.display(), key.display());
             format!(
-                "{certificate} and {key} do not belong together, or are of a kind that is not supported: {e}"
+                "{certificate} and {key} do not belong together, or are of a kind that is not \
+                    supported: {e}"
             )
         })?;
         config.alpn_protocols = vec![b"http/1.1".to_vec()];
@@ -270,15 +275,15 @@ fn content(file: &Path) -> Result<Vec<u8>, String> {
     read_bounded(file).map_err(|e| format!("{}: {e}", file.display()))
 }
 
-/// When the certificate in this PEM file, or one that leads to its authority, expires. An authority's
-/// own certificate does not count: clients have theirs.
+/// When the certificate in this PEM file, or one that leads to its authority, expires. An
+/// authority's own certificate does not count: clients have theirs.
 ///
 /// # Errors
 /// When the file cannot be read, or its first certificate cannot be decoded.
 pub(crate) fn expiry(file: &Path) -> Result<SystemTime, String> {
     let read = |der: &CertificateDer<'_>| {
-        let certificate =
-            x509_cert::Certificate::from_der(der).map_err(|e| format!("{}: {e}", file.display()))?;
+        let certificate = x509_cert::Certificate::from_der(der)
+            .map_err(|e| format!("{}: {e}", file.display()))?;
         let content = certificate.tbs_certificate();
         let is_authority = content.issuer() == content.subject();
         Ok((SystemTime::UNIX_EPOCH + content.validity().not_after.to_unix_duration(), is_authority))
@@ -287,7 +292,8 @@ pub(crate) fn expiry(file: &Path) -> Result<SystemTime, String> {
     let (first, others) =
         chain.split_first().ok_or_else(|| format!("{} holds no certificate", file.display()))?;
     let own = read(first).map_err(|e: String| e)?.0;
-    let others = others.iter().filter_map(|der| read(der).ok()).filter(|(_, is_authority)| !is_authority);
+    let others =
+        others.iter().filter_map(|der| read(der).ok()).filter(|(_, is_authority)| !is_authority);
     Ok(others.map(|(end, _)| end).fold(own, SystemTime::min))
 }
 
@@ -303,9 +309,11 @@ async fn pause(what: &str, e: &io::Error) {
 }
 
 async fn turn_away(stream: impl AsyncRead + AsyncWrite + Send) {
-    let body = r#"{"serviceUnavailable":{"code":503,"message":"Too many connections: try again."}}"#;
+    let body =
+        r#"{"serviceUnavailable":{"code":503,"message":"Too many connections: try again."}}"#;
     let text = format!(
-        "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 5\r\nConnection: close\r\nContent-Length: {}\r\n\r\n{body}",
+        "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: \
+            5\r\nConnection: close\r\nContent-Length: {}\r\n\r\n{body}",
         body.len()
     );
     let mut stream = std::pin::pin!(stream);

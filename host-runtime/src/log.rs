@@ -15,7 +15,8 @@ use tracing_subscriber::filter::LevelFilter;
 use tracing_subscriber::layer::{Context, SubscriberExt};
 use tracing_subscriber::util::SubscriberInitExt;
 
-/// To the journal, where systemd says that stderr is connected to it (JOURNAL_STREAM, systemd.exec(5)); to stderr otherwise.
+/// To the journal, where systemd says that stderr is connected to it (JOURNAL_STREAM,
+/// systemd.exec(5)); to stderr otherwise.
 pub fn start(level: Level) {
     let registry = tracing_subscriber::registry().with(LevelFilter::from_level(level));
     match is_journal().then(tracing_journald::layer).and_then(Result::ok) {
@@ -30,16 +31,19 @@ pub fn start(level: Level) {
     }
 }
 
-/// Whether JOURNAL_STREAM is about our stderr: programs started from a service inherit the variable with another one.
+/// Whether JOURNAL_STREAM is about our stderr: programs started from a service inherit the variable
+/// with another one.
 fn is_journal() -> bool {
     let Some(stream) = std::env::var_os("JOURNAL_STREAM") else { return false };
     let stderr = std::io::stderr().as_fd().try_clone_to_owned().map(File::from);
-    let ours =
-        stderr.and_then(|file| file.metadata()).map(|found| format!("{}:{}", found.dev(), found.ino()));
+    let ours = stderr
+        .and_then(|file| file.metadata())
+        .map(|found| format!("{}:{}", found.dev(), found.ino()));
     ours.is_ok_and(|ours| stream == *ours)
 }
 
-/// Events with their texts made safe to print: names in them come from devices, guests, tenants and other hosts.
+/// Events with their texts made safe to print: names in them come from devices, guests, tenants and
+/// other hosts.
 struct Cleaned<L>(L);
 
 impl<S: Subscriber, L: Layer<S>> Layer<S> for Cleaned<L> {

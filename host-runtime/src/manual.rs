@@ -1,5 +1,6 @@
-//! The manual: a page a command and the completions for shells, made of what clap knows about the arguments. `make build` writes
-//! it to `target/manual`; a package takes it from there. The hook, which has no clap, has its page in `install/man/`.
+//! The manual: a page a command and the completions for shells, made of what clap knows about the
+//! arguments. `make build` writes it to `target/manual`; a package takes it from there. The hook,
+//! which has no clap, has its page in `install/man/`.
 
 use std::fs;
 use std::io;
@@ -14,14 +15,18 @@ use virt_usb_store::user::User;
 
 use crate::{agent, cli};
 
-/// A section that clap does not know of: its heading, and entries with a tag each (without one: a paragraph).
+/// A section that clap does not know of: its heading, and entries with a tag each (without one: a
+/// paragraph).
 type Section = (&'static str, &'static [(&'static str, &'static str)]);
 
 const FILES: Section = (
     "FILES",
     &[
         ("/etc/virt-usb/config.toml", "The configuration; every key is explained in it."),
-        ("/var/lib/virt-usb/inventory.sqlite", "The inventory, in the folder that state_dir names."),
+        (
+            "/var/lib/virt-usb/inventory.sqlite",
+            "The inventory, in the folder that state_dir names.",
+        ),
         ("/etc/libvirt/hooks/qemu.d/50-virt-usb", "The hook, where libvirt calls it."),
     ],
 );
@@ -32,7 +37,8 @@ const COMMAND: [Section; 3] = [
             ("0", "It is done."),
             (
                 "1",
-                "It could not be done; one line on stderr says why. Of 'store check': damage was found. Of 'doctor': something will not work for somebody.",
+                "It could not be done; one line on stderr says why. Of 'store check': damage was \
+                    found. Of 'doctor': something will not work for somebody.",
             ),
             ("2", "The arguments are wrong. Of 'doctor': guests do not get their devices."),
             ("3", "Of 'filter': it was asked, and no host can serve."),
@@ -41,18 +47,23 @@ const COMMAND: [Section; 3] = [
     FILES,
     ("SEE ALSO", &[("", "virt-usbd(8), virt-usb-hook(8), virsh(1)")]),
 ];
-const SUBCOMMAND: [Section; 1] = [("SEE ALSO", &[("", "virt-usb(1), virt-usbd(8), virt-usb-hook(8)")])];
+const SUBCOMMAND: [Section; 1] =
+    [("SEE ALSO", &[("", "virt-usb(1), virt-usbd(8), virt-usb-hook(8)")])];
 const DAEMON: [Section; 4] = [
     (
         "EXIT STATUS",
-        &[("0", "It was told to end."), ("1", "It could not start; the last line of its log says why.")],
+        &[
+            ("0", "It was told to end."),
+            ("1", "It could not start; the last line of its log says why."),
+        ],
     ),
     (
         "SIGNALS",
         &[
             (
                 "SIGHUP",
-                "Reads the configuration again. One that is wrong is refused, and the one before counts on.",
+                "Reads the configuration again. One that is wrong is refused, and the one before \
+                    counts on.",
             ),
             ("SIGTERM, SIGINT", "End it. Guests keep their devices."),
         ],
@@ -61,8 +72,9 @@ const DAEMON: [Section; 4] = [
     ("SEE ALSO", &[("", "virt-usb(1), virt-usb-hook(8), libvirtd(8)")]),
 ];
 
-/// Writes all of it into `dir`, which is made where it is missing: `*.1`, `*.8`, and a completion script a shell. `date` (YYYY-MM-DD) is the
-/// pages': whoever builds says it, so that two builds are alike.
+/// Writes all of it into `dir`, which is made where it is missing: `*.1`, `*.8`, and a completion
+/// script a shell. `date` (YYYY-MM-DD) is the pages': whoever builds says it, so that two builds
+/// are alike.
 ///
 /// # Errors
 /// What the file system says.
@@ -88,7 +100,12 @@ fn subcommands(dir: &Path, command: &Command, date: &str) -> io::Result<()> {
     Ok(())
 }
 
-fn page(dir: &Path, command: &Command, (section, date): (&str, &str), more: &[Section]) -> io::Result<()> {
+fn page(
+    dir: &Path,
+    command: &Command,
+    (section, date): (&str, &str),
+    more: &[Section],
+) -> io::Result<()> {
     let man = Man::new(command.clone())
         .section(section)
         .date(date)

@@ -1,13 +1,14 @@
-//! A backup, or an inventory that is made anew, brought in line with the world before anybody sees it: with what is plugged in, and with what the
-//! guests that run really have.
+//! A backup, or an inventory that is made anew, brought in line with the world before anybody sees
+//! it: with what is plugged in, and with what the guests that run really have.
 //!
 //! ```text
 //!  libvirt ─► guests ──┐
 //!  libusb ─► snapshot ─┼─► store::recover::replace ─► reconcile ─► take over, guest by guest ─► in place ─► the guests once more
 //!  backup, salvage ────┘
 //! ```
-//! What a guest's live XML shows is its own (`virt_usb_hook::notice::take_over`, as when libvirtd finds it running): a claim that says otherwise
-//! ends, unless that guest has the device too. A claim of a guest that does not run is kept, for it may be about to start: the agent ends it.
+//! What a guest's live XML shows is its own (`virt_usb_hook::notice::take_over`, as when libvirtd
+//! finds it running): a claim that says otherwise ends, unless that guest has the device too. A
+//! claim of a guest that does not run is kept, for it may be about to start: the agent ends it.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -43,14 +44,17 @@ pub struct Guest {
 /// All guests that run.
 ///
 /// # Errors
-/// Which could not be asked for, and why: a guest that nobody knows of might lose its device to another.
+/// Which could not be asked for, and why: a guest that nobody knows of might lose its device to
+/// another.
 pub fn guests(hypervisor: &dyn Hypervisor) -> Result<Vec<Guest>, String> {
     let mut guests = Vec::new();
     for instance in hypervisor.running().map_err(|e| e.to_string())? {
         let running = hypervisor.look(instance).map_err(|e| format!("instance {instance}: {e}"))?;
         // One that has stopped meanwhile has nothing.
         let Some(running) = running else { continue };
-        let domain = running.domain().map_err(|e| format!("cannot read the XML of {}: {e}", running.name))?;
+        let domain = running
+            .domain()
+            .map_err(|e| format!("cannot read the XML of {}: {e}", running.name))?;
         guests.push(Guest { instance, domain, moving: running.moving });
     }
     Ok(guests)
@@ -113,8 +117,12 @@ impl Recovery<'_> {
     /// Why it could not be.
     pub fn run(&self) -> Result<Report, Refusal> {
         let known = self.hypervisor.map(guests).transpose().map_err(Refusal::Guests)?;
-        let ids: Vec<DeviceId> =
-            known.iter().flatten().flat_map(|g| &g.domain.hostdevs).filter_map(|h| h.injected()).collect();
+        let ids: Vec<DeviceId> = known
+            .iter()
+            .flatten()
+            .flat_map(|g| &g.domain.hostdevs)
+            .filter_map(|h| h.injected())
+            .collect();
         let wish = Wish {
             what: if self.backup.is_some() { "restore" } else { "rebuild" },
             backup: self.backup,
@@ -126,12 +134,23 @@ impl Recovery<'_> {
             let Config { whitelist, aliases, flapping, sysfs_root, .. } = self.config;
             let whitelist = &inventory::located(whitelist, store, self.snapshot, sysfs_root)?;
             let plan = |rows: &[Record]| plan(self.snapshot, rows, whitelist, aliases);
-            store.reconcile(self.host, flapping, self.snapshot.seen(aliases), plan, self.context)?;
-            warnings =
-                settle(store, known.as_deref().unwrap_or_default(), &self.config.sysfs_root, self.context)?;
+            store.reconcile(
+                self.host,
+                flapping,
+                self.snapshot.seen(aliases),
+                plan,
+                self.context,
+            )?;
+            warnings = settle(
+                store,
+                known.as_deref().unwrap_or_default(),
+                &self.config.sysfs_root,
+                self.context,
+            )?;
             Ok(())
         };
-        let recovered = replace(&self.config.state_dir, self.patience, &wish, self.context, &mut fill)?;
+        let recovered =
+            replace(&self.config.state_dir, self.patience, &wish, self.context, &mut fill)?;
         let Recovered { mut store, aside, kept, lost_devices, in_place } = recovered;
         // Who started, or was given a device, between the look and the lock.
         if let Some(hypervisor) = self.hypervisor {
@@ -178,13 +197,15 @@ pub fn settle(
             ));
             continue;
         }
-        let mut taken = take_over(store, &guest.domain, guest.instance, sysfs_root, Witness::Look, context)?;
+        let mut taken =
+            take_over(store, &guest.domain, guest.instance, sysfs_root, Witness::Look, context)?;
         let mut freed = false;
         for (device, claim) in held_by_others(&taken) {
             let other = guests.iter().find(|g| g.instance == claim.instance_uuid);
             match other.is_some_and(|other| shows(&other.domain, device)) {
                 true => drop(warnings.insert(format!(
-                    "{name} runs with {} though {} ({}) has it too: detach it from one of them (virsh detach-device)",
+                    "{name} runs with {} though {} ({}) has it too: detach it from one of them \
+                        (virsh detach-device)",
                     message::device(device),
                     claim.domain,
                     claim.instance_uuid
@@ -192,12 +213,25 @@ pub fn settle(
                 false => {
                     let why = format!("{name} runs with it");
                     let id = claim.device_id;
-                    freed |= store.release_device(claim.instance_uuid, id, Some(claim.revision), &why, context)?;
+                    freed |= store.release_device(
+                        claim.instance_uuid,
+                        id,
+                        Some(claim.revision),
+                        &why,
+                        context,
+                    )?;
                 }
             }
         }
         if freed {
-            taken = take_over(store, &guest.domain, guest.instance, sysfs_root, Witness::Look, context)?;
+            taken = take_over(
+                store,
+                &guest.domain,
+                guest.instance,
+                sysfs_root,
+                Witness::Look,
+                context,
+            )?;
         }
         let strange = guest.domain.host_devices().zip(&taken.adopted);
         let unknown = |(hostdev, adopted): &(&UsbHostdev, &Adoption)| {
@@ -213,7 +247,8 @@ pub fn settle(
                 },
             };
             warnings.insert(format!(
-                "the XML of {name} shows {what}, and it cannot be told which of those that are plugged in that is: 'virsh dumpxml {name}', 'virt-usb devices'"
+                "the XML of {name} shows {what}, and it cannot be told which of those that are \
+                    plugged in that is: 'virsh dumpxml {name}', 'virt-usb devices'"
             ));
         }
     }
@@ -244,7 +279,8 @@ fn idle(claims: &[ClaimRow], guests: &[Guest]) -> Option<String> {
     let names: BTreeSet<&str> = idle.iter().map(|c| c.domain.as_str()).collect();
     (!idle.is_empty()).then(|| {
         format!(
-            "{} claim(s) of guests that do not run ({}) were kept, for they may be about to start: the agent frees them; without one 'virt-usb claims release INSTANCE --force' does",
+            "{} claim(s) of guests that do not run ({}) were kept, for they may be about to start: \
+                the agent frees them; without one 'virt-usb claims release INSTANCE --force' does",
             idle.len(),
             names.into_iter().collect::<Vec<_>>().join(", ")
         )

@@ -1,12 +1,15 @@
 //! Reads host documents, one a line.
 //!
-//! [`HostDocument::parse`] is the format's reader, and slow: it builds a tree of values. A fleet sends hundreds of
-//! megabytes that all look alike, just as [`HostDocument`] is serialised or published: no white space, the keys in the order of
-//! the struct, some of them left out. So the quick reader here expects exactly that and compares each key with what must come next. Anything
-//! else, be it right or wrong, makes it give up, and the model's reader decides and words the error.
+//! [`HostDocument::parse`] is the format's reader, and slow: it builds a tree of values. A fleet
+//! sends hundreds of megabytes that all look alike, just as [`HostDocument`] is serialised or
+//! published: no white space, the keys in the order of the struct, some of them left out. So the
+//! quick reader here expects exactly that and compares each key with what must come next. Anything
+//! else, be it right or wrong, makes it give up, and the model's reader decides and words the
+//! error.
 //!
-//! What the quick reader takes, the model's reader takes with the same meaning, but that the values of keys which the
-//! filter has no use for are not looked at: `address`, `serial_kind`, `speed`, `instance_uuid` and the texts.
+//! What the quick reader takes, the model's reader takes with the same meaning, but that the values
+//! of keys which the filter has no use for are not looked at: `address`, `serial_kind`, `speed`,
+//! `instance_uuid` and the texts.
 
 use alloc::string::{String, ToString};
 
@@ -14,7 +17,8 @@ use virt_usb_model::HostDocument;
 
 use crate::draft::{Draft, END, PATH_MARK};
 
-/// Fills `draft` with the document of the first line, and says what the other lines are. Nothing is read where the line is empty.
+/// Fills `draft` with the document of the first line, and says what the other lines are. Nothing is
+/// read where the line is empty.
 pub(crate) fn read<'a>(lines: &'a str, draft: &mut Draft) -> (Read, &'a str) {
     if let Some(rest) = Quick::new(lines).document(draft) {
         return (Read::Done, rest);
@@ -211,7 +215,9 @@ impl<'a> Quick<'a> {
         loop {
             let text = self.string().filter(|text| !text.is_empty())?;
             // What a tag may be, the model knows: here it is what hardly needs asking.
-            if !text.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.:/".contains(&b)) || text.len() > 64 {
+            if !text.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.:/".contains(&b))
+                || text.len() > 64
+            {
                 return None;
             }
             draft.text.extend_from_slice(text.as_bytes());
@@ -305,7 +311,8 @@ impl<'a> Quick<'a> {
     fn number(&mut self) -> Option<u64> {
         let mut n = 0u64;
         let mut len = 0;
-        while let Some(digit) = self.rest.get(len).map(|b| b.wrapping_sub(b'0')).filter(|d| *d < 10) {
+        while let Some(digit) = self.rest.get(len).map(|b| b.wrapping_sub(b'0')).filter(|d| *d < 10)
+        {
             // 19 digits always fit.
             if len == 19 {
                 return None;
@@ -335,7 +342,8 @@ impl<'a> Quick<'a> {
     }
 }
 
-/// Whether both are the same, eight bytes at a time: for wasm the compiler makes of `==` a loop over bytes.
+/// Whether both are the same, eight bytes at a time: for wasm the compiler makes of `==` a loop
+/// over bytes.
 #[inline(always)]
 fn same<const N: usize>(a: &[u8; N], b: &[u8; N]) -> bool {
     let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<8>(), b.as_chunks::<8>());
@@ -349,8 +357,8 @@ const fn each(byte: u8) -> u64 {
     u64::from_ne_bytes([byte; 8])
 }
 
-/// How many bytes there are before a quotation mark, a backslash or a control character; eight at a time ("Bit Twiddling
-/// Hacks", determine if a word has a byte less than n).
+/// How many bytes there are before a quotation mark, a backslash or a control character; eight at a
+/// time ("Bit Twiddling Hacks", determine if a word has a byte less than n).
 #[inline]
 fn plain(text: &[u8]) -> usize {
     let (words, rest) = text.as_chunks::<8>();

@@ -1,7 +1,8 @@
-//! One host on its way into the inventory: what the filter needs to know of it, with the texts in one buffer.
+//! One host on its way into the inventory: what the filter needs to know of it, with the texts in
+//! one buffer.
 //!
-//! A draft is filled by whoever reads a host (the quick reader of host documents, the model's reader, a typed
-//! call), checked once, and used again for the next.
+//! A draft is filled by whoever reads a host (the quick reader of host documents, the model's
+//! reader, a typed call), checked once, and used again for the next.
 
 use alloc::format;
 use alloc::string::{String, ToString};
@@ -51,7 +52,9 @@ pub(crate) struct Traits<'a> {
 
 impl<'a> Traits<'a> {
     pub(crate) fn read(spelled: &'a [u8]) -> Self {
-        let Some((&less_one, rest)) = spelled.split_first() else { return Self { classes: &[], tags: &[] } };
+        let Some((&less_one, rest)) = spelled.split_first() else {
+            return Self { classes: &[], tags: &[] };
+        };
         let (classes, tags) = rest.split_at(rest.len().min(usize::from(less_one) + 1));
         Self { classes, tags }
     }
@@ -72,9 +75,13 @@ pub(crate) fn path_tag(path: &DevicePath) -> String {
     alloc::format!("{}{path}", char::from(PATH_MARK))
 }
 
-/// How a project is compared: a UUID without regard to hyphens and case, anything else as it is written.
+/// How a project is compared: a UUID without regard to hyphens and case, anything else as it is
+/// written.
 pub(crate) fn canonical(project: &ProjectId) -> String {
-    project.as_str().parse::<InstanceId>().map_or_else(|_| project.to_string(), |uuid| uuid.to_string())
+    project
+        .as_str()
+        .parse::<InstanceId>()
+        .map_or_else(|_| project.to_string(), |uuid| uuid.to_string())
 }
 
 impl Draft {
@@ -87,12 +94,24 @@ impl Draft {
     }
 
     /// Adds a device; its serial, classes, tags and projects are given to what is returned.
-    pub fn device(&mut self, id: DeviceId, usb: UsbId, port: &PortPath, status: Status) -> &mut DraftDevice {
+    pub fn device(
+        &mut self,
+        id: DeviceId,
+        usb: UsbId,
+        port: &PortPath,
+        status: Status,
+    ) -> &mut DraftDevice {
         let available = status == Status::Available;
         self.push(id.get(), kind(usb.vendor.get(), usb.product.get()), port_code(port), available)
     }
 
-    pub(crate) fn push(&mut self, id: u64, kind: u32, port: u64, available: bool) -> &mut DraftDevice {
+    pub(crate) fn push(
+        &mut self,
+        id: u64,
+        kind: u32,
+        port: u64,
+        available: bool,
+    ) -> &mut DraftDevice {
         let here = self.here();
         let (serial, traits, projects) = (here..here, here..here, here..here);
         self.devices.push(DraftDevice { id, kind, port, available, serial, traits, projects });
@@ -193,16 +212,23 @@ impl Draft {
     /// Puts the devices in the order of their ids, and says what cannot be.
     pub(crate) fn settle(&mut self) -> Result<(), Refusal> {
         let refused = |why: String| Err(Refusal::Host(why));
-        if self.name.is_empty() || self.name.len() > MAX_NAME || self.name.chars().any(char::is_control) {
+        if self.name.is_empty()
+            || self.name.len() > MAX_NAME
+            || self.name.chars().any(char::is_control)
+        {
             return refused(format!(
-                "host: found {:?}, wanted a name of 1 to {MAX_NAME} bytes without control characters",
+                "host: found {:?}, wanted a name of 1 to {MAX_NAME} bytes without control \
+                    characters",
                 self.name.chars().take(60).collect::<String>()
             ));
         }
         if !self.devices.is_sorted_by(|a, b| a.id < b.id) {
             self.devices.sort_by_key(|device| device.id);
             if let Some(pair) = self.devices.windows(2).find(|pair| pair[0].id == pair[1].id) {
-                return refused(format!("devices: found the id {} twice, wanted each once", pair[0].id));
+                return refused(format!(
+                    "devices: found the id {} twice, wanted each once",
+                    pair[0].id
+                ));
             }
         }
         Ok(())

@@ -24,20 +24,28 @@ impl Inventory {
     ///
     /// # Errors
     /// As [`Inventory::explain`].
-    pub fn check(&self, prepared: &mut Prepared, host: &str, now: Option<u64>) -> Result<Verdict, Refusal> {
+    pub fn check(
+        &self,
+        prepared: &mut Prepared,
+        host: &str,
+        now: Option<u64>,
+    ) -> Result<Verdict, Refusal> {
         Ok(self.judge(prepared.plan(self, now)?, host))
     }
 
     pub(crate) fn judge(&self, plan: &Plan, host: &str) -> Verdict {
         let head = self.find(host);
         if plan.entries.is_empty() {
-            let free = head.map_or(0, |head| self.chain(head).map(|r| self.available(r).count_ones()).sum());
+            let free = head
+                .map_or(0, |head| self.chain(head).map(|r| self.available(r).count_ones()).sum());
             return Verdict::Accepted {
                 score: rank::score(plan.weights, 0, free).into(),
                 devices: Vec::new(),
             };
         }
-        let Some(head) = head else { return Verdict::Rejected(Rejection::of_host(Reason::UnknownHost)) };
+        let Some(head) = head else {
+            return Verdict::Rejected(Rejection::of_host(Reason::UnknownHost));
+        };
         let (block, lane) = split(head);
         if plan.is_stale(self.blocks[block as usize].received[lane]) {
             return Verdict::Rejected(Rejection::of_host(Reason::HostStale));
@@ -80,7 +88,12 @@ impl Inventory {
     fn contention(&self, plan: &Plan, head: u32) -> Rejection {
         let wishes = self.wishes(plan, head);
         let served = matching::assign(&wishes.rows, wishes.pool.len());
-        let short = wishes.requests.iter().zip(served).find(|(_, got)| got.is_none()).map_or(0, |(r, _)| *r);
+        let short = wishes
+            .requests
+            .iter()
+            .zip(served)
+            .find(|(_, got)| got.is_none())
+            .map_or(0, |(r, _)| *r);
         let (at, wanted) = plan.of[short];
         let entry = &plan.entries[at];
         let rows = || self.chain(head).map(|number| (number, self.row_at(number)));
@@ -97,7 +110,8 @@ impl Inventory {
         }
     }
 
-    /// The devices that the hook of a host that serves would claim: the store chooses in the same way.
+    /// The devices that the hook of a host that serves would claim: the store chooses in the same
+    /// way.
     pub(crate) fn devices(&self, plan: &Plan, head: u32) -> Vec<DeviceId> {
         if let ([(_, count)], [entry]) = (plan.of.as_slice(), plan.entries.as_slice()) {
             // One request: the first so many.

@@ -1,11 +1,13 @@
 //! Whether one host serves all requests at once, and what it would have to spare.
 //!
-//! Requests of one instance may overlap, and each device serves one: a bipartite matching. Hall's theorem decides it
-//! without finding one: it works out exactly if every set of requests S finds as many matching devices as it wants,
+//! Requests of one instance may overlap, and each device serves one: a bipartite matching. Hall's
+//! theorem decides it without finding one: it works out exactly if every set of requests S finds as
+//! many matching devices as it wants,
 //! |N(S)| ≥ c(S). The least of |N(S)| − c(S) is the *slack*: so many devices, of the scarcest, may go before it fails.
-//! Up to five different requests have at most 31 sets, each an OR and a count of bits. More are matched by augmenting paths
-//! over whole requests, and the slack is how often the scarcest request could be served once more. That is slow, and is worked out only
-//! for hosts that it could bring among the best.
+//! Up to five different requests have at most 31 sets, each an OR and a count of bits. More are
+//! matched by augmenting paths over whole requests, and the slack is how often the scarcest request
+//! could be served once more. That is slow, and is worked out only for hosts that it could bring
+//! among the best.
 
 use alloc::vec;
 use alloc::vec::Vec;
@@ -66,9 +68,13 @@ impl Wants {
         Some(Served { slack, wanted: unions[last].count_ones() })
     }
 
-    /// Any host; `words[request]` has a word a row. Where the slack is slow to find, and it does not `matter` for a host that has at
-    /// the most so much, that much is told.
-    pub(crate) fn any(&self, words: &[Vec<u64>], matter: impl FnOnce(Served) -> bool) -> Option<Served> {
+    /// Any host; `words[request]` has a word a row. Where the slack is slow to find, and it does
+    /// not `matter` for a host that has at the most so much, that much is told.
+    pub(crate) fn any(
+        &self,
+        words: &[Vec<u64>],
+        matter: impl FnOnce(Served) -> bool,
+    ) -> Option<Served> {
         let rows = words.first().map_or(0, Vec::len);
         let union = |row: usize, set: usize| {
             crate::posting::bits(set as u64).fold(0, |union, request| union | words[request][row])
@@ -90,14 +96,18 @@ impl Wants {
             matching.checked_sub(*count).map(|slack| most.min(slack))
         })?;
         let mut flow = Flow::new(words);
-        let all_served =
-            self.counts.iter().enumerate().all(|(request, count)| flow.serve(request, *count) == *count);
+        let all_served = self
+            .counts
+            .iter()
+            .enumerate()
+            .all(|(request, count)| flow.serve(request, *count) == *count);
         let best = Served { slack: most, wanted };
         match all_served {
             false => None,
             true if !matter(best) => Some(best),
             true => {
-                let slack = (0..words.len()).fold(most, |least, request| flow.spare(request, least));
+                let slack =
+                    (0..words.len()).fold(most, |least, request| flow.spare(request, least));
                 Some(Served { slack, wanted })
             }
         }
@@ -118,7 +128,8 @@ impl<'a> Flow<'a> {
         Self { matching, given: vec![vec![0; rows]; matching.len()], taken: vec![0; rows] }
     }
 
-    /// Gives the request so many devices more, or as many as there can be, moving others to their alternatives.
+    /// Gives the request so many devices more, or as many as there can be, moving others to their
+    /// alternatives.
     fn serve(&mut self, request: usize, count: u32) -> u32 {
         let mut seen = vec![false; self.matching.len()];
         let mut one = || {
@@ -185,7 +196,8 @@ mod tests {
         let Some(request) = counts.iter().position(|count| *count > 0) else { return true };
         let mut left = counts.to_vec();
         left[request] -= 1;
-        crate::posting::bits(words[request] & !used).any(|device| possible(words, &left, used | 1 << device))
+        crate::posting::bits(words[request] & !used)
+            .any(|device| possible(words, &left, used | 1 << device))
     }
 
     /// By definition: how often can the scarcest request be asked once more?

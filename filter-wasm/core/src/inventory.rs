@@ -71,7 +71,10 @@ impl Row {
     }
 
     fn serial(&self, at: usize) -> &str {
-        let start = at.checked_sub(1).and_then(|before| self.devices.get(before)).map_or(0, |d| d.serial_end);
+        let start = at
+            .checked_sub(1)
+            .and_then(|before| self.devices.get(before))
+            .map_or(0, |d| d.serial_end);
         let end = self.devices.get(at).map_or(0, |d| d.serial_end);
         self.serials.get(start as usize..end as usize).unwrap_or_default()
     }
@@ -83,7 +86,9 @@ impl Row {
 
     /// The devices with this serial.
     pub(crate) fn with_serial(&self, serial: &str) -> u64 {
-        (0..self.devices.len()).filter(|at| self.serial(*at) == serial).fold(0, |word, at| word | 1 << at)
+        (0..self.devices.len())
+            .filter(|at| self.serial(*at) == serial)
+            .fold(0, |word, at| word | 1 << at)
     }
 
     pub(crate) fn with_id(&self, id: u64) -> u64 {
@@ -92,7 +97,10 @@ impl Row {
 
     /// The devices that are not for everybody and not for whoever `allows` says.
     pub(crate) fn withheld(&self, allows: impl Fn(u32) -> bool) -> u64 {
-        self.restricted.iter().filter(|(set, _)| !allows(*set)).fold(0, |word, (_, devices)| word | devices)
+        self.restricted
+            .iter()
+            .filter(|(set, _)| !allows(*set))
+            .fold(0, |word, (_, devices)| word | devices)
     }
 }
 
@@ -143,7 +151,8 @@ impl Block {
     fn hear(&mut self, lane: usize, received: u64) {
         let before = core::mem::replace(&mut self.received[lane], received);
         if before <= self.oldest {
-            self.oldest = bits(self.heads).map(|lane| self.received[lane]).min().unwrap_or(u64::MAX);
+            self.oldest =
+                bits(self.heads).map(|lane| self.received[lane]).min().unwrap_or(u64::MAX);
         } else {
             self.oldest = self.oldest.min(received);
         }
@@ -204,8 +213,9 @@ impl Inventory {
     /// Counts what there is, a host at a time.
     pub fn statistics(&self) -> Statistics {
         let rows = || self.rows.iter().filter(|row| row.head != NONE);
-        let count =
-            |block: &Block| block.available.iter().map(|word| u64::from(word.count_ones())).sum::<u64>();
+        let count = |block: &Block| {
+            block.available.iter().map(|word| u64::from(word.count_ones())).sum::<u64>()
+        };
         Statistics {
             revision: self.revision,
             hosts: self.names.len() as u64,
@@ -215,8 +225,9 @@ impl Inventory {
         }
     }
 
-    /// Takes host documents, one a line; empty lines are passed over. Each is a host that is new or replaced whole, last heard of at
-    /// `received`. A line that is refused keeps no other from being taken.
+    /// Takes host documents, one a line; empty lines are passed over. Each is a host that is new or
+    /// replaced whole, last heard of at `received`. A line that is refused keeps no other from
+    /// being taken.
     pub fn load(&mut self, lines: &str, received: u64) -> Loaded {
         let mut loaded = Loaded::default();
         let mut draft = core::mem::take(&mut self.draft);
@@ -314,7 +325,12 @@ impl Inventory {
     ///
     /// # Errors
     /// [`Refusal::UnknownHost`], [`Refusal::UnknownDevice`].
-    pub fn set_status(&mut self, host: &str, device: DeviceId, status: Status) -> Result<bool, Refusal> {
+    pub fn set_status(
+        &mut self,
+        host: &str,
+        device: DeviceId,
+        status: Status,
+    ) -> Result<bool, Refusal> {
         let head = self.find(host).ok_or_else(|| Refusal::UnknownHost(host.to_string()))?;
         let (row, bit) = self
             .chain(head)
@@ -363,7 +379,9 @@ impl Inventory {
 
     /// All rows of a host.
     pub(crate) fn chain(&self, head: u32) -> impl Iterator<Item = u32> {
-        core::iter::successors(Some(head), |row| Some(self.rows[*row as usize].next).filter(|n| *n != NONE))
+        core::iter::successors(Some(head), |row| {
+            Some(self.rows[*row as usize].next).filter(|n| *n != NONE)
+        })
     }
 
     pub(crate) fn available(&self, row: u32) -> u64 {
@@ -389,8 +407,9 @@ impl Inventory {
         let (block, lane) = split(head);
         self.blocks[block as usize].ties[lane] = tie(name);
         let (rows, hasher) = (&self.rows, &self.hasher);
-        self.names
-            .insert_unique(name_hash(hasher, name), head, |row| name_hash(hasher, &rows[*row as usize].name));
+        self.names.insert_unique(name_hash(hasher, name), head, |row| {
+            name_hash(hasher, &rows[*row as usize].name)
+        });
         head
     }
 
@@ -439,8 +458,10 @@ impl Inventory {
             let traits = self.traits.take(draft.slice(&device.traits), || {
                 let read = Traits::read(draft.slice(&device.traits));
                 let classes = read.classes.iter().map(|class| Key::Class(*class));
-                let mut numbers: Vec<u32> =
-                    classes.chain(texts(read.tags).map(Key::Tag)).map(|key| self.keys.number(key)).collect();
+                let mut numbers: Vec<u32> = classes
+                    .chain(texts(read.tags).map(Key::Tag))
+                    .map(|key| self.keys.number(key))
+                    .collect();
                 numbers.sort_unstable();
                 numbers.dedup();
                 numbers.into_boxed_slice()
@@ -461,7 +482,13 @@ impl Inventory {
                 page = device.id / PAGE;
                 self.pages.add(self.pages.hash(page), row);
             }
-            stored.push(Device { id: device.id, kind, port, traits, serial_end: serials.len() as u32 });
+            stored.push(Device {
+                id: device.id,
+                kind,
+                port,
+                traits,
+                serial_end: serials.len() as u32,
+            });
         }
         let place = &mut self.rows[row as usize];
         place.head = head;
@@ -472,7 +499,8 @@ impl Inventory {
         !place.restricted.is_empty()
     }
 
-    /// Takes all devices of a host out of the index, and gives its further rows back; the first stays, with its name.
+    /// Takes all devices of a host out of the index, and gives its further rows back; the first
+    /// stays, with its name.
     fn empty(&mut self, head: u32) {
         let rows: Vec<u32> = self.chain(head).collect();
         for row in rows {
@@ -520,6 +548,8 @@ fn name_hash(hasher: &DefaultHashBuilder, name: &str) -> u64 {
 
 /// Orders hosts of equal score: FNV-1a of the name, folded to 16 bits.
 pub(crate) fn tie(name: &str) -> u16 {
-    let hash = name.bytes().fold(0x811c_9dc5u32, |hash, b| (hash ^ u32::from(b)).wrapping_mul(0x0100_0193));
+    let hash = name
+        .bytes()
+        .fold(0x811c_9dc5u32, |hash, b| (hash ^ u32::from(b)).wrapping_mul(0x0100_0193));
     (hash ^ hash >> 16) as u16
 }

@@ -1,4 +1,5 @@
-//! The rules of the scheduler's filter: which hosts can serve a flavor, which is best, and why the others cannot.
+//! The rules of the scheduler's filter: which hosts can serve a flavor, which is best, and why the
+//! others cannot.
 //!
 //! ```text
 //! host documents ─► document ─► Draft ─► Inventory (rows, keys ─► postings) ◄─ set_status, remove, touch
@@ -6,7 +7,8 @@
 //! flavor, project, moment, weights ─► Question ─► Plan ─► select ─► Selection (the best hosts, ranked)
 //!                                                    └──► explain ─► Verdict (accepted, or why not)
 //! ```
-//! `no_std`, no IO, no clock, no floats: the same code runs in a WebAssembly sandbox and natively, and answers the same.
+//! `no_std`, no IO, no clock, no floats: the same code runs in a WebAssembly sandbox and natively,
+//! and answers the same.
 //!
 //! | module | what it does |
 //! |---|---|

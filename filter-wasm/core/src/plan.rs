@@ -1,4 +1,5 @@
-//! A question against the index: which postings to look at, and what each host has for each request.
+//! A question against the index: which postings to look at, and what each host has for each
+//! request.
 
 use alloc::boxed::Box;
 use alloc::vec::Vec;
@@ -67,7 +68,9 @@ impl Entry {
     fn new(inventory: &Inventory, selector: &Selector) -> Self {
         let mut keys = Vec::new();
         match (selector.vendor_id, selector.product_id) {
-            (Some(vendor), Some(product)) => keys.push(Key::Kind(kind(vendor.get(), product.get()))),
+            (Some(vendor), Some(product)) => {
+                keys.push(Key::Kind(kind(vendor.get(), product.get())));
+            }
             (Some(vendor), None) => keys.push(Key::Vendor(vendor.get())),
             (None, _) => {}
         }
@@ -95,7 +98,8 @@ impl Entry {
     /// The devices of a row that match.
     pub(crate) fn matching(&self, inventory: &Inventory, number: u32, row: &Row) -> u64 {
         let Some(keys) = &self.keys else { return 0 };
-        let word = keys.iter().fold(u64::MAX, |word, key| word & inventory.keys.posting(*key).get(number));
+        let word =
+            keys.iter().fold(u64::MAX, |word, key| word & inventory.keys.posting(*key).get(number));
         self.closer(row, word)
     }
 
@@ -140,9 +144,13 @@ impl Plan {
             of.push((entry, request.count));
         }
         let project = question.project.as_ref().map(canonical);
-        let allows = |set: &[u8]| project.as_deref().is_some_and(|p| texts(set).any(|one| one == p));
+        let allows =
+            |set: &[u8]| project.as_deref().is_some_and(|p| texts(set).any(|one| one == p));
         Ok(Self {
-            entries: selectors.into_iter().map(|selector| Entry::new(inventory, selector)).collect(),
+            entries: selectors
+                .into_iter()
+                .map(|selector| Entry::new(inventory, selector))
+                .collect(),
             wants: Wants::new(counts),
             of,
             allows: inventory.projects.spellings().map(allows).collect(),
@@ -165,7 +173,8 @@ impl Plan {
         inventory.available(number) & !row.withheld(|set| self.allows(set))
     }
 
-    /// Whether the host serves all requests, however many rows it has; for `matter` see [`Wants::any`].
+    /// Whether the host serves all requests, however many rows it has; for `matter` see
+    /// [`Wants::any`].
     pub(crate) fn serve(
         &self,
         inventory: &Inventory,
@@ -193,13 +202,14 @@ impl Plan {
 
     /// The score of a host that serves.
     pub(crate) fn score(&self, inventory: &Inventory, head: u32, served: Served) -> i16 {
-        let free: u32 = inventory.chain(head).map(|row| inventory.available(row).count_ones()).sum();
+        let free: u32 =
+            inventory.chain(head).map(|row| inventory.available(row).count_ones()).sum();
         rank::score(self.weights, served.slack, free - served.wanted)
     }
 }
 
-/// A question that is asked host by host. It stays right while the inventory changes: it is planned anew when
-/// hosts came, went or sent another document.
+/// A question that is asked host by host. It stays right while the inventory changes: it is planned
+/// anew when hosts came, went or sent another document.
 #[derive(Debug)]
 pub struct Prepared {
     question: Question,
@@ -217,7 +227,11 @@ impl Prepared {
         Ok(Self { question, plan, edition: inventory.edition() })
     }
 
-    pub(crate) fn plan(&mut self, inventory: &Inventory, now: Option<u64>) -> Result<&Plan, Refusal> {
+    pub(crate) fn plan(
+        &mut self,
+        inventory: &Inventory,
+        now: Option<u64>,
+    ) -> Result<&Plan, Refusal> {
         if let (Some(moment), Some(now)) = (&mut self.question.moment, now) {
             moment.now = now;
             self.plan.oldest = Some(moment.oldest());

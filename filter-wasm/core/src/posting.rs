@@ -1,9 +1,10 @@
 //! One key of the index: which rows have it, and on each row which of its devices.
 //!
-//! A *row* is a host's place in the inventory, with up to 64 devices, each a bit. So a request that names several things
-//! is an AND of a few words a host, and no device is looked at. Rows are kept in chunks of 64: a chunk with few rows packs their
-//! words by rank; one with many has a word for each row, and beside it how many of those devices are free, so that a
-//! common key is answered by looking at 64 small numbers at once.
+//! A *row* is a host's place in the inventory, with up to 64 devices, each a bit. So a request that
+//! names several things is an AND of a few words a host, and no device is looked at. Rows are kept
+//! in chunks of 64: a chunk with few rows packs their words by rank; one with many has a word for
+//! each row, and beside it how many of those devices are free, so that a common key is answered by
+//! looking at 64 small numbers at once.
 
 use alloc::boxed::Box;
 use alloc::vec::Vec;
@@ -12,7 +13,8 @@ use alloc::vec::Vec;
 pub(crate) const LANES: usize = 64;
 /// From so many rows on a chunk has a word for each.
 const DENSE: usize = 24;
-/// Below so many it packs them again; less than [`DENSE`], so that one row more or less does not turn it over each time.
+/// Below so many it packs them again; less than [`DENSE`], so that one row more or less does not
+/// turn it over each time.
 const SPARSE: usize = 12;
 
 #[derive(Debug, Default, Clone)]
@@ -142,7 +144,8 @@ impl Posting {
     }
 
     fn find(&self, block: u32) -> Result<usize, usize> {
-        // A key that every block has stands at its own number; a fleet that is being loaded appends.
+        // A key that every block has stands at its own number; a fleet that is being loaded
+        // appends.
         let guess = (block as usize).min(self.blocks.len().saturating_sub(1));
         match self.blocks.get(guess) {
             Some(&at) if at == block => Ok(guess),

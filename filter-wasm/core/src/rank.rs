@@ -61,7 +61,8 @@ impl<F: Fn(u32, u32) -> Ordering> Best<F> {
     fn prune(&mut self) {
         let names = &self.names;
         if self.kept.len() >= self.limit && self.limit > 0 {
-            let order = |a: &(i32, u32), b: &(i32, u32)| b.0.cmp(&a.0).then_with(|| names(a.1, b.1));
+            let order =
+                |a: &(i32, u32), b: &(i32, u32)| b.0.cmp(&a.0).then_with(|| names(a.1, b.1));
             let (_, (least, _), _) = self.kept.select_nth_unstable_by(self.limit - 1, order);
             self.least = *least;
             self.kept.truncate(self.limit);

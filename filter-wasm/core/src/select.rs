@@ -1,8 +1,9 @@
 //! The best hosts of the fleet.
 //!
-//! The request with the fewest rows leads: only those are looked at, a chunk of 64 at a time. A single request with a
-//! single key (the usual flavor) needs no look at devices: the counts of the chunk decide, all 64 together.
-//! Hosts with more than one row, and those whose devices are not for everybody, are looked at one by one.
+//! The request with the fewest rows leads: only those are looked at, a chunk of 64 at a time. A
+//! single request with a single key (the usual flavor) needs no look at devices: the counts of the
+//! chunk decide, all 64 together. Hosts with more than one row, and those whose devices are not for
+//! everybody, are looked at one by one.
 
 use alloc::string::ToString;
 use alloc::vec::Vec;
@@ -19,8 +20,9 @@ use crate::refusal::Refusal;
 impl Inventory {
     /// The best hosts, at most `limit` of them, among the `candidates` or else in the whole fleet.
     ///
-    /// A candidate that the inventory does not know cannot serve, and is passed over, as is one named twice. Who asks for no
-    /// device is refused nowhere: every candidate will do, stale and unknown ones too; hosts with few free devices are preferred.
+    /// A candidate that the inventory does not know cannot serve, and is passed over, as is one
+    /// named twice. Who asks for no device is refused nowhere: every candidate will do, stale and
+    /// unknown ones too; hosts with few free devices are preferred.
     ///
     /// # Errors
     /// [`Refusal::Question`].
@@ -36,8 +38,13 @@ impl Inventory {
         }
         let among = candidates.map(|names| Among::new(self, names));
         let by_name = |a: u32, b: u32| self.host_name(a).cmp(self.host_name(b));
-        let mut search =
-            Search { inventory: self, plan: &plan, among, best: Best::new(limit, by_name), matched: 0 };
+        let mut search = Search {
+            inventory: self,
+            plan: &plan,
+            among,
+            best: Best::new(limit, by_name),
+            matched: 0,
+        };
         search.run();
         let matched = search.matched;
         let place = |(ranked, head): (i32, u32)| Placement {
@@ -55,8 +62,9 @@ impl Inventory {
         limit: usize,
     ) -> Selection {
         let score = |head: Option<u32>| {
-            let free = head
-                .map_or(0, |head| self.chain(head).map(|row| self.available(row).count_ones()).sum::<u32>());
+            let free = head.map_or(0, |head| {
+                self.chain(head).map(|row| self.available(row).count_ones()).sum::<u32>()
+            });
             rank::score(plan.weights, 0, free)
         };
         let names: Vec<&str> = match candidates {
@@ -73,7 +81,10 @@ impl Inventory {
             host: (*name).to_string(),
             score: rank::score_of(*ranked),
         };
-        Selection { matched: ranked.len() as u32, placements: ranked.iter().take(limit).map(place).collect() }
+        Selection {
+            matched: ranked.len() as u32,
+            placements: ranked.iter().take(limit).map(place).collect(),
+        }
     }
 
     pub(crate) fn heads(&self) -> impl Iterator<Item = u32> {
@@ -101,9 +112,9 @@ impl Among {
     }
 
     fn heads(&self) -> impl Iterator<Item = u32> {
-        (0u32..)
-            .zip(&self.blocks)
-            .flat_map(|(number, word)| bits(*word).map(move |lane| number * LANES as u32 + lane as u32))
+        (0u32..).zip(&self.blocks).flat_map(|(number, word)| {
+            bits(*word).map(move |lane| number * LANES as u32 + lane as u32)
+        })
     }
 }
 
@@ -118,8 +129,10 @@ struct Search<'a, F> {
 impl<'a, F: Fn(u32, u32) -> core::cmp::Ordering> Search<'a, F> {
     fn run(&mut self) {
         let (inventory, entries) = (self.inventory, &self.plan.entries);
-        let leader =
-            entries.iter().map(|entry| (entry, entry.rows(inventory))).min_by_key(|(_, rows)| rows.len());
+        let leader = entries
+            .iter()
+            .map(|entry| (entry, entry.rows(inventory)))
+            .min_by_key(|(_, rows)| rows.len());
         let Some((_, rows)) = leader else { return };
         if let Some(among) = self.among.take_if(|among| among.heads < rows.len()) {
             among.heads().for_each(|head| self.host(head));
@@ -187,7 +200,10 @@ impl<'a, F: Fn(u32, u32) -> core::cmp::Ordering> Search<'a, F> {
                         let has = (chunk.get(lane) & block.available[lane]).count_ones();
                         if let Some(slack) = has.checked_sub(wanted) {
                             let others = u32::from(block.free[lane]) - has;
-                            self.accept(first + lane as u32, rank::score(self.plan.weights, slack, others));
+                            self.accept(
+                                first + lane as u32,
+                                rank::score(self.plan.weights, slack, others),
+                            );
                         }
                     }
                 }
@@ -196,14 +212,23 @@ impl<'a, F: Fn(u32, u32) -> core::cmp::Ordering> Search<'a, F> {
         self.closer(closer);
     }
 
-    /// The hosts of one chunk, those of `lanes`. Most of them are not among the best, which their scores alone tell.
-    fn count_together(&mut self, first: u32, block: &Block, chunk: &Counted<'_>, lanes: u64, wanted: u32) {
+    /// The hosts of one chunk, those of `lanes`. Most of them are not among the best, which their
+    /// scores alone tell.
+    fn count_together(
+        &mut self,
+        first: u32,
+        block: &Block,
+        chunk: &Counted<'_>,
+        lanes: u64,
+        wanted: u32,
+    ) {
         let mut scores = scores(chunk.counts, &block.free, wanted, self.plan.weights);
         // Those that are out for another reason; mostly there are none.
         for lane in bits(chunk.present & !lanes) {
             scores[lane] = NOT;
         }
-        let served = |most: (u16, i16), score: &i16| (most.0 + u16::from(*score != NOT), most.1.max(*score));
+        let served =
+            |most: (u16, i16), score: &i16| (most.0 + u16::from(*score != NOT), most.1.max(*score));
         let (matched, most) = scores.iter().fold((0, NOT), served);
         self.matched += u32::from(matched);
         let least = self.best.least();
@@ -230,8 +255,11 @@ impl<'a, F: Fn(u32, u32) -> core::cmp::Ordering> Search<'a, F> {
         for (number, chunk) in posting.chunks() {
             let block = &self.inventory.blocks[number as usize];
             let first = number * LANES as u32;
-            let wide =
-                if self.plan.wants.are_few() { chunk.present() & !block.single } else { chunk.present() };
+            let wide = if self.plan.wants.are_few() {
+                chunk.present() & !block.single
+            } else {
+                chunk.present()
+            };
             closer.extend(bits(wide).map(|lane| self.inventory.row_at(first + lane as u32).head));
             let lanes = chunk.present() & !wide & self.eligible(number, block);
             if lanes == 0 || !chunks.find(self.inventory, &self.plan.entries, number) {
@@ -309,8 +337,8 @@ const GROUP: usize = 8;
 /// The score of whoever does not serve; none is as low.
 const NOT: i16 = i16::MIN;
 
-/// The scores of 64 hosts of one row. Written for the compiler to work out many at once: as [`rank::score`], whose bounds a row cannot
-/// reach.
+/// The scores of 64 hosts of one row. Written for the compiler to work out many at once: as
+/// [`rank::score`], whose bounds a row cannot reach.
 #[inline]
 fn scores(counts: &[u8; LANES], free: &[u8; LANES], wanted: u32, weights: Weights) -> [i16; LANES] {
     let (spare, reserve) = (i16::from(weights.spare), i16::from(weights.reserve));

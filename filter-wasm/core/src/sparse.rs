@@ -1,8 +1,9 @@
 //! Keys that hardly two rows share: serials, and the number ranges of device ids.
 //!
-//! Only a 32-bit hash of a key is kept, with the one row that has it: nine bytes where a [`Posting`] would take a hundred.
-//! What is found is a hint, and the row's own devices decide. A hash that several rows have, such as that of a
-//! serial which a maker prints on a whole production run, gets a posting after all.
+//! Only a 32-bit hash of a key is kept, with the one row that has it: nine bytes where a
+//! [`Posting`] would take a hundred. What is found is a hint, and the row's own devices decide. A
+//! hash that several rows have, such as that of a serial which a maker prints on a whole production
+//! run, gets a posting after all.
 
 use alloc::vec::Vec;
 use core::hash::BuildHasher;
@@ -61,7 +62,9 @@ impl Sparse {
         let found = self.table.find_mut(spread(hash), |(known, _)| *known == hash);
         match found {
             None => {
-                self.table.insert_unique(spread(hash), (hash, Rows::One(row)), |(known, _)| spread(*known));
+                self.table.insert_unique(spread(hash), (hash, Rows::One(row)), |(known, _)| {
+                    spread(*known)
+                });
             }
             Some((_, Rows::One(other))) if *other == row => {}
             Some((_, rows @ Rows::One(_))) => {
@@ -90,7 +93,9 @@ impl Sparse {
 
     /// Says that the row has no key of this hash any more.
     pub(crate) fn remove(&mut self, hash: u32, row: u32) {
-        let Ok(found) = self.table.find_entry(spread(hash), |(known, _)| *known == hash) else { return };
+        let Ok(found) = self.table.find_entry(spread(hash), |(known, _)| *known == hash) else {
+            return;
+        };
         match found.get().1 {
             Rows::One(known) => {
                 if known == row {
@@ -122,7 +127,8 @@ mod tests {
             Hint::Many(posting) => posting
                 .chunks()
                 .flat_map(|(block, chunk)| {
-                    crate::posting::bits(chunk.present()).map(move |lane| block * LANES as u32 + lane as u32)
+                    crate::posting::bits(chunk.present())
+                        .map(move |lane| block * LANES as u32 + lane as u32)
                 })
                 .collect(),
         }

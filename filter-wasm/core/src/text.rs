@@ -1,7 +1,8 @@
 //! The same engine for callers that speak in strings.
 //!
-//! Where bindings convert lists an element at a time, a thousand names cost more than the question. So bulk goes in and
-//! out as one text: host documents a line each, names a line each, questions and answers as JSON.
+//! Where bindings convert lists an element at a time, a thousand names cost more than the question.
+//! So bulk goes in and out as one text: host documents a line each, names a line each, questions
+//! and answers as JSON.
 //!
 //! A question is an object of these keys, of which only the first is needed:
 //! ```json
@@ -37,7 +38,10 @@ pub fn question(text: &str) -> Result<Question, Refusal> {
         refused(format!("found text that is not JSON ({e}), wanted a question such as {EXAMPLE}"))
     })?;
     let Value::Object(map) = value else {
-        return Err(refused(format!("found {}, wanted a question such as {EXAMPLE}", short(&value))));
+        return Err(refused(format!(
+            "found {}, wanted a question such as {EXAMPLE}",
+            short(&value)
+        )));
     };
     const KEYS: [&str; 5] = ["flavor", "project", "now", "max_age", "weights"];
     if let Some(key) = map.keys().find(|key| !KEYS.contains(&key.as_str())) {
@@ -45,23 +49,33 @@ pub fn question(text: &str) -> Result<Question, Refusal> {
     }
     let flavor = get(&map, "flavor")
         .ok_or_else(|| refused(format!("found no flavor, wanted a question such as {EXAMPLE}")))?;
-    let flavor = Flavor::parse(&flavor.to_string()).map_err(|e| refused(e.at("flavor").to_string()))?;
+    let flavor =
+        Flavor::parse(&flavor.to_string()).map_err(|e| refused(e.at("flavor").to_string()))?;
     let project = match get(&map, "project") {
         None => None,
-        Some(Value::String(text)) => {
-            Some(text.parse().map_err(|e: virt_usb_model::ParseError| refused(e.at("project").to_string()))?)
+        Some(Value::String(text)) => Some(
+            text.parse()
+                .map_err(|e: virt_usb_model::ParseError| refused(e.at("project").to_string()))?,
+        ),
+        Some(other) => {
+            return Err(refused(format!("project: found {}, wanted a string", short(other))));
         }
-        Some(other) => return Err(refused(format!("project: found {}, wanted a string", short(other)))),
     };
     let moment = match (number(&map, "now")?, number(&map, "max_age")?) {
         (None, None) => None,
         (Some(now), Some(max_age)) => Some(Moment { now, max_age }),
-        _ => return Err(refused("found only one of now and max_age, wanted both or none".to_string())),
+        _ => {
+            return Err(refused(
+                "found only one of now and max_age, wanted both or none".to_string(),
+            ));
+        }
     };
     let weights = match get(&map, "weights") {
         None => Weights::default(),
         Some(Value::Object(map)) => weights(map)?,
-        Some(other) => return Err(refused(format!("weights: found {}, wanted an object", short(other)))),
+        Some(other) => {
+            return Err(refused(format!("weights: found {}, wanted an object", short(other))));
+        }
     };
     Ok(Question { project, moment, weights, ..Question::new(flavor) })
 }
@@ -86,7 +100,9 @@ fn number(map: &Map<String, Value>, key: &str) -> Result<Option<u64>, Refusal> {
 fn weights(map: &Map<String, Value>) -> Result<Weights, Refusal> {
     let usual = Weights::default();
     if let Some(key) = map.keys().find(|key| !["spare", "reserve"].contains(&key.as_str())) {
-        return Err(Refusal::Question(format!("weights: found key {key:?}, wanted spare or reserve")));
+        return Err(Refusal::Question(format!(
+            "weights: found key {key:?}, wanted spare or reserve"
+        )));
     }
     let weight = |key: &str, usual: u8| match number(map, key) {
         Ok(None) => Ok(usual),
@@ -126,8 +142,8 @@ fn written(value: &impl Serialize) -> String {
 }
 
 impl Inventory {
-    /// The best hosts as JSON: `{"matched":2,"placements":[{"host":"h1","score":8}]}`. Candidates are names, one a line;
-    /// without them the whole fleet is asked.
+    /// The best hosts as JSON: `{"matched":2,"placements":[{"host":"h1","score":8}]}`. Candidates
+    /// are names, one a line; without them the whole fleet is asked.
     ///
     /// # Errors
     /// [`Refusal::Question`].
@@ -174,7 +190,8 @@ impl Inventory {
         }
     }
 
-    /// A verdict a line for the hosts that are named, or else for all, by name: `{"host":"h1","verdict":{…}}`.
+    /// A verdict a line for the hosts that are named, or else for all, by name:
+    /// `{"host":"h1","verdict":{…}}`.
     ///
     /// # Errors
     /// [`Refusal::Question`].
@@ -197,15 +214,22 @@ impl Inventory {
         Ok(text)
     }
 
-    /// Gives a device a state by its name (`available`, `claimed`, `allocated`, `removed`, `unavailable`).
+    /// Gives a device a state by its name (`available`, `claimed`, `allocated`, `removed`,
+    /// `unavailable`).
     ///
     /// # Errors
     /// As [`Inventory::set_status`]; [`Refusal::Question`] for a state or an id that cannot be.
-    pub fn set_status_text(&mut self, host: &str, device: u64, status: &str) -> Result<bool, Refusal> {
+    pub fn set_status_text(
+        &mut self,
+        host: &str,
+        device: u64,
+        status: &str,
+    ) -> Result<bool, Refusal> {
         let device = DeviceId::new(device).ok_or(Refusal::UnknownDevice(device))?;
         // Which reason makes no difference here.
         let reason = (status == "unavailable").then_some("disabled");
-        let status = Status::from_columns(status, reason).map_err(|e| Refusal::Question(e.to_string()))?;
+        let status =
+            Status::from_columns(status, reason).map_err(|e| Refusal::Question(e.to_string()))?;
         self.set_status(host, device, status)
     }
 
@@ -232,11 +256,17 @@ mod tests {
             ("{", "not JSON"),
             ("[]", "wanted a question such as"),
             ("{}", "found no flavor"),
-            (r#"{"flavor":{"usb_devices":[{"vendor_id":"zz"}]}}"#, "flavor.usb_devices[0].vendor_id"),
+            (
+                r#"{"flavor":{"usb_devices":[{"vendor_id":"zz"}]}}"#,
+                "flavor.usb_devices[0].vendor_id",
+            ),
             (r#"{"flavor":{},"now":1}"#, "only one of now and max_age"),
             (r#"{"flavor":{},"now":-1,"max_age":1}"#, "now: found -1"),
             (r#"{"flavor":{},"project":"a b"}"#, "project: found"),
-            (r#"{"flavor":{},"weights":{"spare":1000}}"#, "weights.spare: found 1000, wanted 0 to 100"),
+            (
+                r#"{"flavor":{},"weights":{"spare":1000}}"#,
+                "weights.spare: found 1000, wanted 0 to 100",
+            ),
             (r#"{"flavor":{},"weights":{"spare":1.5}}"#, "weights.spare: found 1.5"),
             (r#"{"flavor":{},"weights":{"spar":1}}"#, "weights: found key \"spar\""),
             (r#"{"flavour":{}}"#, "found key \"flavour\""),

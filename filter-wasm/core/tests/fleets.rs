@@ -1,4 +1,5 @@
-//! Fleets large enough for the chunks that count: the answers against brute force, and against the same fleet grown by changes.
+//! Fleets large enough for the chunks that count: the answers against brute force, and against the
+//! same fleet grown by changes.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
 mod common;

@@ -15,7 +15,9 @@ fn apply(inventory: &mut Inventory, fleet: &mut Fleet, step: &Step) {
             assert_eq!((loaded.hosts, loaded.refused), (1, 0), "{:?}", loaded.problems);
         }
         Step::Remove(host) => assert_eq!(inventory.remove(host), fleet.hosts.contains_key(host)),
-        Step::Touch(host, at) => assert_eq!(inventory.touch(host, *at), fleet.hosts.contains_key(host)),
+        Step::Touch(host, at) => {
+            assert_eq!(inventory.touch(host, *at), fleet.hosts.contains_key(host));
+        }
         Step::Status(_, _, status) => {
             if let Some((host, place)) = fleet.target(step) {
                 let id = fleet.hosts[&host].0.devices[place].id;
@@ -26,7 +28,8 @@ fn apply(inventory: &mut Inventory, fleet: &mut Fleet, step: &Step) {
     fleet.step(step);
 }
 
-/// What the engine says of every host is what brute force says, and the selection is those accepted, in order.
+/// What the engine says of every host is what brute force says, and the selection is those
+/// accepted, in order.
 fn agrees(inventory: &Inventory, fleet: &Fleet, question: &Question, limit: usize) {
     let mut expected = Vec::new();
     for host in (0..11).map(name) {
@@ -34,16 +37,24 @@ fn agrees(inventory: &Inventory, fleet: &Fleet, question: &Question, limit: usiz
         match (fleet.judge(question, &host), &verdict) {
             (Ok(score), Verdict::Accepted { score: said, devices }) => {
                 assert_eq!(score, *said, "{host} {question:?}");
-                assert!(fleet.may_be_used(question, &host, devices), "{host} {question:?} {devices:?}");
+                assert!(
+                    fleet.may_be_used(question, &host, devices),
+                    "{host} {question:?} {devices:?}"
+                );
                 if fleet.hosts.contains_key(&host) {
                     expected.push((host, score));
                 }
             }
             (Err((request, reason)), Verdict::Rejected(said)) => {
                 assert_eq!(reason, said.reason, "{host} {question:?}");
-                assert!(request.is_none() || request == said.request, "{host} {question:?} {said:?}");
+                assert!(
+                    request.is_none() || request == said.request,
+                    "{host} {question:?} {said:?}"
+                );
             }
-            (right, said) => panic!("{host}: {said:?}, but brute force says {right:?}; {question:?}"),
+            (right, said) => {
+                panic!("{host}: {said:?}, but brute force says {right:?}; {question:?}")
+            }
         }
     }
     let selection = inventory.select(question, None, 1000).unwrap();
@@ -58,8 +69,10 @@ fn agrees(inventory: &Inventory, fleet: &Fleet, question: &Question, limit: usiz
     assert_eq!(best.placements, selection.placements[..limit.min(selection.placements.len())]);
     // Every second host, some of them unknown, one twice.
     let some: Vec<String> = (0..12).step_by(2).chain([2]).map(name).collect();
-    let among = inventory.select(question, Some(&mut some.iter().map(String::as_str)), 1000).unwrap();
-    let kept: Vec<_> = selection.placements.iter().filter(|p| some.contains(&p.host)).cloned().collect();
+    let among =
+        inventory.select(question, Some(&mut some.iter().map(String::as_str)), 1000).unwrap();
+    let kept: Vec<_> =
+        selection.placements.iter().filter(|p| some.contains(&p.host)).cloned().collect();
     if question.requests.is_empty() {
         assert_eq!(among.matched, 6, "who asks for nothing is refused nowhere");
     } else {

@@ -1,4 +1,5 @@
-//! The last step of `filter-wasm/build`: makes a component of a module, and lets nothing through that imports anything.
+//! The last step of `filter-wasm/build`: makes a component of a module, and lets nothing through
+//! that imports anything.
 //!
 //! ```text
 //! virt-usb-filter-pack component MODULE OUT    wit-component, then the check
@@ -39,10 +40,12 @@ fn pack(from: &str, to: &str, make: fn(&[u8]) -> Result<Vec<u8>>) -> Result<()> 
     let module = std::fs::read(from).with_context(|| format!("cannot read {from}"))?;
     let made = make(&module).with_context(|| format!("cannot pack {from}"))?;
     imports_nothing(&made).with_context(|| format!("{from} is not packed"))?;
-    // Written beside and moved, so that whoever loads the file meanwhile gets the old one or the new one.
+    // Written beside and moved, so that whoever loads the file meanwhile gets the old one or the
+    // new one.
     let beside = Path::new(to).with_extension("part");
     std::fs::write(&beside, made).with_context(|| format!("cannot write {}", beside.display()))?;
-    std::fs::rename(&beside, to).with_context(|| format!("cannot move {} to {to}", beside.display()))
+    std::fs::rename(&beside, to)
+        .with_context(|| format!("cannot move {} to {to}", beside.display()))
 }
 
 fn component(module: &[u8]) -> Result<Vec<u8>> {
@@ -50,11 +53,13 @@ fn component(module: &[u8]) -> Result<Vec<u8>> {
 }
 
 /// # Errors
-/// Names the imports; or says that it is no valid WebAssembly, or wants what differs from machine to machine.
+/// Names the imports; or says that it is no valid WebAssembly, or wants what differs from machine
+/// to machine.
 fn imports_nothing(wasm: &[u8]) -> Result<()> {
     Validator::new_with_features(features()).validate_all(wasm).context("it is not valid")?;
     let mut found = Vec::new();
-    // A component holds modules, which import what the component gives them: only the outermost counts.
+    // A component holds modules, which import what the component gives them: only the outermost
+    // counts.
     let mut outer = None;
     let mut depth = 0usize;
     for payload in Parser::new(0).parse_all(wasm) {
@@ -104,7 +109,8 @@ mod tests {
         assert_eq!(check("(component)"), Ok(()));
         let error = check(r#"(module (import "env" "now" (func)))"#).unwrap_err();
         assert!(error.contains("it imports env.now"), "{error}");
-        let error = check(r#"(component (import "wasi:clocks/wall-clock" (instance)))"#).unwrap_err();
+        let error =
+            check(r#"(component (import "wasi:clocks/wall-clock" (instance)))"#).unwrap_err();
         assert!(error.contains("it imports wasi:clocks/wall-clock"), "{error}");
     }
 

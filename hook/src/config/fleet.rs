@@ -69,24 +69,31 @@ impl Raw {
     pub(super) fn check(self) -> Result<Fleet, String> {
         if self.endpoints.is_empty() {
             return Err(
-                "endpoints: found none, wanted a list such as [\"https://etcd1.example:2379\"]".into()
+                "endpoints: found none, wanted a list such as [\"https://etcd1.example:2379\"]"
+                    .into(),
             );
         }
         for endpoint in &self.endpoints {
-            let rest = endpoint.strip_prefix("https://").or_else(|| endpoint.strip_prefix("http://"));
+            let rest =
+                endpoint.strip_prefix("https://").or_else(|| endpoint.strip_prefix("http://"));
             let right = rest.is_some_and(|rest| {
                 !rest.is_empty()
-                    && !rest.contains(|c: char| c == '/' || c == '@' || c.is_whitespace() || c.is_control())
+                    && !rest.contains(|c: char| {
+                        c == '/' || c == '@' || c.is_whitespace() || c.is_control()
+                    })
             });
             if !right {
                 return Err(format!(
-                    "endpoints: found {endpoint:?}, wanted an address such as \"https://etcd1.example:2379\""
+                    "endpoints: found {endpoint:?}, wanted an address such \
+                        as \"https://etcd1.example:2379\""
                 ));
             }
         }
         let https = self.endpoints.iter().filter(|e| e.starts_with("https://")).count();
         if https != 0 && https != self.endpoints.len() {
-            return Err("endpoints: some are https and some http: all must be one or the other".into());
+            return Err(
+                "endpoints: some are https and some http: all must be one or the other".into()
+            );
         }
         let prefix = self.prefix.unwrap_or_else(|| "/virt-usb/".into());
         let plain = |c: char| c.is_ascii_alphanumeric() || "/._-".contains(c);
@@ -96,10 +103,13 @@ impl Raw {
             || !prefix.chars().all(plain)
         {
             return Err(format!(
-                "prefix: found {prefix:?}, wanted letters, digits, '.', '_', '-' and '/' between two slashes, such as \"/virt-usb/\""
+                "prefix: found {prefix:?}, wanted letters, digits, '.', '_', '-' and '/' between \
+                    two slashes, such as \"/virt-usb/\""
             ));
         }
-        let file = |name: &str, path: Option<PathBuf>| path.map(|path| absolute_path(name, path)).transpose();
+        let file = |name: &str, path: Option<PathBuf>| {
+            path.map(|path| absolute_path(name, path)).transpose()
+        };
         let (ca, certificate, key) =
             (file("ca", self.ca)?, file("certificate", self.certificate)?, file("key", self.key)?);
         if https == 0 && (ca.is_some() || certificate.is_some() || key.is_some()) {
@@ -108,21 +118,30 @@ impl Raw {
         let identity = match (certificate, key) {
             (None, None) => None,
             (Some(certificate), Some(key)) => Some(Tls { certificate, key }),
-            (Some(_), None) => return Err("certificate: its key is missing: give fleet.key as well".into()),
+            (Some(_), None) => {
+                return Err("certificate: its key is missing: give fleet.key as well".into());
+            }
             (None, Some(_)) => {
-                return Err("key: its certificate is missing: give fleet.certificate as well".into());
+                return Err(
+                    "key: its certificate is missing: give fleet.certificate as well".into()
+                );
             }
         };
         let user = match (self.user, file("password_file", self.password_file)?) {
             (None, None) => None,
-            (Some(name), Some(password_file)) if !name.is_empty() => Some(User { name, password_file }),
+            (Some(name), Some(password_file)) if !name.is_empty() => {
+                Some(User { name, password_file })
+            }
             (Some(_), Some(_)) => return Err("user: found an empty name".into()),
             (Some(_), None) => {
-                return Err("user: its password is missing: give fleet.password_file as well".into());
+                return Err(
+                    "user: its password is missing: give fleet.password_file as well".into()
+                );
             }
             (None, Some(_)) => return Err("password_file: whose? give fleet.user as well".into()),
         };
-        let seconds = |key: &str, value: Option<u64>, default: u64, least: u64| match value.unwrap_or(default)
+        let seconds = |key: &str, value: Option<u64>, default: u64, least: u64| match value
+            .unwrap_or(default)
         {
             value if (least..=86400).contains(&value) => Ok(Duration::from_secs(value)),
             other => Err(format!("{key}: found {other}, wanted {least} to 86400 seconds")),
@@ -135,7 +154,8 @@ impl Raw {
             user,
             lease: seconds("lease", self.lease, 30, 5)?,
             heartbeat: seconds("heartbeat", self.heartbeat, 300, 1)?,
-            machine_id: file("machine_id", self.machine_id)?.unwrap_or_else(|| "/etc/machine-id".into()),
+            machine_id: file("machine_id", self.machine_id)?
+                .unwrap_or_else(|| "/etc/machine-id".into()),
         })
     }
 }

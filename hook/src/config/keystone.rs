@@ -47,8 +47,17 @@ pub(super) struct Raw {
     roles: Option<BTreeMap<String, String>>,
 }
 
-pub(super) const KEYS: &[&str] =
-    &["url", "ca", "user", "user_domain", "project", "project_domain", "password_file", "cache", "roles"];
+pub(super) const KEYS: &[&str] = &[
+    "url",
+    "ca",
+    "user",
+    "user_domain",
+    "project",
+    "project_domain",
+    "password_file",
+    "cache",
+    "roles",
+];
 
 impl Raw {
     pub(super) fn check(self) -> Result<Keystone, String> {
@@ -59,13 +68,16 @@ impl Raw {
         let right = path.is_some_and(|(host, path)| {
             !host.is_empty()
                 && (path == "v3" || path.ends_with("/v3"))
-                && !bare.contains(|c: char| "@?#".contains(c) || c.is_whitespace() || c.is_control())
+                && !bare
+                    .contains(|c: char| "@?#".contains(c) || c.is_whitespace() || c.is_control())
         });
         if !right {
             // What stands before an @ may be a password.
-            let found = if url.contains('@') { "one with an @".to_owned() } else { format!("{url:?}") };
+            let found =
+                if url.contains('@') { "one with an @".to_owned() } else { format!("{url:?}") };
             return Err(format!(
-                "url: found {found}, wanted Keystone's address with its version, such as \"https://keystone.example:5000/v3\""
+                "url: found {found}, wanted Keystone's address with its version, such \
+                    as \"https://keystone.example:5000/v3\""
             ));
         }
         let ca = self.ca.map(|path| absolute_path("ca", path)).transpose()?;
@@ -73,7 +85,9 @@ impl Raw {
             return Err("ca is for a url that begins with https://".into());
         }
         let Some(password_file) = self.password_file else {
-            return Err("password_file: found none, wanted the file of the service user's password".into());
+            return Err(
+                "password_file: found none, wanted the file of the service user's password".into(),
+            );
         };
         let text = |name: &str, value: Option<String>, default: &str| match value {
             Some(value) if value.is_empty() => Err(format!("{name}: found an empty name")),
@@ -85,7 +99,9 @@ impl Raw {
         };
         let own = || ROLES.map(|role| (role.to_owned(), role.to_owned())).into_iter().collect();
         let roles = self.roles.unwrap_or_else(own);
-        if let Some((role, meaning)) = roles.iter().find(|(_, meaning)| !ROLES.contains(&meaning.as_str())) {
+        if let Some((role, meaning)) =
+            roles.iter().find(|(_, meaning)| !ROLES.contains(&meaning.as_str()))
+        {
             return Err(format!(
                 "roles.{role}: found {meaning:?}, wanted \"reader\", \"member\" or \"admin\""
             ));

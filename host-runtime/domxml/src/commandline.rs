@@ -28,7 +28,8 @@ pub(crate) fn usb_host(value: &str) -> Option<UsbHostdev> {
     if value.len() > MAX_ARGUMENT {
         return None;
     }
-    let properties = if value.trim_start().starts_with('{') { members(value)? } else { options(value) };
+    let properties =
+        if value.trim_start().starts_with('{') { members(value)? } else { options(value) };
     let get = |name: &str| properties.get(name).map(String::as_str);
     if get("driver") != Some(DRIVER) {
         return None;
@@ -38,8 +39,12 @@ pub(crate) fn usb_host(value: &str) -> Option<UsbHostdev> {
     let (bus, device) = (value("hostbus"), value("hostaddr"));
     let byte = |number: Option<u32>| number?.try_into().ok();
     Some(UsbHostdev {
-        usb: id("vendorid").zip(id("productid")).map(|(vendor, product)| UsbId::new(vendor, product)),
-        address: get("hostdevice").and_then(node).or_else(|| BusAddress::new(byte(bus)?, byte(device)?)),
+        usb: id("vendorid")
+            .zip(id("productid"))
+            .map(|(vendor, product)| UsbId::new(vendor, product)),
+        address: get("hostdevice")
+            .and_then(node)
+            .or_else(|| BusAddress::new(byte(bus)?, byte(device)?)),
         port: bus.zip(get("hostport")).and_then(|(bus, port)| host_port(bus, port)),
         ..UsbHostdev::default()
     })
@@ -90,7 +95,10 @@ mod tests {
             ("usb-host,id=x,hostbus=1,hostport=1.4", (None, None, some("1-1.4"))),
             ("usb-host,hostdevice=/dev/bus/usb/001/012", (None, some("usb_1_12"), None)),
             (r#"{"driver":"usb-host","hostbus":1,"hostport":"1.4"}"#, (None, None, some("1-1.4"))),
-            (r#" {"driver":"usb-host","vendorid":1321,"productid":1}"#, (some("0529:0001"), None, None)),
+            (
+                r#" {"driver":"usb-host","vendorid":1321,"productid":1}"#,
+                (some("0529:0001"), None, None),
+            ),
             ("usb-host", (None, None, None)),
             ("usb-host,hostport=1.4", (None, None, None)),
             ("usb-host,vendorid=0x10529,productid=1", (None, None, None)),
@@ -99,7 +107,9 @@ mod tests {
         for (value, wanted) in cases {
             assert_eq!(read(value), wanted, "{value}");
         }
-        for other in ["usb-hostile", "usb-tablet,id=usb-host", "", "{", "[]", r#"{"driver":7}"#, "a=b"] {
+        for other in
+            ["usb-hostile", "usb-tablet,id=usb-host", "", "{", "[]", r#"{"driver":7}"#, "a=b"]
+        {
             assert_eq!(usb_host(other), None, "{other}");
         }
     }

@@ -1,7 +1,7 @@
 //! One device of the domain, as far as virt-usb looks into it.
 //!
-//! A device is collected while the scanner is inside it, and judged when it ends. Of each part only the first is kept,
-//! so the memory that a device takes does not grow with what stands in it.
+//! A device is collected while the scanner is inside it, and judged when it ends. Of each part only
+//! the first is kept, so the memory that a device takes does not grow with what stands in it.
 
 use std::ops::Range;
 
@@ -15,7 +15,8 @@ use crate::tag::Tag;
 #[derive(Debug, Clone)]
 pub(crate) struct Node<'a> {
     pub(crate) tag: Tag<'a>,
-    /// Behind the last thing in it that is not white space; behind the start tag when there is none.
+    /// Behind the last thing in it that is not white space; behind the start tag when there is
+    /// none.
     pub(crate) content_end: usize,
     /// Where its end tag stands; empty and behind the tag for `<name/>`.
     pub(crate) close: Range<usize>,
@@ -147,13 +148,16 @@ impl<'a> Device<'a> {
     /// The text of a part, as it is written; `None` when there is none.
     pub(crate) fn text(&self, part: Part, text: &str) -> Option<String> {
         let node = self.part(part)?;
-        let inside = text.get(node.tag.span.end..node.content_end)?.trim_start_matches(crate::tag::is_space);
+        let inside =
+            text.get(node.tag.span.end..node.content_end)?.trim_start_matches(crate::tag::is_space);
         (!inside.is_empty()).then(|| inside.to_owned())
     }
 
     pub(crate) fn is_usb_hostdev(&self) -> bool {
         let tag = &self.node.tag;
-        tag.name == "hostdev" && tag.is("type", "usb") && tag.value("mode").is_none_or(|m| m == "subsystem")
+        tag.name == "hostdev"
+            && tag.is("type", "usb")
+            && tag.value("mode").is_none_or(|m| m == "subsystem")
     }
 
     pub(crate) fn is_usb_redirdev(&self) -> bool {
@@ -161,7 +165,9 @@ impl<'a> Device<'a> {
     }
 
     fn alias(&self) -> Option<String> {
-        self.part(Part::Alias).and_then(|node| node.tag.value("name")).map(std::borrow::Cow::into_owned)
+        self.part(Part::Alias)
+            .and_then(|node| node.tag.value("name"))
+            .map(std::borrow::Cow::into_owned)
     }
 
     pub(crate) fn hostdev(&self, line: impl Fn(usize) -> usize) -> Result<UsbHostdev, XmlError> {
@@ -199,7 +205,10 @@ impl<'a> Device<'a> {
 
     /// Bus and port of the source.
     fn port(&self) -> Option<PortPath> {
-        host_port(number(&self.value(Part::SourceAddress, "bus"))?, &self.value(Part::SourceAddress, "port"))
+        host_port(
+            number(&self.value(Part::SourceAddress, "bus"))?,
+            &self.value(Part::SourceAddress, "port"),
+        )
     }
 }
 
@@ -210,7 +219,8 @@ pub(crate) fn host_port(bus: u32, port: &str) -> Option<PortPath> {
     PortPath::new(bus.try_into().ok()?, &ports?)
 }
 
-/// A number as libvirt reads it: C's `strtoul` with base 0, so `0x1f` is hexadecimal and `010` octal.
+/// A number as libvirt reads it: C's `strtoul` with base 0, so `0x1f` is hexadecimal and `010`
+/// octal.
 pub(crate) fn number(text: &str) -> Option<u32> {
     let text = text.trim_start_matches(crate::tag::is_space);
     let (digits, radix) = match text.strip_prefix("0x").or_else(|| text.strip_prefix("0X")) {

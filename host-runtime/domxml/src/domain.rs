@@ -46,10 +46,11 @@ pub enum FlavorSource {
     /// The domain says nothing, or says that it asks for nothing.
     ///
     /// Nova writes the whole of a flavor's extra specs from 32.0.0 (2025.2) on, and an empty
-    /// `<nova:extraSpecs/>` when there are none: without a USB key in it there is nothing left to look up. The same
-    /// holds for an empty element of our own namespace.
+    /// `<nova:extraSpecs/>` when there are none: without a USB key in it there is nothing left to
+    /// look up. The same holds for an empty element of our own namespace.
     None,
-    /// The text of the element in our namespace under `<metadata>`, entities and CDATA resolved, trimmed.
+    /// The text of the element in our namespace under `<metadata>`, entities and CDATA resolved,
+    /// trimmed.
     Metadata(String),
     /// At least one USB key in `nova:extraSpecs`.
     ExtraSpecs {
@@ -87,7 +88,8 @@ pub struct UsbHostdev {
     pub port: Option<PortPath>,
     /// The alias, libvirt's own (`hostdev0`) or the user's (`ua-…`).
     pub alias: Option<String>,
-    /// Whether the source has a `startupPolicy`, with which QEMU may take any device that it can open.
+    /// Whether the source has a `startupPolicy`, with which QEMU may take any device that it can
+    /// open.
     pub has_startup_policy: bool,
 }
 
@@ -116,7 +118,8 @@ pub struct Redirdev {
 }
 
 impl Redirdev {
-    /// The number of the flavor's entry that virt-usb injected here, from the alias `ua-usb-redir-<n>`.
+    /// The number of the flavor's entry that virt-usb injected here, from the alias
+    /// `ua-usb-redir-<n>`.
     pub fn injected(&self) -> Option<usize> {
         let n: usize = self.alias.as_deref()?.strip_prefix(REDIRDEV_ALIAS)?.parse().ok()?;
         (self.alias.as_deref() == Some(&redirdev_alias(n))).then_some(n)

@@ -1,7 +1,7 @@
 //! From what is wanted to splices on the text, and from splices to the text.
 //!
-//! [`plan`] decides, [`splice`] only copies. A splice replaces a range of the text; most ranges are empty. Nothing else
-//! is ever written, so what no splice covers stays as it is.
+//! [`plan`] decides, [`splice`] only copies. A splice replaces a range of the text; most ranges are
+//! empty. Nothing else is ever written, so what no splice covers stays as it is.
 
 use std::collections::BTreeSet;
 use std::ops::Range;
@@ -19,26 +19,29 @@ use crate::usb_bus::{GuestPort, INJECTED_PORTS};
 /// What to change in a domain.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Edits {
-    /// USB host devices to add at the end of `<devices>`, in this order. One whose alias is there is not added again.
+    /// USB host devices to add at the end of `<devices>`, in this order. One whose alias is there
+    /// is not added again.
     pub hostdevs: Vec<Hostdev>,
-    /// Redirections to add behind them: the `n` of the alias `ua-usb-redir-<n>`. One whose alias is there is not
-    /// added again.
+    /// Redirections to add behind them: the `n` of the alias `ua-usb-redir-<n>`. One whose alias is
+    /// there is not added again.
     pub redirdevs: Vec<usize>,
-    /// Add `<controller type='usb' model='qemu-xhci' ports='15'/>`, unless the domain declares a USB controller.
+    /// Add `<controller type='usb' model='qemu-xhci' ports='15'/>`, unless the domain declares a
+    /// USB controller.
     pub controller: bool,
-    /// Hostdevs that are there, by their index in [`Domain::hostdevs`], and the source and alias that they get.
+    /// Hostdevs that are there, by their index in [`Domain::hostdevs`], and the source and alias
+    /// that they get.
     pub relocate: Vec<(usize, Hostdev)>,
     /// Hostdevs that somebody wrote, by their index in [`Domain::hostdevs`], and where their
     /// devices are now: only bus and device number of the source change, and only where the source
     /// names them.
     pub readdress: Vec<(usize, BusAddress)>,
-    /// One line to write into the metadata, `<refusal xmlns='urn:virt-usb:refusal:1' why='…'/>`, for [`Domain::refusal`] to find later,
-    /// unless one is there.
+    /// One line to write into the metadata, `<refusal xmlns='urn:virt-usb:refusal:1' why='…'/>`,
+    /// for [`Domain::refusal`] to find later, unless one is there.
     pub refusal: Option<String>,
 }
 
-/// A host device as libvirt is told of it: vendor, product and address together, so that a device that was swapped
-/// in between is refused.
+/// A host device as libvirt is told of it: vendor, product and address together, so that a device
+/// that was swapped in between is refused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Hostdev {
     /// Its id in the inventory; the alias is `ua-usb-<id>`.
@@ -107,7 +110,8 @@ pub(crate) fn plan(
     let mut relocated = BTreeSet::new();
     for (index, to) in &edits.relocate {
         let no = |why| XmlError::Relocate { index: *index, why };
-        let device = layout.hostdevs.get(*index).ok_or_else(|| no("the domain has no such hostdev"))?;
+        let device =
+            layout.hostdevs.get(*index).ok_or_else(|| no("the domain has no such hostdev"))?;
         if !relocated.insert(*index) {
             return Err(no("it is given two"));
         }
@@ -118,15 +122,19 @@ pub(crate) fn plan(
     }
     for (index, to) in &edits.readdress {
         let no = |why| XmlError::Relocate { index: *index, why };
-        let device = layout.hostdevs.get(*index).ok_or_else(|| no("the domain has no such hostdev"))?;
+        let device =
+            layout.hostdevs.get(*index).ok_or_else(|| no("the domain has no such hostdev"))?;
         if !relocated.insert(*index) {
             return Err(no("it is given two"));
         }
-        if let Some(address) = device.part(Part::SourceAddress).filter(|a| a.tag.get("device").is_some()) {
+        if let Some(address) =
+            device.part(Part::SourceAddress).filter(|a| a.tag.get("device").is_some())
+        {
             Relocation { text, device, unit: &unit, splices: &mut splices }.numbers(address, *to);
         }
     }
-    let mut redirs: BTreeSet<usize> = domain.redirdevs.iter().filter_map(|r| r.injected()).collect();
+    let mut redirs: BTreeSet<usize> =
+        domain.redirdevs.iter().filter_map(|r| r.injected()).collect();
 
     let hostdevs = edits.hostdevs.iter().filter(|h| ids.insert(h.id)).map(hostdev);
     let redirdevs = edits.redirdevs.iter().filter(|n| redirs.insert(**n)).map(|n| redirdev(*n));
@@ -143,7 +151,11 @@ fn source(to: &Hostdev) -> [Element; 3] {
     [
         Element::leaf(format!("vendor id='0x{}'", to.usb.vendor)),
         Element::leaf(format!("product id='0x{}'", to.usb.product)),
-        Element::leaf(format!("address bus='{}' device='{}'", to.address.bus(), to.address.device())),
+        Element::leaf(format!(
+            "address bus='{}' device='{}'",
+            to.address.bus(),
+            to.address.device()
+        )),
     ]
 }
 
@@ -154,7 +166,8 @@ fn alias(name: &str) -> Element {
 fn hostdev(device: &Hostdev) -> Element {
     let source = Element { start: "source".to_owned(), children: source(device).into() };
     let mut children = vec![source, alias(&hostdev_alias(device.id))];
-    children.extend(device.guest_port.map(|port| Element::leaf(format!("address type='usb' {port}"))));
+    children
+        .extend(device.guest_port.map(|port| Element::leaf(format!("address type='usb' {port}"))));
     Element { start: "hostdev mode='subsystem' type='usb'".to_owned(), children }
 }
 
@@ -174,7 +187,8 @@ fn refusal(why: &str) -> Element {
     for c in why.chars() {
         match c {
             ' '..='~' if !matches!(c, '&' | '<' | '\'') => value.push(c),
-            // What XML has no way to write: see its production Char, <https://www.w3.org/TR/xml/#charsets>.
+            // What XML has no way to write: see its production Char,
+            // <https://www.w3.org/TR/xml/#charsets>.
             '\u{0}'..='\u{1f}' | '\u{fffe}' | '\u{ffff}' => value.push('?'),
             // A reference is understood in every encoding.
             c => value.push_str(&format!("&#{};", u32::from(c))),
@@ -185,12 +199,15 @@ fn refusal(why: &str) -> Element {
 
 /// One level of indentation in this document.
 fn document_unit(text: &str, layout: &Layout<'_>) -> String {
-    let pair = |node: &Option<Node<'_>>| node.as_ref().and_then(|n| Some((n.tag.span.start, n.first_child?)));
+    let pair = |node: &Option<Node<'_>>| {
+        node.as_ref().and_then(|n| Some((n.tag.span.start, n.first_child?)))
+    };
     let (outer, inner) = pair(&layout.devices).or_else(|| pair(&layout.domain)).unwrap_or((0, 0));
     unit(text, outer, inner)
 }
 
-/// Adds devices to `<devices>`, wherever that is: the controller behind the last controller, the rest at the end.
+/// Adds devices to `<devices>`, wherever that is: the controller behind the last controller, the
+/// rest at the end.
 fn add(
     text: &str,
     layout: &Layout<'_>,
@@ -204,7 +221,13 @@ fn add(
     }
     let Some(node) = &layout.devices else {
         let children = controller.into_iter().chain(devices).collect();
-        add_to_domain(text, layout, unit, &Element { start: "devices".to_owned(), children }, splices);
+        add_to_domain(
+            text,
+            layout,
+            unit,
+            &Element { start: "devices".to_owned(), children },
+            splices,
+        );
         return;
     };
     let last = layout.last_controller.as_ref();
@@ -223,7 +246,13 @@ fn add(
 }
 
 /// Adds an element to `<metadata>`, wherever that is.
-fn add_metadata(text: &str, layout: &Layout<'_>, unit: &str, element: Element, splices: &mut Vec<Splice>) {
+fn add_metadata(
+    text: &str,
+    layout: &Layout<'_>,
+    unit: &str,
+    element: Element,
+    splices: &mut Vec<Splice>,
+) {
     match &layout.metadata {
         Some(node) => {
             let style = child_style(text, node, unit);
@@ -237,9 +266,16 @@ fn add_metadata(text: &str, layout: &Layout<'_>, unit: &str, element: Element, s
 }
 
 /// Adds an element at the end of the domain.
-fn add_to_domain(text: &str, layout: &Layout<'_>, unit: &str, element: &Element, splices: &mut Vec<Splice>) {
+fn add_to_domain(
+    text: &str,
+    layout: &Layout<'_>,
+    unit: &str,
+    element: &Element,
+    splices: &mut Vec<Splice>,
+) {
     let Some(domain) = &layout.domain else { return };
-    let style = domain.first_child.and_then(|at| Style::of(text, at, unit)).unwrap_or_else(Style::one_line);
+    let style =
+        domain.first_child.and_then(|at| Style::of(text, at, unit)).unwrap_or_else(Style::one_line);
     let mut out = String::new();
     element.write(&mut out, &style);
     splices.push(Splice::insert(domain.content_end, out));
@@ -258,8 +294,8 @@ fn child_style(text: &str, node: &Node<'_>, unit: &str) -> Style {
     like_a_child.or_else(|| style_inside(text, node, unit)).unwrap_or_else(Style::one_line)
 }
 
-/// How a child of this element is to look when there is none to look at. An element with content on one line keeps
-/// that.
+/// How a child of this element is to look when there is none to look at. An element with content on
+/// one line keeps that.
 fn style_inside(text: &str, node: &Node<'_>, unit: &str) -> Option<Style> {
     let has_content = node.content_end > node.tag.span.end;
     let from_close = Style::of(text, node.close.start, unit).filter(|_| !node.tag.empty);
@@ -268,7 +304,13 @@ fn style_inside(text: &str, node: &Node<'_>, unit: &str) -> Option<Style> {
 }
 
 /// Adds children at the end of an element, opening it when it is `<name/>`.
-fn append(text: &str, node: &Node<'_>, style: &Style, children: &[Element], splices: &mut Vec<Splice>) {
+fn append(
+    text: &str,
+    node: &Node<'_>,
+    style: &Style,
+    children: &[Element],
+    splices: &mut Vec<Splice>,
+) {
     if children.is_empty() {
         return;
     }
@@ -305,7 +347,9 @@ impl Relocation<'_, '_> {
         let mut behind = Vec::new();
         match self.device.part(Part::Source) {
             Some(source) => self.source(source, to),
-            None => behind.push(Element { start: "source".to_owned(), children: source(to).into() }),
+            None => {
+                behind.push(Element { start: "source".to_owned(), children: source(to).into() });
+            }
         }
         match self.device.part(Part::Alias) {
             Some(node) => self.set(node, "name", &name, |old| old == name),
@@ -340,7 +384,8 @@ impl Relocation<'_, '_> {
         }
         match device.part(Part::SourceAddress) {
             Some(node) => {
-                // A host port, which late versions of libvirt take, would contradict the device number.
+                // A host port, which late versions of libvirt take, would contradict the device
+                // number.
                 self.remove(node, "port");
                 self.numbers(node, to.address);
             }
@@ -372,7 +417,8 @@ impl Relocation<'_, '_> {
         match node.tag.get(name) {
             Some(attribute) if same(&attribute.decoded()) => {}
             Some(attribute) => {
-                self.splices.push(Splice { range: attribute.value.clone(), with: value.to_owned() });
+                self.splices
+                    .push(Splice { range: attribute.value.clone(), with: value.to_owned() });
             }
             None => {
                 let at = node.tag.span.start + 1 + node.tag.name.len();
@@ -388,7 +434,8 @@ impl Relocation<'_, '_> {
     }
 
     fn insert_behind(&mut self, node: &Node<'_>, element: &Element) {
-        let style = Style::of(self.text, node.tag.span.start, self.unit).unwrap_or_else(Style::one_line);
+        let style =
+            Style::of(self.text, node.tag.span.start, self.unit).unwrap_or_else(Style::one_line);
         let mut out = String::new();
         element.write(&mut out, &style);
         self.splices.push(Splice::insert(node.close.end, out));

@@ -1,9 +1,10 @@
 //! One text inside, the document's own bytes outside.
 //!
-//! The rest of the crate sees a `&str`. A UTF-8 document is that already; a document in a single-byte encoding is
-//! read as Latin-1 and UTF-16 is transcoded. Both mappings are one to one, so encoding the edited text gives back
-//! every byte that was not edited. (A letter such as `€` in windows-1252 is therefore read as another letter; names
-//! and ids are ASCII in practice, and the bytes stay right.)
+//! The rest of the crate sees a `&str`. A UTF-8 document is that already; a document in a
+//! single-byte encoding is read as Latin-1 and UTF-16 is transcoded. Both mappings are one to one,
+//! so encoding the edited text gives back every byte that was not edited. (A letter such as `€` in
+//! windows-1252 is therefore read as another letter; names and ids are ASCII in practice, and the
+//! bytes stay right.)
 
 use std::borrow::Cow;
 
@@ -34,7 +35,9 @@ impl<'a> Decoded<'a> {
             [0xff, 0xfe, 0, 0, ..] | [0, 0, 0xfe, 0xff, ..] => return Err(unsupported("UTF-32")),
             [0xff, 0xfe, rest @ ..] => utf16(rest, true)?,
             [0xfe, 0xff, rest @ ..] => utf16(rest, false)?,
-            [b'<', 0, ..] | [0, b'<', ..] => return Err(unsupported("UTF-16 without a byte order mark")),
+            [b'<', 0, ..] | [0, b'<', ..] => {
+                return Err(unsupported("UTF-16 without a byte order mark"));
+            }
             _ => match declared(xml) {
                 None => utf8(xml, false, xml)?,
                 Some(name) => by_name(xml, &name)?,
@@ -50,7 +53,9 @@ impl<'a> Decoded<'a> {
     /// The bytes of an edited text.
     pub(crate) fn encode(&self, text: &str) -> Vec<u8> {
         match self.encoding {
-            Encoding::Utf8 { bom } => [if bom { BOM.as_bytes() } else { b"" }, text.as_bytes()].concat(),
+            Encoding::Utf8 { bom } => {
+                [if bom { BOM.as_bytes() } else { b"" }, text.as_bytes()].concat()
+            }
             // What was read this way is below 256, and what is inserted is ASCII.
             Encoding::SingleByte => {
                 text.chars().map(|c| u8::try_from(u32::from(c)).unwrap_or(b'?')).collect()
@@ -71,7 +76,9 @@ fn unsupported(found: &str) -> XmlError {
 fn declared(xml: &[u8]) -> Option<String> {
     const LONGEST: usize = 256;
     let start = xml.get(..LONGEST.min(xml.len()))?;
-    start.strip_prefix(b"<?xml").filter(|rest| rest.first().is_some_and(|b| b.is_ascii_whitespace()))?;
+    start
+        .strip_prefix(b"<?xml")
+        .filter(|rest| rest.first().is_some_and(|b| b.is_ascii_whitespace()))?;
     let end = start.windows(2).position(|w| w == b"?>")?;
     let inside = std::str::from_utf8(start.get(5..end)?).ok()?;
     let attributes = tag::attributes(inside, 0).ok()?;
@@ -112,8 +119,10 @@ fn utf8<'a>(rest: &'a [u8], bom: bool, whole: &[u8]) -> Result<Decoded<'a>, XmlE
         }
         _ => {}
     }
-    let text = std::str::from_utf8(rest)
-        .map_err(|e| XmlError::Malformed { encoding: "UTF-8", offset: skipped + e.valid_up_to() })?;
+    let text = std::str::from_utf8(rest).map_err(|e| XmlError::Malformed {
+        encoding: "UTF-8",
+        offset: skipped + e.valid_up_to(),
+    })?;
     Ok(Decoded { text: Cow::Borrowed(text), encoding: Encoding::Utf8 { bom } })
 }
 
@@ -143,12 +152,14 @@ fn utf16(rest: &[u8], little: bool) -> Result<Decoded<'static>, XmlError> {
     }
 }
 
-/// XML 1.0 has no control characters but tab, line feed and carriage return, NUL least of all; and neither U+FFFE nor U+FFFF.
+/// XML 1.0 has no control characters but tab, line feed and carriage return, NUL least of all; and
+/// neither U+FFFE nor U+FFFF.
 fn controls(text: &str) -> Result<(), XmlError> {
     let bad = |&b: &u8| b < 0x20 && !matches!(b, b'\t' | b'\n' | b'\r');
     // The first byte of the two in UTF-8, and of much else.
     let odd = |b: &u8| bad(b) || *b == 0xef;
-    // Without an early end the compiler looks at many bytes at once, and there is nearly never one to find.
+    // Without an early end the compiler looks at many bytes at once, and there is nearly never one
+    // to find.
     if !text.as_bytes().iter().fold(false, |any, b| any | odd(b)) {
         return Ok(());
     }

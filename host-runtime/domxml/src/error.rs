@@ -1,8 +1,8 @@
 //! What can be wrong with a document.
 //!
-//! Every message is one line and reads well after "cannot read the domain XML: "; what it quotes is escaped and
-//! cut, because the document may hold anything. Values of the document are quoted only where they are ids or names:
-//! migration XML can carry secrets.
+//! Every message is one line and reads well after "cannot read the domain XML: "; what it quotes is
+//! escaped and cut, because the document may hold anything. Values of the document are quoted only
+//! where they are ids or names: migration XML can carry secrets.
 
 use thiserror::Error;
 use virt_usb_model::clean_start;
@@ -21,7 +21,8 @@ pub enum XmlError {
     },
     /// The encoding is not one of those that can be edited without loss.
     #[error(
-        "the encoding {found} is not supported, only UTF-8, UTF-16 with a byte order mark, US-ASCII, ISO-8859, windows-125x and KOI8"
+        "the encoding {found} is not supported, only UTF-8, UTF-16 with a byte order mark, \
+            US-ASCII, ISO-8859, windows-125x and KOI8"
     )]
     Encoding {
         /// The encoding that was declared or recognised.

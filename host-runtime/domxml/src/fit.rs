@@ -38,9 +38,11 @@ impl Serves {
 /// How a domain's free USB ports compare with what is to be added.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Fit {
-    /// There are free ports enough, on what is declared or on the controller that libvirt adds by default.
+    /// There are free ports enough, on what is declared or on the controller that libvirt adds by
+    /// default.
     Fits,
-    /// No controller is declared and the default one would not do: inject a `qemu-xhci` with 15 ports.
+    /// No controller is declared and the default one would not do: inject a `qemu-xhci` with 15
+    /// ports.
     NeedsController,
     /// No controller is declared, and libvirt adds none for this machine, neither at its start nor
     /// later. An injected `qemu-xhci` would do, for a caller that uses the edited XML.
@@ -91,7 +93,8 @@ impl Free {
                 Serves::KINDS.iter().all(|kind| chosen(kind) || !kind.speeds().meets(**want))
             };
             let needed = wants.iter().filter(only).count();
-            let free = Serves::KINDS.iter().zip(self.0).filter(|(kind, _)| chosen(kind)).map(|(_, n)| n);
+            let free =
+                Serves::KINDS.iter().zip(self.0).filter(|(kind, _)| chosen(kind)).map(|(_, n)| n);
             let free = free.sum();
             if needed > free {
                 let slowest = wants.iter().filter(only).filter_map(|want| want.slowest()).min();

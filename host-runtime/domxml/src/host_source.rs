@@ -29,11 +29,14 @@ pub enum HostPlace {
 /// What the device uses of the host, if it is of a kind that may use a USB device.
 pub(crate) fn host_source(device: &Device<'_>, text: &str) -> Option<HostSource> {
     let tag = &device.node.tag;
-    let source = |attribute| Some(device.value(Part::Source, attribute)).filter(|value| !value.is_empty());
+    let source =
+        |attribute| Some(device.value(Part::Source, attribute)).filter(|value| !value.is_empty());
     let place = match tag.name {
         // libvirt takes a block device as a file, too.
         "disk" => HostPlace::Path(source("dev").or_else(|| source("file"))?),
-        "serial" | "parallel" | "console" | "channel" | "smartcard" | "redirdev" if tag.is("type", "dev") => {
+        "serial" | "parallel" | "console" | "channel" | "smartcard" | "redirdev"
+            if tag.is("type", "dev") =>
+        {
             HostPlace::Path(source("path")?)
         }
         "input" => HostPlace::Path(source("dev").or_else(|| source("evdev"))?),
@@ -45,7 +48,8 @@ pub(crate) fn host_source(device: &Device<'_>, text: &str) -> Option<HostSource>
         }
         _ => return None,
     };
-    if matches!(&place, HostPlace::Path(path) if !path.starts_with("/dev/") && !has_node(tag.name)) {
+    if matches!(&place, HostPlace::Path(path) if !path.starts_with("/dev/") && !has_node(tag.name))
+    {
         return None;
     }
     let name = [device.value(Part::Target, "dev"), device.value(Part::Target, "port")].concat();

@@ -86,7 +86,8 @@ impl<'a> Text<'a> {
     }
 }
 
-/// A domain that was read, and where in the text its parts stand: it can be rewritten without reading it again.
+/// A domain that was read, and where in the text its parts stand: it can be rewritten without
+/// reading it again.
 #[derive(Debug)]
 pub struct Document<'t> {
     text: &'t Decoded<'t>,
@@ -107,8 +108,8 @@ impl Document<'_> {
 
     /// Makes the changes; `None` when there is nothing to change.
     ///
-    /// Every byte that is not part of a change stays as it is. Rewriting what was rewritten, with the same edits, changes
-    /// nothing: a device whose alias is there is not added again.
+    /// Every byte that is not part of a change stays as it is. Rewriting what was rewritten, with
+    /// the same edits, changes nothing: a device whose alias is there is not added again.
     ///
     /// # Errors
     /// [`XmlError::Relocate`] when a relocation does not fit the document.

@@ -1,7 +1,7 @@
 //! What `<metadata>` says of the flavor, the owner, and a refusal.
 //!
-//! Metadata is other people's namespaces side by side, so names are resolved here, and only here: the elements that
-//! libvirt reads itself have no namespace.
+//! Metadata is other people's namespaces side by side, so names are resolved here, and only here:
+//! the elements that libvirt reads itself have no namespace.
 
 use std::collections::HashMap;
 
@@ -101,7 +101,10 @@ impl Metadata {
     /// Our own element begins.
     pub(crate) fn ours(&mut self, tag: &Tag<'_>, line: usize) -> Result<(), XmlError> {
         if self.ours.is_some() {
-            return Err(XmlError::Twice { what: "flavor element of virt-usb in the metadata", line });
+            return Err(XmlError::Twice {
+                what: "flavor element of virt-usb in the metadata",
+                line,
+            });
         }
         let name = tag.value("name").map(|n| n.trim().to_owned());
         if name.as_deref() == Some("") {
@@ -163,8 +166,9 @@ impl Metadata {
             return match ours {
                 Ours { name: Some(_), text, line } if !text.is_empty() => Err(XmlError::Syntax {
                     line,
-                    what: "the flavor element in the metadata has a name and a text; keep one of them"
-                        .to_owned(),
+                    what:
+                        "the flavor element in the metadata has a name and a text; keep one of them"
+                            .to_owned(),
                 }),
                 Ours { name: Some(name), .. } => Ok(FlavorSource::Metadata(format!("@{name}"))),
                 Ours { text, .. } if text.is_empty() => Ok(FlavorSource::None),

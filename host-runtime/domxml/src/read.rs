@@ -10,7 +10,8 @@
 //!         ├─ qemu:commandline ── qemu:arg
 //!         └─ devices ── (device) ── parts, parts of <source> and <target>
 //! ```
-//! Everything else is passed over, whatever it is called: a `<hostdev>` in the metadata is no device.
+//! Everything else is passed over, whatever it is called: a `<hostdev>` in the metadata is no
+//! device.
 
 use std::borrow::Cow;
 use std::ops::Range;
@@ -151,7 +152,8 @@ impl<'a> Reading<'a> {
         let depth = self.stack.len();
         let empty = tag.empty;
         let end = tag.span.end;
-        if parent.is_none_or(|at| matches!(at, At::Domain | At::Commandline)) || self.in_metadata() {
+        if parent.is_none_or(|at| matches!(at, At::Domain | At::Commandline)) || self.in_metadata()
+        {
             self.namespaces.enter(&tag, depth);
         }
         self.first_child(parent, tag.span.start);
@@ -168,8 +170,10 @@ impl<'a> Reading<'a> {
             Some(At::Device) => self.part(None, tag),
             Some(At::Part(within)) => self.part(Some(within), tag),
             Some(At::Ours) => {
-                let what =
-                    format!("<{}> in the flavor's metadata, where only JSON text belongs", cut(tag.name));
+                let what = format!(
+                    "<{}> in the flavor's metadata, where only JSON text belongs",
+                    cut(tag.name)
+                );
                 return Err(XmlError::Syntax { line: self.scanner.line(tag.span.start), what });
             }
             Some(within) => self.in_metadata_element(within, &tag)?,
@@ -267,7 +271,9 @@ impl<'a> Reading<'a> {
                 self.layout.devices = Some(Node::new(tag));
                 At::Devices
             }
-            name if self.namespaces.resolve(name) == (Space::Qemu, "commandline") => At::Commandline,
+            name if self.namespaces.resolve(name) == (Space::Qemu, "commandline") => {
+                At::Commandline
+            }
             _ => At::Other,
         })
     }

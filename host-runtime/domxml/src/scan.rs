@@ -1,8 +1,9 @@
 //! The document as tokens with places, checked for well-formedness on the way.
 //!
-//! quick-xml finds the ends of tags, comments, CDATA and references, and matches start tags with end tags. Here the
-//! rest of what XML asks for is added (one root, no text beside it, strict tags, known entities), and what a hook must
-//! not meet is refused: document types and deep nesting. One token is held at a time.
+//! quick-xml finds the ends of tags, comments, CDATA and references, and matches start tags with
+//! end tags. Here the rest of what XML asks for is added (one root, no text beside it, strict tags,
+//! known entities), and what a hook must not meet is refused: document types and deep nesting. One
+//! token is held at a time.
 
 use std::borrow::Cow;
 use std::ops::Range;
@@ -46,8 +47,10 @@ impl<'a> Scanner<'a> {
 
     pub(crate) fn next(&mut self) -> Result<Token<'a>, XmlError> {
         let start = self.position();
-        let event =
-            self.reader.read_event().map_err(|e| self.syntax(self.error_position(), &e.to_string()))?;
+        let event = self
+            .reader
+            .read_event()
+            .map_err(|e| self.syntax(self.error_position(), &e.to_string()))?;
         let span = start..self.position();
         match event {
             Event::Start(_) | Event::Empty(_) => self.open(span),
@@ -63,7 +66,10 @@ impl<'a> Scanner<'a> {
             Event::GeneralRef(_) => {
                 self.inside_root(start)?;
                 resolve(self.slice(&span, 0, 0)).map(Token::Text).ok_or_else(|| {
-                    self.syntax(start, "an entity that is not known or a character that XML does not have")
+                    self.syntax(
+                        start,
+                        "an entity that is not known or a character that XML does not have",
+                    )
                 })
             }
             Event::Decl(_) if start > 0 => {
@@ -71,8 +77,12 @@ impl<'a> Scanner<'a> {
             }
             Event::Comment(_) | Event::PI(_) | Event::Decl(_) => Ok(Token::Aside),
             Event::DocType(_) => Err(XmlError::Doctype { line: self.line(start) }),
-            Event::Eof if self.depth > 0 => Err(self.syntax(start, "the document ends inside an element")),
-            Event::Eof if !self.root_seen => Err(XmlError::Missing { what: "element in the document" }),
+            Event::Eof if self.depth > 0 => {
+                Err(self.syntax(start, "the document ends inside an element"))
+            }
+            Event::Eof if !self.root_seen => {
+                Err(XmlError::Missing { what: "element in the document" })
+            }
             Event::Eof => Ok(Token::End),
         }
     }
@@ -107,7 +117,11 @@ impl<'a> Scanner<'a> {
     }
 
     fn inside_root(&self, start: usize) -> Result<(), XmlError> {
-        if self.depth > 0 { Ok(()) } else { Err(self.syntax(start, "text outside the root element")) }
+        if self.depth > 0 {
+            Ok(())
+        } else {
+            Err(self.syntax(start, "text outside the root element"))
+        }
     }
 
     fn slice(&self, span: &Range<usize>, skip: usize, drop: usize) -> &'a str {

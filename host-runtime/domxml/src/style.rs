@@ -3,7 +3,8 @@
 /// Two blanks: what libvirt writes.
 const USUAL: &str = "  ";
 
-/// What stands between the end of one element and the start of the next: a line end and the indentation.
+/// What stands between the end of one element and the start of the next: a line end and the
+/// indentation.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Style {
     /// `\n`, `\r\n`, `\r`; empty in a document of one line.
@@ -15,7 +16,8 @@ pub(crate) struct Style {
 }
 
 impl Style {
-    /// Of the element that starts at `start`, when nothing but white space is before it on its line.
+    /// Of the element that starts at `start`, when nothing but white space is before it on its
+    /// line.
     pub(crate) fn of(text: &str, start: usize, unit: &str) -> Option<Self> {
         let before = text.get(..start)?;
         let kept = before.trim_end_matches([' ', '\t']);
@@ -51,7 +53,8 @@ pub(crate) fn unit(text: &str, outer: usize, inner: usize) -> String {
         0 => Some(String::new()),
         _ => Style::of(text, start, "").map(|s| s.lead),
     };
-    let unit = lead(outer).zip(lead(inner)).and_then(|(o, i)| i.strip_prefix(&o).map(str::to_owned));
+    let unit =
+        lead(outer).zip(lead(inner)).and_then(|(o, i)| i.strip_prefix(&o).map(str::to_owned));
     unit.filter(|u| !u.is_empty()).unwrap_or_else(|| USUAL.to_owned())
 }
 

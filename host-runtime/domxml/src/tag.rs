@@ -1,7 +1,7 @@
 //! The inside of one tag: its name and attributes, with their places in the document.
 //!
-//! Stricter than the tokenizer below it: a tag that libvirt's parser would refuse, or would read in another way, is
-//! an error here as well. Two readings of one document are how a hook is fooled.
+//! Stricter than the tokenizer below it: a tag that libvirt's parser would refuse, or would read in
+//! another way, is an error here as well. Two readings of one document are how a hook is fooled.
 
 use std::borrow::Cow;
 use std::ops::Range;
@@ -23,8 +23,8 @@ pub(crate) struct Attribute<'a> {
 }
 
 impl<'a> Attribute<'a> {
-    /// The value with entities resolved and line ends as blanks, as XML asks for. A line end that is written as a reference
-    /// stays one.
+    /// The value with entities resolved and line ends as blanks, as XML asks for. A line end that
+    /// is written as a reference stays one.
     pub(crate) fn decoded(&self) -> Cow<'a, str> {
         if !self.raw.bytes().any(|b| matches!(b, b'&' | b'\t' | b'\n' | b'\r')) {
             return Cow::Borrowed(self.raw);
@@ -85,8 +85,8 @@ impl<'a> Tag<'a> {
     }
 }
 
-/// Splits ` a='b' c="d" `; `offset` is where it stands in the document. Half of a domain is attributes, so each byte is looked
-/// at once: all that delimits is ASCII.
+/// Splits ` a='b' c="d" `; `offset` is where it stands in the document. Half of a domain is
+/// attributes, so each byte is looked at once: all that delimits is ASCII.
 pub(crate) fn attributes(inside: &str, offset: usize) -> Result<Vec<Attribute<'_>>, BadTag> {
     let from = |at: usize| inside.as_bytes().get(at..).unwrap_or_default().iter();
     let mut found = Vec::new();
@@ -118,11 +118,16 @@ pub(crate) fn attributes(inside: &str, offset: usize) -> Result<Vec<Attribute<'_
         let value = value(inside, quoted + 1, quote)?;
         let raw = inside.get(value.clone()).unwrap_or_default();
         let end = value.end + 1;
-        let (value, whole) = (offset + value.start..offset + value.end, offset + rest..offset + end);
+        let (value, whole) =
+            (offset + value.start..offset + value.end, offset + rest..offset + end);
         found.push(Attribute { name, raw, value, whole });
         rest = end;
     }
-    if repeated(&found) { Err(BadTag::Syntax("an attribute that is there twice")) } else { Ok(found) }
+    if repeated(&found) {
+        Err(BadTag::Syntax("an attribute that is there twice"))
+    } else {
+        Ok(found)
+    }
 }
 
 /// The first place from `at` on that is not `what`.
@@ -143,7 +148,8 @@ fn value(inside: &str, start: usize, quote: u8) -> Result<Range<usize>, BadTag> 
             }
             if entity && resolve(inside.get(value.clone()).unwrap_or_default()).is_none() {
                 return Err(BadTag::Syntax(
-                    "an entity that is not known or a character that XML does not have, in an attribute value",
+                    "an entity that is not known or a character that XML does not have, in an \
+                        attribute value",
                 ));
             }
             return Ok(value);
@@ -154,8 +160,8 @@ fn value(inside: &str, start: usize, quote: u8) -> Result<Range<usize>, BadTag> 
     Err(BadTag::Syntax("an attribute value without its end"))
 }
 
-/// The text with its entities and character references resolved; `None` where one is not known, or names a character that
-/// XML does not have. libvirt's parser refuses both.
+/// The text with its entities and character references resolved; `None` where one is not known, or
+/// names a character that XML does not have. libvirt's parser refuses both.
 pub(crate) fn resolve(text: &str) -> Option<Cow<'_, str>> {
     // What stands in the document as it is was looked at before: see `encoding::controls`.
     unescape(text).ok().filter(|resolved| resolved.chars().all(is_char))
@@ -186,13 +192,15 @@ fn is_blank(byte: u8) -> bool {
     is_space(byte.into())
 }
 
-/// The bytes of a name, its first or further ones. Of what is not ASCII, every letter and mark is taken.
+/// The bytes of a name, its first or further ones. Of what is not ASCII, every letter and mark is
+/// taken.
 const NAME_BYTES: [bool; 256] = {
     let mut is = [false; 256];
     let mut byte = 0;
     while byte < 256 {
         let b = byte as u8;
-        is[byte] = b.is_ascii_alphanumeric() || matches!(b, b'_' | b':' | b'-' | b'.') || !b.is_ascii();
+        is[byte] =
+            b.is_ascii_alphanumeric() || matches!(b, b'_' | b':' | b'-' | b'.') || !b.is_ascii();
         byte += 1;
     }
     is

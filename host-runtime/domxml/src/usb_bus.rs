@@ -1,10 +1,10 @@
 //! The guest's USB controllers and what is plugged into them, counted the way libvirt counts
 //! (`src/conf/domain_addr.c`, `virDomainUSBAddress*`).
 //!
-//! libvirt keeps a tree of ports for every controller index, reserves what has an address, and gives everything else
-//! the first free port, hubs last. On hot-plug it adds nothing: what does not fit is refused. So the same tree is built
-//! here, with one thing that libvirt does not know and QEMU insists on: the speeds that a port
-//! serves ([`SpeedMask`]).
+//! libvirt keeps a tree of ports for every controller index, reserves what has an address, and
+//! gives everything else the first free port, hubs last. On hot-plug it adds nothing: what does not
+//! fit is refused. So the same tree is built here, with one thing that libvirt does not know and
+//! QEMU insists on: the speeds that a port serves ([`SpeedMask`]).
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -99,7 +99,11 @@ impl UsbBus {
             return if matches!(self.usual(), Usual::Impossible) { Fit::NoPci } else { Fit::NoUsb };
         }
         if self.has_controller() {
-            return self.tree(&self.controllers).free().take(wants).map_or_else(Fit::TooFew, |()| Fit::Fits);
+            return self
+                .tree(&self.controllers)
+                .free()
+                .take(wants)
+                .map_or_else(Fit::TooFew, |()| Fit::Fits);
         }
         let otherwise = match self.usual() {
             Usual::Impossible => return Fit::NoPci,
@@ -189,7 +193,9 @@ impl UsbBus {
             "hub" => tag.is("type", "usb"),
             "hostdev" => device.is_usb_hostdev(),
             "redirdev" => device.is_usb_redirdev(),
-            "input" => tag.is("bus", "usb") || (tag.get("bus").is_none() && tag.is("type", "tablet")),
+            "input" => {
+                tag.is("bus", "usb") || (tag.get("bus").is_none() && tag.is("type", "tablet"))
+            }
             "disk" => device.value(Part::Target, "bus") == "usb",
             "serial" | "console" => {
                 matches!(device.value(Part::Target, "type").as_str(), "usb" | "usb-serial")
@@ -226,7 +232,9 @@ impl UsbBus {
             },
             "aarch64" | "armv7l" | "armv7b" | "armv6l" => match machine {
                 // The two boards for which QEMU had `-usb` from early on: an OHCI controller.
-                m if m == "versatilepb" || m.starts_with("realview-eb") => Usual::Model("piix3-uhci"),
+                m if m == "versatilepb" || m.starts_with("realview-eb") => {
+                    Usual::Model("piix3-uhci")
+                }
                 m if is_virt(m) => Usual::Absent,
                 _ => Usual::Impossible,
             },
@@ -237,8 +245,10 @@ impl UsbBus {
 
     fn tree(&self, controllers: &[Controller]) -> Tree {
         let mut tree = Tree::new(controllers, self.arch.as_str());
-        // Addressed hubs first, the outer before the inner, so that what stands behind them finds its port.
-        let mut addressed: Vec<&Plugged> = self.plugged.iter().filter(|p| !p.path.is_empty()).collect();
+        // Addressed hubs first, the outer before the inner, so that what stands behind them finds
+        // its port.
+        let mut addressed: Vec<&Plugged> =
+            self.plugged.iter().filter(|p| !p.path.is_empty()).collect();
         addressed.sort_by_key(|p| (!p.hub, p.path.len()));
         for plugged in addressed {
             tree.reserve(plugged);
@@ -322,7 +332,8 @@ impl Controller {
 
     /// How many ports it has (`virDomainUSBAddressControllerModelToPorts`) and what they serve.
     fn ports(&self, arch: &str) -> (usize, Serves) {
-        let or = |usual: usize, most: usize| self.ports.filter(|&n| n > 0).unwrap_or(usual).min(most);
+        let or =
+            |usual: usize, most: usize| self.ports.filter(|&n| n > 0).unwrap_or(usual).min(most);
         match self.model.as_str() {
             "piix3-uhci" | "piix4-uhci" | "vt82c686b-uhci" => (2, Serves::Slow),
             "" if matches!(arch, "" | "x86_64" | "i686") => (2, Serves::Slow),
@@ -364,7 +375,8 @@ struct Tree(BTreeMap<u32, Vec<Port>>);
 impl Tree {
     fn new(controllers: &[Controller], arch: &str) -> Self {
         let mut buses: BTreeMap<u32, Vec<Port>> = BTreeMap::new();
-        let (companions, hosts): (Vec<_>, Vec<_>) = controllers.iter().partition(|c| c.companion().is_some());
+        let (companions, hosts): (Vec<_>, Vec<_>) =
+            controllers.iter().partition(|c| c.companion().is_some());
         let mut next = 0;
         for host in hosts {
             while host.index.is_none() && (buses.contains_key(&next) || taken(controllers, next)) {
@@ -386,7 +398,8 @@ impl Tree {
         Self(buses)
     }
 
-    /// Takes the port that an address names. What names none that is there takes nothing: libvirt refuses it.
+    /// Takes the port that an address names. What names none that is there takes nothing: libvirt
+    /// refuses it.
     fn reserve(&mut self, plugged: &Plugged) {
         let Some(mut ports) = self.0.get_mut(&plugged.bus.unwrap_or(0)) else { return };
         let Some((last, hubs)) = plugged.path.split_last() else { return };
@@ -403,7 +416,8 @@ impl Tree {
 
     /// Takes the first free port, as libvirt does, whatever its speed.
     fn assign(&mut self, plugged: &Plugged) {
-        let mut buses = self.0.iter_mut().filter(|(index, _)| plugged.bus.is_none_or(|bus| bus == **index));
+        let mut buses =
+            self.0.iter_mut().filter(|(index, _)| plugged.bus.is_none_or(|bus| bus == **index));
         buses.find_map(|(_, ports)| assign(ports, plugged.hub, &|_| true, &[]));
     }
 

@@ -1,7 +1,10 @@
-//! Documents made to hurt: each ends in an error or an answer, within memory and time that grow with their size only.
+//! Documents made to hurt: each ends in an error or an answer, within memory and time that grow
+//! with their size only.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test may panic")]
 
-use virt_usb_domxml::{Edits, FlavorSource, Hostdev, MAX_DEPTH, MAX_USB, MAX_XML, XmlError, read, rewrite};
+use virt_usb_domxml::{
+    Edits, FlavorSource, Hostdev, MAX_DEPTH, MAX_USB, MAX_XML, XmlError, read, rewrite,
+};
 use virt_usb_model::{BusAddress, DeviceId, SpeedMask, UsbId};
 
 fn domain(inside: &str) -> String {
@@ -36,7 +39,10 @@ fn nesting() {
     assert!(read(nested(MAX_DEPTH - 1).as_bytes()).is_ok());
     assert_eq!(read(nested(MAX_DEPTH).as_bytes()), Err(XmlError::TooDeep { line: 1 }));
     assert_eq!(read(nested(100_000).as_bytes()), Err(XmlError::TooDeep { line: 1 }));
-    assert_eq!(read(domain(&"<a>".repeat(1_000_000)).as_bytes()), Err(XmlError::TooDeep { line: 1 }));
+    assert_eq!(
+        read(domain(&"<a>".repeat(1_000_000)).as_bytes()),
+        Err(XmlError::TooDeep { line: 1 })
+    );
 }
 
 #[test]
@@ -60,11 +66,14 @@ fn references_to_what_is_no_character() {
         |reference| format!("<domain type='kvm'><name>x{reference}</name></domain>"),
         |reference| format!("<domain type='kvm' id='{reference}'><name>x</name></domain>"),
         |reference| {
-            format!("<domain type='kvm'><name>x</name><description>a{reference}b</description></domain>")
+            format!(
+                "<domain type='kvm'><name>x</name><description>a{reference}b</description></domain>"
+            )
         },
         |reference| {
             format!(
-                "<domain type='kvm'><name>x</name><devices><hostdev mode=\"{reference}\"/></devices></domain>"
+                "<domain type='kvm'><name>x</name><devices><hostdev \
+                    mode=\"{reference}\"/></devices></domain>"
             )
         },
     ];
@@ -86,12 +95,24 @@ fn references_to_what_is_no_character() {
         0x11_0000,
         u32::MAX,
     ];
-    let legal = [9, 0xa, 0xd, 0x20, 0x7f, 0x9b, 0xd7ff, 0xe000, 0xfffd, 0x1_0000, 0x1_fffe, 0x10_ffff];
-    let spellings = |code: u32| [format!("&#{code};"), format!("&#x{code:x};"), format!("&#x000{code:X};")];
+    let legal =
+        [9, 0xa, 0xd, 0x20, 0x7f, 0x9b, 0xd7ff, 0xe000, 0xfffd, 0x1_0000, 0x1_fffe, 0x10_ffff];
+    let spellings =
+        |code: u32| [format!("&#{code};"), format!("&#x{code:x};"), format!("&#x000{code:X};")];
     for place in places {
         for reference in illegal.into_iter().flat_map(spellings).chain(
-            ["&#;", "&#x;", "&#X41;", "&#-1;", "&#+65;", "&# 65;", "&#x110000000041;", "&nbsp;", "&#xg;"]
-                .map(Into::into),
+            [
+                "&#;",
+                "&#x;",
+                "&#X41;",
+                "&#-1;",
+                "&#+65;",
+                "&# 65;",
+                "&#x110000000041;",
+                "&nbsp;",
+                "&#xg;",
+            ]
+            .map(Into::into),
         ) {
             let error = read(place(&reference).as_bytes()).expect_err(&reference).to_string();
             assert!(error.starts_with("line 1: "), "{reference}: {error}");
@@ -125,11 +146,17 @@ fn many_of_everything() {
         much("<!-- - - -->"),
         much("<?a b?>"),
         much("<![CDATA[]]>"),
-        format!("<metadata>{}</metadata>", much("<a:b xmlns:a='urn:virt-usb:flavor:2' xmlns:b='c'/>")),
+        format!(
+            "<metadata>{}</metadata>",
+            much("<a:b xmlns:a='urn:virt-usb:flavor:2' xmlns:b='c'/>")
+        ),
         format!("<metadata>{}</metadata>", much("<a>b</a>")),
         format!("<title>{}</title>", much("x")),
         format!("<a b='{}'/>", much("&lt;")),
-        format!("<devices><disk>{}</disk></devices>", much("<alias name='x'/><source><vendor/></source>")),
+        format!(
+            "<devices><disk>{}</disk></devices>",
+            much("<alias name='x'/><source><vendor/></source>")
+        ),
         format!("<devices>{}</devices>", much("<disk><source/><target bus='sata'/></disk>")),
     ];
     for inside in fine {
@@ -138,13 +165,19 @@ fn many_of_everything() {
         rewrite(xml.as_bytes(), &Edits { relocate: vec![], ..edits() }).unwrap();
     }
     let name: String = (0..300_000).map(|i| format!(" a{i}=''")).collect();
-    assert_eq!(read(domain(&format!("<a{name}/>")).as_bytes()), Err(XmlError::TooManyAttributes { line: 1 }));
+    assert_eq!(
+        read(domain(&format!("<a{name}/>")).as_bytes()),
+        Err(XmlError::TooManyAttributes { line: 1 })
+    );
     let some: String = (0..255).map(|i| format!(" xmlns:a{i}='urn:virt-usb:flavor:1'")).collect();
     let bound = format!("<metadata{some}>{}</metadata>", much("<a7:b><a0:c/></a7:b>"));
     assert!(read(domain(&bound).as_bytes()).is_err());
-    for device in
-        ["<hostdev type='usb'/>", "<controller type='usb'/>", "<hub type='usb'/>", "<redirdev bus='usb'/>"]
-    {
+    for device in [
+        "<hostdev type='usb'/>",
+        "<controller type='usb'/>",
+        "<hub type='usb'/>",
+        "<redirdev bus='usb'/>",
+    ] {
         let many = |n: usize| domain(&format!("<devices>{}</devices>", device.repeat(n)));
         assert!(read(many(MAX_USB).as_bytes()).is_ok());
         assert_eq!(read(many(MAX_USB + 1).as_bytes()), Err(XmlError::TooManyDevices { line: 1 }));

@@ -5,8 +5,8 @@ use proptest::prelude::*;
 use virt_usb_domxml::{Edits, Hostdev, read, rewrite};
 use virt_usb_model::{BusAddress, DeviceId, UsbId};
 
-/// White space and asides that may stand between any two elements; some hold what a careless reader would take for
-/// markup.
+/// White space and asides that may stand between any two elements; some hold what a careless reader
+/// would take for markup.
 fn gap() -> impl Strategy<Value = String> {
     let pieces = prop::sample::select(vec![
         "",
@@ -44,17 +44,27 @@ fn quoted(value: &'static str) -> impl Strategy<Value = String> {
 
 /// An element that is nothing to us.
 fn unknown() -> impl Strategy<Value = String> {
-    let name = prop::sample::select(vec!["emulator", "x:y", "memballoon", "tpm", "名", "hostdevs", "_a-b.c"]);
-    let leaf =
-        (name.clone(), quoted("a > b &lt; ü"), gap(), any::<bool>()).prop_map(|(name, value, gap, empty)| {
+    let name = prop::sample::select(vec![
+        "emulator",
+        "x:y",
+        "memballoon",
+        "tpm",
+        "名",
+        "hostdevs",
+        "_a-b.c",
+    ]);
+    let leaf = (name.clone(), quoted("a > b &lt; ü"), gap(), any::<bool>()).prop_map(
+        |(name, value, gap, empty)| {
             let blank = if gap.contains('<') { " " } else { &gap };
             let end = if empty { "/>".to_owned() } else { format!("></{name}{blank}>") };
             format!("<{name} {blank}a{blank}={blank}{value}{blank}{end}")
-        });
+        },
+    );
     leaf.prop_recursive(3, 8, 3, move |inner| {
         (name.clone(), prop::collection::vec((inner_gap(), inner), 0..3), inner_gap()).prop_map(
             |(name, inside, last)| {
-                let inside: String = inside.into_iter().map(|(gap, element)| gap + &element).collect();
+                let inside: String =
+                    inside.into_iter().map(|(gap, element)| gap + &element).collect();
                 format!("<{name}>{inside}{last}</{name}>")
             },
         )
@@ -66,21 +76,25 @@ fn device() -> impl Strategy<Value = String> {
         3 => unknown(),
         1 => Just("<controller type='usb' index='0' model=\"qemu-xhci\"/>".to_owned()),
         1 => gap().prop_map(|g| format!("<controller type='pci'>{g}</controller>")),
-        1 => Just("<input type='tablet' bus='usb'><address type='usb' bus='0' port='1'/></input>".to_owned()),
-        1 => inner_gap().prop_map(|g| format!("<hostdev mode='subsystem' type='usb'>{g}<source/></hostdev>")),
+        1 => Just("<input type='tablet' bus='usb'><address type='usb' bus='0' \
+            port='1'/></input>".to_owned()),
+        1 => inner_gap().prop_map(|g| format!("<hostdev mode='subsystem' \
+            type='usb'>{g}<source/></hostdev>")),
         1 => Just("<redirdev bus='usb' type='tcp'/>".to_owned()),
         1 => Just("<graphics type='spice'><x/></graphics>".to_owned()),
     ]
 }
 
 fn around(elements: impl Strategy<Value = String>, most: usize) -> impl Strategy<Value = String> {
-    (prop::collection::vec((inner_gap(), elements), 0..most), inner_gap()).prop_map(|(elements, last)| {
-        elements.into_iter().map(|(gap, element)| gap + &element).collect::<String>() + &last
-    })
+    (prop::collection::vec((inner_gap(), elements), 0..most), inner_gap()).prop_map(
+        |(elements, last)| {
+            elements.into_iter().map(|(gap, element)| gap + &element).collect::<String>() + &last
+        },
+    )
 }
 
-/// A domain, and the same with `<devices/>` written as `<devices></devices>`: opening it is the one change that is no
-/// insertion.
+/// A domain, and the same with `<devices/>` written as `<devices></devices>`: opening it is the one
+/// change that is no insertion.
 fn domain() -> impl Strategy<Value = (String, String)> {
     let devices = prop_oneof![
         6 => around(device(), 6).prop_map(|d| (format!("<devices>{d}</devices>"), None)),
@@ -165,7 +179,8 @@ proptest! {
             prop_assert_eq!(rewritten(after, &controller), None);
         }
         let step_by_step = rewritten(with_controller.as_ref().unwrap_or(&xml), &devices).or(with_controller);
-        // Where the document has no indentation to speak of, what was inserted first is the only model.
+        // Where the document has no indentation to speak of, what was inserted first is the only
+        // model.
         let bare = |xml: Option<String>| xml.map(|xml| xml.split_ascii_whitespace().collect::<String>());
         prop_assert_eq!(bare(rewritten(&xml, &both)), bare(step_by_step));
     }
@@ -178,9 +193,11 @@ proptest! {
     ) {
         let [g0, g1, g2, g3, g4, g5, g6, g7] = &gaps[..] else { panic!("eight gaps") };
         let hostdev = |vendor: &str, product: &str, bus: &str, device: &str, alias: &str| format!(
-            "<hostdev type={q}usb{q} mode='subsystem'>{g0}<boot order='1'/>{g1}<source guestReset='off' >{g2}\
+            "<hostdev type={q}usb{q} mode='subsystem'>{g0}<boot order='1'/>{g1}<source \
+                guestReset='off' >{g2}\
              <vendor id={q}{vendor}{q}/>{g3}<product\n id='{product}' ></product>{g4}\
-             <address  bus={q}{bus}{q} device = '{device}' />{g5}</source>{g6}<alias name={q}{alias}{q}/>\
+             <address  bus={q}{bus}{q} device = '{device}' />{g5}</source>{g6}<alias \
+             name={q}{alias}{q}/>\
              <address type='usb' bus='0' port='3'/>{g7}</hostdev>"
         );
         let number = |n: u16| if hex { format!("{n:#x}") } else { n.to_string() };
@@ -206,14 +223,18 @@ proptest! {
     #[test]
     fn relocation_of_anything_is_complete(
         parts in prop::collection::vec(prop::sample::select(vec![
-            "<vendor/>", "<vendor id='0x1'/>", "<product></product>", "<product id=\"2\"/>", "<address/>",
+            "<vendor/>", "<vendor \
+                id='0x1'/>", "<product></product>", "<product id=\"2\"/>", "<address/>",
             "<address bus='1' port='1.2'/>", "<address device='3'/>", "<!-- c -->", "\n   ",
         ]), 0..5),
-        source in prop::sample::select(vec!["<source>", "<source startupPolicy='optional'>", "\n  <source  startupPolicy=\"x\" a='b' >"]),
-        rest in prop::sample::select(vec!["", "<alias/>", "\n  <alias name='hostdev0'/>\n", "<boot order='1'/>"]),
+        source in prop::sample::select(vec!["<source>", "<source \
+            startupPolicy='optional'>", "\n  <source  startupPolicy=\"x\" a='b' >"]),
+        rest in prop::sample::select(vec!["", "<alias/>", "\n  <alias \
+            name='hostdev0'/>\n", "<boot order='1'/>"]),
         new in some_hostdev(),
     ) {
-        let xml = format!("<domain><name>x</name>\n<devices>\n <hostdev type='usb'>{source}{}</source>{rest}</hostdev></devices></domain>", parts.concat());
+        let xml = format!("<domain><name>x</name>\n<devices>\n <hostdev \
+            type='usb'>{source}{}</source>{rest}</hostdev></devices></domain>", parts.concat());
         prop_assume!(read(xml.as_bytes()).is_ok());
         let edits = Edits { relocate: vec![(0, new)], ..Edits::default() };
         if let Some(written) = rewritten(&xml, &edits) {

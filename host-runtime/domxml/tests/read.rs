@@ -1,7 +1,9 @@
 //! What is read from domains of many shapes.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test may panic")]
 
-use virt_usb_domxml::{Domain, Fit, FlavorSource, HostPlace, Place, TooFew, UsbBus, XmlError, read};
+use virt_usb_domxml::{
+    Domain, Fit, FlavorSource, HostPlace, Place, TooFew, UsbBus, XmlError, read,
+};
 use virt_usb_model::{BusAddress, Speed, SpeedMask, UsbId};
 
 fn domain(inside: &str) -> String {
@@ -27,7 +29,8 @@ const NOVA: &str = "<nova:instance xmlns:nova='http://openstack.org/xmlns/libvir
 
 #[test]
 fn name_uuid_and_graphics() {
-    let xml = "<?xml version='1.0'?>\n<!-- hi --><domain><!-- <name>no</name> --><metadata><name>no</name></metadata>\
+    let xml = "<?xml version='1.0'?>\n<!-- hi --><domain><!-- <name>no</name> \
+        --><metadata><name>no</name></metadata>\
         <name>a&amp;<![CDATA[b<]]>&#x63;</name><uuid> 9A1F3C52-6C1B-4C6E-9B1C-2B6C3A7D8E9F\n</uuid>\
         <devices><graphics type='spice'/></devices></domain><!-- bye --><?bye?>\n";
     let read = read(xml.as_bytes()).unwrap();
@@ -45,7 +48,10 @@ fn documents_that_are_no_domain() {
         "<domainsnapshot><domain><name>x</name></domain></domainsnapshot>",
         "<domainsnapshot>, not <domain>",
     );
-    refused("<domstatus><domain><name>x</name></domain></domstatus>", "the root element is <domstatus>");
+    refused(
+        "<domstatus><domain><name>x</name></domain></domstatus>",
+        "the root element is <domstatus>",
+    );
     refused("<domain/>", "there is no <name>");
     refused("<domain><name></name></domain>", "there is no text in <name>");
     refused("<domain><os><name>x</name></os></domain>", "there is no <name>");
@@ -91,12 +97,16 @@ fn our_own_metadata_wins() {
         format!("<u:flavor xmlns:u='urn:virt-usb:flavor:1'>\n {json}\n</u:flavor>"),
         format!("<flavor xmlns=\"urn:virt-usb:flavor:1\">{}</flavor>", json.replace('"', "&quot;")),
         format!("<f:x xmlns:f='urn:virt-usb:flavor:&#49;'><![CDATA[{json}]]><!-- c --></f:x>"),
-        format!("{NOVA}<nova:flavor name='m1'/></nova:instance><f xmlns='urn:virt-usb:flavor:1'>{json}</f>"),
+        format!(
+            "{NOVA}<nova:flavor name='m1'/></nova:instance><f \
+                xmlns='urn:virt-usb:flavor:1'>{json}</f>"
+        ),
     ] {
         assert_eq!(metadata(&element), FlavorSource::Metadata(json.to_owned()), "{element}");
     }
     let inherited = format!(
-        "<domain xmlns:u='urn:virt-usb:flavor:1'><metadata><a xmlns:u='urn:x'/><u:flavor>{json}</u:flavor></metadata>\
+        "<domain xmlns:u='urn:virt-usb:flavor:1'><metadata><a \
+            xmlns:u='urn:x'/><u:flavor>{json}</u:flavor></metadata>\
          <name>x</name></domain>"
     );
     assert_eq!(read(inherited.as_bytes()).unwrap().flavor, FlavorSource::Metadata(json.to_owned()));
@@ -109,7 +119,10 @@ fn our_own_metadata_may_name_a_flavor() {
     assert_eq!(metadata(&ours("name='erp'>\n</u:flavor>")), FlavorSource::Metadata("@erp".into()));
     assert_eq!(metadata(&ours("/>")), FlavorSource::None);
     refused(domain(&format!("<metadata>{}</metadata>", ours("name=''/>"))), "not a name");
-    refused(domain(&format!("<metadata>{}</metadata>", ours("name='a'>{}</u:flavor>"))), "keep one of them");
+    refused(
+        domain(&format!("<metadata>{}</metadata>", ours("name='a'>{}</u:flavor>"))),
+        "keep one of them",
+    );
     refused(
         domain(&format!("<metadata>{}</metadata>", ours("><b/></u:flavor>"))),
         "<b> in the flavor's metadata",
@@ -136,7 +149,8 @@ fn metadata_that_only_looks_like_ours() {
 
 fn specs(inside: &str) -> String {
     format!(
-        "{NOVA}<nova:flavor name='m1' id='4'><nova:extraSpecs>{inside}</nova:extraSpecs></nova:flavor></nova:instance>"
+        "{NOVA}<nova:flavor name='m1' \
+            id='4'><nova:extraSpecs>{inside}</nova:extraSpecs></nova:flavor></nova:instance>"
     )
 }
 
@@ -171,13 +185,15 @@ fn nova_that_has_extra_specs_has_said_everything() {
     assert_eq!(metadata(&specs(&spec("hw:cpu_policy", "shared"))), FlavorSource::None);
     let empty = "<nova:flavor name='m1'><nova:extraSpecs/></nova:flavor></nova:instance>";
     assert_eq!(metadata(&format!("{NOVA}{empty}")), FlavorSource::None);
-    let old = "<n:instance xmlns:n='http://openstack.org/xmlns/libvirt/nova/1.0'><n:flavor name='m1'/></n:instance>";
+    let old = "<n:instance xmlns:n='http://openstack.org/xmlns/libvirt/nova/1.0'><n:flavor \
+        name='m1'/></n:instance>";
     assert_eq!(metadata(old), FlavorSource::Named("m1".into()));
 }
 
 #[test]
 fn nova_names_the_project() {
-    let owner = "<nova:owner><nova:user uuid='u'>x</nova:user><nova:project uuid='9a1f'>p</nova:project></nova:owner>";
+    let owner = "<nova:owner><nova:user uuid='u'>x</nova:user><nova:project \
+        uuid='9a1f'>p</nova:project></nova:owner>";
     let xml = domain(&format!("<metadata>{NOVA}{owner}</nova:instance></metadata>"));
     assert_eq!(read(xml.as_bytes()).unwrap().project.unwrap().as_str(), "9a1f");
     let xml = xml.replace("'9a1f'", "'a b'");
@@ -188,14 +204,18 @@ fn nova_names_the_project() {
 fn hostdevs_and_redirdevs() {
     let read = devices(
         "<hostdev mode='subsystem' type='usb' managed='yes'>
-          <source startupPolicy='optional'><vendor id='0x0529'/><product id='1'/><address bus='010' device='0x1f'/></source>
+          <source startupPolicy='optional'><vendor id='0x0529'/><product id='1'/><address \
+          bus='010' device='0x1f'/></source>
           <alias name='ua-usb-5'/>
          </hostdev>
-         <hostdev mode='subsystem' type='pci'><source><address bus='1' device='2'/></source></hostdev>
+         <hostdev mode='subsystem' type='pci'><source><address bus='1' \
+         device='2'/></source></hostdev>
          <hostdev type='usb'><alias name='ua-usb-05'/></hostdev>
-         <hostdev mode='subsystem' type='usb'><source><address bus='0' device='0'/></source></hostdev>
+         <hostdev mode='subsystem' type='usb'><source><address bus='0' \
+         device='0'/></source></hostdev>
          <redirdev bus='usb' type='spicevmc'><alias name='ua-usb-redir-0'/></redirdev>
-         <redirdev bus='usb' type='tcp'><source mode='connect'/><source mode='bind'/><alias name='redir1'/></redirdev>",
+         <redirdev bus='usb' type='tcp'><source mode='connect'/><source mode='bind'/><alias \
+         name='redir1'/></redirdev>",
     );
     let [ours, other, unresolved] = &read.hostdevs[..] else { panic!("{:?}", read.hostdevs) };
     assert_eq!(ours.usb, Some(UsbId::new(0x0529, 1)));
@@ -208,7 +228,10 @@ fn hostdevs_and_redirdevs() {
     assert_eq!((spice.kind.as_str(), spice.injected()), ("spicevmc", Some(0)));
     assert_eq!((tcp.kind.as_str(), tcp.injected()), ("tcp", None));
     let twice = "<hostdev type='usb'><source/>\n<source/></hostdev>";
-    refused(domain(&format!("<devices>{twice}</devices>")), "line 4: a second <source> in a USB hostdev");
+    refused(
+        domain(&format!("<devices>{twice}</devices>")),
+        "line 4: a second <source> in a USB hostdev",
+    );
 }
 
 #[test]
@@ -217,7 +240,8 @@ fn only_the_domains_own_devices_count() {
     let read = read(
         domain(&format!(
             "<metadata><devices>{usb}</devices></metadata><x><devices>{usb}</devices></x>
-             <devices><!-- {usb} --><![CDATA[{usb}]]><backup>{usb}</backup><q:hostdev type='usb' xmlns:q='q'/>
+             <devices><!-- {usb} --><![CDATA[{usb}]]><backup>{usb}</backup><q:hostdev type='usb' \
+             xmlns:q='q'/>
              <disk name='&lt;/devices>' type=\">/devices>\"><source>{usb}</source></disk></devices>"
         ))
         .as_bytes(),
@@ -334,12 +358,16 @@ fn the_default_controller_follows_the_machine() {
     assert_eq!(fit("arch='aarch64' machine='virt'", "", &[ANY; 16]), few(16, 15, ANY));
     assert_eq!(fit("arch='s390x' machine='s390-ccw-virtio'", "", &[]), Fit::Fits);
     assert_eq!(fit("arch='s390x'", "<controller type='usb'/>", &[FULL]), Fit::NoUsb);
-    assert_eq!(fit("arch='ppc64'", "<controller type='usb'/>", &[FULL, FULL, HIGH]), few(1, 0, HIGH));
+    assert_eq!(
+        fit("arch='ppc64'", "<controller type='usb'/>", &[FULL, FULL, HIGH]),
+        few(1, 0, HIGH)
+    );
 }
 
 #[test]
 fn controllers_have_ports_of_their_speed() {
-    let controller = |model: &str, rest: &str| format!("<controller type='usb' {rest} model='{model}'/>");
+    let controller =
+        |model: &str, rest: &str| format!("<controller type='usb' {rest} model='{model}'/>");
     let declared = |devices: &str, wants: &[SpeedMask]| fit(Q35, devices, wants);
     let none = controller("none", "");
     assert_eq!(declared(&none, &[FULL]), Fit::NoUsb);
@@ -375,7 +403,10 @@ fn companions_serve_the_ports_of_their_ehci() {
         + "<controller type='usb' index='0' model='ich9-uhci1'><master startport='4'/></controller>\
            <input type='tablet' bus='usb'><address type='usb' bus='0' port='5'/></input>";
     assert_eq!(fit(PC, &placed, &[FULL, FULL]), few(2, 1, FULL));
-    assert_eq!(fit(PC, "<controller type='usb' index='0' model='ich9-uhci1'/>", &[FULL]), few(1, 0, FULL));
+    assert_eq!(
+        fit(PC, "<controller type='usb' index='0' model='ich9-uhci1'/>", &[FULL]),
+        few(1, 0, FULL)
+    );
 }
 
 #[test]
@@ -387,7 +418,8 @@ fn everything_on_usb_occupies_a_port() {
         "<disk type='file'><target dev='sda' bus='usb'/></disk>",
         "<hostdev mode='subsystem' type='usb'/>",
         "<redirdev bus='usb' type='tcp'/>",
-        "<hub type='usb'/><input type='tablet' bus='usb'><address type='usb' bus='0' port='1.1'/></input>",
+        "<hub type='usb'/><input type='tablet' bus='usb'><address type='usb' bus='0' \
+            port='1.1'/></input>",
         "<smartcard mode='host'/>",
         "<controller type='ccid' index='0'/><smartcard mode='host'/>",
         "<serial type='pty'><target type='usb-serial'><model name='usb-serial'/></target></serial>",
@@ -431,7 +463,8 @@ fn hubs_take_a_port_and_give_eight_slow_ones() {
 
 #[test]
 fn two_controllers() {
-    let two = "<controller type='usb' index='1' model='qemu-xhci'/><controller type='usb' index='0' model='piix3-uhci'/>\
+    let two = "<controller type='usb' index='1' model='qemu-xhci'/><controller type='usb' \
+        index='0' model='piix3-uhci'/>\
         <input type='tablet' bus='usb'><address type='usb' bus='1' port='1'/></input>\
         <input type='keyboard' bus='usb'/>";
     assert_eq!(fit(PC, two, &[HIGH, HIGH, HIGH, FULL]), Fit::Fits);
@@ -470,10 +503,16 @@ fn advice_knows_the_controllers_that_are_there() {
         let bus = bus(PC, devices);
         (bus.has_xhci(), bus.spare_xhci_ports(), bus.next_index())
     };
-    assert_eq!(facts("<controller type='usb' index='0' model='qemu-xhci' ports='15'/>"), (true, 0, 1));
+    assert_eq!(
+        facts("<controller type='usb' index='0' model='qemu-xhci' ports='15'/>"),
+        (true, 0, 1)
+    );
     assert_eq!(facts("<controller type='usb' model='nec-xhci'/>"), (true, 11, 1));
     assert_eq!(facts("<controller type='usb' index='0' model='piix3-uhci'/>"), (false, 0, 1));
-    assert_eq!(facts("<controller type='usb' index='1' model='qemu-xhci' ports='8'/>"), (true, 7, 0));
+    assert_eq!(
+        facts("<controller type='usb' index='1' model='qemu-xhci' ports='8'/>"),
+        (true, 7, 0)
+    );
     let ich9 = "<controller type='usb' index='0' model='ich9-ehci1'/>\
         <controller type='usb' index='0' model='ich9-uhci1'/>";
     assert_eq!(facts(ich9), (false, 0, 1));
@@ -484,14 +523,18 @@ fn advice_knows_the_controllers_that_are_there() {
 #[test]
 fn errors_are_typed() {
     assert!(matches!(read(b"<domain"), Err(XmlError::Syntax { line: 1, .. })));
-    assert!(matches!(read(&vec![b' '; virt_usb_domxml::MAX_XML + 1]), Err(XmlError::TooLarge { .. })));
+    assert!(matches!(
+        read(&vec![b' '; virt_usb_domxml::MAX_XML + 1]),
+        Err(XmlError::TooLarge { .. })
+    ));
 }
 
 #[test]
 fn a_hostdev_may_name_a_port_of_the_host_or_nothing() {
     let source = |inside: &str| {
         let xml = format!(
-            "<domain><name>x</name><devices><hostdev mode='subsystem' type='usb'><source>{inside}</source></hostdev></devices></domain>"
+            "<domain><name>x</name><devices><hostdev mode='subsystem' \
+                type='usb'><source>{inside}</source></hostdev></devices></domain>"
         );
         let hostdev = read(xml.as_bytes()).unwrap().hostdevs.remove(0);
         let port = hostdev.port.as_ref().map(ToString::to_string);
@@ -521,14 +564,17 @@ fn a_hostdev_may_name_a_port_of_the_host_or_nothing() {
 fn devices_on_the_command_line_of_qemu_are_read() {
     let domain = |space: &str, arguments: &str| {
         let xml = format!(
-            "<domain xmlns:q='{space}'><name>x</name><devices/><q:commandline>{arguments}</q:commandline></domain>"
+            "<domain \
+                xmlns:q='{space}'><name>x</name><devices/><q:commandline>{arguments}</q:commandline></domain>"
         );
         read(xml.as_bytes()).unwrap()
     };
     const QEMU: &str = "http://libvirt.org/schemas/domain/qemu/1.0";
     let key = "<q:arg value='-device'/><q:arg value='usb-host,hostbus=1,hostport=1.4'/>";
     let two = format!(
-        "<q:arg value='-usb'/>{key}<q:env name='A' value='-device'/><q:arg value='--device'/><q:arg value='{{&quot;driver&quot;:&quot;usb-host&quot;,&quot;vendorid&quot;:1321,&quot;productid&quot;:1}}'/>"
+        "<q:arg value='-usb'/>{key}<q:env name='A' value='-device'/><q:arg \
+            value='--device'/><q:arg \
+            value='{{&quot;driver&quot;:&quot;usb-host&quot;,&quot;vendorid&quot;:1321,&quot;productid&quot;:1}}'/>"
     );
     let found = domain(QEMU, &two);
     assert_eq!(found.hostdevs, []);
@@ -540,7 +586,10 @@ fn devices_on_the_command_line_of_qemu_are_read() {
     assert_eq!(domain("urn:other", key).commandline, []);
     assert_eq!(domain(QEMU, &key.replace("q:arg", "arg")).commandline, []);
     assert_eq!(domain(QEMU, &key.replace("-device", "-drive")).commandline, []);
-    assert_eq!(domain(QEMU, "<q:arg value='usb-host,hostbus=1,hostport=1.4'/><q:arg/>").commandline, []);
+    assert_eq!(
+        domain(QEMU, "<q:arg value='usb-host,hostbus=1,hostport=1.4'/><q:arg/>").commandline,
+        []
+    );
 }
 
 #[test]
@@ -556,17 +605,25 @@ fn what_of_the_host_is_used_is_read() {
         all.collect::<Vec<_>>().join("; ")
     };
     for (devices, shown) in [
-        ("<disk type='block'><source dev='/dev/sdb'/><target dev='vda'/></disk>", "disk vda: /dev/sdb"),
         (
-            "<disk type='block' device='lun'><target dev='sda' bus='scsi'/><source dev='/dev/disk/by-id/usb-K'/></disk>",
+            "<disk type='block'><source dev='/dev/sdb'/><target dev='vda'/></disk>",
+            "disk vda: /dev/sdb",
+        ),
+        (
+            "<disk type='block' device='lun'><target dev='sda' bus='scsi'/><source \
+                dev='/dev/disk/by-id/usb-K'/></disk>",
             "disk sda: /dev/disk/by-id/usb-K",
         ),
-        ("<disk type='file'><source file='/dev/sdb1'/><target dev='vda'/></disk>", "disk vda: /dev/sdb1"),
+        (
+            "<disk type='file'><source file='/dev/sdb1'/><target dev='vda'/></disk>",
+            "disk vda: /dev/sdb1",
+        ),
         ("<disk type='file'><source file='/var/lib/a.qcow2'/><target dev='vda'/></disk>", ""),
         ("<disk type='network'><source protocol='rbd' name='a/b'/><target dev='vda'/></disk>", ""),
         ("<disk type='block' device='cdrom'><target dev='sda'/></disk>", ""),
         (
-            "<serial type='dev'><source path='/dev/ttyUSB0'/><target type='isa-serial' port='0'/></serial>",
+            "<serial type='dev'><source path='/dev/ttyUSB0'/><target type='isa-serial' \
+                port='0'/></serial>",
             "serial 0: /dev/ttyUSB0",
         ),
         ("<serial type='pty'><source path='/dev/pts/3'/><target port='0'/></serial>", ""),
@@ -577,22 +634,43 @@ fn what_of_the_host_is_used_is_read() {
             "<smartcard mode='passthrough' type='dev'><source path='/srv/reader'/></smartcard>",
             "smartcard: /srv/reader",
         ),
-        ("<input type='evdev'><source dev='/dev/input/event5'/></input>", "input: /dev/input/event5"),
+        (
+            "<input type='evdev'><source dev='/dev/input/event5'/></input>",
+            "input: /dev/input/event5",
+        ),
         (
             "<input type='passthrough' bus='virtio'><source evdev='/dev/input/event5'/></input>",
             "input: /dev/input/event5",
         ),
         ("<input type='tablet' bus='usb'/>", ""),
-        ("<rng model='virtio'><backend model='random'> /dev/ttyACM1 </backend></rng>", "rng: /dev/ttyACM1"),
-        ("<rng model='virtio'><backend model='egd' type='udp'><source mode='bind'/></backend></rng>", ""),
-        ("<interface type='direct'><source dev='enx0' mode='bridge'/></interface>", "interface: net enx0"),
+        (
+            "<rng model='virtio'><backend model='random'> /dev/ttyACM1 </backend></rng>",
+            "rng: /dev/ttyACM1",
+        ),
+        (
+            "<rng model='virtio'><backend model='egd' type='udp'><source \
+                mode='bind'/></backend></rng>",
+            "",
+        ),
+        (
+            "<interface type='direct'><source dev='enx0' mode='bridge'/></interface>",
+            "interface: net enx0",
+        ),
         ("<interface type='bridge'><source bridge='br0'/></interface>", ""),
         (
-            "<hostdev mode='subsystem' type='scsi'><source><adapter name='scsi_host6'/><address bus='0' target='0' unit='0'/></source></hostdev>",
+            "<hostdev mode='subsystem' type='scsi'><source><adapter name='scsi_host6'/><address \
+                bus='0' target='0' unit='0'/></source></hostdev>",
             "hostdev: scsi host6",
         ),
-        ("<hostdev mode='subsystem' type='scsi'><source protocol='iscsi' name='iqn'/></hostdev>", ""),
-        ("<hostdev mode='subsystem' type='usb'><source><address bus='1' device='2'/></source></hostdev>", ""),
+        (
+            "<hostdev mode='subsystem' type='scsi'><source protocol='iscsi' name='iqn'/></hostdev>",
+            "",
+        ),
+        (
+            "<hostdev mode='subsystem' type='usb'><source><address bus='1' \
+                device='2'/></source></hostdev>",
+            "",
+        ),
     ] {
         assert_eq!(used(devices), shown, "{devices}");
     }

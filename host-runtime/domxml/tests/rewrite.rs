@@ -26,9 +26,11 @@ fn check(before: &str, edits: &Edits, after: &str) {
     read(&written).unwrap();
 }
 
-const HOSTDEV: &str = "<hostdev mode='subsystem' type='usb'><source><vendor id='0x0529'/><product id='0x0001'/>\
+const HOSTDEV: &str = "<hostdev mode='subsystem' type='usb'><source><vendor id='0x0529'/><product \
+    id='0x0001'/>\
     <address bus='1' device='5'/></source><alias name='ua-usb-5'/></hostdev>";
-const REDIRDEV: &str = "<redirdev bus='usb' type='spicevmc'><alias name='ua-usb-redir-0'/></redirdev>";
+const REDIRDEV: &str =
+    "<redirdev bus='usb' type='spicevmc'><alias name='ua-usb-redir-0'/></redirdev>";
 const CONTROLLER: &str = "<controller type='usb' model='qemu-xhci' ports='15'/>";
 
 #[test]
@@ -97,7 +99,8 @@ fn one_line_stays_one_line() {
 #[test]
 fn devices_that_are_missing_or_empty() {
     let edits = Edits { controller: true, ..Edits::default() };
-    let after = "<domain>\n  <name>x</name>\n  <devices>\n    <controller type='usb' model='qemu-xhci' ports='15'/>\n  </devices>\n</domain>\n";
+    let after = "<domain>\n  <name>x</name>\n  <devices>\n    <controller type='usb' \
+        model='qemu-xhci' ports='15'/>\n  </devices>\n</domain>\n";
     check("<domain>\n  <name>x</name>\n</domain>\n", &edits, after);
     check("<domain>\n  <name>x</name>\n  <devices/>\n</domain>\n", &edits, after);
     check("<domain>\n  <name>x</name>\n  <devices></devices>\n</domain>\n", &edits, after);
@@ -109,9 +112,10 @@ fn devices_that_are_missing_or_empty() {
 #[test]
 fn behind_a_comment_and_in_odd_layouts() {
     let redirdev = Edits { redirdevs: vec![0], ..Edits::default() };
-    let comment =
-        "<domain><name>x</name>\n<devices>\n   <a/> <b/> <!-- </devices> -->\n\n  </devices></domain>";
-    let after = "<domain><name>x</name>\n<devices>\n   <a/> <b/> <!-- </devices> -->\n   <redirdev bus='usb' type='spicevmc'>\n      \
+    let comment = "<domain><name>x</name>\n<devices>\n   <a/> <b/> <!-- </devices> -->\n\n  \
+        </devices></domain>";
+    let after = "<domain><name>x</name>\n<devices>\n   <a/> <b/> <!-- </devices> -->\n   <redirdev \
+        bus='usb' type='spicevmc'>\n      \
         <alias name='ua-usb-redir-0'/>\n   </redirdev>\n\n  </devices></domain>";
     check(comment, &redirdev, after);
     let cdata = "<domain><name>x</name><devices><a/><![CDATA[ </devices> ]]></devices></domain>";
@@ -120,10 +124,13 @@ fn behind_a_comment_and_in_odd_layouts() {
 
 #[test]
 fn the_controller_stands_with_the_controllers() {
-    let before = "<domain>\n  <name>x</name>\n  <devices>\n    <controller type='pci'>\n    </controller>\n    <a/>\n  </devices>\n</domain>";
+    let before = "<domain>\n  <name>x</name>\n  <devices>\n    <controller type='pci'>\n    \
+        </controller>\n    <a/>\n  </devices>\n</domain>";
     let edits = Edits { controller: true, redirdevs: vec![3], ..Edits::default() };
-    let after = "<domain>\n  <name>x</name>\n  <devices>\n    <controller type='pci'>\n    </controller>\n    \
-        <controller type='usb' model='qemu-xhci' ports='15'/>\n    <a/>\n    <redirdev bus='usb' type='spicevmc'>\n      \
+    let after = "<domain>\n  <name>x</name>\n  <devices>\n    <controller type='pci'>\n    \
+        </controller>\n    \
+        <controller type='usb' model='qemu-xhci' ports='15'/>\n    <a/>\n    <redirdev bus='usb' \
+        type='spicevmc'>\n      \
         <alias name='ua-usb-redir-3'/>\n    </redirdev>\n  </devices>\n</domain>";
     check(before, &edits, after);
     let last = "<domain><name>x</name><devices><controller type='pci'/></devices></domain>";
@@ -134,21 +141,29 @@ fn the_controller_stands_with_the_controllers() {
 #[test]
 fn what_is_there_is_not_added_again() {
     let there = format!(
-        "<domain><name>x</name><devices><controller type='usb'/>{HOSTDEV}{REDIRDEV}</devices></domain>"
+        "<domain><name>x</name><devices><controller \
+            type='usb'/>{HOSTDEV}{REDIRDEV}</devices></domain>"
     );
-    let edits =
-        Edits { hostdevs: vec![hostdev(5)], redirdevs: vec![0], controller: true, ..Edits::default() };
+    let edits = Edits {
+        hostdevs: vec![hostdev(5)],
+        redirdevs: vec![0],
+        controller: true,
+        ..Edits::default()
+    };
     assert_eq!(rewrite(there.as_bytes(), &edits).unwrap(), None);
     assert_eq!(rewrite(there.as_bytes(), &Edits::default()).unwrap(), None);
-    let twice =
-        Edits { hostdevs: vec![hostdev(6), hostdev(6)], redirdevs: vec![1, 1, 0], ..Edits::default() };
+    let twice = Edits {
+        hostdevs: vec![hostdev(6), hostdev(6)],
+        redirdevs: vec![1, 1, 0],
+        ..Edits::default()
+    };
     let written = read(&rewrite(there.as_bytes(), &twice).unwrap().unwrap()).unwrap();
     assert_eq!((written.hostdevs.len(), written.redirdevs.len()), (2, 2));
 }
 
 /// What [`refused`] writes.
-const REFUSAL: &str =
-    "<refusal xmlns='urn:virt-usb:refusal:1' why='HASP &#39;1&#39; &#60;&#38;> &#233;&#128477; ??, gone'/>";
+const REFUSAL: &str = "<refusal xmlns='urn:virt-usb:refusal:1' why='HASP &#39;1&#39; &#60;&#38;> \
+    &#233;&#128477; ??, gone'/>";
 
 fn refused() -> Edits {
     let why = "HASP '1' <&> é🗝 \u{fffe}\u{1}, gone".to_owned();
@@ -165,12 +180,15 @@ fn a_refusal_stands_in_the_metadata_wherever_that_is() {
             line("<metadata><a xmlns='urn:a'><b/></a></metadata>"),
             line(&format!("<metadata><a xmlns='urn:a'><b/></a>{REFUSAL}</metadata>")),
         ),
-        (line(""), format!("<domain><name>x</name><devices/><metadata>{REFUSAL}</metadata></domain>")),
+        (
+            line(""),
+            format!("<domain><name>x</name><devices/><metadata>{REFUSAL}</metadata></domain>"),
+        ),
     ] {
         check(&before, &refused(), &after);
     }
-    let before =
-        "<domain>\n  <name>x</name>\n  <metadata>\n    <a xmlns='urn:a'/>\n  </metadata>\n</domain>\n";
+    let before = "<domain>\n  <name>x</name>\n  <metadata>\n    <a xmlns='urn:a'/>\n  \
+        </metadata>\n</domain>\n";
     let after = before.replace("\n  </metadata>", &format!("\n    {REFUSAL}\n  </metadata>"));
     check(before, &refused(), &after);
 }
@@ -181,9 +199,11 @@ fn a_refusal_is_read_as_it_was_written_but_for_what_xml_has_no_way_to_write() {
     let written = rewrite(xml.as_bytes(), &refused()).unwrap().unwrap();
     assert_eq!(read(&written).unwrap().refusal.as_deref(), Some("HASP '1' <&> é🗝 ??, gone"));
     // libvirt writes it with its own quotes; another element of that name is nobody's refusal.
-    let other = "<domain><name>x</name><metadata><refusal why='a'/><r:refusal xmlns:r='urn:r' why='b'/></metadata></domain>";
+    let other = "<domain><name>x</name><metadata><refusal why='a'/><r:refusal xmlns:r='urn:r' \
+        why='b'/></metadata></domain>";
     assert_eq!(read(other.as_bytes()).unwrap().refusal, None);
-    let libvirts = "<domain><name>x</name><metadata>\n <u:refusal xmlns:u=\"urn:virt-usb:refusal:1\" why=\"it&apos;s held\"/></metadata></domain>";
+    let libvirts = "<domain><name>x</name><metadata>\n <u:refusal \
+        xmlns:u=\"urn:virt-usb:refusal:1\" why=\"it&apos;s held\"/></metadata></domain>";
     assert_eq!(read(libvirts.as_bytes()).unwrap().refusal.as_deref(), Some("it's held"));
 }
 
@@ -230,9 +250,11 @@ fn relocation_adds_what_is_missing() {
         "<hostdev type='usb'><source startupPolicy='requisite'/></hostdev>",
         "<hostdev type='usb'><source><vendor/></source></hostdev>",
         "<hostdev type='usb'><source><vendor id='0x0529'></vendor></source><alias/></hostdev>",
-        "<hostdev type='usb'><source><product id='1'/><address device='7' bus='9'/></source></hostdev>",
+        "<hostdev type='usb'><source><product id='1'/><address device='7' \
+            bus='9'/></source></hostdev>",
         "<hostdev type='usb'><source><address bus='1' port='2'/></source></hostdev>",
-        "<hostdev type='usb'><source><vendor id='0x0529'/><address bus='1' device='5'/></source></hostdev>",
+        "<hostdev type='usb'><source><vendor id='0x0529'/><address bus='1' \
+            device='5'/></source></hostdev>",
     ] {
         let written = rewrite(line(before).as_bytes(), &relocate(hostdev(5))).unwrap().unwrap();
         let written = String::from_utf8(written).unwrap();
@@ -243,17 +265,22 @@ fn relocation_adds_what_is_missing() {
         assert_eq!(plain(&written), after, "{before}");
         assert_eq!(rewrite(written.as_bytes(), &relocate(hostdev(5))).unwrap(), None, "{before}");
     }
-    let before = "<domain>\n <name>x</name>\n <devices>\n  <hostdev type='usb'>\n   <source>\n    <address bus='1' device='5'/>\n   </source>\n  </hostdev>\n </devices>\n</domain>";
-    let after = "<domain>\n <name>x</name>\n <devices>\n  <hostdev type='usb'>\n   <source>\n    <vendor id='0x0529'/>\n    <product id='0x0001'/>\n    <address bus='1' device='5'/>\n   </source>\n   <alias name='ua-usb-5'/>\n  </hostdev>\n </devices>\n</domain>";
+    let before = "<domain>\n <name>x</name>\n <devices>\n  <hostdev type='usb'>\n   <source>\n    \
+        <address bus='1' device='5'/>\n   </source>\n  </hostdev>\n </devices>\n</domain>";
+    let after = "<domain>\n <name>x</name>\n <devices>\n  <hostdev type='usb'>\n   <source>\n    \
+        <vendor id='0x0529'/>\n    <product id='0x0001'/>\n    <address bus='1' device='5'/>\n   \
+        </source>\n   <alias name='ua-usb-5'/>\n  </hostdev>\n </devices>\n</domain>";
     check(before, &relocate(hostdev(5)), after);
-    let before = "<domain>\n <name>x</name>\n <devices>\n  <hostdev type='usb'/>\n </devices>\n</domain>";
+    let before =
+        "<domain>\n <name>x</name>\n <devices>\n  <hostdev type='usb'/>\n </devices>\n</domain>";
     check(before, &relocate(hostdev(5)), after);
 }
 
 #[test]
 fn relocation_frees_the_old_alias() {
     let before = format!("<domain><name>x</name><devices>{HOSTDEV}</devices></domain>");
-    let edits = Edits { hostdevs: vec![hostdev(5)], relocate: vec![(0, hostdev(7))], ..Edits::default() };
+    let edits =
+        Edits { hostdevs: vec![hostdev(5)], relocate: vec![(0, hostdev(7))], ..Edits::default() };
     let written = rewrite(before.as_bytes(), &edits).unwrap().unwrap();
     let ids: Vec<u64> =
         read(&written).unwrap().hostdevs.iter().map(|h| h.injected().unwrap().get()).collect();
@@ -268,8 +295,12 @@ fn relocations_that_do_not_fit() {
         other => panic!("{other:?}"),
     };
     assert_eq!(refused(&Edits { relocate: vec![(1, hostdev(5))], ..Edits::default() }), 1);
-    assert_eq!(refused(&Edits { relocate: vec![(0, hostdev(5)), (0, hostdev(6))], ..Edits::default() }), 0);
-    let both = format!("<domain><name>x</name><devices>{HOSTDEV}<hostdev type='usb'/></devices></domain>");
+    assert_eq!(
+        refused(&Edits { relocate: vec![(0, hostdev(5)), (0, hostdev(6))], ..Edits::default() }),
+        0
+    );
+    let both =
+        format!("<domain><name>x</name><devices>{HOSTDEV}<hostdev type='usb'/></devices></domain>");
     let same = Edits { relocate: vec![(1, hostdev(5))], ..Edits::default() };
     assert!(matches!(rewrite(both.as_bytes(), &same), Err(XmlError::Relocate { index: 1, .. })));
     let swapped = Edits { relocate: vec![(1, hostdev(5)), (0, hostdev(6))], ..Edits::default() };
@@ -300,7 +331,10 @@ fn other_encodings_keep_their_bytes() {
         assert_eq!(rewrite(&utf16(text, little), &edits).unwrap().unwrap(), utf16(&after, little));
     }
     let bom = format!("\u{feff}{text}");
-    assert_eq!(rewrite(bom.as_bytes(), &edits).unwrap().unwrap(), format!("\u{feff}{after}").into_bytes());
+    assert_eq!(
+        rewrite(bom.as_bytes(), &edits).unwrap().unwrap(),
+        format!("\u{feff}{after}").into_bytes()
+    );
 }
 
 /// Of a hostdev that somebody wrote, two numbers change and nothing else, and only where they are.
@@ -310,14 +344,17 @@ fn a_new_address_is_all_that_changes() {
     let edits = Edits { readdress: vec![(0, to)], ..Edits::default() };
     let domain = |source: &str| {
         format!(
-            "<domain><name>x</name><devices><hostdev mode='subsystem' type='usb'>{source}<alias name='ua-usb-9'/></hostdev></devices></domain>"
+            "<domain><name>x</name><devices><hostdev mode='subsystem' type='usb'>{source}<alias \
+                name='ua-usb-9'/></hostdev></devices></domain>"
         )
     };
     let cases = [
         (
-            "<source startupPolicy='optional'><vendor id='0x529'/><product id='1'/><address bus='1'  device=\"5\"/></source>",
+            "<source startupPolicy='optional'><vendor id='0x529'/><product id='1'/><address \
+                bus='1'  device=\"5\"/></source>",
             Some(
-                "<source startupPolicy='optional'><vendor id='0x529'/><product id='1'/><address bus='2'  device=\"17\"/></source>",
+                "<source startupPolicy='optional'><vendor id='0x529'/><product id='1'/><address \
+                    bus='2'  device=\"17\"/></source>",
             ),
         ),
         (

@@ -4,12 +4,16 @@
 use virt_usb_filter_host::{Error, Filter, Fleet, Moment, Options, Question, Verdict};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let file = std::env::args().nth(1).unwrap_or("/usr/lib/virt-usb/virt-usb-filter.wasm".to_owned());
+    let file =
+        std::env::args().nth(1).unwrap_or("/usr/lib/virt-usb/virt-usb-filter.wasm".to_owned());
     let filter = Filter::load(&file, &Options::default())?;
 
     // What the hosts have published, each with the time when it came in.
     let fleet = Fleet::new();
-    fleet.put_text(r#"{"version":1,"host":"alpha","compute_node_id":2,"revision":7,"devices":[]}"#, 1_000)?;
+    fleet.put_text(
+        r#"{"version":1,"host":"alpha","compute_node_id":2,"revision":7,"devices":[]}"#,
+        1_000,
+    )?;
     fleet.put_text(
         r#"{"version":1,"host":"beta","compute_node_id":3,"revision":4,"devices":[{
             "id":2000001,"compute_node_id":3,"address":"usb_1_5","vendor_id":"0529","product_id":"0001",

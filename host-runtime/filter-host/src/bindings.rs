@@ -80,7 +80,9 @@ impl From<wit::Rejection> for Rejection {
 /// A refusal in words. They come from the filter: made safe to print, and short.
 pub(crate) fn refusal(refusal: wit::Refusal) -> String {
     match refusal {
-        wit::Refusal::Question(why) | wit::Refusal::Node(why) | wit::Refusal::Other(why) => clean(&why),
+        wit::Refusal::Question(why) | wit::Refusal::Node(why) | wit::Refusal::Other(why) => {
+            clean(&why)
+        }
         wit::Refusal::UnknownNode(name) => format!("the inventory has no host {:?}", clean(&name)),
         wit::Refusal::UnknownDevice(id) => format!("the host has no device {id}"),
     }

@@ -1,5 +1,5 @@
-//! Three things that never collapse: a verdict is an answer, a refusal says that the question was wrong, and a broken
-//! filter says nothing about any host.
+//! Three things that never collapse: a verdict is an answer, a refusal says that the question was
+//! wrong, and a broken filter says nothing about any host.
 
 use std::path::PathBuf;
 
@@ -11,8 +11,8 @@ pub enum Error {
     /// What was asked or fed cannot be; the filter is well. Asking again will not help.
     #[error("the filter refuses the input: {0}")]
     Refused(String),
-    /// The filter failed. That is no "no host": ask without it, or do not place the instance, as your policy has it. The next call
-    /// begins with a fresh instance.
+    /// The filter failed. That is no "no host": ask without it, or do not place the instance, as
+    /// your policy has it. The next call begins with a fresh instance.
     #[error("the filter {path} is broken: {fault}", path = path.display())]
     Broken {
         /// The filter's file.
@@ -51,7 +51,8 @@ pub enum LoadError {
         source: std::io::Error,
     },
     /// It is not the file that was pinned.
-    #[error("the filter {path} is not the one that is wanted: its SHA-256 is {found}, wanted {wanted}", path = path.display())]
+    #[error("the filter {path} is not the one that is wanted: its SHA-256 is {found}, wanted \
+        {wanted}", path = path.display())]
     Digest {
         /// The file.
         path: PathBuf,
@@ -69,7 +70,8 @@ pub enum LoadError {
         why: String,
     },
     /// It imports something: a filter must not.
-    #[error("the filter {path} imports {imports}: a filter imports nothing, so that it need not be trusted", path = path.display())]
+    #[error("the filter {path} imports {imports}: a filter imports nothing, so that it need not be \
+        trusted", path = path.display())]
     Imports {
         /// The file.
         path: PathBuf,
@@ -77,7 +79,8 @@ pub enum LoadError {
         imports: String,
     },
     /// It is a component, but of another world.
-    #[error("{path} is a component, but not of the world virt-usb:scheduler/filter@0.1.0: {why}", path = path.display())]
+    #[error("{path} is a component, but not of the world virt-usb:scheduler/filter@0.1.0: \
+        {why}", path = path.display())]
     World {
         /// The file.
         path: PathBuf,
@@ -85,14 +88,16 @@ pub enum LoadError {
         why: String,
     },
     /// It is machine code that others than its owner can change.
-    #[error("the precompiled filter {path} is machine code, and {why}: it must belong to root or to this user, and nobody else may write to it", path = path.display())]
+    #[error("the precompiled filter {path} is machine code, and {why}: it must belong to root or \
+        to this user, and nobody else may write to it", path = path.display())]
     Untrusted {
         /// The file.
         path: PathBuf,
         /// What is wrong with it.
         why: String,
     },
-    /// It was precompiled by another version, or for another machine; or this program cannot compile.
+    /// It was precompiled by another version, or for another machine; or this program cannot
+    /// compile.
     #[error("the filter {path} cannot be used here: {why}", path = path.display())]
     Foreign {
         /// The file.

@@ -65,7 +65,8 @@ impl std::fmt::Debug for Filter {
 }
 
 impl Filter {
-    /// Loads a component, or one that [`Filter::precompile`] has made of it, and checks that it is a filter.
+    /// Loads a component, or one that [`Filter::precompile`] has made of it, and checks that it is
+    /// a filter.
     ///
     /// # Errors
     /// Each [`LoadError`] says what was wanted of which file.
@@ -101,8 +102,8 @@ impl Filter {
         Ok(Self { loaded: Arc::new(Loaded { path, sha256, limits, component, pre }) })
     }
 
-    /// The filter as machine code: for [`Filter::load`] of this very version of the library, on this kind of machine. Loading it takes
-    /// a hundredth of the time.
+    /// The filter as machine code: for [`Filter::load`] of this very version of the library, on
+    /// this kind of machine. Loading it takes a hundredth of the time.
     ///
     /// # Errors
     /// If it cannot be serialised.
@@ -115,7 +116,8 @@ impl Filter {
         &self.loaded.path
     }
 
-    /// The file's SHA-256; none of a precompiled one that was not pinned, which is not read as a whole.
+    /// The file's SHA-256; none of a precompiled one that was not pinned, which is not read as a
+    /// whole.
     pub fn sha256(&self) -> Option<[u8; 32]> {
         self.loaded.sha256
     }
@@ -153,7 +155,10 @@ fn compile(path: &Path, engine: &Engine, bytes: &[u8]) -> Result<Component, Load
         return Err(invalid(path, "it is not WebAssembly"));
     }
     if bytes.get(4..8) == Some(&[1, 0, 0, 0]) {
-        return Err(invalid(path, "it is a core module, wanted a component: the file beside it, perhaps"));
+        return Err(invalid(
+            path,
+            "it is a core module, wanted a component: the file beside it, perhaps",
+        ));
     }
     Component::new(engine, bytes).map_err(|e| invalid(path, &cause(&e)))
 }
@@ -168,7 +173,9 @@ fn compile(path: &Path, _: &Engine, _: &[u8]) -> Result<Component, LoadError> {
 fn detect(path: &Path) -> Result<Option<Precompiled>, LoadError> {
     let read = |source| LoadError::Read { path: path.to_owned(), source };
     let mut start = Vec::new();
-    std::fs::File::open(path).and_then(|file| file.take(4).read_to_end(&mut start)).map_err(read)?;
+    std::fs::File::open(path)
+        .and_then(|file| file.take(4).read_to_end(&mut start))
+        .map_err(read)?;
     // wasmtime keeps machine code in ELF files.
     match start == b"\x7fELF" {
         true => Engine::detect_precompiled_file(path).map_err(|e| invalid(path, &cause(&e))),
@@ -177,19 +184,29 @@ fn detect(path: &Path) -> Result<Option<Precompiled>, LoadError> {
 }
 
 /// What the bytes of the file are.
-fn component(path: &Path, engine: &Engine, bytes: &[u8], unpinned: bool) -> Result<Component, LoadError> {
+fn component(
+    path: &Path,
+    engine: &Engine,
+    bytes: &[u8],
+    unpinned: bool,
+) -> Result<Component, LoadError> {
     match Engine::detect_precompiled(bytes) {
         None => compile(path, engine, bytes),
-        Some(Precompiled::Module) => Err(invalid(path, "it is a precompiled module, and no component")),
+        Some(Precompiled::Module) => {
+            Err(invalid(path, "it is a precompiled module, and no component"))
+        }
         // It was none when it was looked at before.
-        Some(Precompiled::Component) if unpinned => Err(invalid(path, "it changes while it is read")),
+        Some(Precompiled::Component) if unpinned => {
+            Err(invalid(path, "it changes while it is read"))
+        }
         Some(Precompiled::Component) => pinned(path, engine, bytes),
     }
 }
 
 #[allow(unsafe_code, reason = "taking machine code from a file is what wasmtime calls unsafe")]
 fn pinned(path: &Path, engine: &Engine, bytes: &[u8]) -> Result<Component, LoadError> {
-    // SAFETY: these very bytes have the digest that the caller trusts. wasmtime itself checks its version and settings.
+    // SAFETY: these very bytes have the digest that the caller trusts. wasmtime itself checks its
+    // version and settings.
     unsafe { Component::deserialize(engine, bytes) }.map_err(|e| foreign(path, &e))
 }
 
@@ -197,8 +214,9 @@ fn pinned(path: &Path, engine: &Engine, bytes: &[u8]) -> Result<Component, LoadE
 #[allow(unsafe_code, reason = "taking machine code from a file is what wasmtime calls unsafe")]
 fn mapped(path: &Path, engine: &Engine) -> Result<Component, LoadError> {
     let real = trusted(path)?;
-    // SAFETY: nobody but root and this user can have written the file, or can change it now; whoever can do that can replace
-    // this program as well. wasmtime itself checks its version and settings.
+    // SAFETY: nobody but root and this user can have written the file, or can change it now;
+    // whoever can do that can replace this program as well. wasmtime itself checks its version and
+    // settings.
     unsafe { Component::deserialize_file(engine, real) }.map_err(|e| foreign(path, &e))
 }
 
@@ -210,10 +228,12 @@ fn foreign(path: &Path, e: &wasmtime::Error) -> LoadError {
 fn trusted(path: &Path) -> Result<PathBuf, LoadError> {
     use std::os::unix::fs::MetadataExt;
     let untrusted = |why: String| Err(LoadError::Untrusted { path: path.to_owned(), why });
-    let look =
-        |at: &Path| std::fs::metadata(at).map_err(|source| LoadError::Read { path: at.to_owned(), source });
+    let look = |at: &Path| {
+        std::fs::metadata(at).map_err(|source| LoadError::Read { path: at.to_owned(), source })
+    };
     let me = look(Path::new("/proc/self"))?.uid();
-    let real = path.canonicalize().map_err(|source| LoadError::Read { path: path.to_owned(), source })?;
+    let real =
+        path.canonicalize().map_err(|source| LoadError::Read { path: path.to_owned(), source })?;
     // Whoever may write to a folder on the way to it may put another file in its place.
     for at in real.ancestors() {
         let seen = look(at)?;
@@ -254,7 +274,8 @@ fn invalid(path: &Path, why: &str) -> LoadError {
 
 /// The whole chain in one line.
 pub(crate) fn cause(e: &wasmtime::Error) -> String {
-    let chain: Vec<String> = e.chain().map(|c| c.to_string().lines().collect::<Vec<_>>().join(" ")).collect();
+    let chain: Vec<String> =
+        e.chain().map(|c| c.to_string().lines().collect::<Vec<_>>().join(" ")).collect();
     chain.join(": ")
 }
 

@@ -1,6 +1,8 @@
-//! The fleet as the scheduler knows it: host documents, fed from the store or from a watch, shared by all sessions.
+//! The fleet as the scheduler knows it: host documents, fed from the store or from a watch, shared
+//! by all sessions.
 //!
-//! It keeps each host's document, so that a fresh instance can be fed, and the last changes, so that one that runs need not be.
+//! It keeps each host's document, so that a fresh instance can be fed, and the last changes, so
+//! that one that runs need not be.
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
@@ -74,13 +76,15 @@ impl Fleet {
         Ok(())
     }
 
-    /// The same with the document's text, as a host has published it. Only that it is JSON and which host it is of is looked at here; what
-    /// the filter refuses is found in [`crate::Session::problems`].
+    /// The same with the document's text, as a host has published it. Only that it is JSON and
+    /// which host it is of is looked at here; what the filter refuses is found in
+    /// [`crate::Session::problems`].
     ///
     /// # Errors
     /// If it is not JSON, or names no host.
     pub fn put_text(&self, document: &str, received: u64) -> Result<(), DocumentError> {
-        let named: Named<'_> = serde_json::from_str(document).map_err(|e| DocumentError(e.to_string()))?;
+        let named: Named<'_> =
+            serde_json::from_str(document).map_err(|e| DocumentError(e.to_string()))?;
         self.put_line(&named.host, document, received);
         Ok(())
     }
@@ -90,7 +94,8 @@ impl Fleet {
     /// # Errors
     /// If it is not JSON, or names another host or none; what was known of the host counts on.
     pub fn put_of(&self, host: &str, document: &str, received: u64) -> Result<(), DocumentError> {
-        let named: Named<'_> = serde_json::from_str(document).map_err(|e| DocumentError(e.to_string()))?;
+        let named: Named<'_> =
+            serde_json::from_str(document).map_err(|e| DocumentError(e.to_string()))?;
         if named.host != host {
             return Err(DocumentError(format!("it names another host: {:?}", named.host)));
         }
@@ -99,8 +104,13 @@ impl Fleet {
     }
 
     fn put_line(&self, host: &str, document: &str, received: u64) {
-        // Documents go to the filter a line each. In JSON a line break is white space, or else it is escaped.
-        let line = if document.contains('\n') { document.replace('\n', " ").into() } else { document.into() };
+        // Documents go to the filter a line each. In JSON a line break is white space, or else it
+        // is escaped.
+        let line = if document.contains('\n') {
+            document.replace('\n', " ").into()
+        } else {
+            document.into()
+        };
         self.write().put(host, line, received);
     }
 
@@ -122,8 +132,8 @@ impl Fleet {
         true
     }
 
-    /// Gives a device another state, until the next document of its host; false if there is no such host. That the host has the
-    /// device is for the filter to say.
+    /// Gives a device another state, until the next document of its host; false if there is no such
+    /// host. That the host has the device is for the filter to say.
     pub fn set_status(&self, host: &str, device: DeviceId, status: Status) -> bool {
         let mut hosts = self.write();
         let Some(known) = hosts.hosts.get_mut(host) else { return false };
@@ -134,7 +144,8 @@ impl Fleet {
         true
     }
 
-    /// Takes back what [`Fleet::set_status`] has said of a device: its host's document counts again; false if nothing was said of it.
+    /// Takes back what [`Fleet::set_status`] has said of a device: its host's document counts
+    /// again; false if nothing was said of it.
     pub fn forget_status(&self, host: &str, device: DeviceId) -> bool {
         let mut hosts = self.write();
         let Some(known) = hosts.hosts.get_mut(host) else { return false };
@@ -200,7 +211,8 @@ impl Hosts {
         self.count
     }
 
-    /// What somebody has to be told who knows the first `seen` changes; or, who knows nothing, or too little, everything.
+    /// What somebody has to be told who knows the first `seen` changes; or, who knows nothing, or
+    /// too little, everything.
     pub(crate) fn news(&self, seen: Option<u64>) -> News {
         let changes = seen.and_then(|seen| {
             let behind = usize::try_from(self.count.checked_sub(seen)?).ok()?;
@@ -222,8 +234,12 @@ impl Hosts {
         }
         for Change { host, what } in changes.filter(|change| !whole.contains(&change.host)) {
             match what {
-                What::Status(device, status) => news.statuses.push((host.clone(), *device, *status)),
-                What::Heard => news.heard.extend(self.hosts.get(host).map(|h| (host.clone(), h.received))),
+                What::Status(device, status) => {
+                    news.statuses.push((host.clone(), *device, *status));
+                }
+                What::Heard => {
+                    news.heard.extend(self.hosts.get(host).map(|h| (host.clone(), h.received)));
+                }
                 What::Document => {}
             }
         }

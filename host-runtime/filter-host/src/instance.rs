@@ -38,7 +38,12 @@ const MOST_ELEMENTS: usize = 1 << 20;
 const MOST_PARTS: usize = 64;
 
 impl ResourceLimiter for State {
-    fn memory_growing(&mut self, now: usize, wanted: usize, _: Option<usize>) -> wasmtime::Result<bool> {
+    fn memory_growing(
+        &mut self,
+        now: usize,
+        wanted: usize,
+        _: Option<usize>,
+    ) -> wasmtime::Result<bool> {
         // All memories of the instance together.
         let all = self.memory.saturating_add(wanted.saturating_sub(now));
         let fits = all <= self.most;
@@ -54,7 +59,12 @@ impl ResourceLimiter for State {
         Err(e)
     }
 
-    fn table_growing(&mut self, now: usize, wanted: usize, _: Option<usize>) -> wasmtime::Result<bool> {
+    fn table_growing(
+        &mut self,
+        now: usize,
+        wanted: usize,
+        _: Option<usize>,
+    ) -> wasmtime::Result<bool> {
         let all = self.elements.saturating_add(wanted.saturating_sub(now));
         let fits = all <= MOST_ELEMENTS;
         if fits {
@@ -105,7 +115,9 @@ impl Instance {
             Ok((bindings, inventory))
         });
         match made {
-            Ok((bindings, inventory)) => Ok(Self { filter: filter.clone(), store, bindings, inventory }),
+            Ok((bindings, inventory)) => {
+                Ok(Self { filter: filter.clone(), store, bindings, inventory })
+            }
             Err(e) => Err(broken(filter, fault(filter, &store, &e))),
         }
     }
@@ -127,15 +139,18 @@ impl Instance {
         broken(&self.filter, Fault::Rubbish(why))
     }
 
-    /// Feeds documents, a line each, and returns the lines that were refused, from 0, with the reason.
+    /// Feeds documents, a line each, and returns the lines that were refused, from 0, with the
+    /// reason.
     pub(crate) fn load(
         &mut self,
         lines: &str,
         received: u64,
         count: usize,
     ) -> Result<Vec<(usize, String)>, Error> {
-        let report = self.call(|guest, store, at| guest.inventory().call_load(store, at, lines, received))?;
-        let taken = usize::try_from(report.nodes.saturating_add(report.refused)).unwrap_or(usize::MAX);
+        let report =
+            self.call(|guest, store, at| guest.inventory().call_load(store, at, lines, received))?;
+        let taken =
+            usize::try_from(report.nodes.saturating_add(report.refused)).unwrap_or(usize::MAX);
         if taken != count {
             let told = format!(
                 "it was fed {count} hosts, and says that it took {} and refused {}",
@@ -156,7 +171,12 @@ impl Instance {
         self.call(|guest, store, at| guest.inventory().call_touch(store, at, host, received))
     }
 
-    pub(crate) fn set_status(&mut self, host: &str, device: DeviceId, status: Status) -> Result<bool, Error> {
+    pub(crate) fn set_status(
+        &mut self,
+        host: &str,
+        device: DeviceId,
+        status: Status,
+    ) -> Result<bool, Error> {
         self.call(|guest, store, at| {
             guest.inventory().call_set_status(store, at, host, device.get(), status.into())
         })?
@@ -172,7 +192,9 @@ impl Instance {
     ) -> Result<Selection, Error> {
         let asked = question.into();
         let answer = self
-            .call(|guest, store, at| guest.inventory().call_select(store, at, &asked, candidates, limit))?
+            .call(|guest, store, at| {
+                guest.inventory().call_select(store, at, &asked, candidates, limit)
+            })?
             .map_err(refused)?;
         let placement = |p: wit::Placement| Placement { host: p.node, score: p.score };
         let placements = answer.placements.into_iter().map(placement).collect();
@@ -197,7 +219,8 @@ impl Instance {
         let most = usize::try_from(limit.min(*matched)).unwrap_or(usize::MAX);
         if placements.len() > most {
             return Err(self.rubbish(format!(
-                "it names {} hosts, of {matched} that it says can serve and {limit} that were asked for",
+                "it names {} hosts, of {matched} that it says can serve and {limit} that were \
+                    asked for",
                 placements.len()
             )));
         }
@@ -225,7 +248,8 @@ impl Instance {
         };
         match stranger {
             Some(host) => {
-                Err(self.rubbish(format!("it names {:?}, which was not to choose from", clean(host))))
+                Err(self
+                    .rubbish(format!("it names {:?}, which was not to choose from", clean(host))))
             }
             None => Ok(()),
         }
@@ -243,9 +267,9 @@ impl Instance {
         let devices: Vec<DeviceId> = ids.iter().copied().filter_map(DeviceId::new).collect();
         let twice = (1..ids.len()).any(|at| ids[..at].contains(&ids[at]));
         if devices.len() != ids.len() || twice {
-            return Err(
-                self.rubbish(clean(&format!("it would use the devices {ids:?}: wanted ids, each once")))
-            );
+            return Err(self.rubbish(clean(&format!(
+                "it would use the devices {ids:?}: wanted ids, each once"
+            ))));
         }
         Ok(devices)
     }
@@ -270,7 +294,8 @@ impl Instance {
 
     pub(crate) fn prepare(&mut self, question: &Question) -> Result<PreparedHandle, Error> {
         let asked = question.into();
-        let answer = self.call(|guest, store, at| guest.inventory().call_prepare(store, at, &asked))?;
+        let answer =
+            self.call(|guest, store, at| guest.inventory().call_prepare(store, at, &asked))?;
         answer.map(PreparedHandle).map_err(refused)
     }
 

@@ -1,8 +1,9 @@
 //! Loads a scheduler filter, bounds it, feeds it and asks it.
 //!
-//! A filter is a WebAssembly component of the world `virt-usb:scheduler/filter@0.1.0` (see `wit/`). It says which hosts of a fleet can serve what
-//! a flavor asks for, which is best, and why the others cannot. It imports nothing and is bounded in memory and time, so a
-//! scheduler need not trust it: it can be wrong, but it can do nothing.
+//! A filter is a WebAssembly component of the world `virt-usb:scheduler/filter@0.1.0` (see `wit/`).
+//! It says which hosts of a fleet can serve what a flavor asks for, which is best, and why the
+//! others cannot. It imports nothing and is bounded in memory and time, so a scheduler need not
+//! trust it: it can be wrong, but it can do nothing.
 //!
 //! ```no_run
 #![doc = include_str!("../examples/scheduler.rs")]

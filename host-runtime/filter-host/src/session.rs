@@ -17,13 +17,15 @@ use crate::fleet::{Host, News};
 use crate::instance::{Instance, PreparedHandle};
 use crate::{Error, Filter, Fleet, Statistics};
 
-/// Documents go to the filter in chunks of so many hosts at the most, for a filter may describe no more that it refuses …
+/// Documents go to the filter in chunks of so many hosts at the most, for a filter may describe no
+/// more that it refuses …
 const CHUNK_HOSTS: usize = 100;
-/// … and so many bytes, unless one is longer: what stays in the processor's cache on its way is copied for little.
+/// … and so many bytes, unless one is longer: what stays in the processor's cache on its way is
+/// copied for little.
 const CHUNK_BYTES: usize = 128 << 10;
 
-/// A filter's instance, which follows a fleet. It may move between threads, and serves one at a time; make one for each. Each
-/// holds the fleet's inventory in memory of its own.
+/// A filter's instance, which follows a fleet. It may move between threads, and serves one at a
+/// time; make one for each. Each holds the fleet's inventory in memory of its own.
 pub struct Session {
     filter: Filter,
     fleet: Fleet,
@@ -44,7 +46,8 @@ struct Running {
     prepared: BTreeMap<u64, PreparedHandle>,
 }
 
-/// A question that was prepared in a session. It outlives faults of the filter. Once it is dropped the next call gives it up.
+/// A question that was prepared in a session. It outlives faults of the filter. Once it is dropped
+/// the next call gives it up.
 #[derive(Debug)]
 pub struct Prepared {
     question: Question,
@@ -69,7 +72,13 @@ impl std::fmt::Debug for Session {
 
 impl Session {
     pub(crate) fn new(filter: Filter, fleet: Fleet) -> Self {
-        Self { filter, fleet, running: None, problems: BTreeMap::new(), dropped: Dropped::default() }
+        Self {
+            filter,
+            fleet,
+            running: None,
+            problems: BTreeMap::new(),
+            dropped: Dropped::default(),
+        }
     }
 
     /// The best hosts, at most `limit`, among the candidates or else in the whole fleet.
@@ -106,7 +115,8 @@ impl Session {
         Ok(prepared)
     }
 
-    /// What the filter says of one host at a time `now`, which counts where the question has a moment.
+    /// What the filter says of one host at a time `now`, which counts where the question has a
+    /// moment.
     ///
     /// # Errors
     /// As [`Session::select`].
@@ -130,14 +140,18 @@ impl Session {
         self.running.as_ref().map_or(0, |running| running.instance.memory())
     }
 
-    /// Hosts whose last document or change the filter has refused, and why; as of the last call. What an instance knew of them
-    /// before still counts; a fresh one does not know them.
+    /// Hosts whose last document or change the filter has refused, and why; as of the last call.
+    /// What an instance knew of them before still counts; a fresh one does not know them.
     pub const fn problems(&self) -> &BTreeMap<String, String> {
         &self.problems
     }
 
-    /// Brings the instance up to date, makes one if need be, and asks it. A fault ends the instance.
-    fn ask<T>(&mut self, question: impl FnOnce(&mut Running) -> Result<T, Error>) -> Result<T, Error> {
+    /// Brings the instance up to date, makes one if need be, and asks it. A fault ends the
+    /// instance.
+    fn ask<T>(
+        &mut self,
+        question: impl FnOnce(&mut Running) -> Result<T, Error>,
+    ) -> Result<T, Error> {
         let running = self.running.take();
         // The fleet is not held up by a filter that takes its time.
         let (news, seen) = {
@@ -151,7 +165,8 @@ impl Session {
                 Running::new(self.filter.instance()?)
             }
         };
-        let dropped = std::mem::take(&mut *self.dropped.lock().unwrap_or_else(PoisonError::into_inner));
+        let dropped =
+            std::mem::take(&mut *self.dropped.lock().unwrap_or_else(PoisonError::into_inner));
         for number in dropped {
             if let Some(handle) = running.prepared.remove(&number) {
                 running.instance.forget(handle)?;
@@ -209,7 +224,8 @@ impl Running {
         let (mut lines, mut chunk) = (String::new(), Vec::new());
         let mut time = 0;
         for host in &whole {
-            let full = chunk.len() == CHUNK_HOSTS || lines.len() + host.document.len() > CHUNK_BYTES;
+            let full =
+                chunk.len() == CHUNK_HOSTS || lines.len() + host.document.len() > CHUNK_BYTES;
             if !chunk.is_empty() && (full || host.received != time) {
                 self.load(&lines, time, &chunk, problems)?;
                 lines.clear();

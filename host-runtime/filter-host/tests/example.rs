@@ -5,7 +5,8 @@ mod common;
 
 #[test]
 fn the_example_of_the_documentation_runs() {
-    // cargo builds a package's examples before it runs its tests: target/PROFILE/deps/THIS and target/PROFILE/examples.
+    // cargo builds a package's examples before it runs its tests: target/PROFILE/deps/THIS and
+    // target/PROFILE/examples.
     let this = std::env::current_exe().unwrap();
     let example = this.ancestors().nth(2).unwrap().join("examples/scheduler");
     let output = std::process::Command::new(&example).arg(common::built()).output().unwrap();

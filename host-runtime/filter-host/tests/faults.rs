@@ -1,10 +1,13 @@
-//! Filters that are not what they should be: each is told apart, and the process and the next call are well.
+//! Filters that are not what they should be: each is told apart, and the process and the next call
+//! are well.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
 mod common;
 
 use common::{built, component, faulty, file, fleet, keys, made, names, ours, small};
-use virt_usb_filter_host::{Error, Fault, Filter, Fleet, LoadError, Options, Reason, Session, Verdict};
+use virt_usb_filter_host::{
+    Error, Fault, Filter, Fleet, LoadError, Options, Reason, Session, Verdict,
+};
 
 fn load(bytes: &[u8]) -> Result<Filter, LoadError> {
     let (_dir, path) = file(bytes);
@@ -35,7 +38,9 @@ fn another_filter_takes_the_place_of_ours() {
     let selection = session.select(&keys(1), Some(&names(&["beta", "alpha"])), 1).unwrap();
     assert_eq!((selection.matched, selection.placements[0].host.as_str()), (2, "beta"));
     assert_eq!(session.statistics().unwrap().hosts, 2, "it was fed the fleet");
-    let Verdict::Rejected(why) = session.explain(&keys(1), "alpha").unwrap() else { panic!("accepted") };
+    let Verdict::Rejected(why) = session.explain(&keys(1), "alpha").unwrap() else {
+        panic!("accepted")
+    };
     assert_eq!(why.reason, Reason::Other("it knows no devices".into()));
     let prepared = session.prepare(keys(1)).unwrap();
     assert!(matches!(session.check(&prepared, "alpha", 0).unwrap(), Verdict::Rejected(_)));
@@ -44,11 +49,14 @@ fn another_filter_takes_the_place_of_ours() {
 #[test]
 fn one_that_loops_is_stopped_within_two_epochs_and_the_next_call_works() {
     // Only while it is asked for three: the same filter answers the next question.
-    let looping = "(if (i32.eq (local.get $limit) (i32.const 3)) (then (loop $for_ever (br $for_ever))))";
+    let looping =
+        "(if (i32.eq (local.get $limit) (i32.const 3)) (then (loop $for_ever (br $for_ever))))";
     let filter = faulty("select", looping);
     let mut session = filter.session(&fleet());
     asked(&mut session).unwrap();
-    assert!(matches!(fault(session.select(&keys(1), None, 3)), Fault::Time(epoch) if epoch == small().epoch));
+    assert!(
+        matches!(fault(session.select(&keys(1), None, 3)), Fault::Time(epoch) if epoch == small().epoch)
+    );
     assert_eq!(asked(&mut session).unwrap().matched, 2);
     assert_eq!(session.statistics().unwrap().hosts, 2, "the fresh instance was fed again");
 }
@@ -75,13 +83,16 @@ fn one_that_eats_memory_is_stopped() {
 
 #[test]
 fn our_own_is_stopped_at_its_limit_and_says_so() {
-    let options =
-        Options { limits: virt_usb_filter_host::Limits { memory: 2 << 20, ..small() }, ..Options::default() };
+    let options = Options {
+        limits: virt_usb_filter_host::Limits { memory: 2 << 20, ..small() },
+        ..Options::default()
+    };
     let filter = Filter::load(built(), &options).unwrap();
     let many = Fleet::new();
     for host in 0..20_000 {
-        let document =
-            format!(r#"{{"version":1,"host":"{host:0250}","compute_node_id":2,"revision":1,"devices":[]}}"#);
+        let document = format!(
+            r#"{{"version":1,"host":"{host:0250}","compute_node_id":2,"revision":1,"devices":[]}}"#
+        );
         many.put_text(&document, 1).unwrap();
     }
     let error = filter.session(&many).statistics().unwrap_err().to_string();
@@ -90,7 +101,8 @@ fn our_own_is_stopped_at_its_limit_and_says_so() {
 
 #[test]
 fn one_that_traps_is_told_and_gets_a_fresh_instance() {
-    let filter = faulty("select", "(if (i32.eq (local.get $limit) (i32.const 3)) (then (unreachable)))");
+    let filter =
+        faulty("select", "(if (i32.eq (local.get $limit) (i32.const 3)) (then (unreachable)))");
     let mut session = filter.session(&fleet());
     let prepared = session.prepare(keys(1)).unwrap();
     assert!(matches!(fault(session.select(&keys(1), None, 3)), Fault::Trap(_)));
@@ -116,7 +128,8 @@ fn rubbish_is_told_from_an_answer() {
         format!(
             "(i32.store offset=8 (local.get $answer) (i32.const 1))
              (local.set $placement (call $zeroed (i32.const 12)))
-             (i32.store (local.get $placement) {host}) (i32.store offset=4 (local.get $placement) (i32.const {len}))
+             (i32.store (local.get $placement) {host}) (i32.store offset=4 (local.get $placement) \
+             (i32.const {len}))
              (i32.store offset=12 (local.get $answer) (local.get $placement))
              (i32.store offset=16 (local.get $answer) (i32.const 1))
              (return (local.get $answer))"
@@ -125,21 +138,65 @@ fn rubbish_is_told_from_an_answer() {
     let list = |count: i64| {
         format!(
             "(i32.store offset=12 (local.get $answer) (i32.const 0))
-             (i32.store offset=16 (local.get $answer) (i32.const {count})) (return (local.get $answer))"
+             (i32.store offset=16 (local.get $answer) (i32.const {count})) (return (local.get \
+             $answer))"
         )
     };
     let cases = [
-        ("a host that nobody has", one("(i32.const 48)", 8), r#""stranger", which was not to choose from"#),
-        ("no UTF-8", format!("(i32.store (i32.const 64) (i32.const 0xfffefdfc)) {}", one("(i32.const 64)", 4)), "utf-8"),
+        (
+            "a host that nobody \
+            has",
+            one("(i32.const 48)", 8),
+            r#""stranger", which was not to choose from"#,
+        ),
+        (
+            "no \
+            UTF-8",
+            format!(
+                "(i32.store (i32.const 64) (i32.const 0xfffefdfc)) \
+                {}",
+                one("(i32.const 64)", 4)
+            ),
+            "utf-8",
+        ),
         ("beyond its memory", one("(i32.const 0x7fffff00)", 8), "out of bounds"),
         ("a list without end", list(0x0fff_ffff), "out of bounds"),
-        ("no such variant", "(i32.store8 (local.get $answer) (i32.const 9)) (return (local.get $answer))".into(), "discriminant"),
+        (
+            "no such \
+            variant",
+            "(i32.store8 (local.get $answer) (i32.const 9)) (return (local.get \
+                $answer))"
+                .into(),
+            "discriminant",
+        ),
         ("a pointer astray", "(return (i32.const 13))".into(), "aligned"),
-        ("more than it says", "(local.set $count (i32.const 1)) (local.set $names (i32.const 40)) (local.set $limit (i32.const 1))
-            (i32.store offset=16 (local.get $answer) (i32.const 1)) (i32.store offset=12 (local.get $answer) (call $zeroed (i32.const 12)))
-            (return (local.get $answer))".into(), "it names 1 hosts, of 0 that it says can serve"),
-        ("more than there are", "(i32.store offset=8 (local.get $answer) (i32.const 3)) (return (local.get $answer))".into(), "3 hosts of 2 can serve"),
-        ("one host twice", "(i64.store offset=8 align=4 (local.get $names) (i64.load align=4 (local.get $names)))".into(), "twice"),
+        (
+            "more than it \
+            says",
+            "(local.set $count (i32.const 1)) (local.set $names (i32.const 40)) (local.set \
+                $limit (i32.const 1))
+            (i32.store offset=16 (local.get $answer) (i32.const 1)) (i32.store offset=12 \
+            (local.get $answer) (call $zeroed (i32.const 12)))
+            (return (local.get $answer))"
+                .into(),
+            "it names 1 hosts, of 0 that it says can serve",
+        ),
+        (
+            "more than there \
+            are",
+            "(i32.store offset=8 (local.get $answer) (i32.const 3)) (return (local.get \
+                $answer))"
+                .into(),
+            "3 hosts of 2 can serve",
+        ),
+        (
+            "one host \
+            twice",
+            "(i64.store offset=8 align=4 (local.get $names) (i64.load align=4 (local.get \
+                $names)))"
+                .into(),
+            "twice",
+        ),
     ];
     for (what, instructions, wanted) in cases {
         let filter = faulty("select", &instructions);
@@ -154,8 +211,10 @@ fn rubbish_is_told_from_an_answer() {
 #[test]
 fn a_better_host_that_comes_later_is_rubbish() {
     let falling = include_str!("first-come.wat");
-    let text = falling
-        .replace("$placement) (i32.const 7))", "$placement) (i32.sub (i32.const 9) (local.get $count)))");
+    let text = falling.replace(
+        "$placement) (i32.const 7))",
+        "$placement) (i32.sub (i32.const 9) (local.get $count)))",
+    );
     assert_ne!(text, falling);
     let (_dir, path) = file(&component(&text, "filter"));
     let filter = Filter::load(path, &Options::default()).unwrap();
@@ -173,8 +232,10 @@ fn devices_that_were_not_asked_for_are_rubbish() {
 
 #[test]
 fn a_load_that_does_not_add_up_is_rubbish() {
-    let filter =
-        faulty("load", "(i32.store (local.get $report) (i32.const 77)) (return (local.get $report))");
+    let filter = faulty(
+        "load",
+        "(i32.store (local.get $report) (i32.const 77)) (return (local.get $report))",
+    );
     let fault = fault(asked(&mut filter.session(&fleet())));
     assert!(fault.to_string().contains("it was fed 2 hosts, and says that it took 77"), "{fault}");
 }
@@ -185,11 +246,15 @@ fn a_refused_question_is_no_fault_and_no_verdict() {
     let mut session = filter.session(&fleet());
     let mut question = keys(1);
     question.weights.spare = 101;
-    let Err(Error::Refused(why)) = session.select(&question, None, 5) else { panic!("not refused") };
+    let Err(Error::Refused(why)) = session.select(&question, None, 5) else {
+        panic!("not refused")
+    };
     assert!(why.contains("weights: found 101"), "{why}");
     question = keys(100);
     question.requests.extend(keys(100).requests);
-    let Err(Error::Refused(why)) = session.explain(&question, "alpha") else { panic!("not refused") };
+    let Err(Error::Refused(why)) = session.explain(&question, "alpha") else {
+        panic!("not refused")
+    };
     assert!(why.contains("200 devices in all"), "{why}");
     assert_eq!(asked(&mut session).unwrap().placements[0].host, "alpha", "the instance is well");
 }
@@ -203,7 +268,10 @@ fn a_refused_document_is_a_problem_of_its_host_alone() {
     assert_eq!(asked(&mut session).unwrap().matched, 1);
     assert!(session.problems()["gamma"].contains("another version needs another virt-usb"));
     fleet
-        .put_text(r#"{"version":1,"host":"gamma","compute_node_id":4,"revision":1,"devices":[]}"#, 6)
+        .put_text(
+            r#"{"version":1,"host":"gamma","compute_node_id":4,"revision":1,"devices":[]}"#,
+            6,
+        )
         .unwrap();
     assert!(session.statistics().is_ok_and(|s| s.hosts == 3));
     assert!(session.problems().is_empty());
@@ -250,9 +318,13 @@ fn wrong_files_are_told_apart() {
     says(b"", "it is not WebAssembly");
     says(b"#!/bin/sh", "it is not WebAssembly");
     says(&wat::parse_str("(module)").unwrap(), "it is a core module, wanted a component");
-    says(&wat::parse_str("(component)").unwrap(), "not of the world virt-usb:scheduler/filter@0.1.0");
     says(
-        &wat::parse_str(r#"(component (import "wasi:filesystem/types@0.2.0" (instance)))"#).unwrap(),
+        &wat::parse_str("(component)").unwrap(),
+        "not of the world virt-usb:scheduler/filter@0.1.0",
+    );
+    says(
+        &wat::parse_str(r#"(component (import "wasi:filesystem/types@0.2.0" (instance)))"#)
+            .unwrap(),
         "imports wasi:filesystem/types@0.2.0: a filter imports nothing",
     );
     let error = Filter::load("/nowhere/filter.wasm", &Options::default()).map(drop).unwrap_err();
@@ -263,7 +335,8 @@ fn wrong_files_are_told_apart() {
 fn relaxed_instructions_are_refused() {
     let text = include_str!("first-come.wat").replace(
         ";; @select\n",
-        "(v128.store (i32.const 64) (i8x16.relaxed_swizzle (v128.load (i32.const 64)) (v128.load (i32.const 64))))\n",
+        "(v128.store (i32.const 64) (i8x16.relaxed_swizzle (v128.load (i32.const 64)) (v128.load \
+            (i32.const 64))))\n",
     );
     says(&component(&text, "filter"), "is no filter");
 }
@@ -298,11 +371,18 @@ fn a_precompiled_filter_is_the_same_filter_and_must_be_trustworthy() {
     let error = Filter::load(&path, &Options::default()).map(drop).unwrap_err().to_string();
     assert!(error.contains("can be written to by others (mode 666)"), "{error}");
     assert_eq!(filter.sha256(), None, "it was mapped, not read");
-    let pinned =
-        |sha256: [u8; 32]| Filter::load(&path, &Options { sha256: Some(sha256), ..Options::default() });
-    assert!(pinned(virt_usb_filter_host::sha256(&machine_code)).is_ok(), "pinned, it may lie where it will");
+    let pinned = |sha256: [u8; 32]| {
+        Filter::load(&path, &Options { sha256: Some(sha256), ..Options::default() })
+    };
+    assert!(
+        pinned(virt_usb_filter_host::sha256(&machine_code)).is_ok(),
+        "pinned, it may lie where it will"
+    );
     assert!(matches!(pinned([7; 32]).map(drop), Err(LoadError::Digest { .. })));
     std::fs::set_permissions(&path, PermissionsExt::from_mode(0o644)).unwrap();
     std::fs::set_permissions(dir.path(), PermissionsExt::from_mode(0o777)).unwrap();
-    assert!(matches!(Filter::load(&path, &Options::default()).map(drop), Err(LoadError::Untrusted { .. })));
+    assert!(matches!(
+        Filter::load(&path, &Options::default()).map(drop),
+        Err(LoadError::Untrusted { .. })
+    ));
 }

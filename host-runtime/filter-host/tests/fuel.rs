@@ -1,8 +1,9 @@
-//! How much our filter computes for five fixed questions, counted in wasmtime's fuel: the same count for the same file, whatever else the
-//! machine does. A change that makes it slower is seen here, in review.
+//! How much our filter computes for five fixed questions, counted in wasmtime's fuel: the same
+//! count for the same file, whatever else the machine does. A change that makes it slower is seen
+//! here, in review.
 //!
-//! `fuel.txt` holds a line for each toolchain that built it. After a change that is meant: `BLESS=1 cargo test -p virt-usb-filter-host --test
-//! fuel`, and read the difference.
+//! `fuel.txt` holds a line for each toolchain that built it. After a change that is meant: `BLESS=1
+//! cargo test -p virt-usb-filter-host --test fuel`, and read the difference.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
 mod common;
@@ -21,7 +22,10 @@ const TOLERANCE: f64 = 2.0;
 const QUESTIONS: [(&str, &str); 5] = [
     ("rare kind", r#"[{"vendor_id":"1a6e","product_id":"089a"}]"#),
     ("common kind × 2", r#"[{"vendor_id":"0529","product_id":"0001","count":2}]"#),
-    ("overlapping", r#"[{"vendor_id":"0529"},{"vendor_id":"0529","product_id":"0001"},{"class":"ff"}]"#),
+    (
+        "overlapping",
+        r#"[{"vendor_id":"0529"},{"vendor_id":"0529","product_id":"0001"},{"class":"ff"}]"#,
+    ),
     ("class and tag", r#"[{"class":"hid","tags":["erp"]}]"#),
     (
         "eight requests",
@@ -63,7 +67,8 @@ fn counts() -> Vec<(String, u64)> {
     let mut counts = vec![("load 500 hosts".to_owned(), fuel)];
     for (name, devices) in QUESTIONS {
         let question = format!(r#"{{"flavor":{{"usb_devices":{devices}}}}}"#);
-        let select = [Val::Resource(inventory), Val::String(question), Val::Option(None), Val::U32(100)];
+        let select =
+            [Val::Resource(inventory), Val::String(question), Val::Option(None), Val::U32(100)];
         let (fuel, answer) = call(&mut store, ("text", "select"), &select);
         assert!(matches!(answer, Val::Result(Ok(_))), "{name}: {answer:?}");
         counts.push((name.to_owned(), fuel));
@@ -106,7 +111,8 @@ fn the_filter_computes_no_more_than_it_did() {
         let percent = (*fuel as f64 / known_fuel.parse::<f64>().unwrap() - 1.0) * 100.0;
         assert!(
             percent.abs() <= TOLERANCE,
-            "{name}: {fuel} units of fuel, {percent:+.1} % against the {known_fuel} that are recorded for {toolchain}; \
+            "{name}: {fuel} units of fuel, {percent:+.1} % against the {known_fuel} that are \
+                recorded for {toolchain}; \
              if it is meant, BLESS=1 cargo test -p virt-usb-filter-host --test fuel"
         );
     }

@@ -69,7 +69,8 @@ proptest! {
                         prop_assert!(right.may_be_used(question, &host, &devices));
                     }
                     (Err((_, reason)), Verdict::Rejected(said)) => prop_assert_eq!(reason, said.reason),
-                    (right, said) => prop_assert!(false, "{:?}, but brute force says {:?}", said, right),
+                    (right, said) => prop_assert!(false, "{:?}, but brute force says \
+                        {:?}", said, right),
                 }
             }
         }

@@ -22,7 +22,8 @@ fn sessions_follow_one_fleet_and_answer_for_one_moment_of_it() {
                 let mut rounds = 0;
                 while !over.load(Ordering::Relaxed) || rounds < 50 {
                     rounds += 1;
-                    let one = session.select(&keys(1), Some(&names(&["alpha", "beta"])), 5).unwrap();
+                    let one =
+                        session.select(&keys(1), Some(&names(&["alpha", "beta"])), 5).unwrap();
                     assert_eq!(one.matched, 1, "alpha can always serve one");
                     let two = session.select(&keys(2), None, 5).unwrap();
                     assert!(two.matched <= 1 && two.placements.len() == two.matched as usize);
@@ -58,7 +59,11 @@ fn one_that_is_far_behind_is_fed_anew() {
     // More changes than are kept, and among them a host that went.
     fleet.remove("beta");
     for round in 0..70_000 {
-        fleet.set_status("alpha", id, if round % 2 == 0 { Status::Claimed } else { Status::Available });
+        fleet.set_status(
+            "alpha",
+            id,
+            if round % 2 == 0 { Status::Claimed } else { Status::Available },
+        );
     }
     assert_eq!(session.statistics().unwrap().hosts, 1);
     assert_eq!(session.select(&keys(1), None, 5).unwrap().matched, 1);

@@ -14,8 +14,8 @@ use crate::json::FromJson;
 
 /// Bus and device number: what libvirt is given. Changes at every replug.
 ///
-/// A bus is 1–255, a device 1–127 (USB 2.0, 8.3.2.1). Displays as `usb_<bus>_<device>`, the spelling of the
-/// inventory's `address` column; [`FromStr`] reads that and `BBB:DDD`.
+/// A bus is 1–255, a device 1–127 (USB 2.0, 8.3.2.1). Displays as `usb_<bus>_<device>`, the
+/// spelling of the inventory's `address` column; [`FromStr`] reads that and `BBB:DDD`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct BusAddress {
     bus: u8,
@@ -51,7 +51,10 @@ impl FromStr for BusAddress {
             None => text.split_once(':'),
         };
         pair.and_then(|(bus, device)| Self::new(decimal(bus)?, decimal(device)?)).ok_or_else(|| {
-            ParseError::new(format!("{text:?}"), "a bus address such as usb_2_3 (bus 1-255, device 1-127)")
+            ParseError::new(
+                format!("{text:?}"),
+                "a bus address such as usb_2_3 (bus 1-255, device 1-127)",
+            )
         })
     }
 }
@@ -62,8 +65,9 @@ impl Serialize for BusAddress {
     }
 }
 
-/// The physical port: the bus, then the port number at each hub on the way, `1-1.4`. The kernel's own name for
-/// the device's folder under `/sys/bus/usb/devices`. One to seven ports of 1–255 (USB allows seven tiers).
+/// The physical port: the bus, then the port number at each hub on the way, `1-1.4`. The kernel's
+/// own name for the device's folder under `/sys/bus/usb/devices`. One to seven ports of 1–255 (USB
+/// allows seven tiers).
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct PortPath {
     bus: u8,
@@ -134,12 +138,13 @@ impl Serialize for PortPath {
     }
 }
 
-/// Where a device is plugged in, independent of bus numbers: the controller, the USB version of its root hub, and
-/// the port at each hub, as in `pci-0000:00:14.0-usbv2-0:1.4`. This is udev's `ID_PATH_WITH_USB_REVISION`
-/// (systemd, `src/udev/udev-builtin-path_id.c`).
+/// Where a device is plugged in, independent of bus numbers: the controller, the USB version of its
+/// root hub, and the port at each hub, as in `pci-0000:00:14.0-usbv2-0:1.4`. This is udev's
+/// `ID_PATH_WITH_USB_REVISION` (systemd, `src/udev/udev-builtin-path_id.c`).
 ///
-/// The kernel assigns bus numbers at boot, in the order in which it finds the controllers. A [`PortPath`] begins with
-/// a bus number, so it may name another socket after a reboot. A device path names the same socket.
+/// The kernel assigns bus numbers at boot, in the order in which it finds the controllers. A
+/// [`PortPath`] begins with a bus number, so it may name another socket after a reboot. A device
+/// path names the same socket.
 ///
 /// A socket of USB 3 has a port at two root hubs. It has one path here: that of its USB 2 port.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -153,13 +158,16 @@ impl DevicePath {
     /// The longest controller name, in bytes.
     const MAX_CONTROLLER: usize = 200;
 
-    /// `None` unless the controller has 1 to 200 letters, digits and `-_.:@,+`, the USB version is 1 to 9, and there are
-    /// one to seven ports, each at least 1.
+    /// `None` unless the controller has 1 to 200 letters, digits and `-_.:@,+`, the USB version is
+    /// 1 to 9, and there are one to seven ports, each at least 1.
     pub fn new(controller: &str, version: u8, ports: &[u8]) -> Option<Self> {
         let plain = |b: u8| b.is_ascii_alphanumeric() || b"-_.:@,+".contains(&b);
-        let named = (1..=Self::MAX_CONTROLLER).contains(&controller.len()) && controller.bytes().all(plain);
-        let fits =
-            named && (1..=9).contains(&version) && (1..=7).contains(&ports.len()) && !ports.contains(&0);
+        let named =
+            (1..=Self::MAX_CONTROLLER).contains(&controller.len()) && controller.bytes().all(plain);
+        let fits = named
+            && (1..=9).contains(&version)
+            && (1..=7).contains(&ports.len())
+            && !ports.contains(&0);
         fits.then(|| Self { controller: controller.to_string(), version, ports: ports.to_vec() })
     }
     /// The controller, such as `pci-0000:00:14.0`.
@@ -203,7 +211,8 @@ impl FromStr for DevicePath {
         path().ok_or_else(|| {
             ParseError::new(
                 format!("{text:?}"),
-                "a device path such as \"pci-0000:00:14.0-usbv2-0:1.4\" ('virt-usb devices --json' shows it)",
+                "a device path such as \"pci-0000:00:14.0-usbv2-0:1.4\" ('virt-usb devices --json' \
+                    shows it)",
             )
         })
     }
@@ -242,7 +251,9 @@ mod tests {
         for text in ["1-1", "1-1.4", "12-3.1.2.255"] {
             assert_eq!(text.parse::<PortPath>().unwrap().to_string(), text);
         }
-        for text in ["usb1", "1-", "1-0", "1-1.", "1-1..2", "0-1", "1-1.2.3.4.5.6.7.8", "1-1:1.0", "1-+1"] {
+        for text in
+            ["usb1", "1-", "1-0", "1-1.", "1-1..2", "0-1", "1-1.2.3.4.5.6.7.8", "1-1:1.0", "1-+1"]
+        {
             assert!(text.parse::<PortPath>().is_err(), "{text}");
         }
         for text in [

@@ -11,10 +11,12 @@ use serde_json::Value;
 use crate::ParseError;
 use crate::json::{FromJson, number};
 
-/// A base class code of a device or an interface, 8 bits (<https://www.usb.org/defined-class-codes>).
+/// A base class code of a device or an interface, 8 bits
+/// (<https://www.usb.org/defined-class-codes>).
 ///
-/// Written as two hexadecimal digits (`08`). Read from one or two hexadecimal digits with or without `0x`, from a
-/// number, or from a name: `mass-storage`, `hid`, `printer`, `video`, `smart-card`, …
+/// Written as two hexadecimal digits (`08`). Read from one or two hexadecimal digits with or
+/// without `0x`, from a number, or from a name: `mass-storage`, `hid`, `printer`, `video`,
+/// `smart-card`, …
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Class(u8);
 
@@ -73,11 +75,13 @@ impl FromStr for Class {
             return Ok(Self(*code));
         }
         let digits = lower.strip_prefix("0x").unwrap_or(&lower);
-        let plain = (1..=2).contains(&digits.len()) && digits.bytes().all(|b| b.is_ascii_hexdigit());
+        let plain =
+            (1..=2).contains(&digits.len()) && digits.bytes().all(|b| b.is_ascii_hexdigit());
         plain.then(|| u8::from_str_radix(digits, 16).ok()).flatten().map(Self).ok_or_else(|| {
             ParseError::new(
                 format!("{text:?}"),
-                "a USB class: two hexadecimal digits such as \"08\" or a name such as \"mass-storage\"",
+                "a USB class: two hexadecimal digits such as \"08\" or a name such \
+                    as \"mass-storage\"",
             )
         })
     }
@@ -195,15 +199,26 @@ mod tests {
         assert_eq!((Class::HUB.get(), Class::HID.get()), (0x09, 0x03));
         assert_eq!(Class::from_json(&serde_json::json!(8.0)).unwrap(), Class::new(8));
         assert!(Class::from_json(&serde_json::json!(8.5)).is_err());
-        assert_eq!(Class::from_json(&serde_json::json!(255)).unwrap().name(), Some("vendor-specific"));
+        assert_eq!(
+            Class::from_json(&serde_json::json!(255)).unwrap().name(),
+            Some("vendor-specific")
+        );
     }
 
     #[test]
     fn speeds_are_ordered() {
-        assert!(Speed::Low < Speed::Full && Speed::High < Speed::Super && Speed::Super < Speed::SuperPlus);
-        for (mbits, name) in
-            [("1.5", "low"), ("12", "full"), ("480", "high"), ("5000", "super"), ("20000", "super-plus")]
-        {
+        assert!(
+            Speed::Low < Speed::Full
+                && Speed::High < Speed::Super
+                && Speed::Super < Speed::SuperPlus
+        );
+        for (mbits, name) in [
+            ("1.5", "low"),
+            ("12", "full"),
+            ("480", "high"),
+            ("5000", "super"),
+            ("20000", "super-plus"),
+        ] {
             let speed: Speed = mbits.parse().unwrap();
             assert_eq!((speed.to_string().as_str(), name.parse()), (name, Ok(speed)));
         }

@@ -1,7 +1,8 @@
 //! A device's descriptors, to tell whether it is still what it was.
 //!
-//! The kernel's `descriptors` attribute (Documentation/ABI/testing/sysfs-bus-usb): the device descriptor of 18 bytes, then each configuration
-//! with all that belongs to it, as the device sent them (USB 2.0, 9.6).
+//! The kernel's `descriptors` attribute (Documentation/ABI/testing/sysfs-bus-usb): the device
+//! descriptor of 18 bytes, then each configuration with all that belongs to it, as the device sent
+//! them (USB 2.0, 9.6).
 
 use alloc::format;
 use alloc::string::{String, ToString};
@@ -24,7 +25,8 @@ impl Descriptors {
     /// The most bytes that are kept: a device with many alternate settings has a few thousand.
     pub const MOST: usize = 16 << 10;
 
-    /// From the bytes that the kernel shows, the first [`MOST`](Self::MOST) of them; none when there are none.
+    /// From the bytes that the kernel shows, the first [`MOST`](Self::MOST) of them; none when
+    /// there are none.
     pub fn new(mut bytes: Vec<u8>) -> Option<Self> {
         bytes.truncate(Self::MOST);
         (!bytes.is_empty()).then_some(Self(bytes))
@@ -35,8 +37,9 @@ impl Descriptors {
         &self.0
     }
 
-    /// What is different in `later`, for people; `None` when nothing is, or when the device shows another vendor and product: one
-    /// device does that only where it is declared ([`Aliases`](crate::Aliases)), and there all is different.
+    /// What is different in `later`, for people; `None` when nothing is, or when the device shows
+    /// another vendor and product: one device does that only where it is declared
+    /// ([`Aliases`](crate::Aliases)), and there all is different.
     pub fn difference(&self, later: &Self) -> Option<String> {
         // idVendor and idProduct of the device descriptor.
         if self == later || self.0.get(8..12) != later.0.get(8..12) {
@@ -45,13 +48,20 @@ impl Descriptors {
         let (was, is) = (self.summary(), later.summary());
         let mut parts: Vec<String> = Vec::new();
         if was.interfaces != is.interfaces {
-            parts.push(format!("interfaces {} before, {} now", list(&was.interfaces), list(&is.interfaces)));
+            parts.push(format!(
+                "interfaces {} before, {} now",
+                list(&was.interfaces),
+                list(&is.interfaces)
+            ));
         }
         if was.class != is.class {
             parts.push(format!("class {} before, {} now", triple(was.class), triple(is.class)));
         }
         if was.configurations != is.configurations {
-            parts.push(format!("{} configuration(s) before, {} now", was.configurations, is.configurations));
+            parts.push(format!(
+                "{} configuration(s) before, {} now",
+                was.configurations, is.configurations
+            ));
         }
         if was.release != is.release {
             parts.push(format!("release {:04x} before, {:04x} now", was.release, is.release));
@@ -153,7 +163,8 @@ mod tests {
 
     /// A stick: one interface, mass storage; with `keys`, a keyboard beside it.
     fn stick(release: u8, keys: bool) -> Descriptors {
-        let mut bytes = alloc::vec![18, 1, 0, 2, 0, 0, 0, 64, 0x29, 5, 1, 0, 0, release, 1, 2, 3, 1];
+        let mut bytes =
+            alloc::vec![18, 1, 0, 2, 0, 0, 0, 64, 0x29, 5, 1, 0, 0, release, 1, 2, 3, 1];
         bytes.extend([9, 2, 32, 0, 1, 1, 0, 0x80, 50]);
         bytes.extend([9, 4, 0, 0, 2, 8, 6, 0x50, 0]);
         if keys {
@@ -166,18 +177,25 @@ mod tests {
     fn what_a_device_has_become_is_said() {
         let said = |later: &Descriptors| stick(1, false).difference(later);
         assert_eq!(said(&stick(1, false)), None);
-        assert_eq!(said(&stick(1, true)).unwrap(), "interfaces 08/06/50 before, 08/06/50 03/01/01 now");
+        assert_eq!(
+            said(&stick(1, true)).unwrap(),
+            "interfaces 08/06/50 before, 08/06/50 03/01/01 now"
+        );
         assert_eq!(said(&stick(2, false)).unwrap(), "release 0100 before, 0200 now");
         let mut other = stick(1, false).0;
         other[8] = 0x30;
         assert_eq!(said(&Descriptors::new(other.clone()).unwrap()), None, "another kind");
         (other[8], other[14]) = (0x29, 9);
         assert!(said(&Descriptors::new(other).unwrap()).unwrap().ends_with("with other content"));
-        let with = |more: &[u8]| Descriptors::new([stick(1, false).bytes(), more].concat()).unwrap();
+        let with =
+            |more: &[u8]| Descriptors::new([stick(1, false).bytes(), more].concat()).unwrap();
         let configuration = [9, 2, 9, 0, 0, 2, 0, 0x80, 50];
         assert_eq!(said(&with(&configuration)).unwrap(), "1 configuration(s) before, 2 now");
         let bare = Descriptors::new(stick(1, false).bytes()[..27].to_vec()).unwrap();
-        assert_eq!(bare.difference(&stick(1, false)).unwrap(), "interfaces none before, 08/06/50 now");
+        assert_eq!(
+            bare.difference(&stick(1, false)).unwrap(),
+            "interfaces none before, 08/06/50 now"
+        );
         let interface = [9, 4, 1, 0, 1, 3, 1, 1, 0];
         let twelve = said(&with(&interface.repeat(11))).unwrap();
         assert!(twelve.ends_with("03/01/01 now"), "{twelve}");

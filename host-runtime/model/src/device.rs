@@ -30,8 +30,8 @@ pub struct Device {
     pub host_use: Option<String>,
     /// What it says it is, byte for byte; `None` where sysfs does not tell.
     pub descriptors: Option<Descriptors>,
-    /// Tells one stay in its port from the next, even under the same address: the inode of its sysfs folder. `None` where that is not
-    /// known. It means nothing in another boot.
+    /// Tells one stay in its port from the next, even under the same address: the inode of its
+    /// sysfs folder. `None` where that is not known. It means nothing in another boot.
     pub generation: Option<i64>,
 }
 

@@ -5,7 +5,8 @@ use crate::clean_start;
 
 /// What was wrong, and where, in something a person or a program wrote.
 ///
-/// Displays as `AT: found FOUND, wanted WANTED`, where `AT` is a path such as `usb_devices[1].vendor_id`.
+/// Displays as `AT: found FOUND, wanted WANTED`, where `AT` is a path such as
+/// `usb_devices[1].vendor_id`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ParseError {
     at: String,
@@ -17,9 +18,14 @@ pub struct ParseError {
 const SHOWN: usize = 80;
 
 impl ParseError {
-    /// An error about `found`, which should have been `wanted`. Where it stands is added by [`ParseError::at`].
+    /// An error about `found`, which should have been `wanted`. Where it stands is added by
+    /// [`ParseError::at`].
     pub fn new(found: impl fmt::Display, wanted: impl Into<String>) -> Self {
-        Self { at: String::new(), found: clean_start(&found.to_string(), SHOWN), wanted: wanted.into() }
+        Self {
+            at: String::new(),
+            found: clean_start(&found.to_string(), SHOWN),
+            wanted: wanted.into(),
+        }
     }
 
     /// The same error, one step further out: `step` is a key (`vendor_id`) or an index (`[2]`).

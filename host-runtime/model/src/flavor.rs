@@ -15,9 +15,12 @@ use serde::Serialize;
 use serde_json::Value;
 
 use crate::json::{FromJson, Object, twice, unique, whole};
-use crate::{Class, Device, DeviceId, DevicePath, ParseError, PortPath, ProductId, VendorId, printable};
+use crate::{
+    Class, Device, DeviceId, DevicePath, ParseError, PortPath, ProductId, VendorId, printable,
+};
 
-/// The most devices that one request, or one flavor in all, may ask for: USB's own limit of devices on a bus.
+/// The most devices that one request, or one flavor in all, may ask for: USB's own limit of devices
+/// on a bus.
 pub const MAX_DEVICES: u32 = 127;
 /// The most redirection devices of one flavor; QEMU's xhci controller has no more ports.
 pub const MAX_REDIRECTIONS: usize = 15;
@@ -39,7 +42,8 @@ pub struct Selector {
     /// Its serial, letter for letter.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub serial: Option<String>,
-    /// The port that it is plugged into. Bus numbers are assigned at boot: what is stored names the path instead.
+    /// The port that it is plugged into. Bus numbers are assigned at boot: what is stored names the
+    /// path instead.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub port: Option<PortPath>,
     /// The socket that it is plugged into, whatever the bus numbers are.
@@ -151,7 +155,8 @@ impl FromJson for DeviceRequest {
     }
 }
 
-const NAMES_NOTHING: &str = "at least one of id, vendor_id, product_id, serial, port, path, class, tags";
+const NAMES_NOTHING: &str =
+    "at least one of id, vendor_id, product_id, serial, port, path, class, tags";
 
 impl DeviceRequest {
     /// Whether a request that was put together, rather than read, is one that could be read.
@@ -162,7 +167,9 @@ impl DeviceRequest {
         let Self { selector, count } = self;
         selector.check()?;
         if !(1..=MAX_DEVICES).contains(count) {
-            return Err(ParseError::new(count, format!("a count from 1 to {MAX_DEVICES}")).at("count"));
+            return Err(
+                ParseError::new(count, format!("a count from 1 to {MAX_DEVICES}")).at("count")
+            );
         }
         if selector.id.is_some() && *count > 1 {
             return Err(ParseError::new(count, "1: an id names one device").at("count"));
@@ -174,7 +181,8 @@ impl DeviceRequest {
 /// The longest name of a stored flavor, in characters.
 pub const MAX_NAME: usize = 255;
 
-/// Whether a stored flavor may have this name: 1 to [`MAX_NAME`] printable characters, the first no `@`, which marks one in Nova's extra specs.
+/// Whether a stored flavor may have this name: 1 to [`MAX_NAME`] printable characters, the first no
+/// `@`, which marks one in Nova's extra specs.
 pub fn is_name(name: &str) -> bool {
     (1..=MAX_NAME).contains(&name.chars().count())
         && name.chars().all(|c| printable(c) == c)
@@ -191,8 +199,11 @@ pub fn check_requests(requests: &[DeviceRequest]) -> Result<(), ParseError> {
     }
     let devices: u64 = requests.iter().map(|r| u64::from(r.count)).sum();
     if devices > u64::from(MAX_DEVICES) {
-        return Err(ParseError::new(format!("{devices} devices in all"), format!("at most {MAX_DEVICES}"))
-            .at("usb_devices"));
+        return Err(ParseError::new(
+            format!("{devices} devices in all"),
+            format!("at most {MAX_DEVICES}"),
+        )
+        .at("usb_devices"));
     }
     Ok(())
 }
@@ -254,7 +265,8 @@ impl FromStr for Tag {
     }
 }
 
-/// One entry of `usb_redirection_devices`: a USB port that a SPICE client fills. There is one kind of them.
+/// One entry of `usb_redirection_devices`: a USB port that a SPICE client fills. There is one kind
+/// of them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
 pub struct RedirectionRequest {
     bus: Usb,
@@ -282,10 +294,11 @@ impl FromJson for RedirectionRequest {
         let object = Object::new(value, RIGHT_REDIRECTION, &["bus", "type"])?;
         let one = |key: &str, wanted: &str| match object.take::<String>(key)? {
             Some(text) if text == wanted => Ok(()),
-            Some(text) => {
-                Err(ParseError::new(format!("{text:?}"), format!("{wanted:?}, the only one there is"))
-                    .at(key))
-            }
+            Some(text) => Err(ParseError::new(
+                format!("{text:?}"),
+                format!("{wanted:?}, the only one there is"),
+            )
+            .at(key)),
             None => Err(ParseError::new(format!("no key {key:?}"), RIGHT_REDIRECTION)),
         };
         one("bus", "usb")?;
@@ -316,7 +329,8 @@ impl Flavor {
     /// Says which entry was wrong and shows the right spelling.
     pub fn parse(text: &str) -> Result<Self, ParseError> {
         let value = checked(text, RIGHT_FLAVOR)?;
-        let object = Object::new(&value, RIGHT_FLAVOR, &["usb_devices", "usb_redirection_devices"])?;
+        let object =
+            Object::new(&value, RIGHT_FLAVOR, &["usb_devices", "usb_redirection_devices"])?;
         Self {
             usb_devices: object.list("usb_devices")?,
             usb_redirection_devices: object.list("usb_redirection_devices")?,
@@ -324,12 +338,15 @@ impl Flavor {
         .bounded()
     }
 
-    /// Reads the two lists as Nova's extra specs hold them, each the JSON list alone (or one entry without the
-    /// brackets, or the whole object).
+    /// Reads the two lists as Nova's extra specs hold them, each the JSON list alone (or one entry
+    /// without the brackets, or the whole object).
     ///
     /// # Errors
     /// As [`Flavor::parse`].
-    pub fn parse_lists(devices: Option<&str>, redirection: Option<&str>) -> Result<Self, ParseError> {
+    pub fn parse_lists(
+        devices: Option<&str>,
+        redirection: Option<&str>,
+    ) -> Result<Self, ParseError> {
         Self {
             usb_devices: list(devices, "usb_devices")?,
             usb_redirection_devices: list(redirection, "usb_redirection_devices")?,
@@ -381,9 +398,9 @@ fn list<T: FromJson>(text: Option<&str>, key: &str) -> Result<Vec<T>, ParseError
     }
     // The whole flavor in place of one list: the other list would be lost.
     let object = Object::new(&value, RIGHT_FLAVOR, &KEYS)?;
-    let other = KEYS
-        .into_iter()
-        .find(|k| *k != key && object.raw(k).is_some_and(|v| v.as_array().is_none_or(|a| !a.is_empty())));
+    let other = KEYS.into_iter().find(|k| {
+        *k != key && object.raw(k).is_some_and(|v| v.as_array().is_none_or(|a| !a.is_empty()))
+    });
     match other {
         Some(other) => Err(ParseError::new(
             format!("the key {other:?} beside it"),
@@ -394,10 +411,14 @@ fn list<T: FromJson>(text: Option<&str>, key: &str) -> Result<Vec<T>, ParseError
     }
 }
 
-/// The text as JSON. Early documents show a spelling that no JSON reader takes; whoever copied it is shown the right one.
+/// The text as JSON. Early documents show a spelling that no JSON reader takes; whoever copied it
+/// is shown the right one.
 pub(crate) fn checked(text: &str, right: &str) -> Result<Value, ParseError> {
     if text.len() > MAX_TEXT {
-        return Err(ParseError::new(format!("{} bytes", text.len()), format!("at most {MAX_TEXT} bytes")));
+        return Err(ParseError::new(
+            format!("{} bytes", text.len()),
+            format!("at most {MAX_TEXT} bytes"),
+        ));
     }
     unique(text).map_err(|e| {
         if let Some(error) = twice(&e) {
@@ -409,7 +430,13 @@ pub(crate) fn checked(text: &str, right: &str) -> Result<Value, ParseError> {
             || squeezed.contains("[\"vendor_id\":")
             || squeezed.contains("[\"id\":");
         if !early {
-            return ParseError::new(format!("text that is not JSON ({e})"), format!("JSON such as {right}"));
+            return ParseError::new(
+                format!(
+                    "text that is not JSON \
+                ({e})"
+                ),
+                format!("JSON such as {right}"),
+            );
         }
         let right = if squeezed.contains("redirection") || squeezed.contains("spicevmc") {
             "{\"usb_redirection_devices\":[{\"bus\":\"usb\",\"type\":\"spicevmc\"}]}"
@@ -418,7 +445,10 @@ pub(crate) fn checked(text: &str, right: &str) -> Result<Value, ParseError> {
         };
         ParseError::new(
             format!("the spelling {}", text.trim()),
-            format!("{right}: a list in square brackets of objects in curly ones, and every word in quotes"),
+            format!(
+                "{right}: a list in square brackets of objects in curly ones, and every word \
+                in quotes"
+            ),
         )
     })
 }
@@ -436,7 +466,8 @@ mod tests {
             let error = Flavor::parse(text).unwrap_err().to_string();
             assert!(error.starts_with(&format!("found the key {key:?} twice")), "{error}");
         }
-        let error = Flavor::parse_lists(Some(r#"[{"id":5,"id":6}]"#), None).unwrap_err().to_string();
+        let error =
+            Flavor::parse_lists(Some(r#"[{"id":5,"id":6}]"#), None).unwrap_err().to_string();
         assert!(error.starts_with("usb_devices: found the key \"id\" twice"), "{error}");
         let grant = r#"{"usb_devices":[{"id":5}],"projects":["a"],"projects":["b"]}"#;
         let error = crate::Grant::parse(grant).unwrap_err().to_string();
@@ -465,7 +496,8 @@ mod tests {
     fn errors_say_what_and_where() {
         assert_eq!(
             error(r#"{"usb_devices":[{"id":5},{"vendor_id":"05zz"}]}"#),
-            "usb_devices[1].vendor_id: found \"05zz\", wanted a vendor id of one to four hexadecimal digits such as \"0529\" or \"0x0529\""
+            "usb_devices[1].vendor_id: found \"05zz\", wanted a vendor id of one to four \
+                hexadecimal digits such as \"0529\" or \"0x0529\""
         );
         assert!(
             error(r#"{"usb_devices":[{"product_id":"1"}]}"#)
@@ -473,15 +505,23 @@ mod tests {
         );
         assert!(error(r#"{"usb_devices":[{}]}"#).contains("at least one of id"));
         assert!(error(r#"{"usb_devices":[{"id":1,"count":2}]}"#).contains("usb_devices[0].count"));
-        assert!(error(r#"{"usb_devices":[{"vendor_id":"1","count":0}]}"#).contains("count from 1 to 127"));
-        assert!(error(r#"{"usb_device":[]}"#).contains("wanted one of usb_devices, usb_redirection_devices"));
+        assert!(
+            error(r#"{"usb_devices":[{"vendor_id":"1","count":0}]}"#)
+                .contains("count from 1 to 127")
+        );
+        assert!(
+            error(r#"{"usb_device":[]}"#)
+                .contains("wanted one of usb_devices, usb_redirection_devices")
+        );
         assert!(
             error(r#"{"usb_redirection_devices":[{"bus":"usb","type":"tcp"}]}"#)
                 .contains("usb_redirection_devices[0].type")
         );
         assert!(
-            error(r#"{"usb_devices":[{"vendor_id":"1","count":100},{"vendor_id":"2","count":100}]}"#)
-                .contains("200 devices")
+            error(
+                r#"{"usb_devices":[{"vendor_id":"1","count":100},{"vendor_id":"2","count":100}]}"#
+            )
+            .contains("200 devices")
         );
         assert!(error(&"x".repeat(MAX_TEXT + 1)).contains("65537 bytes"));
     }
@@ -490,7 +530,9 @@ mod tests {
     fn the_early_spelling_is_answered_with_the_right_one() {
         let text = error(r#"{"usb_redirection_devices":{["bus": usb, "type": "spicevmc"]}}"#);
         assert!(
-            text.contains(r#"wanted {"usb_redirection_devices":[{"bus":"usb","type":"spicevmc"}]}"#),
+            text.contains(
+                r#"wanted {"usb_redirection_devices":[{"bus":"usb","type":"spicevmc"}]}"#
+            ),
             "{text}"
         );
         let text = error(r#"{"usb_devices":{["vendor_id": 0529]}}"#);
@@ -503,18 +545,24 @@ mod tests {
     #[test]
     fn extra_specs_hold_the_lists_alone() {
         let flavor =
-            Flavor::parse_lists(Some(r#"[{"id":5}]"#), Some(r#"{"bus":"usb","type":"spicevmc"}"#)).unwrap();
+            Flavor::parse_lists(Some(r#"[{"id":5}]"#), Some(r#"{"bus":"usb","type":"spicevmc"}"#))
+                .unwrap();
         assert_eq!((flavor.usb_devices.len(), flavor.usb_redirection_devices.len()), (1, 1));
         assert_eq!(
-            Flavor::parse_lists(Some(r#"{"usb_devices":[{"id":5}]}"#), None).unwrap().usb_devices.len(),
+            Flavor::parse_lists(Some(r#"{"usb_devices":[{"id":5}]}"#), None)
+                .unwrap()
+                .usb_devices
+                .len(),
             1
         );
         let whole = r#"{"usb_devices":[{"id":5}],"usb_redirection_devices":[]}"#;
         assert_eq!(Flavor::parse_lists(Some(whole), None).unwrap().usb_devices.len(), 1);
-        let both =
-            r#"{"usb_devices":[{"id":5}],"usb_redirection_devices":[{"bus":"usb","type":"spicevmc"}]}"#;
+        let both = r#"{"usb_devices":[{"id":5}],"usb_redirection_devices":[{"bus":"usb","type":"spicevmc"}]}"#;
         assert!(
-            Flavor::parse_lists(Some(both), None).unwrap_err().to_string().contains("a place of its own")
+            Flavor::parse_lists(Some(both), None)
+                .unwrap_err()
+                .to_string()
+                .contains("a place of its own")
         );
         assert!(Flavor::parse_lists(None, Some(" ")).unwrap().is_empty());
         let error = Flavor::parse_lists(Some("[{\"id\":0}]"), None).unwrap_err();

@@ -3,8 +3,9 @@
 //! ```json
 //! {"usb_devices": [{"vendor_id": "0529", "product_id": "0001"}, {"tags": ["erp"]}], "projects": ["4f1c0d2e"]}
 //! ```
-//! A device that one of the entries matches is for these projects, for those of other grants that match it, and for those of its whitelist
-//! rule; for nobody else. A device that no grant and no rule gives to certain projects is for every one.
+//! A device that one of the entries matches is for these projects, for those of other grants that
+//! match it, and for those of its whitelist rule; for nobody else. A device that no grant and no
+//! rule gives to certain projects is for every one.
 
 use alloc::format;
 use alloc::string::ToString;
@@ -20,8 +21,7 @@ use crate::{ParseError, ProjectId, Selector};
 
 /// The most entries of one grant, and the most projects.
 pub const MAX_ENTRIES: usize = 127;
-const RIGHT_GRANT: &str =
-    "{\"usb_devices\":[{\"vendor_id\":\"0529\",\"product_id\":\"0001\"}],\"projects\":[\"4f1c0d2e\"]}";
+const RIGHT_GRANT: &str = "{\"usb_devices\":[{\"vendor_id\":\"0529\",\"product_id\":\"0001\"}],\"projects\":[\"4f1c0d2e\"]}";
 
 /// Which devices, for which projects.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -40,7 +40,8 @@ impl Grant {
     pub fn parse(text: &str) -> Result<Self, ParseError> {
         let value = checked(text, RIGHT_GRANT)?;
         let object = Object::new(&value, RIGHT_GRANT, &["usb_devices", "projects"])?;
-        let grant = Self { usb_devices: object.list("usb_devices")?, projects: object.list("projects")? };
+        let grant =
+            Self { usb_devices: object.list("usb_devices")?, projects: object.list("projects")? };
         bounded(grant.usb_devices.len()).map_err(|e| e.at("usb_devices"))?;
         bounded(grant.projects.len()).map_err(|e| e.at("projects"))?;
         Ok(grant)
@@ -119,7 +120,8 @@ mod tests {
 
     #[test]
     fn one_project_in_two_spellings_is_one() {
-        let list = |texts: &[&str]| texts.iter().map(|t| t.parse().unwrap()).collect::<Vec<ProjectId>>();
+        let list =
+            |texts: &[&str]| texts.iter().map(|t| t.parse().unwrap()).collect::<Vec<ProjectId>>();
         let (a, b) = ("9a1f3c526c1b4c6e9b1c2b6c3a7d8e9f", "9a1f3c52-6c1b-4c6e-9b1c-2b6c3a7d8e9f");
         assert_eq!(joined(&list(&["p", a]), &list(&[b, "q", "p"])), list(&["p", a, "q"]));
     }

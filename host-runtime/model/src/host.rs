@@ -1,7 +1,7 @@
 //! The host document: what a host tells the world about its devices.
 //!
-//! One format everywhere: what the API serves, what a shared inventory holds, what a scheduler's filter is fed and
-//! what `virt-usb devices --json` prints (its `devices`).
+//! One format everywhere: what the API serves, what a shared inventory holds, what a scheduler's
+//! filter is fed and what `virt-usb devices --json` prints (its `devices`).
 
 use alloc::format;
 use alloc::string::{String, ToString};
@@ -12,8 +12,8 @@ use serde_json::Value;
 
 use crate::json::{FromJson, Object, parse_text, whole};
 use crate::{
-    BusAddress, Class, DeviceId, DevicePath, InstanceId, ParseError, PortPath, ProductId, ProjectId, Serial,
-    Speed, Status, VendorId,
+    BusAddress, Class, DeviceId, DevicePath, InstanceId, ParseError, PortPath, ProductId,
+    ProjectId, Serial, Speed, Status, VendorId,
 };
 
 /// The version of the format; a reader refuses another.
@@ -35,18 +35,28 @@ pub struct HostDocument {
 
 impl HostDocument {
     /// A document of the current [`VERSION`].
-    pub const fn new(host: String, compute_node_id: u64, revision: u64, devices: Vec<DeviceEntry>) -> Self {
+    pub const fn new(
+        host: String,
+        compute_node_id: u64,
+        revision: u64,
+        devices: Vec<DeviceEntry>,
+    ) -> Self {
         Self { version: VERSION, host, compute_node_id, revision, devices }
     }
 
-    /// The JSON text as it is sent to others: without what a reader can do without. Where it would be longer than `limit` bytes, the names
-    /// of makers and products go first, then the paths, and then devices: those that nobody can have before those that are held, and those before the free.
+    /// The JSON text as it is sent to others: without what a reader can do without. Where it would
+    /// be longer than `limit` bytes, the names of makers and products go first, then the paths, and
+    /// then devices: those that nobody can have before those that are held, and those before the
+    /// free.
     pub fn published(&self, limit: usize) -> Published {
         let lean = |words: bool, paths: bool| -> Vec<(u8, String)> {
-            let text = |device| serde_json::to_string(&Lean::new(device, words, paths)).unwrap_or_default();
+            let text = |device| {
+                serde_json::to_string(&Lean::new(device, words, paths)).unwrap_or_default()
+            };
             self.devices.iter().map(|device| (device.rank(), text(device))).collect()
         };
-        let head = serde_json::to_string(&Self { devices: Vec::new(), ..self.clone() }).unwrap_or_default();
+        let head = serde_json::to_string(&Self { devices: Vec::new(), ..self.clone() })
+            .unwrap_or_default();
         let head = head.strip_suffix("]}").unwrap_or_default();
         let size = |devices: &[(u8, String)]| {
             head.len() + 2 + devices.iter().map(|(_, text)| text.len() + 1).sum::<usize>()
@@ -91,7 +101,8 @@ impl HostDocument {
         match object.raw("version").and_then(whole) {
             Some(VERSION) => {}
             _ => {
-                let found = object.raw("version").map_or_else(|| "none".to_string(), ToString::to_string);
+                let found =
+                    object.raw("version").map_or_else(|| "none".to_string(), ToString::to_string);
                 return Err(ParseError::new(
                     found,
                     alloc::format!("{VERSION}: another version needs another virt-usb"),
@@ -105,8 +116,9 @@ impl HostDocument {
                 .and_then(whole)
                 .ok_or_else(|| ParseError::new("no such number", "a whole number").at(key))
         };
-        let host =
-            object.take("host")?.ok_or_else(|| ParseError::new("no name", "the host's name").at("host"))?;
+        let host = object
+            .take("host")?
+            .ok_or_else(|| ParseError::new("no name", "the host's name").at("host"))?;
         let compute_node_id = number("compute_node_id")?;
         let mut devices: Vec<DeviceEntry> = object.list("devices")?;
         for device in devices.iter_mut().filter(|device| device.compute_node_id == 0) {
@@ -172,7 +184,8 @@ pub struct DeviceEntry {
     pub driver: Option<String>,
     /// What the host uses it for.
     pub host_use: Option<String>,
-    /// The socket that it is plugged into, whatever the bus numbers are; `None` where that is not known.
+    /// The socket that it is plugged into, whatever the bus numbers are; `None` where that is not
+    /// known.
     pub path: Option<DevicePath>,
     /// Tags.
     pub tags: Vec<String>,
@@ -328,8 +341,9 @@ impl FromJson for DeviceEntry {
             // Without one, that of the document.
             compute_node_id: match object.raw("compute_node_id") {
                 None => 0,
-                Some(number) => whole(number)
-                    .ok_or_else(|| ParseError::new(number, "a whole number").at("compute_node_id"))?,
+                Some(number) => whole(number).ok_or_else(|| {
+                    ParseError::new(number, "a whole number").at("compute_node_id")
+                })?,
             },
             address,
             product_id: object.take("product_id")?.ok_or_else(missing("product_id"))?,
@@ -363,7 +377,8 @@ impl FromJson for DeviceEntry {
             true => Ok(entry),
             false => {
                 let right = Serial::KINDS.join(", ");
-                Err(ParseError::new(&entry.serial_kind, format!("one of {right}")).at("serial_kind"))
+                Err(ParseError::new(&entry.serial_kind, format!("one of {right}"))
+                    .at("serial_kind"))
             }
         }
     }
@@ -422,7 +437,10 @@ mod tests {
         let published = document.published(1 << 20);
         let mut expected = document.clone();
         expected.devices[0].compute_node_id = 9;
-        assert_eq!((HostDocument::parse(&published.text).unwrap(), published.left_out), (expected, 0));
+        assert_eq!(
+            (HostDocument::parse(&published.text).unwrap(), published.left_out),
+            (expected, 0)
+        );
         let whole = serde_json::to_string(&document).unwrap();
         assert!(published.text.len() * 3 < whole.len() * 2, "{}", published.text);
         for derived in ["null", "[]", "bus_id", "port_id", "serial_kind", "\"compute_node_id\":1"] {
@@ -451,11 +469,16 @@ mod tests {
             one.port_path = "1-1.4.4.4.4".parse().unwrap();
             one
         };
-        let status = |n: u64| ["available", "allocated", "unavailable"][usize::try_from(n % 3).unwrap()];
+        let status =
+            |n: u64| ["available", "allocated", "unavailable"][usize::try_from(n % 3).unwrap()];
         let devices: Vec<DeviceEntry> = (0..4000).map(|n| device(n, status(n))).collect();
         let document = HostDocument::new("compute-0815.example.org".into(), 5000, 1 << 40, devices);
         let published = document.published(1_000_000);
-        assert!(published.text.len() <= 1_000_000 && published.left_out == 0, "{}", published.text.len());
+        assert!(
+            published.text.len() <= 1_000_000 && published.left_out == 0,
+            "{}",
+            published.text.len()
+        );
         let small = document.published(400_000);
         let read = HostDocument::parse(&small.text).unwrap();
         assert!(small.text.len() <= 400_000 && small.text.len() > 399_000, "{}", small.text.len());
@@ -469,10 +492,12 @@ mod tests {
     #[test]
     fn errors_name_the_device() {
         let text =
-            serde_json::to_string(&HostDocument::new("h1".into(), 1, 7, alloc::vec![entry()])).unwrap();
+            serde_json::to_string(&HostDocument::new("h1".into(), 1, 7, alloc::vec![entry()]))
+                .unwrap();
         let error = HostDocument::parse(&text.replace("usb_1_5", "usb_1_500")).unwrap_err();
         assert_eq!(error.place(), "devices[0].address");
-        let error = HostDocument::parse(&text.replace("\"version\":1", "\"version\":2")).unwrap_err();
+        let error =
+            HostDocument::parse(&text.replace("\"version\":1", "\"version\":2")).unwrap_err();
         assert!(error.to_string().contains("another version"));
     }
 }

@@ -14,10 +14,12 @@ use crate::json::{FromJson, number};
 
 macro_rules! hex_id {
     ($name:ident, $what:literal) => {
-        #[doc = concat!("A USB ", $what, " id, 16 bits, from the device descriptor (USB 2.0, table 9-8).")]
+        #[doc = concat!("A \
+            USB ", $what, " id, 16 bits, from the device descriptor (USB 2.0, table 9-8).")]
         ///
-        /// Written as four hexadecimal digits (`0529`), the way `lsusb` and sysfs write it. Read from one to four
-        /// hexadecimal digits with or without `0x`; a JSON or TOML *number* is taken as its value.
+        /// Written as four hexadecimal digits (`0529`), the way `lsusb` and sysfs write it. Read
+        /// from one to four hexadecimal digits with or without `0x`; a JSON or TOML *number* is
+        /// taken as its value.
         #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
         pub struct $name(u16);
 
@@ -52,12 +54,21 @@ macro_rules! hex_id {
             fn from_json(value: &Value) -> Result<Self, ParseError> {
                 match value {
                     Value::String(text) => text.parse(),
-                    Value::Number(n) => {
-                        number(value).and_then(|n| u16::try_from(n).ok()).map(Self).ok_or_else(|| {
+                    Value::Number(n) => number(value)
+                        .and_then(|n| u16::try_from(n).ok())
+                        .map(Self)
+                        .ok_or_else(|| {
                             ParseError::new(n, concat!("a ", $what, " id from 0 to 65535 (0xffff)"))
-                        })
-                    }
-                    other => Err(ParseError::new(other, concat!("a ", $what, " id such as \"0529\""))),
+                        }),
+                    other => Err(ParseError::new(
+                        other,
+                        concat!(
+                            "a ",
+                            $what,
+                            " id such \
+                        as \"0529\""
+                        ),
+                    )),
                 }
             }
         }
@@ -113,7 +124,8 @@ impl fmt::Display for UsbId {
 
 /// A device's id in the inventory, from 1 to 2⁵³ − 1, so that every JSON reader keeps it whole.
 ///
-/// Unique over the fleet: `(compute_node_id − 1) × 1 000 000 + n`. Never used again for another device.
+/// Unique over the fleet: `(compute_node_id − 1) × 1 000 000 + n`. Never used again for another
+/// device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
 #[serde(transparent)]
 pub struct DeviceId(u64);
@@ -136,10 +148,9 @@ impl FromStr for DeviceId {
     type Err = ParseError;
     fn from_str(text: &str) -> Result<Self, ParseError> {
         let digits = !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
-        digits
-            .then(|| text.parse().ok().and_then(Self::new))
-            .flatten()
-            .ok_or_else(|| ParseError::new(format!("{text:?}"), "a device id, a whole number from 1"))
+        digits.then(|| text.parse().ok().and_then(Self::new)).flatten().ok_or_else(|| {
+            ParseError::new(format!("{text:?}"), "a device id, a whole number from 1")
+        })
     }
 }
 
@@ -166,7 +177,8 @@ pub struct InstanceId([u8; 16]);
 
 impl FromStr for InstanceId {
     type Err = ParseError;
-    /// Reads 32 hexadecimal digits; hyphens and surrounding white space are passed over, as libvirt does.
+    /// Reads 32 hexadecimal digits; hyphens and surrounding white space are passed over, as libvirt
+    /// does.
     fn from_str(text: &str) -> Result<Self, ParseError> {
         let wrong = || ParseError::new(format!("{text:?}"), "a UUID of 32 hexadecimal digits");
         let mut bytes = [0; 16];
@@ -210,7 +222,8 @@ impl FromJson for InstanceId {
 
 /// A project (tenant): an opaque name of 1 to 255 printable characters without white space.
 ///
-/// Keystone writes UUIDs without hyphens here; they are compared as they are, but for hyphens and case.
+/// Keystone writes UUIDs without hyphens here; they are compared as they are, but for hyphens and
+/// case.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
 #[serde(transparent)]
 pub struct ProjectId(String);

@@ -47,7 +47,9 @@ impl<'a> Object<'a> {
     pub(crate) fn new(value: &'a Value, what: &str, known: &[&str]) -> Result<Self, ParseError> {
         let map = value.as_object().ok_or_else(|| ParseError::new(value, what))?;
         match map.keys().find(|key| !known.contains(&key.as_str())) {
-            Some(key) => Err(ParseError::new(format!("key {key:?}"), format!("one of {}", known.join(", ")))),
+            Some(key) => {
+                Err(ParseError::new(format!("key {key:?}"), format!("one of {}", known.join(", "))))
+            }
             None => Ok(Self { map }),
         }
     }
@@ -101,8 +103,8 @@ pub(crate) fn parse_text(text: &str) -> Result<Value, ParseError> {
     })
 }
 
-/// The JSON text as a value in which no object holds a key twice. Of two values serde_json keeps the last and other
-/// readers the first: what was asked for would depend on who reads it.
+/// The JSON text as a value in which no object holds a key twice. Of two values serde_json keeps
+/// the last and other readers the first: what was asked for would depend on who reads it.
 ///
 /// # Errors
 /// Of a text that is not JSON; and of a key that is there twice, which the error names.
@@ -192,7 +194,10 @@ mod tests {
             (r#"{"":0,"":0}"#, ""),
         ] {
             let error = parse_text(text).unwrap_err().to_string();
-            assert!(error.starts_with(&format!("found the key {key:?} twice at line 1 column")), "{error}");
+            assert!(
+                error.starts_with(&format!("found the key {key:?} twice at line 1 column")),
+                "{error}"
+            );
             assert!(error.ends_with(", wanted each key once"), "{error}");
         }
         let long = "x".repeat(500);
@@ -205,7 +210,11 @@ mod tests {
         for text in ["2251799813685247.0", "9007199254740991.0", "194.0", "1e3"] {
             let expected: f64 = text.parse().unwrap();
             let value = parse_text(text).unwrap();
-            assert_eq!(number(&value).map(|n| n.to_string()), Some(format!("{expected:.0}")), "{text}");
+            assert_eq!(
+                number(&value).map(|n| n.to_string()),
+                Some(format!("{expected:.0}")),
+                "{text}"
+            );
         }
         assert_eq!(number(&parse_text("2251799813685247.5").unwrap()), None);
     }
@@ -217,13 +226,20 @@ mod tests {
             " [] ",
             r#"{"a":[1,-2,3.5,1e300,18446744073709551615,-9223372036854775808,true,false,null,"\u00e9\n"],"b":{"a":{}}}"#,
         ] {
-            assert_eq!(unique(text).unwrap(), serde_json::from_str::<Value>(text).unwrap(), "{text}");
+            assert_eq!(
+                unique(text).unwrap(),
+                serde_json::from_str::<Value>(text).unwrap(),
+                "{text}"
+            );
         }
         for text in ["", "{", "[1,]", "{\"a\"}", "1 2", "nul", "\"\u{1}\"", &"[".repeat(200)] {
             let (mine, theirs) =
                 (unique(text).unwrap_err(), serde_json::from_str::<Value>(text).unwrap_err());
             assert_eq!(mine.to_string(), theirs.to_string(), "{text}");
-            assert!(parse_text(text).unwrap_err().to_string().contains("text that is not JSON"), "{text}");
+            assert!(
+                parse_text(text).unwrap_err().to_string().contains("text that is not JSON"),
+                "{text}"
+            );
         }
     }
 }

@@ -11,8 +11,9 @@ use crate::{DevicePath, ParseError, PortPath, UsbId};
 
 /// A device's serial number, as far as it tells devices apart.
 ///
-/// Some vendors put the same serial on a whole production run. A serial that was seen on two devices of the same kind
-/// identifies neither, and neither does a placeholder such as `0001` ([`is_worthless`]).
+/// Some vendors put the same serial on a whole production run. A serial that was seen on two
+/// devices of the same kind identifies neither, and neither does a placeholder such as `0001`
+/// ([`is_worthless`]).
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
 #[serde(tag = "kind", content = "value", rename_all = "lowercase")]
 pub enum Serial {
@@ -26,8 +27,9 @@ pub enum Serial {
     Missing,
 }
 
-/// Words that devices carry in place of a serial, their letters and digits in lower case. Sources: firmware templates of board vendors and the
-/// examples of the LUFA, TinyUSB and Linux gadget sources; counterfeits of FTDI adapters (`a5xk3rjt`, `a50285bi`).
+/// Words that devices carry in place of a serial, their letters and digits in lower case. Sources:
+/// firmware templates of board vendors and the examples of the LUFA, TinyUSB and Linux gadget
+/// sources; counterfeits of FTDI adapters (`a5xk3rjt`, `a50285bi`).
 const PLACEHOLDERS: &[&str] = &[
     "a50285bi",
     "a5xk3rjt",
@@ -47,19 +49,22 @@ const PLACEHOLDERS: &[&str] = &[
     "unknown",
 ];
 
-/// Whether a serial is a placeholder that identifies no device. Case, spaces and `-_.:` do not count; in words no sign but
-/// letters and digits does. A placeholder is
+/// Whether a serial is a placeholder that identifies no device. Case, spaces and `-_.:` do not
+/// count; in words no sign but letters and digits does. A placeholder is
 ///
 /// - one of a list of words, such as `None`;
 /// - one character several times, or one digit: `0`, `FFFFFFFF`;
 /// - zeros and a one: `0001` (Silicon Labs CP210x and many others);
-/// - four or more digits that count up from 0 or 1: `123456789`, `123456789ABC` (JMicron), `0123456789ABCDEF` (Android,
-///   Realtek), `0123456789.0123456789.0123456789` (Linux gadget examples);
+/// - four or more digits that count up from 0 or 1: `123456789`, `123456789ABC` (JMicron),
+///   `0123456789ABCDEF` (Android, Realtek), `0123456789.0123456789.0123456789` (Linux gadget
+///   examples);
 /// - all digits in another usual order: `987654321`, `1234567890ABCDEF`.
 pub fn is_worthless(serial: &str) -> bool {
     let plain = serial.trim().to_lowercase();
-    let marks: Vec<char> =
-        plain.chars().filter(|c| !c.is_whitespace() && !matches!(c, '-' | '_' | '.' | ':')).collect();
+    let marks: Vec<char> = plain
+        .chars()
+        .filter(|c| !c.is_whitespace() && !matches!(c, '-' | '_' | '.' | ':'))
+        .collect();
     match marks.as_slice() {
         [] => true,
         [one] => one.is_ascii_digit(),
@@ -74,12 +79,15 @@ pub fn is_worthless(serial: &str) -> bool {
 
 /// `1234`, `0123456789`, `1234567890`, `0123456789abcdef`, also several times.
 fn counts_up(digits: &[char]) -> bool {
-    let follows = |base: u32, one: char, next: char| match (one.to_digit(base), next.to_digit(base)) {
+    let follows = |base: u32, one: char, next: char| match (one.to_digit(base), next.to_digit(base))
+    {
         (Some(last), Some(next)) if last == base - 1 => next < 2,
         (Some(one), Some(next)) => next == one + 1,
         _ => false,
     };
-    let all = |base| digits.windows(2).all(|pair| matches!(pair, [one, next] if follows(base, *one, *next)));
+    let all = |base| {
+        digits.windows(2).all(|pair| matches!(pair, [one, next] if follows(base, *one, *next)))
+    };
     matches!(digits, ['0', '1', '2', '3', ..] | ['1', '2', '3', '4', ..]) && (all(10) || all(16))
 }
 
@@ -121,7 +129,8 @@ impl Serial {
     }
 }
 
-/// What identifies a device across replugs: its kind, its serial and, where that does not decide, its path.
+/// What identifies a device across replugs: its kind, its serial and, where that does not decide,
+/// its path.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct DeviceKey {
     /// vendor:product
@@ -130,24 +139,26 @@ pub struct DeviceKey {
     pub serial: Serial,
     /// The port that it is plugged into, as the kernel numbers it during this boot.
     pub port: PortPath,
-    /// The socket that it is plugged into, whatever the bus numbers are; `None` where that is not known.
+    /// The socket that it is plugged into, whatever the bus numbers are; `None` where that is not
+    /// known.
     pub path: Option<DevicePath>,
 }
 
 impl DeviceKey {
     /// Whether both are one device, seen twice.
     ///
-    /// The same kind and the same serial text are needed. Then a serial that is unique on both sides decides
-    /// wherever the device is plugged in; otherwise it must be the same place. The same place with another kind or
-    /// another serial is another device.
+    /// The same kind and the same serial text are needed. Then a serial that is unique on both
+    /// sides decides wherever the device is plugged in; otherwise it must be the same place. The
+    /// same place with another kind or another serial is another device.
     pub fn is(&self, other: &Self) -> bool {
         self.usb == other.usb
             && self.serial.text() == other.serial.text()
             && (self.is_at_place_of(other) || (self.serial_decides() && other.serial_decides()))
     }
 
-    /// Whether both are plugged into one socket. Where one of the paths is not known, the ports decide. They say nothing
-    /// about another boot: the inventory sets devices without a path aside when the host was restarted.
+    /// Whether both are plugged into one socket. Where one of the paths is not known, the ports
+    /// decide. They say nothing about another boot: the inventory sets devices without a path aside
+    /// when the host was restarted.
     pub fn is_at_place_of(&self, other: &Self) -> bool {
         match (&self.path, &other.path) {
             (Some(one), Some(other)) => one == other,
@@ -161,7 +172,8 @@ impl DeviceKey {
     }
 }
 
-/// Kinds that one device shows in turn: before and after its firmware is loaded, in use and in its update mode (DFU).
+/// Kinds that one device shows in turn: before and after its firmware is loaded, in use and in its
+/// update mode (DFU).
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Aliases(Vec<Vec<UsbId>>);
 
@@ -194,7 +206,10 @@ impl Aliases {
                 kinds.push(kind);
             }
             if kinds.len() < 2 {
-                return Err(ParseError::new("a list of fewer than two", "the kinds that one device shows"));
+                return Err(ParseError::new(
+                    "a list of fewer than two",
+                    "the kinds that one device shows",
+                ));
             }
             read.push(kinds);
         }
@@ -206,7 +221,8 @@ impl Aliases {
         one != other && self.0.iter().any(|group| group.contains(&one) && group.contains(&other))
     }
 
-    /// Whether both are one device that shows another kind now: where both kinds have a unique serial, that decides; else the port does.
+    /// Whether both are one device that shows another kind now: where both kinds have a unique
+    /// serial, that decides; else the port does.
     pub fn is(&self, one: &DeviceKey, other: &DeviceKey) -> bool {
         let same = match one.serial_decides() && other.serial_decides() {
             true => one.serial == other.serial,
@@ -233,8 +249,10 @@ mod tests {
     #[test]
     fn a_device_with_two_faces_is_one_at_its_port_or_by_its_serial() {
         let group = |kinds: &[&str]| kinds.iter().map(|k| (*k).into()).collect::<Vec<String>>();
-        let aliases = Aliases::parse(&[group(&["0529:0001", "0529:0002"]), group(&["1:1", "2:2"])]).unwrap();
-        let (one, other) = (key(1, Serial::Missing, "1-1"), key(2, Serial::Unique("A".into()), "1-1"));
+        let aliases =
+            Aliases::parse(&[group(&["0529:0001", "0529:0002"]), group(&["1:1", "2:2"])]).unwrap();
+        let (one, other) =
+            (key(1, Serial::Missing, "1-1"), key(2, Serial::Unique("A".into()), "1-1"));
         assert!(aliases.is(&one, &other) && aliases.is(&other, &one));
         assert!(!aliases.is(&one, &one), "that is for the key to say");
         assert!(!aliases.is(&one, &key(3, Serial::Missing, "1-1")), "no such alias");
@@ -257,7 +275,12 @@ mod tests {
     }
 
     fn key(product: u16, serial: Serial, port: &str) -> DeviceKey {
-        DeviceKey { usb: UsbId::new(0x0529, product), serial, port: port.parse().unwrap(), path: None }
+        DeviceKey {
+            usb: UsbId::new(0x0529, product),
+            serial,
+            port: port.parse().unwrap(),
+            path: None,
+        }
     }
 
     #[test]
@@ -266,9 +289,13 @@ mod tests {
             path: Some(path.parse().unwrap()),
             ..key(1, Serial::Missing, port)
         };
-        let (one, other) = (at("1-4", "pci-0000:00:14.0-usbv2-0:4"), at("1-4", "pci-0000:0a:00.0-usbv2-0:4"));
+        let (one, other) =
+            (at("1-4", "pci-0000:00:14.0-usbv2-0:4"), at("1-4", "pci-0000:0a:00.0-usbv2-0:4"));
         assert!(!one.is(&other), "the buses have swapped their numbers");
-        assert!(one.is(&at("3-4", "pci-0000:00:14.0-usbv2-0:4")), "the same socket, another number");
+        assert!(
+            one.is(&at("3-4", "pci-0000:00:14.0-usbv2-0:4")),
+            "the same socket, another number"
+        );
         assert!(one.is(&key(1, Serial::Missing, "1-4")), "no path on one side");
         assert!(!one.is(&key(1, Serial::Missing, "3-4")));
     }

@@ -1,8 +1,8 @@
 //! The vocabulary of virt-usb, without IO.
 //!
-//! Everything here is plain data that was *parsed*: a value of one of these types is valid, because parsing is
-//! the only way to get one. Parsers accept what people write (`"0529"`, `"0x0529"`, `1321`) and every
-//! [`ParseError`] says where in the input what was found and what was wanted.
+//! Everything here is plain data that was *parsed*: a value of one of these types is valid, because
+//! parsing is the only way to get one. Parsers accept what people write (`"0529"`, `"0x0529"`,
+//! `1321`) and every [`ParseError`] says where in the input what was found and what was wanted.
 //!
 //! | module | what it holds |
 //! |---|---|

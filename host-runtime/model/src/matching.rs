@@ -1,16 +1,19 @@
 //! Which devices serve which requests of one instance.
 //!
-//! Requests may overlap: "any key of this vendor" and "the key with this serial" compete for one device, and taking
-//! the first that fits gives wrong refusals. So it is a bipartite matching (Kuhn's augmenting paths): every
-//! request brings a row a device that it needs, and the rows get distinct devices, or as many of them as possible.
+//! Requests may overlap: "any key of this vendor" and "the key with this serial" compete for one
+//! device, and taking the first that fits gives wrong refusals. So it is a bipartite matching
+//! (Kuhn's augmenting paths): every request brings a row a device that it needs, and the rows get
+//! distinct devices, or as many of them as possible.
 
 use alloc::vec;
 use alloc::vec::Vec;
 
-/// For each row, the candidate (an index below `candidates`) that it gets, `None` where none is left for it.
+/// For each row, the candidate (an index below `candidates`) that it gets, `None` where none is
+/// left for it.
 ///
-/// `rows[r]` lists what row `r` is content with, the most wanted first. The result has the largest possible number of
-/// served rows, and a row is never left out for a later one. Time O(rows × sum of candidates).
+/// `rows[r]` lists what row `r` is content with, the most wanted first. The result has the largest
+/// possible number of served rows, and a row is never left out for a later one. Time O(rows × sum
+/// of candidates).
 pub fn assign(rows: &[Vec<usize>], candidates: usize) -> Vec<Option<usize>> {
     let mut owner: Vec<Option<usize>> = vec![None; candidates];
     for row in 0..rows.len() {
@@ -25,12 +28,18 @@ pub fn assign(rows: &[Vec<usize>], candidates: usize) -> Vec<Option<usize>> {
     served
 }
 
-/// As [`assign`], and of all choices that serve as many rows the one whose candidates come first in `order`, whatever the rows prefer:
-/// they only decide who gets which of the chosen. Chosen again from what was chosen before and others behind it, the choice is the same.
+/// As [`assign`], and of all choices that serve as many rows the one whose candidates come first in
+/// `order`, whatever the rows prefer: they only decide who gets which of the chosen. Chosen again
+/// from what was chosen before and others behind it, the choice is the same.
 ///
-/// Candidates that can be used together are a transversal matroid: taking each in its turn that goes with those before it is best, and
-/// never costs a row (Edmonds and Fulkerson, "Transversals and matroid partition", 1965).
-pub fn assign_in_order(rows: &[Vec<usize>], order: &[usize], candidates: usize) -> Vec<Option<usize>> {
+/// Candidates that can be used together are a transversal matroid: taking each in its turn that
+/// goes with those before it is best, and never costs a row (Edmonds and Fulkerson, "Transversals
+/// and matroid partition", 1965).
+pub fn assign_in_order(
+    rows: &[Vec<usize>],
+    order: &[usize],
+    candidates: usize,
+) -> Vec<Option<usize>> {
     let takers = |candidate: &usize| {
         let takes = |row: &usize| rows[*row].contains(candidate);
         (0..rows.len()).filter(takes).collect::<Vec<usize>>()
@@ -50,7 +59,12 @@ pub fn assign_in_order(rows: &[Vec<usize>], order: &[usize], candidates: usize) 
 
 /// Finds a place for `row`, moving others to their alternatives; true if that went.
 /// Iterative: the depth is bounded by the number of rows, but input decides that number.
-fn augment(rows: &[Vec<usize>], row: usize, owner: &mut [Option<usize>], seen: &mut [bool]) -> bool {
+fn augment(
+    rows: &[Vec<usize>],
+    row: usize,
+    owner: &mut [Option<usize>],
+    seen: &mut [bool],
+) -> bool {
     let mut path: Vec<(usize, usize)> = vec![(row, 0)];
     while let Some((row, next)) = path.pop() {
         let wanted = rows.get(row).map_or(&[][..], Vec::as_slice);
@@ -111,10 +125,12 @@ mod tests {
     /// The first set of candidates in `order`, by trying everything, that serves `most` rows.
     fn first(rows: &[Vec<usize>], order: &[usize], most: usize) -> Vec<usize> {
         let sets = (0u32..1 << order.len()).filter(|set| set.count_ones() as usize == most);
-        let members = |set: u32| (0..order.len()).filter(move |n| set >> n & 1 == 1).collect::<Vec<usize>>();
+        let members =
+            |set: u32| (0..order.len()).filter(move |n| set >> n & 1 == 1).collect::<Vec<usize>>();
         let serves = |set: &Vec<usize>| {
             let given: Vec<usize> = set.iter().map(|n| order[*n]).collect();
-            let only = |row: &Vec<usize>| row.iter().copied().filter(|c| given.contains(c)).collect();
+            let only =
+                |row: &Vec<usize>| row.iter().copied().filter(|c| given.contains(c)).collect();
             best(&rows.iter().map(only).collect::<Vec<_>>(), &mut Vec::new()) == most
         };
         let mut first: Vec<usize> =

@@ -13,7 +13,8 @@ use crate::{DeviceId, DeviceRequest, Flavor, ProjectId};
 /// A question about the fleet.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Question {
-    /// What the instance needs, all of it on one host, each device once. Empty: it needs none, and every host will do.
+    /// What the instance needs, all of it on one host, each device once. Empty: it needs none, and
+    /// every host will do.
     pub requests: Vec<DeviceRequest>,
     /// The project that asks. None: it gets only devices that are for every project.
     pub project: Option<ProjectId>,
@@ -35,8 +36,8 @@ impl Question {
     }
 }
 
-/// The feeder's clock: the filter has none. The unit is the feeder's own; each host carries the time of its last
-/// document in the same unit.
+/// The feeder's clock: the filter has none. The unit is the feeder's own; each host carries the
+/// time of its last document in the same unit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Moment {
     /// Now.
@@ -54,9 +55,9 @@ impl Moment {
 
 /// How a host's score is made: `spare × slack − reserve × others`.
 ///
-/// *slack* is how many more devices of the scarcest request the host could lose and still serve, 127 at the most.
-/// *others* is how many free devices it has that no request matches, 255 at the most: they are kept for those who ask for
-/// them. Each weight is 0 to [`Weights::MAX`].
+/// *slack* is how many more devices of the scarcest request the host could lose and still serve,
+/// 127 at the most. *others* is how many free devices it has that no request matches, 255 at the
+/// most: they are kept for those who ask for them. Each weight is 0 to [`Weights::MAX`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Weights {
     /// What a device to spare is worth.
@@ -89,7 +90,8 @@ pub enum Verdict {
     Accepted {
         /// More is better; see [`Weights`].
         score: i32,
-        /// The devices that its hook would claim now, in the order of the requests, and by id within one.
+        /// The devices that its hook would claim now, in the order of the requests, and by id
+        /// within one.
         devices: Vec<DeviceId>,
     },
     /// It cannot.
@@ -172,12 +174,17 @@ impl fmt::Display for Rejection {
             Reason::TooFewFree if allowed < matching => {
                 write!(
                     f,
-                    "{matching} match, {allowed} of them are for this project, {free} of those are free"
+                    "{matching} match, {allowed} of them are for this project, {free} of those are \
+                        free"
                 )
             }
             Reason::TooFewFree => write!(f, "{matching} match, {free} of them are free"),
-            Reason::Contention => write!(f, "{free} are free, but other requests of the flavor need them"),
-            Reason::NotAllowed => write!(f, "{matching} match, {allowed} of them are for this project"),
+            Reason::Contention => {
+                write!(f, "{free} are free, but other requests of the flavor need them")
+            }
+            Reason::NotAllowed => {
+                write!(f, "{matching} match, {allowed} of them are for this project")
+            }
             Reason::HostStale => write!(f, "the host was last heard of too long ago"),
             Reason::UnknownHost => write!(f, "the host is not in the inventory"),
             Reason::Other(text) => f.write_str(text),
@@ -219,7 +226,8 @@ pub struct Statistics {
 }
 
 impl Serialize for Verdict {
-    /// `{"accepted":true,"score":8,"devices":[5]}`, or `{"accepted":false,"request":0,"reason":"too-few-free",…}`.
+    /// `{"accepted":true,"score":8,"devices":[5]}`, or
+    /// `{"accepted":false,"request":0,"reason":"too-few-free",…}`.
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         #[derive(Serialize)]
         struct Accepted<'a> {
@@ -237,7 +245,9 @@ impl Serialize for Verdict {
             Self::Accepted { score, devices } => {
                 Accepted { accepted: true, score: *score, devices }.serialize(serializer)
             }
-            Self::Rejected(rejection) => Rejected { accepted: false, rejection }.serialize(serializer),
+            Self::Rejected(rejection) => {
+                Rejected { accepted: false, rejection }.serialize(serializer)
+            }
         }
     }
 }

@@ -1,11 +1,10 @@
 //! The speeds of guest ports on which QEMU attaches a USB device of the host.
 //!
 //! QEMU computes a mask of speeds from the endpoints of all configurations (`usb_host_speed_compat`
-//! in
-//! `hw/usb/host-libusb.c`) and refuses a port whose own mask has none of them ("speed mismatch"). The
-//! kernel's `descriptors` attribute holds the same bytes that QEMU is given by libusb, so the mask
-//! is known before the guest starts. Descriptors that libusb rejects are passed over here as they
-//! are there (`parse_configuration` in libusb's `descriptor.c`).
+//! in `hw/usb/host-libusb.c`) and refuses a port whose own mask has none of them ("speed
+//! mismatch"). The kernel's `descriptors` attribute holds the same bytes that QEMU is given by
+//! libusb, so the mask is known before the guest starts. Descriptors that libusb rejects are passed
+//! over here as they are there (`parse_configuration` in libusb's `descriptor.c`).
 
 use alloc::vec::Vec;
 
@@ -256,7 +255,8 @@ fn endpoint(bytes: &[u8]) -> Option<Option<(Endpoint<'_>, &[u8])>> {
     if usize::from(length) < ENDPOINT_BYTES {
         return None;
     }
-    let (Some(behind), &[_, _, _, attributes, low, high, ..]) = (bytes.get(usize::from(length)..), bytes)
+    let (Some(behind), &[_, _, _, attributes, low, high, ..]) =
+        (bytes.get(usize::from(length)..), bytes)
     else {
         return Some(None);
     };
@@ -404,7 +404,8 @@ mod tests {
                 }
                 number = Some(head[2]);
                 *at += usize::from(head[0]);
-                let mut setting = Setting { class: head[5], subclass: head[6], endpoints: Vec::new() };
+                let mut setting =
+                    Setting { class: head[5], subclass: head[6], endpoints: Vec::new() };
                 let whole = skip(bytes, at)?;
                 for _ in 0..if whole { head[4] } else { 0 } {
                     match parse_endpoint(bytes, at)? {
@@ -522,7 +523,11 @@ mod tests {
     #[test]
     fn slower_ports_serve_what_qemu_slows_down() {
         let all = SpeedMask::new(&[Super, High, Full]);
-        assert_eq!(mask(High, &[endpoint(BULK, 512)]), SpeedMask::new(&[High, Full]), "a licence key");
+        assert_eq!(
+            mask(High, &[endpoint(BULK, 512)]),
+            SpeedMask::new(&[High, Full]),
+            "a licence key"
+        );
         assert_eq!(mask(Super, &[endpoint(BULK, 1024)]), all);
         assert_eq!(mask(SuperPlus, &[endpoint(BULK, 1024)]), all);
         assert_eq!(mask(High, &[endpoint(INTERRUPT, 64)]), SpeedMask::new(&[High, Full]));
@@ -530,7 +535,11 @@ mod tests {
         assert_eq!(mask(Super, &[endpoint(INTERRUPT, 65)]), SpeedMask::new(&[Super, High]));
         assert_eq!(mask(Super, &[endpoint(INTERRUPT, 1024)]), SpeedMask::new(&[Super, High]));
         assert_eq!(mask(Super, &[endpoint(INTERRUPT, 1025)]), SpeedMask::new(&[Super]));
-        assert_eq!(mask(High, &[endpoint(INTERRUPT, 0x1400)]), SpeedMask::new(&[High]), "three a frame");
+        assert_eq!(
+            mask(High, &[endpoint(INTERRUPT, 0x1400)]),
+            SpeedMask::new(&[High]),
+            "three a frame"
+        );
         assert_eq!(mask(High, &[endpoint(ISOCHRONOUS, 8)]), SpeedMask::new(&[High]), "a camera");
         assert_eq!(mask(Super, &[endpoint(ISOCHRONOUS, 8)]), SpeedMask::new(&[Super]));
         let streams = [[endpoint(BULK, 1024), companion(4)].concat()];
@@ -549,7 +558,9 @@ mod tests {
         assert_eq!(SpeedMask::of(Some(Super), None), SpeedMask::new(&[Super, High, Full]));
         assert_eq!(SpeedMask::of(None, None), SpeedMask::ANY);
         assert_eq!((SpeedMask::ANY.slowest(), SpeedMask::ANY.fastest()), (Some(Low), Some(Super)));
-        assert!(!SpeedMask::new(&[]).meets(SpeedMask::ANY) && SpeedMask::new(&[]).slowest().is_none());
+        assert!(
+            !SpeedMask::new(&[]).meets(SpeedMask::ANY) && SpeedMask::new(&[]).slowest().is_none()
+        );
     }
 
     #[test]
@@ -602,12 +613,14 @@ mod tests {
 
     fn any_interface() -> impl Strategy<Value = Vec<u8>> {
         let class = prop::sample::select(alloc::vec![8u8, 3, 0xff]);
-        (0..3u8, class, 5..7u8, prop::collection::vec(any_endpoint(), 0..3))
-            .prop_map(|(number, class, subclass, endpoints)| interface(number, class, subclass, &endpoints))
+        (0..3u8, class, 5..7u8, prop::collection::vec(any_endpoint(), 0..3)).prop_map(
+            |(number, class, subclass, endpoints)| interface(number, class, subclass, &endpoints),
+        )
     }
 
     fn any_device() -> impl Strategy<Value = Vec<u8>> {
-        let configuration = prop::collection::vec(any_interface(), 0..4).prop_map(|i| configuration(&i));
+        let configuration =
+            prop::collection::vec(any_interface(), 0..4).prop_map(|i| configuration(&i));
         prop::collection::vec(configuration, 0..3).prop_map(|c| device(&c))
     }
 

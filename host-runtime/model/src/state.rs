@@ -9,9 +9,9 @@
 //!   │   withdraw   ▼               └──────────────── removed
 //! unavailable ◄────┘                   replug       (the claim outlives the device)
 //! ```
-//! A state is never chosen: it is *derived* from three facts ([`Status::derive`]): who holds the device, whether it is
-//! plugged in, and why it is not offered, if so. What a rule or the host's own use would change about a held
-//! device waits until it is free.
+//! A state is never chosen: it is *derived* from three facts ([`Status::derive`]): who holds the
+//! device, whether it is plugged in, and why it is not offered, if so. What a rule or the host's
+//! own use would change about a held device waits until it is free.
 
 use alloc::string::String;
 use core::fmt;
@@ -110,11 +110,16 @@ pub enum Status {
 
 impl Status {
     /// All that [`Status::name`] says.
-    pub const NAMES: [&'static str; 5] = ["available", "claimed", "allocated", "removed", "unavailable"];
+    pub const NAMES: [&'static str; 5] =
+        ["available", "claimed", "allocated", "removed", "unavailable"];
 
-    /// The state that follows from the facts; `None` for a device that is neither plugged in nor held, which the
-    /// inventory keeps as a deleted row, so that its id comes back with it.
-    pub const fn derive(hold: Option<Hold>, present: bool, withheld: Option<Reason>) -> Option<Self> {
+    /// The state that follows from the facts; `None` for a device that is neither plugged in nor
+    /// held, which the inventory keeps as a deleted row, so that its id comes back with it.
+    pub const fn derive(
+        hold: Option<Hold>,
+        present: bool,
+        withheld: Option<Reason>,
+    ) -> Option<Self> {
         match (hold, present, withheld) {
             (Some(_), false, _) => Some(Self::Removed),
             (Some(Hold::Claimed), true, _) => Some(Self::Claimed),
@@ -149,8 +154,8 @@ impl Status {
         matches!(self, Self::Claimed | Self::Allocated | Self::Removed)
     }
 
-    /// Whether one event may lead from this state to `next`. A device that is not offered is never taken, and one
-    /// that is held never becomes unavailable before it was given back.
+    /// Whether one event may lead from this state to `next`. A device that is not offered is never
+    /// taken, and one that is held never becomes unavailable before it was given back.
     pub const fn may_become(self, next: Self) -> bool {
         match (self, next) {
             (Self::Unavailable(_), Self::Unavailable(_) | Self::Available) => true,
@@ -170,7 +175,10 @@ impl Status {
             "allocated" => Self::Allocated,
             "removed" => Self::Removed,
             "unavailable" => Self::Unavailable(
-                reason.unwrap_or_default().parse().map_err(|e: ParseError| e.at("status_reason"))?,
+                reason
+                    .unwrap_or_default()
+                    .parse()
+                    .map_err(|e: ParseError| e.at("status_reason"))?,
             ),
             other => {
                 return Err(ParseError::new(
@@ -217,7 +225,8 @@ mod tests {
                 for withheld in core::iter::once(None).chain(Reason::ALL.map(Some)) {
                     let Some(status) = Status::derive(hold, present, withheld) else { continue };
                     let back =
-                        Status::from_columns(status.name(), status.reason().map(Reason::name)).unwrap();
+                        Status::from_columns(status.name(), status.reason().map(Reason::name))
+                            .unwrap();
                     assert_eq!(back, status);
                     assert!(Status::NAMES.contains(&status.name()));
                 }

@@ -1,12 +1,13 @@
 //! Text of outsiders, made safe to print and to log. This is the only place that says what is safe.
 //!
-//! Names come from devices, guests, tenants and other hosts. A terminal obeys control characters (C0 and C1), and
-//! bidirectional ones turn a line around, so that it reads as another one.
+//! Names come from devices, guests, tenants and other hosts. A terminal obeys control characters
+//! (C0 and C1), and bidirectional ones turn a line around, so that it reads as another one.
 
 use alloc::string::String;
 use core::fmt::Write as _;
 
-/// The character, or U+FFFD for one that a terminal obeys, that is not seen, or that turns the order of a line around.
+/// The character, or U+FFFD for one that a terminal obeys, that is not seen, or that turns the
+/// order of a line around.
 pub const fn printable(c: char) -> char {
     let hidden = matches!(
         c,
@@ -15,7 +16,8 @@ pub const fn printable(c: char) -> char {
     if hidden { '\u{fffd}' } else { c }
 }
 
-/// One line for a terminal or a log: line ends and tabs become blanks, and what is not [`printable`] becomes U+FFFD.
+/// One line for a terminal or a log: line ends and tabs become blanks, and what is not
+/// [`printable`] becomes U+FFFD.
 pub fn clean(text: &str) -> String {
     text.chars().map(|c| if matches!(c, '\t' | '\n' | '\r') { ' ' } else { printable(c) }).collect()
 }
@@ -35,8 +37,8 @@ pub fn clean_lines(text: &str) -> String {
     text.split('\n').map(clean).collect::<alloc::vec::Vec<_>>().join("\n")
 }
 
-/// JSON text for a terminal: what is not [`printable`] is escaped, so that programs read what it was. Line ends stay:
-/// in JSON text they are layout.
+/// JSON text for a terminal: what is not [`printable`] is escaped, so that programs read what it
+/// was. Line ends stay: in JSON text they are layout.
 pub fn clean_json(text: &str) -> String {
     let mut clean = String::with_capacity(text.len());
     for c in text.chars() {
@@ -50,8 +52,9 @@ pub fn clean_json(text: &str) -> String {
     clean
 }
 
-/// What a device says of itself, made safe to print and to store: as [`printable`], without white space at the ends, and at
-/// most 126 characters (a USB string descriptor holds no more, USB 2.0, 9.6.7). Empty text is none.
+/// What a device says of itself, made safe to print and to store: as [`printable`], without white
+/// space at the ends, and at most 126 characters (a USB string descriptor holds no more, USB 2.0,
+/// 9.6.7). Empty text is none.
 pub fn clean_text(text: &str) -> Option<String> {
     let trimmed = text.trim_matches(|c: char| c.is_whitespace() || c == '\0');
     let clean: String = trimmed.chars().take(126).map(printable).collect();

@@ -9,9 +9,12 @@ use serde_json::Value;
 
 use crate::flavor::Tag;
 use crate::json::{FromJson, Object, parse_text, whole};
-use crate::{Class, Device, DevicePath, ParseError, PortPath, ProductId, ProjectId, Reason, VendorId};
+use crate::{
+    Class, Device, DevicePath, ParseError, PortPath, ProductId, ProjectId, Reason, VendorId,
+};
 
-/// One rule. What it names must all match; `tags` and `projects` are what it gives to the devices it matches.
+/// One rule. What it names must all match; `tags` and `projects` are what it gives to the devices
+/// it matches.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct WhitelistRule {
     /// Vendor id.
@@ -23,13 +26,15 @@ pub struct WhitelistRule {
     /// Bus number, 1–255.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub bus: Option<u8>,
-    /// Device number on the bus, 1–127; needs a bus. Changes at every replug: prefer `port` or `serial`.
+    /// Device number on the bus, 1–127; needs a bus. Changes at every replug: prefer `port` or
+    /// `serial`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub device: Option<u8>,
     /// Serial, letter for letter.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub serial: Option<String>,
-    /// Port path. Bus numbers are assigned at boot: the inventory remembers which socket it meant ([`Whitelist::at`]).
+    /// Port path. Bus numbers are assigned at boot: the inventory remembers which socket it meant
+    /// ([`Whitelist::at`]).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub port: Option<PortPath>,
     /// Device path.
@@ -75,7 +80,8 @@ impl WhitelistRule {
             && self.class.is_none_or(|c| d.is_of(c))
     }
 
-    /// Whether the rule names devices, rather than a whole class, bus or vendor: only then does it give away what the host uses.
+    /// Whether the rule names devices, rather than a whole class, bus or vendor: only then does it
+    /// give away what the host uses.
     const fn names(&self) -> bool {
         self.product.is_some()
             || self.serial.is_some()
@@ -87,15 +93,20 @@ impl WhitelistRule {
 
 impl FromJson for WhitelistRule {
     fn from_json(value: &Value) -> Result<Self, ParseError> {
-        let object =
-            Object::new(value, "a rule such as { vendor = \"0x136b\", product = \"0x0003\" }", RULE_KEYS)?;
+        let object = Object::new(
+            value,
+            "a rule such as { vendor = \"0x136b\", product = \"0x0003\" }",
+            RULE_KEYS,
+        )?;
         let number = |key: &str, most: u64| match object.raw(key) {
             None => Ok(None),
             Some(value) => whole(value)
                 .filter(|n| (1..=most).contains(n))
                 .and_then(|n| u8::try_from(n).ok())
                 .map(Some)
-                .ok_or_else(|| ParseError::new(value, format!("a {key} number from 1 to {most}")).at(key)),
+                .ok_or_else(|| {
+                    ParseError::new(value, format!("a {key} number from 1 to {most}")).at(key)
+                }),
         };
         let rule = Self {
             vendor: object.take("vendor")?,
@@ -111,10 +122,13 @@ impl FromJson for WhitelistRule {
             one_time_use: match object.raw("one_time_use") {
                 None => false,
                 Some(Value::Bool(is)) => *is,
-                Some(other) => return Err(ParseError::new(other, "true or false").at("one_time_use")),
+                Some(other) => {
+                    return Err(ParseError::new(other, "true or false").at("one_time_use"));
+                }
             },
         };
-        let selects = Self { tags: Vec::new(), projects: Vec::new(), one_time_use: false, ..rule.clone() };
+        let selects =
+            Self { tags: Vec::new(), projects: Vec::new(), one_time_use: false, ..rule.clone() };
         if object.is_empty() || selects == Self::default() {
             return Err(ParseError::new(
                 value,
@@ -175,13 +189,17 @@ impl Verdict {
     /// it.
     #[must_use]
     pub fn withheld_for(self, why: &str) -> Self {
-        Self { withheld: Some(Reason::HostUse), because: format!("{why}; no rule changes that"), ..self }
+        Self {
+            withheld: Some(Reason::HostUse),
+            because: format!("{why}; no rule changes that"),
+            ..self
+        }
     }
 }
 
 impl Whitelist {
-    /// Reads `usb_white_list_switch` (`"on"`, `"off"` or a boolean) and the rules: a list, one rule, or JSON text of
-    /// either.
+    /// Reads `usb_white_list_switch` (`"on"`, `"off"` or a boolean) and the rules: a list, one
+    /// rule, or JSON text of either.
     ///
     /// # Errors
     /// Names the key and the rule that was wrong.
@@ -201,7 +219,8 @@ impl Whitelist {
         Ok(Self { on, rules })
     }
 
-    /// The same list with each port that a rule names replaced by its path, where `path` knows it. A rule keeps its port otherwise.
+    /// The same list with each port that a rule names replaced by its path, where `path` knows it.
+    /// A rule keeps its port otherwise.
     #[must_use]
     pub fn at(&self, path: impl Fn(&PortPath) -> Option<DevicePath>) -> Self {
         let rules = self.rules.iter().map(|rule| match rule.port.as_ref().and_then(&path) {
@@ -216,24 +235,31 @@ impl Whitelist {
 
     /// The ports that rules name, each once.
     pub fn ports(&self) -> Vec<&PortPath> {
-        let mut ports: Vec<&PortPath> = self.rules.iter().filter_map(|rule| rule.port.as_ref()).collect();
+        let mut ports: Vec<&PortPath> =
+            self.rules.iter().filter_map(|rule| rule.port.as_ref()).collect();
         ports.sort_unstable();
         ports.dedup();
         ports
     }
 
-    /// Judges one device. Hubs are not judged: they are never offered, and discovery keeps them apart.
+    /// Judges one device. Hubs are not judged: they are never offered, and discovery keeps them
+    /// apart.
     pub fn judge(&self, device: &Device) -> Verdict {
         let mut matching = self.rules.iter().enumerate().filter(|(_, rule)| rule.matches(device));
-        // What the host uses is given away by a rule that names it, though a broader one stands before it.
-        let naming = || matching.clone().find(|(_, rule)| rule.names() && device.host_use.is_some());
+        // What the host uses is given away by a rule that names it, though a broader one stands
+        // before it.
+        let naming =
+            || matching.clone().find(|(_, rule)| rule.names() && device.host_use.is_some());
         let found = naming().or_else(|| matching.next());
         let number = found.map(|(i, _)| i);
         let by = number.map_or_else(String::new, |i| format!("rule {}", i + 1));
         let verdict = |withheld, because: String| Verdict {
             withheld,
             rule: number,
-            projects: found.filter(|_| self.on).map(|(_, r)| r.projects.clone()).unwrap_or_default(),
+            projects: found
+                .filter(|_| self.on)
+                .map(|(_, r)| r.projects.clone())
+                .unwrap_or_default(),
             tags: found.map(|(_, r)| r.tags.clone()).unwrap_or_default(),
             one_time_use: found.is_some_and(|(_, r)| r.one_time_use),
             because,
@@ -245,7 +271,8 @@ impl Whitelist {
             (_, Some(used)) => verdict(
                 Some(Reason::HostUse),
                 format!(
-                    "the host uses it ({used}); a rule that names it by product, serial, port or device would offer it"
+                    "the host uses it ({used}); a rule that names it by product, serial, port or \
+                        device would offer it"
                 ),
             ),
             (Some(_), None) => verdict(None, format!("{by} offers it")),
@@ -351,13 +378,18 @@ mod tests {
 
     #[test]
     fn a_rule_may_let_a_device_be_used_once() {
-        for (rule, once) in
-            [(json!({"vendor":"136b","one_time_use":true}), true), (json!({"vendor":"136b"}), false)]
-        {
+        for (rule, once) in [
+            (json!({"vendor":"136b","one_time_use":true}), true),
+            (json!({"vendor":"136b"}), false),
+        ] {
             assert_eq!(list(true, &rule).judge(&stick(None)).one_time_use, once);
         }
-        assert!(Whitelist::parse(None, Some(&json!([{"one_time_use":true}]))).is_err(), "it names nothing");
-        let wrong = Whitelist::parse(None, Some(&json!([{"vendor":"1","one_time_use":"yes"}]))).unwrap_err();
+        assert!(
+            Whitelist::parse(None, Some(&json!([{"one_time_use":true}]))).is_err(),
+            "it names nothing"
+        );
+        let wrong = Whitelist::parse(None, Some(&json!([{"vendor":"1","one_time_use":"yes"}])))
+            .unwrap_err();
         assert!(
             wrong.to_string().contains("[0].one_time_use: found \"yes\", wanted true or false"),
             "{wrong}"
@@ -374,11 +406,13 @@ mod tests {
         assert!(error(json!([{"tags":["a"]}])).contains("a rule that names"));
         assert!(error(json!([{"product":"1"}])).contains("the vendor too"));
         assert!(
-            error(json!([{"vendor":"1","projects":[]}])).contains("usb_passthrough_whitelist[0].projects")
+            error(json!([{"vendor":"1","projects":[]}]))
+                .contains("usb_passthrough_whitelist[0].projects")
         );
         assert!(error(json!("[{")).contains("not JSON"));
         assert!(
-            error(json!([{"bus":"2","device":"200","vendor":"1"}])).contains("device number from 1 to 127")
+            error(json!([{"bus":"2","device":"200","vendor":"1"}]))
+                .contains("device number from 1 to 127")
         );
         assert!(
             Whitelist::parse(Some(&json!("maybe")), None)

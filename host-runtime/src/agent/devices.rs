@@ -5,8 +5,8 @@
 //!  SIGHUP ──┼─► Nudge ─► ──── or 1 s since    ───► scan ─► plan ─► store ─► the guests' thread is told
 //!  clock ───┘                 the first event
 //! ```
-//! It never asks libvirt, so that the inventory is true whatever the guests do. systemd's watchdog hears from it as long as the
-//! guests' thread goes on as well ([`Pulse`]).
+//! It never asks libvirt, so that the inventory is true whatever the guests do. systemd's watchdog
+//! hears from it as long as the guests' thread goes on as well ([`Pulse`]).
 
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -55,7 +55,8 @@ pub(super) enum Nudge {
 #[derive(Clone)]
 pub(super) struct Pulse(Arc<Mutex<Instant>>);
 
-/// The guests' thread waits for nothing but the store's lock, [`PATIENCE`](super::PATIENCE) at the most each time.
+/// The guests' thread waits for nothing but the store's lock, [`PATIENCE`](super::PATIENCE) at the
+/// most each time.
 const PULSE: Duration = Duration::from_secs(25);
 
 impl Pulse {
@@ -109,11 +110,12 @@ impl Rules {
         self.now.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Reads the file again; says whether anything changed. What is wrong changes nothing; what cannot change while the agent runs
-    /// stays, and is told.
+    /// Reads the file again; says whether anything changed. What is wrong changes nothing; what
+    /// cannot change while the agent runs stays, and is told.
     fn reload(&self, admit: impl FnOnce(&Config, Option<&Path>) -> anyhow::Result<()>) -> bool {
         let was = self.now();
-        // Without a file of that name the defaults would count, which offer every device to everybody.
+        // Without a file of that name the defaults would count, which offer every device to
+        // everybody.
         let path = path(self.file.as_deref());
         if self.first.is_some() && !path.exists() {
             tracing::error!("{} is gone; the rules before count on", path.display());
@@ -174,8 +176,8 @@ fn path(file: Option<&Path>) -> &Path {
     file.unwrap_or(Path::new(DEFAULT_PATH))
 }
 
-/// The files that the agent works with, and which they are: one that was replaced while it runs would go on without it, and a held device
-/// would be given away.
+/// The files that the agent works with, and which they are: one that was replaced while it runs
+/// would go on without it, and a held device would be given away.
 pub(super) struct Files(Vec<(PathBuf, FileId)>);
 
 /// Device and inode.
@@ -184,7 +186,11 @@ type FileId = (u64, u64);
 impl Files {
     /// Those that are there now.
     pub(super) fn new(paths: Vec<PathBuf>) -> std::io::Result<Self> {
-        paths.into_iter().map(|path| Ok((path.clone(), file_id(&path)?))).collect::<Result<_, _>>().map(Self)
+        paths
+            .into_iter()
+            .map(|path| Ok((path.clone(), file_id(&path)?)))
+            .collect::<Result<_, _>>()
+            .map(Self)
     }
 
     fn check(&self) -> Result<(), String> {
@@ -192,7 +198,8 @@ impl Files {
         match self.0.iter().find(|(path, id)| !file_id(path).is_ok_and(|now| now == *id)) {
             None => Ok(()),
             Some((path, _)) => Err(format!(
-                "{} was removed or replaced while the agent ran: it must start anew, and takes over what is in the guests",
+                "{} was removed or replaced while the agent ran: it must start anew, and takes \
+                    over what is in the guests",
                 path.display()
             )),
         }
@@ -219,16 +226,23 @@ pub(super) struct Devices {
     pub(super) hypervisor: Arc<Supervised>,
     pub(super) pulse: Pulse,
     pub(super) guests: Sender<Signal>,
-    /// Called after each scan: where devices are simulated, domains start when their devices are there.
+    /// Called after each scan: where devices are simulated, domains start when their devices are
+    /// there.
     pub(super) after: Box<dyn Fn() + Send>,
 }
 
 impl Devices {
-    /// Scans when it is told to, and at intervals, until it is told to stop. `ready` is called once, after the first scan.
+    /// Scans when it is told to, and at intervals, until it is told to stop. `ready` is called
+    /// once, after the first scan.
     ///
     /// # Errors
-    /// When the agent cannot go on: its files are not those that it opened. The guests' thread is told to stop.
-    pub(super) fn run(mut self, nudges: &Receiver<Nudge>, ready: impl FnOnce()) -> Result<(), String> {
+    /// When the agent cannot go on: its files are not those that it opened. The guests' thread is
+    /// told to stop.
+    pub(super) fn run(
+        mut self,
+        nudges: &Receiver<Nudge>,
+        ready: impl FnOnce(),
+    ) -> Result<(), String> {
         let done = self.follow(nudges, ready);
         drop(self.guests.send(Signal::Stop));
         done
@@ -255,8 +269,10 @@ impl Devices {
             let interval = self.without_events.map_or(interval, |often| often.min(interval));
             let pause = wait_for_next.map_or(interval, |wait| wait.min(interval));
             let until_scan = pause.saturating_sub(last_scan.elapsed());
-            let wait =
-                until_scan.min(edits.next_look()).min(watchdog.unwrap_or(LOOK)).max(Duration::from_millis(1));
+            let wait = until_scan
+                .min(edits.next_look())
+                .min(watchdog.unwrap_or(LOOK))
+                .max(Duration::from_millis(1));
             let first = match nudges.recv_timeout(wait) {
                 Ok(nudge) => Some(nudge),
                 Err(RecvTimeoutError::Timeout) => None,
@@ -286,8 +302,8 @@ impl Devices {
         }
     }
 
-    /// Looks at all devices. What could not be seen or recorded is tried again after the time returned: a second first, twice as long as
-    /// `waited` later.
+    /// Looks at all devices. What could not be seen or recorded is tried again after the time
+    /// returned: a second first, twice as long as `waited` later.
     fn scan(&mut self, began: Instant, waited: Option<Duration>) -> Option<Duration> {
         let again = Some(waited.map_or(FIRST_RETRY, |waited| waited.saturating_mul(2)));
         self.metrics.interval(self.rules.now().scan_interval);
@@ -317,10 +333,12 @@ impl Devices {
         snapshot.guests = guest_uses::of(self.hypervisor.known(), &snapshot);
         self.tell_of(&snapshot.problems);
         self.store.restart_patience();
-        let whitelist = inventory::located(&config.whitelist, &mut self.store, &snapshot, &config.sysfs_root)
-            .map_err(|e| e.to_string())?;
-        let plan =
-            |known: &[virt_usb_store::Record]| inventory::plan(&snapshot, known, &whitelist, &config.aliases);
+        let whitelist =
+            inventory::located(&config.whitelist, &mut self.store, &snapshot, &config.sysfs_root)
+                .map_err(|e| e.to_string())?;
+        let plan = |known: &[virt_usb_store::Record]| {
+            inventory::plan(&snapshot, known, &whitelist, &config.aliases)
+        };
         let seen = snapshot.seen(&config.aliases);
         let done = self.store.reconcile(&self.host, &config.flapping, seen, plan, &context);
         let done = done.map_err(|e| e.to_string())?;
@@ -347,7 +365,8 @@ impl Devices {
             tracing::warn!(place, "could not be read: {place}: {}", problem.what);
         }
         let is_there = |told: &Problem| problems.iter().any(|problem| problem.place == told.place);
-        let mut solved: Vec<String> = self.told.iter().filter(|told| !is_there(told)).map(name).collect();
+        let mut solved: Vec<String> =
+            self.told.iter().filter(|told| !is_there(told)).map(name).collect();
         solved.dedup();
         for place in solved {
             tracing::info!(place, "can be read again: {place}");
@@ -358,7 +377,8 @@ impl Devices {
     fn prune(&mut self) {
         let days = self.rules.now().events_keep_days;
         self.store.restart_patience();
-        let pruned: Result<usize, StoreError> = if days == 0 { Ok(0) } else { self.store.prune_events(days) };
+        let pruned: Result<usize, StoreError> =
+            if days == 0 { Ok(0) } else { self.store.prune_events(days) };
         if let Err(e) = pruned {
             tracing::warn!("old events cannot be removed: {e}");
         }
@@ -368,8 +388,9 @@ impl Devices {
         }
         self.store.restart_patience();
         let context = machine::context(&config, ACTOR).map_err(|e| e.to_string());
-        let forget =
-            |context| self.store.forget_old(config.forget_after_days, &context).map_err(|e| e.to_string());
+        let forget = |context| {
+            self.store.forget_old(config.forget_after_days, &context).map_err(|e| e.to_string())
+        };
         match context.and_then(forget) {
             Ok(0) => {}
             Ok(count) => {
@@ -382,8 +403,8 @@ impl Devices {
     }
 }
 
-/// When the configuration's file is read again: after it was the same in two looks, for an editor that writes it anew
-/// empties it first.
+/// When the configuration's file is read again: after it was the same in two looks, for an editor
+/// that writes it anew empties it first.
 struct Edits {
     /// As it was when it was read.
     read: Option<Stamp>,
@@ -499,7 +520,8 @@ mod tests {
 
     impl UsbSource for Eyes {
         fn snapshot(&self) -> crate::discovery::Snapshot {
-            let blind = virt_usb_model::device::Problem { place: "1-1".into(), what: "is dark".into() };
+            let blind =
+                virt_usb_model::device::Problem { place: "1-1".into(), what: "is dark".into() };
             crate::discovery::Snapshot {
                 problems: if self.0 { vec![] } else { vec![blind] },
                 ..Default::default()
@@ -543,8 +565,11 @@ mod tests {
         rules.reload(|_, _| Ok(()));
         assert_eq!(rules.now().scan_interval, Duration::from_secs(7));
         let before = rules.stamp();
-        std::fs::write(&file, "scan_interval = 9\nstate_dir = '/elsewhere'\nusb_white_list_switch = 'on'\n")
-            .unwrap();
+        std::fs::write(
+            &file,
+            "scan_interval = 9\nstate_dir = '/elsewhere'\nusb_white_list_switch = 'on'\n",
+        )
+        .unwrap();
         assert_ne!(rules.stamp(), before);
         rules.reload(|_, _| Ok(()));
         assert_eq!(rules.now().scan_interval, Duration::from_secs(9));
@@ -552,7 +577,11 @@ mod tests {
         assert_eq!(rules.now().state_dir, Config::default().state_dir, "from the next start on");
         std::fs::remove_file(&file).unwrap();
         rules.reload(|_, _| Ok(()));
-        assert_eq!(rules.now().scan_interval, Duration::from_secs(9), "a file that is gone changes nothing");
+        assert_eq!(
+            rules.now().scan_interval,
+            Duration::from_secs(9),
+            "a file that is gone changes nothing"
+        );
     }
 
     #[test]

@@ -51,14 +51,16 @@ pub fn ask(hypervisor: &dyn Hypervisor, snapshot: &Snapshot) -> Result<GuestUses
     let mut guests = ByGuest::new();
     for instance in hypervisor.all()? {
         // One that went meanwhile, or that cannot be read, uses nothing that could be told.
-        let domain = hypervisor.xml(instance)?.and_then(|xml| virt_usb_domxml::read(xml.as_bytes()).ok());
+        let domain =
+            hypervisor.xml(instance)?.and_then(|xml| virt_usb_domxml::read(xml.as_bytes()).ok());
         let using = domain.and_then(|domain| Using::new(&domain, running.contains(&instance)));
         guests.extend(using.map(|using| (instance, using)));
     }
     Ok(GuestUses::Known(resolve(snapshot, &guests, canonical)))
 }
 
-/// Which of the devices that are plugged in guests use, by what is known of the guests; `None`: they were not all looked at yet.
+/// Which of the devices that are plugged in guests use, by what is known of the guests; `None`:
+/// they were not all looked at yet.
 pub(super) fn of(known: Option<Vec<Known>>, snapshot: &Snapshot) -> GuestUses {
     let Some(known) = known else { return GuestUses::Unknown };
     let using = |known: Known| Some((known.instance, using(&known)?));
@@ -103,7 +105,8 @@ fn resolve(
             };
             let is_of = |nodes: &Nodes| match &source.place {
                 HostPlace::Path(path) => {
-                    nodes.paths.contains(path) || link.as_ref().is_some_and(|link| nodes.paths.contains(link))
+                    nodes.paths.contains(path)
+                        || link.as_ref().is_some_and(|link| nodes.paths.contains(link))
                 }
                 HostPlace::Network(name) => nodes.networks.contains(name),
                 HostPlace::ScsiHost(name) => nodes.scsi_hosts.contains(name),
@@ -170,15 +173,17 @@ mod tests {
         let guests = Using::new(&domain, true).map(|using| (instance, using)).into_iter().collect();
         let link = |path: &str| (path == "/dev/stick").then(|| "/dev/sdb1".to_owned());
         let uses = resolve(&Simulated::parse(DEVICES).unwrap().snapshot(), &guests, link);
-        let shown =
-            uses.iter().flat_map(|(port, all)| all.iter().map(move |one| format!("{port} {}", one.what)));
+        let shown = uses
+            .iter()
+            .flat_map(|(port, all)| all.iter().map(move |one| format!("{port} {}", one.what)));
         shown.collect()
     }
 
     #[test]
     fn each_door_leads_to_its_device() {
-        let disk =
-            |path: &str| format!("<disk type='block'><source dev='{path}'/><target dev='vda'/></disk>");
+        let disk = |path: &str| {
+            format!("<disk type='block'><source dev='{path}'/><target dev='vda'/></disk>")
+        };
         for path in ["/dev/sdb", "/dev/sdb1", "/dev/disk/by-id/usb-K", "/dev/stick"] {
             assert_eq!(used(&disk(path)), ["1-1 used by guest g as disk vda"], "{path}");
         }
@@ -191,11 +196,16 @@ mod tests {
     #[test]
     fn a_hostdev_counts_where_it_names_one_device() {
         let hostdev = |source: &str, more: &str| {
-            format!("<hostdev mode='subsystem' type='usb'><source>{source}</source>{more}</hostdev>")
+            format!(
+                "<hostdev mode='subsystem' type='usb'><source>{source}</source>{more}</hostdev>"
+            )
         };
         let kind = "<vendor id='0x0403'/><product id='0x6001'/>";
         assert_eq!(used(&hostdev(kind, "")), ["1-3 used by guest g as hostdev"]);
-        assert_eq!(used(&hostdev("<address bus='1' device='6'/>", "")), ["1-2 used by guest g as hostdev"]);
+        assert_eq!(
+            used(&hostdev("<address bus='1' device='6'/>", "")),
+            ["1-2 used by guest g as hostdev"]
+        );
         let twins = "<vendor id='0x0951'/><product id='0x1666'/>";
         assert_eq!(used(&hostdev(twins, "")), [""; 0], "either of two");
         assert_eq!(used(&hostdev("", "")), [""; 0], "any");

@@ -1,12 +1,13 @@
-//! The guests' thread: who is to be looked at, and when; and the workers that look and do what is to be done, an instance at a
-//! time each.
+//! The guests' thread: who is to be looked at, and when; and the workers that look and do what is
+//! to be done, an instance at a time each.
 //!
 //! ```text
 //!  libvirt's events ─┐
 //!  devices changed ──┼─► due ─► worker: look, plan, converge ─► Report ─► retries with back-off, looks that are promised
 //!  clock, retries ───┘
 //! ```
-//! This thread never asks libvirt: a guest about which libvirt does not answer keeps one worker, and nobody else.
+//! This thread never asks libvirt: a guest about which libvirt does not answer keeps one worker,
+//! and nobody else.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -241,7 +242,8 @@ impl Guests {
     /// Until the next promise, retry or pass over everybody; no longer than a second.
     fn wait(&self) -> Duration {
         let interval = self.rules.now().scan_interval;
-        let pass = self.last_pass.map_or(Duration::ZERO, |at| interval.saturating_sub(at.elapsed()));
+        let pass =
+            self.last_pass.map_or(Duration::ZERO, |at| interval.saturating_sub(at.elapsed()));
         let until = |at: &Instant| at.saturating_duration_since(Instant::now());
         let promised = self.promised.values().map(until).min();
         let retry = self.retries.values().filter_map(|r| r.at.as_ref().map(until)).min();
@@ -273,7 +275,8 @@ impl Guests {
             }
             Signal::Answered(instance) => drop(self.due.insert(instance)),
             Signal::Devices => {
-                // What failed for want of a device may go now; what goes on failing is tried less and less often all the same.
+                // What failed for want of a device may go now; what goes on failing is tried less
+                // and less often all the same.
                 let now = Instant::now();
                 self.retries.values_mut().for_each(|retry| retry.at = Some(now));
                 self.everybody = true;
@@ -305,7 +308,8 @@ impl Guests {
                 }
                 (report.failed, report.blocked)
             }
-            // When libvirt is back everybody is looked at; when it has answered, this one. One connection of several may be away.
+            // When libvirt is back everybody is looked at; when it has answered, this one. One
+            // connection of several may be away.
             Err(WorkError::Hypervisor(Failure::Away(_) | Failure::Silent(_))) => {
                 self.miss();
                 self.promise(instance);
@@ -328,11 +332,14 @@ impl Guests {
                 (BTreeSet::from([String::new()]), BTreeSet::new())
             }
         };
-        self.retries
-            .retain(|(of, about), _| *of != instance || failed.contains(about) || blocked.contains(about));
+        self.retries.retain(|(of, about), _| {
+            *of != instance || failed.contains(about) || blocked.contains(about)
+        });
         for about in failed {
-            let wait =
-                self.retries.get(&(instance, about.clone())).map_or(SHORTEST, |r| (r.wait * 2).min(LONGEST));
+            let wait = self
+                .retries
+                .get(&(instance, about.clone()))
+                .map_or(SHORTEST, |r| (r.wait * 2).min(LONGEST));
             self.retries.insert((instance, about), Retry { at: Some(Instant::now() + wait), wait });
         }
     }
@@ -398,7 +405,9 @@ impl Guests {
                 return;
             }
             Err(e) => {
-                tracing::warn!("the guests cannot be listed: {e}; those that are known are looked at");
+                tracing::warn!(
+                    "the guests cannot be listed: {e}; those that are known are looked at"
+                );
                 self.miss();
                 self.seen()
             }
@@ -411,7 +420,8 @@ impl Guests {
     /// Queues the guests that the current round does not include yet.
     fn add_to_round(&mut self, guests: Vec<InstanceId>) {
         let Some(round) = &mut self.round else { return };
-        let new: Vec<InstanceId> = guests.into_iter().filter(|i| !round.asked.contains(i)).collect();
+        let new: Vec<InstanceId> =
+            guests.into_iter().filter(|i| !round.asked.contains(i)).collect();
         round.open.extend(&new);
         round.asked.extend(&new);
         for instance in new {
@@ -427,17 +437,21 @@ impl Guests {
     /// Whose time has come.
     fn wake(&mut self) {
         let now = Instant::now();
-        for ((of, _), retry) in self.retries.iter_mut().filter(|(_, r)| r.at.is_some_and(|at| at <= now)) {
+        for ((of, _), retry) in
+            self.retries.iter_mut().filter(|(_, r)| r.at.is_some_and(|at| at <= now))
+        {
             // Once: otherwise it would be its turn again at once, until somebody answers.
             retry.at = None;
             self.due.insert(*of);
         }
         self.due.extend(self.promised.iter().filter(|(_, at)| **at <= now).map(|(of, _)| *of));
         self.promised.retain(|_, at| *at > now);
-        self.everybody |= self.last_pass.is_none_or(|at| at.elapsed() >= self.rules.now().scan_interval);
+        self.everybody |=
+            self.last_pass.is_none_or(|at| at.elapsed() >= self.rules.now().scan_interval);
     }
 
-    /// Finds out whether this libvirt is the one that runs the guests which hold devices. `all` are the guests that it knows.
+    /// Finds out whether this libvirt is the one that runs the guests which hold devices. `all` are
+    /// the guests that it knows.
     fn compare_libvirt(&mut self, all: Option<&[InstanceId]>) {
         let Some(identity) = self.identity.clone().filter(|_| !self.trusted) else { return };
         match self.is_trusted(&identity, all) {
@@ -446,8 +460,13 @@ impl Guests {
         }
     }
 
-    /// What a libvirt does not know is absent only if it is the one that was remembered, or knows one of those who hold devices.
-    fn is_trusted(&mut self, identity: &str, all: Option<&[InstanceId]>) -> Result<bool, StoreError> {
+    /// What a libvirt does not know is absent only if it is the one that was remembered, or knows
+    /// one of those who hold devices.
+    fn is_trusted(
+        &mut self,
+        identity: &str,
+        all: Option<&[InstanceId]>,
+    ) -> Result<bool, StoreError> {
         self.store.restart_patience();
         let before = self.store.libvirt()?;
         if before.as_deref() == Some(identity) {
@@ -456,16 +475,20 @@ impl Guests {
         let Some(all) = all else { return Ok(false) };
         let holders = View::read(&self.store)?.instances();
         let knows_one = holders.iter().any(|holder| all.contains(holder));
-        // An inventory that does not know yet which libvirt it was has a process of one of them to go by.
-        let runs_elsewhere = || holders.iter().any(|holder| self.hypervisor.process(*holder).is_some());
+        // An inventory that does not know yet which libvirt it was has a process of one of them to
+        // go by.
+        let runs_elsewhere =
+            || holders.iter().any(|holder| self.hypervisor.process(*holder).is_some());
         let is_doubtful = !holders.is_empty() && !knows_one;
-        let before =
-            is_doubtful.then(|| before.or_else(|| runs_elsewhere().then(|| "not known which".into())));
+        let before = is_doubtful
+            .then(|| before.or_else(|| runs_elsewhere().then(|| "not known which".into())));
         if let Some(before) = before.flatten() {
             if self.doubted.as_deref() != Some(identity) {
                 tracing::error!(
-                    "this libvirt ({identity}) knows none of the {} guests that hold devices, which another one ran ({before}), or that are to \
-                     have some: nothing is freed. Look at libvirt_uri; where it is right, 'virt-usb claims release --force' ends what such a guest holds",
+                    "this libvirt ({identity}) knows none of the {} guests that hold devices, \
+                        which another one ran ({before}), or that are to \
+                     have some: nothing is freed. Look at libvirt_uri; where it is right, \
+                     'virt-usb claims release --force' ends what such a guest holds",
                     holders.len()
                 );
                 self.doubted = Some(identity.to_owned());
@@ -492,7 +515,8 @@ impl Guests {
         }
     }
 
-    /// Everybody is looked at: those that have to do with the inventory at once, the others when it is known who they are.
+    /// Everybody is looked at: those that have to do with the inventory at once, the others when it
+    /// is known who they are.
     fn begin_round(&mut self) -> Result<(), StoreError> {
         let read = View::read(&self.store);
         self.show(&read);
@@ -525,7 +549,10 @@ impl Guests {
         let absence = Absence {
             gone: self.gone(instance),
             claims: Some(
-                self.absences.get(&instance).map(|missing| missing.claims.clone()).unwrap_or_default(),
+                self.absences
+                    .get(&instance)
+                    .map(|missing| missing.claims.clone())
+                    .unwrap_or_default(),
             ),
         };
         let blocked = self.blocked(instance);
@@ -539,7 +566,8 @@ impl Guests {
         let is_blocked = self.hypervisor.is_blocked();
         if is_blocked && !std::mem::replace(&mut self.told_of_block, true) {
             tracing::error!(
-                "libvirt answers nothing about too many guests: it is asked nothing more, and no guest gets a device, until it answers about some"
+                "libvirt answers nothing about too many guests: it is asked nothing more, and no \
+                    guest gets a device, until it answers about some"
             );
         }
         if !is_blocked && std::mem::take(&mut self.told_of_block) {
@@ -550,7 +578,8 @@ impl Guests {
         let all_wait = load.waiting >= IMPATIENCE;
         if all_wait && !self.told_of_workers {
             tracing::error!(
-                "{} guests keep all workers waiting: other guests are not looked at until libvirt answers about some of them",
+                "{} guests keep all workers waiting: other guests are not looked at until libvirt \
+                    answers about some of them",
                 load.busy
             );
         }
@@ -587,8 +616,9 @@ impl Guests {
 
     /// Tells of calls without an answer: at once in the log, later as a problem of the guest.
     fn tell_of(&mut self, unanswered: &[Unanswered]) {
-        let is_same =
-            |one: &Unanswered, other: &Unanswered| (one.instance, one.since) == (other.instance, other.since);
+        let is_same = |one: &Unanswered, other: &Unanswered| {
+            (one.instance, one.since) == (other.instance, other.since)
+        };
         let patience = self.rules.now().libvirt_patience;
         self.told.retain(|(told, _)| unanswered.iter().any(|call| is_same(told, call)));
         for call in unanswered {
@@ -601,7 +631,8 @@ impl Guests {
             if known.is_none() {
                 let about = domain.as_deref().map_or("all guests", |domain| domain);
                 tracing::warn!(
-                    "libvirt has not answered about {about} for {} s ({}): nothing else waits for that",
+                    "libvirt has not answered about {about} for {} s ({}): nothing else waits for \
+                        that",
                     call.since.elapsed().as_secs(),
                     call.what
                 );
@@ -627,8 +658,10 @@ impl Guests {
         self.store.restart_patience();
         let whom = self.store.asker(instance, domain, None)?;
         let why = format!(
-            "libvirt has not answered about {domain} for {} s ({what}): QEMU hangs, or a hook of libvirt's does: 'virsh domcontrol {domain}' \
-             and 'journalctl -u libvirtd' show more. It goes on by itself when libvirt answers; if it never does, 'virsh destroy {domain}'",
+            "libvirt has not answered about {domain} for {} s ({what}): QEMU hangs, or a hook of \
+                libvirt's does: 'virsh domcontrol {domain}' \
+             and 'journalctl -u libvirtd' show more. It goes on by itself when libvirt answers; if \
+             it never does, 'virsh destroy {domain}'",
             patience.as_secs()
         );
         if self.store.note_problem(&whom, ABOUT_LIBVIRT, Some(&why), &context)? {
@@ -662,8 +695,11 @@ impl Guests {
             (seconds, config.absent_grace.as_secs_f64()),
             (undefined.unwrap_or(f64::MAX), config.undefined_grace.as_secs_f64()),
         ];
-        let next =
-            ahead.iter().filter(|(at, limit)| at < limit).map(|(at, limit)| limit - at).reduce(f64::min);
+        let next = ahead
+            .iter()
+            .filter(|(at, limit)| at < limit)
+            .map(|(at, limit)| limit - at)
+            .reduce(f64::min);
         if let Some(next) = next {
             self.promised.insert(instance, now + Duration::from_secs_f64(next + 0.01));
         }
@@ -758,7 +794,8 @@ mod tests {
     fn an_inventory_that_cannot_be_read_is_looked_at_once_a_second() {
         let state = tempfile::tempdir().unwrap();
         let (mut guests, signals) = guests(state.path());
-        let database = rusqlite::Connection::open(state.path().join(virt_usb_store::FILE_NAME)).unwrap();
+        let database =
+            rusqlite::Connection::open(state.path().join(virt_usb_store::FILE_NAME)).unwrap();
         database.execute_batch("ALTER TABLE problems RENAME TO elsewhere").unwrap();
         guests.pass();
         assert!(guests.wait() > SECOND / 2, "{:?}", guests.wait());
@@ -766,6 +803,8 @@ mod tests {
         guests.due.insert(instance);
         guests.pass();
         hear(&mut guests, &signals, instance);
-        assert!(guests.wait() > SECOND / 4 && guests.retries.contains_key(&(instance, String::new())));
+        assert!(
+            guests.wait() > SECOND / 4 && guests.retries.contains_key(&(instance, String::new()))
+        );
     }
 }

@@ -1,5 +1,5 @@
-//! What the agent says of itself to `virt-usb doctor`: asked and answered over the socket at which it hears hooks, by the thread
-//! that hears them. So it answers though its other threads wait.
+//! What the agent says of itself to `virt-usb doctor`: asked and answered over the socket at which
+//! it hears hooks, by the thread that hears them. So it answers though its other threads wait.
 
 use std::io;
 use std::os::fd::AsRawFd;
@@ -28,7 +28,8 @@ const READ_TIMEOUT: Duration = Duration::from_secs(2);
 /// Maximum size of a response, in bytes.
 const MAX_RESPONSE_BYTES: usize = 16 << 10;
 
-/// Health of the agent. Ages are in seconds. Readers ignore keys that they do not know, and take missing ones as empty.
+/// Health of the agent. Ages are in seconds. Readers ignore keys that they do not know, and take
+/// missing ones as empty.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Health {
@@ -54,7 +55,8 @@ pub struct Health {
     pub api_served: Option<bool>,
     /// Whether the metrics are served; none: not known.
     pub metrics_served: Option<bool>,
-    /// Error of the API's certificate or key, as the agent's user reads them; none: no error, or no TLS.
+    /// Error of the API's certificate or key, as the agent's user reads them; none: no error, or no
+    /// TLS.
     pub certificate_error: Option<String>,
 }
 
@@ -75,8 +77,9 @@ pub(super) fn tell(metrics: &Metrics, hypervisor: &Supervised, tls: Option<&Tls>
     let age = |since: Option<Instant>| since.map(|since| since.elapsed().as_secs_f64());
     let moments = metrics.moments();
     let call = |call: &crate::hypervisor::Unanswered| {
-        let name =
-            |id| hypervisor.guest(id).map_or_else(|| id.to_string(), |known| known.domain.name.clone());
+        let name = |id| {
+            hypervisor.guest(id).map_or_else(|| id.to_string(), |known| known.domain.name.clone())
+        };
         Call {
             about: call.instance.map(name),
             what: call.what.to_owned(),
@@ -100,13 +103,15 @@ pub(super) fn tell(metrics: &Metrics, hypervisor: &Supervised, tls: Option<&Tls>
     serde_json::to_string(&health).unwrap_or_default()
 }
 
-/// The error of a certificate or its key. On a file system that does not answer they are not waited for.
+/// The error of a certificate or its key. On a file system that does not answer they are not waited
+/// for.
 fn certificate_error(tls: &Tls) -> Option<String> {
     let (to, from) = channel();
     let certificate = Certificate::new(tls.clone());
     let read = std::thread::Builder::new().name("certificate".into());
     read.spawn(move || drop(to.send(certificate.read().err()))).ok()?;
-    from.recv_timeout(READ_TIMEOUT).unwrap_or_else(|_| Some("the files cannot be read in time".into()))
+    from.recv_timeout(READ_TIMEOUT)
+        .unwrap_or_else(|_| Some("the files cannot be read in time".into()))
 }
 
 /// Sends a response. If the client's queue is full, the response is dropped.

@@ -115,7 +115,9 @@ struct Shown {
 
 /// From a millisecond to half a minute.
 fn seconds() -> Histogram {
-    Histogram::new([0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0])
+    Histogram::new([
+        0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0,
+    ])
 }
 
 impl Default for Metrics {
@@ -156,7 +158,11 @@ impl Default for Metrics {
             shown: Mutex::default(),
             registry: Registry::default(),
         };
-        registry.register("devices", "Devices by status and status_reason", metrics.devices.clone());
+        registry.register(
+            "devices",
+            "Devices by status and status_reason",
+            metrics.devices.clone(),
+        );
         registry.register("claims", "Claims by state and hold", metrics.claims.clone());
         registry.register(
             "problems",
@@ -176,12 +182,29 @@ impl Default for Metrics {
             unit.clone(),
             metrics.attach.clone(),
         );
-        registry.register("attaches", "Devices given to guests, by result", metrics.attaches.clone());
-        registry.register("detaches", "Devices taken out of guests, by result", metrics.detaches.clone());
+        registry.register(
+            "attaches",
+            "Devices given to guests, by result",
+            metrics.attaches.clone(),
+        );
+        registry.register(
+            "detaches",
+            "Devices taken out of guests, by result",
+            metrics.detaches.clone(),
+        );
         registry.register("flaps", "Devices that came back", metrics.flaps.clone());
         registry.register("scans", "Looks at all devices, by result", metrics.scans.clone());
-        registry.register_with_unit("pass", "A look at all guests", unit.clone(), metrics.passes.clone());
-        registry.register("libvirt_connected", "1 while libvirt can be reached", metrics.connected.clone());
+        registry.register_with_unit(
+            "pass",
+            "A look at all guests",
+            unit.clone(),
+            metrics.passes.clone(),
+        );
+        registry.register(
+            "libvirt_connected",
+            "1 while libvirt can be reached",
+            metrics.connected.clone(),
+        );
         registry.register(
             "libvirt_connections",
             "Connections to libvirt that were made",
@@ -199,7 +222,8 @@ impl Default for Metrics {
         );
         registry.register(
             "last_scan_timestamp_seconds",
-            "When the last scan without an error ended, or the agent started, in seconds since 1970",
+            "When the last scan without an error ended, or the agent started, in seconds since \
+                1970",
             metrics.last_scan.clone(),
         );
         registry.register(
@@ -244,8 +268,16 @@ impl Default for Metrics {
             "Tokens that Keystone was asked about, by result",
             metrics.lookups.clone(),
         );
-        registry.register("fleet_connected", "1 while the fleet hears of this host", metrics.fleet.clone());
-        registry.register("fleet_publications", "Documents told to the fleet", metrics.published.clone());
+        registry.register(
+            "fleet_connected",
+            "1 while the fleet hears of this host",
+            metrics.fleet.clone(),
+        );
+        registry.register(
+            "fleet_publications",
+            "Documents told to the fleet",
+            metrics.published.clone(),
+        );
         registry.register(
             "fleet_revision",
             "The inventory's revision that the fleet was told last",
@@ -265,7 +297,8 @@ fn now() -> f64 {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64()
 }
 
-/// What the agent's process uses, as the kernel counts it (proc_pid_status(5)), under the names that Prometheus's clients use.
+/// What the agent's process uses, as the kernel counts it (proc_pid_status(5)), under the names
+/// that Prometheus's clients use.
 #[derive(Default)]
 struct Process {
     cpu: Gauge<f64, AtomicU64>,
@@ -293,7 +326,8 @@ impl Process {
         self.cpu.set(cpu.tv_sec as f64 + cpu.tv_nsec as f64 / 1e9);
         let Ok(status) = std::fs::read_to_string("/proc/self/status") else { return };
         let field = |name: &str| -> Option<i64> {
-            let line = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
+            let line =
+                status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
             line.split_whitespace().next()?.parse().ok()
         };
         field("Threads").map(|threads| self.threads.set(threads));
@@ -381,7 +415,8 @@ impl Metrics {
         }
     }
 
-    /// Sets what is known at the start. A counter that appears with its first count hides that count from Prometheus.
+    /// Sets what is known at the start. A counter that appears with its first count hides that
+    /// count from Prometheus.
     fn begin(&self) {
         self.last_pass.set(now());
         self.last_scan.set(now());
@@ -457,11 +492,24 @@ impl Metrics {
 
     /// A hook's message: `prepare 1234 0`. What is no such message is nobody's.
     pub(super) fn hook(&self, message: &str) {
-        const KNOWN: [&str; 8] =
-            ["prepare", "start", "started", "stopped", "release", "reconnect", "restore", "migrate"];
+        const KNOWN: [&str; 8] = [
+            "prepare",
+            "start",
+            "started",
+            "stopped",
+            "release",
+            "reconnect",
+            "restore",
+            "migrate",
+        ];
         let mut words = message.split(' ');
-        let (Some(op), Some(micros), Some(exit)) = (words.next(), words.next(), words.next()) else { return };
-        let (Some(op), Ok(micros)) = (KNOWN.iter().find(|known| **known == op), micros.parse::<u32>()) else {
+        let (Some(op), Some(micros), Some(exit)) = (words.next(), words.next(), words.next())
+        else {
+            return;
+        };
+        let (Some(op), Ok(micros)) =
+            (KNOWN.iter().find(|known| **known == op), micros.parse::<u32>())
+        else {
             return;
         };
         let exit = if exit == "0" { "0" } else { "1" };
@@ -509,8 +557,8 @@ fn result(failure: Option<&Failure>) -> String {
 /// Until a place that cannot be listened at is tried again.
 const RETRY: Duration = Duration::from_secs(5);
 
-/// Serves the metrics for as long as the process lives. A place that cannot be had is tried again for as long: guests get their
-/// devices meanwhile.
+/// Serves the metrics for as long as the process lives. A place that cannot be had is tried again
+/// for as long: guests get their devices meanwhile.
 ///
 /// # Errors
 /// When there can be no thread for it.
@@ -550,7 +598,8 @@ fn answer(metrics: &Metrics, request: tiny_http::Request) -> std::io::Result<()>
     // Of an answer to HEAD the server leaves the body out.
     let is_read = matches!(request.method(), tiny_http::Method::Get | tiny_http::Method::Head);
     let wanted = request.url() == "/metrics" && is_read;
-    let (status, text) = if wanted { (200, metrics.text()) } else { (404, "see /metrics\n".to_owned()) };
+    let (status, text) =
+        if wanted { (200, metrics.text()) } else { (404, "see /metrics\n".to_owned()) };
     let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
     let header = tiny_http::Header::from_bytes(&b"Content-Type"[..], kind.as_bytes());
     let mut response = tiny_http::Response::from_string(text).with_status_code(status);
@@ -574,13 +623,17 @@ fn listen(at: &config::Metrics) -> anyhow::Result<tiny_http::Server> {
         }
     };
     server.map_err(|e| {
-        anyhow::anyhow!("metrics = \"{place}\": cannot listen there: {e}; is another program there, or its folder missing?")
+        anyhow::anyhow!(
+            "metrics = \"{place}\": cannot listen there: {e}; is another program \
+            there, or its folder missing?"
+        )
     })
 }
 
 /// Removes the socket that an agent before this one has left. One at which somebody listens is his.
 fn remove_stale(path: &Path) -> anyhow::Result<()> {
-    let is_socket = std::fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket());
+    let is_socket =
+        std::fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket());
     if !is_socket {
         return Ok(());
     }

@@ -19,7 +19,8 @@
 //! | [`metrics`] | what is counted |
 //! | [`health`] | what it says of itself to `virt-usb doctor` |
 //!
-//! It may be killed at any moment: what it knows it reads again, from the store, from sysfs and from the live XML.
+//! It may be killed at any moment: what it knows it reads again, from the store, from sysfs and
+//! from the live XML.
 
 mod arguments;
 mod devices;
@@ -91,14 +92,16 @@ pub struct Options {
 pub fn run(options: &Options) -> anyhow::Result<()> {
     let rules = Rules::read(options.config.clone())?;
     let mut config = Config::clone(&rules.now());
-    let simulation = options.sim.as_deref().map(|file| Simulation::new(file, &mut config)).transpose()?;
+    let simulation =
+        options.sim.as_deref().map(|file| Simulation::new(file, &mut config)).transpose()?;
     let rules = rules.with(config.clone());
     let mut store = Store::create(&config.state_dir, PATIENCE)?;
     let (_lock, lock_file) = lock(&config.state_dir)?;
     virt_usb_hook::rules::admit(&store, &config, options.config.as_deref())?;
     if options.config.is_none() && !Path::new(DEFAULT_PATH).exists() {
         tracing::warn!(
-            "there is no {DEFAULT_PATH}: the defaults count, which offer every device of this host to every project"
+            "there is no {DEFAULT_PATH}: the defaults count, which offer every device of this host \
+                to every project"
         );
     }
     let files = Files::new(vec![lock_file, config.state_dir.join(virt_usb_store::FILE_NAME)])
@@ -116,7 +119,8 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
     follow_signals(to_devices.clone(), to_guests.clone())?;
     let world = World::new(&config, simulation, &to_devices, &to_guests)?;
     let (retry, of_commands) = (world.retry, (to_devices.clone(), to_guests.clone()));
-    let hypervisor = Arc::new(Supervised::new(world.hypervisor, listeners(&to_guests, &to_devices)));
+    let hypervisor =
+        Arc::new(Supervised::new(world.hypervisor, listeners(&to_guests, &to_devices)));
     let tls = config.api_tls.clone().filter(|_| config.api != config::Api::Off);
     let of_health = (metrics.clone(), hypervisor.clone(), tls);
     let asked = move || health::tell(&of_health.0, &of_health.1, of_health.2.as_ref());
@@ -162,8 +166,9 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
             sd_notify::NotifyState::Status("watching devices and guests"),
         ]));
     };
-    let watching =
-        std::thread::Builder::new().name("devices".into()).spawn(move || devices.run(&nudges, ready))?;
+    let watching = std::thread::Builder::new()
+        .name("devices".into())
+        .spawn(move || devices.run(&nudges, ready))?;
     guests.run(&signals);
     drop(sd_notify::notify(&[sd_notify::NotifyState::Stopping]));
     api.stop();
@@ -217,8 +222,9 @@ impl World {
         if let Some(simulation) = simulation {
             return simulation.start(config, events, devices.clone());
         }
-        let failed =
-            |why: &str| tracing::warn!("no hotplug events ({why}): devices are seen at the next scan");
+        let failed = |why: &str| {
+            tracing::warn!("no hotplug events ({why}): devices are seen at the next scan");
+        };
         hotplug::follow(devices.clone(), Nudge::Usb, failed)?;
         let libvirt = Libvirt::new(&config.libvirt_uri);
         libvirt.follow(events)?;
@@ -226,7 +232,8 @@ impl World {
         let without_events = (!Path::new(UDEVD).exists()).then_some(WITHOUT_UDEVD);
         if without_events.is_some() {
             tracing::warn!(
-                "udevd does not run here ({UDEVD} is missing), so libusb tells of no device that comes or goes: devices are looked at every {} s",
+                "udevd does not run here ({UDEVD} is missing), so libusb tells of no device that \
+                    comes or goes: devices are looked at every {} s",
                 WITHOUT_UDEVD.as_secs()
             );
         }
@@ -264,16 +271,20 @@ fn serve_api(
     match first_token(&file) {
         Ok(None) => {}
         Ok(Some(made)) => {
-            let text =
-                format!("the API's first token, an administrator's, is shown this once: {}\n", made.token);
+            let text = format!(
+                "the API's first token, an administrator's, is shown this once: {}\n",
+                made.token
+            );
             // To the person who looks on, and to no log.
             io::stderr().write_all(text.as_bytes())?;
         }
         Err(e) => tracing::error!("{e}"),
     }
-    let keystone = rules.now().keystone.clone().map(|config| Keystone::new(config, metrics.clone()));
+    let keystone =
+        rules.now().keystone.clone().map(|config| Keystone::new(config, metrics.clone()));
     let (rules, identity) = (rules.clone(), Arc::new(Identities::new(Tokens::new(file), keystone)));
-    let api = Api::new(Box::new(move || rules.now()), hypervisor, metrics, host.to_owned(), identity);
+    let api =
+        Api::new(Box::new(move || rules.now()), hypervisor, metrics, host.to_owned(), identity);
     api::start(&Arc::new(api)).context("cannot serve the API")
 }
 
@@ -282,8 +293,10 @@ fn first_token(file: &TokenFile) -> Result<Option<Made>, TokensError> {
     if !file.ensure()? || !io::stderr().is_terminal() {
         return Ok(None);
     }
-    let project: ProjectId = "admin".parse().map_err(|e: ParseError| TokensError::Refused(e.to_string()))?;
-    file.add(&Wanted { name: "first", project: &project, role: Role::Admin, lifetime: None }).map(Some)
+    let project: ProjectId =
+        "admin".parse().map_err(|e: ParseError| TokensError::Refused(e.to_string()))?;
+    file.add(&Wanted { name: "first", project: &project, role: Role::Admin, lifetime: None })
+        .map(Some)
 }
 
 /// The hypervisor's events, among the guests' other signals.
@@ -300,14 +313,16 @@ fn forward(to: Sender<Signal>) -> std::io::Result<Sender<Event>> {
     Ok(events)
 }
 
-/// One agent a host, and hooks that know whether it lives: a lock that the kernel lets go of, whatever becomes of the process.
+/// One agent a host, and hooks that know whether it lives: a lock that the kernel lets go of,
+/// whatever becomes of the process.
 fn lock(state_dir: &Path) -> anyhow::Result<(File, PathBuf)> {
     let path = state_dir.join(machine::AGENT_LOCK);
     let _owner = User::of(state_dir)?.enter()?;
     let file = OpenOptions::new().write(true).create(true).truncate(false).mode(0o644).open(&path);
     let file = file.with_context(|| {
         format!(
-            "cannot open {0}: it must belong to the agent's user, as {1} does ('chown --reference={1} {0}')",
+            "cannot open {0}: it must belong to the agent's user, as {1} does ('chown \
+                --reference={1} {0}')",
             path.display(),
             state_dir.display()
         )
@@ -339,8 +354,8 @@ fn follow_signals(devices: Sender<Nudge>, guests: Sender<Signal>) -> std::io::Re
     std::thread::Builder::new().name("signals".into()).spawn(follow).map(drop)
 }
 
-/// Hooks and commands tell how long they took, and the doctor asks how the agent is. Nobody depends on it: an agent that cannot hear
-/// them goes on.
+/// Hooks and commands tell how long they took, and the doctor asks how the agent is. Nobody depends
+/// on it: an agent that cannot hear them goes on.
 fn hear_hooks(
     state_dir: &Path,
     metrics: Arc<Metrics>,

@@ -39,7 +39,10 @@ impl View {
             view.claims.entry(claim.instance_uuid).or_default().push(claim);
         }
         for problem in store.problems()? {
-            view.problems.entry(problem.instance_uuid).or_default().insert(problem.about, problem.what);
+            view.problems
+                .entry(problem.instance_uuid)
+                .or_default()
+                .insert(problem.about, problem.what);
         }
         Ok(view)
     }
@@ -134,10 +137,12 @@ impl View {
 /// Reads a running domain, and what its flavor asks for.
 ///
 /// # Errors
-/// What cannot be read of its XML. A flavor that cannot be read asks for nothing: the hook has let the guest start.
+/// What cannot be read of its XML. A flavor that cannot be read asks for nothing: the hook has let
+/// the guest start.
 pub fn guest(running: &Running, config: &Config, store: &Store) -> Result<Guest, XmlError> {
     let domain = running.domain()?;
-    let redirections = flavor(&domain, config, store).map_or(0, |f| f.usb_redirection_devices.len());
+    let redirections =
+        flavor(&domain, config, store).map_or(0, |f| f.usb_redirection_devices.len());
     Ok(Guest { domain, redirections, moving: running.moving })
 }
 

@@ -1,5 +1,6 @@
-//! What people ask for: give a guest a device, take one back, start a guest with its devices. With an agent or without one: it is all
-//! written into the inventory first, and whoever comes by finishes it.
+//! What people ask for: give a guest a device, take one back, start a guest with its devices. With
+//! an agent or without one: it is all written into the inventory first, and whoever comes by
+//! finishes it.
 
 use std::collections::BTreeSet;
 
@@ -38,7 +39,9 @@ pub enum OperateError {
     #[error("{0} has no such device, and none assigned: 'virt-usb claims' shows who has what")]
     Nothing(String),
     /// libvirt was lost while it attached a device.
-    #[error("{0} may have been given it or not, for {1}: it is taken back once libvirt answers again")]
+    #[error(
+        "{0} may have been given it or not, for {1}: it is taken back once libvirt answers again"
+    )]
     Unsure(String, Failure),
     /// Something is in the way.
     #[error(transparent)]
@@ -92,10 +95,12 @@ struct Meant {
 }
 
 impl Worker {
-    /// Gives an instance what the requests ask for: into the guest at once where it runs, and at each of its starts. All or nothing.
+    /// Gives an instance what the requests ask for: into the guest at once where it runs, and at
+    /// each of its starts. All or nothing.
     ///
     /// # Errors
-    /// [`OperateError::Refused`], [`OperateError::Short`] where it cannot have them; then everything is as it was.
+    /// [`OperateError::Refused`], [`OperateError::Short`] where it cannot have them; then
+    /// everything is as it was.
     pub fn give(
         &mut self,
         instance: InstanceId,
@@ -124,35 +129,44 @@ impl Worker {
         let whom = asker(&self.store, &domain, instance)?;
         let config = self.config.clone();
         let mut judge = Live { ports: Ports { sysfs_root: &config.sysfs_root }, domain: &domain };
-        let (new, already, assigned) = match self.store.give(&whom, requests, &mut judge, &context)? {
-            Given::Granted { new, already, assigned } => (new, already, assigned),
-            Given::Short(short) => return Err(self.short(whom, short)),
-            Given::Unfit(why) => return refused(format!("{}: {why}", whom.domain)),
-            Given::TooMany(e) => return too_many(&whom, e),
-        };
+        let (new, already, assigned) =
+            match self.store.give(&whom, requests, &mut judge, &context)? {
+                Given::Granted { new, already, assigned } => (new, already, assigned),
+                Given::Short(short) => return Err(self.short(whom, short)),
+                Given::Unfit(why) => return refused(format!("{}: {why}", whom.domain)),
+                Given::TooMany(e) => return too_many(&whom, e),
+            };
         if !new.is_empty()
             && let Err(why) = self.bring(instance, &whom, &new)
         {
-            // Others may do the same for this instance at this moment: what is undone is what was done here.
+            // Others may do the same for this instance at this moment: what is undone is what was
+            // done here.
             self.store.restart_patience();
             self.store.dismiss(&whom, None, &assigned, &new, |_, _| false, &context)?;
             // What cannot be finished here the agent finishes.
             drop(self.finish(instance, &whom, &new));
             return Err(match why {
-                OperateError::Work(WorkError::Hypervisor(e @ (Failure::Away(_) | Failure::Silent(_)))) => {
-                    OperateError::Unsure(whom.domain, e)
-                }
+                OperateError::Work(WorkError::Hypervisor(
+                    e @ (Failure::Away(_) | Failure::Silent(_)),
+                )) => OperateError::Unsure(whom.domain, e),
                 why => why,
             });
         }
         let devices = self.store.devices()?;
-        let of = |ids: &[DeviceId]| devices.iter().filter(|r| ids.contains(&r.entry.id)).cloned().collect();
+        let of = |ids: &[DeviceId]| {
+            devices.iter().filter(|r| ids.contains(&r.entry.id)).cloned().collect()
+        };
         let new: Vec<DeviceId> = new.iter().map(|c| c.device_id).collect();
         Ok(Attached { live: true, new: of(&new), already: of(&already) })
     }
 
     /// Brings what was claimed into the guest.
-    fn bring(&mut self, instance: InstanceId, whom: &Asker, new: &[ClaimRow]) -> Result<(), OperateError> {
+    fn bring(
+        &mut self,
+        instance: InstanceId,
+        whom: &Asker,
+        new: &[ClaimRow],
+    ) -> Result<(), OperateError> {
         let report = self.converge(instance, &Absence::default(), &BTreeSet::new())?;
         let claims = self.store.claims_of(instance)?;
         let now = |was: &ClaimRow| claims.iter().find(|c| c.id == was.id);
@@ -169,12 +183,14 @@ impl Worker {
         refused(format!("{} cannot be given it: {why}", whom.domain))
     }
 
-    /// Takes devices back from an instance: out of the guest where it runs, out of its assignments, and free for others. Each selector means
-    /// one; the answer holds the device, or none where only an assignment has ended.
+    /// Takes devices back from an instance: out of the guest where it runs, out of its assignments,
+    /// and free for others. Each selector means one; the answer holds the device, or none where
+    /// only an assignment has ended.
     ///
     /// # Errors
-    /// [`OperateError::Nothing`], [`OperateError::Refused`] where it has no such device, or several: then everything is as it was. Once a
-    /// device is to leave the guest it will: where it cannot at once, the agent goes on trying.
+    /// [`OperateError::Nothing`], [`OperateError::Refused`] where it has no such device, or
+    /// several: then everything is as it was. Once a device is to leave the guest it will: where it
+    /// cannot at once, the agent goes on trying.
     pub fn take(
         &mut self,
         instance: InstanceId,
@@ -212,7 +228,8 @@ impl Worker {
             let taken = |r: &Record| all.found.iter().flatten().any(|f| f.entry.id == r.entry.id);
             let claim = |r: &Record| held.iter().find(|c| c.device_id == r.entry.id);
             let meant = devices.iter().filter(|r| selects(selector, r) && !taken(r));
-            let meant: Vec<(&Record, &ClaimRow)> = meant.filter_map(|r| Some((r, claim(r)?))).collect();
+            let meant: Vec<(&Record, &ClaimRow)> =
+                meant.filter_map(|r| Some((r, claim(r)?))).collect();
             match meant.as_slice() {
                 [] => {
                     let stored = self.store.as_stored(selector)?;
@@ -228,7 +245,8 @@ impl Worker {
                     all.leaving.push((*claim).clone());
                 }
                 several => {
-                    let ids: Vec<String> = several.iter().map(|(r, _)| message::device(r)).collect();
+                    let ids: Vec<String> =
+                        several.iter().map(|(r, _)| message::device(r)).collect();
                     return refused(format!(
                         "{} has {} of them: name one by its id: {}",
                         whom.domain,
@@ -262,7 +280,10 @@ impl Worker {
         if self.hypervisor.look(instance)?.is_some() {
             let why = self.obstacle(instance, &report)?;
             let why = why.unwrap_or_else(|| "libvirt is busy with the guest".to_owned());
-            return refused(format!("{} still has it: {why}; the agent goes on trying", whom.domain));
+            return refused(format!(
+                "{} still has it: {why}; the agent goes on trying",
+                whom.domain
+            ));
         }
         if self.hypervisor.process(instance).is_some() {
             return refused(format!(
@@ -279,7 +300,11 @@ impl Worker {
     }
 
     /// What is noted to stand in the way of what has just failed.
-    fn obstacle(&self, instance: InstanceId, report: &Report) -> Result<Option<String>, OperateError> {
+    fn obstacle(
+        &self,
+        instance: InstanceId,
+        report: &Report,
+    ) -> Result<Option<String>, OperateError> {
         let about = |p: &Problem| p.instance_uuid == instance && report.failed.contains(&p.about);
         Ok(self.store.problems()?.into_iter().find(about).map(|p| p.what))
     }
@@ -289,12 +314,18 @@ impl Worker {
         OperateError::Short { asker, short, host }
     }
 
-    /// The requests that no device which this host has ever seen could serve, whoever has it now: a start would be refused for ever.
-    fn hopeless(&self, whom: &Asker, requests: &[DeviceRequest]) -> Result<Vec<Shortage>, OperateError> {
+    /// The requests that no device which this host has ever seen could serve, whoever has it now: a
+    /// start would be refused for ever.
+    fn hopeless(
+        &self,
+        whom: &Asker,
+        requests: &[DeviceRequest],
+    ) -> Result<Vec<Shortage>, OperateError> {
         let all = self.store.all_devices()?;
         let mut short = Vec::new();
         for (number, request) in requests.iter().enumerate() {
-            let matching: Vec<&Record> = all.iter().filter(|r| selects(&request.selector, r)).collect();
+            let matching: Vec<&Record> =
+                all.iter().filter(|r| selects(&request.selector, r)).collect();
             let obstacle = |record: &&Record| {
                 let why = match record.rule_withheld {
                     Some(Reason::Whitelist) => Why::Unavailable,
@@ -381,7 +412,8 @@ pub fn start(
     match libvirt.start(instance, xml.as_deref()) {
         Ok(started) => Ok((started, answer.warnings)),
         Err(why) => {
-            // Where libvirt has refused before it called the hook nobody else gives it back; a guest that runs after all keeps it.
+            // Where libvirt has refused before it called the hook nobody else gives it back; a
+            // guest that runs after all keeps it.
             if libvirt.definition(instance).is_ok() {
                 let context = worker.context()?;
                 worker.store.restart_patience();

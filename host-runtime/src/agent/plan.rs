@@ -1,4 +1,5 @@
-//! What is to be done about one instance: from what is seen of its guest, and what the inventory says. Pure.
+//! What is to be done about one instance: from what is seen of its guest, and what the inventory
+//! says. Pure.
 //!
 //! ```text
 //!               claimed, device there, not in the guest ── Attach ──► in the guest ── Settle ──► allocated
@@ -8,7 +9,8 @@
 //!   a hostdev that nobody holds ── Adopt ──► allocated           a guest that is gone ── 10 s ──► Release, 60 s ──► End
 //!   came in with it by restore or migration ── Detach ──► Attach
 //! ```
-//! Every step may be done twice, and none depends on the one before: after each the world is looked at again.
+//! Every step may be done twice, and none depends on the one before: after each the world is looked
+//! at again.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -76,10 +78,11 @@ pub struct Host<'a> {
     pub holders: &'a BTreeMap<DeviceId, InstanceId>,
     /// What becomes of a claim whose device is unplugged.
     pub replug: ReplugPolicy,
-    /// How long a guest must have been gone before what it held is free, in seconds: nothing is done on one look.
+    /// How long a guest must have been gone before what it held is free, in seconds: nothing is
+    /// done on one look.
     pub absent_grace: f64,
-    /// How long a domain must not exist before its assignments end, in seconds: Nova's hard reboot undefines and
-    /// redefines.
+    /// How long a domain must not exist before its assignments end, in seconds: Nova's hard reboot
+    /// undefines and redefines.
     pub undefined_grace: f64,
 }
 
@@ -93,7 +96,8 @@ pub enum Step {
         /// Which device it was.
         device: DeviceId,
     },
-    /// A driver of the host seems to have taken the device back: if that is so, take its hostdev out of the guest.
+    /// A driver of the host seems to have taken the device back: if that is so, take its hostdev
+    /// out of the guest.
     TakenBack {
         /// Alias of the hostdev.
         alias: String,
@@ -155,9 +159,9 @@ impl Step {
     /// What the step is about, where it may fail and be tried again later.
     pub fn about(&self) -> Option<String> {
         match self {
-            Self::Attach { device } | Self::Detach { device, .. } | Self::TakenBack { device, .. } => {
-                Some(about_device(*device))
-            }
+            Self::Attach { device }
+            | Self::Detach { device, .. }
+            | Self::TakenBack { device, .. } => Some(about_device(*device)),
             Self::Redirect { n } => Some(about_redirection(*n)),
             _ => None,
         }
@@ -199,7 +203,11 @@ pub fn plan(instance: &Instance<'_>, host: &Host<'_>) -> Vec<Step> {
     }
 }
 
-fn absent(instance: &Instance<'_>, host: &Host<'_>, Gone { seconds, undefined }: Gone) -> Vec<Step> {
+fn absent(
+    instance: &Instance<'_>,
+    host: &Host<'_>,
+    Gone { seconds, undefined }: Gone,
+) -> Vec<Step> {
     let is_over = undefined.is_some_and(|undefined| undefined >= host.undefined_grace);
     let ended = instance.problems.keys().filter(|about| is_over || *about != ABOUT_STOP);
     let mut steps: Vec<Step> = ended.map(|about| Step::Solved { about: about.clone() }).collect();
@@ -218,7 +226,8 @@ fn absent(instance: &Instance<'_>, host: &Host<'_>, Gone { seconds, undefined }:
             steps.push(Step::Release { device, revision, why: "its guest does not run" });
         }
     }
-    let lasting = |c: &&&ClaimRow| !c.pending && !c.ending && c.hold == "instance" && c.state == "allocated";
+    let lasting =
+        |c: &&&ClaimRow| !c.pending && !c.ending && c.hold == "instance" && c.state == "allocated";
     if instance.claims.iter().any(|c| lasting(&c)) {
         steps.push(Step::OutOfGuest);
     }
@@ -253,7 +262,9 @@ impl<'a> Present<'a> {
                 // Made by a restore or a migration in this guest's name while it runs: not for this
                 // guest.
                 _ if claim.is_some_and(|c| c.pending) => {}
-                (Some(holder), true) if *holder == self.instance.id && !claim.is_some_and(|c| c.ending) => {
+                (Some(holder), true)
+                    if *holder == self.instance.id && !claim.is_some_and(|c| c.ending) =>
+                {
                     in_guest.insert(device);
                     // The XML shows it, QEMU has let go of it: see [`ClaimRow::arrived`].
                     steps.extend(claim.filter(|c| c.arrived).and_then(|_| detach(h)));
@@ -265,7 +276,8 @@ impl<'a> Present<'a> {
                 }
                 (Some(holder), true) => {
                     problems.insert(about_device(device), format!(
-                        "the guest was given it by hand though instance {holder} holds it: detach it from one of them (virsh detach-device)"
+                        "the guest was given it by hand though instance {holder} holds it: detach \
+                            it from one of them (virsh detach-device)"
                     ));
                 }
                 (None, true) => steps.push(Step::Adopt { holding: holding(h.hostdev), device }),
@@ -276,7 +288,8 @@ impl<'a> Present<'a> {
             let others = in_guest.iter().copied().filter(|other| *other != device).collect();
             Step::TakenBack { alias, device, others }
         }));
-        let is_away = |c: &ClaimRow| !in_guest.contains(&c.device_id) && !stale.contains(&c.device_id);
+        let is_away =
+            |c: &ClaimRow| !in_guest.contains(&c.device_id) && !stale.contains(&c.device_id);
         let (taken, held): (Vec<&ClaimRow>, Vec<&ClaimRow>) =
             self.claims().partition(|c| is_away(c) && self.was_taken_by_hand(c));
         let settled = |c: &&ClaimRow| {
@@ -292,11 +305,15 @@ impl<'a> Present<'a> {
             steps.insert(0, Step::Release { device, revision, why: "detached by hand" });
         }
         for claim in held.iter().filter(|c| c.serial_shared) {
-            problems.insert(about_serial(claim.device_id), format!(
-                "another device of the kind of device {} has the same serial: only the port identifies it. Do not move it \
+            problems.insert(
+                about_serial(claim.device_id),
+                format!(
+                    "another device of the kind of device {} has the same serial: only the port \
+                    identifies it. Do not move it \
                  to another port while a guest holds it",
-                claim.device_id
-            ));
+                    claim.device_id
+                ),
+            );
         }
         for claim in held.into_iter().filter(|c| is_away(c)) {
             match self.set_aside(claim) {
@@ -310,7 +327,8 @@ impl<'a> Present<'a> {
         steps
     }
 
-    /// A device that somebody gave to the guest with his own hands, and has taken out again: nobody asked for it.
+    /// A device that somebody gave to the guest with his own hands, and has taken out again: nobody
+    /// asked for it.
     fn was_taken_by_hand(&self, claim: &ClaimRow) -> bool {
         let present = self.host.devices.get(&claim.device_id).is_some_and(|record| record.present);
         let unasked = claim.by_hand && claim.request.is_none();
@@ -319,11 +337,15 @@ impl<'a> Present<'a> {
 
     /// Why the guest is not given a device again that comes and goes.
     fn set_aside(&self, claim: &ClaimRow) -> Option<String> {
-        let record = self.host.devices.get(&claim.device_id).filter(|r| r.present && !claim.ending)?;
+        let record =
+            self.host.devices.get(&claim.device_id).filter(|r| r.present && !claim.ending)?;
         let why = match (&record.quarantined, &record.flapping_until) {
-            (Some(why), _) => format!("{why}; then 'virt-usb quarantine clear {}'", claim.device_id),
+            (Some(why), _) => {
+                format!("{why}; then 'virt-usb quarantine clear {}'", claim.device_id)
+            }
             (None, Some(until)) => format!(
-                "it comes and goes too often: the guest gets it again once it has stayed until {until}"
+                "it comes and goes too often: the guest gets it again once it has stayed until \
+                    {until}"
             ),
             (None, None) => return None,
         };
@@ -340,11 +362,14 @@ impl<'a> Present<'a> {
         match (present, self.host.replug) {
             (true, _) => Some(Step::Attach { device }),
             (false, ReplugPolicy::Reattach) => None,
-            (false, ReplugPolicy::Release) => Some(Step::Release { device, revision, why: "unplugged" }),
+            (false, ReplugPolicy::Release) => {
+                Some(Step::Release { device, revision, why: "unplugged" })
+            }
         }
     }
 
-    /// Problems that are news, and those that are none any more. One about what is still to be done stays until that is done.
+    /// Problems that are news, and those that are none any more. One about what is still to be done
+    /// stays until that is done.
     fn tell(&self, problems: BTreeMap<String, String>, steps: &mut Vec<Step>) {
         let open: BTreeSet<String> = steps.iter().filter_map(Step::about).collect();
         for about in self.instance.problems.keys() {
@@ -352,8 +377,9 @@ impl<'a> Present<'a> {
                 steps.push(Step::Solved { about: about.clone() });
             }
         }
-        let news =
-            problems.into_iter().filter(|(about, what)| self.instance.problems.get(about) != Some(what));
+        let news = problems
+            .into_iter()
+            .filter(|(about, what)| self.instance.problems.get(about) != Some(what));
         steps.extend(news.map(|(about, what)| Step::Note { about, what }));
     }
 
@@ -369,13 +395,14 @@ impl<'a> Present<'a> {
     fn hosted(&self) -> Vec<Hosted<'a>> {
         let hostdevs: Vec<&UsbHostdev> = self.guest.domain.host_devices().collect();
         let mut found: Vec<Option<Hosted<'a>>> = hostdevs.iter().map(|h| self.by_name(h)).collect();
-        // One that somebody else wrote, and whose device has another number by now: of this instance's devices the only one of its
-        // kind that is not in the guest otherwise.
+        // One that somebody else wrote, and whose device has another number by now: of this
+        // instance's devices the only one of its kind that is not in the guest otherwise.
         for (at, hostdev) in hostdevs.into_iter().enumerate() {
             if found[at].is_some() {
                 continue;
             }
-            let named: BTreeSet<DeviceId> = found.iter().flatten().map(|h| h.record.entry.id).collect();
+            let named: BTreeSet<DeviceId> =
+                found.iter().flatten().map(|h| h.record.entry.id).collect();
             let mine = self.claims().map(|c| c.device_id).filter(|id| !named.contains(id));
             let alike: Vec<&Record> = mine
                 .filter_map(|id| self.host.devices.get(&id))
@@ -410,7 +437,8 @@ impl<'a> Present<'a> {
         let present = || all().find(|r| r.present);
         // Somebody else's hostdev may have an alias of our form, which names another device.
         let has_place = hostdev.address.is_some() || hostdev.port.is_some();
-        let is_by_hand = |r: &&Record| has_place && self.claim(r.entry.id).is_some_and(|c| c.by_hand);
+        let is_by_hand =
+            |r: &&Record| has_place && self.claim(r.entry.id).is_some_and(|c| c.by_hand);
         let by_hand = || present().filter(is_by_hand);
         // One that is ours and shows another kind meanwhile (a declared alias) is stale.
         let renamed = || named.filter(|_| claim.is_some_and(|c| !c.by_hand));
@@ -429,15 +457,16 @@ impl<'a> Present<'a> {
 }
 
 impl Present<'_> {
-    /// Whether the device has been in its port ever since it came into the guest. One that came back under the same address the
-    /// guest does not have, though its live XML looks as if it did.
+    /// Whether the device has been in its port ever since it came into the guest. One that came
+    /// back under the same address the guest does not have, though its live XML looks as if it did.
     fn is_same_stay(&self, record: &Record) -> bool {
         let then = self.claim(record.entry.id).and_then(|c| c.generation);
         then.zip(record.generation).is_none_or(|(then, now)| then == now)
     }
 }
 
-/// While a guest has a device its interfaces have no driver, or usbfs. The inventory's drivers are those of the last scan.
+/// While a guest has a device its interfaces have no driver, or usbfs. The inventory's drivers are
+/// those of the last scan.
 fn taken_back(claim: &ClaimRow, hosted: &Hosted<'_>) -> Option<(String, DeviceId)> {
     let drivers = hosted.record.entry.driver.as_deref()?;
     let is_hosts = drivers.split(',').any(|driver| driver != CLAIMED);

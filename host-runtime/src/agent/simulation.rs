@@ -1,4 +1,5 @@
-//! `--sim FILE`: all of the agent, with the devices and domains of a file. Editing the file is plugging, unplugging, starting and stopping.
+//! `--sim FILE`: all of the agent, with the devices and domains of a file. Editing the file is
+//! plugging, unplugging, starting and stopping.
 
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::Sender;
@@ -25,11 +26,13 @@ pub(super) struct Simulation {
 }
 
 impl Simulation {
-    /// The hook looks at ports in sysfs: the simulated devices get a tree of their own, in `state_dir`.
+    /// The hook looks at ports in sysfs: the simulated devices get a tree of their own, in
+    /// `state_dir`.
     pub(super) fn new(file: &Path, config: &mut Config) -> anyhow::Result<Self> {
         if config.state_dir == Config::default().state_dir {
             bail!(
-                "a simulation needs a folder of its own: {} is the real inventory's. Name another state_dir in a configuration of yours, and that \
+                "a simulation needs a folder of its own: {} is the real inventory's. Name another \
+                    state_dir in a configuration of yours, and that \
                  with --config",
                 config.state_dir.display()
             );
@@ -58,14 +61,18 @@ impl Simulation {
         events.send(Event::Connected)?;
         let hypervisor = Arc::new(SimulatedHypervisor::new(config.clone(), events));
         let file = self.file.clone();
-        std::thread::Builder::new().name("simulation".into()).spawn(move || watch(&file, &devices))?;
+        std::thread::Builder::new()
+            .name("simulation".into())
+            .spawn(move || watch(&file, &devices))?;
         let text = Arc::new(Mutex::new(String::new()));
         let source = FileSource { simulation: self, text: text.clone(), known: Mutex::default() };
         let domains = hypervisor.clone();
         let after = move || {
             let text = text.lock().unwrap_or_else(PoisonError::into_inner).clone();
             match domains.apply(&text) {
-                Ok(refused) => refused.iter().for_each(|why| tracing::warn!("does not start: {why}")),
+                Ok(refused) => {
+                    refused.iter().for_each(|why| tracing::warn!("does not start: {why}"));
+                }
                 Err(why) => tracing::error!(
                     "the domains of the simulation file are wrong: {why}; nothing has changed"
                 ),

@@ -1,5 +1,5 @@
-//! Doing what was planned, for one instance, until there is nothing left to do. Decides nothing that the planner could; may be killed
-//! anywhere, and be done twice.
+//! Doing what was planned, for one instance, until there is nothing left to do. Decides nothing
+//! that the planner could; may be killed anywhere, and be done twice.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -9,7 +9,8 @@ use jiff::Timestamp;
 use virt_usb_domxml::{Domain, UsbHostdev, XmlError, redirdev_element};
 use virt_usb_hook::config::{AttachFailurePolicy, Config};
 use virt_usb_hook::guest::{
-    Delivery, NO_SPICE, Ports, asker, hostdev, is_device, port_speeds, refuse_taken_aliases, room, slowed,
+    Delivery, NO_SPICE, Ports, asker, hostdev, is_device, port_speeds, refuse_taken_aliases, room,
+    slowed,
 };
 use virt_usb_hook::machine;
 use virt_usb_model::{DeviceId, InstanceId, SpeedMask};
@@ -145,7 +146,8 @@ impl Worker {
         Ok(Self { config, hypervisor, store, metrics, actor: actor.to_owned() })
     }
 
-    /// Brings the instance and its guest in line. `absence` is how long the guest has been gone, `blocked` what is not to be tried yet.
+    /// Brings the instance and its guest in line. `absence` is how long the guest has been gone,
+    /// `blocked` what is not to be tried yet.
     ///
     /// # Errors
     /// When nothing more can be known or written; what was done before stays.
@@ -170,8 +172,11 @@ impl Worker {
                 None => self.absence(instance, absence, &view, &mut report)?,
             };
             let mut steps = view.plan(instance, seen, &self.config);
-            report.blocked = steps.iter().filter_map(Step::about).filter(|a| blocked.contains(a)).collect();
-            steps.retain(|s| s.about().is_none_or(|a| !blocked.contains(&a) && !report.failed.contains(&a)));
+            report.blocked =
+                steps.iter().filter_map(Step::about).filter(|a| blocked.contains(a)).collect();
+            steps.retain(|s| {
+                s.about().is_none_or(|a| !blocked.contains(&a) && !report.failed.contains(&a))
+            });
             // A step that was done and is planned again did not do what it should.
             steps.retain(|s| !tried.contains(&format!("{s:?}")));
             if steps.is_empty() {
@@ -179,7 +184,8 @@ impl Worker {
             }
             let mut has_detached = false;
             for step in steps {
-                // Its place, and its port, are those of the guest as it was before: it is planned anew.
+                // Its place, and its port, are those of the guest as it was before: it is planned
+                // anew.
                 if has_detached && matches!(step, Step::Attach { .. } | Step::Redirect { .. }) {
                     break;
                 }
@@ -189,7 +195,8 @@ impl Worker {
                 match at.run(&step)? {
                     Outcome::Done => {
                         report.changed = true;
-                        has_detached |= matches!(step, Step::Detach { .. } | Step::TakenBack { .. });
+                        has_detached |=
+                            matches!(step, Step::Detach { .. } | Step::TakenBack { .. });
                     }
                     Outcome::Moot => {}
                     Outcome::Later => report.later = true,
@@ -205,8 +212,8 @@ impl Worker {
         Ok(report)
     }
 
-    /// libvirt runs no such guest. Whether that is to be believed: an agent that asks another libvirt than the one that runs the
-    /// guest would free what the guest has.
+    /// libvirt runs no such guest. Whether that is to be believed: an agent that asks another
+    /// libvirt than the one that runs the guest would free what the guest has.
     fn absence<'a>(
         &mut self,
         instance: InstanceId,
@@ -218,16 +225,20 @@ impl Worker {
         let Some(pid) = process else {
             let is_known = self.hypervisor.xml(instance)?.is_some();
             report.found = Found::Absent { is_known };
-            // What was seen before may be so no more: a claim is newer than that, or the domain is defined again.
-            let is_same =
-                absence.claims.as_ref().is_none_or(|claims| *claims == marks(view.claims(instance)));
+            // What was seen before may be so no more: a claim is newer than that, or the domain is
+            // defined again.
+            let is_same = absence
+                .claims
+                .as_ref()
+                .is_none_or(|claims| *claims == marks(view.claims(instance)));
             return Ok(Seen::Absent(Gone {
                 seconds: if is_same { absence.gone.seconds } else { 0.0 },
                 undefined: absence.gone.undefined.filter(|_| !is_known),
             }));
         };
         report.found = Found::Unknown;
-        let why = "its QEMU runs on this host, and the agent's libvirt does not run it: look whether libvirt_uri names the libvirt that does. \
+        let why = "its QEMU runs on this host, and the agent's libvirt does not run it: look \
+            whether libvirt_uri names the libvirt that does. \
             The guest keeps what it has";
         tracing::debug!(%instance, pid, "instance {instance}: its QEMU is process {pid}");
         self.note(instance, None, view, ABOUT_LIBVIRT, Some(why))?;
@@ -251,10 +262,12 @@ impl Worker {
         if self.store.note_problem(&whom, about, what, &context)? {
             match what {
                 Some(what) => {
-                    tracing::warn!(domain = %whom.domain, %instance, about, "{}: {about}: {what}", whom.domain);
+                    tracing::warn!(domain = %whom.domain, %instance, about, "{}: {about}: \
+                        {what}", whom.domain);
                 }
                 None => {
-                    tracing::info!(domain = %whom.domain, %instance, about, "{}: {about}: solved", whom.domain);
+                    tracing::info!(domain = %whom.domain, %instance, about, "{}: {about}: \
+                        solved", whom.domain);
                 }
             }
         }
@@ -315,7 +328,8 @@ impl Work<'_> {
                 let whom = asker(&self.worker.store, &guest.domain, instance)?;
                 let holding = std::slice::from_ref(holding);
                 self.worker.store.adopt(&whom, holding, Stage::Running, &mut ports, &context)?;
-                tracing::info!(domain = %whom.domain, %instance, %device, "{}: device {device} was found in the guest and is its now", whom.domain);
+                tracing::info!(domain = %whom.domain, %instance, %device, "{}: device {device} was \
+                    found in the guest and is its now", whom.domain);
             }
             Step::Settle { in_guest } => {
                 self.worker.store.confirm(instance, in_guest, Witness::Look, &context)?;
@@ -326,19 +340,33 @@ impl Work<'_> {
                 if claim.is_some_and(|c| c.unsure) && self.worker.hypervisor.is_busy(instance)? {
                     return Ok(Outcome::Later);
                 }
-                if self.worker.store.release_device(instance, *device, Some(*revision), why, &context)? {
+                if self.worker.store.release_device(
+                    instance,
+                    *device,
+                    Some(*revision),
+                    why,
+                    &context,
+                )? {
                     tracing::info!(%instance, %device, "device {device} is free: {why}");
                 }
             }
             Step::OutOfGuest => self.worker.store.out_of_guest(instance, &context)?,
             Step::End => {
-                self.worker.store.release(instance, Extent::Gone, "the domain is gone", &context)?;
-                tracing::info!(%instance, "instance {instance} is gone: what was held for it and assigned to it ends");
+                self.worker.store.release(
+                    instance,
+                    Extent::Gone,
+                    "the domain is gone",
+                    &context,
+                )?;
+                tracing::info!(%instance, "instance {instance} is gone: what was held for it and \
+                    assigned to it ends");
             }
             Step::Note { about, what } => {
                 self.worker.note(instance, self.guest, self.view, about, Some(what))?;
             }
-            Step::Solved { about } => self.worker.note(instance, self.guest, self.view, about, None)?,
+            Step::Solved { about } => {
+                self.worker.note(instance, self.guest, self.view, about, None)?;
+            }
         }
         Ok(Outcome::Done)
     }
@@ -354,7 +382,9 @@ impl Work<'_> {
             // The scan that is on its way will most often tell more, and end the problem.
             Verified::Not(why) => {
                 self.worker.metrics.not_there();
-                return Ok(Outcome::Failed(format!("it is not where it was: {why}; it is tried again")));
+                return Ok(Outcome::Failed(format!(
+                    "it is not where it was: {why}; it is tried again"
+                )));
             }
         };
         let mut record = record.clone();
@@ -363,14 +393,17 @@ impl Work<'_> {
         if let Some(claim) = claim.filter(|_| record.one_time_use) {
             self.worker.store.mark_used(claim)?;
         }
-        if let Some(claim) = claim.filter(|c| c.generation.is_some() && c.generation != record.generation) {
+        if let Some(claim) =
+            claim.filter(|c| c.generation.is_some() && c.generation != record.generation)
+        {
             self.worker.store.forget_generation(claim)?;
         }
         let began = Instant::now();
         let speeds = [port_speeds(&record)];
         let place = guest.domain.bus.place(&speeds).first().copied();
-        let attached =
-            room(&guest.domain, &speeds, Delivery::HotPlug).map_err(Failure::Refused).and_then(|_| {
+        let attached = room(&guest.domain, &speeds, Delivery::HotPlug)
+            .map_err(Failure::Refused)
+            .and_then(|_| {
                 let hostdev = hostdev(&record, place.and_then(|place| place.port));
                 self.worker.hypervisor.attach(self.instance, &hostdev.element())
             });
@@ -384,14 +417,22 @@ impl Work<'_> {
         match attached {
             // It was taken back meanwhile by somebody who did not see it in the guest.
             Ok(()) if !self.is_still_wanted(device)? => {
-                self.worker.hypervisor.detach(self.instance, &virt_usb_domxml::hostdev_alias(device))?;
+                self.worker
+                    .hypervisor
+                    .detach(self.instance, &virt_usb_domxml::hostdev_alias(device))?;
                 Ok(Outcome::Moot)
             }
             // Between the look at the port and libvirt's the device may have gone and another come.
             Ok(()) if !matches!(ports.verify(&record), Verified::Here(now) if now == seen) => {
-                self.worker.hypervisor.detach(self.instance, &virt_usb_domxml::hostdev_alias(device))?;
+                self.worker
+                    .hypervisor
+                    .detach(self.instance, &virt_usb_domxml::hostdev_alias(device))?;
                 self.worker.metrics.not_there();
-                Ok(Outcome::Failed("it was unplugged while it was attached; it is tried again".into()))
+                Ok(Outcome::Failed(
+                    "it was unplugged while it was attached; it is tried \
+                    again"
+                        .into(),
+                ))
             }
             Ok(()) if inside => {
                 tracing::info!(domain = %guest.domain.name, instance = %self.instance, %device, "{}: device {device} attached in {:.0?}", guest.domain.name, began.elapsed());
@@ -401,7 +442,8 @@ impl Work<'_> {
                 Ok(Outcome::Done)
             }
             Ok(()) => Ok(Outcome::Failed(
-                "libvirt says that it is attached, but the guest's XML does not show it: see QEMU's log"
+                "libvirt says that it is attached, but the guest's XML does not show it: see \
+                    QEMU's log"
                     .into(),
             )),
             Err(_) if inside => Ok(Outcome::Done),
@@ -420,11 +462,14 @@ impl Work<'_> {
             return Ok(Outcome::Failed(why));
         }
         let about = about_device(device);
-        let stopped = format!("{about}: {why}; the guest was stopped (on_attach_failure = \"stop\")");
+        let stopped =
+            format!("{about}: {why}; the guest was stopped (on_attach_failure = \"stop\")");
         self.worker.note(self.instance, self.guest, self.view, ABOUT_STOP, Some(&stopped))?;
         match self.worker.hypervisor.stop(self.instance) {
             Ok(()) | Err(Failure::Gone) => Ok(Outcome::Done),
-            Err(Failure::Refused(not)) => Ok(Outcome::Failed(format!("{why}; it cannot be stopped: {not}"))),
+            Err(Failure::Refused(not)) => {
+                Ok(Outcome::Failed(format!("{why}; it cannot be stopped: {not}")))
+            }
             Err(failure) => moot_or_busy(failure),
         }
     }
@@ -434,25 +479,31 @@ impl Work<'_> {
         self.worker.metrics.detached(done.as_ref().err());
         match done {
             Ok(()) if self.worker.wait_until_gone(self.instance, alias)? => {
-                tracing::info!(instance = %self.instance, %device, "device {device} detached ({alias})");
+                tracing::info!(instance = %self.instance, %device, "device {device} detached \
+                    ({alias})");
                 let claim = self.view.claims(self.instance).iter().find(|c| c.device_id == device);
                 if let Some(claim) = claim.filter(|c| c.generation.is_some()) {
                     self.worker.store.forget_generation(claim)?;
                 }
                 Ok(Outcome::Done)
             }
-            Ok(()) => {
-                Ok(Outcome::Failed("the guest does not let go of it: it goes when the guest stops".into()))
-            }
+            Ok(()) => Ok(Outcome::Failed(
+                "the guest does not let go of it: it goes when the guest stops".into(),
+            )),
             Err(Failure::Refused(why)) => Ok(Outcome::Failed(why)),
             Err(failure) => moot_or_busy(failure),
         }
     }
 
-    /// Detaches a device that a driver of the host has taken back. This happens if the device loses its
-    /// configuration, for example if it is deauthorized and authorized again. The drivers also have it
-    /// for a moment while a guest sets the configuration.
-    fn taken_back(self, alias: &str, device: DeviceId, others: &[DeviceId]) -> Result<Outcome, WorkError> {
+    /// Detaches a device that a driver of the host has taken back. This happens if the device loses
+    /// its configuration, for example if it is deauthorized and authorized again. The drivers also
+    /// have it for a moment while a guest sets the configuration.
+    fn taken_back(
+        self,
+        alias: &str,
+        device: DeviceId,
+        others: &[DeviceId],
+    ) -> Result<Outcome, WorkError> {
         let Some(record) = self.view.device(device) else { return Ok(Outcome::Moot) };
         let driver = || host_driver(&self.worker.config.sysfs_root, &record.entry.port_path);
         // A guest of a simulation has no QEMU that could take a device from a driver.
@@ -463,39 +514,49 @@ impl Work<'_> {
         let Some(driver) = driver() else { return Ok(Outcome::Moot) };
         if self.attached_lately(device)? >= MAX_REATTACHES {
             return Ok(Outcome::Failed(format!(
-                "the host's driver {driver} takes it from the guest again and again: keep the driver from \
+                "the host's driver {driver} takes it from the guest again and again: keep the \
+                    driver from \
                  it (modprobe.d, udev), then detach and attach the device"
             )));
         }
-        // The guest does not have it. Else a device that was attached by hand would count as detached by hand.
+        // The guest does not have it. Else a device that was attached by hand would count as
+        // detached by hand.
         let context = self.worker.context()?;
         self.worker.store.confirm(self.instance, others, Witness::Look, &context)?;
         tracing::warn!(
             instance = %self.instance, %device,
-            "the host's driver {driver} has taken device {device} from its guest: it is attached again"
+            "the host's driver {driver} has taken device {device} from its guest: it is attached \
+                again"
         );
         self.detach(alias, device)
     }
 
     /// How often the instance has received the device in the last [`REATTACH_PERIOD`].
     fn attached_lately(&self, device: DeviceId) -> Result<usize, WorkError> {
-        let filter =
-            Filter { instance: Some(self.instance), device: Some(device), limit: 100, ..Filter::default() };
-        let since = Timestamp::now().checked_sub(REATTACH_PERIOD).unwrap_or(Timestamp::MIN).to_string();
+        let filter = Filter {
+            instance: Some(self.instance),
+            device: Some(device),
+            limit: 100,
+            ..Filter::default()
+        };
+        let since =
+            Timestamp::now().checked_sub(REATTACH_PERIOD).unwrap_or(Timestamp::MIN).to_string();
         let events = self.worker.store.events(&filter)?;
         Ok(events.iter().filter(|event| event.event == "allocated" && event.at > since).count())
     }
 
     fn redirect(self, n: usize) -> Result<Outcome, WorkError> {
         let Some(guest) = self.guest else { return Ok(Outcome::Moot) };
-        let attached = match (guest.domain.spice, room(&guest.domain, &[SpeedMask::ANY], Delivery::HotPlug)) {
-            (false, _) => Err(Failure::Refused(NO_SPICE.into())),
-            (true, Err(why)) => Err(Failure::Refused(why)),
-            (true, Ok(_)) => self.worker.hypervisor.attach(self.instance, &redirdev_element(n)),
-        };
+        let attached =
+            match (guest.domain.spice, room(&guest.domain, &[SpeedMask::ANY], Delivery::HotPlug)) {
+                (false, _) => Err(Failure::Refused(NO_SPICE.into())),
+                (true, Err(why)) => Err(Failure::Refused(why)),
+                (true, Ok(_)) => self.worker.hypervisor.attach(self.instance, &redirdev_element(n)),
+            };
         match attached {
             Ok(()) => {
-                tracing::info!(domain = %guest.domain.name, instance = %self.instance, "{}: redirection {n} attached", guest.domain.name);
+                tracing::info!(domain = %guest.domain.name, instance = %self.instance, "{}: \
+                    redirection {n} attached", guest.domain.name);
                 Ok(Outcome::Done)
             }
             Err(Failure::Refused(why)) => Ok(Outcome::Failed(why)),
@@ -528,7 +589,8 @@ fn moot_or_busy(failure: Failure) -> Result<Outcome, WorkError> {
         Failure::Gone => Ok(Outcome::Moot),
         Failure::Hung(why) => Ok(Outcome::Failed(format!("{why}. It is tried again"))),
         Failure::Busy(why) => Ok(Outcome::Failed(format!(
-            "libvirt is busy with the guest ({why}): 'virsh domjobinfo' shows with what. It is tried again; if nothing is going on there, \
+            "libvirt is busy with the guest ({why}): 'virsh domjobinfo' shows with what. It is \
+                tried again; if nothing is going on there, \
              'virsh destroy' ends it"
         ))),
         other => Err(other.into()),

@@ -12,10 +12,11 @@ use std::time::{Duration, Instant};
 
 /// So many work at once …
 const PLACES: usize = 4;
-/// … not counting those whose work lasts longer than this, which is a second at the most until others go on.
+/// … not counting those whose work lasts longer than this, which is a second at the most until
+/// others go on.
 pub(super) const PLACE_TIME: Duration = Duration::from_millis(300);
-/// Maximum number of threads: more than the concurrent calls to libvirt (`MAX_CALLS` in supervised.rs), so that some threads are always
-/// left, whatever libvirt does.
+/// Maximum number of threads: more than the concurrent calls to libvirt (`MAX_CALLS` in
+/// supervised.rs), so that some threads are always left, whatever libvirt does.
 const MOST: usize = 20;
 
 /// What one thread does: each job that it is given.
@@ -70,10 +71,18 @@ impl<J: Send + 'static> Workers<J> {
     pub(super) fn new(
         make: impl Fn() -> anyhow::Result<Work<J>> + Send + Sync + 'static,
     ) -> anyhow::Result<Self> {
-        let state =
-            State { queue: VecDeque::new(), began: BTreeMap::new(), threads: 0, next: 0, ended: false };
-        let shared =
-            Arc::new(Shared { state: Mutex::new(state), news: Condvar::new(), make: Box::new(make) });
+        let state = State {
+            queue: VecDeque::new(),
+            began: BTreeMap::new(),
+            threads: 0,
+            next: 0,
+            ended: false,
+        };
+        let shared = Arc::new(Shared {
+            state: Mutex::new(state),
+            news: Condvar::new(),
+            make: Box::new(make),
+        });
         let workers = Self(shared);
         for _ in 0..PLACES {
             start(&workers.0)?;

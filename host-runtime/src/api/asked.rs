@@ -1,5 +1,5 @@
-//! What a request's body may be, described: strictly, and as widely as the model reads it. A derived schema cannot say that a key rules out
-//! another, or that a number may be text.
+//! What a request's body may be, described: strictly, and as widely as the model reads it. A
+//! derived schema cannot say that a key rules out another, or that a number may be text.
 
 use std::borrow::Cow;
 
@@ -24,10 +24,12 @@ const PROJECT: &str =
 /// A stored flavor's name, or a grant's.
 const NAME: &str = r"^[^@\u0000-\u001f\u007f-\u009f\u061c\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff][^\u0000-\u001f\u007f-\u009f\u061c\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff]{0,254}$";
 
-/// What a parameter of that name may be, in whichever path or query it stands; none: what its call says.
+/// What a parameter of that name may be, in whichever path or query it stands; none: what its call
+/// says.
 pub(super) fn parameter(name: &str) -> Option<RefOr<Schema>> {
     let text = |pattern| json!({ "type": "string", "pattern": pattern });
-    let number = |least: u64, most: u64| json!({ "type": "integer", "minimum": least, "maximum": most });
+    let number =
+        |least: u64, most: u64| json!({ "type": "integer", "minimum": least, "maximum": most });
     let schema = match name {
         "tenant_id" => text(PROJECT),
         "server_id" | "instance_uuid" => text(UUID),
@@ -167,7 +169,8 @@ fn flavor_request() -> Value {
     let devices = MAX_DEVICES as usize;
     let asks = |key: &str, properties: Value| json!({ "type": "object", "required": [key], "properties": properties, "additionalProperties": false });
     json!({
-        "description": format!("What a flavor asks for: something, and at most {MAX_DEVICES} devices in all."),
+        "description": format!("What a flavor asks for: something, and at most {MAX_DEVICES} \
+            devices in all."),
         "example": { "usb_devices": [{ "vendor_id": "0529", "product_id": "0001" }] },
         "anyOf": [
             asks("usb_devices", json!({
@@ -182,8 +185,8 @@ fn flavor_request() -> Value {
     })
 }
 
-/// Which keys are there as something, which as `null` at most; the others as either. `most` is how many devices may be asked for; none: no
-/// count is said.
+/// Which keys are there as something, which as `null` at most; the others as either. `most` is how
+/// many devices may be asked for; none: no count is said.
 fn device_request(most: Option<u32>) -> Value {
     let describe = |named: &[&str], nothing: &[&str]| {
         let count = if named.contains(&"id") { most.map(|_| 1) } else { most };
@@ -192,12 +195,14 @@ fn device_request(most: Option<u32>) -> Value {
             false => value(key, named.contains(&key), count.unwrap_or(1)),
         };
         let keys = KEYS.into_iter().filter(|key| *key != "count" || count.is_some());
-        let properties: Map<String, Value> = keys.map(|key| (key.to_owned(), describe(key))).collect();
+        let properties: Map<String, Value> =
+            keys.map(|key| (key.to_owned(), describe(key))).collect();
         json!({ "type": "object", "required": named, "properties": properties, "additionalProperties": false })
     };
     let alone = &["id", "vendor_id", "product_id"];
     json!({
-        "description": "What a device must match, all of it. An id names one device; a product_id is the vendor's own.",
+        "description": "What a device must match, all of it. An id names one device; a product_id \
+            is the vendor's own.",
         "example": { "id": 1 },
         "anyOf": [
             describe(&["id"], &["vendor_id", "product_id"]),
@@ -212,15 +217,17 @@ fn device_request(most: Option<u32>) -> Value {
     })
 }
 
-const KEYS: [&str; 9] = ["id", "vendor_id", "product_id", "serial", "port", "path", "class", "tags", "count"];
+const KEYS: [&str; 9] =
+    ["id", "vendor_id", "product_id", "serial", "port", "path", "class", "tags", "count"];
 
 /// A port number at a hub, 1 to 255, in up to three digits.
 const NUMBER: &str = "(0{0,2}[1-9]|0?[1-9][0-9]|1[0-9]{2}|2[0-4][0-9]|25[0-5])";
 
 /// What may stand at a key of a request; `null` is as good as nothing.
 fn value(key: &str, needed: bool, most: u32) -> Value {
-    let kinds =
-        |kinds: &[&str]| -> Value { kinds.iter().copied().chain((!needed).then_some("null")).collect() };
+    let kinds = |kinds: &[&str]| -> Value {
+        kinds.iter().copied().chain((!needed).then_some("null")).collect()
+    };
     match key {
         "id" => json!({
             "type": kinds(&["integer", "string"]),
@@ -242,7 +249,8 @@ fn value(key: &str, needed: bool, most: u32) -> Value {
         }),
         "path" => json!({
             "type": kinds(&["string"]),
-            "description": "A device path: the controller, the USB version of its root hub, the port at each hub.",
+            "description": "A device path: the controller, the USB version of its root hub, the \
+                port at each hub.",
             "pattern": format!(r"^[A-Za-z0-9_.:@,+-]{{1,200}}-usbv0{{0,2}}[1-9]-0:{NUMBER}(\.{NUMBER}){{0,6}}$"),
         }),
         "port" => {

@@ -22,14 +22,20 @@ pub(super) struct Claims {
     usb_problems: Vec<UsbProblem>,
 }
 
-/// Who has which device, and what stands in somebody's way: for administrators all of it, for others what concerns their project
+/// Who has which device, and what stands in somebody's way: for administrators all of it, for
+/// others what concerns their project
 #[utoipa::path(get, path = "/os-usb-claims", tag = "devices", operation_id = "list_usb_claims",
     responses((status = 200, description = "The claims", body = Claims)))]
-pub(super) async fn list(State(api): State<Arc<Api>>, Asks(caller): Asks) -> Result<Json<Claims>, Fault> {
+pub(super) async fn list(
+    State(api): State<Arc<Api>>,
+    Asks(caller): Asks,
+) -> Result<Json<Claims>, Fault> {
     Fault::unless(may(&caller, Call::LookAt), Fault::forbidden)?;
     let snapshot = api.inventory.now()?;
-    let known: Vec<&ClaimRow> = snapshot.claims().filter(|claim| may_know_holder(&caller, claim)).collect();
-    let is_known = |instance| caller.is_admin() || known.iter().any(|claim| claim.instance_uuid == instance);
+    let known: Vec<&ClaimRow> =
+        snapshot.claims().filter(|claim| may_know_holder(&caller, claim)).collect();
+    let is_known =
+        |instance| caller.is_admin() || known.iter().any(|claim| claim.instance_uuid == instance);
     let problems = snapshot.own.problems.iter().filter(|problem| is_known(problem.instance_uuid));
     Ok(Json(Claims {
         usb_claims: known.iter().map(|claim| UsbClaim::from(*claim)).collect(),

@@ -111,7 +111,8 @@ pub(super) async fn list(
     if query.sort_dir == Some(SortDir::Desc) {
         found.reverse();
     }
-    let (page, more) = page(found, limit(query.limit)?, query.marker.as_ref(), |r| r.entry.id.get())?;
+    let (page, more) =
+        page(found, limit(query.limit)?, query.marker.as_ref(), |r| r.entry.id.get())?;
     Ok(Json(UsbDevices {
         usb_devices: page.into_iter().map(|record| snapshot.shown(record, &caller)).collect(),
         usb_devices_links: more.iter().map(|marker| next(&uri, &marker.to_string())).collect(),
@@ -150,8 +151,10 @@ impl<'a> Wanted<'a> {
         if let Some(status) = &query.status
             && !Status::NAMES.contains(&status.as_str())
         {
-            let wrong =
-                ParseError::new(format!("{status:?}"), format!("one of {}", Status::NAMES.join(", ")));
+            let wrong = ParseError::new(
+                format!("{status:?}"),
+                format!("one of {}", Status::NAMES.join(", ")),
+            );
             return Err(Fault::bad_request(sentence(&wrong.at("status").to_string())));
         }
         Ok(Self {
@@ -228,12 +231,16 @@ impl Change {
                 Some(Value::String(why)) if why.chars().count() <= 255 => {
                     Ok(Self::Disable(Some(why.clone())))
                 }
-                Some(_) => Err(Fault::bad_request("disable.reason: wanted text of at most 255 characters.")),
+                Some(_) => Err(Fault::bad_request(
+                    "disable.reason: wanted text of at most 255 characters.",
+                )),
             },
             "add_tags" | "remove_tags" => {
                 let tags = object(value, name, &["tags"])?.get("tags").and_then(Value::as_array);
                 let Some(tags) = tags else {
-                    return Err(Fault::bad_request(format!("{name} wants a list: {{\"tags\":[\"erp\"]}}.")));
+                    return Err(Fault::bad_request(format!(
+                        "{name} wants a list: {{\"tags\":[\"erp\"]}}."
+                    )));
                 };
                 let tag = |value: &Value| {
                     let tag: Result<Tag, _> = value.as_str().unwrap_or_default().parse();
@@ -280,7 +287,13 @@ pub(super) async fn change(
         let wished = match change {
             Change::Enable => store.set_disabled(id, None, &context),
             Change::Disable(why) => {
-                let why = why.as_deref().and_then(clean_text).unwrap_or_else(|| format!("by {}", actor.name));
+                let why = why.as_deref().and_then(clean_text).unwrap_or_else(|| {
+                    format!(
+                        "by \
+                    {}",
+                        actor.name
+                    )
+                });
                 store.set_disabled(id, Some(&why), &context)
             }
             Change::ClearQuarantine => store.clear_quarantine(id, &context),
@@ -290,7 +303,8 @@ pub(super) async fn change(
                 let of_rule = snapshot.device(id).and_then(|r| r.tag_of_a_rule(&tags));
                 if let Some(tag) = of_rule {
                     return Err(Fault::conflict(format!(
-                        "The tag {tag:?} comes from a whitelist rule: it goes when that rule changes."
+                        "The tag {tag:?} comes from a whitelist rule: it goes when that rule \
+                            changes."
                     )));
                 }
                 store.set_tags(id, &[], &tags, &context)
@@ -298,9 +312,10 @@ pub(super) async fn change(
         };
         match wished? {
             Wished::Unknown => Err(missing(&told)),
-            Wished::TooManyTags => {
-                Err(Fault::conflict(format!("USB device {id} would have more than {MAX_TAGS} tags.")))
-            }
+            Wished::TooManyTags => Err(Fault::conflict(format!(
+                "USB device {id} would have more than {MAX_TAGS} \
+                    tags."
+            ))),
             Wished::Done(_) | Wished::Already(_) => Ok(()),
         }
     })
@@ -321,16 +336,17 @@ pub(super) async fn forget(
 ) -> Result<StatusCode, Fault> {
     let (id, _) = api.device(&caller, Call::ChangeDevice, &name)?;
     refuse_elsewhere(&api, id)?;
-    let forgotten = api.blocking(move |api| Ok(api.store()?.forget(id, &api.context(&caller)?)?)).await?;
+    let forgotten =
+        api.blocking(move |api| Ok(api.store()?.forget(id, &api.context(&caller)?)?)).await?;
     match forgotten {
         Forgotten::Done(_) => Ok(StatusCode::NO_CONTENT),
         Forgotten::Unknown => Err(missing(&name)),
         Forgotten::Here(_) => Err(Fault::conflict(format!(
             "USB device {id} is plugged in or in use: only a device that is gone can be forgotten."
         ))),
-        Forgotten::Named(_, what) => {
-            Err(Fault::conflict(format!("USB device {id} is named by its id in {what}: change that first.")))
-        }
+        Forgotten::Named(_, what) => Err(Fault::conflict(format!(
+            "USB device {id} is named by its id in {what}: change that first."
+        ))),
     }
 }
 

@@ -1,4 +1,5 @@
-//! What is answered, key by key. The first eleven of a device, their order and their types are the API's promise; more may follow them.
+//! What is answered, key by key. The first eleven of a device, their order and their types are the
+//! API's promise; more may follow them.
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -32,14 +33,16 @@ pub(super) struct UsbDevice {
     pub(super) extra_info: String,
     /// Who has it, for those who may know; else empty.
     pub(super) instance_uuid: String,
-    /// Why it is unavailable: `whitelist`, `host-use`, `disabled`, `quarantined`, `flapping`, `unreachable`.
+    /// Why it is unavailable: `whitelist`, `host-use`, `disabled`, `quarantined`, `flapping`,
+    /// `unreachable`.
     pub(super) status_reason: Option<String>,
     /// Where it is plugged in: `1-1.4`.
     pub(super) port_path: String,
     pub(super) serial: Option<String>,
     /// `unique`, `duplicate`, `missing`.
     pub(super) serial_kind: String,
-    /// The socket that it is plugged into, whatever number the bus has: `pci-0000:00:14.0-usbv2-0:1.4`.
+    /// The socket that it is plugged into, whatever number the bus has:
+    /// `pci-0000:00:14.0-usbv2-0:1.4`.
     pub(super) path: Option<String>,
     /// Two hexadecimal digits.
     pub(super) class: String,
@@ -72,12 +75,18 @@ pub(super) struct UsbDevice {
     pub(super) quarantined: Option<String>,
     /// It came and went too often: it is not offered until then.
     pub(super) flapping_until: Option<String>,
-    /// What is different from what it was when it was claimed last, where it was quarantined after that.
+    /// What is different from what it was when it was claimed last, where it was quarantined after
+    /// that.
     pub(super) altered: Option<String>,
 }
 
 impl UsbDevice {
-    pub(super) fn new(record: &Record, host: &str, claim: Option<&ClaimRow>, caller: &Caller) -> Self {
+    pub(super) fn new(
+        record: &Record,
+        host: &str,
+        claim: Option<&ClaimRow>,
+        caller: &Caller,
+    ) -> Self {
         let e = &record.entry;
         let known = claim.filter(|claim| may_know_holder(caller, claim));
         let admin = caller.is_admin();

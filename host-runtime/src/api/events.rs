@@ -43,7 +43,8 @@ pub(super) struct Events {
 
 /// A device's audit, newest first
 ///
-/// Administrators see all of it, others what concerned their project, and what became of it while no instance had it, without who and why.
+/// Administrators see all of it, others what concerned their project, and what became of it while
+/// no instance had it, without who and why.
 #[utoipa::path(get, path = "/os-usb-devices/{usb_device_id}/events", tag = "events", operation_id = "list_usb_device_events",
     params(("usb_device_id" = u64, Path, description = "The device's id"), Query),
     responses((status = 200, description = "The events", body = Events)))]
@@ -70,7 +71,8 @@ pub(super) async fn of_server(
     OriginalUri(uri): OriginalUri,
 ) -> Result<Json<Events>, Fault> {
     let server = api.server(&caller, Call::LookAt, &server.server_id).await?;
-    answer(&api, caller, query, Filter { instance: Some(server.id), ..Filter::default() }, &uri).await
+    answer(&api, caller, query, Filter { instance: Some(server.id), ..Filter::default() }, &uri)
+        .await
 }
 
 /// The audit, newest first: for administrators all of it, for others what concerned their project
@@ -101,7 +103,8 @@ async fn answer(
     Ok(Json(Events { events, events_links: events_links.into_iter().collect() }))
 }
 
-/// What the caller may know of, newest first, before the event of that id (0: from the newest on); and whether there is more.
+/// What the caller may know of, newest first, before the event of that id (0: from the newest on);
+/// and whether there is more.
 pub(super) async fn read(
     api: &Arc<Api>,
     caller: Caller,
@@ -118,7 +121,9 @@ pub(super) async fn read(
             let events = store.events(&filter)?;
             let Some(oldest) = events.first() else { return Ok(found) };
             filter.before = oldest.id;
-            found.extend(events.into_iter().rev().filter_map(|event| shown(&caller, event, of_device)));
+            found.extend(
+                events.into_iter().rev().filter_map(|event| shown(&caller, event, of_device)),
+            );
             if found.len() > limit {
                 return Ok(found);
             }
@@ -130,13 +135,20 @@ pub(super) async fn read(
     Ok((events, more))
 }
 
-/// What the caller is told of it. Who may look at a device may know what became of it while nobody had it, but not why or by whom: that names others,
-/// and what they did.
+/// What the caller is told of it. Who may look at a device may know what became of it while nobody
+/// had it, but not why or by whom: that names others, and what they did.
 fn shown(caller: &Caller, event: EventRow, of_device: bool) -> Option<EventRow> {
-    let project: Option<ProjectId> = event.project_id.as_deref().and_then(|project| project.parse().ok());
+    let project: Option<ProjectId> =
+        event.project_id.as_deref().and_then(|project| project.parse().ok());
     if caller.is_admin() || caller.owns(project.as_ref()) {
         return Some(event);
     }
     let bare = of_device && event.instance_uuid.is_none();
-    bare.then(|| EventRow { domain: None, project_id: None, actor: String::new(), detail: None, ..event })
+    bare.then(|| EventRow {
+        domain: None,
+        project_id: None,
+        actor: String::new(),
+        detail: None,
+        ..event
+    })
 }

@@ -49,12 +49,16 @@ impl Fault {
     pub(super) fn unauthorized() -> Self {
         Self::new(
             StatusCode::UNAUTHORIZED,
-            "The request you have made requires authentication: send a valid token in X-Auth-Token.",
+            "The request you have made requires authentication: send a valid token in \
+                X-Auth-Token.",
         )
     }
 
     pub(super) fn forbidden() -> Self {
-        Self::new(StatusCode::FORBIDDEN, "Policy doesn't allow this to be performed with the token's role.")
+        Self::new(
+            StatusCode::FORBIDDEN,
+            "Policy doesn't allow this to be performed with the token's role.",
+        )
     }
 
     pub(super) fn not_found(message: impl Into<String>) -> Self {
@@ -101,7 +105,8 @@ impl Fault {
 
     /// Nobody but the log is told what it was.
     pub(super) fn internal(private: impl Into<String>) -> Self {
-        let message = "virt-usb cannot serve this now. The host's administrator finds why in the agent's log, by the request id.";
+        let message = "virt-usb cannot serve this now. The host's administrator finds why in the \
+            agent's log, by the request id.";
         let private = Some(private.into());
         Self { private, ..Self::new(StatusCode::INTERNAL_SERVER_ERROR, message) }
     }
@@ -109,7 +114,8 @@ impl Fault {
     /// The token may be a good one: it cannot be said now.
     pub(super) fn cannot_tell(private: String) -> Self {
         Self::away(
-            "Tokens cannot be looked up now. The host's administrator finds why in the agent's log.",
+            "Tokens cannot be looked up now. The host's administrator finds why in the agent's \
+                log.",
             private,
         )
     }
@@ -128,7 +134,8 @@ impl Fault {
 
     pub(super) fn fleet_away(private: String) -> Self {
         Self::away(
-            "Other hosts cannot be asked from here now. The host's administrator finds why in the agent's log.",
+            "Other hosts cannot be asked from here now. The host's administrator finds why in the \
+                agent's log.",
             private,
         )
     }
@@ -162,7 +169,8 @@ impl Fault {
         }
     }
 
-    /// `Ok` where it is allowed; `missing` is what somebody is told who may not know that there is such a thing.
+    /// `Ok` where it is allowed; `missing` is what somebody is told who may not know that there is
+    /// such a thing.
     pub(super) fn unless(verdict: Verdict, missing: impl FnOnce() -> Self) -> Result<(), Self> {
         match verdict {
             Verdict::Allowed => Ok(()),
@@ -184,7 +192,8 @@ impl From<ChangeError> for Fault {
             ChangeError::Store(e) => e.into(),
             ChangeError::Fleet(what, e) => Self::away(
                 format!(
-                    "The fleet's {what} cannot be changed here now. The host's administrator finds why in the agent's log."
+                    "The fleet's {what} cannot be changed here now. The host's administrator finds \
+                        why in the agent's log."
                 ),
                 e.to_string(),
             ),
@@ -195,10 +204,13 @@ impl From<ChangeError> for Fault {
 impl From<Failure> for Fault {
     fn from(e: Failure) -> Self {
         match e {
-            Failure::Away(_) => Self::away("libvirt cannot be reached now: try again.", e.to_string()),
-            Failure::Silent(_) => {
-                Self::away("libvirt does not answer about this server now: try again.", e.to_string())
+            Failure::Away(_) => {
+                Self::away("libvirt cannot be reached now: try again.", e.to_string())
             }
+            Failure::Silent(_) => Self::away(
+                "libvirt does not answer about this server now: try again.",
+                e.to_string(),
+            ),
             Failure::Hung(_) => {
                 Self::away("The server's QEMU does not go on: try again later.", e.to_string())
             }
@@ -228,7 +240,8 @@ pub(super) fn sentence(text: &str) -> String {
 
 impl IntoResponse for Fault {
     fn into_response(self) -> Response {
-        let body = json!({ self.name(): { "code": self.status.as_u16(), "message": self.message } });
+        let body =
+            json!({ self.name(): { "code": self.status.as_u16(), "message": self.message } });
         let mut response = (self.status, Json(body)).into_response();
         let headers = response.headers_mut();
         if self.status == StatusCode::UNAUTHORIZED {

@@ -46,7 +46,10 @@ fn missing(name: &str) -> Fault {
 /// Stored flavors
 #[utoipa::path(get, path = "/os-usb-flavors", tag = "flavors", operation_id = "list_usb_flavors",
     responses((status = 200, description = "The flavors", body = Flavors)))]
-pub(super) async fn list(State(api): State<Arc<Api>>, Asks(caller): Asks) -> Result<Json<Flavors>, Fault> {
+pub(super) async fn list(
+    State(api): State<Arc<Api>>,
+    Asks(caller): Asks,
+) -> Result<Json<Flavors>, Fault> {
     let usb_flavors = all(&api, &caller).await?;
     Ok(Json(Flavors { usb_flavors: usb_flavors.into_iter().map(UsbFlavor::from).collect() }))
 }
@@ -75,7 +78,8 @@ pub(super) async fn show(
 
 /// Store a flavor: for administrators
 #[utoipa::path(put, path = "/os-usb-flavors/{flavor_name}", tag = "flavors", operation_id = "set_usb_flavor",
-    params(("flavor_name" = String, Path, description = "The flavor's name")), request_body = FlavorRequest,
+    params(("flavor_name" = String, Path, description = "The flavor's \
+        name")), request_body = FlavorRequest,
     responses((status = 200, description = "The flavor as it is now", body = Shown)))]
 pub(super) async fn set(
     State(api): State<Arc<Api>>,
@@ -97,7 +101,8 @@ pub(super) async fn store(
     Fault::unless(may(&caller, Call::ChangeFlavor), Fault::forbidden)?;
     if !is_name(&name) {
         return Err(Fault::bad_request(format!(
-            "{name:?} is no name for a flavor: 1 to {MAX_NAME} printable characters, the first no @."
+            "{name:?} is no name for a flavor: 1 to {MAX_NAME} printable characters, the first no \
+                @."
         )));
     }
     let flavor = Flavor::parse(text).map_err(|e| Fault::bad_request(sentence(&e.to_string())))?;

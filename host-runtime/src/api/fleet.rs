@@ -1,4 +1,5 @@
-//! The API of one host in a fleet: it shows the others, and what is to be done on them is done by their agents.
+//! The API of one host in a fleet: it shows the others, and what is to be done on them is done by
+//! their agents.
 
 use std::sync::Arc;
 
@@ -47,9 +48,13 @@ impl Api {
         };
         match through::ask(&fleet, host, &request).await {
             Ok(Answer { status: 202, body }) => serde_json::from_value(body).map_err(|e| {
-                Fault::internal(format!("host {host} has done it, and its answer cannot be read: {e}"))
+                Fault::internal(format!(
+                    "host {host} has done it, and its answer cannot be read: {e}"
+                ))
             }),
-            Ok(Answer { status, body }) => Err(Fault::of_other(status, body["message"].as_str(), host)),
+            Ok(Answer { status, body }) => {
+                Err(Fault::of_other(status, body["message"].as_str(), host))
+            }
             Err(Unanswered::Unreachable) => Err(Fault::unavailable(format!(
                 "Host {host} is not heard of: nothing was done. Try again when it is back."
             ))),
@@ -57,7 +62,8 @@ impl Api {
                 "Host {host} did not begin in time: nothing was done, and nothing will be."
             ))),
             Err(Unanswered::Unknown) => Err(Fault::unavailable(format!(
-                "It is unknown what host {host} has done: it did not say in time. Look at what the server has."
+                "It is unknown what host {host} has done: it did not say in time. Look at what the \
+                    server has."
             ))),
             Err(Unanswered::Etcd(e)) => Err(Fault::fleet_away(e.to_string())),
         }
@@ -65,8 +71,9 @@ impl Api {
 
     /// What another host's API asks: looked at as if it were asked here.
     async fn answer(self: &Arc<Self>, request: &Request) -> Result<Acted, Fault> {
-        let bad =
-            |what: &str| Fault::bad_request(format!("{what} of a request through etcd cannot be read."));
+        let bad = |what: &str| {
+            Fault::bad_request(format!("{what} of a request through etcd cannot be read."))
+        };
         let role: Role = request.role.parse().map_err(|_| bad("The role"))?;
         let project = request.project_id.as_deref().map(str::parse).transpose();
         let project = project.map_err(|_| bad("The project"))?;
@@ -89,7 +96,8 @@ impl Api {
     async fn state(self: &Arc<Self>, request: &Request) -> Fault {
         let id: Option<InstanceId> = request.server.parse().ok();
         let has = self.inventory.now().map(|snapshot| {
-            let mine = snapshot.own_devices().filter(|r| r.entry.instance_uuid == id && id.is_some());
+            let mine =
+                snapshot.own_devices().filter(|r| r.entry.instance_uuid == id && id.is_some());
             mine.map(|r| format!("{} ({})", r.entry.id, r.entry.status)).collect::<Vec<_>>()
         });
         let state = match has {
@@ -98,7 +106,8 @@ impl Api {
             Err(_) => "the inventory cannot be read now".to_owned(),
         };
         Fault::unavailable(format!(
-            "It is unknown how it ended: the agent was interrupted, and does it no second time. The state is: {state}."
+            "It is unknown how it ended: the agent was interrupted, and does it no second time. \
+                The state is: {state}."
         ))
     }
 }

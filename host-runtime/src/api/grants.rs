@@ -44,7 +44,10 @@ fn missing(name: &str) -> Fault {
 /// Stored grants: for administrators
 #[utoipa::path(get, path = "/os-usb-grants", tag = "grants", operation_id = "list_usb_grants",
     responses((status = 200, description = "The grants", body = Grants)))]
-pub(super) async fn list(State(api): State<Arc<Api>>, Asks(caller): Asks) -> Result<Json<Grants>, Fault> {
+pub(super) async fn list(
+    State(api): State<Arc<Api>>,
+    Asks(caller): Asks,
+) -> Result<Json<Grants>, Fault> {
     Fault::unless(may(&caller, Call::Grants), Fault::forbidden)?;
     let stored = api.blocking(|api| Ok(api.store()?.grants()?)).await?;
     Ok(Json(Grants { usb_grants: stored.into_iter().map(UsbGrant::from).collect() }))
@@ -60,13 +63,15 @@ pub(super) async fn show(
     Named(GrantName { grant_name: name }): Named<GrantName>,
 ) -> Result<Json<Shown>, Fault> {
     Fault::unless(may(&caller, Call::Grants), Fault::forbidden)?;
-    let found = api.blocking(move |api| api.store()?.grant(&name)?.ok_or_else(|| missing(&name))).await?;
+    let found =
+        api.blocking(move |api| api.store()?.grant(&name)?.ok_or_else(|| missing(&name))).await?;
     Ok(Json(Shown { usb_grant: found.into() }))
 }
 
 /// Store a grant: for administrators
 #[utoipa::path(put, path = "/os-usb-grants/{grant_name}", tag = "grants", operation_id = "set_usb_grant",
-    params(("grant_name" = String, Path, description = "The grant's name")), request_body = GrantRequest,
+    params(("grant_name" = String, Path, description = "The grant's \
+        name")), request_body = GrantRequest,
     responses((status = 200, description = "The grant as it is now", body = Shown)))]
 pub(super) async fn set(
     State(api): State<Arc<Api>>,

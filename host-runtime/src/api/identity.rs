@@ -1,4 +1,5 @@
-//! Who asks. A token says it, to whoever implements [`Identity`]: the [file of tokens](super::tokens) does, and [Keystone](super::keystone).
+//! Who asks. A token says it, to whoever implements [`Identity`]: the [file of
+//! tokens](super::tokens) does, and [Keystone](super::keystone).
 
 use std::fmt;
 use std::future::Future;
@@ -55,7 +56,8 @@ impl FromStr for Role {
 pub struct Caller {
     /// For the audit and the log: the token's name, never the token.
     pub name: String,
-    /// The project that is acted for; none: root and the agent's group on the host itself, who act for none.
+    /// The project that is acted for; none: root and the agent's group on the host itself, who act
+    /// for none.
     pub project: Option<ProjectId>,
     /// What it may.
     pub role: Role,
@@ -104,8 +106,8 @@ pub trait Identity: Send + Sync {
     fn caller<'a>(&'a self, token: &'a str, look: Look) -> Answer<'a>;
 }
 
-/// The file's tokens, which tell themselves by how they begin, and all others Keystone's, where there is one: should it be away, this host's
-/// administrators have tokens still.
+/// The file's tokens, which tell themselves by how they begin, and all others Keystone's, where
+/// there is one: should it be away, this host's administrators have tokens still.
 pub struct Identities {
     file: Tokens,
     keystone: Option<Keystone>,

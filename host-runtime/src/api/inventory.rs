@@ -1,4 +1,5 @@
-//! What there is, for many readers at once: read from the store when somebody has written, and not before.
+//! What there is, for many readers at once: read from the store when somebody has written, and not
+//! before.
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -46,7 +47,8 @@ const ANSWERS: usize = 64;
 impl Own {
     fn new(Moment { hosts, devices, claims, owners, problems, .. }: Moment) -> Self {
         let claims = claims.into_iter().map(|claim| (claim.device_id, claim)).collect();
-        let owners = owners.into_iter().map(|owner| (owner.instance_uuid, owner.project_id)).collect();
+        let owners =
+            owners.into_iter().map(|owner| (owner.instance_uuid, owner.project_id)).collect();
         let host = hosts.into_iter().next();
         Self { host, devices, claims, owners, problems }
     }
@@ -88,7 +90,10 @@ impl Snapshot {
     }
 
     /// The devices of those hosts that are not what they are in the other snapshot.
-    pub(super) fn changed_since<'a>(&'a self, before: &'a Self) -> impl Iterator<Item = &'a Record> {
+    pub(super) fn changed_since<'a>(
+        &'a self,
+        before: &'a Self,
+    ) -> impl Iterator<Item = &'a Record> {
         let own = if Arc::ptr_eq(&self.own, &before.own) { &[][..] } else { &self.own.devices };
         let is_same = |number: &u64, other: &Arc<Other>| {
             before.others.get(number).is_some_and(|known| Arc::ptr_eq(known, other))
@@ -100,7 +105,10 @@ impl Snapshot {
     /// The other host that the device belongs to; none: this one, or nobody.
     pub(super) fn elsewhere(&self, device: DeviceId) -> Option<&Other> {
         let number = (device.get() - 1) / IDS_A_HOST + 1;
-        self.others.get(&number).map(Arc::as_ref).filter(|other| find(&other.devices, device).is_some())
+        self.others
+            .get(&number)
+            .map(Arc::as_ref)
+            .filter(|other| find(&other.devices, device).is_some())
     }
 
     /// A server of another host, and which.
@@ -163,7 +171,12 @@ impl Snapshot {
     }
 
     /// Whether the caller may know that the instance has the device.
-    pub(super) fn shows_holder(&self, caller: &Caller, record: &Record, instance: InstanceId) -> bool {
+    pub(super) fn shows_holder(
+        &self,
+        caller: &Caller,
+        record: &Record,
+        instance: InstanceId,
+    ) -> bool {
         let claim = self.claim(record.entry.id);
         claim.is_some_and(|claim| claim.instance_uuid == instance && may_know_holder(caller, claim))
     }
@@ -202,7 +215,8 @@ impl Inventory {
         self.others.as_ref().map(Others::now).unwrap_or_default()
     }
 
-    /// As it is now, with the devices that were unplugged while nobody had them. Read anew each time.
+    /// As it is now, with the devices that were unplugged while nobody had them. Read anew each
+    /// time.
     ///
     /// # Errors
     /// When it cannot be read.
@@ -232,7 +246,9 @@ impl Inventory {
             None
         };
         let snapshot = match own {
-            None if Arc::ptr_eq(&others, &known.others) || (others.is_empty() && known.others.is_empty()) => {
+            None if Arc::ptr_eq(&others, &known.others)
+                || (others.is_empty() && known.others.is_empty()) =>
+            {
                 known
             }
             own => Arc::new(Snapshot::new(own.unwrap_or_else(|| known.own.clone()), others)),

@@ -1,10 +1,13 @@
 //! OpenStack's identity service: whose a token is that Keystone has given out.
 //!
-//! The agent asks as a service user: `POST /v3/auth/tokens` for a token of its own, then `GET /v3/auth/tokens` about each token that it is
-//! shown ([Identity API v3](https://docs.openstack.org/api-ref/identity/v3/)). Keystone lets the role `service` ask about others' tokens.
+//! The agent asks as a service user: `POST /v3/auth/tokens` for a token of its own, then `GET
+//! /v3/auth/tokens` about each token that it is shown ([Identity API
+//! v3](https://docs.openstack.org/api-ref/identity/v3/)). Keystone lets the role `service` ask
+//! about others' tokens.
 //!
-//! What it said of a token counts for `cache` seconds for whoever only looks, and never longer than the token itself; before anything is
-//! changed it is asked anew, so a token that was revoked changes nothing. While it cannot be asked nobody is let in whom it has not just vouched for.
+//! What it said of a token counts for `cache` seconds for whoever only looks, and never longer than
+//! the token itself; before anything is changed it is asked anew, so a token that was revoked
+//! changes nothing. While it cannot be asked nobody is let in whom it has not just vouched for.
 
 use std::collections::HashMap;
 use std::error::Error as _;
@@ -33,7 +36,8 @@ const PATIENCE: Duration = Duration::from_secs(10);
 const CONNECTING: Duration = Duration::from_secs(5);
 /// For so long a token that is good for nothing is not asked about again.
 const REFUSED: Duration = Duration::from_secs(5);
-/// For so long a password that was refused is not tried again: Keystone may lock a user out who is wrong too often.
+/// For so long a password that was refused is not tried again: Keystone may lock a user out who is
+/// wrong too often.
 const PAUSE: Duration = Duration::from_secs(30);
 /// A token of the service's own that has less than this left is replaced, in seconds.
 const LEFT: i64 = 60;
@@ -125,7 +129,8 @@ impl Keystone {
     }
 
     async fn look_up(&self, token: &str, look: Look) -> Result<Caller, Unknown> {
-        if token.is_empty() || token.len() > LONGEST || !token.bytes().all(|b| b.is_ascii_graphic()) {
+        if token.is_empty() || token.len() > LONGEST || !token.bytes().all(|b| b.is_ascii_graphic())
+        {
             return Err(Unknown::Nobody);
         }
         let hash = sha256(token.as_bytes());
@@ -170,9 +175,8 @@ impl Inner {
             // One that was refused will not become good.
             Err(why) => (found.at.elapsed() < REFUSED).then(|| Err(why.clone())),
             Ok((_, until)) if Timestamp::now() >= *until => Some(Err(Unknown::Nobody)),
-            Ok((caller, _)) => {
-                (look != Look::Now && found.at.elapsed() < self.config.cache).then(|| Ok(caller.clone()))
-            }
+            Ok((caller, _)) => (look != Look::Now && found.at.elapsed() < self.config.cache)
+                .then(|| Ok(caller.clone())),
         }
     }
 
@@ -239,7 +243,8 @@ impl Inner {
                 StatusCode::UNAUTHORIZED if !last => self.forget(&own),
                 StatusCode::FORBIDDEN => {
                     return Err(format!(
-                        "Keystone at {} does not let the user {} ask about tokens: give it the role \"service\" in the project {}",
+                        "Keystone at {} does not let the user {} ask about tokens: give it the \
+                            role \"service\" in the project {}",
                         self.config.url, self.config.user, self.config.project
                     ));
                 }
@@ -256,7 +261,8 @@ impl Inner {
         }
     }
 
-    /// The token of this service. Whoever needs it while it is fetched waits for it, or for why there is none.
+    /// The token of this service. Whoever needs it while it is fetched waits for it, or for why
+    /// there is none.
     fn own_token(&self) -> Result<String, String> {
         let begun = Instant::now();
         let mut service = self.service.lock().unwrap_or_else(PoisonError::into_inner);
@@ -303,7 +309,8 @@ impl Inner {
             StatusCode::CREATED => {}
             StatusCode::UNAUTHORIZED => {
                 let why = format!(
-                    "Keystone at {} refuses the user {} of the domain {} in the project {} of the domain {}, or its password in {}",
+                    "Keystone at {} refuses the user {} of the domain {} in the project {} of the \
+                        domain {}, or its password in {}",
                     c.url,
                     c.user,
                     c.user_domain,
@@ -334,8 +341,9 @@ impl Inner {
     fn read(&self, response: &mut Response<ureq::Body>) -> Result<Described, String> {
         let text = response.body_mut().with_config().limit(LARGEST).read_to_string();
         let text = text.map_err(|e| self.away(&e))?;
-        serde_json::from_str(&text)
-            .map_err(|e| format!("what Keystone at {} says of a token cannot be read: {e}", self.config.url))
+        serde_json::from_str(&text).map_err(|e| {
+            format!("what Keystone at {} says of a token cannot be read: {e}", self.config.url)
+        })
     }
 
     fn odd(&self, status: StatusCode) -> String {
@@ -419,7 +427,8 @@ impl Described {
         }
         // Keystone and its services make no difference between cases.
         let has = |name: &str| roles.iter().any(|role| role.name.eq_ignore_ascii_case(name));
-        let meanings = config.roles.iter().filter(|(name, _)| has(name)).map(|(_, meaning)| meaning);
+        let meanings =
+            config.roles.iter().filter(|(name, _)| has(name)).map(|(_, meaning)| meaning);
         let role = meanings.filter_map(|meaning| meaning.parse::<Role>().ok()).max();
         let Some(role) = role else {
             let wanted = config.roles.keys().map(String::as_str).collect::<Vec<_>>().join(", ");
@@ -430,12 +439,17 @@ impl Described {
         let project: Option<ProjectId> = match project {
             Some(project) => {
                 let id = project.id.parse();
-                Some(id.map_err(|e| Unknown::Unavailable(format!("Keystone names a project: {e}")))?)
+                Some(
+                    id.map_err(|e| Unknown::Unavailable(format!("Keystone names a project: {e}")))?,
+                )
             }
-            None if system.is_some_and(|system| system["all"] == true) && role == Role::Admin => None,
+            None if system.is_some_and(|system| system["all"] == true) && role == Role::Admin => {
+                None
+            }
             None => {
                 return Err(Unknown::Useless(
-                    "A token for the system is an administrator's here, or it is for a project.".into(),
+                    "A token for the system is an administrator's here, or it is for a project."
+                        .into(),
                 ));
             }
         };
@@ -486,7 +500,8 @@ mod tests {
             std::thread::spawn(move || {
                 for request in server.incoming_requests() {
                     let text =
-                        token(&json!({ "id": "p1" }), &json!([{ "name": "member" }]), FUTURE).to_string();
+                        token(&json!({ "id": "p1" }), &json!([{ "name": "member" }]), FUTURE)
+                            .to_string();
                     let post = *request.method() == tiny_http::Method::Post;
                     let status = answers.load(Ordering::SeqCst);
                     let own = status == 1401;
@@ -497,8 +512,11 @@ mod tests {
                         (false, _) => status,
                     };
                     let header = tiny_http::Header::from_bytes("X-Subject-Token", "own").unwrap();
-                    let response =
-                        tiny_http::Response::from_string(if status == 299 { "{".into() } else { text });
+                    let response = tiny_http::Response::from_string(if status == 299 {
+                        "{".into()
+                    } else {
+                        text
+                    });
                     let status = if status == 299 { 200 } else { status };
                     drop(request.respond(response.with_status_code(status).with_header(header)));
                 }
@@ -543,7 +561,11 @@ mod tests {
         assert_eq!(fake.asked(), (1, 2), "before a change it is asked anew");
         fake.status.store(404, Ordering::SeqCst);
         assert_eq!(find(&keystone, "t1", Look::Now), Err(Unknown::Nobody));
-        assert_eq!(find(&keystone, "t1", Look::Lately), Err(Unknown::Nobody), "what was revoked stays so");
+        assert_eq!(
+            find(&keystone, "t1", Look::Lately),
+            Err(Unknown::Nobody),
+            "what was revoked stays so"
+        );
         assert_eq!(fake.asked(), (1, 3));
         let uncached = fake.keystone(0);
         fake.status.store(200, Ordering::SeqCst);
@@ -573,7 +595,10 @@ mod tests {
                 "{status}: {answer:?}"
             );
             assert!(find(&keystone, "t1", Look::Lately).is_ok(), "{status}");
-            assert!(matches!(find(&keystone, "t1", Look::Now), Err(Unknown::Unavailable(_))), "{status}");
+            assert!(
+                matches!(find(&keystone, "t1", Look::Now), Err(Unknown::Unavailable(_))),
+                "{status}"
+            );
         }
         fake.status.store(200, Ordering::SeqCst);
         find(&keystone, "t500", Look::Now).unwrap();
@@ -587,7 +612,8 @@ mod tests {
         for n in 0..5 {
             let answer = find(&keystone, &format!("t{n}"), Look::Lately);
             assert!(
-                matches!(&answer, Err(Unknown::Unavailable(why)) if why.contains("refuses the user virt-usb")),
+                matches!(&answer, Err(Unknown::Unavailable(why)) if why.contains("refuses the user \
+                    virt-usb")),
                 "{answer:?}"
             );
         }
@@ -630,17 +656,26 @@ mod tests {
     #[test]
     fn a_token_is_for_a_project_and_has_the_greatest_of_its_roles() {
         let config = Fake::new().keystone(60).0.config.clone();
-        let whose = |value: Value| serde_json::from_value::<Described>(value).unwrap().whose(&config);
-        let project = json!({ "id": "p1", "name": "erp", "domain": { "id": "default", "name": "Default" } });
+        let whose =
+            |value: Value| serde_json::from_value::<Described>(value).unwrap().whose(&config);
+        let project =
+            json!({ "id": "p1", "name": "erp", "domain": { "id": "default", "name": "Default" } });
         let role = |names: &[&str]| {
             json!(names.iter().map(|name| json!({ "id": "r", "name": name })).collect::<Vec<_>>())
         };
-        let (caller, _) = whose(token(&project, &role(&["reader", "admin", "member", "x"]), FUTURE)).unwrap();
+        let (caller, _) =
+            whose(token(&project, &role(&["reader", "admin", "member", "x"]), FUTURE)).unwrap();
         assert_eq!((caller.role, caller.project), (Role::Admin, Some("p1".parse().unwrap())));
-        assert_eq!(whose(token(&project, &role(&["Member"]), FUTURE)).unwrap().0.role, Role::Member);
+        assert_eq!(
+            whose(token(&project, &role(&["Member"]), FUTURE)).unwrap().0.role,
+            Role::Member
+        );
         let useless = |value: Value, why: &str| {
             let answer = whose(value);
-            assert!(matches!(&answer, Err(Unknown::Useless(text)) if text.contains(why)), "{answer:?}");
+            assert!(
+                matches!(&answer, Err(Unknown::Useless(text)) if text.contains(why)),
+                "{answer:?}"
+            );
         };
         useless(token(&project, &role(&["x"]), FUTURE), "none of the roles");
         useless(token(&Value::Null, &role(&["admin"]), FUTURE), "for no project");
@@ -665,6 +700,10 @@ mod tests {
     }
 
     fn name_of(name: &str, id: &str) -> String {
-        super::name(&User { id: id.into(), name: name.into(), domain: Named { name: "Default".into() } })
+        super::name(&User {
+            id: id.into(),
+            name: name.into(),
+            domain: Named { name: "Default".into() },
+        })
     }
 }

@@ -13,7 +13,8 @@ use super::keystone::PLACES;
 use super::{Api, LONG_TURNS, TURNS, WORKS, fleet, router, socket};
 use crate::listen::{CONNECTIONS, Certificate, Server};
 
-/// How long requests that were begun are waited for at the end: the agent ends within 5 s, whatever libvirt does.
+/// How long requests that were begun are waited for at the end: the agent ends within 5 s, whatever
+/// libvirt does.
 const END_TIME: Duration = Duration::from_secs(3);
 
 /// The API, while it is served.

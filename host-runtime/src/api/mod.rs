@@ -20,7 +20,8 @@
 //! | `portal` | pages for people |
 //! | `inventory` | what there is, for many readers |
 //!
-//! It runs on threads of its own, and whatever becomes of it, the agent goes on giving guests their devices.
+//! It runs on threads of its own, and whatever becomes of it, the agent goes on giving guests their
+//! devices.
 
 mod asked;
 mod claims;
@@ -53,7 +54,9 @@ use axum::Router;
 use axum::extract::rejection::RawPathParamsRejection;
 use axum::extract::{RawPathParams, Request, State};
 use axum::http::Method;
-use axum::http::header::{CACHE_CONTROL, CONNECTION, HeaderName, HeaderValue, X_CONTENT_TYPE_OPTIONS};
+use axum::http::header::{
+    CACHE_CONTROL, CONNECTION, HeaderName, HeaderValue, X_CONTENT_TYPE_OPTIONS,
+};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse as _, Response};
 use axum::routing::{get, post};
@@ -83,7 +86,8 @@ const WORKS: usize = 32;
 const TURN_TIME: Duration = Duration::from_secs(30);
 /// How long an attach or a detach keeps its turn: libvirt may leave it unanswered for ever.
 const TURN_LENGTH: Duration = Duration::from_secs(5);
-/// So many of them may last longer, beside those that have a turn: as many calls as may be unanswered, and a little.
+/// So many of them may last longer, beside those that have a turn: as many calls as may be
+/// unanswered, and a little.
 const LONG_TURNS: usize = 16;
 /// How long a request may take in all.
 const REQUEST_TIME: Duration = Duration::from_secs(120);
@@ -146,8 +150,8 @@ impl Api {
         context.map_err(|e| Fault::internal(e.to_string()))
     }
 
-    /// What waits for disks and for libvirt does not keep others waiting. Once begun it is finished, though its caller be gone, and has its
-    /// place for as long.
+    /// What waits for disks and for libvirt does not keep others waiting. Once begun it is
+    /// finished, though its caller be gone, and has its place for as long.
     async fn blocking<T: Send + 'static>(
         self: &Arc<Self>,
         work: impl FnOnce(&Self) -> Result<T, Fault> + Send + 'static,
@@ -183,22 +187,29 @@ impl Api {
     }
 
     /// Whether the caller has not changed too much of late. Root on the host itself may.
-    fn may_change_more(&self, caller: &Caller, peer: Option<Peer>, method: &Method) -> Result<(), Fault> {
+    fn may_change_more(
+        &self,
+        caller: &Caller,
+        peer: Option<Peer>,
+        method: &Method,
+    ) -> Result<(), Fault> {
         if method.is_safe() || matches!(peer, Some(Peer::Local { .. })) {
             return Ok(());
         }
         self.rates.change(&caller.name)
     }
 
-    /// What gives devices to guests or takes them back: so many at once, but those for which libvirt takes long give their turn to
-    /// others. Once begun it is finished, though its caller be gone.
+    /// What gives devices to guests or takes them back: so many at once, but those for which
+    /// libvirt takes long give their turn to others. Once begun it is finished, though its caller
+    /// be gone.
     async fn acting<T: Send + 'static>(
         self: &Arc<Self>,
         work: impl FnOnce(&Self) -> Result<T, Fault> + Send + 'static,
     ) -> Result<T, Fault> {
         let turn = Arc::new(Mutex::new(Some(self.turn().await?)));
-        let give_back =
-            |turn: &Mutex<Option<_>>| drop(turn.lock().unwrap_or_else(PoisonError::into_inner).take());
+        let give_back = |turn: &Mutex<Option<_>>| {
+            drop(turn.lock().unwrap_or_else(PoisonError::into_inner).take());
+        };
         let (api, its) = (self.clone(), turn.clone());
         let done = tokio::task::spawn_blocking(move || {
             let done = work(&api);
@@ -215,7 +226,9 @@ impl Api {
     async fn turn(&self) -> Result<OwnedSemaphorePermit, Fault> {
         match tokio::time::timeout(TURN_TIME, self.turns.clone().acquire_owned()).await {
             Ok(Ok(turn)) => Ok(turn),
-            _ => Err(Fault::unavailable("Too many devices are being attached and detached: try again.")),
+            _ => Err(Fault::unavailable(
+                "Too many devices are being attached and detached: try again.",
+            )),
         }
     }
 }
@@ -236,9 +249,15 @@ fn router(api: Arc<Api>) -> Router {
         .route("/os-usb-owners", get(servers::owners))
         .route("/os-usb-events", get(events::list))
         .route("/os-usb-flavors", get(flavors::list))
-        .route("/os-usb-flavors/{flavor_name}", get(flavors::show).put(flavors::set).delete(flavors::remove))
+        .route(
+            "/os-usb-flavors/{flavor_name}",
+            get(flavors::show).put(flavors::set).delete(flavors::remove),
+        )
         .route("/os-usb-grants", get(grants::list))
-        .route("/os-usb-grants/{grant_name}", get(grants::show).put(grants::set).delete(grants::remove))
+        .route(
+            "/os-usb-grants/{grant_name}",
+            get(grants::show).put(grants::set).delete(grants::remove),
+        )
         .method_not_allowed_fallback(request::no_method)
         .route_layer(from_fn_with_state(api.clone(), authenticate));
     Router::new()
@@ -261,7 +280,8 @@ async fn authenticate(
     mut request: Request,
     next: Next,
 ) -> Response {
-    let tokens: Vec<HeaderValue> = request.headers().get_all("x-auth-token").iter().cloned().collect();
+    let tokens: Vec<HeaderValue> =
+        request.headers().get_all("x-auth-token").iter().cloned().collect();
     let peer = request.extensions().get::<Peer>().copied();
     let caller = match whose(&api, &tokens, peer, look(request.method())).await {
         Ok(caller) => caller,
@@ -298,7 +318,12 @@ fn look(method: &Method) -> Look {
     if method.is_safe() { Look::Lately } else { Look::Now }
 }
 
-async fn whose(api: &Api, tokens: &[HeaderValue], peer: Option<Peer>, look: Look) -> Result<Caller, Fault> {
+async fn whose(
+    api: &Api,
+    tokens: &[HeaderValue],
+    peer: Option<Peer>,
+    look: Look,
+) -> Result<Caller, Fault> {
     match (tokens, peer) {
         ([token], _) => {
             let token = token.to_str().map_err(|_| Fault::unauthorized())?;
@@ -320,7 +345,8 @@ fn is_its(caller: &Caller, tenant: &str) -> Result<(), Fault> {
         return Ok(());
     }
     Err(Fault::bad_request(format!(
-        "Malformed request URL: URL's project_id '{tenant}' doesn't match Context's project_id '{project}'."
+        "Malformed request URL: URL's project_id '{tenant}' doesn't match Context's project_id \
+            '{project}'."
     )))
 }
 
@@ -333,7 +359,8 @@ async fn observe(State(api): State<Arc<Api>>, request: Request, next: Next) -> R
     api.inventory.wake().await;
     let mut response = match tokio::time::timeout(REQUEST_TIME, next.run(request)).await {
         Ok(response) => response,
-        Err(_) => Fault::unavailable("This took too long; what was begun is being finished.").into_response(),
+        Err(_) => Fault::unavailable("This took too long; what was begun is being finished.")
+            .into_response(),
     };
     let headers = response.headers_mut();
     if let Ok(value) = HeaderValue::from_str(&id.0) {
@@ -351,7 +378,9 @@ async fn observe(State(api): State<Arc<Api>>, request: Request, next: Next) -> R
     let text = format!("{} {method} {path} {status} by {caller} in {ms} ms", id.0);
     let from = peer.map(|peer| format!("{peer:?}"));
     match (why, method.as_str(), status) {
-        (Some(why), ..) => tracing::error!(request_id = id.0, caller, status, from, "{text}: {why}"),
+        (Some(why), ..) => {
+            tracing::error!(request_id = id.0, caller, status, from, "{text}: {why}");
+        }
         (None, "GET", 200) => tracing::debug!(request_id = id.0, caller, status, from, "{text}"),
         _ => tracing::info!(request_id = id.0, caller, status, from, "{text}"),
     }

@@ -1,5 +1,6 @@
-//! The API's description, OpenAPI 3.1, made of what stands at the calls: each is described once, and spread over the paths at which it
-//! is answered. `openapi.json` beside this file is what is served; a test keeps the two alike.
+//! The API's description, OpenAPI 3.1, made of what stands at the calls: each is described once,
+//! and spread over the paths at which it is answered. `openapi.json` beside this file is what is
+//! served; a test keeps the two alike.
 
 use std::sync::LazyLock;
 
@@ -8,7 +9,9 @@ use axum::response::IntoResponse;
 use utoipa::OpenApi;
 use utoipa::openapi::path::{Operation, Parameter, ParameterBuilder, ParameterIn};
 use utoipa::openapi::security::{ApiKey, ApiKeyValue, SecurityRequirement, SecurityScheme};
-use utoipa::openapi::{ContentBuilder, ObjectBuilder, Paths, Ref, RefOr, Required, ResponseBuilder, Type};
+use utoipa::openapi::{
+    ContentBuilder, ObjectBuilder, Paths, Ref, RefOr, Required, ResponseBuilder, Type,
+};
 
 use super::{asked, claims, devices, events, flavors, grants, hypervisors, servers};
 
@@ -87,8 +90,9 @@ pub(super) fn document() -> utoipa::openapi::OpenApi {
     for (prefix, version, tenant) in PREFIXES {
         for (path, item) in &calls.paths {
             let mut item = item.clone();
-            for operation in
-                [&mut item.get, &mut item.post, &mut item.put, &mut item.delete].into_iter().flatten()
+            for operation in [&mut item.get, &mut item.post, &mut item.put, &mut item.delete]
+                .into_iter()
+                .flatten()
             {
                 complete(operation, version, tenant);
             }
@@ -98,9 +102,13 @@ pub(super) fn document() -> utoipa::openapi::OpenApi {
     document.paths = paths;
     document.security = Some(vec![SecurityRequirement::new(TOKEN, Vec::<String>::new())]);
     let components = document.components.get_or_insert_default();
-    let scheme =
-        ApiKeyValue::with_description("X-Auth-Token", "Made by 'virt-usb token add', or by Keystone");
-    components.security_schemes.insert(TOKEN.into(), SecurityScheme::ApiKey(ApiKey::Header(scheme)).into());
+    let scheme = ApiKeyValue::with_description(
+        "X-Auth-Token",
+        "Made by 'virt-usb token add', or by Keystone",
+    );
+    components
+        .security_schemes
+        .insert(TOKEN.into(), SecurityScheme::ApiKey(ApiKey::Header(scheme)).into());
     let text = || ObjectBuilder::new().schema_type(Type::String);
     let fault = ObjectBuilder::new()
         .property("code", ObjectBuilder::new().schema_type(Type::Integer))
@@ -113,7 +121,8 @@ pub(super) fn document() -> utoipa::openapi::OpenApi {
     components.schemas.insert(FAULT.into(), named.build().into());
     for (status, description) in FAULTS {
         let content = ContentBuilder::new().schema(Some(Ref::from_schema_name(FAULT))).build();
-        let response = ResponseBuilder::new().description(description).content("application/json", content);
+        let response =
+            ResponseBuilder::new().description(description).content("application/json", content);
         components.responses.insert(fault_name(status), response.build().into());
     }
     document

@@ -14,9 +14,9 @@ pub(super) const LAST_MARKER: u64 = (1 << 53) - 1;
 pub(super) fn limit(asked: Option<u32>) -> Result<usize, Fault> {
     match asked {
         Some(0) => Err(Fault::bad_request("limit: found 0, wanted 1 or more.")),
-        asked => {
-            Ok(asked.and_then(|asked| usize::try_from(asked).ok()).map_or(PAGE, |asked| asked.min(PAGE)))
-        }
+        asked => Ok(asked
+            .and_then(|asked| usize::try_from(asked).ok())
+            .map_or(PAGE, |asked| asked.min(PAGE))),
     }
 }
 
@@ -25,7 +25,9 @@ pub(super) fn event(marker: Option<u64>) -> Result<i64, Fault> {
     let marker = marker.unwrap_or(0);
     match i64::try_from(marker) {
         Ok(event) if marker <= LAST_MARKER => Ok(event),
-        _ => Err(Fault::bad_request(format!("marker: found {marker}, wanted at most {LAST_MARKER}."))),
+        _ => Err(Fault::bad_request(format!(
+            "marker: found {marker}, wanted at most {LAST_MARKER}."
+        ))),
     }
 }
 
@@ -57,7 +59,11 @@ pub(super) fn page<T, M: PartialEq + ToString>(
 
 /// The link to the page after that marker: this request, with another marker.
 pub(super) fn next(uri: &Uri, marker: &str) -> Link {
-    let kept = uri.query().unwrap_or_default().split('&').filter(|pair| !pair.is_empty() && !is_marker(pair));
+    let kept = uri
+        .query()
+        .unwrap_or_default()
+        .split('&')
+        .filter(|pair| !pair.is_empty() && !is_marker(pair));
     let marker = serde_urlencoded::to_string([("marker", marker)]).unwrap_or_default();
     let query: Vec<&str> = kept.chain([marker.as_str()]).collect();
     // A path alone: right behind whatever stands before this server.
@@ -76,7 +82,8 @@ mod tests {
 
     #[test]
     fn the_next_page_has_one_marker_and_all_else() {
-        let next = |query: &str| next(&format!("/v3/x?{query}").parse().unwrap(), "7 &").href().to_owned();
+        let next =
+            |query: &str| next(&format!("/v3/x?{query}").parse().unwrap(), "7 &").href().to_owned();
         assert_eq!(
             next("limit=2&m%61rker=1&tag=a%3Ab&marker=5&&marker"),
             "/v3/x?limit=2&tag=a%3Ab&marker=7+%26"

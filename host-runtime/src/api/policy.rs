@@ -8,7 +8,8 @@
 //! | attach, detach | | its project's servers | all |
 //! | change devices, flavors, owners; look at grants and change them | | | yes |
 //!
-//! The role is looked at first: who may not do it at all is told so, whatever there is. Then the object: what is not one's own is not there.
+//! The role is looked at first: who may not do it at all is told so, whatever there is. Then the
+//! object: what is not one's own is not there.
 
 use virt_usb_model::{ProjectId, Reason};
 use virt_usb_store::{ClaimRow, Record};
@@ -54,7 +55,9 @@ impl Call {
         match self {
             Self::Look | Self::LookAt => Role::Reader,
             Self::Attach | Self::Detach => Role::Member,
-            Self::ChangeDevice | Self::ChangeFlavor | Self::ChangeOwner | Self::Grants => Role::Admin,
+            Self::ChangeDevice | Self::ChangeFlavor | Self::ChangeOwner | Self::Grants => {
+                Role::Admin
+            }
         }
     }
 }
@@ -85,7 +88,12 @@ pub fn may_with_server(caller: &Caller, call: Call, owner: Option<&ProjectId>) -
 }
 
 /// Whether the caller may do this with that device.
-pub fn may_with_device(caller: &Caller, call: Call, device: &Record, claim: Option<&ClaimRow>) -> Verdict {
+pub fn may_with_device(
+    caller: &Caller,
+    call: Call,
+    device: &Record,
+    claim: Option<&ClaimRow>,
+) -> Verdict {
     match may(caller, call) {
         Verdict::Allowed if caller.is_admin() || is_for(caller, device, claim) => Verdict::Allowed,
         Verdict::Allowed => Verdict::Hidden,
@@ -95,16 +103,20 @@ pub fn may_with_device(caller: &Caller, call: Call, device: &Record, claim: Opti
 
 /// Whether the caller may know who has the device.
 pub fn may_know_holder(caller: &Caller, claim: &ClaimRow) -> bool {
-    let owner: Option<ProjectId> = claim.project_id.as_deref().and_then(|project| project.parse().ok());
+    let owner: Option<ProjectId> =
+        claim.project_id.as_deref().and_then(|project| project.parse().ok());
     caller.is_admin() || caller.owns(owner.as_ref())
 }
 
-/// What the caller's project holds is its own to see; else what the whitelist or a grant gives to it, or what is for everybody.
+/// What the caller's project holds is its own to see; else what the whitelist or a grant gives to
+/// it, or what is for everybody.
 fn is_for(caller: &Caller, device: &Record, claim: Option<&ClaimRow>) -> bool {
     if claim.is_some_and(|claim| may_know_holder(caller, claim)) {
         return true;
     }
     let offered = !matches!(device.rule_withheld, Some(Reason::Whitelist | Reason::HostUse));
     let projects = &device.entry.projects;
-    offered && device.deleted == 0 && (projects.is_empty() || projects.iter().any(|p| caller.owns(Some(p))))
+    offered
+        && device.deleted == 0
+        && (projects.is_empty() || projects.iter().any(|p| caller.owns(Some(p))))
 }

@@ -1,4 +1,5 @@
-//! How often somebody may do something. Reading is bounded by connections; what changes something, and guessing, by these.
+//! How often somebody may do something. Reading is bounded by connections; what changes something,
+//! and guessing, by these.
 
 use std::collections::HashMap;
 use std::hash::Hash;

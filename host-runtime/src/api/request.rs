@@ -1,4 +1,5 @@
-//! What a request says, read strictly: each part that is wrong is answered in Nova's shape, with its place.
+//! What a request says, read strictly: each part that is wrong is answered in Nova's shape, with
+//! its place.
 
 use std::error::Error as _;
 use std::fmt::Write as _;
@@ -49,7 +50,8 @@ impl<S: Sync> FromRequestParts<S> for Asks {
     type Rejection = Fault;
 
     async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Fault> {
-        // It is there: no route is without the layer that puts it there. Were it not, nobody would be let in.
+        // It is there: no route is without the layer that puts it there. Were it not, nobody would
+        // be let in.
         parts.extensions.get::<Caller>().cloned().map(Self).ok_or_else(Fault::unauthorized)
     }
 }
@@ -62,7 +64,9 @@ impl<T: DeserializeOwned + Send, S: Send + Sync> FromRequestParts<S> for Named<T
 
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Fault> {
         let named = Path::<T>::from_request_parts(parts, state).await;
-        named.map(|Path(named)| Self(named)).map_err(|e| Fault::bad_request(sentence(&e.body_text())))
+        named
+            .map(|Path(named)| Self(named))
+            .map_err(|e| Fault::bad_request(sentence(&e.body_text())))
     }
 }
 
@@ -87,8 +91,11 @@ impl<S: Send + Sync> FromRequest<S> for Content {
     type Rejection = Fault;
 
     async fn from_request(request: Request, _: &S) -> Result<Self, Fault> {
-        let kind =
-            request.headers().get(CONTENT_TYPE).and_then(|kind| kind.to_str().ok()).unwrap_or_default();
+        let kind = request
+            .headers()
+            .get(CONTENT_TYPE)
+            .and_then(|kind| kind.to_str().ok())
+            .unwrap_or_default();
         let kind = kind.split(';').next().unwrap_or_default().trim();
         if !kind.eq_ignore_ascii_case("application/json") {
             return Err(Fault::bad_media_type());
@@ -113,7 +120,8 @@ pub(super) async fn form(headers: &HeaderMap, body: Body) -> Result<String, Faul
     if !kind.starts_with("application/x-www-form-urlencoded") {
         return Err(Fault::bad_media_type().saying("This is no form."));
     }
-    let bytes = tokio::time::timeout(BODY_TIME, read(body)).await.map_err(|_| Fault::timeout())??;
+    let bytes =
+        tokio::time::timeout(BODY_TIME, read(body)).await.map_err(|_| Fault::timeout())??;
     String::from_utf8(bytes).map_err(|_| Fault::bad_request("The form is no UTF-8."))
 }
 
@@ -153,9 +161,10 @@ pub(super) fn object<'a>(
         return Err(Fault::bad_request(format!("{place} is no JSON object.")));
     };
     match object.keys().find(|key| !keys.contains(&key.as_str())) {
-        Some(key) => {
-            Err(Fault::bad_request(format!("{place} has the key {key:?}, wanted: {}.", keys.join(", "))))
-        }
+        Some(key) => Err(Fault::bad_request(format!(
+            "{place} has the key {key:?}, wanted: {}.",
+            keys.join(", ")
+        ))),
         None => Ok(object),
     }
 }

@@ -119,7 +119,11 @@ impl Api {
         if server.host.is_some() {
             let snapshot = self.inventory.now()?;
             let requests = snapshot.other_server(id).map(|(_, server)| server.requests.clone());
-            return Ok(requests.unwrap_or_default().into_iter().map(|request| (request, None)).collect());
+            return Ok(requests
+                .unwrap_or_default()
+                .into_iter()
+                .map(|request| (request, None))
+                .collect());
         }
         let assigned = self.blocking(move |api| Ok(api.store()?.assignments(id)?)).await?;
         Ok(assigned.into_iter().map(|a| (a.request, Some(a.created_at))).collect())
@@ -132,10 +136,13 @@ impl Api {
             may_with_server(caller, Call::LookAt, server.owner.as_ref()) == Verdict::Allowed
         };
         let Some(known) = self.hypervisor.known() else {
-            return Err(Fault::unavailable("The servers of this host were not looked at yet: try again."));
+            return Err(Fault::unavailable(
+                "The servers of this host were not looked at yet: try again.",
+            ));
         };
         let snapshot = self.inventory.now()?;
-        let mut found: Vec<Server> = known.iter().map(|known| Server::known(known, &snapshot)).collect();
+        let mut found: Vec<Server> =
+            known.iter().map(|known| Server::known(known, &snapshot)).collect();
         let here: HashSet<InstanceId> = found.iter().map(|server| server.id).collect();
         for other in snapshot.others.values() {
             let servers = other.servers.iter().filter(|server| !here.contains(&server.id));
@@ -185,7 +192,8 @@ struct Listed {
     /// Whose it is, where that is known.
     #[schema(value_type = Option<String>)]
     project_id: Option<ProjectId>,
-    /// When the server's host asked libvirt about it last: UTC, ISO 8601; null where that is not known.
+    /// When the server's host asked libvirt about it last: UTC, ISO 8601; null where that is not
+    /// known.
     #[schema(value_type = Option<String>)]
     seen_at: Option<Timestamp>,
 }
@@ -193,7 +201,13 @@ struct Listed {
 impl From<Server> for Listed {
     fn from(server: Server) -> Self {
         let status = server.status();
-        Self { id: server.id, name: server.name, status, project_id: server.owner, seen_at: server.seen }
+        Self {
+            id: server.id,
+            name: server.name,
+            status,
+            project_id: server.owner,
+            seen_at: server.seen,
+        }
     }
 }
 
@@ -243,7 +257,10 @@ pub(super) struct Owners {
 /// Whose servers are, as administrators have said: for administrators
 #[utoipa::path(get, path = "/os-usb-owners", tag = "servers", operation_id = "list_usb_owners",
     responses((status = 200, description = "What was said", body = Owners)))]
-pub(super) async fn owners(State(api): State<Arc<Api>>, Asks(caller): Asks) -> Result<Json<Owners>, Fault> {
+pub(super) async fn owners(
+    State(api): State<Arc<Api>>,
+    Asks(caller): Asks,
+) -> Result<Json<Owners>, Fault> {
     Fault::unless(may(&caller, Call::ChangeOwner), Fault::forbidden)?;
     let owners = api.blocking(|api| Ok(api.store()?.owners()?)).await?;
     let shown = |owner: virt_usb_store::Owner| UsbOwner {
@@ -302,14 +319,15 @@ async fn describe(api: &Arc<Api>, caller: &Caller, server: Server) -> Result<Sho
     let id = server.id;
     let mine = snapshot.devices().filter(|r| r.entry.instance_uuid == Some(id));
     let usb_devices = mine.map(|record| snapshot.shown(record, caller)).collect();
-    let usb_devices_requests = api.assigned(&server).await?.into_iter().map(|(request, _)| request).collect();
+    let usb_devices_requests =
+        api.assigned(&server).await?.into_iter().map(|(request, _)| request).collect();
     Ok(Shown { server: Described { listed: server.into(), usb_devices, usb_devices_requests } })
 }
 
 /// Attach or detach devices, all or nothing; say whose a server is
 ///
-/// On a server that runs an attach is done when it is answered; on one that does not it counts from its next start. Whose a server is
-/// administrators say of those whose domain does not.
+/// On a server that runs an attach is done when it is answered; on one that does not it counts from
+/// its next start. Whose a server is administrators say of those whose domain does not.
 #[utoipa::path(post, path = "/servers/{server_id}/action", tag = "servers", operation_id = "act_on_server",
     params(("server_id" = String, Path, description = "The server's UUID")),
     request_body = ServerActionRequest,
@@ -331,8 +349,11 @@ pub(super) async fn act(
     // Before the body is looked at: who may not do it has nothing to learn from its mistakes.
     let server = api.server(&caller, call, &server_id).await?;
     if call == Call::ChangeOwner {
-        let project =
-            if name == "set_usb_owner" { Some(project(name, value)?) } else { nothing(name, value)? };
+        let project = if name == "set_usb_owner" {
+            Some(project(name, value)?)
+        } else {
+            nothing(name, value)?
+        };
         let server = give_to(&api, &caller, server, project).await?;
         return Ok(Json(describe(&api, &caller, server).await?).into_response());
     }
@@ -342,10 +363,15 @@ pub(super) async fn act(
 }
 
 fn project(name: &str, value: &Value) -> Result<ProjectId, Fault> {
-    let Some(Value::String(project)) = object(value, name, &["project_id"])?.get("project_id") else {
-        return Err(Fault::bad_request(format!("{name} wants a project: {{\"project_id\":\"...\"}}.")));
+    let Some(Value::String(project)) = object(value, name, &["project_id"])?.get("project_id")
+    else {
+        return Err(Fault::bad_request(format!(
+            "{name} wants a project: {{\"project_id\":\"...\"}}."
+        )));
     };
-    project.parse().map_err(|e: ParseError| Fault::bad_request(sentence(&e.at("project_id").to_string())))
+    project
+        .parse()
+        .map_err(|e: ParseError| Fault::bad_request(sentence(&e.at("project_id").to_string())))
 }
 
 /// Says whose a server is; `None` takes that back.
@@ -363,13 +389,19 @@ pub(super) async fn give_to(
     }
     if let (true, Some(owner)) = (server.by_domain, &server.owner) {
         return Err(Fault::conflict(format!(
-            "The domain of instance {} says itself that it is project {owner}'s: what is said here would not count.",
+            "The domain of instance {} says itself that it is project {owner}'s: what is said here \
+                would not count.",
             server.id
         )));
     }
     let caller = caller.clone();
     let given = api.blocking(move |api| {
-        api.store()?.set_owner(server.id, &server.name, project.as_ref(), &api.context(&caller)?)?;
+        api.store()?.set_owner(
+            server.id,
+            &server.name,
+            project.as_ref(),
+            &api.context(&caller)?,
+        )?;
         Ok(Server { owner: project, ..server })
     });
     given.await
@@ -401,14 +433,17 @@ pub(super) fn requests(name: &str, value: &Value) -> Result<Vec<DeviceRequest>, 
     const KEY: &str = "usb_devices_requests";
     let object = object(value, name, &[KEY])?;
     let Some(Value::Array(list)) = object.get(KEY) else {
-        return Err(Fault::bad_request(format!("{name} wants a list: {{\"{KEY}\":[{{\"id\":1}}]}}.")));
+        return Err(Fault::bad_request(format!(
+            "{name} wants a list: {{\"{KEY}\":[{{\"id\":1}}]}}."
+        )));
     };
     if list.is_empty() {
         return Err(Fault::bad_request(format!("{KEY} is empty.")));
     }
     let text = Value::Array(list.clone()).to_string();
-    let flavor = Flavor::parse_lists(Some(&text), None)
-        .map_err(|e| Fault::bad_request(sentence(&e.to_string().replacen("usb_devices", KEY, 1))))?;
+    let flavor = Flavor::parse_lists(Some(&text), None).map_err(|e| {
+        Fault::bad_request(sentence(&e.to_string().replacen("usb_devices", KEY, 1)))
+    })?;
     Ok(flavor.usb_devices)
 }
 
@@ -431,14 +466,24 @@ fn visible(
     Ok(())
 }
 
-fn attach(api: &Api, caller: &Caller, server: &Server, requests: &[DeviceRequest]) -> Result<Acted, Fault> {
+fn attach(
+    api: &Api,
+    caller: &Caller,
+    server: &Server,
+    requests: &[DeviceRequest],
+) -> Result<Acted, Fault> {
     let given = api.worker(caller)?.give(server.id, requests);
     let Attached { live, new, already } = given.map_err(|e| fault(api, caller, server, e))?;
     let had = already.iter().map(|record| record.entry.id.get()).collect();
     answer(api, caller, live, new.iter().chain(&already), had)
 }
 
-fn detach(api: &Api, caller: &Caller, server: &Server, requests: &[DeviceRequest]) -> Result<Acted, Fault> {
+fn detach(
+    api: &Api,
+    caller: &Caller,
+    server: &Server,
+    requests: &[DeviceRequest],
+) -> Result<Acted, Fault> {
     if let Some(request) = requests.iter().find(|r| r.count != 1) {
         return Err(Fault::bad_request(format!(
             "{request}: each request names one device: leave count out."
@@ -459,7 +504,8 @@ fn answer<'a>(
     already: Vec<u64>,
 ) -> Result<Acted, Fault> {
     let snapshot = api.inventory.now()?;
-    let now = devices.map(|was| snapshot.shown(snapshot.device(was.entry.id).unwrap_or(was), caller));
+    let now =
+        devices.map(|was| snapshot.shown(snapshot.device(was.entry.id).unwrap_or(was), caller));
     Ok(Acted { usb_devices: now.collect(), live, already })
 }
 
@@ -473,9 +519,10 @@ impl Api {
 fn fault(api: &Api, caller: &Caller, server: &Server, e: OperateError) -> Fault {
     match e {
         OperateError::Refused(why) => Fault::conflict(sentence(&why)),
-        OperateError::Nothing(_) => {
-            Fault::not_found(format!("Instance {} has no such USB device, and none assigned.", server.id))
-        }
+        OperateError::Nothing(_) => Fault::not_found(format!(
+            "Instance {} has no such USB device, and none assigned.",
+            server.id
+        )),
         OperateError::Short { short, .. } => {
             let snapshot = api.inventory.now().unwrap_or_default();
             let told: Vec<String> = short.iter().map(|s| shortage(&snapshot, caller, s)).collect();

@@ -9,9 +9,10 @@
 //! created_at = "2026-11-25T20:40:33Z"
 //! expires_at = "2027-02-23T20:40:33Z"
 //! ```
-//! It holds hashes: a token is 256 random bits, shown once, when it is made, and guessing one from its SHA-256 is guessing 256 bits. The
-//! file is 0600 and the agent's; it is written beside and renamed, and the agent reads it again when it has changed. One that
-//! cannot be read, or is wrong, lets nobody in.
+//! It holds hashes: a token is 256 random bits, shown once, when it is made, and guessing one from
+//! its SHA-256 is guessing 256 bits. The file is 0600 and the agent's; it is written beside and
+//! renamed, and the agent reads it again when it has changed. One that cannot be read, or is wrong,
+//! lets nobody in.
 
 use std::collections::HashMap;
 use std::fs::{File, Metadata, OpenOptions, Permissions};
@@ -137,12 +138,14 @@ impl TokenFile {
             Err(why) => return Err(self.fault(why)),
         };
         let content: Content = toml::from_str(&text).map_err(|e| {
-            let line =
-                e.span().map_or(0, |span| 1 + text[..span.start.min(text.len())].matches('\n').count());
+            let line = e
+                .span()
+                .map_or(0, |span| 1 + text[..span.start.min(text.len())].matches('\n').count());
             self.wrong(format!("line {line}: {}", e.message()))
         })?;
         for entry in &content.token {
-            parse(entry).map_err(|what| self.wrong(format!("the token of {:?}: {what}", entry.name)))?;
+            parse(entry)
+                .map_err(|what| self.wrong(format!("the token of {:?}: {what}", entry.name)))?;
         }
         Ok(content.token)
     }
@@ -154,14 +157,17 @@ impl TokenFile {
     pub fn add(&self, wanted: &Wanted<'_>) -> Result<Made, TokensError> {
         let plain = |c: char| !c.is_control() && !c.is_whitespace();
         if wanted.name.is_empty() || wanted.name.len() > 64 || !wanted.name.chars().all(plain) {
-            let why =
-                format!("{:?} is no name for a token: wanted 1 to 64 bytes without white space", wanted.name);
+            let why = format!(
+                "{:?} is no name for a token: wanted 1 to 64 bytes without white space",
+                wanted.name
+            );
             return Err(TokensError::Refused(why));
         }
         let token = random_token().map_err(|why| self.fault(why))?;
         let now = Timestamp::now();
         let until = wanted.lifetime.map(|lifetime| now.checked_add(lifetime)).transpose();
-        let until = until.map_err(|_| TokensError::Refused("a token cannot last that long".into()))?;
+        let until =
+            until.map_err(|_| TokensError::Refused("a token cannot last that long".into()))?;
         let text = |at: Timestamp| format!("{at:.0}");
         let entry = Entry {
             name: wanted.name.to_owned(),
@@ -174,7 +180,8 @@ impl TokenFile {
         self.change(|entries| {
             if entries.iter().any(|e| e.name == entry.name) {
                 return Err(TokensError::Refused(format!(
-                    "there is a token of the name {:?}: 'virt-usb token remove' it first, or take another name",
+                    "there is a token of the name {:?}: 'virt-usb token remove' it first, or take \
+                        another name",
                     entry.name
                 )));
             }
@@ -238,7 +245,8 @@ impl TokenFile {
         file.set_permissions(Permissions::from_mode(0o600))?;
         writeln!(
             file,
-            "# Who may use the API: 'virt-usb token' writes this file. Tokens themselves are not in it.\n{text}"
+            "# Who may use the API: 'virt-usb token' writes this file. Tokens themselves are not \
+                in it.\n{text}"
         )?;
         file.sync_all()?;
         std::fs::rename(&beside, &self.path)
@@ -254,7 +262,9 @@ impl TokenFile {
             return Err(io::Error::other("it is no regular file"));
         }
         if found.permissions().mode() & 0o077 != 0 {
-            return Err(io::Error::other("others may read it: 'chmod 600' it, and make its tokens anew"));
+            return Err(io::Error::other(
+                "others may read it: 'chmod 600' it, and make its tokens anew",
+            ));
         }
         self.is_ours(&found)?;
         let mut text = String::new();
@@ -273,7 +283,8 @@ impl TokenFile {
         let owner = file.uid();
         if owner != 0 && owner != folder.uid() && owner != rustix::process::geteuid().as_raw() {
             return Err(io::Error::other(format!(
-                "it belongs to the user {owner}, who is neither root nor the folder's owner: remove it, and make the tokens anew"
+                "it belongs to the user {owner}, who is neither root nor the folder's owner: \
+                    remove it, and make the tokens anew"
             )));
         }
         Ok(())
@@ -286,9 +297,10 @@ impl TokenFile {
 
     fn fault(&self, why: io::Error) -> TokensError {
         let why = match why.kind() {
-            io::ErrorKind::PermissionDenied => {
-                io::Error::new(why.kind(), format!("{why}; run it as root or as the owner of its folder"))
-            }
+            io::ErrorKind::PermissionDenied => io::Error::new(
+                why.kind(),
+                format!("{why}; run it as root or as the owner of its folder"),
+            ),
             _ => why,
         };
         TokensError::Io { path: self.path.clone(), why }
@@ -302,7 +314,10 @@ impl TokenFile {
 fn read_bounded(file: File, text: &mut String) -> io::Result<()> {
     file.take(MOST + 1).read_to_string(text)?;
     if text.len() as u64 > MOST {
-        return Err(io::Error::new(io::ErrorKind::FileTooLarge, format!("it is larger than {MOST} bytes")));
+        return Err(io::Error::new(
+            io::ErrorKind::FileTooLarge,
+            format!("it is larger than {MOST} bytes"),
+        ));
     }
     Ok(())
 }
@@ -320,8 +335,8 @@ fn hash(token: &str) -> String {
 /// Who it is, and until when.
 fn parse(entry: &Entry) -> Result<(Caller, Option<Timestamp>), String> {
     let wrong = |key: &'static str| move |e: &dyn std::fmt::Display| format!("{key}: {e}");
-    let is_hash =
-        entry.sha256.len() == 64 && entry.sha256.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
+    let is_hash = entry.sha256.len() == 64
+        && entry.sha256.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
     if !is_hash {
         return Err("sha256: wanted 64 small hexadecimal digits".into());
     }
@@ -361,13 +376,17 @@ impl Tokens {
             let read = !matches!(entries, Err(TokensError::Io { .. }));
             let (callers, trouble) = match entries {
                 Ok(entries) => {
-                    let callers =
-                        entries.iter().filter_map(|e| Some((e.sha256.clone(), parse(e).ok()?))).collect();
+                    let callers = entries
+                        .iter()
+                        .filter_map(|e| Some((e.sha256.clone(), parse(e).ok()?)))
+                        .collect();
                     (callers, None)
                 }
                 Err(e) => (HashMap::new(), Some(e.to_string())),
             };
-            if let Some(trouble) = trouble.as_ref().filter(|why| known.trouble.as_ref() != Some(*why)) {
+            if let Some(trouble) =
+                trouble.as_ref().filter(|why| known.trouble.as_ref() != Some(*why))
+            {
                 tracing::error!("{trouble}");
             }
             *known = Known { stamp, read, callers: Arc::new(callers), trouble };
@@ -382,7 +401,9 @@ impl Tokens {
         }
         // Looked up by its hash: how long that takes says nothing about any token.
         match known.callers.get(&hash(token)) {
-            Some((caller, until)) if until.is_none_or(|until| Timestamp::now() < until) => Ok(caller.clone()),
+            Some((caller, until)) if until.is_none_or(|until| Timestamp::now() < until) => {
+                Ok(caller.clone())
+            }
             _ => Err(Unknown::Nobody),
         }
     }
@@ -423,7 +444,9 @@ mod tests {
         assert_eq!(tokens.find(&made.token[..68]), Err(Unknown::Nobody));
         let why = file.add(&wanted("erp", &project)).unwrap_err().to_string();
         assert!(why.contains("there is a token of the name"), "{why}");
-        let past = file.add(&Wanted { lifetime: Some(Duration::ZERO), ..wanted("past", &project) }).unwrap();
+        let past = file
+            .add(&Wanted { lifetime: Some(Duration::ZERO), ..wanted("past", &project) })
+            .unwrap();
         assert_eq!(tokens.find(&past.token), Err(Unknown::Nobody));
         assert!(file.remove("erp").unwrap() && !file.remove("erp").unwrap());
         assert_eq!(tokens.find(&made.token), Err(Unknown::Nobody));
@@ -444,7 +467,8 @@ mod tests {
         assert_eq!(std::fs::read_to_string(&victim).unwrap(), "theirs");
         assert!(file.path().symlink_metadata().unwrap().is_file());
         std::fs::remove_file(dir.path().join("tokens.lock")).unwrap();
-        std::os::unix::fs::symlink(dir.path().join("made"), dir.path().join("tokens.lock")).unwrap();
+        std::os::unix::fs::symlink(dir.path().join("made"), dir.path().join("tokens.lock"))
+            .unwrap();
         assert!(file.add(&wanted("crm", &project)).is_err());
         assert!(!dir.path().join("made").exists());
     }

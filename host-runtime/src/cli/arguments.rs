@@ -44,15 +44,28 @@ pub struct Arguments {
 /// Another host's API in the place of this host's inventory.
 #[derive(Debug, Args)]
 pub(super) struct Api {
-    /// Ask and tell the API at this address instead of this host's inventory: hosts, devices, claims, events, flavor, grant, attach,
-    /// detach, enable, disable, quarantine, tag, untag, owner
+    /// Ask and tell the API at this address instead of this host's inventory: hosts, devices,
+    /// claims, events, flavor, grant, attach, detach, enable, disable, quarantine, tag, untag,
+    /// owner
     #[arg(long, global = true, value_name = "URL", env = "VIRT_USB_URL", hide_env_values = true)]
     pub(super) url: Option<String>,
     /// With --url: the file that holds the token
-    #[arg(long, global = true, value_name = "FILE", env = "VIRT_USB_TOKEN_FILE", hide_env_values = true)]
+    #[arg(
+        long,
+        global = true,
+        value_name = "FILE",
+        env = "VIRT_USB_TOKEN_FILE",
+        hide_env_values = true
+    )]
     pub(super) token_file: Option<PathBuf>,
     /// With --url: trust certificates of these authorities (PEM) instead of this machine's
-    #[arg(long, global = true, value_name = "FILE", env = "VIRT_USB_CACERT", hide_env_values = true)]
+    #[arg(
+        long,
+        global = true,
+        value_name = "FILE",
+        env = "VIRT_USB_CACERT",
+        hide_env_values = true
+    )]
     pub(super) cacert: Option<PathBuf>,
 }
 
@@ -75,8 +88,9 @@ pub(super) enum Verb {
     Events(Events),
     /// Watch devices, claims and events as they change
     ///
-    /// On a terminal a screen that keeps itself up to date: arrows, PgUp, PgDn, Home and End scroll, q ends it. Elsewhere, or with
-    /// --lines, an event a line as it happens; with --json each is a JSON object.
+    /// On a terminal a screen that keeps itself up to date: arrows, PgUp, PgDn, Home and End
+    /// scroll, q ends it. Elsewhere, or with --lines, an event a line as it happens; with --json
+    /// each is a JSON object.
     Watch(Watch),
     /// Manage stored flavors, which domains name
     Flavor {
@@ -92,8 +106,9 @@ pub(super) enum Verb {
     },
     /// Answer schedulers which hosts can serve, from what the fleet publishes
     ///
-    /// Follows the fleet of the configuration, and answers over HTTP and on a unix socket until SIGTERM: POST /select, POST /explain,
-    /// GET and DELETE /assumptions, GET /health, GET /metrics.
+    /// Follows the fleet of the configuration, and answers over HTTP and on a unix socket until
+    /// SIGTERM: POST /select, POST /explain, GET and DELETE /assumptions, GET /health, GET
+    /// /metrics.
     Scheduler(Scheduler),
     /// Share the inventory with other hosts, through etcd
     Fleet {
@@ -104,7 +119,8 @@ pub(super) enum Verb {
     Filter(Filter),
     /// Start a guest that does not run, with its USB devices in it from the beginning
     ///
-    /// The definition of the domain stays as it is. A guest that was saved is restored, and gets its devices back.
+    /// The definition of the domain stays as it is. A guest that was saved is restored, and gets
+    /// its devices back.
     Start {
         /// The domain's name or UUID
         domain: String,
@@ -143,7 +159,8 @@ pub(super) enum Verb {
     Tag(Tags),
     /// Take tags away that were given with 'virt-usb tag'
     Untag(Tags),
-    /// Say whose a guest is, where its domain does not say so: that project's members may then give it devices
+    /// Say whose a guest is, where its domain does not say so: that project's members may then give
+    /// it devices
     Owner {
         #[command(subcommand)]
         verb: Option<OwnerVerb>,
@@ -160,14 +177,15 @@ pub(super) enum Verb {
     },
     /// Show the hosts of the inventory
     Hosts {
-        /// Print their host documents, a line each: what `virt-usb filter --hosts` and every filter is fed with
+        /// Print their host documents, a line each: what `virt-usb filter --hosts` and every filter
+        /// is fed with
         #[arg(long)]
         documents: bool,
     },
     /// Check this host, and say how to fix what is wrong
     ///
-    /// Changes nothing. Exit status for monitoring: 0 no problems, 1 something does not work for somebody, 2 guests do not get
-    /// their devices.
+    /// Changes nothing. Exit status for monitoring: 0 no problems, 1 something does not work for
+    /// somebody, 2 guests do not get their devices.
     Doctor {
         /// Show checks without problems too
         #[arg(long)]
@@ -205,7 +223,8 @@ pub(super) struct Discover {
     /// Take the devices from this TOML file instead of libusb
     #[arg(long, value_name = "FILE")]
     pub(super) sim: Option<PathBuf>,
-    /// With --sim: write the simulated devices' sysfs tree here, for a configuration whose sysfs_root it is
+    /// With --sim: write the simulated devices' sysfs tree here, for a configuration whose
+    /// sysfs_root it is
     #[arg(long, value_name = "DIR", requires = "sim")]
     pub(super) sysfs_out: Option<PathBuf>,
     /// Show what is found without recording it
@@ -276,15 +295,17 @@ pub(super) struct Scheduler {
 fn loopback(text: &str) -> Result<SocketAddr, String> {
     match text.parse::<SocketAddr>() {
         Ok(address) if address.ip().is_loopback() => Ok(address),
-        _ => {
-            Err("wanted a loopback address such as 127.0.0.1:8791: nobody has to say who he is there".into())
-        }
+        _ => Err(
+            "wanted a loopback address such as 127.0.0.1:8791: nobody has to say who he is there"
+                .into(),
+        ),
     }
 }
 
 #[derive(Debug, Subcommand)]
 pub(super) enum FleetVerb {
-    /// Give this host its number in the fleet, and its devices the ids that come with it; not while any is held
+    /// Give this host its number in the fleet, and its devices the ids that come with it; not while
+    /// any is held
     Join(Credentials),
     /// Take a host out of the fleet; its devices keep their ids
     Leave {
@@ -300,8 +321,9 @@ pub(super) enum FleetVerb {
     Status,
     /// Run a made fleet on this machine against the configuration's etcd, and check what must hold
     ///
-    /// Devices come and go, guests start where the filter says and stop, hosts die and come back. All of it stands in a folder of its own
-    /// below the prefix, which is removed at the end. Exit status: 0 when all held that must, else 1.
+    /// Devices come and go, guests start where the filter says and stop, hosts die and come back.
+    /// All of it stands in a folder of its own below the prefix, which is removed at the end. Exit
+    /// status: 0 when all held that must, else 1.
     Simulate(Simulate),
 }
 
@@ -413,8 +435,9 @@ pub(super) enum FlavorVerb {
     },
     /// Store a flavor
     ///
-    /// DEFINITION is {"usb_devices":[...],"usb_redirection_devices":[...]}. An entry of usb_devices names one or more of id, vendor_id,
-    /// product_id, serial, port, class, tags, and count (1 when absent); an entry of usb_redirection_devices is {"bus":"usb","type":"spicevmc"}.
+    /// DEFINITION is {"usb_devices":[...],"usb_redirection_devices":[...]}. An entry of usb_devices
+    /// names one or more of id, vendor_id, product_id, serial, port, class, tags, and count (1 when
+    /// absent); an entry of usb_redirection_devices is {"bus":"usb","type":"spicevmc"}.
     Set {
         /// Its name, as Nova or the domain's metadata spells it
         name: String,
@@ -439,9 +462,11 @@ pub(super) enum GrantVerb {
     },
     /// Store a grant; who holds a device keeps it
     ///
-    /// DEFINITION is {"usb_devices":[...],"projects":[...]}. An entry of usb_devices names one or more of id, vendor_id, product_id, serial, port,
-    /// class, tags. A device that one of them matches is for these projects, for those of other grants that match it and for those of its whitelist
-    /// rule, and for nobody else. What no grant and no rule gives to certain projects is for every one.
+    /// DEFINITION is {"usb_devices":[...],"projects":[...]}. An entry of usb_devices names one or
+    /// more of id, vendor_id, product_id, serial, port, class, tags. A device that one of them
+    /// matches is for these projects, for those of other grants that match it and for those of its
+    /// whitelist rule, and for nobody else. What no grant and no rule gives to certain projects is
+    /// for every one.
     Set {
         /// Its name
         name: String,
@@ -457,14 +482,20 @@ pub(super) enum GrantVerb {
 
 /// Exit status: 0 a host can serve the flavor, 3 none can, 1 it could not be found out.
 #[derive(Debug, Args)]
-#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true, verbatim_doc_comment)]
+#[command(
+    args_conflicts_with_subcommands = true,
+    subcommand_negates_reqs = true,
+    verbatim_doc_comment
+)]
 pub(super) struct Filter {
     #[command(subcommand)]
     pub(super) verb: Option<FilterVerb>,
-    /// What is asked for: a stored flavor's name, or JSON such as {"usb_devices":[{"vendor_id":"0529"}]}
+    /// What is asked for: a stored flavor's name, or JSON such as
+    /// {"usb_devices":[{"vendor_id":"0529"}]}
     #[arg(long, required = true, value_name = "NAME|JSON")]
     pub(super) flavor: Option<String>,
-    /// Ask about the hosts whose documents are in this file, - for stdin; without it about this host, from its inventory
+    /// Ask about the hosts whose documents are in this file, - for stdin; without it about this
+    /// host, from its inventory
     #[arg(long, value_name = "FILE")]
     pub(super) hosts: Option<PathBuf>,
     /// The project that asks; without it only devices that are for every project count
@@ -497,9 +528,15 @@ fn selector(text: &str) -> Result<DeviceRequest, String> {
     };
     let json = match (text.parse::<DeviceId>(), kind()) {
         (Ok(id), _) => format!(r#"[{{"id":{id}}}]"#),
-        (_, Some((vendor, product))) => format!(r#"[{{"vendor_id":"{vendor}","product_id":"{product}"}}]"#),
+        (_, Some((vendor, product))) => {
+            format!(r#"[{{"vendor_id":"{vendor}","product_id":"{product}"}}]"#)
+        }
         _ if text.trim_start().starts_with('{') => format!("[{text}]"),
-        _ => return Err("wanted a device's id, VENDOR:PRODUCT such as 0529:0001, or JSON such as {\"serial\":\"HL-0001\"}".into()),
+        _ => {
+            return Err("wanted a device's id, VENDOR:PRODUCT such as 0529:0001, or JSON such as \
+            {\"serial\":\"HL-0001\"}"
+                .into());
+        }
     };
     let flavor = Flavor::parse_lists(Some(&json), None).map_err(|e| e.to_string())?;
     match <[DeviceRequest; 1]>::try_from(flavor.usb_devices) {
@@ -510,8 +547,8 @@ fn selector(text: &str) -> Result<DeviceRequest, String> {
 
 #[derive(Debug, Args)]
 pub(super) struct FilterFile {
-    /// The filter: a WebAssembly component of the world virt-usb:scheduler/filter; without it the one that is beside this program, or in
-    /// /usr/lib/virt-usb
+    /// The filter: a WebAssembly component of the world virt-usb:scheduler/filter; without it the
+    /// one that is beside this program, or in /usr/lib/virt-usb
     #[arg(long, value_name = "FILE", env = "VIRT_USB_FILTER")]
     pub(super) component: Option<PathBuf>,
     /// Take only a filter with this SHA-256
@@ -545,7 +582,8 @@ pub(super) enum FilterVerb {
         #[command(flatten)]
         component: FilterFile,
     },
-    /// Write the filter as machine code, which this version of virt-usb loads a hundred times faster
+    /// Write the filter as machine code, which this version of virt-usb loads a hundred times
+    /// faster
     Precompile {
         /// The file to write
         file: PathBuf,
@@ -575,16 +613,19 @@ pub(super) enum StoreVerb {
     },
     /// Take a backup's content; the inventory that is there is kept beside it
     ///
-    /// Hooks and agent may run meanwhile. Devices that were seen since the backup keep their ids, and who holds a device is what it is now.
+    /// Hooks and agent may run meanwhile. Devices that were seen since the backup keep their ids,
+    /// and who holds a device is what it is now.
     Restore {
         /// The backup
         file: PathBuf,
         #[command(flatten)]
         options: Recover,
     },
-    /// Make the inventory anew: of what can still be read of it, of what is plugged in, and of what the guests that run have
+    /// Make the inventory anew: of what can still be read of it, of what is plugged in, and of what
+    /// the guests that run have
     ///
-    /// The damaged one is kept beside it. A device whose row is lost gets an id that no device had before.
+    /// The damaged one is kept beside it. A device whose row is lost gets an id that no device had
+    /// before.
     Rebuild {
         /// Even though it is sound, or another version's or program's
         #[arg(long)]
@@ -596,7 +637,8 @@ pub(super) enum StoreVerb {
 
 #[derive(Debug, Args)]
 pub(super) struct Recover {
-    /// Without asking libvirt: a device that is in a guest may be shown free until the agent adopts it
+    /// Without asking libvirt: a device that is in a guest may be shown free until the agent adopts
+    /// it
     #[arg(long)]
     pub(super) without_guests: bool,
     /// Take the devices from this TOML file instead of libusb

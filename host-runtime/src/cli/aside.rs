@@ -43,7 +43,8 @@ pub(super) fn forget(session: &Session, device: DeviceId) -> anyhow::Result<Exit
             bail!("there is no device {device}: 'virt-usb devices --all' shows all that are known")
         }
         Forgotten::Here(record) => bail!(
-            "{} is plugged in or held: only a device that is gone can be forgotten; 'virt-usb disable {device}' offers it no more",
+            "{} is plugged in or held: only a device that is gone can be forgotten; 'virt-usb \
+                disable {device}' offers it no more",
             message::device(record)
         ),
         Forgotten::Named(record, what) => {
@@ -57,24 +58,40 @@ pub(super) fn forget(session: &Session, device: DeviceId) -> anyhow::Result<Exit
 }
 
 /// Says what has become of it: `now` is what it is now.
-fn tell(session: &Session, wished: &Wished, device: DeviceId, now: &str) -> anyhow::Result<ExitCode> {
+fn tell(
+    session: &Session,
+    wished: &Wished,
+    device: DeviceId,
+    now: &str,
+) -> anyhow::Result<ExitCode> {
     let (record, changed) = match wished {
         Wished::Done(record) => (record, true),
         Wished::Already(record) => (record, false),
         Wished::Unknown => {
-            bail!("there is no device {device}: 'virt-usb devices --all' shows all that were ever seen")
+            bail!(
+                "there is no device {device}: 'virt-usb devices --all' shows all that were ever \
+                    seen"
+            )
         }
         Wished::TooManyTags => {
-            bail!("device {device} would have more than {MAX_TAGS} tags: 'virt-usb untag' takes some away")
+            bail!(
+                "device {device} would have more than {MAX_TAGS} tags: 'virt-usb untag' takes some \
+                    away"
+            )
         }
     };
     session.out.show(&Changed { changed, device: record }, || {
         let already = if changed { "" } else { " already" };
         let status = match (&record.entry.instance_uuid, record.deleted) {
             (Some(instance), _) => {
-                format!("{}, by {instance}, which keeps it until it is given back", record.entry.status)
+                format!(
+                    "{}, by {instance}, which keeps it until it is given back",
+                    record.entry.status
+                )
             }
-            (None, 0) => record.entry.state().map_or_else(|_| record.entry.status.clone(), |s| s.to_string()),
+            (None, 0) => {
+                record.entry.state().map_or_else(|_| record.entry.status.clone(), |s| s.to_string())
+            }
             (None, _) => "not plugged in".to_owned(),
         };
         format!("{} is{already} {now}; it is {status}", message::device(record))
@@ -82,8 +99,13 @@ fn tell(session: &Session, wished: &Wished, device: DeviceId, now: &str) -> anyh
     Ok(ExitCode::SUCCESS)
 }
 
-pub(super) fn disable(session: &Session, device: DeviceId, reason: Option<&str>) -> anyhow::Result<ExitCode> {
-    let reason = reason.and_then(virt_usb_model::clean_text).unwrap_or_else(|| "by an operator".into());
+pub(super) fn disable(
+    session: &Session,
+    device: DeviceId,
+    reason: Option<&str>,
+) -> anyhow::Result<ExitCode> {
+    let reason =
+        reason.and_then(virt_usb_model::clean_text).unwrap_or_else(|| "by an operator".into());
     let wished = match session.remote()? {
         Some(api) => api.change(device, &json!({ "disable": { "reason": reason } }), |now| {
             now.disabled.as_ref() == Some(&reason)
@@ -98,7 +120,9 @@ pub(super) fn disable(session: &Session, device: DeviceId, reason: Option<&str>)
 
 pub(super) fn enable(session: &Session, device: DeviceId) -> anyhow::Result<ExitCode> {
     let wished = match session.remote()? {
-        Some(api) => api.change(device, &json!({ "enable": null }), |now| now.disabled.is_none())?,
+        Some(api) => {
+            api.change(device, &json!({ "enable": null }), |now| now.disabled.is_none())?
+        }
         None => {
             let (mut store, context) = open(session, "enable")?;
             store.set_disabled(device, None, &context)?
@@ -120,7 +144,12 @@ pub(super) fn clear(session: &Session, device: DeviceId) -> anyhow::Result<ExitC
     tell(session, &wished, device, "out of quarantine")
 }
 
-pub(super) fn tag(session: &Session, device: DeviceId, tags: &[Tag], add: bool) -> anyhow::Result<ExitCode> {
+pub(super) fn tag(
+    session: &Session,
+    device: DeviceId,
+    tags: &[Tag],
+    add: bool,
+) -> anyhow::Result<ExitCode> {
     let tags: Vec<String> = tags.iter().cloned().map(Tag::into_text).collect();
     let wished = match session.remote()? {
         Some(api) => {
@@ -142,12 +171,20 @@ pub(super) fn tag(session: &Session, device: DeviceId, tags: &[Tag], add: bool) 
     )
 }
 
-fn set_tags(session: &Session, device: DeviceId, tags: &[String], add: bool) -> anyhow::Result<Wished> {
+fn set_tags(
+    session: &Session,
+    device: DeviceId,
+    tags: &[String],
+    add: bool,
+) -> anyhow::Result<Wished> {
     let (mut store, context) = open(session, if add { "tag" } else { "untag" })?;
     let known = store.all_devices()?.into_iter().find(|r| r.entry.id == device);
-    if let Some(of_rule) = known.filter(|_| !add).and_then(|record| record.tag_of_a_rule(tags).cloned()) {
+    if let Some(of_rule) =
+        known.filter(|_| !add).and_then(|record| record.tag_of_a_rule(tags).cloned())
+    {
         bail!(
-            "device {device} has the tag {of_rule:?} from a whitelist rule: change that rule in the configuration"
+            "device {device} has the tag {of_rule:?} from a whitelist rule: change that rule in \
+                the configuration"
         );
     }
     let (more, fewer) = if add { (tags, &[][..]) } else { (&[][..], tags) };
@@ -159,7 +196,8 @@ struct Quarantined<'a> {
     #[serde(flatten)]
     device: &'a Record,
     why: &'a str,
-    /// What is different from what it was when it was claimed last; `null`: nothing, or it cannot be compared.
+    /// What is different from what it was when it was claimed last; `null`: nothing, or it cannot
+    /// be compared.
     altered: Option<String>,
 }
 
@@ -185,7 +223,8 @@ pub(super) fn list(session: &Session) -> anyhow::Result<ExitCode> {
     session.out.show(&set_aside, || {
         let row = |q: &Quarantined<'_>| {
             let e = &q.device.entry;
-            let until = q.device.flapping_until.as_deref().filter(|_| q.device.quarantined.is_none());
+            let until =
+                q.device.flapping_until.as_deref().filter(|_| q.device.quarantined.is_none());
             vec![
                 e.id.to_string(),
                 q.device.usb().to_string(),

@@ -77,7 +77,9 @@ pub(super) fn state(claim: &ClaimRow, unplugged: bool, boot_id: &str) -> String 
 pub(super) fn in_the_way(Problem { domain, about, what, since, .. }: &Problem) -> String {
     let lead = match about.as_str() {
         ABOUT_STOP => format!("{domain} does not run"),
-        about if about.starts_with(ABOUT_SERIAL) => format!("{domain} holds a device that may be mistaken"),
+        about if about.starts_with(ABOUT_SERIAL) => {
+            format!("{domain} holds a device that may be mistaken")
+        }
         about => format!("{domain} does not get {about}"),
     };
     format!("{lead} (since {since}): {what}")
@@ -86,9 +88,15 @@ pub(super) fn in_the_way(Problem { domain, about, what, since, .. }: &Problem) -
 /// The devices that may be the unplugged device of this claim in another port. A device without a
 /// serial gets a new id in another port. The function returns the free devices of the same kind
 /// that were plugged in later. If the audit has no event for a device, the device is included.
-fn moved_to(claim: &ClaimRow, devices: &[Record], store: Option<&Store>) -> anyhow::Result<Vec<DeviceId>> {
+fn moved_to(
+    claim: &ClaimRow,
+    devices: &[Record],
+    store: Option<&Store>,
+) -> anyhow::Result<Vec<DeviceId>> {
     let gone = devices.iter().find(|r| r.entry.id == claim.device_id && !r.present);
-    let Some(held) = gone.filter(|held| !held.key().serial_decides()) else { return Ok(Vec::new()) };
+    let Some(held) = gone.filter(|held| !held.key().serial_decides()) else {
+        return Ok(Vec::new());
+    };
     let last = |device: DeviceId, what: &[&str]| -> anyhow::Result<Option<i64>> {
         let Some(store) = store else { return Ok(None) };
         let events = store.events(&Filter { device: Some(device), ..Filter::default() })?;
@@ -124,7 +132,8 @@ fn moved(Shown { claim, moved_to, .. }: &Shown, devices: &[Record]) -> Option<St
         _ => ("are", "one of them is the same device", "DEVICE".to_owned()),
     };
     Some(format!(
-        "device {old} is away, and of the same kind {} {is} free. Without a serial, virt-usb cannot tell whether {same} in another port. \
+        "device {old} is away, and of the same kind {} {is} free. Without a serial, virt-usb \
+            cannot tell whether {same} in another port. \
          If so: 'virt-usb attach {domain} {new}', then 'virt-usb detach {domain} {old}'",
         places.join(", ")
     ))
@@ -147,7 +156,8 @@ impl Shown {
     fn new(claim: ClaimRow, devices: &[Record], problems: &[Problem]) -> Self {
         let unplugged = devices.iter().any(|r| r.entry.id == claim.device_id && !r.present);
         let about = about_device(claim.device_id);
-        let problem = problems.iter().find(|p| p.instance_uuid == claim.instance_uuid && p.about == about);
+        let problem =
+            problems.iter().find(|p| p.instance_uuid == claim.instance_uuid && p.about == about);
         Self { unplugged, problem: problem.map(|p| p.what.clone()), moved_to: Vec::new(), claim }
     }
 }
@@ -166,7 +176,8 @@ pub(super) fn release(session: &Session, instance: &str, force: bool) -> anyhow:
     let id = find_instance(&store, instance)?;
     if !force {
         bail!(
-            "a guest that still runs keeps using what is released here, and another guest may be given it too: make sure that {instance} is gone, then add --force"
+            "a guest that still runs keeps using what is released here, and another guest may be \
+                given it too: make sure that {instance} is gone, then add --force"
         );
     }
     let context = session.context(&config, "claims release")?;
@@ -179,7 +190,10 @@ pub(super) fn release(session: &Session, instance: &str, force: bool) -> anyhow:
         }
         [] => format!("{instance} held nothing"),
         freed => {
-            format!("freed device {}", freed.iter().map(ToString::to_string).collect::<Vec<_>>().join(", "))
+            format!(
+                "freed device {}",
+                freed.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
+            )
         }
     })?;
     Ok(ExitCode::SUCCESS)
@@ -195,9 +209,12 @@ pub(super) fn find_instance(store: &Store, text: &str) -> anyhow::Result<Instanc
     named.dedup();
     match named.as_slice() {
         [one] => Ok(*one),
-        [] => bail!("no domain of the name {text:?} holds a device: 'virt-usb claims' shows who does"),
+        [] => {
+            bail!("no domain of the name {text:?} holds a device: 'virt-usb claims' shows who does")
+        }
         _ => bail!(
-            "{} instances of the name {text:?} hold devices: name the UUID, 'virt-usb claims' shows it",
+            "{} instances of the name {text:?} hold devices: name the UUID, 'virt-usb claims' \
+                shows it",
             named.len()
         ),
     }

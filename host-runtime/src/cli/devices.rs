@@ -47,14 +47,17 @@ pub(super) fn discover(session: &Session, options: &Discover) -> anyhow::Result<
         User::of(dir)
             .and_then(User::enter)
             .and_then(|_owner| simulated.write_sysfs(dir))
-            .with_context(|| format!("cannot write the simulated sysfs tree to {}", dir.display()))?;
+            .with_context(|| {
+                format!("cannot write the simulated sysfs tree to {}", dir.display())
+            })?;
     }
     let mut snapshot = source(&config, options.sim.as_deref())?.snapshot();
     // Where no agent asks libvirt what its guests use, this does. What cannot be asked stays as it
     // is recorded.
     if options.sim.is_none()
         && machine::agent(&config.state_dir) == Agent::NotInstalled
-        && let Ok(uses) = Libvirt::open(&config.libvirt_uri).and_then(|libvirt| ask(&libvirt, &snapshot))
+        && let Ok(uses) =
+            Libvirt::open(&config.libvirt_uri).and_then(|libvirt| ask(&libvirt, &snapshot))
     {
         snapshot.guests = uses;
     }
@@ -113,9 +116,13 @@ fn summary(found: &Discovered) -> String {
         .filter(|what| count(what) > 0)
         .map(|what| format!("{} {what}", count(what)))
         .collect();
-    let changed = if changed.is_empty() { "nothing changed".to_owned() } else { changed.join(", ") };
-    let hubs =
-        if found.hubs > 0 { format!("; {} hub(s) are never offered", found.hubs) } else { String::new() };
+    let changed =
+        if changed.is_empty() { "nothing changed".to_owned() } else { changed.join(", ") };
+    let hubs = if found.hubs > 0 {
+        format!("; {} hub(s) are never offered", found.hubs)
+    } else {
+        String::new()
+    };
     format!("{} device(s): {changed}{hubs}", found.devices.len())
 }
 
@@ -140,7 +147,10 @@ pub(super) fn list(session: &Session, all: bool) -> anyhow::Result<ExitCode> {
         None => session.store()?.devices()?,
     };
     session.out.show(&devices, || {
-        device_table(&devices, "the inventory holds no device: plug one in and run 'virt-usb discover'")
+        device_table(
+            &devices,
+            "the inventory holds no device: plug one in and run 'virt-usb discover'",
+        )
     })?;
     Ok(ExitCode::SUCCESS)
 }
@@ -160,7 +170,8 @@ fn device_table(devices: &[Record], empty: &str) -> String {
             or_dash(e.instance_uuid),
         ]
     };
-    let mut header = vec!["ID", "USB ID", "NAME", "SERIAL", "PORT", "ADDRESS", "SPEED", "STATUS", "INSTANCE"];
+    let mut header =
+        vec!["ID", "USB ID", "NAME", "SERIAL", "PORT", "ADDRESS", "SPEED", "STATUS", "INSTANCE"];
     let mut rows: Vec<Vec<String>> = devices.iter().map(row).collect();
     // A narrow terminal has better use for a column of dashes.
     if devices.iter().all(|r| r.entry.instance_uuid.is_none()) {
@@ -228,7 +239,9 @@ pub(super) fn documents(session: &Session) -> anyhow::Result<ExitCode> {
         None => session.store()?.host_document()?.into_iter().collect(),
     };
     for document in documents {
-        session.out.raw(format!("{}\n", clean_json(&serde_json::to_string(&document)?)).as_bytes())?;
+        session
+            .out
+            .raw(format!("{}\n", clean_json(&serde_json::to_string(&document)?)).as_bytes())?;
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -279,7 +292,9 @@ impl Judged {
         let to = match (self.offered, self.verdict.projects.as_slice()) {
             (false, _) => "nobody".to_owned(),
             (true, []) => "every project".to_owned(),
-            (true, projects) => projects.iter().map(ToString::to_string).collect::<Vec<_>>().join(", "),
+            (true, projects) => {
+                projects.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
+            }
         };
         vec![
             format!("{}:{}", self.vendor_id, self.product_id),
@@ -298,7 +313,11 @@ pub(super) fn check_whitelist(session: &Session, sim: Option<&Path>) -> anyhow::
     show_verdicts(session, &config, &snapshot)
 }
 
-fn show_verdicts(session: &Session, config: &Config, snapshot: &Snapshot) -> anyhow::Result<ExitCode> {
+fn show_verdicts(
+    session: &Session,
+    config: &Config,
+    snapshot: &Snapshot,
+) -> anyhow::Result<ExitCode> {
     // What the inventory remembers, where there is one: ports that rules name mean its sockets, and
     // a claim explains what is open.
     let store = session.store().ok();
@@ -309,7 +328,8 @@ fn show_verdicts(session: &Session, config: &Config, snapshot: &Snapshot) -> any
     let whitelist = config.whitelist.at(|port| paths.get(port).cloned());
     let known = store.and_then(|store| store.devices().ok()).unwrap_or_default();
     let verdict = |device: &Device| {
-        let row = known.iter().find(|r| r.key().is(&device.key) && r.entry.port_path == device.key.port);
+        let row =
+            known.iter().find(|r| r.key().is(&device.key) && r.entry.port_path == device.key.port);
         let (device, verdict) = judge(snapshot, device.clone(), row, &whitelist);
         Judged::new(&device, verdict)
     };
@@ -321,7 +341,8 @@ fn show_verdicts(session: &Session, config: &Config, snapshot: &Snapshot) -> any
         let header = ["USB ID", "NAME", "PORT", "OFFERED TO", "TAGS", "BECAUSE"];
         let rows = verdicts.iter().map(Judged::row).collect();
         let table = table(&header, rows, nothing(config));
-        let limited = config.whitelist.rules.iter().any(|r| !r.projects.is_empty()) && !config.whitelist.on;
+        let limited =
+            config.whitelist.rules.iter().any(|r| !r.projects.is_empty()) && !config.whitelist.on;
         let note = if limited {
             "; their projects count only while it is on: every project gets these devices"
         } else {

@@ -9,7 +9,8 @@ use std::time::Duration;
 use anyhow::{Context as _, bail};
 use serde::Serialize;
 use virt_usb_filter_host::{
-    Filter, Fleet, Limits, Options, Placement, Question, Rejection, Session as Asked, Verdict, hex, sha256,
+    Filter, Fleet, Limits, Options, Placement, Question, Rejection, Session as Asked, Verdict, hex,
+    sha256,
 };
 use virt_usb_model::{DeviceEntry, DeviceId, Flavor, HostDocument, UniqueJson};
 use virt_usb_store::user::User;
@@ -34,7 +35,9 @@ pub(super) fn run(session: &Session, arguments: &Arguments) -> anyhow::Result<Ex
         Some(FilterVerb::Bench { hosts, devices, component }) => {
             measure(session, &load(component)?, fleet::Fleet { hosts: *hosts, devices: *devices })
         }
-        Some(FilterVerb::Precompile { file, component }) => precompile(session, &load(component)?, file),
+        Some(FilterVerb::Precompile { file, component }) => {
+            precompile(session, &load(component)?, file)
+        }
     }
 }
 
@@ -52,14 +55,18 @@ pub(super) fn load_with(file: &FilterFile, limits: Limits) -> anyhow::Result<Fil
 }
 
 fn find() -> anyhow::Result<PathBuf> {
-    let beside =
-        std::env::current_exe().context("cannot tell where this program is")?.with_file_name(FILE_NAME);
+    let beside = std::env::current_exe()
+        .context("cannot tell where this program is")?
+        .with_file_name(FILE_NAME);
     let installed = Path::new(INSTALLED).join(FILE_NAME);
     let places = [beside, installed];
     let found = places.iter().find(|path| path.exists());
     found.cloned().with_context(|| {
         let [beside, installed] = places.each_ref().map(|path| path.display());
-        format!("there is no filter at {beside} or {installed}: 'make filter' builds it, --component names another")
+        format!(
+            "there is no filter at {beside} or {installed}: 'make filter' builds it, \
+            --component names another"
+        )
     })
 }
 
@@ -152,7 +159,9 @@ fn documents(session: &Session, file: Option<&Path>) -> anyhow::Result<Documents
     let mut text = String::new();
     let read = match file.as_os_str() == "-" {
         true => std::io::stdin().lock().take(MAX_FILE).read_to_string(&mut text),
-        false => std::fs::File::open(file).and_then(|open| open.take(MAX_FILE).read_to_string(&mut text)),
+        false => {
+            std::fs::File::open(file).and_then(|open| open.take(MAX_FILE).read_to_string(&mut text))
+        }
     };
     read.with_context(|| format!("cannot read the host documents of {name}"))?;
     read_documents(&text).with_context(|| format!("the host documents of {name}"))
@@ -165,8 +174,8 @@ fn read_documents(text: &str) -> anyhow::Result<Documents> {
     let mut found = Documents::new();
     let mut take = |value: &serde_json::Value| {
         let number = found.len() + 1;
-        let document =
-            HostDocument::parse(&value.to_string()).with_context(|| format!("document {number}"))?;
+        let document = HostDocument::parse(&value.to_string())
+            .with_context(|| format!("document {number}"))?;
         match found.insert(document.host.clone(), document) {
             None => Ok(()),
             Some(twice) => bail!("document {number}: the host {:?} is there twice", twice.host),
@@ -193,7 +202,10 @@ fn chosen(
     let ids = match asked.explain(question, &placement.host)? {
         Verdict::Accepted { devices, .. } => devices,
         Verdict::Rejected(why) => {
-            bail!("the filter chooses {} and rejects it when asked about it alone: {why}", placement.host)
+            bail!(
+                "the filter chooses {} and rejects it when asked about it alone: {why}",
+                placement.host
+            )
         }
     };
     let all = documents.get(&placement.host).map_or(&[][..], |document| &document.devices);
@@ -231,8 +243,11 @@ fn text(answer: &Answer) -> String {
     };
     let rows = answer.placements.iter().enumerate().map(chosen).collect();
     let none = format!("none of {} host(s) can serve {}", answer.hosts, answer.flavor);
-    let mut text =
-        table(&["RANK", "HOST", "SCORE", "WOULD USE"], rows, if answer.matched == 0 { &none } else { "" });
+    let mut text = table(
+        &["RANK", "HOST", "SCORE", "WOULD USE"],
+        rows,
+        if answer.matched == 0 { &none } else { "" },
+    );
     if answer.matched > 0 {
         let shown = answer.placements.len();
         let best = if shown < answer.matched as usize {
@@ -240,12 +255,16 @@ fn text(answer: &Answer) -> String {
         } else {
             String::new()
         };
-        text.push_str(&format!("\n\n{} of {} host(s) can serve{best}", answer.matched, answer.hosts));
+        text.push_str(&format!(
+            "\n\n{} of {} host(s) can serve{best}",
+            answer.matched, answer.hosts
+        ));
     }
     match &answer.rejected {
         Some(rejected) if !rejected.is_empty() => {
-            let row =
-                |r: &Rejected| vec![r.host.clone(), r.rejection.reason.name().to_owned(), r.because.clone()];
+            let row = |r: &Rejected| {
+                vec![r.host.clone(), r.rejection.reason.name().to_owned(), r.because.clone()]
+            };
             let rows = rejected.iter().map(row).collect();
             text.push_str(&format!("\n\n{}", table(&["HOST", "WHY NOT", "BECAUSE"], rows, "")));
         }
@@ -266,7 +285,10 @@ fn text(answer: &Answer) -> String {
 fn device(entry: &DeviceEntry) -> String {
     let name = entry.product_name.as_deref().or(entry.manufacturer.as_deref());
     let name = name.map(|name| format!(" {name}")).unwrap_or_default();
-    format!("{} ({}:{}{name} at port {})", entry.id, entry.vendor_id, entry.product_id, entry.port_path)
+    format!(
+        "{} ({}:{}{name} at port {})",
+        entry.id, entry.vendor_id, entry.product_id, entry.port_path
+    )
 }
 
 #[derive(Serialize)]
@@ -306,12 +328,22 @@ fn measure(session: &Session, filter: &Filter, made: fleet::Fleet) -> anyhow::Re
     session.out.show(&answer, || {
         let row = |f: &Shown| {
             let hosts = f.matched.map_or_else(|| "-".to_owned(), |n| n.to_string());
-            vec![f.what.clone(), format!("{:.2} µs", f.least_us), format!("{:.2} µs", f.median_us), hosts]
+            vec![
+                f.what.clone(),
+                format!(
+                    "{:.2} \
+                µs",
+                    f.least_us
+                ),
+                format!("{:.2} µs", f.median_us),
+                hosts,
+            ]
         };
         let rows = answer.figures.iter().map(row).collect();
         let table = table(&["WHAT", "LEAST", "MEDIAN", "HOSTS THAT CAN SERVE"], rows, "");
         format!(
-            "{} hosts with {} devices each\n\n{table}\n\n{:.1} bytes of the filter's memory a device",
+            "{} hosts with {} devices each\n\n{table}\n\n{:.1} bytes of the filter's memory a \
+                device",
             made.hosts, made.devices, answer.bytes_a_device
         )
     })?;
@@ -333,7 +365,11 @@ fn precompile(session: &Session, filter: &Filter, file: &Path) -> anyhow::Result
     if file.symlink_metadata().is_ok_and(|found| !found.is_file()) {
         bail!("{} is there and no plain file: name another", file.display());
     }
-    if file.canonicalize().ok().is_some_and(|to| filter.path().canonicalize().is_ok_and(|from| from == to)) {
+    if file
+        .canonicalize()
+        .ok()
+        .is_some_and(|to| filter.path().canonicalize().is_ok_and(|from| from == to))
+    {
         bail!("{} is the filter itself: name another file", file.display());
     }
     let name = file.file_name().with_context(|| format!("{} names no file", file.display()))?;
@@ -357,7 +393,8 @@ fn precompile(session: &Session, filter: &Filter, file: &Path) -> anyhow::Result
 fn write_new(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
     use std::io::Write;
     use std::os::unix::fs::OpenOptionsExt;
-    let mut file = std::fs::OpenOptions::new().write(true).create_new(true).mode(0o644).open(path)?;
+    let mut file =
+        std::fs::OpenOptions::new().write(true).create_new(true).mode(0o644).open(path)?;
     file.set_permissions(std::os::unix::fs::PermissionsExt::from_mode(0o644))?;
     file.write_all(bytes)
 }
@@ -369,7 +406,9 @@ mod tests {
     #[test]
     fn documents_come_a_line_each_or_spread_or_as_a_list() {
         let one = |host: &str| {
-            format!(r#"{{"version":1,"host":"{host}","compute_node_id":2,"revision":1,"devices":[]}}"#)
+            format!(
+                r#"{{"version":1,"host":"{host}","compute_node_id":2,"revision":1,"devices":[]}}"#
+            )
         };
         let lines = format!("{}\n\n{}\n", one("a"), one("b"));
         let list = format!("[{},\n{}]", one("a"), one("b"));
@@ -380,7 +419,8 @@ mod tests {
         }
         let error = |text: &str| format!("{:#}", read_documents(text).unwrap_err());
         assert!(
-            error(&format!("{}{}", one("a"), one("a"))).contains("document 2: the host \"a\" is there twice")
+            error(&format!("{}{}", one("a"), one("a")))
+                .contains("document 2: the host \"a\" is there twice")
         );
         assert!(error(&format!("{} {{}}", one("a"))).contains("document 2: version: found none"));
         assert!(error(" ").starts_with("found none: wanted JSON documents"));

@@ -23,7 +23,8 @@ fn fleet(config: &Config, credentials: Option<&Credentials>) -> anyhow::Result<F
     let Some(mut fleet) = config.fleet.clone() else {
         bail!("the configuration names no fleet: give [fleet] with its endpoints first");
     };
-    if let Some(Credentials { user: Some(name), password_file: Some(password_file) }) = credentials {
+    if let Some(Credentials { user: Some(name), password_file: Some(password_file) }) = credentials
+    {
         fleet.user = Some(User { name: name.clone(), password_file: password_file.clone() });
     }
     Ok(fleet)
@@ -66,10 +67,13 @@ pub(super) fn join(session: &Session, credentials: &Credentials) -> anyhow::Resu
 }
 
 fn is_held(held: &[virt_usb_store::ClaimRow]) -> String {
-    let list: Vec<String> =
-        held.iter().map(|claim| format!("device {} by {}", claim.device_id, claim.domain)).collect();
+    let list: Vec<String> = held
+        .iter()
+        .map(|claim| format!("device {} by {}", claim.device_id, claim.domain))
+        .collect();
     format!(
-        "devices are held, and joining gives each device another id: {}: stop these guests, or detach the devices, and try again",
+        "devices are held, and joining gives each device another id: {}: stop these guests, or \
+            detach the devices, and try again",
         list.join(", ")
     )
 }
@@ -79,16 +83,20 @@ fn text(joined: &Joined) -> String {
     let mut text = match renumbered {
         None => format!("{host} is in the fleet, with number {number} as before"),
         Some(Renumbered { devices, added, .. }) => format!(
-            "{host} is in the fleet, with number {number}: to the id of each of its {devices} device(s) {added} was added"
+            "{host} is in the fleet, with number {number}: to the id of each of its {devices} \
+                device(s) {added} was added"
         ),
     };
     if let Some(Renumbered { assignments, flavors, grants, .. }) = renumbered {
         if *assignments > 0 {
             text.push_str(&format!("\n{assignments} assignment(s) name the new ids"));
         }
-        for (noun, names) in [("flavor", flavors), ("grant", grants)].iter().filter(|(_, n)| !n.is_empty()) {
+        for (noun, names) in
+            [("flavor", flavors), ("grant", grants)].iter().filter(|(_, n)| !n.is_empty())
+        {
             text.push_str(&format!(
-                "\nthese {noun}s name a device by the id that it had, change them with 'virt-usb {noun} set': {}",
+                "\nthese {noun}s name a device by the id that it had, change them with 'virt-usb \
+                    {noun} set': {}",
                 names.join(", ")
             ));
         }
@@ -120,7 +128,10 @@ pub(super) fn leave(
     let host = host.unwrap_or(&own);
     let was_joined = wait(join::leave(&fleet, host))?;
     session.out.show(&Left { host, was_joined }, || match was_joined {
-        true => format!("{host} has left the fleet; its devices keep their ids, and it gets the same number when it comes back"),
+        true => format!(
+            "{host} has left the fleet; its devices keep their ids, and it gets the \
+            same number when it comes back"
+        ),
         false => format!("{host} is not in the fleet"),
     })?;
     Ok(ExitCode::SUCCESS)
@@ -184,7 +195,9 @@ fn status_text(shown: &Shown) -> String {
         (Some(number), _, None) => {
             format!("is number {number}, and has published nothing: does its agent run?")
         }
-        (Some(number), _, Some(published)) if revision.is_some_and(|revision| revision > published) => {
+        (Some(number), _, Some(published))
+            if revision.is_some_and(|revision| revision > published) =>
+        {
             format!(
                 "is number {number}, and has published revision {published} of {}",
                 revision.unwrap_or_default()
@@ -199,7 +212,8 @@ fn status_text(shown: &Shown) -> String {
         some => format!("\nunreachable: {}", some.join(", ")),
     };
     format!(
-        "{endpoints}\n\n{host} {own}\n{} host(s) have joined, {} can be reached, with {} device(s), {} of them available{gone}",
+        "{endpoints}\n\n{host} {own}\n{} host(s) have joined, {} can be reached, with {} \
+            device(s), {} of them available{gone}",
         fleet.hosts,
         fleet.hosts.saturating_sub(fleet.unreachable.len()),
         fleet.devices,
@@ -226,13 +240,19 @@ pub(super) fn simulate(session: &Session, options: &Simulate) -> anyhow::Result<
 }
 
 fn simulation_text(report: &simulate::Report) -> String {
-    let done = report.done.iter().map(|(what, times)| vec![(*what).to_owned(), times.to_string()]).collect();
+    let done = report
+        .done
+        .iter()
+        .map(|(what, times)| vec![(*what).to_owned(), times.to_string()])
+        .collect();
     let broken = match report.broken.as_slice() {
         [] => "all held that must".to_owned(),
         some => format!("BROKEN:\n{}", some.join("\n")),
     };
     format!(
-        "{}\n\n{:.0} changes a second; from a change to who watches: p50 {:.1} ms, p99 {:.1} ms, at most {:.1} ms\n{} documents, {} bytes on average, {} at most; etcd takes {:.1} MB\n{broken}",
+        "{}\n\n{:.0} changes a second; from a change to who watches: p50 {:.1} ms, p99 {:.1} ms, \
+            at most {:.1} ms\n{} documents, {} bytes on average, {} at most; etcd takes {:.1} \
+            MB\n{broken}",
         table(&["WHAT HAPPENED", "TIMES"], done, "nothing happened"),
         report.changes_per_second,
         report.lag_ms.p50,

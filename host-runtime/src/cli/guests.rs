@@ -19,7 +19,8 @@ use crate::hypervisor::{Failure, Libvirt, Started};
 pub(super) fn open(session: &Session) -> anyhow::Result<(Libvirt, Worker)> {
     let config = session.config()?;
     let libvirt = Libvirt::open(&config.libvirt_uri)?;
-    let worker = Worker::open(Arc::new(config), Arc::new(libvirt.clone()), Arc::default(), "virt-usb")?;
+    let worker =
+        Worker::open(Arc::new(config), Arc::new(libvirt.clone()), Arc::default(), "virt-usb")?;
     Ok((libvirt, worker))
 }
 
@@ -48,11 +49,17 @@ pub(super) fn start(session: &Session, domain: &str) -> anyhow::Result<ExitCode>
     worker.store.restart_patience();
     let held = worker.store.claims()?.into_iter().filter(|c| c.instance_uuid == instance);
     let devices = held.map(|c| c.device_id).collect();
-    let begun = Begun { instance_uuid: instance, restored: started == Started::Restored, devices, warnings };
+    let begun = Begun {
+        instance_uuid: instance,
+        restored: started == Started::Restored,
+        devices,
+        warnings,
+    };
     session.out.show(&begun, || {
         let how = if begun.restored { "restored" } else { "started" };
         let ids: Vec<String> = begun.devices.iter().map(ToString::to_string).collect();
-        let with = if ids.is_empty() { String::new() } else { format!(" with device {}", ids.join(", ")) };
+        let with =
+            if ids.is_empty() { String::new() } else { format!(" with device {}", ids.join(", ")) };
         let warnings: String = begun.warnings.iter().map(|w| format!("\n{w}")).collect();
         format!("{domain} {how}{with}{warnings}")
     })?;
@@ -80,7 +87,8 @@ pub(super) fn attach(session: &Session, wanted: &Device) -> anyhow::Result<ExitC
             (instance, worker.give(instance, std::slice::from_ref(&wanted.device))?)
         }
     };
-    let list = |records: &[Record]| records.iter().map(message::device).collect::<Vec<_>>().join(", ");
+    let list =
+        |records: &[Record]| records.iter().map(message::device).collect::<Vec<_>>().join(", ");
     let text = match (new.is_empty(), already.is_empty()) {
         (false, _) => format!("{name} has {} now", list(&new)),
         (true, false) => format!("{name} has {} already", list(&already)),

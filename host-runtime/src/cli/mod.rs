@@ -30,8 +30,8 @@ use virt_usb_store::{Context, Durability, Store};
 
 pub use arguments::Arguments;
 use arguments::{
-    Api, ClaimsVerb, FlavorVerb, FleetVerb, GrantVerb, OwnerVerb, QuarantineVerb, StoreVerb, TokenVerb, Verb,
-    WhitelistVerb,
+    Api, ClaimsVerb, FlavorVerb, FleetVerb, GrantVerb, OwnerVerb, QuarantineVerb, StoreVerb,
+    TokenVerb, Verb, WhitelistVerb,
 };
 use output::Output;
 use remote::Remote;
@@ -39,8 +39,9 @@ use remote::Remote;
 /// How long a command waits for the store's lock.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// The program. Exit status: 0 done, 1 it could not be done (the reason is on stderr), 2 wrong arguments, 3 `filter` has asked and no
-/// host can serve; `doctor`: 1 for a warning, 2 for something broken.
+/// The program. Exit status: 0 done, 1 it could not be done (the reason is on stderr), 2 wrong
+/// arguments, 3 `filter` has asked and no host can serve; `doctor`: 1 for a warning, 2 for
+/// something broken.
 pub fn main() -> ExitCode {
     virt_usb_hook::panics::abort();
     let arguments: Arguments = match crate::log::arguments() {
@@ -59,16 +60,25 @@ pub fn main() -> ExitCode {
 }
 
 fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
-    let session =
-        Session { config_file: arguments.config, out: Output::new(arguments.json), api: arguments.api };
+    let session = Session {
+        config_file: arguments.config,
+        out: Output::new(arguments.json),
+        api: arguments.api,
+    };
     if session.api.url.is_some() && is_local(&arguments.verb) {
         bail!("this is done on the host itself: leave out --url (VIRT_USB_URL)");
     }
-    let (changes, began) = (is_change(&arguments.verb) && session.api.url.is_none(), Instant::now());
+    let (changes, began) =
+        (is_change(&arguments.verb) && session.api.url.is_none(), Instant::now());
     let done = dispatch(&session, arguments.verb);
     // An agent need not wait for its next look. Whatever the command says: it may have done a part.
     if changes && let Ok(config) = session.config() {
-        machine::tell_agent(&config.state_dir, machine::COMMAND, began.elapsed(), u8::from(done.is_err()));
+        machine::tell_agent(
+            &config.state_dir,
+            machine::COMMAND,
+            began.elapsed(),
+            u8::from(done.is_err()),
+        );
     }
     done
 }
@@ -116,7 +126,9 @@ fn dispatch(session: &Session, verb: Verb) -> anyhow::Result<ExitCode> {
         Verb::Disable { device, reason } => aside::disable(session, device, reason.as_deref()),
         Verb::Forget { device } => aside::forget(session, device),
         Verb::Quarantine { verb: None | Some(QuarantineVerb::List) } => aside::list(session),
-        Verb::Quarantine { verb: Some(QuarantineVerb::Clear { device }) } => aside::clear(session, device),
+        Verb::Quarantine { verb: Some(QuarantineVerb::Clear { device }) } => {
+            aside::clear(session, device)
+        }
         Verb::Tag(tags) => aside::tag(session, tags.device, &tags.tags, true),
         Verb::Untag(tags) => aside::tag(session, tags.device, &tags.tags, false),
         Verb::Owner { verb } => match verb {
@@ -134,18 +146,24 @@ fn dispatch(session: &Session, verb: Verb) -> anyhow::Result<ExitCode> {
         Verb::Flavor { verb } => match verb {
             FlavorVerb::List => shared::list::<Flavor>(session),
             FlavorVerb::Show { name } => shared::show::<Flavor>(session, &name),
-            FlavorVerb::Set { name, definition } => shared::set::<Flavor>(session, &name, &definition),
+            FlavorVerb::Set { name, definition } => {
+                shared::set::<Flavor>(session, &name, &definition)
+            }
             FlavorVerb::Remove { name } => shared::remove::<Flavor>(session, &name),
         },
         Verb::Grant { verb } => match verb {
             GrantVerb::List => shared::list::<Grant>(session),
             GrantVerb::Show { name } => shared::show::<Grant>(session, &name),
-            GrantVerb::Set { name, definition } => shared::set::<Grant>(session, &name, &definition),
+            GrantVerb::Set { name, definition } => {
+                shared::set::<Grant>(session, &name, &definition)
+            }
             GrantVerb::Remove { name } => shared::remove::<Grant>(session, &name),
         },
         Verb::Fleet { verb } => match verb {
             FleetVerb::Join(credentials) => fleet::join(session, &credentials),
-            FleetVerb::Leave { host, credentials } => fleet::leave(session, host.as_deref(), &credentials),
+            FleetVerb::Leave { host, credentials } => {
+                fleet::leave(session, host.as_deref(), &credentials)
+            }
             FleetVerb::Status => fleet::status(session),
             FleetVerb::Simulate(options) => fleet::simulate(session, &options),
         },

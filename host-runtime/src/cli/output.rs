@@ -22,15 +22,26 @@ impl Output {
     }
 
     /// `value` as JSON, or else what `text` says.
-    pub(super) fn show(&self, value: &impl Serialize, text: impl FnOnce() -> String) -> anyhow::Result<()> {
-        let shown =
-            if self.json { clean_json(&serde_json::to_string_pretty(value)?) } else { clean_lines(&text()) };
+    pub(super) fn show(
+        &self,
+        value: &impl Serialize,
+        text: impl FnOnce() -> String,
+    ) -> anyhow::Result<()> {
+        let shown = if self.json {
+            clean_json(&serde_json::to_string_pretty(value)?)
+        } else {
+            clean_lines(&text())
+        };
         self.raw(format!("{}\n", shown.trim_end()).as_bytes())
     }
 
     /// Lines for people, as they come; for programs nothing.
     pub(super) fn line(&self, text: &str) -> anyhow::Result<()> {
-        if self.json { Ok(()) } else { self.raw(format!("{}\n", clean_lines(text).trim_end()).as_bytes()) }
+        if self.json {
+            Ok(())
+        } else {
+            self.raw(format!("{}\n", clean_lines(text).trim_end()).as_bytes())
+        }
     }
 
     /// All of it for programs; for people nothing, who were told line by line.

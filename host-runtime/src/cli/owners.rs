@@ -51,11 +51,14 @@ pub(super) fn set(session: &Session, name: &str, project: &ProjectId) -> anyhow:
         None => {
             let (libvirt, mut worker) = open(session)?;
             let instance = find(&libvirt, name)?;
-            let Some(xml) = libvirt.xml(instance)? else { bail!("the domain {name} has just gone") };
+            let Some(xml) = libvirt.xml(instance)? else {
+                bail!("the domain {name} has just gone")
+            };
             let domain = virt_usb_domxml::read(xml.as_bytes())?;
             if let Some(own) = domain.project {
                 bail!(
-                    "the domain {name} says itself that it is project {own}'s: what is said here would not count"
+                    "the domain {name} says itself that it is project {own}'s: what is said here \
+                        would not count"
                 );
             }
             let context = session.context(&session.config()?, "owner set")?;

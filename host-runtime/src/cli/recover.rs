@@ -16,7 +16,11 @@ use crate::hypervisor::{Hypervisor, Libvirt};
 use crate::inventory::host_name;
 use crate::recover::{Recovery, Refusal, Report};
 
-pub(super) fn restore(session: &Session, file: &Path, options: &Recover) -> anyhow::Result<ExitCode> {
+pub(super) fn restore(
+    session: &Session,
+    file: &Path,
+    options: &Recover,
+) -> anyhow::Result<ExitCode> {
     let config = session.config()?;
     // What is another program's is not ours to replace.
     if let Err(e @ StoreError::Foreign { .. }) = health(&config.state_dir, PATIENCE) {
@@ -25,11 +29,16 @@ pub(super) fn restore(session: &Session, file: &Path, options: &Recover) -> anyh
     run(session, &config, Some(file), options)
 }
 
-pub(super) fn rebuild(session: &Session, force: bool, options: &Recover) -> anyhow::Result<ExitCode> {
+pub(super) fn rebuild(
+    session: &Session,
+    force: bool,
+    options: &Recover,
+) -> anyhow::Result<ExitCode> {
     let config = session.config()?;
     match health(&config.state_dir, PATIENCE) {
         Ok(Health::Sound) if !force => bail!(
-            "it is sound: {} needs no rebuild ('virt-usb discover' brings it in line with what is plugged in; --force makes it anew all the same)",
+            "it is sound: {} needs no rebuild ('virt-usb discover' brings it in line with what is \
+                plugged in; --force makes it anew all the same)",
             config.state_dir.join(virt_usb_store::FILE_NAME).display()
         ),
         Ok(_) => {}
@@ -70,8 +79,10 @@ fn run(
     })?;
     if options.without_guests {
         report.warnings.push(
-            "no guest was asked what it has: a device that is in one and that no claim tells of is shown free until the agent adopts it \
-             (within its scan_interval, or at its start: 'systemctl restart virt-usbd'); start no guest that asks for one before"
+            "no guest was asked what it has: a device that is in one and that no claim tells of is \
+                shown free until the agent adopts it \
+             (within its scan_interval, or at its start: 'systemctl restart virt-usbd'); start no \
+             guest that asks for one before"
                 .into(),
         );
     }
@@ -85,7 +96,8 @@ fn run(
 
 fn unasked(why: &str) -> anyhow::Error {
     anyhow::anyhow!(
-        "{why}; nothing was changed, for nobody else knows which guests have which devices: 'systemctl status libvirtd virtqemud', \
+        "{why}; nothing was changed, for nobody else knows which guests have which devices: \
+            'systemctl status libvirtd virtqemud', \
          or go on with --without-guests"
     )
 }
@@ -110,7 +122,8 @@ fn tell(what: &str, report: &Report) -> String {
     }
     if report.lost_devices > 0 {
         lines.push(format!(
-            "{} device id(s) are lost: those devices have new ids, and what names an old one finds nothing ('virt-usb flavor list', 'virt-usb devices')",
+            "{} device id(s) are lost: those devices have new ids, and what names an old one finds \
+                nothing ('virt-usb flavor list', 'virt-usb devices')",
             report.lost_devices
         ));
     }
@@ -119,7 +132,8 @@ fn tell(what: &str, report: &Report) -> String {
     }
     if report.agent_ends {
         lines.push(
-            "the agent that runs has the old file open: it ends within seconds, and systemd starts it anew ('systemctl restart virt-usbd')".into(),
+            "the agent that runs has the old file open: it ends within seconds, and systemd starts \
+                it anew ('systemctl restart virt-usbd')".into(),
         );
     }
     lines.extend(report.warnings.iter().map(|warning| format!("warning: {warning}")));

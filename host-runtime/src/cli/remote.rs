@@ -1,5 +1,5 @@
-//! An API in the inventory's place: what a command asks and does with `--url`. Answers become the rows that the inventory would give, and
-//! are shown by the same code.
+//! An API in the inventory's place: what a command asks and does with `--url`. Answers become the
+//! rows that the inventory would give, and are shown by the same code.
 
 use std::fmt::Display;
 use std::time::Duration;
@@ -44,14 +44,18 @@ impl Remote {
     pub(super) fn open(url: &str, options: &Api) -> anyhow::Result<Self> {
         let Some(file) = &options.token_file else {
             bail!(
-                "--url needs --token-file FILE, or VIRT_USB_TOKEN_FILE: a token is made on the host by 'virt-usb token add'"
+                "--url needs --token-file FILE, or VIRT_USB_TOKEN_FILE: a token is made on the \
+                    host by 'virt-usb token add'"
             );
         };
         let token = std::fs::read_to_string(file)
             .with_context(|| format!("cannot read the token in {}", file.display()))?;
         let token = token.trim();
         if token.is_empty() || !token.bytes().all(|b| b.is_ascii_graphic()) {
-            bail!("{} holds no token: wanted one line, as 'virt-usb token add' prints it", file.display());
+            bail!(
+                "{} holds no token: wanted one line, as 'virt-usb token add' prints it",
+                file.display()
+            );
         }
         let uri: Uri = url.parse().with_context(|| format!("--url {url}"))?;
         if !matches!(uri.scheme_str(), Some("http" | "https"))
@@ -62,20 +66,29 @@ impl Remote {
         }
         if client::is_open(&uri) {
             bail!(
-                "--url {url}: everybody on the way could read the token: wanted https://, or an address of this machine such as http://127.0.0.1:8790"
+                "--url {url}: everybody on the way could read the token: wanted https://, or an \
+                    address of this machine such as http://127.0.0.1:8790"
             );
         }
-        let agent = client::agent(options.cacert.as_deref(), CONNECTING, PATIENCE).context("--cacert")?;
+        let agent =
+            client::agent(options.cacert.as_deref(), CONNECTING, PATIENCE).context("--cacert")?;
         Ok(Self { agent, url: url.trim_end_matches('/').to_owned(), token: token.to_owned() })
     }
 
     /// Asks, and returns the answer's JSON; `null` where there is none.
-    fn ask(&self, method: &str, path: &str, body: Option<&Value>) -> anyhow::Result<Result<Value, Refused>> {
+    fn ask(
+        &self,
+        method: &str,
+        path: &str,
+        body: Option<&Value>,
+    ) -> anyhow::Result<Result<Value, Refused>> {
         let url = format!("{}/v2.1/{path}", self.url);
-        let request = Request::builder().method(method).uri(&url).header("X-Auth-Token", &self.token);
+        let request =
+            Request::builder().method(method).uri(&url).header("X-Auth-Token", &self.token);
         let sent = match body {
             Some(body) => {
-                let request = request.header("Content-Type", "application/json").body(body.to_string())?;
+                let request =
+                    request.header("Content-Type", "application/json").body(body.to_string())?;
                 self.agent.run(request)
             }
             None => self.agent.run(request.body(())?),
@@ -85,8 +98,9 @@ impl Remote {
         let id = response.headers().get("x-openstack-request-id").and_then(|id| id.to_str().ok());
         let id = id.map(ToOwned::to_owned);
         let text = response.body_mut().with_config().limit(LARGEST).read_to_string();
-        let text =
-            text.with_context(|| format!("the answer of the API at {} did not arrive whole", self.url))?;
+        let text = text.with_context(|| {
+            format!("the answer of the API at {} did not arrive whole", self.url)
+        })?;
         let value: Option<Value> = match text.is_empty() {
             true => Some(Value::Null),
             false => serde_json::from_str(&text).ok(),
@@ -95,7 +109,10 @@ impl Remote {
             (true, Some(value)) => Ok(Ok(value)),
             (false, Some(value)) => Ok(Err(Refused::new(status, &value, id))),
             (_, None) => {
-                bail!("at {} there is no API of virt-usb: its answer ({status}) is no JSON", self.url)
+                bail!(
+                    "at {} there is no API of virt-usb: its answer ({status}) is no JSON",
+                    self.url
+                )
             }
         }
     }
@@ -114,7 +131,8 @@ impl Remote {
             let page = list(&mut answer, key)?;
             let last = page.last().and_then(|one| one["id"].as_i64());
             all.extend(page);
-            let more = answer[format!("{key}_links")].as_array().is_some_and(|links| !links.is_empty());
+            let more =
+                answer[format!("{key}_links")].as_array().is_some_and(|links| !links.is_empty());
             match last.filter(|_| more && all.len() < most) {
                 Some(last) => marker = format!("&marker={last}"),
                 None => return Ok(all),
@@ -132,12 +150,18 @@ impl Remote {
             let mut answer = self.get(&format!("os-hypervisors/{}", quoted(&known.host)))?;
             if answer["hypervisor"]["revision"].is_null() {
                 bail!(
-                    "host documents need an administrator's token: members are not told all that they hold"
+                    "host documents need an administrator's token: members are not told all that \
+                        they hold"
                 );
             }
             let HostRow { id, host, revision, .. } = self::host(&answer["hypervisor"])?;
             let devices = records(&list(&mut answer["hypervisor"], "usb_device_stats")?)?;
-            Ok(HostDocument::new(host, id, revision, devices.into_iter().map(|r| r.entry).collect()))
+            Ok(HostDocument::new(
+                host,
+                id,
+                revision,
+                devices.into_iter().map(|r| r.entry).collect(),
+            ))
         };
         self.hosts()?.into_iter().map(document).collect()
     }
@@ -147,18 +171,23 @@ impl Remote {
         records(&self.pages(path, "usb_devices", usize::MAX)?)
     }
 
-    /// All devices that were ever seen, each with what is different from what it was when it was claimed last.
+    /// All devices that were ever seen, each with what is different from what it was when it was
+    /// claimed last.
     pub(super) fn set_aside(&self) -> anyhow::Result<Vec<(Record, Option<String>)>> {
         let all = self.pages("os-usb-devices?deleted=true", "usb_devices", usize::MAX)?;
-        let altered: Vec<Option<String>> = all.iter().map(|device| text(device, "altered")).collect();
+        let altered: Vec<Option<String>> =
+            all.iter().map(|device| text(device, "altered")).collect();
         Ok(records(&all)?.into_iter().zip(altered).collect())
     }
 
     pub(super) fn claims(&self) -> anyhow::Result<(Vec<ClaimRow>, Vec<Problem>)> {
         let mut answer = self.get("os-usb-claims")?;
-        let claims = list(&mut answer, "usb_claims")?.iter().map(claim).collect::<anyhow::Result<_>>()?;
-        let problems =
-            list(&mut answer, "usb_problems")?.iter().map(problem).collect::<anyhow::Result<_>>()?;
+        let claims =
+            list(&mut answer, "usb_claims")?.iter().map(claim).collect::<anyhow::Result<_>>()?;
+        let problems = list(&mut answer, "usb_problems")?
+            .iter()
+            .map(problem)
+            .collect::<anyhow::Result<_>>()?;
         Ok((claims, problems))
     }
 
@@ -247,7 +276,9 @@ impl Remote {
         let path = format!("os-usb-devices/{device}");
         let was = match self.ask("GET", &path, None)? {
             Ok(answer) => record(&answer["usb_device"])?,
-            Err(refused) if refused.status == StatusCode::NOT_FOUND => return Ok(Forgotten::Unknown),
+            Err(refused) if refused.status == StatusCode::NOT_FOUND => {
+                return Ok(Forgotten::Unknown);
+            }
             Err(refused) => return Err(refused.into()),
         };
         self.ask("DELETE", &path, None)??;
@@ -264,17 +295,24 @@ impl Remote {
         match found.as_slice() {
             [one] => read(one, "id"),
             [] => bail!("the API at {} knows no server {name:?}", self.url),
-            several => bail!("there are {} servers of the name {name:?}: name the UUID", several.len()),
+            several => {
+                bail!("there are {} servers of the name {name:?}: name the UUID", several.len())
+            }
         }
     }
 
-    pub(super) fn attach(&self, server: InstanceId, request: &DeviceRequest) -> anyhow::Result<Attached> {
+    pub(super) fn attach(
+        &self,
+        server: InstanceId,
+        request: &DeviceRequest,
+    ) -> anyhow::Result<Attached> {
         let mut answer = self.act(server, "attach_usb_devices", request)?;
         let live = answer["live"].as_bool().unwrap_or_default();
         let had: Vec<u64> =
             answer["already"].as_array().into_iter().flatten().filter_map(Value::as_u64).collect();
         let all = records(&list(&mut answer, "usb_devices")?)?;
-        let (already, new) = all.into_iter().partition(|record| had.contains(&record.entry.id.get()));
+        let (already, new) =
+            all.into_iter().partition(|record| had.contains(&record.entry.id.get()));
         Ok(Attached { live, new, already })
     }
 
@@ -288,7 +326,12 @@ impl Remote {
         Ok(records(&list(&mut answer, "usb_devices")?)?.into_iter().next())
     }
 
-    fn act(&self, server: InstanceId, action: &str, request: &DeviceRequest) -> anyhow::Result<Value> {
+    fn act(
+        &self,
+        server: InstanceId,
+        action: &str,
+        request: &DeviceRequest,
+    ) -> anyhow::Result<Value> {
         let body = json!({ action: { "usb_devices_requests": [request] } });
         Ok(self.ask("POST", &format!("servers/{server}/action"), Some(&body))??)
     }
@@ -297,7 +340,11 @@ impl Remote {
         list(&mut self.get("os-usb-owners")?, "usb_owners")?.iter().map(owner).collect()
     }
 
-    pub(super) fn set_owner(&self, server: InstanceId, project: Option<&ProjectId>) -> anyhow::Result<()> {
+    pub(super) fn set_owner(
+        &self,
+        server: InstanceId,
+        project: Option<&ProjectId>,
+    ) -> anyhow::Result<()> {
         let body = match project {
             Some(project) => json!({ "set_usb_owner": { "project_id": project } }),
             None => json!({ "clear_usb_owner": null }),
@@ -309,7 +356,8 @@ impl Remote {
 
 /// The API's answer when it does not do something.
 #[derive(Debug, thiserror::Error)]
-#[error("the API answers {}: {message}{}", status.as_u16(), id.as_ref().map(|id| format!(" ({id})")).unwrap_or_default())]
+#[error("the API answers {}: \
+    {message}{}", status.as_u16(), id.as_ref().map(|id| format!(" ({id})")).unwrap_or_default())]
 struct Refused {
     status: StatusCode,
     message: String,
@@ -319,10 +367,12 @@ struct Refused {
 
 impl Refused {
     fn new(status: StatusCode, fault: &Value, id: Option<String>) -> Self {
-        let message =
-            fault.as_object().and_then(|fault| fault.values().next()).and_then(|f| text(f, "message"));
-        let message =
-            message.unwrap_or_else(|| status.canonical_reason().unwrap_or("no reason given").to_owned());
+        let message = fault
+            .as_object()
+            .and_then(|fault| fault.values().next())
+            .and_then(|f| text(f, "message"));
+        let message = message
+            .unwrap_or_else(|| status.canonical_reason().unwrap_or("no reason given").to_owned());
         Self { status, message, id: id.filter(|_| status.is_server_error()) }
     }
 }
@@ -355,7 +405,10 @@ fn read<T: std::str::FromStr<Err: Display>>(value: &Value, key: &str) -> anyhow:
     text(value, key).ok_or_else(|| odd(key, "no text"))?.parse().map_err(|e: T::Err| odd(key, e))
 }
 
-fn read_some<T: std::str::FromStr<Err: Display>>(value: &Value, key: &str) -> anyhow::Result<Option<T>> {
+fn read_some<T: std::str::FromStr<Err: Display>>(
+    value: &Value,
+    key: &str,
+) -> anyhow::Result<Option<T>> {
     match value.get(key) {
         None | Some(Value::Null) => Ok(None),
         _ => read(value, key).map(Some),
@@ -376,10 +429,14 @@ fn device_id(value: &Value) -> anyhow::Result<Option<DeviceId>> {
 }
 
 fn record(device: &Value) -> anyhow::Result<Record> {
-    records(std::slice::from_ref(device))?.into_iter().next().ok_or_else(|| odd("usb_device", "nothing"))
+    records(std::slice::from_ref(device))?
+        .into_iter()
+        .next()
+        .ok_or_else(|| odd("usb_device", "nothing"))
 }
 
-/// The API's devices are entries of a host document, but for text in the place of numbers and of what is unknown.
+/// The API's devices are entries of a host document, but for text in the place of numbers and of
+/// what is unknown.
 fn records(devices: &[Value]) -> anyhow::Result<Vec<Record>> {
     let entry = |device: &Value| {
         let known = device.as_object().into_iter().flatten().filter(|(key, _)| host::is_key(key));
@@ -502,7 +559,8 @@ pub(super) fn grant(value: &Value) -> anyhow::Result<StoredGrant> {
 
 /// These keys of an object, as an object of its own.
 fn part(value: &Value, keys: [&str; 2]) -> String {
-    let part: Map<String, Value> = keys.into_iter().map(|key| (key.to_owned(), value[key].clone())).collect();
+    let part: Map<String, Value> =
+        keys.into_iter().map(|key| (key.to_owned(), value[key].clone())).collect();
     Value::Object(part).to_string()
 }
 

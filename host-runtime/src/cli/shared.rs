@@ -92,7 +92,8 @@ pub(super) fn list<T: Named>(session: &Session) -> anyhow::Result<ExitCode> {
     };
     session.out.show(&all, || {
         let rows = all.iter().map(T::parts);
-        let rows = rows.map(|(name, one, set)| vec![name.to_owned(), one.to_string(), set.to_owned()]);
+        let rows =
+            rows.map(|(name, one, set)| vec![name.to_owned(), one.to_string(), set.to_owned()]);
         let noun = T::NOUN;
         let none = format!("no {noun} is stored: 'virt-usb {noun} set NAME JSON' stores one");
         table(&["NAME", T::HEADING, "SET"], rows.collect(), &none)
@@ -116,10 +117,16 @@ struct Changed<'a> {
     changed: bool,
 }
 
-pub(super) fn set<T: Named>(session: &Session, name: &str, definition: &str) -> anyhow::Result<ExitCode> {
+pub(super) fn set<T: Named>(
+    session: &Session,
+    name: &str,
+    definition: &str,
+) -> anyhow::Result<ExitCode> {
     let noun = T::NOUN;
     if !is_name(name) {
-        bail!("{name:?} is no name for a {noun}: 1 to {MAX_NAME} printable characters, the first no @");
+        bail!(
+            "{name:?} is no name for a {noun}: 1 to {MAX_NAME} printable characters, the first no @"
+        );
     }
     let text = if definition == "-" { stdin()? } else { definition.to_owned() };
     let wanted: T = text.parse().with_context(|| format!("the {noun} {name} is not stored"))?;
@@ -139,7 +146,8 @@ pub(super) fn set<T: Named>(session: &Session, name: &str, definition: &str) -> 
     session.out.show(&Changed { name, changed }, || {
         let verb = if changed { "stored" } else { "unchanged" };
         // A port is stored as its path.
-        let words = stored.as_ref().map_or_else(|| wanted.words(), |stored| T::parts(stored).1.words());
+        let words =
+            stored.as_ref().map_or_else(|| wanted.words(), |stored| T::parts(stored).1.words());
         format!("{verb}: {name} {words}")
     })?;
     Ok(ExitCode::SUCCESS)

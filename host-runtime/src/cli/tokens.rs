@@ -32,9 +32,15 @@ pub(super) fn add(session: &Session, options: &NewToken) -> anyhow::Result<ExitC
         lifetime: options.days.map(|days| DAY * days),
     })?;
     session.out.show(&Shown { token: &token, entry: &entry }, || {
-        let until = entry.expires_at.as_ref().map_or_else(String::new, |at| format!(", until {at}"));
+        let until = entry.expires_at.as_ref().map_or_else(String::new, |at| {
+            format!(
+                ", until \
+            {at}"
+            )
+        });
         format!(
-            "{token}\nThis is the token of {}, {} of project {}{until}. It is shown this once: only its hash is kept.",
+            "{token}\nThis is the token of {}, {} of project {}{until}. It is shown this once: \
+                only its hash is kept.",
             entry.name, entry.role, entry.project
         )
     })?;
@@ -71,6 +77,8 @@ pub(super) fn remove(session: &Session, name: &str) -> anyhow::Result<ExitCode> 
     if !file(session)?.remove(name)? {
         bail!("no token of the name {name:?}: 'virt-usb token list' shows those that are");
     }
-    session.out.show(&Removed { removed: name }, || format!("removed: {name}; it counts no more"))?;
+    session
+        .out
+        .show(&Removed { removed: name }, || format!("removed: {name}; it counts no more"))?;
     Ok(ExitCode::SUCCESS)
 }

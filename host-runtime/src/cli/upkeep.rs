@@ -36,7 +36,12 @@ pub(super) fn backup(session: &Session, file: &Path) -> anyhow::Result<ExitCode>
     Ok(ExitCode::SUCCESS)
 }
 
-pub(super) fn doctor(session: &Session, all: bool, hooks: PathBuf, run: PathBuf) -> anyhow::Result<ExitCode> {
+pub(super) fn doctor(
+    session: &Session,
+    all: bool,
+    hooks: PathBuf,
+    run: PathBuf,
+) -> anyhow::Result<ExitCode> {
     let places = Places { config: session.config_file.clone(), hooks, run };
     let is_told = |finding: &Finding| all || finding.level != Level::Ok;
     // For people each as it is made: libvirt or etcd may keep the next one waiting.

@@ -1,4 +1,5 @@
-//! libusb's hotplug events. An event only says that something came or went: what there is now is for a scan to say.
+//! libusb's hotplug events. An event only says that something came or went: what there is now is
+//! for a scan to say.
 
 use std::sync::mpsc::Sender;
 use std::time::Duration;
@@ -12,8 +13,9 @@ const WAIT: Duration = Duration::from_secs(60);
 /// How long until another attempt on a machine without USB, or where libusb has failed.
 const AGAIN: Duration = Duration::from_secs(5);
 
-/// Sends a message for every device that comes or goes, from a thread of its own, for as long as anybody listens. Where there is no hotplug
-/// `failed` is told why, once for each reason, and it is tried again.
+/// Sends a message for every device that comes or goes, from a thread of its own, for as long as
+/// anybody listens. Where there is no hotplug `failed` is told why, once for each reason, and it is
+/// tried again.
 ///
 /// # Errors
 /// When no thread can be started.
@@ -52,7 +54,11 @@ fn listen<T: Clone + Send + 'static>(to: &Sender<T>, message: &T) -> rusb::Resul
     done
 }
 
-fn hear<T: Clone + Send + 'static>(context: &Context, to: &Sender<T>, message: &T) -> rusb::Result<()> {
+fn hear<T: Clone + Send + 'static>(
+    context: &Context,
+    to: &Sender<T>,
+    message: &T,
+) -> rusb::Result<()> {
     let bell = Bell { to: to.clone(), message: message.clone() };
     let _registered = HotplugBuilder::new().enumerate(false).register(context, Box::new(bell))?;
     // Between the last scan and this moment something may have come.

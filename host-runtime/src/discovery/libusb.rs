@@ -1,9 +1,10 @@
 //! The real source: libusb's list and the kernel's sysfs, put together.
 //!
-//! The two are joined by bus and device number. Where both know a device, sysfs says who it is and where (that is
-//! what the hook verifies) and libusb adds the descriptors. Where only one knows it, the device is listed from that one,
-//! with a problem that says so. A serial that cannot be read makes a device nobody's: it becomes a problem, never a
-//! device "without serial", because that would be another device in the inventory.
+//! The two are joined by bus and device number. Where both know a device, sysfs says who it is and
+//! where (that is what the hook verifies) and libusb adds the descriptors. Where only one knows it,
+//! the device is listed from that one, with a problem that says so. A serial that cannot be read
+//! makes a device nobody's: it becomes a problem, never a device "without serial", because that
+//! would be another device in the inventory.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -19,7 +20,8 @@ use super::sysfs::{CLAIMED, Plugged, Scan, scan};
 use super::ties::Ties;
 use super::{Snapshot, UsbSource, about, about_all, context, names};
 
-/// While a device comes or goes, libusb and sysfs disagree for an instant; only what lasts longer is a problem.
+/// While a device comes or goes, libusb and sysfs disagree for an instant; only what lasts longer
+/// is a problem.
 const SECOND_LOOK: Duration = Duration::from_millis(30);
 
 /// The machine's own USB devices.
@@ -30,7 +32,8 @@ pub struct LibUsb {
 }
 
 impl LibUsb {
-    /// Looks where `config` says that sysfs and procfs are mounted. libusb itself always looks at `/sys`.
+    /// Looks where `config` says that sysfs and procfs are mounted. libusb itself always looks at
+    /// `/sys`.
     pub fn new(config: &Config) -> Self {
         Self { sysfs_root: config.sysfs_root.clone(), procfs_root: config.procfs_root.clone() }
     }
@@ -71,7 +74,8 @@ impl Look {
         // The kernel shows a device before it shows all about it: one without its serial would be
         // another device. A device of another kind can have the address of a device that libusb
         // still lists, because udev has not reported the removal yet.
-        let same = |l: &Listed, p: &Plugged| p.seen.usb == l.usb() && (p.has_serial || !l.has_serial());
+        let same =
+            |l: &Listed, p: &Plugged| p.seen.usb == l.usb() && (p.has_serial || !l.has_serial());
         let known = |l: &Listed| {
             let plugged = l.address().and_then(|address| self.sysfs.by_address(address));
             plugged.is_some_and(|plugged| same(l, plugged))
@@ -84,7 +88,8 @@ impl Look {
         let mut merge = Merge { problems: self.sysfs.problems.clone(), ..Merge::default() };
         let listed = merge.listed(self);
         for plugged in &self.sysfs.plugged {
-            let twin = listed.and_then(|all| all.iter().find(|l| l.address() == Some(plugged.seen.address)));
+            let twin = listed
+                .and_then(|all| all.iter().find(|l| l.address() == Some(plugged.seen.address)));
             if listed.is_some() && twin.is_none() {
                 merge.problem(&plugged.port, "sysfs shows it, but libusb does not list it");
             }
@@ -106,8 +111,8 @@ struct Merge {
 }
 
 impl Merge {
-    /// libusb's list; `None` when there is none to compare with. On a machine without USB libusb may fail to start:
-    /// that is no problem where sysfs shows nothing either.
+    /// libusb's list; `None` when there is none to compare with. On a machine without USB libusb
+    /// may fail to start: that is no problem where sysfs shows nothing either.
     fn listed<'a>(&mut self, look: &'a Look) -> Option<&'a [Listed]> {
         match &look.listed {
             Ok((listed, wrong)) => {
@@ -134,8 +139,11 @@ impl Merge {
                 "has a serial number that the kernel could not read: taken as missing",
             );
         }
-        let mut interfaces: Vec<Class> = plugged.interfaces.iter().map(|i| Class::new(i.class[0])).collect();
-        interfaces.extend(listed.map(|listed| self.interfaces(listed, &plugged.port)).unwrap_or_default());
+        let mut interfaces: Vec<Class> =
+            plugged.interfaces.iter().map(|i| Class::new(i.class[0])).collect();
+        interfaces.extend(
+            listed.map(|listed| self.interfaces(listed, &plugged.port)).unwrap_or_default(),
+        );
         let (host_use, ties) = host.of(plugged, &mut self.problems);
         self.ties.insert(plugged.port.clone(), ties);
         self.found.push(Device {
@@ -162,7 +170,8 @@ impl Merge {
         });
     }
 
-    /// Asks the device itself for names that sysfs lacks, but never one that a guest or another program uses.
+    /// Asks the device itself for names that sysfs lacks, but never one that a guest or another
+    /// program uses.
     fn missing_names(&mut self, plugged: &Plugged, listed: Option<&Listed>) -> Strings {
         let Some(listed) = listed.filter(|_| !plugged.is_bound_to(CLAIMED)) else {
             return Strings::default();
@@ -198,7 +207,8 @@ impl Merge {
             return; // a problem already
         }
         let Some(address) = address else {
-            return self.problem(&port, &format!("libusb lists {who}: numbers that USB does not allow"));
+            return self
+                .problem(&port, &format!("libusb lists {who}: numbers that USB does not allow"));
         };
         self.problem(&port, &format!("libusb lists {who}, but sysfs does not show it"));
         self.libusb_alone(listed, port, address);
@@ -224,7 +234,9 @@ impl Merge {
             manufacturer: strings.manufacturer.or_else(|| names::vendor(usb)),
             product: strings.product.or_else(|| names::product(usb)),
             driver: None,
-            host_use: Some("sysfs does not show it, so it cannot be told whether the host uses it".into()),
+            host_use: Some(
+                "sysfs does not show it, so it cannot be told whether the host uses it".into(),
+            ),
             descriptors: None,
             generation: None,
         });
@@ -246,8 +258,8 @@ mod tests {
     use super::*;
     use crate::discovery::Simulated;
 
-    const KEY: &str =
-        "[[device]]\nvendor = '0529'\nproduct = '0001'\nbus = 1\ndevice = 5\nport = '1-1'\nserial = 'A'\n";
+    const KEY: &str = "[[device]]\nvendor = '0529'\nproduct = '0001'\nbus = 1\ndevice = 5\nport = \
+        '1-1'\nserial = 'A'\n";
 
     fn without_libusb(simulated: &str) -> Snapshot {
         let root = tempfile::tempdir().unwrap();
@@ -277,11 +289,15 @@ mod tests {
     #[test]
     fn the_simulated_tree_is_the_simulated_snapshot() {
         let file = format!(
-            "{KEY}interfaces = ['03', 'ff']\nspeed = 'full'\ndriver = 'usbhid'\nproduct_name = 'HASP'\npath = 'pci-0000:00:14.0-usbv2-0:1'"
+            "{KEY}interfaces = ['03', 'ff']\nspeed = 'full'\ndriver = 'usbhid'\nproduct_name = \
+                'HASP'\npath = 'pci-0000:00:14.0-usbv2-0:1'"
         );
         let simulated = Simulated::parse(&file).unwrap().snapshot();
         let mut seen = without_libusb(&file).devices;
-        assert!(seen.iter_mut().all(|device| device.generation.take().is_some()), "folders have inodes");
+        assert!(
+            seen.iter_mut().all(|device| device.generation.take().is_some()),
+            "folders have inodes"
+        );
         assert_eq!(seen, simulated.devices);
     }
 }

@@ -1,7 +1,7 @@
 //! What libusb lists.
 //!
-//! libusb takes descriptors from the kernel's cache and needs to open no device for them. Only string descriptors
-//! cost a transfer, and they are asked for only where sysfs has none.
+//! libusb takes descriptors from the kernel's cache and needs to open no device for them. Only
+//! string descriptors cost a transfer, and they are asked for only where sysfs has none.
 
 use std::time::Duration;
 
@@ -26,7 +26,9 @@ pub(super) fn describe(devices: Vec<rusb::Device<Context>>) -> (Vec<Listed>, Vec
             Ok(descriptor) => listed.push(Listed { device, descriptor }),
             Err(e) => {
                 let (bus, number) = (device.bus_number(), device.address());
-                wrong.push(format!("libusb cannot read the descriptor of bus {bus} device {number}: {e}"));
+                wrong.push(format!(
+                    "libusb cannot read the descriptor of bus {bus} device {number}: {e}"
+                ));
             }
         }
     }
@@ -46,7 +48,12 @@ impl Listed {
 
     /// `bus 1 device 5`, and vendor:product.
     pub(super) fn describe(&self) -> String {
-        format!("{} (bus {} device {})", self.usb(), self.device.bus_number(), self.device.address())
+        format!(
+            "{} (bus {} device {})",
+            self.usb(),
+            self.device.bus_number(),
+            self.device.address()
+        )
     }
 
     pub(super) fn usb(&self) -> UsbId {
@@ -58,7 +65,8 @@ impl Listed {
         BusAddress::new(self.device.bus_number(), self.device.address())
     }
 
-    /// The ports that libusb knows. It leaves out hubs that it does not list: sysfs, where it has the device, is right.
+    /// The ports that libusb knows. It leaves out hubs that it does not list: sysfs, where it has
+    /// the device, is right.
     pub(super) fn port(&self) -> Option<PortPath> {
         PortPath::new(self.device.bus_number(), &self.ports())
     }
@@ -97,13 +105,15 @@ impl Listed {
     pub(super) fn has(&self, wanted: Wanted) -> Wanted {
         Wanted {
             serial: wanted.serial && self.has_serial(),
-            manufacturer: wanted.manufacturer && self.descriptor.manufacturer_string_index().is_some(),
+            manufacturer: wanted.manufacturer
+                && self.descriptor.manufacturer_string_index().is_some(),
             product: wanted.product && self.descriptor.product_string_index().is_some(),
         }
     }
 
-    /// Opens the device and asks it for strings that it [has](Self::has); asks for nothing when there are none. Stops
-    /// at the first that fails: a device that does not answer would cost the timeout each time.
+    /// Opens the device and asks it for strings that it [has](Self::has); asks for nothing when
+    /// there are none. Stops at the first that fails: a device that does not answer would cost the
+    /// timeout each time.
     pub(super) fn strings(&self, wanted: Wanted) -> Strings {
         let mut strings = Strings::default();
         let wanted = self.has(wanted);
@@ -119,13 +129,14 @@ impl Listed {
         let Some(&language) = handle.read_languages(STRING_TIMEOUT)?.first() else { return Ok(()) };
         let read = |wanted: bool, index: Option<u8>| match index.filter(|_| wanted) {
             None => Ok(None),
-            Some(index) => {
-                handle.read_string_descriptor(language, index, STRING_TIMEOUT).map(|text| clean_text(&text))
-            }
+            Some(index) => handle
+                .read_string_descriptor(language, index, STRING_TIMEOUT)
+                .map(|text| clean_text(&text)),
         };
         strings.serial = read(wanted.serial, self.descriptor.serial_number_string_index())?;
         strings.product = read(wanted.product, self.descriptor.product_string_index())?;
-        strings.manufacturer = read(wanted.manufacturer, self.descriptor.manufacturer_string_index())?;
+        strings.manufacturer =
+            read(wanted.manufacturer, self.descriptor.manufacturer_string_index())?;
         Ok(())
     }
 }

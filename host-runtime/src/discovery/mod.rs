@@ -7,11 +7,11 @@
 //!   TOML ─────► Simulated ─┘
 //! ```
 //!
-//! A [`Snapshot`] is plain data, whoever the source was. It carries its problems along: what could not be read is
-//! never taken for absent ([`Snapshot::is_unsure`], [`Snapshot::failed`]).
+//! A [`Snapshot`] is plain data, whoever the source was. It carries its problems along: what could
+//! not be read is never taken for absent ([`Snapshot::is_unsure`], [`Snapshot::failed`]).
 //!
-//! What is deliberately absent: a source never writes, never claims, and never talks to a device whose strings the
-//! kernel has already read; it may be in use by a guest.
+//! What is deliberately absent: a source never writes, never claims, and never talks to a device
+//! whose strings the kernel has already read; it may be in use by a guest.
 
 mod context;
 mod host_use;
@@ -36,7 +36,8 @@ use ties::{GuestUses, Ties};
 
 /// Where devices are found.
 pub trait UsbSource {
-    /// Looks once, now. What could not be read is in the snapshot's problems; a look never fails otherwise.
+    /// Looks once, now. What could not be read is in the snapshot's problems; a look never fails
+    /// otherwise.
     fn snapshot(&self) -> Snapshot;
 }
 
@@ -45,7 +46,8 @@ pub trait UsbSource {
 pub struct Snapshot {
     /// The devices that can be offered or not, by port path.
     pub devices: Vec<Device>,
-    /// The external hubs, by port path: never offered. Root hubs are no devices, have no port path and are left out.
+    /// The external hubs, by port path: never offered. Root hubs are no devices, have no port path
+    /// and are left out.
     pub hubs: Vec<Device>,
     /// What could not be read. Unreadable is not absent.
     pub problems: Vec<Problem>,
@@ -57,7 +59,10 @@ pub struct Snapshot {
 
 impl Snapshot {
     /// Who is plugged in, as the inventory is asked for them.
-    pub fn seen<'a>(&'a self, aliases: &'a Aliases) -> SeenKeys<'a, impl Iterator<Item = &'a DeviceKey>> {
+    pub fn seen<'a>(
+        &'a self,
+        aliases: &'a Aliases,
+    ) -> SeenKeys<'a, impl Iterator<Item = &'a DeviceKey>> {
         SeenKeys { keys: self.devices.iter().map(|device| &device.key), aliases }
     }
 
@@ -66,15 +71,15 @@ impl Snapshot {
         self.problems.iter().any(|problem| problem.place.is_empty())
     }
 
-    /// Whether there is a problem about this port or about the whole scan: then a device that is not listed at the
-    /// port may still be there.
+    /// Whether there is a problem about this port or about the whole scan: then a device that is
+    /// not listed at the port may still be there.
     pub fn is_unsure(&self, port: &PortPath) -> bool {
         let port = port.to_string();
         self.problems.iter().any(|problem| problem.place.is_empty() || problem.place == port)
     }
 
-    /// Sorts what was found, tells hubs from devices, and finds the serials that do not identify. `found` holds each
-    /// serial that there is as [`Serial::Unique`].
+    /// Sorts what was found, tells hubs from devices, and finds the serials that do not identify.
+    /// `found` holds each serial that there is as [`Serial::Unique`].
     fn new(mut found: Vec<Device>, mut problems: Vec<Problem>) -> Self {
         found.sort_by(|a, b| a.key.port.cmp(&b.key.port));
         problems.sort_by(|a, b| (&a.place, &a.what).cmp(&(&b.place, &b.what)));

@@ -1,8 +1,9 @@
 //! What the kernel's sysfs tells of the devices that are plugged in.
 //!
-//! Every device has a folder `bus/usb/devices/<port>` (`Documentation/ABI/stable/sysfs-bus-usb`); the folders of its
-//! interfaces, `<port>:<configuration>.<number>`, lie in it. Who a device is, is read through the hook's own
-//! [`virt_usb_hook::sysfs::at_port`], so that what is recorded here is what the hook verifies later.
+//! Every device has a folder `bus/usb/devices/<port>` (`Documentation/ABI/stable/sysfs-bus-usb`);
+//! the folders of its interfaces, `<port>:<configuration>.<number>`, lie in it. Who a device is, is
+//! read through the hook's own [`virt_usb_hook::sysfs::at_port`], so that what is recorded here is
+//! what the hook verifies later.
 
 use std::fs;
 use std::io::{self, Read as _};
@@ -97,14 +98,16 @@ impl Plugged {
 pub(crate) fn host_driver(sysfs_root: &Path, port: &PortPath) -> Option<String> {
     let (dir, prefix) = (device_dir(sysfs_root, port), format!("{port}:"));
     let entries = fs::read_dir(&dir).ok()?.flatten();
-    let interfaces = entries.filter(|entry| entry.file_name().to_string_lossy().starts_with(&prefix));
+    let interfaces =
+        entries.filter(|entry| entry.file_name().to_string_lossy().starts_with(&prefix));
     let drivers = interfaces.filter_map(|entry| fs::read_link(entry.path().join("driver")).ok());
-    let mut names = drivers.filter_map(|link| Some(link.file_name()?.to_string_lossy().into_owned()));
+    let mut names =
+        drivers.filter_map(|link| Some(link.file_name()?.to_string_lossy().into_owned()));
     names.find(|name| name != CLAIMED)
 }
 
-/// Reads all device folders. A machine without USB has none, and no `bus/usb` either; a machine without sysfs is a
-/// problem of the whole scan.
+/// Reads all device folders. A machine without USB has none, and no `bus/usb` either; a machine
+/// without sysfs is a problem of the whole scan.
 pub(super) fn scan(sysfs_root: &Path) -> Scan {
     let mut scan = Scan::default();
     let folder = sysfs_root.join("bus/usb/devices");
@@ -120,7 +123,8 @@ pub(super) fn scan(sysfs_root: &Path) -> Scan {
         }
         Err(e) if e.kind() == io::ErrorKind::NotFound => {
             if let Err(e) = fs::read_dir(sysfs_root) {
-                scan.problems.push(about_all(format!("cannot read sysfs at {}: {e}", sysfs_root.display())));
+                scan.problems
+                    .push(about_all(format!("cannot read sysfs at {}: {e}", sysfs_root.display())));
             }
         }
         Err(e) => scan.problems.push(unreadable(&e)),
@@ -129,7 +133,8 @@ pub(super) fn scan(sysfs_root: &Path) -> Scan {
 }
 
 impl Scan {
-    /// One name under `bus/usb/devices`: interfaces (`1-1:1.0`) and root hubs (`usb1`) are no devices.
+    /// One name under `bus/usb/devices`: interfaces (`1-1:1.0`) and root hubs (`usb1`) are no
+    /// devices.
     fn take(&mut self, sysfs_root: &Path, name: &str) {
         if name.contains(':') || is_root_hub(name) || name == CONTROLLERS {
             return;
@@ -148,7 +153,9 @@ impl Scan {
         let before = match at_port(sysfs_root, &port) {
             Ok(Some(seen)) => seen,
             Ok(None) if is_gone(&dir) => return,
-            Ok(None) => return self.lost(port, "sysfs does not tell its vendor, product and address"),
+            Ok(None) => {
+                return self.lost(port, "sysfs does not tell its vendor, product and address");
+            }
             Err(e) => return self.lost(port, &e.to_string()),
         };
         let path = path_of(sysfs_root, &port);
@@ -165,7 +172,13 @@ impl Scan {
         self.unreadable.push(port);
     }
 
-    fn read(&mut self, port: PortPath, path: Option<DevicePath>, dir: PathBuf, seen: Seen) -> Plugged {
+    fn read(
+        &mut self,
+        port: PortPath,
+        path: Option<DevicePath>,
+        dir: PathBuf,
+        seen: Seen,
+    ) -> Plugged {
         let mut get = |name: &str| self.note(&port, attribute(&dir, name));
         let speed = get("speed").and_then(|text| text.trim().parse().ok());
         let manufacturer = get("manufacturer").as_deref().and_then(clean_text);
@@ -177,7 +190,8 @@ impl Scan {
         let interfaces = self.interfaces(&port, &dir);
         let whole = self.problems.len() == problems;
         let descriptors = descriptors(&dir);
-        let generation = fs::metadata(&dir).ok().and_then(|folder| i64::try_from(folder.ino()).ok());
+        let generation =
+            fs::metadata(&dir).ok().and_then(|folder| i64::try_from(folder.ino()).ok());
         Plugged {
             port,
             path,
@@ -202,8 +216,10 @@ impl Scan {
         let entries = match entries {
             Ok(entries) => entries,
             Err(e) => {
-                self.problems
-                    .push(about(port, format!("cannot list its interfaces in {}: {e}", dir.display())));
+                self.problems.push(about(
+                    port,
+                    format!("cannot list its interfaces in {}: {e}", dir.display()),
+                ));
                 return Vec::new();
             }
         };
@@ -240,13 +256,18 @@ impl Scan {
             Ok(target) => target.file_name().and_then(|name| clean_text(&name.to_string_lossy())),
             Err(e) if e.kind() == io::ErrorKind::NotFound => None,
             Err(e) => {
-                self.problems.push(about(port, format!("cannot read the link {}: {e}", link.display())));
+                self.problems
+                    .push(about(port, format!("cannot read the link {}: {e}", link.display())));
                 None
             }
         }
     }
 
-    fn note<E: ToString>(&mut self, port: &PortPath, read: Result<Option<String>, E>) -> Option<String> {
+    fn note<E: ToString>(
+        &mut self,
+        port: &PortPath,
+        read: Result<Option<String>, E>,
+    ) -> Option<String> {
         read.unwrap_or_else(|e| {
             self.problems.push(about(port, e.to_string()));
             None
@@ -293,7 +314,10 @@ mod tests {
         files.iter().map(|(name, value)| (format!("{port}/{name}"), *value)).collect()
     }
 
-    fn with<'a>(base: &'a [(String, &'a str)], more: &[(&'a str, &'a str)]) -> Vec<(&'a str, &'a str)> {
+    fn with<'a>(
+        base: &'a [(String, &'a str)],
+        more: &[(&'a str, &'a str)],
+    ) -> Vec<(&'a str, &'a str)> {
         base.iter().map(|(path, text)| (path.as_str(), *text)).chain(more.iter().copied()).collect()
     }
 
@@ -356,7 +380,10 @@ mod tests {
         assert_eq!(plugged.seen.serial.as_deref(), Some("HL 1\u{fffd}"));
         assert_eq!(plugged.seen, at_port(root.path(), &plugged.port).unwrap().unwrap());
         assert_eq!((plugged.speed, plugged.class), (Some(Speed::Full), Some(Class::new(0xef))));
-        assert_eq!((plugged.product.as_deref(), plugged.manufacturer.as_deref()), (Some("HASP"), None));
+        assert_eq!(
+            (plugged.product.as_deref(), plugged.manufacturer.as_deref()),
+            (Some("HASP"), None)
+        );
         assert_eq!(plugged.interfaces[1], Interface { class: [8, 6, 0], driver: None });
         assert_eq!(plugged.drivers().as_deref(), Some("usbhid"));
         assert!(plugged.whole && found.by_address(BusAddress::new(1, 5).unwrap()).is_some());
@@ -371,7 +398,8 @@ mod tests {
         ));
         fs::create_dir_all(root.path().join("bus/usb/devices/1-3/idVendor")).unwrap();
         let found = scan(root.path());
-        let places: Vec<&str> = found.problems.iter().map(|problem| problem.place.as_str()).collect();
+        let places: Vec<&str> =
+            found.problems.iter().map(|problem| problem.place.as_str()).collect();
         for place in ["1-1", "1-2", "1-3", "odd"] {
             assert!(places.contains(&place), "{place} in {places:?}");
         }

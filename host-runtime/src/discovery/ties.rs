@@ -107,14 +107,21 @@ pub(crate) struct Uses {
 }
 
 /// Puts together what the host and its guests use a device for.
-pub(crate) fn uses(device: &Device, ties: &Ties, guests: &GuestUses, recorded: Recorded<'_>) -> Uses {
+pub(crate) fn uses(
+    device: &Device,
+    ties: &Ties,
+    guests: &GuestUses,
+    recorded: Recorded<'_>,
+) -> Uses {
     let guests = match guests {
         GuestUses::Unknown => GuestUse::recorded(recorded.host_use.unwrap_or_default()),
         GuestUses::Known(all) => all.get(&device.key.port).cloned().unwrap_or_default(),
     };
     // The holder has it by its claim.
-    let others: Vec<&GuestUse> =
-        guests.iter().filter(|one| recorded.holder.is_none() || one.instance != recorded.holder).collect();
+    let others: Vec<&GuestUse> = guests
+        .iter()
+        .filter(|one| recorded.holder.is_none() || one.instance != recorded.holder)
+        .collect();
     let unauthorized = ties.unauthorized.then(|| UNAUTHORIZED.to_owned());
     let running = others.iter().find(|one| one.running).map(|one| one.what.clone());
     let fixed = unauthorized.clone().or(running);
@@ -132,7 +139,8 @@ mod tests {
     use super::*;
     use crate::discovery::{Simulated, UsbSource};
 
-    const KEY: &str = "[[device]]\nvendor = '0529'\nproduct = '0001'\nbus = 1\ndevice = 5\nport = '1-1'\n";
+    const KEY: &str =
+        "[[device]]\nvendor = '0529'\nproduct = '0001'\nbus = 1\ndevice = 5\nport = '1-1'\n";
 
     fn device(more: &str) -> Device {
         Simulated::parse(&format!("{KEY}{more}")).unwrap().snapshot().devices.remove(0)
@@ -161,20 +169,27 @@ mod tests {
     fn a_running_guest_is_not_robbed_and_a_defined_one_may_be() {
         let runs = GuestUse::new(instance(1), "erp", true, "disk vda");
         let off = GuestUse::new(instance(2), "old; one", false, "serial 0");
-        let (words, fixed) = told(&Ties::default(), &[off.clone(), runs.clone()], Recorded::default());
+        let (words, fixed) =
+            told(&Ties::default(), &[off.clone(), runs.clone()], Recorded::default());
         assert_eq!(
             words,
-            "swap; used by guest old, one, which does not run, as serial 0; used by guest erp as disk vda"
+            "swap; used by guest old, one, which does not run, as serial 0; used by guest erp as \
+                disk vda"
         );
         assert_eq!(fixed, "used by guest erp as disk vda");
         assert_eq!(told(&Ties::default(), &[off], Recorded::default()).1, "");
         let held = Recorded { holder: Some(instance(1)), ..Recorded::default() };
-        assert_eq!(told(&Ties::default(), &[runs], held), ("swap".into(), String::new()), "its own");
+        assert_eq!(
+            told(&Ties::default(), &[runs], held),
+            ("swap".into(), String::new()),
+            "its own"
+        );
     }
 
     #[test]
     fn while_libvirt_is_not_asked_the_record_stays() {
-        let record = "mounted on /; used by guest erp as disk vda; used by guest b, which does not run, as serial 0; open in a (1)";
+        let record = "mounted on /; used by guest erp as disk vda; used by guest b, which does not \
+            run, as serial 0; open in a (1)";
         let recorded = Recorded { holder: None, host_use: Some(record) };
         let unknown = uses(&device(""), &Ties::default(), &GuestUses::Unknown, recorded);
         assert_eq!(
@@ -182,7 +197,8 @@ mod tests {
             Some("used by guest erp as disk vda; used by guest b, which does not run, as serial 0")
         );
         assert_eq!(unknown.fixed.as_deref(), Some("used by guest erp as disk vda"));
-        let known = uses(&device(""), &Ties::default(), &GuestUses::Known(BTreeMap::new()), recorded);
+        let known =
+            uses(&device(""), &Ties::default(), &GuestUses::Known(BTreeMap::new()), recorded);
         assert_eq!(known, Uses { words: None, fixed: None });
     }
 
@@ -190,6 +206,9 @@ mod tests {
     fn an_unauthorized_device_is_fixed_whatever_else_is_said() {
         let ties = Ties { unauthorized: true, ..Ties::default() };
         let (words, fixed) = told(&ties, &[], Recorded::default());
-        assert_eq!((words.as_str(), fixed.as_str()), ("swap; not authorized (authorized = 0)", UNAUTHORIZED));
+        assert_eq!(
+            (words.as_str(), fixed.as_str()),
+            ("swap; not authorized (authorized = 0)", UNAUTHORIZED)
+        );
     }
 }

@@ -8,8 +8,8 @@ use virt_usb_hook::machine::{self, Agent};
 use super::{CONNECT_TIMEOUT, Host, Report};
 use crate::agent::health::{self, Health};
 
-/// Whether the agent serves what the configuration's `key` names at this address. `connected` is the
-/// result of a connection to it, `served` what the agent reports of it.
+/// Whether the agent serves what the configuration's `key` names at this address. `connected` is
+/// the result of a connection to it, `served` what the agent reports of it.
 pub(super) fn check(
     host: &Host,
     report: &Report,
@@ -33,7 +33,10 @@ pub(super) fn check(
         Ok(()) => match health::ask(&host.config.state_dir, CONNECT_TIMEOUT) {
             Ok(health) if served(&health) == Some(false) => report.warn(
                 format!("another program listens at {address}, not the agent"),
-                format!("set {key} to another address, and restart the agent (guests keep their devices)"),
+                format!(
+                    "set {key} to another address, and restart the agent (guests keep their \
+                    devices)"
+                ),
             ),
             Ok(_) => report.ok(format!("the agent listens at {address}")),
             // The check of the agent reports that it does not answer.

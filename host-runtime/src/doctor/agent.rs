@@ -23,7 +23,8 @@ pub(super) fn check(host: &Host, report: &Report) {
         Agent::Alive => health::ask(&config.state_dir, CONNECT_TIMEOUT),
         Agent::Dead => {
             return report.broken(
-                "it is installed and does not run: guests that ask for a device are refused, or do not \
+                "it is installed and does not run: guests that ask for a device are refused, or do \
+                    not \
                  get it",
                 "'systemctl start virt-usbd', and if it does not stay: 'journalctl -u virt-usbd'",
             );
@@ -66,12 +67,14 @@ fn user(places: &Places, config: &Config, is_connected: bool, report: &Report) {
     if process.uid != owner {
         report.warn(
             format!(
-                "it runs as user {}, and {state_dir} belongs to user {owner}: files that it makes there are \
+                "it runs as user {}, and {state_dir} belongs to user {owner}: files that it makes \
+                    there are \
                  not its owner's",
                 process.uid
             ),
             format!(
-                "start it by its unit ('systemctl restart virt-usbd'), or 'chown -R' {state_dir} to its user"
+                "start it by its unit ('systemctl restart virt-usbd'), or 'chown -R' {state_dir} \
+                    to its user"
             ),
         );
     }
@@ -83,13 +86,15 @@ fn user(places: &Places, config: &Config, is_connected: bool, report: &Report) {
         } else {
             report.broken(
                 format!(
-                    "it runs as user {}, which may not write {} (group {}): it cannot give guests anything",
+                    "it runs as user {}, which may not write {} (group {}): it cannot give guests \
+                        anything",
                     process.uid,
                     socket.display(),
                     found.gid()
                 ),
                 format!(
-                    "'getent group {}' names that group; 'usermod --append --groups GROUP virt-usb', then \
+                    "'getent group {}' names that group; 'usermod --append --groups GROUP \
+                        virt-usb', then \
                      'systemctl restart virt-usbd'",
                     found.gid()
                 ),
@@ -100,8 +105,8 @@ fn user(places: &Places, config: &Config, is_connected: bool, report: &Report) {
 
 /// What the agent reports of itself.
 fn of_health(health: &Health, config: &Config, report: &Report) {
-    let fix =
-        "'journalctl -u virt-usbd' shows why; 'systemctl restart virt-usbd' (guests keep their devices)";
+    let fix = "'journalctl -u virt-usbd' shows why; 'systemctl restart virt-usbd' (guests keep \
+        their devices)";
     if health.version != VERSION {
         report.warn(
             format!("it is version {}, this program is {VERSION}", clean(&health.version)),
@@ -118,7 +123,10 @@ fn of_health(health: &Health, config: &Config, report: &Report) {
     // What has not happened yet is as late as what it waits for.
     let scan = health.last_scan.unwrap_or(health.uptime);
     if scan > late {
-        report.broken(format!("it has not looked at all devices without an error for {scan:.0} s"), fix);
+        report.broken(
+            format!("it has not looked at all devices without an error for {scan:.0} s"),
+            fix,
+        );
     }
     let Some(connected) = health.connected else {
         let lost = health.lost.unwrap_or(health.uptime);
@@ -127,7 +135,10 @@ fn of_health(health: &Health, config: &Config, report: &Report) {
         }
         return report.broken(
             format!("it has had no connection to libvirt for {lost:.0} s: guests get no devices"),
-            format!("'systemctl status libvirtd virtqemud'; libvirt_uri is {:?}", config.libvirt_uri),
+            format!(
+                "'systemctl status libvirtd virtqemud'; libvirt_uri is {:?}",
+                config.libvirt_uri
+            ),
         );
     };
     // Passes end with the connection.
@@ -137,7 +148,8 @@ fn of_health(health: &Health, config: &Config, report: &Report) {
     }
     if health.blocked {
         report.broken(
-            "libvirt answers nothing about too many guests: the agent asks it nothing more, and no guest gets a \
+            "libvirt answers nothing about too many guests: the agent asks it nothing more, and no \
+                guest gets a \
              device",
             "end the guests below ('virsh destroy'), or let their QEMU go on",
         );
@@ -145,7 +157,11 @@ fn of_health(health: &Health, config: &Config, report: &Report) {
     for call in &health.unanswered {
         let about = call.about.as_deref().map_or_else(|| "all guests".into(), clean);
         report.warn(
-            format!("libvirt has not answered about {about} for {:.0} s ({})", call.age, clean(&call.what)),
+            format!(
+                "libvirt has not answered about {about} for {:.0} s ({})",
+                call.age,
+                clean(&call.what)
+            ),
             "look at the guest's QEMU: 'virsh domcontrol GUEST', 'ps -o pid,stat,wchan,cmd'",
         );
     }

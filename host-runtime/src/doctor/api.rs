@@ -28,15 +28,18 @@ fn certificate(tls: &Tls, report: &Report) {
     if let Err(e) = Certificate::new(tls.clone()).read() {
         return report.warn(
             format!("its certificate cannot be used: {e}"),
-            "correct api_certificate and api_key; until then the agent uses the ones before, if it has any",
+            "correct api_certificate and api_key; until then the agent uses the ones before, if it \
+                has any",
         );
     }
     open_to_all("its key", &tls.key, report);
     let name = tls.certificate.display();
     let renew = "renew it; the agent reads the new one without a restart";
     match expiry(&tls.certificate).map(|expires| expires.duration_since(SystemTime::now())) {
-        Err(e) => report
-            .warn(format!("its certificate's end cannot be read: {e}"), "'openssl x509 -enddate' shows it"),
+        Err(e) => report.warn(
+            format!("its certificate's end cannot be read: {e}"),
+            "'openssl x509 -enddate' shows it",
+        ),
         Ok(Err(since)) => {
             let days = days(since.duration());
             report.warn(
@@ -46,7 +49,10 @@ fn certificate(tls: &Tls, report: &Report) {
         }
         Ok(Ok(left)) if days(left) < WARN_DAYS => {
             report.warn(
-                format!("its certificate {name}, or one of its chain, expires in {} day(s)", days(left)),
+                format!(
+                    "its certificate {name}, or one of its chain, expires in {} day(s)",
+                    days(left)
+                ),
                 renew,
             );
         }

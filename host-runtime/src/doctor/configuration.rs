@@ -12,8 +12,10 @@ pub(super) fn check(host: &Host, report: &Report) {
             "write rules into usb_passthrough_whitelist, or turn the switch off",
         );
     }
-    let lost =
-        host.store().ok().map(|store| rules::admit(&store, &host.config, host.places.config.as_deref()));
+    let lost = host
+        .store()
+        .ok()
+        .map(|store| rules::admit(&store, &host.config, host.places.config.as_deref()));
     match lost {
         Some(Err(lost)) => report.broken(
             lost,

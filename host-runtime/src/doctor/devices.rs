@@ -32,12 +32,14 @@ pub(super) fn check(host: &Host, report: &Report) {
             // After a kill -9 of QEMU nobody gives the device back to the host's driver.
             report.warn(
                 format!(
-                    "device {} (port {}): nobody holds it, and its interface {interface} has no driver: a guest \
+                    "device {} (port {}): nobody holds it, and its interface {interface} has no \
+                        driver: a guest \
                      that was killed may have left it so",
                     record.entry.id, record.entry.port_path
                 ),
                 format!(
-                    "'echo {interface} > {}/bus/usb/drivers_probe' gives it to the host's driver; the next guest \
+                    "'echo {interface} > {}/bus/usb/drivers_probe' gives it to the host's driver; \
+                        the next guest \
                      gets it all the same",
                     host.config.sysfs_root.display()
                 ),
@@ -52,7 +54,8 @@ pub(super) fn check(host: &Host, report: &Report) {
     }
 }
 
-/// The interfaces of a free device that the kernel's own drivers would have: storage, printers, keyboards, cameras and the like.
+/// The interfaces of a free device that the kernel's own drivers would have: storage, printers,
+/// keyboards, cameras and the like.
 fn driverless(config: &Config, record: &Record) -> Vec<String> {
     const DRIVEN: [u8; 7] = [0x01, 0x02, 0x03, 0x07, 0x08, 0x0e, 0xe0];
     let dir = device_dir(&config.sysfs_root, &record.entry.port_path);

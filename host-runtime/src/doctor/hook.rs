@@ -37,7 +37,8 @@ pub(super) fn check(places: &Places, report: &Report) {
         );
     }
     let version = Command::new(&hook).arg("--version").output();
-    let version = version.map(|o| String::from_utf8_lossy(&o.stdout).trim().to_owned()).unwrap_or_default();
+    let version =
+        version.map(|o| String::from_utf8_lossy(&o.stdout).trim().to_owned()).unwrap_or_default();
     match version.strip_prefix("virt-usb-hook ") {
         Some(VERSION) => {
             report.ok(format!("{} is of this version", hook.display()));
@@ -47,7 +48,10 @@ pub(super) fn check(places: &Places, report: &Report) {
             "install both from one package, or with 'make install-hook'",
         ),
         None => report.broken(
-            format!("{} does not answer to --version: it is not ours, or cannot run", hook.display()),
+            format!(
+                "{} does not answer to --version: it is not ours, or cannot run",
+                hook.display()
+            ),
             "install it again: 'make install-hook', or the package",
         ),
     }
@@ -59,7 +63,8 @@ fn seen_by_daemon(places: &Places, report: &Report) {
     let folder = places.hooks.join("qemu.d");
     let made = std::fs::metadata(&folder).and_then(|found| found.created());
     for (daemon, pid) in daemons(places) {
-        let began = std::fs::metadata(Path::new("/proc").join(&pid)).and_then(|found| found.modified());
+        let began =
+            std::fs::metadata(Path::new("/proc").join(&pid)).and_then(|found| found.modified());
         match (&made, began) {
             (Ok(made), Ok(began)) if *made > began => report.warn(
                 format!(
@@ -67,7 +72,8 @@ fn seen_by_daemon(places: &Places, report: &Report) {
                     folder.display()
                 ),
                 format!(
-                    "'systemctl reload {daemon}' (guests keep running); ignore this if you did that already"
+                    "'systemctl reload {daemon}' (guests keep running); ignore this if you did \
+                        that already"
                 ),
             ),
             (Ok(_), Ok(_)) => {
@@ -84,8 +90,8 @@ pub(super) fn confinement(host: &Host, report: &Report) {
     let Host { places, config } = host;
     let hook = std::fs::canonicalize(places.hooks.join(HOOK));
     for (daemon, pid) in daemons(places) {
-        let label =
-            std::fs::read_to_string(config.procfs_root.join(&pid).join("attr/current")).unwrap_or_default();
+        let label = std::fs::read_to_string(config.procfs_root.join(&pid).join("attr/current"))
+            .unwrap_or_default();
         if !label.trim_end_matches(['\0', '\n']).ends_with("(enforce)") {
             continue;
         }
@@ -98,7 +104,8 @@ pub(super) fn confinement(host: &Host, report: &Report) {
                     "AppArmor confines {daemon}: its profile does not allow the hook's target, {}",
                     real.display()
                 ),
-                "put the program itself there, or a link into /usr/sbin: 'make install-hook', or the package",
+                "put the program itself there, or a link into /usr/sbin: 'make install-hook', or \
+                    the package",
             ),
             _ => report.ok(format!("AppArmor lets {daemon} run it")),
         }
@@ -106,8 +113,10 @@ pub(super) fn confinement(host: &Host, report: &Report) {
     let enforces = std::fs::read_to_string(config.sysfs_root.join("fs/selinux/enforce"));
     if enforces.is_ok_and(|enforces| enforces.trim() == "1") {
         report.warn(
-            "SELinux enforces its policy, in which virt-usb's hook has no rules: libvirt's daemon may be kept from running it, or it from its inventory",
-            "start a guest, then 'ausearch -m avc -ts recent': audit2allow makes a policy module of what was denied",
+            "SELinux enforces its policy, in which virt-usb's hook has no rules: libvirt's daemon \
+                may be kept from running it, or it from its inventory",
+            "start a guest, then 'ausearch -m avc -ts recent': audit2allow makes a policy module \
+                of what was denied",
         );
     }
 }
@@ -128,17 +137,20 @@ pub(super) fn containers(host: &Host, report: &Report) {
         for file in files.iter().filter(|file| file.exists() && !is_same(&root, file)) {
             report.broken(
                 format!(
-                    "{daemon} has another root folder, as in a container, and there {} is missing or \
+                    "{daemon} has another root folder, as in a container, and there {} is missing \
+                        or \
                      another file: guests get no devices, or the wrong ones",
                     file.display()
                 ),
-                "mount it (install/README.md, \"libvirt in a container\"); after an upgrade, restart the container",
+                "mount it (install/README.md, \"libvirt in a container\"); after an upgrade, \
+                    restart the container",
             );
         }
     }
 }
 
-/// Whether a file is the same below another root folder. Links are followed there, as by who has it.
+/// Whether a file is the same below another root folder. Links are followed there, as by who has
+/// it.
 fn is_same(root: &Path, file: &Path) -> bool {
     let Ok(here) = std::fs::metadata(file) else { return false };
     let mut path = file.to_owned();

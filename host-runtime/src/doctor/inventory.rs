@@ -2,14 +2,16 @@
 
 use super::{Host, Report};
 
-/// Size of SQLite's log at which something keeps it from being folded, in bytes: writers fold it at 0.5 MiB.
+/// Size of SQLite's log at which something keeps it from being folded, in bytes: writers fold it at
+/// 0.5 MiB.
 const LOG_LIMIT: u64 = 16 << 20;
 
 pub(super) fn check(host: &Host, report: &Report) {
     let store = match host.store() {
         Ok(store) => store,
         Err(e) => {
-            return report.broken(e, "fix the error above; 'virt-usb discover' makes one if there is none");
+            return report
+                .broken(e, "fix the error above; 'virt-usb discover' makes one if there is none");
         }
     };
     match store.check() {
@@ -18,13 +20,19 @@ pub(super) fn check(host: &Host, report: &Report) {
         }
         Ok(findings) => {
             for finding in findings {
-                report.broken(finding, "'virt-usb store rebuild' makes it anew and keeps what can be kept, or 'virt-usb store restore FILE' takes a backup; a hint that is missing: 'virt-usb discover'");
+                report.broken(
+                    finding,
+                    "'virt-usb store rebuild' makes it anew and keeps what can \
+                    be kept, or 'virt-usb store restore FILE' takes a backup; a hint that is \
+                    missing: 'virt-usb discover'",
+                );
             }
         }
         Err(e) => report.broken(e, "'virt-usb store check' says more"),
     }
     let log = store.path().with_extension("sqlite-wal");
-    if let Some(size) = std::fs::metadata(&log).ok().map(|found| found.len()).filter(|size| *size > LOG_LIMIT)
+    if let Some(size) =
+        std::fs::metadata(&log).ok().map(|found| found.len()).filter(|size| *size > LOG_LIMIT)
     {
         report.warn(
             format!(

@@ -14,15 +14,21 @@ pub(super) fn check(host: &Host, report: &Report) {
     match Keystone::new(keystone.clone(), Arc::default()).check() {
         Err(why) => report.warn(
             why,
-            "fix the error above; until then its tokens are refused, and those of 'virt-usb token' count",
+            "fix the error above; until then its tokens are refused, and those of 'virt-usb token' \
+                count",
         ),
         Ok(roles) if !roles.iter().any(|role| ROLES.contains(&role.as_str())) => report.warn(
             format!(
-                "the user {} has the roles {}: by default Keystone does not let it ask about others' tokens",
+                "the user {} has the roles {}: by default Keystone does not let it ask about \
+                    others' tokens",
                 keystone.user,
                 roles.join(", ")
             ),
-            format!("'openstack role add --user {} --project {} service'", keystone.user, keystone.project),
+            format!(
+                "'openstack role add --user {} --project {} \
+                service'",
+                keystone.user, keystone.project
+            ),
         ),
         Ok(_) => report.ok(format!("{} answers", keystone.url)),
     }
@@ -30,7 +36,8 @@ pub(super) fn check(host: &Host, report: &Report) {
     if keystone.url.parse().is_ok_and(|address| client::is_open(&address)) {
         report.warn(
             format!(
-                "{} is not encrypted: anyone on the network path can read the password and the tokens",
+                "{} is not encrypted: anyone on the network path can read the password and the \
+                    tokens",
                 keystone.url
             ),
             "an https:// address, unless it is on this host or on a network of your own",

@@ -38,6 +38,11 @@ fn capabilities(capabilities: &str, report: &Report) {
     if section("graphics").is_some_and(|s| s.contains("<value>spice</value>")) {
         report.ok("QEMU has SPICE");
     } else {
-        report.warn("QEMU has no SPICE: redirections are refused", "install its SPICE module (Debian 13: qemu-system-modules-spice, 12: qemu-system-gui), if redirections are wanted");
+        report.warn(
+            "QEMU has no SPICE: redirections are \
+            refused",
+            "install its SPICE module (Debian 13: qemu-system-modules-spice, 12: \
+                qemu-system-gui), if redirections are wanted",
+        );
     }
 }

@@ -13,13 +13,15 @@ pub(super) fn check(host: &Host, report: &Report) {
         Log::Journal => {
             let socket = host.places.run.join("systemd/journal/socket");
             match std::fs::metadata(&socket) {
-                Ok(found) if found.file_type().is_socket() => report.ok("the journal takes records"),
+                Ok(found) if found.file_type().is_socket() => report.ok("the journal takes \
+                    records"),
                 _ => report.warn(
                     format!(
                         "the journal's socket {} is missing: the hook's records are lost",
                         socket.display()
                     ),
-                    "'systemctl status systemd-journald'; without systemd: log = \"/var/log/virt-usb.log\"",
+                    "'systemctl status systemd-journald'; without systemd: log \
+                        = \"/var/log/virt-usb.log\"",
                 ),
             }
         }

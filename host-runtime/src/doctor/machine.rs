@@ -13,7 +13,8 @@ pub(super) fn check(host: &Host, report: &Report) {
     match store.newest_ahead() {
         Ok(Some(at)) => report.warn(
             format!(
-                "the newest event has the time {at}, which is in the future: the clock was set back, \
+                "the newest event has the time {at}, which is in the future: the clock was set \
+                    back, \
                  and the audit is out of order"
             ),
             "'timedatectl' shows whether the clock is synchronised; claims do not depend on it",

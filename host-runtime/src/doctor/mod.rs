@@ -1,4 +1,5 @@
-//! `virt-usb doctor`: checks this host and says how to fix what it finds. It reads and changes nothing.
+//! `virt-usb doctor`: checks this host and says how to fix what it finds. It reads and changes
+//! nothing.
 //!
 //! Each check has a file of its own and an entry in [`CHECKS`]. A check runs in its own thread and
 //! has [`CHECK_TIMEOUT`], so one that waits for a hung service does not hold up the others.
@@ -57,7 +58,12 @@ struct Check {
 const CHECKS: &[Check] = &[
     Check { name: "hook", run: hook::confinement, no_result: Level::Broken, reads_state: false },
     Check { name: "hook", run: hook::containers, no_result: Level::Warning, reads_state: true },
-    Check { name: "configuration", run: configuration::check, no_result: Level::Broken, reads_state: false },
+    Check {
+        name: "configuration",
+        run: configuration::check,
+        no_result: Level::Broken,
+        reads_state: false,
+    },
     Check { name: "machine", run: machine::check, no_result: Level::Broken, reads_state: false },
     Check { name: "log", run: log::check, no_result: Level::Warning, reads_state: false },
     Check { name: "udev", run: udev::check, no_result: Level::Warning, reads_state: false },
@@ -177,10 +183,15 @@ pub fn examine(places: &Places, tell: &mut dyn FnMut(&Finding)) -> Vec<Finding> 
         .read(true)
         .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
         .open(config.state_dir.join(FILE_NAME));
-    let is_closed =
-        [state.err(), inventory.err()].iter().flatten().any(|e| e.kind() == ErrorKind::PermissionDenied);
+    let is_closed = [state.err(), inventory.err()]
+        .iter()
+        .flatten()
+        .any(|e| e.kind() == ErrorKind::PermissionDenied);
     if is_closed {
-        let what = format!("this user may not read {}: some checks are left out", config.state_dir.display());
+        let what = format!(
+            "this user may not read {}: some checks are left out",
+            config.state_dir.display()
+        );
         tell(Finding::new("inventory", Level::Warning, what, Some("'sudo virt-usb doctor'")));
     }
     let host = Arc::new(Host { places: places.clone(), config });

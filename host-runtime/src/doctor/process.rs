@@ -53,10 +53,11 @@ pub(super) fn may(file: &Metadata, uid: u32, groups: &[u32], access: u32) -> boo
         || file.mode() & access != 0
 }
 
-/// Whether the agent may read a file with a secret, and every user may not. `name` is what messages call the file. The doctor
-/// runs as root, which may read every file.
+/// Whether the agent may read a file with a secret, and every user may not. `name` is what messages
+/// call the file. The doctor runs as root, which may read every file.
 pub(super) fn secret(name: &str, file: &Path, config: &Config, report: &Report) {
-    let (Ok(found), Ok(agent)) = (std::fs::metadata(file), std::fs::metadata(&config.state_dir)) else {
+    let (Ok(found), Ok(agent)) = (std::fs::metadata(file), std::fs::metadata(&config.state_dir))
+    else {
         return;
     };
     if !may(&found, agent.uid(), &[agent.gid()], 0o4) {
@@ -64,7 +65,8 @@ pub(super) fn secret(name: &str, file: &Path, config: &Config, report: &Report) 
         report.warn(
             format!("{name} {file}: the agent may not read it"),
             format!(
-                "'chown {owner} {file}; chmod 600 {file}': {owner} is the agent's user, which owns {}",
+                "'chown {owner} {file}; chmod 600 {file}': {owner} is the agent's user, which owns \
+                    {}",
                 config.state_dir.display()
             ),
         );

@@ -12,7 +12,8 @@ pub(super) fn check(host: &Host, report: &Report) {
     } else {
         report.warn(
             format!(
-                "udevd does not run ({} is missing): the agent sees a plugged-in device up to 10 s late",
+                "udevd does not run ({} is missing): the agent sees a plugged-in device up to 10 s \
+                    late",
                 socket.display()
             ),
             "'systemctl start systemd-udevd'; in a container, mount /run/udev from the host",

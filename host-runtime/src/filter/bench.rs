@@ -49,10 +49,12 @@ impl Questions {
         let kind = |id: virt_usb_model::UsbId| {
             format!(r#""vendor_id":"{}","product_id":"{}""#, id.vendor, id.product)
         };
-        let six: Vec<String> =
-            ["0x03", "0x08", "0x0b", "0xff"].map(|class| format!(r#"{{"class":"{class}"}}"#)).into();
+        let six: Vec<String> = ["0x03", "0x08", "0x0b", "0xff"]
+            .map(|class| format!(r#"{{"class":"{class}"}}"#))
+            .into();
         let six =
-            [six.join(","), format!(r#"{{"vendor_id":"{}"}},{{{}}}"#, COMMON.vendor, kind(COMMON))].join(",");
+            [six.join(","), format!(r#"{{"vendor_id":"{}"}},{{{}}}"#, COMMON.vendor, kind(COMMON))]
+                .join(",");
         Ok(Self {
             many: ask(&format!("[{six}]"))?,
             rare: ask(&format!("[{{{}}}]", kind(RARE)))?,
@@ -150,10 +152,16 @@ pub fn measure(
     figures.push(ask(&mut session, "select, rare kind", &questions.rare, 2000)?);
     figures.push(ask(&mut session, "select, common kind × 2, best 100", &questions.common, 1000)?);
     let matched = session.select(&questions.common, None, 0)?.matched;
-    let counted =
-        rounds("select, common kind × 2, counted", 1000, |_| session.select(&questions.common, None, 0))?;
+    let counted = rounds("select, common kind × 2, counted", 1000, |_| {
+        session.select(&questions.common, None, 0)
+    })?;
     figures.push(Figure { matched: Some(matched), ..counted });
-    figures.push(ask(&mut session, "select, overlapping requests, best 100", &questions.overlapping, 200)?);
+    figures.push(ask(
+        &mut session,
+        "select, overlapping requests, best 100",
+        &questions.overlapping,
+        200,
+    )?);
     figures.push(ask(&mut session, "select, six requests, best 100", &questions.many, 20)?);
     figures.push(by_host(&mut session, made, &questions.common)?);
     figures.push(changes(&mut session, &fleet, made, &questions.rare)?);
@@ -162,7 +170,11 @@ pub fn measure(
     Ok(Measured { figures, memory: session.memory(), devices: statistics.devices })
 }
 
-fn by_host(session: &mut Session, made: fleet::Fleet, question: &Question) -> Result<Figure, Error> {
+fn by_host(
+    session: &mut Session,
+    made: fleet::Fleet,
+    question: &Question,
+) -> Result<Figure, Error> {
     let names: Vec<String> = (0..made.hosts).map(fleet::Fleet::name).collect();
     let prepared = session.prepare(question.clone())?;
     let asked = rounds("ask host by host, all of them", 3, |_| {

@@ -37,8 +37,9 @@ impl Fleet {
         format!("compute-{host:05}")
     }
 
-    /// One host's document; its number counts from 0. Half of the devices carry a serial, one in five a tag, nine in ten are available, and there
-    /// are some two hundred kinds of forty vendors.
+    /// One host's document; its number counts from 0. Half of the devices carry a serial, one in
+    /// five a tag, nine in ten are available, and there are some two hundred kinds of forty
+    /// vendors.
     pub fn document(&self, host: u32) -> HostDocument {
         let mut dice = Dice(u64::from(host) << 20);
         let node = u64::from(host) + 2;
@@ -71,7 +72,8 @@ fn device(node: u64, n: u32, usb: UsbId, available: bool, dice: &mut Dice) -> Op
     let port_path = PortPath::new(bus, &[1 + number / 15, 1 + number % 15])?;
     let id = DeviceId::new((node - 1) * 1_000_000 + u64::from(n) + 1)?;
     let status = if available { Status::Available } else { Status::Allocated };
-    let serial = (dice.roll(2) == 0).then(|| format!("{:08X}", (node << 10 | u64::from(n)) & 0xffff_ffff));
+    let serial =
+        (dice.roll(2) == 0).then(|| format!("{:08X}", (node << 10 | u64::from(n)) & 0xffff_ffff));
     let class = [0x03, 0x08, 0x0b, 0xff][usize::from(usb.product.get() % 4)];
     Some(DeviceEntry {
         id,

@@ -1,10 +1,12 @@
-//! Talking to etcd: one endpoint at a time, the next one when it fails; and what etcd says, in words that help.
+//! Talking to etcd: one endpoint at a time, the next one when it fails; and what etcd says, in
+//! words that help.
 
 use std::path::PathBuf;
 use std::time::Duration;
 
 use etcd_client::{
-    Certificate, Client, ConnectOptions, GetOptions, Identity, KeyValue, KvClient, TlsOptions, WatchClient,
+    Certificate, Client, ConnectOptions, GetOptions, Identity, KeyValue, KvClient, TlsOptions,
+    WatchClient,
 };
 use virt_usb_hook::config::Fleet;
 
@@ -14,8 +16,9 @@ use super::keys::Keys;
 pub(super) const ANSWER: Duration = Duration::from_secs(5);
 /// How long making a connection may take.
 const CONNECTING: Duration = Duration::from_secs(3);
-/// How often a connection is tried while nothing comes, and how long it may be silent then. etcd closes one that is tried more often than
-/// every five seconds (`--grpc-keepalive-min-time`), or while nothing is asked on it.
+/// How often a connection is tried while nothing comes, and how long it may be silent then. etcd
+/// closes one that is tried more often than every five seconds (`--grpc-keepalive-min-time`), or
+/// while nothing is asked on it.
 const ALIVE: (Duration, Duration) = (Duration::from_secs(10), Duration::from_secs(5));
 /// So many keys a page …
 const PAGE: i64 = 128;
@@ -43,7 +46,8 @@ pub enum Error {
     Unknown(String),
     /// The user's roles do not allow it.
     #[error(
-        "etcd does not allow it to {user}: {what}: /usr/share/virt-usb/etcd-roles (install/ in the source) makes roles"
+        "etcd does not allow it to {user}: {what}: /usr/share/virt-usb/etcd-roles (install/ in the \
+            source) makes roles"
     )]
     Denied {
         /// As whom this was asked.
@@ -53,7 +57,8 @@ pub enum Error {
     },
     /// Its quota is used up: it only answers questions.
     #[error(
-        "etcd takes nothing more, its space is used up: raise --quota-backend-bytes or compact and defragment it, then 'etcdctl alarm disarm'"
+        "etcd takes nothing more, its space is used up: raise --quota-backend-bytes or compact and \
+            defragment it, then 'etcdctl alarm disarm'"
     )]
     Full,
     /// What was asked for is older than what etcd remembers.
@@ -82,14 +87,18 @@ impl Etcd {
     }
 
     pub(super) fn user(&self) -> String {
-        self.fleet.user.as_ref().map_or_else(|| "nobody".to_owned(), |user| format!("user {:?}", user.name))
+        self.fleet
+            .user
+            .as_ref()
+            .map_or_else(|| "nobody".to_owned(), |user| format!("user {:?}", user.name))
     }
 
     pub(super) fn endpoints(&self) -> &[String] {
         &self.fleet.endpoints
     }
 
-    /// A client of the first endpoint that answers, with a leader behind it; begins with the one that answered last.
+    /// A client of the first endpoint that answers, with a leader behind it; begins with the one
+    /// that answered last.
     pub(super) async fn connect(&mut self) -> Result<Connection, Error> {
         let mut failures = Vec::new();
         for _ in 0..self.fleet.endpoints.len() {
@@ -150,7 +159,10 @@ impl Etcd {
                 None => TlsOptions::new().with_native_roots(),
             };
             if let Some(identity) = &self.fleet.identity {
-                tls = tls.identity(Identity::from_pem(read(&identity.certificate)?, read(&identity.key)?));
+                tls = tls.identity(Identity::from_pem(
+                    read(&identity.certificate)?,
+                    read(&identity.key)?,
+                ));
             }
             options = options.with_tls(tls);
         }
@@ -169,7 +181,8 @@ impl Etcd {
         Ok(options)
     }
 
-    /// All that stands below the prefix at one revision, in the order of the keys; returns that revision.
+    /// All that stands below the prefix at one revision, in the order of the keys; returns that
+    /// revision.
     pub(super) async fn list(
         &self,
         connection: &mut Connection,
@@ -179,8 +192,10 @@ impl Etcd {
         let mut from = prefix.as_bytes().to_vec();
         let mut at = 0;
         loop {
-            let options = GetOptions::new().with_range(after(prefix)).with_limit(PAGE).with_revision(at);
-            let answer = self.within("read the fleet", connection.kv.get(from, Some(options))).await?;
+            let options =
+                GetOptions::new().with_range(after(prefix)).with_limit(PAGE).with_revision(at);
+            let answer =
+                self.within("read the fleet", connection.kv.get(from, Some(options))).await?;
             if at == 0 {
                 at = answer.header().map_or(0, etcd_client::ResponseHeader::revision);
             }
@@ -206,7 +221,8 @@ impl Etcd {
             };
         };
         let text = status.message();
-        // Codes are not enough: https://github.com/etcd-io/etcd/blob/release-3.4/etcdserver/api/v3rpc/rpctypes/error.go
+        // Codes are not enough:
+        // https://github.com/etcd-io/etcd/blob/release-3.4/etcdserver/api/v3rpc/rpctypes/error.go
         match text.strip_prefix("etcdserver: ").unwrap_or(text) {
             "permission denied" => Error::Denied { user: self.user(), what },
             "mvcc: database space exceeded" => Error::Full,

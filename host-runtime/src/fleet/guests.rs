@@ -1,4 +1,5 @@
-//! The guests of this host, as they are told to the fleet: whose they are, whether they run, what they are to have.
+//! The guests of this host, as they are told to the fleet: whose they are, whether they run, what
+//! they are to have.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};

@@ -34,7 +34,8 @@ pub(super) fn this_machine(fleet: &Fleet) -> Result<String, Error> {
     let path = &fleet.machine_id;
     let fault = |why: String| Error::File { path: path.clone(), why };
     let id = std::fs::read_to_string(path).map_err(|e| fault(e.to_string()))?;
-    // 32 hexadecimal digits (machine-id(5)); "uninitialized" is what an image holds that was never booted.
+    // 32 hexadecimal digits (machine-id(5)); "uninitialized" is what an image holds that was never
+    // booted.
     let id = id.trim();
     if id.len() < 16 || !id.bytes().all(|byte| byte.is_ascii_hexdigit() || byte == b'-') {
         return Err(fault("it holds no machine id: 'systemd-machine-id-setup' makes one".into()));
@@ -48,7 +49,8 @@ pub(super) async fn place(
     keys: &Keys,
     machine: &str,
 ) -> Result<Place, Error> {
-    let number = get(etcd, connection, keys.machine(machine)).await?.and_then(|text| text.parse().ok());
+    let number =
+        get(etcd, connection, keys.machine(machine)).await?.and_then(|text| text.parse().ok());
     let node = match number {
         Some(number) => get(etcd, connection, keys.node(number)).await?,
         None => None,
@@ -67,19 +69,25 @@ pub(super) async fn is_member(
     Ok(place.node.is_some_and(|node| node.machine == machine))
 }
 
-async fn get(etcd: &Etcd, connection: &mut Connection, key: String) -> Result<Option<String>, Error> {
+async fn get(
+    etcd: &Etcd,
+    connection: &mut Connection,
+    key: String,
+) -> Result<Option<String>, Error> {
     let answer = etcd.within("read the fleet's keys", connection.client.get(key, None)).await?;
     Ok(answer.kvs().first().map(|kv| String::from_utf8_lossy(kv.value()).into_owned()))
 }
 
-/// Gives this machine its number, the same each time, and says that it is in the fleet under this host's name.
+/// Gives this machine its number, the same each time, and says that it is in the fleet under this
+/// host's name.
 ///
 /// # Errors
 /// When etcd cannot be asked or refuses, or when another machine has that name.
 pub(crate) async fn join(fleet: &Fleet, host: &str) -> anyhow::Result<u64> {
     if !keys::is_name(host) {
         bail!(
-            "this host's name is {host:?}: in a fleet it must be of letters, digits, '.', '_' and '-', as hostnamectl sets it"
+            "this host's name is {host:?}: in a fleet it must be of letters, digits, '.', '_' and \
+                '-', as hostnamectl sets it"
         );
     }
     let machine = this_machine(fleet)?;
@@ -91,21 +99,28 @@ pub(crate) async fn join(fleet: &Fleet, host: &str) -> anyhow::Result<u64> {
         let number = get(&etcd, &mut connection, keys.machine(&machine)).await?;
         let named = get(&etcd, &mut connection, keys.name(host)).await?;
         let next = get(&etcd, &mut connection, keys.next()).await?;
-        let given: Option<u64> =
-            number.as_deref().map(str::parse).transpose().with_context(|| keys.machine(&machine))?;
+        let given: Option<u64> = number
+            .as_deref()
+            .map(str::parse)
+            .transpose()
+            .with_context(|| keys.machine(&machine))?;
         if let Some(named) =
             named.as_ref().filter(|named| given.map(|n| n.to_string()).as_ref() != Some(*named))
         {
             bail!(
-                "another machine is in the fleet as {host:?}, with number {named}: give this host another name, or say 'virt-usb fleet leave --host {host}' if that one is gone for good"
+                "another machine is in the fleet as {host:?}, with number {named}: give this host \
+                    another name, or say 'virt-usb fleet leave --host {host}' if that one is gone \
+                    for good"
             );
         }
         let at: u64 = next.as_deref().map_or(Ok(FIRST), str::parse).with_context(|| keys.next())?;
         let mine = given.unwrap_or(at);
         let was = get(&etcd, &mut connection, keys.node(mine)).await?;
         let was: Option<Node> = was.and_then(|text| serde_json::from_str(&text).ok());
-        let mut still =
-            vec![same(keys.machine(&machine), number.as_deref()), same(keys.name(host), named.as_deref())];
+        let mut still = vec![
+            same(keys.machine(&machine), number.as_deref()),
+            same(keys.name(host), named.as_deref()),
+        ];
         let mut puts = vec![
             TxnOp::put(keys.node(mine), me.text(), None),
             TxnOp::put(keys.name(host), mine.to_string(), None),
@@ -117,7 +132,10 @@ pub(crate) async fn join(fleet: &Fleet, host: &str) -> anyhow::Result<u64> {
         }
         // It was called otherwise before.
         if let Some(old) = was.map(|node| node.host).filter(|old| old != host) {
-            puts.extend([TxnOp::delete(keys.name(&old), None), TxnOp::delete(keys.host(&old), None)]);
+            puts.extend([
+                TxnOp::delete(keys.name(&old), None),
+                TxnOp::delete(keys.host(&old), None),
+            ]);
         }
         let txn = connection.client.txn(Txn::new().when(still).and_then(puts));
         if etcd.within("join the fleet", txn).await?.succeeded() {
@@ -144,7 +162,9 @@ pub(crate) async fn leave(fleet: &Fleet, host: &str) -> anyhow::Result<bool> {
     let mut etcd = Etcd::new(fleet.clone());
     let mut connection = etcd.connect().await?;
     let keys = etcd.keys();
-    let Some(number) = get(&etcd, &mut connection, keys.name(host)).await? else { return Ok(false) };
+    let Some(number) = get(&etcd, &mut connection, keys.name(host)).await? else {
+        return Ok(false);
+    };
     let node: u64 = number.parse().with_context(|| keys.name(host))?;
     let txn = Txn::new().when([same(keys.name(host), Some(&number))]).and_then([
         TxnOp::delete(keys.node(node), None),
@@ -209,17 +229,21 @@ pub(crate) async fn status(fleet: &Fleet, host: &str) -> anyhow::Result<Status> 
             alarms: Vec::new(),
         };
         match etcd.connect_to(at).await {
-            Ok(mut connection) => match etcd.within("ask for its state", connection.client.status()).await {
-                Ok(status) => {
-                    found.version = Some(status.version().to_owned());
-                    found.is_leader =
-                        status.header().is_some_and(|header| header.member_id() == status.leader());
-                    found.db_size = Some(status.db_size());
-                    found.db_used = Some(status.raft_used_db_size());
-                    found.alarms = status.errors().iter().map(|alarm| alarm.trim().to_owned()).collect();
+            Ok(mut connection) => {
+                match etcd.within("ask for its state", connection.client.status()).await {
+                    Ok(status) => {
+                        found.version = Some(status.version().to_owned());
+                        found.is_leader = status
+                            .header()
+                            .is_some_and(|header| header.member_id() == status.leader());
+                        found.db_size = Some(status.db_size());
+                        found.db_used = Some(status.raft_used_db_size());
+                        found.alarms =
+                            status.errors().iter().map(|alarm| alarm.trim().to_owned()).collect();
+                    }
+                    Err(e) => found.fault = Some(e.to_string()),
                 }
-                Err(e) => found.fault = Some(e.to_string()),
-            },
+            }
             Err(Error::Unreachable(why)) => {
                 let own = format!("{endpoint}: ");
                 found.fault = Some(why.strip_prefix(&own).unwrap_or(&why).to_owned());

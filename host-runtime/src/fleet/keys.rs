@@ -102,7 +102,8 @@ impl Node {
     }
 }
 
-/// A machine's name in the fleet: its machine id is confidential (machine-id(5)), so only a digest of it leaves the host.
+/// A machine's name in the fleet: its machine id is confidential (machine-id(5)), so only a digest
+/// of it leaves the host.
 pub(super) fn machine(id: &str) -> String {
     let digest = Sha256::new_with_prefix("virt-usb fleet 1\n").chain_update(id.trim()).finalize();
     digest.iter().take(16).map(|byte| format!("{byte:02x}")).collect()

@@ -1,5 +1,5 @@
-//! The other hosts of the fleet, as they are published: what the API and the portal of any host show. A host that is not heard of any more is
-//! shown as it was last, as unreachable.
+//! The other hosts of the fleet, as they are published: what the API and the portal of any host
+//! show. A host that is not heard of any more is shown as it was last, as unreachable.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -10,7 +10,8 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 use virt_usb_hook::config::Fleet;
 use virt_usb_model::{
-    DeviceId, DeviceRequest, Flavor, HostDocument, InstanceId, ProjectId, Reason, Status, clean_text,
+    DeviceId, DeviceRequest, Flavor, HostDocument, InstanceId, ProjectId, Reason, Status,
+    clean_text,
 };
 use virt_usb_store::join::IDS_A_HOST;
 use virt_usb_store::{ClaimRow, Record};
@@ -19,9 +20,11 @@ use super::Error;
 use super::keys::{Keys, Node};
 use super::reader::{Reader, Sink};
 
-/// So long after the last question the fleet is followed: a host whose API nobody asks costs etcd nothing.
+/// So long after the last question the fleet is followed: a host whose API nobody asks costs etcd
+/// nothing.
 const FOLLOWED: Duration = Duration::from_secs(600);
-/// So long the first that asks waits until the fleet was listed; whoever is answered before sees what was known.
+/// So long the first that asks waits until the fleet was listed; whoever is answered before sees
+/// what was known.
 const LISTED: Duration = Duration::from_secs(3);
 
 /// Another host.
@@ -75,7 +78,11 @@ pub(crate) fn publish(servers: &[Server]) -> String {
         running: server.running,
         project_id: server.project.as_ref().map(ToString::to_string),
         by_domain: server.by_domain,
-        usb_devices_requests: server.requests.iter().filter_map(|r| serde_json::to_value(r).ok()).collect(),
+        usb_devices_requests: server
+            .requests
+            .iter()
+            .filter_map(|r| serde_json::to_value(r).ok())
+            .collect(),
     };
     let all: Vec<Published> = servers.iter().map(publish).collect();
     serde_json::to_string(&all).unwrap_or_default()
@@ -92,7 +99,9 @@ fn read(text: &str) -> Vec<Server> {
             running: published.running,
             project: published.project_id.and_then(|project| project.parse().ok()),
             by_domain: published.by_domain,
-            requests: Flavor::parse_lists(Some(&list), None).map(|f| f.usb_devices).unwrap_or_default(),
+            requests: Flavor::parse_lists(Some(&list), None)
+                .map(|f| f.usb_devices)
+                .unwrap_or_default(),
         })
     };
     all.into_iter().filter_map(one).collect()
@@ -127,10 +136,15 @@ struct State {
 impl Others {
     pub(crate) fn new(own: String) -> Self {
         let state = Arc::new(Mutex::new(State { own, ..State::default() }));
-        Self { state, asked: Arc::new(watch::Sender::new(None)), told: Arc::new(watch::Sender::new(false)) }
+        Self {
+            state,
+            asked: Arc::new(watch::Sender::new(None)),
+            told: Arc::new(watch::Sender::new(false)),
+        }
     }
 
-    /// Somebody asks: the fleet is followed from now on, and has been listed where that goes quickly.
+    /// Somebody asks: the fleet is followed from now on, and has been listed where that goes
+    /// quickly.
     pub(crate) async fn wake(&self) {
         self.asked.send_replace(Some(Instant::now()));
         let mut told = self.told.subscribe();
@@ -175,7 +189,8 @@ impl Others {
 async fn idle(asks: &watch::Sender<Option<Instant>>) {
     loop {
         let last = *asks.borrow();
-        let Some(until) = last.map(|last| last + FOLLOWED).filter(|until| *until > Instant::now()) else {
+        let Some(until) = last.map(|last| last + FOLLOWED).filter(|until| *until > Instant::now())
+        else {
             return;
         };
         tokio::time::sleep_until(until).await;
@@ -194,8 +209,12 @@ impl State {
     }
 
     fn refresh_of(&mut self, host: &str) {
-        let numbers: Vec<u64> =
-            self.nodes.iter().filter(|(_, node)| node.host == host).map(|(number, _)| *number).collect();
+        let numbers: Vec<u64> = self
+            .nodes
+            .iter()
+            .filter(|(_, node)| node.host == host)
+            .map(|(number, _)| *number)
+            .collect();
         for number in numbers {
             self.refresh(number);
         }
@@ -206,7 +225,8 @@ impl State {
         let name = node.host.clone();
         let servers = self.servers.get(&name).cloned().unwrap_or_default();
         // A document that names another's number says nothing about this one.
-        let known = self.documents.get(&name).filter(|(document, _)| document.compute_node_id == number);
+        let known =
+            self.documents.get(&name).filter(|(document, _)| document.compute_node_id == number);
         let Some((document, reachable)) = known else {
             return Some(Other { name, number, servers, ..Other::default() });
         };
@@ -249,7 +269,9 @@ impl Sink for Others {
                 state.refresh_of(host);
             }
             Some(("nodes", number)) => {
-                if let (Ok(number), Ok(node)) = (number.parse(), serde_json::from_str::<Node>(&text)) {
+                if let (Ok(number), Ok(node)) =
+                    (number.parse(), serde_json::from_str::<Node>(&text))
+                {
                     state.nodes.insert(number, node);
                     state.refresh(number);
                 }
@@ -274,7 +296,8 @@ impl Sink for Others {
                     state.refresh(number);
                 }
             }
-            // A host's guests go with its lease; what was known of them tells whose its devices are.
+            // A host's guests go with its lease; what was known of them tells whose its devices
+            // are.
             _ => {}
         }
     }
@@ -335,7 +358,12 @@ pub(crate) fn record(mut entry: virt_usb_model::DeviceEntry, reachable: bool) ->
 }
 
 /// Who has it, as far as that is published.
-fn claim(device: DeviceId, instance: InstanceId, status: &str, server: Option<&Server>) -> ClaimRow {
+fn claim(
+    device: DeviceId,
+    instance: InstanceId,
+    status: &str,
+    server: Option<&Server>,
+) -> ClaimRow {
     ClaimRow {
         id: 0,
         created_at: String::new(),
@@ -383,15 +411,20 @@ mod tests {
     #[test]
     fn a_host_is_shown_as_what_it_says_and_nobody_else() {
         let mut others = Others::new("own".to_owned());
-        let put = |others: &mut Others, key: &str, value: &str| others.put(key, value.as_bytes(), 1);
+        let put =
+            |others: &mut Others, key: &str, value: &str| others.put(key, value.as_bytes(), 1);
         put(&mut others, "hosts/a", &document("a", 2, 1_000_001));
         assert!(others.now().is_empty(), "it has not joined");
         put(&mut others, "nodes/2", &node("a"));
         put(&mut others, "nodes/3", &node("own"));
         put(&mut others, "hosts/own", &document("own", 3, 2_000_001));
         let one = |others: &Others| others.now().get(&2).cloned().unwrap();
-        assert_eq!((others.now().len(), one(&others).devices.len(), one(&others).reachable), (1, 1, true));
-        let server = format!(r#"[{{"id":"{GUEST}","name":"erp","running":true,"project_id":"p1"}}]"#);
+        assert_eq!(
+            (others.now().len(), one(&others).devices.len(), one(&others).reachable),
+            (1, 1, true)
+        );
+        let server =
+            format!(r#"[{{"id":"{GUEST}","name":"erp","running":true,"project_id":"p1"}}]"#);
         put(&mut others, "servers/a", &server);
         let claim = one(&others).claims.values().next().cloned().unwrap();
         assert_eq!((claim.domain.as_str(), claim.project_id.as_deref()), ("erp", Some("p1")));

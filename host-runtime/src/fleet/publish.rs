@@ -1,7 +1,8 @@
-//! Telling the fleet what this host has: its document, under a lease, whenever it changes and now and then besides.
+//! Telling the fleet what this host has: its document, under a lease, whenever it changes and now
+//! and then besides.
 //!
-//! What happens to etcd changes nothing on the host: this thread reads the inventory, and is waited for by nobody. What it missed is caught
-//! up by telling how things are now.
+//! What happens to etcd changes nothing on the host: this thread reads the inventory, and is waited
+//! for by nobody. What it missed is caught up by telling how things are now.
 
 use std::convert::Infallible;
 use std::sync::Arc;
@@ -44,7 +45,8 @@ enum Failure {
     #[error("this host has not joined the fleet, or has left it: 'virt-usb fleet join'")]
     NotJoined,
     #[error(
-        "the inventory has number {inventory}, in the fleet this machine is {fleet}: 'virt-usb fleet join' renumbers it"
+        "the inventory has number {inventory}, in the fleet this machine is {fleet}: 'virt-usb \
+            fleet join' renumbers it"
     )]
     OtherNumber { inventory: u64, fleet: u64 },
     #[error("{0}")]
@@ -75,7 +77,8 @@ pub struct Publishing {
 }
 
 impl Publishing {
-    /// Publishes no more. What was published stays until its lease ends: an agent that starts anew is not missed.
+    /// Publishes no more. What was published stays until its lease ends: an agent that starts anew
+    /// is not missed.
     pub fn stop(self) {
         self.stop.send_replace(true);
         drop(self.thread.join());
@@ -109,7 +112,8 @@ impl Publisher {
         Ok(Publishing { stop, thread })
     }
 
-    /// For ever. `news` tells of each write to the inventory; without it, it is looked at now and then.
+    /// For ever. `news` tells of each write to the inventory; without it, it is looked at now and
+    /// then.
     pub(super) async fn publish(self, news: Option<Arc<Notify>>) {
         let guests = Guests::new(self.hypervisor.clone(), self.config.state_dir.clone());
         tokio::select! {
@@ -161,7 +165,8 @@ impl Publisher {
         let keys = etcd.keys();
         let me = Me::new(self, etcd, connection, &keys).await?;
         let ttl = i64::try_from(self.fleet.lease.as_secs()).unwrap_or(i64::MAX);
-        let lease = etcd.within("take a lease", connection.client.lease_grant(ttl, None)).await?.id();
+        let lease =
+            etcd.within("take a lease", connection.client.lease_grant(ttl, None)).await?.id();
         let keeping = connection.client.lease_keep_alive(lease);
         let (mut keeper, mut kept) = etcd.within("keep a lease", keeping).await?;
         let mut watched = Watched::open(&self.config.state_dir, PATIENCE)?;
@@ -182,7 +187,11 @@ impl Publisher {
                 if due || last.as_ref() != Some(&text) {
                     me.put(etcd, connection, lease, &me.key, &text).await?;
                     self.metrics.fleet(Some(document.revision));
-                    tracing::debug!("published revision {} ({} bytes)", document.revision, text.len());
+                    tracing::debug!(
+                        "published revision {} ({} bytes)",
+                        document.revision,
+                        text.len()
+                    );
                     if told.take().is_some() || last.is_none() {
                         tracing::info!(
                             "the fleet hears of this host: {}, number {}",
@@ -196,7 +205,8 @@ impl Publisher {
                 }
             }
             if due {
-                // An inventory that says nothing of this host yet is no reason to ask it again and again.
+                // An inventory that says nothing of this host yet is no reason to ask it again and
+                // again.
                 beat = Instant::now() + self.fleet.heartbeat;
             }
             let written = async {
@@ -225,11 +235,13 @@ impl Publisher {
                     match answer {
                         Some(answer) if answer.ttl() > 0 => ends = Instant::now() + self.fleet.lease,
                         Some(_) => return Err(Failure::LeaseEnded),
-                        None => return Err(Error::Unreachable("it has ended the lease's stream".into()).into()),
+                        None => return Err(Error::Unreachable("it has ended the lease's \
+                            stream".into()).into()),
                     }
                 }
                 // Nobody has answered for a whole lease: others may see this host as gone.
-                () = sleep_until(ends) => return Err(Error::Unreachable("the lease was not kept in time".into()).into()),
+                () = sleep_until(ends) => return Err(Error::Unreachable("the lease was not kept in \
+                    time".into()).into()),
             }
         }
     }
@@ -238,7 +250,8 @@ impl Publisher {
         let published = document.published(LARGEST);
         if published.left_out > 0 {
             tracing::error!(
-                "{} devices of {} are not told to the fleet: the document would be larger than {LARGEST} bytes",
+                "{} devices of {} are not told to the fleet: the document would be larger than \
+                    {LARGEST} bytes",
                 published.left_out,
                 document.devices.len()
             );
@@ -263,10 +276,11 @@ impl Me {
         connection: &mut Connection,
         keys: &Keys,
     ) -> Result<Self, Failure> {
-        let machine =
-            super::join::this_machine(&publisher.fleet).map_err(|e| Failure::Machine(e.to_string()))?;
+        let machine = super::join::this_machine(&publisher.fleet)
+            .map_err(|e| Failure::Machine(e.to_string()))?;
         let inventory =
-            Store::open(&publisher.config.state_dir, PATIENCE, virt_usb_store::Durability::Boot)?.node()?;
+            Store::open(&publisher.config.state_dir, PATIENCE, virt_usb_store::Durability::Boot)?
+                .node()?;
         match place(etcd, connection, keys, &machine).await? {
             Place { number: Some(number), node: Some(node) }
                 if node.machine == machine && node.host == publisher.host =>
@@ -282,23 +296,27 @@ impl Me {
         }
     }
 
-    /// No reader is to see a revision that is lower than one before: an inventory that was restored goes on above what is known of it.
+    /// No reader is to see a revision that is lower than one before: an inventory that was restored
+    /// goes on above what is known of it.
     async fn raise(
         &self,
         etcd: &Etcd,
         connection: &mut Connection,
         state_dir: &std::path::Path,
     ) -> Result<(), Failure> {
-        let answer =
-            etcd.within("read its own document", connection.client.get(self.key.clone(), None)).await?;
+        let answer = etcd
+            .within("read its own document", connection.client.get(self.key.clone(), None))
+            .await?;
         let text = answer.kvs().first().map(|kv| String::from_utf8_lossy(kv.value()).into_owned());
-        let known = text.and_then(|text| HostDocument::parse(&text).ok()).map(|document| document.revision);
+        let known =
+            text.and_then(|text| HostDocument::parse(&text).ok()).map(|document| document.revision);
         let Some(known) = known else { return Ok(()) };
         let mut store = Store::open(state_dir, PATIENCE, virt_usb_store::Durability::Power)?;
         if store.host_document()?.is_some_and(|own| own.revision < known) {
             store.raise_revision(known + 1)?;
             tracing::warn!(
-                "the fleet knows revision {known} of this host: the inventory, which is older, goes on from there"
+                "the fleet knows revision {known} of this host: the inventory, which is older, \
+                    goes on from there"
             );
         }
         Ok(())
@@ -319,7 +337,9 @@ impl Me {
         let txn = Txn::new().when([still]).and_then([put]).or_else([who]);
         let sent = etcd.within("publish its document", connection.client.txn(txn)).await;
         let answer = match sent {
-            Err(Error::Other(why)) if why == "requested lease not found" => return Err(Failure::LeaseEnded),
+            Err(Error::Other(why)) if why == "requested lease not found" => {
+                return Err(Failure::LeaseEnded);
+            }
             answer => answer?,
         };
         if answer.succeeded() {

@@ -46,7 +46,8 @@ impl Reader {
         Self { etcd, prefix, known: HashMap::new(), revision: 0, cluster: 0 }
     }
 
-    /// Follows for ever, beginning with a list. Who stops it may begin anew later: only what is news then is told.
+    /// Follows for ever, beginning with a list. Who stops it may begin anew later: only what is
+    /// news then is told.
     pub(crate) async fn follow(&mut self, sink: &mut impl Sink) {
         self.revision = 0;
         let mut pause = Pause::default();
@@ -99,10 +100,15 @@ impl Reader {
         }
     }
 
-    async fn list(&mut self, connection: &mut Connection, sink: &mut impl Sink) -> Result<(), Error> {
+    async fn list(
+        &mut self,
+        connection: &mut Connection,
+        sink: &mut impl Sink,
+    ) -> Result<(), Error> {
         let Self { etcd, prefix, known, .. } = self;
         let mut seen = HashSet::new();
-        // What is told counts as known at once: a list may fail half way, and a key of it be gone at the next.
+        // What is told counts as known at once: a list may fail half way, and a key of it be gone
+        // at the next.
         let each = |kv: &KeyValue| {
             let Some(key) = name(prefix, kv.key()) else { return };
             if known.insert(key.clone(), kv.mod_revision()) != Some(kv.mod_revision()) {
@@ -134,7 +140,8 @@ impl Reader {
         let watch = connection.watch.watch(self.prefix.clone(), Some(options));
         let mut stream = self.etcd.within("watch the fleet", watch).await?;
         loop {
-            let message = stream.message().await.map_err(|e| self.etcd.explain(&e, "watch the fleet"))?;
+            let message =
+                stream.message().await.map_err(|e| self.etcd.explain(&e, "watch the fleet"))?;
             let Some(message) = message else { return Ok(()) };
             if message.compact_revision() > 0 {
                 return Err(Error::Compacted);

@@ -1,4 +1,5 @@
-//! What the API of one host asks the agent of another, through etcd: done once or not at all, and answered once.
+//! What the API of one host asks the agent of another, through etcd: done once or not at all, and
+//! answered once.
 //!
 //! ```text
 //!  API of A                          etcd                                agent of B
@@ -6,14 +7,17 @@
 //!                              answers/B/ID  "begun" ◄─────────────────── put, if the request is there and no answer is
 //!  waits ◄──────────────────── answers/B/ID  "done", status, body ◄────── does it, looks again, puts
 //! ```
-//! An agent that finds a request that it has begun and not answered was interrupted: it does not do it again, but says how things are.
+//! An agent that finds a request that it has begun and not answered was interrupted: it does not do
+//! it again, but says how things are.
 
 use std::collections::HashSet;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use etcd_client::{Compare, CompareOp, EventType, GetOptions, PutOptions, Txn, TxnOp, WatchOptions};
+use etcd_client::{
+    Compare, CompareOp, EventType, GetOptions, PutOptions, Txn, TxnOp, WatchOptions,
+};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tokio::sync::mpsc;
@@ -84,7 +88,11 @@ pub(crate) enum Unanswered {
 ///
 /// # Errors
 /// When there is none; each says whether something may have been done.
-pub(crate) async fn ask(fleet: &Fleet, host: &str, request: &Request) -> Result<Answer, Unanswered> {
+pub(crate) async fn ask(
+    fleet: &Fleet,
+    host: &str,
+    request: &Request,
+) -> Result<Answer, Unanswered> {
     let mut etcd = Etcd::new(fleet.clone());
     let mut connection = etcd.connect().await?;
     let keys = etcd.keys();
@@ -92,7 +100,8 @@ pub(crate) async fn ask(fleet: &Fleet, host: &str, request: &Request) -> Result<
     getrandom::fill(&mut random).map_err(|e| Error::Other(e.to_string()))?;
     let id: String = random.iter().map(|byte| format!("{byte:02x}")).collect();
     let (key, answer) = (format!("{}{id}", keys.requests(host)), keys.answer(host, &id));
-    let lease = etcd.within("ask another host", connection.client.lease_grant(DEADLINE, None)).await?.id();
+    let lease =
+        etcd.within("ask another host", connection.client.lease_grant(DEADLINE, None)).await?.id();
     let text = serde_json::to_string(request).unwrap_or_default();
     let there = Compare::version(keys.host(host), CompareOp::Greater, 0);
     let put = TxnOp::put(key.clone(), text, Some(PutOptions::new().with_lease(lease)));
@@ -180,7 +189,8 @@ pub(crate) type Doing = Pin<Box<dyn Future<Output = Answer> + Send>>;
 pub(crate) trait Doer: Send + Sync + 'static {
     /// Does it.
     fn act(self: Arc<Self>, request: Request) -> Doing;
-    /// It was begun by an agent before this one, which has not said how it ended: says how things are, and does nothing.
+    /// It was begun by an agent before this one, which has not said how it ended: says how things
+    /// are, and does nothing.
     fn look(self: Arc<Self>, request: Request) -> Doing;
 }
 
@@ -189,7 +199,8 @@ type Read = (String, i64, Vec<u8>);
 
 struct Ears {
     asked: mpsc::UnboundedSender<Read>,
-    /// Those that this agent has begun, as long as they stand in etcd: they come again when another etcd is listed.
+    /// Those that this agent has begun, as long as they stand in etcd: they come again when another
+    /// etcd is listed.
     begun: HashSet<String>,
 }
 
@@ -239,11 +250,18 @@ impl One {
         let (lease, mine) = match self.begin().await {
             Ok(begun) => begun,
             // Nothing was begun: whoever asks hears nothing, and is told so when its time is up.
-            Err(e) => return tracing::warn!("a request of {} through etcd is not begun: {e}", request.from),
+            Err(e) => {
+                return tracing::warn!(
+                    "a request of {} through etcd is not begun: {e}",
+                    request.from
+                );
+            }
         };
         let Some(lease) = lease else { return };
-        let what =
-            format!("{} for {} by {} on {}", request.call, request.server, request.caller, request.from);
+        let what = format!(
+            "{} for {} by {} on {}",
+            request.call, request.server, request.caller, request.from
+        );
         let answer = match mine {
             true => doer.act(request).await,
             false => doer.look(request).await,
@@ -252,13 +270,16 @@ impl One {
         self.give(lease, &answer).await;
     }
 
-    /// Says that it is begun. Without a lease there is nothing to do; false: it was begun before, by an agent that is no more.
+    /// Says that it is begun. Without a lease there is nothing to do; false: it was begun before,
+    /// by an agent that is no more.
     async fn begin(&self) -> Result<(Option<i64>, bool), Error> {
         let mut etcd = Etcd::new(self.fleet.clone());
         let mut connection = etcd.connect().await?;
         let keys = etcd.keys();
-        let (key, answer) =
-            (format!("{}{}", keys.requests(&self.host), self.id), keys.answer(&self.host, &self.id));
+        let (key, answer) = (
+            format!("{}{}", keys.requests(&self.host), self.id),
+            keys.answer(&self.host, &self.id),
+        );
         let lease = etcd.within("answer", connection.client.lease_grant(KEPT, None)).await?.id();
         let begun = serde_json::to_string(&State::Begun).unwrap_or_default();
         let txn = Txn::new()
@@ -266,7 +287,11 @@ impl One {
                 Compare::mod_revision(key, CompareOp::Equal, self.revision),
                 Compare::version(answer.clone(), CompareOp::Equal, 0),
             ])
-            .and_then([TxnOp::put(answer.clone(), begun, Some(PutOptions::new().with_lease(lease)))]);
+            .and_then([TxnOp::put(
+                answer.clone(),
+                begun,
+                Some(PutOptions::new().with_lease(lease)),
+            )]);
         if etcd.within("answer", connection.client.txn(txn)).await?.succeeded() {
             return Ok((Some(lease), true));
         }
@@ -288,7 +313,11 @@ impl One {
             let given = async {
                 let mut connection = etcd.connect().await?;
                 let options = PutOptions::new().with_lease(lease);
-                etcd.within("answer", connection.client.put(key.clone(), text.clone(), Some(options))).await
+                etcd.within(
+                    "answer",
+                    connection.client.put(key.clone(), text.clone(), Some(options)),
+                )
+                .await
             };
             match given.await {
                 Ok(_) => return,

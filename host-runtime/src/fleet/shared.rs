@@ -1,5 +1,5 @@
-//! What all hosts of a fleet have in common, flavors and grants: in etcd, and mirrored into each host's inventory, so that they work while etcd is
-//! away.
+//! What all hosts of a fleet have in common, flavors and grants: in etcd, and mirrored into each
+//! host's inventory, so that they work while etcd is away.
 //!
 //! ```text
 //!  flavor set, grant set, API ─► change ─► etcd ─► mirror (each host) ─► store ◄── hook, on each start
@@ -133,7 +133,8 @@ pub(crate) enum ChangeError {
     Store(#[from] StoreError),
 }
 
-/// Sets one, or removes it; where this host is in a fleet, for all its hosts. Says whether that changed anything.
+/// Sets one, or removes it; where this host is in a fleet, for all its hosts. Says whether that
+/// changed anything.
 ///
 /// # Errors
 /// When the inventory cannot be written; or when etcd cannot, where there is a fleet.
@@ -163,7 +164,11 @@ pub(crate) fn change<T: Shared>(
 }
 
 /// In etcd; none: this host is in no fleet there.
-async fn edit<T: Shared>(fleet: &Fleet, name: &str, wanted: Option<&T>) -> Result<Option<bool>, Error> {
+async fn edit<T: Shared>(
+    fleet: &Fleet,
+    name: &str,
+    wanted: Option<&T>,
+) -> Result<Option<bool>, Error> {
     let machine = this_machine(fleet)?;
     let mut etcd = Etcd::new(fleet.clone());
     let mut connection = etcd.connect().await?;
@@ -189,7 +194,8 @@ async fn edit<T: Shared>(fleet: &Fleet, name: &str, wanted: Option<&T>) -> Resul
     }
 }
 
-/// Gives the fleet those of these that it does not have; returns the names of those that it has otherwise.
+/// Gives the fleet those of these that it does not have; returns the names of those that it has
+/// otherwise.
 ///
 /// # Errors
 /// When etcd cannot be asked, or refuses.
@@ -208,7 +214,8 @@ pub(crate) async fn contribute<T: Shared>(
             .and_then([TxnOp::put(key.clone(), one.to_string(), None)]);
         if !etcd.within(T::CHANGE, connection.client.txn(txn)).await?.succeeded() {
             let known = etcd.within(T::READ, connection.client.get(key, None)).await?;
-            let text = known.kvs().first().map(|kv| String::from_utf8_lossy(kv.value()).into_owned());
+            let text =
+                known.kvs().first().map(|kv| String::from_utf8_lossy(kv.value()).into_owned());
             if text.and_then(|text| text.parse::<T>().ok()).as_ref() != Some(one) {
                 others.push(name.clone());
             }
@@ -267,7 +274,8 @@ impl<T: Shared> Mirror<T> {
     pub(super) async fn follow(self) {
         let (all, news) = watch::channel(None);
         let mut ears = Ears { now: BTreeMap::new(), listed: false, all };
-        let mut reader = Reader::new(&self.fleet, Keys::new(self.fleet.prefix.clone()).shared(T::PLURAL));
+        let mut reader =
+            Reader::new(&self.fleet, Keys::new(self.fleet.prefix.clone()).shared(T::PLURAL));
         tokio::join!(reader.follow(&mut ears), self.keep(news));
     }
 
@@ -294,7 +302,8 @@ impl<T: Shared> Mirror<T> {
         }
     }
 
-    /// Makes those of the inventory those of the fleet, if this host is in it: an etcd that was wiped takes nothing away.
+    /// Makes those of the inventory those of the fleet, if this host is in it: an etcd that was
+    /// wiped takes nothing away.
     async fn apply(&self, all: &BTreeMap<String, String>) -> Result<(), String> {
         let (mut clear, mut unclear) = (BTreeMap::new(), BTreeSet::new());
         for (name, text) in all {
@@ -329,7 +338,11 @@ impl<T: Shared> Mirror<T> {
         is_member(&etcd, &mut connection, &keys, &machine).await
     }
 
-    fn write(&self, clear: &BTreeMap<String, T>, unclear: &BTreeSet<String>) -> anyhow::Result<usize> {
+    fn write(
+        &self,
+        clear: &BTreeMap<String, T>,
+        unclear: &BTreeSet<String>,
+    ) -> anyhow::Result<usize> {
         let context = machine::context(&self.config, "virt-usbd fleet")?;
         let mut store = Store::open(&self.config.state_dir, PATIENCE, Durability::Power)?;
         Ok(T::mirror(&mut store, clear, unclear, &context)?)

@@ -1,5 +1,6 @@
-//! `fleet simulate`: many hosts on one machine, over a real etcd: real inventories, real publishers, a real scheduler's view, and made
-//! devices and guests. What must hold is checked while they change and at the end.
+//! `fleet simulate`: many hosts on one machine, over a real etcd: real inventories, real
+//! publishers, a real scheduler's view, and made devices and guests. What must hold is checked
+//! while they change and at the end.
 //!
 //! | what must hold | when |
 //! |---|---|
@@ -23,8 +24,8 @@ use tokio::task::JoinHandle;
 use virt_usb_filter_host::{Filter, Question};
 use virt_usb_hook::config::{Config, Fleet};
 use virt_usb_model::{
-    BusAddress, Class, Device, DeviceId, DeviceKey, Flavor, HostDocument, InstanceId, PortPath, Serial,
-    UsbId, Whitelist,
+    BusAddress, Class, Device, DeviceId, DeviceKey, Flavor, HostDocument, InstanceId, PortPath,
+    Serial, UsbId, Whitelist,
 };
 use virt_usb_store::claim::{Asker, Claimed, Granted, Judge, Standing, Verified, Want};
 use virt_usb_store::flaps::Limits;
@@ -50,7 +51,8 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// What is simulated.
 #[derive(Debug)]
 pub(crate) struct Options {
-    /// Which etcd, and below which prefix: all happens in a folder of it, which is removed at the end.
+    /// Which etcd, and below which prefix: all happens in a folder of it, which is removed at the
+    /// end.
     pub(crate) fleet: Fleet,
     pub(crate) filter: Filter,
     pub(crate) hosts: u32,
@@ -135,7 +137,11 @@ impl Ears {
     }
 
     fn written(&self, host: &str, revision: u64) {
-        self.heard().written.entry(host.to_owned()).or_default().push_back((revision, Instant::now()));
+        self.heard()
+            .written
+            .entry(host.to_owned())
+            .or_default()
+            .push_back((revision, Instant::now()));
     }
 }
 
@@ -153,7 +159,9 @@ impl Sink for Ears {
         heard.largest = heard.largest.max(value.len());
         let before = heard.now.insert(key.to_owned(), (document.revision, value.to_vec()));
         if let Some((before, _)) = before.filter(|(before, _)| *before > document.revision) {
-            heard.broken.push(format!("the revision of {key} fell from {before} to {}", document.revision));
+            heard
+                .broken
+                .push(format!("the revision of {key} fell from {before} to {}", document.revision));
         }
         let waiting = heard.written.entry(key.to_owned()).or_default();
         let mut lags = Vec::new();
@@ -241,7 +249,8 @@ impl Host {
         // Its devices come and go more often than any should.
         let limits = Limits { limit: 0, ..Limits::default() };
         let (whitelist, aliases) = (Whitelist::default(), virt_usb_model::Aliases::default());
-        let plan = |known: &[Record]| crate::inventory::plan(&snapshot, known, &whitelist, &aliases);
+        let plan =
+            |known: &[Record]| crate::inventory::plan(&snapshot, known, &whitelist, &aliases);
         self.store.restart_patience();
         self.store.reconcile(&self.name, &limits, snapshot.seen(&aliases), plan, context)?;
         Ok(())
@@ -274,7 +283,8 @@ impl Host {
 /// # Errors
 /// When it cannot be run; what must hold and does not is no error, but part of the report.
 pub(crate) fn run(options: &Options, told: impl Fn(&str)) -> anyhow::Result<Report> {
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     let mut random = [0; 4];
     let _ = getrandom::fill(&mut random);
     let folder: String = random.iter().map(|byte| format!("{byte:02x}")).collect();
@@ -285,7 +295,8 @@ pub(crate) fn run(options: &Options, told: impl Fn(&str)) -> anyhow::Result<Repo
     let cleaned = runtime.block_on(clean(&fleet));
     runtime.shutdown_timeout(Duration::from_secs(1));
     let report = result?;
-    cleaned.with_context(|| format!("what was simulated is left in etcd, below {}", fleet.prefix))?;
+    cleaned
+        .with_context(|| format!("what was simulated is left in etcd, below {}", fleet.prefix))?;
     Ok(report)
 }
 
@@ -293,7 +304,8 @@ async fn clean(fleet: &Fleet) -> anyhow::Result<()> {
     let mut etcd = Etcd::new(fleet.clone());
     let mut connection = etcd.connect().await?;
     let all = DeleteOptions::new().with_range(super::etcd::after(&fleet.prefix));
-    etcd.within("remove the simulation", connection.client.delete(fleet.prefix.clone(), Some(all))).await?;
+    etcd.within("remove the simulation", connection.client.delete(fleet.prefix.clone(), Some(all)))
+        .await?;
     Ok(())
 }
 
@@ -389,7 +401,8 @@ impl Simulation<'_> {
         store.renumber(&name, node, &self.context)?;
         let plugged = (0..self.options.devices).map(|n| n % 4 != 3).collect();
         let news = Arc::new(Notify::new());
-        let mut host = Host { name, dir, fleet, store, plugged, guests: Vec::new(), news, publishing: None };
+        let mut host =
+            Host { name, dir, fleet, store, plugged, guests: Vec::new(), news, publishing: None };
         host.scan(number, &self.context)?;
         Ok(host)
     }
@@ -440,11 +453,10 @@ impl Simulation<'_> {
         }
         let number = u32::try_from(at).unwrap_or_default();
         let port = device(number, slot).map(|device| device.key.port);
-        let held = host
-            .store
-            .devices()?
-            .iter()
-            .any(|r| Some(&r.entry.port_path) == port.as_ref() && r.entry.instance_uuid.is_some());
+        let held =
+            host.store.devices()?.iter().any(|r| {
+                Some(&r.entry.port_path) == port.as_ref() && r.entry.instance_uuid.is_some()
+            });
         if held {
             return Ok("nothing, for the device is held");
         }
@@ -458,8 +470,10 @@ impl Simulation<'_> {
     /// A guest starts where the scheduler says.
     fn start(&mut self, view: &View) -> anyhow::Result<&'static str> {
         let usb = kind(self.dice.roll(KINDS));
-        let text =
-            format!(r#"{{"usb_devices":[{{"vendor_id":"{}","product_id":"{}"}}]}}"#, usb.vendor, usb.product);
+        let text = format!(
+            r#"{{"usb_devices":[{{"vendor_id":"{}","product_id":"{}"}}]}}"#,
+            usb.vendor, usb.product
+        );
         let flavor = Flavor::parse(&text)?;
         let selected = view.select(&Question::new(flavor.clone()), None, 1, Some(PROMISE))?;
         let Some(best) = selected.chosen.first() else { return Ok("no host for a guest") };
@@ -481,13 +495,17 @@ impl Simulation<'_> {
                 host.guests.push(instance);
                 for device in granted.iter().map(|granted| granted.device.entry.id) {
                     if let Some(other) = self.held.insert(device, instance) {
-                        self.report.broken.push(format!("device {device} is in {other} and in {instance}"));
+                        self.report
+                            .broken
+                            .push(format!("device {device} is in {other} and in {instance}"));
                     }
                 }
                 self.told(at)?;
                 Ok("started")
             }
-            Claimed::Short(_) | Claimed::Unfit(_) => Ok("start refused, for the fleet's view was old"),
+            Claimed::Short(_) | Claimed::Unfit(_) => {
+                Ok("start refused, for the fleet's view was old")
+            }
         }
     }
 
@@ -527,10 +545,10 @@ impl Simulation<'_> {
             }
             if begun.elapsed() > SETTLING {
                 let few: Vec<String> = missing.into_iter().take(5).collect();
-                self.ears
-                    .heard()
-                    .broken
-                    .push(format!("after {SETTLING:?} the watcher does not know: {}", few.join(", ")));
+                self.ears.heard().broken.push(format!(
+                    "after {SETTLING:?} the watcher does not know: {}",
+                    few.join(", ")
+                ));
                 return Ok(());
             }
             std::thread::sleep(Duration::from_millis(20));
@@ -542,7 +560,9 @@ impl Simulation<'_> {
         for host in &self.hosts {
             let known = self.ears.heard().now.get(&host.name).map(|(revision, _)| *revision);
             match (&host.publishing, known) {
-                (Some(_), known) if known != Some(host.revision()?) => missing.push(host.name.clone()),
+                (Some(_), known) if known != Some(host.revision()?) => {
+                    missing.push(host.name.clone());
+                }
                 (None, Some(_)) => missing.push(format!("that {} is dead", host.name)),
                 _ => {}
             }
@@ -566,8 +586,13 @@ impl Simulation<'_> {
                 etcd.within("ask for its state", connection.client.status()).await?.db_size(),
             )
         })?;
-        let heard: HashMap<String, Vec<u8>> =
-            self.ears.heard().now.iter().map(|(name, (_, text))| (name.clone(), text.clone())).collect();
+        let heard: HashMap<String, Vec<u8>> = self
+            .ears
+            .heard()
+            .now
+            .iter()
+            .map(|(name, (_, text))| (name.clone(), text.clone()))
+            .collect();
         if heard != listed {
             broken.push(format!(
                 "the watcher knows {} documents, a fresh list has {} and they differ",
@@ -584,13 +609,21 @@ impl Simulation<'_> {
                     broken.push(format!("two devices have the id {}", device.id));
                 }
             }
-            claims
-                .extend(host.store.claims()?.into_iter().map(|claim| (claim.device_id, claim.instance_uuid)));
-            let published = listed.get(&host.name).map(|text| String::from_utf8_lossy(text).into_owned());
+            claims.extend(
+                host.store
+                    .claims()?
+                    .into_iter()
+                    .map(|claim| (claim.device_id, claim.instance_uuid)),
+            );
+            let published =
+                listed.get(&host.name).map(|text| String::from_utf8_lossy(text).into_owned());
             let published = published.map(|text| HostDocument::parse(&text)).transpose()?;
             let expected = own.filter(|_| host.publishing.is_some());
             if published != expected {
-                broken.push(format!("what is published of {} is not what its inventory holds", host.name));
+                broken.push(format!(
+                    "what is published of {} is not what its inventory holds",
+                    host.name
+                ));
             }
         }
         if claims != self.held {
@@ -601,7 +634,8 @@ impl Simulation<'_> {
         }
         for number in 0..KINDS {
             let usb = kind(number);
-            let text = format!(r#"[{{"vendor_id":"{}","product_id":"{}"}}]"#, usb.vendor, usb.product);
+            let text =
+                format!(r#"[{{"vendor_id":"{}","product_id":"{}"}}]"#, usb.vendor, usb.product);
             let question = Question::new(Flavor::parse_lists(Some(&text), None)?);
             let found = view.select(&question, None, 1, None)?.matched;
             let mut expected = 0;
@@ -611,7 +645,8 @@ impl Simulation<'_> {
             }
             if found != expected {
                 broken.push(format!(
-                    "{found} hosts have {usb} free, says the filter; {expected}, say the inventories"
+                    "{found} hosts have {usb} free, says the filter; {expected}, say the \
+                        inventories"
                 ));
             }
         }

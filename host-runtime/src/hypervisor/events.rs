@@ -1,7 +1,9 @@
-//! What the `virt` crate does not wrap: domain events, detaching by alias, and the state of QEMU's monitor. The only code here that needs C's pointers.
+//! What the `virt` crate does not wrap: domain events, detaching by alias, and the state of QEMU's
+//! monitor. The only code here that needs C's pointers.
 //!
-//! libvirt calls back on the thread that runs its event loop, with the domain and numbers; each callback only sends a plain value into
-//! a channel. (libvirt-domain.h: `virConnectDomainEventRegisterAny`, `virDomainDetachDeviceAlias`.)
+//! libvirt calls back on the thread that runs its event loop, with the domain and numbers; each
+//! callback only sends a plain value into a channel. (libvirt-domain.h:
+//! `virConnectDomainEventRegisterAny`, `virDomainDetachDeviceAlias`.)
 
 #![allow(unsafe_code, reason = "the C API of libvirt, where the virt crate has no wrapper")]
 
@@ -22,11 +24,12 @@ type Send = Box<dyn Fn(Event) + std::marker::Send>;
 pub(super) struct Registered(Vec<c_int>);
 
 impl Registered {
-    /// No more is told. Each event keeps a reference to its connection: one that is closed with events is never freed, and keeps its
-    /// descriptors.
+    /// No more is told. Each event keeps a reference to its connection: one that is closed with
+    /// events is never freed, and keeps its descriptors.
     pub(super) fn end(self, connection: &Connect) {
         for id in self.0 {
-            // SAFETY: the connection is open or broken, and not freed yet. On a broken one only libvirtd does not hear of it.
+            // SAFETY: the connection is open or broken, and not freed yet. On a broken one only
+            // libvirtd does not hear of it.
             unsafe { sys::virConnectDomainEventDeregisterAny(connection.as_ptr(), id) };
         }
     }
@@ -34,11 +37,18 @@ impl Registered {
 
 /// Asks libvirt to tell of every domain that starts, stops, goes away, or gets or loses a device.
 pub(super) fn register(connection: &Connect, to: &Sender<Event>) -> Result<Registered, Error> {
-    type Lifecycle =
-        unsafe extern "C" fn(sys::virConnectPtr, sys::virDomainPtr, c_int, c_int, *mut c_void) -> c_int;
-    type Device = unsafe extern "C" fn(sys::virConnectPtr, sys::virDomainPtr, *const c_char, *mut c_void);
-    // SAFETY: libvirt wants every callback as this type, and calls it as the one that belongs to the event
-    // (virConnectDomainEventCallback, virConnectDomainEventDeviceAddedCallback and its like), which are those above.
+    type Lifecycle = unsafe extern "C" fn(
+        sys::virConnectPtr,
+        sys::virDomainPtr,
+        c_int,
+        c_int,
+        *mut c_void,
+    ) -> c_int;
+    type Device =
+        unsafe extern "C" fn(sys::virConnectPtr, sys::virDomainPtr, *const c_char, *mut c_void);
+    // SAFETY: libvirt wants every callback as this type, and calls it as the one that belongs to
+    // the event (virConnectDomainEventCallback, virConnectDomainEventDeviceAddedCallback and its
+    // like), which are those above.
     let (lifecycle, device) = unsafe {
         (
             std::mem::transmute::<Lifecycle, Generic>(on_lifecycle),
@@ -75,8 +85,8 @@ fn register_one(
     // Nobody may be left to hear it: then it is not worth telling.
     let send: Box<Send> = Box::new(Box::new(move |event| drop(to.send(event))));
     let opaque = Box::into_raw(send).cast::<c_void>();
-    // SAFETY: the connection is open; a null domain means all; `opaque` is a `Send` that only the callbacks use, until
-    // libvirt hands it to `free`.
+    // SAFETY: the connection is open; a null domain means all; `opaque` is a `Send` that only the
+    // callbacks use, until libvirt hands it to `free`.
     let registered = unsafe {
         sys::virConnectDomainEventRegisterAny(
             connection.as_ptr(),
@@ -108,12 +118,17 @@ unsafe extern "C" fn on_lifecycle(
     detail: c_int,
     opaque: *mut c_void,
 ) -> c_int {
-    // SAFETY: libvirt passes a domain that is valid during the call, and the `opaque` of `register_one`.
+    // SAFETY: libvirt passes a domain that is valid during the call, and the `opaque` of
+    // `register_one`.
     let (instance, send) = unsafe { (instance(domain), &*opaque.cast::<Send>()) };
     if let Some(instance) = instance {
         let started = event == sys::VIR_DOMAIN_EVENT_STARTED as c_int;
         let migrated = detail == sys::VIR_DOMAIN_EVENT_STARTED_MIGRATED as c_int;
-        send(if started && !migrated { Event::Started(instance) } else { Event::Changed(instance) });
+        send(if started && !migrated {
+            Event::Started(instance)
+        } else {
+            Event::Changed(instance)
+        });
     }
     0
 }
@@ -136,7 +151,8 @@ unsafe extern "C" fn on_device(
 /// # Safety
 /// The domain is valid.
 unsafe fn instance(domain: sys::virDomainPtr) -> Option<InstanceId> {
-    let mut text: [c_char; sys::VIR_UUID_STRING_BUFLEN as usize] = [0; sys::VIR_UUID_STRING_BUFLEN as usize];
+    let mut text: [c_char; sys::VIR_UUID_STRING_BUFLEN as usize] =
+        [0; sys::VIR_UUID_STRING_BUFLEN as usize];
     // SAFETY: the buffer is as long as libvirt wants it, and holds a C string where it returns 0.
     unsafe {
         (sys::virDomainGetUUIDString(domain, text.as_mut_ptr()) == 0)
@@ -145,7 +161,8 @@ unsafe fn instance(domain: sys::virDomainPtr) -> Option<InstanceId> {
     }
 }
 
-/// Takes a device by its alias from a running domain: its address may be long out of date. Does not wait for the guest.
+/// Takes a device by its alias from a running domain: its address may be long out of date. Does not
+/// wait for the guest.
 pub(super) fn detach_alias(domain: &Domain, alias: &CString) -> Result<(), Error> {
     let live = sys::VIR_DOMAIN_AFFECT_LIVE;
     // SAFETY: the domain is valid as long as it is borrowed, and the alias is a C string.
@@ -155,12 +172,17 @@ pub(super) fn detach_alias(domain: &Domain, alias: &CString) -> Result<(), Error
     }
 }
 
-/// Whether something is being done to a running domain: a job, or a command that QEMU has not answered.
+/// Whether something is being done to a running domain: a job, or a command that QEMU has not
+/// answered.
 pub(super) fn is_busy(domain: &Domain) -> Result<bool, Error> {
     let mut info = sys::virDomainControlInfo { state: 0, details: 0, stateTime: 0 };
-    // SAFETY: the domain is valid as long as it is borrowed, and libvirt writes one `virDomainControlInfo`.
+    // SAFETY: the domain is valid as long as it is borrowed, and libvirt writes one
+    // `virDomainControlInfo`.
     match unsafe { sys::virDomainGetControlInfo(domain.as_ptr(), &raw mut info, 0) } {
-        0 => Ok([sys::VIR_DOMAIN_CONTROL_JOB, sys::VIR_DOMAIN_CONTROL_OCCUPIED].contains(&info.state)),
+        0 => {
+            Ok([sys::VIR_DOMAIN_CONTROL_JOB, sys::VIR_DOMAIN_CONTROL_OCCUPIED]
+                .contains(&info.state))
+        }
         _ => Err(Error::last_error()),
     }
 }

@@ -4,9 +4,11 @@
 //!   (away) ── open, register events ──► connected ── no answer to keepalive, daemon gone ──► (away) ─ 1, 2, 4 … 30 s ─► …
 //!                                          └─► further connections, one for each call at a time
 //! ```
-//! One thread runs libvirt's event loop for as long as the process lives, another keeps the connections. The first one brings the
-//! events. A call is made from any thread, and has a connection to itself: beside a call that stays unanswered, others on the same
-//! connection are sent when the keepalive's timer runs out, 5 s later (seen with libvirt 9.0), and libvirtd takes five at a time.
+//! One thread runs libvirt's event loop for as long as the process lives, another keeps the
+//! connections. The first one brings the events. A call is made from any thread, and has a
+//! connection to itself: beside a call that stays unanswered, others on the same connection are
+//! sent when the keepalive's timer runs out, 5 s later (seen with libvirt 9.0), and libvirtd takes
+//! five at a time.
 
 use std::ffi::CString;
 use std::fs;
@@ -72,7 +74,8 @@ struct Open {
 }
 
 impl Open {
-    /// Local drivers (test:///default) have no keepalive, and need none; a program that runs no event loop has none either.
+    /// Local drivers (test:///default) have no keepalive, and need none; a program that runs no
+    /// event loop has none either.
     fn keep_alive(&self) {
         drop(self.connect.set_keep_alive(KEEPALIVE.0, KEEPALIVE.1));
     }
@@ -152,7 +155,8 @@ impl Libvirt {
         thread.map_err(|e| Failure::Away(e.to_string()))?;
         let dialled = from.recv_timeout(DEADLINE).map_err(|_| {
             Failure::Away(format!(
-                "{uri} has not answered for {DEADLINE:?}: 'systemctl status libvirtd' shows how it is"
+                "{uri} has not answered for {DEADLINE:?}: 'systemctl status libvirtd' shows how it \
+                    is"
             ))
         })?;
         libvirt.set(Some(Arc::new(dialled?)));
@@ -204,7 +208,8 @@ impl Libvirt {
                 Err(why) => {
                     let why = why.to_string();
                     // Once is enough, until it is another reason.
-                    if told.as_ref() != Some(&why) && events.send(Event::Lost(why.clone())).is_err() {
+                    if told.as_ref() != Some(&why) && events.send(Event::Lost(why.clone())).is_err()
+                    {
                         return;
                     }
                     told = Some(why);
@@ -221,12 +226,14 @@ impl Libvirt {
         waits.notify_one();
     }
 
-    /// Waits before the next attempt to connect. Says whether there was a reason not to wait so long.
+    /// Waits before the next attempt to connect. Says whether there was a reason not to wait so
+    /// long.
     fn rest(&self, wait: Duration) -> bool {
         let (asked, waits) = &*self.retry;
         let until = Instant::now() + wait;
-        let sockets =
-            || SOCKETS.map(|socket| fs::metadata(socket).ok().map(|found| (found.dev(), found.ino())));
+        let sockets = || {
+            SOCKETS.map(|socket| fs::metadata(socket).ok().map(|found| (found.dev(), found.ino())))
+        };
         let before = sockets();
         let mut guard = asked.lock().unwrap_or_else(PoisonError::into_inner);
         loop {
@@ -274,7 +281,8 @@ impl Libvirt {
     }
 
     fn set(&self, first: Option<Arc<Open>>) {
-        let before = std::mem::replace(&mut *self.connections(), Connections { first, more: Vec::new() });
+        let before =
+            std::mem::replace(&mut *self.connections(), Connections { first, more: Vec::new() });
         // To close a connection may take a while: nobody waits for that.
         drop(before);
     }
@@ -304,10 +312,12 @@ impl Libvirt {
             let Some(first) = &connections.first else {
                 return Err(Failure::Away(format!("no connection to {}", self.uri)));
             };
-            let has_events = first.registered.lock().unwrap_or_else(PoisonError::into_inner).is_some();
+            let has_events =
+                first.registered.lock().unwrap_or_else(PoisonError::into_inner).is_some();
             let first = Some(first).filter(|_| !has_events);
             let alive = |open: &&Arc<Open>| open.is_alive();
-            if let Some(lease) = first.into_iter().chain(&connections.more).filter(alive).find_map(Lease::of)
+            if let Some(lease) =
+                first.into_iter().chain(&connections.more).filter(alive).find_map(Lease::of)
             {
                 return Ok(lease);
             }
@@ -315,7 +325,8 @@ impl Libvirt {
                 return Err(Failure::Silent(format!("it has left {CONNECTIONS} calls unanswered")));
             }
         }
-        // The first one may be gone without being known to be. Whatever else keeps a further one away is no outage.
+        // The first one may be gone without being known to be. Whatever else keeps a further one
+        // away is no outage.
         let open = self.dial().map_err(|e| match e {
             Failure::Away(why) if !why.contains("Failed to connect socket") => {
                 Failure::Busy(format!("there is no further connection: {why}"))
@@ -333,7 +344,8 @@ impl Libvirt {
     }
 
     fn find(&self, open: &Open, instance: InstanceId) -> Result<Domain, Failure> {
-        Domain::lookup_by_uuid_string(&open.connect, &instance.to_string()).map_err(|e| open.failure(&e))
+        Domain::lookup_by_uuid_string(&open.connect, &instance.to_string())
+            .map_err(|e| open.failure(&e))
     }
 
     /// The UUID of the domain of this name or UUID.
@@ -348,7 +360,8 @@ impl Libvirt {
         uuid(&domain)
     }
 
-    /// The definition of a persistent domain that does not run, secrets included: what a start begins with.
+    /// The definition of a persistent domain that does not run, secrets included: what a start
+    /// begins with.
     ///
     /// # Errors
     /// [`Failure::Refused`] when it runs already.
@@ -363,8 +376,9 @@ impl Libvirt {
             .map_err(|e| open.failure(&e))
     }
 
-    /// Starts a persistent domain, with other XML in place of its definition where there is some; the definition stays as it is. A saved
-    /// one is restored: starting it afresh would leave an image behind that no longer fits its disks.
+    /// Starts a persistent domain, with other XML in place of its definition where there is some;
+    /// the definition stays as it is. A saved one is restored: starting it afresh would leave an
+    /// image behind that no longer fits its disks.
     ///
     /// # Errors
     /// What libvirt says, our hook's message included.
@@ -374,20 +388,29 @@ impl Libvirt {
         let saved = domain.has_managed_save(0).map_err(|e| open.failure(&e))?;
         match xml.filter(|_| !saved) {
             // The crate makes a C string of it.
-            Some(xml) if xml.contains('\0') => return Err(Failure::Refused("its XML holds a NUL".into())),
-            Some(xml) => Domain::create_xml(&open.connect, xml, 0).map(drop).map_err(|e| open.failure(&e))?,
+            Some(xml) if xml.contains('\0') => {
+                return Err(Failure::Refused("its XML holds a NUL".into()));
+            }
+            Some(xml) => {
+                Domain::create_xml(&open.connect, xml, 0)
+                    .map(drop)
+                    .map_err(|e| open.failure(&e))?;
+            }
             None => domain.create().map(drop).map_err(|e| open.failure(&e))?,
         }
         Ok(if saved { Started::Restored } else { Started::Fresh })
     }
 
-    /// What QEMU can give to guests here, for the machine's own architecture (<https://libvirt.org/formatdomaincaps.html>).
+    /// What QEMU can give to guests here, for the machine's own architecture
+    /// (<https://libvirt.org/formatdomaincaps.html>).
     ///
     /// # Errors
     /// [`Failure::Away`], [`Failure::Refused`].
     pub fn domain_capabilities(&self) -> Result<String, Failure> {
         let open = self.connection()?;
-        open.connect.get_domain_capabilities(None, None, None, None, 0).map_err(|e| open.failure(&e))
+        open.connect
+            .get_domain_capabilities(None, None, None, None, 0)
+            .map_err(|e| open.failure(&e))
     }
 
     /// The definitions of all persistent domains, as their next start has them.
@@ -400,7 +423,10 @@ impl Libvirt {
             .connect
             .list_all_domains(sys::VIR_CONNECT_LIST_DOMAINS_PERSISTENT)
             .map_err(|e| open.failure(&e))?;
-        Ok(domains.iter().filter_map(|d| d.get_xml_desc(sys::VIR_DOMAIN_XML_INACTIVE).ok()).collect())
+        Ok(domains
+            .iter()
+            .filter_map(|d| d.get_xml_desc(sys::VIR_DOMAIN_XML_INACTIVE).ok())
+            .collect())
     }
 
     /// Whether the domain has a managed save image.
@@ -427,13 +453,15 @@ fn read(open: &Open, domain: &Domain) -> Result<Option<Running>, Failure> {
         }
         // A guest whose state comes in is paused by the migration, from whatever it comes.
         let (state, reason) = domain.get_state()?;
-        let moving =
-            state == sys::VIR_DOMAIN_PAUSED && reason == sys::VIR_DOMAIN_PAUSED_MIGRATION.cast_signed();
+        let moving = state == sys::VIR_DOMAIN_PAUSED
+            && reason == sys::VIR_DOMAIN_PAUSED_MIGRATION.cast_signed();
         Ok(Some((domain.get_name()?, domain.get_xml_desc(0)?, moving)))
     };
     match read() {
         Ok(None) => Ok(None),
-        Ok(Some((name, xml, moving))) => Ok(Some(Running { instance: uuid(domain)?, name, xml, moving })),
+        Ok(Some((name, xml, moving))) => {
+            Ok(Some(Running { instance: uuid(domain)?, name, xml, moving }))
+        }
         Err(e) => match open.failure(&e) {
             Failure::Gone => Ok(None),
             other => Err(other),
@@ -489,12 +517,19 @@ impl Hypervisor for Libvirt {
         };
         match attach() {
             Err(Failure::Refused(why)) => {
-                let Some(alias) = unknown_to_libvirt(&why, device) else { return Err(Failure::Refused(why)) };
-                let command = serde_json::json!({"execute": "device_del", "arguments": {"id": alias}});
-                domain.qemu_monitor_command(&command.to_string(), 0).map_err(|e| open.failure(&e))?;
-                // libvirt hears of that by an event, and would take what is attached before it has for what is gone: it has the same alias.
+                let Some(alias) = unknown_to_libvirt(&why, device) else {
+                    return Err(Failure::Refused(why));
+                };
+                let command =
+                    serde_json::json!({"execute": "device_del", "arguments": {"id": alias}});
+                domain
+                    .qemu_monitor_command(&command.to_string(), 0)
+                    .map_err(|e| open.failure(&e))?;
+                // libvirt hears of that by an event, and would take what is attached before it has
+                // for what is gone: it has the same alias.
                 std::thread::sleep(SHORT);
-                tracing::warn!(%instance, alias, "QEMU had {alias} already, and libvirt did not know of it: taken out, and attached anew");
+                tracing::warn!(%instance, alias, "QEMU had {alias} already, and libvirt did not \
+                    know of it: taken out, and attached anew");
                 attach()
             }
             done => done,
@@ -505,7 +540,8 @@ impl Hypervisor for Libvirt {
         refuse_stopped(instance)?;
         let open = self.connection()?;
         let domain = self.find(&open, instance)?;
-        let alias = CString::new(alias).map_err(|_| Failure::Refused("the alias holds a NUL".into()))?;
+        let alias =
+            CString::new(alias).map_err(|_| Failure::Refused("the alias holds a NUL".into()))?;
         match events::detach_alias(&domain, &alias) {
             Err(e) if e.code() == ErrorNumber::DeviceMissing => Ok(()),
             done => done.map_err(|e| open.failure(&e)),
@@ -537,45 +573,51 @@ impl Hypervisor for Libvirt {
     fn identity(&self) -> Result<String, Failure> {
         let open = self.connection()?;
         let connect = &open.connect;
-        // The host's UUID is left out: on machines without one in their firmware libvirtd makes one at
-        // each start (virSetHostUUIDStr), and a local URI names this host.
+        // The host's UUID is left out: on machines without one in their firmware libvirtd makes one
+        // at each start (virSetHostUUIDStr), and a local URI names this host.
         let identity = || {
-            let (kind, uri, host) = (connect.get_type()?, connect.get_uri()?, connect.get_hostname()?);
+            let (kind, uri, host) =
+                (connect.get_type()?, connect.get_uri()?, connect.get_hostname()?);
             Ok::<_, Error>(format!("{kind} {uri} on {host}"))
         };
         identity().map_err(|e| open.failure(&e))
     }
 }
 
-/// A QEMU that does not go on answers libvirt nothing, and the call would hold one of libvirtd's 20 workers (`max_workers`) for as
-/// long: such a call is not made.
+/// A QEMU that does not go on answers libvirt nothing, and the call would hold one of libvirtd's 20
+/// workers (`max_workers`) for as long: such a call is not made.
 fn refuse_stopped(instance: InstanceId) -> Result<(), Failure> {
     let why = match process::settled(instance) {
         Some(Process { pid, state: State::Stopped }) => {
-            tracing::warn!(%instance, pid, "instance {instance}: its QEMU, process {pid}, is stopped");
+            tracing::warn!(%instance, pid, "instance {instance}: its QEMU, process {pid}, is \
+                stopped");
             "its QEMU is stopped, by a signal or a debugger: SIGCONT lets it go on"
         }
         Some(Process { pid, state: State::Blocked }) => {
-            tracing::warn!(%instance, pid, "instance {instance}: its QEMU, process {pid}, waits in the kernel");
-            "its QEMU waits in the kernel, as for a disk or a network file system that does not answer"
+            tracing::warn!(%instance, pid, "instance {instance}: its QEMU, process {pid}, waits in \
+                the kernel");
+            "its QEMU waits in the kernel, as for a disk or a network file system that does not \
+                answer"
         }
         Some(Process { state: State::Running, .. }) | None => return Ok(()),
     };
     Err(Failure::Hung(why.into()))
 }
 
-/// Our alias, where QEMU refuses the device because it has one of that alias already: a libvirtd that ends between QEMU's answer and its own
-/// status file never hears of the device, and could neither take it out nor attach it. An alias in the domain's XML libvirt refuses by itself
-/// ("non unique alias detected", virDomainDeviceDefValidateAliasesHotplug). QEMU 6.2 and later say "Duplicate device ID 'ua-usb-2'", earlier
-/// ones "Duplicate ID 'ua-usb-2' for device".
+/// Our alias, where QEMU refuses the device because it has one of that alias already: a libvirtd
+/// that ends between QEMU's answer and its own status file never hears of the device, and could
+/// neither take it out nor attach it. An alias in the domain's XML libvirt refuses by itself ("non
+/// unique alias detected", virDomainDeviceDefValidateAliasesHotplug). QEMU 6.2 and later say
+/// "Duplicate device ID 'ua-usb-2'", earlier ones "Duplicate ID 'ua-usb-2' for device".
 fn unknown_to_libvirt<'a>(why: &'a str, device: &str) -> Option<&'a str> {
     let (_, after) = why.split_once("Duplicate ")?;
-    let alias = after.strip_prefix("device ").unwrap_or(after).strip_prefix("ID '")?.split('\'').next()?;
+    let alias =
+        after.strip_prefix("device ").unwrap_or(after).strip_prefix("ID '")?.split('\'').next()?;
     device.contains(&format!("<alias name='{alias}'/>")).then_some(alias)
 }
 
-/// Whether libvirt has lost the guest's QEMU meanwhile, and not this process libvirt: "Unable to write to monitor: Broken pipe",
-/// "End of file from qemu monitor", "qemu monitor was closed".
+/// Whether libvirt has lost the guest's QEMU meanwhile, and not this process libvirt: "Unable to
+/// write to monitor: Broken pipe", "End of file from qemu monitor", "qemu monitor was closed".
 fn is_end_of_qemu(message: &str) -> bool {
     message.contains("monitor")
         && ["Broken pipe", "End of file", "closed"].iter().any(|end| message.contains(end))
@@ -589,7 +631,9 @@ fn failure(e: &Error) -> Failure {
         ErrorNumber::OperationInvalid if message.contains("not running") => Failure::Gone,
         ErrorNumber::OperationTimeout => Failure::Busy(message),
         _ if is_end_of_qemu(&message) => Failure::Gone,
-        ErrorNumber::Rpc | ErrorNumber::NoConnect | ErrorNumber::InvalidConn => Failure::Away(message),
+        ErrorNumber::Rpc | ErrorNumber::NoConnect | ErrorNumber::InvalidConn => {
+            Failure::Away(message)
+        }
         ErrorNumber::SystemError | ErrorNumber::InternalError
             if [
                 "client socket is closed",
@@ -624,7 +668,11 @@ mod tests {
             ("internal error: qemu monitor was closed", true),
             ("Cannot write data: Broken pipe", false),
             ("internal error: client socket is closed", false),
-            ("Cannot acquire state change lock (held by monitor=remoteDispatchDomainAttachDevice)", false),
+            (
+                "Cannot acquire state change lock (held by \
+                    monitor=remoteDispatchDomainAttachDevice)",
+                false,
+            ),
         ] {
             assert_eq!(is_end_of_qemu(message), expected, "{message}");
         }
@@ -633,10 +681,10 @@ mod tests {
     #[test]
     fn only_our_own_device_is_taken_out_behind_libvirts_back() {
         let device = "<hostdev mode='subsystem' type='usb'><alias name='ua-usb-2'/></hostdev>";
-        let new =
-            "internal error: unable to execute QEMU command 'device_add': Duplicate device ID 'ua-usb-2'";
-        let old =
-            "internal error: unable to execute QEMU command 'device_add': Duplicate ID 'ua-usb-2' for device";
+        let new = "internal error: unable to execute QEMU command 'device_add': Duplicate device \
+            ID 'ua-usb-2'";
+        let old = "internal error: unable to execute QEMU command 'device_add': Duplicate ID \
+            'ua-usb-2' for device";
         assert_eq!(unknown_to_libvirt(new, device), Some("ua-usb-2"));
         assert_eq!(unknown_to_libvirt(old, device), Some("ua-usb-2"));
         for other in [

@@ -6,7 +6,8 @@
 //!   TOML [[domain]] ──────► Simulated ──┘      │
 //!                                          Supervised: which calls are not answered, and what the last answers were
 //! ```
-//! An answer is never guessed: what could not be asked is a [`Failure`], and a domain is absent only where libvirt has said so.
+//! An answer is never guessed: what could not be asked is a [`Failure`], and a domain is absent
+//! only where libvirt has said so.
 
 mod events;
 mod libvirt;
@@ -31,7 +32,8 @@ pub struct Running {
     pub name: String,
     /// Its live XML.
     pub xml: String,
-    /// Its state is being loaded, by restore or migration, or sent away: nobody can give it a device or take one from it.
+    /// Its state is being loaded, by restore or migration, or sent away: nobody can give it a
+    /// device or take one from it.
     pub moving: bool,
 }
 
@@ -60,7 +62,8 @@ pub enum Failure {
     /// The guest's QEMU does not go on: it was not asked for anything.
     #[error("{0}")]
     Hung(String),
-    /// libvirt has not answered an earlier call: whether that was done is not known, and no other is made meanwhile.
+    /// libvirt has not answered an earlier call: whether that was done is not known, and no other
+    /// is made meanwhile.
     #[error("libvirt has not answered: {0}")]
     Silent(String),
     /// libvirt will not, and says why.
@@ -101,19 +104,22 @@ pub trait Hypervisor: Send + Sync {
     /// [`Failure::Away`], [`Failure::Busy`].
     fn look(&self, instance: InstanceId) -> Result<Option<Running>, Failure>;
 
-    /// The XML of a domain, live where it runs, or else as it is defined; `None` where there is no such domain.
+    /// The XML of a domain, live where it runs, or else as it is defined; `None` where there is no
+    /// such domain.
     ///
     /// # Errors
     /// [`Failure::Away`].
     fn xml(&self, instance: InstanceId) -> Result<Option<String>, Failure>;
 
-    /// Gives a running domain a device. That it was taken does not say that it is still there: look.
+    /// Gives a running domain a device. That it was taken does not say that it is still there:
+    /// look.
     ///
     /// # Errors
     /// Each of [`Failure`].
     fn attach(&self, instance: InstanceId, device: &str) -> Result<(), Failure>;
 
-    /// Takes the device of this alias from a running domain. It may take a moment after that: look. One that is not there is no failure.
+    /// Takes the device of this alias from a running domain. It may take a moment after that: look.
+    /// One that is not there is no failure.
     ///
     /// # Errors
     /// Each of [`Failure`].
@@ -125,17 +131,19 @@ pub trait Hypervisor: Send + Sync {
     /// Each of [`Failure`].
     fn stop(&self, instance: InstanceId) -> Result<(), Failure>;
 
-    /// Whether something is being done to a running domain, by anybody: what was asked for may still happen.
+    /// Whether something is being done to a running domain, by anybody: what was asked for may
+    /// still happen.
     ///
     /// # Errors
     /// [`Failure::Away`].
     fn is_busy(&self, instance: InstanceId) -> Result<bool, Failure>;
 
-    /// The number of the process that runs this guest on this host, whatever libvirt says of it; none where there is none, or
-    /// where it cannot be seen.
+    /// The number of the process that runs this guest on this host, whatever libvirt says of it;
+    /// none where there is none, or where it cannot be seen.
     fn process(&self, instance: InstanceId) -> Option<u32>;
 
-    /// Which libvirt it is, in words: its driver, its URI and its host. Another one knows other guests.
+    /// Which libvirt it is, in words: its driver, its URI and its host. Another one knows other
+    /// guests.
     ///
     /// # Errors
     /// [`Failure::Away`].

@@ -22,15 +22,16 @@ pub(super) enum State {
     Running,
     /// By a signal (`T`) or by a debugger (`t`).
     Stopped,
-    /// It waits in the kernel and cannot be interrupted (`D`): for a disk, or for a file system of a network. Mostly for a moment.
+    /// It waits in the kernel and cannot be interrupted (`D`): for a disk, or for a file system of
+    /// a network. Mostly for a moment.
     Blocked,
 }
 
 /// A process that is blocked for so long is blocked.
 const MOMENT: Duration = Duration::from_millis(200);
 
-/// The QEMU of this instance: the process that has its UUID as `-uuid`. None where there is none, or where this process may not see
-/// it, as in a container with processes of its own.
+/// The QEMU of this instance: the process that has its UUID as `-uuid`. None where there is none,
+/// or where this process may not see it, as in a container with processes of its own.
 pub(super) fn of(instance: InstanceId) -> Option<Process> {
     find(Path::new("/proc"), instance)
 }
@@ -62,7 +63,8 @@ fn has_uuid(procfs_root: &Path, pid: u32, uuid: &str) -> bool {
         && words.next().is_some_and(|word| word.eq_ignore_ascii_case(uuid.as_bytes()))
 }
 
-/// From `PID (NAME) STATE …`, where the name may hold anything. A process that has ended and is not waited for is none.
+/// From `PID (NAME) STATE …`, where the name may hold anything. A process that has ended and is not
+/// waited for is none.
 fn state(stat: &str) -> Option<State> {
     match stat.rsplit_once(')')?.1.trim_start().chars().next()? {
         'T' | 't' => Some(State::Stopped),

@@ -1,13 +1,15 @@
-//! A hypervisor in memory, for a laptop and for tests: it starts and stops the domains of a file, calls our hook as libvirt does,
-//! and keeps what is attached. No guest runs.
+//! A hypervisor in memory, for a laptop and for tests: it starts and stops the domains of a file,
+//! calls our hook as libvirt does, and keeps what is attached. No guest runs.
 //!
-//! Each `[[domain]]` of the simulation file has `name`, `uuid`, and where wanted `running` (true), `flavor` (JSON) and `project` (Nova's owner), for
-//! its metadata, `controller` (`"qemu-xhci"`; `"none"`: no USB), `ports` (15), `spice` (false) and
-//! `devices` (XML of its other devices). A change of the file is what an operator
-//! does: `running = false` stops the domain, an entry that goes undefines it.
+//! Each `[[domain]]` of the simulation file has `name`, `uuid`, and where wanted `running` (true),
+//! `flavor` (JSON) and `project` (Nova's owner), for its metadata, `controller` (`"qemu-xhci"`;
+//! `"none"`: no USB), `ports` (15), `spice` (false) and `devices` (XML of its other devices). A
+//! change of the file is what an operator does: `running = false` stops the domain, an entry that
+//! goes undefines it.
 //!
-//! `hangs = true`: its QEMU answers nothing, so what is attached or detached waits. `locked = true`: whatever is asked about it
-//! waits, and so do lists of all domains, as while a hook of somebody else's keeps libvirtd waiting.
+//! `hangs = true`: its QEMU answers nothing, so what is attached or detached waits. `locked =
+//! true`: whatever is asked about it waits, and so do lists of all domains, as while a hook of
+//! somebody else's keeps libvirtd waiting.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
@@ -103,14 +105,16 @@ impl SimulatedHypervisor {
         Self { config, events, domains: Mutex::default(), changed: Condvar::new() }
     }
 
-    /// Makes the domains those of the file's text, starts and stops what is to run or not. Returns what the hook said where it refused a start.
+    /// Makes the domains those of the file's text, starts and stops what is to run or not. Returns
+    /// what the hook said where it refused a start.
     ///
     /// # Errors
     /// What is wrong with the text; then nothing has changed.
     pub fn apply(&self, text: &str) -> Result<Vec<String>, String> {
         let wanted = parse(text)?;
         let mut refused = Vec::new();
-        let now: Vec<(InstanceId, bool)> = self.domains().iter().map(|(id, d)| (*id, d.running)).collect();
+        let now: Vec<(InstanceId, bool)> =
+            self.domains().iter().map(|(id, d)| (*id, d.running)).collect();
         for (instance, running) in now {
             let goes_on = wanted.get(&instance).is_some_and(|spec| spec.running);
             if running && !goes_on {
@@ -147,7 +151,8 @@ impl SimulatedHypervisor {
         Ok(refused)
     }
 
-    /// Starts a domain as libvirt does: prepare, start, started; a refusal is followed by stopped and release.
+    /// Starts a domain as libvirt does: prepare, start, started; a refusal is followed by stopped
+    /// and release.
     ///
     /// # Errors
     /// What the hook says.
@@ -168,13 +173,16 @@ impl SimulatedHypervisor {
         self.tell(Event::Started(instance));
     }
 
-    /// Saves a running domain and restores it, as `virsh managedsave` and `start` do: stopped, release, restore, prepare, started. QEMU
-    /// does not have the host's devices any more afterwards, though the XML shows them.
+    /// Saves a running domain and restores it, as `virsh managedsave` and `start` do: stopped,
+    /// release, restore, prepare, started. QEMU does not have the host's devices any more
+    /// afterwards, though the XML shows them.
     ///
     /// # Errors
     /// What the hook says: then the domain does not run.
     pub fn save_and_restore(&self, instance: InstanceId) -> Result<(), String> {
-        let Some(saved) = self.domains().get(&instance).filter(|d| d.running).cloned() else { return Ok(()) };
+        let Some(saved) = self.domains().get(&instance).filter(|d| d.running).cloned() else {
+            return Ok(());
+        };
         self.end(instance);
         let hostdevs = |xml: &[u8]| -> Result<Vec<(String, String)>, String> {
             let read = virt_usb_domxml::read(xml).map_err(|e| e.to_string())?;
@@ -182,7 +190,8 @@ impl SimulatedHypervisor {
             Ok(named.map(|(address, alias)| (source(address), alias)).collect())
         };
         let image = xml(instance, &saved).into_bytes();
-        let printed = self.ask(&saved, "restore", Operation::Filter(Incoming::Restore), image.clone())?;
+        let printed =
+            self.ask(&saved, "restore", Operation::Filter(Incoming::Restore), image.clone())?;
         let restored = printed.unwrap_or_else(|| image.clone());
         let (old, new) = (hostdevs(&image)?, hostdevs(&restored)?);
         if let Some(domain) = self.domains().get_mut(&instance) {
@@ -197,7 +206,8 @@ impl SimulatedHypervisor {
             }
         }
         let asked = self.ask(&saved, "prepare", Operation::Gate, restored).map(drop);
-        let begun = asked.and_then(|()| self.refuse_taken(instance, new.iter().map(|(source, _)| source)));
+        let begun =
+            asked.and_then(|()| self.refuse_taken(instance, new.iter().map(|(source, _)| source)));
         match begun {
             Ok(()) => self.go(instance),
             Err(_) => self.end(instance),
@@ -216,7 +226,9 @@ impl SimulatedHypervisor {
         let mut own = BTreeSet::new();
         let is_taken = |source: &&'a String| {
             !own.insert(*source)
-                || others().any(|(_, domain)| domain.devices.iter().any(|d| d.xml.contains(source.as_str())))
+                || others().any(|(_, domain)| {
+                    domain.devices.iter().any(|d| d.xml.contains(source.as_str()))
+                })
         };
         match sources.find(is_taken) {
             Some(source) => Err(format!("USB device {source} is in use by driver QEMU")),
@@ -244,7 +256,8 @@ impl SimulatedHypervisor {
         self.tell(Event::Changed(instance));
     }
 
-    /// A domain whose process dies without anybody calling a hook, as when host and daemon crash together.
+    /// A domain whose process dies without anybody calling a hook, as when host and daemon crash
+    /// together.
     pub fn vanish(&self, instance: InstanceId) {
         if let Some(domain) = self.domains().get_mut(&instance) {
             domain.running = false;
@@ -292,8 +305,9 @@ impl SimulatedHypervisor {
         &self,
         keeps: impl Fn(InstanceId, &Domain) -> bool,
     ) -> MutexGuard<'_, BTreeMap<InstanceId, Domain>> {
-        let waits =
-            |all: &mut BTreeMap<InstanceId, Domain>| all.iter().any(|(id, domain)| keeps(*id, domain));
+        let waits = |all: &mut BTreeMap<InstanceId, Domain>| {
+            all.iter().any(|(id, domain)| keeps(*id, domain))
+        };
         self.changed.wait_while(self.domains(), waits).unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -327,7 +341,8 @@ fn parse(text: &str) -> Result<BTreeMap<InstanceId, Spec>, String> {
     let mut domains = BTreeMap::new();
     for spec in file.domain {
         let name = spec.name.clone();
-        let instance: InstanceId = spec.uuid.parse().map_err(|e| format!("domain {name}: uuid: {e}"))?;
+        let instance: InstanceId =
+            spec.uuid.parse().map_err(|e| format!("domain {name}: uuid: {e}"))?;
         if domains.insert(instance, spec).is_some() {
             return Err(format!("domain {name}: its uuid is another domain's"));
         }
@@ -338,15 +353,21 @@ fn parse(text: &str) -> Result<BTreeMap<InstanceId, Spec>, String> {
 /// The domain's XML as libvirt would show it.
 fn xml(instance: InstanceId, domain: &Domain) -> String {
     let Spec { name, flavor, project, controller, ports, spice, .. } = &domain.spec;
-    let mut text =
-        format!("<domain type='qemu'>\n  <name>{}</name>\n  <uuid>{instance}</uuid>\n", escaped(name));
+    let mut text = format!(
+        "<domain type='qemu'>\n  <name>{}</name>\n  <uuid>{instance}</uuid>\n",
+        escaped(name)
+    );
     if flavor.is_some() || project.is_some() {
         let ours = virt_usb_domxml::NAMESPACE;
-        let flavor =
-            flavor.iter().map(|f| format!("<usb:flavor xmlns:usb='{ours}'>{}</usb:flavor>", escaped(f)));
+        let flavor = flavor
+            .iter()
+            .map(|f| format!("<usb:flavor xmlns:usb='{ours}'>{}</usb:flavor>", escaped(f)));
         let owner = project.iter().map(|p| {
             let (space, project) = ("http://openstack.org/xmlns/libvirt/nova/1.1", escaped(p));
-            format!("<nova:instance xmlns:nova='{space}'><nova:owner><nova:project uuid='{project}'/></nova:owner></nova:instance>")
+            format!(
+                "<nova:instance xmlns:nova='{space}'><nova:owner><nova:project \
+                uuid='{project}'/></nova:owner></nova:instance>"
+            )
         });
         let inside: String = flavor.chain(owner).collect();
         // Writing to a String cannot fail.
@@ -355,7 +376,8 @@ fn xml(instance: InstanceId, domain: &Domain) -> String {
     let ports = if controller == "qemu-xhci" { format!(" ports='{ports}'") } else { String::new() };
     let _ = writeln!(
         text,
-        "  <os><type arch='x86_64' machine='q35'>hvm</type></os>\n  <devices>\n    <controller type='usb' index='0' model='{}'{ports}/>",
+        "  <os><type arch='x86_64' machine='q35'>hvm</type></os>\n  <devices>\n    <controller \
+            type='usb' index='0' model='{}'{ports}/>",
         escaped(controller)
     );
     if *spice {
@@ -438,7 +460,8 @@ impl Hypervisor for SimulatedHypervisor {
             }
             if device.starts_with("<redirdev") && !before.spice {
                 let why =
-                    "unsupported configuration: chardev 'spicevmc' not supported without spice graphics";
+                    "unsupported configuration: chardev 'spicevmc' not supported without spice \
+                        graphics";
                 return Err(Failure::Refused(why.into()));
             }
             let mut after = domain.clone();
@@ -452,7 +475,8 @@ impl Hypervisor for SimulatedHypervisor {
                     || before.hostdevs.iter().any(|h| h.address == Some(address))
             };
             if let Some(address) = address.filter(|a| taken(*a)) {
-                return Err(Failure::Refused(format!("USB device {address} is in use by driver QEMU")));
+                return Err(Failure::Refused(format!("USB device {address} is in use by driver \
+                    QEMU")));
             }
             let last = |known: usize, now: Vec<Option<String>>| now.into_iter().nth(known).flatten();
             let alias = last(before.hostdevs.len(), read.hostdevs.iter().map(|h| h.alias.clone()).collect())
@@ -516,7 +540,9 @@ mod tests {
         assert_eq!(events.try_recv(), Ok(Event::Started(id)));
         let running = simulated.running().unwrap();
         assert_eq!(
-            virt_usb_domxml::read(simulated.look(running[0]).unwrap().unwrap().xml.as_bytes()).unwrap().name,
+            virt_usb_domxml::read(simulated.look(running[0]).unwrap().unwrap().xml.as_bytes())
+                .unwrap()
+                .name,
             "a<b"
         );
         assert_eq!(simulated.apply(&format!("{ONE}running = false")), Ok(vec![]));
@@ -524,7 +550,10 @@ mod tests {
         assert_eq!(simulated.apply(""), Ok(vec![]));
         assert!(!is_known());
         assert!(
-            simulated.apply("[[domain]]\nname = 'x'\nuuid = '1'").unwrap_err().contains("domain x: uuid")
+            simulated
+                .apply("[[domain]]\nname = 'x'\nuuid = '1'")
+                .unwrap_err()
+                .contains("domain x: uuid")
         );
     }
 
@@ -533,7 +562,8 @@ mod tests {
         let (simulated, _events) = hypervisor();
         let id: InstanceId = "11111111-2222-4333-8444-555555555555".parse().unwrap();
         simulated.apply(ONE).unwrap();
-        let hostdev = "<hostdev mode='subsystem' type='usb'><source><address bus='1' device='5'/></source><alias name='ua-usb-1'/></hostdev>";
+        let hostdev = "<hostdev mode='subsystem' type='usb'><source><address bus='1' \
+            device='5'/></source><alias name='ua-usb-1'/></hostdev>";
         let refused = |device: &str, why: &str| {
             let said = simulated.attach(id, device).unwrap_err().to_string();
             assert!(said.contains(why), "{said}");

@@ -1,8 +1,10 @@
-//! A hypervisor whose calls are supervised: those that are not answered, and what was answered last.
+//! A hypervisor whose calls are supervised: those that are not answered, and what was answered
+//! last.
 //!
-//! A call may stay unanswered for ever: QEMU hangs, or somebody's hook does and libvirtd keeps the domain locked. Whoever has
-//! made it waits. Nobody else does: a further call about the same guest fails ([`Failure::Silent`]), and who only wants
-//! to know what there is reads what was answered last ([`Supervised::known`]).
+//! A call may stay unanswered for ever: QEMU hangs, or somebody's hook does and libvirtd keeps the
+//! domain locked. Whoever has made it waits. Nobody else does: a further call about the same guest
+//! fails ([`Failure::Silent`]), and who only wants to know what there is reads what was answered
+//! last ([`Supervised::known`]).
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
@@ -115,7 +117,8 @@ impl Calls {
         let oldest = same.first_mut().map(|call| (call.since.elapsed(), call));
         if let Some((age, call)) = oldest.filter(|(age, _)| *age >= SILENCE) {
             call.missed = true;
-            let about = if instance.is_some() { "about this guest" } else { "which guests there are" };
+            let about =
+                if instance.is_some() { "about this guest" } else { "which guests there are" };
             let seconds = age.as_secs();
             return Turn::Never(Failure::Silent(format!(
                 "it was asked {about} {seconds} s ago ({})",
@@ -124,7 +127,8 @@ impl Calls {
         }
         if self.silent() >= MAX_SILENT_GUESTS {
             return Turn::Never(Failure::Silent(format!(
-                "libvirt leaves calls about {MAX_SILENT_GUESTS} guests or more unanswered, so it is asked nothing more"
+                "libvirt leaves calls about {MAX_SILENT_GUESTS} guests or more unanswered, so it \
+                    is asked nothing more"
             )));
         }
         let most = if self.open.len() < CALLS_FOR_SECONDS { 2 } else { 1 };
@@ -152,8 +156,13 @@ impl Supervised {
 
     /// The calls that have had no answer for so long, the oldest first.
     pub fn unanswered(&self, age: Duration) -> Vec<Unanswered> {
-        let mut old: Vec<Unanswered> =
-            self.calls().open.values().filter(|call| call.since.elapsed() >= age).copied().collect();
+        let mut old: Vec<Unanswered> = self
+            .calls()
+            .open
+            .values()
+            .filter(|call| call.since.elapsed() >= age)
+            .copied()
+            .collect();
         old.sort_by_key(|call| call.since);
         old
     }
@@ -181,15 +190,18 @@ impl Supervised {
 
     /// All guests were looked at. Says whether that is news.
     pub fn complete(&self) -> bool {
-        !std::mem::replace(&mut *self.complete.write().unwrap_or_else(PoisonError::into_inner), true)
+        !std::mem::replace(
+            &mut *self.complete.write().unwrap_or_else(PoisonError::into_inner),
+            true,
+        )
     }
 
     fn calls(&self) -> MutexGuard<'_, Calls> {
         self.calls.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits until the call may be made, and notes it. Returns its number. Calls about one guest are
-    /// made in the order in which they came.
+    /// Waits until the call may be made, and notes it. Returns its number. Calls about one guest
+    /// are made in the order in which they came.
     fn begin(&self, instance: Option<InstanceId>, what: &'static str) -> Result<u64, Failure> {
         let end = Instant::now() + TURN_TIMEOUT;
         let mut calls = self.calls();
@@ -215,7 +227,10 @@ impl Supervised {
         };
         calls.waiting.remove(&number);
         if begun.is_ok() {
-            calls.open.insert(number, Unanswered { instance, what, since: Instant::now(), missed: false });
+            calls.open.insert(
+                number,
+                Unanswered { instance, what, since: Instant::now(), missed: false },
+            );
         }
         drop(calls);
         // It may have stood before others.
@@ -237,7 +252,8 @@ impl Supervised {
             && since.elapsed() >= IMPATIENCE
         {
             let seconds = since.elapsed().as_secs();
-            tracing::info!(%instance, "instance {instance}: libvirt has answered after {seconds} s ({what})");
+            tracing::info!(%instance, "instance {instance}: libvirt has answered after {seconds} s \
+                ({what})");
             if missed {
                 (self.listeners.answered)(instance);
             }
@@ -291,7 +307,11 @@ impl Hypervisor for Supervised {
         match &running {
             Some(running) => self.note_xml(instance, Some(true), &running.xml),
             None => self.note(instance, |before| {
-                before.map(|known| Known { running: false, seen: SystemTime::now(), ..known.clone() })
+                before.map(|known| Known {
+                    running: false,
+                    seen: SystemTime::now(),
+                    ..known.clone()
+                })
             }),
         }
         Ok(running)

@@ -1,5 +1,6 @@
-//! What was promised to somebody and is not published yet: devices that this instance counts as taken, each until its token is cancelled, its
-//! time is up, or its host says what has become of it. Pure: whoever holds it tells the filter.
+//! What was promised to somebody and is not published yet: devices that this instance counts as
+//! taken, each until its token is cancelled, its time is up, or its host says what has become of
+//! it. Pure: whoever holds it tells the filter.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -64,9 +65,13 @@ impl Assumptions {
         self.hosts.contains_key(host)
     }
 
-    /// The host has said how its devices are: what it does not offer any more is not assumed any more, for its own word counts. Returns what
-    /// is assumed still.
-    pub(super) fn published(&mut self, host: &str, is_free: impl Fn(DeviceId) -> bool) -> Vec<DeviceId> {
+    /// The host has said how its devices are: what it does not offer any more is not assumed any
+    /// more, for its own word counts. Returns what is assumed still.
+    pub(super) fn published(
+        &mut self,
+        host: &str,
+        is_free: impl Fn(DeviceId) -> bool,
+    ) -> Vec<DeviceId> {
         let mut still = Vec::new();
         for token in self.hosts.get(host).cloned().unwrap_or_default() {
             let Some(assumed) = self.all.get_mut(&token) else { continue };

@@ -1,4 +1,5 @@
-//! `virt-usb scheduler`: the filter as a service, beside any scheduler. It follows the fleet, and answers which hosts can serve.
+//! `virt-usb scheduler`: the filter as a service, beside any scheduler. It follows the fleet, and
+//! answers which hosts can serve.
 //!
 //! ```text
 //!  etcd ─► fleet::reader ─► view ─► filter (one instance for each who asks) ─► serve ─► HTTP, unix socket
@@ -59,14 +60,21 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
         .build()
         .context("cannot make threads")?;
     let (stop, stopping) = watch::channel(false);
-    let mut signals =
-        signal_hook::iterator::Signals::new([signal_hook::consts::SIGTERM, signal_hook::consts::SIGINT])?;
+    let mut signals = signal_hook::iterator::Signals::new([
+        signal_hook::consts::SIGTERM,
+        signal_hook::consts::SIGINT,
+    ])?;
     let view = Arc::new(View::new(&options.filter));
     let limit = Arc::new(Semaphore::new(CONNECTIONS));
     let flavors = flavors::Flavors::default();
     let router = serve::router(view.clone(), flavors.clone(), options.max_age);
-    let server =
-        Server { what: "the scheduler", router, limit: limit.clone(), stopping, served: Arc::default() };
+    let server = Server {
+        what: "the scheduler",
+        router,
+        limit: limit.clone(),
+        stopping,
+        served: Arc::default(),
+    };
     if let Some(address) = options.listen {
         runtime.spawn(server.clone().network(address, None));
     }

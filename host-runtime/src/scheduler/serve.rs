@@ -1,4 +1,5 @@
-//! Its calls. Whatever comes is answered with JSON; a failure is `{"error": "…"}`, and never looks like "no host".
+//! Its calls. Whatever comes is answered with JSON; a failure is `{"error": "…"}`, and never looks
+//! like "no host".
 
 use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
@@ -43,7 +44,10 @@ pub(super) fn router(view: Arc<View>, flavors: Flavors, max_age: Duration) -> Ro
         .route("/health", get(health))
         .route("/metrics", get(metrics))
         .method_not_allowed_fallback(|| async {
-            Fault::new(StatusCode::METHOD_NOT_ALLOWED, "this is asked otherwise: see README, \"A scheduler\"")
+            Fault::new(
+                StatusCode::METHOD_NOT_ALLOWED,
+                "this is asked otherwise: see README, \"A scheduler\"",
+            )
         })
         .fallback(|| async {
             Fault::new(
@@ -132,8 +136,11 @@ async fn select(State(service): State<Arc<Service>>, body: Bytes) -> Result<Json
         let mut reasons = BTreeMap::new();
         if selected.matched == 0 {
             let candidates = candidates.map(|hosts| hosts.iter().collect::<HashSet<_>>());
-            let named = |host: &String| candidates.as_ref().is_none_or(|hosts| hosts.contains(host));
-            for (_, why) in service.view.rejected(&question)?.into_iter().filter(|(host, _)| named(host)) {
+            let named =
+                |host: &String| candidates.as_ref().is_none_or(|hosts| hosts.contains(host));
+            for (_, why) in
+                service.view.rejected(&question)?.into_iter().filter(|(host, _)| named(host))
+            {
                 *reasons.entry(why.reason.name().to_owned()).or_default() += 1;
             }
         }
@@ -185,7 +192,10 @@ impl Said {
 }
 
 /// One host, or all that cannot serve.
-async fn explain(State(service): State<Arc<Service>>, body: Bytes) -> Result<Json<Explained>, Fault> {
+async fn explain(
+    State(service): State<Arc<Service>>,
+    body: Bytes,
+) -> Result<Json<Explained>, Fault> {
     let asked: Explain = read(&body)?;
     let question = service.question(&asked.flavor, asked.project.as_deref())?;
     let age = service.fresh()?.as_secs();
@@ -211,7 +221,8 @@ async fn cancel(State(service): State<Arc<Service>>, Path(token): Path<String>) 
         Some(_) => StatusCode::NO_CONTENT.into_response(),
         None => Fault::new(
             StatusCode::NOT_FOUND,
-            "there is no such token, or not any more: its time was up, or its host has published its devices",
+            "there is no such token, or not any more: its time was up, or its host has published \
+                its devices",
         )
         .into_response(),
     }
@@ -243,8 +254,13 @@ async fn metrics(State(service): State<Arc<Service>>) -> Response {
 }
 
 impl Service {
-    /// The flavor is an object as it is stored, its list of devices alone, or the name of one of the fleet's.
-    fn question(&self, flavor: &serde_json::Value, project: Option<&str>) -> Result<Question, Fault> {
+    /// The flavor is an object as it is stored, its list of devices alone, or the name of one of
+    /// the fleet's.
+    fn question(
+        &self,
+        flavor: &serde_json::Value,
+        project: Option<&str>,
+    ) -> Result<Question, Fault> {
         let text = flavor.to_string();
         let read = match flavor {
             serde_json::Value::Array(_) => Flavor::parse_lists(Some(&text), None),
@@ -255,9 +271,10 @@ impl Service {
                         StatusCode::NOT_FOUND,
                         format!("the fleet has no flavor of the name {name:?}"),
                     ),
-                    false => {
-                        Fault::new(StatusCode::SERVICE_UNAVAILABLE, "the fleet's flavors are not known yet")
-                    }
+                    false => Fault::new(
+                        StatusCode::SERVICE_UNAVAILABLE,
+                        "the fleet's flavors are not known yet",
+                    ),
                 };
                 self.flavors.find(name).ok_or_else(none)?
             }
@@ -275,10 +292,13 @@ impl Service {
         let deaf = hearing.deaf.map(|(since, why)| (since.elapsed(), why));
         let unavailable = |why: String| Err(Fault::new(StatusCode::SERVICE_UNAVAILABLE, why));
         match deaf {
-            Some((_, why)) if !hearing.listed => unavailable(format!("the fleet is not known yet: {why}")),
-            Some((age, why)) if age > self.max_age => {
-                unavailable(format!("nothing was heard of the fleet for {} s: {why}", age.as_secs()))
+            Some((_, why)) if !hearing.listed => {
+                unavailable(format!("the fleet is not known yet: {why}"))
             }
+            Some((age, why)) if age > self.max_age => unavailable(format!(
+                "nothing was heard of the fleet for {} s: {why}",
+                age.as_secs()
+            )),
             Some((age, _)) => Ok(age),
             None => Ok(Duration::ZERO),
         }

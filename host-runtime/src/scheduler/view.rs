@@ -1,10 +1,13 @@
-//! The fleet as this instance knows it: what etcd tells, and what was promised here and is not published yet.
+//! The fleet as this instance knows it: what etcd tells, and what was promised here and is not
+//! published yet.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
-use virt_usb_filter_host::{Error, Filter, Fleet, Placement, Question, Rejection, Session, Verdict};
+use virt_usb_filter_host::{
+    Error, Filter, Fleet, Placement, Question, Rejection, Session, Verdict,
+};
 use virt_usb_model::{DeviceId, HostDocument, Status};
 
 use super::assume::{Assumed, Assumptions, Millis};
@@ -131,8 +134,10 @@ impl View {
                 for device in &best.devices {
                     self.fleet.set_status(&host, *device, Status::Claimed);
                 }
-                let until = self.now().saturating_add(u64::try_from(time.as_millis()).unwrap_or(u64::MAX));
-                assumptions.add(token.clone(), Assumed { host, devices: best.devices.clone(), until });
+                let until =
+                    self.now().saturating_add(u64::try_from(time.as_millis()).unwrap_or(u64::MAX));
+                assumptions
+                    .add(token.clone(), Assumed { host, devices: best.devices.clone(), until });
                 Some(token)
             }
             _ => None,
@@ -178,7 +183,8 @@ impl View {
         }
     }
 
-    /// Now and then: ends promises whose time is up, and feeds the instances what has come, so that nobody who asks waits for that.
+    /// Now and then: ends promises whose time is up, and feeds the instances what has come, so that
+    /// nobody who asks waits for that.
     pub(crate) fn tick(&self) {
         let mut assumptions = self.assumptions();
         for assumed in assumptions.expire(self.now()) {
@@ -213,8 +219,10 @@ impl fleet::reader::Sink for Arc<View> {
         }
         drop(hearing);
         if assumptions.concerns(host) {
-            let read = HostDocument::parse(&text).map(|document| document.devices).unwrap_or_default();
-            let is_free = |id| read.iter().any(|device| device.id == id && device.status == "available");
+            let read =
+                HostDocument::parse(&text).map(|document| document.devices).unwrap_or_default();
+            let is_free =
+                |id| read.iter().any(|device| device.id == id && device.status == "available");
             for device in assumptions.published(host, is_free) {
                 self.fleet.set_status(host, device, Status::Claimed);
             }

@@ -1,5 +1,5 @@
-//! Taking over what a domain's own XML already holds: a hostdev that somebody wrote by hand, or one that a running guest
-//! was found with when the daemon came back.
+//! Taking over what a domain's own XML already holds: a hostdev that somebody wrote by hand, or one
+//! that a running guest was found with when the daemon came back.
 //!
 //! One rule, at prepare, restore, migrate and reconnect: such a device is claimed for the domain
 //! whatever the rules offer, for whoever wrote the XML may do that. A guest is refused only where
@@ -141,8 +141,9 @@ impl Store {
             let mine = give_back::held(tx, asker.instance)?;
             let mut lost = false;
             for (adopted, holding) in adopted.iter_mut().zip(holdings) {
-                let comes =
-                    |c: &&ClaimRow| Some(c.device_id) == holding.id && !c.by_hand && is_coming(c, context);
+                let comes = |c: &&ClaimRow| {
+                    Some(c.device_id) == holding.id && !c.by_hand && is_coming(c, context)
+                };
                 if let (Adoption::Unknown, Some(claim)) = (&*adopted, mine.iter().find(comes)) {
                     *adopted = Adoption::Lost(claim.device_id);
                     lost = true;
@@ -152,13 +153,21 @@ impl Store {
             if arriving && !lost {
                 let strays: Vec<&ClaimRow> = mine
                     .iter()
-                    .filter(|c| !inside.contains(&c.device_id) && (c.pending || c.hold == "running"))
+                    .filter(|c| {
+                        !inside.contains(&c.device_id) && (c.pending || c.hold == "running")
+                    })
                     .collect();
                 if !strays.is_empty() {
                     step_revision(tx)?;
                 }
                 for claim in strays {
-                    give_back::delete(tx, claim, "released", "not in the guest that comes in", context)?;
+                    give_back::delete(
+                        tx,
+                        claim,
+                        "released",
+                        "not in the guest that comes in",
+                        context,
+                    )?;
                 }
                 metadata::refresh(tx, asker.instance)?;
             }
@@ -192,8 +201,8 @@ impl Store {
             if runs {
                 tx.execute_batch("SAVEPOINT look")?;
             }
-            let received =
-                Arrival { tx, hints, asker, mine, context }.settle(ours, by_hand, equivalent, judge)?;
+            let received = Arrival { tx, hints, asker, mine, context }
+                .settle(ours, by_hand, equivalent, judge)?;
             if runs {
                 tx.execute_batch("ROLLBACK TO look; RELEASE look")?;
             }
@@ -215,7 +224,8 @@ fn adopt(
     let mine = give_back::held(tx, asker.instance)?;
     // What is adopted for one holding does not decide which device the next one means.
     let mut finder = Finder::new(tx, &mine, asker, judge);
-    let mut found = holdings.iter().take(MAX_HOLDINGS).map(|h| finder.find(h)).collect::<Sql<Vec<_>>>()?;
+    let mut found =
+        holdings.iter().take(MAX_HOLDINGS).map(|h| finder.find(h)).collect::<Sql<Vec<_>>>()?;
     found.resize_with(holdings.len(), || None);
     // Two hostdevs may mean one device: if one of them has our alias, both are ours.
     let ours: BTreeSet<DeviceId> =
@@ -237,7 +247,8 @@ fn adopt(
             adopted.push(Adoption::HeldBy(Box::new(found.device), Box::new(claim)));
             continue;
         }
-        if stage == Stage::Starting && device.is_set_aside() && device.entry.instance_uuid.is_none() {
+        if stage == Stage::Starting && device.is_set_aside() && device.entry.instance_uuid.is_none()
+        {
             adopted.push(Adoption::SetAside(Box::new(found.device)));
             continue;
         }
@@ -267,8 +278,8 @@ struct Found {
     ours: bool,
 }
 
-/// The most hostdevs of one domain that are looked at: more USB devices fit into no guest. The write
-/// lock is held meanwhile, and a domain's XML is as long as whoever wrote it likes.
+/// The most hostdevs of one domain that are looked at: more USB devices fit into no guest. The
+/// write lock is held meanwhile, and a domain's XML is as long as whoever wrote it likes.
 pub const MAX_HOLDINGS: usize = 1024;
 
 /// What a holding names beside an address and a port.
@@ -288,7 +299,12 @@ struct Finder<'a> {
 }
 
 impl<'a> Finder<'a> {
-    fn new(tx: &'a Tx<'a>, mine: &'a [ClaimRow], asker: &'a Asker, judge: &'a mut dyn Judge) -> Self {
+    fn new(
+        tx: &'a Tx<'a>,
+        mine: &'a [ClaimRow],
+        asker: &'a Asker,
+        judge: &'a mut dyn Judge,
+    ) -> Self {
         let (candidates, seen) = <_>::default();
         Self { tx, mine, asker, judge, candidates, seen }
     }
@@ -306,7 +322,11 @@ impl<'a> Finder<'a> {
     /// instance's already is meant.
     fn find(&mut self, holding: &Holding) -> Sql<Option<Found>> {
         let claim = self.claim(holding)?;
-        if claim.is_none() && holding.usb.is_none() && holding.address.is_none() && holding.port.is_none() {
+        if claim.is_none()
+            && holding.usb.is_none()
+            && holding.address.is_none()
+            && holding.port.is_none()
+        {
             return Ok(None);
         }
         let id = claim.map(|c| c.device_id);
@@ -317,16 +337,23 @@ impl<'a> Finder<'a> {
             there = self.matching(holding, id, false, 2)?;
         }
         let only = there.pop();
-        Ok(if there.is_empty() { only.map(|(device, seen)| Found { device, seen, ours }) } else { None })
+        Ok(if there.is_empty() {
+            only.map(|(device, seen)| Found { device, seen, ours })
+        } else {
+            None
+        })
     }
 
     /// The claim of this instance that the alias names, if the source names a device of that kind.
     fn claim(&self, holding: &Holding) -> Sql<Option<&'a ClaimRow>> {
-        let Some(claim) = self.mine.iter().find(|c| Some(c.device_id) == holding.id) else { return Ok(None) };
+        let Some(claim) = self.mine.iter().find(|c| Some(c.device_id) == holding.id) else {
+            return Ok(None);
+        };
         let is_kind: bool = self
             .tx
             .prepare_cached(
-                "SELECT EXISTS (SELECT 1 FROM usb_devices WHERE id = ?1 AND (?2 IS NULL OR vendor_id = ?2) AND (?3 IS NULL OR product_id = ?3))",
+                "SELECT EXISTS (SELECT 1 FROM usb_devices WHERE id = ?1 AND (?2 IS NULL OR \
+                    vendor_id = ?2) AND (?3 IS NULL OR product_id = ?3))",
             )?
             .query_row(
                 params![
@@ -378,8 +405,8 @@ impl<'a> Finder<'a> {
         let mut there = Vec::new();
         for device in self.candidates((id, holding.usb))?.iter() {
             let is_mine = device.entry.instance_uuid == Some(self.asker.instance);
-            // What was stored is a memory: ask the port, but only of those that it could be. Without
-            // a path the device is on the bus that was recorded, or cannot be told.
+            // What was stored is a memory: ask the port, but only of those that it could be.
+            // Without a path the device is on the bus that was recorded, or cannot be told.
             let recorded = &device.entry.port_path;
             let elsewhere = device.entry.path.is_none()
                 && (holding.address.is_some_and(|a| a.bus() != recorded.bus())
@@ -427,7 +454,8 @@ fn keep(tx: &Tx<'_>, claim: &ClaimRow, ours: bool, stage: Stage, context: &Conte
 
 /// Whether a restore or a migration that goes on has named the device of this claim.
 fn is_coming(claim: &ClaimRow, context: &Context) -> bool {
-    claim.pending || claim.incoming_since.is_some_and(|at| at >= context.uptime - context.pending_grace)
+    claim.pending
+        || claim.incoming_since.is_some_and(|at| at >= context.uptime - context.pending_grace)
 }
 
 /// A claim on a device that nobody asked for. `pending`: for a guest that comes in.
@@ -441,8 +469,11 @@ fn insert(
 ) -> Sql<()> {
     step_revision(tx)?;
     tx.prepare_cached(&format!(
-        "INSERT INTO claims (created_at, device_id, instance_uuid, domain, project_id, state, hold, pending_since, arrived, boot_id, revision, descriptors, used, seen_in_guest, by_hand, generation)
-         VALUES ({NOW}, ?1, ?2, ?3, ?4, iif(?5, 'allocated', 'claimed'), 'running', ?6, ?6 IS NOT NULL, ?7, (SELECT max(revision) FROM compute_nodes),
+        "INSERT INTO claims (created_at, device_id, instance_uuid, domain, project_id, state, \
+            hold, pending_since, arrived, boot_id, revision, descriptors, used, seen_in_guest, \
+            by_hand, generation)
+         VALUES ({NOW}, ?1, ?2, ?3, ?4, iif(?5, 'allocated', 'claimed'), 'running', ?6, ?6 IS NOT \
+         NULL, ?7, (SELECT max(revision) FROM compute_nodes),
                  (SELECT descriptors FROM usb_devices WHERE id = ?1), ?5, ?5, 1,
                  iif(?5, (SELECT generation FROM usb_devices WHERE id = ?1), NULL))"
     ))?
@@ -507,8 +538,10 @@ impl Arrival<'_> {
             self.claim(device.entry.id, seen)?;
         }
         metadata::refresh(self.tx, self.asker.instance)?;
-        let by_hand =
-            found.into_iter().map(|f| f.map(|(device, seen)| (device.entry.id, seen.address))).collect();
+        let by_hand = found
+            .into_iter()
+            .map(|f| f.map(|(device, seen)| (device.entry.id, seen.address)))
+            .collect();
         Ok(Received::Granted { ours: granted, by_hand })
     }
 
@@ -522,7 +555,8 @@ impl Arrival<'_> {
         judge: &mut dyn Judge,
     ) -> Sql<Vec<Option<(Record, Location)>>> {
         let mut finder = Finder::new(self.tx, &self.mine, self.asker, judge);
-        let mut taken: BTreeSet<DeviceId> = ours.iter().filter_map(|w| w.request.selector.id).collect();
+        let mut taken: BTreeSet<DeviceId> =
+            ours.iter().filter_map(|w| w.request.selector.id).collect();
         let mut found = Vec::new();
         for holding in by_hand.iter().take(MAX_HOLDINGS) {
             let device = finder.find(holding)?.map(|f| (f.device, f.seen));
@@ -584,11 +618,17 @@ impl Arrival<'_> {
             Some(claim) if claim.pending => {
                 step_revision(self.tx)?;
                 self.tx
-                    .prepare_cached("UPDATE claims SET by_hand = 1, request = NULL, hold = 'running', arrived = 1, pending_since = ?2, revision = (SELECT max(revision) FROM compute_nodes) WHERE id = ?1")?
+                    .prepare_cached(
+                        "UPDATE claims SET by_hand = 1, request = NULL, hold = \
+                        'running', arrived = 1, pending_since = ?2, revision = (SELECT \
+                        max(revision) FROM compute_nodes) WHERE id = ?1",
+                    )?
                     .execute(params![claim.id, self.context.uptime])?;
             }
             Some(_) => name_incoming(self.tx, id, self.context)?,
-            None => insert(self.tx, self.asker, id, false, Some(self.context.uptime), self.context)?,
+            None => {
+                insert(self.tx, self.asker, id, false, Some(self.context.uptime), self.context)?;
+            }
         }
         Ok(())
     }

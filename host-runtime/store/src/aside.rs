@@ -1,4 +1,5 @@
-//! Devices that are set aside whatever the rules say: disabled by an operator, quarantined after a use, flapping. And an operator's tags.
+//! Devices that are set aside whatever the rules say: disabled by an operator, quarantined after a
+//! use, flapping. And an operator's tags.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Display;
@@ -8,7 +9,9 @@ use rusqlite::{OptionalExtension, Transaction, params};
 use virt_usb_model::flavor::MAX_TAGS;
 use virt_usb_model::{Descriptors, DeviceId, Serial, UsbId};
 
-use crate::device::{ClaimRow, Record, joined, parse_some, read_id, refresh, sql_id, step_revision};
+use crate::device::{
+    ClaimRow, Record, joined, parse_some, read_id, refresh, sql_id, step_revision,
+};
 use crate::discover::label;
 use crate::error::Sql;
 use crate::events::{Event, record};
@@ -47,7 +50,10 @@ impl Store {
             if was.disabled.as_deref() == why {
                 return Ok(None);
             }
-            tx.execute("UPDATE usb_devices SET disabled = ?2 WHERE id = ?1", params![sql_id(device), why])?;
+            tx.execute(
+                "UPDATE usb_devices SET disabled = ?2 WHERE id = ?1",
+                params![sql_id(device), why],
+            )?;
             let event = if why.is_some() { "disabled" } else { "enabled" };
             Ok(Some(Event::new(event).with(why.unwrap_or_default().to_owned())))
         })
@@ -57,12 +63,17 @@ impl Store {
     ///
     /// # Errors
     /// When the database cannot be written; then nothing was changed.
-    pub fn clear_quarantine(&mut self, device: DeviceId, context: &Context) -> Result<Wished, StoreError> {
+    pub fn clear_quarantine(
+        &mut self,
+        device: DeviceId,
+        context: &Context,
+    ) -> Result<Wished, StoreError> {
         self.wish(device, context, |tx, was| {
             if was.quarantined.is_none() && was.flapping_until.is_none() {
                 return Ok(None);
             }
-            let sql = "UPDATE usb_devices SET quarantined = NULL, used_as = NULL, flapping_until = NULL, flaps = NULL WHERE id = ?1";
+            let sql = "UPDATE usb_devices SET quarantined = NULL, used_as = NULL, flapping_until = \
+                NULL, flaps = NULL WHERE id = ?1";
             tx.execute(sql, [sql_id(device)])?;
             let was = was.quarantined.clone().unwrap_or_else(|| "it flapped".into());
             Ok(Some(Event::new("cleared").with(was)))
@@ -83,14 +94,18 @@ impl Store {
         let mut too_many = false;
         let wished = self.wish(device, context, |tx, was| {
             let kept = was.own_tags.iter().filter(|tag| !remove.contains(tag));
-            let tags: Vec<String> = kept.chain(add).cloned().collect::<BTreeSet<_>>().into_iter().collect();
+            let tags: Vec<String> =
+                kept.chain(add).cloned().collect::<BTreeSet<_>>().into_iter().collect();
             // Those that a store has already may go on, and become fewer.
             too_many = tags.len() > MAX_TAGS && tags.len() > was.own_tags.len();
             if was.own_tags == tags || too_many {
                 return Ok(None);
             }
             let text = serde_json::to_string(&tags).unwrap_or_else(|_| "[]".into());
-            tx.execute("UPDATE usb_devices SET own_tags = ?2 WHERE id = ?1", params![sql_id(device), text])?;
+            tx.execute(
+                "UPDATE usb_devices SET own_tags = ?2 WHERE id = ?1",
+                params![sql_id(device), text],
+            )?;
             let classes = std::iter::once(&was.entry.class).chain(&was.entry.interface_classes);
             label(tx, device, classes, &joined(&was.rule_tags, &tags))?;
             grants::apply(tx)?;
@@ -99,7 +114,8 @@ impl Store {
         Ok(if too_many { Wished::TooManyTags } else { wished })
     }
 
-    /// The guest is about to get the device: should the program end now, nobody could say that it was not used.
+    /// The guest is about to get the device: should the program end now, nobody could say that it
+    /// was not used.
     ///
     /// # Errors
     /// When the database cannot be written.
@@ -124,7 +140,8 @@ impl Store {
         })
     }
 
-    /// The claim's device is not in the guest any more: whichever stay of it comes in next is the one that the guest has.
+    /// The claim's device is not in the guest any more: whichever stay of it comes in next is the
+    /// one that the guest has.
     ///
     /// # Errors
     /// When the database cannot be written.
@@ -143,8 +160,12 @@ impl Store {
     ) -> Result<Wished, StoreError> {
         self.write(|tx, _| {
             let read = |tx: &Transaction<'_>| {
-                tx.query_row("SELECT * FROM usb_devices WHERE id = ?1", [sql_id(device)], Record::read)
-                    .optional()
+                tx.query_row(
+                    "SELECT * FROM usb_devices WHERE id = ?1",
+                    [sql_id(device)],
+                    Record::read,
+                )
+                .optional()
             };
             let Some(was) = read(tx)? else { return Ok::<_, Fault>(Wished::Unknown) };
             let Some(event) = act(tx, &was)? else { return Ok(Wished::Already(Box::new(was))) };
@@ -173,8 +194,11 @@ pub(crate) fn after_use(tx: &Tx<'_>, claim: &ClaimRow, context: &Context) -> Sql
     let (once, now) = tx
         .prepare_cached("SELECT one_time_use, descriptors FROM usb_devices WHERE id = ?1")?
         .query_row([sql_id(claim.device_id)], |row| {
-        Ok((row.get::<_, bool>("one_time_use")?, parse_some::<Descriptors>(row, "descriptors")?))
-    })?;
+            Ok((
+                row.get::<_, bool>("one_time_use")?,
+                parse_some::<Descriptors>(row, "descriptors")?,
+            ))
+        })?;
     if !once {
         return Ok(());
     }
@@ -219,8 +243,9 @@ fn quarantine(
     record(tx, context, &Event::new("quarantined").about(device).with(why.clone()))
 }
 
-/// The device sends other descriptors than it did. What it has become is compared with what it was when its holder, or its last, claimed it:
-/// a stick that comes back as a keyboard is an attack until somebody says otherwise.
+/// The device sends other descriptors than it did. What it has become is compared with what it was
+/// when its holder, or its last, claimed it: a stick that comes back as a keyboard is an attack
+/// until somebody says otherwise.
 pub(crate) fn altered(
     tx: &Transaction<'_>,
     known: &Record,
@@ -230,7 +255,9 @@ pub(crate) fn altered(
     let device = known.entry.id;
     let held: Option<(String, Option<Descriptors>)> = tx
         .prepare_cached("SELECT domain, descriptors FROM claims WHERE device_id = ?1")?
-        .query_row([sql_id(device)], |row| Ok((row.get("domain")?, parse_some(row, "descriptors")?)))
+        .query_row([sql_id(device)], |row| {
+            Ok((row.get("domain")?, parse_some(row, "descriptors")?))
+        })
         .optional()?;
     let (whose, before) = match (held, &known.used_as) {
         (Some((domain, Some(at_claim))), _) => (format!("when {domain} claimed it"), at_claim),
@@ -248,9 +275,10 @@ pub(crate) fn altered(
     Ok(Some(what))
 }
 
-/// Quarantines devices that cannot be told apart since the host was restarted: neither a serial nor a path identifies them,
-/// and ports begin with bus numbers, which are assigned at boot. Devices that were unplugged count, because they may be back in
-/// another port. A device that is the only one of its kind stays as it is, unless it is held and was not seen before the restart.
+/// Quarantines devices that cannot be told apart since the host was restarted: neither a serial nor
+/// a path identifies them, and ports begin with bus numbers, which are assigned at boot. Devices
+/// that were unplugged count, because they may be back in another port. A device that is the only
+/// one of its kind stays as it is, unless it is held and was not seen before the restart.
 pub(crate) fn set_aside_after_restart(tx: &Tx<'_>, context: &Context) -> Sql<()> {
     let mut doubtful: BTreeMap<UsbId, Vec<Record>> = BTreeMap::new();
     let all = tx
@@ -268,7 +296,9 @@ pub(crate) fn set_aside_after_restart(tx: &Tx<'_>, context: &Context) -> Sql<()>
         let alone = twins.len() == 1;
         let ids: Vec<DeviceId> = twins.iter().map(|twin| twin.entry.id).collect();
         let unseen = |twin: &&Record| !twin.present && twin.entry.instance_uuid.is_some();
-        for twin in twins.iter().filter(|twin| is_unplaced(twin)).filter(|twin| !alone || unseen(twin)) {
+        for twin in
+            twins.iter().filter(|twin| is_unplaced(twin)).filter(|twin| !alone || unseen(twin))
+        {
             if !std::mem::replace(&mut stepped, true) {
                 step_revision(tx)?;
             }
@@ -278,8 +308,9 @@ pub(crate) fn set_aside_after_restart(tx: &Tx<'_>, context: &Context) -> Sql<()>
     Ok(())
 }
 
-/// Quarantines, at the first discovery after a restart, a device that is known by its port alone and one of its kind that was
-/// never seen: bus numbers may have changed, and each of them may be the one that was known.
+/// Quarantines, at the first discovery after a restart, a device that is known by its port alone
+/// and one of its kind that was never seen: bus numbers may have changed, and each of them may be
+/// the one that was known.
 ///
 /// `known` are the rows before the discovery, `newcomers` those that it added without a serial.
 pub(crate) fn set_aside_with_newcomers(
@@ -317,7 +348,8 @@ const fn is_unplaced(record: &Record) -> bool {
 fn indistinct(ids: &[DeviceId], port: impl Display) -> String {
     let names: Vec<String> = ids.iter().map(ToString::to_string).collect();
     format!(
-        "the host was restarted, and no serial identifies {} {}: bus numbers are assigned at boot, so another \
+        "the host was restarted, and no serial identifies {} {}: bus numbers are assigned at boot, \
+            so another \
          device of the kind may be in port {port} now: look which one is there",
         if ids.len() == 1 { "device" } else { "devices" },
         names.join(", ")
@@ -329,7 +361,8 @@ fn set_aside(tx: &Tx<'_>, device: DeviceId, why: &str, context: &Context) -> Sql
     refresh(tx, device)
 }
 
-/// Notes that a held device's serial, unique so far, has been seen on another device of the kind. Says so in words.
+/// Notes that a held device's serial, unique so far, has been seen on another device of the kind.
+/// Says so in words.
 pub(crate) fn serial_is_shared(
     tx: &Transaction<'_>,
     known: &Record,
@@ -344,23 +377,31 @@ pub(crate) fn serial_is_shared(
     let id = known.entry.id;
     tx.execute("UPDATE claims SET serial_shared = 1 WHERE device_id = ?1", [sql_id(id)])?;
     let what = format!(
-        "another device of its kind has the same serial, {serial:?}: only its port identifies it now"
+        "another device of its kind has the same serial, {serial:?}: only its port identifies it \
+            now"
     );
     record(tx, context, &Event::new("serial-shared").about(id).with(what.clone()))?;
     Ok(Some(what))
 }
 
 /// The device has come back once more.
-pub(crate) fn returned(tx: &Tx<'_>, device: DeviceId, limits: &Limits, context: &Context) -> Sql<()> {
+pub(crate) fn returned(
+    tx: &Tx<'_>,
+    device: DeviceId,
+    limits: &Limits,
+    context: &Context,
+) -> Sql<()> {
     let (until, text) = tx
         .prepare_cached(
-            "SELECT CAST(strftime('%s', flapping_until) AS INTEGER), flaps FROM usb_devices WHERE id = ?1",
+            "SELECT CAST(strftime('%s', flapping_until) AS INTEGER), flaps FROM usb_devices WHERE \
+                id = ?1",
         )?
         .query_row([sql_id(device)], |row| {
             Ok((row.get::<_, Option<u64>>(0)?, row.get::<_, Option<String>>(1)?))
         })?;
     // What does not parse was not written by us: the device starts anew.
-    let mut flaps: Flaps = text.and_then(|text| serde_json::from_str(&text).ok()).unwrap_or_default();
+    let mut flaps: Flaps =
+        text.and_then(|text| serde_json::from_str(&text).ok()).unwrap_or_default();
     let outcome = flaps.returned(now(), until, limits);
     tx.prepare_cached("UPDATE usb_devices SET flaps = ?2 WHERE id = ?1")?
         .execute(params![sql_id(device), serde_json::to_string(&flaps).ok()])?;
@@ -368,8 +409,10 @@ pub(crate) fn returned(tx: &Tx<'_>, device: DeviceId, limits: &Limits, context: 
     match outcome {
         Outcome::Steady => Ok(()),
         Outcome::Until(moment) => {
-            tx.prepare_cached(&format!("UPDATE usb_devices SET flapping_until = {MOMENT} WHERE id = ?1"))?
-                .execute(params![sql_id(device), moment])?;
+            tx.prepare_cached(&format!(
+                "UPDATE usb_devices SET flapping_until = {MOMENT} WHERE id = ?1"
+            ))?
+            .execute(params![sql_id(device), moment])?;
             if until.is_some() {
                 return Ok(());
             }
@@ -377,7 +420,9 @@ pub(crate) fn returned(tx: &Tx<'_>, device: DeviceId, limits: &Limits, context: 
             record(
                 tx,
                 context,
-                &Event::new("flapping").about(device).with(format!("{often}: set aside for {pause} s")),
+                &Event::new("flapping")
+                    .about(device)
+                    .with(format!("{often}: set aside for {pause} s")),
             )
         }
         Outcome::Quarantine(times) => {
@@ -386,7 +431,10 @@ pub(crate) fn returned(tx: &Tx<'_>, device: DeviceId, limits: &Limits, context: 
             quarantine(
                 tx,
                 device,
-                &format!("{often}, and so {times} times in a day: look at its plug, its cable and its hub"),
+                &format!(
+                    "{often}, and so {times} times in a day: look at its plug, its cable and its \
+                        hub"
+                ),
                 None,
                 context,
             )
@@ -394,11 +442,13 @@ pub(crate) fn returned(tx: &Tx<'_>, device: DeviceId, limits: &Limits, context: 
     }
 }
 
-/// Those that have stayed long enough are offered again; a moment further away than any pause is one of a clock that was wrong.
+/// Those that have stayed long enough are offered again; a moment further away than any pause is
+/// one of a clock that was wrong.
 pub(crate) fn settle(tx: &Transaction<'_>, context: &Context) -> Sql<Vec<DeviceId>> {
     let steady: Vec<DeviceId> = tx
         .prepare_cached(&format!(
-            "SELECT id FROM usb_devices WHERE flapping_until <= {NOW} OR flapping_until > strftime('%Y-%m-%dT%H:%M:%fZ', 'now', '+2 days')"
+            "SELECT id FROM usb_devices WHERE flapping_until <= {NOW} OR flapping_until > \
+                strftime('%Y-%m-%dT%H:%M:%fZ', 'now', '+2 days')"
         ))?
         .query_map([], |row| read_id(row, "id"))?
         .collect::<Sql<_>>()?;

@@ -50,9 +50,13 @@ pub struct Assignment {
 impl Assignment {
     pub(crate) fn read(row: &Row<'_>) -> Sql<Self> {
         let text: String = row.get("request")?;
-        let flavor = Flavor::parse_lists(Some(&text), None).map_err(|e| bad_row(row, "request", e))?;
-        let request =
-            flavor.usb_devices.into_iter().next().ok_or_else(|| bad_row(row, "request", "is empty"))?;
+        let flavor =
+            Flavor::parse_lists(Some(&text), None).map_err(|e| bad_row(row, "request", e))?;
+        let request = flavor
+            .usb_devices
+            .into_iter()
+            .next()
+            .ok_or_else(|| bad_row(row, "request", "is empty"))?;
         let source: String = row.get("source")?;
         Ok(Self {
             id: row.get("id")?,
@@ -85,7 +89,8 @@ impl Store {
         self.all("SELECT * FROM assignments ORDER BY id", [], Assignment::read)
     }
 
-    /// Makes the instance's assignments of one source exactly `requests`; says whether that changed anything.
+    /// Makes the instance's assignments of one source exactly `requests`; says whether that changed
+    /// anything.
     ///
     /// # Errors
     /// When the database cannot be written.
@@ -117,15 +122,20 @@ impl Store {
                 insert(tx, instance, request, source)?;
             }
             let detail = serde_json::to_string(&requests).unwrap_or_default();
-            record(tx, context, &Event::of("assigned", asker).with(format!("{}: {detail}", source.name())))?;
+            record(
+                tx,
+                context,
+                &Event::of("assigned", asker).with(format!("{}: {detail}", source.name())),
+            )?;
             Ok(())
         })?;
         self.forget_hint(instance)?;
         Ok(true)
     }
 
-    /// Assigns more to the instance, on an operator's behalf, beside whatever others do at the same time. A device that is assigned by its id
-    /// already is not assigned twice: no start could have it so.
+    /// Assigns more to the instance, on an operator's behalf, beside whatever others do at the same
+    /// time. A device that is assigned by its id already is not assigned twice: no start could have
+    /// it so.
     ///
     /// # Errors
     /// When the database cannot be written; then nothing was assigned.
@@ -135,15 +145,18 @@ impl Store {
         requests: &[DeviceRequest],
         context: &Context,
     ) -> Result<Result<(), TooMany>, StoreError> {
-        self.write(|tx, hints| match unassigned(tx, asker.instance, &places::resolve_all(tx, requests)?)? {
-            Ok(new) => add(tx, hints, asker, &new, context).map(|_| Ok(())),
-            Err(too_many) => Ok(Err(too_many)),
+        self.write(|tx, hints| {
+            match unassigned(tx, asker.instance, &places::resolve_all(tx, requests)?)? {
+                Ok(new) => add(tx, hints, asker, &new, context).map(|_| Ok(())),
+                Err(too_many) => Ok(Err(too_many)),
+            }
         })
     }
 
-    /// Gives an instance that runs what is asked for, on an operator's behalf: assigns it and claims the devices, all or nothing. What it holds
-    /// already stays and serves none of the requests, but for a device that is asked for by its id: that is the answer, and where it was to
-    /// leave the guest it stays.
+    /// Gives an instance that runs what is asked for, on an operator's behalf: assigns it and
+    /// claims the devices, all or nothing. What it holds already stays and serves none of the
+    /// requests, but for a device that is asked for by its id: that is the answer, and where it was
+    /// to leave the guest it stays.
     ///
     /// # Errors
     /// When the database cannot be written; then nothing was given.
@@ -181,7 +194,9 @@ impl Store {
                 let want = |request: &DeviceRequest| Want::new(request.clone(), true);
                 let wants: Vec<Want> = missing.iter().map(want).collect();
                 match claim::take(tx, hints, asker, &wants, &[], Standing::More, judge, context)? {
-                    Claimed::Granted(granted) => new.extend(granted.iter().map(|g| g.device.entry.id)),
+                    Claimed::Granted(granted) => {
+                        new.extend(granted.iter().map(|g| g.device.entry.id));
+                    }
                     Claimed::Short(short) => return Ok(Given::Short(short)),
                     Claimed::Unfit(why) => return Ok(Given::Unfit(why)),
                 }
@@ -190,7 +205,8 @@ impl Store {
                 step_revision(tx)?;
                 tx.mark_lasting();
                 tx.execute(
-                    "UPDATE claims SET ending = 0, hold = 'instance', revision = (SELECT max(revision) FROM compute_nodes) WHERE id = ?1",
+                    "UPDATE claims SET ending = 0, hold = 'instance', revision = (SELECT \
+                        max(revision) FROM compute_nodes) WHERE id = ?1",
                     [claim.id],
                 )?;
                 new.push(claim.device_id);
@@ -202,10 +218,11 @@ impl Store {
         })
     }
 
-    /// What an operator takes back, in one step: assignments, by their numbers, and devices, by the claims on them. A claim is marked, for
-    /// whoever takes its device out of the guest; with it the assignment ends that asked for the device (the one that names it, or else the
-    /// first that `serves` says it would serve). What has ended meanwhile is none the worse for it, and a claim that somebody has made
-    /// since then is nobody's business here.
+    /// What an operator takes back, in one step: assignments, by their numbers, and devices, by the
+    /// claims on them. A claim is marked, for whoever takes its device out of the guest; with it
+    /// the assignment ends that asked for the device (the one that names it, or else the first that
+    /// `serves` says it would serve). What has ended meanwhile is none the worse for it, and a
+    /// claim that somebody has made since then is nobody's business here.
     ///
     /// `held` is what the instance held when this was decided, where it was decided by that: false
     /// if it holds more now. Then nothing has ended, and it is to be decided anew.
@@ -226,14 +243,17 @@ impl Store {
         }
         let instance = asker.instance;
         let done = self.write(|tx, _| {
-            let is_known = |c: &ClaimRow| held.is_none_or(|held| held.iter().any(|known| known.id == c.id));
+            let is_known =
+                |c: &ClaimRow| held.is_none_or(|held| held.iter().any(|known| known.id == c.id));
             if !give_back::held(tx, instance)?.iter().all(is_known) {
                 return Ok(false);
             }
             tx.mark_lasting();
             let remove = |id: i64| {
-                let sql = "DELETE FROM assignments WHERE id = ?1 AND instance_uuid = ?2 RETURNING request";
-                tx.query_row(sql, params![id, instance.to_string()], |row| row.get::<_, String>(0)).optional()
+                let sql = "DELETE FROM assignments WHERE id = ?1 AND instance_uuid = ?2 RETURNING \
+                    request";
+                tx.query_row(sql, params![id, instance.to_string()], |row| row.get::<_, String>(0))
+                    .optional()
             };
             for id in assignments {
                 if let Some(request) = remove(*id)? {
@@ -242,7 +262,8 @@ impl Store {
                 }
             }
             for claim in claims {
-                let sql = "UPDATE claims SET ending = 1 WHERE id = ?1 AND instance_uuid = ?2 AND NOT ending";
+                let sql = "UPDATE claims SET ending = 1 WHERE id = ?1 AND instance_uuid = ?2 AND \
+                    NOT ending";
                 if tx.execute(sql, params![claim.id, instance.to_string()])? == 0 {
                     continue;
                 }
@@ -274,7 +295,9 @@ impl Store {
 fn of_operators(tx: &Transaction<'_>, instance: InstanceId) -> Sql<Vec<Assignment>> {
     let sql = "SELECT * FROM assignments WHERE instance_uuid = ?1 AND source = ?2 ORDER BY id";
     let mut query = tx.prepare_cached(sql)?;
-    query.query_map(params![instance.to_string(), Source::Operator.name()], Assignment::read)?.collect()
+    query
+        .query_map(params![instance.to_string(), Source::Operator.name()], Assignment::read)?
+        .collect()
 }
 
 /// Those of the requests that are to be assigned: a device by its id is once.
@@ -318,16 +341,23 @@ fn add(
     Ok(made)
 }
 
-/// An assignment of the instance is to be written, which must survive a power cut, and so must its hint.
+/// An assignment of the instance is to be written, which must survive a power cut, and so must its
+/// hint.
 fn lasting(tx: &Tx<'_>, hints: &Hints, instance: InstanceId) -> Result<(), StoreError> {
     tx.mark_lasting();
     hints.add_lasting(Known::Assigned(instance))
 }
 
-fn insert(tx: &Transaction<'_>, instance: InstanceId, request: &DeviceRequest, source: Source) -> Sql<()> {
+fn insert(
+    tx: &Transaction<'_>,
+    instance: InstanceId,
+    request: &DeviceRequest,
+    source: Source,
+) -> Sql<()> {
     tx.execute(
         &format!(
-            "INSERT INTO assignments (created_at, instance_uuid, request, source) VALUES ({NOW}, ?1, ?2, ?3)"
+            "INSERT INTO assignments (created_at, instance_uuid, request, source) VALUES ({NOW}, \
+                ?1, ?2, ?3)"
         ),
         params![instance.to_string(), request.to_string(), source.name()],
     )?;

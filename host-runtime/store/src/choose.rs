@@ -6,14 +6,17 @@ use std::rc::Rc;
 use rusqlite::params_from_iter;
 use virt_usb_model::{DeviceId, Selector, matching};
 
-use crate::claim::{Asker, Granted, Judge, Obstacle, SHOWN, Shortage, Standing, Verified, Want, Why};
+use crate::claim::{
+    Asker, Granted, Judge, Obstacle, SHOWN, Shortage, Standing, Verified, Want, Why,
+};
 use crate::device::{ClaimRow, Location, Record};
 use crate::error::Sql;
 use crate::give_back;
 use crate::open::Tx;
 use crate::query::{self, Query};
 
-/// After so many candidates that were not who the inventory says, it is out of date: no more are tried.
+/// After so many candidates that were not who the inventory says, it is out of date: no more are
+/// tried.
 const MAX_PASSED_OVER: usize = 256;
 
 pub(crate) struct Choice<'a> {
@@ -26,8 +29,8 @@ pub(crate) struct Choice<'a> {
     mine: Vec<ClaimRow>,
     verified: BTreeMap<DeviceId, Location>,
     passed_over: BTreeMap<DeviceId, String>,
-    /// The rows that were read for a selector. The write lock is held: they are read once, and once more after the first
-    /// device was passed over, as many then as can be needed.
+    /// The rows that were read for a selector. The write lock is held: they are read once, and once
+    /// more after the first device was passed over, as many then as can be needed.
     found: HashMap<Selector, Vec<Rc<Record>>>,
     wide: bool,
 }
@@ -63,7 +66,18 @@ impl<'a> Choice<'a> {
     ) -> Sql<Self> {
         let mine = give_back::held(tx, asker.instance)?;
         let (verified, passed_over, found) = <_>::default();
-        Ok(Self { tx, asker, prefer, standing, judge, mine, verified, passed_over, found, wide: false })
+        Ok(Self {
+            tx,
+            asker,
+            prefer,
+            standing,
+            judge,
+            mine,
+            verified,
+            passed_over,
+            found,
+            wide: false,
+        })
     }
 
     pub(crate) fn mine(&self) -> &[ClaimRow] {
@@ -79,7 +93,8 @@ impl<'a> Choice<'a> {
         self.judge.fits(chosen)
     }
 
-    /// Devices for all of `wants`, or what is missing. Each round either ends or passes over a device more.
+    /// Devices for all of `wants`, or what is missing. Each round either ends or passes over a
+    /// device more.
     pub(crate) fn choose(&mut self, wants: &[Want]) -> Sql<Result<Vec<Granted>, Vec<Shortage>>> {
         let total: usize = wants.iter().map(|w| w.request.count as usize).sum();
         loop {
@@ -99,8 +114,11 @@ impl<'a> Choice<'a> {
                 }
             }
             let assigned = matching::assign_in_order(&rows, &self.order(&pool), pool.devices.len());
-            let served: Vec<Served> =
-                requests.iter().zip(assigned).filter_map(|(&number, got)| Some((number, got?))).collect();
+            let served: Vec<Served> = requests
+                .iter()
+                .zip(assigned)
+                .filter_map(|(&number, got)| Some((number, got?)))
+                .collect();
             if served.len() < rows.len() {
                 return self.shortages(wants, &pool, &served).map(Err);
             }
@@ -111,19 +129,22 @@ impl<'a> Choice<'a> {
         }
     }
 
-    /// The candidates in the order in which they are wanted by all requests together: the preferred, the instance's others, free ones.
-    /// What the instance holds is in an order of its own, so that it is chosen again.
+    /// The candidates in the order in which they are wanted by all requests together: the
+    /// preferred, the instance's others, free ones. What the instance holds is in an order of its
+    /// own, so that it is chosen again.
     fn order(&self, pool: &Pool) -> Vec<usize> {
         let mut order: Vec<usize> = (0..pool.devices.len()).collect();
         order.sort_by_key(|at| {
             let id = pool.devices[*at].entry.id;
-            let (preferred, mine) = (self.prefer.contains(&id), self.mine.iter().any(|c| c.device_id == id));
+            let (preferred, mine) =
+                (self.prefer.contains(&id), self.mine.iter().any(|c| c.device_id == id));
             (!preferred, !mine, (preferred || mine).then_some(id))
         });
         order
     }
 
-    /// Looks at each chosen device; false when one was not who it should be, and the choice must be made anew.
+    /// Looks at each chosen device; false when one was not who it should be, and the choice must be
+    /// made anew.
     fn verify<'b>(&mut self, chosen: impl Iterator<Item = &'b Record>) -> bool {
         let mut all = true;
         for device in chosen {
@@ -154,9 +175,9 @@ impl<'a> Choice<'a> {
         Granted { device, request, already, stored }
     }
 
-    /// The devices that would serve the request, the most wanted first: the preferred, those that serve it already, the
-    /// instance's others, free ones. Of the free ones at most as many as all requests together need: more cannot change
-    /// whether all can be served.
+    /// The devices that would serve the request, the most wanted first: the preferred, those that
+    /// serve it already, the instance's others, free ones. Of the free ones at most as many as all
+    /// requests together need: more cannot change whether all can be served.
     fn candidates(&mut self, number: usize, want: &Want, total: usize) -> Sql<Vec<Rc<Record>>> {
         if self.passed_over.len() > MAX_PASSED_OVER {
             return Ok(Vec::new());
@@ -192,7 +213,8 @@ impl<'a> Choice<'a> {
         }
         if !self.mine.is_empty() && self.standing != Standing::More {
             let instance = self.asker.instance.to_string();
-            // Like the agent, no start gives a guest what waits for an operator, though the guest holds it.
+            // Like the agent, no start gives a guest what waits for an operator, though the guest
+            // holds it.
             let condition = "d.instance_uuid = ? AND d.quarantined IS NULL";
             found.extend(self.gather(&test, condition, Some(instance), usize::MAX)?);
         }
@@ -203,7 +225,13 @@ impl<'a> Choice<'a> {
     }
 
     /// At most `most` devices of the query that this instance may have.
-    fn gather(&self, query: &Query, condition: &str, value: Option<String>, most: usize) -> Sql<Vec<Record>> {
+    fn gather(
+        &self,
+        query: &Query,
+        condition: &str,
+        value: Option<String>,
+        most: usize,
+    ) -> Sql<Vec<Record>> {
         let mut statement = self.tx.prepare_cached(&query.sorted("d.*", condition))?;
         let params = query.params.iter().cloned().chain(value.map(Into::into));
         let mut rows = statement.query(params_from_iter(params))?;
@@ -275,12 +303,15 @@ impl<'a> Choice<'a> {
         }
         Ok(match self.passed_over.get(&id) {
             Some(why) => Why::NotThere(why.clone()),
-            None if taken.contains_key(&id) || device.entry.instance_uuid == Some(self.asker.instance) => {
+            None if taken.contains_key(&id)
+                || device.entry.instance_uuid == Some(self.asker.instance) =>
+            {
                 Why::OtherRequest
             }
             None if device.entry.status_reason.is_some() => Why::Unavailable,
             None => Why::NotThere(
-                "it was not looked at: too many devices were not where the inventory has them".into(),
+                "it was not looked at: too many devices were not where the inventory has them"
+                    .into(),
             ),
         })
     }

@@ -5,7 +5,8 @@
 //!                                         ▲                            │ not who it was
 //!                                         └────────────────────────────┘
 //! ```
-//! Everything happens under the write lock: of two hooks that run at once, the second sees what the first has done.
+//! Everything happens under the write lock: of two hooks that run at once, the second sees what the
+//! first has done.
 
 use virt_usb_model::{DeviceId, DeviceRequest, InstanceId, ProjectId};
 
@@ -51,11 +52,12 @@ impl Want {
 pub enum Standing {
     /// Made at prepare: what the instance holds and did not ask for again is given back.
     Firm,
-    /// Made while the guest runs, beside all that it holds: that stays, and serves none of these requests.
+    /// Made while the guest runs, beside all that it holds: that stays, and serves none of these
+    /// requests.
     More,
-    /// Made by an incoming restore or migration: void unless confirmed within [`crate::Context::pending_grace`]. What the
-    /// instance held firmly before stays as it is, and only remembers that it was named: the guest
-    /// may run, or fail to come in.
+    /// Made by an incoming restore or migration: void unless confirmed within
+    /// [`crate::Context::pending_grace`]. What the instance held firmly before stays as it is, and
+    /// only remembers that it was named: the guest may run, or fail to come in.
     Pending,
 }
 
@@ -112,7 +114,8 @@ pub struct Shortage {
     pub request: DeviceRequest,
     /// How many of `count` could be had.
     pub got: u32,
-    /// The other devices of this host that match, with what stands in the way of each. At most [`SHOWN`].
+    /// The other devices of this host that match, with what stands in the way of each. At most
+    /// [`SHOWN`].
     pub matching: Vec<Obstacle>,
     /// How many match in all, those that could be had too.
     pub total: usize,
@@ -146,10 +149,10 @@ pub enum Why {
 }
 
 impl Store {
-    /// Takes all devices that `wants` asks for, or none. Asked twice, the answer is the same claim. What the instance holds
-    /// beyond that (an older flavor's) is given back, except what was adopted from the domain's own
-    /// XML. `prefer` lists the devices that the domain's XML holds: they are chosen before others,
-    /// and a firm claim keeps them in any case.
+    /// Takes all devices that `wants` asks for, or none. Asked twice, the answer is the same claim.
+    /// What the instance holds beyond that (an older flavor's) is given back, except what was
+    /// adopted from the domain's own XML. `prefer` lists the devices that the domain's XML holds:
+    /// they are chosen before others, and a firm claim keeps them in any case.
     ///
     /// # Errors
     /// When the database cannot be written; then nothing was taken.
@@ -207,7 +210,10 @@ pub(crate) fn take_of(
         Claimed::Short(short) => short
             .iter()
             .map(|s| {
-                format!("usb_devices[{}] {}: {} of {} to be had", s.number, s.request, s.got, s.request.count)
+                format!(
+                    "usb_devices[{}] {}: {} of {} to be had",
+                    s.number, s.request, s.got, s.request.count
+                )
             })
             .collect::<Vec<_>>()
             .join("; "),

@@ -4,8 +4,8 @@ use rusqlite::{Row, Transaction, params};
 use serde::Serialize;
 use virt_usb_model::state::Hold;
 use virt_usb_model::{
-    BusAddress, Descriptors, DeviceEntry, DeviceId, DeviceKey, InstanceId, PortPath, ProjectId, Reason,
-    Serial, Speed, Status, UsbId, grant,
+    BusAddress, Descriptors, DeviceEntry, DeviceId, DeviceKey, InstanceId, PortPath, ProjectId,
+    Reason, Serial, Speed, Status, UsbId, grant,
 };
 
 use crate::claim::Asker;
@@ -51,7 +51,8 @@ pub struct Record {
     /// It came and went too often, and is not offered until then.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub flapping_until: Option<String>,
-    /// What the rules alone say of it: why it is not offered, its tags, whether it is quarantined after each use, and for whom it is.
+    /// What the rules alone say of it: why it is not offered, its tags, whether it is quarantined
+    /// after each use, and for whom it is.
     #[serde(skip)]
     pub rule_withheld: Option<Reason>,
     #[serde(skip)]
@@ -69,7 +70,8 @@ pub struct Record {
     /// What it sends of itself.
     #[serde(skip)]
     pub descriptors: Option<Descriptors>,
-    /// Tells one stay of the device in its port from the next: see [`virt_usb_model::Device::generation`].
+    /// Tells one stay of the device in its port from the next: see
+    /// [`virt_usb_model::Device::generation`].
     #[serde(skip)]
     pub generation: Option<i64>,
     /// The same at the claim after which it was quarantined.
@@ -116,9 +118,13 @@ impl Record {
         matches!(self.withheld, Some(Reason::Disabled | Reason::Quarantined | Reason::Flapping))
     }
 
-    /// What is different from what it was when it was claimed last, where it was quarantined after that.
+    /// What is different from what it was when it was claimed last, where it was quarantined after
+    /// that.
     pub fn altered(&self) -> Option<String> {
-        self.used_as.as_ref().zip(self.descriptors.as_ref()).and_then(|(was, is)| was.difference(is))
+        self.used_as
+            .as_ref()
+            .zip(self.descriptors.as_ref())
+            .and_then(|(was, is)| was.difference(is))
     }
 
     /// The first of the tags that only a whitelist rule can take away.
@@ -189,9 +195,11 @@ impl Record {
     }
 }
 
-/// Why a device is not offered once nobody holds it: what an operator says first, then what it does, then what the rules say.
+/// Why a device is not offered once nobody holds it: what an operator says first, then what it
+/// does, then what the rules say.
 fn withheld(row: &Row<'_>) -> Sql<Option<Reason>> {
-    let is_set = |column| Ok::<_, rusqlite::Error>(row.get_ref(column)? != rusqlite::types::ValueRef::Null);
+    let is_set =
+        |column| Ok::<_, rusqlite::Error>(row.get_ref(column)? != rusqlite::types::ValueRef::Null);
     Ok(if is_set("disabled")? {
         Some(Reason::Disabled)
     } else if is_set("quarantined")? {
@@ -238,9 +246,10 @@ pub struct ClaimRow {
     pub revision: i64,
     /// The device is to leave the guest, and the claim ends with that.
     pub ending: bool,
-    /// The guest came in with the device by restore or migration. QEMU lets go of a host's device when it loads a guest's state
-    /// and does not take it again, whatever the live XML shows (hw/usb/host-libusb.c, `usb_host_post_load_bh`; libvirt names a
-    /// device file, for which QEMU does not scan): the device is to leave the guest and to be attached anew.
+    /// The guest came in with the device by restore or migration. QEMU lets go of a host's device
+    /// when it loads a guest's state and does not take it again, whatever the live XML shows
+    /// (hw/usb/host-libusb.c, `usb_host_post_load_bh`; libvirt names a device file, for which QEMU
+    /// does not scan): the device is to leave the guest and to be attached anew.
     pub arrived: bool,
     /// The device is in a hostdev that somebody wrote by hand, whatever alias that has and whether
     /// or not a request is served by it too: no rule takes it away, and it is never rewritten.
@@ -260,12 +269,12 @@ pub struct ClaimRow {
     /// Whether another device of the kind has shown the same serial since the claim was made.
     #[serde(skip)]
     pub serial_shared: bool,
-    /// Whether the device was seen in the guest during this run of it: a guest that had it has lost a device, and did
-    /// not fail to start.
+    /// Whether the device was seen in the guest during this run of it: a guest that had it has lost
+    /// a device, and did not fail to start.
     #[serde(skip)]
     pub seen_in_guest: bool,
-    /// Whether libvirt was asked to attach the device, and was lost before it answered: the device may still come into the guest,
-    /// whatever the live XML shows.
+    /// Whether libvirt was asked to attach the device, and was lost before it answered: the device
+    /// may still come into the guest, whatever the live XML shows.
     #[serde(skip)]
     pub unsure: bool,
     /// The generation of the device with which it came into the guest, where that is known.
@@ -277,7 +286,9 @@ impl ClaimRow {
     /// Whether its guest runs, as far as claims tell: what is held for a run of this boot, or is in
     /// a guest.
     pub fn is_of_a_run(&self, boot_id: &str) -> bool {
-        !self.pending && self.boot_id == boot_id && (self.state == "allocated" || self.hold == "running")
+        !self.pending
+            && self.boot_id == boot_id
+            && (self.state == "allocated" || self.hold == "running")
     }
 
     /// Whose it was when it was made.
@@ -359,7 +370,8 @@ impl Store {
         let addresses: Vec<String> = addresses.iter().map(|a| format!("'{a}'")).collect();
         let ports: Vec<String> = ports.iter().map(|p| format!("'{p}'")).collect();
         self.records(&format!(
-            "deleted = 0 AND (instance_uuid = '{instance}' OR id IN ({}) OR address IN ({}) OR port_path IN ({}))",
+            "deleted = 0 AND (instance_uuid = '{instance}' OR id IN ({}) OR address IN ({}) OR \
+                port_path IN ({}))",
             ids.join(", "),
             addresses.join(", "),
             ports.join(", ")
@@ -394,19 +406,21 @@ impl Store {
 pub(crate) fn refresh(tx: &Transaction<'_>, device: DeviceId) -> Sql<()> {
     let (present, withheld, state, instance) = tx
         .prepare_cached(
-            "SELECT d.present, d.withheld, d.disabled, d.quarantined, d.flapping_until, c.state, c.instance_uuid AS holder
+            "SELECT d.present, d.withheld, d.disabled, d.quarantined, d.flapping_until, c.state, \
+                c.instance_uuid AS holder
              FROM usb_devices d LEFT JOIN claims c ON c.device_id = d.id WHERE d.id = ?1",
         )?
         .query_row([sql_id(device)], |row| {
-            let (state, holder) = (row.get::<_, Option<String>>("state")?, row.get::<_, Option<String>>("holder")?);
+            let (state, holder) =
+                (row.get::<_, Option<String>>("state")?, row.get::<_, Option<String>>("holder")?);
             Ok((row.get::<_, bool>("present")?, withheld(row)?, state, holder))
         })?;
     let hold = state.map(|s| if s == "allocated" { Hold::Allocated } else { Hold::Claimed });
     write_state(tx, device, Status::derive(hold, present, withheld), instance.as_deref())
 }
 
-/// The only writer of `status`, `status_reason`, `instance_uuid` and `deleted`: for [`refresh`], and for who has just made
-/// the facts and needs not read them.
+/// The only writer of `status`, `status_reason`, `instance_uuid` and `deleted`: for [`refresh`],
+/// and for who has just made the facts and needs not read them.
 pub(crate) fn write_state(
     tx: &Transaction<'_>,
     device: DeviceId,
@@ -414,8 +428,10 @@ pub(crate) fn write_state(
     instance: Option<&str>,
 ) -> Sql<()> {
     tx.prepare_cached(&format!(
-        "UPDATE usb_devices SET status = ?2, status_reason = ?3, instance_uuid = ?4, was_held = was_held OR ?4 IS NOT NULL, deleted = iif(?5, id, 0),
-         deleted_at = iif(?5, coalesce(deleted_at, {NOW}), NULL), updated_at = {NOW}, revision = (SELECT max(revision) FROM compute_nodes)
+        "UPDATE usb_devices SET status = ?2, status_reason = ?3, instance_uuid = ?4, was_held = \
+            was_held OR ?4 IS NOT NULL, deleted = iif(?5, id, 0),
+         deleted_at = iif(?5, coalesce(deleted_at, {NOW}), NULL), updated_at = {NOW}, revision = \
+         (SELECT max(revision) FROM compute_nodes)
          WHERE id = ?1"
     ))?
     .execute(params![
@@ -432,7 +448,8 @@ pub(crate) fn write_state(
 pub(crate) fn set_location(tx: &Transaction<'_>, device: DeviceId, seen: &Location) -> Sql<()> {
     let Location { port, address } = seen;
     tx.prepare_cached(
-        "UPDATE usb_devices SET address = ?2, bus_id = ?3, device_id = ?4, port_path = ?5, port_id = ?6, generation = NULL
+        "UPDATE usb_devices SET address = ?2, bus_id = ?3, device_id = ?4, port_path = ?5, port_id \
+            = ?6, generation = NULL
          WHERE id = ?1 AND (address, port_path) <> (?2, ?5)",
     )?
     .execute(params![
@@ -448,7 +465,8 @@ pub(crate) fn set_location(tx: &Transaction<'_>, device: DeviceId, seen: &Locati
 
 /// One step of the inventory's revision; once a transaction that changes devices.
 pub(crate) fn step_revision(tx: &Transaction<'_>) -> Sql<()> {
-    tx.prepare_cached("UPDATE compute_nodes SET revision = revision + 1 WHERE deleted = 0")?.execute([])?;
+    tx.prepare_cached("UPDATE compute_nodes SET revision = revision + 1 WHERE deleted = 0")?
+        .execute([])?;
     Ok(())
 }
 

@@ -1,4 +1,5 @@
-//! Bringing the rows in line with what is plugged in. What to do is planned elsewhere, purely; this does it.
+//! Bringing the rows in line with what is plugged in. What to do is planned elsewhere, purely; this
+//! does it.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -31,7 +32,8 @@ pub struct Done {
     pub id: DeviceId,
     /// `added`, `returned` (plugged in again, or under another number), `changed` or `removed`.
     pub what: &'static str,
-    /// What about the device is not as it was when it was claimed: its descriptors, or that its serial is unique.
+    /// What about the device is not as it was when it was claimed: its descriptors, or that its
+    /// serial is unique.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub altered: Option<String>,
 }
@@ -45,9 +47,10 @@ pub struct SeenKeys<'a, T> {
 }
 
 impl<'a, T: Iterator<Item = &'a DeviceKey>> SeenKeys<'a, T> {
-    /// The rows that [`Store::reconcile`] gives to its plan. Of devices that are gone only those are read that share a serial with one
-    /// that is seen, that no serial identifies, or that may have shown another kind: a device that shows another serial each time leaves
-    /// a row each time.
+    /// The rows that [`Store::reconcile`] gives to its plan. Of devices that are gone only those
+    /// are read that share a serial with one that is seen, that no serial identifies, or that may
+    /// have shown another kind: a device that shows another serial each time leaves a row each
+    /// time.
     fn rows(self, tx: &Transaction<'_>) -> Sql<Vec<Record>> {
         let (mut kinds, mut serials) = (BTreeSet::new(), BTreeSet::new());
         for key in self.keys {
@@ -56,11 +59,13 @@ impl<'a, T: Iterator<Item = &'a DeviceKey>> SeenKeys<'a, T> {
         }
         let joined: BTreeSet<String> = self.aliases.kinds().map(|usb| usb.to_string()).collect();
         let of_kinds = "FROM json_each({}) k CROSS JOIN usb_devices d
-             ON d.vendor_id = substr(k.value, 1, 4) AND d.product_id = substr(k.value, 6, 4) AND d.deleted <> 0";
+             ON d.vendor_id = substr(k.value, 1, 4) AND d.product_id = substr(k.value, 6, 4) AND \
+             d.deleted <> 0";
         let sql = format!(
             "SELECT * FROM usb_devices WHERE id IN (
                  SELECT id FROM usb_devices INDEXED BY usb_devices_port WHERE deleted = 0
-                 UNION SELECT d.id FROM json_each(?1) s CROSS JOIN usb_devices d ON d.serial = s.value AND d.deleted <> 0
+                 UNION SELECT d.id FROM json_each(?1) s CROSS JOIN usb_devices d ON d.serial = \
+                 s.value AND d.deleted <> 0
                  UNION SELECT d.id {} AND d.serial_kind IN ('missing', 'duplicate')
                  UNION SELECT d.id {}) ORDER BY id",
             of_kinds.replace("{}", "?2"),
@@ -74,8 +79,9 @@ impl<'a, T: Iterator<Item = &'a DeviceKey>> SeenKeys<'a, T> {
 type Known<'a> = BTreeMap<DeviceId, &'a Record>;
 
 impl Store {
-    /// Plans and executes under one lock. `seen` are the devices that are plugged in, `limits` say when a device comes and goes too
-    /// often. `plan` is given the rows of all devices that are plugged in or held, and of those gone that may be one of `seen`.
+    /// Plans and executes under one lock. `seen` are the devices that are plugged in, `limits` say
+    /// when a device comes and goes too often. `plan` is given the rows of all devices that are
+    /// plugged in or held, and of those gone that may be one of `seen`.
     ///
     /// # Errors
     /// When the database cannot be written; then nothing was changed.
@@ -88,8 +94,9 @@ impl Store {
         context: &Context,
     ) -> Result<Vec<Done>, StoreError> {
         self.mend_hints()?;
-        // Before the write and not after it: who writes first after the log was folded begins it anew and syncs its head,
-        // and that is not to be a hook. When it cannot be folded now, a later write does it.
+        // Before the write and not after it: who writes first after the log was folded begins it
+        // anew and syncs its head, and that is not to be a hook. When it cannot be folded now, a
+        // later write does it.
         drop(self.checkpoint("PASSIVE"));
         self.write(|tx, _| {
             register_host(tx, host)?;
@@ -132,8 +139,10 @@ fn register_host(tx: &Transaction<'_>, host: &str) -> Sql<()> {
     let node = join::node(tx)?;
     tx.execute(
         &format!(
-            "INSERT INTO compute_nodes (created_at, updated_at, id, host, scanned_at) VALUES ({NOW}, {NOW}, ?1, ?2, {NOW})
-             ON CONFLICT (id) DO UPDATE SET host = excluded.host, scanned_at = {NOW}, updated_at = iif(host = excluded.host, updated_at, {NOW})"
+            "INSERT INTO compute_nodes (created_at, updated_at, id, host, scanned_at) VALUES \
+                ({NOW}, {NOW}, ?1, ?2, {NOW})
+             ON CONFLICT (id) DO UPDATE SET host = excluded.host, scanned_at = {NOW}, updated_at = \
+             iif(host = excluded.host, updated_at, {NOW})"
         ),
         params![node, host],
     )?;
@@ -142,7 +151,8 @@ fn register_host(tx: &Transaction<'_>, host: &str) -> Sql<()> {
 
 /// Whether no discovery has run since the host was restarted. Notes that one runs now.
 fn is_first_of_boot(tx: &Transaction<'_>, context: &Context) -> Sql<bool> {
-    let sql = "UPDATE compute_nodes SET scanned_boot = ?1 WHERE deleted = 0 AND scanned_boot IS NOT ?1";
+    let sql =
+        "UPDATE compute_nodes SET scanned_boot = ?1 WHERE deleted = 0 AND scanned_boot IS NOT ?1";
     Ok(tx.execute(sql, [&context.boot_id])? > 0)
 }
 
@@ -157,17 +167,26 @@ fn is_news(known: &Known<'_>, change: &Change) -> bool {
     }
 }
 
-fn execute(tx: &Tx<'_>, known: &Known<'_>, change: Change, limits: &Limits, context: &Context) -> Sql<Done> {
+fn execute(
+    tx: &Tx<'_>,
+    known: &Known<'_>,
+    change: Change,
+    limits: &Limits,
+    context: &Context,
+) -> Sql<Done> {
     let mut altered = None;
     let (id, what, detail) = match change {
-        Change::Add(device, verdict) => (insert(tx, &device, &verdict)?, "added", device.key.to_string()),
+        Change::Add(device, verdict) => {
+            (insert(tx, &device, &verdict)?, "added", device.key.to_string())
+        }
         Change::See(id, device, verdict) => {
             let before = known.get(&id);
             let own_tags = before.map_or(&[][..], |r| &r.own_tags);
             update(tx, id, &device, &verdict, own_tags)?;
             if before.is_some_and(|r| r.generation.is_none()) {
                 // Known for the first time: it is the stay that the guest has.
-                let sql = "UPDATE claims SET generation = ?2 WHERE device_id = ?1 AND generation IS NULL AND state = 'allocated'";
+                let sql = "UPDATE claims SET generation = ?2 WHERE device_id = ?1 AND generation \
+                    IS NULL AND state = 'allocated'";
                 tx.prepare_cached(sql)?.execute(params![sql_id(id), device.generation])?;
             }
             if let (Some(before), Some(now)) = (before, &device.descriptors)
@@ -176,12 +195,15 @@ fn execute(tx: &Tx<'_>, known: &Known<'_>, change: Change, limits: &Limits, cont
                 altered = aside::altered(tx, before, now, context)?;
             }
             if let Some(before) = before {
-                altered = aside::serial_is_shared(tx, before, &device.key.serial, context)?.or(altered);
+                altered =
+                    aside::serial_is_shared(tx, before, &device.key.serial, context)?.or(altered);
             }
-            // Another number or generation: it was unplugged, or its controller was, between two looks.
-            let is_new = |r: &Record| r.generation.zip(device.generation).is_some_and(|(was, is)| was != is);
-            let returned =
-                before.is_some_and(|r| !r.present || r.entry.address != device.address || is_new(r));
+            // Another number or generation: it was unplugged, or its controller was, between two
+            // looks.
+            let is_new =
+                |r: &Record| r.generation.zip(device.generation).is_some_and(|(was, is)| was != is);
+            let returned = before
+                .is_some_and(|r| !r.present || r.entry.address != device.address || is_new(r));
             if returned {
                 aside::returned(tx, id, limits, context)?;
             }
@@ -204,21 +226,33 @@ fn execute(tx: &Tx<'_>, known: &Known<'_>, change: Change, limits: &Limits, cont
 fn insert(tx: &Transaction<'_>, device: &Device, verdict: &Verdict) -> Sql<DeviceId> {
     let id = tx
         .prepare_cached(&format!(
-            "INSERT INTO usb_devices (created_at, compute_node_id, address, status, port_path, serial_kind, class) VALUES ({NOW}, ?1, ?2, 'available', ?3, 'missing', '00')
+            "INSERT INTO usb_devices (created_at, compute_node_id, address, status, port_path, \
+                serial_kind, class) VALUES ({NOW}, ?1, ?2, 'available', ?3, 'missing', '00')
              RETURNING id"
         ))?
-        .query_row(params![join::node(tx)?, device.address.to_string(), device.key.port.to_string()], |row| {
-            read_id(row, "id")
-        })?;
+        .query_row(
+            params![join::node(tx)?, device.address.to_string(), device.key.port.to_string()],
+            |row| read_id(row, "id"),
+        )?;
     update(tx, id, device, verdict, &[])?;
     Ok(id)
 }
 
-fn update(tx: &Transaction<'_>, id: DeviceId, d: &Device, verdict: &Verdict, own_tags: &[String]) -> Sql<()> {
+fn update(
+    tx: &Transaction<'_>,
+    id: DeviceId,
+    d: &Device,
+    verdict: &Verdict,
+    own_tags: &[String],
+) -> Sql<()> {
     tx.prepare_cached(
-        "UPDATE usb_devices SET address = ?2, product_id = ?3, vendor_id = ?4, bus_id = ?5, device_id = ?6, port_id = ?7, port_path = ?8,
-         serial = ?9, serial_kind = ?10, class = ?11, interface_classes = ?12, tags = ?13, projects = ?14, speed = ?15, manufacturer = ?16,
-         product_name = ?17, driver = ?18, host_use = ?19, withheld = ?20, one_time_use = ?21 OR (one_time_use AND EXISTS (SELECT 1 FROM claims WHERE device_id = ?1)), descriptors = ?22, path = ?23, generation = ?24, present = 1 WHERE id = ?1",
+        "UPDATE usb_devices SET address = ?2, product_id = ?3, vendor_id = ?4, bus_id = ?5, \
+            device_id = ?6, port_id = ?7, port_path = ?8,
+         serial = ?9, serial_kind = ?10, class = ?11, interface_classes = ?12, tags = ?13, \
+         projects = ?14, speed = ?15, manufacturer = ?16,
+         product_name = ?17, driver = ?18, host_use = ?19, withheld = ?20, one_time_use = ?21 OR \
+         (one_time_use AND EXISTS (SELECT 1 FROM claims WHERE device_id = ?1)), descriptors = ?22, \
+         path = ?23, generation = ?24, present = 1 WHERE id = ?1",
     )?
     .execute(params![
         sql_id(id),

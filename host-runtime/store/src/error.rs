@@ -19,7 +19,8 @@ pub enum StoreError {
     },
     /// The database or its folder may not be used by this user.
     #[error(
-        "no permission for {path} (or its folder): it belongs to the agent's user; run as root or as that user"
+        "no permission for {path} (or its folder): it belongs to the agent's user; run as root or \
+            as that user"
     )]
     Permission {
         /// The database's file.
@@ -27,7 +28,8 @@ pub enum StoreError {
     },
     /// Root works as the user to whom the folder belongs, and that user may not use the file.
     #[error(
-        "user {user} may not use {path}, and root uses that folder as user {user}, to whom it belongs: 'chown {user}: {path}', and let user {user} into each folder above it"
+        "user {user} may not use {path}, and root uses that folder as user {user}, to whom it \
+            belongs: 'chown {user}: {path}', and let user {user} into each folder above it"
     )]
     NotTheirs {
         /// The file.
@@ -37,7 +39,8 @@ pub enum StoreError {
     },
     /// A link stands where the database should be.
     #[error(
-        "{path} is a symbolic link or no regular file: the inventory is not opened through links; remove it, or put the file itself there"
+        "{path} is a symbolic link or no regular file: the inventory is not opened through links; \
+            remove it, or put the file itself there"
     )]
     Link {
         /// The database's file.
@@ -45,7 +48,8 @@ pub enum StoreError {
     },
     /// Another program held the lock for too long.
     #[error(
-        "another program holds the inventory's lock for more than {waited_ms} ms: see who has {path} open (fuser -v), then try again"
+        "another program holds the inventory's lock for more than {waited_ms} ms: see who has \
+            {path} open (fuser -v), then try again"
     )]
     Locked {
         /// The database's file.
@@ -55,7 +59,9 @@ pub enum StoreError {
     },
     /// The file is damaged, or is no database at all.
     #[error(
-        "the inventory {path} is damaged ({what}): 'virt-usb store rebuild' makes it anew of what can still be read, of what is plugged in and of the guests that run; with a backup, 'virt-usb store restore FILE'; both keep the damaged file"
+        "the inventory {path} is damaged ({what}): 'virt-usb store rebuild' makes it anew of what \
+            can still be read, of what is plugged in and of the guests that run; with a backup, \
+            'virt-usb store restore FILE'; both keep the damaged file"
     )]
     Corrupt {
         /// The database's file.
@@ -65,7 +71,8 @@ pub enum StoreError {
     },
     /// A newer virt-usb wrote it.
     #[error(
-        "the inventory {path} has schema {found}, this program knows {known}: install the virt-usb that wrote it, or newer"
+        "the inventory {path} has schema {found}, this program knows {known}: install the virt-usb \
+            that wrote it, or newer"
     )]
     Newer {
         /// The database's file.
@@ -77,7 +84,8 @@ pub enum StoreError {
     },
     /// An older virt-usb wrote it, and this program may not change it.
     #[error(
-        "the inventory {path} has schema {found}, this program needs {known}: run 'virt-usb discover' once to bring it up to date"
+        "the inventory {path} has schema {found}, this program needs {known}: run 'virt-usb \
+            discover' once to bring it up to date"
     )]
     Older {
         /// The database's file.
@@ -94,20 +102,26 @@ pub enum StoreError {
         path: PathBuf,
     },
     /// No space left. Nothing was changed.
-    #[error("no space left for the inventory {path}: nothing was changed; free some space and try again")]
+    #[error(
+        "no space left for the inventory {path}: nothing was changed; free some space and try again"
+    )]
     Full {
         /// The database's file.
         path: PathBuf,
     },
     /// The file system or the file is read-only. Nothing was changed.
-    #[error("the inventory {path} is read-only: nothing was changed; check the mount and the file's mode")]
+    #[error(
+        "the inventory {path} is read-only: nothing was changed; check the mount and the file's \
+            mode"
+    )]
     ReadOnly {
         /// The database's file.
         path: PathBuf,
     },
     /// Another file stands in its place since it was opened. Nothing was changed.
     #[error(
-        "the inventory {path} was replaced while it was in use: nothing was written to the old one; try again"
+        "the inventory {path} was replaced while it was in use: nothing was written to the old \
+            one; try again"
     )]
     Replaced {
         /// The database's file.
@@ -115,7 +129,8 @@ pub enum StoreError {
     },
     /// Somebody else makes it anew.
     #[error(
-        "another 'virt-usb store restore' or 'rebuild' works on {path}: wait until it is done, then see 'virt-usb store check'"
+        "another 'virt-usb store restore' or 'rebuild' works on {path}: wait until it is done, \
+            then see 'virt-usb store check'"
     )]
     Recovering {
         /// The database's file.
@@ -131,7 +146,8 @@ pub enum StoreError {
     },
     /// A row holds what this program never writes.
     #[error(
-        "the inventory {path} holds a row that virt-usb never writes ({what}): run 'virt-usb store check'"
+        "the inventory {path} holds a row that virt-usb never writes ({what}): run 'virt-usb store \
+            check'"
     )]
     Row {
         /// The database's file.
@@ -157,14 +173,17 @@ pub enum StoreError {
     },
 }
 
-/// What statements return inside the store; [`StoreError::from_sqlite`] gives it its file and its advice.
+/// What statements return inside the store; [`StoreError::from_sqlite`] gives it its file and its
+/// advice.
 pub(crate) type Sql<T> = Result<T, rusqlite::Error>;
 
 impl StoreError {
     pub(crate) fn from_sqlite(path: &Path, waited_ms: u64, e: &rusqlite::Error) -> Self {
         let path = path.to_path_buf();
         let what = e.to_string();
-        if let rusqlite::Error::FromSqlConversionFailure(..) | rusqlite::Error::InvalidColumnType(..) = e {
+        if let rusqlite::Error::FromSqlConversionFailure(..)
+        | rusqlite::Error::InvalidColumnType(..) = e
+        {
             return Self::Row { path, what };
         }
         if let rusqlite::Error::SqliteFailure(failure, _) = e
@@ -174,12 +193,18 @@ impl StoreError {
         }
         match e.sqlite_error_code() {
             Some(
-                ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked | ErrorCode::FileLockingProtocolFailed,
+                ErrorCode::DatabaseBusy
+                | ErrorCode::DatabaseLocked
+                | ErrorCode::FileLockingProtocolFailed,
             ) => Self::Locked { path, waited_ms },
-            Some(ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase) => Self::Corrupt { path, what },
+            Some(ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase) => {
+                Self::Corrupt { path, what }
+            }
             Some(ErrorCode::DiskFull) => Self::Full { path },
             Some(ErrorCode::PermissionDenied) => Self::permission(path),
-            Some(ErrorCode::ReadOnly) => Self::look_why(path).unwrap_or_else(|path| Self::ReadOnly { path }),
+            Some(ErrorCode::ReadOnly) => {
+                Self::look_why(path).unwrap_or_else(|path| Self::ReadOnly { path })
+            }
             Some(ErrorCode::CannotOpen | ErrorCode::SystemIoFailure) => {
                 Self::look_why(path).unwrap_or_else(|path| Self::Other { path, what })
             }
@@ -187,7 +212,8 @@ impl StoreError {
         }
     }
 
-    /// SQLite says only that it cannot open or write: what the file system tells; the path again if that is nothing.
+    /// SQLite says only that it cannot open or write: what the file system tells; the path again if
+    /// that is nothing.
     fn look_why(path: PathBuf) -> Result<Self, PathBuf> {
         let folder = path.parent().unwrap_or(Path::new("/"));
         match std::fs::symlink_metadata(&path) {
@@ -200,8 +226,8 @@ impl StoreError {
         }
     }
 
-    /// What is said depends on who may not: a user whom the inventory does not belong to, or the one
-    /// whose it is, in whose place root works.
+    /// What is said depends on who may not: a user whom the inventory does not belong to, or the
+    /// one whose it is, in whose place root works.
     pub(crate) fn permission(path: PathBuf) -> Self {
         match User::in_place_of_root() {
             Some(user) => Self::NotTheirs { path, user },
@@ -246,7 +272,11 @@ impl StoreError {
 }
 
 /// A column that does not parse, as an error that a row-reading closure can return.
-pub(crate) fn bad_row(row: &rusqlite::Row<'_>, column: &str, e: impl std::fmt::Display) -> rusqlite::Error {
+pub(crate) fn bad_row(
+    row: &rusqlite::Row<'_>,
+    column: &str,
+    e: impl std::fmt::Display,
+) -> rusqlite::Error {
     let index = row.as_ref().column_index(column).unwrap_or_default();
     let what = format!("column {column}: {e}");
     rusqlite::Error::FromSqlConversionFailure(index, rusqlite::types::Type::Text, what.into())

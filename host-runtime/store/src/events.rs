@@ -57,7 +57,8 @@ const DETAIL: usize = 1024;
 
 pub(crate) fn record(tx: &Transaction<'_>, context: &Context, event: &Event) -> Sql<()> {
     tx.prepare_cached(&format!(
-        "INSERT INTO events (at, event, instance_uuid, domain, project_id, device_id, actor, detail) VALUES ({NOW}, ?1, ?2, ?3, ?4, ?5, ?6, ?7)"
+        "INSERT INTO events (at, event, instance_uuid, domain, project_id, device_id, actor, \
+            detail) VALUES ({NOW}, ?1, ?2, ?3, ?4, ?5, ?6, ?7)"
     ))?
     .execute(params![
         event.event,
@@ -85,9 +86,11 @@ pub struct EventRow {
     pub id: i64,
     /// UTC, ISO 8601.
     pub at: String,
-    /// What happened: `assigned`, `unassigned`, `claimed`, `allocated`, `detached`, `released`, `refused`, `voided`, `forced`, `adopted`,
-    /// `problem`, `solved`, `added`, `changed`, `removed`, `returned`, `altered`, `flapping`, `steady`, `quarantined`, `cleared`, `disabled`,
-    /// `enabled`, `tagged`, `flavor-set`, `flavor-removed`, `owner-set`, `owner-cleared`, `restored`, `rebuilt`.
+    /// What happened: `assigned`, `unassigned`, `claimed`, `allocated`, `detached`, `released`,
+    /// `refused`, `voided`, `forced`, `adopted`, `problem`, `solved`, `added`, `changed`,
+    /// `removed`, `returned`, `altered`, `flapping`, `steady`, `quarantined`, `cleared`,
+    /// `disabled`, `enabled`, `tagged`, `flavor-set`, `flavor-removed`, `owner-set`,
+    /// `owner-cleared`, `restored`, `rebuilt`.
     pub event: String,
     /// To which instance.
     pub instance_uuid: Option<InstanceId>,
@@ -143,7 +146,8 @@ impl Store {
     pub fn events(&self, filter: &Filter) -> Result<Vec<EventRow>, StoreError> {
         let limit = if filter.limit == 0 { -1 } else { i64::from(filter.limit) };
         let mut events = self.all(
-            "SELECT * FROM events WHERE (?1 IS NULL OR instance_uuid = ?1) AND (?2 IS NULL OR device_id = ?2) AND id > ?3
+            "SELECT * FROM events WHERE (?1 IS NULL OR instance_uuid = ?1) AND (?2 IS NULL OR \
+                device_id = ?2) AND id > ?3
              AND (?4 = 0 OR id < ?4) ORDER BY id DESC LIMIT ?5",
             params![
                 filter.instance.map(|i| i.to_string()),
@@ -158,28 +162,34 @@ impl Store {
         Ok(events)
     }
 
-    /// When the newest event was, if the clock has not come that far by more than a minute: it was set back.
+    /// When the newest event was, if the clock has not come that far by more than a minute: it was
+    /// set back.
     ///
     /// # Errors
     /// When the database cannot be read.
     pub fn newest_ahead(&self) -> Result<Option<String>, StoreError> {
-        let sql = "SELECT at FROM events WHERE id = (SELECT max(id) FROM events) AND at > strftime('%Y-%m-%dT%H:%M:%fZ', 'now', '+60 seconds')";
+        let sql = "SELECT at FROM events WHERE id = (SELECT max(id) FROM events) AND at > \
+            strftime('%Y-%m-%dT%H:%M:%fZ', 'now', '+60 seconds')";
         Ok(self.all(sql, [], |row| row.get(0))?.pop())
     }
 
-    /// Removes events older than `days` days (at least one), at most [`PRUNED_AT_ONCE`] under one lock; returns how many.
+    /// Removes events older than `days` days (at least one), at most [`PRUNED_AT_ONCE`] under one
+    /// lock; returns how many.
     ///
-    /// The age is measured against `compute_nodes.audit_time`, which a leap of the clock does not move ([`follow_clock`]).
-    /// Where no discovery has set it yet, it is measured against the newest event.
+    /// The age is measured against `compute_nodes.audit_time`, which a leap of the clock does not
+    /// move ([`follow_clock`]). Where no discovery has set it yet, it is measured against the
+    /// newest event.
     ///
     /// # Errors
     /// When the database cannot be written.
     pub fn prune_events(&mut self, days: u32) -> Result<usize, StoreError> {
         let age = format!("-{} days", days.max(1));
         let sql = format!(
-            "DELETE FROM events WHERE id IN (SELECT id FROM events WHERE at < strftime({ISO}, min({NOW}, coalesce(
+            "DELETE FROM events WHERE id IN (SELECT id FROM events WHERE at < strftime({ISO}, \
+                min({NOW}, coalesce(
                 (SELECT max(audit_time) FROM compute_nodes WHERE deleted = 0),
-                (SELECT at FROM events ORDER BY id DESC LIMIT 1))), ?1) ORDER BY id LIMIT {PRUNED_AT_ONCE})"
+                (SELECT at FROM events ORDER BY id DESC LIMIT 1))), ?1) ORDER BY id LIMIT \
+                {PRUNED_AT_ONCE})"
         );
         let mut pruned = 0;
         loop {
@@ -195,8 +205,9 @@ impl Store {
 /// The most events that are removed under one lock.
 const PRUNED_AT_ONCE: usize = 10_000;
 
-/// How many times faster than real time the audit's time may follow a clock that is ahead of it. A host that was off for
-/// a month has caught up after five days. A clock that is wrong for an hour costs the oldest seven hours of the audit.
+/// How many times faster than real time the audit's time may follow a clock that is ahead of it. A
+/// host that was off for a month has caught up after five days. A clock that is wrong for an hour
+/// costs the oldest seven hours of the audit.
 const CATCH_UP: f64 = 7.0;
 
 /// A clock that says less is wrong: this format is younger.
@@ -204,19 +215,22 @@ const EARLIEST: &str = "'2026-01-01T00:00:00.000Z'";
 
 const ISO: &str = "'%Y-%m-%dT%H:%M:%fZ'";
 
-/// Moves the audit's time towards the clock's, by no more than the time that has passed since the last discovery allows:
-/// uptime measures that, which no change of the clock moves. It never moves back, and begins at the newest event.
+/// Moves the audit's time towards the clock's, by no more than the time that has passed since the
+/// last discovery allows: uptime measures that, which no change of the clock moves. It never moves
+/// back, and begins at the newest event.
 pub(crate) fn follow_clock(tx: &Transaction<'_>, context: &Context) -> Sql<()> {
     let then: Option<f64> = tx
         .prepare_cached("SELECT scanned_uptime FROM compute_nodes WHERE deleted = 0")?
         .query_row([], |row| row.get(0))?;
     // Less than before: the host has booted since.
-    let passed =
-        then.filter(|then| *then <= context.uptime).map_or(context.uptime, |then| context.uptime - then);
+    let passed = then
+        .filter(|then| *then <= context.uptime)
+        .map_or(context.uptime, |then| context.uptime - then);
     let sql = format!(
         "UPDATE compute_nodes SET scanned_uptime = ?1, audit_time = coalesce(
              max(audit_time, min({NOW}, coalesce(strftime({ISO}, audit_time, ?2), audit_time))),
-             max({EARLIEST}, min({NOW}, coalesce((SELECT at FROM events ORDER BY id DESC LIMIT 1), {NOW}))))
+             max({EARLIEST}, min({NOW}, coalesce((SELECT at FROM events ORDER BY id DESC LIMIT 1), \
+             {NOW}))))
          WHERE deleted = 0"
     );
     let ahead = format!("+{:.3} seconds", passed * CATCH_UP);

@@ -1,7 +1,8 @@
-//! The files beside SQL: made with the right mode, by the owner of their folder ([`user`](crate::user)).
+//! The files beside SQL: made with the right mode, by the owner of their folder
+//! ([`user`](crate::user)).
 //!
-//! The database's own files are never opened and closed here while a connection may exist: closing any file
-//! descriptor of a file drops all of the process's POSIX locks on it, SQLite's too
+//! The database's own files are never opened and closed here while a connection may exist: closing
+//! any file descriptor of a file drops all of the process's POSIX locks on it, SQLite's too
 //! (<https://www.sqlite.org/howtocorrupt.html>, 2.2).
 
 use std::fs::{self, File, Permissions};
@@ -31,8 +32,8 @@ pub(crate) fn of(file: &fs::Metadata) -> Identity {
     (file.dev(), file.ino())
 }
 
-/// Whether the files that SQLite opens by name are files, or not there. It follows no link, but waits for
-/// who writes to a pipe.
+/// Whether the files that SQLite opens by name are files, or not there. It follows no link, but
+/// waits for who writes to a pipe.
 pub(crate) fn are_plain(database: &Path) -> Result<(), StoreError> {
     for path in ["", "-wal", "-shm", "-journal"].map(|suffix| with_suffix(database, suffix)) {
         if fs::symlink_metadata(&path).is_ok_and(|found| !found.is_file()) {
@@ -85,7 +86,8 @@ pub(crate) fn make_file(path: &Path) -> Result<bool, StoreError> {
 /// by hand.
 ///
 /// Only a file that says itself that it is an inventory, and that has no second name. The file is
-/// examined and given away by its descriptor: whatever its name leads to meanwhile, it is this file.
+/// examined and given away by its descriptor: whatever its name leads to meanwhile, it is this
+/// file.
 pub(crate) fn hand_over(inventory: &Path, user: User) -> io::Result<()> {
     let Some((uid, gid)) = user.ids() else { return Ok(()) };
     // Most often it is the user's already. Then nothing is opened: see above.
@@ -110,8 +112,8 @@ pub(crate) fn hand_over(inventory: &Path, user: User) -> io::Result<()> {
     Ok(())
 }
 
-/// Whether the file system that `folder` lies on is mounted read-only. Removing a name that is not there says so,
-/// and does nothing.
+/// Whether the file system that `folder` lies on is mounted read-only. Removing a name that is not
+/// there says so, and does nothing.
 pub(crate) fn is_read_only(folder: &Path) -> bool {
     let nothing = folder.join(format!(".virt-usb-{}", std::process::id()));
     fs::remove_file(nothing).is_err_and(|e| e.kind() == ErrorKind::ReadOnlyFilesystem)

@@ -1,4 +1,5 @@
-//! Devices that come and go: a loose plug, a hub with too little power, a device that crashes. Pure.
+//! Devices that come and go: a loose plug, a hub with too little power, a device that crashes.
+//! Pure.
 //!
 //! ```text
 //! `limit` returns within `window` ──► not offered for `pause`, the next time twice as long, …
@@ -100,7 +101,11 @@ mod tests {
         assert_eq!(after(&mut Flaps::default(), &[0, 10, 20, 30, 40]), Outcome::Steady);
         assert_eq!(after(&mut Flaps::default(), &[100, 104, 110]), Outcome::Until(210));
         assert_eq!(after(&mut Flaps::default(), &[100, 104, 111]), Outcome::Steady);
-        assert_eq!(after(&mut Flaps::default(), &[200, 201, 100]), Outcome::Steady, "the clock was set back");
+        assert_eq!(
+            after(&mut Flaps::default(), &[200, 201, 100]),
+            Outcome::Steady,
+            "the clock was set back"
+        );
         let never = Limits { limit: 0, ..LIMITS };
         assert!((0..50).all(|at| Flaps::default().returned(at, None, &never) == Outcome::Steady));
     }
@@ -112,7 +117,10 @@ mod tests {
         assert_eq!(after(&mut flaps, &[300, 301, 302]), Outcome::Until(502));
         assert_eq!(after(&mut flaps, &[600, 601, 602]), Outcome::Quarantine(3));
         let day = 86_400;
-        assert_eq!(after(&mut flaps, &[2 * day, 2 * day + 1, 2 * day + 2]), Outcome::Until(2 * day + 102));
+        assert_eq!(
+            after(&mut flaps, &[2 * day, 2 * day + 1, 2 * day + 2]),
+            Outcome::Until(2 * day + 102)
+        );
     }
 
     #[test]
@@ -123,7 +131,10 @@ mod tests {
         let forever = Limits { quarantine: 0, ..LIMITS };
         for _ in 0..200 {
             let longest = (0..3).map(|at| flaps.returned(at, None, &forever)).last();
-            assert!(matches!(longest, Some(Outcome::Until(until)) if until <= 2 + LONGEST), "{longest:?}");
+            assert!(
+                matches!(longest, Some(Outcome::Until(until)) if until <= 2 + LONGEST),
+                "{longest:?}"
+            );
         }
     }
 }

@@ -64,14 +64,24 @@ impl Store {
     ///
     /// # Errors
     /// When the database cannot be written.
-    pub fn set_flavor(&mut self, name: &str, flavor: &Flavor, context: &Context) -> Result<bool, StoreError> {
+    pub fn set_flavor(
+        &mut self,
+        name: &str,
+        flavor: &Flavor,
+        context: &Context,
+    ) -> Result<bool, StoreError> {
         let usb_devices =
             places::resolve_all(&*self.conn()?, &flavor.usb_devices).map_err(|e| self.fault(&e))?;
         self.put_flavor(name, &Flavor { usb_devices, ..flavor.clone() }, context)
     }
 
     /// Stores a flavor as it is.
-    fn put_flavor(&mut self, name: &str, flavor: &Flavor, context: &Context) -> Result<bool, StoreError> {
+    fn put_flavor(
+        &mut self,
+        name: &str,
+        flavor: &Flavor,
+        context: &Context,
+    ) -> Result<bool, StoreError> {
         if self.flavor(name)?.is_some_and(|stored| stored.flavor == *flavor) {
             return Ok(false);
         }
@@ -79,8 +89,10 @@ impl Store {
             hints.add(Known::Flavor(name))?;
             tx.execute(
                 &format!(
-                    "INSERT INTO flavors (name, created_at, updated_at, document) VALUES (?1, {NOW}, {NOW}, ?2)
-                     ON CONFLICT (name) DO UPDATE SET document = excluded.document, updated_at = excluded.updated_at"
+                    "INSERT INTO flavors (name, created_at, updated_at, document) VALUES (?1, \
+                        {NOW}, {NOW}, ?2)
+                     ON CONFLICT (name) DO UPDATE SET document = excluded.document, updated_at = \
+                     excluded.updated_at"
                 ),
                 params![name, flavor.to_string()],
             )?;
@@ -105,7 +117,8 @@ impl Store {
         Ok(removed)
     }
 
-    /// Makes the flavors these, but for those of unclear names, which stay as they are; returns how many were changed.
+    /// Makes the flavors these, but for those of unclear names, which stay as they are; returns how
+    /// many were changed.
     ///
     /// # Errors
     /// When the database cannot be written; what was changed before stays.
@@ -127,8 +140,8 @@ impl Store {
         Ok(changed)
     }
 
-    /// Removes the hint, unless a flavor that is there, perhaps by another name, has the same. A write of its own: only
-    /// what is committed is surely gone.
+    /// Removes the hint, unless a flavor that is there, perhaps by another name, has the same. A
+    /// write of its own: only what is committed is surely gone.
     fn forget_flavor(&mut self, name: &str) -> Result<(), StoreError> {
         if !self.hints.may_know(Known::Flavor(name)) {
             return Ok(());

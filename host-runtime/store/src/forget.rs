@@ -1,4 +1,5 @@
-//! Rows of devices that are gone for good: removed when nothing of them is worth to be remembered, or when an operator says so.
+//! Rows of devices that are gone for good: removed when nothing of them is worth to be remembered,
+//! or when an operator says so.
 //!
 //! A device that is forgotten and comes back is another one, with another id. No id is used again.
 
@@ -14,8 +15,8 @@ use crate::events::{Event, record};
 use crate::open::Fault;
 use crate::{Context, NOW, Store, StoreError};
 
-/// So many rows of one kind and port stay, whose serials are all different and which nobody ever held: a device that shows another
-/// serial at each plug would fill the inventory.
+/// So many rows of one kind and port stay, whose serials are all different and which nobody ever
+/// held: a device that shows another serial at each plug would fill the inventory.
 const CROWD: u32 = 32;
 /// The most rows that are removed under one lock.
 const AT_ONCE: usize = 5_000;
@@ -41,7 +42,11 @@ impl Store {
     pub fn forget(&mut self, device: DeviceId, context: &Context) -> Result<Forgotten, StoreError> {
         self.write(|tx, _| {
             let row = tx
-                .query_row("SELECT * FROM usb_devices WHERE id = ?1", [sql_id(device)], Record::read)
+                .query_row(
+                    "SELECT * FROM usb_devices WHERE id = ?1",
+                    [sql_id(device)],
+                    Record::read,
+                )
                 .optional()?;
             let Some(row) = row.map(Box::new) else { return Ok::<_, Fault>(Forgotten::Unknown) };
             if row.deleted == 0 {
@@ -57,9 +62,10 @@ impl Store {
         })
     }
 
-    /// Forgets devices that nobody ever held, of which an operator has said nothing, that nothing names by their ids, and that have been
-    /// away for `days` days, or that are older than the newest [`CROWD`] of their kind and port. Days are counted as for
-    /// [`Store::prune_events`]. Returns how many.
+    /// Forgets devices that nobody ever held, of which an operator has said nothing, that nothing
+    /// names by their ids, and that have been away for `days` days, or that are older than the
+    /// newest [`CROWD`] of their kind and port. Days are counted as for [`Store::prune_events`].
+    /// Returns how many.
     ///
     /// # Errors
     /// When the database cannot be written.
@@ -68,7 +74,8 @@ impl Store {
         let mut forgotten = 0;
         loop {
             let now = self.write(|tx, _| {
-                let named: BTreeSet<u64> = named(tx)?.into_iter().flat_map(|(_, ids)| ids).collect();
+                let named: BTreeSet<u64> =
+                    named(tx)?.into_iter().flat_map(|(_, ids)| ids).collect();
                 let old = old(tx, &age)?;
                 let old: Vec<DeviceId> =
                     old.into_iter().filter(|id| !named.contains(&id.get())).take(AT_ONCE).collect();
@@ -92,8 +99,10 @@ fn old(tx: &Transaction<'_>, age: &str) -> Sql<Vec<DeviceId>> {
     let sql = format!(
         "SELECT id FROM (
              SELECT id, deleted_at, serial_kind,
-                 row_number() OVER (PARTITION BY vendor_id, product_id, port_path, serial_kind ORDER BY id DESC) AS place
-             FROM usb_devices WHERE deleted <> 0 AND NOT was_held AND disabled IS NULL AND quarantined IS NULL
+                 row_number() OVER (PARTITION BY vendor_id, product_id, port_path, serial_kind \
+                 ORDER BY id DESC) AS place
+             FROM usb_devices WHERE deleted <> 0 AND NOT was_held AND disabled IS NULL AND \
+             quarantined IS NULL
                  AND own_tags = '[]' AND serial_kind <> 'duplicate')
          WHERE (serial_kind = 'unique' AND place > {CROWD})
              OR deleted_at < strftime('%Y-%m-%dT%H:%M:%fZ', min({NOW}, coalesce(
@@ -104,7 +113,8 @@ fn old(tx: &Transaction<'_>, age: &str) -> Sql<Vec<DeviceId>> {
 }
 
 fn remove(tx: &Transaction<'_>, device: DeviceId, why: &str, context: &Context) -> Sql<()> {
-    tx.prepare_cached("DELETE FROM device_labels WHERE device_id = ?1")?.execute([sql_id(device)])?;
+    tx.prepare_cached("DELETE FROM device_labels WHERE device_id = ?1")?
+        .execute([sql_id(device)])?;
     tx.prepare_cached("DELETE FROM usb_devices WHERE id = ?1")?.execute(params![sql_id(device)])?;
     record(tx, context, &Event::new("forgotten").about(device).with(why.to_owned()))
 }

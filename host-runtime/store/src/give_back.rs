@@ -1,4 +1,5 @@
-//! Confirming claims and giving devices back. All of it may be done twice; none of it touches another instance's claims.
+//! Confirming claims and giving devices back. All of it may be done twice; none of it touches
+//! another instance's claims.
 
 use rusqlite::{Connection, OptionalExtension, Transaction, params};
 use virt_usb_model::{DeviceId, InstanceId};
@@ -13,7 +14,8 @@ use crate::{Context, Store, StoreError, aside, metadata};
 /// What is given back.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Extent {
-    /// What is held while the guest runs; what is held for the instance stays claimed, unless it was never confirmed.
+    /// What is held while the guest runs; what is held for the instance stays claimed, unless it
+    /// was never confirmed.
     Run,
     /// Everything, the assignments too: an operator says so.
     Everything,
@@ -32,7 +34,8 @@ pub enum Witness {
 }
 
 impl Store {
-    /// Gives back what the instance holds. Returns the devices that became free; done twice, the second finds nothing.
+    /// Gives back what the instance holds. Returns the devices that became free; done twice, the
+    /// second finds nothing.
     ///
     /// # Errors
     /// When the database cannot be read or written; then everything is as it was.
@@ -61,8 +64,10 @@ impl Store {
             }
             if everything {
                 tx.mark_lasting();
-                let dropped =
-                    tx.execute("DELETE FROM assignments WHERE instance_uuid = ?1", [instance.to_string()])?;
+                let dropped = tx.execute(
+                    "DELETE FROM assignments WHERE instance_uuid = ?1",
+                    [instance.to_string()],
+                )?;
                 if dropped > 0 {
                     let event = Event::about_instance("unassigned", instance)
                         .with(format!("{dropped} request(s): {why}"));
@@ -104,8 +109,8 @@ impl Store {
         })
     }
 
-    /// Gives one device back. A `revision` is that of the claim when it was looked at: one that has changed since is not ended. Says
-    /// whether it was.
+    /// Gives one device back. A `revision` is that of the claim when it was looked at: one that has
+    /// changed since is not ended. Says whether it was.
     ///
     /// # Errors
     /// When the database cannot be written.
@@ -118,8 +123,9 @@ impl Store {
         context: &Context,
     ) -> Result<bool, StoreError> {
         let ended = self.write(|tx, _| {
-            let meant =
-                |c: &ClaimRow| c.device_id == device && revision.is_none_or(|known| c.revision == known);
+            let meant = |c: &ClaimRow| {
+                c.device_id == device && revision.is_none_or(|known| c.revision == known)
+            };
             let Some(claim) = held(tx, instance)?.into_iter().find(meant) else { return Ok(false) };
             step_revision(tx)?;
             delete(tx, &claim, "released", why, context)?;
@@ -138,19 +144,25 @@ impl Store {
         self.write(|tx, _| Ok(sweep(tx, context)?))
     }
 
-    /// The guest's process is gone, libvirt has not let go of its devices yet: nothing is in the guest any more.
+    /// The guest's process is gone, libvirt has not let go of its devices yet: nothing is in the
+    /// guest any more.
     ///
     /// # Errors
     /// When the database cannot be written.
-    pub fn out_of_guest(&mut self, instance: InstanceId, context: &Context) -> Result<(), StoreError> {
+    pub fn out_of_guest(
+        &mut self,
+        instance: InstanceId,
+        context: &Context,
+    ) -> Result<(), StoreError> {
         self.write(|tx, _| {
-            let firm: Vec<_> = valid(tx, instance, context)?.into_iter().filter(|c| !c.pending).collect();
+            let firm: Vec<_> =
+                valid(tx, instance, context)?.into_iter().filter(|c| !c.pending).collect();
             Ok(set_places(tx, &firm, context, |_| Place::Over)?)
         })
     }
 
-    /// Removes the instance's hints for which the database holds no row any more. A write of its own: only what is
-    /// committed is surely gone.
+    /// Removes the instance's hints for which the database holds no row any more. A write of its
+    /// own: only what is committed is surely gone.
     pub(crate) fn forget_hint(&mut self, instance: InstanceId) -> Result<(), StoreError> {
         for (hint, table) in
             [(Known::Instance(instance), "claims"), (Known::Assigned(instance), "assignments")]
@@ -196,7 +208,8 @@ pub(crate) enum Place {
 }
 
 impl Place {
-    /// The claim's state, whether the device is still to be attached anew, and whether it was seen in the guest.
+    /// The claim's state, whether the device is still to be attached anew, and whether it was seen
+    /// in the guest.
     fn of(self, claim: &ClaimRow) -> (&'static str, bool, bool) {
         match self {
             Self::Inside if !claim.arrived => ("allocated", false, true),
@@ -218,7 +231,8 @@ pub(crate) fn set_places(
     let mut stepped = false;
     for claim in claims {
         let place = place(claim);
-        let is_anew = matches!(place, Place::Coming { .. } | Place::Over) || claim.boot_id != context.boot_id;
+        let is_anew =
+            matches!(place, Place::Coming { .. } | Place::Over) || claim.boot_id != context.boot_id;
         let (state, arrived, seen) = place.of(claim);
         let same = claim.state == state && claim.arrived == arrived && claim.seen_in_guest == seen;
         let named = claim.pending || claim.incoming_since.is_some();
@@ -230,8 +244,11 @@ pub(crate) fn set_places(
         }
         tx.prepare_cached(
             "UPDATE claims SET state = ?2, pending_since = NULL, incoming_since = NULL, unsure = 0,
-             generation = CASE WHEN ?6 THEN NULL WHEN ?2 = 'allocated' THEN coalesce(generation, (SELECT generation FROM usb_devices WHERE id = claims.device_id))
-                 ELSE generation END, boot_id = ?3, arrived = ?4, seen_in_guest = ?5, used = used OR ?2 = 'allocated', revision = (SELECT max(revision) FROM compute_nodes) WHERE id = ?1",
+             generation = CASE WHEN ?6 THEN NULL WHEN ?2 = 'allocated' THEN coalesce(generation, \
+             (SELECT generation FROM usb_devices WHERE id = claims.device_id))
+                 ELSE generation END, boot_id = ?3, arrived = ?4, seen_in_guest = ?5, used = used \
+                 OR ?2 = 'allocated', revision = (SELECT max(revision) FROM compute_nodes) WHERE \
+                 id = ?1",
         )?
         .execute(params![claim.id, state, context.boot_id, arrived, seen, is_anew])?;
         if claim.pending && claim.hold == "instance" {
@@ -250,20 +267,25 @@ pub(crate) fn set_places(
     Ok(())
 }
 
-/// Fills `seen_in_guest` from the audit, for claims that were written before the column was there: as migration 0008 does.
-pub(crate) const SEEN_BY_THE_AUDIT: &str = "UPDATE claims SET seen_in_guest = 1 WHERE state = 'allocated' OR id IN (
-    SELECT c.id FROM events e CROSS JOIN claims c ON c.device_id = e.device_id AND c.instance_uuid = e.instance_uuid
+/// Fills `seen_in_guest` from the audit, for claims that were written before the column was there:
+/// as migration 0008 does.
+pub(crate) const SEEN_BY_THE_AUDIT: &str = "UPDATE claims SET seen_in_guest = 1 WHERE state = \
+    'allocated' OR id IN (
+    SELECT c.id FROM events e CROSS JOIN claims c ON c.device_id = e.device_id AND c.instance_uuid \
+    = e.instance_uuid
     WHERE e.event = 'allocated' AND e.at >= c.created_at)";
 
 /// Notes which devices were held where only the audit knows: as migration 0010 does.
-pub(crate) const HELD_BY_THE_AUDIT: &str = "UPDATE usb_devices SET was_held = 1 WHERE instance_uuid IS NOT NULL OR id IN (SELECT device_id FROM events WHERE instance_uuid IS NOT NULL)";
+pub(crate) const HELD_BY_THE_AUDIT: &str = "UPDATE usb_devices SET was_held = 1 WHERE \
+    instance_uuid IS NOT NULL OR id IN (SELECT device_id FROM events WHERE instance_uuid IS NOT \
+    NULL)";
 
 /// Pending claims not made after uptime ?1 − ?2. Spelled so that the index finds them.
 pub(crate) const UNCONFIRMED: &str =
     "SELECT * FROM claims WHERE pending_since IS NOT NULL AND pending_since < ?1 - ?2";
 
-/// Ends claims that no longer hold: of an earlier boot, and pending ones that nobody confirmed. A claim held for the
-/// instance outlives the boot, but nothing is in a guest after it.
+/// Ends claims that no longer hold: of an earlier boot, and pending ones that nobody confirmed. A
+/// claim held for the instance outlives the boot, but nothing is in a guest after it.
 pub(crate) fn sweep(tx: &Tx<'_>, context: &Context) -> Sql<()> {
     let unconfirmed = tx
         .prepare_cached(UNCONFIRMED)?
@@ -277,7 +299,8 @@ pub(crate) fn sweep(tx: &Tx<'_>, context: &Context) -> Sql<()> {
         step_revision(tx)?;
     }
     for claim in void {
-        let why = if claim.boot_id == context.boot_id { "never confirmed" } else { "of an earlier boot" };
+        let why =
+            if claim.boot_id == context.boot_id { "never confirmed" } else { "of an earlier boot" };
         delete(tx, &claim, "voided", why, context)?;
         metadata::refresh(tx, claim.instance_uuid)?;
     }
@@ -288,7 +311,9 @@ pub(crate) fn sweep(tx: &Tx<'_>, context: &Context) -> Sql<()> {
 fn of_earlier_boots(tx: &Tx<'_>, context: &Context) -> Sql<Vec<ClaimRow>> {
     let boot_id = context.boot_id.as_str();
     let first = tx
-        .prepare_cached("UPDATE compute_nodes SET boot_id = ?1 WHERE deleted = 0 AND boot_id IS NOT ?1")?
+        .prepare_cached(
+            "UPDATE compute_nodes SET boot_id = ?1 WHERE deleted = 0 AND boot_id IS NOT ?1",
+        )?
         .execute([boot_id])?;
     if first == 0 {
         return Ok(Vec::new());
@@ -326,7 +351,11 @@ pub(crate) fn delete(
 }
 
 /// The claim of somebody else than `instance` on the device.
-pub(crate) fn holder(tx: &Transaction<'_>, device: DeviceId, instance: InstanceId) -> Sql<Option<ClaimRow>> {
+pub(crate) fn holder(
+    tx: &Transaction<'_>,
+    device: DeviceId,
+    instance: InstanceId,
+) -> Sql<Option<ClaimRow>> {
     tx.prepare_cached("SELECT * FROM claims WHERE device_id = ?1 AND instance_uuid <> ?2")?
         .query_row(params![sql_id(device), instance.to_string()], ClaimRow::read)
         .optional()

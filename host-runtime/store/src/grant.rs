@@ -45,7 +45,8 @@ impl Grant<'_> {
         }
         // Nothing asks for it any more, and the guest starts with it all the same.
         for claim in by_hand {
-            let sql = "UPDATE claims SET by_hand = 1, request = NULL, hold = 'running', revision = (SELECT max(revision) FROM compute_nodes) WHERE id = ?1";
+            let sql = "UPDATE claims SET by_hand = 1, request = NULL, hold = 'running', revision = \
+                (SELECT max(revision) FROM compute_nodes) WHERE id = ?1";
             self.tx.prepare_cached(sql)?.execute([claim.id])?;
             if claim.hold == "instance" && !claim.pending {
                 self.tx.mark_lasting();
@@ -72,14 +73,17 @@ impl Grant<'_> {
     /// Whether the device is in a hostdev that somebody wrote: a claim says so as long as the XML
     /// holds it.
     fn by_hand(&self, device: DeviceId) -> bool {
-        self.held(device)
-            .is_some_and(|c| c.by_hand && (self.standing != Standing::Firm || self.prefer.contains(&device)))
+        self.held(device).is_some_and(|c| {
+            c.by_hand && (self.standing != Standing::Firm || self.prefer.contains(&device))
+        })
     }
 
-    /// Whether what is written of this claim must survive a power cut: the claim is held for the instance, or was.
-    /// What waits to be confirmed ends with the boot.
+    /// Whether what is written of this claim must survive a power cut: the claim is held for the
+    /// instance, or was. What waits to be confirmed ends with the boot.
     fn outlives_the_boot(&self, granted: &Granted, want: Option<&Want>) -> bool {
-        let was = || self.held(granted.device.entry.id).is_some_and(|c| c.hold == "instance" && !c.pending);
+        let was = || {
+            self.held(granted.device.entry.id).is_some_and(|c| c.hold == "instance" && !c.pending)
+        };
         self.standing != Standing::Pending && (hold_name(want) == "instance" || was())
     }
 
@@ -117,14 +121,20 @@ impl Grant<'_> {
             self.by_hand(device),
         ];
         if self.held(device).is_some() {
-            let sql = "UPDATE claims SET domain = ?3, project_id = ?4, request = ?5, hold = ?6, pending_since = ?7, incoming_since = NULL,
-                 by_hand = ?9, arrived = arrived OR ?7 IS NOT NULL, ending = 0, boot_id = ?8, revision = (SELECT max(revision) FROM compute_nodes) WHERE device_id = ?1 AND instance_uuid = ?2";
+            let sql = "UPDATE claims SET domain = ?3, project_id = ?4, request = ?5, hold = ?6, \
+                pending_since = ?7, incoming_since = NULL,
+                 by_hand = ?9, arrived = arrived OR ?7 IS NOT NULL, ending = 0, boot_id = ?8, \
+                 revision = (SELECT max(revision) FROM compute_nodes) WHERE device_id = ?1 AND \
+                 instance_uuid = ?2";
             self.tx.prepare_cached(sql)?.execute(what)?;
         } else {
             let sql = format!(
-                "INSERT INTO claims (created_at, device_id, instance_uuid, domain, project_id, request, state, hold, pending_since, arrived, boot_id, revision, descriptors, by_hand)
+                "INSERT INTO claims (created_at, device_id, instance_uuid, domain, project_id, \
+                    request, state, hold, pending_since, arrived, boot_id, revision, descriptors, \
+                    by_hand)
                  VALUES ({NOW}, ?1, ?2, ?3, ?4, ?5, 'claimed', ?6, ?7, ?7 IS NOT NULL, ?8,
-                 (SELECT max(revision) FROM compute_nodes), (SELECT descriptors FROM usb_devices WHERE id = ?1), ?9)"
+                 (SELECT max(revision) FROM compute_nodes), (SELECT descriptors FROM usb_devices \
+                 WHERE id = ?1), ?9)"
             );
             self.tx.prepare_cached(&sql)?.execute(what)?;
         }

@@ -1,5 +1,6 @@
-//! Grants: which projects may have which devices, beside what the whitelist's rules say. Each device's row holds the projects of those that match
-//! it (`granted`), so that a claim reads that row alone.
+//! Grants: which projects may have which devices, beside what the whitelist's rules say. Each
+//! device's row holds the projects of those that match it (`granted`), so that a claim reads that
+//! row alone.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -62,14 +63,21 @@ impl Store {
         read().map_err(|e| self.fault(&e))
     }
 
-    /// Stores a grant, with each port replaced by its path; says whether that changed anything. Who holds a device keeps it.
+    /// Stores a grant, with each port replaced by its path; says whether that changed anything. Who
+    /// holds a device keeps it.
     ///
     /// # Errors
     /// When the database cannot be written.
-    pub fn set_grant(&mut self, name: &str, grant: &Grant, context: &Context) -> Result<bool, StoreError> {
+    pub fn set_grant(
+        &mut self,
+        name: &str,
+        grant: &Grant,
+        context: &Context,
+    ) -> Result<bool, StoreError> {
         let usb_devices = {
             let conn = self.conn()?;
-            let resolved = grant.usb_devices.iter().map(|selector| places::resolve(&conn, selector));
+            let resolved =
+                grant.usb_devices.iter().map(|selector| places::resolve(&conn, selector));
             resolved.collect::<Sql<_>>().map_err(|e| self.fault(&e))?
         };
         let grant = Grant { usb_devices, ..grant.clone() };
@@ -86,8 +94,9 @@ impl Store {
         self.change_grants(&none, &one, context).map(|changed| changed > 0)
     }
 
-    /// Makes the grants these, but for those of unclear names, which stay as they are; returns how many were changed. All at once: what is
-    /// moved from one grant to another is nobody else's in between.
+    /// Makes the grants these, but for those of unclear names, which stay as they are; returns how
+    /// many were changed. All at once: what is moved from one grant to another is nobody else's in
+    /// between.
     ///
     /// # Errors
     /// When the database cannot be written; then nothing was changed.
@@ -98,7 +107,8 @@ impl Store {
         context: &Context,
     ) -> Result<usize, StoreError> {
         let known = self.grants()?.into_iter().map(|stored| stored.name);
-        let remove = known.filter(|name| !grants.contains_key(name) && !unclear.contains(name)).collect();
+        let remove =
+            known.filter(|name| !grants.contains_key(name) && !unclear.contains(name)).collect();
         self.change_grants(grants, &remove, context)
     }
 
@@ -125,8 +135,10 @@ impl Store {
             }
             for (name, grant) in set {
                 let sql = format!(
-                    "INSERT INTO grants (name, created_at, updated_at, document) VALUES (?1, {NOW}, {NOW}, ?2)
-                     ON CONFLICT (name) DO UPDATE SET document = excluded.document, updated_at = excluded.updated_at
+                    "INSERT INTO grants (name, created_at, updated_at, document) VALUES (?1, \
+                        {NOW}, {NOW}, ?2)
+                     ON CONFLICT (name) DO UPDATE SET document = excluded.document, updated_at = \
+                     excluded.updated_at
                      WHERE document <> excluded.document"
                 );
                 if tx.execute(&sql, params![name, grant.to_string()])? > 0 {
@@ -153,7 +165,9 @@ pub(crate) fn apply(tx: &Transaction<'_>) -> Sql<bool> {
         for selector in &grant.usb_devices {
             let found = query::find(selector);
             let mut statement = tx.prepare(&found.sql("d.id AS id", "1"))?;
-            for device in statement.query_map(params_from_iter(&found.params), |row| read_id(row, "id"))? {
+            for device in
+                statement.query_map(params_from_iter(&found.params), |row| read_id(row, "id"))?
+            {
                 let projects = given.entry(device?).or_default();
                 *projects = joined(projects, &grant.projects);
             }
@@ -168,7 +182,10 @@ pub(crate) fn apply(tx: &Transaction<'_>) -> Sql<bool> {
         let projects = given.get(&device).map_or(&[][..], Vec::as_slice);
         let now = serde_json::to_string(projects).unwrap_or_else(|_| "[]".into());
         if now != before {
-            tx.execute("UPDATE usb_devices SET granted = ?2 WHERE id = ?1", params![sql_id(device), now])?;
+            tx.execute(
+                "UPDATE usb_devices SET granted = ?2 WHERE id = ?1",
+                params![sql_id(device), now],
+            )?;
             refresh(tx, device)?;
             changed = true;
         }

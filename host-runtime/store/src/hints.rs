@@ -1,9 +1,11 @@
-//! Hints: whether the database *may* know an instance or a flavor, told by one `stat` and without opening it.
+//! Hints: whether the database *may* know an instance or a flavor, told by one `stat` and without
+//! opening it.
 //!
-//! A domain that asks for nothing must cost next to nothing and must not be hurt by a broken database. So for each instance
-//! with a claim or an assignment and for each stored flavor there is an empty file in `state_dir/hints`. A hint is
-//! written before the row is committed and removed only after the row is gone, both under the database's write lock:
-//! the hints are never fewer than the rows. One hint too many costs one look into the database.
+//! A domain that asks for nothing must cost next to nothing and must not be hurt by a broken
+//! database. So for each instance with a claim or an assignment and for each stored flavor there is
+//! an empty file in `state_dir/hints`. A hint is written before the row is committed and removed
+//! only after the row is gone, both under the database's write lock: the hints are never fewer than
+//! the rows. One hint too many costs one look into the database.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
@@ -50,7 +52,8 @@ pub enum Hint {
     No,
     /// It knows it, or did a moment ago.
     Yes,
-    /// The hints cannot be read or were lost. The database may be asked, but nobody must suffer if that fails.
+    /// The hints cannot be read or were lost. The database may be asked, but nobody must suffer if
+    /// that fails.
     Unsure,
 }
 
@@ -58,7 +61,8 @@ pub enum Hint {
 pub fn look(state_dir: &Path, what: Known<'_>) -> Hint {
     match fs::symlink_metadata(what.path(state_dir)) {
         Ok(_) => Hint::Yes,
-        // No hints folder: either there is no database at all, or hints were lost and must not be trusted.
+        // No hints folder: either there is no database at all, or hints were lost and must not be
+        // trusted.
         Err(e) if e.kind() == ErrorKind::NotFound => {
             let lost = !dir(state_dir).is_dir() && state_dir.join(crate::FILE_NAME).exists();
             if lost { Hint::Unsure } else { Hint::No }
@@ -91,15 +95,16 @@ impl Hints {
 
     /// To be called before the row is committed.
     pub(crate) fn add(&self, what: Known<'_>) -> Result<(), StoreError> {
-        // Without the folder nothing is surely unknown; one hint alone would make the others' rows so.
+        // Without the folder nothing is surely unknown; one hint alone would make the others' rows
+        // so.
         if self.folder()? && files::make_file(&what.path(&self.state_dir))? && self.durable {
             self.sync(&dir(&self.state_dir))?;
         }
         Ok(())
     }
 
-    /// To be called before a row is committed that must survive a power cut: its hint must survive it too, even one
-    /// that another row has made before.
+    /// To be called before a row is committed that must survive a power cut: its hint must survive
+    /// it too, even one that another row has made before.
     pub(crate) fn add_lasting(&self, what: Known<'_>) -> Result<(), StoreError> {
         self.add(what)?;
         if self.durable || !self.folder()? {
@@ -118,7 +123,8 @@ impl Hints {
         may_know(&self.state_dir, what)
     }
 
-    /// Makes the hints exactly those of `known`. A folder that is missing appears at once with all that is in it.
+    /// Makes the hints exactly those of `known`. A folder that is missing appears at once with all
+    /// that is in it.
     pub(crate) fn mend(&self, known: &[Row]) -> Result<(), StoreError> {
         let (folder, new) = (dir(&self.state_dir), self.state_dir.join("hints.new"));
         let there = self.folder()?;
@@ -164,7 +170,8 @@ impl Hints {
     }
 
     fn sync(&self, folder: &Path) -> Result<(), StoreError> {
-        let done = if self.durable { File::open(folder).and_then(|f| f.sync_all()) } else { Ok(()) };
+        let done =
+            if self.durable { File::open(folder).and_then(|f| f.sync_all()) } else { Ok(()) };
         done.map_err(|e| StoreError::file(folder, e))
     }
 }
@@ -230,9 +237,9 @@ impl Store {
 
 /// FNV-1a, 64 bits (draft-eastlake-fnv): stable over versions, which std's hasher does not promise.
 fn fnv1a(bytes: &[u8]) -> u64 {
-    bytes
-        .iter()
-        .fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3))
+    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
+        (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)
+    })
 }
 
 #[cfg(test)]
@@ -268,9 +275,15 @@ mod tests {
         hints.remove(Known::Flavor("b")).unwrap();
         assert!(may_know(state.path(), Known::Flavor("c")));
         hints.mend(&[Row::Flavor("a".into())]).unwrap();
-        assert!(may_know(state.path(), Known::Flavor("a")) && !may_know(state.path(), Known::Flavor("c")));
+        assert!(
+            may_know(state.path(), Known::Flavor("a"))
+                && !may_know(state.path(), Known::Flavor("c"))
+        );
         hints.mend(&[Row::Flavor("c".into())]).unwrap();
-        assert!(!may_know(state.path(), Known::Flavor("a")) && may_know(state.path(), Known::Flavor("c")));
+        assert!(
+            !may_know(state.path(), Known::Flavor("a"))
+                && may_know(state.path(), Known::Flavor("c"))
+        );
     }
 
     #[test]

@@ -61,11 +61,17 @@ impl Store {
         Ok(u64::try_from(node).unwrap_or(LONE_NODE))
     }
 
-    /// Gives the host that number, and its devices the ids that come with it; not while any is held.
+    /// Gives the host that number, and its devices the ids that come with it; not while any is
+    /// held.
     ///
     /// # Errors
     /// When the database cannot be written.
-    pub fn renumber(&mut self, host: &str, number: u64, context: &Context) -> Result<Numbered, StoreError> {
+    pub fn renumber(
+        &mut self,
+        host: &str,
+        number: u64,
+        context: &Context,
+    ) -> Result<Numbered, StoreError> {
         let wanted = i64::try_from(number).unwrap_or(i64::MAX / IDS);
         self.write(|tx, _| {
             let was = node(tx)?;
@@ -85,13 +91,15 @@ impl Store {
             let (flavors, grants) = (flavors(tx)?, grants(tx)?);
             let assignments = assignments(tx, added)?;
             let devices = tx.execute(
-                "UPDATE usb_devices SET id = id + ?1, compute_node_id = ?2, deleted = iif(deleted = 0, 0, id + ?1)",
+                "UPDATE usb_devices SET id = id + ?1, compute_node_id = ?2, deleted = iif(deleted \
+                    = 0, 0, id + ?1)",
                 params![added, wanted],
             )?;
             tx.execute("UPDATE device_labels SET device_id = device_id + ?1", [added])?;
             tx.execute(
                 &format!(
-                    "INSERT INTO compute_nodes (created_at, updated_at, id, host) VALUES ({NOW}, {NOW}, ?1, ?2) ON CONFLICT (id) DO NOTHING"
+                    "INSERT INTO compute_nodes (created_at, updated_at, id, host) VALUES ({NOW}, \
+                        {NOW}, ?1, ?2) ON CONFLICT (id) DO NOTHING"
                 ),
                 params![was, host],
             )?;
@@ -102,10 +110,20 @@ impl Store {
             continue_ids(tx, wanted, added)?;
             crate::grants::apply(tx)?;
             step_revision(tx)?;
-            let detail = format!("number {was} became {wanted}: to each id of a device {added} was added");
+            let detail = format!(
+                "number {was} became {wanted}: to each id of a device {added} was \
+                added"
+            );
             record(tx, context, &Event::new("renumbered").with(detail))?;
             let was = u64::try_from(was).unwrap_or(LONE_NODE);
-            Ok(Numbered::Renumbered(Renumbered { was, devices, added, flavors, grants, assignments }))
+            Ok(Numbered::Renumbered(Renumbered {
+                was,
+                devices,
+                added,
+                flavors,
+                grants,
+                assignments,
+            }))
         })
     }
 
@@ -116,7 +134,10 @@ impl Store {
     pub fn raise_revision(&mut self, least: u64) -> Result<(), StoreError> {
         let least = i64::try_from(least).unwrap_or(i64::MAX);
         self.write(|tx, _| {
-            tx.execute("UPDATE compute_nodes SET revision = max(revision, ?1) WHERE deleted = 0", [least])?;
+            tx.execute(
+                "UPDATE compute_nodes SET revision = max(revision, ?1) WHERE deleted = 0",
+                [least],
+            )?;
             Ok(())
         })
     }
@@ -124,7 +145,10 @@ impl Store {
 
 /// The next device gets an id of that number, above all that were given.
 fn continue_ids(tx: &Transaction<'_>, number: i64, added: i64) -> Sql<()> {
-    if tx.execute("UPDATE sqlite_sequence SET seq = seq + ?1 WHERE name = 'usb_devices'", [added])? == 0 {
+    if tx
+        .execute("UPDATE sqlite_sequence SET seq = seq + ?1 WHERE name = 'usb_devices'", [added])?
+        == 0
+    {
         let none = (number - 1) * IDS;
         tx.execute("INSERT INTO sqlite_sequence (name, seq) VALUES ('usb_devices', ?1)", [none])?;
     }
@@ -137,7 +161,8 @@ fn flavors(tx: &Transaction<'_>) -> Sql<Vec<String>> {
         .prepare("SELECT * FROM flavors ORDER BY name")?
         .query_map([], StoredFlavor::read)?
         .collect::<Sql<Vec<_>>>()?;
-    let named = all.iter().map(|f| (&f.name, f.flavor.usb_devices.iter().map(|request| &request.selector)));
+    let named =
+        all.iter().map(|f| (&f.name, f.flavor.usb_devices.iter().map(|request| &request.selector)));
     naming(tx, named)
 }
 
@@ -165,12 +190,15 @@ fn naming<'a, S: Iterator<Item = &'a Selector>>(
 }
 
 fn is_here(tx: &Transaction<'_>, id: DeviceId) -> Sql<bool> {
-    tx.prepare_cached("SELECT 1 FROM usb_devices WHERE id = ?1")?.exists([crate::device::sql_id(id)])
+    tx.prepare_cached("SELECT 1 FROM usb_devices WHERE id = ?1")?
+        .exists([crate::device::sql_id(id)])
 }
 
 fn assignments(tx: &Transaction<'_>, added: i64) -> Sql<usize> {
-    let all =
-        tx.prepare("SELECT * FROM assignments")?.query_map([], Assignment::read)?.collect::<Sql<Vec<_>>>()?;
+    let all = tx
+        .prepare("SELECT * FROM assignments")?
+        .query_map([], Assignment::read)?
+        .collect::<Sql<Vec<_>>>()?;
     let mut changed = 0;
     for assignment in all {
         let mut request = assignment.request;

@@ -1,7 +1,9 @@
-//! The inventory of one host in SQLite: devices, claims, assignments, flavors, grants, audit events.
+//! The inventory of one host in SQLite: devices, claims, assignments, flavors, grants, audit
+//! events.
 //!
-//! This file is the authority over the devices of its host. Claims are made under SQLite's write lock, so that of
-//! two instances that want one device one gets it and the other is told; no network is needed.
+//! This file is the authority over the devices of its host. Claims are made under SQLite's write
+//! lock, so that of two instances that want one device one gets it and the other is told; no
+//! network is needed.
 //!
 //! | module | what it does |
 //! |---|---|
@@ -20,10 +22,11 @@
 //! | [`user`] | with whose rights all of it is done: those of the folder's owner |
 //!
 //! Invariants, each held by one piece of code:
-//! - `usb_devices.status`, `status_reason`, `instance_uuid` and `deleted` are derived, in `device::refresh`, and written by `device::write_state` alone.
+//! - `usb_devices.status`, `status_reason`, `instance_uuid` and `deleted` are derived, in
+//!   `device::refresh`, and written by `device::write_state` alone.
 //! - A device has at most one claim: `claims.device_id` is unique.
-//! - An id is never used again: rows of devices that went are kept, marked deleted, and come back with their device, until they are
-//!   forgotten ([`forget`]).
+//! - An id is never used again: rows of devices that went are kept, marked deleted, and come back
+//!   with their device, until they are forgotten ([`forget`]).
 //! - A hint is never missing for a row that is there: see [`hints`].
 //! - Root touches nothing in `state_dir`: the connection is reached through `Store::conn` alone,
 //!   which makes the thread the folder's owner (see [`user`]).
@@ -89,8 +92,8 @@ pub struct Store {
 }
 
 impl Store {
-    /// For a process that ends now: the kernel lets go of memory and locks faster than SQLite does, and closing does
-    /// nothing else in a store that was opened by [`Store::open`].
+    /// For a process that ends now: the kernel lets go of memory and locks faster than SQLite does,
+    /// and closing does nothing else in a store that was opened by [`Store::open`].
     pub fn leave(mut self) {
         self.database.be_root_again();
         std::mem::forget(self);

@@ -42,8 +42,10 @@ impl Store {
     /// When the database cannot be read.
     pub fn hosts(&self) -> Result<Vec<HostRow>, StoreError> {
         self.all(
-            "SELECT n.id, n.host, n.revision, n.scanned_at, count(d.id) AS devices, count(iif(d.status = 'available', 1, NULL)) AS available
-             FROM compute_nodes n LEFT JOIN usb_devices d ON d.compute_node_id = n.id AND d.deleted = 0 WHERE n.deleted = 0 GROUP BY n.id",
+            "SELECT n.id, n.host, n.revision, n.scanned_at, count(d.id) AS devices, \
+                count(iif(d.status = 'available', 1, NULL)) AS available
+             FROM compute_nodes n LEFT JOIN usb_devices d ON d.compute_node_id = n.id AND \
+             d.deleted = 0 WHERE n.deleted = 0 GROUP BY n.id",
             [],
             |row| {
                 Ok(HostRow {
@@ -84,8 +86,9 @@ impl Store {
                     Row::Instance(id) => format!("instance {id}"),
                     Row::Assigned(id) => format!("the assignments of instance {id}"),
                 };
-                findings
-                    .push(format!("the hint for {whose} is missing: 'virt-usb discover' writes it again"));
+                findings.push(format!(
+                    "the hint for {whose} is missing: 'virt-usb discover' writes it again"
+                ));
             }
         }
         Ok(findings)
@@ -142,7 +145,8 @@ impl Store {
         for record in records {
             let entry = &record.entry;
             let claim = held.get(&entry.id);
-            let hold = claim.map(|c| if c.state == "allocated" { Hold::Allocated } else { Hold::Claimed });
+            let hold =
+                claim.map(|c| if c.state == "allocated" { Hold::Allocated } else { Hold::Claimed });
             let derived = Status::derive(hold, record.present, record.withheld);
             let stored = (record.deleted == 0).then(|| entry.state().ok()).flatten();
             if derived != stored || entry.instance_uuid != claim.map(|c| c.instance_uuid) {
@@ -156,7 +160,8 @@ impl Store {
         Ok(findings)
     }
 
-    /// Writes a copy of the inventory to `target`, which must not be there; hooks may run meanwhile.
+    /// Writes a copy of the inventory to `target`, which must not be there; hooks may run
+    /// meanwhile.
     ///
     /// The inventory is read as its owner, and the copy is written as the user to whom its folder
     /// belongs: see [`user`](crate::user).
@@ -179,10 +184,12 @@ impl Store {
         create_private(&copied).map_err(file)?;
         let fault = |e: rusqlite::Error| StoreError::from_sqlite(target, 0, &e);
         let mut copy = Connection::open(&copied).map_err(fault)?;
-        // A copy that fails is thrown away. Without a journal SQLite opens no other file while it copies.
+        // A copy that fails is thrown away. Without a journal SQLite opens no other file while it
+        // copies.
         copy.pragma_update(None, "journal_mode", "OFF").map_err(fault)?;
         drop(writing);
-        // All pages in one step: a reader stops no writer, but page by page writers would stop the reader.
+        // All pages in one step: a reader stops no writer, but page by page writers would stop the
+        // reader.
         let source = self.conn()?;
         let step = Backup::new(&source, &mut copy).and_then(|b| b.step(-1));
         drop(source);
@@ -236,8 +243,8 @@ impl Drop for Private {
     }
 }
 
-/// Gives the finished copy its name, which nobody may have taken meanwhile. A link does that in one step; file systems without
-/// links (a USB stick's) get it in two.
+/// Gives the finished copy its name, which nobody may have taken meanwhile. A link does that in one
+/// step; file systems without links (a USB stick's) get it in two.
 fn put(partial: &Path, target: &Path) -> std::io::Result<()> {
     match fs::hard_link(partial, target) {
         Err(e) if matches!(e.kind(), ErrorKind::PermissionDenied | ErrorKind::Unsupported) => {

@@ -1,4 +1,5 @@
-//! Opening the database: by the hook, which finds it or fails, and by agent and command line, which make it.
+//! Opening the database: by the hook, which finds it or fails, and by agent and command line, which
+//! make it.
 
 use std::cell::Cell;
 use std::fs;
@@ -19,7 +20,8 @@ use crate::{FILE_NAME, Store, StoreError, files};
 /// `PRAGMA application_id` of an inventory: "vUSB".
 const APPLICATION_ID: i64 = 0x7655_5342;
 
-/// One file a step; the index + 1 is the schema version that it leads to. Never changed once released.
+/// One file a step; the index + 1 is the schema version that it leads to. Never changed once
+/// released.
 const MIGRATIONS: &[&str] = &[
     include_str!("../migrations/0001_initial.sql"),
     include_str!("../migrations/0002_agent.sql"),
@@ -36,17 +38,20 @@ const MIGRATIONS: &[&str] = &[
 /// The schema version that this program reads and writes.
 pub const SCHEMA: i64 = MIGRATIONS.len() as i64;
 
-/// Past this size of the write-ahead log whoever writes moves it into the database, in bytes. Whoever opens the database after
-/// everybody had closed it reads the whole log once: half a MiB keeps that far below a millisecond.
+/// Past this size of the write-ahead log whoever writes moves it into the database, in bytes.
+/// Whoever opens the database after everybody had closed it reads the whole log once: half a MiB
+/// keeps that far below a millisecond.
 const WAL_LIMIT: u64 = 1 << 19;
 
 /// What the commits of a store must survive.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Durability {
-    /// Any crash of a program. A power cut may take back the last commits, unless one wrote something that outlives
-    /// the boot: see [`Tx::mark_lasting`]. A claim with `hold = "running"` costs no fsync.
+    /// Any crash of a program. A power cut may take back the last commits, unless one wrote
+    /// something that outlives the boot: see [`Tx::mark_lasting`]. A claim with `hold = "running"`
+    /// costs no fsync.
     Boot,
-    /// A power cut, whatever was written. Right for flavors, devices' ids and what an operator does.
+    /// A power cut, whatever was written. Right for flavors, devices' ids and what an operator
+    /// does.
     Power,
 }
 
@@ -71,7 +76,8 @@ impl<'a> Deref for Tx<'a> {
     }
 }
 
-/// Until when is waited for locks, all waits together. The connection's busy handler holds the other end.
+/// Until when is waited for locks, all waits together. The connection's busy handler holds the
+/// other end.
 #[derive(Debug, Clone)]
 pub(crate) struct Deadline(Arc<Mutex<Instant>>);
 
@@ -88,8 +94,8 @@ impl Deadline {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = end;
     }
 
-    /// Sleeps a little longer each time; false once the deadline has passed. The clock's last digits spread those who
-    /// arrived together.
+    /// Sleeps a little longer each time; false once the deadline has passed. The clock's last
+    /// digits spread those who arrived together.
     fn wait(&self, attempt: i32) -> bool {
         let left = self.end().saturating_duration_since(Instant::now());
         if left.is_zero() {
@@ -158,31 +164,38 @@ fn look(conn: &Connection) -> Sql<Found> {
     Ok(match (read("application_id")?, read("user_version")?) {
         (APPLICATION_ID, version) => Found::Schema(version),
         (0, 0) => {
-            let tables: i64 = conn.query_row("SELECT count(*) FROM sqlite_schema", [], |row| row.get(0))?;
+            let tables: i64 =
+                conn.query_row("SELECT count(*) FROM sqlite_schema", [], |row| row.get(0))?;
             if tables == 0 { Found::Nothing } else { Found::Foreign }
         }
         _ => Found::Foreign,
     })
 }
 
-/// Whether a file that begins like this is an inventory (<https://www.sqlite.org/fileformat.html>, 1.3).
+/// Whether a file that begins like this is an inventory (<https://www.sqlite.org/fileformat.html>,
+/// 1.3).
 pub(crate) fn is_inventory(head: &[u8; 72]) -> bool {
     let mark = i64::from(u32::from_be_bytes([head[68], head[69], head[70], head[71]]));
     head.starts_with(b"SQLite format 3\0") && mark == APPLICATION_ID
 }
 
 impl Store {
-    /// Opens the inventory in `state_dir`: it must be there and current, is never made or migrated, and
-    /// closing it does not checkpoint. `patience` is the deadline for all locks together, from now on.
+    /// Opens the inventory in `state_dir`: it must be there and current, is never made or migrated,
+    /// and closing it does not checkpoint. `patience` is the deadline for all locks together, from
+    /// now on.
     ///
     /// # Errors
     /// Each thing that can be wrong with the file has a variant of its own.
-    pub fn open(state_dir: &Path, patience: Duration, durability: Durability) -> Result<Self, StoreError> {
+    pub fn open(
+        state_dir: &Path,
+        patience: Duration,
+        durability: Durability,
+    ) -> Result<Self, StoreError> {
         Self::open_as_owner(state_dir, patience, durability).map(|(store, _)| store)
     }
 
-    /// Opens it for one call in one thread, as the hook does: the thread is the owner of the folder until
-    /// the store is dropped, where root would become that user anew at each use.
+    /// Opens it for one call in one thread, as the hook does: the thread is the owner of the folder
+    /// until the store is dropped, where root would become that user anew at each use.
     ///
     /// # Errors
     /// As [`Store::open`].
@@ -218,14 +231,15 @@ impl Store {
         }
     }
 
-    /// Opens the inventory for the agent and the command line: makes folder and file where they are missing,
-    /// and migrates an older schema. Root makes all of it as the folder's owner.
+    /// Opens the inventory for the agent and the command line: makes folder and file where they are
+    /// missing, and migrates an older schema. Root makes all of it as the folder's owner.
     ///
     /// # Errors
     /// As [`Store::open`], but for `Missing` and `Older`.
     pub fn create(state_dir: &Path, patience: Duration) -> Result<Self, StoreError> {
         let user = user_of(state_dir)?;
-        files::hand_over(&state_dir.join(FILE_NAME), user).map_err(|e| StoreError::file(state_dir, e))?;
+        files::hand_over(&state_dir.join(FILE_NAME), user)
+            .map_err(|e| StoreError::file(state_dir, e))?;
         let _owner = enter(user, state_dir)?;
         files::make_dir(state_dir)?;
         files::make_file(&canonical(state_dir)?.join(FILE_NAME))?;
@@ -264,8 +278,8 @@ impl Store {
         let flags = OpenFlags::SQLITE_OPEN_READ_WRITE
             | OpenFlags::SQLITE_OPEN_NOFOLLOW
             | OpenFlags::SQLITE_OPEN_NO_MUTEX;
-        let connection =
-            Connection::open_with_flags(&path, flags).map_err(|e| StoreError::from_sqlite(&path, 0, &e))?;
+        let connection = Connection::open_with_flags(&path, flags)
+            .map_err(|e| StoreError::from_sqlite(&path, 0, &e))?;
         let mut database = Database { connection, closing: None, user, remaining: None };
         let deadline = Deadline::after(patience);
         let waits = deadline.clone();
@@ -291,7 +305,8 @@ impl Store {
         set.map(drop).map_err(|e| self.fault(&e))
     }
 
-    /// Two who make the file at once get in each other's way here, and SQLite does not ask the busy handler then.
+    /// Two who make the file at once get in each other's way here, and SQLite does not ask the busy
+    /// handler then.
     fn use_wal(&self) -> Result<(), StoreError> {
         let conn = self.conn()?;
         let mut attempt = 0;
@@ -308,8 +323,9 @@ impl Store {
         }
     }
 
-    /// Whether the file that was opened is still the inventory. Its log is found by name: who goes on with one that was replaced would
-    /// write into the log of the other (<https://www.sqlite.org/howtocorrupt.html>, 2.3, 2.5).
+    /// Whether the file that was opened is still the inventory. Its log is found by name: who goes
+    /// on with one that was replaced would write into the log of the other
+    /// (<https://www.sqlite.org/howtocorrupt.html>, 2.3, 2.5).
     pub(crate) fn stay(&self) -> Result<(), StoreError> {
         match files::identity(&self.path) == self.file {
             true => Ok(()),
@@ -317,7 +333,8 @@ impl Store {
         }
     }
 
-    /// The schema version, `None` for an empty file; refuses what is not ours or newer than this program.
+    /// The schema version, `None` for an empty file; refuses what is not ours or newer than this
+    /// program.
     pub(crate) fn version(&self) -> Result<Option<i64>, StoreError> {
         self.known(look(&*self.conn()?).map_err(|e| self.fault(&e))?)
     }
@@ -357,8 +374,8 @@ impl Store {
             return Ok(());
         }
         let conn = self.conn()?;
-        let tx =
-            Transaction::new_unchecked(&conn, TransactionBehavior::Immediate).map_err(|e| self.fault(&e))?;
+        let tx = Transaction::new_unchecked(&conn, TransactionBehavior::Immediate)
+            .map_err(|e| self.fault(&e))?;
         // Another program may have migrated meanwhile: look again under the lock.
         let found = self.known(look(&tx).map_err(|e| self.fault(&e))?)?.unwrap_or_default();
         let done = usize::try_from(found).unwrap_or_default();
@@ -368,8 +385,9 @@ impl Store {
             tx.pragma_update(None, "user_version", SCHEMA)
         };
         run().and_then(|()| tx.commit()).map_err(|e| self.fault(&e))?;
-        // A package that is older looks at the version in the file's head before it is installed, and cannot read the log. Who reads meanwhile
-        // is not waited for: the log is folded later then.
+        // A package that is older looks at the version in the file's head before it is installed,
+        // and cannot read the log. Who reads meanwhile is not waited for: the log is folded later
+        // then.
         drop(self.checkpoint("PASSIVE"));
         Ok(())
     }
@@ -406,9 +424,10 @@ impl Store {
         Ok(value)
     }
 
-    /// Makes what was committed survive a power cut. SQLite changes `synchronous` between transactions only, and what
-    /// a transaction writes is not known before it begins. The log is not locked by SQLite, so to open and close it here
-    /// drops no lock. A log that was folded meanwhile was synced by whoever folded it.
+    /// Makes what was committed survive a power cut. SQLite changes `synchronous` between
+    /// transactions only, and what a transaction writes is not known before it begins. The log is
+    /// not locked by SQLite, so to open and close it here drops no lock. A log that was folded
+    /// meanwhile was synced by whoever folded it.
     fn sync_wal(&self) -> Result<(), StoreError> {
         let log = files::with_suffix(&self.path, "-wal");
         match fs::File::open(&log).and_then(|file| file.sync_data()) {
@@ -417,13 +436,14 @@ impl Store {
         }
     }
 
-    /// Bounds the write-ahead log: past [`WAL_LIMIT`] what can be moved into the database without waiting is moved.
-    /// What was written is committed already, so a failure here is none of it: the next write tries again.
+    /// Bounds the write-ahead log: past [`WAL_LIMIT`] what can be moved into the database without
+    /// waiting is moved. What was written is committed already, so a failure here is none of it:
+    /// the next write tries again.
     fn bound_wal(&self) {
         let size = fs::metadata(files::with_suffix(&self.path, "-wal")).map_or(0, |m| m.len());
         if size > WAL_LIMIT {
-            // TRUNCATE starts the log anew: what PASSIVE has moved the next process cannot know, and it would move it again. Who
-            // reads meanwhile is not waited for.
+            // TRUNCATE starts the log anew: what PASSIVE has moved the next process cannot know,
+            // and it would move it again. Who reads meanwhile is not waited for.
             let end = self.deadline.end();
             self.deadline.set(Instant::now());
             drop(self.checkpoint("TRUNCATE"));
@@ -447,11 +467,16 @@ fn configure(conn: &Connection, durability: Durability) -> Sql<()> {
     conn.set_db_config(DbConfig::SQLITE_DBCONFIG_DEFENSIVE, true)?;
     conn.set_db_config(DbConfig::SQLITE_DBCONFIG_TRUSTED_SCHEMA, false)?;
     conn.pragma_update(None, "cell_size_check", true)?;
-    // No statement of ours breaks a reference, 'store check' looks for one: the hook saves itself the checks.
+    // No statement of ours breaks a reference, 'store check' looks for one: the hook saves itself
+    // the checks.
     conn.set_db_config(DbConfig::SQLITE_DBCONFIG_ENABLE_FKEY, durability == Durability::Power)?;
     conn.pragma_update(None, "wal_autocheckpoint", 0)?;
     conn.pragma_update(None, "temp_store", "MEMORY")?;
-    conn.pragma_update(None, "synchronous", if durability == Durability::Power { "FULL" } else { "NORMAL" })
+    conn.pragma_update(
+        None,
+        "synchronous",
+        if durability == Durability::Power { "FULL" } else { "NORMAL" },
+    )
 }
 
 /// The user with whose rights `state_dir` is used.
@@ -495,10 +520,14 @@ mod tests {
     use super::*;
 
     fn schema(conn: &Connection) -> Vec<String> {
-        let mut statement =
-            conn.prepare("SELECT sql FROM sqlite_schema WHERE sql IS NOT NULL ORDER BY type, name").unwrap();
-        let sql =
-            statement.query_map([], |row| row.get(0)).unwrap().collect::<Result<Vec<String>, _>>().unwrap();
+        let mut statement = conn
+            .prepare("SELECT sql FROM sqlite_schema WHERE sql IS NOT NULL ORDER BY type, name")
+            .unwrap();
+        let sql = statement
+            .query_map([], |row| row.get(0))
+            .unwrap()
+            .collect::<Result<Vec<String>, _>>()
+            .unwrap();
         sql.iter().map(|sql| plain(sql)).collect()
     }
 
@@ -527,13 +556,15 @@ mod tests {
         assert!(plain(MIGRATIONS[9]).contains(&plain(crate::give_back::HELD_BY_THE_AUDIT)));
     }
 
-    /// The file says by itself which schema it has: what a package's preinst reads with `od`, which has no SQLite.
+    /// The file says by itself which schema it has: what a package's preinst reads with `od`, which
+    /// has no SQLite.
     #[test]
     fn the_version_stands_in_the_files_head() {
         let dir = tempfile::tempdir().unwrap();
         let _open = Store::create(dir.path(), Duration::from_secs(5)).unwrap();
         let head = fs::read(dir.path().join(FILE_NAME)).unwrap();
-        let number = |at: usize| i64::from(u32::from_be_bytes(head[at..at + 4].try_into().unwrap()));
+        let number =
+            |at: usize| i64::from(u32::from_be_bytes(head[at..at + 4].try_into().unwrap()));
         assert_eq!((number(60), number(68)), (SCHEMA, APPLICATION_ID));
         // And a package counts the migrations' files.
         let files = fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/migrations")).unwrap();
@@ -544,14 +575,22 @@ mod tests {
     fn a_full_disk_loses_nothing() {
         let dir = tempfile::tempdir().unwrap();
         let mut store = Store::create(dir.path(), Duration::from_secs(5)).unwrap();
-        let context =
-            crate::Context { boot_id: "b".into(), uptime: 1.0, pending_grace: 120.0, actor: "test".into() };
+        let context = crate::Context {
+            boot_id: "b".into(),
+            uptime: 1.0,
+            pending_grace: 120.0,
+            actor: "test".into(),
+        };
         let flavor = virt_usb_model::Flavor::default();
         assert!(store.set_flavor("before", &flavor, &context).unwrap());
         // SQLite reports a file that may not grow as it reports a disk without space.
         let pages: i64 =
             store.conn().unwrap().pragma_query_value(None, "page_count", |row| row.get(0)).unwrap();
-        store.conn().unwrap().query_row(&format!("PRAGMA max_page_count = {pages}"), [], |_| Ok(())).unwrap();
+        store
+            .conn()
+            .unwrap()
+            .query_row(&format!("PRAGMA max_page_count = {pages}"), [], |_| Ok(()))
+            .unwrap();
         let names = (0..).map(|n| format!("{n} {}", "x".repeat(200)));
         let (mut stored, mut full) = (0, None);
         for name in names {
@@ -569,6 +608,9 @@ mod tests {
         assert_eq!(store.flavors().unwrap().len(), stored + 1);
         assert_eq!(store.check().unwrap(), Vec::<String>::new());
         store.conn().unwrap().query_row("PRAGMA max_page_count = 1000000", [], |_| Ok(())).unwrap();
-        assert!(store.set_flavor("after", &flavor, &context).unwrap(), "with space again it goes on");
+        assert!(
+            store.set_flavor("after", &flavor, &context).unwrap(),
+            "with space again it goes on"
+        );
     }
 }

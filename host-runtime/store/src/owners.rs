@@ -1,4 +1,5 @@
-//! Owners: whose an instance is, as an administrator says. What its domain says of that comes first.
+//! Owners: whose an instance is, as an administrator says. What its domain says of that comes
+//! first.
 
 use rusqlite::{OptionalExtension as _, Row, params};
 use serde::Serialize;
@@ -57,7 +58,8 @@ impl Store {
         read().map_err(|e| self.fault(&e))
     }
 
-    /// For whom devices are taken. `project` is what the domain says: it comes before what an administrator says.
+    /// For whom devices are taken. `project` is what the domain says: it comes before what an
+    /// administrator says.
     ///
     /// # Errors
     /// When the database cannot be read.
@@ -74,8 +76,9 @@ impl Store {
         Ok(Asker { instance, domain: domain.to_owned(), project })
     }
 
-    /// Says whose the instance is, or with `None` takes that back; the same is then said of what it holds. Says whether that changed anything.
-    /// For an instance whose domain names its project it has no meaning.
+    /// Says whose the instance is, or with `None` takes that back; the same is then said of what it
+    /// holds. Says whether that changed anything. For an instance whose domain names its project it
+    /// has no meaning.
     ///
     /// # Errors
     /// When the database cannot be written.
@@ -99,9 +102,11 @@ impl Store {
                 (_, Some(project)) => {
                     tx.execute(
                         &format!(
-                            "INSERT INTO owners (instance_uuid, created_at, domain, project_id) VALUES (?1, {NOW}, ?2, ?3)
+                            "INSERT INTO owners (instance_uuid, created_at, domain, project_id) \
+                                VALUES (?1, {NOW}, ?2, ?3)
                              ON CONFLICT (instance_uuid) DO UPDATE
-                             SET created_at = excluded.created_at, domain = excluded.domain, project_id = excluded.project_id"
+                             SET created_at = excluded.created_at, domain = excluded.domain, \
+                             project_id = excluded.project_id"
                         ),
                         params![id, domain, project.to_string()],
                     )?;
@@ -119,7 +124,11 @@ impl Store {
             if claims > 0 {
                 step_revision(tx)?;
             }
-            let whom = Asker { instance, domain: domain.to_owned(), project: project.or(owner.as_ref()).cloned() };
+            let whom = Asker {
+                instance,
+                domain: domain.to_owned(),
+                project: project.or(owner.as_ref()).cloned(),
+            };
             record(tx, context, &Event::of(event, &whom))?;
             Ok(true)
         })

@@ -1,4 +1,5 @@
-//! Which socket a port means. Bus numbers are assigned at boot, so what is stored names a path in place of a port.
+//! Which socket a port means. Bus numbers are assigned at boot, so what is stored names a path in
+//! place of a port.
 
 use std::collections::BTreeMap;
 
@@ -10,9 +11,10 @@ use crate::error::Sql;
 use crate::{Store, StoreError};
 
 impl Store {
-    /// The paths of the ports that the configuration's rules name. A port keeps the path that it had when a rule named it first:
-    /// after a reboot it would be another socket. `seen` looks at the host for a port that is new, and returns `None` where it
-    /// cannot tell. Ports that no rule names any more are forgotten.
+    /// The paths of the ports that the configuration's rules name. A port keeps the path that it
+    /// had when a rule named it first: after a reboot it would be another socket. `seen` looks at
+    /// the host for a port that is new, and returns `None` where it cannot tell. Ports that no rule
+    /// names any more are forgotten.
     ///
     /// # Errors
     /// When the database cannot be read or written.
@@ -42,7 +44,8 @@ impl Store {
         Ok(paths)
     }
 
-    /// The selector as it would be stored: its port replaced by the port's path, where that is known.
+    /// The selector as it would be stored: its port replaced by the port's path, where that is
+    /// known.
     ///
     /// # Errors
     /// When the database cannot be read.
@@ -64,7 +67,10 @@ impl Store {
 }
 
 /// The requests with each port replaced by its path.
-pub(crate) fn resolve_all(conn: &Connection, requests: &[DeviceRequest]) -> Sql<Vec<DeviceRequest>> {
+pub(crate) fn resolve_all(
+    conn: &Connection,
+    requests: &[DeviceRequest],
+) -> Sql<Vec<DeviceRequest>> {
     requests
         .iter()
         .map(|request| {
@@ -84,11 +90,13 @@ pub(crate) fn resolve(conn: &Connection, selector: &Selector) -> Sql<Selector> {
     Ok(resolved)
 }
 
-/// The path of a port: of the device that is plugged in there, or by another device on the same bus.
+/// The path of a port: of the device that is plugged in there, or by another device on the same
+/// bus.
 fn path_at(conn: &Connection, port: &PortPath) -> Sql<Option<DevicePath>> {
     let there = conn
         .prepare_cached(
-            "SELECT path FROM usb_devices WHERE port_path = ?1 AND deleted = 0 AND present = 1 AND path IS NOT NULL",
+            "SELECT path FROM usb_devices WHERE port_path = ?1 AND deleted = 0 AND present = 1 AND \
+                path IS NOT NULL",
         )?
         .query_row([port.to_string()], |row| parse(row, "path"))
         .optional()?;
@@ -97,12 +105,16 @@ fn path_at(conn: &Connection, port: &PortPath) -> Sql<Option<DevicePath>> {
     }
     let on_bus: Vec<(PortPath, DevicePath)> = conn
         .prepare_cached(
-            "SELECT port_path, path FROM usb_devices WHERE port_path LIKE ?1 AND deleted = 0 AND present = 1
+            "SELECT port_path, path FROM usb_devices WHERE port_path LIKE ?1 AND deleted = 0 AND \
+                present = 1
              AND path IS NOT NULL ORDER BY id",
         )?
-        .query_map([format!("{}-%", port.bus())], |row| Ok((parse(row, "port_path")?, parse(row, "path")?)))?
+        .query_map([format!("{}-%", port.bus())], |row| {
+            Ok((parse(row, "port_path")?, parse(row, "path")?))
+        })?
         .collect::<Sql<_>>()?;
-    // A device at a USB 3 port has the path of the socket's USB 2 port, which may have another number.
+    // A device at a USB 3 port has the path of the socket's USB 2 port, which may have another
+    // number.
     let alike = on_bus.into_iter().find(|(of, path)| of.ports() == path.ports());
     Ok(alike.and_then(|(_, path)| DevicePath::new(path.controller(), path.version(), port.ports())))
 }

@@ -1,5 +1,5 @@
-//! What stands between an instance and what it is to have: no USB bus in the guest, no free port, no SPICE. It is shown for as long as it
-//! lasts, and goes with it.
+//! What stands between an instance and what it is to have: no USB bus in the guest, no free port,
+//! no SPICE. It is shown for as long as it lasts, and goes with it.
 
 use rusqlite::{OptionalExtension, params};
 use serde::Serialize;
@@ -42,7 +42,8 @@ impl Store {
         })
     }
 
-    /// Notes a problem, or that there is none any more; says whether that is news. Only news is an event.
+    /// Notes a problem, or that there is none any more; says whether that is news. Only news is an
+    /// event.
     ///
     /// # Errors
     /// When the database cannot be written.
@@ -56,7 +57,9 @@ impl Store {
         let instance = asker.instance.to_string();
         let known: Option<(String, String)> = self
             .conn()?
-            .prepare_cached("SELECT what, domain FROM problems WHERE instance_uuid = ?1 AND about = ?2")
+            .prepare_cached(
+                "SELECT what, domain FROM problems WHERE instance_uuid = ?1 AND about = ?2",
+            )
             .and_then(|mut known| {
                 known.query_row([&instance, about], |row| Ok((row.get(0)?, row.get(1)?))).optional()
             })
@@ -64,19 +67,25 @@ impl Store {
         if known.as_ref().map(|(what, _)| what.as_str()) == what {
             return Ok(false);
         }
-        let device = about.strip_prefix("device ").and_then(|id| id.parse().ok()).and_then(DeviceId::new);
+        let device =
+            about.strip_prefix("device ").and_then(|id| id.parse().ok()).and_then(DeviceId::new);
         self.write(|tx, _| {
             let event = match what {
                 Some(what) => {
                     let sql = format!(
-                        "INSERT INTO problems (instance_uuid, about, domain, since, what) VALUES (?1, ?2, ?3, {NOW}, ?4)
+                        "INSERT INTO problems (instance_uuid, about, domain, since, what) VALUES \
+                            (?1, ?2, ?3, {NOW}, ?4)
                          ON CONFLICT DO UPDATE SET what = excluded.what, domain = excluded.domain"
                     );
                     tx.execute(&sql, params![instance, about, asker.domain, what])?;
                     Event::of("problem", asker).with(format!("{about}: {what}"))
                 }
                 None => {
-                    tx.execute("DELETE FROM problems WHERE instance_uuid = ?1 AND about = ?2", [&instance, about])?;
+                    tx.execute(
+                        "DELETE FROM problems WHERE instance_uuid = ?1 AND about = \
+                        ?2",
+                        [&instance, about],
+                    )?;
                     // Of a guest that is gone the record knows the name.
                     let domain = known.map_or_else(|| asker.domain.clone(), |(_, domain)| domain);
                     Event::of("solved", &Asker { domain, ..asker.clone() }).with(about.to_owned())

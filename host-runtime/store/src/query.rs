@@ -1,8 +1,9 @@
 //! A selector as SQL.
 //!
-//! SQLite keeps no statistics here, and one host may hold 10 000 devices of one kind: which index finds the devices is
-//! decided here, not guessed by its planner. What names fewest devices drives; a unary `+` keeps the other columns' indexes out of
-//! it. Every driving index ends with the id, so that devices come in its order, unsorted, and the reader may stop early.
+//! SQLite keeps no statistics here, and one host may hold 10 000 devices of one kind: which index
+//! finds the devices is decided here, not guessed by its planner. What names fewest devices drives;
+//! a unary `+` keeps the other columns' indexes out of it. Every driving index ends with the id, so
+//! that devices come in its order, unsorted, and the reader may stop early.
 
 use rusqlite::types::Value;
 use virt_usb_model::Selector;
@@ -22,7 +23,10 @@ impl Query {
     /// `SELECT what`, of devices that are alive and for which `extra` holds.
     pub(crate) fn sql(&self, what: &str, extra: &str) -> String {
         let Self { from, conditions, .. } = self;
-        format!("SELECT {what} FROM {from} WHERE {} AND d.deleted = 0 AND {extra}", conditions.join(" AND "))
+        format!(
+            "SELECT {what} FROM {from} WHERE {} AND d.deleted = 0 AND {extra}",
+            conditions.join(" AND ")
+        )
     }
 
     /// The same, by id.
@@ -71,7 +75,8 @@ fn build(selector: &Selector, driver: Driver) -> Query {
             query.conditions.push("l.kind = ? AND l.value = ?".into());
         } else {
             query.conditions.push(
-                "EXISTS (SELECT 1 FROM device_labels WHERE kind = ? AND value = ? AND device_id = d.id)"
+                "EXISTS (SELECT 1 FROM device_labels WHERE kind = ? AND value = ? AND device_id = \
+                    d.id)"
                     .into(),
             );
         }
@@ -85,10 +90,18 @@ fn build(selector: &Selector, driver: Driver) -> Query {
     };
     column("id", true, selector.id.map(|id| sql_id(id).into()));
     column("serial", driver == Driver::Serial, selector.serial.clone().map(Into::into));
-    column("port_path", driver == Driver::Port, selector.port.as_ref().map(|p| p.to_string().into()));
+    column(
+        "port_path",
+        driver == Driver::Port,
+        selector.port.as_ref().map(|p| p.to_string().into()),
+    );
     column("path", driver == Driver::Path, selector.path.as_ref().map(|p| p.to_string().into()));
     column("vendor_id", driver == Driver::Vendor, selector.vendor_id.map(|v| v.to_string().into()));
-    column("product_id", driver == Driver::Vendor, selector.product_id.map(|p| p.to_string().into()));
+    column(
+        "product_id",
+        driver == Driver::Vendor,
+        selector.product_id.map(|p| p.to_string().into()),
+    );
     query
 }
 
@@ -102,7 +115,8 @@ mod tests {
         let conn = Connection::open_in_memory().unwrap();
         conn.execute_batch(include_str!("../schema.sql")).unwrap();
         let mut statement = conn.prepare(&format!("EXPLAIN QUERY PLAN {sql}")).unwrap();
-        let lines = statement.query_map(params_from_iter(params), |row| row.get::<_, String>(3)).unwrap();
+        let lines =
+            statement.query_map(params_from_iter(params), |row| row.get::<_, String>(3)).unwrap();
         lines.map(Result::unwrap).collect::<Vec<_>>().join("; ")
     }
 
@@ -117,12 +131,18 @@ mod tests {
             (r#"{"id":5,"vendor_id":"0529","serial":"A","class":"03"}"#, "INTEGER PRIMARY KEY"),
             (r#"{"vendor_id":"0529"}"#, "usb_devices_vendor"),
             (r#"{"vendor_id":"0529","product_id":"0001"}"#, "usb_devices_kind"),
-            (r#"{"vendor_id":"0529","product_id":"0001","class":"03","tags":["erp"]}"#, "usb_devices_kind"),
+            (
+                r#"{"vendor_id":"0529","product_id":"0001","class":"03","tags":["erp"]}"#,
+                "usb_devices_kind",
+            ),
             (r#"{"serial":"A"}"#, "usb_devices_serial"),
             (r#"{"vendor_id":"0529","product_id":"0001","serial":"A"}"#, "usb_devices_serial"),
             (r#"{"port":"1-1.4"}"#, "usb_devices_port"),
             (r#"{"vendor_id":"0529","port":"1-1.4"}"#, "usb_devices_port"),
-            (r#"{"vendor_id":"0529","port":"1-4","path":"pci-0000:00:14.0-usbv2-0:4"}"#, "usb_devices_path"),
+            (
+                r#"{"vendor_id":"0529","port":"1-4","path":"pci-0000:00:14.0-usbv2-0:4"}"#,
+                "usb_devices_path",
+            ),
             (r#"{"class":"03"}"#, "SEARCH l USING PRIMARY KEY (kind=? AND value=?)"),
             (r#"{"tags":["erp","blue"]}"#, "SEARCH l USING PRIMARY KEY (kind=? AND value=?)"),
         ];
@@ -131,7 +151,10 @@ mod tests {
             for sql in [query.sorted("d.*", "d.status = 'available'"), query.sql("d.*", "1")] {
                 let plan = plan(&sql, &query.params);
                 assert!(plan.contains(index), "{request}: {plan}");
-                assert!(!plan.contains("SCAN") && !plan.contains("TEMP B-TREE"), "{request}: {plan}");
+                assert!(
+                    !plan.contains("SCAN") && !plan.contains("TEMP B-TREE"),
+                    "{request}: {plan}"
+                );
             }
         }
     }

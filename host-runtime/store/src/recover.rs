@@ -1,17 +1,21 @@
-//! Another content in the inventory's place: a backup's, or one that is made of what can still be read of a damaged one.
+//! Another content in the inventory's place: a backup's, or one that is made of what can still be
+//! read of a damaged one.
 //!
 //! ```text
 //!                                          ┌── it can be locked: copy aside ─► lock ─► salvage ─► build beside ─► all pages, one transaction
 //!  what stands there, sound or damaged ────┤
 //!                                          └── it cannot, or is missing:         salvage a copy ─► build beside ─► move aside ─► rename
 //! ```
-//! Where SQLite can lock the file, it *stays*: its pages are overwritten in one transaction of its own (the backup API), so that hooks and agent
-//! that have it open wait for the lock and then see the new content, and what they wrote until then is in it. A file that is in use must not be
-//! renamed: its log is found by name, and whoever still has the old one would write into that of the new
-//! (<https://www.sqlite.org/howtocorrupt.html>, 2.4). Where the first page is beyond SQLite nobody can write it either: there the files are moved
-//! aside, and the new one is renamed into place. A connection that was opened before says so at its next write ([`StoreError::Replaced`]).
+//! Where SQLite can lock the file, it *stays*: its pages are overwritten in one transaction of its
+//! own (the backup API), so that hooks and agent that have it open wait for the lock and then see
+//! the new content, and what they wrote until then is in it. A file that is in use must not be
+//! renamed: its log is found by name, and whoever still has the old one would write into that of
+//! the new (<https://www.sqlite.org/howtocorrupt.html>, 2.4). Where the first page is beyond SQLite
+//! nobody can write it either: there the files are moved aside, and the new one is renamed into
+//! place. A connection that was opened before says so at its next write ([`StoreError::Replaced`]).
 //!
-//! Killed anywhere, the old content or the new one is in place, and it can be done again. What was there is never deleted.
+//! Killed anywhere, the old content or the new one is in place, and it can be done again. What was
+//! there is never deleted.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::{self, File, TryLockError};
@@ -39,8 +43,8 @@ use crate::open::{canonical, enter, user_of};
 use crate::salvage::{self, Salvage, Table};
 use crate::user::User;
 use crate::{
-    Assignment, Context, Durability, FILE_NAME, Owner, SCHEMA, Store, StoreError, StoredFlavor, StoredGrant,
-    metadata,
+    Assignment, Context, Durability, FILE_NAME, Owner, SCHEMA, Store, StoreError, StoredFlavor,
+    StoredGrant, metadata,
 };
 
 /// Where the new inventory is built, beside the old one.
@@ -49,8 +53,8 @@ const BESIDE: &str = "inventory.sqlite.new";
 const TRIES: u32 = 40;
 /// Between two of them.
 const PAUSE: Duration = Duration::from_millis(20);
-/// Device ids of one host: see DESIGN, "Who owns what".
-/// Where it is not known which ids were given, so many are passed over: an id never names another device.
+/// Device ids of one host: see DESIGN, "Who owns what". Where it is not known which ids were given,
+/// so many are passed over: an id never names another device.
 const MARGIN: i64 = 1000;
 
 /// How the inventory is.
@@ -69,9 +73,11 @@ pub enum Health {
 pub struct Wish<'a> {
     /// `restore` or `rebuild`: in file names and in the audit.
     pub what: &'static str,
-    /// The backup whose content is to be taken; none: what can be read of the inventory that is there.
+    /// The backup whose content is to be taken; none: what can be read of the inventory that is
+    /// there.
     pub backup: Option<&'a Path>,
-    /// Whether `fill` adopts what the guests that run have: then a backup's claims need not be believed.
+    /// Whether `fill` adopts what the guests that run have: then a backup's claims need not be
+    /// believed.
     pub guests_known: bool,
     /// Ids that are in use elsewhere, in guests that run: no new device gets one.
     pub ids: &'a [DeviceId],
@@ -101,14 +107,16 @@ pub struct Recovered {
     pub kept: Vec<Kept>,
     /// Devices whose ids were given, and of which nothing can be read any more.
     pub lost_devices: u64,
-    /// Whether the file stayed and has another content. If not, an agent that runs ends: the file that it opened was replaced.
+    /// Whether the file stayed and has another content. If not, an agent that runs ends: the file
+    /// that it opened was replaced.
     pub in_place: bool,
 }
 
 /// How the inventory in `state_dir` is.
 ///
 /// # Errors
-/// What keeps it from being looked at, or from being ours: permission, a lock, another program's file, a newer schema.
+/// What keeps it from being looked at, or from being ours: permission, a lock, another program's
+/// file, a newer schema.
 pub fn health(state_dir: &Path, patience: Duration) -> Result<Health, StoreError> {
     let look = || {
         let store = quiet(state_dir, patience)?;
@@ -123,7 +131,9 @@ pub fn health(state_dir: &Path, patience: Duration) -> Result<Health, StoreError
     match look() {
         Err(StoreError::Missing { .. }) => Ok(Health::Missing),
         Err(
-            StoreError::Corrupt { what, .. } | StoreError::Row { what, .. } | StoreError::Other { what, .. },
+            StoreError::Corrupt { what, .. }
+            | StoreError::Row { what, .. }
+            | StoreError::Other { what, .. },
         ) => Ok(Health::Damaged(one_line(&what))),
         other => other,
     }
@@ -140,8 +150,8 @@ fn quiet(state_dir: &Path, patience: Duration) -> Result<Store, StoreError> {
     Ok(store)
 }
 
-/// Puts another content in the inventory's place. `fill` brings it in line with the world before anybody sees it: what is plugged in, what
-/// the guests have.
+/// Puts another content in the inventory's place. `fill` brings it in line with the world before
+/// anybody sees it: what is plugged in, what the guests have.
 ///
 /// # Errors
 /// Why it could not be; then the inventory is what it was.
@@ -166,7 +176,8 @@ pub fn replace(
     Job { state_dir, path, scratch, patience, wish, backup, context }.run(fill)
 }
 
-/// One restore or rebuild at a time: a lock on the folder, which the kernel lets go of whatever becomes of the process.
+/// One restore or rebuild at a time: a lock on the folder, which the kernel lets go of whatever
+/// becomes of the process.
 fn one_at_a_time(state_dir: &Path, path: &Path) -> Result<File, StoreError> {
     let folder = File::open(state_dir).map_err(|e| StoreError::file(state_dir, e))?;
     match folder.try_lock() {
@@ -316,7 +327,8 @@ impl Job<'_> {
         }
     }
 
-    /// Overwrites the file in place; none where that cannot be: it cannot be locked as a database, or there is none.
+    /// Overwrites the file in place; none where that cannot be: it cannot be locked as a database,
+    /// or there is none.
     fn overwrite(&self, new: &mut Store, fill: Fill<'_>) -> Result<Option<Placed>, StoreError> {
         if fs::metadata(&self.path).map_or(0, |found| found.len()) == 0 {
             return Ok(None);
@@ -329,7 +341,8 @@ impl Job<'_> {
         let template = Store::first_page(&self.scratch.0).map_err(|e| e.of(&self.path))?;
         for _ in 0..TRIES {
             // A reader must not be stopped by who has locked it: that takes a log.
-            if self.raw().and_then(|conn| conn.pragma_update(None, "journal_mode", "WAL")).is_err() {
+            if self.raw().and_then(|conn| conn.pragma_update(None, "journal_mode", "WAL")).is_err()
+            {
                 return Ok(None);
             }
             let before = self.stamps();
@@ -374,14 +387,21 @@ impl Job<'_> {
         let fault = |e: rusqlite::Error| StoreError::from_sqlite(&self.path, self.waited(), &e);
         let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
         let source = Connection::open_with_flags(&new.path, flags).map_err(fault)?;
-        let (Ok(mut live), Ok(reader)) = (self.raw(), self.raw()) else { return Ok(Taken::Unlockable) };
+        let (Ok(mut live), Ok(reader)) = (self.raw(), self.raw()) else {
+            return Ok(Taken::Unlockable);
+        };
         // The one who writes the pages: what is committed survives a power cut.
         live.pragma_update(None, "synchronous", "FULL").map_err(fault)?;
         let backup = Backup::new(&source, &mut live).map_err(fault)?;
         // No page: this takes the write lock, and keeps it until the last step.
         match backup.step(0) {
             Ok(StepResult::More) => {}
-            Ok(_) => return Err(StoreError::Locked { path: self.path.clone(), waited_ms: self.waited() }),
+            Ok(_) => {
+                return Err(StoreError::Locked {
+                    path: self.path.clone(),
+                    waited_ms: self.waited(),
+                });
+            }
             Err(e) => {
                 return match e.sqlite_error_code() {
                     Some(
@@ -507,17 +527,22 @@ impl Job<'_> {
         let first = with_suffix(&self.path, &name);
         let others = (2..1000).map(|n| with_suffix(&self.path, &format!("{name}-{n}")));
         let mut free = std::iter::once(first.clone()).chain(others).filter(|path| {
-            ["", "-wal", "-shm"].iter().all(|suffix| files::identity(&with_suffix(path, suffix)).is_none())
+            ["", "-wal", "-shm"]
+                .iter()
+                .all(|suffix| files::identity(&with_suffix(path, suffix)).is_none())
         });
         free.next().ok_or_else(|| StoreError::file(&first, ErrorKind::AlreadyExists.into()))
     }
 
     /// Byte for byte; what could not be copied whole does not stay.
     fn copy_aside(&self, aside: &Path) -> Result<(), StoreError> {
-        salvage::copy_all(&self.path, aside).inspect_err(|_| remove(aside)).map_err(|e| e.of(&self.path))
+        salvage::copy_all(&self.path, aside)
+            .inspect_err(|_| remove(aside))
+            .map_err(|e| e.of(&self.path))
     }
 
-    /// What tells whether somebody wrote to the file or its log. Looked at, not opened: that would drop SQLite's locks.
+    /// What tells whether somebody wrote to the file or its log. Looked at, not opened: that would
+    /// drop SQLite's locks.
     fn stamps(&self) -> Stamps {
         ["", "-wal"].map(|suffix| {
             let found = fs::metadata(with_suffix(&self.path, suffix)).ok();
@@ -535,7 +560,12 @@ impl Job<'_> {
     }
 
     /// Makes the new inventory whole.
-    fn build(&self, new: &mut Store, salvage: Option<&Salvage>, fill: Fill<'_>) -> Result<Built, StoreError> {
+    fn build(
+        &self,
+        new: &mut Store,
+        salvage: Option<&Salvage>,
+        fill: Fill<'_>,
+    ) -> Result<Built, StoreError> {
         new.restart_patience();
         let built = if self.wish.backup.is_none() {
             take_over(new, salvage, self.wish.ids)?
@@ -596,7 +626,8 @@ fn summary(built: &Built) -> String {
     if rows.is_empty() { "from nothing".into() } else { format!("kept {}", rows.join(", ")) }
 }
 
-/// The tables in an order in which no row comes before the one that it points to; those of a later schema come last.
+/// The tables in an order in which no row comes before the one that it points to; those of a later
+/// schema come last.
 const ORDER: [&str; 9] = [
     "compute_nodes",
     "usb_devices",
@@ -612,14 +643,20 @@ const ORDER: [&str; 9] = [
 const DERIVED: [&str; 3] = ["device_labels", "problems", "sqlite_sequence"];
 
 /// Fills an empty inventory with what was salvaged and makes sense.
-fn take_over(new: &mut Store, salvage: Option<&Salvage>, ids: &[DeviceId]) -> Result<Built, StoreError> {
+fn take_over(
+    new: &mut Store,
+    salvage: Option<&Salvage>,
+    ids: &[DeviceId],
+) -> Result<Built, StoreError> {
     let nothing = Salvage::default();
     let (was_there, salvage) = (salvage.is_some(), salvage.unwrap_or(&nothing));
     new.write(|tx, _| {
         let mut built = Built::default();
         let mut names: Vec<&str> = ORDER.to_vec();
         let own = tables(tx)?;
-        names.extend(own.iter().map(String::as_str).filter(|n| !ORDER.contains(n) && !DERIVED.contains(n)));
+        names.extend(
+            own.iter().map(String::as_str).filter(|n| !ORDER.contains(n) && !DERIVED.contains(n)),
+        );
         for name in names {
             if let Some(table) = salvage.table(name) {
                 let mut kept = copy(tx, name, table)?;
@@ -637,7 +674,8 @@ fn take_over(new: &mut Store, salvage: Option<&Salvage>, ids: &[DeviceId]) -> Re
         if salvage.table("claims").is_some_and(|claims| claims.column("seen_in_guest").is_none()) {
             tx.execute(SEEN_BY_THE_AUDIT, [])?;
         }
-        if salvage.table("usb_devices").is_some_and(|devices| devices.column("was_held").is_none()) {
+        if salvage.table("usb_devices").is_some_and(|devices| devices.column("was_held").is_none())
+        {
             tx.execute(HELD_BY_THE_AUDIT, [])?;
         }
         // Whose boot the claims are of is looked at anew.
@@ -651,13 +689,15 @@ fn take_over(new: &mut Store, salvage: Option<&Salvage>, ids: &[DeviceId]) -> Re
 
 fn tables(tx: &Transaction<'_>) -> Sql<Vec<String>> {
     tx.prepare(
-        "SELECT name FROM sqlite_schema WHERE type = 'table' AND name NOT LIKE 'sqlite_%' ORDER BY rowid",
+        "SELECT name FROM sqlite_schema WHERE type = 'table' AND name NOT LIKE 'sqlite_%' ORDER BY \
+            rowid",
     )?
     .query_map([], |row| row.get(0))?
     .collect()
 }
 
-/// Copies the columns that both have; a row that is refused or that this program never writes is left out.
+/// Copies the columns that both have; a row that is refused or that this program never writes is
+/// left out.
 fn copy(tx: &Transaction<'_>, name: &str, table: &Table) -> Sql<Kept> {
     let known = columns(tx, name)?;
     let shared: Vec<usize> =
@@ -699,7 +739,9 @@ fn overwrite(tx: &Transaction<'_>, name: &str, table: &Table, row: &[Value], id:
     let shared = || (0..table.columns.len()).filter(|at| known.contains(&table.columns[*at]));
     let list: Vec<String> = shared().map(|at| format!("{} = ?", table.columns[at])).collect();
     let sql = format!("UPDATE {name} SET {} WHERE id = {id}", list.join(", "));
-    tx.prepare_cached(&sql)?.execute(params_from_iter(shared().filter_map(|at| row.get(at)))).map(drop)
+    tx.prepare_cached(&sql)?
+        .execute(params_from_iter(shared().filter_map(|at| row.get(at))))
+        .map(drop)
 }
 
 fn columns(tx: &Transaction<'_>, name: &str) -> Sql<Vec<String>> {
@@ -714,7 +756,10 @@ fn makes_sense(name: &str, node: i64, row: &Row<'_>) -> Sql<()> {
         "compute_nodes" => {
             let (id, revision): (i64, i64) = (row.get("id")?, row.get("revision")?);
             let host: String = row.get("host")?;
-            if !(1..=(1 << 53) / IDS).contains(&id) || !(0..1 << 53).contains(&revision) || host.is_empty() {
+            if !(1..=(1 << 53) / IDS).contains(&id)
+                || !(0..1 << 53).contains(&revision)
+                || host.is_empty()
+            {
                 return refuse("id", "is not this host");
             }
         }
@@ -729,7 +774,10 @@ fn makes_sense(name: &str, node: i64, row: &Row<'_>) -> Sql<()> {
                 && entry.port_path.bus() == entry.address.bus()
                 && (record.deleted == 0 || record.deleted == entry.id.get())
                 && Serial::KINDS.contains(&entry.serial_kind.as_str())
-                && entry.path.as_ref().is_none_or(|path| path.ports().len() == entry.port_path.ports().len())
+                && entry
+                    .path
+                    .as_ref()
+                    .is_none_or(|path| path.ports().len() == entry.port_path.ports().len())
                 && (entry.serial_kind == "missing") == entry.serial.is_none();
             if !twice || !is_own(node, id) {
                 return refuse("id", "contradicts itself");
@@ -766,9 +814,12 @@ fn remember_node(tx: &Transaction<'_>, salvage: &Salvage, guests: &[DeviceId]) -
     for id in devices.chain(guests.iter().map(|id| sql(*id))) {
         *votes.entry((id - 1).div_euclid(IDS) + 1).or_default() += 1;
     }
-    if let Some((node, _)) = votes.into_iter().max_by_key(|(_, votes)| *votes).filter(|(node, _)| *node > 1) {
+    if let Some((node, _)) =
+        votes.into_iter().max_by_key(|(_, votes)| *votes).filter(|(node, _)| *node > 1)
+    {
         // The next scan says what it is called.
-        let sql = "INSERT INTO compute_nodes (id, host) SELECT ?1, '-' WHERE NOT EXISTS (SELECT 1 FROM compute_nodes)";
+        let sql = "INSERT INTO compute_nodes (id, host) SELECT ?1, '-' WHERE NOT EXISTS (SELECT 1 \
+            FROM compute_nodes)";
         tx.execute(sql, [node])?;
     }
     Ok(())
@@ -779,10 +830,13 @@ fn is_own(node: i64, id: i64) -> bool {
     (1..=IDS).contains(&(id - (node - 1) * IDS))
 }
 
-/// Two ids of one device: at least one of them was another's, and nobody knows which. Returns how many went.
+/// Two ids of one device: at least one of them was another's, and nobody knows which. Returns how
+/// many went.
 fn drop_doubles(tx: &Transaction<'_>) -> Sql<usize> {
-    let all: Vec<Record> =
-        tx.prepare("SELECT * FROM usb_devices")?.query_map([], Record::read)?.collect::<Sql<_>>()?;
+    let all: Vec<Record> = tx
+        .prepare("SELECT * FROM usb_devices")?
+        .query_map([], Record::read)?
+        .collect::<Sql<_>>()?;
     let mut alike: HashMap<(UsbId, Option<&str>), Vec<&Record>> = HashMap::new();
     for record in &all {
         alike.entry((record.usb(), record.entry.serial.as_deref())).or_default().push(record);
@@ -797,7 +851,8 @@ fn drop_doubles(tx: &Transaction<'_>) -> Sql<usize> {
             .filter(rivals)
             .any(|other| other.entry.id != record.entry.id && other.key().is(&record.key()));
         if doubled {
-            dropped += tx.execute("DELETE FROM usb_devices WHERE id = ?1", [sql(record.entry.id)])?;
+            dropped +=
+                tx.execute("DELETE FROM usb_devices WHERE id = ?1", [sql(record.entry.id)])?;
             continue;
         }
         relabel(tx, record)?;
@@ -814,15 +869,22 @@ fn sql(id: DeviceId) -> i64 {
     i64::try_from(id.get()).unwrap_or(i64::MAX)
 }
 
-/// New devices and rows get ids above all that were ever seen. Returns how many devices had an id and are lost.
-fn continue_ids(tx: &Transaction<'_>, salvage: &Salvage, was_there: bool, guests: &[DeviceId]) -> Sql<u64> {
+/// New devices and rows get ids above all that were ever seen. Returns how many devices had an id
+/// and are lost.
+fn continue_ids(
+    tx: &Transaction<'_>,
+    salvage: &Salvage,
+    was_there: bool,
+    guests: &[DeviceId],
+) -> Sql<u64> {
     let mut last: BTreeMap<String, i64> = BTreeMap::new();
     let node = join::node(tx)?;
     if let Some(table) = salvage.table("sqlite_sequence")
         && let (Some(name), Some(seq)) = (table.column("name"), table.column("seq"))
     {
         for row in &table.rows {
-            if let (Some(Value::Text(name)), Some(Value::Integer(seq))) = (row.get(name), row.get(seq))
+            if let (Some(Value::Text(name)), Some(Value::Integer(seq))) =
+                (row.get(name), row.get(seq))
                 && (1..1 << 53).contains(seq)
             {
                 last.insert(name.clone(), *seq);
@@ -840,14 +902,20 @@ fn continue_ids(tx: &Transaction<'_>, salvage: &Salvage, was_there: bool, guests
     }
     seen.extend(guests.iter().map(|id| sql(*id)));
     let asked = |request: &virt_usb_model::DeviceRequest| request.selector.id.map(sql);
-    let flavors: Vec<StoredFlavor> =
-        tx.prepare("SELECT * FROM flavors")?.query_map([], StoredFlavor::read)?.collect::<Sql<_>>()?;
+    let flavors: Vec<StoredFlavor> = tx
+        .prepare("SELECT * FROM flavors")?
+        .query_map([], StoredFlavor::read)?
+        .collect::<Sql<_>>()?;
     seen.extend(flavors.iter().flat_map(|f| &f.flavor.usb_devices).filter_map(asked));
-    let grants: Vec<StoredGrant> =
-        tx.prepare("SELECT * FROM grants")?.query_map([], StoredGrant::read)?.collect::<Sql<_>>()?;
+    let grants: Vec<StoredGrant> = tx
+        .prepare("SELECT * FROM grants")?
+        .query_map([], StoredGrant::read)?
+        .collect::<Sql<_>>()?;
     seen.extend(grants.iter().flat_map(|g| &g.grant.usb_devices).filter_map(|s| s.id).map(sql));
-    let assigned: Vec<Assignment> =
-        tx.prepare("SELECT * FROM assignments")?.query_map([], Assignment::read)?.collect::<Sql<_>>()?;
+    let assigned: Vec<Assignment> = tx
+        .prepare("SELECT * FROM assignments")?
+        .query_map([], Assignment::read)?
+        .collect::<Sql<_>>()?;
     seen.extend(assigned.iter().map(|a| &a.request).filter_map(asked));
     let highest = seen.into_iter().filter(|id| is_own(node, *id)).max().unwrap_or((node - 1) * IDS);
     let top = match given {
@@ -861,20 +929,24 @@ fn continue_ids(tx: &Transaction<'_>, salvage: &Salvage, was_there: bool, guests
     }
     // Those that were forgotten are not missed.
     let kept: i64 = tx.query_row(
-        "SELECT (SELECT count(*) FROM usb_devices) + (SELECT count(*) FROM events WHERE event = 'forgotten')",
+        "SELECT (SELECT count(*) FROM usb_devices) + (SELECT count(*) FROM events WHERE event = \
+            'forgotten')",
         [],
         |row| row.get(0),
     )?;
     Ok(given.map_or(0, |given| u64::try_from(given - (node - 1) * IDS - kept).unwrap_or(0)))
 }
 
-/// What was set aside since the backup stays so: a backup of last week must not offer what was quarantined yesterday.
+/// What was set aside since the backup stays so: a backup of last week must not offer what was
+/// quarantined yesterday.
 fn set_aside_still(tx: &Transaction<'_>, id: DeviceId, present: &Record) -> Sql<()> {
     if !present.is_set_aside() {
         return Ok(());
     }
     tx.execute(
-        "UPDATE usb_devices SET quarantined = coalesce(?2, quarantined), used_as = coalesce(?3, used_as), disabled = coalesce(?4, disabled), flapping_until = coalesce(?5, flapping_until) WHERE id = ?1",
+        "UPDATE usb_devices SET quarantined = coalesce(?2, quarantined), used_as = coalesce(?3, \
+            used_as), disabled = coalesce(?4, disabled), flapping_until = coalesce(?5, \
+            flapping_until) WHERE id = ?1",
         params![
             sql(id),
             present.quarantined,
@@ -888,23 +960,32 @@ fn set_aside_still(tx: &Transaction<'_>, id: DeviceId, present: &Record) -> Sql<
 
 /// No row of the table gets an id up to `seq`.
 fn raise(tx: &Transaction<'_>, table: &str, seq: i64) -> Sql<()> {
-    let known =
-        tx.execute("UPDATE sqlite_sequence SET seq = max(seq, ?2) WHERE name = ?1", params![table, seq])?;
+    let known = tx.execute(
+        "UPDATE sqlite_sequence SET seq = max(seq, ?2) WHERE name = ?1",
+        params![table, seq],
+    )?;
     if known == 0 && tables(tx)?.iter().any(|name| name == table) {
         tx.execute("INSERT INTO sqlite_sequence (name, seq) VALUES (?1, ?2)", params![table, seq])?;
     }
     Ok(())
 }
 
-/// A backup goes on where the inventory was: devices that were seen since keep their ids, the audit its events, and who holds a device now is
-/// not a matter of the past. `all`: every claim of the present could be read.
-fn continue_with(new: &mut Store, present: &Store, all: bool, guests_known: bool) -> Result<(), StoreError> {
+/// A backup goes on where the inventory was: devices that were seen since keep their ids, the audit
+/// its events, and who holds a device now is not a matter of the past. `all`: every claim of the
+/// present could be read.
+fn continue_with(
+    new: &mut Store,
+    present: &Store,
+    all: bool,
+    guests_known: bool,
+) -> Result<(), StoreError> {
     let since = Salvage::read(&*present.conn()?);
     let records = present.all_devices()?;
     let claims = present.claims()?;
     new.write(|tx, _| {
         let restored: Vec<Record> =
-            tx.prepare("SELECT * FROM usb_devices ORDER BY id")?.query_map([], Record::read)?.collect::<Sql<_>>()?;
+            tx.prepare("SELECT * FROM usb_devices ORDER BY \
+                id")?.query_map([], Record::read)?.collect::<Sql<_>>()?;
         let mut alike: HashMap<(UsbId, Option<&str>), Vec<&Record>> = HashMap::new();
         for record in &restored {
             alike.entry((record.usb(), record.entry.serial.as_deref())).or_default().push(record);
@@ -923,7 +1004,8 @@ fn continue_with(new: &mut Store, present: &Store, all: bool, guests_known: bool
         };
         for record in &records {
             let id = sql(record.entry.id);
-            // An id is given once: this is the row of that device, whatever it shows and wherever it is by now.
+            // An id is given once: this is the row of that device, whatever it shows and wherever
+            // it is by now.
             if born.get(&id).is_some_and(|at| **at == record.created_at)
                 && let Some((table, row)) = row_of(id)
             {
@@ -951,7 +1033,8 @@ fn continue_with(new: &mut Store, present: &Store, all: bool, guests_known: bool
             }
         }
         copy(tx, "usb_devices", &seen_since)?;
-        // Which socket a rule's port meant, and that there were rules, is of the configuration and not of the past.
+        // Which socket a rule's port meant, and that there were rules, is of the configuration and
+        // not of the past.
         if let Some(ports) = since.table("rule_ports").filter(|table| !table.rows.is_empty()) {
             tx.execute("DELETE FROM rule_ports", [])?;
             copy(tx, "rule_ports", ports)?;
@@ -995,7 +1078,8 @@ fn continue_with(new: &mut Store, present: &Store, all: bool, guests_known: bool
             copy(tx, "claims", &moved)?;
         }
         if let Some(table) = since.table("events") {
-            let newest: i64 = tx.query_row("SELECT coalesce(max(id), 0) FROM events", [], |row| row.get(0))?;
+            let newest: i64 = tx.query_row("SELECT coalesce(max(id), 0) FROM \
+                events", [], |row| row.get(0))?;
             let at = table.column("id");
             let later = |row: &&Vec<Value>| {
                 matches!(at.and_then(|at| row.get(at)), Some(Value::Integer(id)) if *id > newest)
@@ -1012,15 +1096,21 @@ fn continue_with(new: &mut Store, present: &Store, all: bool, guests_known: bool
     })
 }
 
-/// Brings what is derived in line: the state of each device, and what Nova's table says of each instance.
+/// Brings what is derived in line: the state of each device, and what Nova's table says of each
+/// instance.
 fn settle(tx: &Transaction<'_>) -> Sql<()> {
-    let devices: Vec<i64> =
-        tx.prepare("SELECT id FROM usb_devices")?.query_map([], |row| row.get(0))?.collect::<Sql<_>>()?;
+    let devices: Vec<i64> = tx
+        .prepare("SELECT id FROM usb_devices")?
+        .query_map([], |row| row.get(0))?
+        .collect::<Sql<_>>()?;
     for id in devices.into_iter().filter_map(|id| DeviceId::new(u64::try_from(id).ok()?)) {
         refresh(tx, id)?;
     }
     let instances: Vec<InstanceId> = tx
-        .prepare("SELECT DISTINCT instance_uuid FROM (SELECT instance_uuid FROM claims UNION SELECT instance_uuid FROM instance_system_metadata WHERE deleted = 0)")?
+        .prepare(
+            "SELECT DISTINCT instance_uuid FROM (SELECT instance_uuid FROM claims UNION \
+            SELECT instance_uuid FROM instance_system_metadata WHERE deleted = 0)",
+        )?
         .query_map([], |row| parse(row, "instance_uuid"))?
         .collect::<Sql<_>>()?;
     instances.into_iter().try_for_each(|instance| metadata::refresh(tx, instance))

@@ -1,5 +1,5 @@
-//! What is remembered of what lies outside the inventory: what the configuration held when it was last read, by which a file is
-//! told that has lost its end; and which libvirt has run the guests.
+//! What is remembered of what lies outside the inventory: what the configuration held when it was
+//! last read, by which a file is told that has lost its end; and which libvirt has run the guests.
 
 use crate::{Store, StoreError};
 
@@ -15,7 +15,8 @@ pub enum Rules {
 }
 
 impl Store {
-    /// What the configuration said when [`Store::note_rules`] was called last; `Rules::None` where it never was.
+    /// What the configuration said when [`Store::note_rules`] was called last; `Rules::None` where
+    /// it never was.
     ///
     /// # Errors
     /// When the database cannot be read.
@@ -28,7 +29,8 @@ impl Store {
         })
     }
 
-    /// Remembers what the configuration says. Before the first discovery there is nothing to remember it with.
+    /// Remembers what the configuration says. Before the first discovery there is nothing to
+    /// remember it with.
     ///
     /// # Errors
     /// When the database cannot be written.
@@ -57,7 +59,8 @@ impl Store {
         Ok(self.all(sql, [], |row| row.get::<_, Option<String>>(0))?.pop().flatten())
     }
 
-    /// Remembers which libvirt runs the guests. Before the first discovery there is nothing to remember it with.
+    /// Remembers which libvirt runs the guests. Before the first discovery there is nothing to
+    /// remember it with.
     ///
     /// # Errors
     /// When the database cannot be written.

@@ -1,7 +1,8 @@
 //! What can still be read of a damaged inventory, row by row. Nothing is written here.
 //!
-//! A table is read by its ids alone, never by an index. Where a page cannot be read it is passed over: by seeking past it, by asking for each id
-//! of the gap, and from the other end. What is read is only *read*: whether it makes sense is judged by who takes it over
+//! A table is read by its ids alone, never by an index. Where a page cannot be read it is passed
+//! over: by seeking past it, by asking for each id of the gap, and from the other end. What is read
+//! is only *read*: whether it makes sense is judged by who takes it over
 //! ([`recover`](crate::recover)).
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -68,8 +69,9 @@ impl Salvage {
         Self(found.collect())
     }
 
-    /// Reads a file whose first page is damaged: a copy of it is given the header, and where that is not enough the whole first page, of an
-    /// inventory that was just made, whose tables begin where those of every inventory do.
+    /// Reads a file whose first page is damaged: a copy of it is given the header, and where that
+    /// is not enough the whole first page, of an inventory that was just made, whose tables begin
+    /// where those of every inventory do.
     pub(crate) fn read_without_header(
         scratch: &Path,
         file: &Path,
@@ -98,7 +100,8 @@ impl Salvage {
     }
 }
 
-/// The database's file and its log, byte for byte. Not to be used on a file that this process has open as a database.
+/// The database's file and its log, byte for byte. Not to be used on a file that this process has
+/// open as a database.
 pub(crate) fn copy_all(from: &Path, to: &Path) -> Result<(), StoreError> {
     for suffix in ["", "-wal"] {
         let (from, to) = (files::with_suffix(from, suffix), files::with_suffix(to, suffix));
@@ -114,10 +117,12 @@ pub(crate) fn copy_all(from: &Path, to: &Path) -> Result<(), StoreError> {
     Ok(())
 }
 
-/// Opens a file that may be damaged, to read it: what contradicts the schema is no reason to stop, and closing it folds no log.
+/// Opens a file that may be damaged, to read it: what contradicts the schema is no reason to stop,
+/// and closing it folds no log.
 pub(crate) fn open(path: &Path) -> Sql<Connection> {
-    let flags =
-        OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NOFOLLOW | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+    let flags = OpenFlags::SQLITE_OPEN_READ_WRITE
+        | OpenFlags::SQLITE_OPEN_NOFOLLOW
+        | OpenFlags::SQLITE_OPEN_NO_MUTEX;
     let conn = Connection::open_with_flags(path, flags)?;
     conn.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true)?;
     conn.set_db_config(DbConfig::SQLITE_DBCONFIG_WRITABLE_SCHEMA, true)?;
@@ -127,7 +132,8 @@ pub(crate) fn open(path: &Path) -> Sql<Connection> {
     Ok(conn)
 }
 
-/// Writes the beginning of another database over that of this one (<https://www.sqlite.org/fileformat.html>, 1.3).
+/// Writes the beginning of another database over that of this one
+/// (<https://www.sqlite.org/fileformat.html>, 1.3).
 fn patch(path: &Path, beginning: &[u8]) -> std::io::Result<()> {
     let log = fs::metadata(files::with_suffix(path, "-wal")).is_ok_and(|log| log.len() > 0);
     let page = usize::from(u16::from_be_bytes([beginning[16], beginning[17]]));
@@ -159,7 +165,8 @@ fn names(conn: &Connection) -> Vec<(String, bool)> {
         let (name, sql): (String, Option<String>) = (row.get(1)?, row.get(2)?);
         let plain = name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_');
         if plain && (name == "sqlite_sequence" || !name.starts_with("sqlite_")) {
-            found.push((name, !sql.is_some_and(|sql| sql.to_uppercase().contains("WITHOUT ROWID"))));
+            found
+                .push((name, !sql.is_some_and(|sql| sql.to_uppercase().contains("WITHOUT ROWID"))));
         }
         Ok(())
     };
@@ -168,7 +175,8 @@ fn names(conn: &Connection) -> Vec<(String, bool)> {
     found
 }
 
-/// Runs a query and shows its rows until one cannot be reached. A row that `read` refuses is passed over.
+/// Runs a query and shows its rows until one cannot be reached. A row that `read` refuses is passed
+/// over.
 fn each(
     conn: &Connection,
     sql: &str,
@@ -195,7 +203,9 @@ fn each(
 fn values(row: &Row<'_>, skip: usize) -> Option<Vec<Value>> {
     (skip..row.as_ref().column_count())
         .map(|at| match row.get_ref(at).ok()? {
-            ValueRef::Text(text) => std::str::from_utf8(text).ok().map(|text| Value::Text(text.to_owned())),
+            ValueRef::Text(text) => {
+                std::str::from_utf8(text).ok().map(|text| Value::Text(text.to_owned()))
+            }
             other => Value::try_from(other).ok(),
         })
         .collect()
@@ -235,7 +245,8 @@ impl ById {
 
 fn by_rowid(conn: &Connection, name: &str) -> Table {
     let mut found = ById::default();
-    let forward = format!("SELECT rowid, * FROM {name} NOT INDEXED WHERE rowid > ?1 ORDER BY rowid");
+    let forward =
+        format!("SELECT rowid, * FROM {name} NOT INDEXED WHERE rowid > ?1 ORDER BY rowid");
     let mut last = i64::MIN;
     loop {
         let read = each(conn, &forward, Some(last), |row| {
@@ -262,12 +273,17 @@ fn by_rowid(conn: &Connection, name: &str) -> Table {
     }
     found.torn |= !found.doubtful.is_empty();
     found.rows.retain(|id, _| !found.doubtful.contains(id));
-    Table { columns: columns(conn, name), rows: found.rows.into_values().collect(), torn: found.torn }
+    Table {
+        columns: columns(conn, name),
+        rows: found.rows.into_values().collect(),
+        torn: found.torn,
+    }
 }
 
 /// The first row that can be reached beyond a page that cannot be read.
 fn jump(conn: &Connection, name: &str, last: i64) -> Option<i64> {
-    let sql = format!("SELECT rowid FROM {name} NOT INDEXED WHERE rowid >= ?1 ORDER BY rowid LIMIT 1");
+    let sql =
+        format!("SELECT rowid FROM {name} NOT INDEXED WHERE rowid >= ?1 ORDER BY rowid LIMIT 1");
     let mut step = 1;
     while step < 1 << 40 {
         let mut next = None;

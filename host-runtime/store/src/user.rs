@@ -238,7 +238,8 @@ mod tests {
         let (own, theirs) = (make(dir, "own", 0), make(dir, "theirs", AGENT));
         assert_eq!(ids(&own), None);
         assert_eq!(ids(&theirs), Some((AGENT, AGENT + 1)));
-        // A folder in theirs that is root's or another's: they can put one of their own in its place.
+        // A folder in theirs that is root's or another's: they can put one of their own in its
+        // place.
         make(&theirs, "root", 0);
         let deep = make(&theirs, "deep", AGENT);
         chown(&deep, None, Some(0)).unwrap();
@@ -277,7 +278,8 @@ mod tests {
             assert_eq!(getgroups().unwrap(), [Gid::from_raw(AGENT + 1)]);
             assert!(fs::read(&secret).is_err(), "neither root's file nor its group's");
             fs::write(theirs.join("made"), "").unwrap();
-            // Once more, and root only when the outer guard goes; and found anew, it is the same user.
+            // Once more, and root only when the outer guard goes; and found anew, it is the same
+            // user.
             drop(user.enter().unwrap());
             assert_eq!((geteuid().as_raw(), User::of(&theirs).unwrap()), (AGENT, user));
             let other = std::thread::scope(|scope| {

@@ -8,7 +8,8 @@ use crate::maintain::HostRow;
 use crate::problems::Problem;
 use crate::{ClaimRow, Durability, Owner, Record, Store, StoreError};
 
-/// Devices, claims, what stands in somebody's way, and events, of one moment: no claim on a device that is not among them.
+/// Devices, claims, what stands in somebody's way, and events, of one moment: no claim on a device
+/// that is not among them.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Moment {
     /// By id.
@@ -47,7 +48,8 @@ impl Store {
     }
 }
 
-/// A store to look at for hours: it says when somebody has written, and stays with the inventory when its file is replaced.
+/// A store to look at for hours: it says when somebody has written, and stays with the inventory
+/// when its file is replaced.
 #[derive(Debug)]
 pub struct Watched {
     store: Store,
@@ -71,7 +73,8 @@ impl Watched {
         &self.store
     }
 
-    /// Whether there is something new since this was asked last, or an error was given; the first time there is.
+    /// Whether there is something new since this was asked last, or an error was given; the first
+    /// time there is.
     ///
     /// # Errors
     /// When the database cannot be read, or the file that has taken its place cannot be opened.

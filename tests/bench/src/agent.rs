@@ -1,4 +1,5 @@
-//! The agent: from an event to a row (real libusb over umockdev), and a big host that is left alone (simulated).
+//! The agent: from an event to a row (real libusb over umockdev), and a big host that is left alone
+//! (simulated).
 
 use std::fmt::Write as _;
 use std::process::{Command, Stdio};
@@ -31,7 +32,16 @@ pub(crate) fn measure(programs: &Programs, table: &mut Table) -> Result<()> {
 /// What the hotplug test measures: it has the testbed.
 fn events() -> Result<(String, String)> {
     let mut command = Command::new(env!("CARGO"));
-    command.args(["test", "--quiet", "--profile", "bench", "--workspace", "--test", "hotplug", "--"]);
+    command.args([
+        "test",
+        "--quiet",
+        "--profile",
+        "bench",
+        "--workspace",
+        "--test",
+        "hotplug",
+        "--",
+    ]);
     command.args(["latency", "storm", "--include-ignored", "--nocapture"]).stderr(Stdio::null());
     let said = command.output().context("the hotplug test")?;
     let text = String::from_utf8_lossy(&said.stdout).into_owned();
@@ -50,14 +60,16 @@ fn host() -> String {
         // Writing to a String cannot fail.
         let _ = writeln!(
             text,
-            "[[device]]\nvendor = '0529'\nproduct = '{:04x}'\nbus = {bus}\ndevice = {port}\nport = '{bus}-{port}'\nspeed = 'full'\nserial = 'S{n}'",
+            "[[device]]\nvendor = '0529'\nproduct = '{:04x}'\nbus = {bus}\ndevice = {port}\nport = \
+                '{bus}-{port}'\nspeed = 'full'\nserial = 'S{n}'",
             n % 50
         );
     }
     for n in 0..DOMAINS {
         let _ = writeln!(
             text,
-            "[[domain]]\nname = 'vm{n}'\nuuid = '{n:08x}-0000-4000-8000-000000000000'\nflavor = '{{\"usb_devices\":[{{\"serial\":\"S{n}\"}}]}}'"
+            "[[domain]]\nname = 'vm{n}'\nuuid = '{n:08x}-0000-4000-8000-000000000000'\nflavor = \
+                '{{\"usb_devices\":[{{\"serial\":\"S{n}\"}}]}}'"
         );
     }
     text
@@ -66,7 +78,9 @@ fn host() -> String {
 fn big_host(programs: &Programs, table: &mut Table) -> Result<()> {
     let agent = Agent::start(programs, &host(), "api = \"127.0.0.1:0\"\nscan_interval = 2\n")?;
     let deadline = Instant::now() + Duration::from_secs(120);
-    while agent.metric("virt_usb_attaches_total{result=\"done\"}").unwrap_or(0.0) < f64::from(DOMAINS) {
+    while agent.metric("virt_usb_attaches_total{result=\"done\"}").unwrap_or(0.0)
+        < f64::from(DOMAINS)
+    {
         ensure!(Instant::now() < deadline, "not all are attached: {}", agent.log()?);
         std::thread::sleep(Duration::from_millis(100));
     }
@@ -82,8 +96,9 @@ fn big_host(programs: &Programs, table: &mut Table) -> Result<()> {
     let (sum_after, count_after) = pass()?;
     let passes = count_after - count;
     let mean = (sum_after - sum) / passes * 1e3;
-    let what =
-        format!("agent: a full reconcile pass, {DEVICES} devices and {DOMAINS} running domains (simulated)");
+    let what = format!(
+        "agent: a full reconcile pass, {DEVICES} devices and {DOMAINS} running domains (simulated)"
+    );
     table.row(&what, format!("{mean:.1} ms, mean of {passes:.0}"), "", "", "≤ 100 ms");
     drop(agent);
     let agent = Agent::start(programs, &host(), "api = \"127.0.0.1:0\"\nscan_interval = 60\n")?;

@@ -1,4 +1,5 @@
-//! The API of a live agent: under wrk, in turn with nginx that serves the same bytes from a file; 10 000 devices in pages; left alone.
+//! The API of a live agent: under wrk, in turn with nginx that serves the same bytes from a file;
+//! 10 000 devices in pages; left alone.
 
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
@@ -43,7 +44,10 @@ pub(crate) fn measure(programs: &Programs, table: &mut Table) -> Result<()> {
 
 /// What is asked for: the host with its devices.
 fn host() -> Result<String> {
-    Ok(format!("/v2.1/os-hypervisors/{}", std::fs::read_to_string("/proc/sys/kernel/hostname")?.trim()))
+    Ok(format!(
+        "/v2.1/os-hypervisors/{}",
+        std::fs::read_to_string("/proc/sys/kernel/hostname")?.trim()
+    ))
 }
 
 /// Says whether it is.
@@ -75,7 +79,15 @@ type Certificate = (PathBuf, PathBuf);
 fn certify(folder: &TempDir) -> Result<Certificate> {
     let (certificate, key) = (folder.path().join("api.crt"), folder.path().join("api.key"));
     let mut command = Command::new("openssl");
-    command.args(["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]);
+    command.args([
+        "req",
+        "-x509",
+        "-newkey",
+        "ec",
+        "-pkeyopt",
+        "ec_paramgen_curve:prime256v1",
+        "-nodes",
+    ]);
     command
         .args(["-days", "2", "-subj", "/CN=virt-usb bench", "-keyout"])
         .arg(&key)
@@ -133,7 +145,13 @@ impl Setting {
         Ok(Compared { ours, nginx, bytes: body.len() })
     }
 
-    fn wrk(&self, at: SocketAddr, path: &str, token: Option<&str>, serving: &[Process]) -> Result<Round> {
+    fn wrk(
+        &self,
+        at: SocketAddr,
+        path: &str,
+        token: Option<&str>,
+        serving: &[Process],
+    ) -> Result<Round> {
         let mut command = Command::new("wrk");
         command.args(["-c", &CONNECTIONS.to_string(), "-t", &self.threads.to_string()]);
         command.args(["-d", &format!("{SECONDS}s"), "-s"]);
@@ -143,14 +161,19 @@ impl Setting {
         }
         let ticks = || serving.iter().map(|process| process.ticks()).sum::<Result<f64>>();
         let before = ticks()?;
-        let said =
-            command.arg(format!("{}://{at}{path}", self.scheme)).output().map_err(needs_debian("wrk"))?;
+        let said = command
+            .arg(format!("{}://{at}{path}", self.scheme))
+            .output()
+            .map_err(needs_debian("wrk"))?;
         let used = ticks()? - before;
-        let text =
-            String::from_utf8_lossy(&said.stdout).into_owned() + &String::from_utf8_lossy(&said.stderr);
+        let text = String::from_utf8_lossy(&said.stdout).into_owned()
+            + &String::from_utf8_lossy(&said.stderr);
         let figures = text.lines().find_map(|line| line.strip_prefix("figures "));
-        let figures: Vec<f64> = figures.unwrap_or_default().split(' ').flat_map(str::parse).collect();
-        let [requests, micros, p50, p99, errors] = figures[..] else { anyhow::bail!("wrk: {text}") };
+        let figures: Vec<f64> =
+            figures.unwrap_or_default().split(' ').flat_map(str::parse).collect();
+        let [requests, micros, p50, p99, errors] = figures[..] else {
+            anyhow::bail!("wrk: {text}")
+        };
         ensure!(errors == 0.0, "not all was answered: {text}");
         Ok(Round { rate: requests / micros * 1e6, p50, p99, each: used * 1e4 / requests })
     }
@@ -193,7 +216,11 @@ impl Load {
     }
 
     fn latencies(&self) -> String {
-        format!("p50 {:.2} ms, p99 {:.2} ms", self.median(|r| r.p50) / 1e3, self.median(|r| r.p99) / 1e3)
+        format!(
+            "p50 {:.2} ms, p99 {:.2} ms",
+            self.median(|r| r.p50) / 1e3,
+            self.median(|r| r.p99) / 1e3
+        )
     }
 }
 
@@ -246,14 +273,18 @@ impl Reader {
     }
 
     fn get(&mut self, path: &str) -> Result<String> {
-        let head = format!("GET {path} HTTP/1.1\r\nHost: bench\r\nX-Auth-Token: {}\r\n\r\n", self.token);
+        let head =
+            format!("GET {path} HTTP/1.1\r\nHost: bench\r\nX-Auth-Token: {}\r\n\r\n", self.token);
         self.stream.get_mut().write_all(head.as_bytes())?;
         let (mut line, mut length) = (String::new(), 0);
         self.stream.read_line(&mut line)?;
         ensure!(line.starts_with("HTTP/1.1 200 "), "GET {path}: {line}");
         while line != "\r\n" {
             line.clear();
-            ensure!(self.stream.read_line(&mut line)? > 0, "GET {path}: the answer ends in its head");
+            ensure!(
+                self.stream.read_line(&mut line)? > 0,
+                "GET {path}: the answer ends in its head"
+            );
             if let Some((name, value)) =
                 line.split_once(':').filter(|(name, _)| name.eq_ignore_ascii_case("content-length"))
             {
@@ -283,7 +314,8 @@ impl Reader {
 }
 
 fn pages(programs: &Programs, table: &mut Table) -> Result<()> {
-    let agent = Agent::start(programs, &simulation(MANY, Devices::Kinds(20)), "api = \"127.0.0.1:0\"\n")?;
+    let agent =
+        Agent::start(programs, &simulation(MANY, Devices::Kinds(20)), "api = \"127.0.0.1:0\"\n")?;
     let token = agent.token("admin")?;
     let mut memory = vec![agent.process().resident()?];
     let (mut full, mut single) = (Samples::default(), Samples::default());
@@ -318,7 +350,8 @@ fn pages(programs: &Programs, table: &mut Table) -> Result<()> {
     let listed = 2 * HALF * READERS;
     table.row(
         &format!(
-            "API: {MANY} devices listed {listed} times in pages of {PAGE}, {READERS} at once: resident memory"
+            "API: {MANY} devices listed {listed} times in pages of {PAGE}, {READERS} at once: \
+                resident memory"
         ),
         format!("before {before:.1} MiB, half way {half:.1} MiB, after {after:.1} MiB"),
         &format!("before the first page: {ready:.1} MiB"),
@@ -345,7 +378,8 @@ fn idle(programs: &Programs, table: &mut Table) -> Result<()> {
     let (with, without) = (start("127.0.0.1:0")?, start("off")?);
     let token = with.token("admin")?;
     let ask = |reader: &mut Reader| reader.get("/v2.1/os-hypervisors").map(drop);
-    let mut readers = (0..CONNECTIONS).map(|_| Reader::open(&with, &token)).collect::<Result<Vec<_>>>()?;
+    let mut readers =
+        (0..CONNECTIONS).map(|_| Reader::open(&with, &token)).collect::<Result<Vec<_>>>()?;
     readers.iter_mut().try_for_each(ask)?;
     std::thread::sleep(Duration::from_secs(5));
     let ticks = || Ok::<_, anyhow::Error>((with.process().ticks()?, without.process().ticks()?));
@@ -357,7 +391,10 @@ fn idle(programs: &Programs, table: &mut Table) -> Result<()> {
     let threads = threads_after.saturating_sub(threads);
     let (all, off) = ((all_after.0 - all.0) * 10.0, (all_after.1 - all.1) * 10.0);
     table.row(
-        &format!("API: processor in {} s, {CONNECTIONS} connections open and nothing asked", IDLE.as_secs()),
+        &format!(
+            "API: processor in {} s, {CONNECTIONS} connections open and nothing asked",
+            IDLE.as_secs()
+        ),
         format!("{} by its threads, {all:.0} ms by the whole agent", millis(threads)),
         &format!("an agent without the API: {off:.0} ms"),
         "",

@@ -1,4 +1,5 @@
-//! Whole processes, as libvirtd waits for them: the hook beside `/bin/true` and a Python hook, in turn.
+//! Whole processes, as libvirtd waits for them: the hook beside `/bin/true` and a Python hook, in
+//! turn.
 
 use std::fs::File;
 
@@ -47,7 +48,12 @@ pub(crate) fn measure(programs: &Programs, table: &mut Table) -> Result<()> {
     drop((agent, lock));
     let nothing = |times| ("/bin/true", times);
     let Times { nothing: still, without_request, claim, minidom } = &beside_agent;
-    table.multiple("hook, 20 kB domain without a request", without_request, nothing(still), "≤ 1.5 ×");
+    table.multiple(
+        "hook, 20 kB domain without a request",
+        without_request,
+        nothing(still),
+        "≤ 1.5 ×",
+    );
     table.multiple(
         "hook claims 2 of 200 devices, 20 kB domain, an agent lives",
         claim,
@@ -60,7 +66,12 @@ pub(crate) fn measure(programs: &Programs, table: &mut Table) -> Result<()> {
         nothing(&alone.nothing),
         "≤ 3 ×",
     );
-    table.faster("the same rewriting in Python with minidom", claim, ("minidom", minidom), "≤ 1 / 25");
+    table.faster(
+        "the same rewriting in Python with minidom",
+        claim,
+        ("minidom", minidom),
+        "≤ 1 / 25",
+    );
     table.multiple("for comparison: that Python hook", minidom, nothing(still), "");
     Ok(())
 }
@@ -69,7 +80,8 @@ impl Calls {
     fn new(programs: &Programs, world: &World) -> Result<Self> {
         let asks = world.file("asks.xml", &domain(1, SIZE, &flavor(TWO)))?;
         let quiet = world.file("quiet.xml", &domain(2, SIZE, NOVA))?;
-        let devices = world.file("devices.json", &serde_json::to_string(&world.store()?.devices()?)?)?;
+        let devices =
+            world.file("devices.json", &serde_json::to_string(&world.store()?.devices()?)?)?;
         let config = world.config();
         let hook = |step: [&str; 4], stdin| {
             let words = step.iter().map(Into::into);
@@ -86,11 +98,16 @@ impl Calls {
             without_request: hook(["instance-00000002", "prepare", "begin", "-"], &quiet),
             claim: hook(prepare, &asks),
             give_back: hook(["instance-00000001", "release", "end", "destroyed"], &asks),
-            minidom: Call::new(&programs.python, script.into_iter().chain(prepare.map(Into::into)), &asks),
+            minidom: Call::new(
+                &programs.python,
+                script.into_iter().chain(prepare.map(Into::into)),
+                &asks,
+            ),
         })
     }
 
-    /// In turn, so that whatever else the machine does meets all of them. Each claim is a fresh one.
+    /// In turn, so that whatever else the machine does meets all of them. Each claim is a fresh
+    /// one.
     fn run(&self) -> Result<Times> {
         let mut times = Times::default();
         for round in 0..WARM_UP + RUNS {

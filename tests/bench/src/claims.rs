@@ -1,4 +1,5 @@
-//! Claims inside one process, 10 000 devices in the store. Verifying the port is part of a claim, and of the figure.
+//! Claims inside one process, 10 000 devices in the store. Verifying the port is part of a claim,
+//! and of the figure.
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -68,13 +69,23 @@ impl Bench {
     }
 
     fn claim(&mut self, number: u64, selector: &str) -> Result<Duration> {
-        let asker =
-            Asker { instance: instance(number)?, domain: format!("instance-{number:08x}"), project: None };
+        let asker = Asker {
+            instance: instance(number)?,
+            domain: format!("instance-{number:08x}"),
+            project: None,
+        };
         let requests = Flavor::parse_lists(Some(selector), None)?.usb_devices;
-        let wants: Vec<Want> = requests.into_iter().map(|request| Want::new(request, false)).collect();
+        let wants: Vec<Want> =
+            requests.into_iter().map(|request| Want::new(request, false)).collect();
         let began = Instant::now();
-        let claimed =
-            self.store.claim(&asker, &wants, &[], Standing::Firm, &mut self.ports, &self.context)?;
+        let claimed = self.store.claim(
+            &asker,
+            &wants,
+            &[],
+            Standing::Firm,
+            &mut self.ports,
+            &self.context,
+        )?;
         let took = began.elapsed();
         ensure!(matches!(claimed, Claimed::Granted(_)), "{selector}: {claimed:?}");
         Ok(took)

@@ -1,8 +1,9 @@
 //! 200 hooks at once for 50 identical devices.
 //!
-//! All processes are started first and wait for their XML; then each is given it. The time to a grant is counted from the first
-//! XML given to the moment that the winner's record was written, so it holds more than the wait for the lock: reading, claiming,
-//! rewriting and the queue for the processor.
+//! All processes are started first and wait for their XML; then each is given it. The time to a
+//! grant is counted from the first XML given to the moment that the winner's record was written, so
+//! it holds more than the wait for the lock: reading, claiming, rewriting and the queue for the
+//! processor.
 
 use std::collections::BTreeSet;
 use std::io::{Read, Write};
@@ -38,14 +39,22 @@ pub(crate) fn measure(programs: &Programs, table: &mut Table) -> Result<()> {
         child.stderr.take().context("a pipe")?.read_to_string(&mut message)?;
         let won = child.wait()?.success();
         winners += usize::from(won);
-        told += usize::from(!won && message.contains("usb_devices[0]") && message.contains("is held by"));
+        told += usize::from(
+            !won && message.contains("usb_devices[0]") && message.contains("is held by"),
+        );
     }
     let all = began.elapsed();
     let claims = world.store()?.claims()?;
     let distinct: BTreeSet<_> = claims.iter().map(|c| c.device_id).collect();
     let slowest = slowest_grant(&std::fs::read_to_string(world.log())?, at);
     let outcome = format!("{winners} win, {told} are told why, {} devices claimed", distinct.len());
-    table.row("200 hooks at once for 50 identical devices", outcome, "", "", "50 win, 150 are told why");
+    table.row(
+        "200 hooks at once for 50 identical devices",
+        outcome,
+        "",
+        "",
+        "50 win, 150 are told why",
+    );
     let (slowest, per_second) = (slowest.context("a grant in the log")?, Duration::from_secs(1));
     let share = crate::table::ratio(slowest, per_second);
     table.row(
@@ -61,7 +70,12 @@ pub(crate) fn measure(programs: &Programs, table: &mut Table) -> Result<()> {
 
 fn start(programs: &Programs, world: &World, n: usize) -> Result<Child> {
     let mut command = Command::new(&programs.hook);
-    command.arg("--config").arg(world.config()).args([&format!("instance-{n:08x}"), "prepare", "begin", "-"]);
+    command.arg("--config").arg(world.config()).args([
+        &format!("instance-{n:08x}"),
+        "prepare",
+        "begin",
+        "-",
+    ]);
     command.env_clear().envs(environment(&[]));
     Ok(command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn()?)
 }
@@ -69,6 +83,7 @@ fn start(programs: &Programs, world: &World, n: usize) -> Result<Child> {
 /// The latest record of a claim that was granted, from `began` on.
 fn slowest_grant(log: &str, began: Duration) -> Option<Duration> {
     let records = log.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
-    let granted = records.filter(|r| r["outcome"].as_str().is_some_and(|did| did.starts_with("claimed")));
+    let granted =
+        records.filter(|r| r["outcome"].as_str().is_some_and(|did| did.starts_with("claimed")));
     granted.filter_map(|r| Duration::from_secs_f64(r["at"].as_f64()?).checked_sub(began)).max()
 }

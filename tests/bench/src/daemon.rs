@@ -1,4 +1,5 @@
-//! Programs that run while they are measured: the agent with simulated devices, and what any process has used so far.
+//! Programs that run while they are measured: the agent with simulated devices, and what any
+//! process has used so far.
 
 use std::fs;
 use std::io::{Read as _, Write as _};
@@ -22,7 +23,8 @@ impl Process {
     /// Processor time so far, in clock ticks of 1/100 s (proc(5), stat, fields 14 and 15).
     pub(crate) fn ticks(self) -> Result<f64> {
         let stat = fs::read_to_string(format!("/proc/{}/stat", self.0))?;
-        let fields: Vec<&str> = stat.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
+        let fields: Vec<&str> =
+            stat.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
         match fields.get(11..13) {
             Some([user, system]) => Ok(user.parse::<f64>()? + system.parse::<f64>()?),
             _ => bail!("{stat}"),
@@ -32,9 +34,9 @@ impl Process {
     /// Resident memory, in MiB.
     pub(crate) fn resident(self) -> Result<f64> {
         let status = fs::read_to_string(format!("/proc/{}/status", self.0))?;
-        let kib = status
-            .lines()
-            .find_map(|l| l.strip_prefix("VmRSS:")?.trim().strip_suffix(" kB")?.trim().parse::<f64>().ok());
+        let kib = status.lines().find_map(|l| {
+            l.strip_prefix("VmRSS:")?.trim().strip_suffix(" kB")?.trim().parse::<f64>().ok()
+        });
         kib.map(|kib| kib / 1024.0).context("VmRSS")
     }
 
@@ -80,7 +82,11 @@ impl Agent {
     pub(crate) fn start(programs: &Programs, sim: &str, keys: &str) -> Result<Self> {
         let folder = tempfile::tempdir()?;
         let at = |name: &str| folder.path().join(name);
-        let base = format!("state_dir = {:?}\nmetrics = {:?}\nlog = \"off\"\n", at("state"), at("metrics"));
+        let base = format!(
+            "state_dir = {:?}\nmetrics = {:?}\nlog = \"off\"\n",
+            at("state"),
+            at("metrics")
+        );
         fs::write(at("config.toml"), base + keys)?;
         fs::write(at("sim.toml"), sim)?;
         let mut command = Command::new(programs.hook.with_file_name("virt-usbd"));
@@ -117,7 +123,9 @@ impl Agent {
         let deadline = Instant::now() + Duration::from_secs(10);
         loop {
             let log = self.log()?;
-            let at = log.split_once("the API is served at ").and_then(|(_, rest)| rest.split('/').nth(2));
+            let at = log
+                .split_once("the API is served at ")
+                .and_then(|(_, rest)| rest.split('/').nth(2));
             if let Some(at) = at.and_then(|at| at.parse().ok()) {
                 return Ok(at);
             }

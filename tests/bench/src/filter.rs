@@ -1,4 +1,5 @@
-//! The scheduler's filter over 50 000 hosts with 20 devices each: in the sandbox, and the same engine natively beside it.
+//! The scheduler's filter over 50 000 hosts with 20 devices each: in the sandbox, and the same
+//! engine natively beside it.
 
 use std::time::Duration;
 
@@ -19,7 +20,11 @@ pub(crate) fn measure(programs: &Programs, table: &mut Table) -> Result<()> {
     let sandbox = bench::measure(&filter, MADE, &mut |_| {})?;
     let native = native()?;
     let find = |figures: &[Figure], what: &str| {
-        figures.iter().find(|f| f.what == what).copied().with_context(|| format!("{what} was not measured"))
+        figures
+            .iter()
+            .find(|f| f.what == what)
+            .copied()
+            .with_context(|| format!("{what} was not measured"))
     };
     for (what, reach) in [
         ("select, rare kind", "≤ 5 µs, ≤ 1.5 ×"),
@@ -32,7 +37,11 @@ pub(crate) fn measure(programs: &Programs, table: &mut Table) -> Result<()> {
     ] {
         let (ours, theirs) = (find(&sandbox.figures, what)?, find(&native, what)?);
         if ours.matched != theirs.matched {
-            anyhow::bail!("{what}: {:?} in the sandbox, {:?} natively", ours.matched, theirs.matched);
+            anyhow::bail!(
+                "{what}: {:?} in the sandbox, {:?} natively",
+                ours.matched,
+                theirs.matched
+            );
         }
         let times = ours.least.as_secs_f64() / theirs.least.as_secs_f64();
         table.row(
@@ -50,7 +59,13 @@ pub(crate) fn measure(programs: &Programs, table: &mut Table) -> Result<()> {
     let by_host = find(&sandbox.figures, "ask host by host, all of them")?;
     table.row("filter: 50 000 hosts asked one by one", shown(&by_host), "", "", "");
     let bytes = sandbox.memory as f64 / sandbox.devices as f64;
-    table.row("filter: memory of the instance a device", format!("{bytes:.1} bytes"), "", "", "≤ 100 bytes");
+    table.row(
+        "filter: memory of the instance a device",
+        format!("{bytes:.1} bytes"),
+        "",
+        "",
+        "≤ 100 bytes",
+    );
     Ok(())
 }
 
@@ -75,7 +90,8 @@ fn native() -> Result<Vec<Figure>> {
         }
         inventory
     };
-    let mut figures = vec![rounds("load all host documents", 3, |_| Ok::<_, anyhow::Error>(load()))?];
+    let mut figures =
+        vec![rounds("load all host documents", 3, |_| Ok::<_, anyhow::Error>(load()))?];
     let mut inventory = load();
     let questions = Questions::new()?;
     let ask = |what, question: &Question, limit, count| -> Result<Figure> {
@@ -91,7 +107,9 @@ fn native() -> Result<Vec<Figure>> {
         .collect();
     let states = rounds("one device changes state", 6, |round| {
         let status = if round % 2 == 0 { Status::Claimed } else { Status::Available };
-        names.iter().try_for_each(|(host, device)| inventory.set_status(host, *device, status).map(drop))
+        names
+            .iter()
+            .try_for_each(|(host, device)| inventory.set_status(host, *device, status).map(drop))
     })?;
     figures.push(bench::share(states, 10_000));
     let replaced = rounds("one host is replaced", 6, |round| {

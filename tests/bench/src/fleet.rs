@@ -1,5 +1,6 @@
-//! The scheduler over a real etcd: 5 000 hosts × 20 devices. From its start to its first answer; its memory; and, while hosts publish and
-//! schedulers ask, how late a change is seen and how long an answer takes.
+//! The scheduler over a real etcd: 5 000 hosts × 20 devices. From its start to its first answer;
+//! its memory; and, while hosts publish and schedulers ask, how late a change is seen and how long
+//! an answer takes.
 
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::TcpListener;
@@ -52,7 +53,8 @@ impl Drop for Etcd {
 impl Etcd {
     fn start() -> Result<Self> {
         let folder = tempfile::tempdir()?;
-        let port = || Ok::<_, anyhow::Error>(TcpListener::bind("127.0.0.1:0")?.local_addr()?.port());
+        let port =
+            || Ok::<_, anyhow::Error>(TcpListener::bind("127.0.0.1:0")?.local_addr()?.port());
         let (endpoint, peer) =
             (format!("http://127.0.0.1:{}", port()?), format!("http://127.0.0.1:{}", port()?));
         let child = Command::new("etcd")
@@ -113,7 +115,11 @@ impl Scheduler {
                 scheduler.took = began.elapsed();
                 return Ok(scheduler);
             }
-            ensure!(Instant::now() < deadline, "no answer: {}", std::fs::read_to_string(at("log"))?);
+            ensure!(
+                Instant::now() < deadline,
+                "no answer: {}",
+                std::fs::read_to_string(at("log"))?
+            );
             std::thread::sleep(Duration::from_millis(5));
         }
     }
@@ -133,8 +139,10 @@ struct Asker(BufReader<UnixStream>);
 impl Asker {
     fn ask(&mut self, path: &str, body: &Value) -> Result<Value> {
         let body = body.to_string();
-        let head =
-            format!("POST {path} HTTP/1.1\r\nHost: bench\r\nContent-Length: {}\r\n\r\n{body}", body.len());
+        let head = format!(
+            "POST {path} HTTP/1.1\r\nHost: bench\r\nContent-Length: {}\r\n\r\n{body}",
+            body.len()
+        );
         self.0.get_mut().write_all(head.as_bytes())?;
         let (mut line, mut length) = (String::new(), 0);
         self.0.read_line(&mut line)?;
@@ -154,7 +162,8 @@ impl Asker {
     }
 
     fn select(&mut self) -> Result<Value> {
-        let flavor = json!({"usb_devices": [{"vendor_id": COMMON.vendor, "product_id": COMMON.product}]});
+        let flavor =
+            json!({"usb_devices": [{"vendor_id": COMMON.vendor, "product_id": COMMON.product}]});
         self.ask("/select", &json!({ "flavor": flavor }))
     }
 
@@ -206,8 +215,10 @@ pub(crate) fn measure(programs: &Programs, table: &mut Table) -> Result<()> {
         "",
         &judged("≤ 5 s", at(&took, 1.0) <= Duration::from_secs(5)),
     );
-    let (before, used) =
-        (scheduler.process().resident()?, (scheduler.process().ticks()?, Process(etcd.child.id()).ticks()?));
+    let (before, used) = (
+        scheduler.process().resident()?,
+        (scheduler.process().ticks()?, Process(etcd.child.id()).ticks()?),
+    );
     let own = Process(std::process::id());
     let own_before = own.ticks()?;
     let (lags, puts, answers) = load(&runtime, client, &scheduler)?;
@@ -248,7 +259,9 @@ pub(crate) fn measure(programs: &Programs, table: &mut Table) -> Result<()> {
     table.row(
         "processors in use meanwhile",
         format!("the scheduler {ours:.1} %"),
-        &format!("etcd {theirs:.1} %, the load itself {load:.1} % (on one processor of its own choice)"),
+        &format!(
+            "etcd {theirs:.1} %, the load itself {load:.1} % (on one processor of its own choice)"
+        ),
         "",
         "",
     );
@@ -279,7 +292,8 @@ async fn fill(etcd: &Etcd) -> Result<(Client, usize)> {
 
 type Times = Vec<Duration>;
 
-/// Hosts publish, and schedulers ask. Returns how late changes were seen, how late etcd confirmed them, and how long answers took.
+/// Hosts publish, and schedulers ask. Returns how late changes were seen, how late etcd confirmed
+/// them, and how long answers took.
 fn load(
     runtime: &tokio::runtime::Runtime,
     mut client: Client,
@@ -344,7 +358,8 @@ fn load(
     })
 }
 
-/// The host's document with its first device in the other state: its name, its text, the device, whether that is free now.
+/// The host's document with its first device in the other state: its name, its text, the device,
+/// whether that is free now.
 fn changed(host: u32, round: u32) -> Result<(String, String, u64, bool)> {
     let document = MADE.document(host);
     let mut devices = document.devices;
@@ -353,7 +368,11 @@ fn changed(host: u32, round: u32) -> Result<(String, String, u64, bool)> {
     let free = was != round.is_multiple_of(2);
     first.status = if free { Status::Available } else { Status::Allocated }.name().to_owned();
     let id = first.id.get();
-    let document =
-        HostDocument::new(document.host.clone(), document.compute_node_id, u64::from(round) + 2, devices);
+    let document = HostDocument::new(
+        document.host.clone(),
+        document.compute_node_id,
+        u64::from(round) + 2,
+        devices,
+    );
     Ok((document.host.clone(), document.published(1 << 20).text, id, free))
 }

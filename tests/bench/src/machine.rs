@@ -26,7 +26,8 @@ pub(crate) fn describe(programs: &Programs) -> String {
 fn cpu() -> String {
     let info = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let model = info.lines().find_map(|line| line.strip_prefix("model name")?.split_once(':'));
-    model.map_or_else(|| "a processor without a name".to_owned(), |(_, name)| name.trim().to_owned())
+    model
+        .map_or_else(|| "a processor without a name".to_owned(), |(_, name)| name.trim().to_owned())
 }
 
 fn python_version(programs: &Programs) -> String {

@@ -1,5 +1,5 @@
-//! `make bench`: the figures of BENCHMARKS.md, measured side by side in one run. It reports and never judges: what a
-//! machine under load shows is no reason for a change to fail.
+//! `make bench`: the figures of BENCHMARKS.md, measured side by side in one run. It reports and
+//! never judges: what a machine under load shows is no reason for a change to fail.
 //!
 //! ```text
 //! world (devices, sysfs, configuration, domains) ─┬─► calls .... whole processes, in turn with /bin/true and Python

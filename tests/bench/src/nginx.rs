@@ -1,4 +1,5 @@
-//! The yardstick of the API: nginx, serving the same bytes from a file. It is started here, with a folder of its own, and is no service.
+//! The yardstick of the API: nginx, serving the same bytes from a file. It is started here, with a
+//! folder of its own, and is no service.
 
 use std::fs;
 use std::io;
@@ -37,7 +38,8 @@ impl Drop for Nginx {
 }
 
 impl Nginx {
-    /// Serves what is put into it; as fast as it can: as many workers as processors, no log, files kept open.
+    /// Serves what is put into it; as fast as it can: as many workers as processors, no log, files
+    /// kept open.
     pub(crate) fn start(workers: usize, certificate: Option<Certificate<'_>>) -> Result<Self> {
         let folder = tempfile::tempdir()?;
         // Free a moment ago; were it taken by now, nginx would say so.
@@ -57,20 +59,31 @@ impl Nginx {
             .concat();
         // Its workers read the folder, which is ours alone.
         let config = format!(
-            "daemon off;\nuser root root;\nworker_processes {workers};\npid pid;\nevents {{ worker_connections 1024; }}\nhttp {{\n{temporary}    \
-             access_log off;\n    sendfile on;\n    tcp_nopush on;\n    keepalive_requests 1000000000;\n    open_file_cache max=16;\n    \
-             types {{ }}\n    default_type application/json;\n    server {{ listen {at}{tls} reuseport; {keys} root served; }}\n}}\n"
+            "daemon off;\nuser root root;\nworker_processes {workers};\npid pid;\nevents {{ \
+                worker_connections 1024; }}\nhttp {{\n{temporary}    \
+             access_log off;\n    sendfile on;\n    tcp_nopush on;\n    keepalive_requests \
+             1000000000;\n    open_file_cache max=16;\n    \
+             types {{ }}\n    default_type application/json;\n    server {{ listen {at}{tls} \
+             reuseport; {keys} root served; }}\n}}\n"
         );
         fs::write(folder.path().join("nginx.conf"), config)?;
         fs::create_dir(folder.path().join("served"))?;
         let mut command = Command::new(NGINX);
-        command.arg("-p").arg(folder.path()).args(["-e", "log", "-c", "nginx.conf"]).stderr(Stdio::null());
+        command
+            .arg("-p")
+            .arg(folder.path())
+            .args(["-e", "log", "-c", "nginx.conf"])
+            .stderr(Stdio::null());
         let child = command.spawn().map_err(needs_debian("nginx"))?;
         let mut nginx = Self { child, at, folder };
         let deadline = Instant::now() + Duration::from_secs(10);
         while TcpStream::connect(at).is_err() {
             let ended = nginx.child.try_wait()?;
-            ensure!(ended.is_none() && Instant::now() < deadline, "nginx does not serve: {}", nginx.log());
+            ensure!(
+                ended.is_none() && Instant::now() < deadline,
+                "nginx does not serve: {}",
+                nginx.log()
+            );
             std::thread::sleep(Duration::from_millis(20));
         }
         Ok(nginx)
@@ -78,7 +91,8 @@ impl Nginx {
 
     /// Serves this as well.
     pub(crate) fn put(&self, name: &str, content: &[u8]) -> Result<()> {
-        fs::write(self.folder.path().join("served").join(name), content).context("what nginx is to serve")
+        fs::write(self.folder.path().join("served").join(name), content)
+            .context("what nginx is to serve")
     }
 
     pub(crate) fn address(&self) -> SocketAddr {

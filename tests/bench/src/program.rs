@@ -37,7 +37,8 @@ impl Programs {
     /// A program that is to be linked at run time names its linker.
     pub(crate) fn hook_is_static(&self) -> bool {
         let linker = b"/ld-linux";
-        std::fs::read(&self.hook).is_ok_and(|bytes| !bytes.windows(linker.len()).any(|part| part == linker))
+        std::fs::read(&self.hook)
+            .is_ok_and(|bytes| !bytes.windows(linker.len()).any(|part| part == linker))
     }
 }
 

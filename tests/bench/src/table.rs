@@ -28,11 +28,23 @@ impl Table {
         yardstick: (&str, &Samples),
         reach: &str,
     ) {
-        self.compare(figure, ours, yardstick, |ours, theirs| format!("{:.2} ×", ratio(ours, theirs)), reach);
+        self.compare(
+            figure,
+            ours,
+            yardstick,
+            |ours, theirs| format!("{:.2} ×", ratio(ours, theirs)),
+            reach,
+        );
     }
 
     /// The yardstick as a multiple of ours: how much faster we are.
-    pub(crate) fn faster(&mut self, figure: &str, ours: &Samples, yardstick: (&str, &Samples), reach: &str) {
+    pub(crate) fn faster(
+        &mut self,
+        figure: &str,
+        ours: &Samples,
+        yardstick: (&str, &Samples),
+        reach: &str,
+    ) {
         self.compare(
             figure,
             ours,
@@ -50,8 +62,11 @@ impl Table {
         show: impl Fn(Duration, Duration) -> String,
         reach: &str,
     ) {
-        let ratio =
-            format!("{} (min {})", show(ours.median(), theirs.median()), show(ours.min(), theirs.min()));
+        let ratio = format!(
+            "{} (min {})",
+            show(ours.median(), theirs.median()),
+            show(ours.min(), theirs.min())
+        );
         self.row(figure, ours, &format!("{name}: {theirs}"), &ratio, reach);
     }
 
@@ -81,8 +96,10 @@ pub(crate) fn ratio(a: Duration, b: Duration) -> f64 {
 impl fmt::Display for Table {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let head = ["figure", "ours", "yardstick", "ratio", "to reach"].map(ToOwned::to_owned);
-        let rows: Vec<[String; 5]> = std::iter::once(head).chain(self.rows.iter().map(Row::cells)).collect();
-        let width = |at: usize| rows.iter().map(|row| row[at].chars().count()).max().unwrap_or_default();
+        let rows: Vec<[String; 5]> =
+            std::iter::once(head).chain(self.rows.iter().map(Row::cells)).collect();
+        let width =
+            |at: usize| rows.iter().map(|row| row[at].chars().count()).max().unwrap_or_default();
         let widths: Vec<usize> = (0..5).map(width).collect();
         for (number, row) in rows.iter().enumerate() {
             let cells = row.iter().zip(&widths).map(|(cell, width)| format!("{cell:<width$}"));

@@ -42,8 +42,10 @@ impl World {
         fs::write(world.config(), config)?;
         let simulated = Simulated::parse(&simulation(count, devices))?;
         simulated.write_sysfs(&world.sysfs_root())?;
-        let whitelist =
-            Whitelist::parse(None, Some(&serde_json::json!([{ "vendor": "0529", "tags": ["erp"] }])))?;
+        let whitelist = Whitelist::parse(
+            None,
+            Some(&serde_json::json!([{ "vendor": "0529", "tags": ["erp"] }])),
+        )?;
         let mut store = Store::create(&world.state_dir(), PATIENCE)?;
         let context = machine::context(&Config::default(), "bench")?;
         let snapshot = simulated.snapshot();
@@ -94,7 +96,8 @@ pub(crate) fn serial(n: usize) -> String {
     format!("HL-{n:05}")
 }
 
-/// The bus, the number on it and the port path of device number `n`: behind hubs, a hundred devices on a bus.
+/// The bus, the number on it and the port path of device number `n`: behind hubs, a hundred devices
+/// on a bus.
 pub(crate) fn place(n: usize) -> (usize, usize, String) {
     let (bus, at) = (n / 100 + 1, n % 100);
     (bus, at + 2, format!("{bus}-{}.{}", at / 10 + 1, at % 10 + 1))
@@ -110,7 +113,8 @@ pub(crate) fn simulation(count: usize, devices: Devices) -> String {
         // One kind of them is storage.
         let class = if product == 1 { "08" } else { "ff" };
         text.push_str(&format!(
-            "[[device]]\nvendor = \"0529\"\nproduct = {product}\nbus = {bus}\ndevice = {number}\nport = \"{port}\"\n\
+            "[[device]]\nvendor = \"0529\"\nproduct = {product}\nbus = {bus}\ndevice = \
+                {number}\nport = \"{port}\"\n\
              speed = \"full\"\ninterfaces = [\"{class}\"]\nproduct_name = \"HASP key\"\n"
         ));
         if devices != Devices::Identical {
@@ -123,8 +127,10 @@ pub(crate) fn simulation(count: usize, devices: Devices) -> String {
 /// A domain of about `size` bytes with the `n`th UUID and this in its metadata.
 pub(crate) fn domain(n: usize, size: usize, metadata: &str) -> String {
     let head = format!(
-        "<domain type='kvm'>\n  <name>instance-{n:08x}</name>\n  <uuid>00000000-0000-4000-8000-{n:012x}</uuid>\n  <metadata>\n    {metadata}\n  \
-         </metadata>\n  <memory unit='KiB'>4194304</memory>\n  <vcpu>4</vcpu>\n  <os>\n    <type arch='x86_64' machine='pc-q35-8.2'>hvm</type>\n  \
+        "<domain type='kvm'>\n  <name>instance-{n:08x}</name>\n  \
+            <uuid>00000000-0000-4000-8000-{n:012x}</uuid>\n  <metadata>\n    {metadata}\n  \
+         </metadata>\n  <memory unit='KiB'>4194304</memory>\n  <vcpu>4</vcpu>\n  <os>\n    <type \
+         arch='x86_64' machine='pc-q35-8.2'>hvm</type>\n  \
          </os>\n  <devices>\n    <emulator>/usr/bin/qemu-system-x86_64</emulator>\n"
     );
     let tail = "    <graphics type='spice' autoport='yes'/>\n  </devices>\n</domain>\n";
@@ -132,9 +138,12 @@ pub(crate) fn domain(n: usize, size: usize, metadata: &str) -> String {
     let mut disk = 0;
     while xml.len() + tail.len() < size {
         xml.push_str(&format!(
-            "    <disk type='file' device='disk'>\n      <driver name='qemu' type='qcow2' cache='none'/>\n      \
-             <source file='/var/lib/nova/instances/{disk:032x}/disk'/>\n      <target dev='vd{disk}' bus='virtio'/>\n      \
-             <address type='pci' domain='0x0000' bus='0x{disk:02x}' slot='0x00' function='0x0'/>\n    </disk>\n"
+            "    <disk type='file' device='disk'>\n      <driver name='qemu' type='qcow2' \
+                cache='none'/>\n      \
+             <source file='/var/lib/nova/instances/{disk:032x}/disk'/>\n      <target \
+             dev='vd{disk}' bus='virtio'/>\n      \
+             <address type='pci' domain='0x0000' bus='0x{disk:02x}' slot='0x00' \
+             function='0x0'/>\n    </disk>\n"
         ));
         disk += 1;
     }
@@ -147,4 +156,6 @@ pub(crate) fn flavor(json: &str) -> String {
 }
 
 /// Metadata as Nova writes it for a flavor that asks for nothing.
-pub(crate) const NOVA: &str = "<nova:instance xmlns:nova='http://openstack.org/xmlns/libvirt/nova/1.1'><nova:flavor name='m1.small'/></nova:instance>";
+pub(crate) const NOVA: &str = "<nova:instance \
+    xmlns:nova='http://openstack.org/xmlns/libvirt/nova/1.1'><nova:flavor \
+    name='m1.small'/></nova:instance>";

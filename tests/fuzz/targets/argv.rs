@@ -1,4 +1,5 @@
-//! Any bytes as the hook's arguments, one after each NUL: never a panic, and a call that is understood keeps its rule.
+//! Any bytes as the hook's arguments, one after each NUL: never a panic, and a call that is
+//! understood keeps its rule.
 #![no_main]
 
 use std::ffi::OsString;

@@ -91,7 +91,8 @@ fn relocates(xml: &[u8], before: &Domain) {
     };
     let Some((_, domain)) = rewritten(xml, &edits) else { return };
     assert_eq!(domain.refusal.as_ref(), before.refusal.as_ref().or(edits.refusal.as_ref()));
-    assert_eq!(domain.hostdevs.len(), before.hostdevs.len(), "a filter may not change the number of devices");
+    assert_eq!(domain.hostdevs.len(), before.hostdevs.len(), "a filter may not change the number \
+        of devices");
     for (at, hostdev) in domain.hostdevs.iter().enumerate() {
         let to = to(at);
         assert_eq!(

@@ -1,5 +1,6 @@
-//! Any text as host documents for the filter: what the model's reader takes, the filter takes with the same meaning, and what the filter
-//! takes beyond that is wrong only in keys that it has no use for.
+//! Any text as host documents for the filter: what the model's reader takes, the filter takes with
+//! the same meaning, and what the filter takes beyond that is wrong only in keys that it has no use
+//! for.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

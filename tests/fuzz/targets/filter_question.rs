@@ -1,5 +1,5 @@
-//! Any text as a question to the filter, and any names as candidates: it answers or refuses in one line, and what it selects it also
-//! accepts when asked about the host alone.
+//! Any text as a question to the filter, and any names as candidates: it answers or refuses in one
+//! line, and what it selects it also accepts when asked about the host alone.
 #![no_main]
 
 use std::cell::RefCell;
@@ -58,7 +58,8 @@ fuzz_target!(|text: &str| {
                     assert_eq!(score, placement.score);
                     assert_eq!(devices.len(), parsed.devices());
                 }
-                Verdict::Rejected(why) => panic!("{} is selected, and rejected: {why}", placement.host),
+                Verdict::Rejected(why) => panic!("{} is selected, and rejected: \
+                    {why}", placement.host),
             }
         }
     });

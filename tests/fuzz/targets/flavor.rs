@@ -1,4 +1,5 @@
-//! Any text as a flavor: what is accepted is written in a form that is accepted again, and means the same.
+//! Any text as a flavor: what is accepted is written in a form that is accepted again, and means
+//! the same.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
@@ -22,7 +23,8 @@ fuzz_target!(|text: &str| {
                 assert_eq!(both.usb_devices, d.usb_devices);
                 assert_eq!(both.usb_redirection_devices, r.usb_redirection_devices);
             }
-            (None, (Ok(_), Ok(_))) | (Some(_), _) => panic!("the two lists do not depend on each other"),
+            (None, (Ok(_), Ok(_))) | (Some(_), _) => panic!("the two lists do not depend on each \
+                other"),
             (None, _) => {}
         }
     }
@@ -32,10 +34,12 @@ fn checked(read: Result<Flavor, ParseError>) -> Option<Flavor> {
     match read {
         Ok(flavor) => {
             let written = flavor.to_string();
-            assert_eq!(Flavor::parse(&written).as_ref(), Ok(&flavor), "what it writes, it reads: {written}");
+            assert_eq!(Flavor::parse(&written).as_ref(), Ok(&flavor), "what it writes, it reads: \
+                {written}");
             for (n, request) in flavor.usb_devices.iter().enumerate() {
                 let alone = Flavor::parse_lists(Some(&request.to_string()), None).map(|f| f.usb_devices);
-                assert_eq!(alone.as_deref(), Ok(std::slice::from_ref(request)), "request {n} alone");
+                assert_eq!(alone.as_deref(), Ok(std::slice::from_ref(request)), "request {n} \
+                    alone");
             }
             Some(flavor)
         }

@@ -1,4 +1,5 @@
-//! Any text as a host document: what is accepted is written in a form that is accepted again, and means the same.
+//! Any text as a host document: what is accepted is written in a form that is accepted again, and
+//! means the same.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

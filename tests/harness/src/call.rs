@@ -1,6 +1,7 @@
 //! One call of one hook, as libvirtd makes it.
 //!
-//! This is `virRunScript` (src/util/virhook.c) and below it `virCommandRun` (src/util/vircommand.c):
+//! This is `virRunScript` (src/util/virhook.c) and below it `virCommandRun`
+//! (src/util/vircommand.c):
 //!
 //! ```text
 //! spawn ─► poll: feed stdin, read stdout and stderr ─► all three closed? ─► wait ─► exit status 0?
@@ -8,7 +9,8 @@
 //!            └── EPIPE on stdin: close it, go on ─────────┘      (virCommandProcessIO)
 //! ```
 //!
-//! libvirt reads both pipes until they close, not until the hook ends, and it has no deadline. The harness has one.
+//! libvirt reads both pipes until they close, not until the hook ends, and it has no deadline. The
+//! harness has one.
 
 use std::ffi::OsString;
 use std::fmt;
@@ -35,7 +37,8 @@ pub struct Call<'a> {
     pub before: Vec<OsString>,
     /// The domain's name.
     pub name: String,
-    /// The operation: `prepare`, `start`, `started`, `stopped`, `release`, `reconnect`, `migrate`, `restore`.
+    /// The operation: `prepare`, `start`, `started`, `stopped`, `release`, `reconnect`, `migrate`,
+    /// `restore`.
     pub op: String,
     /// `begin` or `end`.
     pub subop: String,
@@ -69,7 +72,8 @@ pub enum Exit {
     Signal(i32),
 }
 
-/// `exit status 1`, `fatal signal 9`: the words of `virProcessTranslateStatus` (src/util/virprocess.c).
+/// `exit status 1`, `fatal signal 9`: the words of `virProcessTranslateStatus`
+/// (src/util/virprocess.c).
 impl fmt::Display for Exit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -91,9 +95,13 @@ pub enum Hang {
 impl fmt::Display for Hang {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Self::StillRunning => "the hook was still running: libvirt would wait for ever; the harness ended it",
+            Self::StillRunning => {
+                "the hook was still running: libvirt would wait for ever; the \
+                harness ended it"
+            }
             Self::PipesHeld => {
-                "a child of the hook still holds stdout/stderr open: libvirt would hang here; the harness ended it"
+                "a child of the hook still holds stdout/stderr open: libvirt would hang here; the \
+                    harness ended it"
             }
         })
     }
@@ -134,7 +142,8 @@ impl Answer {
         let colon = if stderr.is_empty() { "" } else { ": " };
         let command = command_line(call, settings);
         Some(format!(
-            "Hook script execution failed: internal error: Child process ({command}) unexpected {}{colon}{stderr}",
+            "Hook script execution failed: internal error: Child process ({command}) unexpected \
+                {}{colon}{stderr}",
             self.exit
         ))
     }
@@ -150,8 +159,8 @@ pub(crate) fn arguments(call: &Call<'_>) -> Vec<OsString> {
 /// Makes the call.
 ///
 /// # Errors
-/// When no process can be made or its pipes fail. A file that cannot be executed is no error but an answer with exit
-/// status 126 or 127, as under libvirt.
+/// When no process can be made or its pipes fail. A file that cannot be executed is no error but an
+/// answer with exit status 126 or 127, as under libvirt.
 pub fn call(call: &Call<'_>, settings: &Settings) -> io::Result<Answer> {
     let begun = Instant::now();
     let deadline = begun.checked_add(settings.timeout);
@@ -160,21 +169,23 @@ pub fn call(call: &Call<'_>, settings: &Settings) -> io::Result<Answer> {
         Err(error) => return not_executed(call, &error, begun),
     };
     let mut pipes = Pipes::of(&mut child, call.stdin);
-    let hang = match pipes.run_until(deadline).and_then(|done| Ok(done && ended_by(&child, deadline)?)) {
-        Ok(true) => None,
-        Ok(false) => Some(end(&child)?),
-        Err(error) => {
-            end(&child)?;
-            child.wait()?;
-            return Err(error);
-        }
-    };
+    let hang =
+        match pipes.run_until(deadline).and_then(|done| Ok(done && ended_by(&child, deadline)?)) {
+            Ok(true) => None,
+            Ok(false) => Some(end(&child)?),
+            Err(error) => {
+                end(&child)?;
+                child.wait()?;
+                return Err(error);
+            }
+        };
     let exit = exit(child.wait()?);
     let stderr = String::from_utf8_lossy(&pipes.complaints).into_owned();
     Ok(Answer { stdout: pipes.printed, stderr, exit, duration: begun.elapsed(), hang })
 }
 
-/// A process group of its own, unlike under libvirt, so that the deadline ends what the hook left behind, too.
+/// A process group of its own, unlike under libvirt, so that the deadline ends what the hook left
+/// behind, too.
 fn command(call: &Call<'_>, settings: &Settings) -> Command {
     let mut command = Command::new(&call.hook);
     command
@@ -189,7 +200,8 @@ fn command(call: &Call<'_>, settings: &Settings) -> Command {
     command
 }
 
-/// libvirt forks first: a failed exec is the child's exit status and a line on its stderr (`virExec`).
+/// libvirt forks first: a failed exec is the child's exit status and a line on its stderr
+/// (`virExec`).
 fn not_executed(call: &Call<'_>, error: &io::Error, begun: Instant) -> io::Result<Answer> {
     let status = match error.kind() {
         io::ErrorKind::NotFound => 127,
@@ -199,8 +211,15 @@ fn not_executed(call: &Call<'_>, error: &io::Error, begun: Instant) -> io::Resul
     };
     let reason = error.to_string();
     let reason = reason.split(" (os error").next().unwrap_or_default();
-    let stderr = format!("libvirt:  error : cannot execute binary {}: {reason}\n", call.hook.display());
-    Ok(Answer { stdout: Vec::new(), stderr, exit: Exit::Code(status), duration: begun.elapsed(), hang: None })
+    let stderr =
+        format!("libvirt:  error : cannot execute binary {}: {reason}\n", call.hook.display());
+    Ok(Answer {
+        stdout: Vec::new(),
+        stderr,
+        exit: Exit::Code(status),
+        duration: begun.elapsed(),
+        hang: None,
+    })
 }
 
 /// The parent's ends; a pipe that is done with is `None`, and closed.
@@ -222,7 +241,8 @@ struct Ready {
 
 impl<'a> Pipes<'a> {
     fn of(child: &mut Child, to_write: &'a [u8]) -> Self {
-        let (stdin, stdout, stderr) = (child.stdin.take(), child.stdout.take(), child.stderr.take());
+        let (stdin, stdout, stderr) =
+            (child.stdin.take(), child.stdout.take(), child.stderr.take());
         Self { stdin, stdout, stderr, to_write, printed: Vec::new(), complaints: Vec::new() }
     }
 
@@ -253,7 +273,8 @@ impl<'a> Pipes<'a> {
             (self.stdout.as_ref().map(AsFd::as_fd), PollFlags::IN),
             (self.stderr.as_ref().map(AsFd::as_fd), PollFlags::IN),
         ];
-        let open = pipes.iter().filter_map(|(fd, flags)| Some(PollFd::from_borrowed_fd((*fd)?, *flags)));
+        let open =
+            pipes.iter().filter_map(|(fd, flags)| Some(PollFd::from_borrowed_fd((*fd)?, *flags)));
         let mut fds: Vec<_> = open.collect();
         loop {
             let left = deadline.map(|at| at.saturating_duration_since(Instant::now()));
@@ -265,8 +286,9 @@ impl<'a> Pipes<'a> {
             }
         }
         let mut polled = fds.iter();
-        let [stdin, stdout, stderr] =
-            pipes.map(|(fd, _)| fd.is_some() && polled.next().is_some_and(|fd| !fd.revents().is_empty()));
+        let [stdin, stdout, stderr] = pipes.map(|(fd, _)| {
+            fd.is_some() && polled.next().is_some_and(|fd| !fd.revents().is_empty())
+        });
         Ok(Some(Ready { stdin, stdout, stderr }))
     }
 

@@ -1,9 +1,10 @@
-//! The hooks of a host, called one after the other as `virHookCall` (src/util/virhook.c) calls them.
+//! The hooks of a host, called one after the other as `virHookCall` (src/util/virhook.c) calls
+//! them.
 //!
 //! - `DIR/qemu` comes first, then each executable of `DIR/qemu.d`, ordered by `strcmp`.
 //! - All are called, also after one has failed; one failure fails the whole.
-//! - A filter's output is the next one's input. Output of nothing but white space counts as none. Once one has failed
-//!   the following ones get the *original* XML again.
+//! - A filter's output is the next one's input. Output of nothing but white space counts as none.
+//!   Once one has failed the following ones get the *original* XML again.
 //! - The error that remains, and is shown, is that of the *last* one that failed.
 
 use std::ffi::OsString;
@@ -94,8 +95,9 @@ pub struct Hooks {
 impl Hooks {
     /// Finds what is to be called.
     ///
-    /// `hook` alone is the only one. `dir` alone is read like `/etc/libvirt/hooks`. With both, `hook` takes the place
-    /// that it would have if it were installed in `dir/qemu.d` under its own file name.
+    /// `hook` alone is the only one. `dir` alone is read like `/etc/libvirt/hooks`. With both,
+    /// `hook` takes the place that it would have if it were installed in `dir/qemu.d` under its own
+    /// file name.
     ///
     /// # Errors
     /// When there is nothing executable, or `dir` cannot be read.
@@ -111,7 +113,8 @@ impl Hooks {
         }
         if let Some(dir) = dir {
             let (first, folder) = (dir.join("qemu"), dir.join("qemu.d"));
-            let others = executables(&folder)?.into_iter().filter(|path| !same_name(path, &rest)).map(plain);
+            let others =
+                executables(&folder)?.into_iter().filter(|path| !same_name(path, &rest)).map(plain);
             let others: Vec<_> = others.collect();
             rest.extend(others);
             looked = vec![first.display().to_string(), folder.join("*").display().to_string()];
@@ -132,8 +135,8 @@ impl Hooks {
 
     /// Calls them all.
     ///
-    /// With `filter` the output of each is read as the XML that replaces its input; without it libvirt has no use for
-    /// what is printed.
+    /// With `filter` the output of each is read as the XML that replaces its input; without it
+    /// libvirt has no use for what is printed.
     ///
     /// # Errors
     /// When a call cannot be made at all.
@@ -169,13 +172,19 @@ impl Chained {
     }
 }
 
-/// What libvirt takes for a filter's output: a C string, none when it is empty or blank (`virStringIsEmpty`).
+/// What libvirt takes for a filter's output: a C string, none when it is empty or blank
+/// (`virStringIsEmpty`).
 pub(crate) fn replacement(stdout: &[u8]) -> Option<&[u8]> {
     let text = stdout.split(|byte| *byte == 0).next().unwrap_or_default();
     (!text.trim_ascii().is_empty()).then_some(text)
 }
 
-fn run(script: &Script, request: &Request, input: Vec<u8>, settings: &Settings) -> Result<Link, HookError> {
+fn run(
+    script: &Script,
+    request: &Request,
+    input: Vec<u8>,
+    settings: &Settings,
+) -> Result<Link, HookError> {
     let made = Call {
         hook: script.path.clone(),
         before: script.before.clone(),
@@ -199,12 +208,15 @@ fn executables(dir: &Path) -> Result<Vec<PathBuf>, HookError> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
         Err(error) => return Err(failed(error)),
     };
-    let paths =
-        entries.map(|entry| entry.map(|e| e.path())).collect::<io::Result<Vec<_>>>().map_err(failed)?;
+    let paths = entries
+        .map(|entry| entry.map(|e| e.path()))
+        .collect::<io::Result<Vec<_>>>()
+        .map_err(failed)?;
     Ok(paths.into_iter().filter(|path| is_executable(path)).collect())
 }
 
-/// `virFileIsExecutable` (src/util/virfile.c): a regular file, links followed, with any execute permission.
+/// `virFileIsExecutable` (src/util/virfile.c): a regular file, links followed, with any execute
+/// permission.
 fn is_executable(path: &Path) -> bool {
     fs::metadata(path).is_ok_and(|meta| meta.is_file() && meta.permissions().mode() & 0o111 != 0)
 }

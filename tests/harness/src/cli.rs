@@ -9,9 +9,12 @@ use virt_usb_harness::{Caller, Cycle, Expect, Expected};
 const LONG_ABOUT: &str = "\
 Calls a libvirt hook exactly as libvirtd does, and plays the life of a guest with it.
 
-The hook gets the domain's name, the operation and two more words as arguments, the domain XML on its standard input, \
-an environment of a few variables, and / as its working directory. Both of its outputs are read until they are closed. \
-What libvirt does with the answer is done, and told: the calls with their times, the XML as a diff, who held which \
+The hook gets the domain's name, the operation and two more words as arguments, the domain XML on \
+its standard input, \
+an environment of a few variables, and / as its working directory. Both of its outputs are read \
+until they are closed. \
+What libvirt does with the answer is done, and told: the calls with their times, the XML as a \
+diff, who held which \
 device before and after.
 
 Neither libvirt nor a running guest is needed, and none is touched.";
@@ -19,7 +22,8 @@ Neither libvirt nor a running guest is needed, and none is touched.";
 const AFTER_HELP: &str = "\
 Examples:
   Try a flavor on a domain, with devices from a file, nothing installed:
-    hook-harness try erp.xml --sim key.toml --flavor '{\"usb_devices\":[{\"vendor_id\":\"0529\",\"product_id\":\"0001\"}]}'
+    hook-harness try erp.xml --sim key.toml --flavor \
+    '{\"usb_devices\":[{\"vendor_id\":\"0529\",\"product_id\":\"0001\"}]}'
   Start and stop a domain with the hook beside this program and a configuration of your own:
     hook-harness --config my.toml start erp.xml
     hook-harness --config my.toml stop erp.xml
@@ -30,7 +34,8 @@ Examples:
   Play a scenario, for a machine to read:
     hook-harness --json scenario two-guests.toml
 
-Exit status: 0 all went as expected, 1 something did not, 2 the command line, a domain or a scenario is wrong,
+Exit status: 0 all went as expected, 1 something did not, 2 the command line, a domain or a \
+scenario is wrong,
 3 a program could not be run.";
 
 /// Calls a libvirt hook exactly as libvirtd does
@@ -55,14 +60,15 @@ pub(crate) struct Common {
     pub(crate) hooks_dir: Option<PathBuf>,
     /// The configuration for virt-usb, and for the hook of --hook
     ///
-    /// The one departure from libvirt's arguments: the hook is given --config FILE before the four. Those of
-    /// --hooks-dir are not: they read /etc/virt-usb/config.toml, as always.
+    /// The one departure from libvirt's arguments: the hook is given --config FILE before the four.
+    /// Those of --hooks-dir are not: they read /etc/virt-usb/config.toml, as always.
     #[arg(long, global = true, value_name = "FILE")]
     pub(crate) config: Option<PathBuf>,
     /// virt-usb, asked for the claims [default: beside this program]
     #[arg(long, global = true, value_name = "PATH")]
     pub(crate) virt_usb: Option<PathBuf>,
-    /// Where a scenario's discover --sim writes the sysfs tree that the configuration's sysfs_root names
+    /// Where a scenario's discover --sim writes the sysfs tree that the configuration's sysfs_root
+    /// names
     #[arg(long, global = true, value_name = "DIR", requires = "config")]
     pub(crate) sysfs_out: Option<PathBuf>,
     /// Who calls: libvirt throws away what prepare prints, a filter caller starts it
@@ -71,10 +77,11 @@ pub(crate) struct Common {
     /// End a call after so many seconds; libvirt would wait for ever
     #[arg(long, global = true, value_name = "SECONDS", default_value = "30", value_parser = seconds)]
     pub(crate) timeout: Duration,
-    /// Pass this environment variable to the hook, beyond those that libvirt passes (may be repeated)
+    /// Pass this environment variable to the hook, beyond those that libvirt passes (may be
+    /// repeated)
     ///
-    /// For test beds that work through the environment, such as umockdev: --keep-env LD_PRELOAD --keep-env
-    /// UMOCKDEV_DIR.
+    /// For test beds that work through the environment, such as umockdev: --keep-env LD_PRELOAD
+    /// --keep-env UMOCKDEV_DIR.
     #[arg(long, global = true, value_name = "NAME")]
     pub(crate) keep_env: Vec<String>,
     /// What should come of it; a scenario says so itself
@@ -126,7 +133,8 @@ pub(crate) enum Verb {
 }
 
 const SCENARIO_HELP: &str = "\
-A scenario that discovers devices and is given no --config gets a configuration and an inventory of its own, removed
+A scenario that discovers devices and is given no --config gets a configuration and an inventory \
+of its own, removed
 at the end.
 
   title = \"one key, two guests\"
@@ -137,7 +145,8 @@ at the end.
   do = \"discover\"                # or plug, unplug: the devices of a simulation file
   sim = \"key.toml\"
   [[steps]]
-  do = \"start\"                   # stop, destroy, crash, save, restore, migrate, migrate-away, restart-daemon
+  do = \"start\"                   # stop, destroy, crash, save, restore, migrate, migrate-away, \
+  restart-daemon
   domain = \"erp\"
   [[steps]]
   do = \"start\"
@@ -149,12 +158,14 @@ at the end.
   args = [\"events\"]";
 
 const TRY_HELP: &str = "\
-Nothing of the host is changed: the inventory is made in a temporary folder, the domain on disk stays as it is.
+Nothing of the host is changed: the inventory is made in a temporary folder, the domain on disk \
+stays as it is.
 --config is read for --flavor-name only; the settings to try are given with --settings.
 
   hook-harness try erp.xml
       the flavor that the domain names itself, with the devices of this machine
-  hook-harness try erp.xml --flavor '{\"usb_devices\":[{\"vendor_id\":\"0529\",\"product_id\":\"0001\"}]}'
+  hook-harness try erp.xml --flavor \
+  '{\"usb_devices\":[{\"vendor_id\":\"0529\",\"product_id\":\"0001\"}]}'
       another flavor
   hook-harness try erp.xml --sim key.toml
       with the devices of a simulation file";
@@ -168,7 +179,8 @@ pub(crate) struct Domains {
 
 #[derive(Debug, Args)]
 pub(crate) struct CallArgs {
-    /// prepare, start, started, stopped, release, reconnect, migrate, restore, attach, or what the future brings
+    /// prepare, start, started, stopped, release, reconnect, migrate, restore, attach, or what the
+    /// future brings
     pub(crate) op: String,
     /// What is fed to the hook; - is the standard input
     #[arg(value_name = "DOMAIN.xml")]
@@ -282,9 +294,13 @@ mod tests {
         use clap::CommandFactory;
         Cli::command().debug_assert();
         let cli =
-            Cli::try_parse_from(["hook-harness", "start", "a.xml", "b.xml", "--timeout", "0.5"]).unwrap();
+            Cli::try_parse_from(["hook-harness", "start", "a.xml", "b.xml", "--timeout", "0.5"])
+                .unwrap();
         assert_eq!(cli.common.timeout, Duration::from_millis(500));
-        assert_eq!(cli.verb.cycle().map(|(cycle, files)| (cycle, files.len())), Some((Cycle::Start, 2)));
+        assert_eq!(
+            cli.verb.cycle().map(|(cycle, files)| (cycle, files.len())),
+            Some((Cycle::Start, 2))
+        );
         assert!(Cli::try_parse_from(["hook-harness", "start", "a.xml", "--timeout", "0"]).is_err());
         assert!(Cli::try_parse_from(["hook-harness", "start"]).is_err());
     }

@@ -85,7 +85,8 @@ impl Domain {
     /// # Errors
     /// One line that says what is wrong.
     pub fn parse(xml: Vec<u8>) -> Result<Self, String> {
-        let text = std::str::from_utf8(&xml).map_err(|e| format!("not UTF-8 at byte {}", e.valid_up_to()))?;
+        let text = std::str::from_utf8(&xml)
+            .map_err(|e| format!("not UTF-8 at byte {}", e.valid_up_to()))?;
         let found = Scan::of(text)?;
         let name = found.name.trim().to_owned();
         if name.is_empty() {
@@ -96,8 +97,8 @@ impl Domain {
         Ok(Self { name, uuid, hostdevs, redirdevs, places, xml })
     }
 
-    /// A simple form of `virDomainDefCheckABIStability` (src/conf/domain_conf.c), as run on what a filter printed:
-    /// the error that libvirt would show if `filtered` replaced this domain.
+    /// A simple form of `virDomainDefCheckABIStability` (src/conf/domain_conf.c), as run on what a
+    /// filter printed: the error that libvirt would show if `filtered` replaced this domain.
     ///
     /// # Errors
     /// libvirt's message.
@@ -116,13 +117,15 @@ impl Domain {
         }
         match (&new.uuid, &self.uuid) {
             (Some(target), Some(source)) if !target.eq_ignore_ascii_case(source) => Err(format!(
-                "unsupported configuration: Target domain uuid {target} does not match source {source}"
+                "unsupported configuration: Target domain uuid {target} does not match source \
+                    {source}"
             )),
             _ => Ok(new),
         }
     }
 
-    /// A copy that asks for a flavor: its JSON as the text of a `flavor` element in our namespace, in the metadata.
+    /// A copy that asks for a flavor: its JSON as the text of a `flavor` element in our namespace,
+    /// in the metadata.
     ///
     /// Whatever element of that namespace the domain already has there is replaced.
     ///
@@ -130,16 +133,20 @@ impl Domain {
     /// When the result is no domain any more, which no JSON can bring about.
     pub fn with_flavor(&self, json: &str) -> Result<Self, String> {
         let json = json.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;");
-        let element =
-            format!("<virt-usb:flavor xmlns:virt-usb=\"{FLAVOR_NAMESPACE}\">{json}</virt-usb:flavor>");
+        let element = format!(
+            "<virt-usb:flavor xmlns:virt-usb=\"{FLAVOR_NAMESPACE}\">{json}</virt-usb:flavor>"
+        );
         let after = |offset: usize| offset..offset;
         let (place, new) = match (&self.places.flavor, &self.places.metadata) {
             (Some(old), _) => (old.clone(), element),
-            (None, Some(tag)) if tag.empty => (tag.span.clone(), format!("<metadata>{element}</metadata>")),
-            (None, Some(tag)) => (after(tag.span.end), format!("\n    {element}")),
-            (None, None) => {
-                (after(self.places.after_root_tag), format!("\n  <metadata>\n    {element}\n  </metadata>"))
+            (None, Some(tag)) if tag.empty => {
+                (tag.span.clone(), format!("<metadata>{element}</metadata>"))
             }
+            (None, Some(tag)) => (after(tag.span.end), format!("\n    {element}")),
+            (None, None) => (
+                after(self.places.after_root_tag),
+                format!("\n  <metadata>\n    {element}\n  </metadata>"),
+            ),
         };
         let mut xml = self.xml.clone();
         xml.splice(place, new.into_bytes());
@@ -201,7 +208,9 @@ impl Scan {
         match (scan.path.last(), scan.roots) {
             (Some(open), _) => Err(format!("not well-formed: <{open}> is never closed")),
             (None, 1) => Ok(scan),
-            (None, count) => Err(format!("not well-formed: {count} elements at the top, one is wanted")),
+            (None, count) => {
+                Err(format!("not well-formed: {count} elements at the top, one is wanted"))
+            }
         }
     }
 
@@ -243,7 +252,9 @@ impl Scan {
         match self.path.iter().map(String::as_str).collect::<Vec<_>>().as_slice() {
             ["domain", "name"] => self.name.push_str(text),
             ["domain", "uuid"] => self.uuid.push_str(text),
-            [] if !text.trim().is_empty() => return Err("not well-formed: text outside the root".to_owned()),
+            [] if !text.trim().is_empty() => {
+                return Err("not well-formed: text outside the root".to_owned());
+            }
             _ => {}
         }
         Ok(())
@@ -264,7 +275,9 @@ mod tests {
 
     #[test]
     fn name_and_uuid() {
-        let found = domain("<name>a&amp;b</name><uuid> 1-2 </uuid><devices><x><name>c</name></x></devices>");
+        let found = domain(
+            "<name>a&amp;b</name><uuid> 1-2 </uuid><devices><x><name>c</name></x></devices>",
+        );
         assert_eq!((found.name.as_str(), found.uuid.as_deref()), ("a&b", Some("1-2")));
     }
 
@@ -292,7 +305,9 @@ mod tests {
             refused(&more),
             "unsupported configuration: Target domain host device count 2 does not match source 1"
         );
-        assert!(refused(&redirected).contains("redirected devices count 1 does not match source 0"));
+        assert!(
+            refused(&redirected).contains("redirected devices count 1 does not match source 0")
+        );
         assert!(refused(&other).contains("uuid cd does not match source AB"));
         assert!(old.replaced_by(b"<domain>").unwrap_err().starts_with("XML error: "));
         assert!(old.replaced_by(&old.xml.clone()).is_ok());
@@ -312,9 +327,8 @@ mod tests {
         put("<name>x</name>");
         put("<name>x</name><metadata/>");
         put("<name>x</name><metadata><y:z xmlns:y='urn:y'/></metadata>");
-        put(
-            "<name>x</name><metadata><f:flavor xmlns:f='urn:virt-usb:flavor:1'><deep/>old</f:flavor></metadata>",
-        );
+        put("<name>x</name><metadata><f:flavor \
+                xmlns:f='urn:virt-usb:flavor:1'><deep/>old</f:flavor></metadata>");
         put("<name>x</name><metadata><any xmlns='urn:virt-usb:flavor:1'/></metadata>");
     }
 }

@@ -7,12 +7,14 @@
 //!                 └─► product: `virt-usb discover`, `virt-usb claims`
 //! ```
 //!
-//! [`call`](call()) is one call of one executable; [`Hooks`] is what lies in `/etc/libvirt/hooks`; [`Player`] knows
-//! which calls a start, a stop or a migration is made of and what libvirt does when one of them fails; [`Stage`]
-//! remembers what each domain is doing and looks at the claims before and after.
+//! [`call`](call()) is one call of one executable; [`Hooks`] is what lies in `/etc/libvirt/hooks`;
+//! [`Player`] knows which calls a start, a stop or a migration is made of and what libvirt does
+//! when one of them fails; [`Stage`] remembers what each domain is doing and looks at the claims
+//! before and after.
 //!
-//! The products are talked to as programs only, so that the harness judges what an operator installs.
-//! Where libvirt's own behaviour decides, the comment names its file and function (read in 9.0.0 and later).
+//! The products are talked to as programs only, so that the harness judges what an operator
+//! installs. Where libvirt's own behaviour decides, the comment names its file and function (read
+//! in 9.0.0 and later).
 
 mod call;
 mod chain;

@@ -7,9 +7,10 @@
 //! daemon restart   reconnect                             a failure ─► killed ─► stopped ─► release daemon
 //! ```
 //!
-//! Sources: `qemuProcessStart`, `qemuProcessStop`, `qemuProcessReconnect` (src/qemu/qemu_process.c),
-//! `qemuDomainRestoreInternal` (src/qemu/qemu_driver.c), `qemuMigrationDstPrepareFresh` and what it calls
-//! (src/qemu/qemu_migration.c). Both filters run before the domain is on libvirt's list: so nothing follows a refusal.
+//! Sources: `qemuProcessStart`, `qemuProcessStop`, `qemuProcessReconnect`
+//! (src/qemu/qemu_process.c), `qemuDomainRestoreInternal` (src/qemu/qemu_driver.c),
+//! `qemuMigrationDstPrepareFresh` and what it calls (src/qemu/qemu_migration.c). Both filters run
+//! before the domain is on libvirt's list: so nothing follows a refusal.
 
 use serde::{Deserialize, Serialize};
 
@@ -172,7 +173,8 @@ impl Player<'_> {
         watch: &mut dyn FnMut(Event<'_>),
     ) -> Result<Played, HookError> {
         let mut run = Run { player: self, watch, calls: Vec::new(), remarks: Vec::new() };
-        let filter = matches!(request.op.as_str(), "migrate" | "restore") || self.caller == Caller::Filter;
+        let filter =
+            matches!(request.op.as_str(), "migrate" | "restore") || self.caller == Caller::Filter;
         let chained = run.chain(request, xml, filter)?;
         let outcome = match chained.failure {
             Some(message) => Outcome::Refused { op: request.op.clone(), message },
@@ -202,7 +204,9 @@ impl Run<'_, '_> {
 
     fn abort(&mut self, op: &str, message: String, domain: &Domain) -> Result<Ended, HookError> {
         self.remark(match op {
-            "started" => "libvirt kills the guest, which was running already, and cleans up".to_owned(),
+            "started" => {
+                "libvirt kills the guest, which was running already, and cleans up".to_owned()
+            }
             _ => "libvirt gives the start up and cleans up".to_owned(),
         });
         self.shutdown(domain, "failed")?;
@@ -230,7 +234,9 @@ impl Run<'_, '_> {
         match self.step(op, "begin", "", domain, Use::Filter)? {
             Ok(filtered) => self.startup(filtered),
             Err(message) => {
-                self.remark(format!("after a refused {op} libvirt calls no stopped and no release"));
+                self.remark(format!(
+                    "after a refused {op} libvirt calls no stopped and no release"
+                ));
                 Ok((Outcome::Refused { op: op.to_owned(), message }, None))
             }
         }
@@ -240,7 +246,10 @@ impl Run<'_, '_> {
         match self.step("reconnect", "begin", "", domain, Use::Nothing)? {
             Ok(domain) => Ok((Outcome::Done, Some(domain))),
             Err(message) => {
-                self.remark(format!("libvirt KILLS the running guest {} because of this", domain.name));
+                self.remark(format!(
+                    "libvirt KILLS the running guest {} because of this",
+                    domain.name
+                ));
                 self.shutdown(domain, "daemon")?;
                 Ok((Outcome::Refused { op: "reconnect".to_owned(), message }, None))
             }

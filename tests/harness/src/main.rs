@@ -10,8 +10,9 @@ use anyhow::{Context, anyhow};
 use clap::Parser;
 use serde_json::Value;
 use virt_usb_harness::{
-    Cycle, Domain, DomainError, Frame, Hooks, Player, Product, Report, Request, Scenario, ScenarioError,
-    Scratch, ScratchError, Script, Settings, Stage, StageError, Verdict, default_subop, differences,
+    Cycle, Domain, DomainError, Frame, Hooks, Player, Product, Report, Request, Scenario,
+    ScenarioError, Scratch, ScratchError, Script, Settings, Stage, StageError, Verdict,
+    default_subop, differences,
 };
 
 use crate::cli::{CallArgs, Cli, Common, TryArgs, Verb};
@@ -85,14 +86,17 @@ fn single(common: &Common, args: &CallArgs) -> anyhow::Result<Verdict> {
 fn scenario(common: &Common, file: &Path) -> anyhow::Result<Verdict> {
     let scenario = Scenario::load(file)?;
     if common.config.is_some() && !scenario.config.is_empty() {
-        let what = "the scenario brings its own configuration: leave out --config, or its key config";
+        let what =
+            "the scenario brings its own configuration: leave out --config, or its key config";
         return Err(Input(what.to_owned()).into());
     }
-    let wanted = common.config.is_none() && (scenario.needs_product() || !scenario.config.is_empty());
+    let wanted =
+        common.config.is_none() && (scenario.needs_product() || !scenario.config.is_empty());
     if wanted {
         own_hook_only(common)?;
     }
-    let scratch = wanted.then(|| Scratch::new(&scenario.config, scenario.is_simulated())).transpose()?;
+    let scratch =
+        wanted.then(|| Scratch::new(&scenario.config, scenario.is_simulated())).transpose()?;
     let config = scratch.as_ref().map(Scratch::config).or_else(|| common.config.clone());
     let sysfs = scratch.as_ref().and_then(Scratch::sysfs).or_else(|| common.sysfs_out.clone());
     let mut theatre = Theatre::new(common, config.as_deref(), sysfs)?;
@@ -107,7 +111,8 @@ fn scenario(common: &Common, file: &Path) -> anyhow::Result<Verdict> {
 
 /// Installed hooks cannot be told of a scratch inventory: they would claim from the real one.
 fn own_hook_only(common: &Common) -> Result<(), Input> {
-    let what = "the hooks of --hooks-dir work on the installed inventory, this on one of its own: give --hook instead";
+    let what = "the hooks of --hooks-dir work on the installed inventory, this on one of its own: \
+        give --hook instead";
     common.hooks_dir.is_none().then_some(()).ok_or_else(|| Input(what.to_owned()))
 }
 
@@ -124,7 +129,10 @@ fn try_flavor(common: &Common, args: &TryArgs) -> anyhow::Result<Verdict> {
     let frame = |say: &str| Frame { say: Some(say.to_owned()), ..Frame::default() };
     let verdict = theatre.play(|stage| {
         stage.discover("discover", args.sim.as_deref(), frame("which devices there are"))?;
-        let start = Frame { expected: common.expected(), ..frame("what a start with this flavor comes to") };
+        let start = Frame {
+            expected: common.expected(),
+            ..frame("what a start with this flavor comes to")
+        };
         if let Some(live) = stage.cycle(Cycle::Start, &domain, start)? {
             stage.cycle(Cycle::Stop, &live, frame("and what is left after it"))?;
         }
@@ -136,10 +144,11 @@ fn try_flavor(common: &Common, args: &TryArgs) -> anyhow::Result<Verdict> {
 /// The JSON of a flavor that is stored on this host.
 fn stored_flavor(common: &Common, name: &str) -> anyhow::Result<String> {
     let config = common.config.clone().unwrap_or_else(|| "/etc/virt-usb/config.toml".into());
-    let product = Product { program: beside(common.virt_usb.as_ref(), "virt-usb")?, config, sysfs_out: None };
+    let product =
+        Product { program: beside(common.virt_usb.as_ref(), "virt-usb")?, config, sysfs_out: None };
     let shown = product.json(&["flavor", "show", name, "--json"])?;
-    let requests =
-        requests(&shown).with_context(|| format!("the flavor {name} names no USB devices: {shown}"))?;
+    let requests = requests(&shown)
+        .with_context(|| format!("the flavor {name} names no USB devices: {shown}"))?;
     Ok(requests.to_string())
 }
 
@@ -162,10 +171,16 @@ struct Theatre {
 }
 
 impl Theatre {
-    fn new(common: &Common, config: Option<&Path>, sysfs_out: Option<PathBuf>) -> anyhow::Result<Self> {
+    fn new(
+        common: &Common,
+        config: Option<&Path>,
+        sysfs_out: Option<PathBuf>,
+    ) -> anyhow::Result<Self> {
         let config = config.map(std::path::absolute).transpose()?;
-        let before =
-            config.iter().flat_map(|file| ["--config".into(), file.clone().into_os_string()]).collect();
+        let before = config
+            .iter()
+            .flat_map(|file| ["--config".into(), file.clone().into_os_string()])
+            .collect();
         let hook = match (&common.hook, &common.hooks_dir) {
             (None, Some(_)) => None,
             (given, _) => Some(Script { path: beside(given.as_ref(), "virt-usb-hook")?, before }),
@@ -174,7 +189,8 @@ impl Theatre {
         let settings = Settings { timeout: common.timeout, keep_env: common.keep_env.clone() };
         let hooks = Hooks::find(hook, dir.as_deref())?;
         let program = beside(common.virt_usb.as_ref(), "virt-usb").ok();
-        let product = program.zip(config).map(|(program, config)| Product { program, config, sysfs_out });
+        let product =
+            program.zip(config).map(|(program, config)| Product { program, config, sysfs_out });
         let ui = Ui::new(common.json, common.color);
         Ok(Self { hooks, settings, caller: common.caller(), product, ui })
     }
@@ -184,7 +200,10 @@ impl Theatre {
         self.product.as_ref().map(drop).ok_or_else(|| anyhow!(missing))
     }
 
-    fn play(mut self, act: impl FnOnce(&mut Stage<'_>) -> Result<(), StageError>) -> anyhow::Result<Verdict> {
+    fn play(
+        mut self,
+        act: impl FnOnce(&mut Stage<'_>) -> Result<(), StageError>,
+    ) -> anyhow::Result<Verdict> {
         let player = Player { hooks: &self.hooks, settings: &self.settings, caller: self.caller };
         let asked = self.product.is_some();
         let mut watch = |event: virt_usb_harness::Event<'_>| self.ui.event(&event);
@@ -192,8 +211,10 @@ impl Theatre {
         act(&mut stage)?;
         let plays = stage.into_plays();
         if !asked {
-            self.ui
-                .say("(give --config FILE, and --virt-usb PATH if it is elsewhere, to see the claims, too)");
+            self.ui.say(
+                "(give --config FILE, and --virt-usb PATH if it is elsewhere, to see the \
+                    claims, too)",
+            );
         }
         let hooks = self.hooks.scripts().iter().map(|script| script.path.clone()).collect();
         let report = Report::new(hooks, differences(), plays);

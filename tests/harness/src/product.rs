@@ -48,7 +48,8 @@ pub struct Product {
     pub program: PathBuf,
     /// Given as `--config FILE` before every verb.
     pub config: PathBuf,
-    /// Where `discover --sim` writes the matching sysfs tree; the configuration's `sysfs_root` should name it.
+    /// Where `discover --sim` writes the matching sysfs tree; the configuration's `sysfs_root`
+    /// should name it.
     pub sysfs_out: Option<PathBuf>,
 }
 
@@ -106,13 +107,16 @@ impl Product {
         let run = self.run(args)?;
         let command = || format!("{} {}", self.program.display(), run.args.join(" "));
         if run.exit != Some(0) {
-            let exit = run.exit.map_or_else(|| "a signal".to_owned(), |code| format!("exit status {code}"));
+            let exit = run
+                .exit
+                .map_or_else(|| "a signal".to_owned(), |code| format!("exit status {code}"));
             return Err(ProductError::Failed {
                 command: command(),
                 exit,
                 stderr: run.stderr.trim().to_owned(),
             });
         }
-        serde_json::from_str(&run.stdout).map_err(|source| ProductError::Json { command: command(), source })
+        serde_json::from_str(&run.stdout)
+            .map_err(|source| ProductError::Json { command: command(), source })
     }
 }

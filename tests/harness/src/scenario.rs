@@ -162,7 +162,8 @@ struct RawStep {
     expect_stdout: Option<String>,
 }
 
-const WORDS: &str = "start, stop, destroy, crash, save, restore, migrate, migrate-away, restart-daemon, call, discover, plug, unplug, virt-usb";
+const WORDS: &str = "start, stop, destroy, crash, save, restore, migrate, migrate-away, \
+    restart-daemon, call, discover, plug, unplug, virt-usb";
 
 impl Scenario {
     /// Reads a file and the domains that it names.
@@ -170,13 +171,15 @@ impl Scenario {
     /// # Errors
     /// When it, or one of its domains, cannot be read or says something wrong.
     pub fn load(path: &Path) -> Result<Self, ScenarioError> {
-        let text =
-            fs::read_to_string(path).map_err(|source| ScenarioError::Read { path: path.into(), source })?;
-        let raw: RawScenario =
-            toml::from_str(&text).map_err(|source| ScenarioError::Syntax { path: path.into(), source })?;
+        let text = fs::read_to_string(path)
+            .map_err(|source| ScenarioError::Read { path: path.into(), source })?;
+        let raw: RawScenario = toml::from_str(&text)
+            .map_err(|source| ScenarioError::Syntax { path: path.into(), source })?;
         let folder = path.parent().unwrap_or(Path::new("."));
-        let domains =
-            raw.domains.into_iter().map(|(name, file)| Ok((name, Domain::load(&folder.join(file))?)));
+        let domains = raw
+            .domains
+            .into_iter()
+            .map(|(name, file)| Ok((name, Domain::load(&folder.join(file))?)));
         let domains = domains.collect::<Result<BTreeMap<_, _>, DomainError>>()?;
         let mut steps = Vec::new();
         for (index, raw) in raw.steps.into_iter().enumerate() {
@@ -188,7 +191,9 @@ impl Scenario {
 
     /// Whether it needs `virt-usb`.
     pub fn needs_product(&self) -> bool {
-        self.steps.iter().any(|step| matches!(step.action, Action::Discover { .. } | Action::Operator(_)))
+        self.steps
+            .iter()
+            .any(|step| matches!(step.action, Action::Discover { .. } | Action::Operator(_)))
     }
 
     /// Whether it brings devices of its own.
@@ -201,7 +206,8 @@ impl Scenario {
     /// # Errors
     /// When a program cannot be run.
     pub fn play(&self, stage: &mut Stage<'_>) -> Result<(), StageError> {
-        let mut guests = Guests { domains: &self.domains, running: BTreeMap::new(), saved: BTreeMap::new() };
+        let mut guests =
+            Guests { domains: &self.domains, running: BTreeMap::new(), saved: BTreeMap::new() };
         self.steps.iter().try_for_each(|step| guests.step(step, stage))
     }
 }
@@ -220,8 +226,11 @@ impl RawStep {
         if let Some((key, _)) = given.iter().find(|(key, given)| *given && !used.contains(key)) {
             return Err(format!("{key} has no meaning for do = {:?}", self.action));
         }
-        let expected =
-            Expected { outcome: self.expect, stderr: self.expect_stderr, stdout: self.expect_stdout };
+        let expected = Expected {
+            outcome: self.expect,
+            stderr: self.expect_stderr,
+            stdout: self.expect_stdout,
+        };
         Ok(Step { action, frame: Frame { say: self.say, expected } })
     }
 
@@ -232,7 +241,10 @@ impl RawStep {
         folder: &Path,
     ) -> Result<(Action, &'static [&'static str]), String> {
         let domain = || {
-            let name = self.domain.as_ref().ok_or_else(|| format!("do = {:?} needs domain", self.action))?;
+            let name = self
+                .domain
+                .as_ref()
+                .ok_or_else(|| format!("do = {:?} needs domain", self.action))?;
             let known = || domains.keys().map(String::as_str).collect::<Vec<_>>().join(", ");
             if domains.contains_key(name) {
                 Ok(name.clone())
@@ -247,7 +259,10 @@ impl RawStep {
                 let op = self.op.clone().ok_or("do = \"call\" needs op")?;
                 let subop = self.subop.clone().unwrap_or_else(|| default_subop(&op).to_owned());
                 let extra = self.extra.clone().unwrap_or_default();
-                (Action::Call { domain: domain()?, op, subop, extra }, &["domain", "op", "subop", "extra"])
+                (
+                    Action::Call { domain: domain()?, op, subop, extra },
+                    &["domain", "op", "subop", "extra"],
+                )
             }
             "discover" => (Action::Discover { word: self.action.clone(), sim }, &["sim"]),
             "plug" | "unplug" if sim.is_none() => {
@@ -257,12 +272,13 @@ impl RawStep {
                 ));
             }
             "plug" | "unplug" => (Action::Discover { word: self.action.clone(), sim }, &["sim"]),
-            "virt-usb" => {
-                (Action::Operator(self.args.clone().ok_or("do = \"virt-usb\" needs args")?), &["args"])
-            }
+            "virt-usb" => (
+                Action::Operator(self.args.clone().ok_or("do = \"virt-usb\" needs args")?),
+                &["args"],
+            ),
             word => {
-                let cycle =
-                    cycle(word).ok_or_else(|| format!("do = {word:?} is not known; there are: {WORDS}"))?;
+                let cycle = cycle(word)
+                    .ok_or_else(|| format!("do = {word:?} is not known; there are: {WORDS}"))?;
                 (Action::Cycle(cycle, domain()?), &["domain"])
             }
         })
@@ -303,7 +319,9 @@ impl Guests<'_> {
             Action::Cycle(cycle, name) => self.cycle(*cycle, name, frame, stage),
             Action::RestartAll => {
                 let names: Vec<_> = self.running.keys().cloned().collect();
-                names.iter().try_for_each(|name| self.cycle(Cycle::RestartDaemon, name, frame.clone(), stage))
+                names.iter().try_for_each(|name| {
+                    self.cycle(Cycle::RestartDaemon, name, frame.clone(), stage)
+                })
             }
             Action::Call { domain, op, subop, extra } => {
                 let domain = self.definition(domain, stage)?;

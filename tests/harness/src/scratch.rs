@@ -30,9 +30,11 @@ pub struct Scratch {
 }
 
 impl Scratch {
-    /// Makes one. `settings` is TOML for the configuration; `state_dir` is always the scratch folder's own.
+    /// Makes one. `settings` is TOML for the configuration; `state_dir` is always the scratch
+    /// folder's own.
     ///
-    /// With `simulated` the configuration's `sysfs_root` is the scratch folder's, to be filled by `discover`.
+    /// With `simulated` the configuration's `sysfs_root` is the scratch folder's, to be filled by
+    /// `discover`.
     ///
     /// # Errors
     /// When it cannot be made, or `settings` is no TOML.
@@ -75,9 +77,11 @@ mod tests {
 
     #[test]
     fn what_is_set_stays_and_the_state_is_its_own() {
-        let scratch =
-            Scratch::new("hold = 'instance'\nstate_dir = '/var/lib/virt-usb'\nlog = 'journal'", true)
-                .unwrap();
+        let scratch = Scratch::new(
+            "hold = 'instance'\nstate_dir = '/var/lib/virt-usb'\nlog = 'journal'",
+            true,
+        )
+        .unwrap();
         let table: Table = fs::read_to_string(scratch.config()).unwrap().parse().unwrap();
         assert_eq!(table["hold"].as_str(), Some("instance"));
         assert_eq!(table["log"].as_str(), Some("journal"));

@@ -39,7 +39,11 @@ pub struct Stage<'a> {
 
 impl<'a> Stage<'a> {
     /// A stage; without `product` nobody is asked about claims, and no devices can be discovered.
-    pub fn new(player: Player<'a>, product: Option<Product>, watch: &'a mut dyn FnMut(Event<'_>)) -> Self {
+    pub fn new(
+        player: Player<'a>,
+        product: Option<Product>,
+        watch: &'a mut dyn FnMut(Event<'_>),
+    ) -> Self {
         Self { player, product, watch, plays: Vec::new() }
     }
 
@@ -63,7 +67,9 @@ impl<'a> Stage<'a> {
         domain: &Domain,
         frame: Frame,
     ) -> Result<Option<Domain>, StageError> {
-        self.hooked(cycle.name(), Some(domain), frame, |player, watch| player.play(cycle, domain, watch))
+        self.hooked(cycle.name(), Some(domain), frame, |player, watch| {
+            player.play(cycle, domain, watch)
+        })
     }
 
     /// Makes one single call, with whatever text on its standard input.
@@ -86,7 +92,12 @@ impl<'a> Stage<'a> {
     ///
     /// # Errors
     /// When it cannot be run, or no configuration is known.
-    pub fn discover(&mut self, action: &str, sim: Option<&Path>, frame: Frame) -> Result<(), StageError> {
+    pub fn discover(
+        &mut self,
+        action: &str,
+        sim: Option<&Path>,
+        frame: Frame,
+    ) -> Result<(), StageError> {
         self.operate(action, frame, |product| product.discover(sim))
     }
 
@@ -98,7 +109,8 @@ impl<'a> Stage<'a> {
         self.operate(&format!("virt-usb {}", args.join(" ")), frame, |product| product.run(args))
     }
 
-    /// A step that cannot be, such as stopping a guest that does not run: often because an earlier one went wrong.
+    /// A step that cannot be, such as stopping a guest that does not run: often because an earlier
+    /// one went wrong.
     pub(crate) fn impossible(&mut self, action: &str, frame: Frame, what: &str) {
         (self.watch)(Event::Begin { action, say: frame.say.as_deref(), domain: None });
         let mut play = Play::new(self.next_step(), action, None, frame);
@@ -134,8 +146,9 @@ impl<'a> Stage<'a> {
         run: impl FnOnce(&Product) -> Result<ProductRun, ProductError>,
     ) -> Result<(), StageError> {
         let Some(product) = &self.product else {
-            let what =
-                format!("{action} needs virt-usb and a configuration: give --config FILE or --scratch");
+            let what = format!(
+                "{action} needs virt-usb and a configuration: give --config FILE or --scratch"
+            );
             return Err(StageError::Missing { step: self.next_step(), what });
         };
         (self.watch)(Event::Begin { action, say: frame.say.as_deref(), domain: None });
@@ -184,15 +197,23 @@ fn problem(
         }
         _ => {}
     }
-    let ignored =
-        calls.iter().find(|call| matches!(call.op.as_str(), "stopped" | "release") && call.message.is_some());
+    let ignored = calls
+        .iter()
+        .find(|call| matches!(call.op.as_str(), "stopped" | "release") && call.message.is_some());
     if let Some(call) = ignored {
-        return Some(format!("{} failed: {}", call.op, call.message.as_deref().unwrap_or_default()));
+        return Some(format!(
+            "{} failed: {}",
+            call.op,
+            call.message.as_deref().unwrap_or_default()
+        ));
     }
-    let stderr = || calls.iter().map(|c| c.stderr.as_str()).chain(product.map(|p| p.stderr.as_str()));
-    let stdout = || calls.iter().map(|c| c.stdout.as_str()).chain(product.map(|p| p.stdout.as_str()));
-    unsaid("standard error", expected.stderr.as_deref(), &stderr().collect::<Vec<_>>())
-        .or_else(|| unsaid("standard output", expected.stdout.as_deref(), &stdout().collect::<Vec<_>>()))
+    let stderr =
+        || calls.iter().map(|c| c.stderr.as_str()).chain(product.map(|p| p.stderr.as_str()));
+    let stdout =
+        || calls.iter().map(|c| c.stdout.as_str()).chain(product.map(|p| p.stdout.as_str()));
+    unsaid("standard error", expected.stderr.as_deref(), &stderr().collect::<Vec<_>>()).or_else(
+        || unsaid("standard output", expected.stdout.as_deref(), &stdout().collect::<Vec<_>>()),
+    )
 }
 
 fn unsaid(stream: &str, wanted: Option<&str>, said: &[&str]) -> Option<String> {

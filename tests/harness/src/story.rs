@@ -84,7 +84,9 @@ impl<'a> Story<'a> {
         let line = match report.verdict {
             Verdict::AsExpected => self.paint.green("all as expected"),
             Verdict::NotAsExpected => {
-                let steps = wrong.map(|play| format!("{} ({})", play.step, play.action)).collect::<Vec<_>>();
+                let steps = wrong
+                    .map(|play| format!("{} ({})", play.step, play.action))
+                    .collect::<Vec<_>>();
                 self.paint.red(&format!("not as expected: step {}", steps.join(", ")))
             }
         };
@@ -92,7 +94,12 @@ impl<'a> Story<'a> {
         self.out.flush()
     }
 
-    fn begin(&mut self, action: &str, say: Option<&str>, domain: Option<&Domain>) -> io::Result<()> {
+    fn begin(
+        &mut self,
+        action: &str,
+        say: Option<&str>,
+        domain: Option<&Domain>,
+    ) -> io::Result<()> {
         if let Some(say) = say {
             writeln!(self.out, "{}", self.paint.dim(&format!("# {say}")))?;
         }
@@ -110,12 +117,25 @@ impl<'a> Story<'a> {
             (Some(_), ..) => self.paint.red("no end"),
             (None, Some(0), _) => self.paint.green("exit 0"),
             (None, Some(code), _) => self.paint.red(&format!("exit {code}")),
-            (None, None, signal) => self.paint.red(&format!("signal {}", signal.unwrap_or_default())),
+            (None, None, signal) => {
+                self.paint.red(&format!("signal {}", signal.unwrap_or_default()))
+            }
         };
-        let file = call.hook.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-        writeln!(self.out, "  {args:<24} {:>9}  {ended}  {}", time(call.duration_us), self.paint.dim(&file))?;
+        let file = call
+            .hook
+            .file_name()
+            .map(|name| name.to_string_lossy().into_owned())
+            .unwrap_or_default();
+        writeln!(
+            self.out,
+            "  {args:<24} {:>9}  {ended}  {}",
+            time(call.duration_us),
+            self.paint.dim(&file)
+        )?;
         if let Some(message) = &call.message {
-            message.lines().try_for_each(|line| writeln!(self.out, "      {}", self.paint.red(line)))?;
+            message
+                .lines()
+                .try_for_each(|line| writeln!(self.out, "      {}", self.paint.red(line)))?;
         } else if !call.stderr.trim().is_empty() {
             writeln!(self.out, "      stderr, which libvirt shows on failure only:")?;
             call.stderr.lines().try_for_each(|line| writeln!(self.out, "        {line}"))?;
@@ -132,7 +152,8 @@ impl<'a> Story<'a> {
             (OutputFate::Used, _) => "printed XML, which is used from here on:",
             (OutputFate::Refused, _) => "printed XML, which libvirt refuses:",
             (OutputFate::Discarded, "prepare") => {
-                "printed XML; libvirt discards this, a caller with a filter contract starts it (--caller filter):"
+                "printed XML; libvirt discards this, a caller with a filter contract starts it \
+                    (--caller filter):"
             }
             (OutputFate::Discarded, _) => "printed XML; libvirt discards this:",
         };
@@ -195,8 +216,9 @@ impl<'a> Story<'a> {
         }
         writeln!(self.out, "  {title}:")?;
         let columns = rows.iter().map(Vec::len).max().unwrap_or_default();
-        let width =
-            |column: usize| rows.iter().filter_map(|row| row.get(column)).map(|c| c.chars().count()).max();
+        let width = |column: usize| {
+            rows.iter().filter_map(|row| row.get(column)).map(|c| c.chars().count()).max()
+        };
         let widths: Vec<_> = (0..columns).map(|column| width(column).unwrap_or_default()).collect();
         for row in &rows {
             let cells: Vec<_> =
@@ -213,7 +235,8 @@ fn time(microseconds: u128) -> String {
 }
 
 /// The columns that say most about a claim; what a document has of them is shown.
-const COLUMNS: [&str; 7] = ["device_id", "address", "domain", "instance_uuid", "state", "pending", "hold"];
+const COLUMNS: [&str; 7] =
+    ["device_id", "address", "domain", "instance_uuid", "state", "pending", "hold"];
 
 /// A header and a row for each claim.
 fn rows(claims: &Value) -> Vec<Vec<String>> {
@@ -229,7 +252,8 @@ fn rows(claims: &Value) -> Vec<Vec<String>> {
         Some(Value::String(text)) => text.clone(),
         Some(other) => other.to_string(),
     };
-    let body = objects.iter().map(|object| known.iter().map(|key| cell(object.get(*key))).collect());
+    let body =
+        objects.iter().map(|object| known.iter().map(|key| cell(object.get(*key))).collect());
     std::iter::once(header).chain(body).collect()
 }
 
@@ -239,7 +263,8 @@ mod tests {
 
     #[test]
     fn claims_become_rows() {
-        let claims = serde_json::json!([{"device_id": 5, "instance_uuid": "u", "domain": null, "odd": 1}]);
+        let claims =
+            serde_json::json!([{"device_id": 5, "instance_uuid": "u", "domain": null, "odd": 1}]);
         assert_eq!(rows(&claims), [vec!["device_id", "instance_uuid"], vec!["5", "u"]]);
         assert_eq!(rows(&serde_json::json!({"claims": []})).len(), 1);
     }

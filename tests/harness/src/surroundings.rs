@@ -3,34 +3,42 @@
 use std::ffi::OsString;
 use std::fs;
 
-/// systemd's default search path on Debian, which is what libvirtd has; ours must not leak into the hook.
+/// systemd's default search path on Debian, which is what libvirtd has; ours must not leak into the
+/// hook.
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// Passed on when they are set, in this order.
 const PASSED: [&str; 4] = ["HOME", "USER", "LOGNAME", "TMPDIR"];
 
-/// The environment that a hook is given, in libvirt's order (`virCommandAddEnvPassCommon`, src/util/vircommand.c).
+/// The environment that a hook is given, in libvirt's order (`virCommandAddEnvPassCommon`,
+/// src/util/vircommand.c).
 ///
-/// libvirt passes `LD_PRELOAD` and `LD_LIBRARY_PATH` on, too. systemd sets neither for libvirtd, so here they reach
-/// the hook only when `keep` names them; that, and nothing else, is what `keep` is for.
+/// libvirt passes `LD_PRELOAD` and `LD_LIBRARY_PATH` on, too. systemd sets neither for libvirtd, so
+/// here they reach the hook only when `keep` names them; that, and nothing else, is what `keep` is
+/// for.
 pub fn environment(keep: &[String]) -> Vec<(String, OsString)> {
-    let fixed = [("LC_ALL".to_owned(), OsString::from("C")), ("PATH".to_owned(), OsString::from(PATH))];
+    let fixed =
+        [("LC_ALL".to_owned(), OsString::from("C")), ("PATH".to_owned(), OsString::from(PATH))];
     let set = |name: &String| std::env::var_os(name).map(|value| (name.clone(), value));
     let passed = PASSED.map(str::to_owned);
-    let kept =
-        keep.iter().filter(|name| !passed.contains(name) && !["LC_ALL", "PATH"].contains(&name.as_str()));
+    let kept = keep
+        .iter()
+        .filter(|name| !passed.contains(name) && !["LC_ALL", "PATH"].contains(&name.as_str()));
     fixed.into_iter().chain(passed.iter().chain(kept).filter_map(set)).collect()
 }
 
 /// What a hook called from here meets that it would not meet under libvirtd, one sentence each.
 ///
-/// libvirt closes every descriptor from 3 up (`virExec`); a program without unsafe code can only say which ones it
-/// was itself started with.
+/// libvirt closes every descriptor from 3 up (`virExec`); a program without unsafe code can only
+/// say which ones it was itself started with.
 pub fn differences() -> Vec<String> {
     inherited_descriptors()
         .into_iter()
         .map(|(fd, target)| {
-            format!("descriptor {fd} ({target}) was open when the harness was started; the hook gets it, under libvirtd it would not: add {fd}>&- to the command")
+            format!(
+                "descriptor {fd} ({target}) was open when the harness was started; the hook \
+                gets it, under libvirtd it would not: add {fd}>&- to the command"
+            )
         })
         .collect()
 }

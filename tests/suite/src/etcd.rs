@@ -91,12 +91,20 @@ impl Etcd {
 
     fn spawn(&mut self) {
         let peer = format!("http://127.0.0.1:{}", self.peer.number);
-        let log =
-            std::fs::File::options().append(true).create(true).open(self.dir.path().join("log")).unwrap();
+        let log = std::fs::File::options()
+            .append(true)
+            .create(true)
+            .open(self.dir.path().join("log"))
+            .unwrap();
         let child = Command::new("etcd")
             .arg("--data-dir")
             .arg(self.dir.path().join("data"))
-            .args(["--listen-client-urls", &self.endpoint(), "--advertise-client-urls", &self.endpoint()])
+            .args([
+                "--listen-client-urls",
+                &self.endpoint(),
+                "--advertise-client-urls",
+                &self.endpoint(),
+            ])
             .args(["--listen-peer-urls", &peer, "--initial-advertise-peer-urls", &peer])
             .args(["--name", &self.name, "--initial-cluster", &self.cluster])
             .args(&self.arguments)
@@ -113,7 +121,8 @@ impl Etcd {
         // A client with a wrong certificate or without a password is refused, and so answered.
         let up = || {
             std::net::TcpStream::connect(("127.0.0.1", self.port.number)).is_ok()
-                && (self.scheme == "https" || self.etcdctl(&["endpoint", "health"]).status.success())
+                && (self.scheme == "https"
+                    || self.etcdctl(&["endpoint", "health"]).status.success())
         };
         while !up() {
             let log = || std::fs::read_to_string(self.dir.path().join("log")).unwrap_or_default();
@@ -138,10 +147,11 @@ impl Etcd {
 
     /// Asks it by its own command line, and waits for the answer for five minutes at most.
     ///
-    /// On a machine with much to do etcd itself gives up a request after some seconds: it is asked again. What it had done all the
-    /// same it refuses to do twice.
+    /// On a machine with much to do etcd itself gives up a request after some seconds: it is asked
+    /// again. What it had done all the same it refuses to do twice.
     pub fn etcdctl(&self, arguments: &[&str]) -> Output {
-        let says = |output: &Output, words: &str| String::from_utf8_lossy(&output.stderr).contains(words);
+        let says =
+            |output: &Output, words: &str| String::from_utf8_lossy(&output.stderr).contains(words);
         let mut output = self.etcdctl_within("300s", arguments);
         for _ in 0..5 {
             if output.status.success() || !says(&output, "code = DeadlineExceeded") {
@@ -163,8 +173,9 @@ impl Etcd {
         ctl.unwrap_or_else(|e| panic!("etcdctl: {e}: 'make test-deps' installs it"))
     }
 
-    /// A program that asks it by etcdctl. By default etcdctl gives up a connection after two seconds, and where
-    /// etcd asks for a password, checking that is part of the connection: on a busy machine it takes longer.
+    /// A program that asks it by etcdctl. By default etcdctl gives up a connection after two
+    /// seconds, and where etcd asks for a password, checking that is part of the connection: on a
+    /// busy machine it takes longer.
     pub fn client(&self, program: impl AsRef<OsStr>, timeout: &str) -> Command {
         let mut client = Command::new(program);
         client

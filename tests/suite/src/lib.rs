@@ -1,6 +1,11 @@
-//! A host in a folder, for tests at process boundaries: simulated devices with their sysfs tree, a procfs with a boot id, a
-//! store, and the real programs.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test's helper fails the test")]
+//! A host in a folder, for tests at process boundaries: simulated devices with their sysfs tree, a
+//! procfs with a boot id, a store, and the real programs.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test's helper fails the test"
+)]
 
 mod etcd;
 mod ports;
@@ -19,8 +24,8 @@ use virt_usb_store::{Durability, Store};
 
 pub use etcd::Etcd;
 
-/// How long a test waits for what must come. On a machine that does other things it takes long; only a
-/// failure takes so long.
+/// How long a test waits for what must come. On a machine that does other things it takes long;
+/// only a failure takes so long.
 pub const PATIENCE: Duration = Duration::from_secs(300);
 
 /// Looks again and again until something is seen.
@@ -40,8 +45,8 @@ pub fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().nth(2).unwrap().to_path_buf()
 }
 
-/// A program as it is shipped. Fails where it is missing or older than what cargo says it was made of: a test of yesterday's
-/// program proves nothing.
+/// A program as it is shipped. Fails where it is missing or older than what cargo says it was made
+/// of: a test of yesterday's program proves nothing.
 pub fn program(name: &str) -> PathBuf {
     let path = root().join("target/release").join(name);
     let built = path
@@ -51,8 +56,10 @@ pub fn program(name: &str) -> PathBuf {
         .unwrap();
     let sources = std::fs::read_to_string(path.with_extension("d")).unwrap();
     for source in sources.split_whitespace().skip(1) {
-        let newer =
-            Path::new(source).metadata().and_then(|m| m.modified()).map_or(true, |changed| changed > built);
+        let newer = Path::new(source)
+            .metadata()
+            .and_then(|m| m.modified())
+            .map_or(true, |changed| changed > built);
         assert!(!newer, "{} is older than {source}: run 'make build'", path.display());
     }
     path
@@ -72,11 +79,15 @@ impl Host {
         std::fs::create_dir_all(host.path("sys")).unwrap();
         std::fs::write(sysctl.join("hostname"), "host1\n").unwrap();
         host.boot("11111111-1111-4111-8111-111111111111", 1000.0);
-        let base: String =
-            [("state_dir", "state"), ("sysfs_root", "sys"), ("procfs_root", "proc"), ("log", "log")]
-                .iter()
-                .map(|(key, name)| format!("{key} = {:?}\n", host.path(name)))
-                .collect();
+        let base: String = [
+            ("state_dir", "state"),
+            ("sysfs_root", "sys"),
+            ("procfs_root", "proc"),
+            ("log", "log"),
+        ]
+        .iter()
+        .map(|(key, name)| format!("{key} = {:?}\n", host.path(name)))
+        .collect();
         // Where a test does not ask for it, no two agents want one port.
         let api = if keys.contains("api = ") { "" } else { "api = \"off\"\n" };
         std::fs::write(host.config_file(), base + api + keys).unwrap();
@@ -128,7 +139,8 @@ impl Host {
         let mut store = Store::create(&config.state_dir, Duration::from_secs(5)).unwrap();
         let context = machine::context(&config, "test discover").unwrap();
         let whitelist =
-            inventory::located(&config.whitelist, &mut store, &snapshot, &config.sysfs_root).unwrap();
+            inventory::located(&config.whitelist, &mut store, &snapshot, &config.sysfs_root)
+                .unwrap();
         store
             .reconcile(
                 name,
@@ -168,7 +180,10 @@ impl Host {
         match Store::open(&self.path("state"), Duration::from_secs(5), Durability::Power) {
             Ok(store) => store.claims().unwrap().into_iter().map(line).collect(),
             Err(e) => {
-                format!("unreadable: {}\n", e.to_string().replace(self.path("").to_str().unwrap(), "DIR/"))
+                format!(
+                    "unreadable: {}\n",
+                    e.to_string().replace(self.path("").to_str().unwrap(), "DIR/")
+                )
             }
         }
     }
@@ -198,8 +213,8 @@ impl Host {
 
 /// Writes an executable file.
 ///
-/// Another process writes it: a test that forks meanwhile would inherit a descriptor of ours that is open for writing,
-/// and the kernel executes no file that somebody writes (ETXTBSY).
+/// Another process writes it: a test that forks meanwhile would inherit a descriptor of ours that
+/// is open for writing, and the kernel executes no file that somebody writes (ETXTBSY).
 ///
 /// # Panics
 /// When it cannot be written.
@@ -212,8 +227,12 @@ pub fn write_program(path: &Path, contents: &[u8]) {
 
 /// Runs a command with `input` on stdin, reading both of its outputs.
 pub fn feed(mut command: Command, input: &[u8]) -> Output {
-    let mut child =
-        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut child = command
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
     let mut stdin = child.stdin.take().unwrap();
     std::thread::scope(|scope| {
         // Who does not read its input is not waited for.
@@ -224,7 +243,8 @@ pub fn feed(mut command: Command, input: &[u8]) -> Output {
 
 /// `unshare`, which runs the command in its arguments in a network namespace of its own, as root.
 ///
-/// Only root may make one without a user namespace, and containers and chroots refuse user namespaces.
+/// Only root may make one without a user namespace, and containers and chroots refuse user
+/// namespaces.
 ///
 /// # Panics
 /// When the kernel refuses it.
@@ -241,7 +261,8 @@ pub fn own_network() -> Command {
     let tried = tried.unwrap_or_else(|e| panic!("unshare: {e}: 'make test-deps' installs it"));
     assert!(
         tried.status.success(),
-        "this test needs a network namespace, and the kernel refuses one ({}): run it as root, outside of a chroot",
+        "this test needs a network namespace, and the kernel refuses one ({}): run it as root, \
+            outside of a chroot",
         text(&tried.stderr).trim()
     );
     new()
@@ -251,7 +272,8 @@ pub fn own_network() -> Command {
 pub fn device(product: &str, port: &str, number: u8, more: &str) -> String {
     let bus = port.split('-').next().unwrap();
     format!(
-        "[[device]]\nvendor = \"0529\"\nproduct = \"{product}\"\nbus = {bus}\ndevice = {number}\nport = \"{port}\"\nspeed = \"full\"\n{more}\n"
+        "[[device]]\nvendor = \"0529\"\nproduct = \"{product}\"\nbus = {bus}\ndevice = \
+            {number}\nport = \"{port}\"\nspeed = \"full\"\n{more}\n"
     )
 }
 

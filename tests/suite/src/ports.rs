@@ -28,7 +28,8 @@ impl Port {
         for _ in 0..COUNT {
             let step = NEXT.fetch_add(1, Ordering::Relaxed).wrapping_mul(101);
             let number = FIRST + u16::try_from(begin.wrapping_add(step) % COUNT).unwrap();
-            let name = SocketAddr::from_abstract_name(format!("virt-usb-test-port-{number}")).unwrap();
+            let name =
+                SocketAddr::from_abstract_name(format!("virt-usb-test-port-{number}")).unwrap();
             let reserved = match UnixListener::bind_addr(&name) {
                 Ok(reserved) => reserved,
                 Err(e) if e.kind() == ErrorKind::AddrInUse => continue,

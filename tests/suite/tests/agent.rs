@@ -45,14 +45,20 @@ impl<'a> Agent<'a> {
     }
 
     fn signal(&self, signal: &str) {
-        let sent = Command::new("kill").arg(signal).arg(self.child.id().to_string()).status().unwrap();
+        let sent =
+            Command::new("kill").arg(signal).arg(self.child.id().to_string()).status().unwrap();
         assert!(sent.success());
     }
 
     fn until(&self, what: &str, mut look: impl FnMut() -> bool) {
         let deadline = Instant::now() + PATIENCE;
         while !look() {
-            assert!(Instant::now() < deadline, "never: {what}\n{}\n{}", self.host.claims(), self.log());
+            assert!(
+                Instant::now() < deadline,
+                "never: {what}\n{}\n{}",
+                self.host.claims(),
+                self.log()
+            );
             std::thread::sleep(Duration::from_millis(10));
         }
     }
@@ -82,8 +88,9 @@ fn a_key_goes_from_guest_to_guest() {
     agent.claims(&held(1, "erp", ERP, "allocated"));
     // A second taker does not start, and the first keeps it.
     show(&host, &(key.clone() + &guest("erp", ERP, "") + &guest("crm", CRM, "")));
-    agent
-        .until("crm is refused", || agent.log().contains("does not start: crm: crm asks for usb_devices[0]"));
+    agent.until("crm is refused", || {
+        agent.log().contains("does not start: crm: crm asks for usb_devices[0]")
+    });
     assert_eq!(host.claims(), held(1, "erp", ERP, "allocated"));
     // Unplugged: the claim outlives the device. Back in another port: attached again, the same id.
     show(&host, &guest("erp", ERP, ""));
@@ -135,8 +142,10 @@ fn a_device_that_came_back_under_its_address_is_attached_anew() {
 fn what_a_guest_has_through_another_door_is_not_offered() {
     let host = Host::new("");
     let stick = device("0001", "1-1", 5, "nodes = ['/dev/disk/by-id/usb-HASP']");
-    let disk = "flavor = '{}'\ndevices = \"<disk type='block'><source dev='/dev/disk/by-id/usb-HASP'/><target dev='vda'/></disk>\"";
-    let domain = |more: &str| format!("[[domain]]\nname = 'files'\nuuid = '{CRM}'\n{disk}\n{more}\n");
+    let disk = "flavor = '{}'\ndevices = \"<disk type='block'><source \
+        dev='/dev/disk/by-id/usb-HASP'/><target dev='vda'/></disk>\"";
+    let domain =
+        |more: &str| format!("[[domain]]\nname = 'files'\nuuid = '{CRM}'\n{disk}\n{more}\n");
     show(&host, &(stick.clone() + &domain("")));
     let agent = Agent::start(&host);
     agent.until("there is an inventory", || agent.log().contains("ready"));
@@ -164,7 +173,8 @@ fn what_a_guest_has_through_another_door_is_not_offered() {
 #[test]
 fn what_cannot_be_given_is_shown_with_what_to_do() {
     let host = Host::new("");
-    // The guest has two ports; its flavor's devices fill them, and the operator's wish comes too late.
+    // The guest has two ports; its flavor's devices fill them, and the operator's wish comes too
+    // late.
     let keys = device("0001", "1-1", 5, "") + &device("0002", "1-2", 6, "");
     show(&host, &(keys + &guest("erp", ERP, "ports = 1\nspice = true")));
     let agent = Agent::start(&host);
@@ -223,8 +233,9 @@ fn rules_are_read_again_and_a_bad_edit_is_refused() {
     let before = std::fs::read_to_string(host.config_file()).unwrap();
     show(&host, &device("0001", "1-1", 5, ""));
     let agent = Agent::start(&host);
-    let status =
-        || host.store().devices().unwrap().first().map(|r| r.entry.status.clone()).unwrap_or_default();
+    let status = || {
+        host.store().devices().unwrap().first().map(|r| r.entry.status.clone()).unwrap_or_default()
+    };
     agent.until("it is ready", || agent.log().contains(" ready"));
     agent.until("it is offered", || status() == "available");
     let write = |text: &str| std::fs::write(host.config_file(), text).unwrap();
@@ -243,7 +254,11 @@ fn rules_are_read_again_and_a_bad_edit_is_refused() {
         agent.until("it is refused", || refusals() > told);
         assert_eq!(status(), "unavailable", "{lost:?}");
     }
-    assert!(agent.log().contains("which was \"on\": every device would be offered"), "{}", agent.log());
+    assert!(
+        agent.log().contains("which was \"on\": every device would be offered"),
+        "{}",
+        agent.log()
+    );
     // The file's change alone is enough.
     write(&format!("{before}usb_white_list_switch = 'off'\n"));
     agent.until("it is offered again", || status() == "available");
@@ -267,8 +282,12 @@ fn it_does_not_start_with_a_file_that_has_lost_the_whitelist() {
         write(lost);
         let output = command(&host).output().unwrap();
         let said = String::from_utf8_lossy(&output.stderr);
-        assert!(!output.status.success() && said.contains("does not hold usb_white_list_switch"), "{said}");
-        let discovered = host.virt_usb(&["discover", "--sim", host.path("sim.toml").to_str().unwrap()]);
+        assert!(
+            !output.status.success() && said.contains("does not hold usb_white_list_switch"),
+            "{said}"
+        );
+        let discovered =
+            host.virt_usb(&["discover", "--sim", host.path("sim.toml").to_str().unwrap()]);
         let said = String::from_utf8_lossy(&discovered.stderr);
         assert!(
             !discovered.status.success() && said.contains("write usb_white_list_switch = \"off\""),
@@ -278,19 +297,27 @@ fn it_does_not_start_with_a_file_that_has_lost_the_whitelist() {
         let asks = domain("erp", 7, r#"{"usb_devices":[{"id":1}]}"#);
         let refused = host.call(&["erp", "prepare", "begin", "-"], asks.as_bytes());
         let said = String::from_utf8_lossy(&refused.stderr);
-        assert!(!refused.status.success() && said.contains("does not hold usb_white_list_switch"), "{said}");
+        assert!(
+            !refused.status.success() && said.contains("does not hold usb_white_list_switch"),
+            "{said}"
+        );
         let innocent = domain("crm", 8, r#"{"usb_devices":[]}"#);
         assert!(host.call(&["crm", "prepare", "begin", "-"], innocent.as_bytes()).status.success());
         let doctor = host.virt_usb(&["doctor"]);
         let said = String::from_utf8_lossy(&doctor.stdout);
         assert!(said.contains("does not hold usb_white_list_switch"), "{said}");
-        let checked =
-            host.virt_usb(&["whitelist", "check", "--sim", host.path("sim.toml").to_str().unwrap()]);
+        let checked = host.virt_usb(&[
+            "whitelist",
+            "check",
+            "--sim",
+            host.path("sim.toml").to_str().unwrap(),
+        ]);
         assert!(!checked.status.success());
     }
     // Rules that count for nothing are not lost in silence either.
     write(&format!("{rules}usb_white_list_switch = 'off'\n"));
-    let discover = || host.virt_usb(&["discover", "--sim", host.path("sim.toml").to_str().unwrap()]);
+    let discover =
+        || host.virt_usb(&["discover", "--sim", host.path("sim.toml").to_str().unwrap()]);
     virt_usb_suite::ok(&discover());
     assert_eq!(status(), "available");
     write("");
@@ -320,7 +347,8 @@ fn there_is_one_a_host_and_the_hook_knows_whether_it_lives() {
     let refused = prepare(&asks);
     assert_eq!(refused.status.code(), Some(1));
     assert!(
-        said(&refused).contains("the agent that attaches them does not run: 'systemctl start virt-usbd'"),
+        said(&refused)
+            .contains("the agent that attaches them does not run: 'systemctl start virt-usbd'"),
         "{}",
         said(&refused)
     );
@@ -366,7 +394,9 @@ fn it_counts() {
     assert!(get("/").starts_with("HTTP/1.0 404"));
     let all = get("/metrics");
     let version = format!("virt_usb_build_info{{version=\"{}\"}} 1", env!("CARGO_PKG_VERSION"));
-    for line in [version.as_str(), "virt_usb_process_open_fds ", "virt_usb_last_pass_timestamp_seconds "] {
+    for line in
+        [version.as_str(), "virt_usb_process_open_fds ", "virt_usb_last_pass_timestamp_seconds "]
+    {
         assert!(all.contains(line), "{line}: {all}");
     }
 }
@@ -422,14 +452,16 @@ impl virt_usb_store::claim::Judge for Trusting {
     }
 }
 
-/// A guest that has lost its device and cannot be given it again has not failed to start, whether or not the audit knows it.
+/// A guest that has lost its device and cannot be given it again has not failed to start, whether
+/// or not the audit knows it.
 #[test]
 fn a_guest_that_had_its_device_is_not_stopped_though_the_audit_is_gone() {
     let host = Host::new("on_attach_failure = 'stop'\nscan_interval = 1\n");
     let (key, other) = (device("0001", "1-1", 5, ""), device("0002", "1-2", 6, ""));
     let flavor = r#"{"usb_devices":[{"vendor_id":"0529","product_id":"0001"}]}"#;
-    let erp =
-        format!("[[domain]]\nname = 'erp'\nuuid = '{ERP}'\nrunning = true\nports = 1\nflavor = '{flavor}'\n");
+    let erp = format!(
+        "[[domain]]\nname = 'erp'\nuuid = '{ERP}'\nrunning = true\nports = 1\nflavor = '{flavor}'\n"
+    );
     show(&host, &format!("{key}{other}{erp}"));
     let agent = Agent::start(&host);
     agent.until("it has the key", || host.claims().contains("device 1 erp"));
@@ -437,17 +469,24 @@ fn a_guest_that_had_its_device_is_not_stopped_though_the_audit_is_gone() {
     show(&host, &format!("{other}{erp}"));
     agent.until("it is out of the guest", || !host.claims().contains("allocated"));
     // The guest's only port gets another device.
-    let whom =
-        virt_usb_store::claim::Asker { instance: ERP.parse().unwrap(), domain: "erp".into(), project: None };
+    let whom = virt_usb_store::claim::Asker {
+        instance: ERP.parse().unwrap(),
+        domain: "erp".into(),
+        project: None,
+    };
     let context = virt_usb_hook::machine::context(&host.config(), "test").unwrap();
-    let requests = virt_usb_model::Flavor::parse(r#"{"usb_devices":[{"id":2}]}"#).unwrap().usb_devices;
+    let requests =
+        virt_usb_model::Flavor::parse(r#"{"usb_devices":[{"id":2}]}"#).unwrap().usb_devices;
     host.store().give(&whom, &requests, &mut Trusting, &context).unwrap();
     agent.until("the other one is in the guest", || host.claims().contains("device 2 erp"));
     agent.until("the port is taken", || host.claims().contains("allocated"));
-    let prune = "import sqlite3, sys; c = sqlite3.connect(sys.argv[1], timeout=20); c.execute('DROP TRIGGER events_are_kept'); \
+    let prune = "import sqlite3, sys; c = sqlite3.connect(sys.argv[1], timeout=20); \
+        c.execute('DROP TRIGGER events_are_kept'); \
                  c.execute('DELETE FROM events'); c.commit()";
-    let pruned =
-        Command::new("python3").args(["-c", prune]).arg(host.path("state/inventory.sqlite")).status();
+    let pruned = Command::new("python3")
+        .args(["-c", prune])
+        .arg(host.path("state/inventory.sqlite"))
+        .status();
     assert!(pruned.unwrap().success());
     show(&host, &format!("{}{other}{erp}", device("0001", "1-1", 9, "")));
     agent.until("it says why", || agent.log().contains("is needed, 0 are free"));

@@ -61,12 +61,17 @@ fn read(mut stream: impl Read) -> Answer {
     let text = String::from_utf8(bytes).unwrap();
     let (head, body) = text.split_once("\r\n\r\n").unwrap_or((&text, ""));
     let mut lines = head.lines();
-    let status = lines.next().and_then(|line| line.split(' ').nth(1)).and_then(|code| code.parse().ok());
+    let status =
+        lines.next().and_then(|line| line.split(' ').nth(1)).and_then(|code| code.parse().ok());
     let header = |line: &str| {
         let (name, value) = line.split_once(": ")?;
         Some((name.to_ascii_lowercase(), value.to_owned()))
     };
-    Answer { status: status.unwrap_or(0), headers: lines.filter_map(header).collect(), text: body.to_owned() }
+    Answer {
+        status: status.unwrap_or(0),
+        headers: lines.filter_map(header).collect(),
+        text: body.to_owned(),
+    }
 }
 
 fn guest(name: &str, uuid: &str, project: &str, more: &str) -> String {
@@ -86,7 +91,9 @@ usb_passthrough_whitelist = [
 impl Served {
     fn new(keys: &str) -> Self {
         let devices: String = (1..=4)
-            .map(|n| device(&format!("000{n}"), &format!("1-{n}"), 4 + n, &format!("serial = 'S{n}'")))
+            .map(|n| {
+                device(&format!("000{n}"), &format!("1-{n}"), 4 + n, &format!("serial = 'S{n}'"))
+            })
             .collect();
         let guests = guest("erp", ERP, OURS, "")
             + &guest("crm", CRM, THEIRS, "")
@@ -107,7 +114,13 @@ impl Served {
         let mut served = Self { host, child, at: SocketAddr::from(([127, 0, 0, 1], 0)) };
         served.at = served.until("the API to be served", |served| {
             let log = served.log();
-            let at = log.split("the API is served at ").nth(1)?.split("://").nth(1)?.split('/').next()?;
+            let at = log
+                .split("the API is served at ")
+                .nth(1)?
+                .split("://")
+                .nth(1)?
+                .split('/')
+                .next()?;
             at.parse().ok()
         });
         served.until("the devices to be found, and the guests to run", |served| {
@@ -132,8 +145,16 @@ impl Served {
     }
 
     fn token(&self, name: &str, project: &str, role: &str) -> String {
-        let made =
-            self.host.virt_usb(&["--json", "token", "add", name, "--project", project, "--role", role]);
+        let made = self.host.virt_usb(&[
+            "--json",
+            "token",
+            "add",
+            name,
+            "--project",
+            project,
+            "--role",
+            role,
+        ]);
         let made: Value = serde_json::from_str(&ok(&made)).unwrap();
         made["token"].as_str().unwrap().to_owned()
     }
@@ -180,7 +201,8 @@ impl Drop for Served {
 fn request(headers: &str, method: &str, path: &str, body: &str) -> String {
     let kind = if body.is_empty() { "" } else { "Content-Type: application/json\r\n" };
     format!(
-        "{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{headers}{kind}Content-Length: {}\r\n\r\n{body}",
+        "{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: \
+            close\r\n{headers}{kind}Content-Length: {}\r\n\r\n{body}",
         body.len()
     )
 }
@@ -189,7 +211,9 @@ fn request(headers: &str, method: &str, path: &str, body: &str) -> String {
 fn the_calls_are_answered_key_by_key() {
     let served = Served::new("");
     let admin = served.token("root", OURS, "admin");
-    for prefix in [format!("/v2/{OURS}"), "/v3".to_owned(), "/v2.1".to_owned(), format!("/v2.1/{OURS}")] {
+    for prefix in
+        [format!("/v2/{OURS}"), "/v3".to_owned(), "/v2.1".to_owned(), format!("/v2.1/{OURS}")]
+    {
         let answer = served.ask(&admin, "GET", &format!("{prefix}/os-hypervisors/host1"), "");
         assert_eq!(answer.status, 200, "{prefix}: {answer:?}");
         // The promise: these keys, in this order, of these types.
@@ -270,18 +294,24 @@ fn all_or_nothing_and_a_conflict_names_the_holder() {
         (202, json!({ "usb_devices": [], "live": false, "already": [] }))
     );
     // What no device could ever serve is not promised.
-    let never =
-        served.attach(&admin, OFF, &json!([{ "vendor_id": "0529", "count": 5 }])).fault("conflictingRequest");
+    let never = served
+        .attach(&admin, OFF, &json!([{ "vendor_id": "0529", "count": 5 }]))
+        .fault("conflictingRequest");
     assert!(never.starts_with("No USB device that can be had matches"), "{never}");
     assert_eq!(served.attach(&admin, OFF, &json!([{ "id": 3 }])).status, 202);
     std::thread::scope(|scope| {
         for _ in 0..8 {
-            scope.spawn(|| assert_eq!(served.attach(&admin, OFF, &json!([{ "id": 3 }])).status, 202));
+            scope.spawn(|| {
+                assert_eq!(served.attach(&admin, OFF, &json!([{ "id": 3 }])).status, 202);
+            });
         }
     });
     let off = served.ask(&admin, "GET", &format!("/v3/servers/{OFF}/os-usb-devices"), "").json();
     assert_eq!(off["server"]["usb_devices_requests"], json!([{ "id": 3 }]), "once");
-    assert_eq!((&off["server"]["status"], &off["server"]["name"]), (&json!("SHUTOFF"), &json!("off")));
+    assert_eq!(
+        (&off["server"]["status"], &off["server"]["name"]),
+        (&json!("SHUTOFF"), &json!("off"))
+    );
     assert_eq!(served.detach(&admin, OFF, &json!([{ "id": 3 }])).status, 202);
     let off = served.ask(&admin, "GET", &format!("/v3/servers/{OFF}/os-usb-devices"), "").json();
     assert_eq!(off["server"]["usb_devices_requests"], json!([]));
@@ -298,7 +328,12 @@ fn a_hundred_ask_and_one_gets_it() {
             // A selector, not an id: what one has already is no conflict.
             scope.spawn(move || served.attach(admin, server, &json!([{ "serial": "S1" }])).status)
         };
-        (0..100).map(ask).collect::<Vec<_>>().into_iter().map(|asked| asked.join().unwrap()).collect()
+        (0..100)
+            .map(ask)
+            .collect::<Vec<_>>()
+            .into_iter()
+            .map(|asked| asked.join().unwrap())
+            .collect()
     });
     let count = |status: u16| statuses.iter().filter(|s| **s == status).count();
     assert_eq!((count(202), count(409)), (1, 99), "{statuses:?}");
@@ -311,7 +346,8 @@ fn who_may_what() {
     let theirs = served.token("theirs", THEIRS, "member");
     let rules_hold = served.until("the rules", |served| {
         let seen = served.ask(&theirs, "GET", "/v3/os-usb-devices", "").json();
-        let ids: Vec<u64> = seen["usb_devices"].as_array()?.iter().filter_map(|d| d["id"].as_u64()).collect();
+        let ids: Vec<u64> =
+            seen["usb_devices"].as_array()?.iter().filter_map(|d| d["id"].as_u64()).collect();
         (ids == [1, 3]).then_some(ids)
     });
     assert_eq!(rules_hold, [1, 3]);
@@ -321,17 +357,20 @@ fn who_may_what() {
         ("admin", served.token("admin", OURS, "admin")),
         ("nobody", "vusb_nobody".to_owned()),
     ];
-    let attach =
-        |id: u32| json!({ "attach_usb_devices": { "usb_devices_requests": [{ "id": id }] } }).to_string();
-    let detach =
-        |id: u32| json!({ "detach_usb_devices": { "usb_devices_requests": [{ "id": id }] } }).to_string();
+    let attach = |id: u32| {
+        json!({ "attach_usb_devices": { "usb_devices_requests": [{ "id": id }] } }).to_string()
+    };
+    let detach = |id: u32| {
+        json!({ "detach_usb_devices": { "usb_devices_requests": [{ "id": id }] } }).to_string()
+    };
     let flavor = r#"{"usb_devices":[{"vendor_id":"0529"}]}"#.to_owned();
     let grant = format!(r#"{{"usb_devices":[{{"id":1}}],"projects":["{THEIRS}"]}}"#);
     let nothing = String::new;
     let server = |id: &str, what: &str| format!("/v3/servers/{id}/{what}");
     let absent = "55555555-2222-4333-8444-555555555555";
     let item = |id: u32, what: &str| format!("/v3/os-usb-devices/{id}{what}");
-    // Method, path, body: what comes of it for reader, member, admin, nobody. In this order: what one has done the next one finds.
+    // Method, path, body: what comes of it for reader, member, admin, nobody. In this order: what
+    // one has done the next one finds.
     let table: Vec<(&str, String, String, [u16; 4])> = vec![
         ("GET", "/v3/os-hypervisors".into(), nothing(), [200, 200, 200, 401]),
         ("GET", "/v3/os-hypervisors/host1".into(), nothing(), [200, 200, 200, 401]),
@@ -358,12 +397,27 @@ fn who_may_what() {
         ("POST", server(CRM, "action"), r#"{"attach_usb_devices":3}"#.into(), [403, 404, 400, 401]),
         ("POST", server(CRM, "action"), detach(1), [403, 404, 404, 401]),
         ("POST", server(ERP, "action"), detach(1), [403, 202, 404, 401]),
-        ("POST", item(1, "/action"), r#"{"disable":{"reason":"lent"}}"#.into(), [403, 403, 200, 401]),
+        (
+            "POST",
+            item(1, "/action"),
+            r#"{"disable":{"reason":"lent"}}"#.into(),
+            [403, 403, 200, 401],
+        ),
         ("POST", item(1, "/action"), r#"{"enable":null}"#.into(), [403, 403, 200, 401]),
         ("POST", item(9, "/action"), r#"{"enable":null}"#.into(), [403, 403, 404, 401]),
         ("POST", item(1, "/action"), r#"{"clear_quarantine":null}"#.into(), [403, 403, 200, 401]),
-        ("POST", item(1, "/action"), r#"{"add_tags":{"tags":["blue"]}}"#.into(), [403, 403, 200, 401]),
-        ("POST", item(1, "/action"), r#"{"remove_tags":{"tags":["blue"]}}"#.into(), [403, 403, 200, 401]),
+        (
+            "POST",
+            item(1, "/action"),
+            r#"{"add_tags":{"tags":["blue"]}}"#.into(),
+            [403, 403, 200, 401],
+        ),
+        (
+            "POST",
+            item(1, "/action"),
+            r#"{"remove_tags":{"tags":["blue"]}}"#.into(),
+            [403, 403, 200, 401],
+        ),
         ("PUT", "/v3/os-usb-flavors/erp".into(), flavor, [403, 403, 200, 401]),
         ("GET", "/v3/os-usb-flavors/erp".into(), nothing(), [200, 200, 200, 401]),
         ("DELETE", "/v3/os-usb-flavors/erp".into(), nothing(), [403, 403, 204, 401]),
@@ -388,7 +442,12 @@ fn who_may_what() {
             r#"{"set_usb_owner":{"project_id":"x"}}"#.into(),
             [403, 403, 409, 401],
         ),
-        ("POST", server(absent, "action"), r#"{"clear_usb_owner":null}"#.into(), [403, 403, 404, 401]),
+        (
+            "POST",
+            server(absent, "action"),
+            r#"{"clear_usb_owner":null}"#.into(),
+            [403, 403, 404, 401],
+        ),
         ("GET", format!("/v2/{OURS}/os-hypervisors"), nothing(), [200, 200, 200, 401]),
         ("GET", format!("/v2/{THEIRS}/os-hypervisors"), nothing(), [400, 400, 400, 401]),
         ("GET", format!("/v2.1/{THEIRS}/os-usb-devices"), nothing(), [400, 400, 400, 401]),
@@ -408,23 +467,40 @@ fn who_may_what() {
     let member = &callers[1].1;
     let text = |path: &str, id: &str| served.ask(member, "GET", path, "").text.replace(id, "X");
     assert_eq!(text(&item(3, ""), "3"), text(&item(9, ""), "9"));
-    assert_eq!(text(&server(CRM, "os-usb-devices"), CRM), text(&server(absent, "os-usb-devices"), absent));
-    assert_eq!(text(&server("x", "os-usb-devices"), "x"), text(&server(absent, "os-usb-devices"), absent));
-    // What another project holds is in use, and no more is said; in what is asked for by its kind neither.
-    served.until("device 1 to be free", |served| (!served.host.claims().contains("device 1")).then_some(()));
+    assert_eq!(
+        text(&server(CRM, "os-usb-devices"), CRM),
+        text(&server(absent, "os-usb-devices"), absent)
+    );
+    assert_eq!(
+        text(&server("x", "os-usb-devices"), "x"),
+        text(&server(absent, "os-usb-devices"), absent)
+    );
+    // What another project holds is in use, and no more is said; in what is asked for by its kind
+    // neither.
+    served.until("device 1 to be free", |served| {
+        (!served.host.claims().contains("device 1")).then_some(())
+    });
     assert_eq!(served.attach(&callers[2].1, CRM, &json!([{ "id": 1 }])).status, 202);
     let seen = served.ask(member, "GET", &item(1, ""), "").json();
     assert_eq!(
-        (&seen["usb_device"]["status"], &seen["usb_device"]["instance_uuid"], &seen["usb_device"]["held_by"]),
+        (
+            &seen["usb_device"]["status"],
+            &seen["usb_device"]["instance_uuid"],
+            &seen["usb_device"]["held_by"]
+        ),
         (&json!("allocated"), &json!(""), &json!(null))
     );
     let why = served
         .attach(member, ERP, &json!([{ "vendor_id": "0529", "product_id": "0001" }]))
         .fault("conflictingRequest");
-    assert!(why.contains("USB device 1 is in use") && !why.contains("crm") && !why.contains(CRM), "{why}");
+    assert!(
+        why.contains("USB device 1 is in use") && !why.contains("crm") && !why.contains(CRM),
+        "{why}"
+    );
     let why = served.attach(member, ERP, &json!([{ "serial": "S3" }])).fault("conflictingRequest");
     assert_eq!(why, "No USB device that can be had matches {\"serial\":\"S3\"}.");
-    let filtered = served.ask(member, "GET", &format!("/v3/os-usb-devices?instance_uuid={CRM}"), "").json();
+    let filtered =
+        served.ask(member, "GET", &format!("/v3/os-usb-devices?instance_uuid={CRM}"), "").json();
     assert_eq!(filtered["usb_devices"], json!([]), "a filter tells nothing that is not shown");
     let audit = served.ask(member, "GET", &item(1, "/events"), "").text;
     assert!(audit.contains("erp") && !audit.contains("crm"), "{audit}");
@@ -432,8 +508,13 @@ fn who_may_what() {
     assert!(admins.contains("crm") && admins.contains("\"actor\":\"api admin\""), "{admins}");
     // What an administrator did to the device: that he did, and neither why nor who he is.
     let events = served.ask(member, "GET", &item(1, "/events"), "").json()["events"].clone();
-    let disabled = events.as_array().unwrap().iter().find(|event| event["event"] == "disabled").unwrap();
-    assert_eq!((&disabled["actor"], &disabled["detail"]), (&json!(null), &json!(null)), "{disabled}");
+    let disabled =
+        events.as_array().unwrap().iter().find(|event| event["event"] == "disabled").unwrap();
+    assert_eq!(
+        (&disabled["actor"], &disabled["detail"]),
+        (&json!(null), &json!(null)),
+        "{disabled}"
+    );
     assert!(admins.contains("lent") && !audit.contains("lent"), "{audit}");
     // The release of a device may be the agent's.
     let own = |event: &&Value| event["project_id"] == OURS && event["event"] == "claimed";
@@ -488,21 +569,39 @@ fn a_device_has_so_many_tags_and_names_are_what_they_look_like() {
 fn an_administrator_says_whose_a_server_is() {
     let served = Served::new(RULES);
     let admin = served.token("root", OURS, "admin");
-    let (ours, theirs) = (served.token("ours", OURS, "member"), served.token("theirs", THEIRS, "member"));
+    let (ours, theirs) =
+        (served.token("ours", OURS, "member"), served.token("theirs", THEIRS, "member"));
     served.until("the rules", |served| {
         let seen = served.ask(&ours, "GET", "/v3/os-usb-devices", "").json();
         (seen["usb_devices"].as_array()?.len() == 2).then_some(())
     });
-    let say =
-        |body: Value| served.ask(&admin, "POST", &format!("/v3/servers/{LAB}/action"), &body.to_string());
+    let say = |body: Value| {
+        served.ask(&admin, "POST", &format!("/v3/servers/{LAB}/action"), &body.to_string())
+    };
     let names = |token: &str| -> Vec<String> {
         let servers = served.ask(token, "GET", "/v3/servers", "").json();
-        servers["servers"].as_array().unwrap().iter().map(|s| s["name"].as_str().unwrap().into()).collect()
+        servers["servers"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|s| s["name"].as_str().unwrap().into())
+            .collect()
     };
-    assert_eq!((names(&ours), names(&theirs)), (vec!["erp".into(), "off".into()], vec!["crm".to_owned()]));
-    assert_eq!(served.attach(&ours, LAB, &json!([{ "id": 2 }])).status, 404, "nobody's is nobody's");
+    assert_eq!(
+        (names(&ours), names(&theirs)),
+        (vec!["erp".into(), "off".into()], vec!["crm".to_owned()])
+    );
+    assert_eq!(
+        served.attach(&ours, LAB, &json!([{ "id": 2 }])).status,
+        404,
+        "nobody's is nobody's"
+    );
     let said = say(json!({ "set_usb_owner": { "project_id": OURS } }));
-    assert_eq!((said.status, &said.json()["server"]["project_id"]), (200, &json!(OURS)), "{said:?}");
+    assert_eq!(
+        (said.status, &said.json()["server"]["project_id"]),
+        (200, &json!(OURS)),
+        "{said:?}"
+    );
     assert_eq!((names(&ours).len(), names(&theirs).len()), (3, 1));
     // The whitelist gives device 2 to that project, and so to its server.
     let attached = served.attach(&ours, LAB, &json!([{ "serial": "S2" }]));
@@ -510,7 +609,9 @@ fn an_administrator_says_whose_a_server_is() {
     assert_eq!(served.attach(&theirs, LAB, &json!([{ "id": 1 }])).status, 404);
     // What it holds goes with it.
     assert_eq!(say(json!({ "set_usb_owner": { "project_id": THEIRS } })).status, 200);
-    let claims = |token: &str| served.ask(token, "GET", "/v3/os-usb-claims", "").json()["usb_claims"].clone();
+    let claims = |token: &str| {
+        served.ask(token, "GET", "/v3/os-usb-claims", "").json()["usb_claims"].clone()
+    };
     assert_eq!((claims(&ours), &claims(&theirs)[0]["usb_device_id"]), (json!([]), &json!(2)));
     assert_eq!(served.detach(&ours, LAB, &json!([{ "id": 2 }])).status, 404);
     assert_eq!(served.detach(&theirs, LAB, &json!([{ "id": 2 }])).status, 202);
@@ -520,7 +621,11 @@ fn an_administrator_says_whose_a_server_is() {
         (json!({ "set_usb_owner": null }), "no JSON object"),
         (json!({ "clear_usb_owner": {} }), "wants null"),
     ] {
-        assert!(say(body.clone()).fault("badRequest").contains(why), "{body}: {:?}", say(body.clone()));
+        assert!(
+            say(body.clone()).fault("badRequest").contains(why),
+            "{body}: {:?}",
+            say(body.clone())
+        );
     }
     let owners = served.ask(&admin, "GET", "/v3/os-usb-owners", "").json();
     assert_eq!(owners["usb_owners"][0]["project_id"], json!(THEIRS));
@@ -541,7 +646,9 @@ fn the_command_line_asks_an_api_as_it_asks_its_own_inventory() {
         let api = ["--url", &url, "--token-file", token.to_str().unwrap()];
         served.host.virt_usb(&[&api, arguments].concat())
     };
-    served.until("the rules", |_| ok(&there(&["devices"])).contains("unavailable (whitelist)").then_some(()));
+    served.until("the rules", |_| {
+        ok(&there(&["devices"])).contains("unavailable (whitelist)").then_some(())
+    });
     // What changes something says the same each time but the first.
     assert_eq!(
         ok(&there(&["attach", "erp", "0529:0001"])),
@@ -554,13 +661,17 @@ fn the_command_line_asks_an_api_as_it_asks_its_own_inventory() {
     assert_eq!(
         ok(&there(&["attach", OFF, "0529:0002"])),
         format!(
-            "{OFF} does not run: it gets {{\"vendor_id\":\"0529\",\"product_id\":\"0002\"}} at its next start\n"
+            "{OFF} does not run: it gets {{\"vendor_id\":\"0529\",\"product_id\":\"0002\"}} at its \
+                next start\n"
         )
     );
     assert!(
-        ok(&there(&["disable", "2", "--reason", "lent"])).contains("is disabled (lent); it is unavailable")
+        ok(&there(&["disable", "2", "--reason", "lent"]))
+            .contains("is disabled (lent); it is unavailable")
     );
-    assert!(ok(&there(&["disable", "2", "--reason", "lent"])).contains("is already disabled (lent)"));
+    assert!(
+        ok(&there(&["disable", "2", "--reason", "lent"])).contains("is already disabled (lent)")
+    );
     assert!(ok(&there(&["tag", "3", "blue", "green"])).contains("is tagged blue, green"));
     assert!(
         ok(&there(&["flavor", "set", "erp/2 %", r#"{"usb_devices":[{"serial":"S1"}]}"#]))
@@ -573,7 +684,10 @@ fn the_command_line_asks_an_api_as_it_asks_its_own_inventory() {
     let grant = r#"{"usb_devices":[{"serial":"none"}],"projects":["p1"]}"#;
     assert!(ok(&there(&["grant", "set", "erp/2 %", grant])).starts_with("stored: erp/2 % gives {"));
     assert!(ok(&there(&["grant", "set", "erp/2 %", grant])).starts_with("unchanged: "));
-    assert_eq!(ok(&there(&["owner", "set", "lab", OURS])), format!("lab is project {OURS}'s now\n"));
+    assert_eq!(
+        ok(&there(&["owner", "set", "lab", OURS])),
+        format!("lab is project {OURS}'s now\n")
+    );
     // What is shown is the same, byte for byte.
     for shown in [
         &["devices"][..],
@@ -620,7 +734,10 @@ fn the_command_line_asks_an_api_as_it_asks_its_own_inventory() {
             "{arguments:?}: {text}"
         );
     };
-    refused(&["devices", "--url", "http://127.0.0.1:1"], "cannot ask the API at http://127.0.0.1:1: ");
+    refused(
+        &["devices", "--url", "http://127.0.0.1:1"],
+        "cannot ask the API at http://127.0.0.1:1: ",
+    );
     refused(&["devices", "--url", "host:8790"], "wanted an address such as https://");
     refused(
         &["devices", "--url", "http://192.0.2.1:8790"],
@@ -652,12 +769,16 @@ fn the_command_line_asks_an_api_as_it_asks_its_own_inventory() {
         refused(change, "the API answers 403: ");
     }
     let events = ok(&there(&["events", "--device", "2"]));
-    assert!(events.contains("disabled") && !events.contains("lent") && !events.contains("root"), "{events}");
+    assert!(
+        events.contains("disabled") && !events.contains("lent") && !events.contains("root"),
+        "{events}"
+    );
     std::fs::write(&token, "vusb_forged").unwrap();
     refused(&["devices"], "the API answers 401: ");
 }
 
-/// What a document shows: a command, and what it prints, where `...` is anything. The lines are indented by four.
+/// What a document shows: a command, and what it prints, where `...` is anything. The lines are
+/// indented by four.
 fn examples(text: &str) -> Vec<(String, String)> {
     let mut found: Vec<(String, String)> = Vec::new();
     let mut goes_on = false;
@@ -698,9 +819,16 @@ fn the_examples_of_the_documents_work() {
         &guest("erp", "6f3c9d7e-0b51-4a55-9a3e-0d3b8c1f2a01", OURS, ""),
     );
     let readme = std::fs::read_to_string(virt_usb_suite::root().join("README.md")).unwrap();
-    let section =
-        readme.split("\n### The same through the API\n").nth(1).unwrap().split("\n#").next().unwrap();
-    let api = std::fs::read_to_string(virt_usb_suite::root().join("host-runtime/src/api/README.md")).unwrap();
+    let section = readme
+        .split("\n### The same through the API\n")
+        .nth(1)
+        .unwrap()
+        .split("\n#")
+        .next()
+        .unwrap();
+    let api =
+        std::fs::read_to_string(virt_usb_suite::root().join("host-runtime/src/api/README.md"))
+            .unwrap();
     let member = served.token("anna", OURS, "member");
     let admin = served.token("root", OURS, "admin");
     std::fs::write(served.host.path("token"), &member).unwrap();
@@ -708,8 +836,10 @@ fn the_examples_of_the_documents_work() {
         let examples = examples(text);
         assert!(examples.len() >= least, "{examples:?}");
         let mut script = format!(
-            "set -f\nsudo() {{ \"$@\"; }}\nvirt-usb() {{ {:?} --config {:?} \"$@\"; }}\nTOKEN={token}\nAPI=http://127.0.0.1:8790/v2.1\n\
-             curl() {{ if [ \"$2\" = HEADERS ]; then shift 2; set -- -s -H \"X-Auth-Token: $TOKEN\" -H 'Content-Type: application/json' \"$@\"; fi; command curl \"$@\"; }}\n",
+            "set -f\nsudo() {{ \"$@\"; }}\nvirt-usb() {{ {:?} --config {:?} \"$@\"; \
+                }}\nTOKEN={token}\nAPI=http://127.0.0.1:8790/v2.1\n\
+             curl() {{ if [ \"$2\" = HEADERS ]; then shift 2; set -- -s -H \"X-Auth-Token: \
+             $TOKEN\" -H 'Content-Type: application/json' \"$@\"; fi; command curl \"$@\"; }}\n",
             program("virt-usb"),
             served.host.config_file()
         );
@@ -721,11 +851,19 @@ fn the_examples_of_the_documents_work() {
             .replace("http://127.0.0.1:8790", &format!("http://{}", served.at))
             .replace("https://compute1.example:8790", &format!("http://{}", served.at))
             .replace("~/.virt-usb-token", served.host.path("token").to_str().unwrap())
-            .replace("/var/lib/virt-usb/api.sock", served.host.path("state/api.sock").to_str().unwrap());
+            .replace(
+                "/var/lib/virt-usb/api.sock",
+                served.host.path("state/api.sock").to_str().unwrap(),
+            );
         let ran = Command::new("bash").arg("-c").arg(&script).output().unwrap();
         let told = String::from_utf8(ran.stdout).unwrap();
         let outputs: Vec<&str> = told.split("<<<>>>\n").collect();
-        assert_eq!(outputs.len(), examples.len() + 1, "{told}{}", String::from_utf8_lossy(&ran.stderr));
+        assert_eq!(
+            outputs.len(),
+            examples.len() + 1,
+            "{told}{}",
+            String::from_utf8_lossy(&ran.stderr)
+        );
         for ((command, wanted), output) in examples.iter().zip(outputs) {
             assert!(
                 is_like(output.trim_end(), wanted),
@@ -742,8 +880,10 @@ fn lists_are_filtered_sorted_and_paged() {
     let list = |query: &str| served.ask(&admin, "GET", &format!("/v3/os-usb-devices?{query}"), "");
     let ids = |query: &str| -> Vec<u64> {
         let answer = list(query);
-        let devices =
-            answer.json()["usb_devices"].as_array().cloned().unwrap_or_else(|| panic!("{answer:?}"));
+        let devices = answer.json()["usb_devices"]
+            .as_array()
+            .cloned()
+            .unwrap_or_else(|| panic!("{answer:?}"));
         devices.iter().filter_map(|d| d["id"].as_u64()).collect()
     };
     served.until("the rules", |_| (ids("status=unavailable") == [4]).then_some(()));
@@ -756,7 +896,9 @@ fn lists_are_filtered_sorted_and_paged() {
     let mut next = "/v3/os-usb-devices?limit=3&sort_key=id&sort_dir=desc".to_owned();
     loop {
         let page = served.ask(&admin, "GET", &next, "").json();
-        seen.extend(page["usb_devices"].as_array().unwrap().iter().map(|d| d["id"].as_u64().unwrap()));
+        seen.extend(
+            page["usb_devices"].as_array().unwrap().iter().map(|d| d["id"].as_u64().unwrap()),
+        );
         let Some(href) = page["usb_devices_links"][0]["href"].as_str() else { break };
         next = href.to_owned();
     }
@@ -773,9 +915,13 @@ fn lists_are_filtered_sorted_and_paged() {
         assert!(list(query).fault("badRequest").contains(why), "{query}: {:?}", list(query));
     }
     let reason = list("limit=x").fault("badRequest");
-    assert!(reason.starts_with("limit: invalid"), "the key first, and nothing of our innards: {reason}");
-    let events =
-        |query: &str| served.ask(&admin, "GET", &format!("/v3/os-usb-devices/2/events{query}"), "").json();
+    assert!(
+        reason.starts_with("limit: invalid"),
+        "the key first, and nothing of our innards: {reason}"
+    );
+    let events = |query: &str| {
+        served.ask(&admin, "GET", &format!("/v3/os-usb-devices/2/events{query}"), "").json()
+    };
     for _ in 0..3 {
         assert_eq!(served.attach(&admin, ERP, &json!([{ "id": 2 }])).status, 202);
         assert_eq!(served.detach(&admin, ERP, &json!([{ "id": 2 }])).status, 202);
@@ -803,7 +949,10 @@ fn what_is_wrong_is_said_and_the_next_one_is_served() {
         (r#"{"attach_usb_devices":{"usb_devices_requests":[]}}"#, "is empty"),
         (r#"{"attach_usb_devices":{"usb_devices_requests":{}}}"#, "wants a list"),
         (r#"{"attach_usb_devices":{"devices":[]}}"#, "has the key \"devices\""),
-        (r#"{"attach_usb_devices":{"usb_devices_requests":[{"id":-1}]}}"#, "usb_devices_requests[0].id"),
+        (
+            r#"{"attach_usb_devices":{"usb_devices_requests":[{"id":-1}]}}"#,
+            "usb_devices_requests[0].id",
+        ),
         (r#"{"attach_usb_devices":{"usb_devices_requests":[{"colour":1}]}}"#, "colour"),
         (
             r#"{"detach_usb_devices":{"usb_devices_requests":[{"vendor_id":"0529","count":2}]}}"#,
@@ -811,12 +960,16 @@ fn what_is_wrong_is_said_and_the_next_one_is_served() {
         ),
     ] {
         let answer = post(body);
-        assert!(answer.status == 400 && answer.fault("badRequest").contains(why), "{body}: {answer:?}");
+        assert!(
+            answer.status == 400 && answer.fault("badRequest").contains(why),
+            "{body}: {answer:?}"
+        );
     }
     let token = format!("X-Auth-Token: {admin}\r\n");
     let with = |headers: &str, body: &[u8], length: usize| {
         let head = format!(
-            "POST {action} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{token}{headers}Content-Length: {length}\r\n\r\n"
+            "POST {action} HTTP/1.1\r\nHost: x\r\nConnection: \
+                close\r\n{token}{headers}Content-Length: {length}\r\n\r\n"
         );
         served.raw(&[head.as_bytes(), body].concat())
     };
@@ -833,7 +986,9 @@ fn what_is_wrong_is_said_and_the_next_one_is_served() {
     assert_eq!(half.status, 408, "{half:?}");
     assert_eq!(served.raw(b"\x00\x01 / HTTP/1.1\r\n\r\n").status, 400);
     assert_eq!(
-        served.raw(format!("GET / HTTP/1.1\r\nX: {}\r\n\r\n", "x".repeat(40_000)).as_bytes()).status,
+        served
+            .raw(format!("GET / HTTP/1.1\r\nX: {}\r\n\r\n", "x".repeat(40_000)).as_bytes())
+            .status,
         431
     );
     for path in [
@@ -858,12 +1013,26 @@ fn what_is_wrong_is_said_and_the_next_one_is_served() {
         served.ask(&admin, "DELETE", "/v3/os-hypervisors", "").fault("badMethod"),
         "This resource has no such method."
     );
-    assert_eq!(served.ask("\u{1}", "GET", "/v3/os-hypervisors", "").status, 400, "no header's text");
-    assert_eq!(served.raw(b"GET /v3/os-hypervisors HTTP/1.1\r\nHost: x\r\nConnection: close\r\nX-Auth-Token: \xff\r\n\r\n").status, 401);
+    assert_eq!(
+        served.ask("\u{1}", "GET", "/v3/os-hypervisors", "").status,
+        400,
+        "no header's text"
+    );
+    assert_eq!(
+        served
+            .raw(
+                b"GET /v3/os-hypervisors HTTP/1.1\r\nHost: x\r\nConnection: \
+        close\r\nX-Auth-Token: \xff\r\n\r\n"
+            )
+            .status,
+        401
+    );
     let twice = request(&format!("{token}{token}"), "GET", "/v3/os-hypervisors", "");
     assert_eq!(served.raw(twice.as_bytes()).status, 401, "two tokens");
     assert_eq!(
-        served.raw(b"GET /v3/os-hypervisors HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").status,
+        served
+            .raw(b"GET /v3/os-hypervisors HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+            .status,
         401
     );
     assert!(served.host.claims().is_empty());
@@ -875,7 +1044,8 @@ fn what_is_wrong_is_said_and_the_next_one_is_served() {
 fn more_connections_than_are_taken_are_turned_away() {
     let served = Served::new("");
     let admin = served.token("root", OURS, "admin");
-    let mut idle: Vec<TcpStream> = (0..256).map(|_| TcpStream::connect(served.at).unwrap()).collect();
+    let mut idle: Vec<TcpStream> =
+        (0..256).map(|_| TcpStream::connect(served.at).unwrap()).collect();
     served.until("the next to be turned away", |served| {
         let answer = served.ask(&admin, "GET", "/v3/os-hypervisors", "");
         (answer.status == 503).then(|| answer.fault("serviceUnavailable"))
@@ -890,7 +1060,8 @@ fn more_connections_than_are_taken_are_turned_away() {
 #[test]
 fn tokens_count_until_they_do_not() {
     let served = Served::new("");
-    let (first, second) = (served.token("first", OURS, "member"), served.token("second", OURS, "reader"));
+    let (first, second) =
+        (served.token("first", OURS, "member"), served.token("second", OURS, "reader"));
     let status = |token: &str| served.ask(token, "GET", "/v3/os-hypervisors", "").status;
     assert_eq!((status(&first), status(&second)), (200, 200));
     ok(&served.host.virt_usb(&["token", "remove", "first"]));
@@ -903,7 +1074,8 @@ fn tokens_count_until_they_do_not() {
     std::fs::write(&file, "[[token]]\nname = 1\n").unwrap();
     let answer = served.ask(&second, "GET", "/v3/os-hypervisors", "");
     assert!(
-        answer.status == 503 && answer.fault("serviceUnavailable").contains("Tokens cannot be looked up"),
+        answer.status == 503
+            && answer.fault("serviceUnavailable").contains("Tokens cannot be looked up"),
         "{answer:?}"
     );
     assert!(served.log().contains("tokens.toml is wrong"), "{}", served.log());
@@ -913,23 +1085,33 @@ fn tokens_count_until_they_do_not() {
     std::fs::set_permissions(&file, std::os::unix::fs::PermissionsExt::from_mode(0o600)).unwrap();
     assert_eq!(status(&second), 200);
     let listed = ok(&served.host.virt_usb(&["token", "list"]));
-    assert!(listed.contains("second") && listed.contains("reader") && !listed.contains(&second), "{listed}");
+    assert!(
+        listed.contains("second") && listed.contains("reader") && !listed.contains(&second),
+        "{listed}"
+    );
 }
 
 #[test]
 fn who_asks_too_often_is_told_to_wait_and_nobody_else_is() {
     let served = Served::new("");
-    let (loud, quiet) = (served.token("loud", OURS, "member"), served.token("quiet", OURS, "member"));
+    let (loud, quiet) =
+        (served.token("loud", OURS, "member"), served.token("quiet", OURS, "member"));
     let action = format!("/v3/servers/{ERP}/action");
-    let too_often = |count, ask: &dyn Fn() -> Answer| (0..count).map(|_| ask()).find(|a| a.status == 429);
+    let too_often =
+        |count, ask: &dyn Fn() -> Answer| (0..count).map(|_| ask()).find(|a| a.status == 429);
     let told = too_often(5000, &|| served.ask(&loud, "POST", &action, "{}")).unwrap();
     assert!(told.fault("overLimit").contains("too often: try again in"), "{told:?}");
     assert!(told.headers["retry-after"].parse::<u64>().unwrap() >= 1);
     assert_eq!(served.ask(&loud, "GET", "/v3/os-usb-devices", "").status, 200, "reading goes on");
     assert_eq!(served.ask(&quiet, "POST", &action, "{}").status, 400);
-    let guessed = too_often(5000, &|| served.ask("vusb_guess", "GET", "/v3/os-usb-devices", "")).unwrap();
+    let guessed =
+        too_often(5000, &|| served.ask("vusb_guess", "GET", "/v3/os-usb-devices", "")).unwrap();
     guessed.fault("overLimit");
-    assert_eq!(served.ask(&quiet, "GET", "/v3/os-usb-devices", "").status, 200, "who has a token is let in");
+    assert_eq!(
+        served.ask(&quiet, "GET", "/v3/os-usb-devices", "").status,
+        200,
+        "who has a token is let in"
+    );
 }
 
 /// Makes a certificate for 127.0.0.1, `api.crt`, and its key, `api.key`.
@@ -959,7 +1141,8 @@ fn tls_proves_whose_it_is_and_a_renewed_certificate_counts_at_once() {
     let folder = tempfile::tempdir().unwrap();
     certify(folder.path());
     let at = folder.path().display();
-    let served = Served::new(&format!("api_certificate = \"{at}/api.crt\"\napi_key = \"{at}/api.key\""));
+    let served =
+        Served::new(&format!("api_certificate = \"{at}/api.crt\"\napi_key = \"{at}/api.key\""));
     let token = served.token("erp", OURS, "member");
     let ask = |trusted: &str| {
         let mut client = Command::new("openssl")
@@ -987,7 +1170,11 @@ fn tls_proves_whose_it_is_and_a_renewed_certificate_counts_at_once() {
         answer.status
     };
     assert_eq!(ask("api.crt"), 200);
-    assert_eq!(served.ask(&token, "GET", "/v3/os-usb-devices", "").status, 0, "nothing without TLS");
+    assert_eq!(
+        served.ask(&token, "GET", "/v3/os-usb-devices", "").status,
+        0,
+        "nothing without TLS"
+    );
     std::fs::copy(folder.path().join("api.crt"), folder.path().join("old.crt")).unwrap();
     certify(folder.path());
     assert_eq!((ask("old.crt"), ask("api.crt")), (0, 200), "the new one counts");

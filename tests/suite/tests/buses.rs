@@ -1,4 +1,5 @@
-//! Bus numbers are assigned at boot. Whatever they are, a device stays who it is, and so does what is stored about it.
+//! Bus numbers are assigned at boot. Whatever they are, a device stays who it is, and so does what
+//! is stored about it.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test's helpers fail the test")]
 
 use virt_usb_model::Serial;
@@ -6,7 +7,8 @@ use virt_usb_suite::{Host, device, domain, ok, text};
 
 const FIRST: &str = "pci-0000:00:14.0";
 const SECOND: &str = "pci-0000:0a:00.0";
-const BOOTS: [&str; 2] = ["11111111-1111-4111-8111-111111111111", "22222222-2222-4222-8222-222222222222"];
+const BOOTS: [&str; 2] =
+    ["11111111-1111-4111-8111-111111111111", "22222222-2222-4222-8222-222222222222"];
 
 /// A key without a serial in port 4 of a controller, whose bus has this number.
 fn key(controller: &str, bus: u8, number: u8, more: &str) -> String {
@@ -49,7 +51,11 @@ fn each_guest_keeps_its_key_when_the_buses_swap_their_numbers() {
     let answer = host.call(&["erp", "prepare", "begin", "-"], erp.as_bytes());
     let xml = ok(&answer);
     assert!(xml.contains("<address bus='3' device='5'/>"), "{xml}");
-    assert_eq!(place(&host, 1), ("3-4".into(), "usb_3_5".into()), "the claim corrects what is stored");
+    assert_eq!(
+        place(&host, 1),
+        ("3-4".into(), "usb_3_5".into()),
+        "the claim corrects what is stored"
+    );
     assert!(ok(&host.virt_usb(&["store", "check"])).contains("all is well"));
     // A scan finds both as whom they were.
     host.discover(&keys(true));
@@ -66,7 +72,8 @@ fn each_guest_keeps_its_key_when_the_buses_swap_their_numbers() {
 
 #[test]
 fn a_port_that_was_stored_means_the_socket_that_it_meant_then() {
-    let rules = "usb_white_list_switch = 'on'\nusb_passthrough_whitelist = [{ port = '1-4', tags = ['erp'] }, { port = '1-9' }]\n";
+    let rules = "usb_white_list_switch = 'on'\nusb_passthrough_whitelist = [{ port = '1-4', tags = \
+        ['erp'] }, { port = '1-9' }]\n";
     let host = Host::new(rules);
     host.discover(&keys(false));
     let offered = || -> Vec<String> {
@@ -79,8 +86,14 @@ fn a_port_that_was_stored_means_the_socket_that_it_meant_then() {
     };
     assert_eq!(offered(), [r#"available ["erp"]"#, "unavailable []"]);
     ok(&host.virt_usb(&["flavor", "set", "m1.erp", r#"{"usb_devices":[{"port":"1-4"}]}"#]));
-    ok(&host.virt_usb(&["grant", "set", "g", r#"{"usb_devices":[{"port":"3-4"}],"projects":["p1"]}"#]));
-    let stored = || (ok(&host.virt_usb(&["flavor", "list"])), ok(&host.virt_usb(&["grant", "list"])));
+    ok(&host.virt_usb(&[
+        "grant",
+        "set",
+        "g",
+        r#"{"usb_devices":[{"port":"3-4"}],"projects":["p1"]}"#,
+    ]));
+    let stored =
+        || (ok(&host.virt_usb(&["flavor", "list"])), ok(&host.virt_usb(&["grant", "list"])));
     let before = stored();
     assert!(before.0.contains(&format!("{FIRST}-usbv2-0:4")), "{before:?}");
     assert!(before.1.contains(&format!("{SECOND}-usbv2-0:4")), "{before:?}");
@@ -88,7 +101,9 @@ fn a_port_that_was_stored_means_the_socket_that_it_meant_then() {
     host.discover(&keys(true));
     assert_eq!(offered(), [r#"available ["erp"]"#, "unavailable []"]);
     assert_eq!(stored(), before);
-    let nova = "<nova:instance xmlns:nova='http://openstack.org/xmlns/libvirt/nova/1.1'><nova:flavor name='m1.erp'/></nova:instance>";
+    let nova = "<nova:instance \
+        xmlns:nova='http://openstack.org/xmlns/libvirt/nova/1.1'><nova:flavor \
+        name='m1.erp'/></nova:instance>";
     let xml = domain("erp", 7, "{}");
     let start = xml.find("<usb:flavor").unwrap();
     let end = xml.find("</metadata>").unwrap();
@@ -115,7 +130,12 @@ fn without_a_path_twins_are_set_aside_after_a_restart() {
     host.discover(&all);
     let status = || -> Vec<String> {
         let reason = |r: &virt_usb_store::Record| r.entry.status_reason.clone().unwrap_or_default();
-        host.store().devices().unwrap().iter().map(|r| format!("{} {}", r.entry.status, reason(r))).collect()
+        host.store()
+            .devices()
+            .unwrap()
+            .iter()
+            .map(|r| format!("{} {}", r.entry.status, reason(r)))
+            .collect()
     };
     assert_eq!(status(), ["available ", "available ", "available ", "available "]);
     // Another agent, the same boot.
@@ -127,7 +147,10 @@ fn without_a_path_twins_are_set_aside_after_a_restart() {
     let why = text(&refused.stderr);
     assert!(!refused.status.success() && why.contains("quarantine"), "{why}");
     host.discover(&all);
-    assert_eq!(status(), ["unavailable quarantined", "available ", "available ", "unavailable quarantined"]);
+    assert_eq!(
+        status(),
+        ["unavailable quarantined", "available ", "available ", "unavailable quarantined"]
+    );
     let shown = ok(&host.virt_usb(&["quarantine"]));
     assert!(shown.contains("the host was restarted") && shown.contains("devices 1, 4"), "{shown}");
     ok(&host.virt_usb(&["quarantine", "clear", "1"]));
@@ -144,7 +167,12 @@ fn without_a_path_a_device_is_set_aside_with_a_twin_that_came_with_the_restart()
     let all = recorded.clone() + &key(3, 6);
     let status = |host: &Host| -> Vec<String> {
         let reason = |r: &virt_usb_store::Record| r.entry.status_reason.clone().unwrap_or_default();
-        host.store().devices().unwrap().iter().map(|r| format!("{} {}", r.entry.status, reason(r))).collect()
+        host.store()
+            .devices()
+            .unwrap()
+            .iter()
+            .map(|r| format!("{} {}", r.entry.status, reason(r)))
+            .collect()
     };
     let free = |count: usize| vec!["available ".to_owned(); count];
 
@@ -183,8 +211,9 @@ fn without_a_path_a_device_is_set_aside_with_a_twin_that_came_with_the_restart()
 
 #[test]
 fn other_names_at_a_port_without_a_path_are_another_device() {
-    let named =
-        |bus: u8, name: &str| device("0001", &format!("{bus}-4"), 5, &format!("product_name = '{name}'"));
+    let named = |bus: u8, name: &str| {
+        device("0001", &format!("{bus}-4"), 5, &format!("product_name = '{name}'"))
+    };
     let host = Host::new("");
     host.discover(&(named(1, "key A") + &named(3, "key B")));
     host.discover(&(named(3, "key A") + &named(1, "key B")));
@@ -207,7 +236,8 @@ fn a_placeholder_is_no_serial() {
     // The key is pulled, and a clone of it is plugged in elsewhere.
     host.discover(&clone("1-2", 6));
     let devices = host.store().devices().unwrap();
-    let seen: Vec<_> = devices.iter().map(|r| (r.entry.id.get(), r.entry.status.as_str())).collect();
+    let seen: Vec<_> =
+        devices.iter().map(|r| (r.entry.id.get(), r.entry.status.as_str())).collect();
     assert_eq!(seen, [(1, "removed"), (2, "available")]);
     assert!(ok(&host.virt_usb(&["devices"])).contains("0001 (placeholder)"));
     let claims = ok(&host.virt_usb(&["claims"]));
@@ -216,7 +246,8 @@ fn a_placeholder_is_no_serial() {
         "{claims}"
     );
     assert!(claims.contains("'virt-usb attach erp 2', then 'virt-usb detach erp 1'"), "{claims}");
-    let shown: serde_json::Value = serde_json::from_str(&ok(&host.virt_usb(&["--json", "claims"]))).unwrap();
+    let shown: serde_json::Value =
+        serde_json::from_str(&ok(&host.virt_usb(&["--json", "claims"]))).unwrap();
     assert_eq!(shown[0]["moved_to"], serde_json::json!([2]));
 }
 
@@ -228,7 +259,10 @@ fn only_a_device_that_came_later_may_be_the_one_that_was_moved() {
     let erp = domain("erp", 7, r#"{"usb_devices":[{"id":1}]}"#);
     ok(&host.call(&["erp", "prepare", "begin", "-"], erp.as_bytes()));
     host.discover(&key("1-2", 6));
-    assert!(!ok(&host.virt_usb(&["claims"])).contains("is away"), "device 2 was there all the time");
+    assert!(
+        !ok(&host.virt_usb(&["claims"])).contains("is away"),
+        "device 2 was there all the time"
+    );
     host.discover(&(key("1-2", 6) + &key("1-3", 7)));
     let claims = ok(&host.virt_usb(&["claims"]));
     assert!(claims.contains("of the same kind device 3 at port 1-3 is free"), "{claims}");
@@ -260,9 +294,11 @@ fn a_held_device_whose_serial_is_seen_twice_is_reported() {
 
 /// Makes the inventory one of a release that knew no paths.
 fn forget_paths(host: &Host) {
-    let script = "import sqlite3, sys; c = sqlite3.connect(sys.argv[1]); c.execute('UPDATE usb_devices SET path = NULL'); c.commit()";
+    let script = "import sqlite3, sys; c = sqlite3.connect(sys.argv[1]); c.execute('UPDATE \
+        usb_devices SET path = NULL'); c.commit()";
     let file = host.path("state/inventory.sqlite");
-    let done = std::process::Command::new("python3").args(["-c", script]).arg(file).status().unwrap();
+    let done =
+        std::process::Command::new("python3").args(["-c", script]).arg(file).status().unwrap();
     assert!(done.success());
 }
 
@@ -280,7 +316,8 @@ fn an_older_inventory_learns_paths_while_its_bus_numbers_hold() {
     };
     let path = |controller| Some(format!("{controller}-usbv2-0:4"));
     assert_eq!(known(&host), [(1, path(FIRST), false), (2, path(SECOND), false)]);
-    // With a restart in between, no device is taken for its twin unseen. The holder of one is refused too.
+    // With a restart in between, no device is taken for its twin unseen. The holder of one is
+    // refused too.
     let host = Host::new("hold = 'instance'");
     host.discover(&keys(false));
     let erp = domain("erp", 7, r#"{"usb_devices":[{"id":1}]}"#);
@@ -291,7 +328,10 @@ fn an_older_inventory_learns_paths_while_its_bus_numbers_hold() {
     host.discover(&keys(true));
     assert!(known(&host).iter().all(|(.., quarantined)| *quarantined), "{:?}", known(&host));
     let refused = host.call(&["erp", "prepare", "begin", "-"], erp.as_bytes());
-    assert!(!refused.status.success() && text(&refused.stderr).contains("quarantine"), "{refused:?}");
+    assert!(
+        !refused.status.success() && text(&refused.stderr).contains("quarantine"),
+        "{refused:?}"
+    );
     assert_eq!(text(&refused.stdout), "");
     assert!(host.claims().contains("device 1 erp"), "the claim waits for the operator");
 }

@@ -1,6 +1,11 @@
-//! Names come from devices, guests and tenants: no program writes a character of theirs that a terminal obeys, or that turns a
-//! line around, whether to a terminal or to a log.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
+//! Names come from devices, guests and tenants: no program writes a character of theirs that a
+//! terminal obeys, or that turns a line around, whether to a terminal or to a log.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test fails by panicking"
+)]
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -9,7 +14,8 @@ use std::time::{Duration, Instant};
 use virt_usb_model::printable;
 use virt_usb_suite::{Host, PATIENCE, device, domain, feed, program, root};
 
-/// What XML and TOML let through: C1's CSI, the overrides and isolates, a mark at the start of a file.
+/// What XML and TOML let through: C1's CSI, the overrides and isolates, a mark at the start of a
+/// file.
 const HOSTILE: &str = "e\u{9b}2J\u{85}\u{202e}\u{2066}\u{200f}\u{feff}\u{7f}rp";
 const ONE: &str = r#"{"usb_devices":[{"vendor_id":"0529","product_id":"0001"}]}"#;
 
@@ -31,7 +37,9 @@ fn run(what: &str, command: Command, input: &str) -> Vec<u8> {
 
 fn host() -> Host {
     let host = Host::new("");
-    host.discover(&[device("0001", "1-1", 2, "serial = \"A\""), device("0001", "1-2", 3, "")].concat());
+    host.discover(
+        &[device("0001", "1-1", 2, "serial = \"A\""), device("0001", "1-2", 3, "")].concat(),
+    );
     host
 }
 
@@ -73,7 +81,8 @@ fn the_command_line() {
     assert!(!host.call(&["x", "prepare", "begin", "-"], refused.as_bytes()).status.success());
     let sim = host.path("sim.toml");
     let hostile = HOSTILE.replace('\u{7f}', "");
-    std::fs::write(&sim, device("0001", "1-1", 2, &format!("product_name = \"{hostile}\""))).unwrap();
+    std::fs::write(&sim, device("0001", "1-1", 2, &format!("product_name = \"{hostile}\"")))
+        .unwrap();
     let sim = sim.to_str().unwrap();
     let wrong = format!("{{\"{HOSTILE}\":1}}");
     for arguments in [
@@ -137,7 +146,8 @@ fn the_agent() {
     // TOML has no delete character.
     let hostile = HOSTILE.replace('\u{7f}', "");
     let guest = format!(
-        "[[domain]]\nname = \"{hostile}\"\nuuid = '11111111-2222-4333-8444-555555555555'\nrunning = true\nflavor = '{ONE}'\n"
+        "[[domain]]\nname = \"{hostile}\"\nuuid = '11111111-2222-4333-8444-555555555555'\nrunning \
+            = true\nflavor = '{ONE}'\n"
     );
     let named = device("0001", "1-1", 2, &format!("product_name = \"{hostile}\""));
     std::fs::write(&sim, named + &guest).unwrap();
@@ -198,8 +208,15 @@ fn there_is_one_function_and_few_who_write() {
         {
             continue;
         }
-        for own in ["is_control() {", "stderr()", "stdout()", "eprint", "println", "202e", ".map(printable)"]
-        {
+        for own in [
+            "is_control() {",
+            "stderr()",
+            "stdout()",
+            "eprint",
+            "println",
+            "202e",
+            ".map(printable)",
+        ] {
             assert!(!text.contains(own), "{name} holds {own:?}");
         }
     }

@@ -1,5 +1,10 @@
 //! `virt-usb` as an operator types it.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test fails by panicking"
+)]
 
 use serde_json::Value;
 use virt_usb_suite::{Host, device, domain, ok, text};
@@ -36,10 +41,17 @@ fn discover_records_and_says_what_changed() {
     let shown = ok(&host.virt_usb(&["discover", "--sim", sim, "--sysfs-out", out]));
     assert!(shown.contains("0529:0001") && shown.contains("2 device(s): 2 added"), "{shown}");
     let found = json(&host, &["discover", "--sim", sim]);
-    assert_eq!((found["devices"].as_array().unwrap().len(), &found["changes"]), (2, &Value::Array(vec![])));
-    std::fs::write(&file, device("0001", "1-1", 9, "serial = \"A\"\nproduct_name = \"HASP\"")).unwrap();
+    assert_eq!(
+        (found["devices"].as_array().unwrap().len(), &found["changes"]),
+        (2, &Value::Array(vec![]))
+    );
+    std::fs::write(&file, device("0001", "1-1", 9, "serial = \"A\"\nproduct_name = \"HASP\""))
+        .unwrap();
     let changes = json(&host, &["discover", "--sim", sim])["changes"].clone();
-    assert_eq!(changes, serde_json::json!([{"id": 2, "what": "removed"}, {"id": 1, "what": "returned"}]));
+    assert_eq!(
+        changes,
+        serde_json::json!([{"id": 2, "what": "removed"}, {"id": 1, "what": "returned"}])
+    );
     assert_eq!(json(&host, &["devices"]).as_array().unwrap().len(), 1);
     assert_eq!(json(&host, &["devices", "--all"]).as_array().unwrap().len(), 2);
     let preview = ok(&host.virt_usb(&["discover", "--sim", sim, "--dry-run"]));
@@ -80,7 +92,10 @@ fn devices_as_json_have_the_columns_of_the_table() {
         (device["bus_id"].as_u64(), device["device_id"].as_u64(), device["port_id"].as_u64()),
         (Some(1), Some(3), Some(4))
     );
-    assert_eq!((device["status"].as_str(), device["deleted"].as_u64()), (Some("available"), Some(0)));
+    assert_eq!(
+        (device["status"].as_str(), device["deleted"].as_u64()),
+        (Some("available"), Some(0))
+    );
 }
 
 #[test]
@@ -101,9 +116,17 @@ fn flavors_are_checked_normalised_and_forgotten() {
     assert_eq!(json(&host, &["flavor", "list"])[0]["usb_devices"][0]["vendor_id"], "0529");
     let why = fails(
         &host,
-        &["flavor", "set", "bad", r#"{"usb_redirection_devices":{["bus": usb, "type": "spicevmc"]}}"#],
+        &[
+            "flavor",
+            "set",
+            "bad",
+            r#"{"usb_redirection_devices":{["bus": usb, "type": "spicevmc"]}}"#,
+        ],
     );
-    assert!(why.contains(r#"{"usb_redirection_devices":[{"bus":"usb","type":"spicevmc"}]}"#), "{why}");
+    assert!(
+        why.contains(r#"{"usb_redirection_devices":[{"bus":"usb","type":"spicevmc"}]}"#),
+        "{why}"
+    );
     assert!(fails(&host, &["flavor", "set", "empty", "{}"]).contains("asks for nothing"));
     assert!(fails(&host, &["flavor", "set", "", "{}"]).contains("no name for a flavor"));
     assert!(fails(&host, &["flavor", "show", "nope"]).contains("flavor list"));
@@ -124,11 +147,14 @@ fn a_claim_is_shown_and_freed_by_force_only() {
         (&1.into(), &"erp-1".into(), &"claimed".into())
     );
     assert!(fails(&host, &["claims", "release", "erp-1"]).contains("--force"));
-    assert!(fails(&host, &["claims", "release", "erp-9", "--force"]).contains("no domain of the name"));
+    assert!(
+        fails(&host, &["claims", "release", "erp-9", "--force"]).contains("no domain of the name")
+    );
     assert_eq!(ok(&host.virt_usb(&["claims", "release", "erp-1", "--force"])), "freed device 1\n");
     assert_eq!(json(&host, &["claims"]), Value::Array(vec![]));
     let events = json(&host, &["events", "--instance", "00000001-0000-4000-8000-000000000000"]);
-    let kinds: Vec<_> = events.as_array().unwrap().iter().map(|e| e["event"].as_str().unwrap()).collect();
+    let kinds: Vec<_> =
+        events.as_array().unwrap().iter().map(|e| e["event"].as_str().unwrap()).collect();
     assert_eq!(kinds, ["claimed", "forced"]);
     assert_eq!(events[1]["actor"], "virt-usb claims release");
     let newest = json(&host, &["events", "--limit", "1"]);
@@ -138,20 +164,29 @@ fn a_claim_is_shown_and_freed_by_force_only() {
 #[test]
 fn whitelist_check_names_the_rule_for_each_device() {
     let host = Host::new(
-        "usb_white_list_switch = 'on'\nusb_passthrough_whitelist = [{ serial = 'A', projects = ['p1'] }, { class = '08' }]\n",
+        "usb_white_list_switch = 'on'\nusb_passthrough_whitelist = [{ serial = 'A', projects = \
+            ['p1'] }, { class = '08' }]\n",
     );
     let disk = device("1666", "1-3", 7, "interfaces = [\"08\"]\nhost_use = \"mounted on /\"");
     let hub = device("aaaa", "1-4", 8, "class = \"09\"");
     std::fs::write(host.path("sim.toml"), two_keys() + &disk + &hub).unwrap();
-    let verdicts = json(&host, &["whitelist", "check", "--sim", host.path("sim.toml").to_str().unwrap()]);
-    let of =
-        |port: &str| verdicts.as_array().unwrap().iter().find(|v| v["port_path"] == port).unwrap().clone();
+    let verdicts =
+        json(&host, &["whitelist", "check", "--sim", host.path("sim.toml").to_str().unwrap()]);
+    let of = |port: &str| {
+        verdicts.as_array().unwrap().iter().find(|v| v["port_path"] == port).unwrap().clone()
+    };
     assert_eq!(
         (&of("1-1")["offered"], &of("1-1")["rule"], &of("1-1")["projects"][0]),
         (&true.into(), &0.into(), &"p1".into())
     );
-    assert_eq!((&of("1-1.4")["offered"], &of("1-1.4")["withheld"]), (&false.into(), &"whitelist".into()));
-    assert_eq!((&of("1-3")["offered"], &of("1-3")["withheld"]), (&false.into(), &"host-use".into()));
+    assert_eq!(
+        (&of("1-1.4")["offered"], &of("1-1.4")["withheld"]),
+        (&false.into(), &"whitelist".into())
+    );
+    assert_eq!(
+        (&of("1-3")["offered"], &of("1-3")["withheld"]),
+        (&false.into(), &"host-use".into())
+    );
     assert!(of("1-3")["because"].as_str().unwrap().contains("mounted on /"));
     assert_eq!(of("1-4")["offered"], false);
     assert!(of("1-4")["because"].as_str().unwrap().contains("hub"));
@@ -169,7 +204,8 @@ fn a_device_that_is_gone_is_forgotten() {
     let named = fails(&host, &["forget", "2"]);
     assert!(named.contains("is named by its id in the flavor erp: change that first"), "{named}");
     assert!(
-        ok(&host.virt_usb(&["forget", "1"])).contains("is forgotten: if it comes back it has another id")
+        ok(&host.virt_usb(&["forget", "1"]))
+            .contains("is forgotten: if it comes back it has another id")
     );
     assert!(fails(&host, &["forget", "1"]).contains("there is no device 1"));
     let events = json(&host, &["events", "--device", "1"]);
@@ -191,23 +227,33 @@ fn an_operator_sets_devices_aside_and_gives_them_tags() {
     assert_eq!(json(&host, &["enable", "1"])["changed"], true);
     assert_eq!(status(), Value::Null);
     assert!(ok(&host.virt_usb(&["enable", "1"])).contains("is already enabled"));
-    assert!(fails(&host, &["enable", "9"]).contains("there is no device 9: 'virt-usb devices --all'"));
+    assert!(
+        fails(&host, &["enable", "9"]).contains("there is no device 9: 'virt-usb devices --all'")
+    );
     assert!(ok(&host.virt_usb(&["quarantine"])).contains("no device is set aside"));
-    assert!(ok(&host.virt_usb(&["quarantine", "clear", "1"])).contains("is already out of quarantine"));
+    assert!(
+        ok(&host.virt_usb(&["quarantine", "clear", "1"])).contains("is already out of quarantine")
+    );
     let tags = || json(&host, &["devices"])[0]["tags"].clone();
     assert!(
-        ok(&host.virt_usb(&["tag", "1", "blue", "a"])).contains("is tagged erp, a, blue; it is available")
+        ok(&host.virt_usb(&["tag", "1", "blue", "a"]))
+            .contains("is tagged erp, a, blue; it is available")
     );
     assert_eq!(tags(), serde_json::json!(["erp", "a", "blue"]));
-    assert!(fails(&host, &["untag", "1", "erp"]).contains("has the tag \"erp\" from a whitelist rule"));
+    assert!(
+        fails(&host, &["untag", "1", "erp"]).contains("has the tag \"erp\" from a whitelist rule")
+    );
     ok(&host.virt_usb(&["untag", "1", "blue", "none"]));
     host.discover(&two_keys());
     assert_eq!(tags(), serde_json::json!(["erp", "a"]), "a scan changes nothing");
-    for wrong in [&["tag", "1"][..], &["tag", "x", "a"], &["tag", "1", "white space"], &["disable", "0"]] {
+    for wrong in
+        [&["tag", "1"][..], &["tag", "x", "a"], &["tag", "1", "white space"], &["disable", "0"]]
+    {
         assert_eq!(host.virt_usb(wrong).status.code(), Some(2), "{wrong:?}");
     }
     let events = json(&host, &["events", "--device", "1"]);
-    let told: Vec<&str> = events.as_array().unwrap().iter().map(|e| e["event"].as_str().unwrap()).collect();
+    let told: Vec<&str> =
+        events.as_array().unwrap().iter().map(|e| e["event"].as_str().unwrap()).collect();
     let expected = ["disabled", "enabled", "tagged", "tagged"];
     assert!(
         expected.iter().all(|e| told.contains(e))
@@ -227,7 +273,8 @@ fn the_store_is_checked_and_copied() {
     assert!(fails(&host, &["store", "backup", copy.to_str().unwrap()]).contains("already"));
     std::fs::create_dir(host.path("restored")).unwrap();
     std::fs::copy(&copy, host.path("restored/inventory.sqlite")).unwrap();
-    let config = std::fs::read_to_string(host.config_file()).unwrap().replace("/state\"", "/restored\"");
+    let config =
+        std::fs::read_to_string(host.config_file()).unwrap().replace("/state\"", "/restored\"");
     std::fs::write(host.config_file(), config).unwrap();
     assert_eq!(json(&host, &["devices"]).as_array().unwrap().len(), 2);
     assert_eq!(json(&host, &["hosts"])[0]["host"], "host1");

@@ -1,6 +1,7 @@
-//! The agent's work on random lives of a host: devices come, go, move and change places, guests start, stop and vanish, people attach and
-//! detach, and whoever works is cut off at any call to the hypervisor. Real: the store, the hook, sysfs files, planner and
-//! worker. Simulated: devices and hypervisor.
+//! The agent's work on random lives of a host: devices come, go, move and change places, guests
+//! start, stop and vanish, people attach and detach, and whoever works is cut off at any call to
+//! the hypervisor. Real: the store, the hook, sysfs files, planner and worker. Simulated: devices
+//! and hypervisor.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test's helpers fail the test")]
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -134,7 +135,8 @@ impl World {
         let (to, events) = channel();
         let simulated = Arc::new(SimulatedHypervisor::new(config.clone(), to));
         let fuse = AtomicUsize::new(NEVER);
-        let hypervisor = Arc::new(Fused { inner: simulated.clone(), fuse, meanwhile: Mutex::default() });
+        let hypervisor =
+            Arc::new(Fused { inner: simulated.clone(), fuse, meanwhile: Mutex::default() });
         let worker = Worker {
             config: Arc::new(config.clone()),
             hypervisor: hypervisor.clone(),
@@ -173,7 +175,8 @@ impl World {
             let serial = serial.map(|s| format!("serial = '{s}'")).unwrap_or_default();
             writeln!(
                 text,
-                "[[device]]\nvendor = '0529'\nproduct = '{product}'\nbus = 1\ndevice = {number}\nport = '1-{}'\nspeed = 'full'\n{serial}",
+                "[[device]]\nvendor = '0529'\nproduct = '{product}'\nbus = 1\ndevice = \
+                    {number}\nport = '1-{}'\nspeed = 'full'\n{serial}",
                 port + 1
             )
             .unwrap();
@@ -221,18 +224,24 @@ impl World {
         running.map(|r| (r.instance, virt_usb_domxml::read(r.xml.as_bytes()).unwrap())).collect()
     }
 
-    /// Rule 2, which holds at every moment: no address is in two guests, and what we put there is who it is said to be.
+    /// Rule 2, which holds at every moment: no address is in two guests, and what we put there is
+    /// who it is said to be.
     fn is_safe(&self) -> Result<(), TestCaseError> {
         let mut seen = BTreeSet::new();
         for (_, domain) in self.live() {
             for hostdev in &domain.hostdevs {
-                prop_assert!(seen.insert(hostdev.address), "{:?} is in two guests", hostdev.address);
+                prop_assert!(
+                    seen.insert(hostdev.address),
+                    "{:?} is in two guests",
+                    hostdev.address
+                );
             }
         }
         Ok(())
     }
 
-    /// Scans and works on everybody until nothing is left, as the agent does after a start, with everything long gone that is gone.
+    /// Scans and works on everybody until nothing is left, as the agent does after a start, with
+    /// everything long gone that is gone.
     fn settle(&mut self) -> bool {
         self.hypervisor.fuse.store(NEVER, Ordering::SeqCst);
         self.scan();
@@ -264,10 +273,13 @@ impl World {
                 continue;
             };
             let inside = domain.hostdevs.iter().any(|h| h.address == Some(record.entry.address));
-            // Somebody has put it into another guest with his own hands: that is told, and not undone.
+            // Somebody has put it into another guest with his own hands: that is told, and not
+            // undone.
             let elsewhere = live.iter().filter(|(id, _)| *id != claim.instance_uuid);
             let by_hand = |(_, d): &(InstanceId, Domain)| {
-                d.hostdevs.iter().any(|h| h.injected().is_none() && h.address == Some(record.entry.address))
+                d.hostdevs
+                    .iter()
+                    .any(|h| h.injected().is_none() && h.address == Some(record.entry.address))
             };
             if record.present && elsewhere.clone().any(by_hand) {
                 prop_assert!(!self.worker.store.problems().unwrap().is_empty());
@@ -279,7 +291,8 @@ impl World {
         for (id, domain) in &live {
             for hostdev in &domain.hostdevs {
                 let held = claims.iter().any(|c| {
-                    c.instance_uuid == *id && Some(devices[&c.device_id].entry.address) == hostdev.address
+                    c.instance_uuid == *id
+                        && Some(devices[&c.device_id].entry.address) == hostdev.address
                 });
                 let let_go = self.simulated.let_go(*id);
                 prop_assert!(
@@ -289,10 +302,12 @@ impl World {
                     domain.name
                 );
                 let by_hand = hostdev.injected().is_none();
-                let nobodys =
-                    !devices.values().any(|r| r.present && Some(r.entry.address) == hostdev.address);
+                let nobodys = !devices
+                    .values()
+                    .any(|r| r.present && Some(r.entry.address) == hostdev.address);
                 let anothers = claims.iter().any(|c| {
-                    c.instance_uuid != *id && Some(devices[&c.device_id].entry.address) == hostdev.address
+                    c.instance_uuid != *id
+                        && Some(devices[&c.device_id].entry.address) == hostdev.address
                 });
                 prop_assert!(
                     held || (by_hand && (nobodys || anothers)),
@@ -394,7 +409,9 @@ impl World {
                 if let Some((_, number)) = self.plugged.get(port) {
                     let (product, _) = KINDS[self.plugged[port].0];
                     let hostdev = format!(
-                        "<hostdev mode='subsystem' type='usb'><source><vendor id='0x0529'/><product id='0x{product}'/><address bus='1' device='{number}'/></source><alias name='hostdev{number}'/></hostdev>"
+                        "<hostdev mode='subsystem' type='usb'><source><vendor \
+                            id='0x0529'/><product id='0x{product}'/><address bus='1' \
+                            device='{number}'/></source><alias name='hostdev{number}'/></hostdev>"
                     );
                     // Another guest may have it: then libvirt refuses.
                     drop(self.simulated.attach(instance(*n), &hostdev));
@@ -407,8 +424,8 @@ impl World {
                     self.simulated.detach(instance(*n), &alias).unwrap();
                 }
             }
-            // Refused where its device is gone or another's: then it does not run.
-            // What moved just before without a serial has no row yet: an agent that lives has made one.
+            // Refused where its device is gone or another's: then it does not run. What moved just
+            // before without a serial has no row yet: an agent that lives has made one.
             Act::Restore(n) => {
                 self.scan();
                 drop(self.simulated.save_and_restore(instance(*n)));
@@ -477,23 +494,28 @@ fn a_guest_gets_its_key_and_gets_it_back_after_a_replug() {
 fn what_cannot_be_attached_is_told_and_may_stop_the_guest() {
     for policy in [AttachFailurePolicy::Keep, AttachFailurePolicy::Stop] {
         let mut world = World::new(ReplugPolicy::Reattach);
-        world.worker.config = Arc::new(Config { on_attach_failure: policy, ..world.config.clone() });
+        world.worker.config =
+            Arc::new(Config { on_attach_failure: policy, ..world.config.clone() });
         world.plug(0, 0);
         world.scan();
         started(&mut world, 0);
         // Somebody else takes all its ports before the agent comes, with devices that nobody knows.
         for n in 100..115 {
             let other = format!(
-                "<hostdev mode='subsystem' type='usb'><source><address bus='9' device='{n}'/></source><alias name='h{n}'/></hostdev>"
+                "<hostdev mode='subsystem' type='usb'><source><address bus='9' \
+                    device='{n}'/></source><alias name='h{n}'/></hostdev>"
             );
             world.simulated.attach(instance(0), &other).unwrap();
         }
-        let report = world.worker.converge(instance(0), &Absence::default(), &BTreeSet::new()).unwrap();
+        let report =
+            world.worker.converge(instance(0), &Absence::default(), &BTreeSet::new()).unwrap();
         let events = world.worker.store.events(&virt_usb_store::events::Filter::default()).unwrap();
-        let told = events.iter().find(|e| e.event == "problem").and_then(|e| e.detail.clone()).unwrap();
+        let told =
+            events.iter().find(|e| e.event == "problem").and_then(|e| e.detail.clone()).unwrap();
         assert!(
             told.contains(
-                "1 USB port for full-speed devices is needed, 0 are free: give it a second controller"
+                "1 USB port for full-speed devices is needed, 0 are free: give it a second \
+                    controller"
             ),
             "{told}"
         );
@@ -533,7 +555,8 @@ fn giving_and_taking_is_all_or_nothing() {
     world.scan();
     started(&mut world, 2);
     let two =
-        Flavor::parse_lists(Some(r#"[{"vendor_id":"0529","product_id":"0001","count":2}]"#), None).unwrap();
+        Flavor::parse_lists(Some(r#"[{"vendor_id":"0529","product_id":"0001","count":2}]"#), None)
+            .unwrap();
     let given = world.worker.give(instance(2), &two.usb_devices).unwrap();
     assert_eq!((given.live, given.new.len()), (true, 2));
     assert_eq!(world.worker.give(instance(2), &[by_id(1)]).unwrap().already.len(), 1);
@@ -543,7 +566,11 @@ fn giving_and_taking_is_all_or_nothing() {
     assert!(why.contains("vm2 asks for usb_devices[0]"), "{why}");
     assert_eq!(world.worker.store.assignments(instance(2)).unwrap().len(), 1);
     // Two do for the selector: which one is to be said.
-    let why = world.worker.take(instance(2), &[two.usb_devices[0].selector.clone()]).unwrap_err().to_string();
+    let why = world
+        .worker
+        .take(instance(2), &[two.usb_devices[0].selector.clone()])
+        .unwrap_err()
+        .to_string();
     assert!(why.contains("has 2 of them: name one by its id"), "{why}");
     let taken = world.worker.take(instance(2), &[by_id(1).selector]).unwrap().remove(0).unwrap();
     assert_eq!(taken.entry.id, DeviceId::new(1).unwrap());
@@ -569,11 +596,16 @@ fn giving_and_taking_is_all_or_nothing() {
 }
 
 impl World {
-    /// Whether the device is assigned to the domain, claimed for it, and in its guest: all of it or nothing.
+    /// Whether the device is assigned to the domain, claimed for it, and in its guest: all of it or
+    /// nothing.
     fn has_wholly(&self, n: usize, id: usize) -> bool {
         let store = &self.worker.store;
-        let assigned =
-            store.assignments(instance(n)).unwrap().iter().filter(|a| a.request == by_id(id)).count();
+        let assigned = store
+            .assignments(instance(n))
+            .unwrap()
+            .iter()
+            .filter(|a| a.request == by_id(id))
+            .count();
         let claimed = store
             .claims_of(instance(n))
             .unwrap()
@@ -582,7 +614,8 @@ impl World {
             .count();
         let live = self.live();
         let inside = |(of, domain): &(InstanceId, Domain)| {
-            *of == instance(n) && domain.hostdevs.iter().any(|h| h.injected() == by_id(id).selector.id)
+            *of == instance(n)
+                && domain.hostdevs.iter().any(|h| h.injected() == by_id(id).selector.id)
         };
         let inside = live.iter().filter(|guest| inside(guest)).count();
         assert!(
@@ -629,7 +662,9 @@ fn an_alias_of_our_form_does_not_make_a_hostdev_ours() {
     started(&mut world, 2);
     let number = world.plugged[&1].1;
     let hostdev = format!(
-        "<hostdev mode='subsystem' type='usb'><source><vendor id='0x0529'/><product id='0x0001'/><address bus='1' device='{number}'/></source><alias name='ua-usb-1'/></hostdev>"
+        "<hostdev mode='subsystem' type='usb'><source><vendor id='0x0529'/><product \
+            id='0x0001'/><address bus='1' device='{number}'/></source><alias \
+            name='ua-usb-1'/></hostdev>"
     );
     world.simulated.attach(instance(2), &hostdev).unwrap();
     world.settle();
@@ -662,7 +697,9 @@ fn a_device_is_given_and_taken_whole_however_often_at_once() {
     let (mut giver, mut taker) = (world.another(), world.another());
     std::thread::scope(|scope| {
         scope.spawn(move || (0..40).for_each(|_| drop(giver.give(instance(2), &[by_id(1)]))));
-        scope.spawn(move || (0..40).for_each(|_| drop(taker.take(instance(2), &[by_id(1).selector]))));
+        scope.spawn(move || {
+            (0..40).for_each(|_| drop(taker.take(instance(2), &[by_id(1).selector])));
+        });
     });
     world.settle();
     world.has_wholly(2, 1);
@@ -689,7 +726,8 @@ fn a_device_is_given_whole_or_not_at_all_wherever_that_is_cut_off() {
         }
     }
     assert!(
-        outcomes.is_superset(&[(true, true, true), (true, false, false), (false, true, false)].into()),
+        outcomes
+            .is_superset(&[(true, true, true), (true, false, false), (false, true, false)].into()),
         "{outcomes:?}"
     );
 }
@@ -700,8 +738,12 @@ fn no_instance_is_assigned_more_than_a_bus_can_have() {
     world.domains[2] = Some(false);
     world.domains();
     let ask = |json: &str| Flavor::parse_lists(Some(json), None).unwrap().usb_devices;
-    let why = world.worker.give(instance(2), &ask(r#"[{"vendor_id":"0529"}]"#)).unwrap_err().to_string();
-    assert!(why.contains("this host has no such device"), "what was never seen is not promised: {why}");
+    let why =
+        world.worker.give(instance(2), &ask(r#"[{"vendor_id":"0529"}]"#)).unwrap_err().to_string();
+    assert!(
+        why.contains("this host has no such device"),
+        "what was never seen is not promised: {why}"
+    );
     world.plug(0, 0);
     world.scan();
     let hundred = vec![ask(r#"[{"vendor_id":"0529"}]"#).remove(0); 100];
@@ -812,7 +854,11 @@ fn a_restored_guest_is_given_its_key_anew_wherever_the_agent_is_killed() {
         world.settle();
         let alias = world.live()[0].1.hostdevs[0].alias.clone().unwrap();
         world.simulated.save_and_restore(instance(0)).unwrap();
-        assert_eq!(world.simulated.let_go(instance(0)), [alias], "the XML shows it, QEMU does not have it");
+        assert_eq!(
+            world.simulated.let_go(instance(0)),
+            [alias],
+            "the XML shows it, QEMU does not have it"
+        );
         assert_eq!(world.worker.store.claims().unwrap()[0].state, "claimed", "and so we say");
         world.act(&Act::Work(0, fuse));
         world.settle();

@@ -1,6 +1,11 @@
-//! The domain files of libvirt's own tests: read and rewritten without a crash, no byte changed that should not be, and
-//! still valid where they were.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
+//! The domain files of libvirt's own tests: read and rewritten without a crash, no byte changed
+//! that should not be, and still valid where they were.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test fails by panicking"
+)]
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -44,7 +49,9 @@ fn libvirts_own_domains_only_grow_and_stay_valid() {
     for file in files() {
         let before = fs::read(&file).unwrap();
         let after = match virt_usb_domxml::rewrite(&before, &edits()) {
-            Ok(after) => after.unwrap_or_else(|| panic!("{}: nothing was injected", file.display())),
+            Ok(after) => {
+                after.unwrap_or_else(|| panic!("{}: nothing was injected", file.display()))
+            }
             Err(_) => {
                 refused += 1;
                 assert!(
@@ -58,7 +65,8 @@ fn libvirts_own_domains_only_grow_and_stay_valid() {
         rewritten += 1;
         let at = before.iter().zip(&after).take_while(|(a, b)| a == b).count();
         let grown = after.len() - before.len();
-        // One run of bytes was put in, or (into an empty <devices/>) its tag was opened: all the rest is there, in order.
+        // One run of bytes was put in, or (into an empty <devices/>) its tag was opened: all the
+        // rest is there, in order.
         let inserted_once = before[at..] == after[at + grown..];
         assert!(
             inserted_once || is_subsequence(&before[at..], &after[at..]),

@@ -1,6 +1,12 @@
-//! The hook is killed with SIGKILL at every single system call of a claim and of a release. Whenever it dies: the store
-//! is sound, no device is lost, none is given twice, and doing it again does it.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
+//! The hook is killed with SIGKILL at every single system call of a claim and of a release.
+//! Whenever it dies: the store is sound, no device is lost, none is given twice, and doing it again
+//! does it.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test fails by panicking"
+)]
 
 use std::collections::BTreeMap;
 use std::os::unix::process::ExitStatusExt;
@@ -13,18 +19,21 @@ const ASK: &str = r#"{"usb_devices":[{"vendor_id":"0529","product_id":"0001","co
 fn host() -> Host {
     let host = Host::new("");
     host.discover(
-        &[device("0001", "1-1", 2, "serial = \"A\""), device("0001", "1-2", 3, "serial = \"B\"")].concat(),
+        &[device("0001", "1-1", 2, "serial = \"A\""), device("0001", "1-2", 3, "serial = \"B\"")]
+            .concat(),
     );
     host
 }
 
-/// The system calls that the hook makes, in order: each by its name and how many of that name came before it, itself included.
+/// The system calls that the hook makes, in order: each by its name and how many of that name came
+/// before it, itself included.
 fn steps(host: &Host, arguments: &[&str], xml: &str) -> Vec<(String, usize)> {
     let trace = host.path("trace");
     assert!(strace(host, &["-o", trace.to_str().unwrap()], arguments, xml).success());
     let mut seen = BTreeMap::new();
     let text = std::fs::read_to_string(trace).unwrap();
-    let names = text.lines().filter_map(|line| line.split_once('(')).map(|(name, _)| name.to_owned());
+    let names =
+        text.lines().filter_map(|line| line.split_once('(')).map(|(name, _)| name.to_owned());
     let calls = names.filter(|name| name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_'));
     calls
         .map(|name| {
@@ -43,7 +52,12 @@ fn killed_at(host: &Host, (name, nth): &(String, usize), arguments: &[&str], xml
     !status.success()
 }
 
-fn strace(host: &Host, options: &[&str], arguments: &[&str], xml: &str) -> std::process::ExitStatus {
+fn strace(
+    host: &Host,
+    options: &[&str],
+    arguments: &[&str],
+    xml: &str,
+) -> std::process::ExitStatus {
     let hook = host.hook(arguments);
     let mut command = Command::new("strace");
     command.arg("-qq").args(options).arg(hook.get_program()).args(hook.get_args());
@@ -56,7 +70,8 @@ fn strace(host: &Host, options: &[&str], arguments: &[&str], xml: &str) -> std::
     output.status
 }
 
-/// After a crash: sound, and each device free or held by erp-1, both together. Folds the log, so that each round begins alike.
+/// After a crash: sound, and each device free or held by erp-1, both together. Folds the log, so
+/// that each round begins alike.
 fn sound(host: &Host, step: &(String, usize)) -> usize {
     let store = host.store();
     assert_eq!(store.check().unwrap(), Vec::<String>::new(), "killed at {step:?}");
@@ -74,7 +89,11 @@ fn died_everywhere(before: usize, after: usize, calls: usize) {
         before > 50 && after > 5,
         "of {calls} calls it died in {before} before the commit and in {after} after it"
     );
-    assert!(before + after > calls * 9 / 10, "it was killed in {} of {calls} calls", before + after);
+    assert!(
+        before + after > calls * 9 / 10,
+        "it was killed in {} of {calls} calls",
+        before + after
+    );
 }
 
 fn release(host: &Host, xml: &str) {

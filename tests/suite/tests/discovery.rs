@@ -1,7 +1,8 @@
-//! Discovery through the real libusb, over device trees that umockdev shows in place of `/sys` and `/dev`.
+//! Discovery through the real libusb, over device trees that umockdev shows in place of `/sys` and
+//! `/dev`.
 //!
-//! Each test starts this program again under `umockdev-run`, for itself alone; there it looks and judges. `/proc` is
-//! not redirected: the tests bring their own.
+//! Each test starts this program again under `umockdev-run`, for itself alone; there it looks and
+//! judges. `/proc` is not redirected: the tests bring their own.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test's helpers fail the test")]
 
 use std::fs;
@@ -34,7 +35,9 @@ fn under(name: &str, description: &str, judge: impl FnOnce(&Path)) {
         .env(UNDER, folder.path())
         .output();
     let output = match again {
-        Err(e) if e.kind() == ErrorKind::NotFound => panic!("umockdev-run is not installed: run `make deps`"),
+        Err(e) if e.kind() == ErrorKind::NotFound => {
+            panic!("umockdev-run is not installed: run `make deps`")
+        }
         run => run.unwrap(),
     };
     let text = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
@@ -110,10 +113,13 @@ impl Key<'_> {
         let descriptors = self.descriptors.map_or(good, ToOwned::to_owned).replace(' ', "");
         let serial = self.serial.map(|text| format!("A: serial={text}\\n\n")).unwrap_or_default();
         format!(
-            "P: {path}\nN: bus/usb/001/{number:03}={descriptors}\nE: SUBSYSTEM=usb\nE: DEVTYPE=usb_device\n\
+            "P: {path}\nN: bus/usb/001/{number:03}={descriptors}\nE: SUBSYSTEM=usb\nE: \
+                DEVTYPE=usb_device\n\
              E: DEVNAME=/dev/bus/usb/001/{number:03}\nE: BUSNUM=001\nE: DEVNUM={number:03}\n\
-             E: PRODUCT=529/{product:x}/100\nA: busnum=1\\n\nA: devnum={number}\\n\nA: idVendor=0529\\n\n\
-             A: idProduct={product:04x}\\n\nA: bDeviceClass=00\\n\nA: bConfigurationValue=1\\n\nA: speed=12\\n\n\
+             E: PRODUCT=529/{product:x}/100\nA: busnum=1\\n\nA: devnum={number}\\n\nA: \
+             idVendor=0529\\n\n\
+             A: idProduct={product:04x}\\n\nA: bDeviceClass=00\\n\nA: bConfigurationValue=1\\n\nA: \
+             speed=12\\n\n\
              {serial}{}H: descriptors={descriptors}\n\n",
             self.more
         )
@@ -124,12 +130,15 @@ impl Key<'_> {
 fn interface(device: &str, name: &str, class: [&str; 3], driver: &str) -> String {
     let [class, subclass, protocol] = class;
     format!(
-        "P: {device}/{name}\nE: SUBSYSTEM=usb\nE: DEVTYPE=usb_interface\nL: driver=../../../bus/usb/drivers/{driver}\n\
-         A: bInterfaceClass={class}\\n\nA: bInterfaceSubClass={subclass}\\n\nA: bInterfaceProtocol={protocol}\\n\n\n"
+        "P: {device}/{name}\nE: SUBSYSTEM=usb\nE: DEVTYPE=usb_interface\nL: \
+            driver=../../../bus/usb/drivers/{driver}\n\
+         A: bInterfaceClass={class}\\n\nA: bInterfaceSubClass={subclass}\\n\nA: \
+         bInterfaceProtocol={protocol}\\n\n\n"
     )
 }
 
-/// The recorded compute host; umockdev-record leaves the interfaces out, the second file has them as its kernel shows them.
+/// The recorded compute host; umockdev-record leaves the interfaces out, the second file has them
+/// as its kernel shows them.
 fn compute_host() -> String {
     let recorded = include_str!("../../fixtures/compute-host.umockdev");
     let interfaces = include_str!("../../fixtures/compute-host-interfaces.umockdev");
@@ -141,13 +150,19 @@ fn a_recorded_compute_host() {
     under("a_recorded_compute_host", &compute_host(), |folder| {
         let snapshot = look(folder, "22 1 8:1 / /boot rw - vfat /dev/sda1 rw\n");
         assert_eq!(snapshot.problems, []);
-        assert_eq!(ports(&snapshot.devices), ["1-3", "1-4", "1-5.2", "2-1", "2-2", "3-1", "4-1", "5-1"]);
+        assert_eq!(
+            ports(&snapshot.devices),
+            ["1-3", "1-4", "1-5.2", "2-1", "2-2", "3-1", "4-1", "5-1"]
+        );
         assert_eq!(ports(&snapshot.hubs), ["1-5"], "the root hubs are no devices");
 
         let keyboard = at(&snapshot, "1-5.2");
         assert_eq!(keyboard.key.to_string(), "0627:0001 at port 1-5.2, serial KBD-5.2");
         assert_eq!(keyboard.address, BusAddress::new(1, 5).unwrap());
-        assert_eq!((keyboard.speed, keyboard.driver.as_deref()), (Some(Speed::Full), Some("usbhid")));
+        assert_eq!(
+            (keyboard.speed, keyboard.driver.as_deref()),
+            (Some(Speed::Full), Some("usbhid"))
+        );
         assert_eq!(keyboard.interfaces, [Class::HID]);
         assert_eq!(keyboard.product.as_deref(), Some("QEMU USB Keyboard"));
         assert_eq!(keyboard.host_use.as_deref(), Some("keyboard in use by the host"));
@@ -163,7 +178,10 @@ fn a_recorded_compute_host() {
             Serial::Unique("SN2".into()),
             "the same kind, another serial"
         );
-        assert_eq!((stick.speed, stick.driver.as_deref()), (Some(Speed::High), Some("usb-storage")));
+        assert_eq!(
+            (stick.speed, stick.driver.as_deref()),
+            (Some(Speed::High), Some("usb-storage"))
+        );
         assert_eq!(stick.host_use.as_deref(), Some("mounted on /boot"));
 
         assert_eq!(at(&snapshot, "2-1").speed, Some(Speed::Super));
@@ -195,13 +213,15 @@ fn identical_devices_and_odd_serials() {
         key("1-3", 4, Some("SAME")),
         key("1-4", 5, Some("SAME")),
         key("1-5", 6, Some("\u{1b}[31mred\u{202e}  ")),
-        Key { port: "1-6", number: 7, product: 2, serial: Some("SAME"), ..Key::default() }.describe(),
+        Key { port: "1-6", number: 7, product: 2, serial: Some("SAME"), ..Key::default() }
+            .describe(),
         Key { port: "1-7", number: 8, serial: Some("   "), ..Key::default() }.describe(),
     ];
     under("identical_devices_and_odd_serials", &description.concat(), |folder| {
         let snapshot = look(folder, "");
         assert_eq!(snapshot.problems, []);
-        let serials: Vec<_> = snapshot.devices.iter().map(|device| device.key.serial.clone()).collect();
+        let serials: Vec<_> =
+            snapshot.devices.iter().map(|device| device.key.serial.clone()).collect();
         let twin = || Serial::Duplicate("SAME".into());
         let odd = Serial::Unique("\u{fffd}[31mred\u{fffd}".into());
         let other_kind = Serial::Unique("SAME".into());
@@ -230,7 +250,11 @@ fn garbage_descriptors_hide_no_device() {
         bad("1-1", 2, "00"),
         bad("1-2", 3, "FFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFF"),
         bad("1-3", 4, "12010002000000402905010000010000000109021200FF0100803209040000FFFF000000"),
-        bad("1-4", 5, "120100020000004029050100000100000001 0902FFFF01010080 32 0904000000FF000000"),
+        bad(
+            "1-4",
+            5,
+            "120100020000004029050100000100000001 0902FFFF01010080 32 0904000000FF000000",
+        ),
         bad("1-5", 6, "120100020000004029050100000100000001 090200"),
         bad("1-6", 7, "120100020000004029050100000100000001 0902090000010080 32"),
         Key { port: "1-7", number: 8, ..Key::default() }.describe(),
@@ -252,18 +276,36 @@ fn a_device_that_cannot_be_opened_is_listed() {
     let description = [
         Key { indexes: [1, 2, 0], ..Key::default() }.describe(),
         Key { port: "1-2", number: 3, indexes: [0, 0, 3], ..Key::default() }.describe(),
-        Key { port: "1-3", number: 4, indexes: [1, 2, 3], serial: Some("A"), ..Key::default() }.describe(),
-        interface("/devices/pci0000:00/0000:00:04.0/usb1/1-3", "1-3:1.0", ["ff", "00", "00"], "usbfs"),
+        Key { port: "1-3", number: 4, indexes: [1, 2, 3], serial: Some("A"), ..Key::default() }
+            .describe(),
+        interface(
+            "/devices/pci0000:00/0000:00:04.0/usb1/1-3",
+            "1-3:1.0",
+            ["ff", "00", "00"],
+            "usbfs",
+        ),
     ];
     under("a_device_that_cannot_be_opened_is_listed", &description.concat(), |folder| {
         fs::remove_file(shown("dev/bus/usb/001/002")).unwrap();
         let snapshot = look(folder, "");
         assert_eq!(ports(&snapshot.devices), ["1-1", "1-2", "1-3"]);
         let of = |port: &str| {
-            snapshot.problems.iter().filter(|p| p.place == port).map(|p| p.what.as_str()).collect::<String>()
+            snapshot
+                .problems
+                .iter()
+                .filter(|p| p.place == port)
+                .map(|p| p.what.as_str())
+                .collect::<String>()
         };
-        assert!(of("1-1").starts_with("libusb cannot read its strings: "), "{:?}", snapshot.problems);
-        assert_eq!(of("1-2"), "has a serial number that the kernel could not read: taken as missing");
+        assert!(
+            of("1-1").starts_with("libusb cannot read its strings: "),
+            "{:?}",
+            snapshot.problems
+        );
+        assert_eq!(
+            of("1-2"),
+            "has a serial number that the kernel could not read: taken as missing"
+        );
         assert_eq!(of("1-3"), "", "a guest has it: it is not asked");
         assert_eq!(at(&snapshot, "1-1").key.serial, Serial::Missing);
         assert_eq!(at(&snapshot, "1-1").manufacturer.as_deref(), Some("Aladdin Knowledge Systems"));
@@ -288,15 +330,20 @@ fn what_sysfs_cannot_read_is_a_problem_and_no_device() {
 fn libusb_and_sysfs_disagree() {
     let description = [
         Key { port: "1-1", number: 2, ..Key::default() }.describe(),
-        Key { port: "1-2", number: 3, indexes: [0, 0, 3], serial: Some("A"), ..Key::default() }.describe(),
+        Key { port: "1-2", number: 3, indexes: [0, 0, 3], serial: Some("A"), ..Key::default() }
+            .describe(),
     ];
     under("libusb_and_sysfs_disagree", &description.concat(), |folder| {
         // Another sysfs than libusb's, which shows one other device.
         let other = folder.join("bus/usb/devices/2-1");
         fs::create_dir_all(&other).unwrap();
-        for (name, value) in
-            [("idVendor", "0951"), ("idProduct", "1666"), ("busnum", "2"), ("devnum", "9"), ("serial", "S")]
-        {
+        for (name, value) in [
+            ("idVendor", "0951"),
+            ("idProduct", "1666"),
+            ("busnum", "2"),
+            ("devnum", "9"),
+            ("serial", "S"),
+        ] {
             fs::write(other.join(name), value).unwrap();
         }
         let config = Config { sysfs_root: folder.into(), ..Config::default() };
@@ -314,10 +361,12 @@ fn libusb_and_sysfs_disagree() {
     });
 }
 
-/// Without the system's library a copy is compiled that hears the kernel and not udev: of devices that nobody may open yet.
+/// Without the system's library a copy is compiled that hears the kernel and not udev: of devices
+/// that nobody may open yet.
 #[test]
 fn libusb_is_the_systems() {
-    let installed = Command::new("pkg-config").args(["--modversion", "libusb-1.0"]).output().unwrap();
+    let installed =
+        Command::new("pkg-config").args(["--modversion", "libusb-1.0"]).output().unwrap();
     let installed = String::from_utf8_lossy(&installed.stdout).trim().to_owned();
     let linked = rusb::version();
     let linked = format!("{}.{}.{}", linked.major(), linked.minor(), linked.micro());

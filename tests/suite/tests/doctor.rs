@@ -54,7 +54,8 @@ impl Patient {
         let agent = fs::File::create(host.path("state/agent.lock")).unwrap();
         agent.lock().unwrap();
         let health = Arc::new(Mutex::new(healthy()));
-        let (socket, its) = (UnixDatagram::bind(host.path("state/hook.sock")).unwrap(), health.clone());
+        let (socket, its) =
+            (UnixDatagram::bind(host.path("state/hook.sock")).unwrap(), health.clone());
         std::thread::spawn(move || answer(&socket, &its));
         fs::create_dir_all(host.path("run/udev")).unwrap();
         fs::write(host.path("run/udev/control"), "").unwrap();
@@ -82,7 +83,11 @@ impl Patient {
             run.to_str().unwrap(),
         ]);
         let findings: Value = serde_json::from_slice(&output.stdout).unwrap();
-        let told = findings.as_array().unwrap().iter().filter(|f| f["check"] == check && f["level"] != "ok");
+        let told = findings
+            .as_array()
+            .unwrap()
+            .iter()
+            .filter(|f| f["check"] == check && f["level"] != "ok");
         let line = |f: &Value| {
             format!(
                 "{} {} -> {}",
@@ -129,9 +134,11 @@ fn a_hook_that_libvirt_would_not_call() {
 #[test]
 fn a_daemon_that_is_older_than_the_hooks() {
     let patient = Patient::new();
-    // The first process of this machine is older than the test; its id is one that libvirtd might have.
+    // The first process of this machine is older than the test; its id is one that libvirtd might
+    // have.
     fs::write(patient.host.path("run/libvirtd.pid"), "1\n").unwrap();
-    patient.finds("hook", &["warning", "libvirtd runs for longer than", "systemctl reload libvirtd"]);
+    patient
+        .finds("hook", &["warning", "libvirtd runs for longer than", "systemctl reload libvirtd"]);
     fs::remove_file(patient.host.path("run/libvirtd.pid")).unwrap();
     fs::write(patient.host.path("run/virtqemud.pid"), format!("{}\n", u32::MAX)).unwrap();
     patient.is_well("hook");
@@ -169,9 +176,13 @@ fn an_agent_that_is_not_healthy() {
     says(json!({ "last_pass": null }));
     patient.finds("agent", &["broken", "has not looked at all guests for 100000 s"]);
     says(json!({ "last_scan": 90_000.0 }));
-    patient.finds("agent", &["broken", "has not looked at all devices without an error for 90000 s"]);
+    patient
+        .finds("agent", &["broken", "has not looked at all devices without an error for 90000 s"]);
     says(json!({ "last_scan": null }));
-    patient.finds("agent", &["broken", "has not looked at all devices without an error for 1000000 s"]);
+    patient.finds(
+        "agent",
+        &["broken", "has not looked at all devices without an error for 1000000 s"],
+    );
     // An agent that has just started, or connected again, has not looked yet.
     says(json!({ "connected": null, "lost": 3.0, "last_pass": 100_000.0 }));
     patient.is_well("agent");
@@ -180,7 +191,10 @@ fn an_agent_that_is_not_healthy() {
     says(json!({ "connected": null, "last_pass": null, "last_scan": null, "uptime": 1.0 }));
     patient.is_well("agent");
     says(json!({ "unanswered": [{ "about": "erp\n\u{1b}[2J", "what": "attach", "age": 61.4 }] }));
-    patient.finds("agent", &["warning", "libvirt has not answered about erp \u{fffd}[2J for 61 s (attach)"]);
+    patient.finds(
+        "agent",
+        &["warning", "libvirt has not answered about erp \u{fffd}[2J for 61 s (attach)"],
+    );
     says(json!({ "blocked": true }));
     patient.finds("agent", &["broken", "asks it nothing more, and no guest gets a device"]);
     says(json!({ "certificate_error": "/etc/api.key: Permission denied" }));
@@ -204,7 +218,9 @@ fn a_certificate_that_ends_and_an_address_that_is_taken() {
     };
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();
-    patient.configure(&format!("api = '{address}'\napi_certificate = {certificate:?}\napi_key = {key:?}\n"));
+    patient.configure(&format!(
+        "api = '{address}'\napi_certificate = {certificate:?}\napi_key = {key:?}\n"
+    ));
     patient.finds("api", &["warning", "its certificate cannot be used", "api.crt"]);
     make("100");
     patient.is_well("api");
@@ -280,7 +296,9 @@ fn an_agent_that_runs_as_the_wrong_user_or_may_not_talk_to_libvirt() {
     let (state, lock) = (patient.host.path("state"), patient.host.path("state/agent.lock"));
     patient.agent.unlock().unwrap();
     fs::set_permissions(&lock, fs::Permissions::from_mode(0o666)).unwrap();
-    let open = |path: &std::path::Path| fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
+    let open = |path: &std::path::Path| {
+        fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
+    };
     open(&patient.host.path(""));
     open(&state);
     let mut agent = std::process::Command::new("setpriv")
@@ -311,7 +329,13 @@ fn an_agent_that_runs_as_the_wrong_user_or_may_not_talk_to_libvirt() {
     *patient.health.lock().unwrap() = lost;
     patient.finds(
         "agent",
-        &["broken", "may not write", "(group 4712)", "getent group 4712", "usermod --append --groups GROUP"],
+        &[
+            "broken",
+            "may not write",
+            "(group 4712)",
+            "getent group 4712",
+            "usermod --append --groups GROUP",
+        ],
     );
     std::os::unix::fs::chown(&socket, Some(0), Some(4713)).unwrap();
     patient.is_well("agent");
@@ -350,7 +374,9 @@ fn a_device_that_waits_for_somebody_and_a_whitelist_without_rules() {
     let patient = Patient::new();
     let run = |words: &[&str]| assert!(patient.host.virt_usb(words).status.success(), "{words:?}");
     let descriptors = |keyboard: &str| {
-        format!("120100020000004029050100000101020301090220000101008032090400000208065000{keyboard}")
+        format!(
+            "120100020000004029050100000101020301090220000101008032090400000208065000{keyboard}"
+        )
     };
     let seen = |number: u8, keyboard: &str| {
         patient.host.discover(&device(
@@ -362,7 +388,8 @@ fn a_device_that_waits_for_somebody_and_a_whitelist_without_rules() {
     };
     let keys = fs::read_to_string(patient.host.config_file()).unwrap();
     let rule = "usb_passthrough_whitelist = [{ vendor = '0529', one_time_use = true }]\n";
-    fs::write(patient.host.config_file(), format!("{keys}{rule}flap_limit = 2\nflap_pause = 1\n")).unwrap();
+    fs::write(patient.host.config_file(), format!("{keys}{rule}flap_limit = 2\nflap_pause = 1\n"))
+        .unwrap();
     seen(5, "");
     seen(6, "");
     patient.is_well("device");
@@ -370,7 +397,8 @@ fn a_device_that_waits_for_somebody_and_a_whitelist_without_rules() {
     patient.finds("device", &["warning", "device 1 (port 1-1) comes and goes", "look at its plug"]);
     run(&["quarantine", "clear", "1"]);
     patient.is_well("device");
-    let hostdev = "<hostdev mode='subsystem' type='usb'><source><vendor id='0x0529'/><product id='0x0001'/>\
+    let hostdev = "<hostdev mode='subsystem' type='usb'><source><vendor id='0x0529'/><product \
+        id='0x0001'/>\
                    <address bus='1' device='7'/></source><alias name='ua-usb-1'/></hostdev>";
     let guest = virt_usb_suite::domain("g", 1, r#"{"usb_devices":[{"vendor_id":"0529"}]}"#);
     for (operation, xml) in [
@@ -394,7 +422,10 @@ fn a_device_that_waits_for_somebody_and_a_whitelist_without_rules() {
     patient.is_well("device");
     patient.is_well("configuration");
     fs::write(patient.host.config_file(), format!("{keys}usb_white_list_switch = 'on'\n")).unwrap();
-    patient.finds("configuration", &["warning", "no device is offered to anybody", "turn the switch off"]);
+    patient.finds(
+        "configuration",
+        &["warning", "no device is offered to anybody", "turn the switch off"],
+    );
 }
 
 #[test]
@@ -406,20 +437,35 @@ fn a_configuration_and_an_inventory_that_cannot_be_read() {
     let keys = fs::read_to_string(patient.host.config_file()).unwrap();
     fs::write(patient.host.config_file(), format!("{keys}hold = 'tight'\n")).unwrap();
     patient.finds("configuration", &["broken", "line 7", "tight"]);
-    fs::write(patient.host.config_file(), keys.replace("procfs_root", "procfs_root = '/nowhere' #")).unwrap();
+    fs::write(
+        patient.host.config_file(),
+        keys.replace("procfs_root", "procfs_root = '/nowhere' #"),
+    )
+    .unwrap();
     patient.finds("machine", &["broken", "/nowhere/sys/kernel/random/boot_id"]);
     fs::write(patient.host.config_file(), &keys).unwrap();
     let database = patient.host.path("state/inventory.sqlite");
     let run = |sql: &str| {
-        assert!(std::process::Command::new("python3")
-        .args(["-c", "import sqlite3, sys; c = sqlite3.connect(sys.argv[1]); c.executescript(sys.argv[2]); c.commit()"])
-        .arg(&database).arg(sql).status().unwrap().success());
+        assert!(
+            std::process::Command::new("python3")
+                .args([
+                    "-c",
+                    "import sqlite3, sys; c = sqlite3.connect(sys.argv[1]); \
+            c.executescript(sys.argv[2]); c.commit()"
+                ])
+                .arg(&database)
+                .arg(sql)
+                .status()
+                .unwrap()
+                .success()
+        );
     };
     run("UPDATE usb_devices SET status = 'allocated' WHERE id = 1");
     patient.finds("inventory", &["broken", "virt-usb store rebuild"]);
     run("UPDATE usb_devices SET status = 'available' WHERE id = 1");
     patient.is_well("inventory");
-    run("INSERT INTO events (at, event, actor) VALUES ('2999-01-01T00:00:00.000Z', 'added', 'a test')");
+    run("INSERT INTO events (at, event, actor) VALUES ('2999-01-01T00:00:00.000Z', 'added', 'a \
+            test')");
     patient.finds("machine", &["warning", "2999-01-01", "the clock was set back"]);
     fs::remove_file(&database).unwrap();
     patient.finds("inventory", &["broken", "virt-usb discover"]);
@@ -432,7 +478,10 @@ fn a_device_that_was_left_without_a_driver() {
     let interface = patient.host.path("sys/bus/usb/devices/1-1/1-1:1.0");
     fs::create_dir_all(&interface).unwrap();
     fs::write(interface.join("bInterfaceClass"), "08\n").unwrap();
-    patient.finds("device", &["warning", "device 1 (port 1-1)", "1-1:1.0 has no driver", "drivers_probe"]);
+    patient.finds(
+        "device",
+        &["warning", "device 1 (port 1-1)", "1-1:1.0 has no driver", "drivers_probe"],
+    );
     std::os::unix::fs::symlink("/", interface.join("driver")).unwrap();
     patient.is_well("device");
     // A licence key of a class that the kernel has no driver for is as it should be.

@@ -1,4 +1,5 @@
-//! What a write survives, by the calls that make it survive: the table "What a write survives" in host-runtime/store/README.md.
+//! What a write survives, by the calls that make it survive: the table "What a write survives" in
+//! host-runtime/store/README.md.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
 use std::process::Command;
@@ -41,8 +42,8 @@ fn cli(host: &Host, arguments: &[&str]) -> usize {
     syncs(host, &command, "")
 }
 
-/// A host with two devices and, as with an agent that runs, an inventory that is open. The log has begun: its first write
-/// syncs its head.
+/// A host with two devices and, as with an agent that runs, an inventory that is open. The log has
+/// begun: its first write syncs its head.
 fn host(keys: &str) -> (Host, Store) {
     let host = Host::new(keys);
     let devices = [device("0001", "1-1", 2, ""), device("0002", "1-2", 3, "")].concat();
@@ -59,8 +60,9 @@ fn life(host: &Host, xml: &str) -> [usize; 4] {
         "<hostdev mode='subsystem' type='usb'><source><vendor id='0x0529'/><product id='0x0001'/>\
          <address bus='1' device='2'/></source><alias name='ua-usb-1'/></hostdev></devices>",
     );
-    ["prepare", "started", "stopped", "release"]
-        .map(|operation| hook(host, operation, if operation == "prepare" { xml } else { &attached }))
+    ["prepare", "started", "stopped", "release"].map(|operation| {
+        hook(host, operation, if operation == "prepare" { xml } else { &attached })
+    })
 }
 
 #[test]
@@ -92,7 +94,8 @@ fn a_claim_for_an_assignment_survives_a_power_cut_with_the_default_configuration
     assert_eq!([started, stopped, release], [0; 3]);
     assert!(host.claims().contains("hold=instance"), "{}", host.claims());
     assert_eq!(life(&host, &mine), [0; 4], "nothing new is written");
-    // It is no longer asked for: that lasts too. And beside it what ends with the boot costs what it writes.
+    // It is no longer asked for: that lasts too. And beside it what ends with the boot costs what
+    // it writes.
     open.assign(&assigned, Source::Operator, &[], &context).unwrap();
     assert!(hook(&host, "prepare", &domain("erp", 1, &ONE.replace("0001", "0002"))) >= 1);
     assert!(!host.claims().contains("hold=instance"), "{}", host.claims());
@@ -107,7 +110,8 @@ fn hold_instance_makes_claims_and_assignments_that_survive() {
     assert_eq!([started, stopped, release], [0; 3]);
     assert_eq!(life(&host, &asking), [0; 4], "nothing new is written");
     // The configuration changes while it is claimed.
-    let running = std::fs::read_to_string(host.config_file()).unwrap().replace("\"instance\"", "\"running\"");
+    let running =
+        std::fs::read_to_string(host.config_file()).unwrap().replace("\"instance\"", "\"running\"");
     std::fs::write(host.config_file(), running).unwrap();
     assert!(
         hook(&host, "prepare", &asking) >= 1,
@@ -136,7 +140,10 @@ fn that_a_device_of_one_use_was_used_survives_a_power_cut() {
     assert_eq!((prepare, stopped), (0, 0), "claimed, and not used yet; out of the guest");
     assert!(started >= 1, "used");
     assert!(release >= 1, "quarantined");
-    assert_eq!(host.store().devices().unwrap()[0].entry.status_reason.as_deref(), Some("quarantined"));
+    assert_eq!(
+        host.store().devices().unwrap()[0].entry.status_reason.as_deref(),
+        Some("quarantined")
+    );
 }
 
 #[test]

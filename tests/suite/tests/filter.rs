@@ -1,5 +1,10 @@
 //! `virt-usb filter`, as an operator asks it.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test fails by panicking"
+)]
 
 use std::path::Path;
 use std::process::Output;
@@ -10,7 +15,13 @@ use virt_usb_suite::{Host, device, program, text};
 const KEY: &str = r#"{"usb_devices":[{"vendor_id":"0529","product_id":"0001"}]}"#;
 
 fn answer(output: &Output, code: i32) -> String {
-    assert_eq!(output.status.code(), Some(code), "{}{}", text(&output.stdout), text(&output.stderr));
+    assert_eq!(
+        output.status.code(),
+        Some(code),
+        "{}{}",
+        text(&output.stdout),
+        text(&output.stderr)
+    );
     text(&output.stdout)
 }
 
@@ -43,7 +54,10 @@ fn fleet(host: &Host) -> String {
     let documents = [
         document(
             "one",
-            &[entry(1, &json!({"product_name": "HASP"})), entry(2, &json!({"status": "allocated"}))],
+            &[
+                entry(1, &json!({"product_name": "HASP"})),
+                entry(2, &json!({"status": "allocated"})),
+            ],
         ),
         document("two", &[entry(1, &json!({})), entry(2, &json!({"port_path": "1-2"}))]),
         document("ours", &[entry(1, &json!({"projects": ["p1"]}))]),
@@ -66,15 +80,23 @@ fn it_ranks_the_hosts_and_says_why_not_the_others() {
             && lines[1].ends_with("1 (0529:0001 at port 1-1.4)"),
         "{short}"
     );
-    assert!(lines[2].contains("one") && lines[2].contains("1 (0529:0001 HASP at port 1-1.4)"), "{short}");
+    assert!(
+        lines[2].contains("one") && lines[2].contains("1 (0529:0001 HASP at port 1-1.4)"),
+        "{short}"
+    );
     assert!(
         short.contains("2 of 4 host(s) can serve; the others: 1 no-such-device, 1 not-allowed"),
         "{short}"
     );
-    let long = answer(&host.virt_usb(&["filter", "--flavor", KEY, "--hosts", &fleet, "--explain"]), 0);
+    let long =
+        answer(&host.virt_usb(&["filter", "--flavor", KEY, "--hosts", &fleet, "--explain"]), 0);
     assert!(long.contains("usb_devices[0] wants 1: no device of the host matches"), "{long}");
-    assert!(long.contains("usb_devices[0] wants 1: 1 match, 0 of them are for this project"), "{long}");
-    let mine = host.virt_usb(&["filter", "--flavor", KEY, "--hosts", &fleet, "--project", "p1", "--json"]);
+    assert!(
+        long.contains("usb_devices[0] wants 1: 1 match, 0 of them are for this project"),
+        "{long}"
+    );
+    let mine =
+        host.virt_usb(&["filter", "--flavor", KEY, "--hosts", &fleet, "--project", "p1", "--json"]);
     let mine: Value = serde_json::from_str(&answer(&mine, 0)).unwrap();
     assert_eq!((&mine["matched"], &mine["hosts"]), (&json!(3), &json!(4)));
     assert_eq!(mine["reasons"], json!({"no-such-device": 1}));
@@ -92,7 +114,8 @@ fn no_host_is_an_answer_with_a_status_of_its_own() {
     assert!(none.contains("none of 4 host(s) can serve"), "{none}");
     assert!(none.contains("usb_devices[0] wants 3: 2 match, 1 of them are free"), "{none}");
     let both = r#"[{"vendor_id":"0529","count":2},{"port":"1-2"}]"#;
-    let contended = answer(&host.virt_usb(&["filter", "--flavor", both, "--hosts", &fleet, "--json"]), 3);
+    let contended =
+        answer(&host.virt_usb(&["filter", "--flavor", both, "--hosts", &fleet, "--json"]), 3);
     let contended: Value = serde_json::from_str(&contended).unwrap();
     assert_eq!(contended["reasons"]["contention"], json!(1), "{contended}");
 }
@@ -122,7 +145,8 @@ fn what_is_wrong_is_said_in_one_line() {
     let host = Host::new("");
     let fleet = fleet(&host);
     let with = |more: &[&str]| {
-        let all: Vec<&str> = ["filter", "--hosts", &fleet].into_iter().chain(more.iter().copied()).collect();
+        let all: Vec<&str> =
+            ["filter", "--hosts", &fleet].into_iter().chain(more.iter().copied()).collect();
         fails(&host, &all)
     };
     assert!(with(&["--flavor", "{"]).contains("not JSON"));
@@ -139,7 +163,10 @@ fn what_is_wrong_is_said_in_one_line() {
         with(&["--flavor", KEY, "--component", module.to_str().unwrap()])
             .contains("is a core module, wanted a component")
     );
-    assert!(with(&["--flavor", KEY, "--sha256", &"0".repeat(64)]).contains("is not the one that is wanted"));
+    assert!(
+        with(&["--flavor", KEY, "--sha256", &"0".repeat(64)])
+            .contains("is not the one that is wanted")
+    );
     assert!(
         fails(&host, &["filter", "--flavor", KEY, "--hosts", "/nowhere"])
             .contains("cannot read the host documents of /nowhere")
@@ -187,7 +214,8 @@ fn precompile_writes_over_nothing_that_is_no_plain_file_and_not_over_the_filter(
     std::fs::copy(&built, &own).unwrap();
     assert!(says(&own, &["--component", own.to_str().unwrap()]).contains("is the filter itself"));
     assert_eq!(std::fs::read(&own).unwrap(), std::fs::read(&built).unwrap());
-    let beside: Vec<_> = std::fs::read_dir(host.path("")).unwrap().map(|e| e.unwrap().file_name()).collect();
+    let beside: Vec<_> =
+        std::fs::read_dir(host.path("")).unwrap().map(|e| e.unwrap().file_name()).collect();
     assert!(!beside.iter().any(|name| name.to_string_lossy().ends_with(".part")), "{beside:?}");
 }
 
@@ -195,7 +223,8 @@ fn precompile_writes_over_nothing_that_is_no_plain_file_and_not_over_the_filter(
 fn the_best_none_are_only_counted() {
     let host = Host::new("");
     let fleet = fleet(&host);
-    let said = answer(&host.virt_usb(&["filter", "--flavor", KEY, "--hosts", &fleet, "--limit", "0"]), 0);
+    let said =
+        answer(&host.virt_usb(&["filter", "--flavor", KEY, "--hosts", &fleet, "--limit", "0"]), 0);
     assert!(said.contains("host(s) can serve, the best 0 are shown"), "{said}");
 }
 
@@ -206,7 +235,8 @@ fn a_precompiled_filter_answers_the_same() {
     let file = host.path("filter.cwasm");
     let file = file.to_str().unwrap();
     let written: Value =
-        serde_json::from_str(&answer(&host.virt_usb(&["filter", "precompile", file, "--json"]), 0)).unwrap();
+        serde_json::from_str(&answer(&host.virt_usb(&["filter", "precompile", file, "--json"]), 0))
+            .unwrap();
     let asked = ["filter", "--flavor", KEY, "--hosts", &fleet, "--explain"];
     let with: Vec<&str> = asked.iter().copied().chain(["--component", file]).collect();
     let pinned: Vec<&str> =
@@ -219,7 +249,8 @@ fn a_precompiled_filter_answers_the_same() {
 #[test]
 fn the_bench_measures_a_small_fleet() {
     let host = Host::new("");
-    let measured = host.virt_usb(&["filter", "bench", "--hosts", "300", "--devices", "7", "--json"]);
+    let measured =
+        host.virt_usb(&["filter", "bench", "--hosts", "300", "--devices", "7", "--json"]);
     let measured: Value = serde_json::from_str(&answer(&measured, 0)).unwrap();
     let figures = measured["figures"].as_array().unwrap();
     assert!(

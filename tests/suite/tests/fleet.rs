@@ -89,13 +89,16 @@ fn a_host_is_told_of_as_long_as_it_lives() {
     let one = host(&etcd, "compute1", 'a', "heartbeat = 2");
     std::fs::write(one.path("sim.toml"), key(1) + &key(2)).unwrap();
     let mut first = agent(&one);
-    until("it to be said what is missing", || log(&one).contains("has not joined the fleet").then_some(()));
+    until("it to be said what is missing", || {
+        log(&one).contains("has not joined the fleet").then_some(())
+    });
     until("its devices to be found", || log(&one).contains(" ready").then_some(()));
     assert_eq!(document(&etcd, "compute1"), None);
     let joined = ok(&one.virt_usb(&["fleet", "join"]));
     assert_eq!(
         joined,
-        "compute1 is in the fleet, with number 2: to the id of each of its 2 device(s) 1000000 was added\n"
+        "compute1 is in the fleet, with number 2: to the id of each of its 2 device(s) 1000000 was \
+            added\n"
     );
     let seen = until("the document", || document(&etcd, "compute1"));
     let free = |id| (id, "available".to_owned());
@@ -103,8 +106,9 @@ fn a_host_is_told_of_as_long_as_it_lives() {
     assert_eq!(seen, one.store().host_document().unwrap().unwrap());
     // Whatever changes is told, by whomever it is changed.
     ok(&one.virt_usb(&["disable", "1000001"]));
-    let changed =
-        until("the change", || document(&etcd, "compute1").filter(|d| d.devices[0].status == "unavailable"));
+    let changed = until("the change", || {
+        document(&etcd, "compute1").filter(|d| d.devices[0].status == "unavailable")
+    });
     assert!(changed.revision > seen.revision);
     std::fs::write(one.path("sim.new"), key(2) + &key(3)).unwrap();
     std::fs::rename(one.path("sim.new"), one.path("sim.toml")).unwrap();
@@ -124,7 +128,9 @@ fn a_host_is_told_of_as_long_as_it_lives() {
         "{status}"
     );
     assert!(
-        status.contains("1 host(s) have joined, 1 can be reached, with 2 device(s), 2 of them available"),
+        status.contains(
+            "1 host(s) have joined, 1 can be reached, with 2 device(s), 2 of them available"
+        ),
         "{status}"
     );
     // etcd goes away: the host goes on, and what it did meanwhile is told afterwards.
@@ -134,7 +140,8 @@ fn a_host_is_told_of_as_long_as_it_lives() {
     let why = refused(&one.virt_usb(&["fleet", "status"]));
     assert!(why.contains("no etcd answers: http://127.0.0.1:"), "{why}");
     etcd.start();
-    let tagged = |d: &HostDocument| d.devices.iter().any(|d| d.tags.iter().any(|tag| tag == "blue"));
+    let tagged =
+        |d: &HostDocument| d.devices.iter().any(|d| d.tags.iter().any(|tag| tag == "blue"));
     until("what was missed", || document(&etcd, "compute1").filter(tagged));
     // An agent that dies takes its document along, in time.
     first.0.kill().unwrap();
@@ -162,11 +169,13 @@ fn a_revision_never_falls() {
     // Without a lease: it stays.
     etcd.put("/virt-usb/hosts/compute1", &ahead.to_string());
     let _second = agent(&one);
-    let now =
-        until("a higher one", || document(&etcd, "compute1").filter(|d| d.revision > seen.revision + 500));
+    let now = until("a higher one", || {
+        document(&etcd, "compute1").filter(|d| d.revision > seen.revision + 500)
+    });
     assert_eq!(one.store().host_document().unwrap().unwrap().revision, now.revision);
     assert!(
-        log(&one).contains(&format!("the fleet knows revision {} of this host", seen.revision + 500)),
+        log(&one)
+            .contains(&format!("the fleet knows revision {} of this host", seen.revision + 500)),
         "{}",
         log(&one)
     );
@@ -222,7 +231,10 @@ fn a_machine_has_one_number_and_a_name_one_machine() {
     );
     assert!(joined.contains("1 assignment(s) name the new ids\n"), "{joined}");
     assert_eq!(one.store().all_assignments().unwrap()[0].request.to_string(), r#"{"id":1000002}"#);
-    assert_eq!(ok(&one.virt_usb(&["fleet", "join"])), "compute1 is in the fleet, with number 2 as before\n");
+    assert_eq!(
+        ok(&one.virt_usb(&["fleet", "join"])),
+        "compute1 is in the fleet, with number 2 as before\n"
+    );
     assert!(
         ok(&two.virt_usb(&["fleet", "join"]))
             .contains("with number 3: to the id of each of its 2 device(s) 2000000")
@@ -239,10 +251,16 @@ fn a_machine_has_one_number_and_a_name_one_machine() {
     // Another machine of a name that is taken.
     let three = host(&etcd, "compute1", 'c', "");
     let why = refused(&three.virt_usb(&["fleet", "join"]));
-    assert!(why.contains("another machine is in the fleet as \"compute1\", with number 2"), "{why}");
+    assert!(
+        why.contains("another machine is in the fleet as \"compute1\", with number 2"),
+        "{why}"
+    );
     // The first is called otherwise: its name is free then.
     std::fs::write(one.path("proc/sys/kernel/hostname"), "compute9").unwrap();
-    assert_eq!(ok(&one.virt_usb(&["fleet", "join"])), "compute9 is in the fleet, with number 2 as before\n");
+    assert_eq!(
+        ok(&one.virt_usb(&["fleet", "join"])),
+        "compute9 is in the fleet, with number 2 as before\n"
+    );
     assert!(ok(&three.virt_usb(&["fleet", "join"])).contains("with number 4"));
     // It leaves, and comes back as whom it was.
     assert!(ok(&one.virt_usb(&["fleet", "leave"])).starts_with("compute9 has left the fleet"));
@@ -262,19 +280,23 @@ fn a_machine_has_one_number_and_a_name_one_machine() {
     std::fs::write(two.path("machine-id"), "uninitialized\n").unwrap();
     assert!(refused(&two.virt_usb(&["fleet", "join"])).contains("it holds no machine id"));
     let lone = Host::new("");
-    assert!(refused(&lone.virt_usb(&["fleet", "status"])).contains("the configuration names no fleet"));
+    assert!(
+        refused(&lone.virt_usb(&["fleet", "status"])).contains("the configuration names no fleet")
+    );
 }
 
 #[test]
 fn many_join_at_once_and_no_two_get_one_number() {
     let etcd = Etcd::new();
-    let hosts: Vec<Host> = ('0'..='9').map(|c| host(&etcd, &format!("compute{c}"), c, "")).collect();
+    let hosts: Vec<Host> =
+        ('0'..='9').map(|c| host(&etcd, &format!("compute{c}"), c, "")).collect();
     let numbers: Vec<u64> = std::thread::scope(|scope| {
         let join = |host| {
             let host: &Host = host;
             scope.spawn(move || {
                 let answer: Value =
-                    serde_json::from_str(&ok(&host.virt_usb(&["--json", "fleet", "join"]))).unwrap();
+                    serde_json::from_str(&ok(&host.virt_usb(&["--json", "fleet", "join"])))
+                        .unwrap();
                 answer["number"].as_u64().unwrap()
             })
         };
@@ -317,12 +339,16 @@ fn a_host_writes_its_own_document_and_nothing_else() {
         file
     };
     let own = password("secret1");
-    let own = std::fs::rename(&own, etcd.path().join("own")).map(|()| etcd.path().join("own")).unwrap();
+    let own =
+        std::fs::rename(&own, etcd.path().join("own")).map(|()| etcd.path().join("own")).unwrap();
     let one = host(&etcd, "compute1", 'a', &format!("user = 'compute1'\npassword_file = {own:?}"));
     std::fs::write(one.path("sim.toml"), key(1)).unwrap();
     // The host itself may not join; whoever may, does.
     let why = refused(&one.virt_usb(&["fleet", "join"]));
-    assert!(why.contains("etcd does not allow it to user \"compute1\": join the fleet: /usr/share"), "{why}");
+    assert!(
+        why.contains("etcd does not allow it to user \"compute1\": join the fleet: /usr/share"),
+        "{why}"
+    );
     let admin = password("secret9");
     let wrong = refused(&one.virt_usb(&[
         "fleet",
@@ -333,11 +359,19 @@ fn a_host_writes_its_own_document_and_nothing_else() {
         own.to_str().unwrap(),
     ]));
     assert!(wrong.contains("etcd does not know who this is"), "{wrong}");
-    ok(&one.virt_usb(&["fleet", "join", "--user", "joiner", "--password-file", admin.to_str().unwrap()]));
+    ok(&one.virt_usb(&[
+        "fleet",
+        "join",
+        "--user",
+        "joiner",
+        "--password-file",
+        admin.to_str().unwrap(),
+    ]));
     let _agent = agent(&one);
     let as_user = |user: &str, rest: &[&str]| etcd.etcdctl(&[&["--user", user], rest].concat());
     until("the document", || {
-        let got = as_user("root:rootpw", &["get", "--print-value-only", "/virt-usb/hosts/compute1"]);
+        let got =
+            as_user("root:rootpw", &["get", "--print-value-only", "/virt-usb/hosts/compute1"]);
         ok(&got).contains("\"compute_node_id\":2").then_some(())
     });
     for key in [
@@ -356,8 +390,12 @@ fn a_host_writes_its_own_document_and_nothing_else() {
         let text = String::from_utf8_lossy(&denied.stderr).into_owned();
         assert!(!denied.status.success() && text.contains("permission denied"), "{key}: {text}");
     }
-    assert!(as_user("compute1:secret1", &["put", "/virt-usb/hosts/compute1", "{}"]).status.success());
-    assert!(!as_user("scheduler:look", &["put", "/virt-usb/hosts/compute1", "{}"]).status.success());
+    assert!(
+        as_user("compute1:secret1", &["put", "/virt-usb/hosts/compute1", "{}"]).status.success()
+    );
+    assert!(
+        !as_user("scheduler:look", &["put", "/virt-usb/hosts/compute1", "{}"]).status.success()
+    );
     assert!(as_user("scheduler:look", &["get", "--prefix", "/virt-usb/"]).status.success());
     // Without a user at all.
     let none = host(&etcd, "compute2", 'b', "");
@@ -372,11 +410,14 @@ fn etcd_is_spoken_to_with_certificates_on_both_sides() {
     let dir = tempfile::tempdir().unwrap();
     let path = |name: &str| dir.path().join(name).display().to_string();
     let script = "set -e; cd \"$0\"
-        openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -keyout ca.key -out ca.crt -subj /CN=ca -days 2
+        openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -keyout ca.key -out \
+        ca.crt -subj /CN=ca -days 2
         printf 'subjectAltName=IP:127.0.0.1\\nextendedKeyUsage=serverAuth,clientAuth\\n' > ext
         for who in etcd host; do
-            openssl req -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -keyout $who.key -out $who.csr -subj /CN=$who
-            openssl x509 -req -in $who.csr -CA ca.crt -CAkey ca.key -CAcreateserial -out $who.crt -days 2 -extfile ext
+            openssl req -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -keyout $who.key -out \
+            $who.csr -subj /CN=$who
+            openssl x509 -req -in $who.csr -CA ca.crt -CAkey ca.key -CAcreateserial -out $who.crt \
+            -days 2 -extfile ext
         done";
     let made = Command::new("bash").args(["-c", script]).arg(dir.path()).output().unwrap();
     ok(&made);
@@ -414,7 +455,8 @@ struct Scheduler<'a> {
 
 impl<'a> Scheduler<'a> {
     fn start(host: &'a Host, more: &[&str]) -> Self {
-        let log = File::options().append(true).create(true).open(host.path("scheduler.log")).unwrap();
+        let log =
+            File::options().append(true).create(true).open(host.path("scheduler.log")).unwrap();
         let mut command = Command::new(program("virt-usb"));
         command.arg("--config").arg(host.config_file()).arg("scheduler").args(more);
         command.arg("--socket").arg(host.path("scheduler.sock"));
@@ -428,7 +470,8 @@ impl<'a> Scheduler<'a> {
         };
         let body = if body.is_null() { String::new() } else { body.to_string() };
         let request = format!(
-            "{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
+            "{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Type: \
+                application/json\r\nContent-Length: {}\r\n\r\n{body}",
             body.len()
         );
         stream.write_all(request.as_bytes()).unwrap();
@@ -489,7 +532,10 @@ fn a_scheduler_answers_what_the_fleet_has() {
     scheduler.ready(3);
     let wanted = json!({"usb_devices": [{"vendor_id": "0529", "product_id": "0001"}]});
     let answer = scheduler.select(&json!({"flavor": wanted}));
-    assert_eq!((&answer["matched"], &answer["hosts"], &answer["age"]), (&json!(2), &json!(3), &json!(0)));
+    assert_eq!(
+        (&answer["matched"], &answer["hosts"], &answer["age"]),
+        (&json!(2), &json!(3), &json!(0))
+    );
     assert_eq!(
         answer["placements"][0],
         json!({"host": "a", "score": answer["placements"][0]["score"], "devices": [1_000_001]})
@@ -500,7 +546,10 @@ fn a_scheduler_answers_what_the_fleet_has() {
     until("the flavor", || (named("erp").0 == 200).then_some(()));
     assert_eq!(named("@erp").1["placements"], answer["placements"]);
     let (status, why) = named("none");
-    assert_eq!((status, &why["error"]), (404, &json!("the fleet has no flavor of the name \"none\"")));
+    assert_eq!(
+        (status, &why["error"]),
+        (404, &json!("the fleet has no flavor of the name \"none\""))
+    );
     let narrow = scheduler.select(&json!({"flavor": wanted, "hosts": ["b", "c", "x"], "limit": 5}));
     assert_eq!((&narrow["matched"], &narrow["placements"][0]["host"]), (&json!(1), &json!("b")));
     let none = scheduler.select(&json!({"flavor": {"usb_devices": [{"vendor_id": "1234"}]}}));
@@ -524,8 +573,9 @@ fn a_scheduler_answers_what_the_fleet_has() {
     until("it to be said", || {
         let (_, health) = scheduler.ask("GET", "/health", &Value::Null);
         let refused = &health["refused"];
-        (refused["b"].as_str()?.contains("it names another host: \"a\"") && refused["d"].is_string())
-            .then_some(())
+        (refused["b"].as_str()?.contains("it names another host: \"a\"")
+            && refused["d"].is_string())
+        .then_some(())
     });
     assert_eq!(scheduler.matched("0529", "0001"), 2);
     // What cannot be asked is said, each in its way.
@@ -538,7 +588,13 @@ fn a_scheduler_answers_what_the_fleet_has() {
             400,
             "flavor: usb_devices[0].vendor_id",
         ),
-        ("POST", "/select", json!({"flavor": wanted, "assume": 0}), 400, "assume: wanted 1 to 3600 seconds"),
+        (
+            "POST",
+            "/select",
+            json!({"flavor": wanted, "assume": 0}),
+            400,
+            "assume: wanted 1 to 3600 seconds",
+        ),
         ("POST", "/select", json!({"flavor": wanted, "project": ""}), 400, "project: "),
         ("POST", "/select", json!([]), 400, "the body cannot be read"),
         ("GET", "/select", Value::Null, 405, "this is asked otherwise"),
@@ -554,7 +610,8 @@ fn a_scheduler_answers_what_the_fleet_has() {
     let (_, metrics) = scheduler.ask("GET", "/metrics", &Value::Null);
     let metrics = metrics.as_str().unwrap();
     assert!(
-        metrics.contains("virt_usb_scheduler_hosts 3") && metrics.contains("path=\"/select\",status=\"200\""),
+        metrics.contains("virt_usb_scheduler_hosts 3")
+            && metrics.contains("path=\"/select\",status=\"200\""),
         "{metrics}"
     );
     // etcd is away: what is known counts on for as long as was said, and not longer.
@@ -564,7 +621,10 @@ fn a_scheduler_answers_what_the_fleet_has() {
         (status != 200).then_some((status, answer))
     });
     assert_eq!(status, 503);
-    assert!(answer["error"].as_str().unwrap().contains("nothing was heard of the fleet for"), "{answer}");
+    assert!(
+        answer["error"].as_str().unwrap().contains("nothing was heard of the fleet for"),
+        "{answer}"
+    );
     etcd.start();
     until("it to be heard again", || {
         (scheduler.ask("POST", "/select", &json!({"flavor": wanted})).0 == 200).then_some(())
@@ -610,7 +670,8 @@ fn a_burst_does_not_get_one_device_twice() {
     let token = given[&1_000_001].as_str().unwrap();
     assert_eq!(scheduler.ask("DELETE", &format!("/assumptions/{token}"), &Value::Null).0, 204);
     assert_eq!(scheduler.matched("0529", "0001"), 1);
-    // A document that still says "free" takes no promise back; one that says what became of it ends it.
+    // A document that still says "free" takes no promise back; one that says what became of it ends
+    // it.
     publish(
         &etcd,
         "h1",
@@ -644,25 +705,39 @@ fn history_that_is_compacted_under_a_watcher_leaves_no_gap() {
     let etcd = Etcd::new();
     let place = host(&etcd, "scheduler", 'f', "");
     for n in 0..20u64 {
-        publish(&etcd, &format!("h{n}"), n + 2, 1, &[entry((n + 1) * 1_000_000 + 1, "0001", "available")]);
+        publish(
+            &etcd,
+            &format!("h{n}"),
+            n + 2,
+            1,
+            &[entry((n + 1) * 1_000_000 + 1, "0001", "available")],
+        );
     }
     let scheduler = Scheduler::start(&place, &[]);
     scheduler.ready(20);
     // It hears nothing for a while; what happens then is forgotten before it hears again.
     scheduler.running.signal("-STOP");
     for n in 0..10u64 {
-        publish(&etcd, &format!("h{n}"), n + 2, 2, &[entry((n + 1) * 1_000_000 + 1, "0002", "available")]);
+        publish(
+            &etcd,
+            &format!("h{n}"),
+            n + 2,
+            2,
+            &[entry((n + 1) * 1_000_000 + 1, "0002", "available")],
+        );
     }
     for n in 10..15 {
         ok(&etcd.etcdctl(&["del", &format!("/virt-usb/hosts/h{n}")]));
     }
-    let answer: Value = serde_json::from_str(&ok(&etcd.etcdctl(&["get", "x", "-w", "json"]))).unwrap();
+    let answer: Value =
+        serde_json::from_str(&ok(&etcd.etcdctl(&["get", "x", "-w", "json"]))).unwrap();
     let revision = answer["header"]["revision"].as_u64().unwrap();
     ok(&etcd.etcdctl(&["compact", &revision.to_string()]));
     scheduler.running.signal("-CONT");
     scheduler.ready(15);
     until("what there is", || {
-        (scheduler.matched("0529", "0001") == 5 && scheduler.matched("0529", "0002") == 10).then_some(())
+        (scheduler.matched("0529", "0001") == 5 && scheduler.matched("0529", "0002") == 10)
+            .then_some(())
     });
 }
 
@@ -670,10 +745,12 @@ fn history_that_is_compacted_under_a_watcher_leaves_no_gap() {
 fn flavors_are_the_fleets_and_every_host_has_them() {
     let mut etcd = Etcd::new();
     let (one, two) = (host(&etcd, "compute1", 'a', ""), host(&etcd, "compute2", 'b', ""));
-    let asks =
-        |product: &str| format!(r#"{{"usb_devices":[{{"vendor_id":"0529","product_id":"{product}"}}]}}"#);
-    let set =
-        |host: &Host, name: &str, product: &str| host.virt_usb(&["flavor", "set", name, &asks(product)]);
+    let asks = |product: &str| {
+        format!(r#"{{"usb_devices":[{{"vendor_id":"0529","product_id":"{product}"}}]}}"#)
+    };
+    let set = |host: &Host, name: &str, product: &str| {
+        host.virt_usb(&["flavor", "set", name, &asks(product)])
+    };
     let has = |host: &Host, name: &str, product: &str| {
         let shown = host.virt_usb(&["flavor", "show", name]);
         String::from_utf8_lossy(&shown.stdout).contains(product)
@@ -688,7 +765,9 @@ fn flavors_are_the_fleets_and_every_host_has_them() {
     ok(&one.virt_usb(&["fleet", "join"]));
     let joined = ok(&two.virt_usb(&["fleet", "join"]));
     assert!(
-        joined.contains("the fleet has other flavors of these names, which count from now on: both\n"),
+        joined.contains(
+            "the fleet has other flavors of these names, which count from now on: both\n"
+        ),
         "{joined}"
     );
     let _agents = (agent(&one), agent(&two));
@@ -702,7 +781,9 @@ fn flavors_are_the_fleets_and_every_host_has_them() {
     ok(&two.virt_usb(&["flavor", "remove", "both"]));
     assert!(!has(&two, "both", "0001"));
     until("it to be gone", || (!has(&one, "both", "0001")).then_some(()));
-    assert!(refused(&one.virt_usb(&["flavor", "remove", "both"])).contains("no flavor of the name"));
+    assert!(
+        refused(&one.virt_usb(&["flavor", "remove", "both"])).contains("no flavor of the name")
+    );
     // What cannot be read takes nothing away.
     etcd.put("/virt-usb/flavors/erp", "rubbish");
     etcd.put("/virt-usb/flavors/new", &asks("0004"));
@@ -713,7 +794,8 @@ fn flavors_are_the_fleets_and_every_host_has_them() {
     let why = refused(&set(&one, "erp", "0009"));
     assert!(
         why.contains(
-            "the flavors of this host are the fleet's, and are changed in etcd alone: no etcd answers"
+            "the flavors of this host are the fleet's, and are changed in etcd alone: no etcd \
+                answers"
         ),
         "{why}"
     );
@@ -744,8 +826,9 @@ fn grants_are_the_fleets_and_every_host_heeds_them() {
     for (host, n) in [(&one, 1), (&two, 2)] {
         std::fs::write(host.path("sim.toml"), key(n)).unwrap();
     }
-    let grant =
-        |devices: &str, project: &str| format!(r#"{{"usb_devices":[{devices}],"projects":["{project}"]}}"#);
+    let grant = |devices: &str, project: &str| {
+        format!(r#"{{"usb_devices":[{devices}],"projects":["{project}"]}}"#)
+    };
     // For whom the host's one key is, as it is published.
     let whose = |etcd: &Etcd, host: &str| -> Option<String> {
         let document = document(etcd, host)?;
@@ -757,7 +840,8 @@ fn grants_are_the_fleets_and_every_host_heeds_them() {
     ok(&two.virt_usb(&["grant", "set", "mine", &grant(r#"{"serial":"S2"}"#, "p2")]));
     let joined = ok(&two.virt_usb(&["fleet", "join"]));
     assert!(
-        joined.contains("the fleet has other grants of these names, which count from now on: mine\n"),
+        joined
+            .contains("the fleet has other grants of these names, which count from now on: mine\n"),
         "{joined}"
     );
     let _agents = (agent(&one), agent(&two));
@@ -775,7 +859,10 @@ fn grants_are_the_fleets_and_every_host_heeds_them() {
     // etcd is away: they count on, and are not changed by halves.
     etcd.kill();
     let why = refused(&one.virt_usb(&["grant", "remove", "mine"]));
-    assert!(why.contains("the grants of this host are the fleet's, and are changed in etcd alone"), "{why}");
+    assert!(
+        why.contains("the grants of this host are the fleet's, and are changed in etcd alone"),
+        "{why}"
+    );
     let held = ok(&one.virt_usb(&["grant", "show", "mine"]));
     assert!(held.contains("p1"), "{held}");
     etcd.start();
@@ -793,16 +880,23 @@ fn simulate(folder: &Path, endpoints: &[String], seed: u64, arguments: &[&str]) 
     let mut command = Command::new(program("virt-usb"));
     command.arg("--json").arg("--config").arg(&config);
     command.args(["fleet", "simulate", "--seed", &seed.to_string()]);
-    command.arg("--component").arg(root().join("target/release/virt-usb-filter.wasm")).args(arguments);
+    command
+        .arg("--component")
+        .arg(root().join("target/release/virt-usb-filter.wasm"))
+        .args(arguments);
     command
 }
 
 /// What must hold did, and something happened.
 fn held_all(output: &Output) -> Value {
-    let report: Value = serde_json::from_slice(&output.stdout).unwrap_or_else(|e| panic!("{e}: {output:?}"));
+    let report: Value =
+        serde_json::from_slice(&output.stdout).unwrap_or_else(|e| panic!("{e}: {output:?}"));
     assert!(output.status.success() && report["broken"] == json!([]), "{report:#}");
     for what in ["started", "stopped", "plugged in", "unplugged"] {
-        assert!(report["done"][what].as_u64().unwrap_or_default() > 0, "nothing was {what}: {report:#}");
+        assert!(
+            report["done"][what].as_u64().unwrap_or_default() > 0,
+            "nothing was {what}: {report:#}"
+        );
     }
     report
 }
@@ -826,7 +920,10 @@ struct Faults {
 
 impl Faults {
     fn roll(&mut self, sides: u64) -> usize {
-        self.dice = self.dice.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        self.dice = self
+            .dice
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
         usize::try_from((self.dice >> 33) % sides).unwrap()
     }
 
@@ -905,7 +1002,8 @@ impl Faults {
     }
 
     fn compact(&self) {
-        let answer: Value = serde_json::from_str(&self.etcdctl(&["get", "x", "-w", "json"])).unwrap();
+        let answer: Value =
+            serde_json::from_str(&self.etcdctl(&["get", "x", "-w", "json"])).unwrap();
         let revision = answer["header"]["revision"].as_u64().unwrap();
         self.etcdctl(&["compact", &revision.to_string()]);
     }
@@ -914,7 +1012,8 @@ impl Faults {
 /// `FLEET_ROUNDS` rounds (1), each of another seed from `FLEET_SEED` (1) on.
 #[test]
 fn whatever_befalls_etcd_no_document_is_lost_and_no_device_in_two_guests() {
-    let number = |name: &str| std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(1u64);
+    let number =
+        |name: &str| std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(1u64);
     for seed in number("FLEET_SEED")..number("FLEET_SEED") + number("FLEET_ROUNDS") {
         let members = Etcd::cluster(3, &["--quota-backend-bytes=16777216".to_owned()]);
         let endpoints: Vec<String> = members.iter().map(Etcd::endpoint).collect();
@@ -946,10 +1045,17 @@ const OURS: &str = "3f0c7a5e9d2b4c1f8a6e5d4c3b2a1908";
 const THEIRS: &str = "00000000000000000000000000000002";
 
 /// A host with an API, and its guests.
-fn served(etcd: &Etcd, name: &str, machine: char, devices: &str, guests: &[(&str, &str, &str)]) -> Host {
+fn served(
+    etcd: &Etcd,
+    name: &str,
+    machine: char,
+    devices: &str,
+    guests: &[(&str, &str, &str)],
+) -> Host {
     let host = host(etcd, name, machine, "");
     let config = std::fs::read_to_string(host.config_file()).unwrap();
-    std::fs::write(host.config_file(), config.replace("api = \"off\"", "api = \"127.0.0.1:0\"")).unwrap();
+    std::fs::write(host.config_file(), config.replace("api = \"off\"", "api = \"127.0.0.1:0\""))
+        .unwrap();
     let guest = |(name, uuid, project): &(&str, &str, &str)| {
         format!("[[domain]]\nname = '{name}'\nuuid = '{uuid}'\nproject = '{project}'\n")
     };
@@ -987,7 +1093,8 @@ fn api(host: &Host, token: Option<&str>, method: &str, path: &str, body: &Value)
     let body = if body.is_null() { String::new() } else { body.to_string() };
     let token_line = token.map(|token| format!("X-Auth-Token: {token}\r\n")).unwrap_or_default();
     let request = format!(
-        "{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{token_line}Content-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
+        "{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{token_line}Content-Type: \
+            application/json\r\nContent-Length: {}\r\n\r\n{body}",
         body.len()
     );
     let mut text = String::new();
@@ -1019,7 +1126,8 @@ fn message(answer: &(u16, Value), status: u16) -> String {
 }
 
 fn token(host: &Host, name: &str, project: &str, role: &str) -> String {
-    let made = host.virt_usb(&["--json", "token", "add", name, "--project", project, "--role", role]);
+    let made =
+        host.virt_usb(&["--json", "token", "add", name, "--project", project, "--role", role]);
     let made: Value = serde_json::from_str(&ok(&made)).unwrap();
     made["token"].as_str().unwrap().to_owned()
 }
@@ -1028,13 +1136,19 @@ fn token(host: &Host, name: &str, project: &str, role: &str) -> String {
 fn any_hosts_api_shows_the_fleet_and_acts_on_it() {
     let etcd = Etcd::new();
     let one = served(&etcd, "compute1", 'a', &key(1), &[("erp", ERP, OURS)]);
-    let two =
-        served(&etcd, "compute2", 'b', &(key(2) + &key(3)), &[("crm", CRM, THEIRS), ("lab", LAB, OURS)]);
+    let two = served(
+        &etcd,
+        "compute2",
+        'b',
+        &(key(2) + &key(3)),
+        &[("crm", CRM, THEIRS), ("lab", LAB, OURS)],
+    );
     let (_first, mut second) = (agent(&one), agent(&two));
     let get = |path: &str| api(&one, None, "GET", path, &Value::Null);
     let list = |path: &str, key: &str| get(path).1[key].as_array().cloned().unwrap_or_default();
     until("the fleet to be shown", || {
-        (list("/v3/os-usb-devices", "usb_devices").len() == 3 && list("/v3/servers", "servers").len() == 3)
+        (list("/v3/os-usb-devices", "usb_devices").len() == 3
+            && list("/v3/servers", "servers").len() == 3)
             .then_some(())
     });
     let hosts = list("/v3/os-hypervisors", "hypervisors");
@@ -1042,11 +1156,20 @@ fn any_hosts_api_shows_the_fleet_and_acts_on_it() {
         .iter()
         .map(|h| (h["id"].as_u64(), h["hypervisor_hostname"].as_str(), h["state"].as_str()))
         .collect();
-    assert_eq!(brief, [(Some(2), Some("compute1"), Some("up")), (Some(3), Some("compute2"), Some("up"))]);
+    assert_eq!(
+        brief,
+        [(Some(2), Some("compute1"), Some("up")), (Some(3), Some("compute2"), Some("up"))]
+    );
     let (status, other) = get("/v3/os-hypervisors/compute2");
-    assert_eq!((status, other["hypervisor"]["usb_device_stats"].as_array().unwrap().len()), (200, 2));
+    assert_eq!(
+        (status, other["hypervisor"]["usb_device_stats"].as_array().unwrap().len()),
+        (200, 2)
+    );
     let first = &other["hypervisor"]["usb_device_stats"][0];
-    assert_eq!((&first["id"], &first["hypervisor_hostname"]), (&json!(2_000_001), &json!("compute2")));
+    assert_eq!(
+        (&first["id"], &first["hypervisor_hostname"]),
+        (&json!(2_000_001), &json!("compute2"))
+    );
     // The other host's guest, by that host's agent.
     let attached = act(&one, None, "attach_usb_devices", CRM, 2_000_001);
     assert_eq!(
@@ -1054,7 +1177,11 @@ fn any_hosts_api_shows_the_fleet_and_acts_on_it() {
         (202, &json!("allocated"), &json!(true)),
         "{attached:?}"
     );
-    assert!(two.claims().contains(&format!("device 2000001 crm {CRM} allocated")), "{}", two.claims());
+    assert!(
+        two.claims().contains(&format!("device 2000001 crm {CRM} allocated")),
+        "{}",
+        two.claims()
+    );
     until("it to be shown", || {
         let (_, server) = get(&format!("/v3/servers/{CRM}/os-usb-devices"));
         let server = &server["server"];
@@ -1074,25 +1201,45 @@ fn any_hosts_api_shows_the_fleet_and_acts_on_it() {
         assert!(server.contains(words), "{words}: {server}");
     }
     let taken = message(&act(&one, None, "attach_usb_devices", LAB, 2_000_001), 409);
-    assert!(taken.contains(&format!("USB device 2000001 is held by instance {CRM} (crm)")), "{taken}");
+    assert!(
+        taken.contains(&format!("USB device 2000001 is held by instance {CRM} (crm)")),
+        "{taken}"
+    );
     let elsewhere = message(&act(&one, None, "attach_usb_devices", LAB, 1_000_001), 409);
     assert!(elsewhere.contains("No USB device that can be had matches"), "{elsewhere}");
     // Who may what is asked on both sides.
-    let (ours, theirs) = (token(&one, "ours", OURS, "member"), token(&one, "theirs", THEIRS, "member"));
+    let (ours, theirs) =
+        (token(&one, "ours", OURS, "member"), token(&one, "theirs", THEIRS, "member"));
     assert_eq!(act(&one, Some(&ours), "detach_usb_devices", CRM, 2_000_001).0, 404);
     let servers = api(&one, Some(&ours), "GET", "/v3/servers", &Value::Null).1;
-    let names: Vec<&str> =
-        servers["servers"].as_array().unwrap().iter().filter_map(|server| server["name"].as_str()).collect();
+    let names: Vec<&str> = servers["servers"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .filter_map(|server| server["name"].as_str())
+        .collect();
     assert_eq!(names, ["erp", "lab"]);
     assert_eq!(act(&one, Some(&theirs), "detach_usb_devices", CRM, 2_000_001).0, 202);
     assert_eq!(two.claims(), "");
     let audit = ok(&two.virt_usb(&["events"]));
     assert!(audit.contains("api theirs@compute1"), "{audit}");
-    let device =
-        api(&one, None, "POST", "/v3/os-usb-devices/2000001/action", &json!({"disable": {"reason": "x"}}));
-    assert!(message(&device, 409).contains("is on host compute2: it is changed by that host's API"));
-    let owner =
-        api(&one, None, "POST", &format!("/v3/servers/{LAB}/action"), &json!({"clear_usb_owner": null}));
+    let device = api(
+        &one,
+        None,
+        "POST",
+        "/v3/os-usb-devices/2000001/action",
+        &json!({"disable": {"reason": "x"}}),
+    );
+    assert!(
+        message(&device, 409).contains("is on host compute2: it is changed by that host's API")
+    );
+    let owner = api(
+        &one,
+        None,
+        "POST",
+        &format!("/v3/servers/{LAB}/action"),
+        &json!({"clear_usb_owner": null}),
+    );
     assert!(message(&owner, 409).contains("is on host compute2: whose it is is said there"));
     // One that does not begin in time does not begin later.
     second.signal("-STOP");
@@ -1125,11 +1272,15 @@ fn any_hosts_api_shows_the_fleet_and_acts_on_it() {
     etcd.put("/virt-usb/answers/compute2/r1", "\"begun\"");
     second = agent(&two);
     let answer = until("an answer", || {
-        let answer: Value = serde_json::from_str(&etcd.get("/virt-usb/answers/compute2/r1")).ok()?;
+        let answer: Value =
+            serde_json::from_str(&etcd.get("/virt-usb/answers/compute2/r1")).ok()?;
         answer["done"]["status"].is_u64().then_some(answer)
     });
     let said = answer["done"]["body"]["message"].as_str().unwrap();
-    assert!(answer["done"]["status"] == 503 && said.contains("It is unknown how it ended"), "{answer}");
+    assert!(
+        answer["done"]["status"] == 503 && said.contains("It is unknown how it ended"),
+        "{answer}"
+    );
     assert!(said.contains("The state is: the server has no device"), "{said}");
     assert_eq!(two.claims(), "");
     drop(second);

@@ -1,5 +1,11 @@
-//! The hook at its process boundary: a folder a case under `goldens/`, see its README. `BLESS=1` writes what is found.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
+//! The hook at its process boundary: a folder a case under `goldens/`, see its README. `BLESS=1`
+//! writes what is found.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test fails by panicking"
+)]
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -34,11 +40,15 @@ fn play(case: &Path) -> Found {
         host.discover(&devices);
     }
     if let Some(flavors) = optional(&case.join("flavors.json")) {
-        let flavors: serde_json::Map<String, serde_json::Value> = serde_json::from_str(&flavors).unwrap();
+        let flavors: serde_json::Map<String, serde_json::Value> =
+            serde_json::from_str(&flavors).unwrap();
         flavors.iter().for_each(|(name, flavor)| host.flavor(name, &flavor.to_string()));
     }
-    let mut before: Vec<PathBuf> =
-        fs::read_dir(case.join("before")).into_iter().flatten().map(|e| e.unwrap().path()).collect();
+    let mut before: Vec<PathBuf> = fs::read_dir(case.join("before"))
+        .into_iter()
+        .flatten()
+        .map(|e| e.unwrap().path())
+        .collect();
     before.sort();
     for step in before {
         prior(&host, &step);
@@ -77,8 +87,9 @@ fn play(case: &Path) -> Found {
     }
 }
 
-/// What happened before the call: `N.OPERATION.xml` an earlier call, `N.plug.toml` devices that changed and nobody recorded, `N.discover.toml`
-/// devices that changed and were recorded, `N.boot` a reboot, `N.wait` seconds that went by, `N.state` a broken store.
+/// What happened before the call: `N.OPERATION.xml` an earlier call, `N.plug.toml` devices that
+/// changed and nobody recorded, `N.discover.toml` devices that changed and were recorded, `N.boot`
+/// a reboot, `N.wait` seconds that went by, `N.state` a broken store.
 fn prior(host: &Host, step: &Path) {
     let name = step.file_name().unwrap().to_str().unwrap();
     let text = fs::read_to_string(step).unwrap();
@@ -87,11 +98,16 @@ fn prior(host: &Host, step: &Path) {
         [_, "discover", "toml"] => host.discover(&text),
         [_, "boot"] => host.boot(text.trim(), 30.0),
         [_, "wait"] => {
-            host.boot("11111111-1111-4111-8111-111111111111", 1000.0 + text.trim().parse::<f64>().unwrap());
+            host.boot(
+                "11111111-1111-4111-8111-111111111111",
+                1000.0 + text.trim().parse::<f64>().unwrap(),
+            );
         }
         [_, "state"] => {
             for suffix in ["-wal", "-shm"] {
-                drop(fs::remove_file(host.path(&format!("state/{}{suffix}", virt_usb_store::FILE_NAME))));
+                drop(fs::remove_file(
+                    host.path(&format!("state/{}{suffix}", virt_usb_store::FILE_NAME)),
+                ));
             }
             fs::write(host.path("state").join(virt_usb_store::FILE_NAME), text).unwrap();
         }
@@ -147,9 +163,13 @@ fn every_case_answers_as_written() {
                 }
                 continue;
             }
-            let (wanted, bytes) = (String::from_utf8_lossy(&wanted), String::from_utf8_lossy(bytes));
+            let (wanted, bytes) =
+                (String::from_utf8_lossy(&wanted), String::from_utf8_lossy(bytes));
             let diff = similar::TextDiff::from_lines(wanted.as_ref(), bytes.as_ref());
-            wrong.push(format!("{name}/{file}:\n{}", diff.unified_diff().header("written", "found")));
+            wrong.push(format!(
+                "{name}/{file}:\n{}",
+                diff.unified_diff().header("written", "found")
+            ));
         }
     }
     assert!(wrong.is_empty(), "{}\n(BLESS=1 writes what was found)", wrong.join("\n"));

@@ -1,7 +1,8 @@
-//! The agent and the real libusb under umockdev: devices come, go, change their numbers, swarm. No scan at an interval helps.
+//! The agent and the real libusb under umockdev: devices come, go, change their numbers, swarm. No
+//! scan at an interval helps.
 //!
-//! Each test starts this program again under `umockdev-wrapper`: whoever sends uevents must be preloaded itself, and a process has one
-//! testbed.
+//! Each test starts this program again under `umockdev-wrapper`: whoever sends uevents must be
+//! preloaded itself, and a process has one testbed.
 #![allow(
     clippy::unwrap_used,
     clippy::panic,
@@ -46,8 +47,10 @@ mod testbed {
         /// Adds devices, and sends `add` for each.
         pub(crate) fn add(&self, text: &str) {
             let (text, mut e) = (CString::new(text).unwrap(), std::ptr::null_mut());
-            // SAFETY: the object lives for ever, the text is a C string, the error is looked at by the result alone.
-            let added = unsafe { umockdev_testbed_add_from_string(self.0, text.as_ptr(), &raw mut e) };
+            // SAFETY: the object lives for ever, the text is a C string, the error is looked at by
+            // the result alone.
+            let added =
+                unsafe { umockdev_testbed_add_from_string(self.0, text.as_ptr(), &raw mut e) };
             assert!(added != 0, "umockdev does not take the device");
         }
         pub(crate) fn uevent(&self, path: &str, action: &str) {
@@ -80,8 +83,10 @@ fn under(name: &str, test: impl FnOnce(&Path)) {
     {
         panic!("umockdev-wrapper is not installed: run 'make test-deps'");
     }
-    // A socket holds ten messages, and umockdev ends where there is no room: in a network namespace of its own it may hold more.
-    let room = r#"echo 4096 > /proc/sys/net/unix/max_dgram_qlen && exec umockdev-wrapper "$0" "$@""#;
+    // A socket holds ten messages, and umockdev ends where there is no room: in a network namespace
+    // of its own it may hold more.
+    let room =
+        r#"echo 4096 > /proc/sys/net/unix/max_dgram_qlen && exec umockdev-wrapper "$0" "$@""#;
     let output = virt_usb_suite::own_network()
         .args(["sh", "-c", room])
         .arg(std::env::current_exe().unwrap())
@@ -94,7 +99,10 @@ fn under(name: &str, test: impl FnOnce(&Path)) {
     // For whoever wants figures.
     print!(
         "{}",
-        text.lines().filter(|l| l.starts_with("figure ")).map(|l| format!("{l}\n")).collect::<String>()
+        text.lines()
+            .filter(|l| l.starts_with("figure "))
+            .map(|l| format!("{l}\n"))
+            .collect::<String>()
     );
 }
 
@@ -108,7 +116,8 @@ struct Agent {
 impl Agent {
     fn start(folder: &Path) -> Self {
         let keys = format!(
-            "state_dir = {0:?}\nscan_interval = 3600\nlibvirt_uri = \"test:///default\"\nmetrics = {1:?}\n",
+            "state_dir = {0:?}\nscan_interval = 3600\nlibvirt_uri = \"test:///default\"\nmetrics = \
+                {1:?}\n",
             folder.join("state"),
             folder.join("metrics")
         );
@@ -126,7 +135,8 @@ impl Agent {
             std::fs::read_to_string(&log).unwrap().contains(" ready").then_some(())
         });
         // Hotplug is on by then or soon after; whatever came in between is scanned for.
-        let store = Store::open(&folder.join("state"), Duration::from_secs(5), Durability::Power).unwrap();
+        let store =
+            Store::open(&folder.join("state"), Duration::from_secs(5), Durability::Power).unwrap();
         Self { child, folder: folder.to_owned(), store }
     }
 
@@ -186,13 +196,14 @@ impl Agent {
     /// How often it has looked at everything.
     fn scans(&self) -> u64 {
         use std::io::{Read, Write};
-        let mut socket = std::os::unix::net::UnixStream::connect(self.folder.join("metrics")).unwrap();
+        let mut socket =
+            std::os::unix::net::UnixStream::connect(self.folder.join("metrics")).unwrap();
         socket.write_all(b"GET /metrics HTTP/1.0\r\n\r\n").unwrap();
         let mut text = String::new();
         socket.read_to_string(&mut text).unwrap();
-        let scans = text
-            .lines()
-            .filter_map(|l| l.strip_prefix("virt_usb_scans_total{")?.split(' ').nth(1)?.parse::<u64>().ok());
+        let scans = text.lines().filter_map(|l| {
+            l.strip_prefix("virt_usb_scans_total{")?.split(' ').nth(1)?.parse::<u64>().ok()
+        });
         scans.sum()
     }
 }
@@ -218,9 +229,12 @@ fn device(port: &str, number: u8, serial: Option<&str>) -> String {
                        0FF000000";
     let serial = serial.map(|s| format!("A: serial={s}\\n\n")).unwrap_or_default();
     format!(
-        "P: {path}\nN: bus/usb/001/{number:03}={descriptors}\nE: SUBSYSTEM=usb\nE: DEVTYPE=usb_device\nE: DEVNAME=/dev/bus/usb/001/{number:03}\n\
-         E: BUSNUM=001\nE: DEVNUM={number:03}\nE: PRODUCT=951/1666/100\nA: busnum=1\\n\nA: devnum={number}\\n\nA: idVendor=0951\\n\nA: idProduct=1666\\n\n\
-         A: bDeviceClass=00\\n\nA: bConfigurationValue=1\\n\nA: speed=480\\n\n{serial}H: descriptors={descriptors}\n\n",
+        "P: {path}\nN: bus/usb/001/{number:03}={descriptors}\nE: SUBSYSTEM=usb\nE: \
+            DEVTYPE=usb_device\nE: DEVNAME=/dev/bus/usb/001/{number:03}\n\
+         E: BUSNUM=001\nE: DEVNUM={number:03}\nE: PRODUCT=951/1666/100\nA: busnum=1\\n\nA: \
+         devnum={number}\\n\nA: idVendor=0951\\n\nA: idProduct=1666\\n\n\
+         A: bDeviceClass=00\\n\nA: bConfigurationValue=1\\n\nA: speed=480\\n\n{serial}H: \
+         descriptors={descriptors}\n\n",
         path = path(port)
     )
 }
@@ -232,7 +246,8 @@ fn plug_root_hub(bed: &Testbed) {
     bed.add(&format!(
         "P: {path}\nN: bus/usb/001/001={descriptors}\nE: SUBSYSTEM=usb\nE: DEVTYPE=usb_device\n\
          E: DEVNAME=/dev/bus/usb/001/001\nE: BUSNUM=001\nE: DEVNUM=001\nE: PRODUCT=1d6b/2/606\n\
-         A: busnum=1\\n\nA: devnum=1\\n\nA: idVendor=1d6b\\n\nA: idProduct=0002\\n\nA: bDeviceClass=09\\n\n\
+         A: busnum=1\\n\nA: devnum=1\\n\nA: idVendor=1d6b\\n\nA: idProduct=0002\\n\nA: \
+         bDeviceClass=09\\n\n\
          A: bConfigurationValue=1\\n\nA: speed=480\\n\nH: descriptors={descriptors}\n\n",
         path = path("")
     ));
@@ -294,7 +309,8 @@ fn twins_that_change_places_are_told_apart_by_their_ports() {
         plug(&bed, "1-2", 2, None);
         plug(&bed, "1-1", 3, None);
         agent.shows(&["1-1 - usb_1_3", "1-2 - usb_1_2"]);
-        let after: Vec<_> = agent.devices().iter().map(|r| (r.entry.id, r.entry.port_path.clone())).collect();
+        let after: Vec<_> =
+            agent.devices().iter().map(|r| (r.entry.id, r.entry.port_path.clone())).collect();
         assert_eq!(after, before);
     });
 }
@@ -315,8 +331,8 @@ fn a_storm_is_looked_at_as_one() {
         plug(&bed, "1-2", 3, Some("SN2"));
         let storm = began.elapsed();
         agent.shows(&["1-1 SN1 usb_1_2", "1-2 SN2 usb_1_3"]);
-        // How many bursts the scheduler makes of it is not ours to say; that one burst is one scan is the unit test of `devices.rs`.
-        // A sender that is held up for 15 ms ends a burst.
+        // How many bursts the scheduler makes of it is not ours to say; that one burst is one scan
+        // is the unit test of `devices.rs`. A sender that is held up for 15 ms ends a burst.
         let most = (1001 / 20).max(u64::try_from(storm.as_millis()).unwrap() / 15 + 2);
         let scans = until("it is counted", || Some(agent.scans() - before).filter(|n| *n > 0));
         assert!((1..=most).contains(&scans), "{scans} scans in a storm of {storm:?}");

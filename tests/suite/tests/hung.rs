@@ -42,7 +42,12 @@ fn guest(n: usize, more: &str) -> String {
 }
 
 fn key(n: usize) -> String {
-    device("0001", &format!("1-{}", n + 1), u8::try_from(n + 1).unwrap(), &format!("serial = 'S{n}'"))
+    device(
+        "0001",
+        &format!("1-{}", n + 1),
+        u8::try_from(n + 1).unwrap(),
+        &format!("serial = 'S{n}'"),
+    )
 }
 
 fn log(host: &Host) -> String {
@@ -86,7 +91,9 @@ fn guests_that_hang_keep_nobody_waiting() {
     };
     show(&host, &(keys.clone() + &hung("hangs = true")));
     let agent = Agent::start(&host);
-    wait(&host, "calls are unanswered", || log(&host).contains("libvirt has not answered about guest"));
+    wait(&host, "calls are unanswered", || {
+        log(&host).contains("libvirt has not answered about guest")
+    });
     // A healthy one among them has its device while they hang.
     show(&host, &(keys.clone() + &hung("hangs = true") + &guest(0, "")));
     wait(&host, "the healthy one is served", || is_allocated(&host, 0));
@@ -94,7 +101,8 @@ fn guests_that_hang_keep_nobody_waiting() {
     // It is said of a guest that is waited for.
     wait(&host, "a problem is noted", || {
         let claims = ok(&host.virt_usb(&["claims"]));
-        claims.contains("libvirt has not answered about guest") && claims.contains("virsh domcontrol guest")
+        claims.contains("libvirt has not answered about guest")
+            && claims.contains("virsh domcontrol guest")
     });
     let doctor = host.virt_usb(&["doctor", "--json"]);
     let doctor = String::from_utf8(doctor.stdout).unwrap();
@@ -135,8 +143,12 @@ fn an_agent_ends_though_libvirt_does_not_answer() {
     let host = host();
     show(&host, &(key(1) + &guest(1, "hangs = true")));
     let mut agent = Agent::start(&host);
-    wait(&host, "a call is unanswered", || log(&host).contains("libvirt has not answered about guest1"));
-    assert!(Command::new("kill").args(["-TERM", &agent.0.id().to_string()]).status().unwrap().success());
+    wait(&host, "a call is unanswered", || {
+        log(&host).contains("libvirt has not answered about guest1")
+    });
+    assert!(
+        Command::new("kill").args(["-TERM", &agent.0.id().to_string()]).status().unwrap().success()
+    );
     assert_eq!(agent.0.wait().unwrap().code(), Some(0));
     assert!(log(&host).contains("stopped"), "{}", log(&host));
 }
@@ -146,7 +158,8 @@ fn an_agent_ends_though_libvirt_does_not_answer() {
 fn a_domain_that_is_defined_again_keeps_what_is_assigned_to_it() {
     let host = host();
     let config = std::fs::read_to_string(host.config_file()).unwrap();
-    std::fs::write(host.config_file(), config + "undefined_grace = 15\nabsent_grace = 1\n").unwrap();
+    std::fs::write(host.config_file(), config + "undefined_grace = 15\nabsent_grace = 1\n")
+        .unwrap();
     let off = || guest(1, "running = false");
     show(&host, &(key(1) + &key(2) + &off()));
     let agent = Agent::start(&host);
@@ -154,7 +167,8 @@ fn a_domain_that_is_defined_again_keeps_what_is_assigned_to_it() {
     let assigned = || host.store().assignments(uuid(1).parse().unwrap()).unwrap().len();
     let context = virt_usb_hook::machine::context(&host.config(), "test").unwrap();
     let asker = host.store().asker(uuid(1).parse().unwrap(), "guest1", None).unwrap();
-    let request = virt_usb_model::Flavor::parse(r#"{"usb_devices":[{"serial":"S2"}]}"#).unwrap().usb_devices;
+    let request =
+        virt_usb_model::Flavor::parse(r#"{"usb_devices":[{"serial":"S2"}]}"#).unwrap().usb_devices;
     host.store().assign_more(&asker, &request, &context).unwrap().unwrap();
     for _ in 0..3 {
         show(&host, &(key(1) + &key(2)));

@@ -1,6 +1,11 @@
-//! Rule 1: a domain that asks for no USB device cannot be hurt, whatever is broken, in any operation. The table beside it: one
-//! that asks is refused in each of these cases, and told why.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
+//! Rule 1: a domain that asks for no USB device cannot be hurt, whatever is broken, in any
+//! operation. The table beside it: one that asks is refused in each of these cases, and told why.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test fails by panicking"
+)]
 
 use std::fs;
 use std::process::{Command, Output};
@@ -24,9 +29,13 @@ fn innocents() -> [String; 2] {
     let plain = domain("plain", 1, "");
     let start = plain.find("  <metadata>").unwrap();
     let end = plain.find("</metadata>\n").unwrap() + "</metadata>\n".len();
-    let nova = "  <metadata>\n    <nova:instance xmlns:nova='http://openstack.org/xmlns/libvirt/nova/1.1'>\n      \
+    let nova = "  <metadata>\n    <nova:instance \
+        xmlns:nova='http://openstack.org/xmlns/libvirt/nova/1.1'>\n      \
                 <nova:flavor name='m1.small'/>\n    </nova:instance>\n  </metadata>\n";
-    [format!("{}{}", &plain[..start], &plain[end..]), format!("{}{nova}{}", &plain[..start], &plain[end..])]
+    [
+        format!("{}{}", &plain[..start], &plain[end..]),
+        format!("{}{nova}{}", &plain[..start], &plain[end..]),
+    ]
 }
 
 fn mkfifo(path: &std::path::Path) {
@@ -72,7 +81,8 @@ fn breakages() -> Vec<Breakage> {
         ("hints lost, a link for the database", |h| {
             lose_hints(h);
             fs::rename(h.path("state/inventory.sqlite"), h.path("elsewhere")).unwrap();
-            std::os::unix::fs::symlink(h.path("elsewhere"), h.path("state/inventory.sqlite")).unwrap();
+            std::os::unix::fs::symlink(h.path("elsewhere"), h.path("state/inventory.sqlite"))
+                .unwrap();
         }),
         ("hints lost, no procfs", |h| {
             lose_hints(h);
@@ -115,7 +125,11 @@ fn a_domain_that_asks_for_nothing_passes_whatever_is_broken() {
         break_it(&host);
         for xml in innocents() {
             for (operation, sub) in OPERATIONS {
-                unharmed(what, operation, &host.call(&["plain", operation, sub, "-"], xml.as_bytes()));
+                unharmed(
+                    what,
+                    operation,
+                    &host.call(&["plain", operation, sub, "-"], xml.as_bytes()),
+                );
             }
         }
         let asking = domain("erp", 2, ASK);
@@ -149,7 +163,8 @@ fn a_wrong_configuration_is_said_in_every_call_and_hides_no_hint() {
             unharmed(wrong, operation, &output);
             let said = String::from_utf8_lossy(&output.stderr);
             assert!(
-                said.starts_with("virt-usb: warning: the configuration ") && said.lines().count() == 1,
+                said.starts_with("virt-usb: warning: the configuration ")
+                    && said.lines().count() == 1,
                 "{wrong}: {operation}: {said}"
             );
         }
@@ -157,7 +172,10 @@ fn a_wrong_configuration_is_said_in_every_call_and_hides_no_hint() {
         let named = host.call(&["nova", "prepare", "begin", "-"], nova.as_bytes());
         let said = String::from_utf8_lossy(&named.stderr);
         assert_eq!(named.status.code(), Some(i32::from(known)), "{wrong}: {said}");
-        assert!(said.contains("the configuration ") && said.lines().count() == 1, "{wrong}: {said}");
+        assert!(
+            said.contains("the configuration ") && said.lines().count() == 1,
+            "{wrong}: {said}"
+        );
     }
 }
 
@@ -189,7 +207,9 @@ fn of_a_newer_inventory_the_hook_takes_nothing_and_says_what_to_do() {
         let refused = host.call(&["erp", "prepare", "begin", "-"], asking.as_bytes());
         let said = String::from_utf8_lossy(&refused.stderr).into_owned();
         assert_eq!(refused.status.code(), Some(1), "{said}");
-        for words in ["virt-usb: erp", "has schema 99", "install the virt-usb that wrote it, or newer"] {
+        for words in
+            ["virt-usb: erp", "has schema 99", "install the virt-usb that wrote it, or newer"]
+        {
             assert!(said.contains(words), "{said}");
         }
         // No notice fails, whatever the guest asks for: a stop is never blocked.
@@ -206,15 +226,21 @@ fn of_a_newer_inventory_the_hook_takes_nothing_and_says_what_to_do() {
 #[test]
 fn the_guests_of_a_user_who_may_not_read_the_state_pass() {
     let host = host();
-    // libvirt's session daemons call the same hooks as users. This needs another user's rights, so root's to take them.
+    // libvirt's session daemons call the same hooks as users. This needs another user's rights, so
+    // root's to take them.
     if fs::metadata("/proc/self").map(|m| std::os::unix::fs::MetadataExt::uid(&m)).unwrap() != 0 {
         eprintln!("not root: nobody else's rights can be taken, this is not tested");
         return;
     }
-    let open = |path| fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    let open = |path| {
+        fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    };
     open(host.path(""));
     let hook = host.path("hook");
-    virt_usb_suite::write_program(&hook, &fs::read(virt_usb_suite::program("virt-usb-hook")).unwrap());
+    virt_usb_suite::write_program(
+        &hook,
+        &fs::read(virt_usb_suite::program("virt-usb-hook")).unwrap(),
+    );
     for xml in innocents() {
         for (operation, sub) in OPERATIONS {
             let mut command = Command::new("setpriv");
@@ -237,7 +263,8 @@ fn a_guest_whose_disk_another_guest_holds_starts_with_a_warning() {
     fs::create_dir_all(host.path("sys/dev/char")).unwrap();
     std::os::unix::fs::symlink(&node, host.path("sys/dev/char/1:5")).unwrap();
     let serial = |path: &str| {
-        let device = format!("<serial type='dev'><source path='{path}'/><target port='0'/></serial>");
+        let device =
+            format!("<serial type='dev'><source path='{path}'/><target port='0'/></serial>");
         innocents()[0].replace("</devices>", &format!("{device}</devices>"))
     };
     let start = |xml: String| host.call(&["plain", "prepare", "begin", "-"], xml.as_bytes());

@@ -1,5 +1,10 @@
 //! What `install/` places, in a folder of its own.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test fails by panicking"
+)]
 
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
@@ -23,23 +28,31 @@ fn installs_a_real_file_beside_other_hooks_and_removes_only_its_own() {
     let said = ok(&install(dest.path(), &[]));
     let hook = hooks.join("50-virt-usb");
     let meta = std::fs::symlink_metadata(&hook).unwrap();
-    assert!(meta.is_file() && meta.permissions().mode() & 0o777 == 0o755, "a real file, for AppArmor");
+    assert!(
+        meta.is_file() && meta.permissions().mode() & 0o777 == 0o755,
+        "a real file, for AppArmor"
+    );
     assert!(said.contains("config.toml") && said.contains("virt-usb discover"), "{said}");
     let state = std::fs::metadata(dest.path().join("var/lib/virt-usb")).unwrap();
     assert_eq!(state.permissions().mode() & 0o7777, 0o750);
     assert!(!dest.path().join("var/lib/virt-usb/inventory.sqlite").exists());
     let version = Command::new(&hook).arg("--version").output().unwrap();
     assert!(ok(&version).starts_with("virt-usb-hook "));
-    let listed: Vec<_> = std::fs::read_dir(&hooks).unwrap().map(|e| e.unwrap().file_name()).collect();
+    let listed: Vec<_> =
+        std::fs::read_dir(&hooks).unwrap().map(|e| e.unwrap().file_name()).collect();
     assert_eq!(listed.len(), 2, "libvirt would call whatever else lies here: {listed:?}");
-    let command = Command::new(dest.path().join("usr/bin/virt-usb")).arg("--version").output().unwrap();
+    let command =
+        Command::new(dest.path().join("usr/bin/virt-usb")).arg("--version").output().unwrap();
     assert!(ok(&command).starts_with("virt-usb "));
     for filter in ["virt-usb-filter.wasm", "virt-usb-filter-module.wasm"] {
         assert!(dest.path().join("usr/lib/virt-usb").join(filter).exists(), "{filter}");
     }
 
     std::fs::write(dest.path().join("etc/virt-usb/config.toml"), "log = \"off\"\n").unwrap();
-    assert!(ok(&install(dest.path(), &[])).contains("nothing has to be reloaded"), "again: an upgrade");
+    assert!(
+        ok(&install(dest.path(), &[])).contains("nothing has to be reloaded"),
+        "again: an upgrade"
+    );
     let kept = std::fs::read_to_string(dest.path().join("etc/virt-usb/config.toml")).unwrap();
     assert_eq!(kept, "log = \"off\"\n", "the operator's configuration stays");
 
@@ -69,7 +82,8 @@ fn state_dir_is_made_where_the_configuration_says() {
     assert!(dest.path().join("srv/usb").is_dir() && !dest.path().join("var/lib/virt-usb").exists());
 }
 
-/// Gives a folder to nobody as the installation does. Returns whose the folder and what is in it are then.
+/// Gives a folder to nobody as the installation does. Returns whose the folder and what is in it
+/// are then.
 fn give(state: &Path) -> Vec<u32> {
     let give = "config=/nonexistent; . \"$1\"; state_dir=$2; give_state_dir 65534:65534";
     let script = root().join("install/state-dir");
@@ -84,7 +98,8 @@ fn give(state: &Path) -> Vec<u32> {
 fn the_state_is_given_away_only_while_it_is_root_s_alone() {
     if !rustix::process::geteuid().is_root() {
         eprintln!(
-            "the state is given away: not root: nothing can be given to another user, this is not tested"
+            "the state is given away: not root: nothing can be given to another user, this is not \
+                tested"
         );
         return;
     }
@@ -130,7 +145,9 @@ fn the_agent_comes_with_a_unit_that_lets_it_do_little() {
         std::fs::read(&program).unwrap(),
         std::fs::read(virt_usb_suite::program("virt-usbd")).unwrap()
     );
-    let unit = std::fs::read_to_string(dest.path().join("usr/lib/systemd/system/virt-usbd.service")).unwrap();
+    let unit =
+        std::fs::read_to_string(dest.path().join("usr/lib/systemd/system/virt-usbd.service"))
+            .unwrap();
     for line in [
         "User=virt-usb",
         "Before=libvirtd.service virtqemud.service",
@@ -177,8 +194,9 @@ fn make_install_places_the_list_and_nothing_else() {
     let places = listed();
     for file in files(dest.path()) {
         let path = format!("/{}", file.strip_prefix(dest.path()).unwrap().display());
-        let named =
-            |place: &String| *place == path || (place.ends_with('/') && path.starts_with(place.as_str()));
+        let named = |place: &String| {
+            *place == path || (place.ends_with('/') && path.starts_with(place.as_str()))
+        };
         assert!(places.iter().any(named), "{path} is not in install/files");
     }
     let hook = dest.path().join("usr/sbin/virt-usb-hook");
@@ -196,12 +214,15 @@ fn make_install_places_the_list_and_nothing_else() {
     }
 }
 
-/// A grant that libvirt does not know is none, and nobody would notice: `make packages` asks libvirt itself.
+/// A grant that libvirt does not know is none, and nobody would notice: `make packages` asks
+/// libvirt itself.
 #[test]
 fn polkits_rule_grants_what_the_agent_does() {
     let rule = std::fs::read_to_string(root().join("install/virt-usb.rules")).unwrap();
-    let granted: Vec<&str> =
-        rule.split('"').filter(|word| word.starts_with("org.libvirt.") && word.len() > 12).collect();
+    let granted: Vec<&str> = rule
+        .split('"')
+        .filter(|word| word.starts_with("org.libvirt.") && word.len() > 12)
+        .collect();
     let calls = [
         "connect.getattr",
         "connect.read",

@@ -15,7 +15,8 @@ fn rows() -> Vec<Vec<String>> {
     lines
         .map(|line| {
             let cell = line.split(" | ").next().unwrap();
-            let quoted = cell.split('`').enumerate().filter(|(n, _)| n % 2 == 0).map(|(_, words)| words);
+            let quoted =
+                cell.split('`').enumerate().filter(|(n, _)| n % 2 == 0).map(|(_, words)| words);
             let parts = quoted.flat_map(|words| words.split("...")).map(str::trim);
             parts.filter(|words| !words.is_empty()).map(str::to_owned).collect()
         })
@@ -74,7 +75,8 @@ fn string_after(text: &str) -> Option<String> {
 
 /// Without what stands for names and numbers.
 fn words_of(literal: &str) -> usize {
-    let outside = literal.split('{').map(|part| part.split_once('}').map_or(part, |(_, rest)| rest));
+    let outside =
+        literal.split('{').map(|part| part.split_once('}').map_or(part, |(_, rest)| rest));
     outside.map(|part| part.trim().len()).sum()
 }
 
@@ -94,7 +96,8 @@ fn what_is_said_has_a_row() {
     let (mut said, mut missing) = (0, Vec::new());
     for (path, text) in sources() {
         let name = path.to_string_lossy().into_owned();
-        // The doctor says what to do itself; what is simulated is libvirt's; what is wrong in XML or JSON is said behind one of the rows.
+        // The doctor says what to do itself; what is simulated is libvirt's; what is wrong in XML
+        // or JSON is said behind one of the rows.
         let own = ["/doctor/", "/simulated", "/bench.rs", "/metrics.rs", "/domxml/", "/model/"];
         if own.iter().any(|part| name.contains(part)) {
             continue;
@@ -106,7 +109,8 @@ fn what_is_said_has_a_row() {
                     continue;
                 }
                 said += 1;
-                if !rows.iter().any(|row| row.iter().all(|words| literal.contains(words.as_str()))) {
+                if !rows.iter().any(|row| row.iter().all(|words| literal.contains(words.as_str())))
+                {
                     missing.push(format!("{name}: {literal}"));
                 }
             }
@@ -122,7 +126,9 @@ fn every_refusal_of_the_goldens_has_a_row() {
     let (mut looked_at, mut missing) = (0, Vec::new());
     for case in fs::read_dir(repository().join("tests/suite/goldens")).unwrap() {
         for file in ["stderr", "prepare"] {
-            let Ok(text) = fs::read_to_string(case.as_ref().unwrap().path().join(file)) else { continue };
+            let Ok(text) = fs::read_to_string(case.as_ref().unwrap().path().join(file)) else {
+                continue;
+            };
             for line in text.lines() {
                 looked_at += 1;
                 if !rows.iter().any(|row| row.iter().all(|words| line.contains(words.as_str()))) {

@@ -6,7 +6,12 @@
 //! itself succeeds is another matter: who swaps the inventory's files harms the inventory.
 //!
 //! `VIRT_USB_ROUNDS=20` repeats each command 20 times as often.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test fails by panicking"
+)]
 
 use std::collections::BTreeMap;
 use std::fs::{self, Permissions};
@@ -118,7 +123,8 @@ const INVENTORY: Attack = Attack { swapped: "inventory.sqlite", planted: "", flo
 const SCRATCH: Attack =
     Attack { swapped: "inventory.sqlite.new", planted: "", flooded: "inventory.sqlite.new" };
 const NAMED: Attack = Attack { swapped: "out,out/sys", planted: "", flooded: "out" };
-const TOKENS: Attack = Attack { swapped: "tokens.toml", planted: "tokens.new,tokens.lock", flooded: "" };
+const TOKENS: Attack =
+    Attack { swapped: "tokens.toml", planted: "tokens.new,tokens.lock", flooded: "" };
 
 /// Commands that read the inventory or write to it.
 const COMMANDS: [&[&str]; 22] = [
@@ -150,7 +156,9 @@ const COMMANDS: [&[&str]; 22] = [
 fn is_root(test: &str) -> bool {
     let root = rustix::process::geteuid().is_root();
     if !root {
-        eprintln!("{test}: not root: no process of another user can be started, this is not tested");
+        eprintln!(
+            "{test}: not root: no process of another user can be started, this is not tested"
+        );
     }
     root
 }
@@ -199,7 +207,8 @@ impl Target {
         let host = &target.host;
         fs::set_permissions(host.path(""), Permissions::from_mode(0o755)).unwrap();
         let config = fs::read_to_string(host.config_file()).unwrap();
-        fs::write(host.path("hook.toml"), config.replace("/log\"", "/state/out/hook.log\"")).unwrap();
+        fs::write(host.path("hook.toml"), config.replace("/log\"", "/state/out/hook.log\""))
+            .unwrap();
         let key = device("0001", "1-1", 2, "serial = \"A\"");
         fs::write(host.path("sim.toml"), &key).unwrap();
         let theirs = |name: &str| {
@@ -224,7 +233,8 @@ impl Target {
             fs::set_permissions(&path, Permissions::from_mode(0o600)).unwrap();
         }
         // An inventory of root's own, which would be opened, locked and written.
-        fs::copy(host.path("state/inventory.sqlite"), target.victim.join("inventory.sqlite")).unwrap();
+        fs::copy(host.path("state/inventory.sqlite"), target.victim.join("inventory.sqlite"))
+            .unwrap();
         // And hints of the same names as theirs, which would be removed.
         for hint in fs::read_dir(host.path("state/hints")).unwrap() {
             fs::write(target.victim.join("hints").join(hint.unwrap().file_name()), "").unwrap();
@@ -254,8 +264,9 @@ impl Target {
         let mut command = Command::new(program("virt-usb"));
         command.arg("--config").arg(self.host.config_file());
         let host = self.host.path("");
-        let put =
-            |word: &&str| word.replace("HOST", host.to_str().unwrap()).replace("ROUND", &round.to_string());
+        let put = |word: &&str| {
+            word.replace("HOST", host.to_str().unwrap()).replace("ROUND", &round.to_string())
+        };
         command.args(words.iter().map(put));
         command
     }
@@ -271,7 +282,8 @@ impl Target {
 
     /// Where the secret stands below `state_dir`.
     fn given_away(&self) -> Vec<PathBuf> {
-        let holds = |bytes: &[u8]| bytes.windows(SECRET.len()).any(|part| part == SECRET.as_bytes());
+        let holds =
+            |bytes: &[u8]| bytes.windows(SECRET.len()).any(|part| part == SECRET.as_bytes());
         let all = belongings(&self.host.path("state"));
         let told = all.into_iter().filter(|(path, (owner, _, _, contents))| {
             path.ends_with(".aside/stolen") || (*owner != 0 && holds(contents))
@@ -282,7 +294,8 @@ impl Target {
 
 /// Runs root's commands in turn, each again and again, against one who works in this way.
 fn check(test: &str, how: Attack, rounds: usize, commands: &[&[&str]]) {
-    let call = |target: &Target, words: &[&str], round| (target.virt_usb(words, round), String::new());
+    let call =
+        |target: &Target, words: &[&str], round| (target.virt_usb(words, round), String::new());
     check_calls(test, how, rounds, commands, call);
 }
 
@@ -296,7 +309,8 @@ fn check_calls(
     if !is_root(test) {
         return;
     }
-    let longer = std::env::var("VIRT_USB_ROUNDS").ok().and_then(|times| times.parse::<usize>().ok());
+    let longer =
+        std::env::var("VIRT_USB_ROUNDS").ok().and_then(|times| times.parse::<usize>().ok());
     let rounds = rounds * longer.unwrap_or(1);
     let target = Target::new();
     let before = belongings(&target.victim);
@@ -309,7 +323,10 @@ fn check_calls(
             let now = belongings(&target.victim);
             let differs = |path: &&PathBuf| before.get(*path) != now.get(*path);
             let harmed: Vec<_> = before.keys().chain(now.keys()).filter(differs).collect();
-            assert!(harmed.is_empty(), "{test}: round {round} of {words:?} changed {harmed:?}: {said}");
+            assert!(
+                harmed.is_empty(),
+                "{test}: round {round} of {words:?} changed {harmed:?}: {said}"
+            );
         }
         drop(attacker);
         let told = target.given_away();
@@ -345,7 +362,14 @@ fn no_inventory_is_made_anew_through_links() {
 fn what_an_operator_names_in_the_folder_is_not_reached_through_links() {
     let commands: [&[&str]; 3] = [
         &["store", "backup", "HOST/state/out/ROUND.sqlite"],
-        &["store", "restore", "HOST/state/out/copy.sqlite", "--without-guests", "--sim", "HOST/sim.toml"],
+        &[
+            "store",
+            "restore",
+            "HOST/state/out/copy.sqlite",
+            "--without-guests",
+            "--sim",
+            "HOST/sim.toml",
+        ],
         &["discover", "--sim", "HOST/sim.toml", "--sysfs-out", "HOST/state/out/sys"],
     ];
     check("named", NAMED, 10, &commands);
@@ -436,7 +460,9 @@ fn a_pipe_in_place_of_a_file_stops_no_command() {
             target.reset();
             let pipe = target.host.path(&format!("state/inventory.sqlite{suffix}"));
             drop(fs::remove_file(&pipe));
-            assert!(Command::new("mkfifo").args(["-m", mode]).arg(&pipe).status().unwrap().success());
+            assert!(
+                Command::new("mkfifo").args(["-m", mode]).arg(&pipe).status().unwrap().success()
+            );
             chown(&pipe, Some(NOBODY), Some(NOBODY)).unwrap();
             let asks = domain("erp", 7, r#"{"usb_devices":[{"vendor_id":"0529"}]}"#);
             for command in [
@@ -446,9 +472,13 @@ fn a_pipe_in_place_of_a_file_stops_no_command() {
             ] {
                 let said = target.run(&command, &asks);
                 let why = text(&said.stderr);
-                assert!(said.status.code() == Some(1) && why.contains("no regular file"), "{suffix}: {why}");
+                assert!(
+                    said.status.code() == Some(1) && why.contains("no regular file"),
+                    "{suffix}: {why}"
+                );
             }
-            let rebuild = ["store", "rebuild", "--force", "--without-guests", "--sim", "HOST/sim.toml"];
+            let rebuild =
+                ["store", "rebuild", "--force", "--without-guests", "--sim", "HOST/sim.toml"];
             target.run(&target.virt_usb(&rebuild, 0), "");
         }
     }

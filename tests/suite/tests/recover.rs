@@ -1,5 +1,11 @@
-//! `store restore` and `store rebuild` as an operator types them: libvirt's own test driver runs the guests.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
+//! `store restore` and `store rebuild` as an operator types them: libvirt's own test driver runs
+//! the guests.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test fails by panicking"
+)]
 
 use std::fs::{self, File};
 use std::io::{Seek, SeekFrom, Write};
@@ -29,9 +35,12 @@ fn keys() -> String {
 /// A guest that runs, with the device of this number and alias.
 fn guest(name: &str, number: u32, usb: &str, at: u8, alias: &str) -> String {
     format!(
-        "<domain type='test'><name>{name}</name><uuid>{number:08x}-0000-4000-8000-000000000000</uuid><memory>8192</memory><os><type>hvm</type></os>
-         <devices><controller type='usb' index='0' model='qemu-xhci' ports='15'/><hostdev mode='subsystem' type='usb'><source><vendor id='0x0529'/>
-         <product id='0x{usb}'/><address bus='1' device='{at}'/></source><alias name='{alias}'/></hostdev></devices></domain>\n"
+        "<domain \
+            type='test'><name>{name}</name><uuid>{number:08x}-0000-4000-8000-000000000000</uuid><memory>8192</memory><os><type>hvm</type></os>
+         <devices><controller type='usb' index='0' model='qemu-xhci' ports='15'/><hostdev \
+         mode='subsystem' type='usb'><source><vendor id='0x0529'/>
+         <product id='0x{usb}'/><address bus='1' device='{at}'/></source><alias \
+         name='{alias}'/></hostdev></devices></domain>\n"
     )
 }
 
@@ -41,7 +50,8 @@ fn host(guests: &str) -> Host {
     let keys_of = fs::read_to_string(host.config_file()).unwrap();
     let node = host.path("node.xml");
     fs::write(&node, format!("<node>\n{guests}</node>\n")).unwrap();
-    fs::write(host.config_file(), format!("{keys_of}libvirt_uri = 'test://{}'\n", node.display())).unwrap();
+    fs::write(host.config_file(), format!("{keys_of}libvirt_uri = 'test://{}'\n", node.display()))
+        .unwrap();
     fs::write(host.path("sim.toml"), keys()).unwrap();
     host.discover(&keys());
     host
@@ -53,8 +63,12 @@ fn inventory(host: &Host) -> PathBuf {
 
 fn store(host: &Host, arguments: &[&str]) -> Output {
     let sim = host.path("sim.toml");
-    let all: Vec<&str> =
-        ["store"].iter().chain(arguments).copied().chain(["--sim", sim.to_str().unwrap()]).collect();
+    let all: Vec<&str> = ["store"]
+        .iter()
+        .chain(arguments)
+        .copied()
+        .chain(["--sim", sim.to_str().unwrap()])
+        .collect();
     host.virt_usb(&all)
 }
 
@@ -65,10 +79,13 @@ fn spoil(host: &Host, from: u64, length: usize) {
 }
 
 fn aside(host: &Host) -> Vec<String> {
-    let names =
-        fs::read_dir(host.path("state")).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap());
+    let names = fs::read_dir(host.path("state"))
+        .unwrap()
+        .map(|e| e.unwrap().file_name().into_string().unwrap());
     names
-        .filter(|name| name.contains(".before-") && !name.ends_with("-wal") && !name.ends_with("-shm"))
+        .filter(|name| {
+            name.contains(".before-") && !name.ends_with("-wal") && !name.ends_with("-shm")
+        })
         .collect()
 }
 
@@ -80,20 +97,28 @@ fn a_damaged_inventory_is_made_anew_and_guests_keep_what_they_have() {
     spoil(&host, 0, 100);
     let advice = fails(&host.virt_usb(&["devices"]));
     assert!(
-        advice.contains("'virt-usb store rebuild'") && advice.contains("'virt-usb store restore FILE'"),
+        advice.contains("'virt-usb store rebuild'")
+            && advice.contains("'virt-usb store restore FILE'"),
         "{advice}"
     );
     let told = ok(&store(&host, &["rebuild"]));
     assert!(told.contains("made anew: ") && told.contains("3 device(s), 1 claim(s)"), "{told}");
-    assert!(told.contains("the one before is kept: ") && told.contains(".before-rebuild-"), "{told}");
-    assert_eq!(host.claims(), "device 1 erp 00000001-0000-4000-8000-000000000000 allocated hold=running\n");
+    assert!(
+        told.contains("the one before is kept: ") && told.contains(".before-rebuild-"),
+        "{told}"
+    );
+    assert_eq!(
+        host.claims(),
+        "device 1 erp 00000001-0000-4000-8000-000000000000 allocated hold=running\n"
+    );
     assert!(ok(&host.virt_usb(&["store", "check"])).contains("all is well"));
     assert_eq!(host.store().flavors().unwrap().len(), 1);
     assert_eq!(aside(&host).len(), 1);
     // The flavor names the device that it named, and nobody else gets what erp has.
     let xml = domain("crm", 2, r#"{"usb_devices":[{"serial":"A"}]}"#);
     assert_eq!(host.call(&["crm", "prepare", "begin", "-"], xml.as_bytes()).status.code(), Some(1));
-    let again: Value = serde_json::from_str(&ok(&store(&host, &["rebuild", "--force", "--json"]))).unwrap();
+    let again: Value =
+        serde_json::from_str(&ok(&store(&host, &["rebuild", "--force", "--json"]))).unwrap();
     assert_eq!(
         (&again["devices"], &again["claims"], &again["lost_devices"]),
         (&3.into(), &1.into(), &0.into())
@@ -104,7 +129,8 @@ fn a_damaged_inventory_is_made_anew_and_guests_keep_what_they_have() {
 
 #[test]
 fn where_nothing_can_be_read_old_aliases_name_no_other_device() {
-    let host = host(&(guest("erp", 1, "0001", 3, "ua-usb-2") + &guest("crm", 2, "0002", 4, "hostdev0")));
+    let host =
+        host(&(guest("erp", 1, "0001", 3, "ua-usb-2") + &guest("crm", 2, "0002", 4, "hostdev0")));
     let length = fs::metadata(inventory(&host)).unwrap().len();
     spoil(&host, 0, length as usize);
     drop(ok(&store(&host, &["rebuild"])));
@@ -131,7 +157,10 @@ fn what_the_guests_have_counts_more_than_what_a_backup_says() {
     spoil(&host, 0, 4096);
     let told = ok(&store(&host, &["restore", copy.to_str().unwrap()]));
     assert!(told.starts_with("restored ") && told.contains(".before-restore-"), "{told}");
-    assert_eq!(host.claims(), "device 1 erp 00000001-0000-4000-8000-000000000000 allocated hold=running\n");
+    assert_eq!(
+        host.claims(),
+        "device 1 erp 00000001-0000-4000-8000-000000000000 allocated hold=running\n"
+    );
     assert_eq!(host.store().check().unwrap(), Vec::<String>::new());
     let again = fails(&store(&host, &["restore", host.path("nowhere").to_str().unwrap()]));
     assert!(again.contains("nowhere: No such file"), "{again}");
@@ -171,7 +200,8 @@ impl Drop for Agent {
 #[test]
 fn an_agent_goes_on_with_a_restored_file_and_ends_with_a_replaced_one() {
     let host = host("");
-    let vm = "[[domain]]\nname = 'erp'\nuuid = '11111111-2222-4333-8444-555555555555'\nflavor = '{\"usb_devices\":[{\"serial\":\"A\"}]}'\n";
+    let vm = "[[domain]]\nname = 'erp'\nuuid = '11111111-2222-4333-8444-555555555555'\nflavor = \
+        '{\"usb_devices\":[{\"serial\":\"A\"}]}'\n";
     fs::write(host.path("agent.toml"), keys() + vm).unwrap();
     let log = File::create(host.path("agent.log")).unwrap();
     let child = Command::new(program("virt-usbd"))
@@ -197,10 +227,16 @@ fn an_agent_goes_on_with_a_restored_file_and_ends_with_a_replaced_one() {
     host.store().fold_wal().unwrap();
     spoil(&host, 0, 4096);
     let told = ok(&store(&host, &["rebuild", "--without-guests"]));
-    assert!(told.contains("the agent that runs has the old file open: it ends within seconds"), "{told}");
+    assert!(
+        told.contains("the agent that runs has the old file open: it ends within seconds"),
+        "{told}"
+    );
     assert_eq!(host.claims(), held);
     assert_eq!(agent.0.wait().unwrap().code(), Some(1));
     let said = fs::read_to_string(host.path("agent.log")).unwrap();
-    assert!(said.contains("inventory.sqlite was removed or replaced while the agent ran"), "{said}");
+    assert!(
+        said.contains("inventory.sqlite was removed or replaced while the agent ran"),
+        "{said}"
+    );
     assert_eq!(host.store().check().unwrap(), Vec::<String>::new());
 }

@@ -1,4 +1,5 @@
-//! Who builds the filter gets the same bytes, wherever the source lies: what is pinned by its digest can be checked by building it.
+//! Who builds the filter gets the same bytes, wherever the source lies: what is pinned by its
+//! digest can be checked by building it.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
 use std::path::Path;
@@ -9,7 +10,8 @@ use virt_usb_suite::{program, root};
 #[test]
 fn two_builds_give_the_same_bytes() {
     let elsewhere = tempfile::tempdir().unwrap();
-    let tracked = Command::new("git").args(["ls-files", "-z"]).current_dir(root()).output().unwrap();
+    let tracked =
+        Command::new("git").args(["ls-files", "-z"]).current_dir(root()).output().unwrap();
     assert!(tracked.status.success());
     for name in String::from_utf8(tracked.stdout).unwrap().split_terminator('\0') {
         let (from, to) = (root().join(name), elsewhere.path().join(name));
@@ -36,7 +38,11 @@ fn two_builds_give_the_same_bytes() {
                 let path = built_in.join(folder);
                 let path = path.as_os_str().as_encoded_bytes();
                 let found = here.windows(path.len()).any(|part| part == path);
-                assert!(!found, "{name} holds the path that it was built in: {}", built_in.display());
+                assert!(
+                    !found,
+                    "{name} holds the path that it was built in: {}",
+                    built_in.display()
+                );
             }
         }
     }

@@ -1,5 +1,10 @@
 //! Guests that are saved and restored, again and again, with devices of every origin.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test fails by panicking"
+)]
 
 use std::fs::{self, File};
 use std::process::{Output, Stdio};
@@ -62,8 +67,10 @@ fn held(host: &Host) -> Vec<(u64, String, Option<u32>, bool)> {
 
 fn hostdev(product: &str, number: u8, attributes: &str, alias: &str) -> String {
     format!(
-        "    <hostdev mode='subsystem' type='usb'>\n      <source{attributes}>\n        <vendor id='0x0529'/>\n        <product id='0x{product}'/>\n        \
-         <address bus='1' device='{number}'/>\n      </source>\n      <alias name='{alias}'/>\n    </hostdev>\n"
+        "    <hostdev mode='subsystem' type='usb'>\n      <source{attributes}>\n        <vendor \
+            id='0x0529'/>\n        <product id='0x{product}'/>\n        \
+         <address bus='1' device='{number}'/>\n      </source>\n      <alias name='{alias}'/>\n    \
+         </hostdev>\n"
     )
 }
 
@@ -117,7 +124,8 @@ fn every_device_keeps_its_origin_through_saves_and_restores() {
 
         // A start; the agent attaches the rest.
         guest.starts(&defined);
-        let redirdev = "    <redirdev bus='usb' type='spicevmc'>\n      <alias name='ua-usb-redir-0'/>\n    </redirdev>\n";
+        let redirdev = "    <redirdev bus='usb' type='spicevmc'>\n      <alias \
+            name='ua-usb-redir-0'/>\n    </redirdev>\n";
         let injected = hostdev("0001", 10, "", "ua-usb-1") + &hostdev("0002", 11, "", "ua-usb-2");
         let mut live = with(&defined, &(injected + redirdev));
         guest.filter("started", &live);
@@ -135,7 +143,8 @@ fn every_device_keeps_its_origin_through_saves_and_restores() {
             // Meanwhile all devices get other numbers, and the rules change: the device that
             // somebody gave to the guest is offered to nobody any more, or to another project.
             if round == 2 {
-                let rules = "usb_white_list_switch = \"on\"\nusb_white_list = [{ product = \"0001\", vendor = \"0529\" }, { vendor = \"0529\", product = \"0002\" }]\n";
+                let rules = "usb_white_list_switch = \"on\"\nusb_white_list = [{ product \
+                    = \"0001\", vendor = \"0529\" }, { vendor = \"0529\", product = \"0002\" }]\n";
                 let config = fs::read_to_string(host.config_file()).unwrap();
                 fs::write(host.config_file(), config + rules).unwrap();
             }
@@ -158,7 +167,10 @@ fn every_device_keeps_its_origin_through_saves_and_restores() {
                 });
             assert_eq!(restored, same, "{hold}, round {round}");
             assert_eq!(held(&host), both, "{hold}, round {round}");
-            assert!(claims(&host).iter().all(|c| c.arrived && !c.pending), "all are to be attached anew");
+            assert!(
+                claims(&host).iter().all(|c| c.arrived && !c.pending),
+                "all are to be attached anew"
+            );
             live = restored;
         }
 
@@ -227,7 +239,8 @@ fn a_guest_that_was_saved_without_one_of_its_devices_gets_it_after_the_restore()
         let mut ids: Vec<(u64, bool)> =
             claims(&host).iter().map(|c| (c.device_id.get(), c.arrived)).collect();
         ids.sort_unstable();
-        let expected: &[(u64, bool)] = if is_back { &[(1, true), (2, false)] } else { &[(1, true)] };
+        let expected: &[(u64, bool)] =
+            if is_back { &[(1, true), (2, false)] } else { &[(1, true)] };
         assert_eq!(ids, expected, "{hold}");
         // Once more is not one more.
         assert_eq!(guest.call("prepare", "-", &restored).status.code(), Some(0));
@@ -282,7 +295,10 @@ fn a_restore_of_a_guest_that_runs_changes_nothing_of_it() {
         guest.filter("started", &live);
         let before = table(&host);
         // Its own image, one with more devices, one with a device that another guest has.
-        let more = with(&live, &(hostdev("0002", 11, "", "ua-usb-2") + &hostdev("0003", 12, "", "hostdev1")));
+        let more = with(
+            &live,
+            &(hostdev("0002", 11, "", "ua-usb-2") + &hostdev("0003", 12, "", "hostdev1")),
+        );
         for image in [&live, &more] {
             for _ in 0..3 {
                 guest.filter("restore", image);
@@ -321,7 +337,8 @@ fn a_restore_never_fails_whatever_becomes_of_its_output() {
     let host = Host::new("migration = \"reclaim\"\n");
     host.discover(&device("0003", "1-3", 7, ""));
     host.plug(&device("0003", "1-3", 8, ""));
-    let image = with(&domain("erp-1", 1, "[]").replace("[]", ""), &hostdev("0003", 7, "", "hostdev0"));
+    let image =
+        with(&domain("erp-1", 1, "[]").replace("[]", ""), &hostdev("0003", 7, "", "hostdev0"));
     for (operation, status) in [("restore", 0), ("migrate", 1)] {
         let mut command = host.hook(&["erp-1", operation, "begin", "-"]);
         command.stdin(Stdio::piped()).stderr(Stdio::null());
@@ -329,7 +346,11 @@ fn a_restore_never_fails_whatever_becomes_of_its_output() {
         std::io::Write::write_all(&mut child.stdin.take().unwrap(), image.as_bytes()).unwrap();
         assert_eq!(child.wait().unwrap().code(), Some(status), "{operation}");
     }
-    assert!(fs::read_to_string(host.path("log")).unwrap().contains("cannot write the domain XML to stdout"));
+    assert!(
+        fs::read_to_string(host.path("log"))
+            .unwrap()
+            .contains("cannot write the domain XML to stdout")
+    );
 }
 
 #[test]
@@ -364,14 +385,18 @@ fn a_refusal_names_the_assignment_that_cannot_be_served() {
     let words = text(&refused.stderr);
     assert!(words.contains(r#"erp-1 has {"id":2} assigned to it by an operator"#), "{words}");
     assert!(
-        words.contains("'virt-usb detach erp-1 2' ends it") && words.contains("'virt-usb discover'"),
+        words.contains("'virt-usb detach erp-1 2' ends it")
+            && words.contains("'virt-usb discover'"),
         "{words}"
     );
     // Where an agent runs, it has looked already.
     let lock = File::create(host.path("state/agent.lock")).unwrap();
     lock.lock().unwrap();
     let words = text(&guest.call("prepare", "-", &xml).stderr);
-    assert!(!words.contains("discover") && words.contains("the agent records it by itself"), "{words}");
+    assert!(
+        !words.contains("discover") && words.contains("the agent records it by itself"),
+        "{words}"
+    );
 }
 
 /// What the agent would do about this guest, which runs with this XML.
@@ -405,17 +430,22 @@ fn the_agent_leaves_alone_what_no_claim_says_is_ours() {
     let other = Guest { host: &host, name: "erp-2" };
     other.starts(&domain("erp-2", 2, &format!(r#"{{"usb_devices":[{KEY}]}}"#)));
     let steps = planned(&host, &with(&plain, &hostdev("0001", 10, "", "ua-usb-1")));
-    assert!(matches!(&steps[..], [Step::Note { what, .. }] if what.contains("by hand")), "{steps:?}");
+    assert!(
+        matches!(&steps[..], [Step::Note { what, .. }] if what.contains("by hand")),
+        "{steps:?}"
+    );
 }
 
 #[test]
 fn what_qemu_was_given_on_its_command_line_stays_there() {
-    for argument in ["hostbus=1,hostport=3", "vendorid=0x0529,productid=3", "hostbus=1,hostaddr=12"] {
+    for argument in ["hostbus=1,hostport=3", "vendorid=0x0529,productid=3", "hostbus=1,hostaddr=12"]
+    {
         let host = Host::new("");
         host.discover(&three(10));
         let guest = Guest { host: &host, name: "erp-1" };
         let arguments = format!(
-            "  <q:commandline xmlns:q='http://libvirt.org/schemas/domain/qemu/1.0'><q:arg value='-device'/><q:arg value='usb-host,{argument}'/></q:commandline>\n</domain>"
+            "  <q:commandline xmlns:q='http://libvirt.org/schemas/domain/qemu/1.0'><q:arg \
+                value='-device'/><q:arg value='usb-host,{argument}'/></q:commandline>\n</domain>"
         );
         let xml = domain("erp-1", 1, "[]").replace("[]", "").replace("</domain>", &arguments);
         guest.starts(&xml);
@@ -439,7 +469,8 @@ fn what_is_set_aside_comes_in_with_nobody() {
     let host = Host::new("");
     host.discover(&three(10));
     let guest = Guest { host: &host, name: "erp-1" };
-    let image = with(&domain("erp-1", 1, "[]").replace("[]", ""), &hostdev("0003", 12, "", "hostdev0"));
+    let image =
+        with(&domain("erp-1", 1, "[]").replace("[]", ""), &hostdev("0003", 12, "", "hostdev0"));
     let context = virt_usb_hook::machine::context(&host.config(), "test").unwrap();
     let id = host.store().devices().unwrap()[2].entry.id;
     host.store().set_disabled(id, Some("it smokes"), &context).unwrap();

@@ -1,5 +1,10 @@
 //! Who gets what: identical sticks, many takers at once, other programs' view of the same store.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test fails by panicking"
+)]
 
 use std::process::Stdio;
 
@@ -11,7 +16,8 @@ fn prepare(host: &Host, name: &str, xml: &str) -> std::process::Output {
     host.call(&[name, "prepare", "begin", "-"], xml.as_bytes())
 }
 
-/// Two sticks that cannot be told apart but by their port, with the numbers that they have at this moment.
+/// Two sticks that cannot be told apart but by their port, with the numbers that they have at this
+/// moment.
 fn sticks(first: u8, second: u8) -> String {
     [device("0001", "1-1", first, ""), device("0001", "1-2", second, "")].concat()
 }
@@ -31,7 +37,11 @@ fn identical_sticks_that_swap_numbers_stay_with_their_guests() {
     let (left, right) = (domain("left", 1, &at("1-1")), domain("right", 2, &at("1-2")));
     // Between scan and start the bus was reset: each has the other's number now.
     host.plug(&sticks(3, 2));
-    assert_eq!(given(&prepare(&host, "left", &left)), (1, 3), "the stick at port 1-1, whatever its number");
+    assert_eq!(
+        given(&prepare(&host, "left", &left)),
+        (1, 3),
+        "the stick at port 1-1, whatever its number"
+    );
     assert_eq!(given(&prepare(&host, "right", &right)), (1, 2));
     // And again, while both are held: the same claims, the addresses of this moment.
     host.plug(&sticks(2, 3));
@@ -94,11 +104,14 @@ fn of_many_takers_at_once_as_many_win_as_there_are_devices() {
                 .unwrap()
         })
         .collect();
-    let mut outputs: Vec<_> = children.into_iter().map(|child| child.wait_with_output().unwrap()).collect();
+    let mut outputs: Vec<_> =
+        children.into_iter().map(|child| child.wait_with_output().unwrap()).collect();
     // A hook waits two seconds for the lock. On a slow machine some time out and are retried.
     let deadline = std::time::Instant::now() + PATIENCE;
     for (output, n) in outputs.iter_mut().zip(1..) {
-        while output.status.code() != Some(0) && String::from_utf8_lossy(&output.stderr).contains("lock") {
+        while output.status.code() != Some(0)
+            && String::from_utf8_lossy(&output.stderr).contains("lock")
+        {
             assert!(std::time::Instant::now() < deadline, "the lock is never free");
             *output = prepare(&host, &format!("vm-{n}"), &domain(&format!("vm-{n}"), n, ASK));
         }
@@ -142,7 +155,9 @@ fn a_release_that_cannot_get_the_lock_says_so_and_lets_the_guest_stop() {
 
 /// Holds the store's write lock until it is dropped: sqlite's own lock, taken by another process.
 fn rusqlite_lock(host: &Host) -> Locker {
-    let script = "import sqlite3,sys\nc=sqlite3.connect(sys.argv[1],isolation_level=None)\nc.execute('BEGIN IMMEDIATE')\nprint('locked',flush=True)\nsys.stdin.read()\n";
+    let script = "import \
+        sqlite3,sys\nc=sqlite3.connect(sys.argv[1],isolation_level=None)\nc.execute('BEGIN \
+        IMMEDIATE')\nprint('locked',flush=True)\nsys.stdin.read()\n";
     let mut child = std::process::Command::new("python3")
         .args(["-c", script])
         .arg(host.path("state").join(virt_usb_store::FILE_NAME))
@@ -151,8 +166,11 @@ fn rusqlite_lock(host: &Host) -> Locker {
         .spawn()
         .expect("python3 is missing: run 'make test-deps'");
     let mut line = String::new();
-    std::io::BufRead::read_line(&mut std::io::BufReader::new(child.stdout.take().unwrap()), &mut line)
-        .unwrap();
+    std::io::BufRead::read_line(
+        &mut std::io::BufReader::new(child.stdout.take().unwrap()),
+        &mut line,
+    )
+    .unwrap();
     assert_eq!(line, "locked\n");
     Locker(child)
 }

@@ -1,5 +1,10 @@
 //! The tree and who may depend on whom: the rules of ARCHITECTURE.md.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test fails by panicking"
+)]
 
 use std::collections::BTreeSet;
 use std::process::Command;
@@ -39,8 +44,10 @@ fn members() -> Vec<Value> {
 
 fn direct(package: &str) -> BTreeSet<String> {
     let packages = members();
-    let found =
-        packages.iter().find(|p| p["name"] == package).unwrap_or_else(|| panic!("no package {package}"));
+    let found = packages
+        .iter()
+        .find(|p| p["name"] == package)
+        .unwrap_or_else(|| panic!("no package {package}"));
     let normal = found["dependencies"].as_array().unwrap().iter().filter(|d| d["kind"].is_null());
     normal.map(|d| d["name"].as_str().unwrap().to_owned()).collect()
 }
@@ -77,7 +84,9 @@ fn the_rules_of_the_filter_know_no_host() {
 
 #[test]
 fn domxml_and_store_know_the_model_and_not_each_other() {
-    for (package, other) in [("virt-usb-domxml", "virt-usb-store"), ("virt-usb-store", "virt-usb-domxml")] {
+    for (package, other) in
+        [("virt-usb-domxml", "virt-usb-store"), ("virt-usb-store", "virt-usb-domxml")]
+    {
         let all = closure(package);
         assert!(all.contains("virt-usb-model"));
         for forbidden in [other, "virt-usb-hook", "virt-usb", "rusb", "virt", "wasmtime", "tokio"] {
@@ -105,7 +114,8 @@ fn the_hook_stays_small() {
     ] {
         assert!(!all.contains(forbidden), "the hook is built with {forbidden}");
     }
-    let ours: Vec<_> = all.iter().filter(|n| n.starts_with("virt-usb")).map(String::as_str).collect();
+    let ours: Vec<_> =
+        all.iter().filter(|n| n.starts_with("virt-usb")).map(String::as_str).collect();
     assert_eq!(ours, ["virt-usb-domxml", "virt-usb-model", "virt-usb-store"]);
 }
 
@@ -129,31 +139,49 @@ fn dependencies_are_compiled_once_for_programs_and_tests() {
     let (programs, tests) =
         (features("normal", &["--exclude", "virt-usb-bench"]), features("normal,dev", &[]));
     let versions = |all: &BTreeSet<String>| -> BTreeSet<String> {
-        all.iter().map(|line| line.split_whitespace().take(2).collect::<Vec<_>>().join(" ")).collect()
+        all.iter()
+            .map(|line| line.split_whitespace().take(2).collect::<Vec<_>>().join(" "))
+            .collect()
     };
     let shared = versions(&programs);
     let twice: Vec<_> = tests
         .difference(&programs)
-        .filter(|line| shared.contains(&line.split_whitespace().take(2).collect::<Vec<_>>().join(" ")))
+        .filter(|line| {
+            shared.contains(&line.split_whitespace().take(2).collect::<Vec<_>>().join(" "))
+        })
         .collect();
     assert!(
         twice.is_empty(),
-        "tests want these with other features than programs: name the features in Cargo.toml: {twice:#?}"
+        "tests want these with other features than programs: name the features in Cargo.toml: \
+            {twice:#?}"
     );
-    let manifest: toml::Table = std::fs::read_to_string(root().join("Cargo.toml")).unwrap().parse().unwrap();
+    let manifest: toml::Table =
+        std::fs::read_to_string(root().join("Cargo.toml")).unwrap().parse().unwrap();
     let checked: BTreeSet<String> =
         manifest["profile"]["bench"]["package"].as_table().unwrap().keys().cloned().collect();
-    let all: BTreeSet<String> = members().iter().map(|p| p["name"].as_str().unwrap().to_owned()).collect();
-    assert_eq!(checked, all, "profile.bench.package in Cargo.toml names every package of the workspace");
+    let all: BTreeSet<String> =
+        members().iter().map(|p| p["name"].as_str().unwrap().to_owned()).collect();
+    assert_eq!(
+        checked, all,
+        "profile.bench.package in Cargo.toml names every package of the workspace"
+    );
 }
 
 #[test]
 fn no_test_puts_another_program_in_place_of_the_one_that_is_shipped() {
     for package in members() {
-        let kinds: BTreeSet<&str> =
-            package["targets"].as_array().unwrap().iter().filter_map(|t| t["kind"][0].as_str()).collect();
+        let kinds: BTreeSet<&str> = package["targets"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .filter_map(|t| t["kind"][0].as_str())
+            .collect();
         let both = kinds.contains("bin") && kinds.contains("test");
-        assert!(!both, "{} has programs and a folder tests: its tests go to tests/suite", package["name"]);
+        assert!(
+            !both,
+            "{} has programs and a folder tests: its tests go to tests/suite",
+            package["name"]
+        );
     }
 }
 
@@ -167,12 +195,21 @@ fn the_top_holds_the_folders_of_the_design_and_no_other() {
         .map(|(top, _)| top)
         .filter(|top| !top.starts_with('.'))
         .collect();
-    let design = BTreeSet::from(["hook", "filter-wasm", "host-runtime", "wit", "tests", "install", "debian"]);
+    let design = BTreeSet::from([
+        "hook",
+        "filter-wasm",
+        "host-runtime",
+        "wit",
+        "tests",
+        "install",
+        "debian",
+    ]);
     assert!(!folders.is_empty() && folders.is_subset(&design), "{folders:?}");
 }
 
-/// Root works in `state_dir` as its owner (`store::user`). The store sees to that itself; a file beside it that is named elsewhere is
-/// used under the same guard, or is only looked at, or is opened without following a link.
+/// Root works in `state_dir` as its owner (`store::user`). The store sees to that itself; a file
+/// beside it that is named elsewhere is used under the same guard, or is only looked at, or is
+/// opened without following a link.
 #[test]
 fn who_names_a_file_in_the_state_uses_it_as_its_owner() {
     let looks = [
@@ -237,9 +274,14 @@ fn the_example_configuration_is_the_defaults() {
     use virt_usb_hook::config::Config;
     let text = std::fs::read_to_string(root().join("install/config.toml")).unwrap();
     assert_eq!(Config::parse(&text).unwrap(), Config::default());
-    for key in
-        ["state_dir", "sysfs_root", "usb_white_list_switch", "usb_passthrough_whitelist", "hold", "migration"]
-    {
+    for key in [
+        "state_dir",
+        "sysfs_root",
+        "usb_white_list_switch",
+        "usb_passthrough_whitelist",
+        "hold",
+        "migration",
+    ] {
         assert!(text.contains(&format!("\n{key} = ")), "{key}");
     }
     // The example rule in the comment is one, too.
@@ -258,7 +300,10 @@ fn the_example_configuration_is_the_defaults() {
         .collect();
     let fleet = Config::parse(&fleet).unwrap().fleet.unwrap();
     let bare = Config::parse("[fleet]\nendpoints = ['http://a:1']").unwrap().fleet.unwrap();
-    assert_eq!((fleet.endpoints.len(), fleet.user.is_some(), fleet.identity.is_some()), (3, true, true));
+    assert_eq!(
+        (fleet.endpoints.len(), fleet.user.is_some(), fleet.identity.is_some()),
+        (3, true, true)
+    );
     let numbers = |f: virt_usb_hook::config::Fleet| (f.prefix, f.lease, f.heartbeat, f.machine_id);
     assert_eq!(numbers(fleet), numbers(bare));
 }

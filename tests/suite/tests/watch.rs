@@ -1,5 +1,5 @@
-//! `virt-usb watch`: on a terminal, as a terminal's user sees it (a terminal in memory stands at the other end of a real pty), and
-//! elsewhere, as a program reads it.
+//! `virt-usb watch`: on a terminal, as a terminal's user sees it (a terminal in memory stands at
+//! the other end of a real pty), and elsewhere, as a program reads it.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test")]
 
 use std::fs::File;
@@ -16,8 +16,10 @@ use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{Termios, Winsize, tcgetattr, tcsetwinsize};
 use virt_usb_suite::{Host, PATIENCE, program, text, until};
 
-const KEY: &str = "[[device]]\nvendor = \"0529\"\nproduct = \"0001\"\nbus = 1\ndevice = 5\nport = \"1-1.4\"\nserial = \"A\"\nproduct_name = \"HASP HL\"\n";
-const STICK: &str = "[[device]]\nvendor = \"0951\"\nproduct = \"1666\"\nbus = 2\ndevice = 3\nport = \"2-1\"\nserial = \"B\"\nproduct_name = \"Stick\"\n";
+const KEY: &str = "[[device]]\nvendor = \"0529\"\nproduct = \"0001\"\nbus = 1\ndevice = 5\nport \
+    = \"1-1.4\"\nserial = \"A\"\nproduct_name = \"HASP HL\"\n";
+const STICK: &str = "[[device]]\nvendor = \"0951\"\nproduct = \"1666\"\nbus = 2\ndevice = 3\nport \
+    = \"2-1\"\nserial = \"B\"\nproduct_name = \"Stick\"\n";
 
 /// Somebody who sits at a terminal.
 struct Seat {
@@ -34,7 +36,8 @@ struct Seat {
 
 impl Seat {
     fn new(host: &Host, rows: u16, columns: u16) -> Self {
-        let terminal = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).unwrap();
+        let terminal =
+            openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).unwrap();
         grantpt(&terminal).unwrap();
         unlockpt(&terminal).unwrap();
         let name = ptsname(&terminal, Vec::new()).unwrap().into_string().unwrap();
@@ -72,7 +75,16 @@ impl Seat {
                 to_screen.lock().unwrap().process(&bytes[..read]);
             }
         });
-        Self { child, keys: Some(keys), reader: Some(reader), closed, line, before, screen, written }
+        Self {
+            child,
+            keys: Some(keys),
+            reader: Some(reader),
+            closed,
+            line,
+            before,
+            screen,
+            written,
+        }
     }
 
     fn press(&mut self, keys: &str) {
@@ -100,7 +112,11 @@ impl Seat {
     fn sees(&self, what: &str) {
         let end = Instant::now() + PATIENCE;
         while !self.rows().iter().any(|row| row.contains(what)) {
-            assert!(Instant::now() < end, "{what:?} is not on the screen:\n{}", self.rows().join("\n"));
+            assert!(
+                Instant::now() < end,
+                "{what:?} is not on the screen:\n{}",
+                self.rows().join("\n")
+            );
             std::thread::sleep(Duration::from_millis(20));
         }
     }
@@ -167,8 +183,13 @@ fn what_changes_is_seen_and_nothing_else_is_written() {
     seat.sees("2 devices: 2 available");
     seat.sees("0951:1666");
     seat.sees("added           2");
-    let frames: Vec<String> =
-        seat.written.lock().unwrap().iter().map(|b| String::from_utf8_lossy(b).into_owned()).collect();
+    let frames: Vec<String> = seat
+        .written
+        .lock()
+        .unwrap()
+        .iter()
+        .map(|b| String::from_utf8_lossy(b).into_owned())
+        .collect();
     let all = frames.concat();
     assert_eq!(all.matches("\x1b[?2026h").count(), 1, "one frame: {all:?}");
     assert!(!all.contains("HASP"), "the key's line has not changed: {all:?}");
@@ -184,7 +205,12 @@ fn what_changes_is_seen_and_nothing_else_is_written() {
 fn it_fits_whatever_size_the_terminal_gets() {
     let host = Host::new("");
     let many: String = (1..=40)
-        .map(|n| format!("[[device]]\nvendor = \"0529\"\nproduct = \"{n:04x}\"\nbus = 1\ndevice = {n}\nport = \"1-{n}\"\nserial = \"S{n}\"\n"))
+        .map(|n| {
+            format!(
+                "[[device]]\nvendor = \"0529\"\nproduct = \"{n:04x}\"\nbus = 1\ndevice = \
+            {n}\nport = \"1-{n}\"\nserial = \"S{n}\"\n"
+            )
+        })
         .collect();
     host.discover(&many);
     let mut seat = Seat::new(&host, 24, 100);
@@ -235,7 +261,8 @@ fn it_stops_for_the_shell_and_goes_on() {
     seat.sees("0529:0001");
     seat.press("\x1a");
     let stat = format!("/proc/{}/stat", seat.child.id());
-    let state = || std::fs::read_to_string(&stat).unwrap().rsplit(") ").next().unwrap().chars().next();
+    let state =
+        || std::fs::read_to_string(&stat).unwrap().rsplit(") ").next().unwrap().chars().next();
     until("it to stop", || (state() == Some('T')).then_some(()));
     until("the screen to be given back", || (!seat.is_taken()).then_some(()));
     host.discover(&format!("{KEY}{STICK}"));
@@ -307,7 +334,10 @@ fn elsewhere_an_event_is_a_line() {
     let first = next(&mut out);
     assert!(first.contains(" added device 1 by test discover: 0529:0001 "), "{first:?}");
     host.flavor("erp", r#"{"usb_devices":[{"vendor_id":"0529"}]}"#);
-    assert!(next(&mut out).contains(" flavor-set by test flavor: erp"), "a line for what has happened since");
+    assert!(
+        next(&mut out).contains(" flavor-set by test flavor: erp"),
+        "a line for what has happened since"
+    );
     drop(out);
     assert!(
         until("its end", || child.try_wait().unwrap()).success(),

@@ -6,8 +6,8 @@ use std::collections::BTreeMap;
 use proptest::prelude::*;
 use virt_usb_filter_core::{Moment, Question, Reason, Weights};
 use virt_usb_model::{
-    BusAddress, Class, DeviceEntry, DeviceId, DeviceRequest, HostDocument, PortPath, ProductId, ProjectId,
-    Selector, Status, VendorId,
+    BusAddress, Class, DeviceEntry, DeviceId, DeviceRequest, HostDocument, PortPath, ProductId,
+    ProjectId, Selector, Status, VendorId,
 };
 
 /// The fleet as a map of documents, with the time of each.
@@ -146,7 +146,8 @@ pub(crate) fn question() -> impl Strategy<Value = Question> {
         6 => prop::collection::vec(request(), 0..4),
         1 => prop::collection::vec(request(), 4..9),
     ];
-    let moment = prop::option::of((0u64..25, 0u64..10).prop_map(|(now, max_age)| Moment { now, max_age }));
+    let moment =
+        prop::option::of((0u64..25, 0u64..10).prop_map(|(now, max_age)| Moment { now, max_age }));
     let project = prop::option::of(prop::sample::select(vec!["p1", "p2", "p3"]));
     (requests, project, moment, 0u8..=100, 0u8..=100).prop_map(
         |(requests, project, moment, spare, reserve)| Question {
@@ -167,7 +168,9 @@ impl Fleet {
                 true
             }
             Step::Remove(host) => self.hosts.remove(host).is_some(),
-            Step::Touch(host, at) => self.hosts.get_mut(host).map(|(_, time)| *time = *at).is_some(),
+            Step::Touch(host, at) => {
+                self.hosts.get_mut(host).map(|(_, time)| *time = *at).is_some()
+            }
             Step::Status(..) => match self.target(step) {
                 None => false,
                 Some((host, place)) => {
@@ -194,12 +197,17 @@ impl Fleet {
     }
 
     /// What must be said of a host: accepted with its score, or the reason and the request.
-    pub(crate) fn judge(&self, question: &Question, host: &str) -> Result<i32, (Option<u32>, Reason)> {
+    pub(crate) fn judge(
+        &self,
+        question: &Question,
+        host: &str,
+    ) -> Result<i32, (Option<u32>, Reason)> {
         let found = self.hosts.get(host);
         let free = |d: &DeviceEntry| d.state().unwrap() == Status::Available;
         let all = found.map_or(&[][..], |(document, _)| &document.devices);
         let wanted_by_none = |d: &&DeviceEntry| {
-            free(d) && !question.requests.iter().any(|r| fits(&r.selector, d) && allowed(question, d))
+            free(d)
+                && !question.requests.iter().any(|r| fits(&r.selector, d) && allowed(question, d))
         };
         let others = all.iter().filter(wanted_by_none).count();
         let score = |slack: usize| {
@@ -232,7 +240,8 @@ impl Fleet {
                 return Err((Some(number), reason));
             }
         }
-        let usable: Vec<&DeviceEntry> = all.iter().filter(|d| free(d) && allowed(question, d)).collect();
+        let usable: Vec<&DeviceEntry> =
+            all.iter().filter(|d| free(d) && allowed(question, d)).collect();
         let mut wishes = Vec::new();
         for request in &question.requests {
             let wish: Vec<usize> =
@@ -256,14 +265,21 @@ impl Fleet {
         Ok(score(slack))
     }
 
-    /// Whether devices are what a host may be asked for: distinct, free, allowed, and each request served.
-    pub(crate) fn may_be_used(&self, question: &Question, host: &str, devices: &[DeviceId]) -> bool {
+    /// Whether devices are what a host may be asked for: distinct, free, allowed, and each request
+    /// served.
+    pub(crate) fn may_be_used(
+        &self,
+        question: &Question,
+        host: &str,
+        devices: &[DeviceId],
+    ) -> bool {
         let Some((document, _)) = self.hosts.get(host) else { return devices.is_empty() };
         let mut ids = devices.iter();
         let mut seen = std::collections::BTreeSet::new();
         let served = question.requests.iter().all(|request| {
             (0..request.count).all(|_| {
-                let device = ids.next().and_then(|id| document.devices.iter().find(|d| d.id == *id));
+                let device =
+                    ids.next().and_then(|id| document.devices.iter().find(|d| d.id == *id));
                 device.is_some_and(|d| {
                     seen.insert(d.id)
                         && fits(&request.selector, d)
@@ -292,9 +308,15 @@ fn allowed(question: &Question, d: &DeviceEntry) -> bool {
         || question.project.as_ref().is_some_and(|mine| d.projects.iter().any(|p| p.is(mine)))
 }
 
-/// Whether every wish gets a device of its own: wishes are served one after another, moving others aside (Kuhn).
+/// Whether every wish gets a device of its own: wishes are served one after another, moving others
+/// aside (Kuhn).
 fn all_served(wishes: &[Vec<usize>], devices: usize) -> bool {
-    fn serve(wishes: &[Vec<usize>], wish: usize, owner: &mut [Option<usize>], seen: &mut [bool]) -> bool {
+    fn serve(
+        wishes: &[Vec<usize>],
+        wish: usize,
+        owner: &mut [Option<usize>],
+        seen: &mut [bool],
+    ) -> bool {
         for &device in &wishes[wish] {
             if !std::mem::replace(&mut seen[device], true)
                 && owner[device].is_none_or(|other| serve(wishes, other, owner, seen))

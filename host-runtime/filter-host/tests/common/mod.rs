@@ -90,7 +90,9 @@ pub(crate) fn fleet() -> Fleet {
 
 /// A question for so many keys.
 pub(crate) fn keys(count: u32) -> Question {
-    let flavor = format!(r#"{{"usb_devices":[{{"vendor_id":"0529","product_id":"0001","count":{count}}}]}}"#);
+    let flavor = format!(
+        r#"{{"usb_devices":[{{"vendor_id":"0529","product_id":"0001","count":{count}}}]}}"#
+    );
     Question::new(flavor.parse().unwrap())
 }
 

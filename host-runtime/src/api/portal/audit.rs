@@ -45,7 +45,8 @@ pub(super) fn rows(story: &[EventRow], of_one: bool) -> Markup {
         heads.remove(3);
     }
     html! {
-        @if rows.is_empty() { p { "Nothing that you may know of." } } @else { (table("Events, newest first", &heads, &rows)) }
+        @if rows.is_empty() { p { "Nothing that you may know \
+            of." } } @else { (table("Events, newest first", &heads, &rows)) }
     }
 }
 
@@ -55,7 +56,8 @@ pub(super) async fn list(
     Asked(query): Asked<Query>,
 ) -> Result<Response, Fault> {
     let (story, more) =
-        events::read(&api, signed.caller.clone(), Filter::default(), query.before.max(0), PAGE).await?;
+        events::read(&api, signed.caller.clone(), Filter::default(), query.before.max(0), PAGE)
+            .await?;
     let last = story.last().map_or(0, |event| event.id);
     let main = html! {
         div id="events" data-live[query.before == 0] { (rows(&story, false)) }

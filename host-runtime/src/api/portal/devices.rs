@@ -71,8 +71,10 @@ pub(super) async fn list(
     let snapshot = api.inventory.now()?;
     let totals = Totals::of(snapshot.seen(&signed.caller));
     let after = |record: &&virt_usb_store::Record| record.entry.id.get() > query.after;
-    let all =
-        snapshot.seen(&signed.caller).filter(after).map(|record| snapshot.shown(record, &signed.caller));
+    let all = snapshot
+        .seen(&signed.caller)
+        .filter(after)
+        .map(|record| snapshot.shown(record, &signed.caller));
     let is_wanted = |device: &UsbDevice| {
         (query.state.is_empty() || query.state == device.status) && found(device, &query.q)
     };
@@ -81,14 +83,16 @@ pub(super) async fn list(
     devices.truncate(PAGE);
     let fleet = !snapshot.others.is_empty();
     let rows: Vec<Markup> = devices.iter().map(|device| row(device, fleet, &signed)).collect();
-    let mut columns = vec!["Device", "State", "Held by", "Since", "Serial", "USB ID", "Port", "Action"];
+    let mut columns =
+        vec!["Device", "State", "Held by", "Since", "Serial", "USB ID", "Port", "Action"];
     if fleet {
         columns.insert(1, "Host");
     }
     let last = devices.last().map_or(0, |device| device.id);
     let main = html! {
         form.filter role="search" {
-            label { "Search" input name="q" type="search" value=(query.q) placeholder="name, serial, tag, server"; }
+            label { "Search" input name="q" type="search" value=(query.q) placeholder="name, \
+                serial, tag, server"; }
             label { "State" select name="state" {
                 @for (value, word) in STATES { option value=(value) selected[value == query.state] { (word) } }
             } }
@@ -100,7 +104,9 @@ pub(super) async fn list(
                 (totals.total) " devices, " (totals.available) " free, " (totals.claimed + totals.allocated) " in use."
             }
             @if rows.is_empty() {
-                p { "No device here " @if query.q.is_empty() && query.state.is_empty() { "that you may see. Plug one in: it appears by itself." } @else { "is like that." } }
+                p { "No device \
+                    here " @if query.q.is_empty() && query.state.is_empty() { "that you may see. \
+                        Plug one in: it appears by itself." } @else { "is like that." } }
             } @else {
                 (table("Devices", &columns, &rows))
             }

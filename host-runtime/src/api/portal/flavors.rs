@@ -35,8 +35,12 @@ pub(super) async fn list(State(api): State<Arc<Api>>, signed: Signed) -> Result<
     };
     let rows: Vec<Markup> = flavors.iter().map(row).collect();
     let main = html! {
-        @if rows.is_empty() { p { "There are no flavors yet." } } @else { (table("Flavors", &["Name", "Asks for", "Changed", "Action"], &rows)) }
-        p.note { "A server asks for a flavor by " code { "usb:devices=@NAME" } " in its extra specs. A device's page makes one of it." }
+        @if rows.is_empty() { p { "There are no flavors \
+            yet." } } @else { (table("Flavors", &["Name", "Asks \
+                for", "Changed", "Action"], &rows)) }
+        p.note { "A server asks for a flavor \
+            by " code { "usb:devices=@NAME" } " in its extra specs. A device's page makes one of \
+                it." }
     };
     Ok(page("Flavors", Some(&signed), &main))
 }
@@ -79,7 +83,8 @@ pub(super) async fn form(
             input id="name" name="name" required maxlength="255" pattern="[^@].*";
             fieldset {
                 legend { "Which device" }
-                label { input type="radio" name="which" value="kind" checked; "any of this kind (" (device.vendor_id) ":" (device.product_id) ")" }
+                label { input type="radio" name="which" value="kind" checked; "any of this kind \
+                    (" (device.vendor_id) ":" (device.product_id) ")" }
                 label { input type="radio" name="which" value="very"; (which) " (" (value) ")" }
             }
             label for="count" { "How many of the kind" }
@@ -113,7 +118,9 @@ pub(super) async fn store(
             let count: u32 = if count.is_empty() {
                 1
             } else {
-                count.parse().map_err(|_| Fault::bad_request(format!("How many: {count:?} is no number.")))?
+                count
+                    .parse()
+                    .map_err(|_| Fault::bad_request(format!("How many: {count:?} is no number.")))?
             };
             request.insert("count".into(), json!(count));
         }
@@ -121,7 +128,11 @@ pub(super) async fn store(
             let (key, value, _) = very(&device);
             request.insert(key.into(), Value::String(value));
         }
-        _ => return Err(Fault::bad_request("Which device: wanted any of the kind, or this very one.")),
+        _ => {
+            return Err(Fault::bad_request(
+                "Which device: wanted any of the kind, or this very one.",
+            ));
+        }
     }
     let text = json!({ "usb_devices": [request] }).to_string();
     store_flavor(&api, signed.caller, wish.name.trim().to_owned(), &text).await?;
@@ -135,7 +146,9 @@ pub(super) struct Removal {
 
 pub(super) async fn removal(signed: Signed, Asked(removal): Asked<Removal>) -> Response {
     let main = html! {
-        p { "Remove the flavor " b { (removal.name) } "? Servers that name it do not start any more; what runs keeps its devices." }
+        p { "Remove the \
+            flavor " b { (removal.name) } "? Servers that name it do not start any more; what runs \
+                keeps its devices." }
         form.actions method="post" action="/portal/flavors/remove" {
             (csrf(&signed))
             input type="hidden" name="name" value=(removal.name);

@@ -1,4 +1,5 @@
-//! Handing a device to a server, and taking it back: a question first, then the progress, then what came of it.
+//! Handing a device to a server, and taking it back: a question first, then the progress, then what
+//! came of it.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -81,7 +82,10 @@ impl Wish {
         let text = match self.request.as_str() {
             "" => format!(
                 "[{{\"id\":{}}}]",
-                self.device.trim().parse::<u64>().map_err(|_| Fault::bad_request("Choose a device."))?
+                self.device
+                    .trim()
+                    .parse::<u64>()
+                    .map_err(|_| Fault::bad_request("Choose a device."))?
             ),
             request => format!("[{request}]"),
         };
@@ -96,7 +100,8 @@ impl Wish {
 }
 
 fn option(device: &UsbDevice) -> String {
-    let serial = device.serial.as_deref().map(|serial| format!(", serial {serial}")).unwrap_or_default();
+    let serial =
+        device.serial.as_deref().map(|serial| format!(", serial {serial}")).unwrap_or_default();
     format!(
         "{} ({}:{}{serial}, port {})",
         name(device),
@@ -119,7 +124,8 @@ pub(super) async fn attach_page(
     };
     let devices: Vec<UsbDevice> = if wish.device.is_empty() {
         let snapshot = api.inventory.now()?;
-        let free = snapshot.seen(&signed.caller).filter(|record| record.entry.status == "available");
+        let free =
+            snapshot.seen(&signed.caller).filter(|record| record.entry.status == "available");
         free.take(CHOICE).map(|record| snapshot.shown(record, &signed.caller)).collect()
     } else {
         vec![api.device(&signed.caller, Call::Attach, &wish.device)?.1]
@@ -138,7 +144,8 @@ pub(super) async fn attach_page(
                 select id="server" name="server" {
                     @for server in &servers { option value=(server.id) { (server.name) @if !server.running { " (stopped: from its next start)" } } }
                 }
-                p.note { "A server that runs has it at once, and at each of its starts until it is detached." }
+                p.note { "A server that runs has it at once, and at each of its starts until it is \
+                    detached." }
                 div.actions { button { "Attach" } a href="/portal/" { "Leave it" } }
             }
         }
@@ -160,7 +167,8 @@ pub(super) async fn detach_page(
     };
     let main = html! {
         p { "Take " b { (what) } " from " b { (server.name) } "?" }
-        @if server.running { p.busy { "It is as if its plug were pulled: whatever in the server uses it should have ended, and a file system on it be unmounted." } }
+        @if server.running { p.busy { "It is as if its plug were pulled: whatever in the server \
+            uses it should have ended, and a file system on it be unmounted." } }
         form.actions method="post" action="/portal/detach" {
             (csrf(&signed))
             input type="hidden" name="server" value=(server.id);
@@ -196,7 +204,11 @@ async fn begin(api: &Arc<Api>, signed: Signed, call: Call, wish: &Wish) -> Resul
     let action = Action {
         owner: signed.id,
         caller: signed.caller.name.clone(),
-        title: format!("{} {}", if attach { "Attaching to" } else { "Detaching from" }, server.name),
+        title: format!(
+            "{} {}",
+            if attach { "Attaching to" } else { "Detaching from" },
+            server.name
+        ),
         server: server.id.to_string(),
         begun: Instant::now(),
         outcome: outcome.clone(),
@@ -233,13 +245,18 @@ pub(super) async fn show(
     signed: Signed,
     Named(ActionName { id }): Named<ActionName>,
 ) -> Result<Response, Fault> {
-    let gone = || Fault::not_found("This action is not known any more: the server's page shows what it has.");
+    let gone = || {
+        Fault::not_found("This action is not known any more: the server's page shows what it has.")
+    };
     let action = api.portal.hands.of(&signed.id, &id).ok_or_else(gone)?;
     let outcome = action.outcome.borrow().clone();
-    let links = html! { p.actions { a href={ "/portal/servers/" (action.server) } { "To the server" } a href="/portal/" { "To the devices" } } };
+    let links = html! { p.actions { a href={ "/portal/servers/" (action.server) } { "To the \
+    server" } a href="/portal/" { "To the devices" } } };
     let (main, done): (Markup, bool) = match &outcome {
         None => (
-            html! { p.busy role="status" { "This goes on since " (action.begun.elapsed().as_secs()) " s; libvirt and the guest take their time. This page asks again by itself." } },
+            html! { p.busy role="status" { "This goes on \
+            since " (action.begun.elapsed().as_secs()) " s; libvirt and the guest take their \
+            time. This page asks again by itself." } },
             false,
         ),
         Some(Ok(told)) => (html! { p.good role="status" { (told) } }, true),

@@ -1,4 +1,5 @@
-//! Live: whoever looks on is told that something has changed that he may see, and in a few words what.
+//! Live: whoever looks on is told that something has changed that he may see, and in a few words
+//! what.
 
 use std::collections::BTreeMap;
 use std::convert::Infallible;
@@ -30,7 +31,8 @@ const TOLD: usize = 3;
 /// What is shown of each device, in words.
 type Shown = BTreeMap<DeviceId, (String, String)>;
 
-/// What of a snapshot is not as it was, or will not be as it is: the rest of the fleet is not looked at again.
+/// What of a snapshot is not as it was, or will not be as it is: the rest of the fleet is not
+/// looked at again.
 fn shown(snapshot: &Snapshot, other: &Snapshot, caller: &Caller) -> Shown {
     let one = |record: &Record| {
         let device = snapshot.shown(record, caller);
@@ -43,9 +45,13 @@ fn shown(snapshot: &Snapshot, other: &Snapshot, caller: &Caller) -> Shown {
 /// What is different, in words; none where it is nothing.
 fn difference(before: &Shown, now: &Shown) -> Option<String> {
     let changed = now.iter().filter(|(id, what)| before.get(*id) != Some(*what));
-    let mut told: Vec<String> = changed.map(|(_, (name, state))| format!("{name}: {state}")).collect();
+    let mut told: Vec<String> =
+        changed.map(|(_, (name, state))| format!("{name}: {state}")).collect();
     told.extend(
-        before.iter().filter(|(id, _)| !now.contains_key(*id)).map(|(_, (name, _))| format!("{name}: gone")),
+        before
+            .iter()
+            .filter(|(id, _)| !now.contains_key(*id))
+            .map(|(_, (name, _))| format!("{name}: gone")),
     );
     let more = told.len().saturating_sub(TOLD);
     told.truncate(TOLD);
@@ -123,7 +129,8 @@ impl Watch {
             if Arc::ptr_eq(&now, &self.last) {
                 continue;
             }
-            let told = difference(&shown(&self.last, &now, &caller), &shown(&now, &self.last, &caller));
+            let told =
+                difference(&shown(&self.last, &now, &caller), &shown(&now, &self.last, &caller));
             self.last = now;
             if told.is_some() {
                 return told;
@@ -132,10 +139,14 @@ impl Watch {
     }
 }
 
-pub(super) async fn live(State(api): State<Arc<Api>>, signed: Signed) -> Result<impl IntoResponse, Fault> {
+pub(super) async fn live(
+    State(api): State<Arc<Api>>,
+    signed: Signed,
+) -> Result<impl IntoResponse, Fault> {
     let place = api.portal.watchers.place(&signed.caller.name);
-    let place = place
-        .ok_or_else(|| Fault::unavailable("Too many pages are open: this one does not update itself."))?;
+    let place = place.ok_or_else(|| {
+        Fault::unavailable("Too many pages are open: this one does not update itself.")
+    })?;
     let last = api.inventory.now()?;
     let watch = Watch { api, id: signed.id, last, _place: place };
     let events = futures_util::stream::unfold(watch, |mut watch| async move {
@@ -174,7 +185,10 @@ mod tests {
         let before = shown(&[(1, "free"), (2, "free")]);
         assert_eq!(difference(&before, &before), None);
         let now = shown(&[(2, "in use by erp"), (3, "free")]);
-        assert_eq!(difference(&before, &now).unwrap(), "key 2: in use by erp; key 3: free; key 1: gone");
+        assert_eq!(
+            difference(&before, &now).unwrap(),
+            "key 2: in use by erp; key 3: free; key 1: gone"
+        );
         let many: Vec<(u64, &str)> = (1..=9).map(|n| (n, "unplugged")).collect();
         assert!(difference(&before, &shown(&many)).unwrap().ends_with("; and 6 more"));
     }

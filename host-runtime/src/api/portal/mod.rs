@@ -1,4 +1,5 @@
-//! The portal: what the API can do, as pages for people. No page needs a script; one script keeps open pages up to date.
+//! The portal: what the API can do, as pages for people. No page needs a script; one script keeps
+//! open pages up to date.
 //!
 //! ```text
 //!  browser ─► session (cookie, token looked up, form's secret) ─► a page's handler ─► the same functions as the API's calls
@@ -13,7 +14,8 @@
 //! | `hand` | handing a device to a server and taking it back |
 //! | `live` | tells open pages that something has changed |
 //!
-//! It decides nothing: the policy is the API's, and what is shown is what the API would answer to the same token.
+//! It decides nothing: the policy is the API's, and what is shown is what the API would answer to
+//! the same token.
 
 mod audit;
 mod devices;

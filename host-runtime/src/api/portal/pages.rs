@@ -1,6 +1,8 @@
 //! What all pages have in common, and the words for what there is.
 
-use axum::http::header::{CONTENT_SECURITY_POLICY, CONTENT_TYPE, HeaderName, LOCATION, REFERRER_POLICY};
+use axum::http::header::{
+    CONTENT_SECURITY_POLICY, CONTENT_TYPE, HeaderName, LOCATION, REFERRER_POLICY,
+};
 use axum::http::{HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
 use maud::{DOCTYPE, Markup, html};
@@ -10,7 +12,8 @@ use super::super::fault::Fault;
 use super::session::Signed;
 
 /// Nothing but what this server itself sends.
-const POLICY: &str = "default-src 'none'; style-src 'self'; script-src 'self'; connect-src 'self'; img-src 'self' data:; form-action 'self'; base-uri 'none'; frame-ancestors 'none'";
+const POLICY: &str = "default-src 'none'; style-src 'self'; script-src 'self'; connect-src 'self'; \
+    img-src 'self' data:; form-action 'self'; base-uri 'none'; frame-ancestors 'none'";
 
 const STYLE: &str = include_str!("style.css");
 const SCRIPT: &str = include_str!("live.js");
@@ -113,7 +116,9 @@ pub(super) fn csrf(signed: &Signed) -> Markup {
 pub(super) fn name(device: &UsbDevice) -> String {
     let kind = || format!("{}:{}", device.vendor_id, device.product_id);
     match (&device.manufacturer, &device.product_name) {
-        (Some(maker), Some(product)) if !product.starts_with(maker.as_str()) => format!("{maker} {product}"),
+        (Some(maker), Some(product)) if !product.starts_with(maker.as_str()) => {
+            format!("{maker} {product}")
+        }
         (_, Some(product)) => product.clone(),
         (Some(maker), None) => format!("{maker} {}", kind()),
         (None, None) => kind(),

@@ -74,7 +74,8 @@ pub(super) async fn show(
             } }
         }
     };
-    let devices: Vec<Markup> = mine.map(|record| row(snapshot.shown(record, &signed.caller))).collect();
+    let devices: Vec<Markup> =
+        mine.map(|record| row(snapshot.shown(record, &signed.caller))).collect();
     let wish = |(request, since): &(virt_usb_model::DeviceRequest, Option<String>)| {
         let request = request.to_string();
         html! {
@@ -111,10 +112,12 @@ pub(super) async fn show(
             h2 { "Administration" }
             form.actions method="post" action={ "/portal/servers/" (id) "/owner" } {
                 (csrf(&signed))
-                label { "Its project" input name="project" id="project" value=[server.owner.as_ref()]; }
+                label { "Its \
+                    project" input name="project" id="project" value=[server.owner.as_ref()]; }
                 button { "Say so" }
             }
-            p.note { "Its domain does not say whose it is. The members of the project that you name may give it devices; empty: administrators alone." }
+            p.note { "Its domain does not say whose it is. The members of the project that you \
+                name may give it devices; empty: administrators alone." }
         }
     };
     Ok(page(&server.name, Some(&signed), &main))
@@ -134,7 +137,9 @@ pub(super) async fn own(
     let server = api.server(&signed.caller, Call::ChangeOwner, &server_id).await?;
     let project = match project.trim() {
         "" => None,
-        text => Some(text.parse().map_err(|e: ParseError| Fault::bad_request(sentence(&e.to_string())))?),
+        text => Some(
+            text.parse().map_err(|e: ParseError| Fault::bad_request(sentence(&e.to_string())))?,
+        ),
     };
     let server = give_to(&api, &signed.caller, server, project).await?;
     Ok(see(&format!("/portal/servers/{}", server.id)))

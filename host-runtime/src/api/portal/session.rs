@@ -1,5 +1,6 @@
-//! Who has signed in. A session is a random number in a cookie; what it stands for stays here, in memory: the token, which is looked up anew
-//! for each page, so that one that ends or is removed ends its sessions. With the agent they end too.
+//! Who has signed in. A session is a random number in a cookie; what it stands for stays here, in
+//! memory: the token, which is looked up anew for each page, so that one that ends or is removed
+//! ends its sessions. With the agent they end too.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -62,9 +63,15 @@ fn hash(secret: &str) -> String {
 
 impl Sessions {
     /// Begins a session; returns the cookie that stands for it.
-    pub(super) fn begin(&self, token: String, whose: &str, encrypted: bool) -> Result<String, Fault> {
+    pub(super) fn begin(
+        &self,
+        token: String,
+        whose: &str,
+        encrypted: bool,
+    ) -> Result<String, Fault> {
         let (number, now) = (secret()?, Instant::now());
-        let session = Session { token, whose: whose.to_owned(), csrf: secret()?, begun: now, used: now };
+        let session =
+            Session { token, whose: whose.to_owned(), csrf: secret()?, begun: now, used: now };
         let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         all.retain(|_, session| !session.is_over());
         make_room(&mut all, MOST_EACH, |session| session.whose == whose, |session| session.used);
@@ -168,7 +175,10 @@ impl FromRequestParts<Arc<Api>> for Signed {
 impl OptionalFromRequestParts<Arc<Api>> for Signed {
     type Rejection = Response;
 
-    async fn from_request_parts(parts: &mut Parts, api: &Arc<Api>) -> Result<Option<Self>, Response> {
+    async fn from_request_parts(
+        parts: &mut Parts,
+        api: &Arc<Api>,
+    ) -> Result<Option<Self>, Response> {
         Self::of(parts, api).await.map_err(IntoResponse::into_response)
     }
 }
@@ -177,15 +187,17 @@ impl OptionalFromRequestParts<Arc<Api>> for Signed {
 pub(super) fn is_from_here(headers: &HeaderMap) -> Result<(), Fault> {
     let text = |name: &HeaderName| headers.get(name).and_then(|value| value.to_str().ok());
     let site = headers.get("sec-fetch-site").and_then(|value| value.to_str().ok());
-    let origin = text(&ORIGIN).map(|origin| origin.split_once("://").map_or(origin, |(_, host)| host));
+    let origin =
+        text(&ORIGIN).map(|origin| origin.split_once("://").map_or(origin, |(_, host)| host));
     let here = site.is_none_or(|site| matches!(site, "same-origin" | "none"))
         && origin.is_none_or(|origin| Some(origin) == text(&HOST));
     if here { Ok(()) } else { Err(foreign()) }
 }
 
 fn foreign() -> Fault {
-    Fault::forbidden()
-        .saying("This form does not come from your session: open the page again, and send it from there.")
+    Fault::forbidden().saying(
+        "This form does not come from your session: open the page again, and send it from there.",
+    )
 }
 
 /// A form, sent by somebody who has signed in, from a page of his session.
@@ -196,7 +208,8 @@ impl<T: DeserializeOwned> FromRequest<Arc<Api>> for Sent<T> {
 
     async fn from_request(request: Request, api: &Arc<Api>) -> Result<Self, Response> {
         let (mut parts, body) = request.into_parts();
-        let signed = <Signed as FromRequestParts<Arc<Api>>>::from_request_parts(&mut parts, api).await?;
+        let signed =
+            <Signed as FromRequestParts<Arc<Api>>>::from_request_parts(&mut parts, api).await?;
         let read = async {
             is_from_here(&parts.headers)?;
             api.rates.change(&signed.caller.name)?;
@@ -230,7 +243,9 @@ mod tests {
         assert_eq!(number(&headers), None);
         let (pair, rest) = cookie.split_once(';').unwrap();
         assert!(
-            ["HttpOnly", "SameSite=Strict", "Path=/portal", "Secure"].iter().all(|part| rest.contains(part)),
+            ["HttpOnly", "SameSite=Strict", "Path=/portal", "Secure"]
+                .iter()
+                .all(|part| rest.contains(part)),
             "{rest}"
         );
         headers.append(COOKIE, format!("other=1; {pair}").parse().unwrap());
@@ -249,7 +264,8 @@ mod tests {
         }
         assert_eq!(sessions.0.lock().unwrap().len(), MOST);
         // Whoever begins too many ends his own.
-        let all = |whose: &str| sessions.0.lock().unwrap().values().filter(|s| s.whose == whose).count();
+        let all =
+            |whose: &str| sessions.0.lock().unwrap().values().filter(|s| s.whose == whose).count();
         let sessions_of_others = MOST - MOST_EACH;
         for _ in 0..2 * MOST {
             sessions.begin("t".into(), "loud", false).unwrap();

@@ -22,7 +22,8 @@ use crate::listen::Peer;
 fn asks(api: &Api, wrong: bool) -> Markup {
     let keystone = (api.config)().keystone.is_some();
     html! {
-        @if wrong { p.bad role="alert" { "There is no such token, or it has ended. The host's administrator makes one: 'virt-usb token add'." } }
+        @if wrong { p.bad role="alert" { "There is no such token, or it has ended. The host's \
+            administrator makes one: 'virt-usb token add'." } }
         form.stack method="post" action="/portal/sign-in" {
             label for="token" { "Token" }
             input id="token" name="token" type="password" autocomplete="current-password" required autofocus spellcheck="false"
@@ -30,7 +31,8 @@ fn asks(api: &Api, wrong: bool) -> Markup {
             button { "Sign in" }
         }
         p.note {
-            @if keystone { "A token of OpenStack's ('openstack token issue'), or one that begins with vusb_. " } @else { "A token begins with vusb_. " }
+            @if keystone { "A token of OpenStack's ('openstack token issue'), or one that begins \
+                with vusb_. " } @else { "A token begins with vusb_. " }
             "It stands for one project, and says what you may do."
         }
     }
@@ -62,7 +64,8 @@ pub(super) async fn sign_in(
     match api.caller(token.trim(), peer.map(|Extension(peer)| peer), Look::Now).await {
         Ok(caller) => {
             let encrypted = (api.config)().api_tls.is_some();
-            let cookie = api.portal.sessions.begin(token.trim().to_owned(), &caller.name, encrypted)?;
+            let cookie =
+                api.portal.sessions.begin(token.trim().to_owned(), &caller.name, encrypted)?;
             Ok(with_cookie(see("/portal/"), &cookie))
         }
         Err(fault) if fault.status == StatusCode::UNAUTHORIZED => {

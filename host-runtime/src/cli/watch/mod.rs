@@ -26,7 +26,8 @@ use screen::{Scroll, Size};
 use terminal::{Terminal, Touch};
 use view::View;
 
-/// How often is looked whether there is something new. SQLite tells by a counter in shared memory: that costs microseconds.
+/// How often is looked whether there is something new. SQLite tells by a counter in shared memory:
+/// that costs microseconds.
 const BEAT: Duration = Duration::from_millis(250);
 /// As many events as the tallest terminal shows.
 const EVENTS: u32 = 500;
@@ -50,7 +51,11 @@ pub(super) fn run(session: &Session, options: &Watch) -> anyhow::Result<ExitCode
 }
 
 /// Until somebody has had enough of it, or the terminal is gone.
-fn screen(terminal: &mut Terminal<'_>, watched: &mut Watched, view: &mut View) -> anyhow::Result<()> {
+fn screen(
+    terminal: &mut Terminal<'_>,
+    watched: &mut Watched,
+    view: &mut View,
+) -> anyhow::Result<()> {
     let mut scroll = Scroll::default();
     let mut looked = None::<Instant>;
     loop {
@@ -71,7 +76,8 @@ fn screen(terminal: &mut Terminal<'_>, watched: &mut Watched, view: &mut View) -
     }
 }
 
-/// What was seen last stays on the screen while the inventory cannot be read, and the screen says so.
+/// What was seen last stays on the screen while the inventory cannot be read, and the screen says
+/// so.
 fn look(watched: &mut Watched, view: &mut View) {
     let news = watched.has_news().and_then(|news| match news {
         true => watched.store().moment(EVENTS).map(Some),
@@ -95,7 +101,11 @@ fn lines(out: &Output, watched: &mut Watched, last: u32) -> anyhow::Result<ExitC
     let mut trouble = None;
     loop {
         for event in &events {
-            let line = if out.is_json() { clean_json(&serde_json::to_string(event)?) } else { line(event) };
+            let line = if out.is_json() {
+                clean_json(&serde_json::to_string(event)?)
+            } else {
+                line(event)
+            };
             out.raw(format!("{line}\n").as_bytes())?;
         }
         if let Some(event) = events.pop() {
@@ -124,8 +134,13 @@ fn lines(out: &Output, watched: &mut Watched, last: u32) -> anyhow::Result<ExitC
     }
 }
 
-/// The events since `told`, if there are some. `behind` says that some were seen to be there and were not read.
-fn news(watched: &mut Watched, behind: &mut bool, told: Option<&EventRow>) -> anyhow::Result<Vec<EventRow>> {
+/// The events since `told`, if there are some. `behind` says that some were seen to be there and
+/// were not read.
+fn news(
+    watched: &mut Watched,
+    behind: &mut bool,
+    told: Option<&EventRow>,
+) -> anyhow::Result<Vec<EventRow>> {
     *behind |= watched.has_news()?;
     if !*behind {
         return Ok(Vec::new());
@@ -144,7 +159,8 @@ fn newest(limit: u32) -> Filter {
     Filter { limit, ..Filter::default() }
 }
 
-/// The events after `told`. An inventory that was restored or made anew may count from an earlier one: its events are told apart by time.
+/// The events after `told`. An inventory that was restored or made anew may count from an earlier
+/// one: its events are told apart by time.
 fn since(watched: &Watched, told: Option<&EventRow>) -> anyhow::Result<Vec<EventRow>> {
     let Some(told) = told else { return Ok(watched.store().events(&Filter::default())?) };
     let mut events = watched.store().events(&Filter { after: told.id - 1, ..Filter::default() })?;
@@ -165,7 +181,9 @@ fn reader_has_gone() -> anyhow::Result<bool> {
     let beat = Timespec::try_from(BEAT)?;
     match poll(&mut ends, Some(&beat)) {
         Ok(0) | Err(rustix::io::Errno::INTR) => Ok(false),
-        Ok(_) => Ok(ends[0].revents().intersects(PollFlags::ERR | PollFlags::HUP | PollFlags::NVAL)),
+        Ok(_) => {
+            Ok(ends[0].revents().intersects(PollFlags::ERR | PollFlags::HUP | PollFlags::NVAL))
+        }
         Err(e) => Err(io::Error::from(e).into()),
     }
 }
@@ -176,7 +194,8 @@ fn line(event: &EventRow) -> String {
     if let Some(device) = event.device_id {
         line.push_str(&format!(" device {device}"));
     }
-    if let Some(whom) = event.domain.clone().or_else(|| event.instance_uuid.map(|i| i.to_string())) {
+    if let Some(whom) = event.domain.clone().or_else(|| event.instance_uuid.map(|i| i.to_string()))
+    {
         line.push_str(&format!(" {whom}"));
     }
     line.push_str(&format!(" by {}", event.actor));

@@ -79,7 +79,8 @@ impl Shares {
     }
 }
 
-/// Exactly as many lines as the screen has rows; `scroll` is brought into the range of what there is.
+/// Exactly as many lines as the screen has rows; `scroll` is brought into the range of what there
+/// is.
 pub(super) fn draw(view: &View, size: Size, scroll: &mut Scroll) -> Vec<Line> {
     let (columns, rows) = (usize::from(size.columns), usize::from(size.rows));
     let shares = Shares::new(rows, view);
@@ -89,7 +90,9 @@ pub(super) fn draw(view: &View, size: Size, scroll: &mut Scroll) -> Vec<Line> {
     lines.extend(devices(view, scroll.0, shares.devices, columns));
     let problems = view.problems();
     let hidden = problems.len() - shares.problems;
-    lines.extend(problems.iter().take(shares.problems).map(|problem| Line::of(problem, Tone::Bad, columns)));
+    lines.extend(
+        problems.iter().take(shares.problems).map(|problem| Line::of(problem, Tone::Bad, columns)),
+    );
     if hidden > 0 && shares.problems > 0 {
         let more = format!("... and {} more: 'virt-usb claims'", hidden + 1);
         lines.pop();
@@ -120,10 +123,16 @@ pub(super) fn draw(view: &View, size: Size, scroll: &mut Scroll) -> Vec<Line> {
 
 fn title(view: &View, columns: usize) -> Line {
     match &view.trouble {
-        Some(trouble) => {
-            Line::of(&format!("NOT UP TO DATE: {}", virt_usb_model::clean(trouble)), Tone::Bad, columns)
-        }
-        None => Line::of(&format!("virt-usb watch  {}  {}", view.host, view.summary()), Tone::Head, columns),
+        Some(trouble) => Line::of(
+            &format!("NOT UP TO DATE: {}", virt_usb_model::clean(trouble)),
+            Tone::Bad,
+            columns,
+        ),
+        None => Line::of(
+            &format!("virt-usb watch  {}  {}", view.host, view.summary()),
+            Tone::Head,
+            columns,
+        ),
     }
 }
 
@@ -238,10 +247,12 @@ mod tests {
     use crate::discovery::{Simulated, UsbSource};
     use crate::inventory::plan;
 
-    /// A view of an inventory of `count` devices; device 1 is claimed for a guest of this name, and something is in its way.
+    /// A view of an inventory of `count` devices; device 1 is claimed for a guest of this name, and
+    /// something is in its way.
     fn view(count: usize, domain: &str) -> View {
         let dir = tempfile::tempdir().unwrap();
-        let mut store = virt_usb_store::Store::create(dir.path(), std::time::Duration::from_secs(5)).unwrap();
+        let mut store =
+            virt_usb_store::Store::create(dir.path(), std::time::Duration::from_secs(5)).unwrap();
         let context = virt_usb_store::Context {
             boot_id: "b".into(),
             uptime: 1.0,
@@ -250,7 +261,11 @@ mod tests {
         };
         let devices: String = (1..=count)
             .map(|n| {
-                format!("[[device]]\nport = \"1-{n}\"\nbus = 1\ndevice = {n}\nvendor = \"f0f0\"\nproduct = \"{n:04x}\"\nserial = \"S{n}\"\nproduct_name = \"鍵 key {n}\"\n")
+                format!(
+                    "[[device]]\nport = \"1-{n}\"\nbus = 1\ndevice = {n}\nvendor \
+                    = \"f0f0\"\nproduct = \"{n:04x}\"\nserial = \"S{n}\"\nproduct_name = \"鍵 key \
+                    {n}\"\n"
+                )
             })
             .collect();
         let snapshot = Simulated::parse(&devices).unwrap().snapshot();
@@ -280,7 +295,10 @@ mod tests {
     }
 
     fn text(lines: &[Line]) -> Vec<String> {
-        lines.iter().map(|line| line.0.iter().map(|(text, _)| text.as_str()).collect::<String>()).collect()
+        lines
+            .iter()
+            .map(|line| line.0.iter().map(|(text, _)| text.as_str()).collect::<String>())
+            .collect()
     }
 
     fn at(view: &View, columns: u16, rows: u16) -> Vec<String> {
@@ -292,7 +310,10 @@ mod tests {
         let shown = at(&view(3, "erp"), 100, 24);
         assert_eq!(shown[0], "virt-usb watch  host1  3 devices: 3 available");
         assert_eq!(shown[2].trim_end(), "1   f0f0:0001  鍵 key 1  1-1   available");
-        assert_eq!(shown[5], "erp does not get device 1 (since 2026-11-25T20:40:33.123Z): it has no USB bus");
+        assert_eq!(
+            shown[5],
+            "erp does not get device 1 (since 2026-11-25T20:40:33.123Z): it has no USB bus"
+        );
         assert_eq!(shown[6], "EVENTS (UTC)");
         assert!(shown[9].contains("added           3"), "{shown:?}");
         assert!(shown[23].starts_with("q quit"), "{shown:?}");

@@ -17,7 +17,8 @@ use super::screen::{By, Line};
 use super::view::Tone;
 use crate::cli::output::Output;
 
-/// The bytes of one key come together, but for a slow line: so long is the rest of one waited for. A lone Escape is a key as well.
+/// The bytes of one key come together, but for a slow line: so long is the rest of one waited for.
+/// A lone Escape is a key as well.
 const PIECES: Duration = Duration::from_millis(100);
 /// No key is longer.
 const LONGEST: usize = 64;
@@ -54,14 +55,16 @@ impl<'a> Terminal<'a> {
         let flags: [Arc<AtomicBool>; 4] = Default::default();
         let [enough, suspend, resumed, resized] = flags;
         for signal in [SIGTERM, SIGHUP, SIGINT, SIGQUIT] {
-            // Told twice, it ends at once: a terminal that is stopped takes nothing, not even its own restoring.
+            // Told twice, it ends at once: a terminal that is stopped takes nothing, not even its
+            // own restoring.
             flag::register_conditional_shutdown(signal, 1, Arc::clone(&enough))?;
             flag::register(signal, Arc::clone(&enough))?;
         }
         flag::register(SIGTSTP, Arc::clone(&suspend))?;
         flag::register(SIGCONT, Arc::clone(&resumed))?;
         flag::register(SIGWINCH, Arc::clone(&resized))?;
-        // A panic aborts (virt_usb_hook::panics): nothing is dropped then, and its message would be lost with the other screen.
+        // A panic aborts (virt_usb_hook::panics): nothing is dropped then, and its message would be
+        // lost with the other screen.
         let told = std::panic::take_hook();
         std::panic::set_hook(Box::new(move |info| {
             drop(give_back(&Output::new(false)));
@@ -93,7 +96,10 @@ impl<'a> Terminal<'a> {
 
     /// Columns and rows.
     pub(super) fn size(&self) -> (u16, u16) {
-        terminal::size().ok().filter(|(columns, rows)| *columns > 0 && *rows > 0).unwrap_or((80, 24))
+        terminal::size()
+            .ok()
+            .filter(|(columns, rows)| *columns > 0 && *rows > 0)
+            .unwrap_or((80, 24))
     }
 
     /// Writes the lines that differ from what is there, all at once.
@@ -154,7 +160,8 @@ impl<'a> Terminal<'a> {
 
     /// Takes up what is pressed within `patience`. The end of the terminal is enough.
     ///
-    /// crossterm's own reading of keys is not used: at the end of a terminal that was hung up it goes on reading for ever.
+    /// crossterm's own reading of keys is not used: at the end of a terminal that was hung up it
+    /// goes on reading for ever.
     fn listen(&mut self, patience: Duration) -> anyhow::Result<()> {
         let keys = io::stdin();
         let mut ends = [PollFd::new(&keys, PollFlags::IN)];
@@ -229,7 +236,9 @@ fn touches(typed: &mut Vec<u8>) -> Vec<Touch> {
             b"j" | b"\x1b[B" | b"\x1bOB" => Some(Touch::Scroll(By::Rows(1))),
             b"\x1b[5~" => Some(Touch::Scroll(By::Pages(-1))),
             b" " | b"\x1b[6~" => Some(Touch::Scroll(By::Pages(1))),
-            b"g" | b"\x1b[H" | b"\x1bOH" | b"\x1b[1~" | b"\x1b[7~" => Some(Touch::Scroll(By::Start)),
+            b"g" | b"\x1b[H" | b"\x1bOH" | b"\x1b[1~" | b"\x1b[7~" => {
+                Some(Touch::Scroll(By::Start))
+            }
             b"G" | b"\x1b[F" | b"\x1bOF" | b"\x1b[4~" | b"\x1b[8~" => Some(Touch::Scroll(By::End)),
             _ => None,
         });
@@ -305,7 +314,11 @@ mod tests {
         assert_eq!(touched(typed), (all.to_vec(), vec![]));
         assert_eq!(touched(b"\x1bxq"), (vec![Enough], vec![]), "Alt-x is not Escape");
         assert_eq!(touched(b"\x1b[200\x01"), (vec![], b"\x1b[200\x01".to_vec()));
-        assert_eq!(touched(&[b"\x1b[".as_slice(), &[b'0'; 100]].concat()), (vec![], vec![]), "it has an end");
+        assert_eq!(
+            touched(&[b"\x1b[".as_slice(), &[b'0'; 100]].concat()),
+            (vec![], vec![]),
+            "it has an end"
+        );
     }
 
     #[test]

@@ -57,11 +57,13 @@ impl View {
             .map(|name| format!("{} {name}", count(name)))
             .collect();
         let plural = if devices.len() == 1 { "" } else { "s" };
-        let list = if counted.is_empty() { String::new() } else { format!(": {}", counted.join(", ")) };
+        let list =
+            if counted.is_empty() { String::new() } else { format!(": {}", counted.join(", ")) };
         format!("{} device{plural}{list}", devices.len())
     }
 
-    /// The rows `from..`, `count` at the most: of ten thousand devices only those that are shown are made into text.
+    /// The rows `from..`, `count` at the most: of ten thousand devices only those that are shown
+    /// are made into text.
     pub(super) fn devices(&self, from: usize, count: usize) -> Vec<DeviceRow> {
         let row = |record: &Record| {
             let claim = self.moment.claims.iter().find(|c| c.device_id == record.entry.id);
@@ -73,11 +75,10 @@ impl View {
     fn device(&self, record: &Record, claim: Option<&ClaimRow>) -> DeviceRow {
         let e = &record.entry;
         let is_late = |about: &str| about == crate::agent::plan::about_device(e.id);
-        let is_stuck = self
-            .moment
-            .problems
-            .iter()
-            .any(|p| Some(p.instance_uuid) == claim.map(|c| c.instance_uuid) && is_late(&p.about));
+        let is_stuck =
+            self.moment.problems.iter().any(|p| {
+                Some(p.instance_uuid) == claim.map(|c| c.instance_uuid) && is_late(&p.about)
+            });
         let tone = match e.state() {
             Ok(Status::Available) => Tone::Free,
             Ok(Status::Claimed | Status::Allocated) if !is_stuck => Tone::Held,
@@ -125,7 +126,9 @@ fn event(event: &EventRow) -> (String, Tone) {
         event.detail.as_ref().map_or_else(String::new, |detail| format!(": {detail}"))
     );
     let tone = match event.event.as_str() {
-        "refused" | "problem" | "altered" | "serial-shared" | "quarantined" | "flapping" => Tone::Bad,
+        "refused" | "problem" | "altered" | "serial-shared" | "quarantined" | "flapping" => {
+            Tone::Bad
+        }
         _ => Tone::Plain,
     };
     (clean(&text), tone)

@@ -60,14 +60,20 @@ impl<'a> HostUse<'a> {
 
     /// What the host uses the device for, joined by `; `, and what else ties the two. Problems name
     /// the device's port.
-    pub(super) fn of(&self, plugged: &Plugged, problems: &mut Vec<Problem>) -> (Option<String>, Ties) {
+    pub(super) fn of(
+        &self,
+        plugged: &Plugged,
+        problems: &mut Vec<Problem>,
+    ) -> (Option<String>, Ties) {
         let subtree = Subtree::of(&plugged.dir);
         let ties = self.ties(plugged, &subtree);
         let mut wrong: Vec<String> = subtree.problems.clone();
         let mut uses = Vec::new();
         uses.extend(self.storage(&subtree.blocks, &mut wrong));
         uses.extend(subtree.nets.iter().filter_map(|net| network(net, &mut wrong)));
-        uses.extend(subtree.hidden_net.then(|| "network interface in another namespace".to_owned()));
+        uses.extend(
+            subtree.hidden_net.then(|| "network interface in another namespace".to_owned()),
+        );
         uses.extend(keyboard(&plugged.interfaces));
         let exported = plugged.driver.as_deref() == Some(USBIP);
         uses.extend(exported.then(|| "exported to another machine (usbip)".to_owned()));
@@ -86,13 +92,16 @@ impl<'a> HostUse<'a> {
             networks: subtree.nets.iter().filter_map(|net| file_name(net)).collect(),
             ..Nodes::default()
         };
-        let partitions = subtree.blocks.iter().flat_map(|disk| subtree::folders(disk).unwrap_or_default());
+        let partitions =
+            subtree.blocks.iter().flat_map(|disk| subtree::folders(disk).unwrap_or_default());
         let blocks = subtree.blocks.iter().cloned().chain(partitions).map(|dir| (dir, true));
         let characters = subtree.characters.iter().cloned().map(|dir| (dir, false));
         let (mut numbers, mut names) = (Vec::new(), Vec::new());
         for (dir, is_block) in blocks.chain(characters) {
             let number = attribute(&dir, "dev").ok().flatten();
-            let Some(number) = number.and_then(|text| Number::parse(&text, is_block)) else { continue };
+            let Some(number) = number.and_then(|text| Number::parse(&text, is_block)) else {
+                continue;
+            };
             numbers.push(number);
             let name = node_name(&dir);
             names.extend(name.clone());
@@ -107,9 +116,11 @@ impl<'a> HostUse<'a> {
         // QEMU claims every interface: one that it may not have keeps the device from the guest.
         let interfaces = subtree::folders(&plugged.dir).unwrap_or_default();
         let prefix = format!("{}:", plugged.port);
-        let own = interfaces.iter().filter(|dir| file_name(dir).is_some_and(|n| n.starts_with(&prefix)));
-        let is_refused =
-            |dir: &Path| attribute(dir, "authorized").ok().flatten().is_some_and(|text| text.trim() == "0");
+        let own =
+            interfaces.iter().filter(|dir| file_name(dir).is_some_and(|n| n.starts_with(&prefix)));
+        let is_refused = |dir: &Path| {
+            attribute(dir, "authorized").ok().flatten().is_some_and(|text| text.trim() == "0")
+        };
         let unauthorized =
             std::iter::once(plugged.dir.as_path()).chain(own.map(PathBuf::as_path)).any(is_refused);
         Ties { nodes, open, unauthorized }
@@ -144,7 +155,8 @@ fn file_name(path: &Path) -> Option<String> {
 }
 
 fn network(net: &Path, wrong: &mut Vec<String>) -> Option<String> {
-    let name = net.file_name().and_then(|name| clean_text(&name.to_string_lossy())).unwrap_or_default();
+    let name =
+        net.file_name().and_then(|name| clean_text(&name.to_string_lossy())).unwrap_or_default();
     let flags = match attribute(net, "flags") {
         Ok(None) => return None,
         Ok(Some(text)) => {
@@ -246,12 +258,14 @@ mod tests {
         let machine = Machine::new();
         machine.disk();
         machine.mount(
-            "22 1 8:17 / /boot rw - ext4 /dev/sdb1 rw\n23 1 8:17 /x /boot\\040x rw - ext4 /dev/sdb1 rw",
+            "22 1 8:17 / /boot rw - ext4 /dev/sdb1 rw\n23 1 8:17 /x /boot\\040x rw - ext4 \
+                /dev/sdb1 rw",
         );
         assert_eq!(machine.told(), "mounted on /boot, /boot x");
         machine.file("proc/swaps", "Filename Type Size Used Priority\n/dev/sdb partition 4 0 -2");
         assert_eq!(machine.told(), "mounted on /boot, /boot x; swap");
-        let many: Vec<String> = (0..9).map(|i| format!("22 1 8:17 / /m{i} rw - ext4 /dev/sdb1 rw")).collect();
+        let many: Vec<String> =
+            (0..9).map(|i| format!("22 1 8:17 / /m{i} rw - ext4 /dev/sdb1 rw")).collect();
         machine.mount(&many.join("\n"));
         assert_eq!(machine.told(), "mounted on /m0, /m1, /m2, /m3 and 5 more; swap");
     }
@@ -291,7 +305,9 @@ mod tests {
         assert!(problems[0].what.contains("self/mountinfo"), "{}", problems[0].what);
 
         machine.device("1-1:1.2/net/enx0/flags", "what");
-        assert!(machine.look().0.unwrap().starts_with("network interface enx0, and it cannot be told"));
+        assert!(
+            machine.look().0.unwrap().starts_with("network interface enx0, and it cannot be told")
+        );
         machine.device(&format!("{}x/dev", "a/".repeat(20)), "8:1");
         let (told, problems) = machine.look();
         assert!(told.unwrap().starts_with("it cannot be told whether the host uses it; "));
@@ -305,7 +321,8 @@ mod tests {
         assert_eq!(machine.told(), "");
         machine.device("1-1:1.0/net/enx0/flags", "0x1003");
         assert_eq!(machine.told(), "network interface enx0 is up");
-        fs::remove_dir_all(machine.0.path().join("sys/bus/usb/devices/1-1/1-1:1.0/net/enx0")).unwrap();
+        fs::remove_dir_all(machine.0.path().join("sys/bus/usb/devices/1-1/1-1:1.0/net/enx0"))
+            .unwrap();
         assert_eq!(machine.told(), "network interface in another namespace");
     }
 
@@ -390,8 +407,11 @@ mod tests {
         symlink("/dev/zero", machine.0.path().join("proc/812/fd/3")).unwrap();
         assert_eq!(machine.ties().open, ["open in picocom (812)"]);
         machine.device("1-1:1.1/bInterfaceClass", "ff");
-        symlink("../../../../drivers/usbfs", machine.0.path().join("sys/bus/usb/devices/1-1/1-1:1.1/driver"))
-            .unwrap();
+        symlink(
+            "../../../../drivers/usbfs",
+            machine.0.path().join("sys/bus/usb/devices/1-1/1-1:1.1/driver"),
+        )
+        .unwrap();
         assert_eq!(machine.ties().open, ["open in picocom (812)"]);
         fs::remove_dir_all(machine.0.path().join("proc/812")).unwrap();
         assert_eq!(machine.ties().open, ["claimed by a program (usbfs)"]);
@@ -410,8 +430,11 @@ mod tests {
         assert!(!machine.ties().unauthorized);
         machine.device("1-1:1.1/authorized", "0");
         assert!(machine.ties().unauthorized, "one of its interfaces");
-        symlink("../../../drivers/usbip-host", machine.0.path().join("sys/bus/usb/devices/1-1/driver"))
-            .unwrap();
+        symlink(
+            "../../../drivers/usbip-host",
+            machine.0.path().join("sys/bus/usb/devices/1-1/driver"),
+        )
+        .unwrap();
         assert_eq!(machine.told(), "exported to another machine (usbip)");
     }
 
@@ -421,7 +444,8 @@ mod tests {
         machine.mount("22 1 8:17 / /boot rw - ext4 /dev/sdb1 rw");
         machine.device("1-1.2/1-1.2:1.0/host6/block/sdb/dev", "8:17");
         machine.file("sys/elsewhere/block/sdb/dev", "8:17");
-        symlink("../../../../elsewhere", machine.0.path().join("sys/bus/usb/devices/1-1/link")).unwrap();
+        symlink("../../../../elsewhere", machine.0.path().join("sys/bus/usb/devices/1-1/link"))
+            .unwrap();
         assert_eq!(machine.told(), "");
     }
 }

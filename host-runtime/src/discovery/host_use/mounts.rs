@@ -1,4 +1,5 @@
-//! What is mounted and what is swapped to: `mountinfo` (proc_pid_mountinfo(5)) and `swaps` (proc_swaps(5)).
+//! What is mounted and what is swapped to: `mountinfo` (proc_pid_mountinfo(5)) and `swaps`
+//! (proc_swaps(5)).
 
 use std::fs;
 use std::io;
@@ -13,7 +14,8 @@ pub(super) struct Mounts {
 
 #[derive(Debug, PartialEq, Eq)]
 struct Mount {
-    /// `8:1`. File systems over several devices (btrfs) have a number of their own here, such as `0:41`.
+    /// `8:1`. File systems over several devices (btrfs) have a number of their own here, such as
+    /// `0:41`.
     number: String,
     /// `/dev/sda1`, for file systems that have a device.
     source: String,
@@ -40,7 +42,8 @@ impl Mounts {
 
     fn parse(mountinfo: &str, swaps: &str) -> Result<Self, String> {
         let mount = |line: &str| {
-            Mount::parse(line).ok_or_else(|| format!("cannot understand the mountinfo line {line:?}"))
+            Mount::parse(line)
+                .ok_or_else(|| format!("cannot understand the mountinfo line {line:?}"))
         };
         let lines = mountinfo.lines().filter(|line| !line.trim().is_empty());
         let swap = |line: &str| line.split_whitespace().next().map(unescape);
@@ -50,7 +53,8 @@ impl Mounts {
         })
     }
 
-    /// Where the block device is mounted, known by its number (`8:1`) or by one of its names (`/dev/sda1`).
+    /// Where the block device is mounted, known by its number (`8:1`) or by one of its names
+    /// (`/dev/sda1`).
     pub(super) fn points<'a>(
         &'a self,
         number: &'a str,
@@ -97,7 +101,8 @@ fn unescape(text: &str) -> String {
 }
 
 fn octal(digits: &[u8]) -> Option<u8> {
-    let digits = std::str::from_utf8(digits).ok().filter(|text| text.bytes().all(|b| b.is_ascii_digit()))?;
+    let digits =
+        std::str::from_utf8(digits).ok().filter(|text| text.bytes().all(|b| b.is_ascii_digit()))?;
     u8::from_str_radix(digits, 8).ok()
 }
 
@@ -111,8 +116,8 @@ mod tests {
 24 22 0:41 / /data rw - btrfs /dev/sdc rw,space_cache
 25 22 0:20 / /proc rw - proc proc rw
 ";
-    const SWAPS: &str =
-        "Filename\tType\tSize\tUsed\tPriority\n/dev/sdb2 partition 4 0 -2\n/swap\\040file file 4 0 -3\n";
+    const SWAPS: &str = "Filename\tType\tSize\tUsed\tPriority\n/dev/sdb2 partition 4 0 \
+        -2\n/swap\\040file file 4 0 -3\n";
 
     fn names(name: &str) -> Vec<String> {
         vec![format!("/dev/{name}")]

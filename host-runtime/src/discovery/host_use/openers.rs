@@ -53,7 +53,8 @@ impl Openers {
 
     fn consoles(&mut self, procfs_root: &Path) {
         let text = fs::read_to_string(procfs_root.join("consoles")).unwrap_or_default();
-        let numbers = text.lines().filter_map(|line| Number::parse(line.split_whitespace().last()?, false));
+        let numbers =
+            text.lines().filter_map(|line| Number::parse(line.split_whitespace().last()?, false));
         for number in numbers {
             self.by_number.entry(number).or_default().push("the kernel, as its console".into());
         }
@@ -161,7 +162,12 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let zero = Number::parse("1:5", false).unwrap();
         for pid in ["10", "11", "12", "13"] {
-            process(root.path(), pid, "pico;com", &["/dev/zero", "/dev/zero", "socket:[1]", "/gone"]);
+            process(
+                root.path(),
+                pid,
+                "pico;com",
+                &["/dev/zero", "/dev/zero", "socket:[1]", "/gone"],
+            );
         }
         process(root.path(), "14", "(udev-worker)", &["/dev/zero"]);
         process(root.path(), &std::process::id().to_string(), "virt-usbd", &["/dev/zero"]);
@@ -188,7 +194,8 @@ mod tests {
         process(&proc, "21", "cron", &[]);
         fs::write(proc.join("21/stat"), "21 (cron) S 1 21 21 0 -1 4194304").unwrap();
         process(&proc, "22", "minicom", &[]);
-        fs::write(proc.join("consoles"), "tty0 -WU (EC p  )    4:1\nttyUSB1 -W- (E  p  )  188:1\n").unwrap();
+        fs::write(proc.join("consoles"), "tty0 -WU (EC p  )    4:1\nttyUSB1 -W- (E  p  )  188:1\n")
+            .unwrap();
         fs::create_dir(&locks).unwrap();
         for (name, pid) in [
             ("LCK..ttyUSB2", "        22\n"),

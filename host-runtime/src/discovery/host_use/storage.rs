@@ -15,7 +15,8 @@ use super::mounts::Mounts;
 use super::subtree::folders;
 use super::udev::{self, Number};
 
-/// How many holders are followed: a stack of LVM on crypt on md has three, a volume group some dozen volumes.
+/// How many holders are followed: a stack of LVM on crypt on md has three, a volume group some
+/// dozen volumes.
 const HOLDERS: usize = 500;
 /// How many mount points are named before they are counted.
 const NAMED: usize = 4;
@@ -92,7 +93,9 @@ impl<'a> Storage<'a> {
         match content {
             "zfs_member" => Some("member of a ZFS pool".to_owned()),
             "LVM2_member" | "LVM1_member" => Some("member of a volume group (LVM)".to_owned()),
-            "bcache" | "ceph_bluestore" | "drbd" => Some(format!("member of something larger ({content})")),
+            "bcache" | "ceph_bluestore" | "drbd" => {
+                Some(format!("member of something larger ({content})"))
+            }
             other if entry.usage.as_deref() == Some("raid") => {
                 Some(format!("member of a RAID ({})", clean_text(other).unwrap_or_default()))
             }
@@ -114,7 +117,8 @@ impl<'a> Storage<'a> {
         Ok(None)
     }
 
-    /// A btrfs over several devices names one of them in mountinfo, and all of them here while it is mounted.
+    /// A btrfs over several devices names one of them in mountinfo, and all of them here while it
+    /// is mounted.
     fn btrfs(&self, dir: &Path) -> Result<Option<String>, String> {
         let Some(name) = dir.file_name() else { return Ok(None) };
         let pools = self.sysfs_root.join("fs/btrfs");
@@ -129,7 +133,8 @@ impl<'a> Storage<'a> {
 
 /// `mounted on /boot, /efi`; the first few are named, the others counted.
 fn mounted<'a>(points: impl Iterator<Item = &'a str>) -> Option<String> {
-    let points: BTreeSet<String> = points.map(|point| clean_text(point).unwrap_or_default()).collect();
+    let points: BTreeSet<String> =
+        points.map(|point| clean_text(point).unwrap_or_default()).collect();
     let named: Vec<&str> = points.iter().take(NAMED).map(String::as_str).collect();
     let more = match points.len() {
         0 => return None,

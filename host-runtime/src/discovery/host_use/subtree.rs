@@ -1,5 +1,5 @@
-//! The part of sysfs that belongs to one device: its folder and the real folders in it, but not the USB devices
-//! plugged into it, and never what a link points to.
+//! The part of sysfs that belongs to one device: its folder and the real folders in it, but not the
+//! USB devices plugged into it, and never what a link points to.
 
 use std::borrow::Cow;
 use std::fs;
@@ -24,8 +24,8 @@ pub(super) struct Subtree {
     pub(super) characters: Vec<PathBuf>,
     /// The names of SCSI host adapters (`host6`).
     pub(super) scsi_hosts: Vec<String>,
-    /// An interface is there but belongs to another network namespace: the kernel keeps `net` only while it holds
-    /// one, and hides those of other namespaces.
+    /// An interface is there but belongs to another network namespace: the kernel keeps `net` only
+    /// while it holds one, and hides those of other namespaces.
     pub(super) hidden_net: bool,
     /// Why not all of it was seen.
     pub(super) problems: Vec<String>,
@@ -43,7 +43,10 @@ impl Subtree {
         self.visited += 1;
         if depth > DEPTH || self.visited > FOLDERS {
             if self.problems.is_empty() {
-                self.problems.push(format!("{} has more folders in it than any known device", dir.display()));
+                self.problems.push(format!(
+                    "{} has more folders in it than any known device",
+                    dir.display()
+                ));
             }
             return;
         }

@@ -90,7 +90,10 @@ mod tests {
         let number = Number::parse("8:17", true).unwrap();
         let found = entry(&database, number);
         assert_eq!(found.links, ["disk/by-id/usb-K", "disk/by-label/a:b"]);
-        assert_eq!((found.content.as_deref(), found.usage.as_deref()), (Some("zfs_member"), Some("raid")));
+        assert_eq!(
+            (found.content.as_deref(), found.usage.as_deref()),
+            (Some("zfs_member"), Some("raid"))
+        );
         assert_eq!(entry(&database, Number { is_block: false, ..number }), Entry::default());
     }
 }

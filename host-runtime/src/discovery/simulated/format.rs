@@ -6,8 +6,8 @@ use std::str::FromStr;
 
 use toml::{Table, Value};
 use virt_usb_model::{
-    BusAddress, Class, Device, DeviceKey, DevicePath, ParseError, PortPath, ProductId, Serial, UsbId,
-    VendorId, clean_text,
+    BusAddress, Class, Device, DeviceKey, DevicePath, ParseError, PortPath, ProductId, Serial,
+    UsbId, VendorId, clean_text,
 };
 
 use super::Entry;
@@ -50,7 +50,9 @@ pub(super) fn parse(text: &str) -> Result<Vec<Entry>, String> {
     let tables = match table.get("device") {
         None => &[][..],
         Some(Value::Array(tables)) => tables,
-        Some(other) => return Err(format!("device: found {}, wanted [[device]]", other.type_str())),
+        Some(other) => {
+            return Err(format!("device: found {}, wanted [[device]]", other.type_str()));
+        }
     };
     let numbered = tables.iter().enumerate().map(|(i, value)| (i + 1, value));
     let entries: Vec<Entry> = numbered
@@ -68,12 +70,13 @@ fn one_controller_a_bus(entries: &[Entry]) -> Result<(), String> {
     for (n, entry) in (1..).zip(entries) {
         let Some(path) = &entry.device.key.path else { continue };
         let hub = (entry.device.key.port.bus(), path.controller(), path.version());
-        let other = seen
-            .iter()
-            .find(|known| **known != hub && (known.0 == hub.0 || (known.1, known.2) == (hub.1, hub.2)));
+        let other = seen.iter().find(|known| {
+            **known != hub && (known.0 == hub.0 || (known.1, known.2) == (hub.1, hub.2))
+        });
         if let Some((bus, controller, version)) = other {
             return Err(format!(
-                "device {n}: path: found {path} on bus {}, but bus {bus} is {controller}-usbv{version}",
+                "device {n}: path: found {path} on bus {}, but bus {bus} is \
+                    {controller}-usbv{version}",
                 hub.0
             ));
         }
@@ -93,7 +96,8 @@ fn distinct(what: &str, values: impl Iterator<Item = String>) -> Result<(), Stri
 }
 
 fn entry(value: &Value) -> Result<Entry, String> {
-    let table = value.as_table().ok_or_else(|| format!("found {}, wanted [[device]]", value.type_str()))?;
+    let table =
+        value.as_table().ok_or_else(|| format!("found {}, wanted [[device]]", value.type_str()))?;
     if let Some(key) = table.keys().find(|key| !KEYS.contains(&key.as_str())) {
         return Err(unknown(key));
     }
@@ -114,23 +118,35 @@ struct Fields<'a>(&'a Table);
 
 impl Fields<'_> {
     fn entry(&self) -> Result<Entry, String> {
-        let usb = UsbId { vendor: self.needed("vendor", vendor)?, product: self.needed("product", product)? };
+        let usb = UsbId {
+            vendor: self.needed("vendor", vendor)?,
+            product: self.needed("product", product)?,
+        };
         let address = self.address()?;
-        let port: PortPath = self.needed("port", |value| parsed(value, "a port path such as \"1-1.4\""))?;
+        let port: PortPath =
+            self.needed("port", |value| parsed(value, "a port path such as \"1-1.4\""))?;
         if port.bus() != address.bus() {
             return Err(format!(
                 "port: found {port} on bus {}: a port path begins with the bus",
                 address.bus()
             ));
         }
-        let path: Option<DevicePath> = self.optional("path", |value| parsed(value, "a device path"))?;
+        let path: Option<DevicePath> =
+            self.optional("path", |value| parsed(value, "a device path"))?;
         if let Some(path) = path.as_ref().filter(|path| path.ports() != port.ports()) {
-            return Err(format!("path: found {path} at port {port}: both end with the same chain of ports"));
+            return Err(format!(
+                "path: found {path} at port {port}: both end with the same chain of ports"
+            ));
         }
         let class = self.optional("class", class)?.unwrap_or(Class::new(0));
         Ok(Entry {
             device: Device {
-                key: DeviceKey { usb, serial: Serial::new(self.words("serial")?, false), port, path },
+                key: DeviceKey {
+                    usb,
+                    serial: Serial::new(self.words("serial")?, false),
+                    port,
+                    path,
+                },
                 address,
                 class,
                 interfaces: self.interfaces(class)?,
@@ -139,8 +155,9 @@ impl Fields<'_> {
                 product: self.words("product_name")?.or_else(|| names::product(usb)),
                 driver: self.optional("driver", drivers)?,
                 host_use: self.words("host_use")?,
-                descriptors: self
-                    .optional("descriptors", |value| parsed(value, "descriptors in hexadecimal digits"))?,
+                descriptors: self.optional("descriptors", |value| {
+                    parsed(value, "descriptors in hexadecimal digits")
+                })?,
                 generation: self.optional("generation", |value| parsed(value, "a whole number"))?,
             },
             ties: self.ties()?,
@@ -149,11 +166,13 @@ impl Fields<'_> {
     }
 
     fn ties(&self) -> Result<Ties, String> {
-        let claimed =
-            self.words("driver")?.is_some_and(|names| names.split(',').any(|n| n.trim() == CLAIMED));
+        let claimed = self
+            .words("driver")?
+            .is_some_and(|names| names.split(',').any(|n| n.trim() == CLAIMED));
         let unknown = || claimed.then(|| "claimed by a program (usbfs)".to_owned());
         let opened = self.words("opened_by")?.map(|who| format!("open in {who}"));
-        let nodes = Nodes { paths: self.optional("nodes", paths)?.unwrap_or_default(), ..Nodes::default() };
+        let nodes =
+            Nodes { paths: self.optional("nodes", paths)?.unwrap_or_default(), ..Nodes::default() };
         Ok(Ties {
             nodes,
             open: opened.or_else(unknown).into_iter().collect(),
@@ -209,11 +228,14 @@ fn product(value: &Value) -> Result<ProductId, String> {
 }
 
 /// Text is hexadecimal, a number is its value: as in the whitelist.
-fn id<T: FromStr<Err = ParseError>>(value: &Value, from_number: impl Fn(u16) -> T) -> Result<T, String> {
+fn id<T: FromStr<Err = ParseError>>(
+    value: &Value,
+    from_number: impl Fn(u16) -> T,
+) -> Result<T, String> {
     match value {
-        Value::Integer(n) => {
-            u16::try_from(*n).map(from_number).map_err(|_| wanted(n, "an id from 0 to 65535 (0xffff)"))
-        }
+        Value::Integer(n) => u16::try_from(*n)
+            .map(from_number)
+            .map_err(|_| wanted(n, "an id from 0 to 65535 (0xffff)")),
         other => parsed(other, "an id such as \"0529\""),
     }
 }
@@ -293,7 +315,8 @@ mod tests {
 
     use super::*;
 
-    const KEY: &str = "[[device]]\nvendor = '0529'\nproduct = 1\nbus = 1\ndevice = '5'\nport = '1-1.4'\n";
+    const KEY: &str =
+        "[[device]]\nvendor = '0529'\nproduct = 1\nbus = 1\ndevice = '5'\nport = '1-1.4'\n";
 
     fn one(more: &str) -> Device {
         parse(&format!("{KEY}{more}")).unwrap().remove(0).device
@@ -304,7 +327,10 @@ mod tests {
         let device = one("");
         assert_eq!(device.key.to_string(), "0529:0001 at port 1-1.4");
         assert_eq!(device.address, BusAddress::new(1, 5).unwrap());
-        assert_eq!((device.class, device.interfaces.as_slice()), (Class::new(0), &[Class::new(0xff)][..]));
+        assert_eq!(
+            (device.class, device.interfaces.as_slice()),
+            (Class::new(0), &[Class::new(0xff)][..])
+        );
         assert_eq!(device.manufacturer.as_deref(), Some("Aladdin Knowledge Systems"));
         assert_eq!((device.speed, device.driver, device.host_use), (None, None, None));
         assert_eq!(parse("").unwrap(), []);
@@ -318,33 +344,55 @@ mod tests {
         assert!(entry.unreadable);
         assert_eq!(entry.device.key.serial.text(), Some("HL-0001"));
         for key in KEYS {
-            assert!(example.lines().any(|line| line.starts_with(&format!("{key} = "))), "{key} is explained");
+            assert!(
+                example.lines().any(|line| line.starts_with(&format!("{key} = "))),
+                "{key} is explained"
+            );
         }
     }
 
     #[test]
     fn people_write_many_ways() {
-        for (text, speed) in
-            [("'full'", Speed::Full), ("12", Speed::Full), ("1.5", Speed::Low), ("'5000'", Speed::Super)]
-        {
+        for (text, speed) in [
+            ("'full'", Speed::Full),
+            ("12", Speed::Full),
+            ("1.5", Speed::Low),
+            ("'5000'", Speed::Super),
+        ] {
             assert_eq!(one(&format!("speed = {text}")).speed, Some(speed), "{text}");
         }
         for text in ["'mass-storage'", "'08'", "8", "0x08"] {
             assert_eq!(one(&format!("class = {text}")).interfaces, [Class::new(8)], "{text}");
         }
-        assert_eq!(one("interfaces = ['ff', 3, 'ff']").interfaces, [Class::new(3), Class::new(0xff)]);
-        assert_eq!(one("driver = 'usbhid, snd-usb-audio'").driver.as_deref(), Some("snd-usb-audio,usbhid"));
+        assert_eq!(
+            one("interfaces = ['ff', 3, 'ff']").interfaces,
+            [Class::new(3), Class::new(0xff)]
+        );
+        assert_eq!(
+            one("driver = 'usbhid, snd-usb-audio'").driver.as_deref(),
+            Some("snd-usb-audio,usbhid")
+        );
     }
 
     #[test]
     fn errors_name_the_device_and_the_key() {
         let error = |more: &str| parse(&format!("{KEY}{more}")).unwrap_err();
-        assert_eq!(error("serail = 'x'"), "device 1: unknown key \"serail\": did you mean \"serial\"?");
-        assert!(error("colour = 1").starts_with("device 1: unknown key \"colour\": the keys are vendor,"));
-        assert!(error("speed = 'fast'").starts_with("device 1: speed: found \"fast\", wanted a speed"));
+        assert_eq!(
+            error("serail = 'x'"),
+            "device 1: unknown key \"serail\": did you mean \"serial\"?"
+        );
+        assert!(
+            error("colour = 1")
+                .starts_with("device 1: unknown key \"colour\": the keys are vendor,")
+        );
+        assert!(
+            error("speed = 'fast'").starts_with("device 1: speed: found \"fast\", wanted a speed")
+        );
         assert!(error("nodes = ['sdb']").starts_with("device 1: nodes: found"));
         assert!(error("authorized = 0").starts_with("device 1: authorized: found 0"));
-        assert!(error("class = 300").starts_with("device 1: class: found 300, wanted a class from 0"));
+        assert!(
+            error("class = 300").starts_with("device 1: class: found 300, wanted a class from 0")
+        );
         assert!(error("unreadable = 'yes'").starts_with("device 1: unreadable: found"));
         assert!(error("driver = '../x'").starts_with("device 1: driver: found \"../x\""));
         assert!(error("serial = 5").starts_with("device 1: serial: found 5, wanted a string"));
@@ -353,27 +401,42 @@ mod tests {
         let moved = KEY.replace("1-1.4", "1-2");
         assert_eq!(error(&moved), "device 2: bus and device: usb_1_5 is device 1's already");
         let path = "path = 'pci-0000:00:14.0-usbv2-0:1.4'\n";
-        assert!(error("path = 'pci-0000:00:14.0-usbv2-0:1'").starts_with("device 1: path: found pci-"));
-        assert!(error("path = '1-1.4'").starts_with("device 1: path: found \"1-1.4\", wanted a device path"));
+        assert!(
+            error("path = 'pci-0000:00:14.0-usbv2-0:1'").starts_with("device 1: path: found pci-")
+        );
+        assert!(
+            error("path = '1-1.4'")
+                .starts_with("device 1: path: found \"1-1.4\", wanted a device path")
+        );
         let second = format!("{path}{}", KEY.replace("1-1.4", "1-2").replace("'5'", "6"));
         assert!(parse(&format!("{KEY}{second}path = 'pci-0000:00:14.0-usbv2-0:2'")).is_ok());
         assert_eq!(
             error(&format!("{second}path = 'pci-0000:0a:00.0-usbv2-0:2'")),
-            "device 2: path: found pci-0000:0a:00.0-usbv2-0:2 on bus 1, but bus 1 is pci-0000:00:14.0-usbv2"
+            "device 2: path: found pci-0000:0a:00.0-usbv2-0:2 on bus 1, but bus 1 is \
+                pci-0000:00:14.0-usbv2"
         );
         let wrong = |from: &str, to: &str| parse(&KEY.replace(from, to)).unwrap_err();
         assert_eq!(wrong("product = 1\n", ""), "device 1: product is missing");
-        assert!(wrong("'0529'", "'zz'").starts_with("device 1: vendor: found \"zz\", wanted a vendor id"));
+        assert!(
+            wrong("'0529'", "'zz'")
+                .starts_with("device 1: vendor: found \"zz\", wanted a vendor id")
+        );
         assert!(wrong("bus = 1", "bus = 2").starts_with("device 1: port: found 1-1.4 on bus 2"));
         assert!(wrong("'5'", "0").contains("wanted bus 1-255 and device 1-127"));
         assert!(wrong("'5'", "500").starts_with("device 1: device: found"));
-        assert!(wrong("1-1.4", "usb1").starts_with("device 1: port: found \"usb1\", wanted a port path"));
+        assert!(
+            wrong("1-1.4", "usb1")
+                .starts_with("device 1: port: found \"usb1\", wanted a port path")
+        );
         assert_eq!(
             parse("host = 1").unwrap_err(),
             "unknown key \"host\": each device is a [[device]] of its own, each domain a [[domain]]"
         );
         assert_eq!(parse("device = 1").unwrap_err(), "device: found integer, wanted [[device]]");
-        assert_eq!(parse("device = [1]").unwrap_err(), "device 1: found integer, wanted [[device]]");
+        assert_eq!(
+            parse("device = [1]").unwrap_err(),
+            "device 1: found integer, wanted [[device]]"
+        );
     }
 
     proptest! {

@@ -74,7 +74,8 @@ impl Simulated {
     /// # Errors
     /// When it cannot be read, or is wrong anywhere.
     pub fn load(path: &Path) -> Result<Self, SimError> {
-        let text = std::fs::read_to_string(path).map_err(|why| SimError::Read { path: path.into(), why })?;
+        let text = std::fs::read_to_string(path)
+            .map_err(|why| SimError::Read { path: path.into(), why })?;
         format::parse(&text)
             .map(|devices| Self { devices })
             .map_err(|what| SimError::Wrong { path: path.into(), what })
@@ -88,8 +89,9 @@ impl Simulated {
         format::parse(text).map(|devices| Self { devices }).map_err(SimError::Text)
     }
 
-    /// Writes the devices as the kernel would show them, under `root` in place of `/sys`, so that the hook's check of
-    /// the port sees them. What an earlier call wrote there is replaced as a whole.
+    /// Writes the devices as the kernel would show them, under `root` in place of `/sys`, so that
+    /// the hook's check of the port sees them. What an earlier call wrote there is replaced as a
+    /// whole.
     ///
     /// # Errors
     /// When `root` cannot be written, or holds USB devices that this function did not write.
@@ -102,11 +104,15 @@ impl UsbSource for Simulated {
     fn snapshot(&self) -> Snapshot {
         let (lost, found): (Vec<_>, Vec<_>) =
             self.devices.iter().cloned().partition(|entry| entry.unreadable);
-        let problem = |entry: &Entry| about(&entry.device.key.port, "cannot be read: the simulation says so");
+        let problem =
+            |entry: &Entry| about(&entry.device.key.port, "cannot be read: the simulation says so");
         let ties = found.iter().filter(|entry| entry.ties != Ties::default());
         let ties = ties.map(|entry| (entry.device.key.port.clone(), entry.ties.clone())).collect();
         let problems = lost.iter().map(problem).collect();
-        Snapshot { ties, ..Snapshot::new(found.into_iter().map(|entry| entry.device).collect(), problems) }
+        Snapshot {
+            ties,
+            ..Snapshot::new(found.into_iter().map(|entry| entry.device).collect(), problems)
+        }
     }
 }
 
@@ -163,7 +169,8 @@ mod tests {
     #[test]
     fn a_snapshot_tells_hubs_twins_and_problems() {
         let snapshot = Simulated::parse(FILE).unwrap().snapshot();
-        let ports = |devices: &[Device]| devices.iter().map(|d| d.key.port.to_string()).collect::<Vec<_>>();
+        let ports =
+            |devices: &[Device]| devices.iter().map(|d| d.key.port.to_string()).collect::<Vec<_>>();
         assert_eq!(ports(&snapshot.devices), ["1-1.4", "1-2", "2-1"]);
         assert_eq!(ports(&snapshot.hubs), ["1-1"]);
         assert_eq!(snapshot.devices[0].key.serial, Serial::Duplicate("twin\u{fffd}".into()));
@@ -171,7 +178,10 @@ mod tests {
         assert_eq!(snapshot.devices[2].key.serial, Serial::Unique("HL-1".into()));
         assert_eq!(snapshot.devices[0].host_use.as_deref(), Some("mounted on /"));
         assert!(!snapshot.failed());
-        assert!(snapshot.is_unsure(&"3-1".parse().unwrap()) && !snapshot.is_unsure(&"1-2".parse().unwrap()));
+        assert!(
+            snapshot.is_unsure(&"3-1".parse().unwrap())
+                && !snapshot.is_unsure(&"1-2".parse().unwrap())
+        );
     }
 
     #[test]
@@ -218,13 +228,19 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let file = root.path().join("keys.toml");
         assert!(
-            Simulated::load(&file).unwrap_err().to_string().starts_with("cannot read the simulation file /")
+            Simulated::load(&file)
+                .unwrap_err()
+                .to_string()
+                .starts_with("cannot read the simulation file /")
         );
         std::fs::write(&file, "x = 1").unwrap();
         let wrong = Simulated::load(&file).unwrap_err().to_string();
         assert!(wrong.contains("keys.toml is wrong: unknown key \"x\""), "{wrong}");
         assert!(
-            Simulated::parse("[[device]]").unwrap_err().to_string().ends_with("device 1: vendor is missing")
+            Simulated::parse("[[device]]")
+                .unwrap_err()
+                .to_string()
+                .ends_with("device 1: vendor is missing")
         );
     }
 }

@@ -13,15 +13,19 @@ use crate::discovery::sysfs::CONTROLLERS;
 /// Lies beside `devices` and says that it is ours to replace.
 const MARK: &str = "simulated-by-virt-usb";
 
-/// Builds the tree aside and then puts it in place: a hook that looks meanwhile sees the old one or the new one, but
-/// for an instant between two renames in which it sees no device.
+/// Builds the tree aside and then puts it in place: a hook that looks meanwhile sees the old one or
+/// the new one, but for an instant between two renames in which it sees no device.
 pub(super) fn write(root: &Path, entries: &[Entry]) -> io::Result<()> {
     let usb = root.join("bus/usb");
-    let (devices, fresh, old) = (usb.join("devices"), usb.join("devices.new"), usb.join("devices.old"));
+    let (devices, fresh, old) =
+        (usb.join("devices"), usb.join("devices.new"), usb.join("devices.old"));
     fs::create_dir_all(&usb)?;
     if !usb.join(MARK).exists() {
         if devices.exists() {
-            let what = format!("{} was not written by a simulation: it is left as it is", devices.display());
+            let what = format!(
+                "{} was not written by a simulation: it is left as it is",
+                devices.display()
+            );
             return Err(io::Error::new(io::ErrorKind::AlreadyExists, what));
         }
         fs::write(usb.join(MARK), "")?;
@@ -49,8 +53,8 @@ fn remove(dir: &Path) -> io::Result<()> {
     }
 }
 
-/// The root hub of a bus, as a link to its folder below its controller. The folder lies within `devices`, so that all of the
-/// tree is replaced at once.
+/// The root hub of a bus, as a link to its folder below its controller. The folder lies within
+/// `devices`, so that all of the tree is replaced at once.
 fn write_root_hub(devices: &Path, bus: u8, path: &DevicePath) -> io::Result<()> {
     let link = devices.join(format!("usb{bus}"));
     if link.is_symlink() {
@@ -67,7 +71,8 @@ fn write_root_hub(devices: &Path, bus: u8, path: &DevicePath) -> io::Result<()> 
     let function = function.map(|name| format!("pci0000:00/{}", name.trim_start_matches("pci-")));
     let platform = platform.map(|name| format!("platform/{name}"));
     let folder: Vec<String> = function.into_iter().chain(platform).collect();
-    let hub = Path::new(CONTROLLERS).join("devices").join(folder.join("/")).join(format!("usb{bus}"));
+    let hub =
+        Path::new(CONTROLLERS).join("devices").join(folder.join("/")).join(format!("usb{bus}"));
     fs::create_dir_all(devices.join(&hub))?;
     fs::write(devices.join(&hub).join("version"), format!(" {}.00\n", path.version()))?;
     symlink(hub, link)
@@ -98,7 +103,8 @@ fn write_device(dir: &Path, Entry { device, ties, unreadable }: &Entry) -> io::R
     write_interfaces(dir, device)
 }
 
-/// One folder for each interface; drivers that outnumber them get interfaces of the last one's class.
+/// One folder for each interface; drivers that outnumber them get interfaces of the last one's
+/// class.
 fn write_interfaces(dir: &Path, device: &Device) -> io::Result<()> {
     let drivers: Vec<&str> = device.driver.iter().flat_map(|drivers| drivers.split(',')).collect();
     let last = device.interfaces.last().copied().unwrap_or(Class::new(0xff));

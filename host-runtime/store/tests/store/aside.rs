@@ -42,7 +42,8 @@ fn descriptors(keys: bool) -> Descriptors {
 
 /// The one device, at this number, and what the rules say of it.
 fn seen(number: u8, keys: bool, once: bool) -> Vec<(Device, Verdict)> {
-    let device = Device { descriptors: Some(descriptors(keys)), ..device(1, Some("A"), "1-1", number) };
+    let device =
+        Device { descriptors: Some(descriptors(keys)), ..device(1, Some("A"), "1-1", number) };
     vec![(device, Verdict { one_time_use: once, ..offered() })]
 }
 
@@ -68,7 +69,10 @@ fn a_disabled_device_stays_with_its_holder_and_goes_to_nobody_else() {
     plug(&mut store, 1);
     used(&mut store);
     assert!(matches!(store.set_disabled(KEY, Some("broken"), &boot(1)).unwrap(), Wished::Done(_)));
-    assert!(matches!(store.set_disabled(KEY, Some("broken"), &boot(1)).unwrap(), Wished::Already(_)));
+    assert!(matches!(
+        store.set_disabled(KEY, Some("broken"), &boot(1)).unwrap(),
+        Wished::Already(_)
+    ));
     assert_eq!(status(&store), "allocated");
     given_back(&mut store);
     assert_eq!(status(&store), "unavailable (disabled)");
@@ -118,7 +122,8 @@ fn no_rule_that_changes_while_it_is_held_makes_a_device_fresh() {
     let (_dir, mut store) = inventory();
     scan(&mut store, &seen(2, false, true), &boot(1)).unwrap();
     used(&mut store);
-    // It shows another kind, is in another port, or the rule is gone: the rules say nothing of it any more.
+    // It shows another kind, is in another port, or the rule is gone: the rules say nothing of it
+    // any more.
     scan(&mut store, &seen(2, false, false), &boot(1)).unwrap();
     given_back(&mut store);
     assert_eq!(status(&store), "unavailable (quarantined)");
@@ -134,8 +139,11 @@ fn nobody_starts_with_what_is_set_aside_whoever_wrote_it_into_his_domain() {
     let (_dir, mut store) = inventory();
     scan(&mut store, &seen(2, false, true), &boot(1)).unwrap();
     let address = virt_usb_model::BusAddress::new(1, 2);
-    let by_hand =
-        [Holding { usb: Some(virt_usb_model::UsbId::new(0x0529, 1)), address, ..Holding::default() }];
+    let by_hand = [Holding {
+        usb: Some(virt_usb_model::UsbId::new(0x0529, 1)),
+        address,
+        ..Holding::default()
+    }];
     let adopt = |store: &mut Store, stage| {
         store.adopt(&asker(7), &by_hand, stage, &mut Trusting, &boot(1)).unwrap().remove(0)
     };
@@ -180,14 +188,20 @@ fn a_device_that_has_become_another_is_told_loudly() {
         used(&mut store);
         // While the guest has it.
         let done = scan(&mut store, &seen(3, true, once), &boot(1)).unwrap();
-        assert_eq!(altered(&done), format!("it is not what it was when vm-1 claimed it: {difference}"));
+        assert_eq!(
+            altered(&done),
+            format!("it is not what it was when vm-1 claimed it: {difference}")
+        );
         assert_eq!(scan(&mut store, &seen(3, true, once), &boot(1)).unwrap(), [], "told once");
         given_back(&mut store);
         match once {
             false => assert_eq!(status(&store), "available"),
             true => {
                 let why = record(&store).quarantined.unwrap();
-                assert!(why.ends_with(&format!("AND IT IS NOT WHAT IT WAS: {difference}")), "{why}");
+                assert!(
+                    why.ends_with(&format!("AND IT IS NOT WHAT IT WAS: {difference}")),
+                    "{why}"
+                );
             }
         }
         assert_eq!(told(&store).iter().filter(|e| *e == "altered").count(), 1);
@@ -229,13 +243,14 @@ fn what_comes_and_goes_too_often_is_offered_again_once_it_has_stayed() {
         replug(&mut store);
     }
     assert_eq!(status(&store), "unavailable (quarantined)");
-    let why =
-        "it came back 3 times within 600 s, and so 2 times in a day: look at its plug, its cable and its hub";
+    let why = "it came back 3 times within 600 s, and so 2 times in a day: look at its plug, its \
+        cable and its hub";
     assert_eq!(record(&store).quarantined.unwrap(), why);
     store.clear_quarantine(KEY, &boot(1)).unwrap();
     assert_eq!(status(&store), "available");
     let expected = ["flapping", "steady", "quarantined", "cleared"];
-    let told: Vec<String> = told(&store).into_iter().filter(|e| expected.contains(&e.as_str())).collect();
+    let told: Vec<String> =
+        told(&store).into_iter().filter(|e| expected.contains(&e.as_str())).collect();
     assert_eq!(told, expected);
 }
 
@@ -260,20 +275,25 @@ fn an_operators_tags_stand_beside_those_of_the_rules() {
 #[test]
 fn what_is_gone_for_good_is_forgotten() {
     let (dir, mut store) = inventory();
-    let keys: Vec<_> =
-        (1..=6).map(|n| (device(n, Some(&format!("S{n}")), &format!("1-{n}"), 10), offered())).collect();
+    let keys: Vec<_> = (1..=6)
+        .map(|n| (device(n, Some(&format!("S{n}")), &format!("1-{n}"), 10), offered()))
+        .collect();
     scan(&mut store, &keys, &boot(1)).unwrap();
     let id = |n| DeviceId::new(n).unwrap();
     claim(&mut store, 1, r#"{"id":1}"#).unwrap();
     store.release(instance(1), Extent::Gone, "over", &boot(1)).unwrap();
     store.set_disabled(id(2), Some("no"), &boot(1)).unwrap();
-    store.set_flavor("erp", &Flavor::parse(r#"{"usb_devices":[{"id":3}]}"#).unwrap(), &boot(1)).unwrap();
+    store
+        .set_flavor("erp", &Flavor::parse(r#"{"usb_devices":[{"id":3}]}"#).unwrap(), &boot(1))
+        .unwrap();
     // It is still there.
     assert!(matches!(store.forget(id(4), &boot(1)).unwrap(), Forgotten::Here(_)));
     scan(&mut store, &keys[5..], &boot(1)).unwrap();
     assert_eq!(store.forget_old(30, &boot(1)).unwrap(), 0, "none is away for long");
     raw(dir.path())
-        .execute_batch("UPDATE usb_devices SET deleted_at = '2020-01-01T00:00:00.000Z' WHERE deleted <> 0")
+        .execute_batch(
+            "UPDATE usb_devices SET deleted_at = '2020-01-01T00:00:00.000Z' WHERE deleted <> 0",
+        )
         .unwrap();
     assert_eq!(store.forget_old(30, &boot(1)).unwrap(), 2);
     let left = |store: &Store| -> Vec<u64> {
@@ -297,10 +317,15 @@ fn what_is_gone_for_good_is_forgotten() {
 fn a_device_with_another_serial_at_each_plug_does_not_fill_the_inventory() {
     let (_dir, mut store) = inventory();
     for n in 0..100 {
-        scan(&mut store, &[(device(1, Some(&format!("R{n}")), "1-1", 10), offered())], &boot(1)).unwrap();
+        scan(&mut store, &[(device(1, Some(&format!("R{n}")), "1-1", 10), offered())], &boot(1))
+            .unwrap();
     }
     assert_eq!(store.all_devices().unwrap().len(), 100);
     assert_eq!(store.forget_old(90, &boot(1)).unwrap(), 67);
     let kept = store.all_devices().unwrap();
-    assert_eq!((kept.len(), kept[0].entry.id.get()), (33, 68), "the newest, and the one that is there");
+    assert_eq!(
+        (kept.len(), kept[0].entry.id.get()),
+        (33, 68),
+        "the newest, and the one that is there"
+    );
 }

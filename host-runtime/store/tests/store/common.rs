@@ -6,8 +6,8 @@ use std::time::Duration;
 use rusqlite::Connection;
 use tempfile::TempDir;
 use virt_usb_model::{
-    Aliases, BusAddress, Class, Device, DeviceId, DeviceKey, DevicePath, DeviceRequest, Flavor, InstanceId,
-    PortPath, Serial, UsbId, Verdict,
+    Aliases, BusAddress, Class, Device, DeviceId, DeviceKey, DevicePath, DeviceRequest, Flavor,
+    InstanceId, PortPath, Serial, UsbId, Verdict,
 };
 use virt_usb_store::claim::{Asker, Claimed, Granted, Judge, Standing, Verified, Want};
 use virt_usb_store::discover::{Change, Done, SeenKeys};
@@ -109,7 +109,8 @@ pub(crate) fn scan_within(
     let keys = || seen.iter().map(|(device, _)| &device.key);
     let aliases = Aliases::default();
     let plan = |known: &[Record]| {
-        // No row is kept from the planner that may be one of the devices, or makes a serial worthless.
+        // No row is kept from the planner that may be one of the devices, or makes a serial
+        // worthless.
         let counts = |r: &&Record| {
             let key = r.key();
             r.present
@@ -147,7 +148,8 @@ fn plan(seen: &[(Device, Verdict)], known: &[Record]) -> Vec<Change> {
 
 /// `count` identical devices at ports of their own.
 pub(crate) fn plug(store: &mut Store, count: u8) {
-    let seen: Vec<_> = (1..=count).map(|n| (device(1, None, &format!("1-{n}"), n), offered())).collect();
+    let seen: Vec<_> =
+        (1..=count).map(|n| (device(1, None, &format!("1-{n}"), n), offered())).collect();
     scan(store, &seen, &boot(1)).unwrap();
 }
 
@@ -155,7 +157,12 @@ pub(crate) fn plug(store: &mut Store, count: u8) {
 pub(crate) const PENDING_GRACE: f64 = 120.0;
 
 pub(crate) fn boot(n: u32) -> Context {
-    Context { boot_id: format!("boot-{n}"), uptime: 10.0, pending_grace: PENDING_GRACE, actor: "test".into() }
+    Context {
+        boot_id: format!("boot-{n}"),
+        uptime: 10.0,
+        pending_grace: PENDING_GRACE,
+        actor: "test".into(),
+    }
 }
 
 pub(crate) fn instance(n: u32) -> InstanceId {

@@ -78,7 +78,9 @@ fn a_hint_outlives_those_who_forget_it_at_the_same_time() {
             store.restart_patience();
             assert!(takes(&mut store, 1));
             // Without the hint the claim must be gone.
-            if !may_know(dir.path(), Known::Instance(instance(1))) && !store.claims().unwrap().is_empty() {
+            if !may_know(dir.path(), Known::Instance(instance(1)))
+                && !store.claims().unwrap().is_empty()
+            {
                 missed.fetch_add(1, Ordering::Relaxed);
             }
         }
@@ -148,6 +150,7 @@ fn a_backup_is_whole_while_others_write() {
     assert!(refused.contains("cannot write") && refused.contains("there already"), "{refused}");
     assert!(fs::read(&target).unwrap() == before);
     assert!(store.backup(&place.path().join("no/folder")).is_err());
-    let left: Vec<_> = fs::read_dir(place.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
+    let left: Vec<_> =
+        fs::read_dir(place.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
     assert_eq!(left.len(), 5, "{left:?}");
 }

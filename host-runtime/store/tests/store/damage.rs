@@ -1,4 +1,5 @@
-//! Everything that can be wrong with the file, provoked for real: which error, what it says, and that nothing is lost.
+//! Everything that can be wrong with the file, provoked for real: which error, what it says, and
+//! that nothing is lost.
 
 use std::fs::{self, OpenOptions};
 use std::io::{Seek, SeekFrom, Write};
@@ -33,7 +34,10 @@ fn closed() -> TempDir {
     plug(&mut store, 40);
     assert!(takes(&mut store, 1));
     drop(store);
-    assert!(!dir.path().join("inventory.sqlite-wal").exists(), "whoever creates also folds the log");
+    assert!(
+        !dir.path().join("inventory.sqlite-wal").exists(),
+        "whoever creates also folds the log"
+    );
     dir
 }
 
@@ -46,7 +50,12 @@ fn nothing_there() {
         "no/folder/inventory.sqlite",
         "virt-usb discover"
     );
-    check!(hook(dir.path()), StoreError::Missing { .. }, "there is no inventory at", "virt-usb discover");
+    check!(
+        hook(dir.path()),
+        StoreError::Missing { .. },
+        "there is no inventory at",
+        "virt-usb discover"
+    );
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0, "the hook makes nothing");
     fs::write(dir.path().join(FILE_NAME), "").unwrap();
     check!(hook(dir.path()), StoreError::Missing { .. }, "there is no inventory at");
@@ -90,7 +99,10 @@ fn locked() {
     check!(claim(&mut store, 2, ANY), StoreError::Locked { .. }, "another program");
     assert_eq!(store.claims().unwrap().len(), 1, "readers are not stopped");
     other.execute_batch("COMMIT").unwrap();
-    assert!(takes(&mut store, 2), "a deadline that has passed stops nobody while nobody holds the lock");
+    assert!(
+        takes(&mut store, 2),
+        "a deadline that has passed stops nobody while nobody holds the lock"
+    );
 }
 
 #[test]
@@ -123,8 +135,12 @@ fn damaged() {
         ("random bytes", (|p| fs::write(p, vec![0x5a; 20_000]).unwrap()) as fn(&Path)),
         ("a few bytes", |p| fs::write(p, "hello").unwrap()),
         ("the header", |p| overwrite(p, 0, 100)),
-        ("all pages but the first", |p| overwrite(p, 4096, fs::metadata(p).unwrap().len() as usize - 4096)),
-        ("cut to one page", |p| OpenOptions::new().write(true).open(p).unwrap().set_len(4096).unwrap()),
+        ("all pages but the first", |p| {
+            overwrite(p, 4096, fs::metadata(p).unwrap().len() as usize - 4096);
+        }),
+        ("cut to one page", |p| {
+            OpenOptions::new().write(true).open(p).unwrap().set_len(4096).unwrap();
+        }),
     ] {
         let dir = closed();
         let path = dir.path().join(FILE_NAME);
@@ -134,7 +150,13 @@ fn damaged() {
         check!(tried, StoreError::Corrupt { .. }, "is damaged", advice);
         let created = Store::create(dir.path(), PATIENCE).and_then(|mut store| {
             store
-                .reconcile("node-1", &Limits::default(), nothing(&Aliases::default()), |_| vec![], &boot(1))
+                .reconcile(
+                    "node-1",
+                    &Limits::default(),
+                    nothing(&Aliases::default()),
+                    |_| vec![],
+                    &boot(1),
+                )
                 .map(drop)
         });
         check!(created, StoreError::Corrupt { .. }, "is damaged", advice);
@@ -151,8 +173,10 @@ fn check_finds_what_opening_does_not() {
         "UPDATE usb_devices SET status = 'available', instance_uuid = NULL WHERE id = 1;
          UPDATE usb_devices SET vendor_id = 'xyz' WHERE id = 2;
          PRAGMA foreign_keys = OFF;
-         INSERT INTO claims (created_at, device_id, instance_uuid, domain, state, hold, boot_id, revision)
-         VALUES ('', 999, '00000000-0000-4000-8000-000000000009', 'vm', 'claimed', 'running', 'boot-1', 1)",
+         INSERT INTO claims (created_at, device_id, instance_uuid, domain, state, hold, boot_id, \
+         revision)
+         VALUES ('', 999, '00000000-0000-4000-8000-000000000009', 'vm', 'claimed', 'running', \
+         'boot-1', 1)",
     )
     .unwrap();
     let findings = hook(dir.path()).unwrap().check().unwrap().join("\n");
@@ -165,7 +189,12 @@ fn check_finds_what_opening_does_not() {
         assert!(findings.contains(words), "{findings}");
     }
     let mut store = hook(dir.path()).unwrap();
-    check!(claim(&mut store, 3, r#"{"id":2}"#), StoreError::Row { .. }, "vendor_id", "virt-usb store check");
+    check!(
+        claim(&mut store, 3, r#"{"id":2}"#),
+        StoreError::Row { .. },
+        "vendor_id",
+        "virt-usb store check"
+    );
     store.mend_hints().unwrap();
     assert!(!store.check().unwrap().join("\n").contains("hint"));
 }
@@ -196,7 +225,11 @@ fn of_another_version_or_another_program() {
         raw(dir.path()).execute_batch(&format!("CREATE TABLE theirs (a); {pragma}")).unwrap();
         let before = fs::read(dir.path().join(FILE_NAME)).unwrap();
         check!(hook(dir.path()), StoreError::Foreign { .. }, "another program's database");
-        check!(Store::create(dir.path(), PATIENCE), StoreError::Foreign { .. }, "another program's database");
+        check!(
+            Store::create(dir.path(), PATIENCE),
+            StoreError::Foreign { .. },
+            "another program's database"
+        );
         assert!(fs::read(dir.path().join(FILE_NAME)).unwrap() == before, "left exactly as it is");
     }
 }
@@ -212,5 +245,7 @@ fn a_crash_while_it_was_made_is_made_good() {
     plug(&mut store, 1);
     assert!(matches!(claim(&mut store, 1, ANY).unwrap(), Claimed::Granted(_)));
     assert_sound(&store);
-    assert!(!dir.path().join("hints.new").exists() && !dir.path().join("hints/instance-x").exists());
+    assert!(
+        !dir.path().join("hints.new").exists() && !dir.path().join("hints/instance-x").exists()
+    );
 }

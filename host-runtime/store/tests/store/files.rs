@@ -1,5 +1,5 @@
-//! Who owns the files, and what is said to those who may not use them. Each case runs in a process of its own, as another
-//! user or under mounts of its own; that needs root.
+//! Who owns the files, and what is said to those who may not use them. Each case runs in a process
+//! of its own, as another user or under mounts of its own; that needs root.
 
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
@@ -30,8 +30,8 @@ fn child() {
     let Some(state) = std::env::var_os(STATE) else { return };
     let tried = hook(Path::new(&state)).and_then(|mut store| claim(&mut store, 7, ANY));
     println!("HOOK: {}", tried.map_or_else(|e| format!("{e:?}"), |_| "fine".into()));
-    let made =
-        Store::create(Path::new(&state), PATIENCE).and_then(|mut store| scan(&mut store, &[], &boot(1)));
+    let made = Store::create(Path::new(&state), PATIENCE)
+        .and_then(|mut store| scan(&mut store, &[], &boot(1)));
     println!("MADE: {}", made.map_or_else(|e| format!("{e:?}"), |_| "fine".into()));
 }
 
@@ -41,9 +41,10 @@ fn run(wrapper: &[&str], state: &Path) -> (String, String) {
     let folder = tempfile::tempdir().unwrap();
     open(folder.path());
     let program = folder.path().join("child");
-    // By another process: a test that forks meanwhile would inherit a descriptor of ours that is open for writing, and
-    // the kernel executes no file that somebody writes.
-    let copied = Command::new("cp").arg(std::env::current_exe().unwrap()).arg(&program).status().unwrap();
+    // By another process: a test that forks meanwhile would inherit a descriptor of ours that is
+    // open for writing, and the kernel executes no file that somebody writes.
+    let copied =
+        Command::new("cp").arg(std::env::current_exe().unwrap()).arg(&program).status().unwrap();
     assert!(copied.success());
     let output = Command::new(wrapper[0])
         .args(&wrapper[1..])
@@ -190,7 +191,9 @@ fn root_s_inventory_stays_its_owner_s() {
 fn under(setup: &str) -> Option<[String; 6]> {
     let allowed = Command::new("unshare").args(["-m", "true"]).status().is_ok_and(|s| s.success());
     if !allowed {
-        eprintln!("no mounts of one's own: cases that need a full or read-only file system are not run");
+        eprintln!(
+            "no mounts of one's own: cases that need a full or read-only file system are not run"
+        );
         return None;
     }
     let script = format!("set -e; {setup}; exec \"$@\"");
@@ -234,7 +237,8 @@ fn no_space_left() {
     }
     let dir = with_devices();
     let place = tempfile::tempdir().unwrap();
-    // All that is left free on a small file system, in KiB: not enough to open, to log, to name a hint.
+    // All that is left free on a small file system, in KiB: not enough to open, to log, to name a
+    // hint.
     for free in [0, 8, 24, 36, 44] {
         let setup = format!(
             "mount -t tmpfs -o size=1m none {place}; cp -r {state}/. {place}; \

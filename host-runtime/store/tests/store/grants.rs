@@ -20,7 +20,9 @@ fn set(store: &mut Store, name: &str, devices: &str, projects: &str) -> bool {
 
 /// For whom each device is, by id.
 fn whose(store: &Store) -> Vec<String> {
-    let list = |projects: &[ProjectId]| projects.iter().map(ProjectId::as_str).collect::<Vec<_>>().join("+");
+    let list = |projects: &[ProjectId]| {
+        projects.iter().map(ProjectId::as_str).collect::<Vec<_>>().join("+")
+    };
     store.devices().unwrap().iter().map(|record| list(&record.entry.projects)).collect()
 }
 
@@ -28,9 +30,11 @@ fn revision(store: &Store) -> u64 {
     store.host_document().unwrap().unwrap().revision
 }
 
-/// Four keys: the second with a serial, the third for red by its rule, the fourth of another product.
+/// Four keys: the second with a serial, the third for red by its rule, the fourth of another
+/// product.
 fn four(store: &mut Store) {
-    let mut seen: Vec<_> = (1..=4).map(|n| (device(1, None, &format!("1-{n}"), n), offered())).collect();
+    let mut seen: Vec<_> =
+        (1..=4).map(|n| (device(1, None, &format!("1-{n}"), n), offered())).collect();
     seen[1].0 = device(1, Some("S2"), "1-2", 2);
     seen[2].1.projects = vec!["red".parse().unwrap()];
     seen[3].0 = device(2, None, "1-4", 4);
@@ -56,14 +60,17 @@ fn what_is_granted_is_for_those_and_for_those_of_its_rule() {
     assert!(set(&mut store, "one", r#"{"serial":"S2"}, {"id":4}"#, r#""green","blue""#));
     assert_eq!(whose(&store), ["blue", "blue+green", "red+blue", "green+blue"]);
     // A claim heeds it, and who has a device keeps it.
-    let Claimed::Short(short) = claim_for(&mut store, "red", r#"{"serial":"S2"}"#) else { panic!() };
+    let Claimed::Short(short) = claim_for(&mut store, "red", r#"{"serial":"S2"}"#) else {
+        panic!()
+    };
     assert_eq!(short[0].matching[0].why, Why::Project);
     assert!(matches!(claim_for(&mut store, "green", r#"{"serial":"S2"}"#), Claimed::Granted(_)));
     assert!(store.remove_grant("one", &boot(1)).unwrap());
     assert!(!store.remove_grant("one", &boot(1)).unwrap());
     assert_eq!(whose(&store), ["blue", "blue", "red+blue", ""]);
     assert_eq!(store.claims().unwrap().len(), 1);
-    let named: Vec<String> = store.grants().unwrap().into_iter().map(|stored| stored.name).collect();
+    let named: Vec<String> =
+        store.grants().unwrap().into_iter().map(|stored| stored.name).collect();
     assert_eq!((named.as_slice(), store.grant("one").unwrap()), (&["keys".to_owned()][..], None));
     assert_eq!(store.check().unwrap(), Vec::<String>::new());
 }
@@ -76,7 +83,10 @@ fn what_changes_or_comes_later_is_given_as_it_is_then() {
     plug(&mut store, 2);
     assert_eq!(whose(&store), ["", "green"]);
     let first = DeviceId::new(1).unwrap();
-    assert!(matches!(store.set_tags(first, &["lab".into()], &[], &boot(1)).unwrap(), Wished::Done(_)));
+    assert!(matches!(
+        store.set_tags(first, &["lab".into()], &[], &boot(1)).unwrap(),
+        Wished::Done(_)
+    ));
     assert_eq!(whose(&store), ["blue", "green"]);
     // Away while the grants change, and back.
     scan(&mut store, &[], &boot(1)).unwrap();
@@ -113,7 +123,9 @@ fn those_that_name_an_id_are_named_when_the_ids_change() {
     set(&mut store, "by-id", r#"{"id":2},{"id":1}"#, r#""blue""#);
     set(&mut store, "elsewhere", r#"{"id":77}"#, r#""blue""#);
     set(&mut store, "by-kind", r#"{"vendor_id":"0529","product_id":"0002"}"#, r#""blue""#);
-    let Numbered::Renumbered(done) = store.renumber("node-1", 2, &boot(1)).unwrap() else { panic!() };
+    let Numbered::Renumbered(done) = store.renumber("node-1", 2, &boot(1)).unwrap() else {
+        panic!()
+    };
     assert_eq!((done.grants.as_slice(), done.flavors.len()), (&["by-id".to_owned()][..], 0));
     assert_eq!(whose(&store), ["", "", "red", "blue"]);
 }

@@ -23,13 +23,20 @@ fn at(boot_number: u32, uptime: f64) -> Context {
 }
 
 /// Claims any one device, for the instance or for its run.
-fn claim_as(store: &mut Store, n: u32, lasting: bool, standing: Standing, context: &Context) -> Claimed {
+fn claim_as(
+    store: &mut Store,
+    n: u32,
+    lasting: bool,
+    standing: Standing,
+    context: &Context,
+) -> Claimed {
     let wants = [Want::new(request(ANY), lasting)];
     store.claim(&asker(n), &wants, &[], standing, &mut Trusting, context).unwrap()
 }
 
 fn metadata(dir: &Path, n: u32) -> Option<String> {
-    let sql = "SELECT value FROM instance_system_metadata WHERE instance_uuid = ?1 AND key = 'usb_devices' AND deleted = 0";
+    let sql = "SELECT value FROM instance_system_metadata WHERE instance_uuid = ?1 AND key = \
+        'usb_devices' AND deleted = 0";
     raw(dir).query_row(sql, [instance(n).to_string()], |row| row.get(0)).ok()
 }
 
@@ -100,20 +107,29 @@ fn a_forced_release_ends_the_intent_too_and_is_written_down() {
     store.assign(&asker(1), Source::Operator, &[request(ANY)], &boot(1)).unwrap();
     claim_as(&mut store, 1, true, Standing::Firm, &boot(1));
     assert_eq!(store.release(instance(1), Extent::Run, "shutdown", &boot(1)).unwrap(), []);
-    assert_eq!(store.release(instance(2), Extent::Everything, "nothing held", &boot(1)).unwrap(), []);
+    assert_eq!(
+        store.release(instance(2), Extent::Everything, "nothing held", &boot(1)).unwrap(),
+        []
+    );
     assert!(
         may_know(dir.path(), Known::Instance(instance(1)))
             && may_know(dir.path(), Known::Assigned(instance(1)))
     );
-    assert_eq!(store.release(instance(1), Extent::Everything, "host is lost", &boot(1)).unwrap(), [id(1)]);
+    assert_eq!(
+        store.release(instance(1), Extent::Everything, "host is lost", &boot(1)).unwrap(),
+        [id(1)]
+    );
     assert_eq!(store.assignments(instance(1)).unwrap(), []);
     assert!(
         !may_know(dir.path(), Known::Instance(instance(1)))
             && !may_know(dir.path(), Known::Assigned(instance(1)))
     );
-    let events = store.events(&Filter { instance: Some(instance(1)), ..Filter::default() }).unwrap();
-    let told: Vec<_> =
-        events.iter().map(|e| (e.event.as_str(), e.detail.as_deref().unwrap_or_default())).collect();
+    let events =
+        store.events(&Filter { instance: Some(instance(1)), ..Filter::default() }).unwrap();
+    let told: Vec<_> = events
+        .iter()
+        .map(|e| (e.event.as_str(), e.detail.as_deref().unwrap_or_default()))
+        .collect();
     assert_eq!(
         told,
         [
@@ -133,24 +149,41 @@ fn a_forced_release_ends_the_intent_too_and_is_written_down() {
 fn the_metadata_says_what_the_instance_has() {
     let (dir, mut store) = inventory();
     let key = device(1, Some("A1"), "1-4", 7);
-    scan(&mut store, &[(key, offered()), (device(2, None, "1-2", 9), offered())], &boot(1)).unwrap();
+    scan(&mut store, &[(key, offered()), (device(2, None, "1-2", 9), offered())], &boot(1))
+        .unwrap();
     let wants = [Want::new(request(r#"{"vendor_id":"0529","count":2}"#), false)];
     store.claim(&asker(1), &wants, &[], Standing::Firm, &mut Trusting, &boot(1)).unwrap();
-    let first = r#"{"id":1,"vendor_id":"0529","product_id":"0001","serial":"A1","address":"usb_1_7"}"#;
+    let first =
+        r#"{"id":1,"vendor_id":"0529","product_id":"0001","serial":"A1","address":"usb_1_7"}"#;
     let second = r#"{"id":2,"vendor_id":"0529","product_id":"0002","address":"usb_1_9"}"#;
     assert_eq!(metadata(dir.path(), 1).unwrap(), format!("[{first},{second}]"));
     // A smaller flavor, and a replug.
     store
-        .claim(&asker(1), &[want(r#"{"serial":"A1"}"#)], &[], Standing::Firm, &mut Trusting, &boot(1))
+        .claim(
+            &asker(1),
+            &[want(r#"{"serial":"A1"}"#)],
+            &[],
+            Standing::Firm,
+            &mut Trusting,
+            &boot(1),
+        )
         .unwrap();
     assert_eq!(metadata(dir.path(), 1).unwrap(), format!("[{first}]"));
     let moved = device(1, Some("A1"), "1-4", 8);
     scan(&mut store, &[(moved, offered())], &boot(1)).unwrap();
-    assert_eq!(metadata(dir.path(), 1).unwrap(), format!("[{}]", first.replace("usb_1_7", "usb_1_8")));
+    assert_eq!(
+        metadata(dir.path(), 1).unwrap(),
+        format!("[{}]", first.replace("usb_1_7", "usb_1_8"))
+    );
     store.release(instance(1), Extent::Run, "shutdown", &boot(1)).unwrap();
     assert_eq!(metadata(dir.path(), 1), None);
-    let kept = "SELECT count(*) FROM instance_system_metadata WHERE deleted = id AND deleted_at IS NOT NULL";
-    assert_eq!(raw(dir.path()).query_row(kept, [], |row| row.get::<_, i64>(0)).unwrap(), 1, "soft delete");
+    let kept = "SELECT count(*) FROM instance_system_metadata WHERE deleted = id AND deleted_at IS \
+        NOT NULL";
+    assert_eq!(
+        raw(dir.path()).query_row(kept, [], |row| row.get::<_, i64>(0)).unwrap(),
+        1,
+        "soft delete"
+    );
 }
 
 #[test]
@@ -160,7 +193,13 @@ fn what_was_adopted_stays_beside_what_is_asked_for() {
     let holding = Holding { address: BusAddress::new(1, 2), ..Holding::default() };
     let adopt = |store: &mut Store| {
         store
-            .adopt(&asker(1), std::slice::from_ref(&holding), Stage::Starting, &mut Trusting, &boot(1))
+            .adopt(
+                &asker(1),
+                std::slice::from_ref(&holding),
+                Stage::Starting,
+                &mut Trusting,
+                &boot(1),
+            )
             .unwrap()
     };
     assert_eq!(adopt(&mut store), [Adoption::New(id(2))]);
@@ -174,7 +213,10 @@ fn what_was_adopted_stays_beside_what_is_asked_for() {
     assert_eq!(adopt(&mut store), [Adoption::AlreadyYours(id(2))]);
     claim(&mut store, 1, r#"{"id":3}"#).unwrap();
     assert_eq!((store.claims().unwrap(), store.hosts().unwrap()[0].revision), (claims, revision));
-    assert_eq!(store.release(instance(1), Extent::Run, "shutdown", &boot(1)).unwrap(), [id(2), id(3)]);
+    assert_eq!(
+        store.release(instance(1), Extent::Run, "shutdown", &boot(1)).unwrap(),
+        [id(2), id(3)]
+    );
 }
 
 /// Sees the devices of `here` under other numbers than the inventory, and nothing else.
@@ -211,20 +253,33 @@ fn a_claim_and_an_adoption_record_the_port_and_the_address_that_were_seen() {
         device.key.path = DevicePath::new("pci-0000:00:14.0", 2, &[u8::try_from(n).unwrap() + 4]);
     }
     scan(&mut store, &seen, &boot(1)).unwrap();
-    let mut judge = Sees { here: vec![(id(1), seen_at("1-4", 7)), (id(2), seen_at("1-5", 8))], asked: 0 };
+    let mut judge =
+        Sees { here: vec![(id(1), seen_at("1-4", 7)), (id(2), seen_at("1-5", 8))], asked: 0 };
     let wants = [want(r#"{"id":1}"#)];
-    let claimed = store.claim(&asker(1), &wants, &[], Standing::Firm, &mut judge, &boot(1)).unwrap();
+    let claimed =
+        store.claim(&asker(1), &wants, &[], Standing::Firm, &mut judge, &boot(1)).unwrap();
     let Claimed::Granted(granted) = claimed else { panic!("{claimed:?}") };
     assert_eq!(granted[0].device.location(), seen_at("1-4", 7));
-    let holding = Holding { address: BusAddress::new(1, 8), usb: Some(key(3).key.usb), ..Holding::default() };
-    let adopted = store.adopt(&asker(2), &[holding], Stage::Starting, &mut judge, &boot(1)).unwrap();
+    let holding =
+        Holding { address: BusAddress::new(1, 8), usb: Some(key(3).key.usb), ..Holding::default() };
+    let adopted =
+        store.adopt(&asker(2), &[holding], Stage::Starting, &mut judge, &boot(1)).unwrap();
     assert_eq!(adopted, [Adoption::New(id(2))]);
     let holding = Holding { port: Some("1-4".parse().unwrap()), ..Holding::default() };
-    let adopted = store.adopt(&asker(1), &[holding], Stage::Starting, &mut judge, &boot(1)).unwrap();
-    assert_eq!(adopted, [Adoption::AlreadyYours(id(1))], "by the port where it is, not where it was");
+    let adopted =
+        store.adopt(&asker(1), &[holding], Stage::Starting, &mut judge, &boot(1)).unwrap();
+    assert_eq!(
+        adopted,
+        [Adoption::AlreadyYours(id(1))],
+        "by the port where it is, not where it was"
+    );
     let rows = store.devices().unwrap();
-    assert_eq!(rows.iter().map(Record::location).collect::<Vec<_>>(), [seen_at("1-4", 7), seen_at("1-5", 8)]);
-    let ports = "SELECT group_concat(port_path || ' ' || bus_id || ' ' || port_id) FROM usb_devices";
+    assert_eq!(
+        rows.iter().map(Record::location).collect::<Vec<_>>(),
+        [seen_at("1-4", 7), seen_at("1-5", 8)]
+    );
+    let ports =
+        "SELECT group_concat(port_path || ' ' || bus_id || ' ' || port_id) FROM usb_devices";
     let ports: String = raw(dir.path()).query_row(ports, [], |row| row.get(0)).unwrap();
     assert_eq!(ports, "1-4 1 4,1-5 1 5");
 }
@@ -238,11 +293,13 @@ fn the_port_is_asked_not_the_memory() {
     let mut judge = Sees { here: vec![(id(3), seen)], asked: 0 };
     let one = [want(ANY)];
     let two = [want(r#"{"vendor_id":"0529","count":2}"#)];
-    let mut try_claim =
-        |wants: &[Want]| store.claim(&asker(1), wants, &[], Standing::Firm, &mut judge, &boot(1)).unwrap();
+    let mut try_claim = |wants: &[Want]| {
+        store.claim(&asker(1), wants, &[], Standing::Firm, &mut judge, &boot(1)).unwrap()
+    };
     let Claimed::Short(short) = try_claim(&two) else { panic!() };
     assert_eq!((short[0].number, short[0].got, short[0].total), (0, 1, 4));
-    let others: Vec<_> = short[0].matching.iter().map(|o| (o.device.entry.id, o.why.clone())).collect();
+    let others: Vec<_> =
+        short[0].matching.iter().map(|o| (o.device.entry.id, o.why.clone())).collect();
     let empty = Why::NotThere("port 1-1 is empty".into());
     assert_eq!(others, [1, 2, 4].map(|n| (id(n), empty.clone())), "what it got is no obstacle");
     let Claimed::Granted(granted) = try_claim(&one) else { panic!() };
@@ -262,13 +319,15 @@ fn the_port_is_asked_not_the_memory() {
 #[test]
 fn each_obstacle_is_named() {
     let (_dir, mut store) = inventory();
-    let mut seen: Vec<_> = (1..=4).map(|n| (device(1, None, &format!("1-{n}"), n), offered())).collect();
+    let mut seen: Vec<_> =
+        (1..=4).map(|n| (device(1, None, &format!("1-{n}"), n), offered())).collect();
     seen[1].1.withheld = Some(Reason::HostUse);
     seen[2].1.projects = vec!["red".parse().unwrap()];
     scan(&mut store, &seen, &boot(1)).unwrap();
     claim(&mut store, 1, r#"{"id":1}"#).unwrap();
     let wants = [want(r#"{"id":4}"#), want(r#"{"vendor_id":"0529","count":2}"#)];
-    let outcome = store.claim(&asker(2), &wants, &[], Standing::Firm, &mut Trusting, &boot(1)).unwrap();
+    let outcome =
+        store.claim(&asker(2), &wants, &[], Standing::Firm, &mut Trusting, &boot(1)).unwrap();
     let Claimed::Short(short) = outcome else { panic!("{outcome:?}") };
     assert_eq!((short.len(), short[0].number, short[0].got, short[0].total), (1, 1, 0, 4));
     let mut why: Vec<_> = short[0].matching.iter().collect();
@@ -299,7 +358,8 @@ fn looking_again_without_news_is_no_change() {
         )
         .unwrap();
     assert_eq!(gone, [], "gone already");
-    let events: Vec<_> = store.events(&Filter::default()).unwrap().into_iter().map(|e| e.event).collect();
+    let events: Vec<_> =
+        store.events(&Filter::default()).unwrap().into_iter().map(|e| e.event).collect();
     assert_eq!(events, ["added", "removed"]);
     assert_eq!(store.host_document().unwrap().unwrap().revision, revision + 1);
 }
@@ -314,7 +374,8 @@ fn the_audit_is_only_added_to() {
     let deleted = conn.execute("DELETE FROM events", []).unwrap_err().to_string();
     assert!(deleted.contains("kept for a day"), "{deleted}");
     for days in [2, 29, 31, 400] {
-        let sql = "INSERT INTO events (at, event, actor) VALUES (strftime('%Y-%m-%dT%H:%M:%fZ', 'now', ?1), ?2, 'x')";
+        let sql = "INSERT INTO events (at, event, actor) VALUES (strftime('%Y-%m-%dT%H:%M:%fZ', \
+            'now', ?1), ?2, 'x')";
         conn.execute(sql, [format!("-{days} days"), format!("{days}")]).unwrap();
     }
     let left = |store: &Store| -> Vec<String> {
@@ -360,7 +421,8 @@ fn a_claim_knows_whether_its_device_was_in_the_guest_during_this_run() {
     // By hand: in the XML of a guest that starts it is not in the guest yet.
     let usb = Some(virt_usb_model::UsbId::new(0x0529, 1));
     let holding = [Holding { usb, ..Holding::default() }];
-    for (stage, was) in [(Stage::Starting, false), (Stage::Running, true), (Stage::Starting, false)] {
+    for (stage, was) in [(Stage::Starting, false), (Stage::Running, true), (Stage::Starting, false)]
+    {
         store.adopt(&asker(2), &holding, stage, &mut Trusting, &at(2, 7.0)).unwrap();
         assert_eq!(seen(&store, 2), [was], "{stage:?}");
     }
@@ -382,15 +444,20 @@ fn a_migration_learns_from_the_audit_what_was_in_a_guest() {
     drop(store);
     let old = raw(dir.path());
     // An event of a claim before this one.
-    let sql = "INSERT INTO events (at, event, instance_uuid, device_id, actor) VALUES ('2020-01-01T00:00:00.000Z', 'allocated', ?1, 3, 'x')";
+    let sql = "INSERT INTO events (at, event, instance_uuid, device_id, actor) VALUES \
+        ('2020-01-01T00:00:00.000Z', 'allocated', ?1, 3, 'x')";
     old.execute(sql, [instance(3).to_string()]).unwrap();
     old.execute_batch(
         "DROP INDEX usb_devices_gone_serial; DROP INDEX usb_devices_gone_kind;
          ALTER TABLE claims DROP COLUMN seen_in_guest; ALTER TABLE claims DROP COLUMN by_hand;
          ALTER TABLE claims DROP COLUMN incoming_since; ALTER TABLE claims DROP COLUMN unsure;
-         ALTER TABLE claims DROP COLUMN generation; ALTER TABLE usb_devices DROP COLUMN generation; ALTER TABLE usb_devices DROP COLUMN was_held; ALTER TABLE compute_nodes DROP COLUMN audit_time;
-         ALTER TABLE compute_nodes DROP COLUMN scanned_uptime; ALTER TABLE compute_nodes DROP COLUMN whitelist;
-         ALTER TABLE compute_nodes DROP COLUMN scanned_boot; ALTER TABLE compute_nodes DROP COLUMN libvirt; PRAGMA user_version = 7",
+         ALTER TABLE claims DROP COLUMN generation; ALTER TABLE usb_devices DROP COLUMN \
+         generation; ALTER TABLE usb_devices DROP COLUMN was_held; ALTER TABLE compute_nodes DROP \
+         COLUMN audit_time;
+         ALTER TABLE compute_nodes DROP COLUMN scanned_uptime; ALTER TABLE compute_nodes DROP \
+         COLUMN whitelist;
+         ALTER TABLE compute_nodes DROP COLUMN scanned_boot; ALTER TABLE compute_nodes DROP COLUMN \
+         libvirt; PRAGMA user_version = 7",
     )
     .unwrap();
     drop(old);
@@ -405,7 +472,8 @@ fn leap(dir: &Path, days: u32) {
     let moved = |column: &str| format!("strftime('%Y-%m-%dT%H:%M:%fZ', {column}, '-{days} days')");
     raw(dir)
         .execute_batch(&format!(
-            "DROP TRIGGER IF EXISTS events_are_not_changed; UPDATE events SET at = {}; UPDATE compute_nodes SET audit_time = {}",
+            "DROP TRIGGER IF EXISTS events_are_not_changed; UPDATE events SET at = {}; UPDATE \
+                compute_nodes SET audit_time = {}",
             moved("at"),
             moved("audit_time")
         ))
@@ -444,11 +512,15 @@ fn a_clock_that_leaps_does_not_erase_the_audit() {
     raw(dir.path())
         .execute_batch(
             "UPDATE events SET at = strftime('%Y-%m-%dT%H:%M:%fZ', at, '+3650 days');
-             UPDATE compute_nodes SET audit_time = strftime('%Y-%m-%dT%H:%M:%fZ', audit_time, '+3650 days')",
+             UPDATE compute_nodes SET audit_time = strftime('%Y-%m-%dT%H:%M:%fZ', audit_time, \
+             '+3650 days')",
         )
         .unwrap();
     see(&mut store, &at(2, 800.0));
-    assert!((-0.5..0.1).contains(&behind(dir.path())), "it is ahead by hours, and the clock counts");
+    assert!(
+        (-0.5..0.1).contains(&behind(dir.path())),
+        "it is ahead by hours, and the clock counts"
+    );
     assert_eq!(store.prune_events(1).unwrap(), 0);
     // Set back by years: nothing is old.
     let sql = "UPDATE compute_nodes SET audit_time = '2999-01-01T00:00:00.000Z'";
@@ -480,7 +552,8 @@ fn much_is_pruned_bit_by_bit() {
     let (dir, mut store) = inventory();
     plug(&mut store, 1);
     let sql = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 25000)
-               INSERT INTO events (at, event, actor) SELECT '2020-01-01T00:00:00.000Z', 'added', 'x' FROM n";
+               INSERT INTO events (at, event, actor) SELECT '2020-01-01T00:00:00.000Z', 'added', \
+               'x' FROM n";
     raw(dir.path()).execute(sql, []).unwrap();
     assert_eq!(store.prune_events(30).unwrap(), 25_000);
     assert_eq!(store.events(&Filter::default()).unwrap().len(), 1);
@@ -529,7 +602,10 @@ fn each_device_is_looked_at_once_however_many_hostdevs_there_are() {
     holdings.extend((1..=100).map(by_address));
     holdings.extend((1..=100).map(|n| Holding { usb: None, ..by_address(n) }));
     let adopted = store.adopt(&asker(1), &holdings, Stage::Starting, &mut judge, &boot(1)).unwrap();
-    assert!(adopted[..100].iter().all(|a| *a == Adoption::Unknown), "which of the thousand cannot be told");
+    assert!(
+        adopted[..100].iter().all(|a| *a == Adoption::Unknown),
+        "which of the thousand cannot be told"
+    );
     assert!(adopted[100..200].iter().all(|a| matches!(a, Adoption::New(_))));
     assert!(adopted[200..].iter().all(|a| matches!(a, Adoption::AlreadyYours(_))));
     assert!(judge.verified <= 1000, "{} looks", judge.verified);
@@ -546,7 +622,8 @@ fn devices_that_are_not_there_are_passed_over_one_by_one() {
     crowd(&mut store, 400);
     let mut judge = Counting { verified: 0, away: (1..=200).map(|n| id(2 * n)).collect() };
     let wants = vec![want(ANY); 127];
-    let claimed = store.claim(&asker(1), &wants, &[], Standing::Firm, &mut judge, &boot(1)).unwrap();
+    let claimed =
+        store.claim(&asker(1), &wants, &[], Standing::Firm, &mut judge, &boot(1)).unwrap();
     let Claimed::Granted(granted) = claimed else { panic!("{claimed:?}") };
     assert!(granted.iter().all(|g| g.device.entry.id.get() % 2 == 1));
     assert_eq!(granted.len(), 127);

@@ -1,4 +1,5 @@
-//! The store through its public doors: against a model, against damage, against others at the same time.
+//! The store through its public doors: against a model, against damage, against others at the same
+//! time.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test may panic")]
 
 mod aside;

@@ -3,7 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use virt_usb_model::{
-    BusAddress, Device, DeviceId, DeviceRequest, Hold, InstanceId, ProjectId, Reason, Serial, Status, Verdict,
+    BusAddress, Device, DeviceId, DeviceRequest, Hold, InstanceId, ProjectId, Reason, Serial,
+    Status, Verdict,
 };
 use virt_usb_store::Source;
 
@@ -55,7 +56,8 @@ pub(crate) struct Model {
 impl Model {
     pub(crate) fn status(&self, id: DeviceId) -> Option<Status> {
         let row = &self.rows[&id];
-        let hold = self.claims.get(&id).map(|c| if c.allocated { Hold::Allocated } else { Hold::Claimed });
+        let hold =
+            self.claims.get(&id).map(|c| if c.allocated { Hold::Allocated } else { Hold::Claimed });
         Status::derive(hold, row.present, row.verdict.withheld)
     }
 
@@ -63,7 +65,8 @@ impl Model {
         self.claims.iter().filter(|(_, c)| c.instance == instance).map(|(id, _)| *id).collect()
     }
 
-    /// A claim ends with the boot; held for the instance, it only leaves the guest. Unconfirmed, it ends after a while.
+    /// A claim ends with the boot; held for the instance, it only leaves the guest. Unconfirmed, it
+    /// ends after a while.
     pub(crate) fn sweep(&mut self, boot: &str, uptime: f64) {
         self.claims.retain(|_, c| match c.pending {
             Some(since) => c.boot == boot && since >= uptime - PENDING_GRACE,
@@ -97,7 +100,9 @@ impl Model {
             c.unasked || since.is_some() || ids.contains(id) || inside.contains(id)
         };
         self.claims.retain(|id, c| c.instance != instance || kept(id, c));
-        for (id, claim) in self.claims.iter_mut().filter(|(_, c)| c.instance == instance && since.is_none()) {
+        for (id, claim) in
+            self.claims.iter_mut().filter(|(_, c)| c.instance == instance && since.is_none())
+        {
             if !ids.contains(id) && !claim.unasked {
                 (claim.by_hand, claim.unasked, claim.lasting) = (true, true, false);
             }
@@ -131,7 +136,13 @@ impl Model {
     }
 
     /// A hostdev that somebody wrote comes in with this device.
-    pub(crate) fn receive_by_hand(&mut self, instance: InstanceId, id: DeviceId, since: f64, boot: &str) {
+    pub(crate) fn receive_by_hand(
+        &mut self,
+        instance: InstanceId,
+        id: DeviceId,
+        since: f64,
+        boot: &str,
+    ) {
         let new = Claim {
             instance,
             allocated: false,
@@ -162,7 +173,12 @@ impl Model {
     }
 
     /// The guest is about to start with `inside`; `lost`: without a device that it comes in with.
-    pub(crate) fn enter(&mut self, instance: InstanceId, inside: &BTreeSet<DeviceId>, lost: bool) -> bool {
+    pub(crate) fn enter(
+        &mut self,
+        instance: InstanceId,
+        inside: &BTreeSet<DeviceId>,
+        lost: bool,
+    ) -> bool {
         if lost {
             return true;
         }
@@ -206,7 +222,8 @@ impl Model {
         boot: &str,
     ) -> BTreeSet<DeviceId> {
         let kept = |c: &Claim| !everything && c.lasting && c.pending.is_none();
-        let ended: BTreeSet<_> = self.of(instance).into_iter().filter(|id| !kept(&self.claims[id])).collect();
+        let ended: BTreeSet<_> =
+            self.of(instance).into_iter().filter(|id| !kept(&self.claims[id])).collect();
         self.claims.retain(|id, _| !ended.contains(id));
         for claim in self.claims.values_mut().filter(|c| c.instance == instance) {
             (claim.allocated, claim.arrived, claim.named, claim.seen) = (false, false, None, false);
@@ -251,7 +268,9 @@ pub(crate) fn where_is(world: &[(Device, Verdict)], known: &Device) -> Option<Bu
 
 /// The same device in the same socket, whatever number its bus has.
 pub(crate) fn is_same_place(one: &Device, other: &Device) -> bool {
-    one.key.usb == other.key.usb && one.key.serial == other.key.serial && one.key.path == other.key.path
+    one.key.usb == other.key.usb
+        && one.key.serial == other.key.serial
+        && one.key.path == other.key.path
 }
 
 /// Whether each row can have a device of its own, by trying everything.

@@ -17,7 +17,10 @@ fn what_the_domain_says_comes_first() {
     };
     assert_eq!(whose(&store, None), None);
     assert!(store.set_owner(instance(1), "vm", Some(&project("a")), &boot(1)).unwrap());
-    assert!(!store.set_owner(instance(1), "vm", Some(&project("a")), &boot(1)).unwrap(), "it was so before");
+    assert!(
+        !store.set_owner(instance(1), "vm", Some(&project("a")), &boot(1)).unwrap(),
+        "it was so before"
+    );
     assert_eq!(whose(&store, None).unwrap(), "a");
     assert_eq!(whose(&store, Some(&project("b"))).unwrap(), "b");
     assert!(store.set_owner(instance(1), "vm", None, &boot(1)).unwrap());

@@ -73,12 +73,14 @@ enum Step {
     Reopen,
     /// The whole audit goes: nothing is decided by it.
     Prune,
-    /// The power fails, as it were: the files as they are at this moment, without the shared memory.
+    /// The power fails, as it were: the files as they are at this moment, without the shared
+    /// memory.
     Image,
 }
 
 fn step() -> impl Strategy<Value = Step> {
-    let slot = || (prop::bool::weighted(0.8), prop::bool::weighted(0.2), prop::bool::weighted(0.15));
+    let slot =
+        || (prop::bool::weighted(0.8), prop::bool::weighted(0.2), prop::bool::weighted(0.15));
     let wants = || prop::collection::vec((0..REQUESTS.len(), 1..=2u32), 0..=3);
     let prefer = prop::option::weighted(0.3, 0..6usize);
     prop_oneof![
@@ -127,14 +129,22 @@ fn project(who: u32) -> Option<ProjectId> {
     ["red", "blue"].get(who as usize).map(|name| name.parse().unwrap())
 }
 
-/// Six devices on two controllers: two with serials, four without; two for one project only, two with a second tag. Twins
-/// are in the same port of either controller: `swapped` gives them each other's port path.
-fn physical(slot: usize, moved: bool, number: u8, withheld: bool, swapped: bool) -> (Device, Verdict) {
+/// Six devices on two controllers: two with serials, four without; two for one project only, two
+/// with a second tag. Twins are in the same port of either controller: `swapped` gives them each
+/// other's port path.
+fn physical(
+    slot: usize,
+    moved: bool,
+    number: u8,
+    withheld: bool,
+    swapped: bool,
+) -> (Device, Verdict) {
     let serial = (slot < 2).then(|| format!("S{slot}"));
     let controller = 1 + slot % 2;
     let port = port(controller, 1 + slot / 2 + 3 * usize::from(moved), swapped);
     let controller = u8::try_from(controller).unwrap();
-    let device = on_controller(controller, 1 + u16::from(slot < 4), serial.as_deref(), &port, number);
+    let device =
+        on_controller(controller, 1 + u16::from(slot < 4), serial.as_deref(), &port, number);
     let mut verdict = offered();
     verdict.withheld = withheld.then_some(WITHHELD);
     if slot >= 4 {
@@ -188,7 +198,8 @@ impl Life {
         drop(store);
         let store = Some(hook(dir.path()).unwrap());
         let (model, world) = (Model::default(), Vec::new());
-        let mut life = Self { dir, store, model, world, number: 0, boot: 1, uptime: 50.0, swapped: false };
+        let mut life =
+            Self { dir, store, model, world, number: 0, boot: 1, uptime: 50.0, swapped: false };
         life.run(&Step::World([(true, false, false); 6], true));
         life
     }
@@ -215,11 +226,13 @@ impl Life {
             Step::Enter { who, hostdevs } => self.enter(&mut store, *who, hostdevs),
             Step::Confirm { who, in_guest, started } => {
                 let ids: Vec<_> = self.model.rows.keys().copied().collect();
-                let ids: Vec<_> = ids.into_iter().filter(|id| in_guest >> (id.get() % 8) & 1 == 1).collect();
+                let ids: Vec<_> =
+                    ids.into_iter().filter(|id| in_guest >> (id.get() % 8) & 1 == 1).collect();
                 let witness = if *started { Witness::Start } else { Witness::Look };
                 let left = store.confirm(instance(*who), &ids, witness, &context).unwrap();
                 assert!(
-                    left.iter().all(|id| self.model.of(instance(*who)).contains(id) && !ids.contains(id))
+                    left.iter()
+                        .all(|id| self.model.of(instance(*who)).contains(id) && !ids.contains(id))
                 );
                 self.model.set_states(instance(*who), Some(&ids), *started, &boot_id);
             }
@@ -243,14 +256,24 @@ impl Life {
             }
             Step::More(who, which) => {
                 let request = request(REQUESTS[*which]);
-                store.assign_more(&asker(*who), std::slice::from_ref(&request), &context).unwrap().unwrap();
-                self.model.assignments.entry(instance(*who)).or_default().push((Source::Operator, request));
+                store
+                    .assign_more(&asker(*who), std::slice::from_ref(&request), &context)
+                    .unwrap()
+                    .unwrap();
+                self.model
+                    .assignments
+                    .entry(instance(*who))
+                    .or_default()
+                    .push((Source::Operator, request));
             }
             Step::Dismiss(who, nth, late) => self.dismiss(&mut store, *who, *nth, *late),
             Step::Adopt { who, .. } => self.adopt(&mut store, *who, step),
             Step::Flavor(name, set) => {
                 let name = ["small", "large key", "größer"][*name];
-                let flavor = virt_usb_model::Flavor { usb_devices: vec![request(ANY)], ..Default::default() };
+                let flavor = virt_usb_model::Flavor {
+                    usb_devices: vec![request(ANY)],
+                    ..Default::default()
+                };
                 let changed = if *set {
                     self.model.flavors.insert(name.into())
                         == store.set_flavor(name, &flavor, &context).unwrap()
@@ -315,7 +338,8 @@ impl Life {
         }
     }
 
-    /// What a scan leaves in the model; ids come from the store: known ones back, new ones never seen before.
+    /// What a scan leaves in the model; ids come from the store: known ones back, new ones never
+    /// seen before.
     fn see(&mut self, store: &Store) {
         let rows = store.devices().unwrap();
         for row in self.model.rows.values_mut() {
@@ -325,19 +349,26 @@ impl Life {
             let row = rows.iter().find(|r| r.key() == device.key).unwrap();
             let highest = self.model.rows.keys().max().copied();
             let id = *self.model.ids.entry(identity(device)).or_insert_with(|| {
-                assert!(highest.is_none_or(|h| row.entry.id > h), "{} was used before", row.entry.id);
+                assert!(
+                    highest.is_none_or(|h| row.entry.id > h),
+                    "{} was used before",
+                    row.entry.id
+                );
                 row.entry.id
             });
             assert_eq!(row.entry.id, id, "{} keeps its id", device.key);
             assert_eq!(row.entry.address, device.address);
-            self.model
-                .rows
-                .insert(id, Row { device: device.clone(), verdict: verdict.clone(), present: true });
+            self.model.rows.insert(
+                id,
+                Row { device: device.clone(), verdict: verdict.clone(), present: true },
+            );
         }
     }
 
     fn claim(&mut self, store: &mut Store, who: u32, step: &Step) {
-        let Step::Claim { wants, lasting, pending, prefer, fits, .. } = step else { unreachable!() };
+        let Step::Claim { wants, lasting, pending, prefer, fits, .. } = step else {
+            unreachable!()
+        };
         let context = self.context();
         self.model.sweep(&context.boot_id, self.uptime);
         let asker = Asker { project: project(who), ..asker(who) };
@@ -348,7 +379,13 @@ impl Life {
         let eligible: Vec<_> = wants
             .iter()
             .map(|w| {
-                self.model.eligible(&self.world, asker.instance, asker.project.as_ref(), &w.request, *pending)
+                self.model.eligible(
+                    &self.world,
+                    asker.instance,
+                    asker.project.as_ref(),
+                    &w.request,
+                    *pending,
+                )
             })
             .collect();
         let rows: Vec<_> = wants
@@ -382,13 +419,15 @@ impl Life {
                 let since = pending.then_some(self.uptime);
                 self.model.grant(asker.instance, &ids, &prefer, *lasting, since, &context.boot_id);
                 let rows = store.claims().unwrap();
-                let again = store.claim(&asker, &wants, &prefer, standing, &mut eyes, &context).unwrap();
+                let again =
+                    store.claim(&asker, &wants, &prefer, standing, &mut eyes, &context).unwrap();
                 let Claimed::Granted(again) = again else { panic!("claimed twice: {again:?}") };
-                let same = |g: &[Granted]| g.iter().map(|g| g.device.entry.id).collect::<BTreeSet<_>>();
+                let same =
+                    |g: &[Granted]| g.iter().map(|g| g.device.entry.id).collect::<BTreeSet<_>>();
                 assert_eq!(same(&again), ids);
                 assert!(again.iter().all(|g| g.already));
-                // A firm claim that serves a request of an incoming guest is left alone, its place among the requests
-                // too: which device serves which may differ the second time.
+                // A firm claim that serves a request of an incoming guest is left alone, its place
+                // among the requests too: which device serves which may differ the second time.
                 let place = |mut c: ClaimRow| {
                     c.request = c.request.filter(|_| !pending);
                     // One that is pending has a new time, which is a change.
@@ -410,12 +449,19 @@ impl Life {
     fn dismiss(&mut self, store: &mut Store, who: u32, nth: usize, late: bool) {
         let mine = instance(who);
         let all = store.assignments(mine).unwrap();
-        let Some(ended) = all.iter().filter(|a| a.source == Source::Operator).nth(nth) else { return };
+        let Some(ended) = all.iter().filter(|a| a.source == Source::Operator).nth(nth) else {
+            return;
+        };
         let held = if late { Vec::new() } else { store.claims_of(mine).unwrap() };
         let serves = |_: &DeviceRequest, _| panic!("no claim is to end");
-        let done =
-            store.dismiss(&asker(who), Some(&held), &[ended.id], &[], serves, &self.context()).unwrap();
-        assert_eq!(done, !late || self.model.of(mine).is_empty(), "with claims that were not looked at");
+        let done = store
+            .dismiss(&asker(who), Some(&held), &[ended.id], &[], serves, &self.context())
+            .unwrap();
+        assert_eq!(
+            done,
+            !late || self.model.of(mine).is_empty(),
+            "with claims that were not looked at"
+        );
         if done {
             let at = all.iter().position(|a| a.id == ended.id).unwrap();
             self.model.assignments.get_mut(&mine).unwrap().remove(at);
@@ -433,7 +479,8 @@ impl Life {
         let stage = if *running { Stage::Running } else { Stage::Starting };
         let mut eyes = Eyes { world: &self.world, fits: true };
         let asker = Asker { project: project(who), ..asker(who) };
-        let adopted = store.adopt(&asker, &[holding], stage, &mut eyes, &context).unwrap().remove(0);
+        let adopted =
+            store.adopt(&asker, &[holding], stage, &mut eyes, &context).unwrap().remove(0);
         let Some((id, ours)) = meant else {
             assert_eq!(adopted, Adoption::Unknown);
             return;
@@ -503,7 +550,10 @@ impl Life {
                 && address.is_some_and(|a| {
                     let ports = row.device.key.port.ports();
                     holding.address.is_none_or(|want| want == a)
-                        && holding.port.as_ref().is_none_or(|p| (p.bus(), p.ports()) == (a.bus(), ports))
+                        && holding
+                            .port
+                            .as_ref()
+                            .is_none_or(|p| (p.bus(), p.ports()) == (a.bus(), ports))
                 })
         };
         let all: Vec<DeviceId> =
@@ -535,7 +585,8 @@ impl Life {
                 claim.arrived |= claim.pending.is_some()
                     || claim.named.is_some_and(|at| at >= self.uptime - PENDING_GRACE)
                     || (ours && claim.allocated);
-                (claim.allocated, claim.pending, claim.named, claim.seen) = (false, None, None, false);
+                (claim.allocated, claim.pending, claim.named, claim.seen) =
+                    (false, None, None, false);
                 claim.by_hand |= !ours;
             }
             (None, Adoption::New(new)) => {
@@ -557,9 +608,11 @@ impl Life {
         let mine = instance(who);
         // Which devices are meant is decided by what the instance held before.
         let meant: Vec<_> = holdings.iter().map(|h| self.meant(mine, h)).collect();
-        let ours: BTreeSet<_> = meant.iter().flatten().filter(|(_, ours)| *ours).map(|(id, _)| *id).collect();
+        let ours: BTreeSet<_> =
+            meant.iter().flatten().filter(|(_, ours)| *ours).map(|(id, _)| *id).collect();
         let is_inside = |id: &DeviceId| meant.iter().flatten().any(|(inside, _)| inside == id);
-        let lost: Vec<_> = holdings.iter().map(|h| self.lost(mine, h).filter(|id| !is_inside(id))).collect();
+        let lost: Vec<_> =
+            holdings.iter().map(|h| self.lost(mine, h).filter(|id| !is_inside(id))).collect();
         let mut inside = BTreeSet::new();
         for ((meant, lost), adopted) in meant.iter().zip(&lost).zip(&entered.adopted) {
             match (meant, lost) {
@@ -571,13 +624,15 @@ impl Life {
                 }
             }
         }
-        let is_lost = meant.iter().zip(&lost).any(|(meant, lost)| meant.is_none() && lost.is_some());
+        let is_lost =
+            meant.iter().zip(&lost).any(|(meant, lost)| meant.is_none() && lost.is_some());
         assert_eq!(entered.arriving, self.model.enter(mine, &inside, is_lost));
     }
 
     /// The device that the alias names, if a restore or a migration claimed it a moment ago.
     fn lost(&self, mine: InstanceId, holding: &Holding) -> Option<DeviceId> {
-        let claim = self.model.claims.get(&holding.id?).filter(|c| c.instance == mine && !c.by_hand)?;
+        let claim =
+            self.model.claims.get(&holding.id?).filter(|c| c.instance == mine && !c.by_hand)?;
         let named = claim.named.is_some_and(|at| at >= self.uptime - PENDING_GRACE);
         (claim.pending.is_some() || named).then_some(holding.id?)
     }
@@ -588,7 +643,9 @@ impl Life {
     }
 
     fn receive(&mut self, store: &mut Store, who: u32, step: &Step) {
-        let Step::Receive { hostdevs, wants, lasting, equivalent, .. } = step else { unreachable!() };
+        let Step::Receive { hostdevs, wants, lasting, equivalent, .. } = step else {
+            unreachable!()
+        };
         let context = self.context();
         self.model.sweep(&context.boot_id, self.uptime);
         let (mine, since) = (instance(who), self.uptime);
@@ -598,9 +655,11 @@ impl Life {
         let mut eyes = Eyes { world: &self.world, fits: true };
         store.sweep(&context).unwrap();
         let before = store.claims().unwrap();
-        let received = store.receive(&asker, &wants, &holdings, *equivalent, &mut eyes, &context).unwrap();
+        let received =
+            store.receive(&asker, &wants, &holdings, *equivalent, &mut eyes, &context).unwrap();
         let by_hand = self.incoming(mine, &holdings, *equivalent);
-        let is_anothers = |id: &DeviceId| self.model.claims.get(id).is_some_and(|c| c.instance != mine);
+        let is_anothers =
+            |id: &DeviceId| self.model.claims.get(id).is_some_and(|c| c.instance != mine);
         let rows: Vec<BTreeSet<DeviceId>> = wants
             .iter()
             .flat_map(|w| {
@@ -626,7 +685,11 @@ impl Life {
                 assert_eq!(found, by_hand, "{holdings:?}");
                 assert_eq!(ours.len(), rows.len(), "all or nothing");
                 if self.model.runs(mine, &context.boot_id) {
-                    assert_eq!(store.claims().unwrap(), before, "a guest that runs is not disturbed");
+                    assert_eq!(
+                        store.claims().unwrap(),
+                        before,
+                        "a guest that runs is not disturbed"
+                    );
                     return;
                 }
                 let ids = ours.iter().map(|g| g.device.entry.id).collect();
@@ -641,14 +704,23 @@ impl Life {
 
     /// The devices of the hostdevs that somebody wrote, in an incoming guest: those that are where
     /// the XML has them, then those that moved.
-    fn incoming(&self, mine: InstanceId, holdings: &[Holding], equivalent: bool) -> Vec<Option<DeviceId>> {
+    fn incoming(
+        &self,
+        mine: InstanceId,
+        holdings: &[Holding],
+        equivalent: bool,
+    ) -> Vec<Option<DeviceId>> {
         let mut taken = BTreeSet::new();
         let mut found: Vec<Option<DeviceId>> = holdings
             .iter()
             .map(|h| self.meant(mine, h).map(|(id, _)| id).filter(|id| taken.insert(*id)))
             .collect();
         taken.extend(
-            self.model.claims.iter().filter(|(_, c)| c.instance == mine && !c.by_hand).map(|(id, _)| *id),
+            self.model
+                .claims
+                .iter()
+                .filter(|(_, c)| c.instance == mine && !c.by_hand)
+                .map(|(id, _)| *id),
         );
         for (holding, found) in holdings.iter().zip(&mut found) {
             let is_told = holding.address.is_some() || equivalent;
@@ -661,10 +733,16 @@ impl Life {
                     && self.is_kind(*id, holding)
                     && where_is(&self.world, &row.device).is_some()
             };
-            let all: Vec<DeviceId> =
-                self.model.rows.iter().filter(|(id, row)| free(id, row)).map(|(id, _)| *id).collect();
+            let all: Vec<DeviceId> = self
+                .model
+                .rows
+                .iter()
+                .filter(|(id, row)| free(id, row))
+                .map(|(id, _)| *id)
+                .collect();
             let holder = |id: &DeviceId| self.model.claims.get(id).map(|c| c.instance);
-            let own: Vec<DeviceId> = all.iter().copied().filter(|id| holder(id) == Some(mine)).collect();
+            let own: Vec<DeviceId> =
+                all.iter().copied().filter(|id| holder(id) == Some(mine)).collect();
             let rank = |id: &DeviceId| match holder(id) {
                 Some(who) if who == mine => 0,
                 Some(_) => 3,
@@ -672,7 +750,9 @@ impl Life {
             };
             *found = match (own.as_slice(), all.as_slice()) {
                 ([id], _) | (_, [id]) => Some(*id),
-                (_, several) if equivalent => several.iter().copied().min_by_key(|id| (rank(id), *id)),
+                (_, several) if equivalent => {
+                    several.iter().copied().min_by_key(|id| (rank(id), *id))
+                }
                 _ => None,
             };
             taken.extend(*found);
@@ -714,15 +794,20 @@ impl Life {
         assert_eq!(seen, self.model.claims);
 
         let now = self.statuses();
-        let rows: BTreeMap<DeviceId, Status> =
-            store.devices().unwrap().iter().map(|r| (r.entry.id, r.entry.state().unwrap())).collect();
+        let rows: BTreeMap<DeviceId, Status> = store
+            .devices()
+            .unwrap()
+            .iter()
+            .map(|r| (r.entry.id, r.entry.state().unwrap()))
+            .collect();
         assert_eq!(rows, now, "each status follows from the facts");
         for (id, status) in &now {
             if let Some(old) = before.get(id).filter(|old| *old != status && !adopted) {
                 assert!(old.may_become(*status), "device {id}: {old} became {status}");
             }
         }
-        let flavors: BTreeSet<String> = store.flavors().unwrap().into_iter().map(|f| f.name).collect();
+        let flavors: BTreeSet<String> =
+            store.flavors().unwrap().into_iter().map(|f| f.name).collect();
         assert_eq!(flavors, self.model.flavors);
         for name in &flavors {
             assert!(may_know(self.dir.path(), Known::Flavor(name)));
@@ -768,7 +853,8 @@ fn found(instance: InstanceId, allocated: bool, boot: String) -> Claim {
 }
 
 fn wanted(wants: &[(usize, u32)], lasting: bool) -> Vec<Want> {
-    let request = |&(which, count): &(usize, u32)| DeviceRequest { count, ..request(REQUESTS[which]) };
+    let request =
+        |&(which, count): &(usize, u32)| DeviceRequest { count, ..request(REQUESTS[which]) };
     wants.iter().map(|want| Want::new(request(want), lasting)).collect()
 }
 

@@ -1,4 +1,5 @@
-//! Restore and rebuild on files that are really damaged, by processes that are really killed, while others claim.
+//! Restore and rebuild on files that are really damaged, by processes that are really killed, while
+//! others claim.
 
 use std::collections::BTreeMap;
 use std::fs::{self, OpenOptions};
@@ -40,7 +41,8 @@ fn original() -> &'static Path {
         let (dir, mut store) = inventory();
         scan(&mut store, &plugged(), &boot(1)).unwrap();
         for n in 0..20 {
-            let flavor = Flavor::parse(&format!(r#"{{"usb_devices":[{{"id":{}}}]}}"#, n + 1)).unwrap();
+            let flavor =
+                Flavor::parse(&format!(r#"{{"usb_devices":[{{"id":{}}}]}}"#, n + 1)).unwrap();
             store.set_flavor(&format!("flavor-{n}"), &flavor, &boot(1)).unwrap();
         }
         for n in 1..=5 {
@@ -75,17 +77,31 @@ fn lived(log: bool) -> TempDir {
 }
 
 fn wish(backup: Option<&Path>) -> Wish<'_> {
-    Wish { what: if backup.is_some() { "restore" } else { "rebuild" }, backup, guests_known: true, ids: &[] }
+    Wish {
+        what: if backup.is_some() { "restore" } else { "rebuild" },
+        backup,
+        guests_known: true,
+        ids: &[],
+    }
 }
 
 /// Restores or rebuilds, unless another program does it.
-fn once(dir: &Path, backup: Option<&Path>, seen: &[(Device, Verdict)]) -> Result<Recovered, StoreError> {
+fn once(
+    dir: &Path,
+    backup: Option<&Path>,
+    seen: &[(Device, Verdict)],
+) -> Result<Recovered, StoreError> {
     let mut fill = |store: &mut Store| scan(store, seen, &boot(1)).map(drop);
     replace(dir, PATIENCE, &wish(backup), &boot(1), &mut fill)
 }
 
-/// The same. A child that another test has just forked keeps our lock until it becomes its program: that is waited for.
-fn with(dir: &Path, backup: Option<&Path>, seen: &[(Device, Verdict)]) -> Result<Recovered, StoreError> {
+/// The same. A child that another test has just forked keeps our lock until it becomes its program:
+/// that is waited for.
+fn with(
+    dir: &Path,
+    backup: Option<&Path>,
+    seen: &[(Device, Verdict)],
+) -> Result<Recovered, StoreError> {
     let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
     loop {
         match once(dir, backup, seen) {
@@ -130,8 +146,8 @@ fn root(dir: &Path, name: &str) -> u64 {
     (page(dir, &format!("SELECT rootpage FROM sqlite_schema WHERE name = '{name}'")) - 1) * 4096
 }
 
-/// What must hold after any rebuild: sound, everything plugged in is there, every id that stayed names the device that it named, and no
-/// new one names what an old one did.
+/// What must hold after any rebuild: sound, everything plugged in is there, every id that stayed
+/// names the device that it named, and no new one names what an old one did.
 fn kept(was: &BTreeMap<u64, DeviceKey>, dir: &Path, recovered: &Recovered) -> usize {
     assert_sound(&recovered.store);
     assert_eq!(health(dir, PATIENCE).unwrap(), Health::Sound);
@@ -265,13 +281,22 @@ fn a_new_device_never_gets_an_id_that_was_given() {
 #[test]
 fn columns_and_tables_of_a_later_schema_are_kept() {
     let dir = lived(false);
-    // As a migration to come would: every program of that version has the column, in the old file and in the new one.
-    raw(dir.path()).execute_batch("UPDATE usb_devices SET extra_info = 'of the operator' WHERE id = 3; UPDATE usb_devices SET status = 'x' WHERE id = 4").unwrap();
+    // As a migration to come would: every program of that version has the column, in the old file
+    // and in the new one.
+    raw(dir.path())
+        .execute_batch(
+            "UPDATE usb_devices SET extra_info = 'of the operator' WHERE id \
+        = 3; UPDATE usb_devices SET status = 'x' WHERE id = 4",
+        )
+        .unwrap();
     let recovered = rebuild(dir.path());
     let devices = recovered.store.devices().unwrap();
     let third = devices.iter().find(|r| r.entry.id.get() == 3).unwrap();
     assert_eq!(third.entry.extra_info.as_deref(), Some("of the operator"));
-    assert!(devices.iter().all(|r| r.entry.id.get() != 4), "a row that nobody wrote is not believed");
+    assert!(
+        devices.iter().all(|r| r.entry.id.get() != 4),
+        "a row that nobody wrote is not believed"
+    );
     assert_sound(&recovered.store);
 }
 
@@ -316,7 +341,9 @@ fn a_backup_comes_back_and_what_was_seen_since_keeps_its_id() {
     let mut seen = plugged();
     seen.push((device(9, Some("NEW"), "2-1", 9), offered()));
     scan(&mut store, &seen, &boot(1)).unwrap();
-    store.set_flavor("later", &Flavor::parse(r#"{"usb_devices":[{"id":1}]}"#).unwrap(), &boot(1)).unwrap();
+    store
+        .set_flavor("later", &Flavor::parse(r#"{"usb_devices":[{"id":1}]}"#).unwrap(), &boot(1))
+        .unwrap();
     store.release(instance(1), Extent::Everything, "a test", &boot(1)).unwrap();
     assert!(matches!(claim(&mut store, 50, r#"{"serial":"NEW"}"#).unwrap(), Claimed::Granted(_)));
     // Somebody has it open all the time: the file stays.
@@ -341,7 +368,14 @@ fn a_backup_comes_back_and_what_was_seen_since_keeps_its_id() {
     );
     // What was there is whole, and can be had back.
     let aside = recovered.aside.unwrap();
-    assert!(aside.file_name().unwrap().to_str().unwrap().starts_with("inventory.sqlite.before-restore-"));
+    assert!(
+        aside
+            .file_name()
+            .unwrap()
+            .to_str()
+            .unwrap()
+            .starts_with("inventory.sqlite.before-restore-")
+    );
     let back = with(dir.path(), Some(&aside), &seen).unwrap();
     assert_eq!(back.store.flavors().unwrap().len(), 21);
     assert_eq!(asides(dir.path()).len(), 2, "{:?}", asides(dir.path()));
@@ -426,10 +460,17 @@ fn what_is_no_sound_backup_changes_nothing() {
     check(&changed("empty", &|f| fs::write(f, "").unwrap()), "it is empty");
     check(&changed("text", &|f| fs::write(f, "hello").unwrap()), "is no sound inventory");
     check(&changed("torn", &|f| harm(f, 40_000, &[0x5a; 4096])), "is no sound inventory");
-    let sql = |f: &Path, sql: &str| rusqlite::Connection::open(f).unwrap().execute_batch(sql).unwrap();
+    let sql =
+        |f: &Path, sql: &str| rusqlite::Connection::open(f).unwrap().execute_batch(sql).unwrap();
     check(&changed("newer", &|f| sql(f, "PRAGMA user_version = 99")), "has schema 99");
-    check(&changed("theirs", &|f| sql(f, "PRAGMA application_id = 7")), "is not an inventory of virt-usb");
-    check(&changed("odd", &|f| sql(f, "UPDATE usb_devices SET port_path = 'here'")), "is no sound inventory");
+    check(
+        &changed("theirs", &|f| sql(f, "PRAGMA application_id = 7")),
+        "is not an inventory of virt-usb",
+    );
+    check(
+        &changed("odd", &|f| sql(f, "UPDATE usb_devices SET port_path = 'here'")),
+        "is no sound inventory",
+    );
     check(&dir.path().join(FILE_NAME), "it is the inventory itself");
     assert!(fs::read(dir.path().join(FILE_NAME)).unwrap() == before);
     assert!(asides(dir.path()).is_empty(), "{:?}", asides(dir.path()));
@@ -458,7 +499,8 @@ fn hooks_claim_all_the_while() {
                     let mut store = hook(dir).unwrap();
                     assert!(takes(&mut store, me));
                     claimed.fetch_add(1, Ordering::Relaxed);
-                    // Whatever was put in the file's place meanwhile: a claim that was granted is there, and nobody else's.
+                    // Whatever was put in the file's place meanwhile: a claim that was granted is
+                    // there, and nobody else's.
                     let held = store.claims_of(instance(me)).unwrap();
                     assert_eq!(held.len(), 1);
                     store.release(instance(me), Extent::Run, "a test", &boot(1)).unwrap();
@@ -522,11 +564,17 @@ fn recover_child() {
 
 fn start(state: &Path, backup: Option<&Path>) -> std::process::Child {
     let mut command = Command::new(std::env::current_exe().unwrap());
-    command.args(["--exact", "recover::recover_child", "--ignored", "--nocapture"]).env(STATE, state);
+    command
+        .args(["--exact", "recover::recover_child", "--ignored", "--nocapture"])
+        .env(STATE, state);
     if let Some(backup) = backup {
         command.env(BACKUP, backup);
     }
-    command.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::null()).spawn().unwrap()
+    command
+        .stdout(std::process::Stdio::piped())
+        .stderr(std::process::Stdio::null())
+        .spawn()
+        .unwrap()
 }
 
 /// Waits until it works.
@@ -587,11 +635,15 @@ fn killed_at_any_moment_the_old_or_the_new_is_in_place() {
                 Ok(Health::Sound) => {
                     let store = hook(dir.path()).unwrap();
                     assert_sound(&store);
-                    assert!(keys(&store).iter().all(|(id, key)| was.get(id).is_none_or(|k| k == key)));
-                    let held: Vec<u64> = store.claims().unwrap().iter().map(|c| c.device_id.get()).collect();
+                    assert!(
+                        keys(&store).iter().all(|(id, key)| was.get(id).is_none_or(|k| k == key))
+                    );
+                    let held: Vec<u64> =
+                        store.claims().unwrap().iter().map(|c| c.device_id.get()).collect();
                     assert_eq!(held, [1, 2, 3, 4, 5, 6], "{what}, round {round}");
                     let events = store.events(&Filter::default()).unwrap();
-                    let done = events.iter().any(|e| ["rebuilt", "restored"].contains(&e.event.as_str()));
+                    let done =
+                        events.iter().any(|e| ["rebuilt", "restored"].contains(&e.event.as_str()));
                     *(if done { &mut new } else { &mut old }) += 1;
                 }
                 Ok(Health::Damaged(_)) => old += 1,
@@ -622,7 +674,8 @@ fn without_space_the_old_one_stays() {
         return;
     }
     let place = tempfile::tempdir().unwrap();
-    for (what, free) in [("page", 8), ("page", 100), ("page", 300), ("header", 8), ("header", 200)] {
+    for (what, free) in [("page", 8), ("page", 100), ("page", 300), ("header", 8), ("header", 200)]
+    {
         let dir = lived(false);
         let file = dir.path().join(FILE_NAME);
         hook(dir.path()).unwrap().fold_wal().unwrap();
@@ -633,7 +686,8 @@ fn without_space_the_old_one_stays() {
             harm(&file, 0, &[0x5a; 4096]);
         }
         let script = format!(
-            "set -e; mount -t tmpfs -o size=2m none {place}; cp -r {state}/. {place}; before=$(sha256sum < {place}/{FILE_NAME}); \
+            "set -e; mount -t tmpfs -o size=2m none {place}; cp -r {state}/. {place}; \
+                before=$(sha256sum < {place}/{FILE_NAME}); \
              avail=$(df -k --output=avail {place} | tail -1); fill=$((avail - {free})); \
              dd if=/dev/zero of={place}/fill bs=1024 count=$fill status=none; \"$@\"; \
              test \"$before\" = \"$(sha256sum < {place}/{FILE_NAME})\" && echo SAME; ls {place}",

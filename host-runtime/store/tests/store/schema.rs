@@ -32,14 +32,18 @@ fn usb_devices_has_the_columns_that_were_promised() {
         ("extra_info", "text", false, false),
         ("instance_uuid", "varchar(36)", false, false),
     ];
-    let first: Vec<_> =
-        columns.iter().take(wanted.len()).map(|(n, t, nn, pk)| (n.as_str(), t.as_str(), *nn, *pk)).collect();
+    let first: Vec<_> = columns
+        .iter()
+        .take(wanted.len())
+        .map(|(n, t, nn, pk)| (n.as_str(), t.as_str(), *nn, *pk))
+        .collect();
     assert_eq!(first, wanted);
     assert!(columns.iter().any(|(name, ..)| name == "status_reason"));
 
     let indexed: Vec<String> = conn
         .prepare(
-            "SELECT i.name FROM pragma_index_list('usb_devices') l, pragma_index_info(l.name) i WHERE i.seqno = 0",
+            "SELECT i.name FROM pragma_index_list('usb_devices') l, pragma_index_info(l.name) i \
+                WHERE i.seqno = 0",
         )
         .unwrap()
         .query_map([], |row| row.get(0))

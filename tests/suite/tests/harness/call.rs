@@ -49,7 +49,10 @@ fn a_named_variable_is_kept() {
     let dir = folder();
     let hook = script(&dir.path().join("qemu"), "echo \"$CARGO_PKG_NAME\"");
     let settings = Settings { keep_env: vec!["CARGO_PKG_NAME".into()], ..Settings::default() };
-    assert_eq!(printed(&call(&made(&hook, b""), &settings).unwrap()), concat!(env!("CARGO_PKG_NAME"), "\n"));
+    assert_eq!(
+        printed(&call(&made(&hook, b""), &settings).unwrap()),
+        concat!(env!("CARGO_PKG_NAME"), "\n")
+    );
 }
 
 #[test]
@@ -62,7 +65,8 @@ fn four_arguments_and_the_root_as_working_directory() {
 #[test]
 fn nothing_but_the_three_standard_descriptors() {
     let (answer, _) = answer("ls /proc/$$/fd", b"", 10.0);
-    // The shell itself opens the script as 10; `differences` reports what the test's own parent left open.
+    // The shell itself opens the script as 10; `differences` reports what the test's own parent
+    // left open.
     let own: Vec<_> = virt_usb_harness::differences();
     let extra = printed(&answer).lines().filter(|fd| !["0", "1", "2", "10"].contains(fd)).count();
     assert_eq!(extra, own.len(), "{}", printed(&answer));
@@ -127,9 +131,9 @@ fn a_grandchild_that_holds_the_pipes_is_found_out() {
     assert_eq!((answer.exit, answer.hang), (Exit::Code(0), Some(Hang::PipesHeld)));
     assert!(!answer.succeeded());
     assert!(
-        message
-            .unwrap()
-            .contains("a child of the hook still holds stdout/stderr open: libvirt would hang here")
+        message.unwrap().contains(
+            "a child of the hook still holds stdout/stderr open: libvirt would hang here"
+        )
     );
     assert!(begun.elapsed() < Duration::from_secs(500));
     let pid = printed(&answer).trim().to_owned();

@@ -7,7 +7,8 @@ use super::common::{folder, script};
 use virt_usb_harness::{Chained, Hooks, Request, Script, Settings};
 
 fn call(dir: &Path, op: &str, filter: bool) -> Chained {
-    let request = Request { name: "vm".into(), op: op.into(), subop: "begin".into(), extra: String::new() };
+    let request =
+        Request { name: "vm".into(), op: op.into(), subop: "begin".into(), extra: String::new() };
     let hooks = Hooks::find(None, Some(dir)).unwrap();
     hooks.call(&request, b"0", filter, &Settings::default()).unwrap()
 }
@@ -26,14 +27,17 @@ const APPEND: &str = "printf '%s+%s' \"$(cat)\" \"${0##*/}\"";
 #[test]
 fn the_main_script_first_then_strcmp_order() {
     let dir = folder();
-    for name in ["qemu", "qemu.d/b", "qemu.d/a", "qemu.d/Z", "qemu.d/10", "qemu.d/9", "qemu.d/.hidden"] {
+    for name in
+        ["qemu", "qemu.d/b", "qemu.d/a", "qemu.d/Z", "qemu.d/10", "qemu.d/9", "qemu.d/.hidden"]
+    {
         script(&dir.path().join(name), "true");
     }
     let plain = script(&dir.path().join("qemu.d/c"), "true");
     fs::set_permissions(&plain, fs::Permissions::from_mode(0o644)).unwrap();
     fs::create_dir(dir.path().join("qemu.d/d")).unwrap();
     let chained = call(dir.path(), "prepare", false);
-    let names: Vec<_> = chained.links.iter().map(|l| l.path.file_name().unwrap().to_str().unwrap()).collect();
+    let names: Vec<_> =
+        chained.links.iter().map(|l| l.path.file_name().unwrap().to_str().unwrap()).collect();
     assert_eq!(names, ["qemu", ".hidden", "10", "9", "Z", "a", "b"]);
 }
 

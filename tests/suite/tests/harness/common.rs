@@ -24,7 +24,9 @@ pub(crate) fn raw_script(path: &Path, text: &str) -> PathBuf {
 /// A domain's XML.
 pub(crate) fn domain(name: &str, devices: &str) -> String {
     format!(
-        "<domain type='kvm'>\n  <name>{name}</name>\n  <uuid>00000000-0000-4000-8000-00000000000a</uuid>\n  <devices>{devices}</devices>\n</domain>\n"
+        "<domain type='kvm'>\n  <name>{name}</name>\n  \
+            <uuid>00000000-0000-4000-8000-00000000000a</uuid>\n  \
+            <devices>{devices}</devices>\n</domain>\n"
     )
 }
 
@@ -32,7 +34,10 @@ pub(crate) fn domain(name: &str, devices: &str) -> String {
 pub(crate) fn recorder(path: &Path, log: &Path, more: &str) -> PathBuf {
     script(
         path,
-        &format!("[ \"$1\" != --config ] || shift 2\necho \"$1 $2 $3 $4\" >> {}\n{more}", log.display()),
+        &format!(
+            "[ \"$1\" != --config ] || shift 2\necho \"$1 $2 $3 $4\" >> {}\n{more}",
+            log.display()
+        ),
     )
 }
 

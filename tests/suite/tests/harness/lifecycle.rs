@@ -1,6 +1,8 @@
 //! Which calls follow which, against libvirt's qemu driver.
 use super::common::{domain, folder, recorded, recorder};
-use virt_usb_harness::{Caller, Cycle, Domain, Hooks, Outcome, OutputFate, Played, Player, Script, Settings};
+use virt_usb_harness::{
+    Caller, Cycle, Domain, Hooks, Outcome, OutputFate, Played, Player, Script, Settings,
+};
 
 const HOSTDEV: &str = "<hostdev mode='subsystem' type='usb'/>";
 
@@ -74,7 +76,11 @@ fn nothing_follows_a_refused_filter() {
         assert_eq!(calls, [format!("{op} -")]);
         assert_eq!(refused_at(&played), Some(op));
         let (_, calls) = play(cycle, Caller::Libvirt, &fails("start"));
-        assert_eq!(calls[3..], ["stopped -", "release failed"], "once it is on the list, the usual clean-up");
+        assert_eq!(
+            calls[3..],
+            ["stopped -", "release failed"],
+            "once it is on the list, the usual clean-up"
+        );
     }
 }
 
@@ -89,7 +95,10 @@ fn a_filter_may_change_a_source_but_not_the_number_of_devices() {
     assert_eq!(calls, ["migrate -"]);
     assert_eq!(played.calls[0].output, OutputFate::Refused);
     let Outcome::Refused { message, .. } = played.outcome else { panic!("it went through") };
-    assert!(message.contains("Target domain host device count 2 does not match source 1"), "{message}");
+    assert!(
+        message.contains("Target domain host device count 2 does not match source 1"),
+        "{message}"
+    );
     let (_, calls) = play(Cycle::Restore, Caller::Libvirt, "echo '<domain>'");
     assert_eq!(calls, ["restore -"], "what is not well-formed is refused, too");
 }
@@ -106,7 +115,8 @@ fn what_prepare_prints_is_for_a_filter_caller_only() {
         played.calls[1].stdin.contains("added"),
         "devices may be added where the caller starts what is printed"
     );
-    let (played, calls) = play(Cycle::Start, Caller::Filter, "[ \"$2\" = prepare ] && echo nonsense; true");
+    let (played, calls) =
+        play(Cycle::Start, Caller::Filter, "[ \"$2\" = prepare ] && echo nonsense; true");
     assert_eq!(calls, ["prepare -", "stopped -", "release failed"]);
     assert_eq!(played.calls[0].output, OutputFate::Refused);
 }

@@ -21,7 +21,8 @@ impl Bench {
         fs::write(at("b.xml"), domain("b", "")).unwrap();
         let told = at("told");
         let body = format!(
-            "echo \"$@\" >> {}\ncase \"$3\" in claims) echo '[{{\"device_id\":5,\"domain\":\"erp\"}}]';; *) echo did \"$3\";; esac",
+            "echo \"$@\" >> {}\ncase \"$3\" in claims) echo \
+                '[{{\"device_id\":5,\"domain\":\"erp\"}}]';; *) echo did \"$3\";; esac",
             told.display()
         );
         script(&at("virt-usb"), &body);
@@ -97,7 +98,8 @@ fn the_document_has_every_call() {
     assert_eq!((play["action"].as_str(), play["domain"].as_str()), (Some("start"), Some("a")));
     let call = &play["calls"][0];
     let config = bench.at("c.toml");
-    let args: Vec<_> = call["args"].as_array().unwrap().iter().map(|v| v.as_str().unwrap()).collect();
+    let args: Vec<_> =
+        call["args"].as_array().unwrap().iter().map(|v| v.as_str().unwrap()).collect();
     assert_eq!(args, ["--config", config.to_str().unwrap(), "a", "prepare", "begin", "-"]);
     assert_eq!(call["exit"], 0);
     assert!(call["duration_us"].as_u64().unwrap() > 0);
@@ -187,8 +189,10 @@ fn a_scenario_from_end_to_end() {
 #[test]
 fn a_step_that_cannot_be_is_not_as_expected() {
     let bench = Bench::new("");
-    let file =
-        scenario(&bench, "[[steps]]\ndo = 'stop'\ndomain = 'a'\n[[steps]]\ndo = 'start'\ndomain = 'a'");
+    let file = scenario(
+        &bench,
+        "[[steps]]\ndo = 'stop'\ndomain = 'a'\n[[steps]]\ndo = 'start'\ndomain = 'a'",
+    );
     let (document, status) = bench.json(&["scenario", &file]);
     assert_eq!(status, 1);
     assert_eq!(document["plays"][0]["problem"], "stop cannot be: the guest a does not run");
@@ -200,14 +204,18 @@ fn devices_come_and_go_in_an_inventory_of_its_own() {
     let bench = Bench::new("");
     let file = scenario(
         &bench,
-        "[[steps]]\ndo = 'discover'\nsim = 'in.toml'\n[[steps]]\ndo = 'start'\ndomain = 'a'\n[[steps]]\ndo = 'unplug'\nsim = 'out.toml'\n[[steps]]\ndo = 'virt-usb'\nargs = ['events']\nexpect_stdout = 'did events'",
+        "[[steps]]\ndo = 'discover'\nsim = 'in.toml'\n[[steps]]\ndo = 'start'\ndomain = \
+            'a'\n[[steps]]\ndo = 'unplug'\nsim = 'out.toml'\n[[steps]]\ndo = 'virt-usb'\nargs = \
+            ['events']\nexpect_stdout = 'did events'",
     );
     let output = bench.run(&["scenario", &file]);
     assert_eq!(output.status.code(), Some(0), "{}", text(&output.stdout));
     let told = fs::read_to_string(bench.at("told")).unwrap();
     let mut lines = told.lines();
     let first: Vec<_> = lines.next().unwrap().split(' ').collect();
-    let [_, config, "discover", "--sim", sim, "--sysfs-out", sysfs] = first[..] else { panic!("{first:?}") };
+    let [_, config, "discover", "--sim", sim, "--sysfs-out", sysfs] = first[..] else {
+        panic!("{first:?}")
+    };
     assert_eq!(Path::new(sim).file_name().unwrap(), "in.toml");
     assert_eq!(Path::new(sysfs).parent(), Path::new(config).parent());
     assert!(!Path::new(config).exists(), "the scratch folder is gone");
@@ -230,8 +238,14 @@ fn a_scenario_says_what_is_wrong_with_it() {
     has("[[steps]]\ndo = 'fly'", "step 1: do = \"fly\" is not known; there are: start, stop,");
     has("[[steps]]\ndo = 'start'", "step 1: do = \"start\" needs domain");
     has("[[steps]]\ndo = 'start'\ndomain = 'c'", "no domain \"c\" in [domains]; there are: a, b");
-    has("[[steps]]\ndo = 'start'\ndomain = 'a'\n[[steps]]\ndo = 'plug'", "step 2: do = \"plug\" needs sim");
-    has("[[steps]]\ndo = 'start'\ndomain = 'a'\nsim = 'x'", "sim has no meaning for do = \"start\"");
+    has(
+        "[[steps]]\ndo = 'start'\ndomain = 'a'\n[[steps]]\ndo = 'plug'",
+        "step 2: do = \"plug\" needs sim",
+    );
+    has(
+        "[[steps]]\ndo = 'start'\ndomain = 'a'\nsim = 'x'",
+        "sim has no meaning for do = \"start\"",
+    );
     has("[[steps]]\ndo = 'start'\ndomein = 'a'", "unknown field `domein`");
     has("[[steps]]\ndo = 'call'\ndomain = 'a'", "needs op");
     has("[[steps]]\ndo = 'virt-usb'", "needs args");
@@ -247,8 +261,12 @@ fn a_flavor_is_tried_and_nothing_stays() {
     let flavor = r#"{"usb_devices":[{"id":5}]}"#;
     let (document, status) = bench.json(&["try", "a.xml", "--flavor", flavor, "--sim", "in.toml"]);
     assert_eq!(status, 0, "{document:#}");
-    let actions: Vec<_> =
-        document["plays"].as_array().unwrap().iter().map(|play| play["action"].as_str().unwrap()).collect();
+    let actions: Vec<_> = document["plays"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|play| play["action"].as_str().unwrap())
+        .collect();
     assert_eq!(actions, ["discover", "start", "stop"]);
     let config = document["plays"][1]["calls"][0]["args"][1].as_str().unwrap();
     assert!(!Path::new(config).parent().unwrap().exists());
@@ -272,15 +290,25 @@ fn installed_hooks_are_kept_away_from_a_trial() {
 #[test]
 fn a_stored_flavor_is_looked_up() {
     let bench = Bench::new("[ \"$2\" != prepare ] || { cat >&2; exit 1; }");
-    let body = "case \"$3 $4 $5\" in 'flavor show erp') echo '{\"name\":\"erp\",\"spec\":{\"usb_devices\":[{\"id\":7}]}}';; claims*) echo '[]';; esac";
+    let body = "case \"$3 $4 $5\" in 'flavor show erp') echo \
+        '{\"name\":\"erp\",\"spec\":{\"usb_devices\":[{\"id\":7}]}}';; claims*) echo '[]';; esac";
     script(&bench.at("virt-usb"), body);
-    let (document, status) =
-        bench.json(&["try", "a.xml", "--flavor-name", "erp", "--expect", "veto", "--config", "c.toml"]);
+    let (document, status) = bench.json(&[
+        "try",
+        "a.xml",
+        "--flavor-name",
+        "erp",
+        "--expect",
+        "veto",
+        "--config",
+        "c.toml",
+    ]);
     assert_eq!(status, 0, "{document:#}");
     let fed = document["plays"][1]["calls"][0]["stderr"].as_str().unwrap();
     assert!(
         fed.contains(
-            "<virt-usb:flavor xmlns:virt-usb=\"urn:virt-usb:flavor:1\">{\"usb_devices\":[{\"id\":7}]}<"
+            "<virt-usb:flavor \
+                xmlns:virt-usb=\"urn:virt-usb:flavor:1\">{\"usb_devices\":[{\"id\":7}]}<"
         ),
         "{fed}"
     );
