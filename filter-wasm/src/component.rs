@@ -6,8 +6,8 @@ use std::rc::Rc;
 use virt_usb_filter_core as engine;
 use virt_usb_filter_core::text as strings;
 use virt_usb_model::{
-    Class, DeviceId, DevicePath, DeviceRequest, ParseError, PortPath, ProductId, ProjectId, Reason,
-    Selector, Status, UsbId, VendorId,
+    Class, DeviceId, DevicePath, DeviceRequest, ParseError, PortPath, ProductId, ProjectId,
+    Selector, Status, UnavailableReason, UsbId, VendorId,
 };
 
 #[allow(
@@ -282,7 +282,7 @@ impl From<wit::Status> for Status {
             wit::Status::Allocated => Self::Allocated,
             wit::Status::Removed => Self::Removed,
             // Why it is unavailable makes no difference to a request.
-            wit::Status::Unavailable => Self::Unavailable(Reason::Disabled),
+            wit::Status::Unavailable => Self::Unavailable(UnavailableReason::Disabled),
         }
     }
 }
@@ -327,16 +327,16 @@ impl From<engine::Verdict> for wit::Verdict {
     }
 }
 
-impl From<engine::Reason> for wit::Reason {
-    fn from(reason: engine::Reason) -> Self {
+impl From<engine::RejectionReason> for wit::Reason {
+    fn from(reason: engine::RejectionReason) -> Self {
         match reason {
-            engine::Reason::NoSuchDevice => Self::NoSuchDevice,
-            engine::Reason::TooFewFree => Self::TooFewFree,
-            engine::Reason::Contention => Self::Contention,
-            engine::Reason::NotAllowed => Self::NotAllowed,
-            engine::Reason::HostStale => Self::NodeStale,
-            engine::Reason::UnknownHost => Self::UnknownNode,
-            engine::Reason::Other(text) => Self::Other(text),
+            engine::RejectionReason::NoSuchDevice => Self::NoSuchDevice,
+            engine::RejectionReason::TooFewFree => Self::TooFewFree,
+            engine::RejectionReason::Contention => Self::Contention,
+            engine::RejectionReason::NotAllowed => Self::NotAllowed,
+            engine::RejectionReason::HostStale => Self::NodeStale,
+            engine::RejectionReason::UnknownHost => Self::UnknownNode,
+            engine::RejectionReason::Other(text) => Self::Other(text),
         }
     }
 }

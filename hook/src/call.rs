@@ -102,12 +102,12 @@ pub struct Call {
     /// What it means.
     pub operation: Operation,
     /// By whom it is made.
-    pub caller: Caller,
+    pub caller: HookCaller,
 }
 
 /// Who calls, and what becomes of the output.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Caller {
+pub enum HookCaller {
     /// A process of its own, made by libvirtd or a person. libvirt throws away what `prepare`
     /// prints, so that the agent must attach what is claimed.
     Process,
@@ -170,7 +170,7 @@ fn handle(config: Option<&str>, name: &str, op: &str, extra: &str) -> Asked {
         name: name.to_owned(),
         op: op.to_owned(),
         operation,
-        caller: Caller::Process,
+        caller: HookCaller::Process,
     })
 }
 

@@ -197,7 +197,7 @@ pub struct Config {
     /// How long after a failure the agent asks libvirt again about a guest that it could not read.
     pub recheck_delay: Duration,
     /// How long libvirt may not answer about a guest before that is a problem of the guest.
-    pub libvirt_patience: Duration,
+    pub libvirt_timeout: Duration,
     /// How long a claim of an incoming restore or migration may stay unconfirmed.
     pub pending_grace: Duration,
     /// What an unplugged device's claim comes to.
@@ -238,7 +238,7 @@ impl Default for Config {
             absent_grace: Duration::from_secs(10),
             undefined_grace: Duration::from_secs(60),
             recheck_delay: Duration::from_secs(10),
-            libvirt_patience: Duration::from_secs(30),
+            libvirt_timeout: Duration::from_secs(30),
             pending_grace: Duration::from_secs(120),
             replug: ReplugPolicy::default(),
             on_attach_failure: AttachFailurePolicy::default(),
@@ -389,10 +389,10 @@ impl Config {
                 default.undefined_grace,
             )?,
             recheck_delay: seconds("recheck_delay", raw.recheck_delay, default.recheck_delay)?,
-            libvirt_patience: seconds(
-                "libvirt_patience",
-                raw.libvirt_patience,
-                default.libvirt_patience,
+            libvirt_timeout: seconds(
+                "libvirt_timeout",
+                raw.libvirt_timeout,
+                default.libvirt_timeout,
             )?,
             pending_grace: seconds("pending_grace", raw.pending_grace, default.pending_grace)?,
             replug: raw.replug,
@@ -495,7 +495,7 @@ struct Raw {
     absent_grace: Option<u64>,
     undefined_grace: Option<u64>,
     recheck_delay: Option<u64>,
-    libvirt_patience: Option<u64>,
+    libvirt_timeout: Option<u64>,
     pending_grace: Option<u64>,
     #[serde(default)]
     replug: ReplugPolicy,
@@ -531,7 +531,7 @@ const KEYS: &[&str] = &[
     "absent_grace",
     "undefined_grace",
     "recheck_delay",
-    "libvirt_patience",
+    "libvirt_timeout",
     "pending_grace",
     "replug",
     "on_attach_failure",
@@ -767,7 +767,7 @@ mod tests {
             absent_grace = 2
             undefined_grace = 3
             recheck_delay = 4
-            libvirt_patience = 6
+            libvirt_timeout = 6
             pending_grace = 5
             replug = "release"
             on_attach_failure = "stop"
@@ -799,7 +799,7 @@ mod tests {
             config.pending_grace,
         ];
         assert_eq!(waits, [2, 3, 4, 5].map(Duration::from_secs));
-        assert_eq!(config.libvirt_patience, Duration::from_secs(6));
+        assert_eq!(config.libvirt_timeout, Duration::from_secs(6));
         assert_eq!(config.metrics, Metrics::Tcp("127.0.0.1:9177".parse().unwrap()));
         assert_eq!(config.api, Api::On("[::1]:8791".parse().unwrap()));
         assert!(config.whitelist.on);
@@ -855,7 +855,7 @@ mod tests {
         assert!(error("flap_pause = 0").contains("flap_pause: found 0, wanted 1 to 86400"));
         let waits =
             ["scan_interval", "absent_grace", "undefined_grace", "recheck_delay", "pending_grace"];
-        for key in waits.into_iter().chain(["libvirt_patience"]) {
+        for key in waits.into_iter().chain(["libvirt_timeout"]) {
             assert_eq!(
                 error(&format!("{key} = 0")),
                 format!("{key}: found 0, wanted 1 to 86400 seconds")

@@ -10,26 +10,26 @@
 use virt_usb_domxml::{Document, Domain, Edits, UsbHostdev};
 use virt_usb_model::{BusAddress, DeviceId, DeviceRequest, Selector};
 use virt_usb_store::adopt::{Holding, Received};
-use virt_usb_store::claim::{Asker, Granted, Want};
+use virt_usb_store::claim::{ClaimRequest, Claimant, Granted};
 use virt_usb_store::{ClaimRow, Context, Record, Store};
 
 use crate::answer::Answer;
 use crate::call::Incoming;
 use crate::config::{Config, HoldPolicy, MigrationPolicy};
-use crate::guest::{Ports, asker, holding, hostdev, open, refuse_hubs, selects};
+use crate::flavor_source::{FlavorRequest, wants};
 use crate::message;
 use crate::prepare::only;
-use crate::run::{Fault, Job, NOTHING};
-use crate::wish::{Wish, wants};
+use crate::run::{HookError, Job, NOTHING};
+use crate::verify::{Ports, claimant, holding, hostdev, open, refuse_hubs, selects};
 
-pub(crate) fn incoming(job: &Job<'_>, how: Incoming) -> Result<Answer, Fault> {
+pub(crate) fn incoming(job: &Job<'_>, how: Incoming) -> Result<Answer, HookError> {
     let domain = job.domain;
     if !domain.has_host_devices() {
         return Ok(Answer::unchanged(NOTHING));
     }
     let state_dir = job.state_dir();
     // A flavor that cannot be read asks for nothing here: the guest has what it was saved with.
-    let wish = Wish::read(&domain.flavor, &state_dir).unwrap_or(Wish::Nothing);
+    let wish = FlavorRequest::read(&domain.flavor, &state_dir).unwrap_or(FlavorRequest::Nothing);
     // A hostdev that somebody wrote into a saved domain is theirs: where we fail, it goes on as if
     // we were not there.
     let injected = domain.hostdevs.iter().any(|h| h.injected().is_some());
@@ -49,17 +49,17 @@ pub(crate) fn incoming(job: &Job<'_>, how: Incoming) -> Result<Answer, Fault> {
         return Ok(refusal);
     }
     let instance = domain.uuid.ok_or_else(|| {
-        Fault::of(concerned, "its XML has no <uuid>, by which devices are claimed")
+        HookError::of(concerned, "its XML has no <uuid>, by which devices are claimed")
     })?;
     let (store, context) = open(config, &job.call.op, concerned)?;
     job.admit(&store, config, concerned)?;
-    let fault = |e| Fault::of(concerned, e);
-    let asker = asker(&store, domain, instance).map_err(fault)?;
+    let fault = |e| HookError::of(concerned, e);
+    let claimant = claimant(&store, domain, instance).map_err(fault)?;
     let claims = store.claims_of(instance).map_err(fault)?;
     let known = store.all_devices().map_err(fault)?;
     let flavor = wish.resolve(&store).unwrap_or_default();
     let asked = wants(&flavor, config.hold, &store.assignments(instance).map_err(fault)?);
-    Arrival { job, how, config, store, context, asker, concerned, claims, known, asked }.settle()
+    Arrival { job, how, config, store, context, claimant, concerned, claims, known, asked }.settle()
 }
 
 /// Writes a restore's refusal into the XML, for `prepare` to refuse with.
@@ -85,14 +85,14 @@ struct Arrival<'a> {
     config: &'a Config,
     store: Store,
     context: Context,
-    asker: Asker,
+    claimant: Claimant,
     concerned: bool,
     /// What it holds.
     claims: Vec<ClaimRow>,
     /// All devices ever seen.
     known: Vec<Record>,
     /// What its flavor and its assignments ask for now.
-    asked: Vec<Want>,
+    asked: Vec<ClaimRequest>,
 }
 
 impl<'a> Arrival<'a> {
@@ -105,14 +105,14 @@ impl<'a> Arrival<'a> {
                 since {}, as a guest does that runs here: each libvirtd \
              needs a state_dir of its own. If it has ended here, the agent frees the device within \
              seconds",
-            self.asker.domain,
+            self.claimant.domain,
             self.config.state_dir.display(),
             claim.device_id,
             claim.created_at
         )))
     }
 
-    fn settle(mut self) -> Result<Answer, Fault> {
+    fn settle(mut self) -> Result<Answer, HookError> {
         if self.how == Incoming::Migrate
             && let Some(refusal) = self.refuse_shared()
         {
@@ -133,9 +133,9 @@ impl<'a> Arrival<'a> {
             let equivalent = choice == Choice::Equivalent;
             let received = self
                 .store
-                .receive(&self.asker, &wants, &holdings, equivalent, &mut ports, &self.context)
-                .map_err(|e| Fault::of(self.concerned, e))?;
-            let name = &self.asker.domain;
+                .receive(&self.claimant, &wants, &holdings, equivalent, &mut ports, &self.context)
+                .map_err(|e| HookError::of(self.concerned, e))?;
+            let name = &self.claimant.domain;
             refusal = match received {
                 Received::Granted { ours, by_hand: found } => {
                     let readdress = readdressed(self.job, &by_hand, &found);
@@ -149,7 +149,7 @@ impl<'a> Arrival<'a> {
                     let lead =
                         |n: usize| places.get(n).map_or_else(String::new, |p| p.what(choice));
                     let host = message::Host::of(self.config, &self.store, &short);
-                    message::shortages_of_incoming(&self.asker, &short, lead, &host)
+                    message::shortages_of_incoming(&self.claimant, &short, lead, &host)
                 }
             };
         }
@@ -158,7 +158,7 @@ impl<'a> Arrival<'a> {
             Incoming::Restore => format!(
                 "{refusal}. To start the guest without its saved state: 'virsh managedsave-remove \
                     {}' (what was in its memory is lost, as after a power cut)",
-                self.asker.domain
+                self.claimant.domain
             ),
         }))
     }
@@ -210,7 +210,7 @@ impl<'a> Arrival<'a> {
             Some(claim) if claim.by_hand => return None,
             Some(claim) => (claim.request, claim.hold == "instance"),
             None => {
-                let asks = |w: &&Want| selects(&w.request.selector, record);
+                let asks = |w: &&ClaimRequest| selects(&w.request.selector, record);
                 let number = self.asked.iter().position(|w| asks(&w))?;
                 (u32::try_from(number).ok(), self.asked.get(number).is_some_and(|w| w.lasting))
             }
@@ -243,7 +243,7 @@ impl<'a> Arrival<'a> {
                     "{} comes with a USB device {usb}, of which this host has {kind}, none at the \
                         address that it had: which one was the guest's cannot be told. \
                      Let a flavor ask for it, which tells them apart",
-                    self.asker.domain
+                    self.claimant.domain
                 ));
             }
         }
@@ -256,12 +256,12 @@ impl<'a> Arrival<'a> {
         granted: &[Granted],
         readdress: Vec<(usize, BusAddress)>,
         found: &[Option<(DeviceId, BusAddress)>],
-    ) -> Result<Answer, Fault> {
+    ) -> Result<Answer, HookError> {
         let place = |g: &Granted| Some((places.get(g.request)?.position, hostdev(&g.device, None)));
         let relocate = granted.iter().filter_map(place).collect();
         let edits = Edits { relocate, readdress, ..Edits::default() };
         let xml = self.job.document.rewrite(&edits).map_err(|e| {
-            Fault::of(
+            HookError::of(
                 true,
                 format!("cannot write the devices' new addresses into the domain XML: {e}"),
             )
@@ -345,9 +345,9 @@ impl Place {
 }
 
 /// What is asked for, one request a place; none: this choice is none for one of them.
-fn wanted(places: &[Place], choice: Choice) -> Option<Vec<Want>> {
+fn wanted(places: &[Place], choice: Choice) -> Option<Vec<ClaimRequest>> {
     let want = |p: &Place| {
-        Some(Want { request: p.request(choice)?, lasting: p.lasting, number: p.number })
+        Some(ClaimRequest { request: p.request(choice)?, lasting: p.lasting, number: p.number })
     };
     places.iter().map(want).collect()
 }

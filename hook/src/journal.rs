@@ -128,7 +128,7 @@ mod tests {
             name: "erp\nMESSAGE=forged".into(),
             op: "prepare".into(),
             operation: Operation::Gate,
-            caller: crate::call::Caller::Process,
+            caller: crate::call::HookCaller::Process,
         }
     }
 

@@ -6,7 +6,7 @@
 //!  stdin ─► Input ─┘                               │ (claims in the store, sysfs at the ports)   └──► one journal record
 //! ```
 //! It is a library too, so that agent and command line claim and rewrite with the same code:
-//! [`config`], [`sysfs`], [`machine`], [`guest`], [`notice::take_over`], [`rules`], [`wish`] and
+//! [`config`], [`sysfs`], [`machine`], [`verify`], [`lifecycle::take_over`], [`rules`], [`flavor_source`] and
 //! [`run::handle_with`] are shared, and nothing here may need libvirt, libusb or an async runtime.
 //!
 //! libvirt holds the domain's lock while the hook runs and waits for every descriptor that it was
@@ -16,17 +16,17 @@
 pub mod answer;
 pub mod call;
 pub mod config;
-pub mod guest;
+mod device_use;
+pub mod flavor_source;
 mod incoming;
 pub mod input;
 pub mod journal;
+pub mod lifecycle;
 pub mod machine;
 pub mod message;
-pub mod notice;
-mod other_door;
 pub mod panics;
 mod prepare;
 pub mod rules;
 pub mod run;
 pub mod sysfs;
-pub mod wish;
+pub mod verify;

@@ -2,13 +2,15 @@
 
 use std::collections::BTreeMap;
 
-use virt_usb_model::{Aliases, DeviceId, DeviceRequest, Reason, Selector, Status, UsbId};
-use virt_usb_store::claim::{Asker, Obstacle, Shortage, Why};
+use virt_usb_model::{
+    Aliases, DeviceId, DeviceRequest, Selector, Status, UnavailableReason, UsbId,
+};
+use virt_usb_store::claim::{Claimant, Obstacle, Shortage, Why};
 use virt_usb_store::{ClaimRow, Record, Store};
 
 use crate::config::Config;
-use crate::guest::selects;
 use crate::machine::{self, Agent};
+use crate::verify::selects;
 
 /// `device 5 (0529:0001 "HASP HL", port 1-1.4)`
 pub fn device(record: &Record) -> String {
@@ -74,17 +76,20 @@ fn nearly(selector: &Selector, record: &Record, aliases: &Aliases) -> Option<Str
 
 /// All requests that cannot be served, each with what there is. Those from number `operators` on
 /// are assignments by operators.
-pub fn shortages(asker: &Asker, short: &[Shortage], operators: usize, host: &Host) -> String {
+pub fn shortages(claimant: &Claimant, short: &[Shortage], operators: usize, host: &Host) -> String {
     first(short, |s| {
         let request = brief(&s.request.to_string());
-        let text = |asked: String| shortage(&asked, asker.project.is_some(), s, host);
+        let text = |asked: String| shortage(&asked, claimant.project.is_some(), s, host);
         if s.number < operators {
-            return text(format!("{} asks for usb_devices[{}] {request}", asker.domain, s.number));
+            return text(format!(
+                "{} asks for usb_devices[{}] {request}",
+                claimant.domain, s.number
+            ));
         }
         format!(
             "{}. It is an assignment: 'virt-usb detach {} {}' ends it",
-            text(format!("{} has {request} assigned to it by an operator", asker.domain)),
-            asker.domain,
+            text(format!("{} has {request} assigned to it by an operator", claimant.domain)),
+            claimant.domain,
             argument(&s.request)
         )
     })
@@ -109,14 +114,14 @@ fn argument(request: &DeviceRequest) -> String {
 
 /// The same for a guest that comes in with devices; `what` names the device of each place.
 pub(crate) fn shortages_of_incoming(
-    asker: &Asker,
+    claimant: &Claimant,
     short: &[Shortage],
     what: impl Fn(usize) -> String,
     host: &Host,
 ) -> String {
     first(short, |s| {
-        let asked = format!("{} comes with {}", asker.domain, what(s.number));
-        shortage(&asked, asker.project.is_some(), s, host)
+        let asked = format!("{} comes with {}", claimant.domain, what(s.number));
+        shortage(&asked, claimant.project.is_some(), s, host)
     })
 }
 
@@ -197,11 +202,11 @@ fn unavailable(record: &Record) -> String {
     let set_aside = record.withheld.filter(|_| held).map(Status::Unavailable);
     let status = set_aside.or_else(|| record.entry.state().ok()).unwrap_or(Status::Available);
     let more = match status.reason() {
-        Some(Reason::HostUse) => record.entry.host_use.as_deref(),
-        Some(Reason::Disabled) => record.disabled.as_deref(),
-        Some(Reason::Quarantined) => record.quarantined.as_deref(),
-        Some(Reason::Flapping) => record.flapping_until.as_deref(),
-        Some(Reason::Whitelist | Reason::Unreachable) | None => None,
+        Some(UnavailableReason::HostUse) => record.entry.host_use.as_deref(),
+        Some(UnavailableReason::Disabled) => record.disabled.as_deref(),
+        Some(UnavailableReason::Quarantined) => record.quarantined.as_deref(),
+        Some(UnavailableReason::Flapping) => record.flapping_until.as_deref(),
+        Some(UnavailableReason::Whitelist | UnavailableReason::Unreachable) | None => None,
     };
     format!("{} is {status}{}", device(record), more.map(|m| format!(": {m}")).unwrap_or_default())
 }
@@ -243,12 +248,16 @@ pub(crate) fn set_aside_by_hand(domain: &str, record: &Record) -> String {
 /// What to do about a device that is set aside whatever the rules say.
 fn set_aside(record: &Record) -> Option<&'static str> {
     match record.entry.state().ok()?.reason().or(record.withheld)? {
-        Reason::Disabled => Some("'virt-usb enable DEVICE' offers it again"),
-        Reason::Quarantined => Some("Look at it, then 'virt-usb quarantine clear DEVICE'"),
-        Reason::Flapping => {
+        UnavailableReason::Disabled => Some("'virt-usb enable DEVICE' offers it again"),
+        UnavailableReason::Quarantined => {
+            Some("Look at it, then 'virt-usb quarantine clear DEVICE'")
+        }
+        UnavailableReason::Flapping => {
             Some("Look at its plug, its cable and its hub; it is offered again once it has stayed")
         }
-        Reason::Whitelist | Reason::HostUse | Reason::Unreachable => None,
+        UnavailableReason::Whitelist
+        | UnavailableReason::HostUse
+        | UnavailableReason::Unreachable => None,
     }
 }
 

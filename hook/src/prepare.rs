@@ -3,24 +3,24 @@
 
 use virt_usb_model::{DeviceId, Flavor, Selector};
 use virt_usb_store::adopt::{Adoption, Entered};
-use virt_usb_store::claim::{Asker, Claimed, Standing, Want};
+use virt_usb_store::claim::{ClaimMode, ClaimRequest, Claimant, Claimed};
 use virt_usb_store::{Assignment, ClaimRow, Context, Source, Store};
 
 use crate::answer::Answer;
-use crate::call::Caller;
+use crate::call::HookCaller;
 use crate::config::{Config, HoldPolicy, RequireAgent};
-use crate::guest::{Guest, Ports, asker, holding, open, refuse_hubs, selects};
+use crate::flavor_source::{FlavorRequest, wants};
 use crate::machine::{self, Agent};
 use crate::message;
-use crate::run::{Fault, Job, NOTHING};
-use crate::wish::{Wish, wants};
+use crate::run::{HookError, Job, NOTHING};
+use crate::verify::{Guest, Ports, claimant, holding, open, refuse_hubs, selects};
 
-pub(crate) fn prepare(job: &Job<'_>) -> Result<Answer, Fault> {
+pub(crate) fn prepare(job: &Job<'_>) -> Result<Answer, HookError> {
     if let Some(why) = &job.domain.refusal {
         return Ok(Answer::refused(why));
     }
     let state_dir = job.state_dir();
-    let wish = Wish::read(&job.domain.flavor, &state_dir)?;
+    let wish = FlavorRequest::read(&job.domain.flavor, &state_dir)?;
     let known = job.may_be_known(&state_dir);
     let holds = job.domain.has_host_devices();
     if !(wish.is_certain() || wish.needs_store() || known || holds) {
@@ -37,12 +37,14 @@ pub(crate) fn prepare(job: &Job<'_>) -> Result<Answer, Fault> {
     if !(wish.needs_store() || known || holds) {
         return redirections_only(job, config, wish);
     }
-    let no_uuid = || Fault::of(concerned, "its XML has no <uuid>, by which devices are claimed");
+    let no_uuid =
+        || HookError::of(concerned, "its XML has no <uuid>, by which devices are claimed");
     let instance = job.domain.uuid.ok_or_else(no_uuid)?;
     let (store, context) = open(config, &job.call.op, concerned)?;
     job.admit(&store, config, concerned)?;
-    let asker = asker(&store, job.domain, instance).map_err(|e| Fault::of(concerned, e))?;
-    let mut gate = Gate { job, config, store, context, asker, concerned };
+    let claimant =
+        claimant(&store, job.domain, instance).map_err(|e| HookError::of(concerned, e))?;
+    let mut gate = Gate { job, config, store, context, claimant, concerned };
     let entered = gate.enter()?;
     let answer = match gate.refusal(&entered) {
         Some(refusal) => refusal,
@@ -57,15 +59,19 @@ pub(crate) fn prepare(job: &Job<'_>) -> Result<Answer, Fault> {
             gate.claim(&flavor, &devices(&entered))?
         }
     };
-    if job.call.caller == Caller::Process {
+    if job.call.caller == HookCaller::Process {
         gate.store.leave();
     }
     Ok(answer)
 }
 
 /// A flavor without `usb_devices` needs no inventory.
-fn redirections_only(job: &Job<'_>, config: &Config, wish: Wish) -> Result<Answer, Fault> {
-    let Wish::Flavor(flavor) = wish else { return Ok(Answer::unchanged(NOTHING)) };
+fn redirections_only(
+    job: &Job<'_>,
+    config: &Config,
+    wish: FlavorRequest,
+) -> Result<Answer, HookError> {
+    let FlavorRequest::Flavor(flavor) = wish else { return Ok(Answer::unchanged(NOTHING)) };
     let mut guest = Guest::new(
         &config.sysfs_root,
         job.domain,
@@ -89,22 +95,22 @@ struct Gate<'a> {
     config: &'a Config,
     store: Store,
     context: Context,
-    asker: Asker,
+    claimant: Claimant,
     /// Whether the domain surely asks for a device.
     concerned: bool,
 }
 
 impl Gate<'_> {
     /// What the domain's own XML holds is claimed for it too, so that nobody else is given it.
-    fn enter(&mut self) -> Result<Entered, Fault> {
+    fn enter(&mut self) -> Result<Entered, HookError> {
         let holdings: Vec<_> = self.job.domain.host_devices().map(holding).collect();
         if holdings.is_empty() {
             return Ok(Entered { adopted: Vec::new(), arriving: false });
         }
         let mut ports = Ports { sysfs_root: &self.config.sysfs_root };
         self.store
-            .enter(&self.asker, &holdings, &mut ports, &self.context)
-            .map_err(|e| Fault::of(self.concerned, e))
+            .enter(&self.claimant, &holdings, &mut ports, &self.context)
+            .map_err(|e| HookError::of(self.concerned, e))
     }
 
     /// Why it cannot start with what its own XML holds: the one rule for hostdevs that somebody
@@ -129,7 +135,7 @@ impl Gate<'_> {
     /// flavor and its assignments ask for more, as when a device was unplugged while its state was
     /// saved, it gets that too once it runs. It comes in without it where it cannot be had: the
     /// flavor may have changed, or name devices of the host that it left.
-    fn arrive(&mut self, entered: &Entered, flavor: Option<Flavor>) -> Result<Answer, Fault> {
+    fn arrive(&mut self, entered: &Entered, flavor: Option<Flavor>) -> Result<Answer, HookError> {
         if let Some(flavor) = &flavor {
             self.make_lasting(flavor)?;
         }
@@ -150,19 +156,22 @@ impl Gate<'_> {
     }
 
     /// What the flavor and the assignments ask for beyond what the instance holds.
-    fn lacking(&self, flavor: &Flavor) -> Result<Vec<Want>, Fault> {
+    fn lacking(&self, flavor: &Flavor) -> Result<Vec<ClaimRequest>, HookError> {
         let wants = wants(flavor, self.config.hold, &self.assigned()?);
         if wants.is_empty() {
             return Ok(wants);
         }
-        let mut claims =
-            self.store.claims_of(self.asker.instance).map_err(|e| Fault::of(self.concerned, e))?;
+        let mut claims = self
+            .store
+            .claims_of(self.claimant.instance)
+            .map_err(|e| HookError::of(self.concerned, e))?;
         claims.retain(|claim| !claim.ending);
-        let mut left = self.store.devices().map_err(|e| Fault::of(self.concerned, e))?;
+        let mut left = self.store.devices().map_err(|e| HookError::of(self.concerned, e))?;
         left.retain(|record| claims.iter().any(|claim| claim.device_id == record.entry.id));
-        let serving =
-            |want: &Want| left.iter().filter(|r| selects(&want.request.selector, r)).count();
-        let mut wants: Vec<(usize, u32, Want)> =
+        let serving = |want: &ClaimRequest| {
+            left.iter().filter(|r| selects(&want.request.selector, r)).count()
+        };
+        let mut wants: Vec<(usize, u32, ClaimRequest)> =
             (0..).zip(wants).map(|(number, want)| (serving(&want), number, want)).collect();
         // The pickiest first: a device that serves several requests is left to those that others
         // cannot serve.
@@ -199,9 +208,9 @@ impl Gate<'_> {
     /// Claims more for a guest that comes in; the reason where that cannot be.
     fn claim_more(
         &mut self,
-        wants: &[Want],
+        wants: &[ClaimRequest],
         inside: &[DeviceId],
-    ) -> Result<Result<Vec<DeviceId>, String>, Fault> {
+    ) -> Result<Result<Vec<DeviceId>, String>, HookError> {
         let name = &self.job.domain.name;
         let without =
             |why: String| format!("{name} comes in without some of its USB devices: {why}");
@@ -209,20 +218,20 @@ impl Gate<'_> {
             Guest::new(&self.config.sysfs_root, self.job.domain, 0, inside, self.job.call.caller);
         let claimed = self
             .store
-            .claim(&self.asker, wants, &[], Standing::More, &mut guest, &self.context)
-            .map_err(|e| Fault::of(self.concerned, e))?;
+            .claim(&self.claimant, wants, &[], ClaimMode::Add, &mut guest, &self.context)
+            .map_err(|e| HookError::of(self.concerned, e))?;
         Ok(match claimed {
             Claimed::Granted(granted) => Ok(granted.iter().map(|g| g.device.entry.id).collect()),
             Claimed::Unfit(why) => Err(without(why)),
             Claimed::Short(short) => {
                 let host = message::Host::of(self.config, &self.store, &short);
-                Err(without(message::shortages(&self.asker, &short, usize::MAX, &host)))
+                Err(without(message::shortages(&self.claimant, &short, usize::MAX, &host)))
             }
         })
     }
 
     /// `inside`: what the domain's own XML holds, which libvirt itself gives to the guest.
-    fn claim(&mut self, flavor: &Flavor, inside: &[DeviceId]) -> Result<Answer, Fault> {
+    fn claim(&mut self, flavor: &Flavor, inside: &[DeviceId]) -> Result<Answer, HookError> {
         let domain = self.job.domain;
         let assigned = self.assigned()?;
         let wants = wants(flavor, self.config.hold, &assigned);
@@ -245,14 +254,14 @@ impl Gate<'_> {
         }
         let claimed = self
             .store
-            .claim(&self.asker, &wants, inside, Standing::Firm, &mut guest, &self.context)
-            .map_err(|e| Fault::of(self.concerned, e))?;
+            .claim(&self.claimant, &wants, inside, ClaimMode::Replace, &mut guest, &self.context)
+            .map_err(|e| HookError::of(self.concerned, e))?;
         match claimed {
             Claimed::Short(short) => {
                 let operators = assigned.iter().filter(|a| a.source == Source::Operator).count();
                 let host = message::Host::of(self.config, &self.store, &short);
                 let from = wants.len() - operators;
-                Ok(Answer::refused(message::shortages(&self.asker, &short, from, &host)))
+                Ok(Answer::refused(message::shortages(&self.claimant, &short, from, &host)))
             }
             Claimed::Unfit(why) => Ok(Answer::refused(format!("{} {why}", domain.name))),
             Claimed::Granted(granted) => {
@@ -264,27 +273,27 @@ impl Gate<'_> {
     }
 
     /// What is assigned to the instance; without a hint of it there is nothing.
-    fn assigned(&self) -> Result<Vec<Assignment>, Fault> {
+    fn assigned(&self) -> Result<Vec<Assignment>, HookError> {
         match self.job.may_be_known(&self.config.state_dir) {
             true => self
                 .store
-                .assignments(self.asker.instance)
-                .map_err(|e| Fault::of(self.concerned, e)),
+                .assignments(self.claimant.instance)
+                .map_err(|e| HookError::of(self.concerned, e)),
             false => Ok(Vec::new()),
         }
     }
 
     /// With `hold = "instance"` the flavor's requests become assignments.
-    fn make_lasting(&mut self, flavor: &Flavor) -> Result<(), Fault> {
+    fn make_lasting(&mut self, flavor: &Flavor) -> Result<(), HookError> {
         let requests = match self.config.hold {
             HoldPolicy::Instance if flavor.usb_devices.is_empty() => return Ok(()),
             HoldPolicy::Instance => flavor.usb_devices.as_slice(),
             HoldPolicy::Running => &[],
         };
         self.store
-            .assign(&self.asker, Source::Flavor, requests, &self.context)
+            .assign(&self.claimant, Source::Flavor, requests, &self.context)
             .map(drop)
-            .map_err(|e| Fault::of(self.concerned, e))
+            .map_err(|e| HookError::of(self.concerned, e))
     }
 }
 
@@ -326,15 +335,15 @@ fn rewritten(
     config: &Config,
     guest: &Guest<'_>,
     did: String,
-) -> Result<Answer, Fault> {
+) -> Result<Answer, HookError> {
     let xml = job.document.rewrite(&guest.edits).map_err(|e| {
-        Fault::of(true, format!("cannot write the devices into the domain XML: {e}"))
+        HookError::of(true, format!("cannot write the devices into the domain XML: {e}"))
     })?;
     let mut answer = startup_policy(job, Answer { xml, did, ..Answer::default() });
     for warning in &guest.warnings {
         answer = answer.warn(warning);
     }
-    if answer.xml.is_none() || job.call.caller == Caller::Starter {
+    if answer.xml.is_none() || job.call.caller == HookCaller::Starter {
         return Ok(answer);
     }
     Ok(match machine::agent(&config.state_dir) {
@@ -353,7 +362,7 @@ fn rewritten(
 /// libvirt throws away what is printed: a guest that the agent must give its device does not start
 /// without the agent, where the configuration says so.
 fn refuse_without_agent(job: &Job<'_>, config: &Config) -> Option<Answer> {
-    if job.call.caller == Caller::Starter {
+    if job.call.caller == HookCaller::Starter {
         return None;
     }
     let name = &job.domain.name;

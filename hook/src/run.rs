@@ -12,7 +12,7 @@ use crate::answer::Answer;
 use crate::call::{self, Asked, Call, Happened, Incoming, OnFault, Operation};
 use crate::config::{Config, ConfigError, Log};
 use crate::input::{self, Input};
-use crate::{incoming, journal, machine, notice, other_door, prepare, rules};
+use crate::{device_use, incoming, journal, lifecycle, machine, prepare, rules};
 
 /// Where no folder can be.
 const NO_FOLDER: &str = "/dev/null";
@@ -22,14 +22,14 @@ pub const NOTHING: &str = "nothing to do";
 
 /// A call that could not be handled.
 #[derive(Debug)]
-pub struct Fault {
+pub struct HookError {
     /// Whether the domain asks for a device of ours or holds one: then some operations are refused.
     pub concerned: bool,
     /// What went wrong, and what to do.
     pub what: String,
 }
 
-impl Fault {
+impl HookError {
     pub(crate) fn of(concerned: bool, what: impl std::fmt::Display) -> Self {
         Self { concerned, what: what.to_string() }
     }
@@ -140,7 +140,7 @@ pub fn handle_with(config: Result<Config, ConfigError>, call: &Call, input: Inpu
     }
     // At a restore nothing is said yet: the prepare that follows gets the same XML, and refuses
     // whom it concerns (see incoming::hand_on).
-    let failed = |fault: &Fault| match call.operation {
+    let failed = |fault: &HookError| match call.operation {
         Operation::Filter(Incoming::Restore) => {
             Answer::unchanged("left to prepare").warn(&fault.what)
         }
@@ -153,7 +153,7 @@ pub fn handle_with(config: Result<Config, ConfigError>, call: &Call, input: Inpu
     };
     let unreadable = |e: XmlError| {
         let concerned = input::mentions_us(&xml) || (filter && input::mentions_hostdevs(&xml));
-        Fault::of(concerned, format!("cannot read the domain XML: {e}"))
+        HookError::of(concerned, format!("cannot read the domain XML: {e}"))
     };
     let text = match Text::new(&xml).map_err(unreadable) {
         Ok(text) => text,
@@ -169,28 +169,28 @@ pub fn handle_with(config: Result<Config, ConfigError>, call: &Call, input: Inpu
     let answer = job.act().unwrap_or_else(|fault| answer_fault(call, &fault));
     let answer = match call.operation {
         Operation::Filter(Incoming::Restore) => incoming::hand_on(answer, &document),
-        Operation::Gate => other_door::warn(answer, &job),
+        Operation::Gate => device_use::warn(answer, &job),
         _ => answer,
     };
     handled(answer, instance)
 }
 
 /// The XML, if all of it could be read. `filter`: what holds a hostdev must not pass unread.
-fn whole(input: Input, filter: bool) -> Result<Vec<u8>, Fault> {
+fn whole(input: Input, filter: bool) -> Result<Vec<u8>, HookError> {
     match input {
         Input::Xml(xml) => Ok(xml),
         Input::TooLong(marks) => {
             let what = format!("the domain XML is longer than {} bytes", virt_usb_domxml::MAX_XML);
-            Err(Fault::of(marks.us || (filter && marks.hostdevs), what))
+            Err(HookError::of(marks.us || (filter && marks.hostdevs), what))
         }
         Input::Broken(e) => {
-            Err(Fault::of(false, format!("cannot read the domain XML from stdin: {e}")))
+            Err(HookError::of(false, format!("cannot read the domain XML from stdin: {e}")))
         }
     }
 }
 
 /// Open or closed: the rule stands in [`Operation::on_fault`].
-fn answer_fault(call: &Call, fault: &Fault) -> Answer {
+fn answer_fault(call: &Call, fault: &HookError) -> Answer {
     match call.operation.on_fault(fault.concerned) {
         OnFault::Closed => {
             Answer::refused(format!("{} cannot get its USB devices: {}", call.name, fault.what))
@@ -208,21 +208,21 @@ pub(crate) struct Job<'a> {
 }
 
 impl Job<'_> {
-    fn act(&self) -> Result<Answer, Fault> {
+    fn act(&self) -> Result<Answer, HookError> {
         match &self.call.operation {
             Operation::Gate => prepare::prepare(self),
             Operation::Filter(how) => incoming::incoming(self, *how),
-            Operation::Notice(Happened::Started) => notice::started(self),
-            Operation::Notice(Happened::Stopped) => notice::stopped(self),
-            Operation::Notice(Happened::Released { reason }) => notice::released(self, reason),
-            Operation::Adopt => notice::reconnect(self),
+            Operation::Notice(Happened::Started) => lifecycle::started(self),
+            Operation::Notice(Happened::Stopped) => lifecycle::stopped(self),
+            Operation::Notice(Happened::Released { reason }) => lifecycle::released(self, reason),
+            Operation::Adopt => lifecycle::reconnect(self),
             Operation::Ignored => Ok(Answer::unchanged(NOTHING)),
         }
     }
 
     /// The configuration, for whoever cannot do without.
-    pub(crate) fn config(&self, concerned: bool) -> Result<&Config, Fault> {
-        self.config.as_ref().map_err(|e| Fault::of(concerned, e))
+    pub(crate) fn config(&self, concerned: bool) -> Result<&Config, HookError> {
+        self.config.as_ref().map_err(|e| HookError::of(concerned, e))
     }
 
     /// Refuses a configuration that has lost the whitelist.
@@ -231,9 +231,9 @@ impl Job<'_> {
         store: &Store,
         config: &Config,
         concerned: bool,
-    ) -> Result<(), Fault> {
+    ) -> Result<(), HookError> {
         rules::admit(store, config, self.call.config.as_deref())
-            .map_err(|e| Fault::of(concerned, e))
+            .map_err(|e| HookError::of(concerned, e))
     }
 
     /// Where hints are looked for. With a wrong configuration that does not say where: a place

@@ -19,13 +19,13 @@ use ureq::tls::{Certificate, PemItem, RootCerts, TlsConfig, parse_pem};
 pub(crate) fn agent(
     trusted: Option<&Path>,
     connecting: Duration,
-    patience: Duration,
+    timeout: Duration,
 ) -> anyhow::Result<Agent> {
     let config = Agent::config_builder()
         .http_status_as_error(false)
         .max_redirects(0)
         .timeout_connect(Some(connecting))
-        .timeout_global(Some(patience))
+        .timeout_global(Some(timeout))
         .user_agent(concat!("virt-usb/", env!("CARGO_PKG_VERSION")))
         .tls_config(tls(trusted)?)
         .build();

@@ -5,9 +5,9 @@ use std::path::Path;
 use anyhow::Context as _;
 use virt_usb_hook::sysfs::path_of;
 use virt_usb_model::{
-    Aliases, Device, DeviceKey, DevicePath, PortPath, Serial, Verdict, Whitelist,
+    Aliases, Device, DeviceKey, DevicePath, PortPath, RuleVerdict, Serial, Whitelist,
 };
-use virt_usb_store::discover::Change;
+use virt_usb_store::reconcile::Change;
 use virt_usb_store::{Record, Store, StoreError};
 
 use crate::discovery::Snapshot;
@@ -107,7 +107,7 @@ pub fn judge(
     device: Device,
     row: Option<&Record>,
     whitelist: &Whitelist,
-) -> (Device, Verdict) {
+) -> (Device, RuleVerdict) {
     let recorded = row.map_or_else(Recorded::default, |r| Recorded {
         holder: r.entry.instance_uuid,
         host_use: r.entry.host_use.as_deref(),
@@ -201,7 +201,7 @@ mod tests {
     use crate::discovery::ties::{GuestUse, GuestUses};
     use crate::discovery::{Simulated, UsbSource};
     use virt_usb_model::device::Problem;
-    use virt_usb_model::{BusAddress, Class, DeviceId, Reason, UsbId};
+    use virt_usb_model::{BusAddress, Class, DeviceId, UnavailableReason, UsbId};
     use virt_usb_store::Context;
     use virt_usb_store::flaps::Limits;
 
@@ -415,12 +415,12 @@ mod tests {
         let open = simulated("driver = 'usbfs'");
         assert_eq!(
             told(&open, &off),
-            ("claimed by a program (usbfs)".into(), Some(Reason::HostUse))
+            ("claimed by a program (usbfs)".into(), Some(UnavailableReason::HostUse))
         );
         assert_eq!(told(&open, &names).1, None, "the rule names it");
         let unauthorized = simulated("authorized = false");
         let words = "not authorized (authorized = 0)";
-        assert_eq!(told(&unauthorized, &names), (words.into(), Some(Reason::HostUse)));
+        assert_eq!(told(&unauthorized, &names), (words.into(), Some(UnavailableReason::HostUse)));
         let used = |running| {
             let used = GuestUse::new(
                 "11111111-2222-4333-8444-555555555555".parse().unwrap(),
@@ -433,10 +433,10 @@ mod tests {
         };
         assert_eq!(
             told(&used(true), &names),
-            ("used by guest g as disk vda".into(), Some(Reason::HostUse))
+            ("used by guest g as disk vda".into(), Some(UnavailableReason::HostUse))
         );
         assert_eq!(told(&used(false), &names).1, None);
-        assert_eq!(told(&used(false), &off).1, Some(Reason::HostUse));
+        assert_eq!(told(&used(false), &off).1, Some(UnavailableReason::HostUse));
     }
 
     #[test]

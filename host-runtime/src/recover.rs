@@ -6,7 +6,7 @@
 //!  libusb ─► snapshot ─┼─► store::recover::replace ─► reconcile ─► take over, guest by guest ─► in place ─► the guests once more
 //!  backup, salvage ────┘
 //! ```
-//! What a guest's live XML shows is its own (`virt_usb_hook::notice::take_over`, as when libvirtd
+//! What a guest's live XML shows is its own (`virt_usb_hook::lifecycle::take_over`, as when libvirtd
 //! finds it running): a claim that says otherwise ends, unless that guest has the device too. A
 //! claim of a guest that does not run is kept, for it may be about to start: the agent ends it.
 
@@ -17,13 +17,13 @@ use std::time::Duration;
 use serde::Serialize;
 use virt_usb_domxml::{Domain, UsbHostdev};
 use virt_usb_hook::config::Config;
+use virt_usb_hook::lifecycle::{TakenOver, take_over};
 use virt_usb_hook::machine::{self, Agent};
 use virt_usb_hook::message;
-use virt_usb_hook::notice::{TakenOver, take_over};
 use virt_usb_model::{DeviceId, InstanceId};
 use virt_usb_store::adopt::Adoption;
-use virt_usb_store::give_back::Witness;
-use virt_usb_store::recover::{Kept, Recovered, Wish, replace};
+use virt_usb_store::recover::{Kept, RebuildRequest, Recovered, replace};
+use virt_usb_store::release::Witness;
 use virt_usb_store::{ClaimRow, Context, Record, Store, StoreError};
 
 use crate::discovery::Snapshot;
@@ -73,7 +73,7 @@ pub struct Recovery<'a> {
     /// The backup; none: the inventory is made anew.
     pub backup: Option<&'a Path>,
     /// How long is waited for locks.
-    pub patience: Duration,
+    pub lock_timeout: Duration,
     /// When, and on whose behalf.
     pub context: &'a Context,
 }
@@ -123,7 +123,7 @@ impl Recovery<'_> {
             .flat_map(|g| &g.domain.hostdevs)
             .filter_map(|h| h.injected())
             .collect();
-        let wish = Wish {
+        let request = RebuildRequest {
             what: if self.backup.is_some() { "restore" } else { "rebuild" },
             backup: self.backup,
             guests_known: known.is_some(),
@@ -150,13 +150,13 @@ impl Recovery<'_> {
             Ok(())
         };
         let recovered =
-            replace(&self.config.state_dir, self.patience, &wish, self.context, &mut fill)?;
+            replace(&self.config.state_dir, self.lock_timeout, &request, self.context, &mut fill)?;
         let Recovered { mut store, aside, kept, lost_devices, in_place } = recovered;
         // Who started, or was given a device, between the look and the lock.
         if let Some(hypervisor) = self.hypervisor {
             match guests(hypervisor) {
                 Ok(again) => {
-                    store.restart_patience();
+                    store.restart_lock_timeout();
                     warnings = settle(&mut store, &again, &self.config.sysfs_root, self.context)?;
                     warnings.extend(idle(&store.claims()?, &again));
                 }

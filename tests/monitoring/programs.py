@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 REPO = Path(__file__).resolve().parents[2]
 BIN = REPO / "target/release"
 # How long a test waits for what must come. Only a failure takes so long.
-PATIENCE_SECONDS = 300
+TIMEOUT_SECONDS = 300
 KINDS = {"vendor": "0529", "product": "0001"}
 
 
@@ -33,7 +33,7 @@ class TestError(Exception):
 
 def until(what: str, look: Callable[[], Any], why: Callable[[], str] = str) -> Any:
     """Polls until `look` returns something true, and returns that."""
-    deadline = time.monotonic() + PATIENCE_SECONDS
+    deadline = time.monotonic() + TIMEOUT_SECONDS
     while not (found := look()):
         if time.monotonic() > deadline:
             raise TestError(f"waited in vain until {what}\n{why()}")
@@ -149,7 +149,7 @@ class Agent(Program):
         paths["log"] = "hook.log"
         text = "".join(f'{key} = "{self.folder / path}"\n' for key, path in paths.items())
         text += f'metrics = "{self.metrics}"\n'
-        text += "scan_interval = 4\nabsent_grace = 1\nlibvirt_patience = 6\n"
+        text += "scan_interval = 4\nabsent_grace = 1\nlibvirt_timeout = 6\n"
         if "api = " not in keys:
             text += f'api = "{self.api}"\n'
         self.config.write_text(text + keys + "\n" + tables)

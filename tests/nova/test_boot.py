@@ -61,7 +61,7 @@ class Boot(integrated_helpers.ProviderUsageBaseTestCase):
 
     def boot(self, flavor, state="ACTIVE"):
         server = self.api.post_server({"server": self._build_server(flavor_id=flavor, networks="none")})
-        # Nova's own patience, five seconds, is too little on a busy machine.
+        # Nova's own timeout, five seconds, is too little on a busy machine.
         self._wait_for_server_parameter(server, {"status": state}, max_retries=240)
         return self.admin_api.get_server(server["id"])
 

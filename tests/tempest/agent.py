@@ -13,7 +13,7 @@ from typing import Any
 
 import ports
 
-from local import PATIENCE, end_with_parent, until
+from local import TIMEOUT_SECONDS, end_with_parent, until
 
 ROOT = Path(__file__).resolve().parents[2]
 # Two devices: the first of a kind of its own, and another.
@@ -50,13 +50,13 @@ class Local(http.client.HTTPConnection):
     """Over a unix socket."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__("localhost", timeout=PATIENCE)
+        super().__init__("localhost", timeout=TIMEOUT_SECONDS)
         self.path = str(path)
 
     def connect(self) -> None:
         """Instead of TCP."""
         self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(PATIENCE)
+        self.sock.settimeout(TIMEOUT_SECONDS)
         self.sock.connect(self.path)
 
 
@@ -153,7 +153,7 @@ class Agent:
 
     def ask(self, token: str, method: str, path: str, body: Any = None) -> Answer:
         """What it answers to whoever has this token."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=TIMEOUT_SECONDS)
         return self._ask(connection, {"X-Auth-Token": token}, method, path if path.startswith("/") else f"/v3/{path}", body)
 
     @staticmethod

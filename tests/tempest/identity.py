@@ -23,7 +23,7 @@ from typing import Any
 
 import ports
 
-from local import PATIENCE, end_with_parent, session, wait_for
+from local import TIMEOUT_SECONDS, end_with_parent, session, wait_for
 
 # User, project, role. `admin` is made by keystone-manage; `service`, `member` and `reader` are Keystone's own roles.
 ASSIGNMENTS = [
@@ -76,7 +76,7 @@ def issue_token(url: str, user: str, scope: dict[str, Any] | str) -> str:
     """What Keystone gives out; `scope` is in its own words, `"unscoped"` one of them."""
     who = {"name": user, "domain": {"id": "default"}, "password": password(user)}
     auth: Any = {"identity": {"methods": ["password"], "password": {"user": who}}, "scope": scope}
-    answer = session().post(f"{url}/auth/tokens", json={"auth": auth}, timeout=PATIENCE)
+    answer = session().post(f"{url}/auth/tokens", json={"auth": auth}, timeout=TIMEOUT_SECONDS)
     answer.raise_for_status()
     return answer.headers["X-Subject-Token"]
 
@@ -91,7 +91,7 @@ class Admin:
 
     def call(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
         """What Keystone answers."""
-        answer = self.session.request(method, f"{self.url}/{path}", json=body, timeout=PATIENCE)
+        answer = self.session.request(method, f"{self.url}/{path}", json=body, timeout=TIMEOUT_SECONDS)
         if not answer.ok:
             raise SystemExit(f"identity.py: {method} {path}: {answer.status_code}: {answer.text}")
         return answer.json() if answer.content else None

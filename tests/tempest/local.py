@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import requests
 
-PATIENCE = 300.0
+TIMEOUT_SECONDS = 300.0
 
 
 def end_with_parent() -> None:
@@ -28,7 +28,7 @@ def session() -> requests.Session:
 def status(url: str) -> int:
     """Of what is answered there; 0 where nobody answers."""
     try:
-        return session().get(url, timeout=PATIENCE).status_code
+        return session().get(url, timeout=TIMEOUT_SECONDS).status_code
     except requests.ConnectionError:
         return 0
 
@@ -42,7 +42,7 @@ def wait_for(server: subprocess.Popen[bytes], url: str, right: set[int], log: st
 
 def until(is_so: Callable[[], bool], otherwise: Callable[[], str]) -> None:
     """Waits; says what is wrong when it has waited for too long."""
-    end = time.monotonic() + PATIENCE
+    end = time.monotonic() + TIMEOUT_SECONDS
     while not is_so():
         if time.monotonic() > end:
             raise AssertionError(f"waited in vain: {otherwise()}")

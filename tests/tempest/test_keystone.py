@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from agent import Agent
 from cloud import Cloud
 from identity import Admin, issue_token, scope
-from local import PATIENCE, session, until
+from local import TIMEOUT_SECONDS, session, until
 
 ERP = "11111111-2222-4333-8444-555555555555"
 CRM = "99999999-2222-4333-8444-555555555555"
@@ -129,11 +129,11 @@ class Keystone(unittest.TestCase):
 
         def token(name: str, **more: Any) -> str:
             wanted = {"application_credential": {"name": name, **more}}
-            made = mine.post(f"{self.cloud.keystone}/users/{user}/application_credentials", json=wanted, timeout=PATIENCE)
+            made = mine.post(f"{self.cloud.keystone}/users/{user}/application_credentials", json=wanted, timeout=TIMEOUT_SECONDS)
             made.raise_for_status()
             which = {key: made.json()["application_credential"][key] for key in ("id", "secret")}
             auth: Any = {"identity": {"methods": ["application_credential"], "application_credential": which}}
-            answer = session().post(f"{self.cloud.keystone}/auth/tokens", json={"auth": auth}, timeout=PATIENCE)
+            answer = session().post(f"{self.cloud.keystone}/auth/tokens", json={"auth": auth}, timeout=TIMEOUT_SECONDS)
             answer.raise_for_status()
             return answer.headers["X-Subject-Token"]
 
@@ -148,14 +148,14 @@ class Keystone(unittest.TestCase):
         self.assertEqual(self.look(member), 200)
         headers = {"X-Subject-Token": member}
         admin = Admin(self.cloud.keystone)
-        admin.session.delete(f"{self.cloud.keystone}/auth/tokens", headers=headers, timeout=PATIENCE).raise_for_status()
+        admin.session.delete(f"{self.cloud.keystone}/auth/tokens", headers=headers, timeout=TIMEOUT_SECONDS).raise_for_status()
         seen = self.look(member)
         self.assertIn(seen, {200, 401}, "for a while it may look on")
         self.assertEqual(self.attach(member).status, 401)
         self.assertEqual(self.look(member), 401, "it was asked about again, for the change")
         other = self.of("erp-member", "erp")
         self.assertEqual(self.look(other), 200)
-        admin.session.delete(f"{self.cloud.keystone}/auth/tokens", headers={"X-Subject-Token": other}, timeout=PATIENCE).raise_for_status()
+        admin.session.delete(f"{self.cloud.keystone}/auth/tokens", headers={"X-Subject-Token": other}, timeout=TIMEOUT_SECONDS).raise_for_status()
         self.until(lambda: self.look(other) == 401)
 
     def test_whose_user_is_disabled_changes_nothing_from_then_on(self) -> None:

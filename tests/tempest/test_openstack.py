@@ -21,7 +21,7 @@ from virt_usb_openstackclient.client import UsbClient
 
 from cloud import Cloud
 from identity import REGION, Admin, issue_token, password, scope
-from local import PATIENCE, session, until
+from local import TIMEOUT_SECONDS, session, until
 
 ERP = "11111111-2222-4333-8444-555555555555"
 OFF = "77777777-2222-4333-8444-555555555555"
@@ -220,7 +220,7 @@ class OpenStack(unittest.TestCase):
         member.headers["X-Auth-Token"] = issue_token(self.cloud.keystone, "erp-member", scope("erp"))
 
         def post(who: requests.Session, path: str, body: dict[str, Any]) -> Any:
-            answer = who.post(f"{compute}/{path}", json=body, timeout=PATIENCE)
+            answer = who.post(f"{compute}/{path}", json=body, timeout=TIMEOUT_SECONDS)
             answer.raise_for_status()
             return answer.json()
 
@@ -228,7 +228,7 @@ class OpenStack(unittest.TestCase):
         post(admin, f"flavors/{flavor}/os-extra_specs", {"extra_specs": specs})
         server = str(post(member, "servers", {"server": {"name": name, "flavorRef": flavor}})["server"]["id"])
         shown = f"{compute}/servers/{server}"
-        self.until(lambda: bool(member.get(shown, timeout=PATIENCE).json()["server"]["status"] == "ACTIVE"))
+        self.until(lambda: bool(member.get(shown, timeout=TIMEOUT_SECONDS).json()["server"]["status"] == "ACTIVE"))
         return server
 
     def until(self, is_so: Callable[[], bool]) -> None:

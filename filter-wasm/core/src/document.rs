@@ -15,7 +15,7 @@ use alloc::string::{String, ToString};
 
 use virt_usb_model::HostDocument;
 
-use crate::draft::{Draft, END, PATH_MARK};
+use crate::host_builder::{Draft, END, PATH_MARK};
 
 /// Fills `draft` with the document of the first line, and says what the other lines are. Nothing is
 /// read where the line is empty.
@@ -131,7 +131,7 @@ impl<'a> Quick<'a> {
             "claimed" | "allocated" | "removed" => self.no_reason(),
             "unavailable" => {
                 self.exactly(b",\"status_reason\":")?;
-                self.string()?.parse::<virt_usb_model::Reason>().ok()?;
+                self.string()?.parse::<virt_usb_model::UnavailableReason>().ok()?;
             }
             _ => return None,
         }
@@ -235,7 +235,7 @@ impl<'a> Quick<'a> {
             let start = draft.here();
             loop {
                 let project: virt_usb_model::ProjectId = self.string()?.parse().ok()?;
-                draft.text.extend_from_slice(crate::draft::canonical(&project).as_bytes());
+                draft.text.extend_from_slice(crate::host_builder::canonical(&project).as_bytes());
                 draft.text.push(END);
                 if self.skip(b']') {
                     break;

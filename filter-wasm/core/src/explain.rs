@@ -2,7 +2,7 @@
 
 use alloc::vec::Vec;
 
-use virt_usb_model::scheduling::{Question, Reason, Rejection, Verdict};
+use virt_usb_model::scheduling::{Question, Rejection, RejectionReason, Verdict};
 use virt_usb_model::{DeviceId, matching};
 
 use crate::inventory::Inventory;
@@ -44,11 +44,11 @@ impl Inventory {
             };
         }
         let Some(head) = head else {
-            return Verdict::Rejected(Rejection::of_host(Reason::UnknownHost));
+            return Verdict::Rejected(Rejection::of_host(RejectionReason::UnknownHost));
         };
         let (block, lane) = split(head);
         if plan.is_stale(self.blocks[block as usize].received[lane]) {
-            return Verdict::Rejected(Rejection::of_host(Reason::HostStale));
+            return Verdict::Rejected(Rejection::of_host(RejectionReason::HostStale));
         }
         match plan.serve(self, head, |_| true) {
             Some(served) => Verdict::Accepted {
@@ -75,9 +75,11 @@ impl Inventory {
                 continue;
             }
             let reason = match () {
-                () if matching == 0 => Reason::NoSuchDevice,
-                () if allowed == 0 || allowed < wanted && wanted <= matching => Reason::NotAllowed,
-                () => Reason::TooFewFree,
+                () if matching == 0 => RejectionReason::NoSuchDevice,
+                () if allowed == 0 || allowed < wanted && wanted <= matching => {
+                    RejectionReason::NotAllowed
+                }
+                () => RejectionReason::TooFewFree,
             };
             return Rejection { request: Some(number), reason, wanted, matching, allowed, free };
         }
@@ -102,7 +104,7 @@ impl Inventory {
         };
         Rejection {
             request: Some(short as u32),
-            reason: Reason::Contention,
+            reason: RejectionReason::Contention,
             wanted,
             matching: count(&|_, _| u64::MAX),
             allowed: count(&|_, row| !row.withheld(|set| plan.allows(set))),

@@ -18,12 +18,12 @@ use virt_usb_model::scheduling::Statistics;
 use virt_usb_model::{DeviceId, Status};
 
 use crate::document::{self, Read};
-use crate::draft::{Draft, DraftDevice, Traits, texts};
+use crate::hash_index::{Hint, Sparse};
+use crate::host_builder::{Draft, DraftDevice, Traits, texts};
+use crate::interner::Sets;
 use crate::keys::{Key, Keys};
 use crate::posting::{LANES, bits, split};
 use crate::refusal::Refusal;
-use crate::sets::Sets;
-use crate::sparse::{Hint, Sparse};
 
 /// No row.
 const NONE: u32 = u32::MAX;

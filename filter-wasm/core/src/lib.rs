@@ -13,20 +13,22 @@
 //! | module | what it does |
 //! |---|---|
 //! | `refusal` | why an input was not taken; questions and answers are the model's |
-//! | `draft`, `document` | one host as it comes in: typed, or as a host document |
+//! | `host_builder`, `document` | one host as it comes in: typed, or as a host document |
 //! | `inventory` | the fleet: rows of devices, and its index |
-//! | `posting`, `sparse`, `keys`, `sets` | the index's parts |
+//! | `posting`, `hash_index`, `keys`, `interner` | the index's parts |
 //! | `plan` | a question against the index |
-//! | `hall` | whether one host serves all requests at once, and how much it would have to spare |
+//! | `feasibility` | whether one host serves all requests at once, and how much it would have to spare |
 //! | `select`, `rank`, `explain` | the answers |
 //! | [`text`] | the same engine for callers that speak in strings |
 #![no_std]
 extern crate alloc;
 
 mod document;
-mod draft;
 mod explain;
-mod hall;
+mod feasibility;
+mod hash_index;
+mod host_builder;
+mod interner;
 mod inventory;
 mod keys;
 mod plan;
@@ -34,14 +36,13 @@ mod posting;
 mod rank;
 mod refusal;
 mod select;
-mod sets;
-mod sparse;
 pub mod text;
 
-pub use draft::{Draft, DraftDevice};
+pub use host_builder::{Draft, DraftDevice};
 pub use inventory::{Inventory, Loaded, RefusedLine};
 pub use plan::Prepared;
 pub use refusal::Refusal;
 pub use virt_usb_model::scheduling::{
-    Moment, Placement, Question, Reason, Rejection, Selection, Statistics, Verdict, Weights,
+    Moment, Placement, Question, Rejection, RejectionReason, Selection, Statistics, Verdict,
+    Weights,
 };

@@ -7,14 +7,14 @@ use alloc::vec::Vec;
 use virt_usb_model::scheduling::{Moment, Question, Weights};
 use virt_usb_model::{Selector, flavor};
 
-use crate::draft::{canonical, path_tag, texts};
-use crate::hall::{FEW, Served, Wants};
+use crate::feasibility::{FEW, Served, Wants};
+use crate::hash_index::Hint;
+use crate::host_builder::{canonical, path_tag, texts};
 use crate::inventory::{Inventory, Row};
 use crate::keys::{Key, kind, port_code};
 use crate::posting::Posting;
 use crate::rank;
 use crate::refusal::Refusal;
-use crate::sparse::Hint;
 
 /// What one selector comes to. Requests with the same selector share one.
 #[derive(Debug)]

@@ -5,7 +5,7 @@ use core::cmp::Ordering;
 
 use virt_usb_model::scheduling::Weights;
 
-use crate::hall;
+use crate::feasibility;
 
 /// More free devices for others than this make no difference.
 const MOST_OTHERS: u32 = 255;
@@ -13,7 +13,8 @@ const MOST_OTHERS: u32 = 255;
 /// From −25 500 to 12 700, for weights of at most [`Weights::MAX`].
 pub(crate) fn score(weights: Weights, slack: u32, others: u32) -> i16 {
     let part = |weight: u8, n: u32, most: u32| i32::from(weight) * n.min(most) as i32;
-    let score = part(weights.spare, slack, hall::MOST) - part(weights.reserve, others, MOST_OTHERS);
+    let score =
+        part(weights.spare, slack, feasibility::MOST) - part(weights.reserve, others, MOST_OTHERS);
     i16::try_from(score).unwrap_or(i16::MIN)
 }
 

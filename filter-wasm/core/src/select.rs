@@ -10,7 +10,7 @@ use alloc::vec::Vec;
 
 use virt_usb_model::scheduling::{Placement, Question, Selection, Weights};
 
-use crate::hall::FEW;
+use crate::feasibility::FEW;
 use crate::inventory::{Block, Inventory};
 use crate::plan::{Entry, Plan, Rows};
 use crate::posting::{Chunk, LANES, Posting, bits, split};

@@ -11,7 +11,7 @@ mod made {
     wasmtime::component::bindgen!({ path: "../../wit", world: "filter" });
 }
 
-use virt_usb_model::scheduling::{Moment, Question, Reason, Rejection, Weights};
+use virt_usb_model::scheduling::{Moment, Question, Rejection, RejectionReason, Weights};
 use virt_usb_model::{DeviceRequest, Status};
 
 pub(crate) use made::exports::virt_usb::scheduler::inventory::Guest;
@@ -65,13 +65,13 @@ impl From<wit::Rejection> for Rejection {
     fn from(r: wit::Rejection) -> Self {
         let wit::Rejection { request, reason, wanted, matching, allowed, free } = r;
         let reason = match reason {
-            wit::Reason::NoSuchDevice => Reason::NoSuchDevice,
-            wit::Reason::TooFewFree => Reason::TooFewFree,
-            wit::Reason::Contention => Reason::Contention,
-            wit::Reason::NotAllowed => Reason::NotAllowed,
-            wit::Reason::NodeStale => Reason::HostStale,
-            wit::Reason::UnknownNode => Reason::UnknownHost,
-            wit::Reason::Other(text) => Reason::Other(clean(&text)),
+            wit::Reason::NoSuchDevice => RejectionReason::NoSuchDevice,
+            wit::Reason::TooFewFree => RejectionReason::TooFewFree,
+            wit::Reason::Contention => RejectionReason::Contention,
+            wit::Reason::NotAllowed => RejectionReason::NotAllowed,
+            wit::Reason::NodeStale => RejectionReason::HostStale,
+            wit::Reason::UnknownNode => RejectionReason::UnknownHost,
+            wit::Reason::Other(text) => RejectionReason::Other(clean(&text)),
         };
         Self { request, reason, wanted, matching, allowed, free }
     }

@@ -39,5 +39,6 @@ pub use filter::{Filter, Limits, Options, hex, sha256};
 pub use fleet::Fleet;
 pub use session::{Prepared, Session};
 pub use virt_usb_model::scheduling::{
-    Moment, Placement, Question, Reason, Rejection, Selection, Statistics, Verdict, Weights,
+    Moment, Placement, Question, Rejection, RejectionReason, Selection, Statistics, Verdict,
+    Weights,
 };

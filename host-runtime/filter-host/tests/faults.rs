@@ -6,7 +6,7 @@ mod common;
 
 use common::{built, component, faulty, file, fleet, keys, made, names, ours, small};
 use virt_usb_filter_host::{
-    Error, Fault, Filter, Fleet, LoadError, Options, Reason, Session, Verdict,
+    Error, Fault, Filter, Fleet, LoadError, Options, RejectionReason, Session, Verdict,
 };
 
 fn load(bytes: &[u8]) -> Result<Filter, LoadError> {
@@ -41,7 +41,7 @@ fn another_filter_takes_the_place_of_ours() {
     let Verdict::Rejected(why) = session.explain(&keys(1), "alpha").unwrap() else {
         panic!("accepted")
     };
-    assert_eq!(why.reason, Reason::Other("it knows no devices".into()));
+    assert_eq!(why.reason, RejectionReason::Other("it knows no devices".into()));
     let prepared = session.prepare(keys(1)).unwrap();
     assert!(matches!(session.check(&prepared, "alpha", 0).unwrap(), Verdict::Rejected(_)));
 }

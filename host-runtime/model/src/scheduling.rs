@@ -104,7 +104,7 @@ pub struct Rejection {
     /// The first request that is not served, from 0; none where the host as a whole is out.
     pub request: Option<u32>,
     /// Why.
-    pub reason: Reason,
+    pub reason: RejectionReason,
     /// How many devices the request wants.
     pub wanted: u32,
     /// How many the host has that match, in whatever state.
@@ -117,14 +117,14 @@ pub struct Rejection {
 
 impl Rejection {
     /// Of the host as a whole.
-    pub const fn of_host(reason: Reason) -> Self {
+    pub const fn of_host(reason: RejectionReason) -> Self {
         Self { request: None, reason, wanted: 0, matching: 0, allowed: 0, free: 0 }
     }
 }
 
 /// Why a host cannot serve.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub enum Reason {
+pub enum RejectionReason {
     /// It has no device that matches.
     NoSuchDevice,
     /// It has matching devices, but not enough that are free.
@@ -141,8 +141,8 @@ pub enum Reason {
     Other(String),
 }
 
-impl Reason {
-    /// The spelling in JSON; of [`Reason::Other`] its text.
+impl RejectionReason {
+    /// The spelling in JSON; of [`RejectionReason::Other`] its text.
     pub fn name(&self) -> &str {
         match self {
             Self::NoSuchDevice => "no-such-device",
@@ -156,7 +156,7 @@ impl Reason {
     }
 }
 
-impl Serialize for Reason {
+impl Serialize for RejectionReason {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.serialize_str(self.name())
     }
@@ -170,24 +170,24 @@ impl fmt::Display for Rejection {
             write!(f, "usb_devices[{request}] wants {wanted}: ")?;
         }
         match reason {
-            Reason::NoSuchDevice => write!(f, "no device of the host matches"),
-            Reason::TooFewFree if allowed < matching => {
+            RejectionReason::NoSuchDevice => write!(f, "no device of the host matches"),
+            RejectionReason::TooFewFree if allowed < matching => {
                 write!(
                     f,
                     "{matching} match, {allowed} of them are for this project, {free} of those are \
                         free"
                 )
             }
-            Reason::TooFewFree => write!(f, "{matching} match, {free} of them are free"),
-            Reason::Contention => {
+            RejectionReason::TooFewFree => write!(f, "{matching} match, {free} of them are free"),
+            RejectionReason::Contention => {
                 write!(f, "{free} are free, but other requests of the flavor need them")
             }
-            Reason::NotAllowed => {
+            RejectionReason::NotAllowed => {
                 write!(f, "{matching} match, {allowed} of them are for this project")
             }
-            Reason::HostStale => write!(f, "the host was last heard of too long ago"),
-            Reason::UnknownHost => write!(f, "the host is not in the inventory"),
-            Reason::Other(text) => f.write_str(text),
+            RejectionReason::HostStale => write!(f, "the host was last heard of too long ago"),
+            RejectionReason::UnknownHost => write!(f, "the host is not in the inventory"),
+            RejectionReason::Other(text) => f.write_str(text),
         }
     }
 }

@@ -23,7 +23,7 @@ use crate::ParseError;
 
 /// Why a device is not offered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Reason {
+pub enum UnavailableReason {
     /// No whitelist rule matches it.
     Whitelist,
     /// The host uses it, and no rule names it.
@@ -38,7 +38,7 @@ pub enum Reason {
     Unreachable,
 }
 
-impl Reason {
+impl UnavailableReason {
     /// All of them.
     pub const ALL: [Self; 6] = [
         Self::Whitelist,
@@ -62,12 +62,12 @@ impl Reason {
     }
 }
 
-impl fmt::Display for Reason {
+impl fmt::Display for UnavailableReason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.name())
     }
 }
-impl FromStr for Reason {
+impl FromStr for UnavailableReason {
     type Err = ParseError;
     fn from_str(text: &str) -> Result<Self, ParseError> {
         Self::ALL.into_iter().find(|r| r.name() == text).ok_or_else(|| {
@@ -78,7 +78,7 @@ impl FromStr for Reason {
         })
     }
 }
-impl Serialize for Reason {
+impl Serialize for UnavailableReason {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.serialize_str(self.name())
     }
@@ -105,7 +105,7 @@ pub enum Status {
     /// Unplugged while an instance holds it.
     Removed,
     /// Plugged in, but not offered.
-    Unavailable(Reason),
+    Unavailable(UnavailableReason),
 }
 
 impl Status {
@@ -118,7 +118,7 @@ impl Status {
     pub const fn derive(
         hold: Option<Hold>,
         present: bool,
-        withheld: Option<Reason>,
+        withheld: Option<UnavailableReason>,
     ) -> Option<Self> {
         match (hold, present, withheld) {
             (Some(_), false, _) => Some(Self::Removed),
@@ -142,7 +142,7 @@ impl Status {
     }
 
     /// Why it is unavailable.
-    pub const fn reason(self) -> Option<Reason> {
+    pub const fn reason(self) -> Option<UnavailableReason> {
         match self {
             Self::Unavailable(reason) => Some(reason),
             _ => None,
@@ -209,7 +209,7 @@ mod tests {
     fn a_held_device_is_never_shown_as_free() {
         for hold in [Hold::Claimed, Hold::Allocated] {
             for present in [false, true] {
-                for withheld in [None, Some(Reason::Whitelist)] {
+                for withheld in [None, Some(UnavailableReason::Whitelist)] {
                     let status = Status::derive(Some(hold), present, withheld).unwrap();
                     assert!(status.is_held(), "{status}");
                     assert_eq!(status == Status::Removed, !present);
@@ -222,11 +222,13 @@ mod tests {
     fn columns_read_what_they_write() {
         for hold in [None, Some(Hold::Claimed), Some(Hold::Allocated)] {
             for present in [false, true] {
-                for withheld in core::iter::once(None).chain(Reason::ALL.map(Some)) {
+                for withheld in core::iter::once(None).chain(UnavailableReason::ALL.map(Some)) {
                     let Some(status) = Status::derive(hold, present, withheld) else { continue };
-                    let back =
-                        Status::from_columns(status.name(), status.reason().map(Reason::name))
-                            .unwrap();
+                    let back = Status::from_columns(
+                        status.name(),
+                        status.reason().map(UnavailableReason::name),
+                    )
+                    .unwrap();
                     assert_eq!(back, status);
                     assert!(Status::NAMES.contains(&status.name()));
                 }
@@ -238,7 +240,7 @@ mod tests {
 
     #[test]
     fn what_is_not_offered_is_not_taken() {
-        let off = Status::Unavailable(Reason::HostUse);
+        let off = Status::Unavailable(UnavailableReason::HostUse);
         assert!(!off.may_become(Status::Claimed) && !off.may_become(Status::Allocated));
         assert!(off.may_become(Status::Available));
         assert!(!Status::Available.may_become(Status::Removed));

@@ -10,7 +10,8 @@ use serde_json::Value;
 use crate::flavor::Tag;
 use crate::json::{FromJson, Object, parse_text, whole};
 use crate::{
-    Class, Device, DevicePath, ParseError, PortPath, ProductId, ProjectId, Reason, VendorId,
+    Class, Device, DevicePath, ParseError, PortPath, ProductId, ProjectId, UnavailableReason,
+    VendorId,
 };
 
 /// One rule. What it names must all match; `tags` and `projects` are what it gives to the devices
@@ -169,9 +170,9 @@ pub struct Whitelist {
 
 /// What the whitelist says of one device.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Verdict {
+pub struct RuleVerdict {
     /// Why it is not offered; `None`: it is.
-    pub withheld: Option<Reason>,
+    pub withheld: Option<UnavailableReason>,
     /// The rule that decided, counted from 0.
     pub rule: Option<usize>,
     /// The projects that may use it; empty: every one.
@@ -184,13 +185,13 @@ pub struct Verdict {
     pub because: String,
 }
 
-impl Verdict {
+impl RuleVerdict {
     /// The verdict for a device that no rule can give away: another guest has it, or nobody can use
     /// it.
     #[must_use]
     pub fn withheld_for(self, why: &str) -> Self {
         Self {
-            withheld: Some(Reason::HostUse),
+            withheld: Some(UnavailableReason::HostUse),
             because: format!("{why}; no rule changes that"),
             ..self
         }
@@ -244,7 +245,7 @@ impl Whitelist {
 
     /// Judges one device. Hubs are not judged: they are never offered, and discovery keeps them
     /// apart.
-    pub fn judge(&self, device: &Device) -> Verdict {
+    pub fn judge(&self, device: &Device) -> RuleVerdict {
         let mut matching = self.rules.iter().enumerate().filter(|(_, rule)| rule.matches(device));
         // What the host uses is given away by a rule that names it, though a broader one stands
         // before it.
@@ -253,7 +254,7 @@ impl Whitelist {
         let found = naming().or_else(|| matching.next());
         let number = found.map(|(i, _)| i);
         let by = number.map_or_else(String::new, |i| format!("rule {}", i + 1));
-        let verdict = |withheld, because: String| Verdict {
+        let verdict = |withheld, because: String| RuleVerdict {
             withheld,
             rule: number,
             projects: found
@@ -269,7 +270,7 @@ impl Whitelist {
                 verdict(None, format!("{by} names it, though the host uses it ({used})"))
             }
             (_, Some(used)) => verdict(
-                Some(Reason::HostUse),
+                Some(UnavailableReason::HostUse),
                 format!(
                     "the host uses it ({used}); a rule that names it by product, serial, port or \
                         device would offer it"
@@ -277,7 +278,7 @@ impl Whitelist {
             ),
             (Some(_), None) => verdict(None, format!("{by} offers it")),
             (None, None) if self.on => verdict(
-                Some(Reason::Whitelist),
+                Some(UnavailableReason::Whitelist),
                 "no rule matches it and usb_white_list_switch is on".to_string(),
             ),
             (None, None) => verdict(None, "usb_white_list_switch is off".to_string()),
@@ -336,7 +337,10 @@ mod tests {
     fn off_offers_everything_but_what_the_host_uses() {
         let off = Whitelist::default();
         assert_eq!(off.judge(&stick(None)).withheld, None);
-        assert_eq!(off.judge(&stick(Some("mounted on /"))).withheld, Some(Reason::HostUse));
+        assert_eq!(
+            off.judge(&stick(Some("mounted on /"))).withheld,
+            Some(UnavailableReason::HostUse)
+        );
     }
 
     #[test]
@@ -346,14 +350,21 @@ mod tests {
         assert_eq!(list(true, &rule), list(true, &text));
         assert_eq!(list(true, &rule).judge(&stick(None)).rule, Some(0));
         let other = json!([{"vendor":"0x136b","bus":3}]);
-        assert_eq!(list(true, &other).judge(&stick(None)).withheld, Some(Reason::Whitelist));
+        assert_eq!(
+            list(true, &other).judge(&stick(None)).withheld,
+            Some(UnavailableReason::Whitelist)
+        );
     }
 
     #[test]
     fn only_a_rule_that_names_it_gives_away_what_the_host_uses() {
         let used = stick(Some("mounted on /"));
         for broad in [json!({"class":"mass-storage"}), json!({"vendor":"136b"}), json!({"bus":2})] {
-            assert_eq!(list(true, &broad).judge(&used).withheld, Some(Reason::HostUse), "{broad}");
+            assert_eq!(
+                list(true, &broad).judge(&used).withheld,
+                Some(UnavailableReason::HostUse),
+                "{broad}"
+            );
         }
         for exact in [
             json!({"vendor":"136b","product":3}),

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!  hotplug ─┐                 quiet for 15 ms,
-//!  SIGHUP ──┼─► Nudge ─► ──── or 1 s since    ───► scan ─► plan ─► store ─► the guests' thread is told
+//!  SIGHUP ──┼─► DeviceSignal ─► or 1 s since    ───► scan ─► plan ─► store ─► the guests' thread is told
 //!  clock ───┘                 the first event
 //! ```
 //! It never asks libvirt, so that the inventory is true whatever the guests do. systemd's watchdog
@@ -42,7 +42,7 @@ const PRUNE: Duration = Duration::from_secs(24 * 3600);
 
 /// What the thread is told.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Nudge {
+pub(super) enum DeviceSignal {
     /// A device came or went, or guests use others than before.
     Usb,
     /// Read the configuration again.
@@ -55,7 +55,7 @@ pub(super) enum Nudge {
 #[derive(Clone)]
 pub(super) struct Pulse(Arc<Mutex<Instant>>);
 
-/// The guests' thread waits for nothing but the store's lock, [`PATIENCE`](super::PATIENCE) at the
+/// The guests' thread waits for nothing but the store's lock, [`STORE_LOCK_TIMEOUT`](super::STORE_LOCK_TIMEOUT) at the
 /// most each time.
 const PULSE: Duration = Duration::from_secs(25);
 
@@ -240,15 +240,19 @@ impl Devices {
     /// told to stop.
     pub(super) fn run(
         mut self,
-        nudges: &Receiver<Nudge>,
+        signals: &Receiver<DeviceSignal>,
         ready: impl FnOnce(),
     ) -> Result<(), String> {
-        let done = self.follow(nudges, ready);
+        let done = self.follow(signals, ready);
         drop(self.guests.send(Signal::Stop));
         done
     }
 
-    fn follow(&mut self, nudges: &Receiver<Nudge>, ready: impl FnOnce()) -> Result<(), String> {
+    fn follow(
+        &mut self,
+        signals: &Receiver<DeviceSignal>,
+        ready: impl FnOnce(),
+    ) -> Result<(), String> {
         let mut wait_for_next = self.scan(Instant::now(), None);
         ready();
         let watchdog = sd_notify::watchdog_enabled().map(|limit| limit / 2);
@@ -273,7 +277,7 @@ impl Devices {
                 .min(edits.next_look())
                 .min(watchdog.unwrap_or(LOOK))
                 .max(Duration::from_millis(1));
-            let first = match nudges.recv_timeout(wait) {
+            let first = match signals.recv_timeout(wait) {
                 Ok(nudge) => Some(nudge),
                 Err(RecvTimeoutError::Timeout) => None,
                 Err(RecvTimeoutError::Disconnected) => return Ok(()),
@@ -281,14 +285,14 @@ impl Devices {
             let began = Instant::now();
             let mut seen = Heard::default();
             seen.hear(first);
-            if first == Some(Nudge::Usb) {
-                seen.burst(nudges, began);
+            if first == Some(DeviceSignal::Usb) {
+                seen.burst(signals, began);
             }
             if seen.stop {
                 return Ok(());
             }
             if edits.settled(self.rules.stamp(), seen.reload, Instant::now()) {
-                self.store.restart_patience();
+                self.store.restart_lock_timeout();
                 if self.rules.reload(|read, file| Ok(rules::admit(&self.store, read, file)?)) {
                     // Intervals and policies are theirs too.
                     drop(self.guests.send(Signal::Devices));
@@ -332,7 +336,7 @@ impl Devices {
         let mut snapshot = self.source.snapshot();
         snapshot.guests = guest_uses::of(self.hypervisor.known(), &snapshot);
         self.tell_of(&snapshot.problems);
-        self.store.restart_patience();
+        self.store.restart_lock_timeout();
         let whitelist =
             inventory::located(&config.whitelist, &mut self.store, &snapshot, &config.sysfs_root)
                 .map_err(|e| e.to_string())?;
@@ -376,7 +380,7 @@ impl Devices {
 
     fn prune(&mut self) {
         let days = self.rules.now().events_keep_days;
-        self.store.restart_patience();
+        self.store.restart_lock_timeout();
         let pruned: Result<usize, StoreError> =
             if days == 0 { Ok(0) } else { self.store.prune_events(days) };
         if let Err(e) = pruned {
@@ -386,7 +390,7 @@ impl Devices {
         if config.forget_after_days == 0 {
             return;
         }
-        self.store.restart_patience();
+        self.store.restart_lock_timeout();
         let context = machine::context(&config, ACTOR).map_err(|e| e.to_string());
         let forget = |context| {
             self.store.forget_old(config.forget_after_days, &context).map_err(|e| e.to_string())
@@ -467,25 +471,25 @@ struct Heard {
 }
 
 impl Heard {
-    fn hear(&mut self, nudge: Option<Nudge>) {
+    fn hear(&mut self, nudge: Option<DeviceSignal>) {
         match nudge {
-            Some(Nudge::Usb) => self.usb = true,
-            Some(Nudge::Reload) => self.reload = true,
-            Some(Nudge::Stop) => self.stop = true,
+            Some(DeviceSignal::Usb) => self.usb = true,
+            Some(DeviceSignal::Reload) => self.reload = true,
+            Some(DeviceSignal::Stop) => self.stop = true,
             None => {}
         }
     }
 
     /// Waits for the end of a burst: devices come in swarms, behind hubs and at replugs.
-    fn burst(&mut self, nudges: &Receiver<Nudge>, began: Instant) {
+    fn burst(&mut self, signals: &Receiver<DeviceSignal>, began: Instant) {
         while began.elapsed() < ENOUGH && !self.stop {
-            match nudges.recv_timeout(QUIET) {
+            match signals.recv_timeout(QUIET) {
                 Ok(nudge) => self.hear(Some(nudge)),
                 Err(_) => return,
             }
         }
         // What is left of it is part of what will be seen now.
-        while let Ok(nudge) = nudges.try_recv() {
+        while let Ok(nudge) = signals.try_recv() {
             self.hear(Some(nudge));
         }
     }
@@ -500,9 +504,9 @@ mod tests {
     fn a_burst_is_one_scan() {
         let (to, from) = channel();
         for _ in 0..1000 {
-            to.send(Nudge::Usb).unwrap();
+            to.send(DeviceSignal::Usb).unwrap();
         }
-        to.send(Nudge::Reload).unwrap();
+        to.send(DeviceSignal::Reload).unwrap();
         let mut heard = Heard::default();
         heard.hear(from.recv().ok());
         heard.burst(&from, Instant::now());

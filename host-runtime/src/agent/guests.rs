@@ -18,14 +18,14 @@ use virt_usb_hook::machine;
 use virt_usb_model::InstanceId;
 use virt_usb_store::{Durability, Store, StoreError};
 
-use super::devices::{Nudge, Pulse, Rules};
+use super::devices::{DeviceSignal, Pulse, Rules};
 use super::metrics::Metrics;
 use super::observe::View;
-use super::plan::{ABOUT_LIBVIRT, Gone};
-use super::work::{Absence, Found, Report, WorkError, Worker, marks};
+use super::plan::{ABOUT_LIBVIRT, Absence};
+use super::work::{Found, ObservedAbsence, Report, WorkError, Worker, marks};
 use super::workers::{PLACE_TIME, Work, Workers};
-use super::{ACTOR, PATIENCE};
-use crate::hypervisor::{Event, Failure, Hypervisor as _, IMPATIENCE, Supervised, Unanswered};
+use super::{ACTOR, STORE_LOCK_TIMEOUT};
+use crate::hypervisor::{Event, Failure, Hypervisor as _, MEETING_TIMEOUT, Supervised, Unanswered};
 
 /// The first wait before something that failed is tried again; it doubles up to [`LONGEST`].
 const SHORTEST: Duration = Duration::from_millis(500);
@@ -94,7 +94,7 @@ pub(super) struct Guests {
     hypervisor: Arc<Supervised>,
     store: Store,
     metrics: Arc<Metrics>,
-    devices: Sender<Nudge>,
+    devices: Sender<DeviceSignal>,
     pulse: Pulse,
     workers: Workers<Job>,
     /// Whoever is to be looked at.
@@ -135,7 +135,7 @@ enum Job {
     /// Which guests there are.
     List,
     /// Look at one, and do what is to be done.
-    Converge { instance: InstanceId, absence: Absence, blocked: BTreeSet<String> },
+    Converge { instance: InstanceId, absence: ObservedAbsence, blocked: BTreeSet<String> },
 }
 
 impl Guests {
@@ -148,10 +148,10 @@ impl Guests {
         hypervisor: Arc<Supervised>,
         metrics: Arc<Metrics>,
         signals: Sender<Signal>,
-        devices: Sender<Nudge>,
+        devices: Sender<DeviceSignal>,
         pulse: Pulse,
     ) -> anyhow::Result<Self> {
-        let store = Store::open(&rules.now().state_dir, PATIENCE, Durability::Power)?;
+        let store = Store::open(&rules.now().state_dir, STORE_LOCK_TIMEOUT, Durability::Power)?;
         let (of, supervised, counted) = (rules.clone(), hypervisor.clone(), metrics.clone());
         let make = move || -> anyhow::Result<Work<Job>> {
             let mut worker = Worker::open(of.now(), supervised.clone(), counted.clone(), ACTOR)?;
@@ -224,7 +224,7 @@ impl Guests {
             }
             self.tend();
             if self.is_stale && self.shown.elapsed() >= SECOND {
-                self.store.restart_patience();
+                self.store.restart_lock_timeout();
                 self.show(&View::read(&self.store));
             }
         }
@@ -361,7 +361,7 @@ impl Guests {
         match found {
             Found::Running | Found::Unknown => drop(self.absences.remove(&instance)),
             Found::Absent { is_known } => {
-                self.store.restart_patience();
+                self.store.restart_lock_timeout();
                 let view = View::read_about(&self.store, instance, None)?;
                 if view.knows(instance) && !self.trusted {
                     self.absences.remove(&instance);
@@ -467,7 +467,7 @@ impl Guests {
         identity: &str,
         all: Option<&[InstanceId]>,
     ) -> Result<bool, StoreError> {
-        self.store.restart_patience();
+        self.store.restart_lock_timeout();
         let before = self.store.libvirt()?;
         if before.as_deref() == Some(identity) {
             return Ok(true);
@@ -503,7 +503,7 @@ impl Guests {
     fn pass(&mut self) {
         if std::mem::take(&mut self.everybody) {
             self.last_pass = Some(Instant::now());
-            self.store.restart_patience();
+            self.store.restart_lock_timeout();
             if let Err(e) = self.begin_round() {
                 tracing::error!("the guests cannot be looked at: {e}; it is tried again");
                 let interval = self.rules.now().scan_interval;
@@ -546,7 +546,7 @@ impl Guests {
             return;
         }
         self.busy.insert(instance, false);
-        let absence = Absence {
+        let absence = ObservedAbsence {
             gone: self.gone(instance),
             claims: Some(
                 self.absences
@@ -562,7 +562,7 @@ impl Guests {
     /// What lasts too long is told of, and not waited for.
     fn tend(&mut self) {
         let load = self.workers.relieve();
-        let unanswered = self.hypervisor.unanswered(IMPATIENCE);
+        let unanswered = self.hypervisor.unanswered(MEETING_TIMEOUT);
         let is_blocked = self.hypervisor.is_blocked();
         if is_blocked && !std::mem::replace(&mut self.told_of_block, true) {
             tracing::error!(
@@ -575,7 +575,7 @@ impl Guests {
         }
         self.metrics.working(&load, unanswered.len(), is_blocked);
         self.tell_of(&unanswered);
-        let all_wait = load.waiting >= IMPATIENCE;
+        let all_wait = load.waiting >= MEETING_TIMEOUT;
         if all_wait && !self.told_of_workers {
             tracing::error!(
                 "{} guests keep all workers waiting: other guests are not looked at until libvirt \
@@ -609,7 +609,7 @@ impl Guests {
         }
         if round.is_whole && self.hypervisor.complete() {
             // The devices' thread ends after this one.
-            let _ = self.devices.send(Nudge::Usb);
+            let _ = self.devices.send(DeviceSignal::Usb);
         }
         self.round = None;
     }
@@ -619,7 +619,7 @@ impl Guests {
         let is_same = |one: &Unanswered, other: &Unanswered| {
             (one.instance, one.since) == (other.instance, other.since)
         };
-        let patience = self.rules.now().libvirt_patience;
+        let timeout = self.rules.now().libvirt_timeout;
         self.told.retain(|(told, _)| unanswered.iter().any(|call| is_same(told, call)));
         for call in unanswered {
             let known = self.told.iter().position(|(told, _)| is_same(told, call));
@@ -638,8 +638,8 @@ impl Guests {
                 );
             }
             let (Some(instance), Some(domain)) = (call.instance, domain) else { continue };
-            if call.since.elapsed() >= patience && !self.told[at].1 {
-                match self.note_silence(instance, &domain, call.what, patience) {
+            if call.since.elapsed() >= timeout && !self.told[at].1 {
+                match self.note_silence(instance, &domain, call.what, timeout) {
                     Ok(()) => self.told[at].1 = true,
                     Err(e) => tracing::error!(%instance, "instance {instance}: {e}"),
                 }
@@ -652,17 +652,17 @@ impl Guests {
         instance: InstanceId,
         domain: &str,
         what: &str,
-        patience: Duration,
+        timeout: Duration,
     ) -> Result<(), WorkError> {
         let context = machine::context(&self.rules.now(), ACTOR)?;
-        self.store.restart_patience();
-        let whom = self.store.asker(instance, domain, None)?;
+        self.store.restart_lock_timeout();
+        let whom = self.store.claimant(instance, domain, None)?;
         let why = format!(
             "libvirt has not answered about {domain} for {} s ({what}): QEMU hangs, or a hook of \
                 libvirt's does: 'virsh domcontrol {domain}' \
              and 'journalctl -u libvirtd' show more. It goes on by itself when libvirt answers; if \
              it never does, 'virsh destroy {domain}'",
-            patience.as_secs()
+            timeout.as_secs()
         );
         if self.store.note_problem(&whom, ABOUT_LIBVIRT, Some(&why), &context)? {
             tracing::warn!(domain, %instance, "{domain}: {why}");
@@ -689,7 +689,7 @@ impl Guests {
             (absence.claims, absence.since) = (claims, now);
         }
         absence.undefined = (!is_known).then(|| absence.undefined.unwrap_or(now));
-        let Gone { seconds, undefined } = self.gone(instance);
+        let Absence { seconds, undefined } = self.gone(instance);
         let config = self.rules.now();
         let ahead = [
             (seconds, config.absent_grace.as_secs_f64()),
@@ -706,9 +706,9 @@ impl Guests {
     }
 
     /// How long the instance has been gone; not at all where that was not seen.
-    fn gone(&self, instance: InstanceId) -> Gone {
-        let Some(absence) = self.absences.get(&instance) else { return Gone::default() };
-        Gone {
+    fn gone(&self, instance: InstanceId) -> Absence {
+        let Some(absence) = self.absences.get(&instance) else { return Absence::default() };
+        Absence {
             seconds: absence.since.elapsed().as_secs_f64(),
             undefined: absence.undefined.map(|since| since.elapsed().as_secs_f64()),
         }
@@ -738,7 +738,7 @@ mod tests {
 
     fn guests(state: &std::path::Path) -> (Guests, Receiver<Signal>) {
         let config = Config { state_dir: state.to_owned(), ..Config::default() };
-        drop(Store::create(state, PATIENCE).unwrap());
+        drop(Store::create(state, STORE_LOCK_TIMEOUT).unwrap());
         let (to, signals) = channel();
         let simulated = Arc::new(SimulatedHypervisor::new(config.clone(), channel().0));
         let supervised = Arc::new(Supervised::new(simulated, Listeners::nobody()));

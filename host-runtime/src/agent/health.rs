@@ -16,7 +16,7 @@ use virt_usb_hook::config::Tls;
 use virt_usb_hook::machine::hook_socket;
 
 use super::metrics::Metrics;
-use crate::hypervisor::{IMPATIENCE, Supervised};
+use crate::hypervisor::{MEETING_TIMEOUT, Supervised};
 use crate::listen::Certificate;
 
 /// Message that requests the health.
@@ -94,7 +94,12 @@ pub(super) fn tell(metrics: &Metrics, hypervisor: &Supervised, tls: Option<&Tls>
         connected: age(moments.connected),
         lost: age(moments.lost),
         connections: metrics.connections(),
-        unanswered: hypervisor.unanswered(IMPATIENCE).iter().take(MAX_CALLS).map(call).collect(),
+        unanswered: hypervisor
+            .unanswered(MEETING_TIMEOUT)
+            .iter()
+            .take(MAX_CALLS)
+            .map(call)
+            .collect(),
         blocked: hypervisor.is_blocked(),
         api_served: Some(metrics.api_served.load(Ordering::Relaxed)),
         metrics_served: Some(metrics.is_served()),
@@ -126,14 +131,14 @@ pub(super) fn answer(socket: &UnixDatagram, to: &SocketAddr, text: &str) {
 ///
 /// # Errors
 /// When nobody listens there, or no response arrives in time.
-pub fn ask(state_dir: &Path, patience: Duration) -> io::Result<Health> {
+pub fn ask(state_dir: &Path, timeout: Duration) -> io::Result<Health> {
     let place = hook_socket(state_dir)?;
     let mut name = [0; 16];
     getrandom::fill(&mut name).map_err(io::Error::other)?;
     let name = format!("virt-usb-{:032x}", u128::from_ne_bytes(name));
     let socket = UnixDatagram::bind_addr(&SocketAddr::from_abstract_name(name)?)?;
-    socket.set_read_timeout(Some(patience))?;
-    socket.set_write_timeout(Some(patience))?;
+    socket.set_read_timeout(Some(timeout))?;
+    socket.set_write_timeout(Some(timeout))?;
     // A connected socket receives from its peer only: the abstract name is visible to every user.
     socket.connect(format!("/proc/self/fd/{}", place.as_raw_fd()))?;
     socket.send(QUESTION.as_bytes())?;

@@ -60,7 +60,7 @@ use crate::api::{self, Api, Listening};
 use crate::discovery::{LibUsb, UsbSource, hotplug};
 use crate::fleet::publish::{Publisher, Publishing};
 use crate::hypervisor::{Event, Hypervisor, Libvirt, Listeners, Supervised};
-use devices::{Devices, Files, Nudge, Pulse, Rules};
+use devices::{DeviceSignal, Devices, Files, Pulse, Rules};
 use guests::{Guests, Signal};
 use metrics::Metrics;
 use simulation::Simulation;
@@ -68,7 +68,7 @@ use simulation::Simulation;
 pub use arguments::Arguments;
 
 /// How long the agent waits for the store's lock.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(10);
+pub(crate) const STORE_LOCK_TIMEOUT: Duration = Duration::from_secs(10);
 /// What udevd has while it runs: libusb hears of devices through it.
 const UDEVD: &str = "/run/udev/control";
 /// How often devices are looked at without it.
@@ -95,7 +95,7 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
     let simulation =
         options.sim.as_deref().map(|file| Simulation::new(file, &mut config)).transpose()?;
     let rules = rules.with(config.clone());
-    let mut store = Store::create(&config.state_dir, PATIENCE)?;
+    let mut store = Store::create(&config.state_dir, STORE_LOCK_TIMEOUT)?;
     let (_lock, lock_file) = lock(&config.state_dir)?;
     virt_usb_hook::rules::admit(&store, &config, options.config.as_deref())?;
     if options.config.is_none() && !Path::new(DEFAULT_PATH).exists() {
@@ -114,7 +114,7 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
         metrics.watch_certificate(tls.certificate.clone());
     }
     metrics::serve(metrics.clone(), config.metrics.clone())?;
-    let (to_devices, nudges) = channel();
+    let (to_devices, device_signals) = channel();
     let (to_guests, signals) = channel();
     follow_signals(to_devices.clone(), to_guests.clone())?;
     let world = World::new(&config, simulation, &to_devices, &to_guests)?;
@@ -128,7 +128,7 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
         // libvirt has called it: it is there.
         retry();
         if message.split(' ').next() == Some(machine::COMMAND) {
-            let _ = of_commands.0.send(Nudge::Usb);
+            let _ = of_commands.0.send(DeviceSignal::Usb);
             drop(of_commands.1.send(Signal::Devices));
         }
     };
@@ -168,14 +168,14 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
     };
     let watching = std::thread::Builder::new()
         .name("devices".into())
-        .spawn(move || devices.run(&nudges, ready))?;
+        .spawn(move || devices.run(&device_signals, ready))?;
     guests.run(&signals);
     drop(sd_notify::notify(&[sd_notify::NotifyState::Stopping]));
     api.stop();
     if let Some(publishing) = publishing {
         publishing.stop();
     }
-    let _ = to_devices.send(Nudge::Stop);
+    let _ = to_devices.send(DeviceSignal::Stop);
     match watching.join() {
         Ok(Ok(())) => tracing::info!("stopped"),
         Ok(Err(why)) => bail!(why),
@@ -185,7 +185,7 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
 }
 
 /// Who is told by the calls to libvirt that are supervised.
-fn listeners(guests: &Sender<Signal>, devices: &Sender<Nudge>) -> Listeners {
+fn listeners(guests: &Sender<Signal>, devices: &Sender<DeviceSignal>) -> Listeners {
     let (guests, devices) = (guests.clone(), devices.clone());
     Listeners {
         answered: Box::new(move |instance| {
@@ -194,7 +194,7 @@ fn listeners(guests: &Sender<Signal>, devices: &Sender<Nudge>) -> Listeners {
         changed: Box::new(move |before, now| {
             if guest_uses::have_changed(before, now) {
                 // The devices' thread ends after the guests'.
-                let _ = devices.send(Nudge::Usb);
+                let _ = devices.send(DeviceSignal::Usb);
             }
         }),
     }
@@ -215,7 +215,7 @@ impl World {
     fn new(
         config: &Config,
         simulation: Option<Simulation>,
-        devices: &Sender<Nudge>,
+        devices: &Sender<DeviceSignal>,
         guests: &Sender<Signal>,
     ) -> anyhow::Result<Self> {
         let events = forward(guests.clone())?;
@@ -225,7 +225,7 @@ impl World {
         let failed = |why: &str| {
             tracing::warn!("no hotplug events ({why}): devices are seen at the next scan");
         };
-        hotplug::follow(devices.clone(), Nudge::Usb, failed)?;
+        hotplug::follow(devices.clone(), DeviceSignal::Usb, failed)?;
         let libvirt = Libvirt::new(&config.libvirt_uri);
         libvirt.follow(events)?;
         let retried = libvirt.clone();
@@ -341,12 +341,12 @@ fn lock(state_dir: &Path) -> anyhow::Result<(File, PathBuf)> {
 }
 
 /// SIGHUP: read the configuration again; SIGTERM and SIGINT: end.
-fn follow_signals(devices: Sender<Nudge>, guests: Sender<Signal>) -> std::io::Result<()> {
+fn follow_signals(devices: Sender<DeviceSignal>, guests: Sender<Signal>) -> std::io::Result<()> {
     let mut signals = Signals::new([SIGHUP, SIGTERM, SIGINT])?;
     let follow = move || {
         for signal in signals.forever() {
             match signal {
-                SIGHUP => drop(devices.send(Nudge::Reload)),
+                SIGHUP => drop(devices.send(DeviceSignal::Reload)),
                 _ => drop(guests.send(Signal::Stop)),
             }
         }

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use virt_usb_domxml::{Domain, UsbHostdev, XmlError};
 use virt_usb_hook::config::Config;
-use virt_usb_hook::wish::Wish;
+use virt_usb_hook::flavor_source::FlavorRequest;
 use virt_usb_model::{BusAddress, DeviceId, Flavor, InstanceId, PortPath};
 use virt_usb_store::{ClaimRow, Record, Store, StoreError};
 
@@ -151,6 +151,7 @@ pub fn guest(running: &Running, config: &Config, store: &Store) -> Result<Guest,
 /// # Errors
 /// What is wrong with it.
 pub fn flavor(domain: &Domain, config: &Config, store: &Store) -> Result<Flavor, String> {
-    let wish = Wish::read(&domain.flavor, &config.state_dir).map_err(|fault| fault.what)?;
+    let wish =
+        FlavorRequest::read(&domain.flavor, &config.state_dir).map_err(|fault| fault.what)?;
     wish.resolve(store).map_err(|fault| fault.what)
 }

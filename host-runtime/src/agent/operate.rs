@@ -4,19 +4,19 @@
 
 use std::collections::BTreeSet;
 
-use virt_usb_hook::call::{Call, Caller, Operation};
+use virt_usb_hook::call::{Call, HookCaller, Operation};
 use virt_usb_hook::config::Config;
-pub(crate) use virt_usb_hook::guest::selects;
-use virt_usb_hook::guest::{Ports, asker};
 use virt_usb_hook::input::Input;
+pub(crate) use virt_usb_hook::verify::selects;
+use virt_usb_hook::verify::{Ports, claimant};
 use virt_usb_hook::{message, run};
-use virt_usb_model::{DeviceId, DeviceRequest, InstanceId, Reason, Selector};
-use virt_usb_store::claim::{Asker, Obstacle, SHOWN, Shortage, Why};
-use virt_usb_store::give_back::Extent;
+use virt_usb_model::{DeviceId, DeviceRequest, InstanceId, Selector, UnavailableReason};
+use virt_usb_store::claim::{Claimant, Obstacle, SHOWN, Shortage, Why};
 use virt_usb_store::problems::Problem;
+use virt_usb_store::release::Extent;
 use virt_usb_store::{Assignment, ClaimRow, Given, Record, Source, StoreError, TooMany};
 
-use super::work::{Absence, Live, Report, WorkError, Worker};
+use super::work::{Live, ObservedAbsence, Report, WorkError, Worker};
 use crate::hypervisor::{Failure, Libvirt, Started};
 
 /// What was asked for cannot be.
@@ -26,10 +26,10 @@ pub enum OperateError {
     #[error("{0}")]
     Refused(String),
     /// Devices of this host cannot serve it.
-    #[error("{}", message::shortages(asker, short, usize::MAX, host))]
+    #[error("{}", message::shortages(claimant, short, usize::MAX, host))]
     Short {
         /// Whoever asked.
-        asker: Asker,
+        claimant: Claimant,
         /// Each request that cannot be served, with what there is.
         short: Vec<Shortage>,
         /// What else is to be said of it.
@@ -64,7 +64,7 @@ fn refused<T>(why: impl Into<String>) -> Result<T, OperateError> {
     Err(OperateError::Refused(why.into()))
 }
 
-fn too_many<T>(whom: &Asker, e: TooMany) -> Result<T, OperateError> {
+fn too_many<T>(whom: &Claimant, e: TooMany) -> Result<T, OperateError> {
     refused(format!("{}: {e}", whom.domain))
 }
 
@@ -106,7 +106,7 @@ impl Worker {
         instance: InstanceId,
         requests: &[DeviceRequest],
     ) -> Result<Attached, OperateError> {
-        self.store.restart_patience();
+        self.store.restart_lock_timeout();
         let context = self.context()?;
         let Some(running) = self.hypervisor.look(instance)? else {
             let mut already = Vec::new();
@@ -126,11 +126,12 @@ impl Worker {
             return Ok(Attached { live: false, new: Vec::new(), already });
         };
         let domain = running.domain().map_err(WorkError::from)?;
-        let whom = asker(&self.store, &domain, instance)?;
+        let whom = claimant(&self.store, &domain, instance)?;
         let config = self.config.clone();
-        let mut judge = Live { ports: Ports { sysfs_root: &config.sysfs_root }, domain: &domain };
+        let mut verifier =
+            Live { ports: Ports { sysfs_root: &config.sysfs_root }, domain: &domain };
         let (new, already, assigned) =
-            match self.store.give(&whom, requests, &mut judge, &context)? {
+            match self.store.give(&whom, requests, &mut verifier, &context)? {
                 Given::Granted { new, already, assigned } => (new, already, assigned),
                 Given::Short(short) => return Err(self.short(whom, short)),
                 Given::Unfit(why) => return refused(format!("{}: {why}", whom.domain)),
@@ -141,7 +142,7 @@ impl Worker {
         {
             // Others may do the same for this instance at this moment: what is undone is what was
             // done here.
-            self.store.restart_patience();
+            self.store.restart_lock_timeout();
             self.store.dismiss(&whom, None, &assigned, &new, |_, _| false, &context)?;
             // What cannot be finished here the agent finishes.
             drop(self.finish(instance, &whom, &new));
@@ -164,10 +165,10 @@ impl Worker {
     fn bring(
         &mut self,
         instance: InstanceId,
-        whom: &Asker,
+        whom: &Claimant,
         new: &[ClaimRow],
     ) -> Result<(), OperateError> {
-        let report = self.converge(instance, &Absence::default(), &BTreeSet::new())?;
+        let report = self.converge(instance, &ObservedAbsence::default(), &BTreeSet::new())?;
         let claims = self.store.claims_of(instance)?;
         let now = |was: &ClaimRow| claims.iter().find(|c| c.id == was.id);
         if new.iter().all(|was| now(was).is_some_and(|c| c.state == "allocated" && !c.ending)) {
@@ -196,7 +197,7 @@ impl Worker {
         instance: InstanceId,
         selectors: &[Selector],
     ) -> Result<Vec<Option<Record>>, OperateError> {
-        self.store.restart_patience();
+        self.store.restart_lock_timeout();
         let whom = self.whom(instance)?;
         let context = self.context()?;
         for _ in 0..TRIES {
@@ -217,7 +218,7 @@ impl Worker {
     /// What an operator's selectors mean of what the instance holds and is assigned.
     fn meant(
         &self,
-        whom: &Asker,
+        whom: &Claimant,
         selectors: &[Selector],
         held: &[ClaimRow],
         devices: &[Record],
@@ -263,14 +264,14 @@ impl Worker {
     fn finish(
         &mut self,
         instance: InstanceId,
-        whom: &Asker,
+        whom: &Claimant,
         leaving: &[ClaimRow],
     ) -> Result<(), OperateError> {
         if leaving.is_empty() {
             return Ok(());
         }
         let context = self.context()?;
-        let report = self.converge(instance, &Absence::default(), &BTreeSet::new())?;
+        let report = self.converge(instance, &ObservedAbsence::default(), &BTreeSet::new())?;
         let mut claims = self.store.claims_of(instance)?;
         // One that somebody has given back to the instance meanwhile stays.
         claims.retain(|c| c.ending && leaving.iter().any(|was| was.id == c.id));
@@ -309,16 +310,16 @@ impl Worker {
         Ok(self.store.problems()?.into_iter().find(about).map(|p| p.what))
     }
 
-    fn short(&self, asker: Asker, short: Vec<Shortage>) -> OperateError {
+    fn short(&self, claimant: Claimant, short: Vec<Shortage>) -> OperateError {
         let host = message::Host::of(&self.config, &self.store, &short);
-        OperateError::Short { asker, short, host }
+        OperateError::Short { claimant, short, host }
     }
 
     /// The requests that no device which this host has ever seen could serve, whoever has it now: a
     /// start would be refused for ever.
     fn hopeless(
         &self,
-        whom: &Asker,
+        whom: &Claimant,
         requests: &[DeviceRequest],
     ) -> Result<Vec<Shortage>, OperateError> {
         let all = self.store.all_devices()?;
@@ -328,7 +329,7 @@ impl Worker {
                 all.iter().filter(|r| selects(&request.selector, r)).collect();
             let obstacle = |record: &&Record| {
                 let why = match record.rule_withheld {
-                    Some(Reason::Whitelist) => Why::Unavailable,
+                    Some(UnavailableReason::Whitelist) => Why::Unavailable,
                     _ if !record.is_for(whom.project.as_ref()) => Why::Project,
                     _ => return None,
                 };
@@ -363,15 +364,15 @@ impl Worker {
     }
 
     /// As its domain is called and whose it is, or was when it claimed.
-    fn whom(&self, instance: InstanceId) -> Result<Asker, OperateError> {
+    fn whom(&self, instance: InstanceId) -> Result<Claimant, OperateError> {
         if let Some(xml) = self.hypervisor.xml(instance)? {
             let domain = virt_usb_domxml::read(xml.as_bytes()).map_err(WorkError::from)?;
-            return Ok(asker(&self.store, &domain, instance)?);
+            return Ok(claimant(&self.store, &domain, instance)?);
         }
         let claims = self.store.claims_of(instance)?;
         match claims.first() {
-            Some(claim) => Ok(claim.asker()),
-            None => Ok(self.store.asker(instance, &instance.to_string(), None)?),
+            Some(claim) => Ok(claim.claimant()),
+            None => Ok(self.store.claimant(instance, &instance.to_string(), None)?),
         }
     }
 }
@@ -397,7 +398,7 @@ pub fn start(
         name: name.to_owned(),
         op: "prepare".to_owned(),
         operation: Operation::Gate,
-        caller: Caller::Starter,
+        caller: HookCaller::Starter,
     };
     let config = Config::clone(&worker.config);
     let answer = run::handle_with(Ok(config), &call, Input::Xml(definition.into_bytes())).answer;
@@ -416,7 +417,7 @@ pub fn start(
             // guest that runs after all keeps it.
             if libvirt.definition(instance).is_ok() {
                 let context = worker.context()?;
-                worker.store.restart_patience();
+                worker.store.restart_lock_timeout();
                 worker.store.release(instance, Extent::Run, "it did not start", &context)?;
             }
             Err(WorkError::from(why).into())

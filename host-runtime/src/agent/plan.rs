@@ -16,7 +16,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use virt_usb_domxml::{Domain, UsbHostdev};
 use virt_usb_hook::config::ReplugPolicy;
-use virt_usb_hook::guest::{holding, missing_redirdevs};
+use virt_usb_hook::verify::{holding, missing_redirdevs};
 use virt_usb_model::{DeviceId, InstanceId};
 use virt_usb_store::adopt::Holding;
 use virt_usb_store::{ClaimRow, Record};
@@ -36,7 +36,7 @@ pub struct Guest {
 
 /// How long an instance's guest has been gone, in seconds.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
-pub struct Gone {
+pub struct Absence {
     /// That it does not run, its claims unchanged.
     pub seconds: f64,
     /// That there is no domain of this UUID at all; none: there is one.
@@ -51,7 +51,7 @@ pub enum Seen<'a> {
     /// It runs.
     Running(&'a Guest),
     /// It does not.
-    Absent(Gone),
+    Absent(Absence),
 }
 
 /// One instance.
@@ -206,7 +206,7 @@ pub fn plan(instance: &Instance<'_>, host: &Host<'_>) -> Vec<Step> {
 fn absent(
     instance: &Instance<'_>,
     host: &Host<'_>,
-    Gone { seconds, undefined }: Gone,
+    Absence { seconds, undefined }: Absence,
 ) -> Vec<Step> {
     let is_over = undefined.is_some_and(|undefined| undefined >= host.undefined_grace);
     let ended = instance.problems.keys().filter(|about| is_over || *about != ABOUT_STOP);

@@ -12,7 +12,7 @@ use virt_usb_model::device::Problem;
 use virt_usb_store::user::User;
 
 use super::World;
-use super::devices::Nudge;
+use super::devices::DeviceSignal;
 use crate::discovery::{Simulated, Snapshot, UsbSource};
 use crate::hypervisor::{Event, SimulatedHypervisor};
 use crate::stamp::{Stamp, stamp};
@@ -55,7 +55,7 @@ impl Simulation {
         self,
         config: &Config,
         events: Sender<Event>,
-        devices: Sender<Nudge>,
+        devices: Sender<DeviceSignal>,
     ) -> anyhow::Result<World> {
         // It is there from the beginning.
         events.send(Event::Connected)?;
@@ -88,14 +88,14 @@ impl Simulation {
     }
 }
 
-fn watch(file: &Path, devices: &Sender<Nudge>) {
+fn watch(file: &Path, devices: &Sender<DeviceSignal>) {
     let mut known = stamp(file);
     loop {
         std::thread::sleep(LOOK);
         let now = stamp(file);
         if now != known {
             known = now;
-            if devices.send(Nudge::Usb).is_err() {
+            if devices.send(DeviceSignal::Usb).is_err() {
                 return;
             }
         }

@@ -8,22 +8,22 @@ use std::time::{Duration, Instant};
 use jiff::Timestamp;
 use virt_usb_domxml::{Domain, UsbHostdev, XmlError, redirdev_element};
 use virt_usb_hook::config::{AttachFailurePolicy, Config};
-use virt_usb_hook::guest::{
-    Delivery, NO_SPICE, Ports, asker, hostdev, is_device, port_speeds, refuse_taken_aliases, room,
-    slowed,
-};
 use virt_usb_hook::machine;
+use virt_usb_hook::verify::{
+    Delivery, NO_SPICE, Ports, claimant, hostdev, is_device, port_speeds, refuse_taken_aliases,
+    room, slowed,
+};
 use virt_usb_model::{DeviceId, InstanceId, SpeedMask};
 use virt_usb_store::adopt::Stage;
-use virt_usb_store::claim::{Asker, Granted, Judge, Verified};
+use virt_usb_store::claim::{ClaimVerifier, Claimant, Granted, Verified};
 use virt_usb_store::events::Filter;
-use virt_usb_store::give_back::{Extent, Witness};
+use virt_usb_store::release::{Extent, Witness};
 use virt_usb_store::{ClaimRow, Context, Durability, Record, Store, StoreError};
 
-use super::PATIENCE;
+use super::STORE_LOCK_TIMEOUT;
 use super::metrics::Metrics;
 use super::observe::{View, guest};
-use super::plan::{ABOUT_LIBVIRT, ABOUT_STOP, Gone, Guest, Seen, Step, about_device};
+use super::plan::{ABOUT_LIBVIRT, ABOUT_STOP, Absence, Guest, Seen, Step, about_device};
 use crate::discovery::host_driver;
 use crate::hypervisor::{Failure, Hypervisor};
 
@@ -56,9 +56,9 @@ pub struct Worker {
 
 /// That a guest was gone at looks before.
 #[derive(Debug, Clone, PartialEq, Default)]
-pub struct Absence {
+pub struct ObservedAbsence {
     /// For how long.
-    pub gone: Gone,
+    pub gone: Absence,
     /// What the instance held all that time, as [`marks`] has it; none: whatever it holds.
     pub claims: Option<Vec<(i64, i64)>>,
 }
@@ -142,7 +142,7 @@ impl Worker {
         metrics: Arc<Metrics>,
         actor: &str,
     ) -> Result<Self, StoreError> {
-        let store = Store::open(&config.state_dir, PATIENCE, Durability::Power)?;
+        let store = Store::open(&config.state_dir, STORE_LOCK_TIMEOUT, Durability::Power)?;
         Ok(Self { config, hypervisor, store, metrics, actor: actor.to_owned() })
     }
 
@@ -154,13 +154,13 @@ impl Worker {
     pub fn converge(
         &mut self,
         instance: InstanceId,
-        absence: &Absence,
+        absence: &ObservedAbsence,
         blocked: &BTreeSet<String>,
     ) -> Result<Report, WorkError> {
         let mut report = Report::default();
         let mut tried = BTreeSet::new();
         for _ in 0..ROUNDS {
-            self.store.restart_patience();
+            self.store.restart_lock_timeout();
             let running = self.hypervisor.look(instance)?;
             let guest = match &running {
                 Some(running) => Some(guest(running, &self.config, &self.store)?),
@@ -217,7 +217,7 @@ impl Worker {
     fn absence<'a>(
         &mut self,
         instance: InstanceId,
-        absence: &Absence,
+        absence: &ObservedAbsence,
         view: &View,
         report: &mut Report,
     ) -> Result<Seen<'a>, WorkError> {
@@ -231,7 +231,7 @@ impl Worker {
                 .claims
                 .as_ref()
                 .is_none_or(|claims| *claims == marks(view.claims(instance)));
-            return Ok(Seen::Absent(Gone {
+            return Ok(Seen::Absent(Absence {
                 seconds: if is_same { absence.gone.seconds } else { 0.0 },
                 undefined: absence.gone.undefined.filter(|_| !is_known),
             }));
@@ -296,11 +296,11 @@ fn whom(
     instance: InstanceId,
     guest: Option<&Guest>,
     view: &View,
-) -> Result<Asker, StoreError> {
+) -> Result<Claimant, StoreError> {
     match (guest, view.claims(instance)) {
-        (Some(guest), _) => asker(store, &guest.domain, instance),
-        (None, [claim, ..]) => Ok(claim.asker()),
-        (None, []) => store.asker(instance, &instance.to_string(), None),
+        (Some(guest), _) => claimant(store, &guest.domain, instance),
+        (None, [claim, ..]) => Ok(claim.claimant()),
+        (None, []) => store.claimant(instance, &instance.to_string(), None),
     }
 }
 
@@ -325,7 +325,7 @@ impl Work<'_> {
             Step::Adopt { holding, device } => {
                 let Some(guest) = self.guest else { return Ok(Outcome::Moot) };
                 let mut ports = Ports { sysfs_root: &self.worker.config.sysfs_root };
-                let whom = asker(&self.worker.store, &guest.domain, instance)?;
+                let whom = claimant(&self.worker.store, &guest.domain, instance)?;
                 let holding = std::slice::from_ref(holding);
                 self.worker.store.adopt(&whom, holding, Stage::Running, &mut ports, &context)?;
                 tracing::info!(domain = %whom.domain, %instance, %device, "{}: device {device} was \
@@ -605,7 +605,7 @@ pub struct Live<'a> {
     pub domain: &'a Domain,
 }
 
-impl Judge for Live<'_> {
+impl ClaimVerifier for Live<'_> {
     fn verify(&mut self, candidate: &Record) -> Verified {
         self.ports.verify(candidate)
     }

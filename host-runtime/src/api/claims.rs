@@ -9,10 +9,10 @@ use utoipa::ToSchema;
 use virt_usb_store::ClaimRow;
 
 use super::Api;
-use super::documents::{UsbClaim, UsbProblem};
-use super::fault::Fault;
+use super::error::ApiError;
 use super::policy::{Call, may, may_know_holder};
 use super::request::Asks;
+use super::responses::{UsbClaim, UsbProblem};
 
 #[derive(Serialize, ToSchema)]
 pub(super) struct Claims {
@@ -29,8 +29,8 @@ pub(super) struct Claims {
 pub(super) async fn list(
     State(api): State<Arc<Api>>,
     Asks(caller): Asks,
-) -> Result<Json<Claims>, Fault> {
-    Fault::unless(may(&caller, Call::LookAt), Fault::forbidden)?;
+) -> Result<Json<Claims>, ApiError> {
+    ApiError::unless(may(&caller, Call::LookAt), ApiError::forbidden)?;
     let snapshot = api.inventory.now()?;
     let known: Vec<&ClaimRow> =
         snapshot.claims().filter(|claim| may_know_holder(&caller, claim)).collect();

@@ -12,18 +12,18 @@ use utoipa::{IntoParams, ToSchema};
 use virt_usb_model::flavor::{MAX_TAGS, Tag};
 use virt_usb_model::{DeviceId, InstanceId, ParseError, ProductId, Status, VendorId, clean_text};
 use virt_usb_store::Record;
-use virt_usb_store::aside::Wished;
 use virt_usb_store::forget::Forgotten;
+use virt_usb_store::quarantine::Wished;
 
 use super::Api;
-use super::asked::DeviceActionRequest;
-use super::documents::{Link, UsbDevice};
-use super::fault::{Fault, sentence};
+use super::error::{ApiError, sentence};
 use super::identity::Caller;
 use super::inventory::Snapshot;
 use super::paging::{limit, next, page};
 use super::policy::{Call, may};
 use super::request::{Asked, Asks, Content, Named, action, nothing, object};
+use super::request_schemas::DeviceActionRequest;
+use super::responses::{Link, UsbDevice};
 
 /// A path's device.
 #[derive(Deserialize)]
@@ -82,8 +82,8 @@ pub(super) struct Shown {
     usb_device: UsbDevice,
 }
 
-pub(super) fn missing(name: impl Display) -> Fault {
-    Fault::not_found(format!("USB device {name} could not be found."))
+pub(super) fn missing(name: impl Display) -> ApiError {
+    ApiError::not_found(format!("USB device {name} could not be found."))
 }
 
 /// Devices, filtered, sorted, in pages
@@ -94,10 +94,10 @@ pub(super) async fn list(
     Asks(caller): Asks,
     Asked(query): Asked<Query>,
     OriginalUri(uri): OriginalUri,
-) -> Result<Json<UsbDevices>, Fault> {
-    Fault::unless(may(&caller, Call::Look), Fault::forbidden)?;
+) -> Result<Json<UsbDevices>, ApiError> {
+    ApiError::unless(may(&caller, Call::Freshness), ApiError::forbidden)?;
     let snapshot = if query.deleted == Some(true) {
-        Fault::unless(may(&caller, Call::ChangeDevice), Fault::forbidden)?;
+        ApiError::unless(may(&caller, Call::ChangeDevice), ApiError::forbidden)?;
         tokio::task::block_in_place(|| api.inventory.with_deleted())?
     } else {
         api.inventory.now()?
@@ -140,12 +140,12 @@ struct Wanted<'a> {
 }
 
 impl<'a> Wanted<'a> {
-    fn read(query: &'a Query) -> Result<Self, Fault> {
+    fn read(query: &'a Query) -> Result<Self, ApiError> {
         fn value<T: std::str::FromStr<Err = ParseError>>(
             key: &str,
             text: Option<&String>,
-        ) -> Result<Option<T>, Fault> {
-            let wrong = |e: ParseError| Fault::bad_request(sentence(&e.at(key).to_string()));
+        ) -> Result<Option<T>, ApiError> {
+            let wrong = |e: ParseError| ApiError::bad_request(sentence(&e.at(key).to_string()));
             text.map(|text| text.parse().map_err(wrong)).transpose()
         }
         if let Some(status) = &query.status
@@ -155,7 +155,7 @@ impl<'a> Wanted<'a> {
                 format!("{status:?}"),
                 format!("one of {}", Status::NAMES.join(", ")),
             );
-            return Err(Fault::bad_request(sentence(&wrong.at("status").to_string())));
+            return Err(ApiError::bad_request(sentence(&wrong.at("status").to_string())));
         }
         Ok(Self {
             query,
@@ -183,8 +183,8 @@ impl Api {
         caller: &Caller,
         call: Call,
         name: &str,
-    ) -> Result<(DeviceId, UsbDevice), Fault> {
-        Fault::unless(may(caller, call), || missing(name))?;
+    ) -> Result<(DeviceId, UsbDevice), ApiError> {
+        ApiError::unless(may(caller, call), || missing(name))?;
         let id = name.parse::<DeviceId>().map_err(|_| missing(name))?;
         let mut snapshot = self.inventory.now()?;
         // One that was unplugged is still there for administrators.
@@ -192,7 +192,7 @@ impl Api {
             snapshot = tokio::task::block_in_place(|| self.inventory.with_deleted())?;
         }
         let record = snapshot.device(id).ok_or_else(|| missing(name))?;
-        Fault::unless(snapshot.may(caller, call, record), || missing(name))?;
+        ApiError::unless(snapshot.may(caller, call, record), || missing(name))?;
         Ok((id, snapshot.shown(record, caller)))
     }
 }
@@ -205,7 +205,7 @@ pub(super) async fn show(
     State(api): State<Arc<Api>>,
     Asks(caller): Asks,
     Named(DeviceName { usb_device_id: name }): Named<DeviceName>,
-) -> Result<Json<Shown>, Fault> {
+) -> Result<Json<Shown>, ApiError> {
     let (_, usb_device) = api.device(&caller, Call::LookAt, &name)?;
     Ok(Json(Shown { usb_device }))
 }
@@ -220,7 +220,7 @@ pub(super) enum Change {
 }
 
 impl Change {
-    fn read(content: &serde_json::Map<String, Value>) -> Result<Self, Fault> {
+    fn read(content: &serde_json::Map<String, Value>) -> Result<Self, ApiError> {
         let (name, value) = action(content)?;
         let nothing = |change| Ok(nothing(name, value)?.unwrap_or(change));
         match name {
@@ -231,26 +231,26 @@ impl Change {
                 Some(Value::String(why)) if why.chars().count() <= 255 => {
                     Ok(Self::Disable(Some(why.clone())))
                 }
-                Some(_) => Err(Fault::bad_request(
+                Some(_) => Err(ApiError::bad_request(
                     "disable.reason: wanted text of at most 255 characters.",
                 )),
             },
             "add_tags" | "remove_tags" => {
                 let tags = object(value, name, &["tags"])?.get("tags").and_then(Value::as_array);
                 let Some(tags) = tags else {
-                    return Err(Fault::bad_request(format!(
+                    return Err(ApiError::bad_request(format!(
                         "{name} wants a list: {{\"tags\":[\"erp\"]}}."
                     )));
                 };
                 let tag = |value: &Value| {
                     let tag: Result<Tag, _> = value.as_str().unwrap_or_default().parse();
                     tag.map(Tag::into_text)
-                        .map_err(|e| Fault::bad_request(sentence(&e.at("tags").to_string())))
+                        .map_err(|e| ApiError::bad_request(sentence(&e.at("tags").to_string())))
                 };
                 let tags = tags.iter().map(tag).collect::<Result<_, _>>()?;
                 Ok(if name == "add_tags" { Self::AddTags(tags) } else { Self::RemoveTags(tags) })
             }
-            other => Err(Fault::bad_request(format!("There is no such action: {other}."))),
+            other => Err(ApiError::bad_request(format!("There is no such action: {other}."))),
         }
     }
 }
@@ -265,7 +265,7 @@ pub(super) async fn act(
     Asks(caller): Asks,
     Named(DeviceName { usb_device_id: name }): Named<DeviceName>,
     Content(content): Content,
-) -> Result<Json<Shown>, Fault> {
+) -> Result<Json<Shown>, ApiError> {
     api.device(&caller, Call::ChangeDevice, &name)?;
     let usb_device = change(&api, &caller, name, Change::read(&content)?).await?;
     Ok(Json(Shown { usb_device }))
@@ -277,7 +277,7 @@ pub(super) async fn change(
     caller: &Caller,
     name: String,
     change: Change,
-) -> Result<UsbDevice, Fault> {
+) -> Result<UsbDevice, ApiError> {
     let (id, _) = api.device(caller, Call::ChangeDevice, &name)?;
     refuse_elsewhere(api, id)?;
     let (actor, told) = (caller.clone(), name.clone());
@@ -302,7 +302,7 @@ pub(super) async fn change(
                 let snapshot = api.inventory.now()?;
                 let of_rule = snapshot.device(id).and_then(|r| r.tag_of_a_rule(&tags));
                 if let Some(tag) = of_rule {
-                    return Err(Fault::conflict(format!(
+                    return Err(ApiError::conflict(format!(
                         "The tag {tag:?} comes from a whitelist rule: it goes when that rule \
                             changes."
                     )));
@@ -312,7 +312,7 @@ pub(super) async fn change(
         };
         match wished? {
             Wished::Unknown => Err(missing(&told)),
-            Wished::TooManyTags => Err(Fault::conflict(format!(
+            Wished::TooManyTags => Err(ApiError::conflict(format!(
                 "USB device {id} would have more than {MAX_TAGS} \
                     tags."
             ))),
@@ -333,7 +333,7 @@ pub(super) async fn forget(
     State(api): State<Arc<Api>>,
     Asks(caller): Asks,
     Named(DeviceName { usb_device_id: name }): Named<DeviceName>,
-) -> Result<StatusCode, Fault> {
+) -> Result<StatusCode, ApiError> {
     let (id, _) = api.device(&caller, Call::ChangeDevice, &name)?;
     refuse_elsewhere(&api, id)?;
     let forgotten =
@@ -341,19 +341,19 @@ pub(super) async fn forget(
     match forgotten {
         Forgotten::Done(_) => Ok(StatusCode::NO_CONTENT),
         Forgotten::Unknown => Err(missing(&name)),
-        Forgotten::Here(_) => Err(Fault::conflict(format!(
+        Forgotten::Here(_) => Err(ApiError::conflict(format!(
             "USB device {id} is plugged in or in use: only a device that is gone can be forgotten."
         ))),
-        Forgotten::Named(_, what) => Err(Fault::conflict(format!(
+        Forgotten::Named(_, what) => Err(ApiError::conflict(format!(
             "USB device {id} is named by its id in {what}: change that first."
         ))),
     }
 }
 
 /// A device is changed where it is plugged in.
-fn refuse_elsewhere(api: &Api, id: DeviceId) -> Result<(), Fault> {
+fn refuse_elsewhere(api: &Api, id: DeviceId) -> Result<(), ApiError> {
     match api.inventory.now()?.elsewhere(id) {
-        Some(other) => Err(Fault::conflict(format!(
+        Some(other) => Err(ApiError::conflict(format!(
             "USB device {id} is on host {}: it is changed by that host's API.",
             other.name
         ))),

@@ -11,12 +11,12 @@ use virt_usb_store::events::{EventRow, Filter};
 
 use super::Api;
 use super::devices::DeviceName;
-use super::documents::{Link, UsbEvent};
-use super::fault::Fault;
+use super::error::ApiError;
 use super::identity::Caller;
 use super::paging::{event, limit, next};
 use super::policy::{Call, may};
 use super::request::{Asked, Asks, Named};
+use super::responses::{Link, UsbEvent};
 use super::servers::ServerName;
 
 /// So many are read at once.
@@ -54,7 +54,7 @@ pub(super) async fn of_device(
     Named(device): Named<DeviceName>,
     Asked(query): Asked<Query>,
     OriginalUri(uri): OriginalUri,
-) -> Result<Json<Events>, Fault> {
+) -> Result<Json<Events>, ApiError> {
     let device = api.device(&caller, Call::LookAt, &device.usb_device_id)?.0;
     answer(&api, caller, query, Filter { device: Some(device), ..Filter::default() }, &uri).await
 }
@@ -69,7 +69,7 @@ pub(super) async fn of_server(
     Named(server): Named<ServerName>,
     Asked(query): Asked<Query>,
     OriginalUri(uri): OriginalUri,
-) -> Result<Json<Events>, Fault> {
+) -> Result<Json<Events>, ApiError> {
     let server = api.server(&caller, Call::LookAt, &server.server_id).await?;
     answer(&api, caller, query, Filter { instance: Some(server.id), ..Filter::default() }, &uri)
         .await
@@ -83,8 +83,8 @@ pub(super) async fn list(
     Asks(caller): Asks,
     Asked(query): Asked<Query>,
     OriginalUri(uri): OriginalUri,
-) -> Result<Json<Events>, Fault> {
-    Fault::unless(may(&caller, Call::LookAt), Fault::forbidden)?;
+) -> Result<Json<Events>, ApiError> {
+    ApiError::unless(may(&caller, Call::LookAt), ApiError::forbidden)?;
     answer(&api, caller, query, Filter::default(), &uri).await
 }
 
@@ -94,7 +94,7 @@ async fn answer(
     query: Query,
     filter: Filter,
     uri: &axum::http::Uri,
-) -> Result<Json<Events>, Fault> {
+) -> Result<Json<Events>, ApiError> {
     let limit = limit(query.limit)?;
     let before = event(query.marker)?;
     let (events, more) = read(api, caller, filter, before, limit).await?;
@@ -111,7 +111,7 @@ pub(super) async fn read(
     filter: Filter,
     before: i64,
     limit: usize,
-) -> Result<(Vec<EventRow>, bool), Fault> {
+) -> Result<(Vec<EventRow>, bool), ApiError> {
     let of_device = filter.device.is_some();
     let found = api.blocking(move |api| {
         let (store, mut found) = (api.store()?, Vec::new());

@@ -13,12 +13,12 @@ use virt_usb_model::flavor::{MAX_NAME, is_name};
 use virt_usb_store::StoredFlavor;
 
 use super::Api;
-use super::asked::FlavorRequest;
-use super::documents::UsbFlavor;
-use super::fault::{Fault, sentence};
+use super::error::{ApiError, sentence};
 use super::identity::Caller;
 use super::policy::{Call, may};
 use super::request::{Asks, Content, Named};
+use super::request_schemas::FlavorRequest;
+use super::responses::UsbFlavor;
 use crate::fleet::shared::change;
 
 /// A path's flavor.
@@ -39,8 +39,8 @@ pub(super) struct Shown {
     usb_flavor: UsbFlavor,
 }
 
-fn missing(name: &str) -> Fault {
-    Fault::not_found(format!("USB flavor {name} could not be found."))
+fn missing(name: &str) -> ApiError {
+    ApiError::not_found(format!("USB flavor {name} could not be found."))
 }
 
 /// Stored flavors
@@ -49,14 +49,14 @@ fn missing(name: &str) -> Fault {
 pub(super) async fn list(
     State(api): State<Arc<Api>>,
     Asks(caller): Asks,
-) -> Result<Json<Flavors>, Fault> {
+) -> Result<Json<Flavors>, ApiError> {
     let usb_flavors = all(&api, &caller).await?;
     Ok(Json(Flavors { usb_flavors: usb_flavors.into_iter().map(UsbFlavor::from).collect() }))
 }
 
 /// All of them, if the caller may.
-pub(super) async fn all(api: &Arc<Api>, caller: &Caller) -> Result<Vec<StoredFlavor>, Fault> {
-    Fault::unless(may(caller, Call::Look), Fault::forbidden)?;
+pub(super) async fn all(api: &Arc<Api>, caller: &Caller) -> Result<Vec<StoredFlavor>, ApiError> {
+    ApiError::unless(may(caller, Call::Freshness), ApiError::forbidden)?;
     api.blocking(|api| Ok(api.store()?.flavors()?)).await
 }
 
@@ -68,8 +68,8 @@ pub(super) async fn show(
     State(api): State<Arc<Api>>,
     Asks(caller): Asks,
     Named(FlavorName { flavor_name: name }): Named<FlavorName>,
-) -> Result<Json<Shown>, Fault> {
-    Fault::unless(may(&caller, Call::Look), Fault::forbidden)?;
+) -> Result<Json<Shown>, ApiError> {
+    ApiError::unless(may(&caller, Call::Freshness), ApiError::forbidden)?;
     let (wanted, told) = (name.clone(), name);
     let found = api.blocking(move |api| Ok(api.store()?.flavor(&wanted)?)).await?;
     let stored = found.ok_or_else(|| missing(&told))?;
@@ -86,7 +86,7 @@ pub(super) async fn set(
     Asks(caller): Asks,
     Named(FlavorName { flavor_name: name }): Named<FlavorName>,
     Content(content): Content,
-) -> Result<Json<Shown>, Fault> {
+) -> Result<Json<Shown>, ApiError> {
     let text = Value::Object(content).to_string();
     Ok(Json(Shown { usb_flavor: store(&api, caller, name, &text).await?.into() }))
 }
@@ -97,17 +97,18 @@ pub(super) async fn store(
     caller: Caller,
     name: String,
     text: &str,
-) -> Result<StoredFlavor, Fault> {
-    Fault::unless(may(&caller, Call::ChangeFlavor), Fault::forbidden)?;
+) -> Result<StoredFlavor, ApiError> {
+    ApiError::unless(may(&caller, Call::ChangeFlavor), ApiError::forbidden)?;
     if !is_name(&name) {
-        return Err(Fault::bad_request(format!(
+        return Err(ApiError::bad_request(format!(
             "{name:?} is no name for a flavor: 1 to {MAX_NAME} printable characters, the first no \
                 @."
         )));
     }
-    let flavor = Flavor::parse(text).map_err(|e| Fault::bad_request(sentence(&e.to_string())))?;
+    let flavor =
+        Flavor::parse(text).map_err(|e| ApiError::bad_request(sentence(&e.to_string())))?;
     if flavor.is_empty() {
-        return Err(Fault::bad_request("The flavor asks for nothing."));
+        return Err(ApiError::bad_request("The flavor asks for nothing."));
     }
     let stored = api.blocking(move |api| {
         let mut store = api.store()?;
@@ -125,13 +126,13 @@ pub(super) async fn remove(
     State(api): State<Arc<Api>>,
     Asks(caller): Asks,
     Named(FlavorName { flavor_name: name }): Named<FlavorName>,
-) -> Result<StatusCode, Fault> {
+) -> Result<StatusCode, ApiError> {
     end(&api, caller, name).await.map(|()| StatusCode::NO_CONTENT)
 }
 
 /// Removes a flavor, if the caller may.
-pub(super) async fn end(api: &Arc<Api>, caller: Caller, name: String) -> Result<(), Fault> {
-    Fault::unless(may(&caller, Call::ChangeFlavor), Fault::forbidden)?;
+pub(super) async fn end(api: &Arc<Api>, caller: Caller, name: String) -> Result<(), ApiError> {
+    ApiError::unless(may(&caller, Call::ChangeFlavor), ApiError::forbidden)?;
     let removed = api.blocking(move |api| {
         let context = api.context(&caller)?;
         let removed = change::<Flavor>(&(api.config)(), &mut api.store()?, &name, None, &context)?;

@@ -9,7 +9,7 @@ use virt_usb_hook::config::Fleet;
 use virt_usb_model::{DeviceRequest, InstanceId};
 
 use super::Api;
-use super::fault::Fault;
+use super::error::ApiError;
 use super::identity::{Caller, Role};
 use super::policy::Call;
 use super::servers::{Acted, perform, requests};
@@ -33,9 +33,9 @@ impl Api {
         host: &str,
         server: InstanceId,
         wanted: &[DeviceRequest],
-    ) -> Result<Acted, Fault> {
+    ) -> Result<Acted, ApiError> {
         let Some(fleet) = (self.config)().fleet.clone() else {
-            return Err(Fault::unavailable("This host is in no fleet any more."));
+            return Err(ApiError::unavailable("This host is in no fleet any more."));
         };
         let request = Request {
             call: if call == Call::Attach { "attach" } else { "detach" }.to_owned(),
@@ -48,31 +48,31 @@ impl Api {
         };
         match through::ask(&fleet, host, &request).await {
             Ok(Answer { status: 202, body }) => serde_json::from_value(body).map_err(|e| {
-                Fault::internal(format!(
+                ApiError::internal(format!(
                     "host {host} has done it, and its answer cannot be read: {e}"
                 ))
             }),
             Ok(Answer { status, body }) => {
-                Err(Fault::of_other(status, body["message"].as_str(), host))
+                Err(ApiError::of_other(status, body["message"].as_str(), host))
             }
-            Err(Unanswered::Unreachable) => Err(Fault::unavailable(format!(
+            Err(Unanswered::Unreachable) => Err(ApiError::unavailable(format!(
                 "Host {host} is not heard of: nothing was done. Try again when it is back."
             ))),
-            Err(Unanswered::Late) => Err(Fault::unavailable(format!(
+            Err(Unanswered::Late) => Err(ApiError::unavailable(format!(
                 "Host {host} did not begin in time: nothing was done, and nothing will be."
             ))),
-            Err(Unanswered::Unknown) => Err(Fault::unavailable(format!(
+            Err(Unanswered::Unknown) => Err(ApiError::unavailable(format!(
                 "It is unknown what host {host} has done: it did not say in time. Look at what the \
                     server has."
             ))),
-            Err(Unanswered::Etcd(e)) => Err(Fault::fleet_away(e.to_string())),
+            Err(Unanswered::Etcd(e)) => Err(ApiError::fleet_away(e.to_string())),
         }
     }
 
     /// What another host's API asks: looked at as if it were asked here.
-    async fn answer(self: &Arc<Self>, request: &Request) -> Result<Acted, Fault> {
+    async fn answer(self: &Arc<Self>, request: &Request) -> Result<Acted, ApiError> {
         let bad = |what: &str| {
-            Fault::bad_request(format!("{what} of a request through etcd cannot be read."))
+            ApiError::bad_request(format!("{what} of a request through etcd cannot be read."))
         };
         let role: Role = request.role.parse().map_err(|_| bad("The role"))?;
         let project = request.project_id.as_deref().map(str::parse).transpose();
@@ -86,14 +86,17 @@ impl Api {
         self.inventory.wake().await;
         let server = self.server(&caller, call, &request.server).await?;
         if let Some(host) = &server.host {
-            return Err(Fault::conflict(format!("Instance {} is on host {host} now.", server.id)));
+            return Err(ApiError::conflict(format!(
+                "Instance {} is on host {host} now.",
+                server.id
+            )));
         }
         let wanted = requests(KEY, &json!({ KEY: request.usb_devices_requests }))?;
         perform(self, caller, call, server, wanted).await
     }
 
     /// How things are with the server of a request that an agent before this one has begun.
-    async fn state(self: &Arc<Self>, request: &Request) -> Fault {
+    async fn state(self: &Arc<Self>, request: &Request) -> ApiError {
         let id: Option<InstanceId> = request.server.parse().ok();
         let has = self.inventory.now().map(|snapshot| {
             let mine =
@@ -105,14 +108,14 @@ impl Api {
             Ok(has) => format!("the server has device {}", has.join(", ")),
             Err(_) => "the inventory cannot be read now".to_owned(),
         };
-        Fault::unavailable(format!(
+        ApiError::unavailable(format!(
             "It is unknown how it ended: the agent was interrupted, and does it no second time. \
                 The state is: {state}."
         ))
     }
 }
 
-fn answered(result: Result<Acted, Fault>) -> Answer {
+fn answered(result: Result<Acted, ApiError>) -> Answer {
     match result {
         Ok(acted) => {
             let body = serde_json::to_value(acted).unwrap_or(Value::Null);

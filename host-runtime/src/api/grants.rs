@@ -12,11 +12,11 @@ use virt_usb_model::Grant;
 use virt_usb_model::flavor::{MAX_NAME, is_name};
 
 use super::Api;
-use super::asked::GrantRequest;
-use super::documents::UsbGrant;
-use super::fault::{Fault, sentence};
+use super::error::{ApiError, sentence};
 use super::policy::{Call, may};
 use super::request::{Asks, Content, Named};
+use super::request_schemas::GrantRequest;
+use super::responses::UsbGrant;
 use crate::fleet::shared::change;
 
 /// A path's grant.
@@ -37,8 +37,8 @@ pub(super) struct Shown {
     usb_grant: UsbGrant,
 }
 
-fn missing(name: &str) -> Fault {
-    Fault::not_found(format!("USB grant {name} could not be found."))
+fn missing(name: &str) -> ApiError {
+    ApiError::not_found(format!("USB grant {name} could not be found."))
 }
 
 /// Stored grants: for administrators
@@ -47,8 +47,8 @@ fn missing(name: &str) -> Fault {
 pub(super) async fn list(
     State(api): State<Arc<Api>>,
     Asks(caller): Asks,
-) -> Result<Json<Grants>, Fault> {
-    Fault::unless(may(&caller, Call::Grants), Fault::forbidden)?;
+) -> Result<Json<Grants>, ApiError> {
+    ApiError::unless(may(&caller, Call::Grants), ApiError::forbidden)?;
     let stored = api.blocking(|api| Ok(api.store()?.grants()?)).await?;
     Ok(Json(Grants { usb_grants: stored.into_iter().map(UsbGrant::from).collect() }))
 }
@@ -61,8 +61,8 @@ pub(super) async fn show(
     State(api): State<Arc<Api>>,
     Asks(caller): Asks,
     Named(GrantName { grant_name: name }): Named<GrantName>,
-) -> Result<Json<Shown>, Fault> {
-    Fault::unless(may(&caller, Call::Grants), Fault::forbidden)?;
+) -> Result<Json<Shown>, ApiError> {
+    ApiError::unless(may(&caller, Call::Grants), ApiError::forbidden)?;
     let found =
         api.blocking(move |api| api.store()?.grant(&name)?.ok_or_else(|| missing(&name))).await?;
     Ok(Json(Shown { usb_grant: found.into() }))
@@ -78,15 +78,15 @@ pub(super) async fn set(
     Asks(caller): Asks,
     Named(GrantName { grant_name: name }): Named<GrantName>,
     Content(content): Content,
-) -> Result<Json<Shown>, Fault> {
-    Fault::unless(may(&caller, Call::Grants), Fault::forbidden)?;
+) -> Result<Json<Shown>, ApiError> {
+    ApiError::unless(may(&caller, Call::Grants), ApiError::forbidden)?;
     if !is_name(&name) {
-        return Err(Fault::bad_request(format!(
+        return Err(ApiError::bad_request(format!(
             "{name:?} is no name for a grant: 1 to {MAX_NAME} printable characters, the first no @."
         )));
     }
     let grant = Grant::parse(&Value::Object(content).to_string())
-        .map_err(|e| Fault::bad_request(sentence(&e.to_string())))?;
+        .map_err(|e| ApiError::bad_request(sentence(&e.to_string())))?;
     let stored = api.blocking(move |api| {
         let mut store = api.store()?;
         change(&(api.config)(), &mut store, &name, Some(&grant), &api.context(&caller)?)?;
@@ -103,8 +103,8 @@ pub(super) async fn remove(
     State(api): State<Arc<Api>>,
     Asks(caller): Asks,
     Named(GrantName { grant_name: name }): Named<GrantName>,
-) -> Result<StatusCode, Fault> {
-    Fault::unless(may(&caller, Call::Grants), Fault::forbidden)?;
+) -> Result<StatusCode, ApiError> {
+    ApiError::unless(may(&caller, Call::Grants), ApiError::forbidden)?;
     let removed = api.blocking(move |api| {
         let context = api.context(&caller)?;
         let removed = change::<Grant>(&(api.config)(), &mut api.store()?, &name, None, &context)?;

@@ -10,13 +10,13 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::Api;
-use super::documents::{Totals, UsbDevice};
-use super::fault::Fault;
+use super::error::ApiError;
 use super::identity::Caller;
 use super::inventory::Snapshot;
 use super::policy::{Call, may};
 use super::request::{Asks, Named};
-use crate::fleet::others::Other;
+use super::responses::{Totals, UsbDevice};
+use crate::fleet::peers::Peer;
 
 /// A path's host.
 #[derive(Deserialize)]
@@ -73,7 +73,7 @@ fn own(api: &Api, snapshot: &Snapshot, caller: &Caller) -> Listed {
     }
 }
 
-fn other(other: &Other, snapshot: &Snapshot, caller: &Caller) -> Listed {
+fn other(other: &Peer, snapshot: &Snapshot, caller: &Caller) -> Listed {
     let seen = other.devices.iter().filter(|record| snapshot.sees(caller, record));
     Listed {
         id: other.number,
@@ -92,8 +92,8 @@ fn other(other: &Other, snapshot: &Snapshot, caller: &Caller) -> Listed {
 pub(super) async fn list(
     State(api): State<Arc<Api>>,
     Asks(caller): Asks,
-) -> Result<Json<Hypervisors>, Fault> {
-    Fault::unless(may(&caller, Call::Look), Fault::forbidden)?;
+) -> Result<Json<Hypervisors>, ApiError> {
+    ApiError::unless(may(&caller, Call::Freshness), ApiError::forbidden)?;
     let snapshot = api.inventory.now()?;
     let mut hypervisors: Vec<Listed> =
         snapshot.others.values().map(|one| other(one, &snapshot, &caller)).collect();
@@ -110,8 +110,8 @@ pub(super) async fn show(
     State(api): State<Arc<Api>>,
     Asks(caller): Asks,
     Named(HostName { hypervisor_hostname: name }): Named<HostName>,
-) -> Result<([(HeaderName, &'static str); 1], Bytes), Fault> {
-    Fault::unless(may(&caller, Call::Look), Fault::forbidden)?;
+) -> Result<([(HeaderName, &'static str); 1], Bytes), ApiError> {
+    ApiError::unless(may(&caller, Call::Freshness), ApiError::forbidden)?;
     let snapshot = api.inventory.now()?;
     let body = if name == api.host {
         snapshot.answer(&caller, || {
@@ -122,13 +122,13 @@ pub(super) async fn show(
         })
     } else {
         let Some(found) = snapshot.others.values().find(|other| other.name == name) else {
-            return Err(Fault::not_found(format!("Compute host {name} could not be found.")));
+            return Err(ApiError::not_found(format!("Compute host {name} could not be found.")));
         };
         let devices = found.devices.iter().filter(|record| snapshot.sees(&caller, record));
         let usb_device_stats = devices.map(|record| snapshot.shown(record, &caller)).collect();
         let shown = Shown { usb_device_stats, listed: other(found, &snapshot, &caller) };
         serde_json::to_vec(&Hypervisor { hypervisor: shown }).map(Bytes::from)
     };
-    let body = body.map_err(|e| Fault::internal(e.to_string()))?;
+    let body = body.map_err(|e| ApiError::internal(e.to_string()))?;
     Ok(([(CONTENT_TYPE, "application/json")], body))
 }

@@ -77,33 +77,33 @@ impl Caller {
 
 /// Why nobody can be named.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Unknown {
+pub enum AuthError {
     /// There is no such token, or it has expired. Which of both is nobody's business.
-    Nobody,
+    InvalidToken,
     /// There is, and it is good for nothing here: why, for its owner.
-    Useless(String),
+    Unusable(String),
     /// It could not be looked up: why, for the log.
     Unavailable(String),
 }
 
 /// How far a token is to be looked up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Look {
+pub enum Freshness {
     /// What is known by heart counts; nobody else is asked.
-    Known,
+    CachedOnly,
     /// What was found of late counts.
-    Lately,
+    Cached,
     /// As it is now: something is about to be changed.
-    Now,
+    Live,
 }
 
 /// The answer, some time.
-pub type Answer<'a> = Pin<Box<dyn Future<Output = Result<Caller, Unknown>> + Send + 'a>>;
+pub type Answer<'a> = Pin<Box<dyn Future<Output = Result<Caller, AuthError>> + Send + 'a>>;
 
 /// Who can tell whose a token is.
 pub trait Identity: Send + Sync {
     /// Whose token it is.
-    fn caller<'a>(&'a self, token: &'a str, look: Look) -> Answer<'a>;
+    fn caller<'a>(&'a self, token: &'a str, freshness: Freshness) -> Answer<'a>;
 }
 
 /// The file's tokens, which tell themselves by how they begin, and all others Keystone's, where
@@ -121,10 +121,10 @@ impl Identities {
 }
 
 impl Identity for Identities {
-    fn caller<'a>(&'a self, token: &'a str, look: Look) -> Answer<'a> {
+    fn caller<'a>(&'a self, token: &'a str, freshness: Freshness) -> Answer<'a> {
         match &self.keystone {
-            Some(keystone) if !token.starts_with(PREFIX) => keystone.caller(token, look),
-            _ => self.file.caller(token, look),
+            Some(keystone) if !token.starts_with(PREFIX) => keystone.caller(token, freshness),
+            _ => self.file.caller(token, freshness),
         }
     }
 }

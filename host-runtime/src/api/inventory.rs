@@ -7,17 +7,17 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use axum::body::Bytes;
 use virt_usb_model::{DeviceId, InstanceId, ProjectId};
-use virt_usb_store::join::IDS_A_HOST;
 use virt_usb_store::maintain::HostRow;
 use virt_usb_store::problems::Problem;
+use virt_usb_store::renumber::IDS_A_HOST;
 use virt_usb_store::watch::{Moment, Watched};
 use virt_usb_store::{ClaimRow, Durability, LONE_NODE, Record, Store, StoreError};
 
-use super::documents::UsbDevice;
 use super::identity::Caller;
-use super::policy::{Call, Verdict, may_know_holder, may_with_device};
-use crate::agent::PATIENCE;
-use crate::fleet::others::{Hosts, Other, Others, Server};
+use super::policy::{Authorization, Call, may_know_holder, may_with_device};
+use super::responses::UsbDevice;
+use crate::agent::STORE_LOCK_TIMEOUT;
+use crate::fleet::peers::{Hosts, Peer, Peers, Server};
 
 /// This host's own.
 #[derive(Debug, Default)]
@@ -95,7 +95,7 @@ impl Snapshot {
         before: &'a Self,
     ) -> impl Iterator<Item = &'a Record> {
         let own = if Arc::ptr_eq(&self.own, &before.own) { &[][..] } else { &self.own.devices };
-        let is_same = |number: &u64, other: &Arc<Other>| {
+        let is_same = |number: &u64, other: &Arc<Peer>| {
             before.others.get(number).is_some_and(|known| Arc::ptr_eq(known, other))
         };
         let others = self.others.iter().filter(move |(number, other)| !is_same(number, other));
@@ -103,7 +103,7 @@ impl Snapshot {
     }
 
     /// The other host that the device belongs to; none: this one, or nobody.
-    pub(super) fn elsewhere(&self, device: DeviceId) -> Option<&Other> {
+    pub(super) fn elsewhere(&self, device: DeviceId) -> Option<&Peer> {
         let number = (device.get() - 1) / IDS_A_HOST + 1;
         self.others
             .get(&number)
@@ -112,8 +112,8 @@ impl Snapshot {
     }
 
     /// A server of another host, and which.
-    pub(super) fn other_server(&self, id: InstanceId) -> Option<(&Other, &Server)> {
-        let find = |other: &'_ Arc<Other>| other.servers.iter().position(|server| server.id == id);
+    pub(super) fn other_server(&self, id: InstanceId) -> Option<(&Peer, &Server)> {
+        let find = |other: &'_ Arc<Peer>| other.servers.iter().position(|server| server.id == id);
         let (other, at) = self.others.values().find_map(|other| Some((other, find(other)?)))?;
         Some((other, &other.servers[at]))
     }
@@ -156,13 +156,13 @@ impl Snapshot {
     }
 
     /// What the caller may do with a device.
-    pub(super) fn may(&self, caller: &Caller, call: Call, record: &Record) -> Verdict {
+    pub(super) fn may(&self, caller: &Caller, call: Call, record: &Record) -> Authorization {
         may_with_device(caller, call, record, self.claim(record.entry.id))
     }
 
     /// Whether the caller may know of the device.
     pub(super) fn sees(&self, caller: &Caller, record: &Record) -> bool {
-        self.may(caller, Call::LookAt, record) == Verdict::Allowed
+        self.may(caller, Call::LookAt, record) == Authorization::Allowed
     }
 
     /// The devices that the caller may know of.
@@ -190,21 +190,21 @@ impl Snapshot {
 /// The inventory of one `state_dir`, and the rest of the fleet.
 pub(super) struct Inventory {
     state_dir: PathBuf,
-    others: Option<Others>,
+    others: Option<Peers>,
     open: Mutex<Option<(Watched, Arc<Snapshot>)>>,
 }
 
 impl Inventory {
-    pub(super) fn new(state_dir: PathBuf, others: Option<Others>) -> Self {
+    pub(super) fn new(state_dir: PathBuf, others: Option<Peers>) -> Self {
         Self { state_dir, others, open: Mutex::default() }
     }
 
     /// Where what is heard of the others goes.
-    pub(super) fn following(&self) -> Option<Others> {
+    pub(super) fn following(&self) -> Option<Peers> {
         self.others.clone()
     }
 
-    /// Somebody asks; see [`Others::wake`].
+    /// Somebody asks; see [`Peers::wake`].
     pub(super) async fn wake(&self) {
         if let Some(others) = &self.others {
             others.wake().await;
@@ -212,7 +212,7 @@ impl Inventory {
     }
 
     fn others(&self) -> Hosts {
-        self.others.as_ref().map(Others::now).unwrap_or_default()
+        self.others.as_ref().map(Peers::now).unwrap_or_default()
     }
 
     /// As it is now, with the devices that were unplugged while nobody had them. Read anew each
@@ -221,7 +221,7 @@ impl Inventory {
     /// # Errors
     /// When it cannot be read.
     pub(super) fn with_deleted(&self) -> Result<Arc<Snapshot>, StoreError> {
-        let store = Store::open(&self.state_dir, PATIENCE, Durability::Boot)?;
+        let store = Store::open(&self.state_dir, STORE_LOCK_TIMEOUT, Durability::Boot)?;
         let devices = store.all_devices()?;
         let own = Own::new(Moment { devices, ..store.moment(0)? });
         Ok(Arc::new(Snapshot::new(Arc::new(own), self.others())))
@@ -236,7 +236,7 @@ impl Inventory {
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
         let (mut watched, known) = match open.take() {
             Some(known) => known,
-            None => (Watched::open(&self.state_dir, PATIENCE)?, Arc::default()),
+            None => (Watched::open(&self.state_dir, STORE_LOCK_TIMEOUT)?, Arc::default()),
         };
         let others = self.others();
         let own = if watched.has_news()? {

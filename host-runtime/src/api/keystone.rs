@@ -25,14 +25,14 @@ use virt_usb_filter_host::sha256;
 use virt_usb_hook::config;
 use virt_usb_model::{ProjectId, clean_start, printable};
 
-use super::identity::{Answer, Caller, Identity, Look, Role, Unknown};
+use super::identity::{Answer, AuthError, Caller, Freshness, Identity, Role};
 use crate::agent::metrics::Metrics;
 use crate::client;
 
 /// So many questions at once.
 pub(super) const PLACES: usize = 8;
 /// How long one waits for its turn, and then for the answer.
-const PATIENCE: Duration = Duration::from_secs(10);
+const KEYSTONE_TIMEOUT: Duration = Duration::from_secs(10);
 const CONNECTING: Duration = Duration::from_secs(5);
 /// For so long a token that is good for nothing is not asked about again.
 const REFUSED: Duration = Duration::from_secs(5);
@@ -55,7 +55,7 @@ const NAME: usize = 64;
 struct Found {
     at: Instant,
     /// Whose, and until when.
-    whose: Result<(Caller, Timestamp), Unknown>,
+    whose: Result<(Caller, Timestamp), AuthError>,
 }
 
 /// This service's own token.
@@ -128,21 +128,22 @@ impl Keystone {
         }
     }
 
-    async fn look_up(&self, token: &str, look: Look) -> Result<Caller, Unknown> {
+    async fn look_up(&self, token: &str, look: Freshness) -> Result<Caller, AuthError> {
         if token.is_empty() || token.len() > LONGEST || !token.bytes().all(|b| b.is_ascii_graphic())
         {
-            return Err(Unknown::Nobody);
+            return Err(AuthError::InvalidToken);
         }
         let hash = sha256(token.as_bytes());
         if let Some(found) = self.0.remembered(&hash, look) {
             return found;
         }
-        if look == Look::Known {
-            return Err(Unknown::Nobody);
+        if look == Freshness::CachedOnly {
+            return Err(AuthError::InvalidToken);
         }
-        let place = tokio::time::timeout(PATIENCE, self.0.places.clone().acquire_owned()).await;
+        let place =
+            tokio::time::timeout(KEYSTONE_TIMEOUT, self.0.places.clone().acquire_owned()).await;
         let Ok(Ok(place)) = place else {
-            return Err(Unknown::Unavailable(format!(
+            return Err(AuthError::Unavailable(format!(
                 "Keystone at {} answers too slowly: {PLACES} tokens are being looked up",
                 self.0.config.url
             )));
@@ -156,32 +157,32 @@ impl Keystone {
             let _place = place;
             inner.ask(&token, hash)
         });
-        asked.await.unwrap_or_else(|e| Err(Unknown::Unavailable(e.to_string())))
+        asked.await.unwrap_or_else(|e| Err(AuthError::Unavailable(e.to_string())))
     }
 }
 
 impl Identity for Keystone {
-    fn caller<'a>(&'a self, token: &'a str, look: Look) -> Answer<'a> {
+    fn caller<'a>(&'a self, token: &'a str, look: Freshness) -> Answer<'a> {
         Box::pin(self.look_up(token, look))
     }
 }
 
 impl Inner {
     /// What counts still of what was found out.
-    fn remembered(&self, hash: &[u8; 32], look: Look) -> Option<Result<Caller, Unknown>> {
+    fn remembered(&self, hash: &[u8; 32], look: Freshness) -> Option<Result<Caller, AuthError>> {
         let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         let found = known.get(hash)?;
         match &found.whose {
             // One that was refused will not become good.
             Err(why) => (found.at.elapsed() < REFUSED).then(|| Err(why.clone())),
-            Ok((_, until)) if Timestamp::now() >= *until => Some(Err(Unknown::Nobody)),
-            Ok((caller, _)) => (look != Look::Now && found.at.elapsed() < self.config.cache)
+            Ok((_, until)) if Timestamp::now() >= *until => Some(Err(AuthError::InvalidToken)),
+            Ok((caller, _)) => (look != Freshness::Live && found.at.elapsed() < self.config.cache)
                 .then(|| Ok(caller.clone())),
         }
     }
 
     /// Waits for the network.
-    fn ask(&self, token: &str, hash: [u8; 32]) -> Result<Caller, Unknown> {
+    fn ask(&self, token: &str, hash: [u8; 32]) -> Result<Caller, AuthError> {
         // When it was asked: what it says is no younger.
         let at = Instant::now();
         let answer = self.validate(token);
@@ -193,8 +194,8 @@ impl Inner {
         self.metrics.looked_up(result);
         self.tell(answer.as_ref().err());
         let whose = match answer {
-            Err(why) => return Err(Unknown::Unavailable(why)),
-            Ok(None) => Err(Unknown::Nobody),
+            Err(why) => return Err(AuthError::Unavailable(why)),
+            Ok(None) => Err(AuthError::InvalidToken),
             Ok(Some(answer)) => answer.whose(&self.config),
         };
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
@@ -333,7 +334,7 @@ impl Inner {
         if let Some(client) = self.client.get() {
             return Ok(client);
         }
-        let client = client::agent(self.config.ca.as_deref(), CONNECTING, PATIENCE);
+        let client = client::agent(self.config.ca.as_deref(), CONNECTING, KEYSTONE_TIMEOUT);
         let client = client.map_err(|e| format!("keystone.ca: {e:#}"))?;
         Ok(self.client.get_or_init(|| client))
     }
@@ -355,7 +356,7 @@ impl Inner {
             ureq::Error::Timeout(ureq::Timeout::Connect) => {
                 format!("no connection within {} s", CONNECTING.as_secs())
             }
-            ureq::Error::Timeout(_) => format!("no answer within {} s", PATIENCE.as_secs()),
+            ureq::Error::Timeout(_) => format!("no answer within {} s", KEYSTONE_TIMEOUT.as_secs()),
             e => e.to_string(),
         };
         let mut cause = e.source();
@@ -417,13 +418,13 @@ struct Named {
 
 impl Described {
     /// Who that is here, and until when.
-    fn whose(self, config: &config::Keystone) -> Result<(Caller, Timestamp), Unknown> {
+    fn whose(self, config: &config::Keystone) -> Result<(Caller, Timestamp), AuthError> {
         let Token { expires_at, user, project, system, roles } = self.token;
         if Timestamp::now() >= expires_at {
-            return Err(Unknown::Nobody);
+            return Err(AuthError::InvalidToken);
         }
         if project.is_none() && system.is_none() {
-            return Err(Unknown::Useless("The token is for no project.".into()));
+            return Err(AuthError::Unusable("The token is for no project.".into()));
         }
         // Keystone and its services make no difference between cases.
         let has = |name: &str| roles.iter().any(|role| role.name.eq_ignore_ascii_case(name));
@@ -432,22 +433,22 @@ impl Described {
         let role = meanings.filter_map(|meaning| meaning.parse::<Role>().ok()).max();
         let Some(role) = role else {
             let wanted = config.roles.keys().map(String::as_str).collect::<Vec<_>>().join(", ");
-            return Err(Unknown::Useless(format!(
+            return Err(AuthError::Unusable(format!(
                 "The token has none of the roles that count here: {wanted}."
             )));
         };
         let project: Option<ProjectId> = match project {
             Some(project) => {
                 let id = project.id.parse();
-                Some(
-                    id.map_err(|e| Unknown::Unavailable(format!("Keystone names a project: {e}")))?,
-                )
+                Some(id.map_err(|e| {
+                    AuthError::Unavailable(format!("Keystone names a project: {e}"))
+                })?)
             }
             None if system.is_some_and(|system| system["all"] == true) && role == Role::Admin => {
                 None
             }
             None => {
-                return Err(Unknown::Useless(
+                return Err(AuthError::Unusable(
                     "A token for the system is an administrator's here, or it is for a project."
                         .into(),
                 ));
@@ -541,7 +542,7 @@ mod tests {
         }
     }
 
-    fn find(keystone: &Keystone, token: &str, look: Look) -> Result<String, Unknown> {
+    fn find(keystone: &Keystone, token: &str, look: Freshness) -> Result<String, AuthError> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         runtime.block_on(keystone.look_up(token, look)).map(|caller| caller.name)
     }
@@ -550,27 +551,31 @@ mod tests {
     fn what_was_found_counts_for_a_while_for_whoever_only_looks() {
         let fake = Fake::new();
         let keystone = fake.keystone(3600);
-        assert_eq!(find(&keystone, "t1", Look::Known), Err(Unknown::Nobody), "nobody was asked");
+        assert_eq!(
+            find(&keystone, "t1", Freshness::CachedOnly),
+            Err(AuthError::InvalidToken),
+            "nobody was asked"
+        );
         assert_eq!(fake.asked(), (0, 0));
         for _ in 0..3 {
-            assert_eq!(find(&keystone, "t1", Look::Lately).unwrap(), "keystone erp@Default");
+            assert_eq!(find(&keystone, "t1", Freshness::Cached).unwrap(), "keystone erp@Default");
         }
-        assert_eq!(find(&keystone, "t1", Look::Known).unwrap(), "keystone erp@Default");
+        assert_eq!(find(&keystone, "t1", Freshness::CachedOnly).unwrap(), "keystone erp@Default");
         assert_eq!(fake.asked(), (1, 1));
-        find(&keystone, "t1", Look::Now).unwrap();
+        find(&keystone, "t1", Freshness::Live).unwrap();
         assert_eq!(fake.asked(), (1, 2), "before a change it is asked anew");
         fake.status.store(404, Ordering::SeqCst);
-        assert_eq!(find(&keystone, "t1", Look::Now), Err(Unknown::Nobody));
+        assert_eq!(find(&keystone, "t1", Freshness::Live), Err(AuthError::InvalidToken));
         assert_eq!(
-            find(&keystone, "t1", Look::Lately),
-            Err(Unknown::Nobody),
+            find(&keystone, "t1", Freshness::Cached),
+            Err(AuthError::InvalidToken),
             "what was revoked stays so"
         );
         assert_eq!(fake.asked(), (1, 3));
         let uncached = fake.keystone(0);
         fake.status.store(200, Ordering::SeqCst);
         for _ in 0..3 {
-            find(&uncached, "t1", Look::Lately).unwrap();
+            find(&uncached, "t1", Freshness::Cached).unwrap();
         }
         assert_eq!(fake.asked(), (2, 6));
     }
@@ -579,7 +584,7 @@ mod tests {
     fn while_it_is_away_nobody_is_let_in_whom_it_has_not_vouched_for() {
         let fake = Fake::new();
         let keystone = fake.keystone(3600);
-        find(&keystone, "t1", Look::Lately).unwrap();
+        find(&keystone, "t1", Freshness::Cached).unwrap();
         for (status, why) in [
             (500, "answers 500"),
             (503, "answers 503"),
@@ -589,19 +594,19 @@ mod tests {
             (299, "cannot be read"),
         ] {
             fake.status.store(status, Ordering::SeqCst);
-            let answer = find(&keystone, &format!("t{status}"), Look::Lately);
+            let answer = find(&keystone, &format!("t{status}"), Freshness::Cached);
             assert!(
-                matches!(&answer, Err(Unknown::Unavailable(text)) if text.contains(why)),
+                matches!(&answer, Err(AuthError::Unavailable(text)) if text.contains(why)),
                 "{status}: {answer:?}"
             );
-            assert!(find(&keystone, "t1", Look::Lately).is_ok(), "{status}");
+            assert!(find(&keystone, "t1", Freshness::Cached).is_ok(), "{status}");
             assert!(
-                matches!(find(&keystone, "t1", Look::Now), Err(Unknown::Unavailable(_))),
+                matches!(find(&keystone, "t1", Freshness::Live), Err(AuthError::Unavailable(_))),
                 "{status}"
             );
         }
         fake.status.store(200, Ordering::SeqCst);
-        find(&keystone, "t500", Look::Now).unwrap();
+        find(&keystone, "t500", Freshness::Live).unwrap();
     }
 
     #[test]
@@ -610,9 +615,9 @@ mod tests {
         fake.status.store(1401, Ordering::SeqCst);
         let keystone = fake.keystone(60);
         for n in 0..5 {
-            let answer = find(&keystone, &format!("t{n}"), Look::Lately);
+            let answer = find(&keystone, &format!("t{n}"), Freshness::Cached);
             assert!(
-                matches!(&answer, Err(Unknown::Unavailable(why)) if why.contains("refuses the user \
+                matches!(&answer, Err(AuthError::Unavailable(why)) if why.contains("refuses the user \
                     virt-usb")),
                 "{answer:?}"
             );
@@ -648,7 +653,7 @@ mod tests {
         let fake = Fake::new();
         let keystone = fake.keystone(60);
         for no_token in ["", "a b", "a\r\nX-Auth-Token: b", "ü", &"x".repeat(LONGEST + 1)] {
-            assert_eq!(find(&keystone, no_token, Look::Now), Err(Unknown::Nobody));
+            assert_eq!(find(&keystone, no_token, Freshness::Live), Err(AuthError::InvalidToken));
         }
         assert_eq!(fake.asked(), (0, 0));
     }
@@ -673,7 +678,7 @@ mod tests {
         let useless = |value: Value, why: &str| {
             let answer = whose(value);
             assert!(
-                matches!(&answer, Err(Unknown::Useless(text)) if text.contains(why)),
+                matches!(&answer, Err(AuthError::Unusable(text)) if text.contains(why)),
                 "{answer:?}"
             );
         };
@@ -681,7 +686,7 @@ mod tests {
         useless(token(&Value::Null, &role(&["admin"]), FUTURE), "for no project");
         useless(token(&Value::Null, &role(&[]), FUTURE), "for no project");
         let past = token(&project, &role(&["admin"]), "2020-01-01T00:00:00Z");
-        assert_eq!(whose(past).unwrap_err(), Unknown::Nobody);
+        assert_eq!(whose(past).unwrap_err(), AuthError::InvalidToken);
         let mut system = token(&Value::Null, &role(&["admin"]), FUTURE);
         system["token"]["system"] = json!({ "all": true });
         let (caller, _) = whose(system.clone()).unwrap();

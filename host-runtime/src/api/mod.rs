@@ -12,23 +12,21 @@
 //! | [`identity`], [`tokens`], [`keystone`] | who asks |
 //! | [`policy`] | who may do what: pure |
 //! | `request`, `paging` | what a request says |
-//! | `fault` | what went wrong, in Nova's shape |
-//! | `documents`, `asked`, `openapi` | what is answered, what may be asked, and how it is described |
+//! | `error` | what went wrong, in Nova's shape |
+//! | `responses`, `request_schemas`, `openapi` | what is answered, what may be asked, and how it is described |
 //! | `hypervisors`, `servers`, `devices`, `claims`, `flavors`, `grants`, `events` | the calls |
 //! | `fleet` | the other hosts: shown, and asked |
-//! | `rates` | how often |
+//! | `rate_limit` | how often |
 //! | `portal` | pages for people |
 //! | `inventory` | what there is, for many readers |
 //!
 //! It runs on threads of its own, and whatever becomes of it, the agent goes on giving guests their
 //! devices.
 
-mod asked;
 mod claims;
 mod devices;
-mod documents;
+mod error;
 mod events;
-mod fault;
 mod flavors;
 mod fleet;
 mod grants;
@@ -41,8 +39,10 @@ mod openapi;
 mod paging;
 pub mod policy;
 mod portal;
-mod rates;
+mod rate_limit;
 mod request;
+mod request_schemas;
+mod responses;
 mod servers;
 pub mod tokens;
 
@@ -66,13 +66,13 @@ use virt_usb_hook::machine;
 use virt_usb_model::ProjectId;
 use virt_usb_store::{Context, Durability, Store};
 
-use crate::agent::PATIENCE;
+use crate::agent::STORE_LOCK_TIMEOUT;
 use crate::agent::metrics::Metrics;
-use crate::fleet::others::Others;
+use crate::fleet::peers::Peers;
 use crate::hypervisor::Supervised;
 use crate::listen::Peer;
-use fault::Fault;
-use identity::{Caller, Identity, Look, Role, Unknown};
+use error::ApiError;
+use identity::{AuthError, Caller, Freshness, Identity, Role};
 use inventory::Inventory;
 use request::RequestId;
 
@@ -106,7 +106,7 @@ pub struct Api {
     pub identity: Arc<dyn Identity>,
     inventory: Inventory,
     portal: portal::Portal,
-    rates: rates::Rates,
+    rates: rate_limit::Rates,
     /// Whether it is to end.
     ending: watch::Sender<bool>,
     works: Arc<Semaphore>,
@@ -122,7 +122,7 @@ impl Api {
         host: String,
         identity: Arc<dyn Identity>,
     ) -> Self {
-        let others = config().fleet.as_ref().map(|_| Others::new(host.clone()));
+        let others = config().fleet.as_ref().map(|_| Peers::new(host.clone()));
         let inventory = Inventory::new(config().state_dir.clone(), others);
         let (works, turns) = (Arc::new(Semaphore::new(WORKS)), Arc::new(Semaphore::new(TURNS)));
         Self {
@@ -133,7 +133,7 @@ impl Api {
             identity,
             inventory,
             portal: portal::Portal::default(),
-            rates: rates::Rates::default(),
+            rates: rate_limit::Rates::default(),
             ending: watch::Sender::default(),
             works,
             turns,
@@ -141,48 +141,53 @@ impl Api {
     }
 
     fn store(&self) -> Result<Store, virt_usb_store::StoreError> {
-        Store::open(&(self.config)().state_dir, PATIENCE, Durability::Power)
+        Store::open(&(self.config)().state_dir, STORE_LOCK_TIMEOUT, Durability::Power)
     }
 
     /// In the caller's name.
-    fn context(&self, caller: &Caller) -> Result<Context, Fault> {
+    fn context(&self, caller: &Caller) -> Result<Context, ApiError> {
         let context = machine::context(&(self.config)(), format!("api {}", caller.name));
-        context.map_err(|e| Fault::internal(e.to_string()))
+        context.map_err(|e| ApiError::internal(e.to_string()))
     }
 
     /// What waits for disks and for libvirt does not keep others waiting. Once begun it is
     /// finished, though its caller be gone, and has its place for as long.
     async fn blocking<T: Send + 'static>(
         self: &Arc<Self>,
-        work: impl FnOnce(&Self) -> Result<T, Fault> + Send + 'static,
-    ) -> Result<T, Fault> {
+        work: impl FnOnce(&Self) -> Result<T, ApiError> + Send + 'static,
+    ) -> Result<T, ApiError> {
         let api = self.clone();
         let place = self.works.clone().acquire_owned().await;
         let done = tokio::task::spawn_blocking(move || {
             let _place = place;
             work(&api)
         });
-        done.await.unwrap_or_else(|e| Err(Fault::internal(e.to_string())))
+        done.await.unwrap_or_else(|e| Err(ApiError::internal(e.to_string())))
     }
 
     /// Whose token it is. Whoever guesses is soon told to wait.
-    async fn caller(&self, token: &str, peer: Option<Peer>, look: Look) -> Result<Caller, Fault> {
+    async fn caller(
+        &self,
+        token: &str,
+        peer: Option<Peer>,
+        look: Freshness,
+    ) -> Result<Caller, ApiError> {
         // Nobody else is kept busy by guesses.
         if let Some(Peer::Remote(from)) = peer
             && let Some(wait) = self.rates.waits(from)
-            && self.identity.caller(token, Look::Known).await.is_err()
+            && self.identity.caller(token, Freshness::CachedOnly).await.is_err()
         {
             return Err(wait);
         }
         match (self.identity.caller(token, look).await, peer) {
             (Ok(caller), _) => Ok(caller),
-            (Err(Unknown::Unavailable(why)), _) => Err(Fault::cannot_tell(why)),
-            (Err(Unknown::Useless(why)), _) => Err(Fault::forbidden().saying(why)),
-            (Err(Unknown::Nobody), Some(Peer::Remote(from))) => {
+            (Err(AuthError::Unavailable(why)), _) => Err(ApiError::cannot_tell(why)),
+            (Err(AuthError::Unusable(why)), _) => Err(ApiError::forbidden().saying(why)),
+            (Err(AuthError::InvalidToken), Some(Peer::Remote(from))) => {
                 self.rates.guess(from)?;
-                Err(Fault::unauthorized())
+                Err(ApiError::unauthorized())
             }
-            (Err(Unknown::Nobody), _) => Err(Fault::unauthorized()),
+            (Err(AuthError::InvalidToken), _) => Err(ApiError::unauthorized()),
         }
     }
 
@@ -192,7 +197,7 @@ impl Api {
         caller: &Caller,
         peer: Option<Peer>,
         method: &Method,
-    ) -> Result<(), Fault> {
+    ) -> Result<(), ApiError> {
         if method.is_safe() || matches!(peer, Some(Peer::Local { .. })) {
             return Ok(());
         }
@@ -204,8 +209,8 @@ impl Api {
     /// be gone.
     async fn acting<T: Send + 'static>(
         self: &Arc<Self>,
-        work: impl FnOnce(&Self) -> Result<T, Fault> + Send + 'static,
-    ) -> Result<T, Fault> {
+        work: impl FnOnce(&Self) -> Result<T, ApiError> + Send + 'static,
+    ) -> Result<T, ApiError> {
         let turn = Arc::new(Mutex::new(Some(self.turn().await?)));
         let give_back = |turn: &Mutex<Option<_>>| {
             drop(turn.lock().unwrap_or_else(PoisonError::into_inner).take());
@@ -220,13 +225,13 @@ impl Api {
             tokio::time::sleep(TURN_LENGTH).await;
             give_back(&turn);
         });
-        done.await.unwrap_or_else(|e| Err(Fault::internal(e.to_string())))
+        done.await.unwrap_or_else(|e| Err(ApiError::internal(e.to_string())))
     }
 
-    async fn turn(&self) -> Result<OwnedSemaphorePermit, Fault> {
+    async fn turn(&self) -> Result<OwnedSemaphorePermit, ApiError> {
         match tokio::time::timeout(TURN_TIME, self.turns.clone().acquire_owned()).await {
             Ok(Ok(turn)) => Ok(turn),
-            _ => Err(Fault::unavailable(
+            _ => Err(ApiError::unavailable(
                 "Too many devices are being attached and detached: try again.",
             )),
         }
@@ -297,7 +302,7 @@ async fn authenticate(
             Some((_, tenant)) => is_its(&caller, tenant),
             None => Ok(()),
         },
-        Err(_) => Err(Fault::bad_request("The path is no UTF-8.")),
+        Err(_) => Err(ApiError::bad_request("The path is no UTF-8.")),
     };
     let mut response = match allowed {
         Err(fault) => fault.into_response(),
@@ -314,37 +319,37 @@ async fn authenticate(
 }
 
 /// How far the token is looked up with which this is asked.
-fn look(method: &Method) -> Look {
-    if method.is_safe() { Look::Lately } else { Look::Now }
+fn look(method: &Method) -> Freshness {
+    if method.is_safe() { Freshness::Cached } else { Freshness::Live }
 }
 
 async fn whose(
     api: &Api,
     tokens: &[HeaderValue],
     peer: Option<Peer>,
-    look: Look,
-) -> Result<Caller, Fault> {
+    look: Freshness,
+) -> Result<Caller, ApiError> {
     match (tokens, peer) {
         ([token], _) => {
-            let token = token.to_str().map_err(|_| Fault::unauthorized())?;
+            let token = token.to_str().map_err(|_| ApiError::unauthorized())?;
             api.caller(token, peer, look).await
         }
         ([], Some(Peer::Local { uid })) => {
             Ok(Caller { name: format!("uid {uid}"), project: None, role: Role::Admin })
         }
         // Of two, whoever looked at the request before may have meant the other.
-        _ => Err(Fault::unauthorized()),
+        _ => Err(ApiError::unauthorized()),
     }
 }
 
 /// A token acts for one project; root on the host itself for none, and names whichever it likes.
-fn is_its(caller: &Caller, tenant: &str) -> Result<(), Fault> {
+fn is_its(caller: &Caller, tenant: &str) -> Result<(), ApiError> {
     let Some(project) = &caller.project else { return Ok(()) };
     let named: Option<ProjectId> = tenant.parse().ok();
     if named.is_some_and(|named| named.is(project)) {
         return Ok(());
     }
-    Err(Fault::bad_request(format!(
+    Err(ApiError::bad_request(format!(
         "Malformed request URL: URL's project_id '{tenant}' doesn't match Context's project_id \
             '{project}'."
     )))
@@ -359,7 +364,7 @@ async fn observe(State(api): State<Arc<Api>>, request: Request, next: Next) -> R
     api.inventory.wake().await;
     let mut response = match tokio::time::timeout(REQUEST_TIME, next.run(request)).await {
         Ok(response) => response,
-        Err(_) => Fault::unavailable("This took too long; what was begun is being finished.")
+        Err(_) => ApiError::unavailable("This took too long; what was begun is being finished.")
             .into_response(),
     };
     let headers = response.headers_mut();
@@ -372,7 +377,7 @@ async fn observe(State(api): State<Arc<Api>>, request: Request, next: Next) -> R
     let status = response.status().as_u16();
     api.metrics.answered(method.as_str(), status, begun.elapsed());
     let caller = response.extensions().get::<Caller>().map_or("-", |caller| &caller.name);
-    let why = response.extensions().get::<Fault>().and_then(|fault| fault.private.as_deref());
+    let why = response.extensions().get::<ApiError>().and_then(|fault| fault.private.as_deref());
     let ms = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
     let path: String = path.chars().take(256).collect();
     let text = format!("{} {method} {path} {status} by {caller} in {ms} ms", id.0);

@@ -13,7 +13,7 @@ use utoipa::openapi::{
     ContentBuilder, ObjectBuilder, Paths, Ref, RefOr, Required, ResponseBuilder, Type,
 };
 
-use super::{asked, claims, devices, events, flavors, grants, hypervisors, servers};
+use super::{claims, devices, events, flavors, grants, hypervisors, request_schemas, servers};
 
 #[derive(OpenApi)]
 #[openapi(
@@ -49,10 +49,10 @@ use super::{asked, claims, devices, events, flavors, grants, hypervisors, server
     components(schemas(
         devices::SortKey,
         devices::SortDir,
-        asked::UsbDeviceRequest,
-        asked::UsbDeviceDetachRequest,
-        asked::UsbDeviceSelector,
-        asked::UsbRedirectionRequest,
+        request_schemas::UsbDeviceRequest,
+        request_schemas::UsbDeviceDetachRequest,
+        request_schemas::UsbDeviceSelector,
+        request_schemas::UsbRedirectionRequest,
     ))
 )]
 struct Described;
@@ -136,7 +136,7 @@ fn complete(operation: &mut Operation, version: &str, tenant: bool) {
     }
     for parameter in operation.parameters.iter_mut().flatten() {
         if let RefOr::T(parameter) = parameter {
-            let known = asked::parameter(&parameter.name);
+            let known = request_schemas::parameter(&parameter.name);
             parameter.schema = known.or(parameter.schema.take());
         }
     }

@@ -2,8 +2,8 @@
 
 use axum::http::Uri;
 
-use super::documents::Link;
-use super::fault::Fault;
+use super::error::ApiError;
+use super::responses::Link;
 
 /// No more of a list than this is answered at once, whatever is asked for; Nova's `max_limit`.
 const PAGE: usize = 1000;
@@ -11,9 +11,9 @@ const PAGE: usize = 1000;
 pub(super) const LAST_MARKER: u64 = (1 << 53) - 1;
 
 /// How many at once: what was asked for, but no more than [`PAGE`].
-pub(super) fn limit(asked: Option<u32>) -> Result<usize, Fault> {
+pub(super) fn limit(asked: Option<u32>) -> Result<usize, ApiError> {
     match asked {
-        Some(0) => Err(Fault::bad_request("limit: found 0, wanted 1 or more.")),
+        Some(0) => Err(ApiError::bad_request("limit: found 0, wanted 1 or more.")),
         asked => Ok(asked
             .and_then(|asked| usize::try_from(asked).ok())
             .map_or(PAGE, |asked| asked.min(PAGE))),
@@ -21,11 +21,11 @@ pub(super) fn limit(asked: Option<u32>) -> Result<usize, Fault> {
 }
 
 /// The event before which a page begins; 0 is none.
-pub(super) fn event(marker: Option<u64>) -> Result<i64, Fault> {
+pub(super) fn event(marker: Option<u64>) -> Result<i64, ApiError> {
     let marker = marker.unwrap_or(0);
     match i64::try_from(marker) {
         Ok(event) if marker <= LAST_MARKER => Ok(event),
-        _ => Err(Fault::bad_request(format!(
+        _ => Err(ApiError::bad_request(format!(
             "marker: found {marker}, wanted at most {LAST_MARKER}."
         ))),
     }
@@ -40,13 +40,13 @@ pub(super) fn page<T, M: PartialEq + ToString>(
     limit: usize,
     marker: Option<&M>,
     marker_of: impl Fn(&T) -> M,
-) -> Result<(Vec<T>, Option<M>), Fault> {
+) -> Result<(Vec<T>, Option<M>), ApiError> {
     let from = match marker {
         None => 0,
         Some(marker) => {
             let at = all.iter().position(|one| marker_of(one) == *marker);
             let at = at.ok_or_else(|| {
-                Fault::bad_request(format!("Marker {} could not be found.", marker.to_string()))
+                ApiError::bad_request(format!("Marker {} could not be found.", marker.to_string()))
             })?;
             at + 1
         }

@@ -11,7 +11,7 @@
 //! The role is looked at first: who may not do it at all is told so, whatever there is. Then the
 //! object: what is not one's own is not there.
 
-use virt_usb_model::{ProjectId, Reason};
+use virt_usb_model::{ProjectId, UnavailableReason};
 use virt_usb_store::{ClaimRow, Record};
 
 use super::identity::{Caller, Role};
@@ -20,7 +20,7 @@ use super::identity::{Caller, Role};
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Call {
     /// Hosts, flavors: nobody's own.
-    Look,
+    Freshness,
     /// A device, a server, its events.
     LookAt,
     /// Gives a server a device.
@@ -40,7 +40,7 @@ pub enum Call {
 impl Call {
     /// All calls.
     pub const ALL: [Self; 8] = [
-        Self::Look,
+        Self::Freshness,
         Self::LookAt,
         Self::Attach,
         Self::Detach,
@@ -53,7 +53,7 @@ impl Call {
     /// The least role that may.
     const fn least(self) -> Role {
         match self {
-            Self::Look | Self::LookAt => Role::Reader,
+            Self::Freshness | Self::LookAt => Role::Reader,
             Self::Attach | Self::Detach => Role::Member,
             Self::ChangeDevice | Self::ChangeFlavor | Self::ChangeOwner | Self::Grants => {
                 Role::Admin
@@ -64,7 +64,7 @@ impl Call {
 
 /// May it?
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Verdict {
+pub enum Authorization {
     /// Yes.
     Allowed,
     /// No, and it may know that.
@@ -74,15 +74,15 @@ pub enum Verdict {
 }
 
 /// Whether the role allows the call at all.
-pub fn may(caller: &Caller, call: Call) -> Verdict {
-    if caller.role >= call.least() { Verdict::Allowed } else { Verdict::Forbidden }
+pub fn may(caller: &Caller, call: Call) -> Authorization {
+    if caller.role >= call.least() { Authorization::Allowed } else { Authorization::Forbidden }
 }
 
 /// Whether the caller may do this with a server of that project.
-pub fn may_with_server(caller: &Caller, call: Call, owner: Option<&ProjectId>) -> Verdict {
+pub fn may_with_server(caller: &Caller, call: Call, owner: Option<&ProjectId>) -> Authorization {
     match may(caller, call) {
-        Verdict::Allowed if caller.is_admin() || caller.owns(owner) => Verdict::Allowed,
-        Verdict::Allowed => Verdict::Hidden,
+        Authorization::Allowed if caller.is_admin() || caller.owns(owner) => Authorization::Allowed,
+        Authorization::Allowed => Authorization::Hidden,
         denied => denied,
     }
 }
@@ -93,10 +93,12 @@ pub fn may_with_device(
     call: Call,
     device: &Record,
     claim: Option<&ClaimRow>,
-) -> Verdict {
+) -> Authorization {
     match may(caller, call) {
-        Verdict::Allowed if caller.is_admin() || is_for(caller, device, claim) => Verdict::Allowed,
-        Verdict::Allowed => Verdict::Hidden,
+        Authorization::Allowed if caller.is_admin() || is_for(caller, device, claim) => {
+            Authorization::Allowed
+        }
+        Authorization::Allowed => Authorization::Hidden,
         denied => denied,
     }
 }
@@ -114,7 +116,10 @@ fn is_for(caller: &Caller, device: &Record, claim: Option<&ClaimRow>) -> bool {
     if claim.is_some_and(|claim| may_know_holder(caller, claim)) {
         return true;
     }
-    let offered = !matches!(device.rule_withheld, Some(Reason::Whitelist | Reason::HostUse));
+    let offered = !matches!(
+        device.rule_withheld,
+        Some(UnavailableReason::Whitelist | UnavailableReason::HostUse)
+    );
     let projects = &device.entry.projects;
     offered
         && device.deleted == 0

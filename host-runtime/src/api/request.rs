@@ -15,7 +15,7 @@ use http_body_util::{BodyExt as _, LengthLimitError, Limited};
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
-use super::fault::{Fault, sentence};
+use super::error::{ApiError, sentence};
 use super::identity::Caller;
 
 /// The largest body, in bytes.
@@ -47,12 +47,12 @@ impl RequestId {
 pub(super) struct Asks(pub(super) Caller);
 
 impl<S: Sync> FromRequestParts<S> for Asks {
-    type Rejection = Fault;
+    type Rejection = ApiError;
 
-    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Fault> {
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, ApiError> {
         // It is there: no route is without the layer that puts it there. Were it not, nobody would
         // be let in.
-        parts.extensions.get::<Caller>().cloned().map(Self).ok_or_else(Fault::unauthorized)
+        parts.extensions.get::<Caller>().cloned().map(Self).ok_or_else(ApiError::unauthorized)
     }
 }
 
@@ -60,13 +60,13 @@ impl<S: Sync> FromRequestParts<S> for Asks {
 pub(super) struct Named<T>(pub(super) T);
 
 impl<T: DeserializeOwned + Send, S: Send + Sync> FromRequestParts<S> for Named<T> {
-    type Rejection = Fault;
+    type Rejection = ApiError;
 
-    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Fault> {
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
         let named = Path::<T>::from_request_parts(parts, state).await;
         named
             .map(|Path(named)| Self(named))
-            .map_err(|e| Fault::bad_request(sentence(&e.body_text())))
+            .map_err(|e| ApiError::bad_request(sentence(&e.body_text())))
     }
 }
 
@@ -74,13 +74,13 @@ impl<T: DeserializeOwned + Send, S: Send + Sync> FromRequestParts<S> for Named<T
 pub(super) struct Asked<T>(pub(super) T);
 
 impl<T: DeserializeOwned, S: Send + Sync> FromRequestParts<S> for Asked<T> {
-    type Rejection = Fault;
+    type Rejection = ApiError;
 
-    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Fault> {
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
         let asked = Query::<T>::from_request_parts(parts, state).await;
         // The reason alone names the key: that a query was deserialized is nothing to its sender.
         let why = |e: QueryRejection| e.source().map_or_else(|| e.body_text(), ToString::to_string);
-        asked.map(|Query(asked)| Self(asked)).map_err(|e| Fault::bad_request(sentence(&why(e))))
+        asked.map(|Query(asked)| Self(asked)).map_err(|e| ApiError::bad_request(sentence(&why(e))))
     }
 }
 
@@ -88,9 +88,9 @@ impl<T: DeserializeOwned, S: Send + Sync> FromRequestParts<S> for Asked<T> {
 pub(super) struct Content(pub(super) Map<String, Value>);
 
 impl<S: Send + Sync> FromRequest<S> for Content {
-    type Rejection = Fault;
+    type Rejection = ApiError;
 
-    async fn from_request(request: Request, _: &S) -> Result<Self, Fault> {
+    async fn from_request(request: Request, _: &S) -> Result<Self, ApiError> {
         let kind = request
             .headers()
             .get(CONTENT_TYPE)
@@ -98,56 +98,59 @@ impl<S: Send + Sync> FromRequest<S> for Content {
             .unwrap_or_default();
         let kind = kind.split(';').next().unwrap_or_default().trim();
         if !kind.eq_ignore_ascii_case("application/json") {
-            return Err(Fault::bad_media_type());
+            return Err(ApiError::bad_media_type());
         }
         let bytes = tokio::time::timeout(BODY_TIME, read(request.into_body()));
-        let bytes = bytes.await.map_err(|_| Fault::timeout())??;
+        let bytes = bytes.await.map_err(|_| ApiError::timeout())??;
         let text = str::from_utf8(&bytes).map_err(|e| {
-            Fault::bad_request(format!("The body is no UTF-8: byte {} is none.", e.valid_up_to()))
+            ApiError::bad_request(format!(
+                "The body is no UTF-8: byte {} is none.",
+                e.valid_up_to()
+            ))
         })?;
         match virt_usb_model::unique_json(text) {
             Ok(Value::Object(object)) => Ok(Self(object)),
-            Ok(_) => Err(Fault::bad_request("The body is no JSON object.")),
-            Err(e) if e.is_data() => Err(Fault::bad_request(format!("The body holds {e}."))),
-            Err(e) => Err(Fault::bad_request(format!("The body is no JSON: {e}."))),
+            Ok(_) => Err(ApiError::bad_request("The body is no JSON object.")),
+            Err(e) if e.is_data() => Err(ApiError::bad_request(format!("The body holds {e}."))),
+            Err(e) => Err(ApiError::bad_request(format!("The body is no JSON: {e}."))),
         }
     }
 }
 
 /// The text of a form, read within its bounds.
-pub(super) async fn form(headers: &HeaderMap, body: Body) -> Result<String, Fault> {
+pub(super) async fn form(headers: &HeaderMap, body: Body) -> Result<String, ApiError> {
     let kind = headers.get(CONTENT_TYPE).and_then(|kind| kind.to_str().ok()).unwrap_or_default();
     if !kind.starts_with("application/x-www-form-urlencoded") {
-        return Err(Fault::bad_media_type().saying("This is no form."));
+        return Err(ApiError::bad_media_type().saying("This is no form."));
     }
     let bytes =
-        tokio::time::timeout(BODY_TIME, read(body)).await.map_err(|_| Fault::timeout())??;
-    String::from_utf8(bytes).map_err(|_| Fault::bad_request("The form is no UTF-8."))
+        tokio::time::timeout(BODY_TIME, read(body)).await.map_err(|_| ApiError::timeout())??;
+    String::from_utf8(bytes).map_err(|_| ApiError::bad_request("The form is no UTF-8."))
 }
 
-async fn read(body: Body) -> Result<Vec<u8>, Fault> {
+async fn read(body: Body) -> Result<Vec<u8>, ApiError> {
     match Limited::new(body, MOST).collect().await {
         Ok(collected) => Ok(collected.to_bytes().into()),
-        Err(e) if e.downcast_ref::<LengthLimitError>().is_some() => Err(Fault::too_large(MOST)),
-        Err(e) => Err(Fault::bad_request(format!("The body did not arrive whole: {e}."))),
+        Err(e) if e.downcast_ref::<LengthLimitError>().is_some() => Err(ApiError::too_large(MOST)),
+        Err(e) => Err(ApiError::bad_request(format!("The body did not arrive whole: {e}."))),
     }
 }
 
 /// The one key of an action's body, and what is under it.
-pub(super) fn action(content: &Map<String, Value>) -> Result<(&str, &Value), Fault> {
+pub(super) fn action(content: &Map<String, Value>) -> Result<(&str, &Value), ApiError> {
     let mut keys = content.iter();
     match (keys.next(), keys.next()) {
         (Some((name, value)), None) => Ok((name, value)),
-        (None, _) => Err(Fault::bad_request("The body names no action.")),
-        _ => Err(Fault::bad_request("The body names more than one action.")),
+        (None, _) => Err(ApiError::bad_request("The body names no action.")),
+        _ => Err(ApiError::bad_request("The body names more than one action.")),
     }
 }
 
 /// An action that wants nothing.
-pub(super) fn nothing<T>(name: &str, value: &Value) -> Result<Option<T>, Fault> {
+pub(super) fn nothing<T>(name: &str, value: &Value) -> Result<Option<T>, ApiError> {
     match value {
         Value::Null => Ok(None),
-        _ => Err(Fault::bad_request(format!("{name} wants null: {{\"{name}\":null}}."))),
+        _ => Err(ApiError::bad_request(format!("{name} wants null: {{\"{name}\":null}}."))),
     }
 }
 
@@ -156,12 +159,12 @@ pub(super) fn object<'a>(
     value: &'a Value,
     place: &str,
     keys: &[&str],
-) -> Result<&'a Map<String, Value>, Fault> {
+) -> Result<&'a Map<String, Value>, ApiError> {
     let Some(object) = value.as_object() else {
-        return Err(Fault::bad_request(format!("{place} is no JSON object.")));
+        return Err(ApiError::bad_request(format!("{place} is no JSON object.")));
     };
     match object.keys().find(|key| !keys.contains(&key.as_str())) {
-        Some(key) => Err(Fault::bad_request(format!(
+        Some(key) => Err(ApiError::bad_request(format!(
             "{place} has the key {key:?}, wanted: {}.",
             keys.join(", ")
         ))),
@@ -170,11 +173,11 @@ pub(super) fn object<'a>(
 }
 
 /// The status of a path that leads nowhere.
-pub(super) async fn nowhere() -> Fault {
-    Fault::not_found("The resource could not be found.")
+pub(super) async fn nowhere() -> ApiError {
+    ApiError::not_found("The resource could not be found.")
 }
 
 /// A method that a resource does not have.
-pub(super) async fn no_method() -> Fault {
-    Fault::bad_method()
+pub(super) async fn no_method() -> ApiError {
+    ApiError::bad_method()
 }

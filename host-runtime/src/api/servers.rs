@@ -18,17 +18,17 @@ use virt_usb_store::claim::{Shortage, Why};
 use virt_usb_store::{Record, StoreError};
 
 use super::Api;
-use super::asked::ServerActionRequest;
 use super::devices::missing;
-use super::documents::UsbDevice;
-use super::fault::{Fault, sentence};
+use super::error::{ApiError, sentence};
 use super::identity::Caller;
 use super::inventory::Snapshot;
-use super::policy::{Call, Verdict, may, may_know_holder, may_with_server};
+use super::policy::{Authorization, Call, may, may_know_holder, may_with_server};
 use super::request::{Asked, Asks, Content, Named, action, nothing, object};
+use super::request_schemas::ServerActionRequest;
+use super::responses::UsbDevice;
 use crate::agent::operate::{Attached, OperateError};
 use crate::agent::work::Worker;
-use crate::fleet::others::{self, Other};
+use crate::fleet::peers::{self, Peer};
 use crate::hypervisor::{Hypervisor as _, Known};
 
 /// A path's server.
@@ -67,8 +67,8 @@ impl Server {
         Self { seen, ..Self::new(known.instance, &known.domain, known.running, snapshot) }
     }
 
-    fn elsewhere(host: &Other, server: &others::Server) -> Self {
-        let others::Server { id, ref name, running, by_domain, .. } = *server;
+    fn elsewhere(host: &Peer, server: &peers::Server) -> Self {
+        let peers::Server { id, ref name, running, by_domain, .. } = *server;
         let (name, owner) = (name.clone(), server.project.clone());
         Self { id, name, running, owner, by_domain, host: Some(host.name.clone()), seen: None }
     }
@@ -84,8 +84,8 @@ fn moment(time: SystemTime) -> Option<Timestamp> {
     Timestamp::try_from(time).ok()?.round(jiff::Unit::Millisecond).ok()
 }
 
-fn no_server(id: &str) -> Fault {
-    Fault::not_found(format!("Instance {id} could not be found."))
+fn no_server(id: &str) -> ApiError {
+    ApiError::not_found(format!("Instance {id} could not be found."))
 }
 
 impl Api {
@@ -95,9 +95,9 @@ impl Api {
         caller: &Caller,
         call: Call,
         name: &str,
-    ) -> Result<Server, Fault> {
+    ) -> Result<Server, ApiError> {
         // Who may not do it at all hears so, whether there is such a server or not.
-        Fault::unless(may(caller, call), || no_server(name))?;
+        ApiError::unless(may(caller, call), || no_server(name))?;
         let id: InstanceId = name.parse().map_err(|_| no_server(name))?;
         // Who only looks does not wait for libvirt.
         let known = self.hypervisor.guest(id).filter(|_| call == Call::LookAt);
@@ -106,7 +106,7 @@ impl Api {
             None => self.blocking(move |api| api.find(id)).await?,
         };
         let Some(server) = found else { return Err(no_server(name)) };
-        Fault::unless(may_with_server(caller, call, server.owner.as_ref()), || no_server(name))?;
+        ApiError::unless(may_with_server(caller, call, server.owner.as_ref()), || no_server(name))?;
         Ok(server)
     }
 
@@ -114,7 +114,7 @@ impl Api {
     pub(super) async fn assigned(
         self: &Arc<Self>,
         server: &Server,
-    ) -> Result<Vec<(DeviceRequest, Option<String>)>, Fault> {
+    ) -> Result<Vec<(DeviceRequest, Option<String>)>, ApiError> {
         let id = server.id;
         if server.host.is_some() {
             let snapshot = self.inventory.now()?;
@@ -130,13 +130,16 @@ impl Api {
     }
 
     /// The servers that the caller may know of, by name.
-    pub(super) async fn servers(self: &Arc<Self>, caller: &Caller) -> Result<Vec<Server>, Fault> {
-        Fault::unless(may(caller, Call::LookAt), Fault::forbidden)?;
+    pub(super) async fn servers(
+        self: &Arc<Self>,
+        caller: &Caller,
+    ) -> Result<Vec<Server>, ApiError> {
+        ApiError::unless(may(caller, Call::LookAt), ApiError::forbidden)?;
         let is_visible = |server: &Server| {
-            may_with_server(caller, Call::LookAt, server.owner.as_ref()) == Verdict::Allowed
+            may_with_server(caller, Call::LookAt, server.owner.as_ref()) == Authorization::Allowed
         };
         let Some(known) = self.hypervisor.known() else {
-            return Err(Fault::unavailable(
+            return Err(ApiError::unavailable(
                 "The servers of this host were not looked at yet: try again.",
             ));
         };
@@ -154,17 +157,17 @@ impl Api {
     }
 
     /// The server; of one that libvirt does not know any more what it still holds tells.
-    fn find(&self, id: InstanceId) -> Result<Option<Server>, Fault> {
+    fn find(&self, id: InstanceId) -> Result<Option<Server>, ApiError> {
         let running = self.hypervisor.look(id)?.is_some();
         let snapshot = self.inventory.now()?;
         if let Some(xml) = self.hypervisor.xml(id)? {
             let domain = virt_usb_domxml::read(xml.as_bytes())
-                .map_err(|e| Fault::internal(format!("cannot read the domain's XML: {e}")))?;
+                .map_err(|e| ApiError::internal(format!("cannot read the domain's XML: {e}")))?;
             return Ok(Some(Server::new(id, &domain, running, &snapshot)));
         }
         let held = snapshot.own_devices().find(|r| r.entry.instance_uuid == Some(id));
         if let Some(claim) = held.and_then(|r| snapshot.claim(r.entry.id)) {
-            let owner = claim.asker().project;
+            let owner = claim.claimant().project;
             let by_domain = owner.is_some() && snapshot.owner(id).is_none();
             return Ok(Some(Server {
                 id,
@@ -232,7 +235,7 @@ pub(super) async fn list(
     State(api): State<Arc<Api>>,
     Asks(caller): Asks,
     Asked(query): Asked<Query>,
-) -> Result<Json<Servers>, Fault> {
+) -> Result<Json<Servers>, ApiError> {
     let mut servers = api.servers(&caller).await?;
     servers.retain(|server| query.name.as_ref().is_none_or(|name| *name == server.name));
     Ok(Json(Servers { servers: servers.into_iter().map(Listed::from).collect() }))
@@ -260,8 +263,8 @@ pub(super) struct Owners {
 pub(super) async fn owners(
     State(api): State<Arc<Api>>,
     Asks(caller): Asks,
-) -> Result<Json<Owners>, Fault> {
-    Fault::unless(may(&caller, Call::ChangeOwner), Fault::forbidden)?;
+) -> Result<Json<Owners>, ApiError> {
+    ApiError::unless(may(&caller, Call::ChangeOwner), ApiError::forbidden)?;
     let owners = api.blocking(|api| Ok(api.store()?.owners()?)).await?;
     let shown = |owner: virt_usb_store::Owner| UsbOwner {
         instance_uuid: owner.instance_uuid.to_string(),
@@ -297,7 +300,7 @@ struct Described {
     listed: Listed,
     usb_devices: Vec<UsbDevice>,
     /// What it is to have at each start, whoever is free then.
-    #[schema(value_type = Vec<super::asked::UsbDeviceRequest>)]
+    #[schema(value_type = Vec<super::request_schemas::UsbDeviceRequest>)]
     usb_devices_requests: Vec<DeviceRequest>,
 }
 
@@ -309,12 +312,12 @@ pub(super) async fn show(
     State(api): State<Arc<Api>>,
     Asks(caller): Asks,
     Named(ServerName { server_id }): Named<ServerName>,
-) -> Result<Json<Shown>, Fault> {
+) -> Result<Json<Shown>, ApiError> {
     let server = api.server(&caller, Call::LookAt, &server_id).await?;
     describe(&api, &caller, server).await.map(Json)
 }
 
-async fn describe(api: &Arc<Api>, caller: &Caller, server: Server) -> Result<Shown, Fault> {
+async fn describe(api: &Arc<Api>, caller: &Caller, server: Server) -> Result<Shown, ApiError> {
     let snapshot = api.inventory.now()?;
     let id = server.id;
     let mine = snapshot.devices().filter(|r| r.entry.instance_uuid == Some(id));
@@ -338,13 +341,13 @@ pub(super) async fn act(
     Asks(caller): Asks,
     Named(ServerName { server_id }): Named<ServerName>,
     Content(content): Content,
-) -> Result<Response, Fault> {
+) -> Result<Response, ApiError> {
     let (name, value) = action(&content)?;
     let call = match name {
         "attach_usb_devices" => Call::Attach,
         "detach_usb_devices" => Call::Detach,
         "set_usb_owner" | "clear_usb_owner" => Call::ChangeOwner,
-        other => return Err(Fault::bad_request(format!("There is no such action: {other}."))),
+        other => return Err(ApiError::bad_request(format!("There is no such action: {other}."))),
     };
     // Before the body is looked at: who may not do it has nothing to learn from its mistakes.
     let server = api.server(&caller, call, &server_id).await?;
@@ -362,16 +365,16 @@ pub(super) async fn act(
     Ok((StatusCode::ACCEPTED, Json(acted)).into_response())
 }
 
-fn project(name: &str, value: &Value) -> Result<ProjectId, Fault> {
+fn project(name: &str, value: &Value) -> Result<ProjectId, ApiError> {
     let Some(Value::String(project)) = object(value, name, &["project_id"])?.get("project_id")
     else {
-        return Err(Fault::bad_request(format!(
+        return Err(ApiError::bad_request(format!(
             "{name} wants a project: {{\"project_id\":\"...\"}}."
         )));
     };
     project
         .parse()
-        .map_err(|e: ParseError| Fault::bad_request(sentence(&e.at("project_id").to_string())))
+        .map_err(|e: ParseError| ApiError::bad_request(sentence(&e.at("project_id").to_string())))
 }
 
 /// Says whose a server is; `None` takes that back.
@@ -380,15 +383,15 @@ pub(super) async fn give_to(
     caller: &Caller,
     server: Server,
     project: Option<ProjectId>,
-) -> Result<Server, Fault> {
+) -> Result<Server, ApiError> {
     if let Some(host) = &server.host {
-        return Err(Fault::conflict(format!(
+        return Err(ApiError::conflict(format!(
             "Instance {} is on host {host}: whose it is is said there.",
             server.id
         )));
     }
     if let (true, Some(owner)) = (server.by_domain, &server.owner) {
-        return Err(Fault::conflict(format!(
+        return Err(ApiError::conflict(format!(
             "The domain of instance {} says itself that it is project {owner}'s: what is said here \
                 would not count.",
             server.id
@@ -414,7 +417,7 @@ pub(super) async fn perform(
     call: Call,
     server: Server,
     requests: Vec<DeviceRequest>,
-) -> Result<Acted, Fault> {
+) -> Result<Acted, ApiError> {
     // What is detached is the server's own, though its device be unplugged or another's by now.
     if call == Call::Attach {
         visible(api, &caller, call, &requests, &server)?;
@@ -429,20 +432,20 @@ pub(super) async fn perform(
     .await
 }
 
-pub(super) fn requests(name: &str, value: &Value) -> Result<Vec<DeviceRequest>, Fault> {
+pub(super) fn requests(name: &str, value: &Value) -> Result<Vec<DeviceRequest>, ApiError> {
     const KEY: &str = "usb_devices_requests";
     let object = object(value, name, &[KEY])?;
     let Some(Value::Array(list)) = object.get(KEY) else {
-        return Err(Fault::bad_request(format!(
+        return Err(ApiError::bad_request(format!(
             "{name} wants a list: {{\"{KEY}\":[{{\"id\":1}}]}}."
         )));
     };
     if list.is_empty() {
-        return Err(Fault::bad_request(format!("{KEY} is empty.")));
+        return Err(ApiError::bad_request(format!("{KEY} is empty.")));
     }
     let text = Value::Array(list.clone()).to_string();
     let flavor = Flavor::parse_lists(Some(&text), None).map_err(|e| {
-        Fault::bad_request(sentence(&e.to_string().replacen("usb_devices", KEY, 1)))
+        ApiError::bad_request(sentence(&e.to_string().replacen("usb_devices", KEY, 1)))
     })?;
     Ok(flavor.usb_devices)
 }
@@ -454,13 +457,13 @@ fn visible(
     call: Call,
     requests: &[DeviceRequest],
     server: &Server,
-) -> Result<(), Fault> {
+) -> Result<(), ApiError> {
     let snapshot = api.inventory.now()?;
     for id in requests.iter().filter_map(|r| r.selector.id) {
         let Some(record) = snapshot.device(id) else { return Err(missing(id)) };
         // What one's server has is never hidden.
         if record.entry.instance_uuid != Some(server.id) {
-            Fault::unless(snapshot.may(caller, call, record), || missing(id))?;
+            ApiError::unless(snapshot.may(caller, call, record), || missing(id))?;
         }
     }
     Ok(())
@@ -471,7 +474,7 @@ fn attach(
     caller: &Caller,
     server: &Server,
     requests: &[DeviceRequest],
-) -> Result<Acted, Fault> {
+) -> Result<Acted, ApiError> {
     let given = api.worker(caller)?.give(server.id, requests);
     let Attached { live, new, already } = given.map_err(|e| fault(api, caller, server, e))?;
     let had = already.iter().map(|record| record.entry.id.get()).collect();
@@ -483,9 +486,9 @@ fn detach(
     caller: &Caller,
     server: &Server,
     requests: &[DeviceRequest],
-) -> Result<Acted, Fault> {
+) -> Result<Acted, ApiError> {
     if let Some(request) = requests.iter().find(|r| r.count != 1) {
-        return Err(Fault::bad_request(format!(
+        return Err(ApiError::bad_request(format!(
             "{request}: each request names one device: leave count out."
         )));
     }
@@ -502,7 +505,7 @@ fn answer<'a>(
     live: bool,
     devices: impl Iterator<Item = &'a Record>,
     already: Vec<u64>,
-) -> Result<Acted, Fault> {
+) -> Result<Acted, ApiError> {
     let snapshot = api.inventory.now()?;
     let now =
         devices.map(|was| snapshot.shown(snapshot.device(was.entry.id).unwrap_or(was), caller));
@@ -516,19 +519,19 @@ impl Api {
     }
 }
 
-fn fault(api: &Api, caller: &Caller, server: &Server, e: OperateError) -> Fault {
+fn fault(api: &Api, caller: &Caller, server: &Server, e: OperateError) -> ApiError {
     match e {
-        OperateError::Refused(why) => Fault::conflict(sentence(&why)),
-        OperateError::Nothing(_) => Fault::not_found(format!(
+        OperateError::Refused(why) => ApiError::conflict(sentence(&why)),
+        OperateError::Nothing(_) => ApiError::not_found(format!(
             "Instance {} has no such USB device, and none assigned.",
             server.id
         )),
         OperateError::Short { short, .. } => {
             let snapshot = api.inventory.now().unwrap_or_default();
             let told: Vec<String> = short.iter().map(|s| shortage(&snapshot, caller, s)).collect();
-            Fault::conflict(told.join(" "))
+            ApiError::conflict(told.join(" "))
         }
-        OperateError::Unsure(ref domain, ref failure) => Fault::unavailable(format!(
+        OperateError::Unsure(ref domain, ref failure) => ApiError::unavailable(format!(
             "{domain} may have been given it or not: it is taken back once libvirt answers again."
         ))
         .and_privately(failure.to_string()),

@@ -27,7 +27,7 @@ use virt_usb_filter_host::{hex, sha256};
 use virt_usb_model::ProjectId;
 use virt_usb_store::user::{AsUser, User};
 
-use super::identity::{Answer, Caller, Identity, Look, Role, Unknown};
+use super::identity::{Answer, AuthError, Caller, Freshness, Identity, Role};
 use crate::stamp::{Stamp, stamp};
 
 /// The file's name.
@@ -394,23 +394,23 @@ impl Tokens {
         known.clone()
     }
 
-    fn find(&self, token: &str) -> Result<Caller, Unknown> {
+    fn find(&self, token: &str) -> Result<Caller, AuthError> {
         let known = self.now();
         if let Some(trouble) = known.trouble {
-            return Err(Unknown::Unavailable(trouble));
+            return Err(AuthError::Unavailable(trouble));
         }
         // Looked up by its hash: how long that takes says nothing about any token.
         match known.callers.get(&hash(token)) {
             Some((caller, until)) if until.is_none_or(|until| Timestamp::now() < until) => {
                 Ok(caller.clone())
             }
-            _ => Err(Unknown::Nobody),
+            _ => Err(AuthError::InvalidToken),
         }
     }
 }
 
 impl Identity for Tokens {
-    fn caller<'a>(&'a self, token: &'a str, _: Look) -> Answer<'a> {
+    fn caller<'a>(&'a self, token: &'a str, _: Freshness) -> Answer<'a> {
         Box::pin(std::future::ready(self.find(token)))
     }
 }
@@ -431,7 +431,7 @@ mod tests {
         let file = TokenFile::new(dir.path());
         let project: ProjectId = "p1".parse().unwrap();
         let tokens = Tokens::new(file.clone());
-        assert_eq!(tokens.find("vusb_x"), Err(Unknown::Nobody));
+        assert_eq!(tokens.find("vusb_x"), Err(AuthError::InvalidToken));
         assert!(file.ensure().unwrap() && !file.ensure().unwrap());
         let made = file.add(&wanted("erp", &project)).unwrap();
         assert_eq!(std::fs::metadata(file.path()).unwrap().permissions().mode() & 0o777, 0o600);
@@ -441,15 +441,15 @@ mod tests {
             (caller.name.as_str(), caller.role, caller.project),
             ("erp", Role::Member, Some(project.clone()))
         );
-        assert_eq!(tokens.find(&made.token[..68]), Err(Unknown::Nobody));
+        assert_eq!(tokens.find(&made.token[..68]), Err(AuthError::InvalidToken));
         let why = file.add(&wanted("erp", &project)).unwrap_err().to_string();
         assert!(why.contains("there is a token of the name"), "{why}");
         let past = file
             .add(&Wanted { lifetime: Some(Duration::ZERO), ..wanted("past", &project) })
             .unwrap();
-        assert_eq!(tokens.find(&past.token), Err(Unknown::Nobody));
+        assert_eq!(tokens.find(&past.token), Err(AuthError::InvalidToken));
         assert!(file.remove("erp").unwrap() && !file.remove("erp").unwrap());
-        assert_eq!(tokens.find(&made.token), Err(Unknown::Nobody));
+        assert_eq!(tokens.find(&made.token), Err(AuthError::InvalidToken));
         for name in ["", "a b", "a\n"] {
             assert!(file.add(&wanted(name, &project)).is_err(), "{name:?}");
         }
@@ -492,7 +492,7 @@ mod tests {
         for (at, text) in wrong.iter().enumerate() {
             std::fs::write(file.path(), format!("{text}{}", "\n".repeat(at))).unwrap();
             assert!(
-                matches!(tokens.find(&made.token), Err(Unknown::Unavailable(why)) if why.contains("is wrong")),
+                matches!(tokens.find(&made.token), Err(AuthError::Unavailable(why)) if why.contains("is wrong")),
                 "{text}"
             );
         }
@@ -500,7 +500,7 @@ mod tests {
         assert!(tokens.find(&made.token).is_ok());
         std::fs::set_permissions(file.path(), Permissions::from_mode(0o640)).unwrap();
         assert!(
-            matches!(tokens.find(&made.token), Err(Unknown::Unavailable(why)) if why.contains("others may read it"))
+            matches!(tokens.find(&made.token), Err(AuthError::Unavailable(why)) if why.contains("others may read it"))
         );
         std::fs::set_permissions(file.path(), Permissions::from_mode(0o600)).unwrap();
         assert!(tokens.find(&made.token).is_ok());
@@ -508,7 +508,7 @@ mod tests {
         std::fs::set_permissions(dir.path(), Permissions::from_mode(0o777)).unwrap();
         std::fs::write(file.path(), format!("{right}\n\n\n\n")).unwrap();
         assert!(
-            matches!(tokens.find(&made.token), Err(Unknown::Unavailable(why)) if why.contains("everybody may write to its folder"))
+            matches!(tokens.find(&made.token), Err(AuthError::Unavailable(why)) if why.contains("everybody may write to its folder"))
         );
         std::fs::set_permissions(dir.path(), Permissions::from_mode(0o700)).unwrap();
         assert!(tokens.find(&made.token).is_ok());

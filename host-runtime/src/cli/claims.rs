@@ -6,8 +6,8 @@ use anyhow::{Context as _, bail};
 use serde::Serialize;
 use virt_usb_model::{DeviceId, InstanceId, Status};
 use virt_usb_store::events::{EventRow, Filter};
-use virt_usb_store::give_back::Extent;
 use virt_usb_store::problems::Problem;
+use virt_usb_store::release::Extent;
 use virt_usb_store::watch::Moment;
 use virt_usb_store::{ClaimRow, Record, Store};
 

@@ -9,9 +9,9 @@ use virt_usb_hook::config::Config;
 use virt_usb_hook::machine::{self, Agent};
 use virt_usb_hook::rules;
 use virt_usb_model::device::Problem;
-use virt_usb_model::{Device, Verdict, clean_json};
+use virt_usb_model::{Device, RuleVerdict, clean_json};
 use virt_usb_store::Record;
-use virt_usb_store::discover::Done;
+use virt_usb_store::reconcile::Done;
 use virt_usb_store::user::User;
 
 use super::Session;
@@ -256,11 +256,11 @@ struct Judged {
     name: String,
     offered: bool,
     #[serde(flatten)]
-    verdict: Verdict,
+    verdict: RuleVerdict,
 }
 
 impl Judged {
-    fn new(device: &Device, verdict: Verdict) -> Self {
+    fn new(device: &Device, verdict: RuleVerdict) -> Self {
         let key = &device.key;
         Self {
             address: device.address.to_string(),
@@ -277,7 +277,7 @@ impl Judged {
     /// Hubs are never offered, whatever the rules say.
     fn hub(device: &Device) -> Self {
         let because = "it is a hub: whoever got it would get everything behind it".to_owned();
-        let verdict = Verdict {
+        let verdict = RuleVerdict {
             withheld: None,
             rule: None,
             projects: Vec::new(),

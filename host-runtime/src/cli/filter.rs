@@ -140,7 +140,7 @@ fn flavor(session: &Session, text: &str) -> anyhow::Result<Flavor> {
         Some(b'[') => Flavor::parse_lists(Some(text), None).context("--flavor"),
         _ => match session.store()?.flavor(text)? {
             Some(stored) => Ok(stored.flavor),
-            None => bail!("{}", super::shared::unknown::<Flavor>(text)),
+            None => bail!("{}", super::named_resources::unknown::<Flavor>(text)),
         },
     }
 }

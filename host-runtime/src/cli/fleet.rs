@@ -8,7 +8,7 @@ use serde::Serialize;
 use virt_usb_filter_host::Limits;
 use virt_usb_hook::config::{Config, Fleet, User};
 use virt_usb_model::{Flavor, Grant};
-use virt_usb_store::join::{Numbered, Renumbered};
+use virt_usb_store::renumber::{Numbered, Renumbered};
 
 use super::Session;
 use super::arguments::{Credentials, Simulate};
@@ -53,7 +53,7 @@ pub(super) fn join(session: &Session, credentials: &Credentials) -> anyhow::Resu
     }
     let number = wait(join::join(&fleet, &host))?;
     let context = session.context(&config, "fleet join")?;
-    store.restart_patience();
+    store.restart_lock_timeout();
     let renumbered = match store.renumber(&host, number, &context)? {
         Numbered::Already => None,
         Numbered::Renumbered(renumbered) => Some(renumbered),

@@ -46,7 +46,7 @@ pub(super) fn start(session: &Session, domain: &str) -> anyhow::Result<ExitCode>
     let instance = find(&libvirt, domain)?;
     let (started, warnings) = operate::start(&mut worker, &libvirt, instance, domain)
         .with_context(|| format!("cannot start {domain}"))?;
-    worker.store.restart_patience();
+    worker.store.restart_lock_timeout();
     let held = worker.store.claims()?.into_iter().filter(|c| c.instance_uuid == instance);
     let devices = held.map(|c| c.device_id).collect();
     let begun = Begun {

@@ -1,20 +1,20 @@
 //! The command line: what an operator types, and what is shown.
 
 mod arguments;
-mod aside;
 mod claims;
 mod devices;
 mod filter;
 mod fleet;
 mod guests;
+mod maintenance;
+mod named_resources;
 mod output;
 mod owners;
+mod quarantine;
 mod recover;
 mod remote;
 mod scheduler;
-mod shared;
 mod tokens;
-mod upkeep;
 mod watch;
 
 use std::path::PathBuf;
@@ -37,7 +37,7 @@ use output::Output;
 use remote::Remote;
 
 /// How long a command waits for the store's lock.
-const PATIENCE: Duration = Duration::from_secs(5);
+const STORE_LOCK_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The program. Exit status: 0 done, 1 it could not be done (the reason is on stderr), 2 wrong
 /// arguments, 3 `filter` has asked and no host can serve; `doctor`: 1 for a warning, 2 for
@@ -122,15 +122,15 @@ fn dispatch(session: &Session, verb: Verb) -> anyhow::Result<ExitCode> {
         Verb::Start { domain } => guests::start(session, &domain),
         Verb::Attach(device) => guests::attach(session, &device),
         Verb::Detach(device) => guests::detach(session, &device),
-        Verb::Enable { device } => aside::enable(session, device),
-        Verb::Disable { device, reason } => aside::disable(session, device, reason.as_deref()),
-        Verb::Forget { device } => aside::forget(session, device),
-        Verb::Quarantine { verb: None | Some(QuarantineVerb::List) } => aside::list(session),
+        Verb::Enable { device } => quarantine::enable(session, device),
+        Verb::Disable { device, reason } => quarantine::disable(session, device, reason.as_deref()),
+        Verb::Forget { device } => quarantine::forget(session, device),
+        Verb::Quarantine { verb: None | Some(QuarantineVerb::List) } => quarantine::list(session),
         Verb::Quarantine { verb: Some(QuarantineVerb::Clear { device }) } => {
-            aside::clear(session, device)
+            quarantine::clear(session, device)
         }
-        Verb::Tag(tags) => aside::tag(session, tags.device, &tags.tags, true),
-        Verb::Untag(tags) => aside::tag(session, tags.device, &tags.tags, false),
+        Verb::Tag(tags) => quarantine::tag(session, tags.device, &tags.tags, true),
+        Verb::Untag(tags) => quarantine::tag(session, tags.device, &tags.tags, false),
         Verb::Owner { verb } => match verb {
             None | Some(OwnerVerb::List) => owners::list(session),
             Some(OwnerVerb::Set { domain, project }) => owners::set(session, &domain, &project),
@@ -144,20 +144,20 @@ fn dispatch(session: &Session, verb: Verb) -> anyhow::Result<ExitCode> {
         Verb::Events(options) => claims::events(session, &options),
         Verb::Watch(options) => watch::run(session, &options),
         Verb::Flavor { verb } => match verb {
-            FlavorVerb::List => shared::list::<Flavor>(session),
-            FlavorVerb::Show { name } => shared::show::<Flavor>(session, &name),
+            FlavorVerb::List => named_resources::list::<Flavor>(session),
+            FlavorVerb::Show { name } => named_resources::show::<Flavor>(session, &name),
             FlavorVerb::Set { name, definition } => {
-                shared::set::<Flavor>(session, &name, &definition)
+                named_resources::set::<Flavor>(session, &name, &definition)
             }
-            FlavorVerb::Remove { name } => shared::remove::<Flavor>(session, &name),
+            FlavorVerb::Remove { name } => named_resources::remove::<Flavor>(session, &name),
         },
         Verb::Grant { verb } => match verb {
-            GrantVerb::List => shared::list::<Grant>(session),
-            GrantVerb::Show { name } => shared::show::<Grant>(session, &name),
+            GrantVerb::List => named_resources::list::<Grant>(session),
+            GrantVerb::Show { name } => named_resources::show::<Grant>(session, &name),
             GrantVerb::Set { name, definition } => {
-                shared::set::<Grant>(session, &name, &definition)
+                named_resources::set::<Grant>(session, &name, &definition)
             }
-            GrantVerb::Remove { name } => shared::remove::<Grant>(session, &name),
+            GrantVerb::Remove { name } => named_resources::remove::<Grant>(session, &name),
         },
         Verb::Fleet { verb } => match verb {
             FleetVerb::Join(credentials) => fleet::join(session, &credentials),
@@ -167,10 +167,10 @@ fn dispatch(session: &Session, verb: Verb) -> anyhow::Result<ExitCode> {
             FleetVerb::Status => fleet::status(session),
             FleetVerb::Simulate(options) => fleet::simulate(session, &options),
         },
-        Verb::Doctor { all, hooks, run } => upkeep::doctor(session, all, hooks, run),
+        Verb::Doctor { all, hooks, run } => maintenance::doctor(session, all, hooks, run),
         Verb::Store { verb } => match verb {
-            StoreVerb::Check => upkeep::check(session),
-            StoreVerb::Backup { file } => upkeep::backup(session, &file),
+            StoreVerb::Check => maintenance::check(session),
+            StoreVerb::Backup { file } => maintenance::backup(session, &file),
             StoreVerb::Restore { file, options } => recover::restore(session, &file, &options),
             StoreVerb::Rebuild { force, options } => recover::rebuild(session, force, &options),
         },
@@ -242,12 +242,12 @@ impl Session {
 
     /// The inventory, which must be there.
     fn store(&self) -> anyhow::Result<Store> {
-        Ok(Store::open(&self.config()?.state_dir, PATIENCE, Durability::Power)?)
+        Ok(Store::open(&self.config()?.state_dir, STORE_LOCK_TIMEOUT, Durability::Power)?)
     }
 
     /// The inventory, made or migrated if need be.
     fn make_store(&self, config: &Config) -> anyhow::Result<Store> {
-        Ok(Store::create(&config.state_dir, PATIENCE)?)
+        Ok(Store::create(&config.state_dir, STORE_LOCK_TIMEOUT)?)
     }
 
     fn context(&self, config: &Config, doing: &str) -> anyhow::Result<Context> {

@@ -10,20 +10,20 @@ use ureq::Agent;
 use ureq::http::{Request, StatusCode, Uri};
 use virt_usb_model::host::{self, HostDocument};
 use virt_usb_model::{DeviceId, DeviceRequest, Flavor, Grant, InstanceId, ProjectId};
-use virt_usb_store::aside::Wished;
 use virt_usb_store::events::EventRow;
 use virt_usb_store::forget::Forgotten;
 use virt_usb_store::maintain::HostRow;
 use virt_usb_store::problems::Problem;
+use virt_usb_store::quarantine::Wished;
 use virt_usb_store::{ClaimRow, Owner, Record, StoredFlavor, StoredGrant};
 
 use super::arguments::Api;
-use super::shared::Named;
+use super::named_resources::Named;
 use crate::agent::operate::Attached;
 use crate::client;
 
 /// Longer than the API itself takes at most.
-const PATIENCE: Duration = Duration::from_secs(150);
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(150);
 const CONNECTING: Duration = Duration::from_secs(10);
 /// A page of a list is far smaller.
 const LARGEST: u64 = 64 << 20;
@@ -70,8 +70,8 @@ impl Remote {
                     address of this machine such as http://127.0.0.1:8790"
             );
         }
-        let agent =
-            client::agent(options.cacert.as_deref(), CONNECTING, PATIENCE).context("--cacert")?;
+        let agent = client::agent(options.cacert.as_deref(), CONNECTING, REQUEST_TIMEOUT)
+            .context("--cacert")?;
         Ok(Self { agent, url: url.trim_end_matches('/').to_owned(), token: token.to_owned() })
     }
 

@@ -27,7 +27,7 @@ use std::collections::{BTreeMap, HashMap};
 
 use virt_usb_model::device::Problem;
 use virt_usb_model::{Aliases, Device, DeviceKey, PortPath, Serial, UsbId};
-use virt_usb_store::discover::SeenKeys;
+use virt_usb_store::reconcile::SeenKeys;
 
 pub use libusb::LibUsb;
 pub use simulated::{SimError, Simulated};

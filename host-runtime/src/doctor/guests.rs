@@ -3,7 +3,7 @@
 use std::cmp::Reverse;
 
 use virt_usb_domxml::Domain;
-use virt_usb_hook::guest::{Delivery, NO_SPICE, missing_redirdevs, port_speeds, room};
+use virt_usb_hook::verify::{Delivery, NO_SPICE, missing_redirdevs, port_speeds, room};
 use virt_usb_model::{Flavor, SpeedMask};
 use virt_usb_store::Record;
 

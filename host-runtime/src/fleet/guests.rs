@@ -10,8 +10,8 @@ use tokio::sync::{Notify, watch};
 use virt_usb_model::InstanceId;
 use virt_usb_store::{Durability, Store};
 
-use super::others::{Server, publish};
-use crate::agent::PATIENCE;
+use super::peers::{Server, publish};
+use crate::agent::STORE_LOCK_TIMEOUT;
 use crate::hypervisor::{Known, Supervised};
 
 /// A guest that came or went without a device is told of after so long.
@@ -56,7 +56,7 @@ impl Guests {
 }
 
 fn servers(known: Vec<Known>, state_dir: &Path) -> anyhow::Result<Vec<Server>> {
-    let store = Store::open(state_dir, PATIENCE, Durability::Boot)?;
+    let store = Store::open(state_dir, STORE_LOCK_TIMEOUT, Durability::Boot)?;
     let mut owners: HashMap<InstanceId, _> =
         store.owners()?.into_iter().map(|owner| (owner.instance_uuid, owner.project_id)).collect();
     let mut requests: HashMap<InstanceId, Vec<_>> = HashMap::new();

@@ -12,7 +12,7 @@
 //! | `join` | a machine's number; leaving; how things are |
 //! | `shared` | the fleet's flavors and grants: changed in etcd, mirrored into the inventory |
 //! | `publish`, `guests`, `news` | a host's document and its guests: when they change, as long as the host lives |
-//! | `others` | the other hosts, for the API |
+//! | `peers` | the other hosts, for the API |
 //! | `requests` | what one host's API asks another's agent, and what that answers |
 //! | `reader` | list, then watch, without a gap |
 //! | `simulate` | many hosts on one machine, and what must hold |
@@ -24,7 +24,7 @@ mod guests;
 pub(crate) mod join;
 pub(crate) mod keys;
 mod news;
-pub(crate) mod others;
+pub(crate) mod peers;
 pub mod publish;
 pub(crate) mod reader;
 pub(crate) mod requests;

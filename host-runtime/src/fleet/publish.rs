@@ -22,7 +22,7 @@ use super::join::{Place, place};
 use super::keys::{Keys, Node};
 use super::news;
 use super::shared::Mirror;
-use crate::agent::PATIENCE;
+use crate::agent::STORE_LOCK_TIMEOUT;
 use crate::agent::metrics::Metrics;
 use crate::hypervisor::Supervised;
 
@@ -169,7 +169,7 @@ impl Publisher {
             etcd.within("take a lease", connection.client.lease_grant(ttl, None)).await?.id();
         let keeping = connection.client.lease_keep_alive(lease);
         let (mut keeper, mut kept) = etcd.within("keep a lease", keeping).await?;
-        let mut watched = Watched::open(&self.config.state_dir, PATIENCE)?;
+        let mut watched = Watched::open(&self.config.state_dir, STORE_LOCK_TIMEOUT)?;
         me.raise(etcd, connection, &self.config.state_dir).await?;
         let mut last = None;
         let mut servers = guests.text.subscribe();
@@ -278,9 +278,12 @@ impl Me {
     ) -> Result<Self, Failure> {
         let machine = super::join::this_machine(&publisher.fleet)
             .map_err(|e| Failure::Machine(e.to_string()))?;
-        let inventory =
-            Store::open(&publisher.config.state_dir, PATIENCE, virt_usb_store::Durability::Boot)?
-                .node()?;
+        let inventory = Store::open(
+            &publisher.config.state_dir,
+            STORE_LOCK_TIMEOUT,
+            virt_usb_store::Durability::Boot,
+        )?
+        .node()?;
         match place(etcd, connection, keys, &machine).await? {
             Place { number: Some(number), node: Some(node) }
                 if node.machine == machine && node.host == publisher.host =>
@@ -311,7 +314,8 @@ impl Me {
         let known =
             text.and_then(|text| HostDocument::parse(&text).ok()).map(|document| document.revision);
         let Some(known) = known else { return Ok(()) };
-        let mut store = Store::open(state_dir, PATIENCE, virt_usb_store::Durability::Power)?;
+        let mut store =
+            Store::open(state_dir, STORE_LOCK_TIMEOUT, virt_usb_store::Durability::Power)?;
         if store.host_document()?.is_some_and(|own| own.revision < known) {
             store.raise_revision(known + 1)?;
             tracing::warn!(

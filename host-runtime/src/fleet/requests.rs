@@ -197,14 +197,14 @@ pub(crate) trait Doer: Send + Sync + 'static {
 /// A request as it was read: its id, the revision that it was put at, its text.
 type Read = (String, i64, Vec<u8>);
 
-struct Ears {
+struct Subscriber {
     asked: mpsc::UnboundedSender<Read>,
     /// Those that this agent has begun, as long as they stand in etcd: they come again when another
     /// etcd is listed.
     begun: HashSet<String>,
 }
 
-impl Sink for Ears {
+impl Sink for Subscriber {
     fn put(&mut self, key: &str, value: &[u8], revision: i64) {
         if self.begun.insert(key.to_owned()) {
             // Nobody does it any more when the other end is gone.
@@ -222,7 +222,7 @@ pub(crate) async fn serve(fleet: Fleet, host: String, doer: Arc<dyn Doer>) {
     let (sender, mut asked) = mpsc::unbounded_channel();
     let keys = Etcd::new(fleet.clone()).keys();
     let mut reader = Reader::new(&fleet, keys.requests(&host));
-    let mut ears = Ears { asked: sender, begun: HashSet::new() };
+    let mut ears = Subscriber { asked: sender, begun: HashSet::new() };
     let work = async {
         while let Some((id, revision, text)) = asked.recv().await {
             let one = One { fleet: fleet.clone(), host: host.clone(), id, revision, text };

@@ -30,7 +30,7 @@ const GATHER: Duration = Duration::from_millis(20);
 /// Until what could not be mirrored is tried again.
 const RETRY: Duration = Duration::from_secs(5);
 /// How long the mirror waits for the store's lock: the document is published by the same thread.
-const PATIENCE: Duration = Duration::from_secs(2);
+const ETCD_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// One kind of it: each has a name, and is a text.
 pub(crate) trait Shared:
@@ -154,7 +154,7 @@ pub(crate) fn change<T: Shared>(
             Err(e) => return Err(ChangeError::Fleet(T::PLURAL, e)),
         },
     };
-    store.restart_patience();
+    store.restart_lock_timeout();
     // The mirror would do the same in a moment; whoever looks now sees it.
     let here = match wanted {
         Some(wanted) => wanted.set(store, name, context)?,
@@ -234,13 +234,13 @@ pub(super) struct Mirror<T> {
 /// What etcd holds, as text, by name; none: not all of it was told yet.
 type All = Option<BTreeMap<String, String>>;
 
-struct Ears {
+struct Subscriber {
     now: BTreeMap<String, String>,
     listed: bool,
     all: watch::Sender<All>,
 }
 
-impl Ears {
+impl Subscriber {
     fn tell(&self) {
         if self.listed {
             self.all.send_replace(Some(self.now.clone()));
@@ -248,7 +248,7 @@ impl Ears {
     }
 }
 
-impl Sink for Ears {
+impl Sink for Subscriber {
     fn put(&mut self, key: &str, value: &[u8], _: i64) {
         self.now.insert(key.to_owned(), String::from_utf8_lossy(value).into_owned());
         self.tell();
@@ -273,7 +273,7 @@ impl<T: Shared> Mirror<T> {
     /// For ever.
     pub(super) async fn follow(self) {
         let (all, news) = watch::channel(None);
-        let mut ears = Ears { now: BTreeMap::new(), listed: false, all };
+        let mut ears = Subscriber { now: BTreeMap::new(), listed: false, all };
         let mut reader =
             Reader::new(&self.fleet, Keys::new(self.fleet.prefix.clone()).shared(T::PLURAL));
         tokio::join!(reader.follow(&mut ears), self.keep(news));
@@ -344,7 +344,7 @@ impl<T: Shared> Mirror<T> {
         unclear: &BTreeSet<String>,
     ) -> anyhow::Result<usize> {
         let context = machine::context(&self.config, "virt-usbd fleet")?;
-        let mut store = Store::open(&self.config.state_dir, PATIENCE, Durability::Power)?;
+        let mut store = Store::open(&self.config.state_dir, ETCD_TIMEOUT, Durability::Power)?;
         Ok(T::mirror(&mut store, clear, unclear, &context)?)
     }
 }

@@ -27,9 +27,11 @@ use virt_usb_model::{
     BusAddress, Class, Device, DeviceId, DeviceKey, Flavor, HostDocument, InstanceId, PortPath,
     Serial, UsbId, Whitelist,
 };
-use virt_usb_store::claim::{Asker, Claimed, Granted, Judge, Standing, Verified, Want};
+use virt_usb_store::claim::{
+    ClaimMode, ClaimRequest, ClaimVerifier, Claimant, Claimed, Granted, Verified,
+};
 use virt_usb_store::flaps::Limits;
-use virt_usb_store::give_back::Extent;
+use virt_usb_store::release::Extent;
 use virt_usb_store::{Context, Record, Store};
 
 use super::etcd::Etcd;
@@ -46,7 +48,7 @@ const SETTLING: Duration = Duration::from_secs(60);
 const PROMISE: Duration = Duration::from_secs(10);
 /// Kinds of devices.
 const KINDS: u64 = 8;
-const PATIENCE: Duration = Duration::from_secs(10);
+const STORE_LOCK_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// What is simulated.
 #[derive(Debug)]
@@ -113,7 +115,7 @@ impl Dice {
 
 /// What the watcher hears, and how late.
 #[derive(Clone)]
-struct Ears {
+struct Subscriber {
     view: Arc<View>,
     heard: Arc<Mutex<Heard>>,
 }
@@ -131,7 +133,7 @@ struct Heard {
     broken: Vec<String>,
 }
 
-impl Ears {
+impl Subscriber {
     fn heard(&self) -> std::sync::MutexGuard<'_, Heard> {
         self.heard.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -145,7 +147,7 @@ impl Ears {
     }
 }
 
-impl Sink for Ears {
+impl Sink for Subscriber {
     fn put(&mut self, key: &str, value: &[u8], revision: i64) {
         self.view.put(key, value, revision);
         let now = Instant::now();
@@ -202,7 +204,7 @@ struct Host {
 /// Whatever is chosen is there, and fits.
 struct Willing;
 
-impl Judge for Willing {
+impl ClaimVerifier for Willing {
     fn verify(&mut self, candidate: &Record) -> Verified {
         Verified::Here(candidate.location())
     }
@@ -251,7 +253,7 @@ impl Host {
         let (whitelist, aliases) = (Whitelist::default(), virt_usb_model::Aliases::default());
         let plan =
             |known: &[Record]| crate::inventory::plan(&snapshot, known, &whitelist, &aliases);
-        self.store.restart_patience();
+        self.store.restart_lock_timeout();
         self.store.reconcile(&self.name, &limits, snapshot.seen(&aliases), plan, context)?;
         Ok(())
     }
@@ -312,7 +314,7 @@ async fn clean(fleet: &Fleet) -> anyhow::Result<()> {
 struct Simulation<'a> {
     options: &'a Options,
     runtime: &'a Runtime,
-    ears: Ears,
+    ears: Subscriber,
     hosts: Vec<Host>,
     context: Context,
     dice: Dice,
@@ -329,7 +331,7 @@ fn simulate(
 ) -> anyhow::Result<Report> {
     let folder = tempfile()?;
     let view = Arc::new(View::new(&options.filter));
-    let ears = Ears { view: view.clone(), heard: Arc::default() };
+    let ears = Subscriber { view: view.clone(), heard: Arc::default() };
     let context = Context {
         boot_id: "00000000-0000-4000-8000-000000000001".to_owned(),
         uptime: 1000.0,
@@ -393,7 +395,7 @@ impl Simulation<'_> {
     fn join(&self, fleet: &Fleet, folder: &std::path::Path, number: u32) -> anyhow::Result<Host> {
         let name = format!("host-{number:05}");
         let dir = folder.join(&name);
-        let mut store = Store::create(&dir, PATIENCE)?;
+        let mut store = Store::create(&dir, STORE_LOCK_TIMEOUT)?;
         let machine = folder.join(format!("{name}.machine"));
         std::fs::write(&machine, format!("{:032x}", u64::from(number) + 1))?;
         let fleet = Fleet { machine_id: machine, ..fleet.clone() };
@@ -486,11 +488,21 @@ impl Simulation<'_> {
         if host.publishing.is_none() {
             return Ok("start on a host that has just died");
         }
-        let asker = Asker { instance, domain: format!("guest-{id:08x}"), project: None };
-        let wants: Vec<Want> =
-            flavor.usb_devices.into_iter().map(|request| Want::new(request, false)).collect();
-        host.store.restart_patience();
-        match host.store.claim(&asker, &wants, &[], Standing::Firm, &mut Willing, &self.context)? {
+        let claimant = Claimant { instance, domain: format!("guest-{id:08x}"), project: None };
+        let wants: Vec<ClaimRequest> = flavor
+            .usb_devices
+            .into_iter()
+            .map(|request| ClaimRequest::new(request, false))
+            .collect();
+        host.store.restart_lock_timeout();
+        match host.store.claim(
+            &claimant,
+            &wants,
+            &[],
+            ClaimMode::Replace,
+            &mut Willing,
+            &self.context,
+        )? {
             Claimed::Granted(granted) => {
                 host.guests.push(instance);
                 for device in granted.iter().map(|granted| granted.device.entry.id) {
@@ -520,7 +532,7 @@ impl Simulation<'_> {
         let host = &mut self.hosts[at];
         let which = self.dice.index(host.guests.len());
         let instance = host.guests.swap_remove(which);
-        host.store.restart_patience();
+        host.store.restart_lock_timeout();
         host.store.release(instance, Extent::Run, "it stops", &self.context)?;
         self.held.retain(|_, holder| *holder != instance);
         self.told(at)?;

@@ -20,7 +20,7 @@ use virt_usb_model::InstanceId;
 
 pub use libvirt::{Libvirt, Started};
 pub use simulated::SimulatedHypervisor;
-pub(crate) use supervised::IMPATIENCE;
+pub(crate) use supervised::MEETING_TIMEOUT;
 pub use supervised::{Changed, Known, Listeners, Supervised, Unanswered};
 
 /// A domain that runs.

@@ -18,7 +18,7 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 use serde::Deserialize;
 use virt_usb_domxml::Fit;
-use virt_usb_hook::call::{Call, Caller, Happened, Incoming, Operation};
+use virt_usb_hook::call::{Call, Happened, HookCaller, Incoming, Operation};
 use virt_usb_hook::config::Config;
 use virt_usb_hook::input::Input;
 use virt_usb_hook::run;
@@ -290,7 +290,7 @@ impl SimulatedHypervisor {
             name: domain.spec.name.clone(),
             op: op.to_owned(),
             operation,
-            caller: Caller::Simulation,
+            caller: HookCaller::Simulation,
         };
         let handled = run::handle_with(Ok(self.config.clone()), &call, Input::Xml(xml));
         handled.answer.refusal.map_or(Ok(handled.answer.xml), Err)

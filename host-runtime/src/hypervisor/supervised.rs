@@ -16,7 +16,7 @@ use virt_usb_model::InstanceId;
 use super::{Failure, Hypervisor, Running};
 
 /// A call without an answer for this time is reported.
-pub(crate) const IMPATIENCE: Duration = Duration::from_secs(5);
+pub(crate) const MEETING_TIMEOUT: Duration = Duration::from_secs(5);
 /// A guest counts as silent if a call about it has no answer for this time: further calls about it
 /// fail. On a busy machine calls take seconds.
 const SILENCE: Duration = Duration::from_secs(15);
@@ -249,7 +249,7 @@ impl Supervised {
         let answered = self.calls().open.remove(&number);
         self.ended.notify_all();
         if let Some(Unanswered { instance: Some(instance), since, missed, .. }) = answered
-            && since.elapsed() >= IMPATIENCE
+            && since.elapsed() >= MEETING_TIMEOUT
         {
             let seconds = since.elapsed().as_secs();
             tracing::info!(%instance, "instance {instance}: libvirt has answered after {seconds} s \

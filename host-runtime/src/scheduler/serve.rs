@@ -44,13 +44,13 @@ pub(super) fn router(view: Arc<View>, flavors: Flavors, max_age: Duration) -> Ro
         .route("/health", get(health))
         .route("/metrics", get(metrics))
         .method_not_allowed_fallback(|| async {
-            Fault::new(
+            RequestError::new(
                 StatusCode::METHOD_NOT_ALLOWED,
                 "this is asked otherwise: see README, \"A scheduler\"",
             )
         })
         .fallback(|| async {
-            Fault::new(
+            RequestError::new(
                 StatusCode::NOT_FOUND,
                 "there is /select, /explain, /assumptions, /health and /metrics",
             )
@@ -61,12 +61,12 @@ pub(super) fn router(view: Arc<View>, flavors: Flavors, max_age: Duration) -> Ro
 }
 
 /// What went wrong.
-struct Fault {
+struct RequestError {
     status: StatusCode,
     why: String,
 }
 
-impl Fault {
+impl RequestError {
     fn new(status: StatusCode, why: impl Into<String>) -> Self {
         Self { status, why: why.into() }
     }
@@ -76,13 +76,13 @@ impl Fault {
     }
 }
 
-impl IntoResponse for Fault {
+impl IntoResponse for RequestError {
     fn into_response(self) -> Response {
         (self.status, Json(json!({ "error": self.why }))).into_response()
     }
 }
 
-impl From<Error> for Fault {
+impl From<Error> for RequestError {
     fn from(e: Error) -> Self {
         match e {
             Error::Refused(why) => Self::bad(why),
@@ -121,11 +121,14 @@ struct Selected {
     age: u64,
 }
 
-async fn select(State(service): State<Arc<Service>>, body: Bytes) -> Result<Json<Selected>, Fault> {
+async fn select(
+    State(service): State<Arc<Service>>,
+    body: Bytes,
+) -> Result<Json<Selected>, RequestError> {
     let asked: Select = read(&body)?;
     let question = service.question(&asked.flavor, asked.project.as_deref())?;
     if asked.assume.is_some_and(|seconds| !(1..=LONGEST).contains(&seconds)) {
-        return Err(Fault::bad(format!("assume: wanted 1 to {LONGEST} seconds")));
+        return Err(RequestError::bad(format!("assume: wanted 1 to {LONGEST} seconds")));
     }
     let age = service.fresh()?;
     let assume = asked.assume.map(Duration::from_secs);
@@ -195,7 +198,7 @@ impl Said {
 async fn explain(
     State(service): State<Arc<Service>>,
     body: Bytes,
-) -> Result<Json<Explained>, Fault> {
+) -> Result<Json<Explained>, RequestError> {
     let asked: Explain = read(&body)?;
     let question = service.question(&asked.flavor, asked.project.as_deref())?;
     let age = service.fresh()?.as_secs();
@@ -219,7 +222,7 @@ async fn assumptions(State(service): State<Arc<Service>>) -> Response {
 async fn cancel(State(service): State<Arc<Service>>, Path(token): Path<String>) -> Response {
     match service.view.cancel(&token) {
         Some(_) => StatusCode::NO_CONTENT.into_response(),
-        None => Fault::new(
+        None => RequestError::new(
             StatusCode::NOT_FOUND,
             "there is no such token, or not any more: its time was up, or its host has published \
                 its devices",
@@ -260,18 +263,18 @@ impl Service {
         &self,
         flavor: &serde_json::Value,
         project: Option<&str>,
-    ) -> Result<Question, Fault> {
+    ) -> Result<Question, RequestError> {
         let text = flavor.to_string();
         let read = match flavor {
             serde_json::Value::Array(_) => Flavor::parse_lists(Some(&text), None),
             serde_json::Value::String(name) => {
                 let name = name.strip_prefix('@').unwrap_or(name);
                 let none = || match self.flavors.listed() {
-                    true => Fault::new(
+                    true => RequestError::new(
                         StatusCode::NOT_FOUND,
                         format!("the fleet has no flavor of the name {name:?}"),
                     ),
-                    false => Fault::new(
+                    false => RequestError::new(
                         StatusCode::SERVICE_UNAVAILABLE,
                         "the fleet's flavors are not known yet",
                     ),
@@ -280,17 +283,20 @@ impl Service {
             }
             _ => Flavor::parse(&text),
         };
-        let flavor = read.map_err(|e| Fault::bad(format!("flavor: {e}")))?;
-        let project: Option<ProjectId> =
-            project.map(str::parse).transpose().map_err(|e| Fault::bad(format!("project: {e}")))?;
+        let flavor = read.map_err(|e| RequestError::bad(format!("flavor: {e}")))?;
+        let project: Option<ProjectId> = project
+            .map(str::parse)
+            .transpose()
+            .map_err(|e| RequestError::bad(format!("project: {e}")))?;
         Ok(Question { project, ..Question::new(flavor) })
     }
 
     /// How old what is known is, where it may be asked at all.
-    fn fresh(&self) -> Result<Duration, Fault> {
+    fn fresh(&self) -> Result<Duration, RequestError> {
         let hearing = self.view.hearing().clone();
         let deaf = hearing.deaf.map(|(since, why)| (since.elapsed(), why));
-        let unavailable = |why: String| Err(Fault::new(StatusCode::SERVICE_UNAVAILABLE, why));
+        let unavailable =
+            |why: String| Err(RequestError::new(StatusCode::SERVICE_UNAVAILABLE, why));
         match deaf {
             Some((_, why)) if !hearing.listed => {
                 unavailable(format!("the fleet is not known yet: {why}"))
@@ -305,8 +311,9 @@ impl Service {
     }
 }
 
-fn read<T: DeserializeOwned>(body: &[u8]) -> Result<T, Fault> {
-    let wrong = |e: &dyn std::fmt::Display| Fault::bad(format!("the body cannot be read: {e}"));
+fn read<T: DeserializeOwned>(body: &[u8]) -> Result<T, RequestError> {
+    let wrong =
+        |e: &dyn std::fmt::Display| RequestError::bad(format!("the body cannot be read: {e}"));
     let text = str::from_utf8(body).map_err(|e| wrong(&e))?;
     let value = virt_usb_model::unique_json(text).map_err(|e| wrong(&e))?;
     serde_json::from_value(value).map_err(|e| wrong(&e))

@@ -12,15 +12,17 @@ use rusqlite::types::Value;
 use rusqlite::{params, params_from_iter};
 use virt_usb_model::{BusAddress, DeviceId, PortPath, UsbId};
 
-use crate::choose::Choice;
-use crate::claim::{self, Asker, Claimed, Granted, Judge, Shortage, Standing, Verified, Want};
+use crate::allocate::Choice;
+use crate::claim::{
+    self, ClaimMode, ClaimRequest, ClaimVerifier, Claimant, Claimed, Granted, Shortage, Verified,
+};
+use crate::claim_write::name_incoming;
 use crate::device::{self, ClaimRow, Location, Record, refresh, sql_id, step_revision};
 use crate::error::Sql;
 use crate::events::{Event, record};
-use crate::grant::name_incoming;
 use crate::hints::{Hints, Known};
-use crate::open::{Fault, Tx};
-use crate::{Context, NOW, Store, StoreError, aside, give_back, metadata};
+use crate::open::{Tx, TxError};
+use crate::{Context, NOW, Store, StoreError, nova_metadata, quarantine, release};
 
 /// A hostdev as the XML names its source.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -112,13 +114,13 @@ impl Store {
     /// When the database cannot be written; then nothing was adopted.
     pub fn adopt(
         &mut self,
-        asker: &Asker,
+        claimant: &Claimant,
         holdings: &[Holding],
         stage: Stage,
-        judge: &mut dyn Judge,
+        verifier: &mut dyn ClaimVerifier,
         context: &Context,
     ) -> Result<Vec<Adoption>, StoreError> {
-        self.write(|tx, hints| adopt(tx, hints, asker, holdings, stage, judge, context))
+        self.write(|tx, hints| adopt(tx, hints, claimant, holdings, stage, verifier, context))
     }
 
     /// The domain is about to start with what its own XML holds: [`Store::adopt`]. Where it comes
@@ -130,15 +132,16 @@ impl Store {
     /// When the database cannot be written; then nothing was adopted.
     pub fn enter(
         &mut self,
-        asker: &Asker,
+        claimant: &Claimant,
         holdings: &[Holding],
-        judge: &mut dyn Judge,
+        verifier: &mut dyn ClaimVerifier,
         context: &Context,
     ) -> Result<Entered, StoreError> {
         self.write(|tx, hints| {
-            let mut adopted = adopt(tx, hints, asker, holdings, Stage::Starting, judge, context)?;
+            let mut adopted =
+                adopt(tx, hints, claimant, holdings, Stage::Starting, verifier, context)?;
             let inside: BTreeSet<DeviceId> = adopted.iter().filter_map(Adoption::device).collect();
-            let mine = give_back::held(tx, asker.instance)?;
+            let mine = release::held(tx, claimant.instance)?;
             let mut lost = false;
             for (adopted, holding) in adopted.iter_mut().zip(holdings) {
                 let comes = |c: &&ClaimRow| {
@@ -161,7 +164,7 @@ impl Store {
                     step_revision(tx)?;
                 }
                 for claim in strays {
-                    give_back::delete(
+                    release::delete(
                         tx,
                         claim,
                         "released",
@@ -169,7 +172,7 @@ impl Store {
                         context,
                     )?;
                 }
-                metadata::refresh(tx, asker.instance)?;
+                nova_metadata::refresh(tx, claimant.instance)?;
             }
             Ok(Entered { adopted, arriving })
         })
@@ -187,22 +190,22 @@ impl Store {
     /// When the database cannot be written; then nothing was taken.
     pub fn receive(
         &mut self,
-        asker: &Asker,
-        ours: &[Want],
+        claimant: &Claimant,
+        ours: &[ClaimRequest],
         by_hand: &[Holding],
         equivalent: bool,
-        judge: &mut dyn Judge,
+        verifier: &mut dyn ClaimVerifier,
         context: &Context,
     ) -> Result<Received, StoreError> {
         self.write(|tx, hints| {
-            give_back::sweep(tx, context)?;
-            let mine = give_back::held(tx, asker.instance)?;
+            release::sweep(tx, context)?;
+            let mine = release::held(tx, claimant.instance)?;
             let runs = mine.iter().any(|c| c.is_of_a_run(&context.boot_id));
             if runs {
                 tx.execute_batch("SAVEPOINT look")?;
             }
-            let received = Arrival { tx, hints, asker, mine, context }
-                .settle(ours, by_hand, equivalent, judge)?;
+            let received = Arrival { tx, hints, claimant, mine, context }
+                .settle(ours, by_hand, equivalent, verifier)?;
             if runs {
                 tx.execute_batch("ROLLBACK TO look; RELEASE look")?;
             }
@@ -214,16 +217,16 @@ impl Store {
 fn adopt(
     tx: &Tx<'_>,
     hints: &Hints,
-    asker: &Asker,
+    claimant: &Claimant,
     holdings: &[Holding],
     stage: Stage,
-    judge: &mut dyn Judge,
+    verifier: &mut dyn ClaimVerifier,
     context: &Context,
-) -> Result<Vec<Adoption>, Fault> {
-    give_back::sweep(tx, context)?;
-    let mine = give_back::held(tx, asker.instance)?;
+) -> Result<Vec<Adoption>, TxError> {
+    release::sweep(tx, context)?;
+    let mine = release::held(tx, claimant.instance)?;
     // What is adopted for one holding does not decide which device the next one means.
-    let mut finder = Finder::new(tx, &mine, asker, judge);
+    let mut finder = Finder::new(tx, &mine, claimant, verifier);
     let mut found =
         holdings.iter().take(MAX_HOLDINGS).map(|h| finder.find(h)).collect::<Sql<Vec<_>>>()?;
     found.resize_with(holdings.len(), || None);
@@ -234,7 +237,7 @@ fn adopt(
     // What was inserted here. A claim is read once, however many hostdevs there are.
     let mut new = BTreeSet::new();
     if found.iter().any(Option::is_some) {
-        hints.add(Known::Instance(asker.instance))?;
+        hints.add(Known::Instance(claimant.instance))?;
     }
     for found in found {
         let Some(found) = found else {
@@ -243,7 +246,7 @@ fn adopt(
         };
         let device = &found.device;
         let id = device.entry.id;
-        if let Some(claim) = give_back::holder(tx, id, asker.instance)? {
+        if let Some(claim) = release::holder(tx, id, claimant.instance)? {
             adopted.push(Adoption::HeldBy(Box::new(found.device), Box::new(claim)));
             continue;
         }
@@ -259,13 +262,13 @@ fn adopt(
                 Adoption::AlreadyYours(id)
             }
             None if new.insert(id) => {
-                insert(tx, asker, id, stage == Stage::Running, None, context)?;
+                insert(tx, claimant, id, stage == Stage::Running, None, context)?;
                 Adoption::New(id)
             }
             None => Adoption::AlreadyYours(id),
         });
     }
-    metadata::refresh(tx, asker.instance)?;
+    nova_metadata::refresh(tx, claimant.instance)?;
     Ok(adopted)
 }
 
@@ -292,8 +295,8 @@ struct Finder<'a> {
     tx: &'a Tx<'a>,
     /// What the instance holds.
     mine: &'a [ClaimRow],
-    asker: &'a Asker,
-    judge: &'a mut dyn Judge,
+    claimant: &'a Claimant,
+    verifier: &'a mut dyn ClaimVerifier,
     candidates: BTreeMap<Named, Rc<[Record]>>,
     seen: BTreeMap<DeviceId, Option<Location>>,
 }
@@ -302,19 +305,20 @@ impl<'a> Finder<'a> {
     fn new(
         tx: &'a Tx<'a>,
         mine: &'a [ClaimRow],
-        asker: &'a Asker,
-        judge: &'a mut dyn Judge,
+        claimant: &'a Claimant,
+        verifier: &'a mut dyn ClaimVerifier,
     ) -> Self {
         let (candidates, seen) = <_>::default();
-        Self { tx, mine, asker, judge, candidates, seen }
+        Self { tx, mine, claimant, verifier, candidates, seen }
     }
 
     fn look(&mut self, device: &Record) -> Option<&Location> {
-        let judge = &mut *self.judge;
-        let seen = self.seen.entry(device.entry.id).or_insert_with(|| match judge.verify(device) {
-            Verified::Here(seen) => Some(seen),
-            Verified::Not(_) => None,
-        });
+        let verifier = &mut *self.verifier;
+        let seen =
+            self.seen.entry(device.entry.id).or_insert_with(|| match verifier.verify(device) {
+                Verified::Here(seen) => Some(seen),
+                Verified::Not(_) => None,
+            });
         seen.as_ref()
     }
 
@@ -404,7 +408,7 @@ impl<'a> Finder<'a> {
     ) -> Sql<Vec<(Record, Location)>> {
         let mut there = Vec::new();
         for device in self.candidates((id, holding.usb))?.iter() {
-            let is_mine = device.entry.instance_uuid == Some(self.asker.instance);
+            let is_mine = device.entry.instance_uuid == Some(self.claimant.instance);
             // What was stored is a memory: ask the port, but only of those that it could be.
             // Without a path the device is on the bus that was recorded, or cannot be told.
             let recorded = &device.entry.port_path;
@@ -431,15 +435,15 @@ impl<'a> Finder<'a> {
 
 /// Brings a claim of the instance in line with a guest that starts or runs with its device.
 fn keep(tx: &Tx<'_>, claim: &ClaimRow, ours: bool, stage: Stage, context: &Context) -> Sql<()> {
-    let place = |place| give_back::set_places(tx, std::slice::from_ref(claim), context, |_| place);
+    let place = |place| release::set_places(tx, std::slice::from_ref(claim), context, |_| place);
     match stage {
         Stage::Running if claim.pending => Ok(()),
-        Stage::Running => place(give_back::Place::Inside),
+        Stage::Running => place(release::Place::Inside),
         Stage::Starting => {
             // A guest that starts is in no QEMU: a claim that says otherwise is left from a run
             // whose end nobody wrote down, and only a saved guest has our alias then.
             let left = ours && claim.state == "allocated";
-            place(give_back::Place::Coming { arriving: is_coming(claim, context) || left })?;
+            place(release::Place::Coming { arriving: is_coming(claim, context) || left })?;
             if !ours && !claim.by_hand {
                 tx.prepare_cached("UPDATE claims SET by_hand = 1 WHERE device_id = ?1")?
                     .execute([sql_id(claim.device_id)])?;
@@ -461,7 +465,7 @@ fn is_coming(claim: &ClaimRow, context: &Context) -> bool {
 /// A claim on a device that nobody asked for. `pending`: for a guest that comes in.
 fn insert(
     tx: &Tx<'_>,
-    asker: &Asker,
+    claimant: &Claimant,
     id: DeviceId,
     runs: bool,
     pending: Option<f64>,
@@ -479,29 +483,29 @@ fn insert(
     ))?
     .execute(params![
         sql_id(id),
-        asker.instance.to_string(),
-        asker.domain,
-        asker.project.as_ref().map(ToString::to_string),
+        claimant.instance.to_string(),
+        claimant.domain,
+        claimant.project.as_ref().map(ToString::to_string),
         runs,
         pending,
         context.boot_id,
     ])?;
     if runs {
-        aside::note_use(tx, id)?;
+        quarantine::note_use(tx, id)?;
     }
     refresh(tx, id)?;
     let detail = match pending {
         None => "found in the domain's own XML",
         Some(_) => "found in the domain's own XML, to be confirmed",
     };
-    record(tx, context, &Event::of("adopted", asker).about(id).with(detail.into()))
+    record(tx, context, &Event::of("adopted", claimant).about(id).with(detail.into()))
 }
 
 /// A guest that comes in.
 struct Arrival<'a> {
     tx: &'a Tx<'a>,
     hints: &'a Hints,
-    asker: &'a Asker,
+    claimant: &'a Claimant,
     mine: Vec<ClaimRow>,
     context: &'a Context,
 }
@@ -509,14 +513,15 @@ struct Arrival<'a> {
 impl Arrival<'_> {
     fn settle(
         &self,
-        ours: &[Want],
+        ours: &[ClaimRequest],
         by_hand: &[Holding],
         equivalent: bool,
-        judge: &mut dyn Judge,
-    ) -> Result<Received, Fault> {
-        let found = self.find(ours, by_hand, equivalent, judge)?;
+        verifier: &mut dyn ClaimVerifier,
+    ) -> Result<Received, TxError> {
+        let found = self.find(ours, by_hand, equivalent, verifier)?;
         for device in found.iter().flatten().map(|(device, _)| device) {
-            if let Some(claim) = give_back::holder(self.tx, device.entry.id, self.asker.instance)? {
+            if let Some(claim) = release::holder(self.tx, device.entry.id, self.claimant.instance)?
+            {
                 return Ok(Received::HeldBy(Box::new(device.clone()), Box::new(claim)));
             }
             if device.is_set_aside() && device.entry.instance_uuid.is_none() {
@@ -525,7 +530,8 @@ impl Arrival<'_> {
         }
         let mut granted = Vec::new();
         if !ours.is_empty() {
-            let mut choice = Choice::new(self.tx, self.asker, &[], Standing::Pending, judge)?;
+            let mut choice =
+                Choice::new(self.tx, self.claimant, &[], ClaimMode::Provisional, verifier)?;
             let taken = found.iter().flatten().map(|(device, _)| device.entry.id);
             choice.pass_over(taken, "it is in another <hostdev> of this domain");
             match claim::take_of(choice, self.hints, ours, self.context)? {
@@ -537,7 +543,7 @@ impl Arrival<'_> {
         for (device, seen) in found.iter().flatten() {
             self.claim(device.entry.id, seen)?;
         }
-        metadata::refresh(self.tx, self.asker.instance)?;
+        nova_metadata::refresh(self.tx, self.claimant.instance)?;
         let by_hand = found
             .into_iter()
             .map(|f| f.map(|(device, seen)| (device.entry.id, seen.address)))
@@ -549,12 +555,12 @@ impl Arrival<'_> {
     /// them, then those that have moved.
     fn find(
         &self,
-        ours: &[Want],
+        ours: &[ClaimRequest],
         by_hand: &[Holding],
         equivalent: bool,
-        judge: &mut dyn Judge,
+        verifier: &mut dyn ClaimVerifier,
     ) -> Sql<Vec<Option<(Record, Location)>>> {
-        let mut finder = Finder::new(self.tx, &self.mine, self.asker, judge);
+        let mut finder = Finder::new(self.tx, &self.mine, self.claimant, verifier);
         let mut taken: BTreeSet<DeviceId> =
             ours.iter().filter_map(|w| w.request.selector.id).collect();
         let mut found = Vec::new();
@@ -602,7 +608,7 @@ impl Arrival<'_> {
         // The instance's, then what is offered, then what only the rules keep back, then what
         // cannot be had.
         let rank = |device: &Record| match device.entry.instance_uuid {
-            Some(holder) if holder == self.asker.instance => 0,
+            Some(holder) if holder == self.claimant.instance => 0,
             Some(_) => 3,
             None if device.is_set_aside() => 3,
             None => 1 + u8::from(device.entry.status_reason.is_some()),
@@ -611,8 +617,8 @@ impl Arrival<'_> {
         Ok(all.into_iter().next())
     }
 
-    fn claim(&self, id: DeviceId, seen: &Location) -> Result<(), Fault> {
-        self.hints.add(Known::Instance(self.asker.instance))?;
+    fn claim(&self, id: DeviceId, seen: &Location) -> Result<(), TxError> {
+        self.hints.add(Known::Instance(self.claimant.instance))?;
         device::set_location(self.tx, id, seen)?;
         match self.mine.iter().find(|c| c.device_id == id) {
             Some(claim) if claim.pending => {
@@ -627,7 +633,7 @@ impl Arrival<'_> {
             }
             Some(_) => name_incoming(self.tx, id, self.context)?,
             None => {
-                insert(self.tx, self.asker, id, false, Some(self.context.uptime), self.context)?;
+                insert(self.tx, self.claimant, id, false, Some(self.context.uptime), self.context)?;
             }
         }
         Ok(())

@@ -5,13 +5,13 @@ use serde::Serialize;
 use virt_usb_model::flavor::MAX_DEVICES;
 use virt_usb_model::{DeviceId, DeviceRequest, Flavor, InstanceId};
 
-use crate::claim::{self, Asker, Claimed, Judge, Shortage, Standing, Want};
+use crate::claim::{self, ClaimMode, ClaimRequest, ClaimVerifier, Claimant, Claimed, Shortage};
 use crate::device::{ClaimRow, step_revision};
 use crate::error::{Sql, bad_row};
 use crate::events::{Event, record};
 use crate::hints::{Hints, Known};
-use crate::open::{Fault, Tx};
-use crate::{Context, NOW, Store, StoreError, give_back, places};
+use crate::open::{Tx, TxError};
+use crate::{Context, NOW, Store, StoreError, places, release};
 
 /// Who made an assignment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -96,12 +96,12 @@ impl Store {
     /// When the database cannot be written.
     pub fn assign(
         &mut self,
-        asker: &Asker,
+        claimant: &Claimant,
         source: Source,
         requests: &[DeviceRequest],
         context: &Context,
     ) -> Result<bool, StoreError> {
-        let instance = asker.instance;
+        let instance = claimant.instance;
         let requests = places::resolve_all(&*self.conn()?, requests).map_err(|e| self.fault(&e))?;
         let now: Vec<DeviceRequest> = self
             .assignments(instance)?
@@ -125,7 +125,7 @@ impl Store {
             record(
                 tx,
                 context,
-                &Event::of("assigned", asker).with(format!("{}: {detail}", source.name())),
+                &Event::of("assigned", claimant).with(format!("{}: {detail}", source.name())),
             )?;
             Ok(())
         })?;
@@ -141,13 +141,13 @@ impl Store {
     /// When the database cannot be written; then nothing was assigned.
     pub fn assign_more(
         &mut self,
-        asker: &Asker,
+        claimant: &Claimant,
         requests: &[DeviceRequest],
         context: &Context,
     ) -> Result<Result<(), TooMany>, StoreError> {
         self.write(|tx, hints| {
-            match unassigned(tx, asker.instance, &places::resolve_all(tx, requests)?)? {
-                Ok(new) => add(tx, hints, asker, &new, context).map(|_| Ok(())),
+            match unassigned(tx, claimant.instance, &places::resolve_all(tx, requests)?)? {
+                Ok(new) => add(tx, hints, claimant, &new, context).map(|_| Ok(())),
                 Err(too_many) => Ok(Err(too_many)),
             }
         })
@@ -162,14 +162,14 @@ impl Store {
     /// When the database cannot be written; then nothing was given.
     pub fn give(
         &mut self,
-        asker: &Asker,
+        claimant: &Claimant,
         requests: &[DeviceRequest],
-        judge: &mut dyn Judge,
+        verifier: &mut dyn ClaimVerifier,
         context: &Context,
     ) -> Result<Given, StoreError> {
         self.write(|tx, hints| {
             let requests = &places::resolve_all(tx, requests)?;
-            let mine = give_back::held(tx, asker.instance)?;
+            let mine = release::held(tx, claimant.instance)?;
             let (mut new, mut already, mut missing) = (Vec::new(), Vec::new(), Vec::new());
             let (mut kept, mut wanted) = (Vec::new(), Vec::new());
             for request in requests {
@@ -186,14 +186,23 @@ impl Store {
                 }
             }
             wanted.extend(missing.iter().cloned());
-            let wanted = match unassigned(tx, asker.instance, &wanted)? {
+            let wanted = match unassigned(tx, claimant.instance, &wanted)? {
                 Ok(wanted) => wanted,
                 Err(too_many) => return Ok(Given::TooMany(too_many)),
             };
             if !missing.is_empty() {
-                let want = |request: &DeviceRequest| Want::new(request.clone(), true);
-                let wants: Vec<Want> = missing.iter().map(want).collect();
-                match claim::take(tx, hints, asker, &wants, &[], Standing::More, judge, context)? {
+                let want = |request: &DeviceRequest| ClaimRequest::new(request.clone(), true);
+                let wants: Vec<ClaimRequest> = missing.iter().map(want).collect();
+                match claim::take(
+                    tx,
+                    hints,
+                    claimant,
+                    &wants,
+                    &[],
+                    ClaimMode::Add,
+                    verifier,
+                    context,
+                )? {
                     Claimed::Granted(granted) => {
                         new.extend(granted.iter().map(|g| g.device.entry.id));
                     }
@@ -211,8 +220,8 @@ impl Store {
                 )?;
                 new.push(claim.device_id);
             }
-            let assigned = add(tx, hints, asker, &wanted, context)?;
-            let mut claims = give_back::held(tx, asker.instance)?;
+            let assigned = add(tx, hints, claimant, &wanted, context)?;
+            let mut claims = release::held(tx, claimant.instance)?;
             claims.retain(|c| new.contains(&c.device_id));
             Ok(Given::Granted { new: claims, already, assigned })
         })
@@ -231,7 +240,7 @@ impl Store {
     /// When the database cannot be written; then nothing has ended.
     pub fn dismiss(
         &mut self,
-        asker: &Asker,
+        claimant: &Claimant,
         held: Option<&[ClaimRow]>,
         assignments: &[i64],
         claims: &[ClaimRow],
@@ -241,11 +250,11 @@ impl Store {
         if assignments.is_empty() && claims.is_empty() {
             return Ok(true);
         }
-        let instance = asker.instance;
+        let instance = claimant.instance;
         let done = self.write(|tx, _| {
             let is_known =
                 |c: &ClaimRow| held.is_none_or(|held| held.iter().any(|known| known.id == c.id));
-            if !give_back::held(tx, instance)?.iter().all(is_known) {
+            if !release::held(tx, instance)?.iter().all(is_known) {
                 return Ok(false);
             }
             tx.mark_lasting();
@@ -258,7 +267,7 @@ impl Store {
             for id in assignments {
                 if let Some(request) = remove(*id)? {
                     let detail = format!("operator: {request}");
-                    record(tx, context, &Event::of("unassigned", asker).with(detail))?;
+                    record(tx, context, &Event::of("unassigned", claimant).with(detail))?;
                 }
             }
             for claim in claims {
@@ -282,7 +291,7 @@ impl Store {
                 } else {
                     remove(asked.id)?;
                 }
-                record(tx, context, &Event::of("unassigned", asker).about(device))?;
+                record(tx, context, &Event::of("unassigned", claimant).about(device))?;
             }
             Ok(true)
         })?;
@@ -323,21 +332,21 @@ fn unassigned(
 fn add(
     tx: &Tx<'_>,
     hints: &Hints,
-    asker: &Asker,
+    claimant: &Claimant,
     requests: &[DeviceRequest],
     context: &Context,
-) -> Result<Vec<i64>, Fault> {
+) -> Result<Vec<i64>, TxError> {
     if requests.is_empty() {
         return Ok(Vec::new());
     }
-    lasting(tx, hints, asker.instance)?;
+    lasting(tx, hints, claimant.instance)?;
     let mut made = Vec::new();
     for request in requests {
-        insert(tx, asker.instance, request, Source::Operator)?;
+        insert(tx, claimant.instance, request, Source::Operator)?;
         made.push(tx.last_insert_rowid());
     }
     let detail = serde_json::to_string(requests).unwrap_or_default();
-    record(tx, context, &Event::of("assigned", asker).with(format!("operator: {detail}")))?;
+    record(tx, context, &Event::of("assigned", claimant).with(format!("operator: {detail}")))?;
     Ok(made)
 }
 

@@ -10,17 +10,17 @@
 
 use virt_usb_model::{DeviceId, DeviceRequest, InstanceId, ProjectId};
 
-use crate::choose::Choice;
+use crate::allocate::Choice;
+use crate::claim_write::ClaimWrite;
 use crate::device::{ClaimRow, Location, Record};
 use crate::events::{Event, record};
-use crate::grant::Grant;
 use crate::hints::Hints;
-use crate::open::{Fault, Tx};
-use crate::{Context, Store, StoreError, give_back};
+use crate::open::{Tx, TxError};
+use crate::{Context, Store, StoreError, release};
 
 /// For whom devices are taken.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Asker {
+pub struct Claimant {
     /// The instance.
     pub instance: InstanceId,
     /// The domain's name, for messages.
@@ -31,7 +31,7 @@ pub struct Asker {
 
 /// One request of the instance.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Want {
+pub struct ClaimRequest {
     /// What is asked for.
     pub request: DeviceRequest,
     /// Whether the claim outlives the run of the guest.
@@ -40,7 +40,7 @@ pub struct Want {
     pub number: Option<u32>,
 }
 
-impl Want {
+impl ClaimRequest {
     /// The request at its own position.
     pub const fn new(request: DeviceRequest, lasting: bool) -> Self {
         Self { request, lasting, number: None }
@@ -49,16 +49,16 @@ impl Want {
 
 /// Whether a claim stands, or waits for the step that follows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Standing {
+pub enum ClaimMode {
     /// Made at prepare: what the instance holds and did not ask for again is given back.
-    Firm,
+    Replace,
     /// Made while the guest runs, beside all that it holds: that stays, and serves none of these
     /// requests.
-    More,
+    Add,
     /// Made by an incoming restore or migration: void unless confirmed within
     /// [`crate::Context::pending_grace`]. What the instance held firmly before stays as it is, and
     /// only remembers that it was named: the guest may run, or fail to come in.
-    Pending,
+    Provisional,
 }
 
 /// What is really at a candidate's port.
@@ -71,7 +71,7 @@ pub enum Verified {
 }
 
 /// What is asked of the world while devices are chosen. Called under the write lock: must be quick.
-pub trait Judge {
+pub trait ClaimVerifier {
     /// Looks at the candidate's port.
     fn verify(&mut self, candidate: &Record) -> Verified;
     /// Whether the guest can take these devices; `Err` says why not.
@@ -149,7 +149,7 @@ pub enum Why {
 }
 
 impl Store {
-    /// Takes all devices that `wants` asks for, or none. Asked twice, the answer is the same claim.
+    /// Takes all devices that `requests` asks for, or none. Asked twice, the answer is the same claim.
     /// What the instance holds beyond that (an older flavor's) is given back, except what was
     /// adopted from the domain's own XML. `prefer` lists the devices that the domain's XML holds:
     /// they are chosen before others, and a firm claim keeps them in any case.
@@ -158,14 +158,14 @@ impl Store {
     /// When the database cannot be written; then nothing was taken.
     pub fn claim(
         &mut self,
-        asker: &Asker,
-        wants: &[Want],
+        claimant: &Claimant,
+        requests: &[ClaimRequest],
         prefer: &[DeviceId],
-        standing: Standing,
-        judge: &mut dyn Judge,
+        mode: ClaimMode,
+        verifier: &mut dyn ClaimVerifier,
         context: &Context,
     ) -> Result<Claimed, StoreError> {
-        self.write(|tx, hints| take(tx, hints, asker, wants, prefer, standing, judge, context))
+        self.write(|tx, hints| take(tx, hints, claimant, requests, prefer, mode, verifier, context))
     }
 }
 
@@ -174,27 +174,27 @@ impl Store {
 pub(crate) fn take(
     tx: &Tx<'_>,
     hints: &Hints,
-    asker: &Asker,
-    wants: &[Want],
+    claimant: &Claimant,
+    requests: &[ClaimRequest],
     prefer: &[DeviceId],
-    standing: Standing,
-    judge: &mut dyn Judge,
+    mode: ClaimMode,
+    verifier: &mut dyn ClaimVerifier,
     context: &Context,
-) -> Result<Claimed, Fault> {
-    give_back::sweep(tx, context)?;
-    let choice = Choice::new(tx, asker, prefer, standing, judge)?;
-    take_of(choice, hints, wants, context)
+) -> Result<Claimed, TxError> {
+    release::sweep(tx, context)?;
+    let choice = Choice::new(tx, claimant, prefer, mode, verifier)?;
+    take_of(choice, hints, requests, context)
 }
 
 /// [`take`], of what is left to choose from.
 pub(crate) fn take_of(
     mut choice: Choice<'_>,
     hints: &Hints,
-    wants: &[Want],
+    requests: &[ClaimRequest],
     context: &Context,
-) -> Result<Claimed, Fault> {
-    let Choice { tx, asker, prefer, standing, .. } = choice;
-    let outcome = match choice.choose(wants)? {
+) -> Result<Claimed, TxError> {
+    let Choice { tx, claimant, prefer, mode, .. } = choice;
+    let outcome = match choice.choose(requests)? {
         Err(short) => Claimed::Short(short),
         Ok(chosen) => match choice.fits(&chosen) {
             Err(why) => Claimed::Unfit(why),
@@ -204,7 +204,8 @@ pub(crate) fn take_of(
     let refused = match &outcome {
         Claimed::Granted(chosen) => {
             let mine = choice.mine();
-            Grant { tx, hints, asker, mine, prefer, standing, context }.write(wants, chosen)?;
+            ClaimWrite { tx, hints, claimant, mine, prefer, mode, context }
+                .write(requests, chosen)?;
             return Ok(outcome);
         }
         Claimed::Short(short) => short
@@ -219,6 +220,6 @@ pub(crate) fn take_of(
             .join("; "),
         Claimed::Unfit(why) => why.clone(),
     };
-    record(tx, context, &Event::of("refused", asker).with(refused))?;
+    record(tx, context, &Event::of("refused", claimant).with(refused))?;
     Ok(outcome)
 }

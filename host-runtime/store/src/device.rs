@@ -5,12 +5,12 @@ use serde::Serialize;
 use virt_usb_model::state::Hold;
 use virt_usb_model::{
     BusAddress, Descriptors, DeviceEntry, DeviceId, DeviceKey, InstanceId, PortPath, ProjectId,
-    Reason, Serial, Speed, Status, UsbId, grant,
+    Serial, Speed, Status, UnavailableReason, UsbId, grant,
 };
 
-use crate::claim::Asker;
+use crate::claim::Claimant;
 use crate::error::{Sql, bad_row};
-use crate::give_back::held;
+use crate::release::held;
 use crate::{NOW, Store, StoreError};
 
 /// Where a device is plugged in during this boot.
@@ -41,7 +41,7 @@ pub struct Record {
     pub present: bool,
     /// Why it is not offered once nobody holds it.
     #[serde(skip)]
-    pub withheld: Option<Reason>,
+    pub withheld: Option<UnavailableReason>,
     /// Why an operator has disabled it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub disabled: Option<String>,
@@ -54,7 +54,7 @@ pub struct Record {
     /// What the rules alone say of it: why it is not offered, its tags, whether it is quarantined
     /// after each use, and for whom it is.
     #[serde(skip)]
-    pub rule_withheld: Option<Reason>,
+    pub rule_withheld: Option<UnavailableReason>,
     #[serde(skip)]
     #[expect(missing_docs, reason = "said above")]
     pub rule_tags: Vec<String>,
@@ -115,7 +115,14 @@ impl Record {
 
     /// Whether it is not offered whatever the rules say.
     pub const fn is_set_aside(&self) -> bool {
-        matches!(self.withheld, Some(Reason::Disabled | Reason::Quarantined | Reason::Flapping))
+        matches!(
+            self.withheld,
+            Some(
+                UnavailableReason::Disabled
+                    | UnavailableReason::Quarantined
+                    | UnavailableReason::Flapping
+            )
+        )
     }
 
     /// What is different from what it was when it was claimed last, where it was quarantined after
@@ -197,15 +204,15 @@ impl Record {
 
 /// Why a device is not offered once nobody holds it: what an operator says first, then what it
 /// does, then what the rules say.
-fn withheld(row: &Row<'_>) -> Sql<Option<Reason>> {
+fn withheld(row: &Row<'_>) -> Sql<Option<UnavailableReason>> {
     let is_set =
         |column| Ok::<_, rusqlite::Error>(row.get_ref(column)? != rusqlite::types::ValueRef::Null);
     Ok(if is_set("disabled")? {
-        Some(Reason::Disabled)
+        Some(UnavailableReason::Disabled)
     } else if is_set("quarantined")? {
-        Some(Reason::Quarantined)
+        Some(UnavailableReason::Quarantined)
     } else if is_set("flapping_until")? {
-        Some(Reason::Flapping)
+        Some(UnavailableReason::Flapping)
     } else {
         parse_some(row, "withheld")?
     })
@@ -292,8 +299,8 @@ impl ClaimRow {
     }
 
     /// Whose it was when it was made.
-    pub fn asker(&self) -> Asker {
-        Asker {
+    pub fn claimant(&self) -> Claimant {
+        Claimant {
             instance: self.instance_uuid,
             domain: self.domain.clone(),
             project: self.project_id.as_deref().and_then(|project| project.parse().ok()),
@@ -437,7 +444,7 @@ pub(crate) fn write_state(
     .execute(params![
         sql_id(device),
         status.map_or("removed", Status::name),
-        status.and_then(Status::reason).map(Reason::name),
+        status.and_then(Status::reason).map(UnavailableReason::name),
         instance,
         status.is_none(),
     ])?;

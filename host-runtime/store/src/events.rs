@@ -4,7 +4,7 @@ use rusqlite::{Row, Transaction, params};
 use serde::Serialize;
 use virt_usb_model::{DeviceId, InstanceId};
 
-use crate::claim::Asker;
+use crate::claim::Claimant;
 use crate::device::{ClaimRow, parse_some, read_id, sql_id};
 use crate::error::Sql;
 use crate::{Context, NOW, Store, StoreError};
@@ -23,11 +23,11 @@ impl Event {
     pub(crate) const fn new(event: &'static str) -> Self {
         Self { event, instance: None, domain: None, project: None, device: None, detail: None }
     }
-    pub(crate) fn of(event: &'static str, asker: &Asker) -> Self {
-        let project = asker.project.as_ref().map(ToString::to_string);
+    pub(crate) fn of(event: &'static str, claimant: &Claimant) -> Self {
+        let project = claimant.project.as_ref().map(ToString::to_string);
         Self {
-            instance: Some(asker.instance),
-            domain: Some(asker.domain.clone()),
+            instance: Some(claimant.instance),
+            domain: Some(claimant.domain.clone()),
             project,
             ..Self::new(event)
         }

@@ -12,7 +12,7 @@ use virt_usb_model::DeviceId;
 use crate::device::{Record, read_id, sql_id, step_revision};
 use crate::error::Sql;
 use crate::events::{Event, record};
-use crate::open::Fault;
+use crate::open::TxError;
 use crate::{Context, NOW, Store, StoreError};
 
 /// So many rows of one kind and port stay, whose serials are all different and which nobody ever
@@ -48,7 +48,7 @@ impl Store {
                     Record::read,
                 )
                 .optional()?;
-            let Some(row) = row.map(Box::new) else { return Ok::<_, Fault>(Forgotten::Unknown) };
+            let Some(row) = row.map(Box::new) else { return Ok::<_, TxError>(Forgotten::Unknown) };
             if row.deleted == 0 {
                 return Ok(Forgotten::Here(row));
             }
@@ -85,7 +85,7 @@ impl Store {
                 if !old.is_empty() {
                     step_revision(tx)?;
                 }
-                Ok::<_, Fault>(old.len())
+                Ok::<_, TxError>(old.len())
             })?;
             forgotten += now;
             if now < AT_ONCE {

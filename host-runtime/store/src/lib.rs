@@ -10,9 +10,9 @@
 //! | `open` | opens, makes, migrates; durability; lock deadline |
 //! | [`hints`] | whether the database may know something, without opening it |
 //! | [`claim`] | takes all of an instance's devices, or none |
-//! | [`give_back`] | confirms, gives back, voids |
+//! | [`release`] | confirms, gives back, voids |
 //! | [`adopt`] | takes over what a domain's own XML already holds |
-//! | [`discover`] | brings the rows in line with what is plugged in |
+//! | [`reconcile`] | brings the rows in line with what is plugged in |
 //! | [`forget`] | removes rows of devices that are gone for good |
 //! | `flavors`, `grants`, `assignments`, `owners`, [`events`], [`problems`] | the other tables |
 //! | [`maintain`] | check, backup, prune |
@@ -32,31 +32,31 @@
 //!   which makes the thread the folder's owner (see [`user`]).
 
 pub mod adopt;
-pub mod aside;
+mod allocate;
 mod assignments;
-mod choose;
 pub mod claim;
+mod claim_write;
 mod device;
-pub mod discover;
 mod error;
 pub mod events;
 mod files;
 pub mod flaps;
 mod flavors;
 pub mod forget;
-pub mod give_back;
-mod grant;
 mod grants;
 pub mod hints;
-pub mod join;
 pub mod maintain;
-mod metadata;
+mod nova_metadata;
 mod open;
 mod owners;
 mod places;
 pub mod problems;
+pub mod quarantine;
 mod query;
+pub mod reconcile;
 pub mod recover;
+pub mod release;
+pub mod renumber;
 pub mod rules;
 mod salvage;
 pub mod user;
@@ -87,7 +87,7 @@ pub struct Store {
     file: Option<files::Identity>,
     hints: hints::Hints,
     durability: Durability,
-    patience: Duration,
+    lock_timeout: Duration,
     deadline: open::Deadline,
 }
 

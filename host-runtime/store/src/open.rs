@@ -82,8 +82,8 @@ impl<'a> Deref for Tx<'a> {
 pub(crate) struct Deadline(Arc<Mutex<Instant>>);
 
 impl Deadline {
-    fn after(patience: Duration) -> Self {
-        Self(Arc::new(Mutex::new(Instant::now() + patience)))
+    fn after(lock_timeout: Duration) -> Self {
+        Self(Arc::new(Mutex::new(Instant::now() + lock_timeout)))
     }
 
     fn end(&self) -> Instant {
@@ -181,17 +181,17 @@ pub(crate) fn is_inventory(head: &[u8; 72]) -> bool {
 
 impl Store {
     /// Opens the inventory in `state_dir`: it must be there and current, is never made or migrated,
-    /// and closing it does not checkpoint. `patience` is the deadline for all locks together, from
+    /// and closing it does not checkpoint. `lock_timeout` is the deadline for all locks together, from
     /// now on.
     ///
     /// # Errors
     /// Each thing that can be wrong with the file has a variant of its own.
     pub fn open(
         state_dir: &Path,
-        patience: Duration,
+        lock_timeout: Duration,
         durability: Durability,
     ) -> Result<Self, StoreError> {
-        Self::open_as_owner(state_dir, patience, durability).map(|(store, _)| store)
+        Self::open_as_owner(state_dir, lock_timeout, durability).map(|(store, _)| store)
     }
 
     /// Opens it for one call in one thread, as the hook does: the thread is the owner of the folder
@@ -201,22 +201,22 @@ impl Store {
     /// As [`Store::open`].
     pub fn open_for_call(
         state_dir: &Path,
-        patience: Duration,
+        lock_timeout: Duration,
         durability: Durability,
     ) -> Result<Self, StoreError> {
-        let (mut store, owner) = Self::open_as_owner(state_dir, patience, durability)?;
+        let (mut store, owner) = Self::open_as_owner(state_dir, lock_timeout, durability)?;
         store.database.remaining = owner.into_left();
         Ok(store)
     }
 
     fn open_as_owner(
         state_dir: &Path,
-        patience: Duration,
+        lock_timeout: Duration,
         durability: Durability,
     ) -> Result<(Self, AsUser), StoreError> {
         let user = user_of(state_dir)?;
         let owner = enter(user, state_dir)?;
-        let store = Self::connect_as(user, state_dir, patience, durability)?;
+        let store = Self::connect_as(user, state_dir, lock_timeout, durability)?;
         store.keep_log()?;
         let fault = |e: rusqlite::Error| store.fault(&e);
         configure(&*store.conn()?, durability).map_err(fault)?;
@@ -236,14 +236,14 @@ impl Store {
     ///
     /// # Errors
     /// As [`Store::open`], but for `Missing` and `Older`.
-    pub fn create(state_dir: &Path, patience: Duration) -> Result<Self, StoreError> {
+    pub fn create(state_dir: &Path, lock_timeout: Duration) -> Result<Self, StoreError> {
         let user = user_of(state_dir)?;
         files::hand_over(&state_dir.join(FILE_NAME), user)
             .map_err(|e| StoreError::file(state_dir, e))?;
         let _owner = enter(user, state_dir)?;
         files::make_dir(state_dir)?;
         files::make_file(&canonical(state_dir)?.join(FILE_NAME))?;
-        let mut store = Self::connect_as(user, state_dir, patience, Durability::Power)?;
+        let mut store = Self::connect_as(user, state_dir, lock_timeout, Durability::Power)?;
         // Before anything is written: a file that is not ours stays as it is.
         store.version()?;
         store.stay()?;
@@ -256,19 +256,19 @@ impl Store {
 
     pub(crate) fn connect(
         state_dir: &Path,
-        patience: Duration,
+        lock_timeout: Duration,
         durability: Durability,
     ) -> Result<Self, StoreError> {
         let user = user_of(state_dir)?;
         let _owner = enter(user, state_dir)?;
-        Self::connect_as(user, state_dir, patience, durability)
+        Self::connect_as(user, state_dir, lock_timeout, durability)
     }
 
     /// The same, in a thread that has the user's rights already.
     fn connect_as(
         user: User,
         state_dir: &Path,
-        patience: Duration,
+        lock_timeout: Duration,
         durability: Durability,
     ) -> Result<Self, StoreError> {
         let state_dir = canonical(state_dir)?;
@@ -281,12 +281,12 @@ impl Store {
         let connection = Connection::open_with_flags(&path, flags)
             .map_err(|e| StoreError::from_sqlite(&path, 0, &e))?;
         let mut database = Database { connection, closing: None, user, remaining: None };
-        let deadline = Deadline::after(patience);
+        let deadline = Deadline::after(lock_timeout);
         let waits = deadline.clone();
         let hints = Hints::new(&state_dir, durability == Durability::Power);
         let waiting = database.connection.busy_handler(Some(move |attempt| waits.wait(attempt)));
         waiting.map_err(|e| StoreError::from_sqlite(&path, 0, &e))?;
-        Ok(Self { database, path, file, hints, durability, patience, deadline })
+        Ok(Self { database, path, file, hints, durability, lock_timeout, deadline })
     }
 
     /// Makes this thread the owner of the inventory's folder, if it is root.
@@ -393,14 +393,14 @@ impl Store {
     }
 
     /// Starts the deadline for locks anew, for programs that live longer than one call.
-    pub fn restart_patience(&self) {
-        self.deadline.set(Instant::now() + self.patience);
+    pub fn restart_lock_timeout(&self) {
+        self.deadline.set(Instant::now() + self.lock_timeout);
     }
 
     /// Runs `work` under the write lock and commits it, all or nothing.
     pub(crate) fn write<T>(
         &mut self,
-        work: impl FnOnce(&Tx<'_>, &Hints) -> Result<T, Fault>,
+        work: impl FnOnce(&Tx<'_>, &Hints) -> Result<T, TxError>,
     ) -> Result<T, StoreError> {
         let conn = self.conn()?;
         let done = (|| {
@@ -417,8 +417,8 @@ impl Store {
             Ok(value)
         })();
         let value = done.map_err(|fault| match fault {
-            Fault::Sql(e) => self.fault(&e),
-            Fault::Store(e) => e,
+            TxError::Sql(e) => self.fault(&e),
+            TxError::Store(e) => e,
         })?;
         self.bound_wal();
         Ok(value)
@@ -458,7 +458,7 @@ impl Store {
     }
 
     pub(crate) fn fault(&self, e: &rusqlite::Error) -> StoreError {
-        let waited_ms = u64::try_from(self.patience.as_millis()).unwrap_or(u64::MAX);
+        let waited_ms = u64::try_from(self.lock_timeout.as_millis()).unwrap_or(u64::MAX);
         StoreError::from_sqlite(&self.path, waited_ms, e)
     }
 }
@@ -500,16 +500,16 @@ pub(crate) fn canonical(state_dir: &Path) -> Result<PathBuf, StoreError> {
 }
 
 /// What may go wrong inside a write: SQL, or a file beside the database.
-pub(crate) enum Fault {
+pub(crate) enum TxError {
     Sql(rusqlite::Error),
     Store(StoreError),
 }
-impl From<rusqlite::Error> for Fault {
+impl From<rusqlite::Error> for TxError {
     fn from(e: rusqlite::Error) -> Self {
         Self::Sql(e)
     }
 }
-impl From<StoreError> for Fault {
+impl From<StoreError> for TxError {
     fn from(e: StoreError) -> Self {
         Self::Store(e)
     }
@@ -552,8 +552,8 @@ mod tests {
 
     #[test]
     fn a_rebuild_of_an_older_inventory_fills_a_column_as_its_migration_does() {
-        assert!(plain(MIGRATIONS[7]).contains(&plain(crate::give_back::SEEN_BY_THE_AUDIT)));
-        assert!(plain(MIGRATIONS[9]).contains(&plain(crate::give_back::HELD_BY_THE_AUDIT)));
+        assert!(plain(MIGRATIONS[7]).contains(&plain(crate::release::SEEN_BY_THE_AUDIT)));
+        assert!(plain(MIGRATIONS[9]).contains(&plain(crate::release::HELD_BY_THE_AUDIT)));
     }
 
     /// The file says by itself which schema it has: what a package's preinst reads with `od`, which

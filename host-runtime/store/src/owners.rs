@@ -5,7 +5,7 @@ use rusqlite::{OptionalExtension as _, Row, params};
 use serde::Serialize;
 use virt_usb_model::{InstanceId, ProjectId};
 
-use crate::claim::Asker;
+use crate::claim::Claimant;
 use crate::device::{parse, step_revision};
 use crate::error::Sql;
 use crate::events::{Event, record};
@@ -63,17 +63,17 @@ impl Store {
     ///
     /// # Errors
     /// When the database cannot be read.
-    pub fn asker(
+    pub fn claimant(
         &self,
         instance: InstanceId,
         domain: &str,
         project: Option<&ProjectId>,
-    ) -> Result<Asker, StoreError> {
+    ) -> Result<Claimant, StoreError> {
         let project = match project {
             Some(project) => Some(project.clone()),
             None => self.owner(instance)?.map(|owner| owner.project_id),
         };
-        Ok(Asker { instance, domain: domain.to_owned(), project })
+        Ok(Claimant { instance, domain: domain.to_owned(), project })
     }
 
     /// Says whose the instance is, or with `None` takes that back; the same is then said of what it
@@ -124,7 +124,7 @@ impl Store {
             if claims > 0 {
                 step_revision(tx)?;
             }
-            let whom = Asker {
+            let whom = Claimant {
                 instance,
                 domain: domain.to_owned(),
                 project: project.or(owner.as_ref()).cloned(),

@@ -5,7 +5,7 @@ use rusqlite::{OptionalExtension, params};
 use serde::Serialize;
 use virt_usb_model::{DeviceId, InstanceId};
 
-use crate::claim::Asker;
+use crate::claim::Claimant;
 use crate::device::parse;
 use crate::events::{Event, record};
 use crate::{Context, NOW, Store, StoreError};
@@ -49,12 +49,12 @@ impl Store {
     /// When the database cannot be written.
     pub fn note_problem(
         &mut self,
-        asker: &Asker,
+        claimant: &Claimant,
         about: &str,
         what: Option<&str>,
         context: &Context,
     ) -> Result<bool, StoreError> {
-        let instance = asker.instance.to_string();
+        let instance = claimant.instance.to_string();
         let known: Option<(String, String)> = self
             .conn()?
             .prepare_cached(
@@ -77,8 +77,8 @@ impl Store {
                             (?1, ?2, ?3, {NOW}, ?4)
                          ON CONFLICT DO UPDATE SET what = excluded.what, domain = excluded.domain"
                     );
-                    tx.execute(&sql, params![instance, about, asker.domain, what])?;
-                    Event::of("problem", asker).with(format!("{about}: {what}"))
+                    tx.execute(&sql, params![instance, about, claimant.domain, what])?;
+                    Event::of("problem", claimant).with(format!("{about}: {what}"))
                 }
                 None => {
                     tx.execute(
@@ -87,8 +87,10 @@ impl Store {
                         [&instance, about],
                     )?;
                     // Of a guest that is gone the record knows the name.
-                    let domain = known.map_or_else(|| asker.domain.clone(), |(_, domain)| domain);
-                    Event::of("solved", &Asker { domain, ..asker.clone() }).with(about.to_owned())
+                    let domain =
+                        known.map_or_else(|| claimant.domain.clone(), |(_, domain)| domain);
+                    Event::of("solved", &Claimant { domain, ..claimant.clone() })
+                        .with(about.to_owned())
                 }
             };
             let event = match device {

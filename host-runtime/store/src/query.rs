@@ -179,7 +179,7 @@ mod tests {
 
     #[test]
     fn void_claims_are_found_by_indexes() {
-        let plan = plan(crate::give_back::UNCONFIRMED, &[1.0.into(), 120.0.into()]);
+        let plan = plan(crate::release::UNCONFIRMED, &[1.0.into(), 120.0.into()]);
         assert!(plan.contains("claims_pending") && !plan.contains("SCAN"), "{plan}");
     }
 }

@@ -32,19 +32,19 @@ use serde::Serialize;
 use virt_usb_model::{DeviceId, DevicePath, InstanceId, PortPath, Serial, UsbId};
 
 use crate::device::{ClaimRow, Record, parse, refresh};
-use crate::discover::label;
 use crate::error::{Sql, bad_row};
 use crate::events::{Event, EventRow, record};
 use crate::files::{self, with_suffix};
-use crate::give_back::{HELD_BY_THE_AUDIT, SEEN_BY_THE_AUDIT};
 use crate::hints::{self, Hints};
-use crate::join::{self, IDS};
 use crate::open::{canonical, enter, user_of};
+use crate::reconcile::label;
+use crate::release::{HELD_BY_THE_AUDIT, SEEN_BY_THE_AUDIT};
+use crate::renumber::{self, IDS};
 use crate::salvage::{self, Salvage, Table};
 use crate::user::User;
 use crate::{
     Assignment, Context, Durability, FILE_NAME, Owner, SCHEMA, Store, StoreError, StoredFlavor,
-    StoredGrant, metadata,
+    StoredGrant, nova_metadata,
 };
 
 /// Where the new inventory is built, beside the old one.
@@ -70,7 +70,7 @@ pub enum Health {
 
 /// What is wanted.
 #[derive(Debug, Clone, Copy)]
-pub struct Wish<'a> {
+pub struct RebuildRequest<'a> {
     /// `restore` or `rebuild`: in file names and in the audit.
     pub what: &'static str,
     /// The backup whose content is to be taken; none: what can be read of the inventory that is
@@ -117,9 +117,9 @@ pub struct Recovered {
 /// # Errors
 /// What keeps it from being looked at, or from being ours: permission, a lock, another program's
 /// file, a newer schema.
-pub fn health(state_dir: &Path, patience: Duration) -> Result<Health, StoreError> {
+pub fn health(state_dir: &Path, lock_timeout: Duration) -> Result<Health, StoreError> {
     let look = || {
-        let store = quiet(state_dir, patience)?;
+        let store = quiet(state_dir, lock_timeout)?;
         Ok(match store.version()? {
             None => Health::Missing,
             Some(version) => {
@@ -144,8 +144,8 @@ fn one_line(text: &str) -> String {
 }
 
 /// Opened to be looked at: closing it folds nothing into what may be damaged.
-fn quiet(state_dir: &Path, patience: Duration) -> Result<Store, StoreError> {
-    let store = Store::connect(state_dir, patience, Durability::Power)?;
+fn quiet(state_dir: &Path, lock_timeout: Duration) -> Result<Store, StoreError> {
+    let store = Store::connect(state_dir, lock_timeout, Durability::Power)?;
     store.keep_log()?;
     Ok(store)
 }
@@ -157,12 +157,12 @@ fn quiet(state_dir: &Path, patience: Duration) -> Result<Store, StoreError> {
 /// Why it could not be; then the inventory is what it was.
 pub fn replace(
     state_dir: &Path,
-    patience: Duration,
-    wish: &Wish<'_>,
+    lock_timeout: Duration,
+    request: &RebuildRequest<'_>,
     context: &Context,
     fill: &mut dyn FnMut(&mut Store) -> Result<(), StoreError>,
 ) -> Result<Recovered, StoreError> {
-    let backup = wish.backup.map(Source::open).transpose()?;
+    let backup = request.backup.map(Source::open).transpose()?;
     let _owner = enter(user_of(state_dir)?, state_dir)?;
     files::make_dir(state_dir)?;
     let state_dir = canonical(state_dir)?;
@@ -173,7 +173,7 @@ pub fn replace(
     }
     let _one = one_at_a_time(&state_dir, &path)?;
     let scratch = Scratch::make(&state_dir).map_err(|e| e.of(&path))?;
-    Job { state_dir, path, scratch, patience, wish, backup, context }.run(fill)
+    Job { state_dir, path, scratch, lock_timeout, request, backup, context }.run(fill)
 }
 
 /// One restore or rebuild at a time: a lock on the folder, which the kernel lets go of whatever
@@ -217,8 +217,8 @@ struct Job<'a> {
     state_dir: PathBuf,
     path: PathBuf,
     scratch: Scratch,
-    patience: Duration,
-    wish: &'a Wish<'a>,
+    lock_timeout: Duration,
+    request: &'a RebuildRequest<'a>,
     backup: Option<Source>,
     context: &'a Context,
 }
@@ -284,7 +284,7 @@ impl Job<'_> {
             Some(placed) => placed,
             None => self.exchange(new, fill)?,
         };
-        let mut store = Store::create(&self.state_dir, self.patience)?;
+        let mut store = Store::create(&self.state_dir, self.lock_timeout)?;
         store.mend_hints()?;
         let Placed { aside, built, in_place } = placed;
         Ok(Recovered { store, aside, kept: built.kept, lost_devices: built.lost_devices, in_place })
@@ -293,7 +293,7 @@ impl Job<'_> {
     /// The new inventory as it begins: empty, or the backup's content.
     fn begin(&self) -> Result<Store, StoreError> {
         let Some(source) = &self.backup else {
-            return Store::create(&self.scratch.0, self.patience).map_err(|e| e.of(&self.path));
+            return Store::create(&self.scratch.0, self.lock_timeout).map_err(|e| e.of(&self.path));
         };
         let backup = source.path.as_path();
         let found = source.file.metadata().map_err(|e| StoreError::file(backup, e))?;
@@ -310,7 +310,7 @@ impl Job<'_> {
             other => other.of(backup),
         };
         let look = || {
-            let store = quiet(&self.scratch.0, self.patience)?;
+            let store = quiet(&self.scratch.0, self.lock_timeout)?;
             if store.version()?.is_none() {
                 return Err(unsound(backup, "it is empty"));
             }
@@ -320,7 +320,7 @@ impl Job<'_> {
             }
         };
         look().map_err(refuse)?;
-        let store = Store::create(&self.scratch.0, self.patience).map_err(refuse)?;
+        let store = Store::create(&self.scratch.0, self.lock_timeout).map_err(refuse)?;
         match store.faults().map_err(refuse)?.first() {
             Some(first) => Err(unsound(backup, &one_line(first))),
             None => Ok(store),
@@ -333,7 +333,7 @@ impl Job<'_> {
         if fs::metadata(&self.path).map_or(0, |found| found.len()) == 0 {
             return Ok(None);
         }
-        let sound = match health(&self.state_dir, self.patience) {
+        let sound = match health(&self.state_dir, self.lock_timeout) {
             Ok(health) => health == Health::Sound,
             Err(StoreError::Newer { .. } | StoreError::Foreign { .. }) => false,
             Err(e) => return Err(e),
@@ -348,7 +348,7 @@ impl Job<'_> {
             let before = self.stamps();
             let aside = self.free_name(new)?;
             if sound {
-                quiet(&self.state_dir, self.patience)?.backup(&aside)?;
+                quiet(&self.state_dir, self.lock_timeout)?.backup(&aside)?;
             } else {
                 self.copy_aside(&aside)?;
             }
@@ -509,12 +509,12 @@ impl Job<'_> {
 
     fn raw(&self) -> Sql<Connection> {
         let conn = salvage::open(&self.path)?;
-        conn.busy_timeout(self.patience)?;
+        conn.busy_timeout(self.lock_timeout)?;
         Ok(conn)
     }
 
     fn waited(&self) -> u64 {
-        u64::try_from(self.patience.as_millis()).unwrap_or(u64::MAX)
+        u64::try_from(self.lock_timeout.as_millis()).unwrap_or(u64::MAX)
     }
 
     /// A name that nobody has: `inventory.sqlite.before-restore-20260131T235959Z`.
@@ -523,7 +523,7 @@ impl Job<'_> {
             .conn()?
             .query_row("SELECT strftime('%Y%m%dT%H%M%SZ', 'now')", [], |row| row.get(0))
             .map_err(|e| new.fault(&e))?;
-        let name = format!(".before-{}-{now}", self.wish.what);
+        let name = format!(".before-{}-{now}", self.request.what);
         let first = with_suffix(&self.path, &name);
         let others = (2..1000).map(|n| with_suffix(&self.path, &format!("{name}-{n}")));
         let mut free = std::iter::once(first.clone()).chain(others).filter(|path| {
@@ -566,22 +566,22 @@ impl Job<'_> {
         salvage: Option<&Salvage>,
         fill: Fill<'_>,
     ) -> Result<Built, StoreError> {
-        new.restart_patience();
-        let built = if self.wish.backup.is_none() {
-            take_over(new, salvage, self.wish.ids)?
+        new.restart_lock_timeout();
+        let built = if self.request.backup.is_none() {
+            take_over(new, salvage, self.request.ids)?
         } else {
             let place = self.scratch.0.join("present");
-            let mut present = Store::create(&place, self.patience)?;
-            let read = take_over(&mut present, salvage, self.wish.ids)?;
+            let mut present = Store::create(&place, self.lock_timeout)?;
+            let read = take_over(&mut present, salvage, self.request.ids)?;
             let claims = read.kept.iter().find(|kept| kept.table == "claims");
             let all = claims.is_some_and(|kept| kept.refused == 0 && !kept.torn);
-            continue_with(new, &present, all, self.wish.guests_known)?;
+            continue_with(new, &present, all, self.request.guests_known)?;
             Built::default()
         };
         fill(new)?;
-        let (what, context) = (self.wish.what, self.context);
+        let (what, context) = (self.request.what, self.context);
         let event = if what == "restore" { "restored" } else { "rebuilt" };
-        let detail = match self.wish.backup {
+        let detail = match self.request.backup {
             Some(file) => format!("from {}", file.display()),
             None => summary(&built),
         };
@@ -711,7 +711,7 @@ fn copy(tx: &Transaction<'_>, name: &str, table: &Table) -> Sql<Kept> {
     let sql = format!("INSERT INTO {name} ({}) VALUES ({marks}) RETURNING *", list.join(", "));
     let id = table.column("id");
     // Hosts come first.
-    let node = join::node(tx)?;
+    let node = renumber::node(tx)?;
     for row in &table.rows {
         let values = shared.iter().filter_map(|at| row.get(*at));
         // A number that is no id of ours would be the last that there can be.
@@ -878,7 +878,7 @@ fn continue_ids(
     guests: &[DeviceId],
 ) -> Sql<u64> {
     let mut last: BTreeMap<String, i64> = BTreeMap::new();
-    let node = join::node(tx)?;
+    let node = renumber::node(tx)?;
     if let Some(table) = salvage.table("sqlite_sequence")
         && let (Some(name), Some(seq)) = (table.column("name"), table.column("seq"))
     {
@@ -1113,5 +1113,5 @@ fn settle(tx: &Transaction<'_>) -> Sql<()> {
         )?
         .query_map([], |row| parse(row, "instance_uuid"))?
         .collect::<Sql<_>>()?;
-    instances.into_iter().try_for_each(|instance| metadata::refresh(tx, instance))
+    instances.into_iter().try_for_each(|instance| nova_metadata::refresh(tx, instance))
 }

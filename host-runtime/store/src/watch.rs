@@ -53,7 +53,7 @@ impl Store {
 #[derive(Debug)]
 pub struct Watched {
     store: Store,
-    patience: Duration,
+    lock_timeout: Duration,
     /// SQLite's own counter: another value than before once another connection has committed.
     seen: Option<i64>,
 }
@@ -63,9 +63,9 @@ impl Watched {
     ///
     /// # Errors
     /// As [`Store::open`].
-    pub fn open(state_dir: &Path, patience: Duration) -> Result<Self, StoreError> {
-        let store = Store::open(state_dir, patience, Durability::Power)?;
-        Ok(Self { store, patience, seen: None })
+    pub fn open(state_dir: &Path, lock_timeout: Duration) -> Result<Self, StoreError> {
+        let store = Store::open(state_dir, lock_timeout, Durability::Power)?;
+        Ok(Self { store, lock_timeout, seen: None })
     }
 
     /// The store, to be read.
@@ -80,10 +80,10 @@ impl Watched {
     /// When the database cannot be read, or the file that has taken its place cannot be opened.
     pub fn has_news(&mut self) -> Result<bool, StoreError> {
         let mut before = self.seen.take();
-        self.store.restart_patience();
+        self.store.restart_lock_timeout();
         if self.store.stay().is_err() {
             let dir = self.store.path().parent().unwrap_or(Path::new("/")).to_path_buf();
-            self.store = Store::open(&dir, self.patience, Durability::Power)?;
+            self.store = Store::open(&dir, self.lock_timeout, Durability::Power)?;
             before = None;
         }
         let now = self.store.conn()?.pragma_query_value(None, "data_version", |row| row.get(0));

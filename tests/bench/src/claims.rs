@@ -8,8 +8,10 @@ use anyhow::{Result, ensure};
 use virt_usb_hook::config::Config;
 use virt_usb_hook::{machine, sysfs};
 use virt_usb_model::{Flavor, InstanceId};
-use virt_usb_store::claim::{Asker, Claimed, Granted, Judge, Standing, Verified, Want};
-use virt_usb_store::give_back::Extent;
+use virt_usb_store::claim::{
+    ClaimMode, ClaimRequest, ClaimVerifier, Claimant, Claimed, Granted, Verified,
+};
+use virt_usb_store::release::Extent;
 use virt_usb_store::{Context, Location, Record, Store};
 
 use crate::samples::Samples;
@@ -69,20 +71,20 @@ impl Bench {
     }
 
     fn claim(&mut self, number: u64, selector: &str) -> Result<Duration> {
-        let asker = Asker {
+        let claimant = Claimant {
             instance: instance(number)?,
             domain: format!("instance-{number:08x}"),
             project: None,
         };
         let requests = Flavor::parse_lists(Some(selector), None)?.usb_devices;
-        let wants: Vec<Want> =
-            requests.into_iter().map(|request| Want::new(request, false)).collect();
+        let wants: Vec<ClaimRequest> =
+            requests.into_iter().map(|request| ClaimRequest::new(request, false)).collect();
         let began = Instant::now();
         let claimed = self.store.claim(
-            &asker,
+            &claimant,
             &wants,
             &[],
-            Standing::Firm,
+            ClaimMode::Replace,
             &mut self.ports,
             &self.context,
         )?;
@@ -109,7 +111,7 @@ struct Ports {
     sysfs_root: PathBuf,
 }
 
-impl Judge for Ports {
+impl ClaimVerifier for Ports {
     fn verify(&mut self, candidate: &Record) -> Verified {
         match sysfs::at_port(&self.sysfs_root, &candidate.entry.port_path) {
             Ok(Some(seen)) if seen.usb == candidate.usb() => {

@@ -14,7 +14,7 @@ use virt_usb_model::{Aliases, Whitelist};
 use virt_usb_store::flaps::Limits;
 use virt_usb_store::{Durability, Store};
 
-pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
+pub(crate) const STORE_LOCK_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// How the devices of a world differ.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -46,7 +46,7 @@ impl World {
             None,
             Some(&serde_json::json!([{ "vendor": "0529", "tags": ["erp"] }])),
         )?;
-        let mut store = Store::create(&world.state_dir(), PATIENCE)?;
+        let mut store = Store::create(&world.state_dir(), STORE_LOCK_TIMEOUT)?;
         let context = machine::context(&Config::default(), "bench")?;
         let snapshot = simulated.snapshot();
         store.reconcile(
@@ -75,7 +75,7 @@ impl World {
 
     /// The inventory, opened as the hook opens it.
     pub(crate) fn store(&self) -> Result<Store> {
-        Ok(Store::open(&self.state_dir(), PATIENCE, Durability::Boot)?)
+        Ok(Store::open(&self.state_dir(), STORE_LOCK_TIMEOUT, Durability::Boot)?)
     }
 
     /// Writes a file into the world.

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use virt_usb_harness::{Caller, Cycle, Expect, Expected};
+use virt_usb_harness::{Cycle, Expect, Expected, Initiator};
 
 const LONG_ABOUT: &str = "\
 Calls a libvirt hook exactly as libvirtd does, and plays the life of a guest with it.
@@ -242,10 +242,10 @@ pub(crate) enum Color {
 }
 
 impl Common {
-    pub(crate) fn caller(&self) -> Caller {
+    pub(crate) fn caller(&self) -> Initiator {
         match self.caller {
-            CallerArg::Libvirt => Caller::Libvirt,
-            CallerArg::Filter => Caller::Filter,
+            CallerArg::Libvirt => Initiator::Libvirt,
+            CallerArg::Filter => Initiator::Filter,
         }
     }
 

@@ -33,10 +33,10 @@ pub mod story;
 pub use call::{Answer, Call, Exit, Hang, Settings, call};
 pub use chain::{Chained, HookError, Hooks, Link, Request, Script};
 pub use domain::{Domain, DomainError, FLAVOR_NAMESPACE};
-pub use lifecycle::{Caller, Cycle, Event, Played, Player};
+pub use lifecycle::{Cycle, Event, Initiator, Played, Player};
 pub use product::{Product, ProductError};
 pub use record::{
-    CallRecord, Expect, Expected, Frame, Outcome, OutputFate, Play, ProductRun, Report, Verdict,
+    CallOutcome, CallRecord, Expect, Expected, Frame, Outcome, OutputFate, Play, ProductRun, Report,
 };
 pub use scenario::{Action, Scenario, ScenarioError, Step, default_subop};
 pub use scratch::{Scratch, ScratchError};

@@ -22,7 +22,7 @@ use crate::record::{CallRecord, Outcome, OutputFate};
 /// Who calls `prepare`, `start` and `started`, and therefore what their output is good for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Caller {
+pub enum Initiator {
     /// libvirtd: it throws the output away.
     #[default]
     Libvirt,
@@ -114,7 +114,7 @@ pub struct Player<'a> {
     /// How.
     pub settings: &'a Settings,
     /// By whom.
-    pub caller: Caller,
+    pub caller: Initiator,
 }
 
 /// A life cycle under way.
@@ -173,8 +173,8 @@ impl Player<'_> {
         watch: &mut dyn FnMut(Event<'_>),
     ) -> Result<Played, HookError> {
         let mut run = Run { player: self, watch, calls: Vec::new(), remarks: Vec::new() };
-        let filter =
-            matches!(request.op.as_str(), "migrate" | "restore") || self.caller == Caller::Filter;
+        let filter = matches!(request.op.as_str(), "migrate" | "restore")
+            || self.caller == Initiator::Filter;
         let chained = run.chain(request, xml, filter)?;
         let outcome = match chained.failure {
             Some(message) => Outcome::Refused { op: request.op.clone(), message },
@@ -189,8 +189,8 @@ type Ended = (Outcome, Option<Domain>);
 impl Run<'_, '_> {
     fn startup(&mut self, mut domain: Domain) -> Result<Ended, HookError> {
         let good_for = match self.player.caller {
-            Caller::Libvirt => Use::Nothing,
-            Caller::Filter => Use::Definition,
+            Initiator::Libvirt => Use::Nothing,
+            Initiator::Filter => Use::Definition,
         };
         for op in ["prepare", "start", "started"] {
             let good_for = if op == "prepare" { good_for } else { Use::Nothing };

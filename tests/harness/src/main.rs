@@ -10,8 +10,8 @@ use anyhow::{Context, anyhow};
 use clap::Parser;
 use serde_json::Value;
 use virt_usb_harness::{
-    Cycle, Domain, DomainError, Frame, Hooks, Player, Product, Report, Request, Scenario,
-    ScenarioError, Scratch, ScratchError, Script, Settings, Stage, StageError, Verdict,
+    CallOutcome, Cycle, Domain, DomainError, Frame, Hooks, Player, Product, Report, Request,
+    Scenario, ScenarioError, Scratch, ScratchError, Script, Settings, Stage, StageError,
     default_subop, differences,
 };
 
@@ -23,8 +23,8 @@ fn main() -> ExitCode {
     rustix::process::umask(rustix::fs::Mode::WGRP | rustix::fs::Mode::WOTH);
     let cli = Cli::parse();
     match run(&cli) {
-        Ok(Verdict::AsExpected) => ExitCode::SUCCESS,
-        Ok(Verdict::NotAsExpected) => ExitCode::from(1),
+        Ok(CallOutcome::AsExpected) => ExitCode::SUCCESS,
+        Ok(CallOutcome::NotAsExpected) => ExitCode::from(1),
         Err(error) => {
             eprintln!("hook-harness: {error:#}");
             ExitCode::from(if is_input(&error) { 2 } else { 3 })
@@ -45,7 +45,7 @@ fn is_input(error: &anyhow::Error) -> bool {
 #[error("{0}")]
 struct Input(String);
 
-fn run(cli: &Cli) -> anyhow::Result<Verdict> {
+fn run(cli: &Cli) -> anyhow::Result<CallOutcome> {
     let common = &cli.common;
     match &cli.verb {
         Verb::Scenario { file } => scenario(common, file),
@@ -58,7 +58,7 @@ fn run(cli: &Cli) -> anyhow::Result<Verdict> {
     }
 }
 
-fn cycles(common: &Common, cycle: Cycle, files: &[PathBuf]) -> anyhow::Result<Verdict> {
+fn cycles(common: &Common, cycle: Cycle, files: &[PathBuf]) -> anyhow::Result<CallOutcome> {
     let domains = files.iter().map(|file| Domain::load(file)).collect::<Result<Vec<_>, _>>()?;
     let theatre = Theatre::new(common, common.config.as_deref(), common.sysfs_out.clone())?;
     theatre.play(|stage| {
@@ -68,7 +68,7 @@ fn cycles(common: &Common, cycle: Cycle, files: &[PathBuf]) -> anyhow::Result<Ve
     })
 }
 
-fn single(common: &Common, args: &CallArgs) -> anyhow::Result<Verdict> {
+fn single(common: &Common, args: &CallArgs) -> anyhow::Result<CallOutcome> {
     let (name, xml, domain) = match &args.name {
         Some(name) => (name.clone(), Domain::bytes(&args.file)?, None),
         None => {
@@ -83,7 +83,7 @@ fn single(common: &Common, args: &CallArgs) -> anyhow::Result<Verdict> {
     theatre.play(|stage| stage.single(&request, &xml, domain.as_ref(), frame))
 }
 
-fn scenario(common: &Common, file: &Path) -> anyhow::Result<Verdict> {
+fn scenario(common: &Common, file: &Path) -> anyhow::Result<CallOutcome> {
     let scenario = Scenario::load(file)?;
     if common.config.is_some() && !scenario.config.is_empty() {
         let what =
@@ -116,7 +116,7 @@ fn own_hook_only(common: &Common) -> Result<(), Input> {
     common.hooks_dir.is_none().then_some(()).ok_or_else(|| Input(what.to_owned()))
 }
 
-fn try_flavor(common: &Common, args: &TryArgs) -> anyhow::Result<Verdict> {
+fn try_flavor(common: &Common, args: &TryArgs) -> anyhow::Result<CallOutcome> {
     own_hook_only(common)?;
     let mut domain = Domain::load(&args.file)?;
     let stored = args.flavor_name.as_deref().map(|name| stored_flavor(common, name)).transpose()?;
@@ -165,7 +165,7 @@ fn requests(document: &Value) -> Option<Value> {
 struct Theatre {
     hooks: Hooks,
     settings: Settings,
-    caller: virt_usb_harness::Caller,
+    caller: virt_usb_harness::Initiator,
     product: Option<Product>,
     ui: Ui,
 }
@@ -203,7 +203,7 @@ impl Theatre {
     fn play(
         mut self,
         act: impl FnOnce(&mut Stage<'_>) -> Result<(), StageError>,
-    ) -> anyhow::Result<Verdict> {
+    ) -> anyhow::Result<CallOutcome> {
         let player = Player { hooks: &self.hooks, settings: &self.settings, caller: self.caller };
         let asked = self.product.is_some();
         let mut watch = |event: virt_usb_harness::Event<'_>| self.ui.event(&event);

@@ -21,14 +21,14 @@ pub struct Report {
     /// What was done, in order.
     pub plays: Vec<Play>,
     /// Whether it all went as expected.
-    pub verdict: Verdict,
+    pub verdict: CallOutcome,
 }
 
 impl Report {
     /// Puts the parts together and judges them.
     pub fn new(hooks: Vec<PathBuf>, differences: Vec<String>, plays: Vec<Play>) -> Self {
         let good = plays.iter().all(|play| play.problem.is_none());
-        let verdict = if good { Verdict::AsExpected } else { Verdict::NotAsExpected };
+        let verdict = if good { CallOutcome::AsExpected } else { CallOutcome::NotAsExpected };
         Self { version: 1, hooks, differences, plays, verdict }
     }
 }
@@ -36,7 +36,7 @@ impl Report {
 /// The judgement on a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Verdict {
+pub enum CallOutcome {
     /// Exit status 0.
     AsExpected,
     /// Exit status 1.

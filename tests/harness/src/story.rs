@@ -7,7 +7,9 @@ use serde_json::Value;
 use crate::diff;
 use crate::domain::Domain;
 use crate::lifecycle::Event;
-use crate::record::{CallRecord, Expect, Outcome, OutputFate, Play, ProductRun, Report, Verdict};
+use crate::record::{
+    CallOutcome, CallRecord, Expect, Outcome, OutputFate, Play, ProductRun, Report,
+};
 
 /// Colours, or none.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -82,8 +84,8 @@ impl<'a> Story<'a> {
         }
         let wrong = report.plays.iter().filter(|play| play.problem.is_some());
         let line = match report.verdict {
-            Verdict::AsExpected => self.paint.green("all as expected"),
-            Verdict::NotAsExpected => {
+            CallOutcome::AsExpected => self.paint.green("all as expected"),
+            CallOutcome::NotAsExpected => {
                 let steps = wrong
                     .map(|play| format!("{} ({})", play.step, play.action))
                     .collect::<Vec<_>>();

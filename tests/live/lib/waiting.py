@@ -5,10 +5,10 @@ import time
 from .shell import Failure
 
 # Under emulation and with other work on the machine everything takes longer; no limit here is a claim about speed.
-PATIENCE = 300
+TIMEOUT_SECONDS = 300
 
 
-def until(probe, what, seconds=PATIENCE, pause=0.1):
+def until(probe, what, seconds=TIMEOUT_SECONDS, pause=0.1):
     """Returns the probe's first truthy answer."""
     end = time.monotonic() + seconds
     while True:
@@ -20,7 +20,7 @@ def until(probe, what, seconds=PATIENCE, pause=0.1):
         time.sleep(pause)
 
 
-def until_none(problems, what, seconds=PATIENCE, pause=0.5):
+def until_none(problems, what, seconds=TIMEOUT_SECONDS, pause=0.5):
     """Waits for a list of problems to become empty, and tells those that stay."""
     end = time.monotonic() + seconds
     while True:

@@ -17,7 +17,7 @@ from pathlib import Path
 from lib.daemons import open_devices, qemus
 from lib.product import HOOKS, LOGS
 from lib.shell import Failure
-from lib.waiting import PATIENCE
+from lib.waiting import TIMEOUT_SECONDS
 
 # Timeout of a command, in seconds. libvirtd is stopped for 20 s at the most.
 COMMAND_TIMEOUT = 180
@@ -76,11 +76,11 @@ class Storm:
         """Waits until each actor has finished its action. Then everything runs."""
         self.blows.clear()
         self.rests.set()
-        end = time.monotonic() + PATIENCE
+        end = time.monotonic() + TIMEOUT_SECONDS
         for actor in self.actors:
             if not actor.is_idle.wait(max(0, end - time.monotonic())):
                 what = self.last(actor)
-                raise Failure(f"the {actor.name} has not finished within {PATIENCE} s: {what}")
+                raise Failure(f"the {actor.name} has not finished within {TIMEOUT_SECONDS} s: {what}")
         self.watch()
 
     def watch(self):

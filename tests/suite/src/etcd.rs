@@ -117,7 +117,7 @@ impl Etcd {
 
     /// Waits until it serves requests: it listens before it has read its log and elected a leader.
     fn wait(&self) {
-        let deadline = Instant::now() + crate::PATIENCE;
+        let deadline = Instant::now() + crate::PROGRAM_TIMEOUT;
         // A client with a wrong certificate or without a password is refused, and so answered.
         let up = || {
             std::net::TcpStream::connect(("127.0.0.1", self.port.number)).is_ok()

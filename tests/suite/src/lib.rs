@@ -26,11 +26,11 @@ pub use etcd::Etcd;
 
 /// How long a test waits for what must come. On a machine that does other things it takes long;
 /// only a failure takes so long.
-pub const PATIENCE: Duration = Duration::from_secs(300);
+pub const PROGRAM_TIMEOUT: Duration = Duration::from_secs(300);
 
 /// Looks again and again until something is seen.
 pub fn until<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + PROGRAM_TIMEOUT;
     loop {
         if let Some(found) = look() {
             return found;

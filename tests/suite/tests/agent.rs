@@ -7,7 +7,7 @@ use std::os::unix::net::UnixStream;
 use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
-use virt_usb_suite::{Host, PATIENCE, device, domain, program};
+use virt_usb_suite::{Host, PROGRAM_TIMEOUT, device, domain, program};
 
 const ERP: &str = "11111111-2222-4333-8444-555555555555";
 const CRM: &str = "99999999-2222-4333-8444-555555555555";
@@ -51,7 +51,7 @@ impl<'a> Agent<'a> {
     }
 
     fn until(&self, what: &str, mut look: impl FnMut() -> bool) {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + PROGRAM_TIMEOUT;
         while !look() {
             assert!(
                 Instant::now() < deadline,
@@ -443,7 +443,7 @@ fn an_inventory_that_is_taken_away_ends_it() {
 /// Believes the inventory.
 struct Trusting;
 
-impl virt_usb_store::claim::Judge for Trusting {
+impl virt_usb_store::claim::ClaimVerifier for Trusting {
     fn verify(&mut self, candidate: &virt_usb_store::Record) -> virt_usb_store::claim::Verified {
         virt_usb_store::claim::Verified::Here(candidate.location())
     }
@@ -469,7 +469,7 @@ fn a_guest_that_had_its_device_is_not_stopped_though_the_audit_is_gone() {
     show(&host, &format!("{other}{erp}"));
     agent.until("it is out of the guest", || !host.claims().contains("allocated"));
     // The guest's only port gets another device.
-    let whom = virt_usb_store::claim::Asker {
+    let whom = virt_usb_store::claim::Claimant {
         instance: ERP.parse().unwrap(),
         domain: "erp".into(),
         project: None,

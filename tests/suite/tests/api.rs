@@ -15,7 +15,7 @@ use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
-use virt_usb_suite::{Host, PATIENCE, device, ok, program};
+use virt_usb_suite::{Host, PROGRAM_TIMEOUT, device, ok, program};
 
 const ERP: &str = "11111111-2222-4333-8444-555555555555";
 const CRM: &str = "99999999-2222-4333-8444-555555555555";
@@ -134,7 +134,7 @@ impl Served {
     }
 
     fn until<T>(&self, what: &str, mut look: impl FnMut(&Self) -> Option<T>) -> T {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + PROGRAM_TIMEOUT;
         loop {
             if let Some(found) = look(self) {
                 return found;
@@ -162,7 +162,7 @@ impl Served {
     /// Bytes as they are, and what comes back until the other end closes.
     fn raw(&self, bytes: &[u8]) -> Answer {
         let mut stream = TcpStream::connect(self.at).unwrap();
-        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream.set_read_timeout(Some(PROGRAM_TIMEOUT)).unwrap();
         // It may have heard enough before all was said.
         let _ = stream.write_all(bytes);
         read(stream)

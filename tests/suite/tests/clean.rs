@@ -12,7 +12,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use virt_usb_model::printable;
-use virt_usb_suite::{Host, PATIENCE, device, domain, feed, program, root};
+use virt_usb_suite::{Host, PROGRAM_TIMEOUT, device, domain, feed, program, root};
 
 /// What XML and TOML let through: C1's CSI, the overrides and isolates, a mark at the start of a
 /// file.
@@ -155,7 +155,7 @@ fn the_agent() {
     let mut command = Command::new(program("virt-usbd"));
     command.arg("--verbose").arg("--config").arg(host.config_file()).arg("--sim").arg(&sim);
     let mut agent = command.stderr(std::fs::File::create(&log).unwrap()).spawn().unwrap();
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + PROGRAM_TIMEOUT;
     while !host.claims().contains("allocated") {
         assert!(Instant::now() < deadline, "{}", std::fs::read_to_string(&log).unwrap());
         std::thread::sleep(Duration::from_millis(20));
@@ -190,7 +190,7 @@ fn there_is_one_function_and_few_who_write() {
         ("host-runtime/src/cli/watch/mod.rs", "asks whether it is a terminal"),
         ("host-runtime/src/cli/watch/terminal.rs", "draws cells, which are cleaned in view.rs"),
         ("filter-wasm/pack/src/main.rs", "is run by the build alone"),
-        ("host-runtime/src/api/asked.rs", "describes to clients which names are taken"),
+        ("host-runtime/src/api/request_schemas.rs", "describes to clients which names are taken"),
         ("host-runtime/model/src/text.rs", "is the function"),
     ];
     let mut found = Vec::new();

@@ -13,15 +13,15 @@ use std::time::Duration;
 
 use proptest::prelude::*;
 use virt_usb::agent::operate::Attached;
-use virt_usb::agent::plan::Gone;
-use virt_usb::agent::work::{Absence, Worker};
+use virt_usb::agent::plan::Absence;
+use virt_usb::agent::work::{ObservedAbsence, Worker};
 use virt_usb::discovery::{Simulated, UsbSource};
 use virt_usb::hypervisor::{Event, Failure, Hypervisor, Running, SimulatedHypervisor};
 use virt_usb::inventory;
 use virt_usb_domxml::Domain;
 use virt_usb_hook::config::{AttachFailurePolicy, Config, Log, ReplugPolicy};
-use virt_usb_hook::guest::Ports;
 use virt_usb_hook::machine;
+use virt_usb_hook::verify::Ports;
 use virt_usb_model::{Aliases, BusAddress, DeviceId, DeviceRequest, Flavor, InstanceId};
 use virt_usb_store::flaps::Limits;
 use virt_usb_store::{Record, Store};
@@ -245,11 +245,11 @@ impl World {
     fn settle(&mut self) -> bool {
         self.hypervisor.fuse.store(NEVER, Ordering::SeqCst);
         self.scan();
-        let gone = Gone { seconds: 1000.0, undefined: None };
+        let gone = Absence { seconds: 1000.0, undefined: None };
         let mut changed = false;
         for n in 0..3 {
             let undefined = self.domains[n].is_none().then_some(1000.0);
-            let absence = Absence { gone: Gone { undefined, ..gone }, claims: None };
+            let absence = ObservedAbsence { gone: Absence { undefined, ..gone }, claims: None };
             let report = self.worker.converge(instance(n), &absence, &BTreeSet::new()).unwrap();
             changed |= report.changed;
         }
@@ -403,7 +403,11 @@ impl World {
             Act::Scan => self.scan(),
             Act::Work(n, fuse) => {
                 self.hypervisor.fuse.store(*fuse, Ordering::SeqCst);
-                drop(self.worker.converge(instance(*n), &Absence::default(), &BTreeSet::new()));
+                drop(self.worker.converge(
+                    instance(*n),
+                    &ObservedAbsence::default(),
+                    &BTreeSet::new(),
+                ));
             }
             Act::ByHand(n, port) => {
                 if let Some((_, number)) = self.plugged.get(port) {
@@ -507,8 +511,10 @@ fn what_cannot_be_attached_is_told_and_may_stop_the_guest() {
             );
             world.simulated.attach(instance(0), &other).unwrap();
         }
-        let report =
-            world.worker.converge(instance(0), &Absence::default(), &BTreeSet::new()).unwrap();
+        let report = world
+            .worker
+            .converge(instance(0), &ObservedAbsence::default(), &BTreeSet::new())
+            .unwrap();
         let events = world.worker.store.events(&virt_usb_store::events::Filter::default()).unwrap();
         let told =
             events.iter().find(|e| e.event == "problem").and_then(|e| e.detail.clone()).unwrap();
@@ -677,9 +683,10 @@ fn an_alias_of_our_form_does_not_make_a_hostdev_ours() {
     assert_eq!(world.worker.store.claims().unwrap().len(), 1);
     // The same where device 1 was claimed before.
     let context = machine::context(&world.config, "test").unwrap();
-    let whom = world.worker.store.asker(instance(2), "vm2", None).unwrap();
-    let want = virt_usb_store::claim::Want { request: by_id(1), lasting: false, number: None };
-    let firm = virt_usb_store::claim::Standing::Firm;
+    let whom = world.worker.store.claimant(instance(2), "vm2", None).unwrap();
+    let want =
+        virt_usb_store::claim::ClaimRequest { request: by_id(1), lasting: false, number: None };
+    let firm = virt_usb_store::claim::ClaimMode::Replace;
     let mut ports = Ports { sysfs_root: &world.config.sysfs_root };
     world.worker.store.claim(&whom, &[want], &[], firm, &mut ports, &context).unwrap();
     world.settle();

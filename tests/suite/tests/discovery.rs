@@ -19,9 +19,9 @@ use virt_usb_model::{BusAddress, Class, Device, Serial, Speed};
 const UNDER: &str = "VIRT_USB_TEST_UNDER_UMOCKDEV";
 
 /// Runs `judge` in a process that sees the described devices. `name` is the test's own name.
-fn under(name: &str, description: &str, judge: impl FnOnce(&Path)) {
+fn under(name: &str, description: &str, verifier: impl FnOnce(&Path)) {
     if let Some(folder) = std::env::var_os(UNDER) {
-        return judge(Path::new(&folder));
+        return verifier(Path::new(&folder));
     }
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("devices.umockdev");

@@ -512,9 +512,9 @@ fn open_problems_and_metrics_that_are_not_served_are_found() {
     patient.is_well("problems");
     let context = virt_usb_hook::machine::context(&patient.host.config(), "test").unwrap();
     let instance = "11111111-2222-4333-8444-555555555555".parse().unwrap();
-    let asker = patient.host.store().asker(instance, "erp", None).unwrap();
+    let claimant = patient.host.store().claimant(instance, "erp", None).unwrap();
     let what = "libvirt has not answered about erp for 30 s (attach)";
-    assert!(patient.host.store().note_problem(&asker, "libvirt", Some(what), &context).unwrap());
+    assert!(patient.host.store().note_problem(&claimant, "libvirt", Some(what), &context).unwrap());
     patient.finds("problems", &["warning", what]);
     let keys = fs::read_to_string(patient.host.config_file()).unwrap();
     let socket = patient.host.path("metrics.sock");

@@ -5,7 +5,7 @@
 use std::process::Command;
 
 use virt_usb_hook::machine;
-use virt_usb_store::claim::Asker;
+use virt_usb_store::claim::Claimant;
 use virt_usb_store::{Source, Store};
 use virt_usb_suite::{Host, device, domain, feed, program};
 
@@ -79,7 +79,7 @@ fn what_ends_with_the_boot_waits_for_no_disk() {
 #[test]
 fn a_claim_for_an_assignment_survives_a_power_cut_with_the_default_configuration() {
     let (host, mut open) = host("");
-    let assigned = Asker {
+    let assigned = Claimant {
         instance: "00000001-0000-4000-8000-000000000000".parse().unwrap(),
         domain: "erp".into(),
         project: None,

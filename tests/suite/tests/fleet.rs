@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 use virt_usb_model::{Flavor, HostDocument};
 use virt_usb_store::Source;
-use virt_usb_store::claim::Asker;
+use virt_usb_store::claim::Claimant;
 use virt_usb_suite::{Etcd, Host, device, domain, program, root, until};
 
 const ERP: &str = "11111111-2222-4333-8444-555555555555";
@@ -220,7 +220,7 @@ fn a_machine_has_one_number_and_a_name_one_machine() {
     assert!(why.contains("devices are held") && why.contains("device 1 by erp"), "{why}");
     assert_eq!(etcd.get("/virt-usb/next"), "", "etcd has not heard of it");
     ok(&one.call(&["erp", "release", "end", "-"], erp.as_bytes()));
-    let crm = Asker { instance: ERP.parse().unwrap(), domain: "crm".into(), project: None };
+    let crm = Claimant { instance: ERP.parse().unwrap(), domain: "crm".into(), project: None };
     let wish = Flavor::parse_lists(Some(r#"[{"id":2}]"#), None).unwrap().usb_devices;
     let context = virt_usb_hook::machine::context(&one.config(), "test").unwrap();
     one.store().assign(&crm, Source::Operator, &wish, &context).unwrap();

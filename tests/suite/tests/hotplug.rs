@@ -17,7 +17,7 @@ use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
 use virt_usb_store::{Durability, Record, Store};
-use virt_usb_suite::{PATIENCE, until};
+use virt_usb_suite::{PROGRAM_TIMEOUT, until};
 
 /// umockdev's C library (its reference: <https://martinpitt.github.io/umockdev/>).
 #[allow(unsafe_code, reason = "the C library has no Rust crate")]
@@ -160,7 +160,7 @@ impl Agent {
             devices.sort();
             devices
         };
-        let deadline = began + PATIENCE;
+        let deadline = began + PROGRAM_TIMEOUT;
         loop {
             let found = now();
             if found == wanted {
@@ -189,7 +189,7 @@ impl Agent {
     }
 
     fn devices(&self) -> Vec<Record> {
-        self.store.restart_patience();
+        self.store.restart_lock_timeout();
         self.store.devices().unwrap()
     }
 

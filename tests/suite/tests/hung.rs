@@ -6,7 +6,7 @@ use std::fs::File;
 use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
-use virt_usb_suite::{Host, PATIENCE, device, ok, program};
+use virt_usb_suite::{Host, PROGRAM_TIMEOUT, device, ok, program};
 
 struct Agent(Child);
 
@@ -60,14 +60,14 @@ fn is_allocated(host: &Host, n: usize) -> bool {
 }
 
 fn wait(host: &Host, what: &str, look: impl Fn() -> bool) {
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + PROGRAM_TIMEOUT;
     while !look() {
         assert!(Instant::now() < deadline, "never: {what}\n{}\n{}", host.claims(), log(host));
         std::thread::sleep(Duration::from_millis(10));
     }
 }
 
-const PATIENT: &str = "libvirt_patience = 6\nmetrics = 'METRICS'\n";
+const PATIENT: &str = "libvirt_timeout = 6\nmetrics = 'METRICS'\n";
 
 fn host() -> Host {
     let host = Host::new("");
@@ -166,10 +166,10 @@ fn a_domain_that_is_defined_again_keeps_what_is_assigned_to_it() {
     wait(&host, "the agent is ready", || log(&host).contains("ready"));
     let assigned = || host.store().assignments(uuid(1).parse().unwrap()).unwrap().len();
     let context = virt_usb_hook::machine::context(&host.config(), "test").unwrap();
-    let asker = host.store().asker(uuid(1).parse().unwrap(), "guest1", None).unwrap();
+    let claimant = host.store().claimant(uuid(1).parse().unwrap(), "guest1", None).unwrap();
     let request =
         virt_usb_model::Flavor::parse(r#"{"usb_devices":[{"serial":"S2"}]}"#).unwrap().usb_devices;
-    host.store().assign_more(&asker, &request, &context).unwrap().unwrap();
+    host.store().assign_more(&claimant, &request, &context).unwrap().unwrap();
     for _ in 0..3 {
         show(&host, &(key(1) + &key(2)));
         std::thread::sleep(Duration::from_millis(1500));

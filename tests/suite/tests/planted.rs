@@ -26,7 +26,7 @@ const NOBODY: u32 = 65534;
 /// Stands in every file that only root may read.
 const SECRET: &str = "root's own secret";
 /// A command that has not ended by then hangs, in seconds.
-const PATIENCE: &str = "300";
+const PROGRAM_TIMEOUT: &str = "300";
 
 /// Names that stand in `state_dir`, or come there while a command runs.
 const NAMES: [&str; 21] = [
@@ -274,7 +274,7 @@ impl Target {
     /// Runs a command as root; it ends by itself.
     fn run(&self, command: &Command, input: &str) -> Output {
         let mut bounded = Command::new("timeout");
-        bounded.arg(PATIENCE).arg(command.get_program()).args(command.get_args());
+        bounded.arg(PROGRAM_TIMEOUT).arg(command.get_program()).args(command.get_args());
         let output = feed(bounded, input.as_bytes());
         assert_ne!(output.status.code(), Some(124), "it hangs: {command:?}");
         output

@@ -87,7 +87,7 @@ fn assign(host: &Host, xml: &str, json: &str) {
     let read = read(xml);
     let mut store = host.store();
     let context = virt_usb_hook::machine::context(&host.config(), "test assign").unwrap();
-    let whom = virt_usb_hook::guest::asker(&store, &read, read.uuid.unwrap()).unwrap();
+    let whom = virt_usb_hook::verify::claimant(&store, &read, read.uuid.unwrap()).unwrap();
     store.assign_more(&whom, &[request(json)], &context).unwrap().unwrap();
 }
 

@@ -14,7 +14,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, Signal, kill_process};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{Termios, Winsize, tcgetattr, tcsetwinsize};
-use virt_usb_suite::{Host, PATIENCE, program, text, until};
+use virt_usb_suite::{Host, PROGRAM_TIMEOUT, program, text, until};
 
 const KEY: &str = "[[device]]\nvendor = \"0529\"\nproduct = \"0001\"\nbus = 1\ndevice = 5\nport \
     = \"1-1.4\"\nserial = \"A\"\nproduct_name = \"HASP HL\"\n";
@@ -110,7 +110,7 @@ impl Seat {
     }
 
     fn sees(&self, what: &str) {
-        let end = Instant::now() + PATIENCE;
+        let end = Instant::now() + PROGRAM_TIMEOUT;
         while !self.rows().iter().any(|row| row.contains(what)) {
             assert!(
                 Instant::now() < end,
@@ -170,7 +170,7 @@ fn what_changes_is_seen_and_nothing_else_is_written() {
     seat.sees("q quit");
     assert!(seat.is_taken());
     // The rest of the first frame.
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + PROGRAM_TIMEOUT;
     while !std::mem::take(&mut *seat.written.lock().unwrap()).is_empty() {
         assert!(Instant::now() < deadline, "it writes although nothing is new");
         std::thread::sleep(Duration::from_millis(300));

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use proptest::prelude::*;
-use virt_usb_filter_core::{Moment, Question, Reason, Weights};
+use virt_usb_filter_core::{Moment, Question, RejectionReason, Weights};
 use virt_usb_model::{
     BusAddress, Class, DeviceEntry, DeviceId, DeviceRequest, HostDocument, PortPath, ProductId,
     ProjectId, Selector, Status, VendorId,
@@ -36,7 +36,7 @@ fn status() -> impl Strategy<Value = Status> {
         1 => Just(Status::Claimed),
         1 => Just(Status::Allocated),
         1 => Just(Status::Removed),
-        1 => Just(Status::Unavailable(virt_usb_model::Reason::Whitelist)),
+        1 => Just(Status::Unavailable(virt_usb_model::UnavailableReason::Whitelist)),
     ]
 }
 
@@ -201,7 +201,7 @@ impl Fleet {
         &self,
         question: &Question,
         host: &str,
-    ) -> Result<i32, (Option<u32>, Reason)> {
+    ) -> Result<i32, (Option<u32>, RejectionReason)> {
         let found = self.hosts.get(host);
         let free = |d: &DeviceEntry| d.state().unwrap() == Status::Available;
         let all = found.map_or(&[][..], |(document, _)| &document.devices);
@@ -220,9 +220,9 @@ impl Fleet {
         if question.requests.is_empty() {
             return Ok(score(0));
         }
-        let Some((_, time)) = found else { return Err((None, Reason::UnknownHost)) };
+        let Some((_, time)) = found else { return Err((None, RejectionReason::UnknownHost)) };
         if question.moment.is_some_and(|m| time + m.max_age < m.now) {
-            return Err((None, Reason::HostStale));
+            return Err((None, RejectionReason::HostStale));
         }
         for (number, request) in (0u32..).zip(&question.requests) {
             let wanted = request.count as usize;
@@ -231,11 +231,11 @@ impl Fleet {
             let ready = matching.iter().filter(|d| allowed(question, d) && free(d)).count();
             if ready < wanted {
                 let reason = if matching.is_empty() {
-                    Reason::NoSuchDevice
+                    RejectionReason::NoSuchDevice
                 } else if may == 0 || (may < wanted && matching.len() >= wanted) {
-                    Reason::NotAllowed
+                    RejectionReason::NotAllowed
                 } else {
-                    Reason::TooFewFree
+                    RejectionReason::TooFewFree
                 };
                 return Err((Some(number), reason));
             }
@@ -249,7 +249,7 @@ impl Fleet {
             wishes.extend(std::iter::repeat_n(wish, request.count as usize));
         }
         if !all_served(&wishes, usable.len()) {
-            return Err((None, Reason::Contention));
+            return Err((None, RejectionReason::Contention));
         }
         let mut slack = 127;
         for request in &question.requests {

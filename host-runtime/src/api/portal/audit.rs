@@ -9,8 +9,8 @@ use serde::Deserialize;
 use virt_usb_store::events::{EventRow, Filter};
 
 use super::super::Api;
+use super::super::error::ApiError;
 use super::super::events;
-use super::super::fault::Fault;
 use super::super::request::Asked;
 use super::pages::{page, table, time};
 use super::session::Signed;
@@ -54,7 +54,7 @@ pub(super) async fn list(
     State(api): State<Arc<Api>>,
     signed: Signed,
     Asked(query): Asked<Query>,
-) -> Result<Response, Fault> {
+) -> Result<Response, ApiError> {
     let (story, more) =
         events::read(&api, signed.caller.clone(), Filter::default(), query.before.max(0), PAGE)
             .await?;

@@ -10,11 +10,11 @@ use virt_usb_store::events::Filter;
 
 use super::super::Api;
 use super::super::devices::{Change, DeviceName, change as change_device};
-use super::super::documents::{Totals, UsbDevice};
+use super::super::error::ApiError;
 use super::super::events;
-use super::super::fault::Fault;
 use super::super::policy::{Call, may};
 use super::super::request::{Asked, Named};
+use super::super::responses::{Totals, UsbDevice};
 use super::audit::rows;
 use super::pages::{csrf, name, page, quoted, see, state, table, time, words};
 use super::session::{Sent, Signed};
@@ -67,7 +67,7 @@ pub(super) async fn list(
     State(api): State<Arc<Api>>,
     signed: Signed,
     Asked(query): Asked<Query>,
-) -> Result<Response, Fault> {
+) -> Result<Response, ApiError> {
     let snapshot = api.inventory.now()?;
     let totals = Totals::of(snapshot.seen(&signed.caller));
     let after = |record: &&virt_usb_store::Record| record.entry.id.get() > query.after;
@@ -156,7 +156,7 @@ pub(super) async fn show(
     State(api): State<Arc<Api>>,
     signed: Signed,
     Named(DeviceName { usb_device_id }): Named<DeviceName>,
-) -> Result<Response, Fault> {
+) -> Result<Response, ApiError> {
     let (id, device) = api.device(&signed.caller, Call::LookAt, &usb_device_id)?;
     let filter = Filter { device: Some(id), ..Filter::default() };
     let (story, _) = events::read(&api, signed.caller.clone(), filter, 0, STORY).await?;
@@ -213,7 +213,7 @@ fn changes(device: &UsbDevice, signed: &Signed) -> Markup {
 }
 
 #[derive(Deserialize)]
-pub(super) struct Wish {
+pub(super) struct Form {
     change: String,
     #[serde(default)]
     reason: String,
@@ -222,8 +222,8 @@ pub(super) struct Wish {
 pub(super) async fn change(
     State(api): State<Arc<Api>>,
     Named(DeviceName { usb_device_id }): Named<DeviceName>,
-    Sent(signed, wish): Sent<Wish>,
-) -> Result<Response, Fault> {
+    Sent(signed, wish): Sent<Form>,
+) -> Result<Response, ApiError> {
     let change = match wish.change.as_str() {
         "enable" => Change::Enable,
         "disable" => {
@@ -231,9 +231,9 @@ pub(super) async fn change(
             Change::Disable(Some(why).filter(|why| !why.trim().is_empty()))
         }
         "clear_quarantine" => Change::ClearQuarantine,
-        other => return Err(Fault::bad_request(format!("There is no such action: {other}."))),
+        other => return Err(ApiError::bad_request(format!("There is no such action: {other}."))),
     };
-    Fault::unless(may(&signed.caller, Call::ChangeDevice), Fault::forbidden)?;
+    ApiError::unless(may(&signed.caller, Call::ChangeDevice), ApiError::forbidden)?;
     let device = change_device(&api, &signed.caller, usb_device_id, change).await?;
     Ok(see(&format!("/portal/devices/{}", device.id)))
 }

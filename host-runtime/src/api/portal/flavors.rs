@@ -9,15 +9,18 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use super::super::Api;
-use super::super::documents::UsbDevice;
-use super::super::fault::Fault;
+use super::super::error::ApiError;
 use super::super::flavors::{all, end, store as store_flavor};
 use super::super::policy::Call;
 use super::super::request::Asked;
+use super::super::responses::UsbDevice;
 use super::pages::{csrf, name, page, quoted, see, table, time};
 use super::session::{Sent, Signed};
 
-pub(super) async fn list(State(api): State<Arc<Api>>, signed: Signed) -> Result<Response, Fault> {
+pub(super) async fn list(
+    State(api): State<Arc<Api>>,
+    signed: Signed,
+) -> Result<Response, ApiError> {
     let flavors = all(&api, &signed.caller).await?;
     let row = |stored: &virt_usb_store::StoredFlavor| {
         let flavor = &stored.flavor;
@@ -71,7 +74,7 @@ pub(super) async fn form(
     State(api): State<Arc<Api>>,
     signed: Signed,
     Asked(query): Asked<Query>,
-) -> Result<Response, Fault> {
+) -> Result<Response, ApiError> {
     let (_, device) = api.device(&signed.caller, Call::ChangeFlavor, &query.device)?;
     let (_, value, which) = very(&device);
     let main = html! {
@@ -96,7 +99,7 @@ pub(super) async fn form(
 }
 
 #[derive(Deserialize)]
-pub(super) struct Wish {
+pub(super) struct Form {
     device: String,
     name: String,
     which: String,
@@ -106,8 +109,8 @@ pub(super) struct Wish {
 
 pub(super) async fn store(
     State(api): State<Arc<Api>>,
-    Sent(signed, wish): Sent<Wish>,
-) -> Result<Response, Fault> {
+    Sent(signed, wish): Sent<Form>,
+) -> Result<Response, ApiError> {
     let (_, device) = api.device(&signed.caller, Call::ChangeFlavor, &wish.device)?;
     let mut request = Map::new();
     request.insert("vendor_id".into(), json!(device.vendor_id));
@@ -118,9 +121,9 @@ pub(super) async fn store(
             let count: u32 = if count.is_empty() {
                 1
             } else {
-                count
-                    .parse()
-                    .map_err(|_| Fault::bad_request(format!("How many: {count:?} is no number.")))?
+                count.parse().map_err(|_| {
+                    ApiError::bad_request(format!("How many: {count:?} is no number."))
+                })?
             };
             request.insert("count".into(), json!(count));
         }
@@ -129,7 +132,7 @@ pub(super) async fn store(
             request.insert(key.into(), Value::String(value));
         }
         _ => {
-            return Err(Fault::bad_request(
+            return Err(ApiError::bad_request(
                 "Which device: wanted any of the kind, or this very one.",
             ));
         }
@@ -162,7 +165,7 @@ pub(super) async fn removal(signed: Signed, Asked(removal): Asked<Removal>) -> R
 pub(super) async fn remove(
     State(api): State<Arc<Api>>,
     Sent(signed, removal): Sent<Removal>,
-) -> Result<Response, Fault> {
+) -> Result<Response, ApiError> {
     end(&api, signed.caller, removal.name).await?;
     Ok(see("/portal/flavors"))
 }

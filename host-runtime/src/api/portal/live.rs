@@ -13,8 +13,8 @@ use virt_usb_model::DeviceId;
 use virt_usb_store::Record;
 
 use super::super::Api;
-use super::super::fault::Fault;
-use super::super::identity::{Caller, Look, Unknown};
+use super::super::error::ApiError;
+use super::super::identity::{AuthError, Caller, Freshness};
 use super::super::inventory::Snapshot;
 use super::pages::{name, words};
 use super::session::Signed;
@@ -118,11 +118,11 @@ impl Watch {
                 _ = ending.wait_for(|ending| *ending) => return None,
             }
             let token = self.api.portal.sessions.token(&self.id)?;
-            let caller = match self.api.identity.caller(&token, Look::Lately).await {
+            let caller = match self.api.identity.caller(&token, Freshness::Cached).await {
                 Ok(caller) => caller,
-                Err(Unknown::Nobody | Unknown::Useless(_)) => return None,
+                Err(AuthError::InvalidToken | AuthError::Unusable(_)) => return None,
                 // Nothing is told to whom nobody can name now.
-                Err(Unknown::Unavailable(_)) => continue,
+                Err(AuthError::Unavailable(_)) => continue,
             };
             // What cannot be read now is looked at again.
             let Ok(now) = self.api.inventory.now() else { continue };
@@ -142,10 +142,10 @@ impl Watch {
 pub(super) async fn live(
     State(api): State<Arc<Api>>,
     signed: Signed,
-) -> Result<impl IntoResponse, Fault> {
+) -> Result<impl IntoResponse, ApiError> {
     let place = api.portal.watchers.place(&signed.caller.name);
     let place = place.ok_or_else(|| {
-        Fault::unavailable("Too many pages are open: this one does not update itself.")
+        ApiError::unavailable("Too many pages are open: this one does not update itself.")
     })?;
     let last = api.inventory.now()?;
     let watch = Watch { api, id: signed.id, last, _place: place };

@@ -11,16 +11,16 @@
 //! | `session` | who has signed in; forms that come from here |
 //! | `pages` | what all pages have in common; words |
 //! | `sign_in`, `devices`, `servers`, `flavors`, `audit` | the pages |
-//! | `hand` | handing a device to a server and taking it back |
+//! | `actions` | handing a device to a server and taking it back |
 //! | `live` | tells open pages that something has changed |
 //!
 //! It decides nothing: the policy is the API's, and what is shown is what the API would answer to
 //! the same token.
 
+mod actions;
 mod audit;
 mod devices;
 mod flavors;
-mod hand;
 mod live;
 mod pages;
 mod servers;
@@ -36,13 +36,13 @@ use axum::response::Response;
 use axum::routing::{get, post};
 
 use super::Api;
-use super::fault::Fault;
+use super::error::ApiError;
 
 /// What the portal remembers.
 #[derive(Default)]
 pub(super) struct Portal {
     sessions: session::Sessions,
-    hands: hand::Hands,
+    hands: actions::ActionLog,
     watchers: live::Watchers,
 }
 
@@ -56,9 +56,9 @@ pub(super) fn routes() -> Router<Arc<Api>> {
         .route("/portal/servers", get(servers::list))
         .route("/portal/servers/{server_id}", get(servers::show))
         .route("/portal/servers/{server_id}/owner", post(servers::own))
-        .route("/portal/attach", get(hand::attach_page).post(hand::attach))
-        .route("/portal/detach", get(hand::detach_page).post(hand::detach))
-        .route("/portal/actions/{id}", get(hand::show))
+        .route("/portal/attach", get(actions::attach_page).post(actions::attach))
+        .route("/portal/detach", get(actions::detach_page).post(actions::detach))
+        .route("/portal/actions/{id}", get(actions::show))
         .route("/portal/flavors", get(flavors::list).post(flavors::store))
         .route("/portal/flavors/new", get(flavors::form))
         .route("/portal/flavors/remove", get(flavors::removal).post(flavors::remove))
@@ -77,7 +77,7 @@ pub(super) fn routes() -> Router<Arc<Api>> {
 /// What could not be done is said on a page, too.
 async fn for_people(request: Request, next: Next) -> Response {
     let response = next.run(request).await;
-    match response.extensions().get::<Fault>() {
+    match response.extensions().get::<ApiError>() {
         Some(fault) => {
             let mut page = pages::refusal(fault);
             page.extensions_mut().insert(fault.clone());

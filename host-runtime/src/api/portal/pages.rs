@@ -7,8 +7,8 @@ use axum::http::{HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
 use maud::{DOCTYPE, Markup, html};
 
-use super::super::documents::UsbDevice;
-use super::super::fault::Fault;
+use super::super::error::ApiError;
+use super::super::responses::UsbDevice;
 use super::session::Signed;
 
 /// Nothing but what this server itself sends.
@@ -76,7 +76,7 @@ fn answer(status: StatusCode, title: &str, signed: Option<&Signed>, main: &Marku
 }
 
 /// The page for what could not be done.
-pub(super) fn refusal(fault: &Fault) -> Response {
+pub(super) fn refusal(fault: &ApiError) -> Response {
     let title = match fault.status.as_u16() {
         401 | 403 => "Not allowed",
         404 => "Not found",

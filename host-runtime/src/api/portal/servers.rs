@@ -10,9 +10,9 @@ use virt_usb_model::ParseError;
 use virt_usb_store::events::Filter;
 
 use super::super::Api;
+use super::super::error::{ApiError, sentence};
 use super::super::events;
-use super::super::fault::{Fault, sentence};
-use super::super::policy::{Call, Verdict, may};
+use super::super::policy::{Authorization, Call, may};
 use super::super::request::Named;
 use super::super::servers::{ServerName, give_to};
 use super::audit::rows;
@@ -26,7 +26,10 @@ fn running(runs: bool) -> Markup {
     html! { span class={ "state " (if runs { "good" } else { "off" }) } { (if runs { "running" } else { "stopped" }) } }
 }
 
-pub(super) async fn list(State(api): State<Arc<Api>>, signed: Signed) -> Result<Response, Fault> {
+pub(super) async fn list(
+    State(api): State<Arc<Api>>,
+    signed: Signed,
+) -> Result<Response, ApiError> {
     let servers = api.servers(&signed.caller).await?;
     let snapshot = api.inventory.now()?;
     let held = |id| snapshot.devices().filter(|r| r.entry.instance_uuid == Some(id)).count();
@@ -55,7 +58,7 @@ pub(super) async fn show(
     State(api): State<Arc<Api>>,
     signed: Signed,
     Named(ServerName { server_id }): Named<ServerName>,
-) -> Result<Response, Fault> {
+) -> Result<Response, ApiError> {
     let server = api.server(&signed.caller, Call::LookAt, &server_id).await?;
     let id = server.id;
     let assigned = api.assigned(&server).await?;
@@ -63,7 +66,7 @@ pub(super) async fn show(
     let (story, _) = events::read(&api, signed.caller.clone(), filter, 0, STORY).await?;
     let snapshot = api.inventory.now()?;
     let mine = snapshot.devices().filter(|r| r.entry.instance_uuid == Some(id));
-    let row = |device: super::super::documents::UsbDevice| {
+    let row = |device: super::super::responses::UsbDevice| {
         html! {
             th scope="row" { a href={ "/portal/devices/" (device.id) } { (name(&device)) } }
             td { (state(&device)) }
@@ -108,7 +111,7 @@ pub(super) async fn show(
             h2 { "What happened" }
             (rows(&story, true))
         }
-        @if may(&signed.caller, Call::ChangeOwner) == Verdict::Allowed && !server.by_domain {
+        @if may(&signed.caller, Call::ChangeOwner) == Authorization::Allowed && !server.by_domain {
             h2 { "Administration" }
             form.actions method="post" action={ "/portal/servers/" (id) "/owner" } {
                 (csrf(&signed))
@@ -133,12 +136,13 @@ pub(super) async fn own(
     State(api): State<Arc<Api>>,
     Named(ServerName { server_id }): Named<ServerName>,
     Sent(signed, NewOwner { project }): Sent<NewOwner>,
-) -> Result<Response, Fault> {
+) -> Result<Response, ApiError> {
     let server = api.server(&signed.caller, Call::ChangeOwner, &server_id).await?;
     let project = match project.trim() {
         "" => None,
         text => Some(
-            text.parse().map_err(|e: ParseError| Fault::bad_request(sentence(&e.to_string())))?,
+            text.parse()
+                .map_err(|e: ParseError| ApiError::bad_request(sentence(&e.to_string())))?,
         ),
     };
     let server = give_to(&api, &signed.caller, server, project).await?;

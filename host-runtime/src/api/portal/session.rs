@@ -14,8 +14,8 @@ use axum::response::{IntoResponse, Response};
 use serde::de::DeserializeOwned;
 use virt_usb_filter_host::{hex, sha256};
 
-use super::super::fault::{Fault, sentence};
-use super::super::identity::{Caller, Role, Unknown};
+use super::super::error::{ApiError, sentence};
+use super::super::identity::{AuthError, Caller, Role};
 use super::super::request::form;
 use super::super::{Api, look};
 use super::pages::see;
@@ -51,9 +51,9 @@ impl Session {
 pub(in super::super) struct Sessions(Mutex<HashMap<String, Session>>);
 
 /// 256 random bits, hexadecimal.
-pub(super) fn secret() -> Result<String, Fault> {
+pub(super) fn secret() -> Result<String, ApiError> {
     let mut bytes = [0; 32];
-    getrandom::fill(&mut bytes).map_err(|e| Fault::internal(e.to_string()))?;
+    getrandom::fill(&mut bytes).map_err(|e| ApiError::internal(e.to_string()))?;
     Ok(hex(&bytes))
 }
 
@@ -68,7 +68,7 @@ impl Sessions {
         token: String,
         whose: &str,
         encrypted: bool,
-    ) -> Result<String, Fault> {
+    ) -> Result<String, ApiError> {
         let (number, now) = (secret()?, Instant::now());
         let session =
             Session { token, whose: whose.to_owned(), csrf: secret()?, begun: now, used: now };
@@ -146,16 +146,16 @@ impl Signed {
         self.caller.role >= Role::Member
     }
 
-    async fn of(parts: &Parts, api: &Arc<Api>) -> Result<Option<Self>, Fault> {
+    async fn of(parts: &Parts, api: &Arc<Api>) -> Result<Option<Self>, ApiError> {
         let Some(id) = number(&parts.headers).map(hash) else { return Ok(None) };
         let Some((token, csrf)) = api.portal.sessions.use_it(&id) else { return Ok(None) };
         match api.identity.caller(&token, look(&parts.method)).await {
             Ok(caller) => Ok(Some(Self { caller, csrf, id })),
-            Err(Unknown::Nobody | Unknown::Useless(_)) => {
+            Err(AuthError::InvalidToken | AuthError::Unusable(_)) => {
                 api.portal.sessions.end(&id);
                 Ok(None)
             }
-            Err(Unknown::Unavailable(why)) => Err(Fault::cannot_tell(why)),
+            Err(AuthError::Unavailable(why)) => Err(ApiError::cannot_tell(why)),
         }
     }
 }
@@ -184,7 +184,7 @@ impl OptionalFromRequestParts<Arc<Api>> for Signed {
 }
 
 /// Browsers say where a form comes from: from here, or it is not taken.
-pub(super) fn is_from_here(headers: &HeaderMap) -> Result<(), Fault> {
+pub(super) fn is_from_here(headers: &HeaderMap) -> Result<(), ApiError> {
     let text = |name: &HeaderName| headers.get(name).and_then(|value| value.to_str().ok());
     let site = headers.get("sec-fetch-site").and_then(|value| value.to_str().ok());
     let origin =
@@ -194,8 +194,8 @@ pub(super) fn is_from_here(headers: &HeaderMap) -> Result<(), Fault> {
     if here { Ok(()) } else { Err(foreign()) }
 }
 
-fn foreign() -> Fault {
-    Fault::forbidden().saying(
+fn foreign() -> ApiError {
+    ApiError::forbidden().saying(
         "This form does not come from your session: open the page again, and send it from there.",
     )
 }
@@ -215,7 +215,7 @@ impl<T: DeserializeOwned> FromRequest<Arc<Api>> for Sent<T> {
             api.rates.change(&signed.caller.name)?;
             let text = form(&parts.headers, body).await?;
             let wrong = |e: serde_urlencoded::de::Error| {
-                Fault::bad_request(sentence(&format!("The form is wrong: {e}")))
+                ApiError::bad_request(sentence(&format!("The form is wrong: {e}")))
             };
             let fields: Vec<(String, String)> = serde_urlencoded::from_str(&text).map_err(wrong)?;
             let csrf = fields.iter().find(|(name, _)| name == "csrf").map(|(_, value)| hash(value));

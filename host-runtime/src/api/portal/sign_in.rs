@@ -12,8 +12,8 @@ use maud::{Markup, html};
 use serde::Deserialize;
 
 use super::super::Api;
-use super::super::fault::{Fault, sentence};
-use super::super::identity::Look;
+use super::super::error::{ApiError, sentence};
+use super::super::identity::Freshness;
 use super::super::request::form;
 use super::pages::{page, see};
 use super::session::{Sent, Signed, is_from_here};
@@ -55,13 +55,13 @@ pub(super) async fn sign_in(
     peer: Option<Extension<Peer>>,
     headers: HeaderMap,
     body: Body,
-) -> Result<Response, Fault> {
+) -> Result<Response, ApiError> {
     // Else another site could sign its visitor in as whom it likes.
     is_from_here(&headers)?;
     let text = form(&headers, body).await?;
     let Given { token } = serde_urlencoded::from_str(&text)
-        .map_err(|e| Fault::bad_request(sentence(&format!("The form is wrong: {e}"))))?;
-    match api.caller(token.trim(), peer.map(|Extension(peer)| peer), Look::Now).await {
+        .map_err(|e| ApiError::bad_request(sentence(&format!("The form is wrong: {e}"))))?;
+    match api.caller(token.trim(), peer.map(|Extension(peer)| peer), Freshness::Live).await {
         Ok(caller) => {
             let encrypted = (api.config)().api_tls.is_some();
             let cookie =

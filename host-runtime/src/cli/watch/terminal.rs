@@ -126,9 +126,9 @@ impl<'a> Terminal<'a> {
         self.out.raw(&bytes)
     }
 
-    /// Waits for `patience`, or for somebody.
-    pub(super) fn touch(&mut self, patience: Duration) -> anyhow::Result<Option<Touch>> {
-        let end = Instant::now() + patience;
+    /// Waits for `timeout`, or for somebody.
+    pub(super) fn touch(&mut self, timeout: Duration) -> anyhow::Result<Option<Touch>> {
+        let end = Instant::now() + timeout;
         loop {
             if self.enough.load(Ordering::Relaxed) {
                 return Ok(Some(Touch::Enough));
@@ -158,15 +158,15 @@ impl<'a> Terminal<'a> {
         }
     }
 
-    /// Takes up what is pressed within `patience`. The end of the terminal is enough.
+    /// Takes up what is pressed within `timeout`. The end of the terminal is enough.
     ///
     /// crossterm's own reading of keys is not used: at the end of a terminal that was hung up it
     /// goes on reading for ever.
-    fn listen(&mut self, patience: Duration) -> anyhow::Result<()> {
+    fn listen(&mut self, timeout: Duration) -> anyhow::Result<()> {
         let keys = io::stdin();
         let mut ends = [PollFd::new(&keys, PollFlags::IN)];
-        let patience = if self.unfinished.is_empty() { patience } else { PIECES };
-        match poll(&mut ends, Some(&Timespec::try_from(patience)?)) {
+        let timeout = if self.unfinished.is_empty() { timeout } else { PIECES };
+        match poll(&mut ends, Some(&Timespec::try_from(timeout)?)) {
             Ok(0) => {
                 self.pressed.extend(as_it_is(&mut self.unfinished));
                 return Ok(());

@@ -7,25 +7,27 @@ use rusqlite::Connection;
 use tempfile::TempDir;
 use virt_usb_model::{
     Aliases, BusAddress, Class, Device, DeviceId, DeviceKey, DevicePath, DeviceRequest, Flavor,
-    InstanceId, PortPath, Serial, UsbId, Verdict,
+    InstanceId, PortPath, RuleVerdict, Serial, UsbId,
 };
-use virt_usb_store::claim::{Asker, Claimed, Granted, Judge, Standing, Verified, Want};
-use virt_usb_store::discover::{Change, Done, SeenKeys};
+use virt_usb_store::claim::{
+    ClaimMode, ClaimRequest, ClaimVerifier, Claimant, Claimed, Granted, Verified,
+};
 use virt_usb_store::flaps::Limits;
+use virt_usb_store::reconcile::{Change, Done, SeenKeys};
 use virt_usb_store::{Context, Durability, FILE_NAME, Record, Store, StoreError};
 
-pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
+pub(crate) const STORE_LOCK_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// A folder with an inventory in it, and the inventory.
 pub(crate) fn inventory() -> (TempDir, Store) {
     let dir = tempfile::tempdir().unwrap();
-    let store = Store::create(dir.path(), PATIENCE).unwrap();
+    let store = Store::create(dir.path(), STORE_LOCK_TIMEOUT).unwrap();
     (dir, store)
 }
 
 /// As the hook opens it.
 pub(crate) fn hook(dir: &Path) -> Result<Store, StoreError> {
-    Store::open(dir, PATIENCE, Durability::Boot)
+    Store::open(dir, STORE_LOCK_TIMEOUT, Durability::Boot)
 }
 
 /// A connection behind the store's back.
@@ -73,8 +75,8 @@ pub(crate) fn on_controller(
     }
 }
 
-pub(crate) fn offered() -> Verdict {
-    Verdict {
+pub(crate) fn offered() -> RuleVerdict {
+    RuleVerdict {
         withheld: None,
         rule: None,
         projects: vec![],
@@ -87,7 +89,7 @@ pub(crate) fn offered() -> Verdict {
 /// Records that exactly `seen` is plugged in.
 pub(crate) fn scan(
     store: &mut Store,
-    seen: &[(Device, Verdict)],
+    seen: &[(Device, RuleVerdict)],
     context: &Context,
 ) -> Result<Vec<Done>, StoreError> {
     scan_within(store, seen, &Limits { limit: 0, ..Limits::default() }, context)
@@ -101,7 +103,7 @@ pub(crate) fn nothing(aliases: &Aliases) -> SeenKeys<'_, std::iter::Empty<&Devic
 /// The same, with limits to how often a device may come back.
 pub(crate) fn scan_within(
     store: &mut Store,
-    seen: &[(Device, Verdict)],
+    seen: &[(Device, RuleVerdict)],
     limits: &Limits,
     context: &Context,
 ) -> Result<Vec<Done>, StoreError> {
@@ -129,7 +131,7 @@ pub(crate) fn scan_within(
     store.reconcile("node-1", limits, SeenKeys { keys: keys(), aliases: &aliases }, plan, context)
 }
 
-fn plan(seen: &[(Device, Verdict)], known: &[Record]) -> Vec<Change> {
+fn plan(seen: &[(Device, RuleVerdict)], known: &[Record]) -> Vec<Change> {
     let mut changes = Vec::new();
     let mut found: Vec<DeviceId> = Vec::new();
     for (device, verdict) in seen {
@@ -169,22 +171,22 @@ pub(crate) fn instance(n: u32) -> InstanceId {
     format!("00000000-0000-4000-8000-{n:012}").parse().unwrap()
 }
 
-pub(crate) fn asker(n: u32) -> Asker {
-    Asker { instance: instance(n), domain: format!("vm-{n}"), project: None }
+pub(crate) fn claimant(n: u32) -> Claimant {
+    Claimant { instance: instance(n), domain: format!("vm-{n}"), project: None }
 }
 
 pub(crate) fn request(json: &str) -> DeviceRequest {
     Flavor::parse_lists(Some(json), None).unwrap().usb_devices.remove(0)
 }
 
-pub(crate) fn want(json: &str) -> Want {
-    Want::new(request(json), false)
+pub(crate) fn want(json: &str) -> ClaimRequest {
+    ClaimRequest::new(request(json), false)
 }
 
 /// Believes the inventory, and refuses nothing.
 pub(crate) struct Trusting;
 
-impl Judge for Trusting {
+impl ClaimVerifier for Trusting {
     fn verify(&mut self, candidate: &Record) -> Verified {
         Verified::Here(candidate.location())
     }
@@ -195,7 +197,7 @@ impl Judge for Trusting {
 
 /// A firm claim.
 pub(crate) fn claim(store: &mut Store, n: u32, json: &str) -> Result<Claimed, StoreError> {
-    store.claim(&asker(n), &[want(json)], &[], Standing::Firm, &mut Trusting, &boot(1))
+    store.claim(&claimant(n), &[want(json)], &[], ClaimMode::Replace, &mut Trusting, &boot(1))
 }
 
 pub(crate) const ANY: &str = r#"{"vendor_id":"0529"}"#;

@@ -6,8 +6,8 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::thread;
 
 use virt_usb_store::claim::{Claimed, Why};
-use virt_usb_store::give_back::Extent;
 use virt_usb_store::hints::{Known, may_know};
+use virt_usb_store::release::Extent;
 use virt_usb_store::{FILE_NAME, Store};
 
 use crate::common::*;
@@ -49,7 +49,7 @@ fn many_may_make_it_at_once() {
             let (dir, start) = (dir.path(), &start);
             scope.spawn(move || {
                 start.wait();
-                let mut store = Store::create(dir, PATIENCE).unwrap();
+                let mut store = Store::create(dir, STORE_LOCK_TIMEOUT).unwrap();
                 scan(&mut store, &[(device(1, Some("A"), "1-1", n), offered())], &boot(1)).unwrap();
             });
         }
@@ -69,13 +69,13 @@ fn a_hint_outlives_those_who_forget_it_at_the_same_time() {
             // Releases whatever the others have claimed for the same instance.
             let mut store = hook(dir.path()).unwrap();
             while !done.load(Ordering::Relaxed) {
-                store.restart_patience();
+                store.restart_lock_timeout();
                 store.release(instance(1), Extent::Run, "a test", &boot(1)).unwrap();
             }
         });
         let mut store = hook(dir.path()).unwrap();
         for _ in 0..150 {
-            store.restart_patience();
+            store.restart_lock_timeout();
             assert!(takes(&mut store, 1));
             // Without the hint the claim must be gone.
             if !may_know(dir.path(), Known::Instance(instance(1)))
@@ -126,7 +126,7 @@ fn a_backup_is_whole_while_others_write() {
             let mut store = hook(dir.path()).unwrap();
             while !done.load(Ordering::Relaxed) {
                 for n in 1..=9 {
-                    store.restart_patience();
+                    store.restart_lock_timeout();
                     assert!(takes(&mut store, n));
                 }
                 store.release(instance(1), Extent::Run, "a test", &boot(1)).unwrap();
@@ -137,7 +137,7 @@ fn a_backup_is_whole_while_others_write() {
             fs::create_dir(&target).unwrap();
             store.backup(&target.join(FILE_NAME)).unwrap();
             assert_eq!(fs::read_dir(&target).unwrap().count(), 1, "one file, whole by itself");
-            let copy = Store::create(&target, PATIENCE).unwrap();
+            let copy = Store::create(&target, STORE_LOCK_TIMEOUT).unwrap();
             assert_sound(&copy);
             assert_eq!(copy.devices().unwrap().len(), 50);
         }

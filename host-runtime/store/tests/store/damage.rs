@@ -59,7 +59,7 @@ fn nothing_there() {
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0, "the hook makes nothing");
     fs::write(dir.path().join(FILE_NAME), "").unwrap();
     check!(hook(dir.path()), StoreError::Missing { .. }, "there is no inventory at");
-    assert_sound(&Store::create(dir.path(), PATIENCE).unwrap());
+    assert_sound(&Store::create(dir.path(), STORE_LOCK_TIMEOUT).unwrap());
     assert_sound(&hook(dir.path()).unwrap());
 }
 
@@ -69,7 +69,7 @@ fn a_link_in_the_file_s_place_is_not_followed_one_on_the_way_is() {
     let dir = tempfile::tempdir().unwrap();
     symlink(real.path().join(FILE_NAME), dir.path().join(FILE_NAME)).unwrap();
     check!(hook(dir.path()), StoreError::Link { .. }, "symbolic link");
-    check!(Store::create(dir.path(), PATIENCE), StoreError::Link { .. }, "symbolic link");
+    check!(Store::create(dir.path(), STORE_LOCK_TIMEOUT), StoreError::Link { .. }, "symbolic link");
     fs::remove_file(dir.path().join(FILE_NAME)).unwrap();
     symlink("/nowhere/at/all", dir.path().join(FILE_NAME)).unwrap();
     check!(hook(dir.path()), StoreError::Link { .. }, "symbolic link");
@@ -79,7 +79,7 @@ fn a_link_in_the_file_s_place_is_not_followed_one_on_the_way_is() {
 
     symlink(real.path(), dir.path().join("state")).unwrap();
     assert_sound(&hook(&dir.path().join("state")).unwrap());
-    assert_sound(&Store::create(&dir.path().join("state"), PATIENCE).unwrap());
+    assert_sound(&Store::create(&dir.path().join("state"), STORE_LOCK_TIMEOUT).unwrap());
 }
 
 #[test]
@@ -95,7 +95,7 @@ fn locked() {
         "fuser -v"
     );
     check!(claim(&mut store, 2, ANY), StoreError::Locked { .. }, "another program");
-    store.restart_patience();
+    store.restart_lock_timeout();
     check!(claim(&mut store, 2, ANY), StoreError::Locked { .. }, "another program");
     assert_eq!(store.claims().unwrap().len(), 1, "readers are not stopped");
     other.execute_batch("COMMIT").unwrap();
@@ -148,7 +148,7 @@ fn damaged() {
         let bytes = fs::read(&path).unwrap();
         let tried = hook(dir.path()).and_then(|mut store| claim(&mut store, 2, ANY).map(drop));
         check!(tried, StoreError::Corrupt { .. }, "is damaged", advice);
-        let created = Store::create(dir.path(), PATIENCE).and_then(|mut store| {
+        let created = Store::create(dir.path(), STORE_LOCK_TIMEOUT).and_then(|mut store| {
             store
                 .reconcile(
                     "node-1",
@@ -210,7 +210,11 @@ fn of_another_version_or_another_program() {
         &format!("has schema 99, this program knows {SCHEMA}"),
         "or newer"
     );
-    check!(Store::create(dir.path(), PATIENCE), StoreError::Newer { .. }, "has schema 99");
+    check!(
+        Store::create(dir.path(), STORE_LOCK_TIMEOUT),
+        StoreError::Newer { .. },
+        "has schema 99"
+    );
     assert!(fs::read(dir.path().join(FILE_NAME)).unwrap() == before);
     raw(dir.path()).execute_batch("PRAGMA user_version = 0").unwrap();
     check!(
@@ -226,7 +230,7 @@ fn of_another_version_or_another_program() {
         let before = fs::read(dir.path().join(FILE_NAME)).unwrap();
         check!(hook(dir.path()), StoreError::Foreign { .. }, "another program's database");
         check!(
-            Store::create(dir.path(), PATIENCE),
+            Store::create(dir.path(), STORE_LOCK_TIMEOUT),
             StoreError::Foreign { .. },
             "another program's database"
         );
@@ -241,7 +245,7 @@ fn a_crash_while_it_was_made_is_made_good() {
     fs::remove_dir_all(dir.path().join("hints")).unwrap();
     fs::create_dir(dir.path().join("hints.new")).unwrap();
     fs::write(dir.path().join("hints.new/instance-x"), "").unwrap();
-    let mut store = Store::create(dir.path(), PATIENCE).unwrap();
+    let mut store = Store::create(dir.path(), STORE_LOCK_TIMEOUT).unwrap();
     plug(&mut store, 1);
     assert!(matches!(claim(&mut store, 1, ANY).unwrap(), Claimed::Granted(_)));
     assert_sound(&store);

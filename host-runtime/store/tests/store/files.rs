@@ -30,7 +30,7 @@ fn child() {
     let Some(state) = std::env::var_os(STATE) else { return };
     let tried = hook(Path::new(&state)).and_then(|mut store| claim(&mut store, 7, ANY));
     println!("HOOK: {}", tried.map_or_else(|e| format!("{e:?}"), |_| "fine".into()));
-    let made = Store::create(Path::new(&state), PATIENCE)
+    let made = Store::create(Path::new(&state), STORE_LOCK_TIMEOUT)
         .and_then(|mut store| scan(&mut store, &[], &boot(1)));
     println!("MADE: {}", made.map_or_else(|e| format!("{e:?}"), |_| "fine".into()));
 }
@@ -115,7 +115,7 @@ fn its_owner_needs_no_root() {
     }
     let dir = tempfile::tempdir().unwrap();
     chown(dir.path(), Some(NOBODY), Some(NOBODY)).unwrap();
-    let mut store = Store::create(dir.path(), PATIENCE).unwrap();
+    let mut store = Store::create(dir.path(), STORE_LOCK_TIMEOUT).unwrap();
     plug(&mut store, 3);
     assert!(takes(&mut store, 1));
     let owners = |root: &Path| {
@@ -133,12 +133,12 @@ fn its_owner_needs_no_root() {
 
     // A backup that root put back is handed over by root's next tool.
     chown(dir.path().join(FILE_NAME), Some(0), Some(0)).unwrap();
-    drop(Store::create(dir.path(), PATIENCE).unwrap());
+    drop(Store::create(dir.path(), STORE_LOCK_TIMEOUT).unwrap());
     assert_eq!(fs::metadata(dir.path().join(FILE_NAME)).unwrap().uid(), NOBODY);
     // But not under a second name, which may be root's own, and not what is no inventory.
     let file = dir.path().join(FILE_NAME);
     let kept = |own: &Path| {
-        let error = Store::create(dir.path(), PATIENCE).unwrap_err();
+        let error = Store::create(dir.path(), STORE_LOCK_TIMEOUT).unwrap_err();
         assert!(matches!(error, StoreError::NotTheirs { user: NOBODY, .. }), "{error:?}");
         let says = format!("'chown {NOBODY}: {}'", file.display());
         assert!(error.to_string().contains(&says), "{error}");
@@ -166,7 +166,7 @@ fn root_s_inventory_stays_its_owner_s() {
     let state = place.path().join("state");
     fs::create_dir(&state).unwrap();
     chown(&state, Some(NOBODY), Some(NOBODY)).unwrap();
-    let mut store = Store::create(&state, PATIENCE).unwrap();
+    let mut store = Store::create(&state, STORE_LOCK_TIMEOUT).unwrap();
     plug(&mut store, 3);
     // Neither that root opened it nor that a thread of root's closes it makes a file of root's.
     let copy = copies.path().join("copy");

@@ -3,9 +3,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use virt_usb_model::{DeviceId, Grant, ProjectId};
-use virt_usb_store::aside::Wished;
-use virt_usb_store::claim::{Asker, Claimed, Standing, Why};
-use virt_usb_store::join::Numbered;
+use virt_usb_store::claim::{ClaimMode, Claimant, Claimed, Why};
+use virt_usb_store::quarantine::Wished;
+use virt_usb_store::renumber::Numbered;
 use virt_usb_store::{Store, StoreError};
 
 use crate::common::*;
@@ -42,8 +42,10 @@ fn four(store: &mut Store) {
 }
 
 fn claim_for(store: &mut Store, project: &str, request: &str) -> Claimed {
-    let asker = Asker { project: Some(project.parse().unwrap()), ..asker(1) };
-    store.claim(&asker, &[want(request)], &[], Standing::Firm, &mut Trusting, &boot(1)).unwrap()
+    let claimant = Claimant { project: Some(project.parse().unwrap()), ..claimant(1) };
+    store
+        .claim(&claimant, &[want(request)], &[], ClaimMode::Replace, &mut Trusting, &boot(1))
+        .unwrap()
 }
 
 #[test]

@@ -2,14 +2,16 @@
 
 use std::path::Path;
 
-use virt_usb_model::{Aliases, BusAddress, DeviceId, DevicePath, PortPath, Reason};
+use virt_usb_model::{Aliases, BusAddress, DeviceId, DevicePath, PortPath, UnavailableReason};
 use virt_usb_store::adopt::{Adoption, Holding, Stage};
-use virt_usb_store::claim::{Claimed, Granted, Judge, Standing, Verified, Want, Why};
-use virt_usb_store::discover::Change;
+use virt_usb_store::claim::{
+    ClaimMode, ClaimRequest, ClaimVerifier, Claimed, Granted, Verified, Why,
+};
 use virt_usb_store::events::Filter;
 use virt_usb_store::flaps::Limits;
-use virt_usb_store::give_back::{Extent, Witness};
 use virt_usb_store::hints::{Known, may_know};
+use virt_usb_store::reconcile::Change;
+use virt_usb_store::release::{Extent, Witness};
 use virt_usb_store::{Context, Location, Record, Source, Store};
 
 use crate::common::*;
@@ -27,11 +29,11 @@ fn claim_as(
     store: &mut Store,
     n: u32,
     lasting: bool,
-    standing: Standing,
+    standing: ClaimMode,
     context: &Context,
 ) -> Claimed {
-    let wants = [Want::new(request(ANY), lasting)];
-    store.claim(&asker(n), &wants, &[], standing, &mut Trusting, context).unwrap()
+    let wants = [ClaimRequest::new(request(ANY), lasting)];
+    store.claim(&claimant(n), &wants, &[], standing, &mut Trusting, context).unwrap()
 }
 
 fn metadata(dir: &Path, n: u32) -> Option<String> {
@@ -44,8 +46,8 @@ fn metadata(dir: &Path, n: u32) -> Option<String> {
 fn what_is_held_for_the_instance_outlives_the_boot_as_a_claim() {
     let (_dir, mut store) = inventory();
     plug(&mut store, 2);
-    claim_as(&mut store, 1, true, Standing::Firm, &at(1, 10.0));
-    claim_as(&mut store, 2, false, Standing::Firm, &at(1, 10.0));
+    claim_as(&mut store, 1, true, ClaimMode::Replace, &at(1, 10.0));
+    claim_as(&mut store, 2, false, ClaimMode::Replace, &at(1, 10.0));
     store.confirm(instance(1), &[id(1)], Witness::Look, &at(1, 20.0)).unwrap();
     store.confirm(instance(2), &[id(2)], Witness::Look, &at(1, 20.0)).unwrap();
     // The first to come after the boot, whoever it is.
@@ -60,7 +62,7 @@ fn what_is_held_for_the_instance_outlives_the_boot_as_a_claim() {
     assert_eq!((claims[0].state.as_str(), claims[0].boot_id.as_str()), ("claimed", "boot-2"));
     assert_eq!(claims[0].instance_uuid, instance(1));
     // A claim of an earlier boot that nobody has swept is not revived by a confirmation.
-    claim_as(&mut store, 3, false, Standing::Firm, &at(2, 10.0));
+    claim_as(&mut store, 3, false, ClaimMode::Replace, &at(2, 10.0));
     assert_eq!(store.confirm(instance(3), &[id(2)], Witness::Look, &at(3, 5.0)).unwrap(), []);
     assert_eq!(store.claims().unwrap()[1].boot_id, "boot-2");
     assert_sound(&store);
@@ -72,31 +74,31 @@ fn a_restore_that_fails_costs_nothing_that_was_held_before() {
     plug(&mut store, 3);
     for lasting in [true, false] {
         // New, and never confirmed: gone, held for the instance or not.
-        claim_as(&mut store, 1, lasting, Standing::Pending, &at(1, 100.0));
+        claim_as(&mut store, 1, lasting, ClaimMode::Provisional, &at(1, 100.0));
         assert!(store.claims().unwrap()[0].pending);
-        claim_as(&mut store, 9, false, Standing::Firm, &at(1, 220.0));
+        claim_as(&mut store, 9, false, ClaimMode::Replace, &at(1, 220.0));
         assert_eq!(store.claims().unwrap().len(), 2, "120 s are not over");
-        claim_as(&mut store, 9, false, Standing::Firm, &at(1, 220.1));
+        claim_as(&mut store, 9, false, ClaimMode::Replace, &at(1, 220.1));
         let claims = store.claims().unwrap();
         assert_eq!((claims.len(), claims[0].instance_uuid), (1, instance(9)));
         store.release(instance(9), Extent::Run, "", &at(1, 221.0)).unwrap();
         // Never confirmed, and given back: gone.
-        claim_as(&mut store, 1, lasting, Standing::Pending, &at(1, 300.0));
+        claim_as(&mut store, 1, lasting, ClaimMode::Provisional, &at(1, 300.0));
         assert_eq!(store.release(instance(1), Extent::Run, "", &at(1, 301.0)).unwrap(), [id(1)]);
         // Held before: still held when nobody confirms.
-        claim_as(&mut store, 1, lasting, Standing::Firm, &at(1, 400.0));
-        claim_as(&mut store, 1, lasting, Standing::Pending, &at(1, 400.0));
+        claim_as(&mut store, 1, lasting, ClaimMode::Replace, &at(1, 400.0));
+        claim_as(&mut store, 1, lasting, ClaimMode::Provisional, &at(1, 400.0));
         assert!(!store.claims().unwrap()[0].pending);
-        claim_as(&mut store, 9, false, Standing::Firm, &at(1, 900.0));
+        claim_as(&mut store, 9, false, ClaimMode::Replace, &at(1, 900.0));
         assert_eq!(store.claims().unwrap().len(), 2);
         for n in [1, 9] {
             store.release(instance(n), Extent::Everything, "", &at(1, 901.0)).unwrap();
         }
     }
     // Late, but in time for a confirmation: nobody took it meanwhile.
-    claim_as(&mut store, 1, false, Standing::Pending, &at(1, 1000.0));
+    claim_as(&mut store, 1, false, ClaimMode::Provisional, &at(1, 1000.0));
     assert_eq!(store.confirm(instance(1), &[], Witness::Start, &at(1, 2000.0)).unwrap(), [id(1)]);
-    claim_as(&mut store, 9, false, Standing::Firm, &at(1, 3000.0));
+    claim_as(&mut store, 9, false, ClaimMode::Replace, &at(1, 3000.0));
     assert_eq!(store.claims().unwrap().len(), 2);
 }
 
@@ -104,8 +106,8 @@ fn a_restore_that_fails_costs_nothing_that_was_held_before() {
 fn a_forced_release_ends_the_intent_too_and_is_written_down() {
     let (dir, mut store) = inventory();
     plug(&mut store, 2);
-    store.assign(&asker(1), Source::Operator, &[request(ANY)], &boot(1)).unwrap();
-    claim_as(&mut store, 1, true, Standing::Firm, &boot(1));
+    store.assign(&claimant(1), Source::Operator, &[request(ANY)], &boot(1)).unwrap();
+    claim_as(&mut store, 1, true, ClaimMode::Replace, &boot(1));
     assert_eq!(store.release(instance(1), Extent::Run, "shutdown", &boot(1)).unwrap(), []);
     assert_eq!(
         store.release(instance(2), Extent::Everything, "nothing held", &boot(1)).unwrap(),
@@ -140,7 +142,7 @@ fn a_forced_release_ends_the_intent_too_and_is_written_down() {
         ]
     );
     // Hints that were lost do not make an operator's word void.
-    claim_as(&mut store, 1, true, Standing::Firm, &boot(1));
+    claim_as(&mut store, 1, true, ClaimMode::Replace, &boot(1));
     std::fs::remove_file(dir.path().join(format!("hints/instance-{}", instance(1)))).unwrap();
     assert_eq!(store.release(instance(1), Extent::Everything, "", &boot(1)).unwrap(), [id(1)]);
 }
@@ -151,8 +153,8 @@ fn the_metadata_says_what_the_instance_has() {
     let key = device(1, Some("A1"), "1-4", 7);
     scan(&mut store, &[(key, offered()), (device(2, None, "1-2", 9), offered())], &boot(1))
         .unwrap();
-    let wants = [Want::new(request(r#"{"vendor_id":"0529","count":2}"#), false)];
-    store.claim(&asker(1), &wants, &[], Standing::Firm, &mut Trusting, &boot(1)).unwrap();
+    let wants = [ClaimRequest::new(request(r#"{"vendor_id":"0529","count":2}"#), false)];
+    store.claim(&claimant(1), &wants, &[], ClaimMode::Replace, &mut Trusting, &boot(1)).unwrap();
     let first =
         r#"{"id":1,"vendor_id":"0529","product_id":"0001","serial":"A1","address":"usb_1_7"}"#;
     let second = r#"{"id":2,"vendor_id":"0529","product_id":"0002","address":"usb_1_9"}"#;
@@ -160,10 +162,10 @@ fn the_metadata_says_what_the_instance_has() {
     // A smaller flavor, and a replug.
     store
         .claim(
-            &asker(1),
+            &claimant(1),
             &[want(r#"{"serial":"A1"}"#)],
             &[],
-            Standing::Firm,
+            ClaimMode::Replace,
             &mut Trusting,
             &boot(1),
         )
@@ -194,7 +196,7 @@ fn what_was_adopted_stays_beside_what_is_asked_for() {
     let adopt = |store: &mut Store| {
         store
             .adopt(
-                &asker(1),
+                &claimant(1),
                 std::slice::from_ref(&holding),
                 Stage::Starting,
                 &mut Trusting,
@@ -225,7 +227,7 @@ struct Sees {
     asked: usize,
 }
 
-impl Judge for Sees {
+impl ClaimVerifier for Sees {
     fn verify(&mut self, candidate: &Record) -> Verified {
         self.asked += 1;
         match self.here.iter().find(|(id, _)| *id == candidate.entry.id) {
@@ -253,21 +255,22 @@ fn a_claim_and_an_adoption_record_the_port_and_the_address_that_were_seen() {
         device.key.path = DevicePath::new("pci-0000:00:14.0", 2, &[u8::try_from(n).unwrap() + 4]);
     }
     scan(&mut store, &seen, &boot(1)).unwrap();
-    let mut judge =
+    let mut verifier =
         Sees { here: vec![(id(1), seen_at("1-4", 7)), (id(2), seen_at("1-5", 8))], asked: 0 };
     let wants = [want(r#"{"id":1}"#)];
-    let claimed =
-        store.claim(&asker(1), &wants, &[], Standing::Firm, &mut judge, &boot(1)).unwrap();
+    let claimed = store
+        .claim(&claimant(1), &wants, &[], ClaimMode::Replace, &mut verifier, &boot(1))
+        .unwrap();
     let Claimed::Granted(granted) = claimed else { panic!("{claimed:?}") };
     assert_eq!(granted[0].device.location(), seen_at("1-4", 7));
     let holding =
         Holding { address: BusAddress::new(1, 8), usb: Some(key(3).key.usb), ..Holding::default() };
     let adopted =
-        store.adopt(&asker(2), &[holding], Stage::Starting, &mut judge, &boot(1)).unwrap();
+        store.adopt(&claimant(2), &[holding], Stage::Starting, &mut verifier, &boot(1)).unwrap();
     assert_eq!(adopted, [Adoption::New(id(2))]);
     let holding = Holding { port: Some("1-4".parse().unwrap()), ..Holding::default() };
     let adopted =
-        store.adopt(&asker(1), &[holding], Stage::Starting, &mut judge, &boot(1)).unwrap();
+        store.adopt(&claimant(1), &[holding], Stage::Starting, &mut verifier, &boot(1)).unwrap();
     assert_eq!(
         adopted,
         [Adoption::AlreadyYours(id(1))],
@@ -290,11 +293,11 @@ fn the_port_is_asked_not_the_memory() {
     plug(&mut store, 4);
     let seen = seen_at("1-3", 99);
     let address = seen.address;
-    let mut judge = Sees { here: vec![(id(3), seen)], asked: 0 };
+    let mut verifier = Sees { here: vec![(id(3), seen)], asked: 0 };
     let one = [want(ANY)];
     let two = [want(r#"{"vendor_id":"0529","count":2}"#)];
-    let mut try_claim = |wants: &[Want]| {
-        store.claim(&asker(1), wants, &[], Standing::Firm, &mut judge, &boot(1)).unwrap()
+    let mut try_claim = |wants: &[ClaimRequest]| {
+        store.claim(&claimant(1), wants, &[], ClaimMode::Replace, &mut verifier, &boot(1)).unwrap()
     };
     let Claimed::Short(short) = try_claim(&two) else { panic!() };
     assert_eq!((short[0].number, short[0].got, short[0].total), (0, 1, 4));
@@ -306,10 +309,11 @@ fn the_port_is_asked_not_the_memory() {
     assert_eq!((granted[0].device.entry.id, granted[0].device.entry.address), (id(3), address));
     assert!(metadata(dir.path(), 1).unwrap().contains("usb_1_99"));
     assert_eq!(store.devices().unwrap()[2].entry.device_id, 99);
-    assert!(judge.asked >= 5);
-    judge.here = (1..=4).map(|n| (id(u64::from(n)), seen_at(&format!("1-{n}"), n))).collect();
+    assert!(verifier.asked >= 5);
+    verifier.here = (1..=4).map(|n| (id(u64::from(n)), seen_at(&format!("1-{n}"), n))).collect();
     let many = [want(r#"{"vendor_id":"0529","count":3}"#)];
-    let unfit = store.claim(&asker(2), &many, &[], Standing::Firm, &mut judge, &boot(1)).unwrap();
+    let unfit =
+        store.claim(&claimant(2), &many, &[], ClaimMode::Replace, &mut verifier, &boot(1)).unwrap();
     assert_eq!(unfit, Claimed::Unfit("the guest has 2 ports".into()));
     assert_eq!(store.claims().unwrap().len(), 1);
     let refused = store.events(&Filter::default()).unwrap();
@@ -321,13 +325,14 @@ fn each_obstacle_is_named() {
     let (_dir, mut store) = inventory();
     let mut seen: Vec<_> =
         (1..=4).map(|n| (device(1, None, &format!("1-{n}"), n), offered())).collect();
-    seen[1].1.withheld = Some(Reason::HostUse);
+    seen[1].1.withheld = Some(UnavailableReason::HostUse);
     seen[2].1.projects = vec!["red".parse().unwrap()];
     scan(&mut store, &seen, &boot(1)).unwrap();
     claim(&mut store, 1, r#"{"id":1}"#).unwrap();
     let wants = [want(r#"{"id":4}"#), want(r#"{"vendor_id":"0529","count":2}"#)];
-    let outcome =
-        store.claim(&asker(2), &wants, &[], Standing::Firm, &mut Trusting, &boot(1)).unwrap();
+    let outcome = store
+        .claim(&claimant(2), &wants, &[], ClaimMode::Replace, &mut Trusting, &boot(1))
+        .unwrap();
     let Claimed::Short(short) = outcome else { panic!("{outcome:?}") };
     assert_eq!((short.len(), short[0].number, short[0].got, short[0].total), (1, 1, 0, 4));
     let mut why: Vec<_> = short[0].matching.iter().collect();
@@ -399,7 +404,7 @@ fn a_claim_knows_whether_its_device_was_in_the_guest_during_this_run() {
     let (dir, mut store) = inventory();
     plug(&mut store, 1);
     let here = at(1, 10.0);
-    claim_as(&mut store, 1, true, Standing::Firm, &here);
+    claim_as(&mut store, 1, true, ClaimMode::Replace, &here);
     assert_eq!(seen(&store, 1), [false]);
     store.confirm(instance(1), &[id(1)], Witness::Look, &here).unwrap();
     forget_the_audit(dir.path());
@@ -413,7 +418,7 @@ fn a_claim_knows_whether_its_device_was_in_the_guest_during_this_run() {
         store.release(instance(1), end, "a test", &here).unwrap();
         assert_eq!(seen(&store, 1), [false].repeat(usize::from(end == Extent::Run)));
     }
-    claim_as(&mut store, 1, true, Standing::Firm, &here);
+    claim_as(&mut store, 1, true, ClaimMode::Replace, &here);
     store.confirm(instance(1), &[id(1)], Witness::Look, &here).unwrap();
     store.sweep(&at(2, 5.0)).unwrap();
     assert_eq!(seen(&store, 1), [false], "no guest outlives a boot");
@@ -423,11 +428,11 @@ fn a_claim_knows_whether_its_device_was_in_the_guest_during_this_run() {
     let holding = [Holding { usb, ..Holding::default() }];
     for (stage, was) in [(Stage::Starting, false), (Stage::Running, true), (Stage::Starting, false)]
     {
-        store.adopt(&asker(2), &holding, stage, &mut Trusting, &at(2, 7.0)).unwrap();
+        store.adopt(&claimant(2), &holding, stage, &mut Trusting, &at(2, 7.0)).unwrap();
         assert_eq!(seen(&store, 2), [was], "{stage:?}");
     }
     store.release(instance(2), Extent::Run, "a test", &at(2, 8.0)).unwrap();
-    store.adopt(&asker(2), &holding, Stage::Running, &mut Trusting, &at(2, 9.0)).unwrap();
+    store.adopt(&claimant(2), &holding, Stage::Running, &mut Trusting, &at(2, 9.0)).unwrap();
     assert_eq!(seen(&store, 2), [true]);
 }
 
@@ -436,7 +441,7 @@ fn a_migration_learns_from_the_audit_what_was_in_a_guest() {
     let (dir, mut store) = inventory();
     plug(&mut store, 4);
     for n in 1..=4 {
-        claim_as(&mut store, n, true, Standing::Firm, &at(1, 10.0));
+        claim_as(&mut store, n, true, ClaimMode::Replace, &at(1, 10.0));
     }
     store.confirm(instance(1), &[id(1)], Witness::Look, &at(1, 20.0)).unwrap();
     store.confirm(instance(2), &[id(2)], Witness::Look, &at(1, 20.0)).unwrap();
@@ -461,7 +466,7 @@ fn a_migration_learns_from_the_audit_what_was_in_a_guest() {
     )
     .unwrap();
     drop(old);
-    let store = Store::create(dir.path(), PATIENCE).unwrap();
+    let store = Store::create(dir.path(), STORE_LOCK_TIMEOUT).unwrap();
     let seen: Vec<bool> = store.claims().unwrap().iter().map(|c| c.seen_in_guest).collect();
     assert_eq!(seen, [true, true, false, false]);
     assert_sound(&store);
@@ -508,7 +513,7 @@ fn a_clock_that_leaps_does_not_erase_the_audit() {
     see(&mut store, &at(2, 600.0));
     assert!(behind(dir.path()) > 3649.0);
     // New events come, dated by the wrong clock; and the clock is put right.
-    claim_as(&mut store, 1, false, Standing::Firm, &at(2, 700.0));
+    claim_as(&mut store, 1, false, ClaimMode::Replace, &at(2, 700.0));
     raw(dir.path())
         .execute_batch(
             "UPDATE events SET at = strftime('%Y-%m-%dT%H:%M:%fZ', at, '+3650 days');
@@ -566,7 +571,7 @@ struct Counting {
     away: Vec<DeviceId>,
 }
 
-impl Judge for Counting {
+impl ClaimVerifier for Counting {
     fn verify(&mut self, candidate: &Record) -> Verified {
         self.verified += 1;
         match self.away.contains(&candidate.entry.id) {
@@ -597,21 +602,23 @@ fn each_device_is_looked_at_once_however_many_hostdevs_there_are() {
     crowd(&mut store, 1000);
     let kind = Holding { usb: Some(virt_usb_model::UsbId::new(0x0529, 1)), ..Holding::default() };
     let by_address = |n: u8| Holding { address: BusAddress::new(3, n), ..kind.clone() };
-    let mut judge = Counting::default();
+    let mut verifier = Counting::default();
     let mut holdings = vec![kind.clone(); 100];
     holdings.extend((1..=100).map(by_address));
     holdings.extend((1..=100).map(|n| Holding { usb: None, ..by_address(n) }));
-    let adopted = store.adopt(&asker(1), &holdings, Stage::Starting, &mut judge, &boot(1)).unwrap();
+    let adopted =
+        store.adopt(&claimant(1), &holdings, Stage::Starting, &mut verifier, &boot(1)).unwrap();
     assert!(
         adopted[..100].iter().all(|a| *a == Adoption::Unknown),
         "which of the thousand cannot be told"
     );
     assert!(adopted[100..200].iter().all(|a| matches!(a, Adoption::New(_))));
     assert!(adopted[200..].iter().all(|a| matches!(a, Adoption::AlreadyYours(_))));
-    assert!(judge.verified <= 1000, "{} looks", judge.verified);
+    assert!(verifier.verified <= 1000, "{} looks", verifier.verified);
     // Beyond what any guest has room for nobody looks.
     let many = vec![by_address(1); virt_usb_store::adopt::MAX_HOLDINGS + 1];
-    let adopted = store.adopt(&asker(1), &many, Stage::Starting, &mut Trusting, &boot(1)).unwrap();
+    let adopted =
+        store.adopt(&claimant(1), &many, Stage::Starting, &mut Trusting, &boot(1)).unwrap();
     let known = adopted.iter().filter(|a| **a != Adoption::Unknown).count();
     assert_eq!((known, adopted.len()), (many.len() - 1, many.len()));
 }
@@ -620,12 +627,13 @@ fn each_device_is_looked_at_once_however_many_hostdevs_there_are() {
 fn devices_that_are_not_there_are_passed_over_one_by_one() {
     let (_dir, mut store) = inventory();
     crowd(&mut store, 400);
-    let mut judge = Counting { verified: 0, away: (1..=200).map(|n| id(2 * n)).collect() };
+    let mut verifier = Counting { verified: 0, away: (1..=200).map(|n| id(2 * n)).collect() };
     let wants = vec![want(ANY); 127];
-    let claimed =
-        store.claim(&asker(1), &wants, &[], Standing::Firm, &mut judge, &boot(1)).unwrap();
+    let claimed = store
+        .claim(&claimant(1), &wants, &[], ClaimMode::Replace, &mut verifier, &boot(1))
+        .unwrap();
     let Claimed::Granted(granted) = claimed else { panic!("{claimed:?}") };
     assert!(granted.iter().all(|g| g.device.entry.id.get() % 2 == 1));
     assert_eq!(granted.len(), 127);
-    assert!(judge.verified <= 400, "{}", judge.verified);
+    assert!(verifier.verified <= 400, "{}", verifier.verified);
 }

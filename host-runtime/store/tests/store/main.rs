@@ -2,7 +2,6 @@
 //! time.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test may panic")]
 
-mod aside;
 mod common;
 mod concurrency;
 mod damage;
@@ -12,5 +11,6 @@ mod life;
 mod model;
 mod owners;
 mod property;
+mod quarantine;
 mod recover;
 mod schema;

@@ -3,8 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use virt_usb_model::{
-    BusAddress, Device, DeviceId, DeviceRequest, Hold, InstanceId, ProjectId, Reason, Serial,
-    Status, Verdict,
+    BusAddress, Device, DeviceId, DeviceRequest, Hold, InstanceId, ProjectId, RuleVerdict, Serial,
+    Status, UnavailableReason,
 };
 use virt_usb_store::Source;
 
@@ -21,7 +21,7 @@ pub(crate) fn identity(device: &Device) -> String {
 #[derive(Debug, Clone)]
 pub(crate) struct Row {
     pub(crate) device: Device,
-    pub(crate) verdict: Verdict,
+    pub(crate) verdict: RuleVerdict,
     pub(crate) present: bool,
 }
 
@@ -239,7 +239,7 @@ impl Model {
     /// them. `keeps`: what it holds it keeps, whoever that is for.
     pub(crate) fn eligible(
         &self,
-        world: &[(Device, Verdict)],
+        world: &[(Device, RuleVerdict)],
         instance: InstanceId,
         project: Option<&ProjectId>,
         request: &DeviceRequest,
@@ -262,7 +262,7 @@ impl Model {
 }
 
 /// Where the device really is, if it is at the port that the inventory has.
-pub(crate) fn where_is(world: &[(Device, Verdict)], known: &Device) -> Option<BusAddress> {
+pub(crate) fn where_is(world: &[(Device, RuleVerdict)], known: &Device) -> Option<BusAddress> {
     world.iter().map(|(d, _)| d).find(|d| is_same_place(d, known)).map(|d| d.address)
 }
 
@@ -287,4 +287,4 @@ pub(crate) fn can_serve(rows: &[BTreeSet<DeviceId>], used: &mut Vec<DeviceId>) -
     })
 }
 
-pub(crate) const WITHHELD: Reason = Reason::Whitelist;
+pub(crate) const WITHHELD: UnavailableReason = UnavailableReason::Whitelist;

@@ -1,7 +1,7 @@
 //! Whose an instance is, where its domain does not say so.
 
 use virt_usb_model::ProjectId;
-use virt_usb_store::give_back::Extent;
+use virt_usb_store::release::Extent;
 
 use crate::common::*;
 
@@ -13,7 +13,7 @@ fn project(name: &str) -> ProjectId {
 fn what_the_domain_says_comes_first() {
     let (_dir, mut store) = inventory();
     let whose = |store: &virt_usb_store::Store, own: Option<&ProjectId>| {
-        store.asker(instance(1), "vm", own).unwrap().project.map(|p| p.to_string())
+        store.claimant(instance(1), "vm", own).unwrap().project.map(|p| p.to_string())
     };
     assert_eq!(whose(&store, None), None);
     assert!(store.set_owner(instance(1), "vm", Some(&project("a")), &boot(1)).unwrap());

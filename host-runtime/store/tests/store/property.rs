@@ -7,12 +7,15 @@ use std::path::Path;
 use proptest::prelude::*;
 use tempfile::TempDir;
 use virt_usb_model::{
-    BusAddress, Device, DeviceId, DeviceRequest, InstanceId, PortPath, ProjectId, Status, Verdict,
+    BusAddress, Device, DeviceId, DeviceRequest, InstanceId, PortPath, ProjectId, RuleVerdict,
+    Status,
 };
 use virt_usb_store::adopt::{Adoption, Holding, Received, Stage};
-use virt_usb_store::claim::{Asker, Claimed, Granted, Judge, Standing, Verified, Want};
-use virt_usb_store::give_back::{Extent, Witness};
+use virt_usb_store::claim::{
+    ClaimMode, ClaimRequest, ClaimVerifier, Claimant, Claimed, Granted, Verified,
+};
 use virt_usb_store::hints::{Known, may_know};
+use virt_usb_store::release::{Extent, Witness};
 use virt_usb_store::{ClaimRow, Context, Location, Record, Source, Store};
 
 use crate::common::*;
@@ -138,7 +141,7 @@ fn physical(
     number: u8,
     withheld: bool,
     swapped: bool,
-) -> (Device, Verdict) {
+) -> (Device, RuleVerdict) {
     let serial = (slot < 2).then(|| format!("S{slot}"));
     let controller = 1 + slot % 2;
     let port = port(controller, 1 + slot / 2 + 3 * usize::from(moved), swapped);
@@ -163,11 +166,11 @@ fn port(controller: usize, number: usize, swapped: bool) -> PortPath {
 }
 
 struct Eyes<'a> {
-    world: &'a [(Device, Verdict)],
+    world: &'a [(Device, RuleVerdict)],
     fits: bool,
 }
 
-impl Judge for Eyes<'_> {
+impl ClaimVerifier for Eyes<'_> {
     fn verify(&mut self, candidate: &Record) -> Verified {
         let is = |d: &Device| d.key.is(&candidate.key()) && d.key.is_at_place_of(&candidate.key());
         let there = self.world.iter().find(|(d, _)| is(d));
@@ -184,7 +187,7 @@ struct Life {
     dir: TempDir,
     store: Option<Store>,
     model: Model,
-    world: Vec<(Device, Verdict)>,
+    world: Vec<(Device, RuleVerdict)>,
     number: u8,
     boot: u32,
     uptime: f64,
@@ -251,13 +254,13 @@ impl Life {
             }
             Step::Assign(who, which) => {
                 let requests: Vec<_> = which.iter().map(|r| request(REQUESTS[*r])).collect();
-                store.assign(&asker(*who), Source::Flavor, &requests, &context).unwrap();
+                store.assign(&claimant(*who), Source::Flavor, &requests, &context).unwrap();
                 self.model.assign(instance(*who), requests);
             }
             Step::More(who, which) => {
                 let request = request(REQUESTS[*which]);
                 store
-                    .assign_more(&asker(*who), std::slice::from_ref(&request), &context)
+                    .assign_more(&claimant(*who), std::slice::from_ref(&request), &context)
                     .unwrap()
                     .unwrap();
                 self.model
@@ -371,18 +374,18 @@ impl Life {
         };
         let context = self.context();
         self.model.sweep(&context.boot_id, self.uptime);
-        let asker = Asker { project: project(who), ..asker(who) };
+        let claimant = Claimant { project: project(who), ..claimant(who) };
         let wants = wanted(wants, *lasting);
         let prefer: Vec<DeviceId> =
             prefer.iter().filter_map(|n| self.model.rows.keys().nth(*n).copied()).collect();
-        let standing = if *pending { Standing::Pending } else { Standing::Firm };
+        let standing = if *pending { ClaimMode::Provisional } else { ClaimMode::Replace };
         let eligible: Vec<_> = wants
             .iter()
             .map(|w| {
                 self.model.eligible(
                     &self.world,
-                    asker.instance,
-                    asker.project.as_ref(),
+                    claimant.instance,
+                    claimant.project.as_ref(),
                     &w.request,
                     *pending,
                 )
@@ -394,8 +397,9 @@ impl Life {
             .flat_map(|(w, row)| std::iter::repeat_n(row.clone(), w.request.count as usize))
             .collect();
         let mut eyes = Eyes { world: &self.world, fits: *fits };
-        let before = self.model.of(asker.instance);
-        let outcome = store.claim(&asker, &wants, &prefer, standing, &mut eyes, &context).unwrap();
+        let before = self.model.of(claimant.instance);
+        let outcome =
+            store.claim(&claimant, &wants, &prefer, standing, &mut eyes, &context).unwrap();
         match outcome {
             Claimed::Short(short) => {
                 assert!(!can_serve(&rows, &mut Vec::new()), "refused what could be had: {short:?}");
@@ -417,10 +421,17 @@ impl Life {
                     assert_eq!(g.already, before.contains(&id));
                 }
                 let since = pending.then_some(self.uptime);
-                self.model.grant(asker.instance, &ids, &prefer, *lasting, since, &context.boot_id);
+                self.model.grant(
+                    claimant.instance,
+                    &ids,
+                    &prefer,
+                    *lasting,
+                    since,
+                    &context.boot_id,
+                );
                 let rows = store.claims().unwrap();
                 let again =
-                    store.claim(&asker, &wants, &prefer, standing, &mut eyes, &context).unwrap();
+                    store.claim(&claimant, &wants, &prefer, standing, &mut eyes, &context).unwrap();
                 let Claimed::Granted(again) = again else { panic!("claimed twice: {again:?}") };
                 let same =
                     |g: &[Granted]| g.iter().map(|g| g.device.entry.id).collect::<BTreeSet<_>>();
@@ -455,7 +466,7 @@ impl Life {
         let held = if late { Vec::new() } else { store.claims_of(mine).unwrap() };
         let serves = |_: &DeviceRequest, _| panic!("no claim is to end");
         let done = store
-            .dismiss(&asker(who), Some(&held), &[ended.id], &[], serves, &self.context())
+            .dismiss(&claimant(who), Some(&held), &[ended.id], &[], serves, &self.context())
             .unwrap();
         assert_eq!(
             done,
@@ -478,9 +489,9 @@ impl Life {
         let meant = self.meant(mine, &holding);
         let stage = if *running { Stage::Running } else { Stage::Starting };
         let mut eyes = Eyes { world: &self.world, fits: true };
-        let asker = Asker { project: project(who), ..asker(who) };
+        let claimant = Claimant { project: project(who), ..claimant(who) };
         let adopted =
-            store.adopt(&asker, &[holding], stage, &mut eyes, &context).unwrap().remove(0);
+            store.adopt(&claimant, &[holding], stage, &mut eyes, &context).unwrap().remove(0);
         let Some((id, ours)) = meant else {
             assert_eq!(adopted, Adoption::Unknown);
             return;
@@ -600,10 +611,10 @@ impl Life {
     fn enter(&mut self, store: &mut Store, who: u32, hostdevs: &[(usize, u8)]) {
         let context = self.context();
         self.model.sweep(&context.boot_id, self.uptime);
-        let asker = Asker { project: project(who), ..asker(who) };
+        let claimant = Claimant { project: project(who), ..claimant(who) };
         let holdings = self.holdings(hostdevs);
         let mut eyes = Eyes { world: &self.world, fits: true };
-        let entered = store.enter(&asker, &holdings, &mut eyes, &context).unwrap();
+        let entered = store.enter(&claimant, &holdings, &mut eyes, &context).unwrap();
         assert_eq!(entered.adopted.len(), holdings.len());
         let mine = instance(who);
         // Which devices are meant is decided by what the instance held before.
@@ -649,21 +660,21 @@ impl Life {
         let context = self.context();
         self.model.sweep(&context.boot_id, self.uptime);
         let (mine, since) = (instance(who), self.uptime);
-        let asker = Asker { project: project(who), ..asker(who) };
+        let claimant = Claimant { project: project(who), ..claimant(who) };
         let wants = wanted(wants, *lasting);
         let holdings = self.holdings(hostdevs);
         let mut eyes = Eyes { world: &self.world, fits: true };
         store.sweep(&context).unwrap();
         let before = store.claims().unwrap();
         let received =
-            store.receive(&asker, &wants, &holdings, *equivalent, &mut eyes, &context).unwrap();
+            store.receive(&claimant, &wants, &holdings, *equivalent, &mut eyes, &context).unwrap();
         let by_hand = self.incoming(mine, &holdings, *equivalent);
         let is_anothers =
             |id: &DeviceId| self.model.claims.get(id).is_some_and(|c| c.instance != mine);
         let rows: Vec<BTreeSet<DeviceId>> = wants
             .iter()
             .flat_map(|w| {
-                let project = asker.project.as_ref();
+                let project = claimant.project.as_ref();
                 let mut row = self.model.eligible(&self.world, mine, project, &w.request, true);
                 row.retain(|id| !by_hand.contains(&Some(*id)));
                 std::iter::repeat_n(row, w.request.count as usize)
@@ -852,10 +863,10 @@ fn found(instance: InstanceId, allocated: bool, boot: String) -> Claim {
     }
 }
 
-fn wanted(wants: &[(usize, u32)], lasting: bool) -> Vec<Want> {
+fn wanted(wants: &[(usize, u32)], lasting: bool) -> Vec<ClaimRequest> {
     let request =
         |&(which, count): &(usize, u32)| DeviceRequest { count, ..request(REQUESTS[which]) };
-    wants.iter().map(|want| Want::new(request(want), lasting)).collect()
+    wants.iter().map(|want| ClaimRequest::new(request(want), lasting)).collect()
 }
 
 fn copy(from: &Path, to: &Path) {

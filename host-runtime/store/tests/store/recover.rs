@@ -13,18 +13,18 @@ use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
 use tempfile::TempDir;
-use virt_usb_model::{Device, DeviceKey, Flavor, Verdict};
+use virt_usb_model::{Device, DeviceKey, Flavor, RuleVerdict};
 use virt_usb_store::claim::Claimed;
 use virt_usb_store::events::Filter;
-use virt_usb_store::give_back::Extent;
-use virt_usb_store::recover::{Health, Recovered, Wish, health, replace};
+use virt_usb_store::recover::{Health, RebuildRequest, Recovered, health, replace};
+use virt_usb_store::release::Extent;
 use virt_usb_store::{FILE_NAME, Source, Store, StoreError};
 
 use crate::common::*;
 
 const DEVICES: u8 = 60;
 
-fn plugged() -> Vec<(Device, Verdict)> {
+fn plugged() -> Vec<(Device, RuleVerdict)> {
     let serial = |n: u8| (!n.is_multiple_of(3)).then(|| format!("SERIAL-{n:04}"));
     (1..=DEVICES)
         .map(|n| {
@@ -47,7 +47,7 @@ fn original() -> &'static Path {
         }
         for n in 1..=5 {
             let wanted = [request(&format!(r#"{{"id":{n}}}"#))];
-            store.assign(&asker(n), Source::Operator, &wanted, &boot(1)).unwrap();
+            store.assign(&claimant(n), Source::Operator, &wanted, &boot(1)).unwrap();
             let granted = claim(&mut store, n, &format!(r#"{{"id":{n}}}"#)).unwrap();
             assert!(matches!(granted, Claimed::Granted(_)));
         }
@@ -76,8 +76,8 @@ fn lived(log: bool) -> TempDir {
     dir
 }
 
-fn wish(backup: Option<&Path>) -> Wish<'_> {
-    Wish {
+fn rebuild_request(backup: Option<&Path>) -> RebuildRequest<'_> {
+    RebuildRequest {
         what: if backup.is_some() { "restore" } else { "rebuild" },
         backup,
         guests_known: true,
@@ -89,10 +89,10 @@ fn wish(backup: Option<&Path>) -> Wish<'_> {
 fn once(
     dir: &Path,
     backup: Option<&Path>,
-    seen: &[(Device, Verdict)],
+    seen: &[(Device, RuleVerdict)],
 ) -> Result<Recovered, StoreError> {
     let mut fill = |store: &mut Store| scan(store, seen, &boot(1)).map(drop);
-    replace(dir, PATIENCE, &wish(backup), &boot(1), &mut fill)
+    replace(dir, STORE_LOCK_TIMEOUT, &rebuild_request(backup), &boot(1), &mut fill)
 }
 
 /// The same. A child that another test has just forked keeps our lock until it becomes its program:
@@ -100,7 +100,7 @@ fn once(
 fn with(
     dir: &Path,
     backup: Option<&Path>,
-    seen: &[(Device, Verdict)],
+    seen: &[(Device, RuleVerdict)],
 ) -> Result<Recovered, StoreError> {
     let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
     loop {
@@ -150,7 +150,7 @@ fn root(dir: &Path, name: &str) -> u64 {
 /// names the device that it named, and no new one names what an old one did.
 fn kept(was: &BTreeMap<u64, DeviceKey>, dir: &Path, recovered: &Recovered) -> usize {
     assert_sound(&recovered.store);
-    assert_eq!(health(dir, PATIENCE).unwrap(), Health::Sound);
+    assert_eq!(health(dir, STORE_LOCK_TIMEOUT).unwrap(), Health::Sound);
     assert!(!dir.join("inventory.sqlite.new").exists());
     let present = recovered.store.devices().unwrap();
     assert_eq!(present.len(), usize::from(DEVICES));
@@ -197,7 +197,7 @@ fn what_can_be_read_of_a_damaged_file_is_kept() {
         hook(dir.path()).unwrap().fold_wal().unwrap();
         harm(dir.path(), &file);
         let bytes = fs::read(&file).unwrap();
-        let sick = health(dir.path(), PATIENCE);
+        let sick = health(dir.path(), STORE_LOCK_TIMEOUT);
         assert!(!matches!(sick, Ok(Health::Sound)), "{what}: {sick:?}");
         let recovered = rebuild(dir.path());
         let same = kept(&was, dir.path(), &recovered);
@@ -272,8 +272,8 @@ fn a_new_device_never_gets_an_id_that_was_given() {
     let dir = tempfile::tempdir().unwrap();
     let mut fill = |store: &mut Store| scan(store, &plugged(), &boot(1)).map(drop);
     let ids = [virt_usb_model::DeviceId::new(40).unwrap()];
-    let wish = Wish { ids: &ids, ..wish(None) };
-    let made = replace(dir.path(), PATIENCE, &wish, &boot(1), &mut fill).unwrap();
+    let request = RebuildRequest { ids: &ids, ..rebuild_request(None) };
+    let made = replace(dir.path(), STORE_LOCK_TIMEOUT, &request, &boot(1), &mut fill).unwrap();
     assert!(made.aside.is_none());
     assert!(made.store.devices().unwrap().iter().all(|r| r.entry.id.get() > 40));
 }
@@ -513,7 +513,7 @@ fn hooks_claim_all_the_while() {
             let backup = (round % 2 == 0).then_some(copy.as_path());
             let recovered = with(dir.path(), backup, &plugged()).unwrap();
             assert!(recovered.in_place);
-            assert_eq!(health(dir.path(), PATIENCE).unwrap(), Health::Sound);
+            assert_eq!(health(dir.path(), STORE_LOCK_TIMEOUT).unwrap(), Health::Sound);
             assert_eq!(recovered.store.devices().unwrap().len(), 60);
         }
     });
@@ -631,7 +631,7 @@ fn killed_at_any_moment_the_old_or_the_new_is_in_place() {
             thread::sleep(whole * round / rounds + Duration::from_micros(u64::from(round) * 37));
             drop(child.kill());
             child.wait().unwrap();
-            match health(dir.path(), PATIENCE) {
+            match health(dir.path(), STORE_LOCK_TIMEOUT) {
                 Ok(Health::Sound) => {
                     let store = hook(dir.path()).unwrap();
                     assert_sound(&store);

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from lib.case import case
 from lib.shell import expect
-from lib.waiting import PATIENCE, until
+from lib.waiting import TIMEOUT_SECONDS, until
 
 from .live import known
 
@@ -24,7 +24,7 @@ class Client:
 
     def __call__(self, method, path, body=None):
         """The answer. Who is told that the API is busy asks again when Retry-After says so: on a slow machine that happens."""
-        end = time.monotonic() + PATIENCE
+        end = time.monotonic() + TIMEOUT_SECONDS
         while True:
             status, wait, answer = self._ask(method, path, body)
             if status not in (429, 503) or time.monotonic() > end:

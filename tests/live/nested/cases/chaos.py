@@ -12,7 +12,7 @@ from lib import invariants
 from lib.case import case
 from lib.product import AGENT_LOG
 from lib.shell import Failure, done, expect, run, transcript
-from lib.waiting import PATIENCE, until
+from lib.waiting import TIMEOUT_SECONDS, until
 
 from nested.storm import Storm, shown
 
@@ -111,7 +111,7 @@ class Chaos:
 
     def settle(self):
         more = lambda host: self.unserved(host) + self.unknown(host)
-        invariants.settle(self.w, PATIENCE, more)
+        invariants.settle(self.w, TIMEOUT_SECONDS, more)
 
     def unserved(self, host):
         """Guests that do not hold what they ask for, and problems: in a calm there is none."""

@@ -8,7 +8,7 @@
 
 use std::process::Stdio;
 
-use virt_usb_suite::{Host, PATIENCE, device, domain, program};
+use virt_usb_suite::{Host, PROGRAM_TIMEOUT, device, domain, program};
 
 const ASK: &str = r#"{"usb_devices":[{"vendor_id":"0529","product_id":"0001"}]}"#;
 
@@ -107,7 +107,7 @@ fn of_many_takers_at_once_as_many_win_as_there_are_devices() {
     let mut outputs: Vec<_> =
         children.into_iter().map(|child| child.wait_with_output().unwrap()).collect();
     // A hook waits two seconds for the lock. On a slow machine some time out and are retried.
-    let deadline = std::time::Instant::now() + PATIENCE;
+    let deadline = std::time::Instant::now() + PROGRAM_TIMEOUT;
     for (output, n) in outputs.iter_mut().zip(1..) {
         while output.status.code() != Some(0)
             && String::from_utf8_lossy(&output.stderr).contains("lock")

@@ -10,14 +10,14 @@ use axum::response::{IntoResponse, Response};
 use serde_json::json;
 use virt_usb_store::StoreError;
 
-use super::policy::Verdict;
+use super::policy::Authorization;
 use crate::agent::work::WorkError;
 use crate::fleet::shared::ChangeError;
 use crate::hypervisor::Failure;
 
 /// A call that could not be served. Nothing was changed by it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Fault {
+pub(super) struct ApiError {
     pub(super) status: StatusCode,
     /// One sentence that the caller can act on.
     pub(super) message: String,
@@ -27,7 +27,7 @@ pub(super) struct Fault {
     pub(super) private: Option<String>,
 }
 
-impl Fault {
+impl ApiError {
     fn new(status: StatusCode, message: impl Into<String>) -> Self {
         Self { status, message: message.into(), retry_after: None, private: None }
     }
@@ -171,22 +171,25 @@ impl Fault {
 
     /// `Ok` where it is allowed; `missing` is what somebody is told who may not know that there is
     /// such a thing.
-    pub(super) fn unless(verdict: Verdict, missing: impl FnOnce() -> Self) -> Result<(), Self> {
+    pub(super) fn unless(
+        verdict: Authorization,
+        missing: impl FnOnce() -> Self,
+    ) -> Result<(), Self> {
         match verdict {
-            Verdict::Allowed => Ok(()),
-            Verdict::Forbidden => Err(Self::forbidden()),
-            Verdict::Hidden => Err(missing()),
+            Authorization::Allowed => Ok(()),
+            Authorization::Forbidden => Err(Self::forbidden()),
+            Authorization::Hidden => Err(missing()),
         }
     }
 }
 
-impl From<StoreError> for Fault {
+impl From<StoreError> for ApiError {
     fn from(e: StoreError) -> Self {
         Self::away("The inventory cannot be used now: try again.", e.to_string())
     }
 }
 
-impl From<ChangeError> for Fault {
+impl From<ChangeError> for ApiError {
     fn from(e: ChangeError) -> Self {
         match e {
             ChangeError::Store(e) => e.into(),
@@ -201,7 +204,7 @@ impl From<ChangeError> for Fault {
     }
 }
 
-impl From<Failure> for Fault {
+impl From<Failure> for ApiError {
     fn from(e: Failure) -> Self {
         match e {
             Failure::Away(_) => {
@@ -221,7 +224,7 @@ impl From<Failure> for Fault {
     }
 }
 
-impl From<WorkError> for Fault {
+impl From<WorkError> for ApiError {
     fn from(e: WorkError) -> Self {
         match e {
             WorkError::Store(e) => e.into(),
@@ -238,7 +241,7 @@ pub(super) fn sentence(text: &str) -> String {
     format!("{text}{end}")
 }
 
-impl IntoResponse for Fault {
+impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         let body =
             json!({ self.name(): { "code": self.status.as_u16(), "message": self.message } });

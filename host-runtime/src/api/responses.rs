@@ -247,9 +247,9 @@ pub(super) struct UsbFlavor {
     name: String,
     created_at: String,
     updated_at: String,
-    #[schema(value_type = Vec<super::asked::UsbDeviceRequest>)]
+    #[schema(value_type = Vec<super::request_schemas::UsbDeviceRequest>)]
     usb_devices: Vec<DeviceRequest>,
-    #[schema(value_type = Vec<super::asked::UsbRedirectionRequest>)]
+    #[schema(value_type = Vec<super::request_schemas::UsbRedirectionRequest>)]
     usb_redirection_devices: Vec<RedirectionRequest>,
 }
 
@@ -267,7 +267,7 @@ pub(super) struct UsbGrant {
     name: String,
     created_at: String,
     updated_at: String,
-    #[schema(value_type = Vec<super::asked::UsbDeviceSelector>)]
+    #[schema(value_type = Vec<super::request_schemas::UsbDeviceSelector>)]
     usb_devices: Vec<Selector>,
     #[schema(value_type = Vec<String>)]
     projects: Vec<ProjectId>,

@@ -7,24 +7,28 @@ use std::time::Duration;
 use virt_usb_domxml::{Domain, Edits, Fit, GuestPort, Hostdev, Place, TooFew, UsbBus, UsbHostdev};
 use virt_usb_model::{Class, Device, DeviceId, InstanceId, PortPath, Selector, Speed, SpeedMask};
 use virt_usb_store::adopt::Holding;
-use virt_usb_store::claim::{Asker, Granted, Judge, Verified};
+use virt_usb_store::claim::{ClaimVerifier, Claimant, Granted, Verified};
 use virt_usb_store::{Context, Durability, Location, Record, Store, StoreError};
 
 use crate::answer::Answer;
-use crate::call::Caller;
+use crate::call::HookCaller;
 use crate::config::Config;
 use crate::machine;
-use crate::run::Fault;
+use crate::run::HookError;
 use crate::sysfs;
 
 /// How long all waits for the store's lock may last together.
-const PATIENCE: Duration = Duration::from_secs(2);
+const STORE_LOCK_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Opens the store for one call.
-pub(crate) fn open(config: &Config, op: &str, concerned: bool) -> Result<(Store, Context), Fault> {
-    let fault = |e: &dyn std::fmt::Display| Fault::of(concerned, e);
+pub(crate) fn open(
+    config: &Config,
+    op: &str,
+    concerned: bool,
+) -> Result<(Store, Context), HookError> {
+    let fault = |e: &dyn std::fmt::Display| HookError::of(concerned, e);
     let context = machine::context(config, format!("hook {op}")).map_err(|e| fault(&e))?;
-    let store = Store::open_for_call(&config.state_dir, PATIENCE, Durability::Boot)
+    let store = Store::open_for_call(&config.state_dir, STORE_LOCK_TIMEOUT, Durability::Boot)
         .map_err(|e| fault(&e))?;
     Ok((store, context))
 }
@@ -33,8 +37,12 @@ pub(crate) fn open(config: &Config, op: &str, concerned: bool) -> Result<(Store,
 ///
 /// # Errors
 /// When the inventory cannot be read.
-pub fn asker(store: &Store, domain: &Domain, instance: InstanceId) -> Result<Asker, StoreError> {
-    store.asker(instance, &domain.name, domain.project.as_ref())
+pub fn claimant(
+    store: &Store,
+    domain: &Domain,
+    instance: InstanceId,
+) -> Result<Claimant, StoreError> {
+    store.claimant(instance, &domain.name, domain.project.as_ref())
 }
 
 /// Looks at ports, nothing else.
@@ -61,7 +69,7 @@ impl Ports<'_> {
     }
 }
 
-impl Judge for Ports<'_> {
+impl ClaimVerifier for Ports<'_> {
     /// The recorded port has the bus number of the boot in which it was recorded: where the path is
     /// known, the path decides.
     fn verify(&mut self, candidate: &Record) -> Verified {
@@ -101,7 +109,7 @@ pub(crate) struct Guest<'a> {
     pub(crate) inside: &'a [DeviceId],
     /// How the devices come into the guest.
     delivery: Delivery,
-    /// What is to be changed in the XML: known once [`Judge::fits`] said yes.
+    /// What is to be changed in the XML: known once [`ClaimVerifier::fits`] said yes.
     pub(crate) edits: Edits,
     /// What will work, but not well: known with the edits.
     pub(crate) warnings: Vec<String>,
@@ -113,7 +121,7 @@ impl<'a> Guest<'a> {
         domain: &'a Domain,
         redirections: usize,
         inside: &'a [DeviceId],
-        caller: Caller,
+        caller: HookCaller,
     ) -> Self {
         let delivery = Delivery::of(caller);
         let (edits, warnings) = (Edits::default(), Vec::new());
@@ -231,10 +239,10 @@ pub enum Delivery {
 }
 
 impl Delivery {
-    const fn of(caller: Caller) -> Self {
+    const fn of(caller: HookCaller) -> Self {
         match caller {
-            Caller::Starter => Self::Printed,
-            Caller::Process | Caller::Simulation => Self::Unknown,
+            HookCaller::Starter => Self::Printed,
+            HookCaller::Process | HookCaller::Simulation => Self::Unknown,
         }
     }
 }
@@ -333,7 +341,7 @@ pub fn slowed(domain: &Domain, device: &Record, at: &Place) -> Option<String> {
     })
 }
 
-impl Judge for Guest<'_> {
+impl ClaimVerifier for Guest<'_> {
     fn verify(&mut self, candidate: &Record) -> Verified {
         self.ports.verify(candidate)
     }

@@ -12,11 +12,11 @@ use virt_usb_model::{Descriptors, DeviceId, Serial, UsbId};
 use crate::device::{
     ClaimRow, Record, joined, parse_some, read_id, refresh, sql_id, step_revision,
 };
-use crate::discover::label;
 use crate::error::Sql;
 use crate::events::{Event, record};
 use crate::flaps::{Flaps, Limits, Outcome};
-use crate::open::{Fault, Tx};
+use crate::open::{Tx, TxError};
+use crate::reconcile::label;
 use crate::{Context, NOW, Store, StoreError, grants};
 
 /// A moment, seconds since 1970, as it is stored.
@@ -136,7 +136,7 @@ impl Store {
     pub fn mark_unsure(&mut self, claim: &ClaimRow, unsure: bool) -> Result<(), StoreError> {
         self.write(|tx, _| {
             tx.execute("UPDATE claims SET unsure = ?2 WHERE id = ?1", params![claim.id, unsure])?;
-            Ok::<_, Fault>(())
+            Ok::<_, TxError>(())
         })
     }
 
@@ -148,7 +148,7 @@ impl Store {
     pub fn forget_generation(&mut self, claim: &ClaimRow) -> Result<(), StoreError> {
         self.write(|tx, _| {
             tx.execute("UPDATE claims SET generation = NULL WHERE id = ?1", [claim.id])?;
-            Ok::<_, Fault>(())
+            Ok::<_, TxError>(())
         })
     }
 
@@ -167,7 +167,7 @@ impl Store {
                 )
                 .optional()
             };
-            let Some(was) = read(tx)? else { return Ok::<_, Fault>(Wished::Unknown) };
+            let Some(was) = read(tx)? else { return Ok::<_, TxError>(Wished::Unknown) };
             let Some(event) = act(tx, &was)? else { return Ok(Wished::Already(Box::new(was))) };
             step_revision(tx)?;
             refresh(tx, device)?;

@@ -5,22 +5,24 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use rusqlite::{Transaction, params};
 use serde::Serialize;
-use virt_usb_model::{Aliases, Class, Device, DeviceId, DeviceKey, Verdict};
+use virt_usb_model::{Aliases, Class, Device, DeviceId, DeviceKey, RuleVerdict};
 
 use crate::device::{Record, joined, read_id, refresh, sql_id, step_revision};
 use crate::error::Sql;
 use crate::events::{Event, follow_clock, record};
 use crate::flaps::Limits;
 use crate::open::Tx;
-use crate::{Context, NOW, Store, StoreError, aside, give_back, grants, join, metadata};
+use crate::{
+    Context, NOW, Store, StoreError, grants, nova_metadata, quarantine, release, renumber,
+};
 
 /// One step of a plan.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Change {
     /// A device that was never seen.
-    Add(Box<Device>, Verdict),
+    Add(Box<Device>, RuleVerdict),
     /// A device that is known is (still, or again) plugged in.
-    See(DeviceId, Box<Device>, Verdict),
+    See(DeviceId, Box<Device>, RuleVerdict),
     /// A device that was plugged in is gone.
     Gone(DeviceId),
 }
@@ -102,8 +104,8 @@ impl Store {
             register_host(tx, host)?;
             let restarted = is_first_of_boot(tx, context)?;
             follow_clock(tx, context)?;
-            give_back::sweep(tx, context)?;
-            let steady = aside::settle(tx, context)?;
+            release::sweep(tx, context)?;
+            let steady = quarantine::settle(tx, context)?;
             let known = seen.rows(tx)?;
             let changes = plan(&known);
             let rows = &known;
@@ -125,7 +127,7 @@ impl Store {
                 done.push(step);
             }
             if restarted {
-                aside::set_aside_with_newcomers(tx, rows, &newcomers, context)?;
+                quarantine::set_aside_with_newcomers(tx, rows, &newcomers, context)?;
             }
             if !done.is_empty() {
                 grants::apply(tx)?;
@@ -136,7 +138,7 @@ impl Store {
 }
 
 fn register_host(tx: &Transaction<'_>, host: &str) -> Sql<()> {
-    let node = join::node(tx)?;
+    let node = renumber::node(tx)?;
     tx.execute(
         &format!(
             "INSERT INTO compute_nodes (created_at, updated_at, id, host, scanned_at) VALUES \
@@ -192,11 +194,11 @@ fn execute(
             if let (Some(before), Some(now)) = (before, &device.descriptors)
                 && before.descriptors.as_ref() != Some(now)
             {
-                altered = aside::altered(tx, before, now, context)?;
+                altered = quarantine::altered(tx, before, now, context)?;
             }
             if let Some(before) = before {
-                altered =
-                    aside::serial_is_shared(tx, before, &device.key.serial, context)?.or(altered);
+                altered = quarantine::serial_is_shared(tx, before, &device.key.serial, context)?
+                    .or(altered);
             }
             // Another number or generation: it was unplugged, or its controller was, between two
             // looks.
@@ -205,7 +207,7 @@ fn execute(
             let returned = before
                 .is_some_and(|r| !r.present || r.entry.address != device.address || is_new(r));
             if returned {
-                aside::returned(tx, id, limits, context)?;
+                quarantine::returned(tx, id, limits, context)?;
             }
             let what = if returned { "returned" } else { "changed" };
             (id, what, format!("{} as {}", device.key, device.address))
@@ -217,13 +219,13 @@ fn execute(
     };
     refresh(tx, id)?;
     if let Some(instance) = known.get(&id).and_then(|r| r.entry.instance_uuid) {
-        metadata::refresh(tx, instance)?;
+        nova_metadata::refresh(tx, instance)?;
     }
     record(tx, context, &Event::new(what).about(id).with(detail))?;
     Ok(Done { id, what, altered })
 }
 
-fn insert(tx: &Transaction<'_>, device: &Device, verdict: &Verdict) -> Sql<DeviceId> {
+fn insert(tx: &Transaction<'_>, device: &Device, verdict: &RuleVerdict) -> Sql<DeviceId> {
     let id = tx
         .prepare_cached(&format!(
             "INSERT INTO usb_devices (created_at, compute_node_id, address, status, port_path, \
@@ -231,7 +233,7 @@ fn insert(tx: &Transaction<'_>, device: &Device, verdict: &Verdict) -> Sql<Devic
              RETURNING id"
         ))?
         .query_row(
-            params![join::node(tx)?, device.address.to_string(), device.key.port.to_string()],
+            params![renumber::node(tx)?, device.address.to_string(), device.key.port.to_string()],
             |row| read_id(row, "id"),
         )?;
     update(tx, id, device, verdict, &[])?;
@@ -242,7 +244,7 @@ fn update(
     tx: &Transaction<'_>,
     id: DeviceId,
     d: &Device,
-    verdict: &Verdict,
+    verdict: &RuleVerdict,
     own_tags: &[String],
 ) -> Sql<()> {
     tx.prepare_cached(
@@ -274,7 +276,7 @@ fn update(
         d.product,
         d.driver,
         d.host_use,
-        verdict.withheld.map(virt_usb_model::Reason::name),
+        verdict.withheld.map(virt_usb_model::UnavailableReason::name),
         verdict.one_time_use,
         d.descriptors.as_ref().map(ToString::to_string),
         d.key.path.as_ref().map(ToString::to_string),
@@ -303,7 +305,7 @@ pub(crate) fn label<'a>(
 }
 
 /// Whether the row says already what was seen.
-fn is_same(r: &Record, d: &Device, verdict: &Verdict) -> bool {
+fn is_same(r: &Record, d: &Device, verdict: &RuleVerdict) -> bool {
     let e = &r.entry;
     r.key() == d.key
         && e.address == d.address

@@ -10,10 +10,10 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 use virt_usb_hook::config::Fleet;
 use virt_usb_model::{
-    DeviceId, DeviceRequest, Flavor, HostDocument, InstanceId, ProjectId, Reason, Status,
-    clean_text,
+    DeviceId, DeviceRequest, Flavor, HostDocument, InstanceId, ProjectId, Status,
+    UnavailableReason, clean_text,
 };
-use virt_usb_store::join::IDS_A_HOST;
+use virt_usb_store::renumber::IDS_A_HOST;
 use virt_usb_store::{ClaimRow, Record};
 
 use super::Error;
@@ -29,7 +29,7 @@ const LISTED: Duration = Duration::from_secs(3);
 
 /// Another host.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Other {
+pub(crate) struct Peer {
     pub(crate) name: String,
     pub(crate) number: u64,
     /// Whether it is heard of.
@@ -108,11 +108,11 @@ fn read(text: &str) -> Vec<Server> {
 }
 
 /// All of them at one moment, by number.
-pub(crate) type Hosts = Arc<BTreeMap<u64, Arc<Other>>>;
+pub(crate) type Hosts = Arc<BTreeMap<u64, Arc<Peer>>>;
 
 /// What is known of the others; clones are the same.
 #[derive(Debug, Clone)]
-pub(crate) struct Others {
+pub(crate) struct Peers {
     state: Arc<Mutex<State>>,
     /// When somebody asked last; none: nobody has.
     asked: Arc<watch::Sender<Option<Instant>>>,
@@ -133,7 +133,7 @@ struct State {
     deaf: Option<String>,
 }
 
-impl Others {
+impl Peers {
     pub(crate) fn new(own: String) -> Self {
         let state = Arc::new(Mutex::new(State { own, ..State::default() }));
         Self {
@@ -220,7 +220,7 @@ impl State {
         }
     }
 
-    fn make(&self, number: u64) -> Option<Other> {
+    fn make(&self, number: u64) -> Option<Peer> {
         let node = self.nodes.get(&number).filter(|node| node.host != self.own)?;
         let name = node.host.clone();
         let servers = self.servers.get(&name).cloned().unwrap_or_default();
@@ -228,7 +228,7 @@ impl State {
         let known =
             self.documents.get(&name).filter(|(document, _)| document.compute_node_id == number);
         let Some((document, reachable)) = known else {
-            return Some(Other { name, number, servers, ..Other::default() });
+            return Some(Peer { name, number, servers, ..Peer::default() });
         };
         let first = (number - 1) * IDS_A_HOST;
         let own = |id: DeviceId| (first + 1..=first + IDS_A_HOST).contains(&id.get());
@@ -244,11 +244,11 @@ impl State {
         devices.sort_by_key(|record| record.entry.id);
         devices.dedup_by_key(|record| record.entry.id);
         let revision = document.revision;
-        Some(Other { name, number, reachable: *reachable, revision, devices, claims, servers })
+        Some(Peer { name, number, reachable: *reachable, revision, devices, claims, servers })
     }
 }
 
-impl Sink for Others {
+impl Sink for Peers {
     fn put(&mut self, key: &str, value: &[u8], _: i64) {
         let text = String::from_utf8_lossy(value);
         let mut state = self.state();
@@ -330,9 +330,9 @@ impl State {
 /// A published device as a row.
 pub(crate) fn record(mut entry: virt_usb_model::DeviceEntry, reachable: bool) -> Record {
     if !reachable {
-        let status = Status::Unavailable(Reason::Unreachable);
+        let status = Status::Unavailable(UnavailableReason::Unreachable);
         entry.status = status.name().to_owned();
-        entry.status_reason = Some(Reason::Unreachable.name().to_owned());
+        entry.status_reason = Some(UnavailableReason::Unreachable.name().to_owned());
     }
     Record {
         created_at: None,
@@ -410,15 +410,14 @@ mod tests {
 
     #[test]
     fn a_host_is_shown_as_what_it_says_and_nobody_else() {
-        let mut others = Others::new("own".to_owned());
-        let put =
-            |others: &mut Others, key: &str, value: &str| others.put(key, value.as_bytes(), 1);
+        let mut others = Peers::new("own".to_owned());
+        let put = |others: &mut Peers, key: &str, value: &str| others.put(key, value.as_bytes(), 1);
         put(&mut others, "hosts/a", &document("a", 2, 1_000_001));
         assert!(others.now().is_empty(), "it has not joined");
         put(&mut others, "nodes/2", &node("a"));
         put(&mut others, "nodes/3", &node("own"));
         put(&mut others, "hosts/own", &document("own", 3, 2_000_001));
-        let one = |others: &Others| others.now().get(&2).cloned().unwrap();
+        let one = |others: &Peers| others.now().get(&2).cloned().unwrap();
         assert_eq!(
             (others.now().len(), one(&others).devices.len(), one(&others).reachable),
             (1, 1, true)

@@ -9,7 +9,7 @@ use crate::error::Sql;
 use crate::events::{Event, record};
 use crate::hints::Known;
 use crate::open::Tx;
-use crate::{Context, Store, StoreError, aside, metadata};
+use crate::{Context, Store, StoreError, nova_metadata, quarantine};
 
 /// What is given back.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -78,7 +78,7 @@ impl Store {
                 tx.execute("DELETE FROM owners WHERE instance_uuid = ?1", [instance.to_string()])?;
             }
             set_places(tx, &kept, context, |_| Place::Over)?;
-            metadata::refresh(tx, instance)?;
+            nova_metadata::refresh(tx, instance)?;
             Ok(ended.iter().map(|c| c.device_id).collect())
         })?;
         self.forget_hint(instance)?;
@@ -129,7 +129,7 @@ impl Store {
             let Some(claim) = held(tx, instance)?.into_iter().find(meant) else { return Ok(false) };
             step_revision(tx)?;
             delete(tx, &claim, "released", why, context)?;
-            metadata::refresh(tx, instance)?;
+            nova_metadata::refresh(tx, instance)?;
             Ok(true)
         })?;
         self.forget_hint(instance)?;
@@ -255,7 +255,7 @@ pub(crate) fn set_places(
             tx.mark_lasting();
         }
         if state == "allocated" && !claim.used {
-            aside::note_use(tx, claim.device_id)?;
+            quarantine::note_use(tx, claim.device_id)?;
         }
         refresh(tx, claim.device_id)?;
         if claim.state != state {
@@ -302,7 +302,7 @@ pub(crate) fn sweep(tx: &Tx<'_>, context: &Context) -> Sql<()> {
         let why =
             if claim.boot_id == context.boot_id { "never confirmed" } else { "of an earlier boot" };
         delete(tx, &claim, "voided", why, context)?;
-        metadata::refresh(tx, claim.instance_uuid)?;
+        nova_metadata::refresh(tx, claim.instance_uuid)?;
     }
     set_places(tx, &kept, context, |_| Place::Over)
 }
@@ -318,7 +318,7 @@ fn of_earlier_boots(tx: &Tx<'_>, context: &Context) -> Sql<Vec<ClaimRow>> {
     if first == 0 {
         return Ok(Vec::new());
     }
-    aside::set_aside_after_restart(tx, context)?;
+    quarantine::set_aside_after_restart(tx, context)?;
     // Those of another boot mean nothing, until a discovery sees the devices.
     tx.execute("UPDATE usb_devices SET generation = NULL WHERE generation IS NOT NULL", [])?;
     tx.prepare_cached("SELECT * FROM claims WHERE boot_id <> ?1")?
@@ -345,7 +345,7 @@ pub(crate) fn delete(
     if claim.hold == "instance" && !claim.pending {
         tx.mark_lasting();
     }
-    aside::after_use(tx, claim, context)?;
+    quarantine::after_use(tx, claim, context)?;
     refresh(tx, claim.device_id)?;
     record(tx, context, &Event::about_claim(event, claim).with(why.to_owned()))
 }

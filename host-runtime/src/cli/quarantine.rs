@@ -8,8 +8,8 @@ use serde_json::json;
 use virt_usb_hook::message;
 use virt_usb_model::DeviceId;
 use virt_usb_model::flavor::{MAX_TAGS, Tag};
-use virt_usb_store::aside::Wished;
 use virt_usb_store::forget::Forgotten;
+use virt_usb_store::quarantine::Wished;
 use virt_usb_store::{Context, Record, Store};
 
 use super::Session;

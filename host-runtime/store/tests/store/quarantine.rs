@@ -1,14 +1,14 @@
 //! Devices that are set aside whatever the rules say, and what an operator says of them.
 
-use virt_usb_model::{Descriptors, Device, DeviceId, Flavor, Verdict};
+use virt_usb_model::{Descriptors, Device, DeviceId, Flavor, RuleVerdict};
 use virt_usb_store::adopt::{Adoption, Holding, Stage};
-use virt_usb_store::aside::Wished;
 use virt_usb_store::claim::Claimed;
-use virt_usb_store::discover::Done;
 use virt_usb_store::events::Filter;
 use virt_usb_store::flaps::Limits;
 use virt_usb_store::forget::Forgotten;
-use virt_usb_store::give_back::{Extent, Witness};
+use virt_usb_store::quarantine::Wished;
+use virt_usb_store::reconcile::Done;
+use virt_usb_store::release::{Extent, Witness};
 use virt_usb_store::{Record, Store};
 
 use crate::common::*;
@@ -41,10 +41,10 @@ fn descriptors(keys: bool) -> Descriptors {
 }
 
 /// The one device, at this number, and what the rules say of it.
-fn seen(number: u8, keys: bool, once: bool) -> Vec<(Device, Verdict)> {
+fn seen(number: u8, keys: bool, once: bool) -> Vec<(Device, RuleVerdict)> {
     let device =
         Device { descriptors: Some(descriptors(keys)), ..device(1, Some("A"), "1-1", number) };
-    vec![(device, Verdict { one_time_use: once, ..offered() })]
+    vec![(device, RuleVerdict { one_time_use: once, ..offered() })]
 }
 
 fn claimed(store: &mut Store, n: u32, json: &str) -> Result<(), Claimed> {
@@ -145,7 +145,7 @@ fn nobody_starts_with_what_is_set_aside_whoever_wrote_it_into_his_domain() {
         ..Holding::default()
     }];
     let adopt = |store: &mut Store, stage| {
-        store.adopt(&asker(7), &by_hand, stage, &mut Trusting, &boot(1)).unwrap().remove(0)
+        store.adopt(&claimant(7), &by_hand, stage, &mut Trusting, &boot(1)).unwrap().remove(0)
     };
     store.set_disabled(KEY, Some("no"), &boot(1)).unwrap();
     assert!(matches!(adopt(&mut store, Stage::Starting), Adoption::SetAside(_)));

@@ -4,44 +4,48 @@ use rusqlite::params;
 use virt_usb_model::DeviceId;
 use virt_usb_model::state::{Hold, Status};
 
-use crate::claim::{Asker, Granted, Standing, Want};
+use crate::claim::{ClaimMode, ClaimRequest, Claimant, Granted};
 use crate::device::{self, ClaimRow, refresh, sql_id, step_revision};
 use crate::error::Sql;
 use crate::events::{Event, record};
 use crate::hints::{Hints, Known};
-use crate::open::{Fault, Tx};
-use crate::{Context, NOW, give_back, metadata};
+use crate::open::{Tx, TxError};
+use crate::{Context, NOW, nova_metadata, release};
 
-pub(crate) struct Grant<'a> {
+pub(crate) struct ClaimWrite<'a> {
     pub(crate) tx: &'a Tx<'a>,
     pub(crate) hints: &'a Hints,
-    pub(crate) asker: &'a Asker,
+    pub(crate) claimant: &'a Claimant,
     /// What the instance holds already.
     pub(crate) mine: &'a [ClaimRow],
     /// What the domain's own XML holds.
     pub(crate) prefer: &'a [DeviceId],
-    pub(crate) standing: Standing,
+    pub(crate) mode: ClaimMode,
     pub(crate) context: &'a Context,
 }
 
-impl Grant<'_> {
-    pub(crate) fn write(&self, wants: &[Want], chosen: &[Granted]) -> Result<(), Fault> {
+impl ClaimWrite<'_> {
+    pub(crate) fn write(
+        &self,
+        requests: &[ClaimRequest],
+        chosen: &[Granted],
+    ) -> Result<(), TxError> {
         // What was adopted from the domain's own XML was never asked for: it stays until release.
         // And an incoming guest that may yet fail to arrive loses nothing.
-        let firm = self.standing == Standing::Firm;
-        let asked_for = self.mine.iter().filter(|c| firm && c.request.is_some());
+        let replaces = self.mode == ClaimMode::Replace;
+        let asked_for = self.mine.iter().filter(|c| replaces && c.request.is_some());
         let (by_hand, given_up): (Vec<&ClaimRow>, Vec<&ClaimRow>) = asked_for
             .filter(|c| chosen.iter().all(|g| g.device.entry.id != c.device_id))
             .partition(|c| self.prefer.contains(&c.device_id));
         if given_up.is_empty()
             && by_hand.is_empty()
-            && chosen.iter().all(|g| self.is_as_was(g, wants.get(g.request)))
+            && chosen.iter().all(|g| self.is_as_was(g, requests.get(g.request)))
         {
             return Ok(());
         }
         step_revision(self.tx)?;
         for claim in given_up {
-            give_back::delete(self.tx, claim, "released", "no longer asked for", self.context)?;
+            release::delete(self.tx, claim, "released", "no longer asked for", self.context)?;
         }
         // Nothing asks for it any more, and the guest starts with it all the same.
         for claim in by_hand {
@@ -52,17 +56,17 @@ impl Grant<'_> {
                 self.tx.mark_lasting();
             }
         }
-        let known = Known::Instance(self.asker.instance);
-        if chosen.iter().any(|g| self.outlives_the_boot(g, wants.get(g.request))) {
+        let known = Known::Instance(self.claimant.instance);
+        if chosen.iter().any(|g| self.outlives_the_boot(g, requests.get(g.request))) {
             self.tx.mark_lasting();
             self.hints.add_lasting(known)?;
         } else if !chosen.is_empty() {
             self.hints.add(known)?;
         }
         for granted in chosen {
-            self.claim(granted, wants.get(granted.request))?;
+            self.claim(granted, requests.get(granted.request))?;
         }
-        metadata::refresh(self.tx, self.asker.instance)?;
+        nova_metadata::refresh(self.tx, self.claimant.instance)?;
         Ok(())
     }
 
@@ -74,46 +78,46 @@ impl Grant<'_> {
     /// holds it.
     fn by_hand(&self, device: DeviceId) -> bool {
         self.held(device).is_some_and(|c| {
-            c.by_hand && (self.standing != Standing::Firm || self.prefer.contains(&device))
+            c.by_hand && (self.mode != ClaimMode::Replace || self.prefer.contains(&device))
         })
     }
 
     /// Whether what is written of this claim must survive a power cut: the claim is held for the
     /// instance, or was. What waits to be confirmed ends with the boot.
-    fn outlives_the_boot(&self, granted: &Granted, want: Option<&Want>) -> bool {
+    fn outlives_the_boot(&self, granted: &Granted, want: Option<&ClaimRequest>) -> bool {
         let was = || {
             self.held(granted.device.entry.id).is_some_and(|c| c.hold == "instance" && !c.pending)
         };
-        self.standing != Standing::Pending && (hold_name(want) == "instance" || was())
+        self.mode != ClaimMode::Provisional && (hold_name(want) == "instance" || was())
     }
 
     /// Nothing to write for this one: the same claim, the same request, firm, where it was stored.
-    fn is_as_was(&self, granted: &Granted, want: Option<&Want>) -> bool {
+    fn is_as_was(&self, granted: &Granted, want: Option<&ClaimRequest>) -> bool {
         let entry = &granted.device.entry;
         let same_claim = self.held(entry.id).is_some_and(|c| {
             c.request == Some(position(granted, want))
                 && !c.pending
                 && !c.ending
-                && self.standing != Standing::Pending
+                && self.mode != ClaimMode::Provisional
                 && c.incoming_since.is_none()
                 && c.by_hand == self.by_hand(entry.id)
                 && c.hold == hold_name(want)
-                && c.domain == self.asker.domain
+                && c.domain == self.claimant.domain
         });
         same_claim && granted.stored == granted.device.location()
     }
 
-    fn claim(&self, granted: &Granted, want: Option<&Want>) -> Sql<()> {
+    fn claim(&self, granted: &Granted, want: Option<&ClaimRequest>) -> Sql<()> {
         let device = granted.device.entry.id;
-        let pending = (self.standing == Standing::Pending).then_some(self.context.uptime);
+        let pending = (self.mode == ClaimMode::Provisional).then_some(self.context.uptime);
         if pending.is_some() && self.held(device).is_some_and(|c| !c.pending) {
             return name_incoming(self.tx, device, self.context);
         }
         let what = params![
             sql_id(device),
-            self.asker.instance.to_string(),
-            self.asker.domain,
-            self.asker.project.as_ref().map(ToString::to_string),
+            self.claimant.instance.to_string(),
+            self.claimant.domain,
+            self.claimant.project.as_ref().map(ToString::to_string),
             position(granted, want),
             hold_name(want),
             pending,
@@ -147,12 +151,16 @@ impl Grant<'_> {
         }
         let (present, withheld) = (granted.device.present, granted.device.withheld);
         let status = Status::derive(Some(Hold::Claimed), present, withheld);
-        device::write_state(self.tx, device, status, Some(&self.asker.instance.to_string()))?;
-        let detail = match self.standing {
-            Standing::Firm | Standing::More => format!("usb_devices[{}]", granted.request),
-            Standing::Pending => format!("usb_devices[{}], to be confirmed", granted.request),
+        device::write_state(self.tx, device, status, Some(&self.claimant.instance.to_string()))?;
+        let detail = match self.mode {
+            ClaimMode::Replace | ClaimMode::Add => format!("usb_devices[{}]", granted.request),
+            ClaimMode::Provisional => format!("usb_devices[{}], to be confirmed", granted.request),
         };
-        record(self.tx, self.context, &Event::of("claimed", self.asker).about(device).with(detail))
+        record(
+            self.tx,
+            self.context,
+            &Event::of("claimed", self.claimant).about(device).with(detail),
+        )
     }
 }
 
@@ -165,11 +173,11 @@ pub(crate) fn name_incoming(tx: &Tx<'_>, device: DeviceId, context: &Context) ->
 }
 
 /// The request that the claim says it serves.
-fn position(granted: &Granted, want: Option<&Want>) -> u32 {
+fn position(granted: &Granted, want: Option<&ClaimRequest>) -> u32 {
     let here = || u32::try_from(granted.request).unwrap_or(u32::MAX);
     want.and_then(|w| w.number).unwrap_or_else(here)
 }
 
-fn hold_name(want: Option<&Want>) -> &'static str {
+fn hold_name(want: Option<&ClaimRequest>) -> &'static str {
     if want.is_some_and(|w| w.lasting) { "instance" } else { "running" }
 }

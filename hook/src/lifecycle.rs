@@ -7,31 +7,31 @@ use std::path::Path;
 use virt_usb_domxml::Domain;
 use virt_usb_model::{DeviceId, InstanceId};
 use virt_usb_store::adopt::{Adoption, Stage};
-use virt_usb_store::give_back::{Extent, Witness};
+use virt_usb_store::release::{Extent, Witness};
 use virt_usb_store::{ClaimRow, Context, Store, StoreError};
 
 use crate::answer::Answer;
-use crate::guest::{Ports, asker, holding, open};
 use crate::machine::{self, Agent};
 use crate::message;
-use crate::run::{Fault, Job, NOTHING};
+use crate::run::{HookError, Job, NOTHING};
+use crate::verify::{Ports, claimant, holding, open};
 
 /// The guest runs: what its live XML shows is in it.
-pub(crate) fn started(job: &Job<'_>) -> Result<Answer, Fault> {
+pub(crate) fn started(job: &Job<'_>) -> Result<Answer, HookError> {
     running(job, job.may_be_known(&job.state_dir()), Witness::Start)
 }
 
 /// The daemon found the guest running: it keeps what it has.
-pub(crate) fn reconnect(job: &Job<'_>) -> Result<Answer, Fault> {
+pub(crate) fn reconnect(job: &Job<'_>) -> Result<Answer, HookError> {
     let concerned = job.may_be_known(&job.state_dir()) || job.domain.has_host_devices();
     running(job, concerned, Witness::Look)
 }
 
-fn running(job: &Job<'_>, concerned: bool, witness: Witness) -> Result<Answer, Fault> {
+fn running(job: &Job<'_>, concerned: bool, witness: Witness) -> Result<Answer, HookError> {
     let (Some(instance), true) = (job.domain.uuid, concerned) else {
         return Ok(Answer::unchanged(NOTHING));
     };
-    let fault = |e: StoreError| Fault::of(true, e);
+    let fault = |e: StoreError| HookError::of(true, e);
     let config = job.config(true)?;
     let (mut store, context) = open(config, &job.call.op, true)?;
     let TakenOver { adopted, in_guest, waiting } =
@@ -98,7 +98,7 @@ pub fn take_over(
     let adopted = match holdings.is_empty() {
         true => Vec::new(),
         false => {
-            let whom = asker(store, domain, instance)?;
+            let whom = claimant(store, domain, instance)?;
             store.adopt(&whom, &holdings, Stage::Running, &mut Ports { sysfs_root }, context)?
         }
     };
@@ -117,7 +117,7 @@ pub fn take_over(
 /// still counts them as the domain's (src/qemu/qemu_process.c, qemuProcessStop: this hook, then
 /// qemuHostdevReAttachDomainDevices, then the release hook), and whoever was given one now would be
 /// refused by libvirt.
-pub(crate) fn stopped(job: &Job<'_>) -> Result<Answer, Fault> {
+pub(crate) fn stopped(job: &Job<'_>) -> Result<Answer, HookError> {
     with_store(job, |store, context| {
         let Some(instance) = job.domain.uuid else { return Ok(NOTHING.into()) };
         note_use(store, job.domain, instance)?;
@@ -127,7 +127,7 @@ pub(crate) fn stopped(job: &Job<'_>) -> Result<Answer, Fault> {
 }
 
 /// Everything is let go of: give back what this instance holds, and nothing else.
-pub(crate) fn released(job: &Job<'_>, reason: &str) -> Result<Answer, Fault> {
+pub(crate) fn released(job: &Job<'_>, reason: &str) -> Result<Answer, HookError> {
     with_store(job, |store, context| {
         let Some(instance) = job.domain.uuid else { return Ok(NOTHING.into()) };
         note_use(store, job.domain, instance)?;
@@ -157,13 +157,13 @@ fn note_use(store: &mut Store, domain: &Domain, instance: InstanceId) -> Result<
 fn with_store(
     job: &Job<'_>,
     work: impl FnOnce(&mut Store, &Context) -> Result<String, StoreError>,
-) -> Result<Answer, Fault> {
+) -> Result<Answer, HookError> {
     if !job.may_be_known(&job.state_dir()) {
         return Ok(Answer::unchanged(NOTHING));
     }
     let (mut store, context) = open(job.config(true)?, &job.call.op, true)?;
     work(&mut store, &context).map(Answer::unchanged).map_err(|e| {
-        Fault::of(
+        HookError::of(
             true,
             format!(
                 "{e}; the claims of {} stay until the agent or 'virt-usb claims release' frees \

@@ -14,10 +14,10 @@ use tokio::sync::watch;
 use virt_usb_model::{DeviceRequest, Flavor};
 
 use super::super::Api;
-use super::super::documents::UsbDevice;
-use super::super::fault::{Fault, sentence};
+use super::super::error::{ApiError, sentence};
 use super::super::policy::Call;
 use super::super::request::{Asked, Named};
+use super::super::responses::UsbDevice;
 use super::super::servers::{Server, perform};
 use super::pages::{csrf, name, page, see};
 use super::session::{Sent, Signed, make_room, secret};
@@ -42,15 +42,15 @@ struct Action {
     server: String,
     begun: Instant,
     /// What came of it; none: nothing yet.
-    outcome: watch::Receiver<Option<Result<String, Fault>>>,
+    outcome: watch::Receiver<Option<Result<String, ApiError>>>,
 }
 
 /// The actions, by random numbers.
 #[derive(Default)]
-pub(super) struct Hands(Mutex<HashMap<String, Action>>);
+pub(super) struct ActionLog(Mutex<HashMap<String, Action>>);
 
-impl Hands {
-    fn add(&self, action: Action) -> Result<String, Fault> {
+impl ActionLog {
+    fn add(&self, action: Action) -> Result<String, ApiError> {
         let id = secret()?;
         let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         make_room(&mut all, MOST_EACH, |other| other.caller == action.caller, |other| other.begun);
@@ -67,7 +67,7 @@ impl Hands {
 
 /// What is to go where.
 #[derive(Deserialize)]
-pub(super) struct Wish {
+pub(super) struct Form {
     #[serde(default)]
     device: String,
     #[serde(default)]
@@ -77,24 +77,24 @@ pub(super) struct Wish {
     request: String,
 }
 
-impl Wish {
-    fn request(&self) -> Result<DeviceRequest, Fault> {
+impl Form {
+    fn request(&self) -> Result<DeviceRequest, ApiError> {
         let text = match self.request.as_str() {
             "" => format!(
                 "[{{\"id\":{}}}]",
                 self.device
                     .trim()
                     .parse::<u64>()
-                    .map_err(|_| Fault::bad_request("Choose a device."))?
+                    .map_err(|_| ApiError::bad_request("Choose a device."))?
             ),
             request => format!("[{request}]"),
         };
         let parsed = Flavor::parse_lists(Some(&text), None)
-            .map_err(|e| Fault::bad_request(sentence(&e.to_string())))?;
+            .map_err(|e| ApiError::bad_request(sentence(&e.to_string())))?;
         let mut requests = parsed.usb_devices.into_iter();
         match (requests.next(), requests.next()) {
             (Some(request), None) => Ok(DeviceRequest { count: 1, ..request }),
-            _ => Err(Fault::bad_request("Choose one device.")),
+            _ => Err(ApiError::bad_request("Choose one device.")),
         }
     }
 }
@@ -115,8 +115,8 @@ fn option(device: &UsbDevice) -> String {
 pub(super) async fn attach_page(
     State(api): State<Arc<Api>>,
     signed: Signed,
-    Asked(wish): Asked<Wish>,
-) -> Result<Response, Fault> {
+    Asked(wish): Asked<Form>,
+) -> Result<Response, ApiError> {
     let servers: Vec<Server> = if wish.server.is_empty() {
         api.servers(&signed.caller).await?
     } else {
@@ -157,8 +157,8 @@ pub(super) async fn attach_page(
 pub(super) async fn detach_page(
     State(api): State<Arc<Api>>,
     signed: Signed,
-    Asked(wish): Asked<Wish>,
-) -> Result<Response, Fault> {
+    Asked(wish): Asked<Form>,
+) -> Result<Response, ApiError> {
     let server = api.server(&signed.caller, Call::Detach, &wish.server).await?;
     let what = if wish.request.is_empty() {
         option(&api.device(&signed.caller, Call::LookAt, &wish.device)?.1)
@@ -183,20 +183,25 @@ pub(super) async fn detach_page(
 
 pub(super) async fn attach(
     State(api): State<Arc<Api>>,
-    Sent(signed, wish): Sent<Wish>,
-) -> Result<Response, Fault> {
+    Sent(signed, wish): Sent<Form>,
+) -> Result<Response, ApiError> {
     begin(&api, signed, Call::Attach, &wish).await
 }
 
 pub(super) async fn detach(
     State(api): State<Arc<Api>>,
-    Sent(signed, wish): Sent<Wish>,
-) -> Result<Response, Fault> {
+    Sent(signed, wish): Sent<Form>,
+) -> Result<Response, ApiError> {
     begin(&api, signed, Call::Detach, &wish).await
 }
 
 /// It goes on though the browser hang up; its page says how it goes.
-async fn begin(api: &Arc<Api>, signed: Signed, call: Call, wish: &Wish) -> Result<Response, Fault> {
+async fn begin(
+    api: &Arc<Api>,
+    signed: Signed,
+    call: Call,
+    wish: &Form,
+) -> Result<Response, ApiError> {
     let request = wish.request()?;
     let server = api.server(&signed.caller, call, &wish.server).await?;
     let attach = call == Call::Attach;
@@ -244,9 +249,11 @@ pub(super) async fn show(
     State(api): State<Arc<Api>>,
     signed: Signed,
     Named(ActionName { id }): Named<ActionName>,
-) -> Result<Response, Fault> {
+) -> Result<Response, ApiError> {
     let gone = || {
-        Fault::not_found("This action is not known any more: the server's page shows what it has.")
+        ApiError::not_found(
+            "This action is not known any more: the server's page shows what it has.",
+        )
     };
     let action = api.portal.hands.of(&signed.id, &id).ok_or_else(gone)?;
     let outcome = action.outcome.borrow().clone();

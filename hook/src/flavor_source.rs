@@ -4,16 +4,16 @@ use std::path::Path;
 
 use virt_usb_domxml::FlavorSource;
 use virt_usb_model::Flavor;
-use virt_usb_store::claim::Want;
+use virt_usb_store::claim::ClaimRequest;
 use virt_usb_store::hints::{Hint, Known, look};
 use virt_usb_store::{Assignment, Source, Store};
 
 use crate::config::HoldPolicy;
-use crate::run::Fault;
+use crate::run::HookError;
 
 /// What the XML alone says.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Wish {
+pub enum FlavorRequest {
     /// Nothing.
     Nothing,
     /// This.
@@ -45,14 +45,14 @@ pub enum Part {
     Named(String),
 }
 
-impl Wish {
+impl FlavorRequest {
     /// Reads the flavor that the XML holds.
     ///
     /// # Errors
     /// Text that is there and wrong is a fault of the domain: it asks, we cannot say for what.
-    pub fn read(source: &FlavorSource, state_dir: &Path) -> Result<Self, Fault> {
+    pub fn read(source: &FlavorSource, state_dir: &Path) -> Result<Self, HookError> {
         let wrong = |place: &str, e: virt_usb_model::ParseError| {
-            Fault::of(true, format!("the flavor in {place} is wrong: {e}"))
+            HookError::of(true, format!("the flavor in {place} is wrong: {e}"))
         };
         Ok(match source {
             FlavorSource::None => Self::Nothing,
@@ -115,20 +115,20 @@ impl Wish {
     ///
     /// # Errors
     /// When there is none of the name that it must have, or the store cannot be read.
-    pub fn resolve(self, store: &Store) -> Result<Flavor, Fault> {
+    pub fn resolve(self, store: &Store) -> Result<Flavor, HookError> {
         let concerned = self.is_certain();
         let stored = |name: &str| {
-            store.flavor(name).map(|f| f.map(|f| f.flavor)).map_err(|e| Fault::of(concerned, e))
+            store.flavor(name).map(|f| f.map(|f| f.flavor)).map_err(|e| HookError::of(concerned, e))
         };
         let must = |part: Part| match part {
             Part::Given(flavor) => Ok(flavor),
-            Part::Named(name) if name.is_empty() => Err(Fault::of(
+            Part::Named(name) if name.is_empty() => Err(HookError::of(
                 true,
                 "it names a stored flavor with @, and no name follows: write \
                     @NAME",
             )),
             Part::Named(name) => stored(&name)?.ok_or_else(|| {
-                Fault::of(
+                HookError::of(
                     true,
                     format!(
                         "it names the flavor @{name}, which this host does not \
@@ -157,7 +157,11 @@ fn name(text: Option<&str>) -> Option<String> {
 
 /// The requests: the flavor's, then what operators assigned. With `hold = "instance"` an instance
 /// whose flavor is no longer to be seen keeps the requests that were made lasting then.
-pub(crate) fn wants(flavor: &Flavor, hold: HoldPolicy, assigned: &[Assignment]) -> Vec<Want> {
+pub(crate) fn wants(
+    flavor: &Flavor,
+    hold: HoldPolicy,
+    assigned: &[Assignment],
+) -> Vec<ClaimRequest> {
     let lasting = hold == HoldPolicy::Instance;
     let of =
         |source| assigned.iter().filter(move |a| a.source == source).map(|a| a.request.clone());
@@ -165,16 +169,16 @@ pub(crate) fn wants(flavor: &Flavor, hold: HoldPolicy, assigned: &[Assignment]) 
     if requests.is_empty() && lasting {
         requests = of(Source::Flavor).collect();
     }
-    let wants = requests.into_iter().map(|request| Want::new(request, lasting));
-    wants.chain(of(Source::Operator).map(|request| Want::new(request, true))).collect()
+    let wants = requests.into_iter().map(|request| ClaimRequest::new(request, lasting));
+    wants.chain(of(Source::Operator).map(|request| ClaimRequest::new(request, true))).collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn read(source: &FlavorSource) -> Result<Wish, Fault> {
-        Wish::read(source, Path::new("/nowhere"))
+    fn read(source: &FlavorSource) -> Result<FlavorRequest, HookError> {
+        FlavorRequest::read(source, Path::new("/nowhere"))
     }
 
     #[test]
@@ -184,16 +188,17 @@ mod tests {
             redirection: Some(r.into()),
         };
         let wish = read(&specs("@erp", r#"[{"bus":"usb","type":"spicevmc"}]"#)).unwrap();
-        let Wish::Stored { devices: Part::Named(name), redirection: Part::Given(flavor) } = wish
+        let FlavorRequest::Stored { devices: Part::Named(name), redirection: Part::Given(flavor) } =
+            wish
         else {
             panic!()
         };
         assert_eq!((name.as_str(), flavor.usb_redirection_devices.len()), ("erp", 1));
-        assert_eq!(read(&specs("[]", "[]")).unwrap(), Wish::Nothing);
+        assert_eq!(read(&specs("[]", "[]")).unwrap(), FlavorRequest::Nothing);
         assert!(read(&specs("[", "[]")).unwrap_err().concerned);
         assert_eq!(
             read(&FlavorSource::Named("m1.small".into())).unwrap(),
-            Wish::Nothing,
+            FlavorRequest::Nothing,
             "no database, no stored flavor"
         );
     }

@@ -12,9 +12,9 @@ use virt_usb_model::PortPath;
 
 use crate::answer::Answer;
 use crate::config::Config;
-use crate::guest::open;
 use crate::message;
-use crate::run::{Fault, Job};
+use crate::run::{HookError, Job};
+use crate::verify::open;
 
 /// Adds a warning for each device that the guest takes from another one. What cannot be read warns
 /// of nothing.
@@ -28,7 +28,7 @@ pub(crate) fn warn(answer: Answer, job: &Job<'_>) -> Answer {
     }
 }
 
-fn warnings(job: &Job<'_>) -> Result<Vec<String>, Fault> {
+fn warnings(job: &Job<'_>) -> Result<Vec<String>, HookError> {
     let config: &Config = job.config(false)?;
     let on_usb: Vec<(&str, &str, PortPath)> = job
         .domain
@@ -45,7 +45,7 @@ fn warnings(job: &Job<'_>) -> Result<Vec<String>, Fault> {
         return Ok(Vec::new());
     }
     let (store, _) = open(config, &job.call.op, false)?;
-    let fault = |e| Fault::of(false, e);
+    let fault = |e| HookError::of(false, e);
     let (devices, claims) = (store.devices().map_err(fault)?, store.claims().map_err(fault)?);
     let mut warnings = Vec::new();
     for (what, path, port) in on_usb {

@@ -12,7 +12,7 @@ use governor::clock::{Clock as _, DefaultClock};
 use governor::state::keyed::HashMapStateStore;
 use governor::{Quota, RateLimiter};
 
-use super::fault::Fault;
+use super::error::ApiError;
 
 /// Changes by one caller: so many at once, and so many a second after that.
 const CHANGES: (u32, u32) = (200, 20);
@@ -36,13 +36,13 @@ fn limiter<K: Hash + Eq + Clone>((burst, rate): (u32, u32)) -> Limiter<K> {
     RateLimiter::hashmap(Quota::per_second(some(rate)).allow_burst(some(burst)))
 }
 
-fn check<K: Hash + Eq + Clone>(limiter: &Limiter<K>, key: &K) -> Result<(), Fault> {
+fn check<K: Hash + Eq + Clone>(limiter: &Limiter<K>, key: &K) -> Result<(), ApiError> {
     if limiter.len() > KNOWN {
         limiter.retain_recent();
     }
     limiter.check_key(key).map_err(|not_until| {
         let wait = not_until.wait_time_from(DefaultClock::default().now());
-        Fault::too_often(wait.as_secs().saturating_add(1))
+        ApiError::too_often(wait.as_secs().saturating_add(1))
     })
 }
 
@@ -54,14 +54,14 @@ impl Default for Rates {
 
 impl Rates {
     /// One more change by the caller of that name.
-    pub(super) fn change(&self, caller: &str) -> Result<(), Fault> {
+    pub(super) fn change(&self, caller: &str) -> Result<(), ApiError> {
         check(&self.changes, &caller.to_owned())
     }
 
     /// One more token that nobody has.
-    pub(super) fn guess(&self, from: IpAddr) -> Result<(), Fault> {
+    pub(super) fn guess(&self, from: IpAddr) -> Result<(), ApiError> {
         let checked = check(&self.guesses, &from);
-        if let Some(wait) = checked.as_ref().err().and_then(Fault::retry_after) {
+        if let Some(wait) = checked.as_ref().err().and_then(ApiError::retry_after) {
             let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
             let now = Instant::now();
             if waiting.len() > KNOWN {
@@ -73,10 +73,10 @@ impl Rates {
     }
 
     /// What somebody at this address is told who is to guess no more for now.
-    pub(super) fn waits(&self, from: IpAddr) -> Option<Fault> {
+    pub(super) fn waits(&self, from: IpAddr) -> Option<ApiError> {
         let waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
         let left = waiting.get(&from)?.checked_duration_since(Instant::now())?;
-        Some(Fault::too_often(left.as_secs().saturating_add(1)))
+        Some(ApiError::too_often(left.as_secs().saturating_add(1)))
     }
 }
 

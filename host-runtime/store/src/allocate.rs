@@ -7,13 +7,14 @@ use rusqlite::params_from_iter;
 use virt_usb_model::{DeviceId, Selector, matching};
 
 use crate::claim::{
-    Asker, Granted, Judge, Obstacle, SHOWN, Shortage, Standing, Verified, Want, Why,
+    ClaimMode, ClaimRequest, ClaimVerifier, Claimant, Granted, Obstacle, SHOWN, Shortage, Verified,
+    Why,
 };
 use crate::device::{ClaimRow, Location, Record};
 use crate::error::Sql;
-use crate::give_back;
 use crate::open::Tx;
 use crate::query::{self, Query};
+use crate::release;
 
 /// After so many candidates that were not who the inventory says, it is out of date: no more are
 /// tried.
@@ -21,10 +22,10 @@ const MAX_PASSED_OVER: usize = 256;
 
 pub(crate) struct Choice<'a> {
     pub(crate) tx: &'a Tx<'a>,
-    pub(crate) asker: &'a Asker,
+    pub(crate) claimant: &'a Claimant,
     pub(crate) prefer: &'a [DeviceId],
-    pub(crate) standing: Standing,
-    judge: &'a mut dyn Judge,
+    pub(crate) mode: ClaimMode,
+    verifier: &'a mut dyn ClaimVerifier,
     /// What the instance holds already.
     mine: Vec<ClaimRow>,
     verified: BTreeMap<DeviceId, Location>,
@@ -59,19 +60,19 @@ type Served = (usize, usize);
 impl<'a> Choice<'a> {
     pub(crate) fn new(
         tx: &'a Tx<'a>,
-        asker: &'a Asker,
+        claimant: &'a Claimant,
         prefer: &'a [DeviceId],
-        standing: Standing,
-        judge: &'a mut dyn Judge,
+        mode: ClaimMode,
+        verifier: &'a mut dyn ClaimVerifier,
     ) -> Sql<Self> {
-        let mine = give_back::held(tx, asker.instance)?;
+        let mine = release::held(tx, claimant.instance)?;
         let (verified, passed_over, found) = <_>::default();
         Ok(Self {
             tx,
-            asker,
+            claimant,
             prefer,
-            standing,
-            judge,
+            mode,
+            verifier,
             mine,
             verified,
             passed_over,
@@ -90,13 +91,16 @@ impl<'a> Choice<'a> {
     }
 
     pub(crate) fn fits(&mut self, chosen: &[Granted]) -> Result<(), String> {
-        self.judge.fits(chosen)
+        self.verifier.fits(chosen)
     }
 
-    /// Devices for all of `wants`, or what is missing. Each round either ends or passes over a
+    /// Devices for all of `requests`, or what is missing. Each round either ends or passes over a
     /// device more.
-    pub(crate) fn choose(&mut self, wants: &[Want]) -> Sql<Result<Vec<Granted>, Vec<Shortage>>> {
-        let total: usize = wants.iter().map(|w| w.request.count as usize).sum();
+    pub(crate) fn choose(
+        &mut self,
+        requests: &[ClaimRequest],
+    ) -> Sql<Result<Vec<Granted>, Vec<Shortage>>> {
+        let total: usize = requests.iter().map(|w| w.request.count as usize).sum();
         loop {
             if !self.wide && !self.passed_over.is_empty() {
                 self.wide = true;
@@ -104,23 +108,23 @@ impl<'a> Choice<'a> {
             }
             let mut pool = Pool::default();
             // One row a device that is needed.
-            let (mut rows, mut requests) = (Vec::new(), Vec::new());
-            for (number, want) in wants.iter().enumerate() {
-                let candidates = self.candidates(number, want, total)?;
+            let (mut rows, mut numbers) = (Vec::new(), Vec::new());
+            for (number, request) in requests.iter().enumerate() {
+                let candidates = self.candidates(number, request, total)?;
                 let row: Vec<usize> = candidates.into_iter().map(|d| pool.place(d)).collect();
-                for _ in 0..want.request.count {
+                for _ in 0..request.request.count {
                     rows.push(row.clone());
-                    requests.push(number);
+                    numbers.push(number);
                 }
             }
             let assigned = matching::assign_in_order(&rows, &self.order(&pool), pool.devices.len());
-            let served: Vec<Served> = requests
+            let served: Vec<Served> = numbers
                 .iter()
                 .zip(assigned)
                 .filter_map(|(&number, got)| Some((number, got?)))
                 .collect();
             if served.len() < rows.len() {
-                return self.shortages(wants, &pool, &served).map(Err);
+                return self.shortages(requests, &pool, &served).map(Err);
             }
             if self.verify(served.iter().map(|&(_, at)| &*pool.devices[at])) {
                 let granted = |&(number, at): &Served| self.granted(&pool.devices[at], number);
@@ -152,7 +156,7 @@ impl<'a> Choice<'a> {
             if self.verified.contains_key(&id) {
                 continue;
             }
-            match self.judge.verify(device) {
+            match self.verifier.verify(device) {
                 Verified::Here(seen) => {
                     self.verified.insert(id, seen);
                 }
@@ -178,11 +182,16 @@ impl<'a> Choice<'a> {
     /// The devices that would serve the request, the most wanted first: the preferred, those that
     /// serve it already, the instance's others, free ones. Of the free ones at most as many as all
     /// requests together need: more cannot change whether all can be served.
-    fn candidates(&mut self, number: usize, want: &Want, total: usize) -> Sql<Vec<Rc<Record>>> {
+    fn candidates(
+        &mut self,
+        number: usize,
+        request: &ClaimRequest,
+        total: usize,
+    ) -> Sql<Vec<Rc<Record>>> {
         if self.passed_over.len() > MAX_PASSED_OVER {
             return Ok(Vec::new());
         }
-        let selector = &want.request.selector;
+        let selector = &request.request.selector;
         if !self.found.contains_key(selector) {
             let most = if self.wide { total + MAX_PASSED_OVER } else { total };
             let read = self.read(selector, most)?;
@@ -211,8 +220,8 @@ impl<'a> Choice<'a> {
                 1,
             )?);
         }
-        if !self.mine.is_empty() && self.standing != Standing::More {
-            let instance = self.asker.instance.to_string();
+        if !self.mine.is_empty() && self.mode != ClaimMode::Add {
+            let instance = self.claimant.instance.to_string();
             // Like the agent, no start gives a guest what waits for an operator, though the guest
             // holds it.
             let condition = "d.instance_uuid = ? AND d.quarantined IS NULL";
@@ -242,22 +251,27 @@ impl<'a> Choice<'a> {
             let device = Record::read(row)?;
             // What an incoming guest holds already it keeps, whoever the device is for by now.
             let is_mine = || self.mine.iter().any(|c| c.device_id == device.entry.id);
-            let keeps = self.standing == Standing::Pending && is_mine();
-            if keeps || device.is_for(self.asker.project.as_ref()) {
+            let keeps = self.mode == ClaimMode::Provisional && is_mine();
+            if keeps || device.is_for(self.claimant.project.as_ref()) {
                 found.push(device);
             }
         }
         Ok(found)
     }
 
-    fn shortages(&self, wants: &[Want], pool: &Pool, served: &[Served]) -> Sql<Vec<Shortage>> {
+    fn shortages(
+        &self,
+        requests: &[ClaimRequest],
+        pool: &Pool,
+        served: &[Served],
+    ) -> Sql<Vec<Shortage>> {
         let taken: BTreeMap<DeviceId, usize> =
             served.iter().map(|&(number, at)| (pool.devices[at].entry.id, number)).collect();
         let mut short = Vec::new();
-        for (number, want) in wants.iter().enumerate() {
+        for (number, request) in requests.iter().enumerate() {
             let got = taken.values().filter(|&&n| n == number).count();
-            if got < want.request.count as usize {
-                short.push(self.shortage(number, want, got, &taken)?);
+            if got < request.request.count as usize {
+                short.push(self.shortage(number, request, got, &taken)?);
             }
         }
         Ok(short)
@@ -267,11 +281,11 @@ impl<'a> Choice<'a> {
     fn shortage(
         &self,
         number: usize,
-        want: &Want,
+        request: &ClaimRequest,
         got: usize,
         taken: &BTreeMap<DeviceId, usize>,
     ) -> Sql<Shortage> {
-        let query = query::find(&want.request.selector);
+        let query = query::find(&request.request.selector);
         let params = || params_from_iter(&query.params);
         let total = self.tx.query_row(&query.sql("count(*)", "1"), params(), |row| row.get(0))?;
         let mut statement = self.tx.prepare(&query.sql("d.*", "1"))?;
@@ -287,15 +301,15 @@ impl<'a> Choice<'a> {
             }
         }
         let got = u32::try_from(got).unwrap_or(u32::MAX);
-        Ok(Shortage { number, request: want.request.clone(), got, matching, total })
+        Ok(Shortage { number, request: request.request.clone(), got, matching, total })
     }
 
     fn why(&self, device: &Record, taken: &BTreeMap<DeviceId, usize>) -> Sql<Why> {
         let id = device.entry.id;
-        if !device.is_for(self.asker.project.as_ref()) {
+        if !device.is_for(self.claimant.project.as_ref()) {
             return Ok(Why::Project);
         }
-        if let Some(claim) = give_back::holder(self.tx, id, self.asker.instance)? {
+        if let Some(claim) = release::holder(self.tx, id, self.claimant.instance)? {
             return Ok(Why::HeldBy(Box::new(claim)));
         }
         if device.quarantined.is_some() {
@@ -304,7 +318,7 @@ impl<'a> Choice<'a> {
         Ok(match self.passed_over.get(&id) {
             Some(why) => Why::NotThere(why.clone()),
             None if taken.contains_key(&id)
-                || device.entry.instance_uuid == Some(self.asker.instance) =>
+                || device.entry.instance_uuid == Some(self.claimant.instance) =>
             {
                 Why::OtherRequest
             }
