@@ -7,13 +7,13 @@ use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 
+use virt_usb_config::Config;
 use virt_usb_domxml::HostPlace;
 use virt_usb_model::PortPath;
 
 use crate::answer::Answer;
-use crate::config::Config;
+use crate::job::{HookError, Job};
 use crate::message;
-use crate::run::{HookError, Job};
 use crate::verify::open;
 
 /// Adds a warning for each device that the guest takes from another one. What cannot be read warns

@@ -2,14 +2,14 @@
 
 use std::path::Path;
 
+use virt_usb_config::HoldPolicy;
 use virt_usb_domxml::FlavorSource;
-use virt_usb_model::Flavor;
+use virt_usb_model::{DeviceId, DeviceRequest, Flavor, Selector};
 use virt_usb_store::claim::ClaimRequest;
 use virt_usb_store::hints::{Hint, Known, look};
 use virt_usb_store::{Assignment, Source, Store};
 
-use crate::config::HoldPolicy;
-use crate::run::HookError;
+use crate::job::HookError;
 
 /// What the XML alone says.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -171,6 +171,11 @@ pub(crate) fn wants(
     }
     let wants = requests.into_iter().map(|request| ClaimRequest::new(request, lasting));
     wants.chain(of(Source::Operator).map(|request| ClaimRequest::new(request, true))).collect()
+}
+
+/// The request for one device.
+pub(crate) fn only(id: DeviceId) -> DeviceRequest {
+    DeviceRequest { selector: Selector { id: Some(id), ..Selector::default() }, count: 1 }
 }
 
 #[cfg(test)]

@@ -7,6 +7,7 @@
 //!
 //! A restore is not refused here but by the `prepare` that follows it ([`hand_on`]).
 
+use virt_usb_config::{Config, HoldPolicy, MigrationPolicy};
 use virt_usb_domxml::{Document, Domain, Edits, UsbHostdev};
 use virt_usb_model::{BusAddress, DeviceId, DeviceRequest, Selector};
 use virt_usb_store::adopt::{Holding, Received};
@@ -15,12 +16,10 @@ use virt_usb_store::{ClaimRow, Context, Record, Store};
 
 use crate::answer::Answer;
 use crate::call::Incoming;
-use crate::config::{Config, HoldPolicy, MigrationPolicy};
-use crate::flavor_source::{FlavorRequest, wants};
+use crate::flavor_source::{FlavorRequest, only, wants};
+use crate::job::{HookError, Job, NOTHING};
 use crate::message;
-use crate::prepare::only;
-use crate::run::{HookError, Job, NOTHING};
-use crate::verify::{Ports, claimant, holding, hostdev, open, refuse_hubs, selects};
+use crate::verify::{Ports, claimant, holding, hostdev, open, refuse_hubs};
 
 pub(crate) fn incoming(job: &Job<'_>, how: Incoming) -> Result<Answer, HookError> {
     let domain = job.domain;
@@ -210,7 +209,7 @@ impl<'a> Arrival<'a> {
             Some(claim) if claim.by_hand => return None,
             Some(claim) => (claim.request, claim.hold == "instance"),
             None => {
-                let asks = |w: &&ClaimRequest| selects(&w.request.selector, record);
+                let asks = |w: &&ClaimRequest| record.is_selected_by(&w.request.selector);
                 let number = self.asked.iter().position(|w| asks(&w))?;
                 (u32::try_from(number).ok(), self.asked.get(number).is_some_and(|w| w.lasting))
             }

@@ -9,12 +9,12 @@ use std::os::unix::net::UnixDatagram;
 use std::path::Path;
 use std::time::Duration;
 
+use virt_usb_config::Log;
 use virt_usb_model::clean;
 use virt_usb_store::user::User;
 
 use crate::answer::Answer;
 use crate::call::Call;
-use crate::config::Log;
 
 const SOCKET: &str = "/run/systemd/journal/socket";
 
@@ -92,7 +92,7 @@ fn priority(answer: &Answer) -> &'static str {
     match answer {
         Answer { refusal: Some(_), .. } => "3",
         Answer { warnings, .. } if !warnings.is_empty() => "4",
-        Answer { did, .. } if did == crate::run::NOTHING => "7",
+        Answer { did, .. } if did == crate::job::NOTHING => "7",
         _ => "6",
     }
 }

@@ -15,18 +15,15 @@
 
 pub mod answer;
 pub mod call;
-pub mod config;
 mod device_use;
 pub mod flavor_source;
 mod incoming;
 pub mod input;
+mod job;
 pub mod journal;
 pub mod lifecycle;
-pub mod machine;
 pub mod message;
 pub mod panics;
 mod prepare;
-pub mod rules;
 pub mod run;
-pub mod sysfs;
 pub mod verify;

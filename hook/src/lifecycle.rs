@@ -4,6 +4,7 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
+use virt_usb_config::host_env::{self, Agent};
 use virt_usb_domxml::Domain;
 use virt_usb_model::{DeviceId, InstanceId};
 use virt_usb_store::adopt::{Adoption, Stage};
@@ -11,9 +12,8 @@ use virt_usb_store::release::{Extent, Witness};
 use virt_usb_store::{ClaimRow, Context, Store, StoreError};
 
 use crate::answer::Answer;
-use crate::machine::{self, Agent};
+use crate::job::{HookError, Job, NOTHING};
 use crate::message;
-use crate::run::{HookError, Job, NOTHING};
 use crate::verify::{Ports, claimant, holding, open};
 
 /// The guest runs: what its live XML shows is in it.
@@ -48,7 +48,7 @@ fn running(job: &Job<'_>, concerned: bool, witness: Witness) -> Result<Answer, H
         did.push_str(&format!(", {anew} to be attached anew"));
     }
     let mut answer = Answer::unchanged(did);
-    if anew > 0 && machine::agent(&config.state_dir) != Agent::Alive {
+    if anew > 0 && host_env::agent(&config.state_dir) != Agent::Alive {
         answer = answer.warn(format!(
             "{}: QEMU lets go of its USB devices when it loads its state, and no agent runs to \
                 attach them anew: \

@@ -2,15 +2,13 @@
 
 use std::collections::BTreeMap;
 
+use virt_usb_config::Config;
+use virt_usb_config::host_env::{self, Agent};
 use virt_usb_model::{
     Aliases, DeviceId, DeviceRequest, Selector, Status, UnavailableReason, UsbId,
 };
 use virt_usb_store::claim::{Claimant, Obstacle, Shortage, Why};
 use virt_usb_store::{ClaimRow, Record, Store};
-
-use crate::config::Config;
-use crate::machine::{self, Agent};
-use crate::verify::selects;
 
 /// `device 5 (0529:0001 "HASP HL", port 1-1.4)`
 pub fn device(record: &Record) -> String {
@@ -33,7 +31,7 @@ pub struct Host {
 impl Host {
     /// As it is now. What cannot be read is not said.
     pub fn of(config: &Config, store: &Store, short: &[Shortage]) -> Self {
-        let agent_looks = machine::agent(&config.state_dir) == Agent::Alive;
+        let agent_looks = host_env::agent(&config.state_dir) == Agent::Alive;
         let mut near = BTreeMap::new();
         if short.iter().any(|s| s.total == 0) {
             let devices = store.devices().unwrap_or_default();
@@ -54,7 +52,7 @@ fn nearly(selector: &Selector, record: &Record, aliases: &Aliases) -> Option<Str
     let serial = || {
         let (wanted, is) = (selector.serial.as_deref()?, record.entry.serial.as_deref()?);
         let other = Selector { serial: Some(is.to_owned()), ..selector.clone() };
-        let alike = plain(wanted) == plain(is) && selects(&other, record);
+        let alike = plain(wanted) == plain(is) && record.is_selected_by(&other);
         alike.then(|| {
             format!("{} has the serial \"{is}\": letter case and spaces count", device(record))
         })
@@ -64,7 +62,7 @@ fn nearly(selector: &Selector, record: &Record, aliases: &Aliases) -> Option<Str
         let is = record.usb();
         let (vendor_id, product_id) = (Some(is.vendor), Some(is.product));
         let other = Selector { vendor_id, product_id, serial: None, ..selector.clone() };
-        (aliases.join(usb, is) && selects(&other, record)).then(|| {
+        (aliases.join(usb, is) && record.is_selected_by(&other)).then(|| {
             format!(
                 "{} is {usb} in another mode (usb_aliases): ask for {is}, or for its id",
                 device(record)

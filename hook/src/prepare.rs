@@ -1,19 +1,19 @@
 //! `prepare`: claim what the domain asks for, and write it into the XML, or refuse the start. What
 //! `restore` refused is refused here.
 
-use virt_usb_model::{DeviceId, Flavor, Selector};
+use virt_usb_config::host_env::{self, Agent};
+use virt_usb_config::{Config, HoldPolicy, RequireAgent};
+use virt_usb_model::{DeviceId, Flavor};
 use virt_usb_store::adopt::{Adoption, Entered};
 use virt_usb_store::claim::{ClaimMode, ClaimRequest, Claimant, Claimed};
 use virt_usb_store::{Assignment, ClaimRow, Context, Source, Store};
 
 use crate::answer::Answer;
 use crate::call::HookCaller;
-use crate::config::{Config, HoldPolicy, RequireAgent};
 use crate::flavor_source::{FlavorRequest, wants};
-use crate::machine::{self, Agent};
+use crate::job::{HookError, Job, NOTHING};
 use crate::message;
-use crate::run::{HookError, Job, NOTHING};
-use crate::verify::{Guest, Ports, claimant, holding, open, refuse_hubs, selects};
+use crate::verify::{Guest, Ports, claimant, holding, open, refuse_hubs};
 
 pub(crate) fn prepare(job: &Job<'_>) -> Result<Answer, HookError> {
     if let Some(why) = &job.domain.refusal {
@@ -169,7 +169,7 @@ impl Gate<'_> {
         let mut left = self.store.devices().map_err(|e| HookError::of(self.concerned, e))?;
         left.retain(|record| claims.iter().any(|claim| claim.device_id == record.entry.id));
         let serving = |want: &ClaimRequest| {
-            left.iter().filter(|r| selects(&want.request.selector, r)).count()
+            left.iter().filter(|r| r.is_selected_by(&want.request.selector)).count()
         };
         let mut wants: Vec<(usize, u32, ClaimRequest)> =
             (0..).zip(wants).map(|(number, want)| (serving(&want), number, want)).collect();
@@ -179,7 +179,7 @@ impl Gate<'_> {
         let mut lacking = Vec::new();
         for (_, number, mut want) in wants {
             while want.request.count > 0
-                && let Some(at) = left.iter().position(|r| selects(&want.request.selector, r))
+                && let Some(at) = left.iter().position(|r| r.is_selected_by(&want.request.selector))
             {
                 left.remove(at);
                 want.request.count -= 1;
@@ -297,14 +297,6 @@ impl Gate<'_> {
     }
 }
 
-/// The request for one device.
-pub(crate) fn only(id: DeviceId) -> virt_usb_model::DeviceRequest {
-    virt_usb_model::DeviceRequest {
-        selector: Selector { id: Some(id), ..Selector::default() },
-        count: 1,
-    }
-}
-
 /// What the domain's own XML holds.
 fn devices(entered: &Entered) -> Vec<DeviceId> {
     entered.adopted.iter().filter_map(Adoption::device).collect()
@@ -346,7 +338,7 @@ fn rewritten(
     if answer.xml.is_none() || job.call.caller == HookCaller::Starter {
         return Ok(answer);
     }
-    Ok(match machine::agent(&config.state_dir) {
+    Ok(match host_env::agent(&config.state_dir) {
         Agent::Alive => answer,
         Agent::Dead => answer.warn(
             "the agent does not run: only a caller that uses the printed \
@@ -366,7 +358,7 @@ fn refuse_without_agent(job: &Job<'_>, config: &Config) -> Option<Answer> {
         return None;
     }
     let name = &job.domain.name;
-    match (config.require_agent, machine::agent(&config.state_dir)) {
+    match (config.require_agent, host_env::agent(&config.state_dir)) {
         (RequireAgent::Never, _)
         | (_, Agent::Alive)
         | (RequireAgent::Auto, Agent::NotInstalled) => None,

@@ -1,39 +1,17 @@
 //! The story of a call: read, judge, act, answer, record.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
 
-use virt_usb_domxml::{Document, Domain, Text, XmlError};
-use virt_usb_store::Store;
-use virt_usb_store::hints::{Hint, Known, look, may_know};
+use virt_usb_config::{Config, ConfigError, Log, host_env};
+use virt_usb_domxml::{Text, XmlError};
 
 use crate::answer::Answer;
 use crate::call::{self, Asked, Call, Happened, Incoming, OnFault, Operation};
-use crate::config::{Config, ConfigError, Log};
 use crate::input::{self, Input};
-use crate::{device_use, incoming, journal, lifecycle, machine, prepare, rules};
-
-/// Where no folder can be.
-const NO_FOLDER: &str = "/dev/null";
-
-/// What a record says of a call that was none of our business.
-pub const NOTHING: &str = "nothing to do";
-
-/// A call that could not be handled.
-#[derive(Debug)]
-pub struct HookError {
-    /// Whether the domain asks for a device of ours or holds one: then some operations are refused.
-    pub concerned: bool,
-    /// What went wrong, and what to do.
-    pub what: String,
-}
-
-impl HookError {
-    pub(crate) fn of(concerned: bool, what: impl std::fmt::Display) -> Self {
-        Self { concerned, what: what.to_string() }
-    }
-}
+use crate::job::{HookError, Job, NOTHING};
+use crate::{device_use, incoming, journal, lifecycle, prepare};
 
 /// The program.
 pub fn main() -> ExitCode {
@@ -81,7 +59,7 @@ pub fn main() -> ExitCode {
                 began.elapsed(),
             );
             if let Some(state_dir) = &handled.state_dir {
-                machine::tell_agent(state_dir, &call.op, began.elapsed(), handled.answer.exit());
+                host_env::tell_agent(state_dir, &call.op, began.elapsed(), handled.answer.exit());
             }
             let failed = lost || handled.answer.exit() != 0;
             finished(!(failed && call.operation.may_fail()))
@@ -166,7 +144,7 @@ pub fn handle_with(config: Result<Config, ConfigError>, call: &Call, input: Inpu
     let domain = document.domain();
     let instance = domain.uuid.map(|u| u.to_string());
     let job = Job { call, domain, document: &document, config };
-    let answer = job.act().unwrap_or_else(|fault| answer_fault(call, &fault));
+    let answer = act(&job).unwrap_or_else(|fault| answer_fault(call, &fault));
     let answer = match call.operation {
         Operation::Filter(Incoming::Restore) => incoming::hand_on(answer, &document),
         Operation::Gate => device_use::warn(answer, &job),
@@ -199,77 +177,14 @@ fn answer_fault(call: &Call, fault: &HookError) -> Answer {
     }
 }
 
-/// One call with all that it is about.
-pub(crate) struct Job<'a> {
-    pub(crate) call: &'a Call,
-    pub(crate) domain: &'a Domain,
-    pub(crate) document: &'a Document<'a>,
-    config: Result<Config, ConfigError>,
-}
-
-impl Job<'_> {
-    fn act(&self) -> Result<Answer, HookError> {
-        match &self.call.operation {
-            Operation::Gate => prepare::prepare(self),
-            Operation::Filter(how) => incoming::incoming(self, *how),
-            Operation::Notice(Happened::Started) => lifecycle::started(self),
-            Operation::Notice(Happened::Stopped) => lifecycle::stopped(self),
-            Operation::Notice(Happened::Released { reason }) => lifecycle::released(self, reason),
-            Operation::Adopt => lifecycle::reconnect(self),
-            Operation::Ignored => Ok(Answer::unchanged(NOTHING)),
-        }
-    }
-
-    /// The configuration, for whoever cannot do without.
-    pub(crate) fn config(&self, concerned: bool) -> Result<&Config, HookError> {
-        self.config.as_ref().map_err(|e| HookError::of(concerned, e))
-    }
-
-    /// Refuses a configuration that has lost the whitelist.
-    pub(crate) fn admit(
-        &self,
-        store: &Store,
-        config: &Config,
-        concerned: bool,
-    ) -> Result<(), HookError> {
-        rules::admit(store, config, self.call.config.as_deref())
-            .map_err(|e| HookError::of(concerned, e))
-    }
-
-    /// Where hints are looked for. With a wrong configuration that does not say where: a place
-    /// where nothing can be looked up, so that no hint is sure.
-    pub(crate) fn state_dir(&self) -> PathBuf {
-        match &self.config {
-            Ok(config) => config.state_dir.clone(),
-            Err(e) => e.readable().state_dir.unwrap_or_else(|| NO_FOLDER.into()),
-        }
-    }
-
-    /// Whether the database is worth asking about this instance.
-    pub(crate) fn may_be_known(&self, state_dir: &Path) -> bool {
-        let known = |id| {
-            may_know(state_dir, Known::Instance(id)) || may_know(state_dir, Known::Assigned(id))
-        };
-        self.domain.uuid.is_some_and(known)
-    }
-
-    /// Whether this instance surely holds a device: only then may an alias of our form be ours.
-    pub(crate) fn is_holder(&self, state_dir: &Path) -> bool {
-        self.domain.uuid.is_some_and(|id| look(state_dir, Known::Instance(id)) == Hint::Yes)
-    }
-
-    /// Whether something is surely assigned to this instance.
-    pub(crate) fn is_assigned(&self, state_dir: &Path) -> bool {
-        self.domain.uuid.is_some_and(|id| look(state_dir, Known::Assigned(id)) == Hint::Yes)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn where_no_folder_can_be_no_hint_is_sure() {
-        assert_eq!(look(Path::new(NO_FOLDER), Known::Flavor("erp")), Hint::Unsure);
+fn act(job: &Job<'_>) -> Result<Answer, HookError> {
+    match &job.call.operation {
+        Operation::Gate => prepare::prepare(job),
+        Operation::Filter(how) => incoming::incoming(job, *how),
+        Operation::Notice(Happened::Started) => lifecycle::started(job),
+        Operation::Notice(Happened::Stopped) => lifecycle::stopped(job),
+        Operation::Notice(Happened::Released { reason }) => lifecycle::released(job, reason),
+        Operation::Adopt => lifecycle::reconnect(job),
+        Operation::Ignored => Ok(Answer::unchanged(NOTHING)),
     }
 }

@@ -4,18 +4,18 @@ use std::iter::repeat;
 use std::path::Path;
 use std::time::Duration;
 
+use virt_usb_config::Config;
+use virt_usb_config::host_env;
+use virt_usb_config::sysfs;
 use virt_usb_domxml::{Domain, Edits, Fit, GuestPort, Hostdev, Place, TooFew, UsbBus, UsbHostdev};
-use virt_usb_model::{Class, Device, DeviceId, InstanceId, PortPath, Selector, Speed, SpeedMask};
+use virt_usb_model::{Class, DeviceId, InstanceId, PortPath, Speed, SpeedMask};
 use virt_usb_store::adopt::Holding;
 use virt_usb_store::claim::{ClaimVerifier, Claimant, Granted, Verified};
 use virt_usb_store::{Context, Durability, Location, Record, Store, StoreError};
 
 use crate::answer::Answer;
 use crate::call::HookCaller;
-use crate::config::Config;
-use crate::machine;
-use crate::run::HookError;
-use crate::sysfs;
+use crate::job::HookError;
 
 /// How long all waits for the store's lock may last together.
 const STORE_LOCK_TIMEOUT: Duration = Duration::from_secs(2);
@@ -27,7 +27,7 @@ pub(crate) fn open(
     concerned: bool,
 ) -> Result<(Store, Context), HookError> {
     let fault = |e: &dyn std::fmt::Display| HookError::of(concerned, e);
-    let context = machine::context(config, format!("hook {op}")).map_err(|e| fault(&e))?;
+    let context = host_env::context(config, format!("hook {op}")).map_err(|e| fault(&e))?;
     let store = Store::open_for_call(&config.state_dir, STORE_LOCK_TIMEOUT, Durability::Boot)
         .map_err(|e| fault(&e))?;
     Ok((store, context))
@@ -377,23 +377,4 @@ pub fn is_device(hostdev: &UsbHostdev, record: &Record) -> bool {
         (None, None) => hostdev.injected() == Some(entry.id),
     };
     is_there && hostdev.usb.is_none_or(|usb| usb == record.usb())
-}
-
-/// Whether the selector means the device.
-pub fn selects(selector: &Selector, record: &Record) -> bool {
-    let entry = &record.entry;
-    let device = Device {
-        key: record.key(),
-        address: entry.address,
-        class: entry.class,
-        interfaces: entry.interface_classes.clone(),
-        speed: entry.speed,
-        manufacturer: None,
-        product: None,
-        driver: None,
-        host_use: None,
-        descriptors: None,
-        generation: None,
-    };
-    selector.matches(entry.id, &device, &entry.tags)
 }

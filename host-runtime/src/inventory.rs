@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use anyhow::Context as _;
-use virt_usb_hook::sysfs::path_of;
+use virt_usb_config::sysfs::path_of;
 use virt_usb_model::{
     Aliases, Device, DeviceKey, DevicePath, PortPath, RuleVerdict, Serial, Whitelist,
 };

@@ -23,7 +23,7 @@ use tokio_rustls::rustls;
 use tokio_rustls::rustls::pki_types::pem::{self, PemObject as _};
 use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use tower::Service as _;
-use virt_usb_hook::config::{Tls, read_bounded};
+use virt_usb_config::{Tls, read_bounded};
 use virt_usb_store::user::User;
 use x509_cert::der::Decode as _;
 

@@ -15,10 +15,10 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::Serialize;
+use virt_usb_config::Config;
+use virt_usb_config::host_env::{self, Agent};
 use virt_usb_domxml::{Domain, UsbHostdev};
-use virt_usb_hook::config::Config;
 use virt_usb_hook::lifecycle::{TakenOver, take_over};
-use virt_usb_hook::machine::{self, Agent};
 use virt_usb_hook::message;
 use virt_usb_model::{DeviceId, InstanceId};
 use virt_usb_store::adopt::Adoption;
@@ -168,7 +168,7 @@ impl Recovery<'_> {
         Ok(Report {
             file: store.path().to_owned(),
             aside,
-            agent_ends: !in_place && machine::agent(&self.config.state_dir) == Agent::Alive,
+            agent_ends: !in_place && host_env::agent(&self.config.state_dir) == Agent::Alive,
             devices: store.devices()?.len(),
             claims: store.claims()?.len(),
             kept,

@@ -14,8 +14,8 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
-use virt_usb_hook::config::{Config, ConfigError, DEFAULT_PATH};
-use virt_usb_hook::{machine, rules};
+use virt_usb_config::{Config, ConfigError, DEFAULT_PATH};
+use virt_usb_config::{host_env, rules};
 use virt_usb_model::device::Problem;
 use virt_usb_store::{Store, StoreError};
 
@@ -332,7 +332,7 @@ impl Devices {
 
     fn look(&mut self) -> Result<Look, String> {
         let config = self.rules.now();
-        let context = machine::context(&config, ACTOR).map_err(|e| e.to_string())?;
+        let context = host_env::context(&config, ACTOR).map_err(|e| e.to_string())?;
         let mut snapshot = self.source.snapshot();
         snapshot.guests = guest_uses::of(self.hypervisor.known(), &snapshot);
         self.tell_of(&snapshot.problems);
@@ -391,7 +391,7 @@ impl Devices {
             return;
         }
         self.store.restart_lock_timeout();
-        let context = machine::context(&config, ACTOR).map_err(|e| e.to_string());
+        let context = host_env::context(&config, ACTOR).map_err(|e| e.to_string());
         let forget = |context| {
             self.store.forget_old(config.forget_after_days, &context).map_err(|e| e.to_string())
         };

@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::time::{Duration, Instant};
 
-use virt_usb_hook::machine;
+use virt_usb_config::host_env;
 use virt_usb_model::InstanceId;
 use virt_usb_store::{Durability, Store, StoreError};
 
@@ -654,7 +654,7 @@ impl Guests {
         what: &str,
         timeout: Duration,
     ) -> Result<(), WorkError> {
-        let context = machine::context(&self.rules.now(), ACTOR)?;
+        let context = host_env::context(&self.rules.now(), ACTOR)?;
         self.store.restart_lock_timeout();
         let whom = self.store.claimant(instance, domain, None)?;
         let why = format!(
@@ -730,7 +730,7 @@ impl Guests {
 
 #[cfg(test)]
 mod tests {
-    use virt_usb_hook::config::Config;
+    use virt_usb_config::Config;
 
     use super::*;
     use crate::hypervisor::{Listeners, SimulatedHypervisor};

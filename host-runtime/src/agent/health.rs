@@ -12,8 +12,8 @@ use std::time::{Duration, Instant};
 
 use rustix::net::{SendFlags, SocketAddrUnix, sendto};
 use serde::{Deserialize, Serialize};
-use virt_usb_hook::config::Tls;
-use virt_usb_hook::machine::hook_socket;
+use virt_usb_config::Tls;
+use virt_usb_config::host_env::hook_socket;
 
 use super::metrics::Metrics;
 use crate::hypervisor::{MEETING_TIMEOUT, Supervised};

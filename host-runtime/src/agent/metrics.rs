@@ -17,7 +17,7 @@ use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::{Registry, Unit};
 use rustix::time::{ClockId, clock_gettime};
-use virt_usb_hook::config;
+use virt_usb_config as config;
 use virt_usb_store::user::User;
 
 use super::observe::View;

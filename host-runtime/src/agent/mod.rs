@@ -47,8 +47,8 @@ use std::time::Duration;
 use anyhow::{Context as _, bail};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
-use virt_usb_hook::config::{self, Config, DEFAULT_PATH};
-use virt_usb_hook::machine;
+use virt_usb_config::host_env;
+use virt_usb_config::{self as config, Config, DEFAULT_PATH};
 use virt_usb_model::{ParseError, ProjectId};
 use virt_usb_store::Store;
 use virt_usb_store::user::User;
@@ -97,7 +97,7 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
     let rules = rules.with(config.clone());
     let mut store = Store::create(&config.state_dir, STORE_LOCK_TIMEOUT)?;
     let (_lock, lock_file) = lock(&config.state_dir)?;
-    virt_usb_hook::rules::admit(&store, &config, options.config.as_deref())?;
+    virt_usb_config::rules::admit(&store, &config, options.config.as_deref())?;
     if options.config.is_none() && !Path::new(DEFAULT_PATH).exists() {
         tracing::warn!(
             "there is no {DEFAULT_PATH}: the defaults count, which offer every device of this host \
@@ -107,7 +107,7 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
     let files = Files::new(vec![lock_file, config.state_dir.join(virt_usb_store::FILE_NAME)])
         .with_context(|| format!("cannot look at {}", config.state_dir.display()))?;
     // Claims of an earlier boot are void, before anybody can ask for their devices.
-    store.sweep(&machine::context(&config, ACTOR)?)?;
+    store.sweep(&host_env::context(&config, ACTOR)?)?;
     let host = crate::inventory::host_name(&config.procfs_root)?;
     let metrics = Arc::new(Metrics::default());
     if let (config::Api::On(_), Some(tls)) = (config.api, &config.api_tls) {
@@ -127,7 +127,7 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
     let heard = move |message: &str| {
         // libvirt has called it: it is there.
         retry();
-        if message.split(' ').next() == Some(machine::COMMAND) {
+        if message.split(' ').next() == Some(host_env::COMMAND) {
             let _ = of_commands.0.send(DeviceSignal::Usb);
             drop(of_commands.1.send(Signal::Devices));
         }
@@ -316,7 +316,7 @@ fn forward(to: Sender<Signal>) -> std::io::Result<Sender<Event>> {
 /// One agent a host, and hooks that know whether it lives: a lock that the kernel lets go of,
 /// whatever becomes of the process.
 fn lock(state_dir: &Path) -> anyhow::Result<(File, PathBuf)> {
-    let path = state_dir.join(machine::AGENT_LOCK);
+    let path = state_dir.join(host_env::AGENT_LOCK);
     let _owner = User::of(state_dir)?.enter()?;
     let file = OpenOptions::new().write(true).create(true).truncate(false).mode(0o644).open(&path);
     let file = file.with_context(|| {
@@ -362,7 +362,7 @@ fn hear_hooks(
     heard: impl Fn(&str) + Send + 'static,
     asked: impl Fn() -> String + Send + 'static,
 ) {
-    let path = state_dir.join(machine::HOOK_SOCKET);
+    let path = state_dir.join(host_env::HOOK_SOCKET);
     let hear = |socket: UnixDatagram| {
         let listen = move || {
             let mut message = [0; 128];

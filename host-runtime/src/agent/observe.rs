@@ -2,8 +2,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use virt_usb_config::Config;
 use virt_usb_domxml::{Domain, UsbHostdev, XmlError};
-use virt_usb_hook::config::Config;
 use virt_usb_hook::flavor_source::FlavorRequest;
 use virt_usb_model::{BusAddress, DeviceId, Flavor, InstanceId, PortPath};
 use virt_usb_store::{ClaimRow, Record, Store, StoreError};

@@ -4,10 +4,9 @@
 
 use std::collections::BTreeSet;
 
+use virt_usb_config::Config;
 use virt_usb_hook::call::{Call, HookCaller, Operation};
-use virt_usb_hook::config::Config;
 use virt_usb_hook::input::Input;
-pub(crate) use virt_usb_hook::verify::selects;
 use virt_usb_hook::verify::{Ports, claimant};
 use virt_usb_hook::{message, run};
 use virt_usb_model::{DeviceId, DeviceRequest, InstanceId, Selector, UnavailableReason};
@@ -205,7 +204,7 @@ impl Worker {
             let devices = self.store.devices()?;
             let Meant { ending, leaving, found } = self.meant(&whom, selectors, &held, &devices)?;
             let serves = |request: &DeviceRequest, device: DeviceId| {
-                devices.iter().any(|r| r.entry.id == device && selects(&request.selector, r))
+                devices.iter().any(|r| r.entry.id == device && r.is_selected_by(&request.selector))
             };
             if self.store.dismiss(&whom, Some(&held), &ending, &leaving, serves, &context)? {
                 self.finish(instance, &whom, &leaving)?;
@@ -228,7 +227,7 @@ impl Worker {
         for selector in selectors {
             let taken = |r: &Record| all.found.iter().flatten().any(|f| f.entry.id == r.entry.id);
             let claim = |r: &Record| held.iter().find(|c| c.device_id == r.entry.id);
-            let meant = devices.iter().filter(|r| selects(selector, r) && !taken(r));
+            let meant = devices.iter().filter(|r| r.is_selected_by(selector) && !taken(r));
             let meant: Vec<(&Record, &ClaimRow)> =
                 meant.filter_map(|r| Some((r, claim(r)?))).collect();
             match meant.as_slice() {
@@ -326,7 +325,7 @@ impl Worker {
         let mut short = Vec::new();
         for (number, request) in requests.iter().enumerate() {
             let matching: Vec<&Record> =
-                all.iter().filter(|r| selects(&request.selector, r)).collect();
+                all.iter().filter(|r| r.is_selected_by(&request.selector)).collect();
             let obstacle = |record: &&Record| {
                 let why = match record.rule_withheld {
                     Some(UnavailableReason::Whitelist) => Why::Unavailable,

@@ -14,8 +14,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use virt_usb_config::ReplugPolicy;
 use virt_usb_domxml::{Domain, UsbHostdev};
-use virt_usb_hook::config::ReplugPolicy;
 use virt_usb_hook::verify::{holding, missing_redirdevs};
 use virt_usb_model::{DeviceId, InstanceId};
 use virt_usb_store::adopt::Holding;

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
-use virt_usb_hook::config::Config;
+use virt_usb_config::Config;
 use virt_usb_model::device::Problem;
 use virt_usb_store::user::User;
 

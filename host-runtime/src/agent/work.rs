@@ -6,9 +6,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
+use virt_usb_config::host_env;
+use virt_usb_config::{AttachFailurePolicy, Config};
 use virt_usb_domxml::{Domain, UsbHostdev, XmlError, redirdev_element};
-use virt_usb_hook::config::{AttachFailurePolicy, Config};
-use virt_usb_hook::machine;
 use virt_usb_hook::verify::{
     Delivery, NO_SPICE, Ports, claimant, hostdev, is_device, port_speeds, refuse_taken_aliases,
     room, slowed,
@@ -109,7 +109,7 @@ pub enum WorkError {
     Hypervisor(#[from] Failure),
     /// The machine.
     #[error(transparent)]
-    Machine(#[from] machine::BootError),
+    Machine(#[from] host_env::BootError),
     /// The domain's XML.
     #[error("cannot read the domain's XML: {0}")]
     Xml(XmlError),
@@ -246,7 +246,7 @@ impl Worker {
     }
 
     pub(super) fn context(&self) -> Result<Context, WorkError> {
-        Ok(machine::context(&self.config, &self.actor)?)
+        Ok(host_env::context(&self.config, &self.actor)?)
     }
 
     fn note(

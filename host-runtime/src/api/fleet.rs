@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use axum::http::StatusCode;
 use serde_json::{Value, json};
-use virt_usb_hook::config::Fleet;
+use virt_usb_config::Fleet;
 use virt_usb_model::{DeviceRequest, InstanceId};
 
 use super::Api;

@@ -21,8 +21,8 @@ use serde_json::{Value, json};
 use tokio::sync::Semaphore;
 use ureq::Agent;
 use ureq::http::{Request, Response, StatusCode};
+use virt_usb_config as config;
 use virt_usb_filter_host::sha256;
-use virt_usb_hook::config;
 use virt_usb_model::{ProjectId, clean_start, printable};
 
 use super::identity::{Answer, AuthError, Caller, Freshness, Identity, Role};

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::{Semaphore, watch};
-use virt_usb_hook::config;
+use virt_usb_config as config;
 use virt_usb_store::user::User;
 
 use super::keystone::PLACES;

@@ -61,8 +61,8 @@ use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse as _, Response};
 use axum::routing::{get, post};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
-use virt_usb_hook::config::Config;
-use virt_usb_hook::machine;
+use virt_usb_config::Config;
+use virt_usb_config::host_env;
 use virt_usb_model::ProjectId;
 use virt_usb_store::{Context, Durability, Store};
 
@@ -146,7 +146,7 @@ impl Api {
 
     /// In the caller's name.
     fn context(&self, caller: &Caller) -> Result<Context, ApiError> {
-        let context = machine::context(&(self.config)(), format!("api {}", caller.name));
+        let context = host_env::context(&(self.config)(), format!("api {}", caller.name));
         context.map_err(|e| ApiError::internal(e.to_string()))
     }
 

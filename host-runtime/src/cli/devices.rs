@@ -5,9 +5,9 @@ use std::process::ExitCode;
 
 use anyhow::{Context as _, bail};
 use serde::Serialize;
-use virt_usb_hook::config::Config;
-use virt_usb_hook::machine::{self, Agent};
-use virt_usb_hook::rules;
+use virt_usb_config::Config;
+use virt_usb_config::host_env::{self, Agent};
+use virt_usb_config::rules;
 use virt_usb_model::device::Problem;
 use virt_usb_model::{Device, RuleVerdict, clean_json};
 use virt_usb_store::Record;
@@ -55,7 +55,7 @@ pub(super) fn discover(session: &Session, options: &Discover) -> anyhow::Result<
     // Where no agent asks libvirt what its guests use, this does. What cannot be asked stays as it
     // is recorded.
     if options.sim.is_none()
-        && machine::agent(&config.state_dir) == Agent::NotInstalled
+        && host_env::agent(&config.state_dir) == Agent::NotInstalled
         && let Ok(uses) =
             Libvirt::open(&config.libvirt_uri).and_then(|libvirt| ask(&libvirt, &snapshot))
     {

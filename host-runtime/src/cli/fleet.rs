@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use anyhow::bail;
 use serde::Serialize;
+use virt_usb_config::{Config, Fleet, User};
 use virt_usb_filter_host::Limits;
-use virt_usb_hook::config::{Config, Fleet, User};
 use virt_usb_model::{Flavor, Grant};
 use virt_usb_store::renumber::{Numbered, Renumbered};
 

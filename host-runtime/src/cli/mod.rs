@@ -23,8 +23,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
 use clap::CommandFactory;
-use virt_usb_hook::config::Config;
-use virt_usb_hook::machine;
+use virt_usb_config::Config;
+use virt_usb_config::host_env;
 use virt_usb_model::{Flavor, Grant};
 use virt_usb_store::{Context, Durability, Store};
 
@@ -73,9 +73,9 @@ fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let done = dispatch(&session, arguments.verb);
     // An agent need not wait for its next look. Whatever the command says: it may have done a part.
     if changes && let Ok(config) = session.config() {
-        machine::tell_agent(
+        host_env::tell_agent(
             &config.state_dir,
-            machine::COMMAND,
+            host_env::COMMAND,
             began.elapsed(),
             u8::from(done.is_err()),
         );
@@ -251,7 +251,7 @@ impl Session {
     }
 
     fn context(&self, config: &Config, doing: &str) -> anyhow::Result<Context> {
-        Ok(machine::context(config, format!("virt-usb {doing}"))?)
+        Ok(host_env::context(config, format!("virt-usb {doing}"))?)
     }
 }
 

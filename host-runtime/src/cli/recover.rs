@@ -4,7 +4,7 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::bail;
-use virt_usb_hook::config::Config;
+use virt_usb_config::Config;
 use virt_usb_store::StoreError;
 use virt_usb_store::recover::{Health, health};
 

@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use virt_usb_hook::config::Config;
+use virt_usb_config::Config;
 use virt_usb_model::device::Problem;
 use virt_usb_model::{BusAddress, Class, Device, DeviceKey, PortPath, Serial};
 

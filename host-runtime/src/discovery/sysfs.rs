@@ -2,7 +2,7 @@
 //!
 //! Every device has a folder `bus/usb/devices/<port>` (`Documentation/ABI/stable/sysfs-bus-usb`);
 //! the folders of its interfaces, `<port>:<configuration>.<number>`, lie in it. Who a device is, is
-//! read through the hook's own [`virt_usb_hook::sysfs::at_port`], so that what is recorded here is
+//! read through the hook's own [`virt_usb_config::sysfs::at_port`], so that what is recorded here is
 //! what the hook verifies later.
 
 use std::fs;
@@ -10,7 +10,7 @@ use std::io::{self, Read as _};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
-use virt_usb_hook::sysfs::{Seen, at_port, attribute, device_dir, path_of};
+use virt_usb_config::sysfs::{Seen, at_port, attribute, device_dir, path_of};
 use virt_usb_model::device::Problem;
 use virt_usb_model::{BusAddress, Class, Descriptors, DevicePath, PortPath, Speed, clean_text};
 

@@ -3,7 +3,7 @@
 use std::fmt::Display;
 use std::io;
 
-use virt_usb_hook::machine::{self, Agent};
+use virt_usb_config::host_env::{self, Agent};
 
 use super::{CONNECT_TIMEOUT, Host, Report};
 use crate::agent::health::{self, Health};
@@ -18,7 +18,7 @@ pub(super) fn check(
     connected: io::Result<()>,
     served: impl FnOnce(&Health) -> Option<bool>,
 ) {
-    let is_alive = machine::agent(&host.config.state_dir) == Agent::Alive;
+    let is_alive = host_env::agent(&host.config.state_dir) == Agent::Alive;
     match connected {
         Err(e) if is_alive => report.warn(
             format!("nothing listens at {address}: {e}"),

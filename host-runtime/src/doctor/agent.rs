@@ -4,8 +4,8 @@ use std::io::ErrorKind;
 use std::os::unix::fs::MetadataExt;
 use std::time::Duration;
 
-use virt_usb_hook::config::Config;
-use virt_usb_hook::machine::{self, Agent};
+use virt_usb_config::Config;
+use virt_usb_config::host_env::{self, Agent};
 use virt_usb_model::clean;
 
 use super::process::{holder, may};
@@ -19,7 +19,7 @@ const CONNECTING: f64 = 10.0;
 
 pub(super) fn check(host: &Host, report: &Report) {
     let Host { places, config } = host;
-    let health = match machine::agent(&config.state_dir) {
+    let health = match host_env::agent(&config.state_dir) {
         Agent::Alive => health::ask(&config.state_dir, CONNECT_TIMEOUT),
         Agent::Dead => {
             return report.broken(
@@ -53,7 +53,7 @@ pub(super) fn check(host: &Host, report: &Report) {
             restart,
         ),
         Err(e) => report.warn(
-            format!("it runs, and does not answer at its socket {}: {e}", machine::HOOK_SOCKET),
+            format!("it runs, and does not answer at its socket {}: {e}", host_env::HOOK_SOCKET),
             restart,
         ),
     }
@@ -61,7 +61,7 @@ pub(super) fn check(host: &Host, report: &Report) {
 
 /// Whether the agent runs as the right user, and may talk to libvirt.
 fn user(places: &Places, config: &Config, is_connected: bool, report: &Report) {
-    let Some(process) = holder(&config.state_dir.join(machine::AGENT_LOCK)) else { return };
+    let Some(process) = holder(&config.state_dir.join(host_env::AGENT_LOCK)) else { return };
     let Ok(owner) = std::fs::metadata(&config.state_dir).map(|found| found.uid()) else { return };
     let state_dir = config.state_dir.display();
     if process.uid != owner {

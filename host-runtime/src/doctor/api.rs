@@ -3,7 +3,7 @@
 use std::net::TcpStream;
 use std::time::{Duration, SystemTime};
 
-use virt_usb_hook::config::{Api, Tls};
+use virt_usb_config::{Api, Tls};
 
 use super::process::open_to_all;
 use super::{CONNECT_TIMEOUT, Host, Report, address};

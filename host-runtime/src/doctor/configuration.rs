@@ -1,6 +1,6 @@
 //! The configuration that could be read: whether it makes sense on this host.
 
-use virt_usb_hook::rules;
+use virt_usb_config::rules;
 
 use super::{Host, Report};
 

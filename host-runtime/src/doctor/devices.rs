@@ -1,7 +1,7 @@
 //! The devices: those in quarantine, and those without a driver.
 
-use virt_usb_hook::config::Config;
-use virt_usb_hook::sysfs::{attribute, device_dir};
+use virt_usb_config::Config;
+use virt_usb_config::sysfs::{attribute, device_dir};
 use virt_usb_model::Class;
 use virt_usb_store::Record;
 

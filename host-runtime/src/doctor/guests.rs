@@ -9,7 +9,6 @@ use virt_usb_store::Record;
 
 use super::{Host, Report};
 use crate::agent::observe::flavor;
-use crate::agent::operate::selects;
 use crate::hypervisor::Libvirt;
 
 pub(super) fn check(host: &Host, report: &Report) {
@@ -45,7 +44,7 @@ pub(super) fn check(host: &Host, report: &Report) {
 fn speeds(flavor: &Flavor, known: &[Record]) -> Vec<SpeedMask> {
     let mut speeds = Vec::new();
     for request in &flavor.usb_devices {
-        let matching = known.iter().filter(|record| selects(&request.selector, record));
+        let matching = known.iter().filter(|record| record.is_selected_by(&request.selector));
         let mut there: Vec<SpeedMask> = matching.map(port_speeds).collect();
         there.sort_by_key(|speeds| (speeds.slowest(), Reverse(speeds.fastest())));
         there.resize(request.count as usize, SpeedMask::ANY);

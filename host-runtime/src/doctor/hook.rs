@@ -4,7 +4,7 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
 use std::process::Command;
 
-use virt_usb_hook::config::DEFAULT_PATH;
+use virt_usb_config::DEFAULT_PATH;
 use virt_usb_store::FILE_NAME;
 
 use super::process::daemons;

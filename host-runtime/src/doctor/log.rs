@@ -3,7 +3,7 @@
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::path::Path;
 
-use virt_usb_hook::config::Log;
+use virt_usb_config::Log;
 
 use super::{Host, Report};
 

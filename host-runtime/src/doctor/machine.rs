@@ -1,11 +1,11 @@
 //! The boot id and the clock, by which claims and events are dated.
 
-use virt_usb_hook::machine;
+use virt_usb_config::host_env;
 
 use super::{Host, Report};
 
 pub(super) fn check(host: &Host, report: &Report) {
-    match machine::context(&host.config, "virt-usb doctor") {
+    match host_env::context(&host.config, "virt-usb doctor") {
         Ok(_) => report.ok("it has a boot id, by which claims are dated"),
         Err(e) => report.broken(e, "mount procfs, or correct procfs_root in the configuration"),
     }

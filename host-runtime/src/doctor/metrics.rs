@@ -3,7 +3,7 @@
 use std::net::TcpStream;
 use std::os::unix::net::UnixStream;
 
-use virt_usb_hook::config::Metrics;
+use virt_usb_config::Metrics;
 
 use super::{CONNECT_TIMEOUT, Host, Report, address};
 

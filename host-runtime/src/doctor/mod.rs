@@ -33,7 +33,7 @@ use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
-use virt_usb_hook::config::Config;
+use virt_usb_config::Config;
 use virt_usb_store::{Durability, FILE_NAME, Store, StoreError};
 
 const VERSION: &str = env!("CARGO_PKG_VERSION");

@@ -4,7 +4,7 @@ use std::fs::Metadata;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-use virt_usb_hook::config::Config;
+use virt_usb_config::Config;
 
 use super::{Places, Report};
 

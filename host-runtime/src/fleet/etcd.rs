@@ -8,7 +8,7 @@ use etcd_client::{
     Certificate, Client, ConnectOptions, GetOptions, Identity, KeyValue, KvClient, TlsOptions,
     WatchClient,
 };
-use virt_usb_hook::config::Fleet;
+use virt_usb_config::Fleet;
 
 use super::keys::Keys;
 

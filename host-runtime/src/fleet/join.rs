@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::{Context as _, bail};
 use etcd_client::{Compare, CompareOp, GetOptions, KeyValue, Txn, TxnOp};
 use serde::Serialize;
-use virt_usb_hook::config::Fleet;
+use virt_usb_config::Fleet;
 use virt_usb_model::HostDocument;
 
 use super::etcd::{Connection, Error, Etcd, name};

@@ -8,7 +8,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 use tokio::time::Instant;
-use virt_usb_hook::config::Fleet;
+use virt_usb_config::Fleet;
 use virt_usb_model::{
     DeviceId, DeviceRequest, Flavor, HostDocument, InstanceId, ProjectId, Status,
     UnavailableReason, clean_text,

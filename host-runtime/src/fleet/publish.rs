@@ -11,7 +11,7 @@ use std::time::Duration;
 use etcd_client::{Compare, CompareOp, GetOptions, PutOptions, Txn, TxnOp, TxnOpResponse};
 use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, MissedTickBehavior, interval_at, sleep, sleep_until};
-use virt_usb_hook::config::{Config, Fleet};
+use virt_usb_config::{Config, Fleet};
 use virt_usb_model::{Flavor, Grant, HostDocument};
 use virt_usb_store::watch::Watched;
 use virt_usb_store::{Store, StoreError};

@@ -13,7 +13,7 @@
 use std::collections::{HashMap, HashSet};
 
 use etcd_client::{EventType, KeyValue, WatchOptions};
-use virt_usb_hook::config::Fleet;
+use virt_usb_config::Fleet;
 
 use super::etcd::{Connection, Error, Etcd, Pause, after, name};
 

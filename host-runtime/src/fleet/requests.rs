@@ -22,7 +22,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
-use virt_usb_hook::config::Fleet;
+use virt_usb_config::Fleet;
 
 use super::Error;
 use super::etcd::{Connection, Etcd};

@@ -13,8 +13,8 @@ use std::time::Duration;
 
 use etcd_client::{Compare, CompareOp, Txn, TxnOp};
 use tokio::sync::watch;
-use virt_usb_hook::config::{Config, Fleet};
-use virt_usb_hook::machine;
+use virt_usb_config::host_env;
+use virt_usb_config::{Config, Fleet};
 use virt_usb_model::flavor::is_name;
 use virt_usb_model::{Flavor, Grant, ParseError};
 use virt_usb_store::{Context, Durability, LONE_NODE, Store, StoreError};
@@ -343,7 +343,7 @@ impl<T: Shared> Mirror<T> {
         clear: &BTreeMap<String, T>,
         unclear: &BTreeSet<String>,
     ) -> anyhow::Result<usize> {
-        let context = machine::context(&self.config, "virt-usbd fleet")?;
+        let context = host_env::context(&self.config, "virt-usbd fleet")?;
         let mut store = Store::open(&self.config.state_dir, ETCD_TIMEOUT, Durability::Power)?;
         Ok(T::mirror(&mut store, clear, unclear, &context)?)
     }

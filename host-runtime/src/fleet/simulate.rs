@@ -21,8 +21,8 @@ use serde::Serialize;
 use tokio::runtime::Runtime;
 use tokio::sync::Notify;
 use tokio::task::JoinHandle;
+use virt_usb_config::{Config, Fleet};
 use virt_usb_filter_host::{Filter, Question};
-use virt_usb_hook::config::{Config, Fleet};
 use virt_usb_model::{
     BusAddress, Class, Device, DeviceId, DeviceKey, Flavor, HostDocument, InstanceId, PortPath,
     Serial, UsbId, Whitelist,

@@ -17,9 +17,9 @@ use std::sync::mpsc::Sender;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 use serde::Deserialize;
+use virt_usb_config::Config;
 use virt_usb_domxml::Fit;
 use virt_usb_hook::call::{Call, Happened, HookCaller, Incoming, Operation};
-use virt_usb_hook::config::Config;
 use virt_usb_hook::input::Input;
 use virt_usb_hook::run;
 use virt_usb_model::{BusAddress, InstanceId, SpeedMask};
@@ -524,7 +524,7 @@ mod tests {
         let (to, from) = std::sync::mpsc::channel();
         let config = Config {
             state_dir: "/nonexistent/virt-usb".into(),
-            log: virt_usb_hook::config::Log::Off,
+            log: virt_usb_config::Log::Off,
             ..Config::default()
         };
         (SimulatedHypervisor::new(config, to), from)

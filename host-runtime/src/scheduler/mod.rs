@@ -21,8 +21,8 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use tokio::sync::{Semaphore, watch};
+use virt_usb_config::Fleet;
 use virt_usb_filter_host::Filter;
-use virt_usb_hook::config::Fleet;
 use virt_usb_model::Flavor;
 
 use crate::fleet::keys::Keys;

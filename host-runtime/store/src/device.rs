@@ -4,8 +4,8 @@ use rusqlite::{Row, Transaction, params};
 use serde::Serialize;
 use virt_usb_model::state::Hold;
 use virt_usb_model::{
-    BusAddress, Descriptors, DeviceEntry, DeviceId, DeviceKey, InstanceId, PortPath, ProjectId,
-    Serial, Speed, Status, UnavailableReason, UsbId, grant,
+    BusAddress, Descriptors, Device, DeviceEntry, DeviceId, DeviceKey, InstanceId, PortPath,
+    ProjectId, Selector, Serial, Speed, Status, UnavailableReason, UsbId, grant,
 };
 
 use crate::claim::Claimant;
@@ -85,6 +85,25 @@ impl Record {
         let serial = Serial::new(self.entry.serial.clone(), self.entry.serial_kind == "duplicate");
         let (port, path) = (self.entry.port_path.clone(), self.entry.path.clone());
         DeviceKey { usb: self.usb(), serial, port, path }
+    }
+
+    /// Whether the selector means this device.
+    pub fn is_selected_by(&self, selector: &Selector) -> bool {
+        let entry = &self.entry;
+        let device = Device {
+            key: self.key(),
+            address: entry.address,
+            class: entry.class,
+            interfaces: entry.interface_classes.clone(),
+            speed: entry.speed,
+            manufacturer: None,
+            product: None,
+            driver: None,
+            host_use: None,
+            descriptors: None,
+            generation: None,
+        };
+        selector.matches(entry.id, &device, &entry.tags)
     }
 
     /// Where the device was when it was last seen.

@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
-use virt_usb_hook::config::Config;
-use virt_usb_hook::{machine, sysfs};
+use virt_usb_config::Config;
+use virt_usb_config::{host_env, sysfs};
 use virt_usb_model::{Flavor, InstanceId};
 use virt_usb_store::claim::{
     ClaimMode, ClaimRequest, ClaimVerifier, Claimant, Claimed, Granted, Verified,
@@ -28,7 +28,7 @@ pub(crate) fn measure(table: &mut Table) -> Result<()> {
     let mut bench = Bench {
         store: world.store()?,
         ports: Ports { sysfs_root: world.sysfs_root() },
-        context: machine::context(&Config::default(), "bench")?,
+        context: host_env::context(&Config::default(), "bench")?,
     };
     // A device that is free in both rounds.
     let (last, (_, _, port)) = (serial(COUNT - 1), place(COUNT - 1));

@@ -8,8 +8,8 @@ use anyhow::{Context as _, Result};
 use tempfile::TempDir;
 use virt_usb::discovery::{Simulated, UsbSource};
 use virt_usb::inventory;
-use virt_usb_hook::config::Config;
-use virt_usb_hook::machine;
+use virt_usb_config::Config;
+use virt_usb_config::host_env;
 use virt_usb_model::{Aliases, Whitelist};
 use virt_usb_store::flaps::Limits;
 use virt_usb_store::{Durability, Store};
@@ -47,7 +47,7 @@ impl World {
             Some(&serde_json::json!([{ "vendor": "0529", "tags": ["erp"] }])),
         )?;
         let mut store = Store::create(&world.state_dir(), STORE_LOCK_TIMEOUT)?;
-        let context = machine::context(&Config::default(), "bench")?;
+        let context = host_env::context(&Config::default(), "bench")?;
         let snapshot = simulated.snapshot();
         store.reconcile(
             "bench",

@@ -2,7 +2,7 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use virt_usb_hook::config::{Config, Log};
+use virt_usb_config::{Config, Log};
 
 fuzz_target!(|text: &str| {
     match Config::parse(text) {

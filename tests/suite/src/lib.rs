@@ -17,8 +17,8 @@ use std::time::{Duration, Instant};
 
 use virt_usb::discovery::{Simulated, UsbSource};
 use virt_usb::inventory;
-use virt_usb_hook::config::Config;
-use virt_usb_hook::machine;
+use virt_usb_config::Config;
+use virt_usb_config::host_env;
 use virt_usb_model::Flavor;
 use virt_usb_store::{Durability, Store};
 
@@ -137,7 +137,7 @@ impl Host {
         let snapshot = self.plug(devices).snapshot();
         let config = self.config();
         let mut store = Store::create(&config.state_dir, Duration::from_secs(5)).unwrap();
-        let context = machine::context(&config, "test discover").unwrap();
+        let context = host_env::context(&config, "test discover").unwrap();
         let whitelist =
             inventory::located(&config.whitelist, &mut store, &snapshot, &config.sysfs_root)
                 .unwrap();
@@ -155,7 +155,7 @@ impl Host {
     /// Stores a flavor.
     pub fn flavor(&self, name: &str, json: &str) {
         let config = self.config();
-        let context = machine::context(&config, "test flavor").unwrap();
+        let context = host_env::context(&config, "test flavor").unwrap();
         let mut store = Store::create(&config.state_dir, Duration::from_secs(5)).unwrap();
         store.set_flavor(name, &Flavor::parse(json).unwrap(), &context).unwrap();
     }

@@ -474,7 +474,7 @@ fn a_guest_that_had_its_device_is_not_stopped_though_the_audit_is_gone() {
         domain: "erp".into(),
         project: None,
     };
-    let context = virt_usb_hook::machine::context(&host.config(), "test").unwrap();
+    let context = virt_usb_config::host_env::context(&host.config(), "test").unwrap();
     let requests =
         virt_usb_model::Flavor::parse(r#"{"usb_devices":[{"id":2}]}"#).unwrap().usb_devices;
     host.store().give(&whom, &requests, &mut Trusting, &context).unwrap();

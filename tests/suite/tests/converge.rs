@@ -18,9 +18,9 @@ use virt_usb::agent::work::{ObservedAbsence, Worker};
 use virt_usb::discovery::{Simulated, UsbSource};
 use virt_usb::hypervisor::{Event, Failure, Hypervisor, Running, SimulatedHypervisor};
 use virt_usb::inventory;
+use virt_usb_config::host_env;
+use virt_usb_config::{AttachFailurePolicy, Config, Log, ReplugPolicy};
 use virt_usb_domxml::Domain;
-use virt_usb_hook::config::{AttachFailurePolicy, Config, Log, ReplugPolicy};
-use virt_usb_hook::machine;
 use virt_usb_hook::verify::Ports;
 use virt_usb_model::{Aliases, BusAddress, DeviceId, DeviceRequest, Flavor, InstanceId};
 use virt_usb_store::flaps::Limits;
@@ -194,7 +194,7 @@ impl World {
             self.show();
         }
         let snapshot = Simulated::load(&self.file()).unwrap().snapshot();
-        let context = machine::context(&self.config, "test").unwrap();
+        let context = host_env::context(&self.config, "test").unwrap();
         let plan = |known: &[Record]| {
             inventory::plan(&snapshot, known, &self.config.whitelist, &self.config.aliases)
         };
@@ -682,7 +682,7 @@ fn an_alias_of_our_form_does_not_make_a_hostdev_ours() {
     world.settle();
     assert_eq!(world.worker.store.claims().unwrap().len(), 1);
     // The same where device 1 was claimed before.
-    let context = machine::context(&world.config, "test").unwrap();
+    let context = host_env::context(&world.config, "test").unwrap();
     let whom = world.worker.store.claimant(instance(2), "vm2", None).unwrap();
     let want =
         virt_usb_store::claim::ClaimRequest { request: by_id(1), lasting: false, number: None };
@@ -817,7 +817,7 @@ fn a_key_that_comes_and_goes_is_given_back_once_it_has_stayed() {
     assert_eq!(world.live()[0].1.hostdevs.len(), 0);
     let why = world.worker.store.problems().unwrap();
     assert!(why[0].what.ends_with("then 'virt-usb quarantine clear 1'"), "{why:?}");
-    let context = machine::context(&world.config, "test").unwrap();
+    let context = host_env::context(&world.config, "test").unwrap();
     world.worker.store.clear_quarantine(DeviceId::new(1).unwrap(), &context).unwrap();
     world.settle();
     assert_eq!(world.live()[0].1.hostdevs.len(), 1);

@@ -11,8 +11,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use virt_usb::discovery::{LibUsb, Snapshot, UsbSource};
-use virt_usb_hook::config::Config;
-use virt_usb_hook::sysfs::at_port;
+use virt_usb_config::Config;
+use virt_usb_config::sysfs::at_port;
 use virt_usb_model::{BusAddress, Class, Device, Serial, Speed};
 
 /// Set for the second run: the folder in which the test may write.

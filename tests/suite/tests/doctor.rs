@@ -510,7 +510,7 @@ fn a_libvirt_that_does_not_answer() {
 fn open_problems_and_metrics_that_are_not_served_are_found() {
     let patient = Patient::new();
     patient.is_well("problems");
-    let context = virt_usb_hook::machine::context(&patient.host.config(), "test").unwrap();
+    let context = virt_usb_config::host_env::context(&patient.host.config(), "test").unwrap();
     let instance = "11111111-2222-4333-8444-555555555555".parse().unwrap();
     let claimant = patient.host.store().claimant(instance, "erp", None).unwrap();
     let what = "libvirt has not answered about erp for 30 s (attach)";

@@ -4,7 +4,7 @@
 
 use std::process::Command;
 
-use virt_usb_hook::machine;
+use virt_usb_config::host_env;
 use virt_usb_store::claim::Claimant;
 use virt_usb_store::{Source, Store};
 use virt_usb_suite::{Host, device, domain, feed, program};
@@ -85,7 +85,7 @@ fn a_claim_for_an_assignment_survives_a_power_cut_with_the_default_configuration
         project: None,
     };
     let requests = virt_usb_model::Flavor::parse(ONE).unwrap().usb_devices;
-    let context = machine::context(&host.config(), "test").unwrap();
+    let context = host_env::context(&host.config(), "test").unwrap();
     open.assign(&assigned, Source::Operator, &requests, &context).unwrap();
     let mine = domain("erp", 1, NOTHING);
     let [prepare, started, stopped, release] = life(&host, &mine);

@@ -222,7 +222,7 @@ fn a_machine_has_one_number_and_a_name_one_machine() {
     ok(&one.call(&["erp", "release", "end", "-"], erp.as_bytes()));
     let crm = Claimant { instance: ERP.parse().unwrap(), domain: "crm".into(), project: None };
     let wish = Flavor::parse_lists(Some(r#"[{"id":2}]"#), None).unwrap().usb_devices;
-    let context = virt_usb_hook::machine::context(&one.config(), "test").unwrap();
+    let context = virt_usb_config::host_env::context(&one.config(), "test").unwrap();
     one.store().assign(&crm, Source::Operator, &wish, &context).unwrap();
     let joined = ok(&one.virt_usb(&["fleet", "join"]));
     assert!(

@@ -165,7 +165,7 @@ fn a_domain_that_is_defined_again_keeps_what_is_assigned_to_it() {
     let agent = Agent::start(&host);
     wait(&host, "the agent is ready", || log(&host).contains("ready"));
     let assigned = || host.store().assignments(uuid(1).parse().unwrap()).unwrap().len();
-    let context = virt_usb_hook::machine::context(&host.config(), "test").unwrap();
+    let context = virt_usb_config::host_env::context(&host.config(), "test").unwrap();
     let claimant = host.store().claimant(uuid(1).parse().unwrap(), "guest1", None).unwrap();
     let request =
         virt_usb_model::Flavor::parse(r#"{"usb_devices":[{"serial":"S2"}]}"#).unwrap().usb_devices;

@@ -28,6 +28,7 @@ fn sources() -> Vec<(PathBuf, String)> {
     let mut found = Vec::new();
     let mut folders: Vec<PathBuf> = [
         "hook/src",
+        "host-runtime/config/src",
         "host-runtime/src",
         "host-runtime/store/src",
         "host-runtime/domxml/src",

@@ -86,7 +86,7 @@ fn request(json: &str) -> DeviceRequest {
 fn assign(host: &Host, xml: &str, json: &str) {
     let read = read(xml);
     let mut store = host.store();
-    let context = virt_usb_hook::machine::context(&host.config(), "test assign").unwrap();
+    let context = virt_usb_config::host_env::context(&host.config(), "test assign").unwrap();
     let whom = virt_usb_hook::verify::claimant(&store, &read, read.uuid.unwrap()).unwrap();
     store.assign_more(&whom, &[request(json)], &context).unwrap().unwrap();
 }
@@ -200,7 +200,8 @@ fn a_flavor_that_changed_or_went_strands_no_saved_guest() {
             match change {
                 Some(flavor) => host.flavor("erp", flavor),
                 None => {
-                    let context = virt_usb_hook::machine::context(&host.config(), "test").unwrap();
+                    let context =
+                        virt_usb_config::host_env::context(&host.config(), "test").unwrap();
                     assert!(host.store().remove_flavor("erp", &context).unwrap());
                 }
             }
@@ -471,7 +472,7 @@ fn what_is_set_aside_comes_in_with_nobody() {
     let guest = Guest { host: &host, name: "erp-1" };
     let image =
         with(&domain("erp-1", 1, "[]").replace("[]", ""), &hostdev("0003", 12, "", "hostdev0"));
-    let context = virt_usb_hook::machine::context(&host.config(), "test").unwrap();
+    let context = virt_usb_config::host_env::context(&host.config(), "test").unwrap();
     let id = host.store().devices().unwrap()[2].entry.id;
     host.store().set_disabled(id, Some("it smokes"), &context).unwrap();
     let refused = guest.filter("restore", &image);

@@ -116,7 +116,7 @@ fn the_hook_stays_small() {
     }
     let ours: Vec<_> =
         all.iter().filter(|n| n.starts_with("virt-usb")).map(String::as_str).collect();
-    assert_eq!(ours, ["virt-usb-domxml", "virt-usb-model", "virt-usb-store"]);
+    assert_eq!(ours, ["virt-usb-config", "virt-usb-domxml", "virt-usb-model", "virt-usb-store"]);
 }
 
 #[test]
@@ -213,15 +213,17 @@ fn the_top_holds_the_folders_of_the_design_and_no_other() {
 #[test]
 fn who_names_a_file_in_the_state_uses_it_as_its_owner() {
     let looks = [
-        "hook/src/config.rs",
-        "hook/src/machine.rs",
+        "host-runtime/config/src/host_env.rs",
+        "host-runtime/config/src/lib.rs",
         "host-runtime/src/api/mod.rs",
         "host-runtime/src/cli/recover.rs",
         "host-runtime/src/doctor/agent.rs",
         "host-runtime/src/doctor/hook.rs",
         "host-runtime/src/doctor/mod.rs",
     ];
-    let mut folders = vec![root().join("hook/src"), root().join("host-runtime/src")];
+    let mut folders: Vec<_> = ["hook/src", "host-runtime/config/src", "host-runtime/src"]
+        .map(|folder| root().join(folder))
+        .into();
     let mut found = 0;
     while let Some(folder) = folders.pop() {
         for entry in std::fs::read_dir(folder).unwrap() {
@@ -253,6 +255,7 @@ fn every_folder_of_a_part_explains_itself() {
     for folder in [
         "hook",
         "host-runtime",
+        "host-runtime/config",
         "host-runtime/model",
         "host-runtime/domxml",
         "host-runtime/store",
@@ -271,7 +274,7 @@ fn every_folder_of_a_part_explains_itself() {
 
 #[test]
 fn the_example_configuration_is_the_defaults() {
-    use virt_usb_hook::config::Config;
+    use virt_usb_config::Config;
     let text = std::fs::read_to_string(root().join("install/config.toml")).unwrap();
     assert_eq!(Config::parse(&text).unwrap(), Config::default());
     for key in [
@@ -304,6 +307,6 @@ fn the_example_configuration_is_the_defaults() {
         (fleet.endpoints.len(), fleet.user.is_some(), fleet.identity.is_some()),
         (3, true, true)
     );
-    let numbers = |f: virt_usb_hook::config::Fleet| (f.prefix, f.lease, f.heartbeat, f.machine_id);
+    let numbers = |f: virt_usb_config::Fleet| (f.prefix, f.lease, f.heartbeat, f.machine_id);
     assert_eq!(numbers(fleet), numbers(bare));
 }

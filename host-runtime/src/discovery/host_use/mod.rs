@@ -23,7 +23,7 @@ mod udev;
 use std::cell::OnceCell;
 use std::path::{Path, PathBuf};
 
-use virt_usb_hook::sysfs::attribute;
+use virt_usb_config::sysfs::attribute;
 use virt_usb_model::clean_text;
 use virt_usb_model::device::Problem;
 

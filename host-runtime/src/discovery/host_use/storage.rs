@@ -8,7 +8,7 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-use virt_usb_hook::sysfs::attribute;
+use virt_usb_config::sysfs::attribute;
 use virt_usb_model::clean_text;
 
 use super::mounts::Mounts;

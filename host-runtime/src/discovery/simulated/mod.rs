@@ -118,7 +118,7 @@ impl UsbSource for Simulated {
 
 #[cfg(test)]
 mod tests {
-    use virt_usb_hook::sysfs::at_port;
+    use virt_usb_config::sysfs::at_port;
     use virt_usb_model::Serial;
 
     use super::*;

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use virt_usb_store::Context;
 
-use crate::config::Config;
+use crate::Config;
 
 /// The machine cannot say which boot this is.
 #[derive(Debug, thiserror::Error)]

@@ -6,7 +6,7 @@ use std::path::Path;
 use virt_usb_store::rules::Rules;
 use virt_usb_store::{Store, StoreError};
 
-use crate::config::{Config, DEFAULT_PATH};
+use crate::{Config, DEFAULT_PATH};
 
 /// Why a configuration is not obeyed.
 #[derive(Debug, thiserror::Error)]

@@ -5,7 +5,10 @@
 //! reads it with this module.
 
 mod fleet;
+pub mod host_env;
 mod keystone;
+pub mod rules;
+pub mod sysfs;
 
 use std::io::{self, Read};
 use std::net::SocketAddr;
