@@ -42,6 +42,8 @@ const WRITE_TIME: Duration = Duration::from_secs(30);
 /// After so long a connection is to end with the answer that it is at: whoever reads a byte now and
 /// then keeps its place no longer.
 const CONNECTION_TIME: Duration = Duration::from_secs(600);
+/// Access bits of the socket of the API or the scheduler: its user and its group.
+pub(crate) const SOCKET_MODE: u32 = 0o660;
 /// How long requests that were begun may take once the end has come.
 pub(crate) const END_TIME: Duration = Duration::from_secs(15);
 /// Until a socket that could not be had is tried again.
@@ -65,7 +67,7 @@ pub(crate) struct Server {
     /// A place for each connection.
     pub(crate) limit: Arc<Semaphore>,
     pub(crate) stopping: watch::Receiver<bool>,
-    /// Set while the network address is served.
+    /// Set once the socket or the address is served.
     pub(crate) served: Arc<AtomicBool>,
 }
 
@@ -100,10 +102,12 @@ impl Server {
         }
     }
 
-    pub(crate) async fn local(self, path: PathBuf) {
+    /// Serves the unix socket at `path`, with the access bits `mode`.
+    pub(crate) async fn local(self, path: PathBuf, mode: u32) {
         let place = path.clone();
-        let bind = || async { bind_local(&place) };
+        let bind = || async { bind_local(&place, mode) };
         let Some(listener) = self.listen(&path.display().to_string(), bind).await else { return };
+        self.served.store(true, Ordering::Relaxed);
         let mut stopping = self.stopping.clone();
         loop {
             let accepted = tokio::select! {
@@ -325,13 +329,19 @@ async fn turn_away(stream: impl AsyncRead + AsyncWrite + Send) {
 }
 
 /// In `state_dir`, which only root and the agent's group may enter.
-fn bind_local(path: &Path) -> io::Result<UnixListener> {
+/// Removes the socket that an earlier process has left, and binds a new one.
+///
+/// # Errors
+/// When another program listens at the path, or the path cannot be used.
+fn bind_local(path: &Path, mode: u32) -> io::Result<UnixListener> {
     let _owner = User::of_folder_of(path)?.enter()?;
     if std::fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket()) {
-        // What an agent before this one has left: there is one a host, and it holds the lock.
+        if std::os::unix::net::UnixStream::connect(path).is_ok() {
+            return Err(io::Error::other("another program listens there"));
+        }
         std::fs::remove_file(path)?;
     }
     let listener = UnixListener::bind(path)?;
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o660))?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode))?;
     Ok(listener)
 }

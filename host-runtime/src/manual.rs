@@ -13,7 +13,7 @@ use clap_mangen::roff::{Roff, bold, roman};
 
 use virt_usb_store::user::User;
 
-use crate::{agent, cli};
+use crate::{cli, daemon};
 
 /// A section that clap does not know of: its heading, and entries with a tag each (without one: a
 /// paragraph).
@@ -85,7 +85,7 @@ pub fn write(dir: &Path, date: &str) -> io::Result<()> {
     command.build();
     page(dir, &command, ("1", date), &COMMAND)?;
     subcommands(dir, &command, date)?;
-    page(dir, &agent::Arguments::command(), ("8", date), &DAEMON)?;
+    page(dir, &daemon::Arguments::command(), ("8", date), &DAEMON)?;
     for shell in [Shell::Bash, Shell::Zsh, Shell::Fish] {
         clap_complete::generate_to(shell, &mut cli::Arguments::command(), "virt-usb", dir)?;
     }

@@ -1,9 +1,9 @@
-//! `virt-usbd`: the agent. See the library's `agent`.
+//! `virt-usbd`: the agent. See the library's `daemon`.
 
 use std::process::ExitCode;
 
 use tracing::Level;
-use virt_usb::agent::{Arguments, Options, run};
+use virt_usb::daemon::{Arguments, Options, run};
 
 fn main() -> ExitCode {
     virt_usb_hook::panics::abort();

@@ -10,182 +10,41 @@
 
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
-use virt_usb_config::{Config, ConfigError, DEFAULT_PATH};
 use virt_usb_config::{host_env, rules};
 use virt_usb_model::device::Problem;
 use virt_usb_store::{Store, StoreError};
 
-use super::guests::Signal;
-use super::metrics::Metrics;
+use super::live_config::{CONFIG_LOOK_INTERVAL, Edits, LiveConfig};
+use super::signals::{DeviceSignal, Pulse, Signal};
 use super::{ACTOR, guest_uses};
 use crate::discovery::UsbSource;
 use crate::hypervisor::Supervised;
 use crate::inventory;
-use crate::stamp::{Stamp, stamp};
+use crate::metrics::Metrics;
 
 /// A burst has ended when nothing has come for so long …
 const QUIET: Duration = Duration::from_millis(15);
 /// … and is looked at after so long in any case.
 const ENOUGH: Duration = Duration::from_secs(1);
-/// How often the configuration's file is looked at.
-const LOOK: Duration = Duration::from_secs(2);
-/// How long it must stay the same before it is read.
-const SETTLE: Duration = Duration::from_millis(500);
 /// Until a scan that failed is tried again.
 const FIRST_RETRY: Duration = Duration::from_secs(1);
 /// How often old events are pruned.
 const PRUNE: Duration = Duration::from_secs(24 * 3600);
 
-/// What the thread is told.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum DeviceSignal {
-    /// A device came or went, or guests use others than before.
-    Usb,
-    /// Read the configuration again.
-    Reload,
-    /// End.
-    Stop,
-}
-
-/// That the guests' thread goes on.
-#[derive(Clone)]
-pub(super) struct Pulse(Arc<Mutex<Instant>>);
-
-/// The guests' thread waits for nothing but the store's lock, [`STORE_LOCK_TIMEOUT`](super::STORE_LOCK_TIMEOUT) at the
-/// most each time.
-const PULSE: Duration = Duration::from_secs(25);
-
-impl Pulse {
-    pub(super) fn new() -> Self {
-        Self(Arc::new(Mutex::new(Instant::now())))
-    }
-
-    pub(super) fn beat(&self) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
-    }
-
-    fn is_there(&self) -> bool {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).elapsed() < PULSE
-    }
-}
-
-/// The configuration that counts now.
-#[derive(Clone)]
-pub(super) struct Rules {
-    file: Option<PathBuf>,
-    /// As the file was right before it was read first.
-    first: Option<Stamp>,
-    /// As it was read first: what the simulation has changed is no change of the file.
-    read: Arc<Config>,
-    now: Arc<RwLock<Arc<Config>>>,
-}
-
-impl Rules {
-    /// Reads the configuration for the first time.
-    ///
-    /// # Errors
-    /// What is wrong with it.
-    pub(super) fn read(file: Option<PathBuf>) -> Result<Self, ConfigError> {
-        let first = stamp(path(file.as_deref()));
-        let read = Arc::new(Config::load(file.as_deref())?);
-        Ok(Self { file, first, now: Arc::new(RwLock::new(read.clone())), read })
-    }
-
-    #[cfg(test)]
-    pub(super) fn of(config: Config) -> Self {
-        let read = Arc::new(config);
-        Self { file: None, first: None, now: Arc::new(RwLock::new(read.clone())), read }
-    }
-
-    /// With another configuration than that of the file: a simulation's.
-    pub(super) fn with(self, config: Config) -> Self {
-        Self { now: Arc::new(RwLock::new(Arc::new(config))), ..self }
-    }
-
-    pub(super) fn now(&self) -> Arc<Config> {
-        self.now.read().unwrap_or_else(PoisonError::into_inner).clone()
-    }
-
-    /// Reads the file again; says whether anything changed. What is wrong changes nothing; what
-    /// cannot change while the agent runs stays, and is told.
-    fn reload(&self, admit: impl FnOnce(&Config, Option<&Path>) -> anyhow::Result<()>) -> bool {
-        let was = self.now();
-        // Without a file of that name the defaults would count, which offer every device to
-        // everybody.
-        let path = path(self.file.as_deref());
-        if self.first.is_some() && !path.exists() {
-            tracing::error!("{} is gone; the rules before count on", path.display());
-            return false;
-        }
-        let read = match Config::load(self.file.as_deref()) {
-            Ok(read) => read,
-            Err(e) => {
-                tracing::error!("{e}; the rules before count on");
-                return false;
-            }
-        };
-        if let Err(e) = admit(&read, self.file.as_deref()) {
-            tracing::error!("{e:#}; the rules before count on");
-            return false;
-        }
-        let first = &self.read;
-        let fixed = [
-            ("state_dir", read.state_dir != first.state_dir),
-            ("sysfs_root", read.sysfs_root != first.sysfs_root),
-            ("procfs_root", read.procfs_root != first.procfs_root),
-            ("libvirt_uri", read.libvirt_uri != first.libvirt_uri),
-            ("metrics", read.metrics != first.metrics),
-            ("api", read.api != first.api),
-            ("api_certificate, api_key", read.api_tls != first.api_tls),
-            ("fleet", read.fleet != first.fleet),
-            ("keystone", read.keystone != first.keystone),
-        ];
-        for (key, _) in fixed.iter().filter(|(_, changed)| *changed) {
-            tracing::warn!("{key} has changed: it counts from the agent's next start on");
-        }
-        let next = Config {
-            state_dir: was.state_dir.clone(),
-            sysfs_root: was.sysfs_root.clone(),
-            procfs_root: was.procfs_root.clone(),
-            libvirt_uri: was.libvirt_uri.clone(),
-            metrics: was.metrics.clone(),
-            api: was.api,
-            api_tls: was.api_tls.clone(),
-            fleet: was.fleet.clone(),
-            ..read
-        };
-        let changed = next != *was;
-        if changed {
-            tracing::info!("the configuration was read again");
-            *self.now.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(next);
-        }
-        changed
-    }
-
-    /// What tells one state of the file from another.
-    fn stamp(&self) -> Option<Stamp> {
-        stamp(path(self.file.as_deref()))
-    }
-}
-
-fn path(file: Option<&Path>) -> &Path {
-    file.unwrap_or(Path::new(DEFAULT_PATH))
-}
-
 /// The files that the agent works with, and which they are: one that was replaced while it runs
 /// would go on without it, and a held device would be given away.
-pub(super) struct Files(Vec<(PathBuf, FileId)>);
+pub(crate) struct Files(Vec<(PathBuf, FileId)>);
 
 /// Device and inode.
 type FileId = (u64, u64);
 
 impl Files {
     /// Those that are there now.
-    pub(super) fn new(paths: Vec<PathBuf>) -> std::io::Result<Self> {
+    pub(crate) fn new(paths: Vec<PathBuf>) -> std::io::Result<Self> {
         paths
             .into_iter()
             .map(|path| Ok((path.clone(), file_id(&path)?)))
@@ -211,24 +70,24 @@ fn file_id(path: &Path) -> std::io::Result<FileId> {
 }
 
 /// The thread's belongings.
-pub(super) struct Devices {
-    pub(super) rules: Rules,
-    pub(super) source: Box<dyn UsbSource + Send>,
-    pub(super) store: Store,
-    pub(super) host: String,
-    pub(super) metrics: Arc<Metrics>,
-    pub(super) files: Files,
+pub(crate) struct Devices {
+    pub(crate) rules: LiveConfig,
+    pub(crate) source: Box<dyn UsbSource + Send>,
+    pub(crate) store: Store,
+    pub(crate) host: String,
+    pub(crate) metrics: Arc<Metrics>,
+    pub(crate) files: Files,
     /// What could not be read at the last look.
-    pub(super) told: Vec<Problem>,
+    pub(crate) told: Vec<Problem>,
     /// How often to look whatever events there are, where the kernel's events do not arrive.
-    pub(super) without_events: Option<Duration>,
+    pub(crate) without_events: Option<Duration>,
     /// What guests use without a claim follows from what they are.
-    pub(super) hypervisor: Arc<Supervised>,
-    pub(super) pulse: Pulse,
-    pub(super) guests: Sender<Signal>,
+    pub(crate) hypervisor: Arc<Supervised>,
+    pub(crate) pulse: Pulse,
+    pub(crate) guests: Sender<Signal>,
     /// Called after each scan: where devices are simulated, domains start when their devices are
     /// there.
-    pub(super) after: Box<dyn Fn() + Send>,
+    pub(crate) after: Box<dyn Fn() + Send>,
 }
 
 impl Devices {
@@ -238,7 +97,7 @@ impl Devices {
     /// # Errors
     /// When the agent cannot go on: its files are not those that it opened. The guests' thread is
     /// told to stop.
-    pub(super) fn run(
+    pub(crate) fn run(
         mut self,
         signals: &Receiver<DeviceSignal>,
         ready: impl FnOnce(),
@@ -275,7 +134,7 @@ impl Devices {
             let until_scan = pause.saturating_sub(last_scan.elapsed());
             let wait = until_scan
                 .min(edits.next_look())
-                .min(watchdog.unwrap_or(LOOK))
+                .min(watchdog.unwrap_or(CONFIG_LOOK_INTERVAL))
                 .max(Duration::from_millis(1));
             let first = match signals.recv_timeout(wait) {
                 Ok(nudge) => Some(nudge),
@@ -407,50 +266,6 @@ impl Devices {
     }
 }
 
-/// When the configuration's file is read again: after it was the same in two looks, for an editor
-/// that writes it anew empties it first.
-struct Edits {
-    /// As it was when it was read.
-    read: Option<Stamp>,
-    /// Somebody has asked for it to be read, changed or not.
-    asked: bool,
-    /// As it was when it was first seen to be another, and when that was.
-    seen: Option<(Option<Stamp>, Instant)>,
-}
-
-impl Edits {
-    const fn new(read: Option<Stamp>) -> Self {
-        Self { read, asked: false, seen: None }
-    }
-
-    /// Until the next look.
-    fn next_look(&self) -> Duration {
-        if self.seen.is_some() { SETTLE } else { LOOK }
-    }
-
-    /// Whether it is to be read now.
-    fn settled(&mut self, stamp: Option<Stamp>, asked: bool, now: Instant) -> bool {
-        self.asked |= asked;
-        if !self.asked && stamp == self.read {
-            self.seen = None;
-            return false;
-        }
-        match self.seen {
-            Some((before, at)) if before == stamp => {
-                let settled = now.saturating_duration_since(at) >= SETTLE;
-                if settled {
-                    *self = Self::new(stamp);
-                }
-                settled
-            }
-            _ => {
-                self.seen = Some((stamp, now));
-                false
-            }
-        }
-    }
-}
-
 /// What came of a look at all devices.
 struct Look {
     /// Nothing can be said of what it lacks.
@@ -497,8 +312,11 @@ impl Heard {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use std::sync::mpsc::channel;
+
+    use virt_usb_config::Config;
+
+    use super::*;
 
     #[test]
     fn a_burst_is_one_scan() {
@@ -539,7 +357,7 @@ mod tests {
         let config = Config { state_dir: state.path().to_owned(), ..Config::default() };
         let store = Store::create(state.path(), Duration::from_secs(1)).unwrap();
         let mut devices = Devices {
-            rules: Rules::of(config),
+            rules: LiveConfig::of(config),
             source: Box::new(Eyes(false)),
             store,
             host: "host".into(),
@@ -557,56 +375,5 @@ mod tests {
         assert_eq!(devices.scan(Instant::now(), first), Some(FIRST_RETRY * 2));
         devices.source = Box::new(Eyes(true));
         assert_eq!(devices.scan(Instant::now(), first), None);
-    }
-
-    #[test]
-    fn a_bad_edit_is_refused_and_a_good_one_counts() {
-        let dir = tempfile::tempdir().unwrap();
-        let file = dir.path().join("config.toml");
-        std::fs::write(&file, "scan_interval = 7\n").unwrap();
-        let rules = Rules::read(Some(file.clone())).unwrap();
-        std::fs::write(&file, "scan_interval = 'often'\n").unwrap();
-        rules.reload(|_, _| Ok(()));
-        assert_eq!(rules.now().scan_interval, Duration::from_secs(7));
-        let before = rules.stamp();
-        std::fs::write(
-            &file,
-            "scan_interval = 9\nstate_dir = '/elsewhere'\nusb_white_list_switch = 'on'\n",
-        )
-        .unwrap();
-        assert_ne!(rules.stamp(), before);
-        rules.reload(|_, _| Ok(()));
-        assert_eq!(rules.now().scan_interval, Duration::from_secs(9));
-        assert!(rules.now().whitelist.on);
-        assert_eq!(rules.now().state_dir, Config::default().state_dir, "from the next start on");
-        std::fs::remove_file(&file).unwrap();
-        rules.reload(|_, _| Ok(()));
-        assert_eq!(
-            rules.now().scan_interval,
-            Duration::from_secs(9),
-            "a file that is gone changes nothing"
-        );
-    }
-
-    #[test]
-    fn a_file_is_read_after_two_equal_looks() {
-        let stamp = |size| Some((1, 1, size, (0, 0)));
-        let start = Instant::now();
-        let after = |ms| start + Duration::from_millis(ms);
-        let mut edits = Edits::new(stamp(9));
-        assert!(!edits.settled(stamp(9), false, after(0)));
-        assert_eq!(edits.next_look(), LOOK);
-        assert!(!edits.settled(stamp(0), false, after(1)), "an editor empties it");
-        assert_eq!(edits.next_look(), SETTLE);
-        assert!(!edits.settled(stamp(5), false, after(600)), "and writes it");
-        assert!(!edits.settled(stamp(5), false, after(601)), "a look at once says nothing");
-        assert!(edits.settled(stamp(5), false, after(1100)));
-        assert!(!edits.settled(stamp(5), false, after(9000)), "once");
-        assert!(!edits.settled(stamp(0), false, after(9001)));
-        assert!(!edits.settled(stamp(5), false, after(9900)), "it is as it was read");
-        assert!(!edits.settled(stamp(5), true, after(10_000)), "asked for");
-        assert!(!edits.settled(None, false, after(10_100)));
-        assert!(!edits.settled(stamp(5), false, after(10_700)));
-        assert!(edits.settled(stamp(5), false, after(11_300)));
     }
 }

@@ -68,7 +68,7 @@ pub(super) fn of(known: Option<Vec<Known>>, snapshot: &Snapshot) -> GuestUses {
 }
 
 /// Whether a guest uses other devices now than before.
-pub(super) fn have_changed(before: Option<&Known>, now: Option<&Known>) -> bool {
+pub(crate) fn have_changed(before: Option<&Known>, now: Option<&Known>) -> bool {
     before.and_then(using) != now.and_then(using)
 }
 

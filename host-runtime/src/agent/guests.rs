@@ -18,14 +18,16 @@ use virt_usb_config::host_env;
 use virt_usb_model::InstanceId;
 use virt_usb_store::{Durability, Store, StoreError};
 
-use super::devices::{DeviceSignal, Pulse, Rules};
-use super::metrics::Metrics;
+use super::ACTOR;
+use super::live_config::LiveConfig;
 use super::observe::View;
 use super::plan::{ABOUT_LIBVIRT, Absence};
+use super::signals::{DeviceSignal, Pulse, Signal};
 use super::work::{Found, ObservedAbsence, Report, WorkError, Worker, marks};
 use super::workers::{PLACE_TIME, Work, Workers};
-use super::{ACTOR, STORE_LOCK_TIMEOUT};
 use crate::hypervisor::{Event, Failure, Hypervisor as _, MEETING_TIMEOUT, Supervised, Unanswered};
+use crate::metrics::Metrics;
+use crate::timeouts::STORE_LOCK_TIMEOUT;
 
 /// The first wait before something that failed is tried again; it doubles up to [`LONGEST`].
 const SHORTEST: Duration = Duration::from_millis(500);
@@ -35,25 +37,6 @@ const SECOND: Duration = Duration::from_secs(1);
 
 /// How long a list of all guests is waited for, before those are looked at that are known.
 const LIST_TIME: Duration = Duration::from_secs(2);
-
-/// What the thread is told.
-#[derive(Debug)]
-pub(super) enum Signal {
-    /// By libvirt.
-    Hypervisor(Event),
-    /// libvirt has answered about a guest for which others did not wait.
-    Answered(InstanceId),
-    /// The inventory's devices changed.
-    Devices,
-    /// By a worker: which libvirt it is.
-    Identified(String),
-    /// By a worker: which guests there are.
-    Listed(Result<Vec<InstanceId>, Failure>),
-    /// By a worker.
-    Done(InstanceId, Result<Report, WorkError>),
-    /// End.
-    Stop,
-}
 
 /// Since when an instance has been gone.
 #[derive(Debug, Clone, PartialEq)]
@@ -89,8 +72,8 @@ struct Round {
 }
 
 /// The thread's belongings.
-pub(super) struct Guests {
-    rules: Rules,
+pub(crate) struct Guests {
+    rules: LiveConfig,
     hypervisor: Arc<Supervised>,
     store: Store,
     metrics: Arc<Metrics>,
@@ -143,8 +126,8 @@ impl Guests {
     ///
     /// # Errors
     /// When a thread or the inventory cannot be had.
-    pub(super) fn new(
-        rules: Rules,
+    pub(crate) fn new(
+        rules: LiveConfig,
         hypervisor: Arc<Supervised>,
         metrics: Arc<Metrics>,
         signals: Sender<Signal>,
@@ -204,7 +187,7 @@ impl Guests {
     }
 
     /// Until it is told to stop.
-    pub(super) fn run(mut self, signals: &Receiver<Signal>) {
+    pub(crate) fn run(mut self, signals: &Receiver<Signal>) {
         loop {
             match signals.recv_timeout(self.wait()) {
                 Ok(Signal::Stop) | Err(RecvTimeoutError::Disconnected) => return,
@@ -234,7 +217,11 @@ impl Guests {
     fn show(&mut self, read: &Result<View, StoreError>) {
         (self.is_stale, self.shown) = (false, Instant::now());
         match read {
-            Ok(view) => self.metrics.show(view),
+            Ok(view) => {
+                let claims =
+                    view.instances().into_iter().flat_map(|instance| view.claims(instance));
+                self.metrics.show(view.devices(), claims, view.problems());
+            }
             Err(e) => tracing::error!("the metrics are out of date: {e}"),
         }
     }
@@ -742,7 +729,7 @@ mod tests {
         let (to, signals) = channel();
         let simulated = Arc::new(SimulatedHypervisor::new(config.clone(), channel().0));
         let supervised = Arc::new(Supervised::new(simulated, Listeners::nobody()));
-        let rules = Rules::of(config);
+        let rules = LiveConfig::of(config);
         let guests = Guests::new(rules, supervised, Arc::default(), to, channel().0, Pulse::new());
         (guests.unwrap(), signals)
     }

@@ -15,12 +15,12 @@ use serde::{Deserialize, Serialize};
 use virt_usb_config::Tls;
 use virt_usb_config::host_env::hook_socket;
 
-use super::metrics::Metrics;
 use crate::hypervisor::{MEETING_TIMEOUT, Supervised};
 use crate::listen::Certificate;
+use crate::metrics::Metrics;
 
 /// Message that requests the health.
-pub(super) const QUESTION: &str = "health";
+pub(crate) const QUESTION: &str = "health";
 /// Maximum number of unanswered calls in a response.
 const MAX_CALLS: usize = 10;
 /// Timeout for the API's certificate and key.
@@ -73,7 +73,7 @@ pub struct Call {
 }
 
 /// The health now, as JSON.
-pub(super) fn tell(metrics: &Metrics, hypervisor: &Supervised, tls: Option<&Tls>) -> String {
+pub(crate) fn tell(metrics: &Metrics, hypervisor: &Supervised, tls: Option<&Tls>) -> String {
     let age = |since: Option<Instant>| since.map(|since| since.elapsed().as_secs_f64());
     let moments = metrics.moments();
     let call = |call: &crate::hypervisor::Unanswered| {
@@ -120,7 +120,7 @@ fn certificate_error(tls: &Tls) -> Option<String> {
 }
 
 /// Sends a response. If the client's queue is full, the response is dropped.
-pub(super) fn answer(socket: &UnixDatagram, to: &SocketAddr, text: &str) {
+pub(crate) fn answer(socket: &UnixDatagram, to: &SocketAddr, text: &str) {
     let Some(name) = to.as_abstract_name() else { return };
     if let Ok(address) = SocketAddrUnix::new_abstract_name(name) {
         let _ = sendto(socket, text.as_bytes(), SendFlags::DONTWAIT, &address);

@@ -20,12 +20,12 @@ use virt_usb_store::events::Filter;
 use virt_usb_store::release::{Extent, Witness};
 use virt_usb_store::{ClaimRow, Context, Durability, Record, Store, StoreError};
 
-use super::STORE_LOCK_TIMEOUT;
-use super::metrics::Metrics;
 use super::observe::{View, guest};
 use super::plan::{ABOUT_LIBVIRT, ABOUT_STOP, Absence, Guest, Seen, Step, about_device};
 use crate::discovery::host_driver;
 use crate::hypervisor::{Failure, Hypervisor};
+use crate::metrics::Metrics;
+use crate::timeouts::STORE_LOCK_TIMEOUT;
 
 /// A plan is made anew after each round; more rounds than this are somebody else's doing.
 const ROUNDS: usize = 8;

@@ -10,6 +10,8 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use crate::metrics::Load;
+
 /// So many work at once …
 const PLACES: usize = 4;
 /// … not counting those whose work lasts longer than this, which is a second at the most until
@@ -40,17 +42,6 @@ struct State<J> {
     threads: usize,
     next: usize,
     ended: bool,
-}
-
-/// How busy they are.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub(super) struct Load {
-    /// Threads that work.
-    pub(super) busy: usize,
-    /// Those of them that have given their place to others.
-    pub(super) slow: usize,
-    /// For how long the oldest job waits for a thread.
-    pub(super) waiting: Duration,
 }
 
 impl<J> State<J> {

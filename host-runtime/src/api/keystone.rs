@@ -26,8 +26,8 @@ use virt_usb_filter_host::sha256;
 use virt_usb_model::{ProjectId, clean_start, printable};
 
 use super::identity::{Answer, AuthError, Caller, Freshness, Identity, Role};
-use crate::agent::metrics::Metrics;
 use crate::client;
+use crate::metrics::Metrics;
 
 /// So many questions at once.
 pub(super) const PLACES: usize = 8;

@@ -3,6 +3,7 @@
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use tokio::sync::{Semaphore, watch};
@@ -11,7 +12,7 @@ use virt_usb_store::user::User;
 
 use super::keystone::PLACES;
 use super::{Api, LONG_TURNS, TURNS, WORKS, fleet, router, socket};
-use crate::listen::{CONNECTIONS, Certificate, Server};
+use crate::listen::{CONNECTIONS, Certificate, SOCKET_MODE, Server};
 
 /// How long requests that were begun are waited for at the end: the agent ends within 5 s, whatever
 /// libvirt does.
@@ -60,17 +61,17 @@ pub fn start(api: &Arc<Api>) -> io::Result<Listening> {
     let stopping = api.ending.subscribe();
     let config = (api.config)();
     let mut limits = Vec::new();
-    let mut server = |stopping: watch::Receiver<bool>| {
+    let mut server = |stopping: watch::Receiver<bool>, served: Arc<AtomicBool>| {
         let limit = Arc::new(Semaphore::new(CONNECTIONS));
         limits.push((limit.clone(), CONNECTIONS));
-        let served = api.metrics.api_served.clone();
         Server { what: "the API", router: router(api.clone()), limit, stopping, served }
     };
     let mut local = None;
     if let config::Api::On(address) = config.api {
         let tls = config.api_tls.clone().map(Certificate::new);
-        runtime.spawn(server(stopping.clone()).network(address, tls));
-        runtime.spawn(server(stopping).local(socket(&config)));
+        let served = api.metrics.api_served.clone();
+        runtime.spawn(server(stopping.clone(), served).network(address, tls));
+        runtime.spawn(server(stopping, Arc::default()).local(socket(&config), SOCKET_MODE));
         local = Some(socket(&config));
     }
     if let Some(fleet) = config.fleet.clone() {

@@ -66,11 +66,11 @@ use virt_usb_config::host_env;
 use virt_usb_model::ProjectId;
 use virt_usb_store::{Context, Durability, Store};
 
-use crate::agent::STORE_LOCK_TIMEOUT;
-use crate::agent::metrics::Metrics;
 use crate::fleet::peers::Peers;
 use crate::hypervisor::Supervised;
 use crate::listen::Peer;
+use crate::metrics::Metrics;
+use crate::timeouts::STORE_LOCK_TIMEOUT;
 use error::ApiError;
 use identity::{AuthError, Caller, Freshness, Identity, Role};
 use inventory::Inventory;

@@ -19,7 +19,7 @@ mod watch;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Context as _, bail};
 use clap::CommandFactory;
@@ -35,9 +35,6 @@ use arguments::{
 };
 use output::Output;
 use remote::Remote;
-
-/// How long a command waits for the store's lock.
-const STORE_LOCK_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The program. Exit status: 0 done, 1 it could not be done (the reason is on stderr), 2 wrong
 /// arguments, 3 `filter` has asked and no host can serve; `doctor`: 1 for a warning, 2 for
@@ -242,12 +239,16 @@ impl Session {
 
     /// The inventory, which must be there.
     fn store(&self) -> anyhow::Result<Store> {
-        Ok(Store::open(&self.config()?.state_dir, STORE_LOCK_TIMEOUT, Durability::Power)?)
+        Ok(Store::open(
+            &self.config()?.state_dir,
+            crate::timeouts::COMMAND_LOCK_TIMEOUT,
+            Durability::Power,
+        )?)
     }
 
     /// The inventory, made or migrated if need be.
     fn make_store(&self, config: &Config) -> anyhow::Result<Store> {
-        Ok(Store::create(&config.state_dir, STORE_LOCK_TIMEOUT)?)
+        Ok(Store::create(&config.state_dir, crate::timeouts::COMMAND_LOCK_TIMEOUT)?)
     }
 
     fn context(&self, config: &Config, doing: &str) -> anyhow::Result<Context> {

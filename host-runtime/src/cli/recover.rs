@@ -8,13 +8,14 @@ use virt_usb_config::Config;
 use virt_usb_store::StoreError;
 use virt_usb_store::recover::{Health, health};
 
+use super::Session;
 use super::arguments::Recover;
 use super::devices::source;
-use super::{STORE_LOCK_TIMEOUT, Session};
 use crate::agent::guest_uses::ask;
 use crate::hypervisor::{Hypervisor, Libvirt};
 use crate::inventory::host_name;
 use crate::recover::{Recovery, Refusal, Report};
+use crate::timeouts::COMMAND_LOCK_TIMEOUT;
 
 pub(super) fn restore(
     session: &Session,
@@ -23,7 +24,7 @@ pub(super) fn restore(
 ) -> anyhow::Result<ExitCode> {
     let config = session.config()?;
     // What is another program's is not ours to replace.
-    if let Err(e @ StoreError::Foreign { .. }) = health(&config.state_dir, STORE_LOCK_TIMEOUT) {
+    if let Err(e @ StoreError::Foreign { .. }) = health(&config.state_dir, COMMAND_LOCK_TIMEOUT) {
         bail!(e);
     }
     run(session, &config, Some(file), options)
@@ -35,7 +36,7 @@ pub(super) fn rebuild(
     options: &Recover,
 ) -> anyhow::Result<ExitCode> {
     let config = session.config()?;
-    match health(&config.state_dir, STORE_LOCK_TIMEOUT) {
+    match health(&config.state_dir, COMMAND_LOCK_TIMEOUT) {
         Ok(Health::Sound) if !force => bail!(
             "it is sound: {} needs no rebuild ('virt-usb discover' brings it in line with what is \
                 plugged in; --force makes it anew all the same)",
@@ -70,7 +71,7 @@ fn run(
         snapshot: &snapshot,
         hypervisor: libvirt.as_ref().map(|libvirt| libvirt as &dyn Hypervisor),
         backup,
-        lock_timeout: STORE_LOCK_TIMEOUT,
+        lock_timeout: COMMAND_LOCK_TIMEOUT,
         context: &context,
     };
     let mut report = recovery.run().map_err(|refusal| match refusal {

@@ -37,8 +37,6 @@ use virt_usb_config::Config;
 use virt_usb_store::{Durability, FILE_NAME, Store, StoreError};
 
 const VERSION: &str = env!("CARGO_PKG_VERSION");
-/// Timeout for the store's lock.
-const STORE_LOCK_TIMEOUT: Duration = Duration::from_secs(5);
 /// Timeout for the connection to a service of this host.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Timeout for a whole check. libvirt alone may take 30 s to answer, and an etcd member 8 s.
@@ -130,7 +128,11 @@ struct Host {
 
 impl Host {
     fn store(&self) -> Result<Store, StoreError> {
-        Store::open(&self.config.state_dir, STORE_LOCK_TIMEOUT, Durability::Power)
+        Store::open(
+            &self.config.state_dir,
+            crate::timeouts::COMMAND_LOCK_TIMEOUT,
+            Durability::Power,
+        )
     }
 }
 

@@ -11,8 +11,8 @@ use virt_usb_model::InstanceId;
 use virt_usb_store::{Durability, Store};
 
 use super::peers::{Server, publish};
-use crate::agent::STORE_LOCK_TIMEOUT;
 use crate::hypervisor::{Known, Supervised};
+use crate::timeouts::STORE_LOCK_TIMEOUT;
 
 /// A guest that came or went without a device is told of after so long.
 const LOOK: Duration = Duration::from_secs(5);

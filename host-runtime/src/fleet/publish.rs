@@ -22,9 +22,9 @@ use super::join::{Place, place};
 use super::keys::{Keys, Node};
 use super::news;
 use super::shared::Mirror;
-use crate::agent::STORE_LOCK_TIMEOUT;
-use crate::agent::metrics::Metrics;
 use crate::hypervisor::Supervised;
+use crate::metrics::Metrics;
+use crate::timeouts::STORE_LOCK_TIMEOUT;
 
 /// A document is no longer than this, in bytes; etcd takes 1.5 MiB.
 pub const LARGEST: usize = 1_000_000;

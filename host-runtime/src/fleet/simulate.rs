@@ -38,8 +38,8 @@ use super::etcd::Etcd;
 use super::join;
 use super::publish::Publisher;
 use super::reader::{Reader, Sink};
-use crate::agent::metrics::Metrics;
 use crate::discovery::Snapshot;
+use crate::metrics::Metrics;
 use crate::scheduler::View;
 
 /// How long the fleet may take to say what there is.

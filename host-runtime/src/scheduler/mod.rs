@@ -28,7 +28,7 @@ use virt_usb_model::Flavor;
 use crate::fleet::keys::Keys;
 use crate::fleet::reader::Reader;
 use crate::fleet::shared::Shared as _;
-use crate::listen::{CONNECTIONS, END_TIME, Server};
+use crate::listen::{CONNECTIONS, END_TIME, SOCKET_MODE, Server};
 
 pub(crate) use view::View;
 
@@ -79,7 +79,7 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
         runtime.spawn(server.clone().network(address, None));
     }
     if let Some(path) = &options.socket {
-        runtime.spawn(server.local(path.clone()));
+        runtime.spawn(server.local(path.clone(), SOCKET_MODE));
     }
     let keys = Keys::new(options.fleet.prefix.clone());
     let mut hosts = Reader::new(&options.fleet, keys.hosts());

@@ -509,7 +509,7 @@ fn guests_get_their_devices_though_the_metrics_cannot_be_served() {
     std::fs::write(host.config_file(), format!("{keys}metrics = {socket:?}\n")).unwrap();
     let agent = Agent::start(&host);
     agent.claims(&held(1, "erp", ERP, "allocated"));
-    agent.until("it is said", || agent.log().contains("theirs\": another program listens there"));
+    agent.until("it is said", || agent.log().contains("theirs: another program listens there"));
     // Once he is gone they are served.
     drop(theirs);
     agent.until("they are served", || {
@@ -522,5 +522,7 @@ fn guests_get_their_devices_though_the_metrics_cannot_be_served() {
     drop(agent);
     std::fs::write(host.config_file(), format!("{keys}metrics = '/nowhere/at/all'\n")).unwrap();
     let agent = Agent::start(&host);
-    agent.until("it is said", || agent.log().contains("metrics = \"/nowhere/at/all\""));
+    agent.until("it is said", || {
+        agent.log().contains("the metrics cannot be served at /nowhere/at/all")
+    });
 }

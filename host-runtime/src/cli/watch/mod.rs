@@ -20,8 +20,9 @@ use virt_usb_store::watch::Watched;
 
 use super::arguments::Watch;
 use super::output::{Output, complain};
-use super::{STORE_LOCK_TIMEOUT, Session, chain};
+use super::{Session, chain};
 use crate::inventory::host_name;
+use crate::timeouts::COMMAND_LOCK_TIMEOUT;
 use screen::{Scroll, Size};
 use terminal::{Terminal, Touch};
 use view::View;
@@ -34,7 +35,7 @@ const EVENTS: u32 = 500;
 
 pub(super) fn run(session: &Session, options: &Watch) -> anyhow::Result<ExitCode> {
     let config = session.config()?;
-    let mut watched = Watched::open(&config.state_dir, STORE_LOCK_TIMEOUT)?;
+    let mut watched = Watched::open(&config.state_dir, COMMAND_LOCK_TIMEOUT)?;
     let is_screen = io::stdin().is_terminal()
         && io::stdout().is_terminal()
         && std::env::var_os("TERM").is_some_and(|term| term != "dumb");

@@ -1,14 +1,13 @@
 //! What the agent counts, in the text format of Prometheus (OpenMetrics), and where it is served.
 
+mod serve;
+
 use std::collections::BTreeMap;
-use std::fs::Permissions;
-use std::os::unix::fs::{FileTypeExt, PermissionsExt};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use anyhow::Context as _;
 use prometheus_client::encoding::text::encode;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
@@ -17,15 +16,25 @@ use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::{Registry, Unit};
 use rustix::time::{ClockId, clock_gettime};
-use virt_usb_config as config;
-use virt_usb_store::user::User;
+use virt_usb_store::{ClaimRow, Record};
 
-use super::observe::View;
-use super::workers::Load;
 use crate::hypervisor::Failure;
 use crate::listen::expiry;
 
 type Labels = Vec<(&'static str, String)>;
+
+pub(crate) use serve::serve;
+
+/// Load of the agent's workers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) struct Load {
+    /// Threads that work.
+    pub(crate) busy: usize,
+    /// Those of them that have given their place to others.
+    pub(crate) slow: usize,
+    /// For how long the oldest job waits for a thread.
+    pub(crate) waiting: Duration,
+}
 
 /// Methods of the API that are counted by name.
 const METHODS: [&str; 4] = ["GET", "POST", "PUT", "DELETE"];
@@ -80,7 +89,7 @@ pub struct Metrics {
     /// Whether the API's network address is served.
     pub(crate) api_served: Arc<AtomicBool>,
     /// Whether the metrics are served.
-    metrics_served: AtomicBool,
+    metrics_served: Arc<AtomicBool>,
     blocked: Gauge<i64, AtomicI64>,
     /// The label sets that were shown, so that one that is no more becomes 0.
     shown: Mutex<Shown>,
@@ -88,17 +97,17 @@ pub struct Metrics {
 
 /// When something happened last.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Moments {
+pub(crate) struct Moments {
     /// The agent started.
-    pub(super) started: Instant,
+    pub(crate) started: Instant,
     /// All guests were looked at.
-    pub(super) passed: Option<Instant>,
+    pub(crate) passed: Option<Instant>,
     /// All devices were looked at.
-    pub(super) scanned: Option<Instant>,
+    pub(crate) scanned: Option<Instant>,
     /// libvirt was reached; none: it is not.
-    pub(super) connected: Option<Instant>,
+    pub(crate) connected: Option<Instant>,
     /// libvirt was lost; none: it never was, or is reached.
-    pub(super) lost: Option<Instant>,
+    pub(crate) lost: Option<Instant>,
 }
 
 impl Default for Moments {
@@ -153,7 +162,7 @@ impl Default for Metrics {
             expiry: Family::default(),
             moments: Mutex::default(),
             api_served: Arc::default(),
-            metrics_served: AtomicBool::default(),
+            metrics_served: Arc::default(),
             blocked: Gauge::default(),
             shown: Mutex::default(),
             registry: Registry::default(),
@@ -337,14 +346,19 @@ impl Process {
 
 impl Metrics {
     /// What there is now.
-    pub fn show(&self, view: &View) {
+    pub fn show<'a>(
+        &self,
+        devices: impl IntoIterator<Item = &'a Record>,
+        claims: impl IntoIterator<Item = &'a ClaimRow>,
+        problems: usize,
+    ) {
         let mut now = Shown::default();
-        for record in view.devices() {
+        for record in devices {
             let reason = record.entry.status_reason.clone().unwrap_or_default();
             let labels = vec![("status", record.entry.status.clone()), ("reason", reason)];
             *now.devices.entry(labels).or_default() += 1;
         }
-        for claim in view.instances().into_iter().flat_map(|i| view.claims(i)) {
+        for claim in claims {
             let labels = vec![("state", claim.state.clone()), ("hold", claim.hold.clone())];
             *now.claims.entry(labels).or_default() += 1;
         }
@@ -363,10 +377,10 @@ impl Metrics {
         set(&self.claims, &shown.claims, &now.claims);
         shown.devices.extend(now.devices);
         shown.claims.extend(now.claims);
-        self.problems.set(i64::try_from(view.problems()).unwrap_or(i64::MAX));
+        self.problems.set(i64::try_from(problems).unwrap_or(i64::MAX));
     }
 
-    pub(super) fn attached(&self, took: Duration, failure: Option<&Failure>) {
+    pub(crate) fn attached(&self, took: Duration, failure: Option<&Failure>) {
         self.attaches.get_or_create(&vec![("result", result(failure))]).inc();
         if failure.is_none() {
             self.attach.observe(took.as_secs_f64());
@@ -374,15 +388,15 @@ impl Metrics {
     }
 
     /// A device that was to be attached was not at its port.
-    pub(super) fn not_there(&self) {
+    pub(crate) fn not_there(&self) {
         self.attaches.get_or_create(&vec![("result", "not-there".to_owned())]).inc();
     }
 
-    pub(super) fn detached(&self, failure: Option<&Failure>) {
+    pub(crate) fn detached(&self, failure: Option<&Failure>) {
         self.detaches.get_or_create(&vec![("result", result(failure))]).inc();
     }
 
-    pub(super) fn scanned(&self, took: Duration, well: bool, returned: usize) {
+    pub(crate) fn scanned(&self, took: Duration, well: bool, returned: usize) {
         let result = if well { "done" } else { "failed" };
         self.scans.get_or_create(&vec![("result", result.to_owned())]).inc();
         self.discovery.observe(took.as_secs_f64());
@@ -394,17 +408,17 @@ impl Metrics {
     }
 
     /// Sets the configured time between two scans and passes.
-    pub(super) fn interval(&self, interval: Duration) {
+    pub(crate) fn interval(&self, interval: Duration) {
         self.scan_interval.set(interval.as_secs_f64());
     }
 
-    pub(super) fn passed(&self, took: Duration) {
+    pub(crate) fn passed(&self, took: Duration) {
         self.passes.observe(took.as_secs_f64());
         self.last_pass.set(now());
         self.moments_mut().passed = Some(Instant::now());
     }
 
-    pub(super) fn connected(&self, is: bool) {
+    pub(crate) fn connected(&self, is: bool) {
         self.connected.set(i64::from(is));
         let mut moments = self.moments_mut();
         let was = moments.connected.is_some();
@@ -440,21 +454,21 @@ impl Metrics {
     }
 
     /// Whether the metrics are served.
-    pub(super) fn is_served(&self) -> bool {
+    pub(crate) fn is_served(&self) -> bool {
         self.metrics_served.load(Ordering::Relaxed)
     }
 
-    pub(super) fn moments(&self) -> Moments {
+    pub(crate) fn moments(&self) -> Moments {
         *self.moments_mut()
     }
 
     /// How often libvirt was reached.
-    pub(super) fn connections(&self) -> u64 {
+    pub(crate) fn connections(&self) -> u64 {
         self.connections.get()
     }
 
     /// Tells when the certificate in this file expires.
-    pub(super) fn watch_certificate(&self, file: PathBuf) {
+    pub(crate) fn watch_certificate(&self, file: PathBuf) {
         *self.certificate.lock().unwrap_or_else(PoisonError::into_inner) = Some(file);
     }
 
@@ -469,7 +483,7 @@ impl Metrics {
     }
 
     /// How busy the workers are, and how many calls libvirt has left unanswered.
-    pub(super) fn working(&self, load: &Load, unanswered: usize, is_blocked: bool) {
+    pub(crate) fn working(&self, load: &Load, unanswered: usize, is_blocked: bool) {
         self.blocked.set(i64::from(is_blocked));
         let gauge = |state: &str, count: usize| {
             let labels = vec![("state", state.to_owned())];
@@ -491,7 +505,7 @@ impl Metrics {
     }
 
     /// A hook's message: `prepare 1234 0`. What is no such message is nobody's.
-    pub(super) fn hook(&self, message: &str) {
+    pub(crate) fn hook(&self, message: &str) {
         const KNOWN: [&str; 8] = [
             "prepare",
             "start",
@@ -552,94 +566,4 @@ fn result(failure: Option<&Failure>) -> String {
         Some(Failure::Refused(_)) => "refused",
     }
     .to_owned()
-}
-
-/// Until a place that cannot be listened at is tried again.
-const RETRY: Duration = Duration::from_secs(5);
-
-/// Serves the metrics for as long as the process lives. A place that cannot be had is tried again
-/// for as long: guests get their devices meanwhile.
-///
-/// # Errors
-/// When there can be no thread for it.
-pub(super) fn serve(metrics: Arc<Metrics>, at: config::Metrics) -> std::io::Result<()> {
-    if at == config::Metrics::Off {
-        return Ok(());
-    }
-    let serve = move || {
-        let mut told = None;
-        let server = loop {
-            match listen(&at) {
-                Ok(server) => break server,
-                Err(e) => {
-                    let why = format!("{e:#}");
-                    // Once, until it is another reason.
-                    if told.as_ref() != Some(&why) {
-                        tracing::error!("the metrics are not served: {why}; it is tried again");
-                        told = Some(why);
-                    }
-                    std::thread::sleep(RETRY);
-                }
-            }
-        };
-        if told.is_some() {
-            tracing::info!("the metrics are served");
-        }
-        metrics.metrics_served.store(true, Ordering::Relaxed);
-        for request in server.incoming_requests() {
-            // Whoever asked may be gone.
-            drop(answer(&metrics, request));
-        }
-    };
-    std::thread::Builder::new().name("metrics".into()).spawn(serve).map(drop)
-}
-
-fn answer(metrics: &Metrics, request: tiny_http::Request) -> std::io::Result<()> {
-    // Of an answer to HEAD the server leaves the body out.
-    let is_read = matches!(request.method(), tiny_http::Method::Get | tiny_http::Method::Head);
-    let wanted = request.url() == "/metrics" && is_read;
-    let (status, text) =
-        if wanted { (200, metrics.text()) } else { (404, "see /metrics\n".to_owned()) };
-    let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
-    let header = tiny_http::Header::from_bytes(&b"Content-Type"[..], kind.as_bytes());
-    let mut response = tiny_http::Response::from_string(text).with_status_code(status);
-    if let (true, Ok(header)) = (wanted, header) {
-        response = response.with_header(header);
-    }
-    request.respond(response)
-}
-
-fn listen(at: &config::Metrics) -> anyhow::Result<tiny_http::Server> {
-    let (place, server) = match at {
-        config::Metrics::Off => anyhow::bail!("metrics = \"off\""),
-        config::Metrics::Tcp(address) => (address.to_string(), tiny_http::Server::http(address)),
-        config::Metrics::Unix(path) => {
-            let _owner = User::of_folder_of(path)?.enter()?;
-            remove_stale(path)?;
-            let server = tiny_http::Server::http_unix(path);
-            // Whoever may enter its folder may read it: there is no secret in it.
-            drop(std::fs::set_permissions(path, Permissions::from_mode(0o666)));
-            (path.display().to_string(), server)
-        }
-    };
-    server.map_err(|e| {
-        anyhow::anyhow!(
-            "metrics = \"{place}\": cannot listen there: {e}; is another program \
-            there, or its folder missing?"
-        )
-    })
-}
-
-/// Removes the socket that an agent before this one has left. One at which somebody listens is his.
-fn remove_stale(path: &Path) -> anyhow::Result<()> {
-    let is_socket =
-        std::fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket());
-    if !is_socket {
-        return Ok(());
-    }
-    if std::os::unix::net::UnixStream::connect(path).is_ok() {
-        anyhow::bail!("metrics = \"{}\": another program listens there", path.display());
-    }
-    std::fs::remove_file(path)
-        .with_context(|| format!("metrics = \"{}\": cannot remove the old socket", path.display()))
 }

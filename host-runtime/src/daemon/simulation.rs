@@ -12,7 +12,7 @@ use virt_usb_model::device::Problem;
 use virt_usb_store::user::User;
 
 use super::World;
-use super::devices::DeviceSignal;
+use crate::agent::signals::DeviceSignal;
 use crate::discovery::{Simulated, Snapshot, UsbSource};
 use crate::hypervisor::{Event, SimulatedHypervisor};
 use crate::stamp::{Stamp, stamp};
