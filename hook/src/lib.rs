@@ -23,7 +23,6 @@ mod job;
 pub mod journal;
 pub mod lifecycle;
 pub mod message;
-pub mod panics;
 mod prepare;
 pub mod run;
 pub mod verify;

@@ -15,7 +15,7 @@ use crate::{device_use, incoming, journal, lifecycle, prepare};
 
 /// The program.
 pub fn main() -> ExitCode {
-    crate::panics::abort();
+    virt_usb_config::panics::abort();
     let began = Instant::now();
     let (mut stdout, mut stderr) = (std::io::stdout(), std::io::stderr());
     let show = |text: &str| {
@@ -33,7 +33,7 @@ pub fn main() -> ExitCode {
         }
         Asked::Handle(call) => {
             if !call.operation.may_fail() {
-                crate::panics::succeed();
+                virt_usb_config::panics::succeed();
             }
             let handled = handle(&call, input::read(std::io::stdin().lock()));
             let delivered = handled.answer.deliver(&mut stdout, &mut stderr);

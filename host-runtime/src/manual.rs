@@ -13,7 +13,7 @@ use clap_mangen::roff::{Roff, bold, roman};
 
 use virt_usb_store::user::User;
 
-use crate::{cli, daemon};
+use crate::daemon;
 
 /// A section that clap does not know of: its heading, and entries with a tag each (without one: a
 /// paragraph).
@@ -72,22 +72,22 @@ const DAEMON: [Section; 4] = [
     ("SEE ALSO", &[("", "virt-usb(1), virt-usb-hook(8), libvirtd(8)")]),
 ];
 
-/// Writes all of it into `dir`, which is made where it is missing: `*.1`, `*.8`, and a completion
+/// Writes the manual of `virt-usb` (`command`) and of `virt-usbd` into `dir`, which is made where it is missing: `*.1`, `*.8`, and a completion
 /// script a shell. `date` (YYYY-MM-DD) is the pages': whoever builds says it, so that two builds
 /// are alike.
 ///
 /// # Errors
 /// What the file system says.
-pub fn write(dir: &Path, date: &str) -> io::Result<()> {
+pub fn write(command: &Command, dir: &Path, date: &str) -> io::Result<()> {
     let _owner = User::of(dir)?.enter()?;
     fs::create_dir_all(dir)?;
-    let mut command = cli::Arguments::command().disable_help_subcommand(true);
-    command.build();
-    page(dir, &command, ("1", date), &COMMAND)?;
-    subcommands(dir, &command, date)?;
+    let mut shown = command.clone().disable_help_subcommand(true);
+    shown.build();
+    page(dir, &shown, ("1", date), &COMMAND)?;
+    subcommands(dir, &shown, date)?;
     page(dir, &daemon::Arguments::command(), ("8", date), &DAEMON)?;
     for shell in [Shell::Bash, Shell::Zsh, Shell::Fish] {
-        clap_complete::generate_to(shell, &mut cli::Arguments::command(), "virt-usb", dir)?;
+        clap_complete::generate_to(shell, &mut command.clone(), "virt-usb", dir)?;
     }
     Ok(())
 }
@@ -139,9 +139,9 @@ mod tests {
     #[test]
     fn every_command_that_is_shown_has_a_page() {
         let dir = tempfile::tempdir().unwrap();
-        write(dir.path(), "2026-11-24").unwrap();
+        write(&crate::cli::Arguments::command(), dir.path(), "2026-11-24").unwrap();
         let read = |name: &str| fs::read_to_string(dir.path().join(name)).unwrap();
-        for command in cli::Arguments::command().get_subcommands() {
+        for command in crate::cli::Arguments::command().get_subcommands() {
             let name = format!("virt-usb-{}.1", command.get_name());
             if command.is_hide_set() {
                 assert!(!dir.path().join(&name).exists(), "{name}");

@@ -6,12 +6,12 @@ use tracing::Level;
 use virt_usb::daemon::{Arguments, Options, run};
 
 fn main() -> ExitCode {
-    virt_usb_hook::panics::abort();
-    let arguments: Arguments = match virt_usb::log::arguments() {
+    virt_usb_config::panics::abort();
+    let arguments: Arguments = match virt_usb_fleet::log::arguments() {
         Ok(arguments) => arguments,
         Err(code) => return code,
     };
-    virt_usb::log::start(if arguments.verbose { Level::DEBUG } else { Level::INFO });
+    virt_usb_fleet::log::start(if arguments.verbose { Level::DEBUG } else { Level::INFO });
     match run(&Options { config: arguments.config, sim: arguments.sim }) {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {

@@ -7,6 +7,7 @@
 mod fleet;
 pub mod host_env;
 mod keystone;
+pub mod panics;
 pub mod rules;
 pub mod sysfs;
 

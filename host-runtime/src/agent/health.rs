@@ -16,8 +16,8 @@ use virt_usb_config::Tls;
 use virt_usb_config::host_env::hook_socket;
 
 use crate::hypervisor::{MEETING_TIMEOUT, Supervised};
-use crate::listen::Certificate;
 use crate::metrics::Metrics;
+use virt_usb_fleet::http_server::Certificate;
 
 /// Message that requests the health.
 pub(crate) const QUESTION: &str = "health";

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use virt_usb_config::{Config, ConfigError, DEFAULT_PATH};
 
-use crate::stamp::{Stamp, stamp};
+use virt_usb_fleet::stamp::{Stamp, stamp};
 
 /// How often the configuration's file is looked at.
 pub(super) const CONFIG_LOOK_INTERVAL: Duration = Duration::from_secs(2);

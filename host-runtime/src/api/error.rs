@@ -12,8 +12,8 @@ use virt_usb_store::StoreError;
 
 use super::policy::Authorization;
 use crate::agent::work::WorkError;
-use crate::fleet::shared::ChangeError;
 use crate::hypervisor::Failure;
+use virt_usb_fleet::replicated::ChangeError;
 
 /// A call that could not be served. Nothing was changed by it.
 #[derive(Debug, Clone, PartialEq, Eq)]

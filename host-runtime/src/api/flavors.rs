@@ -19,7 +19,7 @@ use super::policy::{Call, may};
 use super::request::{Asks, Content, Named};
 use super::request_schemas::FlavorRequest;
 use super::responses::UsbFlavor;
-use crate::fleet::shared::change;
+use virt_usb_fleet::replicated::change;
 
 /// A path's flavor.
 #[derive(Deserialize)]

@@ -13,7 +13,7 @@ use super::error::ApiError;
 use super::identity::{Caller, Role};
 use super::policy::Call;
 use super::servers::{Acted, perform, requests};
-use crate::fleet::requests::{self as through, Answer, Doer, Doing, Request, Unanswered};
+use crate::publish::requests::{self as through, Answer, Doer, Doing, Request, Unanswered};
 
 const KEY: &str = "usb_devices_requests";
 

@@ -17,7 +17,7 @@ use super::policy::{Call, may};
 use super::request::{Asks, Content, Named};
 use super::request_schemas::GrantRequest;
 use super::responses::UsbGrant;
-use crate::fleet::shared::change;
+use virt_usb_fleet::replicated::change;
 
 /// A path's grant.
 #[derive(Deserialize)]

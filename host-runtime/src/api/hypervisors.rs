@@ -16,7 +16,7 @@ use super::inventory::Snapshot;
 use super::policy::{Call, may};
 use super::request::{Asks, Named};
 use super::responses::{Totals, UsbDevice};
-use crate::fleet::peers::Peer;
+use crate::publish::peers::Peer;
 
 /// A path's host.
 #[derive(Deserialize)]

@@ -16,7 +16,7 @@ use virt_usb_store::{ClaimRow, Durability, LONE_NODE, Record, Store, StoreError}
 use super::identity::Caller;
 use super::policy::{Authorization, Call, may_know_holder, may_with_device};
 use super::responses::UsbDevice;
-use crate::fleet::peers::{Hosts, Peer, Peers, Server};
+use crate::publish::peers::{Hosts, Peer, Peers, Server};
 use crate::timeouts::STORE_LOCK_TIMEOUT;
 
 /// This host's own.

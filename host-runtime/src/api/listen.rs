@@ -12,7 +12,7 @@ use virt_usb_store::user::User;
 
 use super::keystone::PLACES;
 use super::{Api, LONG_TURNS, TURNS, WORKS, fleet, router, socket};
-use crate::listen::{CONNECTIONS, Certificate, SOCKET_MODE, Server};
+use virt_usb_fleet::http_server::{CONNECTIONS, Certificate, SOCKET_MODE, Server};
 
 /// How long requests that were begun are waited for at the end: the agent ends within 5 s, whatever
 /// libvirt does.

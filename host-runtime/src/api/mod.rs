@@ -66,15 +66,15 @@ use virt_usb_config::host_env;
 use virt_usb_model::ProjectId;
 use virt_usb_store::{Context, Durability, Store};
 
-use crate::fleet::peers::Peers;
 use crate::hypervisor::Supervised;
-use crate::listen::Peer;
 use crate::metrics::Metrics;
+use crate::publish::peers::Peers;
 use crate::timeouts::STORE_LOCK_TIMEOUT;
 use error::ApiError;
 use identity::{AuthError, Caller, Freshness, Identity, Role};
 use inventory::Inventory;
 use request::RequestId;
+use virt_usb_fleet::http_server::Peer;
 
 pub use listen::{Listening, start};
 

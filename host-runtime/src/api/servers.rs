@@ -28,8 +28,8 @@ use super::request_schemas::ServerActionRequest;
 use super::responses::UsbDevice;
 use crate::agent::operate::{Attached, OperateError};
 use crate::agent::work::Worker;
-use crate::fleet::peers::{self, Peer};
 use crate::hypervisor::{Hypervisor as _, Known};
+use crate::publish::peers::{self, Peer};
 
 /// A path's server.
 #[derive(Deserialize)]

@@ -28,7 +28,7 @@ use virt_usb_model::ProjectId;
 use virt_usb_store::user::{AsUser, User};
 
 use super::identity::{Answer, AuthError, Caller, Freshness, Identity, Role};
-use crate::stamp::{Stamp, stamp};
+use virt_usb_fleet::stamp::{Stamp, stamp};
 
 /// The file's name.
 pub const FILE: &str = "tokens.toml";

@@ -1,10 +1,11 @@
 //! What can be typed.
 
-use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 use clap_complete::Shell;
+use virt_usb_fleet::filter_file::FilterFile;
+use virt_usb_fleet::scheduler::Scheduler;
 use virt_usb_model::flavor::Tag;
 use virt_usb_model::{DeviceId, DeviceRequest, Flavor, ProductId, ProjectId, VendorId};
 
@@ -277,31 +278,6 @@ pub(super) enum OwnerVerb {
     },
 }
 
-#[derive(Debug, Args)]
-pub(super) struct Scheduler {
-    /// Answer HTTP at this loopback address
-    #[arg(long, value_name = "ADDRESS", value_parser = loopback, required_unless_present = "socket")]
-    pub(super) listen: Option<SocketAddr>,
-    /// Answer on this unix socket, for whoever may enter its folder and is of its group
-    #[arg(long, value_name = "PATH")]
-    pub(super) socket: Option<PathBuf>,
-    /// When nothing was heard of the fleet for so many seconds, refuse to answer
-    #[arg(long, value_name = "SECONDS", default_value_t = 300, value_parser = clap::value_parser!(u64).range(1..=86400))]
-    pub(super) max_age: u64,
-    #[command(flatten)]
-    pub(super) component: FilterFile,
-}
-
-fn loopback(text: &str) -> Result<SocketAddr, String> {
-    match text.parse::<SocketAddr>() {
-        Ok(address) if address.ip().is_loopback() => Ok(address),
-        _ => Err(
-            "wanted a loopback address such as 127.0.0.1:8791: nobody has to say who he is there"
-                .into(),
-        ),
-    }
-}
-
 #[derive(Debug, Subcommand)]
 pub(super) enum FleetVerb {
     /// Give this host its number in the fleet, and its devices the ids that come with it; not while
@@ -545,30 +521,6 @@ fn selector(text: &str) -> Result<DeviceRequest, String> {
     }
 }
 
-#[derive(Debug, Args)]
-pub(super) struct FilterFile {
-    /// The filter: a WebAssembly component of the world virt-usb:scheduler/filter; without it the
-    /// one that is beside this program, or in /usr/lib/virt-usb
-    #[arg(long, value_name = "FILE", env = "VIRT_USB_FILTER")]
-    pub(super) component: Option<PathBuf>,
-    /// Take only a filter with this SHA-256
-    #[arg(long, value_name = "HEX", value_parser = digest)]
-    pub(super) sha256: Option<[u8; 32]>,
-}
-
-fn digest(text: &str) -> Result<[u8; 32], String> {
-    let mut digest = [0; 32];
-    let digits = text.as_bytes();
-    let byte = |pair: &[u8]| u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok();
-    if digits.len() != 64 || !digits.iter().all(u8::is_ascii_hexdigit) {
-        return Err("wanted 64 hexadecimal digits".to_owned());
-    }
-    for (to, pair) in digest.iter_mut().zip(digits.chunks(2)) {
-        *to = byte(pair).ok_or("wanted hexadecimal digits")?;
-    }
-    Ok(digest)
-}
-
 #[derive(Debug, Subcommand)]
 pub(super) enum FilterVerb {
     /// Make a fleet, feed it to the filter and measure the answers
@@ -648,7 +600,7 @@ pub(super) struct Recover {
 
 #[cfg(test)]
 mod tests {
-    use super::{digest, selector};
+    use super::selector;
 
     #[test]
     fn a_device_is_named_in_three_ways() {
@@ -658,14 +610,6 @@ mod tests {
         assert_eq!(json(r#" {"serial":"A","count":2}"#).unwrap(), r#"{"serial":"A","count":2}"#);
         for wrong in ["", "0", "key", "{", r#"{"serial":"A"},{"serial":"B"}"#, "{}"] {
             assert!(json(wrong).is_err(), "{wrong}");
-        }
-    }
-
-    #[test]
-    fn a_digest_is_64_digits() {
-        assert_eq!(digest(&"0f".repeat(32)), Ok([15; 32]));
-        for wrong in ["", "0f", &"zz".repeat(32), &"é".repeat(32), &"+f".repeat(32)] {
-            assert!(digest(wrong).is_err(), "{wrong}");
         }
     }
 }

@@ -9,21 +9,17 @@ use std::time::Duration;
 use anyhow::{Context as _, bail};
 use serde::Serialize;
 use virt_usb_filter_host::{
-    Filter, Fleet, Limits, Options, Placement, Question, Rejection, Session as Asked, Verdict, hex,
-    sha256,
+    Filter, Fleet, Limits, Placement, Question, Rejection, Session as Asked, Verdict, hex, sha256,
 };
+use virt_usb_fleet::filter_file::FilterFile;
 use virt_usb_model::{DeviceEntry, DeviceId, Flavor, HostDocument, UniqueJson};
 use virt_usb_store::user::User;
 
 use super::Session;
-use super::arguments::{Filter as Arguments, FilterFile, FilterVerb};
+use super::arguments::{Filter as Arguments, FilterVerb};
 use super::output::{complain, table};
 use crate::filter::{bench, fleet};
 
-/// The filter's name beside the program.
-const FILE_NAME: &str = "virt-usb-filter.wasm";
-/// Where packages put it.
-const INSTALLED: &str = "/usr/lib/virt-usb";
 /// No host can serve: an answer, and so not the status of a failure.
 const NO_HOST: u8 = 3;
 /// The largest file of host documents, in bytes.
@@ -43,31 +39,7 @@ pub(super) fn run(session: &Session, arguments: &Arguments) -> anyhow::Result<Ex
 
 /// For a command that is waited for: it may take its time.
 fn load(file: &FilterFile) -> anyhow::Result<Filter> {
-    load_with(file, Limits { memory: 4 << 30, epoch: Duration::from_secs(10) })
-}
-
-pub(super) fn load_with(file: &FilterFile, limits: Limits) -> anyhow::Result<Filter> {
-    let path = match &file.component {
-        Some(path) => path.clone(),
-        None => find()?,
-    };
-    Ok(Filter::load(path, &Options { limits, sha256: file.sha256 })?)
-}
-
-fn find() -> anyhow::Result<PathBuf> {
-    let beside = std::env::current_exe()
-        .context("cannot tell where this program is")?
-        .with_file_name(FILE_NAME);
-    let installed = Path::new(INSTALLED).join(FILE_NAME);
-    let places = [beside, installed];
-    let found = places.iter().find(|path| path.exists());
-    found.cloned().with_context(|| {
-        let [beside, installed] = places.each_ref().map(|path| path.display());
-        format!(
-            "there is no filter at {beside} or {installed}: 'make filter' builds it, \
-            --component names another"
-        )
-    })
+    file.load(Limits { memory: 4 << 30, epoch: Duration::from_secs(10) })
 }
 
 /// What is answered.
@@ -381,7 +353,7 @@ fn precompile(session: &Session, filter: &Filter, file: &Path) -> anyhow::Result
         drop(std::fs::remove_file(&beside));
     }
     written.with_context(cannot)?;
-    let limits = Options { limits: filter.limits(), sha256: None };
+    let limits = virt_usb_filter_host::Options { limits: filter.limits(), sha256: None };
     Filter::load(file, &limits).context("what was written cannot be loaded")?;
     let of = filter.sha256().as_ref().map(hex);
     let done = Precompiled { file: file.to_owned(), sha256: hex(&sha256(&machine_code)), of };

@@ -12,11 +12,11 @@ use virt_usb_store::renumber::{Numbered, Renumbered};
 
 use super::Session;
 use super::arguments::{Credentials, Simulate};
-use super::filter::load_with;
 use super::output::{complain, or_dash, table};
-use crate::fleet::shared::{Shared as _, contribute};
-use crate::fleet::{join, simulate, wait};
 use crate::inventory::host_name;
+use crate::publish::simulate;
+use virt_usb_fleet::replicated::{Shared as _, contribute};
+use virt_usb_fleet::{join, wait};
 
 /// The configuration's fleet, asked as whom the arguments say.
 fn fleet(config: &Config, credentials: Option<&Credentials>) -> anyhow::Result<Fleet> {
@@ -225,7 +225,7 @@ pub(super) fn simulate(session: &Session, options: &Simulate) -> anyhow::Result<
     let fleet = fleet(&session.config()?, None)?;
     let options = simulate::Options {
         fleet,
-        filter: load_with(&options.component, Limits::default())?,
+        filter: options.component.load(Limits::default())?,
         hosts: options.hosts,
         devices: options.devices,
         churn: options.churn,

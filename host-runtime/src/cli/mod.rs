@@ -40,8 +40,8 @@ use remote::Remote;
 /// arguments, 3 `filter` has asked and no host can serve; `doctor`: 1 for a warning, 2 for
 /// something broken.
 pub fn main() -> ExitCode {
-    virt_usb_hook::panics::abort();
-    let arguments: Arguments = match crate::log::arguments() {
+    virt_usb_config::panics::abort();
+    let arguments: Arguments = match virt_usb_fleet::log::arguments() {
         Ok(arguments) => arguments,
         Err(code) => return code,
     };
@@ -178,7 +178,7 @@ fn dispatch(session: &Session, verb: Verb) -> anyhow::Result<ExitCode> {
             Ok(ExitCode::SUCCESS)
         }
         Verb::Manual { dir, date } => {
-            crate::manual::write(&dir, &date)
+            crate::manual::write(&Arguments::command(), &dir, &date)
                 .with_context(|| format!("cannot write the manual to {}", dir.display()))?;
             Ok(ExitCode::SUCCESS)
         }

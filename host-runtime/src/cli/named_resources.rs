@@ -12,7 +12,7 @@ use virt_usb_store::{Store, StoreError, StoredFlavor, StoredGrant};
 
 use super::output::table;
 use super::{Session, remote};
-use crate::fleet::shared::{Shared, change};
+use virt_usb_fleet::replicated::{Shared, change};
 
 /// One kind of it, as the command line has it.
 pub(super) trait Named: Shared {

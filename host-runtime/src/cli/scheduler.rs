@@ -1,27 +1,42 @@
-//! `scheduler`: the filter as a service.
+//! `scheduler`: another name for the program `virt-usb-scheduler`.
 
-use std::process::ExitCode;
-use std::time::Duration;
+use std::ffi::OsString;
+use std::os::unix::process::CommandExt as _;
+use std::path::Path;
+use std::process::{Command, ExitCode};
 
-use anyhow::bail;
-use virt_usb_filter_host::Limits;
+use anyhow::{Context as _, bail};
+use virt_usb_fleet::scheduler::Scheduler;
 
 use super::Session;
-use super::arguments::Scheduler;
-use super::filter::load_with;
-use crate::scheduler;
 
+/// Name of the program.
+const PROGRAM: &str = "virt-usb-scheduler";
+
+/// Replaces this process by `virt-usb-scheduler`, which stands beside this program.
 pub(super) fn run(session: &Session, options: &Scheduler) -> anyhow::Result<ExitCode> {
-    let Some(fleet) = session.config()?.fleet else {
-        bail!("the configuration names no fleet: give [fleet] with its endpoints first");
+    let program = std::env::current_exe()
+        .context("cannot find out where this program is")?
+        .with_file_name(PROGRAM);
+    if !program.exists() {
+        bail!("{} is missing: install {PROGRAM} there", program.display());
+    }
+    let failed =
+        Command::new(&program).args(arguments(session.config_file.as_deref(), options)).exec();
+    Err(failed).with_context(|| format!("cannot start {}", program.display()))
+}
+
+fn arguments(config: Option<&Path>, options: &Scheduler) -> Vec<OsString> {
+    let Scheduler { listen, socket, max_age, component } = options;
+    let mut arguments: Vec<OsString> = Vec::new();
+    let mut add = |name: &str, value: Option<OsString>| {
+        arguments.extend(value.into_iter().flat_map(|value| [name.into(), value]));
     };
-    crate::log::start(tracing::Level::INFO);
-    scheduler::run(&scheduler::Options {
-        fleet,
-        filter: load_with(&options.component, Limits::default())?,
-        listen: options.listen,
-        socket: options.socket.clone(),
-        max_age: Duration::from_secs(options.max_age),
-    })?;
-    Ok(ExitCode::SUCCESS)
+    add("--config", config.map(Into::into));
+    add("--listen", listen.map(|address| address.to_string().into()));
+    add("--socket", socket.clone().map(Into::into));
+    add("--max-age", Some(max_age.to_string().into()));
+    add("--component", component.component.clone().map(Into::into));
+    add("--sha256", component.sha256.map(|digest| virt_usb_filter_host::hex(&digest).into()));
+    arguments
 }

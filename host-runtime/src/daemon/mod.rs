@@ -38,9 +38,9 @@ use crate::api::keystone::Keystone;
 use crate::api::tokens::{Made, TokenFile, Tokens, TokensError, Wanted};
 use crate::api::{self, Api, Listening};
 use crate::discovery::{LibUsb, UsbSource, hotplug};
-use crate::fleet::publish::{Publisher, Publishing};
 use crate::hypervisor::{Event, Hypervisor, Libvirt, Listeners, Supervised};
 use crate::metrics::{self, Metrics};
+use crate::publish::publisher::{Publisher, Publishing};
 use crate::timeouts::STORE_LOCK_TIMEOUT;
 
 pub use arguments::Arguments;

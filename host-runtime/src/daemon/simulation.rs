@@ -15,7 +15,7 @@ use super::World;
 use crate::agent::signals::DeviceSignal;
 use crate::discovery::{Simulated, Snapshot, UsbSource};
 use crate::hypervisor::{Event, SimulatedHypervisor};
-use crate::stamp::{Stamp, stamp};
+use virt_usb_fleet::stamp::{Stamp, stamp};
 
 /// How often the file is looked at.
 const LOOK: Duration = Duration::from_millis(100);

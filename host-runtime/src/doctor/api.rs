@@ -7,7 +7,7 @@ use virt_usb_config::{Api, Tls};
 
 use super::process::open_to_all;
 use super::{CONNECT_TIMEOUT, Host, Report, address};
-use crate::listen::{Certificate, expiry};
+use virt_usb_fleet::http_server::{Certificate, expiry};
 
 /// Time before the end of a certificate at which it is reported, in days.
 const WARN_DAYS: u64 = 14;

@@ -12,7 +12,7 @@ pub(super) fn check(host: &Host, report: &Report) {
     let Some(fleet) = &config.fleet else { return };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let asked = crate::inventory::host_name(&config.procfs_root).and_then(|host| {
-        let status = runtime?.block_on(crate::fleet::join::status(fleet, &host))?;
+        let status = runtime?.block_on(virt_usb_fleet::join::status(fleet, &host))?;
         Ok(status)
     });
     let status = match asked {

@@ -19,7 +19,7 @@ use rustix::time::{ClockId, clock_gettime};
 use virt_usb_store::{ClaimRow, Record};
 
 use crate::hypervisor::Failure;
-use crate::listen::expiry;
+use virt_usb_fleet::http_server::expiry;
 
 type Labels = Vec<(&'static str, String)>;
 

@@ -11,7 +11,7 @@ use tokio::sync::{Semaphore, watch};
 use virt_usb_config as config;
 
 use super::Metrics;
-use crate::listen::Server;
+use virt_usb_fleet::http_server::Server;
 
 /// Connections at once.
 const CONNECTIONS: usize = 32;

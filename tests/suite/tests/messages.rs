@@ -29,6 +29,7 @@ fn sources() -> Vec<(PathBuf, String)> {
     let mut folders: Vec<PathBuf> = [
         "hook/src",
         "host-runtime/config/src",
+        "host-runtime/fleet/src",
         "host-runtime/src",
         "host-runtime/store/src",
         "host-runtime/domxml/src",

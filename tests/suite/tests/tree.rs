@@ -119,9 +119,173 @@ fn the_hook_stays_small() {
     assert_eq!(ours, ["virt-usb-config", "virt-usb-domxml", "virt-usb-model", "virt-usb-store"]);
 }
 
+/// Modules at the top of `virt-usb`, each with those that it may use. No two use each other, also
+/// not through others: a module may only use modules below it in this list.
+const LAYERS: [(&str, &[&str]); 15] = [
+    ("main", &["cli"]),
+    (
+        "cli",
+        &[
+            "agent",
+            "api",
+            "client",
+            "discovery",
+            "doctor",
+            "filter",
+            "hypervisor",
+            "inventory",
+            "manual",
+            "publish",
+            "recover",
+            "timeouts",
+        ],
+    ),
+    ("manual", &["daemon"]),
+    (
+        "daemon",
+        &["agent", "api", "discovery", "hypervisor", "inventory", "metrics", "publish", "timeouts"],
+    ),
+    ("doctor", &["agent", "api", "client", "hypervisor", "inventory", "timeouts"]),
+    ("api", &["agent", "client", "hypervisor", "metrics", "publish", "timeouts"]),
+    ("publish", &["discovery", "hypervisor", "inventory", "metrics", "timeouts"]),
+    ("agent", &["discovery", "hypervisor", "inventory", "metrics", "timeouts"]),
+    ("recover", &["discovery", "hypervisor", "inventory"]),
+    ("metrics", &["hypervisor"]),
+    ("inventory", &["discovery"]),
+    ("filter", &[]),
+    ("client", &[]),
+    ("hypervisor", &[]),
+    ("discovery", &[]),
+];
+
+/// The source files below a folder, each with its path from there and its text without tests.
+fn sources(folder: &str) -> Vec<(String, String)> {
+    let (base, mut found) = (root().join(folder), Vec::new());
+    let mut folders = vec![base.clone()];
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                folders.push(path);
+            } else if path.extension().is_some_and(|extension| extension == "rs") {
+                let text = std::fs::read_to_string(&path).unwrap();
+                let text = text.split("#[cfg(test)]\nmod tests").next().unwrap();
+                let code = text.lines().filter(|line| !line.trim_start().starts_with("//"));
+                let name = path.strip_prefix(&base).unwrap().to_str().unwrap();
+                found.push((name.to_owned(), code.collect::<Vec<_>>().join("\n")));
+            }
+        }
+    }
+    assert!(!found.is_empty());
+    found
+}
+
+/// The modules that a file names: `crate::name`, and the names in `crate::{...}`.
+fn uses(text: &str) -> BTreeSet<String> {
+    let word = |text: &str| -> String {
+        text.chars().take_while(|c| c.is_ascii_lowercase() || *c == '_').collect()
+    };
+    let mut found = BTreeSet::new();
+    for rest in text.split("crate::").skip(1) {
+        match rest.strip_prefix('{') {
+            None => found.insert(word(rest)),
+            Some(list) => {
+                let list = list.split("};").next().unwrap();
+                let mut depth = 0;
+                let top = list.split_inclusive(['{', '}', ',']).filter_map(|part| {
+                    let is_top = depth == 0;
+                    depth += i32::from(part.ends_with('{')) - i32::from(part.ends_with('}'));
+                    is_top.then(|| word(part.trim_start()))
+                });
+                found.extend(top.collect::<Vec<_>>());
+                true
+            }
+        };
+    }
+    found
+}
+
+#[test]
+fn modules_of_virt_usb_use_only_those_below_them() {
+    for (at, (module, may)) in LAYERS.iter().enumerate() {
+        let below: Vec<_> = LAYERS[at + 1..].iter().map(|(name, _)| *name).collect();
+        for other in may.iter().filter(|other| **other != "timeouts") {
+            assert!(below.contains(other), "{module} may not use {other}, which is above it");
+        }
+    }
+    let modules: BTreeSet<&str> = LAYERS.iter().map(|(name, _)| *name).collect();
+    let mut seen = BTreeSet::new();
+    for (name, text) in sources("host-runtime/src") {
+        let module = name.split('/').next().unwrap().trim_end_matches(".rs").to_owned();
+        let Some((_, may)) = LAYERS.iter().find(|(layer, _)| *layer == module) else {
+            assert!(
+                ["lib", "timeouts", "virt-usbd"].contains(&module.as_str()),
+                "{name}: give the module a place in LAYERS"
+            );
+            continue;
+        };
+        seen.insert(module.clone());
+        for other in uses(&text) {
+            let is_module = modules.contains(other.as_str()) || other == "timeouts";
+            assert!(
+                !is_module || other == module || may.contains(&other.as_str()),
+                "{name} uses crate::{other}, which LAYERS does not permit"
+            );
+        }
+    }
+    assert!(seen.len() + 1 >= LAYERS.len(), "{seen:?}");
+}
+
+#[test]
+fn modules_of_hook_and_fleet_have_no_circle() {
+    for folder in ["hook/src", "host-runtime/config/src", "host-runtime/fleet/src"] {
+        let all = sources(folder);
+        let module = |name: &str| -> String {
+            name.split('/').next().unwrap().trim_end_matches(".rs").to_owned()
+        };
+        let mut edges: BTreeSet<(String, String)> = BTreeSet::new();
+        for (name, text) in &all {
+            let from = module(name);
+            edges.extend(uses(text).into_iter().map(|to| (from.clone(), to)));
+        }
+        let names: BTreeSet<String> = all.iter().map(|(name, _)| module(name)).collect();
+        edges.retain(|(from, to)| from != to && from != "lib" && names.contains(to));
+        // Modules that use none of those that are left go, until none goes: what stays is a circle.
+        loop {
+            let before = edges.len();
+            let using: BTreeSet<String> = edges.iter().map(|(from, _)| from.clone()).collect();
+            edges.retain(|(_, to)| using.contains(to));
+            if edges.len() == before {
+                break;
+            }
+        }
+        assert!(edges.is_empty(), "{folder}: these modules use each other: {edges:?}");
+    }
+}
+
+#[test]
+fn the_scheduler_links_neither_libvirt_nor_libusb() {
+    let all = closure("virt-usb-fleet");
+    for forbidden in ["virt", "virt-sys", "rusb", "libusb1-sys", "virt-usb", "virt-usb-hook"] {
+        assert!(!all.contains(forbidden), "the scheduler is built with {forbidden}");
+    }
+    let linked = |program: &str| {
+        let output = Command::new("ldd").arg(virt_usb_suite::program(program)).output().unwrap();
+        assert!(output.status.success());
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let agent = linked("virt-usbd");
+    for library in ["libvirt.so", "libusb-1.0.so"] {
+        assert!(agent.contains(library), "ldd shows what a program is linked with: {agent}");
+        assert!(!linked("virt-usb-scheduler").contains(library));
+    }
+}
+
 #[test]
 fn no_product_is_built_with_test_code() {
-    for package in ["virt-usb", "virt-usb-hook", "virt-usb-filter", "virt-usb-filter-host"] {
+    for package in
+        ["virt-usb", "virt-usb-fleet", "virt-usb-hook", "virt-usb-filter", "virt-usb-filter-host"]
+    {
         let all = closure(package);
         for forbidden in ["virt-usb-harness", "virt-usb-suite", "virt-usb-bench", "proptest"] {
             assert!(!all.contains(forbidden), "{package} is built with {forbidden}");
@@ -221,9 +385,10 @@ fn who_names_a_file_in_the_state_uses_it_as_its_owner() {
         "host-runtime/src/doctor/hook.rs",
         "host-runtime/src/doctor/mod.rs",
     ];
-    let mut folders: Vec<_> = ["hook/src", "host-runtime/config/src", "host-runtime/src"]
-        .map(|folder| root().join(folder))
-        .into();
+    let mut folders: Vec<_> =
+        ["hook/src", "host-runtime/config/src", "host-runtime/fleet/src", "host-runtime/src"]
+            .map(|folder| root().join(folder))
+            .into();
     let mut found = 0;
     while let Some(folder) = folders.pop() {
         for entry in std::fs::read_dir(folder).unwrap() {
@@ -260,6 +425,7 @@ fn every_folder_of_a_part_explains_itself() {
         "host-runtime/domxml",
         "host-runtime/store",
         "host-runtime/filter-host",
+        "host-runtime/fleet",
         "filter-wasm",
         "filter-wasm/core",
         "wit",

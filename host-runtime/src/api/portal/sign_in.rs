@@ -17,7 +17,7 @@ use super::super::identity::Freshness;
 use super::super::request::form;
 use super::pages::{page, see};
 use super::session::{Sent, Signed, is_from_here};
-use crate::listen::Peer;
+use virt_usb_fleet::http_server::Peer;
 
 fn asks(api: &Api, wrong: bool) -> Markup {
     let keystone = (api.config)().keystone.is_some();

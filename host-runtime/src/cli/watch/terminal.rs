@@ -63,7 +63,7 @@ impl<'a> Terminal<'a> {
         flag::register(SIGTSTP, Arc::clone(&suspend))?;
         flag::register(SIGCONT, Arc::clone(&resumed))?;
         flag::register(SIGWINCH, Arc::clone(&resized))?;
-        // A panic aborts (virt_usb_hook::panics): nothing is dropped then, and its message would be
+        // A panic aborts (virt_usb_config::panics): nothing is dropped then, and its message would be
         // lost with the other screen.
         let told = std::panic::take_hook();
         std::panic::set_hook(Box::new(move |info| {

@@ -1,4 +1,4 @@
-//! `virt-usb scheduler`: the filter as a service, beside any scheduler. It follows the fleet, and
+//! `virt-usb-scheduler`: the filter as a service, beside any scheduler. It follows the fleet, and
 //! answers which hosts can serve.
 //!
 //! ```text
@@ -8,6 +8,7 @@
 //! ```
 //! Nothing of it lasts: each instance is made anew of what etcd holds, and several may run.
 
+mod arguments;
 mod assume;
 mod flavors;
 mod metrics;
@@ -16,43 +17,45 @@ mod view;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::Context as _;
+use anyhow::{Context as _, bail};
 use tokio::sync::{Semaphore, watch};
-use virt_usb_config::Fleet;
-use virt_usb_filter_host::Filter;
+use virt_usb_config::{Config, Fleet};
+use virt_usb_filter_host::{Filter, Limits};
 use virt_usb_model::Flavor;
 
-use crate::fleet::keys::Keys;
-use crate::fleet::reader::Reader;
-use crate::fleet::shared::Shared as _;
-use crate::listen::{CONNECTIONS, END_TIME, SOCKET_MODE, Server};
+use crate::http_server::{CONNECTIONS, END_TIME, SOCKET_MODE, Server};
+use crate::keys::Keys;
+use crate::reader::Reader;
+use crate::replicated::Shared as _;
 
-pub(crate) use view::View;
+pub use arguments::{Arguments, Scheduler};
+pub use view::View;
 
 /// How often promises are looked through and instances fed.
 const TICK: Duration = Duration::from_millis(200);
 
 /// What the service is started with.
 #[derive(Debug)]
-pub(crate) struct Options {
-    pub(crate) fleet: Fleet,
-    pub(crate) filter: Filter,
+struct Options {
+    fleet: Fleet,
+    filter: Filter,
     /// Where HTTP is served.
-    pub(crate) listen: Option<SocketAddr>,
+    listen: Option<SocketAddr>,
     /// The unix socket's path.
-    pub(crate) socket: Option<PathBuf>,
+    socket: Option<PathBuf>,
     /// When nothing was heard for longer, questions are refused.
-    pub(crate) max_age: Duration,
+    max_age: Duration,
 }
 
 /// Serves until it is told to stop by SIGTERM or SIGINT.
 ///
 /// # Errors
 /// When there can be no threads for it.
-pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
+fn run(options: &Options) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .thread_name("scheduler")
@@ -109,4 +112,36 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
         drop(std::fs::remove_file(path));
     }
     Ok(())
+}
+
+/// The program `virt-usb-scheduler`.
+pub fn main() -> ExitCode {
+    virt_usb_config::panics::abort();
+    let arguments: Arguments = match crate::log::arguments() {
+        Ok(arguments) => arguments,
+        Err(code) => return code,
+    };
+    crate::log::start(tracing::Level::INFO);
+    match begin(&arguments) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            let chain: Vec<String> = e.chain().map(ToString::to_string).collect();
+            tracing::error!("{}", chain.join(": "));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn begin(arguments: &Arguments) -> anyhow::Result<()> {
+    let Some(fleet) = Config::load(arguments.config.as_deref())?.fleet else {
+        bail!("the configuration names no fleet: give [fleet] with its endpoints first");
+    };
+    let options = &arguments.options;
+    run(&Options {
+        fleet,
+        filter: options.component.load(Limits::default())?,
+        listen: options.listen,
+        socket: options.socket.clone(),
+        max_age: Duration::from_secs(options.max_age),
+    })
 }

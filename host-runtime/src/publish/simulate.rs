@@ -34,13 +34,13 @@ use virt_usb_store::flaps::Limits;
 use virt_usb_store::release::Extent;
 use virt_usb_store::{Context, Record, Store};
 
-use super::etcd::Etcd;
-use super::join;
-use super::publish::Publisher;
-use super::reader::{Reader, Sink};
+use super::publisher::Publisher;
 use crate::discovery::Snapshot;
 use crate::metrics::Metrics;
-use crate::scheduler::View;
+use virt_usb_fleet::etcd::Etcd;
+use virt_usb_fleet::join;
+use virt_usb_fleet::reader::{Reader, Sink};
+use virt_usb_fleet::scheduler::View;
 
 /// How long the fleet may take to say what there is.
 const SETTLING: Duration = Duration::from_secs(60);
@@ -182,7 +182,7 @@ impl Sink for Subscriber {
         self.view.listed();
     }
 
-    fn deaf(&mut self, why: &super::Error) {
+    fn deaf(&mut self, why: &virt_usb_fleet::Error) {
         self.view.deaf(why);
     }
 }
@@ -305,7 +305,7 @@ pub(crate) fn run(options: &Options, told: impl Fn(&str)) -> anyhow::Result<Repo
 async fn clean(fleet: &Fleet) -> anyhow::Result<()> {
     let mut etcd = Etcd::new(fleet.clone());
     let mut connection = etcd.connect().await?;
-    let all = DeleteOptions::new().with_range(super::etcd::after(&fleet.prefix));
+    let all = DeleteOptions::new().with_range(virt_usb_fleet::etcd::after(&fleet.prefix));
     etcd.within("remove the simulation", connection.client.delete(fleet.prefix.clone(), Some(all)))
         .await?;
     Ok(())
@@ -359,7 +359,8 @@ fn simulate(
         simulation.hosts.push(host);
     }
     let mut sink = ears.clone();
-    let mut reader = Reader::new(fleet, super::keys::Keys::new(fleet.prefix.clone()).hosts());
+    let mut reader =
+        Reader::new(fleet, virt_usb_fleet::keys::Keys::new(fleet.prefix.clone()).hosts());
     let following = runtime.spawn(async move { reader.follow(&mut sink).await });
     for host in &mut simulation.hosts {
         host.live(runtime);
@@ -590,7 +591,7 @@ impl Simulation<'_> {
             let mut connection = etcd.connect().await?;
             let prefix = etcd.keys().hosts();
             let each = |kv: &etcd_client::KeyValue| {
-                let name = super::etcd::name(&prefix, kv.key()).unwrap_or_default();
+                let name = virt_usb_fleet::etcd::name(&prefix, kv.key()).unwrap_or_default();
                 listed.insert(name, kv.value().to_vec());
             };
             etcd.list(&mut connection, &prefix, each).await?;

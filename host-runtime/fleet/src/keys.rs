@@ -18,77 +18,85 @@ use sha2::{Digest as _, Sha256};
 
 /// Keys below one prefix.
 #[derive(Debug, Clone)]
-pub(crate) struct Keys {
+pub struct Keys {
     prefix: String,
 }
 
 impl Keys {
     /// Below that prefix, which ends with a slash.
-    pub(crate) const fn new(prefix: String) -> Self {
+    pub const fn new(prefix: String) -> Self {
         Self { prefix }
     }
 
     /// What the documents' keys begin with.
-    pub(crate) fn hosts(&self) -> String {
+    pub fn hosts(&self) -> String {
         format!("{}hosts/", self.prefix)
     }
 
-    pub(super) fn host(&self, name: &str) -> String {
+    /// Key of the document of a host.
+    pub fn host(&self, name: &str) -> String {
         format!("{}hosts/{name}", self.prefix)
     }
 
     /// What the numbers' keys begin with.
-    pub(crate) fn nodes(&self) -> String {
+    pub fn nodes(&self) -> String {
         format!("{}nodes/", self.prefix)
     }
 
-    pub(super) fn node(&self, node: u64) -> String {
+    /// Key of the host with this number.
+    pub fn node(&self, node: u64) -> String {
         format!("{}nodes/{node}", self.prefix)
     }
 
     /// All keys begin so.
-    pub(crate) fn all(&self) -> &str {
+    pub fn all(&self) -> &str {
         &self.prefix
     }
 
-    pub(super) fn servers(&self, host: &str) -> String {
+    /// Key of the guests of a host.
+    pub fn servers(&self, host: &str) -> String {
         format!("{}servers/{host}", self.prefix)
     }
 
     /// What the requests to a host begin with.
-    pub(super) fn requests(&self, host: &str) -> String {
+    pub fn requests(&self, host: &str) -> String {
         format!("{}requests/{host}/", self.prefix)
     }
 
-    pub(super) fn answer(&self, host: &str, request: &str) -> String {
+    /// Key of the answer to a request.
+    pub fn answer(&self, host: &str, request: &str) -> String {
         format!("{}answers/{host}/{request}", self.prefix)
     }
 
     /// What the keys of one kind of what is common begin with: `flavors`, `grants`.
-    pub(crate) fn shared(&self, kind: &str) -> String {
+    pub fn shared(&self, kind: &str) -> String {
         format!("{}{kind}/", self.prefix)
     }
 
-    pub(super) fn shared_one(&self, kind: &str, name: &str) -> String {
+    /// Key of one flavor or grant.
+    pub fn shared_one(&self, kind: &str, name: &str) -> String {
         format!("{}{kind}/{name}", self.prefix)
     }
 
-    pub(super) fn name(&self, host: &str) -> String {
+    /// Key of the number of a host name.
+    pub fn name(&self, host: &str) -> String {
         format!("{}names/{host}", self.prefix)
     }
 
-    pub(super) fn machine(&self, machine: &str) -> String {
+    /// Key of the number of a machine.
+    pub fn machine(&self, machine: &str) -> String {
         format!("{}machines/{machine}", self.prefix)
     }
 
-    pub(super) fn next(&self) -> String {
+    /// Key of the next number.
+    pub fn next(&self) -> String {
         format!("{}next", self.prefix)
     }
 }
 
 /// Who has a number.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Node {
+pub struct Node {
     /// The machine, as [`machine`] has it.
     pub machine: String,
     /// The host's name.
@@ -97,20 +105,20 @@ pub(crate) struct Node {
 
 impl Node {
     /// As it stands in etcd: whoever publishes compares it byte for byte.
-    pub(super) fn text(&self) -> String {
+    pub fn text(&self) -> String {
         serde_json::to_string(self).unwrap_or_default()
     }
 }
 
 /// A machine's name in the fleet: its machine id is confidential (machine-id(5)), so only a digest
 /// of it leaves the host.
-pub(super) fn machine(id: &str) -> String {
+pub fn machine(id: &str) -> String {
     let digest = Sha256::new_with_prefix("virt-usb fleet 1\n").chain_update(id.trim()).finalize();
     digest.iter().take(16).map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// Whether a host of that name can be in a fleet: its name is a part of keys, and of etcd's roles.
-pub(super) fn is_name(host: &str) -> bool {
+pub fn is_name(host: &str) -> bool {
     let plain = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
     (1..=253).contains(&host.len()) && host.chars().all(plain)
 }

@@ -16,9 +16,9 @@ use virt_usb_model::{
 use virt_usb_store::renumber::IDS_A_HOST;
 use virt_usb_store::{ClaimRow, Record};
 
-use super::Error;
-use super::keys::{Keys, Node};
-use super::reader::{Reader, Sink};
+use virt_usb_fleet::Error;
+use virt_usb_fleet::keys::{Keys, Node};
+use virt_usb_fleet::reader::{Reader, Sink};
 
 /// So long after the last question the fleet is followed: a host whose API nobody asks costs etcd
 /// nothing.

@@ -15,7 +15,7 @@ pub fn abort() {
 }
 
 /// Makes a panic end this process with exit status 0, after it has printed its message. For the
-/// calls that must not fail ([`Operation::may_fail`](crate::call::Operation::may_fail)).
+/// calls that must not fail of the hook that only report.
 pub fn succeed() {
     drop(std::panic::take_hook());
     let print = std::panic::take_hook();

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use virt_usb_model::{Flavor, ParseError};
 
-use crate::fleet::reader::Sink;
+use crate::reader::Sink;
 
 /// As they stand in etcd; clones are the same.
 #[derive(Debug, Clone, Default)]

@@ -30,7 +30,7 @@ use x509_cert::der::Decode as _;
 use crate::stamp::{Stamp, stamp};
 
 /// Connections over the network at once; the unix socket has as many of its own.
-pub(crate) const CONNECTIONS: usize = 256;
+pub const CONNECTIONS: usize = 256;
 /// How long the head of a request may take to arrive, and a connection may idle.
 const HEAD_TIME: Duration = Duration::from_secs(30);
 /// The largest head, in bytes.
@@ -43,36 +43,42 @@ const WRITE_TIME: Duration = Duration::from_secs(30);
 /// then keeps its place no longer.
 const CONNECTION_TIME: Duration = Duration::from_secs(600);
 /// Access bits of the socket of the API or the scheduler: its user and its group.
-pub(crate) const SOCKET_MODE: u32 = 0o660;
+pub const SOCKET_MODE: u32 = 0o660;
 /// How long requests that were begun may take once the end has come.
-pub(crate) const END_TIME: Duration = Duration::from_secs(15);
+pub const END_TIME: Duration = Duration::from_secs(15);
 /// Until a socket that could not be had is tried again.
 const RETRY: Duration = Duration::from_secs(10);
 
 /// From where a connection comes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Peer {
+pub enum Peer {
     /// Over the network.
     Remote(std::net::IpAddr),
     /// Over the unix socket, which only those can open who may enter its folder and write to it.
-    Local { uid: u32 },
+    Local {
+        /// User ID of the peer process.
+        uid: u32,
+    },
 }
 
 /// What is served at a socket. Requests find a [`Peer`] among their extensions.
 #[derive(Clone)]
-pub(crate) struct Server {
+pub struct Server {
     /// For messages: `the API`.
-    pub(crate) what: &'static str,
-    pub(crate) router: Router,
+    pub what: &'static str,
+    /// Routes.
+    pub router: Router,
     /// A place for each connection.
-    pub(crate) limit: Arc<Semaphore>,
-    pub(crate) stopping: watch::Receiver<bool>,
+    pub limit: Arc<Semaphore>,
+    /// Becomes true when the server must stop.
+    pub stopping: watch::Receiver<bool>,
     /// Set once the socket or the address is served.
-    pub(crate) served: Arc<AtomicBool>,
+    pub served: Arc<AtomicBool>,
 }
 
 impl Server {
-    pub(crate) async fn network(self, address: SocketAddr, mut tls: Option<Certificate>) {
+    /// Serves `address`, with TLS if there is a certificate, until the server must stop.
+    pub async fn network(self, address: SocketAddr, mut tls: Option<Certificate>) {
         let bind = || async move { TcpListener::bind(address).await };
         let Some(listener) = self.listen(&address.to_string(), bind).await else { return };
         let at = listener.local_addr().map_or_else(|_| address.to_string(), |at| at.to_string());
@@ -103,7 +109,7 @@ impl Server {
     }
 
     /// Serves the unix socket at `path`, with the access bits `mode`.
-    pub(crate) async fn local(self, path: PathBuf, mode: u32) {
+    pub async fn local(self, path: PathBuf, mode: u32) {
         let place = path.clone();
         let bind = || async { bind_local(&place, mode) };
         let Some(listener) = self.listen(&path.display().to_string(), bind).await else { return };
@@ -204,14 +210,15 @@ impl Server {
 }
 
 /// A certificate, read again when its files have changed: one that is renewed needs no restart.
-pub(crate) struct Certificate {
+pub struct Certificate {
     files: Tls,
     stamp: Option<(Option<Stamp>, Option<Stamp>)>,
     acceptor: Option<TlsAcceptor>,
 }
 
 impl Certificate {
-    pub(crate) const fn new(files: Tls) -> Self {
+    /// Creates a certificate from its two files; reads them at the first connection.
+    pub const fn new(files: Tls) -> Self {
         Self { files, stamp: None, acceptor: None }
     }
 
@@ -239,7 +246,7 @@ impl Certificate {
     ///
     /// # Errors
     /// What is wrong with them.
-    pub(crate) fn read(&self) -> Result<TlsAcceptor, String> {
+    pub fn read(&self) -> Result<TlsAcceptor, String> {
         let Tls { certificate, key } = &self.files;
         let chain = chain(certificate)?;
         let private =
@@ -284,7 +291,7 @@ fn content(file: &Path) -> Result<Vec<u8>, String> {
 ///
 /// # Errors
 /// When the file cannot be read, or its first certificate cannot be decoded.
-pub(crate) fn expiry(file: &Path) -> Result<SystemTime, String> {
+pub fn expiry(file: &Path) -> Result<SystemTime, String> {
     let read = |der: &CertificateDer<'_>| {
         let certificate = x509_cert::Certificate::from_der(der)
             .map_err(|e| format!("{}: {e}", file.display()))?;

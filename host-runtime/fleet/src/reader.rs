@@ -15,10 +15,10 @@ use std::collections::{HashMap, HashSet};
 use etcd_client::{EventType, KeyValue, WatchOptions};
 use virt_usb_config::Fleet;
 
-use super::etcd::{Connection, Error, Etcd, Pause, after, name};
+use crate::etcd::{Connection, Error, Etcd, Pause, after, name};
 
 /// What is told of the keys, in etcd's order. A key is told without what all of them begin with.
-pub(crate) trait Sink {
+pub trait Sink {
     /// It holds that now.
     fn put(&mut self, key: &str, value: &[u8], revision: i64);
     /// It is no more.
@@ -30,7 +30,7 @@ pub(crate) trait Sink {
 }
 
 /// Follows one prefix.
-pub(crate) struct Reader {
+pub struct Reader {
     etcd: Etcd,
     prefix: String,
     /// Each key with the revision that its value was put at.
@@ -41,14 +41,15 @@ pub(crate) struct Reader {
 }
 
 impl Reader {
-    pub(crate) fn new(fleet: &Fleet, prefix: String) -> Self {
+    /// Creates a reader of the keys below `prefix`.
+    pub fn new(fleet: &Fleet, prefix: String) -> Self {
         let etcd = Etcd::new(fleet.clone());
         Self { etcd, prefix, known: HashMap::new(), revision: 0, cluster: 0 }
     }
 
     /// Follows for ever, beginning with a list. Who stops it may begin anew later: only what is
     /// news then is told.
-    pub(crate) async fn follow(&mut self, sink: &mut impl Sink) {
+    pub async fn follow(&mut self, sink: &mut impl Sink) {
         self.revision = 0;
         let mut pause = Pause::default();
         loop {

@@ -19,11 +19,11 @@ use virt_usb_model::flavor::is_name;
 use virt_usb_model::{Flavor, Grant, ParseError};
 use virt_usb_store::{Context, Durability, LONE_NODE, Store, StoreError};
 
-use super::etcd::Etcd;
-use super::join::{is_member, this_machine};
-use super::keys::Keys;
-use super::reader::{Reader, Sink};
-use super::{Error, wait};
+use crate::etcd::Etcd;
+use crate::join::{is_member, this_machine};
+use crate::keys::Keys;
+use crate::reader::{Reader, Sink};
+use crate::{Error, wait};
 
 /// Changes that come together are mirrored together.
 const GATHER: Duration = Duration::from_millis(20);
@@ -33,7 +33,7 @@ const RETRY: Duration = Duration::from_secs(5);
 const ETCD_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// One kind of it: each has a name, and is a text.
-pub(crate) trait Shared:
+pub trait Shared:
     FromStr<Err = ParseError> + Display + Clone + PartialEq + Send + Sync + 'static
 {
     /// What they are called, in keys and in messages.
@@ -124,7 +124,7 @@ impl Shared for Grant {
 
 /// It is not changed.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum ChangeError {
+pub enum ChangeError {
     /// etcd.
     #[error("the {0} of this host are the fleet's, and are changed in etcd alone: {1}")]
     Fleet(&'static str, Error),
@@ -138,7 +138,7 @@ pub(crate) enum ChangeError {
 ///
 /// # Errors
 /// When the inventory cannot be written; or when etcd cannot, where there is a fleet.
-pub(crate) fn change<T: Shared>(
+pub fn change<T: Shared>(
     config: &Config,
     store: &mut Store,
     name: &str,
@@ -199,7 +199,7 @@ async fn edit<T: Shared>(
 ///
 /// # Errors
 /// When etcd cannot be asked, or refuses.
-pub(crate) async fn contribute<T: Shared>(
+pub async fn contribute<T: Shared>(
     fleet: &Fleet,
     own: &BTreeMap<String, T>,
 ) -> Result<Vec<String>, Error> {
@@ -225,7 +225,7 @@ pub(crate) async fn contribute<T: Shared>(
 }
 
 /// Who mirrors one kind.
-pub(super) struct Mirror<T> {
+pub struct Mirror<T> {
     fleet: Fleet,
     config: Config,
     kind: PhantomData<T>,
@@ -266,12 +266,13 @@ impl Sink for Subscriber {
 }
 
 impl<T: Shared> Mirror<T> {
-    pub(super) fn new(fleet: &Fleet, config: &Config) -> Self {
+    /// Creates a mirror of what `fleet` shares into the inventory of `config`.
+    pub fn new(fleet: &Fleet, config: &Config) -> Self {
         Self { fleet: fleet.clone(), config: config.clone(), kind: PhantomData }
     }
 
     /// For ever.
-    pub(super) async fn follow(self) {
+    pub async fn follow(self) {
         let (all, news) = watch::channel(None);
         let mut ears = Subscriber { now: BTreeMap::new(), listed: false, all };
         let mut reader =

@@ -9,8 +9,8 @@ use serde::Serialize;
 use virt_usb_config::Fleet;
 use virt_usb_model::HostDocument;
 
-use super::etcd::{Connection, Error, Etcd, name};
-use super::keys::{self, Keys, Node};
+use crate::etcd::{Connection, Error, Etcd, name};
+use crate::keys::{self, Keys, Node};
 
 /// The first number that is given: 1 is a host that has joined no fleet.
 const FIRST: u64 = 2;
@@ -20,17 +20,18 @@ const REMEMBERED: i64 = 10_000;
 const ROUNDS: usize = 100;
 
 /// Where a machine stands.
-pub(super) struct Place {
-    pub(super) number: Option<u64>,
+pub struct Place {
+    /// Number of this machine; none: it has not joined.
+    pub number: Option<u64>,
     /// Who has that number now.
-    pub(super) node: Option<Node>,
+    pub node: Option<Node>,
 }
 
 /// The machine's name in the fleet.
 ///
 /// # Errors
 /// When its id cannot be read.
-pub(super) fn this_machine(fleet: &Fleet) -> Result<String, Error> {
+pub fn this_machine(fleet: &Fleet) -> Result<String, Error> {
     let path = &fleet.machine_id;
     let fault = |why: String| Error::File { path: path.clone(), why };
     let id = std::fs::read_to_string(path).map_err(|e| fault(e.to_string()))?;
@@ -43,7 +44,11 @@ pub(super) fn this_machine(fleet: &Fleet) -> Result<String, Error> {
     Ok(keys::machine(id))
 }
 
-pub(super) async fn place(
+/// Reads which number this machine has, and whether another host has its name.
+///
+/// # Errors
+/// When etcd does not answer.
+pub async fn place(
     etcd: &Etcd,
     connection: &mut Connection,
     keys: &Keys,
@@ -59,7 +64,7 @@ pub(super) async fn place(
 }
 
 /// Whether the machine is in the fleet.
-pub(super) async fn is_member(
+pub async fn is_member(
     etcd: &Etcd,
     connection: &mut Connection,
     keys: &Keys,
@@ -83,7 +88,7 @@ async fn get(
 ///
 /// # Errors
 /// When etcd cannot be asked or refuses, or when another machine has that name.
-pub(crate) async fn join(fleet: &Fleet, host: &str) -> anyhow::Result<u64> {
+pub async fn join(fleet: &Fleet, host: &str) -> anyhow::Result<u64> {
     if !keys::is_name(host) {
         bail!(
             "this host's name is {host:?}: in a fleet it must be of letters, digits, '.', '_' and \
@@ -158,7 +163,7 @@ fn same(key: String, value: Option<&str>) -> Compare {
 ///
 /// # Errors
 /// When etcd cannot be asked or refuses.
-pub(crate) async fn leave(fleet: &Fleet, host: &str) -> anyhow::Result<bool> {
+pub async fn leave(fleet: &Fleet, host: &str) -> anyhow::Result<bool> {
     let mut etcd = Etcd::new(fleet.clone());
     let mut connection = etcd.connect().await?;
     let keys = etcd.keys();
@@ -176,46 +181,49 @@ pub(crate) async fn leave(fleet: &Fleet, host: &str) -> anyhow::Result<bool> {
 
 /// How it is with the fleet.
 #[derive(Debug, Serialize)]
-pub(crate) struct Status {
+pub struct Status {
     /// Each endpoint, and how it is.
-    pub(crate) endpoints: Vec<Endpoint>,
+    pub endpoints: Vec<Endpoint>,
     /// This host's number there; none: it has not joined.
-    pub(crate) number: Option<u64>,
+    pub number: Option<u64>,
     /// The revision that it has published; none: nothing is there of it.
-    pub(crate) published: Option<u64>,
+    pub published: Option<u64>,
     /// How many hosts have joined.
-    pub(crate) hosts: usize,
+    pub hosts: usize,
     /// Those whose documents are not there, by name.
-    pub(crate) unreachable: Vec<String>,
+    pub unreachable: Vec<String>,
     /// Devices of all hosts that can be reached.
-    pub(crate) devices: usize,
+    pub devices: usize,
     /// Of these, free to be claimed.
-    pub(crate) available: usize,
+    pub available: usize,
     /// It still remembers its first days: nothing makes it forget.
-    pub(crate) never_compacted: bool,
+    pub never_compacted: bool,
 }
 
 /// How an endpoint is.
 #[derive(Debug, Serialize)]
-pub(crate) struct Endpoint {
-    pub(crate) endpoint: String,
+pub struct Endpoint {
+    /// URL of the endpoint.
+    pub endpoint: String,
     /// What keeps it from answering; none: it answers.
-    pub(crate) fault: Option<String>,
+    pub fault: Option<String>,
     /// Its version.
-    pub(crate) version: Option<String>,
-    pub(crate) is_leader: bool,
+    pub version: Option<String>,
+    /// Whether this member leads the cluster.
+    pub is_leader: bool,
     /// How much its database takes, in bytes, and how much of that it uses.
-    pub(crate) db_size: Option<i64>,
-    pub(crate) db_used: Option<i64>,
+    pub db_size: Option<i64>,
+    /// Bytes of the database in use.
+    pub db_used: Option<i64>,
     /// What it complains of: `NOSPACE`.
-    pub(crate) alarms: Vec<String>,
+    pub alarms: Vec<String>,
 }
 
 /// Looks.
 ///
 /// # Errors
 /// When no etcd answers or it refuses.
-pub(crate) async fn status(fleet: &Fleet, host: &str) -> anyhow::Result<Status> {
+pub async fn status(fleet: &Fleet, host: &str) -> anyhow::Result<Status> {
     let mut etcd = Etcd::new(fleet.clone());
     let mut endpoints = Vec::new();
     for (at, endpoint) in etcd.endpoints().iter().enumerate() {

@@ -8,15 +8,15 @@ use serde::Serialize;
 use virt_usb_model::DeviceId;
 
 /// Milliseconds of this process's own clock.
-pub(crate) type Millis = u64;
+pub(super) type Millis = u64;
 
 /// Devices of one host, counted as taken.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub(crate) struct Assumed {
-    pub(super) host: String,
-    pub(super) devices: Vec<DeviceId>,
+pub struct Assumed {
+    pub host: String,
+    pub devices: Vec<DeviceId>,
     #[serde(skip)]
-    pub(super) until: Millis,
+    pub until: Millis,
 }
 
 /// All of them, by token.

@@ -10,10 +10,10 @@ use etcd_client::{
 };
 use virt_usb_config::Fleet;
 
-use super::keys::Keys;
+use crate::keys::Keys;
 
 /// How long an answer may take.
-pub(super) const ANSWER: Duration = Duration::from_secs(5);
+pub const ANSWER: Duration = Duration::from_secs(5);
 /// How long making a connection may take.
 const CONNECTING: Duration = Duration::from_secs(3);
 /// How often a connection is tried while nothing comes, and how long it may be silent then. etcd
@@ -71,35 +71,39 @@ pub enum Error {
 
 /// The endpoints, and which is asked.
 #[derive(Debug, Clone)]
-pub(super) struct Etcd {
+pub struct Etcd {
     fleet: Fleet,
     /// Index of the endpoint that is asked first.
     at: usize,
 }
 
 impl Etcd {
-    pub(super) const fn new(fleet: Fleet) -> Self {
+    /// Creates a client of the fleet; connects at the first request.
+    pub const fn new(fleet: Fleet) -> Self {
         Self { fleet, at: 0 }
     }
 
-    pub(super) fn keys(&self) -> Keys {
+    /// Keys below the prefix of the fleet.
+    pub fn keys(&self) -> Keys {
         Keys::new(self.fleet.prefix.clone())
     }
 
-    pub(super) fn user(&self) -> String {
+    /// Name of the user, for messages.
+    pub fn user(&self) -> String {
         self.fleet
             .user
             .as_ref()
             .map_or_else(|| "nobody".to_owned(), |user| format!("user {:?}", user.name))
     }
 
-    pub(super) fn endpoints(&self) -> &[String] {
+    /// URLs of the endpoints, in the order of the configuration.
+    pub fn endpoints(&self) -> &[String] {
         &self.fleet.endpoints
     }
 
     /// A client of the first endpoint that answers, with a leader behind it; begins with the one
     /// that answered last.
-    pub(super) async fn connect(&mut self) -> Result<Connection, Error> {
+    pub async fn connect(&mut self) -> Result<Connection, Error> {
         let mut failures = Vec::new();
         for _ in 0..self.fleet.endpoints.len() {
             match self.connect_to(self.at).await {
@@ -113,12 +117,12 @@ impl Etcd {
     }
 
     /// The next endpoint is asked first from now on.
-    pub(super) fn pass_on(&mut self) {
+    pub fn pass_on(&mut self) {
         self.at = (self.at + 1) % self.fleet.endpoints.len().max(1);
     }
 
     /// A client of that endpoint.
-    pub(super) async fn connect_to(&self, at: usize) -> Result<Connection, Error> {
+    pub async fn connect_to(&self, at: usize) -> Result<Connection, Error> {
         let endpoint = self.fleet.endpoints.get(at).cloned().unwrap_or_default();
         let at_endpoint = |e: Error| match e {
             Error::Unreachable(why) => Error::Unreachable(format!("{endpoint}: {why}")),
@@ -183,7 +187,7 @@ impl Etcd {
 
     /// All that stands below the prefix at one revision, in the order of the keys; returns that
     /// revision.
-    pub(super) async fn list(
+    pub async fn list(
         &self,
         connection: &mut Connection,
         prefix: &str,
@@ -211,7 +215,7 @@ impl Etcd {
     }
 
     /// What etcd's answer means to whoever wanted to do `what`.
-    pub(super) fn explain(&self, e: &etcd_client::Error, what: &'static str) -> Error {
+    pub fn explain(&self, e: &etcd_client::Error, what: &'static str) -> Error {
         use etcd_client::Error as E;
         let E::GRpcStatus(status) = e else {
             return match e {
@@ -244,7 +248,7 @@ impl Etcd {
     }
 
     /// The same for what has not come in time, either.
-    pub(super) async fn within<T>(
+    pub async fn within<T>(
         &self,
         what: &'static str,
         answer: impl Future<Output = Result<T, etcd_client::Error>>,
@@ -263,20 +267,23 @@ const DEADLINE_EXCEEDED: i32 = 4;
 const UNAVAILABLE: i32 = 14;
 
 /// An endpoint that has answered.
-pub(super) struct Connection {
-    pub(super) client: Client,
+pub struct Connection {
+    /// Client for requests.
+    pub client: Client,
     /// For large answers.
     kv: KvClient,
-    pub(super) watch: WatchClient,
+    /// Client for watches, which need a connection without a deadline.
+    pub watch: WatchClient,
     /// Which etcd it is …
-    pub(super) cluster: u64,
+    pub cluster: u64,
     /// … and how far it was then.
-    pub(super) revision: i64,
-    pub(super) endpoint: String,
+    pub revision: i64,
+    /// URL of the endpoint in use.
+    pub endpoint: String,
 }
 
 /// The first key after all that begin with the prefix.
-pub(super) fn after(prefix: &str) -> Vec<u8> {
+pub fn after(prefix: &str) -> Vec<u8> {
     let mut end = prefix.as_bytes().to_vec();
     while let Some(last) = end.pop() {
         if last < u8::MAX {
@@ -288,7 +295,7 @@ pub(super) fn after(prefix: &str) -> Vec<u8> {
 }
 
 /// The key without the prefix; none: it is not one of those, or no text.
-pub(super) fn name(prefix: &str, key: &[u8]) -> Option<String> {
+pub fn name(prefix: &str, key: &[u8]) -> Option<String> {
     String::from_utf8(key.strip_prefix(prefix.as_bytes())?.to_vec()).ok()
 }
 
@@ -308,10 +315,11 @@ fn chain(e: &(dyn std::error::Error + 'static)) -> String {
 
 /// Longer with each attempt that fails.
 #[derive(Debug, Default)]
-pub(super) struct Pause(Option<Duration>);
+pub struct Pause(Option<Duration>);
 
 impl Pause {
-    pub(super) fn next(&mut self) -> Duration {
+    /// Returns the time to wait before the next attempt, which doubles each time.
+    pub fn next(&mut self) -> Duration {
         let next = self.0.map_or(PAUSE.0, |last| (last * 2).min(PAUSE.1));
         self.0 = Some(next);
         // Hosts that lost one etcd together do not come back together.
@@ -320,7 +328,8 @@ impl Pause {
         next.mul_f64(0.75 + f64::from(random[0]) / 512.0)
     }
 
-    pub(super) const fn reset(&mut self) {
+    /// Starts again with the shortest wait, after a success.
+    pub const fn reset(&mut self) {
         self.0 = None;
     }
 }

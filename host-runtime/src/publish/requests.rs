@@ -24,9 +24,9 @@ use tokio::sync::mpsc;
 use tokio::time::Instant;
 use virt_usb_config::Fleet;
 
-use super::Error;
-use super::etcd::{Connection, Etcd};
-use super::reader::{Reader, Sink};
+use virt_usb_fleet::Error;
+use virt_usb_fleet::etcd::{Connection, Etcd};
+use virt_usb_fleet::reader::{Reader, Sink};
 
 /// How long a request counts, in seconds.
 const DEADLINE: i64 = 60;

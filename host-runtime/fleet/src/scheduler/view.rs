@@ -12,13 +12,12 @@ use virt_usb_model::{DeviceId, HostDocument, Status};
 
 use super::assume::{Assumed, Assumptions, Millis};
 use super::metrics::Metrics;
-use crate::fleet;
 
 /// Those who ask at once, each with an instance of the filter.
 const SESSIONS: usize = 2;
 
 /// What is known, for many who ask.
-pub(crate) struct View {
+pub struct View {
     fleet: Fleet,
     sessions: Vec<Mutex<Session>>,
     assumptions: Mutex<Assumptions>,
@@ -40,23 +39,24 @@ pub(super) struct Hearing {
 
 /// A host that can serve, and what it would use.
 #[derive(Debug, serde::Serialize)]
-pub(crate) struct Chosen {
+pub struct Chosen {
     #[serde(flatten)]
-    pub(crate) placement: Placement,
-    pub(crate) devices: Vec<DeviceId>,
+    pub placement: Placement,
+    pub devices: Vec<DeviceId>,
 }
 
 /// What a selection comes to.
 #[derive(Debug)]
-pub(crate) struct Selected {
-    pub(crate) matched: u32,
-    pub(crate) chosen: Vec<Chosen>,
+pub struct Selected {
+    pub matched: u32,
+    pub chosen: Vec<Chosen>,
     /// By which what was assumed can be cancelled.
-    pub(crate) token: Option<String>,
+    pub token: Option<String>,
 }
 
 impl View {
-    pub(crate) fn new(filter: &Filter) -> Self {
+    /// Creates an empty view, answered by `filter`.
+    pub fn new(filter: &Filter) -> Self {
         let fleet = Fleet::new();
         let session = |_| Mutex::new(filter.session(&fleet));
         let begun = Instant::now();
@@ -109,7 +109,7 @@ impl View {
     }
 
     /// The best hosts; with `assume` the devices of the best one count as taken for that long.
-    pub(crate) fn select(
+    pub fn select(
         &self,
         question: &Question,
         candidates: Option<&[String]>,
@@ -164,12 +164,12 @@ impl View {
     }
 
     /// What is assumed, by token.
-    pub(crate) fn assumed(&self) -> BTreeMap<String, Assumed> {
+    pub fn assumed(&self) -> BTreeMap<String, Assumed> {
         self.assumptions().all().clone()
     }
 
     /// Takes a promise back; none: there is none of that token.
-    pub(crate) fn cancel(&self, token: &str) -> Option<Assumed> {
+    pub fn cancel(&self, token: &str) -> Option<Assumed> {
         let mut assumptions = self.assumptions();
         let assumed = assumptions.cancel(token)?;
         self.count_again(&assumed);
@@ -185,7 +185,7 @@ impl View {
 
     /// Now and then: ends promises whose time is up, and feeds the instances what has come, so that
     /// nobody who asks waits for that.
-    pub(crate) fn tick(&self) {
+    pub fn tick(&self) {
         let mut assumptions = self.assumptions();
         for assumed in assumptions.expire(self.now()) {
             self.count_again(&assumed);
@@ -201,7 +201,7 @@ impl View {
     }
 }
 
-impl fleet::reader::Sink for Arc<View> {
+impl crate::reader::Sink for Arc<View> {
     fn put(&mut self, host: &str, document: &[u8], _: i64) {
         let text = String::from_utf8_lossy(document);
         let mut assumptions = self.assumptions();
@@ -243,7 +243,7 @@ impl fleet::reader::Sink for Arc<View> {
         }
     }
 
-    fn deaf(&mut self, why: &fleet::Error) {
+    fn deaf(&mut self, why: &crate::Error) {
         let mut hearing = self.hearing();
         match &mut hearing.deaf {
             Some((_, before)) => *before = why.to_string(),

@@ -16,15 +16,15 @@ use virt_usb_model::{Flavor, Grant, HostDocument};
 use virt_usb_store::watch::Watched;
 use virt_usb_store::{Store, StoreError};
 
-use super::etcd::{Connection, Error, Etcd, Pause};
 use super::guests::Guests;
-use super::join::{Place, place};
-use super::keys::{Keys, Node};
 use super::news;
-use super::shared::Mirror;
 use crate::hypervisor::Supervised;
 use crate::metrics::Metrics;
 use crate::timeouts::STORE_LOCK_TIMEOUT;
+use virt_usb_fleet::etcd::{Connection, Error, Etcd, Pause};
+use virt_usb_fleet::join::{Place, place};
+use virt_usb_fleet::keys::{Keys, Node};
+use virt_usb_fleet::replicated::Mirror;
 
 /// A document is no longer than this, in bytes; etcd takes 1.5 MiB.
 pub const LARGEST: usize = 1_000_000;
@@ -276,7 +276,7 @@ impl Me {
         connection: &mut Connection,
         keys: &Keys,
     ) -> Result<Self, Failure> {
-        let machine = super::join::this_machine(&publisher.fleet)
+        let machine = virt_usb_fleet::join::this_machine(&publisher.fleet)
             .map_err(|e| Failure::Machine(e.to_string()))?;
         let inventory = Store::open(
             &publisher.config.state_dir,

@@ -1,0 +1,50 @@
+//! The options of `virt-usb-scheduler`.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use clap::{Args, Parser};
+
+use crate::filter_file::FilterFile;
+
+/// Answer schedulers which hosts can serve, from what the fleet publishes
+///
+/// Follows the fleet of the configuration, and answers over HTTP and on a unix socket until
+/// SIGTERM: POST /select, POST /explain, GET and DELETE /assumptions, GET /health, GET /metrics.
+#[derive(Debug, Parser)]
+#[command(version, name = "virt-usb-scheduler")]
+pub struct Arguments {
+    /// The configuration [default: /etc/virt-usb/config.toml, where it is there]
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Options that `virt-usb scheduler` has too.
+    #[command(flatten)]
+    pub options: Scheduler,
+}
+
+/// Options of the service.
+#[derive(Debug, Args)]
+pub struct Scheduler {
+    /// Answer HTTP at this loopback address
+    #[arg(long, value_name = "ADDRESS", value_parser = loopback, required_unless_present = "socket")]
+    pub listen: Option<SocketAddr>,
+    /// Answer on this unix socket, for whoever may enter its folder and is of its group
+    #[arg(long, value_name = "PATH")]
+    pub socket: Option<PathBuf>,
+    /// When nothing was heard of the fleet for so many seconds, refuse to answer
+    #[arg(long, value_name = "SECONDS", default_value_t = 300, value_parser = clap::value_parser!(u64).range(1..=86400))]
+    pub max_age: u64,
+    #[command(flatten)]
+    /// Options that name the filter.
+    pub component: FilterFile,
+}
+
+fn loopback(text: &str) -> Result<SocketAddr, String> {
+    match text.parse::<SocketAddr>() {
+        Ok(address) if address.ip().is_loopback() => Ok(address),
+        _ => Err(
+            "wanted a loopback address such as 127.0.0.1:8791: nobody has to say who he is there"
+                .into(),
+        ),
+    }
+}
