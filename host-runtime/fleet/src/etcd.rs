@@ -133,7 +133,7 @@ impl Etcd {
             let mut client = client.map_err(|e| self.explain(&e, "read the fleet's keys"))?;
             // A client is made without a word to etcd: ask it something that needs a leader.
             let options = GetOptions::new().with_keys_only();
-            let answer = client.get(self.keys().next(), Some(options)).await;
+            let answer = client.get(self.keys().next_number(), Some(options)).await;
             let answer = answer.map_err(|e| self.explain(&e, "read the fleet's keys"))?;
             let (cluster, revision) =
                 answer.header().map_or((0, 0), |header| (header.cluster_id(), header.revision()));
@@ -319,7 +319,7 @@ pub struct Pause(Option<Duration>);
 
 impl Pause {
     /// Returns the time to wait before the next attempt, which doubles each time.
-    pub fn next(&mut self) -> Duration {
+    pub fn next_wait(&mut self) -> Duration {
         let next = self.0.map_or(PAUSE.0, |last| (last * 2).min(PAUSE.1));
         self.0 = Some(next);
         // Hosts that lost one etcd together do not come back together.

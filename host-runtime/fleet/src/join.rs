@@ -103,7 +103,7 @@ pub async fn join(fleet: &Fleet, host: &str) -> anyhow::Result<u64> {
     for _ in 0..ROUNDS {
         let number = get(&etcd, &mut connection, keys.machine(&machine)).await?;
         let named = get(&etcd, &mut connection, keys.name(host)).await?;
-        let next = get(&etcd, &mut connection, keys.next()).await?;
+        let next = get(&etcd, &mut connection, keys.next_number()).await?;
         let given: Option<u64> = number
             .as_deref()
             .map(str::parse)
@@ -118,7 +118,8 @@ pub async fn join(fleet: &Fleet, host: &str) -> anyhow::Result<u64> {
                     for good"
             );
         }
-        let at: u64 = next.as_deref().map_or(Ok(FIRST), str::parse).with_context(|| keys.next())?;
+        let at: u64 =
+            next.as_deref().map_or(Ok(FIRST), str::parse).with_context(|| keys.next_number())?;
         let mine = given.unwrap_or(at);
         let was = get(&etcd, &mut connection, keys.node(mine)).await?;
         let was: Option<Node> = was.and_then(|text| serde_json::from_str(&text).ok());
@@ -131,8 +132,8 @@ pub async fn join(fleet: &Fleet, host: &str) -> anyhow::Result<u64> {
             TxnOp::put(keys.name(host), mine.to_string(), None),
         ];
         if given.is_none() {
-            still.push(same(keys.next(), next.as_deref()));
-            puts.push(TxnOp::put(keys.next(), (mine + 1).to_string(), None));
+            still.push(same(keys.next_number(), next.as_deref()));
+            puts.push(TxnOp::put(keys.next_number(), (mine + 1).to_string(), None));
             puts.push(TxnOp::put(keys.machine(&machine), mine.to_string(), None));
         }
         // It was called otherwise before.
@@ -280,9 +281,12 @@ pub async fn status(fleet: &Fleet, host: &str) -> anyhow::Result<Status> {
         available: 0,
         never_compacted: connection.revision > REMEMBERED && {
             let first = GetOptions::new().with_revision(1).with_keys_only();
-            etcd.within("read the fleet's keys", connection.client.get(keys.next(), Some(first)))
-                .await
-                .is_ok()
+            etcd.within(
+                "read the fleet's keys",
+                connection.client.get(keys.next_number(), Some(first)),
+            )
+            .await
+            .is_ok()
         },
     };
     let mut heard = BTreeSet::new();

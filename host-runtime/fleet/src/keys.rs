@@ -89,7 +89,7 @@ impl Keys {
     }
 
     /// Key of the next number.
-    pub fn next(&self) -> String {
+    pub fn next_number(&self) -> String {
         format!("{}next", self.prefix)
     }
 }

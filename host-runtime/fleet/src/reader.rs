@@ -73,7 +73,7 @@ impl Reader {
                 continue;
             }
             sink.deaf(&failure);
-            tokio::time::sleep(pause.next()).await;
+            tokio::time::sleep(pause.next_wait()).await;
         }
     }
 

@@ -138,7 +138,7 @@ impl Publisher {
                 Failure::NotJoined | Failure::OtherNumber { .. } => UNJOINED,
                 _ => {
                     etcd.pass_on();
-                    pause.next()
+                    pause.next_wait()
                 }
             };
             // Once for each reason: it is tried again and again.
