@@ -244,7 +244,7 @@ async function screenshot({ host, browser, tokens }) {
     await boss.signIn(tokens.boss);
     await boss.sees("in use");
     await boss.sees("HL-0007");
-    await boss.page.screenshot({ path: path.resolve(import.meta.dirname, "../../host-runtime/src/api/portal/screenshot.png") });
+    await boss.page.screenshot({ path: path.resolve(import.meta.dirname, "../../docs/src/portal.png") });
 }
 
 const host = new Host(devices, domains);

@@ -1,4 +1,4 @@
-"""virt-usb's API (host-runtime/src/api/README.md), as far as the openstack command asks it."""
+"""virt-usb's API (docs/src/api.md), as far as the openstack command asks it."""
 
 from __future__ import annotations
 

@@ -818,21 +818,17 @@ fn the_examples_of_the_documents_work() {
         &device("0001", "1-1.4", 5, "serial = 'HL-0001'\nproduct_name = 'HASP HL'"),
         &guest("erp", "6f3c9d7e-0b51-4a55-9a3e-0d3b8c1f2a01", OURS, ""),
     );
-    let readme = std::fs::read_to_string(virt_usb_suite::root().join("README.md")).unwrap();
-    let section = readme
-        .split("\n### The same through the API\n")
-        .nth(1)
-        .unwrap()
-        .split("\n#")
-        .next()
-        .unwrap();
-    let api =
-        std::fs::read_to_string(virt_usb_suite::root().join("host-runtime/src/api/README.md"))
-            .unwrap();
+    let page = std::fs::read_to_string(virt_usb_suite::root().join("docs/src/api.md")).unwrap();
+    let section = |heading: &str| {
+        let text = page.split(&format!("\n## {heading}\n")).nth(1).unwrap();
+        text.split("\n## ").next().unwrap()
+    };
+    let (member_examples, admin_examples) =
+        (section("Use it with a token"), section("Administer with curl"));
     let member = served.token("anna", OURS, "member");
     let admin = served.token("root", OURS, "admin");
     std::fs::write(served.host.path("token"), &member).unwrap();
-    for (text, token, least) in [(section, &member, 9), (&api, &admin, 11)] {
+    for (text, token, least) in [(member_examples, &member, 9), (admin_examples, &admin, 11)] {
         let examples = examples(text);
         assert!(examples.len() >= least, "{examples:?}");
         let mut script = format!(

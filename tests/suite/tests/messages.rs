@@ -1,4 +1,5 @@
-//! MESSAGES.md against the source: each of its rows is said somewhere, and what is said has a row.
+//! docs/src/messages.md against the source: each of its rows is said somewhere, and what is said has
+//! a row.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
 use std::fs;
@@ -10,7 +11,7 @@ fn repository() -> PathBuf {
 
 /// The words to look for, a list a row: all of a row's stand in its message.
 fn rows() -> Vec<Vec<String>> {
-    let text = fs::read_to_string(repository().join("MESSAGES.md")).unwrap();
+    let text = fs::read_to_string(repository().join("docs/src/messages.md")).unwrap();
     let lines = text.lines().filter_map(|line| line.strip_prefix("| `"));
     lines
         .map(|line| {
@@ -119,7 +120,7 @@ fn what_is_said_has_a_row() {
         }
     }
     assert!(said > 50, "only {said} messages were found");
-    assert!(missing.is_empty(), "MESSAGES.md has no row for\n{}", missing.join("\n"));
+    assert!(missing.is_empty(), "docs/src/messages.md has no row for\n{}", missing.join("\n"));
 }
 
 #[test]
@@ -140,5 +141,5 @@ fn every_refusal_of_the_goldens_has_a_row() {
         }
     }
     assert!(looked_at > 50, "only {looked_at} messages were found");
-    assert!(missing.is_empty(), "MESSAGES.md has no row for\n{}", missing.join("\n"));
+    assert!(missing.is_empty(), "docs/src/messages.md has no row for\n{}", missing.join("\n"));
 }

@@ -367,6 +367,7 @@ fn the_top_holds_the_folders_of_the_design_and_no_other() {
         "tests",
         "install",
         "debian",
+        "docs",
     ]);
     assert!(!folders.is_empty() && folders.is_subset(&design), "{folders:?}");
 }
@@ -430,9 +431,11 @@ fn every_folder_of_a_part_explains_itself() {
         "filter-wasm/core",
         "wit",
         "tests",
+        "tests/docs",
         "tests/embedding",
         "tests/packages",
         "install",
+        "docs",
     ] {
         assert!(root().join(folder).join("README.md").exists(), "{folder}/README.md");
     }
