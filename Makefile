@@ -9,8 +9,8 @@ STEP := tests/step
 BESIDE := $(STEP) --beside
 
 .PHONY: help deps test-deps bench-deps build filter run test check steps-test steps-check tests lint corpus suite story \
-	conformance embedding nova portal tempest monitoring \
-	live live-nested live-nested-1 live-nested-2 packages bench deny fuzz soak install install-hook install-agent deb clean
+	walks conformance embedding nova portal tempest monitoring \
+	live live-nested live-nested-1 live-nested-2 packages docs bench deny fuzz soak install install-hook install-agent deb clean
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -38,8 +38,8 @@ test: ## everything that a change must pass (some 25 minutes the first time)
 check: ## the inner loop: formatting, lints, unit, property and process tests
 	@$(STEP) --all steps-check
 
-steps-test: live-nested-1 live-nested-2 tests suite lint packages tempest nova conformance portal embedding monitoring live story
-steps-check: tests suite lint
+steps-test: live-nested-1 live-nested-2 tests suite lint packages tempest nova conformance portal embedding monitoring live story walks
+steps-check: tests suite lint walks
 
 # Below 'make test', steps that need cargo's lock run one after the other, and downloads run during the build.
 ifdef STEPS_BEGAN
@@ -61,14 +61,17 @@ tests: test-deps build ## build the tests
 suite: test-deps build tests corpus ## unit, property and process tests
 	@$(STEP) --memory --behind $@ "run the unit, property and process tests" tests/suite/run $(BUILT)
 
-lint: test-deps ## formatting and lints
-	@$(BESIDE) $@ "check formatting and lints" tests/lint
+lint: test-deps ## formatting, lints, links of the documentation
+	@$(BESIDE) $@ "check formatting, lints and links" tests/lint
 
 corpus: test-deps ## fetch the domain files of libvirt's own tests
 	@$(BESIDE) $@ "fetch the domain files of libvirt's own tests" tests/corpus/fetch
 
 story: test-deps build ## 'make run' as a test
 	@$(BESIDE) $@ "run the story of 'make run'" tests/story/run
+
+walks: test-deps build ## the examples of README.md and of the walks in docs/
+	@$(BESIDE) $@ "run the examples of the documentation" tests/docs/run
 
 conformance: test-deps build ## the API against its own description (brings schemathesis from PyPI)
 	@$(BESIDE) $@ "compare the API with its description" tests/conformance/run
@@ -98,6 +101,9 @@ live-nested-1 live-nested-2: live-nested-%: test-deps deb
 
 packages: test-deps deb ## the Debian package in clean Debians (root)
 	@$(BESIDE) $@ "install the package in clean Debians" tests/packages/run
+
+docs: build ## the book for users, in target/book (installs mdBook)
+	@$(STEP) $@ "build the book" docs/build
 
 bench: bench-deps build embedding ## the figures of BENCHMARKS.md
 	@$(CARGO) build --release -p virt-usb-bench
