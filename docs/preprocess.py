@@ -1,5 +1,7 @@
 #!/usr/bin/python3
-"""mdBook's preprocessor for this book: writes the generated parts of pages, and points links that leave the book to the repository.
+"""mdBook's preprocessor for this book.
+
+It writes the generated parts of pages, and points links that leave the book to the repository.
 
 A page asks for a generated part with a comment: <!-- generated: NAME -->. The parts are:
 
@@ -31,8 +33,8 @@ def command_help(words):
     """What 'virt-usb COMMAND --help' prints, as wide as a page."""
     program = ROOT / "target/release" / words[0]
     environment = {"PATH": "/usr/bin:/bin", "COLUMNS": "96", "LC_ALL": "C.UTF-8"}
-    done = subprocess.run([program, *words[1:], "--help"], env=environment, capture_output=True, text=True, check=True)
-    return done.stdout.rstrip()
+    command = [program, *words[1:], "--help"]
+    return subprocess.check_output(command, env=environment, text=True).rstrip()
 
 
 def subcommands(text):
@@ -89,19 +91,27 @@ def configuration():
                 out.append(f"### {after_keys[-1][0]}\n")
                 rows = "\n".join(f"{name} = {value}" for name, value in after_keys)
                 out.append(f"```toml\n{rows}\n```\n")
-            elif comment and (table := re.search(r"^\s*\[(\w+)\]$", "\n".join(comment), re.MULTILINE)):
+            text = "\n".join(comment)
+            if table := re.search(r"^\s*\[(\w+)\]$", text, re.MULTILINE):
                 out.append(f"### [{table[1]}]\n")
-            elif comment and (named := re.findall(r"^  +(api_\w+) = ", "\n".join(comment), re.MULTILINE)):
+            elif not after_keys:
+                named = re.findall(r"^  +(api_\w+) = ", text, re.MULTILINE)
                 out += [f"### {name}\n" for name in named]
-            if comment and not comment[0].startswith("---"):
-                out.append("```text\n" + "\n".join(comment) + "\n```\n")
+            if text and not text.startswith("---"):
+                out.append(f"```text\n{text}\n```\n")
             comment, after_keys = [], []
     return "\n".join(out)
 
 
 def security():
+    """SECURITY.md without its title; its links are relative to the repository's root."""
+
+    def link(found):
+        is_elsewhere = re.match(r"[a-z]+:|#", found[2])
+        return found[0] if is_elsewhere else f"{found[1]}../../{found[2]}{found[3]}"
+
     text = (ROOT / "SECURITY.md").read_text()
-    return text.split("\n", 1)[1].strip() + "\n"
+    return LINK.sub(link, text.split("\n", 1)[1].strip()) + "\n"
 
 
 GENERATED = {"cli": cli, "configuration": configuration, "security": security}
@@ -120,7 +130,8 @@ def point_outside(text, path):
             there = "docs/src/" + PAGES[there]
         anchor = f"#{anchor}" if anchor else ""
         if there.startswith("docs/src/"):
-            return found[1] + posixpath.relpath(there, posixpath.join("docs/src", posixpath.dirname(path))) + anchor + found[3]
+            folder = posixpath.join("docs/src", posixpath.dirname(path))
+            return found[1] + posixpath.relpath(there, folder) + anchor + found[3]
         if target.endswith(".png"):
             return found[0]
         return found[1] + REPOSITORY + there + anchor + found[3]
@@ -133,12 +144,7 @@ def point_outside(text, path):
 
 
 def expand(text, path):
-    def part(found):
-        made = GENERATED[found[1]]()
-        # SECURITY.md's links are relative to the root.
-        return LINK.sub(lambda l: l[0] if re.match(r"[a-z]+:|#", l[2]) else f"{l[1]}../../{l[2]}{l[3]}", made) if found[1] == "security" else made
-
-    return point_outside(MARK.sub(part, text), path)
+    return point_outside(MARK.sub(lambda found: GENERATED[found[1]](), text), path)
 
 
 def visit(items):
