@@ -74,6 +74,14 @@ def cli():
     return "\n".join(out)
 
 
+def explanation(text):
+    """A comment of the configuration: as a paragraph, or as it is where it has a layout."""
+    if re.search(r"^ ", text, re.MULTILINE):
+        return f"```text\n{text}\n```\n"
+    text = re.sub(r"([<*\[\]])", r"\\\1", text)
+    return re.sub(r"'((?:virt-usb|systemctl|journalctl) [^'\n]*)'", r"`\1`", text) + "\n"
+
+
 def configuration():
     """One section for each key: its default, and the comment above it in the example."""
     lines = (ROOT / "install/config.toml").read_text().splitlines()
@@ -98,7 +106,7 @@ def configuration():
                 named = re.findall(r"^  +(api_\w+) = ", text, re.MULTILINE)
                 out += [f"### {name}\n" for name in named]
             if text and not text.startswith("---"):
-                out.append(f"```text\n{text}\n```\n")
+                out.append(explanation(text))
             comment, after_keys = [], []
     return "\n".join(out)
 
