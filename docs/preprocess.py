@@ -71,6 +71,7 @@ def cli():
     add(["virt-usb"], 2)
     add(["virt-usbd"], 2)
     add(["virt-usb-hook"], 2)
+    add(["virt-usb-scheduler"], 2)
     return "\n".join(out)
 
 
