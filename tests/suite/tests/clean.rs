@@ -186,7 +186,7 @@ fn there_is_one_function_and_few_who_write() {
         ("hook/src/run.rs", "delivers the answer, which is made of clean lines"),
         ("host-runtime/src/cli/output.rs", "cleans"),
         ("host-runtime/src/log.rs", "cleans"),
-        ("host-runtime/src/agent/mod.rs", "shows the first token, which it has made"),
+        ("host-runtime/src/daemon/mod.rs", "shows the first token, which it has made"),
         ("host-runtime/src/cli/watch/mod.rs", "asks whether it is a terminal"),
         ("host-runtime/src/cli/watch/terminal.rs", "draws cells, which are cleaned in view.rs"),
         ("filter-wasm/pack/src/main.rs", "is run by the build alone"),
