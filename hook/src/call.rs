@@ -117,33 +117,33 @@ pub enum HookCaller {
     Starter,
 }
 
-/// What the arguments ask for.
+/// The request that the arguments make.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Asked {
-    /// To handle a call.
+    /// Handle a call of libvirt.
     Handle(Call),
-    /// The usage text.
+    /// Print the usage text.
     Help,
-    /// The version.
+    /// Print the program's version.
     Version,
-    /// They are wrong, in this way.
+    /// Refuse the arguments, with the reason.
     Wrong(String),
 }
 
-/// The usage text.
+/// Usage text that `--help` prints.
 pub const USAGE: &str = "\
 usage: virt-usb-hook [--config FILE] NAME OPERATION SUBOPERATION EXTRA < DOMAIN.xml
 
-libvirt calls this program at every step of a domain's life; people try it with hook-harness.
-It lives in /etc/libvirt/hooks/qemu.d/. Exit status: 0 go on, 1 refused (the reason is on
-stderr), 2 wrong arguments. The rewritten XML, where there is one, is on stdout.
+libvirt calls this program at every step of a domain's life. To try it by hand, use hook-harness.
+It is installed in /etc/libvirt/hooks/qemu.d/. Exit status: 0 accepted, 1 refused (the reason is
+on stderr), 2 invalid arguments. If the XML was rewritten, it is printed on stdout.
 ";
 
-/// Reads the arguments after the program's name. Bytes that are not UTF-8 are replaced; more
-/// arguments than four are passed over, because a later libvirt may send them.
+/// Parses the arguments after the program's name. Bytes that are not UTF-8 are replaced. Arguments
+/// after the fourth are ignored, because a later libvirt may send more.
 ///
-/// A domain may have any name, `--help` too, and libvirt puts it first: four arguments are always a
-/// call. Only people give fewer, or `--config FILE` before the four.
+/// libvirt puts the domain's name first, and a domain can have any name, even `--help`. Four
+/// arguments are therefore always a call. Only people pass fewer, or `--config FILE` before them.
 pub fn parse(arguments: impl Iterator<Item = OsString>) -> Asked {
     let arguments: Vec<String> = arguments.map(|a| a.to_string_lossy().into_owned()).collect();
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
@@ -156,8 +156,8 @@ pub fn parse(arguments: impl Iterator<Item = OsString>) -> Asked {
         ["--help"] => Asked::Help,
         ["--version"] => Asked::Version,
         _ => Asked::Wrong(
-            "four arguments are needed: NAME OPERATION SUBOPERATION EXTRA, and \
-            --config FILE may stand before them"
+            "wanted four arguments, NAME OPERATION SUBOPERATION EXTRA, optionally after \
+            --config FILE"
                 .into(),
         ),
     }

@@ -1,6 +1,6 @@
-//! The manual: a page a command and the completions for shells, made of what clap knows about the
-//! arguments. `make build` writes it to `target/manual`; a package takes it from there. The hook,
-//! which has no clap, has its page in `install/man/`.
+//! Man pages for each command, and shell completions, generated from the clap definitions.
+//! `make build` writes them to `target/manual`, from where the package takes them. The hook does
+//! not use clap; its page is in `install/man/`.
 
 use std::fs;
 use std::io;
@@ -15,33 +15,30 @@ use virt_usb_store::user::User;
 
 use crate::daemon;
 
-/// A section that clap does not know of: its heading, and entries with a tag each (without one: a
-/// paragraph).
+/// A section that clap does not generate: a heading, and entries that each have a tag. An entry
+/// with an empty tag is a paragraph.
 type Section = (&'static str, &'static [(&'static str, &'static str)]);
 
 const FILES: Section = (
     "FILES",
     &[
-        ("/etc/virt-usb/config.toml", "The configuration; every key is explained in it."),
-        (
-            "/var/lib/virt-usb/inventory.sqlite",
-            "The inventory, in the folder that state_dir names.",
-        ),
-        ("/etc/libvirt/hooks/qemu.d/50-virt-usb", "The hook, where libvirt calls it."),
+        ("/etc/virt-usb/config.toml", "The configuration. The file explains every key."),
+        ("/var/lib/virt-usb/inventory.sqlite", "The inventory, in the directory set by state_dir."),
+        ("/etc/libvirt/hooks/qemu.d/50-virt-usb", "The hook, as libvirt calls it."),
     ],
 );
 const COMMAND: [Section; 3] = [
     (
         "EXIT STATUS",
         &[
-            ("0", "It is done."),
+            ("0", "Success."),
             (
                 "1",
-                "It could not be done; one line on stderr says why. Of 'store check': damage was \
-                    found. Of 'doctor': something will not work for somebody.",
+                "The command failed; one line on stderr says why. For 'store check': the \
+                    inventory is damaged. For 'doctor': some functions do not work.",
             ),
-            ("2", "The arguments are wrong. Of 'doctor': guests do not get their devices."),
-            ("3", "Of 'filter': it was asked, and no host can serve."),
+            ("2", "The arguments are invalid. For 'doctor': guests do not get their devices."),
+            ("3", "For 'filter': no host can satisfy the flavor."),
         ],
     ),
     FILES,
@@ -53,8 +50,8 @@ const DAEMON: [Section; 4] = [
     (
         "EXIT STATUS",
         &[
-            ("0", "It was told to end."),
-            ("1", "It could not start; the last line of its log says why."),
+            ("0", "The agent was asked to stop."),
+            ("1", "The agent could not start. The last line of its log says why."),
         ],
     ),
     (
@@ -62,10 +59,10 @@ const DAEMON: [Section; 4] = [
         &[
             (
                 "SIGHUP",
-                "Reads the configuration again. One that is wrong is refused, and the one before \
-                    counts on.",
+                "Reload the configuration. If the new one is invalid, the agent rejects it and \
+                    keeps the previous one.",
             ),
-            ("SIGTERM, SIGINT", "End it. Guests keep their devices."),
+            ("SIGTERM, SIGINT", "Stop the agent. Guests keep their devices."),
         ],
     ),
     FILES,

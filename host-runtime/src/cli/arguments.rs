@@ -1,4 +1,4 @@
-//! What can be typed.
+//! The command line's arguments and help texts.
 
 use std::path::PathBuf;
 
@@ -11,16 +11,16 @@ use virt_usb_model::{DeviceId, DeviceRequest, Flavor, ProductId, ProjectId, Vend
 
 use crate::api::identity::Role;
 
-/// USB devices for libvirt guests: find them, say who may have them, see who has them.
+/// Manage USB devices for libvirt guests: discover them, control access, show who holds them.
 ///
-/// A flavor asks for devices; libvirt's hook claims them when a guest starts and gives them
-/// back when it ends. This command shows and manages the inventory of this host.
+/// A flavor requests devices. The libvirt hook claims them when a guest starts and releases them
+/// when it ends. This command shows and manages the inventory of this host.
 ///
 /// First steps:
 ///   virt-usb discover                     find the devices and record them
-///   virt-usb devices                      see them
+///   virt-usb devices                      list them
 ///   virt-usb flavor set erp '{"usb_devices":[{"vendor_id":"0529","product_id":"0001"}]}'
-///   virt-usb events                       see who got what, when and why
+///   virt-usb events                       show the audit trail
 #[derive(Debug, Parser)]
 #[command(
     name = "virt-usb",
@@ -30,7 +30,7 @@ use crate::api::identity::Role;
     arg_required_else_help = true
 )]
 pub struct Arguments {
-    /// The configuration; without this option /etc/virt-usb/config.toml, if it is there
+    /// Configuration file [default: /etc/virt-usb/config.toml, if it exists]
     #[arg(long, global = true, value_name = "FILE")]
     pub(super) config: Option<PathBuf>,
     /// Print JSON instead of tables
@@ -42,15 +42,15 @@ pub struct Arguments {
     pub(super) verb: Verb,
 }
 
-/// Another host's API in the place of this host's inventory.
+/// Options for using another host's API instead of this host's inventory.
 #[derive(Debug, Args)]
 pub(super) struct Api {
-    /// Ask and tell the API at this address instead of this host's inventory: hosts, devices,
+    /// Use the API at this address instead of this host's inventory; works with hosts, devices,
     /// claims, events, flavor, grant, attach, detach, enable, disable, quarantine, tag, untag,
     /// owner
     #[arg(long, global = true, value_name = "URL", env = "VIRT_USB_URL", hide_env_values = true)]
     pub(super) url: Option<String>,
-    /// With --url: the file that holds the token
+    /// With --url: file that holds the API token
     #[arg(
         long,
         global = true,
@@ -59,7 +59,7 @@ pub(super) struct Api {
         hide_env_values = true
     )]
     pub(super) token_file: Option<PathBuf>,
-    /// With --url: trust certificates of these authorities (PEM) instead of this machine's
+    /// With --url: trust the certificate authorities in this PEM file instead of the system's
     #[arg(
         long,
         global = true,
@@ -74,146 +74,146 @@ pub(super) struct Api {
 pub(super) enum Verb {
     /// Find this host's USB devices and record them in the inventory
     Discover(Discover),
-    /// Show the devices of the inventory
+    /// List the devices in the inventory
     Devices {
-        /// Also those that were unplugged
+        /// Include unplugged devices
         #[arg(long)]
         all: bool,
     },
-    /// Show which instance holds which device, or free what one holds
+    /// Show which instance holds which device, or release the devices of an instance
     Claims {
         #[command(subcommand)]
         verb: Option<ClaimsVerb>,
     },
-    /// Show the audit trail: who got what, when and why
+    /// Show the audit trail: which instance got which device, when and why
     Events(Events),
     /// Watch devices, claims and events as they change
     ///
-    /// On a terminal a screen that keeps itself up to date: arrows, PgUp, PgDn, Home and End
-    /// scroll, q ends it. Elsewhere, or with --lines, an event a line as it happens; with --json
-    /// each is a JSON object.
+    /// On a terminal, shows a screen that refreshes itself. Arrows, PgUp, PgDn, Home and End
+    /// scroll; q quits. If the output is not a terminal, or with --lines, prints one line per
+    /// event. With --json, prints one JSON object per event.
     Watch(Watch),
-    /// Manage stored flavors, which domains name
+    /// Manage stored flavors, which domains refer to by name
     Flavor {
         #[command(subcommand)]
         verb: FlavorVerb,
     },
-    /// Manage grants: which projects may have which devices
+    /// Manage grants, which make devices available to certain projects only
     ///
-    /// In a fleet they are the fleet's, and count on all of its hosts.
+    /// In a fleet, grants are shared and apply on all of its hosts.
     Grant {
         #[command(subcommand)]
         verb: GrantVerb,
     },
-    /// Answer schedulers which hosts can serve, from what the fleet publishes
+    /// Serve scheduling queries: which hosts of the fleet can satisfy a flavor
     ///
-    /// Follows the fleet of the configuration, and answers over HTTP and on a unix socket until
-    /// SIGTERM: POST /select, POST /explain, GET and DELETE /assumptions, GET /health, GET
-    /// /metrics.
+    /// Follows the fleet named in the configuration. Serves requests over HTTP and on a unix
+    /// socket until SIGTERM: POST /select, POST /explain, GET and DELETE /assumptions, GET
+    /// /health, GET /metrics.
     Scheduler(Scheduler),
-    /// Share the inventory with other hosts, through etcd
+    /// Join or leave the fleet; show its status
     Fleet {
         #[command(subcommand)]
         verb: FleetVerb,
     },
-    /// Say which hosts can serve a flavor, as a scheduler would be told
+    /// Show which hosts can satisfy a flavor, as a scheduler would see it
     Filter(Filter),
-    /// Start a guest that does not run, with its USB devices in it from the beginning
+    /// Start a guest with its USB devices attached from the beginning
     ///
-    /// The definition of the domain stays as it is. A guest that was saved is restored, and gets
-    /// its devices back.
+    /// Does not change the definition of the domain. A saved guest is restored and gets its
+    /// devices back.
     Start {
-        /// The domain's name or UUID
+        /// Name or UUID of the domain
         domain: String,
     },
-    /// Give a guest a device, at once where it runs and at each start from now on
+    /// Attach a device to an instance, now if it is running and at each start
     Attach(Device),
-    /// Take a device out of a guest that runs, and out of what it is given at its starts
+    /// Detach a device from an instance, now if it is running and for future starts
     Detach(Device),
-    /// Offer a device again that was disabled
+    /// Make a disabled device available again
     Enable {
-        /// The device's id
+        /// Id of the device
         #[arg(value_name = "DEVICE")]
         device: DeviceId,
     },
-    /// Do not offer a device any more; who holds it keeps it until it is given back
+    /// Make a device unavailable; an instance that holds it keeps it until release
     Disable {
-        /// The device's id
+        /// Id of the device
         #[arg(value_name = "DEVICE")]
         device: DeviceId,
-        /// Why, for whoever asks later
+        /// Reason, shown with the device
         #[arg(long, value_name = "TEXT")]
         reason: Option<String>,
     },
-    /// Forget a device that is not plugged in: if it comes back it is another one, with another id
+    /// Remove an unplugged device from the inventory; if it returns, it gets a new id
     Forget {
-        /// The device's id
+        /// Id of the device
         #[arg(value_name = "DEVICE")]
         device: DeviceId,
     },
-    /// Show the devices that are set aside after a use, or because they come and go too often
+    /// Show or clear quarantined devices (one-time use, or connected and disconnected too often)
     Quarantine {
         #[command(subcommand)]
         verb: Option<QuarantineVerb>,
     },
-    /// Give a device tags, by which flavors may ask for it, beside those of the whitelist's rules
+    /// Add tags to a device, which flavors can select it by
     Tag(Tags),
-    /// Take tags away that were given with 'virt-usb tag'
+    /// Remove tags that were added with 'virt-usb tag'
     Untag(Tags),
-    /// Say whose a guest is, where its domain does not say so: that project's members may then give
-    /// it devices
+    /// Set the owner project of an instance that has no nova:owner
+    ///
+    /// Members of the owner project may attach devices to the instance.
     Owner {
         #[command(subcommand)]
         verb: Option<OwnerVerb>,
     },
-    /// Say who may use the API
+    /// Manage API tokens
     Token {
         #[command(subcommand)]
         verb: TokenVerb,
     },
-    /// Explain the whitelist
+    /// Show how the whitelist applies to the devices of this host
     Whitelist {
         #[command(subcommand)]
         verb: WhitelistVerb,
     },
-    /// Show the hosts of the inventory
+    /// List the hosts in the inventory
     Hosts {
-        /// Print their host documents, a line each: what `virt-usb filter --hosts` and every filter
-        /// is fed with
+        /// Print host documents, one per line: the input of `virt-usb filter --hosts`
         #[arg(long)]
         documents: bool,
     },
-    /// Check this host, and say how to fix what is wrong
+    /// Check this host and show how to fix problems
     ///
-    /// Changes nothing. Exit status for monitoring: 0 no problems, 1 something does not work for
-    /// somebody, 2 guests do not get their devices.
+    /// Changes nothing. Exit status for monitoring: 0 no problems, 1 some functions do not work,
+    /// 2 guests do not get their devices.
     Doctor {
-        /// Show checks without problems too
+        /// Include checks that pass
         #[arg(long)]
         all: bool,
-        /// Where libvirt's hooks are
+        /// Directory of libvirt's hooks
         #[arg(long, value_name = "DIR", default_value = "/etc/libvirt/hooks")]
         hooks: PathBuf,
-        /// Where libvirt's daemons leave their process ids
+        /// Directory of the PID files of libvirt's daemons
         #[arg(long, value_name = "DIR", default_value = "/run")]
         run: PathBuf,
     },
-    /// Look after the inventory's file
+    /// Check, back up, restore or rebuild the inventory
     Store {
         #[command(subcommand)]
         verb: StoreVerb,
     },
     /// Print a completion script: virt-usb completions bash > /etc/bash_completion.d/virt-usb
     Completions {
-        /// For which shell
+        /// Shell to generate completions for
         shell: Shell,
     },
-    /// Write the manual's pages and the completion scripts, for whoever makes a package
+    /// Write man pages and completion scripts, for packaging
     #[command(hide = true)]
     Manual {
-        /// The folder to write into
+        /// Directory to write to
         dir: PathBuf,
-        /// The pages' date
+        /// Date of the man pages
         #[arg(long, value_name = "YYYY-MM-DD")]
         date: String,
     },
@@ -221,14 +221,14 @@ pub(super) enum Verb {
 
 #[derive(Debug, Args)]
 pub(super) struct Discover {
-    /// Take the devices from this TOML file instead of libusb
+    /// Read simulated devices from this TOML file instead of libusb
     #[arg(long, value_name = "FILE")]
     pub(super) sim: Option<PathBuf>,
-    /// With --sim: write the simulated devices' sysfs tree here, for a configuration whose
-    /// sysfs_root it is
+    /// With --sim: write a sysfs tree of the simulated devices here; set sysfs_root in the
+    /// configuration to this directory
     #[arg(long, value_name = "DIR", requires = "sim")]
     pub(super) sysfs_out: Option<PathBuf>,
-    /// Show what is found without recording it
+    /// Show the devices without recording them
     #[arg(long)]
     pub(super) dry_run: bool,
 }
@@ -237,11 +237,11 @@ pub(super) struct Discover {
 pub(super) enum ClaimsVerb {
     /// Show all claims
     List,
-    /// Free everything that an instance holds, its assignments too (recorded in the audit trail)
+    /// Release all claims and assignments of an instance (recorded in the audit trail)
     Release {
-        /// The instance's UUID, or its domain's name
+        /// UUID of the instance or name of its domain
         instance: String,
-        /// Yes, even though the guest may still run with the devices
+        /// Confirm the release even if the guest may still be using the devices
         #[arg(long)]
         force: bool,
     },
@@ -249,11 +249,11 @@ pub(super) enum ClaimsVerb {
 
 #[derive(Debug, Subcommand)]
 pub(super) enum QuarantineVerb {
-    /// Show them
+    /// List quarantined devices
     List,
-    /// You have looked at the device: offer it again
+    /// Make an inspected device available again
     Clear {
-        /// The device's id
+        /// Id of the device
         #[arg(value_name = "DEVICE")]
         device: DeviceId,
     },
@@ -261,104 +261,108 @@ pub(super) enum QuarantineVerb {
 
 #[derive(Debug, Subcommand)]
 pub(super) enum OwnerVerb {
-    /// Show what was said
+    /// List the owners that were set here
     List,
-    /// Say whose it is
+    /// Set the owner project
     Set {
-        /// The domain's name or UUID
+        /// Name or UUID of the domain
         domain: String,
-        /// The project
+        /// Id of the owner project
         #[arg(value_name = "PROJECT")]
         project: ProjectId,
     },
-    /// Take back what was said
+    /// Remove the owner that was set here
     Clear {
-        /// The domain's name or UUID
+        /// Name or UUID of the domain
         domain: String,
     },
 }
 
 #[derive(Debug, Subcommand)]
 pub(super) enum FleetVerb {
-    /// Give this host its number in the fleet, and its devices the ids that come with it; not while
-    /// any is held
+    /// Add this host to the fleet
+    ///
+    /// Gives the host a number in the fleet, and its devices new ids that begin with that number.
+    /// Fails while an instance holds a device of this host.
     Join(Credentials),
-    /// Take a host out of the fleet; its devices keep their ids
+    /// Remove a host from the fleet; its devices keep their ids
     Leave {
-        /// Another host than this one: one that is gone for good
+        /// Remove this host, which no longer exists, instead of the local one
         #[arg(long, value_name = "NAME")]
         host: Option<String>,
         #[command(flatten)]
         credentials: Credentials,
     },
-    /// Show how it is with etcd, this host and the others
+    /// Show the status of etcd, of this host and of the other hosts
     ///
-    /// Exit status: 0 when every endpoint answers, else 1.
+    /// Exit status: 0 if every endpoint responds, otherwise 1.
     Status,
-    /// Run a made fleet on this machine against the configuration's etcd, and check what must hold
+    /// Simulate a fleet on this machine against the configured etcd, and check its invariants
     ///
-    /// Devices come and go, guests start where the filter says and stop, hosts die and come back.
-    /// All of it stands in a folder of its own below the prefix, which is removed at the end. Exit
-    /// status: 0 when all held that must, else 1.
+    /// Simulates devices that are plugged in and out, guests that start where the filter places
+    /// them, and hosts that fail and return. All keys are below a prefix of their own, which is
+    /// removed at the end. Exit status: 0 if all invariants held, otherwise 1.
     Simulate(Simulate),
 }
 
 #[derive(Debug, Args)]
 pub(super) struct Simulate {
-    /// So many hosts
+    /// Number of hosts
     #[arg(long, default_value_t = 50, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=10_000))]
     pub(super) hosts: u32,
-    /// So many devices a host, of which three in four are plugged in at first
+    /// Number of devices per host; three in four are plugged in at the start
     #[arg(long, default_value_t = 20, value_name = "M", value_parser = clap::value_parser!(u32).range(1..=4000))]
     pub(super) devices: u32,
-    /// So many changes a second, of all hosts together
+    /// Number of changes per second, over all hosts
     #[arg(long, default_value_t = 50, value_name = "R", value_parser = clap::value_parser!(u32).range(1..=10_000))]
     pub(super) churn: u32,
-    /// For so many seconds
+    /// Duration in seconds
     #[arg(long, default_value_t = 10, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=86400))]
     pub(super) time: u64,
-    /// The same seed makes the same things happen, as far as the machine's own timing lets them
+    /// Seed of the random events; the timing still depends on the machine
     #[arg(long, default_value_t = 1)]
     pub(super) seed: u64,
     #[command(flatten)]
     pub(super) component: FilterFile,
 }
 
-/// As whom etcd is asked.
+/// Credentials for etcd.
 #[derive(Debug, Args)]
 pub(super) struct Credentials {
-    /// Ask etcd as this user, who may write all of the fleet's keys, instead of the configuration's
+    /// Log in to etcd as this user, who may write all keys of the fleet, instead of the configured
+    /// user
     #[arg(long, value_name = "NAME", requires = "password_file")]
     pub(super) user: Option<String>,
-    /// With --user: the file whose first line is the password
+    /// With --user: file whose first line is the password
     #[arg(long, value_name = "FILE", requires = "user")]
     pub(super) password_file: Option<PathBuf>,
 }
 
 #[derive(Debug, Subcommand)]
 pub(super) enum TokenVerb {
-    /// Make a token and show it, this once
+    /// Create a token and print it; it cannot be shown again
     Add(NewToken),
-    /// Show whose tokens there are
+    /// List the tokens and their projects
     List,
-    /// End a token, at once
+    /// Revoke a token immediately
     Remove {
-        /// Its name
+        /// Name of the token
         name: String,
     },
 }
 
 #[derive(Debug, Args)]
 pub(super) struct NewToken {
-    /// Whose it is, for the audit and the log
+    /// Name of the token, shown in the audit trail and the log
     pub(super) name: String,
-    /// The project that it acts for
+    /// Project that the token belongs to
     #[arg(long, value_name = "ID")]
     pub(super) project: ProjectId,
-    /// What it may: look (reader), attach and detach as well (member), all of every project (admin)
+    /// Role of the token: reader (read only), member (also attach and detach), admin (everything,
+    /// in all projects)
     #[arg(long, default_value = "member", value_parser = role)]
     pub(super) role: Role,
-    /// It counts for so many days; else until it is removed
+    /// Expire after N days [default: never]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=3650))]
     pub(super) days: Option<u32>,
 }
@@ -369,94 +373,94 @@ fn role(text: &str) -> Result<Role, String> {
 
 #[derive(Debug, Args)]
 pub(super) struct Tags {
-    /// The device's id
+    /// Id of the device
     #[arg(value_name = "DEVICE")]
     pub(super) device: DeviceId,
-    /// 1 to 64 letters, digits and -_.:/
+    /// Tag of 1 to 64 letters, digits and -_.:/
     #[arg(required = true, value_name = "TAG")]
     pub(super) tags: Vec<Tag>,
 }
 
 #[derive(Debug, Args)]
 pub(super) struct Events {
-    /// Only of this instance (UUID)
+    /// Show only events of this instance (UUID)
     #[arg(long)]
     pub(super) instance: Option<String>,
-    /// Only of this device (id)
+    /// Show only events of this device (id)
     #[arg(long)]
     pub(super) device: Option<String>,
-    /// The newest so many; 0 for all
+    /// Show the newest N events; 0 shows all
     #[arg(long, default_value_t = 50)]
     pub(super) limit: u32,
 }
 
 #[derive(Debug, Args)]
 pub(super) struct Watch {
-    /// An event a line, on a terminal too
+    /// Print one line per event, even on a terminal
     #[arg(long)]
     pub(super) lines: bool,
-    /// Where events are lines: begin with the newest so many of those that were before
+    /// With one line per event: begin with the newest N past events
     #[arg(long, default_value_t = 10, value_name = "N")]
     pub(super) last: u32,
 }
 
 #[derive(Debug, Subcommand)]
 pub(super) enum FlavorVerb {
-    /// Show all flavors
+    /// List all flavors
     List,
     /// Show one flavor
     Show {
-        /// Its name
+        /// Name of the flavor
         name: String,
     },
     /// Store a flavor
     ///
     /// DEFINITION is {"usb_devices":[...],"usb_redirection_devices":[...]}. An entry of usb_devices
-    /// names one or more of id, vendor_id, product_id, serial, port, class, tags, and count (1 when
-    /// absent); an entry of usb_redirection_devices is {"bus":"usb","type":"spicevmc"}.
+    /// has one or more of id, vendor_id, product_id, serial, port, class, tags, and count (default
+    /// 1). An entry of usb_redirection_devices is {"bus":"usb","type":"spicevmc"}.
     Set {
-        /// Its name, as Nova or the domain's metadata spells it
+        /// Name of the flavor, as in Nova or in the domain's metadata
         name: String,
-        /// What it asks for, as JSON; - reads it from stdin
+        /// Requested devices as JSON; - reads from stdin
         definition: String,
     },
-    /// Forget a flavor; guests that run keep what they have
+    /// Remove a flavor; running guests keep their devices
     Remove {
-        /// Its name
+        /// Name of the flavor
         name: String,
     },
 }
 
 #[derive(Debug, Subcommand)]
 pub(super) enum GrantVerb {
-    /// Show all grants
+    /// List all grants
     List,
     /// Show one grant
     Show {
-        /// Its name
+        /// Name of the grant
         name: String,
     },
-    /// Store a grant; who holds a device keeps it
+    /// Store a grant; instances keep the devices that they hold
     ///
-    /// DEFINITION is {"usb_devices":[...],"projects":[...]}. An entry of usb_devices names one or
-    /// more of id, vendor_id, product_id, serial, port, class, tags. A device that one of them
-    /// matches is for these projects, for those of other grants that match it and for those of its
-    /// whitelist rule, and for nobody else. What no grant and no rule gives to certain projects is
-    /// for every one.
+    /// DEFINITION is {"usb_devices":[...],"projects":[...]}. An entry of usb_devices has one or
+    /// more of id, vendor_id, product_id, serial, port, class, tags. A device that matches an
+    /// entry is available only to these projects, to the projects of other grants that match it,
+    /// and to the projects of its whitelist rule. Devices without a grant or a rule with projects
+    /// are available to all projects.
     Set {
-        /// Its name
+        /// Name of the grant
         name: String,
-        /// What is given to whom, as JSON; - reads it from stdin
+        /// Devices and projects as JSON; - reads from stdin
         definition: String,
     },
-    /// Forget a grant; who holds a device keeps it
+    /// Remove a grant; instances keep the devices that they hold
     Remove {
-        /// Its name
+        /// Name of the grant
         name: String,
     },
 }
 
-/// Exit status: 0 a host can serve the flavor, 3 none can, 1 it could not be found out.
+/// Exit status: 0 a host can satisfy the flavor, 3 no host can, 1 the query failed.
 #[derive(Debug, Args)]
 #[command(
     args_conflicts_with_subcommands = true,
@@ -466,21 +470,20 @@ pub(super) enum GrantVerb {
 pub(super) struct Filter {
     #[command(subcommand)]
     pub(super) verb: Option<FilterVerb>,
-    /// What is asked for: a stored flavor's name, or JSON such as
+    /// Flavor: the name of a stored flavor, or JSON such as
     /// {"usb_devices":[{"vendor_id":"0529"}]}
     #[arg(long, required = true, value_name = "NAME|JSON")]
     pub(super) flavor: Option<String>,
-    /// Ask about the hosts whose documents are in this file, - for stdin; without it about this
-    /// host, from its inventory
+    /// File with host documents, - for stdin [default: this host, from its inventory]
     #[arg(long, value_name = "FILE")]
     pub(super) hosts: Option<PathBuf>,
-    /// The project that asks; without it only devices that are for every project count
+    /// Project that requests the devices [default: only devices available to all projects]
     #[arg(long, value_name = "ID")]
     pub(super) project: Option<ProjectId>,
-    /// Show the best so many
+    /// Maximum number of hosts to show, best first
     #[arg(long, default_value_t = 20, value_name = "N")]
     pub(super) limit: u32,
-    /// Say of every other host why not
+    /// Show for each other host why it was rejected
     #[arg(long)]
     pub(super) explain: bool,
     #[command(flatten)]
@@ -489,14 +492,14 @@ pub(super) struct Filter {
 
 #[derive(Debug, Args)]
 pub(super) struct Device {
-    /// The instance: its domain's name or UUID
+    /// Instance: the name or UUID of its domain
     pub(super) instance: String,
-    /// The device: its id, VENDOR:PRODUCT, or JSON as in a flavor, such as {"serial":"HL-0001"}
+    /// Device: an id, VENDOR:PRODUCT, or JSON as in a flavor, such as {"serial":"HL-0001"}
     #[arg(value_name = "DEVICE|SELECTOR", value_parser = selector)]
     pub(super) device: DeviceRequest,
 }
 
-/// A device's id, `VENDOR:PRODUCT`, or a request as it stands in a flavor.
+/// Parses a device's id, `VENDOR:PRODUCT`, or a request as written in a flavor.
 fn selector(text: &str) -> Result<DeviceRequest, String> {
     let kind = || {
         let (vendor, product) = text.split_once(':')?;
@@ -523,21 +526,21 @@ fn selector(text: &str) -> Result<DeviceRequest, String> {
 
 #[derive(Debug, Subcommand)]
 pub(super) enum FilterVerb {
-    /// Make a fleet, feed it to the filter and measure the answers
+    /// Generate a fleet, feed it to the filter and measure the response times
     Bench {
-        /// Hosts
+        /// Number of hosts
         #[arg(long, default_value_t = 50_000, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
         hosts: u32,
-        /// Devices on each host
+        /// Number of devices on each host
         #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(0..=1_000))]
         devices: u32,
         #[command(flatten)]
         component: FilterFile,
     },
-    /// Write the filter as machine code, which this version of virt-usb loads a hundred times
+    /// Compile the filter to machine code, which this version of virt-usb loads a hundred times
     /// faster
     Precompile {
-        /// The file to write
+        /// File to write
         file: PathBuf,
         #[command(flatten)]
         component: FilterFile,
@@ -546,9 +549,9 @@ pub(super) enum FilterVerb {
 
 #[derive(Debug, Subcommand)]
 pub(super) enum WhitelistVerb {
-    /// Say for each device that is plugged in whether it is offered, to whom, and by which rule
+    /// Show for each device whether it is offered, to which projects, and by which rule
     Check {
-        /// Take the devices from this TOML file instead of libusb
+        /// Read simulated devices from this TOML file instead of libusb
         #[arg(long, value_name = "FILE")]
         sim: Option<PathBuf>,
     },
@@ -556,30 +559,29 @@ pub(super) enum WhitelistVerb {
 
 #[derive(Debug, Subcommand)]
 pub(super) enum StoreVerb {
-    /// Look for damage and contradictions
+    /// Check the inventory for damage and inconsistencies
     Check,
-    /// Write a copy of the inventory; hooks may run meanwhile
+    /// Write a copy of the inventory; safe while hooks run
     Backup {
-        /// The copy, which must not exist yet
+        /// File to write, which must not exist
         file: PathBuf,
     },
-    /// Take a backup's content; the inventory that is there is kept beside it
+    /// Restore the inventory from a backup; the current inventory is kept beside it
     ///
-    /// Hooks and agent may run meanwhile. Devices that were seen since the backup keep their ids,
-    /// and who holds a device is what it is now.
+    /// Safe while the agent and hooks run. Devices that were found since the backup keep their
+    /// ids, and current claims stay unchanged.
     Restore {
-        /// The backup
+        /// Backup to restore
         file: PathBuf,
         #[command(flatten)]
         options: Recover,
     },
-    /// Make the inventory anew: of what can still be read of it, of what is plugged in, and of what
-    /// the guests that run have
+    /// Rebuild the inventory from its readable rows, the plugged-in devices and the running guests
     ///
-    /// The damaged one is kept beside it. A device whose row is lost gets an id that no device had
-    /// before.
+    /// The damaged inventory is kept beside it. A device whose row is lost gets an id that no
+    /// device had before.
     Rebuild {
-        /// Even though it is sound, or another version's or program's
+        /// Rebuild even if the inventory is sound, or belongs to another version or program
         #[arg(long)]
         force: bool,
         #[command(flatten)]
@@ -589,11 +591,11 @@ pub(super) enum StoreVerb {
 
 #[derive(Debug, Args)]
 pub(super) struct Recover {
-    /// Without asking libvirt: a device that is in a guest may be shown free until the agent adopts
-    /// it
+    /// Do not query libvirt; a device in use by a guest may be shown as available until the agent
+    /// adopts it
     #[arg(long)]
     pub(super) without_guests: bool,
-    /// Take the devices from this TOML file instead of libusb
+    /// Read simulated devices from this TOML file instead of libusb
     #[arg(long, value_name = "FILE")]
     pub(super) sim: Option<PathBuf>,
 }

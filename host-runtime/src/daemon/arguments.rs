@@ -1,25 +1,24 @@
-//! What `virt-usbd` can be started with.
+//! Command-line arguments of `virt-usbd`.
 
 use std::path::PathBuf;
 
 use clap::Parser;
 
-/// The agent of virt-usb: watches this host's USB devices and guests, and gives each guest what is
-/// claimed for it.
+/// The virt-usb agent: watches this host's USB devices and guests, and attaches claimed devices.
 ///
-/// It runs in the foreground and logs to the journal where it is a service of systemd, else to
-/// stderr. SIGHUP reads the configuration again; SIGTERM ends it, and guests keep what they have.
+/// The agent runs in the foreground. As a systemd service it logs to the journal, otherwise to
+/// stderr. SIGHUP reloads the configuration. SIGTERM stops the agent; guests keep their devices.
 #[derive(Debug, Parser)]
 #[command(version, name = "virt-usbd")]
 pub struct Arguments {
-    /// The configuration [default: /etc/virt-usb/config.toml, where it is there]
+    /// Configuration file [default: /etc/virt-usb/config.toml, if it exists]
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
-    /// Simulate the devices and domains of this file: of this machine nothing is touched but the
-    /// state_dir of --config
+    /// Simulate the devices and domains in this file; the agent changes nothing on this machine
+    /// except the state_dir of --config
     #[arg(long, value_name = "FILE")]
     pub sim: Option<PathBuf>,
-    /// Say more
+    /// Log more details
     #[arg(long, short)]
     pub verbose: bool,
 }

@@ -7,17 +7,15 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use virt_usb_harness::{Cycle, Expect, Expected, Initiator};
 
 const LONG_ABOUT: &str = "\
-Calls a libvirt hook exactly as libvirtd does, and plays the life of a guest with it.
+Calls a libvirt hook exactly as libvirtd does, and simulates the life cycle of a guest.
 
 The hook gets the domain's name, the operation and two more words as arguments, the domain XML on \
-its standard input, \
-an environment of a few variables, and / as its working directory. Both of its outputs are read \
-until they are closed. \
-What libvirt does with the answer is done, and told: the calls with their times, the XML as a \
-diff, who held which \
-device before and after.
+its standard input, an environment of a few variables, and / as its working directory. The \
+harness reads both outputs until they are closed. It then does what libvirt would do with the \
+answer, and reports the calls with their times, the XML as a diff, and the claims before and \
+after.
 
-Neither libvirt nor a running guest is needed, and none is touched.";
+The harness does not need libvirt or a running guest, and changes neither.";
 
 const AFTER_HELP: &str = "\
 Examples:
@@ -27,15 +25,15 @@ Examples:
   Start and stop a domain with the hook beside this program and a configuration of your own:
     hook-harness --config my.toml start erp.xml
     hook-harness --config my.toml stop erp.xml
-  See that a second taker is refused:
+  Check that a second instance is refused:
     hook-harness --config my.toml --expect veto --expect-stderr 0529:0001 start crm.xml
-  Call all hooks of this host, as libvirtd does:
+  Call all hooks of this host:
     hook-harness --hooks-dir /etc/libvirt/hooks start erp.xml
-  Play a scenario, for a machine to read:
+  Run a scenario with JSON output:
     hook-harness --json scenario two-guests.toml
 
-Exit status: 0 all went as expected, 1 something did not, 2 the command line, a domain or a \
-scenario is wrong,
+Exit status: 0 everything went as expected, 1 a result was unexpected, 2 the command line, a \
+domain or a scenario is invalid,
 3 a program could not be run.";
 
 /// Calls a libvirt hook exactly as libvirtd does
@@ -52,7 +50,8 @@ pub(crate) struct Cli {
 pub(crate) struct Common {
     /// The hook to call [default: virt-usb-hook beside this program]
     ///
-    /// With --hooks-dir it is called as if it were installed in DIR/qemu.d under its own file name.
+    /// With --hooks-dir, the harness calls this hook as if it were installed in DIR/qemu.d under
+    /// its own file name.
     #[arg(long, global = true, value_name = "PATH")]
     pub(crate) hook: Option<PathBuf>,
     /// Hooks laid out as in /etc/libvirt/hooks: DIR/qemu, then each executable in DIR/qemu.d
@@ -60,81 +59,81 @@ pub(crate) struct Common {
     pub(crate) hooks_dir: Option<PathBuf>,
     /// The configuration for virt-usb, and for the hook of --hook
     ///
-    /// The one departure from libvirt's arguments: the hook is given --config FILE before the four.
-    /// Those of --hooks-dir are not: they read /etc/virt-usb/config.toml, as always.
+    /// Passes --config FILE to the hook before libvirt's four arguments. Hooks of --hooks-dir do
+    /// not get this option and read /etc/virt-usb/config.toml, as always.
     #[arg(long, global = true, value_name = "FILE")]
     pub(crate) config: Option<PathBuf>,
-    /// virt-usb, asked for the claims [default: beside this program]
+    /// The virt-usb program, used to list claims [default: beside this program]
     #[arg(long, global = true, value_name = "PATH")]
     pub(crate) virt_usb: Option<PathBuf>,
-    /// Where a scenario's discover --sim writes the sysfs tree that the configuration's sysfs_root
-    /// names
+    /// Directory for the sysfs tree that a scenario's discover --sim writes; sysfs_root in the
+    /// configuration must name it
     #[arg(long, global = true, value_name = "DIR", requires = "config")]
     pub(crate) sysfs_out: Option<PathBuf>,
-    /// Who calls: libvirt throws away what prepare prints, a filter caller starts it
+    /// Simulated caller: libvirt discards the output of prepare, a filter caller starts it
     #[arg(long, global = true, value_enum, default_value_t = CallerArg::Libvirt)]
     pub(crate) caller: CallerArg,
-    /// End a call after so many seconds; libvirt would wait for ever
+    /// Timeout of a call in seconds (libvirt itself has no timeout)
     #[arg(long, global = true, value_name = "SECONDS", default_value = "30", value_parser = seconds)]
     pub(crate) timeout: Duration,
     /// Pass this environment variable to the hook, beyond those that libvirt passes (may be
     /// repeated)
     ///
-    /// For test beds that work through the environment, such as umockdev: --keep-env LD_PRELOAD
+    /// Needed for test beds that use the environment, such as umockdev: --keep-env LD_PRELOAD
     /// --keep-env UMOCKDEV_DIR.
     #[arg(long, global = true, value_name = "NAME")]
     pub(crate) keep_env: Vec<String>,
-    /// What should come of it; a scenario says so itself
+    /// Expected result; a scenario sets its own
     #[arg(long, global = true, value_enum, default_value_t = ExpectArg::Ok)]
     pub(crate) expect: ExpectArg,
-    /// What the hook's standard error must contain
+    /// Text that the hook's standard error must contain
     #[arg(long, global = true, value_name = "TEXT")]
     pub(crate) expect_stderr: Option<String>,
-    /// One JSON document instead of a story
+    /// Print one JSON document instead of a report
     #[arg(long, global = true)]
     pub(crate) json: bool,
-    /// Colours; NO_COLOR is respected with auto
+    /// When to use colours; auto respects NO_COLOR
     #[arg(long, global = true, value_enum, default_value_t = Color::Auto)]
     pub(crate) color: Color,
 }
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Verb {
-    /// prepare, start, started; when one fails: stopped, release failed
+    /// Start a guest: prepare, start, started; if one fails, stopped and release failed
     Start(Domains),
-    /// The guest shuts down: stopped, release shutdown
+    /// Shut a guest down: stopped, release shutdown
     Stop(Domains),
-    /// stopped, release destroyed
+    /// Destroy a guest: stopped, release destroyed
     Destroy(Domains),
-    /// QEMU dies: stopped, release crashed
+    /// Crash QEMU: stopped, release crashed
     Crash(Domains),
-    /// The guest is saved to a file: stopped, release saved
+    /// Save a guest to a file: stopped, release saved
     Save(Domains),
-    /// The guest has left for another host: stopped, release migrated
+    /// Migrate a guest to another host: stopped, release migrated
     MigrateAway(Domains),
-    /// A saved guest comes back: the restore filter, then a start with what it printed
+    /// Restore a saved guest: the restore filter, then a start with the XML that it printed
     Restore(Domains),
-    /// A guest arrives from another host: the migrate filter, then a start with what it printed
+    /// Migrate a guest to this host: the migrate filter, then a start with the XML that it printed
     Migrate(Domains),
-    /// reconnect for each domain; a failure kills the running guest
+    /// Restart libvirtd: reconnect for each domain; a failure kills the running guest
     RestartDaemon(Domains),
-    /// One single call of any operation
+    /// Make a single call of any operation
     Call(CallArgs),
-    /// The steps of a TOML file, over several domains
+    /// Run the steps of a TOML file, over several domains
     #[command(after_help = SCENARIO_HELP)]
     Scenario {
-        /// The scenario
+        /// File that describes the scenario
         #[arg(value_name = "FILE.toml")]
         file: PathBuf,
     },
-    /// Try a flavor on a domain: start and stop with an inventory that is thrown away
+    /// Try a flavor on a domain: start and stop with a temporary inventory
     #[command(after_help = TRY_HELP)]
     Try(TryArgs),
 }
 
 const SCENARIO_HELP: &str = "\
-A scenario that discovers devices and is given no --config gets a configuration and an inventory \
-of its own, removed
+Without --config, a scenario that discovers devices gets a temporary configuration and inventory, \
+which are removed
 at the end.
 
   title = \"one key, two guests\"
@@ -158,12 +157,12 @@ at the end.
   args = [\"events\"]";
 
 const TRY_HELP: &str = "\
-Nothing of the host is changed: the inventory is made in a temporary folder, the domain on disk \
-stays as it is.
---config is read for --flavor-name only; the settings to try are given with --settings.
+Changes nothing on the host: the inventory is in a temporary directory, and the domain file is \
+only read.
+--config is used for --flavor-name only; set the configuration to try with --settings.
 
   hook-harness try erp.xml
-      the flavor that the domain names itself, with the devices of this machine
+      the domain's own flavor, with the devices of this machine
   hook-harness try erp.xml --flavor \
   '{\"usb_devices\":[{\"vendor_id\":\"0529\",\"product_id\":\"0001\"}]}'
       another flavor
@@ -172,72 +171,72 @@ stays as it is.
 
 #[derive(Debug, Args)]
 pub(crate) struct Domains {
-    /// Domain XML as virsh dumpxml prints it; - is the standard input
+    /// Domain XML as printed by virsh dumpxml; - reads from stdin
     #[arg(required = true, value_name = "DOMAIN.xml")]
     pub(crate) files: Vec<PathBuf>,
 }
 
 #[derive(Debug, Args)]
 pub(crate) struct CallArgs {
-    /// prepare, start, started, stopped, release, reconnect, migrate, restore, attach, or what the
-    /// future brings
+    /// Operation: prepare, start, started, stopped, release, reconnect, migrate, restore, attach,
+    /// or any other word
     pub(crate) op: String,
-    /// What is fed to the hook; - is the standard input
+    /// Input of the hook; - reads from stdin
     #[arg(value_name = "DOMAIN.xml")]
     pub(crate) file: PathBuf,
-    /// The third argument [default: end for stopped and release, begin otherwise]
+    /// Third argument [default: end for stopped and release, otherwise begin]
     #[arg(long)]
     pub(crate) subop: Option<String>,
-    /// The fourth argument
+    /// Fourth argument of the call
     #[arg(long, default_value = "-")]
     pub(crate) extra: String,
-    /// The domain's name; the file may then hold anything, even no XML
+    /// Name of the domain; the file can then have any content, even invalid XML
     #[arg(long)]
     pub(crate) name: Option<String>,
 }
 
 #[derive(Debug, Args)]
 pub(crate) struct TryArgs {
-    /// Domain XML as virsh dumpxml prints it; - is the standard input
+    /// Domain XML as printed by virsh dumpxml; - reads from stdin
     #[arg(value_name = "DOMAIN.xml")]
     pub(crate) file: PathBuf,
-    /// The flavor to try, as JSON [default: what the domain itself asks for]
+    /// Flavor to try, as JSON [default: the domain's own flavor]
     #[arg(long, value_name = "JSON")]
     pub(crate) flavor: Option<String>,
-    /// A flavor stored on this host, looked up through --config or /etc/virt-usb/config.toml
+    /// Flavor stored on this host, looked up through --config or /etc/virt-usb/config.toml
     #[arg(long, value_name = "NAME", conflicts_with = "flavor")]
     pub(crate) flavor_name: Option<String>,
-    /// Devices from a simulation file instead of this machine's
+    /// Use the devices of this simulation file instead of this machine's
     #[arg(long, value_name = "FILE")]
     pub(crate) sim: Option<PathBuf>,
-    /// Further settings of the configuration that is used, as TOML: 'usb_white_list_switch = "on"'
+    /// Additional configuration settings as TOML, such as 'usb_white_list_switch = "on"'
     #[arg(long, value_name = "TOML", default_value = "", hide_default_value = true)]
     pub(crate) settings: String,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum CallerArg {
-    /// libvirtd
+    /// Call hooks like libvirtd
     Libvirt,
-    /// KubeVirt's sidecar
+    /// Call hooks like KubeVirt's sidecar
     Filter,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum ExpectArg {
-    /// It goes through
+    /// Expect the hook to accept
     Ok,
-    /// It is refused
+    /// Expect the hook to refuse
     Veto,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Color {
-    /// On a terminal
+    /// Use colours on a terminal
     Auto,
-    /// Always
+    /// Always use colours
     Always,
-    /// Never
+    /// Never use colours
     Never,
 }
 
