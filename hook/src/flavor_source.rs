@@ -124,16 +124,15 @@ impl FlavorRequest {
             Part::Given(flavor) => Ok(flavor),
             Part::Named(name) if name.is_empty() => Err(HookError::of(
                 true,
-                "it names a stored flavor with @, and no name follows: write \
-                    @NAME",
+                "it names a stored flavor with @, but no name follows: write @NAME",
             )),
             Part::Named(name) => stored(&name)?.ok_or_else(|| {
                 HookError::of(
                     true,
                     format!(
-                        "it names the flavor @{name}, which this host does not \
-                    know: 'virt-usb flavor list' shows those it does, 'virt-usb flavor set {name} \
-                    JSON' stores it"
+                        "it names the flavor @{name}, which this host does not know: 'virt-usb \
+                         flavor list' shows the known flavors, 'virt-usb flavor set {name} JSON' \
+                         stores one"
                     ),
                 )
             }),

@@ -37,9 +37,9 @@ pub(crate) fn incoming(job: &Job<'_>, how: Incoming) -> Result<Answer, HookError
     let config = job.config(concerned)?;
     if how == Incoming::Migrate && config.migration == MigrationPolicy::Refuse {
         return Ok(Answer::refused(format!(
-            "{} has {} USB device(s) of its host passed through, which cannot move with it: detach \
-                them before the migration, or set \
-             migration = \"reclaim\" in the configuration of this host to give it equivalent ones",
+            "{} has {} USB device(s) of its host passed through, which cannot move with it: \
+             detach them before the migration, or set migration = \"reclaim\" in the \
+             configuration of this host to claim equivalent devices",
             domain.name,
             domain.host_devices().count()
         )));
@@ -47,9 +47,9 @@ pub(crate) fn incoming(job: &Job<'_>, how: Incoming) -> Result<Answer, HookError
     if let Some(refusal) = refuse_hubs(config, domain) {
         return Ok(refusal);
     }
-    let instance = domain.uuid.ok_or_else(|| {
-        HookError::of(concerned, "its XML has no <uuid>, by which devices are claimed")
-    })?;
+    let instance = domain
+        .uuid
+        .ok_or_else(|| HookError::of(concerned, "its XML has no <uuid>, which a claim needs"))?;
     let (store, context) = open(config, &job.call.op, concerned)?;
     job.admit(&store, config, concerned)?;
     let fault = |e| HookError::of(concerned, e);
@@ -71,7 +71,7 @@ pub(crate) fn hand_on(answer: Answer, document: &Document<'_>) -> Answer {
     let Some(why) = answer.refusal.clone() else { return answer };
     match document.rewrite(&Edits { refusal: Some(why), ..Edits::default() }) {
         Ok(xml) => {
-            Answer { xml, did: "refused, which prepare is to say".into(), ..Answer::default() }
+            Answer { xml, did: "refused; prepare reports the reason".into(), ..Answer::default() }
         }
         Err(_) => answer,
     }
@@ -101,9 +101,8 @@ impl<'a> Arrival<'a> {
         let claim = self.claims.iter().find(|c| c.is_of_a_run(&self.context.boot_id))?;
         Some(Answer::refused(format!(
             "{} comes from another host, and in this host's inventory ({}) it holds device {} \
-                since {}, as a guest does that runs here: each libvirtd \
-             needs a state_dir of its own. If it has ended here, the agent frees the device within \
-             seconds",
+             since {}, like a guest that runs here: each libvirtd needs its own state_dir. If the \
+             guest has stopped here, the agent releases the device within seconds",
             self.claimant.domain,
             self.config.state_dir.display(),
             claim.device_id,
@@ -239,9 +238,9 @@ impl<'a> Arrival<'a> {
             let kind = self.known.iter().filter(|r| r.deleted == 0 && r.usb() == usb).count();
             if kind > 1 {
                 answer = answer.warn(format!(
-                    "{} comes with a USB device {usb}, of which this host has {kind}, none at the \
-                        address that it had: which one was the guest's cannot be told. \
-                     Let a flavor ask for it, which tells them apart",
+                    "{} comes with a USB device {usb}. This host has {kind} of that kind, none at \
+                     the old address, and virt-usb cannot tell which one the guest had. Request \
+                     the device in a flavor, which identifies it",
                     self.claimant.domain
                 ));
             }
@@ -271,8 +270,8 @@ impl<'a> Arrival<'a> {
             .map(|id| id.to_string())
             .collect();
         let did = match ids.as_slice() {
-            [] => "no USB device that could be told apart".to_owned(),
-            ids => format!("claimed {}, to be confirmed", ids.join(", ")),
+            [] => "no identifiable USB device".to_owned(),
+            ids => format!("claimed {}, pending", ids.join(", ")),
         };
         Ok(Answer { xml, did, ..Answer::default() })
     }

@@ -45,21 +45,21 @@ fn running(job: &Job<'_>, concerned: bool, witness: Witness) -> Result<Answer, H
         .count();
     let mut did = format!("{} in the guest, {} to be attached", in_guest.len(), waiting.len());
     if anew > 0 {
-        did.push_str(&format!(", {anew} to be attached anew"));
+        did.push_str(&format!(", {anew} to be reattached"));
     }
     let mut answer = Answer::unchanged(did);
     if anew > 0 && host_env::agent(&config.state_dir) != Agent::Alive {
         answer = answer.warn(format!(
-            "{}: QEMU lets go of its USB devices when it loads its state, and no agent runs to \
-                attach them anew: \
-             'systemctl start virt-usbd', or 'virsh detach-device' and 'virsh attach-device'",
+            "{}: QEMU releases its USB devices when it loads a saved state, and no agent is \
+             running to reattach them: run 'systemctl start virt-usbd', or 'virsh detach-device' \
+             and 'virsh attach-device'",
             job.domain.name
         ));
     }
     for adoption in &adopted {
         if let Adoption::HeldBy(device, claim) = adoption {
             answer = answer.warn(format!(
-                "{} runs with {} though {} ({}) holds it: detach it from one of them",
+                "{} is running with {} although {} ({}) holds it: detach it from one of them",
                 job.domain.name,
                 message::device(device),
                 claim.domain,
@@ -134,7 +134,7 @@ pub(crate) fn released(job: &Job<'_>, reason: &str) -> Result<Answer, HookError>
         let freed = store.release(instance, Extent::Run, &format!("libvirt: {reason}"), context)?;
         let ids: Vec<String> = freed.iter().map(ToString::to_string).collect();
         Ok(if ids.is_empty() {
-            "nothing to give back".into()
+            "nothing to release".into()
         } else {
             format!("gave back {}", ids.join(", "))
         })
@@ -166,8 +166,8 @@ fn with_store(
         HookError::of(
             true,
             format!(
-                "{e}; the claims of {} stay until the agent or 'virt-usb claims release' frees \
-                    them",
+                "{e}; the claims of {} stay until the agent or 'virt-usb claims release' releases \
+                 them",
                 job.domain.name
             ),
         )

@@ -64,7 +64,7 @@ fn nearly(selector: &Selector, record: &Record, aliases: &Aliases) -> Option<Str
         let other = Selector { vendor_id, product_id, serial: None, ..selector.clone() };
         (aliases.join(usb, is) && record.is_selected_by(&other)).then(|| {
             format!(
-                "{} is {usb} in another mode (usb_aliases): ask for {is}, or for its id",
+                "{} is {usb} in another mode (usb_aliases): request {is}, or its id",
                 device(record)
             )
         })
@@ -85,7 +85,7 @@ pub fn shortages(claimant: &Claimant, short: &[Shortage], operators: usize, host
             ));
         }
         format!(
-            "{}. It is an assignment: 'virt-usb detach {} {}' ends it",
+            "{}. This is an assignment: 'virt-usb detach {} {}' removes it",
             text(format!("{} has {request} assigned to it by an operator", claimant.domain)),
             claimant.domain,
             argument(&s.request)
@@ -147,7 +147,7 @@ fn brief(text: &str) -> String {
 fn shortage(asked: &str, owner_known: bool, short: &Shortage, host: &Host) -> String {
     let count = short.request.count;
     if short.total == 0 {
-        let plug = "plug it in, or see 'virt-usb devices' for what there is";
+        let plug = "plug it in, or list the devices with 'virt-usb devices'";
         let what = host.near.get(&short.number).map_or(plug, String::as_str);
         return format!("{asked}, and this host has no such device: {what}");
     }
@@ -155,8 +155,8 @@ fn shortage(asked: &str, owner_known: bool, short: &Shortage, host: &Host) -> St
         short.matching.iter().partition(|o| o.why == Why::Project);
     let mut parts: Vec<String> = shown.iter().take(SHOWN).map(|o| obstacle(o)).collect();
     if !hidden.is_empty() {
-        let owner = if owner_known { "" } else { ", and this domain names no owner" };
-        parts.push(format!("{} given to certain projects only{owner}", hidden.len()));
+        let owner = if owner_known { "" } else { ", and this domain has no owner project" };
+        parts.push(format!("{} available to certain projects only{owner}", hidden.len()));
     }
     let more = short.total.saturating_sub(hidden.len() + shown.len().min(SHOWN));
     if more > 0 {
@@ -188,7 +188,7 @@ fn obstacle(obstacle: &Obstacle) -> String {
         ),
         Why::OtherRequest => format!("{subject} serves another request of this domain"),
         Why::NotThere(why) => format!("{subject} is not where it was: {why}"),
-        Why::Project => format!("{subject} is given to certain projects only"),
+        Why::Project => format!("{subject} is available to certain projects only"),
         Why::Unavailable => unavailable(&obstacle.device),
     }
 }
@@ -213,11 +213,11 @@ fn unavailable(record: &Record) -> String {
 pub(crate) fn held_by_hand(domain: &str, record: &Record, claim: &ClaimRow) -> String {
     let advice = match is_kept(claim) {
         true => format!(
-            "take the <hostdev> out, or 'virt-usb claims release {} --force' ends what is kept for \
-                that guest",
+            "remove the <hostdev>, or run 'virt-usb claims release {} --force' to end that \
+             guest's reservation",
             claim.instance_uuid
         ),
-        false => "take the <hostdev> out, or stop that guest".to_owned(),
+        false => "remove the <hostdev>, or stop that guest".to_owned(),
     };
     format!(
         "{domain} has a <hostdev> for {} in its own XML, and {} ({}) holds it since {}: {advice}",
@@ -232,8 +232,8 @@ pub(crate) fn held_by_hand(domain: &str, record: &Record, claim: &ClaimRow) -> S
 pub(crate) fn lost(domain: &str, id: DeviceId) -> String {
     format!(
         "{domain} has a <hostdev> (alias ua-usb-{id}) in its XML with an address that is not that \
-            of device {id}: it was unplugged or plugged in anew since \
-         the guest began to come in. Plug it in, and try again"
+         of device {id}: the device was unplugged or replugged after the restore or migration \
+         began. Plug it in and try again"
     )
 }
 
@@ -244,18 +244,17 @@ pub(crate) fn set_aside_by_hand(domain: &str, record: &Record) -> String {
 }
 
 /// What to do about a device that is set aside whatever the rules say.
-fn set_aside(record: &Record) -> Option<&'static str> {
+fn set_aside(record: &Record) -> Option<String> {
+    let id = record.entry.id;
     match record.entry.state().ok()?.reason().or(record.withheld)? {
-        UnavailableReason::Disabled => Some("'virt-usb enable DEVICE' offers it again"),
+        UnavailableReason::Disabled => Some(format!("'virt-usb enable {id}' makes it available again")),
         UnavailableReason::Quarantined => {
-            Some("Look at it, then 'virt-usb quarantine clear DEVICE'")
+            Some(format!("Inspect it, then run 'virt-usb quarantine clear {id}'"))
         }
-        UnavailableReason::Flapping => {
-            Some("Look at its plug, its cable and its hub; it is offered again once it has stayed")
-        }
-        UnavailableReason::Whitelist
-        | UnavailableReason::HostUse
-        | UnavailableReason::Unreachable => None,
+        UnavailableReason::Flapping => Some(
+            "Check its plug, cable and hub; it is available again once it stays connected".into(),
+        ),
+        UnavailableReason::Whitelist | UnavailableReason::HostUse | UnavailableReason::Unreachable => None,
     }
 }
 
@@ -278,24 +277,24 @@ fn advice(short: &Shortage, host: &Host) -> String {
     }
     if let Some(claim) = holders().next() {
         return format!(
-            "It is kept for that guest, also while that guest is off: if it is off, 'virt-usb \
-                claims release {} --force' ends that",
+            "It is reserved for that guest even while the guest is off. If the guest is off, \
+             'virt-usb claims release {} --force' ends the reservation",
             claim.instance_uuid
         );
     }
     if any(|w| matches!(w, Why::NotThere(_))) {
         let is_recorded = |o: &Obstacle| matches!(o.why, Why::NotThere(_)) && !o.device.present;
         match (host.agent_looks, short.matching.iter().any(is_recorded)) {
-            (true, _) => "Plug it in again: the agent records it by itself",
+            (true, _) => "Plug it in again; the agent records it automatically",
             (false, true) => "Plug it in again, then run 'virt-usb discover' on this host",
             (false, false) => "Run 'virt-usb discover' on this host",
         }
     } else if let Some(aside) = short.matching.iter().find_map(|o| set_aside(&o.device)) {
-        aside
+        return aside;
     } else if any(|w| matches!(w, Why::Unavailable)) {
-        "'virt-usb whitelist check' says why it is not offered"
+        "'virt-usb whitelist check' shows why it is not offered"
     } else if any(|w| matches!(w, Why::Project)) {
-        "The whitelist of this host says to which ('virt-usb whitelist check')"
+        "'virt-usb whitelist check' shows to which projects"
     } else {
         "Plug in one more"
     }

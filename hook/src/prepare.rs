@@ -37,8 +37,7 @@ pub(crate) fn prepare(job: &Job<'_>) -> Result<Answer, HookError> {
     if !(wish.needs_store() || known || holds) {
         return redirections_only(job, config, wish);
     }
-    let no_uuid =
-        || HookError::of(concerned, "its XML has no <uuid>, by which devices are claimed");
+    let no_uuid = || HookError::of(concerned, "its XML has no <uuid>, which a claim needs");
     let instance = job.domain.uuid.ok_or_else(no_uuid)?;
     let (store, context) = open(config, &job.call.op, concerned)?;
     job.admit(&store, config, concerned)?;
@@ -212,8 +211,12 @@ impl Gate<'_> {
         inside: &[DeviceId],
     ) -> Result<Result<Vec<DeviceId>, String>, HookError> {
         let name = &self.job.domain.name;
-        let without =
-            |why: String| format!("{name} comes in without some of its USB devices: {why}");
+        let without = |why: String| {
+            format!(
+                "{name} was restored or migrated without some of its USB \
+                devices: {why}"
+            )
+        };
         let mut guest =
             Guest::new(&self.config.sysfs_root, self.job.domain, 0, inside, self.job.call.caller);
         let claimed = self
@@ -314,8 +317,8 @@ fn claimed_text(ids: &[DeviceId]) -> String {
 fn startup_policy(job: &Job<'_>, answer: Answer) -> Answer {
     match job.domain.hostdevs.iter().any(|h| h.has_startup_policy) {
         true => answer.warn(
-            "a <hostdev> of the domain has a startupPolicy: with its device \
-            missing, QEMU takes any other it can open; take the attribute out",
+            "a <hostdev> of the domain has a startupPolicy: if its device is missing, QEMU takes \
+             any other device that it can open; remove the attribute",
         ),
         false => answer,
     }
@@ -341,8 +344,8 @@ fn rewritten(
     Ok(match host_env::agent(&config.state_dir) {
         Agent::Alive => answer,
         Agent::Dead => answer.warn(
-            "the agent does not run: only a caller that uses the printed \
-            XML gets the device (systemctl start virt-usbd)",
+            "the agent is not running: only a caller that uses the printed XML gets the device \
+             (systemctl start virt-usbd)",
         ),
         Agent::NotInstalled => answer.warn(
             "no agent is installed: only a caller that uses the \
@@ -363,14 +366,14 @@ fn refuse_without_agent(job: &Job<'_>, config: &Config) -> Option<Answer> {
         | (_, Agent::Alive)
         | (RequireAgent::Auto, Agent::NotInstalled) => None,
         (_, Agent::Dead) => Some(Answer::refused(format!(
-            "{name} asks for USB devices, and the agent that attaches them does not run: \
-                'systemctl start virt-usbd', or start it with 'virt-usb start {name}' \
-             (require_agent = false in the configuration: let it start without)"
+            "{name} asks for USB devices, and the agent that attaches them is not running: run \
+             'systemctl start virt-usbd', or start the domain with 'virt-usb start {name}' \
+             (require_agent = false in the configuration disables this check)"
         ))),
         (_, Agent::NotInstalled) => Some(Answer::refused(format!(
-            "{name} asks for USB devices, and the configuration demands an agent to attach them \
-                (require_agent = true), but none is installed: \
-             install virt-usbd, or start it with 'virt-usb start {name}'"
+            "{name} asks for USB devices, and the configuration requires an agent to attach them \
+             (require_agent = true), but none is installed: install virt-usbd, or start the \
+             domain with 'virt-usb start {name}'"
         ))),
     }
 }

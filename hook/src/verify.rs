@@ -90,7 +90,7 @@ impl ClaimVerifier for Ports<'_> {
         }
         found.unwrap_or_else(|| {
             Verified::Not(format!(
-                "this host has no USB port {path}: its controller is gone or has another place"
+                "this host has no USB port {path}: its controller was removed or moved"
             ))
         })
     }
@@ -185,10 +185,9 @@ pub fn refuse_taken_aliases(domain: &Domain, new: &[&Granted]) -> Result<(), Str
     let Some(Granted { device, .. }) = new.iter().find(taken) else { return Ok(()) };
     let (id, address) = (device.entry.id, device.entry.address);
     Err(format!(
-        "has a <hostdev> (alias ua-usb-{id}) in its XML with an address that is not that of device \
-            {id}, which is {address}, and that alias is needed for \
-         it: take that <hostdev> out of the domain ('virsh edit'; of a guest that runs 'virsh \
-         detach-device'), or give it another alias"
+        "has a <hostdev> (alias ua-usb-{id}) in its XML with an address that is not that of \
+         device {id}, which is {address}, and virt-usb needs that alias: remove that <hostdev> \
+         ('virsh edit', or 'virsh detach-device' for a running guest), or change its alias"
     ))
 }
 
@@ -201,9 +200,8 @@ pub fn missing_redirdevs(domain: &Domain, redirections: usize) -> Vec<usize> {
 }
 
 /// Why a redirection cannot be.
-pub const NO_SPICE: &str = "has no SPICE graphics to carry it: add <graphics type='spice'/> to the \
-    domain (in Nova: spice enabled on the host), \
-                            or take the redirection out of the flavor";
+pub const NO_SPICE: &str = "has no SPICE graphics to carry it: add <graphics type='spice'/> to \
+    the domain (in Nova: spice enabled on the host), or remove the redirection from the flavor";
 
 /// A hub that the XML gives to the guest: every device behind it, a root hub's whole bus, would
 /// leave the host with it.
@@ -219,9 +217,9 @@ pub(crate) fn refuse_hubs(config: &Config, domain: &Domain) -> Option<Answer> {
         })
     })?;
     Some(Answer::refused(format!(
-        "{} has a <hostdev> for the USB hub {hub} in its own XML, and all that is plugged in there \
-            would leave the host with it. \
-         Take the <hostdev> out, and give the guest the devices themselves",
+        "{} has a <hostdev> for the USB hub {hub} in its own XML, and every device behind that \
+         hub would be detached from the host. Remove the <hostdev>, and pass through the devices \
+         themselves",
         domain.name
     )))
 }
@@ -267,15 +265,14 @@ pub fn room(domain: &Domain, speeds: &[SpeedMask], delivery: Delivery) -> Result
         (Fit::NoController, Delivery::Printed) => Ok(true),
         (Fit::NeedsController, Delivery::HotPlug)
         | (Fit::NoController, Delivery::Unknown | Delivery::HotPlug) => Err(format!(
-            "it has no USB controller, and libvirt adds none to a guest that runs: add {XHCI} to \
-                the domain \
-             ('virsh edit {name}'), or start it with 'virt-usb start {name}', which adds it"
+            "it has no USB controller, and libvirt adds none to a running guest: add {XHCI} to \
+             the domain ('virsh edit {name}'), or start it with 'virt-usb start {name}', which \
+             adds it"
         )),
         (Fit::NoUsb, _) => Err(format!(
             "it has no USB bus (<controller type='usb' model='none'/>), and libvirt adds none to \
-                it: put {XHCI} in \
-             place of that controller, or in Nova set hw:usb_model=qemu-xhci on the flavor (image: \
-             hw_usb_model=qemu-xhci; before Nova 32: image hw_input_bus=usb)"
+             it: replace that controller with {XHCI}, or in Nova set hw:usb_model=qemu-xhci on \
+             the flavor (image: hw_usb_model=qemu-xhci; before Nova 32: image hw_input_bus=usb)"
         )),
         (Fit::NoPci, _) => Err(format!(
             "its machine ({}) has no PCI bus, which a USB controller needs: define it with another \
@@ -299,18 +296,17 @@ fn too_few(bus: &UsbBus, few: TooFew) -> String {
     let advice = if !bus.has_controller() {
         format!("declare more than one controller {XHCI} in the domain")
     } else if bus.spare_xhci_ports() >= needed - free {
-        "write ports='15' into its qemu-xhci controller".to_owned()
+        "set ports='15' on its qemu-xhci controller".to_owned()
     } else if bus.has_xhci() {
         format!(
-            "give it a second controller, <controller type='usb' index='{}' model='qemu-xhci' \
-                ports='15'/>",
+            "add a second controller, <controller type='usb' index='{}' model='qemu-xhci' \
+             ports='15'/>",
             bus.next_index()
         )
     } else {
         format!(
-            "give it {XHCI} instead of its USB controller (in Nova: hw:usb_model=qemu-xhci on the \
-                flavor, \
-             which counts where the image says hw_input_bus=virtio)"
+            "replace its USB controller with {XHCI} (in Nova: hw:usb_model=qemu-xhci on the \
+             flavor, which takes effect if the image has hw_input_bus=virtio)"
         )
     };
     format!(
@@ -333,8 +329,7 @@ pub fn slowed(domain: &Domain, device: &Record, at: &Place) -> Option<String> {
     (port < speed.min(Speed::Super)).then(|| {
         format!(
             "{} is a disk that runs at {speed} speed and gets a {port}-speed port of {}: it is \
-                slow, and some guests \
-             cannot read it. {XHCI} in place of the guest's USB controller serves it",
+             slow, and some guests cannot read it. Replace the guest's USB controller with {XHCI}",
             crate::message::device(device),
             domain.name
         )

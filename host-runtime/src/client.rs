@@ -60,7 +60,7 @@ fn tls(trusted: Option<&Path>) -> anyhow::Result<TlsConfig> {
                 .collect::<Result<Vec<Certificate<'static>>, _>>()
                 .with_context(|| file.display().to_string())?;
             if certificates.is_empty() {
-                bail!("{}: it holds no certificate in PEM", file.display());
+                bail!("{}: it contains no PEM certificate", file.display());
             }
             RootCerts::Specific(Arc::new(certificates))
         }

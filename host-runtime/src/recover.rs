@@ -161,7 +161,10 @@ impl Recovery<'_> {
                     warnings.extend(idle(&store.claims()?, &again));
                 }
                 Err(why) => {
-                    warnings.insert(format!("{why}: what it was given meanwhile the agent adopts"));
+                    warnings.insert(format!(
+                        "{why}: the agent adopts devices that the guest got \
+                        meanwhile"
+                    ));
                 }
             }
         }
@@ -193,7 +196,7 @@ pub fn settle(
         let name = &guest.domain.name;
         if guest.moving {
             warnings.insert(format!(
-                "{name} is being restored or migrated: what it has the agent adopts afterwards"
+                "{name} is being restored or migrated: the agent adopts its devices afterwards"
             ));
             continue;
         }
@@ -204,8 +207,8 @@ pub fn settle(
             let other = guests.iter().find(|g| g.instance == claim.instance_uuid);
             match other.is_some_and(|other| shows(&other.domain, device)) {
                 true => drop(warnings.insert(format!(
-                    "{name} runs with {} though {} ({}) has it too: detach it from one of them \
-                        (virsh detach-device)",
+                    "{name} is running with {} although {} ({}) has it too: detach it from one of \
+                     them (virsh detach-device)",
                     message::device(device),
                     claim.domain,
                     claim.instance_uuid
@@ -247,8 +250,8 @@ pub fn settle(
                 },
             };
             warnings.insert(format!(
-                "the XML of {name} shows {what}, and it cannot be told which of those that are \
-                    plugged in that is: 'virsh dumpxml {name}', 'virt-usb devices'"
+                "the XML of {name} names {what}, and virt-usb cannot tell which plugged-in device \
+                 that is: 'virsh dumpxml {name}', 'virt-usb devices'"
             ));
         }
     }
@@ -279,8 +282,9 @@ fn idle(claims: &[ClaimRow], guests: &[Guest]) -> Option<String> {
     let names: BTreeSet<&str> = idle.iter().map(|c| c.domain.as_str()).collect();
     (!idle.is_empty()).then(|| {
         format!(
-            "{} claim(s) of guests that do not run ({}) were kept, for they may be about to start: \
-                the agent frees them; without one 'virt-usb claims release INSTANCE --force' does",
+            "{} claim(s) of guests that are not running ({}) were kept, because the guests may be \
+             about to start: the agent releases them; without an agent, use 'virt-usb claims \
+             release INSTANCE --force'",
             idle.len(),
             names.into_iter().collect::<Vec<_>>().join(", ")
         )

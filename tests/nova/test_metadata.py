@@ -138,7 +138,7 @@ class WhatNovaWrites(unittest.TestCase):
         specs = {"usb:devices": ASKS, "hw:redirected_usb_ports": "2", **XHCI}
         status, _, said = self.hook(self.domain(specs, image={}))
         self.assertEqual(1, status)
-        self.assertIn("which counts where the image says hw_input_bus=virtio", said)
+        self.assertIn("which takes effect if the image has hw_input_bus=virtio", said)
         self.assertEqual((1, 2), self.passed(self.domain(specs)))
 
     def test_the_project_that_nova_names_counts(self):

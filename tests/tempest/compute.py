@@ -257,7 +257,7 @@ def act(one: str) -> tuple[str, int]:
         server = one_of(compute.servers, one)
         for action in flask.request.get_json():
             if action not in actions:
-                flask.abort(400, f"There is no such action: {action}")
+                flask.abort(400, f"Unknown action: {action}")
             server["domain"]["running"] = actions[action]()
         compute.write()
     return "", 202

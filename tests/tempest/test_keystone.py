@@ -19,7 +19,7 @@ ERP = "11111111-2222-4333-8444-555555555555"
 CRM = "99999999-2222-4333-8444-555555555555"
 # For so many seconds what Keystone said counts for whoever only looks.
 CACHE = 3
-SAID = "its tokens are refused until it can be asked"
+SAID = "Keystone tokens are rejected until it can be reached"
 DEFAULT = {"id": "default"}
 
 
@@ -106,8 +106,8 @@ class Keystone(unittest.TestCase):
 
     def test_what_is_good_for_nothing_here_is_told_why(self) -> None:
         for token, why in [
-            (self.token("erp-member"), "The token is for no project."),
-            (self.of("virt-usb", "service"), "The token has none of the roles that count here: admin, member, reader."),
+            (self.token("erp-member"), "The token has no project scope."),
+            (self.of("virt-usb", "service"), "The token has none of the required roles: admin, member, reader."),
         ]:
             answer = self.agent.ask(token, "GET", "os-usb-devices")
             self.assertEqual((answer.status, answer.fault()), (403, why))
@@ -115,7 +115,7 @@ class Keystone(unittest.TestCase):
         roles = {role["name"]: role["id"] for role in admin.call("GET", "roles")["roles"]}
         admin.call("PUT", f"domains/default/users/{self.users['erp-reader']}/roles/{roles['reader']}")
         answer = self.agent.ask(self.token("erp-reader", {"domain": DEFAULT}), "GET", "os-usb-devices")
-        self.assertEqual((answer.status, answer.fault()), (403, "The token is for no project."))
+        self.assertEqual((answer.status, answer.fault()), (403, "The token has no project scope."))
 
     def test_what_is_no_token_is_nobodys(self) -> None:
         member = self.of("erp-member", "erp")
@@ -190,7 +190,7 @@ class Keystone(unittest.TestCase):
             self.until(lambda: self.look(member) == 503)
             self.assertEqual(self.agent.log().count(SAID) - before, 1, self.agent.log())
             found = self.doctor()
-            self.assertEqual([(level, "cannot be asked" in what) for level, what in found], [("warning", True)], found)
+            self.assertEqual([(level, "cannot be reached" in what) for level, what in found], [("warning", True)], found)
             # And with tokens that end soon.
             self.cloud.start_keystone(expiration=15)
             brief = self.of("erp-member", "erp")
@@ -212,7 +212,7 @@ class Keystone(unittest.TestCase):
     def test_a_service_user_that_may_not_ask_lets_nobody_in_and_the_log_says_why(self) -> None:
         member = self.of("erp-member", "erp")
         for user, project, secret, why in [
-            ("erp-reader", "erp", None, 'does not let the user erp-reader ask about tokens: give it the role "service" in the project erp'),
+            ("erp-reader", "erp", None, 'does not let the user erp-reader validate tokens: give it the role "service" in the project erp'),
             (
                 "virt-usb",
                 "service",
@@ -238,7 +238,7 @@ class Keystone(unittest.TestCase):
                     for _ in range(3):
                         answer = other.ask(member, "GET", "os-usb-devices")
                         self.assertEqual(answer.status, 503, answer)
-                    self.assertEqual(other.log().count(f"{why.replace('FILE', str(told))}; its tokens are refused"), 1, other.log())
+                    self.assertEqual(other.log().count(f"{why.replace('FILE', str(told))}; Keystone tokens are rejected"), 1, other.log())
                 finally:
                     other.stop()
 

@@ -119,12 +119,10 @@ impl Raw {
             (None, None) => None,
             (Some(certificate), Some(key)) => Some(Tls { certificate, key }),
             (Some(_), None) => {
-                return Err("certificate: its key is missing: give fleet.key as well".into());
+                return Err("certificate: its key is missing: set fleet.key as well".into());
             }
             (None, Some(_)) => {
-                return Err(
-                    "key: its certificate is missing: give fleet.certificate as well".into()
-                );
+                return Err("key: its certificate is missing: set fleet.certificate as well".into());
             }
         };
         let user = match (self.user, file("password_file", self.password_file)?) {
@@ -134,11 +132,13 @@ impl Raw {
             }
             (Some(_), Some(_)) => return Err("user: found an empty name".into()),
             (Some(_), None) => {
-                return Err(
-                    "user: its password is missing: give fleet.password_file as well".into()
-                );
+                return Err("user: its password is missing: set fleet.password_file as well".into());
             }
-            (None, Some(_)) => return Err("password_file: whose? give fleet.user as well".into()),
+            (None, Some(_)) => {
+                return Err("password_file: its user is missing: set fleet.user as \
+                well"
+                    .into());
+            }
         };
         let seconds = |key: &str, value: Option<u64>, default: u64, least: u64| match value
             .unwrap_or(default)

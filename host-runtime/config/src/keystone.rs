@@ -107,7 +107,7 @@ impl Raw {
             ));
         }
         if roles.is_empty() {
-            return Err("roles: found none, so nobody would be let in".into());
+            return Err("roles: found none, so every token would be rejected".into());
         }
         Ok(Keystone {
             url: bare.to_owned(),

@@ -316,10 +316,11 @@ impl Config {
             format!("line {line}: it is not UTF-8")
         })?;
         if text.trim_start_matches('\u{feff}').trim().is_empty() {
-            return Err("it is empty, as a full disk leaves it: write the keys again; \
-                        if you want the defaults, which offer every device, write a comment (#) \
-                        into it"
-                .into());
+            return Err(
+                "it is empty, as after a full disk: restore its keys; to use the defaults, \
+                which offer every device, write a comment (#) into it"
+                    .into(),
+            );
         }
         Self::parse(text)
     }
@@ -465,7 +466,7 @@ pub fn read_bounded(file: &Path) -> io::Result<Vec<u8>> {
     let careful =
         std::fs::OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(file)?;
     if !careful.metadata()?.is_file() {
-        return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is no regular file"));
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is not a regular file"));
     }
     let mut bytes = Vec::new();
     careful.take(MAX_CONFIG + 1).read_to_end(&mut bytes)?;
@@ -654,8 +655,8 @@ fn api(value: Option<&str>, encrypted: bool) -> Result<Api, String> {
         Some(address) => match address.parse::<SocketAddr>() {
             Ok(address) if encrypted || address.ip().is_loopback() => Ok(Api::On(address)),
             Ok(_) => Err(format!(
-                "api: found {address:?}, an address that others can reach: tokens would be read on \
-                    their way without TLS: give api_certificate and api_key, or a loopback address"
+                "api: found {address:?}, which other hosts can reach: without TLS, tokens could \
+                 be read on the network: set api_certificate and api_key, or use a loopback address"
             )),
             Err(_) => Err(format!(
                 "api: found {address:?}, wanted \"off\" or an address such as \"127.0.0.1:8790\""
@@ -672,10 +673,10 @@ fn tls(certificate: Option<PathBuf>, key: Option<PathBuf>) -> Result<Option<Tls>
             Ok(Some(Tls { certificate, key: absolute_path("api_key", key)? }))
         }
         (Some(_), None) => {
-            Err("api_certificate: its key is missing: give api_key as well".to_owned())
+            Err("api_certificate: its key is missing: set api_key as well".to_owned())
         }
         (None, Some(_)) => {
-            Err("api_key: its certificate is missing: give api_certificate as well".to_owned())
+            Err("api_key: its certificate is missing: set api_certificate as well".to_owned())
         }
     }
 }
@@ -702,7 +703,7 @@ mod tests {
         for emptied in ["", "\n", " \r\n\t\n", "\u{feff}\n"] {
             std::fs::write(&file, emptied).unwrap();
             let error = Config::load(Some(&file)).unwrap_err();
-            assert!(error.to_string().contains("it is empty, as a full disk leaves it"), "{error}");
+            assert!(error.to_string().contains("it is empty, as after a full disk"), "{error}");
             assert_eq!(error.readable(), Readable::default());
         }
         std::fs::write(&file, "# the defaults\n").unwrap();
@@ -824,12 +825,12 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("config.toml");
         assert!(std::process::Command::new("mkfifo").arg(&file).status().unwrap().success());
-        assert!(Config::load(Some(&file)).unwrap_err().to_string().contains("no regular file"));
+        assert!(Config::load(Some(&file)).unwrap_err().to_string().contains("not a regular file"));
         assert!(
             Config::load(Some(Path::new("/dev/zero")))
                 .unwrap_err()
                 .to_string()
-                .contains("no regular file")
+                .contains("not a regular file")
         );
         std::fs::remove_file(&file).unwrap();
         std::fs::File::create(&file).unwrap().set_len(MAX_CONFIG + 1).unwrap();
@@ -868,11 +869,12 @@ mod tests {
         assert!(error("require_agent = 'yes'").contains("wanted \"auto\", true or false"));
         assert!(error("metrics = '0.0.0.0:9177'").contains("wanted \"off\", a loopback address"));
         assert!(
-            error("api = '0.0.0.0:80'").contains("tokens would be read on their way without TLS")
+            error("api = '0.0.0.0:80'")
+                .contains("without TLS, tokens could be read on the network")
         );
         assert!(error("api = 'here'").contains("wanted \"off\" or an address"));
-        assert!(error("api_key = '/k'").contains("give api_certificate as well"));
-        assert!(error("api_certificate = '/c'").contains("give api_key as well"));
+        assert!(error("api_key = '/k'").contains("set api_certificate as well"));
+        assert!(error("api_certificate = '/c'").contains("set api_key as well"));
         assert!(
             error("api_certificate = 'c'\napi_key = '/k'")
                 .contains("api_certificate: c is not an absolute path")
@@ -972,7 +974,7 @@ mod tests {
         assert!(with("prefix = 'x'").contains("fleet.prefix: found \"x\""));
         assert!(with("ca = '/ca'").contains("are for endpoints that begin with https"));
         assert!(with("user = 'x'").contains("its password is missing"));
-        assert!(with("password_file = '/x'").contains("whose?"));
+        assert!(with("password_file = '/x'").contains("its user is missing"));
         assert!(with("lease = 1").contains("fleet.lease: found 1, wanted 5 to 86400 seconds"));
         assert!(with("machine_id = 'x'").contains("fleet.machine_id: x is not an absolute path"));
     }

@@ -50,9 +50,9 @@ pub fn admit(store: &Store, config: &Config, file: Option<&Path>) -> Result<(), 
         _ => return Ok(()),
     };
     let file = file.unwrap_or(Path::new(DEFAULT_PATH));
-    let why = if file.exists() { "may be cut off: it" } else { "is gone, and the default" };
+    let why = if file.exists() { "may be truncated: it" } else { "is gone, and the default" };
     Err(RulesError::Lost(format!(
-        "the configuration {} {why} does not hold {lost}",
+        "the configuration {} {why} does not contain {lost}",
         file.display()
     )))
 }

@@ -57,8 +57,8 @@ impl Files {
         match self.0.iter().find(|(path, id)| !file_id(path).is_ok_and(|now| now == *id)) {
             None => Ok(()),
             Some((path, _)) => Err(format!(
-                "{} was removed or replaced while the agent ran: it must start anew, and takes \
-                    over what is in the guests",
+                "{} was removed or replaced while the agent ran: the agent restarts and adopts \
+                 the devices in the guests",
                 path.display()
             )),
         }
@@ -180,7 +180,7 @@ impl Devices {
             }
             Err(e) => {
                 self.metrics.scanned(began.elapsed(), false, 0);
-                tracing::error!("the devices cannot be recorded: {e}; it is tried again");
+                tracing::error!("cannot record the devices: {e}; the agent retries");
                 again
             }
         };
@@ -258,10 +258,10 @@ impl Devices {
             Ok(0) => {}
             Ok(count) => {
                 tracing::info!(
-                    "{count} devices that were away for long, and that nobody held, are forgotten"
+                    "forgot {count} devices that were unplugged for a long time and never held"
                 );
             }
-            Err(e) => tracing::warn!("devices that are gone cannot be forgotten: {e}"),
+            Err(e) => tracing::warn!("cannot forget unplugged devices: {e}"),
         }
     }
 }

@@ -252,7 +252,7 @@ impl Guests {
                 (self.trusted, self.identity) = (false, None);
             }
             Signal::Hypervisor(Event::Lost(why)) => {
-                tracing::warn!("no connection to libvirt: {why}; it is tried again");
+                tracing::warn!("no connection to libvirt: {why}; the agent retries");
                 self.metrics.connected(false);
             }
             Signal::Hypervisor(Event::Started(instance) | Event::Changed(instance)) => {
@@ -290,7 +290,7 @@ impl Guests {
                     self.promise(instance);
                 }
                 if let Err(e) = self.found(instance, report.found) {
-                    tracing::error!(%instance, "instance {instance}: {e}; it is looked at again");
+                    tracing::error!(%instance, "instance {instance}: {e}; the agent retries");
                     self.promised.insert(instance, Instant::now() + SECOND);
                 }
                 (report.failed, report.blocked)
@@ -306,7 +306,7 @@ impl Guests {
                 let why = e.to_string();
                 // Once, until it is another reason.
                 if self.errors.get(&instance) != Some(&why) {
-                    tracing::error!(%instance, "instance {instance}: {why}; it is tried again");
+                    tracing::error!(%instance, "instance {instance}: {why}; the agent retries");
                     self.errors.insert(instance, why);
                 }
                 // Nothing is known about it.
@@ -392,9 +392,7 @@ impl Guests {
                 return;
             }
             Err(e) => {
-                tracing::warn!(
-                    "the guests cannot be listed: {e}; those that are known are looked at"
-                );
+                tracing::warn!("cannot list the guests: {e}; the agent checks only the known ones");
                 self.miss();
                 self.seen()
             }
@@ -443,7 +441,9 @@ impl Guests {
         let Some(identity) = self.identity.clone().filter(|_| !self.trusted) else { return };
         match self.is_trusted(&identity, all) {
             Ok(trusted) => self.trusted = trusted,
-            Err(e) => tracing::error!("libvirt cannot be compared with the one before: {e}"),
+            Err(e) => {
+                tracing::error!("cannot check whether this is the same libvirt as before: {e}")
+            }
         }
     }
 
@@ -467,15 +467,15 @@ impl Guests {
         let runs_elsewhere =
             || holders.iter().any(|holder| self.hypervisor.process(*holder).is_some());
         let is_doubtful = !holders.is_empty() && !knows_one;
-        let before = is_doubtful
-            .then(|| before.or_else(|| runs_elsewhere().then(|| "not known which".into())));
+        let before =
+            is_doubtful.then(|| before.or_else(|| runs_elsewhere().then(|| "unknown".into())));
         if let Some(before) = before.flatten() {
             if self.doubted.as_deref() != Some(identity) {
                 tracing::error!(
                     "this libvirt ({identity}) knows none of the {} guests that hold devices, \
-                        which another one ran ({before}), or that are to \
-                     have some: nothing is freed. Look at libvirt_uri; where it is right, \
-                     'virt-usb claims release --force' ends what such a guest holds",
+                     which ran under another libvirt ({before}), or that have assignments: \
+                     nothing is released. Check libvirt_uri; if it is right, release the devices \
+                     of such a guest with 'virt-usb claims release INSTANCE --force'",
                     holders.len()
                 );
                 self.doubted = Some(identity.to_owned());
@@ -492,7 +492,7 @@ impl Guests {
             self.last_pass = Some(Instant::now());
             self.store.restart_lock_timeout();
             if let Err(e) = self.begin_round() {
-                tracing::error!("the guests cannot be looked at: {e}; it is tried again");
+                tracing::error!("cannot check the guests: {e}; the agent retries");
                 let interval = self.rules.now().scan_interval;
                 self.last_pass = Instant::now().checked_sub(interval.saturating_sub(SECOND));
             }
@@ -553,20 +553,22 @@ impl Guests {
         let is_blocked = self.hypervisor.is_blocked();
         if is_blocked && !std::mem::replace(&mut self.told_of_block, true) {
             tracing::error!(
-                "libvirt answers nothing about too many guests: it is asked nothing more, and no \
-                    guest gets a device, until it answers about some"
+                "libvirt does not answer about too many guests: the agent makes no more calls, \
+                 and no guest gets a device, until libvirt answers about some of them"
             );
         }
         if !is_blocked && std::mem::take(&mut self.told_of_block) {
-            tracing::info!("libvirt answers about enough guests: it is asked again");
+            tracing::info!(
+                "libvirt answers about enough guests again: the agent resumes its calls"
+            );
         }
         self.metrics.working(&load, unanswered.len(), is_blocked);
         self.tell_of(&unanswered);
         let all_wait = load.waiting >= MEETING_TIMEOUT;
         if all_wait && !self.told_of_workers {
             tracing::error!(
-                "{} guests keep all workers waiting: other guests are not looked at until libvirt \
-                    answers about some of them",
+                "{} guests keep all workers waiting: other guests are not checked until libvirt \
+                 answers about some of them",
                 load.busy
             );
         }
@@ -645,10 +647,9 @@ impl Guests {
         self.store.restart_lock_timeout();
         let whom = self.store.claimant(instance, domain, None)?;
         let why = format!(
-            "libvirt has not answered about {domain} for {} s ({what}): QEMU hangs, or a hook of \
-                libvirt's does: 'virsh domcontrol {domain}' \
-             and 'journalctl -u libvirtd' show more. It goes on by itself when libvirt answers; if \
-             it never does, 'virsh destroy {domain}'",
+            "libvirt has not answered about {domain} for {} s ({what}): QEMU or a libvirt hook \
+             hangs: 'virsh domcontrol {domain}' and 'journalctl -u libvirtd' show more. The agent \
+             continues when libvirt answers; if it never does, run 'virsh destroy {domain}'",
             timeout.as_secs()
         );
         if self.store.note_problem(&whom, ABOUT_LIBVIRT, Some(&why), &context)? {

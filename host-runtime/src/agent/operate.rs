@@ -35,11 +35,15 @@ pub enum OperateError {
         host: message::Host,
     },
     /// There is no such thing to be taken back.
-    #[error("{0} has no such device, and none assigned: 'virt-usb claims' shows who has what")]
+    #[error(
+        "{0} has no such device and no such assignment: 'virt-usb claims' shows what each \
+        instance holds"
+    )]
     Nothing(String),
     /// libvirt was lost while it attached a device.
     #[error(
-        "{0} may have been given it or not, for {1}: it is taken back once libvirt answers again"
+        "the device may or may not be attached to {0}, because {1}: it is detached once libvirt \
+         answers again"
     )]
     Unsure(String, Failure),
     /// Something is in the way.
@@ -176,11 +180,11 @@ impl Worker {
         let why = match self.obstacle(instance, &report)? {
             Some(why) => why,
             None if new.iter().any(|was| now(was).is_none_or(|c| c.ending)) => {
-                "it was taken back at the same moment".to_owned()
+                "it was detached at the same time".to_owned()
             }
             None => "libvirt is busy with the guest: try again".to_owned(),
         };
-        refused(format!("{} cannot be given it: {why}", whom.domain))
+        refused(format!("the device cannot be attached to {}: {why}", whom.domain))
     }
 
     /// Takes devices back from an instance: out of the guest where it runs, out of its assignments,
@@ -248,7 +252,7 @@ impl Worker {
                     let ids: Vec<String> =
                         several.iter().map(|(r, _)| message::device(r)).collect();
                     return refused(format!(
-                        "{} has {} of them: name one by its id: {}",
+                        "{} has {} matching devices: name one by its id: {}",
                         whom.domain,
                         several.len(),
                         ids.join(", ")
@@ -281,13 +285,14 @@ impl Worker {
             let why = self.obstacle(instance, &report)?;
             let why = why.unwrap_or_else(|| "libvirt is busy with the guest".to_owned());
             return refused(format!(
-                "{} still has it: {why}; the agent goes on trying",
+                "{} still has the device: {why}; the agent retries",
                 whom.domain
             ));
         }
         if self.hypervisor.process(instance).is_some() {
             return refused(format!(
-                "{} still has it: its QEMU runs on this host, and this libvirt does not know it",
+                "{} still has the device: its QEMU runs on this host, but this libvirt does not \
+                 know the guest",
                 whom.domain
             ));
         }

@@ -276,8 +276,8 @@ impl<'a> Present<'a> {
                 }
                 (Some(holder), true) => {
                     problems.insert(about_device(device), format!(
-                        "the guest was given it by hand though instance {holder} holds it: detach \
-                            it from one of them (virsh detach-device)"
+                        "it was attached by hand although instance {holder} holds it: detach it \
+                         from one of them (virsh detach-device)"
                     ));
                 }
                 (None, true) => steps.push(Step::Adopt { holding: holding(h.hostdev), device }),
@@ -344,8 +344,8 @@ impl<'a> Present<'a> {
                 format!("{why}; then 'virt-usb quarantine clear {}'", claim.device_id)
             }
             (None, Some(until)) => format!(
-                "it comes and goes too often: the guest gets it again once it has stayed until \
-                    {until}"
+                "it connects and disconnects too often: the guest gets it back if it stays \
+                 connected until {until}"
             ),
             (None, None) => return None,
         };

@@ -237,9 +237,8 @@ impl Worker {
             }));
         };
         report.found = Found::Unknown;
-        let why = "its QEMU runs on this host, and the agent's libvirt does not run it: look \
-            whether libvirt_uri names the libvirt that does. \
-            The guest keeps what it has";
+        let why = "its QEMU runs on this host, but not under the agent's libvirt: check that \
+            libvirt_uri names the libvirt that runs it. The guest keeps its devices";
         tracing::debug!(%instance, pid, "instance {instance}: its QEMU is process {pid}");
         self.note(instance, None, view, ABOUT_LIBVIRT, Some(why))?;
         Ok(Seen::Unknown)
@@ -328,8 +327,8 @@ impl Work<'_> {
                 let whom = claimant(&self.worker.store, &guest.domain, instance)?;
                 let holding = std::slice::from_ref(holding);
                 self.worker.store.adopt(&whom, holding, Stage::Running, &mut ports, &context)?;
-                tracing::info!(domain = %whom.domain, %instance, %device, "{}: device {device} was \
-                    found in the guest and is its now", whom.domain);
+                tracing::info!(domain = %whom.domain, %instance, %device, "{}: device {device} \
+                    was found in the guest and is now claimed for it", whom.domain);
             }
             Step::Settle { in_guest } => {
                 self.worker.store.confirm(instance, in_guest, Witness::Look, &context)?;
@@ -347,7 +346,7 @@ impl Work<'_> {
                     why,
                     &context,
                 )? {
-                    tracing::info!(%instance, %device, "device {device} is free: {why}");
+                    tracing::info!(%instance, %device, "device {device} was released: {why}");
                 }
             }
             Step::OutOfGuest => self.worker.store.out_of_guest(instance, &context)?,
@@ -358,8 +357,8 @@ impl Work<'_> {
                     "the domain is gone",
                     &context,
                 )?;
-                tracing::info!(%instance, "instance {instance} is gone: what was held for it and \
-                    assigned to it ends");
+                tracing::info!(%instance, "instance {instance} is gone: its claims and \
+                    assignments are released");
             }
             Step::Note { about, what } => {
                 self.worker.note(instance, self.guest, self.view, about, Some(what))?;
@@ -383,7 +382,7 @@ impl Work<'_> {
             Verified::Not(why) => {
                 self.worker.metrics.not_there();
                 return Ok(Outcome::Failed(format!(
-                    "it is not where it was: {why}; it is tried again"
+                    "it is not where it was: {why}; the agent retries"
                 )));
             }
         };
@@ -429,9 +428,7 @@ impl Work<'_> {
                     .detach(self.instance, &virt_usb_domxml::hostdev_alias(device))?;
                 self.worker.metrics.not_there();
                 Ok(Outcome::Failed(
-                    "it was unplugged while it was attached; it is tried \
-                    again"
-                        .into(),
+                    "it was unplugged while being attached; the agent retries".into(),
                 ))
             }
             Ok(()) if inside => {
@@ -468,7 +465,7 @@ impl Work<'_> {
         match self.worker.hypervisor.stop(self.instance) {
             Ok(()) | Err(Failure::Gone) => Ok(Outcome::Done),
             Err(Failure::Refused(not)) => {
-                Ok(Outcome::Failed(format!("{why}; it cannot be stopped: {not}")))
+                Ok(Outcome::Failed(format!("{why}; the guest cannot be stopped: {not}")))
             }
             Err(failure) => moot_or_busy(failure),
         }
@@ -488,7 +485,7 @@ impl Work<'_> {
                 Ok(Outcome::Done)
             }
             Ok(()) => Ok(Outcome::Failed(
-                "the guest does not let go of it: it goes when the guest stops".into(),
+                "the guest does not release it: it is removed when the guest stops".into(),
             )),
             Err(Failure::Refused(why)) => Ok(Outcome::Failed(why)),
             Err(failure) => moot_or_busy(failure),
@@ -514,9 +511,8 @@ impl Work<'_> {
         let Some(driver) = driver() else { return Ok(Outcome::Moot) };
         if self.attached_lately(device)? >= MAX_REATTACHES {
             return Ok(Outcome::Failed(format!(
-                "the host's driver {driver} takes it from the guest again and again: keep the \
-                    driver from \
-                 it (modprobe.d, udev), then detach and attach the device"
+                "the host's driver {driver} repeatedly takes it from the guest: keep the driver \
+                 from binding to it (modprobe.d, udev), then detach and attach the device"
             )));
         }
         // The guest does not have it. Else a device that was attached by hand would count as
@@ -525,8 +521,8 @@ impl Work<'_> {
         self.worker.store.confirm(self.instance, others, Witness::Look, &context)?;
         tracing::warn!(
             instance = %self.instance, %device,
-            "the host's driver {driver} has taken device {device} from its guest: it is attached \
-                again"
+            "the host's driver {driver} has taken device {device} from its guest: the agent \
+             attaches it again"
         );
         self.detach(alias, device)
     }
@@ -587,11 +583,10 @@ impl Work<'_> {
 fn moot_or_busy(failure: Failure) -> Result<Outcome, WorkError> {
     match failure {
         Failure::Gone => Ok(Outcome::Moot),
-        Failure::Hung(why) => Ok(Outcome::Failed(format!("{why}. It is tried again"))),
+        Failure::Hung(why) => Ok(Outcome::Failed(format!("{why}. The agent retries"))),
         Failure::Busy(why) => Ok(Outcome::Failed(format!(
-            "libvirt is busy with the guest ({why}): 'virsh domjobinfo' shows with what. It is \
-                tried again; if nothing is going on there, \
-             'virsh destroy' ends it"
+            "libvirt is busy with the guest ({why}): 'virsh domjobinfo' shows the job. The agent \
+             retries; if the job hangs, end the guest with 'virsh destroy'"
         ))),
         other => Err(other.into()),
     }

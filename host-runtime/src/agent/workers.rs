@@ -102,7 +102,7 @@ impl<J: Send + 'static> Workers<J> {
         }
         for _ in 0..lacking {
             if let Err(e) = start(&self.0) {
-                tracing::error!("no further thread for the guests: {e:#}");
+                tracing::error!("cannot start another thread for the guests: {e:#}");
                 break;
             }
         }

@@ -250,7 +250,7 @@ impl Change {
                 let tags = tags.iter().map(tag).collect::<Result<_, _>>()?;
                 Ok(if name == "add_tags" { Self::AddTags(tags) } else { Self::RemoveTags(tags) })
             }
-            other => Err(ApiError::bad_request(format!("There is no such action: {other}."))),
+            other => Err(ApiError::bad_request(format!("AuthError action: {other}."))),
         }
     }
 }
@@ -259,7 +259,7 @@ impl Change {
 #[utoipa::path(post, path = "/os-usb-devices/{usb_device_id}/action", tag = "devices", operation_id = "act_on_usb_device",
     params(("usb_device_id" = u64, Path, description = "The device's id")),
     request_body = DeviceActionRequest,
-    responses((status = 200, description = "The device as it is now", body = Shown)))]
+    responses((status = 200, description = "The device after the change", body = Shown)))]
 pub(super) async fn act(
     State(api): State<Arc<Api>>,
     Asks(caller): Asks,
@@ -303,8 +303,8 @@ pub(super) async fn change(
                 let of_rule = snapshot.device(id).and_then(|r| r.tag_of_a_rule(&tags));
                 if let Some(tag) = of_rule {
                     return Err(ApiError::conflict(format!(
-                        "The tag {tag:?} comes from a whitelist rule: it goes when that rule \
-                            changes."
+                        "The tag {tag:?} comes from a whitelist rule: change that rule to remove \
+                         it."
                     )));
                 }
                 store.set_tags(id, &[], &tags, &context)
@@ -328,7 +328,7 @@ pub(super) async fn change(
 /// If it comes back it is another device, with another id.
 #[utoipa::path(delete, path = "/os-usb-devices/{usb_device_id}", tag = "devices", operation_id = "forget_usb_device",
     params(("usb_device_id" = u64, Path, description = "The device's id")),
-    responses((status = 204, description = "It is forgotten")))]
+    responses((status = 204, description = "The device was forgotten")))]
 pub(super) async fn forget(
     State(api): State<Arc<Api>>,
     Asks(caller): Asks,
@@ -342,7 +342,7 @@ pub(super) async fn forget(
         Forgotten::Done(_) => Ok(StatusCode::NO_CONTENT),
         Forgotten::Unknown => Err(missing(&name)),
         Forgotten::Here(_) => Err(ApiError::conflict(format!(
-            "USB device {id} is plugged in or in use: only a device that is gone can be forgotten."
+            "USB device {id} is plugged in or in use: only an unplugged device can be forgotten."
         ))),
         Forgotten::Named(_, what) => Err(ApiError::conflict(format!(
             "USB device {id} is named by its id in {what}: change that first."
@@ -354,7 +354,7 @@ pub(super) async fn forget(
 fn refuse_elsewhere(api: &Api, id: DeviceId) -> Result<(), ApiError> {
     match api.inventory.now()?.elsewhere(id) {
         Some(other) => Err(ApiError::conflict(format!(
-            "USB device {id} is on host {}: it is changed by that host's API.",
+            "USB device {id} is on host {}: use that host's API.",
             other.name
         ))),
         None => Ok(()),

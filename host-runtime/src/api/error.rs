@@ -90,7 +90,7 @@ impl ApiError {
 
     /// Seconds until it is worth while to try again.
     pub(super) fn too_often(wait: u64) -> Self {
-        let message = format!("This was asked for too often: try again in {wait} s.");
+        let message = format!("Rate limit exceeded: try again in {wait} s.");
         Self { retry_after: Some(wait), ..Self::new(StatusCode::TOO_MANY_REQUESTS, message) }
     }
 
@@ -105,8 +105,8 @@ impl ApiError {
 
     /// Nobody but the log is told what it was.
     pub(super) fn internal(private: impl Into<String>) -> Self {
-        let message = "virt-usb cannot serve this now. The host's administrator finds why in the \
-            agent's log, by the request id.";
+        let message = "virt-usb cannot serve this request now. The agent's log on the host shows \
+            why, by the request id.";
         let private = Some(private.into());
         Self { private, ..Self::new(StatusCode::INTERNAL_SERVER_ERROR, message) }
     }
@@ -114,8 +114,7 @@ impl ApiError {
     /// The token may be a good one: it cannot be said now.
     pub(super) fn cannot_tell(private: String) -> Self {
         Self::away(
-            "Tokens cannot be looked up now. The host's administrator finds why in the agent's \
-                log.",
+            "Tokens cannot be validated now. The agent's log on the host shows why.",
             private,
         )
     }
@@ -128,14 +127,13 @@ impl ApiError {
         match (status, message) {
             (Some(StatusCode::SERVICE_UNAVAILABLE), Some(message)) => Self::unavailable(message),
             (Some(status), Some(message)) => Self::new(status, message),
-            _ => Self::internal(format!("host {host} gave no answer that can be read")),
+            _ => Self::internal(format!("the response of host {host} cannot be read")),
         }
     }
 
     pub(super) fn fleet_away(private: String) -> Self {
         Self::away(
-            "Other hosts cannot be asked from here now. The host's administrator finds why in the \
-                agent's log.",
+            "This host cannot reach other hosts now. The agent's log on the host shows why.",
             private,
         )
     }
@@ -195,8 +193,8 @@ impl From<ChangeError> for ApiError {
             ChangeError::Store(e) => e.into(),
             ChangeError::Fleet(what, e) => Self::away(
                 format!(
-                    "The fleet's {what} cannot be changed here now. The host's administrator finds \
-                        why in the agent's log."
+                    "The fleet's {what} cannot be changed here now. The agent's log on the host \
+                     shows why."
                 ),
                 e.to_string(),
             ),
@@ -215,7 +213,7 @@ impl From<Failure> for ApiError {
                 e.to_string(),
             ),
             Failure::Hung(_) => {
-                Self::away("The server's QEMU does not go on: try again later.", e.to_string())
+                Self::away("The server's QEMU is stopped: try again later.", e.to_string())
             }
             Failure::Gone | Failure::Busy(_) | Failure::Refused(_) => {
                 Self::conflict(sentence(&e.to_string()))

@@ -80,7 +80,7 @@ pub(super) async fn show(
 #[utoipa::path(put, path = "/os-usb-flavors/{flavor_name}", tag = "flavors", operation_id = "set_usb_flavor",
     params(("flavor_name" = String, Path, description = "The flavor's \
         name")), request_body = FlavorRequest,
-    responses((status = 200, description = "The flavor as it is now", body = Shown)))]
+    responses((status = 200, description = "The stored flavor", body = Shown)))]
 pub(super) async fn set(
     State(api): State<Arc<Api>>,
     Asks(caller): Asks,
@@ -101,14 +101,14 @@ pub(super) async fn store(
     ApiError::unless(may(&caller, Call::ChangeFlavor), ApiError::forbidden)?;
     if !is_name(&name) {
         return Err(ApiError::bad_request(format!(
-            "{name:?} is no name for a flavor: 1 to {MAX_NAME} printable characters, the first no \
-                @."
+            "{name:?} is not a valid name for a flavor: wanted 1 to {MAX_NAME} printable \
+             characters, not beginning with @."
         )));
     }
     let flavor =
         Flavor::parse(text).map_err(|e| ApiError::bad_request(sentence(&e.to_string())))?;
     if flavor.is_empty() {
-        return Err(ApiError::bad_request("The flavor asks for nothing."));
+        return Err(ApiError::bad_request("The flavor requests nothing."));
     }
     let stored = api.blocking(move |api| {
         let mut store = api.store()?;

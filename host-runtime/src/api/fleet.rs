@@ -35,7 +35,7 @@ impl Api {
         wanted: &[DeviceRequest],
     ) -> Result<Acted, ApiError> {
         let Some(fleet) = (self.config)().fleet.clone() else {
-            return Err(ApiError::unavailable("This host is in no fleet any more."));
+            return Err(ApiError::unavailable("This host is no longer in a fleet."));
         };
         let request = Request {
             call: if call == Call::Attach { "attach" } else { "detach" }.to_owned(),
@@ -49,21 +49,20 @@ impl Api {
         match through::ask(&fleet, host, &request).await {
             Ok(Answer { status: 202, body }) => serde_json::from_value(body).map_err(|e| {
                 ApiError::internal(format!(
-                    "host {host} has done it, and its answer cannot be read: {e}"
+                    "host {host} has completed the request, but its response cannot be read: {e}"
                 ))
             }),
             Ok(Answer { status, body }) => {
                 Err(ApiError::of_other(status, body["message"].as_str(), host))
             }
             Err(Unanswered::Unreachable) => Err(ApiError::unavailable(format!(
-                "Host {host} is not heard of: nothing was done. Try again when it is back."
+                "Host {host} is unreachable: nothing was done. Try again when it is back."
             ))),
             Err(Unanswered::Late) => Err(ApiError::unavailable(format!(
-                "Host {host} did not begin in time: nothing was done, and nothing will be."
+                "Host {host} did not begin in time: the request was cancelled."
             ))),
-            Err(Unanswered::Unknown) => Err(ApiError::unavailable(format!(
-                "It is unknown what host {host} has done: it did not say in time. Look at what the \
-                    server has."
+            Err(Unanswered::AuthError) => Err(ApiError::unavailable(format!(
+                "Host {host} did not report the result in time. Check which devices the server has."
             ))),
             Err(Unanswered::Etcd(e)) => Err(ApiError::fleet_away(e.to_string())),
         }
@@ -109,8 +108,8 @@ impl Api {
             Err(_) => "the inventory cannot be read now".to_owned(),
         };
         ApiError::unavailable(format!(
-            "It is unknown how it ended: the agent was interrupted, and does it no second time. \
-                The state is: {state}."
+            "The result is unknown: the agent was interrupted, and does not repeat the request. \
+             The state is: {state}."
         ))
     }
 }

@@ -72,7 +72,7 @@ pub(super) async fn show(
 #[utoipa::path(put, path = "/os-usb-grants/{grant_name}", tag = "grants", operation_id = "set_usb_grant",
     params(("grant_name" = String, Path, description = "The grant's \
         name")), request_body = GrantRequest,
-    responses((status = 200, description = "The grant as it is now", body = Shown)))]
+    responses((status = 200, description = "The stored grant", body = Shown)))]
 pub(super) async fn set(
     State(api): State<Arc<Api>>,
     Asks(caller): Asks,
@@ -82,7 +82,8 @@ pub(super) async fn set(
     ApiError::unless(may(&caller, Call::Grants), ApiError::forbidden)?;
     if !is_name(&name) {
         return Err(ApiError::bad_request(format!(
-            "{name:?} is no name for a grant: 1 to {MAX_NAME} printable characters, the first no @."
+            "{name:?} is not a valid name for a grant: wanted 1 to {MAX_NAME} printable \
+             characters, not beginning with @."
         )));
     }
     let grant = Grant::parse(&Value::Object(content).to_string())

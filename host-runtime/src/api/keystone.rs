@@ -124,7 +124,7 @@ impl Keystone {
         let token = self.0.own_token()?;
         match self.0.validate(&token)? {
             Some(answer) => Ok(answer.token.roles.into_iter().map(|role| role.name).collect()),
-            None => Err("it does not know the token that it has just given out".into()),
+            None => Err("it rejects the token that it has just issued".into()),
         }
     }
 
@@ -216,7 +216,7 @@ impl Inner {
         let mut trouble = self.trouble.lock().unwrap_or_else(PoisonError::into_inner);
         match why {
             Some(why) if *why != *trouble => {
-                tracing::error!("{why}; its tokens are refused until it can be asked");
+                tracing::error!("{why}; Keystone tokens are rejected until it can be reached");
                 trouble.clone_from(why);
             }
             None if !trouble.is_empty() => {
@@ -244,8 +244,8 @@ impl Inner {
                 StatusCode::UNAUTHORIZED if !last => self.forget(&own),
                 StatusCode::FORBIDDEN => {
                     return Err(format!(
-                        "Keystone at {} does not let the user {} ask about tokens: give it the \
-                            role \"service\" in the project {}",
+                        "Keystone at {} does not let the user {} validate tokens: give it the \
+                         role \"service\" in the project {}",
                         self.config.url, self.config.user, self.config.project
                     ));
                 }
@@ -325,7 +325,7 @@ impl Inner {
         }
         let token = response.headers().get("x-subject-token").and_then(|token| token.to_str().ok());
         let Some(token) = token.map(ToOwned::to_owned) else {
-            return Err(format!("Keystone at {} gives out no token", c.url).into());
+            return Err(format!("Keystone at {} issued no token", c.url).into());
         };
         Ok(Own { token, until: self.read(&mut response)?.token.expires_at })
     }
@@ -343,7 +343,10 @@ impl Inner {
         let text = response.body_mut().with_config().limit(LARGEST).read_to_string();
         let text = text.map_err(|e| self.away(&e))?;
         serde_json::from_str(&text).map_err(|e| {
-            format!("what Keystone at {} says of a token cannot be read: {e}", self.config.url)
+            format!(
+                "the response of Keystone at {} about a token cannot be read: {e}",
+                self.config.url
+            )
         })
     }
 
@@ -367,7 +370,7 @@ impl Inner {
             }
             cause = e.source();
         }
-        format!("Keystone at {} cannot be asked: {why}", self.config.url)
+        format!("Keystone at {} cannot be reached: {why}", self.config.url)
     }
 }
 
@@ -424,7 +427,7 @@ impl Described {
             return Err(AuthError::InvalidToken);
         }
         if project.is_none() && system.is_none() {
-            return Err(AuthError::Unusable("The token is for no project.".into()));
+            return Err(AuthError::Unusable("The token has no project scope.".into()));
         }
         // Keystone and its services make no difference between cases.
         let has = |name: &str| roles.iter().any(|role| role.name.eq_ignore_ascii_case(name));
@@ -434,7 +437,7 @@ impl Described {
         let Some(role) = role else {
             let wanted = config.roles.keys().map(String::as_str).collect::<Vec<_>>().join(", ");
             return Err(AuthError::Unusable(format!(
-                "The token has none of the roles that count here: {wanted}."
+                "The token has none of the required roles: {wanted}."
             )));
         };
         let project: Option<ProjectId> = match project {
@@ -449,7 +452,7 @@ impl Described {
             }
             None => {
                 return Err(AuthError::Unusable(
-                    "A token for the system is an administrator's here, or it is for a project."
+                    "A system-scoped token needs the role admin; other tokens need a project."
                         .into(),
                 ));
             }
@@ -590,7 +593,7 @@ mod tests {
             (503, "answers 503"),
             (302, "answers 302"),
             (401, "answers 401"),
-            (403, "does not let the user virt-usb ask about tokens: give it the role \"service\""),
+            (403, "does not let the user virt-usb validate tokens: give it the role \"service\""),
             (299, "cannot be read"),
         ] {
             fake.status.store(status, Ordering::SeqCst);
@@ -682,9 +685,9 @@ mod tests {
                 "{answer:?}"
             );
         };
-        useless(token(&project, &role(&["x"]), FUTURE), "none of the roles");
-        useless(token(&Value::Null, &role(&["admin"]), FUTURE), "for no project");
-        useless(token(&Value::Null, &role(&[]), FUTURE), "for no project");
+        useless(token(&project, &role(&["x"]), FUTURE), "none of the required roles");
+        useless(token(&Value::Null, &role(&["admin"]), FUTURE), "no project scope");
+        useless(token(&Value::Null, &role(&[]), FUTURE), "no project scope");
         let past = token(&project, &role(&["admin"]), "2020-01-01T00:00:00Z");
         assert_eq!(whose(past).unwrap_err(), AuthError::InvalidToken);
         let mut system = token(&Value::Null, &role(&["admin"]), FUTURE);
@@ -692,7 +695,7 @@ mod tests {
         let (caller, _) = whose(system.clone()).unwrap();
         assert_eq!((caller.role, caller.project), (Role::Admin, None));
         system["token"]["roles"] = role(&["reader"]);
-        useless(system, "for the system");
+        useless(system, "system-scoped");
     }
 
     #[test]

@@ -302,7 +302,7 @@ async fn authenticate(
             Some((_, tenant)) => is_its(&caller, tenant),
             None => Ok(()),
         },
-        Err(_) => Err(ApiError::bad_request("The path is no UTF-8.")),
+        Err(_) => Err(ApiError::bad_request("The path is not UTF-8.")),
     };
     let mut response = match allowed {
         Err(fault) => fault.into_response(),
@@ -364,8 +364,11 @@ async fn observe(State(api): State<Arc<Api>>, request: Request, next: Next) -> R
     api.inventory.wake().await;
     let mut response = match tokio::time::timeout(REQUEST_TIME, next.run(request)).await {
         Ok(response) => response,
-        Err(_) => ApiError::unavailable("This took too long; what was begun is being finished.")
-            .into_response(),
+        Err(_) => ApiError::unavailable(
+            "The request timed out; the operation continues in the \
+            background.",
+        )
+        .into_response(),
     };
     let headers = response.headers_mut();
     if let Ok(value) = HeaderValue::from_str(&id.0) {

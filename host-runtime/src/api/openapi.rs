@@ -68,17 +68,17 @@ const TOKEN: &str = "token";
 const FAULT: &str = "Fault";
 /// What any call may be answered instead.
 const FAULTS: [(&str, &str); 12] = [
-    ("400", "The request is wrong; the message says where"),
-    ("401", "No token, or none that counts"),
-    ("403", "The token's role may not"),
-    ("404", "There is no such thing, or it is not the project's"),
+    ("400", "The request is invalid; the message says where"),
+    ("401", "No valid token"),
+    ("403", "The token's role does not allow this"),
+    ("404", "Not found, or not in the token's project"),
     ("408", "The body did not arrive in time"),
-    ("409", "It cannot be had now; the message says why"),
+    ("409", "Not available now; the message says why"),
     ("413", "The body is too large"),
-    ("415", "The body is no JSON"),
-    ("429", "Asked for too often; Retry-After says when to try again"),
-    ("500", "A fault of the host; its log says which"),
-    ("503", "Not now: try again"),
+    ("415", "The body is not JSON"),
+    ("429", "Rate limit exceeded; Retry-After says when to retry"),
+    ("500", "Internal error; the host's log says why"),
+    ("503", "Temporarily unavailable: retry"),
     ("default", "A fault"),
 ];
 
@@ -104,7 +104,7 @@ pub(super) fn document() -> utoipa::openapi::OpenApi {
     let components = document.components.get_or_insert_default();
     let scheme = ApiKeyValue::with_description(
         "X-Auth-Token",
-        "Made by 'virt-usb token add', or by Keystone",
+        "Issued by 'virt-usb token add' or by Keystone",
     );
     components
         .security_schemes
@@ -116,7 +116,7 @@ pub(super) fn document() -> utoipa::openapi::OpenApi {
         .required("code")
         .required("message");
     let named = ObjectBuilder::new()
-        .description(Some("Under its name in Nova, such as itemNotFound"))
+        .description(Some("Keyed by Nova's name of the error, such as itemNotFound"))
         .additional_properties(Some(fault));
     components.schemas.insert(FAULT.into(), named.build().into());
     for (status, description) in FAULTS {

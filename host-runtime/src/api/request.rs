@@ -104,15 +104,15 @@ impl<S: Send + Sync> FromRequest<S> for Content {
         let bytes = bytes.await.map_err(|_| ApiError::timeout())??;
         let text = str::from_utf8(&bytes).map_err(|e| {
             ApiError::bad_request(format!(
-                "The body is no UTF-8: byte {} is none.",
+                "The body is not UTF-8: byte {} is invalid.",
                 e.valid_up_to()
             ))
         })?;
         match virt_usb_model::unique_json(text) {
             Ok(Value::Object(object)) => Ok(Self(object)),
-            Ok(_) => Err(ApiError::bad_request("The body is no JSON object.")),
+            Ok(_) => Err(ApiError::bad_request("The body is not a JSON object.")),
             Err(e) if e.is_data() => Err(ApiError::bad_request(format!("The body holds {e}."))),
-            Err(e) => Err(ApiError::bad_request(format!("The body is no JSON: {e}."))),
+            Err(e) => Err(ApiError::bad_request(format!("The body is not JSON: {e}."))),
         }
     }
 }
@@ -121,18 +121,18 @@ impl<S: Send + Sync> FromRequest<S> for Content {
 pub(super) async fn form(headers: &HeaderMap, body: Body) -> Result<String, ApiError> {
     let kind = headers.get(CONTENT_TYPE).and_then(|kind| kind.to_str().ok()).unwrap_or_default();
     if !kind.starts_with("application/x-www-form-urlencoded") {
-        return Err(ApiError::bad_media_type().saying("This is no form."));
+        return Err(ApiError::bad_media_type().saying("The body is not a form."));
     }
     let bytes =
         tokio::time::timeout(BODY_TIME, read(body)).await.map_err(|_| ApiError::timeout())??;
-    String::from_utf8(bytes).map_err(|_| ApiError::bad_request("The form is no UTF-8."))
+    String::from_utf8(bytes).map_err(|_| ApiError::bad_request("The form is not UTF-8."))
 }
 
 async fn read(body: Body) -> Result<Vec<u8>, ApiError> {
     match Limited::new(body, MOST).collect().await {
         Ok(collected) => Ok(collected.to_bytes().into()),
         Err(e) if e.downcast_ref::<LengthLimitError>().is_some() => Err(ApiError::too_large(MOST)),
-        Err(e) => Err(ApiError::bad_request(format!("The body did not arrive whole: {e}."))),
+        Err(e) => Err(ApiError::bad_request(format!("The body is incomplete: {e}."))),
     }
 }
 
@@ -161,7 +161,7 @@ pub(super) fn object<'a>(
     keys: &[&str],
 ) -> Result<&'a Map<String, Value>, ApiError> {
     let Some(object) = value.as_object() else {
-        return Err(ApiError::bad_request(format!("{place} is no JSON object.")));
+        return Err(ApiError::bad_request(format!("{place} is not a JSON object.")));
     };
     match object.keys().find(|key| !keys.contains(&key.as_str())) {
         Some(key) => Err(ApiError::bad_request(format!(

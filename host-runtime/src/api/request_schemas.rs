@@ -78,7 +78,7 @@ described! {
     /// A USB port that a SPICE client fills.
     UsbRedirectionRequest = json!({
         "type": "object",
-        "description": "A USB port that a SPICE client fills.",
+        "description": "A USB port for redirection from a SPICE client.",
         "required": ["bus", "type"],
         "properties": {
             "bus": { "type": "string", "enum": ["usb"] },
@@ -91,7 +91,7 @@ described! {
     /// Which devices, for which projects.
     GrantRequest = json!({
         "type": "object",
-        "description": "Which devices, for which projects.",
+        "description": "Devices, and the projects that they are available to.",
         "example": { "usb_devices": [{ "vendor_id": "0529", "product_id": "0001" }], "projects": ["4f1c0d2e"] },
         "required": ["usb_devices", "projects"],
         "properties": {
@@ -145,7 +145,7 @@ fn requests(item: &str) -> Value {
         "minItems": 1,
         "maxItems": MAX_DEVICES,
         "items": reference(item),
-        "description": format!("For at most {MAX_DEVICES} devices in all."),
+        "description": format!("Requests for at most {MAX_DEVICES} devices in total."),
     });
     one("usb_devices_requests", list)
 }
@@ -169,8 +169,8 @@ fn flavor_request() -> Value {
     let devices = MAX_DEVICES as usize;
     let asks = |key: &str, properties: Value| json!({ "type": "object", "required": [key], "properties": properties, "additionalProperties": false });
     json!({
-        "description": format!("What a flavor asks for: something, and at most {MAX_DEVICES} \
-            devices in all."),
+        "description": format!("Requests of a flavor: at least one, and for at most {MAX_DEVICES} \
+            devices in total."),
         "example": { "usb_devices": [{ "vendor_id": "0529", "product_id": "0001" }] },
         "anyOf": [
             asks("usb_devices", json!({
@@ -201,8 +201,8 @@ fn device_request(most: Option<u32>) -> Value {
     };
     let alone = &["id", "vendor_id", "product_id"];
     json!({
-        "description": "What a device must match, all of it. An id names one device; a product_id \
-            is the vendor's own.",
+        "description": "Selector of a device, which must match all keys. An id names one device; \
+            a product_id needs the vendor_id.",
         "example": { "id": 1 },
         "anyOf": [
             describe(&["id"], &["vendor_id", "product_id"]),
@@ -279,7 +279,7 @@ fn value(key: &str, needed: bool, most: u32) -> Value {
         }
         _ => json!({
             "type": ["integer", "string", "null"],
-            "description": "How many; 1 when absent.",
+            "description": "Number of devices; 1 if absent.",
             "minimum": 1,
             "maximum": most,
             "pattern": if most == 1 { "^0*1$" } else { "^0*([1-9][0-9]?|1[01][0-9]|12[0-7])$" },

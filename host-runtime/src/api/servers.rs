@@ -140,7 +140,7 @@ impl Api {
         };
         let Some(known) = self.hypervisor.known() else {
             return Err(ApiError::unavailable(
-                "The servers of this host were not looked at yet: try again.",
+                "The servers of this host are not known yet: try again.",
             ));
         };
         let snapshot = self.inventory.now()?;
@@ -259,7 +259,7 @@ pub(super) struct Owners {
 
 /// Whose servers are, as administrators have said: for administrators
 #[utoipa::path(get, path = "/os-usb-owners", tag = "servers", operation_id = "list_usb_owners",
-    responses((status = 200, description = "What was said", body = Owners)))]
+    responses((status = 200, description = "Owners that were set here", body = Owners)))]
 pub(super) async fn owners(
     State(api): State<Arc<Api>>,
     Asks(caller): Asks,
@@ -335,7 +335,7 @@ async fn describe(api: &Arc<Api>, caller: &Caller, server: Server) -> Result<Sho
     params(("server_id" = String, Path, description = "The server's UUID")),
     request_body = ServerActionRequest,
     responses((status = 202, description = "Devices are attached or detached", body = Acted),
-        (status = 200, description = "The server, and whose it is now", body = Shown)))]
+        (status = 200, description = "The server and its owner", body = Shown)))]
 pub(super) async fn act(
     State(api): State<Arc<Api>>,
     Asks(caller): Asks,
@@ -347,7 +347,7 @@ pub(super) async fn act(
         "attach_usb_devices" => Call::Attach,
         "detach_usb_devices" => Call::Detach,
         "set_usb_owner" | "clear_usb_owner" => Call::ChangeOwner,
-        other => return Err(ApiError::bad_request(format!("There is no such action: {other}."))),
+        other => return Err(ApiError::bad_request(format!("AuthError action: {other}."))),
     };
     // Before the body is looked at: who may not do it has nothing to learn from its mistakes.
     let server = api.server(&caller, call, &server_id).await?;
@@ -386,14 +386,14 @@ pub(super) async fn give_to(
 ) -> Result<Server, ApiError> {
     if let Some(host) = &server.host {
         return Err(ApiError::conflict(format!(
-            "Instance {} is on host {host}: whose it is is said there.",
+            "Instance {} is on host {host}: set its owner there.",
             server.id
         )));
     }
     if let (true, Some(owner)) = (server.by_domain, &server.owner) {
         return Err(ApiError::conflict(format!(
-            "The domain of instance {} says itself that it is project {owner}'s: what is said here \
-                would not count.",
+            "The domain of instance {} names project {owner} as its owner: an owner set here \
+             would have no effect.",
             server.id
         )));
     }
@@ -489,7 +489,7 @@ fn detach(
 ) -> Result<Acted, ApiError> {
     if let Some(request) = requests.iter().find(|r| r.count != 1) {
         return Err(ApiError::bad_request(format!(
-            "{request}: each request names one device: leave count out."
+            "{request}: each request is for one device: omit count."
         )));
     }
     let selectors: Vec<Selector> = requests.iter().map(|r| r.selector.clone()).collect();
@@ -523,7 +523,7 @@ fn fault(api: &Api, caller: &Caller, server: &Server, e: OperateError) -> ApiErr
     match e {
         OperateError::Refused(why) => ApiError::conflict(sentence(&why)),
         OperateError::Nothing(_) => ApiError::not_found(format!(
-            "Instance {} has no such USB device, and none assigned.",
+            "Instance {} has no such USB device and no such assignment.",
             server.id
         )),
         OperateError::Short { short, .. } => {
@@ -532,7 +532,8 @@ fn fault(api: &Api, caller: &Caller, server: &Server, e: OperateError) -> ApiErr
             ApiError::conflict(told.join(" "))
         }
         OperateError::Unsure(ref domain, ref failure) => ApiError::unavailable(format!(
-            "{domain} may have been given it or not: it is taken back once libvirt answers again."
+            "the device may or may not be attached to {domain}: it is detached once libvirt \
+             answers again."
         ))
         .and_privately(failure.to_string()),
         OperateError::Work(e) => e.into(),
@@ -555,7 +556,7 @@ fn shortage(snapshot: &Snapshot, caller: &Caller, short: &Shortage) -> String {
                 Why::HeldBy(_) => format!("{device} is in use"),
                 Why::OtherRequest => format!("{device} serves another request of this instance"),
                 Why::NotThere(_) => format!("{device} is not plugged in"),
-                Why::Project => format!("{device} is given to certain projects only"),
+                Why::Project => format!("{device} is available to certain projects only"),
                 Why::Unavailable => {
                     let reason = o.device.entry.status_reason.as_deref().unwrap_or("not offered");
                     format!("{device} is unavailable ({reason})")
@@ -565,8 +566,8 @@ fn shortage(snapshot: &Snapshot, caller: &Caller, short: &Shortage) -> String {
         .collect();
     let request = &short.request;
     if obstacles.is_empty() {
-        format!("No USB device that can be had matches {request}.")
+        format!("No available USB device matches {request}.")
     } else {
-        format!("No USB device that can be had matches {request}: {}.", obstacles.join("; "))
+        format!("No available USB device matches {request}: {}.", obstacles.join("; "))
     }
 }

@@ -75,7 +75,10 @@ pub enum TokensError {
         why: io::Error,
     },
     /// It does not say what it may say.
-    #[error("the tokens' file {path} is wrong: {what}; nobody is let in until it is right")]
+    #[error(
+        "the tokens' file {path} is wrong: {what}; every token in it is rejected until the \
+        file is fixed"
+    )]
     Wrong {
         /// The file.
         path: PathBuf,
@@ -158,7 +161,7 @@ impl TokenFile {
         let plain = |c: char| !c.is_control() && !c.is_whitespace();
         if wanted.name.is_empty() || wanted.name.len() > 64 || !wanted.name.chars().all(plain) {
             let why = format!(
-                "{:?} is no name for a token: wanted 1 to 64 bytes without white space",
+                "{:?} is not a valid name for a token: wanted 1 to 64 bytes without white space",
                 wanted.name
             );
             return Err(TokensError::Refused(why));
@@ -180,8 +183,8 @@ impl TokenFile {
         self.change(|entries| {
             if entries.iter().any(|e| e.name == entry.name) {
                 return Err(TokensError::Refused(format!(
-                    "there is a token of the name {:?}: 'virt-usb token remove' it first, or take \
-                        another name",
+                    "a token with the name {:?} exists: remove it first with 'virt-usb token \
+                     remove', or use another name",
                     entry.name
                 )));
             }
@@ -259,11 +262,11 @@ impl TokenFile {
             .open(&self.path)?;
         let found = file.metadata()?;
         if !found.is_file() {
-            return Err(io::Error::other("it is no regular file"));
+            return Err(io::Error::other("it is not a regular file"));
         }
         if found.permissions().mode() & 0o077 != 0 {
             return Err(io::Error::other(
-                "others may read it: 'chmod 600' it, and make its tokens anew",
+                "other users may read it: run 'chmod 600' on it, and create its tokens again",
             ));
         }
         self.is_ours(&found)?;
@@ -277,14 +280,15 @@ impl TokenFile {
         let folder = self.path.parent().unwrap_or(Path::new("/")).metadata()?;
         if folder.mode() & 0o002 != 0 {
             return Err(io::Error::other(
-                "everybody may write to its folder: 'chmod o-w' that, and make the tokens anew",
+                "every user may write to its folder: run 'chmod o-w' on the folder, and create \
+                 the tokens again",
             ));
         }
         let owner = file.uid();
         if owner != 0 && owner != folder.uid() && owner != rustix::process::geteuid().as_raw() {
             return Err(io::Error::other(format!(
                 "it belongs to the user {owner}, who is neither root nor the folder's owner: \
-                    remove it, and make the tokens anew"
+                 remove it, and create the tokens again"
             )));
         }
         Ok(())
@@ -338,7 +342,7 @@ fn parse(entry: &Entry) -> Result<(Caller, Option<Timestamp>), String> {
     let is_hash = entry.sha256.len() == 64
         && entry.sha256.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
     if !is_hash {
-        return Err("sha256: wanted 64 small hexadecimal digits".into());
+        return Err("sha256: wanted 64 lowercase hexadecimal digits".into());
     }
     let role = entry.role.parse().map_err(|e: String| wrong("role")(&e))?;
     let project: ProjectId = entry.project.parse().map_err(|e| wrong("project")(&e))?;
@@ -443,7 +447,7 @@ mod tests {
         );
         assert_eq!(tokens.find(&made.token[..68]), Err(AuthError::InvalidToken));
         let why = file.add(&wanted("erp", &project)).unwrap_err().to_string();
-        assert!(why.contains("there is a token of the name"), "{why}");
+        assert!(why.contains("a token with the name"), "{why}");
         let past = file
             .add(&Wanted { lifetime: Some(Duration::ZERO), ..wanted("past", &project) })
             .unwrap();
@@ -500,7 +504,7 @@ mod tests {
         assert!(tokens.find(&made.token).is_ok());
         std::fs::set_permissions(file.path(), Permissions::from_mode(0o640)).unwrap();
         assert!(
-            matches!(tokens.find(&made.token), Err(AuthError::Unavailable(why)) if why.contains("others may read it"))
+            matches!(tokens.find(&made.token), Err(AuthError::Unavailable(why)) if why.contains("other users may read it"))
         );
         std::fs::set_permissions(file.path(), Permissions::from_mode(0o600)).unwrap();
         assert!(tokens.find(&made.token).is_ok());
@@ -508,7 +512,7 @@ mod tests {
         std::fs::set_permissions(dir.path(), Permissions::from_mode(0o777)).unwrap();
         std::fs::write(file.path(), format!("{right}\n\n\n\n")).unwrap();
         assert!(
-            matches!(tokens.find(&made.token), Err(AuthError::Unavailable(why)) if why.contains("everybody may write to its folder"))
+            matches!(tokens.find(&made.token), Err(AuthError::Unavailable(why)) if why.contains("every user may write to its folder"))
         );
         std::fs::set_permissions(dir.path(), Permissions::from_mode(0o700)).unwrap();
         assert!(tokens.find(&made.token).is_ok());

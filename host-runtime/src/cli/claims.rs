@@ -49,7 +49,7 @@ pub(super) fn list(session: &Session) -> anyhow::Result<ExitCode> {
         let mut text = table(
             &["DEVICE", "DOMAIN", "INSTANCE", "STATE", "HOLD", "SINCE"],
             shown.iter().map(row).collect(),
-            "no device is held by anybody",
+            "no device is held",
         );
         for problem in &problems {
             text.push_str(&format!("\n{}", in_the_way(problem)));
@@ -66,7 +66,7 @@ pub(super) fn list(session: &Session) -> anyhow::Result<ExitCode> {
 pub(super) fn state(claim: &ClaimRow, unplugged: bool, boot_id: &str) -> String {
     match (claim.pending, claim.boot_id == boot_id || claim.hold == "instance") {
         (_, false) => "void (earlier boot)".to_owned(),
-        (true, true) => format!("{}, to be confirmed", claim.state),
+        (true, true) => format!("{}, pending", claim.state),
         (false, true) if claim.ending => "being detached".to_owned(),
         (false, true) if unplugged => "unplugged".to_owned(),
         (false, true) => claim.state.clone(),
@@ -76,9 +76,9 @@ pub(super) fn state(claim: &ClaimRow, unplugged: bool, boot_id: &str) -> String 
 /// What keeps a device out of a guest.
 pub(super) fn in_the_way(Problem { domain, about, what, since, .. }: &Problem) -> String {
     let lead = match about.as_str() {
-        ABOUT_STOP => format!("{domain} does not run"),
+        ABOUT_STOP => format!("{domain} is not running"),
         about if about.starts_with(ABOUT_SERIAL) => {
-            format!("{domain} holds a device that may be mistaken")
+            format!("{domain} holds a device that may be mistaken for another")
         }
         about => format!("{domain} does not get {about}"),
     };
@@ -132,9 +132,9 @@ fn moved(Shown { claim, moved_to, .. }: &Shown, devices: &[Record]) -> Option<St
         _ => ("are", "one of them is the same device", "DEVICE".to_owned()),
     };
     Some(format!(
-        "device {old} is away, and of the same kind {} {is} free. Without a serial, virt-usb \
-            cannot tell whether {same} in another port. \
-         If so: 'virt-usb attach {domain} {new}', then 'virt-usb detach {domain} {old}'",
+        "device {old} is unplugged, and {} of the same kind {is} free. Without a serial, virt-usb \
+         cannot tell whether {same} in another port. If so: 'virt-usb attach {domain} {new}', \
+         then 'virt-usb detach {domain} {old}'",
         places.join(", ")
     ))
 }
@@ -176,8 +176,8 @@ pub(super) fn release(session: &Session, instance: &str, force: bool) -> anyhow:
     let id = find_instance(&store, instance)?;
     if !force {
         bail!(
-            "a guest that still runs keeps using what is released here, and another guest may be \
-                given it too: make sure that {instance} is gone, then add --force"
+            "a guest that still runs keeps using its released devices, and another guest may get \
+             them too: make sure that {instance} is gone, then add --force"
         );
     }
     let context = session.context(&config, "claims release")?;
@@ -210,11 +210,10 @@ pub(super) fn find_instance(store: &Store, text: &str) -> anyhow::Result<Instanc
     match named.as_slice() {
         [one] => Ok(*one),
         [] => {
-            bail!("no domain of the name {text:?} holds a device: 'virt-usb claims' shows who does")
+            bail!("no domain named {text:?} holds a device: 'virt-usb claims' lists the holders")
         }
         _ => bail!(
-            "{} instances of the name {text:?} hold devices: name the UUID, 'virt-usb claims' \
-                shows it",
+            "{} instances named {text:?} hold devices: use the UUID, which 'virt-usb claims' shows",
             named.len()
         ),
     }
@@ -245,7 +244,7 @@ pub(super) fn events(session: &Session, options: &Events) -> anyhow::Result<Exit
         table(
             &["AT", "EVENT", "DEVICE", "DOMAIN", "BY", "DETAIL"],
             events.iter().map(row).collect(),
-            "nothing has happened yet",
+            "no events yet",
         )
     })?;
     Ok(ExitCode::SUCCESS)

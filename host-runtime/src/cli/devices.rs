@@ -41,7 +41,7 @@ pub(super) fn discover(session: &Session, options: &Discover) -> anyhow::Result<
     let config = session.config()?;
     if let (Some(sim), Some(dir)) = (&options.sim, &options.sysfs_out) {
         if dir.starts_with("/sys") {
-            bail!("--sysfs-out {} is the kernel's own tree: name a folder of yours", dir.display());
+            bail!("--sysfs-out {} is the kernel's own tree: use another directory", dir.display());
         }
         let simulated = Simulated::load(sim)?;
         User::of(dir)
@@ -276,7 +276,8 @@ impl Judged {
 
     /// Hubs are never offered, whatever the rules say.
     fn hub(device: &Device) -> Self {
-        let because = "it is a hub: whoever got it would get everything behind it".to_owned();
+        let because =
+            "it is a hub: a guest with the hub would get every device behind it".to_owned();
         let verdict = RuleVerdict {
             withheld: None,
             rule: None,
@@ -344,7 +345,7 @@ fn show_verdicts(
         let limited =
             config.whitelist.rules.iter().any(|r| !r.projects.is_empty()) && !config.whitelist.on;
         let note = if limited {
-            "; their projects count only while it is on: every project gets these devices"
+            "; their projects apply only while it is on: every project gets these devices"
         } else {
             ""
         };

@@ -150,7 +150,7 @@ fn read_documents(text: &str) -> anyhow::Result<Documents> {
             .with_context(|| format!("document {number}"))?;
         match found.insert(document.host.clone(), document) {
             None => Ok(()),
-            Some(twice) => bail!("document {number}: the host {:?} is there twice", twice.host),
+            Some(twice) => bail!("document {number}: the host {:?} appears twice", twice.host),
         }
     };
     for value in serde_json::Deserializer::from_str(text).into_iter::<UniqueJson>() {
@@ -335,7 +335,7 @@ fn precompile(session: &Session, filter: &Filter, file: &Path) -> anyhow::Result
     let cannot = || format!("cannot write {}", file.display());
     let machine_code = filter.precompile()?;
     if file.symlink_metadata().is_ok_and(|found| !found.is_file()) {
-        bail!("{} is there and no plain file: name another", file.display());
+        bail!("{} exists and is not a regular file: name another", file.display());
     }
     if file
         .canonicalize()

@@ -21,7 +21,7 @@ use virt_usb_fleet::{join, wait};
 /// The configuration's fleet, asked as whom the arguments say.
 fn fleet(config: &Config, credentials: Option<&Credentials>) -> anyhow::Result<Fleet> {
     let Some(mut fleet) = config.fleet.clone() else {
-        bail!("the configuration names no fleet: give [fleet] with its endpoints first");
+        bail!("the configuration has no [fleet] section: add one with its endpoints first");
     };
     if let Some(Credentials { user: Some(name), password_file: Some(password_file) }) = credentials
     {
@@ -72,8 +72,8 @@ fn is_held(held: &[virt_usb_store::ClaimRow]) -> String {
         .map(|claim| format!("device {} by {}", claim.device_id, claim.domain))
         .collect();
     format!(
-        "devices are held, and joining gives each device another id: {}: stop these guests, or \
-            detach the devices, and try again",
+        "devices are held, and joining changes the id of each device: {}: stop these guests, or \
+         detach the devices, and try again",
         list.join(", ")
     )
 }
@@ -83,8 +83,8 @@ fn text(joined: &Joined) -> String {
     let mut text = match renumbered {
         None => format!("{host} is in the fleet, with number {number} as before"),
         Some(Renumbered { devices, added, .. }) => format!(
-            "{host} is in the fleet, with number {number}: to the id of each of its {devices} \
-                device(s) {added} was added"
+            "{host} is in the fleet, with number {number}: {added} was added to the id of each of \
+             its {devices} device(s)"
         ),
     };
     if let Some(Renumbered { assignments, flavors, grants, .. }) = renumbered {
@@ -95,8 +95,8 @@ fn text(joined: &Joined) -> String {
             [("flavor", flavors), ("grant", grants)].iter().filter(|(_, n)| !n.is_empty())
         {
             text.push_str(&format!(
-                "\nthese {noun}s name a device by the id that it had, change them with 'virt-usb \
-                    {noun} set': {}",
+                "\nthese {noun}s name a device by its old id, change them with 'virt-usb {noun} \
+                 set': {}",
                 names.join(", ")
             ));
         }
@@ -104,7 +104,7 @@ fn text(joined: &Joined) -> String {
     let replaced = [("flavors", replaced_flavors), ("grants", replaced_grants)];
     for (what, names) in replaced.iter().filter(|(_, names)| !names.is_empty()) {
         text.push_str(&format!(
-            "\nthe fleet has other {what} of these names, which count from now on: {}",
+            "\nthe fleet has other {what} with these names, which apply from now on: {}",
             names.join(", ")
         ));
     }
@@ -129,8 +129,8 @@ pub(super) fn leave(
     let was_joined = wait(join::leave(&fleet, host))?;
     session.out.show(&Left { host, was_joined }, || match was_joined {
         true => format!(
-            "{host} has left the fleet; its devices keep their ids, and it gets the \
-            same number when it comes back"
+            "{host} has left the fleet; its devices keep their ids, and it gets the same number \
+             if it joins again"
         ),
         false => format!("{host} is not in the fleet"),
     })?;
@@ -246,13 +246,13 @@ fn simulation_text(report: &simulate::Report) -> String {
         .map(|(what, times)| vec![(*what).to_owned(), times.to_string()])
         .collect();
     let broken = match report.broken.as_slice() {
-        [] => "all held that must".to_owned(),
+        [] => "all invariants held".to_owned(),
         some => format!("BROKEN:\n{}", some.join("\n")),
     };
     format!(
-        "{}\n\n{:.0} changes a second; from a change to who watches: p50 {:.1} ms, p99 {:.1} ms, \
-            at most {:.1} ms\n{} documents, {} bytes on average, {} at most; etcd takes {:.1} \
-            MB\n{broken}",
+        "{}\n\n{:.0} changes a second; from a change to its watchers: p50 {:.1} ms, p99 {:.1} ms, \
+         at most {:.1} ms\n{} documents, {} bytes on average, {} at most; etcd takes {:.1} \
+         MB\n{broken}",
         table(&["WHAT HAPPENED", "TIMES"], done, "nothing happened"),
         report.changes_per_second,
         report.lag_ms.p50,

@@ -27,7 +27,7 @@ pub(super) fn open(session: &Session) -> anyhow::Result<(Libvirt, Worker)> {
 pub(super) fn find(libvirt: &Libvirt, name: &str) -> anyhow::Result<InstanceId> {
     match libvirt.resolve(name) {
         Err(Failure::Gone) => {
-            bail!("libvirt knows no domain {name:?}: 'virsh list --all' shows those it knows")
+            bail!("libvirt knows no domain {name:?}: 'virsh list --all' shows the known domains")
         }
         found => Ok(found?),
     }
@@ -92,7 +92,9 @@ pub(super) fn attach(session: &Session, wanted: &Device) -> anyhow::Result<ExitC
     let text = match (new.is_empty(), already.is_empty()) {
         (false, _) => format!("{name} has {} now", list(&new)),
         (true, false) => format!("{name} has {} already", list(&already)),
-        (true, true) => format!("{name} does not run: it gets {} at its next start", wanted.device),
+        (true, true) => {
+            format!("{name} is not running: it gets {} at its next start", wanted.device)
+        }
     };
     let devices = new.into_iter().chain(already).collect();
     session.out.show(&Given { instance_uuid: instance, live, devices }, || text)?;
@@ -108,7 +110,7 @@ struct Taken {
 pub(super) fn detach(session: &Session, wanted: &Device) -> anyhow::Result<ExitCode> {
     let name = &wanted.instance;
     if wanted.device.count != 1 {
-        bail!("one device at a time: leave count out");
+        bail!("one device at a time: omit count");
     }
     let (instance, device) = match session.remote()? {
         Some(api) => {
@@ -129,7 +131,7 @@ pub(super) fn detach(session: &Session, wanted: &Device) -> anyhow::Result<ExitC
     let taken = Taken { instance_uuid: instance, device };
     session.out.show(&taken, || match &taken.device {
         Some(device) => format!("{} is free", message::device(device)),
-        None => format!("{name} is no longer to get {}", wanted.device),
+        None => format!("{name} no longer gets {}", wanted.device),
     })?;
     Ok(ExitCode::SUCCESS)
 }

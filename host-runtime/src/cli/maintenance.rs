@@ -19,7 +19,7 @@ pub(super) fn check(session: &Session) -> anyhow::Result<ExitCode> {
     let findings = store.check()?;
     let checked = Checked { ok: findings.is_empty(), findings };
     session.out.show(&checked, || match checked.ok {
-        true => format!("{}: all is well", store.path().display()),
+        true => format!("{}: no problems found", store.path().display()),
         false => checked.findings.join("\n"),
     })?;
     Ok(if checked.ok { ExitCode::SUCCESS } else { ExitCode::FAILURE })

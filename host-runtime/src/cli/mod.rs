@@ -63,7 +63,7 @@ fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
         api: arguments.api,
     };
     if session.api.url.is_some() && is_local(&arguments.verb) {
-        bail!("this is done on the host itself: leave out --url (VIRT_USB_URL)");
+        bail!("this command works only on the host itself: omit --url (VIRT_USB_URL)");
     }
     let (changes, began) =
         (is_change(&arguments.verb) && session.api.url.is_none(), Instant::now());

@@ -125,7 +125,8 @@ pub(super) fn set<T: Named>(
     let noun = T::NOUN;
     if !is_name(name) {
         bail!(
-            "{name:?} is no name for a {noun}: 1 to {MAX_NAME} printable characters, the first no @"
+            "{name:?} is not a valid name for a {noun}: wanted 1 to {MAX_NAME} printable \
+             characters, not beginning with @"
         );
     }
     let text = if definition == "-" { stdin()? } else { definition.to_owned() };
@@ -181,5 +182,5 @@ pub(super) fn remove<T: Named>(session: &Session, name: &str) -> anyhow::Result<
 
 pub(super) fn unknown<T: Named>(name: &str) -> String {
     let noun = T::NOUN;
-    format!("no {noun} of the name {name:?} is stored: 'virt-usb {noun} list' shows those that are")
+    format!("no {noun} named {name:?} is stored: 'virt-usb {noun} list' shows the stored ones")
 }

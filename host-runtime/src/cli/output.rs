@@ -51,7 +51,7 @@ impl Output {
 
     pub(super) fn raw(&self, bytes: &[u8]) -> anyhow::Result<()> {
         let mut stdout = io::stdout().lock();
-        stdout.write_all(bytes).and_then(|()| stdout.flush()).context("cannot write the answer")
+        stdout.write_all(bytes).and_then(|()| stdout.flush()).context("cannot write the output")
     }
 }
 

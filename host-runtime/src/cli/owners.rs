@@ -29,7 +29,7 @@ pub(super) fn list(session: &Session) -> anyhow::Result<ExitCode> {
         table(
             &["DOMAIN", "INSTANCE", "PROJECT", "SINCE"],
             owners.iter().map(row).collect(),
-            "nothing was said: guests are whose their domains say",
+            "no owners are set here: an instance has the owner that its domain names",
         )
     })?;
     Ok(ExitCode::SUCCESS)
@@ -52,13 +52,13 @@ pub(super) fn set(session: &Session, name: &str, project: &ProjectId) -> anyhow:
             let (libvirt, mut worker) = open(session)?;
             let instance = find(&libvirt, name)?;
             let Some(xml) = libvirt.xml(instance)? else {
-                bail!("the domain {name} has just gone")
+                bail!("the domain {name} was just undefined")
             };
             let domain = virt_usb_domxml::read(xml.as_bytes())?;
             if let Some(own) = domain.project {
                 bail!(
-                    "the domain {name} says itself that it is project {own}'s: what is said here \
-                        would not count"
+                    "the domain {name} names project {own} as its owner: an owner set here would \
+                     have no effect"
                 );
             }
             let context = session.context(&session.config()?, "owner set")?;
@@ -67,7 +67,7 @@ pub(super) fn set(session: &Session, name: &str, project: &ProjectId) -> anyhow:
         }
     };
     let owned = Owned { instance_uuid: instance, project_id: Some(project) };
-    session.out.show(&owned, || format!("{name} is project {project}'s now"))?;
+    session.out.show(&owned, || format!("{name} now belongs to project {project}"))?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -87,7 +87,7 @@ pub(super) fn clear(session: &Session, name: &str) -> anyhow::Result<ExitCode> {
         }
     };
     session.out.show(&Owned { instance_uuid: instance, project_id: None }, || {
-        format!("{name} is whose its domain says, if it does")
+        format!("{name} now has the owner that its domain names, if any")
     })?;
     Ok(ExitCode::SUCCESS)
 }
@@ -104,7 +104,10 @@ fn known(session: &Session, owners: &[Owner], name: &str) -> anyhow::Result<Inst
     let (libvirt, _) = open(session)?;
     match libvirt.resolve(name) {
         Err(Failure::Gone) => {
-            bail!("of no domain {name:?} anything was said: 'virt-usb owner list' shows it")
+            bail!(
+                "no owner is set for a domain {name:?}: 'virt-usb owner list' shows the owners \
+                that are set"
+            )
         }
         found => Ok(found?),
     }

@@ -40,11 +40,11 @@ pub(super) fn forget(session: &Session, device: DeviceId) -> anyhow::Result<Exit
     let record = match &forgotten {
         Forgotten::Done(record) => record,
         Forgotten::Unknown => {
-            bail!("there is no device {device}: 'virt-usb devices --all' shows all that are known")
+            bail!("there is no device {device}: 'virt-usb devices --all' lists all known devices")
         }
         Forgotten::Here(record) => bail!(
-            "{} is plugged in or held: only a device that is gone can be forgotten; 'virt-usb \
-                disable {device}' offers it no more",
+            "{} is plugged in or held: only an unplugged device can be forgotten; 'virt-usb \
+             disable {device}' makes it unavailable",
             message::device(record)
         ),
         Forgotten::Named(record, what) => {
@@ -52,7 +52,7 @@ pub(super) fn forget(session: &Session, device: DeviceId) -> anyhow::Result<Exit
         }
     };
     session.out.show(&json!({ "forgotten": record }), || {
-        format!("{} is forgotten: if it comes back it has another id", message::device(record))
+        format!("{} was forgotten: if it returns, it gets a new id", message::device(record))
     })?;
     Ok(ExitCode::SUCCESS)
 }
@@ -68,15 +68,12 @@ fn tell(
         Wished::Done(record) => (record, true),
         Wished::Already(record) => (record, false),
         Wished::Unknown => {
-            bail!(
-                "there is no device {device}: 'virt-usb devices --all' shows all that were ever \
-                    seen"
-            )
+            bail!("there is no device {device}: 'virt-usb devices --all' lists all known devices")
         }
         Wished::TooManyTags => {
             bail!(
-                "device {device} would have more than {MAX_TAGS} tags: 'virt-usb untag' takes some \
-                    away"
+                "device {device} would have more than {MAX_TAGS} tags: 'virt-usb untag' removes \
+                 tags"
             )
         }
     };
@@ -84,10 +81,7 @@ fn tell(
         let already = if changed { "" } else { " already" };
         let status = match (&record.entry.instance_uuid, record.deleted) {
             (Some(instance), _) => {
-                format!(
-                    "{}, by {instance}, which keeps it until it is given back",
-                    record.entry.status
-                )
+                format!("{}, by {instance}, which keeps it until release", record.entry.status)
             }
             (None, 0) => {
                 record.entry.state().map_or_else(|_| record.entry.status.clone(), |s| s.to_string())
@@ -212,7 +206,12 @@ pub(super) fn list(session: &Session) -> anyhow::Result<ExitCode> {
                 .collect()
         }
     };
-    let flapping = |r: &Record| r.flapping_until.as_ref().map(|_| "it comes and goes too often");
+    let flapping = |r: &Record| {
+        r.flapping_until.as_ref().map(|_| {
+            "it connects and disconnects \
+        too often"
+        })
+    };
     let set_aside: Vec<Quarantined<'_>> = devices
         .iter()
         .filter_map(|(device, altered)| {
@@ -237,7 +236,7 @@ pub(super) fn list(session: &Session) -> anyhow::Result<ExitCode> {
         table(
             &["ID", "USB ID", "NAME", "PORT", "WAITS FOR", "BECAUSE"],
             set_aside.iter().map(row).collect(),
-            "no device is set aside",
+            "no device is quarantined",
         )
     })?;
     Ok(ExitCode::SUCCESS)

@@ -38,8 +38,8 @@ pub(super) fn rebuild(
     let config = session.config()?;
     match health(&config.state_dir, COMMAND_LOCK_TIMEOUT) {
         Ok(Health::Sound) if !force => bail!(
-            "it is sound: {} needs no rebuild ('virt-usb discover' brings it in line with what is \
-                plugged in; --force makes it anew all the same)",
+            "it is sound: {} needs no rebuild ('virt-usb discover' updates it; --force rebuilds \
+             it anyway)",
             config.state_dir.join(virt_usb_store::FILE_NAME).display()
         ),
         Ok(_) => {}
@@ -80,10 +80,9 @@ fn run(
     })?;
     if options.without_guests {
         report.warnings.push(
-            "no guest was asked what it has: a device that is in one and that no claim tells of is \
-                shown free until the agent adopts it \
-             (within its scan_interval, or at its start: 'systemctl restart virt-usbd'); start no \
-             guest that asks for one before"
+            "libvirt was not queried: a device that is in a guest but has no claim is shown as \
+             available until the agent adopts it (within scan_interval, or at once with \
+             'systemctl restart virt-usbd'); until then, start no guest that requests a device"
                 .into(),
         );
     }
@@ -97,9 +96,8 @@ fn run(
 
 fn unasked(why: &str) -> anyhow::Error {
     anyhow::anyhow!(
-        "{why}; nothing was changed, for nobody else knows which guests have which devices: \
-            'systemctl status libvirtd virtqemud', \
-         or go on with --without-guests"
+        "{why}; nothing was changed, because only libvirt knows which guests have which devices: \
+         see 'systemctl status libvirtd virtqemud', or use --without-guests"
     )
 }
 
@@ -114,7 +112,7 @@ fn tell(what: &str, report: &Report) -> String {
     for kept in report.kept.iter().filter(|kept| kept.rows > 0 || kept.refused > 0 || kept.torn) {
         let mut line = format!("  {:<26} {} row(s) kept", kept.table, kept.rows);
         if kept.refused > 0 {
-            line.push_str(&format!(", {} made no sense", kept.refused));
+            line.push_str(&format!(", {} were invalid", kept.refused));
         }
         if kept.torn {
             line.push_str(", part of it could not be read");
@@ -123,18 +121,19 @@ fn tell(what: &str, report: &Report) -> String {
     }
     if report.lost_devices > 0 {
         lines.push(format!(
-            "{} device id(s) are lost: those devices have new ids, and what names an old one finds \
-                nothing ('virt-usb flavor list', 'virt-usb devices')",
+            "{} device id(s) are lost: those devices have new ids, and a flavor that names an old \
+             id matches nothing ('virt-usb flavor list', 'virt-usb devices')",
             report.lost_devices
         ));
     }
     if let Some(aside) = &report.aside {
-        lines.push(format!("the one before is kept: {}", aside.display()));
+        lines.push(format!("the previous inventory is kept: {}", aside.display()));
     }
     if report.agent_ends {
         lines.push(
-            "the agent that runs has the old file open: it ends within seconds, and systemd starts \
-                it anew ('systemctl restart virt-usbd')".into(),
+            "the running agent has the old file open: it exits within seconds, and systemd \
+             restarts it ('systemctl restart virt-usbd')"
+                .into(),
         );
     }
     lines.extend(report.warnings.iter().map(|warning| format!("warning: {warning}")));

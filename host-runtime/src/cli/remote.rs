@@ -44,8 +44,8 @@ impl Remote {
     pub(super) fn open(url: &str, options: &Api) -> anyhow::Result<Self> {
         let Some(file) = &options.token_file else {
             bail!(
-                "--url needs --token-file FILE, or VIRT_USB_TOKEN_FILE: a token is made on the \
-                    host by 'virt-usb token add'"
+                "--url needs --token-file FILE, or VIRT_USB_TOKEN_FILE: create a token on the \
+                 host with 'virt-usb token add'"
             );
         };
         let token = std::fs::read_to_string(file)
@@ -66,8 +66,8 @@ impl Remote {
         }
         if client::is_open(&uri) {
             bail!(
-                "--url {url}: everybody on the way could read the token: wanted https://, or an \
-                    address of this machine such as http://127.0.0.1:8790"
+                "--url {url}: without TLS, the token could be read on the network: wanted \
+                 https://, or an address of this machine such as http://127.0.0.1:8790"
             );
         }
         let agent = client::agent(options.cacert.as_deref(), CONNECTING, REQUEST_TIMEOUT)
@@ -93,14 +93,13 @@ impl Remote {
             }
             None => self.agent.run(request.body(())?),
         };
-        let mut response = sent.with_context(|| format!("cannot ask the API at {}", self.url))?;
+        let mut response = sent.with_context(|| format!("cannot reach the API at {}", self.url))?;
         let status = response.status();
         let id = response.headers().get("x-openstack-request-id").and_then(|id| id.to_str().ok());
         let id = id.map(ToOwned::to_owned);
         let text = response.body_mut().with_config().limit(LARGEST).read_to_string();
-        let text = text.with_context(|| {
-            format!("the answer of the API at {} did not arrive whole", self.url)
-        })?;
+        let text =
+            text.with_context(|| format!("the response of the API at {} is incomplete", self.url))?;
         let value: Option<Value> = match text.is_empty() {
             true => Some(Value::Null),
             false => serde_json::from_str(&text).ok(),
@@ -110,7 +109,7 @@ impl Remote {
             (false, Some(value)) => Ok(Err(Refused::new(status, &value, id))),
             (_, None) => {
                 bail!(
-                    "at {} there is no API of virt-usb: its answer ({status}) is no JSON",
+                    "at {} there is no API of virt-usb: its response ({status}) is not JSON",
                     self.url
                 )
             }
@@ -150,8 +149,8 @@ impl Remote {
             let mut answer = self.get(&format!("os-hypervisors/{}", quoted(&known.host)))?;
             if answer["hypervisor"]["revision"].is_null() {
                 bail!(
-                    "host documents need an administrator's token: members are not told all that \
-                        they hold"
+                    "host documents need an administrator's token: they contain data of other \
+                     projects"
                 );
             }
             let HostRow { id, host, revision, .. } = self::host(&answer["hypervisor"])?;
@@ -296,7 +295,7 @@ impl Remote {
             [one] => read(one, "id"),
             [] => bail!("the API at {} knows no server {name:?}", self.url),
             several => {
-                bail!("there are {} servers of the name {name:?}: name the UUID", several.len())
+                bail!("there are {} servers named {name:?}: use the UUID", several.len())
             }
         }
     }
@@ -356,8 +355,11 @@ impl Remote {
 
 /// The API's answer when it does not do something.
 #[derive(Debug, thiserror::Error)]
-#[error("the API answers {}: \
-    {message}{}", status.as_u16(), id.as_ref().map(|id| format!(" ({id})")).unwrap_or_default())]
+#[error(
+    "the API responded with {}: {message}{}",
+    status.as_u16(),
+    id.as_ref().map(|id| format!(" ({id})")).unwrap_or_default()
+)]
 struct Refused {
     status: StatusCode,
     message: String,
@@ -394,7 +396,7 @@ fn list(answer: &mut Value, key: &str) -> anyhow::Result<Vec<Value>> {
 }
 
 fn odd(key: &str, what: impl Display) -> anyhow::Error {
-    anyhow!("the API's answer cannot be read: {key}: {what}; is it an older virt-usb?")
+    anyhow!("the API's response cannot be read: {key}: {what}; is it an older virt-usb?")
 }
 
 fn text(value: &Value, key: &str) -> Option<String> {

@@ -39,8 +39,8 @@ pub(super) fn add(session: &Session, options: &NewToken) -> anyhow::Result<ExitC
             )
         });
         format!(
-            "{token}\nThis is the token of {}, {} of project {}{until}. It is shown this once: \
-                only its hash is kept.",
+            "{token}\nThis is the token of {}, {} of project {}{until}. It cannot be shown again: \
+             only its hash is kept.",
             entry.name, entry.role, entry.project
         )
     })?;
@@ -62,7 +62,7 @@ pub(super) fn list(session: &Session) -> anyhow::Result<ExitCode> {
         table(
             &["NAME", "PROJECT", "ROLE", "SINCE", "UNTIL"],
             entries.iter().map(row).collect(),
-            "nobody has a token: 'virt-usb token add NAME --project ID' makes one",
+            "there are no tokens: 'virt-usb token add NAME --project ID' creates one",
         )
     })?;
     Ok(ExitCode::SUCCESS)
@@ -75,10 +75,8 @@ struct Removed<'a> {
 
 pub(super) fn remove(session: &Session, name: &str) -> anyhow::Result<ExitCode> {
     if !file(session)?.remove(name)? {
-        bail!("no token of the name {name:?}: 'virt-usb token list' shows those that are");
+        bail!("no token named {name:?}: 'virt-usb token list' shows the tokens");
     }
-    session
-        .out
-        .show(&Removed { removed: name }, || format!("removed: {name}; it counts no more"))?;
+    session.out.show(&Removed { removed: name }, || format!("removed: {name}"))?;
     Ok(ExitCode::SUCCESS)
 }

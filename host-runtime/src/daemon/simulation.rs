@@ -31,9 +31,8 @@ impl Simulation {
     pub(super) fn new(file: &Path, config: &mut Config) -> anyhow::Result<Self> {
         if config.state_dir == Config::default().state_dir {
             bail!(
-                "a simulation needs a folder of its own: {} is the real inventory's. Name another \
-                    state_dir in a configuration of yours, and that \
-                 with --config",
+                "a simulation needs its own state_dir: {} belongs to the real inventory. Set \
+                 another state_dir in a configuration file, and pass that file with --config",
                 config.state_dir.display()
             );
         }

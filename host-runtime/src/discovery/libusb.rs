@@ -136,7 +136,7 @@ impl Merge {
         if !plugged.has_serial && listed.is_some_and(Listed::has_serial) {
             self.problem(
                 &plugged.port,
-                "has a serial number that the kernel could not read: taken as missing",
+                "has a serial number that the kernel could not read: treated as missing",
             );
         }
         let mut interfaces: Vec<Class> =
@@ -221,7 +221,7 @@ impl Merge {
         if strings.failure.is_some() && listed.has_serial() && strings.serial.is_none() {
             return self.problem(
                 &port,
-                "has a serial number that could not be read: it cannot be told which device it is",
+                "has a serial number that could not be read: cannot tell which device it is",
             );
         }
         let interfaces = self.interfaces(listed, &port);
@@ -235,7 +235,7 @@ impl Merge {
             product: strings.product.or_else(|| names::product(usb)),
             driver: None,
             host_use: Some(
-                "sysfs does not show it, so it cannot be told whether the host uses it".into(),
+                "sysfs does not show it, so virt-usb cannot tell whether the host uses it".into(),
             ),
             descriptors: None,
             generation: None,

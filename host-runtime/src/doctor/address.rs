@@ -22,7 +22,7 @@ pub(super) fn check(
     match connected {
         Err(e) if is_alive => report.warn(
             format!("nothing listens at {address}: {e}"),
-            "'journalctl -u virt-usbd' shows why; guests get their devices all the same",
+            "'journalctl -u virt-usbd' shows why; guests still get their devices",
         ),
         // The check of the agent reports that it does not run.
         Err(_) => {}

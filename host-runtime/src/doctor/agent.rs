@@ -23,15 +23,14 @@ pub(super) fn check(host: &Host, report: &Report) {
         Agent::Alive => health::ask(&config.state_dir, CONNECT_TIMEOUT),
         Agent::Dead => {
             return report.broken(
-                "it is installed and does not run: guests that ask for a device are refused, or do \
-                    not \
-                 get it",
-                "'systemctl start virt-usbd', and if it does not stay: 'journalctl -u virt-usbd'",
+                "it is installed but not running: guests that request a device are refused, or do \
+                 not get it",
+                "'systemctl start virt-usbd'; if it stops again, see 'journalctl -u virt-usbd'",
             );
         }
         Agent::NotInstalled => {
             return report.warn(
-                "none is installed: only 'virt-usb start' gives guests their devices",
+                "none is installed: guests get their devices only with 'virt-usb start'",
                 "'make install-agent', then 'systemctl enable --now virt-usbd'",
             );
         }
@@ -43,7 +42,7 @@ pub(super) fn check(host: &Host, report: &Report) {
     match health {
         Ok(health) => of_health(&health, config, report),
         Err(e) if e.kind() == ErrorKind::PermissionDenied => {
-            report.warn("this user may not ask it how it is", "'sudo virt-usb doctor'");
+            report.warn("this user may not query its status", "'sudo virt-usb doctor'");
         }
         Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => report.broken(
             format!(
@@ -53,7 +52,10 @@ pub(super) fn check(host: &Host, report: &Report) {
             restart,
         ),
         Err(e) => report.warn(
-            format!("it runs, and does not answer at its socket {}: {e}", host_env::HOOK_SOCKET),
+            format!(
+                "it is running but does not answer at its socket {}: {e}",
+                host_env::HOOK_SOCKET
+            ),
             restart,
         ),
     }
@@ -67,9 +69,8 @@ fn user(places: &Places, config: &Config, is_connected: bool, report: &Report) {
     if process.uid != owner {
         report.warn(
             format!(
-                "it runs as user {}, and {state_dir} belongs to user {owner}: files that it makes \
-                    there are \
-                 not its owner's",
+                "it runs as user {}, but {state_dir} belongs to user {owner}: files that it \
+                 creates there get the wrong owner",
                 process.uid
             ),
             format!(
@@ -86,8 +87,8 @@ fn user(places: &Places, config: &Config, is_connected: bool, report: &Report) {
         } else {
             report.broken(
                 format!(
-                    "it runs as user {}, which may not write {} (group {}): it cannot give guests \
-                        anything",
+                    "it runs as user {}, which may not write {} (group {}): it cannot attach \
+                     devices",
                     process.uid,
                     socket.display(),
                     found.gid()
@@ -124,7 +125,7 @@ fn of_health(health: &Health, config: &Config, report: &Report) {
     let scan = health.last_scan.unwrap_or(health.uptime);
     if scan > late {
         report.broken(
-            format!("it has not looked at all devices without an error for {scan:.0} s"),
+            format!("it has not completed a scan of the devices without an error for {scan:.0} s"),
             fix,
         );
     }
@@ -144,14 +145,13 @@ fn of_health(health: &Health, config: &Config, report: &Report) {
     // Passes end with the connection.
     let pass = health.last_pass.unwrap_or(connected).min(connected);
     if pass > late {
-        report.broken(format!("it has not looked at all guests for {pass:.0} s"), fix);
+        report.broken(format!("it has not completed a pass over all guests for {pass:.0} s"), fix);
     }
     if health.blocked {
         report.broken(
-            "libvirt answers nothing about too many guests: the agent asks it nothing more, and no \
-                guest gets a \
-             device",
-            "end the guests below ('virsh destroy'), or let their QEMU go on",
+            "libvirt does not answer about too many guests: the agent makes no more calls, and no \
+             guest gets a device",
+            "destroy the guests below ('virsh destroy'), or resume their QEMU",
         );
     }
     for call in &health.unanswered {

@@ -28,8 +28,8 @@ fn certificate(tls: &Tls, report: &Report) {
     if let Err(e) = Certificate::new(tls.clone()).read() {
         return report.warn(
             format!("its certificate cannot be used: {e}"),
-            "correct api_certificate and api_key; until then the agent uses the ones before, if it \
-                has any",
+            "correct api_certificate and api_key; until then the agent uses the previous \
+             certificate, if it has one",
         );
     }
     open_to_all("its key", &tls.key, report);

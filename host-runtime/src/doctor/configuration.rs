@@ -8,7 +8,7 @@ pub(super) fn check(host: &Host, report: &Report) {
     let whitelist = &host.config.whitelist;
     if whitelist.on && whitelist.rules.is_empty() {
         report.warn(
-            "usb_white_list_switch is on and there is no rule: no device is offered to anybody",
+            "usb_white_list_switch is on and there is no rule: no device is available",
             "write rules into usb_passthrough_whitelist, or turn the switch off",
         );
     }

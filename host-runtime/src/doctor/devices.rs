@@ -10,13 +10,15 @@ use super::{Host, Report};
 /// A device that waits for an operator.
 fn quarantined(record: &Record, report: &Report) {
     let subject = format!("device {} (port {})", record.entry.id, record.entry.port_path);
-    let clear = format!("look at it, then 'virt-usb quarantine clear {}'", record.entry.id);
+    let clear = format!("inspect it, then run 'virt-usb quarantine clear {}'", record.entry.id);
     match (&record.quarantined, &record.flapping_until, record.altered()) {
-        (Some(why), _, Some(_)) => report.broken(format!("{subject} is set aside: {why}"), clear),
-        (Some(why), _, None) => report.warn(format!("{subject} is set aside: {why}"), clear),
+        (Some(why), _, Some(_)) => report.broken(format!("{subject} is quarantined: {why}"), clear),
+        (Some(why), _, None) => report.warn(format!("{subject} is quarantined: {why}"), clear),
         (None, Some(until), _) => report.warn(
-            format!("{subject} comes and goes; it is not offered until {until}"),
-            "look at its plug, its cable and its hub",
+            format!(
+                "{subject} connects and disconnects too often; it is unavailable until {until}"
+            ),
+            "check its plug, cable and hub",
         ),
         (None, None, _) => {}
     }
@@ -32,22 +34,20 @@ pub(super) fn check(host: &Host, report: &Report) {
             // After a kill -9 of QEMU nobody gives the device back to the host's driver.
             report.warn(
                 format!(
-                    "device {} (port {}): nobody holds it, and its interface {interface} has no \
-                        driver: a guest \
-                     that was killed may have left it so",
+                    "device {} (port {}): no instance holds it, but its interface {interface} has \
+                     no driver, perhaps because its guest was killed",
                     record.entry.id, record.entry.port_path
                 ),
                 format!(
                     "'echo {interface} > {}/bus/usb/drivers_probe' gives it to the host's driver; \
-                        the next guest \
-                     gets it all the same",
+                     the next guest can use it either way",
                     host.config.sysfs_root.display()
                 ),
             );
         }
     }
     if none {
-        report.ok("no free device was left without its driver");
+        report.ok("no available device was left without its driver");
     }
     for record in &devices {
         quarantined(record, report);

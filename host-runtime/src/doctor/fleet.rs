@@ -21,8 +21,8 @@ pub(super) fn check(host: &Host, report: &Report) {
             let why = e.chain().map(ToString::to_string).collect::<Vec<_>>().join(": ");
             report.warn(
                 why,
-                "fix the error above; the network and 'etcdctl endpoint health' tell \
-                more. Guests of this host get their devices all the same",
+                "fix the error above; check the network and 'etcdctl endpoint health'. Guests of \
+                 this host still get their devices",
             );
             return;
         }
@@ -32,34 +32,33 @@ pub(super) fn check(host: &Host, report: &Report) {
         if let Some(fault) = &endpoint.fault {
             report.warn(
                 format!("etcd at {name}: {fault}"),
-                "bring it back, or take it out of fleet.endpoints; the others serve meanwhile",
+                "restore it, or remove it from fleet.endpoints; the other endpoints still work",
             );
         }
         if !endpoint.alarms.is_empty() {
             report.warn(
                 format!("etcd at {name} has an alarm: {}", endpoint.alarms.join(", ")),
-                "NOSPACE: 'etcdctl compact' to a revision of late, 'etcdctl defrag', a larger \
-                    --quota-backend-bytes, then 'etcdctl alarm disarm'",
+                "NOSPACE: 'etcdctl compact' to a recent revision, 'etcdctl defrag', a larger \
+                 --quota-backend-bytes, then 'etcdctl alarm disarm'",
             );
         }
         if endpoint.db_size.is_some_and(|size| size > DB_SIZE) {
             let used = endpoint.db_used.unwrap_or_default() >> 20;
             report.warn(
                 format!(
-                    "etcd's database at {name} has {} MiB, of which {used} are in use: by \
-                    default it takes no more than \
-                    2048",
+                    "etcd's database at {name} has {} MiB, {used} of them in use: etcd's default \
+                     limit is 2048",
                     endpoint.db_size.unwrap_or_default() >> 20
                 ),
-                "'etcdctl defrag' gives back what is not in use; where most is, a larger \
-                    --quota-backend-bytes (8 GiB at most)",
+                "'etcdctl defrag' frees unused space; if most of it is in use, raise \
+                 --quota-backend-bytes (up to 8 GiB)",
             );
         }
     }
     if status.never_compacted {
         report.warn(
-            "etcd has forgotten nothing in ten thousand changes: its database grows until it is \
-                full",
+            "etcd has compacted nothing in ten thousand changes: its database grows until it is \
+             full",
             "start it with --auto-compaction-mode=periodic --auto-compaction-retention=10m",
         );
     }
@@ -71,8 +70,7 @@ pub(super) fn check(host: &Host, report: &Report) {
         .map(|document| document.revision);
     match (status.number, status.published) {
         (None, _) => report.warn(
-            "this host has not joined it: nobody else knows its \
-            devices",
+            "this host has not joined it: no other host sees its devices",
             "'virt-usb fleet join'",
         ),
         (Some(joined), _) if number.is_some_and(|own| own != joined) => report.warn(
@@ -80,7 +78,7 @@ pub(super) fn check(host: &Host, report: &Report) {
                 "this machine is number {joined} there, and its inventory has another: nothing \
                 is published"
             ),
-            "'virt-usb fleet join' gives its devices the ids that belong to it",
+            "'virt-usb fleet join' renumbers its devices",
         ),
         (Some(_), published) if published < revision => report.warn(
             format!(
@@ -89,8 +87,8 @@ pub(super) fn check(host: &Host, report: &Report) {
                 published.unwrap_or_default(),
                 revision.unwrap_or_default()
             ),
-            "look again in a second; if it stays so: 'journalctl -u virt-usbd' says what keeps the \
-                agent from publishing",
+            "check again in a second; if this persists, 'journalctl -u virt-usbd' shows why the \
+             agent does not publish",
         ),
         (Some(joined), _) => report.ok(format!("this host is number {joined}, and is published")),
     }

@@ -25,7 +25,7 @@ pub(super) fn check(host: &Host, report: &Report) {
                 asking += 1;
                 if let Some(why) = unfit(&domain, &flavor, &known) {
                     report.warn(
-                        format!("{} asks for USB devices, but {why}", domain.name),
+                        format!("{} requests USB devices, but {why}", domain.name),
                         "fix the problem above; until then its starts are refused",
                     );
                 }
@@ -36,7 +36,7 @@ pub(super) fn check(host: &Host, report: &Report) {
             ),
         }
     }
-    report.ok(format!("{asking} domain(s) ask for USB devices"));
+    report.ok(format!("{asking} domain(s) request USB devices"));
 }
 
 /// The ports for devices that would serve the flavor, the least demanding ones: where these do not

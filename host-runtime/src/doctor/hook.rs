@@ -26,13 +26,16 @@ pub(super) fn check(places: &Places, report: &Report) {
     };
     if !found.is_file() || found.permissions().mode() & 0o111 == 0 {
         let fix = format!("chmod 0755 {}", hook.display());
-        report.broken(format!("{} is not executable: libvirt passes it over", hook.display()), fix);
+        report.broken(format!("{} is not executable: libvirt ignores it", hook.display()), fix);
         return;
     }
     if found.uid() != 0 || found.permissions().mode() & 0o022 != 0 {
         let fix = format!("chown root:root {0} && chmod 0755 {0}", hook.display());
         report.broken(
-            format!("others than root may write {}, which libvirtd runs as root", hook.display()),
+            format!(
+                "users other than root may write {}, which libvirtd runs as root",
+                hook.display()
+            ),
             fix,
         );
     }
@@ -49,7 +52,7 @@ pub(super) fn check(places: &Places, report: &Report) {
         ),
         None => report.broken(
             format!(
-                "{} does not answer to --version: it is not ours, or cannot run",
+                "{} does not answer to --version: it is not virt-usb's hook, or it cannot run",
                 hook.display()
             ),
             "install it again: 'make install-hook', or the package",
@@ -68,7 +71,8 @@ fn seen_by_daemon(places: &Places, report: &Report) {
         match (&made, began) {
             (Ok(made), Ok(began)) if *made > began => report.warn(
                 format!(
-                    "{daemon} runs for longer than {} exists, and may not know of hooks",
+                    "{daemon} was started before {} was created, and may not know of the hooks in \
+                     it",
                     folder.display()
                 ),
                 format!(
@@ -77,7 +81,7 @@ fn seen_by_daemon(places: &Places, report: &Report) {
                 ),
             ),
             (Ok(_), Ok(_)) => {
-                report.ok(format!("{daemon} was started after {} was made", folder.display()));
+                report.ok(format!("{daemon} was started after {} was created", folder.display()));
             }
             // The daemon is gone, or the file system does not record when files are made.
             _ => {}
@@ -113,10 +117,10 @@ pub(super) fn confinement(host: &Host, report: &Report) {
     let enforces = std::fs::read_to_string(config.sysfs_root.join("fs/selinux/enforce"));
     if enforces.is_ok_and(|enforces| enforces.trim() == "1") {
         report.warn(
-            "SELinux enforces its policy, in which virt-usb's hook has no rules: libvirt's daemon \
-                may be kept from running it, or it from its inventory",
+            "SELinux enforces its policy, which has no rules for virt-usb's hook: it may keep \
+             libvirt from running the hook, or the hook from opening the inventory",
             "start a guest, then 'ausearch -m avc -ts recent': audit2allow makes a policy module \
-                of what was denied",
+             from the denials",
         );
     }
 }
@@ -137,9 +141,8 @@ pub(super) fn containers(host: &Host, report: &Report) {
         for file in files.iter().filter(|file| file.exists() && !is_same(&root, file)) {
             report.broken(
                 format!(
-                    "{daemon} has another root folder, as in a container, and there {} is missing \
-                        or \
-                     another file: guests get no devices, or the wrong ones",
+                    "{daemon} has another root directory, as in a container, in which {} is \
+                     missing or is another file: guests get no devices, or the wrong ones",
                     file.display()
                 ),
                 "mount it (install/README.md, \"libvirt in a container\"); after an upgrade, \

@@ -10,8 +10,11 @@ pub(super) fn check(host: &Host, report: &Report) {
     let store = match host.store() {
         Ok(store) => store,
         Err(e) => {
-            return report
-                .broken(e, "fix the error above; 'virt-usb discover' makes one if there is none");
+            return report.broken(
+                e,
+                "fix the error above; if there is no inventory, 'virt-usb discover' \
+                    creates one",
+            );
         }
     };
     match store.check() {
@@ -22,13 +25,13 @@ pub(super) fn check(host: &Host, report: &Report) {
             for finding in findings {
                 report.broken(
                     finding,
-                    "'virt-usb store rebuild' makes it anew and keeps what can \
-                    be kept, or 'virt-usb store restore FILE' takes a backup; a hint that is \
-                    missing: 'virt-usb discover'",
+                    "'virt-usb store rebuild' rebuilds it and keeps what it can, or 'virt-usb \
+                     store restore FILE' restores a backup; for a missing hint, run 'virt-usb \
+                     discover'",
                 );
             }
         }
-        Err(e) => report.broken(e, "'virt-usb store check' says more"),
+        Err(e) => report.broken(e, "'virt-usb store check' shows details"),
     }
     let log = store.path().with_extension("sqlite-wal");
     if let Some(size) =
@@ -36,11 +39,12 @@ pub(super) fn check(host: &Host, report: &Report) {
     {
         report.warn(
             format!(
-                "{} has {} MiB: somebody reads for very long, and it cannot be folded",
+                "{} has {} MiB: a program that has been reading for very long keeps it from being \
+                 checkpointed",
                 log.display(),
                 size >> 20
             ),
-            "find who has it open: 'fuser -v' with its name",
+            "find the program that has it open: 'fuser -v' with its name",
         );
     }
 }

@@ -14,13 +14,12 @@ pub(super) fn check(host: &Host, report: &Report) {
     match Keystone::new(keystone.clone(), Arc::default()).check() {
         Err(why) => report.warn(
             why,
-            "fix the error above; until then its tokens are refused, and those of 'virt-usb token' \
-                count",
+            "fix the error above; until then Keystone tokens are rejected; tokens of 'virt-usb \
+             token' still work",
         ),
         Ok(roles) if !roles.iter().any(|role| ROLES.contains(&role.as_str())) => report.warn(
             format!(
-                "the user {} has the roles {}: by default Keystone does not let it ask about \
-                    others' tokens",
+                "the user {} has the roles {}: by default Keystone does not let it validate tokens",
                 keystone.user,
                 roles.join(", ")
             ),

@@ -9,15 +9,16 @@ pub(super) fn check(host: &Host, report: &Report) {
         Err(e) => {
             return report.broken(
                 e,
-                "'systemctl status libvirtd virtqemud'; may this user talk to it (group libvirt)?",
+                "'systemctl status libvirtd virtqemud'; check that this user may access it (group \
+                 libvirt)",
             );
         }
     };
     match libvirt.domain_capabilities() {
         Ok(text) => capabilities(&text, report),
         Err(e) => report.warn(
-            format!("it does not report what its guests can have: {e}"),
-            "look at 'virsh domcapabilities' yourself",
+            format!("it does not report its guests' capabilities: {e}"),
+            "check 'virsh domcapabilities'",
         ),
     }
 }
@@ -31,7 +32,7 @@ fn capabilities(capabilities: &str, report: &Report) {
         report.ok("QEMU can pass USB devices through");
     } else {
         report.broken(
-            "QEMU has no usb-host: no guest can be given a device",
+            "QEMU has no usb-host: no device can be attached to a guest",
             "install a QEMU that was built with libusb (Debian: qemu-system-x86)",
         );
     }

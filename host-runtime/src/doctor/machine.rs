@@ -6,7 +6,7 @@ use super::{Host, Report};
 
 pub(super) fn check(host: &Host, report: &Report) {
     match host_env::context(&host.config, "virt-usb doctor") {
-        Ok(_) => report.ok("it has a boot id, by which claims are dated"),
+        Ok(_) => report.ok("it has a boot id, which claims need"),
         Err(e) => report.broken(e, "mount procfs, or correct procfs_root in the configuration"),
     }
     let Ok(store) = host.store() else { return };
@@ -20,6 +20,6 @@ pub(super) fn check(host: &Host, report: &Report) {
             "'timedatectl' shows whether the clock is synchronised; claims do not depend on it",
         ),
         Ok(None) => report.ok("the clock is not behind the audit"),
-        Err(e) => report.broken(e, "'virt-usb store check' says more"),
+        Err(e) => report.broken(e, "'virt-usb store check' shows details"),
     }
 }

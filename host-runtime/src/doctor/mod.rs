@@ -191,7 +191,7 @@ pub fn examine(places: &Places, tell: &mut dyn FnMut(&Finding)) -> Vec<Finding> 
         .any(|e| e.kind() == ErrorKind::PermissionDenied);
     if is_closed {
         let what = format!(
-            "this user may not read {}: some checks are left out",
+            "this user may not read {}: some checks are skipped",
             config.state_dir.display()
         );
         tell(Finding::new("inventory", Level::Warning, what, Some("'sudo virt-usb doctor'")));
@@ -236,7 +236,7 @@ fn run(
             }
             Err(RecvTimeoutError::Timeout) => {
                 let what = format!("this check has no result after {} s", timeout.as_secs());
-                let fix = "find out what it waits for: the service that it asks, or the disk";
+                let fix = "check what it waits for: the service that it queries, or the disk";
                 return tell(Finding::new(name, no_result, what, Some(fix)));
             }
         }

@@ -20,6 +20,6 @@ pub(super) fn check(host: &Host, report: &Report) {
                 report.warn(format!("{more} more"), "'virt-usb claims' shows all");
             }
         }
-        Err(e) => report.broken(e, "'virt-usb store check' says more"),
+        Err(e) => report.broken(e, "'virt-usb store check' shows details"),
     }
 }

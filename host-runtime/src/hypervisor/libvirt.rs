@@ -155,8 +155,8 @@ impl Libvirt {
         thread.map_err(|e| Failure::Away(e.to_string()))?;
         let dialled = from.recv_timeout(DEADLINE).map_err(|_| {
             Failure::Away(format!(
-                "{uri} has not answered for {DEADLINE:?}: 'systemctl status libvirtd' shows how it \
-                    is"
+                "{uri} has not answered for {DEADLINE:?}: 'systemctl status libvirtd' shows its \
+                 status"
             ))
         })?;
         libvirt.set(Some(Arc::new(dialled?)));
@@ -329,7 +329,7 @@ impl Libvirt {
         // away is no outage.
         let open = self.dial().map_err(|e| match e {
             Failure::Away(why) if !why.contains("Failed to connect socket") => {
-                Failure::Busy(format!("there is no further connection: {why}"))
+                Failure::Busy(format!("there is no other connection: {why}"))
             }
             other => other,
         })?;
@@ -369,7 +369,7 @@ impl Libvirt {
         let open = self.connection()?;
         let domain = self.find(&open, instance)?;
         if domain.is_active().map_err(|e| open.failure(&e))? {
-            return Err(Failure::Refused("it runs already".into()));
+            return Err(Failure::Refused("it is already running".into()));
         }
         domain
             .get_xml_desc(sys::VIR_DOMAIN_XML_INACTIVE | sys::VIR_DOMAIN_XML_SECURE)
@@ -389,7 +389,7 @@ impl Libvirt {
         match xml.filter(|_| !saved) {
             // The crate makes a C string of it.
             Some(xml) if xml.contains('\0') => {
-                return Err(Failure::Refused("its XML holds a NUL".into()));
+                return Err(Failure::Refused("its XML contains a NUL byte".into()));
             }
             Some(xml) => {
                 Domain::create_xml(&open.connect, xml, 0)
@@ -442,7 +442,7 @@ impl Libvirt {
 /// The UUID is part of libvirt's handle: it is known without asking.
 fn uuid(domain: &Domain) -> Result<InstanceId, Failure> {
     let text = domain.get_uuid_string().map_err(|e| failure(&e))?;
-    text.parse().map_err(|_| Failure::Refused(format!("{text:?} is no UUID")))
+    text.parse().map_err(|_| Failure::Refused(format!("{text:?} is not a UUID")))
 }
 
 /// A running domain; `None` when it has stopped meanwhile.
@@ -528,8 +528,8 @@ impl Hypervisor for Libvirt {
                 // libvirt hears of that by an event, and would take what is attached before it has
                 // for what is gone: it has the same alias.
                 std::thread::sleep(SHORT);
-                tracing::warn!(%instance, alias, "QEMU had {alias} already, and libvirt did not \
-                    know of it: taken out, and attached anew");
+                tracing::warn!(%instance, alias, "QEMU already had {alias}, unknown to libvirt: \
+                    it was removed and attached again");
                 attach()
             }
             done => done,
@@ -540,8 +540,8 @@ impl Hypervisor for Libvirt {
         refuse_stopped(instance)?;
         let open = self.connection()?;
         let domain = self.find(&open, instance)?;
-        let alias =
-            CString::new(alias).map_err(|_| Failure::Refused("the alias holds a NUL".into()))?;
+        let alias = CString::new(alias)
+            .map_err(|_| Failure::Refused("the alias contains a NUL byte".into()))?;
         match events::detach_alias(&domain, &alias) {
             Err(e) if e.code() == ErrorNumber::DeviceMissing => Ok(()),
             done => done.map_err(|e| open.failure(&e)),
@@ -591,7 +591,7 @@ fn refuse_stopped(instance: InstanceId) -> Result<(), Failure> {
         Some(Process { pid, state: State::Stopped }) => {
             tracing::warn!(%instance, pid, "instance {instance}: its QEMU, process {pid}, is \
                 stopped");
-            "its QEMU is stopped, by a signal or a debugger: SIGCONT lets it go on"
+            "its QEMU is stopped, by a signal or a debugger: SIGCONT resumes it"
         }
         Some(Process { pid, state: State::Blocked }) => {
             tracing::warn!(%instance, pid, "instance {instance}: its QEMU, process {pid}, waits in \

@@ -54,7 +54,7 @@ pub enum Failure {
     #[error("libvirt cannot be reached: {0}")]
     Away(String),
     /// The domain does not run.
-    #[error("the domain does not run")]
+    #[error("the domain is not running")]
     Gone,
     /// Another operation on the domain goes on: to be tried again.
     #[error("libvirt is busy with the domain: {0}")]

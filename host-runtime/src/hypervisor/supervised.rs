@@ -127,8 +127,8 @@ impl Calls {
         }
         if self.silent() >= MAX_SILENT_GUESTS {
             return Turn::Never(Failure::Silent(format!(
-                "libvirt leaves calls about {MAX_SILENT_GUESTS} guests or more unanswered, so it \
-                    is asked nothing more"
+                "libvirt leaves calls about {MAX_SILENT_GUESTS} guests or more unanswered, so the \
+                 agent makes no more calls"
             )));
         }
         let most = if self.open.len() < CALLS_FOR_SECONDS { 2 } else { 1 };

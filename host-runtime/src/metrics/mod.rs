@@ -175,48 +175,40 @@ impl Default for Metrics {
         registry.register("claims", "Claims by state and hold", metrics.claims.clone());
         registry.register(
             "problems",
-            "What stands between instances and what they are to have",
+            "Problems that keep instances from getting their devices",
             metrics.problems.clone(),
         );
         let unit = Unit::Seconds;
         registry.register_with_unit(
             "discovery",
-            "From the first event of a burst to the rows",
+            "Time from the first event of a burst until the inventory is updated",
             unit.clone(),
             metrics.discovery.clone(),
         );
         registry.register_with_unit(
             "attach",
-            "A device given to a guest, libvirt's time included",
+            "Time to attach a device, including libvirt's",
             unit.clone(),
             metrics.attach.clone(),
         );
-        registry.register(
-            "attaches",
-            "Devices given to guests, by result",
-            metrics.attaches.clone(),
-        );
-        registry.register(
-            "detaches",
-            "Devices taken out of guests, by result",
-            metrics.detaches.clone(),
-        );
-        registry.register("flaps", "Devices that came back", metrics.flaps.clone());
-        registry.register("scans", "Looks at all devices, by result", metrics.scans.clone());
+        registry.register("attaches", "Attach operations, by result", metrics.attaches.clone());
+        registry.register("detaches", "Detach operations, by result", metrics.detaches.clone());
+        registry.register("flaps", "Devices that were replugged", metrics.flaps.clone());
+        registry.register("scans", "Scans of all devices, by result", metrics.scans.clone());
         registry.register_with_unit(
             "pass",
-            "A look at all guests",
+            "Time of a pass over all guests",
             unit.clone(),
             metrics.passes.clone(),
         );
         registry.register(
             "libvirt_connected",
-            "1 while libvirt can be reached",
+            "1 while libvirt is reachable",
             metrics.connected.clone(),
         );
         registry.register(
             "libvirt_connections",
-            "Connections to libvirt that were made",
+            "Connections made to libvirt",
             metrics.connections.clone(),
         );
         registry.register(
@@ -242,7 +234,8 @@ impl Default for Metrics {
         );
         registry.register(
             "libvirt_blocked",
-            "1 while the agent calls libvirt about no guest, because too many guests are silent",
+            "1 while the agent makes no calls about guests, because libvirt does not answer about \
+             too many",
             metrics.blocked.clone(),
         );
         registry.register(
@@ -252,7 +245,7 @@ impl Default for Metrics {
         );
         registry.register(
             "oldest_job_seconds",
-            "For how long the oldest job waits for a thread",
+            "How long the oldest job has waited for a thread",
             metrics.oldest_job.clone(),
         );
         registry.register_with_unit(
@@ -274,22 +267,22 @@ impl Default for Metrics {
         );
         registry.register(
             "keystone_lookups",
-            "Tokens that Keystone was asked about, by result",
+            "Token validations by Keystone, by result",
             metrics.lookups.clone(),
         );
         registry.register(
             "fleet_connected",
-            "1 while the fleet hears of this host",
+            "1 while this host is published in the fleet",
             metrics.fleet.clone(),
         );
         registry.register(
             "fleet_publications",
-            "Documents told to the fleet",
+            "Host documents published to the fleet",
             metrics.published.clone(),
         );
         registry.register(
             "fleet_revision",
-            "The inventory's revision that the fleet was told last",
+            "Inventory revision last published to the fleet",
             metrics.revision.clone(),
         );
         let version = vec![("version", env!("CARGO_PKG_VERSION").to_owned())];
@@ -319,7 +312,7 @@ struct Process {
 impl Process {
     fn register(&self, registry: &mut Registry) {
         let process = registry.sub_registry_with_prefix("process");
-        process.register("cpu_seconds", "Time on processors, user and system", self.cpu.clone());
+        process.register("cpu_seconds", "CPU time, user and system", self.cpu.clone());
         process.register("resident_memory_bytes", "Memory in use", self.resident.clone());
         process.register("open_fds", "Open file descriptors", self.descriptors.clone());
         process.register("threads", "Threads", self.threads.clone());

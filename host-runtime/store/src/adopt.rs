@@ -164,13 +164,7 @@ impl Store {
                     step_revision(tx)?;
                 }
                 for claim in strays {
-                    release::delete(
-                        tx,
-                        claim,
-                        "released",
-                        "not in the guest that comes in",
-                        context,
-                    )?;
+                    release::delete(tx, claim, "released", "not in the incoming guest", context)?;
                 }
                 nova_metadata::refresh(tx, claimant.instance)?;
             }
@@ -496,7 +490,7 @@ fn insert(
     refresh(tx, id)?;
     let detail = match pending {
         None => "found in the domain's own XML",
-        Some(_) => "found in the domain's own XML, to be confirmed",
+        Some(_) => "found in the domain's own XML, pending",
     };
     record(tx, context, &Event::of("adopted", claimant).about(id).with(detail.into()))
 }

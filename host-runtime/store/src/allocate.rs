@@ -324,8 +324,7 @@ impl<'a> Choice<'a> {
             }
             None if device.entry.status_reason.is_some() => Why::Unavailable,
             None => Why::NotThere(
-                "it was not looked at: too many devices were not where the inventory has them"
-                    .into(),
+                "it was not checked: too many devices were not at their recorded ports".into(),
             ),
         })
     }

@@ -395,7 +395,7 @@ pub enum Given {
 
 /// More devices assigned to one instance than a USB bus has addresses: [`MAX_DEVICES`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("{devices} devices would be assigned to it: at most {MAX_DEVICES} can be")]
+#[error("{devices} devices would be assigned to it: at most {MAX_DEVICES} are allowed")]
 pub struct TooMany {
     /// As many as there would be.
     pub devices: u64,

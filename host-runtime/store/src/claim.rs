@@ -212,7 +212,7 @@ pub(crate) fn take_of(
             .iter()
             .map(|s| {
                 format!(
-                    "usb_devices[{}] {}: {} of {} to be had",
+                    "usb_devices[{}] {}: {} of {} available",
                     s.number, s.request, s.got, s.request.count
                 )
             })

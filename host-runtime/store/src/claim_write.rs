@@ -45,7 +45,7 @@ impl ClaimWrite<'_> {
         }
         step_revision(self.tx)?;
         for claim in given_up {
-            release::delete(self.tx, claim, "released", "no longer asked for", self.context)?;
+            release::delete(self.tx, claim, "released", "no longer requested", self.context)?;
         }
         // Nothing asks for it any more, and the guest starts with it all the same.
         for claim in by_hand {
@@ -154,7 +154,7 @@ impl ClaimWrite<'_> {
         device::write_state(self.tx, device, status, Some(&self.claimant.instance.to_string()))?;
         let detail = match self.mode {
             ClaimMode::Replace | ClaimMode::Add => format!("usb_devices[{}]", granted.request),
-            ClaimMode::Provisional => format!("usb_devices[{}], to be confirmed", granted.request),
+            ClaimMode::Provisional => format!("usb_devices[{}], pending", granted.request),
         };
         record(
             self.tx,

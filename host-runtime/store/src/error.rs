@@ -39,8 +39,8 @@ pub enum StoreError {
     },
     /// A link stands where the database should be.
     #[error(
-        "{path} is a symbolic link or no regular file: the inventory is not opened through links; \
-            remove it, or put the file itself there"
+        "{path} is a symbolic link or not a regular file: the inventory is not opened through \
+         links; remove it, or put the file itself there"
     )]
     Link {
         /// The database's file.
@@ -48,8 +48,8 @@ pub enum StoreError {
     },
     /// Another program held the lock for too long.
     #[error(
-        "another program holds the inventory's lock for more than {waited_ms} ms: see who has \
-            {path} open (fuser -v), then try again"
+        "another program has held the inventory's lock for more than {waited_ms} ms: find it with \
+         'fuser -v {path}', then try again"
     )]
     Locked {
         /// The database's file.
@@ -59,9 +59,9 @@ pub enum StoreError {
     },
     /// The file is damaged, or is no database at all.
     #[error(
-        "the inventory {path} is damaged ({what}): 'virt-usb store rebuild' makes it anew of what \
-            can still be read, of what is plugged in and of the guests that run; with a backup, \
-            'virt-usb store restore FILE'; both keep the damaged file"
+        "the inventory {path} is damaged ({what}): 'virt-usb store rebuild' rebuilds it from its \
+         readable rows, the plugged-in devices and the running guests; with a backup, use \
+         'virt-usb store restore FILE'; both keep the damaged file"
     )]
     Corrupt {
         /// The database's file.
@@ -96,7 +96,7 @@ pub enum StoreError {
         known: i64,
     },
     /// A database of some other program.
-    #[error("{path} is not an inventory of virt-usb: another program's database stands there")]
+    #[error("{path} is not an inventory of virt-usb: it is another program's database")]
     Foreign {
         /// The database's file.
         path: PathBuf,
@@ -129,15 +129,15 @@ pub enum StoreError {
     },
     /// Somebody else makes it anew.
     #[error(
-        "another 'virt-usb store restore' or 'rebuild' works on {path}: wait until it is done, \
-            then see 'virt-usb store check'"
+        "another 'virt-usb store restore' or 'rebuild' is working on {path}: wait until it is \
+         done, then run 'virt-usb store check'"
     )]
     Recovering {
         /// The database's file.
         path: PathBuf,
     },
     /// A file that was to be restored is no inventory that can be relied on. Nothing was changed.
-    #[error("{path} is no sound inventory ({what}): nothing was changed; take another backup")]
+    #[error("{path} is not a sound inventory ({what}): nothing was changed; use another backup")]
     Unsound {
         /// The file.
         path: PathBuf,

@@ -80,7 +80,7 @@ impl Store {
                 let old: Vec<DeviceId> =
                     old.into_iter().filter(|id| !named.contains(&id.get())).take(AT_ONCE).collect();
                 for device in &old {
-                    remove(tx, *device, "away for long, and never held", context)?;
+                    remove(tx, *device, "unplugged for a long time, and never held", context)?;
                 }
                 if !old.is_empty() {
                     step_revision(tx)?;

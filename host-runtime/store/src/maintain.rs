@@ -176,7 +176,7 @@ impl Store {
         if fs::symlink_metadata(target).is_ok() {
             return Err(file(io::Error::new(
                 ErrorKind::AlreadyExists,
-                "a file of that name is there already",
+                "a file with that name exists",
             )));
         }
         let place = Private::beside(target, writer).map_err(file)?;

@@ -206,7 +206,7 @@ pub(crate) fn after_use(tx: &Tx<'_>, claim: &ClaimRow, context: &Context) -> Sql
     let used = format!("{} ({}) has used it", claim.domain, claim.instance_uuid);
     let why = match difference {
         None => used,
-        Some(difference) => format!("{used}, AND IT IS NOT WHAT IT WAS: {difference}"),
+        Some(difference) => format!("{used}, AND IT HAS CHANGED: {difference}"),
     };
     quarantine(tx, claim.device_id, &why, claim.descriptors.as_ref(), context)
 }
@@ -260,16 +260,16 @@ pub(crate) fn altered(
         })
         .optional()?;
     let (whose, before) = match (held, &known.used_as) {
-        (Some((domain, Some(at_claim))), _) => (format!("when {domain} claimed it"), at_claim),
-        (None, Some(used_as)) => ("before its last use".to_owned(), used_as.clone()),
+        (Some((domain, Some(at_claim))), _) => (format!("{domain} claimed it"), at_claim),
+        (None, Some(used_as)) => ("its last use".to_owned(), used_as.clone()),
         _ => return Ok(None),
     };
     let Some(difference) = before.difference(now) else { return Ok(None) };
-    let what = format!("it is not what it was {whose}: {difference}");
+    let what = format!("it has changed since {whose}: {difference}");
     record(tx, context, &Event::new("altered").about(device).with(what.clone()))?;
     if let Some(why) = known.quarantined.as_ref().filter(|why| !why.contains(&difference)) {
         let sql = "UPDATE usb_devices SET quarantined = ?2 WHERE id = ?1";
-        let why = both(why, &format!("IT IS NOT WHAT IT WAS: {difference}"));
+        let why = both(why, &format!("IT HAS CHANGED: {difference}"));
         tx.execute(sql, params![sql_id(device), why])?;
     }
     Ok(Some(what))
@@ -348,9 +348,8 @@ const fn is_unplaced(record: &Record) -> bool {
 fn indistinct(ids: &[DeviceId], port: impl Display) -> String {
     let names: Vec<String> = ids.iter().map(ToString::to_string).collect();
     format!(
-        "the host was restarted, and no serial identifies {} {}: bus numbers are assigned at boot, \
-            so another \
-         device of the kind may be in port {port} now: look which one is there",
+        "the host was restarted, and no serial identifies {} {}: bus numbers are assigned at \
+         boot, so another device of the same kind may be at port {port} now: check which one it is",
         if ids.len() == 1 { "device" } else { "devices" },
         names.join(", ")
     )
@@ -405,7 +404,7 @@ pub(crate) fn returned(
     let outcome = flaps.returned(now(), until, limits);
     tx.prepare_cached("UPDATE usb_devices SET flaps = ?2 WHERE id = ?1")?
         .execute(params![sql_id(device), serde_json::to_string(&flaps).ok()])?;
-    let often = format!("it came back {} times within {} s", limits.limit, limits.window);
+    let often = format!("it reconnected {} times within {} s", limits.limit, limits.window);
     match outcome {
         Outcome::Steady => Ok(()),
         Outcome::Until(moment) => {
@@ -422,7 +421,7 @@ pub(crate) fn returned(
                 context,
                 &Event::new("flapping")
                     .about(device)
-                    .with(format!("{often}: set aside for {pause} s")),
+                    .with(format!("{often}: unavailable for {pause} s")),
             )
         }
         Outcome::Quarantine(times) => {
@@ -432,8 +431,7 @@ pub(crate) fn returned(
                 tx,
                 device,
                 &format!(
-                    "{often}, and so {times} times in a day: look at its plug, its cable and its \
-                        hub"
+                    "{often}, as it did {times} times in a day: check its plug, cable and hub"
                 ),
                 None,
                 context,
@@ -462,7 +460,11 @@ pub(crate) fn settle(tx: &Transaction<'_>, context: &Context) -> Sql<Vec<DeviceI
         record(
             tx,
             context,
-            &Event::new("steady").about(*device).with("it has stayed: it is offered again".into()),
+            &Event::new("steady").about(*device).with(
+                "it has stayed connected: it is available \
+                again"
+                    .into(),
+            ),
         )?;
     }
     Ok(steady)

@@ -242,7 +242,7 @@ impl Source {
             let file = File::options().read(true).custom_flags(flags).open(path)?;
             match file.metadata()?.is_file() {
                 true => Ok(file),
-                false => Err(io::Error::other("it is no regular file")),
+                false => Err(io::Error::other("it is not a regular file")),
             }
         };
         let file = open(path).map_err(fault)?;
@@ -592,7 +592,7 @@ impl Job<'_> {
         match new.faults()?.first() {
             Some(first) => Err(StoreError::Other {
                 path: self.path.clone(),
-                what: format!("made anew it is not sound: {first}"),
+                what: format!("the rebuilt inventory is not sound: {first}"),
             }),
             None => Ok(built),
         }

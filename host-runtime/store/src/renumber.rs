@@ -110,10 +110,8 @@ impl Store {
             continue_ids(tx, wanted, added)?;
             crate::grants::apply(tx)?;
             step_revision(tx)?;
-            let detail = format!(
-                "number {was} became {wanted}: to each id of a device {added} was \
-                added"
-            );
+            let detail =
+                format!("number {was} became {wanted}: {added} was added to each device id");
             record(tx, context, &Event::new("renumbered").with(detail))?;
             let was = u64::try_from(was).unwrap_or(LONE_NODE);
             Ok(Numbered::Renumbered(Renumbered {

@@ -241,14 +241,14 @@ fn rules_are_read_again_and_a_bad_edit_is_refused() {
     let write = |text: &str| std::fs::write(host.config_file(), text).unwrap();
     write(&format!("{before}usb_white_list_switch = 'perhaps'\n"));
     agent.signal("-HUP");
-    agent.until("it is refused", || agent.log().contains("the rules before count on"));
+    agent.until("it is refused", || agent.log().contains("the previous rules stay in effect"));
     assert_eq!(status(), "available");
     write(&format!("{before}usb_white_list_switch = 'on'\n"));
     agent.signal("-HUP");
     agent.until("it is withdrawn", || status() == "unavailable");
     // A file that has lost its end must not offer everything.
     for lost in [before.as_str(), "", "\n"] {
-        let refusals = || agent.log().matches("the rules before count on").count();
+        let refusals = || agent.log().matches("the previous rules stay in effect").count();
         let told = refusals();
         write(lost);
         agent.until("it is refused", || refusals() > told);
@@ -261,7 +261,7 @@ fn rules_are_read_again_and_a_bad_edit_is_refused() {
     );
     // The file's change alone is enough.
     write(&format!("{before}usb_white_list_switch = 'off'\n"));
-    agent.until("it is offered again", || status() == "available");
+    agent.until("it is available again", || status() == "available");
 }
 
 #[test]
@@ -283,7 +283,7 @@ fn it_does_not_start_with_a_file_that_has_lost_the_whitelist() {
         let output = command(&host).output().unwrap();
         let said = String::from_utf8_lossy(&output.stderr);
         assert!(
-            !output.status.success() && said.contains("does not hold usb_white_list_switch"),
+            !output.status.success() && said.contains("does not contain usb_white_list_switch"),
             "{said}"
         );
         let discovered =
@@ -298,14 +298,14 @@ fn it_does_not_start_with_a_file_that_has_lost_the_whitelist() {
         let refused = host.call(&["erp", "prepare", "begin", "-"], asks.as_bytes());
         let said = String::from_utf8_lossy(&refused.stderr);
         assert!(
-            !refused.status.success() && said.contains("does not hold usb_white_list_switch"),
+            !refused.status.success() && said.contains("does not contain usb_white_list_switch"),
             "{said}"
         );
         let innocent = domain("crm", 8, r#"{"usb_devices":[]}"#);
         assert!(host.call(&["crm", "prepare", "begin", "-"], innocent.as_bytes()).status.success());
         let doctor = host.virt_usb(&["doctor"]);
         let said = String::from_utf8_lossy(&doctor.stdout);
-        assert!(said.contains("does not hold usb_white_list_switch"), "{said}");
+        assert!(said.contains("does not contain usb_white_list_switch"), "{said}");
         let checked = host.virt_usb(&[
             "whitelist",
             "check",
@@ -347,8 +347,9 @@ fn there_is_one_a_host_and_the_hook_knows_whether_it_lives() {
     let refused = prepare(&asks);
     assert_eq!(refused.status.code(), Some(1));
     assert!(
-        said(&refused)
-            .contains("the agent that attaches them does not run: 'systemctl start virt-usbd'"),
+        said(&refused).contains(
+            "the agent that attaches them is not running: run 'systemctl start virt-usbd'"
+        ),
         "{}",
         said(&refused)
     );
@@ -416,7 +417,7 @@ fn what_keeps_it_from_starting_is_said() {
     // A simulation never works on the real inventory.
     std::fs::write(host.config_file(), keys.replace("state_dir", "# state_dir")).unwrap();
     let said = refusal(command(&host));
-    assert!(said.contains("a simulation needs a folder of its own"), "{said}");
+    assert!(said.contains("a simulation needs its own state_dir"), "{said}");
     // A variable that was inherited does not silence it.
     let mut inherited = command(&host);
     inherited.env("JOURNAL_STREAM", "9:12345");

@@ -297,7 +297,7 @@ fn all_or_nothing_and_a_conflict_names_the_holder() {
     let never = served
         .attach(&admin, OFF, &json!([{ "vendor_id": "0529", "count": 5 }]))
         .fault("conflictingRequest");
-    assert!(never.starts_with("No USB device that can be had matches"), "{never}");
+    assert!(never.starts_with("No available USB device matches"), "{never}");
     assert_eq!(served.attach(&admin, OFF, &json!([{ "id": 3 }])).status, 202);
     std::thread::scope(|scope| {
         for _ in 0..8 {
@@ -498,7 +498,7 @@ fn who_may_what() {
         "{why}"
     );
     let why = served.attach(member, ERP, &json!([{ "serial": "S3" }])).fault("conflictingRequest");
-    assert_eq!(why, "No USB device that can be had matches {\"serial\":\"S3\"}.");
+    assert_eq!(why, "No available USB device matches {\"serial\":\"S3\"}.");
     let filtered =
         served.ask(member, "GET", &format!("/v3/os-usb-devices?instance_uuid={CRM}"), "").json();
     assert_eq!(filtered["usb_devices"], json!([]), "a filter tells nothing that is not shown");
@@ -532,7 +532,7 @@ fn who_has_no_token_learns_nothing_of_a_path_and_every_refusal_has_one_shape() {
     assert_eq!(served.ask("vusb_nobody", "GET", "/v3/os-usb-devices/%ff", "").status, 401);
     let admin = served.token("root", OURS, "admin");
     let told = served.ask(&admin, "GET", "/v3/os-usb-devices/%ff", "").fault("badRequest");
-    assert_eq!(told, "The path is no UTF-8.");
+    assert_eq!(told, "The path is not UTF-8.");
     for path in ["/openapi.json", "/v3/os-hypervisors"] {
         let told = served.ask(&admin, "PUT", path, "{}").fault("badMethod");
         assert_eq!(told, "This resource has no such method.", "{path}");
@@ -556,7 +556,7 @@ fn a_device_has_so_many_tags_and_names_are_what_they_look_like() {
     assert_eq!(tag(127..128, "add_tags").status, 200);
     let one_more = served.host.virt_usb(&["tag", "1", "more"]);
     let told = String::from_utf8(one_more.stderr).unwrap();
-    assert!(told.contains("more than 127 tags: 'virt-usb untag' takes some away"), "{told}");
+    assert!(told.contains("more than 127 tags: 'virt-usb untag' removes tags"), "{told}");
     // Overriding the direction of writing, and of no width.
     for name in ["a%E2%80%AEb", "a%E2%80%8Bb"] {
         let flavor = r#"{"usb_devices":[{"vendor_id":"0529"}]}"#;
@@ -618,7 +618,7 @@ fn an_administrator_says_whose_a_server_is() {
     for (body, why) in [
         (json!({ "set_usb_owner": { "project_id": "" } }), "project_id"),
         (json!({ "set_usb_owner": { "project_id": 7 } }), "wants a project"),
-        (json!({ "set_usb_owner": null }), "no JSON object"),
+        (json!({ "set_usb_owner": null }), "not a JSON object"),
         (json!({ "clear_usb_owner": {} }), "wants null"),
     ] {
         assert!(
@@ -661,8 +661,8 @@ fn the_command_line_asks_an_api_as_it_asks_its_own_inventory() {
     assert_eq!(
         ok(&there(&["attach", OFF, "0529:0002"])),
         format!(
-            "{OFF} does not run: it gets {{\"vendor_id\":\"0529\",\"product_id\":\"0002\"}} at its \
-                next start\n"
+            "{OFF} is not running: it gets {{\"vendor_id\":\"0529\",\"product_id\":\"0002\"}} at \
+             its next start\n"
         )
     );
     assert!(
@@ -725,7 +725,10 @@ fn the_command_line_asks_an_api_as_it_asks_its_own_inventory() {
     );
     assert!(ok(&there(&["flavor", "remove", "erp/2 %"])).starts_with("removed: "));
     assert!(ok(&there(&["grant", "remove", "erp/2 %"])).starts_with("removed: "));
-    assert!(ok(&there(&["owner", "clear", "lab"])).starts_with("lab is whose its domain says"));
+    assert!(
+        ok(&there(&["owner", "clear", "lab"]))
+            .starts_with("lab now has the owner that its domain names")
+    );
     let refused = |arguments: &[&str], why: &str| {
         let output = there(arguments);
         let text = String::from_utf8(output.stderr).unwrap();
@@ -736,25 +739,28 @@ fn the_command_line_asks_an_api_as_it_asks_its_own_inventory() {
     };
     refused(
         &["devices", "--url", "http://127.0.0.1:1"],
-        "cannot ask the API at http://127.0.0.1:1: ",
+        "cannot reach the API at http://127.0.0.1:1: ",
     );
     refused(&["devices", "--url", "host:8790"], "wanted an address such as https://");
     refused(
         &["devices", "--url", "http://192.0.2.1:8790"],
-        "everybody on the way could read the token: wanted https://",
+        "without TLS, the token could be read on the network: wanted https://",
     );
     refused(&["devices", "--token-file", "/dev/null"], "holds no token");
     refused(&["devices", "--token-file", "/nowhere"], "cannot read the token in /nowhere: ");
-    refused(&["devices", "--cacert", "/dev/null"], "no certificate in PEM");
+    refused(&["devices", "--cacert", "/dev/null"], "no PEM certificate");
     refused(&["attach", "nobody", "1"], "knows no server \"nobody\"");
-    refused(&["attach", "crm", "4"], "the API answers 409: ");
-    refused(&["attach", "erp", "99"], "the API answers 404: USB device 99 could not be found.");
+    refused(&["attach", "crm", "4"], "the API responded with 409: ");
+    refused(
+        &["attach", "erp", "99"],
+        "the API responded with 404: USB device 99 could not be found.",
+    );
     refused(&["enable", "99"], "there is no device 99");
     refused(&["flavor", "show", "none"], "no flavor of the name \"none\"");
     refused(&["grant", "remove", "none"], "no grant of the name \"none\"");
-    refused(&["grant", "set", "@a", grant], "is no name for a grant");
+    refused(&["grant", "set", "@a", grant], "is not a valid name for a grant");
     refused(&["grant", "set", "a", "{}"], "the grant a is not stored");
-    refused(&["doctor"], "this is done on the host itself");
+    refused(&["doctor"], "this command works only on the host itself");
     std::fs::write(&token, served.token("ours", OURS, "member")).unwrap();
     let hosts = ok(&there(&["hosts", "--json"]));
     let hosts: Value = serde_json::from_str(&hosts).unwrap();
@@ -766,7 +772,7 @@ fn the_command_line_asks_an_api_as_it_asks_its_own_inventory() {
     refused(&["hosts", "--documents"], "host documents need an administrator's token");
     // Whatever is so already, or seems to be: who may not is told that he may not.
     for change in [&["enable", "1"][..], &["quarantine", "clear", "1"], &["untag", "1", "blue"]] {
-        refused(change, "the API answers 403: ");
+        refused(change, "the API responded with 403: ");
     }
     let events = ok(&there(&["events", "--device", "2"]));
     assert!(
@@ -774,7 +780,7 @@ fn the_command_line_asks_an_api_as_it_asks_its_own_inventory() {
         "{events}"
     );
     std::fs::write(&token, "vusb_forged").unwrap();
-    refused(&["devices"], "the API answers 401: ");
+    refused(&["devices"], "the API responded with 401: ");
 }
 
 /// What a document shows: a command, and what it prints, where `...` is anything. The lines are
@@ -938,7 +944,7 @@ fn what_is_wrong_is_said_and_the_next_one_is_served() {
     let post = |body: &str| served.ask(&admin, "POST", &action, body);
     for (body, why) in [
         ("{", "no JSON"),
-        ("[]", "no JSON object"),
+        ("[]", "not a JSON object"),
         ("{}", "names no action"),
         (r#"{"reboot":null}"#, "no such action: reboot"),
         (r#"{"attach_usb_devices":null,"detach_usb_devices":null}"#, "more than one action"),
@@ -952,7 +958,7 @@ fn what_is_wrong_is_said_and_the_next_one_is_served() {
         (r#"{"attach_usb_devices":{"usb_devices_requests":[{"colour":1}]}}"#, "colour"),
         (
             r#"{"detach_usb_devices":{"usb_devices_requests":[{"vendor_id":"0529","count":2}]}}"#,
-            "leave count out",
+            "omit count",
         ),
     ] {
         let answer = post(body);
@@ -1071,7 +1077,7 @@ fn tokens_count_until_they_do_not() {
     let answer = served.ask(&second, "GET", "/v3/os-hypervisors", "");
     assert!(
         answer.status == 503
-            && answer.fault("serviceUnavailable").contains("Tokens cannot be looked up"),
+            && answer.fault("serviceUnavailable").contains("Tokens cannot be validated"),
         "{answer:?}"
     );
     assert!(served.log().contains("tokens.toml is wrong"), "{}", served.log());
@@ -1096,7 +1102,7 @@ fn who_asks_too_often_is_told_to_wait_and_nobody_else_is() {
     let too_often =
         |count, ask: &dyn Fn() -> Answer| (0..count).map(|_| ask()).find(|a| a.status == 429);
     let told = too_often(5000, &|| served.ask(&loud, "POST", &action, "{}")).unwrap();
-    assert!(told.fault("overLimit").contains("too often: try again in"), "{told:?}");
+    assert!(told.fault("overLimit").contains("Rate limit exceeded: try again in"), "{told:?}");
     assert!(told.headers["retry-after"].parse::<u64>().unwrap() >= 1);
     assert_eq!(served.ask(&loud, "GET", "/v3/os-usb-devices", "").status, 200, "reading goes on");
     assert_eq!(served.ask(&quiet, "POST", &action, "{}").status, 400);

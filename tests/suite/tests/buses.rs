@@ -56,7 +56,7 @@ fn each_guest_keeps_its_key_when_the_buses_swap_their_numbers() {
         ("3-4".into(), "usb_3_5".into()),
         "the claim corrects what is stored"
     );
-    assert!(ok(&host.virt_usb(&["store", "check"])).contains("all is well"));
+    assert!(ok(&host.virt_usb(&["store", "check"])).contains("no problems found"));
     // A scan finds both as whom they were.
     host.discover(&keys(true));
     assert_eq!(place(&host, 1), ("3-4".into(), "usb_3_5".into()));
@@ -242,7 +242,7 @@ fn a_placeholder_is_no_serial() {
     assert!(ok(&host.virt_usb(&["devices"])).contains("0001 (placeholder)"));
     let claims = ok(&host.virt_usb(&["claims"]));
     assert!(
-        claims.contains("device 1 is away, and of the same kind device 2 at port 1-2 is free"),
+        claims.contains("device 1 is unplugged, and device 2 at port 1-2 of the same kind is free"),
         "{claims}"
     );
     assert!(claims.contains("'virt-usb attach erp 2', then 'virt-usb detach erp 1'"), "{claims}");
@@ -260,15 +260,18 @@ fn only_a_device_that_came_later_may_be_the_one_that_was_moved() {
     ok(&host.call(&["erp", "prepare", "begin", "-"], erp.as_bytes()));
     host.discover(&key("1-2", 6));
     assert!(
-        !ok(&host.virt_usb(&["claims"])).contains("is away"),
+        !ok(&host.virt_usb(&["claims"])).contains("is unplugged, and"),
         "device 2 was there all the time"
     );
     host.discover(&(key("1-2", 6) + &key("1-3", 7)));
     let claims = ok(&host.virt_usb(&["claims"]));
-    assert!(claims.contains("of the same kind device 3 at port 1-3 is free"), "{claims}");
+    assert!(claims.contains("device 3 at port 1-3 of the same kind is free"), "{claims}");
     host.discover(&(key("1-2", 6) + &key("1-3", 7) + &key("1-4", 8)));
     let claims = ok(&host.virt_usb(&["claims"]));
-    assert!(claims.contains("device 3 at port 1-3, device 4 at port 1-4 are free"), "{claims}");
+    assert!(
+        claims.contains("device 3 at port 1-3, device 4 at port 1-4 of the same kind are free"),
+        "{claims}"
+    );
     assert!(claims.contains("'virt-usb attach erp DEVICE'"), "{claims}");
 }
 

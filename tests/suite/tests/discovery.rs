@@ -304,7 +304,7 @@ fn a_device_that_cannot_be_opened_is_listed() {
         );
         assert_eq!(
             of("1-2"),
-            "has a serial number that the kernel could not read: taken as missing"
+            "has a serial number that the kernel could not read: treated as missing"
         );
         assert_eq!(of("1-3"), "", "a guest has it: it is not asked");
         assert_eq!(at(&snapshot, "1-1").key.serial, Serial::Missing);

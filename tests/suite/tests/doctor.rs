@@ -120,13 +120,13 @@ fn a_hook_that_libvirt_would_not_call() {
     fs::set_permissions(&hook, fs::Permissions::from_mode(0o644)).unwrap();
     patient.finds("hook", &["broken", "is not executable", "chmod 0755"]);
     fs::set_permissions(&hook, fs::Permissions::from_mode(0o777)).unwrap();
-    patient.finds("hook", &["others than root may write"]);
+    patient.finds("hook", &["users other than root may write"]);
     fs::set_permissions(&hook, fs::Permissions::from_mode(0o755)).unwrap();
     patient.is_well("hook");
     write_program(&hook, b"#!/bin/sh\necho virt-usb-hook 0.0.1\n");
     patient.finds("hook", &["warning", "is version 0.0.1, this program is"]);
     write_program(&hook, b"#!/bin/sh\n");
-    patient.finds("hook", &["broken", "it is not ours"]);
+    patient.finds("hook", &["broken", "it is not virt-usb's hook"]);
     fs::remove_file(&hook).unwrap();
     patient.finds("hook", &["broken", "there is none at", "make install-hook"]);
 }
@@ -137,8 +137,7 @@ fn a_daemon_that_is_older_than_the_hooks() {
     // The first process of this machine is older than the test; its id is one that libvirtd might
     // have.
     fs::write(patient.host.path("run/libvirtd.pid"), "1\n").unwrap();
-    patient
-        .finds("hook", &["warning", "libvirtd runs for longer than", "systemctl reload libvirtd"]);
+    patient.finds("hook", &["warning", "libvirtd was started before", "systemctl reload libvirtd"]);
     fs::remove_file(patient.host.path("run/libvirtd.pid")).unwrap();
     fs::write(patient.host.path("run/virtqemud.pid"), format!("{}\n", u32::MAX)).unwrap();
     patient.is_well("hook");
@@ -153,7 +152,7 @@ fn an_agent_that_is_not_there() {
     let _deaf = UnixDatagram::bind(patient.host.path("state/hook.sock")).unwrap();
     patient.finds("agent", &["broken", "has not answered for 5 s: it hangs, or it is older"]);
     patient.agent.unlock().unwrap();
-    patient.finds("agent", &["broken", "does not run", "systemctl start virt-usbd"]);
+    patient.finds("agent", &["broken", "not running", "systemctl start virt-usbd"]);
     fs::remove_file(patient.host.path("state/agent.lock")).unwrap();
     patient.finds("agent", &["warning", "none is installed", "make install-agent"]);
 }
@@ -196,7 +195,7 @@ fn an_agent_that_is_not_healthy() {
         &["warning", "libvirt has not answered about erp \u{fffd}[2J for 61 s (attach)"],
     );
     says(json!({ "blocked": true }));
-    patient.finds("agent", &["broken", "asks it nothing more, and no guest gets a device"]);
+    patient.finds("agent", &["broken", "makes no more calls, and no guest gets a device"]);
     says(json!({ "certificate_error": "/etc/api.key: Permission denied" }));
     patient.finds("agent", &["warning", "cannot use the API's certificate: /etc/api.key"]);
     says(json!({ "version": "0.0.1" }));
@@ -394,7 +393,10 @@ fn a_device_that_waits_for_somebody_and_a_whitelist_without_rules() {
     seen(6, "");
     patient.is_well("device");
     seen(7, "");
-    patient.finds("device", &["warning", "device 1 (port 1-1) comes and goes", "look at its plug"]);
+    patient.finds(
+        "device",
+        &["warning", "device 1 (port 1-1) connects and disconnects", "check its plug"],
+    );
     run(&["quarantine", "clear", "1"]);
     patient.is_well("device");
     let hostdev = "<hostdev mode='subsystem' type='usb'><source><vendor id='0x0529'/><product \
@@ -412,20 +414,17 @@ fn a_device_that_waits_for_somebody_and_a_whitelist_without_rules() {
             "{operation}"
         );
     }
-    patient.finds("device", &["warning", "is set aside: g (", "virt-usb quarantine clear 1"]);
+    patient.finds("device", &["warning", "is quarantined: g (", "virt-usb quarantine clear 1"]);
     seen(7, "090401000103010100");
     patient.finds(
         "device",
-        &["broken", "IT IS NOT WHAT IT WAS: interfaces 08/06/50 before, 08/06/50 03/01/01 now"],
+        &["broken", "IT HAS CHANGED: interfaces 08/06/50 before, 08/06/50 03/01/01 now"],
     );
     run(&["quarantine", "clear", "1"]);
     patient.is_well("device");
     patient.is_well("configuration");
     fs::write(patient.host.config_file(), format!("{keys}usb_white_list_switch = 'on'\n")).unwrap();
-    patient.finds(
-        "configuration",
-        &["warning", "no device is offered to anybody", "turn the switch off"],
-    );
+    patient.finds("configuration", &["warning", "no device is available", "turn the switch off"]);
 }
 
 #[test]

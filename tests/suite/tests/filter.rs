@@ -207,8 +207,8 @@ fn precompile_writes_over_nothing_that_is_no_plain_file_and_not_over_the_filter(
     let (folder, link, own) = (host.path("folder"), host.path("link"), host.path("own.wasm"));
     std::fs::create_dir(&folder).unwrap();
     std::os::unix::fs::symlink("/nowhere", &link).unwrap();
-    assert!(says(&folder, &[]).contains("is there and no plain file"));
-    assert!(says(&link, &[]).contains("is there and no plain file"));
+    assert!(says(&folder, &[]).contains("exists and is not a regular file"));
+    assert!(says(&link, &[]).contains("exists and is not a regular file"));
     assert!(says(&host.path("no/such/folder"), &[]).contains("cannot write"));
     let built = program("virt-usb").with_file_name("virt-usb-filter.wasm");
     std::fs::copy(&built, &own).unwrap();

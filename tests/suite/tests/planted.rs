@@ -473,7 +473,7 @@ fn a_pipe_in_place_of_a_file_stops_no_command() {
                 let said = target.run(&command, &asks);
                 let why = text(&said.stderr);
                 assert!(
-                    said.status.code() == Some(1) && why.contains("no regular file"),
+                    said.status.code() == Some(1) && why.contains("not a regular file"),
                     "{suffix}: {why}"
                 );
             }

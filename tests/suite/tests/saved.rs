@@ -235,7 +235,8 @@ fn a_guest_that_was_saved_without_one_of_its_devices_gets_it_after_the_restore()
         let prepared = guest.call("prepare", "-", &restored);
         assert_eq!(prepared.status.code(), Some(0));
         let said = text(&prepared.stderr);
-        let words = "erp-1 comes in without some of its USB devices: erp-1 asks for usb_devices[0]";
+        let words = "erp-1 was restored or migrated without some of its USB devices: erp-1 asks \
+            for usb_devices[0]";
         assert_eq!(said.contains(words), !is_back, "{said}");
         let mut ids: Vec<(u64, bool)> =
             claims(&host).iter().map(|c| (c.device_id.get(), c.arrived)).collect();
@@ -386,7 +387,7 @@ fn a_refusal_names_the_assignment_that_cannot_be_served() {
     let words = text(&refused.stderr);
     assert!(words.contains(r#"erp-1 has {"id":2} assigned to it by an operator"#), "{words}");
     assert!(
-        words.contains("'virt-usb detach erp-1 2' ends it")
+        words.contains("'virt-usb detach erp-1 2' removes it")
             && words.contains("'virt-usb discover'"),
         "{words}"
     );
@@ -395,7 +396,7 @@ fn a_refusal_names_the_assignment_that_cannot_be_served() {
     lock.lock().unwrap();
     let words = text(&guest.call("prepare", "-", &xml).stderr);
     assert!(
-        !words.contains("discover") && words.contains("the agent records it by itself"),
+        !words.contains("discover") && words.contains("the agent records it automatically"),
         "{words}"
     );
 }
@@ -480,7 +481,8 @@ fn what_is_set_aside_comes_in_with_nobody() {
     let refused = guest.call("prepare", "-", &refused);
     assert_eq!(refused.status.code(), Some(1));
     let words = text(&refused.stderr);
-    assert!(words.contains("it smokes") && words.contains("'virt-usb enable DEVICE'"), "{words}");
+    let command = format!("'virt-usb enable {id}'");
+    assert!(words.contains("it smokes") && words.contains(&command), "{words}");
     host.store().set_disabled(id, None, &context).unwrap();
     assert_eq!(guest.restores(&image), image);
     assert!(claims(&host)[0].by_hand);

@@ -78,7 +78,7 @@ impl<'a> HostUse<'a> {
         let exported = plugged.driver.as_deref() == Some(USBIP);
         uses.extend(exported.then(|| "exported to another machine (usbip)".to_owned()));
         if !subtree.problems.is_empty() || !plugged.whole {
-            uses.push("it cannot be told whether the host uses it".to_owned());
+            uses.push("cannot tell whether the host uses it".to_owned());
         }
         problems.extend(wrong.into_iter().map(|what| about(&plugged.port, what)));
         uses.sort();
@@ -137,7 +137,7 @@ impl<'a> HostUse<'a> {
         };
         told.unwrap_or_else(|e| {
             wrong.push(e);
-            vec!["storage, and it cannot be told whether it is mounted".to_owned()]
+            vec!["storage, cannot tell whether it is mounted".to_owned()]
         })
     }
 }
@@ -168,7 +168,7 @@ fn network(net: &Path, wrong: &mut Vec<String>) -> Option<String> {
         Ok(flags) => (flags & UP != 0).then(|| format!("network interface {name} is up")),
         Err(e) => {
             wrong.push(e);
-            Some(format!("network interface {name}, and it cannot be told whether it is up"))
+            Some(format!("network interface {name}, cannot tell whether it is up"))
         }
     }
 }
@@ -300,17 +300,15 @@ mod tests {
         assert_eq!(machine.told(), "", "no storage: nothing to tell");
         machine.disk();
         let (told, problems) = machine.look();
-        assert_eq!(told.unwrap(), "storage, and it cannot be told whether it is mounted");
+        assert_eq!(told.unwrap(), "storage, cannot tell whether it is mounted");
         assert_eq!(problems[0].place, "1-1");
         assert!(problems[0].what.contains("self/mountinfo"), "{}", problems[0].what);
 
         machine.device("1-1:1.2/net/enx0/flags", "what");
-        assert!(
-            machine.look().0.unwrap().starts_with("network interface enx0, and it cannot be told")
-        );
+        assert!(machine.look().0.unwrap().starts_with("network interface enx0, cannot tell"));
         machine.device(&format!("{}x/dev", "a/".repeat(20)), "8:1");
         let (told, problems) = machine.look();
-        assert!(told.unwrap().starts_with("it cannot be told whether the host uses it; "));
+        assert!(told.unwrap().starts_with("cannot tell whether the host uses it; "));
         assert_eq!(problems.len(), 3, "{problems:?}");
     }
 

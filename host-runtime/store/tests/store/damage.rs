@@ -75,7 +75,7 @@ fn a_link_in_the_file_s_place_is_not_followed_one_on_the_way_is() {
     check!(hook(dir.path()), StoreError::Link { .. }, "symbolic link");
     fs::remove_file(dir.path().join(FILE_NAME)).unwrap();
     fs::create_dir(dir.path().join(FILE_NAME)).unwrap();
-    check!(hook(dir.path()), StoreError::Link { .. }, "no regular file");
+    check!(hook(dir.path()), StoreError::Link { .. }, "not a regular file");
 
     symlink(real.path(), dir.path().join("state")).unwrap();
     assert_sound(&hook(&dir.path().join("state")).unwrap());

@@ -458,8 +458,8 @@ fn what_is_no_sound_backup_changes_nothing() {
     };
     check(&place.path().join("nowhere"), "No such file");
     check(&changed("empty", &|f| fs::write(f, "").unwrap()), "it is empty");
-    check(&changed("text", &|f| fs::write(f, "hello").unwrap()), "is no sound inventory");
-    check(&changed("torn", &|f| harm(f, 40_000, &[0x5a; 4096])), "is no sound inventory");
+    check(&changed("text", &|f| fs::write(f, "hello").unwrap()), "is not a sound inventory");
+    check(&changed("torn", &|f| harm(f, 40_000, &[0x5a; 4096])), "is not a sound inventory");
     let sql =
         |f: &Path, sql: &str| rusqlite::Connection::open(f).unwrap().execute_batch(sql).unwrap();
     check(&changed("newer", &|f| sql(f, "PRAGMA user_version = 99")), "has schema 99");
@@ -469,7 +469,7 @@ fn what_is_no_sound_backup_changes_nothing() {
     );
     check(
         &changed("odd", &|f| sql(f, "UPDATE usb_devices SET port_path = 'here'")),
-        "is no sound inventory",
+        "is not a sound inventory",
     );
     check(&dir.path().join(FILE_NAME), "it is the inventory itself");
     assert!(fs::read(dir.path().join(FILE_NAME)).unwrap() == before);

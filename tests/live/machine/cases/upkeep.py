@@ -73,7 +73,7 @@ def configuration_gone(w):
 
     w.product.agent.start()
     CONFIG.unlink()
-    until(lambda: "config.toml is gone; the rules before count on" in AGENT_LOG.read_text(), "it to be said")
+    until(lambda: "config.toml was removed; the previous rules stay in effect" in AGENT_LOG.read_text(), "it to be said")
     expect(w.product.agent.is_running(), "the agent to go on")
 
 
@@ -87,11 +87,11 @@ def doctor(w):
     control.touch()
     well = w.product("doctor", "--all")
     expect(well.status == 0, f"nothing to be found: {well}")
-    for words in ("QEMU can pass USB devices through", "QEMU has SPICE", "1 domain(s) ask for USB devices", "agent: it runs"):
+    for words in ("QEMU can pass USB devices through", "QEMU has SPICE", "1 domain(s) request USB devices", "agent: it runs"):
         expect(words in well.out, f"{words} in {well.out}")
     w.guest("nova", metadata(usb_devices({"vendor_id": "0951"})), usb=NO_USB)
     bus = w.product("doctor")
-    expect(bus.status == 1 and "nova asks for USB devices, but it has no USB bus" in bus.out, f"the guest to be found: {bus}")
+    expect(bus.status == 1 and "nova requests USB devices, but it has no USB bus" in bus.out, f"the guest to be found: {bus}")
     w.libvirtd.kill()
     away = w.product("doctor")
     expect(away.status == 2 and "BROKEN   libvirt: " in away.out, f"libvirtd to be missed: {away}")

@@ -35,7 +35,7 @@ def used_once(w):
     until(lambda: set_aside(w)["altered"], "the difference to be found")
     difference = "interfaces 08/06/50 before, 08/06/50 08/06/50 now"
     expect(set_aside(w)["altered"] == difference, f"what is different: {set_aside(w)}")
-    until(lambda: f"it is not what it was before its last use: {difference}" in AGENT_LOG.read_text(), "the agent to say it")
+    until(lambda: f"it has changed since its last use: {difference}" in AGENT_LOG.read_text(), "the agent to say it")
     w.product.must("quarantine", "clear", str(row["id"]))
     w.start(other)
     w.allocated(other, stick)
@@ -56,7 +56,7 @@ def two_faces(w):
         (hostdev,) = w.virsh.hostdevs(guest.name)
         expect(hostdev.product == product, f"the guest's hostdev to name it: {hostdev}")
     w.boots_from(guest, stick, reset=True)
-    expect("not what it was" not in AGENT_LOG.read_text(), "no alarm: that is declared")
+    expect("it has changed since" not in AGENT_LOG.read_text(), "no alarm: that is declared")
 
 
 def come_and_go(w, stick):
@@ -73,7 +73,7 @@ def flapping(w):
     row = known(w, stick)
     come_and_go(w, stick)
     until(lambda: known(w, stick).get("flapping_until"), "it to count as flapping")
-    until(lambda: "comes and goes too often" in w.product.must("claims").out, "an operator to be told")
+    until(lambda: "connects and disconnects too often" in w.product.must("claims").out, "an operator to be told")
     expect(not w.virsh.hostdevs(guest.name), "it not to be given back at once")
     w.allocated(guest, stick, seconds=90)
     come_and_go(w, stick)

@@ -26,7 +26,7 @@ def kolla(w):
         w.product.agent.start()
         until(lambda: known(w, stick), "the agent to find the stick")
         doctor = lambda: [line for line in w.product("doctor").out.splitlines() if line.startswith("BROKEN")]
-        until(lambda: any("libvirtd has another root folder" in line for line in doctor()), "the doctor to miss files there")
+        until(lambda: any("libvirtd has another root directory" in line for line in doctor()), "the doctor to miss files there")
         missing = [name for name in ("50-virt-usb", "config.toml", "inventory.sqlite") if not any(f"/{name} is missing" in line for line in doctor())]
         expect(not missing, f"the doctor to miss {missing} too")
         in_container(w, "--mounted")

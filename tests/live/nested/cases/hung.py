@@ -86,7 +86,7 @@ def other_libvirt(w):
     until(lambda: problem(w, "its QEMU runs on this host"), "the problem to be named")
     w.product.configure()
     os.kill(w.product.agent.process.pid, signal.SIGHUP)
-    until(lambda: "libvirt_uri has changed: it counts from the agent's next start on" in w.product.agent.log(), "SIGHUP to be answered")
+    until(lambda: "libvirt_uri has changed: restart the agent to apply it" in w.product.agent.log(), "SIGHUP to be answered")
     expect(w.holds(guest, stick), "the guest to have its stick still")
     w.product.agent.stop()
     w.product.agent.start()

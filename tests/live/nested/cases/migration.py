@@ -102,6 +102,6 @@ def shared_state_dir(w):
     with two_hosts(w, migration="reclaim", state_dir="/tmp/shared") as (second, one, _):
         guest = w.guest("g", devices=hostdev(one))
         w.start(guest)
-        refused(migrate(w, guest), "each libvirtd needs a state_dir of its own")
+        refused(migrate(w, guest), "each libvirtd needs its own state_dir")
         expect(w.virsh.running() == ["g"] and w.has_live(guest, one), "the guest to run on with its device")
         w.destroy(guest)

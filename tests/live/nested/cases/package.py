@@ -161,7 +161,7 @@ def installed(w):
     expect(w.product.agent.may() == (user, [group], 0), f"the agent to be nobody but {user}: {w.product.agent.may()}")
     found = {finding["check"]: finding["what"] for finding in json.loads(w.product("doctor", "--json").out) if finding["level"] != "ok"}
     # It cannot see that libvirtd was reloaded. This host has no journal.
-    expect(found.keys() == {"hook", "log"} and "may not know of hooks" in found["hook"], f"the doctor to find nothing else: {found}")
+    expect(found.keys() == {"hook", "log"} and "may not know of the hooks in it" in found["hook"], f"the doctor to find nothing else: {found}")
     w.destroy(guest)
     until(lambda: known(w, stick)["status"] == "available", "it to be available again")
 

@@ -67,7 +67,7 @@ def not_slowed_down(w):
     runs_at_high_speed(reporter)
     found(w, reporter)
     alone = asking(w, reporter)
-    refused(w.virsh("start", alone.name), "1 USB port for high-speed devices is needed, 0 are free", "instead of its USB controller")
+    refused(w.virsh("start", alone.name), "1 USB port for high-speed devices is needed, 0 are free", "replace its USB controller with")
     both = UHCI.replace("/>", " index='0'/>") + "<controller type='usb' model='qemu-xhci' index='1' ports='15'/>"
     guest = w.guest("both", metadata(usb_devices({"serial": reporter.serial})), usb=both)
     w.start(guest)
