@@ -22,7 +22,7 @@ const cases = {
     async "a user hands a key to his server, sees it go when it is unplugged, reads why, and takes it back"({ host, browser, tokens }) {
         const user = await User.at(browser, host);
         await user.signIn(tokens.erp);
-        await user.sees("2 devices, 2 free");
+        await user.sees("2 devices, 2 available");
         await user.isSound();
         await user.page.getByLabel("Search").fill("hasp hl-0001");
         await user.page.getByRole("button", { name: "Show" }).click();
@@ -30,29 +30,30 @@ const cases = {
         expect(!(await user.text()).includes("HL-0002"), "the other one not to be found");
         await user.page.getByRole("link", { name: "Attach Aladdin HASP" }).click();
         await user.isSound();
-        await user.page.getByLabel("To the server").selectOption({ label: "erp" });
+        await user.page.getByLabel("Server").selectOption({ label: "erp" });
         await user.page.getByRole("button", { name: "Attach" }).click();
         await user.sees("erp has Aladdin HASP HL 3.25.");
         await user.isSound();
-        await user.page.getByRole("link", { name: "To the server" }).click();
-        await user.sees("in use");
+        const state = async wanted => until(`the state ${wanted}`, async () => (await user.page.locator(".state").allInnerTexts()).includes(wanted));
+        await user.page.getByRole("link", { name: "Back to server" }).click();
+        await state("allocated");
         await user.isSound();
-        // Nobody touches the page from here on: it is told.
+        // From here on the page refreshes without the user.
         host.devices = devices.filter(d => d !== key);
         host.show();
-        await user.sees("unplugged");
-        await until("its words to be said", async () => (await user.page.locator("#status").innerText()).includes("unplugged"));
+        await state("removed");
+        await until("its words to be said", async () => (await user.page.locator("#status").innerText()).includes("removed"));
         await user.page.getByRole("link", { name: "Aladdin HASP HL 3.25", exact: true }).click();
-        await user.sees("removed");
+        await state("removed");
         await user.isSound();
         host.devices = devices;
         host.show();
-        await user.sees("in use");
+        await state("allocated");
         await user.page.getByRole("link", { name: "Detach Aladdin HASP" }).click();
-        await user.sees("as if its plug were pulled");
+        await user.sees("as an unplug");
         await user.isSound();
         await user.page.getByRole("button", { name: "Detach" }).click();
-        await user.sees("erp has given back Aladdin HASP HL 3.25.");
+        await user.sees("erp released Aladdin HASP HL 3.25.");
         expect(!host.virtUsb("--json", "claims").includes(ERP), "nothing to be held");
     },
 
@@ -86,43 +87,43 @@ const cases = {
         await user.page.getByRole("link", { name: "Servers" }).click();
         await user.isSound();
         await user.page.getByRole("link", { name: "erp-test" }).click();
-        await user.page.getByRole("link", { name: "Attach a device" }).click();
+        await user.page.getByRole("link", { name: "Attach device" }).click();
         await user.page.getByLabel("Device").selectOption("1");
         await user.page.getByRole("button", { name: "Attach" }).click();
-        await user.sees("erp-test gets it at its next start.");
-        await user.page.getByRole("link", { name: "To the server" }).click();
+        await user.sees("erp-test gets the device at its next start.");
+        await user.page.getByRole("link", { name: "Back to server" }).click();
         await user.sees('{"id":1}');
         await user.isSound();
-        await user.page.getByRole("link", { name: "Take back" }).click();
+        await user.page.getByRole("link", { name: "Detach" }).click();
         await user.page.getByRole("button", { name: "Detach" }).click();
-        await user.sees("erp-test does not get it any more.");
+        await user.sees("erp-test no longer gets the device.");
     },
 
     async "an administrator writes a flavor from a device, disables one, reads the audit"({ host, browser, tokens }) {
         const boss = await User.at(browser, host);
         await boss.signIn(tokens.boss);
         await boss.sees("4 devices");
-        await boss.sees("not offered");
+        await boss.sees("not whitelisted");
         await boss.page.getByRole("link", { name: "Aladdin HASP HL 3.25", exact: true }).click();
         await boss.isSound();
-        await boss.page.getByRole("link", { name: "Make a flavor of it" }).click();
+        await boss.page.getByRole("link", { name: "Create flavor" }).click();
         await boss.page.getByLabel("Name").fill("erp.small");
-        await boss.page.getByLabel(/this very one/).check();
+        await boss.page.getByLabel(/only this device/).check();
         await boss.isSound();
-        await boss.page.getByRole("button", { name: "Write the flavor" }).click();
+        await boss.page.getByRole("button", { name: "Create" }).click();
         await boss.sees("erp.small");
         expect(host.virtUsb("flavor", "list", "--json").includes("HL-0001"), "the flavor to be there");
         await boss.isSound();
         await boss.page.getByRole("link", { name: "Remove erp.small" }).click();
         await boss.page.getByRole("button", { name: "Remove" }).click();
-        await boss.sees("There are no flavors yet.");
+        await boss.sees("No flavors yet.");
         await boss.page.goto("/portal/devices/1");
-        await boss.page.getByLabel("Why").fill("it is lent");
+        await boss.page.getByLabel("Reason").fill("it is lent");
         await boss.page.getByRole("button", { name: "Disable" }).click();
         await boss.sees("disabled");
         await boss.sees("it is lent");
         await boss.page.getByRole("button", { name: "Enable" }).click();
-        await boss.sees("free");
+        await boss.sees("available");
         await boss.page.getByRole("link", { name: "Audit" }).click();
         await boss.sees("flavor-set");
         await boss.isSound();
@@ -145,13 +146,13 @@ const cases = {
         const user = await User.at(browser, host, { javaScriptEnabled: false });
         await user.signIn(tokens.erp);
         await user.page.getByRole("link", { name: "Attach Aladdin HASP" }).click();
-        await user.page.getByLabel("To the server").selectOption({ label: "erp" });
+        await user.page.getByLabel("Server").selectOption({ label: "erp" });
         await user.page.getByRole("button", { name: "Attach" }).click();
         await user.sees("erp has Aladdin HASP HL 3.25.");
-        await user.page.getByRole("link", { name: "To the server" }).click();
+        await user.page.getByRole("link", { name: "Back to server" }).click();
         await user.page.getByRole("link", { name: "Detach Aladdin HASP" }).click();
         await user.page.getByRole("button", { name: "Detach" }).click();
-        await user.sees("has given back");
+        await user.sees("erp released");
     },
 
     async "by keyboard alone"({ host, browser, tokens }) {
@@ -163,7 +164,7 @@ const cases = {
         await user.page.keyboard.press("Enter");
         await user.sees("Devices");
         await user.page.keyboard.press("Tab");
-        expect(await user.page.evaluate(() => document.activeElement.textContent) === "To the content", "the way past the menu to be first");
+        expect(await user.page.evaluate(() => document.activeElement.textContent) === "Skip to content", "the way past the menu to be first");
         await user.page.keyboard.press("Enter");
         const reach = async name => {
             for (let n = 0; n < 40; n++) {
@@ -196,7 +197,7 @@ const cases = {
     async "nobody gets in who should not: wrong, removed, forged, from elsewhere"({ host, browser, tokens }) {
         const user = await User.at(browser, host);
         await user.signIn("vusb_wrong");
-        await user.sees("There is no such token");
+        await user.sees("Invalid or expired token");
         await user.isSound();
         await user.signIn(host.token("short", "erp-team", "member"));
         await user.sees("Devices");

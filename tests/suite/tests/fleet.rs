@@ -1199,7 +1199,7 @@ fn any_hosts_api_shows_the_fleet_and_acts_on_it() {
     }
     assert!(!devices.contains("<td>compute1</td>"), "{devices}");
     let server = page(&one, &admin, &format!("/portal/servers/{CRM}"));
-    for words in ["Host: compute2", "What it gets at each start", "{&quot;id&quot;:2000001}"] {
+    for words in ["Host: compute2", "Assigned at each start", "{&quot;id&quot;:2000001}"] {
         assert!(server.contains(words), "{words}: {server}");
     }
     let taken = message(&act(&one, None, "attach_usb_devices", LAB, 2_000_001), 409);

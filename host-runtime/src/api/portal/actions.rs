@@ -1,5 +1,5 @@
-//! Handing a device to a server, and taking it back: a question first, then the progress, then what
-//! came of it.
+//! Portal pages that attach and detach a device: a confirmation, then the progress, then the
+//! result.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -22,30 +22,30 @@ use super::super::servers::{Server, perform};
 use super::pages::{csrf, name, page, see};
 use super::session::{Sent, Signed, make_room, secret};
 
-/// So long an action may take until its page is shown, which then asks again and again.
+/// Time to wait for the result before the progress page is shown, which then refreshes itself.
 const AT_ONCE: Duration = Duration::from_millis(800);
-/// So many actions are remembered ...
+/// Maximum number of remembered actions.
 const MOST: usize = 1024;
-/// ... and of one caller so many.
+/// Maximum number of remembered actions of one caller.
 const MOST_EACH: usize = 16;
-/// So many devices can be chosen from; the others are found by searching for them.
+/// Maximum number of devices to choose from; search finds the others.
 const CHOICE: usize = 500;
 
-/// An action that was begun.
+/// An attach or detach that has begun.
 #[derive(Clone)]
 struct Action {
-    /// Whose: the session ...
+    /// Id of the session that began the action.
     owner: String,
-    /// ... and its caller's name.
+    /// Name of the session's caller.
     caller: String,
     title: String,
     server: String,
     begun: Instant,
-    /// What came of it; none: nothing yet.
+    /// Result of the action; `None` while it is running.
     outcome: watch::Receiver<Option<Result<String, ApiError>>>,
 }
 
-/// The actions, by random numbers.
+/// Remembered actions by their random ids.
 #[derive(Default)]
 pub(super) struct ActionLog(Mutex<HashMap<String, Action>>);
 
@@ -65,14 +65,14 @@ impl ActionLog {
     }
 }
 
-/// What is to go where.
+/// Form fields of an attach or detach.
 #[derive(Deserialize)]
 pub(super) struct Form {
     #[serde(default)]
     device: String,
     #[serde(default)]
     server: String,
-    /// A request as flavors have it, in the place of a device.
+    /// A request as in a flavor, instead of a device.
     #[serde(default)]
     request: String,
 }
@@ -111,7 +111,7 @@ fn option(device: &UsbDevice) -> String {
     )
 }
 
-/// Which device to which server: what is known already is asked no more.
+/// Form that attaches a device to a server. Offers a choice only for what the query leaves open.
 pub(super) async fn attach_page(
     State(api): State<Arc<Api>>,
     signed: Signed,
@@ -132,28 +132,28 @@ pub(super) async fn attach_page(
     };
     let main = html! {
         @if servers.is_empty() {
-            p.bad { "There is no server of your project." }
+            p.bad { "Your project has no servers." }
         } @else if devices.is_empty() {
-            p.bad { "No device is free." }
+            p.bad { "No devices available." }
         } @else {
             form.stack method="post" action="/portal/attach" {
                 (csrf(&signed))
                 label for="device" { "Device" }
                 select id="device" name="device" { @for device in &devices { option value=(device.id) { (option(device)) } } }
-                label for="server" { "To the server" }
+                label for="server" { "Server" }
                 select id="server" name="server" {
-                    @for server in &servers { option value=(server.id) { (server.name) @if !server.running { " (stopped: from its next start)" } } }
+                    @for server in &servers { option value=(server.id) { (server.name) @if !server.running { " (stopped; attaches at its next start)" } } }
                 }
-                p.note { "A server that runs has it at once, and at each of its starts until it is \
-                    detached." }
-                div.actions { button { "Attach" } a href="/portal/" { "Leave it" } }
+                p.note { "A running server gets the device immediately. Every server gets it \
+                    again at each start, until it is detached." }
+                div.actions { button { "Attach" } a href="/portal/" { "Cancel" } }
             }
         }
     };
-    Ok(page("Attach a device", Some(&signed), &main))
+    Ok(page("Attach device", Some(&signed), &main))
 }
 
-/// Whether it is really to be taken.
+/// Asks for confirmation: the guest sees an unplug.
 pub(super) async fn detach_page(
     State(api): State<Arc<Api>>,
     signed: Signed,
@@ -166,19 +166,19 @@ pub(super) async fn detach_page(
         wish.request()?.to_string()
     };
     let main = html! {
-        p { "Take " b { (what) } " from " b { (server.name) } "?" }
-        @if server.running { p.busy { "It is as if its plug were pulled: whatever in the server \
-            uses it should have ended, and a file system on it be unmounted." } }
+        p { "Detach " b { (what) } " from " b { (server.name) } "?" }
+        @if server.running { p.busy { "The server sees this as an unplug. First stop the programs \
+            that use the device, and unmount its file systems." } }
         form.actions method="post" action="/portal/detach" {
             (csrf(&signed))
             input type="hidden" name="server" value=(server.id);
             input type="hidden" name="device" value=(wish.device);
             input type="hidden" name="request" value=(wish.request);
             button { "Detach" }
-            a href={ "/portal/servers/" (server.id) } { "Leave it" }
+            a href={ "/portal/servers/" (server.id) } { "Cancel" }
         }
     };
-    Ok(page("Detach a device", Some(&signed), &main))
+    Ok(page("Detach device", Some(&signed), &main))
 }
 
 pub(super) async fn attach(
@@ -195,13 +195,8 @@ pub(super) async fn detach(
     begin(&api, signed, Call::Detach, &wish).await
 }
 
-/// It goes on though the browser hang up; its page says how it goes.
-async fn begin(
-    api: &Arc<Api>,
-    signed: Signed,
-    call: Call,
-    wish: &Form,
-) -> Result<Response, ApiError> {
+/// Begins the action, which continues even if the browser disconnects, and shows its page.
+async fn begin(api: &Arc<Api>, signed: Signed, call: Call, wish: &Form) -> Result<Response, ApiError> {
     let request = wish.request()?;
     let server = api.server(&signed.caller, call, &wish.server).await?;
     let attach = call == Call::Attach;
@@ -227,19 +222,19 @@ async fn begin(
             let names: Vec<String> = acted.usb_devices.iter().map(name).collect();
             match (attach, acted.live, names.is_empty()) {
                 (true, true, _) => format!("{whom} has {}.", names.join(", ")),
-                (true, false, _) => format!("{whom} gets it at its next start."),
-                (false, _, true) => format!("{whom} does not get it any more."),
-                (false, _, false) => format!("{whom} has given back {}.", names.join(", ")),
+                (true, false, _) => format!("{whom} gets the device at its next start."),
+                (false, _, true) => format!("{whom} no longer gets the device."),
+                (false, _, false) => format!("{whom} released {}.", names.join(", ")),
             }
         });
         to.send_replace(Some(told));
     });
-    // Most are done before anybody could read that they are being done.
+    // Most actions end before a user could read a progress page.
     drop(tokio::time::timeout(AT_ONCE, outcome.wait_for(Option::is_some)).await);
     Ok(see(&format!("/portal/actions/{id}")))
 }
 
-/// A path's action.
+/// Action in the path of a request.
 #[derive(Deserialize)]
 pub(super) struct ActionName {
     id: String,
@@ -250,20 +245,20 @@ pub(super) async fn show(
     signed: Signed,
     Named(ActionName { id }): Named<ActionName>,
 ) -> Result<Response, ApiError> {
-    let gone = || {
-        ApiError::not_found(
-            "This action is not known any more: the server's page shows what it has.",
-        )
-    };
+    let gone =
+        || ApiError::not_found("This action is no longer known. The server's page shows its devices.");
     let action = api.portal.hands.of(&signed.id, &id).ok_or_else(gone)?;
     let outcome = action.outcome.borrow().clone();
-    let links = html! { p.actions { a href={ "/portal/servers/" (action.server) } { "To the \
-    server" } a href="/portal/" { "To the devices" } } };
+    let links = html! { p.actions {
+        a href={ "/portal/servers/" (action.server) } { "Back to server" }
+        a href="/portal/" { "Back to devices" }
+    } };
     let (main, done): (Markup, bool) = match &outcome {
         None => (
-            html! { p.busy role="status" { "This goes on \
-            since " (action.begun.elapsed().as_secs()) " s; libvirt and the guest take their \
-            time. This page asks again by itself." } },
+            html! { p.busy role="status" {
+                "In progress for " (action.begun.elapsed().as_secs())
+                " s. Waiting for libvirt and the guest. This page refreshes automatically."
+            } },
             false,
         ),
         Some(Ok(told)) => (html! { p.good role="status" { (told) } }, true),

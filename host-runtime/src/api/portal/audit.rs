@@ -1,4 +1,4 @@
-//! The audit: who got what, when, why.
+//! Portal page of the audit trail: which server got which device, when and why.
 
 use std::sync::Arc;
 
@@ -15,17 +15,17 @@ use super::super::request::Asked;
 use super::pages::{page, table, time};
 use super::session::Signed;
 
-/// So many on a page.
+/// Number of events per page.
 const PAGE: usize = 100;
 
-/// From where on.
+/// Position in the audit trail.
 #[derive(Deserialize)]
 pub(super) struct Query {
     #[serde(default)]
     before: i64,
 }
 
-/// Events as a table; of one server, or with each one's.
+/// Renders events as a table, with a server column unless they are of one server.
 pub(super) fn rows(story: &[EventRow], of_one: bool) -> Markup {
     let row = |event: &EventRow| {
         html! {
@@ -40,13 +40,13 @@ pub(super) fn rows(story: &[EventRow], of_one: bool) -> Markup {
         }
     };
     let rows: Vec<Markup> = story.iter().map(row).collect();
-    let mut heads = vec!["When (UTC)", "What", "Device", "Server", "By", "Why"];
+    let mut heads = vec!["Time (UTC)", "Event", "Device", "Server", "Actor", "Details"];
     if of_one {
         heads.remove(3);
     }
     html! {
-        @if rows.is_empty() { p { "Nothing that you may know \
-            of." } } @else { (table("Events, newest first", &heads, &rows)) }
+        @if rows.is_empty() { p { "No events visible to you." } }
+        @else { (table("Events, newest first", &heads, &rows)) }
     }
 }
 

@@ -1,4 +1,4 @@
-//! Devices: all that there are, and one with its story.
+//! Portal pages of the devices: the list, and a device with its history.
 
 use std::sync::Arc;
 
@@ -19,33 +19,33 @@ use super::audit::rows;
 use super::pages::{csrf, name, page, quoted, see, state, table, time, words};
 use super::session::{Sent, Signed};
 
-/// So many on a page.
+/// Number of devices per page.
 const PAGE: usize = 100;
-/// So much of a device's story on its page.
+/// Number of events on a device's page.
 const STORY: usize = 20;
 
-/// Which devices.
+/// Search of the list of devices.
 #[derive(Deserialize)]
 pub(super) struct Query {
     #[serde(default)]
     q: String,
     #[serde(default)]
     state: String,
-    /// The last of the page before.
+    /// Last device of the previous page.
     #[serde(default)]
     after: u64,
 }
 
 const STATES: [(&str, &str); 6] = [
     ("", "any"),
-    ("available", "free"),
-    ("claimed", "on its way"),
-    ("allocated", "in use"),
-    ("removed", "unplugged"),
-    ("unavailable", "not to be had"),
+    ("available", "available"),
+    ("claimed", "claimed"),
+    ("allocated", "allocated"),
+    ("removed", "removed"),
+    ("unavailable", "unavailable"),
 ];
 
-/// Whether each word of the search is somewhere in what is shown.
+/// Whether every word of the search occurs in the displayed texts of the device.
 fn found(device: &UsbDevice, search: &str) -> bool {
     let all = format!(
         "{} {} {}:{} {} {} {} {} {}",
@@ -101,12 +101,14 @@ pub(super) async fn list(
         div id="devices" data-live {
             p.note {
                 @if fleet { (snapshot.others.len() + 1) " hosts: " } @else { "Host " (api.host) ": " }
-                (totals.total) " devices, " (totals.available) " free, " (totals.claimed + totals.allocated) " in use."
+                (totals.total) " devices, " (totals.available) " available, " (totals.claimed + totals.allocated) " in use."
             }
             @if rows.is_empty() {
-                p { "No device \
-                    here " @if query.q.is_empty() && query.state.is_empty() { "that you may see. \
-                        Plug one in: it appears by itself." } @else { "is like that." } }
+                p {
+                    @if query.q.is_empty() && query.state.is_empty() {
+                        "No devices visible to you. Plug one in: it appears automatically."
+                    } @else { "No devices match." }
+                }
             } @else {
                 (table("Devices", &columns, &rows))
             }
@@ -118,14 +120,14 @@ pub(super) async fn list(
     Ok(page("Devices", Some(&signed), &main))
 }
 
-/// Who has it, where that may be known.
+/// Link to the server that holds the device, if the caller may see it.
 pub(super) fn holder(device: &UsbDevice) -> Markup {
     html! {
         @if let Some(by) = &device.held_by { a href={ "/portal/servers/" (device.instance_uuid) } { (by) } }
     }
 }
 
-/// What can be done with it now.
+/// Links to the actions that are possible now.
 fn hands(device: &UsbDevice, signed: &Signed) -> Markup {
     html! {
         @if signed.may_act() {
@@ -182,17 +184,17 @@ pub(super) async fn show(
             }
             div.actions {
                 (hands(&device, &signed))
-                @if signed.caller.is_admin() { a href={ "/portal/flavors/new?device=" (device.id) } { "Make a flavor of it" } }
+                @if signed.caller.is_admin() { a href={ "/portal/flavors/new?device=" (device.id) } { "Create flavor" } }
             }
             @if signed.caller.is_admin() { (changes(&device, &signed)) }
-            h2 { "What happened" }
+            h2 { "Events" }
             (rows(&story, false))
         }
     };
     Ok(page(&name(&device), Some(&signed), &main))
 }
 
-/// What an administrator may do about it.
+/// Form with the actions of an administrator.
 fn changes(device: &UsbDevice, signed: &Signed) -> Markup {
     let reason = device.status_reason.as_deref();
     html! {
@@ -202,11 +204,11 @@ fn changes(device: &UsbDevice, signed: &Signed) -> Markup {
             @if reason == Some("disabled") {
                 button name="change" value="enable" { "Enable" }
             } @else {
-                label { "Why" input name="reason" maxlength="255" id="reason"; }
+                label { "Reason" input name="reason" maxlength="255" id="reason"; }
                 button name="change" value="disable" { "Disable" }
             }
             @if matches!(reason, Some("quarantined" | "flapping")) {
-                button name="change" value="clear_quarantine" { "End the quarantine" }
+                button name="change" value="clear_quarantine" { "Clear quarantine" }
             }
         }
     }

@@ -1,4 +1,4 @@
-//! Flavors: what there is, and one written from a device.
+//! Portal pages of the flavors: the list, and a form that creates one from a device.
 
 use std::sync::Arc;
 
@@ -38,30 +38,31 @@ pub(super) async fn list(
     };
     let rows: Vec<Markup> = flavors.iter().map(row).collect();
     let main = html! {
-        @if rows.is_empty() { p { "There are no flavors \
-            yet." } } @else { (table("Flavors", &["Name", "Asks \
-                for", "Changed", "Action"], &rows)) }
-        p.note { "A server asks for a flavor \
-            by " code { "usb:devices=@NAME" } " in its extra specs. A device's page makes one of \
-                it." }
+        @if rows.is_empty() { p { "No flavors yet." } }
+        @else { (table("Flavors", &["Name", "Requests", "Changed", "Action"], &rows)) }
+        p.note {
+            "To request a flavor for a server, set "
+            code { "usb:devices=@NAME" }
+            " in its extra specs. To create a flavor, open the page of a device."
+        }
     };
     Ok(page("Flavors", Some(&signed), &main))
 }
 
-/// Of which device.
+/// Device that the new flavor is based on.
 #[derive(Deserialize)]
 pub(super) struct Query {
     device: String,
 }
 
-/// What tells this very device from all others.
+/// Selector key and value that identify this device, and their label in the form.
 fn very(device: &UsbDevice) -> (&'static str, String, &'static str) {
     match &device.serial {
         Some(serial) if device.serial_kind == "unique" => {
-            ("serial", serial.clone(), "this very one, by its serial")
+            ("serial", serial.clone(), "only this device, by its serial")
         }
         _ => {
-            let words = "whatever of this kind is in its port";
+            let words = "any device of this kind in this port";
             match &device.path {
                 Some(path) => ("path", path.clone(), words),
                 None => ("port", device.port_path.clone(), words),
@@ -78,21 +79,26 @@ pub(super) async fn form(
     let (_, device) = api.device(&signed.caller, Call::ChangeFlavor, &query.device)?;
     let (_, value, which) = very(&device);
     let main = html! {
-        p { "A flavor that asks for " b { (name(&device)) } ". One of the same name is replaced." }
+        p {
+            "A flavor that requests " b { (name(&device)) }
+            ". It replaces a flavor with the same name."
+        }
         form.stack method="post" action="/portal/flavors" {
             (csrf(&signed))
             input type="hidden" name="device" value=(device.id);
             label for="name" { "Name" }
             input id="name" name="name" required maxlength="255" pattern="[^@].*";
             fieldset {
-                legend { "Which device" }
-                label { input type="radio" name="which" value="kind" checked; "any of this kind \
-                    (" (device.vendor_id) ":" (device.product_id) ")" }
+                legend { "Device" }
+                label {
+                    input type="radio" name="which" value="kind" checked;
+                    "any device of this kind (" (device.vendor_id) ":" (device.product_id) ")"
+                }
                 label { input type="radio" name="which" value="very"; (which) " (" (value) ")" }
             }
-            label for="count" { "How many of the kind" }
+            label for="count" { "Count (any device of this kind)" }
             input id="count" name="count" type="number" min="1" max="127" value="1";
-            button { "Write the flavor" }
+            button { "Create" }
         }
     };
     Ok(page("New flavor", Some(&signed), &main))
@@ -121,9 +127,9 @@ pub(super) async fn store(
             let count: u32 = if count.is_empty() {
                 1
             } else {
-                count.parse().map_err(|_| {
-                    ApiError::bad_request(format!("How many: {count:?} is no number."))
-                })?
+                count
+                    .parse()
+                    .map_err(|_| ApiError::bad_request(format!("count: {count:?} is not a number.")))?
             };
             request.insert("count".into(), json!(count));
         }
@@ -132,9 +138,7 @@ pub(super) async fn store(
             request.insert(key.into(), Value::String(value));
         }
         _ => {
-            return Err(ApiError::bad_request(
-                "Which device: wanted any of the kind, or this very one.",
-            ));
+            return Err(ApiError::bad_request("which: wanted \"kind\" or \"very\"."));
         }
     }
     let text = json!({ "usb_devices": [request] }).to_string();
@@ -149,17 +153,18 @@ pub(super) struct Removal {
 
 pub(super) async fn removal(signed: Signed, Asked(removal): Asked<Removal>) -> Response {
     let main = html! {
-        p { "Remove the \
-            flavor " b { (removal.name) } "? Servers that name it do not start any more; what runs \
-                keeps its devices." }
+        p {
+            "Remove the flavor " b { (removal.name) }
+            "? Servers that request it will not start; running servers keep their devices."
+        }
         form.actions method="post" action="/portal/flavors/remove" {
             (csrf(&signed))
             input type="hidden" name="name" value=(removal.name);
             button { "Remove" }
-            a href="/portal/flavors" { "Leave it" }
+            a href="/portal/flavors" { "Cancel" }
         }
     };
-    page("Remove a flavor", Some(&signed), &main)
+    page("Remove flavor", Some(&signed), &main)
 }
 
 pub(super) async fn remove(

@@ -1,4 +1,4 @@
-// Live updates: when something has changed, what of this page shows it is fetched anew. Without this script a page is as it was when it was opened.
+// Live updates: after a change, fetches this page again and replaces its live parts. Without this script a page stays as it was opened.
 "use strict";
 (() => {
     const status = document.getElementById("status");
@@ -10,18 +10,18 @@
         fetching = true;
         try {
             const answer = await fetch(location.href, { headers: { "X-Live": "1" } });
-            // Signed out meanwhile: the next click says so.
+            // Signed out in the meantime: the next click leads to the sign-in page.
             if (!answer.ok || answer.redirected) return;
             const fresh = new DOMParser().parseFromString(await answer.text(), "text/html");
             for (const place of document.querySelectorAll("[data-live]")) {
                 const other = fresh.getElementById(place.id);
                 if (!other || other.innerHTML === place.innerHTML) continue;
-                // Whoever is in the middle of it keeps the place.
+                // Keep the keyboard focus.
                 const held = place.contains(document.activeElement) ? document.activeElement.getAttribute("href") || document.activeElement.id : null;
                 place.innerHTML = other.innerHTML;
                 if (held) [...place.querySelectorAll("a,button,[id]")].find(e => e.getAttribute("href") === held || e.id === held)?.focus();
             }
-        } catch { /* the next event tries again */ } finally {
+        } catch { /* retried at the next event */ } finally {
             fetching = false;
             if (again) { again = false; refresh(); }
         }
@@ -34,7 +34,7 @@
         hush = setTimeout(() => { status.textContent = ""; }, 8000);
         refresh();
     });
-    // What happened while nobody listened.
+    // After a reconnect, fetch the changes that were missed.
     let opened = false;
     events.addEventListener("open", () => { if (opened) refresh(); opened = true; });
 })();

@@ -1,5 +1,5 @@
-//! Live: whoever looks on is told that something has changed that he may see, and in a few words
-//! what.
+//! Live updates: an open page receives an event with a short text for each change that its user
+//! may see.
 
 use std::collections::BTreeMap;
 use std::convert::Infallible;
@@ -19,20 +19,19 @@ use super::super::inventory::Snapshot;
 use super::pages::{name, words};
 use super::session::Signed;
 
-/// So many look on at once ...
+/// Maximum number of pages with live updates.
 const MOST: usize = 128;
-/// ... and so many pages of one caller: browsers open six at most to one host.
+/// Maximum number of such pages per caller; browsers open at most six connections to a host.
 const MOST_EACH: usize = 8;
-/// How often it is looked whether something has changed; SQLite tells without reading anything.
+/// Interval between two checks for changes; SQLite reports a change without a read.
 const LOOK: Duration = Duration::from_millis(500);
-/// So many changes are told in words.
+/// Maximum number of changes that a text names.
 const TOLD: usize = 3;
 
-/// What is shown of each device, in words.
+/// Name and state of each device, as displayed.
 type Shown = BTreeMap<DeviceId, (String, String)>;
 
-/// What of a snapshot is not as it was, or will not be as it is: the rest of the fleet is not
-/// looked at again.
+/// The devices of `snapshot` that differ from `other`. Unchanged parts of the fleet are skipped.
 fn shown(snapshot: &Snapshot, other: &Snapshot, caller: &Caller) -> Shown {
     let one = |record: &Record| {
         let device = snapshot.shown(record, caller);
@@ -42,7 +41,7 @@ fn shown(snapshot: &Snapshot, other: &Snapshot, caller: &Caller) -> Shown {
     snapshot.changed_since(other).filter(|record| snapshot.sees(caller, record)).map(one).collect()
 }
 
-/// What is different, in words; none where it is nothing.
+/// Text that describes the changes; `None` if nothing changed.
 fn difference(before: &Shown, now: &Shown) -> Option<String> {
     let changed = now.iter().filter(|(id, what)| before.get(*id) != Some(*what));
     let mut told: Vec<String> =
@@ -61,11 +60,11 @@ fn difference(before: &Shown, now: &Shown) -> Option<String> {
     (!told.is_empty()).then(|| told.join("; "))
 }
 
-/// Who looks on, by the callers' names.
+/// Number of open pages by the name of their caller.
 #[derive(Clone, Default)]
 pub(super) struct Watchers(Arc<Mutex<BTreeMap<String, usize>>>);
 
-/// The place of one who looks on, until it is dropped.
+/// Reservation for an open page, released on drop.
 struct Place(Watchers, String);
 
 impl Watchers {
@@ -99,17 +98,17 @@ impl Drop for Place {
     }
 }
 
-/// One page that looks on.
+/// An open page that receives updates.
 struct Watch {
     api: Arc<Api>,
-    /// The session.
+    /// Id of the page's session.
     id: String,
     last: Arc<Snapshot>,
     _place: Place,
 }
 
 impl Watch {
-    /// What has changed that may be told, some time; none: the session has ended, or its token.
+    /// Waits for the next visible change; `None` if the session or its token has ended.
     async fn next(&mut self) -> Option<String> {
         let mut ending = self.api.ending.subscribe();
         loop {
@@ -121,10 +120,10 @@ impl Watch {
             let caller = match self.api.identity.caller(&token, Freshness::Cached).await {
                 Ok(caller) => caller,
                 Err(AuthError::InvalidToken | AuthError::Unusable(_)) => return None,
-                // Nothing is told to whom nobody can name now.
+                // Send nothing while the token cannot be validated.
                 Err(AuthError::Unavailable(_)) => continue,
             };
-            // What cannot be read now is looked at again.
+            // Retry if the inventory cannot be read now.
             let Ok(now) = self.api.inventory.now() else { continue };
             if Arc::ptr_eq(&now, &self.last) {
                 continue;
@@ -145,7 +144,7 @@ pub(super) async fn live(
 ) -> Result<impl IntoResponse, ApiError> {
     let place = api.portal.watchers.place(&signed.caller.name);
     let place = place.ok_or_else(|| {
-        ApiError::unavailable("Too many pages are open: this one does not update itself.")
+        ApiError::unavailable("Too many pages are open: this one does not refresh automatically.")
     })?;
     let last = api.inventory.now()?;
     let watch = Watch { api, id: signed.id, last, _place: place };
@@ -161,7 +160,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_who_opens_too_many_pages_keeps_nobody_else_from_it() {
+    fn a_caller_with_too_many_pages_does_not_block_other_callers() {
         let watchers = Watchers::default();
         let mut loud: Vec<Place> = (0..MOST).filter_map(|_| watchers.place("loud")).collect();
         assert_eq!(loud.len(), MOST_EACH);
@@ -175,7 +174,7 @@ mod tests {
     }
 
     #[test]
-    fn what_has_changed_is_told_in_a_few_words() {
+    fn changes_are_described_in_a_short_text() {
         let shown = |all: &[(u64, &str)]| -> Shown {
             let one = |(id, state): &(u64, &str)| {
                 (DeviceId::new(*id).unwrap(), (format!("key {id}"), (*state).to_owned()))

@@ -1,4 +1,4 @@
-//! The portal: what the API can do, as pages for people. No page needs a script; one script keeps
+//! The portal: web pages for the functions of the API. No page needs a script; one script keeps
 //! open pages up to date.
 //!
 //! ```text
@@ -8,14 +8,13 @@
 //! ```
 //! | module | what it does |
 //! |---|---|
-//! | `session` | who has signed in; forms that come from here |
-//! | `pages` | what all pages have in common; words |
+//! | `session` | signed-in users; verifies that a form comes from this portal |
+//! | `pages` | layout, names of states |
 //! | `sign_in`, `devices`, `servers`, `flavors`, `audit` | the pages |
-//! | `actions` | handing a device to a server and taking it back |
-//! | `live` | tells open pages that something has changed |
+//! | `hand` | attaches and detaches a device |
+//! | `live` | notifies open pages of changes |
 //!
-//! It decides nothing: the policy is the API's, and what is shown is what the API would answer to
-//! the same token.
+//! The portal has no policy of its own. It shows and does what the API allows for the same token.
 
 mod actions;
 mod audit;
@@ -38,7 +37,7 @@ use axum::routing::{get, post};
 use super::Api;
 use super::error::ApiError;
 
-/// What the portal remembers.
+/// State of the portal, in memory only.
 #[derive(Default)]
 pub(super) struct Portal {
     sessions: session::Sessions,
@@ -74,7 +73,7 @@ pub(super) fn routes() -> Router<Arc<Api>> {
         .merge(pages)
 }
 
-/// What could not be done is said on a page, too.
+/// Turns an error response into a page.
 async fn for_people(request: Request, next: Next) -> Response {
     let response = next.run(request).await;
     match response.extensions().get::<ApiError>() {

@@ -1,4 +1,4 @@
-//! What all pages have in common, and the words for what there is.
+//! Layout of all pages, and the names of devices and states.
 
 use axum::http::header::{
     CONTENT_SECURITY_POLICY, CONTENT_TYPE, HeaderName, LOCATION, REFERRER_POLICY,
@@ -11,14 +11,14 @@ use super::super::error::ApiError;
 use super::super::responses::UsbDevice;
 use super::session::Signed;
 
-/// Nothing but what this server itself sends.
+/// Content security policy: only resources of this server.
 const POLICY: &str = "default-src 'none'; style-src 'self'; script-src 'self'; connect-src 'self'; \
     img-src 'self' data:; form-action 'self'; base-uri 'none'; frame-ancestors 'none'";
 
 const STYLE: &str = include_str!("style.css");
 const SCRIPT: &str = include_str!("live.js");
 
-/// A page, whole.
+/// A complete page with status 200.
 pub(super) fn page(title: &str, signed: Option<&Signed>, main: &Markup) -> Response {
     answer(StatusCode::OK, title, signed, main)
 }
@@ -43,7 +43,7 @@ fn answer(status: StatusCode, title: &str, signed: Option<&Signed>, main: &Marku
                 @if signed.is_some() { script src="/portal/live.js" defer {} }
             }
             body {
-                a.skip href="#main" { "To the content" }
+                a.skip href="#main" { "Skip to content" }
                 header {
                     a.brand href="/portal/" { "virt-usb" }
                     @if let Some(signed) = signed {
@@ -75,24 +75,24 @@ fn answer(status: StatusCode, title: &str, signed: Option<&Signed>, main: &Marku
     response
 }
 
-/// The page for what could not be done.
+/// Page that shows an error.
 pub(super) fn refusal(fault: &ApiError) -> Response {
     let title = match fault.status.as_u16() {
         401 | 403 => "Not allowed",
         404 => "Not found",
-        409 => "It cannot be done",
-        413 | 429 => "Too much",
-        500.. => "Not now",
-        _ => "This was not understood",
+        409 => "Conflict",
+        413 | 429 => "Too many requests",
+        500.. => "Temporarily unavailable",
+        _ => "Invalid request",
     };
     let main = html! {
         p.bad { (fault.message) }
-        p { a href="/portal/" { "To the devices" } }
+        p { a href="/portal/" { "Back to devices" } }
     };
     answer(fault.status, title, None, &main)
 }
 
-/// Goes on at another page.
+/// Redirects to another page.
 pub(super) fn see(place: &str) -> Response {
     let place = HeaderValue::from_str(place).unwrap_or(HeaderValue::from_static("/portal/"));
     (StatusCode::SEE_OTHER, [(LOCATION, place)]).into_response()
@@ -112,7 +112,7 @@ pub(super) fn csrf(signed: &Signed) -> Markup {
     html! { input type="hidden" name="csrf" value=(signed.csrf); }
 }
 
-/// What people call it.
+/// Display name of a device.
 pub(super) fn name(device: &UsbDevice) -> String {
     let kind = || format!("{}:{}", device.vendor_id, device.product_id);
     match (&device.manufacturer, &device.product_name) {
@@ -125,19 +125,19 @@ pub(super) fn name(device: &UsbDevice) -> String {
     }
 }
 
-/// Its state in words, and in which colour.
+/// Display name and colour of a device's state.
 pub(super) fn words(device: &UsbDevice) -> (&'static str, &'static str) {
     match (device.status.as_str(), device.status_reason.as_deref()) {
-        ("available", _) => ("free", "good"),
-        ("claimed", _) => ("on its way", "busy"),
-        ("allocated", _) => ("in use", "busy"),
-        ("removed", _) => ("unplugged", "off"),
-        (_, Some("whitelist")) => ("not offered", "off"),
+        ("available", _) => ("available", "good"),
+        ("claimed", _) => ("claimed", "busy"),
+        ("allocated", _) => ("allocated", "busy"),
+        ("removed", _) => ("removed", "off"),
+        (_, Some("whitelist")) => ("not whitelisted", "off"),
         (_, Some("host-use")) => ("used by the host", "off"),
         (_, Some("disabled")) => ("disabled", "bad"),
-        (_, Some("quarantined")) => ("in quarantine", "bad"),
-        (_, Some("flapping")) => ("unsteady", "bad"),
-        (_, Some("unreachable")) => ("host not heard of", "bad"),
+        (_, Some("quarantined")) => ("quarantined", "bad"),
+        (_, Some("flapping")) => ("flapping", "bad"),
+        (_, Some("unreachable")) => ("host unreachable", "bad"),
         _ => ("unavailable", "off"),
     }
 }
@@ -147,18 +147,18 @@ pub(super) fn state(device: &UsbDevice) -> Markup {
     html! { span class={ "state " (colour) } { (words) } }
 }
 
-/// A time, short for the eye and whole for machines.
+/// A time, shortened for display and complete in `datetime`.
 pub(super) fn time(at: &str) -> Markup {
     let short = at.get(..19).map_or_else(|| at.to_owned(), |short| short.replace('T', " "));
     html! { time datetime=(at) { (short) } }
 }
 
-/// A place in a query.
+/// Encodes a value for a query string.
 pub(super) fn quoted(text: &str) -> String {
     serde_urlencoded::to_string([("", text)]).unwrap_or_default().trim_start_matches('=').to_owned()
 }
 
-/// A table that may be wider than its screen.
+/// A table that scrolls if it is wider than the screen.
 pub(super) fn table(caption: &str, heads: &[&str], rows: &[Markup]) -> Markup {
     html! {
         div.wide role="region" aria-label=(caption) tabindex="0" {

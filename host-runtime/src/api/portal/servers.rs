@@ -19,7 +19,7 @@ use super::audit::rows;
 use super::pages::{csrf, name, page, quoted, see, state, table, time};
 use super::session::{Sent, Signed};
 
-/// So much of a server's story on its page.
+/// Number of events on a server's page.
 const STORY: usize = 20;
 
 fn running(runs: bool) -> Markup {
@@ -45,7 +45,7 @@ pub(super) async fn list(
     let main = html! {
         div id="servers" data-live {
             @if rows.is_empty() {
-                p { "There is no server of your project." }
+                p { "Your project has no servers." }
             } @else {
                 (table("Servers", &["Server", "State", "USB devices", "UUID"], &rows))
             }
@@ -85,7 +85,7 @@ pub(super) async fn show(
             th scope="row" { code { (request) } }
             td { @if let Some(since) = since { (time(since)) } }
             td { @if signed.may_act() {
-                a href={ "/portal/detach?server=" (id) "&request=" (quoted(&request)) } aria-label={ "Take back " (request) } { "Take back" }
+                a href={ "/portal/detach?server=" (id) "&request=" (quoted(&request)) } aria-label={ "Detach " (request) } { "Detach" }
             } }
         }
     };
@@ -97,36 +97,38 @@ pub(super) async fn show(
             p { "Project: " (owner) }
             @if let Some(host) = &server.host { p { "Host: " (host) } }
             @if devices.is_empty() {
-                p { "It has no USB device." }
+                p { "No USB devices." }
             } @else {
-                (table("What it has", &["Device", "State", "Since", "Serial", "Action"], &devices))
+                (table("USB devices", &["Device", "State", "Since", "Serial", "Action"], &devices))
             }
             @if signed.may_act() {
-                p.actions { a.button href={ "/portal/attach?server=" (id) } { "Attach a device" } }
+                p.actions { a.button href={ "/portal/attach?server=" (id) } { "Attach device" } }
             }
             @if !wishes.is_empty() {
-                h2 { "What it gets at each start" }
+                h2 { "Assigned at each start" }
                 (table("Assigned", &["Request", "Since", "Action"], &wishes))
             }
-            h2 { "What happened" }
+            h2 { "Events" }
             (rows(&story, true))
         }
         @if may(&signed.caller, Call::ChangeOwner) == Authorization::Allowed && !server.by_domain {
             h2 { "Administration" }
             form.actions method="post" action={ "/portal/servers/" (id) "/owner" } {
                 (csrf(&signed))
-                label { "Its \
-                    project" input name="project" id="project" value=[server.owner.as_ref()]; }
-                button { "Say so" }
+                label {
+                    "Owner project"
+                    input name="project" id="project" value=[server.owner.as_ref()];
+                }
+                button { "Save" }
             }
-            p.note { "Its domain does not say whose it is. The members of the project that you \
-                name may give it devices; empty: administrators alone." }
+            p.note { "The domain of this server names no owner. Members of the owner project may \
+                attach devices. If the field is empty, only administrators may." }
         }
     };
     Ok(page(&server.name, Some(&signed), &main))
 }
 
-/// Whose it is to be; empty: nobody's.
+/// Form field with the new owner project; empty for no owner.
 #[derive(Deserialize)]
 pub(super) struct NewOwner {
     project: String,

@@ -1,6 +1,6 @@
-//! Who has signed in. A session is a random number in a cookie; what it stands for stays here, in
-//! memory: the token, which is looked up anew for each page, so that one that ends or is removed
-//! ends its sessions. With the agent they end too.
+//! Sessions of signed-in users. A session is a random number in a cookie. The session's token stays
+//! in memory and is validated again for each page, so a session ends when its token expires or is
+//! removed. All sessions end when the agent stops.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -20,20 +20,20 @@ use super::super::request::form;
 use super::super::{Api, look};
 use super::pages::see;
 
-/// The cookie's name.
+/// Name of the session cookie.
 const COOKIE_NAME: &str = "virt-usb-portal";
-/// Without a page for so long a session ends ...
+/// Idle time after which a session ends.
 const IDLE: Duration = Duration::from_secs(3600);
-/// ... and after so long in any case.
+/// Maximum lifetime of a session.
 const LIFETIME: Duration = Duration::from_secs(12 * 3600);
-/// So many at once; with one more the one that idles longest ends.
+/// Maximum number of sessions; one more ends the session that has been idle longest.
 const MOST: usize = 1024;
-/// So many of one caller: whoever signs in again and again ends his own.
+/// Maximum number of sessions per caller, so that repeated sign-ins end only the caller's own.
 const MOST_EACH: usize = 16;
 
 struct Session {
     token: String,
-    /// The caller's name.
+    /// Name of the session's caller.
     whose: String,
     csrf: String,
     begun: Instant,
@@ -46,11 +46,11 @@ impl Session {
     }
 }
 
-/// All sessions, by the hash of their number: how long one is looked for says nothing about any.
+/// All sessions by the hash of their number, so that the lookup time reveals nothing about them.
 #[derive(Default)]
 pub(in super::super) struct Sessions(Mutex<HashMap<String, Session>>);
 
-/// 256 random bits, hexadecimal.
+/// Returns 256 random bits in hexadecimal digits.
 pub(super) fn secret() -> Result<String, ApiError> {
     let mut bytes = [0; 32];
     getrandom::fill(&mut bytes).map_err(|e| ApiError::internal(e.to_string()))?;
@@ -62,7 +62,7 @@ fn hash(secret: &str) -> String {
 }
 
 impl Sessions {
-    /// Begins a session; returns the cookie that stands for it.
+    /// Begins a session and returns its cookie.
     pub(super) fn begin(
         &self,
         token: String,
@@ -92,20 +92,20 @@ impl Sessions {
         Some((session.token.clone(), session.csrf.clone()))
     }
 
-    /// Its token, if it goes on. Looking on is no use of it.
+    /// Token of a session that has not ended. Live updates do not count as use of the session.
     pub(super) fn token(&self, id: &str) -> Option<String> {
         let all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         all.get(id).filter(|session| !session.is_over()).map(|session| session.token.clone())
     }
 
-    /// Ends a session; returns what takes its cookie away.
+    /// Ends a session and returns the header that deletes its cookie.
     pub(super) fn end(&self, id: &str) -> String {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).remove(id);
         cookie("", 0)
     }
 }
 
-/// Takes the oldest of these away until there are less than so many.
+/// Removes the oldest matching entries until fewer than `most` remain.
 pub(super) fn make_room<T>(
     all: &mut HashMap<String, T>,
     most: usize,
@@ -130,18 +130,18 @@ fn number(headers: &HeaderMap) -> Option<&str> {
         .find_map(|pair| pair.trim().strip_prefix(COOKIE_NAME)?.strip_prefix('='))
 }
 
-/// Somebody who has signed in.
+/// A signed-in user.
 #[derive(Debug, Clone)]
 pub(super) struct Signed {
     pub(super) caller: Caller,
-    /// What a form must bring along: no other site knows it.
+    /// Secret that a form must contain; other sites cannot know it.
     pub(super) csrf: String,
-    /// Which session.
+    /// Id of the session.
     pub(super) id: String,
 }
 
 impl Signed {
-    /// Whether forms are shown that attach and detach.
+    /// Whether the user may attach and detach, so that pages show these forms.
     pub(super) fn may_act(&self) -> bool {
         self.caller.role >= Role::Member
     }
@@ -183,7 +183,7 @@ impl OptionalFromRequestParts<Arc<Api>> for Signed {
     }
 }
 
-/// Browsers say where a form comes from: from here, or it is not taken.
+/// Refuses a form from another site, by the headers with which browsers name its origin.
 pub(super) fn is_from_here(headers: &HeaderMap) -> Result<(), ApiError> {
     let text = |name: &HeaderName| headers.get(name).and_then(|value| value.to_str().ok());
     let site = headers.get("sec-fetch-site").and_then(|value| value.to_str().ok());
@@ -196,11 +196,11 @@ pub(super) fn is_from_here(headers: &HeaderMap) -> Result<(), ApiError> {
 
 fn foreign() -> ApiError {
     ApiError::forbidden().saying(
-        "This form does not come from your session: open the page again, and send it from there.",
+        "This form does not belong to your session: open the page again, and resend the form.",
     )
 }
 
-/// A form, sent by somebody who has signed in, from a page of his session.
+/// A form sent by a signed-in user from a page of the same session.
 pub(super) struct Sent<T>(pub(super) Signed, pub(super) T);
 
 impl<T: DeserializeOwned> FromRequest<Arc<Api>> for Sent<T> {
@@ -215,7 +215,7 @@ impl<T: DeserializeOwned> FromRequest<Arc<Api>> for Sent<T> {
             api.rates.change(&signed.caller.name)?;
             let text = form(&parts.headers, body).await?;
             let wrong = |e: serde_urlencoded::de::Error| {
-                ApiError::bad_request(sentence(&format!("The form is wrong: {e}")))
+                ApiError::bad_request(sentence(&format!("The form is invalid: {e}")))
             };
             let fields: Vec<(String, String)> = serde_urlencoded::from_str(&text).map_err(wrong)?;
             let csrf = fields.iter().find(|(name, _)| name == "csrf").map(|(_, value)| hash(value));

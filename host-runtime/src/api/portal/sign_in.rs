@@ -22,8 +22,8 @@ use virt_usb_fleet::http_server::Peer;
 fn asks(api: &Api, wrong: bool) -> Markup {
     let keystone = (api.config)().keystone.is_some();
     html! {
-        @if wrong { p.bad role="alert" { "There is no such token, or it has ended. The host's \
-            administrator makes one: 'virt-usb token add'." } }
+        @if wrong { p.bad role="alert" { "Invalid or expired token. The host's administrator \
+            creates tokens with 'virt-usb token add'." } }
         form.stack method="post" action="/portal/sign-in" {
             label for="token" { "Token" }
             input id="token" name="token" type="password" autocomplete="current-password" required autofocus spellcheck="false"
@@ -31,9 +31,9 @@ fn asks(api: &Api, wrong: bool) -> Markup {
             button { "Sign in" }
         }
         p.note {
-            @if keystone { "A token of OpenStack's ('openstack token issue'), or one that begins \
-                with vusb_. " } @else { "A token begins with vusb_. " }
-            "It stands for one project, and says what you may do."
+            @if keystone { "Use an OpenStack token ('openstack token issue'), or a token that \
+                begins with vusb_. " } @else { "A token begins with vusb_. " }
+            "The token determines your project and your role."
         }
     }
 }
@@ -56,11 +56,11 @@ pub(super) async fn sign_in(
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, ApiError> {
-    // Else another site could sign its visitor in as whom it likes.
+    // Otherwise another site could sign its visitors in with a token of its choice.
     is_from_here(&headers)?;
     let text = form(&headers, body).await?;
     let Given { token } = serde_urlencoded::from_str(&text)
-        .map_err(|e| ApiError::bad_request(sentence(&format!("The form is wrong: {e}"))))?;
+        .map_err(|e| ApiError::bad_request(sentence(&format!("The form is invalid: {e}"))))?;
     match api.caller(token.trim(), peer.map(|Extension(peer)| peer), Freshness::Live).await {
         Ok(caller) => {
             let encrypted = (api.config)().api_tls.is_some();
