@@ -1,4 +1,4 @@
-//! What the caller gets: output, message, exit status; and what the record says.
+//! The answer to the caller (output, message, exit status) and the outcome for the record.
 
 use std::io::{self, Write};
 
@@ -9,9 +9,9 @@ pub struct Answer {
     pub xml: Option<Vec<u8>>,
     /// One line that says why the domain is refused; `None`: it is not.
     pub refusal: Option<String>,
-    /// What an operator should know though the domain goes on: for the record, and for stderr.
+    /// Warnings for the operator about a domain that was accepted, for the record and for stderr.
     pub warnings: Vec<String>,
-    /// What was done, for the record: `claimed 5, 7`.
+    /// Actions of the call, for the record: `claimed 5, 7`.
     pub did: String,
 }
 

@@ -1,17 +1,17 @@
 //! The call, parsed into what libvirt permits (docs: <https://libvirt.org/hooks.html>).
 //!
-//! | operation | what we do | a fault of ours |
+//! | operation | action | if the hook fails |
 //! |---|---|---|
-//! | `prepare` | claim, rewrite; its exit is the veto | closed if the domain asks for a device, else open |
-//! | `restore`, `migrate` | claim, rewrite; a true filter (a restore never fails: its refusal is said by the `prepare` behind it) | closed if the domain holds a hostdev of ours (migrate: any USB hostdev), else open |
-//! | `started`, `stopped`, `release` | confirm, give back | open: a stop is never blocked, and a start no longer |
-//! | `reconnect` | adopt | open: libvirt kills the guest otherwise |
-//! | anything else | nothing | open |
+//! | `prepare` | claim, rewrite; its exit status is the veto | closed if the domain requests a device, otherwise open |
+//! | `restore`, `migrate` | claim, rewrite; a true filter (a restore never fails: the `prepare` that follows refuses) | closed if the domain holds a hostdev of ours (migrate: any USB hostdev), otherwise open |
+//! | `started`, `stopped`, `release` | confirm, release | open: a stop is never blocked, and a start no longer |
+//! | `reconnect` | adopt | open: otherwise libvirt kills the guest |
+//! | any other operation | none | open |
 
 use std::ffi::OsString;
 use std::path::PathBuf;
 
-/// What libvirt wants of us.
+/// The operation that libvirt asks the hook to do.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Operation {
     /// A domain is about to start: it may be refused.
@@ -35,26 +35,26 @@ pub enum Incoming {
     Migrate,
 }
 
-/// What has happened.
+/// A completed step of a domain's life.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Happened {
-    /// QEMU runs.
+    /// QEMU is running.
     Started,
-    /// QEMU is gone, libvirt has not let go of its devices yet.
+    /// QEMU has exited; libvirt has not released its devices yet.
     Stopped,
-    /// Everything is let go of.
+    /// libvirt has released all devices.
     Released {
         /// libvirt's reason, `-` before 10.5.
         reason: String,
     },
 }
 
-/// What becomes of a domain when we fail.
+/// The fate of a domain if the hook fails.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum OnFault {
-    /// It goes on as if we were not there; the journal says what went wrong.
+    /// Let the domain continue as if there were no hook; the journal records the error.
     Open,
-    /// It is refused.
+    /// Refuse the domain.
     Closed,
 }
 
@@ -90,7 +90,7 @@ impl Operation {
     }
 }
 
-/// One call.
+/// A parsed call of libvirt.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Call {
     /// `--config FILE`.
@@ -99,13 +99,13 @@ pub struct Call {
     pub name: String,
     /// The operation's name, for records.
     pub op: String,
-    /// What it means.
+    /// Meaning of the operation's name.
     pub operation: Operation,
-    /// By whom it is made.
+    /// Program that makes the call.
     pub caller: HookCaller,
 }
 
-/// Who calls, and what becomes of the output.
+/// The calling program, which determines how the output is used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum HookCaller {
     /// A process of its own, made by libvirtd or a person. libvirt throws away what `prepare`

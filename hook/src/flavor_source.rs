@@ -1,4 +1,4 @@
-//! What a domain asks for: its flavor, wherever that is written, and its assignments.
+//! The requests of a domain: its flavor, from any source, and its assignments.
 
 use std::path::Path;
 
@@ -11,25 +11,25 @@ use virt_usb_store::{Assignment, Source, Store};
 
 use crate::job::HookError;
 
-/// What the XML alone says.
+/// Flavor source, as far as the XML alone shows it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum FlavorRequest {
-    /// Nothing.
+    /// The domain requests nothing.
     Nothing,
-    /// This.
+    /// A flavor that is written in the XML.
     Flavor(Flavor),
-    /// What the stored flavors of these names say: one for the devices, one for the redirections.
-    /// They must exist.
+    /// Stored flavors with these names, one for the devices and one for the redirections. They must
+    /// exist.
     Stored {
         /// Where `usb_devices` stands.
         devices: Part,
         /// Where `usb_redirection_devices` stands.
         redirection: Part,
     },
-    /// What the stored flavor of this name says, if there is one. `sure`: there is, or was a moment
-    /// ago.
+    /// The stored flavor with this name, if it exists. If `sure` is true, it exists or existed a
+    /// moment ago.
     MaybeStored {
-        /// Its name.
+        /// Name of the flavor.
         name: String,
         /// Whether there is one.
         sure: bool,
@@ -102,7 +102,7 @@ impl FlavorRequest {
         matches!(self, Self::Flavor(_) | Self::Stored { .. } | Self::MaybeStored { sure: true, .. })
     }
 
-    /// Whether the store is needed to know or to get what is asked for.
+    /// Whether the store is needed to read or to satisfy the request.
     pub(crate) const fn needs_store(&self) -> bool {
         match self {
             Self::Nothing => false,

@@ -1,9 +1,9 @@
 //! `restore` and `migrate`: libvirt uses what is printed here. Each USB hostdev gets the device
 //! that it is to have on this host.
 //!
-//! A hostdev is ours where a claim says so, or where the guest asks for the device that its alias
-//! names: it gets that device by the rules. All others somebody wrote: they are adopted, and of
-//! their XML only an address that is out of date changes.
+//! A hostdev is ours if a claim says so, or if the guest requests the device that its alias names.
+//! Such a hostdev gets that device by the rules. All other hostdevs were written by hand: they are
+//! adopted, and only an outdated address is changed in their XML.
 //!
 //! A restore is not refused here but by the `prepare` that follows it ([`hand_on`]).
 
@@ -29,8 +29,8 @@ pub(crate) fn incoming(job: &Job<'_>, how: Incoming) -> Result<Answer, HookError
     let state_dir = job.state_dir();
     // A flavor that cannot be read asks for nothing here: the guest has what it was saved with.
     let wish = FlavorRequest::read(&domain.flavor, &state_dir).unwrap_or(FlavorRequest::Nothing);
-    // A hostdev that somebody wrote into a saved domain is theirs: where we fail, it goes on as if
-    // we were not there.
+    // A hostdev that was written by hand into a saved domain belongs to its author: if the hook
+    // fails, such a domain continues as if there were no hook.
     let injected = domain.hostdevs.iter().any(|h| h.injected().is_some());
     let asks = wish.is_certain() || job.is_assigned(&state_dir) || job.is_holder(&state_dir);
     let concerned = how == Incoming::Migrate || (injected && asks);
@@ -86,11 +86,11 @@ struct Arrival<'a> {
     context: Context,
     claimant: Claimant,
     concerned: bool,
-    /// What it holds.
+    /// Claims that the instance holds.
     claims: Vec<ClaimRow>,
     /// All devices ever seen.
     known: Vec<Record>,
-    /// What its flavor and its assignments ask for now.
+    /// Current requests of the instance's flavor and assignments.
     asked: Vec<ClaimRequest>,
 }
 
@@ -161,8 +161,8 @@ impl<'a> Arrival<'a> {
         }))
     }
 
-    /// The hostdevs that are ours, each with what it is to get; and those that somebody wrote, by
-    /// their positions among all host devices.
+    /// Our hostdevs, each with its wanted device, and the handwritten ones, by their positions
+    /// among all host devices.
     fn places(&self) -> (Vec<Place>, Vec<(usize, &'a UsbHostdev)>) {
         let domain: &'a Domain = self.job.domain;
         let (mut ours, mut by_hand) = (Vec::new(), Vec::new());
@@ -198,7 +198,7 @@ impl<'a> Arrival<'a> {
                 device: String::new(),
             });
         }
-        // An alias from an inventory that was begun anew may name another device here.
+        // An alias from an inventory that was created again may name another device here.
         let is_kind = |r: &&Record| {
             let same = |usb| usb == r.usb() || self.config.aliases.join(usb, r.usb());
             r.entry.id == id && hostdev.usb.is_none_or(same)
@@ -277,8 +277,7 @@ impl<'a> Arrival<'a> {
     }
 }
 
-/// The addresses that are out of date, of hostdevs that somebody wrote. libvirt takes an explicit
-/// address literally.
+/// Outdated addresses of handwritten hostdevs. libvirt takes an explicit address literally.
 fn readdressed(
     job: &Job<'_>,
     by_hand: &[(usize, &UsbHostdev)],
@@ -293,7 +292,7 @@ fn readdressed(
     there.collect()
 }
 
-/// What will do for a hostdev.
+/// Devices that are acceptable for a hostdev.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Choice {
     /// The same device.
@@ -342,7 +341,7 @@ impl Place {
     }
 }
 
-/// What is asked for, one request a place; none: this choice is none for one of them.
+/// The requests for this choice, one per place; `None` if the choice does not apply to a place.
 fn wanted(places: &[Place], choice: Choice) -> Option<Vec<ClaimRequest>> {
     let want = |p: &Place| {
         Some(ClaimRequest { request: p.request(choice)?, lasting: p.lasting, number: p.number })

@@ -51,7 +51,7 @@ const PART: u64 = 1 << 20;
 /// No mark is longer than this, in bytes.
 const LONGEST_MARK: usize = 32;
 
-/// What XML that cannot be parsed speaks of.
+/// Marks found in XML that cannot be parsed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Marks {
     /// USB devices of ours: see [`mentions_us`].
@@ -70,8 +70,8 @@ impl Marks {
     }
 }
 
-/// Whether XML that cannot be parsed speaks of USB devices of ours. Only then may a fault of ours
-/// refuse the domain.
+/// Whether XML that cannot be parsed refers to USB devices of ours. Only then may an error of the
+/// hook refuse the domain.
 pub fn mentions_us(xml: &[u8]) -> bool {
     const MARKS: [&[u8]; 6] = [
         b"urn:virt-usb:flavor:1",

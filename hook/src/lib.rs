@@ -1,4 +1,4 @@
-//! What libvirt calls at every step of a domain's life.
+//! The hook that libvirt calls at every step of a domain's life.
 //!
 //! ```text
 //!  argv ──► Call ──┐
@@ -9,9 +9,9 @@
 //! [`config`], [`sysfs`], [`machine`], [`verify`], [`lifecycle::take_over`], [`rules`], [`flavor_source`] and
 //! [`run::handle_with`] are shared, and nothing here may need libvirt, libusb or an async runtime.
 //!
-//! libvirt holds the domain's lock while the hook runs and waits for every descriptor that it was
-//! given: the hook calls nothing, starts nothing, and waits for nothing but the store's lock, two
-//! seconds at the most.
+//! libvirt holds the domain's lock while the hook runs, and waits until every descriptor that it
+//! passed is closed. Therefore the hook calls no service, starts no process, and waits only for the
+//! store's lock, for at most two seconds.
 
 pub mod answer;
 pub mod call;

@@ -70,14 +70,14 @@ fn running(job: &Job<'_>, concerned: bool, witness: Witness) -> Result<Answer, H
     Ok(answer)
 }
 
-/// What a guest that runs has now.
+/// Devices of a running guest.
 #[derive(Debug)]
 pub struct TakenOver {
-    /// What became of each hostdev of its live XML.
+    /// Result of the adoption of each hostdev in the live XML.
     pub adopted: Vec<Adoption>,
     /// The devices that are in it.
     pub in_guest: BTreeSet<DeviceId>,
-    /// Those that it holds and that are not in it yet.
+    /// Devices that the instance holds and that are not in the guest yet.
     pub waiting: Vec<DeviceId>,
 }
 
@@ -113,10 +113,10 @@ pub fn take_over(
     Ok(TakenOver { adopted, in_guest, waiting })
 }
 
-/// QEMU is gone. The devices stay the instance's until `release`: between the two calls libvirt
+/// QEMU has exited. The instance keeps its devices until `release`: between the two calls libvirt
 /// still counts them as the domain's (src/qemu/qemu_process.c, qemuProcessStop: this hook, then
-/// qemuHostdevReAttachDomainDevices, then the release hook), and whoever was given one now would be
-/// refused by libvirt.
+/// qemuHostdevReAttachDomainDevices, then the release hook), and would refuse another guest that
+/// gets one of them.
 pub(crate) fn stopped(job: &Job<'_>) -> Result<Answer, HookError> {
     with_store(job, |store, context| {
         let Some(instance) = job.domain.uuid else { return Ok(NOTHING.into()) };
@@ -126,7 +126,7 @@ pub(crate) fn stopped(job: &Job<'_>) -> Result<Answer, HookError> {
     })
 }
 
-/// Everything is let go of: give back what this instance holds, and nothing else.
+/// libvirt has released all devices: release the devices of this instance, and no others.
 pub(crate) fn released(job: &Job<'_>, reason: &str) -> Result<Answer, HookError> {
     with_store(job, |store, context| {
         let Some(instance) = job.domain.uuid else { return Ok(NOTHING.into()) };
@@ -141,7 +141,7 @@ pub(crate) fn released(job: &Job<'_>, reason: &str) -> Result<Answer, HookError>
     })
 }
 
-/// What the XML of a guest that ends shows was in it, though nobody may have seen it start.
+/// Records the devices in the XML of a guest that has stopped, even if its start was not seen.
 fn note_use(store: &mut Store, domain: &Domain, instance: InstanceId) -> Result<(), StoreError> {
     if !domain.has_host_devices() {
         return Ok(());

@@ -19,7 +19,7 @@ pub fn device(record: &Record) -> String {
 /// How many devices a message lists: more would not be read.
 const SHOWN: usize = 3;
 
-/// What a refusal says beside what the claim found.
+/// Facts about the host that a refusal adds to the result of the claim.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Host {
     /// An agent runs, which looks at every change: to look once more tells nothing new.
@@ -29,7 +29,7 @@ pub struct Host {
 }
 
 impl Host {
-    /// As it is now. What cannot be read is not said.
+    /// The current state of the host. Facts that cannot be read are left out.
     pub fn of(config: &Config, store: &Store, short: &[Shortage]) -> Self {
         let agent_looks = host_env::agent(&config.state_dir) == Agent::Alive;
         let mut near = BTreeMap::new();
@@ -143,7 +143,7 @@ fn brief(text: &str) -> String {
     }
 }
 
-/// What was asked for and cannot be had, and what there is.
+/// Describes a request that cannot be satisfied, and the devices that match it.
 fn shortage(asked: &str, owner_known: bool, short: &Shortage, host: &Host) -> String {
     let count = short.request.count;
     if short.total == 0 {
@@ -243,7 +243,7 @@ pub(crate) fn set_aside_by_hand(domain: &str, record: &Record) -> String {
     format!("{domain} has a <hostdev> in its own XML, and {}. {advice}", unavailable(record))
 }
 
-/// What to do about a device that is set aside whatever the rules say.
+/// Advice for a device that is disabled, quarantined or flapping.
 fn set_aside(record: &Record) -> Option<String> {
     let id = record.entry.id;
     match record.entry.state().ok()?.reason().or(record.withheld)? {
@@ -258,7 +258,7 @@ fn set_aside(record: &Record) -> Option<String> {
     }
 }
 
-/// What to do, by what stands in the way most often.
+/// Advice for the most frequent obstacle.
 fn advice(short: &Shortage, host: &Host) -> String {
     let any = |test: fn(&Why) -> bool| short.matching.iter().any(|o| test(&o.why));
     let holders = || {

@@ -100,7 +100,7 @@ struct Gate<'a> {
 }
 
 impl Gate<'_> {
-    /// What the domain's own XML holds is claimed for it too, so that nobody else is given it.
+    /// Claims the devices in the domain's own XML too, so that no other guest gets them.
     fn enter(&mut self) -> Result<Entered, HookError> {
         let holdings: Vec<_> = self.job.domain.host_devices().map(holding).collect();
         if holdings.is_empty() {
@@ -112,8 +112,8 @@ impl Gate<'_> {
             .map_err(|e| HookError::of(self.concerned, e))
     }
 
-    /// Why it cannot start with what its own XML holds: the one rule for hostdevs that somebody
-    /// wrote, and that a guest which comes in needs the devices that were claimed for it.
+    /// Why the domain cannot start with the devices in its own XML. There is one rule for
+    /// handwritten hostdevs; an incoming guest also needs the devices that were claimed for it.
     fn refusal(&self, entered: &Entered) -> Option<Answer> {
         let domain = self.job.domain;
         for adopted in &entered.adopted {
@@ -154,7 +154,7 @@ impl Gate<'_> {
         })
     }
 
-    /// What the flavor and the assignments ask for beyond what the instance holds.
+    /// Requests of the flavor and the assignments that the instance's claims do not satisfy yet.
     fn lacking(&self, flavor: &Flavor) -> Result<Vec<ClaimRequest>, HookError> {
         let wants = wants(flavor, self.config.hold, &self.assigned()?);
         if wants.is_empty() {
@@ -275,7 +275,7 @@ impl Gate<'_> {
         }
     }
 
-    /// What is assigned to the instance; without a hint of it there is nothing.
+    /// Assignments of the instance; without a hint there are none.
     fn assigned(&self) -> Result<Vec<Assignment>, HookError> {
         match self.job.may_be_known(&self.config.state_dir) {
             true => self
@@ -300,7 +300,7 @@ impl Gate<'_> {
     }
 }
 
-/// What the domain's own XML holds.
+/// Devices in the domain's own XML.
 fn devices(entered: &Entered) -> Vec<DeviceId> {
     entered.adopted.iter().filter_map(Adoption::device).collect()
 }

@@ -33,7 +33,7 @@ pub(crate) fn open(
     Ok((store, context))
 }
 
-/// For whom devices are claimed.
+/// The instance and owner for which devices are claimed.
 ///
 /// # Errors
 /// When the inventory cannot be read.
@@ -109,9 +109,9 @@ pub(crate) struct Guest<'a> {
     pub(crate) inside: &'a [DeviceId],
     /// How the devices come into the guest.
     delivery: Delivery,
-    /// What is to be changed in the XML: known once [`ClaimVerifier::fits`] said yes.
+    /// Edits of the XML, known after [`ClaimVerifier::fits`] has accepted.
     pub(crate) edits: Edits,
-    /// What will work, but not well: known with the edits.
+    /// Warnings about devices that will work badly, known together with the edits.
     pub(crate) warnings: Vec<String>,
 }
 
@@ -136,7 +136,8 @@ impl<'a> Guest<'a> {
         }
     }
 
-    /// What has to be injected for these devices and redirections, if the guest can take it.
+    /// Plans the elements to inject for these devices and redirections, or explains why the guest
+    /// cannot take them.
     pub(crate) fn plan(&mut self, chosen: &[Granted]) -> Result<(), String> {
         let has = |g: &&Granted| self.inside.contains(&g.device.entry.id);
         let new: Vec<&Granted> = chosen.iter().filter(|g| !has(g)).collect();
@@ -168,14 +169,14 @@ impl<'a> Guest<'a> {
         Ok(())
     }
 
-    /// See [`missing_redirdevs`].
+    /// Indices of the missing redirections: see [`missing_redirdevs`].
     pub(crate) fn missing_redirdevs(&self) -> Vec<usize> {
         missing_redirdevs(self.domain, self.redirections)
     }
 }
 
-/// No two devices of a domain have one alias: a hostdev that is not the device that its alias names
-/// is in the way of that device.
+/// Refuses a domain in which a hostdev has the alias of one of the new devices but names another
+/// device. An alias is unique in a domain.
 ///
 /// # Errors
 /// Which of the devices cannot come into the guest, and what to do.
@@ -191,8 +192,8 @@ pub fn refuse_taken_aliases(domain: &Domain, new: &[&Granted]) -> Result<(), Str
     ))
 }
 
-/// Of a flavor's so many redirection entries those for which the XML has none yet. Those that
-/// somebody else wrote serve the first entries.
+/// Indices of the flavor's redirection entries that the XML does not contain yet. Redirections that
+/// the domain already has serve the first entries.
 pub fn missing_redirdevs(domain: &Domain, redirections: usize) -> Vec<usize> {
     let spicevmc = || domain.redirdevs.iter().filter(|r| r.kind == "spicevmc");
     let foreign = spicevmc().filter(|r| r.injected().is_none()).count();

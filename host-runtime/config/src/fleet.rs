@@ -12,13 +12,13 @@ use super::{Tls, absolute_path};
 pub struct Fleet {
     /// `http://` or `https://`, host and port; each is asked when those before it do not answer.
     pub endpoints: Vec<String>,
-    /// What all keys begin with; begins and ends with a slash.
+    /// Prefix of all keys; begins and ends with a slash.
     pub prefix: String,
-    /// PEM: whom its certificates are trusted from; none: whom this machine trusts.
+    /// PEM file of the authorities to trust; `None` for those of this machine.
     pub ca: Option<PathBuf>,
-    /// What this host proves itself with to it.
+    /// Client certificate and key of this host for etcd.
     pub identity: Option<Tls>,
-    /// Who this host is there.
+    /// User of this host in etcd.
     pub user: Option<User>,
     /// After so long without a word from a host its document goes.
     pub lease: Duration,
@@ -31,9 +31,9 @@ pub struct Fleet {
 /// A name and where its password stands.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct User {
-    /// The name.
+    /// Name of the user.
     pub name: String,
-    /// Its first line is the password.
+    /// File whose first line is the password.
     pub password_file: PathBuf,
 }
 

@@ -8,12 +8,12 @@ use serde::Deserialize;
 
 use super::absolute_path;
 
-/// The Keystone whose tokens count, and as whom it is asked.
+/// A Keystone whose tokens are accepted, and the user that validates them.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Keystone {
     /// With the version, without a slash at its end: `https://keystone.example:5000/v3`.
     pub url: String,
-    /// PEM: whom its certificate is trusted from; none: whom this machine trusts.
+    /// PEM file of the authorities to trust; `None` for those of this machine.
     pub ca: Option<PathBuf>,
     /// The service user's name ...
     pub user: String,
@@ -23,15 +23,15 @@ pub struct Keystone {
     pub project: String,
     /// ... and its domain's name.
     pub project_domain: String,
-    /// Its first line is the password.
+    /// File whose first line is the password.
     pub password_file: PathBuf,
-    /// For so long a token is not asked about again, for whoever only looks.
+    /// How long the validation of a token is cached for read-only requests.
     pub cache: Duration,
-    /// What Keystone's roles are here: `reader`, `member` or `admin`.
+    /// Map from Keystone's roles to `reader`, `member` or `admin`.
     pub roles: BTreeMap<String, String>,
 }
 
-/// What a role may be here.
+/// Valid roles of the API.
 const ROLES: [&str; 3] = ["reader", "member", "admin"];
 
 #[derive(Deserialize)]

@@ -40,36 +40,36 @@ pub enum HoldPolicy {
     Instance,
 }
 
-/// What happens to a guest with a passed-through USB device that migrates to this host.
+/// Policy for a guest with a passed-through USB device that migrates to this host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum MigrationPolicy {
-    /// It is refused.
+    /// Refuse the guest.
     #[default]
     Refuse,
     /// An equivalent device of this host is claimed for it.
     Reclaim,
 }
 
-/// What becomes of a claim whose device is unplugged while the guest runs.
+/// Policy for the claim of a device that is unplugged while its guest is running.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum ReplugPolicy {
-    /// It stays, and the guest gets the device again when it comes back.
+    /// Keep the claim; the guest gets the device back when it is replugged.
     #[default]
     Reattach,
-    /// It ends: the device is free when it comes back.
+    /// End the claim; the device is available when it is replugged.
     Release,
 }
 
-/// What becomes of a guest that was just started and cannot be given what it asked for.
+/// Policy for a guest that has just started and cannot get its devices.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum AttachFailurePolicy {
-    /// It runs without, and the agent goes on trying.
+    /// Keep the guest running without the device; the agent retries.
     #[default]
     Keep,
-    /// It is stopped.
+    /// Stop the guest.
     Stop,
 }
 
@@ -80,7 +80,7 @@ pub enum RequireAgent {
     /// printed XML.
     #[default]
     Auto,
-    /// It must be installed and run.
+    /// An agent must be installed and running.
     Always,
     /// Nothing is asked of it.
     Never,
@@ -89,7 +89,7 @@ pub enum RequireAgent {
 /// Where the agent's metrics are served.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub enum Metrics {
-    /// Nowhere.
+    /// Metrics are not served.
     #[default]
     Off,
     /// On a loopback port.
@@ -101,13 +101,13 @@ pub enum Metrics {
 /// Where the agent's API is served.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Api {
-    /// Nowhere.
+    /// The API is not served.
     Off,
     /// On this address, and on a unix socket in `state_dir`.
     On(SocketAddr),
 }
 
-/// What the API's port proves itself with, and encrypts.
+/// Certificate and key for TLS on the API's port.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Tls {
     /// PEM: the certificate, then those that lead to its authority.
@@ -130,21 +130,21 @@ pub enum Log {
     Journal,
     /// A file, one JSON object a line.
     File(PathBuf),
-    /// Nowhere.
+    /// Records are not written.
     Off,
 }
 
-/// Which of the whitelist's keys a file holds. Where it held them once and holds none now, the file
-/// may have lost its end.
+/// The whitelist keys that a file contains. If a file contained them before and contains none now,
+/// it may be truncated.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct WhitelistKeys {
-    /// `usb_white_list_switch`
+    /// Whether the file contains `usb_white_list_switch`.
     pub switch: bool,
     /// `usb_passthrough_whitelist`, or `usb_white_list`
     pub rules: bool,
 }
 
-/// They are no setting: a file that writes the defaults out means the same as one that does not.
+/// The keys are not settings: two configurations are equal if one writes the defaults out.
 impl PartialEq for WhitelistKeys {
     fn eq(&self, _: &Self) -> bool {
         true
@@ -152,12 +152,12 @@ impl PartialEq for WhitelistKeys {
 }
 impl Eq for WhitelistKeys {}
 
-/// What can be read of a configuration that is wrong.
+/// The readable parts of an invalid configuration.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Readable {
-    /// Where the inventory and its hints are; none: it cannot be told.
+    /// Directory of the inventory and its hints; `None` if it cannot be determined.
     pub state_dir: Option<PathBuf>,
-    /// Where the hook's records go; none: it cannot be told.
+    /// Destination of the hook's records; `None` if it cannot be determined.
     pub log: Option<Log>,
 }
 
@@ -170,17 +170,17 @@ pub struct Config {
     pub sysfs_root: PathBuf,
     /// Where procfs is mounted: the boot id and the time since boot are read there.
     pub procfs_root: PathBuf,
-    /// Which devices are offered, and to whom.
+    /// Rules for which devices are offered, and to which projects.
     pub whitelist: Whitelist,
-    /// Which of the whitelist's keys the file holds.
+    /// The whitelist keys that the file contains.
     pub whitelist_keys: WhitelistKeys,
-    /// Which devices show several kinds in turn.
+    /// Devices that show several vendor and product ids in turn.
     pub aliases: Aliases,
     /// When a device comes and goes too often.
     pub flapping: Limits,
     /// How long a flavor's devices are held.
     pub hold: HoldPolicy,
-    /// What an incoming migration gets.
+    /// Policy for incoming migrations.
     pub migration: MigrationPolicy,
     /// Where the hook's records go.
     pub log: Log,
@@ -204,9 +204,9 @@ pub struct Config {
     pub libvirt_timeout: Duration,
     /// How long a claim of an incoming restore or migration may stay unconfirmed.
     pub pending_grace: Duration,
-    /// What an unplugged device's claim comes to.
+    /// Policy for the claim of an unplugged device.
     pub replug: ReplugPolicy,
-    /// What a guest comes to that cannot be given its device.
+    /// Policy for a guest that cannot get its device.
     pub on_attach_failure: AttachFailurePolicy,
     /// Whether a start depends on the agent.
     pub require_agent: RequireAgent,
@@ -214,11 +214,12 @@ pub struct Config {
     pub metrics: Metrics,
     /// Where its API is served.
     pub api: Api,
-    /// Its certificate; none: there is no TLS, and loopback addresses alone.
+    /// TLS certificate of the API; without one, the API listens only on loopback addresses.
     pub api_tls: Option<Tls>,
-    /// What the inventory is shared through; none: it is not.
+    /// Fleet in which the inventory is shared; `None` if it is not shared.
     pub fleet: Option<Fleet>,
-    /// Whose tokens the API takes beside its own; none: no others.
+    /// Keystone whose tokens the API accepts in addition to its own; `None` for its own tokens
+    /// only.
     pub keystone: Option<Keystone>,
 }
 
@@ -262,25 +263,25 @@ pub enum ConfigError {
     /// The file that was named is not there or not readable.
     #[error("cannot read the configuration {path}: {why}")]
     Read {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// Why.
+        /// Cause of the failure.
         why: io::Error,
     },
     /// The file does not say what a configuration may say.
     #[error("the configuration {path} is wrong: {what}")]
     Wrong {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// Which key, what it holds, what it should hold.
+        /// The key, the value that was found, and the wanted value.
         what: String,
-        /// What it says all the same.
+        /// Readable parts of the file.
         readable: Readable,
     },
 }
 
 impl ConfigError {
-    /// What can be read of it all the same.
+    /// The readable parts of the file.
     pub fn readable(&self) -> Readable {
         match self {
             Self::Wrong { readable, .. } => readable.clone(),
@@ -308,8 +309,8 @@ impl Config {
         }
     }
 
-    /// An empty file is refused: the defaults offer every device to everybody, and a full disk or
-    /// an editor that ended leaves such a file.
+    /// Parses a file. An empty file is refused: the defaults offer every device to all projects,
+    /// and a full disk or a crashed editor leaves an empty file.
     fn parse_file(bytes: &[u8]) -> Result<Self, String> {
         let text = str::from_utf8(bytes).map_err(|e| {
             let line = 1 + bytes.iter().take(e.valid_up_to()).filter(|b| **b == b'\n').count();
@@ -476,7 +477,7 @@ pub fn read_bounded(file: &Path) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// What serde reads; the whitelist's keys are read by the model.
+/// Keys that serde reads; the model reads the whitelist's keys.
 #[derive(Deserialize)]
 struct Raw {
     state_dir: Option<PathBuf>,
@@ -633,7 +634,8 @@ fn require_agent(value: Option<&toml::Value>) -> Result<RequireAgent, String> {
     }
 }
 
-/// What they tell is nobody's business beyond this host, so they are served to it alone.
+/// Parses the address of the metrics. They contain data of this host, so only loopback addresses
+/// and sockets are accepted.
 fn metrics(value: Option<&str>) -> Result<Metrics, String> {
     match value {
         None | Some("off") => Ok(Metrics::Off),

@@ -1,5 +1,5 @@
-//! Whether a configuration has lost the whitelist. A file that was cut off, or is gone, must not
-//! offer every device to everybody: the inventory remembers what the file held.
+//! Detects whether a configuration has lost the whitelist. A file that was truncated or removed
+//! must not offer every device to all projects, so the inventory remembers what the file contained.
 
 use std::path::Path;
 
@@ -11,7 +11,7 @@ use crate::{Config, DEFAULT_PATH};
 /// Why a configuration is not obeyed.
 #[derive(Debug, thiserror::Error)]
 pub enum RulesError {
-    /// It held rules when it was read last.
+    /// The file contained rules when it was last read.
     #[error("{0}")]
     Lost(String),
     /// The inventory cannot be read.
@@ -19,7 +19,7 @@ pub enum RulesError {
     Store(#[from] StoreError),
 }
 
-/// What the inventory remembers of a configuration.
+/// The rules of a configuration that the inventory remembers.
 pub fn remembered(config: &Config) -> Rules {
     match (config.whitelist.on, config.whitelist.rules.is_empty()) {
         (true, _) => Rules::On,

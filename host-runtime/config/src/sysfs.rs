@@ -1,4 +1,4 @@
-//! What the kernel says of the device at a port, right now.
+//! The device at a port, as the kernel shows it now.
 //!
 //! The inventory's address is a memory; this is the fact. Sources:
 //! `Documentation/ABI/testing/sysfs-bus-usb` and `Documentation/ABI/stable/sysfs-bus-usb` of the
@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use virt_usb_model::{BusAddress, Class, DevicePath, PortPath, UsbId, VendorId, clean_text};
 
-/// Who is at a port, and under which address.
+/// A device at a port and its address.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Seen {
     /// idVendor and idProduct.
@@ -43,7 +43,7 @@ pub fn at_port(sysfs_root: &Path, port: &PortPath) -> Result<Option<Seen>, Sysfs
 
 /// Reads the device whose folder this is, at a port or a root hub's.
 fn seen(dir: &Path) -> Result<Option<Seen>, SysfsError> {
-    // idVendor first: a device that goes away while it is read leaves no half answer.
+    // Read idVendor first: a device that is unplugged during the read leaves no partial result.
     let Some(vendor) = attribute(dir, "idVendor")? else { return Ok(None) };
     let Some(product) = attribute(dir, "idProduct")? else { return Ok(None) };
     let serial = attribute(dir, "serial")?;
@@ -183,8 +183,8 @@ pub fn hub(sysfs_root: &Path, wanted: impl Fn(&str, UsbId, BusAddress) -> bool) 
     })
 }
 
-/// One attribute, without its line end; `None` when it is not there (or its device went away).
-/// Bytes that are not UTF-8 are replaced: serials come from outsiders.
+/// Reads an attribute without its line end; `None` if the attribute or its device does not exist.
+/// Bytes that are not UTF-8 are replaced, because serials come from outsiders.
 ///
 /// # Errors
 /// Anything but "not there": permission denied, an I/O error.
