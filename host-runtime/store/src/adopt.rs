@@ -1,9 +1,9 @@
-//! Taking over what a domain's own XML already holds: a hostdev that somebody wrote by hand, or one
-//! that a running guest was found with when the daemon came back.
+//! Adoption of the devices that a domain's own XML already holds: a handwritten hostdev, or one
+//! that a running guest has when the daemon returns.
 //!
-//! One rule, at prepare, restore, migrate and reconnect: such a device is claimed for the domain
-//! whatever the rules offer, for whoever wrote the XML may do that. A guest is refused only where
-//! another instance holds its device, or where that is set aside.
+//! One rule applies at prepare, restore, migrate and reconnect: the device is claimed for the
+//! domain regardless of the rules, because the author of the XML may assign devices. A guest is
+//! refused only if another instance holds its device, or if the device is set aside.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
@@ -38,21 +38,22 @@ pub struct Holding {
     pub port: Option<PortPath>,
 }
 
-/// What became of one holding.
+/// Result of the adoption of one holding.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Adoption {
     /// Now claimed for the instance.
     New(DeviceId),
-    /// It was the instance's already.
+    /// The instance already held the device.
     AlreadyYours(DeviceId),
     /// Another instance holds it.
     HeldBy(Box<Record>, Box<ClaimRow>),
-    /// It is set aside, whatever the rules say: nobody starts with it.
+    /// The device is disabled, quarantined or flapping, regardless of the rules: no guest starts
+    /// with it.
     SetAside(Box<Record>),
-    /// It was claimed for the instance by the restore or the migration that goes on, and is not
-    /// where the hostdev has it now.
+    /// The current restore or migration claimed the device for the instance, but it is no longer at
+    /// the hostdev's address.
     Lost(DeviceId),
-    /// No device of the inventory, or it cannot be told which.
+    /// The inventory has no such device, or cannot identify it.
     Unknown,
 }
 
@@ -75,7 +76,7 @@ pub enum Stage {
     Running,
 }
 
-/// What a domain that is about to start holds in its own XML.
+/// Devices in the own XML of a domain that is about to start.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Entered {
     /// One answer a holding.
@@ -84,15 +85,15 @@ pub struct Entered {
     pub arriving: bool,
 }
 
-/// What a guest that comes in by restore or migration is to have.
+/// Devices for a guest that is restored or migrated.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Received {
     /// All of it, until it is confirmed.
     Granted {
         /// The devices of `ours`.
         ours: Vec<Granted>,
-        /// The devices of `by_hand`, one answer a holding, with their addresses; none: no device of
-        /// the inventory, or it cannot be told which.
+        /// The devices of `by_hand` with their addresses, one entry per holding; `None` if the
+        /// inventory has no such device or cannot identify it.
         by_hand: Vec<Option<(DeviceId, BusAddress)>>,
     },
     /// Not enough devices for `ours`; nothing was taken.
@@ -172,10 +173,10 @@ impl Store {
         })
     }
 
-    /// Claims what a guest that comes in is to have, all or nothing, until its next
-    /// [`Store::enter`] or start: devices for `ours`, and those of hostdevs that somebody wrote.
-    /// One of those whose address is out of date gets the only device of its kind; with
-    /// `equivalent`, any.
+    /// Claims the devices of an incoming guest, all or nothing, until its next [`Store::enter`] or
+    /// start: devices for `ours`, and those of handwritten hostdevs. A device whose address is
+    /// outdated is replaced by the only device of its kind, or with `equivalent` by any device of
+    /// its kind.
     ///
     /// libvirt asks before it looks whether the guest runs. Where it does, by its claims, the
     /// answer is the same and nothing is written.
@@ -275,11 +276,11 @@ struct Found {
     ours: bool,
 }
 
-/// The most hostdevs of one domain that are looked at: more USB devices fit into no guest. The
-/// write lock is held meanwhile, and a domain's XML is as long as whoever wrote it likes.
+/// Maximum number of hostdevs of a domain that are checked. No guest can have more USB devices. The
+/// write lock is held during the check, and the domain's author decides how long its XML is.
 pub const MAX_HOLDINGS: usize = 1024;
 
-/// What a holding names beside an address and a port.
+/// Identity that a holding names in addition to an address and a port.
 type Named = (Option<DeviceId>, Option<UsbId>);
 
 /// Finds out which devices holdings mean. The stored address is a memory, so the ports are asked.
@@ -287,7 +288,7 @@ type Named = (Option<DeviceId>, Option<UsbId>);
 /// holdings there are.
 struct Finder<'a> {
     tx: &'a Tx<'a>,
-    /// What the instance holds.
+    /// Claims of the instance.
     mine: &'a [ClaimRow],
     claimant: &'a Claimant,
     verifier: &'a mut dyn ClaimVerifier,
@@ -316,8 +317,8 @@ impl<'a> Finder<'a> {
         seen.as_ref()
     }
 
-    /// The device that a holding means; none if it cannot be told. Of several the one that is the
-    /// instance's already is meant.
+    /// The device that a holding names; `None` if it cannot be identified. Among several
+    /// candidates, the device that the instance already holds is chosen.
     fn find(&mut self, holding: &Holding) -> Sql<Option<Found>> {
         let claim = self.claim(holding)?;
         if claim.is_none()
@@ -403,8 +404,8 @@ impl<'a> Finder<'a> {
         let mut there = Vec::new();
         for device in self.candidates((id, holding.usb))?.iter() {
             let is_mine = device.entry.instance_uuid == Some(self.claimant.instance);
-            // What was stored is a memory: ask the port, but only of those that it could be.
-            // Without a path the device is on the bus that was recorded, or cannot be told.
+            // The stored address may be outdated: check the port, but only of possible candidates.
+            // Without a path, the device is on the recorded bus or cannot be identified.
             let recorded = &device.entry.port_path;
             let elsewhere = device.entry.path.is_none()
                 && (holding.address.is_some_and(|a| a.bus() != recorded.bus())
@@ -434,8 +435,8 @@ fn keep(tx: &Tx<'_>, claim: &ClaimRow, ours: bool, stage: Stage, context: &Conte
         Stage::Running if claim.pending => Ok(()),
         Stage::Running => place(release::Place::Inside),
         Stage::Starting => {
-            // A guest that starts is in no QEMU: a claim that says otherwise is left from a run
-            // whose end nobody wrote down, and only a saved guest has our alias then.
+            // A starting guest has no QEMU yet. A claim that says otherwise is left from a run
+            // whose end was not recorded, and only a saved guest has our alias then.
             let left = ours && claim.state == "allocated";
             place(release::Place::Coming { arriving: is_coming(claim, context) || left })?;
             if !ours && !claim.by_hand {
@@ -456,7 +457,7 @@ fn is_coming(claim: &ClaimRow, context: &Context) -> bool {
         || claim.incoming_since.is_some_and(|at| at >= context.uptime - context.pending_grace)
 }
 
-/// A claim on a device that nobody asked for. `pending`: for a guest that comes in.
+/// Writes a claim without a request. `pending`: for an incoming guest.
 fn insert(
     tx: &Tx<'_>,
     claimant: &Claimant,
@@ -545,8 +546,8 @@ impl Arrival<'_> {
         Ok(Received::Granted { ours: granted, by_hand })
     }
 
-    /// The devices of the hostdevs that somebody wrote: first those that are where the XML has
-    /// them, then those that have moved.
+    /// Finds the devices of handwritten hostdevs: first the devices at the addresses in the XML,
+    /// then those that have moved.
     fn find(
         &self,
         ours: &[ClaimRequest],
@@ -562,7 +563,7 @@ impl Arrival<'_> {
             let device = finder.find(holding)?.map(|f| (f.device, f.seen));
             found.push(device.filter(|(device, _)| taken.insert(device.entry.id)));
         }
-        // What virt-usb gave to the instance is not what somebody wrote.
+        // A device that virt-usb gave to the instance is not a handwritten one.
         taken.extend(self.mine.iter().filter(|c| !c.by_hand).map(|c| c.device_id));
         for (holding, found) in by_hand.iter().zip(&mut found) {
             if found.is_none()

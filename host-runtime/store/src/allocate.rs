@@ -16,17 +16,17 @@ use crate::open::Tx;
 use crate::query::{self, Query};
 use crate::release;
 
-/// After so many candidates that were not who the inventory says, it is out of date: no more are
-/// tried.
+/// Number of mismatched candidates after which the inventory counts as outdated and the search
+/// ends.
 const MAX_PASSED_OVER: usize = 256;
 
 pub(crate) struct Choice<'a> {
     pub(crate) tx: &'a Tx<'a>,
     pub(crate) claimant: &'a Claimant,
     pub(crate) prefer: &'a [DeviceId],
-    pub(crate) mode: ClaimMode,
+    pub(crate) standing: ClaimMode,
     verifier: &'a mut dyn ClaimVerifier,
-    /// What the instance holds already.
+    /// Claims of the instance.
     mine: Vec<ClaimRow>,
     verified: BTreeMap<DeviceId, Location>,
     passed_over: BTreeMap<DeviceId, String>,
@@ -147,8 +147,7 @@ impl<'a> Choice<'a> {
         order
     }
 
-    /// Looks at each chosen device; false when one was not who it should be, and the choice must be
-    /// made anew.
+    /// Verifies each chosen device; false if one did not match, and the choice must be repeated.
     fn verify<'b>(&mut self, chosen: impl Iterator<Item = &'b Record>) -> bool {
         let mut all = true;
         for device in chosen {
@@ -249,7 +248,8 @@ impl<'a> Choice<'a> {
             && let Some(row) = rows.next()?
         {
             let device = Record::read(row)?;
-            // What an incoming guest holds already it keeps, whoever the device is for by now.
+            // An incoming guest keeps the devices that it already holds, even if they are now
+            // reserved for other projects.
             let is_mine = || self.mine.iter().any(|c| c.device_id == device.entry.id);
             let keeps = self.mode == ClaimMode::Provisional && is_mine();
             if keeps || device.is_for(self.claimant.project.as_ref()) {

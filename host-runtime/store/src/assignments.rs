@@ -13,7 +13,7 @@ use crate::hints::{Hints, Known};
 use crate::open::{Tx, TxError};
 use crate::{Context, NOW, Store, StoreError, places, release};
 
-/// Who made an assignment.
+/// Origin of an assignment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Source {
@@ -32,18 +32,18 @@ impl Source {
     }
 }
 
-/// Lasting intent.
+/// An assignment of a device to an instance: lasting intent.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Assignment {
-    /// Its number.
+    /// Number of the assignment.
     pub id: i64,
-    /// Since when.
+    /// Time of the assignment.
     pub created_at: String,
-    /// For whom.
+    /// Instance that gets the device.
     pub instance_uuid: InstanceId,
-    /// What.
+    /// Requested device.
     pub request: DeviceRequest,
-    /// By whom.
+    /// Origin of the assignment.
     pub source: Source,
 }
 
@@ -69,7 +69,7 @@ impl Assignment {
 }
 
 impl Store {
-    /// What is assigned to the instance, in the order it was.
+    /// Assignments of the instance, in the order in which they were made.
     ///
     /// # Errors
     /// When the database cannot be read.
@@ -153,10 +153,10 @@ impl Store {
         })
     }
 
-    /// Gives an instance that runs what is asked for, on an operator's behalf: assigns it and
-    /// claims the devices, all or nothing. What it holds already stays and serves none of the
-    /// requests, but for a device that is asked for by its id: that is the answer, and where it was
-    /// to leave the guest it stays.
+    /// Assigns the requests of an operator to a running instance and claims the devices, all or
+    /// nothing. Devices that the instance already holds stay and serve none of the requests. The
+    /// exception is a device that is requested by its id: it is returned, and it stays even if it
+    /// was being detached.
     ///
     /// # Errors
     /// When the database cannot be written; then nothing was given.
@@ -180,7 +180,7 @@ impl Store {
                         wanted.push(request.clone());
                     }
                     Some(claim) => already.push(claim.device_id),
-                    // A device is asked for by its id once.
+                    // A device that is requested by its id is claimed only once.
                     None if id.is_some() && missing.contains(request) => {}
                     None => missing.push(request.clone()),
                 }
@@ -227,14 +227,15 @@ impl Store {
         })
     }
 
-    /// What an operator takes back, in one step: assignments, by their numbers, and devices, by the
-    /// claims on them. A claim is marked, for whoever takes its device out of the guest; with it
-    /// the assignment ends that asked for the device (the one that names it, or else the first that
-    /// `serves` says it would serve). What has ended meanwhile is none the worse for it, and a
-    /// claim that somebody has made since then is nobody's business here.
+    /// Ends assignments, by their numbers, and devices, by their claims, for an operator in one
+    /// step. A claim is marked for the agent, which detaches its device. The assignment that
+    /// requested the device ends with it: the one that names it, otherwise the first that `serves`
+    /// accepts. Assignments and claims that have already ended are skipped, and a claim that was
+    /// made since then does not change.
     ///
-    /// `held` is what the instance held when this was decided, where it was decided by that: false
-    /// if it holds more now. Then nothing has ended, and it is to be decided anew.
+    /// `held` lists the claims of the instance on which the caller based its decision, if any. If
+    /// the instance holds more now, the function changes nothing and returns false, and the caller
+    /// must decide again.
     ///
     /// # Errors
     /// When the database cannot be written; then nothing has ended.
@@ -309,7 +310,7 @@ fn of_operators(tx: &Transaction<'_>, instance: InstanceId) -> Sql<Vec<Assignmen
         .collect()
 }
 
-/// Those of the requests that are to be assigned: a device by its id is once.
+/// The requests that must be assigned: a device by its id is assigned only once.
 fn unassigned(
     tx: &Transaction<'_>,
     instance: InstanceId,
@@ -350,8 +351,7 @@ fn add(
     Ok(made)
 }
 
-/// An assignment of the instance is to be written, which must survive a power cut, and so must its
-/// hint.
+/// Prepares the write of an assignment, which must survive a power cut together with its hint.
 fn lasting(tx: &Tx<'_>, hints: &Hints, instance: InstanceId) -> Result<(), StoreError> {
     tx.mark_lasting();
     hints.add_lasting(Known::Assigned(instance))
@@ -389,7 +389,7 @@ pub enum Given {
     Short(Vec<Shortage>),
     /// The guest cannot take them; nothing was given.
     Unfit(String),
-    /// No guest could have so many; nothing was given.
+    /// More devices than a guest can have; nothing was assigned.
     TooMany(TooMany),
 }
 

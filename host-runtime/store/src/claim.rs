@@ -18,10 +18,10 @@ use crate::hints::Hints;
 use crate::open::{Tx, TxError};
 use crate::{Context, Store, StoreError, release};
 
-/// For whom devices are taken.
+/// The instance and owner for which devices are claimed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Claimant {
-    /// The instance.
+    /// UUID of the instance.
     pub instance: InstanceId,
     /// The domain's name, for messages.
     pub domain: String,
@@ -32,11 +32,11 @@ pub struct Claimant {
 /// One request of the instance.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ClaimRequest {
-    /// What is asked for.
+    /// Requested devices.
     pub request: DeviceRequest,
     /// Whether the claim outlives the run of the guest.
     pub lasting: bool,
-    /// Its position among the instance's requests, where that is not its position here.
+    /// Position among the instance's requests, if it differs from the position here.
     pub number: Option<u32>,
 }
 
@@ -54,14 +54,14 @@ pub enum ClaimMode {
     Replace,
     /// Made while the guest runs, beside all that it holds: that stays, and serves none of these
     /// requests.
-    Add,
-    /// Made by an incoming restore or migration: void unless confirmed within
-    /// [`crate::Context::pending_grace`]. What the instance held firmly before stays as it is, and
-    /// only remembers that it was named: the guest may run, or fail to come in.
-    Provisional,
+    More,
+    /// Claim of an incoming restore or migration: void unless confirmed within
+    /// [`crate::Context::pending_grace`]. A firm claim of the instance does not change, it only
+    /// records that it was named: the guest may be running, or may fail to arrive.
+    Pending,
 }
 
-/// What is really at a candidate's port.
+/// Result of the check at a candidate's port.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Verified {
     /// The device, at this port and address.
@@ -70,7 +70,8 @@ pub enum Verified {
     Not(String),
 }
 
-/// What is asked of the world while devices are chosen. Called under the write lock: must be quick.
+/// Checks that the caller makes while devices are chosen. They run under the write lock and must be
+/// quick.
 pub trait ClaimVerifier {
     /// Looks at the candidate's port.
     fn verify(&mut self, candidate: &Record) -> Verified;
@@ -86,7 +87,7 @@ pub trait ClaimVerifier {
 pub struct Granted {
     /// The device, at the port and address where it was verified.
     pub device: Record,
-    /// Which request it serves, counted from 0.
+    /// Index of the request that the device serves, from 0.
     pub request: usize,
     /// Whether it was the instance's already.
     pub already: bool,
@@ -110,12 +111,11 @@ pub enum Claimed {
 pub struct Shortage {
     /// The request's position, counted from 0.
     pub number: usize,
-    /// The request.
+    /// The unsatisfied request.
     pub request: DeviceRequest,
     /// How many of `count` could be had.
     pub got: u32,
-    /// The other devices of this host that match, with what stands in the way of each. At most
-    /// [`SHOWN`].
+    /// The other matching devices of this host, each with its obstacle. At most [`SHOWN`].
     pub matching: Vec<Obstacle>,
     /// How many match in all, those that could be had too.
     pub total: usize,
@@ -124,10 +124,10 @@ pub struct Shortage {
 /// How many devices a shortage lists.
 pub const SHOWN: usize = 8;
 
-/// What stands between a request and one device that matches it.
+/// Reason why a matching device cannot serve a request.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Obstacle {
-    /// The device.
+    /// The matching device.
     pub device: Record,
     /// Why it cannot be had.
     pub why: Why,
@@ -138,13 +138,13 @@ pub struct Obstacle {
 pub enum Why {
     /// Another instance has it.
     HeldBy(Box<ClaimRow>),
-    /// It serves another request of the same instance.
+    /// The device serves another request of the same instance.
     OtherRequest,
-    /// It is not offered.
+    /// The device is unavailable.
     Unavailable,
-    /// It is for other projects.
+    /// The device is available to other projects only.
     Project,
-    /// It is not at its port: the words of [`Verified::Not`].
+    /// The device is not at its port, with the reason from [`Verified::Not`].
     NotThere(String),
 }
 

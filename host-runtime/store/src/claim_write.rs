@@ -16,9 +16,9 @@ pub(crate) struct ClaimWrite<'a> {
     pub(crate) tx: &'a Tx<'a>,
     pub(crate) hints: &'a Hints,
     pub(crate) claimant: &'a Claimant,
-    /// What the instance holds already.
+    /// Claims of the instance.
     pub(crate) mine: &'a [ClaimRow],
-    /// What the domain's own XML holds.
+    /// Devices in the domain's own XML.
     pub(crate) prefer: &'a [DeviceId],
     pub(crate) mode: ClaimMode,
     pub(crate) context: &'a Context,
@@ -47,7 +47,7 @@ impl ClaimWrite<'_> {
         for claim in given_up {
             release::delete(self.tx, claim, "released", "no longer requested", self.context)?;
         }
-        // Nothing asks for it any more, and the guest starts with it all the same.
+        // The device is no longer requested, but the guest still starts with it.
         for claim in by_hand {
             let sql = "UPDATE claims SET by_hand = 1, request = NULL, hold = 'running', revision = \
                 (SELECT max(revision) FROM compute_nodes) WHERE id = ?1";
@@ -74,8 +74,8 @@ impl ClaimWrite<'_> {
         self.mine.iter().find(|c| c.device_id == device)
     }
 
-    /// Whether the device is in a hostdev that somebody wrote: a claim says so as long as the XML
-    /// holds it.
+    /// Whether the device is in a handwritten hostdev: the claim records that as long as the XML
+    /// has the hostdev.
     fn by_hand(&self, device: DeviceId) -> bool {
         self.held(device).is_some_and(|c| {
             c.by_hand && (self.mode != ClaimMode::Replace || self.prefer.contains(&device))

@@ -25,12 +25,12 @@ pub struct Location {
 /// A device's row: the host document's entry, and what only this host needs to know.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Record {
-    /// What the world is told.
+    /// Published part of the device's row.
     #[serde(flatten)]
     pub entry: DeviceEntry,
-    /// First seen.
+    /// Time when the device was first seen.
     pub created_at: Option<String>,
-    /// Last changed.
+    /// Time of the last change.
     pub updated_at: Option<String>,
     /// Unplugged while free.
     pub deleted_at: Option<String>,
@@ -39,7 +39,7 @@ pub struct Record {
     /// Plugged in when last looked at.
     #[serde(skip)]
     pub present: bool,
-    /// Why it is not offered once nobody holds it.
+    /// Reason why the device will be unavailable once no instance holds it.
     #[serde(skip)]
     pub withheld: Option<UnavailableReason>,
     /// Why an operator has disabled it.
@@ -48,11 +48,11 @@ pub struct Record {
     /// Why it waits for an operator.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub quarantined: Option<String>,
-    /// It came and went too often, and is not offered until then.
+    /// End of the pause of a flapping device, which is unavailable until then.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub flapping_until: Option<String>,
-    /// What the rules alone say of it: why it is not offered, its tags, whether it is quarantined
-    /// after each use, and for whom it is.
+    /// Result of the whitelist rules alone: why the device is unavailable, its tags, whether it is
+    /// quarantined after each use, and its projects.
     #[serde(skip)]
     pub rule_withheld: Option<UnavailableReason>,
     #[serde(skip)]
@@ -67,7 +67,7 @@ pub struct Record {
     /// The tags that an operator has given it.
     #[serde(skip)]
     pub own_tags: Vec<String>,
-    /// What it sends of itself.
+    /// USB descriptors that the device sends.
     #[serde(skip)]
     pub descriptors: Option<Descriptors>,
     /// Tells one stay of the device in its port from the next: see
@@ -80,7 +80,7 @@ pub struct Record {
 }
 
 impl Record {
-    /// Who the device is.
+    /// Identity of the device.
     pub fn key(&self) -> DeviceKey {
         let serial = Serial::new(self.entry.serial.clone(), self.entry.serial_kind == "duplicate");
         let (port, path) = (self.entry.port_path.clone(), self.entry.path.clone());
@@ -121,7 +121,7 @@ impl Record {
         self.entry.port_path = port;
     }
 
-    /// vendor:product
+    /// Vendor and product id of the device.
     pub const fn usb(&self) -> UsbId {
         UsbId { vendor: self.entry.vendor_id, product: self.entry.product_id }
     }
@@ -144,8 +144,7 @@ impl Record {
         )
     }
 
-    /// What is different from what it was when it was claimed last, where it was quarantined after
-    /// that.
+    /// How the device differs from its last claim, if it was quarantined after that.
     pub fn altered(&self) -> Option<String> {
         self.used_as
             .as_ref()
@@ -221,8 +220,8 @@ impl Record {
     }
 }
 
-/// Why a device is not offered once nobody holds it: what an operator says first, then what it
-/// does, then what the rules say.
+/// Why a device is unavailable once no instance holds it: first an operator's decision, then the
+/// device's behaviour, then the rules.
 fn withheld(row: &Row<'_>) -> Sql<Option<UnavailableReason>> {
     let is_set =
         |column| Ok::<_, rusqlite::Error>(row.get_ref(column)? != rusqlite::types::ValueRef::Null);
@@ -248,15 +247,15 @@ pub(crate) fn joined(of_rules: &[String], own: &[String]) -> Vec<String> {
 pub struct ClaimRow {
     /// The claim's own number.
     pub id: i64,
-    /// Since when.
+    /// Time when the claim was made.
     pub created_at: String,
     /// The device held.
     pub device_id: DeviceId,
-    /// Who holds it.
+    /// Instance that holds the device.
     pub instance_uuid: InstanceId,
     /// The domain's name at that time.
     pub domain: String,
-    /// Whose instance it is, where known.
+    /// Owner project of the instance, if known.
     pub project_id: Option<String>,
     /// The position of the request among the instance's; none where no request is served by it.
     pub request: Option<u32>,
@@ -272,13 +271,13 @@ pub struct ClaimRow {
     pub revision: i64,
     /// The device is to leave the guest, and the claim ends with that.
     pub ending: bool,
-    /// The guest came in with the device by restore or migration. QEMU lets go of a host's device
-    /// when it loads a guest's state and does not take it again, whatever the live XML shows
+    /// The guest was restored or migrated with the device. QEMU releases a host's device when it
+    /// loads a guest's state and does not take it again, regardless of the live XML
     /// (hw/usb/host-libusb.c, `usb_host_post_load_bh`; libvirt names a device file, for which QEMU
-    /// does not scan): the device is to leave the guest and to be attached anew.
+    /// does not scan). The agent must detach and reattach the device.
     pub arrived: bool,
-    /// The device is in a hostdev that somebody wrote by hand, whatever alias that has and whether
-    /// or not a request is served by it too: no rule takes it away, and it is never rewritten.
+    /// The device is in a handwritten hostdev, regardless of its alias and of whether it also
+    /// serves a request. No rule takes the device away, and the hostdev is never rewritten.
     #[serde(skip)]
     pub by_hand: bool,
     /// Seconds since boot at which a restore named the device of this firm claim. The restore may
@@ -286,7 +285,7 @@ pub struct ClaimRow {
     /// was until the next prepare.
     #[serde(skip)]
     pub incoming_since: Option<f64>,
-    /// What the device sent of itself when the claim was made.
+    /// Descriptors that the device sent when the claim was made.
     #[serde(skip)]
     pub descriptors: Option<Descriptors>,
     /// Whether the device was, or may have been, in the guest.
@@ -317,7 +316,7 @@ impl ClaimRow {
             && (self.state == "allocated" || self.hold == "running")
     }
 
-    /// Whose it was when it was made.
+    /// Instance and owner of the claim when it was made.
     pub fn claimant(&self) -> Claimant {
         Claimant {
             instance: self.instance_uuid,
@@ -379,7 +378,7 @@ impl Store {
         self.all("SELECT * FROM claims ORDER BY device_id", [], ClaimRow::read)
     }
 
-    /// What has to do with one instance: the devices that it holds, those of these ids, those at
+    /// Devices that concern one instance: those that it holds, those with these ids, and those at
     /// these addresses and ports.
     ///
     /// # Errors
@@ -404,7 +403,7 @@ impl Store {
         ))
     }
 
-    /// What one instance holds, by device.
+    /// Claims of one instance, by device.
     ///
     /// # Errors
     /// When the database cannot be read.

@@ -1,4 +1,4 @@
-//! What can go wrong with the file, each with what an operator can do about it.
+//! Errors of the inventory's file, each with advice for the operator.
 
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
@@ -26,13 +26,13 @@ pub enum StoreError {
         /// The database's file.
         path: PathBuf,
     },
-    /// Root works as the user to whom the folder belongs, and that user may not use the file.
+    /// Root works as the owner of the folder, and that user may not use the file.
     #[error(
         "user {user} may not use {path}, and root uses that folder as user {user}, to whom it \
             belongs: 'chown {user}: {path}', and let user {user} into each folder above it"
     )]
     NotTheirs {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
         /// The user's number.
         user: u32,
@@ -66,7 +66,7 @@ pub enum StoreError {
     Corrupt {
         /// The database's file.
         path: PathBuf,
-        /// SQLite's words.
+        /// Message of SQLite.
         what: String,
     },
     /// A newer virt-usb wrote it.
@@ -77,9 +77,9 @@ pub enum StoreError {
     Newer {
         /// The database's file.
         path: PathBuf,
-        /// Its schema version.
+        /// Schema version of the file.
         found: i64,
-        /// Ours.
+        /// Schema version of this program.
         known: i64,
     },
     /// An older virt-usb wrote it, and this program may not change it.
@@ -90,9 +90,9 @@ pub enum StoreError {
     Older {
         /// The database's file.
         path: PathBuf,
-        /// Its schema version.
+        /// Schema version of the file.
         found: i64,
-        /// Ours.
+        /// Schema version of this program.
         known: i64,
     },
     /// A database of some other program.
@@ -127,7 +127,7 @@ pub enum StoreError {
         /// The database's file.
         path: PathBuf,
     },
-    /// Somebody else makes it anew.
+    /// Another process is restoring or rebuilding the inventory.
     #[error(
         "another 'virt-usb store restore' or 'rebuild' is working on {path}: wait until it is \
          done, then run 'virt-usb store check'"
@@ -139,9 +139,9 @@ pub enum StoreError {
     /// A file that was to be restored is no inventory that can be relied on. Nothing was changed.
     #[error("{path} is not a sound inventory ({what}): nothing was changed; use another backup")]
     Unsound {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// What was found.
+        /// Problem that was found.
         what: String,
     },
     /// A row holds what this program never writes.
@@ -158,9 +158,9 @@ pub enum StoreError {
     /// A file beside the database could not be written.
     #[error("cannot write {path}: {why}")]
     File {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// Why.
+        /// Cause of the failure.
         why: std::io::Error,
     },
     /// Anything else that SQLite reports.
@@ -168,12 +168,12 @@ pub enum StoreError {
     Other {
         /// The database's file.
         path: PathBuf,
-        /// SQLite's words.
+        /// Message of SQLite.
         what: String,
     },
 }
 
-/// What statements return inside the store; [`StoreError::from_sqlite`] gives it its file and its
+/// Result of a statement inside the store; [`StoreError::from_sqlite`] adds the file and the
 /// advice.
 pub(crate) type Sql<T> = Result<T, rusqlite::Error>;
 
@@ -226,8 +226,8 @@ impl StoreError {
         }
     }
 
-    /// What is said depends on who may not: a user whom the inventory does not belong to, or the
-    /// one whose it is, in whose place root works.
+    /// Chooses the message by the affected user: one who does not own the inventory, or the owner
+    /// as whom root works.
     pub(crate) fn permission(path: PathBuf) -> Self {
         match User::in_place_of_root() {
             Some(user) => Self::NotTheirs { path, user },
@@ -235,7 +235,7 @@ impl StoreError {
         }
     }
 
-    /// The same, about another file: what goes wrong with a copy is told of what it is a copy of.
+    /// Applies the error to another file: an error of a copy is reported for the original.
     pub(crate) fn of(mut self, file: &Path) -> Self {
         match &mut self {
             Self::Missing { path }

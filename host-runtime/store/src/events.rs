@@ -86,7 +86,7 @@ pub struct EventRow {
     pub id: i64,
     /// UTC, ISO 8601.
     pub at: String,
-    /// What happened: `assigned`, `unassigned`, `claimed`, `allocated`, `detached`, `released`,
+    /// Type of the event: `assigned`, `unassigned`, `claimed`, `allocated`, `detached`, `released`,
     /// `refused`, `voided`, `forced`, `adopted`, `problem`, `solved`, `added`, `changed`,
     /// `removed`, `returned`, `altered`, `flapping`, `steady`, `quarantined`, `cleared`,
     /// `disabled`, `enabled`, `tagged`, `flavor-set`, `flavor-removed`, `owner-set`,
@@ -94,15 +94,15 @@ pub struct EventRow {
     pub event: String,
     /// To which instance.
     pub instance_uuid: Option<InstanceId>,
-    /// Its domain's name then.
+    /// Name of the domain at the time of the event.
     pub domain: Option<String>,
-    /// Its project.
+    /// Owner project of the instance.
     pub project_id: Option<String>,
     /// With which device.
     pub device_id: Option<DeviceId>,
     /// By which program, doing what.
     pub actor: String,
-    /// Why.
+    /// Details of the event.
     pub detail: Option<String>,
 }
 
@@ -123,7 +123,7 @@ impl EventRow {
     }
 }
 
-/// Which events to read.
+/// Selection of events to read.
 #[derive(Debug, Clone, Default)]
 pub struct Filter {
     /// Only of this instance.
@@ -134,7 +134,7 @@ pub struct Filter {
     pub after: i64,
     /// Only those that came before the one of this id; 0: all.
     pub before: i64,
-    /// At most so many, the newest; 0: all.
+    /// Maximum number of events, newest first; 0 for all.
     pub limit: u32,
 }
 

@@ -23,7 +23,7 @@ const FILE_MODE: u32 = 0o640;
 /// Device and inode.
 pub(crate) type Identity = (u64, u64);
 
-/// Which file stands at this path, looked at and not opened; none where there is none.
+/// Identity of the file at this path, determined without opening it; `None` if there is no file.
 pub(crate) fn identity(path: &Path) -> Option<Identity> {
     fs::symlink_metadata(path).ok().map(|found| of(&found))
 }

@@ -16,13 +16,13 @@ const FORGIVEN: u64 = 24 * 3600;
 /// When a device counts as flapping. Times in seconds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
-    /// So many returns …
+    /// Number of reconnections that make a device flap ...
     pub limit: u32,
     /// … within this time. 0 returns: never.
     pub window: u64,
     /// So long it is not offered, and not given back to its guest.
     pub pause: u64,
-    /// So many times a day; then it waits for an operator. 0: it never does.
+    /// Number of pauses per day after which the device is quarantined; 0 disables the quarantine.
     pub quarantine: u32,
 }
 
@@ -32,10 +32,10 @@ impl Default for Limits {
     }
 }
 
-/// What is remembered of a device. Moments are seconds since 1970.
+/// Flapping history of a device. Times are in seconds since 1970.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Flaps {
-    /// Its last returns, at most as many as make it flap.
+    /// Last reconnections, at most as many as make the device flap.
     returns: Vec<u64>,
     /// How many times it has flapped.
     times: u32,
@@ -43,14 +43,14 @@ pub(crate) struct Flaps {
     last: u64,
 }
 
-/// What a return leads to.
+/// Consequence of a reconnection.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Outcome {
-    /// Nothing.
+    /// The device stays available.
     Steady,
-    /// It is not offered until then.
+    /// The device is unavailable until this time.
     Until(u64),
-    /// It waits for an operator: it has flapped so many times.
+    /// The device is quarantined after this number of pauses.
     Quarantine(u32),
 }
 

@@ -14,13 +14,13 @@ use crate::{Context, NOW, Store, StoreError, places};
 /// A flavor as it is stored.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct StoredFlavor {
-    /// Its name, as Nova and the metadata spell it.
+    /// Name of the flavor, as in Nova and the metadata.
     pub name: String,
-    /// First set.
+    /// Time when the flavor was first stored.
     pub created_at: String,
-    /// Last set.
+    /// Time when the flavor was last stored.
     pub updated_at: String,
-    /// What it asks for.
+    /// Requests of the flavor.
     #[serde(flatten)]
     pub flavor: Flavor,
 }
@@ -75,7 +75,7 @@ impl Store {
         self.put_flavor(name, &Flavor { usb_devices, ..flavor.clone() }, context)
     }
 
-    /// Stores a flavor as it is.
+    /// Stores a flavor without further checks.
     fn put_flavor(
         &mut self,
         name: &str,

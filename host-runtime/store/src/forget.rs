@@ -15,8 +15,8 @@ use crate::events::{Event, record};
 use crate::open::TxError;
 use crate::{Context, NOW, Store, StoreError};
 
-/// So many rows of one kind and port stay, whose serials are all different and which nobody ever
-/// held: a device that shows another serial at each plug would fill the inventory.
+/// Maximum number of rows of one kind and port that have different serials and were never held. A
+/// device that shows another serial at each plug would otherwise fill the inventory.
 const CROWD: u32 = 32;
 /// The most rows that are removed under one lock.
 const AT_ONCE: usize = 5_000;
@@ -24,11 +24,11 @@ const AT_ONCE: usize = 5_000;
 /// How [`Store::forget`] ended.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Forgotten {
-    /// Its row is gone; this was in it.
+    /// The device's row was removed; this is its last content.
     Done(Box<Record>),
     /// There is no such device.
     Unknown,
-    /// It is plugged in, or held: nothing was done.
+    /// The device is plugged in or held: nothing was changed.
     Here(Box<Record>),
     /// Something that is stored names it by its id, a flavor for instance: nothing was done.
     Named(Box<Record>, String),
@@ -62,10 +62,10 @@ impl Store {
         })
     }
 
-    /// Forgets devices that nobody ever held, of which an operator has said nothing, that nothing
-    /// names by their ids, and that have been away for `days` days, or that are older than the
-    /// newest [`CROWD`] of their kind and port. Days are counted as for [`Store::prune_events`].
-    /// Returns how many.
+    /// Forgets devices that were never held, have no setting of an operator, are not named by id,
+    /// and have been unplugged for `days` days or are older than the newest [`CROWD`] of their kind
+    /// and port. Days are counted as for [`Store::prune_events`]. Returns the number of forgotten
+    /// devices.
     ///
     /// # Errors
     /// When the database cannot be written.
@@ -119,7 +119,7 @@ fn remove(tx: &Transaction<'_>, device: DeviceId, why: &str, context: &Context) 
     record(tx, context, &Event::new("forgotten").about(device).with(why.to_owned()))
 }
 
-/// What is stored that names devices by their ids: in words, with the ids.
+/// Stored objects that name devices by id: a description of each, with the ids.
 fn named(tx: &Transaction<'_>) -> Sql<Vec<(String, BTreeSet<u64>)>> {
     let sql = "SELECT 'the flavor ' || name, document FROM flavors
         UNION ALL SELECT 'the grant ' || name, document FROM grants

@@ -17,13 +17,13 @@ use crate::{Context, NOW, Store, StoreError, places, query};
 /// A grant as it is stored.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct StoredGrant {
-    /// Its name.
+    /// Name of the grant.
     pub name: String,
-    /// First set.
+    /// Time when the grant was first stored.
     pub created_at: String,
-    /// Last set.
+    /// Time when the grant was last stored.
     pub updated_at: String,
-    /// What is given to whom.
+    /// Devices and projects of the grant.
     #[serde(flatten)]
     pub grant: Grant,
 }
@@ -94,9 +94,9 @@ impl Store {
         self.change_grants(&none, &one, context).map(|changed| changed > 0)
     }
 
-    /// Makes the grants these, but for those of unclear names, which stay as they are; returns how
-    /// many were changed. All at once: what is moved from one grant to another is nobody else's in
-    /// between.
+    /// Replaces the stored grants by these, except grants with unclear names, which stay unchanged.
+    /// Returns the number of changes. The change is atomic: a device that moves from one grant to
+    /// another is never available to all in between.
     ///
     /// # Errors
     /// When the database cannot be written; then nothing was changed.
@@ -154,7 +154,8 @@ impl Store {
     }
 }
 
-/// Says of each device to whom the grants give it; returns whether that changed anything.
+/// Stores for each device the projects that the grants give it to; returns whether that changed
+/// anything.
 pub(crate) fn apply(tx: &Transaction<'_>) -> Sql<bool> {
     let grants: Vec<Grant> = tx
         .prepare_cached("SELECT * FROM grants ORDER BY name")?

@@ -19,7 +19,7 @@ use crate::device::parse;
 use crate::error::Sql;
 use crate::{Store, StoreError, files};
 
-/// What a hint is about.
+/// Subject of a hint.
 #[derive(Debug, Clone, Copy)]
 pub enum Known<'a> {
     /// An instance that has claims.
@@ -45,15 +45,15 @@ impl Known<'_> {
     }
 }
 
-/// What a hint tells.
+/// Answer of the hints.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Hint {
     /// The database surely knows nothing of it.
     No,
-    /// It knows it, or did a moment ago.
+    /// The database knows the subject, or did a moment ago.
     Yes,
-    /// The hints cannot be read or were lost. The database may be asked, but nobody must suffer if
-    /// that fails.
+    /// The hints cannot be read or were lost. The caller may query the database, but a failure of
+    /// that query must not harm a guest.
     Unsure,
 }
 

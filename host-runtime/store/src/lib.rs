@@ -2,8 +2,8 @@
 //! events.
 //!
 //! This file is the authority over the devices of its host. Claims are made under SQLite's write
-//! lock, so that of two instances that want one device one gets it and the other is told; no
-//! network is needed.
+//! lock: if two instances request the same device, one gets it and the other is refused. No network
+//! is needed.
 //!
 //! | module | what it does |
 //! |---|---|
@@ -83,7 +83,7 @@ pub const LONE_NODE: u64 = 1;
 pub struct Store {
     database: open::Database,
     path: PathBuf,
-    /// Which file that was when it was opened.
+    /// Identity of the file when it was opened.
     file: Option<files::Identity>,
     hints: hints::Hints,
     durability: Durability,
@@ -92,8 +92,9 @@ pub struct Store {
 }
 
 impl Store {
-    /// For a process that ends now: the kernel lets go of memory and locks faster than SQLite does,
-    /// and closing does nothing else in a store that was opened by [`Store::open`].
+    /// Closes the store in a process that is about to exit: the kernel frees memory and locks
+    /// faster than SQLite does, and closing does nothing else in a store that was opened by
+    /// [`Store::open`].
     pub fn leave(mut self) {
         self.database.be_root_again();
         std::mem::forget(self);

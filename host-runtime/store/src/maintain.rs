@@ -21,9 +21,9 @@ use crate::{FILE_NAME, Store, StoreError};
 /// A host of the inventory.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct HostRow {
-    /// Its number, from 1.
+    /// Number of the host, from 1.
     pub id: u64,
-    /// Its name.
+    /// Name of the host.
     pub host: String,
     /// Grows with every change.
     pub revision: u64,
@@ -60,7 +60,7 @@ impl Store {
         )
     }
 
-    /// What this host tells the world; `None` before its first discovery.
+    /// Document that this host publishes; `None` before its first discovery.
     ///
     /// # Errors
     /// When the database cannot be read.
@@ -111,7 +111,7 @@ impl Store {
         Ok(findings)
     }
 
-    /// What SQLite says of its pages; empty: all is well.
+    /// Result of SQLite's integrity check; empty if there are no problems.
     pub(crate) fn integrity(&self) -> Result<Vec<String>, StoreError> {
         let mut findings = self.all("PRAGMA integrity_check", [], |row| row.get::<_, String>(0))?;
         findings.retain(|line| line != "ok");
@@ -163,8 +163,8 @@ impl Store {
     /// Writes a copy of the inventory to `target`, which must not be there; hooks may run
     /// meanwhile.
     ///
-    /// The inventory is read as its owner, and the copy is written as the user to whom its folder
-    /// belongs: see [`user`](crate::user).
+    /// Reads the inventory as its owner, and writes the copy as the owner of the target's folder:
+    /// see [`user`](crate::user).
     ///
     /// # Errors
     /// When the target exists or cannot be written; no half copy stays.
@@ -204,7 +204,7 @@ impl Store {
         written.and_then(|()| put(&copied, target)).map_err(file)
     }
 
-    /// Moves the write-ahead log into the database as far as nobody reads it, and shrinks it.
+    /// Moves the write-ahead log into the database, as far as no reader needs it, and truncates it.
     ///
     /// # Errors
     /// When the database cannot be written.
@@ -213,8 +213,8 @@ impl Store {
     }
 }
 
-/// A folder that nobody else may enter: SQLite works by names, and others may make names where the
-/// copy goes (`/tmp`).
+/// A folder that only its owner may enter. SQLite works by names, and other users may create names
+/// where the copy goes (`/tmp`).
 struct Private {
     path: PathBuf,
     writer: User,
@@ -224,7 +224,7 @@ impl Private {
     fn beside(target: &Path, writer: User) -> io::Result<Self> {
         let name = |n| with_suffix(target, &format!(".partial-{}-{n}", std::process::id()));
         let make = |path: &Path| fs::DirBuilder::new().mode(0o700).create(path);
-        // What stands there already is another's, and stays.
+        // An existing file belongs to another user, and stays.
         for path in (0..100).map(name) {
             match make(&path) {
                 Err(e) if e.kind() == ErrorKind::AlreadyExists => {}
@@ -243,8 +243,8 @@ impl Drop for Private {
     }
 }
 
-/// Gives the finished copy its name, which nobody may have taken meanwhile. A link does that in one
-/// step; file systems without links (a USB stick's) get it in two.
+/// Gives the finished copy its name, unless a file with that name was created in the meantime. A
+/// link does that in one step; file systems without links (such as on a USB stick) need two.
 fn put(partial: &Path, target: &Path) -> std::io::Result<()> {
     match fs::hard_link(partial, target) {
         Err(e) if matches!(e.kind(), ErrorKind::PermissionDenied | ErrorKind::Unsupported) => {
@@ -263,7 +263,7 @@ pub(crate) fn create_private(path: &Path) -> std::io::Result<()> {
     fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(path).map(drop)
 }
 
-/// What SQLite reports when another program holds the lock for too long.
+/// Error of SQLite when another program holds the lock for too long.
 fn busy() -> rusqlite::Error {
     rusqlite::Error::SqliteFailure(ffi::Error::new(ffi::SQLITE_BUSY), None)
 }

@@ -38,12 +38,12 @@ const MIGRATIONS: &[&str] = &[
 /// The schema version that this program reads and writes.
 pub const SCHEMA: i64 = MIGRATIONS.len() as i64;
 
-/// Past this size of the write-ahead log whoever writes moves it into the database, in bytes.
-/// Whoever opens the database after everybody had closed it reads the whole log once: half a MiB
-/// keeps that far below a millisecond.
+/// Size of the write-ahead log above which a writer moves it into the database, in bytes. The first
+/// program to open a closed database reads the whole log: half a MiB takes much less than a
+/// millisecond.
 const WAL_LIMIT: u64 = 1 << 19;
 
-/// What the commits of a store must survive.
+/// Events that the commits of a store must survive.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Durability {
     /// Any crash of a program. A power cut may take back the last commits, unless one wrote
@@ -117,7 +117,7 @@ pub(crate) struct Database {
     /// Dropped after the connection, which is closed as the owner, too.
     closing: Option<Left>,
     user: User,
-    /// What root had before, where the thread stays the owner as long as the database is open.
+    /// Former rights of root, if the thread stays the owner as long as the database is open.
     remaining: Option<Left>,
 }
 
@@ -149,7 +149,7 @@ impl Drop for Database {
     }
 }
 
-/// What stands in a file, as far as it can be told without knowing its tables.
+/// Content of a file, as far as it can be determined without knowledge of its tables.
 #[derive(Clone, Copy)]
 enum Found {
     Nothing,
@@ -194,8 +194,9 @@ impl Store {
         Self::open_as_owner(state_dir, lock_timeout, durability).map(|(store, _)| store)
     }
 
-    /// Opens it for one call in one thread, as the hook does: the thread is the owner of the folder
-    /// until the store is dropped, where root would become that user anew at each use.
+    /// Opens the store for one call in one thread, as the hook does. The thread stays the owner of
+    /// the folder until the store is dropped; otherwise root would become that user again at each
+    /// use.
     ///
     /// # Errors
     /// As [`Store::open`].
@@ -243,8 +244,8 @@ impl Store {
         let _owner = enter(user, state_dir)?;
         files::make_dir(state_dir)?;
         files::make_file(&canonical(state_dir)?.join(FILE_NAME))?;
-        let mut store = Self::connect_as(user, state_dir, lock_timeout, Durability::Power)?;
-        // Before anything is written: a file that is not ours stays as it is.
+        let mut store = Self::connect_as(user, state_dir, timeout, Durability::Power)?;
+        // Check before any write: a foreign file must not change.
         store.version()?;
         store.stay()?;
         store.use_wal()?;
@@ -323,8 +324,8 @@ impl Store {
         }
     }
 
-    /// Whether the file that was opened is still the inventory. Its log is found by name: who goes
-    /// on with one that was replaced would write into the log of the other
+    /// Checks that the opened file is still the inventory. The log is found by name: a writer to a
+    /// replaced file would write into the log of the new file
     /// (<https://www.sqlite.org/howtocorrupt.html>, 2.3, 2.5).
     pub(crate) fn stay(&self) -> Result<(), StoreError> {
         match files::identity(&self.path) == self.file {
@@ -392,9 +393,9 @@ impl Store {
         Ok(())
     }
 
-    /// Starts the deadline for locks anew, for programs that live longer than one call.
+    /// Restarts the timeout for locks, for programs that live longer than one call.
     pub fn restart_lock_timeout(&self) {
-        self.deadline.set(Instant::now() + self.lock_timeout);
+        self.deadline.set(Instant::now() + self.timeout);
     }
 
     /// Runs `work` under the write lock and commits it, all or nothing.
@@ -406,7 +407,8 @@ impl Store {
         let done = (|| {
             let inner = Transaction::new_unchecked(&conn, TransactionBehavior::Immediate)?;
             let tx = Tx { inner, lasting: Cell::new(false) };
-            // Whoever replaces the file holds this lock, or leaves a file that cannot be locked.
+            // A program that replaces the file holds this lock, or leaves a file that cannot be
+            // locked.
             self.stay()?;
             let value = work(&tx, &self.hints)?;
             let lasting = tx.lasting.get();
@@ -424,10 +426,10 @@ impl Store {
         Ok(value)
     }
 
-    /// Makes what was committed survive a power cut. SQLite changes `synchronous` between
-    /// transactions only, and what a transaction writes is not known before it begins. The log is
-    /// not locked by SQLite, so to open and close it here drops no lock. A log that was folded
-    /// meanwhile was synced by whoever folded it.
+    /// Makes committed data survive a power cut. SQLite changes `synchronous` only between
+    /// transactions, and the content of a transaction is not known before it begins. SQLite does
+    /// not lock the log, so opening and closing it here drops no lock. If the log was checkpointed
+    /// in the meantime, the checkpoint has synced it.
     fn sync_wal(&self) -> Result<(), StoreError> {
         let log = files::with_suffix(&self.path, "-wal");
         match fs::File::open(&log).and_then(|file| file.sync_data()) {
@@ -442,8 +444,8 @@ impl Store {
     fn bound_wal(&self) {
         let size = fs::metadata(files::with_suffix(&self.path, "-wal")).map_or(0, |m| m.len());
         if size > WAL_LIMIT {
-            // TRUNCATE starts the log anew: what PASSIVE has moved the next process cannot know,
-            // and it would move it again. Who reads meanwhile is not waited for.
+            // TRUNCATE restarts the log: the next process cannot know what PASSIVE has moved, and
+            // would move it again. The checkpoint does not wait for readers.
             let end = self.deadline.end();
             self.deadline.set(Instant::now());
             drop(self.checkpoint("TRUNCATE"));
@@ -499,7 +501,7 @@ pub(crate) fn canonical(state_dir: &Path) -> Result<PathBuf, StoreError> {
     })
 }
 
-/// What may go wrong inside a write: SQL, or a file beside the database.
+/// Failure of a write: SQL, or a file beside the database.
 pub(crate) enum TxError {
     Sql(rusqlite::Error),
     Store(StoreError),

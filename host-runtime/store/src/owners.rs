@@ -1,5 +1,4 @@
-//! Owners: whose an instance is, as an administrator says. What its domain says of that comes
-//! first.
+//! Owners of instances that an administrator has set. An owner in the domain takes precedence.
 
 use rusqlite::{OptionalExtension as _, Row, params};
 use serde::Serialize;
@@ -14,13 +13,13 @@ use crate::{Context, NOW, Store, StoreError};
 /// An instance and its project.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Owner {
-    /// The instance.
+    /// UUID of the instance.
     pub instance_uuid: InstanceId,
-    /// Since when.
+    /// Time when the owner was set.
     pub created_at: String,
     /// The domain's name then.
     pub domain: String,
-    /// Whose it is.
+    /// Owner project of the instance.
     pub project_id: ProjectId,
 }
 
@@ -44,7 +43,7 @@ impl Store {
         self.all("SELECT * FROM owners ORDER BY instance_uuid", [], Owner::read)
     }
 
-    /// Whose the instance is, as an administrator has said.
+    /// Owner of the instance, as set by an administrator.
     ///
     /// # Errors
     /// When the database cannot be read.
@@ -58,8 +57,8 @@ impl Store {
         read().map_err(|e| self.fault(&e))
     }
 
-    /// For whom devices are taken. `project` is what the domain says: it comes before what an
-    /// administrator says.
+    /// The instance and owner for which devices are claimed. `project` is the owner in the domain,
+    /// which takes precedence over one set by an administrator.
     ///
     /// # Errors
     /// When the database cannot be read.
@@ -76,9 +75,8 @@ impl Store {
         Ok(Claimant { instance, domain: domain.to_owned(), project })
     }
 
-    /// Says whose the instance is, or with `None` takes that back; the same is then said of what it
-    /// holds. Says whether that changed anything. For an instance whose domain names its project it
-    /// has no meaning.
+    /// Sets the owner of an instance and of its claims, or removes it with `None`. Returns whether
+    /// that changed anything. The owner has no effect if the instance's domain names its project.
     ///
     /// # Errors
     /// When the database cannot be written.

@@ -1,5 +1,5 @@
-//! Which socket a port means. Bus numbers are assigned at boot, so what is stored names a path in
-//! place of a port.
+//! Resolution of ports to paths. Bus numbers are assigned at boot, so the store keeps a path
+//! instead of a port.
 
 use std::collections::BTreeMap;
 
@@ -11,10 +11,10 @@ use crate::error::Sql;
 use crate::{Store, StoreError};
 
 impl Store {
-    /// The paths of the ports that the configuration's rules name. A port keeps the path that it
-    /// had when a rule named it first: after a reboot it would be another socket. `seen` looks at
-    /// the host for a port that is new, and returns `None` where it cannot tell. Ports that no rule
-    /// names any more are forgotten.
+    /// The paths of the ports in the configuration's rules. A port keeps the path that it had when
+    /// a rule first named it, because after a reboot it would be another socket. `seen` looks up a
+    /// new port on the host, and returns `None` if it cannot be resolved. Ports that no rule names
+    /// are forgotten.
     ///
     /// # Errors
     /// When the database cannot be read or written.

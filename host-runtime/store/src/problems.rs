@@ -1,5 +1,5 @@
-//! What stands between an instance and what it is to have: no USB bus in the guest, no free port,
-//! no SPICE. It is shown for as long as it lasts, and goes with it.
+//! Problems that keep an instance from its devices: no USB bus in the guest, no free port, no
+//! SPICE. A problem is shown while it lasts.
 
 use rusqlite::{OptionalExtension, params};
 use serde::Serialize;
@@ -13,15 +13,16 @@ use crate::{Context, NOW, Store, StoreError};
 /// One of them.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Problem {
-    /// Whose.
+    /// Instance that has the problem.
     pub instance_uuid: InstanceId,
-    /// What it does not get: `device 5`, `redirection 0`; `start`: the guest was stopped for it.
+    /// Subject of the problem: `device 5`, `redirection 0`; `start` if the guest was stopped for
+    /// it.
     pub about: String,
     /// The domain's name.
     pub domain: String,
     /// Since when, UTC.
     pub since: String,
-    /// What is wrong, and what to do.
+    /// Description of the problem, and what to do.
     pub what: String,
 }
 
@@ -42,8 +43,8 @@ impl Store {
         })
     }
 
-    /// Notes a problem, or that there is none any more; says whether that is news. Only news is an
-    /// event.
+    /// Records a problem, or that it is solved; returns whether that is a change. Only a change is
+    /// an event.
     ///
     /// # Errors
     /// When the database cannot be written.

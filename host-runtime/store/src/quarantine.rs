@@ -22,16 +22,16 @@ use crate::{Context, NOW, Store, StoreError, grants};
 /// A moment, seconds since 1970, as it is stored.
 const MOMENT: &str = "strftime('%Y-%m-%dT%H:%M:%fZ', ?2, 'unixepoch')";
 
-/// What came of an operator's wish.
+/// Result of a change by an operator.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Wished {
-    /// It is so now.
+    /// The device was changed.
     Done(Box<Record>),
-    /// It was so before.
+    /// The device already was in that state.
     Already(Box<Record>),
     /// There never was such a device.
     Unknown,
-    /// It would have more tags than [`MAX_TAGS`].
+    /// The device would have more tags than [`MAX_TAGS`].
     TooManyTags,
 }
 
@@ -59,7 +59,8 @@ impl Store {
         })
     }
 
-    /// An operator has looked at the device: it is offered again, as it is now.
+    /// Ends the quarantine of a device that an operator has inspected: it is available again in its
+    /// current form.
     ///
     /// # Errors
     /// When the database cannot be written; then nothing was changed.
@@ -114,8 +115,8 @@ impl Store {
         Ok(if too_many { Wished::TooManyTags } else { wished })
     }
 
-    /// The guest is about to get the device: should the program end now, nobody could say that it
-    /// was not used.
+    /// Records that the guest is about to get the device. If the program ended now, it would
+    /// otherwise be unknown whether the device was used.
     ///
     /// # Errors
     /// When the database cannot be written.
@@ -140,8 +141,8 @@ impl Store {
         })
     }
 
-    /// The claim's device is not in the guest any more: whichever stay of it comes in next is the
-    /// one that the guest has.
+    /// Records that the claim's device is no longer in the guest: the guest has the next generation
+    /// of it that is attached.
     ///
     /// # Errors
     /// When the database cannot be written.
@@ -177,7 +178,7 @@ impl Store {
     }
 }
 
-/// That a device of one use was used must survive a power cut.
+/// Records the use of a one-time-use device, which must survive a power cut.
 pub(crate) fn note_use(tx: &Tx<'_>, device: DeviceId) -> Sql<()> {
     let sql = "SELECT one_time_use FROM usb_devices WHERE id = ?1";
     if tx.prepare_cached(sql)?.query_row([sql_id(device)], |row| row.get(0))? {
@@ -243,9 +244,8 @@ fn quarantine(
     record(tx, context, &Event::new("quarantined").about(device).with(why.clone()))
 }
 
-/// The device sends other descriptors than it did. What it has become is compared with what it was
-/// when its holder, or its last, claimed it: a stick that comes back as a keyboard is an attack
-/// until somebody says otherwise.
+/// Compares a device that sends other descriptors with those at the claim of its current or last
+/// holder. A stick that returns as a keyboard is an attack until an operator decides otherwise.
 pub(crate) fn altered(
     tx: &Transaction<'_>,
     known: &Record,
@@ -275,10 +275,10 @@ pub(crate) fn altered(
     Ok(Some(what))
 }
 
-/// Quarantines devices that cannot be told apart since the host was restarted: neither a serial nor
-/// a path identifies them, and ports begin with bus numbers, which are assigned at boot. Devices
-/// that were unplugged count, because they may be back in another port. A device that is the only
-/// one of its kind stays as it is, unless it is held and was not seen before the restart.
+/// Quarantines devices that cannot be identified after a restart of the host: they have neither a
+/// serial nor a path, and ports begin with bus numbers, which are assigned at boot. Unplugged
+/// devices count, because they may be back in another port. A device that is the only one of its
+/// kind is not quarantined, unless it is held and was not seen before the restart.
 pub(crate) fn set_aside_after_restart(tx: &Tx<'_>, context: &Context) -> Sql<()> {
     let mut doubtful: BTreeMap<UsbId, Vec<Record>> = BTreeMap::new();
     let all = tx
@@ -398,7 +398,7 @@ pub(crate) fn returned(
         .query_row([sql_id(device)], |row| {
             Ok((row.get::<_, Option<u64>>(0)?, row.get::<_, Option<String>>(1)?))
         })?;
-    // What does not parse was not written by us: the device starts anew.
+    // A value that does not parse was not written by virt-usb: the count begins again.
     let mut flaps: Flaps =
         text.and_then(|text| serde_json::from_str(&text).ok()).unwrap_or_default();
     let outcome = flaps.returned(now(), until, limits);
@@ -440,8 +440,8 @@ pub(crate) fn returned(
     }
 }
 
-/// Those that have stayed long enough are offered again; a moment further away than any pause is
-/// one of a clock that was wrong.
+/// Makes devices available again that have stayed connected long enough. A time further in the
+/// future than any pause comes from a wrong clock.
 pub(crate) fn settle(tx: &Transaction<'_>, context: &Context) -> Sql<Vec<DeviceId>> {
     let steady: Vec<DeviceId> = tx
         .prepare_cached(&format!(

@@ -27,22 +27,22 @@ pub enum Change {
     Gone(DeviceId),
 }
 
-/// What a step did. Steps that changed nothing are not reported.
+/// Result of a step. Steps that changed nothing are not reported.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Done {
-    /// The device.
+    /// Id of the device.
     pub id: DeviceId,
     /// `added`, `returned` (plugged in again, or under another number), `changed` or `removed`.
     pub what: &'static str,
-    /// What about the device is not as it was when it was claimed: its descriptors, or that its
-    /// serial is unique.
+    /// How the device has changed since it was claimed: its descriptors, or that its serial is no
+    /// longer unique.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub altered: Option<String>,
 }
 
 /// The devices that are plugged in, and which kinds are one device by declaration.
 pub struct SeenKeys<'a, T> {
-    /// Who they are.
+    /// Identities of the devices.
     pub keys: T,
     /// The kinds that one device shows in turn.
     pub aliases: &'a Aliases,
@@ -96,9 +96,9 @@ impl Store {
         context: &Context,
     ) -> Result<Vec<Done>, StoreError> {
         self.mend_hints()?;
-        // Before the write and not after it: who writes first after the log was folded begins it
-        // anew and syncs its head, and that is not to be a hook. When it cannot be folded now, a
-        // later write does it.
+        // Checkpoint before the write and not after it: the first writer after a checkpoint
+        // restarts the log and syncs its header, and that must not be a hook. If the checkpoint is
+        // not possible now, a later write does it.
         drop(self.checkpoint("PASSIVE"));
         self.write(|tx, _| {
             register_host(tx, host)?;

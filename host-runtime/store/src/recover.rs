@@ -49,12 +49,12 @@ use crate::{
 
 /// Where the new inventory is built, beside the old one.
 const BESIDE: &str = "inventory.sqlite.new";
-/// How often the copy of a damaged file is made again because somebody wrote to it meanwhile.
+/// Maximum number of copies of a damaged file, if other processes write to it during the copy.
 const TRIES: u32 = 40;
 /// Between two of them.
 const PAUSE: Duration = Duration::from_millis(20);
-/// Device ids of one host: see DESIGN, "Who owns what". Where it is not known which ids were given,
-/// so many are passed over: an id never names another device.
+/// Number of device ids that are skipped if the assigned ids are not known, so that an id never
+/// names another device.
 const MARGIN: i64 = 1000;
 
 /// How the inventory is.
@@ -68,13 +68,12 @@ pub enum Health {
     Damaged(String),
 }
 
-/// What is wanted.
+/// Options of a restore or rebuild.
 #[derive(Debug, Clone, Copy)]
 pub struct RebuildRequest<'a> {
     /// `restore` or `rebuild`: in file names and in the audit.
     pub what: &'static str,
-    /// The backup whose content is to be taken; none: what can be read of the inventory that is
-    /// there.
+    /// Backup to restore; `None` rebuilds from the readable content of the inventory.
     pub backup: Option<&'a Path>,
     /// Whether `fill` adopts what the guests that run have: then a backup's claims need not be
     /// believed.
@@ -83,10 +82,10 @@ pub struct RebuildRequest<'a> {
     pub ids: &'a [DeviceId],
 }
 
-/// What became of a table.
+/// Result for a table.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Kept {
-    /// Its name.
+    /// Name of the table.
     pub table: String,
     /// Rows that were taken over.
     pub rows: usize,
@@ -96,16 +95,16 @@ pub struct Kept {
     pub torn: bool,
 }
 
-/// What was done.
+/// Result of a restore or rebuild.
 #[derive(Debug)]
 pub struct Recovered {
-    /// The inventory as it is now.
+    /// The new inventory.
     pub store: Store,
     /// Where the one before is.
     pub aside: Option<PathBuf>,
-    /// What was taken over from it.
+    /// Tables that were kept.
     pub kept: Vec<Kept>,
-    /// Devices whose ids were given, and of which nothing can be read any more.
+    /// Number of devices whose ids were assigned but whose rows cannot be read.
     pub lost_devices: u64,
     /// Whether the file stayed and has another content. If not, an agent that runs ends: the file
     /// that it opened was replaced.
@@ -176,8 +175,8 @@ pub fn replace(
     Job { state_dir, path, scratch, lock_timeout, request, backup, context }.run(fill)
 }
 
-/// One restore or rebuild at a time: a lock on the folder, which the kernel lets go of whatever
-/// becomes of the process.
+/// Lock on the folder that allows one restore or rebuild at a time. The kernel releases it when the
+/// process ends in any way.
 fn one_at_a_time(state_dir: &Path, path: &Path) -> Result<File, StoreError> {
     let folder = File::open(state_dir).map_err(|e| StoreError::file(state_dir, e))?;
     match folder.try_lock() {
@@ -187,7 +186,7 @@ fn one_at_a_time(state_dir: &Path, path: &Path) -> Result<File, StoreError> {
     }
 }
 
-/// The folder in which the new inventory is built. What one that was killed has left is nobody's.
+/// Folder in which the new inventory is built. The remains of a killed process may be removed.
 struct Scratch(PathBuf);
 
 impl Scratch {
@@ -228,7 +227,7 @@ struct Job<'a> {
 struct Source {
     path: PathBuf,
     file: File,
-    /// What stands beside the file of an inventory that was copied while it was in use.
+    /// Log of an inventory that was copied while it was in use.
     log: Option<File>,
 }
 
@@ -262,7 +261,7 @@ impl Source {
     }
 }
 
-/// What was done to the file.
+/// Result of the replacement of the file.
 struct Placed {
     aside: Option<PathBuf>,
     built: Built,
@@ -365,7 +364,7 @@ impl Job<'_> {
                     remove(&aside);
                     return Ok(None);
                 }
-                // What stands there is what it was: its copy serves nobody.
+                // The file has not changed: its copy is not needed.
                 Err(e) => {
                     remove(&aside);
                     return Err(e);
@@ -486,14 +485,14 @@ impl Job<'_> {
         if there {
             fs::rename(&made, &self.path).map_err(fault)?;
         } else {
-            // Somebody may have made one meanwhile: that one is not overwritten.
+            // Another process may have created an inventory in the meantime: do not overwrite it.
             fs::hard_link(&made, &self.path).map_err(fault)?;
         }
         File::open(&self.state_dir).and_then(|folder| folder.sync_all()).map_err(fault)?;
         Ok(Placed { aside: aside.filter(|aside| aside.exists()), built, in_place: false })
     }
 
-    /// The second name of the file that stands there, which a run before this one gave it.
+    /// Second name of the existing file, which an earlier run gave it.
     fn begun_before(&self) -> Option<PathBuf> {
         let this = files::identity(&self.path)?;
         let names = fs::read_dir(&self.state_dir).ok()?.flatten();
@@ -517,7 +516,7 @@ impl Job<'_> {
         u64::try_from(self.lock_timeout.as_millis()).unwrap_or(u64::MAX)
     }
 
-    /// A name that nobody has: `inventory.sqlite.before-restore-20260131T235959Z`.
+    /// An unused name: `inventory.sqlite.before-restore-20260131T235959Z`.
     fn free_name(&self, new: &Store) -> Result<PathBuf, StoreError> {
         let now: String = new
             .conn()?
@@ -541,8 +540,8 @@ impl Job<'_> {
             .map_err(|e| e.of(&self.path))
     }
 
-    /// What tells whether somebody wrote to the file or its log. Looked at, not opened: that would
-    /// drop SQLite's locks.
+    /// Stamps that show whether another process wrote to the file or its log. The files are not
+    /// opened, because that would drop SQLite's locks.
     fn stamps(&self) -> Stamps {
         ["", "-wal"].map(|suffix| {
             let found = fs::metadata(with_suffix(&self.path, suffix)).ok();
@@ -599,12 +598,12 @@ impl Job<'_> {
     }
 }
 
-/// What one may tell from it whether a file was written to.
+/// Values that show whether a file was written to.
 type Stamps = [Option<(SystemTime, u64)>; 2];
 
 enum Taken {
     Done(Built),
-    /// Somebody wrote to it before it was locked.
+    /// Another process wrote to the file before it was locked.
     Changed,
     Unlockable,
 }
@@ -639,7 +638,7 @@ const ORDER: [&str; 9] = [
     "instance_system_metadata",
     "events",
 ];
-/// Made from other tables, or noted anew by the agent.
+/// Tables that are derived from others, or that the agent fills again.
 const DERIVED: [&str; 3] = ["device_labels", "problems", "sqlite_sequence"];
 
 /// Fills an empty inventory with what was salvaged and makes sense.
@@ -678,7 +677,7 @@ fn take_over(
         {
             tx.execute(HELD_BY_THE_AUDIT, [])?;
         }
-        // Whose boot the claims are of is looked at anew.
+        // The boot of the claims is checked again.
         tx.execute("UPDATE compute_nodes SET boot_id = NULL, revision = revision + 1", [])?;
         built.lost_devices = continue_ids(tx, salvage, was_there, ids)?;
         // What a device's row says follows from the grants that are left.
@@ -830,8 +829,8 @@ fn is_own(node: i64, id: i64) -> bool {
     (1..=IDS).contains(&(id - (node - 1) * IDS))
 }
 
-/// Two ids of one device: at least one of them was another's, and nobody knows which. Returns how
-/// many went.
+/// Removes devices with two ids: at least one of them belonged to another device, and it is unknown
+/// which. Returns the number of removed devices.
 fn drop_doubles(tx: &Transaction<'_>) -> Sql<usize> {
     let all: Vec<Record> = tx
         .prepare("SELECT * FROM usb_devices")?
@@ -937,8 +936,8 @@ fn continue_ids(
     Ok(given.map_or(0, |given| u64::try_from(given - (node - 1) * IDS - kept).unwrap_or(0)))
 }
 
-/// What was set aside since the backup stays so: a backup of last week must not offer what was
-/// quarantined yesterday.
+/// Keeps devices set aside that were set aside since the backup: a backup of last week must not
+/// make a device available that was quarantined yesterday.
 fn set_aside_still(tx: &Transaction<'_>, id: DeviceId, present: &Record) -> Sql<()> {
     if !present.is_set_aside() {
         return Ok(());

@@ -11,25 +11,26 @@ use crate::hints::Known;
 use crate::open::Tx;
 use crate::{Context, Store, StoreError, nova_metadata, quarantine};
 
-/// What is given back.
+/// Extent of a release.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Extent {
-    /// What is held while the guest runs; what is held for the instance stays claimed, unless it
-    /// was never confirmed.
+    /// Devices that are held while the guest runs. Devices that are held for the instance stay
+    /// claimed, unless the claim was never confirmed.
     Run,
     /// Everything, the assignments too: an operator says so.
     Everything,
-    /// The same, and whose it was: the instance is gone.
+    /// Everything, with the owner: the instance is gone.
     Gone,
 }
 
 /// How it is known that a guest runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Witness {
-    /// It has just started, says libvirt: what came in for it is in it.
+    /// libvirt reports that the guest has just started: it has the devices of its restore or
+    /// migration.
     Start,
-    /// It was found running, and may have run before a restore or a migration claimed devices in
-    /// its name.
+    /// The guest was found running, and may have been running before a restore or a migration
+    /// claimed devices in its name.
     Look,
 }
 
@@ -85,10 +86,10 @@ impl Store {
         Ok(freed)
     }
 
-    /// The guest runs: the devices of `in_guest` are allocated, except those that it came in with
-    /// and that are to be attached anew. Pending claims stand from its own start on; a guest that
-    /// was only found running never asked for them. Returns the devices that the instance holds but
-    /// that are not in the guest yet.
+    /// Confirms the claims of a running guest: the devices of `in_guest` are allocated, except
+    /// those that must be reattached after a restore or migration. Only the guest's own start
+    /// confirms pending claims; a guest that was found running never requested them. Returns the
+    /// devices that the instance holds but that are not in the guest yet.
     ///
     /// # Errors
     /// When the database cannot be written.
@@ -136,7 +137,7 @@ impl Store {
         Ok(ended)
     }
 
-    /// Ends what a boot before this one left, and what nobody confirmed.
+    /// Ends claims of an earlier boot and unconfirmed pending claims.
     ///
     /// # Errors
     /// When the database cannot be written.
@@ -144,8 +145,8 @@ impl Store {
         self.write(|tx, _| Ok(sweep(tx, context)?))
     }
 
-    /// The guest's process is gone, libvirt has not let go of its devices yet: nothing is in the
-    /// guest any more.
+    /// Records that the guest's process has exited and has no devices any longer; libvirt has not
+    /// released them yet.
     ///
     /// # Errors
     /// When the database cannot be written.
@@ -161,8 +162,8 @@ impl Store {
         })
     }
 
-    /// Removes the instance's hints for which the database holds no row any more. A write of its
-    /// own: only what is committed is surely gone.
+    /// Removes the hints of an instance for which the database no longer has a row. This is a
+    /// separate write, because only committed changes are certain.
     pub(crate) fn forget_hint(&mut self, instance: InstanceId) -> Result<(), StoreError> {
         for (hint, table) in
             [(Known::Instance(instance), "claims"), (Known::Assigned(instance), "assignments")]
@@ -196,7 +197,7 @@ fn valid(tx: &Transaction<'_>, instance: InstanceId, context: &Context) -> Sql<V
 pub(crate) enum Place {
     /// In the XML of a guest that is about to run.
     Coming {
-        /// With a state of its own, for which QEMU lets go of the device.
+        /// Whether the guest arrived with a saved state, for which QEMU releases the device.
         arriving: bool,
     },
     /// In the XML of the guest that runs.
@@ -208,8 +209,8 @@ pub(crate) enum Place {
 }
 
 impl Place {
-    /// The claim's state, whether the device is still to be attached anew, and whether it was seen
-    /// in the guest.
+    /// State of the claim, whether the device must still be reattached, and whether it was seen in
+    /// the guest.
     fn of(self, claim: &ClaimRow) -> (&'static str, bool, bool) {
         match self {
             Self::Inside if !claim.arrived => ("allocated", false, true),
@@ -284,8 +285,8 @@ pub(crate) const HELD_BY_THE_AUDIT: &str = "UPDATE usb_devices SET was_held = 1 
 pub(crate) const UNCONFIRMED: &str =
     "SELECT * FROM claims WHERE pending_since IS NOT NULL AND pending_since < ?1 - ?2";
 
-/// Ends claims that no longer hold: of an earlier boot, and pending ones that nobody confirmed. A
-/// claim held for the instance outlives the boot, but nothing is in a guest after it.
+/// Ends invalid claims: those of an earlier boot, and pending ones that were not confirmed. A claim
+/// held for the instance survives a boot, but its device is then in no guest.
 pub(crate) fn sweep(tx: &Tx<'_>, context: &Context) -> Sql<()> {
     let unconfirmed = tx
         .prepare_cached(UNCONFIRMED)?
@@ -326,14 +327,14 @@ fn of_earlier_boots(tx: &Tx<'_>, context: &Context) -> Sql<Vec<ClaimRow>> {
         .collect()
 }
 
-/// What the instance holds, by device.
+/// Claims of the instance, by device.
 pub(crate) fn held(conn: &Connection, instance: InstanceId) -> Sql<Vec<ClaimRow>> {
     conn.prepare_cached("SELECT * FROM claims WHERE instance_uuid = ?1 ORDER BY device_id")?
         .query_map([instance.to_string()], ClaimRow::read)?
         .collect()
 }
 
-/// Ends one claim. The instance's metadata is to be refreshed after the last.
+/// Ends one claim. The caller refreshes the instance's metadata after the last one.
 pub(crate) fn delete(
     tx: &Tx<'_>,
     claim: &ClaimRow,
@@ -350,7 +351,7 @@ pub(crate) fn delete(
     record(tx, context, &Event::about_claim(event, claim).with(why.to_owned()))
 }
 
-/// The claim of somebody else than `instance` on the device.
+/// The claim of an instance other than `instance` on the device.
 pub(crate) fn holder(
     tx: &Transaction<'_>,
     device: DeviceId,

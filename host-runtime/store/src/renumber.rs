@@ -10,22 +10,22 @@ use crate::error::Sql;
 use crate::events::{Event, record};
 use crate::{ClaimRow, Context, LONE_NODE, NOW, Store, StoreError, StoredFlavor, StoredGrant};
 
-/// So many ids a host has: those of number N follow `(N − 1) × IDS_A_HOST`.
+/// Number of device ids of a host: those of host N follow `(N − 1) × IDS_A_HOST`.
 pub const IDS_A_HOST: u64 = 1_000_000;
 pub(crate) const IDS: i64 = IDS_A_HOST.cast_signed();
 
-/// What came of giving a host its number.
+/// Result of the assignment of a host number.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Numbered {
-    /// It had that number.
+    /// The host already had that number.
     Already,
-    /// These are held: nothing was changed.
+    /// These devices are held: nothing was changed.
     Held(Vec<ClaimRow>),
-    /// Its devices have other ids now.
+    /// The host's devices have new ids.
     Renumbered(Renumbered),
 }
 
-/// Which ids became which.
+/// The renumbering of the device ids.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Renumbered {
     /// The number before.
@@ -34,7 +34,7 @@ pub struct Renumbered {
     pub devices: usize,
     /// To each id this was added.
     pub added: i64,
-    /// Stored flavors that name a device by its id, as it was: they are to be changed by hand.
+    /// Stored flavors that name a device by its old id and must be changed by hand.
     pub flavors: Vec<String>,
     /// Grants that do the same.
     pub grants: Vec<String>,
@@ -153,7 +153,7 @@ fn continue_ids(tx: &Transaction<'_>, number: i64, added: i64) -> Sql<()> {
     Ok(())
 }
 
-/// Those that name a device of this host by its id.
+/// Flavors that name a device of this host by its id.
 fn flavors(tx: &Transaction<'_>) -> Sql<Vec<String>> {
     let all = tx
         .prepare("SELECT * FROM flavors ORDER BY name")?

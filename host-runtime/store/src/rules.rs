@@ -1,12 +1,12 @@
-//! What is remembered of what lies outside the inventory: what the configuration held when it was
-//! last read, by which a file is told that has lost its end; and which libvirt has run the guests.
+//! Facts from outside the inventory that it remembers: the content of the last configuration, which
+//! reveals a truncated file, and the libvirt that ran the guests.
 
 use crate::{Store, StoreError};
 
-/// What a configuration says of the whitelist.
+/// Whitelist keys of a configuration.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Rules {
-    /// Nothing.
+    /// The configuration has no whitelist keys.
     None,
     /// Rules that give tags and the like; the switch is off.
     Off,
@@ -15,8 +15,8 @@ pub enum Rules {
 }
 
 impl Store {
-    /// What the configuration said when [`Store::note_rules`] was called last; `Rules::None` where
-    /// it never was.
+    /// Keys of the configuration at the last call of [`Store::note_rules`]; `Rules::None` if there
+    /// was none.
     ///
     /// # Errors
     /// When the database cannot be read.
@@ -50,7 +50,7 @@ impl Store {
         })
     }
 
-    /// Which libvirt has run the guests that hold devices, as it describes itself.
+    /// The libvirt that ran the guests with devices, as it describes itself.
     ///
     /// # Errors
     /// When the database cannot be read.
