@@ -50,7 +50,7 @@ thread_local! {
     static STATE: RefCell<State> = RefCell::default();
 }
 
-/// What a call comes to.
+/// Result of a call.
 enum Outcome {
     Text(String),
     Changed(bool),
@@ -122,7 +122,7 @@ extern "C" fn virt_usb_alloc(size: usize) -> *mut u8 {
             pointer if pointer.is_null() => std::alloc::handle_alloc_error(layout),
             pointer => pointer,
         },
-        // A pointer to nothing, and not 0: that would be the whole fleet where nobody is meant.
+        // An empty list has a pointer that is not 0: 0 would mean the whole fleet.
         None => std::ptr::without_provenance_mut(ALIGN),
     }
 }

@@ -36,7 +36,7 @@ pub(crate) fn read<'a>(lines: &'a str, draft: &mut Draft) -> (Read, &'a str) {
     }
 }
 
-/// What became of a line.
+/// Result of reading a line.
 pub(crate) enum Read {
     Done,
     Nothing,

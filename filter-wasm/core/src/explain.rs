@@ -12,7 +12,7 @@ use crate::rank;
 use crate::refusal::Refusal;
 
 impl Inventory {
-    /// What the filter says of one host, and why.
+    /// Verdict of the filter about one host, with the reason.
     ///
     /// # Errors
     /// [`Refusal::Question`]. A host that is not known is a verdict.
@@ -116,7 +116,7 @@ impl Inventory {
     /// way.
     pub(crate) fn devices(&self, plan: &Plan, head: u32) -> Vec<DeviceId> {
         if let ([(_, count)], [entry]) = (plan.of.as_slice(), plan.entries.as_slice()) {
-            // One request: the first so many.
+            // A single request gets its first devices.
             let of_row = |number: u32| {
                 let row = self.row_at(number);
                 let word = entry.matching(self, number, row) & plan.offered(self, number, row);
@@ -156,7 +156,7 @@ impl Inventory {
     }
 }
 
-/// A host's devices, and which of them would do for whom.
+/// The devices of a host, and the requests that each could serve.
 struct Wishes {
     /// A request for each device that is wanted.
     requests: Vec<usize>,

@@ -12,13 +12,13 @@
 use alloc::vec;
 use alloc::vec::Vec;
 
-/// So many different requests are decided by their sets.
+/// Maximum number of different requests that are decided by their sets.
 pub(crate) const FEW: usize = 5;
 const SETS: usize = 1 << FEW;
 /// More to spare than this makes no difference to the score.
 pub(crate) const MOST: u32 = 127;
 
-/// What all sets of the requests want.
+/// Demand of all sets of the requests.
 #[derive(Debug, Clone)]
 pub(crate) struct Wants {
     counts: Vec<u32>,
@@ -128,7 +128,7 @@ impl<'a> Flow<'a> {
         Self { matching, given: vec![vec![0; rows]; matching.len()], taken: vec![0; rows] }
     }
 
-    /// Gives the request so many devices more, or as many as there can be, moving others to their
+    /// Gives the request up to `count` more devices, and moves other requests to their
     /// alternatives.
     fn serve(&mut self, request: usize, count: u32) -> u32 {
         let mut seen = vec![false; self.matching.len()];

@@ -91,7 +91,7 @@ impl Sparse {
         }
     }
 
-    /// Says that the row has no key of this hash any more.
+    /// Removes this hash of a key from the row.
     pub(crate) fn remove(&mut self, hash: u32, row: u32) {
         let Ok(found) = self.table.find_entry(spread(hash), |(known, _)| *known == hash) else {
             return;

@@ -44,7 +44,7 @@ pub struct DraftDevice {
     pub(crate) projects: Range<u32>,
 }
 
-/// What a device's [`DraftDevice::traits`] say.
+/// Contents of a device's [`DraftDevice::traits`].
 pub(crate) struct Traits<'a> {
     pub(crate) classes: &'a [u8],
     pub(crate) tags: &'a [u8],
@@ -67,10 +67,10 @@ pub(crate) fn texts(list: &[u8]) -> impl Iterator<Item = &str> {
         .filter(|text| !text.is_empty())
 }
 
-/// What tells a path from a tag, which holds no such byte.
+/// Byte that marks a path; a tag cannot contain it.
 pub(crate) const PATH_MARK: u8 = 1;
 
-/// A path as devices are found by it: a tag that nobody can give.
+/// The key by which devices with this path are found: a tag that no user can set.
 pub(crate) fn path_tag(path: &DevicePath) -> String {
     alloc::format!("{}{path}", char::from(PATH_MARK))
 }
@@ -85,7 +85,7 @@ pub(crate) fn canonical(project: &ProjectId) -> String {
 }
 
 impl Draft {
-    /// Starts anew with a host of this name.
+    /// Begins again with a host of this name.
     pub fn begin(&mut self, name: &str) {
         self.name.clear();
         self.name.push_str(name);

@@ -5,7 +5,7 @@ use alloc::vec::Vec;
 
 use hashbrown::HashMap;
 
-/// Sets by number, counted by use; a number is free again once nobody uses it.
+/// Sets by number, with a use count; the number of an unused set is free again.
 #[derive(Debug)]
 pub(crate) struct Sets<T> {
     numbers: HashMap<Box<[u8]>, u32>,
@@ -27,7 +27,7 @@ impl<T> Default for Sets<T> {
 }
 
 impl<T> Sets<T> {
-    /// One use more of the set that is spelled so. What it means is asked for when it is new.
+    /// Adds a use of the set with this spelling. `meaning` is called only for a new set.
     pub(crate) fn take(&mut self, spelled: &[u8], meaning: impl FnOnce() -> T) -> u32 {
         if let Some(&number) = self.numbers.get(spelled) {
             self.sets[number as usize].uses += 1;

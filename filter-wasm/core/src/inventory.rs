@@ -25,11 +25,11 @@ use crate::keys::{Key, Keys};
 use crate::posting::{LANES, bits, split};
 use crate::refusal::Refusal;
 
-/// No row.
+/// Marks the absence of a row.
 const NONE: u32 = u32::MAX;
 /// Device ids are given out by the million: see the host's number in DESIGN.
 const PAGE: u64 = 1_000_000;
-/// So many refused lines of one load are described; the rest are counted.
+/// Maximum number of refused lines of one load that are described; the rest are counted.
 const SHOWN: usize = 100;
 
 /// A device, as far as the index does not say it.
@@ -95,7 +95,7 @@ impl Row {
         self.devices.binary_search_by_key(&id, |device| device.id).map_or(0, |at| 1 << at)
     }
 
-    /// The devices that are not for everybody and not for whoever `allows` says.
+    /// The devices that are available only to projects that `allows` rejects.
     pub(crate) fn withheld(&self, allows: impl Fn(u32) -> bool) -> u64 {
         self.restricted
             .iter()
@@ -104,7 +104,7 @@ impl Row {
     }
 }
 
-/// What is asked of 64 rows at once.
+/// A query about 64 rows at once.
 #[derive(Debug, Clone)]
 pub(crate) struct Block {
     /// For each row its free devices.
@@ -119,9 +119,9 @@ pub(crate) struct Block {
     pub(crate) oldest: u64,
     /// Rows that are a host's first.
     pub(crate) heads: u64,
-    /// Those whose host has no other row.
+    /// Rows whose host has no other row.
     pub(crate) single: u64,
-    /// Those of them all of whose devices are for every project.
+    /// Those of these rows all of whose devices are available to all projects.
     pub(crate) plain: u64,
 }
 
@@ -139,7 +139,7 @@ impl Block {
         }
     }
 
-    /// The heads that were heard of at `oldest` or later.
+    /// The heads that were received at `oldest` or later.
     pub(crate) fn fresh(&self, oldest: u64) -> u64 {
         if self.oldest >= oldest {
             return self.heads;
@@ -177,7 +177,7 @@ pub struct Inventory {
     draft: Draft,
 }
 
-/// What a load did.
+/// Result of a load.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Loaded {
     /// Hosts taken, new ones and replaced ones.
@@ -193,9 +193,9 @@ pub struct Loaded {
 /// A line that was not taken.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RefusedLine {
-    /// Its number in the text, from 1.
+    /// Number of the line in the text, from 1.
     pub line: u32,
-    /// What was found where, and what was wanted.
+    /// The place, what was found there, and what was wanted.
     pub why: String,
 }
 
@@ -312,7 +312,7 @@ impl Inventory {
         true
     }
 
-    /// Notes that a host was heard of, though it has sent no document; false if there is none.
+    /// Records that a host is alive, although it sent no document; false if the host is unknown.
     pub fn touch(&mut self, name: &str, received: u64) -> bool {
         let Some(head) = self.find(name) else { return false };
         let (block, lane) = split(head);
@@ -430,7 +430,7 @@ impl Inventory {
         self.unused.push(row);
     }
 
-    /// Fills an empty row; true if some of its devices are not for everybody.
+    /// Fills an empty row; true if some of its devices are available to certain projects only.
     fn fill(&mut self, row: u32, head: u32, devices: &[DraftDevice], draft: &Draft) -> bool {
         let (block, lane) = split(row);
         let available = devices

@@ -1,4 +1,4 @@
-//! What devices can be asked by, and the posting of each such key.
+//! The keys by which devices are found, and the posting of each key.
 
 use alloc::boxed::Box;
 use alloc::vec::Vec;
@@ -86,7 +86,7 @@ pub(crate) struct Keys {
 struct Entry {
     key: Stored,
     posting: Posting,
-    /// Of a kind its vendor's number: whoever has a device of the kind has one of the vendor.
+    /// For a kind, the number of its vendor: a device of the kind is a device of the vendor.
     vendor: u32,
 }
 

@@ -16,10 +16,10 @@ use crate::posting::Posting;
 use crate::rank;
 use crate::refusal::Refusal;
 
-/// What one selector comes to. Requests with the same selector share one.
+/// Keys of one selector. Requests with the same selector share an entry.
 #[derive(Debug)]
 pub(crate) struct Entry {
-    /// A device must have all of these. None where some key is nobody's.
+    /// Keys that a device must all have; `None` if no device has one of them.
     pub(crate) keys: Option<Vec<u32>>,
     pub(crate) id: Option<u64>,
     pub(crate) serial: Option<Box<str>>,
@@ -208,8 +208,8 @@ impl Plan {
     }
 }
 
-/// A question that is asked host by host. It stays right while the inventory changes: it is planned
-/// anew when hosts came, went or sent another document.
+/// A question that is asked host by host. It stays valid while the inventory changes: it is planned
+/// again after hosts were added, removed or replaced.
 #[derive(Debug)]
 pub struct Prepared {
     question: Question,

@@ -11,10 +11,10 @@ use alloc::vec::Vec;
 
 /// Rows in a chunk, and devices in a row.
 pub(crate) const LANES: usize = 64;
-/// From so many rows on a chunk has a word for each.
+/// Number of rows from which a chunk has a word for each row.
 const DENSE: usize = 24;
-/// Below so many it packs them again; less than [`DENSE`], so that one row more or less does not
-/// turn it over each time.
+/// Number of rows below which a chunk is packed again; less than [`DENSE`], so that a change of one
+/// row does not repack it each time.
 const SPARSE: usize = 12;
 
 #[derive(Debug, Default, Clone)]
@@ -207,7 +207,7 @@ impl Posting {
         }
     }
 
-    /// Counts anew after devices of the row were taken or given back.
+    /// Counts again after devices of the row were claimed or released.
     pub(crate) fn recount(&mut self, row: u32, available: u64) {
         let (block, lane) = split(row);
         if let Ok(at) = self.find(block) {

@@ -28,7 +28,7 @@ pub(crate) const fn score_of(rank: i32) -> i32 {
     rank >> 16
 }
 
-/// Keeps the best so many.
+/// Keeps the best hosts, up to a limit.
 pub(crate) struct Best<F> {
     limit: usize,
     kept: Vec<(i32, u32)>,

@@ -54,7 +54,7 @@ impl Inventory {
         Ok(Selection { matched, placements: search.best.finish().into_iter().map(place).collect() })
     }
 
-    /// For whoever asks for nothing.
+    /// Selects hosts for a question without requests.
     fn any(
         &self,
         plan: &Plan,
@@ -331,10 +331,10 @@ struct Counted<'a> {
     counts: &'a [u8; LANES],
 }
 
-/// So many scores are looked at together for whether one of them is among the best.
+/// Number of scores that are compared with the best ones at a time.
 const GROUP: usize = 8;
 
-/// The score of whoever does not serve; none is as low.
+/// Score of a host that cannot serve; no other score is as low.
 const NOT: i16 = i16::MIN;
 
 /// The scores of 64 hosts of one row. Written for the compiler to work out many at once: as

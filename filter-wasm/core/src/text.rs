@@ -120,7 +120,7 @@ pub fn names(text: &str) -> impl Iterator<Item = &str> {
     text.split('\n').filter(|name| !name.is_empty())
 }
 
-/// What a load did: `{"hosts":2,"devices":40,"refused":1,"problems":[{"line":3,"why":"…"}]}`.
+/// Result of a load: `{"hosts":2,"devices":40,"refused":1,"problems":[{"line":3,"why":"…"}]}`.
 pub fn loaded(loaded: &Loaded) -> String {
     let problem = |p: &crate::RefusedLine| json!({"line": p.line, "why": p.why});
     let problems: Vec<Value> = loaded.problems.iter().map(problem).collect();
@@ -136,7 +136,7 @@ struct Line<'a> {
     verdict: Verdict,
 }
 
-/// What has only texts and numbers can always be written.
+/// Writes a value as JSON. A value that holds only texts and numbers can always be written.
 fn written(value: &impl Serialize) -> String {
     serde_json::to_string(value).unwrap_or_default()
 }

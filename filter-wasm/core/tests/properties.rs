@@ -28,8 +28,8 @@ fn apply(inventory: &mut Inventory, fleet: &mut Fleet, step: &Step) {
     fleet.step(step);
 }
 
-/// What the engine says of every host is what brute force says, and the selection is those
-/// accepted, in order.
+/// Compares the engine's verdict about every host with brute force, and the selection with the
+/// accepted hosts in order.
 fn agrees(inventory: &Inventory, fleet: &Fleet, question: &Question, limit: usize) {
     let mut expected = Vec::new();
     for host in (0..11).map(name) {

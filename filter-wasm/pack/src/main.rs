@@ -40,8 +40,8 @@ fn pack(from: &str, to: &str, make: fn(&[u8]) -> Result<Vec<u8>>) -> Result<()> 
     let module = std::fs::read(from).with_context(|| format!("cannot read {from}"))?;
     let made = make(&module).with_context(|| format!("cannot pack {from}"))?;
     imports_nothing(&made).with_context(|| format!("{from} is not packed"))?;
-    // Written beside and moved, so that whoever loads the file meanwhile gets the old one or the
-    // new one.
+    // Write to a second file and rename it, so that a concurrent reader gets the old or the new
+    // file.
     let beside = Path::new(to).with_extension("part");
     std::fs::write(&beside, made).with_context(|| format!("cannot write {}", beside.display()))?;
     std::fs::rename(&beside, to)

@@ -59,7 +59,7 @@ impl Part {
     /// How many parts there are.
     const COUNT: usize = 12;
 
-    /// What an element is, by its name and by what it stands in (`None`: the device itself).
+    /// Kind of an element, by its name and its parent (`None`: the device itself).
     pub(crate) fn new(within: Option<Self>, name: &str) -> Option<Self> {
         Some(match (within, name) {
             (None, "alias") => Self::Alias,

@@ -1,4 +1,4 @@
-//! What is read: plain data.
+//! The contents of a domain's XML as plain data.
 
 use virt_usb_model::{BusAddress, DeviceId, InstanceId, PortPath, ProjectId, UsbId};
 
@@ -10,14 +10,14 @@ pub(crate) const HOSTDEV_ALIAS: &str = "ua-usb-";
 /// The alias prefix of a redirdev that virt-usb injected; the entry's number in the flavor follows.
 pub(crate) const REDIRDEV_ALIAS: &str = "ua-usb-redir-";
 
-/// What virt-usb needs to know of a domain.
+/// The parts of a domain that virt-usb needs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Domain {
     /// The domain's name, never empty.
     pub name: String,
     /// The domain's UUID; a definition that libvirt has not seen yet may have none.
     pub uuid: Option<InstanceId>,
-    /// Where the flavor is to be found.
+    /// Source of the flavor.
     pub flavor: FlavorSource,
     /// Why `restore` refused the domain: see [`Edits::refusal`](crate::Edits::refusal).
     pub refusal: Option<String>,
@@ -30,7 +30,7 @@ pub struct Domain {
     pub commandline: Vec<UsbHostdev>,
     /// Every `<redirdev bus='usb'>` directly under `<devices>`, in order.
     pub redirdevs: Vec<Redirdev>,
-    /// What the other devices use of the host.
+    /// Resources of the host that the other devices use.
     pub host_sources: Vec<HostSource>,
     /// The USB controllers, and what occupies their ports.
     pub bus: UsbBus,
@@ -99,8 +99,8 @@ impl UsbHostdev {
         self.usb.is_some() || self.address.is_some() || self.port.is_some()
     }
 
-    /// The device that the alias `ua-usb-<id>` names. virt-usb injects such hostdevs, but others
-    /// may use the name too: only a claim says whose it is.
+    /// The device that the alias `ua-usb-<id>` names. virt-usb injects such hostdevs, but a user
+    /// can write the alias too: only a claim shows that a hostdev is ours.
     pub fn injected(&self) -> Option<DeviceId> {
         let id: DeviceId = self.alias.as_deref()?.strip_prefix(HOSTDEV_ALIAS)?.parse().ok()?;
         (self.alias.as_deref() == Some(&hostdev_alias(id))).then_some(id)

@@ -16,7 +16,7 @@ use crate::read::Layout;
 use crate::style::{Element, Style, unit};
 use crate::usb_bus::{GuestPort, INJECTED_PORTS};
 
-/// What to change in a domain.
+/// Changes to make in a domain.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Edits {
     /// USB host devices to add at the end of `<devices>`, in this order. One whose alias is there
@@ -31,22 +31,22 @@ pub struct Edits {
     /// Hostdevs that are there, by their index in [`Domain::hostdevs`], and the source and alias
     /// that they get.
     pub relocate: Vec<(usize, Hostdev)>,
-    /// Hostdevs that somebody wrote, by their index in [`Domain::hostdevs`], and where their
-    /// devices are now: only bus and device number of the source change, and only where the source
-    /// names them.
+    /// Handwritten hostdevs, by their index in [`Domain::hostdevs`], with the current addresses of
+    /// their devices. Only the bus and device numbers of the source change, and only if the source
+    /// has them.
     pub readdress: Vec<(usize, BusAddress)>,
     /// One line to write into the metadata, `<refusal xmlns='urn:virt-usb:refusal:1' why='…'/>`,
     /// for [`Domain::refusal`] to find later, unless one is there.
     pub refusal: Option<String>,
 }
 
-/// A host device as libvirt is told of it: vendor, product and address together, so that a device
-/// that was swapped in between is refused.
+/// A host device as libvirt gets it: vendor, product and address together, so that libvirt refuses
+/// a device that was swapped in the meantime.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Hostdev {
-    /// Its id in the inventory; the alias is `ua-usb-<id>`.
+    /// Id of the device in the inventory; the alias is `ua-usb-<id>`.
     pub id: DeviceId,
-    /// What it is.
+    /// Vendor and product of the device.
     pub usb: UsbId,
     /// Where it is on the host.
     pub address: BusAddress,

@@ -1,4 +1,4 @@
-//! What can be wrong with a document.
+//! Errors in a document.
 //!
 //! Every message is one line and reads well after "cannot read the domain XML: "; what it quotes is
 //! escaped and cut, because the document may hold anything. Values of the document are quoted only
@@ -31,9 +31,9 @@ pub enum XmlError {
     /// Byte order mark and declaration name two encodings.
     #[error("the byte order mark says {mark}, but the XML declaration says {declared}")]
     EncodingConflict {
-        /// What the first bytes say.
+        /// Encoding according to the first bytes.
         mark: &'static str,
-        /// What `<?xml encoding=…?>` says.
+        /// Encoding according to `<?xml encoding=…?>`.
         declared: String,
     },
     /// Bytes that the document's encoding does not allow.
@@ -49,7 +49,7 @@ pub enum XmlError {
     Syntax {
         /// Line, counted from 1.
         line: usize,
-        /// What is wrong there.
+        /// Description of the error.
         what: String,
     },
     /// Elements nested deeper than [`MAX_DEPTH`].
@@ -85,13 +85,13 @@ pub enum XmlError {
     /// Something that every domain has is not there.
     #[error("there is no {what}")]
     Missing {
-        /// What was looked for.
+        /// Missing part.
         what: &'static str,
     },
-    /// Something that may stand there once stands there again.
+    /// A part occurs twice that may occur only once.
     #[error("line {line}: a second {what}")]
     Twice {
-        /// What is there again.
+        /// Name of the repeated part.
         what: &'static str,
         /// Line, counted from 1.
         line: usize,
@@ -99,11 +99,11 @@ pub enum XmlError {
     /// A value that cannot be what it should be.
     #[error("line {line}: {what} is {found:?}, not {wanted}")]
     Value {
-        /// Which value.
+        /// Name of the value.
         what: &'static str,
-        /// What it is, cut to a few words.
+        /// Value that was found, shortened.
         found: String,
-        /// What it should be.
+        /// Value that was wanted.
         wanted: &'static str,
         /// Line, counted from 1.
         line: usize,
@@ -111,9 +111,9 @@ pub enum XmlError {
     /// Two places of one flavor say different things, and neither is more right.
     #[error("{first} and {second} are both there and differ; remove one of them")]
     Conflict {
-        /// One place.
+        /// First place.
         first: String,
-        /// The other.
+        /// Second place.
         second: String,
     },
     /// An [`Edits::relocate`](crate::Edits::relocate) that does not fit the document.
@@ -121,7 +121,7 @@ pub enum XmlError {
     Relocate {
         /// The index into [`Domain::hostdevs`](crate::Domain::hostdevs).
         index: usize,
-        /// Why not.
+        /// Reason for the refusal.
         why: &'static str,
     },
 }

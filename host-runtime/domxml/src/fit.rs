@@ -1,4 +1,4 @@
-//! Do so many devices of such speeds fit into so many free ports of such kinds?
+//! Whether a number of devices of certain speeds fits into the free ports of certain kinds.
 //!
 //! A matching between devices and ports. By Hall's theorem every device finds a port exactly when
 //! no set of port kinds has fewer ports than devices that can go nowhere else. There are four
@@ -7,7 +7,7 @@
 
 use virt_usb_model::{Speed, SpeedMask};
 
-/// What a port can serve.
+/// Devices that a port can serve.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Serves {
     /// Low and full speed: UHCI, OHCI, the ports of a hub.
@@ -16,7 +16,7 @@ pub(crate) enum Serves {
     High,
     /// Low to high speed: an EHCI port with its UHCI companion.
     Usb2,
-    /// Everything: xHCI.
+    /// A port of xHCI, which serves all devices.
     All,
 }
 
@@ -35,7 +35,7 @@ impl Serves {
     }
 }
 
-/// How a domain's free USB ports compare with what is to be added.
+/// Comparison of a domain's free USB ports with the devices to add.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Fit {
     /// There are free ports enough, on what is declared or on the controller that libvirt adds by
@@ -83,8 +83,8 @@ impl Free {
 
     /// `Ok` when each of `wants` gets a port of its own; else the devices that do not.
     pub(crate) fn take(self, wants: &[SpeedMask]) -> Result<(), TooFew> {
-        // Each set of kinds, a bit each; the smaller ones first, so that the cause is told and not
-        // the sum.
+        // Each set of kinds, as bits; smaller sets first, so that the message names the cause and
+        // not the sum.
         let mut sets: [u8; 16] = std::array::from_fn(|set| u8::try_from(set).unwrap_or_default());
         sets.sort_by_key(|set| set.count_ones());
         for set in sets {

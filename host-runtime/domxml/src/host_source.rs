@@ -1,5 +1,5 @@
-//! What of the host a device of the domain uses, beside USB hostdevs: a disk, a serial port, a
-//! network interface.
+//! Resources of the host that a device of the domain uses, except USB hostdevs: a disk, a serial
+//! port, a network interface.
 //!
 //! Behind each of them may be a USB device. Which one, only the host knows; here is what the domain
 //! says.
@@ -9,9 +9,9 @@ use crate::device::{Device, Part};
 /// Something of the host that a device of the domain uses.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HostSource {
-    /// Which device of the domain it is: `disk vda`, `serial 0`.
+    /// Device of the domain: `disk vda`, `serial 0`.
     pub what: String,
-    /// What it uses.
+    /// Resource that the device uses.
     pub place: HostPlace,
 }
 
@@ -26,7 +26,7 @@ pub enum HostPlace {
     ScsiHost(String),
 }
 
-/// What the device uses of the host, if it is of a kind that may use a USB device.
+/// The host's resource that the device uses, if the resource may be on a USB device.
 pub(crate) fn host_source(device: &Device<'_>, text: &str) -> Option<HostSource> {
     let tag = &device.node.tag;
     let source =

@@ -96,20 +96,21 @@ pub struct Document<'t> {
 }
 
 impl Document<'_> {
-    /// What was read.
+    /// The parsed domain.
     pub const fn domain(&self) -> &Domain {
         &self.domain
     }
 
-    /// What was read, without the text.
+    /// Returns the parsed domain without the text.
     pub fn into_domain(self) -> Domain {
         self.domain
     }
 
     /// Makes the changes; `None` when there is nothing to change.
     ///
-    /// Every byte that is not part of a change stays as it is. Rewriting what was rewritten, with
-    /// the same edits, changes nothing: a device whose alias is there is not added again.
+    /// Rewrites the document. Every byte that is not part of a change stays unchanged. Rewriting
+    /// the result with the same edits changes nothing: a device whose alias exists is not added
+    /// again.
     ///
     /// # Errors
     /// [`XmlError::Relocate`] when a relocation does not fit the document.

@@ -1,4 +1,4 @@
-//! What `<metadata>` says of the flavor, the owner, and a refusal.
+//! The flavor, the owner and a refusal in `<metadata>`.
 //!
 //! Metadata is other people's namespaces side by side, so names are resolved here, and only here:
 //! the elements that libvirt reads itself have no namespace.
@@ -80,7 +80,7 @@ impl<'a> Namespaces<'a> {
     }
 }
 
-/// What was found so far.
+/// Values that were found so far.
 #[derive(Default)]
 pub(crate) struct Metadata {
     ours: Option<Ours>,
@@ -122,13 +122,13 @@ impl Metadata {
         }
     }
 
-    /// `nova:flavor`
+    /// Reads the attributes of `nova:flavor`.
     pub(crate) fn nova_flavor(&mut self, tag: &Tag<'_>) {
         let name = tag.value("name").map(|n| n.trim().to_owned()).filter(|n| !n.is_empty());
         self.nova_name = self.nova_name.take().or(name);
     }
 
-    /// `nova:extraSpecs`
+    /// Begins the element `nova:extraSpecs`.
     pub(crate) fn extra_specs(&mut self) {
         self.extra_specs = true;
     }
@@ -151,7 +151,7 @@ impl Metadata {
         }
     }
 
-    /// `nova:project`
+    /// Reads the attributes of `nova:project`.
     pub(crate) fn project(&mut self, tag: &Tag<'_>, line: usize) -> Result<(), XmlError> {
         let Some(uuid) = tag.value("uuid").filter(|u| !u.trim().is_empty()) else { return Ok(()) };
         let what = "the project of nova:owner";

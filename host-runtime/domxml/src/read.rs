@@ -43,7 +43,7 @@ pub(crate) struct Layout<'a> {
     pub(crate) hostdevs: Vec<Device<'a>>,
 }
 
-/// What an open element is to us.
+/// Meaning of an open element.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum At {
     Domain,

@@ -3,8 +3,7 @@
 /// Two blanks: what libvirt writes.
 const USUAL: &str = "  ";
 
-/// What stands between the end of one element and the start of the next: a line end and the
-/// indentation.
+/// Text between the end of one element and the start of the next: a line end and the indentation.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Style {
     /// `\n`, `\r\n`, `\r`; empty in a document of one line.

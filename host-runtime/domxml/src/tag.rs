@@ -47,7 +47,7 @@ pub(crate) struct Tag<'a> {
     pub(crate) empty: bool,
 }
 
-/// What is wrong with a tag.
+/// Error in a tag.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum BadTag {
     /// The description of a fault.

@@ -82,7 +82,7 @@ impl UsbBus {
         !self.controllers.is_empty()
     }
 
-    /// Whether the domain declares that it has no USB: nothing can be added to it as it is.
+    /// Whether the domain declares that it has no USB, so that no device can be added.
     fn is_disabled(&self) -> bool {
         let none = |c: &Controller| c.model == "none" || (c.model.is_empty() && self.is_s390());
         self.controllers.iter().any(none)
@@ -265,11 +265,11 @@ impl UsbBus {
     }
 }
 
-/// What libvirt makes of a domain that declares no USB controller.
+/// Controller that libvirt adds to a domain that declares none.
 enum Usual {
-    /// It adds one of this model.
+    /// libvirt adds a controller of this model.
     Model(&'static str),
-    /// It adds none, but takes one that is declared.
+    /// libvirt adds no controller, but accepts a declared one.
     Absent,
     /// There can be none.
     Impossible,
@@ -318,7 +318,8 @@ impl Controller {
         Self { model: model.to_owned(), ..Self::default() }
     }
 
-    /// Which two ports of its EHCI a UHCI companion serves; `None` for what is no companion.
+    /// The two ports of its EHCI controller that a UHCI companion serves; `None` if it is not a
+    /// companion.
     fn companion(&self) -> Option<std::ops::Range<usize>> {
         let usual = match self.model.as_str() {
             "ich9-uhci1" => 0,
@@ -478,7 +479,7 @@ fn assign(
     hubs.find_map(|(at, port)| assign(port.hub.as_mut()?, hub, will_do, &path(at)))
 }
 
-/// What the first free port serves.
+/// Devices that the first free port serves.
 fn first_free(ports: &[Port], tier: usize) -> Option<Serves> {
     let free = ports.iter().find(|port| !port.used).map(|port| port.serves);
     let hubs = || ports.iter().filter_map(|port| port.hub.as_deref()).filter(|_| tier < MAX_TIERS);

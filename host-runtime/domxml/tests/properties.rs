@@ -1,4 +1,4 @@
-//! What holds for every document: untouched bytes, rewrite twice = once, no panic.
+//! Properties of every document: untouched bytes, rewrite twice = once, no panic.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test may panic")]
 
 use proptest::prelude::*;

@@ -1,4 +1,4 @@
-//! What is read from domains of many shapes.
+//! Reading domains of many shapes.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test may panic")]
 
 use virt_usb_domxml::{
@@ -303,9 +303,9 @@ const PC: &str = "arch='x86_64' machine='pc-i440fx-9.0'";
 const ANY: SpeedMask = SpeedMask::ANY;
 const LOW: SpeedMask = SpeedMask::new(&[Speed::Low]);
 const FULL: SpeedMask = SpeedMask::new(&[Speed::Full]);
-/// What QEMU does not slow down: a camera.
+/// A device that QEMU does not slow down: a camera.
 const HIGH: SpeedMask = SpeedMask::new(&[Speed::High]);
-/// What it does: a licence key.
+/// A device that QEMU slows down: a licence key.
 const SLOWED: SpeedMask = SpeedMask::new(&[Speed::High, Speed::Full]);
 const SUPER: SpeedMask = SpeedMask::new(&[Speed::Super]);
 

@@ -1,4 +1,4 @@
-//! What is written: exact text for the layouts that occur.
+//! Rewriting: exact text for the layouts that occur.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test may panic")]
 
 use virt_usb_domxml::{Edits, Hostdev, XmlError, read, rewrite};
@@ -161,7 +161,7 @@ fn what_is_there_is_not_added_again() {
     assert_eq!((written.hostdevs.len(), written.redirdevs.len()), (2, 2));
 }
 
-/// What [`refused`] writes.
+/// Element that [`refused`] writes.
 const REFUSAL: &str = "<refusal xmlns='urn:virt-usb:refusal:1' why='HASP &#39;1&#39; &#60;&#38;> \
     &#233;&#128477; ??, gone'/>";
 
@@ -198,7 +198,8 @@ fn a_refusal_is_read_as_it_was_written_but_for_what_xml_has_no_way_to_write() {
     let xml = "<domain><name>x</name></domain>";
     let written = rewrite(xml.as_bytes(), &refused()).unwrap().unwrap();
     assert_eq!(read(&written).unwrap().refusal.as_deref(), Some("HASP '1' <&> é🗝 ??, gone"));
-    // libvirt writes it with its own quotes; another element of that name is nobody's refusal.
+    // libvirt writes the element with its own quotes; another element of that name is not a
+    // refusal.
     let other = "<domain><name>x</name><metadata><refusal why='a'/><r:refusal xmlns:r='urn:r' \
         why='b'/></metadata></domain>";
     assert_eq!(read(other.as_bytes()).unwrap().refusal, None);
@@ -337,7 +338,7 @@ fn other_encodings_keep_their_bytes() {
     );
 }
 
-/// Of a hostdev that somebody wrote, two numbers change and nothing else, and only where they are.
+/// In a handwritten hostdev, only two numbers change, and only if the hostdev has them.
 #[test]
 fn a_new_address_is_all_that_changes() {
     let to = BusAddress::new(2, 17).unwrap();

@@ -8,7 +8,7 @@ use virt_usb_model::ParseError;
 /// A question was not answered.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// What was asked or fed cannot be; the filter is well. Asking again will not help.
+    /// The filter works but refused its input. A retry will not help.
     #[error("the filter refuses the input: {0}")]
     Refused(String),
     /// The filter failed. That is no "no host": ask without it, or do not place the instance, as
@@ -25,16 +25,16 @@ pub enum Error {
 /// How a filter failed.
 #[derive(Debug, thiserror::Error)]
 pub enum Fault {
-    /// It computed for longer than [`crate::Limits::epoch`] allows, and was stopped.
+    /// The call took longer than [`crate::Limits::epoch`] allows, and was stopped.
     #[error("it took longer than {0:?} and was stopped")]
     Time(std::time::Duration),
-    /// It wanted more memory than [`crate::Limits::memory`] allows, and was stopped.
+    /// The filter needed more memory than [`crate::Limits::memory`] allows, and was stopped.
     #[error("it wanted more than {0} bytes of memory and was stopped")]
     Memory(usize),
-    /// It trapped: unreachable code, a division by zero, a stack without end.
+    /// The filter trapped: unreachable code, a division by zero, a stack overflow.
     #[error("it trapped: {0}")]
     Trap(String),
-    /// It answered, but not what can be an answer.
+    /// The filter returned an invalid answer.
     #[error("its answer makes no sense: {0}")]
     Rubbish(String),
 }
@@ -45,64 +45,64 @@ pub enum LoadError {
     /// The file cannot be read.
     #[error("cannot read the filter {path}", path = path.display())]
     Read {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// Why.
+        /// Cause of the failure.
         source: std::io::Error,
     },
-    /// It is not the file that was pinned.
+    /// The file is not the pinned one.
     #[error("the filter {path} is not the one that is wanted: its SHA-256 is {found}, wanted \
         {wanted}", path = path.display())]
     Digest {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// Its digest, in hexadecimal digits.
+        /// Digest of the file, in hexadecimal digits.
         found: String,
         /// The digest wanted.
         wanted: String,
     },
-    /// It is no component, or cut short, or uses what is not allowed.
+    /// The file is not a component, is truncated, or uses a forbidden feature.
     #[error("{path} is no filter: {why}", path = path.display())]
     Invalid {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// Why.
+        /// Cause of the failure.
         why: String,
     },
-    /// It imports something: a filter must not.
+    /// The filter imports something, which is forbidden.
     #[error("the filter {path} imports {imports}: a filter imports nothing, so that it need not be \
         trusted", path = path.display())]
     Imports {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// The names.
+        /// Names of the imports.
         imports: String,
     },
-    /// It is a component, but of another world.
+    /// The file is a component of another world.
     #[error("{path} is a component, but not of the world virt-usb:scheduler/filter@0.1.0: \
         {why}", path = path.display())]
     World {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// What is missing.
+        /// Missing exports.
         why: String,
     },
-    /// It is machine code that others than its owner can change.
+    /// The file is machine code that users other than its owner can change.
     #[error("the precompiled filter {path} is machine code, and {why}: it must belong to root or \
         to this user, and nobody else may write to it", path = path.display())]
     Untrusted {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// Problem with the file's owner or mode.
         why: String,
     },
-    /// It was precompiled by another version, or for another machine; or this program cannot
+    /// The file was precompiled by another version or for another machine, or this program cannot
     /// compile.
     #[error("the filter {path} cannot be used here: {why}", path = path.display())]
     Foreign {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// Why.
+        /// Cause of the failure.
         why: String,
     },
     /// The engine cannot run on this machine.

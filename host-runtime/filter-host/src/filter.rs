@@ -13,7 +13,7 @@ use crate::bindings::FilterPre;
 use crate::instance::{Instance, State};
 use crate::{Error, Fleet, LoadError, Session};
 
-/// What a filter may use. Each instance has its own share.
+/// Limits of a filter's resources. Each instance has its own share.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
     /// The most memory of an instance, in bytes. A fleet of 1 million devices takes some 100 MB.
@@ -34,7 +34,7 @@ impl Default for Limits {
 /// How a filter is loaded.
 #[derive(Debug, Clone, Default)]
 pub struct Options {
-    /// What it may use.
+    /// Limits of the filter's resources.
     pub limits: Limits,
     /// The SHA-256 that the file must have.
     pub sha256: Option<[u8; 32]>,
@@ -122,7 +122,7 @@ impl Filter {
         self.loaded.sha256
     }
 
-    /// Its limits.
+    /// Limits of the filter's resources.
     pub fn limits(&self) -> Limits {
         self.loaded.limits
     }
@@ -183,7 +183,7 @@ fn detect(path: &Path) -> Result<Option<Precompiled>, LoadError> {
     }
 }
 
-/// What the bytes of the file are.
+/// Determines what the bytes of the file are.
 fn component(
     path: &Path,
     engine: &Engine,
@@ -210,13 +210,12 @@ fn pinned(path: &Path, engine: &Engine, bytes: &[u8]) -> Result<Component, LoadE
     unsafe { Component::deserialize(engine, bytes) }.map_err(|e| foreign(path, &e))
 }
 
-/// Machine code is run as it is, so its file must be as trustworthy as the program's own.
+/// Machine code is executed unchanged, so its file must be as trustworthy as the program's own.
 #[allow(unsafe_code, reason = "taking machine code from a file is what wasmtime calls unsafe")]
 fn mapped(path: &Path, engine: &Engine) -> Result<Component, LoadError> {
     let real = trusted(path)?;
-    // SAFETY: nobody but root and this user can have written the file, or can change it now;
-    // whoever can do that can replace this program as well. wasmtime itself checks its version and
-    // settings.
+    // SAFETY: only root and this user can have written the file or can change it now, and they can
+    // replace this program as well. wasmtime itself checks its version and settings.
     unsafe { Component::deserialize_file(engine, real) }.map_err(|e| foreign(path, &e))
 }
 
@@ -234,13 +233,13 @@ fn trusted(path: &Path) -> Result<PathBuf, LoadError> {
     let me = look(Path::new("/proc/self"))?.uid();
     let real =
         path.canonicalize().map_err(|source| LoadError::Read { path: path.to_owned(), source })?;
-    // Whoever may write to a folder on the way to it may put another file in its place.
+    // A user who may write to a folder on the path can replace the file.
     for at in real.ancestors() {
         let seen = look(at)?;
         if seen.uid() != 0 && seen.uid() != me {
             return untrusted(format!("{} belongs to user {}", at.display(), seen.uid()));
         }
-        // A sticky folder, such as /tmp, lets nobody replace what is another's.
+        // In a sticky folder, such as /tmp, users cannot replace files of other users.
         let sticky = seen.is_dir() && seen.mode() & 0o1000 != 0;
         if seen.mode() & 0o022 != 0 && !sticky {
             return untrusted(format!(

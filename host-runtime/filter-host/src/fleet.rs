@@ -12,7 +12,8 @@ use virt_usb_model::{DeviceId, HostDocument, Status};
 
 use crate::error::DocumentError;
 
-/// So many changes are kept. A session that is further behind is fed the whole fleet.
+/// Maximum number of changes that are kept. A session that is further behind gets the whole fleet
+/// again.
 const KEPT: usize = 1 << 16;
 
 /// The hosts. Cheap to clone: clones are the same fleet.
@@ -32,10 +33,10 @@ pub(crate) struct Hosts {
 #[derive(Debug, Clone)]
 pub(crate) struct Host {
     pub(crate) name: Arc<str>,
-    /// One line.
+    /// Document as one line.
     pub(crate) document: Arc<str>,
     pub(crate) received: u64,
-    /// What has changed since.
+    /// Changes of state since the document.
     pub(crate) statuses: Vec<(DeviceId, Status)>,
 }
 
@@ -47,7 +48,7 @@ struct Change {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum What {
-    /// It is new, or another, or gone.
+    /// The document is new, replaced or removed.
     Document,
     Status(DeviceId, Status),
     Heard,
@@ -89,7 +90,7 @@ impl Fleet {
         Ok(())
     }
 
-    /// The same, of a host that must be this one: nobody speaks for another.
+    /// Like [`Self::put_text`], but refuses a document that names another host.
     ///
     /// # Errors
     /// If it is not JSON, or names another host or none; what was known of the host counts on.
@@ -122,7 +123,7 @@ impl Fleet {
         true
     }
 
-    /// Notes that a host was heard of, though it sent no document; false if there is none.
+    /// Records that a host is alive, although it sent no document; false if the host is unknown.
     pub fn touch(&self, host: &str, received: u64) -> bool {
         let mut hosts = self.write();
         let Some(known) = hosts.hosts.get_mut(host) else { return false };
@@ -211,8 +212,8 @@ impl Hosts {
         self.count
     }
 
-    /// What somebody has to be told who knows the first `seen` changes; or, who knows nothing, or
-    /// too little, everything.
+    /// Changes for a session that knows the first `seen` changes; the whole fleet if it knows too
+    /// few or none.
     pub(crate) fn news(&self, seen: Option<u64>) -> News {
         let changes = seen.and_then(|seen| {
             let behind = usize::try_from(self.count.checked_sub(seen)?).ok()?;
@@ -247,7 +248,7 @@ impl Hosts {
     }
 }
 
-/// What has changed, each host once but for its devices.
+/// Changes since the last update; each host occurs once, except for changes of its devices.
 #[derive(Debug, Default)]
 pub(crate) struct News {
     /// Nothing that was known before counts.

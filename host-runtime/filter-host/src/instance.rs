@@ -15,13 +15,13 @@ use crate::error::Fault;
 use crate::filter::cause;
 use crate::{Error, Filter, Limits, Statistics};
 
-/// What the store knows besides the instance.
+/// Data of the store beside the instance.
 pub(crate) struct State {
     most: usize,
     memory: usize,
     elements: usize,
     exceeded: bool,
-    /// What the thread had computed when the call began.
+    /// Processor time of the thread when the call began.
     began: Duration,
 }
 
@@ -32,7 +32,7 @@ fn computed() -> Duration {
     Duration::try_from(now).unwrap_or_default()
 }
 
-/// Elements of all tables, 16 bytes each at the most.
+/// Maximum number of elements in all tables, of at most 16 bytes each.
 const MOST_ELEMENTS: usize = 1 << 20;
 /// Memories, tables and core instances, each kind: components that tools make have a handful.
 const MOST_PARTS: usize = 64;
@@ -55,7 +55,8 @@ impl ResourceLimiter for State {
     }
 
     fn memory_grow_failed(&mut self, e: wasmtime::Error) -> wasmtime::Result<()> {
-        // A filter that was told would trap in its own way, or go on without.
+        // A filter that received the error would trap in its own way, or continue without the
+        // memory.
         Err(e)
     }
 
@@ -203,7 +204,7 @@ impl Instance {
         Ok(selection)
     }
 
-    /// Whether the answer can be one: a filter may be wrong, but not name hosts that nobody has.
+    /// Checks the answer: a filter may be wrong, but must not name unknown hosts.
     fn look_at(
         &self,
         selection: &Selection,
@@ -256,7 +257,7 @@ impl Instance {
     }
 
     fn devices(&self, ids: &[u64], question: &Question) -> Result<Vec<DeviceId>, Error> {
-        // As many as a flavor can want at the most, from here on.
+        // From here on, at most as many as a flavor can request.
         if ids.len() != question.devices() {
             return Err(self.rubbish(format!(
                 "it would use {} devices, and {} were asked for",

@@ -17,11 +17,11 @@ use crate::fleet::{Host, News};
 use crate::instance::{Instance, PreparedHandle};
 use crate::{Error, Filter, Fleet, Statistics};
 
-/// Documents go to the filter in chunks of so many hosts at the most, for a filter may describe no
-/// more that it refuses …
+/// Maximum number of hosts in a chunk of documents, because a filter describes at most this number
+/// of refused lines.
 const CHUNK_HOSTS: usize = 100;
-/// … and so many bytes, unless one is longer: what stays in the processor's cache on its way is
-/// copied for little.
+/// Maximum size of a chunk in bytes, unless one document is longer. A chunk that fits the
+/// processor's cache is cheap to copy.
 const CHUNK_BYTES: usize = 128 << 10;
 
 /// A filter's instance, which follows a fleet. It may move between threads, and serves one at a
@@ -34,14 +34,14 @@ pub struct Session {
     dropped: Dropped,
 }
 
-/// Prepared questions that nobody has any more, which the instance need not keep.
+/// Prepared questions that were dropped, which the instance can forget.
 type Dropped = Arc<Mutex<Vec<u64>>>;
 
 struct Running {
     instance: Instance,
     /// How many of the fleet's changes it knows.
     seen: u64,
-    /// The hosts that it was told of.
+    /// Hosts that the filter knows.
     known: HashSet<Arc<str>>,
     prepared: BTreeMap<u64, PreparedHandle>,
 }
@@ -94,7 +94,7 @@ impl Session {
         self.ask(|running| running.instance.select(question, candidates, limit, &running.known))
     }
 
-    /// What the filter says of one host, and why.
+    /// Verdict of the filter about one host, with the reason.
     ///
     /// # Errors
     /// As [`Session::select`].
@@ -115,8 +115,8 @@ impl Session {
         Ok(prepared)
     }
 
-    /// What the filter says of one host at a time `now`, which counts where the question has a
-    /// moment.
+    /// Verdict of the filter about one host at the time `now`, which matters if the question has a
+    /// time.
     ///
     /// # Errors
     /// As [`Session::select`].
@@ -127,7 +127,7 @@ impl Session {
         })
     }
 
-    /// What the filter holds.
+    /// Statistics of the filter's inventory.
     ///
     /// # Errors
     /// As [`Session::select`].
@@ -271,7 +271,7 @@ impl Running {
 fn note<T>(done: Result<T, Error>, host: &str, problems: &mut Problems) -> Result<(), Error> {
     match done {
         Err(Error::Refused(why)) => {
-            // What was wrong first is what is to be mended.
+            // The first error is the one to fix.
             problems.entry(host.to_owned()).or_insert(why);
             Ok(())
         }

@@ -48,7 +48,7 @@ fn another_filter_takes_the_place_of_ours() {
 
 #[test]
 fn one_that_loops_is_stopped_within_two_epochs_and_the_next_call_works() {
-    // Only while it is asked for three: the same filter answers the next question.
+    // Only while three devices are requested: the same filter answers the next question.
     let looping =
         "(if (i32.eq (local.get $limit) (i32.const 3)) (then (loop $for_ever (br $for_ever))))";
     let filter = faulty("select", looping);

@@ -48,7 +48,7 @@ const NAMES: &[(u8, &str)] = &[
 impl Class {
     /// A hub: never offered to anybody.
     pub const HUB: Self = Self(0x09);
-    /// Mass storage.
+    /// Class of mass storage devices.
     pub const MASS_STORAGE: Self = Self(0x08);
     /// Human interface devices: keyboards, mice, many licence keys.
     pub const HID: Self = Self(0x03);
@@ -57,7 +57,7 @@ impl Class {
     pub const fn new(code: u8) -> Self {
         Self(code)
     }
-    /// The number.
+    /// Number of the class.
     pub const fn get(self) -> u8 {
         self.0
     }

@@ -37,9 +37,9 @@ impl Descriptors {
         &self.0
     }
 
-    /// What is different in `later`, for people; `None` when nothing is, or when the device shows
-    /// another vendor and product: one device does that only where it is declared
-    /// ([`Aliases`](crate::Aliases)), and there all is different.
+    /// Describes how `later` differs; `None` if it is equal, or if the device shows another vendor
+    /// and product. Only a declared alias may do that ([`Aliases`](crate::Aliases)), and then
+    /// everything differs.
     pub fn difference(&self, later: &Self) -> Option<String> {
         // idVendor and idProduct of the device descriptor.
         if self == later || self.0.get(8..12) != later.0.get(8..12) {
@@ -99,7 +99,7 @@ impl Descriptors {
     }
 }
 
-/// What people know a device by.
+/// Readable summary of a device.
 #[derive(Default, PartialEq)]
 struct Summary {
     class: [u8; 3],
@@ -113,7 +113,7 @@ fn triple([class, subclass, protocol]: [u8; 3]) -> String {
     format!("{class:02x}/{subclass:02x}/{protocol:02x}")
 }
 
-/// The first dozen: nobody reads more.
+/// Lists the first dozen interfaces, because more would not be read.
 fn list(interfaces: &[[u8; 3]]) -> String {
     let shown: Vec<String> = interfaces.iter().take(12).map(|i| triple(*i)).collect();
     match shown.as_slice() {
@@ -123,7 +123,7 @@ fn list(interfaces: &[[u8; 3]]) -> String {
     }
 }
 
-/// Hexadecimal digits.
+/// Formats the descriptors as hexadecimal digits.
 impl fmt::Display for Descriptors {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))

@@ -1,4 +1,4 @@
-//! What discovery knows of one device.
+//! A device as discovery sees it.
 
 use alloc::string::String;
 use alloc::vec::Vec;
@@ -7,10 +7,10 @@ use serde::Serialize;
 
 use crate::{BusAddress, Class, Descriptors, DeviceKey, Speed};
 
-/// One device as discovery saw it: plain data, whoever the source was.
+/// A device as discovery saw it: plain data from any source.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Device {
-    /// Who it is.
+    /// Identity of the device.
     pub key: DeviceKey,
     /// Where it is now.
     pub address: BusAddress,
@@ -26,9 +26,10 @@ pub struct Device {
     pub product: Option<String>,
     /// The kernel drivers bound to its interfaces, ascending, each once, joined by commas.
     pub driver: Option<String>,
-    /// What the host itself uses it for, in words (`mounted on /boot`); `None` when it does not.
+    /// Use of the device by the host, in words (`mounted on /boot`); `None` if the host does not
+    /// use it.
     pub host_use: Option<String>,
-    /// What it says it is, byte for byte; `None` where sysfs does not tell.
+    /// Descriptors, byte for byte; `None` if sysfs does not have them.
     pub descriptors: Option<Descriptors>,
     /// Tells one stay in its port from the next, even under the same address: the inode of its
     /// sysfs folder. `None` where that is not known. It means nothing in another boot.
@@ -40,17 +41,18 @@ impl Device {
     pub fn is_of(&self, class: Class) -> bool {
         self.class == class || self.interfaces.contains(&class)
     }
-    /// Hubs are never offered: whoever gets one gets everything behind it.
+    /// Hubs are never offered: a guest with a hub would get every device behind it.
     pub fn is_hub(&self) -> bool {
         self.is_of(Class::HUB)
     }
 }
 
-/// What could not be read while looking for devices. Carried along: unreadable is not absent.
+/// A part of the scan that could not be read. Problems are carried along, because unreadable is not
+/// absent.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Problem {
     /// The port path (`1-1.4`) or file that it is about; empty for the whole scan.
     pub place: String,
-    /// What went wrong, in words.
+    /// Description of the problem.
     pub what: String,
 }

@@ -3,7 +3,7 @@ use core::fmt;
 
 use crate::clean_start;
 
-/// What was wrong, and where, in something a person or a program wrote.
+/// An error in text that a person or a program wrote, with its place.
 ///
 /// Displays as `AT: found FOUND, wanted WANTED`, where `AT` is a path such as
 /// `usb_devices[1].vendor_id`.

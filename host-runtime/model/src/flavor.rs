@@ -1,4 +1,4 @@
-//! What a flavor asks for.
+//! The requests of a flavor.
 //!
 //! ```json
 //! {"usb_devices": [{"id": 5}, {"vendor_id": "0529", "product_id": "0001", "count": 2}],
@@ -27,19 +27,19 @@ pub const MAX_REDIRECTIONS: usize = 15;
 /// The longest flavor text read, in bytes.
 pub const MAX_TEXT: usize = 64 * 1024;
 
-/// What devices a request is content with: everything that it names must match.
+/// Selector of a request: a device must match all of its keys.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Hash, Serialize)]
 pub struct Selector {
     /// One device of the inventory.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub id: Option<DeviceId>,
-    /// Who made it.
+    /// Vendor of the device.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub vendor_id: Option<VendorId>,
-    /// What it is.
+    /// Product of the device.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub product_id: Option<ProductId>,
-    /// Its serial, letter for letter.
+    /// Serial of the device, compared exactly.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub serial: Option<String>,
     /// The port that it is plugged into. Bus numbers are assigned at boot: what is stored names the
@@ -75,7 +75,7 @@ impl Selector {
 /// One entry of `usb_devices`: `count` devices that the selector matches.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize)]
 pub struct DeviceRequest {
-    /// Which devices will do.
+    /// Devices that can serve the request.
     #[serde(flatten)]
     pub selector: Selector,
     /// How many, 1 to [`MAX_DEVICES`].
@@ -354,7 +354,7 @@ impl Flavor {
         .bounded()
     }
 
-    /// Whether nothing is asked for.
+    /// Whether the flavor requests nothing.
     pub const fn is_empty(&self) -> bool {
         self.usb_devices.is_empty() && self.usb_redirection_devices.is_empty()
     }
@@ -411,8 +411,8 @@ fn list<T: FromJson>(text: Option<&str>, key: &str) -> Result<Vec<T>, ParseError
     }
 }
 
-/// The text as JSON. Early documents show a spelling that no JSON reader takes; whoever copied it
-/// is shown the right one.
+/// Parses the text as JSON. If it has a spelling of early documents that is not valid JSON, the
+/// error shows the right one.
 pub(crate) fn checked(text: &str, right: &str) -> Result<Value, ParseError> {
     if text.len() > MAX_TEXT {
         return Err(ParseError::new(

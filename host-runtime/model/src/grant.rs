@@ -1,4 +1,4 @@
-//! What is given to projects, whichever host it is plugged into.
+//! Grants: devices that are available to certain projects, on any host.
 //!
 //! ```json
 //! {"usb_devices": [{"vendor_id": "0529", "product_id": "0001"}, {"tags": ["erp"]}], "projects": ["4f1c0d2e"]}
@@ -23,12 +23,12 @@ use crate::{ParseError, ProjectId, Selector};
 pub const MAX_ENTRIES: usize = 127;
 const RIGHT_GRANT: &str = "{\"usb_devices\":[{\"vendor_id\":\"0529\",\"product_id\":\"0001\"}],\"projects\":[\"4f1c0d2e\"]}";
 
-/// Which devices, for which projects.
+/// Devices that are available to certain projects.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Grant {
     /// A device is meant when one of them matches; at least one.
     pub usb_devices: Vec<Selector>,
-    /// For whom; at least one.
+    /// Projects that the devices are available to; at least one.
     pub projects: Vec<ProjectId>,
 }
 

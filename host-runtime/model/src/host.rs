@@ -25,7 +25,7 @@ pub struct HostDocument {
     version: u64,
     /// The host's name.
     pub host: String,
-    /// Its number in the fleet, from 1; 1 is a host that has joined none.
+    /// Number of the host in the fleet, from 1; 1 is a host that has not joined a fleet.
     pub compute_node_id: u64,
     /// Grows with every change of the inventory, never falls.
     pub revision: u64,
@@ -44,10 +44,9 @@ impl HostDocument {
         Self { version: VERSION, host, compute_node_id, revision, devices }
     }
 
-    /// The JSON text as it is sent to others: without what a reader can do without. Where it would
-    /// be longer than `limit` bytes, the names of makers and products go first, then the paths, and
-    /// then devices: those that nobody can have before those that are held, and those before the
-    /// free.
+    /// The JSON text for other hosts, without parts that readers do not need. If it would be longer
+    /// than `limit` bytes, it leaves out the names of makers and products first, then the paths,
+    /// and then devices: first unavailable ones, then held ones, then available ones.
     pub fn published(&self, limit: usize) -> Published {
         let lean = |words: bool, paths: bool| -> Vec<(u8, String)> {
             let text = |device| {
@@ -140,17 +139,17 @@ pub struct Published {
 /// One device of the document. The keys are the columns of the inventory's `usb_devices`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct DeviceEntry {
-    /// Its id in the fleet.
+    /// Id of the device in the fleet.
     pub id: DeviceId,
     /// The host that it is plugged into.
     pub compute_node_id: u64,
     /// `usb_<bus>_<device>`.
     pub address: BusAddress,
-    /// Product id.
+    /// Product id of the device.
     pub product_id: ProductId,
-    /// Vendor id.
+    /// Vendor id of the device.
     pub vendor_id: VendorId,
-    /// Bus number.
+    /// Bus number of the device.
     pub bus_id: u8,
     /// Device number on the bus.
     pub device_id: u8,
@@ -162,32 +161,32 @@ pub struct DeviceEntry {
     pub status_reason: Option<String>,
     /// Free text of the operator.
     pub extra_info: Option<String>,
-    /// Who holds it.
+    /// Instance that holds the device.
     pub instance_uuid: Option<InstanceId>,
-    /// Port path.
+    /// Port path of the device.
     pub port_path: PortPath,
-    /// Serial number.
+    /// Serial number of the device.
     pub serial: Option<String>,
     /// `unique`, `duplicate`, `worthless` or `missing`.
     pub serial_kind: String,
-    /// bDeviceClass.
+    /// Value of bDeviceClass.
     pub class: Class,
     /// bInterfaceClass of each interface.
     pub interface_classes: Vec<Class>,
     /// Speed, where known.
     pub speed: Option<Speed>,
-    /// Maker's name.
+    /// Name of the manufacturer.
     pub manufacturer: Option<String>,
-    /// Product's name.
+    /// Name of the product.
     pub product_name: Option<String>,
     /// Kernel drivers bound.
     pub driver: Option<String>,
-    /// What the host uses it for.
+    /// Use of the device by the host.
     pub host_use: Option<String>,
     /// The socket that it is plugged into, whatever the bus numbers are; `None` where that is not
     /// known.
     pub path: Option<DevicePath>,
-    /// Tags.
+    /// Tags of the device.
     pub tags: Vec<String>,
     /// The only projects that get it; empty: every one.
     pub projects: Vec<ProjectId>,
@@ -202,7 +201,7 @@ impl DeviceEntry {
         Status::from_columns(&self.status, self.status_reason.as_deref())
     }
 
-    /// What others can do without first: 0 what nobody can have, 1 what is held, 2 what is free.
+    /// Order in which devices are left out: 0 for unavailable, 1 for held, 2 for available devices.
     fn rank(&self) -> u8 {
         match self.status.as_str() {
             "available" => 2,

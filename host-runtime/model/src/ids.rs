@@ -28,7 +28,7 @@ macro_rules! hex_id {
             pub const fn new(value: u16) -> Self {
                 Self(value)
             }
-            /// The number.
+            /// The id as a number.
             pub const fn get(self) -> u16 {
                 self.0
             }
@@ -103,9 +103,9 @@ fn hex4(text: &str) -> Option<u16> {
 /// `vendor:product`: a kind of device, never one device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct UsbId {
-    /// Who made it.
+    /// Vendor of the device.
     pub vendor: VendorId,
-    /// What it is, in the vendor's own numbering.
+    /// Product, in the vendor's own numbering.
     pub product: ProductId,
 }
 
@@ -138,7 +138,7 @@ impl DeviceId {
     pub const fn new(value: u64) -> Option<Self> {
         if value >= 1 && value <= Self::MAX { Some(Self(value)) } else { None }
     }
-    /// The number.
+    /// The id as a number.
     pub const fn get(self) -> u64 {
         self.0
     }
@@ -222,7 +222,7 @@ impl FromJson for InstanceId {
 
 /// A project (tenant): an opaque name of 1 to 255 printable characters without white space.
 ///
-/// Keystone writes UUIDs without hyphens here; they are compared as they are, but for hyphens and
+/// Id of a project. Keystone writes UUIDs without hyphens here; the comparison ignores hyphens and
 /// case.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
 #[serde(transparent)]

@@ -103,8 +103,8 @@ pub(crate) fn parse_text(text: &str) -> Result<Value, ParseError> {
     })
 }
 
-/// The JSON text as a value in which no object holds a key twice. Of two values serde_json keeps
-/// the last and other readers the first: what was asked for would depend on who reads it.
+/// Parses JSON text in which no object has a duplicate key. serde_json would keep the last of two
+/// values and other readers the first, so the meaning would depend on the reader.
 ///
 /// # Errors
 /// Of a text that is not JSON; and of a key that is there twice, which the error names.

@@ -115,7 +115,7 @@ impl Serial {
             Self::Missing => "missing",
         }
     }
-    /// The kinds of a serial that there is, as [`kind`](Self::kind) spells them, and `missing`.
+    /// The kinds of an existing serial, as [`kind`](Self::kind) spells them, and `missing`.
     pub const KINDS: &[&str] = &["unique", "duplicate", "worthless", "missing"];
 
     /// From the descriptor's text and whether another device of the kind carries the same.
@@ -129,11 +129,11 @@ impl Serial {
     }
 }
 
-/// What identifies a device across replugs: its kind, its serial and, where that does not decide,
-/// its path.
+/// Identity of a device across replugs: its vendor and product, its serial and, if that is not
+/// unique, its path.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct DeviceKey {
-    /// vendor:product
+    /// Vendor and product id.
     pub usb: UsbId,
     /// The serial, and what it is worth.
     pub serial: Serial,

@@ -4,23 +4,23 @@
 //! parsing is the only way to get one. Parsers accept what people write (`"0529"`, `"0x0529"`,
 //! `1321`) and every [`ParseError`] says where in the input what was found and what was wanted.
 //!
-//! | module | what it holds |
+//! | module | contents |
 //! |---|---|
 //! | [`ids`] | vendor and product ids, device ids, instance and project ids |
-//! | [`address`] | *where a device is now*: bus address and port path |
-//! | [`key`] | *who a device is*: ids, serial and port |
+//! | [`address`] | *current location of a device*: bus address and port path |
+//! | [`key`] | *identity of a device*: ids, serial and port |
 //! | [`class`] | USB classes and speeds |
-//! | [`device`] | what discovery knows of one device |
+//! | [`device`] | a device as discovery sees it |
 //! | [`state`] | states, reasons and legal transitions |
 //! | [`text`] | text of outsiders, made safe to print and to log |
-//! | [`flavor`] | what a flavor asks for |
-//! | [`grant`] | which projects may have which devices |
-//! | [`descriptors`] | what a device sends of itself, and what has become of it |
-//! | [`speed_mask`] | on which guest ports QEMU attaches a device |
-//! | [`whitelist`] | which devices are offered, and to whom |
-//! | [`matching`] | which devices serve which requests of one instance |
-//! | [`scheduling`] | what a scheduler asks the filter, and what it is told |
-//! | [`host`] | the host document: what a host tells the world |
+//! | [`flavor`] | requests of a flavor |
+//! | [`grant`] | devices that are available to certain projects |
+//! | [`descriptors`] | descriptors of a device, and how they have changed |
+//! | [`speed_mask`] | guest ports to which QEMU attaches a device |
+//! | [`whitelist`] | rules for which devices are offered, and to which projects |
+//! | [`matching`] | assignment of devices to the requests of one instance |
+//! | [`scheduling`] | questions of a scheduler to the filter, and its answers |
+//! | [`host`] | the host document, which a host publishes |
 #![no_std]
 extern crate alloc;
 

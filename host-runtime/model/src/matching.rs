@@ -1,4 +1,4 @@
-//! Which devices serve which requests of one instance.
+//! Assignment of devices to the requests of one instance.
 //!
 //! Requests may overlap: "any key of this vendor" and "the key with this serial" compete for one
 //! device, and taking the first that fits gives wrong refusals. So it is a bipartite matching

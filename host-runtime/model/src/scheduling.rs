@@ -1,4 +1,4 @@
-//! What a scheduler asks the filter, and what it is told.
+//! Questions of a scheduler to the filter, and its answers.
 //!
 //! The same words as in `wit/types.wit`, which says what is promised of them and what is not.
 
@@ -13,14 +13,14 @@ use crate::{DeviceId, DeviceRequest, Flavor, ProjectId};
 /// A question about the fleet.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Question {
-    /// What the instance needs, all of it on one host, each device once. Empty: it needs none, and
-    /// every host will do.
+    /// Requests of the instance, all for one host, each device once. If empty, every host can
+    /// serve.
     pub requests: Vec<DeviceRequest>,
     /// The project that asks. None: it gets only devices that are for every project.
     pub project: Option<ProjectId>,
     /// When it is asked. None: no host is too stale.
     pub moment: Option<Moment>,
-    /// What makes a host better than another.
+    /// Weights of the score.
     pub weights: Weights,
 }
 
@@ -40,7 +40,7 @@ impl Question {
 /// time of its last document in the same unit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Moment {
-    /// Now.
+    /// Current time.
     pub now: u64,
     /// A host that was last heard of longer ago than this is stale.
     pub max_age: u64,
@@ -53,16 +53,16 @@ impl Moment {
     }
 }
 
-/// How a host's score is made: `spare × slack − reserve × others`.
+/// Weights of a host's score, `spare × slack − reserve × others`.
 ///
-/// *slack* is how many more devices of the scarcest request the host could lose and still serve,
-/// 127 at the most. *others* is how many free devices it has that no request matches, 255 at the
-/// most: they are kept for those who ask for them. Each weight is 0 to [`Weights::MAX`].
+/// *slack* is the number of devices of the scarcest request that the host could lose and still
+/// serve, at most 127. *others* is the number of available devices that no request matches, at most
+/// 255: they are kept for instances that request them. Each weight is 0 to [`Weights::MAX`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Weights {
-    /// What a device to spare is worth.
+    /// Weight of each spare device.
     pub spare: u8,
-    /// What a free device that is not asked for costs.
+    /// Cost of each available device that is not requested.
     pub reserve: u8,
 }
 
@@ -83,10 +83,10 @@ impl Default for Weights {
     }
 }
 
-/// What the filter says of one host.
+/// Answer of the filter about one host.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Verdict {
-    /// It can serve all requests.
+    /// The host can serve all requests.
     Accepted {
         /// More is better; see [`Weights`].
         score: i32,
@@ -94,7 +94,7 @@ pub enum Verdict {
         /// within one.
         devices: Vec<DeviceId>,
     },
-    /// It cannot.
+    /// The host cannot serve the requests.
     Rejected(Rejection),
 }
 
@@ -103,8 +103,8 @@ pub enum Verdict {
 pub struct Rejection {
     /// The first request that is not served, from 0; none where the host as a whole is out.
     pub request: Option<u32>,
-    /// Why.
-    pub reason: RejectionReason,
+    /// UnavailableReason of the rejection.
+    pub reason: UnavailableReason,
     /// How many devices the request wants.
     pub wanted: u32,
     /// How many the host has that match, in whatever state.
@@ -124,16 +124,16 @@ impl Rejection {
 
 /// Why a host cannot serve.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub enum RejectionReason {
-    /// It has no device that matches.
+pub enum UnavailableReason {
+    /// The host has no matching device.
     NoSuchDevice,
-    /// It has matching devices, but not enough that are free.
+    /// The host has matching devices, but too few are available.
     TooFewFree,
     /// Each request could be served alone, but not all at once: they want the same devices.
     Contention,
-    /// It has devices enough, but they are not for this project.
+    /// The host has enough devices, but they are not available to this project.
     NotAllowed,
-    /// It was last heard of too long ago.
+    /// The host was last updated too long ago.
     HostStale,
     /// The inventory has no such host.
     UnknownHost,
@@ -210,18 +210,19 @@ pub struct Selection {
     pub placements: Vec<Placement>,
 }
 
-/// What a filter's inventory holds.
+/// Statistics of a filter's inventory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct Statistics {
     /// Grows with every change.
     pub revision: u64,
-    /// Hosts.
+    /// Number of hosts.
     pub hosts: u64,
-    /// Devices.
+    /// Number of devices.
     pub devices: u64,
-    /// Those that are available.
+    /// Number of available devices.
     pub available: u64,
-    /// What devices are found by, vendors, kinds, ports, classes and tags; the filter's own count.
+    /// Number of keys by which devices are found: vendors, kinds, ports, classes and tags; the
+    /// filter's own count.
     pub keys: u64,
 }
 

@@ -136,7 +136,7 @@ impl Limits {
 
 struct Endpoint<'a> {
     attributes: u8,
-    /// wMaxPacketSize as it stands there: QEMU does not mask its upper bits either.
+    /// Unmasked wMaxPacketSize: QEMU does not mask its upper bits either.
     max_packet: u16,
     /// The descriptors of the endpoint's class.
     extra: &'a [u8],
@@ -188,7 +188,7 @@ fn next_configuration(bytes: &[u8]) -> Option<usize> {
     None
 }
 
-/// What the endpoints of one configuration rule out; `None` when libusb rejects it.
+/// Limits that the endpoints of one configuration set; `None` if libusb rejects it.
 fn configuration(bytes: &[u8]) -> Option<Limits> {
     let (&length, &interfaces) = (bytes.first()?, bytes.get(4)?);
     if usize::from(length) < CONFIGURATION_BYTES || interfaces > MAX_INTERFACES {
@@ -214,7 +214,7 @@ fn configuration(bytes: &[u8]) -> Option<Limits> {
 fn interface<'a>(bytes: &'a [u8], limits: &mut Limits) -> Option<&'a [u8]> {
     let mut rest = bytes;
     let mut number = None;
-    // Once a setting is SCSI storage, QEMU looks at none of the interface any more.
+    // If a setting is SCSI storage, QEMU ignores the rest of the interface.
     let mut is_scsi = false;
     while let [length, INTERFACE, this, _, endpoints, class, subclass, _, _, ..] = *rest {
         if *number.get_or_insert(this) != this {

@@ -30,11 +30,11 @@ pub enum UnavailableReason {
     HostUse,
     /// An operator disabled it.
     Disabled,
-    /// It was used once and waits for an operator.
+    /// The device was used once and waits for an operator.
     Quarantined,
-    /// It comes and goes too often.
+    /// The device connects and disconnects too often.
     Flapping,
-    /// Its host is not heard of. In no host's own inventory: others say so of it.
+    /// The device's host is unreachable. Never in a host's own inventory: other hosts report it.
     Unreachable,
 }
 
@@ -100,7 +100,7 @@ pub enum Status {
     Available,
     /// An instance holds it; it is not in the guest.
     Claimed,
-    /// It is in the guest.
+    /// The device is in the guest.
     Allocated,
     /// Unplugged while an instance holds it.
     Removed,

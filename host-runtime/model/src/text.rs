@@ -52,9 +52,9 @@ pub fn clean_json(text: &str) -> String {
     clean
 }
 
-/// What a device says of itself, made safe to print and to store: as [`printable`], without white
-/// space at the ends, and at most 126 characters (a USB string descriptor holds no more, USB 2.0,
-/// 9.6.7). Empty text is none.
+/// A string of a device, made safe to print and to store: as [`printable`], trimmed, and at most
+/// 126 characters (a USB string descriptor holds no more, USB 2.0, 9.6.7). Returns `None` for empty
+/// text.
 pub fn clean_text(text: &str) -> Option<String> {
     let trimmed = text.trim_matches(|c: char| c.is_whitespace() || c == '\0');
     let clean: String = trimmed.chars().take(126).map(printable).collect();

@@ -1,4 +1,4 @@
-//! Which devices are offered, to whom, and by which rule.
+//! Rules for which devices are offered, and to which projects.
 
 use alloc::format;
 use alloc::string::{String, ToString};
@@ -18,7 +18,7 @@ use crate::{
 /// it matches.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct WhitelistRule {
-    /// Vendor id.
+    /// Vendor id to match.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub vendor: Option<VendorId>,
     /// Product id; needs a vendor.
@@ -38,7 +38,7 @@ pub struct WhitelistRule {
     /// ([`Whitelist::at`]).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub port: Option<PortPath>,
-    /// Device path.
+    /// Device path to match.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub path: Option<DevicePath>,
     /// A class of the device or of one of its interfaces.
@@ -168,7 +168,7 @@ pub struct Whitelist {
     pub rules: Vec<WhitelistRule>,
 }
 
-/// What the whitelist says of one device.
+/// Result of the whitelist for one device.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct RuleVerdict {
     /// Why it is not offered; `None`: it is.
@@ -177,7 +177,7 @@ pub struct RuleVerdict {
     pub rule: Option<usize>,
     /// The projects that may use it; empty: every one.
     pub projects: Vec<ProjectId>,
-    /// What the rule tags it with.
+    /// Tags that the rule gives the device.
     pub tags: Vec<String>,
     /// Whether it is set aside after each use.
     pub one_time_use: bool,
@@ -186,8 +186,7 @@ pub struct RuleVerdict {
 }
 
 impl RuleVerdict {
-    /// The verdict for a device that no rule can give away: another guest has it, or nobody can use
-    /// it.
+    /// The verdict for a device that no rule can offer: another guest has it, or it cannot be used.
     #[must_use]
     pub fn withheld_for(self, why: &str) -> Self {
         Self {

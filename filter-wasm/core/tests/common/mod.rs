@@ -16,7 +16,7 @@ pub(crate) struct Fleet {
     pub(crate) hosts: BTreeMap<String, (HostDocument, u64)>,
 }
 
-/// What may happen to a fleet.
+/// A change of the fleet.
 #[derive(Debug, Clone)]
 pub(crate) enum Step {
     Put(HostDocument, u64),
@@ -196,7 +196,7 @@ impl Fleet {
         serde_json::to_string(&self.hosts[host].0).unwrap()
     }
 
-    /// What must be said of a host: accepted with its score, or the reason and the request.
+    /// The expected verdict about a host: accepted with its score, or the reason and the request.
     pub(crate) fn judge(
         &self,
         question: &Question,
@@ -308,8 +308,8 @@ fn allowed(question: &Question, d: &DeviceEntry) -> bool {
         || question.project.as_ref().is_some_and(|mine| d.projects.iter().any(|p| p.is(mine)))
 }
 
-/// Whether every wish gets a device of its own: wishes are served one after another, moving others
-/// aside (Kuhn).
+/// Whether every request gets a device of its own. Requests are served one after another, and move
+/// others aside (Kuhn).
 fn all_served(wishes: &[Vec<usize>], devices: usize) -> bool {
     fn serve(
         wishes: &[Vec<usize>],

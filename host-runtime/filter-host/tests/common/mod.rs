@@ -23,7 +23,7 @@ pub(crate) fn built() -> PathBuf {
     path
 }
 
-/// Our filter.
+/// The filter of this repository.
 pub(crate) fn ours() -> Filter {
     Filter::load(built(), &Options::default()).unwrap()
 }
@@ -88,7 +88,7 @@ pub(crate) fn fleet() -> Fleet {
     fleet
 }
 
-/// A question for so many keys.
+/// A question for `count` keys.
 pub(crate) fn keys(count: u32) -> Question {
     let flavor = format!(
         r#"{{"usb_devices":[{{"vendor_id":"0529","product_id":"0001","count":{count}}}]}}"#
