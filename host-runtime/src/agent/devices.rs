@@ -43,8 +43,8 @@ pub(crate) struct Files(Vec<(PathBuf, FileId)>);
 type FileId = (u64, u64);
 
 impl Files {
-    /// Those that are there now.
-    pub(crate) fn new(paths: Vec<PathBuf>) -> std::io::Result<Self> {
+    /// The files as they are now.
+    pub(super) fn new(paths: Vec<PathBuf>) -> std::io::Result<Self> {
         paths
             .into_iter()
             .map(|path| Ok((path.clone(), file_id(&path)?)))
@@ -70,29 +70,29 @@ fn file_id(path: &Path) -> std::io::Result<FileId> {
 }
 
 /// The thread's belongings.
-pub(crate) struct Devices {
-    pub(crate) rules: LiveConfig,
-    pub(crate) source: Box<dyn UsbSource + Send>,
-    pub(crate) store: Store,
-    pub(crate) host: String,
-    pub(crate) metrics: Arc<Metrics>,
-    pub(crate) files: Files,
-    /// What could not be read at the last look.
-    pub(crate) told: Vec<Problem>,
+pub(super) struct Devices {
+    pub(super) rules: Rules,
+    pub(super) source: Box<dyn UsbSource + Send>,
+    pub(super) store: Store,
+    pub(super) host: String,
+    pub(super) metrics: Arc<Metrics>,
+    pub(super) files: Files,
+    /// Problems of the last scan.
+    pub(super) told: Vec<Problem>,
     /// How often to look whatever events there are, where the kernel's events do not arrive.
-    pub(crate) without_events: Option<Duration>,
-    /// What guests use without a claim follows from what they are.
-    pub(crate) hypervisor: Arc<Supervised>,
-    pub(crate) pulse: Pulse,
-    pub(crate) guests: Sender<Signal>,
+    pub(super) without_events: Option<Duration>,
+    /// Connection to libvirt, from whose domains the uses without a claim follow.
+    pub(super) hypervisor: Arc<Supervised>,
+    pub(super) pulse: Pulse,
+    pub(super) guests: Sender<Signal>,
     /// Called after each scan: where devices are simulated, domains start when their devices are
     /// there.
     pub(crate) after: Box<dyn Fn() + Send>,
 }
 
 impl Devices {
-    /// Scans when it is told to, and at intervals, until it is told to stop. `ready` is called
-    /// once, after the first scan.
+    /// Scans on request and at intervals, until the thread is stopped. Calls `ready` once, after
+    /// the first scan.
     ///
     /// # Errors
     /// When the agent cannot go on: its files are not those that it opened. The guests' thread is
@@ -217,7 +217,7 @@ impl Devices {
         Ok(Look { failed, unsure, returned, changed: !done.is_empty() })
     }
 
-    /// What cannot be read is told when that is news, and so is that it can be read again.
+    /// Reports a problem when it appears and when it is solved.
     fn tell_of(&mut self, problems: &[Problem]) {
         let name = |problem: &Problem| match problem.place.as_str() {
             "" => "the whole scan".to_owned(),
@@ -266,7 +266,51 @@ impl Devices {
     }
 }
 
-/// What came of a look at all devices.
+/// Decides when to reload a changed configuration: after two equal reads, because an editor that
+/// rewrites a file empties it first.
+struct Edits {
+    /// As it was when it was read.
+    read: Option<Stamp>,
+    /// Whether a reload was requested, even without a change.
+    asked: bool,
+    /// As it was when it was first seen to be another, and when that was.
+    seen: Option<(Option<Stamp>, Instant)>,
+}
+
+impl Edits {
+    const fn new(read: Option<Stamp>) -> Self {
+        Self { read, asked: false, seen: None }
+    }
+
+    /// Until the next look.
+    fn next_look(&self) -> Duration {
+        if self.seen.is_some() { SETTLE } else { LOOK }
+    }
+
+    /// Whether to reload now.
+    fn settled(&mut self, stamp: Option<Stamp>, asked: bool, now: Instant) -> bool {
+        self.asked |= asked;
+        if !self.asked && stamp == self.read {
+            self.seen = None;
+            return false;
+        }
+        match self.seen {
+            Some((before, at)) if before == stamp => {
+                let settled = now.saturating_duration_since(at) >= SETTLE;
+                if settled {
+                    *self = Self::new(stamp);
+                }
+                settled
+            }
+            _ => {
+                self.seen = Some((stamp, now));
+                false
+            }
+        }
+    }
+}
+
+/// Result of a scan of all devices.
 struct Look {
     /// Nothing can be said of what it lacks.
     failed: bool,
@@ -277,7 +321,7 @@ struct Look {
     changed: bool,
 }
 
-/// What was heard in one go.
+/// Signals that were received together.
 #[derive(Default)]
 struct Heard {
     usb: bool,

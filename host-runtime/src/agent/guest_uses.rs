@@ -1,6 +1,5 @@
-//! What guests use of the host's devices through another door than a claim: a disk, a serial port,
-//! a network interface, a SCSI adapter, or a hostdev that somebody wrote into the definition of a
-//! guest that does not run.
+//! Devices that guests use without a claim: as a disk, a serial port, a network interface or a SCSI
+//! adapter, or in a handwritten hostdev of a guest that is not running.
 //!
 //! ```text
 //!   guests' workers: libvirt's XML of all domains ─► Supervised ┐ (changed: the devices' thread is told)
@@ -17,7 +16,7 @@ use crate::discovery::Snapshot;
 use crate::discovery::ties::{GuestUse, GuestUses, Nodes};
 use crate::hypervisor::{Failure, Hypervisor, Known};
 
-/// What one guest uses, by its XML.
+/// Uses of one guest, by its XML.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Using {
     domain: String,
@@ -39,7 +38,7 @@ impl Using {
     }
 }
 
-/// What all guests use.
+/// Uses of all guests.
 type ByGuest = BTreeMap<InstanceId, Using>;
 
 /// Asks for what all guests use, once: for a program that is no agent.
@@ -50,7 +49,7 @@ pub fn ask(hypervisor: &dyn Hypervisor, snapshot: &Snapshot) -> Result<GuestUses
     let running: BTreeSet<InstanceId> = hypervisor.running()?.into_iter().collect();
     let mut guests = ByGuest::new();
     for instance in hypervisor.all()? {
-        // One that went meanwhile, or that cannot be read, uses nothing that could be told.
+        // A device that was unplugged in the meantime, or that cannot be read, has no known use.
         let domain =
             hypervisor.xml(instance)?.and_then(|xml| virt_usb_domxml::read(xml.as_bytes()).ok());
         let using = domain.and_then(|domain| Using::new(&domain, running.contains(&instance)));
@@ -59,8 +58,7 @@ pub fn ask(hypervisor: &dyn Hypervisor, snapshot: &Snapshot) -> Result<GuestUses
     Ok(GuestUses::Known(resolve(snapshot, &guests, canonical)))
 }
 
-/// Which of the devices that are plugged in guests use, by what is known of the guests; `None`:
-/// they were not all looked at yet.
+/// Uses of the plugged-in devices by the known guests; `None` if not all guests have been read yet.
 pub(super) fn of(known: Option<Vec<Known>>, snapshot: &Snapshot) -> GuestUses {
     let Some(known) = known else { return GuestUses::Unknown };
     let using = |known: Known| Some((known.instance, using(&known)?));

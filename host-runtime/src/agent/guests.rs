@@ -1,5 +1,5 @@
-//! The guests' thread: who is to be looked at, and when; and the workers that look and do what is
-//! to be done, an instance at a time each.
+//! The guests' thread decides when each instance is checked. Its workers check one instance at a
+//! time each and carry out the plan.
 //!
 //! ```text
 //!  libvirt's events ─┐
@@ -41,13 +41,13 @@ const LIST_TIME: Duration = Duration::from_secs(2);
 /// Since when an instance has been gone.
 #[derive(Debug, Clone, PartialEq)]
 struct Missing {
-    /// Its claims when that was first seen: any change begins anew.
+    /// Claims at the first absence: any change starts the wait again.
     claims: Vec<(i64, i64)>,
     since: Instant,
     undefined: Option<Instant>,
 }
 
-/// What failed is tried again.
+/// A failed step that is retried.
 #[derive(Debug, Clone, Copy)]
 struct Retry {
     /// When; none: it has been its turn, and what came of it is still to be heard.
@@ -63,11 +63,11 @@ struct Round {
     listing: bool,
     /// Whether all were listed, and something is known of each of them.
     is_whole: bool,
-    /// Whether it has ended, but for a list that is still to come.
+    /// Whether the round has ended, except for a pending list.
     has_passed: bool,
-    /// Those that were given to a worker in this round.
+    /// Instances that were given to a worker in this round.
     asked: BTreeSet<InstanceId>,
-    /// Those of them of whom nothing was heard yet.
+    /// Instances of this round whose result is pending.
     open: BTreeSet<InstanceId>,
 }
 
@@ -80,7 +80,7 @@ pub(crate) struct Guests {
     devices: Sender<DeviceSignal>,
     pulse: Pulse,
     workers: Workers<Job>,
-    /// Whoever is to be looked at.
+    /// Instances to check.
     due: BTreeSet<InstanceId>,
     everybody: bool,
     round: Option<Round>,
@@ -89,9 +89,9 @@ pub(crate) struct Guests {
     list_again: bool,
     /// Whether this libvirt is known to be the one that runs the guests, since it was connected to.
     trusted: bool,
-    /// Which libvirt it is; none: it was not asked since.
+    /// Identity of libvirt; `None` if it was not queried since the connection.
     identity: Option<String>,
-    /// The libvirt of which it was told that it is not the one.
+    /// The libvirt that was reported as a different one.
     doubted: Option<String>,
     absences: BTreeMap<InstanceId, Missing>,
     retries: BTreeMap<(InstanceId, String), Retry>,
@@ -99,13 +99,13 @@ pub(crate) struct Guests {
     promised: BTreeMap<InstanceId, Instant>,
     /// With a worker now; true: to be looked at again afterwards.
     busy: BTreeMap<InstanceId, bool>,
-    /// Calls that were told of as unanswered, and whether they are a problem that was noted.
+    /// Unanswered calls that were reported, and whether a problem was recorded for each.
     told: Vec<(Unanswered, bool)>,
-    /// Whether it was told that all workers wait for libvirt.
+    /// Whether it was reported that all workers wait for libvirt.
     told_of_workers: bool,
-    /// That libvirt is asked nothing was told.
+    /// Whether it was reported that the agent makes no more calls.
     told_of_block: bool,
-    /// What could not be done about an instance, as it was told last.
+    /// The error that was last reported for each instance.
     errors: BTreeMap<InstanceId, String>,
     last_pass: Option<Instant>,
     /// When the gauges were last true, and whether anything may have changed since.
@@ -113,12 +113,12 @@ pub(crate) struct Guests {
     is_stale: bool,
 }
 
-/// What a worker is given.
+/// A job of a worker.
 enum Job {
-    /// Which guests there are.
+    /// List all guests.
     List,
-    /// Look at one, and do what is to be done.
-    Converge { instance: InstanceId, absence: ObservedAbsence, blocked: BTreeSet<String> },
+    /// Check one instance, and carry out its plan.
+    Converge { instance: InstanceId, absence: Absence, blocked: BTreeSet<String> },
 }
 
 impl Guests {
@@ -186,8 +186,8 @@ impl Guests {
         })
     }
 
-    /// Until it is told to stop.
-    pub(crate) fn run(mut self, signals: &Receiver<Signal>) {
+    /// Runs until the thread is stopped.
+    pub(super) fn run(mut self, signals: &Receiver<Signal>) {
         loop {
             match signals.recv_timeout(self.wait()) {
                 Ok(Signal::Stop) | Err(RecvTimeoutError::Disconnected) => return,
@@ -226,7 +226,7 @@ impl Guests {
         }
     }
 
-    /// Until the next promise, retry or pass over everybody; no longer than a second.
+    /// Time until the next promised check, retry or full pass, at most one second.
     fn wait(&self) -> Duration {
         let interval = self.rules.now().scan_interval;
         let pass =
@@ -247,7 +247,7 @@ impl Guests {
                 tracing::info!("connected to libvirt");
                 self.metrics.connected(true);
                 self.everybody = true;
-                // What was absent from another connection is looked at anew.
+                // An absence that another connection reported is checked again.
                 self.absences.clear();
                 (self.trusted, self.identity) = (false, None);
             }
@@ -256,14 +256,14 @@ impl Guests {
                 self.metrics.connected(false);
             }
             Signal::Hypervisor(Event::Started(instance) | Event::Changed(instance)) => {
-                // A new run, or somebody has done something: what failed before may go now.
+                // After a new start, or an operator's action, a failed step may succeed.
                 self.forget_retries(instance);
                 self.due.insert(instance);
             }
             Signal::Answered(instance) => drop(self.due.insert(instance)),
             Signal::Devices => {
-                // What failed for want of a device may go now; what goes on failing is tried less
-                // and less often all the same.
+                // A step that failed for lack of a device may succeed now. Repeated failures are
+                // still retried less and less often.
                 let now = Instant::now();
                 self.retries.values_mut().for_each(|retry| retry.at = Some(now));
                 self.everybody = true;
@@ -295,8 +295,8 @@ impl Guests {
                 }
                 (report.failed, report.blocked)
             }
-            // When libvirt is back everybody is looked at; when it has answered, this one. One
-            // connection of several may be away.
+            // Once libvirt is reachable, all instances are checked; once it has answered, this one.
+            // A single connection of several may be down.
             Err(WorkError::Hypervisor(Failure::Away(_) | Failure::Silent(_))) => {
                 self.miss();
                 self.promise(instance);
@@ -331,12 +331,12 @@ impl Guests {
         }
     }
 
-    /// It is looked at again, whatever events there are.
+    /// Schedules a check of the instance, regardless of events.
     fn promise(&mut self, instance: InstanceId) {
         self.promised.insert(instance, Instant::now() + self.rules.now().recheck_delay);
     }
 
-    /// Not everybody is known after this round.
+    /// Records that this round did not find all guests.
     const fn miss(&mut self) {
         if let Some(round) = &mut self.round {
             round.is_whole = false;
@@ -356,7 +356,7 @@ impl Guests {
                 } else if view.knows(instance) {
                     self.absent(instance, is_known, &view);
                 } else {
-                    // Nobody's guest, or one that is gone with all that was held for it.
+                    // The guest has no claims, or is gone with all of them.
                     self.absences.remove(&instance);
                     self.forget_retries(instance);
                 }
@@ -365,7 +365,7 @@ impl Guests {
         Ok(())
     }
 
-    /// Nothing more is to be waited for from this guest in this round.
+    /// Ends the wait for this instance in this round.
     fn heard_of(&mut self, instance: InstanceId) {
         if let Some(round) = &mut self.round {
             round.open.remove(&instance);
@@ -386,7 +386,7 @@ impl Guests {
                 self.compare_libvirt(Some(&all));
                 all
             }
-            // When libvirt is back everybody is looked at.
+            // Once libvirt is reachable, all instances are checked.
             Err(Failure::Away(_)) => {
                 self.round = None;
                 return;
@@ -419,13 +419,14 @@ impl Guests {
         self.hypervisor.seen().into_iter().map(|known| known.instance).collect()
     }
 
-    /// Whose time has come.
+    /// Makes the instances due whose time has come.
     fn wake(&mut self) {
         let now = Instant::now();
         for ((of, _), retry) in
             self.retries.iter_mut().filter(|(_, r)| r.at.is_some_and(|at| at <= now))
         {
-            // Once: otherwise it would be its turn again at once, until somebody answers.
+            // Only once: otherwise the instance would be due again immediately, until libvirt
+            // answers.
             retry.at = None;
             self.due.insert(*of);
         }
@@ -447,8 +448,8 @@ impl Guests {
         }
     }
 
-    /// What a libvirt does not know is absent only if it is the one that was remembered, or knows
-    /// one of those who hold devices.
+    /// Whether an unknown guest counts as absent: libvirt must be the remembered one, or know one
+    /// of the holders of devices.
     fn is_trusted(
         &mut self,
         identity: &str,
@@ -502,8 +503,8 @@ impl Guests {
         }
     }
 
-    /// Everybody is looked at: those that have to do with the inventory at once, the others when it
-    /// is known who they are.
+    /// Begins a pass over all guests: known instances at once, the others after the list has
+    /// arrived.
     fn begin_round(&mut self) -> Result<(), StoreError> {
         let read = View::read(&self.store);
         self.show(&read);
@@ -546,7 +547,7 @@ impl Guests {
         self.workers.push(Job::Converge { instance, absence, blocked });
     }
 
-    /// What lasts too long is told of, and not waited for.
+    /// Reports calls that take too long, without waiting for them.
     fn tend(&mut self) {
         let load = self.workers.relieve();
         let unanswered = self.hypervisor.unanswered(MEETING_TIMEOUT);
@@ -574,13 +575,13 @@ impl Guests {
         }
         self.told_of_workers = all_wait;
         let Some(round) = &mut self.round else { return };
-        // Those are heard of when they are.
+        // Instances of the list are handled when it arrives.
         for call in &unanswered {
             let was_open = call.instance.is_some_and(|instance| round.open.remove(&instance));
             round.is_whole &= !was_open;
         }
         if round.listing && round.began.elapsed() >= LIST_TIME {
-            // The list comes when it comes: there is no knowing of whom else there is before.
+            // The list arrives later: other guests are unknown until then.
             round.listing = false;
             let seen = self.seen();
             self.add_to_round(seen);
@@ -592,7 +593,7 @@ impl Guests {
         if !is_blocked && !std::mem::replace(&mut round.has_passed, true) {
             self.metrics.passed(round.began.elapsed());
         }
-        // A list that did not come says nothing of whom there is.
+        // A list that did not arrive says nothing about the guests.
         if self.listing {
             return;
         }
@@ -770,7 +771,7 @@ mod tests {
         // Something else is done meanwhile.
         guests.done(instance, Ok(Report { blocked: failed().failed, ..Report::default() }));
         assert_eq!(wait(&guests), SHORTEST * 2);
-        // Nothing is to be done any more: it is forgotten.
+        // Nothing remains to be done: forget the instance.
         guests.everybody = false;
         guests.due = BTreeSet::from([instance]);
         guests.pass();

@@ -1,5 +1,5 @@
-//! What the agent says of itself to `virt-usb doctor`: asked and answered over the socket at which
-//! it hears hooks, by the thread that hears them. So it answers though its other threads wait.
+//! The agent's status for `virt-usb doctor`. The thread that receives the hooks' messages answers
+//! on the same socket, even while the agent's other threads wait.
 
 use std::io;
 use std::os::fd::AsRawFd;

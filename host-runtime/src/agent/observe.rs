@@ -1,4 +1,4 @@
-//! What the planner is shown: the inventory at one moment, and a guest as libvirt has it.
+//! Inputs of the planner: a snapshot of the inventory, and a guest as libvirt has it.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -11,13 +11,13 @@ use virt_usb_store::{ClaimRow, Record, Store, StoreError};
 use super::plan::{Guest, Host, Instance, Seen};
 use crate::hypervisor::Running;
 
-/// The inventory.
+/// A snapshot of the inventory.
 #[derive(Debug, Default)]
 pub struct View {
     devices: BTreeMap<DeviceId, Record>,
     claims: BTreeMap<InstanceId, Vec<ClaimRow>>,
     holders: BTreeMap<DeviceId, InstanceId>,
-    /// To whom something is assigned, or who are assigned to a project.
+    /// Instances that have assignments or an owner that an administrator set.
     assigned: BTreeSet<InstanceId>,
     problems: BTreeMap<InstanceId, BTreeMap<String, String>>,
 }
@@ -79,7 +79,7 @@ impl View {
         Ok(view)
     }
 
-    /// Everybody who holds something, is to have something, or has a problem.
+    /// All instances with claims, assignments or problems.
     pub fn instances(&self) -> BTreeSet<InstanceId> {
         let known = self.claims.keys().chain(&self.assigned).chain(self.problems.keys());
         known.copied().collect()
@@ -97,7 +97,7 @@ impl View {
             || self.problems.contains_key(&instance)
     }
 
-    /// What the instance holds.
+    /// Claims of the instance.
     pub fn claims(&self, instance: InstanceId) -> &[ClaimRow] {
         self.claims.get(&instance).map_or(&[], Vec::as_slice)
     }
@@ -146,7 +146,7 @@ pub fn guest(running: &Running, config: &Config, store: &Store) -> Result<Guest,
     Ok(Guest { domain, redirections, moving: running.moving })
 }
 
-/// What the domain's flavor asks for.
+/// Requests of the domain's flavor.
 ///
 /// # Errors
 /// What is wrong with it.

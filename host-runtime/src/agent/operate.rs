@@ -1,6 +1,5 @@
-//! What people ask for: give a guest a device, take one back, start a guest with its devices. With
-//! an agent or without one: it is all written into the inventory first, and whoever comes by
-//! finishes it.
+//! Operations of users: attach a device, detach one, start a guest with its devices, with or
+//! without an agent. Each is written to the inventory first, so the agent can complete it.
 
 use std::collections::BTreeSet;
 
@@ -18,20 +17,20 @@ use virt_usb_store::{Assignment, ClaimRow, Given, Record, Source, StoreError, To
 use super::work::{Live, ObservedAbsence, Report, WorkError, Worker};
 use crate::hypervisor::{Failure, Libvirt, Started};
 
-/// What was asked for cannot be.
+/// An operation that could not be carried out.
 #[derive(Debug, thiserror::Error)]
 pub enum OperateError {
-    /// And why.
+    /// The operation is refused, for this reason.
     #[error("{0}")]
     Refused(String),
     /// Devices of this host cannot serve it.
     #[error("{}", message::shortages(claimant, short, usize::MAX, host))]
     Short {
-        /// Whoever asked.
+        /// Instance that requested the devices.
         claimant: Claimant,
         /// Each request that cannot be served, with what there is.
         short: Vec<Shortage>,
-        /// What else is to be said of it.
+        /// Facts about the host for the message.
         host: message::Host,
     },
     /// There is no such thing to be taken back.
@@ -46,7 +45,7 @@ pub enum OperateError {
          answers again"
     )]
     Unsure(String, Failure),
-    /// Something is in the way.
+    /// Work on the guest failed.
     #[error(transparent)]
     Work(#[from] WorkError),
 }
@@ -71,27 +70,27 @@ fn too_many<T>(whom: &Claimant, e: TooMany) -> Result<T, OperateError> {
     refused(format!("{}: {e}", whom.domain))
 }
 
-/// What came of an attach.
+/// Result of an attach.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Attached {
     /// Whether they are in the guest; else it does not run, and gets them at its next start.
     pub live: bool,
-    /// Those that it has now and had not before.
+    /// Devices that the guest has newly.
     pub new: Vec<Record>,
-    /// Those that it had already.
+    /// Devices that the guest already had.
     pub already: Vec<Record>,
 }
 
-/// How often it is decided anew what an operator takes back, where the instance is given more
-/// meanwhile.
+/// Maximum number of times that a detach is decided again because the instance was given more
+/// devices in the meantime.
 const TRIES: usize = 8;
 
-/// What is to be taken back from an instance.
+/// Assignments and claims of an instance to take back.
 #[derive(Default)]
 struct Meant {
     /// Assignments that no device serves now, by their numbers.
     ending: Vec<i64>,
-    /// Claims.
+    /// Claims to end.
     leaving: Vec<ClaimRow>,
     /// One answer a selector: the device, or none where only an assignment ends.
     found: Vec<Option<Record>>,
@@ -218,7 +217,7 @@ impl Worker {
         refused(format!("{} received another device during each attempt: try again", whom.domain))
     }
 
-    /// What an operator's selectors mean of what the instance holds and is assigned.
+    /// The assignments and claims that an operator's selectors name.
     fn meant(
         &self,
         whom: &Claimant,
@@ -263,7 +262,7 @@ impl Worker {
         Ok(all)
     }
 
-    /// Finishes claims that were marked: whoever looks at this instance would.
+    /// Completes claims that were marked, as the agent would.
     fn finish(
         &mut self,
         instance: InstanceId,
@@ -276,7 +275,7 @@ impl Worker {
         let context = self.context()?;
         let report = self.converge(instance, &ObservedAbsence::default(), &BTreeSet::new())?;
         let mut claims = self.store.claims_of(instance)?;
-        // One that somebody has given back to the instance meanwhile stays.
+        // A claim that was made again in the meantime stays.
         claims.retain(|c| c.ending && leaving.iter().any(|was| was.id == c.id));
         if claims.is_empty() {
             return Ok(());
@@ -304,7 +303,7 @@ impl Worker {
         Ok(())
     }
 
-    /// What is noted to stand in the way of what has just failed.
+    /// The recorded problem that explains the failure.
     fn obstacle(
         &self,
         instance: InstanceId,
@@ -319,8 +318,7 @@ impl Worker {
         OperateError::Short { claimant, short, host }
     }
 
-    /// The requests that no device which this host has ever seen could serve, whoever has it now: a
-    /// start would be refused for ever.
+    /// Requests that no device ever seen on this host could serve: a start would always be refused.
     fn hopeless(
         &self,
         whom: &Claimant,
@@ -350,7 +348,7 @@ impl Worker {
         Ok(short)
     }
 
-    /// A device that is asked for by its id, and that the instance has.
+    /// A device that is requested by its id and that the instance already has.
     fn has_already(
         &self,
         instance: InstanceId,
@@ -367,7 +365,7 @@ impl Worker {
         Ok(all)
     }
 
-    /// As its domain is called and whose it is, or was when it claimed.
+    /// Name and owner of the instance, from its domain or its claims.
     fn whom(&self, instance: InstanceId) -> Result<Claimant, OperateError> {
         if let Some(xml) = self.hypervisor.xml(instance)? {
             let domain = virt_usb_domxml::read(xml.as_bytes()).map_err(WorkError::from)?;
@@ -417,8 +415,8 @@ pub fn start(
     match libvirt.start(instance, xml.as_deref()) {
         Ok(started) => Ok((started, answer.warnings)),
         Err(why) => {
-            // Where libvirt has refused before it called the hook nobody else gives it back; a
-            // guest that runs after all keeps it.
+            // If libvirt refused before it called the hook, no other program releases the claims; a
+            // guest that runs anyway keeps its devices.
             if libvirt.definition(instance).is_ok() {
                 let context = worker.context()?;
                 worker.store.restart_lock_timeout();

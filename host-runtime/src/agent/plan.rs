@@ -1,5 +1,4 @@
-//! What is to be done about one instance: from what is seen of its guest, and what the inventory
-//! says. Pure.
+//! Plans the steps for one instance from the state of its guest and of the inventory. Pure.
 //!
 //! ```text
 //!               claimed, device there, not in the guest ── Attach ──► in the guest ── Settle ──► allocated
@@ -26,7 +25,7 @@ use crate::discovery::CLAIMED;
 /// A guest that runs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Guest {
-    /// Its live XML.
+    /// Live XML of the guest.
     pub domain: Domain,
     /// How many redirections its flavor asks for.
     pub redirections: usize,
@@ -37,46 +36,46 @@ pub struct Guest {
 /// How long an instance's guest has been gone, in seconds.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct Absence {
-    /// That it does not run, its claims unchanged.
+    /// Time in seconds since the guest is not running, with unchanged claims.
     pub seconds: f64,
-    /// That there is no domain of this UUID at all; none: there is one.
+    /// Time in seconds since the domain is undefined; `None` if it is defined.
     pub undefined: Option<f64>,
 }
 
-/// What is known of an instance's guest.
+/// Observed state of an instance's guest.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Seen<'a> {
-    /// It could not be asked for: nothing follows.
+    /// The guest could not be queried: nothing follows.
     Unknown,
-    /// It runs.
+    /// The guest is running.
     Running(&'a Guest),
-    /// It does not.
+    /// The guest is not running.
     Absent(Absence),
 }
 
-/// One instance.
+/// Inputs of the plan for one instance.
 #[derive(Debug, Clone, Copy)]
 pub struct Instance<'a> {
-    /// Its UUID.
+    /// UUID of the instance.
     pub id: InstanceId,
-    /// Its guest.
+    /// State of its guest.
     pub seen: Seen<'a>,
-    /// What it holds.
+    /// Claims of the instance.
     pub claims: &'a [&'a ClaimRow],
     /// Whether anything is assigned to it, or it to a project.
     pub assigned: bool,
-    /// What is noted to stand in its way, by what it is about.
+    /// Recorded problems of the instance, by their subject.
     pub problems: &'a BTreeMap<String, String>,
 }
 
-/// The host.
+/// Inputs of the plan about the host.
 #[derive(Debug, Clone, Copy)]
 pub struct Host<'a> {
     /// Every device that is plugged in or held.
     pub devices: &'a BTreeMap<DeviceId, Record>,
-    /// Who holds what.
+    /// Holder of each held device.
     pub holders: &'a BTreeMap<DeviceId, InstanceId>,
-    /// What becomes of a claim whose device is unplugged.
+    /// Policy for the claim of an unplugged device.
     pub replug: ReplugPolicy,
     /// How long a guest must have been gone before what it held is free, in seconds: nothing is
     /// done on one look.
@@ -93,7 +92,7 @@ pub enum Step {
     Detach {
         /// By its alias.
         alias: String,
-        /// Which device it was.
+        /// The device to detach.
         device: DeviceId,
     },
     /// A driver of the host seems to have taken the device back: if that is so, take its hostdev
@@ -101,16 +100,16 @@ pub enum Step {
     TakenBack {
         /// Alias of the hostdev.
         alias: String,
-        /// Which device it is.
+        /// The device to record.
         device: DeviceId,
         /// The other devices that the guest has.
         others: Vec<DeviceId>,
     },
-    /// The guest has a device that nobody holds: it is its.
+    /// Claim a device that the guest has and no instance holds.
     Adopt {
         /// As the live XML names it.
         holding: Holding,
-        /// Which it is.
+        /// The device to adopt.
         device: DeviceId,
     },
     /// Bring the claims' states in line with what is in the guest.
@@ -120,43 +119,43 @@ pub enum Step {
     },
     /// Give the guest a device that it holds.
     Attach {
-        /// Which.
+        /// The device that is concerned.
         device: DeviceId,
     },
     /// Give the guest a redirection.
     Redirect {
-        /// Which entry of the flavor.
+        /// Index of the flavor's entry.
         n: usize,
     },
     /// End one claim, if it is still as it was.
     Release {
-        /// Of which device.
+        /// The device that is concerned.
         device: DeviceId,
         /// As it was.
         revision: i64,
-        /// Why.
+        /// Reason of the release.
         why: &'static str,
     },
     /// The guest is gone: nothing is in it. What is held for the instance stays claimed.
     OutOfGuest,
     /// The instance is gone: everything ends.
     End,
-    /// Note what stands in the way.
+    /// Record a problem.
     Note {
-        /// Of what.
+        /// Subject of the problem.
         about: String,
-        /// What.
+        /// Description of the problem.
         what: String,
     },
-    /// What stood in the way does not any more.
+    /// Record that a problem is solved.
     Solved {
-        /// Of what.
+        /// Subject of the problem.
         about: String,
     },
 }
 
 impl Step {
-    /// What the step is about, where it may fail and be tried again later.
+    /// Subject of a step that may fail and be retried.
     pub fn about(&self) -> Option<String> {
         match self {
             Self::Attach { device }
@@ -192,7 +191,7 @@ pub const ABOUT_STOP: &str = "start";
 /// How it is filed that libvirt does not answer about a guest, or knows nothing of one that runs.
 pub const ABOUT_LIBVIRT: &str = "libvirt";
 
-/// What is to be done, in an order that makes sense.
+/// Plans the steps, in the order in which they are executed.
 pub fn plan(instance: &Instance<'_>, host: &Host<'_>) -> Vec<Step> {
     match instance.seen {
         Seen::Unknown => Vec::new(),
@@ -266,7 +265,8 @@ impl<'a> Present<'a> {
                     if *holder == self.instance.id && !claim.is_some_and(|c| c.ending) =>
                 {
                     in_guest.insert(device);
-                    // The XML shows it, QEMU has let go of it: see [`ClaimRow::arrived`].
+                    // The XML still shows the device, but QEMU has released it: see
+                    // [`ClaimRow::arrived`].
                     steps.extend(claim.filter(|c| c.arrived).and_then(|_| detach(h)));
                     suspects.extend(claim.and_then(|c| taken_back(c, h)));
                 }
@@ -327,8 +327,7 @@ impl<'a> Present<'a> {
         steps
     }
 
-    /// A device that somebody gave to the guest with his own hands, and has taken out again: nobody
-    /// asked for it.
+    /// Whether the device was attached by hand without a request, and has been detached again.
     fn was_taken_by_hand(&self, claim: &ClaimRow) -> bool {
         let present = self.host.devices.get(&claim.device_id).is_some_and(|record| record.present);
         let unasked = claim.by_hand && claim.request.is_none();
@@ -368,8 +367,8 @@ impl<'a> Present<'a> {
         }
     }
 
-    /// Problems that are news, and those that are none any more. One about what is still to be done
-    /// stays until that is done.
+    /// Records new problems and solved ones. A problem about a pending step stays until that step
+    /// is done.
     fn tell(&self, problems: BTreeMap<String, String>, steps: &mut Vec<Step>) {
         let open: BTreeSet<String> = steps.iter().filter_map(Step::about).collect();
         for about in self.instance.problems.keys() {
@@ -383,7 +382,8 @@ impl<'a> Present<'a> {
         steps.extend(news.map(|(about, what)| Step::Note { about, what }));
     }
 
-    /// What the guest holds. A pending claim waits for a start of its own.
+    /// Claims of the instance that take part in the plan. A pending claim waits for its guest's own
+    /// start.
     fn claims(&self) -> impl Iterator<Item = &'a ClaimRow> {
         self.instance.claims.iter().copied().filter(|c| !c.pending)
     }
@@ -395,8 +395,8 @@ impl<'a> Present<'a> {
     fn hosted(&self) -> Vec<Hosted<'a>> {
         let hostdevs: Vec<&UsbHostdev> = self.guest.domain.host_devices().collect();
         let mut found: Vec<Option<Hosted<'a>>> = hostdevs.iter().map(|h| self.by_name(h)).collect();
-        // One that somebody else wrote, and whose device has another number by now: of this
-        // instance's devices the only one of its kind that is not in the guest otherwise.
+        // A handwritten hostdev whose device has another address now: the only device of its kind
+        // among this instance's devices that is not in the guest otherwise.
         for (at, hostdev) in hostdevs.into_iter().enumerate() {
             if found[at].is_some() {
                 continue;
@@ -435,7 +435,7 @@ impl<'a> Present<'a> {
         let all = || self.host.devices.values().filter(there);
         // A device that went may have had the number that another has now.
         let present = || all().find(|r| r.present);
-        // Somebody else's hostdev may have an alias of our form, which names another device.
+        // A foreign hostdev may have an alias of our form that names another device.
         let has_place = hostdev.address.is_some() || hostdev.port.is_some();
         let is_by_hand =
             |r: &&Record| has_place && self.claim(r.entry.id).is_some_and(|c| c.by_hand);

@@ -27,7 +27,8 @@ use crate::hypervisor::{Failure, Hypervisor};
 use crate::metrics::Metrics;
 use crate::timeouts::STORE_LOCK_TIMEOUT;
 
-/// A plan is made anew after each round; more rounds than this are somebody else's doing.
+/// Maximum number of rounds. The plan is made again after each round; more rounds mean that another
+/// program interferes.
 const ROUNDS: usize = 8;
 /// How long a device may take to leave a guest.
 const LEAVING: Duration = Duration::from_secs(5);
@@ -40,30 +41,30 @@ const REATTACH_PERIOD: Duration = Duration::from_secs(600);
 /// Between two looks at whether it has.
 const LOOK: Duration = Duration::from_millis(20);
 
-/// Whoever works.
+/// A worker that carries out plans.
 pub struct Worker {
     /// The configuration at this moment.
     pub config: Arc<Config>,
-    /// What runs the guests.
+    /// Connection to the hypervisor.
     pub hypervisor: Arc<dyn Hypervisor>,
-    /// The inventory.
+    /// Connection to the inventory.
     pub store: Store,
-    /// What is counted.
+    /// Metrics of the agent.
     pub metrics: Arc<Metrics>,
     /// The program, for the audit.
     pub actor: String,
 }
 
-/// That a guest was gone at looks before.
+/// Absence of a guest in earlier checks.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct ObservedAbsence {
     /// For how long.
     pub gone: Absence,
-    /// What the instance held all that time, as [`marks`] has it; none: whatever it holds.
+    /// Claims of the instance during the absence, from [`marks`]; `None` for any claims.
     pub claims: Option<Vec<(i64, i64)>>,
 }
 
-/// What tells whether claims have changed.
+/// Marks that show whether claims have changed.
 pub fn marks(claims: &[ClaimRow]) -> Vec<(i64, i64)> {
     claims.iter().map(|c| (c.id, c.revision)).collect()
 }
@@ -71,10 +72,10 @@ pub fn marks(claims: &[ClaimRow]) -> Vec<(i64, i64)> {
 /// How a guest was found at the last look.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Found {
-    /// It runs.
+    /// The guest is running.
     #[default]
     Running,
-    /// It does not.
+    /// The guest is not running.
     Absent {
         /// Whether there is a domain of this UUID.
         is_known: bool,
@@ -83,31 +84,31 @@ pub enum Found {
     Unknown,
 }
 
-/// What came of it.
+/// Result of the work on one instance.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Report {
-    /// The guest.
+    /// State of the guest.
     pub found: Found,
-    /// What could not be done, to be tried again later.
+    /// Subjects of failed steps, which are retried.
     pub failed: BTreeSet<String>,
-    /// Something else is to be tried later.
+    /// Whether something else must be retried later.
     pub later: bool,
-    /// What is to be done and was not tried: its time has not come.
+    /// Subjects of steps that were not tried because their time has not come.
     pub blocked: BTreeSet<String>,
     /// Whether something was done.
     pub changed: bool,
 }
 
-/// It could not be worked at all.
+/// An error that prevents all work on an instance.
 #[derive(Debug, thiserror::Error)]
 pub enum WorkError {
-    /// The inventory.
+    /// Error of the inventory.
     #[error(transparent)]
     Store(#[from] StoreError),
-    /// libvirt.
+    /// Error of libvirt.
     #[error(transparent)]
     Hypervisor(#[from] Failure),
-    /// The machine.
+    /// Error of the machine's boot id or time.
     #[error(transparent)]
     Machine(#[from] host_env::BootError),
     /// The domain's XML.
@@ -184,8 +185,7 @@ impl Worker {
             }
             let mut has_detached = false;
             for step in steps {
-                // Its place, and its port, are those of the guest as it was before: it is planned
-                // anew.
+                // The place and the port describe the guest as it was before: plan again.
                 if has_detached && matches!(step, Step::Attach { .. } | Step::Redirect { .. }) {
                     break;
                 }
@@ -212,8 +212,8 @@ impl Worker {
         Ok(report)
     }
 
-    /// libvirt runs no such guest. Whether that is to be believed: an agent that asks another
-    /// libvirt than the one that runs the guest would free what the guest has.
+    /// Whether the guest counts as absent because libvirt does not run it. An agent that queries
+    /// another libvirt than the guest's would release the guest's devices.
     fn absence<'a>(
         &mut self,
         instance: InstanceId,
@@ -273,7 +273,7 @@ impl Worker {
         Ok(())
     }
 
-    /// Waits until the live XML does not show the alias any more.
+    /// Waits until the live XML no longer shows the alias.
     fn wait_until_gone(&self, instance: InstanceId, alias: &str) -> Result<bool, WorkError> {
         let until = Instant::now() + LEAVING;
         loop {
@@ -335,7 +335,7 @@ impl Work<'_> {
             }
             Step::Release { device, revision, why } => {
                 let claim = self.view.claims(instance).iter().find(|c| c.device_id == *device);
-                // What libvirt was asked for before it was lost it may be doing still.
+                // libvirt may still be carrying out a call whose connection was lost.
                 if claim.is_some_and(|c| c.unsure) && self.worker.hypervisor.is_busy(instance)? {
                     return Ok(Outcome::Later);
                 }
@@ -375,7 +375,7 @@ impl Work<'_> {
             return Ok(Outcome::Moot);
         };
         let mut ports = Ports { sysfs_root: &self.worker.config.sysfs_root };
-        // The inventory's address is a memory: whoever is at the port now gets it, or nobody.
+        // The address in the inventory may be outdated: check the device at the port first.
         let seen = match ports.verify(record) {
             Verified::Here(seen) => seen,
             // The scan that is on its way will most often tell more, and end the problem.
@@ -414,7 +414,8 @@ impl Work<'_> {
         let inside = self.has(&record)?;
         self.worker.metrics.attached(began.elapsed(), attached.as_ref().err());
         match attached {
-            // It was taken back meanwhile by somebody who did not see it in the guest.
+            // Another program detached the device in the meantime, without having seen it in the
+            // guest.
             Ok(()) if !self.is_still_wanted(device)? => {
                 self.worker
                     .hypervisor
@@ -449,7 +450,7 @@ impl Work<'_> {
         }
     }
 
-    /// What libvirt refuses will be refused again until somebody does something.
+    /// Records a refusal of libvirt, which repeats until something changes.
     fn refused(self, device: DeviceId, why: String) -> Result<Outcome, WorkError> {
         let claim = self.view.claims(self.instance).iter().find(|c| c.device_id == device);
         let stop = self.worker.config.on_attach_failure == AttachFailurePolicy::Stop;
@@ -560,8 +561,8 @@ impl Work<'_> {
         }
     }
 
-    /// Whether the instance is to have the device, by its claim or one that was made since: not one
-    /// that somebody made on seeing what we attached.
+    /// Whether the instance should still have the device, by its claim or a newer one, except a
+    /// claim that was made after our attach was seen.
     fn is_still_wanted(&self, device: DeviceId) -> Result<bool, WorkError> {
         let planned = self.view.claims(self.instance).iter().find(|c| c.device_id == device);
         let claims = self.worker.store.claims_of(self.instance)?;
@@ -579,7 +580,8 @@ impl Work<'_> {
     }
 }
 
-/// What is no refusal. libvirt has waited half a minute before it says that it is busy.
+/// Converts failures that are not refusals. libvirt waits half a minute before it reports that it
+/// is busy.
 fn moot_or_busy(failure: Failure) -> Result<Outcome, WorkError> {
     match failure {
         Failure::Gone => Ok(Outcome::Moot),

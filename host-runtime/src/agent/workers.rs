@@ -10,18 +10,15 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::metrics::Load;
-
-/// So many work at once …
+/// Maximum number of threads that work at the same time ...
 const PLACES: usize = 4;
-/// … not counting those whose work lasts longer than this, which is a second at the most until
-/// others go on.
+/// ... except those whose work takes longer than this, so that others wait at most a second.
 pub(super) const PLACE_TIME: Duration = Duration::from_millis(300);
 /// Maximum number of threads: more than the concurrent calls to libvirt (`MAX_CALLS` in
 /// supervised.rs), so that some threads are always left, whatever libvirt does.
 const MOST: usize = 20;
 
-/// What one thread does: each job that it is given.
+/// Function that a thread calls for each job.
 pub(super) type Work<J> = Box<dyn FnMut(J) + Send>;
 
 /// The threads. They end with this.
@@ -31,7 +28,7 @@ struct Shared<J> {
     state: Mutex<State<J>>,
     /// There is a job, a place, or the end.
     news: Condvar,
-    /// What a new thread does.
+    /// Creates the function of a new thread.
     make: Box<dyn Fn() -> anyhow::Result<Work<J>> + Send + Sync>,
 }
 
@@ -81,7 +78,7 @@ impl<J: Send + 'static> Workers<J> {
         Ok(workers)
     }
 
-    /// Has the job done by whoever is free next.
+    /// Queues a job for the next free thread.
     pub(super) fn push(&self, job: J) {
         self.0.state().queue.push_back((job, Instant::now()));
         self.0.news.notify_one();
@@ -175,7 +172,7 @@ mod tests {
 
     use super::*;
 
-    /// A job that waits until it is told, and says when it has begun and ended.
+    /// A job that waits for a signal, and reports its beginning and its end.
     struct Job(usize, Option<std::sync::mpsc::Receiver<()>>);
 
     fn workers(began: Sender<usize>, made: Arc<AtomicUsize>) -> Workers<Job> {
@@ -192,7 +189,7 @@ mod tests {
         .unwrap()
     }
 
-    /// Waits until so many work, all of them for long.
+    /// Waits until `busy` threads work, all of them for longer than the limit.
     fn settle(workers: &Workers<Job>, busy: usize) {
         loop {
             let load = workers.relieve();

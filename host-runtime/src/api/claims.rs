@@ -16,14 +16,13 @@ use super::responses::{UsbClaim, UsbProblem};
 
 #[derive(Serialize, ToSchema)]
 pub(super) struct Claims {
-    /// By device.
+    /// Claims, ordered by device.
     usb_claims: Vec<UsbClaim>,
-    /// By instance.
+    /// Problems, ordered by instance.
     usb_problems: Vec<UsbProblem>,
 }
 
-/// Who has which device, and what stands in somebody's way: for administrators all of it, for
-/// others what concerns their project
+/// Claims and problems: all of them for administrators, otherwise those of the caller's project
 #[utoipa::path(get, path = "/os-usb-claims", tag = "devices", operation_id = "list_usb_claims",
     responses((status = 200, description = "The claims", body = Claims)))]
 pub(super) async fn list(

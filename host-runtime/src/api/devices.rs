@@ -31,7 +31,7 @@ pub(super) struct DeviceName {
     pub(super) usb_device_id: String,
 }
 
-/// Which devices, in which order, how many.
+/// Filter, order and page of the list.
 #[derive(Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
@@ -42,7 +42,7 @@ pub(super) struct Query {
     serial: Option<String>,
     tag: Option<String>,
     instance_uuid: Option<String>,
-    /// Also those that were unplugged while nobody had them: for administrators.
+    /// Include devices that were unplugged while no instance held them; for administrators.
     deleted: Option<bool>,
     sort_key: Option<SortKey>,
     sort_dir: Option<SortDir>,
@@ -131,7 +131,7 @@ fn sort_text(record: &Record, key: SortKey) -> String {
     }
 }
 
-/// What a query asks for, each value read as it is read everywhere.
+/// A parsed query, with the same parsers as all other input.
 struct Wanted<'a> {
     query: &'a Query,
     vendor: Option<VendorId>,
@@ -197,7 +197,7 @@ impl Api {
     }
 }
 
-/// One device
+/// Show a device
 #[utoipa::path(get, path = "/os-usb-devices/{usb_device_id}", tag = "devices", operation_id = "show_usb_device",
     params(("usb_device_id" = u64, Path, description = "The device's id")),
     responses((status = 200, description = "The device", body = Shown)))]
@@ -210,7 +210,7 @@ pub(super) async fn show(
     Ok(Json(Shown { usb_device }))
 }
 
-/// What an administrator does.
+/// A change that an administrator makes.
 pub(super) enum Change {
     Enable,
     Disable(Option<String>),

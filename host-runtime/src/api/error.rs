@@ -1,4 +1,4 @@
-//! What went wrong, in Nova's shape: `{"itemNotFound":{"code":404,"message":"…"}}`.
+//! Errors in Nova's format: `{"itemNotFound":{"code":404,"message":"…"}}`.
 
 use std::time::Duration;
 
@@ -21,9 +21,9 @@ pub(super) struct ApiError {
     pub(super) status: StatusCode,
     /// One sentence that the caller can act on.
     pub(super) message: String,
-    /// In seconds.
+    /// Value of Retry-After, in seconds.
     retry_after: Option<u64>,
-    /// What only the log is told.
+    /// Details that only the log gets.
     pub(super) private: Option<String>,
 }
 
@@ -37,7 +37,7 @@ impl ApiError {
         Self { message: message.into(), ..self }
     }
 
-    /// The same, with what only the log is told.
+    /// Adds details that only the log gets.
     pub(super) fn and_privately(self, private: String) -> Self {
         Self { private: Some(private), ..self }
     }
@@ -103,7 +103,7 @@ impl ApiError {
         Self { retry_after: Some(5), ..Self::new(StatusCode::SERVICE_UNAVAILABLE, message) }
     }
 
-    /// Nobody but the log is told what it was.
+    /// An internal error, whose cause only the log gets.
     pub(super) fn internal(private: impl Into<String>) -> Self {
         let message = "virt-usb cannot serve this request now. The agent's log on the host shows \
             why, by the request id.";
@@ -119,7 +119,7 @@ impl ApiError {
         )
     }
 
-    /// What another host has answered.
+    /// The error response of another host.
     pub(super) fn of_other(status: u16, message: Option<&str>, host: &str) -> Self {
         let status = StatusCode::from_u16(status)
             .ok()
@@ -150,7 +150,7 @@ impl ApiError {
         Self { private: Some(private.into()), ..Self::unavailable(message) }
     }
 
-    /// What Nova calls it.
+    /// Nova's name of the error.
     fn name(&self) -> &'static str {
         match self.status.as_u16() {
             400 => "badRequest",
@@ -167,12 +167,9 @@ impl ApiError {
         }
     }
 
-    /// `Ok` where it is allowed; `missing` is what somebody is told who may not know that there is
-    /// such a thing.
-    pub(super) fn unless(
-        verdict: Authorization,
-        missing: impl FnOnce() -> Self,
-    ) -> Result<(), Self> {
+    /// Returns `Ok` if the verdict allows the call; `missing` is the error for a caller who may not
+    /// know that the object exists.
+    pub(super) fn unless(verdict: Authorization, missing: impl FnOnce() -> Self) -> Result<(), Self> {
         match verdict {
             Authorization::Allowed => Ok(()),
             Authorization::Forbidden => Err(Self::forbidden()),

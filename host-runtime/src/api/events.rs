@@ -19,7 +19,7 @@ use super::request::{Asked, Asks, Named};
 use super::responses::{Link, UsbEvent};
 use super::servers::ServerName;
 
-/// So many are read at once.
+/// Number of events that are read at a time.
 const CHUNK: u32 = 1001;
 
 /// How many, from where on.
@@ -35,7 +35,7 @@ pub(super) struct Query {
 #[derive(Serialize, ToSchema)]
 #[schema(as = UsbEvents)]
 pub(super) struct Events {
-    /// Newest first.
+    /// Events, newest first.
     events: Vec<UsbEvent>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     events_links: Vec<Link>,
@@ -103,8 +103,8 @@ async fn answer(
     Ok(Json(Events { events, events_links: events_links.into_iter().collect() }))
 }
 
-/// What the caller may know of, newest first, before the event of that id (0: from the newest on);
-/// and whether there is more.
+/// The events that the caller may see, newest first, before the event with that id (0: from the
+/// newest), and whether there are more.
 pub(super) async fn read(
     api: &Arc<Api>,
     caller: Caller,
@@ -135,8 +135,8 @@ pub(super) async fn read(
     Ok((events, more))
 }
 
-/// What the caller is told of it. Who may look at a device may know what became of it while nobody
-/// had it, but not why or by whom: that names others, and what they did.
+/// The part of an event that the caller may see. A caller who may see a device may see the events
+/// that happened while no instance held it, but not their reason or actor, which could name others.
 fn shown(caller: &Caller, event: EventRow, of_device: bool) -> Option<EventRow> {
     let project: Option<ProjectId> =
         event.project_id.as_deref().and_then(|project| project.parse().ok());

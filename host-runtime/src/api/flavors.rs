@@ -1,4 +1,4 @@
-//! Stored flavors.
+//! API calls for stored flavors.
 
 use std::sync::Arc;
 
@@ -43,7 +43,7 @@ fn missing(name: &str) -> ApiError {
     ApiError::not_found(format!("USB flavor {name} could not be found."))
 }
 
-/// Stored flavors
+/// List the stored flavors
 #[utoipa::path(get, path = "/os-usb-flavors", tag = "flavors", operation_id = "list_usb_flavors",
     responses((status = 200, description = "The flavors", body = Flavors)))]
 pub(super) async fn list(
@@ -60,7 +60,7 @@ pub(super) async fn all(api: &Arc<Api>, caller: &Caller) -> Result<Vec<StoredFla
     api.blocking(|api| Ok(api.store()?.flavors()?)).await
 }
 
-/// One flavor
+/// Show a flavor
 #[utoipa::path(get, path = "/os-usb-flavors/{flavor_name}", tag = "flavors", operation_id = "show_usb_flavor",
     params(("flavor_name" = String, Path, description = "The flavor's name")),
     responses((status = 200, description = "The flavor", body = Shown)))]

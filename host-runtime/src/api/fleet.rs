@@ -1,4 +1,4 @@
-//! The API of one host in a fleet: it shows the others, and what is to be done on them is done by
+//! The API of a host in a fleet. It shows the other hosts, and sends requests for their servers to
 //! their agents.
 
 use std::sync::Arc;
@@ -68,7 +68,7 @@ impl Api {
         }
     }
 
-    /// What another host's API asks: looked at as if it were asked here.
+    /// Handles a request from another host's API as if a local client had made it.
     async fn answer(self: &Arc<Self>, request: &Request) -> Result<Acted, ApiError> {
         let bad = |what: &str| {
             ApiError::bad_request(format!("{what} of a request through etcd cannot be read."))

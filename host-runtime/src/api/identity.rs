@@ -1,5 +1,5 @@
-//! Who asks. A token says it, to whoever implements [`Identity`]: the [file of
-//! tokens](super::tokens) does, and [Keystone](super::keystone).
+//! Authentication of callers. An implementation of [`Identity`] validates a token: the
+//! [file of tokens](super::tokens) or [Keystone](super::keystone).
 
 use std::fmt;
 use std::future::Future;
@@ -11,7 +11,7 @@ use virt_usb_model::ProjectId;
 use super::keystone::Keystone;
 use super::tokens::{PREFIX, Tokens};
 
-/// What somebody may do; each role may what those before it may.
+/// Role of a caller; each role includes the permissions of those before it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Role {
     /// Looks at what is its project's.
@@ -23,7 +23,7 @@ pub enum Role {
 }
 
 impl Role {
-    /// All roles.
+    /// All roles, in order.
     pub const ALL: [Self; 3] = [Self::Reader, Self::Member, Self::Admin];
 
     /// As it is written.
@@ -51,7 +51,7 @@ impl FromStr for Role {
     }
 }
 
-/// Somebody who asks.
+/// An authenticated caller.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Caller {
     /// For the audit and the log: the token's name, never the token.
@@ -59,7 +59,7 @@ pub struct Caller {
     /// The project that is acted for; none: root and the agent's group on the host itself, who act
     /// for none.
     pub project: Option<ProjectId>,
-    /// What it may.
+    /// Role of the caller.
     pub role: Role,
 }
 
@@ -75,46 +75,46 @@ impl Caller {
     }
 }
 
-/// Why nobody can be named.
+/// Reason why a token identifies no caller.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum AuthError {
-    /// There is no such token, or it has expired. Which of both is nobody's business.
-    InvalidToken,
+    /// The token does not exist or has expired; the response does not reveal which.
+    Nobody,
     /// There is, and it is good for nothing here: why, for its owner.
-    Unusable(String),
-    /// It could not be looked up: why, for the log.
+    Useless(String),
+    /// The token cannot be validated, with the reason for the log.
     Unavailable(String),
 }
 
-/// How far a token is to be looked up.
+/// How fresh the validation of a token must be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Freshness {
-    /// What is known by heart counts; nobody else is asked.
-    CachedOnly,
-    /// What was found of late counts.
-    Cached,
-    /// As it is now: something is about to be changed.
-    Live,
+pub enum Look {
+    /// Use only cached results.
+    Known,
+    /// Accept a recent result.
+    Lately,
+    /// Validate now, because the request changes something.
+    Now,
 }
 
 /// The answer, some time.
 pub type Answer<'a> = Pin<Box<dyn Future<Output = Result<Caller, AuthError>> + Send + 'a>>;
 
-/// Who can tell whose a token is.
+/// A validator of tokens.
 pub trait Identity: Send + Sync {
-    /// Whose token it is.
-    fn caller<'a>(&'a self, token: &'a str, freshness: Freshness) -> Answer<'a>;
+    /// Validates a token and returns its caller.
+    fn caller<'a>(&'a self, token: &'a str, look: Look) -> Answer<'a>;
 }
 
-/// The file's tokens, which tell themselves by how they begin, and all others Keystone's, where
-/// there is one: should it be away, this host's administrators have tokens still.
+/// The tokens of the file, recognised by their prefix, and Keystone for all others, if it is
+/// configured. Administrators of the host can use the file's tokens while Keystone is unreachable.
 pub struct Identities {
     file: Tokens,
     keystone: Option<Keystone>,
 }
 
 impl Identities {
-    /// Both.
+    /// Combines both validators.
     pub const fn new(file: Tokens, keystone: Option<Keystone>) -> Self {
         Self { file, keystone }
     }

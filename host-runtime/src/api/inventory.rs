@@ -1,5 +1,4 @@
-//! What there is, for many readers at once: read from the store when somebody has written, and not
-//! before.
+//! Shared snapshots of the inventory for many readers, read again only after a write.
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -24,7 +23,7 @@ use crate::timeouts::STORE_LOCK_TIMEOUT;
 pub(super) struct Own {
     /// None before its first discovery.
     pub(super) host: Option<HostRow>,
-    /// By id.
+    /// Devices, ordered by id.
     devices: Vec<Record>,
     claims: HashMap<DeviceId, ClaimRow>,
     owners: HashMap<InstanceId, ProjectId>,
@@ -37,11 +36,11 @@ pub(super) struct Snapshot {
     pub(super) own: Arc<Own>,
     /// The other hosts, by number.
     pub(super) others: Hosts,
-    /// Answers that are asked for again and again, by what their readers may see.
+    /// Cached responses, by what their readers may see.
     answers: Mutex<HashMap<Option<ProjectId>, Bytes>>,
 }
 
-/// For so many kinds of readers an answer is kept.
+/// Maximum number of different groups of readers with a cached response.
 const ANSWERS: usize = 64;
 
 impl Own {
@@ -102,7 +101,7 @@ impl Snapshot {
         own.iter().chain(others.flat_map(|(_, other)| other.devices.iter()))
     }
 
-    /// The other host that the device belongs to; none: this one, or nobody.
+    /// The other host that the device belongs to; `None` if it belongs to this host or is unknown.
     pub(super) fn elsewhere(&self, device: DeviceId) -> Option<&Peer> {
         let number = (device.get() - 1) / IDS_A_HOST + 1;
         self.others
@@ -118,7 +117,8 @@ impl Snapshot {
         Some((other, &other.servers[at]))
     }
 
-    /// What `make` makes, once for all who see the same; it says nothing else of its caller.
+    /// The response of `make`, computed once for all callers who may see the same devices. It must
+    /// not depend on the caller in any other way.
     pub(super) fn answer<E>(
         &self,
         caller: &Caller,
@@ -141,7 +141,7 @@ impl Snapshot {
         find(&self.own.devices, id).or_else(|| find(&self.elsewhere(id)?.devices, id))
     }
 
-    /// By device.
+    /// Claims, ordered by device.
     pub(super) fn claims(&self) -> impl Iterator<Item = &ClaimRow> {
         self.own_devices().filter_map(|record| self.claim(record.entry.id))
     }
@@ -150,12 +150,12 @@ impl Snapshot {
         self.own.claims.get(&device).or_else(|| self.elsewhere(device)?.claims.get(&device))
     }
 
-    /// Whose an instance is, as an administrator has said.
+    /// Owner of an instance, as set by an administrator.
     pub(super) fn owner(&self, instance: InstanceId) -> Option<&ProjectId> {
         self.own.owners.get(&instance)
     }
 
-    /// What the caller may do with a device.
+    /// Whether the caller may make this call for the device.
     pub(super) fn may(&self, caller: &Caller, call: Call, record: &Record) -> Authorization {
         may_with_device(caller, call, record, self.claim(record.entry.id))
     }
@@ -199,12 +199,12 @@ impl Inventory {
         Self { state_dir, others, open: Mutex::default() }
     }
 
-    /// Where what is heard of the others goes.
+    /// Where updates of the other hosts are stored.
     pub(super) fn following(&self) -> Option<Peers> {
         self.others.clone()
     }
 
-    /// Somebody asks; see [`Peers::wake`].
+    /// Signals that a client is active; see [`Peers::wake`].
     pub(super) async fn wake(&self) {
         if let Some(others) = &self.others {
             others.wake().await;
@@ -215,8 +215,8 @@ impl Inventory {
         self.others.as_ref().map(Peers::now).unwrap_or_default()
     }
 
-    /// As it is now, with the devices that were unplugged while nobody had them. Read anew each
-    /// time.
+    /// The current snapshot, with devices that were unplugged while no instance held them. Reads
+    /// the store each time.
     ///
     /// # Errors
     /// When it cannot be read.
@@ -227,12 +227,12 @@ impl Inventory {
         Ok(Arc::new(Snapshot::new(Arc::new(own), self.others())))
     }
 
-    /// As it is now.
+    /// The current snapshot.
     ///
     /// # Errors
     /// When it cannot be read.
     pub(super) fn now(&self) -> Result<Arc<Snapshot>, StoreError> {
-        // Whoever comes while it is read anew waits for that, and no second one reads it.
+        // Concurrent callers wait for one read, and do not read a second time.
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
         let (mut watched, known) = match open.take() {
             Some(known) => known,

@@ -1,13 +1,13 @@
-//! OpenStack's identity service: whose a token is that Keystone has given out.
+//! OpenStack's identity service: validates tokens that Keystone has issued.
 //!
 //! The agent asks as a service user: `POST /v3/auth/tokens` for a token of its own, then `GET
 //! /v3/auth/tokens` about each token that it is shown ([Identity API
 //! v3](https://docs.openstack.org/api-ref/identity/v3/)). Keystone lets the role `service` ask
 //! about others' tokens.
 //!
-//! What it said of a token counts for `cache` seconds for whoever only looks, and never longer than
-//! the token itself; before anything is changed it is asked anew, so a token that was revoked
-//! changes nothing. While it cannot be asked nobody is let in whom it has not just vouched for.
+//! A validation is cached for `cache` seconds for read-only requests, and never longer than the
+//! token is valid. Before a change, the token is validated again, so a revoked token cannot change
+//! anything. While Keystone is unreachable, only cached tokens are accepted.
 
 use std::collections::HashMap;
 use std::error::Error as _;
@@ -29,7 +29,7 @@ use super::identity::{Answer, AuthError, Caller, Freshness, Identity, Role};
 use crate::client;
 use crate::metrics::Metrics;
 
-/// So many questions at once.
+/// Maximum number of concurrent validations.
 pub(super) const PLACES: usize = 8;
 /// How long one waits for its turn, and then for the answer.
 const KEYSTONE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -41,7 +41,7 @@ const REFUSED: Duration = Duration::from_secs(5);
 const PAUSE: Duration = Duration::from_secs(30);
 /// A token of the service's own that has less than this left is replaced, in seconds.
 const LEFT: i64 = 60;
-/// So many tokens are remembered.
+/// Maximum number of cached tokens.
 const KNOWN: usize = 4096;
 /// The longest token, in bytes; Keystone's are below 300, others' below what fits a header.
 const LONGEST: usize = 8 << 10;
@@ -50,11 +50,11 @@ const LARGEST: u64 = 1 << 20;
 /// Longer names are shown as the user's id.
 const NAME: usize = 64;
 
-/// What was found out about a token.
+/// Result of a validation.
 #[derive(Debug, Clone)]
 struct Found {
     at: Instant,
-    /// Whose, and until when.
+    /// Caller of the token and its expiry, or the reason for the rejection.
     whose: Result<(Caller, Timestamp), AuthError>,
 }
 
@@ -68,7 +68,7 @@ struct Own {
 struct Failed {
     at: Instant,
     why: String,
-    /// Its password was refused, in whichever way.
+    /// Whether the password was rejected.
     refused: bool,
 }
 
@@ -78,7 +78,7 @@ impl From<String> for Failed {
     }
 }
 
-/// As whom Keystone is asked, and why it could not be, lately.
+/// Credentials for Keystone, and the reason why they recently failed.
 #[derive(Default)]
 struct Service {
     own: Option<Own>,
@@ -86,7 +86,7 @@ struct Service {
     failed: Option<Failed>,
 }
 
-/// A Keystone.
+/// A Keystone that validates tokens.
 #[derive(Clone)]
 pub struct Keystone(Arc<Inner>);
 
@@ -97,13 +97,13 @@ struct Inner {
     service: Mutex<Service>,
     /// By the tokens' hashes.
     known: Mutex<HashMap<[u8; 32], Found>>,
-    /// What it could not be asked for; empty: it can.
+    /// Reason why Keystone cannot validate tokens; empty if it can.
     trouble: Mutex<String>,
     places: Arc<Semaphore>,
 }
 
 impl Keystone {
-    /// That of the configuration; nothing is asked yet.
+    /// Creates a validator from the configuration, without a request to Keystone.
     pub fn new(config: config::Keystone, metrics: Arc<Metrics>) -> Self {
         Self(Arc::new(Inner {
             config,
@@ -116,7 +116,7 @@ impl Keystone {
         }))
     }
 
-    /// Whether it can be asked, as whom and with which roles there.
+    /// Checks that Keystone accepts the service user, and returns the user's roles.
     ///
     /// # Errors
     /// Why not.
@@ -148,7 +148,7 @@ impl Keystone {
                 self.0.config.url
             )));
         };
-        // Somebody else may have asked the same meanwhile.
+        // Another thread may have validated the same token in the meantime.
         if let Some(found) = self.0.remembered(&hash, look) {
             return found;
         }
@@ -168,8 +168,8 @@ impl Identity for Keystone {
 }
 
 impl Inner {
-    /// What counts still of what was found out.
-    fn remembered(&self, hash: &[u8; 32], look: Freshness) -> Option<Result<Caller, AuthError>> {
+    /// The cached result, if it is still valid for this request.
+    fn remembered(&self, hash: &[u8; 32], look: Look) -> Option<Result<Caller, AuthError>> {
         let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         let found = known.get(hash)?;
         match &found.whose {
@@ -227,7 +227,7 @@ impl Inner {
         }
     }
 
-    /// What Keystone says of the token; none: nothing.
+    /// Keystone's response about a token; `None` if Keystone does not know it.
     fn validate(&self, token: &str) -> Result<Option<Described>, String> {
         // Its token may have been revoked, or Keystone have new keys: then with another one.
         for last in [false, true] {
@@ -262,8 +262,8 @@ impl Inner {
         }
     }
 
-    /// The token of this service. Whoever needs it while it is fetched waits for it, or for why
-    /// there is none.
+    /// The token of the service user. Concurrent callers wait for one request, and share its result
+    /// or error.
     fn own_token(&self) -> Result<String, String> {
         let begun = Instant::now();
         let mut service = self.service.lock().unwrap_or_else(PoisonError::into_inner);
@@ -385,7 +385,7 @@ fn password(config: &config::Keystone) -> Result<String, String> {
     }
 }
 
-/// What Keystone says of a token: `{"token": {...}}`. Whatever else it says is passed over.
+/// Keystone's response about a token, `{"token": {...}}`. Unknown keys are ignored.
 #[derive(Debug, Deserialize)]
 struct Described {
     token: Token,
@@ -420,7 +420,7 @@ struct Named {
 }
 
 impl Described {
-    /// Who that is here, and until when.
+    /// The caller that the token identifies, and its expiry.
     fn whose(self, config: &config::Keystone) -> Result<(Caller, Timestamp), AuthError> {
         let Token { expires_at, user, project, system, roles } = self.token;
         if Timestamp::now() >= expires_at {
@@ -477,12 +477,12 @@ mod tests {
 
     use super::*;
 
-    /// A Keystone that says what it is told to.
+    /// A fake Keystone with preset responses.
     struct Fake {
         url: String,
-        /// What it answers to a question about a token.
+        /// Status of the response about a token.
         status: Arc<AtomicU16>,
-        /// How often it was asked for a token of the service's, and about others'.
+        /// Number of requests for the service's own token, and about others' tokens.
         asked: Arc<[AtomicUsize; 2]>,
         folder: tempfile::TempDir,
     }

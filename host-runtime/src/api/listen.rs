@@ -37,7 +37,7 @@ impl Listening {
                 drop(limit.acquire_many(u32::try_from(*all).unwrap_or(u32::MAX)).await);
             }
         };
-        // Whoever has not ended by then is cut off.
+        // Connections that are still open after this time are closed.
         drop(self.runtime.block_on(async { tokio::time::timeout(END_TIME, ended).await }));
         self.runtime.shutdown_timeout(Duration::from_millis(500));
         if let Some(socket) = self.socket {

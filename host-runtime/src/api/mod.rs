@@ -1,4 +1,5 @@
-//! The REST API, in OpenStack's style: what there is, attach, detach, by whoever may.
+//! The REST API in OpenStack's style: shows devices and servers, attaches and detaches, with
+//! authorization.
 //!
 //! ```text
 //!  TCP, TLS ─┐                        ┌─ identity: whose token?        ┌─► inventory ──► store (read once for all readers)
@@ -20,8 +21,7 @@
 //! | `portal` | pages for people |
 //! | `inventory` | what there is, for many readers |
 //!
-//! It runs on threads of its own, and whatever becomes of it, the agent goes on giving guests their
-//! devices.
+//! The API has its own threads. The agent keeps serving guests if the API fails.
 
 mod claims;
 mod devices;
@@ -78,31 +78,31 @@ use virt_usb_fleet::http_server::Peer;
 
 pub use listen::{Listening, start};
 
-/// So many attaches and detaches at once; libvirt takes its time for each.
+/// Maximum number of concurrent attach and detach operations, which wait for libvirt.
 const TURNS: usize = 8;
-/// So many calls at once wait for disks or for libvirt.
+/// Maximum number of concurrent calls that wait for disks or for libvirt.
 const WORKS: usize = 32;
 /// How long one waits for its turn.
 const TURN_TIME: Duration = Duration::from_secs(30);
 /// How long an attach or a detach keeps its turn: libvirt may leave it unanswered for ever.
 const TURN_LENGTH: Duration = Duration::from_secs(5);
-/// So many of them may last longer, beside those that have a turn: as many calls as may be
-/// unanswered, and a little.
+/// Maximum number of operations that take longer and have given up their turn: slightly more than
+/// the number of calls that may be unanswered.
 const LONG_TURNS: usize = 16;
 /// How long a request may take in all.
 const REQUEST_TIME: Duration = Duration::from_secs(120);
 
-/// What the API is served with.
+/// Shared state of the API's handlers.
 pub struct Api {
     /// The configuration that counts now.
     pub config: Box<dyn Fn() -> Arc<Config> + Send + Sync>,
-    /// What runs the guests.
+    /// Connection to the hypervisor.
     pub hypervisor: Arc<Supervised>,
-    /// What is counted.
+    /// Metrics of the agent.
     pub metrics: Arc<Metrics>,
     /// This host's name.
     pub host: String,
-    /// Who can tell whose a token is.
+    /// Validator of tokens.
     pub identity: Arc<dyn Identity>,
     inventory: Inventory,
     portal: portal::Portal,
@@ -150,8 +150,8 @@ impl Api {
         context.map_err(|e| ApiError::internal(e.to_string()))
     }
 
-    /// What waits for disks and for libvirt does not keep others waiting. Once begun it is
-    /// finished, though its caller be gone, and has its place for as long.
+    /// Runs work that waits for disks or for libvirt without blocking other requests. Once begun,
+    /// the work completes even if its client disconnects, and keeps its place until then.
     async fn blocking<T: Send + 'static>(
         self: &Arc<Self>,
         work: impl FnOnce(&Self) -> Result<T, ApiError> + Send + 'static,
@@ -165,14 +165,9 @@ impl Api {
         done.await.unwrap_or_else(|e| Err(ApiError::internal(e.to_string())))
     }
 
-    /// Whose token it is. Whoever guesses is soon told to wait.
-    async fn caller(
-        &self,
-        token: &str,
-        peer: Option<Peer>,
-        look: Freshness,
-    ) -> Result<Caller, ApiError> {
-        // Nobody else is kept busy by guesses.
+    /// Validates a token. An address that sends too many wrong tokens must wait.
+    async fn caller(&self, token: &str, peer: Option<Peer>, look: Look) -> Result<Caller, ApiError> {
+        // Guesses must not keep other callers waiting.
         if let Some(Peer::Remote(from)) = peer
             && let Some(wait) = self.rates.waits(from)
             && self.identity.caller(token, Freshness::CachedOnly).await.is_err()
@@ -204,9 +199,8 @@ impl Api {
         self.rates.change(&caller.name)
     }
 
-    /// What gives devices to guests or takes them back: so many at once, but those for which
-    /// libvirt takes long give their turn to others. Once begun it is finished, though its caller
-    /// be gone.
+    /// Runs an attach or detach. Their number is limited, but an operation that waits long for
+    /// libvirt gives its turn to another. Once begun, it completes even if its client disconnects.
     async fn acting<T: Send + 'static>(
         self: &Arc<Self>,
         work: impl FnOnce(&Self) -> Result<T, ApiError> + Send + 'static,
@@ -278,7 +272,7 @@ fn router(api: Arc<Api>) -> Router {
         .with_state(api)
 }
 
-/// Who asks, and whether for the tenant that the path names.
+/// Authenticates the caller, and checks the tenant in the path.
 async fn authenticate(
     State(api): State<Arc<Api>>,
     path: Result<RawPathParams, RawPathParamsRejection>,
@@ -292,7 +286,7 @@ async fn authenticate(
         Ok(caller) => caller,
         Err(fault) => {
             let mut response = fault.into_response();
-            // Nobody who cannot say who he is keeps a connection.
+            // A client that cannot authenticate must not keep a connection.
             response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
             return response;
         }
@@ -337,7 +331,8 @@ async fn whose(
         ([], Some(Peer::Local { uid })) => {
             Ok(Caller { name: format!("uid {uid}"), project: None, role: Role::Admin })
         }
-        // Of two, whoever looked at the request before may have meant the other.
+        // If two actions match, a proxy that checked the request before may have meant the other
+        // one.
         _ => Err(ApiError::unauthorized()),
     }
 }

@@ -66,7 +66,7 @@ const PREFIXES: [(&str, &str, bool); 4] = [
 ];
 const TOKEN: &str = "token";
 const FAULT: &str = "Fault";
-/// What any call may be answered instead.
+/// Error responses that any call may return.
 const FAULTS: [(&str, &str); 12] = [
     ("400", "The request is invalid; the message says where"),
     ("401", "No valid token"),
@@ -82,7 +82,7 @@ const FAULTS: [(&str, &str); 12] = [
     ("default", "A fault"),
 ];
 
-/// The description.
+/// Builds the OpenAPI description.
 pub(super) fn document() -> utoipa::openapi::OpenApi {
     let mut document = Described::openapi();
     let calls = std::mem::take(&mut document.paths);
@@ -128,7 +128,7 @@ pub(super) fn document() -> utoipa::openapi::OpenApi {
     document
 }
 
-/// What holds for every call.
+/// Adds the parts that all calls have in common.
 fn complete(operation: &mut Operation, version: &str, tenant: bool) {
     operation.operation_id = operation.operation_id.take().map(|id| format!("{version}_{id}"));
     if tenant {
@@ -164,7 +164,7 @@ fn text() -> String {
     document().to_pretty_json().unwrap_or_default() + "\n"
 }
 
-/// `GET /openapi.json`, for everybody.
+/// Serves `GET /openapi.json` without authentication.
 pub(super) async fn show() -> impl IntoResponse {
     static TEXT: LazyLock<String> = LazyLock::new(text);
     ([(CONTENT_TYPE, "application/json")], TEXT.as_str())

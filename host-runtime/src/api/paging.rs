@@ -5,12 +5,12 @@ use axum::http::Uri;
 use super::error::ApiError;
 use super::responses::Link;
 
-/// No more of a list than this is answered at once, whatever is asked for; Nova's `max_limit`.
+/// Maximum number of entries in a response, like Nova's `max_limit`.
 const PAGE: usize = 1000;
 /// The last that any JSON reader keeps whole.
 pub(super) const LAST_MARKER: u64 = (1 << 53) - 1;
 
-/// How many at once: what was asked for, but no more than [`PAGE`].
+/// The requested limit, but at most [`PAGE`].
 pub(super) fn limit(asked: Option<u32>) -> Result<usize, ApiError> {
     match asked {
         Some(0) => Err(ApiError::bad_request("limit: found 0, wanted 1 or more.")),

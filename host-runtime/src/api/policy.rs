@@ -1,4 +1,5 @@
-//! Who may do what: one table, and nothing else decides it. Pure. What no line allows is denied.
+//! Authorization in one table. No other code decides it. Pure. A call that no line allows is
+//! denied.
 //!
 //! | | reader | member | admin |
 //! |---|---|---|---|
@@ -8,19 +9,19 @@
 //! | attach, detach | | its project's servers | all |
 //! | change devices, flavors, owners; look at grants and change them | | | yes |
 //!
-//! The role is looked at first: who may not do it at all is told so, whatever there is. Then the
-//! object: what is not one's own is not there.
+//! The role is checked first: a caller without the role is refused regardless of the object. Then
+//! the object is checked: an object of another project does not exist for the caller.
 
 use virt_usb_model::{ProjectId, UnavailableReason};
 use virt_usb_store::{ClaimRow, Record};
 
 use super::identity::{Caller, Role};
 
-/// What is asked for.
+/// A call that needs authorization.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Call {
-    /// Hosts, flavors: nobody's own.
-    Freshness,
+    /// Read hosts and flavors, which belong to no project.
+    Look,
     /// A device, a server, its events.
     LookAt,
     /// Gives a server a device.
@@ -29,16 +30,16 @@ pub enum Call {
     Detach,
     /// Devices: enable, disable, tags, clearing of quarantine.
     ChangeDevice,
-    /// Flavors.
+    /// Change the stored flavors.
     ChangeFlavor,
-    /// Whose a server is.
+    /// Change the owner of a server.
     ChangeOwner,
     /// Grants: to look at them too, for they name projects.
     Grants,
 }
 
 impl Call {
-    /// All calls.
+    /// All calls, in order.
     pub const ALL: [Self; 8] = [
         Self::Freshness,
         Self::LookAt,
@@ -62,14 +63,14 @@ impl Call {
     }
 }
 
-/// May it?
+/// Result of an authorization check.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Authorization {
-    /// Yes.
+    /// The call is allowed.
     Allowed,
     /// No, and it may know that.
     Forbidden,
-    /// It is told that there is no such thing.
+    /// The caller is told that the object does not exist.
     Hidden,
 }
 
@@ -110,8 +111,8 @@ pub fn may_know_holder(caller: &Caller, claim: &ClaimRow) -> bool {
     caller.is_admin() || caller.owns(owner.as_ref())
 }
 
-/// What the caller's project holds is its own to see; else what the whitelist or a grant gives to
-/// it, or what is for everybody.
+/// Whether the device is visible to the caller: its project holds the device, or the whitelist or a
+/// grant gives the project access, or the device is available to all projects.
 fn is_for(caller: &Caller, device: &Record, claim: Option<&ClaimRow>) -> bool {
     if claim.is_some_and(|claim| may_know_holder(caller, claim)) {
         return true;

@@ -1,5 +1,4 @@
-//! How often somebody may do something. Reading is bounded by connections; what changes something,
-//! and guessing, by these.
+//! Rate limits for changes and wrong tokens. The limits on connections bound reads.
 
 use std::collections::HashMap;
 use std::hash::Hash;
@@ -14,20 +13,20 @@ use governor::{Quota, RateLimiter};
 
 use super::error::ApiError;
 
-/// Changes by one caller: so many at once, and so many a second after that.
+/// Changes by one caller: burst size, and rate per second.
 const CHANGES: (u32, u32) = (200, 20);
-/// Tokens that nobody has, from one address.
+/// Wrong tokens from one address: burst size, and rate per second.
 const GUESSES: (u32, u32) = (50, 5);
-/// Whoever is as good as new is forgotten once there are more than so many.
+/// Number of callers above which idle ones are forgotten.
 const KNOWN: usize = 4096;
 
 type Limiter<K> = RateLimiter<K, HashMapStateStore<K>, DefaultClock>;
 
-/// What everybody may still do.
+/// Remaining budgets of all callers.
 pub(super) struct Rates {
     changes: Limiter<String>,
     guesses: Limiter<IpAddr>,
-    /// Who has guessed too often, and until when.
+    /// Addresses that sent too many wrong tokens, with the end of their wait.
     waiting: Mutex<HashMap<IpAddr, Instant>>,
 }
 
@@ -58,7 +57,7 @@ impl Rates {
         check(&self.changes, &caller.to_owned())
     }
 
-    /// One more token that nobody has.
+    /// Counts a wrong token.
     pub(super) fn guess(&self, from: IpAddr) -> Result<(), ApiError> {
         let checked = check(&self.guesses, &from);
         if let Some(wait) = checked.as_ref().err().and_then(ApiError::retry_after) {
@@ -72,7 +71,7 @@ impl Rates {
         checked
     }
 
-    /// What somebody at this address is told who is to guess no more for now.
+    /// The error for an address that must wait before its next attempt.
     pub(super) fn waits(&self, from: IpAddr) -> Option<ApiError> {
         let waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
         let left = waiting.get(&from)?.checked_duration_since(Instant::now())?;

@@ -1,5 +1,4 @@
-//! What a request says, read strictly: each part that is wrong is answered in Nova's shape, with
-//! its place.
+//! Strict parsing of requests. An error response has Nova's format and names the place.
 
 use std::error::Error as _;
 use std::fmt::Write as _;
@@ -23,7 +22,7 @@ pub(super) const MOST: usize = 64 << 10;
 /// How long a body may take to arrive.
 const BODY_TIME: Duration = Duration::from_secs(10);
 
-/// What every answer and the log name a request by: `req-` and a UUID, as OpenStack has it.
+/// Id of a request in its response and in the log: `req-` and a UUID, as in OpenStack.
 pub(super) struct RequestId(pub(super) String);
 
 impl RequestId {
@@ -43,15 +42,15 @@ impl RequestId {
     }
 }
 
-/// Whoever asks.
+/// The caller of a request.
 pub(super) struct Asks(pub(super) Caller);
 
 impl<S: Sync> FromRequestParts<S> for Asks {
     type Rejection = ApiError;
 
     async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, ApiError> {
-        // It is there: no route is without the layer that puts it there. Were it not, nobody would
-        // be let in.
+        // The authentication layer of every route adds the caller. Without it, the request would be
+        // rejected.
         parts.extensions.get::<Caller>().cloned().map(Self).ok_or_else(ApiError::unauthorized)
     }
 }
@@ -70,7 +69,7 @@ impl<T: DeserializeOwned + Send, S: Send + Sync> FromRequestParts<S> for Named<T
     }
 }
 
-/// The query.
+/// The parsed query of a request.
 pub(super) struct Asked<T>(pub(super) T);
 
 impl<T: DeserializeOwned, S: Send + Sync> FromRequestParts<S> for Asked<T> {

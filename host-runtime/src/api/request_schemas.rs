@@ -1,5 +1,5 @@
-//! What a request's body may be, described: strictly, and as widely as the model reads it. A
-//! derived schema cannot say that a key rules out another, or that a number may be text.
+//! Schemas of the request bodies: strict, but as tolerant as the model's parsers. A derived schema
+//! cannot express that a key excludes another, or that a number may be text.
 
 use std::borrow::Cow;
 
@@ -24,8 +24,8 @@ const PROJECT: &str =
 /// A stored flavor's name, or a grant's.
 const NAME: &str = r"^[^@\u0000-\u001f\u007f-\u009f\u061c\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff][^\u0000-\u001f\u007f-\u009f\u061c\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff]{0,254}$";
 
-/// What a parameter of that name may be, in whichever path or query it stands; none: what its call
-/// says.
+/// Schema of a parameter with this name, in any path or query; `None` to use the schema of its
+/// call.
 pub(super) fn parameter(name: &str) -> Option<RefOr<Schema>> {
     let text = |pattern| json!({ "type": "string", "pattern": pattern });
     let number =
@@ -44,7 +44,7 @@ pub(super) fn parameter(name: &str) -> Option<RefOr<Schema>> {
     Some(described(schema))
 }
 
-/// These are texts of this module's own: they can be read.
+/// Parses a schema of this module; these texts are always valid.
 fn described(schema: Value) -> RefOr<Schema> {
     serde_json::from_value::<Schema>(schema).unwrap_or_default().into()
 }
@@ -86,9 +86,9 @@ described! {
         },
         "additionalProperties": false,
     });
-    /// What a flavor asks for.
+    /// The requests of a flavor.
     FlavorRequest = flavor_request();
-    /// Which devices, for which projects.
+    /// The devices and projects of a grant.
     GrantRequest = json!({
         "type": "object",
         "description": "Devices, and the projects that they are available to.",
@@ -102,7 +102,7 @@ described! {
     });
     /// An action on a server.
     ServerActionRequest = json!({
-        "description": "One of them.",
+        "description": "Exactly one action.",
         "example": { "attach_usb_devices": { "usb_devices_requests": [{ "id": 1 }] } },
         "oneOf": [
             one("attach_usb_devices", requests("UsbDeviceRequest")),
@@ -113,7 +113,7 @@ described! {
     });
     /// An action on a device.
     DeviceActionRequest = json!({
-        "description": "One of them.",
+        "description": "Exactly one action.",
         "example": { "disable": { "reason": "lent" } },
         "oneOf": [
             one("enable", json!({ "type": "null" })),
@@ -185,8 +185,8 @@ fn flavor_request() -> Value {
     })
 }
 
-/// Which keys are there as something, which as `null` at most; the others as either. `most` is how
-/// many devices may be asked for; none: no count is said.
+/// Schema of a device request: keys in `named` must have a value, keys in `nothing` may only be
+/// `null`, other keys may have either. `most` is the maximum count; `None` leaves `count` out.
 fn device_request(most: Option<u32>) -> Value {
     let describe = |named: &[&str], nothing: &[&str]| {
         let count = if named.contains(&"id") { most.map(|_| 1) } else { most };
@@ -223,7 +223,7 @@ const KEYS: [&str; 9] =
 /// A port number at a hub, 1 to 255, in up to three digits.
 const NUMBER: &str = "(0{0,2}[1-9]|0?[1-9][0-9]|1[0-9]{2}|2[0-4][0-9]|25[0-5])";
 
-/// What may stand at a key of a request; `null` is as good as nothing.
+/// Schema of the value of a key; `null` means the same as a missing key.
 fn value(key: &str, needed: bool, most: u32) -> Value {
     let kinds = |kinds: &[&str]| -> Value {
         kinds.iter().copied().chain((!needed).then_some("null")).collect()

@@ -1,5 +1,5 @@
-//! What is answered, key by key. The first eleven of a device, their order and their types are the
-//! API's promise; more may follow them.
+//! Response bodies, key by key. The first eleven keys of a device, their order and their types are
+//! guaranteed by the API; more keys may follow.
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -23,7 +23,7 @@ pub(super) struct UsbDevice {
     /// Four hexadecimal digits.
     pub(super) vendor_id: String,
     pub(super) bus_id: String,
-    /// Its number on the bus.
+    /// Device number on the bus.
     pub(super) device_id: String,
     /// The last number of its port path.
     pub(super) port_id: String,
@@ -31,7 +31,7 @@ pub(super) struct UsbDevice {
     pub(super) status: String,
     /// The operator's words.
     pub(super) extra_info: String,
-    /// Who has it, for those who may know; else empty.
+    /// Instance that holds the device, if the caller may see it; otherwise empty.
     pub(super) instance_uuid: String,
     /// Why it is unavailable: `whitelist`, `host-use`, `disabled`, `quarantined`, `flapping`,
     /// `unreachable`.
@@ -61,11 +61,11 @@ pub(super) struct UsbDevice {
     pub(super) hypervisor_hostname: String,
     /// The only projects that get it, for administrators.
     pub(super) projects: Option<Vec<String>>,
-    /// What the host uses it for, for administrators.
+    /// Use of the device by the host, for administrators.
     pub(super) host_use: Option<String>,
     pub(super) created_at: Option<String>,
     pub(super) updated_at: Option<String>,
-    /// When it was unplugged, where nobody had it then.
+    /// Time of the unplug, if no instance held the device then.
     pub(super) deleted_at: Option<String>,
     /// The kernel drivers that it is bound to, for administrators; so are those that follow.
     pub(super) driver: Option<String>,
@@ -73,10 +73,9 @@ pub(super) struct UsbDevice {
     pub(super) disabled: Option<String>,
     /// Why it waits for an operator.
     pub(super) quarantined: Option<String>,
-    /// It came and went too often: it is not offered until then.
+    /// End of the pause of a flapping device, which is unavailable until then.
     pub(super) flapping_until: Option<String>,
-    /// What is different from what it was when it was claimed last, where it was quarantined after
-    /// that.
+    /// How the device differs from its last claim, if it was quarantined after that.
     pub(super) altered: Option<String>,
 }
 
@@ -131,7 +130,7 @@ impl UsbDevice {
     }
 }
 
-/// Who has a device.
+/// A claim on a device.
 #[derive(Debug, Serialize, ToSchema)]
 pub(super) struct UsbClaim {
     id: i64,
@@ -144,7 +143,7 @@ pub(super) struct UsbClaim {
     project_id: Option<String>,
     /// The position of the request among the instance's; none: found in the domain's own XML.
     request: Option<u32>,
-    /// `claimed`, `allocated`.
+    /// State of the claim: `claimed` or `allocated`.
     state: String,
     /// Until when: `running`, `instance`.
     hold: String,
@@ -155,7 +154,7 @@ pub(super) struct UsbClaim {
     revision: i64,
     /// The device is to leave the guest.
     ending: bool,
-    /// The guest came in with the device by restore or migration: it is to be attached anew.
+    /// The guest was restored or migrated with the device, which must be reattached.
     arrived: bool,
 }
 
@@ -180,7 +179,7 @@ impl From<&ClaimRow> for UsbClaim {
     }
 }
 
-/// What stands between an instance and what it is to have.
+/// A problem that keeps an instance from its devices.
 #[derive(Debug, Serialize, ToSchema)]
 pub(super) struct UsbProblem {
     instance_uuid: String,
@@ -212,7 +211,7 @@ pub(super) struct UsbEvent {
     id: i64,
     /// UTC, ISO 8601.
     at: String,
-    /// What happened: `claimed`, `allocated`, `released`, `refused`, ...
+    /// Type of the event: `claimed`, `allocated`, `released`, `refused`, ...
     event: String,
     instance_uuid: Option<String>,
     /// The domain's name then.
@@ -221,7 +220,7 @@ pub(super) struct UsbEvent {
     usb_device_id: Option<u64>,
     /// By which program or caller, doing what; `null`: it is not for the caller to know.
     actor: Option<String>,
-    /// Why.
+    /// Details of the event.
     detail: Option<String>,
 }
 

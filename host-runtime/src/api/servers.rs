@@ -43,7 +43,7 @@ pub(super) struct Server {
     pub(super) id: InstanceId,
     pub(super) name: String,
     pub(super) running: bool,
-    /// Whose it is, where that is known.
+    /// Owner project, if known.
     pub(super) owner: Option<ProjectId>,
     /// Whether its domain says so itself.
     pub(super) by_domain: bool,
@@ -110,7 +110,7 @@ impl Api {
         Ok(server)
     }
 
-    /// What the server is to have at each start, and since when, where that is known.
+    /// Requests that are assigned to the server at each start, with their times, if known.
     pub(super) async fn assigned(
         self: &Arc<Self>,
         server: &Server,
@@ -156,7 +156,7 @@ impl Api {
         Ok(found)
     }
 
-    /// The server; of one that libvirt does not know any more what it still holds tells.
+    /// Finds the server. If libvirt no longer knows it, its claims describe it.
     fn find(&self, id: InstanceId) -> Result<Option<Server>, ApiError> {
         let running = self.hypervisor.look(id)?.is_some();
         let snapshot = self.inventory.now()?;
@@ -192,7 +192,7 @@ struct Listed {
     name: String,
     /// As Nova has it: `ACTIVE`, `SHUTOFF`.
     status: &'static str,
-    /// Whose it is, where that is known.
+    /// Owner project, if known.
     #[schema(value_type = Option<String>)]
     project_id: Option<ProjectId>,
     /// When the server's host asked libvirt about it last: UTC, ISO 8601; null where that is not
@@ -219,12 +219,12 @@ pub(super) struct Servers {
     servers: Vec<Listed>,
 }
 
-/// Which servers.
+/// Filter of the list of servers.
 #[derive(Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
 pub(super) struct Query {
-    /// Those of exactly this name.
+    /// Exact name of the server.
     name: Option<String>,
 }
 
@@ -241,7 +241,7 @@ pub(super) async fn list(
     Ok(Json(Servers { servers: servers.into_iter().map(Listed::from).collect() }))
 }
 
-/// Whose a server is, as an administrator has said.
+/// Owner of a server, as set by an administrator.
 #[derive(Serialize, ToSchema)]
 struct UsbOwner {
     instance_uuid: String,
@@ -257,7 +257,7 @@ pub(super) struct Owners {
     usb_owners: Vec<UsbOwner>,
 }
 
-/// Whose servers are, as administrators have said: for administrators
+/// Owners that administrators have set; for administrators
 #[utoipa::path(get, path = "/os-usb-owners", tag = "servers", operation_id = "list_usb_owners",
     responses((status = 200, description = "Owners that were set here", body = Owners)))]
 pub(super) async fn owners(
@@ -281,15 +281,15 @@ pub(super) struct Shown {
     server: Described,
 }
 
-/// What came of an action.
+/// Result of an action.
 #[derive(Serialize, Deserialize, ToSchema)]
 #[schema(as = ServerAction)]
 pub(super) struct Acted {
-    /// Those that were attached or detached, as they are now.
+    /// The attached or detached devices, in their new state.
     pub(super) usb_devices: Vec<UsbDevice>,
     /// Whether the server runs; if not, what is attached comes at its next start.
     pub(super) live: bool,
-    /// The ids of those that it had before it was asked for.
+    /// Ids of the devices that the server already had.
     pub(super) already: Vec<u64>,
 }
 
@@ -299,12 +299,12 @@ struct Described {
     #[serde(flatten)]
     listed: Listed,
     usb_devices: Vec<UsbDevice>,
-    /// What it is to have at each start, whoever is free then.
-    #[schema(value_type = Vec<super::request_schemas::UsbDeviceRequest>)]
+    /// Requests that are satisfied at each start, with any available device.
+    #[schema(value_type = Vec<super::asked::UsbDeviceRequest>)]
     usb_devices_requests: Vec<DeviceRequest>,
 }
 
-/// What a server has, and is to have
+/// Show a server with its devices and requests
 #[utoipa::path(get, path = "/servers/{server_id}/os-usb-devices", tag = "servers", operation_id = "show_server_usb_devices",
     params(("server_id" = String, Path, description = "The server's UUID")),
     responses((status = 200, description = "The server", body = Shown)))]
@@ -327,10 +327,11 @@ async fn describe(api: &Arc<Api>, caller: &Caller, server: Server) -> Result<Sho
     Ok(Shown { server: Described { listed: server.into(), usb_devices, usb_devices_requests } })
 }
 
-/// Attach or detach devices, all or nothing; say whose a server is
+/// Attach or detach devices, all or nothing; set the owner of a server
 ///
-/// On a server that runs an attach is done when it is answered; on one that does not it counts from
-/// its next start. Whose a server is administrators say of those whose domain does not.
+/// On a running server, an attach is complete when the response is sent. On a stopped server, it
+/// takes effect at the next start. Administrators set the owner of a server whose domain names
+/// none.
 #[utoipa::path(post, path = "/servers/{server_id}/action", tag = "servers", operation_id = "act_on_server",
     params(("server_id" = String, Path, description = "The server's UUID")),
     request_body = ServerActionRequest,
@@ -377,7 +378,7 @@ fn project(name: &str, value: &Value) -> Result<ProjectId, ApiError> {
         .map_err(|e: ParseError| ApiError::bad_request(sentence(&e.at("project_id").to_string())))
 }
 
-/// Says whose a server is; `None` takes that back.
+/// Sets the owner of a server, or removes it with `None`.
 pub(super) async fn give_to(
     api: &Arc<Api>,
     caller: &Caller,
@@ -540,7 +541,7 @@ fn fault(api: &Api, caller: &Caller, server: &Server, e: OperateError) -> ApiErr
     }
 }
 
-/// What stands in the way of a request, as far as the caller may know of it.
+/// Describes why a request cannot be satisfied, as far as the caller may know.
 fn shortage(snapshot: &Snapshot, caller: &Caller, short: &Shortage) -> String {
     let obstacles: Vec<String> = short
         .matching

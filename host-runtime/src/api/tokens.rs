@@ -1,4 +1,5 @@
-//! The file of tokens, in `state_dir`: who may use the API where no other service says so.
+//! The file of tokens in `state_dir`, which authenticates callers of the API without another
+//! service.
 //!
 //! ```toml
 //! [[token]]
@@ -9,10 +10,10 @@
 //! created_at = "2026-11-25T20:40:33Z"
 //! expires_at = "2027-02-23T20:40:33Z"
 //! ```
-//! It holds hashes: a token is 256 random bits, shown once, when it is made, and guessing one from
-//! its SHA-256 is guessing 256 bits. The file is 0600 and the agent's; it is written beside and
-//! renamed, and the agent reads it again when it has changed. One that cannot be read, or is wrong,
-//! lets nobody in.
+//! The file contains hashes. A token is 256 random bits and is shown once, when it is created; to
+//! guess it from its SHA-256 is to guess 256 bits. The file has mode 0600 and belongs to the agent's
+//! user. It is replaced by a rename, and the agent reads it again after a change. If it cannot be
+//! read or is invalid, every token is rejected.
 
 use std::collections::HashMap;
 use std::fs::{File, Metadata, OpenOptions, Permissions};
@@ -32,7 +33,7 @@ use virt_usb_fleet::stamp::{Stamp, stamp};
 
 /// The file's name.
 pub const FILE: &str = "tokens.toml";
-/// What every token begins with, so that one that has strayed into a log or a repository is found.
+/// Prefix of every token, by which a token that was leaked into a log or a repository can be found.
 pub(super) const PREFIX: &str = "vusb_";
 /// The largest file that is read, in bytes: ten thousand tokens.
 const MOST: u64 = 4 << 20;
@@ -41,7 +42,7 @@ const MOST: u64 = 4 << 20;
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Entry {
-    /// Whose it is, for audit and log.
+    /// Name of the token, for the audit trail and the log.
     pub name: String,
     /// Of the token, hexadecimal.
     pub sha256: String,
@@ -66,21 +67,21 @@ struct Content {
 /// The file cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum TokensError {
-    /// It cannot be read or written.
+    /// The file cannot be read or written.
     #[error("cannot use the tokens' file {path}: {why}")]
     Io {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// Why.
+        /// Cause of the failure.
         why: io::Error,
     },
-    /// It does not say what it may say.
+    /// The content of the file is invalid.
     #[error(
         "the tokens' file {path} is wrong: {what}; every token in it is rejected until the \
         file is fixed"
     )]
     Wrong {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
         /// Where and why.
         what: String,
@@ -93,16 +94,16 @@ pub enum TokensError {
 /// A new token: to be shown once.
 #[derive(Debug)]
 pub struct Made {
-    /// The token.
+    /// The token itself.
     pub token: String,
-    /// What the file knows of it.
+    /// Entry of the token in the file.
     pub entry: Entry,
 }
 
-/// What a new token is to be.
+/// Properties of a new token.
 #[derive(Debug, Clone)]
 pub struct Wanted<'a> {
-    /// Whose; no two tokens have one name.
+    /// Name of the token, which must be unique.
     pub name: &'a str,
     /// For which project.
     pub project: &'a ProjectId,
@@ -119,7 +120,7 @@ pub struct TokenFile {
 }
 
 impl TokenFile {
-    /// That of this folder; it need not be there.
+    /// The file of tokens in this folder; it need not exist.
     pub fn new(state_dir: &Path) -> Self {
         Self { path: state_dir.join(FILE) }
     }
@@ -243,7 +244,7 @@ impl TokenFile {
             Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
             _ => {}
         }
-        // A new file or none: what stands there, a link too, is not written to.
+        // Create a new file or fail: an existing file, or a link, is not written to.
         let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&beside)?;
         file.set_permissions(Permissions::from_mode(0o600))?;
         writeln!(
@@ -275,7 +276,7 @@ impl TokenFile {
         Ok(text)
     }
 
-    /// Whoever may write to its folder may put another file in its place.
+    /// Checks owner and mode: a user who may write to the folder can replace the file.
     fn is_ours(&self, file: &Metadata) -> io::Result<()> {
         let folder = self.path.parent().unwrap_or(Path::new("/")).metadata()?;
         if folder.mode() & 0o002 != 0 {
@@ -294,7 +295,7 @@ impl TokenFile {
         Ok(())
     }
 
-    /// Root uses the file as the user to whom its folder belongs, and who may plant links there.
+    /// Uses the file as the owner of its folder, because that user may create links there.
     fn enter(&self) -> Result<AsUser, TokensError> {
         User::of_folder_of(&self.path).and_then(User::enter).map_err(|why| self.fault(why))
     }
@@ -336,7 +337,7 @@ fn hash(token: &str) -> String {
     hex(&sha256(token.as_bytes()))
 }
 
-/// Who it is, and until when.
+/// The caller of an entry, and its expiry.
 fn parse(entry: &Entry) -> Result<(Caller, Option<Timestamp>), String> {
     let wrong = |key: &'static str| move |e: &dyn std::fmt::Display| format!("{key}: {e}");
     let is_hash = entry.sha256.len() == 64
@@ -351,7 +352,7 @@ fn parse(entry: &Entry) -> Result<(Caller, Option<Timestamp>), String> {
     Ok((Caller { name: entry.name.clone(), project: Some(project), role }, until))
 }
 
-/// Who the file says they are. It is read again when it has changed.
+/// Validates tokens by the file, which is read again after a change.
 pub struct Tokens {
     file: TokenFile,
     known: Mutex<Known>,
@@ -366,7 +367,7 @@ struct Known {
 }
 
 impl Tokens {
-    /// Those of the file.
+    /// Validates tokens by this file.
     pub fn new(file: TokenFile) -> Self {
         Self { file, known: Mutex::default() }
     }
@@ -508,7 +509,7 @@ mod tests {
         );
         std::fs::set_permissions(file.path(), Permissions::from_mode(0o600)).unwrap();
         assert!(tokens.find(&made.token).is_ok());
-        // Looked at anew when the file's stamp changes, and then it is the folder that is wrong.
+        // The check is repeated when the file's stamp changes, and then the folder is the problem.
         std::fs::set_permissions(dir.path(), Permissions::from_mode(0o777)).unwrap();
         std::fs::write(file.path(), format!("{right}\n\n\n\n")).unwrap();
         assert!(

@@ -101,7 +101,7 @@ fn watch(file: &Path, devices: &Sender<DeviceSignal>) {
     }
 }
 
-/// The devices of the file, as it is now.
+/// Source of the devices in the file, read again each time.
 struct FileSource {
     simulation: Simulation,
     text: Arc<Mutex<String>>,

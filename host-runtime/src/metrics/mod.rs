@@ -1,4 +1,4 @@
-//! What the agent counts, in the text format of Prometheus (OpenMetrics), and where it is served.
+//! Metrics of the agent in the text format of Prometheus (OpenMetrics), and the server for them.
 
 mod serve;
 
@@ -299,8 +299,8 @@ fn now() -> f64 {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64()
 }
 
-/// What the agent's process uses, as the kernel counts it (proc_pid_status(5)), under the names
-/// that Prometheus's clients use.
+/// Resources of the agent's process, as the kernel counts them (proc_pid_status(5)), under the
+/// names that Prometheus's clients use.
 #[derive(Default)]
 struct Process {
     cpu: Gauge<f64, AtomicU64>,
@@ -318,7 +318,7 @@ impl Process {
         process.register("threads", "Threads", self.threads.clone());
     }
 
-    /// What cannot be read stays as it was.
+    /// Values that cannot be read stay unchanged.
     fn look(&self) {
         if let Ok(found) = std::fs::read_dir("/proc/self/fd") {
             // One of them is the folder itself.
@@ -338,13 +338,8 @@ impl Process {
 }
 
 impl Metrics {
-    /// What there is now.
-    pub fn show<'a>(
-        &self,
-        devices: impl IntoIterator<Item = &'a Record>,
-        claims: impl IntoIterator<Item = &'a ClaimRow>,
-        problems: usize,
-    ) {
+    /// Updates the metrics of the inventory.
+    pub fn show(&self, view: &View) {
         let mut now = Shown::default();
         for record in devices {
             let reason = record.entry.status_reason.clone().unwrap_or_default();
@@ -465,7 +460,7 @@ impl Metrics {
         *self.certificate.lock().unwrap_or_else(PoisonError::into_inner) = Some(file);
     }
 
-    /// What cannot be read stays as it was.
+    /// Values that cannot be read stay unchanged.
     fn look_at_certificate(&self) {
         let file = self.certificate.lock().unwrap_or_else(PoisonError::into_inner).clone();
         if let Some(Ok(expires)) = file.map(|file| expiry(&file)) {
@@ -488,7 +483,7 @@ impl Metrics {
         self.unanswered.set(i64::try_from(unanswered).unwrap_or(i64::MAX));
     }
 
-    /// The fleet was told this revision; or, with nothing, does not hear of this host.
+    /// Records the published revision; `None` if this host is not published.
     pub(crate) fn fleet(&self, revision: Option<u64>) {
         self.fleet.get_or_create(&Labels::new()).set(i64::from(revision.is_some()));
         if let Some(revision) = revision {
@@ -497,8 +492,8 @@ impl Metrics {
         }
     }
 
-    /// A hook's message: `prepare 1234 0`. What is no such message is nobody's.
-    pub(crate) fn hook(&self, message: &str) {
+    /// Counts a hook's message, such as `prepare 1234 0`. Peer messages are ignored.
+    pub(super) fn hook(&self, message: &str) {
         const KNOWN: [&str; 8] = [
             "prepare",
             "start",

@@ -263,7 +263,7 @@ mod tests {
             sessions.begin(n.to_string(), &n.to_string(), false).unwrap();
         }
         assert_eq!(sessions.0.lock().unwrap().len(), MOST);
-        // Whoever begins too many ends his own.
+        // A caller with too many sessions ends only its own.
         let all =
             |whose: &str| sessions.0.lock().unwrap().values().filter(|s| s.whose == whose).count();
         let sessions_of_others = MOST - MOST_EACH;
