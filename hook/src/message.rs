@@ -247,14 +247,18 @@ pub(crate) fn set_aside_by_hand(domain: &str, record: &Record) -> String {
 fn set_aside(record: &Record) -> Option<String> {
     let id = record.entry.id;
     match record.entry.state().ok()?.reason().or(record.withheld)? {
-        UnavailableReason::Disabled => Some(format!("'virt-usb enable {id}' makes it available again")),
+        UnavailableReason::Disabled => {
+            Some(format!("'virt-usb enable {id}' makes it available again"))
+        }
         UnavailableReason::Quarantined => {
             Some(format!("Inspect it, then run 'virt-usb quarantine clear {id}'"))
         }
         UnavailableReason::Flapping => Some(
             "Check its plug, cable and hub; it is available again once it stays connected".into(),
         ),
-        UnavailableReason::Whitelist | UnavailableReason::HostUse | UnavailableReason::Unreachable => None,
+        UnavailableReason::Whitelist
+        | UnavailableReason::HostUse
+        | UnavailableReason::Unreachable => None,
     }
 }
 

@@ -14,11 +14,11 @@ const INSTALLED: &str = "/usr/lib/virt-usb";
 /// Options that name the filter's file.
 #[derive(Debug, Args)]
 pub struct FilterFile {
-    /// The filter: a WebAssembly component of the world virt-usb:scheduler/filter; without it the
-    /// one that is beside this program, or in /usr/lib/virt-usb
+    /// Filter: a WebAssembly component of the world virt-usb:scheduler/filter [default: the one
+    /// beside this program or in /usr/lib/virt-usb]
     #[arg(long, value_name = "FILE", env = "VIRT_USB_FILTER")]
     pub component: Option<PathBuf>,
-    /// Take only a filter with this SHA-256
+    /// Accept only a filter with this SHA-256
     #[arg(long, value_name = "HEX", value_parser = digest)]
     pub sha256: Option<[u8; 32]>,
 }

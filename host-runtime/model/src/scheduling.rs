@@ -103,8 +103,8 @@ pub enum Verdict {
 pub struct Rejection {
     /// The first request that is not served, from 0; none where the host as a whole is out.
     pub request: Option<u32>,
-    /// UnavailableReason of the rejection.
-    pub reason: UnavailableReason,
+    /// Reason of the rejection.
+    pub reason: RejectionReason,
     /// How many devices the request wants.
     pub wanted: u32,
     /// How many the host has that match, in whatever state.
@@ -124,7 +124,7 @@ impl Rejection {
 
 /// Why a host cannot serve.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub enum UnavailableReason {
+pub enum RejectionReason {
     /// The host has no matching device.
     NoSuchDevice,
     /// The host has matching devices, but too few are available.

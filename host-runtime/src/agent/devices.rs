@@ -44,7 +44,7 @@ type FileId = (u64, u64);
 
 impl Files {
     /// The files as they are now.
-    pub(super) fn new(paths: Vec<PathBuf>) -> std::io::Result<Self> {
+    pub(crate) fn new(paths: Vec<PathBuf>) -> std::io::Result<Self> {
         paths
             .into_iter()
             .map(|path| Ok((path.clone(), file_id(&path)?)))
@@ -70,21 +70,21 @@ fn file_id(path: &Path) -> std::io::Result<FileId> {
 }
 
 /// The thread's belongings.
-pub(super) struct Devices {
-    pub(super) rules: Rules,
-    pub(super) source: Box<dyn UsbSource + Send>,
-    pub(super) store: Store,
-    pub(super) host: String,
-    pub(super) metrics: Arc<Metrics>,
-    pub(super) files: Files,
+pub(crate) struct Devices {
+    pub(crate) rules: LiveConfig,
+    pub(crate) source: Box<dyn UsbSource + Send>,
+    pub(crate) store: Store,
+    pub(crate) host: String,
+    pub(crate) metrics: Arc<Metrics>,
+    pub(crate) files: Files,
     /// Problems of the last scan.
-    pub(super) told: Vec<Problem>,
+    pub(crate) told: Vec<Problem>,
     /// How often to look whatever events there are, where the kernel's events do not arrive.
-    pub(super) without_events: Option<Duration>,
+    pub(crate) without_events: Option<Duration>,
     /// Connection to libvirt, from whose domains the uses without a claim follow.
-    pub(super) hypervisor: Arc<Supervised>,
-    pub(super) pulse: Pulse,
-    pub(super) guests: Sender<Signal>,
+    pub(crate) hypervisor: Arc<Supervised>,
+    pub(crate) pulse: Pulse,
+    pub(crate) guests: Sender<Signal>,
     /// Called after each scan: where devices are simulated, domains start when their devices are
     /// there.
     pub(crate) after: Box<dyn Fn() + Send>,
@@ -262,50 +262,6 @@ impl Devices {
                 );
             }
             Err(e) => tracing::warn!("cannot forget unplugged devices: {e}"),
-        }
-    }
-}
-
-/// Decides when to reload a changed configuration: after two equal reads, because an editor that
-/// rewrites a file empties it first.
-struct Edits {
-    /// As it was when it was read.
-    read: Option<Stamp>,
-    /// Whether a reload was requested, even without a change.
-    asked: bool,
-    /// As it was when it was first seen to be another, and when that was.
-    seen: Option<(Option<Stamp>, Instant)>,
-}
-
-impl Edits {
-    const fn new(read: Option<Stamp>) -> Self {
-        Self { read, asked: false, seen: None }
-    }
-
-    /// Until the next look.
-    fn next_look(&self) -> Duration {
-        if self.seen.is_some() { SETTLE } else { LOOK }
-    }
-
-    /// Whether to reload now.
-    fn settled(&mut self, stamp: Option<Stamp>, asked: bool, now: Instant) -> bool {
-        self.asked |= asked;
-        if !self.asked && stamp == self.read {
-            self.seen = None;
-            return false;
-        }
-        match self.seen {
-            Some((before, at)) if before == stamp => {
-                let settled = now.saturating_duration_since(at) >= SETTLE;
-                if settled {
-                    *self = Self::new(stamp);
-                }
-                settled
-            }
-            _ => {
-                self.seen = Some((stamp, now));
-                false
-            }
         }
     }
 }

@@ -118,7 +118,7 @@ enum Job {
     /// List all guests.
     List,
     /// Check one instance, and carry out its plan.
-    Converge { instance: InstanceId, absence: Absence, blocked: BTreeSet<String> },
+    Converge { instance: InstanceId, absence: ObservedAbsence, blocked: BTreeSet<String> },
 }
 
 impl Guests {
@@ -187,7 +187,7 @@ impl Guests {
     }
 
     /// Runs until the thread is stopped.
-    pub(super) fn run(mut self, signals: &Receiver<Signal>) {
+    pub(crate) fn run(mut self, signals: &Receiver<Signal>) {
         loop {
             match signals.recv_timeout(self.wait()) {
                 Ok(Signal::Stop) | Err(RecvTimeoutError::Disconnected) => return,

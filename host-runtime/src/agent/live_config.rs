@@ -118,14 +118,14 @@ fn path(file: Option<&Path>) -> &Path {
     file.unwrap_or(Path::new(DEFAULT_PATH))
 }
 
-/// When the configuration's file is read again: after it was the same in two looks, for an editor
-/// that writes it anew empties it first.
+/// Decides when to reload a changed configuration: after two equal reads, because an editor that
+/// rewrites a file empties it first.
 pub(super) struct Edits {
-    /// As it was when it was read.
+    /// Stamp of the file when it was read.
     read: Option<Stamp>,
-    /// Somebody has asked for it to be read, changed or not.
+    /// Whether a reload was requested, even without a change.
     asked: bool,
-    /// As it was when it was first seen to be another, and when that was.
+    /// Stamp that differs from `read`, and when it was first seen.
     seen: Option<(Option<Stamp>, Instant)>,
 }
 
@@ -134,12 +134,12 @@ impl Edits {
         Self { read, asked: false, seen: None }
     }
 
-    /// Until the next look.
+    /// Time until the next look at the file.
     pub(super) fn next_look(&self) -> Duration {
         if self.seen.is_some() { SETTLE } else { CONFIG_LOOK_INTERVAL }
     }
 
-    /// Whether it is to be read now.
+    /// Whether to reload now.
     pub(super) fn settled(&mut self, stamp: Option<Stamp>, asked: bool, now: Instant) -> bool {
         self.asked |= asked;
         if !self.asked && stamp == self.read {

@@ -10,6 +10,8 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use crate::metrics::Load;
+
 /// Maximum number of threads that work at the same time ...
 const PLACES: usize = 4;
 /// ... except those whose work takes longer than this, so that others wait at most a second.

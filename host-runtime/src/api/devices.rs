@@ -95,7 +95,7 @@ pub(super) async fn list(
     Asked(query): Asked<Query>,
     OriginalUri(uri): OriginalUri,
 ) -> Result<Json<UsbDevices>, ApiError> {
-    ApiError::unless(may(&caller, Call::Freshness), ApiError::forbidden)?;
+    ApiError::unless(may(&caller, Call::Look), ApiError::forbidden)?;
     let snapshot = if query.deleted == Some(true) {
         ApiError::unless(may(&caller, Call::ChangeDevice), ApiError::forbidden)?;
         tokio::task::block_in_place(|| api.inventory.with_deleted())?
@@ -250,7 +250,7 @@ impl Change {
                 let tags = tags.iter().map(tag).collect::<Result<_, _>>()?;
                 Ok(if name == "add_tags" { Self::AddTags(tags) } else { Self::RemoveTags(tags) })
             }
-            other => Err(ApiError::bad_request(format!("AuthError action: {other}."))),
+            other => Err(ApiError::bad_request(format!("Unknown action: {other}."))),
         }
     }
 }

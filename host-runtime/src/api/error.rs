@@ -169,7 +169,10 @@ impl ApiError {
 
     /// Returns `Ok` if the verdict allows the call; `missing` is the error for a caller who may not
     /// know that the object exists.
-    pub(super) fn unless(verdict: Authorization, missing: impl FnOnce() -> Self) -> Result<(), Self> {
+    pub(super) fn unless(
+        verdict: Authorization,
+        missing: impl FnOnce() -> Self,
+    ) -> Result<(), Self> {
         match verdict {
             Authorization::Allowed => Ok(()),
             Authorization::Forbidden => Err(Self::forbidden()),

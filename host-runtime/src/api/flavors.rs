@@ -56,7 +56,7 @@ pub(super) async fn list(
 
 /// All of them, if the caller may.
 pub(super) async fn all(api: &Arc<Api>, caller: &Caller) -> Result<Vec<StoredFlavor>, ApiError> {
-    ApiError::unless(may(caller, Call::Freshness), ApiError::forbidden)?;
+    ApiError::unless(may(caller, Call::Look), ApiError::forbidden)?;
     api.blocking(|api| Ok(api.store()?.flavors()?)).await
 }
 
@@ -69,7 +69,7 @@ pub(super) async fn show(
     Asks(caller): Asks,
     Named(FlavorName { flavor_name: name }): Named<FlavorName>,
 ) -> Result<Json<Shown>, ApiError> {
-    ApiError::unless(may(&caller, Call::Freshness), ApiError::forbidden)?;
+    ApiError::unless(may(&caller, Call::Look), ApiError::forbidden)?;
     let (wanted, told) = (name.clone(), name);
     let found = api.blocking(move |api| Ok(api.store()?.flavor(&wanted)?)).await?;
     let stored = found.ok_or_else(|| missing(&told))?;

@@ -61,7 +61,7 @@ impl Api {
             Err(Unanswered::Late) => Err(ApiError::unavailable(format!(
                 "Host {host} did not begin in time: the request was cancelled."
             ))),
-            Err(Unanswered::AuthError) => Err(ApiError::unavailable(format!(
+            Err(Unanswered::Unknown) => Err(ApiError::unavailable(format!(
                 "Host {host} did not report the result in time. Check which devices the server has."
             ))),
             Err(Unanswered::Etcd(e)) => Err(ApiError::fleet_away(e.to_string())),

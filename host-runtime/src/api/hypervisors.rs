@@ -93,7 +93,7 @@ pub(super) async fn list(
     State(api): State<Arc<Api>>,
     Asks(caller): Asks,
 ) -> Result<Json<Hypervisors>, ApiError> {
-    ApiError::unless(may(&caller, Call::Freshness), ApiError::forbidden)?;
+    ApiError::unless(may(&caller, Call::Look), ApiError::forbidden)?;
     let snapshot = api.inventory.now()?;
     let mut hypervisors: Vec<Listed> =
         snapshot.others.values().map(|one| other(one, &snapshot, &caller)).collect();
@@ -111,7 +111,7 @@ pub(super) async fn show(
     Asks(caller): Asks,
     Named(HostName { hypervisor_hostname: name }): Named<HostName>,
 ) -> Result<([(HeaderName, &'static str); 1], Bytes), ApiError> {
-    ApiError::unless(may(&caller, Call::Freshness), ApiError::forbidden)?;
+    ApiError::unless(may(&caller, Call::Look), ApiError::forbidden)?;
     let snapshot = api.inventory.now()?;
     let body = if name == api.host {
         snapshot.answer(&caller, || {

@@ -79,22 +79,22 @@ impl Caller {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum AuthError {
     /// The token does not exist or has expired; the response does not reveal which.
-    Nobody,
+    InvalidToken,
     /// There is, and it is good for nothing here: why, for its owner.
-    Useless(String),
+    Unusable(String),
     /// The token cannot be validated, with the reason for the log.
     Unavailable(String),
 }
 
 /// How fresh the validation of a token must be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Look {
+pub enum Freshness {
     /// Use only cached results.
-    Known,
+    CachedOnly,
     /// Accept a recent result.
-    Lately,
+    Cached,
     /// Validate now, because the request changes something.
-    Now,
+    Live,
 }
 
 /// The answer, some time.
@@ -103,7 +103,7 @@ pub type Answer<'a> = Pin<Box<dyn Future<Output = Result<Caller, AuthError>> + S
 /// A validator of tokens.
 pub trait Identity: Send + Sync {
     /// Validates a token and returns its caller.
-    fn caller<'a>(&'a self, token: &'a str, look: Look) -> Answer<'a>;
+    fn caller<'a>(&'a self, token: &'a str, freshness: Freshness) -> Answer<'a>;
 }
 
 /// The tokens of the file, recognised by their prefix, and Keystone for all others, if it is

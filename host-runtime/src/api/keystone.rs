@@ -169,7 +169,7 @@ impl Identity for Keystone {
 
 impl Inner {
     /// The cached result, if it is still valid for this request.
-    fn remembered(&self, hash: &[u8; 32], look: Look) -> Option<Result<Caller, AuthError>> {
+    fn remembered(&self, hash: &[u8; 32], look: Freshness) -> Option<Result<Caller, AuthError>> {
         let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         let found = known.get(hash)?;
         match &found.whose {

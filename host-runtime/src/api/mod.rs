@@ -166,7 +166,12 @@ impl Api {
     }
 
     /// Validates a token. An address that sends too many wrong tokens must wait.
-    async fn caller(&self, token: &str, peer: Option<Peer>, look: Look) -> Result<Caller, ApiError> {
+    async fn caller(
+        &self,
+        token: &str,
+        peer: Option<Peer>,
+        look: Freshness,
+    ) -> Result<Caller, ApiError> {
         // Guesses must not keep other callers waiting.
         if let Some(Peer::Remote(from)) = peer
             && let Some(wait) = self.rates.waits(from)

@@ -41,7 +41,7 @@ pub enum Call {
 impl Call {
     /// All calls, in order.
     pub const ALL: [Self; 8] = [
-        Self::Freshness,
+        Self::Look,
         Self::LookAt,
         Self::Attach,
         Self::Detach,
@@ -54,7 +54,7 @@ impl Call {
     /// The least role that may.
     const fn least(self) -> Role {
         match self {
-            Self::Freshness | Self::LookAt => Role::Reader,
+            Self::Look | Self::LookAt => Role::Reader,
             Self::Attach | Self::Detach => Role::Member,
             Self::ChangeDevice | Self::ChangeFlavor | Self::ChangeOwner | Self::Grants => {
                 Role::Admin

@@ -300,7 +300,7 @@ struct Described {
     listed: Listed,
     usb_devices: Vec<UsbDevice>,
     /// Requests that are satisfied at each start, with any available device.
-    #[schema(value_type = Vec<super::asked::UsbDeviceRequest>)]
+    #[schema(value_type = Vec<super::request_schemas::UsbDeviceRequest>)]
     usb_devices_requests: Vec<DeviceRequest>,
 }
 
@@ -348,7 +348,7 @@ pub(super) async fn act(
         "attach_usb_devices" => Call::Attach,
         "detach_usb_devices" => Call::Detach,
         "set_usb_owner" | "clear_usb_owner" => Call::ChangeOwner,
-        other => return Err(ApiError::bad_request(format!("AuthError action: {other}."))),
+        other => return Err(ApiError::bad_request(format!("Unknown action: {other}."))),
     };
     // Before the body is looked at: who may not do it has nothing to learn from its mistakes.
     let server = api.server(&caller, call, &server_id).await?;

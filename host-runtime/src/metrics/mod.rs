@@ -339,7 +339,12 @@ impl Process {
 
 impl Metrics {
     /// Updates the metrics of the inventory.
-    pub fn show(&self, view: &View) {
+    pub fn show<'a>(
+        &self,
+        devices: impl IntoIterator<Item = &'a Record>,
+        claims: impl IntoIterator<Item = &'a ClaimRow>,
+        problems: usize,
+    ) {
         let mut now = Shown::default();
         for record in devices {
             let reason = record.entry.status_reason.clone().unwrap_or_default();
@@ -492,8 +497,8 @@ impl Metrics {
         }
     }
 
-    /// Counts a hook's message, such as `prepare 1234 0`. Peer messages are ignored.
-    pub(super) fn hook(&self, message: &str) {
+    /// Counts a hook's message, such as `prepare 1234 0`. Other messages are ignored.
+    pub(crate) fn hook(&self, message: &str) {
         const KNOWN: [&str; 8] = [
             "prepare",
             "start",

@@ -24,7 +24,7 @@ pub(crate) struct Choice<'a> {
     pub(crate) tx: &'a Tx<'a>,
     pub(crate) claimant: &'a Claimant,
     pub(crate) prefer: &'a [DeviceId],
-    pub(crate) standing: ClaimMode,
+    pub(crate) mode: ClaimMode,
     verifier: &'a mut dyn ClaimVerifier,
     /// Claims of the instance.
     mine: Vec<ClaimRow>,

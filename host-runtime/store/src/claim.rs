@@ -54,11 +54,11 @@ pub enum ClaimMode {
     Replace,
     /// Made while the guest runs, beside all that it holds: that stays, and serves none of these
     /// requests.
-    More,
+    Add,
     /// Claim of an incoming restore or migration: void unless confirmed within
     /// [`crate::Context::pending_grace`]. A firm claim of the instance does not change, it only
     /// records that it was named: the guest may be running, or may fail to arrive.
-    Pending,
+    Provisional,
 }
 
 /// Result of the check at a candidate's port.

@@ -244,7 +244,7 @@ impl Store {
         let _owner = enter(user, state_dir)?;
         files::make_dir(state_dir)?;
         files::make_file(&canonical(state_dir)?.join(FILE_NAME))?;
-        let mut store = Self::connect_as(user, state_dir, timeout, Durability::Power)?;
+        let mut store = Self::connect_as(user, state_dir, lock_timeout, Durability::Power)?;
         // Check before any write: a foreign file must not change.
         store.version()?;
         store.stay()?;
@@ -395,7 +395,7 @@ impl Store {
 
     /// Restarts the timeout for locks, for programs that live longer than one call.
     pub fn restart_lock_timeout(&self) {
-        self.deadline.set(Instant::now() + self.timeout);
+        self.deadline.set(Instant::now() + self.lock_timeout);
     }
 
     /// Runs `work` under the write lock and commits it, all or nothing.

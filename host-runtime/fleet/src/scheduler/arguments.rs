@@ -7,10 +7,11 @@ use clap::{Args, Parser};
 
 use crate::filter_file::FilterFile;
 
-/// Answer schedulers which hosts can serve, from what the fleet publishes
+/// Serve scheduling queries: which hosts of the fleet can satisfy a flavor
 ///
-/// Follows the fleet of the configuration, and answers over HTTP and on a unix socket until
-/// SIGTERM: POST /select, POST /explain, GET and DELETE /assumptions, GET /health, GET /metrics.
+/// Follows the fleet named in the configuration. Serves requests over HTTP and on a unix socket
+/// until SIGTERM: POST /select, POST /explain, GET and DELETE /assumptions, GET /health, GET
+/// /metrics.
 #[derive(Debug, Parser)]
 #[command(version, name = "virt-usb-scheduler")]
 pub struct Arguments {
@@ -25,13 +26,13 @@ pub struct Arguments {
 /// Options of the service.
 #[derive(Debug, Args)]
 pub struct Scheduler {
-    /// Answer HTTP at this loopback address
+    /// Serve HTTP at this loopback address
     #[arg(long, value_name = "ADDRESS", value_parser = loopback, required_unless_present = "socket")]
     pub listen: Option<SocketAddr>,
-    /// Answer on this unix socket, for whoever may enter its folder and is of its group
+    /// Serve on this unix socket; access needs the socket's group and its directory
     #[arg(long, value_name = "PATH")]
     pub socket: Option<PathBuf>,
-    /// When nothing was heard of the fleet for so many seconds, refuse to answer
+    /// Refuse requests if the fleet view is older than this number of seconds
     #[arg(long, value_name = "SECONDS", default_value_t = 300, value_parser = clap::value_parser!(u64).range(1..=86400))]
     pub max_age: u64,
     #[command(flatten)]
@@ -43,7 +44,7 @@ fn loopback(text: &str) -> Result<SocketAddr, String> {
     match text.parse::<SocketAddr>() {
         Ok(address) if address.ip().is_loopback() => Ok(address),
         _ => Err(
-            "wanted a loopback address such as 127.0.0.1:8791: nobody has to say who he is there"
+            "wanted a loopback address such as 127.0.0.1:8791, because requests are not authenticated"
                 .into(),
         ),
     }

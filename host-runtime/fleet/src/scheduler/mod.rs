@@ -134,7 +134,7 @@ pub fn main() -> ExitCode {
 
 fn begin(arguments: &Arguments) -> anyhow::Result<()> {
     let Some(fleet) = Config::load(arguments.config.as_deref())?.fleet else {
-        bail!("the configuration names no fleet: give [fleet] with its endpoints first");
+        bail!("the configuration has no [fleet] section: add one with its endpoints first");
     };
     let options = &arguments.options;
     run(&Options {

@@ -46,7 +46,7 @@ pub(super) fn router(view: Arc<View>, flavors: Flavors, max_age: Duration) -> Ro
         .method_not_allowed_fallback(|| async {
             RequestError::new(
                 StatusCode::METHOD_NOT_ALLOWED,
-                "this is asked otherwise: see README, \"A scheduler\"",
+                "this is asked otherwise: see docs/src/scheduler.md",
             )
         })
         .fallback(|| async {

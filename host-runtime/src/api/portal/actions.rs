@@ -196,7 +196,12 @@ pub(super) async fn detach(
 }
 
 /// Begins the action, which continues even if the browser disconnects, and shows its page.
-async fn begin(api: &Arc<Api>, signed: Signed, call: Call, wish: &Form) -> Result<Response, ApiError> {
+async fn begin(
+    api: &Arc<Api>,
+    signed: Signed,
+    call: Call,
+    wish: &Form,
+) -> Result<Response, ApiError> {
     let request = wish.request()?;
     let server = api.server(&signed.caller, call, &wish.server).await?;
     let attach = call == Call::Attach;
@@ -245,8 +250,9 @@ pub(super) async fn show(
     signed: Signed,
     Named(ActionName { id }): Named<ActionName>,
 ) -> Result<Response, ApiError> {
-    let gone =
-        || ApiError::not_found("This action is no longer known. The server's page shows its devices.");
+    let gone = || {
+        ApiError::not_found("This action is no longer known. The server's page shows its devices.")
+    };
     let action = api.portal.hands.of(&signed.id, &id).ok_or_else(gone)?;
     let outcome = action.outcome.borrow().clone();
     let links = html! { p.actions {

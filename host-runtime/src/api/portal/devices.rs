@@ -233,7 +233,7 @@ pub(super) async fn change(
             Change::Disable(Some(why).filter(|why| !why.trim().is_empty()))
         }
         "clear_quarantine" => Change::ClearQuarantine,
-        other => return Err(ApiError::bad_request(format!("AuthError action: {other}."))),
+        other => return Err(ApiError::bad_request(format!("Unknown action: {other}."))),
     };
     ApiError::unless(may(&signed.caller, Call::ChangeDevice), ApiError::forbidden)?;
     let device = change_device(&api, &signed.caller, usb_device_id, change).await?;

@@ -127,9 +127,9 @@ pub(super) async fn store(
             let count: u32 = if count.is_empty() {
                 1
             } else {
-                count
-                    .parse()
-                    .map_err(|_| ApiError::bad_request(format!("count: {count:?} is not a number.")))?
+                count.parse().map_err(|_| {
+                    ApiError::bad_request(format!("count: {count:?} is not a number."))
+                })?
             };
             request.insert("count".into(), json!(count));
         }

@@ -11,7 +11,7 @@
 //! | `session` | signed-in users; verifies that a form comes from this portal |
 //! | `pages` | layout, names of states |
 //! | `sign_in`, `devices`, `servers`, `flavors`, `audit` | the pages |
-//! | `hand` | attaches and detaches a device |
+//! | `actions` | attaches and detaches a device |
 //! | `live` | notifies open pages of changes |
 //!
 //! The portal has no policy of its own. It shows and does what the API allows for the same token.
