@@ -1,4 +1,4 @@
-//! What every HTTP client here has in common.
+//! Common parts of all HTTP clients.
 
 use std::net::IpAddr;
 use std::path::Path;
@@ -32,7 +32,7 @@ pub(crate) fn agent(
     Ok(config.into())
 }
 
-/// Whether somebody else may be on the way to that address, and read what is sent there.
+/// Whether other hosts could read data that is sent to this address.
 pub(crate) fn is_open(address: &Uri) -> bool {
     let is_loopback = |host: &str| {
         let bare = host.trim_start_matches('[').trim_end_matches(']');

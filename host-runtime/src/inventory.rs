@@ -101,7 +101,7 @@ fn is_unsure(snapshot: &Snapshot, record: &Record) -> bool {
     snapshot.is_unsure(&record.entry.port_path) || record.entry.path.as_ref().is_some_and(anywhere)
 }
 
-/// What the device is used for, by all that is known, and whether it is offered.
+/// Combines all known uses of the device, and decides whether it is offered.
 pub fn judge(
     snapshot: &Snapshot,
     device: Device,
@@ -442,7 +442,8 @@ mod tests {
     #[test]
     fn a_port_holds_one_device_whatever_could_not_be_read_of_it() {
         let mut bench = Bench::new();
-        // Looked at while the kernel was still adding it; then whole, but for its strings.
+        // The device was read while the kernel was still adding it; later it is complete except for
+        // its strings.
         bench.scan(&[device(1, Serial::Missing, "1-1", 2)], &["1-1"]);
         assert_eq!(bench.scan(&[device(1, unique("A"), "1-1", 2)], &["1-1"]), [at(2, "1-1")]);
     }

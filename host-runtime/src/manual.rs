@@ -69,9 +69,9 @@ const DAEMON: [Section; 4] = [
     ("SEE ALSO", &[("", "virt-usb(1), virt-usb-hook(8), libvirtd(8)")]),
 ];
 
-/// Writes the manual of `virt-usb` (`command`) and of `virt-usbd` into `dir`, which is made where it is missing: `*.1`, `*.8`, and a completion
-/// script a shell. `date` (YYYY-MM-DD) is the pages': whoever builds says it, so that two builds
-/// are alike.
+/// Writes all pages and completion scripts into `dir`, which is created if it is missing: `*.1`,
+/// `*.8`, and one completion script per shell. `date` (YYYY-MM-DD) is the date of the pages; the
+/// caller sets it so that builds are reproducible.
 ///
 /// # Errors
 /// What the file system says.

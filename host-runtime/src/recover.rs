@@ -1,5 +1,5 @@
-//! A backup, or an inventory that is made anew, brought in line with the world before anybody sees
-//! it: with what is plugged in, and with what the guests that run really have.
+//! Restore and rebuild of the inventory: a backup or rebuilt inventory is updated from the
+//! plugged-in devices and the running guests before any other program sees it.
 //!
 //! ```text
 //!  libvirt ─► guests ──┐
@@ -33,11 +33,11 @@ use crate::inventory::{self, plan};
 /// A guest that runs.
 #[derive(Debug, Clone)]
 pub struct Guest {
-    /// Its UUID.
+    /// UUID of the instance.
     pub instance: InstanceId,
-    /// Its live XML.
+    /// Live XML of the domain.
     pub domain: Domain,
-    /// Its state is on its way in or out: what its XML shows need not be so.
+    /// Whether its state is being loaded or sent: then its XML may be wrong.
     pub moving: bool,
 }
 
@@ -60,17 +60,17 @@ pub fn guests(hypervisor: &dyn Hypervisor) -> Result<Vec<Guest>, String> {
     Ok(guests)
 }
 
-/// What is to be done, and with what.
+/// Inputs of a restore or rebuild.
 pub struct Recovery<'a> {
-    /// The configuration.
+    /// The configuration to use.
     pub config: &'a Config,
     /// The host's name.
     pub host: &'a str,
-    /// What is plugged in.
+    /// The plugged-in devices.
     pub snapshot: &'a Snapshot,
-    /// Who runs the guests; none: nobody is to be asked.
+    /// Hypervisor of the guests; `None` to skip the query.
     pub hypervisor: Option<&'a dyn Hypervisor>,
-    /// The backup; none: the inventory is made anew.
+    /// Backup to restore; `None` to rebuild.
     pub backup: Option<&'a Path>,
     /// How long is waited for locks.
     pub lock_timeout: Duration,
@@ -78,10 +78,10 @@ pub struct Recovery<'a> {
     pub context: &'a Context,
 }
 
-/// What was done.
+/// Result of a restore or rebuild.
 #[derive(Debug, Serialize)]
 pub struct Report {
-    /// The inventory.
+    /// Path of the inventory.
     pub file: PathBuf,
     /// Where the one before is.
     pub aside: Option<PathBuf>,
@@ -89,17 +89,17 @@ pub struct Report {
     pub agent_ends: bool,
     /// Devices that are plugged in or held.
     pub devices: usize,
-    /// Claims.
+    /// Number of claims.
     pub claims: usize,
-    /// What was taken over from the inventory before, table by table.
+    /// Rows that were kept from the previous inventory, by table.
     pub kept: Vec<Kept>,
-    /// Devices of which nothing can be read any more, though they had an id.
+    /// Number of devices that had an id but whose rows cannot be read.
     pub lost_devices: u64,
-    /// What is to be looked after.
+    /// Warnings for the operator.
     pub warnings: Vec<String>,
 }
 
-/// It could not be done, and nothing was changed.
+/// The restore or rebuild was refused, and nothing was changed.
 #[derive(Debug, thiserror::Error)]
 pub enum Refusal {
     /// The inventory's file.

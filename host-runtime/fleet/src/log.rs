@@ -64,11 +64,11 @@ impl<S: Subscriber, L: Layer<S>> Layer<S> for Cleaned<L> {
     }
 }
 
-/// A field's text, as it is to be written.
+/// Text of a field, ready to be written.
 enum Text {
     /// A string, which is written in quotes.
     Quoted(String),
-    /// What anything else says of itself.
+    /// Text of any other value.
     Plain(DisplayValue<String>),
 }
 
@@ -110,11 +110,11 @@ pub fn arguments<T: clap::Parser>() -> Result<T, ExitCode> {
         Ok(arguments) => Ok(arguments),
         Err(e) if e.use_stderr() => {
             let text = virt_usb_model::clean_lines(e.render().to_string().trim_end());
-            // Where nobody reads it there is nobody to be told.
+            // The reader of the output has closed it: there is no one to report to.
             drop(writeln!(std::io::stderr(), "{text}"));
             Err(ExitCode::from(2))
         }
-        // What was asked for: help, or the version.
+        // Help or version, as requested.
         Err(e) => e.exit(),
     }
 }

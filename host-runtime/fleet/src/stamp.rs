@@ -1,10 +1,10 @@
-//! What tells one state of a file from another.
+//! Stamps that show whether a file has changed.
 
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-/// Its device, number and size, and when it was last changed: content, owner or mode.
-pub type Stamp = (u64, u64, u64, (i64, i64));
+/// Device, inode and size of a file, and its last change: content, owner or mode.
+pub(crate) type Stamp = (u64, u64, u64, (i64, i64));
 
 /// Returns the stamp of a file; none: there is no such file.
 pub fn stamp(file: &Path) -> Option<Stamp> {

@@ -36,9 +36,9 @@ pub struct Guest {
 /// How long an instance's guest has been gone, in seconds.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct Absence {
-    /// Time in seconds since the guest is not running, with unchanged claims.
+    /// How long the guest has not been running, with unchanged claims, in seconds.
     pub seconds: f64,
-    /// Time in seconds since the domain is undefined; `None` if it is defined.
+    /// How long the domain has been undefined, in seconds; `None` if it is defined.
     pub undefined: Option<f64>,
 }
 
@@ -100,7 +100,7 @@ pub enum Step {
     TakenBack {
         /// Alias of the hostdev.
         alias: String,
-        /// The device to record.
+        /// The device that the driver may have taken back.
         device: DeviceId,
         /// The other devices that the guest has.
         others: Vec<DeviceId>,
@@ -119,7 +119,7 @@ pub enum Step {
     },
     /// Give the guest a device that it holds.
     Attach {
-        /// The device that is concerned.
+        /// The device to attach.
         device: DeviceId,
     },
     /// Give the guest a redirection.
@@ -129,7 +129,7 @@ pub enum Step {
     },
     /// End one claim, if it is still as it was.
     Release {
-        /// The device that is concerned.
+        /// The device to release.
         device: DeviceId,
         /// As it was.
         revision: i64,

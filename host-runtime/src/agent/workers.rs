@@ -10,11 +10,9 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::metrics::Load;
-
-/// Maximum number of threads that work at the same time ...
+/// Maximum number of threads that work at the same time, without the slow ones.
 const PLACES: usize = 4;
-/// ... except those whose work takes longer than this, so that others wait at most a second.
+/// Work time after which a thread counts as slow, so that other guests wait at most a second.
 pub(super) const PLACE_TIME: Duration = Duration::from_millis(300);
 /// Maximum number of threads: more than the concurrent calls to libvirt (`MAX_CALLS` in
 /// supervised.rs), so that some threads are always left, whatever libvirt does.

@@ -11,9 +11,9 @@
 //! expires_at = "2027-02-23T20:40:33Z"
 //! ```
 //! The file contains hashes. A token is 256 random bits and is shown once, when it is created; to
-//! guess it from its SHA-256 is to guess 256 bits. The file has mode 0600 and belongs to the agent's
-//! user. It is replaced by a rename, and the agent reads it again after a change. If it cannot be
-//! read or is invalid, every token is rejected.
+//! guess it from its SHA-256 is to guess 256 bits. The file has mode 0600 and belongs to the
+//! agent's user. It is replaced by a rename, and the agent reads it again after a change. If it
+//! cannot be read or is invalid, every token is rejected.
 
 use std::collections::HashMap;
 use std::fs::{File, Metadata, OpenOptions, Permissions};

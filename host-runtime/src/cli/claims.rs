@@ -73,7 +73,7 @@ pub(super) fn state(claim: &ClaimRow, unplugged: bool, boot_id: &str) -> String 
     }
 }
 
-/// What keeps a device out of a guest.
+/// Describes a problem that keeps a device out of a guest.
 pub(super) fn in_the_way(Problem { domain, about, what, since, .. }: &Problem) -> String {
     let lead = match about.as_str() {
         ABOUT_STOP => format!("{domain} is not running"),
@@ -118,7 +118,7 @@ fn moved_to(
     Ok(found)
 }
 
-/// What to do if a held device was moved to another port.
+/// Advice if a held device was moved to another port.
 fn moved(Shown { claim, moved_to, .. }: &Shown, devices: &[Record]) -> Option<String> {
     let place = |id: &DeviceId| {
         let device = devices.iter().find(|r| r.entry.id == *id)?;
@@ -143,11 +143,11 @@ fn moved(Shown { claim, moved_to, .. }: &Shown, devices: &[Record]) -> Option<St
 struct Shown {
     #[serde(flatten)]
     claim: ClaimRow,
-    /// Whether the device is away.
+    /// Whether the claim's device is unplugged.
     unplugged: bool,
     /// Why the device is not in the guest.
     problem: Option<String>,
-    /// Which devices it may be, if it was moved to another port.
+    /// Devices that may be the claim's device, if it was moved to another port.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     moved_to: Vec<DeviceId>,
 }

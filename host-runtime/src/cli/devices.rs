@@ -134,7 +134,8 @@ fn problems(problems: &[Problem]) -> String {
     problems.iter().map(line).collect()
 }
 
-/// Loud: a device that has become another one is an attack until somebody says otherwise.
+/// Reports changed descriptors prominently: a device that has become another one is an attack until
+/// an operator decides otherwise.
 fn alterations(changes: &[Done]) -> String {
     let line = |d: &Done| Some(format!("\nWARNING: device {}: {}", d.id, d.altered.as_ref()?));
     changes.iter().filter_map(line).collect()
@@ -181,7 +182,7 @@ fn device_table(devices: &[Record], empty: &str) -> String {
     table(&header, rows, empty)
 }
 
-/// Its status, and why.
+/// Status of the device, with the reason.
 pub(super) fn status(record: &Record) -> String {
     let e = &record.entry;
     match &e.status_reason {

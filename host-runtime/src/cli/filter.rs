@@ -42,7 +42,7 @@ fn load(file: &FilterFile) -> anyhow::Result<Filter> {
     file.load(Limits { memory: 4 << 30, epoch: Duration::from_secs(10) })
 }
 
-/// What is answered.
+/// Answer of the filter to a query.
 #[derive(Serialize)]
 struct Answer {
     flavor: Flavor,
@@ -51,7 +51,7 @@ struct Answer {
     /// Hosts that can serve, shown or not.
     matched: u32,
     placements: Vec<Chosen>,
-    /// The others, where they were asked for.
+    /// Rejected hosts, if they were requested.
     #[serde(skip_serializing_if = "Option::is_none")]
     rejected: Option<Vec<Rejected>>,
     /// How many others there are for each reason.
@@ -330,7 +330,7 @@ struct Precompiled {
     of: Option<String>,
 }
 
-/// Written beside and moved: nobody loads half a file.
+/// Writes to a second file and renames it, so that no program loads half a file.
 fn precompile(session: &Session, filter: &Filter, file: &Path) -> anyhow::Result<ExitCode> {
     let cannot = || format!("cannot write {}", file.display());
     let machine_code = filter.precompile()?;
@@ -361,7 +361,7 @@ fn precompile(session: &Session, filter: &Filter, file: &Path) -> anyhow::Result
     Ok(ExitCode::SUCCESS)
 }
 
-/// A file that was not there, which nobody else may write to: else it would not be loaded.
+/// Creates a new file that only the owner may write to; otherwise it would not be loaded.
 fn write_new(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
     use std::io::Write;
     use std::os::unix::fs::OpenOptionsExt;

@@ -18,7 +18,7 @@ use crate::publish::simulate;
 use virt_usb_fleet::replicated::{Shared as _, contribute};
 use virt_usb_fleet::{join, wait};
 
-/// The configuration's fleet, asked as whom the arguments say.
+/// The configured fleet, with the credentials of the arguments.
 fn fleet(config: &Config, credentials: Option<&Credentials>) -> anyhow::Result<Fleet> {
     let Some(mut fleet) = config.fleet.clone() else {
         bail!("the configuration has no [fleet] section: add one with its endpoints first");
@@ -140,7 +140,7 @@ pub(super) fn leave(
 #[derive(Serialize)]
 struct Shown {
     host: String,
-    /// The inventory's.
+    /// State of this host's inventory.
     inventory: Option<Inventory>,
     #[serde(flatten)]
     fleet: join::Status,
@@ -232,7 +232,7 @@ pub(super) fn simulate(session: &Session, options: &Simulate) -> anyhow::Result<
         time: Duration::from_secs(options.time),
         seed: options.seed,
     };
-    // To whom waits; the answer is the report.
+    // Progress for an operator who waits; the output is the report.
     let told = |what: &str| complain(&format!("{what} ..."));
     let report = simulate::run(&options, told)?;
     session.out.show(&report, || simulation_text(&report))?;

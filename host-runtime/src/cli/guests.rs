@@ -15,7 +15,7 @@ use crate::agent::operate::{self, Attached};
 use crate::agent::work::Worker;
 use crate::hypervisor::{Failure, Libvirt, Started};
 
-/// libvirt, and whoever works on its guests.
+/// Connects to libvirt, and creates a worker for its guests.
 pub(super) fn open(session: &Session) -> anyhow::Result<(Libvirt, Worker)> {
     let config = session.config()?;
     let libvirt = Libvirt::open(&config.libvirt_uri)?;

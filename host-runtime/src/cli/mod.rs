@@ -47,7 +47,7 @@ pub fn main() -> ExitCode {
     };
     match run(arguments) {
         Ok(code) => code,
-        // The reader of our output has gone: nobody is left to be told.
+        // The reader of the output has closed it: there is no one to report to.
         Err(e) if is_broken_pipe(&e) => ExitCode::SUCCESS,
         Err(e) => {
             output::complain(&format!("virt-usb: {}", chain(&e)));
@@ -203,7 +203,7 @@ const fn is_local(verb: &Verb) -> bool {
         | Verb::Tag(_)
         | Verb::Untag(_)
         | Verb::Owner { .. }
-        // These two ask nobody anything.
+        // These two commands query no service.
         | Verb::Completions { .. }
         | Verb::Manual { .. } => false,
         Verb::Claims { .. }
@@ -220,7 +220,7 @@ const fn is_local(verb: &Verb) -> bool {
     }
 }
 
-/// What every command needs.
+/// State that all commands share.
 struct Session {
     config_file: Option<PathBuf>,
     out: Output,

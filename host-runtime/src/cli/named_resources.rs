@@ -16,7 +16,7 @@ use virt_usb_fleet::replicated::{Shared, change};
 
 /// One kind of it, as the command line has it.
 pub(super) trait Named: Shared {
-    /// What one is called.
+    /// Noun for the resource.
     const NOUN: &'static str;
     /// The heading of what it says.
     const HEADING: &'static str;
@@ -27,9 +27,9 @@ pub(super) trait Named: Shared {
     fn find(store: &Store, name: &str) -> Result<Option<Self::Stored>, StoreError>;
     /// As the API shows it.
     fn read(value: &Value) -> anyhow::Result<Self::Stored>;
-    /// Its name, what it is, and when it was set.
+    /// Name, definition and time of the last change.
     fn parts(stored: &Self::Stored) -> (&str, &Self, &str);
-    /// What it says, in words.
+    /// Readable description of the definition.
     fn words(&self) -> String;
 }
 

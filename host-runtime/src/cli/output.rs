@@ -44,7 +44,7 @@ impl Output {
         }
     }
 
-    /// All of it for programs; for people nothing, who were told line by line.
+    /// Prints JSON for programs. Prints nothing for people, who have already seen each line.
     pub(super) fn json(&self, value: &impl Serialize) -> anyhow::Result<()> {
         if self.json { self.show(value, String::new) } else { Ok(()) }
     }
@@ -57,7 +57,7 @@ impl Output {
 
 /// One line to stderr.
 pub(super) fn complain(text: &str) {
-    // Where nobody reads it there is nobody to be told.
+    // The reader of the output has closed it: there is no one to report to.
     drop(writeln!(io::stderr(), "{}", clean(text)));
 }
 

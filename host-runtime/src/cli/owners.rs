@@ -1,4 +1,4 @@
-//! `owner`: whose a guest is.
+//! The command `owner`: owner projects of instances.
 
 use std::process::ExitCode;
 

@@ -190,8 +190,7 @@ struct Quarantined<'a> {
     #[serde(flatten)]
     device: &'a Record,
     why: &'a str,
-    /// What is different from what it was when it was claimed last; `null`: nothing, or it cannot
-    /// be compared.
+    /// How the device differs from its last claim; `null` if it does not, or if that is unknown.
     altered: Option<String>,
 }
 

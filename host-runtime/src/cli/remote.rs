@@ -143,7 +143,7 @@ impl Remote {
         list(&mut self.get("os-hypervisors")?, "hypervisors")?.iter().map(host).collect()
     }
 
-    /// What each host tells the world; for administrators.
+    /// The documents of all hosts; for administrators.
     pub(super) fn documents(&self) -> anyhow::Result<Vec<HostDocument>> {
         let document = |known: HostRow| {
             let mut answer = self.get(&format!("os-hypervisors/{}", quoted(&known.host)))?;
@@ -251,7 +251,7 @@ impl Remote {
         }
     }
 
-    /// Does something about a device; `is_so` tells of one whether it is as it is to be.
+    /// Changes a device, unless `is_so` says that it already is in the wanted state.
     pub(super) fn change(
         &self,
         device: DeviceId,
@@ -437,8 +437,8 @@ fn record(device: &Value) -> anyhow::Result<Record> {
         .ok_or_else(|| odd("usb_device", "nothing"))
 }
 
-/// The API's devices are entries of a host document, but for text in the place of numbers and of
-/// what is unknown.
+/// Converts the API's devices to records. They are entries of a host document, with text in place
+/// of numbers and of unknown values.
 fn records(devices: &[Value]) -> anyhow::Result<Vec<Record>> {
     let entry = |device: &Value| {
         let known = device.as_object().into_iter().flatten().filter(|(key, _)| host::is_key(key));
@@ -480,7 +480,7 @@ fn host(value: &Value) -> anyhow::Result<HostRow> {
     Ok(HostRow {
         id: whole(value, "id")?,
         host: read(value, "hypervisor_hostname")?,
-        // Only administrators are told.
+        // Only administrators get this value.
         revision: value["revision"].as_u64().unwrap_or_default(),
         scanned_at: text(value, "scanned_at"),
         devices: whole(totals, "total")?,
@@ -559,7 +559,7 @@ pub(super) fn grant(value: &Value) -> anyhow::Result<StoredGrant> {
     })
 }
 
-/// These keys of an object, as an object of its own.
+/// Moves these keys of an object into an object of their own.
 fn part(value: &Value, keys: [&str; 2]) -> String {
     let part: Map<String, Value> =
         keys.into_iter().map(|key| (key.to_owned(), value[key].clone())).collect();

@@ -13,9 +13,9 @@ const WAIT: Duration = Duration::from_secs(60);
 /// How long until another attempt on a machine without USB, or where libusb has failed.
 const AGAIN: Duration = Duration::from_secs(5);
 
-/// Sends a message for every device that comes or goes, from a thread of its own, for as long as
-/// anybody listens. Where there is no hotplug `failed` is told why, once for each reason, and it is
-/// tried again.
+/// Sends a message for each device that is plugged in or out, from a thread of its own, until the
+/// receiver is dropped. If hotplug is not available, calls `failed` once for each reason, and
+/// retries.
 ///
 /// # Errors
 /// When no thread can be started.
@@ -45,7 +45,7 @@ pub fn follow<T: Clone + Send + 'static>(
     std::thread::Builder::new().name("hotplug".into()).spawn(watch).map(drop)
 }
 
-/// Returns when nobody listens any more.
+/// Returns when the receiver is dropped.
 fn listen<T: Clone + Send + 'static>(to: &Sender<T>, message: &T) -> rusb::Result<()> {
     // Not rusb::has_hotplug: it panics on a machine where libusb cannot start.
     let context = Context::new()?;
@@ -75,7 +75,7 @@ struct Bell<T> {
 
 impl<T: Clone + Send> Hotplug<Context> for Bell<T> {
     fn device_arrived(&mut self, _: Device<Context>) {
-        // Nobody may be left to hear it.
+        // The receiver may have been dropped.
         drop(self.to.send(self.message.clone()));
     }
 

@@ -1,10 +1,10 @@
 //! The real source: libusb's list and the kernel's sysfs, put together.
 //!
-//! The two are joined by bus and device number. Where both know a device, sysfs says who it is and
-//! where (that is what the hook verifies) and libusb adds the descriptors. Where only one knows it,
-//! the device is listed from that one, with a problem that says so. A serial that cannot be read
-//! makes a device nobody's: it becomes a problem, never a device "without serial", because that
-//! would be another device in the inventory.
+//! The two are joined by bus and device number. If both know a device, sysfs determines its
+//! identity and port (which the hook verifies), and libusb adds the descriptors. If only one knows
+//! it, the device is listed from that one, with a problem that says so. A device whose serial
+//! cannot be read has no identity: it becomes a problem, never a device without a serial, because
+//! that would be another device in the inventory.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -55,7 +55,8 @@ impl UsbSource for LibUsb {
     }
 }
 
-/// What both tell at one time. Taking it reads what the kernel has; no device notices.
+/// State of both sources at one time. Reading it uses the kernel's data and does not access a
+/// device.
 struct Look {
     sysfs: Scan,
     listed: rusb::Result<(Vec<Listed>, Vec<String>)>,

@@ -1,7 +1,7 @@
-//! What libusb lists.
+//! Devices that libusb lists.
 //!
-//! libusb takes descriptors from the kernel's cache and needs to open no device for them. Only
-//! string descriptors cost a transfer, and they are asked for only where sysfs has none.
+//! libusb takes descriptors from the kernel's cache and does not need to open a device for them.
+//! Only string descriptors cost a transfer, and they are requested only if sysfs has none.
 
 use std::time::Duration;
 
@@ -101,7 +101,7 @@ impl Listed {
         self.descriptor.serial_number_string_index().is_some()
     }
 
-    /// Which of the wanted strings the device has at all.
+    /// The wanted strings that the device has.
     pub(super) fn has(&self, wanted: Wanted) -> Wanted {
         Wanted {
             serial: wanted.serial && self.has_serial(),
@@ -149,7 +149,7 @@ pub(super) struct Wanted {
     pub(super) product: bool,
 }
 
-/// What a device answered.
+/// Strings that a device returned.
 #[derive(Debug, Default)]
 pub(super) struct Strings {
     pub(super) serial: Option<String>,

@@ -1,4 +1,4 @@
-//! Which USB devices are there: one trait, a real source and a simulated one.
+//! Discovery of the USB devices: one trait, a real source and a simulated one.
 //!
 //! ```text
 //!   sysfs ──┐
@@ -7,8 +7,8 @@
 //!   TOML ─────► Simulated ─┘
 //! ```
 //!
-//! A [`Snapshot`] is plain data, whoever the source was. It carries its problems along: what could
-//! not be read is never taken for absent ([`Snapshot::is_unsure`], [`Snapshot::failed`]).
+//! A [`Snapshot`] is plain data from any source. It contains the problems of the scan: a device
+//! that could not be read never counts as absent ([`Snapshot::is_unsure`], [`Snapshot::failed`]).
 //!
 //! What is deliberately absent: a source never writes, never claims, and never talks to a device
 //! whose strings the kernel has already read; it may be in use by a guest.
@@ -41,7 +41,7 @@ pub trait UsbSource {
     fn snapshot(&self) -> Snapshot;
 }
 
-/// What one look found.
+/// Result of one scan.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Snapshot {
     /// The devices that can be offered or not, by port path.
@@ -49,16 +49,16 @@ pub struct Snapshot {
     /// The external hubs, by port path: never offered. Root hubs are no devices, have no port path
     /// and are left out.
     pub hubs: Vec<Device>,
-    /// What could not be read. Unreadable is not absent.
+    /// Problems of the scan. Unreadable is not absent.
     pub problems: Vec<Problem>,
-    /// What ties devices to the host, by port.
+    /// Ties of devices to the host, by port.
     pub ties: BTreeMap<PortPath, Ties>,
-    /// What guests use of them: who asks libvirt fills it in.
+    /// Uses of the devices by guests, filled in by a caller that queries libvirt.
     pub guests: GuestUses,
 }
 
 impl Snapshot {
-    /// Who is plugged in, as the inventory is asked for them.
+    /// The plugged-in devices, as keys for a query of the inventory.
     pub fn seen<'a>(
         &'a self,
         aliases: &'a Aliases,

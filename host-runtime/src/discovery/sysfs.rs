@@ -1,4 +1,4 @@
-//! What the kernel's sysfs tells of the devices that are plugged in.
+//! The plugged-in devices, as the kernel shows them in sysfs.
 //!
 //! Every device has a folder `bus/usb/devices/<port>` (`Documentation/ABI/stable/sysfs-bus-usb`);
 //! the folders of its interfaces, `<port>:<configuration>.<number>`, lie in it. Who a device is, is
@@ -25,11 +25,11 @@ pub(super) const CONTROLLERS: &str = ".controllers";
 /// The driver of interfaces that a program, QEMU for one, has claimed.
 pub(crate) const CLAIMED: &str = "usbfs";
 
-/// What sysfs shows of the USB devices.
+/// USB devices in sysfs.
 #[derive(Debug, Default)]
 pub(super) struct Scan {
     pub(super) plugged: Vec<Plugged>,
-    /// Ports at which something is, but it cannot be told what.
+    /// Ports with a device that cannot be read.
     pub(super) unreadable: Vec<PortPath>,
     pub(super) problems: Vec<Problem>,
 }

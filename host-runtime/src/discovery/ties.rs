@@ -1,5 +1,5 @@
-//! What ties a device to its host beyond [`Device::host_use`](virt_usb_model::Device::host_use):
-//! what counts only in view of the inventory or of the guests.
+//! Ties of a device to its host beyond [`Device::host_use`](virt_usb_model::Device::host_use): uses
+//! that count only in view of the inventory or of the guests.
 //!
 //! ```text
 //!   sysfs, udev's database ─► nodes: /dev/sdb, enx0, host6 ──┐
@@ -12,34 +12,34 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use virt_usb_model::{Device, InstanceId, PortPath, clean_text};
 
-/// What ties one device to the host.
+/// Ties of one device to the host.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Ties {
-    /// What the host shows of it: what a guest's XML may name.
+    /// The device's nodes on the host, which a guest's XML may name.
     pub nodes: Nodes,
-    /// Who has it open, in words (`open in picocom (812)`). It counts unless a claim of ours holds
-    /// the device: then it is the guest's QEMU.
+    /// Processes that have the device open, in words (`open in picocom (812)`). They count unless a
+    /// claim of ours holds the device: then the process is the guest's QEMU.
     pub open: Vec<String>,
-    /// The kernel was told not to use it (`authorized`, Documentation/ABI/testing/sysfs-bus-usb):
-    /// QEMU cannot either.
+    /// Whether the kernel was told not to use the device (`authorized`,
+    /// Documentation/ABI/testing/sysfs-bus-usb). QEMU cannot use it either.
     pub unauthorized: bool,
 }
 
 /// The names under which the host knows the parts of a device.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Nodes {
-    /// Its device nodes, and udev's links to them: `/dev/sdb`, `/dev/disk/by-id/usb-...`.
+    /// Device nodes, and udev's links to them: `/dev/sdb`, `/dev/disk/by-id/usb-...`.
     pub paths: BTreeSet<String>,
-    /// Its network interfaces.
+    /// Network interfaces of the device.
     pub networks: BTreeSet<String>,
-    /// Its SCSI host adapters: `host6`.
+    /// SCSI host adapters of the device: `host6`.
     pub scsi_hosts: BTreeSet<String>,
 }
 
 /// The words for a device that is not authorized.
 pub(crate) const UNAUTHORIZED: &str = "not authorized (authorized = 0)";
 
-/// What guests use of the host's devices, beside claims of ours.
+/// Uses of the host's devices by guests, without claims of ours.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub enum GuestUses {
     /// libvirt was not asked: what is recorded stays.
@@ -52,7 +52,8 @@ pub enum GuestUses {
 /// One use of a device by a guest.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct GuestUse {
-    /// Whose it is; `None`: read from the inventory, which has its words alone.
+    /// Instance of the guest; `None` if the use was read from the inventory, which has only the
+    /// text.
     pub instance: Option<InstanceId>,
     /// Whether the guest runs: then no rule of the whitelist gives the device away.
     pub running: bool,
@@ -63,7 +64,7 @@ pub struct GuestUse {
 /// How the words of a guest's use begin, by which they are found among the others in
 /// [`Device::host_use`].
 const USED_BY: &str = "used by guest ";
-/// What they say of a guest that is defined and does not run.
+/// Text that marks a use by a defined guest that is not running.
 const DOES_NOT_RUN: &str = ", which does not run, as ";
 
 impl GuestUse {
@@ -76,7 +77,7 @@ impl GuestUse {
         Self { instance: Some(instance), running, what: format!("{USED_BY}{domain}{how}{what}") }
     }
 
-    /// Those in the words that the inventory has of the device's uses.
+    /// Parses the uses from the inventory's text.
     fn recorded(host_use: &str) -> Vec<Self> {
         let words = host_use.split("; ").filter(|words| words.starts_with(USED_BY));
         let one = |words: &str| Self {
@@ -88,10 +89,10 @@ impl GuestUse {
     }
 }
 
-/// What the inventory knows of a device.
+/// Facts of the inventory about a device.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Recorded<'a> {
-    /// Who holds it.
+    /// Instance that holds the device.
     pub(crate) holder: Option<InstanceId>,
     /// The words of its uses.
     pub(crate) host_use: Option<&'a str>,

@@ -104,7 +104,7 @@ fn user(places: &Places, config: &Config, is_connected: bool, report: &Report) {
     }
 }
 
-/// What the agent reports of itself.
+/// Checks the status that the agent reports.
 fn of_health(health: &Health, config: &Config, report: &Report) {
     let fix = "'journalctl -u virt-usbd' shows why; 'systemctl restart virt-usbd' (guests keep \
         their devices)";

@@ -31,7 +31,7 @@ pub(super) fn check(host: &Host, report: &Report) {
     for record in free {
         for interface in driverless(&host.config, record) {
             none = false;
-            // After a kill -9 of QEMU nobody gives the device back to the host's driver.
+            // After a kill -9 of QEMU, no program returns the device to the host's driver.
             report.warn(
                 format!(
                     "device {} (port {}): no instance holds it, but its interface {interface} has \

@@ -84,7 +84,7 @@ const CHECKS: &[Check] = &[
 pub enum Level {
     /// Nothing to fix.
     Ok,
-    /// Something does not work for somebody.
+    /// Some functions do not work.
     Warning,
     /// Guests that ask for devices do not get them, or the doctor cannot find out.
     Broken,

@@ -10,10 +10,10 @@ use virt_usb_model::{Flavor, ParseError, Status};
 
 use super::fleet::{self, COMMON, RARE};
 
-/// Something measured.
+/// A measurement of the benchmark.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Figure {
-    /// What.
+    /// Description of the measurement.
     pub what: &'static str,
     /// The least of some rounds: what else the machine did is not in it.
     pub least: Duration,
@@ -110,9 +110,9 @@ pub fn rounds<T, E>(
     Ok(Figure { what, least: at(0), median: at(times.len() / 2), matched: None })
 }
 
-/// What has been measured, and the session that it was measured with.
+/// The measurements, and their session.
 pub struct Measured {
-    /// The figures.
+    /// Figures of the measurements.
     pub figures: Vec<Figure>,
     /// Bytes of the instance's memory.
     pub memory: usize,
@@ -223,7 +223,7 @@ fn replacements(
     Ok(share(figure, MANY))
 }
 
-/// Of something that was done so many times in a round.
+/// Divides a figure by the number of operations in a round.
 pub fn share(figure: Figure, of: u32) -> Figure {
     Figure { least: figure.least / of, median: figure.median / of, ..figure }
 }

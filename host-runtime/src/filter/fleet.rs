@@ -9,10 +9,10 @@ pub const COMMON: UsbId = UsbId::new(0x0529, 0x0001);
 /// A device that one host in ten thousand has, and the first one has in any case.
 pub const RARE: UsbId = UsbId::new(0x1a6e, 0x089a);
 
-/// So many hosts with so many devices each.
+/// A generated fleet with equal hosts.
 #[derive(Debug, Clone, Copy)]
 pub struct Fleet {
-    /// Hosts.
+    /// Number of hosts.
     pub hosts: u32,
     /// Devices on each.
     pub devices: u32,

@@ -1,5 +1,5 @@
-//! What the `virt` crate does not wrap: domain events, detaching by alias, and the state of QEMU's
-//! monitor. The only code here that needs C's pointers.
+//! Functions that the `virt` crate does not wrap: domain events, detaching by alias, and the state
+//! of QEMU's monitor. Only this module needs C's pointers.
 //!
 //! libvirt calls back on the thread that runs its event loop, with the domain and numbers; each
 //! callback only sends a plain value into a channel. (libvirt-domain.h:
@@ -20,12 +20,12 @@ use super::Event;
 
 type Send = Box<dyn Fn(Event) + std::marker::Send>;
 
-/// What libvirt was asked to tell, by the numbers that it gave.
+/// Registered callbacks of libvirt, by their numbers.
 pub(super) struct Registered(Vec<c_int>);
 
 impl Registered {
-    /// No more is told. Each event keeps a reference to its connection: one that is closed with
-    /// events is never freed, and keeps its descriptors.
+    /// Unregisters the callbacks. Each event keeps a reference to its connection: a connection that
+    /// is closed with events is never freed, and keeps its descriptors.
     pub(super) fn end(self, connection: &Connect) {
         for id in self.0 {
             // SAFETY: the connection is open or broken, and not freed yet. On a broken one only
@@ -35,7 +35,8 @@ impl Registered {
     }
 }
 
-/// Asks libvirt to tell of every domain that starts, stops, goes away, or gets or loses a device.
+/// Registers for an event of libvirt for every domain that starts, stops, disappears, or gets or
+/// loses a device.
 pub(super) fn register(connection: &Connect, to: &Sender<Event>) -> Result<Registered, Error> {
     type Lifecycle = unsafe extern "C" fn(
         sys::virConnectPtr,
@@ -82,7 +83,7 @@ fn register_one(
     to: &Sender<Event>,
 ) -> Result<c_int, Error> {
     let to = to.clone();
-    // Nobody may be left to hear it: then it is not worth telling.
+    // The receiver may have been dropped: then the event is not needed.
     let send: Box<Send> = Box::new(Box::new(move |event| drop(to.send(event))));
     let opaque = Box::into_raw(send).cast::<c_void>();
     // SAFETY: the connection is open; a null domain means all; `opaque` is a `Send` that only the
@@ -99,7 +100,7 @@ fn register_one(
     };
     if registered < 0 {
         let error = Error::last_error();
-        // SAFETY: it was not taken, so nobody else frees it.
+        // SAFETY: libvirt did not take the pointer, so no other code frees it.
         unsafe { free(opaque) };
         return Err(error);
     }
@@ -146,7 +147,7 @@ unsafe extern "C" fn on_device(
     }
 }
 
-/// Whose event it is.
+/// Instance of the event.
 ///
 /// # Safety
 /// The domain is valid.

@@ -34,7 +34,7 @@ use super::{Event, Failure, Hypervisor, Running};
 const SHORT: Duration = Duration::from_secs(1);
 /// The longest wait before the next attempt.
 const LONG: Duration = Duration::from_secs(30);
-/// So long a daemon may not answer before that is told …
+/// Time without an answer after which the daemon is reported as silent.
 const SILENCE: Duration = Duration::from_secs(5);
 /// … and before a program that asks a few questions gives up.
 const DEADLINE: Duration = Duration::from_secs(30);
@@ -45,7 +45,7 @@ const KEEPALIVE: (i32, u32) = (5, 3);
 const SOCKETS: [&str; 2] = ["/run/libvirt/libvirt-sock", "/run/libvirt/virtqemud-sock"];
 /// Maximum number of connections in addition to the first: one for each call.
 const CONNECTIONS: usize = MAX_CALLS;
-/// So many stay open when nobody uses them.
+/// Number of idle connections that stay open.
 const SPARE: usize = 4;
 
 /// One libvirt daemon. Cheap to clone: clones share the connections.
@@ -57,7 +57,7 @@ pub struct Libvirt {
     retry: Arc<(Mutex<bool>, Condvar)>,
 }
 
-/// Without the first one the daemon is away.
+/// Connections to libvirt. Without the first one, the daemon counts as unreachable.
 #[derive(Default)]
 struct Connections {
     first: Option<Arc<Open>>,
@@ -84,7 +84,8 @@ impl Open {
         self.connect.is_alive().unwrap_or(false)
     }
 
-    /// What libvirt's error comes to. Whatever a call says whose connection is gone, that is why.
+    /// Converts an error of libvirt. If the connection is lost, that is the cause, regardless of
+    /// the error.
     fn failure(&self, e: &Error) -> Failure {
         match failure(e) {
             Failure::Refused(why) if !self.is_alive() => Failure::Away(why),
@@ -219,7 +220,7 @@ impl Libvirt {
         }
     }
 
-    /// Connects at once, where that is waited for: somebody has heard of libvirt.
+    /// Connects immediately instead of waiting, because libvirt has shown a sign of life.
     pub fn retry(&self) {
         let (asked, waits) = &*self.retry;
         *asked.lock().unwrap_or_else(PoisonError::into_inner) = true;
@@ -283,7 +284,7 @@ impl Libvirt {
     fn set(&self, first: Option<Arc<Open>>) {
         let before =
             std::mem::replace(&mut *self.connections(), Connections { first, more: Vec::new() });
-        // To close a connection may take a while: nobody waits for that.
+        // Closing a connection may take a while: do not wait for it.
         drop(before);
     }
 
@@ -301,7 +302,7 @@ impl Libvirt {
             *more = kept;
             unused
         };
-        // To close a connection may take a while: nobody waits for that.
+        // Closing a connection may take a while: do not wait for it.
         drop(unused);
     }
 
@@ -376,9 +377,9 @@ impl Libvirt {
             .map_err(|e| open.failure(&e))
     }
 
-    /// Starts a persistent domain, with other XML in place of its definition where there is some;
-    /// the definition stays as it is. A saved one is restored: starting it afresh would leave an
-    /// image behind that no longer fits its disks.
+    /// Starts a persistent domain, with `xml` instead of its definition if given; the definition
+    /// does not change. A saved domain is restored: to start it without its state would leave an
+    /// image that no longer matches its disks.
     ///
     /// # Errors
     /// What libvirt says, our hook's message included.
@@ -401,7 +402,7 @@ impl Libvirt {
         Ok(if saved { Started::Restored } else { Started::Fresh })
     }
 
-    /// What QEMU can give to guests here, for the machine's own architecture
+    /// QEMU's capabilities on this host, for the machine's own architecture
     /// (<https://libvirt.org/formatdomaincaps.html>).
     ///
     /// # Errors
@@ -623,7 +624,7 @@ fn is_end_of_qemu(message: &str) -> bool {
         && ["Broken pipe", "End of file", "closed"].iter().any(|end| message.contains(end))
 }
 
-/// What libvirt's error comes to.
+/// Converts an error of libvirt.
 fn failure(e: &Error) -> Failure {
     let message = e.message().to_owned();
     match e.code() {
@@ -650,7 +651,7 @@ fn failure(e: &Error) -> Failure {
     }
 }
 
-/// libvirt prints errors to stderr unless it is told not to; they are returned as well.
+/// Stops libvirt from printing errors to stderr; they are returned as well.
 fn quiet() {
     static ONCE: Once = Once::new();
     ONCE.call_once(virt::error::clear_error_callback);

@@ -26,19 +26,19 @@ pub use supervised::{Changed, Known, Listeners, Supervised, Unanswered};
 /// A domain that runs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Running {
-    /// Its UUID.
+    /// UUID of the instance.
     pub instance: InstanceId,
-    /// Its name.
+    /// Name of the domain.
     pub name: String,
-    /// Its live XML.
+    /// Live XML of the domain.
     pub xml: String,
-    /// Its state is being loaded, by restore or migration, or sent away: nobody can give it a
-    /// device or take one from it.
+    /// Whether its state is being loaded or sent, by restore or migration: then no device can be
+    /// attached or detached.
     pub moving: bool,
 }
 
 impl Running {
-    /// What its XML says.
+    /// Parses the live XML.
     ///
     /// # Errors
     /// When it is no domain that libvirt could have written.
@@ -71,20 +71,20 @@ pub enum Failure {
     Refused(String),
 }
 
-/// What happened to a guest.
+/// An event about guests.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Event {
     /// libvirt can be reached, from now on or again: anything may have happened.
     Connected,
-    /// It cannot.
+    /// The connection is lost, for this reason.
     Lost(String),
-    /// A domain changed: it started, stopped, went away, or its devices changed.
+    /// A domain changed: it started, stopped, disappeared, or its devices changed.
     Changed(InstanceId),
     /// A domain was started here: not one that migrated in.
     Started(InstanceId),
 }
 
-/// What runs the guests.
+/// A hypervisor that runs the guests.
 pub trait Hypervisor: Send + Sync {
     /// All domains that run.
     ///
@@ -131,8 +131,7 @@ pub trait Hypervisor: Send + Sync {
     /// Each of [`Failure`].
     fn stop(&self, instance: InstanceId) -> Result<(), Failure>;
 
-    /// Whether something is being done to a running domain, by anybody: what was asked for may
-    /// still happen.
+    /// Whether any program is changing the running domain: a requested change may still happen.
     ///
     /// # Errors
     /// [`Failure::Away`].
@@ -142,8 +141,8 @@ pub trait Hypervisor: Send + Sync {
     /// none where there is none, or where it cannot be seen.
     fn process(&self, instance: InstanceId) -> Option<u32>;
 
-    /// Which libvirt it is, in words: its driver, its URI and its host. Another one knows other
-    /// guests.
+    /// Identity of this libvirt in words: its driver, its URI and its host. Another libvirt knows
+    /// other guests.
     ///
     /// # Errors
     /// [`Failure::Away`].

@@ -9,7 +9,7 @@ use virt_usb_model::InstanceId;
 /// A guest's QEMU.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Process {
-    /// Its number.
+    /// Process id of QEMU.
     pub(super) pid: u32,
     /// Whether it goes on.
     pub(super) state: State,
@@ -18,12 +18,12 @@ pub(super) struct Process {
 /// Whether a process goes on (proc_pid_stat(5)).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum State {
-    /// It runs or waits.
+    /// The process runs or waits.
     Running,
     /// By a signal (`T`) or by a debugger (`t`).
     Stopped,
-    /// It waits in the kernel and cannot be interrupted (`D`): for a disk, or for a file system of
-    /// a network. Mostly for a moment.
+    /// The process waits in the kernel and cannot be interrupted (`D`), for a disk or a network
+    /// file system. Usually for a moment only.
     Blocked,
 }
 

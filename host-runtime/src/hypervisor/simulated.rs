@@ -7,9 +7,9 @@
 //! change of the file is what an operator does: `running = false` stops the domain, an entry that
 //! goes undefines it.
 //!
-//! `hangs = true`: its QEMU answers nothing, so what is attached or detached waits. `locked =
-//! true`: whatever is asked about it waits, and so do lists of all domains, as while a hook of
-//! somebody else's keeps libvirtd waiting.
+//! `hangs = true`: the guest's QEMU does not answer, so attach and detach wait. `locked = true`:
+//! every call about the guest waits, and so do lists of all domains, as while another program's
+//! hook blocks libvirtd.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
@@ -87,7 +87,7 @@ impl Domain {
 #[derive(Debug, Clone)]
 struct Attached {
     alias: String,
-    /// Its element.
+    /// XML element of the device.
     xml: String,
     /// The XML shows it, QEMU does not have it: so it is after a restore.
     let_go: bool,
@@ -174,8 +174,8 @@ impl SimulatedHypervisor {
     }
 
     /// Saves a running domain and restores it, as `virsh managedsave` and `start` do: stopped,
-    /// release, restore, prepare, started. QEMU does not have the host's devices any more
-    /// afterwards, though the XML shows them.
+    /// release, restore, prepare, started. Afterwards QEMU no longer has the host's devices,
+    /// although the XML shows them.
     ///
     /// # Errors
     /// What the hook says: then the domain does not run.
@@ -312,7 +312,7 @@ impl SimulatedHypervisor {
     }
 
     fn tell(&self, event: Event) {
-        // Nobody may be left to hear it.
+        // The receiver may have been dropped.
         drop(self.events.send(event));
     }
 

@@ -1,10 +1,10 @@
 //! A hypervisor whose calls are supervised: those that are not answered, and what was answered
 //! last.
 //!
-//! A call may stay unanswered for ever: QEMU hangs, or somebody's hook does and libvirtd keeps the
-//! domain locked. Whoever has made it waits. Nobody else does: a further call about the same guest
-//! fails ([`Failure::Silent`]), and who only wants to know what there is reads what was answered
-//! last ([`Supervised::known`]).
+//! A call may stay unanswered for ever if QEMU hangs, or if another program's hook hangs and
+//! libvirtd keeps the domain locked. Only the caller waits. Another call about the same guest fails
+//! ([`Failure::Silent`]), and a caller that only needs the last known state reads that
+//! ([`Supervised::known`]).
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
@@ -34,11 +34,11 @@ const MAX_SILENT_GUESTS: usize = 12;
 /// A guest as it was seen last.
 #[derive(Debug, Clone)]
 pub struct Known {
-    /// Its UUID.
+    /// UUID of the instance.
     pub instance: InstanceId,
     /// Whether it runs.
     pub running: bool,
-    /// Its XML: live where it runs, or else as it is defined.
+    /// Live XML of a running domain, otherwise its definition.
     pub domain: Arc<Domain>,
     /// When that was.
     pub seen: SystemTime,
@@ -47,20 +47,20 @@ pub struct Known {
 /// A call that was not answered yet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Unanswered {
-    /// About whom; none: about all guests.
+    /// Instance that the call is about; `None` for all guests.
     pub instance: Option<InstanceId>,
-    /// Which.
+    /// Description of the call.
     pub what: &'static str,
-    /// Since when.
+    /// Time when the call began.
     pub since: Instant,
-    /// Whether somebody has not waited for it.
+    /// Whether a caller has given up waiting for it.
     pub missed: bool,
 }
 
-/// What is called with a guest as it was and as it is.
+/// Callback with the old and the new state of a guest.
 pub type Changed = Box<dyn Fn(Option<&Known>, Option<&Known>) + Send + Sync>;
 
-/// Who is told.
+/// Receivers of notifications.
 pub struct Listeners {
     /// A call about a guest was answered for which others did not wait.
     pub answered: Box<dyn Fn(InstanceId) + Send + Sync>,
@@ -69,7 +69,7 @@ pub struct Listeners {
 }
 
 impl Listeners {
-    /// None.
+    /// Creates listeners that ignore all notifications.
     pub fn nobody() -> Self {
         Self { answered: Box::new(|_| {}), changed: Box::new(|_, _| {}) }
     }
@@ -134,7 +134,7 @@ impl Calls {
         let most = if self.open.len() < CALLS_FOR_SECONDS { 2 } else { 1 };
         let is_behind = self.waiting.range(..number).any(|(_, other)| *other == instance);
         if count >= most || is_behind || self.open.len() >= MAX_CALLS {
-            // A call that becomes old meanwhile notifies nobody.
+            // A call that times out in the meantime notifies no one.
             return Turn::Later(Duration::from_secs(1));
         }
         Turn::Now

@@ -16,7 +16,7 @@ const FORGIVEN: u64 = 24 * 3600;
 /// When a device counts as flapping. Times in seconds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
-    /// Number of reconnections that make a device flap ...
+    /// Number of reconnections within the window that make a device flap.
     pub limit: u32,
     /// … within this time. 0 returns: never.
     pub window: u64,

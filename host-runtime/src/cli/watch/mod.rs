@@ -51,7 +51,7 @@ pub(super) fn run(session: &Session, options: &Watch) -> anyhow::Result<ExitCode
     Ok(ExitCode::SUCCESS)
 }
 
-/// Until somebody has had enough of it, or the terminal is gone.
+/// Runs until the user quits, or the terminal is closed.
 fn screen(
     terminal: &mut Terminal<'_>,
     watched: &mut Watched,
@@ -77,8 +77,7 @@ fn screen(
     }
 }
 
-/// What was seen last stays on the screen while the inventory cannot be read, and the screen says
-/// so.
+/// Updates the view. If the inventory cannot be read, the screen keeps the last state and says so.
 fn look(watched: &mut Watched, view: &mut View) {
     let news = watched.has_news().and_then(|news| match news {
         true => watched.store().moment(EVENTS).map(Some),
@@ -151,7 +150,7 @@ fn news(
     Ok(events)
 }
 
-/// To whoever looks on. Nobody depends on it.
+/// Prints a warning for the user, and ignores errors.
 fn warn(what: &str) {
     complain(&format!("virt-usb: watch: {what}"));
 }
@@ -160,8 +159,8 @@ fn newest(limit: u32) -> Filter {
     Filter { limit, ..Filter::default() }
 }
 
-/// The events after `told`. An inventory that was restored or made anew may count from an earlier
-/// one: its events are told apart by time.
+/// The events after `told`. An inventory that was restored or rebuilt may count from an earlier
+/// number, so events are also compared by time.
 fn since(watched: &Watched, told: Option<&EventRow>) -> anyhow::Result<Vec<EventRow>> {
     let Some(told) = told else { return Ok(watched.store().events(&Filter::default())?) };
     let mut events = watched.store().events(&Filter { after: told.id - 1, ..Filter::default() })?;
@@ -174,10 +173,10 @@ fn since(watched: &Watched, told: Option<&EventRow>) -> anyhow::Result<Vec<Event
     Ok(events)
 }
 
-/// Waits a beat; true as soon as nobody reads stdout any more.
+/// Waits for the next refresh; true as soon as the reader of stdout has closed it.
 fn reader_has_gone() -> anyhow::Result<bool> {
     let stdout = io::stdout();
-    // Nothing is asked for: that the other end is closed is told unasked.
+    // No events are requested: poll always reports that the other end is closed.
     let mut ends = [PollFd::new(&stdout, PollFlags::empty())];
     let beat = Timespec::try_from(BEAT)?;
     match poll(&mut ends, Some(&beat)) {

@@ -14,7 +14,7 @@ use unicode_width::{UnicodeWidthChar, UnicodeWidthStr};
 
 use super::view::{Tone, View};
 
-/// The terminal's.
+/// Size of the terminal.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Size {
     pub(super) columns: u16,
@@ -31,7 +31,7 @@ impl Line {
     }
 }
 
-/// Which device stands first.
+/// Index of the first visible device.
 #[derive(Debug, Default)]
 pub(super) struct Scroll(usize);
 
@@ -147,7 +147,7 @@ fn apart(left: &str, right: &str, columns: usize) -> String {
 const HEADER: [&str; 7] = ["ID", "USB ID", "NAME", "PORT", "STATUS", "HELD BY", "SINCE (UTC)"];
 /// Where room is lacking: which columns get narrower, down to how many cells.
 const SHRINK: [(usize, usize); 3] = [(2, 10), (5, 8), (4, 11)];
-/// Which columns go then, the first first.
+/// Columns to drop on a narrow terminal, in that order.
 const DROP: [usize; 4] = [6, 3, 1, 2];
 
 /// Heading and rows, `count` of them from `from` on.

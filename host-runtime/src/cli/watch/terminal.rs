@@ -17,13 +17,13 @@ use super::screen::{By, Line};
 use super::view::Tone;
 use crate::cli::output::Output;
 
-/// The bytes of one key come together, but for a slow line: so long is the rest of one waited for.
-/// A lone Escape is a key as well.
+/// Timeout for the rest of a key's bytes, which arrive together except on a slow line. A lone
+/// Escape is a key as well.
 const PIECES: Duration = Duration::from_millis(100);
 /// No key is longer.
 const LONGEST: usize = 64;
 
-/// What somebody wants.
+/// An action of the user.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Touch {
     Enough,
@@ -37,7 +37,7 @@ pub(super) enum Touch {
 /// A terminal in raw mode, on its other screen.
 pub(super) struct Terminal<'a> {
     out: &'a Output,
-    /// What stands on it.
+    /// Lines that are displayed.
     shown: Vec<Line>,
     /// Pressed, and not yet obeyed.
     pressed: VecDeque<Touch>,
@@ -126,7 +126,7 @@ impl<'a> Terminal<'a> {
         self.out.raw(&bytes)
     }
 
-    /// Waits for `timeout`, or for somebody.
+    /// Waits for `timeout`, or until the user acts.
     pub(super) fn touch(&mut self, timeout: Duration) -> anyhow::Result<Option<Touch>> {
         let end = Instant::now() + timeout;
         loop {
@@ -160,8 +160,8 @@ impl<'a> Terminal<'a> {
 
     /// Takes up what is pressed within `timeout`. The end of the terminal is enough.
     ///
-    /// crossterm's own reading of keys is not used: at the end of a terminal that was hung up it
-    /// goes on reading for ever.
+    /// Reads the terminal without crossterm's own parser, which reads for ever at the end of a
+    /// terminal that was closed.
     fn listen(&mut self, timeout: Duration) -> anyhow::Result<()> {
         let keys = io::stdin();
         let mut ends = [PollFd::new(&keys, PollFlags::IN)];
@@ -220,8 +220,8 @@ fn give_back(out: &Output) -> anyhow::Result<()> {
     written
 }
 
-/// What keys mean, as xterm and all its kind send them. The beginning of a key is left where it is.
-/// See <https://invisible-island.net/xterm/ctlseqs/ctlseqs.html>, "Special Keyboard Keys".
+/// Parses keys as xterm and its relatives send them. An incomplete key stays in the buffer. See
+/// <https://invisible-island.net/xterm/ctlseqs/ctlseqs.html>, "Special Keyboard Keys".
 fn touches(typed: &mut Vec<u8>) -> Vec<Touch> {
     let mut touches = Vec::new();
     let mut bytes = typed.as_slice();
@@ -292,7 +292,7 @@ fn write_line(bytes: &mut Vec<u8>, line: &Line, colour: bool) -> io::Result<()> 
 mod tests {
     use super::*;
 
-    /// What is made of it, and what is left.
+    /// The parsed keys, and the bytes that are left.
     fn touched(typed: &[u8]) -> (Vec<Touch>, Vec<u8>) {
         let mut typed = typed.to_vec();
         let touches = touches(&mut typed);

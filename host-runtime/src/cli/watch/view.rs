@@ -1,4 +1,4 @@
-//! What is to be seen, as rows of text. Pure.
+//! Contents of the screen as rows of text. Pure.
 
 use virt_usb_model::{Status, clean};
 use virt_usb_store::events::EventRow;
@@ -15,17 +15,17 @@ pub(super) enum Tone {
     Plain,
     /// Of less weight.
     Quiet,
-    /// A heading.
+    /// A heading of the table.
     Head,
     /// To be had.
     Free,
-    /// Somebody's.
+    /// A device that is held.
     Held,
-    /// Somebody should look at it.
+    /// A device that needs an operator.
     Bad,
 }
 
-/// What is known, and what is in the way of knowing it.
+/// The known state, and the error that prevents an update.
 pub(super) struct View {
     pub(super) host: String,
     boot_id: String,
@@ -62,8 +62,8 @@ impl View {
         format!("{} device{plural}{list}", devices.len())
     }
 
-    /// The rows `from..`, `count` at the most: of ten thousand devices only those that are shown
-    /// are made into text.
+    /// The rows from `from`, at most `count`. Of ten thousand devices, only the visible ones are
+    /// formatted.
     pub(super) fn devices(&self, from: usize, count: usize) -> Vec<DeviceRow> {
         let row = |record: &Record| {
             let claim = self.moment.claims.iter().find(|c| c.device_id == record.entry.id);
@@ -102,7 +102,7 @@ impl View {
         DeviceRow { cells: cells.map(|cell| clean(&cell)), tone }
     }
 
-    /// What keeps devices out of guests, a line each.
+    /// Problems that keep devices out of guests, one per line.
     pub(super) fn problems(&self) -> Vec<String> {
         self.moment.problems.iter().map(|p| clean(&in_the_way(p))).collect()
     }

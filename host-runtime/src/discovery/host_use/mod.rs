@@ -9,10 +9,10 @@
 //! | a device that is exported to another machine | its driver |
 //! | a device node that a program has open, or an interface that one has claimed | `/proc/*/fd`, the driver `usbfs` |
 //!
-//! The last one counts only while no claim of ours holds the device ([`Ties::open`]). What cannot
-//! be told is said to be in use: taking a disk from under a mounted file system costs more than a
-//! device that an administrator has to release by naming it in the whitelist. SECURITY.md lists
-//! what nobody can see.
+//! The last use counts only while no claim of ours holds the device ([`Ties::open`]). A device
+//! whose use cannot be determined counts as in use: to take a disk from under a mounted file system
+//! costs more than a device that an administrator has to name in the whitelist. SECURITY.md lists
+//! the uses that cannot be seen.
 
 mod mounts;
 mod openers;
@@ -45,7 +45,7 @@ const BOOT_KEYBOARD: [u8; 3] = [0x03, 0x01, 0x01];
 /// The flag of an interface that is up (`IFF_UP`, netdevice(7)).
 const UP: u64 = 1;
 
-/// What the host does with its devices, read at most once a look.
+/// Uses of devices by the host, read at most once per scan.
 pub(super) struct HostUse<'a> {
     sysfs_root: &'a Path,
     procfs_root: &'a Path,
@@ -58,8 +58,8 @@ impl<'a> HostUse<'a> {
         Self { sysfs_root, procfs_root, mounts: OnceCell::new(), openers: OnceCell::new() }
     }
 
-    /// What the host uses the device for, joined by `; `, and what else ties the two. Problems name
-    /// the device's port.
+    /// Uses of the device by the host, joined by `; `, and its other ties. Problems name the
+    /// device's port.
     pub(super) fn of(
         &self,
         plugged: &Plugged,
@@ -397,7 +397,7 @@ mod tests {
     #[test]
     fn programs_that_have_it_open_are_named_where_they_can_be_seen() {
         let machine = Machine::new();
-        // The number of /dev/zero, which everybody may open.
+        // Device number of /dev/zero, which every user may open.
         machine.device("1-1:1.0/ttyUSB0/tty/ttyUSB0/dev", "1:5");
         assert_eq!(machine.ties(), Ties { nodes: machine.ties().nodes, ..Ties::default() });
         machine.file("proc/812/comm", "picocom");

@@ -1,4 +1,4 @@
-//! What is mounted and what is swapped to: `mountinfo` (proc_pid_mountinfo(5)) and `swaps`
+//! Mounted file systems and swap areas: `mountinfo` (proc_pid_mountinfo(5)) and `swaps`
 //! (proc_swaps(5)).
 
 use std::fs;

@@ -1,4 +1,4 @@
-//! Which processes have device nodes open.
+//! Processes that have device nodes open.
 //!
 //! | source | shown to |
 //! |---|---|
@@ -22,7 +22,7 @@ use super::udev::Number;
 const NAMED: usize = 3;
 /// Descriptors that are looked at in one scan: a busy host has some ten thousand.
 const MAX_DESCRIPTORS: usize = 500_000;
-/// What udev has open for a moment whenever a device comes.
+/// Processes of udev that open a new device for a moment.
 const PROBES: [&str; 3] = ["systemd-udevd", "(udev-worker)", "udevd"];
 
 /// Processes, by what they have open.
@@ -95,7 +95,7 @@ impl Openers {
         }
     }
 
-    /// Who has one of these nodes open, in words: `open in picocom (812)`.
+    /// Processes that have one of these nodes open, in words: `open in picocom (812)`.
     pub(super) fn of(&self, numbers: &[Number], names: &[String]) -> Option<String> {
         let by_number = numbers.iter().filter_map(|number| self.by_number.get(number)).flatten();
         let by_name = names.iter().filter_map(|name| self.by_name.get(name));

@@ -1,4 +1,4 @@
-//! What block devices are used for: mounted, swapped to, or held by others that are.
+//! Uses of block devices: mounted, used as swap, or held by others that are.
 //!
 //! ```text
 //!   sdb ── sdb1 mounted on /boot
@@ -86,7 +86,8 @@ impl<'a> Storage<'a> {
         Ok(any)
     }
 
-    /// What it is a member of, active or not: the kernel shows no link from a disk to a ZFS pool.
+    /// The larger device that this one is a member of, active or not: the kernel shows no link from
+    /// a disk to a ZFS pool.
     fn member(&self, number: Number) -> Option<String> {
         let entry = udev::entry(&udev::folder(self.sysfs_root), number);
         let content = entry.content.as_deref().unwrap_or_default();

@@ -1,10 +1,10 @@
-//! udev's database: which links lead to a device node, and what is on a block device
-//! (`/run/udev/data`, written by
-//! `device_update_db` in systemd's `sd-device`). Everybody may read it.
+//! udev's database: the links that lead to a device node, and the content of a block device
+//! (`/run/udev/data`, written by `device_update_db` in systemd's `sd-device`). All users may read
+//! it.
 
 use std::path::{Path, PathBuf};
 
-/// A device number, and of which kind.
+/// A device number and its kind.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Number {
     pub(super) is_block: bool,
@@ -19,20 +19,20 @@ impl Number {
         Some(Self { is_block, major: major.parse().ok()?, minor: minor.parse().ok()? })
     }
 
-    /// From `st_rdev`.
+    /// Creates a number from `st_rdev`.
     pub(super) fn of_rdev(rdev: u64, is_block: bool) -> Self {
         Self { is_block, major: libc::major(rdev), minor: libc::minor(rdev) }
     }
 }
 
-/// What the database says of one device node.
+/// Entry of the database for one device node.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Entry {
     /// udev's links, below `/dev`.
     pub(super) links: Vec<String>,
-    /// What is on a block device: `zfs_member`.
+    /// Content of a block device: `zfs_member`.
     pub(super) content: Option<String>,
-    /// What that is for: `raid` for a member of something larger.
+    /// Purpose of the content: `raid` for a member of something larger.
     pub(super) usage: Option<String>,
 }
 

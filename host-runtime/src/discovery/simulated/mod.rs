@@ -50,17 +50,17 @@ pub enum SimError {
     /// The file is not there or not readable.
     #[error("cannot read the simulation file {path}: {why}")]
     Read {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// Why.
+        /// Cause of the failure.
         why: io::Error,
     },
     /// The file does not say what a simulation may say.
     #[error("the simulation file {path} is wrong: {what}")]
     Wrong {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// Which device, which key, what was found and wanted.
+        /// The device, the key, the value that was found, and the wanted value.
         what: String,
     },
     /// The same, of text that came from no file.

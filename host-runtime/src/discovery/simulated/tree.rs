@@ -13,8 +13,8 @@ use crate::discovery::sysfs::CONTROLLERS;
 /// Lies beside `devices` and says that it is ours to replace.
 const MARK: &str = "simulated-by-virt-usb";
 
-/// Builds the tree aside and then puts it in place: a hook that looks meanwhile sees the old one or
-/// the new one, but for an instant between two renames in which it sees no device.
+/// Builds the tree aside and then moves it into place. A concurrent hook sees the old one or the
+/// new one, except for an instant between two renames in which it sees no device.
 pub(super) fn write(root: &Path, entries: &[Entry]) -> io::Result<()> {
     let usb = root.join("bus/usb");
     let (devices, fresh, old) =
@@ -83,7 +83,7 @@ fn write_device(dir: &Path, Entry { device, ties, unreadable }: &Entry) -> io::R
     let put = |name: &str, value: &str| fs::write(dir.join(name), format!("{value}\n"));
     let put_some = |name: &str, value: Option<&str>| value.map_or(Ok(()), |value| put(name, value));
     match unreadable {
-        // A folder where a file should be: reading it fails for everybody, root included.
+        // A folder in place of a file: reading it fails for all users, even root.
         true => fs::create_dir(dir.join("idVendor"))?,
         false => put("idVendor", &device.key.usb.vendor.to_string())?,
     }
