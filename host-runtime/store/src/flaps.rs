@@ -18,9 +18,9 @@ const FORGIVEN: u64 = 24 * 3600;
 pub struct Limits {
     /// Number of reconnections within the window that make a device flap.
     pub limit: u32,
-    /// … within this time. 0 returns: never.
+    /// Window in which the reconnections are counted. A `limit` of 0 disables the check.
     pub window: u64,
-    /// So long it is not offered, and not given back to its guest.
+    /// How long the device is unavailable and is not returned to its guest.
     pub pause: u64,
     /// Number of pauses per day after which the device is quarantined; 0 disables the quarantine.
     pub quarantine: u32,
