@@ -4,7 +4,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 /// Device, inode and size of a file, and its last change: content, owner or mode.
-pub(crate) type Stamp = (u64, u64, u64, (i64, i64));
+pub type Stamp = (u64, u64, u64, (i64, i64));
 
 /// Returns the stamp of a file; none: there is no such file.
 pub fn stamp(file: &Path) -> Option<Stamp> {

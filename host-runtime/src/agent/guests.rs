@@ -443,7 +443,7 @@ impl Guests {
         match self.is_trusted(&identity, all) {
             Ok(trusted) => self.trusted = trusted,
             Err(e) => {
-                tracing::error!("cannot check whether this is the same libvirt as before: {e}")
+                tracing::error!("cannot check whether this is the same libvirt as before: {e}");
             }
         }
     }

@@ -10,6 +10,8 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use crate::metrics::Load;
+
 /// Maximum number of threads that work at the same time, without the slow ones.
 const PLACES: usize = 4;
 /// Work time after which a thread counts as slow, so that other guests wait at most a second.
