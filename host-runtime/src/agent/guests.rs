@@ -6,8 +6,8 @@
 //!  devices changed ──┼─► due ─► worker: look, plan, converge ─► Report ─► retries with back-off, looks that are promised
 //!  clock, retries ───┘
 //! ```
-//! This thread never asks libvirt: a guest about which libvirt does not answer keeps one worker,
-//! and nobody else.
+//! This thread never calls libvirt. A guest about which libvirt does not answer blocks one worker
+//! and nothing else.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;

@@ -4,7 +4,7 @@
 //!   push ─► queue ─► a thread with a place ─► its work ends
 //!                        └─ it lasts: the thread goes on without its place, which another thread gets
 //! ```
-//! So a guest that keeps its thread waiting keeps nobody else waiting.
+//! So a guest that blocks its thread does not block other guests.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};

@@ -70,7 +70,7 @@ pub enum Authorization {
     Allowed,
     /// No, and it may know that.
     Forbidden,
-    /// The caller is told that the object does not exist.
+    /// The response says that the object does not exist.
     Hidden,
 }
 

@@ -20,7 +20,7 @@ pub struct Ties {
     /// Processes that have the device open, in words (`open in picocom (812)`). They count unless a
     /// claim of ours holds the device: then the process is the guest's QEMU.
     pub open: Vec<String>,
-    /// Whether the kernel was told not to use the device (`authorized`,
+    /// Whether the kernel may not use the device (`authorized`,
     /// Documentation/ABI/testing/sysfs-bus-usb). QEMU cannot use it either.
     pub unauthorized: bool,
 }

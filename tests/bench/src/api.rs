@@ -19,7 +19,7 @@ use crate::world::{Devices, simulation};
 
 /// On the host that is asked about.
 const FEW: usize = 64;
-/// Those that are listed.
+/// Number of listed devices.
 const MANY: usize = 10_000;
 /// The most that a page holds.
 const PAGE: usize = 1000;
@@ -179,7 +179,7 @@ impl Setting {
     }
 }
 
-/// What wrk measured; times in microseconds.
+/// Result of wrk; times in microseconds.
 struct Round {
     /// Requests a second.
     rate: f64,

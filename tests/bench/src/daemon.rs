@@ -54,18 +54,18 @@ impl Process {
         Ok(used)
     }
 
-    /// Those that it has started.
+    /// Child processes that it has started.
     pub(crate) fn children(self) -> Result<Vec<Self>> {
         let children = fs::read_to_string(format!("/proc/{0}/task/{0}/children", self.0))?;
         children.split_whitespace().map(|pid| Ok(Self(pid.parse()?))).collect()
     }
 }
 
-/// `virt-usbd --sim`, in a folder that goes away.
+/// `virt-usbd --sim` in a temporary folder.
 pub(crate) struct Agent {
     child: Child,
     folder: TempDir,
-    /// `virt-usb`.
+    /// Path of the `virt-usb` program.
     command: PathBuf,
 }
 

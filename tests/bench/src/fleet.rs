@@ -30,9 +30,9 @@ const PREFIX: &str = "/virt-usb/hosts/";
 /// Changes and questions a second, each.
 const RATE: u32 = 200;
 const TIME: Duration = Duration::from_secs(20);
-/// One change in so many is waited for.
+/// One change in this number is measured.
 const WATCHED: u32 = 8;
-/// Until a change that is waited for is asked for again.
+/// Interval at which a measured change is looked up.
 const LOOK: Duration = Duration::from_micros(500);
 /// How often a scheduler is started.
 const STARTS: usize = 5;

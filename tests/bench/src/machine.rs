@@ -1,4 +1,4 @@
-//! What the figures were measured on, in general terms.
+//! Description of the machine on which the figures were measured.
 
 use std::fs;
 use std::process::Command;

@@ -15,7 +15,7 @@ use tempfile::TempDir;
 
 use crate::daemon::Process;
 
-/// Where Debian puts it: not on the path of everybody.
+/// Debian's path of nginx, which is not in the PATH of all users.
 const NGINX: &str = "/usr/sbin/nginx";
 
 /// The names of a certificate and its key.
@@ -99,7 +99,7 @@ impl Nginx {
         self.at
     }
 
-    /// Its workers, which do all the work.
+    /// Worker processes, which do the work.
     pub(crate) fn workers(&self) -> Result<Vec<Process>> {
         Process(self.child.id()).children()
     }

@@ -34,7 +34,7 @@ impl Programs {
         })
     }
 
-    /// A program that is to be linked at run time names its linker.
+    /// Whether the hook is static: a dynamically linked program names its linker.
     pub(crate) fn hook_is_static(&self) -> bool {
         let linker = b"/ld-linux";
         std::fs::read(&self.hook)

@@ -1,4 +1,4 @@
-//! The figures as a table that can go into BENCHMARKS.md as it is.
+//! Formats the figures as a table for BENCHMARKS.md.
 
 use std::fmt;
 use std::time::Duration;

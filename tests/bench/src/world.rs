@@ -1,4 +1,4 @@
-//! A host with devices, and domains that ask for them, in a folder that goes away.
+//! A host with devices, and domains that request them, in a temporary folder.
 
 use std::fs;
 use std::path::PathBuf;
@@ -19,7 +19,7 @@ pub(crate) const STORE_LOCK_TIMEOUT: Duration = Duration::from_secs(20);
 /// How the devices of a world differ.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Devices {
-    /// Each has a serial, and there are so many kinds.
+    /// Each device has a serial, and this is the number of kinds.
     Kinds(usize),
     /// All are of one kind, without a serial.
     Identical,
@@ -103,7 +103,7 @@ pub(crate) fn place(n: usize) -> (usize, usize, String) {
     (bus, at + 2, format!("{bus}-{}.{}", at / 10 + 1, at % 10 + 1))
 }
 
-/// So many devices, as a simulation has them.
+/// A simulation file with `count` devices.
 pub(crate) fn simulation(count: usize, devices: Devices) -> String {
     let mut text = String::new();
     for n in 0..count {

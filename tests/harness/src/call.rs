@@ -28,7 +28,7 @@ use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process_group, wa
 
 use crate::surroundings::environment;
 
-/// What is called, with what.
+/// A call: the program, its arguments and its input.
 #[derive(Debug, Clone)]
 pub struct Call<'a> {
     /// The executable; an absolute path, for the call is made from `/`.
@@ -88,7 +88,7 @@ impl fmt::Display for Exit {
 pub enum Hang {
     /// The hook was still running.
     StillRunning,
-    /// The hook had ended, but one of its children had not let go of the pipes.
+    /// The hook had exited, but one of its children still held the pipes.
     PipesHeld,
 }
 
@@ -107,7 +107,7 @@ impl fmt::Display for Hang {
     }
 }
 
-/// What came of a call.
+/// Result of a call.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Answer {
     /// Everything that was printed.
@@ -232,7 +232,7 @@ struct Pipes<'a> {
     complaints: Vec<u8>,
 }
 
-/// Which pipes poll(2) found ready.
+/// Pipes that poll(2) found ready.
 struct Ready {
     stdin: bool,
     stdout: bool,

@@ -19,7 +19,7 @@ use crate::call::{Answer, Call, Settings, arguments, call};
 /// One executable and how it is called.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Script {
-    /// Its absolute path.
+    /// Absolute path of the hook.
     pub path: PathBuf,
     /// Arguments put before the four of libvirt.
     pub before: Vec<OsString>,
@@ -37,9 +37,9 @@ pub enum HookError {
     /// A folder of hooks cannot be read.
     #[error("cannot list the hooks in {path}: {source}")]
     List {
-        /// The folder.
+        /// Path of the folder.
         path: PathBuf,
-        /// Why.
+        /// Cause of the failure.
         source: io::Error,
     },
     /// No process could be made of a hook, or its pipes failed.
@@ -47,12 +47,12 @@ pub enum HookError {
     Call(#[from] io::Error),
 }
 
-/// What the hooks are called for.
+/// The operation for which the hooks are called.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Request {
     /// The domain's name.
     pub name: String,
-    /// The operation.
+    /// Name of the operation.
     pub op: String,
     /// `begin` or `end`.
     pub subop: String,
@@ -63,19 +63,19 @@ pub struct Request {
 /// One executable's part in a chain.
 #[derive(Debug, Clone)]
 pub struct Link {
-    /// The executable.
+    /// Path of the executable.
     pub path: PathBuf,
-    /// Its arguments.
+    /// Arguments of the call.
     pub arguments: Vec<OsString>,
     /// The XML that it was given.
     pub input: Vec<u8>,
-    /// What it answered.
+    /// Answer of the hook.
     pub answer: Answer,
     /// libvirt's error for it.
     pub message: Option<String>,
 }
 
-/// What came of calling all hooks.
+/// Result of calling all hooks.
 #[derive(Debug, Clone, Default)]
 pub struct Chained {
     /// Every call, in order.
@@ -86,14 +86,14 @@ pub struct Chained {
     pub failure: Option<String>,
 }
 
-/// What lies in the hook folder.
+/// Hooks in the hook folder.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Hooks {
     scripts: Vec<Script>,
 }
 
 impl Hooks {
-    /// Finds what is to be called.
+    /// Finds the hooks to call.
     ///
     /// `hook` alone is the only one. `dir` alone is read like `/etc/libvirt/hooks`. With both,
     /// `hook` takes the place that it would have if it were installed in `dir/qemu.d` under its own
@@ -128,7 +128,7 @@ impl Hooks {
         Ok(Self { scripts })
     }
 
-    /// What is called, in order.
+    /// The hooks, in the order of the calls.
     pub fn scripts(&self) -> &[Script] {
         &self.scripts
     }
@@ -172,7 +172,7 @@ impl Chained {
     }
 }
 
-/// What libvirt takes for a filter's output: a C string, none when it is empty or blank
+/// The output of a filter as libvirt reads it: a C string, `None` if it is empty or blank
 /// (`virStringIsEmpty`).
 pub(crate) fn replacement(stdout: &[u8]) -> Option<&[u8]> {
     let text = stdout.split(|byte| *byte == 0).next().unwrap_or_default();

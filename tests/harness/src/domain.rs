@@ -19,17 +19,17 @@ pub enum DomainError {
     /// The file cannot be read.
     #[error("cannot read the domain {path}: {source}")]
     Read {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// Why.
+        /// Cause of the failure.
         source: io::Error,
     },
-    /// It is not what libvirt would send to a hook.
+    /// The file is not a domain that libvirt would send to a hook.
     #[error("the domain {path} cannot be sent to a hook: {what}")]
     Wrong {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// Description of the error.
         what: String,
     },
 }

@@ -1,4 +1,4 @@
-//! Which calls a life cycle is made of, and what libvirt does when one of them fails.
+//! The calls of a life cycle, and libvirt's reaction when one of them fails.
 //!
 //! ```text
 //! start            prepare ─► start ─► started           a failure ─► stopped ─► release failed
@@ -19,7 +19,7 @@ use crate::chain::{HookError, Hooks, Request};
 use crate::domain::Domain;
 use crate::record::{CallRecord, Outcome, OutputFate};
 
-/// Who calls `prepare`, `start` and `started`, and therefore what their output is good for.
+/// Caller of `prepare`, `start` and `started`, which determines how their output is used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Initiator {
@@ -40,7 +40,7 @@ pub enum Cycle {
     Stop,
     /// The domain was destroyed.
     Destroy,
-    /// QEMU died.
+    /// Crash of QEMU.
     Crash,
     /// The guest was saved.
     Save,
@@ -81,7 +81,7 @@ impl Cycle {
 pub enum Event<'a> {
     /// A step begins.
     Begin {
-        /// What is done.
+        /// Action of the life cycle.
         action: &'a str,
         /// The scenario's own words on it.
         say: Option<&'a str>,
@@ -94,7 +94,7 @@ pub enum Event<'a> {
     End(&'a crate::record::Play),
 }
 
-/// What came of a life cycle.
+/// Result of a life cycle.
 #[derive(Debug, Clone)]
 pub struct Played {
     /// The calls, in order.
@@ -103,15 +103,15 @@ pub struct Played {
     pub outcome: Outcome,
     /// The live definition when it ended; `None` when the guest does not run.
     pub live: Option<Domain>,
-    /// What the reader should know.
+    /// Remarks for the reader.
     pub remarks: Vec<String>,
 }
 
 /// Calls hooks in libvirt's order.
 pub struct Player<'a> {
-    /// What is called.
+    /// Hooks to call.
     pub hooks: &'a Hooks,
-    /// How.
+    /// Settings of the calls.
     pub settings: &'a Settings,
     /// By whom.
     pub caller: Initiator,
@@ -125,13 +125,13 @@ struct Run<'p, 'w> {
     remarks: Vec<String>,
 }
 
-/// What a call's output is good for.
+/// Use of a call's output.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Use {
     Nothing,
-    /// It replaces the XML, within what libvirt lets a filter change.
+    /// The output replaces the XML, within the changes that libvirt allows a filter.
     Filter,
-    /// It replaces the XML.
+    /// The output replaces the XML.
     Definition,
 }
 
@@ -223,7 +223,7 @@ impl Run<'_, '_> {
         Ok((Outcome::Done, None))
     }
 
-    /// What libvirt does next; nothing, when it would still be waiting.
+    /// Adds a remark about libvirt's next step, unless libvirt would still be waiting.
     fn remark(&mut self, what: String) {
         if self.calls.last().is_none_or(|call| call.hang.is_none()) {
             self.remarks.push(what);

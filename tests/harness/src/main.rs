@@ -40,7 +40,7 @@ fn is_input(error: &anyhow::Error) -> bool {
         || matches!(error.downcast_ref(), Some(ScratchError::Settings(_)))
 }
 
-/// What was given does not fit together.
+/// Contradictory arguments.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 struct Input(String);
@@ -109,7 +109,7 @@ fn scenario(common: &Common, file: &Path) -> anyhow::Result<CallOutcome> {
     theatre.play(|stage| scenario.play(stage))
 }
 
-/// Installed hooks cannot be told of a scratch inventory: they would claim from the real one.
+/// Refuses installed hooks, which would claim from the real inventory instead of the temporary one.
 fn own_hook_only(common: &Common) -> Result<(), Input> {
     let what = "the hooks of --hooks-dir work on the installed inventory, this on one of its own: \
         give --hook instead";
@@ -223,7 +223,7 @@ impl Theatre {
     }
 }
 
-/// What was given, or the program of that name in this program's own folder.
+/// The given path, or the program with that name in this program's own folder.
 fn beside(given: Option<&PathBuf>, name: &str) -> anyhow::Result<PathBuf> {
     if let Some(path) = given {
         return Ok(std::path::absolute(path)?);

@@ -16,27 +16,27 @@ pub enum ProductError {
     /// No process could be made of it.
     #[error("cannot run {program}: {source}")]
     Run {
-        /// The executable.
+        /// Path of the executable.
         program: PathBuf,
-        /// Why.
+        /// Cause of the failure.
         source: io::Error,
     },
-    /// It failed where the harness needs its answer.
+    /// The command failed, and the harness needs its output.
     #[error("{command} failed ({exit}): {stderr}")]
     Failed {
-        /// What was run.
+        /// Command that was run.
         command: String,
         /// How it ended.
         exit: String,
-        /// What it said.
+        /// Standard error of the command.
         stderr: String,
     },
-    /// Its answer is not JSON.
+    /// The output is not JSON.
     #[error("{command} printed no JSON: {source}")]
     Json {
-        /// What was run.
+        /// Command that was run.
         command: String,
-        /// Why.
+        /// Cause of the failure.
         source: serde_json::Error,
     },
 }
@@ -44,7 +44,7 @@ pub enum ProductError {
 /// `virt-usb` and the configuration that it reads.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Product {
-    /// The executable.
+    /// Path of the executable.
     pub program: PathBuf,
     /// Given as `--config FILE` before every verb.
     pub config: PathBuf,
@@ -91,7 +91,7 @@ impl Product {
         self.run(&args)
     }
 
-    /// Who holds what: the document of `virt-usb claims --json`.
+    /// Claims, as in `virt-usb claims --json`.
     ///
     /// # Errors
     /// When it cannot be run, fails, or prints something else.

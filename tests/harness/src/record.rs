@@ -1,4 +1,4 @@
-//! What happened, as data: the `--json` document is these types.
+//! Results as data: these types are the `--json` document.
 
 use std::path::PathBuf;
 
@@ -18,7 +18,7 @@ pub struct Report {
     pub hooks: Vec<PathBuf>,
     /// Where a call from here differs from one by libvirtd.
     pub differences: Vec<String>,
-    /// What was done, in order.
+    /// Steps that were played, in order.
     pub plays: Vec<Play>,
     /// Whether it all went as expected.
     pub verdict: CallOutcome,
@@ -46,7 +46,7 @@ pub enum CallOutcome {
 /// One life cycle of one domain, or one step that calls no hook.
 #[derive(Debug, Clone, Serialize)]
 pub struct Play {
-    /// Its number, from 1.
+    /// Number of the step, from 1.
     pub step: usize,
     /// `start`, `migrate`, `discover`, …
     pub action: String,
@@ -56,7 +56,7 @@ pub struct Play {
     pub domain: Option<String>,
     /// The domain's UUID.
     pub uuid: Option<String>,
-    /// What was expected of it.
+    /// Expected result of the step.
     pub expected: Expected,
     /// The calls of hooks, in order.
     pub calls: Vec<CallRecord>,
@@ -64,9 +64,9 @@ pub struct Play {
     pub product: Option<ProductRun>,
     /// How it ended.
     pub outcome: Outcome,
-    /// What the reader should know about it.
+    /// Remarks for the reader.
     pub remarks: Vec<String>,
-    /// `virt-usb claims --json` before it; `null` when nobody was asked.
+    /// Output of `virt-usb claims --json` before the step; `null` if claims were not queried.
     pub claims_before: Option<Value>,
     /// The same after it.
     pub claims_after: Option<Value>,
@@ -75,7 +75,7 @@ pub struct Play {
 }
 
 impl Play {
-    /// A step of which nothing is known yet.
+    /// A step without results yet.
     pub(crate) fn new(step: usize, action: &str, domain: Option<&Domain>, frame: Frame) -> Self {
         Self {
             step,
@@ -95,23 +95,23 @@ impl Play {
     }
 }
 
-/// What surrounds a step: words and expectations.
+/// Texts and expectations of a step.
 #[derive(Debug, Clone, Default)]
 pub struct Frame {
     /// The scenario's own words on it.
     pub say: Option<String>,
-    /// What should come of it.
+    /// Expected result of the step.
     pub expected: Expected,
 }
 
 /// One call of one executable.
 #[derive(Debug, Clone, Serialize)]
 pub struct CallRecord {
-    /// The executable.
+    /// Path of the executable.
     pub hook: PathBuf,
-    /// Its arguments.
+    /// Arguments of the call.
     pub args: Vec<String>,
-    /// The operation.
+    /// Operation of the call.
     pub op: String,
     /// The exit status; `null` when a signal ended it.
     pub exit: Option<i32>,
@@ -121,11 +121,11 @@ pub struct CallRecord {
     pub hang: Option<String>,
     /// From spawn to the end of both pipes and of the process, in microseconds.
     pub duration_us: u128,
-    /// What was printed.
+    /// Standard output of the hook.
     pub stdout: String,
-    /// What was complained about.
+    /// Standard error of the hook.
     pub stderr: String,
-    /// What became of what was printed.
+    /// Use of the hook's output.
     pub output: OutputFate,
     /// The error that libvirt shows its user.
     pub message: Option<String>,
@@ -165,7 +165,7 @@ impl CallRecord {
     }
 }
 
-/// What the caller does with what a hook printed.
+/// The caller's use of a hook's output.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum OutputFate {
@@ -175,7 +175,7 @@ pub enum OutputFate {
     Discarded,
     /// Nothing was printed by a filter: the XML stays.
     Unchanged,
-    /// It is the XML from here on.
+    /// The output is the XML from here on.
     Used,
     /// libvirt would not accept it.
     Refused,
@@ -185,9 +185,9 @@ pub enum OutputFate {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(tag = "result", rename_all = "kebab-case")]
 pub enum Outcome {
-    /// It went through.
+    /// The step succeeded.
     Done,
-    /// It was stopped.
+    /// The step was refused.
     Refused {
         /// The operation at which.
         op: String,
@@ -196,39 +196,39 @@ pub enum Outcome {
     },
 }
 
-/// What should come of a step.
+/// Expected outcome of a step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Expect {
-    /// It goes through.
+    /// The step succeeds.
     #[default]
     Ok,
-    /// It is refused.
+    /// The step is refused.
     Veto,
 }
 
-/// What should come of a step, and what should be said about it.
+/// Expected outcome and output of a step.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize)]
 pub struct Expected {
     /// Through or refused.
     pub outcome: Expect,
-    /// What the standard error of one of the calls must contain.
+    /// Text that the standard error of one of the calls must contain.
     pub stderr: Option<String>,
-    /// What the standard output of one of the calls must contain.
+    /// Text that the standard output of one of the calls must contain.
     pub stdout: Option<String>,
 }
 
 /// A run of `virt-usb`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct ProductRun {
-    /// Its arguments.
+    /// Arguments of the command.
     pub args: Vec<String>,
     /// The exit status; `null` when a signal ended it.
     pub exit: Option<i32>,
-    /// In microseconds.
+    /// Duration in microseconds.
     pub duration_us: u128,
-    /// What was printed.
+    /// Standard output of the command.
     pub stdout: String,
-    /// What was complained about.
+    /// Standard error of the command.
     pub stderr: String,
 }

@@ -53,15 +53,15 @@ pub enum ScenarioError {
     /// The file cannot be read.
     #[error("cannot read the scenario {path}: {source}")]
     Read {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// Why.
+        /// Cause of the failure.
         source: io::Error,
     },
-    /// It is no TOML, or has keys that are not known.
+    /// The file is not TOML, or has unknown keys.
     #[error("the scenario {path} is wrong: {source}")]
     Syntax {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
         /// Where and why.
         source: toml::de::Error,
@@ -69,11 +69,11 @@ pub enum ScenarioError {
     /// A step does not say what it must.
     #[error("the scenario {path} is wrong: step {step}: {what}")]
     Step {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// Its number, from 1.
+        /// Number of the step, from 1.
         step: usize,
-        /// What is missing, unknown or too much.
+        /// Missing, unknown or superfluous part.
         what: String,
     },
     /// One of its domains cannot be used.
@@ -84,26 +84,26 @@ pub enum ScenarioError {
 /// A scenario, read and checked.
 #[derive(Debug, Clone)]
 pub struct Scenario {
-    /// What it is about.
+    /// Title of the scenario.
     pub title: Option<String>,
     /// TOML for the scratch configuration.
     pub config: String,
-    /// Its domains, by the names that its steps use.
+    /// Domains, by the names that the steps use.
     pub domains: BTreeMap<String, Domain>,
-    /// Its steps.
+    /// Steps of the scenario.
     pub steps: Vec<Step>,
 }
 
-/// A step.
+/// A step of a scenario.
 #[derive(Debug, Clone)]
 pub struct Step {
-    /// What is done.
+    /// Action of the step.
     pub action: Action,
-    /// What is said about it, and expected of it.
+    /// Texts and expectations of the step.
     pub frame: Frame,
 }
 
-/// What a step does.
+/// Action of a step.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Action {
     /// A life cycle of one domain.
@@ -112,13 +112,13 @@ pub enum Action {
     RestartAll,
     /// One single call.
     Call {
-        /// The domain.
+        /// Name of the domain.
         domain: String,
-        /// The operation.
+        /// Operation of the call.
         op: String,
         /// `begin` or `end`.
         subop: String,
-        /// Why.
+        /// Reason of the release.
         extra: String,
     },
     /// `virt-usb discover`.
@@ -305,7 +305,7 @@ pub fn default_subop(op: &str) -> &'static str {
     if matches!(op, "stopped" | "release") { "end" } else { "begin" }
 }
 
-/// Which guests run, and with what definition.
+/// Running guests and their definitions.
 struct Guests<'a> {
     domains: &'a BTreeMap<String, Domain>,
     running: BTreeMap<String, Domain>,

@@ -22,9 +22,9 @@ pub enum StageError {
     /// A step needs what the harness was not given.
     #[error("step {step}: {what}")]
     Missing {
-        /// Its number, from 1.
+        /// Number of the step, from 1.
         step: usize,
-        /// What is missing.
+        /// Missing part of the step.
         what: String,
     },
 }
@@ -38,7 +38,7 @@ pub struct Stage<'a> {
 }
 
 impl<'a> Stage<'a> {
-    /// A stage; without `product` nobody is asked about claims, and no devices can be discovered.
+    /// Creates a stage. Without `product`, claims are not queried and devices cannot be discovered.
     pub fn new(
         player: Player<'a>,
         product: Option<Product>,

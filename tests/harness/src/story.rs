@@ -1,4 +1,4 @@
-//! What happened, told to people.
+//! Formats the results for people.
 
 use std::io::{self, Write};
 

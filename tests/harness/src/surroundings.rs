@@ -1,4 +1,4 @@
-//! What a hook finds around itself: its environment, and how this machine differs from libvirtd's.
+//! Surroundings of a hook: its environment, and how this machine differs from libvirtd's.
 
 use std::ffi::OsString;
 use std::fs;
@@ -27,7 +27,7 @@ pub fn environment(keep: &[String]) -> Vec<(String, OsString)> {
     fixed.into_iter().chain(passed.iter().chain(kept).filter_map(set)).collect()
 }
 
-/// What a hook called from here meets that it would not meet under libvirtd, one sentence each.
+/// Differences between a hook called from here and one called by libvirtd, one sentence each.
 ///
 /// libvirt closes every descriptor from 3 up (`virExec`); a program without unsafe code can only
 /// say which ones it was itself started with.

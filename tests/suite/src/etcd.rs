@@ -34,7 +34,7 @@ impl Etcd {
         etcd
     }
 
-    /// A cluster of so many members, which answers.
+    /// A cluster with this number of members, ready for requests.
     pub fn cluster(members: usize, arguments: &[String]) -> Vec<Self> {
         let mut all: Vec<Self> =
             (0..members).map(|n| Self::member(&format!("m{n}"), arguments, "http")).collect();
@@ -64,7 +64,7 @@ impl Etcd {
         format!("{}=http://127.0.0.1:{}", self.name, self.peer.number)
     }
 
-    /// Its folder.
+    /// Path of the member's folder.
     pub fn path(&self) -> &Path {
         self.dir.path()
     }
@@ -147,8 +147,8 @@ impl Etcd {
 
     /// Asks it by its own command line, and waits for the answer for five minutes at most.
     ///
-    /// On a machine with much to do etcd itself gives up a request after some seconds: it is asked
-    /// again. What it had done all the same it refuses to do twice.
+    /// Runs etcdctl. On a busy machine etcd gives up a request after some seconds, so the command
+    /// is retried. If the first try succeeded after all, etcd refuses to repeat it.
     pub fn etcdctl(&self, arguments: &[&str]) -> Output {
         let says =
             |output: &Output, words: &str| String::from_utf8_lossy(&output.stderr).contains(words);
@@ -186,7 +186,7 @@ impl Etcd {
         client
     }
 
-    /// What a key holds; empty: nothing.
+    /// Value of a key; empty if the key does not exist.
     pub fn get(&self, key: &str) -> String {
         let output = self.etcdctl(&["get", "--print-value-only", key]);
         assert!(output.status.success(), "{output:?}");

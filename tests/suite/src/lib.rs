@@ -99,7 +99,7 @@ impl Host {
         self.dir.path().join(name)
     }
 
-    /// Its configuration.
+    /// Path of the host's configuration.
     pub fn config_file(&self) -> PathBuf {
         self.path("config.toml")
     }
@@ -298,7 +298,7 @@ pub fn domain(name: &str, number: u32, flavor: &str) -> String {
     )
 }
 
-/// What a program wrote.
+/// Output of a program as text.
 ///
 /// # Panics
 /// When it is no UTF-8.
@@ -306,7 +306,7 @@ pub fn text(bytes: &[u8]) -> String {
     String::from_utf8(bytes.to_vec()).unwrap()
 }
 
-/// What a program that must have done its work wrote to stdout.
+/// Standard output of a program, which must have succeeded.
 ///
 /// # Panics
 /// When it has failed.

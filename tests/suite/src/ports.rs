@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 const FIRST: u16 = 16_000;
 const COUNT: u32 = 16_768;
 
-/// A port that nobody listens on, and that no other test reserves while this lives.
+/// A free port that no other test reserves while this value lives.
 #[derive(Debug)]
 pub(crate) struct Port {
     pub(crate) number: u16,

@@ -402,7 +402,7 @@ fn it_counts() {
     }
 }
 
-/// What an agent says that does not start.
+/// Message of an agent that does not start.
 fn refusal(mut command: Command) -> String {
     let output = command.output().unwrap();
     assert_eq!(output.status.code(), Some(1), "{output:?}");
@@ -504,7 +504,7 @@ fn guests_get_their_devices_though_the_metrics_cannot_be_served() {
     let host = Host::new("");
     let keys = std::fs::read_to_string(host.config_file()).unwrap();
     show(&host, &(device("0001", "1-1", 5, "") + &guest("erp", ERP, "")));
-    // Somebody listens where the metrics are to be served: he is left alone.
+    // A program that listens at the address of the metrics is left alone.
     let socket = host.path("theirs");
     let theirs = std::os::unix::net::UnixListener::bind(&socket).unwrap();
     std::fs::write(host.config_file(), format!("{keys}metrics = {socket:?}\n")).unwrap();

@@ -20,7 +20,7 @@ use virt_usb_suite::{Host, PROGRAM_TIMEOUT, device, ok, program};
 const ERP: &str = "11111111-2222-4333-8444-555555555555";
 const CRM: &str = "99999999-2222-4333-8444-555555555555";
 const OFF: &str = "77777777-2222-4333-8444-555555555555";
-/// Its domain does not say whose it is.
+/// A domain that names no owner.
 const LAB: &str = "33333333-2222-4333-8444-555555555555";
 /// The project of the guests `erp` and `off`; `crm` is another's.
 const OURS: &str = "3f0c7a5e9d2b4c1f8a6e5d4c3b2a1908";
@@ -33,7 +33,7 @@ struct Served {
     at: SocketAddr,
 }
 
-/// An answer.
+/// A response of the API.
 #[derive(Debug)]
 struct Answer {
     status: u16,
@@ -78,7 +78,7 @@ fn guest(name: &str, uuid: &str, project: &str, more: &str) -> String {
     format!("[[domain]]\nname = '{name}'\nuuid = '{uuid}'\nproject = '{project}'\n{more}\n")
 }
 
-/// Four devices: 1 for everybody, 2 for our project alone, 3 for theirs alone, 4 for nobody.
+/// Four devices: 1 for all projects, 2 only for our project, 3 only for theirs, 4 for none.
 const RULES: &str = r#"
 usb_white_list_switch = "on"
 usb_passthrough_whitelist = [
@@ -455,7 +455,7 @@ fn who_may_what() {
     for (method, path, body, wanted) in &table {
         for ((role, token), wanted) in callers.iter().zip(wanted) {
             let mut answer = served.ask(token, method, path, body);
-            // Whoever has no token may not ask without end.
+            // The number of requests without a token is limited.
             while *role == "nobody" && answer.status == 429 {
                 std::thread::sleep(Duration::from_secs(1));
                 answer = served.ask(token, method, path, body);

@@ -44,7 +44,7 @@ fn under(name: &str, description: &str, verifier: impl FnOnce(&Path)) {
     assert!(output.status.success() && text.contains("1 passed"), "{text}");
 }
 
-/// What umockdev shows as `/`: there a test takes things away.
+/// A path in the file system that umockdev shows as `/`, where tests remove files.
 fn shown(path: &str) -> PathBuf {
     Path::new(&std::env::var_os("UMOCKDEV_DIR").unwrap()).join(path)
 }

@@ -12,9 +12,9 @@ use virt_usb_suite::{Host, device, program, write_program};
 /// A host without problems, except what only a real machine has.
 struct Patient {
     host: Host,
-    /// Its lock, held.
+    /// Lock of the agent, held.
     agent: fs::File,
-    /// What its agent answers.
+    /// Status that the agent reports.
     health: Arc<Mutex<Value>>,
 }
 

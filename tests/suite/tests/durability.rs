@@ -1,4 +1,4 @@
-//! What a write survives, by the calls that make it survive: the table "What a write survives" in
+//! Writes and the events that they survive: the table "What a write survives" in
 //! host-runtime/store/README.md.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 

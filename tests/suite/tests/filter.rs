@@ -25,7 +25,7 @@ fn answer(output: &Output, code: i32) -> String {
     text(&output.stdout)
 }
 
-/// What is said when it fails: one line, and nothing on stdout.
+/// The error of a failed command: one line, and nothing on stdout.
 fn fails(host: &Host, arguments: &[&str]) -> String {
     let output = host.virt_usb(arguments);
     assert_eq!(answer(&output, 1), "");

@@ -73,7 +73,7 @@ fn key(n: u8) -> String {
     device(&format!("000{n}"), &format!("1-{n}"), 4 + n, &format!("serial = 'S{n}'"))
 }
 
-/// What the host has published; none: nothing is there.
+/// The published document of the host; `None` if there is none.
 fn document(etcd: &Etcd, name: &str) -> Option<HostDocument> {
     let text = etcd.get(&format!("/virt-usb/hosts/{name}"));
     (!text.is_empty()).then(|| HostDocument::parse(&text).unwrap_or_else(|e| panic!("{e}: {text}")))

@@ -95,7 +95,7 @@ pub(crate) fn scan(
     scan_within(store, seen, &Limits { limit: 0, ..Limits::default() }, context)
 }
 
-/// No device.
+/// A scan without devices.
 pub(crate) fn nothing(aliases: &Aliases) -> SeenKeys<'_, std::iter::Empty<&DeviceKey>> {
     SeenKeys { keys: std::iter::empty(), aliases }
 }
@@ -207,7 +207,7 @@ pub(crate) fn takes(store: &mut Store, n: u32) -> bool {
     matches!(claim(store, n, ANY).unwrap(), Claimed::Granted(_))
 }
 
-/// What is wrong with the inventory: nothing.
+/// Asserts that the inventory is sound.
 pub(crate) fn assert_sound(store: &Store) {
     assert_eq!(store.check().unwrap(), Vec::<String>::new());
 }

@@ -1,5 +1,5 @@
-//! Who owns the files, and what is said to those who may not use them. Each case runs in a process
-//! of its own, as another user or under mounts of its own; that needs root.
+//! Owners of the files, and the messages for users without permission. Each case runs in a process
+//! of its own, as another user or under mounts of its own, which needs root.
 
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
@@ -37,7 +37,7 @@ fn child() {
 
 /// Runs [`child`] by way of `wrapper`; returns what hook and agent met.
 fn run(wrapper: &[&str], state: &Path) -> (String, String) {
-    // Where the build lies need not be open to everybody.
+    // The build directory need not be accessible to all users.
     let folder = tempfile::tempdir().unwrap();
     open(folder.path());
     let program = folder.path().join("child");
@@ -95,12 +95,12 @@ fn a_stranger_is_told_whose_it_is() {
     fs::set_permissions(&file, fs::Permissions::from_mode(0o644)).unwrap();
     let (hook, made) = run(&AS_NOBODY, dir.path());
     assert!(hook.starts_with("Permission") && made.starts_with("Permission"), "{hook} {made}");
-    // And while somebody else has it open.
+    // Also while another process has the file open.
     let mut store = crate::common::hook(dir.path()).unwrap();
     assert!(takes(&mut store, 1));
     let (hook, made) = run(&AS_NOBODY, dir.path());
     assert!(hook.starts_with("Permission") && made.starts_with("Permission"), "{hook} {made}");
-    // Nothing can be made in a folder of somebody else's.
+    // The program cannot create files in a folder of another user.
     let empty = tempfile::tempdir().unwrap();
     open(empty.path());
     let (hook, made) = run(&AS_NOBODY, empty.path());

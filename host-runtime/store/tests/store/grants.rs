@@ -1,4 +1,4 @@
-//! Which projects may have which devices, beside what the rules say.
+//! Grants: devices for certain projects, in addition to the rules.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -18,7 +18,7 @@ fn set(store: &mut Store, name: &str, devices: &str, projects: &str) -> bool {
     store.set_grant(name, &grant(devices, projects), &boot(1)).unwrap()
 }
 
-/// For whom each device is, by id.
+/// Projects that each device is available to, by id.
 fn whose(store: &Store) -> Vec<String> {
     let list = |projects: &[ProjectId]| {
         projects.iter().map(ProjectId::as_str).collect::<Vec<_>>().join("+")

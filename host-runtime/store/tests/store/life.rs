@@ -1,4 +1,4 @@
-//! Single stories: what is kept, what is told, what is written down.
+//! Single stories: state that is kept, messages, and records.
 
 use std::path::Path;
 
@@ -394,7 +394,7 @@ fn the_audit_is_only_added_to() {
     assert_eq!(store.events(&newest).unwrap().len(), 1);
 }
 
-/// What an instance's claims say of whether the device was in its guest.
+/// Whether each claim of the instance records that its device was in the guest.
 fn seen(store: &Store, n: u32) -> Vec<bool> {
     store.claims_of(instance(n)).unwrap().iter().map(|c| c.seen_in_guest).collect()
 }
@@ -472,7 +472,7 @@ fn a_migration_learns_from_the_audit_what_was_in_a_guest() {
     assert_sound(&store);
 }
 
-/// Moves the past: what happened seems to have been so many days ago, as after a leap of the clock.
+/// Moves the past: events seem to be `days` days old, as after a clock change.
 fn leap(dir: &Path, days: u32) {
     let moved = |column: &str| format!("strftime('%Y-%m-%dT%H:%M:%fZ', {column}, '-{days} days')");
     raw(dir)
@@ -584,7 +584,7 @@ impl ClaimVerifier for Counting {
     }
 }
 
-/// So many devices of one kind, on as many buses as they need.
+/// Adds `count` devices of one kind, on as many buses as they need.
 fn crowd(store: &mut Store, count: u16) {
     let place = |n: u16| (u8::try_from(n / 100 + 1).unwrap(), u8::try_from(n % 100 + 1).unwrap());
     let seen: Vec<_> = (0..count)

@@ -10,7 +10,7 @@ use virt_usb_store::Source;
 
 use crate::common::PENDING_GRACE;
 
-/// What a device is told apart by: its serial, or else its socket, whatever number the bus has.
+/// Identity of a device: its serial, or otherwise its socket, regardless of the bus number.
 pub(crate) fn identity(device: &Device) -> String {
     match &device.key.serial {
         Serial::Unique(serial) => format!("{} {serial}", device.key.usb),
@@ -34,7 +34,7 @@ pub(crate) struct Claim {
     pub(crate) boot: String,
     /// No request is served by it.
     pub(crate) unasked: bool,
-    /// It is in a hostdev that somebody wrote.
+    /// Whether the device is in a handwritten hostdev.
     pub(crate) by_hand: bool,
     /// When a restore named it while it was firm.
     pub(crate) named: Option<f64>,
@@ -135,7 +135,7 @@ impl Model {
         }
     }
 
-    /// A hostdev that somebody wrote comes in with this device.
+    /// A handwritten hostdev arrives with this device.
     pub(crate) fn receive_by_hand(
         &mut self,
         instance: InstanceId,
@@ -235,8 +235,8 @@ impl Model {
         ended
     }
 
-    /// Devices that the instance may be given for the request, if they are where the inventory has
-    /// them. `keeps`: what it holds it keeps, whoever that is for.
+    /// Devices that the instance may get for the request, if they are at their recorded ports.
+    /// `keeps`: the instance keeps its devices, whatever project they are for.
     pub(crate) fn eligible(
         &self,
         world: &[(Device, RuleVerdict)],

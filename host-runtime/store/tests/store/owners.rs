@@ -1,4 +1,4 @@
-//! Whose an instance is, where its domain does not say so.
+//! Owners of instances whose domain names none.
 
 use virt_usb_model::ProjectId;
 use virt_usb_store::release::Extent;
@@ -39,7 +39,7 @@ fn what_it_holds_goes_with_it_and_it_ends_with_the_instance() {
     store.set_owner(instance(2), "other", Some(&project("b")), &boot(1)).unwrap();
     assert_eq!(holder(&store).as_deref(), Some("a"));
     assert!(store.host_document().unwrap().unwrap().revision > before);
-    // A release by force leaves whose it is; the end of the instance does not.
+    // A forced release keeps the owner; the end of the instance removes it.
     store.release(instance(1), Extent::Everything, "a test", &boot(1)).unwrap();
     assert_eq!(store.owners().unwrap().len(), 2);
     store.release(instance(1), Extent::Gone, "a test", &boot(1)).unwrap();

@@ -76,8 +76,7 @@ enum Step {
     Reopen,
     /// The whole audit goes: nothing is decided by it.
     Prune,
-    /// The power fails, as it were: the files as they are at this moment, without the shared
-    /// memory.
+    /// A simulated power cut: the files as they are at this moment, without the shared memory.
     Image,
 }
 
@@ -341,8 +340,8 @@ impl Life {
         }
     }
 
-    /// What a scan leaves in the model; ids come from the store: known ones back, new ones never
-    /// seen before.
+    /// Updates the model after a scan; ids come from the store: known ones return, new ones were
+    /// never seen before.
     fn see(&mut self, store: &Store) {
         let rows = store.devices().unwrap();
         for row in self.model.rows.values_mut() {
@@ -520,7 +519,7 @@ impl Life {
         }
     }
 
-    /// How somebody may name a device in a hostdev.
+    /// Ways in which a user may name a device in a hostdev.
     fn holding(&self, device: &Device, by: u8) -> Holding {
         let id = self.model.ids.get(&identity(device)).copied();
         let (usb, address) = (Some(device.key.usb), Some(device.address));
@@ -534,7 +533,7 @@ impl Life {
             4 => Holding { port: Some(device.key.port.clone()), ..none },
             // `<source/>`, and one with an alias of our form.
             5 => Holding { id, ..none },
-            // An address from before it was plugged in anew.
+            // An address from before a replug.
             6 => Holding { usb, address: BusAddress::new(1, 127), ..none },
             // An alias of our form that means another device.
             _ => Holding { id: self.model.rows.keys().next().copied(), usb, address, ..none },
@@ -578,7 +577,7 @@ impl Life {
         }
     }
 
-    /// What becomes of a device in the XML of a guest that starts.
+    /// Expected result for a device in the XML of a starting guest.
     fn adopted_at_start(
         &mut self,
         mine: InstanceId,
@@ -713,8 +712,8 @@ impl Life {
         }
     }
 
-    /// The devices of the hostdevs that somebody wrote, in an incoming guest: those that are where
-    /// the XML has them, then those that moved.
+    /// Devices of the handwritten hostdevs of an incoming guest: first those at the addresses in
+    /// the XML, then those that moved.
     fn incoming(
         &self,
         mine: InstanceId,

@@ -109,7 +109,7 @@ fn a_device_of_one_use_waits_for_an_operator_after_it() {
     assert!(matches!(store.clear_quarantine(KEY, &boot(1)).unwrap(), Wished::Done(_)));
     assert!(matches!(store.clear_quarantine(KEY, &boot(1)).unwrap(), Wished::Already(_)));
     assert_eq!(status(&store), "available");
-    // The agent was about to attach it when it died; nobody can say that it was not used.
+    // The agent was about to attach the device when it died: it may have been used.
     claimed(&mut store, 1, ANY).unwrap();
     let claim = store.claims().unwrap().remove(0);
     store.mark_used(&claim).unwrap();
@@ -122,8 +122,7 @@ fn no_rule_that_changes_while_it_is_held_makes_a_device_fresh() {
     let (_dir, mut store) = inventory();
     scan(&mut store, &seen(2, false, true), &boot(1)).unwrap();
     used(&mut store);
-    // It shows another kind, is in another port, or the rule is gone: the rules say nothing of it
-    // any more.
+    // The device shows another kind, is in another port, or the rule was removed: no rule matches.
     scan(&mut store, &seen(2, false, false), &boot(1)).unwrap();
     given_back(&mut store);
     assert_eq!(status(&store), "unavailable (quarantined)");

@@ -146,8 +146,8 @@ fn root(dir: &Path, name: &str) -> u64 {
     (page(dir, &format!("SELECT rootpage FROM sqlite_schema WHERE name = '{name}'")) - 1) * 4096
 }
 
-/// What must hold after any rebuild: sound, everything plugged in is there, every id that stayed
-/// names the device that it named, and no new one names what an old one did.
+/// Checks every rebuild: the inventory is sound, every plugged-in device is in it, every kept id
+/// names its device, and no new id names an old device.
 fn kept(was: &BTreeMap<u64, DeviceKey>, dir: &Path, recovered: &Recovered) -> usize {
     assert_sound(&recovered.store);
     assert_eq!(health(dir, STORE_LOCK_TIMEOUT).unwrap(), Health::Sound);
@@ -346,7 +346,7 @@ fn a_backup_comes_back_and_what_was_seen_since_keeps_its_id() {
         .unwrap();
     store.release(instance(1), Extent::Everything, "a test", &boot(1)).unwrap();
     assert!(matches!(claim(&mut store, 50, r#"{"serial":"NEW"}"#).unwrap(), Claimed::Granted(_)));
-    // Somebody has it open all the time: the file stays.
+    // Another process has the file open all the time: the file is kept.
     let inode = |p: &Path| std::os::unix::fs::MetadataExt::ino(&fs::metadata(p).unwrap());
     let before = inode(&dir.path().join(FILE_NAME));
     let recovered = with(dir.path(), Some(&copy), &seen).unwrap();
@@ -499,8 +499,8 @@ fn hooks_claim_all_the_while() {
                     let mut store = hook(dir).unwrap();
                     assert!(takes(&mut store, me));
                     claimed.fetch_add(1, Ordering::Relaxed);
-                    // Whatever was put in the file's place meanwhile: a claim that was granted is
-                    // there, and nobody else's.
+                    // Whatever replaced the file in the meantime: a granted claim exists, for the
+                    // right instance.
                     let held = store.claims_of(instance(me)).unwrap();
                     assert_eq!(held.len(), 1);
                     store.release(instance(me), Extent::Run, "a test", &boot(1)).unwrap();
