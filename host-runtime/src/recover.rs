@@ -44,8 +44,7 @@ pub struct Guest {
 /// All guests that run.
 ///
 /// # Errors
-/// Which could not be asked for, and why: a guest that nobody knows of might lose its device to
-/// another.
+/// The query that failed, and its cause: an unknown guest might lose its device to another guest.
 pub fn guests(hypervisor: &dyn Hypervisor) -> Result<Vec<Guest>, String> {
     let mut guests = Vec::new();
     for instance in hypervisor.running().map_err(|e| e.to_string())? {

@@ -121,7 +121,7 @@ pub(crate) struct Block {
     pub(crate) heads: u64,
     /// Rows whose host has no other row.
     pub(crate) single: u64,
-    /// Those of these rows all of whose devices are available to all projects.
+    /// Rows of `single` whose devices are all available to all projects.
     pub(crate) plain: u64,
 }
 

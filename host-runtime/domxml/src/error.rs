@@ -85,7 +85,7 @@ pub enum XmlError {
     /// Something that every domain has is not there.
     #[error("there is no {what}")]
     Missing {
-        /// Missing part.
+        /// The part that is missing.
         what: &'static str,
     },
     /// A part occurs twice that may occur only once.
@@ -111,9 +111,9 @@ pub enum XmlError {
     /// Two places of one flavor say different things, and neither is more right.
     #[error("{first} and {second} are both there and differ; remove one of them")]
     Conflict {
-        /// First place.
+        /// The first place.
         first: String,
-        /// Second place.
+        /// The second place.
         second: String,
     },
     /// An [`Edits::relocate`](crate::Edits::relocate) that does not fit the document.

@@ -84,12 +84,12 @@ pub enum LoadError {
     World {
         /// Path of the file.
         path: PathBuf,
-        /// Missing exports.
+        /// The exports that are missing.
         why: String,
     },
     /// The file is machine code that users other than its owner can change.
     #[error("the precompiled filter {path} is machine code, and {why}: it must belong to root or \
-        to this user, and nobody else may write to it", path = path.display())]
+        to this user, and no other user may write to it", path = path.display())]
     Untrusted {
         /// Path of the file.
         path: PathBuf,

@@ -4,7 +4,7 @@
 //! {"usb_devices": [{"vendor_id": "0529", "product_id": "0001"}, {"tags": ["erp"]}], "projects": ["4f1c0d2e"]}
 //! ```
 //! A device that one of the entries matches is for these projects, for those of other grants that
-//! match it, and for those of its whitelist rule; for nobody else. A device that no grant and no
+//! match it, and for those of its whitelist rule; for no others. A device that no grant and no
 //! rule gives to certain projects is for every one.
 
 use alloc::format;

@@ -40,7 +40,7 @@ impl Question {
 /// time of its last document in the same unit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Moment {
-    /// Current time.
+    /// The current time.
     pub now: u64,
     /// A host that was last heard of longer ago than this is stale.
     pub max_age: u64,

@@ -193,7 +193,7 @@ impl Worker {
     /// # Errors
     /// [`OperateError::Nothing`], [`OperateError::Refused`] where it has no such device, or
     /// several: then everything is as it was. Once a device is to leave the guest it will: where it
-    /// cannot at once, the agent goes on trying.
+    /// cannot at once, the agent retries.
     pub fn take(
         &mut self,
         instance: InstanceId,

@@ -104,7 +104,7 @@ fn unasked(why: &str) -> anyhow::Error {
 fn tell(what: &str, report: &Report) -> String {
     let mut lines = vec![format!(
         "{} {}: {} device(s), {} claim(s)",
-        if what == "restore" { "restored" } else { "made anew:" },
+        if what == "restore" { "restored" } else { "rebuilt" },
         report.file.display(),
         report.devices,
         report.claims

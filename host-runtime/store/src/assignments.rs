@@ -41,7 +41,7 @@ pub struct Assignment {
     pub created_at: String,
     /// Instance that gets the device.
     pub instance_uuid: InstanceId,
-    /// Requested device.
+    /// The requested device.
     pub request: DeviceRequest,
     /// Origin of the assignment.
     pub source: Source,

@@ -28,8 +28,8 @@ pub enum StoreError {
     },
     /// Root works as the owner of the folder, and that user may not use the file.
     #[error(
-        "user {user} may not use {path}, and root uses that folder as user {user}, to whom it \
-            belongs: 'chown {user}: {path}', and let user {user} into each folder above it"
+        "user {user} may not use {path}, and root uses that folder as its owner, user {user}: \
+         'chown {user}: {path}', and let user {user} into each folder above it"
     )]
     NotTheirs {
         /// Path of the file.

@@ -117,8 +117,8 @@ impl Store {
         Ok(removed)
     }
 
-    /// Makes the flavors these, but for those of unclear names, which stay as they are; returns how
-    /// many were changed.
+    /// Replaces the stored flavors by these, except flavors with unclear names, which stay
+    /// unchanged. Returns the number of changes.
     ///
     /// # Errors
     /// When the database cannot be written; what was changed before stays.

@@ -19,7 +19,7 @@ pub(crate) const IDS: i64 = IDS_A_HOST.cast_signed();
 pub enum Numbered {
     /// The host already had that number.
     Already,
-    /// These devices are held: nothing was changed.
+    /// Some devices are held, by these claims: nothing was changed.
     Held(Vec<ClaimRow>),
     /// The host's devices have new ids.
     Renumbered(Renumbered),

@@ -128,7 +128,7 @@ fn become_other(ids: Ids) -> io::Result<Left> {
     };
     become_them().map_err(|e| {
         let (user, why) = (ids.user.as_raw(), io::Error::from(e));
-        let what = format!("root cannot become user {user}, to whom the folder belongs: {why}");
+        let what = format!("root cannot become user {user}, the owner of the folder: {why}");
         io::Error::new(why.kind(), what)
     })?;
     // No error is not yet a success: see setuid(2), "BUGS".

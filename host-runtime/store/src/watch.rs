@@ -1,4 +1,4 @@
-//! For those who look on: what there is at one moment, and whether it has changed since.
+//! Consistent snapshots for programs that watch the inventory, and changes since a snapshot.
 
 use std::path::Path;
 use std::time::Duration;
@@ -8,26 +8,26 @@ use crate::maintain::HostRow;
 use crate::problems::Problem;
 use crate::{ClaimRow, Durability, Owner, Record, Store, StoreError};
 
-/// Devices, claims, what stands in somebody's way, and events, of one moment: no claim on a device
-/// that is not among them.
+/// A consistent snapshot of devices, claims, problems and events: it contains the device of every
+/// claim.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Moment {
-    /// By id.
+    /// Hosts, ordered by id.
     pub hosts: Vec<HostRow>,
-    /// All that are plugged in or held, by id.
+    /// Devices that are plugged in or held, ordered by id.
     pub devices: Vec<Record>,
-    /// All claims, by device.
+    /// All claims, ordered by device.
     pub claims: Vec<ClaimRow>,
-    /// Whose instances are, by instance.
+    /// Owners that administrators have set, ordered by instance.
     pub owners: Vec<Owner>,
-    /// All problems, by instance.
+    /// All problems, ordered by instance.
     pub problems: Vec<Problem>,
-    /// The newest, oldest first.
+    /// The newest events, oldest first.
     pub events: Vec<EventRow>,
 }
 
 impl Store {
-    /// What there is now, with the newest `events` events.
+    /// Takes a snapshot, with the newest `events` events.
     ///
     /// # Errors
     /// When the database cannot be read.

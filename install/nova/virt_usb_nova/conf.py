@@ -51,7 +51,7 @@ OPTIONS = [
         "max_age",
         default=60,
         min=30,
-        help="When nothing was heard for so many seconds, what is known is stale. For a file: when it was written.",
+        help="Seconds without an update after which the inventory is stale. For a file: its age.",
     ),
     cfg.StrOpt(
         "on_stale_inventory",

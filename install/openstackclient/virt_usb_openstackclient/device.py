@@ -98,7 +98,7 @@ class EnableUsbDevice(ShowUsbDevice):
 
 
 class DisableUsbDevice(ShowUsbDevice):
-    """Offer a USB device to no server any more; who has it keeps it (admin only)"""
+    """Make a USB device unavailable; a server that has it keeps it (admin only)"""
 
     def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
         """And why."""

@@ -72,11 +72,11 @@ class AddServerUsbDevice(_ServerUsbDevice):
     """Attach a USB device to a server, now or, where it does not run, at its next start"""
 
     ACTION = "attach_usb_devices"
-    LATER = "%s does not run: it asks for the device when it starts, and does not start while another has it"
+    LATER = "%s is not running: it claims the device at its start, which fails while another has it"
 
 
 class RemoveServerUsbDevice(_ServerUsbDevice):
-    """Detach a USB device from a server; it is free for others then"""
+    """Detach a USB device from a server, which makes it available to others"""
 
     ACTION = "detach_usb_devices"
-    LATER = "%s does not run: it does not get the device any more"
+    LATER = "%s is not running: it no longer gets the device"

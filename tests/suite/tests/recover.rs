@@ -102,7 +102,7 @@ fn a_damaged_inventory_is_made_anew_and_guests_keep_what_they_have() {
         "{advice}"
     );
     let told = ok(&store(&host, &["rebuild"]));
-    assert!(told.contains("made anew: ") && told.contains("3 device(s), 1 claim(s)"), "{told}");
+    assert!(told.contains("rebuilt ") && told.contains("3 device(s), 1 claim(s)"), "{told}");
     assert!(
         told.contains("the previous inventory is kept: ") && told.contains(".before-rebuild-"),
         "{told}"

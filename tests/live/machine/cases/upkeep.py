@@ -107,7 +107,7 @@ def damaged(w):
         file.write(b"\x5a" * 100)
     refused(w.product("devices"), "is damaged", "virt-usb store rebuild")
     anew = w.product.must("store", "rebuild", "--sim", "/tmp/key.toml")
-    expect("made anew" in anew.out and ".before-rebuild-" in anew.out, f"what was done: {anew.out}")
+    expect("rebuilt" in anew.out and ".before-rebuild-" in anew.out, f"what was done: {anew.out}")
     expect(w.product.claims_of(guest), "its claim to live")
     restored = w.product.must("store", "restore", str(copy), "--sim", "/tmp/key.toml")
     expect(".before-restore-" in restored.out, f"what was done: {restored.out}")
