@@ -1,10 +1,10 @@
 //! Reads host documents, one a line.
 //!
-//! [`HostDocument::parse`] is the format's reader, and slow: it builds a tree of values. A fleet
-//! sends hundreds of megabytes that all look alike, just as [`HostDocument`] is serialised or
-//! published: no white space, the keys in the order of the struct, some of them left out. So the
-//! quick reader here expects exactly that and compares each key with what must come next. Anything
-//! else, be it right or wrong, makes it give up, and the model's reader decides and words the
+//! [`HostDocument::parse`] reads the format, but slowly: it builds a tree of values. A fleet sends
+//! hundreds of megabytes of documents that all look alike, as [`HostDocument`] is serialised or
+//! published: without white space, with the keys in the order of the struct, some of them left out.
+//! The quick reader here expects exactly that, and compares each key with the expected one. It
+//! gives up at any other input, right or wrong, and the model's reader then decides and words the
 //! error.
 //!
 //! What the quick reader takes, the model's reader takes with the same meaning, but that the values

@@ -1,13 +1,13 @@
 //! Whether one host serves all requests at once, and what it would have to spare.
 //!
 //! Requests of one instance may overlap, and each device serves one: a bipartite matching. Hall's
-//! theorem decides it without finding one: it works out exactly if every set of requests S finds as
-//! many matching devices as it wants,
-//! |N(S)| ≥ c(S). The least of |N(S)| − c(S) is the *slack*: so many devices, of the scarcest, may go before it fails.
-//! Up to five different requests have at most 31 sets, each an OR and a count of bits. More are
-//! matched by augmenting paths over whole requests, and the slack is how often the scarcest request
-//! could be served once more. That is slow, and is worked out only for hosts that it could bring
-//! among the best.
+//! theorem decides without finding a matching: the requests can be satisfied exactly if every set
+//! of requests S finds as many matching devices as it needs, |N(S)| ≥ c(S). The least of |N(S)| −
+//! c(S) is the *slack*: the number of devices, of the scarcest, that the host can lose and still
+//! serve. Up to five different requests have at most 31 sets, each an OR and a count of bits. More
+//! requests are matched by augmenting paths over whole requests, and the slack is how often the
+//! scarcest request could be served once more. That is slow, and is computed only for hosts that
+//! the slack could bring among the best.
 
 use alloc::vec;
 use alloc::vec::Vec;
@@ -68,8 +68,8 @@ impl Wants {
         Some(Served { slack, wanted: unions[last].count_ones() })
     }
 
-    /// Any host; `words[request]` has a word a row. Where the slack is slow to find, and it does
-    /// not `matter` for a host that has at the most so much, that much is told.
+    /// Decides for any host; `words[request]` has one word per row. If the slack is slow to compute
+    /// and does not `matter` for a host with at most this slack, returns that maximum.
     pub(crate) fn any(
         &self,
         words: &[Vec<u64>],

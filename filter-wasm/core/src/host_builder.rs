@@ -1,8 +1,8 @@
 //! One host on its way into the inventory: what the filter needs to know of it, with the texts in
 //! one buffer.
 //!
-//! A draft is filled by whoever reads a host (the quick reader of host documents, the model's
-//! reader, a typed call), checked once, and used again for the next.
+//! A reader of a host (the quick reader of host documents, the model's reader, a typed call) fills
+//! a draft. The draft is checked once, and reused for the next host.
 
 use alloc::format;
 use alloc::string::{String, ToString};

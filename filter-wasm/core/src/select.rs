@@ -1,9 +1,9 @@
 //! The best hosts of the fleet.
 //!
-//! The request with the fewest rows leads: only those are looked at, a chunk of 64 at a time. A
-//! single request with a single key (the usual flavor) needs no look at devices: the counts of the
-//! chunk decide, all 64 together. Hosts with more than one row, and those whose devices are not for
-//! everybody, are looked at one by one.
+//! The request with the fewest rows leads: only its rows are checked, a chunk of 64 at a time. A
+//! single request with a single key (the usual flavor) needs no check of devices: the counts of the
+//! chunk decide about all 64 rows. Hosts with more than one row, and hosts with devices for certain
+//! projects only, are checked one by one.
 
 use alloc::string::ToString;
 use alloc::vec::Vec;

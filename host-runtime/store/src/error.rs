@@ -227,7 +227,7 @@ impl StoreError {
     }
 
     /// Chooses the message by the affected user: one who does not own the inventory, or the owner
-    /// as whom root works.
+    /// whose rights root uses.
     pub(crate) fn permission(path: PathBuf) -> Self {
         match User::in_place_of_root() {
             Some(user) => Self::NotTheirs { path, user },

@@ -1,4 +1,4 @@
-//! What can still be read of a damaged inventory, row by row. Nothing is written here.
+//! Salvage of the readable rows of a damaged inventory. This module writes nothing.
 //!
 //! A table is read by its ids alone, never by an index. Where a page cannot be read it is passed
 //! over: by seeking past it, by asking for each id of the gap, and from the other end. What is read
@@ -17,7 +17,7 @@ use rusqlite::{Connection, OpenFlags, Row};
 use crate::error::Sql;
 use crate::{FILE_NAME, StoreError, files};
 
-/// So many ids of a gap are asked for one by one.
+/// Number of ids in a gap that are read one by one.
 const GAP: i64 = 512;
 /// A table of more rows than this is none of ours.
 const MOST: usize = 10_000_000;
@@ -144,7 +144,7 @@ fn patch(path: &Path, beginning: &[u8]) -> std::io::Result<()> {
             place.copy_from_slice(bytes);
         }
     };
-    // 2: with a log. Size in pages; no free ones, which nobody looks for here.
+    // 2: with a log. Size in pages; free pages are not checked.
     put(18, if log { &[2, 2] } else { &[1, 1] });
     put(28, &u32::try_from(pages).unwrap_or(u32::MAX).to_be_bytes());
     put(32, &[0; 8]);
@@ -216,7 +216,7 @@ fn columns(conn: &Connection, name: &str) -> Vec<String> {
     statement.map(|s| s.column_names().map(ToOwned::to_owned).collect()).unwrap_or_default()
 }
 
-/// Rows by their id; ids that were seen with different rows are nobody's.
+/// Rows by their id. An id that was found with different rows is dropped.
 #[derive(Default)]
 struct ById {
     rows: BTreeMap<i64, Vec<Value>>,

@@ -42,7 +42,7 @@ impl User {
     /// The user with whose rights this process uses `folder`: the first on the path to it, the
     /// folder included, who is not root. A folder that is missing counts as the one above it.
     ///
-    /// Where that is root all the way, nobody else can have made the path lead elsewhere.
+    /// If root owns every folder on the path, no other user can have redirected it.
     ///
     /// # Errors
     /// If a folder on the path cannot be read.
@@ -95,14 +95,14 @@ pub struct AsUser {
 }
 
 impl AsUser {
-    /// What makes the thread root again, for a type that may move between threads while it is not
-    /// in use.
+    /// Returns the state that makes the thread root again, for a type that may move between threads
+    /// while it is not in use.
     pub(crate) fn into_left(self) -> Option<Left> {
         self.left
     }
 }
 
-/// What root had before.
+/// The former rights of root.
 #[derive(Debug)]
 pub(crate) struct Left {
     group: Gid,
@@ -138,8 +138,8 @@ fn become_other(ids: Ids) -> io::Result<Left> {
     }
 }
 
-/// The first owner on the way to `folder` who is not root, with the group of `folder` where that
-/// is theirs. Each name is looked up in folders of root's alone, which nobody else can change.
+/// The first owner on the path to `folder` who is not root, with the group of `folder` if that user
+/// owns it. Each name is looked up in folders of root, which no other user can change.
 fn first_stranger(folder: &Path) -> io::Result<Option<Ids>> {
     let mut names = parts(&path::absolute(folder)?);
     let (mut at, mut links) = (PathBuf::from("/"), 0);
@@ -186,8 +186,8 @@ fn parts(path: &Path) -> VecDeque<OsString> {
     path.components().filter_map(name).collect()
 }
 
-/// Whether a user exists in this user namespace. The owner of a file who does not is shown as
-/// nobody, and is as strange to the namespace's root as to everybody else in it.
+/// Whether a user exists in this user namespace. A file of a user who does not exist there is shown
+/// with the owner `nobody`, and is as foreign to the namespace's root as to all other users.
 fn is_mapped(user: u32) -> bool {
     /// Shown for users who do not exist (`/proc/sys/kernel/overflowuid`).
     const OVERFLOW: u32 = 65534;
@@ -247,7 +247,7 @@ mod tests {
         assert_eq!(ids(&deep), Some((AGENT, 0)), "the folder's own group");
         assert_eq!(ids(&make(&own, "agent", OTHER).join("missing")), Some((OTHER, OTHER + 1)));
         assert_eq!(ids(&own.join("missing")), None);
-        // Links count as what they lead to, and as whose they are.
+        // A link counts as its target, with the owner of the target.
         symlink(&theirs, dir.join("to-theirs")).unwrap();
         symlink("../own/../theirs/deep", own.join("relative")).unwrap();
         symlink(&own, theirs.join("to-own")).unwrap();
@@ -278,8 +278,8 @@ mod tests {
             assert_eq!(getgroups().unwrap(), [Gid::from_raw(AGENT + 1)]);
             assert!(fs::read(&secret).is_err(), "neither root's file nor its group's");
             fs::write(theirs.join("made"), "").unwrap();
-            // Once more, and root only when the outer guard goes; and found anew, it is the same
-            // user.
+            // A nested guard: the thread becomes root again only when the outer guard is dropped.
+            // The user stays the same.
             drop(user.enter().unwrap());
             assert_eq!((geteuid().as_raw(), User::of(&theirs).unwrap()), (AGENT, user));
             let other = std::thread::scope(|scope| {

@@ -48,8 +48,8 @@ impl Store {
     }
 }
 
-/// A store to look at for hours: it says when somebody has written, and stays with the inventory
-/// when its file is replaced.
+/// A store for programs that watch the inventory for hours: it reports writes, and stays with the
+/// inventory when its file is replaced.
 #[derive(Debug)]
 pub struct Watched {
     store: Store,

@@ -783,8 +783,8 @@ fn the_command_line_asks_an_api_as_it_asks_its_own_inventory() {
     refused(&["devices"], "the API responded with 401: ");
 }
 
-/// What a document shows: a command, and what it prints, where `...` is anything. The lines are
-/// indented by four.
+/// Examples of a document: a command and its output, in which `...` stands for anything. The lines
+/// are indented by four.
 fn examples(text: &str) -> Vec<(String, String)> {
     let mut found: Vec<(String, String)> = Vec::new();
     let mut goes_on = false;
@@ -979,7 +979,7 @@ fn what_is_wrong_is_said_and_the_next_one_is_served() {
     assert_eq!(with("Content-Type: text/plain\r\n", b"{}", 2).status, 415);
     assert!(with(json, b"{\"\xff\":1}", 7).fault("badRequest").contains("byte 2"));
     assert_eq!(with(json, &vec![b' '; 70_000], 70_000).status, 413);
-    // Half a request, and no more: it is not waited for without end, and nobody else waits.
+    // Half a request must time out, and must not delay other clients.
     let half = std::thread::scope(|scope| {
         let half = scope.spawn(|| with(json, b"{", 100));
         assert_eq!(served.ask(&admin, "GET", "/v3/os-hypervisors", "").status, 200);

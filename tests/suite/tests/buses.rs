@@ -57,7 +57,7 @@ fn each_guest_keeps_its_key_when_the_buses_swap_their_numbers() {
         "the claim corrects what is stored"
     );
     assert!(ok(&host.virt_usb(&["store", "check"])).contains("no problems found"));
-    // A scan finds both as whom they were.
+    // A scan recognises both devices.
     host.discover(&keys(true));
     assert_eq!(place(&host, 1), ("3-4".into(), "usb_3_5".into()));
     assert_eq!(place(&host, 2), ("1-4".into(), "usb_1_6".into()));
@@ -110,7 +110,7 @@ fn a_port_that_was_stored_means_the_socket_that_it_meant_then() {
     let xml = format!("{}{nova}{}", &xml[..start], &xml[end..]);
     let printed = ok(&host.call(&["erp", "prepare", "begin", "-"], xml.as_bytes()));
     assert!(printed.contains("<address bus='3' device='5'/>"), "{printed}");
-    // The same rule in a new configuration is another wish: it means what the port is now.
+    // The same rule in a new configuration is a new rule: it means the current port.
     ok(&host.call(&["erp", "release", "end", "-"], xml.as_bytes()));
     let config = std::fs::read_to_string(host.config_file()).unwrap();
     std::fs::write(host.config_file(), config.replace("port = '1-4'", "port = '3-4'")).unwrap();
@@ -352,7 +352,7 @@ fn a_twin_that_was_unplugged_before_the_restart_counts() {
     reboot(&host);
     host.discover(&without(1, 7));
     assert_eq!(quarantined(&host), [(1, true)]);
-    // The only one of its kind may have been swapped for another while it was away.
+    // The only device of its kind may have been swapped for another while it was unplugged.
     let host = Host::new("hold = 'instance'");
     host.discover(&without(1, 5));
     let erp = domain("erp", 7, r#"{"usb_devices":[{"id":1}]}"#);

@@ -14,8 +14,8 @@ use std::time::{Duration, Instant};
 use virt_usb_model::printable;
 use virt_usb_suite::{Host, PROGRAM_TIMEOUT, device, domain, feed, program, root};
 
-/// What XML and TOML let through: C1's CSI, the overrides and isolates, a mark at the start of a
-/// file.
+/// Characters that XML and TOML allow: C1's CSI, the overrides and isolates, a mark at the start of
+/// a file.
 const HOSTILE: &str = "e\u{9b}2J\u{85}\u{202e}\u{2066}\u{200f}\u{feff}\u{7f}rp";
 const ONE: &str = r#"{"usb_devices":[{"vendor_id":"0529","product_id":"0001"}]}"#;
 
@@ -122,7 +122,7 @@ fn the_command_line() {
             }
         }
     }
-    // Lines as they come, until nobody reads them.
+    // Lines as they arrive, until the reader is dropped.
     for json in [&[][..], &["--json"]] {
         let mut command = Command::new(program("virt-usb"));
         command.arg("--config").arg(host.config_file()).args(["watch", "--last", "9"]).args(json);
@@ -179,7 +179,7 @@ fn sources(folder: &Path, found: &mut Vec<PathBuf>) {
     }
 }
 
-/// Who writes to a terminal or a log is known, and nobody has a notion of his own of what is safe.
+/// Only known functions write to a terminal or a log, and all use the same function to clean text.
 #[test]
 fn there_is_one_function_and_few_who_write() {
     const WRITERS: [(&str, &str); 9] = [

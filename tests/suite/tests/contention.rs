@@ -1,4 +1,4 @@
-//! Who gets what: identical sticks, many takers at once, other programs' view of the same store.
+//! Contention: identical sticks, many instances at once, other programs' view of the same store.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,

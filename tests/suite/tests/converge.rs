@@ -1,7 +1,7 @@
-//! The agent's work on random lives of a host: devices come, go, move and change places, guests
-//! start, stop and vanish, people attach and detach, and whoever works is cut off at any call to
-//! the hypervisor. Real: the store, the hook, sysfs files, planner and worker. Simulated: devices
-//! and hypervisor.
+//! The agent on random lives of a host: devices come, go, move and change places, guests start,
+//! stop and vanish, users attach and detach, and the worker is cut off at any call to the
+//! hypervisor. Real: the store, the hook, sysfs files, planner and worker. Simulated: devices and
+//! hypervisor.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test's helpers fail the test")]
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -26,11 +26,12 @@ use virt_usb_model::{Aliases, BusAddress, DeviceId, DeviceRequest, Flavor, Insta
 use virt_usb_store::flaps::Limits;
 use virt_usb_store::{Record, Store};
 
-/// A hypervisor that goes away after so many calls, before or after it has done what it was asked.
+/// A hypervisor that fails after a number of calls, before or after it has carried out the last
+/// one.
 struct Fused {
     inner: Arc<SimulatedHypervisor>,
     fuse: AtomicUsize,
-    /// What somebody else does just before a device is attached.
+    /// An action of another program just before a device is attached.
     meanwhile: Mutex<Option<Box<dyn FnOnce() + Send>>>,
 }
 
@@ -45,7 +46,7 @@ impl Fused {
             return Err(away());
         }
         let done = act();
-        // Done, but nobody hears of it.
+        // The call was carried out, but its answer is lost.
         if before == 1 { Err(away()) } else { done }
     }
 }
@@ -97,7 +98,7 @@ struct World {
     simulated: Arc<SimulatedHypervisor>,
     hypervisor: Arc<Fused>,
     worker: Worker,
-    /// Which device is at which port, under which number.
+    /// Device and number at each port.
     plugged: BTreeMap<usize, (usize, u8)>,
     number: u8,
     domains: Vec<Option<bool>>,
@@ -108,7 +109,7 @@ fn instance(n: usize) -> InstanceId {
     format!("0000000{n}-2222-4333-8444-555555555555").parse().unwrap()
 }
 
-/// What the domains ask for: one key of the twins; both with a serial; nothing.
+/// Requests of the domains: one key of the twins; both with a serial; none.
 const FLAVORS: [&str; 3] = [
     r#"{"usb_devices":[{"vendor_id":"0529","product_id":"0001"}]}"#,
     r#"{"usb_devices":[{"vendor_id":"0529","product_id":"0002","count":2}]}"#,
@@ -240,8 +241,8 @@ impl World {
         Ok(())
     }
 
-    /// Scans and works on everybody until nothing is left, as the agent does after a start, with
-    /// everything long gone that is gone.
+    /// Scans and checks all instances until nothing is left to do, as the agent does after a start,
+    /// with all grace periods over.
     fn settle(&mut self) -> bool {
         self.hypervisor.fuse.store(NEVER, Ordering::SeqCst);
         self.scan();
@@ -273,8 +274,7 @@ impl World {
                 continue;
             };
             let inside = domain.hostdevs.iter().any(|h| h.address == Some(record.entry.address));
-            // Somebody has put it into another guest with his own hands: that is told, and not
-            // undone.
+            // A user has attached it to another guest by hand: this is reported, and not undone.
             let elsewhere = live.iter().filter(|(id, _)| *id != claim.instance_uuid);
             let by_hand = |(_, d): &(InstanceId, Domain)| {
                 d.hostdevs
@@ -332,12 +332,12 @@ impl World {
 enum Act {
     Plug(usize, usize),
     Unplug(usize),
-    /// Two devices change places while nobody looks.
+    /// Two devices change places between two scans.
     Swap(usize, usize),
     Domain(usize, Option<bool>),
     Vanish(usize),
     Scan,
-    /// Works on one instance, cut off after so many calls.
+    /// Works on one instance, cut off after a number of calls.
     Work(usize, usize),
     ByHand(usize, usize),
     /// Takes the first device out of a guest with his own hands.
@@ -503,7 +503,7 @@ fn what_cannot_be_attached_is_told_and_may_stop_the_guest() {
         world.plug(0, 0);
         world.scan();
         started(&mut world, 0);
-        // Somebody else takes all its ports before the agent comes, with devices that nobody knows.
+        // Another program takes all its ports before the agent comes, with unknown devices.
         for n in 100..115 {
             let other = format!(
                 "<hostdev mode='subsystem' type='usb'><source><address bus='9' \
@@ -571,7 +571,7 @@ fn giving_and_taking_is_all_or_nothing() {
     let why = world.worker.give(instance(2), &three.usb_devices).unwrap_err().to_string();
     assert!(why.contains("vm2 asks for usb_devices[0]"), "{why}");
     assert_eq!(world.worker.store.assignments(instance(2)).unwrap().len(), 1);
-    // Two do for the selector: which one is to be said.
+    // Two devices match the selector: the operator must choose one.
     let why = world
         .worker
         .take(instance(2), &[two.usb_devices[0].selector.clone()])
@@ -635,7 +635,7 @@ impl World {
 }
 
 impl World {
-    /// Somebody else who works at the same time.
+    /// Another worker at the same time.
     fn another(&self) -> Worker {
         let (config, metrics) = (Arc::new(self.config.clone()), Arc::default());
         Worker::open(config, self.hypervisor.clone(), metrics, "test").unwrap()

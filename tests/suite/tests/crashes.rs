@@ -83,7 +83,7 @@ fn sound(host: &Host, step: &(String, usize)) -> usize {
     claims.len()
 }
 
-/// It was killed before and after the commit, and in nearly all of its calls.
+/// Asserts that the hook was killed before and after the commit, and in nearly all of its calls.
 fn died_everywhere(before: usize, after: usize, calls: usize) {
     assert!(
         before > 50 && after > 5,

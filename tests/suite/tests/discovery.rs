@@ -361,8 +361,8 @@ fn libusb_and_sysfs_disagree() {
     });
 }
 
-/// Without the system's library a copy is compiled that hears the kernel and not udev: of devices
-/// that nobody may open yet.
+/// Without the system's library, a copy is compiled that listens to the kernel and not to udev: it
+/// reports devices that cannot be opened yet.
 #[test]
 fn libusb_is_the_systems() {
     let installed =

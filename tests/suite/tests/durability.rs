@@ -90,7 +90,7 @@ fn a_claim_for_an_assignment_survives_a_power_cut_with_the_default_configuration
     let mine = domain("erp", 1, NOTHING);
     let [prepare, started, stopped, release] = life(&host, &mine);
     assert!(prepare >= 2, "the claim and its hint: {prepare}");
-    // The claim stays as it is: what becomes of the guest is of this boot.
+    // The claim stays unchanged: the guest's state belongs to this boot.
     assert_eq!([started, stopped, release], [0; 3]);
     assert!(host.claims().contains("hold=instance"), "{}", host.claims());
     assert_eq!(life(&host, &mine), [0; 4], "nothing new is written");

@@ -24,7 +24,7 @@ const OPERATIONS: [(&str, &str); 8] = [
     ("migrate", "begin"),
 ];
 
-/// A domain without a flavor; and one with the name of a Nova flavor that nobody stored.
+/// A domain without a flavor, and one with the name of a Nova flavor that is not stored.
 fn innocents() -> [String; 2] {
     let plain = domain("plain", 1, "");
     let start = plain.find("  <metadata>").unwrap();
@@ -46,10 +46,10 @@ fn lose_hints(host: &Host) {
     fs::remove_dir_all(host.path("state/hints")).unwrap();
 }
 
-/// What is broken, and how.
+/// A broken part, and how it breaks.
 type Breakage = (&'static str, fn(&Host));
 
-/// What can be broken, each on a host that was healthy and had a device.
+/// Parts that can break, each on a host that was healthy and had a device.
 fn breakages() -> Vec<Breakage> {
     vec![
         ("no state_dir", |h| fs::remove_dir_all(h.path("state")).unwrap()),
@@ -141,7 +141,7 @@ fn a_domain_that_asks_for_nothing_passes_whatever_is_broken() {
     }
 }
 
-/// Nothing is decided by the folder of another configuration, and nobody is left in the dark.
+/// The folder of another configuration decides nothing, and the operator is informed.
 #[test]
 fn a_wrong_configuration_is_said_in_every_call_and_hides_no_hint() {
     let nova = innocents()[1].replace("m1.small", "m1.erp");
@@ -257,7 +257,7 @@ fn a_guest_whose_disk_another_guest_holds_starts_with_a_warning() {
     host.discover(&device("0001", "1-1", 5, "serial = 'HL-1'"));
     let args = ["erp", "prepare", "begin", "-"];
     assert!(host.call(&args, domain("erp", 2, ASK).as_bytes()).status.success());
-    // The kernel's link from a device node to its device; /dev/zero is there for everybody.
+    // The kernel's link from a device node to its device; /dev/zero exists for all users.
     let node = host.path("sys/bus/usb/devices/1-1/1-1:1.0/tty/ttyUSB0");
     fs::create_dir_all(&node).unwrap();
     fs::create_dir_all(host.path("sys/dev/char")).unwrap();

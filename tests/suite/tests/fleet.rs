@@ -41,7 +41,7 @@ impl Running {
 
 impl Drop for Running {
     fn drop(&mut self) {
-        // One that was stopped is ended all the same.
+        // A stopped process is killed as well.
         drop(self.0.kill());
         drop(self.0.wait());
     }
@@ -104,7 +104,7 @@ fn a_host_is_told_of_as_long_as_it_lives() {
     let free = |id| (id, "available".to_owned());
     assert_eq!((seen.compute_node_id, states(&seen)), (2, vec![free(1_000_001), free(1_000_002)]));
     assert_eq!(seen, one.store().host_document().unwrap().unwrap());
-    // Whatever changes is told, by whomever it is changed.
+    // Every change is published, regardless of its author.
     ok(&one.virt_usb(&["disable", "1000001"]));
     let changed = until("the change", || {
         document(&etcd, "compute1").filter(|d| d.devices[0].status == "unavailable")
@@ -133,7 +133,7 @@ fn a_host_is_told_of_as_long_as_it_lives() {
         ),
         "{status}"
     );
-    // etcd goes away: the host goes on, and what it did meanwhile is told afterwards.
+    // etcd is unreachable: the host continues, and publishes its changes afterwards.
     etcd.kill();
     until("it to be said", || log(&one).contains("no etcd answers").then_some(()));
     ok(&one.virt_usb(&["tag", "1000002", "blue"]));
@@ -149,7 +149,7 @@ fn a_host_is_told_of_as_long_as_it_lives() {
     until("the document to go", || document(&etcd, "compute1").is_none().then_some(()));
     let status = ok(&one.virt_usb(&["fleet", "status"]));
     assert!(status.contains("unreachable: compute1"), "{status}");
-    // One that starts anew, on an inventory that was put back, goes on above what is known.
+    // An agent that restarts on a restored inventory continues above the known revision.
     let _second = agent(&one);
     until("it to be back", || document(&etcd, "compute1"));
 }
@@ -262,7 +262,7 @@ fn a_machine_has_one_number_and_a_name_one_machine() {
         "compute9 is in the fleet, with number 2 as before\n"
     );
     assert!(ok(&three.virt_usb(&["fleet", "join"])).contains("with number 4"));
-    // It leaves, and comes back as whom it was.
+    // The host leaves, and returns with its old number.
     assert!(ok(&one.virt_usb(&["fleet", "leave"])).starts_with("compute9 has left the fleet"));
     assert_eq!(ok(&one.virt_usb(&["fleet", "leave"])), "compute9 is not in the fleet\n");
     assert!(ok(&one.virt_usb(&["fleet", "join"])).contains("with number 2 as before"));
@@ -344,7 +344,7 @@ fn a_host_writes_its_own_document_and_nothing_else() {
         std::fs::rename(&own, etcd.path().join("own")).map(|()| etcd.path().join("own")).unwrap();
     let one = host(&etcd, "compute1", 'a', &format!("user = 'compute1'\npassword_file = {own:?}"));
     std::fs::write(one.path("sim.toml"), key(1)).unwrap();
-    // The host itself may not join; whoever may, does.
+    // The host's own user may not join it to the fleet; an administrator may.
     let why = refused(&one.virt_usb(&["fleet", "join"]));
     assert!(
         why.contains("etcd does not allow it to user \"compute1\": join the fleet: /usr/share"),
@@ -567,7 +567,7 @@ fn a_scheduler_answers_what_the_fleet_has() {
     until("the change", || (scheduler.matched("0529", "0001") == 3).then_some(()));
     ok(&etcd.etcdctl(&["del", "/virt-usb/hosts/c"]));
     until("the host to be gone", || (scheduler.matched("0529", "0001") == 2).then_some(()));
-    // Nobody speaks for another, and rubbish takes nothing away.
+    // A host cannot publish for another, and invalid documents remove nothing.
     etcd.put("/virt-usb/hosts/b", &made("a", 2, 9, &[]));
     etcd.put("/virt-usb/hosts/d", "no document");
     etcd.put("/virt-usb/hosts/e", &made("e", 6, 1, &[json!({"id": "?"})]));
@@ -615,7 +615,7 @@ fn a_scheduler_answers_what_the_fleet_has() {
             && metrics.contains("path=\"/select\",status=\"200\""),
         "{metrics}"
     );
-    // etcd is away: what is known counts on for as long as was said, and not longer.
+    // etcd is unreachable: the last view stays in use for the configured time, and no longer.
     etcd.kill();
     let (status, answer) = until("the age to be too great", || {
         let (status, answer) = scheduler.ask("POST", "/select", &json!({"flavor": wanted}));
@@ -790,7 +790,7 @@ fn flavors_are_the_fleets_and_every_host_has_them() {
     etcd.put("/virt-usb/flavors/new", &asks("0004"));
     until("the new one", || (has(&two, "new", "0004") && has(&one, "new", "0004")).then_some(()));
     assert!(has(&two, "erp", "0003"));
-    // etcd is away: what was mirrored serves, and is not changed by halves.
+    // etcd is unreachable: the mirrored copies stay in use, and a change is all or nothing.
     etcd.kill();
     let why = refused(&set(&one, "erp", "0009"));
     assert!(
@@ -804,7 +804,7 @@ fn flavors_are_the_fleets_and_every_host_has_them() {
     etcd.start();
     ok(&set(&one, "erp", "0009"));
     until("it to be mirrored", || has(&two, "erp", "0009").then_some(()));
-    // Whoever has left has his own again.
+    // After it has left, the host has its own flavors again.
     ok(&two.virt_usb(&["fleet", "leave"]));
     ok(&set(&two, "mine", "0005"));
     assert_eq!(etcd.get("/virt-usb/flavors/mine"), "");
@@ -830,7 +830,7 @@ fn grants_are_the_fleets_and_every_host_heeds_them() {
     let grant = |devices: &str, project: &str| {
         format!(r#"{{"usb_devices":[{devices}],"projects":["{project}"]}}"#)
     };
-    // For whom the host's one key is, as it is published.
+    // The projects that the host's one key is available to, as published.
     let whose = |etcd: &Etcd, host: &str| -> Option<String> {
         let document = document(etcd, host)?;
         let projects = &document.devices.first()?.projects;
@@ -854,11 +854,11 @@ fn grants_are_the_fleets_and_every_host_heeds_them() {
     until("the fleet's grant", || published(&etcd, "p1", ""));
     ok(&two.virt_usb(&["grant", "set", "all", &grant(r#"{"vendor_id":"0529"}"#, "p3")]));
     until("a grant that was set on the other host", || published(&etcd, "p3+p1", "p3"));
-    // What cannot be read gives nothing to everybody.
+    // An invalid grant does not make a device available to all projects.
     etcd.put("/virt-usb/grants/all", "rubbish");
     etcd.put("/virt-usb/grants/new", &grant(r#"{"serial":"S2"}"#, "p4"));
     until("the new one", || published(&etcd, "p3+p1", "p3+p4"));
-    // etcd is away: they count on, and are not changed by halves.
+    // etcd is unreachable: the grants apply, and a change is all or nothing.
     etcd.kill();
     let why = refused(&one.virt_usb(&["grant", "remove", "mine"]));
     assert!(
@@ -889,7 +889,7 @@ fn simulate(folder: &Path, endpoints: &[String], seed: u64, arguments: &[&str]) 
     command
 }
 
-/// What must hold did, and something happened.
+/// Asserts that all invariants held and that something happened.
 fn held_all(output: &Output) -> Value {
     let report: Value =
         serde_json::from_slice(&output.stdout).unwrap_or_else(|e| panic!("{e}: {output:?}"));
@@ -914,7 +914,7 @@ fn two_hundred_hosts_and_what_must_hold() {
     assert_eq!(left.trim(), "", "nothing is left of it");
 }
 
-/// What goes wrong with a cluster, one after another: seeded.
+/// Faults of a cluster, one after another, from a seed.
 struct Faults {
     members: Vec<Etcd>,
     dice: u64,
@@ -1074,7 +1074,7 @@ fn address(host: &Host) -> String {
     at.unwrap().to_owned()
 }
 
-/// A page of the host's portal, as whoever has that token is shown it.
+/// A page of the host's portal for the owner of that token.
 fn page(host: &Host, token: &str, path: &str) -> String {
     let (at, jar) = (address(host), host.path("cookies"));
     let curl = |arguments: &[&str]| {

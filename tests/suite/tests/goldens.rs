@@ -25,7 +25,7 @@ fn optional(path: &Path) -> Option<String> {
     path.exists().then(|| fs::read_to_string(path).unwrap())
 }
 
-/// What a case leads to.
+/// Result of a case.
 struct Found {
     stdout: Vec<u8>,
     stderr: String,
@@ -87,9 +87,9 @@ fn play(case: &Path) -> Found {
     }
 }
 
-/// What happened before the call: `N.OPERATION.xml` an earlier call, `N.plug.toml` devices that
-/// changed and nobody recorded, `N.discover.toml` devices that changed and were recorded, `N.boot`
-/// a reboot, `N.wait` seconds that went by, `N.state` a broken store.
+/// Events before the call: `N.OPERATION.xml` an earlier call, `N.plug.toml` changed devices that
+/// were not recorded, `N.discover.toml` changed devices that were recorded, `N.boot` a reboot,
+/// `N.wait` seconds that passed, `N.state` a broken store.
 fn prior(host: &Host, step: &Path) {
     let name = step.file_name().unwrap().to_str().unwrap();
     let text = fs::read_to_string(step).unwrap();

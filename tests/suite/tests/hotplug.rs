@@ -1,8 +1,8 @@
 //! The agent and the real libusb under umockdev: devices come, go, change their numbers, swarm. No
 //! scan at an interval helps.
 //!
-//! Each test starts this program again under `umockdev-wrapper`: whoever sends uevents must be
-//! preloaded itself, and a process has one testbed.
+//! Each test starts this program again under `umockdev-wrapper`: a program that sends uevents must
+//! be preloaded itself, and a process has one testbed.
 #![allow(
     clippy::unwrap_used,
     clippy::panic,
@@ -96,7 +96,7 @@ fn under(name: &str, test: impl FnOnce(&Path)) {
         .unwrap();
     let text = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success() && text.contains("1 passed"), "{text}");
-    // For whoever wants figures.
+    // Output for the benchmarks.
     print!(
         "{}",
         text.lines()
@@ -125,7 +125,7 @@ impl Agent {
         let child = Command::new(virt_usb_suite::program("virt-usbd"))
             .arg("--config")
             .arg(folder.join("config.toml"))
-            // Nobody may wait for the end of our own output.
+            // The output must be closed.
             .stdout(std::process::Stdio::null())
             .stderr(std::fs::File::create(folder.join("log")).unwrap())
             .spawn()
@@ -358,7 +358,7 @@ fn events_of_an_earlier_hub_do_not_end_the_agent() {
                 bed.uevent(&sys(""), "add");
                 std::thread::sleep(Duration::from_micros(200));
             }
-            // It goes on with what comes.
+            // The agent continues with later events.
             plug(&bed, "1-2", round + 3, Some("SN2"));
             agent.shows(&["1-1 SN1 usb_1_2", &format!("1-2 SN2 usb_1_{}", round + 3)]);
             unplug(&bed, "1-2");
@@ -398,7 +398,8 @@ fn a_device_that_cannot_be_read_is_not_taken_for_gone() {
         plug(&bed, "1-1", 2, Some("SN1"));
         plug(&bed, "1-2", 3, Some("SN2"));
         agent.shows(&["1-1 SN1 usb_1_2", "1-2 SN2 usb_1_3"]);
-        // Its vendor cannot be read any more: a folder stands there, which root cannot read either.
+        // The vendor can no longer be read: a folder is in its place, which root cannot read
+        // either.
         let attribute = Path::new(&std::env::var_os("UMOCKDEV_DIR").unwrap())
             .join(sys("1-1").trim_start_matches('/'))
             .join("idVendor");

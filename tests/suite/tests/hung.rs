@@ -1,4 +1,5 @@
-//! Guests about which libvirt does not answer: they keep nobody else waiting, and somebody says so.
+//! Guests about which libvirt does not answer: they do not delay other guests, and they are
+//! reported.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test's helpers fail the test")]
 
 use std::fmt::Write as _;
@@ -153,7 +154,8 @@ fn an_agent_ends_though_libvirt_does_not_answer() {
     assert!(log(&host).contains("stopped"), "{}", log(&host));
 }
 
-/// Nova's hard reboot undefines a domain and defines it again, and libvirt may be away meanwhile.
+/// Nova's hard reboot undefines a domain and defines it again, and libvirt may be unreachable in
+/// between.
 #[test]
 fn a_domain_that_is_defined_again_keeps_what_is_assigned_to_it() {
     let host = host();

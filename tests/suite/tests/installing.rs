@@ -1,4 +1,4 @@
-//! What `install/` places, in a folder of its own.
+//! The files that `install/` places, in a temporary folder.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -82,8 +82,8 @@ fn state_dir_is_made_where_the_configuration_says() {
     assert!(dest.path().join("srv/usb").is_dir() && !dest.path().join("var/lib/virt-usb").exists());
 }
 
-/// Gives a folder to nobody as the installation does. Returns whose the folder and what is in it
-/// are then.
+/// Gives a folder to the user `nobody`, as the installation does. Returns the owners of the folder
+/// and its contents afterwards.
 fn give(state: &Path) -> Vec<u32> {
     let give = "config=/nonexistent; . \"$1\"; state_dir=$2; give_state_dir 65534:65534";
     let script = root().join("install/state-dir");
@@ -162,7 +162,7 @@ fn the_agent_comes_with_a_unit_that_lets_it_do_little() {
     assert!(!agent(&["--purge"]).status.success());
 }
 
-/// What `install/files` names, a path each, for a package: without the files that a * stands for.
+/// The paths in `install/files`, for a package: without the files that a * stands for.
 fn listed() -> Vec<String> {
     let list = std::fs::read_to_string(root().join("install/files")).unwrap();
     let lines = list.lines().filter(|line| !line.starts_with('#') && !line.is_empty());
@@ -214,7 +214,7 @@ fn make_install_places_the_list_and_nothing_else() {
     }
 }
 
-/// A grant that libvirt does not know is none, and nobody would notice: `make packages` asks
+/// A permission that libvirt does not know has no effect and causes no error: `make packages` asks
 /// libvirt itself.
 #[test]
 fn polkits_rule_grants_what_the_agent_does() {

@@ -1,9 +1,9 @@
 //! Root's tools, used on a folder of another user who works against them: while a command runs as
 //! root, its owner swaps names in `state_dir` for links, hundreds of times a second.
 //!
-//! Outside of `state_dir` stands what only root may read or write, under the names that a link
-//! leads to. After each command all of it is as it was, and nobody has read it. Whether the command
-//! itself succeeds is another matter: who swaps the inventory's files harms the inventory.
+//! Outside of `state_dir` are files that only root may read or write, under the names that a link
+//! leads to. After each command they are unchanged and unread. The command itself may fail: a user
+//! who swaps the inventory's files harms only the inventory.
 //!
 //! `VIRT_USB_ROUNDS=20` repeats each command 20 times as often.
 #![allow(
@@ -152,7 +152,7 @@ const COMMANDS: [&[&str]; 22] = [
     &["doctor"],
 ];
 
-/// False where the tests do not run as root: then nobody can be worked against, and it is said.
+/// False if the tests do not run as root, which is reported: then there is no other user to attack.
 fn is_root(test: &str) -> bool {
     let root = rustix::process::geteuid().is_root();
     if !root {
@@ -167,7 +167,7 @@ fn copy(from: &Path, to: &Path) {
     assert!(Command::new("cp").arg("-a").arg(from).arg(to).status().unwrap().success());
 }
 
-/// What stands below a folder: owner, group, mode and contents.
+/// Contents of a folder: owner, group, mode and data of each file.
 type Belongings = BTreeMap<PathBuf, (u32, u32, u32, Vec<u8>)>;
 
 fn belongings(folder: &Path) -> Belongings {
@@ -193,7 +193,7 @@ impl Drop for Attacker {
     }
 }
 
-/// A host whose `state_dir` belongs to nobody, with what is root's beside it.
+/// A host whose `state_dir` belongs to the user `nobody`, beside files of root.
 struct Target {
     host: Host,
     victim: PathBuf,

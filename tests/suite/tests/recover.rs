@@ -114,7 +114,7 @@ fn a_damaged_inventory_is_made_anew_and_guests_keep_what_they_have() {
     assert!(ok(&host.virt_usb(&["store", "check"])).contains("no problems found"));
     assert_eq!(host.store().flavors().unwrap().len(), 1);
     assert_eq!(aside(&host).len(), 1);
-    // The flavor names the device that it named, and nobody else gets what erp has.
+    // The flavor names the same device as before, and no other guest gets erp's device.
     let xml = domain("crm", 2, r#"{"usb_devices":[{"serial":"A"}]}"#);
     assert_eq!(host.call(&["crm", "prepare", "begin", "-"], xml.as_bytes()).status.code(), Some(1));
     let again: Value =

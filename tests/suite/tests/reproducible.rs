@@ -1,5 +1,5 @@
-//! Who builds the filter gets the same bytes, wherever the source lies: what is pinned by its
-//! digest can be checked by building it.
+//! The filter builds to the same bytes, wherever the source is: a filter that is pinned by its
+//! digest can be verified by building it.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
 use std::path::Path;

@@ -140,8 +140,8 @@ fn every_device_keeps_its_origin_through_saves_and_restores() {
             guest.ends("saved", &live);
             let kept = if hold == "instance" { &both[..2] } else { &both[1..2] };
             assert_eq!(held(&host), kept, "{hold}, round {round}");
-            // Meanwhile all devices get other numbers, and the rules change: the device that
-            // somebody gave to the guest is offered to nobody any more, or to another project.
+            // Meanwhile all devices get other numbers, and the rules change: the device of the
+            // handwritten hostdev is no longer offered, or only to another project.
             if round == 2 {
                 let rules = "usb_white_list_switch = \"on\"\nusb_white_list = [{ product \
                     = \"0001\", vendor = \"0529\" }, { vendor = \"0529\", product = \"0002\" }]\n";
@@ -401,7 +401,7 @@ fn a_refusal_names_the_assignment_that_cannot_be_served() {
     );
 }
 
-/// What the agent would do about this guest, which runs with this XML.
+/// The agent's plan for this guest, which runs with this XML.
 fn planned(host: &Host, live: &str) -> Vec<Step> {
     let domain = read(live);
     let instance = domain.uuid.unwrap();
@@ -428,7 +428,7 @@ fn the_agent_leaves_alone_what_no_claim_says_is_ours() {
     assert_eq!(planned(&host, &with(&plain, &foreign)), []);
     let steps = planned(&host, &with(&plain, &hostdev("0002", 11, "", "ua-usb-1")));
     assert!(matches!(&steps[..], [Step::Adopt { device, .. }] if device.get() == 2), "{steps:?}");
-    // One that another instance holds: that is told, and not undone.
+    // A device that another instance holds: this is reported, and not undone.
     let other = Guest { host: &host, name: "erp-2" };
     other.starts(&domain("erp-2", 2, &format!(r#"{{"usb_devices":[{KEY}]}}"#)));
     let steps = planned(&host, &with(&plain, &hostdev("0001", 10, "", "ua-usb-1")));

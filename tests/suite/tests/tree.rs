@@ -1,4 +1,4 @@
-//! The tree and who may depend on whom: the rules of ARCHITECTURE.md.
+//! The tree and its dependencies: the rules of ARCHITECTURE.md.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -12,7 +12,7 @@ use std::process::Command;
 use serde_json::Value;
 use virt_usb_suite::root;
 
-/// What `cargo tree` prints, a package a line.
+/// Output of `cargo tree`, one package per line.
 fn tree(arguments: &[&str]) -> String {
     let output = Command::new(env!("CARGO"))
         .args(["tree", "--offline", "--prefix", "none"])

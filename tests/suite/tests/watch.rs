@@ -21,7 +21,7 @@ const KEY: &str = "[[device]]\nvendor = \"0529\"\nproduct = \"0001\"\nbus = 1\nd
 const STICK: &str = "[[device]]\nvendor = \"0951\"\nproduct = \"1666\"\nbus = 2\ndevice = 3\nport \
     = \"2-1\"\nserial = \"B\"\nproduct_name = \"Stick\"\n";
 
-/// Somebody who sits at a terminal.
+/// A user at a terminal.
 struct Seat {
     child: Child,
     keys: Option<File>,

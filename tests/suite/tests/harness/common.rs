@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use tempfile::TempDir;
 
-/// A folder that goes away with the test.
+/// A folder that is removed after the test.
 pub(crate) fn folder() -> TempDir {
     TempDir::new().unwrap()
 }
@@ -41,7 +41,7 @@ pub(crate) fn recorder(path: &Path, log: &Path, more: &str) -> PathBuf {
     )
 }
 
-/// What a recorder wrote, `OP EXTRA` for each call.
+/// Records of the fake hook, `OP EXTRA` for each call.
 pub(crate) fn recorded(log: &Path) -> Vec<String> {
     let text = std::fs::read_to_string(log).unwrap_or_default();
     let words = |line: &str| line.split(' ').map(str::to_owned).collect::<Vec<_>>();

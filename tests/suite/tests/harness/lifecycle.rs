@@ -1,4 +1,4 @@
-//! Which calls follow which, against libvirt's qemu driver.
+//! Order of the calls, compared with libvirt's qemu driver.
 use super::common::{domain, folder, recorded, recorder};
 use virt_usb_harness::{
     Cycle, Domain, Hooks, Initiator, Outcome, OutputFate, Played, Player, Script, Settings,
