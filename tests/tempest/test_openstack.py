@@ -167,7 +167,7 @@ class OpenStack(unittest.TestCase):
         out, err, code = self.openstack("server add usb device off 1 -f json")
         added = json.loads(out)
         self.assertEqual((code, added["live"], added["requested"]), (0, False, ['{"id": 1}']))
-        self.assertIn("off does not run: it asks for the device when it starts, and does not start while another has it", err)
+        self.assertIn("off is not running: it claims the device at its start", err)
         self.said("server remove usb device off 1")
 
     def test_what_is_asked_wrongly_is_said(self) -> None:

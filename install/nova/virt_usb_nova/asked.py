@@ -19,7 +19,7 @@ class Wrong(ValueError):
 
 
 def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON; ValueError: it holds a key twice, of which readers would take one or the other."""
+    """A JSON object. Raises ValueError for a duplicate key, which readers would interpret differently."""
     found = dict(pairs)
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
@@ -36,14 +36,14 @@ def read(text: str | bytes, pairs: Callable[[list[tuple[str, Any]]], Any] | None
 
 
 def extra_spec(spec_obj: Any) -> tuple[str, str] | None:
-    """The extra spec that says which devices are asked for, and what it says; None: the flavor says nothing of devices."""
+    """The extra spec that requests devices, and its value; None if the flavor has none."""
     specs = dict(getattr(getattr(spec_obj, "flavor", None), "extra_specs", None) or {})
     said = ((key, str(specs.get(key) or "").strip()) for key in DEVICES)
     return next(((key, text) for key, text in said if text), None)
 
 
 def flavor(key: str, text: str, stored: Stored) -> Any:
-    """What is asked for by the value of that extra spec: its list alone, one entry, a whole flavor, or `@NAME`. None: nothing.
+    """The request in that extra spec: a list, one entry, a whole flavor, or `@NAME`. None: nothing.
 
     Redirection asks nothing of a host, and is not part of it.
     """
@@ -62,7 +62,7 @@ def flavor(key: str, text: str, stored: Stored) -> Any:
 
 
 def devices(found: Any) -> Any:
-    """A flavor without its redirections; None: it asks for no devices. A name is kept: whoever is asked knows the flavor."""
+    """A flavor without its redirections; None if it requests no devices. A name stays a name."""
     if not isinstance(found, dict):
         return found
     wanted = found.get("usb_devices")

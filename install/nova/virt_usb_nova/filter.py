@@ -27,7 +27,7 @@ def names(host_states: Iterable[Any]) -> list[str]:
 
 
 def question(spec_obj: Any) -> dict[str, Any] | None:
-    """What is asked of the filter; None: the request asks for no USB device, and nobody need be asked.
+    """The question for the filter; None if the request needs no USB device and no question.
 
     Raises what an oracle raises: it knows the flavors that are stored.
     """
@@ -66,7 +66,7 @@ class UsbDevicesFilter(filters.BaseHostFilter):  # type: ignore[misc]
         yield from self._able(hosts, spec_obj)
 
     def host_passes(self, host_state: Any, filter_properties: Any) -> bool:
-        """Nova asks `filter_all`; whoever asks for one host gets the same answer."""
+        """Nova calls `filter_all`; a caller that passes one host gets the same answer."""
         return bool(self._able([host_state], filter_properties))
 
     def _able(self, hosts: list[Any], spec_obj: Any) -> list[Any]:

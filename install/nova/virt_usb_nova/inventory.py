@@ -1,6 +1,6 @@
 """What the hosts have, as they have published it: from etcd, or from a file.
 
-Nothing is begun before it is asked for: nova-scheduler forks its workers after it has loaded its filters, and neither threads nor
+Nothing starts before the first use: nova-scheduler forks its workers after it has loaded its filters, and neither threads nor
 connections survive that.
 """
 
@@ -96,7 +96,7 @@ def host_of(document: str) -> str | None:
 
 
 class File:
-    """A file of host documents, one a line, that somebody writes again and again; written whole, and renamed into its place."""
+    """A file of host documents, one per line, which another program replaces by a rename."""
 
     @staticmethod
     def check(options: Any) -> None:
@@ -146,7 +146,7 @@ class File:
             return self._fault
         age = time.time() - self._written
         if age < -max_age:
-            return f"{self._path} was written {-age:.0f} s from now: somebody's clock is wrong"
+            return f"{self._path} was written {-age:.0f} s from now: a clock is wrong"
         return f"{self._path} was written {age:.0f} s ago" if age > max_age else None
 
     def flavor(self, name: str) -> str | None:
@@ -227,11 +227,11 @@ class Follower:
                     self._list()
                 self._watch()
             except Compacted:
-                LOG.info("etcd has forgotten revision %d: %s is listed anew", self._revision, self._prefix)
+                LOG.info("etcd has forgotten revision %d: listing %s again", self._revision, self._prefix)
                 self._revision = 0
             except (requests.RequestException, Fault, ValueError, KeyError, OSError) as fault:
                 self._deaf(str(fault))
-            except Exception as fault:  # this thread has nobody who would begin it again
+            except Exception as fault:  # nothing would restart this thread
                 LOG.debug("etcd's follower", exc_info=True)
                 self._deaf(f"{type(fault).__name__}: {fault}")
 
@@ -240,7 +240,7 @@ class Follower:
         if not self._said:
             LOG.warning("what stands below %s in etcd is not heard: %s", self._prefix, self.fault)
             self._said = True
-        # What answers next may be another etcd, or one that was put back: all is listed anew.
+        # The next endpoint may be another etcd, or a restored one: list everything again.
         self._token, self._revision = None, 0
         self._endpoints.append(self._endpoints.pop(0))
         time.sleep(self.PAUSE)
@@ -277,7 +277,7 @@ class Follower:
         return str(self._post("/v3/auth/authenticate", body).json()["token"])
 
     def _check(self) -> None:
-        """Asks something that needs a leader. Another etcd, or one that was put back, is listed anew."""
+        """Makes a call that needs a leader. Another or restored etcd is listed again."""
         key = _encoded(self._prefix)
         header = self._post("/v3/kv/range", {"key": key, "keys_only": True}).json()["header"]
         if header["cluster_id"] != self._cluster or int(header["revision"]) < self._revision:
@@ -368,7 +368,7 @@ def _message(answer: requests.Response) -> str:
 class Etcd:
     """What the fleet's agents publish in etcd."""
 
-    # For so long whoever asks first waits until the fleet is known, in seconds.
+    # How long the first caller waits until the fleet is known, in seconds.
     FIRST = 10.0
 
     @staticmethod
@@ -392,7 +392,7 @@ class Etcd:
         self._named.start()
 
     def _host(self, host: str, document: str | None) -> None:
-        # Nobody speaks for another.
+        # A host cannot publish for another.
         if document is not None and host_of(document) != host:
             LOG.warning("the document of host %s cannot be read, or names another host: it is passed over", host)
             document = None

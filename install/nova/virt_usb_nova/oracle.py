@@ -32,7 +32,7 @@ class Oracle(Protocol):
         """The same, with how well."""
 
     def best(self, question: Question, limit: int) -> list[str]:
-        """So many at most that can serve, of all hosts that are known, the best first."""
+        """Up to this number of known hosts that can serve, best first."""
 
     def reasons(self, question: Question, unable: list[str]) -> dict[str, dict[str, Any]]:
         """Why those that cannot serve cannot: for each `reason` and its counts."""
@@ -41,7 +41,7 @@ class Oracle(Protocol):
         """What a question says for the stored flavor of that name; None: none is stored."""
 
     def named(self, name: str) -> Any:
-        """The same for `@NAME`; whoever knows the flavors himself is not asked twice, and refuses the question where there is none."""
+        """The same for `@NAME`. An oracle that knows the flavors refuses an unknown name itself."""
 
 
 class Local:
@@ -229,9 +229,9 @@ def get(options: Any) -> Oracle:
 
 
 def forget() -> None:
-    """The next one is made anew: after a fork, and for tests."""
+    """Drops the current oracle, so that the next call creates one: after a fork, and for tests."""
     global _lock, _made
-    # Somebody may have held it when the process was forked.
+    # Another thread may have held the lock during the fork.
     _lock, _made = threading.Lock(), None
 
 
@@ -244,6 +244,6 @@ def make(options: Any) -> Oracle:
         return Remote(options.scheduler_url, options.scheduler_timeout, options.max_age)
     kind = inventory.File if options.inventory == "file" else inventory.Etcd
     kind.check(options)
-    # First what may fail: nobody would end what the other begins.
+    # First the step that may fail, because nothing would stop the other one.
     program = wasm.Program(options.component, options.deadline)
     return Local(kind(options), program, options.max_age)

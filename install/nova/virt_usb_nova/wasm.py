@@ -92,7 +92,7 @@ class Filter:
     """A filter for one who asks at a time.
 
     `feed` gives what the hosts have published: pairs of documents, one a line, and the time when they came in. A fresh instance
-    begins with them. The filter may use so many bytes of `memory`.
+    begins with them. `memory` limits the filter's memory, in bytes.
     """
 
     def __init__(self, program: Program, feed: Feed = tuple, memory: int = 1 << 30) -> None:
@@ -108,7 +108,7 @@ class Filter:
         return bool(self._call("remove", host))
 
     def touch(self, host: str, received: int) -> bool:
-        """Notes that a host was heard of; false if there is none."""
+        """Records that a host is alive; false if it is unknown."""
         return bool(self._call("touch", host, received))
 
     def set_status(self, host: str, device: int, status: str) -> bool:

@@ -38,6 +38,6 @@ class UsbDevicesWeigher(weights.BaseHostWeigher):  # type: ignore[misc]
             wanted = filter.question(spec_obj)
             return {} if wanted is None else oracle.get(filter.OPTIONS).scores(wanted, called)
         except oracle.NO_ANSWER as why:
-            # The filter has said so already, and let pass whoever is here.
+            # The filter has reported it already, and has accepted these hosts.
             LOG.debug("USB devices: all hosts are alike: %s", why)
             return {}
