@@ -1,7 +1,7 @@
 //! From what is wanted to splices on the text, and from splices to the text.
 //!
 //! [`plan`] decides, [`splice`] only copies. A splice replaces a range of the text; most ranges are
-//! empty. Nothing else is ever written, so what no splice covers stays as it is.
+//! empty. Text that no splice covers is copied unchanged.
 
 use std::collections::BTreeSet;
 use std::ops::Range;

@@ -1,9 +1,9 @@
 //! Whether a number of devices of certain speeds fits into the free ports of certain kinds.
 //!
-//! A matching between devices and ports. By Hall's theorem every device finds a port exactly when
-//! no set of port kinds has fewer ports than devices that can go nowhere else. There are four
-//! kinds, so all sets of them are counted; the first that comes short is what the operator is told.
-//! (A property test compares this with brute force.)
+//! A matching between devices and ports. By Hall's theorem, every device finds a port exactly if no
+//! set of port kinds has fewer ports than there are devices that fit only into these kinds. There
+//! are four kinds, so all sets are counted; the message to the operator names the first set that
+//! has too few ports. (A property test compares this with brute force.)
 
 use virt_usb_model::{Speed, SpeedMask};
 

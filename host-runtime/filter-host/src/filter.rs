@@ -69,7 +69,7 @@ impl Filter {
     /// a filter.
     ///
     /// # Errors
-    /// Each [`LoadError`] says what was wanted of which file.
+    /// Each [`LoadError`] names the file and the requirement that it does not meet.
     pub fn load(path: impl AsRef<Path>, options: &Options) -> Result<Self, LoadError> {
         let path = path.as_ref();
         let engine = engine().map_err(|e| LoadError::Engine(cause(&e)))?;

@@ -221,7 +221,7 @@ impl Instance {
         if placements.len() > most {
             return Err(self.rubbish(format!(
                 "it names {} hosts, of {matched} that it says can serve and {limit} that were \
-                    asked for",
+                 requested",
                 placements.len()
             )));
         }
@@ -260,7 +260,7 @@ impl Instance {
         // From here on, at most as many as a flavor can request.
         if ids.len() != question.devices() {
             return Err(self.rubbish(format!(
-                "it would use {} devices, and {} were asked for",
+                "it would use {} devices, but {} were requested",
                 ids.len(),
                 question.devices()
             )));

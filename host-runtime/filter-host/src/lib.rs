@@ -25,7 +25,7 @@
 //!
 //! # Precompiled filters
 //! Compiling takes some 50 ms. [`Filter::precompile`] gives machine code that [`Filter::load`] takes in its place in less than one. Machine code is
-//! trusted: it must be pinned by [`Options::sha256`], or belong to root or to the running user with nobody else able to write it.
+//! trusted: it must be pinned by [`Options::sha256`], or belong to root or to the running user and be writable by no other user.
 
 mod bindings;
 mod error;

@@ -227,7 +227,7 @@ fn devices_that_were_not_asked_for_are_rubbish() {
     // Accepted with one device too few: none.
     let filter = faulty("explain", "(return (local.get $answer))");
     let fault = fault(filter.session(&fleet()).explain(&keys(1), "alpha"));
-    assert!(fault.to_string().contains("it would use 0 devices, and 1 were asked for"), "{fault}");
+    assert!(fault.to_string().contains("it would use 0 devices, but 1 were requested"), "{fault}");
 }
 
 #[test]

@@ -3,9 +3,9 @@
 //! | source | shown to |
 //! |---|---|
 //! | `/proc/*/fd` (proc_pid_fd(5)) | the process's own user, root, `CAP_SYS_PTRACE` |
-//! | the controlling terminal in `/proc/*/stat` (proc_pid_stat(5)): a getty, a login | everybody |
-//! | the kernel's consoles, `/proc/consoles` | everybody |
-//! | lock files of serial ports, `/run/lock/LCK..ttyUSB0` (FHS 3.0, 5.9) | everybody |
+//! | the controlling terminal in `/proc/*/stat` (proc_pid_stat(5)): a getty, a login | all users |
+//! | the kernel's consoles, `/proc/consoles` | all users |
+//! | lock files of serial ports, `/run/lock/LCK..ttyUSB0` (FHS 3.0, 5.9) | all users |
 //!
 //! The agent has no privilege; SECURITY.md says what follows from that.
 
