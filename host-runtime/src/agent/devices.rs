@@ -95,8 +95,8 @@ impl Devices {
     /// the first scan.
     ///
     /// # Errors
-    /// When the agent cannot go on: its files are not those that it opened. The guests' thread is
-    /// told to stop.
+    /// When the agent cannot continue, because its files were replaced. The guests' thread
+    /// stops too.
     pub(crate) fn run(
         mut self,
         signals: &Receiver<DeviceSignal>,

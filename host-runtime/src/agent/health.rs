@@ -130,7 +130,7 @@ pub(crate) fn answer(socket: &UnixDatagram, to: &SocketAddr, text: &str) {
 /// Asks the agent of this `state_dir`.
 ///
 /// # Errors
-/// When nobody listens there, or no response arrives in time.
+/// If no agent listens on the socket, or no response arrives in time.
 pub fn ask(state_dir: &Path, timeout: Duration) -> io::Result<Health> {
     let place = hook_socket(state_dir)?;
     let mut name = [0; 16];

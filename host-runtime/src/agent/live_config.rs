@@ -49,29 +49,29 @@ impl LiveConfig {
         self.now.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Reads the file again; says whether anything changed. What is wrong changes nothing; what
-    /// cannot change while the agent runs stays, and is told.
+    /// Reloads the configuration; returns whether anything changed. An invalid file changes
+    /// nothing. A key that cannot change while the agent runs keeps its value, and the agent
+    /// reports it.
     pub(super) fn reload(
         &self,
         admit: impl FnOnce(&Config, Option<&Path>) -> anyhow::Result<()>,
     ) -> bool {
         let was = self.now();
-        // Without a file of that name the defaults would count, which offer every device to
-        // everybody.
+        // Without the file, the defaults would apply, which offer every device to all projects.
         let path = path(self.file.as_deref());
         if self.first.is_some() && !path.exists() {
-            tracing::error!("{} is gone; the rules before count on", path.display());
+            tracing::error!("{} was removed; the previous rules stay in effect", path.display());
             return false;
         }
         let read = match Config::load(self.file.as_deref()) {
             Ok(read) => read,
             Err(e) => {
-                tracing::error!("{e}; the rules before count on");
+                tracing::error!("{e}; the previous rules stay in effect");
                 return false;
             }
         };
         if let Err(e) = admit(&read, self.file.as_deref()) {
-            tracing::error!("{e:#}; the rules before count on");
+            tracing::error!("{e:#}; the previous rules stay in effect");
             return false;
         }
         let first = &self.read;
@@ -87,7 +87,7 @@ impl LiveConfig {
             ("keystone", read.keystone != first.keystone),
         ];
         for (key, _) in fixed.iter().filter(|(_, changed)| *changed) {
-            tracing::warn!("{key} has changed: it counts from the agent's next start on");
+            tracing::warn!("{key} has changed: restart the agent to apply it");
         }
         let next = Config {
             state_dir: was.state_dir.clone(),
@@ -102,13 +102,13 @@ impl LiveConfig {
         };
         let changed = next != *was;
         if changed {
-            tracing::info!("the configuration was read again");
+            tracing::info!("the configuration was reloaded");
             *self.now.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(next);
         }
         changed
     }
 
-    /// What tells one state of the file from another.
+    /// Stamp that changes with the file's content, owner or mode.
     pub(super) fn stamp(&self) -> Option<Stamp> {
         stamp(path(self.file.as_deref()))
     }

@@ -38,7 +38,7 @@ pub(crate) enum DeviceSignal {
     Stop,
 }
 
-/// That the guests' thread goes on.
+/// Heartbeat of the guests' thread.
 #[derive(Clone)]
 pub(crate) struct Pulse(Arc<Mutex<Instant>>);
 

@@ -30,7 +30,7 @@ pub(crate) use serve::serve;
 pub(crate) struct Load {
     /// Threads that work.
     pub(crate) busy: usize,
-    /// Those of them that have given their place to others.
+    /// Threads that have given their place to others.
     pub(crate) slow: usize,
     /// For how long the oldest job waits for a thread.
     pub(crate) waiting: Duration,

@@ -48,7 +48,7 @@ pub(crate) struct Server {
     pub(crate) id: InstanceId,
     pub(crate) name: String,
     pub(crate) running: bool,
-    /// Whose it is, where that is known.
+    /// Owner project, if known.
     pub(crate) project: Option<ProjectId>,
     /// Whether its domain says so itself.
     pub(crate) by_domain: bool,

@@ -370,7 +370,7 @@ impl Store {
         self.records("1")
     }
 
-    /// All claims, by device.
+    /// All claims, ordered by device.
     ///
     /// # Errors
     /// When the database cannot be read.

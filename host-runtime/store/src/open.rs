@@ -236,7 +236,7 @@ impl Store {
     /// missing, and migrates an older schema. Root makes all of it as the folder's owner.
     ///
     /// # Errors
-    /// As [`Store::open`], but for `Missing` and `Older`.
+    /// As [`Store::open`], except `Missing` and `Older`.
     pub fn create(state_dir: &Path, lock_timeout: Duration) -> Result<Self, StoreError> {
         let user = user_of(state_dir)?;
         files::hand_over(&state_dir.join(FILE_NAME), user)

@@ -113,7 +113,7 @@ pub struct Player<'a> {
     pub hooks: &'a Hooks,
     /// Settings of the calls.
     pub settings: &'a Settings,
-    /// By whom.
+    /// Simulated caller.
     pub caller: Initiator,
 }
 

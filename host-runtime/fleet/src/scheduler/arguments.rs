@@ -15,7 +15,7 @@ use crate::filter_file::FilterFile;
 #[derive(Debug, Parser)]
 #[command(version, name = "virt-usb-scheduler")]
 pub struct Arguments {
-    /// The configuration [default: /etc/virt-usb/config.toml, where it is there]
+    /// Configuration file [default: /etc/virt-usb/config.toml, if it exists]
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
     /// Options that `virt-usb scheduler` has too.

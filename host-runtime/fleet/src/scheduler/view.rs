@@ -145,7 +145,7 @@ impl View {
         Ok(Selected { matched: selection.matched, chosen, token })
     }
 
-    /// What the filter says of one host.
+    /// Answer of the filter about one host.
     pub(super) fn explain(&self, question: &Question, host: &str) -> Result<Verdict, Error> {
         self.session().explain(question, host)
     }

@@ -61,7 +61,7 @@ fn what_is_held_for_the_instance_outlives_the_boot_as_a_claim() {
     assert_eq!(claims.len(), 1);
     assert_eq!((claims[0].state.as_str(), claims[0].boot_id.as_str()), ("claimed", "boot-2"));
     assert_eq!(claims[0].instance_uuid, instance(1));
-    // A claim of an earlier boot that nobody has swept is not revived by a confirmation.
+    // A confirmation does not revive a claim of an earlier boot, even before a sweep.
     claim_as(&mut store, 3, false, ClaimMode::Replace, &at(2, 10.0));
     assert_eq!(store.confirm(instance(3), &[id(2)], Witness::Look, &at(3, 5.0)).unwrap(), []);
     assert_eq!(store.claims().unwrap()[1].boot_id, "boot-2");
@@ -85,7 +85,7 @@ fn a_restore_that_fails_costs_nothing_that_was_held_before() {
         // Never confirmed, and given back: gone.
         claim_as(&mut store, 1, lasting, ClaimMode::Provisional, &at(1, 300.0));
         assert_eq!(store.release(instance(1), Extent::Run, "", &at(1, 301.0)).unwrap(), [id(1)]);
-        // Held before: still held when nobody confirms.
+        // The claim existed before: it stays without a confirmation.
         claim_as(&mut store, 1, lasting, ClaimMode::Replace, &at(1, 400.0));
         claim_as(&mut store, 1, lasting, ClaimMode::Provisional, &at(1, 400.0));
         assert!(!store.claims().unwrap()[0].pending);
@@ -95,7 +95,7 @@ fn a_restore_that_fails_costs_nothing_that_was_held_before() {
             store.release(instance(n), Extent::Everything, "", &at(1, 901.0)).unwrap();
         }
     }
-    // Late, but in time for a confirmation: nobody took it meanwhile.
+    // Late, but in time for a confirmation: no other instance took the device.
     claim_as(&mut store, 1, false, ClaimMode::Provisional, &at(1, 1000.0));
     assert_eq!(store.confirm(instance(1), &[], Witness::Start, &at(1, 2000.0)).unwrap(), [id(1)]);
     claim_as(&mut store, 9, false, ClaimMode::Replace, &at(1, 3000.0));
@@ -615,7 +615,7 @@ fn each_device_is_looked_at_once_however_many_hostdevs_there_are() {
     assert!(adopted[100..200].iter().all(|a| matches!(a, Adoption::New(_))));
     assert!(adopted[200..].iter().all(|a| matches!(a, Adoption::AlreadyYours(_))));
     assert!(verifier.verified <= 1000, "{} looks", verifier.verified);
-    // Beyond what any guest has room for nobody looks.
+    // Hostdevs beyond a guest's capacity are not checked.
     let many = vec![by_address(1); virt_usb_store::adopt::MAX_HOLDINGS + 1];
     let adopted =
         store.adopt(&claimant(1), &many, Stage::Starting, &mut Trusting, &boot(1)).unwrap();
