@@ -185,7 +185,7 @@ fn there_is_one_function_and_few_who_write() {
     const WRITERS: [(&str, &str); 9] = [
         ("hook/src/run.rs", "delivers the answer, which is made of clean lines"),
         ("host-runtime/src/cli/output.rs", "cleans"),
-        ("host-runtime/src/log.rs", "cleans"),
+        ("host-runtime/fleet/src/log.rs", "cleans"),
         ("host-runtime/src/daemon/mod.rs", "shows the first token, which it has made"),
         ("host-runtime/src/cli/watch/mod.rs", "asks whether it is a terminal"),
         ("host-runtime/src/cli/watch/terminal.rs", "draws cells, which are cleaned in view.rs"),
