@@ -392,7 +392,7 @@ mod tests {
         let error = |text: &str| format!("{:#}", read_documents(text).unwrap_err());
         assert!(
             error(&format!("{}{}", one("a"), one("a")))
-                .contains("document 2: the host \"a\" is there twice")
+                .contains("document 2: the host \"a\" appears twice")
         );
         assert!(error(&format!("{} {{}}", one("a"))).contains("document 2: version: found none"));
         assert!(error(" ").starts_with("found none: wanted JSON documents"));

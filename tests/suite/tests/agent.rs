@@ -421,7 +421,7 @@ fn what_keeps_it_from_starting_is_said() {
     // A variable that was inherited does not silence it.
     let mut inherited = command(&host);
     inherited.env("JOURNAL_STREAM", "9:12345");
-    assert!(refusal(inherited).contains("a folder of its own"));
+    assert!(refusal(inherited).contains("its own state_dir"));
 }
 
 #[test]

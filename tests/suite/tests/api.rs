@@ -686,7 +686,7 @@ fn the_command_line_asks_an_api_as_it_asks_its_own_inventory() {
     assert!(ok(&there(&["grant", "set", "erp/2 %", grant])).starts_with("unchanged: "));
     assert_eq!(
         ok(&there(&["owner", "set", "lab", OURS])),
-        format!("lab is project {OURS}'s now\n")
+        format!("lab now belongs to project {OURS}\n")
     );
     // What is shown is the same, byte for byte.
     for shown in [
@@ -756,8 +756,8 @@ fn the_command_line_asks_an_api_as_it_asks_its_own_inventory() {
         "the API responded with 404: USB device 99 could not be found.",
     );
     refused(&["enable", "99"], "there is no device 99");
-    refused(&["flavor", "show", "none"], "no flavor of the name \"none\"");
-    refused(&["grant", "remove", "none"], "no grant of the name \"none\"");
+    refused(&["flavor", "show", "none"], "no flavor named \"none\"");
+    refused(&["grant", "remove", "none"], "no grant named \"none\"");
     refused(&["grant", "set", "@a", grant], "is not a valid name for a grant");
     refused(&["grant", "set", "a", "{}"], "the grant a is not stored");
     refused(&["doctor"], "this command works only on the host itself");
@@ -943,10 +943,10 @@ fn what_is_wrong_is_said_and_the_next_one_is_served() {
     let action = format!("/v3/servers/{ERP}/action");
     let post = |body: &str| served.ask(&admin, "POST", &action, body);
     for (body, why) in [
-        ("{", "no JSON"),
+        ("{", "not JSON"),
         ("[]", "not a JSON object"),
         ("{}", "names no action"),
-        (r#"{"reboot":null}"#, "no such action: reboot"),
+        (r#"{"reboot":null}"#, "Unknown action: reboot"),
         (r#"{"attach_usb_devices":null,"detach_usb_devices":null}"#, "more than one action"),
         (r#"{"attach_usb_devices":{"usb_devices_requests":[]}}"#, "is empty"),
         (r#"{"attach_usb_devices":{"usb_devices_requests":{}}}"#, "wants a list"),

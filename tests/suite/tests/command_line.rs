@@ -131,7 +131,7 @@ fn flavors_are_checked_normalised_and_forgotten() {
     assert!(fails(&host, &["flavor", "set", "", "{}"]).contains("not a valid name for a flavor"));
     assert!(fails(&host, &["flavor", "show", "nope"]).contains("flavor list"));
     assert_eq!(ok(&host.virt_usb(&["flavor", "remove", "erp"])), "removed: erp\n");
-    assert!(fails(&host, &["flavor", "remove", "erp"]).contains("no flavor of the name"));
+    assert!(fails(&host, &["flavor", "remove", "erp"]).contains("no flavor named"));
     assert_eq!(json(&host, &["flavor", "list"]), Value::Array(vec![]));
 }
 
@@ -268,7 +268,7 @@ fn the_store_is_checked_and_copied() {
     assert!(ok(&host.virt_usb(&["store", "check"])).contains("no problems found"));
     let copy = host.path("copy.sqlite");
     ok(&host.virt_usb(&["store", "backup", copy.to_str().unwrap()]));
-    assert!(fails(&host, &["store", "backup", copy.to_str().unwrap()]).contains("already"));
+    assert!(fails(&host, &["store", "backup", copy.to_str().unwrap()]).contains("exists"));
     std::fs::create_dir(host.path("restored")).unwrap();
     std::fs::copy(&copy, host.path("restored/inventory.sqlite")).unwrap();
     let config =

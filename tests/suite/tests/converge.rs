@@ -577,7 +577,7 @@ fn giving_and_taking_is_all_or_nothing() {
         .take(instance(2), &[two.usb_devices[0].selector.clone()])
         .unwrap_err()
         .to_string();
-    assert!(why.contains("has 2 of them: name one by its id"), "{why}");
+    assert!(why.contains("has 2 matching devices: name one by its id"), "{why}");
     let taken = world.worker.take(instance(2), &[by_id(1).selector]).unwrap().remove(0).unwrap();
     assert_eq!(taken.entry.id, DeviceId::new(1).unwrap());
     let left = world.worker.store.assignments(instance(2)).unwrap();
@@ -756,7 +756,7 @@ fn no_instance_is_assigned_more_than_a_bus_can_have() {
     let hundred = vec![ask(r#"[{"vendor_id":"0529"}]"#).remove(0); 100];
     world.worker.give(instance(2), &hundred).unwrap();
     let why = world.worker.give(instance(2), &hundred).unwrap_err().to_string();
-    assert_eq!(why, "vm2: 200 devices would be assigned to it: at most 127 can be");
+    assert_eq!(why, "vm2: 200 devices would be assigned to it: at most 127 are allowed");
     assert_eq!(world.worker.store.assignments(instance(2)).unwrap().len(), 100);
 }
 

@@ -171,16 +171,16 @@ fn an_agent_that_is_not_healthy() {
     says(json!({ "connected": null, "lost": null }));
     patient.finds("agent", &["broken", "no connection to libvirt for 1000000 s"]);
     says(json!({ "last_pass": 100_000.0 }));
-    patient.finds("agent", &["broken", "has not looked at all guests for 100000 s"]);
+    patient.finds("agent", &["broken", "has not completed a pass over all guests for 100000 s"]);
     says(json!({ "last_pass": null }));
-    patient.finds("agent", &["broken", "has not looked at all guests for 100000 s"]);
+    patient.finds("agent", &["broken", "has not completed a pass over all guests for 100000 s"]);
     says(json!({ "last_scan": 90_000.0 }));
     patient
-        .finds("agent", &["broken", "has not looked at all devices without an error for 90000 s"]);
+        .finds("agent", &["broken", "has not completed a scan of the devices without an error for 90000 s"]);
     says(json!({ "last_scan": null }));
     patient.finds(
         "agent",
-        &["broken", "has not looked at all devices without an error for 1000000 s"],
+        &["broken", "has not completed a scan of the devices without an error for 1000000 s"],
     );
     // An agent that has just started, or connected again, has not looked yet.
     says(json!({ "connected": null, "lost": 3.0, "last_pass": 100_000.0 }));

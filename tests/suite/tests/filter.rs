@@ -128,7 +128,7 @@ fn without_a_file_it_asks_about_this_host_and_its_flavors() {
     host.flavor("erp", KEY);
     let mine = answer(&host.virt_usb(&["filter", "--flavor", "erp"]), 0);
     assert!(mine.contains("host1") && mine.contains("1 of 1 host(s) can serve"), "{mine}");
-    assert!(fails(&host, &["filter", "--flavor", "crm"]).contains("no flavor of the name \"crm\""));
+    assert!(fails(&host, &["filter", "--flavor", "crm"]).contains("no flavor named \"crm\""));
     let documents = answer(&host.virt_usb(&["hosts", "--documents"]), 0);
     assert_eq!(documents.lines().count(), 1);
     std::fs::write(host.path("mine.jsonl"), documents).unwrap();

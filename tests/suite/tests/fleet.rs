@@ -783,7 +783,7 @@ fn flavors_are_the_fleets_and_every_host_has_them() {
     assert!(!has(&two, "both", "0001"));
     until("it to be gone", || (!has(&one, "both", "0001")).then_some(()));
     assert!(
-        refused(&one.virt_usb(&["flavor", "remove", "both"])).contains("no flavor of the name")
+        refused(&one.virt_usb(&["flavor", "remove", "both"])).contains("no flavor named")
     );
     // What cannot be read takes nothing away.
     etcd.put("/virt-usb/flavors/erp", "rubbish");
@@ -1233,7 +1233,7 @@ fn any_hosts_api_shows_the_fleet_and_acts_on_it() {
         &json!({"disable": {"reason": "x"}}),
     );
     assert!(
-        message(&device, 409).contains("is on host compute2: it is changed by that host's API")
+        message(&device, 409).contains("is on host compute2: use that host's API")
     );
     let owner = api(
         &one,
@@ -1242,7 +1242,7 @@ fn any_hosts_api_shows_the_fleet_and_acts_on_it() {
         &format!("/v3/servers/{LAB}/action"),
         &json!({"clear_usb_owner": null}),
     );
-    assert!(message(&owner, 409).contains("is on host compute2: whose it is is said there"));
+    assert!(message(&owner, 409).contains("is on host compute2: set its owner there"));
     // One that does not begin in time does not begin later.
     second.signal("-STOP");
     let late = act(&one, None, "attach_usb_devices", CRM, 2_000_002);
