@@ -66,23 +66,24 @@ impl<'a> From<Hint<'a>> for Rows<'a> {
 
 impl Entry {
     fn new(inventory: &Inventory, selector: &Selector) -> Self {
+        let Selector { id, vendor_id, product_id, serial, port, path, class, tags } = selector;
         let mut keys = Vec::new();
-        match (selector.vendor_id, selector.product_id) {
+        match (*vendor_id, *product_id) {
             (Some(vendor), Some(product)) => {
                 keys.push(Key::Kind(kind(vendor.get(), product.get())));
             }
             (Some(vendor), None) => keys.push(Key::Vendor(vendor.get())),
             (None, _) => {}
         }
-        keys.extend(selector.port.as_ref().map(|port| Key::Port(port_code(port))));
-        keys.extend(selector.class.map(|class| Key::Class(class.get())));
-        keys.extend(selector.tags.iter().map(|tag| Key::Tag(tag)));
-        let path = selector.path.as_ref().map(path_tag);
+        keys.extend(port.as_ref().map(|port| Key::Port(port_code(port))));
+        keys.extend(class.map(|class| Key::Class(class.get())));
+        keys.extend(tags.iter().map(|tag| Key::Tag(tag)));
+        let path = path.as_ref().map(path_tag);
         keys.extend(path.as_deref().map(Key::Tag));
         Self {
             keys: keys.into_iter().map(|key| inventory.keys.find(key)).collect(),
-            id: selector.id.map(virt_usb_model::DeviceId::get),
-            serial: selector.serial.as_deref().map(Into::into),
+            id: id.map(virt_usb_model::DeviceId::get),
+            serial: serial.as_deref().map(Into::into),
         }
     }
 

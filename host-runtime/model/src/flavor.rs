@@ -61,14 +61,17 @@ impl Selector {
     /// Whether a device fits, given its inventory id and tags.
     pub fn matches(&self, id: DeviceId, device: &Device, tags: &[String]) -> bool {
         let key = &device.key;
-        self.id.is_none_or(|want| want == id)
-            && self.vendor_id.is_none_or(|want| want == key.usb.vendor)
-            && self.product_id.is_none_or(|want| want == key.usb.product)
-            && self.serial.as_deref().is_none_or(|want| key.serial.text() == Some(want))
-            && self.port.as_ref().is_none_or(|want| *want == key.port)
-            && self.path.as_ref().is_none_or(|want| key.path.as_ref() == Some(want))
-            && self.class.is_none_or(|want| device.is_of(want))
-            && self.tags.iter().all(|want| tags.contains(want))
+        // All fields are named, here and where selectors become SQL and keys of the index: a new
+        // field that one of them ignores does not compile.
+        let Self { id: wanted, vendor_id, product_id, serial, port, path, class, tags: all } = self;
+        wanted.is_none_or(|want| want == id)
+            && vendor_id.is_none_or(|want| want == key.usb.vendor)
+            && product_id.is_none_or(|want| want == key.usb.product)
+            && serial.as_deref().is_none_or(|want| key.serial.text() == Some(want))
+            && port.as_ref().is_none_or(|want| *want == key.port)
+            && path.as_ref().is_none_or(|want| key.path.as_ref() == Some(want))
+            && class.is_none_or(|want| device.is_of(want))
+            && all.iter().all(|want| tags.contains(want))
     }
 }
 
@@ -88,7 +91,8 @@ const fn is_one(count: &u32) -> bool {
     *count == 1
 }
 
-const REQUEST_KEYS: [&str; 9] =
+/// Keys of a request, in the order in which they are written.
+pub const REQUEST_KEYS: [&str; 9] =
     ["id", "vendor_id", "product_id", "serial", "port", "path", "class", "tags", "count"];
 const RIGHT_SELECTOR: &str = "an object such as {\"vendor_id\":\"0529\",\"product_id\":\"0001\"}";
 

@@ -6,7 +6,7 @@ use std::borrow::Cow;
 use serde_json::{Map, Value, json};
 use utoipa::openapi::{RefOr, Schema};
 use utoipa::{PartialSchema, ToSchema};
-use virt_usb_model::flavor::{MAX_DEVICES, MAX_REDIRECTIONS};
+use virt_usb_model::flavor::{MAX_DEVICES, MAX_REDIRECTIONS, REQUEST_KEYS};
 use virt_usb_model::grant::MAX_ENTRIES;
 use virt_usb_model::{DeviceId, Status};
 
@@ -194,7 +194,7 @@ fn device_request(most: Option<u32>) -> Value {
             true => json!({ "type": "null" }),
             false => value(key, named.contains(&key), count.unwrap_or(1)),
         };
-        let keys = KEYS.into_iter().filter(|key| *key != "count" || count.is_some());
+        let keys = REQUEST_KEYS.into_iter().filter(|key| *key != "count" || count.is_some());
         let properties: Map<String, Value> =
             keys.map(|key| (key.to_owned(), describe(key))).collect();
         json!({ "type": "object", "required": named, "properties": properties, "additionalProperties": false })
@@ -216,9 +216,6 @@ fn device_request(most: Option<u32>) -> Value {
         ],
     })
 }
-
-const KEYS: [&str; 9] =
-    ["id", "vendor_id", "product_id", "serial", "port", "path", "class", "tags", "count"];
 
 /// A port number at a hub, 1 to 255, in up to three digits.
 const NUMBER: &str = "(0{0,2}[1-9]|0?[1-9][0-9]|1[0-9]{2}|2[0-4][0-9]|25[0-5])";

@@ -3,7 +3,9 @@
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
-use virt_usb_model::{DeviceRequest, Flavor, Grant, ProjectId, RedirectionRequest, Selector};
+use virt_usb_model::{
+    DeviceRequest, Flavor, Grant, ProjectId, RedirectionRequest, Selector, Status,
+};
 use virt_usb_store::events::EventRow;
 use virt_usb_store::problems::Problem;
 use virt_usb_store::{ClaimRow, Record, StoredFlavor, StoredGrant};
@@ -80,6 +82,11 @@ pub(super) struct UsbDevice {
 }
 
 impl UsbDevice {
+    /// State of the device; none: not one that this version knows.
+    pub(super) fn state(&self) -> Option<Status> {
+        Status::from_columns(&self.status, self.status_reason.as_deref()).ok()
+    }
+
     pub(super) fn new(
         record: &Record,
         host: &str,

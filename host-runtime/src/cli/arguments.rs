@@ -132,24 +132,24 @@ pub(super) enum Verb {
     Detach(Device),
     /// Make a disabled device available again
     Enable {
-        /// Id of the device
-        #[arg(value_name = "DEVICE")]
-        device: DeviceId,
+        /// Device: an id, VENDOR:PRODUCT, or JSON as in a flavor
+        #[arg(value_name = "DEVICE", value_parser = selector)]
+        device: DeviceRequest,
     },
     /// Make a device unavailable; an instance that holds it keeps it until release
     Disable {
-        /// Id of the device
-        #[arg(value_name = "DEVICE")]
-        device: DeviceId,
+        /// Device: an id, VENDOR:PRODUCT, or JSON as in a flavor
+        #[arg(value_name = "DEVICE", value_parser = selector)]
+        device: DeviceRequest,
         /// Reason, shown with the device
         #[arg(long, value_name = "TEXT")]
         reason: Option<String>,
     },
     /// Remove an unplugged device from the inventory; if it returns, it gets a new id
     Forget {
-        /// Id of the device
-        #[arg(value_name = "DEVICE")]
-        device: DeviceId,
+        /// Device: an id, VENDOR:PRODUCT, or JSON as in a flavor
+        #[arg(value_name = "DEVICE", value_parser = selector)]
+        device: DeviceRequest,
     },
     /// Show or clear quarantined devices (one-time use, or connected and disconnected too often)
     Quarantine {
@@ -253,9 +253,9 @@ pub(super) enum QuarantineVerb {
     List,
     /// Make an inspected device available again
     Clear {
-        /// Id of the device
-        #[arg(value_name = "DEVICE")]
-        device: DeviceId,
+        /// Device: an id, VENDOR:PRODUCT, or JSON as in a flavor
+        #[arg(value_name = "DEVICE", value_parser = selector)]
+        device: DeviceRequest,
     },
 }
 
@@ -373,9 +373,9 @@ fn role(text: &str) -> Result<Role, String> {
 
 #[derive(Debug, Args)]
 pub(super) struct Tags {
-    /// Id of the device
-    #[arg(value_name = "DEVICE")]
-    pub(super) device: DeviceId,
+    /// Device: an id, VENDOR:PRODUCT, or JSON as in a flavor
+    #[arg(value_name = "DEVICE", value_parser = selector)]
+    pub(super) device: DeviceRequest,
     /// Tag of 1 to 64 letters, digits and -_.:/
     #[arg(required = true, value_name = "TAG")]
     pub(super) tags: Vec<Tag>,
@@ -383,12 +383,12 @@ pub(super) struct Tags {
 
 #[derive(Debug, Args)]
 pub(super) struct Events {
-    /// Show only events of this instance (UUID)
+    /// Show only events of this instance: the name or UUID of its domain
     #[arg(long)]
     pub(super) instance: Option<String>,
-    /// Show only events of this device (id)
-    #[arg(long)]
-    pub(super) device: Option<String>,
+    /// Show only events of this device: an id, VENDOR:PRODUCT, or JSON as in a flavor
+    #[arg(long, value_name = "DEVICE", value_parser = selector)]
+    pub(super) device: Option<DeviceRequest>,
     /// Show the newest N events; 0 shows all
     #[arg(long, default_value_t = 50)]
     pub(super) limit: u32,

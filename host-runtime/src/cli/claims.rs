@@ -68,7 +68,7 @@ pub(super) fn state(claim: &ClaimRow, unplugged: bool, boot_id: &str) -> String 
         (_, false) => "void (earlier boot)".to_owned(),
         (true, true) => format!("{}, pending", claim.state),
         (false, true) if claim.ending => "being detached".to_owned(),
-        (false, true) if unplugged => "unplugged".to_owned(),
+        (false, true) if unplugged => "removed".to_owned(),
         (false, true) => claim.state.clone(),
     }
 }
@@ -219,9 +219,30 @@ pub(super) fn find_instance(store: &Store, text: &str) -> anyhow::Result<Instanc
     }
 }
 
+/// Finds the instance of that UUID or name: one that holds a device, or else the last one that the
+/// audit trail names so.
+fn find_in_audit(session: &Session, text: &str) -> anyhow::Result<InstanceId> {
+    if let Ok(id) = text.parse() {
+        return Ok(id);
+    }
+    if let Some(api) = session.remote()? {
+        return api.server(text);
+    }
+    let store = session.store()?;
+    let holds = store.claims()?.into_iter().any(|claim| claim.domain == text);
+    if holds {
+        return find_instance(&store, text);
+    }
+    let all = store.events(&Filter { limit: 0, ..Filter::default() })?;
+    let last = all.into_iter().filter(|event| event.domain.as_deref() == Some(text)).last();
+    last.and_then(|event| event.instance_uuid)
+        .with_context(|| format!("no instance named {text:?}: 'virt-usb events' shows their names"))
+}
+
 pub(super) fn events(session: &Session, options: &Events) -> anyhow::Result<ExitCode> {
-    let instance = options.instance.as_deref().map(str::parse).transpose().context("--instance")?;
-    let device = options.device.as_deref().map(str::parse).transpose().context("--device")?;
+    let device = options.device.as_ref().map(|wanted| session.device(wanted)).transpose()?;
+    let instance =
+        options.instance.as_deref().map(|name| find_in_audit(session, name)).transpose()?;
     let events = match session.remote()? {
         Some(api) => api.events(instance, device, options.limit)?,
         None => {

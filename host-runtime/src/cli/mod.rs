@@ -25,7 +25,8 @@ use anyhow::{Context as _, bail};
 use clap::CommandFactory;
 use virt_usb_config::Config;
 use virt_usb_config::host_env;
-use virt_usb_model::{Flavor, Grant};
+use virt_usb_hook::message;
+use virt_usb_model::{DeviceId, DeviceRequest, Flavor, Grant, Selector};
 use virt_usb_store::{Context, Durability, Store};
 
 pub use arguments::Arguments;
@@ -119,15 +120,21 @@ fn dispatch(session: &Session, verb: Verb) -> anyhow::Result<ExitCode> {
         Verb::Start { domain } => guests::start(session, &domain),
         Verb::Attach(device) => guests::attach(session, &device),
         Verb::Detach(device) => guests::detach(session, &device),
-        Verb::Enable { device } => quarantine::enable(session, device),
-        Verb::Disable { device, reason } => quarantine::disable(session, device, reason.as_deref()),
-        Verb::Forget { device } => quarantine::forget(session, device),
+        Verb::Enable { device } => quarantine::enable(session, session.device(&device)?),
+        Verb::Disable { device, reason } => {
+            quarantine::disable(session, session.device(&device)?, reason.as_deref())
+        }
+        Verb::Forget { device } => quarantine::forget(session, session.device(&device)?),
         Verb::Quarantine { verb: None | Some(QuarantineVerb::List) } => quarantine::list(session),
         Verb::Quarantine { verb: Some(QuarantineVerb::Clear { device }) } => {
-            quarantine::clear(session, device)
+            quarantine::clear(session, session.device(&device)?)
         }
-        Verb::Tag(tags) => quarantine::tag(session, tags.device, &tags.tags, true),
-        Verb::Untag(tags) => quarantine::tag(session, tags.device, &tags.tags, false),
+        Verb::Tag(tags) => {
+            quarantine::tag(session, session.device(&tags.device)?, &tags.tags, true)
+        }
+        Verb::Untag(tags) => {
+            quarantine::tag(session, session.device(&tags.device)?, &tags.tags, false)
+        }
         Verb::Owner { verb } => match verb {
             None | Some(OwnerVerb::List) => owners::list(session),
             Some(OwnerVerb::Set { domain, project }) => owners::set(session, &domain, &project),
@@ -230,6 +237,35 @@ struct Session {
 impl Session {
     fn config(&self) -> anyhow::Result<Config> {
         Ok(Config::load(self.config_file.as_deref())?)
+    }
+
+    /// Returns the one device that `wanted` means: by its id, or by what it shows.
+    ///
+    /// # Errors
+    /// If no device matches, or several do.
+    fn device(&self, wanted: &DeviceRequest) -> anyhow::Result<DeviceId> {
+        let by_id = Selector { id: wanted.selector.id, ..Selector::default() };
+        if let (Some(id), true) = (wanted.selector.id, wanted.selector == by_id) {
+            return Ok(id);
+        }
+        let mut all = match self.remote()? {
+            Some(api) => api.devices(true)?,
+            None => self.store()?.all_devices()?,
+        };
+        all.retain(|record| record.is_selected_by(&wanted.selector));
+        // A device that is there is meant before one that was unplugged.
+        if all.iter().any(|record| record.deleted == 0) {
+            all.retain(|record| record.deleted == 0);
+        }
+        match all.as_slice() {
+            [one] => Ok(one.entry.id),
+            [] => bail!("no device matches {wanted}: 'virt-usb devices --all' lists all devices"),
+            several => {
+                let list: Vec<String> = several.iter().map(message::device).collect();
+                let (count, list) = (several.len(), list.join(", "));
+                bail!("{count} devices match {wanted}: name one by its id: {list}")
+            }
+        }
     }
 
     /// The API that is asked in the inventory's place, if there is one.

@@ -66,8 +66,9 @@ pub(crate) fn test(selector: &Selector) -> Query {
 fn build(selector: &Selector, driver: Driver) -> Query {
     let mut query =
         Query { from: "usb_devices d", conditions: Vec::new(), params: Vec::new(), order: "d.id" };
-    let mut labels = selector.class.iter().map(|c| ("class", c.to_string())).collect::<Vec<_>>();
-    labels.extend(selector.tags.iter().map(|t| ("tag", t.clone())));
+    let Selector { id, vendor_id, product_id, serial, port, path, class, tags } = selector;
+    let mut labels = class.iter().map(|c| ("class", c.to_string())).collect::<Vec<_>>();
+    labels.extend(tags.iter().map(|t| ("tag", t.clone())));
     for (at, (kind, value)) in labels.into_iter().enumerate() {
         if driver == Driver::Label && at == 0 {
             query.from = "device_labels l CROSS JOIN usb_devices d ON d.id = l.device_id";
@@ -88,20 +89,12 @@ fn build(selector: &Selector, driver: Driver) -> Query {
             query.params.push(value);
         }
     };
-    column("id", true, selector.id.map(|id| sql_id(id).into()));
-    column("serial", driver == Driver::Serial, selector.serial.clone().map(Into::into));
-    column(
-        "port_path",
-        driver == Driver::Port,
-        selector.port.as_ref().map(|p| p.to_string().into()),
-    );
-    column("path", driver == Driver::Path, selector.path.as_ref().map(|p| p.to_string().into()));
-    column("vendor_id", driver == Driver::Vendor, selector.vendor_id.map(|v| v.to_string().into()));
-    column(
-        "product_id",
-        driver == Driver::Vendor,
-        selector.product_id.map(|p| p.to_string().into()),
-    );
+    column("id", true, id.map(|id| sql_id(id).into()));
+    column("serial", driver == Driver::Serial, serial.clone().map(Into::into));
+    column("port_path", driver == Driver::Port, port.as_ref().map(|p| p.to_string().into()));
+    column("path", driver == Driver::Path, path.as_ref().map(|p| p.to_string().into()));
+    column("vendor_id", driver == Driver::Vendor, vendor_id.map(|v| v.to_string().into()));
+    column("product_id", driver == Driver::Vendor, product_id.map(|p| p.to_string().into()));
     query
 }
 

@@ -309,3 +309,35 @@ fn a_reader_that_goes_away_is_no_error() {
     let output = child.wait_with_output().unwrap();
     assert!(output.status.success() && output.stderr.is_empty(), "{}", text(&output.stderr));
 }
+
+#[test]
+fn a_device_is_named_by_its_id_or_by_what_it_shows() {
+    let host = Host::new("");
+    host.discover(&(device("0001", "1-1", 5, "") + &device("0002", "1-2", 6, "serial = 'A'")));
+    assert!(ok(&host.virt_usb(&["disable", "0529:0002"])).starts_with("device 2 "));
+    assert!(ok(&host.virt_usb(&["enable", r#"{"serial":"A"}"#])).starts_with("device 2 "));
+    assert!(ok(&host.virt_usb(&["tag", "0529:0001", "blue"])).starts_with("device 1 "));
+    assert!(ok(&host.virt_usb(&["untag", r#"{"tags":["blue"]}"#, "blue"])).starts_with("device 1"));
+    let events = json(&host, &["events", "--device", "0529:0002", "--limit", "0"]);
+    let ids: Vec<_> = events.as_array().unwrap().iter().map(|e| e["device_id"].clone()).collect();
+    assert!(ids.len() >= 3 && ids.iter().all(|id| *id == 2), "{events}");
+    let both = fails(&host, &["disable", r#"{"vendor_id":"0529"}"#]);
+    assert!(both.contains("2 devices match") && both.contains("device 1 (0529:0001"), "{both}");
+    assert!(fails(&host, &["forget", "1234:0001"]).contains("no device matches"));
+}
+
+#[test]
+fn events_of_an_instance_are_found_by_its_name() {
+    let host = Host::new("");
+    host.discover(&two_keys());
+    let flavor = r#"{"usb_devices":[{"vendor_id":"0529","product_id":"0001"}]}"#;
+    let xml = domain("erp", 7, flavor);
+    ok(&host.call(&["erp", "prepare", "begin", "-"], xml.as_bytes()));
+    let events = |name: &str| json(&host, &["events", "--instance", name]);
+    let claimed = events("erp");
+    let id = claimed[0]["instance_uuid"].as_str().unwrap().to_owned();
+    assert_eq!(events(&id), claimed);
+    ok(&host.call(&["erp", "release", "end", "shutdown"], xml.as_bytes()));
+    assert!(events("erp").as_array().unwrap().len() > claimed.as_array().unwrap().len());
+    assert!(fails(&host, &["events", "--instance", "crm"]).contains("no instance named"));
+}

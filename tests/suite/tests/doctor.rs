@@ -175,8 +175,10 @@ fn an_agent_that_is_not_healthy() {
     says(json!({ "last_pass": null }));
     patient.finds("agent", &["broken", "has not completed a pass over all guests for 100000 s"]);
     says(json!({ "last_scan": 90_000.0 }));
-    patient
-        .finds("agent", &["broken", "has not completed a scan of the devices without an error for 90000 s"]);
+    patient.finds(
+        "agent",
+        &["broken", "has not completed a scan of the devices without an error for 90000 s"],
+    );
     says(json!({ "last_scan": null }));
     patient.finds(
         "agent",

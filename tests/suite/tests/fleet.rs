@@ -782,9 +782,7 @@ fn flavors_are_the_fleets_and_every_host_has_them() {
     ok(&two.virt_usb(&["flavor", "remove", "both"]));
     assert!(!has(&two, "both", "0001"));
     until("it to be gone", || (!has(&one, "both", "0001")).then_some(()));
-    assert!(
-        refused(&one.virt_usb(&["flavor", "remove", "both"])).contains("no flavor named")
-    );
+    assert!(refused(&one.virt_usb(&["flavor", "remove", "both"])).contains("no flavor named"));
     // What cannot be read takes nothing away.
     etcd.put("/virt-usb/flavors/erp", "rubbish");
     etcd.put("/virt-usb/flavors/new", &asks("0004"));
@@ -1232,9 +1230,7 @@ fn any_hosts_api_shows_the_fleet_and_acts_on_it() {
         "/v3/os-usb-devices/2000001/action",
         &json!({"disable": {"reason": "x"}}),
     );
-    assert!(
-        message(&device, 409).contains("is on host compute2: use that host's API")
-    );
+    assert!(message(&device, 409).contains("is on host compute2: use that host's API"));
     let owner = api(
         &one,
         None,

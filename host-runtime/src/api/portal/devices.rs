@@ -6,6 +6,7 @@ use axum::extract::State;
 use axum::response::Response;
 use maud::{Markup, html};
 use serde::Deserialize;
+use virt_usb_model::{Status, UnavailableReason};
 use virt_usb_store::events::Filter;
 
 use super::super::Api;
@@ -196,18 +197,20 @@ pub(super) async fn show(
 
 /// Form with the actions of an administrator.
 fn changes(device: &UsbDevice, signed: &Signed) -> Markup {
-    let reason = device.status_reason.as_deref();
+    let reason = device.state().and_then(Status::reason);
+    let is_quarantined =
+        matches!(reason, Some(UnavailableReason::Quarantined | UnavailableReason::Flapping));
     html! {
         h2 { "Administration" }
         form.actions method="post" action={ "/portal/devices/" (device.id) "/change" } {
             (csrf(signed))
-            @if reason == Some("disabled") {
+            @if reason == Some(UnavailableReason::Disabled) {
                 button name="change" value="enable" { "Enable" }
             } @else {
                 label { "Reason" input name="reason" maxlength="255" id="reason"; }
                 button name="change" value="disable" { "Disable" }
             }
-            @if matches!(reason, Some("quarantined" | "flapping")) {
+            @if is_quarantined {
                 button name="change" value="clear_quarantine" { "Clear quarantine" }
             }
         }

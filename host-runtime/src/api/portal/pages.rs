@@ -6,6 +6,7 @@ use axum::http::header::{
 use axum::http::{HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
 use maud::{DOCTYPE, Markup, html};
+use virt_usb_model::{Status, UnavailableReason};
 
 use super::super::error::ApiError;
 use super::super::responses::UsbDevice;
@@ -127,18 +128,19 @@ pub(super) fn name(device: &UsbDevice) -> String {
 
 /// Display name and colour of a device's state.
 pub(super) fn words(device: &UsbDevice) -> (&'static str, &'static str) {
-    match (device.status.as_str(), device.status_reason.as_deref()) {
-        ("available", _) => ("available", "good"),
-        ("claimed", _) => ("claimed", "busy"),
-        ("allocated", _) => ("allocated", "busy"),
-        ("removed", _) => ("removed", "off"),
-        (_, Some("whitelist")) => ("not whitelisted", "off"),
-        (_, Some("host-use")) => ("used by the host", "off"),
-        (_, Some("disabled")) => ("disabled", "bad"),
-        (_, Some("quarantined")) => ("quarantined", "bad"),
-        (_, Some("flapping")) => ("flapping", "bad"),
-        (_, Some("unreachable")) => ("host unreachable", "bad"),
-        _ => ("unavailable", "off"),
+    use UnavailableReason::{Disabled, Flapping, HostUse, Quarantined, Unreachable, Whitelist};
+    match device.state() {
+        Some(Status::Available) => ("available", "good"),
+        Some(Status::Claimed) => ("claimed", "busy"),
+        Some(Status::Allocated) => ("allocated", "busy"),
+        Some(Status::Removed) => ("removed", "off"),
+        Some(Status::Unavailable(Whitelist)) => ("not whitelisted", "off"),
+        Some(Status::Unavailable(HostUse)) => ("used by the host", "off"),
+        Some(Status::Unavailable(Disabled)) => ("disabled", "bad"),
+        Some(Status::Unavailable(Quarantined)) => ("quarantined", "bad"),
+        Some(Status::Unavailable(Flapping)) => ("flapping", "bad"),
+        Some(Status::Unavailable(Unreachable)) => ("host unreachable", "bad"),
+        None => ("unavailable", "off"),
     }
 }
 
