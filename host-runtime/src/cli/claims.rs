@@ -234,7 +234,7 @@ fn find_in_audit(session: &Session, text: &str) -> anyhow::Result<InstanceId> {
         return find_instance(&store, text);
     }
     let all = store.events(&Filter { limit: 0, ..Filter::default() })?;
-    let last = all.into_iter().filter(|event| event.domain.as_deref() == Some(text)).last();
+    let last = all.into_iter().rfind(|event| event.domain.as_deref() == Some(text));
     last.and_then(|event| event.instance_uuid)
         .with_context(|| format!("no instance named {text:?}: 'virt-usb events' shows their names"))
 }
