@@ -376,6 +376,8 @@ fn it_counts() {
     agent.claims(&held(1, "erp", ERP, "allocated"));
     let call = host.call(&["vm", "reconnect", "begin", "-"], domain("vm", 1, "").as_bytes());
     assert_eq!(call.status.code(), Some(0));
+    // A thread of its own serves them, as soon as it can.
+    agent.until("the metrics are served", || UnixStream::connect(&socket).is_ok());
     let get = |path: &str| {
         let mut stream = UnixStream::connect(&socket).unwrap();
         stream.write_all(format!("GET {path} HTTP/1.0\r\n\r\n").as_bytes()).unwrap();

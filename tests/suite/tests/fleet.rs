@@ -1243,7 +1243,7 @@ fn any_hosts_api_shows_the_fleet_and_acts_on_it() {
     second.signal("-STOP");
     let late = act(&one, None, "attach_usb_devices", CRM, 2_000_002);
     let late = message(&late, 503);
-    assert!(late.contains("did not begin in time") || late.contains("is not heard of"), "{late}");
+    assert!(late.contains("did not begin in time") || late.contains("is unreachable"), "{late}");
     second.signal("-CONT");
     until("the host to be heard again", || {
         (get("/v3/os-hypervisors").1["hypervisors"][1]["state"] == "up").then_some(())
@@ -1264,7 +1264,7 @@ fn any_hosts_api_shows_the_fleet_and_acts_on_it() {
         (&json!("unavailable"), &json!("unreachable"))
     );
     let away = message(&act(&one, None, "attach_usb_devices", CRM, 2_000_001), 503);
-    assert!(away.contains("Host compute2 is not heard of: nothing was done"), "{away}");
+    assert!(away.contains("Host compute2 is unreachable: nothing was done"), "{away}");
     // An agent that finds what one before it has begun does it no second time.
     etcd.put("/virt-usb/requests/compute2/r1", &request.to_string());
     etcd.put("/virt-usb/answers/compute2/r1", "\"begun\"");
