@@ -12,12 +12,5 @@ fn main() -> ExitCode {
         Err(code) => return code,
     };
     virt_usb_fleet::log::start(if arguments.verbose { Level::DEBUG } else { Level::INFO });
-    match run(&Options { config: arguments.config, sim: arguments.sim }) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(e) => {
-            let chain: Vec<String> = e.chain().map(ToString::to_string).collect();
-            tracing::error!("{}", chain.join(": "));
-            ExitCode::FAILURE
-        }
-    }
+    virt_usb_fleet::log::finish(run(&Options { config: arguments.config, sim: arguments.sim }))
 }

@@ -31,6 +31,18 @@ pub fn start(level: Level) {
     }
 }
 
+/// Exit status of a long-running program. An error is logged with its whole chain.
+pub fn finish(result: anyhow::Result<()>) -> ExitCode {
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            let chain: Vec<String> = e.chain().map(ToString::to_string).collect();
+            tracing::error!("{}", chain.join(": "));
+            ExitCode::FAILURE
+        }
+    }
+}
+
 /// Whether JOURNAL_STREAM is about our stderr: programs started from a service inherit the variable
 /// with another one.
 fn is_journal() -> bool {

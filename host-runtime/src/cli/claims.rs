@@ -199,22 +199,27 @@ pub(super) fn release(session: &Session, instance: &str, force: bool) -> anyhow:
     Ok(ExitCode::SUCCESS)
 }
 
+/// Instances that hold devices under this domain name.
+fn holders(store: &Store, name: &str) -> anyhow::Result<Vec<InstanceId>> {
+    let mut named: Vec<InstanceId> =
+        store.claims()?.into_iter().filter(|c| c.domain == name).map(|c| c.instance_uuid).collect();
+    named.dedup();
+    Ok(named)
+}
+
 /// By UUID, or by the name that the domain had when it claimed.
 pub(super) fn find_instance(store: &Store, text: &str) -> anyhow::Result<InstanceId> {
     if let Ok(id) = text.parse() {
         return Ok(id);
     }
-    let mut named: Vec<InstanceId> =
-        store.claims()?.into_iter().filter(|c| c.domain == text).map(|c| c.instance_uuid).collect();
-    named.dedup();
-    match named.as_slice() {
+    match holders(store, text)?.as_slice() {
         [one] => Ok(*one),
         [] => {
             bail!("no domain named {text:?} holds a device: 'virt-usb claims' lists the holders")
         }
-        _ => bail!(
+        several => bail!(
             "{} instances named {text:?} hold devices: use the UUID, which 'virt-usb claims' shows",
-            named.len()
+            several.len()
         ),
     }
 }
@@ -229,13 +234,11 @@ fn find_in_audit(session: &Session, text: &str) -> anyhow::Result<InstanceId> {
         return api.server(text);
     }
     let store = session.store()?;
-    let holds = store.claims()?.into_iter().any(|claim| claim.domain == text);
-    if holds {
+    if !holders(&store, text)?.is_empty() {
         return find_instance(&store, text);
     }
-    let all = store.events(&Filter { limit: 0, ..Filter::default() })?;
-    let last = all.into_iter().rfind(|event| event.domain.as_deref() == Some(text));
-    last.and_then(|event| event.instance_uuid)
+    store
+        .last_named(text)?
         .with_context(|| format!("no instance named {text:?}: 'virt-usb events' shows their names"))
 }
 

@@ -37,6 +37,7 @@ use virt_usb_store::{Context, Record, Store};
 use super::publisher::Publisher;
 use crate::discovery::Snapshot;
 use crate::metrics::Metrics;
+use crate::timeouts::STORE_LOCK_TIMEOUT;
 use virt_usb_fleet::etcd::Etcd;
 use virt_usb_fleet::join;
 use virt_usb_fleet::reader::{Reader, Sink};
@@ -48,7 +49,6 @@ const SETTLING: Duration = Duration::from_secs(60);
 const PROMISE: Duration = Duration::from_secs(10);
 /// Kinds of devices.
 const KINDS: u64 = 8;
-const STORE_LOCK_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// What is simulated.
 #[derive(Debug)]

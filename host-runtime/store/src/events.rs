@@ -139,6 +139,20 @@ pub struct Filter {
 }
 
 impl Store {
+    /// Returns the instance of the newest event that names the domain `domain`.
+    ///
+    /// # Errors
+    /// When the database cannot be read.
+    pub fn last_named(&self, domain: &str) -> Result<Option<InstanceId>, StoreError> {
+        let named = self.all(
+            "SELECT * FROM events WHERE domain = ?1 AND instance_uuid IS NOT NULL \
+             ORDER BY id DESC LIMIT 1",
+            params![domain],
+            EventRow::read,
+        )?;
+        Ok(named.into_iter().find_map(|event| event.instance_uuid))
+    }
+
     /// Events, oldest first.
     ///
     /// # Errors

@@ -160,6 +160,16 @@ const LAYERS: [(&str, &[&str]); 15] = [
 
 /// The source files below a folder, each with its path from there and its text without tests.
 fn sources(folder: &str) -> Vec<(String, String)> {
+    let code = |text: String| {
+        let text = text.split("#[cfg(test)]\nmod tests").next().unwrap();
+        let lines = text.lines().filter(|line| !line.trim_start().starts_with("//"));
+        lines.collect::<Vec<_>>().join("\n")
+    };
+    files(folder).into_iter().map(|(name, text)| (name, code(text))).collect()
+}
+
+/// The source files below a folder, each with its path from there and its text.
+fn files(folder: &str) -> Vec<(String, String)> {
     let (base, mut found) = (root().join(folder), Vec::new());
     let mut folders = vec![base.clone()];
     while let Some(folder) = folders.pop() {
@@ -168,11 +178,8 @@ fn sources(folder: &str) -> Vec<(String, String)> {
             if path.is_dir() {
                 folders.push(path);
             } else if path.extension().is_some_and(|extension| extension == "rs") {
-                let text = std::fs::read_to_string(&path).unwrap();
-                let text = text.split("#[cfg(test)]\nmod tests").next().unwrap();
-                let code = text.lines().filter(|line| !line.trim_start().starts_with("//"));
                 let name = path.strip_prefix(&base).unwrap().to_str().unwrap();
-                found.push((name.to_owned(), code.collect::<Vec<_>>().join("\n")));
+                found.push((name.to_owned(), std::fs::read_to_string(&path).unwrap()));
             }
         }
     }
@@ -386,28 +393,17 @@ fn who_names_a_file_in_the_state_uses_it_as_its_owner() {
         "host-runtime/src/doctor/hook.rs",
         "host-runtime/src/doctor/mod.rs",
     ];
-    let mut folders: Vec<_> =
-        ["hook/src", "host-runtime/config/src", "host-runtime/fleet/src", "host-runtime/src"]
-            .map(|folder| root().join(folder))
-            .into();
     let mut found = 0;
-    while let Some(folder) = folders.pop() {
-        for entry in std::fs::read_dir(folder).unwrap() {
-            let path = entry.unwrap().path();
-            if path.is_dir() {
-                folders.push(path);
-                continue;
-            }
-            if path.extension().is_none_or(|extension| extension != "rs") {
-                continue;
-            }
-            let text = std::fs::read_to_string(&path).unwrap();
-            let name = path.strip_prefix(root()).unwrap().to_str().unwrap();
+    for folder in
+        ["hook/src", "host-runtime/config/src", "host-runtime/fleet/src", "host-runtime/src"]
+    {
+        for (name, text) in files(folder) {
+            let name = format!("{folder}/{name}");
             if text.contains("state_dir.join(") {
                 found += 1;
                 let guarded = text.contains("User::of");
                 assert!(
-                    guarded || looks.contains(&name),
+                    guarded || looks.contains(&name.as_str()),
                     "{name} uses files in state_dir without store::user"
                 );
             }

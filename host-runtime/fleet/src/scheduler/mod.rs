@@ -122,14 +122,7 @@ pub fn main() -> ExitCode {
         Err(code) => return code,
     };
     crate::log::start(tracing::Level::INFO);
-    match begin(&arguments) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(e) => {
-            let chain: Vec<String> = e.chain().map(ToString::to_string).collect();
-            tracing::error!("{}", chain.join(": "));
-            ExitCode::FAILURE
-        }
-    }
+    crate::log::finish(begin(&arguments))
 }
 
 fn begin(arguments: &Arguments) -> anyhow::Result<()> {
