@@ -32,9 +32,16 @@ def attach_after_start(w):
     until(lambda: w.product.device(serial=stick.serial)["status"] == "available", "it to be available again")
 
 
+class Row(dict):
+    """A device as the inventory lists it: false, and without any field, while it is not listed."""
+
+    def __missing__(self, field):
+        return None
+
+
 def known(w, stick):
-    rows = [d for d in w.product.devices() if d["serial"] == stick.serial and not d["deleted"]]
-    return rows and rows[0]
+    rows = (d for d in w.product.devices() if d["serial"] == stick.serial and not d["deleted"])
+    return Row(next(rows, {}))
 
 
 @case("two guests that ask for the same kind get one stick each, the third is refused")
