@@ -24,7 +24,9 @@ def requests(dom):
 
 def matches(device, request):
     keys = ("vendor_id", "product_id", "serial", "port_path")
-    return device["status"] == "available" and all(device[key] == request[key] for key in keys if key in request)
+    return device["status"] == "available" and all(
+        device[key] == request[key] for key in keys if key in request
+    )
 
 
 def pick(devices, wanted):

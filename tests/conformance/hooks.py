@@ -8,7 +8,11 @@ import re
 import schemathesis
 
 # What is there to be removed once (run), by the parameter that names it, and below how many prefixes.
-REMOVABLE = {"usb_device_id": range(7, 485), "flavor_name": [f"f{n}" for n in range(12, 70)], "grant_name": [f"f{n}" for n in range(12, 70)]}
+REMOVABLE = {
+    "usb_device_id": range(7, 485),
+    "flavor_name": [f"f{n}" for n in range(12, 70)],
+    "grant_name": [f"f{n}" for n in range(12, 70)],
+}
 PREFIXES = 4
 
 # An action that is always served, and the server that it is asked of (host.toml).
@@ -34,7 +38,9 @@ def devices(requests):
     requests = requests if isinstance(requests, list) else [requests]
     counts = [request.get("count") if isinstance(request, dict) else None for request in requests]
     # In JSON 8.0 is 8; a number may be text.
-    return sum(int(float(count)) if re.fullmatch(r"[0-9]+(\.0)?", str(count)) else 1 for count in counts)
+    return sum(
+        int(float(count)) if re.fullmatch(r"[0-9]+(\.0)?", str(count)) else 1 for count in counts
+    )
 
 
 # What a call has not removed yet, by its path.
@@ -81,7 +87,10 @@ def filter_body(context, body):
 def filter_failure(context, failure, case, response):
     """Nor can it say which markers there are: one that is spelled right and is none is answered as Nova does, 400. And what is wrong in a
     path is replaced by what schemathesis.toml has for it: a device that was there to be forgotten was asked for rightly."""
-    is_forgotten = (case.operation.method.upper(), response.status_code) == ("DELETE", 204) and "{usb_device_id}" in case.operation.path
+    is_forgotten = (case.operation.method.upper(), response.status_code) == (
+        "DELETE",
+        204,
+    ) and "{usb_device_id}" in case.operation.path
     if is_forgotten and type(failure).__name__ == "AcceptedNegativeData":
         return False
     return not re.search(r'"Marker [0-9]+ could not be found\."', response.text)
@@ -90,4 +99,6 @@ def filter_failure(context, failure, case, response):
 @schemathesis.hook
 def after_call(context, case, response):
     with open(os.environ["ANSWERED"], "a", encoding="utf-8") as file:
-        file.write(f"{response.status_code} {case.operation.method.upper()} {case.operation.path}\n")
+        file.write(
+            f"{response.status_code} {case.operation.method.upper()} {case.operation.path}\n"
+        )

@@ -19,7 +19,12 @@ import module
 # Half of the hosts have two free keys, the others one.
 KEY = {"vendor_id": "0529", "product_id": "0001"}
 REQUESTS = [{**KEY, "count": 2}]
-OTHERS = [("046d", "0825", "0e"), ("072f", "2200", "0b"), ("0781", "5583", "08"), ("1050", "0407", "03")]
+OTHERS = [
+    ("046d", "0825", "0e"),
+    ("072f", "2200", "0b"),
+    ("0781", "5583", "08"),
+    ("1050", "0407", "03"),
+]
 DEVICES = 20
 
 
@@ -30,15 +35,41 @@ def host(number):
     devices = []
     for at, (vendor, product, interface) in enumerate(kinds):
         free = at < keys if at < 2 else (number + at) % 5 > 0
-        devices.append({
-            "id": (node - 1) * 1_000_000 + at + 1, "compute_node_id": node, "address": f"usb_1_{at + 2}",
-            "product_id": product, "vendor_id": vendor, "bus_id": 1, "device_id": at + 2, "port_id": at + 1,
-            "status": "available" if free else "claimed", "status_reason": None, "extra_info": None,
-            "instance_uuid": None, "port_path": f"1-{at + 1}", "serial": None, "serial_kind": "missing",
-            "class": "00", "interface_classes": [interface], "speed": "full", "manufacturer": None,
-            "product_name": None, "driver": None, "host_use": None, "tags": [], "projects": [],
-        })
-    return {"version": 1, "host": f"compute-{number}", "compute_node_id": node, "revision": 1, "devices": devices}
+        devices.append(
+            {
+                "id": (node - 1) * 1_000_000 + at + 1,
+                "compute_node_id": node,
+                "address": f"usb_1_{at + 2}",
+                "product_id": product,
+                "vendor_id": vendor,
+                "bus_id": 1,
+                "device_id": at + 2,
+                "port_id": at + 1,
+                "status": "available" if free else "claimed",
+                "status_reason": None,
+                "extra_info": None,
+                "instance_uuid": None,
+                "port_path": f"1-{at + 1}",
+                "serial": None,
+                "serial_kind": "missing",
+                "class": "00",
+                "interface_classes": [interface],
+                "speed": "full",
+                "manufacturer": None,
+                "product_name": None,
+                "driver": None,
+                "host_use": None,
+                "tags": [],
+                "projects": [],
+            }
+        )
+    return {
+        "version": 1,
+        "host": f"compute-{number}",
+        "compute_node_id": node,
+        "revision": 1,
+        "devices": devices,
+    }
 
 
 def matches(request, device):
@@ -62,7 +93,8 @@ def serves(document, requests, project=None):
     offered = [
         device
         for device in document["devices"]
-        if device["status"] == "available" and (not device["projects"] or project in device["projects"])
+        if device["status"] == "available"
+        and (not device["projects"] or project in device["projects"])
     ]
     wanted = []
     for request in requests:
@@ -124,7 +156,9 @@ def main():
     feed = [("".join(lines[at : at + 250]), 0) for at in range(0, len(lines), 250)]
     question = {"flavor": {"usb_devices": REQUESTS}}
 
-    ways = {"pure_python": lambda: [name for name in candidates if serves(documents[name], REQUESTS)]}
+    ways = {
+        "pure_python": lambda: [name for name in candidates if serves(documents[name], REQUESTS)]
+    }
     for name, kind in (("component", component.Filter), ("module", module.Filter)):
         filter = kind(feed=lambda: feed, deadline=10)
         # The first call feeds it.
@@ -135,16 +169,30 @@ def main():
     wanted = [f"compute-{number}" for number in range(0, arguments.hosts, 2)]
     for name, answer in answers.items():
         if sorted(answer) != sorted(wanted):
-            raise AssertionError(f"{name}: found {len(answer)} hosts, wanted {len(wanted)}: every second one")
+            raise AssertionError(
+                f"{name}: found {len(answer)} hosts, wanted {len(wanted)}: every second one"
+            )
 
     def ratio(name):
-        return {which: round(times["pure_python"][which] / times[name][which], 1) for which in times[name]}
+        return {
+            which: round(times["pure_python"][which] / times[name][which], 1)
+            for which in times[name]
+        }
 
-    print(json.dumps({
-        "hosts": arguments.hosts, "devices": arguments.hosts * DEVICES, "matched": len(answers["component"]),
-        "component_ms": times["component"], "module_ms": times["module"], "pure_python_ms": times["pure_python"],
-        "ratio_component": ratio("component"), "ratio_module": ratio("module"),
-    }))
+    print(
+        json.dumps(
+            {
+                "hosts": arguments.hosts,
+                "devices": arguments.hosts * DEVICES,
+                "matched": len(answers["component"]),
+                "component_ms": times["component"],
+                "module_ms": times["module"],
+                "pure_python_ms": times["pure_python"],
+                "ratio_component": ratio("component"),
+                "ratio_module": ratio("module"),
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -21,7 +21,9 @@ def tell(Filter, Refused, Broken, *file):
     # Time is real time: a machine that is busy must not break what is right.
     filter = Filter(*file, feed=fleet, deadline=10)
 
-    say("Which hosts have a licence key free? The best comes first: it has a key to spare and little else.")
+    say(
+        "Which hosts have a licence key free? The best comes first: it has a key to spare and little else."
+    )
     answer = filter.select(ONE_KEY)
     check(answer["matched"], 3)
     placements = [(placement["host"], placement["score"]) for placement in answer["placements"]]
@@ -34,13 +36,21 @@ def tell(Filter, Refused, Broken, *file):
     say("And why not the others?")
     verdicts = filter.explain(TWO_KEYS)
     check(verdicts["compute-5"], {"accepted": True, "score": 0, "devices": [5_000_001, 5_000_002]})
-    check(reasons(verdicts), {"compute-2": "too-few-free", "compute-3": "not-allowed", "compute-4": "no-such-device"})
-    check([verdicts["compute-2"][count] for count in ("wanted", "matching", "allowed", "free")], [2, 2, 2, 1])
+    check(
+        reasons(verdicts),
+        {"compute-2": "too-few-free", "compute-3": "not-allowed", "compute-4": "no-such-device"},
+    )
+    check(
+        [verdicts["compute-2"][count] for count in ("wanted", "matching", "allowed", "free")],
+        [2, 2, 2, 1],
+    )
 
     say("The keys of compute-3 are for one project.")
     check(filter.select_names({**TWO_KEYS, "project": PROJECT}, limit=1), ["compute-3"])
 
-    say("Two keys and a device with the tag 'erp': on compute-1 the keys are the devices with the tag.")
+    say(
+        "Two keys and a device with the tag 'erp': on compute-1 the keys are the devices with the tag."
+    )
     greedy = {"flavor": {"usb_devices": [{**LICENCE_KEY, "count": 2}, {"tags": ["erp"]}]}}
     check(reasons(filter.explain(greedy, ["compute-1"])), {"compute-1": "contention"})
 
@@ -50,7 +60,9 @@ def tell(Filter, Refused, Broken, *file):
     check(filter.touch("compute-5", NOON + MINUTE), True)
     check(filter.select_names(now), ["compute-5", "compute-1"])
 
-    say("A guest takes a key of compute-1; a new document brings it back; compute-5 leaves the fleet.")
+    say(
+        "A guest takes a key of compute-1; a new document brings it back; compute-5 leaves the fleet."
+    )
     check(filter.set_status("compute-1", 1_000_001, "claimed"), True)
     check(filter.set_status("compute-1", 1_000_001, "claimed"), False)
     check(filter.select_names(TWO_KEYS), ["compute-5"])
@@ -64,15 +76,21 @@ def tell(Filter, Refused, Broken, *file):
 
     say("Who asks for no device is refused nowhere.")
     nothing = {"flavor": {"usb_devices": []}}
-    check(sorted(filter.select_names(nothing, ["compute-1", "elsewhere"])), ["compute-1", "elsewhere"])
+    check(
+        sorted(filter.select_names(nothing, ["compute-1", "elsewhere"])), ["compute-1", "elsewhere"]
+    )
 
     say("A question that cannot be is refused. That is no verdict, and changes nothing.")
-    check_raises(Refused, filter.select_names, {"flavor": {"usb_devices": [{"product_id": "0001"}]}})
+    check_raises(
+        Refused, filter.select_names, {"flavor": {"usb_devices": [{"product_id": "0001"}]}}
+    )
     check_raises(Refused, filter.set_status, "compute-1", 1_000_001, "lost")
     check_raises(Refused, filter.set_status, "elsewhere", 1_000_001, "claimed")
     check(filter.select_names(TWO_KEYS), ["compute-1"])
 
-    say("A filter that needs too much memory is broken. The next call has a fresh one, fed again: compute-5 is back.")
+    say(
+        "A filter that needs too much memory is broken. The next call has a fresh one, fed again: compute-5 is back."
+    )
     small = Filter(*file, feed=fleet, memory=16 << 20, deadline=10)
     check_raises(Broken, small.load, " " * (32 << 20), NOON)
     check(small.select_names(TWO_KEYS), ["compute-5", "compute-1"])
@@ -88,7 +106,9 @@ def tell(Filter, Refused, Broken, *file):
 
 
 def reasons(verdicts):
-    return {host: verdict["reason"] for host, verdict in verdicts.items() if not verdict["accepted"]}
+    return {
+        host: verdict["reason"] for host, verdict in verdicts.items() if not verdict["accepted"]
+    }
 
 
 def say(text):

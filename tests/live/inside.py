@@ -14,7 +14,22 @@ from lib.world import World  # noqa: E402
 
 # The files of cases, in the order in which they are run: what is quick and tells most comes first.
 FILES = {
-    "nested": ["passthrough", "hook", "speeds", "doors", "live", "replug", "hung", "container", "aside", "saved", "crash", "migration", "api", "package"],
+    "nested": [
+        "passthrough",
+        "hook",
+        "speeds",
+        "doors",
+        "live",
+        "replug",
+        "hung",
+        "container",
+        "aside",
+        "saved",
+        "crash",
+        "migration",
+        "api",
+        "package",
+    ],
     "machine": ["gate", "endings", "redirection", "upkeep"],
 }
 

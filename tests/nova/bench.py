@@ -41,7 +41,9 @@ def document(number):
 
 def pools(number):
     count = number % 2
-    pool = objects.PciDevicePool(product_id="1520", vendor_id="8086", numa_node=0, tags={"dev_type": "type-PCI"}, count=count)
+    pool = objects.PciDevicePool(
+        product_id="1520", vendor_id="8086", numa_node=0, tags={"dev_type": "type-PCI"}, count=count
+    )
     return objects.PciDevicePoolList(objects=[pool])
 
 
@@ -54,7 +56,11 @@ def host_state(number):
 
 def spec(flavor, requests):
     return objects.RequestSpec(
-        project_id="erp", flavor=flavor, pci_requests=objects.InstancePCIRequests(requests=requests), numa_topology=None, num_instances=1
+        project_id="erp",
+        flavor=flavor,
+        pci_requests=objects.InstancePCIRequests(requests=requests),
+        numa_topology=None,
+        num_instances=1,
     )
 
 
@@ -80,7 +86,12 @@ def main():
         oracle.forget()
         states = [host_state(number) for number in range(HOSTS)]
         usb = spec(objects.Flavor(name="erp", extra_specs={"usb:devices": fleet.ASKS}), [])
-        wanted = objects.InstancePCIRequest(count=1, spec=[{"vendor_id": "8086", "product_id": "1520"}], request_id="r", numa_policy=None)
+        wanted = objects.InstancePCIRequest(
+            count=1,
+            spec=[{"vendor_id": "8086", "product_id": "1520"}],
+            request_id="r",
+            numa_policy=None,
+        )
         pci = spec(objects.Flavor(name="pci", extra_specs={}), [wanted])
         ours, theirs = filter.UsbDevicesFilter(), pci_passthrough_filter.PciPassthroughFilter()
         cold, _ = timed(lambda: list(ours.filter_all(states, usb)))

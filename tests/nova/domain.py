@@ -20,13 +20,26 @@ UUID = "5d3b9a10-7c41-4f0e-9a3f-2f6f3f9c1e01"
 def metadata(asked):
     """As `LibvirtDriver._get_guest_config_meta` fills it."""
     flavor = config.LibvirtConfigGuestMetaNovaFlavor()
-    flavor.name, flavor.memory, flavor.disk, flavor.swap, flavor.ephemeral, flavor.vcpus = asked["flavor"], 2048, 20, 0, 0, 2
+    flavor.name, flavor.memory, flavor.disk, flavor.swap, flavor.ephemeral, flavor.vcpus = (
+        asked["flavor"],
+        2048,
+        20,
+        0,
+        0,
+        2,
+    )
     flavor.id, flavor.extra_specs = "7f0b5c1e", asked["extra_specs"]
     owner = config.LibvirtConfigGuestMetaNovaOwner()
     owner.userid, owner.username = "6b1c0c8f3d1f4d0b8a4a1d2e3f405162", "alice"
     owner.projectid, owner.projectname = asked["project"], "erp"
     whole = config.LibvirtConfigGuestMetaNovaInstance()
-    whole.package, whole.name, whole.creationTime, whole.flavor, whole.owner = "34.0.0", "erp-1", 1_700_000_000, flavor, owner
+    whole.package, whole.name, whole.creationTime, whole.flavor, whole.owner = (
+        "34.0.0",
+        "erp-1",
+        1_700_000_000,
+        flavor,
+        owner,
+    )
     return whole
 
 
@@ -34,7 +47,13 @@ def domain(asked):
     flavor = objects.Flavor(name=asked["flavor"], extra_specs=asked["extra_specs"])
     image = objects.ImageMeta.from_dict({"id": UUID, "properties": asked.get("image", {})})
     guest = config.LibvirtConfigGuest()
-    guest.name, guest.uuid, guest.memory, guest.vcpus, guest.virt_type = "instance-0000002a", UUID, 2 << 20, 2, "kvm"
+    guest.name, guest.uuid, guest.memory, guest.vcpus, guest.virt_type = (
+        "instance-0000002a",
+        UUID,
+        2 << 20,
+        2,
+        "kvm",
+    )
     guest.os_type, guest.os_mach_type = "hvm", "q35"
     guest.metadata.append(metadata(asked))
     if asked.get("spice", True):
@@ -46,7 +65,9 @@ def domain(asked):
     maker._is_ppc64_guest = lambda _: False
     maker._check_emulation_arch = lambda _: "x86_64"
     maker._guest_add_pointer_device(guest, image)
-    maker._guest_add_usb_root_controller(guest, *([flavor] if "flavor" in names(maker._guest_add_usb_root_controller) else []), image)
+    maker._guest_add_usb_root_controller(
+        guest, *([flavor] if "flavor" in names(maker._guest_add_usb_root_controller) else []), image
+    )
     if hasattr(maker, "_add_redirected_usb_ports"):
         maker._add_redirected_usb_ports(guest, flavor, None, image)
     return guest.to_xml()

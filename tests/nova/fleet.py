@@ -19,7 +19,13 @@ def device(number, status="available", **more):
 
 def document(host, node, *devices, revision=1):
     """One host's, as it stands in etcd and in a file."""
-    whole = {"version": 1, "host": host, "compute_node_id": node, "revision": revision, "devices": list(devices)}
+    whole = {
+        "version": 1,
+        "host": host,
+        "compute_node_id": node,
+        "revision": revision,
+        "devices": list(devices),
+    }
     return json.dumps(whole, separators=(",", ":"))
 
 

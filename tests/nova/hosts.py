@@ -40,8 +40,16 @@ class Table:
         """The row of the host, again for each name; `other` tells what differs: a function of the name and the new row's id. Its id, and theirs."""
         (row,) = self.rows(**of)
         with self.engine.connect() as connection:
-            first = connection.execute(sqlalchemy.select(sqlalchemy.func.max(self.table.c.id))).scalar() + 1
-        self.add([row | {"id": at} | {key: make(name, at) for key, make in other.items()} for at, name in enumerate(names, first)])
+            first = (
+                connection.execute(sqlalchemy.select(sqlalchemy.func.max(self.table.c.id))).scalar()
+                + 1
+            )
+        self.add(
+            [
+                row | {"id": at} | {key: make(name, at) for key, make in other.items()}
+                for at, name in enumerate(names, first)
+            ]
+        )
         return row["id"], range(first, first + len(names))
 
 
@@ -51,7 +59,9 @@ def copy(host, names, mapping):
     uuids = {name: getattr(uuidsentinel, f"node_{name}") for name in names}
     nova, placement = cell(mapping), placement_db.get_placement_engine()
     called = {"host": lambda name, _: name}
-    Table(nova, "services").copy(names, {"host": host, "binary": "nova-compute"}, uuid=lambda *_: str(uuid.uuid4()), **called)
+    Table(nova, "services").copy(
+        names, {"host": host, "binary": "nova-compute"}, uuid=lambda *_: str(uuid.uuid4()), **called
+    )
     Table(nova, "compute_nodes").copy(
         names, {"host": host}, hypervisor_hostname=lambda name, _: name, uuid=lambda name, _: uuids[name], **called
     )  # fmt: skip
@@ -62,7 +72,10 @@ def copy(host, names, mapping):
     )  # fmt: skip
     for part in ("inventories", "resource_provider_traits"):
         table = Table(placement, part)
-        rows = [{key: value for key, value in row.items() if key != "id"} for row in table.rows(resource_provider_id=of)]
+        rows = [
+            {key: value for key, value in row.items() if key != "id"}
+            for row in table.rows(resource_provider_id=of)
+        ]
         table.add([row | {"resource_provider_id": at} for at in theirs for row in rows])
 
 

@@ -60,7 +60,9 @@ class Boot(integrated_helpers.ProviderUsageBaseTestCase):
         return flavor
 
     def boot(self, flavor, state="ACTIVE"):
-        server = self.api.post_server({"server": self._build_server(flavor_id=flavor, networks="none")})
+        server = self.api.post_server(
+            {"server": self._build_server(flavor_id=flavor, networks="none")}
+        )
         # Nova's own timeout, five seconds, is too little on a busy machine.
         self._wait_for_server_parameter(server, {"status": state}, max_retries=240)
         return self.admin_api.get_server(server["id"])
@@ -75,7 +77,11 @@ class Boot(integrated_helpers.ProviderUsageBaseTestCase):
 
 class LandsWhereTheKeyIs(Boot):
     def test_the_host_with_the_key_is_taken(self):
-        fleet.write(self.file, fleet.document("host1", 2), fleet.document("host3", 4, fleet.device(3_000_001)))
+        fleet.write(
+            self.file,
+            fleet.document("host1", 2),
+            fleet.document("host3", 4, fleet.device(3_000_001)),
+        )
         self.assertEqual("host3", self.host_of(self.boot(self.usb_flavor("erp"))))
         self.assertIn("USB devices: 1 of 3 hosts can serve", self.log)
 
@@ -99,7 +105,10 @@ class LandsWhereTheKeyIs(Boot):
     def test_two_flavors_want_the_same_key(self):
         first = self.usb_flavor("erp")
         second = self.usb_flavor("crm", '[{"serial":"S1"}]')
-        fleet.write(self.file, fleet.document("host2", 3, fleet.device(2_000_001, serial="S1", serial_kind="unique")))
+        fleet.write(
+            self.file,
+            fleet.document("host2", 3, fleet.device(2_000_001, serial="S1", serial_kind="unique")),
+        )
         self.assertEqual("host2", self.host_of(self.boot(first)))
         # The host's hook has claimed it, and its agent has said so.
         taken = fleet.device(2_000_001, "allocated", serial="S1", serial_kind="unique")
@@ -107,17 +116,25 @@ class LandsWhereTheKeyIs(Boot):
         self.boot(second, "ERROR")
         # A second key comes, elsewhere.
         other = fleet.device(MINE, serial="S1", serial_kind="unique")
-        fleet.write(self.file, fleet.document("host2", 3, taken, revision=2), fleet.document("host1", 2, other))
+        fleet.write(
+            self.file,
+            fleet.document("host2", 3, taken, revision=2),
+            fleet.document("host1", 2, other),
+        )
         self.assertEqual("host1", self.host_of(self.boot(second)))
 
     def test_a_key_of_another_project_is_none(self):
-        fleet.write(self.file, fleet.document("host2", 3, fleet.device(2_000_001, projects=["others"])))
+        fleet.write(
+            self.file, fleet.document("host2", 3, fleet.device(2_000_001, projects=["others"]))
+        )
         self.boot(self.usb_flavor("erp"), "ERROR")
         self.assertIn("not-allowed 1", self.log)
 
     def test_a_flavor_by_its_name(self):
         with open(self.flavors, "w", encoding="utf-8") as file:
-            file.write('[{"name":"erp.big","created_at":"","updated_at":"","usb_devices":[{"vendor_id":"0529"}]}]')
+            file.write(
+                '[{"name":"erp.big","created_at":"","updated_at":"","usb_devices":[{"vendor_id":"0529"}]}]'
+            )
         fleet.write(self.file, fleet.document("host3", 4, fleet.device(3_000_001)))
         self.assertEqual("host3", self.host_of(self.boot(self.usb_flavor("erp", "@erp.big"))))
         self.boot(self.usb_flavor("crm", "@none"), "ERROR")
@@ -145,7 +162,12 @@ class AThousandHosts(Boot):
         for node, host in enumerate(self.every, 2):
             first = (node - 1) * 1_000_000
             key = fleet.device(first + 1, "available" if host in with_key else "allocated")
-            rest = [fleet.device(first + at, vendor_id="046d", product_id=f"{at:04x}", port_path=f"1-{at}") for at in (2, 3)]
+            rest = [
+                fleet.device(
+                    first + at, vendor_id="046d", product_id=f"{at:04x}", port_path=f"1-{at}"
+                )
+                for at in (2, 3)
+            ]
             documents.append(fleet.document(host, node, key, *rest))
         fleet.write(self.file, *documents)
 
@@ -197,19 +219,32 @@ class Stale(Boot):
     def test_what_asks_for_no_device_is_not_held_up_by_anything(self):
         plain = self._create_flavor(name="plain")
         os.remove(self.file)
-        for wrong in ({"component": "/nowhere.wasm"}, {"inventory_file": None}, {"flavor_names": True}):
+        for wrong in (
+            {"component": "/nowhere.wasm"},
+            {"inventory_file": None},
+            {"flavor_names": True},
+        ):
             oracle.forget()
             self.flags(**wrong, group="virt_usb")
             self.assertEqual("host1", self.host_of(self.boot(plain)))
-        self.assertIn("not known whether the flavor plain asks for any, so it passes: inventory = file, and inventory_file names none", self.log)
+        self.assertIn(
+            "not known whether the flavor plain asks for any, so it passes: inventory = file, and inventory_file names none",
+            self.log,
+        )
         self.boot(self.usb_flavor("erp"), "ERROR")
-        self.assertIn("for the configuration is wrong: [virt_usb] inventory = file, and inventory_file names none", self.log)
+        self.assertIn(
+            "for the configuration is wrong: [virt_usb] inventory = file, and inventory_file names none",
+            self.log,
+        )
 
     def test_hosts_that_are_called_otherwise(self):
         fleet.write(self.file, fleet.document("host1.example", 2, fleet.device(MINE)))
         self.boot(self.usb_flavor("erp"), "ERROR")
         self.assertIn("USB devices: 0 of 3 hosts can serve (unknown-host 3): ", self.log)
-        self.assertIn("; host1.example could: if these are the same hosts, set [virt_usb] host_name (now 'host')", self.log)
+        self.assertIn(
+            "; host1.example could: if these are the same hosts, set [virt_usb] host_name (now 'host')",
+            self.log,
+        )
 
     def test_a_broken_filter_is_not_no_such_host_in_silence(self):
         self.flags(component="/nowhere.wasm", group="virt_usb")
@@ -224,15 +259,27 @@ class Weighed(Boot):
         self.flags(weight_classes=[WEIGHER], group="filter_scheduler")
 
     def test_the_host_with_more_to_spare_is_taken(self):
-        two = (fleet.device(2_000_001), fleet.device(2_000_002, port_path="1-2", address="usb_1_6", device_id=6))
-        fleet.write(self.file, fleet.document("host1", 2, fleet.device(MINE)), fleet.document("host2", 3, *two))
+        two = (
+            fleet.device(2_000_001),
+            fleet.device(2_000_002, port_path="1-2", address="usb_1_6", device_id=6),
+        )
+        fleet.write(
+            self.file,
+            fleet.document("host1", 2, fleet.device(MINE)),
+            fleet.document("host2", 3, *two),
+        )
         self.assertEqual("host2", self.host_of(self.boot(self.usb_flavor("erp"))))
 
 
 class Validated(Boot):
     def refused(self, key, value):
         flavor = self._create_flavor()
-        fault = self.assertRaises(client.OpenStackApiException, self.admin_api.post_extra_spec, flavor, {"extra_specs": {key: value}})
+        fault = self.assertRaises(
+            client.OpenStackApiException,
+            self.admin_api.post_extra_spec,
+            flavor,
+            {"extra_specs": {key: value}},
+        )
         self.assertEqual(400, fault.response.status_code)
         return str(fault)
 
@@ -247,7 +294,9 @@ class Validated(Boot):
             ("@", "no name follows"),
         ):
             self.assertIn(words, self.refused("usb:devices", value))
-        self.assertIn("spicevmc", self.refused("usb:redirection_devices", '[{"bus":"usb","type":"tcp"}]'))
+        self.assertIn(
+            "spicevmc", self.refused("usb:redirection_devices", '[{"bus":"usb","type":"tcp"}]')
+        )
         self.assertIn("not appear to be a valid extra spec", self.refused("usb:device", "[]"))
         # Nova's own limit comes first where the API knows it; what is said must help either way.
         self.refused("usb:devices", '[{"serial":"' + "x" * 300 + '"}]')

@@ -66,7 +66,14 @@ class Etcd:
 
     def run(self, *arguments, check=True, text=None):
         environment = {**os.environ, "ETCDCTL_API": "3", "ETCDCTL_ENDPOINTS": self.url}
-        return subprocess.run(["etcdctl", *arguments], env=environment, check=check, capture_output=True, text=True, input=text)
+        return subprocess.run(
+            ["etcdctl", *arguments],
+            env=environment,
+            check=check,
+            capture_output=True,
+            text=True,
+            input=text,
+        )
 
     def put(self, key, value, *more):
         self.run("put", f"/virt-usb/{key}", value, *more)
@@ -76,8 +83,13 @@ class Etcd:
 
     def publish_all(self, documents):
         """In one transaction."""
-        puts = [{"request_put": {"key": encoded(f"/virt-usb/hosts/{host}"), "value": encoded(text)}} for host, text in documents.items()]
-        requests.post(f"{self.url}/v3/kv/txn", json={"success": puts}, timeout=300).raise_for_status()
+        puts = [
+            {"request_put": {"key": encoded(f"/virt-usb/hosts/{host}"), "value": encoded(text)}}
+            for host, text in documents.items()
+        ]
+        requests.post(
+            f"{self.url}/v3/kv/txn", json={"success": puts}, timeout=300
+        ).raise_for_status()
 
 
 class Answers:
@@ -135,7 +147,10 @@ class FromEtcd(Case):
         etcd.publish("b", 3, fleet.device(2_000_001, "allocated"))
         who = oracle.make(options(etcd_endpoints=[etcd.url]))
         self.assertEqual({"a"}, who.able(WANTED, ["a", "b", "c"]))
-        self.assertEqual({"b": "too-few-free", "c": "unknown-host"}, {h: w["reason"] for h, w in who.reasons(WANTED, ["b", "c"]).items()})
+        self.assertEqual(
+            {"b": "too-few-free", "c": "unknown-host"},
+            {h: w["reason"] for h, w in who.reasons(WANTED, ["b", "c"]).items()},
+        )
         etcd.publish("b", 3, fleet.device(2_000_001), revision=2)
         until("the change", lambda: able(who, ["a", "b"]) == {"a", "b"})
         self.assertEqual({"a", "b"}, who.scores(WANTED, ["a", "b"]).keys())
@@ -155,19 +170,31 @@ class FromEtcd(Case):
         with self.assertRaisesRegex(Refused, "vendor_id"):
             who.able({"flavor": {"usb_devices": [{"vendor_id": "xyz"}]}}, ["a"])
         etcd.put("flavors/erp/big %", '{"usb_devices":[{"vendor_id":"0529"}]}')
-        self.assertEqual({"usb_devices": [{"vendor_id": "0529"}]}, until("the flavor", lambda: who.flavor("erp/big %")))
+        self.assertEqual(
+            {"usb_devices": [{"vendor_id": "0529"}]},
+            until("the flavor", lambda: who.flavor("erp/big %")),
+        )
         self.assertIsNone(who.flavor("none"))
 
     def test_etcd_away_is_stale_and_caught_up_afterwards(self):
         etcd = self.etcd()
         for first in range(0, 1200, 100):
-            etcd.publish_all({f"h{at}": fleet.document(f"h{at}", at + 2, fleet.device((at + 1) * 1_000_000 + 1)) for at in range(first, first + 100)})
+            etcd.publish_all(
+                {
+                    f"h{at}": fleet.document(
+                        f"h{at}", at + 2, fleet.device((at + 1) * 1_000_000 + 1)
+                    )
+                    for at in range(first, first + 100)
+                }
+            )
         who = oracle.make(options(etcd_endpoints=["http://127.0.0.1:1", etcd.url], max_age=2))
         names = [f"h{number}" for number in range(1200)]
         self.assertEqual(1200, len(who.able(WANTED, names)))
         etcd.stop()
         # By age alone it may be stale before the follower has heard why.
-        stale = until("it to be stale", lambda: (why := self.stale(who)) and "http" in why and why, 60)
+        stale = until(
+            "it to be stale", lambda: (why := self.stale(who)) and "http" in why and why, 60
+        )
         self.assertRegex(stale, "nothing was heard of the fleet for [0-9]+ s: http://127.0.0.1")
         etcd.start()
         # While it was not heard, and its history is compacted.
@@ -183,15 +210,24 @@ class FromEtcd(Case):
         etcd.publish("victim", 3, fleet.device(2_000_001, "allocated"))
         free = fleet.document("victim", 3, fleet.device(2_000_001), revision=9)
         etcd.put("hosts/liar", f'{{"host":"liar","x":\n{free}\n}}')
-        etcd.run("put", "/virt-usb/hosts/deep", text='{"host":"deep","x":' + "[" * 100_000 + "]" * 100_000 + "}")
-        etcd.put("hosts/pretty", json.dumps(json.loads(fleet.document("pretty", 4, fleet.device(3_000_001))), indent=1))
+        etcd.run(
+            "put",
+            "/virt-usb/hosts/deep",
+            text='{"host":"deep","x":' + "[" * 100_000 + "]" * 100_000 + "}",
+        )
+        etcd.put(
+            "hosts/pretty",
+            json.dumps(json.loads(fleet.document("pretty", 4, fleet.device(3_000_001))), indent=1),
+        )
         etcd.put("flavors/deep", "[" * 90_000)
         who = oracle.make(options(etcd_endpoints=[etcd.url]))
         everybody = ["victim", "liar", "deep", "pretty", "late"]
         self.assertEqual({"pretty"}, who.able(WANTED, everybody))
         etcd.publish("late", 5, fleet.device(4_000_001))
         until("what came afterwards", lambda: able(who, everybody) == {"pretty", "late"})
-        with self.assertRaisesRegex(asked.Wrong, "the stored flavor 'deep': it is nested too deeply"):
+        with self.assertRaisesRegex(
+            asked.Wrong, "the stored flavor 'deep': it is nested too deeply"
+        ):
             who.flavor("deep")
 
     def test_what_answers_need_be_no_etcd(self):
@@ -238,12 +274,18 @@ class FromEtcd(Case):
                         ["role", "add", "virt-usb-reader"], ["role", "grant-permission", "virt-usb-reader", "read", "/virt-usb/", "--prefix"],
                         ["user", "grant-role", "scheduler", "virt-usb-reader"], ["auth", "enable"]):  # fmt: skip
             etcd.run(*command)
-        oracle_of = {"etcd_endpoints": [etcd.url], "etcd_user": "scheduler", "etcd_password_file": str(password)}
+        oracle_of = {
+            "etcd_endpoints": [etcd.url],
+            "etcd_user": "scheduler",
+            "etcd_password_file": str(password),
+        }
         self.assertEqual({"a"}, oracle.make(options(**oracle_of)).able(WANTED, ["a"]))
         nobody = oracle.make(options(etcd_endpoints=[etcd.url]))
         inventory.Etcd.FIRST, first = 5.0, inventory.Etcd.FIRST
         self.addCleanup(setattr, inventory.Etcd, "FIRST", first)
-        with self.assertRaisesRegex(oracle.Stale, "the fleet is not known yet: .*user name is empty"):
+        with self.assertRaisesRegex(
+            oracle.Stale, "the fleet is not known yet: .*user name is empty"
+        ):
             nobody.able(WANTED, ["a"])
 
 
@@ -253,18 +295,35 @@ class FromAScheduler(Case):
         etcd.publish("a", 2, fleet.device(1_000_001))
         etcd.publish("b", 3, fleet.device(2_000_001, "allocated"))
         etcd.put("flavors/erp", '{"usb_devices":[{"vendor_id":"0529"}]}')
-        state, socket_path, port = Path(self.folder) / "state", Path(self.folder) / "scheduler.sock", ports.reserve()
+        state, socket_path, port = (
+            Path(self.folder) / "state",
+            Path(self.folder) / "scheduler.sock",
+            ports.reserve(),
+        )
         config = Path(self.folder) / "config.toml"
         config.write_text(f'state_dir = "{state}"\n[fleet]\nendpoints = ["{etcd.url}"]\n')
         with open(Path(self.folder) / "scheduler.log", "wb") as log:
             scheduler = subprocess.Popen(
-                [VIRT_USB, "--config", config, "scheduler", "--listen", f"127.0.0.1:{port}", "--socket", socket_path, "--max-age", "2"],
+                [
+                    VIRT_USB,
+                    "--config",
+                    config,
+                    "scheduler",
+                    "--listen",
+                    f"127.0.0.1:{port}",
+                    "--socket",
+                    socket_path,
+                    "--max-age",
+                    "2",
+                ],
                 stderr=log,
             )
         self.addCleanup(lambda: (scheduler.kill(), scheduler.wait()))
         who = oracle.make(options(inventory="scheduler", scheduler_url=f"unix:{socket_path}"))
         until("the scheduler", lambda: self.answers(who))
-        by_net = oracle.make(options(inventory="scheduler", scheduler_url=f"http://127.0.0.1:{port}"))
+        by_net = oracle.make(
+            options(inventory="scheduler", scheduler_url=f"http://127.0.0.1:{port}")
+        )
         for one in (who, by_net):
             self.assertEqual({"a"}, one.able(WANTED, ["a", "b", "c"]))
             self.assertEqual(["a"], one.best(WANTED, 3))
@@ -299,16 +358,29 @@ class WhatIsWrong(Case):
             ({"etcd_endpoints": ["etcd1:2379"]}, "begin with http://"),
             ({"etcd_prefix": "/virt-usb"}, "etcd_prefix: found '/virt-usb'"),
             ({"etcd_user": "scheduler"}, "etcd_password_file is not"),
-            ({"inventory": "scheduler", "scheduler_url": "sched1:9000"}, "scheduler_url: found 'sched1:9000'"),
-            ({"inventory": "scheduler", "scheduler_url": "https://sched1"}, "wanted http://HOST:PORT"),
-            ({"inventory": "scheduler", "scheduler_url": "http://127.0.0.1:99999"}, "scheduler_url: "),
+            (
+                {"inventory": "scheduler", "scheduler_url": "sched1:9000"},
+                "scheduler_url: found 'sched1:9000'",
+            ),
+            (
+                {"inventory": "scheduler", "scheduler_url": "https://sched1"},
+                "wanted http://HOST:PORT",
+            ),
+            (
+                {"inventory": "scheduler", "scheduler_url": "http://127.0.0.1:99999"},
+                "scheduler_url: ",
+            ),
             ({"inventory": "scheduler", "scheduler_url": "http://[::1"}, "scheduler_url: "),
         ]:
             with self.assertRaisesRegex(inventory.Misconfigured, re.escape(why), msg=said):
                 oracle.make(options(**said))
 
     def test_the_filter_is_none(self):
-        for text, why in [(None, "none.wasm: .*No such file"), ("(component)", "found no inventory"), ("root:x:0:0", "expected `\\(`")]:
+        for text, why in [
+            (None, "none.wasm: .*No such file"),
+            ("(component)", "found no inventory"),
+            ("root:x:0:0", "expected `\\(`"),
+        ]:
             component = Path(self.folder) / "none.wasm"
             if text is not None:
                 component.write_text(text)
@@ -316,8 +388,12 @@ class WhatIsWrong(Case):
             file.write_text("")
             threads = threading.active_count()
             with self.assertRaisesRegex(oracle.Broken, why):
-                oracle.make(options(component=str(component), inventory="file", inventory_file=str(file))).able(WANTED, ["a"])
-            self.assertLessEqual(threading.active_count(), threads + 1, "a clock, of a filter that is one")
+                oracle.make(
+                    options(component=str(component), inventory="file", inventory_file=str(file))
+                ).able(WANTED, ["a"])
+            self.assertLessEqual(
+                threading.active_count(), threads + 1, "a clock, of a filter that is one"
+            )
         before = threading.active_count()
         for _ in range(3):
             with self.assertRaises(oracle.Broken):
@@ -325,17 +401,32 @@ class WhatIsWrong(Case):
         self.assertEqual(before, threading.active_count(), "nothing follows etcd")
 
     def test_what_answers_is_no_scheduler(self):
-        for body in (b"{}", b"[]", b"null", b'{"age":null}', b'{"age":1,"placements":[1]}', b"<html>", b"[" * 100_000):
+        for body in (
+            b"{}",
+            b"[]",
+            b"null",
+            b'{"age":null}',
+            b'{"age":1,"placements":[1]}',
+            b"<html>",
+            b"[" * 100_000,
+        ):
             for status in (200, 404):
                 answers = Answers(self, body, status)
                 who = oracle.make(options(inventory="scheduler", scheduler_url=answers.url))
-                with self.assertRaisesRegex(oracle.Broken, f"what answers at {answers.url} is no virt-usb scheduler"):
+                with self.assertRaisesRegex(
+                    oracle.Broken, f"what answers at {answers.url} is no virt-usb scheduler"
+                ):
                     who.able(WANTED, ["a"])
 
     def test_a_file_of_another_time(self):
         file = os.path.join(self.folder, "hosts")
-        who = oracle.make(options(inventory="file", inventory_file=file, flavors_file=f"{file}.flavors"))
-        for age, why in [(500, "was written 5[0-9]{2} s ago"), (-500, "was written (4[0-9]|50)[0-9] s from now")]:
+        who = oracle.make(
+            options(inventory="file", inventory_file=file, flavors_file=f"{file}.flavors")
+        )
+        for age, why in [
+            (500, "was written 5[0-9]{2} s ago"),
+            (-500, "was written (4[0-9]|50)[0-9] s from now"),
+        ]:
             fleet.write(file, fleet.document("a", 2, fleet.device(1_000_001)), age=age)
             with self.assertRaisesRegex(oracle.Stale, why):
                 who.able(WANTED, ["a"])
@@ -346,7 +437,13 @@ class WhatIsWrong(Case):
 class InManyHands(Case):
     def made(self):
         file = os.path.join(self.folder, "hosts")
-        fleet.write(file, *(fleet.document(f"h{at}", at + 2, fleet.device((at + 1) * 1_000_000 + 1)) for at in range(200)))
+        fleet.write(
+            file,
+            *(
+                fleet.document(f"h{at}", at + 2, fleet.device((at + 1) * 1_000_000 + 1))
+                for at in range(200)
+            ),
+        )
         return file, options(inventory="file", inventory_file=file, max_age=600)
 
     def test_many_threads_ask_while_it_changes(self):
@@ -363,7 +460,13 @@ class InManyHands(Case):
         for thread in threads:
             thread.start()
         for count in (150, 100, 199):
-            fleet.write(file, *(fleet.document(f"h{at}", at + 2, fleet.device((at + 1) * 1_000_000 + 1)) for at in range(count)))
+            fleet.write(
+                file,
+                *(
+                    fleet.document(f"h{at}", at + 2, fleet.device((at + 1) * 1_000_000 + 1))
+                    for at in range(count)
+                ),
+            )
         for thread in threads:
             thread.join()
         self.assertEqual([], wrong)

@@ -10,7 +10,9 @@ import unittest
 import xml.etree.ElementTree as etree
 from pathlib import Path
 
-BIN = Path(os.environ.get("VIRT_USB", str(Path(__file__).parents[2] / "target/release/virt-usb"))).parent
+BIN = Path(
+    os.environ.get("VIRT_USB", str(Path(__file__).parents[2] / "target/release/virt-usb"))
+).parent
 OLD = os.environ["NOVA_OLD"]
 PROJECT = "3f0c7a5e9d2b4c1f8a6e5d4c3b2a1908"
 ASKS = '[{"vendor_id":"0529","product_id":"0001"}]'
@@ -36,7 +38,9 @@ class Nova:
     def __init__(self, path):
         command = [sys.executable, Path(__file__).parent / "domain.py"]
         environment = {**os.environ, "PYTHONPATH": path}
-        self.process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
 
     def __call__(self, asked):
         self.process.stdin.write(json.dumps(asked) + "\n")
@@ -66,20 +70,38 @@ class WhatNovaWrites(unittest.TestCase):
         self.folder = Path(tempfile.mkdtemp(prefix="virt-usb-nova-"))
         self.addCleanup(shutil.rmtree, self.folder)
         (self.folder / "devices.toml").write_text(DEVICES)
-        (self.folder / "config.toml").write_text(f'state_dir = "{self.folder}/state"\nsysfs_root = "{self.folder}/sys"\n')
-        self.run_usb("discover", "--sim", self.folder / "devices.toml", "--sysfs-out", self.folder / "sys")
+        (self.folder / "config.toml").write_text(
+            f'state_dir = "{self.folder}/state"\nsysfs_root = "{self.folder}/sys"\n'
+        )
+        self.run_usb(
+            "discover", "--sim", self.folder / "devices.toml", "--sysfs-out", self.folder / "sys"
+        )
 
     def run_usb(self, *arguments):
         command = [BIN / "virt-usb", "--config", self.folder / "config.toml", *arguments]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
     def domain(self, specs=None, flavor="m1.erp", old=False, **more):
-        asked = {"flavor": flavor, "extra_specs": specs or {}, "project": PROJECT, "image": VIRTIO, **more}
+        asked = {
+            "flavor": flavor,
+            "extra_specs": specs or {},
+            "project": PROJECT,
+            "image": VIRTIO,
+            **more,
+        }
         return self.novas[old](asked)
 
     def hook(self, xml):
         """Its exit status, what it prints, and what it says."""
-        command = [BIN / "virt-usb-hook", "--config", self.folder / "config.toml", "instance-0000002a", "prepare", "begin", "-"]
+        command = [
+            BIN / "virt-usb-hook",
+            "--config",
+            self.folder / "config.toml",
+            "instance-0000002a",
+            "prepare",
+            "begin",
+            "-",
+        ]
         done = subprocess.run(command, input=xml, capture_output=True, text=True, check=False)
         return done.returncode, done.stdout, done.stderr
 
@@ -124,13 +146,26 @@ class WhatNovaWrites(unittest.TestCase):
                 specs["usb:redirection_devices"] = json.dumps([PORT] * ours)
             with self.subTest(nova=nova, ours=ours):
                 self.assertEqual((0, wanted), self.passed(self.domain(specs)))
-        self.assertEqual((1, 2), self.passed(self.domain({**specs, "usb:devices": ASKS, "usb:redirection_devices": json.dumps([PORT] * 2)})))
+        self.assertEqual(
+            (1, 2),
+            self.passed(
+                self.domain(
+                    {
+                        **specs,
+                        "usb:devices": ASKS,
+                        "usb:redirection_devices": json.dumps([PORT] * 2),
+                    }
+                )
+            ),
+        )
 
     def test_what_nova_has_switched_off_is_said(self):
         status, _, said = self.hook(self.domain({"usb:devices": ASKS}))
         self.assertEqual(1, status)
         self.assertIn("hw:usb_model", said)
-        status, _, said = self.hook(self.domain({"usb:redirection_devices": json.dumps([PORT]), **XHCI}, spice=False))
+        status, _, said = self.hook(
+            self.domain({"usb:redirection_devices": json.dumps([PORT]), **XHCI}, spice=False)
+        )
         self.assertEqual(1, status)
         self.assertIn("SPICE", said)
 

@@ -10,7 +10,10 @@ from virt_usb_nova import validator, wasm
 
 import fleet
 
-KEYS = {key: validator.Validator(name=key, description=text, value={"type": str, "description": text}) for key, text in validator.HELP.items()}
+KEYS = {
+    key: validator.Validator(name=key, description=text, value={"type": str, "description": text})
+    for key, text in validator.HELP.items()
+}
 VALUES = [
     None, True, 0, 1, 2, -1, 127, 128, 255, 256, 65535, 65536, 1 << 53, 1.0, 1.5, 99999999999999999999999, "", " ", "0", "1", "01", "127", "128",
     "0x529", "0529", "5290x", "12345", "zzz", "a b", "hid", "HID", "mass storage", "mass_storage", "hub", "ff", "0xff", "fff", "0x", "08",
@@ -88,7 +91,12 @@ class AsTheFilter(unittest.TestCase):
             ("@", False),
         ]:
             self.assertEqual(is_right, self.valid(text), text)
-        self.assertTrue(self.valid('{"usb_redirection_devices":{"bus":"usb","type":"spicevmc"}}', "usb:redirection_devices"))
+        self.assertTrue(
+            self.valid(
+                '{"usb_redirection_devices":{"bus":"usb","type":"spicevmc"}}',
+                "usb:redirection_devices",
+            )
+        )
 
 
 if __name__ == "__main__":

@@ -50,13 +50,17 @@ def is_enabled(root):
 def units(root):
     is_enabled(root)
     scheduler = root.file("/etc/systemd/system/multi-user.target.wants/virt-usb-scheduler.service")
-    check(not scheduler.is_symlink(), "a scheduler would start with the machine that nobody asked for")
+    check(
+        not scheduler.is_symlink(), "a scheduler would start with the machine that nobody asked for"
+    )
     for unit in (UNIT, SCHEDULER):
         said = root.must("systemd-analyze", "verify", "--man=yes", unit)
         about_us = [line for line in said.all.splitlines() if "virt-usb" in line]
         check(not about_us, "\n".join(about_us))
         said = root.must("systemd-analyze", "security", "--offline=true", "--no-pager", unit)
-        score = float(re.search(r"Overall exposure level for virt-usb\S*.service: ([0-9.]+)", said.out)[1])
+        score = float(
+            re.search(r"Overall exposure level for virt-usb\S*.service: ([0-9.]+)", said.out)[1]
+        )
         check(score <= 2.0, said.out)
         print(f"     systemd-analyze security {unit}: {score}", flush=True)
 
@@ -64,10 +68,25 @@ def units(root):
 def pages(root):
     found = sorted(root.file("/usr/share/man").glob("man*/virt-usb*"))
     names = {path.name for path in found}
-    for name in ("virt-usb.1.gz", "virt-usb-claims.1.gz", "virt-usb-claims-release.1.gz", "virt-usbd.8.gz", "virt-usb-hook.8.gz"):
+    for name in (
+        "virt-usb.1.gz",
+        "virt-usb-claims.1.gz",
+        "virt-usb-claims-release.1.gz",
+        "virt-usbd.8.gz",
+        "virt-usb-hook.8.gz",
+    ):
         check(name in names, f"there is no {name}")
     for path in found:
-        said = root.must("man", "--warnings", "-E", "UTF-8", "-l", "-Tutf8", "-Z", "/" + str(path.relative_to(root.path)))
+        said = root.must(
+            "man",
+            "--warnings",
+            "-E",
+            "UTF-8",
+            "-l",
+            "-Tutf8",
+            "-Z",
+            "/" + str(path.relative_to(root.path)),
+        )
         check(not said.err, f"{path.name}: {said.err}")
         plain = subprocess.run(["gzip", "-dc", path], capture_output=True, check=True).stdout
         lint = subprocess.run(["mandoc", "-Tlint", "-Werror"], input=plain, capture_output=True)
@@ -77,7 +96,11 @@ def pages(root):
 
 
 def completions(root):
-    for path in ("bash-completion/completions/virt-usb", "zsh/vendor-completions/_virt-usb", "fish/vendor_completions.d/virt-usb.fish"):
+    for path in (
+        "bash-completion/completions/virt-usb",
+        "zsh/vendor-completions/_virt-usb",
+        "fish/vendor_completions.d/virt-usb.fish",
+    ):
         check("discover" in root.file(f"/usr/share/{path}").read_text(), path)
     root.must("bash", "-n", "/usr/share/bash-completion/completions/virt-usb")
 
@@ -112,10 +135,23 @@ def recorded_host(root):
     """libusb of this Debian finds the devices of the recorded host."""
     for name in ("compute-host", "compute-host-interfaces"):
         shutil.copy(REPO / f"tests/fixtures/{name}.umockdev", root.packages)
-    records = [word for name in ("compute-host", "compute-host-interfaces") for word in ("-d", f"/packages/{name}.umockdev")]
+    records = [
+        word
+        for name in ("compute-host", "compute-host-interfaces")
+        for word in ("-d", f"/packages/{name}.umockdev")
+    ]
     config = root.packages / "recorded.toml"
     config.write_text('state_dir = "/packages/recorded"\nlog = "off"\n')
-    said = root.must("umockdev-run", *records, "--", "virt-usb", "--config", "/packages/recorded.toml", "discover", "--json")
+    said = root.must(
+        "umockdev-run",
+        *records,
+        "--",
+        "virt-usb",
+        "--config",
+        "/packages/recorded.toml",
+        "discover",
+        "--json",
+    )
     check("vendor_id" in said.out or "added" in said.out, str(said))
     said = root.must("virt-usb", "--config", "/packages/recorded.toml", "devices", "--json")
     check(len(json.loads(said.out)) >= 5, str(said))
@@ -140,7 +176,11 @@ def a_claim(root):
     root.must("virt-usb", "discover", "--sim", "/packages/key.toml", "--sysfs-out", "/packages/sys")
     # Other checks miss libvirt.
     found = json.loads(root.run("virt-usb", "doctor", "--all", "--json").out)
-    levels = {finding["level"] for finding in found if finding["check"] in ("hook", "configuration", "inventory")}
+    levels = {
+        finding["level"]
+        for finding in found
+        if finding["check"] in ("hook", "configuration", "inventory")
+    }
     check(levels == {"ok"}, str(found))
     said = root.must("stat", "-c", "%U %G %a", INVENTORY)
     check(said.out == "virt-usb virt-usb 640\n", f"the agent could not open what root made: {said}")
@@ -183,7 +223,9 @@ def ends(root, file, log, signal="TERM"):
     for _ in range(600):
         # Nobody waits for what was left alone: it stays as a zombie. Its first thread is one before the
         # others have ended, and until then the process has its files and their locks.
-        if root.run("sh", "-c", f"cat /proc/{pid}/task/*/status 2> /dev/null | grep -q '^State:.[^ZX]'").status:
+        if root.run(
+            "sh", "-c", f"cat /proc/{pid}/task/*/status 2> /dev/null | grep -q '^State:.[^ZX]'"
+        ).status:
             return
         time.sleep(0.1)
     raise Failure(f"{pid} does not end:\n{root.file(log).read_text()}")
@@ -200,7 +242,10 @@ def held(root):
         said = root.run("virt-usb", "--config", "/packages/agent.toml", "claims", "--json")
         found = json.loads(said.out) if said.status == 0 else []
         if [claim["state"] for claim in found] == ["allocated"]:
-            return [[claim[key] for key in ("id", "created_at", "device_id", "instance_uuid")] for claim in found]
+            return [
+                [claim[key] for key in ("id", "created_at", "device_id", "instance_uuid")]
+                for claim in found
+            ]
         time.sleep(0.1)
     raise Failure(f"the guest has no device:\n{said}\n{root.file('/run/agent.log').read_text()}")
 
@@ -217,7 +262,10 @@ def a_guest(root):
 def upgraded(root):
     before, config, guest = claims(root), root.file(CONFIG).read_text(), held(root)
     said = root.apt("install", "/packages/virt-usb.deb")
-    check(root.file(CONFIG).read_text() == config and config.startswith(OURS), "the configuration was changed")
+    check(
+        root.file(CONFIG).read_text() == config and config.startswith(OURS),
+        "the configuration was changed",
+    )
     check(claims(root) == before, "the claims are others")
     check(os.readlink(root.file(HOOK)) == PROGRAM, "the hook is no link to the program")
     check("restart" not in said.all, f"it speaks of a restart:\n{said}")
@@ -229,8 +277,13 @@ def upgraded(root):
     agent_starts(root)
     check(held(root) == guest, "the guest that runs has another claim")
     agent_stops(root)
-    version = subprocess.run(["dpkg-deb", "-f", root.package, "Version"], capture_output=True, text=True, check=True).stdout
-    check(root.must("dpkg-query", "-W", "-f", "${Version}", "virt-usb").out == version.strip(), "another version is there")
+    version = subprocess.run(
+        ["dpkg-deb", "-f", root.package, "Version"], capture_output=True, text=True, check=True
+    ).stdout
+    check(
+        root.must("dpkg-query", "-W", "-f", "${Version}", "virt-usb").out == version.strip(),
+        "another version is there",
+    )
 
 
 def newer(root, number):
@@ -248,13 +301,19 @@ def older_is_refused(root):
     schema = newer(root, 99)
     version = root.must("dpkg-query", "-W", "-f", "${Version}", "virt-usb").out
     said = root.refused("dpkg", "-i", "/packages/older.deb")
-    for words in ("has schema 99, this package knows", "Nothing was changed", "install the one that wrote it"):
+    for words in (
+        "has schema 99, this package knows",
+        "Nothing was changed",
+        "install the one that wrote it",
+    ):
         check(words in said.all, str(said))
     said = root.must("dpkg-query", "-W", "-f", "${Version} ${db:Status-Status}", "virt-usb")
     check(said.out == f"{version} installed", str(said))
     check(os.readlink(root.file(HOOK)) == PROGRAM, "the refusal took the hook away")
     # The hook that is left: who asks for nothing passes, who asks is told.
-    plain = re.sub(r"  <metadata>.*</metadata>\n", "", (EXAMPLES / "erp.xml").read_text(), flags=re.DOTALL).replace(INSTANCE, INSTANCE[:-2] + "02")
+    plain = re.sub(
+        r"  <metadata>.*</metadata>\n", "", (EXAMPLES / "erp.xml").read_text(), flags=re.DOTALL
+    ).replace(INSTANCE, INSTANCE[:-2] + "02")
     said = prepare(root, "plain", stdin=plain)
     check(said.status == 0 and not said.out, str(said))
     said = prepare(root, "erp")
@@ -271,7 +330,9 @@ def daemons(root):
     root.apt("install", "libvirt-daemon-system", "libvirt-clients", "polkitd", "dbus")
     root.file("/run/dbus").mkdir(exist_ok=True)
     root.must("dbus-daemon", "--system", "--fork", "--nopidfile")
-    polkitd = next(p for p in ("/usr/lib/polkit-1/polkitd", "/usr/libexec/polkitd") if root.file(p).exists())
+    polkitd = next(
+        p for p in ("/usr/lib/polkit-1/polkitd", "/usr/libexec/polkitd") if root.file(p).exists()
+    )
     # In the background, with no output that would be waited for.
     root.must("sh", "-c", f"{polkitd} --no-debug < /dev/null > /run/polkitd.log 2>&1 &")
 
@@ -286,7 +347,9 @@ def libvirtd(root, keys):
     if root.file("/run/libvirtd.pid").exists():
         libvirtd_stops(root)
     # With a network of its own: it would make bridges.
-    said = root.run("sh", "-c", "unshare --net libvirtd --daemon < /dev/null > /run/libvirtd.log 2>&1")
+    said = root.run(
+        "sh", "-c", "unshare --net libvirtd --daemon < /dev/null > /run/libvirtd.log 2>&1"
+    )
     if said.status:
         raise Failure(f"libvirtd does not start: {root.file('/run/libvirtd.log').read_text()}")
     for _ in range(600):
@@ -298,7 +361,19 @@ def libvirtd(root, keys):
 
 def virsh(root, *words, groups="--clear-groups"):
     """As the agent's user asks."""
-    return root.run("setpriv", "--reuid", "virt-usb", "--regid", "virt-usb", groups, "virsh", "-q", "-c", "qemu:///system", *words)
+    return root.run(
+        "setpriv",
+        "--reuid",
+        "virt-usb",
+        "--regid",
+        "virt-usb",
+        groups,
+        "virsh",
+        "-q",
+        "-c",
+        "qemu:///system",
+        *words,
+    )
 
 
 def until(root, holds):
@@ -320,12 +395,19 @@ def polkit(root):
     # Without the rule it would not be, with the group in its process or without it: polkit looks into the user database.
     away = rule.rename(rule.with_suffix(".away"))
     for groups in ("--clear-groups", "--groups=libvirt"):
-        until(root, lambda: "authentication unavailable" in virsh(root, "list", "--all", groups=groups).err)
+        until(
+            root,
+            lambda: "authentication unavailable" in virsh(root, "list", "--all", groups=groups).err,
+        )
     away.rename(rule)
     until(root, lambda: virsh(root, "list", "--all").status == 0)
     libvirtd(root, 'access_drivers = [ "polkit" ]\n')
     allowed = set(re.findall(r'"(org\.libvirt\.[a-z.-]+)"', rule.read_text()))
-    root.must("sh", "-c", "setpriv --reuid virt-usb --regid virt-usb --clear-groups sleep 600 < /dev/null > /dev/null 2>&1 & echo $! > /run/agent.pid")
+    root.must(
+        "sh",
+        "-c",
+        "setpriv --reuid virt-usb --regid virt-usb --clear-groups sleep 600 < /dev/null > /dev/null 2>&1 & echo $! > /run/agent.pid",
+    )
     agent = root.file("/run/agent.pid").read_text().strip()
     # Before, it is root's shell.
     until(root, lambda: root.run("cat", f"/proc/{agent}/comm").out == "sleep\n")
@@ -362,8 +444,32 @@ def another_hook_stays(root):
 
 def left(root):
     """All that has our name, but for what dpkg and others keep of any package."""
-    found = root.must("find", "/", "-xdev", "(", "-path", "/packages", "-o", "-path", "/proc", "-o", "-path", "/sys", ")", "-prune", "-o", "-name", "*virt-usb*", "-print")
-    kept = ("/var/lib/dpkg/", "/var/cache/apt/", "/var/lib/systemd/deb-systemd-helper", "/var/lib/apt/")
+    found = root.must(
+        "find",
+        "/",
+        "-xdev",
+        "(",
+        "-path",
+        "/packages",
+        "-o",
+        "-path",
+        "/proc",
+        "-o",
+        "-path",
+        "/sys",
+        ")",
+        "-prune",
+        "-o",
+        "-name",
+        "*virt-usb*",
+        "-print",
+    )
+    kept = (
+        "/var/lib/dpkg/",
+        "/var/cache/apt/",
+        "/var/lib/systemd/deb-systemd-helper",
+        "/var/lib/apt/",
+    )
     return sorted(path for path in found.out.split() if not path.startswith(kept))
 
 
@@ -376,13 +482,21 @@ def removed(root):
     check(not os.path.lexists(root.file(HOOK)), "the hook is still called")
     check(root.file("/etc/libvirt/hooks/qemu.d/10-other").exists(), "another's hook is gone")
     root.file("/etc/libvirt/hooks/qemu.d/10-other").unlink()
-    check(root.file(INVENTORY).exists() and root.file(CONFIG).read_text().startswith(OURS), "data or configuration is gone")
+    check(
+        root.file(INVENTORY).exists() and root.file(CONFIG).read_text().startswith(OURS),
+        "data or configuration is gone",
+    )
     for name in ("agent.lock", "hook.sock"):
-        check(not root.file(f"{STATE}/{name}").exists(), f"{name} is left: a hook would wait for an agent")
+        check(
+            not root.file(f"{STATE}/{name}").exists(),
+            f"{name} is left: a hook would wait for an agent",
+        )
 
 
 def purged(root):
-    root.must("apt-get", "-qq", "-y", "install", "/packages/virt-usb.deb", "--no-install-recommends")
+    root.must(
+        "apt-get", "-qq", "-y", "install", "/packages/virt-usb.deb", "--no-install-recommends"
+    )
     check([claim["instance_uuid"] for claim in claims(root)] == [INSTANCE], "the claim is gone")
     said = root.must("apt-get", "-qq", "-y", "purge", "virt-usb")
     check(f"rm -r {STATE} && userdel virt-usb" in said.all, str(said))
@@ -396,7 +510,9 @@ def again(root):
     check(os.readlink(root.file(HOOK)) == PROGRAM, "no hook")
     is_enabled(root)
     check(not root.file(CONFIG).read_text().startswith(OURS), "the configuration is not a new one")
-    check([claim["instance_uuid"] for claim in claims(root)] == [INSTANCE], "the inventory is another")
+    check(
+        [claim["instance_uuid"] for claim in claims(root)] == [INSTANCE], "the inventory is another"
+    )
     root.must("apt-get", "-qq", "-y", "purge", "virt-usb")
     root.must("sh", "-c", f"rm -r {STATE} && userdel virt-usb")
     check(left(root) == [], f"left: {left(root)}")
@@ -424,7 +540,9 @@ CASES = [
 def too_new(root):
     root.must("apt-get", "-qq", "update")
     # With -qq apt does not say what is missing.
-    refusal = root.refused("apt-get", "-y", "--no-install-recommends", "install", "/packages/virt-usb.deb")
+    refusal = root.refused(
+        "apt-get", "-y", "--no-install-recommends", "install", "/packages/virt-usb.deb"
+    )
     check("virt-usb : Depends:" in refusal.all, f"apt does not name what is missing:\n{refusal}")
     check(root.run("dpkg-query", "-W", "virt-usb").status != 0, "a part of the package is there")
 

@@ -21,18 +21,31 @@ def mirror():
     """The mirror that this machine's apt uses for Debian itself."""
     if os.environ.get("VIRT_USB_MIRROR"):
         return os.environ["VIRT_USB_MIRROR"]
-    listed = subprocess.run(["apt-get", "indextargets", "--format", "$(LABEL) $(REPO_URI)"], capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(
+        ["apt-get", "indextargets", "--format", "$(LABEL) $(REPO_URI)"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
     for line in listed.splitlines():
         label, _, uri = line.partition(" ")
         if label == "Debian":
             return uri
-    raise Failure("this machine's apt knows no mirror of Debian: 'apt-get update', or name one in VIRT_USB_MIRROR")
+    raise Failure(
+        "this machine's apt knows no mirror of Debian: 'apt-get update', or name one in VIRT_USB_MIRROR"
+    )
 
 
 def proxies():
     """How this machine's apt gets out."""
-    dumped = subprocess.run(["apt-config", "dump"], capture_output=True, text=True, check=True).stdout
-    return "".join(f"{line}\n" for line in dumped.splitlines() if line.lower().startswith(("acquire::http::proxy ", "acquire::https::proxy ")))
+    dumped = subprocess.run(
+        ["apt-config", "dump"], capture_output=True, text=True, check=True
+    ).stdout
+    return "".join(
+        f"{line}\n"
+        for line in dumped.splitlines()
+        if line.lower().startswith(("acquire::http::proxy ", "acquire::https::proxy "))
+    )
 
 
 def clean(debian):
@@ -50,12 +63,23 @@ def prepare(debian):
     shutil.rmtree(root, ignore_errors=True)
     (CACHE / f"archives{debian}/partial").mkdir(parents=True, exist_ok=True)
     log = CACHE / "debootstrap.log"
-    command = ["debootstrap", "--variant=minbase", f"--include={','.join(BASE)}", SUITES[debian], root, mirror()]
+    command = [
+        "debootstrap",
+        "--variant=minbase",
+        f"--include={','.join(BASE)}",
+        SUITES[debian],
+        root,
+        mirror(),
+    ]
     with log.open("w") as out:
         if subprocess.run(command, stdout=out, stderr=out).returncode:
-            raise SystemExit(f"packages: debootstrap failed: see {log}\n{''.join(log.read_text().splitlines(True)[-5:])}")
+            raise SystemExit(
+                f"packages: debootstrap failed: see {log}\n{''.join(log.read_text().splitlines(True)[-5:])}"
+            )
     (root / "etc/apt/sources.list").write_text(f"deb {mirror()} {SUITES[debian]} main\n")
-    (root / "etc/apt/apt.conf.d/90tests").write_text(f'{proxies()}APT::Sandbox::User "root";\nBinary::apt::APT::Keep-Downloaded-Packages "true";\n')
+    (root / "etc/apt/apt.conf.d/90tests").write_text(
+        f'{proxies()}APT::Sandbox::User "root";\nBinary::apt::APT::Keep-Downloaded-Packages "true";\n'
+    )
     # No service is started: there is no systemd that runs.
     (root / "usr/sbin/policy-rc.d").write_text("#!/bin/sh\nexit 101\n")
     (root / "usr/sbin/policy-rc.d").chmod(0o755)
@@ -69,11 +93,18 @@ def repack(package, to, version, edit=None):
     tree = to.with_suffix(".tree")
     subprocess.run(["dpkg-deb", "-R", package, tree], check=True)
     control = tree / "DEBIAN/control"
-    lines = [f"Version: {version}" if line.startswith("Version: ") else line for line in control.read_text().splitlines()]
+    lines = [
+        f"Version: {version}" if line.startswith("Version: ") else line
+        for line in control.read_text().splitlines()
+    ]
     control.write_text("\n".join(lines) + "\n")
     if edit:
         edit(tree)
-    subprocess.run(["dpkg-deb", "-Znone", "--root-owner-group", "-b", tree, to], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        ["dpkg-deb", "-Znone", "--root-owner-group", "-b", tree, to],
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
     shutil.rmtree(tree)
 
 
@@ -81,7 +112,12 @@ class Answer:
     """What a command in a root came to."""
 
     def __init__(self, words, done):
-        self.words, self.status, self.out, self.err = words, done.returncode, done.stdout, done.stderr
+        self.words, self.status, self.out, self.err = (
+            words,
+            done.returncode,
+            done.stdout,
+            done.stderr,
+        )
 
     @property
     def all(self):
@@ -104,7 +140,14 @@ class Root:
         for name in ("upper", "work", "root"):
             (work / name).mkdir()
         self.path = work / "root"
-        self._mount("-t", "overlay", "overlay", "-o", f"lowerdir={clean(debian)},upperdir={work}/upper,workdir={work}/work", self.path)
+        self._mount(
+            "-t",
+            "overlay",
+            "overlay",
+            "-o",
+            f"lowerdir={clean(debian)},upperdir={work}/upper,workdir={work}/work",
+            self.path,
+        )
         for words in (
             ["-t", "proc", "proc", "proc"],
             ["-t", "sysfs", "-o", "ro", "sysfs", "sys"],
@@ -132,8 +175,21 @@ class Root:
 
     def run(self, *words, stdin="", env=None, timeout=300):
         """Runs a command in it; says nothing about how it went."""
-        environment = {"PATH": PATH, "HOME": "/root", "LC_ALL": "C.UTF-8", "DEBIAN_FRONTEND": "noninteractive", "COLUMNS": "120"} | (env or {})
-        done = subprocess.run(["chroot", self.path, *words], input=stdin, capture_output=True, text=True, env=environment, timeout=timeout)
+        environment = {
+            "PATH": PATH,
+            "HOME": "/root",
+            "LC_ALL": "C.UTF-8",
+            "DEBIAN_FRONTEND": "noninteractive",
+            "COLUMNS": "120",
+        } | (env or {})
+        done = subprocess.run(
+            ["chroot", self.path, *words],
+            input=stdin,
+            capture_output=True,
+            text=True,
+            env=environment,
+            timeout=timeout,
+        )
         answer = Answer(words, done)
         self.said.append(answer)
         return answer
@@ -151,7 +207,9 @@ class Root:
         return answer
 
     def apt(self, *words):
-        return self.must("apt-get", "-qq", "-y", "--no-install-recommends", "-o", "Dpkg::Use-Pty=0", *words)
+        return self.must(
+            "apt-get", "-qq", "-y", "--no-install-recommends", "-o", "Dpkg::Use-Pty=0", *words
+        )
 
     def file(self, path):
         return self.path / path.lstrip("/")
@@ -161,7 +219,10 @@ class Root:
         return "".join(str(answer) for answer in self.said[-4:])
 
     def shell(self):
-        return subprocess.run(["chroot", self.path, "/bin/bash"], env={"PATH": PATH, "HOME": "/root", "TERM": os.environ.get("TERM", "dumb")}).returncode
+        return subprocess.run(
+            ["chroot", self.path, "/bin/bash"],
+            env={"PATH": PATH, "HOME": "/root", "TERM": os.environ.get("TERM", "dumb")},
+        ).returncode
 
 
 def check(holds, what):

@@ -91,7 +91,11 @@ class Agent:
         port = self.folder / "port"
         if not port.exists():
             port.write_text(str(ports.reserve()))
-        lines = [f'state_dir = "{self.folder}/state"', f'api = "127.0.0.1:{port.read_text()}"', f'log = "{self.folder}/hook.log"']
+        lines = [
+            f'state_dir = "{self.folder}/state"',
+            f'api = "127.0.0.1:{port.read_text()}"',
+            f'log = "{self.folder}/hook.log"',
+        ]
         lines += ["[keystone]"] * bool(keystone)
         lines += [f"{key} = {json.dumps(value)}" for key, value in keystone.items()]
         self.config.write_text("\n".join(lines) + "\n")
@@ -110,14 +114,26 @@ class Agent:
 
     def write_domains(self, domains: list[dict[str, Any]]) -> None:
         """What is to run. The file is in its place at once or not at all."""
-        tables = ["[[domain]]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in one.items() if value is not None) for one in domains]
+        tables = [
+            "[[domain]]\n"
+            + "".join(
+                f"{key} = {json.dumps(value)}\n" for key, value in one.items() if value is not None
+            )
+            for one in domains
+        ]
         new = self.folder / "sim.new"
         new.write_text("\n".join([DEVICES, *tables]))
         new.rename(self.folder / "sim.toml")
 
     def start(self) -> None:
         """Starts it, and waits for its devices."""
-        command = [program("virt-usbd"), "--config", str(self.config), "--sim", str(self.folder / "sim.toml")]
+        command = [
+            program("virt-usbd"),
+            "--config",
+            str(self.config),
+            "--sim",
+            str(self.folder / "sim.toml"),
+        ]
         log = self.folder / "agent.log"
         with log.open("ab") as to:
             self.child = subprocess.Popen(command, stdout=to, stderr=to, preexec_fn=end_with_parent)
@@ -125,7 +141,9 @@ class Agent:
 
     def _has_its_devices(self) -> bool:
         try:
-            return len(self.local("GET", "os-usb-devices")["usb_devices"]) == DEVICES.count("[[device]]")
+            return len(self.local("GET", "os-usb-devices")["usb_devices"]) == DEVICES.count(
+                "[[device]]"
+            )
         except (OSError, http.client.HTTPException):
             return False
 
@@ -154,10 +172,22 @@ class Agent:
     def ask(self, token: str, method: str, path: str, body: Any = None) -> Answer:
         """What it answers to whoever has this token."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=TIMEOUT_SECONDS)
-        return self._ask(connection, {"X-Auth-Token": token}, method, path if path.startswith("/") else f"/v3/{path}", body)
+        return self._ask(
+            connection,
+            {"X-Auth-Token": token},
+            method,
+            path if path.startswith("/") else f"/v3/{path}",
+            body,
+        )
 
     @staticmethod
-    def _ask(connection: http.client.HTTPConnection, headers: dict[str, str], method: str, path: str, body: Any) -> Answer:
+    def _ask(
+        connection: http.client.HTTPConnection,
+        headers: dict[str, str],
+        method: str,
+        path: str,
+        body: Any,
+    ) -> Answer:
         sent = None if body is None else json.dumps(body)
         if sent is not None:
             headers = {**headers, "Content-Type": "application/json"}
@@ -170,4 +200,10 @@ class Agent:
     def virt_usb(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """The command line, on this host."""
         command = [program("virt-usb"), "--config", str(self.config), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "NO_COLOR": "1"})
+        return subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, "NO_COLOR": "1"},
+        )

@@ -66,20 +66,40 @@ class Cloud:
     def __enter__(self) -> Cloud:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.start_keystone()
-        self.agent.make({"url": self.keystone, "password_file": f"{self.folder}/keystone/virt-usb.password", "cache": self.cache})
+        self.agent.make(
+            {
+                "url": self.keystone,
+                "password_file": f"{self.folder}/keystone/virt-usb.password",
+                "cache": self.cache,
+            }
+        )
         self.agent.start()
         Admin(self.keystone).service("usb", self.agent.url)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.stop_compute()
         self.agent.stop()
         self.stop_keystone()
 
     def start_keystone(self, expiration: int = 3600) -> None:
         """Its tokens hold for so many seconds."""
-        command = [sys.executable, str(HERE / "identity.py"), "serve", str(self.folder / "keystone"), "--expiration", str(expiration)]
-        self._identity = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=end_with_parent)
+        command = [
+            sys.executable,
+            str(HERE / "identity.py"),
+            "serve",
+            str(self.folder / "keystone"),
+            "--expiration",
+            str(expiration),
+        ]
+        self._identity = subprocess.Popen(
+            command, stdout=subprocess.PIPE, text=True, preexec_fn=end_with_parent
+        )
         assert self._identity.stdout is not None
         self.keystone = self._identity.stdout.readline().strip()
         if not self.keystone:
@@ -101,7 +121,9 @@ class Cloud:
         (self.folder / "services.json").write_text(json.dumps(told))
         with (self.folder / "compute.log").open("ab") as log:
             command = [sys.executable, str(HERE / "compute.py"), str(port), str(self.folder)]
-            self._compute = subprocess.Popen(command, stdout=log, stderr=log, preexec_fn=end_with_parent)
+            self._compute = subprocess.Popen(
+                command, stdout=log, stderr=log, preexec_fn=end_with_parent
+            )
         url = f"http://127.0.0.1:{port}/v2.1"
         wait_for(self._compute, f"{url}/", {200, 401}, f"{self.folder}/compute.log")
         Admin(self.keystone).service("compute", url)
@@ -119,7 +141,8 @@ class Cloud:
         mine = {
             key: value
             for key, value in os.environ.items()
-            if not key.startswith("OS_") and key.lower() not in {"http_proxy", "https_proxy", "all_proxy"}
+            if not key.startswith("OS_")
+            and key.lower() not in {"http_proxy", "https_proxy", "all_proxy"}
         }
         return {
             **mine,
@@ -141,7 +164,12 @@ class Cloud:
     def configure_tempest(self) -> None:
         """What Tempest is told: which services there are, and as whom it makes its projects and users."""
         (self.folder / "tempest.conf").write_text(
-            TEMPEST.format(folder=self.folder, keystone=self.keystone, password=password("admin"), region=REGION)
+            TEMPEST.format(
+                folder=self.folder,
+                keystone=self.keystone,
+                password=password("admin"),
+                region=REGION,
+            )
         )
 
 
@@ -150,7 +178,9 @@ def main() -> int:
     with Cloud(Path(sys.argv[1]).resolve()) as cloud:
         cloud.start_compute()
         cloud.configure_tempest()
-        return subprocess.run(sys.argv[2:], cwd=cloud.folder, env=cloud.environment("admin", "admin"), check=False).returncode
+        return subprocess.run(
+            sys.argv[2:], cwd=cloud.folder, env=cloud.environment("admin", "admin"), check=False
+        ).returncode
 
 
 if __name__ == "__main__":

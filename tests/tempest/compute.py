@@ -88,7 +88,9 @@ def links(kind: str, one: str) -> list[dict[str, str]]:
 def one_of(all_of_them: dict[str, dict[str, Any]], one: str) -> dict[str, Any]:
     """That of this id, which is the caller's."""
     found = all_of_them.get(one)
-    is_mine = found is not None and ("project" not in found or found["project"] == caller() or "admin" in roles())
+    is_mine = found is not None and (
+        "project" not in found or found["project"] == caller() or "admin" in roles()
+    )
     if found is None or not is_mine:
         flask.abort(404)
     return found
@@ -159,7 +161,11 @@ def set_extra_specs(one: str) -> dict[str, Any]:
 
 def wanted(flavor: dict[str, Any]) -> str | None:
     """What the hook finds in the metadata that Nova writes."""
-    asked = {EXTRA_SPECS[key]: json.loads(value) for key, value in flavor["extra_specs"].items() if key in EXTRA_SPECS}
+    asked = {
+        EXTRA_SPECS[key]: json.loads(value)
+        for key, value in flavor["extra_specs"].items()
+        if key in EXTRA_SPECS
+    }
     return json.dumps(asked) if asked else None
 
 
@@ -172,7 +178,14 @@ def create_server() -> tuple[dict[str, Any], int]:
     one = str(uuid.uuid4())
     with compute.lock:
         name = f"instance-{len(compute.servers) + 1:08x}-{one[:8]}"
-        domain = {"name": name, "uuid": one, "project": project, "running": True, "spice": True, "flavor": wanted(flavor)}
+        domain = {
+            "name": name,
+            "uuid": one,
+            "project": project,
+            "running": True,
+            "spice": True,
+            "flavor": wanted(flavor),
+        }
         created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         user = flask.request.headers["X-User-Id"]
         compute.servers[one] = {
@@ -184,7 +197,15 @@ def create_server() -> tuple[dict[str, Any], int]:
             "domain": domain,
         }
         compute.write()
-    return {"server": {"id": one, "links": links("servers", one), "OS-DCF:diskConfig": "MANUAL", "adminPass": "none", "security_groups": []}}, 202
+    return {
+        "server": {
+            "id": one,
+            "links": links("servers", one),
+            "OS-DCF:diskConfig": "MANUAL",
+            "adminPass": "none",
+            "security_groups": [],
+        }
+    }, 202
 
 
 def server_shown(one: str, server: dict[str, Any]) -> dict[str, Any]:
@@ -215,14 +236,25 @@ def server_shown(one: str, server: dict[str, Any]) -> dict[str, Any]:
 def servers_of_caller() -> list[tuple[str, dict[str, Any]]]:
     """Those of the name that is asked for."""
     project, name = caller(), flask.request.args.get("name")
-    mine = [(one, server) for one, server in compute.servers.items() if server["project"] == project]
-    return [(one, server) for one, server in mine if name is None or re.search(name, server["asked"]["name"])]
+    mine = [
+        (one, server) for one, server in compute.servers.items() if server["project"] == project
+    ]
+    return [
+        (one, server)
+        for one, server in mine
+        if name is None or re.search(name, server["asked"]["name"])
+    ]
 
 
 @app.get("/v2.1/servers")
 def list_servers() -> dict[str, Any]:
     """The project's servers."""
-    return {"servers": [{"id": one, "name": server["asked"]["name"], "links": links("servers", one)} for one, server in servers_of_caller()]}
+    return {
+        "servers": [
+            {"id": one, "name": server["asked"]["name"], "links": links("servers", one)}
+            for one, server in servers_of_caller()
+        ]
+    }
 
 
 @app.get("/v2.1/servers/detail")

@@ -91,7 +91,9 @@ class Admin:
 
     def call(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
         """What Keystone answers."""
-        answer = self.session.request(method, f"{self.url}/{path}", json=body, timeout=TIMEOUT_SECONDS)
+        answer = self.session.request(
+            method, f"{self.url}/{path}", json=body, timeout=TIMEOUT_SECONDS
+        )
         if not answer.ok:
             raise SystemExit(f"identity.py: {method} {path}: {answer.status_code}: {answer.text}")
         return answer.json() if answer.content else None
@@ -113,7 +115,10 @@ class Admin:
             ids["users"][user] = self.named("user", user, {**domain, "password": password(user)})
             ids["projects"][project] = self.named("project", project, domain)
             ids["roles"][role] = self.named("role", role, {})
-            self.call("PUT", f"projects/{ids['projects'][project]}/users/{ids['users'][user]}/roles/{ids['roles'][role]}")
+            self.call(
+                "PUT",
+                f"projects/{ids['projects'][project]}/users/{ids['users'][user]}/roles/{ids['roles'][role]}",
+            )
         return ids
 
     def no_service(self, kind: str) -> None:
@@ -144,7 +149,16 @@ def make(folder: Path, url: str) -> None:
     keys.mkdir(mode=0o700, exist_ok=True)
     owner = ["--keystone-user", str(os.getuid()), "--keystone-group", str(os.getgid())]
     manage(folder, "fernet_setup", *owner)
-    manage(folder, "bootstrap", "--bootstrap-password", password(ADMIN), "--bootstrap-public-url", url, "--bootstrap-region-id", REGION)
+    manage(
+        folder,
+        "bootstrap",
+        "--bootstrap-password",
+        password(ADMIN),
+        "--bootstrap-public-url",
+        url,
+        "--bootstrap-region-id",
+        REGION,
+    )
     for user in [ADMIN, *(user for user, _, _ in ASSIGNMENTS)]:
         file = folder / f"{user}.password"
         file.touch(mode=0o600)
@@ -159,7 +173,9 @@ def serve(folder: Path, expiration: int) -> int:
     is_new = not had.exists()
     port = ports.reserve() if is_new else int(had.read_text())
     url = f"http://127.0.0.1:{port}/v3"
-    (folder / "keystone.conf").write_text(CONFIGURATION.format(folder=folder, expiration=expiration))
+    (folder / "keystone.conf").write_text(
+        CONFIGURATION.format(folder=folder, expiration=expiration)
+    )
     if is_new:
         make(folder, url)
 
@@ -199,9 +215,13 @@ def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description="Keystone on this machine alone")
     commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("serve", help="serve it, and make it before where it is not there")
+    command = commands.add_parser(
+        "serve", help="serve it, and make it before where it is not there"
+    )
     command.add_argument("folder", type=Path)
-    command.add_argument("--expiration", type=int, default=3600, help="how long a token holds, in seconds")
+    command.add_argument(
+        "--expiration", type=int, default=3600, help="how long a token holds, in seconds"
+    )
     commands.add_parser("answer").add_argument("port", type=int)
     asked = parser.parse_args()
     if asked.command == "answer":

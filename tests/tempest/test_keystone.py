@@ -44,7 +44,10 @@ class Keystone(unittest.TestCase):
         cls.enterClassContext(cls.cloud)
         ids = json.loads((cls.cloud.folder / "keystone/cloud.json").read_text())
         cls.projects, cls.users = ids["projects"], ids["users"]
-        guests = [{"name": "erp", "uuid": ERP, "project": cls.projects["erp"]}, {"name": "crm", "uuid": CRM, "project": cls.projects["crm"]}]
+        guests = [
+            {"name": "erp", "uuid": ERP, "project": cls.projects["erp"]},
+            {"name": "crm", "uuid": CRM, "project": cls.projects["crm"]},
+        ]
         cls.agent = cls.cloud.agent
         cls.agent.write_domains(guests)
         cls.until(lambda: cls.agent.servers() == {"erp": "ACTIVE", "crm": "ACTIVE"})
@@ -78,7 +81,9 @@ class Keystone(unittest.TestCase):
     def test_a_member_acts_for_his_project_and_the_audit_names_him(self) -> None:
         member, erp = self.of("erp-member", "erp"), self.projects["erp"]
         for prefix in (f"/v2/{erp}", f"/v2.1/{erp}", "/v2.1", "/v3"):
-            self.assertEqual(self.agent.ask(member, "GET", f"{prefix}/os-usb-devices").status, 200, prefix)
+            self.assertEqual(
+                self.agent.ask(member, "GET", f"{prefix}/os-usb-devices").status, 200, prefix
+            )
         self.assertEqual(self.attach(member).status, 202)
         events = self.agent.local("GET", "os-usb-events?limit=10")["events"]
         self.assertIn("api keystone erp-member@Default", [event["actor"] for event in events])
@@ -91,30 +96,48 @@ class Keystone(unittest.TestCase):
         self.assertEqual((self.look(reader), self.attach(reader).status), (200, 403))
         admin = self.of("admin", "admin")
         disable = {"disable": {"reason": "lent"}}
-        self.assertEqual(self.agent.ask(self.of("erp-member", "erp"), "POST", "os-usb-devices/2/action", disable).status, 403)
-        self.assertEqual(self.agent.ask(admin, "POST", "os-usb-devices/2/action", disable).status, 200)
+        self.assertEqual(
+            self.agent.ask(
+                self.of("erp-member", "erp"), "POST", "os-usb-devices/2/action", disable
+            ).status,
+            403,
+        )
+        self.assertEqual(
+            self.agent.ask(admin, "POST", "os-usb-devices/2/action", disable).status, 200
+        )
         system = self.token("admin", {"system": {"all": True}})
-        self.assertEqual(self.agent.ask(system, "POST", "os-usb-devices/2/action", {"enable": None}).status, 200)
+        self.assertEqual(
+            self.agent.ask(system, "POST", "os-usb-devices/2/action", {"enable": None}).status, 200
+        )
 
     def test_another_project_is_not_his(self) -> None:
         crm, erp = self.of("crm-member", "crm"), self.projects["erp"]
         answer = self.agent.ask(crm, "GET", f"/v2.1/{erp}/os-usb-devices")
         self.assertEqual(answer.status, 400, answer)
         answer = self.attach(crm, ERP)
-        self.assertEqual((answer.status, answer.fault()), (404, f"Instance {ERP} could not be found."))
+        self.assertEqual(
+            (answer.status, answer.fault()), (404, f"Instance {ERP} could not be found.")
+        )
         self.assertEqual(self.agent.ask(crm, "GET", f"servers/{ERP}/os-usb-devices").status, 404)
 
     def test_what_is_good_for_nothing_here_is_told_why(self) -> None:
         for token, why in [
             (self.token("erp-member"), "The token has no project scope."),
-            (self.of("virt-usb", "service"), "The token has none of the required roles: admin, member, reader."),
+            (
+                self.of("virt-usb", "service"),
+                "The token has none of the required roles: admin, member, reader.",
+            ),
         ]:
             answer = self.agent.ask(token, "GET", "os-usb-devices")
             self.assertEqual((answer.status, answer.fault()), (403, why))
         admin = Admin(self.cloud.keystone)
         roles = {role["name"]: role["id"] for role in admin.call("GET", "roles")["roles"]}
-        admin.call("PUT", f"domains/default/users/{self.users['erp-reader']}/roles/{roles['reader']}")
-        answer = self.agent.ask(self.token("erp-reader", {"domain": DEFAULT}), "GET", "os-usb-devices")
+        admin.call(
+            "PUT", f"domains/default/users/{self.users['erp-reader']}/roles/{roles['reader']}"
+        )
+        answer = self.agent.ask(
+            self.token("erp-reader", {"domain": DEFAULT}), "GET", "os-usb-devices"
+        )
         self.assertEqual((answer.status, answer.fault()), (403, "The token has no project scope."))
 
     def test_what_is_no_token_is_nobodys(self) -> None:
@@ -122,18 +145,28 @@ class Keystone(unittest.TestCase):
         for forged in ["gAAAAABnothing", member[:-4] + "AAAA", "x" * 200]:
             self.assertEqual(self.look(forged), 401, forged)
 
-    def test_an_application_credential_is_its_user_and_one_with_access_rules_is_nobody(self) -> None:
+    def test_an_application_credential_is_its_user_and_one_with_access_rules_is_nobody(
+        self,
+    ) -> None:
         user = self.users["erp-member"]
         mine = session()
         mine.headers["X-Auth-Token"] = self.of("erp-member", "erp")
 
         def token(name: str, **more: Any) -> str:
             wanted = {"application_credential": {"name": name, **more}}
-            made = mine.post(f"{self.cloud.keystone}/users/{user}/application_credentials", json=wanted, timeout=TIMEOUT_SECONDS)
+            made = mine.post(
+                f"{self.cloud.keystone}/users/{user}/application_credentials",
+                json=wanted,
+                timeout=TIMEOUT_SECONDS,
+            )
             made.raise_for_status()
             which = {key: made.json()["application_credential"][key] for key in ("id", "secret")}
-            auth: Any = {"identity": {"methods": ["application_credential"], "application_credential": which}}
-            answer = session().post(f"{self.cloud.keystone}/auth/tokens", json={"auth": auth}, timeout=TIMEOUT_SECONDS)
+            auth: Any = {
+                "identity": {"methods": ["application_credential"], "application_credential": which}
+            }
+            answer = session().post(
+                f"{self.cloud.keystone}/auth/tokens", json={"auth": auth}, timeout=TIMEOUT_SECONDS
+            )
             answer.raise_for_status()
             return answer.headers["X-Subject-Token"]
 
@@ -148,14 +181,20 @@ class Keystone(unittest.TestCase):
         self.assertEqual(self.look(member), 200)
         headers = {"X-Subject-Token": member}
         admin = Admin(self.cloud.keystone)
-        admin.session.delete(f"{self.cloud.keystone}/auth/tokens", headers=headers, timeout=TIMEOUT_SECONDS).raise_for_status()
+        admin.session.delete(
+            f"{self.cloud.keystone}/auth/tokens", headers=headers, timeout=TIMEOUT_SECONDS
+        ).raise_for_status()
         seen = self.look(member)
         self.assertIn(seen, {200, 401}, "for a while it may look on")
         self.assertEqual(self.attach(member).status, 401)
         self.assertEqual(self.look(member), 401, "it was asked about again, for the change")
         other = self.of("erp-member", "erp")
         self.assertEqual(self.look(other), 200)
-        admin.session.delete(f"{self.cloud.keystone}/auth/tokens", headers={"X-Subject-Token": other}, timeout=TIMEOUT_SECONDS).raise_for_status()
+        admin.session.delete(
+            f"{self.cloud.keystone}/auth/tokens",
+            headers={"X-Subject-Token": other},
+            timeout=TIMEOUT_SECONDS,
+        ).raise_for_status()
         self.until(lambda: self.look(other) == 401)
 
     def test_whose_user_is_disabled_changes_nothing_from_then_on(self) -> None:
@@ -170,7 +209,9 @@ class Keystone(unittest.TestCase):
 
     def test_while_it_is_away_nothing_is_changed_with_its_tokens_and_it_is_said_once(self) -> None:
         member, other = self.of("erp-member", "erp"), self.of("crm-member", "crm")
-        made = self.agent.virt_usb("--json", "token", "add", "local", "--project", "p", "--role", "admin")
+        made = self.agent.virt_usb(
+            "--json", "token", "add", "local", "--project", "p", "--role", "admin"
+        )
         local = json.loads(made.stdout)["token"]
         asked = time.monotonic()
         self.assertEqual(self.look(member), 200)
@@ -183,14 +224,20 @@ class Keystone(unittest.TestCase):
                 self.assertEqual(looked, 200, "it was vouched for a moment ago")
             for _ in range(3):
                 refused = self.attach(member)
-                self.assertEqual((refused.status, refused.headers["Retry-After"]), (503, "5"), refused)
+                self.assertEqual(
+                    (refused.status, refused.headers["Retry-After"]), (503, "5"), refused
+                )
                 self.assertNotIn("127.0.0.1", refused.fault(), "the log says where and why")
             self.assertEqual(self.look(other), 503)
             self.assertEqual(self.look(local), 200, "the host's own tokens count")
             self.until(lambda: self.look(member) == 503)
             self.assertEqual(self.agent.log().count(SAID) - before, 1, self.agent.log())
             found = self.doctor()
-            self.assertEqual([(level, "cannot be reached" in what) for level, what in found], [("warning", True)], found)
+            self.assertEqual(
+                [(level, "cannot be reached" in what) for level, what in found],
+                [("warning", True)],
+                found,
+            )
             # And with tokens that end soon.
             self.cloud.start_keystone(expiration=15)
             brief = self.of("erp-member", "erp")
@@ -207,12 +254,21 @@ class Keystone(unittest.TestCase):
     def doctor(self) -> list[tuple[str, str]]:
         """What `virt-usb doctor` finds of Keystone: how bad it is, and what."""
         findings = json.loads(self.agent.virt_usb("--json", "doctor").stdout)
-        return [(finding["level"], finding["what"]) for finding in findings if finding["check"] == "keystone"]
+        return [
+            (finding["level"], finding["what"])
+            for finding in findings
+            if finding["check"] == "keystone"
+        ]
 
     def test_a_service_user_that_may_not_ask_lets_nobody_in_and_the_log_says_why(self) -> None:
         member = self.of("erp-member", "erp")
         for user, project, secret, why in [
-            ("erp-reader", "erp", None, 'does not let the user erp-reader validate tokens: give it the role "service" in the project erp'),
+            (
+                "erp-reader",
+                "erp",
+                None,
+                'does not let the user erp-reader validate tokens: give it the role "service" in the project erp',
+            ),
             (
                 "virt-usb",
                 "service",
@@ -232,13 +288,27 @@ class Keystone(unittest.TestCase):
                 other = Agent(Path(folder))
                 told = Path(folder) / "password"
                 told.write_text(secret or right)
-                other.make({"url": self.cloud.keystone, "user": user, "project": project, "password_file": str(told), "cache": CACHE})
+                other.make(
+                    {
+                        "url": self.cloud.keystone,
+                        "user": user,
+                        "project": project,
+                        "password_file": str(told),
+                        "cache": CACHE,
+                    }
+                )
                 other.start()
                 try:
                     for _ in range(3):
                         answer = other.ask(member, "GET", "os-usb-devices")
                         self.assertEqual(answer.status, 503, answer)
-                    self.assertEqual(other.log().count(f"{why.replace('FILE', str(told))}; Keystone tokens are rejected"), 1, other.log())
+                    self.assertEqual(
+                        other.log().count(
+                            f"{why.replace('FILE', str(told))}; Keystone tokens are rejected"
+                        ),
+                        1,
+                        other.log(),
+                    )
                 finally:
                     other.stop()
 
@@ -248,7 +318,16 @@ class Keystone(unittest.TestCase):
         file = self.cloud.folder / "keystone/virt-usb.password"
         file.chmod(0o644)
         try:
-            self.assertEqual(self.doctor(), [well, ("warning", f"the password in {file}: every user of this host may read it, or write to it")])
+            self.assertEqual(
+                self.doctor(),
+                [
+                    well,
+                    (
+                        "warning",
+                        f"the password in {file}: every user of this host may read it, or write to it",
+                    ),
+                ],
+            )
         finally:
             file.chmod(0o600)
 

@@ -73,13 +73,25 @@ class OpenStack(unittest.TestCase):
         projects = json.loads((cls.cloud.folder / "keystone/cloud.json").read_text())["projects"]
         guest = {"name": "erp", "uuid": ERP, "project": projects["erp"]}
         off = {"name": "off", "uuid": OFF, "project": projects["erp"], "running": False}
-        cls.cloud.agent.write_domains([guest, off, {"name": "crm", "uuid": CRM, "project": projects["crm"]}])
+        cls.cloud.agent.write_domains(
+            [guest, off, {"name": "crm", "uuid": CRM, "project": projects["crm"]}]
+        )
         runs = {"erp": "ACTIVE", "off": "SHUTOFF", "crm": "ACTIVE"}
         until(lambda: cls.cloud.agent.servers() == runs, cls.cloud.agent.log)
 
-    def openstack(self, command: str, *more: str, user: str = "erp-member", project: str = "erp", **environment: str) -> tuple[str, str, int]:
+    def openstack(
+        self,
+        command: str,
+        *more: str,
+        user: str = "erp-member",
+        project: str = "erp",
+        **environment: str,
+    ) -> tuple[str, str, int]:
         """What it prints, what it complains of, and how it ends."""
-        return run(["openstack", *command.split(), *more], {**self.cloud.environment(user, project), **environment})
+        return run(
+            ["openstack", *command.split(), *more],
+            {**self.cloud.environment(user, project), **environment},
+        )
 
     def said(self, command: str, *more: str, **who: str) -> Any:
         """As JSON, of what went well."""
@@ -100,11 +112,19 @@ class OpenStack(unittest.TestCase):
             [(one["ID"], one["Vendor ID"], one["Serial"], one["Status"]) for one in listed],
             [(1, "0529", "S1", "available"), (2, "096e", "S2", "available")],
         )
-        self.assertEqual([one["ID"] for one in self.said("usb device list --vendor-id 096e --status available --long")], [2])
+        self.assertEqual(
+            [
+                one["ID"]
+                for one in self.said("usb device list --vendor-id 096e --status available --long")
+            ],
+            [2],
+        )
         self.assertEqual(self.said("usb device list --host nowhere"), [])
         self.assertEqual(self.said("usb device list", "--serial", "S 1&status=x"), [])
         shown = self.said("usb device show 1")
-        self.assertEqual((shown["id"], shown["product_name"], shown["port_path"]), (1, "HASP HL", "1-1"))
+        self.assertEqual(
+            (shown["id"], shown["product_name"], shown["port_path"]), (1, "HASP HL", "1-1")
+        )
         table, _, _ = self.openstack("usb device list", user="erp-reader")
         self.assertIn("| HASP HL ", table)
         self.refused("usb device show 9", "USB device 9 could not be found. (HTTP 404, req-")
@@ -117,9 +137,21 @@ class OpenStack(unittest.TestCase):
 
     def test_it_is_a_command_of_openstacks(self) -> None:
         environment = self.cloud.environment("erp-reader", "erp")
-        done = subprocess.run(["openstack", "usb", "device", "show", "2", "-f", "json"], env=environment, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            ["openstack", "usb", "device", "show", "2", "-f", "json"],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         self.assertEqual(json.loads(done.stdout)["serial"], "S2")
-        told = subprocess.run(["openstack", "help", "server", "add", "usb", "device"], env=environment, capture_output=True, text=True, check=True)
+        told = subprocess.run(
+            ["openstack", "help", "server", "add", "usb", "device"],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         self.assertIn("Attach a USB device to a server", told.stdout)
 
     def test_a_list_of_many_pages_is_whole(self) -> None:
@@ -131,14 +163,28 @@ class OpenStack(unittest.TestCase):
             user_domain_name="Default",
             project_domain_name="Default",
         )
-        usb = UsbClient(keystoneauth.Session(auth), region_name=REGION, interface="public", endpoint_override=None)
-        self.assertEqual([one["serial"] for one in usb.devices({"limit": 1, "sort_key": "id", "sort_dir": "desc"})], ["S2", "S1"])
+        usb = UsbClient(
+            keystoneauth.Session(auth),
+            region_name=REGION,
+            interface="public",
+            endpoint_override=None,
+        )
+        self.assertEqual(
+            [
+                one["serial"]
+                for one in usb.devices({"limit": 1, "sort_key": "id", "sort_dir": "desc"})
+            ],
+            ["S2", "S1"],
+        )
 
     def test_devices_are_disabled_and_enabled_by_administrators(self) -> None:
         self.refused("usb device disable 2", "(HTTP 403, req-")
         admin = {"user": "admin", "project": "admin"}
         disabled = self.said("usb device disable 2 --reason lent", **admin)
-        self.assertEqual((disabled["status"], disabled["status_reason"], disabled["disabled"]), ("unavailable", "disabled", "lent"))
+        self.assertEqual(
+            (disabled["status"], disabled["status_reason"], disabled["disabled"]),
+            ("unavailable", "disabled", "lent"),
+        )
         self.refused("server add usb device erp 2", "USB device 2 is unavailable (disabled)")
         enabled = self.said("usb device enable 2", **admin)
         self.assertEqual(enabled["status"], "available")
@@ -146,13 +192,30 @@ class OpenStack(unittest.TestCase):
 
     def test_a_device_goes_to_a_server_and_back(self) -> None:
         added = self.said("server add usb device erp 1")
-        self.assertEqual(added, {"server_id": ERP, "live": True, "device_ids": [1], "already": [], "requested": ['{"id": 1}']})
+        self.assertEqual(
+            added,
+            {
+                "server_id": ERP,
+                "live": True,
+                "device_ids": [1],
+                "already": [],
+                "requested": ['{"id": 1}'],
+            },
+        )
         self.assertEqual(self.said("server add usb device", ERP, "1")["already"], [1])
         for server in (ERP, "erp"):
-            self.assertEqual([one["ID"] for one in self.said("usb device list --server", server)], [1])
+            self.assertEqual(
+                [one["ID"] for one in self.said("usb device list --server", server)], [1]
+            )
         crm = {"user": "crm-member", "project": "crm"}
         self.refused("server add usb device crm 0529:0001", "USB device 1 is in use", **crm)
-        self.refused("server add usb device", f"Instance {ERP} could not be found. (HTTP 404, req-", ERP, "2", **crm)
+        self.refused(
+            "server add usb device",
+            f"Instance {ERP} could not be found. (HTTP 404, req-",
+            ERP,
+            "2",
+            **crm,
+        )
         self.refused("server add usb device erp 2", "No server with the name 'erp'", **crm)
         self.refused("server add usb device erp 1", "(HTTP 403, req-", user="erp-reader")
         removed = self.said("server remove usb device erp 0529:0001")
@@ -172,7 +235,8 @@ class OpenStack(unittest.TestCase):
 
     def test_what_is_asked_wrongly_is_said(self) -> None:
         self.refused(
-            "server add usb device erp stick", 'wanted the id of a device, VENDOR:PRODUCT such as 0529:0001, or JSON such as {"serial":"HL-0001"}'
+            "server add usb device erp stick",
+            'wanted the id of a device, VENDOR:PRODUCT such as 0529:0001, or JSON such as {"serial":"HL-0001"}',
         )
         self.refused("server add usb device erp", "no JSON", "{serial}")
         self.refused("server add usb device erp", "colour", '{"colour":"red"}')
@@ -181,29 +245,49 @@ class OpenStack(unittest.TestCase):
         admin = Admin(self.cloud.keystone)
         admin.no_service("usb")
         try:
-            self.refused("usb device list", "The catalogue has no public endpoint of the type usb in the region RegionOne")
-            self.assertEqual(len(self.said("usb device list", OS_USB_ENDPOINT=self.cloud.agent.url + "/")), 2)
+            self.refused(
+                "usb device list",
+                "The catalogue has no public endpoint of the type usb in the region RegionOne",
+            )
+            self.assertEqual(
+                len(self.said("usb device list", OS_USB_ENDPOINT=self.cloud.agent.url + "/")), 2
+            )
         finally:
             admin.service("usb", self.cloud.agent.url)
-        self.refused("usb device list", "The catalogue has no internal endpoint of the type usb", OS_INTERFACE="internal")
+        self.refused(
+            "usb device list",
+            "The catalogue has no internal endpoint of the type usb",
+            OS_INTERFACE="internal",
+        )
         agent = f"http://127.0.0.1:{self.cloud.agent.port}"
         for wrong in ("/portal/sign-in?x=", "/openapi.json?x="):
-            self.refused("usb device list", f"What answers at {agent}{wrong}", OS_USB_ENDPOINT=agent + wrong)
+            self.refused(
+                "usb device list", f"What answers at {agent}{wrong}", OS_USB_ENDPOINT=agent + wrong
+            )
         self.refused(
-            "usb device list", f"{agent}/os-usb-devices is nowhere in the USB device API: its endpoint ends with /v2.1", OS_USB_ENDPOINT=agent
+            "usb device list",
+            f"{agent}/os-usb-devices is nowhere in the USB device API: its endpoint ends with /v2.1",
+            OS_USB_ENDPOINT=agent,
         )
 
     def test_where_there_is_nova_its_names_count_and_flavors_ask(self) -> None:
         self.cloud.start_compute()
         try:
             key = self.boot("key", {"usb:devices": '[{"vendor_id":"0529"}]'})
-            self.until(lambda: [one["ID"] for one in self.said("usb device list --server", key)] == [1])
+            self.until(
+                lambda: [one["ID"] for one in self.said("usb device list --server", key)] == [1]
+            )
             # libvirt has another name for it.
             self.refused("server add usb device erp 2", "No Server found for erp")
             self.assertEqual(self.said("server add usb device key 2")["server_id"], key)
             # Tempest cannot see a redirection; the agent says that the guest has it.
             self.boot("far", {"usb:redirection_devices": '[{"bus":"usb","type":"spicevmc"}]'})
-            self.until(lambda: re.search(r"instance-\S+: redirection 0 attached", self.cloud.agent.log()) is not None)
+            self.until(
+                lambda: (
+                    re.search(r"instance-\S+: redirection 0 attached", self.cloud.agent.log())
+                    is not None
+                )
+            )
             for server in ("key", "far"):
                 out, err, code = self.openstack("server delete --wait", server)
                 self.assertEqual((code, out), (0, ""), err)
@@ -215,21 +299,33 @@ class OpenStack(unittest.TestCase):
 
     def boot(self, name: str, specs: dict[str, str]) -> str:
         """A server of that name, and of a flavor with these extra specs; its id."""
-        compute = self.said("catalog show compute", user="admin", project="admin")["endpoints"][0]["url"]
+        compute = self.said("catalog show compute", user="admin", project="admin")["endpoints"][0][
+            "url"
+        ]
         admin, member = session(), session()
         admin.headers["X-Auth-Token"] = issue_token(self.cloud.keystone, "admin", scope("admin"))
-        member.headers["X-Auth-Token"] = issue_token(self.cloud.keystone, "erp-member", scope("erp"))
+        member.headers["X-Auth-Token"] = issue_token(
+            self.cloud.keystone, "erp-member", scope("erp")
+        )
 
         def post(who: requests.Session, path: str, body: dict[str, Any]) -> Any:
             answer = who.post(f"{compute}/{path}", json=body, timeout=TIMEOUT_SECONDS)
             answer.raise_for_status()
             return answer.json()
 
-        flavor = post(admin, "flavors", {"flavor": {"name": name, "ram": 64, "vcpus": 1, "disk": 1}})["flavor"]["id"]
+        flavor = post(
+            admin, "flavors", {"flavor": {"name": name, "ram": 64, "vcpus": 1, "disk": 1}}
+        )["flavor"]["id"]
         post(admin, f"flavors/{flavor}/os-extra_specs", {"extra_specs": specs})
-        server = str(post(member, "servers", {"server": {"name": name, "flavorRef": flavor}})["server"]["id"])
+        server = str(
+            post(member, "servers", {"server": {"name": name, "flavorRef": flavor}})["server"]["id"]
+        )
         shown = f"{compute}/servers/{server}"
-        self.until(lambda: bool(member.get(shown, timeout=TIMEOUT_SECONDS).json()["server"]["status"] == "ACTIVE"))
+        self.until(
+            lambda: bool(
+                member.get(shown, timeout=TIMEOUT_SECONDS).json()["server"]["status"] == "ACTIVE"
+            )
+        )
         return server
 
     def until(self, is_so: Callable[[], bool]) -> None:

@@ -23,7 +23,9 @@ def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} is there twice")
+        raise ValueError(
+            f"the key {next(key for key in keys if keys.count(key) > 1)!r} is there twice"
+        )
     return found
 
 
@@ -51,7 +53,9 @@ def flavor(key: str, text: str, stored: Stored) -> Any:
         name = text[1:].strip()
         found = stored(name)
         if found is None:
-            raise Wrong(f"no flavor of the name {name!r} is stored: 'virt-usb flavor set' stores one")
+            raise Wrong(
+                f"no flavor of the name {name!r} is stored: 'virt-usb flavor set' stores one"
+            )
         return devices(found)
     try:
         value = read(text, once)

@@ -51,7 +51,9 @@ def by_name(name: str) -> Any:
     try:
         return asked.devices(oracle.get(OPTIONS).flavor(name))
     except oracle.NO_ANSWER as why:
-        LOG.warning("USB devices: not known whether the flavor %s asks for any, so it passes: %s", name, why)
+        LOG.warning(
+            "USB devices: not known whether the flavor %s asks for any, so it passes: %s", name, why
+        )
         return None
 
 
@@ -86,7 +88,10 @@ class UsbDevicesFilter(filters.BaseHostFilter):  # type: ignore[misc]
             LOG.error("USB devices: no host can be chosen, for what is asked is wrong: %s", why)
             return []
         except Misconfigured as why:
-            LOG.error("USB devices: no host can be chosen, for the configuration is wrong: [virt_usb] %s", why)
+            LOG.error(
+                "USB devices: no host can be chosen, for the configuration is wrong: [virt_usb] %s",
+                why,
+            )
             return []
         except Broken as why:
             LOG.error("USB devices: no host can be chosen, for the filter is broken: %s", why)
@@ -106,12 +111,26 @@ def tell(wanted: dict[str, Any], called: list[str], able: set[str], chosen: int)
             for host, why in reasons.items():
                 LOG.debug("USB devices: host %s cannot serve: %s", host, words(why))
             total = Counter(str(why["reason"]) for why in reasons.values())
-            more = " (" + ", ".join(f"{reason} {count}" for reason, count in total.most_common()) + ")" if total else ""
+            more = (
+                " (" + ", ".join(f"{reason} {count}" for reason, count in total.most_common()) + ")"
+                if total
+                else ""
+            )
             if not chosen:
-                others = elsewhere([host for host in who.best(wanted, 3) if host not in unable], total.keys() == {"unknown-host"})
+                others = elsewhere(
+                    [host for host in who.best(wanted, 3) if host not in unable],
+                    total.keys() == {"unknown-host"},
+                )
         except oracle.NO_ANSWER as why:
             more = f" (not known why: {why})"
-    LOG.info("USB devices: %d of %d hosts can serve%s: %s%s", chosen, len(called), more, wanted["flavor"], others)
+    LOG.info(
+        "USB devices: %d of %d hosts can serve%s: %s%s",
+        chosen,
+        len(called),
+        more,
+        wanted["flavor"],
+        others,
+    )
 
 
 def elsewhere(hosts: list[str], strangers: bool) -> str:

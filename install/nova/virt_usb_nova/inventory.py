@@ -162,7 +162,9 @@ class File:
 
 def asks(stored: dict[str, Any]) -> dict[str, Any]:
     """What a stored flavor asks for."""
-    return {key: stored[key] for key in ("usb_devices", "usb_redirection_devices") if stored.get(key)}
+    return {
+        key: stored[key] for key in ("usb_devices", "usb_redirection_devices") if stored.get(key)
+    }
 
 
 class Compacted(Exception):
@@ -213,7 +215,10 @@ class Follower:
         if options.etcd_cafile:
             self._session.verify = options.etcd_cafile
         if options.etcd_certfile:
-            self._session.cert = (options.etcd_certfile, options.etcd_keyfile or options.etcd_certfile)
+            self._session.cert = (
+                options.etcd_certfile,
+                options.etcd_keyfile or options.etcd_certfile,
+            )
 
     def start(self) -> None:
         """In a thread of its own, for ever."""
@@ -227,7 +232,9 @@ class Follower:
                     self._list()
                 self._watch()
             except Compacted:
-                LOG.info("etcd has forgotten revision %d: listing %s again", self._revision, self._prefix)
+                LOG.info(
+                    "etcd has forgotten revision %d: listing %s again", self._revision, self._prefix
+                )
                 self._revision = 0
             except (requests.RequestException, Fault, ValueError, KeyError, OSError) as fault:
                 self._deaf(str(fault))
@@ -250,7 +257,9 @@ class Follower:
         if self.fault is not None and self.listed.is_set():
             self.fault = None
             if self._said:
-                LOG.info("what stands below %s in etcd is heard: %s", self._prefix, self._endpoints[0])
+                LOG.info(
+                    "what stands below %s in etcd is heard: %s", self._prefix, self._endpoints[0]
+                )
             self._said = False
 
     def _post(self, path: str, body: dict[str, Any], stream: bool = False) -> requests.Response:
@@ -374,11 +383,19 @@ class Etcd:
     @staticmethod
     def check(options: Any) -> None:
         """Raises Misconfigured."""
-        wrong = [endpoint for endpoint in options.etcd_endpoints if not endpoint.startswith(("http://", "https://"))]
+        wrong = [
+            endpoint
+            for endpoint in options.etcd_endpoints
+            if not endpoint.startswith(("http://", "https://"))
+        ]
         if wrong or not options.etcd_endpoints:
-            raise Misconfigured(f"etcd_endpoints: found {wrong}, wanted addresses that begin with http:// or https://")
+            raise Misconfigured(
+                f"etcd_endpoints: found {wrong}, wanted addresses that begin with http:// or https://"
+            )
         if not (options.etcd_prefix.startswith("/") and options.etcd_prefix.endswith("/")):
-            raise Misconfigured(f"etcd_prefix: found {options.etcd_prefix!r}, wanted one between two slashes, as fleet.prefix on the hosts")
+            raise Misconfigured(
+                f"etcd_prefix: found {options.etcd_prefix!r}, wanted one between two slashes, as fleet.prefix on the hosts"
+            )
         if options.etcd_user and not options.etcd_password_file:
             raise Misconfigured("etcd_user is set, and etcd_password_file is not")
 
@@ -394,7 +411,10 @@ class Etcd:
     def _host(self, host: str, document: str | None) -> None:
         # A host cannot publish for another.
         if document is not None and host_of(document) != host:
-            LOG.warning("the document of host %s cannot be read, or names another host: it is passed over", host)
+            LOG.warning(
+                "the document of host %s cannot be read, or names another host: it is passed over",
+                host,
+            )
             document = None
         self.hosts.put(host, document)
 
@@ -414,7 +434,11 @@ class Etcd:
         if not self._known.listed.is_set() or self._known.heard is None:
             return f"the fleet is not known yet: {self._known.fault}"
         age = time.monotonic() - self._known.heard
-        return f"nothing was heard of the fleet for {age:.0f} s: {self._known.fault}" if age > max_age else None
+        return (
+            f"nothing was heard of the fleet for {age:.0f} s: {self._known.fault}"
+            if age > max_age
+            else None
+        )
 
     def flavor(self, name: str) -> str | None:
         self._wait(self._named)

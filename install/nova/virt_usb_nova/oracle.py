@@ -56,7 +56,9 @@ class Local:
         self._lock = threading.Lock()
 
     def able(self, question: Question, candidates: list[str]) -> set[str]:
-        return set(self._ask(lambda one: one.filter.select_names(question, candidates, len(candidates))))
+        return set(
+            self._ask(lambda one: one.filter.select_names(question, candidates, len(candidates)))
+        )
 
     def scores(self, question: Question, candidates: list[str]) -> dict[str, int]:
         answer = self._ask(lambda one: one.filter.select(question, candidates, len(candidates)))
@@ -143,22 +145,40 @@ class Remote:
             self._host, self._port = parts.hostname, parts.port or 8791
         except ValueError as fault:
             raise Misconfigured(f"scheduler_url: {url}: {fault}") from fault
-        if self._path is None and (parts.scheme != "http" or not self._host or parts.path.strip("/")):
-            raise Misconfigured(f"scheduler_url: found {url!r}, wanted http://HOST:PORT or unix:/PATH")
+        if self._path is None and (
+            parts.scheme != "http" or not self._host or parts.path.strip("/")
+        ):
+            raise Misconfigured(
+                f"scheduler_url: found {url!r}, wanted http://HOST:PORT or unix:/PATH"
+            )
 
     def able(self, question: Question, candidates: list[str]) -> set[str]:
         return set(self.scores(question, candidates))
 
     def scores(self, question: Question, candidates: list[str]) -> dict[str, int]:
         asks = {**question, "hosts": candidates, "limit": len(candidates)}
-        return self._ask("/select", asks, lambda answer: {placement["host"]: int(placement["score"]) for placement in answer["placements"]})
+        return self._ask(
+            "/select",
+            asks,
+            lambda answer: {
+                placement["host"]: int(placement["score"]) for placement in answer["placements"]
+            },
+        )
 
     def best(self, question: Question, limit: int) -> list[str]:
-        return self._ask("/select", {**question, "limit": limit}, lambda answer: [placement["host"] for placement in answer["placements"]])
+        return self._ask(
+            "/select",
+            {**question, "limit": limit},
+            lambda answer: [placement["host"] for placement in answer["placements"]],
+        )
 
     def reasons(self, question: Question, unable: list[str]) -> dict[str, dict[str, Any]]:
         unknown = {"accepted": False, "reason": "unknown-host"}
-        return self._ask("/explain", question, lambda answer: {host: answer["verdicts"].get(host, unknown) for host in unable})
+        return self._ask(
+            "/explain",
+            question,
+            lambda answer: {host: answer["verdicts"].get(host, unknown) for host in unable},
+        )
 
     def flavor(self, name: str) -> Any:
         try:
@@ -173,7 +193,9 @@ class Remote:
     def _ask(self, path: str, body: dict[str, Any], read: Callable[[Any], T]) -> T:
         connection: http.client.HTTPConnection
         if self._path is None:
-            connection = http.client.HTTPConnection(self._host or "", self._port, timeout=self._timeout)
+            connection = http.client.HTTPConnection(
+                self._host or "", self._port, timeout=self._timeout
+            )
         else:
             connection = _Unix(self._path, self._timeout)
         try:
@@ -188,11 +210,15 @@ class Remote:
             answer = asked.read(text)
             if status == http.client.OK:
                 if answer["age"] > self._max_age:
-                    raise Stale(f"virt-usb scheduler at {self._url} has heard nothing of the fleet for {answer['age']} s")
+                    raise Stale(
+                        f"virt-usb scheduler at {self._url} has heard nothing of the fleet for {answer['age']} s"
+                    )
                 return read(answer)
             why = str(answer["error"])
         except (ValueError, KeyError, TypeError, AttributeError) as fault:
-            raise Broken(f"what answers at {self._url} is no virt-usb scheduler: status {status}, {text[:100]!r}") from fault
+            raise Broken(
+                f"what answers at {self._url} is no virt-usb scheduler: status {status}, {text[:100]!r}"
+            ) from fault
         if status == http.client.SERVICE_UNAVAILABLE:
             raise Stale(why)
         if status == http.client.NOT_FOUND:

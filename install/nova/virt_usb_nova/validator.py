@@ -20,7 +20,9 @@ MAX_DEVICES = 127
 # As virt-usb's model reads them.
 HEX = re.compile(r"(0[xX])?[0-9a-fA-F]{1,4}")
 PORT = re.compile(r"[0-9]{1,3}-[0-9]{1,3}(\.[0-9]{1,3}){0,6}")
-PATH = re.compile(r"[A-Za-z0-9_.:@,+-]{1,200}-usbv0{0,2}[1-9]-0:(?P<ports>[0-9]{1,3}(\.[0-9]{1,3}){0,6})")
+PATH = re.compile(
+    r"[A-Za-z0-9_.:@,+-]{1,200}-usbv0{0,2}[1-9]-0:(?P<ports>[0-9]{1,3}(\.[0-9]{1,3}){0,6})"
+)
 TAG_SIGNS = "-_.:/"
 CLASS = re.compile(r"(0x)?[0-9a-f]{1,2}")
 CLASSES = (
@@ -67,7 +69,9 @@ class Validator(base.ExtraSpecValidator):  # type: ignore[misc]
         try:
             value = asked.read(text)
         except ValueError as fault:
-            raise refuse(name, f"it is no JSON ({fault}); wanted for instance {EXAMPLE[name]}") from fault
+            raise refuse(
+                name, f"it is no JSON ({fault}); wanted for instance {EXAMPLE[name]}"
+            ) from fault
         key = name.replace(":", "_")
         if isinstance(value, dict) and value.keys() == {key}:
             value = value[key]
@@ -92,12 +96,24 @@ def devices(name: str, entries: list[Any]) -> None:
         if not isinstance(entry, dict):
             raise refuse(name, f"{place}: wanted an object such as {EXAMPLE[name][1:-1]}")
         if unknown := sorted(entry.keys() - {*NAMED, "count"}):
-            raise refuse(name, f"{place}: there is no key {unknown[0]!r}; there are {', '.join(NAMED)}, count")
-        said = {key: value for key, value in entry.items() if value is not None and not (key == "tags" and value == [])}
+            raise refuse(
+                name,
+                f"{place}: there is no key {unknown[0]!r}; there are {', '.join(NAMED)}, count",
+            )
+        said = {
+            key: value
+            for key, value in entry.items()
+            if value is not None and not (key == "tags" and value == [])
+        }
         if not said.keys() & set(NAMED):
-            raise refuse(name, f"{place}: it names nothing: wanted at least one of {', '.join(NAMED)}")
+            raise refuse(
+                name, f"{place}: it names nothing: wanted at least one of {', '.join(NAMED)}"
+            )
         if "product_id" in said and "vendor_id" not in said:
-            raise refuse(name, f"{place}: a product_id alone; wanted the vendor_id too, for product ids are the vendor's own")
+            raise refuse(
+                name,
+                f"{place}: a product_id alone; wanted the vendor_id too, for product ids are the vendor's own",
+            )
         for key, value in said.items():
             if not right(key, value):
                 raise refuse(name, f"{place}.{key}: {json.dumps(value)} is none")
@@ -112,10 +128,15 @@ def devices(name: str, entries: list[Any]) -> None:
 def right(key: str, value: Any) -> bool:
     """Whether a value can stand at that key."""
     if key == "tags":
-        return all(isinstance(tag, str) and is_tag(tag) for tag in (value if isinstance(value, list) else [value]))
+        return all(
+            isinstance(tag, str) and is_tag(tag)
+            for tag in (value if isinstance(value, list) else [value])
+        )
     if isinstance(value, float) and value.is_integer() and key != "serial":
         value = int(value)
-    if isinstance(value, bool) or not isinstance(value, (str, int) if key != "serial" else (str, int, float)):
+    if isinstance(value, bool) or not isinstance(
+        value, (str, int) if key != "serial" else (str, int, float)
+    ):
         return False
     text = str(value)
     if key in ("count", "id"):
@@ -124,14 +145,26 @@ def right(key: str, value: Any) -> bool:
     if key in ("vendor_id", "product_id"):
         return 0 <= value < 1 << 16 if isinstance(value, int) else bool(HEX.fullmatch(text))
     if key == "port":
-        return isinstance(value, str) and bool(PORT.fullmatch(value)) and all(1 <= int(part) <= 255 for part in re.split("[-.]", value))
+        return (
+            isinstance(value, str)
+            and bool(PORT.fullmatch(value))
+            and all(1 <= int(part) <= 255 for part in re.split("[-.]", value))
+        )
     if key == "path":
         found = PATH.fullmatch(value) if isinstance(value, str) else None
-        return found is not None and all(1 <= int(part) <= 255 for part in found["ports"].split("."))
+        return found is not None and all(
+            1 <= int(part) <= 255 for part in found["ports"].split(".")
+        )
     if key == "class":
         plain = text.lower().replace("_", "-").replace(" ", "-")
-        return 0 <= value <= 255 if isinstance(value, int) else plain in CLASSES or bool(CLASS.fullmatch(plain))
-    return 1 <= len(text) <= 126 and not any(unicodedata.category(sign) in ("Cc", "Cs") for sign in text)
+        return (
+            0 <= value <= 255
+            if isinstance(value, int)
+            else plain in CLASSES or bool(CLASS.fullmatch(plain))
+        )
+    return 1 <= len(text) <= 126 and not any(
+        unicodedata.category(sign) in ("Cc", "Cs") for sign in text
+    )
 
 
 def is_tag(text: str) -> bool:
@@ -148,4 +181,7 @@ def redirections(name: str, entries: list[Any]) -> None:
 
 def register() -> list[base.ExtraSpecValidator]:
     """For Nova, by the entry point `nova.api.extra_spec_validators`."""
-    return [Validator(name=name, description=text, value={"type": str, "description": text}) for name, text in HELP.items()]
+    return [
+        Validator(name=name, description=text, value={"type": str, "description": text})
+        for name, text in HELP.items()
+    ]

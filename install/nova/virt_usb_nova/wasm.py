@@ -119,11 +119,15 @@ class Filter:
             raise Refused(answer)
         return bool(answer)
 
-    def select(self, question: Question, candidates: Iterable[str] | None = None, limit: int = 10) -> Any:
+    def select(
+        self, question: Question, candidates: Iterable[str] | None = None, limit: int = 10
+    ) -> Any:
         """The best hosts, with their scores; None for the candidates is the whole fleet."""
         return json.loads(self._call("select", json.dumps(question), _join(candidates), limit))
 
-    def select_names(self, question: Question, candidates: Iterable[str] | None = None, limit: int = 10) -> list[str]:
+    def select_names(
+        self, question: Question, candidates: Iterable[str] | None = None, limit: int = 10
+    ) -> list[str]:
         """Their names alone, the best first: the quickest way to ask about many."""
         return _split(self._call("select_names", json.dumps(question), _join(candidates), limit))
 
@@ -162,7 +166,9 @@ class Filter:
         outer = instance.get_export_index(self._store, f"virt-usb:scheduler/{interface}@0.1.0")
         inner = outer and instance.get_export_index(self._store, name, outer)
         if inner is None:
-            raise Broken(f"found no {interface}.{name} in the component, wanted a filter of version 0.1.0")
+            raise Broken(
+                f"found no {interface}.{name} in the component, wanted a filter of version 0.1.0"
+            )
         return instance.get_func(self._store, inner)
 
     def _run(self, function: Any, *arguments: Any) -> Any:

@@ -20,7 +20,13 @@ NOWHERE = "The resource could not be found."
 class UsbClient:
     """Its calls. What goes wrong is a CommandError in the API's words."""
 
-    def __init__(self, session: Any, region_name: str | None, interface: str | None, endpoint_override: str | None) -> None:
+    def __init__(
+        self,
+        session: Any,
+        region_name: str | None,
+        interface: str | None,
+        endpoint_override: str | None,
+    ) -> None:
         self._api = adapter.Adapter(
             session=session,
             service_type=SERVICE_TYPE,
@@ -34,7 +40,9 @@ class UsbClient:
         """Devices, by what is known of them; page after page."""
         query = urlencode(filters)
         while True:
-            page = self._ask("usb_devices", "GET", f"/os-usb-devices?{query}" if query else "/os-usb-devices")
+            page = self._ask(
+                "usb_devices", "GET", f"/os-usb-devices?{query}" if query else "/os-usb-devices"
+            )
             yield from page["usb_devices"]
             links = page.get("usb_devices_links")
             if not links:
@@ -43,11 +51,24 @@ class UsbClient:
 
     def device(self, device: str) -> dict[str, Any]:
         """A device, by its id."""
-        return dict(self._ask("usb_device", "GET", f"/os-usb-devices/{quote(device, safe='')}")["usb_device"])
+        return dict(
+            self._ask("usb_device", "GET", f"/os-usb-devices/{quote(device, safe='')}")[
+                "usb_device"
+            ]
+        )
 
-    def change_device(self, device: str, action: str, value: dict[str, Any] | None = None) -> dict[str, Any]:
+    def change_device(
+        self, device: str, action: str, value: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
         """`enable` and `disable`."""
-        return dict(self._ask("usb_device", "POST", f"/os-usb-devices/{quote(device, safe='')}/action", {action: value})["usb_device"])
+        return dict(
+            self._ask(
+                "usb_device",
+                "POST",
+                f"/os-usb-devices/{quote(device, safe='')}/action",
+                {action: value},
+            )["usb_device"]
+        )
 
     def servers(self, name: str) -> list[dict[str, Any]]:
         """The servers of that name."""
@@ -55,17 +76,32 @@ class UsbClient:
 
     def assigned(self, server: str) -> list[dict[str, Any]]:
         """What the server asks for beside its flavor, at each of its starts."""
-        return list(self._ask("server", "GET", f"/servers/{server}/os-usb-devices")["server"]["usb_devices_requests"])
+        return list(
+            self._ask("server", "GET", f"/servers/{server}/os-usb-devices")["server"][
+                "usb_devices_requests"
+            ]
+        )
 
     def act(self, server: str, action: str, request: dict[str, Any]) -> dict[str, Any]:
         """`attach_usb_devices` and `detach_usb_devices`."""
-        return dict(self._ask("live", "POST", f"/servers/{server}/action", {action: {"usb_devices_requests": [request]}}))
+        return dict(
+            self._ask(
+                "live",
+                "POST",
+                f"/servers/{server}/action",
+                {action: {"usb_devices_requests": [request]}},
+            )
+        )
 
-    def _ask(self, key: str, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+    def _ask(
+        self, key: str, method: str, path: str, body: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
         """The answer, in which that key stands."""
         sent = {} if body is None else {"json": body}
         try:
-            answer = self._api.request(path, method, raise_exc=False, headers={"Accept": "application/json"}, **sent)
+            answer = self._api.request(
+                path, method, raise_exc=False, headers={"Accept": "application/json"}, **sent
+            )
         except auth_exceptions.EndpointNotFound as e:
             where = f" in the region {self._api.region_name}" if self._api.region_name else ""
             raise exceptions.CommandError(
@@ -80,14 +116,20 @@ class UsbClient:
         if answer.ok and isinstance(said, dict) and key in said:
             return said
         faults = said.values() if isinstance(said, dict) else []
-        told = " ".join(str(fault["message"]) for fault in faults if isinstance(fault, dict) and "message" in fault)
+        told = " ".join(
+            str(fault["message"])
+            for fault in faults
+            if isinstance(fault, dict) and "message" in fault
+        )
         request = answer.headers.get("x-openstack-request-id")
         status = f"HTTP {answer.status_code}{f', {request}' if request else ''}"
         if told == NOWHERE:
             told = f"{answer.url} is nowhere in the USB device API: its endpoint ends with /v2.1"
         elif answer.status_code >= 500 and not told:
             told = f"What stands before the USB device API at {answer.url} cannot reach it"
-        raise exceptions.CommandError(f"{told or f'What answers at {answer.url} is not the USB device API'} ({status})")
+        raise exceptions.CommandError(
+            f"{told or f'What answers at {answer.url} is not the USB device API'} ({status})"
+        )
 
 
 def usb(command: Any) -> UsbClient:

@@ -31,7 +31,10 @@ LONG = [
 ]
 # An option, and the API's filter.
 FILTERS = {
-    "status": ("<status>", "available, claimed, allocated, removed (unplugged while a server has it) or unavailable"),
+    "status": (
+        "<status>",
+        "available, claimed, allocated, removed (unplugged while a server has it) or unavailable",
+    ),
     "vendor_id": ("<vendor-id>", "One to four hexadecimal digits"),
     "product_id": ("<product-id>", "One to four hexadecimal digits"),
     "serial": ("<serial>", "Exactly this serial number"),
@@ -55,15 +58,29 @@ class ListUsbDevice(command.Lister):
         """Its options."""
         parser = super().get_parser(prog_name)
         for name, (metavar, text) in FILTERS.items():
-            parser.add_argument(OPTIONS.get(name, f"--{name.replace('_', '-')}"), dest=name, metavar=metavar, choices=CHOICES.get(name), help=text)
+            parser.add_argument(
+                OPTIONS.get(name, f"--{name.replace('_', '-')}"),
+                dest=name,
+                metavar=metavar,
+                choices=CHOICES.get(name),
+                help=text,
+            )
         parser.add_argument("--host", metavar="<host>", help="Plugged into this host")
-        parser.add_argument("--deleted", action="store_true", help="Unplugged ones, too (admin only)")
+        parser.add_argument(
+            "--deleted", action="store_true", help="Unplugged ones, too (admin only)"
+        )
         parser.add_argument("--long", action="store_true", help="More columns")
         return parser
 
-    def take_action(self, parsed_args: argparse.Namespace) -> tuple[list[str], Iterable[tuple[Any, ...]]]:
+    def take_action(
+        self, parsed_args: argparse.Namespace
+    ) -> tuple[list[str], Iterable[tuple[Any, ...]]]:
         """Asks page after page."""
-        filters = {name: getattr(parsed_args, name) for name in FILTERS if getattr(parsed_args, name) is not None}
+        filters = {
+            name: getattr(parsed_args, name)
+            for name in FILTERS
+            if getattr(parsed_args, name) is not None
+        }
         if "instance_uuid" in filters:
             filters["instance_uuid"] = find_server(self, filters["instance_uuid"])
         if parsed_args.deleted:
@@ -71,7 +88,11 @@ class ListUsbDevice(command.Lister):
         devices = usb(self).devices(filters)
         columns = COLUMNS + (LONG if parsed_args.long else [])
         host = parsed_args.host
-        rows = [tuple(listed(one.get(key)) for _, key in columns) for one in devices if host in (None, one["hypervisor_hostname"])]
+        rows = [
+            tuple(listed(one.get(key)) for _, key in columns)
+            for one in devices
+            if host in (None, one["hypervisor_hostname"])
+        ]
         return [head for head, _ in columns], rows
 
 
@@ -84,7 +105,9 @@ class ShowUsbDevice(command.ShowOne):
         parser.add_argument("device", metavar="<device>", help="USB device (ID)")
         return parser
 
-    def take_action(self, parsed_args: argparse.Namespace) -> tuple[tuple[str, ...], tuple[Any, ...]]:
+    def take_action(
+        self, parsed_args: argparse.Namespace
+    ) -> tuple[tuple[str, ...], tuple[Any, ...]]:
         """Asks for it."""
         return shown(usb(self).device(parsed_args.device))
 
@@ -92,7 +115,9 @@ class ShowUsbDevice(command.ShowOne):
 class EnableUsbDevice(ShowUsbDevice):
     """Offer a USB device again (admin only)"""
 
-    def take_action(self, parsed_args: argparse.Namespace) -> tuple[tuple[str, ...], tuple[Any, ...]]:
+    def take_action(
+        self, parsed_args: argparse.Namespace
+    ) -> tuple[tuple[str, ...], tuple[Any, ...]]:
         """Changes it."""
         return shown(usb(self).change_device(parsed_args.device, "enable"))
 
@@ -106,7 +131,9 @@ class DisableUsbDevice(ShowUsbDevice):
         parser.add_argument("--reason", metavar="<reason>", help="Why: shown to administrators")
         return parser
 
-    def take_action(self, parsed_args: argparse.Namespace) -> tuple[tuple[str, ...], tuple[Any, ...]]:
+    def take_action(
+        self, parsed_args: argparse.Namespace
+    ) -> tuple[tuple[str, ...], tuple[Any, ...]]:
         """Changes it."""
         value = {} if parsed_args.reason is None else {"reason": parsed_args.reason}
         return shown(usb(self).change_device(parsed_args.device, "disable", value))

@@ -32,7 +32,9 @@ def request(text: str) -> dict[str, Any]:
             return dict(json.loads(text))
         except ValueError as e:
             raise exceptions.CommandError(f"{text}: no JSON: {e}") from e
-    raise exceptions.CommandError(f'{text}: wanted the id of a device, VENDOR:PRODUCT such as 0529:0001, or JSON such as {{"serial":"HL-0001"}}')
+    raise exceptions.CommandError(
+        f'{text}: wanted the id of a device, VENDOR:PRODUCT such as 0529:0001, or JSON such as {{"serial":"HL-0001"}}'
+    )
 
 
 class _ServerUsbDevice(command.ShowOne):
@@ -50,7 +52,9 @@ class _ServerUsbDevice(command.ShowOne):
         )
         return parser
 
-    def take_action(self, parsed_args: argparse.Namespace) -> tuple[tuple[str, ...], tuple[Any, ...]]:
+    def take_action(
+        self, parsed_args: argparse.Namespace
+    ) -> tuple[tuple[str, ...], tuple[Any, ...]]:
         """Asks for it, and shows what came of it."""
         wanted = request(parsed_args.device)
         server = find_server(self, parsed_args.server)

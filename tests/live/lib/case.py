@@ -67,9 +67,18 @@ def _run(one, world):
         one.body(world)
     except Failure as failure:
         where = traceback.extract_tb(failure.__traceback__)
-        line = next((f"{f.filename.rsplit('/', 1)[-1]}:{f.lineno}" for f in reversed(where) if "/cases/" in f.filename), "")
+        line = next(
+            (
+                f"{f.filename.rsplit('/', 1)[-1]}:{f.lineno}"
+                for f in reversed(where)
+                if "/cases/" in f.filename
+            ),
+            "",
+        )
         return f"{where and line}: {failure}"
-    except Exception:  # A fault of the harness is told like any other: the cases behind it still run.
+    except (
+        Exception
+    ):  # A fault of the harness is told like any other: the cases behind it still run.
         return traceback.format_exc()
     return None
 

@@ -42,7 +42,9 @@ class Libvirtd:
     def start(self):
         self.socket.unlink(missing_ok=True)
         quiet = subprocess.DEVNULL
-        self.process = subprocess.Popen([*self.prefix, "libvirtd", *self.options], stdin=quiet, stdout=quiet, stderr=quiet)
+        self.process = subprocess.Popen(
+            [*self.prefix, "libvirtd", *self.options], stdin=quiet, stdout=quiet, stderr=quiet
+        )
         until(self.socket.exists, "libvirtd's socket", seconds=60)
 
     def is_running(self):
@@ -84,7 +86,12 @@ class Polkit:
         self._run("dbus-daemon", "--system", "--nofork", "--nopidfile")
         until(self.BUS.exists, "the system bus")
         # Debian 12's place and Debian 13's.
-        self._run(next(p for p in ("/usr/lib/polkit-1/polkitd", "/usr/libexec/polkitd") if Path(p).exists()), "--no-debug")
+        self._run(
+            next(
+                p for p in ("/usr/lib/polkit-1/polkitd", "/usr/libexec/polkitd") if Path(p).exists()
+            ),
+            "--no-debug",
+        )
 
     def _run(self, *words):
         quiet = subprocess.DEVNULL
@@ -113,7 +120,9 @@ def qemus():
             continue
         for word in words:
             if word.startswith(b"guest="):
-                found[word.removeprefix(b"guest=").split(b",")[0].decode()] = int(cmdline.parent.name)
+                found[word.removeprefix(b"guest=").split(b",")[0].decode()] = int(
+                    cmdline.parent.name
+                )
     return found
 
 

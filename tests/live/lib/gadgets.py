@@ -32,7 +32,12 @@ class Gadget:
 
     def _make(self):
         function = self.folder / f"functions/{self.function}.0"
-        for folder in (self.folder, self.folder / "strings/0x409", self.folder / "configs/c.1", function):
+        for folder in (
+            self.folder,
+            self.folder / "strings/0x409",
+            self.folder / "configs/c.1",
+            function,
+        ):
             folder.mkdir()
         self._write("idVendor", f"0x{self.vendor}")
         self._write("idProduct", f"0x{self.product}")
@@ -96,7 +101,12 @@ class Gadget:
         for link in (self.folder / "configs/c.1").glob(f"{self.function}.*"):
             link.unlink()
         functions = (self.folder / "functions").glob(f"{self.function}.*")
-        for folder in (self.folder / "configs/c.1", *functions, self.folder / "strings/0x409", self.folder):
+        for folder in (
+            self.folder / "configs/c.1",
+            *functions,
+            self.folder / "strings/0x409",
+            self.folder,
+        ):
             folder.rmdir()
 
     def port(self):
@@ -115,7 +125,11 @@ class Gadget:
     def is_there(self):
         try:
             at = SEEN / self.port()
-            return (at / "idVendor").read_text().strip() == self.vendor and self.address()[1] > 1 and (at / "bConfigurationValue").read_text().strip()
+            return (
+                (at / "idVendor").read_text().strip() == self.vendor
+                and self.address()[1] > 1
+                and (at / "bConfigurationValue").read_text().strip()
+            )
         except (OSError, ValueError, Failure):
             return False
 
@@ -136,7 +150,10 @@ def renew(*slots, found=None):
         for slot in order:
             (driver / verb).write_text(f"dummy_hcd.{slot}\n")
     for slot in slots:
-        until(lambda: list(Path(f"/sys/devices/platform/dummy_hcd.{slot}").glob("usb*")), f"slot {slot}'s bus")
+        until(
+            lambda: list(Path(f"/sys/devices/platform/dummy_hcd.{slot}").glob("usb*")),
+            f"slot {slot}'s bus",
+        )
 
 
 class Drawer:
@@ -165,7 +182,10 @@ class Drawer:
 
     def twins(self, count, serials=True):
         """Sticks of one product, in the first slots."""
-        return [self.stick(f"twin{n}", serial=f"SN{n}" if serials else None, slot=n) for n in range(count)]
+        return [
+            self.stick(f"twin{n}", serial=f"SN{n}" if serials else None, slot=n)
+            for n in range(count)
+        ]
 
     def empty(self):
         while self.gadgets:

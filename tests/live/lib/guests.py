@@ -16,12 +16,17 @@ UHCI = "<controller type='usb' model='piix3-uhci'/>"
 def metadata(flavor):
     """A flavor in our own namespace: JSON, or "@NAME"."""
     text = flavor if isinstance(flavor, str) else json.dumps(flavor)
-    return f"<virt-usb:flavor xmlns:virt-usb='urn:virt-usb:flavor:1'>{escape(text)}</virt-usb:flavor>"
+    return (
+        f"<virt-usb:flavor xmlns:virt-usb='urn:virt-usb:flavor:1'>{escape(text)}</virt-usb:flavor>"
+    )
 
 
 def nova(extra_specs):
     """What Nova 32 writes for a flavor with these extra specs."""
-    specs = "".join(f"<nova:extraSpec name='{key}'>{escape(value)}</nova:extraSpec>" for key, value in extra_specs.items())
+    specs = "".join(
+        f"<nova:extraSpec name='{key}'>{escape(value)}</nova:extraSpec>"
+        for key, value in extra_specs.items()
+    )
     return (
         "<nova:instance xmlns:nova='http://openstack.org/xmlns/libvirt/nova/1.1'>"
         f"<nova:flavor name='m1.erp'><nova:extraSpecs>{specs}</nova:extraSpecs></nova:flavor></nova:instance>"
@@ -89,4 +94,8 @@ class Guest:
             return []
         # The boot code writes byte by byte: the last line may not be whole yet.
         lines = text.split("\n")[:-1]
-        return [line.split()[1] for line in lines if line.startswith("BOOTED-FROM ") and len(line.split()) > 1]
+        return [
+            line.split()[1]
+            for line in lines
+            if line.startswith("BOOTED-FROM ") and len(line.split()) > 1
+        ]

@@ -29,20 +29,30 @@ def shared(host):
         for hostdev in hostdevs:
             users[hostdev.address].append(name)
     real = {address for address, _ in host.plugged.values()}
-    return [f"device {a} is in {' and '.join(names)}" for a, names in users.items() if len(names) > 1 and a in real]
+    return [
+        f"device {a} is in {' and '.join(names)}"
+        for a, names in users.items()
+        if len(names) > 1 and a in real
+    ]
 
 
 def doubly_claimed(host):
     holders = defaultdict(set)
     for claim in host.claims:
         holders[claim["device_id"]].add(claim["instance_uuid"])
-    return [f"device {device} is held by {sorted(who)}" for device, who in holders.items() if len(who) > 1]
+    return [
+        f"device {device} is held by {sorted(who)}"
+        for device, who in holders.items()
+        if len(who) > 1
+    ]
 
 
 def orphans(host):
     """A claim of an assignment lasts while the guest is off."""
     running = set(host.uuids.values())
-    wrong = [c for c in host.claims if c["hold"] != "instance" and c["instance_uuid"] not in running]
+    wrong = [
+        c for c in host.claims if c["hold"] != "instance" and c["instance_uuid"] not in running
+    ]
     return [f"device {c['device_id']} is held by {c['domain']}, which does not run" for c in wrong]
 
 
@@ -56,11 +66,17 @@ def misallocated(host):
         if row is None or row["serial"] not in host.plugged or claim["instance_uuid"] not in names:
             continue
         address, _ = host.plugged[row["serial"]]
-        users = [name for name, hostdevs in host.live.items() if address in [h.address for h in hostdevs]]
+        users = [
+            name for name, hostdevs in host.live.items() if address in [h.address for h in hostdevs]
+        ]
         if claim["state"] != "allocated":
-            wrong.append(f"{row['serial']} is {claim['state']} for {claim['domain']}, not allocated")
+            wrong.append(
+                f"{row['serial']} is {claim['state']} for {claim['domain']}, not allocated"
+            )
         elif users != [names.get(claim["instance_uuid"])]:
-            wrong.append(f"{row['serial']} at {address} is allocated to {claim['domain']}, and is in {users}")
+            wrong.append(
+                f"{row['serial']} at {address} is allocated to {claim['domain']}, and is in {users}"
+            )
     return wrong
 
 
@@ -71,7 +87,10 @@ def unclaimed(host):
     wrong = []
     for serial, (address, _) in host.plugged.items():
         for name, hostdevs in host.live.items():
-            if address in [h.address for h in hostdevs] and (host.uuids[name], rows.get(serial)) not in held:
+            if (
+                address in [h.address for h in hostdevs]
+                and (host.uuids[name], rows.get(serial)) not in held
+            ):
                 wrong.append(f"{serial} is in {name} without a claim")
     return wrong
 
@@ -89,7 +108,9 @@ def misopened(host):
             if has != is_held:
                 held_or_not = "allocated" if is_held else "not allocated"
                 open_or_not = "open" if has else "closed"
-                wrong.append(f"{serial} is {held_or_not} to {name}, whose QEMU has it {open_or_not}")
+                wrong.append(
+                    f"{serial} is {held_or_not} to {name}, whose QEMU has it {open_or_not}"
+                )
     return wrong
 
 

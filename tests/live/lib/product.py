@@ -70,7 +70,9 @@ class Product:
     def configure(self, **keys):
         """Writes the configuration: what a case names, and shorter waits. A key that is None has its default."""
         keys = {"log": str(HOOK_LOG)} | SHORT_WAITS | keys
-        CONFIG.write_text("".join(f"{key} = {toml(value)}\n" for key, value in keys.items() if value is not None))
+        CONFIG.write_text(
+            "".join(f"{key} = {toml(value)}\n" for key, value in keys.items() if value is not None)
+        )
 
     def __call__(self, *words, timeout=60, quiet=False):
         return run("virt-usb", *words, timeout=timeout, quiet=quiet)
@@ -99,7 +101,11 @@ class Product:
 
     def device(self, **fields):
         """The one live row with these values: device(serial="SN0")."""
-        rows = [d for d in self.devices() if not d["deleted"] and all(d[key] == value for key, value in fields.items())]
+        rows = [
+            d
+            for d in self.devices()
+            if not d["deleted"] and all(d[key] == value for key, value in fields.items())
+        ]
         if len(rows) != 1:
             raise Failure(f"wanted one device with {fields}, found {len(rows)}: {rows}")
         return rows[0]
@@ -110,7 +116,11 @@ class Product:
     def hook_calls(self, domain=None):
         """What the hook recorded: (domain, operation, outcome)."""
         records = [json.loads(line) for line in HOOK_LOG.read_text().splitlines()]
-        return [(r["domain"], r["operation"], r["outcome"]) for r in records if domain in (None, r["domain"])]
+        return [
+            (r["domain"], r["operation"], r["outcome"])
+            for r in records
+            if domain in (None, r["domain"])
+        ]
 
     def operations(self, domain):
         return [operation for _, operation, _ in self.hook_calls(domain)]
@@ -131,13 +141,17 @@ class Agent:
     def start(self):
         with open(AGENT_LOG, "a", encoding="utf-8") as log:
             self.before = log.tell()
-            self.process = subprocess.Popen([*self.prefix, *self.command()], stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+            self.process = subprocess.Popen(
+                [*self.prefix, *self.command()], stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            )
         until(self.is_ready, "the agent to be ready")
 
     def is_ready(self):
         self.must_run()
         # It says so after its first look at the devices, when hooks and the API can reach it.
-        return any(line.endswith(b" ready") for line in AGENT_LOG.read_bytes()[self.before :].splitlines())
+        return any(
+            line.endswith(b" ready") for line in AGENT_LOG.read_bytes()[self.before :].splitlines()
+        )
 
     def log(self):
         """What it has said since it was started."""
@@ -157,9 +171,14 @@ class Agent:
 
     def threads(self):
         """Where each of its threads waits in the kernel."""
-        tasks = sorted(Path(f"/proc/{self.process.pid}/task").glob("*")) if self.is_running() else []
+        tasks = (
+            sorted(Path(f"/proc/{self.process.pid}/task").glob("*")) if self.is_running() else []
+        )
         try:
-            return [f"{(task / 'comm').read_text().strip()}: {(task / 'stack').read_text().splitlines()[:6]}" for task in tasks]
+            return [
+                f"{(task / 'comm').read_text().strip()}: {(task / 'stack').read_text().splitlines()[:6]}"
+                for task in tasks
+            ]
         except OSError as gone:
             return [str(gone)]
 

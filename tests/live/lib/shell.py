@@ -35,7 +35,9 @@ def run(*command, timeout=60, stdin="", quiet=False):
     """Runs it to its end; a program that does not end has the status 124, one that is not there 127."""
     words = [str(word) for word in command]
     try:
-        done = subprocess.run(words, input=stdin, capture_output=True, text=True, errors="replace", timeout=timeout)
+        done = subprocess.run(
+            words, input=stdin, capture_output=True, text=True, errors="replace", timeout=timeout
+        )
         result = Result(" ".join(words), done.returncode, done.stdout, done.stderr)
     except subprocess.TimeoutExpired:
         result = Result(" ".join(words), 124, "", f"did not end within {timeout} s")

@@ -64,7 +64,11 @@ class Virsh:
         self.act("destroy", name, lambda domain: domain.destroy())
 
     def undefine(self, name):
-        self.act("undefine", name, lambda domain: domain.undefineFlags(libvirt.VIR_DOMAIN_UNDEFINE_MANAGED_SAVE))
+        self.act(
+            "undefine",
+            name,
+            lambda domain: domain.undefineFlags(libvirt.VIR_DOMAIN_UNDEFINE_MANAGED_SAVE),
+        )
 
     def _answer(self, question):
         """A libvirtd that has ended, or starts, is connected to again."""
@@ -76,7 +80,10 @@ class Virsh:
                 self._connection, self._asks = None, ThreadPoolExecutor(4)
                 raise Failure(f"libvirt does not answer within {TIMEOUT} s") from None
             except libvirt.libvirtError as error:
-                unconnected = error.get_error_domain() == libvirt.VIR_FROM_RPC or error.get_error_code() == libvirt.VIR_ERR_NO_CONNECT
+                unconnected = (
+                    error.get_error_domain() == libvirt.VIR_FROM_RPC
+                    or error.get_error_code() == libvirt.VIR_ERR_NO_CONNECT
+                )
                 if not unconnected or time.monotonic() > end:
                     raise
                 self._connection = None
@@ -110,12 +117,16 @@ class Virsh:
 
     def names(self):
         """All that are defined or run."""
-        return self.ask(lambda connection: [domain.name() for domain in connection.listAllDomains()])
+        return self.ask(
+            lambda connection: [domain.name() for domain in connection.listAllDomains()]
+        )
 
     def running(self):
         """Guests that have a QEMU, paused ones too."""
         active = libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE
-        return self.ask(lambda connection: [domain.name() for domain in connection.listAllDomains(active)])
+        return self.ask(
+            lambda connection: [domain.name() for domain in connection.listAllDomains(active)]
+        )
 
     def xml(self, name, inactive=False):
         """The live XML, or the definition's; None if the domain does not exist."""

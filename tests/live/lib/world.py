@@ -92,14 +92,27 @@ class World:
         before = guest.booted_from()
         if reset:
             self.virsh.must("reset", guest.name)
-        fresh = until(lambda: guest.booted_from()[len(before) if reset else 0:], f"{guest.name} to boot from a stick", seconds=60)
+        fresh = until(
+            lambda: guest.booted_from()[len(before) if reset else 0 :],
+            f"{guest.name} to boot from a stick",
+            seconds=60,
+        )
         name = stick.serial or stick.name
-        expect(set(fresh) == {name}, f"{guest.name} to boot from {name} alone, it booted from {fresh}")
+        expect(
+            set(fresh) == {name}, f"{guest.name} to boot from {name} alone, it booted from {fresh}"
+        )
 
     def holds(self, guest, stick, state="allocated"):
         """The guest's claim on this stick; None if it has none in that state."""
         row = self.product.device(serial=stick.serial)
-        return next((c for c in self.product.claims_of(guest) if c["device_id"] == row["id"] and c["state"] == state), None)
+        return next(
+            (
+                c
+                for c in self.product.claims_of(guest)
+                if c["device_id"] == row["id"] and c["state"] == state
+            ),
+            None,
+        )
 
     def has_live(self, guest, stick):
         """The device is in the guest's live XML with the address of now."""
@@ -127,11 +140,23 @@ class World:
 
     def logs(self):
         """What helps to understand a failure."""
-        parts = ["--- commands of this case", *shell.transcript[-25:], f"--- the agent {self.product.agent.state()}", *self.product.agent.threads()]
-        for title, path, start in (("hook", HOOK_LOG, 0), ("agent", AGENT_LOG, 0), ("libvirtd", LOG, self.log_from)):
+        parts = [
+            "--- commands of this case",
+            *shell.transcript[-25:],
+            f"--- the agent {self.product.agent.state()}",
+            *self.product.agent.threads(),
+        ]
+        for title, path, start in (
+            ("hook", HOOK_LOG, 0),
+            ("agent", AGENT_LOG, 0),
+            ("libvirtd", LOG, self.log_from),
+        ):
             text = path.read_bytes()[start:].decode(errors="replace") if path.exists() else ""
             parts += [f"--- {title}'s log", text[-6000:].rstrip()]
         for words in (("devices", "--all"), ("claims",), ("events", "--limit", "30")):
             parts += [f"--- virt-usb {' '.join(words)}", self.product(*words, quiet=True).text]
-        parts += ["--- the kernel's log", "\n".join(shell.run("dmesg", quiet=True).out.splitlines()[-30:])]
+        parts += [
+            "--- the kernel's log",
+            "\n".join(shell.run("dmesg", quiet=True).out.splitlines()[-30:]),
+        ]
         return "\n".join(parts)

@@ -11,7 +11,20 @@ from pathlib import Path
 # Debian's cloud kernel has no USB at all: the usual one it is.
 KERNEL = "linux-image-amd64"
 # Of its 400 MB of modules these folders can be needed.
-FOLDERS = ["arch", "block", "crypto", "drivers/char", "drivers/hid", "drivers/input", "drivers/scsi", "drivers/usb", "drivers/virtio", "fs", "lib", "net/9p"]
+FOLDERS = [
+    "arch",
+    "block",
+    "crypto",
+    "drivers/char",
+    "drivers/hid",
+    "drivers/input",
+    "drivers/scsi",
+    "drivers/usb",
+    "drivers/virtio",
+    "fs",
+    "lib",
+    "net/9p",
+]
 MODULES = [
     "virtio_pci", "9p", "9pnet_virtio", "overlay", "virtio_console",  # the machine's files
     "xhci_pci", "usbhid", "hid_generic", "usb_storage", "sd_mod", "cdc_acm",  # USB on the host's side
@@ -26,7 +39,9 @@ class Trouble(Exception):
 def run(*command, **options):
     done = subprocess.run(command, capture_output=True, text=True, **options)
     if done.returncode:
-        raise Trouble(f"{' '.join(map(str, command))} failed: {done.stderr.strip() or done.stdout.strip()}")
+        raise Trouble(
+            f"{' '.join(map(str, command))} failed: {done.stderr.strip() or done.stdout.strip()}"
+        )
     return done.stdout
 
 
@@ -81,7 +96,11 @@ class Kernel:
     @staticmethod
     def _wanted(name):
         folder = name.split("/kernel/", 1)[-1]
-        return name.startswith("./boot/vmlinuz") or "/modules." in name or ("/kernel/" in name and folder.startswith(tuple(f"{f}/" for f in FOLDERS)))
+        return (
+            name.startswith("./boot/vmlinuz")
+            or "/modules." in name
+            or ("/kernel/" in name and folder.startswith(tuple(f"{f}/" for f in FOLDERS)))
+        )
 
     def _unpack(self, package, target, wanted):
         """Fetches a package and keeps of it what is wanted; all or nothing."""
@@ -91,9 +110,25 @@ class Kernel:
         run("apt-get", "download", package, cwd=work)
         archive = work / "data.tar"
         with open(archive, "wb") as file:
-            subprocess.run(["dpkg-deb", "--fsys-tarfile", next(work.glob("*.deb"))], stdout=file, check=True)
-        names = [name for name in run("tar", "-tf", archive).splitlines() if wanted(name) and not name.endswith("/")]
-        run("tar", "-xf", archive, "-C", work / "tree", "--no-recursion", "-T", "-", input="\n".join(names))
+            subprocess.run(
+                ["dpkg-deb", "--fsys-tarfile", next(work.glob("*.deb"))], stdout=file, check=True
+            )
+        names = [
+            name
+            for name in run("tar", "-tf", archive).splitlines()
+            if wanted(name) and not name.endswith("/")
+        ]
+        run(
+            "tar",
+            "-xf",
+            archive,
+            "-C",
+            work / "tree",
+            "--no-recursion",
+            "-T",
+            "-",
+            input="\n".join(names),
+        )
         merge_usr(work / "tree")
         (work / "tree").rename(target)
         shutil.rmtree(work)
@@ -113,14 +148,22 @@ class Kernel:
         (tree / "modlist").write_text("".join(f"{m.name}\n" for m in modules))
         names = run("find", ".", cwd=tree)
         with open(self.initramfs, "wb") as file:
-            subprocess.run(["cpio", "-o", "-H", "newc", "--quiet"], cwd=tree, input=names.encode(), stdout=file, check=True)
+            subprocess.run(
+                ["cpio", "-o", "-H", "newc", "--quiet"],
+                cwd=tree,
+                input=names.encode(),
+                stdout=file,
+                check=True,
+            )
         shutil.rmtree(tree)
 
     def _modules(self):
         """Their files, each behind those that it needs."""
         files = {}
         for module in MODULES:
-            for line in run("modprobe", "-d", self.unpacked, "-S", self.version, "--show-depends", module).splitlines():
+            for line in run(
+                "modprobe", "-d", self.unpacked, "-S", self.version, "--show-depends", module
+            ).splitlines():
                 verb, _, path = line.partition(" ")
                 if verb == "insmod":
                     files[Path(path.strip().split(" ")[0])] = None

@@ -16,12 +16,21 @@ URI = "qemu+unix:///system?socket=/run/second/libvirt-sock"
 class SecondHost:
     def __init__(self):
         script = Path(__file__).with_name("second-host")
-        self.holder = subprocess.Popen(["unshare", "--mount", "--uts", script], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
+        self.holder = subprocess.Popen(
+            ["unshare", "--mount", "--uts", script],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         expect(self.holder.stdout.readline() == "ready\n", "the second host to be made")
         self.prefix = ["nsenter", "--target", str(self.holder.pid), "--mount", "--uts", "--"]
         self.virsh = Virsh(self.prefix, URI)
         self.agent = Agent(self.prefix)
-        self.libvirtd = Libvirtd(self.prefix, socket="/run/second/libvirt-sock", options=["--pid-file", "/run/second/libvirtd.pid"])
+        self.libvirtd = Libvirtd(
+            self.prefix,
+            socket="/run/second/libvirt-sock",
+            options=["--pid-file", "/run/second/libvirtd.pid"],
+        )
 
     def start(self):
         own_uuid = 'host_uuid = "5f7c3f0a-64b8-4f3c-9d7f-0d5b0a2f9b11"\n'

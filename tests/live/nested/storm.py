@@ -80,7 +80,9 @@ class Storm:
         for actor in self.actors:
             if not actor.is_idle.wait(max(0, end - time.monotonic())):
                 what = self.last(actor)
-                raise Failure(f"the {actor.name} has not finished within {TIMEOUT_SECONDS} s: {what}")
+                raise Failure(
+                    f"the {actor.name} has not finished within {TIMEOUT_SECONDS} s: {what}"
+                )
         self.watch()
 
     def watch(self):
@@ -198,7 +200,6 @@ class Actor(threading.Thread):
             self.note(f"SIGCONT to {what}")
         except ProcessLookupError:
             self.note(f"{what} has ended")
-
 
     def guest(self, runs=True):
         """The name of a guest that runs or does not, as far as there is any."""

@@ -39,7 +39,13 @@ class Nested:
         self._lay_out(words, limit)
         began = time.monotonic()
         with open(self.place / "qemu.log", "w", encoding="utf-8") as log:
-            vm = subprocess.Popen(self._command(), stdin=subprocess.DEVNULL, stdout=log, stderr=log, preexec_fn=end_with_parent)
+            vm = subprocess.Popen(
+                self._command(),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                preexec_fn=end_with_parent,
+            )
             try:
                 self._follow(vm, limit + 90)
             finally:
@@ -67,7 +73,10 @@ class Nested:
 
     def _command(self):
         def folder(path, tag, mode=""):
-            return ["-virtfs", f"local,path={path},mount_tag={tag},security_model=none,multidevs=remap{mode}"]
+            return [
+                "-virtfs",
+                f"local,path={path},mount_tag={tag},security_model=none,multidevs=remap{mode}",
+            ]
 
         return [
             "qemu-system-x86_64",

@@ -33,7 +33,9 @@ class UsbClient(rest_client.RestClient):
 
     def change_device(self, device, action, value=None):
         """`enable`, `disable` and what else there is."""
-        return self._call("POST", f"os-usb-devices/{device}/action", 200, {action: value})["usb_device"]
+        return self._call("POST", f"os-usb-devices/{device}/action", 200, {action: value})[
+            "usb_device"
+        ]
 
     def show_server(self, server):
         """What a server has, and is to have."""
@@ -41,11 +43,21 @@ class UsbClient(rest_client.RestClient):
 
     def attach(self, server, *requests):
         """Gives a server devices."""
-        return self._call("POST", f"servers/{server}/action", 202, {"attach_usb_devices": {"usb_devices_requests": list(requests)}})
+        return self._call(
+            "POST",
+            f"servers/{server}/action",
+            202,
+            {"attach_usb_devices": {"usb_devices_requests": list(requests)}},
+        )
 
     def detach(self, server, *requests):
         """Takes them back."""
-        return self._call("POST", f"servers/{server}/action", 202, {"detach_usb_devices": {"usb_devices_requests": list(requests)}})
+        return self._call(
+            "POST",
+            f"servers/{server}/action",
+            202,
+            {"detach_usb_devices": {"usb_devices_requests": list(requests)}},
+        )
 
     def list_server_events(self, server):
         """What became of a server's devices."""
@@ -57,7 +69,9 @@ class UsbClient(rest_client.RestClient):
 
     def set_grant(self, name, devices, projects):
         """These projects may have these devices, and nobody else."""
-        return self._call("PUT", f"os-usb-grants/{name}", 200, {"usb_devices": devices, "projects": projects})
+        return self._call(
+            "PUT", f"os-usb-grants/{name}", 200, {"usb_devices": devices, "projects": projects}
+        )
 
     def delete_grant(self, name):
         """What it gave is everybody's again."""

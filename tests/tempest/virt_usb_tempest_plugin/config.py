@@ -21,5 +21,7 @@ UsbGroup = [
         help="The vendor of the device that the tests take: one that every project may have, and the only one of its kind. Four hexadecimal digits.",
     ),
     cfg.StrOpt("product_id", default="0001", help="And its product. Four hexadecimal digits."),
-    cfg.IntOpt("timeout", default=120, help="For so many seconds a device may take until it is given back."),
+    cfg.IntOpt(
+        "timeout", default=120, help="For so many seconds a device may take until it is given back."
+    ),
 ]

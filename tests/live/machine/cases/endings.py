@@ -18,7 +18,9 @@ def claimed(w):
 
 def free(w, guest):
     until(lambda: not w.product.claims_of(guest), "the claim to be gone")
-    expect(w.product.device(serial="HL-0001")["status"] == "available", "the device to be available")
+    expect(
+        w.product.device(serial="HL-0001")["status"] == "available", "the device to be available"
+    )
 
 
 @case("destroy gives back")
@@ -39,7 +41,11 @@ def crash(w):
 @case("a start that fails behind the hook gives back")
 def failed_start(w):
     simulate(w)
-    guest = asking(w, "g", devices="</devices><qemu:commandline><qemu:arg value='-no-such-option'/></qemu:commandline><devices>")
+    guest = asking(
+        w,
+        "g",
+        devices="</devices><qemu:commandline><qemu:arg value='-no-such-option'/></qemu:commandline><devices>",
+    )
     refused(w.virsh("start", "g"), "no-such-option")
     free(w, guest)
 

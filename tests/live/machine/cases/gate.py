@@ -36,14 +36,22 @@ def veto(w):
     simulate(w)
     first, second = asking(w, "first"), asking(w, "second")
     w.start(first)
-    answer = refused(w.virsh("start", "second"), "Hook script execution failed", "virt-usb: second asks for usb_devices[0]", "is held by first", "Stop the guest")
+    answer = refused(
+        w.virsh("start", "second"),
+        "Hook script execution failed",
+        "virt-usb: second asks for usb_devices[0]",
+        "is held by first",
+        "Stop the guest",
+    )
     expect(sum("virt-usb: " in line for line in answer.text.splitlines()) == 1, "one line of ours")
     expect("prepare" in w.product.operations("second"), "the refusal to be on record")
     w.destroy(first)
     w.start(second)
 
 
-@case("virsh start of a guest that asks is refused where nothing was ever recorded, and says what to run")
+@case(
+    "virsh start of a guest that asks is refused where nothing was ever recorded, and says what to run"
+)
 def no_inventory(w):
     asking(w, "g")
     refused(w.virsh("start", "g"), "virt-usb: g ", "virt-usb discover")
@@ -82,7 +90,9 @@ def broken_configuration(w):
 def beside_another(w):
     simulate(w)
     main = HOOKS.parent / "qemu"
-    main.write_text('#!/bin/sh\ncat > /dev/null\necho "$1 $2" >> /tmp/other.log\n[ ! -e /tmp/veto ] || [ "$2" != prepare ] || { echo "the admin says no" >&2; exit 1; }\n')
+    main.write_text(
+        '#!/bin/sh\ncat > /dev/null\necho "$1 $2" >> /tmp/other.log\n[ ! -e /tmp/veto ] || [ "$2" != prepare ] || { echo "the admin says no" >&2; exit 1; }\n'
+    )
     main.chmod(0o755)
     # libvirtd looks for the main script when it starts.
     w.libvirtd.restart()
@@ -92,7 +102,10 @@ def beside_another(w):
         w.destroy(guest)
         with open("/tmp/other.log", encoding="utf-8") as file:
             called = file.read()
-        expect("g prepare" in called and "g release" in called, f"the other hook to be called: {called}")
+        expect(
+            "g prepare" in called and "g release" in called,
+            f"the other hook to be called: {called}",
+        )
         open("/tmp/veto", "w", encoding="utf-8").close()
         refused(w.virsh("start", "g"), "the admin says no")
         expect(not w.product.claims(), "our claim to be given back when the other refuses")

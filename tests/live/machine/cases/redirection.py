@@ -18,9 +18,16 @@ def live(w):
     guest = desk(w, 2)
     before = w.virsh.xml("desk", inactive=True)
     w.start(guest)
-    until(lambda: sorted(w.virsh.redirdevs("desk")) == ["ua-usb-redir-0", "ua-usb-redir-1"], "both to be there")
+    until(
+        lambda: sorted(w.virsh.redirdevs("desk")) == ["ua-usb-redir-0", "ua-usb-redir-1"],
+        "both to be there",
+    )
     ports = w.virsh.must("qemu-monitor-command", "desk", "--hmp", "info usb")
-    expect(ports.count("USB Redirection Device") == 2 or "ua-usb-redir-1" in w.virsh.must("qemu-monitor-command", "desk", "--hmp", "info qtree"), "QEMU to have them")
+    expect(
+        ports.count("USB Redirection Device") == 2
+        or "ua-usb-redir-1" in w.virsh.must("qemu-monitor-command", "desk", "--hmp", "info qtree"),
+        "QEMU to have them",
+    )
     expect(w.virsh.xml("desk", inactive=True) == before, "the definition to stay as it was")
     stays(lambda: len(w.virsh.redirdevs("desk")) == 2, "two, not more", seconds=3)
 

@@ -17,14 +17,19 @@ from .redirection import desk
 def restart(w):
     guest = claimed(w)
     w.libvirtd.restart(signal.SIGTERM)
-    until(lambda: "reconnect" in w.product.operations("g"), "the hook to be called for the guest that runs")
+    until(
+        lambda: "reconnect" in w.product.operations("g"),
+        "the hook to be called for the guest that runs",
+    )
     expect(w.virsh.running() == ["g"], "the guest to live")
     expect(w.product.claims_of(guest), "its claim to live")
     w.destroy(guest)
     free(w, guest)
 
 
-@case("libvirtd is killed: the guest lives, and so does its claim, though the inventory is broken meanwhile")
+@case(
+    "libvirtd is killed: the guest lives, and so does its claim, though the inventory is broken meanwhile"
+)
 def killed(w):
     from lib.product import CONFIG
 
@@ -47,10 +52,16 @@ def reconnect(w):
     w.libvirtd.restart()
     guest = desk(w, 1)
     w.start(guest)
-    until(lambda: w.virsh.redirdevs("desk") == ["ua-usb-redir-0"], "the redirection to be there", seconds=60)
+    until(
+        lambda: w.virsh.redirdevs("desk") == ["ua-usb-redir-0"],
+        "the redirection to be there",
+        seconds=60,
+    )
 
 
-@case("a guest that was started while the agent was down gets what it asks for when the agent comes")
+@case(
+    "a guest that was started while the agent was down gets what it asks for when the agent comes"
+)
 def late_agent(w):
     w.product.configure(require_agent=False)
     guest = desk(w, 1)
@@ -73,7 +84,12 @@ def configuration_gone(w):
 
     w.product.agent.start()
     CONFIG.unlink()
-    until(lambda: "config.toml was removed; the previous rules stay in effect" in AGENT_LOG.read_text(), "it to be said")
+    until(
+        lambda: (
+            "config.toml was removed; the previous rules stay in effect" in AGENT_LOG.read_text()
+        ),
+        "it to be said",
+    )
     expect(w.product.agent.is_running(), "the agent to go on")
 
 
@@ -87,17 +103,27 @@ def doctor(w):
     control.touch()
     well = w.product("doctor", "--all")
     expect(well.status == 0, f"nothing to be found: {well}")
-    for words in ("QEMU can pass USB devices through", "QEMU has SPICE", "1 domain(s) request USB devices", "agent: it runs"):
+    for words in (
+        "QEMU can pass USB devices through",
+        "QEMU has SPICE",
+        "1 domain(s) request USB devices",
+        "agent: it runs",
+    ):
         expect(words in well.out, f"{words} in {well.out}")
     w.guest("nova", metadata(usb_devices({"vendor_id": "0951"})), usb=NO_USB)
     bus = w.product("doctor")
-    expect(bus.status == 1 and "nova requests USB devices, but it has no USB bus" in bus.out, f"the guest to be found: {bus}")
+    expect(
+        bus.status == 1 and "nova requests USB devices, but it has no USB bus" in bus.out,
+        f"the guest to be found: {bus}",
+    )
     w.libvirtd.kill()
     away = w.product("doctor")
     expect(away.status == 2 and "BROKEN   libvirt: " in away.out, f"libvirtd to be missed: {away}")
 
 
-@case("the inventory is damaged while a guest runs: it is made anew, and the guest's claim with it; then a backup is restored")
+@case(
+    "the inventory is damaged while a guest runs: it is made anew, and the guest's claim with it; then a backup is restored"
+)
 def damaged(w):
     guest = claimed(w)
     copy = STATE / "copy"
@@ -112,7 +138,10 @@ def damaged(w):
     restored = w.product.must("store", "restore", str(copy), "--sim", "/tmp/key.toml")
     expect(".before-restore-" in restored.out, f"what was done: {restored.out}")
     expect(w.product.claims_of(guest), "its claim to live")
-    expect(inventory.owner() == USER and inventory.stat().st_mode & 0o777 == 0o640, "the agent's user to own it")
+    expect(
+        inventory.owner() == USER and inventory.stat().st_mode & 0o777 == 0o640,
+        "the agent's user to own it",
+    )
     w.product.must("store", "check")
     w.destroy(guest)
     free(w, guest)
@@ -122,7 +151,9 @@ def connections(pid):
     """The numbers of this process's connections, as libvirtd counts them."""
     listed = must("virt-admin", "-q", "srv-clients-list", "libvirtd", quiet=True).out
     numbers = [line.split()[0] for line in listed.splitlines() if line.strip()]
-    info = lambda number: run("virt-admin", "-q", "client-info", "libvirtd", number, quiet=True).out.split()
+    info = lambda number: run(
+        "virt-admin", "-q", "client-info", "libvirtd", number, quiet=True
+    ).out.split()
     return [number for number in numbers if str(pid) in info(number)]
 
 

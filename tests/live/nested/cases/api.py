@@ -19,8 +19,13 @@ class Client:
     """Somebody with a token."""
 
     def __init__(self, w, role):
-        made = w.product.must("--json", "token", "add", role, "--project", PROJECT, "--role", role).out
-        self.headers = {"X-Auth-Token": json.loads(made)["token"], "Content-Type": "application/json"}
+        made = w.product.must(
+            "--json", "token", "add", role, "--project", PROJECT, "--role", role
+        ).out
+        self.headers = {
+            "X-Auth-Token": json.loads(made)["token"],
+            "Content-Type": "application/json",
+        }
 
     def __call__(self, method, path, body=None):
         """The answer. Who is told that the API is busy asks again when Retry-After says so: on a slow machine that happens."""
@@ -38,7 +43,11 @@ class Client:
         return answer.status, int(answer.headers.get("Retry-After", 0)), json.loads(answer.read())
 
     def act(self, guest, action, *requests):
-        return self("POST", f"/v3/servers/{guest.uuid}/action", {f"{action}_usb_devices": {"usb_devices_requests": list(requests)}})
+        return self(
+            "POST",
+            f"/v3/servers/{guest.uuid}/action",
+            {f"{action}_usb_devices": {"usb_devices_requests": list(requests)}},
+        )
 
 
 def message(answer):
@@ -47,7 +56,9 @@ def message(answer):
     return fault["message"]
 
 
-@case("through the API a key that is plugged in while the guest runs is found, attached, used, detached")
+@case(
+    "through the API a key that is plugged in while the guest runs is found, attached, used, detached"
+)
 def hot_plug(w):
     w.product.agent.start()
     guest = w.guest("g")
@@ -59,16 +70,27 @@ def hot_plug(w):
     status, answer = admin.act(guest, "attach", {"id": found["id"]})
     expect(status == 202 and answer["live"], f"it to be attached: {status} {answer}")
     # 202 says that it is done.
-    expect(w.holds(guest, stick) and w.has_live(guest, stick), "the guest to have it when that is said")
+    expect(
+        w.holds(guest, stick) and w.has_live(guest, stick), "the guest to have it when that is said"
+    )
     w.boots_from(guest, stick, reset=True)
     server = admin("GET", f"/v3/servers/{guest.uuid}/os-usb-devices")[1]["server"]
-    expect(server["status"] == "ACTIVE" and server["usb_devices"][0]["held_by"] == "g", f"the server to show it: {server}")
+    expect(
+        server["status"] == "ACTIVE" and server["usb_devices"][0]["held_by"] == "g",
+        f"the server to show it: {server}",
+    )
     status, answer = admin.act(guest, "detach", {"id": found["id"]})
-    expect(status == 202 and answer["usb_devices"][0]["status"] == "available", f"it to be detached: {status} {answer}")
+    expect(
+        status == 202 and answer["usb_devices"][0]["status"] == "available",
+        f"it to be detached: {status} {answer}",
+    )
     expect(not w.virsh.hostdevs("g") and not w.product.claims_of(guest), "nothing to be left of it")
     member = Client(w, "member")
     status, answer = member.act(guest, "attach", {"id": found["id"]})
-    expect(status == 404, f"a guest without an owner to be nobody's but an administrator's: {status} {answer}")
+    expect(
+        status == 404,
+        f"a guest without an owner to be nobody's but an administrator's: {status} {answer}",
+    )
 
 
 @case("a hundred attaches of one device through the API at once: one guest has it")
@@ -80,6 +102,7 @@ def a_hundred_at_once(w):
     for guest in guests:
         w.start(guest)
     admin = Client(w, "admin")
+
     # By its kind: what a guest has already would be no conflict.
     def ask(n):
         return admin.act(guests[n % 4], "attach", {"serial": stick.serial})
@@ -90,10 +113,21 @@ def a_hundred_at_once(w):
     statuses = sorted(status for status, _ in answers)
     expect(statuses == [202] + [409] * 99, f"one 202 and 99 times 409: {told}")
     holders = [guest for guest in guests if w.holds(guest, stick)]
-    expect(len(holders) == 1 and [g.name for g in guests if w.virsh.hostdevs(g.name)] == [holders[0].name], "one guest to have it")
+    expect(
+        len(holders) == 1
+        and [g.name for g in guests if w.virsh.hostdevs(g.name)] == [holders[0].name],
+        "one guest to have it",
+    )
     for n, answer in enumerate(answers):
         if answer[0] == 409:
             its_own = guests[n % 4] is holders[0]
-            wanted = "serves another request of this instance" if its_own else f"is held by instance {holders[0].uuid} ({holders[0].name})"
-            expect(f"USB device {device} {wanted}" in message(answer), f"the refusal to say that {holders[0].name} has it: {answer}; in all: {told}")
+            wanted = (
+                "serves another request of this instance"
+                if its_own
+                else f"is held by instance {holders[0].uuid} ({holders[0].name})"
+            )
+            expect(
+                f"USB device {device} {wanted}" in message(answer),
+                f"the refusal to say that {holders[0].name} has it: {answer}; in all: {told}",
+            )
     w.boots_from(holders[0], stick, reset=True)

@@ -57,7 +57,9 @@ def both(w):
     w.allocated(heir, stick)
 
 
-@case("where no hook releases it, what a guest held is free after ten seconds by default, and not before")
+@case(
+    "where no hook releases it, what a guest held is free after ten seconds by default, and not before"
+)
 def default_waits(w):
     w.product.configure(**dict.fromkeys(SHORT_WAITS))
     ((guest, _),) = running(w)
@@ -85,12 +87,20 @@ class Chaos:
         w.product.configure(scan_interval=5, flap_limit=0)
         w.product.agent.start()
         until(lambda: all(known(w, s) for s in self.sticks), "the agent to find the sticks")
-        wishes = [{"serial": "SN0"}, {"vendor_id": "0951"}, {"vendor_id": "0951", "product_id": "1666"}]
+        wishes = [
+            {"serial": "SN0"},
+            {"vendor_id": "0951"},
+            {"vendor_id": "0951", "product_id": "1666"},
+        ]
         self.guests = [asking(w, f"g{n}", wish) for n, wish in enumerate(wishes)]
 
     def run(self):
         for number in range(self.w.kills):
-            act, victim, delay = self.random.choice(self.acts()), self.random.choice(["qemu", "agent", "libvirtd"]), self.random.uniform(0, 3)
+            act, victim, delay = (
+                self.random.choice(self.acts()),
+                self.random.choice(["qemu", "agent", "libvirtd"]),
+                self.random.uniform(0, 3),
+            )
             story = f"kill {number + 1}: {act.__name__} and {victim} after {delay:.2f} s (seed {self.w.seed})"
             try:
                 self.once(act, victim, delay)
@@ -129,7 +139,9 @@ class Chaos:
 
     def replug(self):
         stick = self.random.choice(self.sticks)
-        stick.move(self.random.choice([s for s in range(6) if s not in [t.slot for t in self.sticks]]))
+        stick.move(
+            self.random.choice([s for s in range(6) if s not in [t.slot for t in self.sticks]])
+        )
 
     def kill(self, victim):
         if victim == "agent":

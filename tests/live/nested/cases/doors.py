@@ -25,13 +25,20 @@ def withheld(w, gadget, *words):
 
     def is_withheld():
         device = row(w, gadget)
-        return device and device["status_reason"] == "host-use" and all(word in (device["host_use"] or "") for word in words)
+        return (
+            device
+            and device["status_reason"] == "host-use"
+            and all(word in (device["host_use"] or "") for word in words)
+        )
 
     until(is_withheld, f"{gadget.serial} to be withheld for {words}: {row(w, gadget)}")
 
 
 def available(w, gadget):
-    until(lambda: (device := row(w, gadget)) and device["status"] == "available", f"{gadget.serial} to be available")
+    until(
+        lambda: (device := row(w, gadget)) and device["status"] == "available",
+        f"{gadget.serial} to be available",
+    )
 
 
 def asking(w, gadget):
@@ -44,14 +51,20 @@ def node(gadget, pattern):
     return f"/dev/{found[0].name}"
 
 
-@case("a stick in the definition of a guest that is off is not offered; that guest starts, and frees it when it is undefined")
+@case(
+    "a stick in the definition of a guest that is off is not offered; that guest starts, and frees it when it is undefined"
+)
 def definition(w):
     (stick,) = w.drawer.twins(1)
     w.product.agent.start()
     available(w, stick)
     owner = w.guest("owner", devices=hostdev(stick))
     withheld(w, stick, "used by guest owner, which does not run, as hostdev")
-    refused(w.virsh("start", asking(w, stick).name), "unavailable (host-use)", "used by guest owner, which does not run")
+    refused(
+        w.virsh("start", asking(w, stick).name),
+        "unavailable (host-use)",
+        "used by guest owner, which does not run",
+    )
     w.start(owner)
     w.boots_from(owner, stick)
     w.destroy(owner)
@@ -67,19 +80,25 @@ def serial(w):
     w.product.agent.start()
     path = node(adapter, "*:1.0/tty/ttyACM*")
     available(w, adapter)
-    owner = w.guest("owner", devices=f"<serial type='dev'><source path='{path}'/><target port='1'/></serial>")
+    owner = w.guest(
+        "owner", devices=f"<serial type='dev'><source path='{path}'/><target port='1'/></serial>"
+    )
     w.start(owner)
     withheld(w, adapter, "used by guest owner as serial 1")
     refused(w.virsh("start", asking(w, adapter).name), "used by guest owner as serial 1")
 
 
-@case("a stick that is another guest's disk is not offered, while that guest runs and while it is off; the guest keeps its disk")
+@case(
+    "a stick that is another guest's disk is not offered, while that guest runs and while it is off; the guest keeps its disk"
+)
 def disk(w):
     (stick,) = w.drawer.twins(1)
     w.product.agent.start()
     path = node(stick, "*:1.0/host*/target*/*:*/block/sd*")
     available(w, stick)
-    source = f"<driver name='qemu' type='raw'/><source dev='{path}'/><target dev='vdb' bus='virtio'/>"
+    source = (
+        f"<driver name='qemu' type='raw'/><source dev='{path}'/><target dev='vdb' bus='virtio'/>"
+    )
     owner = w.guest("owner", devices=f"<disk type='block' device='disk'>{source}</disk>")
     w.start(owner)
     withheld(w, stick, "used by guest owner as disk vdb")
@@ -111,7 +130,9 @@ def program(w):
     available(w, adapter)
 
 
-@case("an interface that a program has claimed through usbfs is seen by the agent, and free when the program ends")
+@case(
+    "an interface that a program has claimed through usbfs is seen by the agent, and free when the program ends"
+)
 def usbfs(w):
     reporter = w.drawer.reporter("HID0", slot=0)
     # No event tells of a claim: it is seen at the next scan.
@@ -133,7 +154,9 @@ def usbfs(w):
 def unauthorized(w):
     (stick,) = w.drawer.twins(1)
     authorized = SEEN / stick.port() / "authorized"
-    w.product.configure(usb_passthrough_whitelist=[{"vendor": stick.vendor, "product": stick.product}])
+    w.product.configure(
+        usb_passthrough_whitelist=[{"vendor": stick.vendor, "product": stick.product}]
+    )
     w.product.discover()
     available(w, stick)
     authorized.write_text("0\n")

@@ -30,14 +30,19 @@ def told(what, seconds, yardstick=None):
 def allocated_at(w, after):
     """When the last device was seen in its guest, if that was after."""
     events = json.loads(w.product.must("events", "--json", "--limit", "20").out)
-    times = [datetime.fromisoformat(e["at"]).timestamp() for e in events if e["event"] == "allocated"]
+    times = [
+        datetime.fromisoformat(e["at"]).timestamp() for e in events if e["event"] == "allocated"
+    ]
     return next((t for t in reversed(times) if t > after), None)
 
 
 def hook_ended(operation, after):
     """When the hook's call had ended."""
     records = [json.loads(line) for line in HOOK_LOG.read_text().splitlines()]
-    return next((r["at"] for r in reversed(records) if r["operation"] == operation and r["at"] > after), None)
+    return next(
+        (r["at"] for r in reversed(records) if r["operation"] == operation and r["at"] > after),
+        None,
+    )
 
 
 @case("how long an attach takes: by hand, after a start, after a replug")
@@ -93,8 +98,15 @@ def beside_stopped(w):
         began = time.time()
         w.start(guest)
         inside = until(lambda: allocated_at(w, began), "the stick to be in the guest")
-        told("started → in the guest, beside 20 stopped ones", [inside - hook_ended("started", began)])
-        named = [e["at"] for e in json.loads(w.product.must("events", "--json", "--limit", "100").out) if e["event"] == "problem"]
+        told(
+            "started → in the guest, beside 20 stopped ones",
+            [inside - hook_ended("started", began)],
+        )
+        named = [
+            e["at"]
+            for e in json.loads(w.product.must("events", "--json", "--limit", "100").out)
+            if e["event"] == "problem"
+        ]
         print(f"figure problems named: {len(named)}", flush=True)
         os.kill(w.libvirtd.process.pid, signal.SIGSTOP)
         began = time.time()

@@ -22,7 +22,13 @@ def none_free(w):
     w.start(second)
     held = {c["device_id"] for c in w.product.claims()}
     expect(len(held) == 2, f"two devices to be claimed: {w.product.claims()}")
-    refused(w.virsh("start", third.name), "virt-usb: third asks for usb_devices[0]", "of 2 that match", "is held by first", "is held by second")
+    refused(
+        w.virsh("start", third.name),
+        "virt-usb: third asks for usb_devices[0]",
+        "of 2 that match",
+        "is held by first",
+        "is held by second",
+    )
     w.destroy(first)
     w.start(third)
     expect(len(w.product.claims_of(third)) == 1, "the third guest to have what the first gave back")
@@ -31,7 +37,11 @@ def none_free(w):
 @case("virsh start is refused when nothing of the kind is plugged in")
 def nothing_there(w):
     w.product.discover()
-    refused(w.virsh("start", asks(w, "g").name), "virt-usb: g asks for usb_devices[0]", "this host has no such device")
+    refused(
+        w.virsh("start", asks(w, "g").name),
+        "virt-usb: g asks for usb_devices[0]",
+        "this host has no such device",
+    )
 
 
 @case("a device that was unplugged since the last scan is not promised")
@@ -46,7 +56,9 @@ def not_where_it_was(w):
 def no_usb_bus(w):
     w.drawer.twins(1)
     w.product.discover()
-    guest = w.guest("g", nova({"usb:devices": '[{"vendor_id":"0951","product_id":"1666"}]'}), usb=NO_USB)
+    guest = w.guest(
+        "g", nova({"usb:devices": '[{"vendor_id":"0951","product_id":"1666"}]'}), usb=NO_USB
+    )
     refused(w.virsh("start", guest.name), "has no USB bus", "hw:usb_model=qemu-xhci")
     expect(not w.product.claims(), "nothing to be held")
 
@@ -122,7 +134,11 @@ def release_on_crash(w):
 def release_on_failed_start(w):
     w.drawer.twins(1)
     w.product.discover()
-    guest = asks(w, "g", devices="</devices><qemu:commandline><qemu:arg value='-no-such-option'/></qemu:commandline><devices>")
+    guest = asks(
+        w,
+        "g",
+        devices="</devices><qemu:commandline><qemu:arg value='-no-such-option'/></qemu:commandline><devices>",
+    )
     refused(w.virsh("start", guest.name), "no-such-option")
     expect("prepare" in w.product.operations(guest.name), "the hook to have been asked")
     released(w, guest)

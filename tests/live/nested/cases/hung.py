@@ -77,16 +77,28 @@ def slow_hook(w):
 def other_libvirt(w):
     ((guest, stick),) = running(w)
     # The session's libvirt of the agent's user may start or not: neither knows of the guest.
-    for uri, sign in (("qemu:///session", ("knows none of", "no connection to libvirt")), ("test:///default", ("knows none of",))):
+    for uri, sign in (
+        ("qemu:///session", ("knows none of", "no connection to libvirt")),
+        ("test:///default", ("knows none of",)),
+    ):
         w.product.agent.stop()
         w.product.configure(libvirt_uri=uri)
         w.product.agent.start()
-        until(lambda: any(words in w.product.agent.log() for words in sign), f"{uri} to be told apart")
-        stays(lambda: w.holds(guest, stick), "the guest has its stick", seconds=4 * SHORT_WAITS["absent_grace"])
+        until(
+            lambda: any(words in w.product.agent.log() for words in sign), f"{uri} to be told apart"
+        )
+        stays(
+            lambda: w.holds(guest, stick),
+            "the guest has its stick",
+            seconds=4 * SHORT_WAITS["absent_grace"],
+        )
     until(lambda: problem(w, "its QEMU runs on this host"), "the problem to be named")
     w.product.configure()
     os.kill(w.product.agent.process.pid, signal.SIGHUP)
-    until(lambda: "libvirt_uri has changed: restart the agent to apply it" in w.product.agent.log(), "SIGHUP to be answered")
+    until(
+        lambda: "libvirt_uri has changed: restart the agent to apply it" in w.product.agent.log(),
+        "SIGHUP to be answered",
+    )
     expect(w.holds(guest, stick), "the guest to have its stick still")
     w.product.agent.stop()
     w.product.agent.start()
@@ -95,30 +107,46 @@ def other_libvirt(w):
     w.boots_from(guest, stick, reset=True)
 
 
-@case("a device whose controller was unbound, or removed from its bus, is attached anew, though its address is the same")
+@case(
+    "a device whose controller was unbound, or removed from its bus, is attached anew, though its address is the same"
+)
 def rebound(w):
     w.product.agent.start()
     kind = {"vendor_id": "0403", "product_id": "6001"}
-    adapter = lambda: next((d for d in w.product.devices() if (d["vendor_id"], d["product_id"]) == ("0403", "6001")), None)
+    adapter = lambda: next(
+        (d for d in w.product.devices() if (d["vendor_id"], d["product_id"]) == ("0403", "6001")),
+        None,
+    )
     row = until(adapter, "the agent to find the adapter behind the hub")
     guest = asking(w, "g", kind)
     w.start(guest)
-    is_mine = lambda: [c for c in w.product.claims_of(guest) if c["state"] == "allocated"] and w.virsh.hostdevs("g")
+    is_mine = lambda: (
+        [c for c in w.product.claims_of(guest) if c["state"] == "allocated"]
+        and w.virsh.hostdevs("g")
+    )
     until(is_mine, "the guest to have the adapter")
     controller = Path(f"/sys/bus/usb/devices/usb{row['bus_id']}").resolve().parent
     driver = (controller / "driver").resolve()
     attached = lambda: [e for e in w.product.events() if e["event"] == "allocated"]
-    for away, back in (((driver / "unbind", controller.name), (driver / "bind", controller.name)), ((controller / "remove", "1"), (RESCAN, "1"))):
+    for away, back in (
+        ((driver / "unbind", controller.name), (driver / "bind", controller.name)),
+        ((controller / "remove", "1"), (RESCAN, "1")),
+    ):
         before = len(attached())
         away[0].write_text(away[1])
         back[0].write_text(back[1])
         until(lambda: len(attached()) > before, f"it to be attached anew after {away[0].name}")
         until(is_mine, "the guest to have the adapter")
         interface = Path(f"/sys/bus/usb/devices/{adapter()['port_path']}:1.0/driver")
-        expect(not interface.exists() or interface.resolve().name == "usbfs", "the host's own driver to have let go of it")
+        expect(
+            not interface.exists() or interface.resolve().name == "usbfs",
+            "the host's own driver to have let go of it",
+        )
 
 
-@case("a stick that was deauthorized and authorized again is taken from the host's driver and attached anew")
+@case(
+    "a stick that was deauthorized and authorized again is taken from the host's driver and attached anew"
+)
 def authorized_again(w):
     w.product.configure(scan_interval=5)
     ((guest, stick),) = running(w)

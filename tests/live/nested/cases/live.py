@@ -14,7 +14,9 @@ def asking(w, name, *requests, **more):
     return w.guest(name, metadata(usb_devices(*(requests or (KEY,)))), **more)
 
 
-@case("virsh start of a guest that asks: the device is attached live, and the definition stays as it was")
+@case(
+    "virsh start of a guest that asks: the device is attached live, and the definition stays as it was"
+)
 def attach_after_start(w):
     (stick,) = w.drawer.twins(1)
     w.product.agent.start()
@@ -25,11 +27,17 @@ def attach_after_start(w):
     w.allocated(guest, stick)
     (hostdev,) = w.virsh.hostdevs("g")
     expect(hostdev.alias == f"ua-usb-{row['id']}", f"our alias: {hostdev}")
-    expect((hostdev.vendor, hostdev.product) == ("0951", "1666"), f"vendor and product beside the address: {hostdev}")
+    expect(
+        (hostdev.vendor, hostdev.product) == ("0951", "1666"),
+        f"vendor and product beside the address: {hostdev}",
+    )
     expect(w.virsh.xml("g", inactive=True) == before, "the definition to stay as it was")
     w.boots_from(guest, stick, reset=True)
     w.destroy(guest)
-    until(lambda: w.product.device(serial=stick.serial)["status"] == "available", "it to be available again")
+    until(
+        lambda: w.product.device(serial=stick.serial)["status"] == "available",
+        "it to be available again",
+    )
 
 
 class Row(dict):
@@ -55,7 +63,11 @@ def three_want_two(w):
     owner = lambda guest: [s for s in sticks if w.holds(guest, s) and w.has_live(guest, s)]
     until(lambda: all(owner(g) for g in guests), "each to have one")
     expect(owner(guests[0]) != owner(guests[1]), "two different ones")
-    refused(w.virsh("start", asking(w, "g2").name), "virt-usb: g2 asks for usb_devices[0]", "is held by g0")
+    refused(
+        w.virsh("start", asking(w, "g2").name),
+        "virt-usb: g2 asks for usb_devices[0]",
+        "is held by g0",
+    )
 
 
 @case("virt-usb start: the guest has the device from power-on, and the definition stays as it was")
@@ -72,7 +84,10 @@ def cold_plug(w):
     expect(w.virsh.xml("g", inactive=True) == before, "the definition to stay as it was")
     expect(len(w.virsh.hostdevs("g")) == 1, "no second hostdev from the agent")
     w.destroy(guest)
-    expect(w.virsh.xml("g", inactive=True) == before, "the definition to stay as it was, after its end too")
+    expect(
+        w.virsh.xml("g", inactive=True) == before,
+        "the definition to stay as it was, after its end too",
+    )
 
 
 @case("virt-usb start says why, and leaves nothing behind, when the device is taken")
@@ -122,7 +137,11 @@ def command_line_stopped(w):
     w.destroy(guest)
     w.product.must("detach", "g", "0951:1666")
     w.start(guest)
-    stays(lambda: not w.virsh.hostdevs("g") and not w.product.claims_of(guest), "the guest has nothing", seconds=4)
+    stays(
+        lambda: not w.virsh.hostdevs("g") and not w.product.claims_of(guest),
+        "the guest has nothing",
+        seconds=4,
+    )
 
 
 @case("a device given by hand with virsh attach-device is adopted")
@@ -136,10 +155,16 @@ def adopted(w):
     w.allocated(guest, stick)
     refused(w.virsh("start", asking(w, "other").name), "is held by g")
     done(w.virsh.detach("g", hostdev(stick)))
-    until(lambda: not w.product.claims_of(guest), "the claim to end when it is detached by hand", seconds=40)
+    until(
+        lambda: not w.product.claims_of(guest),
+        "the claim to end when it is detached by hand",
+        seconds=40,
+    )
 
 
-@case("a guest that runs and has no USB port left: virt-usb attach says so and leaves nothing behind")
+@case(
+    "a guest that runs and has no USB port left: virt-usb attach says so and leaves nothing behind"
+)
 def no_free_port(w):
     (stick,) = w.drawer.twins(1)
     w.product.agent.start()
@@ -152,7 +177,9 @@ def no_free_port(w):
     expect(known(w, stick)["status"] == "available", "it to be available")
 
 
-@case("a device in QEMU that libvirt does not know of (it ended between the two) is taken out, and attached anew")
+@case(
+    "a device in QEMU that libvirt does not know of (it ended between the two) is taken out, and attached anew"
+)
 def unknown_to_libvirt(w):
     (stick,) = w.drawer.twins(1)
     w.product.agent.start()
@@ -160,7 +187,11 @@ def unknown_to_libvirt(w):
     guest = w.guest("g")
     w.start(guest)
     add = {"driver": "usb-host", "id": f"ua-usb-{row['id']}", "vendorid": 0xDEAD, "productid": 1}
-    answer = done(w.virsh("qemu-monitor-command", "g", json.dumps({"execute": "device_add", "arguments": add})))
+    answer = done(
+        w.virsh(
+            "qemu-monitor-command", "g", json.dumps({"execute": "device_add", "arguments": add})
+        )
+    )
     expect("error" not in answer.text, f"QEMU to take it: {answer}")
     refused(w.virsh.attach("g", hostdev(stick, alias=add["id"])), "Duplicate")
     w.product.must("attach", "g", str(row["id"]))
@@ -168,7 +199,9 @@ def unknown_to_libvirt(w):
     w.boots_from(guest, stick, reset=True)
 
 
-@case("where an agent is installed and does not run, a guest that asks is not started without its device")
+@case(
+    "where an agent is installed and does not run, a guest that asks is not started without its device"
+)
 def agent_dead(w):
     w.drawer.twins(1)
     w.product.agent.start()

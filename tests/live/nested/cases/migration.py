@@ -33,7 +33,9 @@ def offers(stick):
 
 
 def migrate(w, guest):
-    return w.virsh("migrate", guest.name, URI, "--live", "--migrateuri", "tcp://127.0.0.1", timeout=120)
+    return w.virsh(
+        "migrate", guest.name, URI, "--live", "--migrateuri", "tcp://127.0.0.1", timeout=120
+    )
 
 
 def on_second(second, guest, stick):
@@ -47,7 +49,10 @@ def refuse(w):
         w.start(guest)
         w.boots_from(guest, one)
         refused(migrate(w, guest), "virt-usb: g ", "migration")
-        expect(w.virsh.running() == ["g"] and w.has_live(guest, one), "the guest to run on with its device")
+        expect(
+            w.virsh.running() == ["g"] and w.has_live(guest, one),
+            "the guest to run on with its device",
+        )
         expect(not second.claims(), "nothing to be held on the other host")
 
 
@@ -61,12 +66,20 @@ def reclaim(w):
         expect(on_second(second, guest, other), f"the other stick: {second.virsh.hostdevs('g')}")
         (claim,) = second.claims()
         # QEMU has let go of the device while it loaded the state: only an agent attaches it anew.
-        expect(claim["state"] == "claimed" and not claim["pending"], f"it to be the guest's there: {claim}")
+        expect(
+            claim["state"] == "claimed" and not claim["pending"],
+            f"it to be the guest's there: {claim}",
+        )
         until(lambda: not w.product.claims_of(guest), "the first host's claim to end")
-        expect(w.product.device(serial=one.serial)["status"] == "available", "the first stick to be available")
+        expect(
+            w.product.device(serial=one.serial)["status"] == "available",
+            "the first stick to be available",
+        )
 
 
-@case("after a migration with agents on both hosts the guest really has its device, seen from inside")
+@case(
+    "after a migration with agents on both hosts the guest really has its device, seen from inside"
+)
 def reclaim_with_agents(w):
     with two_hosts(w, migration="reclaim") as (second, one, other):
         w.product.agent.start()
@@ -75,14 +88,24 @@ def reclaim_with_agents(w):
         w.start(guest)
         w.allocated(guest, one)
         done(migrate(w, guest))
-        until(lambda: [c for c in second.claims() if c["state"] == "allocated"] and on_second(second, guest, other), "it to be allocated there")
+        until(
+            lambda: (
+                [c for c in second.claims() if c["state"] == "allocated"]
+                and on_second(second, guest, other)
+            ),
+            "it to be allocated there",
+        )
         before = len(guest.booted_from())
         second.virsh.must("reset", "g")
-        found = until(lambda: guest.booted_from()[before:], "the guest to boot from the other stick", seconds=60)
+        found = until(
+            lambda: guest.booted_from()[before:],
+            "the guest to boot from the other stick",
+            seconds=60,
+        )
         expect(set(found) == {other.serial}, f"the other stick, found {found}")
 
 
-@case("migration = \"reclaim\" is refused when the other host has nothing equivalent to give")
+@case('migration = "reclaim" is refused when the other host has nothing equivalent to give')
 def nothing_to_reclaim(w):
     with two_hosts(w, migration="reclaim") as (second, one, other):
         guest = w.guest("g", devices=hostdev(one))
@@ -94,7 +117,10 @@ def nothing_to_reclaim(w):
         (stick,) = (d["id"] for d in listed if d["serial"] == one.serial)
         second.virt_usb("disable", str(stick))
         refused(migrate(w, guest), "virt-usb: g ")
-        expect(w.virsh.running() == ["g"] and w.has_live(guest, one), "the guest to run on with its device")
+        expect(
+            w.virsh.running() == ["g"] and w.has_live(guest, one),
+            "the guest to run on with its device",
+        )
 
 
 @case("two libvirtds with one state_dir: the migration is refused, and told what each needs")
@@ -103,5 +129,8 @@ def shared_state_dir(w):
         guest = w.guest("g", devices=hostdev(one))
         w.start(guest)
         refused(migrate(w, guest), "each libvirtd needs its own state_dir")
-        expect(w.virsh.running() == ["g"] and w.has_live(guest, one), "the guest to run on with its device")
+        expect(
+            w.virsh.running() == ["g"] and w.has_live(guest, one),
+            "the guest to run on with its device",
+        )
         w.destroy(guest)

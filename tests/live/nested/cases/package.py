@@ -54,8 +54,15 @@ class Unit(Agent):
 
     def may(self):
         """Its user, its groups and its capabilities."""
-        status = dict(line.split(":\t", 1) for line in Path(f"/proc/{self.process.pid}/status").read_text().splitlines())
-        return status["Uid"].split()[1], status["Groups"].split(), int(status["CapEff"], 16) | int(status["CapBnd"], 16)
+        status = dict(
+            line.split(":\t", 1)
+            for line in Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
+        )
+        return (
+            status["Uid"].split()[1],
+            status["Groups"].split(),
+            int(status["CapEff"], 16) | int(status["CapBnd"], 16),
+        )
 
 
 def built():
@@ -64,10 +71,14 @@ def built():
     if len(packages) != 1:
         raise Failure("target/deb has no package: 'make deb' makes it")
     made = packages[0].stat().st_mtime
-    programs = [REPO / "target/release" / name for name in ("virt-usb", "virt-usbd", "virt-usb-hook")]
+    programs = [
+        REPO / "target/release" / name for name in ("virt-usb", "virt-usbd", "virt-usb-hook")
+    ]
     for source in [*programs, *(REPO / "debian").iterdir(), *(REPO / "install").glob("virt-usb*")]:
         if source.stat().st_mtime > made:
-            raise Failure(f"{packages[0].name} is older than {source.name}: 'make deb' makes it anew")
+            raise Failure(
+                f"{packages[0].name} is older than {source.name}: 'make deb' makes it anew"
+            )
     return packages[0]
 
 
@@ -85,7 +96,11 @@ def make_older(tree):
     program.write_text(OLDER_HOOK)
     program.chmod(0o755)
     preinst = tree / "DEBIAN/preinst"
-    preinst.write_text(re.sub(r"(?m)^schema=(\d+)$", lambda found: f"schema={int(found[1]) - 1}", preinst.read_text()))
+    preinst.write_text(
+        re.sub(
+            r"(?m)^schema=(\d+)$", lambda found: f"schema={int(found[1]) - 1}", preinst.read_text()
+        )
+    )
 
 
 def dpkg(*words):
@@ -105,9 +120,13 @@ def version():
 
 def traces():
     """What has our name and is neither dpkg's record nor this harness's."""
-    found = [Path("/") / path.relative_to(LAYER) for path in LAYER.rglob("*virt-usb*")] + list(Path("/run").rglob("*virt-usb*"))
+    found = [Path("/") / path.relative_to(LAYER) for path in LAYER.rglob("*virt-usb*")] + list(
+        Path("/run").rglob("*virt-usb*")
+    )
     others = ("/virt-usb", "/var/lib/dpkg/", str(LOGS))
-    return sorted(str(path) for path in found if os.path.lexists(path) and not str(path).startswith(others))
+    return sorted(
+        str(path) for path in found if os.path.lexists(path) and not str(path).startswith(others)
+    )
 
 
 def running(w):
@@ -148,25 +167,45 @@ def altered():
     return [line.split()[-1] for line in must("dpkg", "--verify", "virt-usb").out.splitlines()]
 
 
-@case("the package installed: libvirtd calls its hook, polkit lets its agent in, the guest boots from its stick", bare=True)
+@case(
+    "the package installed: libvirtd calls its hook, polkit lets its agent in, the guest boots from its stick",
+    bare=True,
+)
 def installed(w):
     said = install(built())
     expect("'systemctl reload'" in said, f"it to say what is to be reloaded: {said}")
     guest, stick = running(w)
     w.boots_from(guest, stick, reset=True)
-    refused(w.virsh("start", asking(w, "other").name), "virt-usb: other asks for usb_devices[0]", "is held by g")
+    refused(
+        w.virsh("start", asking(w, "other").name),
+        "virt-usb: other asks for usb_devices[0]",
+        "is held by g",
+    )
     expect(os.readlink(LINK) == str(PROGRAM), "the hook to be a link to the program")
     expect(not altered(), f"all files to be the package's, the configuration too: {altered()}")
     user, group = (must("id", flag, USER).out.strip() for flag in ("-u", "-g"))
-    expect(w.product.agent.may() == (user, [group], 0), f"the agent to be nobody but {user}: {w.product.agent.may()}")
-    found = {finding["check"]: finding["what"] for finding in json.loads(w.product("doctor", "--json").out) if finding["level"] != "ok"}
+    expect(
+        w.product.agent.may() == (user, [group], 0),
+        f"the agent to be nobody but {user}: {w.product.agent.may()}",
+    )
+    found = {
+        finding["check"]: finding["what"]
+        for finding in json.loads(w.product("doctor", "--json").out)
+        if finding["level"] != "ok"
+    }
     # It cannot see that libvirtd was reloaded. This host has no journal.
-    expect(found.keys() == {"hook", "log"} and "may not know of the hooks in it" in found["hook"], f"the doctor to find nothing else: {found}")
+    expect(
+        found.keys() == {"hook", "log"} and "may not know of the hooks in it" in found["hook"],
+        f"the doctor to find nothing else: {found}",
+    )
     w.destroy(guest)
     until(lambda: known(w, stick)["status"] == "available", "it to be available again")
 
 
-@case("the package upgraded under a guest, and not downgraded: it keeps all, the new hook is called, the new agent goes on", bare=True)
+@case(
+    "the package upgraded under a guest, and not downgraded: it keeps all, the new hook is called, the new agent goes on",
+    bare=True,
+)
 def upgraded(w):
     install(older())
     ours = log_to_file()
@@ -176,7 +215,10 @@ def upgraded(w):
     install(built())
     keeps(w, guest, before)
     expect(CONFIG.read_text() == ours, "the configuration to stay")
-    expect(w.product.agent.program() == f"{AGENT} (deleted)", "the agent that runs to be the older still")
+    expect(
+        w.product.agent.program() == f"{AGENT} (deleted)",
+        "the agent that runs to be the older still",
+    )
     w.product.agent.stop()
     w.product.agent.start()
     expect(w.product.agent.program() == str(AGENT), "the agent to be the new one")
@@ -197,14 +239,24 @@ def _not_downgraded(w):
     """To the version that was there, which does not know the schema that the inventory has: nothing changes."""
     newer = version()
     schema = len(list((REPO / "host-runtime/store/migrations").glob("*.sql")))
-    refused(dpkg("--install", older()), f"has schema {schema}, this package knows {schema - 1}", "Nothing was changed")
+    refused(
+        dpkg("--install", older()),
+        f"has schema {schema}, this package knows {schema - 1}",
+        "Nothing was changed",
+    )
     expect(version() == newer, f"{newer} to stay installed: {version()}")
-    expect(altered() == [str(CONFIG)] and os.readlink(LINK) == str(PROGRAM), f"all files to stay: {altered()}")
+    expect(
+        altered() == [str(CONFIG)] and os.readlink(LINK) == str(PROGRAM),
+        f"all files to stay: {altered()}",
+    )
     expect(w.product.agent.program() == str(AGENT), "the agent to go on")
     refused(w.virsh("start", asking(w, "other").name), "is held by g")
 
 
-@case("the package removed, installed again and purged under a guest: it keeps its device, what is left is what is documented", bare=True)
+@case(
+    "the package removed, installed again and purged under a guest: it keeps its device, what is left is what is documented",
+    bare=True,
+)
 def removed(w):
     install(built())
     ours = log_to_file()
@@ -215,7 +267,10 @@ def removed(w):
     expect(said.ok and not HOOKS.exists(), f"the hook to be gone:\n{said}")
     expect(CONFIG.read_text() == ours, "the configuration to stay")
     here = {path.name for path in STATE.iterdir()}
-    expect("inventory.sqlite" in here and not here & {"agent.lock", "hook.sock"}, f"the inventory to stay, and no sign of an agent: {here}")
+    expect(
+        "inventory.sqlite" in here and not here & {"agent.lock", "hook.sock"},
+        f"the inventory to stay, and no sign of an agent: {here}",
+    )
     w.start(w.guest("plain"))
     w.boots_from(guest, stick, reset=True)
     install(built())

@@ -14,16 +14,26 @@ def each_its_own(w):
         w.start(guest)
     for guest, stick in zip(guests, sticks):
         w.boots_from(guest, stick)
-        expect(w.holds(guest, stick), f"{stick.serial} to be allocated to {guest.name}: {w.product.claims()}")
+        expect(
+            w.holds(guest, stick),
+            f"{stick.serial} to be allocated to {guest.name}: {w.product.claims()}",
+        )
 
 
-@case("a second taker of a device is refused at its start and told who has it, and refused at virsh attach-device")
+@case(
+    "a second taker of a device is refused at its start and told who has it, and refused at virsh attach-device"
+)
 def second_taker(w):
     (stick,) = w.drawer.twins(1)
     w.product.discover()
-    first, second = w.guest("first", devices=hostdev(stick)), w.guest("second", devices=hostdev(stick))
+    first, second = (
+        w.guest("first", devices=hostdev(stick)),
+        w.guest("second", devices=hostdev(stick)),
+    )
     w.start(first)
-    refused(w.virsh("start", second.name), "virt-usb: second ", f"first ({first.uuid}) holds it since")
+    refused(
+        w.virsh("start", second.name), "virt-usb: second ", f"first ({first.uuid}) holds it since"
+    )
     expect(w.holds(first, stick), "the first guest to keep it")
     expect(not w.product.claims_of(second), "the second guest to hold nothing")
     w.boots_from(first, stick)

@@ -23,7 +23,11 @@ def running(w, *requests, count=1):
 
 def is_waited_for(w, guest, stick):
     """Unplugged, out of the guest, and still its."""
-    return known(w, stick)["status"] == "removed" and not w.virsh.hostdevs(guest.name) and w.product.claims_of(guest)
+    return (
+        known(w, stick)["status"] == "removed"
+        and not w.virsh.hostdevs(guest.name)
+        and w.product.claims_of(guest)
+    )
 
 
 @case("unplugged and plugged in at another bus: the guest has it again, same id, new address")
@@ -31,11 +35,17 @@ def elsewhere(w):
     ((guest, stick),) = running(w)
     before, address = known(w, stick), stick.address()
     stick.unplug()
-    until(lambda: is_waited_for(w, guest, stick), "the stale hostdev to be gone and the claim to be kept")
+    until(
+        lambda: is_waited_for(w, guest, stick),
+        "the stale hostdev to be gone and the claim to be kept",
+    )
     stick.plug(3)
     w.allocated(guest, stick)
     expect(known(w, stick)["id"] == before["id"], "the same id")
-    expect(stick.address() != address and known(w, stick)["port_path"] == stick.port(), "the new address and port")
+    expect(
+        stick.address() != address and known(w, stick)["port_path"] == stick.port(),
+        "the new address and port",
+    )
     w.boots_from(guest, stick, reset=True)
 
 
@@ -57,7 +67,10 @@ def stranger(w):
     like = w.drawer.stick("like", serial="OTHER", slot=slot)
     until(lambda: known(w, like), "the stranger to be found")
     stays(lambda: not w.virsh.hostdevs(guest.name), "the guest has nothing", seconds=4)
-    expect(known(w, like)["id"] != known(w, stick)["id"] and known(w, like)["status"] == "available", "a device of its own")
+    expect(
+        known(w, like)["id"] != known(w, stick)["id"] and known(w, like)["status"] == "available",
+        "a device of its own",
+    )
     stick.plug(4)
     w.allocated(guest, stick)
 
@@ -95,7 +108,10 @@ def swap_numbers(w):
     renew(0, 1)
     one.plug(1)
     other.plug(0)
-    expect((other.address(), one.address()) == addresses, f"the numbers to be swapped: {addresses}, {one.address()}, {other.address()}")
+    expect(
+        (other.address(), one.address()) == addresses,
+        f"the numbers to be swapped: {addresses}, {one.address()}, {other.address()}",
+    )
     w.product.agent.start()
     for guest, stick in pairs:
         w.allocated(guest, stick, seconds=40)
@@ -107,7 +123,10 @@ def swap_numbers(w):
 def no_serials(w):
     one, other = (w.drawer.stick(f"plain{n}", slot=n) for n in range(2))
     w.product.agent.start()
-    row = lambda stick: next((d for d in w.product.devices() if d["port_path"] == stick.port() and not d["deleted"]), None)
+    row = lambda stick: next(
+        (d for d in w.product.devices() if d["port_path"] == stick.port() and not d["deleted"]),
+        None,
+    )
     until(lambda: row(one) and row(other), "the agent to find the sticks")
     guests = [asking(w, f"g{n}", {"port": s.port()}) for n, s in enumerate((one, other))]
     for guest in guests:
@@ -122,11 +141,16 @@ def no_serials(w):
     expect(ids == {row(one)["id"], row(other)["id"]}, "the same devices")
 
 
-@case("two buses swap their numbers, as at a reboot: each guest gets its own stick without a serial")
+@case(
+    "two buses swap their numbers, as at a reboot: each guest gets its own stick without a serial"
+)
 def swapped_buses(w):
     sticks = [w.drawer.stick(f"plain{n}", slot=n) for n in range(2)]
     w.product.agent.start()
-    row = lambda stick: next((d for d in w.product.devices() if d["port_path"] == stick.port() and not d["deleted"]), None)
+    row = lambda stick: next(
+        (d for d in w.product.devices() if d["port_path"] == stick.port() and not d["deleted"]),
+        None,
+    )
     until(lambda: all(row(s) for s in sticks), "the agent to find the sticks")
     ids = [row(s)["id"] for s in sticks]
     guests = [asking(w, f"g{n}", {"id": i}) for n, i in enumerate(ids)]
@@ -142,7 +166,9 @@ def swapped_buses(w):
     renew(0, 1, found=(1, 0))
     for slot, stick in enumerate(sticks):
         stick.plug(slot)
-    expect([s.port() for s in sticks] == ports[::-1], f"the buses to have each other's number: {ports}")
+    expect(
+        [s.port() for s in sticks] == ports[::-1], f"the buses to have each other's number: {ports}"
+    )
     # A start before the agent has looked finds the inventory with the old numbers.
     w.product.agent.start()
     for guest in guests:
@@ -158,7 +184,10 @@ def release_policy(w):
     w.product.configure(replug="release")
     ((guest, stick),) = running(w)
     stick.unplug()
-    until(lambda: not w.product.claims_of(guest) and not w.virsh.hostdevs(guest.name), "the claim to end")
+    until(
+        lambda: not w.product.claims_of(guest) and not w.virsh.hostdevs(guest.name),
+        "the claim to end",
+    )
     stick.plug(0)
     until(lambda: known(w, stick)["status"] == "available", "it to be free")
     stays(lambda: not w.virsh.hostdevs(guest.name), "the guest has nothing", seconds=3)

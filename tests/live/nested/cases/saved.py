@@ -32,7 +32,10 @@ def moved(w):
     expect(stick.address() != old, "another address")
     w.product.discover()
     w.start(guest)
-    expect(w.has_live(guest, stick), f"the address of now, {stick.address()}: {w.virsh.hostdevs(guest.name)}")
+    expect(
+        w.has_live(guest, stick),
+        f"the address of now, {stick.address()}: {w.virsh.hostdevs(guest.name)}",
+    )
     expect(w.product.claims_of(guest), "a claim")
 
 
@@ -41,7 +44,9 @@ def gone(w):
     (stick,) = w.drawer.twins(1)
     w.product.discover()
     alias = f"ua-usb-{w.product.device(serial=stick.serial)['id']}"
-    guest = w.guest("g", metadata(usb_devices({"serial": stick.serial})), hostdev(stick, alias=alias))
+    guest = w.guest(
+        "g", metadata(usb_devices({"serial": stick.serial})), hostdev(stick, alias=alias)
+    )
     w.start(guest)
     done(w.virsh("managedsave", guest.name))
     stick.unplug()
@@ -80,5 +85,8 @@ def with_agent(w):
     w.start(guest)
     w.allocated(guest, stick)
     # QEMU closes a host device when a state is loaded, and does not open it again by itself: the XML shows it, the host's driver has it.
-    until(lambda: stick.driver() != "usb-storage", "QEMU to hold the device, not the host's usb-storage")
+    until(
+        lambda: stick.driver() != "usb-storage",
+        "QEMU to hold the device, not the host's usb-storage",
+    )
     w.boots_from(guest, stick, reset=True)

@@ -11,7 +11,11 @@ from lib.waiting import until
 def found(w, gadget):
     """Starts the agent, and waits until it offers the gadget."""
     w.product.agent.start()
-    rows = lambda: [d for d in w.product.devices() if d["serial"] == gadget.serial and d["status"] == "available"]
+    rows = lambda: [
+        d
+        for d in w.product.devices()
+        if d["serial"] == gadget.serial and d["status"] == "available"
+    ]
     until(rows, f"the agent to find {gadget.serial}")
 
 
@@ -48,7 +52,10 @@ def stick_on_uhci(w):
     w.start(guest)
     w.allocated(guest, stick)
     w.boots_from(guest, stick, reset=True)
-    expect("is a disk that runs at high speed" in HOOK_LOG.read_text(), "the hook's record to warn that it is slow")
+    expect(
+        "is a disk that runs at high speed" in HOOK_LOG.read_text(),
+        "the hook's record to warn that it is slow",
+    )
 
 
 @case("virt-usb start: a guest with piix3-uhci boots from a stick at 480 Mb/s")
@@ -61,14 +68,23 @@ def stick_on_uhci_from_power_on(w):
     w.allocated(guest, stick)
 
 
-@case("a device with interrupt packets of 128 bytes: refused with piix3-uhci alone, at a port of qemu-xhci beside it")
+@case(
+    "a device with interrupt packets of 128 bytes: refused with piix3-uhci alone, at a port of qemu-xhci beside it"
+)
 def not_slowed_down(w):
     reporter = w.drawer.reporter("HID0", slot=0)
     runs_at_high_speed(reporter)
     found(w, reporter)
     alone = asking(w, reporter)
-    refused(w.virsh("start", alone.name), "1 USB port for high-speed devices is needed, 0 are free", "replace its USB controller with")
-    both = UHCI.replace("/>", " index='0'/>") + "<controller type='usb' model='qemu-xhci' index='1' ports='15'/>"
+    refused(
+        w.virsh("start", alone.name),
+        "1 USB port for high-speed devices is needed, 0 are free",
+        "replace its USB controller with",
+    )
+    both = (
+        UHCI.replace("/>", " index='0'/>")
+        + "<controller type='usb' model='qemu-xhci' index='1' ports='15'/>"
+    )
     guest = w.guest("both", metadata(usb_devices({"serial": reporter.serial})), usb=both)
     w.start(guest)
     w.allocated(guest, reporter)

@@ -25,7 +25,9 @@ class UsbTest(test.BaseTestCase):
         if not CONF.service_available.virt_usb:
             raise cls.skipException("there is no virt-usb: service_available.virt_usb")
         if not CONF.service_available.nova:
-            raise cls.skipException("there is no Nova, which makes the servers: service_available.nova")
+            raise cls.skipException(
+                "there is no Nova, which makes the servers: service_available.nova"
+            )
 
     @classmethod
     def setup_credentials(cls):
@@ -51,7 +53,11 @@ class UsbTest(test.BaseTestCase):
     def device(self, client=None):
         """The device, as it is now."""
         found = (client or self.usb).list_devices(**self.kind)
-        self.assertEqual(1, len(found), "usb.vendor_id and usb.product_id are to name one device that every project may have")
+        self.assertEqual(
+            1,
+            len(found),
+            "usb.vendor_id and usb.product_id are to name one device that every project may have",
+        )
         return found[0]
 
     def flavor(self, **specs):
@@ -61,14 +67,18 @@ class UsbTest(test.BaseTestCase):
         made = client.create_flavor(name=name, ram=64, vcpus=1, disk=1)["flavor"]
         self.addCleanup(client.delete_flavor, made["id"])
         if specs:
-            client.set_flavor_extra_spec(made["id"], **{f"usb:{key}": json.dumps(value) for key, value in specs.items()})
+            client.set_flavor_extra_spec(
+                made["id"], **{f"usb:{key}": json.dumps(value) for key, value in specs.items()}
+            )
         return made["id"]
 
     def server(self, manager, flavor, status="ACTIVE"):
         """A server of that flavor, as soon as it is so."""
         client = manager.servers_client
         name = data_utils.rand_name("usb-server")
-        made = client.create_server(name=name, imageRef=CONF.compute.image_ref, flavorRef=flavor)["server"]
+        made = client.create_server(name=name, imageRef=CONF.compute.image_ref, flavorRef=flavor)[
+            "server"
+        ]
         self.addCleanup(self.gone, client, made["id"])
         waiters.wait_for_server_status(client, made["id"], status, raise_on_error=status != "ERROR")
         return made["id"]
@@ -110,5 +120,9 @@ class UsbTest(test.BaseTestCase):
             device = self.device()
             if (device["status"], device["instance_uuid"]) == (status, instance_uuid):
                 return device
-            self.assertLess(time.monotonic(), until, f"wanted {status} for {instance_uuid or 'nobody'}, the device is {device}")
+            self.assertLess(
+                time.monotonic(),
+                until,
+                f"wanted {status} for {instance_uuid or 'nobody'}, the device is {device}",
+            )
             time.sleep(0.2)

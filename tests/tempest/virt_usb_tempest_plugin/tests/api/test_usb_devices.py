@@ -41,13 +41,21 @@ class TestUsbDevices(base.UsbTest):
         device = self.device()
         host = self.usb.show_hypervisor(device["hypervisor_hostname"])
         shown = [one for one in host["usb_device_stats"] if one["id"] == device["id"]]
-        self.assertEqual([list(PROMISED.items())], [[(key, type(value)) for key, value in one.items()][: len(PROMISED)] for one in shown])
+        self.assertEqual(
+            [list(PROMISED.items())],
+            [[(key, type(value)) for key, value in one.items()][: len(PROMISED)] for one in shown],
+        )
         self.assertEqual("available", shown[0]["status"])
         listed = {one["hypervisor_hostname"]: one for one in self.usb.list_hypervisors()}
         totals = listed[device["hypervisor_hostname"]]["usb_device_totals"]
         states = collections.Counter(one["status"] for one in host["usb_device_stats"])
-        self.assertEqual({**states, "total": states.total()}, {state: count for state, count in totals.items() if count})
-        self.assertRaises(exceptions.NotFound, self.usb.show_hypervisor, data_utils.rand_name("nowhere"))
+        self.assertEqual(
+            {**states, "total": states.total()},
+            {state: count for state, count in totals.items() if count},
+        )
+        self.assertRaises(
+            exceptions.NotFound, self.usb.show_hypervisor, data_utils.rand_name("nowhere")
+        )
 
     @decorators.idempotent_id("6c1fd3ad-6a5c-4f7f-9f6a-0a8a3f7a1c02")
     def test_attach_to_a_running_server_and_detach(self):
@@ -57,7 +65,9 @@ class TestUsbDevices(base.UsbTest):
         self.assertTrue(attached["live"])
         device = self.device()
         self.assertEqual(("allocated", server), (device["status"], device["instance_uuid"]))
-        self.assertEqual([device["id"]], [one["id"] for one in self.usb.show_server(server)["usb_devices"]])
+        self.assertEqual(
+            [device["id"]], [one["id"] for one in self.usb.show_server(server)["usb_devices"]]
+        )
         # Twice is once.
         self.usb.attach(server, {"id": device["id"]})
         self.usb.detach(server, {"id": device["id"]})
@@ -91,7 +101,9 @@ class TestUsbDevices(base.UsbTest):
         flavor = self.flavor(devices=[self.kind])
         server = self.server(self.os_primary, flavor)
         device = self.given_to(server)
-        self.assertEqual([device["id"]], [one["id"] for one in self.usb.show_server(server)["usb_devices"]])
+        self.assertEqual(
+            [device["id"]], [one["id"] for one in self.usb.show_server(server)["usb_devices"]]
+        )
         late = self.server(self.os_primary, flavor, status="ERROR")
         self.assertEqual(server, self.device()["instance_uuid"])
         self.gone(self.os_primary.servers_client, late)
@@ -103,10 +115,14 @@ class TestUsbDevices(base.UsbTest):
     @decorators.idempotent_id("6c1fd3ad-6a5c-4f7f-9f6a-0a8a3f7a1c05")
     def test_a_flavor_with_redirection(self):
         # That a client can fill it only SPICE sees: here it starts, takes no device, and nothing is wrong with it.
-        server = self.server(self.os_primary, self.flavor(redirection_devices=[{"bus": "usb", "type": "spicevmc"}]))
+        server = self.server(
+            self.os_primary, self.flavor(redirection_devices=[{"bus": "usb", "type": "spicevmc"}])
+        )
         self.assertEqual([], self.usb.show_server(server)["usb_devices"])
         self.assertEqual("available", self.device()["status"])
-        problems = [one for one in self.usb.list_claims()["usb_problems"] if one["instance_uuid"] == server]
+        problems = [
+            one for one in self.usb.list_claims()["usb_problems"] if one["instance_uuid"] == server
+        ]
         self.assertEqual([], problems)
 
     @decorators.idempotent_id("6c1fd3ad-6a5c-4f7f-9f6a-0a8a3f7a1c06")
@@ -131,10 +147,21 @@ class TestUsbDevices(base.UsbTest):
     @decorators.idempotent_id("6c1fd3ad-6a5c-4f7f-9f6a-0a8a3f7a1c07")
     def test_administrators_alone_change_what_all_have(self):
         device = self.device()["id"]
-        self.assertRaises(exceptions.Forbidden, self.usb.change_device, device, "disable", {"reason": "mine"})
-        self.assertRaises(exceptions.Forbidden, self.usb.set_grant, data_utils.rand_name("grant"), [self.kind], ["p"])
+        self.assertRaises(
+            exceptions.Forbidden, self.usb.change_device, device, "disable", {"reason": "mine"}
+        )
+        self.assertRaises(
+            exceptions.Forbidden,
+            self.usb.set_grant,
+            data_utils.rand_name("grant"),
+            [self.kind],
+            ["p"],
+        )
         self.addCleanup(self.admin_usb.change_device, device, "enable")
-        self.assertEqual("unavailable", self.admin_usb.change_device(device, "disable", {"reason": "lent"})["status"])
+        self.assertEqual(
+            "unavailable",
+            self.admin_usb.change_device(device, "disable", {"reason": "lent"})["status"],
+        )
         server = self.server(self.os_primary, self.flavor())
         self.assertRaises(exceptions.Conflict, self.usb.attach, server, self.kind)
         self.assertEqual("available", self.admin_usb.change_device(device, "enable")["status"])
