@@ -1,5 +1,5 @@
 #!/usr/bin/python3
-"""Runs cases in the environment that `run` made: the one program that both places have in common."""
+"""Run cases in the environment that `run` made. Both places use this program."""
 
 import argparse
 import os
@@ -12,7 +12,7 @@ sys.dont_write_bytecode = True
 from lib import case  # noqa: E402
 from lib.world import World  # noqa: E402
 
-# The files of cases, in the order in which they are run: what is quick and tells most comes first.
+# The files of cases, in the order in which they run: the quickest and most telling first.
 FILES = {
     "nested": [
         "passthrough",
@@ -55,7 +55,7 @@ def say(text):
 def main():
     asked = arguments()
     folder = Path(__file__).parent / asked.place / "cases"
-    # Figures are no test, and chaos takes as long as one likes: they are asked for.
+    # Figures are not tests and chaos has no fixed duration. Both run only on request.
     more = [file for file in ("figures", "chaos") if any(file in name for name in asked.case)]
     files = [f for f in FILES[asked.place] + more if (folder / f"{f}.py").exists()]
     cases = case.matching(case.collect(f"{asked.place}.cases", files), asked.case)
@@ -84,5 +84,5 @@ def drawer(place):
 
 status = main()
 sys.stdout.flush()
-# At once: a question that libvirt never answers has a thread that Python would wait for.
+# Exit at once: Python would wait for the thread of a call that libvirt never answers.
 os._exit(status)

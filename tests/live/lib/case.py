@@ -1,4 +1,4 @@
-"""Cases: how one is written, and how they are run and told."""
+"""Cases: how to write one, how they run, and how they are reported."""
 
 import importlib
 import time
@@ -21,7 +21,10 @@ class Case:
 
 
 def case(title, bare=False):
-    """Marks a function of a world as a case. `bare`: it brings virt-usb itself, and begins on a host without."""
+    """Mark a function of a world as a case.
+
+    A `bare` case begins on a host without virt-usb and installs it itself.
+    """
 
     def mark(body):
         file = body.__module__.rsplit(".", 1)[-1]
@@ -32,7 +35,7 @@ def case(title, bare=False):
 
 
 def collect(package, modules):
-    """The cases of these files, in this order."""
+    """Collect the cases of these files, in this order."""
     _found.clear()
     for module in modules:
         importlib.import_module(f"{package}.{module}")
@@ -44,7 +47,7 @@ def matching(cases, wanted):
 
 
 def run_all(cases, world, say):
-    """Runs them one after the other; false if one failed."""
+    """Run the cases one after the other. Return false if one failed."""
     failed = 0
     say(f"1..{len(cases)}")
     for number, one in enumerate(cases, 1):
@@ -76,9 +79,7 @@ def _run(one, world):
             "",
         )
         return f"{where and line}: {failure}"
-    except (
-        Exception
-    ):  # A fault of the harness is told like any other: the cases behind it still run.
+    except Exception:  # An error of the harness fails this case only.
         return traceback.format_exc()
     return None
 

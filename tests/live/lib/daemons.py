@@ -1,4 +1,4 @@
-"""libvirtd, as this harness starts it: no systemd, its log in a file, and killed as hard as a case wants."""
+"""libvirtd without systemd: it logs to a file, and a case can kill it with any signal."""
 
 import os
 import re
@@ -12,16 +12,17 @@ from .waiting import until
 LOG = Path("/var/log/libvirt/libvirtd.log")
 SOCKET = "/run/libvirt/libvirt-sock"
 
-# As root: as another user every call asks QEMU again whether the machine's KVM works by now, for seconds.
+# QEMU runs as root. As another user, each call would probe again for several seconds whether KVM
+# works.
 QEMU_CONF = """
 user = "root"
 group = "root"
 stdio_handler = "file"
 remember_owner = 0
 """
-# Debian's own: polkit is asked who may talk to it.
+# Debian's own configuration: polkit decides who may connect.
 ASKING_POLKIT = f'log_outputs = "3:file:{LOG}"\n'
-# No polkit here: whoever is in the group may talk to it.
+# There is no polkit here: members of the group may connect.
 LIBVIRTD_CONF = f"""
 auth_unix_rw = "none"
 unix_sock_group = "libvirt"
@@ -63,7 +64,7 @@ class Libvirtd:
         self.start()
 
     def reload(self):
-        """What 'systemctl reload libvirtd' does."""
+        """Do what 'systemctl reload libvirtd' does."""
         os.kill(self.process.pid, signal.SIGHUP)
 
     def ensure(self):
@@ -72,7 +73,7 @@ class Libvirtd:
 
 
 class Polkit:
-    """A system bus and polkitd, for a libvirtd that asks them who may talk to it."""
+    """A system bus and polkitd, for a libvirtd that lets polkit decide who may connect."""
 
     BUS = Path("/run/dbus/system_bus_socket")
 
@@ -85,7 +86,7 @@ class Polkit:
         self.BUS.parent.mkdir(exist_ok=True)
         self._run("dbus-daemon", "--system", "--nofork", "--nopidfile")
         until(self.BUS.exists, "the system bus")
-        # Debian 12's place and Debian 13's.
+        # The path in Debian 12, then the path in Debian 13.
         self._run(
             next(
                 p for p in ("/usr/lib/polkit-1/polkitd", "/usr/libexec/polkitd") if Path(p).exists()
@@ -106,17 +107,17 @@ class Polkit:
 
 
 def qemu_pid(name, run=Path("/run/libvirt/qemu")):
-    """The process of a running guest."""
+    """The process id of a guest's QEMU."""
     return int((run / f"{name}.pid").read_text())
 
 
 def qemus():
-    """The QEMU processes by their guests' names, whatever libvirtd says."""
+    """The QEMU processes by the names of their guests, independent of libvirtd."""
     found = {}
     for cmdline in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             words = cmdline.read_bytes().split(b"\0")
-        except OSError:  # It has ended meanwhile.
+        except OSError:  # The process has ended meanwhile.
             continue
         for word in words:
             if word.startswith(b"guest="):

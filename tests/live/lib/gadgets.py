@@ -1,6 +1,7 @@
-"""Real USB devices without hardware: dummy_hcd's host controllers, and configfs gadgets plugged into them.
+"""USB devices without hardware: configfs gadgets, plugged into dummy_hcd host controllers.
 
-Each dummy_hcd is a bus with one port. Writing a gadget's UDC file plugs it in, emptying it pulls it out.
+Each dummy_hcd is a bus with one port. To plug a gadget in, write its UDC file. To unplug it, empty
+that file.
 """
 
 import os
@@ -12,7 +13,7 @@ from .waiting import until
 GADGETS = Path("/sys/kernel/config/usb_gadget")
 SEEN = Path("/sys/bus/usb/devices")
 
-# Boot code for a stick: sets DS, prints the text behind it on COM1 (0x3f8), byte by byte, and halts for ever.
+# Boot code for a stick: sets DS, prints the text behind it on COM1 (0x3f8) byte by byte, and halts.
 BOOT_CODE = bytes.fromhex("fa31c08ed8be167cac84c07406baf803eeebf5f4ebfd")
 
 
@@ -21,7 +22,10 @@ REPORTS = bytes.fromhex("06a0ff 0901 a101 0902 1500 26ff00 7508 9580 8102 c0")
 
 
 class Gadget:
-    """A mass-storage stick that tells a guest who boots from it its serial; or another `function` of configfs."""
+    """A mass-storage stick, or another `function` of configfs.
+
+    A guest that boots from the stick prints the stick's serial.
+    """
 
     def __init__(self, name, vendor, product, serial, function="mass_storage"):
         self.function = function
@@ -48,7 +52,7 @@ class Gadget:
         if self.function == "mass_storage":
             self._write("functions/mass_storage.0/lun.0/file", str(self._image()))
         if self.function == "hid":
-            # Its interrupt endpoint has packets of so many bytes, more than full speed allows.
+            # Packet size of the interrupt endpoint, in bytes: more than full speed allows.
             self._write("functions/hid.0/report_length", "128")
             (self.folder / "functions/hid.0/report_desc").write_bytes(REPORTS)
         os.symlink(function, self.folder / f"configs/c.1/{self.function}.0")
@@ -63,7 +67,7 @@ class Gadget:
         (self.folder / path).write_text(text + "\n")
 
     def plug(self, slot):
-        """Into the slot with this number; returns once the kernel lists it."""
+        """Plug it into the slot with this number. Return when the kernel lists it."""
         self._write("UDC", f"dummy_udc.{slot}")
         self.slot = slot
         until(self.is_there, f"{self.name} in slot {slot} to be enumerated")
@@ -78,12 +82,12 @@ class Gadget:
         until(lambda: not (SEEN / port).exists(), f"{self.name} to vanish from port {port}")
 
     def show_as(self, product):
-        """Another product, once it is plugged in again."""
+        """Change the product id. It takes effect at the next plug."""
         self.product = product
         self._write("idProduct", f"0x{product}")
 
     def add_function(self):
-        """One interface more, once it is plugged in again."""
+        """Add an interface. It takes effect at the next plug."""
         function = self.folder / "functions/mass_storage.1"
         function.mkdir()
         image = Path(f"/tmp/{self.name}.1.img")
@@ -97,7 +101,7 @@ class Gadget:
 
     def remove(self):
         self.unplug()
-        # configfs wants it taken apart in this order.
+        # configfs requires this order of removal.
         for link in (self.folder / "configs/c.1").glob(f"{self.function}.*"):
             link.unlink()
         functions = (self.folder / "functions").glob(f"{self.function}.*")
@@ -113,12 +117,12 @@ class Gadget:
         return port_of(self.slot)
 
     def address(self):
-        """Bus and device, as the kernel has them now."""
+        """The current bus and device number."""
         at = SEEN / self.port()
         return int((at / "busnum").read_text()), int((at / "devnum").read_text())
 
     def driver(self):
-        """The kernel driver on it: usb-storage is the host's own, usbfs or none a guest's QEMU."""
+        """The bound kernel driver: usb-storage if the host has it, usbfs or none if QEMU has it."""
         link = SEEN / f"{self.port()}:1.0" / "driver"
         return link.resolve().name if link.exists() else None
 
@@ -138,13 +142,16 @@ def port_of(slot):
     """A slot's port path, such as "3-1"."""
     buses = list(Path(f"/sys/devices/platform/dummy_hcd.{slot}").glob("usb*"))
     if not buses:
-        raise Failure(f"slot {slot} has no bus: is dummy_hcd loaded with so many?")
+        raise Failure(f"slot {slot} has no bus: was dummy_hcd loaded with too small a 'num'?")
     return f"{buses[0].name.removeprefix('usb')}-1"
 
 
 def renew(*slots, found=None):
-    """Takes these controllers away and brings them back: their device numbers begin again, as after a reboot. 'found' is the
-    order in which the kernel finds them then, and numbers their buses."""
+    """Remove these controllers and add them again.
+
+    Device numbers start over, as after a reboot. The kernel finds the controllers, and numbers
+    their buses, in the order of `found`.
+    """
     driver = Path("/sys/bus/platform/drivers/dummy_hcd")
     for verb, order in (("unbind", slots), ("bind", found or slots)):
         for slot in order:
@@ -157,7 +164,7 @@ def renew(*slots, found=None):
 
 
 class Drawer:
-    """All gadgets of a case, so that they can be put away."""
+    """All gadgets of a case, which it can remove together."""
 
     def __init__(self):
         self.gadgets = []
@@ -168,11 +175,11 @@ class Drawer:
         return gadget if slot is None else gadget.plug(slot)
 
     def serial_adapter(self, serial, slot):
-        """A CDC-ACM device: /dev/ttyACM* on the host."""
+        """Plug in a CDC-ACM device: /dev/ttyACM* on the host."""
         return self._other("acm", "a4a7", serial, slot)
 
     def reporter(self, serial, slot):
-        """A HID device that QEMU refuses at a port of full speed."""
+        """Plug in a HID device that QEMU rejects at a full-speed port."""
         return self._other("hid", "a4ac", serial, slot)
 
     def _other(self, function, product, serial, slot):
@@ -181,7 +188,7 @@ class Drawer:
         return gadget.plug(slot)
 
     def twins(self, count, serials=True):
-        """Sticks of one product, in the first slots."""
+        """Plug sticks of one product into the first slots."""
         return [
             self.stick(f"twin{n}", serial=f"SN{n}" if serials else None, slot=n)
             for n in range(count)

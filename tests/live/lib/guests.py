@@ -1,4 +1,7 @@
-"""Guests that start in seconds under plain emulation: 64 MiB, no disk, SeaBIOS and whatever USB stick it can boot from."""
+"""Guests that start in seconds under plain emulation.
+
+Each has 64 MiB and no disk. SeaBIOS boots from a USB stick if there is one.
+"""
 
 import json
 import uuid
@@ -9,12 +12,12 @@ NAMESPACE = uuid.UUID("7b0f5c9e-6a55-4d53-9d0e-6f0e5f6d0a11")
 
 XHCI = "<controller type='usb' model='qemu-xhci' ports='15'/>"
 NO_USB = "<controller type='usb' model='none'/>"
-# USB 1.1 with two ports: what libvirt gives an i440fx guest by itself.
+# USB 1.1 with two ports: libvirt's default for an i440fx guest.
 UHCI = "<controller type='usb' model='piix3-uhci'/>"
 
 
 def metadata(flavor):
-    """A flavor in our own namespace: JSON, or "@NAME"."""
+    """A flavor in virt-usb's metadata namespace: JSON, or "@NAME"."""
     text = flavor if isinstance(flavor, str) else json.dumps(flavor)
     return (
         f"<virt-usb:flavor xmlns:virt-usb='urn:virt-usb:flavor:1'>{escape(text)}</virt-usb:flavor>"
@@ -22,14 +25,15 @@ def metadata(flavor):
 
 
 def nova(extra_specs):
-    """What Nova 32 writes for a flavor with these extra specs."""
+    """The metadata that Nova 32 writes for a flavor with these extra specs."""
     specs = "".join(
         f"<nova:extraSpec name='{key}'>{escape(value)}</nova:extraSpec>"
         for key, value in extra_specs.items()
     )
     return (
         "<nova:instance xmlns:nova='http://openstack.org/xmlns/libvirt/nova/1.1'>"
-        f"<nova:flavor name='m1.erp'><nova:extraSpecs>{specs}</nova:extraSpecs></nova:flavor></nova:instance>"
+        f"<nova:flavor name='m1.erp'><nova:extraSpecs>{specs}</nova:extraSpecs></nova:flavor>"
+        "</nova:instance>"
     )
 
 
@@ -42,11 +46,12 @@ def redirections(count):
 
 
 def hostdev(gadget, address=None, alias=None):
-    """A <hostdev> written by hand; `address` where it is not the one of now."""
+    """A hand-written <hostdev>. `address` replaces the current address."""
     bus, device = address or gadget.address()
     return (
         "<hostdev mode='subsystem' type='usb'><source>"
-        f"<vendor id='0x{gadget.vendor}'/><product id='0x{gadget.product}'/><address bus='{bus}' device='{device}'/>"
+        f"<vendor id='0x{gadget.vendor}'/><product id='0x{gadget.product}'/>"
+        f"<address bus='{bus}' device='{device}'/>"
         f"</source>{f'''<alias name='{alias}'/>''' if alias else ''}</hostdev>"
     )
 
@@ -55,7 +60,7 @@ def hostdev(gadget, address=None, alias=None):
 class Guest:
     name: str
     about: str = ""
-    """What stands in <metadata>."""
+    """The contents of <metadata>."""
     devices: str = ""
     """More XML for <devices>."""
     usb: str = XHCI
@@ -70,7 +75,8 @@ class Guest:
         return str(uuid.uuid5(NAMESPACE, self.name))
 
     def xml(self):
-        # strict=off: a stick that was attached without a <boot order> is booted from all the same, and proves itself.
+        # strict=off: the guest also boots from a stick that was attached without a <boot order>,
+        # which proves that the guest has it.
         return f"""<domain type='qemu' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>
 <name>{self.name}</name><uuid>{self.uuid}</uuid>
 <metadata>{self.about}</metadata>
@@ -86,13 +92,13 @@ class Guest:
 """
 
     def booted_from(self):
-        """The serials that boot code printed on the guest's COM1, in order: what the guest itself saw."""
+        """The serials that boot code printed on the guest's COM1, in order."""
         try:
             with open(self.serial, encoding="ascii", errors="replace") as file:
                 text = file.read()
         except FileNotFoundError:
             return []
-        # The boot code writes byte by byte: the last line may not be whole yet.
+        # The boot code writes byte by byte: the last line may be incomplete.
         lines = text.split("\n")[:-1]
         return [
             line.split()[1]

@@ -1,16 +1,17 @@
-"""What must hold on a host whatever has crashed. Each check returns what is wrong, in words."""
+"""Invariants of a host, which hold after any crash. Each check returns the violations in words."""
 
 from collections import defaultdict
 
 from .daemons import open_devices, qemus
 from .waiting import until_none
 
-# The agent frees what an absent guest held after two looks, 10 s apart; it must first be up and connected again.
+# Seconds. The agent releases the devices of an absent guest after two checks, 10 s apart. It must
+# first start and connect again.
 GRACE = 45
 
 
 class Host:
-    """One look at everything: the guests' live XML, the inventory, what is really plugged in."""
+    """One observation: the guests' live XML, the inventory, and the devices that are plugged in."""
 
     def __init__(self, w):
         self.live = {name: w.virsh.hostdevs(name) for name in w.virsh.running()}
@@ -18,12 +19,12 @@ class Host:
         self.claims = w.product.claims()
         self.devices = [d for d in w.product.devices() if not d["deleted"]]
         self.opened = {name: open_devices(pid) for name, pid in qemus().items()}
-        """What QEMU itself holds, whatever the XML says."""
+        """The devices that QEMU has open, independent of the XML."""
         self.plugged = {g.serial: (g.address(), g.port()) for g in w.drawer.plugged()}
 
 
 def shared(host):
-    """A device in two guests: never, not even for a moment."""
+    """No device is ever in two guests, not even for a moment."""
     users = defaultdict(list)
     for name, hostdevs in host.live.items():
         for hostdev in hostdevs:
@@ -48,7 +49,7 @@ def doubly_claimed(host):
 
 
 def orphans(host):
-    """A claim of an assignment lasts while the guest is off."""
+    """A guest that is off holds no device, except by an assignment."""
     running = set(host.uuids.values())
     wrong = [
         c for c in host.claims if c["hold"] != "instance" and c["instance_uuid"] not in running
@@ -57,7 +58,7 @@ def orphans(host):
 
 
 def misallocated(host):
-    """Allocated means: in exactly its guest, with the address of now."""
+    """An allocated device is in its guest, in no other, at its current address."""
     wrong = []
     names = {uuid: name for name, uuid in host.uuids.items()}
     rows = {d["id"]: d for d in host.devices}
@@ -81,7 +82,7 @@ def misallocated(host):
 
 
 def unclaimed(host):
-    """A device in a guest that the inventory knows nothing of."""
+    """Each device in a guest is known to the inventory."""
     rows = {d["serial"]: d["id"] for d in host.devices}
     held = {(c["instance_uuid"], c["device_id"]) for c in host.claims}
     wrong = []
@@ -96,7 +97,10 @@ def unclaimed(host):
 
 
 def misopened(host):
-    """QEMU has open exactly what is allocated to its guest, which the XML alone does not prove."""
+    """QEMU has open exactly the devices that are allocated to its guest.
+
+    The XML alone does not prove that.
+    """
     wrong = []
     names = {uuid: name for name, uuid in host.uuids.items()}
     serials = {d["id"]: d["serial"] for d in host.devices}
@@ -115,7 +119,7 @@ def misopened(host):
 
 
 def lost(host):
-    """What is plugged in is in the inventory, where it is now."""
+    """The inventory lists each plugged-in device at its current address."""
     wrong = []
     rows = {d["serial"]: d for d in host.devices}
     for serial, ((bus, device), port) in host.plugged.items():
@@ -127,7 +131,7 @@ def lost(host):
 
 
 SETTLED = (orphans, misallocated, unclaimed, misopened, lost)
-"""What may not hold for a moment."""
+"""The violations that may last a moment."""
 
 
 def never(w):
@@ -143,7 +147,7 @@ def all_of(w):
 
 
 def settle(w, seconds=GRACE, more=lambda host: []):
-    """Waits until all hold, and `more` as well; what may never be must not be meanwhile."""
+    """Wait until all invariants and `more` hold. Fail at once on what must never happen."""
 
     def problems():
         host = Host(w)

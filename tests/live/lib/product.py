@@ -1,4 +1,4 @@
-"""What is under test, installed and used as an operator would."""
+"""The programs under test, installed and used as an operator does."""
 
 import json
 import os
@@ -18,7 +18,7 @@ AGENT_LOG = LOGS / "agent.log"
 STATE = Path("/var/lib/virt-usb")
 AGENT = Path("/usr/sbin/virt-usbd")
 USER = "virt-usb"
-# The agent's waits, in seconds; a case that shows the defaults sets these to None.
+# The agent's timeouts, in seconds. A case that tests the defaults sets these to None.
 SHORT_WAITS = {"absent_grace": 3, "undefined_grace": 6, "recheck_delay": 2}
 
 
@@ -32,12 +32,12 @@ class Product:
         must(self.repo / "install/agent", timeout=120)
         if run("getent", "passwd", USER, quiet=True).status:
             must("useradd", "--system", "--no-create-home", "--shell", "/usr/sbin/nologin", USER)
-        # libvirtd here asks for the group, not for polkit.
+        # This libvirtd checks the group and does not use polkit.
         must("usermod", "--append", "--groups", "libvirt", USER)
         self._clear_logs()
 
     def remove(self):
-        """Leaves nothing of it, whether it was installed from the build or from a package."""
+        """Remove everything, whether it was installed from the build or from a package."""
         if run("dpkg-query", "-W", "virt-usb", quiet=True).ok:
             must("dpkg", "--no-triggers", "--purge", "virt-usb")
         else:
@@ -49,7 +49,7 @@ class Product:
         self._clear_logs()
 
     def fresh(self):
-        """An inventory that knows nothing, and the default configuration."""
+        """Create an empty inventory and the default configuration."""
         self.agent.stop()
         self.agent = Agent()
         shutil.rmtree(STATE, ignore_errors=True)
@@ -60,7 +60,7 @@ class Product:
 
     @staticmethod
     def _clear_logs():
-        # A package takes the folder away when it is purged.
+        # Purging the package removes the folder.
         LOGS.mkdir(parents=True, exist_ok=True)
         LOGS.chmod(0o1777)
         for log in (HOOK_LOG, AGENT_LOG):
@@ -68,7 +68,7 @@ class Product:
             log.chmod(0o666)
 
     def configure(self, **keys):
-        """Writes the configuration: what a case names, and shorter waits. A key that is None has its default."""
+        """Write the configuration: these keys, and shorter timeouts. None means the default."""
         keys = {"log": str(HOOK_LOG)} | SHORT_WAITS | keys
         CONFIG.write_text(
             "".join(f"{key} = {toml(value)}\n" for key, value in keys.items() if value is not None)
@@ -84,7 +84,7 @@ class Product:
         return self.must("discover", *words)
 
     def devices(self):
-        """All that the inventory holds, unplugged devices too."""
+        """All devices of the inventory, including unplugged ones."""
         return self._json("devices", "--all")
 
     def claims(self):
@@ -100,7 +100,7 @@ class Product:
         return json.loads(answer.out)
 
     def device(self, **fields):
-        """The one live row with these values: device(serial="SN0")."""
+        """The only present device with these values: device(serial="SN0")."""
         rows = [
             d
             for d in self.devices()
@@ -114,7 +114,7 @@ class Product:
         return [c for c in self.claims() if c["instance_uuid"] == guest.uuid]
 
     def hook_calls(self, domain=None):
-        """What the hook recorded: (domain, operation, outcome)."""
+        """The hook's records: (domain, operation, outcome)."""
         records = [json.loads(line) for line in HOOK_LOG.read_text().splitlines()]
         return [
             (r["domain"], r["operation"], r["outcome"])
@@ -127,12 +127,12 @@ class Product:
 
 
 class Agent:
-    """virt-usbd, as its own user; `prefix` brings it into another host's world."""
+    """virt-usbd as its own user. `prefix` is a command that enters another host's namespaces."""
 
     def __init__(self, prefix=()):
         self.prefix = tuple(prefix)
         self.process = None
-        # How long the log was when it was started.
+        # Size of the log when the agent started.
         self.before = 0
 
     def command(self):
@@ -148,13 +148,13 @@ class Agent:
 
     def is_ready(self):
         self.must_run()
-        # It says so after its first look at the devices, when hooks and the API can reach it.
+        # The agent logs this after its first scan, when hooks and the API can reach it.
         return any(
             line.endswith(b" ready") for line in AGENT_LOG.read_bytes()[self.before :].splitlines()
         )
 
     def log(self):
-        """What it has said since it was started."""
+        """The agent's log since its start."""
         return AGENT_LOG.read_bytes()[self.before :].decode(errors="replace")
 
     def is_running(self):
@@ -170,13 +170,14 @@ class Agent:
         return "runs" if self.is_running() else f"ended with status {self.process.returncode}"
 
     def threads(self):
-        """Where each of its threads waits in the kernel."""
+        """The kernel stack of each thread."""
         tasks = (
             sorted(Path(f"/proc/{self.process.pid}/task").glob("*")) if self.is_running() else []
         )
         try:
             return [
-                f"{(task / 'comm').read_text().strip()}: {(task / 'stack').read_text().splitlines()[:6]}"
+                f"{(task / 'comm').read_text().strip()}: "
+                f"{(task / 'stack').read_text().splitlines()[:6]}"
                 for task in tasks
             ]
         except OSError as gone:

@@ -1,11 +1,11 @@
-"""Programs, always with a deadline: a live test that hangs says less than one that fails."""
+"""Run programs with a deadline: a live test that fails says more than one that hangs."""
 
 import subprocess
 from dataclasses import dataclass
 
 
 class Failure(Exception):
-    """What a case wanted and did not get."""
+    """An expectation of a case that was not met."""
 
 
 @dataclass
@@ -27,12 +27,12 @@ class Result:
         return f"$ {self.command}\n{self.text}\n[exit status {self.status}]"
 
 
-# What ran in the case at hand: shown when it fails.
+# The commands of the current case, shown when it fails.
 transcript = []
 
 
 def run(*command, timeout=60, stdin="", quiet=False):
-    """Runs it to its end; a program that does not end has the status 124, one that is not there 127."""
+    """Run a program to its end. The status is 124 at the deadline, 127 if there is no program."""
     words = [str(word) for word in command]
     try:
         done = subprocess.run(
@@ -49,7 +49,7 @@ def run(*command, timeout=60, stdin="", quiet=False):
 
 
 def must(*command, **options):
-    """Runs it and takes no failure."""
+    """Run a program. Raise Failure if it fails."""
     result = run(*command, **options)
     if not result.ok:
         raise Failure(f"a program failed:\n{result}")
@@ -62,7 +62,7 @@ def expect(holds, wanted):
 
 
 def refused(result, *fragments):
-    """It must have failed, and said each of these."""
+    """Check that a program failed and printed each of these fragments."""
     expect(not result.ok, f"a refusal, but it was done:\n{result}")
     for fragment in fragments:
         expect(fragment in result.text, f"a refusal with {fragment!r}, found:\n{result}")

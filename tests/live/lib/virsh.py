@@ -1,7 +1,7 @@
 """libvirt as an operator sees it.
 
-What a case shows of libvirt is done with virsh. What it needs beside that (a guest defined, started, ended, looked at) goes
-through one connection to libvirt: under emulation each virsh takes half a second.
+A case uses virsh where virsh is the subject. Preparations (define, start, stop and inspect a guest)
+use one connection to libvirt, because each virsh takes half a second under emulation.
 """
 
 import time
@@ -13,9 +13,9 @@ import libvirt
 
 from .shell import Failure, must, run, transcript
 
-# Of one question, in seconds; and of a libvirtd that is being started.
+# Timeout of a call, and of the start of libvirtd, in seconds.
 TIMEOUT = 60
-# Errors are raised, and not printed as well.
+# Errors are raised, so libvirt need not print them.
 libvirt.registerErrorHandler(lambda *_: None, None)
 
 
@@ -34,14 +34,15 @@ class Hostdev:
 
 class Virsh:
     def __init__(self, prefix=(), uri="qemu:///system"):
-        # What brings a command into another libvirtd's world, and where that answers: the second host of a migration.
+        # The command that enters another libvirtd's namespaces, and its URI: the second host of a
+        # migration.
         self.prefix, self.uri = tuple(prefix), uri
         self._connection = None
-        # A libvirtd that hangs must not hang the case.
+        # A libvirtd that hangs must not block the case.
         self._asks = ThreadPoolExecutor(4)
 
     def ask(self, question):
-        """What libvirt answers; None where there is no such domain."""
+        """Libvirt's answer; None if there is no such domain."""
         try:
             return self._answer(question)
         except libvirt.libvirtError as error:
@@ -50,7 +51,7 @@ class Virsh:
             raise Failure(f"libvirt: {error}") from None
 
     def act(self, what, name, deed):
-        """Runs `deed` on a domain. Raises Failure on any error."""
+        """Run `deed` on a domain. Raise Failure on any error."""
         try:
             self._answer(lambda connection: deed(connection.lookupByName(name)))
             transcript.append(f"$ {what} {name}")
@@ -71,7 +72,7 @@ class Virsh:
         )
 
     def _answer(self, question):
-        """A libvirtd that has ended, or starts, is connected to again."""
+        """Connect, again if libvirtd has ended or is starting."""
         end = time.monotonic() + TIMEOUT
         while True:
             try:
@@ -116,20 +117,20 @@ class Virsh:
         return self(verb, name, path, *flags)
 
     def names(self):
-        """All that are defined or run."""
+        """All domains that are defined or run."""
         return self.ask(
             lambda connection: [domain.name() for domain in connection.listAllDomains()]
         )
 
     def running(self):
-        """Guests that have a QEMU, paused ones too."""
+        """Guests that have a QEMU, including paused ones."""
         active = libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE
         return self.ask(
             lambda connection: [domain.name() for domain in connection.listAllDomains(active)]
         )
 
     def xml(self, name, inactive=False):
-        """The live XML, or the definition's; None if the domain does not exist."""
+        """The live XML, or the XML of the definition; None if the domain does not exist."""
         flags = libvirt.VIR_DOMAIN_XML_INACTIVE if inactive else 0
         return self.ask(lambda connection: connection.lookupByName(name).XMLDesc(flags))
 

@@ -1,27 +1,27 @@
-"""Waiting for what takes a moment, and never longer than said."""
+"""Wait for a condition, with a timeout."""
 
 import time
 
 from .shell import Failure
 
-# Under emulation and with other work on the machine everything takes longer; no limit here is a claim about speed.
+# Everything takes longer under emulation and on a busy machine. The limits say nothing about speed.
 TIMEOUT_SECONDS = 300
 
 
 def until(probe, what, seconds=TIMEOUT_SECONDS, pause=0.1):
-    """Returns the probe's first truthy answer."""
+    """Return the first truthy answer of the probe."""
     end = time.monotonic() + seconds
     while True:
         answer = probe()
         if answer:
             return answer
         if time.monotonic() > end:
-            raise Failure(f"waited {seconds} s in vain for: {what}; last answer: {answer!r}")
+            raise Failure(f"timeout after {seconds} s: waited for {what}; last answer: {answer!r}")
         time.sleep(pause)
 
 
 def until_none(problems, what, seconds=TIMEOUT_SECONDS, pause=0.5):
-    """Waits for a list of problems to become empty, and tells those that stay."""
+    """Wait until a list of problems is empty. Raise Failure with those that remain."""
     end = time.monotonic() + seconds
     while True:
         found = problems()
@@ -33,7 +33,7 @@ def until_none(problems, what, seconds=TIMEOUT_SECONDS, pause=0.5):
 
 
 def stays(probe, what, seconds=2, pause=0.2):
-    """It must hold all the time: for what must *not* happen."""
+    """Check that a condition holds for the whole time."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if not probe():

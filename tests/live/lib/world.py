@@ -1,4 +1,4 @@
-"""One compute host and all that a case does to it."""
+"""A compute host, and what a case does to it."""
 
 import random
 import time
@@ -19,10 +19,10 @@ class World:
         self.libvirtd = Libvirtd()
         self.polkit = Polkit()
         self.bare = False
-        """The case at hand began without virt-usb: what there is now, it has brought."""
+        """Whether the current case began without virt-usb."""
         self.virsh = Virsh()
         self.drawer = drawer
-        """The USB sticks, where the place can have any."""
+        """The USB sticks, if the place can have any."""
         self.seed, self.kills, self.chaos = seed, kills, chaos
         self.random = random.Random(seed)
         self.log_from = 0
@@ -34,7 +34,10 @@ class World:
         self.virsh.must("version", timeout=120)
 
     def fresh(self, bare=False):
-        """Every case begins with no guest, no stick, no inventory, no agent. `bare`: without virt-usb, and with polkit."""
+        """Prepare the host for a case: no guest, no stick, an empty inventory, no agent.
+
+        A `bare` host has no virt-usb either, and has polkit.
+        """
         self.product.agent.stop()
         self.libvirtd.ensure()
         self._remove_guests()
@@ -52,7 +55,7 @@ class World:
 
     def _install_anew(self, bare):
         self.product.remove()
-        # The bus must not end under a libvirtd that starts: it would end, too.
+        # The bus must not end while libvirtd starts, because libvirtd would end too.
         self.libvirtd.kill()
         if bare:
             self.polkit.start()
@@ -88,7 +91,10 @@ class World:
         until(lambda: guest.name not in self.virsh.running(), f"{guest.name} to be off")
 
     def boots_from(self, guest, stick, reset=False):
-        """The proof from inside: the boot code on the stick ran in the guest. `reset`: what came after power-on is booted from at a reset."""
+        """Wait until the guest has run the boot code of this stick, and of no other.
+
+        If the stick was attached after power-on, `reset` lets the guest boot from it.
+        """
         before = guest.booted_from()
         if reset:
             self.virsh.must("reset", guest.name)
@@ -103,7 +109,7 @@ class World:
         )
 
     def holds(self, guest, stick, state="allocated"):
-        """The guest's claim on this stick; None if it has none in that state."""
+        """The guest's claim on this stick in that state; None if there is none."""
         row = self.product.device(serial=stick.serial)
         return next(
             (
@@ -115,11 +121,11 @@ class World:
         )
 
     def has_live(self, guest, stick):
-        """The device is in the guest's live XML with the address of now."""
+        """Whether the guest's live XML has the device at its current address."""
         return any(h.address == stick.address() for h in self.virsh.hostdevs(guest.name))
 
     def allocated(self, guest, stick, seconds=60):
-        """Waits until the agent has given it to the guest, and both sides say so."""
+        """Wait until the stick is allocated in the inventory and in the guest's live XML."""
 
         def is_allocated():
             self.product.agent.must_run()
@@ -128,10 +134,12 @@ class World:
         until(is_allocated, f"{stick.serial} to be allocated to {guest.name}", seconds)
 
     def clear_limbo(self):
-        """Destroys guests that run only in libvirt's view. Returns their names.
+        """Destroy guests that run only in libvirt's view. Return their names.
 
-        A libvirtd that is killed between a guest's status file and its QEMU lists that guest for ever afterwards, with a start job
-        that nobody owns (seen with 9.0.0: "current job is (none, none, start) owned by (0 <null>"). An operator destroys it."""
+        If libvirtd is killed after it wrote the status file of a guest and before it started QEMU,
+        it lists the guest as running from then on, with a start job without an owner (seen with
+        9.0.0: "current job is (none, none, start) owned by (0 <null>"). An operator destroys it.
+        """
         time.sleep(1)
         lost = [name for name in self.virsh.running() if not has_qemu(name)]
         for name in lost:
@@ -139,7 +147,7 @@ class World:
         return lost
 
     def logs(self):
-        """What helps to understand a failure."""
+        """The logs that help to understand a failure."""
         parts = [
             "--- commands of this case",
             *shell.transcript[-25:],

@@ -1,6 +1,7 @@
-"""What the nested compute host boots: Debian's kernel and udev, fetched from the machine's own apt sources, and an initramfs.
+"""Debian's kernel and udev, and an initramfs, for the nested compute host.
 
-Fetched and unpacked, not installed: a kernel's and udev's maintainer scripts have no business on the machine.
+The packages come from the machine's apt sources. They are unpacked and not installed, because the
+maintainer scripts of a kernel and of udev must not run on the machine.
 """
 
 import os
@@ -8,9 +9,9 @@ import shutil
 import subprocess
 from pathlib import Path
 
-# Debian's cloud kernel has no USB at all: the usual one it is.
+# Debian's cloud kernel has no USB support.
 KERNEL = "linux-image-amd64"
-# Of its 400 MB of modules these folders can be needed.
+# The folders that may be needed of 400 MB of modules.
 FOLDERS = [
     "arch",
     "block",
@@ -26,14 +27,17 @@ FOLDERS = [
     "net/9p",
 ]
 MODULES = [
-    "virtio_pci", "9p", "9pnet_virtio", "overlay", "virtio_console",  # the machine's files
-    "xhci_pci", "usbhid", "hid_generic", "usb_storage", "sd_mod", "cdc_acm",  # USB on the host's side
-    "dummy_hcd", "usb_f_mass_storage", "usb_f_acm", "usb_f_hid",  # and on the devices' side
+    # The machine's files.
+    "virtio_pci", "9p", "9pnet_virtio", "overlay", "virtio_console",
+    # USB hosts.
+    "xhci_pci", "usbhid", "hid_generic", "usb_storage", "sd_mod", "cdc_acm",
+    # USB gadgets.
+    "dummy_hcd", "usb_f_mass_storage", "usb_f_acm", "usb_f_hid",
 ]  # fmt: skip
 
 
 class Trouble(Exception):
-    """It cannot be fetched or made; the text says what to do."""
+    """The kernel cannot be fetched or built. The text says what to do."""
 
 
 def run(*command, **options):
@@ -46,7 +50,7 @@ def run(*command, **options):
 
 
 def merge_usr(tree):
-    """Debian 13 packages say /usr/lib/modules, Debian 12's say /lib/modules: afterwards both paths lead to the same folder."""
+    """Let /lib/modules (Debian 12) and /usr/lib/modules (Debian 13) be the same folder."""
     if (tree / "usr/lib/modules").exists():
         (tree / "usr/lib/modules").rename(tree / "modules")
         shutil.rmtree(tree / "usr/lib")
@@ -70,8 +74,8 @@ class Kernel:
         return self.unpacked / f"boot/vmlinuz-{self.version}"
 
     def prepare(self):
-        """Makes what is missing; does nothing when all is there."""
-        # What it was unpacked for.
+        """Make what is missing."""
+        # The versions of the unpacked packages.
         folders, wanted = self.unpacked / "folders", "\n".join(FOLDERS)
         if not folders.exists() or folders.read_text() != wanted:
             shutil.rmtree(self.unpacked, ignore_errors=True)
@@ -79,19 +83,19 @@ class Kernel:
             folders.write_text(wanted)
         if not (self.cache / "udev").exists():
             self._unpack("udev", self.cache / "udev", lambda name: True)
-        # The list of modules above is a source of it, too.
+        # The initramfs also depends on the list of modules in this file.
         changed = max(source.stat().st_mtime for source in (self.init, Path(__file__)))
         if not self.initramfs.exists() or self.initramfs.stat().st_mtime < changed:
             self._make_initramfs()
 
     @staticmethod
     def _newest():
-        """The package that linux-image-amd64 stands for: Debian's own metapackage names it with its version."""
+        """The package that the metapackage linux-image-amd64 depends on."""
         for line in run("apt-cache", "depends", KERNEL).splitlines():
             word, _, name = line.strip().partition(" ")
             if word == "Depends:" and name.startswith("linux-image"):
                 return name
-        raise Trouble(f"apt knows no {KERNEL}: run 'apt-get update' first")
+        raise Trouble(f"apt does not know {KERNEL}: run 'apt-get update' first")
 
     @staticmethod
     def _wanted(name):
@@ -103,7 +107,7 @@ class Kernel:
         )
 
     def _unpack(self, package, target, wanted):
-        """Fetches a package and keeps of it what is wanted; all or nothing."""
+        """Fetch a package and keep the wanted files: all or none."""
         work = self.cache / f"{target.name}.new"
         shutil.rmtree(work, ignore_errors=True)
         (work / "tree").mkdir(parents=True)
@@ -158,7 +162,7 @@ class Kernel:
         shutil.rmtree(tree)
 
     def _modules(self):
-        """Their files, each behind those that it needs."""
+        """The files of these modules, each after those that it needs."""
         files = {}
         for module in MODULES:
             for line in run(

@@ -1,4 +1,7 @@
-"""The other compute host of a migration: its own libvirtd, hooks, configuration and inventory, in the same VM."""
+"""The second host of a migration, in the same VM.
+
+It has its own libvirtd, hooks, configuration and inventory.
+"""
 
 import json
 import subprocess

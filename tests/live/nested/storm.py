@@ -19,15 +19,15 @@ from lib.product import HOOKS, LOGS
 from lib.shell import Failure
 from lib.waiting import TIMEOUT_SECONDS
 
-# Timeout of a command, in seconds. libvirtd is stopped for 20 s at the most.
+# Timeout of a command, in seconds. libvirtd is stopped for at most 20 s.
 COMMAND_TIMEOUT = 180
-# What the agent's unit allows, in seconds: TimeoutStopSec.
+# TimeoutStopSec of the agent's unit, in seconds.
 STOP_TIMEOUT = 60
-# Status of a Rust program that panicked, and of one that aborted.
+# Exit statuses of a Rust program that panicked or aborted.
 PANICKED = (101, 134, -6)
 LOG = LOGS / "chaos.log"
 
-# A hook of somebody else's that makes each of libvirtd's calls slow while a file is there.
+# Another hook, which delays each call of libvirtd while a file exists.
 SLOW_FLAG = Path("/run/chaos.slow")
 SLOW_HOOK = """#!/bin/sh
 sleep "$(cat /run/chaos.slow 2> /dev/null || echo 0)"
@@ -64,7 +64,7 @@ class Storm:
             actor.start()
 
     def blow(self, seconds):
-        """Lets the actors act for so long, and watches what must never be."""
+        """Let the actors act for this time, and watch the invariants."""
         self.rests.clear()
         self.blows.set()
         end = time.monotonic() + seconds
@@ -73,7 +73,7 @@ class Storm:
             time.sleep(1)
 
     def calm(self):
-        """Waits until each actor has finished its action. Then everything runs."""
+        """Wait until each actor has finished its action. Then all programs run."""
         self.blows.clear()
         self.rests.set()
         end = time.monotonic() + TIMEOUT_SECONDS
@@ -86,7 +86,7 @@ class Storm:
         self.watch()
 
     def watch(self):
-        """What must hold at every moment."""
+        """Check what must hold at every moment."""
         if self.faults:
             raise Failure("\n".join(self.faults))
         if self.agent.acquire(blocking=False):
@@ -100,7 +100,7 @@ class Storm:
             raise Failure(f"several guests have a device open: {sorted(twice)}")
 
     def pause(self, seconds):
-        """Ends early when the storm does."""
+        """Sleep, but not longer than the storm lasts."""
         self.rests.wait(seconds)
 
     def note(self, actor, text):
@@ -118,7 +118,7 @@ class Storm:
         return next(deeds, "nothing yet")
 
     def command(self, actor, *words):
-        """Runs virsh or virt-usb. It may fail, but not without a reason that is told."""
+        """Run virsh or virt-usb. The command may fail, but it must print a reason."""
         program, *rest = words
         self.note(actor, f"{' '.join(words)} ...")
         run = self.w.virsh if program == "virsh" else self.w.product
@@ -141,7 +141,7 @@ def shown(deed):
 
 
 def alike(text):
-    """A message without what differs from one time to the next."""
+    """A message without its variable parts."""
     text = text[max(0, text.find("virt-usb: ")) :]
     text = re.sub(r"\b(wants|given)-\w+", "GUEST", text)
     text = re.sub(r"[0-9a-f]{8}-[0-9a-f-]{27}", "UUID", text)
@@ -155,9 +155,9 @@ def doubled():
 
 
 class Actor(threading.Thread):
-    # Seconds between two actions: at least and at most.
+    # Seconds between two actions: minimum and maximum.
     WAIT = (1, 5)
-    # The methods that it may choose, with their weights.
+    # The actor's methods with their weights.
     ACTS = {}
 
     def __init__(self, storm, name):
@@ -181,7 +181,7 @@ class Actor(threading.Thread):
             getattr(self, act)()
         except Failure as failure:
             self.storm.fault(f"the {self.name}: {failure}")
-        except Exception:  # A fault of the harness is told like any other.
+        except Exception:  # An error of the harness fails the case, too.
             self.storm.fault(f"the {self.name}: {traceback.format_exc()}")
 
     def note(self, text):
@@ -191,7 +191,7 @@ class Actor(threading.Thread):
         return self.storm.command(self.name, *words)
 
     def stop_and_continue(self, pid, what, seconds):
-        """SIGSTOP, and SIGCONT after so long or when the storm ends."""
+        """Send SIGSTOP, and SIGCONT after this time or when the storm ends."""
         self.note(f"SIGSTOP to {what} for {seconds:.1f} s")
         try:
             os.kill(pid, signal.SIGSTOP)
@@ -202,14 +202,14 @@ class Actor(threading.Thread):
             self.note(f"{what} has ended")
 
     def guest(self, runs=True):
-        """The name of a guest that runs or does not, as far as there is any."""
+        """The name of a guest that runs or is off; of any guest if there is none in that state."""
         running = qemus()
         names = [g.name for g in self.storm.guests]
         return self.random.choice([name for name in names if (name in running) == runs] or names)
 
 
 class Tenant(Actor):
-    """Starts guests and ends them in every way."""
+    """Start guests and end them in every way."""
 
     WAIT = (0.2, 3)
     ACTS = {"begin": 6, "cold_plug": 2, "destroy": 3, "kill": 2, "save": 1}
@@ -237,7 +237,7 @@ class Tenant(Actor):
 
 
 class Freezer(Actor):
-    """Stops the QEMU of a guest and lets it continue."""
+    """Stop the QEMU of a guest and let it continue."""
 
     WAIT = (3, 15)
     ACTS = {"freeze": 1}
@@ -250,7 +250,7 @@ class Freezer(Actor):
 
 
 class Hand(Actor):
-    """Pulls sticks out and plugs them in again, at any bus."""
+    """Unplug sticks and plug them in again, at any bus."""
 
     WAIT = (2, 10)
     ACTS = {"move": 4, "unplug": 1}
@@ -274,11 +274,11 @@ class Hand(Actor):
 
 
 class Operator(Actor):
-    """Gives devices to guests that ask for none, takes them back, and looks."""
+    """Attach devices to guests without requests, detach them, and show the inventory."""
 
     WAIT = (2, 8)
     ACTS = {"attach": 4, "detach": 3, "look": 1}
-    # How many devices it gives away in all: with more no guest could start.
+    # Limit of assigned devices: with more, no guest could start.
     MOST = 2
 
     def __init__(self, storm, name):
@@ -293,7 +293,7 @@ class Operator(Actor):
         given = self.random.choice([g.name for g in self.storm.guests if not g.about])
         selectors = [f'{{"serial":"{stick.serial}"}}', f"{stick.vendor}:{stick.product}"]
         selector = self.random.choice(selectors)
-        # One that fails may have been done, or be done later.
+        # A command that failed may have taken effect, or may take effect later.
         self.command("virt-usb", "attach", given, selector)
         self.given.append((given, selector))
 
@@ -313,7 +313,7 @@ class Operator(Actor):
 
 
 class Libvirt(Actor):
-    """Stops libvirtd, kills it and slows it down."""
+    """Stop libvirtd, kill it and slow it down."""
 
     WAIT = (8, 25)
     ACTS = {"freeze": 3, "kill": 3, "stop": 1, "stutter": 2, "slow": 2}
@@ -355,7 +355,7 @@ class Libvirt(Actor):
 
 
 class Agent(Actor):
-    """Kills the agent, stops it, and has it read its configuration again."""
+    """Kill the agent, stop it, and let it reload its configuration."""
 
     WAIT = (5, 30)
     ACTS = {"kill": 3, "stop": 2, "reload": 2}

@@ -1,4 +1,4 @@
-"""The nested compute host: a VM whose root is the machine's own, read-only, below a layer in memory."""
+"""The nested compute host: a VM on the machine's root, read-only below a layer in memory."""
 
 import ctypes
 import shutil
@@ -9,32 +9,33 @@ from pathlib import Path
 
 from nested.kernel import Kernel
 
-# The first boot asks QEMU for its capabilities; each later one finds the answer here.
+# The first boot probes QEMU's capabilities. Later boots read them from this folder.
 KEPT = "capabilities"
-# Without AVX and without fast string instructions: what programs choose instead is emulated in half the time.
+# A CPU without AVX and fast string instructions: emulating what programs use instead takes half the
+# time.
 CPU = "Nehalem"
-# It is a test machine: nothing that costs time and protects nobody.
+# A test machine needs no mitigations.
 KERNEL_WORDS = (
-    "console=ttyS0 quiet mitigations=off nokaslr clocksource=hpet tsc=unstable no_timer_check audit=0 apparmor=0 random.trust_cpu=on "
-    "cryptomgr.notests net.ifnames=0 panic=-1 norandmaps"
+    "console=ttyS0 quiet mitigations=off nokaslr clocksource=hpet tsc=unstable no_timer_check "
+    "audit=0 apparmor=0 random.trust_cpu=on cryptomgr.notests net.ifnames=0 panic=-1 norandmaps"
 )
 
 
 def end_with_parent():
-    """Run in a child before it becomes its program: the kernel kills it when this process is gone."""
+    """Let the kernel kill this child when its parent ends. Called before exec."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 class Nested:
     def __init__(self, repo, cache, say, cpus=1, part="1/1"):
         self.repo, self.cache, self.say, self.cpus = Path(repo), Path(cache), say, cpus
-        # Several VMs may run at a time, each with a part of the cases.
+        # Several VMs may run at the same time, each with a part of the cases.
         self.place = self.cache / f"vm-{part.replace('/', '-of-')}"
         self.share = self.place / "share"
         self.kernel = Kernel(self.cache, self.repo / "tests/live/nested/init")
 
     def run(self, words, limit):
-        """Boots, passes on what the cases say, and returns their exit status."""
+        """Boot the VM, print the output of the cases, and return their exit status."""
         self.kernel.prepare()
         self._lay_out(words, limit)
         began = time.monotonic()
@@ -53,7 +54,11 @@ class Nested:
                 vm.wait()
         status = self._status()
         if status is None or status == 124:
-            why = f"its cases took longer than {limit} s" if status else "it ended without a result"
+            why = (
+                f"the cases took longer than {limit} s"
+                if status
+                else "the VM ended without a result"
+            )
             self.say(f"not ok - the nested compute host: {why}")
             self.say(self._tail("console.log") + self._tail("qemu.log"))
         self.say(f"# the nested compute host ran for {time.monotonic() - began:.0f} s")
@@ -81,19 +86,21 @@ class Nested:
         return [
             "qemu-system-x86_64",
             "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
-            "-machine", "q35", "-accel", "tcg,thread=multi,tb-size=512", "-cpu", CPU, "-smp", str(self.cpus), "-m", "1536",
+            "-machine", "q35", "-accel", "tcg,thread=multi,tb-size=512",
+            "-cpu", CPU, "-smp", str(self.cpus), "-m", "1536",
             "-kernel", self.kernel.image, "-initrd", self.kernel.initramfs, "-append", KERNEL_WORDS,
             "-serial", f"file:{self.place / 'console.log'}",
-            # A real hub with a device behind it: dummy_hcd can make neither.
+            # A hub with a device behind it: dummy_hcd can emulate neither.
             "-device", "qemu-xhci,id=usb", "-device", "usb-hub,bus=usb.0,port=1",
-            "-chardev", "null,id=nowhere", "-device", "usb-serial,bus=usb.0,port=1.2,chardev=nowhere,always-plugged=on",
+            "-chardev", "null,id=nowhere",
+            "-device", "usb-serial,bus=usb.0,port=1.2,chardev=nowhere,always-plugged=on",
             *folder("/", "machine", ",readonly=on"),
             *folder(self.repo, "repo", ",readonly=on"),
             *folder(self.share, "share"),
         ]  # fmt: skip
 
     def _follow(self, vm, limit):
-        """Passes on the cases' lines as they come."""
+        """Print the output of the cases as it arrives."""
         end = time.monotonic() + limit
         with open(self.share / "out", encoding="utf-8", errors="replace") as out:
             while True:

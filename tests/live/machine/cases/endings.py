@@ -1,4 +1,4 @@
-"""How a guest ends, and that its claim ends with it."""
+"""The ways in which a guest ends. Each ends its claim."""
 
 from lib.case import case
 from lib.daemons import kill_qemu
@@ -23,14 +23,14 @@ def free(w, guest):
     )
 
 
-@case("destroy gives back")
+@case("a claim ends when the guest is destroyed")
 def destroy(w):
     guest = claimed(w)
     w.destroy(guest)
     free(w, guest)
 
 
-@case("the end of QEMU gives back: killed from outside")
+@case("a claim ends when QEMU is killed")
 def crash(w):
     guest = claimed(w)
     kill_qemu(guest.name)
@@ -38,19 +38,20 @@ def crash(w):
     free(w, guest)
 
 
-@case("a start that fails behind the hook gives back")
+@case("a claim ends when the start fails after the hook")
 def failed_start(w):
     simulate(w)
     guest = asking(
         w,
         "g",
-        devices="</devices><qemu:commandline><qemu:arg value='-no-such-option'/></qemu:commandline><devices>",
+        devices="</devices><qemu:commandline><qemu:arg value='-no-such-option'/>"
+        "</qemu:commandline><devices>",
     )
     refused(w.virsh("start", "g"), "no-such-option")
     free(w, guest)
 
 
-@case('hold = "instance": a stop does not give back, the command line does')
+@case('hold = "instance": a claim outlives a stop, and the command line ends it')
 def hold(w):
     simulate(w, hold="instance")
     guest = asking(w, "g")
@@ -62,7 +63,7 @@ def hold(w):
     free(w, guest)
 
 
-@case("a guest is saved and restored: its claim is given back and taken again")
+@case("a save ends the claim of a guest, and a restore claims again")
 def save_and_restore(w):
     guest = claimed(w)
     done(w.virsh("save", "g", "/tmp/g.save"))

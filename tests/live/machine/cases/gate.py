@@ -1,4 +1,4 @@
-"""virsh start, as an operator sees it: refused with our message, or not."""
+"""virsh start as an operator sees it: accepted, or refused with a message of virt-usb."""
 
 from lib.case import case
 from lib.guests import metadata, redirections, usb_devices
@@ -20,7 +20,7 @@ speed = "full"
 
 
 def simulate(w, **config):
-    """There is no USB bus here: the hook reads a simulated one."""
+    """Let the hook read a simulated USB bus, because this machine may have none."""
     with open("/tmp/key.toml", "w", encoding="utf-8") as file:
         file.write(SIMULATION)
     w.product.configure(sysfs_root="/tmp/sys", **config)
@@ -31,7 +31,7 @@ def asking(w, name, **more):
     return w.guest(name, metadata(usb_devices(KEY)), **more)
 
 
-@case("virsh start is refused with the reason, in one line, and the next step")
+@case("virsh start is refused with one line that says why and what to do")
 def veto(w):
     simulate(w)
     first, second = asking(w, "first"), asking(w, "second")
@@ -43,23 +43,26 @@ def veto(w):
         "is held by first",
         "Stop the guest",
     )
-    expect(sum("virt-usb: " in line for line in answer.text.splitlines()) == 1, "one line of ours")
+    expect(
+        sum("virt-usb: " in line for line in answer.text.splitlines()) == 1, "one line of virt-usb"
+    )
     expect("prepare" in w.product.operations("second"), "the refusal to be on record")
     w.destroy(first)
     w.start(second)
 
 
 @case(
-    "virsh start of a guest that asks is refused where nothing was ever recorded, and says what to run"
+    "without an inventory, virsh start of a guest that requests a device is refused and says what"
+    " to run"
 )
 def no_inventory(w):
     asking(w, "g")
     refused(w.virsh("start", "g"), "virt-usb: g ", "virt-usb discover")
 
 
-@case("a guest that asks for nothing starts whatever is broken")
+@case("a guest without a request starts whatever is broken")
 def asks_for_nothing(w):
-    plain = w.guest("plain", "<other xmlns='urn:somebody:else'>usb</other>")
+    plain = w.guest("plain", "<other xmlns='urn:example:other'>usb</other>")
 
     def works(what):
         answer = w.virsh("start", "plain")
@@ -78,7 +81,9 @@ def asks_for_nothing(w):
     works("no place for the log")
 
 
-@case("a guest that asks is refused for a broken configuration, and told which key")
+@case(
+    "a guest with a request is refused if the configuration is invalid, and the error names the key"
+)
 def broken_configuration(w):
     simulate(w)
     asking(w, "g")
@@ -86,12 +91,13 @@ def broken_configuration(w):
     refused(w.virsh("start", "g"), "virt-usb: ", 'did you mean "usb_white_list_switch"')
 
 
-@case("our hook beside another admin's: both are called, and either may refuse")
+@case("libvirtd calls virt-usb's hook and another one, and either may refuse")
 def beside_another(w):
     simulate(w)
     main = HOOKS.parent / "qemu"
     main.write_text(
-        '#!/bin/sh\ncat > /dev/null\necho "$1 $2" >> /tmp/other.log\n[ ! -e /tmp/veto ] || [ "$2" != prepare ] || { echo "the admin says no" >&2; exit 1; }\n'
+        '#!/bin/sh\ncat > /dev/null\necho "$1 $2" >> /tmp/other.log\n'
+        '[ ! -e /tmp/veto ] || [ "$2" != prepare ] || { echo "the admin says no" >&2; exit 1; }\n'
     )
     main.chmod(0o755)
     # libvirtd looks for the main script when it starts.
@@ -108,19 +114,19 @@ def beside_another(w):
         )
         open("/tmp/veto", "w", encoding="utf-8").close()
         refused(w.virsh("start", "g"), "the admin says no")
-        expect(not w.product.claims(), "our claim to be given back when the other refuses")
+        expect(not w.product.claims(), "the claim to be released when the other hook refuses")
     finally:
         main.unlink()
         w.libvirtd.restart()
 
 
-@case("redirections for a guest without SPICE are refused with the advice that helps")
+@case("redirections for a guest without SPICE are refused, and the error says what to add")
 def no_spice(w):
     w.guest("g", metadata(redirections(1)))
     refused(w.virsh("start", "g"), "usb_redirection_devices[0]", "no SPICE graphics")
 
 
-@case("each call is recorded, with how long it took")
+@case("each call is recorded with its duration")
 def recorded(w):
     import json
 

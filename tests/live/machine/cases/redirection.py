@@ -12,7 +12,7 @@ def desk(w, count):
     return w.guest("desk", metadata(redirections(count)), SPICE)
 
 
-@case("redirections are attached live to a guest with SPICE graphics")
+@case("the agent attaches redirections to a running guest with SPICE graphics")
 def live(w):
     w.product.agent.start()
     guest = desk(w, 2)
@@ -32,7 +32,7 @@ def live(w):
     stays(lambda: len(w.virsh.redirdevs("desk")) == 2, "two, not more", seconds=3)
 
 
-@case("virt-usb start gives redirections from power-on")
+@case("virt-usb start: a guest has its redirections from power-on")
 def cold(w):
     w.product.agent.start()
     desk(w, 1)
@@ -41,7 +41,7 @@ def cold(w):
     stays(lambda: len(w.virsh.redirdevs("desk")) == 1, "one, not more", seconds=2)
 
 
-@case("redirections survive save and restore, and are not doubled")
+@case("redirections survive save and restore, and are not duplicated")
 def saved(w):
     w.product.agent.start()
     guest = desk(w, 1)

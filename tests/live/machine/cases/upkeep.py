@@ -1,4 +1,4 @@
-"""Daemons that end and come back while guests run."""
+"""Daemons that stop and start again while guests run."""
 
 import signal
 from pathlib import Path
@@ -13,7 +13,7 @@ from .endings import claimed, free
 from .redirection import desk
 
 
-@case("libvirtd is restarted: the guest lives, and so does its claim")
+@case("a guest and its claim survive a restart of libvirtd")
 def restart(w):
     guest = claimed(w)
     w.libvirtd.restart(signal.SIGTERM)
@@ -27,9 +27,7 @@ def restart(w):
     free(w, guest)
 
 
-@case(
-    "libvirtd is killed: the guest lives, and so does its claim, though the inventory is broken meanwhile"
-)
+@case("a guest and its claim survive kill -9 of libvirtd while the inventory is broken")
 def killed(w):
     from lib.product import CONFIG
 
@@ -46,7 +44,7 @@ def killed(w):
     free(w, guest)
 
 
-@case("the agent connects again when libvirtd comes back")
+@case("the agent reconnects when libvirtd is back")
 def reconnect(w):
     w.product.agent.start()
     w.libvirtd.restart()
@@ -59,9 +57,7 @@ def reconnect(w):
     )
 
 
-@case(
-    "a guest that was started while the agent was down gets what it asks for when the agent comes"
-)
+@case("a guest that started while the agent was down gets its devices when the agent starts")
 def late_agent(w):
     w.product.configure(require_agent=False)
     guest = desk(w, 1)
@@ -71,14 +67,14 @@ def late_agent(w):
     until(lambda: w.virsh.redirdevs("desk") == ["ua-usb-redir-0"], "the redirection to be there")
 
 
-@case("a second agent on one host does not start")
+@case("a second agent on a host does not start")
 def second_agent(w):
     w.product.agent.start()
     second = run(AGENT)
     expect(second.status == 1 and "another agent runs" in second.err, f"the reason: {second}")
 
 
-@case("the configuration is removed while the agent runs: the rules of before count on")
+@case("the rules stay in effect if the configuration is removed while the agent runs")
 def configuration_gone(w):
     from lib.product import AGENT_LOG, CONFIG
 
@@ -88,12 +84,12 @@ def configuration_gone(w):
         lambda: (
             "config.toml was removed; the previous rules stay in effect" in AGENT_LOG.read_text()
         ),
-        "it to be said",
+        "a message about it",
     )
-    expect(w.product.agent.is_running(), "the agent to go on")
+    expect(w.product.agent.is_running(), "the agent to keep running")
 
 
-@case("virt-usb doctor finds nothing, then a guest without USB bus, then libvirtd that is down")
+@case("virt-usb doctor reports no problem, a guest without a USB bus, a libvirtd that is down")
 def doctor(w):
     w.product.agent.start()
     desk(w, 1)
@@ -122,7 +118,7 @@ def doctor(w):
 
 
 @case(
-    "the inventory is damaged while a guest runs: it is made anew, and the guest's claim with it; then a backup is restored"
+    "a damaged inventory is rebuilt with the claim of a running guest, and a backup can be restored"
 )
 def damaged(w):
     guest = claimed(w)
@@ -132,11 +128,14 @@ def damaged(w):
     with inventory.open("r+b") as file:
         file.write(b"\x5a" * 100)
     refused(w.product("devices"), "is damaged", "virt-usb store rebuild")
-    anew = w.product.must("store", "rebuild", "--sim", "/tmp/key.toml")
-    expect("rebuilt" in anew.out and ".before-rebuild-" in anew.out, f"what was done: {anew.out}")
+    rebuilt = w.product.must("store", "rebuild", "--sim", "/tmp/key.toml")
+    expect(
+        "rebuilt" in rebuilt.out and ".before-rebuild-" in rebuilt.out,
+        f"the steps taken: {rebuilt.out}",
+    )
     expect(w.product.claims_of(guest), "its claim to live")
     restored = w.product.must("store", "restore", str(copy), "--sim", "/tmp/key.toml")
-    expect(".before-restore-" in restored.out, f"what was done: {restored.out}")
+    expect(".before-restore-" in restored.out, f"the steps taken: {restored.out}")
     expect(w.product.claims_of(guest), "its claim to live")
     expect(
         inventory.owner() == USER and inventory.stat().st_mode & 0o777 == 0o640,
@@ -148,7 +147,7 @@ def damaged(w):
 
 
 def connections(pid):
-    """The numbers of this process's connections, as libvirtd counts them."""
+    """The ids of this process's connections in libvirtd."""
     listed = must("virt-admin", "-q", "srv-clients-list", "libvirtd", quiet=True).out
     numbers = [line.split()[0] for line in listed.splitlines() if line.strip()]
     info = lambda number: run(
@@ -157,7 +156,7 @@ def connections(pid):
     return [number for number in numbers if str(pid) in info(number)]
 
 
-@case("the agent's connection is lost again and again, and no descriptor stays")
+@case("the agent leaks no descriptor when it loses its connection repeatedly")
 def descriptors(w):
     w.product.agent.start()
     pid = w.product.agent.process.pid
@@ -167,10 +166,10 @@ def descriptors(w):
     first = None
     for time in range(max(w.kills, 3)):
         for number in connections(pid):
-            # The agent may have closed it meanwhile, for it has lost another one.
+            # The agent may have closed this one already, because it has lost another one.
             run("virt-admin", "-q", "client-disconnect", "libvirtd", number, quiet=True)
         until(lambda: connected() == time + 2, "the agent to be connected again")
-        # One connection more or less may be about to be closed.
+        # A connection may just be closing.
         if time == 1:
             first = open_files()
     until(lambda: open_files() <= first, f"as many descriptors as after two reconnects, {first}")

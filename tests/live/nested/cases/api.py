@@ -1,4 +1,4 @@
-"""The API, with real guests and real devices."""
+"""The API with real guests and devices."""
 
 import http.client
 import json
@@ -16,7 +16,7 @@ PROJECT = "3f0c7a5e9d2b4c1f8a6e5d4c3b2a1908"
 
 
 class Client:
-    """Somebody with a token."""
+    """A user with a token."""
 
     def __init__(self, w, role):
         made = w.product.must(
@@ -28,7 +28,7 @@ class Client:
         }
 
     def __call__(self, method, path, body=None):
-        """The answer. Who is told that the API is busy asks again when Retry-After says so: on a slow machine that happens."""
+        """The answer. A slow machine may answer 429 or 503: retry after Retry-After seconds."""
         end = time.monotonic() + TIMEOUT_SECONDS
         while True:
             status, wait, answer = self._ask(method, path, body)
@@ -51,14 +51,12 @@ class Client:
 
 
 def message(answer):
-    """What a fault says."""
+    """The message of an error response."""
     (fault,) = answer[1].values()
     return fault["message"]
 
 
-@case(
-    "through the API a key that is plugged in while the guest runs is found, attached, used, detached"
-)
+@case("a stick is plugged in while the guest runs, and attached and detached through the API")
 def hot_plug(w):
     w.product.agent.start()
     guest = w.guest("g")
@@ -69,9 +67,9 @@ def hot_plug(w):
     (found,) = admin("GET", f"/v3/os-usb-devices?serial={stick.serial}")[1]["usb_devices"]
     status, answer = admin.act(guest, "attach", {"id": found["id"]})
     expect(status == 202 and answer["live"], f"it to be attached: {status} {answer}")
-    # 202 says that it is done.
+    # The status 202 means that the guest has the device.
     expect(
-        w.holds(guest, stick) and w.has_live(guest, stick), "the guest to have it when that is said"
+        w.holds(guest, stick) and w.has_live(guest, stick), "the guest to have it at that moment"
     )
     w.boots_from(guest, stick, reset=True)
     server = admin("GET", f"/v3/servers/{guest.uuid}/os-usb-devices")[1]["server"]
@@ -89,11 +87,11 @@ def hot_plug(w):
     status, answer = member.act(guest, "attach", {"id": found["id"]})
     expect(
         status == 404,
-        f"a guest without an owner to be nobody's but an administrator's: {status} {answer}",
+        f"a guest without an owner to be visible to administrators only: {status} {answer}",
     )
 
 
-@case("a hundred attaches of one device through the API at once: one guest has it")
+@case("a hundred concurrent attaches of one device through the API: one guest gets it")
 def a_hundred_at_once(w):
     (stick,) = w.drawer.twins(1)
     w.product.agent.start()
@@ -103,7 +101,7 @@ def a_hundred_at_once(w):
         w.start(guest)
     admin = Client(w, "admin")
 
-    # By its kind: what a guest has already would be no conflict.
+    # Not by id: an attach of a device that the guest already has would be no conflict.
     def ask(n):
         return admin.act(guests[n % 4], "attach", {"serial": stick.serial})
 

@@ -1,4 +1,4 @@
-"""Devices that are used once, that turn into others, that come and go."""
+"""Devices that are used once, change their identity, or flap."""
 
 import json
 
@@ -12,13 +12,11 @@ from .replug import running
 
 
 def set_aside(w):
-    """What 'virt-usb quarantine' shows: one device."""
+    """The device that 'virt-usb quarantine' shows."""
     return json.loads(w.product.must("quarantine", "--json").out)[0]
 
 
-@case(
-    "one_time_use: after its use a stick waits for an operator, and one that has become another is told loudly"
-)
+@case("one_time_use: a used stick is quarantined, and a changed one raises an alarm")
 def used_once(w):
     w.product.configure(
         usb_passthrough_whitelist=[{"vendor": "0951", "product": "1666", "one_time_use": True}]
@@ -30,7 +28,7 @@ def used_once(w):
     w.start(guest)
     w.allocated(guest, stick)
     w.destroy(guest)
-    until(lambda: known(w, stick)["status_reason"] == "quarantined", "it to be set aside")
+    until(lambda: known(w, stick)["status_reason"] == "quarantined", "it to be quarantined")
     refused(
         w.virsh("start", "other"),
         f"device {row['id']} ",
@@ -46,7 +44,7 @@ def used_once(w):
     expect(set_aside(w)["altered"] == difference, f"what is different: {set_aside(w)}")
     until(
         lambda: f"it has changed since its last use: {difference}" in AGENT_LOG.read_text(),
-        "the agent to say it",
+        "the agent to log it",
     )
     w.product.must("quarantine", "clear", str(row["id"]))
     w.start(other)
@@ -54,7 +52,7 @@ def used_once(w):
 
 
 @case(
-    "usb_aliases: a stick that shows another product while a guest has it is the same device, and the guest has it again"
+    "usb_aliases: a stick that changes its product id in a guest is the same device, and reattached"
 )
 def two_faces(w):
     w.product.configure(usb_aliases=[["0951:1666", "0951:16ae"]])
@@ -73,11 +71,14 @@ def two_faces(w):
         (hostdev,) = w.virsh.hostdevs(guest.name)
         expect(hostdev.product == product, f"the guest's hostdev to name it: {hostdev}")
     w.boots_from(guest, stick, reset=True)
-    expect("it has changed since" not in AGENT_LOG.read_text(), "no alarm: that is declared")
+    expect(
+        "it has changed since" not in AGENT_LOG.read_text(),
+        "no alarm, because the configuration allows the change",
+    )
 
 
 def come_and_go(w, stick):
-    """Three times, each of them seen: at every return the kernel gives it a new number."""
+    """Replug the stick three times. The agent sees each: the kernel assigns a new device number."""
     for _ in range(3):
         stick.move(0)
         until(
@@ -86,9 +87,7 @@ def come_and_go(w, stick):
         )
 
 
-@case(
-    "a stick that comes and goes is given back to its guest once it has stayed, and the second time waits for an operator"
-)
+@case("a flapping stick is reattached when it is stable, and quarantined the second time")
 def flapping(w):
     w.product.configure(
         flap_limit=3, flap_window=120, flap_pause=25, flap_quarantine=1, scan_interval=1
@@ -96,14 +95,14 @@ def flapping(w):
     ((guest, stick),) = running(w)
     row = known(w, stick)
     come_and_go(w, stick)
-    until(lambda: known(w, stick).get("flapping_until"), "it to count as flapping")
+    until(lambda: known(w, stick).get("flapping_until"), "it to be flapping")
     until(
         lambda: "connects and disconnects too often" in w.product.must("claims").out,
-        "an operator to be told",
+        "the operator to see it",
     )
-    expect(not w.virsh.hostdevs(guest.name), "it not to be given back at once")
+    expect(not w.virsh.hostdevs(guest.name), "it not to be reattached at once")
     w.allocated(guest, stick, seconds=90)
     come_and_go(w, stick)
-    until(lambda: known(w, stick).get("quarantined"), "it to wait for an operator")
+    until(lambda: known(w, stick).get("quarantined"), "it to be quarantined")
     w.product.must("quarantine", "clear", str(row["id"]))
     w.allocated(guest, stick)

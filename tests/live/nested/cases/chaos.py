@@ -1,4 +1,4 @@
-"""Everything at once, for as long as 'tests/live/run nested --chaos SECONDS' says."""
+"""All faults at once, for the duration of 'tests/live/run nested --chaos SECONDS'."""
 
 import json
 import os
@@ -18,8 +18,8 @@ from nested.storm import Storm, shown
 
 from .live import asking, known
 
-# What each guest asks for; the last two have what an operator gives them.
-WISHES = {
+# The requests of each guest. An operator assigns devices to the last two.
+REQUESTS = {
     "wants-sn0": [{"serial": "SN0"}],
     "wants-sn1": [{"serial": "SN1"}],
     "wants-one": [{"vendor_id": "0951"}],
@@ -28,21 +28,23 @@ WISHES = {
     "given-a": [],
     "given-b": [],
 }
-# Seconds between two checks: at least and at most.
+# Seconds between two checks: minimum and maximum.
 STORM = (60, 90)
-# What the agent may have at a check, when it has settled.
+# Limits for the agent at a check, after it has settled.
 MOST_DESCRIPTORS = 100
 MOST_THREADS = 64
 ACTIONS_SHOWN = 40
 
 
-@case("libvirtd and agent are killed, stopped, slowed at random: nothing is lost, doubled, silent")
+@case(
+    "random faults of libvirtd, agent and guests: no device is lost, duplicated or refused silently"
+)
 def storm(w):
     sticks = [*w.drawer.twins(5), w.drawer.serial_adapter("ACM", slot=5)]
     w.product.configure(scan_interval=15, flap_limit=0)
     w.product.agent.start()
     until(lambda: all(known(w, s) for s in sticks), "the agent to find the sticks")
-    guests = [asking(w, name, *wish) if wish else w.guest(name) for name, wish in WISHES.items()]
+    guests = [asking(w, name, *some) if some else w.guest(name) for name, some in REQUESTS.items()]
     Chaos(w, guests, sticks).run(w.chaos)
 
 
@@ -50,7 +52,7 @@ class Chaos:
     def __init__(self, w, guests, sticks):
         self.w, self.guests = w, guests
         self.storm = Storm(w, guests, sticks)
-        self.wants = {g.uuid: sum(r.get("count", 1) for r in WISHES[g.name]) for g in guests}
+        self.wants = {g.uuid: sum(r.get("count", 1) for r in REQUESTS[g.name]) for g in guests}
 
     def run(self, seconds):
         end, number = time.monotonic() + seconds, 0
@@ -59,7 +61,7 @@ class Chaos:
         try:
             while time.monotonic() < end:
                 number += 1
-                # An agent that is left alone for some time shows what it does not give back.
+                # An agent that runs undisturbed for some time shows its leaks.
                 self.storm.spares_agent = self.w.random.random() < 0.3
                 self.storm.blow(self.w.random.uniform(*STORM))
                 self.check(number)
@@ -78,11 +80,11 @@ class Chaos:
     def end(self):
         try:
             self.storm.calm()
-        except Failure:  # It was told already.
+        except Failure:  # It was reported already.
             pass
 
     def check(self, number):
-        """The storm pauses: what must hold afterwards."""
+        """Pause the storm and check the invariants."""
         self.storm.calm()
         began = time.monotonic()
         self.w.libvirtd.ensure()
@@ -114,7 +116,7 @@ class Chaos:
         invariants.settle(self.w, TIMEOUT_SECONDS, more)
 
     def unserved(self, host):
-        """Guests that do not hold what they ask for, and problems: in a calm there is none."""
+        """Guests that do not hold their devices, and problems. There are none after a pause."""
         inventory = Inventory(self.w)
         wrong = []
         for guest in self.guests:
@@ -140,7 +142,7 @@ class Chaos:
         return not lost
 
     def resume(self):
-        """A libvirtd that is killed while it saves a guest leaves it paused."""
+        """Resume guests: a libvirtd that is killed while it saves a guest leaves it paused."""
         for name in self.w.virsh.running():
             state = self.w.virsh.ask(lambda c, name=name: c.lookupByName(name).state()[0])
             if state == libvirt.VIR_DOMAIN_PAUSED:
@@ -148,7 +150,7 @@ class Chaos:
                 self.w.virsh("resume", name)
 
     def probe(self):
-        """Starts a guest: it gets its devices if they are free, or is refused with a reason."""
+        """Start a guest: it gets its devices if they are free, or is refused with a reason."""
         running = self.w.virsh.running()
         saved = lambda name: self.w.virsh.ask(lambda c: c.lookupByName(name).hasManagedSaveImage())
         idle = [g.name for g in self.guests if g.about and g.name not in running]
@@ -156,7 +158,7 @@ class Chaos:
         if not idle:
             return
         name = self.w.random.choice(idle)
-        (request,) = WISHES[name]
+        (request,) = REQUESTS[name]
         keys = request.keys() - {"count"}
         free = [d for d in self.w.product.devices() if d["status"] == "available"]
         free = [d for d in free if all(d[key] == request[key] for key in keys)]
@@ -169,7 +171,7 @@ class Chaos:
         self.settle()
 
     def look_inside(self):
-        """The proof from inside, for a guest that has one stick: it boots from it."""
+        """Check that a guest with one stick boots from it."""
         rows = {d["id"]: d["serial"] for d in self.w.product.devices()}
         plugged = [s for s in self.storm.sticks if s.slot is not None]
         sticks = {s.serial: s for s in plugged if s.function == "mass_storage"}
@@ -192,7 +194,7 @@ class Chaos:
 
 
 class Inventory:
-    """What the command line does not show as JSON, read from a backup."""
+    """The data that the command line does not show as JSON, read from a backup."""
 
     def __init__(self, w):
         copy = Path("/tmp/chaos.sqlite")

@@ -1,4 +1,4 @@
-"""A libvirtd in a container, as OpenStack Kolla runs it."""
+"""libvirtd in a container, as in OpenStack Kolla."""
 
 from pathlib import Path
 
@@ -12,15 +12,13 @@ CONTAINER = Path(__file__).parents[1] / "container"
 
 
 def in_container(w, *options):
-    """libvirtd ends on the host, and starts in a container."""
+    """Stop libvirtd on the host and start it in a container."""
     w.libvirtd.kill()
     w.libvirtd.prefix = ("unshare", "--mount", CONTAINER, *options)
     w.libvirtd.start()
 
 
-@case(
-    "libvirtd in a container gives a guest its stick with four mounts; without them the doctor names what is missing"
-)
+@case("libvirtd in a container needs four mounts, and the doctor names the missing ones")
 def kolla(w):
     (stick,) = w.drawer.twins(1)
     try:

@@ -1,4 +1,4 @@
-"""kill -9 of everything, at any moment."""
+"""kill -9 of each program, at any moment."""
 
 import contextlib
 import threading
@@ -16,7 +16,7 @@ from .live import asking, known
 from .replug import running
 
 
-@case("kill -9 of the agent: guests keep what they have, the next agent goes on with it")
+@case("kill -9 of the agent: guests keep their devices, and the next agent continues")
 def agent(w):
     ((guest, stick),) = running(w)
     w.product.agent.kill()
@@ -31,7 +31,7 @@ def agent(w):
     expect(known(w, stick)["status"] == "available", "it to be available")
 
 
-@case("kill -9 of libvirtd: guests live on, the agent finds its way back")
+@case("kill -9 of libvirtd: guests keep running, and the agent reconnects")
 def libvirtd(w):
     ((guest, stick),) = running(w)
     w.libvirtd.kill()
@@ -44,7 +44,7 @@ def libvirtd(w):
     invariants.settle(w)
 
 
-@case("kill -9 of libvirtd and QEMU at once: what the guest held is free after the grace")
+@case("kill -9 of libvirtd and QEMU at once: the device is free after absent_grace")
 def both(w):
     ((guest, stick),) = running(w)
     w.libvirtd.kill()
@@ -58,7 +58,7 @@ def both(w):
 
 
 @case(
-    "where no hook releases it, what a guest held is free after ten seconds by default, and not before"
+    "without a hook, the agent releases the device of a stopped guest after ten seconds by default"
 )
 def default_waits(w):
     w.product.configure(**dict.fromkeys(SHORT_WAITS))
@@ -73,13 +73,13 @@ def default_waits(w):
         away.rename(hook)
 
 
-@case("kill -9 of QEMU, agent or libvirtd at random moments: afterwards all is as it should be")
+@case("kill -9 of QEMU, agent or libvirtd at random moments: all invariants hold afterwards")
 def random_moments(w):
     Chaos(w).run()
 
 
 class Chaos:
-    """Three sticks, three guests that want them; something is going on, and something is killed."""
+    """Three sticks and three guests that request them. An action runs while a program is killed."""
 
     def __init__(self, w):
         self.w, self.random = w, w.random
@@ -87,12 +87,12 @@ class Chaos:
         w.product.configure(scan_interval=5, flap_limit=0)
         w.product.agent.start()
         until(lambda: all(known(w, s) for s in self.sticks), "the agent to find the sticks")
-        wishes = [
+        requests = [
             {"serial": "SN0"},
             {"vendor_id": "0951"},
             {"vendor_id": "0951", "product_id": "1666"},
         ]
-        self.guests = [asking(w, f"g{n}", wish) for n, wish in enumerate(wishes)]
+        self.guests = [asking(w, f"g{n}", request) for n, request in enumerate(requests)]
 
     def run(self):
         for number in range(self.w.kills):
@@ -101,7 +101,8 @@ class Chaos:
                 self.random.choice(["qemu", "agent", "libvirtd"]),
                 self.random.uniform(0, 3),
             )
-            story = f"kill {number + 1}: {act.__name__} and {victim} after {delay:.2f} s (seed {self.w.seed})"
+            deed = f"{act.__name__} and {victim} after {delay:.2f} s"
+            story = f"kill {number + 1}: {deed} (seed {self.w.seed})"
             try:
                 self.once(act, victim, delay)
             except (Failure, AssertionError) as trouble:
@@ -125,7 +126,7 @@ class Chaos:
 
     @staticmethod
     def quietly(act):
-        # A command whose daemon is killed fails: what counts is what is there afterwards.
+        # A command fails when its daemon is killed. The test checks the state afterwards.
         try:
             act()
         except Failure:
@@ -150,7 +151,7 @@ class Chaos:
             self.w.libvirtd.kill()
         else:
             pids = sorted(Path("/run/libvirt/qemu").glob("g?.pid"))
-            # One that ends by itself just now leaves its file for a moment.
+            # A guest that has just ended leaves its file for a moment.
             with contextlib.suppress(OSError, ValueError):
                 if pids:
                     kill_qemu(self.random.choice(pids).stem)

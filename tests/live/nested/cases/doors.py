@@ -1,4 +1,4 @@
-"""Devices that are in use without a claim: by a guest's disk or serial port, by a program of the host, or by nobody at all."""
+"""Devices in use without a claim: a guest's disk or serial port, by a program, or unauthorized."""
 
 import fcntl
 import os
@@ -21,7 +21,7 @@ def row(w, gadget):
 
 
 def withheld(w, gadget, *words):
-    """Waits until the device is withheld, with these words in the reason."""
+    """Wait until the device is withheld with these words in the reason."""
 
     def is_withheld():
         device = row(w, gadget)
@@ -52,7 +52,7 @@ def node(gadget, pattern):
 
 
 @case(
-    "a stick in the definition of a guest that is off is not offered; that guest starts, and frees it when it is undefined"
+    "a stick in the definition of a stopped guest is reserved for it until the guest is undefined"
 )
 def definition(w):
     (stick,) = w.drawer.twins(1)
@@ -74,7 +74,7 @@ def definition(w):
     w.start(asking(w, stick))
 
 
-@case("a serial adapter that is another guest's serial port is not offered")
+@case("a serial adapter that backs a serial port of another guest is withheld")
 def serial(w):
     adapter = w.drawer.serial_adapter("ACM0", slot=0)
     w.product.agent.start()
@@ -88,9 +88,7 @@ def serial(w):
     refused(w.virsh("start", asking(w, adapter).name), "used by guest owner as serial 1")
 
 
-@case(
-    "a stick that is another guest's disk is not offered, while that guest runs and while it is off; the guest keeps its disk"
-)
+@case("a stick that is a disk of another guest is withheld, and that guest keeps its disk")
 def disk(w):
     (stick,) = w.drawer.twins(1)
     w.product.agent.start()
@@ -120,7 +118,7 @@ def opened(path):
         os.close(descriptor)
 
 
-@case("a device node that a program has open is seen by root's scan, and the program is named")
+@case("a scan by root finds an open device node and names the program")
 def program(w):
     adapter = w.drawer.serial_adapter("ACM0", slot=0)
     with opened(node(adapter, "*:1.0/tty/ttyACM*")):
@@ -130,12 +128,10 @@ def program(w):
     available(w, adapter)
 
 
-@case(
-    "an interface that a program has claimed through usbfs is seen by the agent, and free when the program ends"
-)
+@case("a device is withheld while a program has claimed an interface through usbfs")
 def usbfs(w):
     reporter = w.drawer.reporter("HID0", slot=0)
-    # No event tells of a claim: it is seen at the next scan.
+    # There is no event for such a claim. The next scan finds it.
     w.product.configure(scan_interval=1)
     w.product.agent.start()
     available(w, reporter)
@@ -150,7 +146,7 @@ def usbfs(w):
     available(w, reporter)
 
 
-@case("a device that is not authorized is not offered, whatever rule names it")
+@case("a device that is not authorized is withheld even if a rule names it")
 def unauthorized(w):
     (stick,) = w.drawer.twins(1)
     authorized = SEEN / stick.port() / "authorized"

@@ -1,4 +1,7 @@
-"""How long it takes, beside what the same takes by hand in the same run. Told and never judged; run with `--case figures`."""
+"""Durations, compared with the same action by hand in the same run.
+
+They are printed and never checked. Run them with `--case figures`.
+"""
 
 import json
 import os
@@ -20,7 +23,7 @@ ROUNDS = 5
 
 
 def told(what, seconds, yardstick=None):
-    """The median, and how many times the yardstick it is."""
+    """Print the median and its ratio to the yardstick. Return the median."""
     middle = sorted(seconds)[len(seconds) // 2]
     ratio = f", {middle / yardstick:.2f} × by hand" if yardstick else ""
     print(f"figure {what}: {middle * 1000:.0f} ms (median of {len(seconds)}){ratio}", flush=True)
@@ -28,7 +31,7 @@ def told(what, seconds, yardstick=None):
 
 
 def allocated_at(w, after):
-    """When the last device was seen in its guest, if that was after."""
+    """The time of the last allocation, if it is later than `after`."""
     events = json.loads(w.product.must("events", "--json", "--limit", "20").out)
     times = [
         datetime.fromisoformat(e["at"]).timestamp() for e in events if e["event"] == "allocated"
@@ -37,7 +40,7 @@ def allocated_at(w, after):
 
 
 def hook_ended(operation, after):
-    """When the hook's call had ended."""
+    """The end of the hook's last call for this operation, if it is later than `after`."""
     records = [json.loads(line) for line in HOOK_LOG.read_text().splitlines()]
     return next(
         (r["at"] for r in reversed(records) if r["operation"] == operation and r["at"] > after),
@@ -45,9 +48,9 @@ def hook_ended(operation, after):
     )
 
 
-@case("how long an attach takes: by hand, after a start, after a replug")
+@case("duration of an attach: by hand, after a start, after a replug")
 def attach(w):
-    # It is plugged in more often here than any stick should be.
+    # Without this limit, the stick would count as flapping.
     w.product.configure(flap_limit=0)
     (stick,) = w.drawer.twins(1)
     plain = w.guest("plain")
@@ -79,7 +82,7 @@ def attach(w):
     told("plugged in again → back in the guest", replugs, hand)
 
 
-@case("how long a guest waits beside 20 whose QEMU is stopped, and the agent for its end")
+@case("duration of an attach beside 20 guests with a stopped QEMU, and of the agent's shutdown")
 def beside_stopped(w):
     pairs = running(w, count=6)
     late = w.drawer.stick("late", serial="LATE", slot=7)
@@ -92,7 +95,7 @@ def beside_stopped(w):
     for pid in stopped:
         os.kill(pid, signal.SIGSTOP)
     try:
-        # Each of these is to be detached and attached.
+        # The agent must detach and attach each of these.
         for _, stick in pairs:
             stick.move(stick.slot)
         began = time.time()

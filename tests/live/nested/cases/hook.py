@@ -1,4 +1,4 @@
-"""The hook alone, on a host with real devices: what it refuses, and when it gives back."""
+"""The hook without the agent, with real devices: what it refuses and when it releases devices."""
 
 from lib.case import case
 from lib.daemons import kill_qemu
@@ -13,7 +13,7 @@ def asks(w, name, *requests, **more):
     return w.guest(name, metadata(usb_devices(*(requests or (KEY,)))), **more)
 
 
-@case("virsh start is refused with the holder's name when no device is free, and works when it is")
+@case("virsh start is refused with the name of the holder until a device is free")
 def none_free(w):
     w.drawer.twins(2)
     w.product.discover()
@@ -31,10 +31,13 @@ def none_free(w):
     )
     w.destroy(first)
     w.start(third)
-    expect(len(w.product.claims_of(third)) == 1, "the third guest to have what the first gave back")
+    expect(
+        len(w.product.claims_of(third)) == 1,
+        "the third guest to have the device that the first released",
+    )
 
 
-@case("virsh start is refused when nothing of the kind is plugged in")
+@case("virsh start is refused if no matching device is plugged in")
 def nothing_there(w):
     w.product.discover()
     refused(
@@ -44,7 +47,7 @@ def nothing_there(w):
     )
 
 
-@case("a device that was unplugged since the last scan is not promised")
+@case("a device that was unplugged after the last scan is not claimed")
 def not_where_it_was(w):
     (stick,) = w.drawer.twins(1)
     w.product.discover()
@@ -52,7 +55,7 @@ def not_where_it_was(w):
     refused(w.virsh("start", asks(w, "g").name), "is not where it was", "virt-usb discover")
 
 
-@case("a Nova-like guest without USB bus is refused with the advice that helps")
+@case("a Nova guest without a USB bus is refused, and the error names the image property to set")
 def no_usb_bus(w):
     w.drawer.twins(1)
     w.product.discover()
@@ -63,7 +66,7 @@ def no_usb_bus(w):
     expect(not w.product.claims(), "nothing to be held")
 
 
-@case("a guest without a free USB port is refused with the advice that helps")
+@case("a guest without a free USB port is refused, and the error says what to change")
 def no_free_port(w):
     w.drawer.twins(1)
     w.product.discover()
@@ -75,7 +78,7 @@ def no_free_port(w):
     expect(not w.product.claims(), "nothing to be held")
 
 
-@case("hubs are neither offered nor handed over; a device behind one is")
+@case("hubs cannot be claimed, but devices behind a hub can")
 def hub(w):
     w.product.discover()
     behind = w.product.device(vendor_id="0403")
@@ -94,7 +97,8 @@ def hub_hostdev(port):
     at = SEEN / port.rsplit(".", 1)[0]
     read = lambda name: (at / name).read_text().strip()
     return (
-        f"<hostdev mode='subsystem' type='usb'><source><vendor id='0x{read('idVendor')}'/><product id='0x{read('idProduct')}'/>"
+        f"<hostdev mode='subsystem' type='usb'><source>"
+        f"<vendor id='0x{read('idVendor')}'/><product id='0x{read('idProduct')}'/>"
         f"<address bus='{read('busnum')}' device='{read('devnum')}'/></source></hostdev>"
     )
 
@@ -103,7 +107,7 @@ def released(w, guest):
     until(lambda: not w.product.claims_of(guest), f"{guest.name}'s claims to be gone")
 
 
-@case("a guest with Nova's extra specs gets its claim, and gives it back on destroy")
+@case("a guest with Nova's extra specs gets a claim, which ends on destroy")
 def release_on_destroy(w):
     (stick,) = w.drawer.twins(1)
     w.product.discover()
@@ -115,7 +119,7 @@ def release_on_destroy(w):
     expect(w.product.device(serial=stick.serial)["status"] == "available", "it to be available")
 
 
-@case("a device is given back when QEMU is killed, and serves the next guest")
+@case("a device is released when QEMU is killed, and the next guest can use it")
 def release_on_crash(w):
     (stick,) = w.drawer.twins(1)
     w.product.discover()
@@ -130,15 +134,16 @@ def release_on_crash(w):
     w.boots_from(heir, stick)
 
 
-@case("a device is given back when QEMU does not start")
+@case("a device is released when QEMU does not start")
 def release_on_failed_start(w):
     w.drawer.twins(1)
     w.product.discover()
     guest = asks(
         w,
         "g",
-        devices="</devices><qemu:commandline><qemu:arg value='-no-such-option'/></qemu:commandline><devices>",
+        devices="</devices><qemu:commandline><qemu:arg value='-no-such-option'/>"
+        "</qemu:commandline><devices>",
     )
     refused(w.virsh("start", guest.name), "no-such-option")
-    expect("prepare" in w.product.operations(guest.name), "the hook to have been asked")
+    expect("prepare" in w.product.operations(guest.name), "the hook to have been called")
     released(w, guest)

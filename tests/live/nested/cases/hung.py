@@ -1,4 +1,4 @@
-"""Guests, hooks and libvirts that do not answer, or answer what cannot be true."""
+"""Guests, hooks and libvirtds that do not respond or give wrong answers."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ from .live import asking, known
 from .replug import running
 
 RESCAN = Path("/sys/bus/pci/rescan")
-# A hook of somebody else's that keeps libvirtd waiting for as long as a file is there.
+# Another hook that blocks libvirtd as long as a file exists.
 SLOW = """#!/bin/sh
 if [ "$1" = slow ] && [ "$2" = prepare ]; then
     : > /run/slow.began
@@ -24,11 +24,13 @@ fi
 
 
 def problem(w, words):
-    """Whether a problem with these words is noted."""
+    """Whether the inventory has a problem with these words."""
     return words in w.product.must("claims").out
 
 
-@case("a guest whose QEMU is stopped waits alone; the problem is named, and ends with it")
+@case(
+    "a guest with a stopped QEMU delays no other guest, and its problem is shown until it continues"
+)
 def stopped(w):
     (stuck, mine), (_, other) = running(w, count=2)
     late = w.drawer.stick("late", serial="LATE", slot=5)
@@ -37,7 +39,7 @@ def stopped(w):
     os.kill(pid, signal.SIGSTOP)
     try:
         mine.move(mine.slot)
-        until(lambda: problem(w, "its QEMU is stopped"), "the problem to be named")
+        until(lambda: problem(w, "its QEMU is stopped"), "the problem to be shown")
         guest = asking(w, "late", {"serial": "LATE"})
         w.start(guest)
         w.allocated(guest, late)
@@ -49,7 +51,7 @@ def stopped(w):
     w.boots_from(stuck, mine, reset=True)
 
 
-@case("a hook of somebody else's that does not end keeps no other guest waiting")
+@case("another hook that does not end delays no other guest")
 def slow_hook(w):
     ((guest, stick),) = running(w)
     hook, flag, began = HOOKS / "60-slow", Path("/run/slow"), Path("/run/slow.began")
@@ -73,10 +75,10 @@ def slow_hook(w):
         hook.unlink()
 
 
-@case("a libvirt that knows nothing of a guest frees nothing of it")
+@case("a libvirtd that does not know a guest releases none of its devices")
 def other_libvirt(w):
     ((guest, stick),) = running(w)
-    # The session's libvirt of the agent's user may start or not: neither knows of the guest.
+    # The agent user's session libvirtd may or may not start. Neither way does it know the guest.
     for uri, sign in (
         ("qemu:///session", ("knows none of", "no connection to libvirt")),
         ("test:///default", ("knows none of",)),
@@ -92,12 +94,12 @@ def other_libvirt(w):
             "the guest has its stick",
             seconds=4 * SHORT_WAITS["absent_grace"],
         )
-    until(lambda: problem(w, "its QEMU runs on this host"), "the problem to be named")
+    until(lambda: problem(w, "its QEMU runs on this host"), "the problem to be shown")
     w.product.configure()
     os.kill(w.product.agent.process.pid, signal.SIGHUP)
     until(
         lambda: "libvirt_uri has changed: restart the agent to apply it" in w.product.agent.log(),
-        "SIGHUP to be answered",
+        "SIGHUP to take effect",
     )
     expect(w.holds(guest, stick), "the guest to have its stick still")
     w.product.agent.stop()
@@ -108,7 +110,7 @@ def other_libvirt(w):
 
 
 @case(
-    "a device whose controller was unbound, or removed from its bus, is attached anew, though its address is the same"
+    "a device is reattached after its controller was unbound or removed, even at the same address"
 )
 def rebound(w):
     w.product.agent.start()
@@ -135,18 +137,16 @@ def rebound(w):
         before = len(attached())
         away[0].write_text(away[1])
         back[0].write_text(back[1])
-        until(lambda: len(attached()) > before, f"it to be attached anew after {away[0].name}")
+        until(lambda: len(attached()) > before, f"it to be reattached after {away[0].name}")
         until(is_mine, "the guest to have the adapter")
         interface = Path(f"/sys/bus/usb/devices/{adapter()['port_path']}:1.0/driver")
         expect(
             not interface.exists() or interface.resolve().name == "usbfs",
-            "the host's own driver to have let go of it",
+            "the host's driver to release it",
         )
 
 
-@case(
-    "a stick that was deauthorized and authorized again is taken from the host's driver and attached anew"
-)
+@case("a stick is reattached after it was deauthorized and authorized again")
 def authorized_again(w):
     w.product.configure(scan_interval=5)
     ((guest, stick),) = running(w)
@@ -156,6 +156,6 @@ def authorized_again(w):
     before = attached()
     (folder / "authorized").write_text("0")
     (folder / "authorized").write_text("1")
-    until(lambda: attached() > before, "it to be attached anew")
+    until(lambda: attached() > before, "it to be reattached")
     w.allocated(guest, stick)
     w.boots_from(guest, stick, reset=True)

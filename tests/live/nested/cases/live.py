@@ -1,4 +1,4 @@
-"""The agent and the command line give running guests their devices."""
+"""The agent and the command line attach devices to running guests."""
 
 import json
 
@@ -15,7 +15,7 @@ def asking(w, name, *requests, **more):
 
 
 @case(
-    "virsh start of a guest that asks: the device is attached live, and the definition stays as it was"
+    "virsh start of a guest with a request: the agent attaches the device and keeps the definition"
 )
 def attach_after_start(w):
     (stick,) = w.drawer.twins(1)
@@ -41,7 +41,7 @@ def attach_after_start(w):
 
 
 class Row(dict):
-    """A device as the inventory lists it: false, and without any field, while it is not listed."""
+    """A device as the inventory lists it. While it is not listed: false, and without fields."""
 
     def __missing__(self, field):
         return None
@@ -52,7 +52,7 @@ def known(w, stick):
     return Row(next(rows, {}))
 
 
-@case("two guests that ask for the same kind get one stick each, the third is refused")
+@case("two guests with the same request get one stick each, and the third is refused")
 def three_want_two(w):
     sticks = w.drawer.twins(2)
     w.product.agent.start()
@@ -70,7 +70,7 @@ def three_want_two(w):
     )
 
 
-@case("virt-usb start: the guest has the device from power-on, and the definition stays as it was")
+@case("virt-usb start: the guest has the device from power-on, and the definition is unchanged")
 def cold_plug(w):
     (stick,) = w.drawer.twins(1)
     w.product.agent.start()
@@ -86,11 +86,11 @@ def cold_plug(w):
     w.destroy(guest)
     expect(
         w.virsh.xml("g", inactive=True) == before,
-        "the definition to stay as it was, after its end too",
+        "the definition to stay as it was after the guest's end",
     )
 
 
-@case("virt-usb start says why, and leaves nothing behind, when the device is taken")
+@case("virt-usb start says who holds the device, and leaves no claim")
 def cold_plug_refused(w):
     (stick,) = w.drawer.twins(1)
     w.product.agent.start()
@@ -125,7 +125,7 @@ def command_line_live(w):
     w.allocated(rival, other)
 
 
-@case("virt-usb attach and detach on a guest that does not run count at its next start")
+@case("virt-usb attach and detach on a stopped guest take effect at its next start")
 def command_line_stopped(w):
     (stick,) = w.drawer.twins(1)
     w.product.agent.start()
@@ -144,7 +144,7 @@ def command_line_stopped(w):
     )
 
 
-@case("a device given by hand with virsh attach-device is adopted")
+@case("a device that was attached with virsh attach-device is adopted")
 def adopted(w):
     (stick,) = w.drawer.twins(1)
     w.product.agent.start()
@@ -162,9 +162,7 @@ def adopted(w):
     )
 
 
-@case(
-    "a guest that runs and has no USB port left: virt-usb attach says so and leaves nothing behind"
-)
+@case("virt-usb attach fails if a running guest has no free USB port, and leaves no claim")
 def no_free_port(w):
     (stick,) = w.drawer.twins(1)
     w.product.agent.start()
@@ -178,7 +176,7 @@ def no_free_port(w):
 
 
 @case(
-    "a device in QEMU that libvirt does not know of (it ended between the two) is taken out, and attached anew"
+    "a device in QEMU that libvirtd does not know, because it was killed, is removed and reattached"
 )
 def unknown_to_libvirt(w):
     (stick,) = w.drawer.twins(1)
@@ -199,9 +197,7 @@ def unknown_to_libvirt(w):
     w.boots_from(guest, stick, reset=True)
 
 
-@case(
-    "where an agent is installed and does not run, a guest that asks is not started without its device"
-)
+@case("if the agent is installed but does not run, a guest with a request is refused")
 def agent_dead(w):
     w.drawer.twins(1)
     w.product.agent.start()

@@ -1,4 +1,4 @@
-"""Live migration between two compute hosts; each offers one of two sticks of a product."""
+"""Live migration between two compute hosts. Each offers one of two sticks of a product."""
 
 import json
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ KEY = {"vendor_id": "0951", "product_id": "1666"}
 
 @contextmanager
 def two_hosts(w, **config):
-    """The world's own host offers the first stick, the second host the other."""
+    """This host offers the first stick, and the second host the other one."""
     one, other = w.drawer.twins(2)
     w.product.configure(**offers(one), **config)
     second = SecondHost()
@@ -42,7 +42,9 @@ def on_second(second, guest, stick):
     return [h for h in second.virsh.hostdevs(guest.name) if h.address == stick.address()]
 
 
-@case("migration of a guest with a USB device is refused by default, and it runs on where it is")
+@case(
+    "the migration of a guest with a USB device is refused by default, and the guest keeps running"
+)
 def refuse(w):
     with two_hosts(w) as (second, one, _):
         guest = w.guest("g", devices=hostdev(one))
@@ -51,12 +53,12 @@ def refuse(w):
         refused(migrate(w, guest), "virt-usb: g ", "migration")
         expect(
             w.virsh.running() == ["g"] and w.has_live(guest, one),
-            "the guest to run on with its device",
+            "the guest to keep running with its device",
         )
         expect(not second.claims(), "nothing to be held on the other host")
 
 
-@case('migration = "reclaim": the guest goes on with an equivalent device of the other host')
+@case('migration = "reclaim": the guest gets an equivalent device of the other host')
 def reclaim(w):
     with two_hosts(w, migration="reclaim") as (second, one, other):
         guest = w.guest("g", devices=hostdev(one))
@@ -65,7 +67,7 @@ def reclaim(w):
         done(migrate(w, guest))
         expect(on_second(second, guest, other), f"the other stick: {second.virsh.hostdevs('g')}")
         (claim,) = second.claims()
-        # QEMU has let go of the device while it loaded the state: only an agent attaches it anew.
+        # QEMU closes the device while it loads the state. Only an agent reattaches it.
         expect(
             claim["state"] == "claimed" and not claim["pending"],
             f"it to be the guest's there: {claim}",
@@ -77,9 +79,7 @@ def reclaim(w):
         )
 
 
-@case(
-    "after a migration with agents on both hosts the guest really has its device, seen from inside"
-)
+@case("after a migration with agents on both hosts, the guest boots from its device")
 def reclaim_with_agents(w):
     with two_hosts(w, migration="reclaim") as (second, one, other):
         w.product.agent.start()
@@ -105,25 +105,27 @@ def reclaim_with_agents(w):
         expect(set(found) == {other.serial}, f"the other stick, found {found}")
 
 
-@case('migration = "reclaim" is refused when the other host has nothing equivalent to give')
+@case('migration = "reclaim" is refused if the other host has no equivalent device available')
 def nothing_to_reclaim(w):
     with two_hosts(w, migration="reclaim") as (second, one, other):
         guest = w.guest("g", devices=hostdev(one))
         w.start(guest)
         other.unplug()
         second.virt_usb("discover")
-        # The whitelist keeps no hand-written hostdev from its device. An operator does.
+        # The whitelist does not apply to hand-written hostdevs. Disabling the device does.
         listed = json.loads(second.virt_usb("devices", "--json").out)
         (stick,) = (d["id"] for d in listed if d["serial"] == one.serial)
         second.virt_usb("disable", str(stick))
         refused(migrate(w, guest), "virt-usb: g ")
         expect(
             w.virsh.running() == ["g"] and w.has_live(guest, one),
-            "the guest to run on with its device",
+            "the guest to keep running with its device",
         )
 
 
-@case("two libvirtds with one state_dir: the migration is refused, and told what each needs")
+@case(
+    "two libvirtds with one state_dir: the migration is refused, and the error says what to change"
+)
 def shared_state_dir(w):
     with two_hosts(w, migration="reclaim", state_dir="/tmp/shared") as (second, one, _):
         guest = w.guest("g", devices=hostdev(one))
@@ -131,6 +133,6 @@ def shared_state_dir(w):
         refused(migrate(w, guest), "each libvirtd needs its own state_dir")
         expect(
             w.virsh.running() == ["g"] and w.has_live(guest, one),
-            "the guest to run on with its device",
+            "the guest to keep running with its device",
         )
         w.destroy(guest)

@@ -1,7 +1,7 @@
-"""The Debian package on a compute host whose guests run: installed, upgraded, not downgraded, removed, purged.
+"""The Debian package on a host with running guests: install, upgrade, downgrade, remove, purge.
 
-dpkg, maintainer scripts, libvirtd, polkit and guests are real. What systemd would do is done here, as the scripts and the unit have it: the
-agent is started, restarted and stopped, libvirtd is reloaded.
+dpkg, the maintainer scripts, libvirtd, polkit and the guests are real. There is no systemd: the
+cases start, restart and stop the agent and reload libvirtd as the scripts and the unit would.
 """
 
 import configparser
@@ -26,11 +26,11 @@ from roots import repack  # noqa: E402
 LINK = HOOKS / "50-virt-usb"
 PROGRAM = Path("/usr/sbin/virt-usb-hook")
 UNIT = "/usr/lib/systemd/system/virt-usbd.service"
-# All that was written since the machine started.
+# All files that were written since the VM started.
 LAYER = Path("/virt-usb/layer/upper")
 OLDER = "0.0.1"
 OLDER_LOG = LOGS / "older"
-# Who calls the older package's hook can be told.
+# The older package's hook logs its calls.
 OLDER_HOOK = f"""#!/bin/sh
 echo "$@" >> {OLDER_LOG}
 exec /usr/lib/virt-usb/hook "$@"
@@ -38,7 +38,7 @@ exec /usr/lib/virt-usb/hook "$@"
 
 
 class Unit(Agent):
-    """The package's agent, as its unit says."""
+    """The agent of the package, started as its unit defines."""
 
     def command(self):
         unit = configparser.ConfigParser(strict=False, interpolation=None)
@@ -49,11 +49,11 @@ class Unit(Agent):
         return ["sh", "-c", f'umask {said["UMask"]}; exec "$@"', "sh", *own_user, said["ExecStart"]]
 
     def program(self):
-        """What it runs: "(deleted)" behind the name of one that was replaced."""
+        """The agent's program; its name ends with "(deleted)" if it was replaced."""
         return os.readlink(f"/proc/{self.process.pid}/exe")
 
     def may(self):
-        """Its user, its groups and its capabilities."""
+        """The agent's user, groups and capabilities."""
         status = dict(
             line.split(":\t", 1)
             for line in Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
@@ -66,24 +66,22 @@ class Unit(Agent):
 
 
 def built():
-    """The package of what is built."""
+    """The current package."""
     packages = list((REPO / "target/deb").glob("virt-usb_*.deb"))
     if len(packages) != 1:
-        raise Failure("target/deb has no package: 'make deb' makes it")
+        raise Failure("target/deb has no package: run 'make deb'")
     made = packages[0].stat().st_mtime
     programs = [
         REPO / "target/release" / name for name in ("virt-usb", "virt-usbd", "virt-usb-hook")
     ]
     for source in [*programs, *(REPO / "debian").iterdir(), *(REPO / "install").glob("virt-usb*")]:
         if source.stat().st_mtime > made:
-            raise Failure(
-                f"{packages[0].name} is older than {source.name}: 'make deb' makes it anew"
-            )
+            raise Failure(f"{packages[0].name} is older than {source.name}: run 'make deb'")
     return packages[0]
 
 
 def older():
-    """The same build as a lower version whose schema is one less. What it asks of an inventory counts where there is one."""
+    """The same build as a lower version that knows one schema less."""
     path = Path("/tmp/older.deb")
     if not path.exists():
         repack(built(), path, OLDER, make_older)
@@ -104,7 +102,7 @@ def make_older(tree):
 
 
 def dpkg(*words):
-    # Others' triggers, man-db's above all, take a minute here and tell nothing.
+    # The triggers of other packages, above all man-db, take a minute and test nothing.
     return run("dpkg", "--no-triggers", *words, timeout=120)
 
 
@@ -119,7 +117,7 @@ def version():
 
 
 def traces():
-    """What has our name and is neither dpkg's record nor this harness's."""
+    """The files with our name that belong neither to dpkg nor to this harness."""
     found = [Path("/") / path.relative_to(LAYER) for path in LAYER.rglob("*virt-usb*")] + list(
         Path("/run").rglob("*virt-usb*")
     )
@@ -130,8 +128,8 @@ def traces():
 
 
 def running(w):
-    """A guest that has its stick."""
-    # What the package says is to be done after its installation.
+    """A running guest that has its stick."""
+    # The package asks for this after its installation.
     w.libvirtd.reload()
     (stick,) = w.drawer.twins(1)
     w.product.agent = Unit()
@@ -144,7 +142,7 @@ def running(w):
 
 
 def log_to_file():
-    """A change of the configuration, as an operator makes one."""
+    """Change the configuration as an operator does."""
     text = CONFIG.read_text()
     ours = text.replace('log = "journal"', f'log = "{HOOK_LOG}"')
     expect(ours != text, "the packaged configuration to name the journal")
@@ -153,7 +151,7 @@ def log_to_file():
 
 
 def had(w, guest):
-    """What a guest must keep: its QEMU, its devices with their addresses, its claims."""
+    """What a guest must keep: its QEMU, the addresses of its devices, and its claims."""
     return qemu_pid(guest.name), w.virsh.hostdevs(guest.name), w.product.claims_of(guest)
 
 
@@ -163,17 +161,17 @@ def keeps(w, guest, before):
 
 
 def altered():
-    """The files that are not as the package brought them."""
+    """The files that differ from those of the package."""
     return [line.split()[-1] for line in must("dpkg", "--verify", "virt-usb").out.splitlines()]
 
 
 @case(
-    "the package installed: libvirtd calls its hook, polkit lets its agent in, the guest boots from its stick",
+    "install: libvirtd calls the hook, polkit admits the agent, and the guest boots from its stick",
     bare=True,
 )
 def installed(w):
     said = install(built())
-    expect("'systemctl reload'" in said, f"it to say what is to be reloaded: {said}")
+    expect("'systemctl reload'" in said, f"a message about what to reload: {said}")
     guest, stick = running(w)
     w.boots_from(guest, stick, reset=True)
     refused(
@@ -186,14 +184,14 @@ def installed(w):
     user, group = (must("id", flag, USER).out.strip() for flag in ("-u", "-g"))
     expect(
         w.product.agent.may() == (user, [group], 0),
-        f"the agent to be nobody but {user}: {w.product.agent.may()}",
+        f"the agent to run as {user} without other rights: {w.product.agent.may()}",
     )
     found = {
         finding["check"]: finding["what"]
         for finding in json.loads(w.product("doctor", "--json").out)
         if finding["level"] != "ok"
     }
-    # It cannot see that libvirtd was reloaded. This host has no journal.
+    # The doctor cannot tell that libvirtd was reloaded. This host has no journal.
     expect(
         found.keys() == {"hook", "log"} and "may not know of the hooks in it" in found["hook"],
         f"the doctor to find nothing else: {found}",
@@ -203,7 +201,7 @@ def installed(w):
 
 
 @case(
-    "the package upgraded under a guest, and not downgraded: it keeps all, the new hook is called, the new agent goes on",
+    "upgrade: a guest keeps its device, the new hook and agent take over, a downgrade fails",
     bare=True,
 )
 def upgraded(w):
@@ -217,11 +215,11 @@ def upgraded(w):
     expect(CONFIG.read_text() == ours, "the configuration to stay")
     expect(
         w.product.agent.program() == f"{AGENT} (deleted)",
-        "the agent that runs to be the older still",
+        "the older agent still to run",
     )
     w.product.agent.stop()
     w.product.agent.start()
-    expect(w.product.agent.program() == str(AGENT), "the agent to be the new one")
+    expect(w.product.agent.program() == str(AGENT), "the new agent to run")
     w.allocated(guest, stick)
     keeps(w, guest, before)
     _not_downgraded(w)
@@ -231,12 +229,12 @@ def upgraded(w):
     w.allocated(guest, stick)
     w.destroy(guest)
     until(lambda: known(w, stick)["status"] == "available", "it to be available again")
-    expect("release" in w.product.operations("g"), "the new hook to have given it back")
-    expect(OLDER_LOG.read_text() == calls, "the older hook not to be called any more")
+    expect("release" in w.product.operations("g"), "the new hook to have released it")
+    expect(OLDER_LOG.read_text() == calls, "the older hook to be called no longer")
 
 
 def _not_downgraded(w):
-    """To the version that was there, which does not know the schema that the inventory has: nothing changes."""
+    """Try the older version, which does not know the inventory's schema: nothing changes."""
     newer = version()
     schema = len(list((REPO / "host-runtime/store/migrations").glob("*.sql")))
     refused(
@@ -249,12 +247,12 @@ def _not_downgraded(w):
         altered() == [str(CONFIG)] and os.readlink(LINK) == str(PROGRAM),
         f"all files to stay: {altered()}",
     )
-    expect(w.product.agent.program() == str(AGENT), "the agent to go on")
+    expect(w.product.agent.program() == str(AGENT), "the agent to keep running")
     refused(w.virsh("start", asking(w, "other").name), "is held by g")
 
 
 @case(
-    "the package removed, installed again and purged under a guest: it keeps its device, what is left is what is documented",
+    "remove, reinstall and purge: a guest keeps its device, and only documented files remain",
     bare=True,
 )
 def removed(w):
@@ -281,7 +279,7 @@ def removed(w):
     w.product.agent.stop()
     said = dpkg("--purge", "virt-usb")
     documented = f"rm -r {STATE} && userdel {USER}"
-    expect(said.ok and documented in said.text, f"it to say what is left:\n{said}")
+    expect(said.ok and documented in said.text, f"a message about what is left:\n{said}")
     expect(traces() == [str(STATE)], f"the inventory alone to be left: {traces()}")
     w.boots_from(guest, stick, reset=True)
     must("sh", "-c", documented)

@@ -1,11 +1,11 @@
-"""Devices written into the domain by hand: the hook claims them, libvirt hands them over, the guest boots from them."""
+"""Hand-written hostdevs: the hook claims the device and the guest boots from it."""
 
 from lib.case import case
 from lib.guests import hostdev
 from lib.shell import expect, refused
 
 
-@case("two identical sticks: each guest has its own, seen from inside")
+@case("two guests with identical sticks each boot from their own")
 def each_its_own(w):
     sticks = w.drawer.twins(2)
     w.product.discover()
@@ -20,9 +20,7 @@ def each_its_own(w):
         )
 
 
-@case(
-    "a second taker of a device is refused at its start and told who has it, and refused at virsh attach-device"
-)
+@case("a device that another guest holds is refused at virsh start and at virsh attach-device")
 def second_taker(w):
     (stick,) = w.drawer.twins(1)
     w.product.discover()
@@ -42,7 +40,7 @@ def second_taker(w):
     refused(w.virsh.attach(third.name, hostdev(stick)), "in use by driver QEMU, domain first")
 
 
-@case("a hostdev whose address has gone to another device is refused, not handed over")
+@case("a hostdev with an address that now belongs to another device is refused")
 def stale_address(w):
     one, other = w.drawer.twins(2)
     old = one.address()

@@ -1,4 +1,4 @@
-"""Sticks that are pulled out and plugged in again while a guest has them."""
+"""Sticks that are unplugged and plugged in again while a guest has them."""
 
 from lib.case import case
 from lib.gadgets import renew
@@ -9,7 +9,7 @@ from .live import asking, known
 
 
 def running(w, *requests, count=1):
-    """Guests that have their sticks: [(guest, stick)]."""
+    """Running guests with their sticks: [(guest, stick)]."""
     sticks = w.drawer.twins(count)
     w.product.agent.start()
     until(lambda: all(known(w, s) for s in sticks), "the agent to find the sticks")
@@ -22,7 +22,7 @@ def running(w, *requests, count=1):
 
 
 def is_waited_for(w, guest, stick):
-    """Unplugged, out of the guest, and still its."""
+    """Whether the stick is unplugged, out of the guest, and still claimed."""
     return (
         known(w, stick)["status"] == "removed"
         and not w.virsh.hostdevs(guest.name)
@@ -30,7 +30,7 @@ def is_waited_for(w, guest, stick):
     )
 
 
-@case("unplugged and plugged in at another bus: the guest has it again, same id, new address")
+@case("a stick that is replugged at another bus is reattached, with its id and a new address")
 def elsewhere(w):
     ((guest, stick),) = running(w)
     before, address = known(w, stick), stick.address()
@@ -49,7 +49,7 @@ def elsewhere(w):
     w.boots_from(guest, stick, reset=True)
 
 
-@case("unplugged and back in the same port at once")
+@case("a stick that is replugged at once into the same port is reattached")
 def at_once(w):
     ((guest, stick),) = running(w)
     for _ in range(2):
@@ -58,7 +58,7 @@ def at_once(w):
     w.boots_from(guest, stick, reset=True)
 
 
-@case("another device in that port is not handed over")
+@case("another device in the same port is not attached")
 def stranger(w):
     ((guest, stick),) = running(w)
     slot = stick.slot
@@ -75,7 +75,7 @@ def stranger(w):
     w.allocated(guest, stick)
 
 
-@case("two sticks of one product change places: each guest gets its own again")
+@case("two sticks of one product swap their ports: each guest gets its own again")
 def change_places(w):
     pairs = running(w, count=2)
     (_, one), (_, other) = pairs
@@ -90,7 +90,7 @@ def change_places(w):
         w.boots_from(guest, stick, reset=True)
 
 
-@case("two sticks of one product swap bus and device number while the agent is down")
+@case("two sticks of one product swap their addresses while the agent is down")
 def swap_numbers(w):
     pairs = running(w, count=2)
     (_, one), (_, other) = pairs
@@ -119,7 +119,7 @@ def swap_numbers(w):
         w.boots_from(guest, stick, reset=True)
 
 
-@case("two sticks without serial are told apart by their ports")
+@case("ports distinguish two sticks without a serial")
 def no_serials(w):
     one, other = (w.drawer.stick(f"plain{n}", slot=n) for n in range(2))
     w.product.agent.start()
@@ -169,7 +169,7 @@ def swapped_buses(w):
     expect(
         [s.port() for s in sticks] == ports[::-1], f"the buses to have each other's number: {ports}"
     )
-    # A start before the agent has looked finds the inventory with the old numbers.
+    # A start before the agent's scan finds the old numbers in the inventory.
     w.product.agent.start()
     for guest in guests:
         w.start(guest)
@@ -179,7 +179,7 @@ def swapped_buses(w):
         w.boots_from(guest, stick, reset=True)
 
 
-@case('replug = "release": an unplugged device is nobody\'s')
+@case('replug = "release": unplugging a device ends its claim')
 def release_policy(w):
     w.product.configure(replug="release")
     ((guest, stick),) = running(w)

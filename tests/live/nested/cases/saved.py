@@ -1,4 +1,4 @@
-"""Saved guests whose stick has moved meanwhile."""
+"""Saved guests with a stick that was moved meanwhile."""
 
 from lib.case import case
 from lib.guests import hostdev, metadata, usb_devices
@@ -19,12 +19,12 @@ def saved(w):
 
 
 def kept(w, guest):
-    """The saved state is still there, and nothing of the refusal is in the domain."""
+    """Check that the saved state still exists and the domain has no trace of the refusal."""
     expect("Managed save:   yes" in done(w.virsh("dominfo", guest.name)).text, "the saved state")
     expect("refusal" not in done(w.virsh("dumpxml", guest.name)).text, "a definition as before")
 
 
-@case("a saved guest comes back with its stick, which was plugged in elsewhere meanwhile")
+@case("a saved guest is restored with its stick, which was replugged at another port")
 def moved(w):
     guest, stick = saved(w)
     old = stick.address()
@@ -39,7 +39,9 @@ def moved(w):
     expect(w.product.claims_of(guest), "a claim")
 
 
-@case("a saved guest whose stick is gone is refused, and told what removes the saved state")
+@case(
+    "a saved guest without its stick is refused, and the error says how to remove the saved state"
+)
 def gone(w):
     (stick,) = w.drawer.twins(1)
     w.product.discover()
@@ -59,7 +61,7 @@ def gone(w):
     expect(w.product.claims_of(guest), "a claim")
 
 
-@case("a saved guest is not given a stick that another guest has taken")
+@case("a saved guest does not get a stick that another guest claimed meanwhile")
 def taken(w):
     guest, stick = saved(w)
     other = w.guest("other", devices=hostdev(stick))
@@ -70,7 +72,7 @@ def taken(w):
     w.start(guest)
 
 
-@case("a saved guest that asks for its stick really has it after the restore, seen from inside")
+@case("a restored guest with a request boots from its stick")
 def with_agent(w):
     (stick,) = w.drawer.twins(1)
     w.product.agent.start()
@@ -84,7 +86,8 @@ def with_agent(w):
     until(lambda: known(w, stick)["port_path"] == stick.port(), "the agent to see where it is now")
     w.start(guest)
     w.allocated(guest, stick)
-    # QEMU closes a host device when a state is loaded, and does not open it again by itself: the XML shows it, the host's driver has it.
+    # QEMU closes a host device when it loads a state, and does not open it again. The XML still
+    # shows the device while the host's driver has it.
     until(
         lambda: stick.driver() != "usb-storage",
         "QEMU to hold the device, not the host's usb-storage",

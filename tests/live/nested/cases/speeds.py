@@ -1,4 +1,4 @@
-"""What QEMU accepts on a USB 1.1 controller: devices that run at 480 Mb/s on the host."""
+"""Devices that run at 480 Mb/s on the host, attached to a USB 1.1 controller."""
 
 from lib.case import case
 from lib.gadgets import SEEN
@@ -9,7 +9,7 @@ from lib.waiting import until
 
 
 def found(w, gadget):
-    """Starts the agent, and waits until it offers the gadget."""
+    """Start the agent and wait until the gadget is available."""
     w.product.agent.start()
     rows = lambda: [
         d
@@ -24,7 +24,7 @@ def asking(w, gadget, **more):
 
 
 def seen_by_qemu(w, guest):
-    """QEMU's own list of the guest's USB devices, with the speed of each."""
+    """QEMU's list of the guest's USB devices with their speeds."""
     return w.virsh.must("qemu-monitor-command", guest.name, "--hmp", "info usb")
 
 
@@ -32,7 +32,7 @@ def runs_at_high_speed(gadget):
     expect((SEEN / gadget.port() / "speed").read_text().strip() == "480", "a device at 480 Mb/s")
 
 
-@case("a serial adapter at 480 Mb/s is attached to a guest with piix3-uhci")
+@case("a guest with piix3-uhci gets a serial adapter at 480 Mb/s")
 def adapter_on_uhci(w):
     adapter = w.drawer.serial_adapter("ACM0", slot=0)
     runs_at_high_speed(adapter)
@@ -69,7 +69,7 @@ def stick_on_uhci_from_power_on(w):
 
 
 @case(
-    "a device with interrupt packets of 128 bytes: refused with piix3-uhci alone, at a port of qemu-xhci beside it"
+    "a device with interrupt packets of 128 bytes is refused with piix3-uhci and runs at qemu-xhci"
 )
 def not_slowed_down(w):
     reporter = w.drawer.reporter("HID0", slot=0)
