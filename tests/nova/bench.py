@@ -1,9 +1,9 @@
-"""What one request for a USB device takes over 10 000 HostStates, beside Nova's own filter for PCI devices, in one process.
+"""Measure a request for a USB device over 10 000 HostStates, and Nova's filter for PCI devices.
 
     tests/nova/run bench
 
-Prints one JSON object; the ways take turns, so that a busy machine is as bad for both. Half of the hosts have a free key, and half a free
-function of the PCI device that is asked for beside it.
+Prints a JSON object. The filters take turns, so that other load on the machine affects both alike.
+Half of the hosts have a free key, and half have a free function of the requested PCI device.
 """
 
 import json
@@ -12,7 +12,7 @@ import statistics
 import tempfile
 import time
 
-import nova.tests.functional  # noqa: F401  it must be the first of Nova's
+import nova.tests.functional  # noqa: F401  must be Nova's first import
 from nova import conf as nova_conf
 from nova import objects
 from nova.pci import stats
@@ -32,7 +32,8 @@ def document(number):
     devices = [
         fleet.device(
             (node - 1) * 1_000_000 + at + 1, "available" if at or number % 2 else "allocated",
-            **({} if at == 0 else {"vendor_id": "046d", "product_id": f"{at:04x}"}), port_path=f"1-{at + 1}",
+            **({} if at == 0 else {"vendor_id": "046d", "product_id": f"{at:04x}"}),
+            port_path=f"1-{at + 1}",
         )
         for at in range(DEVICES)
     ]  # fmt: skip
@@ -106,7 +107,8 @@ def main():
             assert len(found) == HOSTS // 2, len(found)
     median = {name: statistics.median(taken) for name, taken in times.items()}
     print(json.dumps({
-        "hosts": HOSTS, "devices": HOSTS * DEVICES, "matched": HOSTS // 2, "first_ms": round(cold, 1),
+        "hosts": HOSTS, "devices": HOSTS * DEVICES, "matched": HOSTS // 2,
+        "first_ms": round(cold, 1),
         "usb_ms": {"median": round(median["usb"], 2), "least": round(min(times["usb"]), 2)},
         "pci_ms": {"median": round(median["pci"], 1), "least": round(min(times["pci"]), 1)},
         "ratio": round(median["pci"] / median["usb"], 1),

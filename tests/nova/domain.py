@@ -1,16 +1,17 @@
-"""Prints the domain that Nova writes for a server, made by Nova's own classes: by those of whichever Nova is first on sys.path.
+"""Print the domains that Nova writes, with the classes of the Nova that is first on sys.path.
 
     domain.py
 
-Reads what is wanted, a line of JSON each, and answers each with the text of the domain as JSON, behind the word DOMAIN. What is wanted is
-{"flavor": NAME, "extra_specs": {...}, "project": ID, "spice": true, "image": {PROPERTY: VALUE}}. What a Nova does not know it does not write:
-before 32 a flavor's extra specs, redirected ports, and a model of the USB controller.
+Each line of stdin is a request, as JSON:
+{"flavor": NAME, "extra_specs": {...}, "project": ID, "spice": true, "image": {PROPERTY: VALUE}}.
+The answer is the word DOMAIN and the text of the domain as JSON. A Nova before 32 writes no extra
+specs, no redirected ports, and no model of the USB controller.
 """
 
 import json
 import sys
 
-import nova.tests.functional  # noqa: F401  it must be the first of Nova's
+import nova.tests.functional  # noqa: F401  must be Nova's first import
 from nova import objects
 from nova.virt.libvirt import config, driver
 
@@ -18,7 +19,7 @@ UUID = "5d3b9a10-7c41-4f0e-9a3f-2f6f3f9c1e01"
 
 
 def metadata(asked):
-    """As `LibvirtDriver._get_guest_config_meta` fills it."""
+    """The metadata, as `LibvirtDriver._get_guest_config_meta` fills it."""
     flavor = config.LibvirtConfigGuestMetaNovaFlavor()
     flavor.name, flavor.memory, flavor.disk, flavor.swap, flavor.ephemeral, flavor.vcpus = (
         asked["flavor"],
@@ -60,7 +61,7 @@ def domain(asked):
         graphics = config.LibvirtConfigGuestGraphics()
         graphics.type = "spice"
         guest.add_device(graphics)
-    # The steps of `_get_guest_config` that have to do with USB, on a driver that talks to no libvirt.
+    # The steps of `_get_guest_config` for USB, on a driver without libvirt.
     maker = driver.LibvirtDriver.__new__(driver.LibvirtDriver)
     maker._is_ppc64_guest = lambda _: False
     maker._check_emulation_arch = lambda _: "x86_64"
@@ -80,5 +81,5 @@ def names(function):
 if __name__ == "__main__":
     objects.register_all()
     for line in sys.stdin:
-        # Nova's own words go to stderr, and to stdout.
+        # Nova also prints to stdout and stderr.
         print("DOMAIN " + json.dumps(domain(json.loads(line))), flush=True)

@@ -10,15 +10,16 @@ COMPONENT = os.environ.get("VIRT_USB_FILTER", COMPONENT)
 
 
 def device(number, status="available", **more):
-    """A key; its id is the number's own."""
+    """A key with this number as its id."""
     return {
         "id": number, "compute_node_id": (number - 1) // 1_000_000 + 1, "address": "usb_1_5", **KEY,
-        "bus_id": 1, "device_id": 5, "port_id": 1, "status": status, "port_path": "1-1", "class": "00", **more,
+        "bus_id": 1, "device_id": 5, "port_id": 1, "status": status, "port_path": "1-1",
+        "class": "00", **more,
     }  # fmt: skip
 
 
 def document(host, node, *devices, revision=1):
-    """One host's, as it stands in etcd and in a file."""
+    """The document of a host, as in etcd and in a file."""
     whole = {
         "version": 1,
         "host": host,
@@ -30,7 +31,7 @@ def document(host, node, *devices, revision=1):
 
 
 def write(path, *documents, age=0.0):
-    """The file of them, whole and in one step; as if it had been written so many seconds ago."""
+    """Replace the file of documents in one step, with a timestamp `age` seconds ago."""
     with open(f"{path}.new", "w", encoding="utf-8") as file:
         file.write("".join(f"{line}\n" for line in documents))
     if age:

@@ -1,6 +1,6 @@
-"""A cloud of many hosts: what one compute service has written of itself into Nova's and Placement's databases, written again under other names.
+"""A cloud of many hosts, made by copying the database rows of one compute service.
 
-A thousand services in one process would do nothing but look into their queues.
+A thousand services in one process would only poll their queues.
 """
 
 import datetime
@@ -15,13 +15,13 @@ from placement import db_api as placement_db
 
 
 def cell(mapping):
-    """The database of one of Nova's cells."""
+    """The database of a cell."""
     with context.target_cell(context.get_admin_context(), mapping) as of_cell:
         return cell_db.get_engine(context=of_cell)
 
 
 class Table:
-    """A table as it is, whatever version of Nova has made it."""
+    """A table, with the columns of any version of Nova."""
 
     def __init__(self, engine, name):
         self.engine = engine
@@ -37,7 +37,10 @@ class Table:
             connection.execute(self.table.insert(), rows)
 
     def copy(self, names, of, **other):
-        """The row of the host, again for each name; `other` tells what differs: a function of the name and the new row's id. Its id, and theirs."""
+        """Copy the row of a host for each name, and return its id and the ids of the copies.
+
+        `other` has a function for each column that differs, of the name and the new row's id.
+        """
         (row,) = self.rows(**of)
         with self.engine.connect() as connection:
             first = (
@@ -54,8 +57,8 @@ class Table:
 
 
 def copy(host, names, mapping):
-    """Nova and Placement know these hosts too, each like that one."""
-    # What Nova's fake driver calls itself there.
+    """Let Nova and Placement know copies of a host under these names."""
+    # The UUIDs that Nova's fake driver uses.
     uuids = {name: getattr(uuidsentinel, f"node_{name}") for name in names}
     nova, placement = cell(mapping), placement_db.get_placement_engine()
     called = {"host": lambda name, _: name}
@@ -63,13 +66,21 @@ def copy(host, names, mapping):
         names, {"host": host, "binary": "nova-compute"}, uuid=lambda *_: str(uuid.uuid4()), **called
     )
     Table(nova, "compute_nodes").copy(
-        names, {"host": host}, hypervisor_hostname=lambda name, _: name, uuid=lambda name, _: uuids[name], **called
-    )  # fmt: skip
+        names,
+        {"host": host},
+        hypervisor_hostname=lambda name, _: name,
+        uuid=lambda name, _: uuids[name],
+        **called,
+    )
     Table(api_db.get_engine(), "host_mappings").copy(names, {"host": host}, **called)
     providers = Table(placement, "resource_providers")
     of, theirs = providers.copy(
-        names, {"name": host}, name=lambda name, _: name, uuid=lambda name, _: uuids[name], root_provider_id=lambda _, at: at
-    )  # fmt: skip
+        names,
+        {"name": host},
+        name=lambda name, _: name,
+        uuid=lambda name, _: uuids[name],
+        root_provider_id=lambda _, at: at,
+    )
     for part in ("inventories", "resource_provider_traits"):
         table = Table(placement, part)
         rows = [
@@ -80,7 +91,7 @@ def copy(host, names, mapping):
 
 
 def beat(mapping):
-    """All of them have been heard of just now."""
+    """Let all services have sent an update just now."""
     services = Table(cell(mapping), "services")
     now = datetime.datetime.now(datetime.timezone.utc).replace(tzinfo=None)
     with services.engine.begin() as connection:

@@ -1,11 +1,11 @@
-"""Nova for real: its API, its scheduler, its placement, its fake driver; and our filter, weigher and validator in it."""
+"""The filter, weigher and validator in Nova: its API, scheduler, Placement and fake driver."""
 
 import logging
 import os
 import tempfile
 
 import fixtures
-import nova.tests.functional  # noqa: F401  it must be the first of Nova's
+import nova.tests.functional  # noqa: F401  must be Nova's first import
 from nova import conf as nova_conf
 from nova.tests import fixtures as nova_fixtures
 from nova.tests.functional import integrated_helpers
@@ -22,7 +22,7 @@ MINE = 1_000_001
 
 
 class Boot(integrated_helpers.ProviderUsageBaseTestCase):
-    """Three hosts, of which Nova left to itself takes host1."""
+    """Three hosts. Without other preferences, Nova takes host1."""
 
     compute_driver = "fake.SmallFakeDriver"
     microversion = "2.86"
@@ -34,9 +34,14 @@ class Boot(integrated_helpers.ProviderUsageBaseTestCase):
         self.flavors = os.path.join(folder.name, "flavors")
         oracle.forget()
         self.flags(
-            inventory="file", inventory_file=self.file, flavors_file=self.flavors, component=fleet.COMPONENT,
-            max_age=300, deadline=10.0, group="virt_usb",
-        )  # fmt: skip
+            inventory="file",
+            inventory_file=self.file,
+            flavors_file=self.flavors,
+            component=fleet.COMPONENT,
+            max_age=300,
+            deadline=10.0,
+            group="virt_usb",
+        )
         available = ["nova.scheduler.filters.all_filters", FILTER]
         self.flags(
             available_filters=available,
@@ -54,7 +59,7 @@ class Boot(integrated_helpers.ProviderUsageBaseTestCase):
         self.useFixture(nova_fixtures.HostNameWeigherFixture())
 
     def usb_flavor(self, name, devices=fleet.ASKS):
-        """A flavor of Nova's that asks for these; its id."""
+        """Create a flavor of Nova that requests these devices, and return its id."""
         flavor = self._create_flavor(name=name)
         self.admin_api.post_extra_spec(flavor, {"extra_specs": {"usb:devices": devices}})
         return flavor
@@ -63,7 +68,7 @@ class Boot(integrated_helpers.ProviderUsageBaseTestCase):
         server = self.api.post_server(
             {"server": self._build_server(flavor_id=flavor, networks="none")}
         )
-        # Nova's own timeout, five seconds, is too little on a busy machine.
+        # Nova's default timeout of five seconds is too short on a busy machine.
         self._wait_for_server_parameter(server, {"status": state}, max_retries=240)
         return self.admin_api.get_server(server["id"])
 
@@ -98,7 +103,8 @@ class LandsWhereTheKeyIs(Boot):
         self.assertIn("USB devices: 0 of 3 hosts can serve", self.log)
         self.assertIn("no-such-device 1", self.log)
         self.assertIn(
-            "USB devices: host host1 cannot serve: too-few-free: wanted 1, 1 match, 1 are for the project, 0 of these are free",
+            "USB devices: host host1 cannot serve: too-few-free: wanted 1, 1 match, "
+            "1 are for the project, 0 of these are free",
             self.log,
         )
 
@@ -110,11 +116,11 @@ class LandsWhereTheKeyIs(Boot):
             fleet.document("host2", 3, fleet.device(2_000_001, serial="S1", serial_kind="unique")),
         )
         self.assertEqual("host2", self.host_of(self.boot(first)))
-        # The host's hook has claimed it, and its agent has said so.
+        # The host's hook has claimed it, and its agent has published that.
         taken = fleet.device(2_000_001, "allocated", serial="S1", serial_kind="unique")
         fleet.write(self.file, fleet.document("host2", 3, taken, revision=2))
         self.boot(second, "ERROR")
-        # A second key comes, elsewhere.
+        # A second key appears on another host.
         other = fleet.device(MINE, serial="S1", serial_kind="unique")
         fleet.write(
             self.file,
@@ -133,31 +139,32 @@ class LandsWhereTheKeyIs(Boot):
     def test_a_flavor_by_its_name(self):
         with open(self.flavors, "w", encoding="utf-8") as file:
             file.write(
-                '[{"name":"erp.big","created_at":"","updated_at":"","usb_devices":[{"vendor_id":"0529"}]}]'
+                '[{"name":"erp.big","created_at":"","updated_at":"",'
+                '"usb_devices":[{"vendor_id":"0529"}]}]'
             )
         fleet.write(self.file, fleet.document("host3", 4, fleet.device(3_000_001)))
         self.assertEqual("host3", self.host_of(self.boot(self.usb_flavor("erp", "@erp.big"))))
         self.boot(self.usb_flavor("crm", "@none"), "ERROR")
         self.assertIn("no flavor of the name 'none' is stored", self.log)
-        # Computes before Nova 32 tell a domain the flavor's name alone.
+        # Compute services before Nova 32 write only the flavor's name into a domain.
         self.flags(flavor_names=True, group="virt_usb")
         self.assertEqual("host3", self.host_of(self.boot(self._create_flavor(name="erp.big"))))
 
 
 class AThousandHosts(Boot):
-    """As many as Placement hands over, and one more."""
+    """One host more than Placement returns."""
 
     OTHERS = tuple(f"other{number:03}" for number in range(998))
 
     def setUp(self):
         super().setUp()
         hosts.copy("host3", self.OTHERS, self.cell_mappings["cell1"])
-        # Where a compute service starts, Nova's fixture shall not map the host once more.
+        # Nova's fixture must not map the host again when a compute service starts.
         self.host_mappings |= dict.fromkeys(self.OTHERS, self.host_mappings["host3"])
         self.every = ["host1", "host2", "host3", *self.OTHERS]
 
     def publish(self, *with_key):
-        """Each host has a mouse, a scanner and a key; but for these, somebody has the key."""
+        """Each host has a mouse, a scanner and a key. The key is free on these hosts only."""
         documents = []
         for node, host in enumerate(self.every, 2):
             first = (node - 1) * 1_000_000
@@ -181,17 +188,17 @@ class AThousandHosts(Boot):
         self.boot(erp, "ERROR")
         self.assertIn("USB devices: 0 of 1000 hosts can serve (too-few-free 1000): ", self.log)
         self.assertNotIn("could", self.log)
-        # One was not among them.
+        # One host was not among them.
         (last,) = (host for host in self.every if f"host {host} cannot serve" not in self.log)
         for host in [host for host in self.computes if host != last][:2]:
             self.publish(host)
             self.assertEqual(host, self.host_of(self.boot(erp)))
         self.assertIn("USB devices: 1 of 1000 hosts can serve (too-few-free 999): ", self.log)
-        # The key is where Placement does not look, and that is said.
+        # Placement does not return the host with the key, and the log says so.
         self.publish(last)
         self.boot(erp, "ERROR")
         self.assertIn(f"; {last} could, but Nova did not ask about them: ", self.log)
-        self.assertIn("[scheduler] max_placement_results = 1000 hosts at most", self.log)
+        self.assertIn("[scheduler] max_placement_results = 1000 hosts", self.log)
         self.flags(max_placement_results=10_000, group="scheduler")
         if last not in self.computes:
             self._start_compute(last)
@@ -203,7 +210,7 @@ class Stale(Boot):
     def test_what_is_stale_is_refused(self):
         fleet.write(self.file, fleet.document("host3", 4, fleet.device(3_000_001)), age=500)
         self.boot(self.usb_flavor("erp"), "ERROR")
-        self.assertIn("USB devices: no host can be chosen: ", self.log)
+        self.assertIn("USB devices: no host passes: ", self.log)
         self.assertRegex(self.log, "was written 5[0-9]{2} s ago")
         fleet.write(self.file, fleet.document("host3", 4, fleet.device(3_000_001)))
         self.assertEqual("host3", self.host_of(self.boot(self.usb_flavor("crm"))))
@@ -212,8 +219,8 @@ class Stale(Boot):
         self.flags(on_stale_inventory="pass", group="virt_usb")
         os.remove(self.file)
         self.assertEqual("host1", self.host_of(self.boot(self.usb_flavor("erp"))))
-        self.assertIn("not known which host has them, so all pass", self.log)
-        # Nor is it known what a name stands for.
+        self.assertIn("cannot tell which host has them, so all hosts pass", self.log)
+        # Names of flavors are unknown, too.
         self.assertEqual("host1", self.host_of(self.boot(self.usb_flavor("crm", "@erp.big"))))
 
     def test_what_asks_for_no_device_is_not_held_up_by_anything(self):
@@ -228,12 +235,14 @@ class Stale(Boot):
             self.flags(**wrong, group="virt_usb")
             self.assertEqual("host1", self.host_of(self.boot(plain)))
         self.assertIn(
-            "not known whether the flavor plain asks for any, so it passes: inventory = file, and inventory_file names none",
+            "cannot tell whether the flavor plain requests any, so all hosts pass: "
+            "inventory = file needs inventory_file",
             self.log,
         )
         self.boot(self.usb_flavor("erp"), "ERROR")
         self.assertIn(
-            "for the configuration is wrong: [virt_usb] inventory = file, and inventory_file names none",
+            "because the configuration is invalid: [virt_usb] inventory = file needs "
+            "inventory_file",
             self.log,
         )
 
@@ -242,7 +251,8 @@ class Stale(Boot):
         self.boot(self.usb_flavor("erp"), "ERROR")
         self.assertIn("USB devices: 0 of 3 hosts can serve (unknown-host 3): ", self.log)
         self.assertIn(
-            "; host1.example could: if these are the same hosts, set [virt_usb] host_name (now 'host')",
+            "; host1.example could: if these are the same hosts, set [virt_usb] host_name "
+            "(now 'host')",
             self.log,
         )
 
@@ -250,12 +260,12 @@ class Stale(Boot):
         self.flags(component="/nowhere.wasm", group="virt_usb")
         fleet.write(self.file, fleet.document("host3", 4, fleet.device(3_000_001)))
         self.boot(self.usb_flavor("erp"), "ERROR")
-        self.assertIn("the filter is broken", self.log)
+        self.assertIn("the filter failed", self.log)
 
 
 class Weighed(Boot):
     def weigh(self):
-        # Nova's own weighers would find all hosts alike.
+        # Nova's own weighers would weigh all hosts the same.
         self.flags(weight_classes=[WEIGHER], group="filter_scheduler")
 
     def test_the_host_with_more_to_spare_is_taken(self):
@@ -285,20 +295,20 @@ class Validated(Boot):
 
     def test_extra_specs_are_looked_at_when_they_are_set(self):
         for value, words in (
-            ("[{]", "is no JSON"),
-            ("[{}]", "it names nothing"),
-            ('[{"product_id":"0001"}]', "the vendor_id too"),
-            ('[{"vendor":"0529"}]', "there is no key 'vendor'"),
+            ("[{]", "invalid JSON"),
+            ("[{}]", "no selector"),
+            ('[{"product_id":"0001"}]', "product_id without vendor_id"),
+            ('[{"vendor":"0529"}]', "unknown key 'vendor'"),
             ('[{"vendor_id":"xyzzy"}]', "[0].vendor_id"),
             ('[{"vendor_id":"0529","count":128}]', "[0].count"),
-            ("@", "no name follows"),
+            ("@", "the name after the @"),
         ):
             self.assertIn(words, self.refused("usb:devices", value))
         self.assertIn(
             "spicevmc", self.refused("usb:redirection_devices", '[{"bus":"usb","type":"tcp"}]')
         )
         self.assertIn("not appear to be a valid extra spec", self.refused("usb:device", "[]"))
-        # Nova's own limit comes first where the API knows it; what is said must help either way.
+        # Newer Nova APIs check their own limit first. Either message must help.
         self.refused("usb:devices", '[{"serial":"' + "x" * 300 + '"}]')
         for value in (fleet.ASKS, '{"vendor_id":1321}', "@erp"):
             self.usb_flavor(f"f{len(value)}", value)

@@ -1,4 +1,4 @@
-"""Where the filter in Nova learns what the hosts have: a real etcd, a real `virt-usb scheduler`, a file; and who asks it."""
+"""The sources of the filter in Nova: etcd, `virt-usb scheduler` and a file."""
 
 import base64
 import http.server
@@ -35,7 +35,7 @@ def until(what, look, seconds=300):
 
 
 def able(who, hosts):
-    """For `until`: which hosts can serve; None while nothing is known of the fleet."""
+    """The hosts that can serve; None while the fleet is unknown. A probe for `until`."""
     try:
         return who.able(WANTED, hosts)
     except oracle.Stale:
@@ -43,7 +43,7 @@ def able(who, hosts):
 
 
 class Etcd:
-    """A real one, on loopback."""
+    """An etcd on the loopback address."""
 
     def __init__(self, folder):
         self.folder, self.port, self.peer = Path(folder), ports.reserve(), ports.reserve()
@@ -54,8 +54,10 @@ class Etcd:
         peer = f"http://127.0.0.1:{self.peer}"
         with open(self.folder / "etcd.log", "ab") as log:
             self.process = subprocess.Popen(
-                ["etcd", "--data-dir", self.folder / "data", "--listen-client-urls", self.url, "--advertise-client-urls", self.url,
-                 "--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer, "--initial-cluster", f"default={peer}"],
+                ["etcd", "--data-dir", self.folder / "data",
+                "--listen-client-urls", self.url, "--advertise-client-urls", self.url,
+                "--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer,
+                "--initial-cluster", f"default={peer}"],
                 stdout=log, stderr=log,
             )  # fmt: skip
         until("etcd", lambda: self.run("endpoint", "health", check=False).returncode == 0)
@@ -82,7 +84,7 @@ class Etcd:
         self.put(f"hosts/{host}", fleet.document(host, node, *devices, **more))
 
     def publish_all(self, documents):
-        """In one transaction."""
+        """Publish all documents in one transaction."""
         puts = [
             {"request_put": {"key": encoded(f"/virt-usb/hosts/{host}"), "value": encoded(text)}}
             for host, text in documents.items()
@@ -93,7 +95,7 @@ class Etcd:
 
 
 class Answers:
-    """Something that answers everybody alike, and is neither etcd nor a scheduler."""
+    """A server that gives all callers the same answer, and is neither etcd nor a scheduler."""
 
     def __init__(self, case, body, status=200):
         outer, self.count = self, 0
@@ -122,7 +124,7 @@ def encoded(text):
 
 
 def options(**said):
-    """All options by their defaults, but for what is said."""
+    """The options' defaults, with these changes."""
     given = {option.dest: option.default for option in conf.OPTIONS}
     given.update({"component": fleet.COMPONENT, "deadline": 10.0, **said})
     return types.SimpleNamespace(**given)
@@ -156,12 +158,12 @@ class FromEtcd(Case):
         self.assertEqual({"a", "b"}, who.scores(WANTED, ["a", "b"]).keys())
         self.assertEqual({"a", "b"}, set(who.best(WANTED, 3)))
         self.assertEqual(1, len(who.best(WANTED, 1)))
-        # Nobody speaks for another, and what cannot be read is none.
+        # A document that names another host, or cannot be read, is ignored.
         etcd.put("hosts/b", fleet.document("a", 3, fleet.device(2_000_001)))
         until("b to be out", lambda: able(who, ["a", "b"]) == {"a"})
         etcd.put("hosts/a", "{")
         until("a to be out", lambda: able(who, ["a", "b"]) == set())
-        # A host dies: its lease ends.
+        # A host fails: its lease ends.
         lease = etcd.run("lease", "grant", "60").stdout.split()[1]
         etcd.put("hosts/c", fleet.document("c", 4, fleet.device(3_000_001)), f"--lease={lease}")
         until("c", lambda: able(who, ["c"]) == {"c"})
@@ -191,18 +193,18 @@ class FromEtcd(Case):
         names = [f"h{number}" for number in range(1200)]
         self.assertEqual(1200, len(who.able(WANTED, names)))
         etcd.stop()
-        # By age alone it may be stale before the follower has heard why.
+        # The inventory may be stale by age before the follower knows why.
         stale = until(
             "it to be stale", lambda: (why := self.stale(who)) and "http" in why and why, 60
         )
-        self.assertRegex(stale, "nothing was heard of the fleet for [0-9]+ s: http://127.0.0.1")
+        self.assertRegex(stale, "no update from the fleet for [0-9]+ s: http://127.0.0.1")
         etcd.start()
-        # While it was not heard, and its history is compacted.
+        # Changes before the follower reconnects, with a compacted history.
         etcd.run("del", "/virt-usb/hosts/h7")
         etcd.publish("h8", 10, fleet.device(9_000_001, "allocated"))
         revision = json.loads(etcd.run("get", "x", "-w", "json").stdout)["header"]["revision"]
         etcd.run("compact", str(revision))
-        until("it to be heard", lambda: self.stale(who) is None, 60)
+        until("an update", lambda: self.stale(who) is None, 60)
         until("both to be out", lambda: set(names) - (able(who, names) or set()) == {"h7", "h8"})
 
     def test_a_host_speaks_for_itself_alone_and_silences_nobody(self):
@@ -241,7 +243,7 @@ class FromEtcd(Case):
         with self.assertRaisesRegex(oracle.Stale, "the fleet's flavors are not known yet"):
             who.flavor("erp")
         asked_before = answers.count
-        until("it to be asked again", lambda: answers.count > asked_before)
+        until("another request", lambda: answers.count > asked_before)
 
     def test_another_etcd_is_believed_from_its_beginning(self):
         etcd = self.etcd()
@@ -252,7 +254,7 @@ class FromEtcd(Case):
         etcd.stop()
         shutil.rmtree(etcd.folder / "data")
         etcd.start()
-        # Their revisions are the same numbers as before.
+        # The revisions have the same numbers as before.
         etcd.publish("a", 2, fleet.device(1_000_001, "allocated"))
         etcd.publish("b", 3, fleet.device(2_000_001))
         until("the other", lambda: able(who, ["a", "b"]) == {"b"})
@@ -270,9 +272,16 @@ class FromEtcd(Case):
         etcd.publish("a", 2, fleet.device(1_000_001))
         password = Path(self.folder) / "password"
         password.write_text("look\n")
-        for command in (["user", "add", "root:r"], ["user", "grant-role", "root", "root"], ["user", "add", "scheduler:look"],
-                        ["role", "add", "virt-usb-reader"], ["role", "grant-permission", "virt-usb-reader", "read", "/virt-usb/", "--prefix"],
-                        ["user", "grant-role", "scheduler", "virt-usb-reader"], ["auth", "enable"]):  # fmt: skip
+        role = "virt-usb-reader"
+        for command in (
+            ["user", "add", "root:r"],
+            ["user", "grant-role", "root", "root"],
+            ["user", "add", "scheduler:look"],
+            ["role", "add", role],
+            ["role", "grant-permission", role, "read", "/virt-usb/", "--prefix"],
+            ["user", "grant-role", "scheduler", role],
+            ["auth", "enable"],
+        ):
             etcd.run(*command)
         oracle_of = {
             "etcd_endpoints": [etcd.url],
@@ -336,11 +345,11 @@ class FromAScheduler(Case):
         with self.assertRaisesRegex(Refused, "vendor_id"):
             who.able({"flavor": {"usb_devices": [{"vendor_id": "xyz"}]}}, ["a"])
         etcd.stop()
-        with self.assertRaisesRegex(oracle.Stale, "nothing was heard of the fleet"):
+        with self.assertRaisesRegex(oracle.Stale, "fleet"):
             until("it to be stale", lambda: not who.able(WANTED, ["a"]))
         scheduler.kill()
-        with self.assertRaisesRegex(oracle.Stale, "virt-usb scheduler at unix:.* does not answer"):
-            until("it to be away", lambda: not who.able(WANTED, ["a"]))
+        with self.assertRaisesRegex(oracle.Stale, "virt-usb scheduler at unix:.* does not respond"):
+            until("it to stop", lambda: not who.able(WANTED, ["a"]))
 
     @staticmethod
     def answers(who, question=WANTED):
@@ -353,11 +362,11 @@ class FromAScheduler(Case):
 class WhatIsWrong(Case):
     def test_options(self):
         for said, why in [
-            ({"inventory": "file"}, "inventory_file names none"),
+            ({"inventory": "file"}, "inventory = file needs inventory_file"),
             ({"etcd_endpoints": []}, "etcd_endpoints: found "),
-            ({"etcd_endpoints": ["etcd1:2379"]}, "begin with http://"),
+            ({"etcd_endpoints": ["etcd1:2379"]}, "wanted URLs with http://"),
             ({"etcd_prefix": "/virt-usb"}, "etcd_prefix: found '/virt-usb'"),
-            ({"etcd_user": "scheduler"}, "etcd_password_file is not"),
+            ({"etcd_user": "scheduler"}, "etcd_user needs etcd_password_file"),
             (
                 {"inventory": "scheduler", "scheduler_url": "sched1:9000"},
                 "scheduler_url: found 'sched1:9000'",
@@ -392,7 +401,7 @@ class WhatIsWrong(Case):
                     options(component=str(component), inventory="file", inventory_file=str(file))
                 ).able(WANTED, ["a"])
             self.assertLessEqual(
-                threading.active_count(), threads + 1, "a clock, of a filter that is one"
+                threading.active_count(), threads + 1, "the clock of a valid filter"
             )
         before = threading.active_count()
         for _ in range(3):
@@ -414,7 +423,7 @@ class WhatIsWrong(Case):
                 answers = Answers(self, body, status)
                 who = oracle.make(options(inventory="scheduler", scheduler_url=answers.url))
                 with self.assertRaisesRegex(
-                    oracle.Broken, f"what answers at {answers.url} is no virt-usb scheduler"
+                    oracle.Broken, f"the server at {answers.url} is not a virt-usb scheduler"
                 ):
                     who.able(WANTED, ["a"])
 
@@ -425,7 +434,7 @@ class WhatIsWrong(Case):
         )
         for age, why in [
             (500, "was written 5[0-9]{2} s ago"),
-            (-500, "was written (4[0-9]|50)[0-9] s from now"),
+            (-500, "was written (4[0-9]|50)[0-9] s in the future"),
         ]:
             fleet.write(file, fleet.document("a", 2, fleet.device(1_000_001)), age=age)
             with self.assertRaisesRegex(oracle.Stale, why):
@@ -489,7 +498,7 @@ class InManyHands(Case):
         who = oracle.make(said)
         self.assertEqual({"h1"}, who.able(WANTED, ["h1"]))
         who._idle[0].filter._store.close()
-        with self.assertRaises(Exception):  # noqa: B017  whatever the bindings say of it
+        with self.assertRaises(Exception):  # noqa: B017  the bindings define the error
             who.able(WANTED, ["h1"])
         self.assertEqual({"h1"}, who.able(WANTED, ["h1"]))
 

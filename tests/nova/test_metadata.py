@@ -1,4 +1,4 @@
-"""What Nova writes into a domain, old and new, and what the hook makes of it."""
+"""The domains that old and new versions of Nova write, and how the hook changes them."""
 
 import json
 import os
@@ -17,7 +17,8 @@ OLD = os.environ["NOVA_OLD"]
 PROJECT = "3f0c7a5e9d2b4c1f8a6e5d4c3b2a1908"
 ASKS = '[{"vendor_id":"0529","product_id":"0001"}]'
 PORT = {"bus": "usb", "type": "spicevmc"}
-# Nova heeds the model only where the guest has no USB tablet, which it has by default; and where neither is, it switches USB off.
+# Nova uses hw:usb_model only if the guest has no USB tablet, which it has by default. Without model
+# and tablet, Nova disables USB.
 XHCI = {"hw:usb_model": "qemu-xhci"}
 VIRTIO = {"hw_input_bus": "virtio"}
 DEVICES = """
@@ -33,7 +34,7 @@ serial = "HL-0001"
 
 
 class Nova:
-    """A Nova that writes domains, in a process of its own."""
+    """A Nova in its own process, which writes domains."""
 
     def __init__(self, path):
         command = [sys.executable, Path(__file__).parent / "domain.py"]
@@ -48,7 +49,7 @@ class Nova:
         for line in self.process.stdout:
             if line.startswith("DOMAIN "):
                 return json.loads(line[len("DOMAIN ") :])
-        raise AssertionError("Nova has written no domain: see above")
+        raise AssertionError("Nova has written no domain: see the output above")
 
     def end(self):
         self.process.stdin.close()
@@ -92,7 +93,7 @@ class WhatNovaWrites(unittest.TestCase):
         return self.novas[old](asked)
 
     def hook(self, xml):
-        """Its exit status, what it prints, and what it says."""
+        """The hook's exit status, stdout and stderr."""
         command = [
             BIN / "virt-usb-hook",
             "--config",
@@ -106,7 +107,7 @@ class WhatNovaWrites(unittest.TestCase):
         return done.returncode, done.stdout, done.stderr
 
     def passed(self, xml):
-        """How many devices and redirected ports the guest gets."""
+        """The numbers of devices and of redirected ports that the guest gets."""
         status, printed, said = self.hook(xml)
         self.assertEqual(0, status, said)
         devices = etree.fromstring(printed or xml).find("devices")
@@ -121,15 +122,15 @@ class WhatNovaWrites(unittest.TestCase):
     def test_the_flavors_name_is_all_that_is_told_before_32(self):
         xml = self.domain({"usb:devices": ASKS, **XHCI}, old=True, image={})
         self.assertNotIn("extraSpec", xml)
-        self.assertEqual((0, 0), self.passed(xml), "nobody knows what the name means")
+        self.assertEqual((0, 0), self.passed(xml), "no flavor is stored under the name")
         self.run_usb("flavor", "set", "m1.erp", f'{{"usb_devices":{ASKS}}}')
         self.assertEqual((1, 0), self.passed(xml))
-        # Such a Nova knows no hw:usb_model.
+        # This version of Nova does not know hw:usb_model.
         status, _, said = self.hook(self.domain({"usb:devices": ASKS, **XHCI}, old=True))
         self.assertEqual(1, status)
         self.assertIn("before Nova 32: image hw_input_bus=usb", said)
         self.assertEqual((1, 0), self.passed(self.domain(old=True, image={"hw_input_bus": "usb"})))
-        # Where extra specs are told the name is not looked up.
+        # If the domain has extra specs, the hook does not look up the name.
         self.run_usb("claims", "release", "5d3b9a10-7c41-4f0e-9a3f-2f6f3f9c1e01", "--force")
         self.assertEqual((0, 0), self.passed(self.domain(XHCI)))
 

@@ -1,10 +1,10 @@
-"""What the validator lets into a flavor the filter takes, and nothing else: both are asked about the same."""
+"""The validator accepts exactly the flavors that the filter accepts."""
 
 import itertools
 import json
 import unittest
 
-import nova.tests.functional  # noqa: F401  it must be the first of Nova's
+import nova.tests.functional  # noqa: F401  must be Nova's first import
 from nova import exception
 from virt_usb_nova import validator, wasm
 
@@ -15,11 +15,15 @@ KEYS = {
     for key, text in validator.HELP.items()
 }
 VALUES = [
-    None, True, 0, 1, 2, -1, 127, 128, 255, 256, 65535, 65536, 1 << 53, 1.0, 1.5, 99999999999999999999999, "", " ", "0", "1", "01", "127", "128",
-    "0x529", "0529", "5290x", "12345", "zzz", "a b", "hid", "HID", "mass storage", "mass_storage", "hub", "ff", "0xff", "fff", "0x", "08",
-    "1-1", "1-1.4", "0-1", "1-0", "1-256", "256-1", "1-1.1.1.1.1.1.1", "1-1.1.1.1.1.1.1.1", "1-", "1-01", "-1",
-    "x" * 64, "x" * 65, "x" * 126, "x" * 127, "a/b", "a,b", "\u00fc", "\u00b2", "\u0000", "\u0085", "\u200b", "\U0001f511",
-    # Digits, but not ours.
+    None, True, 0, 1, 2, -1, 127, 128, 255, 256, 65535, 65536, 1 << 53, 1.0, 1.5,
+    99999999999999999999999, "", " ", "0", "1", "01", "127", "128",
+    "0x529", "0529", "5290x", "12345", "zzz", "a b", "hid", "HID", "mass storage", "mass_storage",
+    "hub", "ff", "0xff", "fff", "0x", "08",
+    "1-1", "1-1.4", "0-1", "1-0", "1-256", "256-1", "1-1.1.1.1.1.1.1", "1-1.1.1.1.1.1.1.1", "1-",
+    "1-01", "-1",
+    "x" * 64, "x" * 65, "x" * 126, "x" * 127, "a/b", "a,b", "\u00fc", "\u00b2", "\u0000", "\u0085",
+    "\u200b", "\U0001f511",
+    # Digits outside of ASCII.
     "\u0663", "\u0661-\u0662",
     [], [[]], ["a"], ["a", "b c"], [1], {}, {"a": 1},
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""The openstack command with install/openstackclient, as its users type it, under a real Keystone."""
+"""The openstack command with install/openstackclient, with Keystone."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ CRM = "99999999-2222-4333-8444-555555555555"
 
 
 def run(command: list[str], environment: dict[str, str]) -> tuple[str, str, int]:
-    """A process of the command: forked, for what it needs is loaded already, which takes most of its time."""
+    """Run the command in a fork of this process.
+
+    Its modules are already loaded, which takes most of the time of a command.
+    """
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         child = os.fork()
         if child == 0:
@@ -37,7 +40,8 @@ def run(command: list[str], environment: dict[str, str]) -> tuple[str, str, int]
             try:
                 os.dup2(out.fileno(), 1)
                 os.dup2(err.fileno(), 2)
-                sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+                sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+                sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
                 os.environ.clear()
                 os.environ.update(environment)
                 sys.argv = command
@@ -55,7 +59,7 @@ def run(command: list[str], environment: dict[str, str]) -> tuple[str, str, int]
 
 
 class OpenStack(unittest.TestCase):
-    """One cloud for all; each test leaves it as it was."""
+    """All tests share a cloud, and each test restores it."""
 
     cloud: ClassVar[Cloud]
 
@@ -69,7 +73,7 @@ class OpenStack(unittest.TestCase):
 
     @classmethod
     def write_domains(cls) -> None:
-        """The guests that each test begins with."""
+        """Create the guests that each test begins with."""
         projects = json.loads((cls.cloud.folder / "keystone/cloud.json").read_text())["projects"]
         guest = {"name": "erp", "uuid": ERP, "project": projects["erp"]}
         off = {"name": "off", "uuid": OFF, "project": projects["erp"], "running": False}
@@ -87,20 +91,20 @@ class OpenStack(unittest.TestCase):
         project: str = "erp",
         **environment: str,
     ) -> tuple[str, str, int]:
-        """What it prints, what it complains of, and how it ends."""
+        """The output, the errors and the exit status of a command."""
         return run(
             ["openstack", *command.split(), *more],
             {**self.cloud.environment(user, project), **environment},
         )
 
     def said(self, command: str, *more: str, **who: str) -> Any:
-        """As JSON, of what went well."""
+        """The JSON output of a command that succeeds."""
         out, err, code = self.openstack(command, *more, "-f", "json", **who)
         self.assertEqual(code, 0, err)
         return json.loads(out)
 
     def refused(self, command: str, why: str, *more: str, **who: str) -> None:
-        """In these words, and no traceback."""
+        """Check that a command fails with this message and without a traceback."""
         out, err, code = self.openstack(command, *more, **who)
         self.assertEqual((code, out), (1, ""), err)
         self.assertIn(why, err)
@@ -236,7 +240,8 @@ class OpenStack(unittest.TestCase):
     def test_what_is_asked_wrongly_is_said(self) -> None:
         self.refused(
             "server add usb device erp stick",
-            'wanted the id of a device, VENDOR:PRODUCT such as 0529:0001, or JSON such as {"serial":"HL-0001"}',
+            "wanted the id of a device, VENDOR:PRODUCT such as 0529:0001, or JSON "
+            'such as {"serial":"HL-0001"}',
         )
         self.refused("server add usb device erp", "no JSON", "{serial}")
         self.refused("server add usb device erp", "colour", '{"colour":"red"}')
@@ -262,11 +267,11 @@ class OpenStack(unittest.TestCase):
         agent = f"http://127.0.0.1:{self.cloud.agent.port}"
         for wrong in ("/portal/sign-in?x=", "/openapi.json?x="):
             self.refused(
-                "usb device list", f"What answers at {agent}{wrong}", OS_USB_ENDPOINT=agent + wrong
+                "usb device list", f"The server at {agent}{wrong}", OS_USB_ENDPOINT=agent + wrong
             )
         self.refused(
             "usb device list",
-            f"{agent}/os-usb-devices is nowhere in the USB device API: its endpoint ends with /v2.1",
+            f"The USB device API has no {agent}/os-usb-devices: its endpoint ends with /v2.1",
             OS_USB_ENDPOINT=agent,
         )
 
@@ -277,10 +282,10 @@ class OpenStack(unittest.TestCase):
             self.until(
                 lambda: [one["ID"] for one in self.said("usb device list --server", key)] == [1]
             )
-            # libvirt has another name for it.
+            # libvirt has another name for the server.
             self.refused("server add usb device erp 2", "No Server found for erp")
             self.assertEqual(self.said("server add usb device key 2")["server_id"], key)
-            # Tempest cannot see a redirection; the agent says that the guest has it.
+            # Nova's API does not show a redirection. The agent shows it.
             self.boot("far", {"usb:redirection_devices": '[{"bus":"usb","type":"spicevmc"}]'})
             self.until(
                 lambda: (
@@ -294,11 +299,11 @@ class OpenStack(unittest.TestCase):
             self.until(lambda: self.cloud.agent.local("GET", "os-usb-claims")["usb_claims"] == [])
         finally:
             self.cloud.stop_compute()
-            # The stand-in of Nova has put its own guests in their place.
+            # The stub of Nova has replaced the guests.
             self.write_domains()
 
     def boot(self, name: str, specs: dict[str, str]) -> str:
-        """A server of that name, and of a flavor with these extra specs; its id."""
+        """Create a server with that name and a flavor with these extra specs, and return its id."""
         compute = self.said("catalog show compute", user="admin", project="admin")["endpoints"][0][
             "url"
         ]
@@ -329,7 +334,7 @@ class OpenStack(unittest.TestCase):
         return server
 
     def until(self, is_so: Callable[[], bool]) -> None:
-        """Waits."""
+        """Wait for a condition."""
         until(is_so, self.cloud.agent.log)
 
 

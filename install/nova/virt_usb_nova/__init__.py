@@ -1,13 +1,13 @@
-"""USB devices for Nova: who has what a flavor asks for, asked of the filter that every other scheduler can load.
+"""USB devices for Nova's scheduler, by the filter that every other scheduler can load.
 
 ================  =============================================================================
-`filter`          UsbDevicesFilter: the hosts that can serve
-`weigher`         UsbDevicesWeigher: the better ones first
-`validator`       what `usb:devices` and `usb:redirection_devices` may be in a flavor's extra specs
-`asked`           what a request asks for
-`oracle`          who is asked: the filter in this process, or `virt-usb scheduler`
-`inventory`       what the hosts have: from etcd, or from a file
-`wasm`            the filter itself
-`conf`            the options, in the group `[virt_usb]` of nova.conf
+`filter`          UsbDevicesFilter: passes the hosts that can serve a request
+`weigher`         UsbDevicesWeigher: prefers the better ones of these hosts
+`validator`       checks the extra specs `usb:devices` and `usb:redirection_devices`
+`asked`           reads the devices that a request asks for
+`oracle`          answers questions: by the filter in this process, or by `virt-usb scheduler`
+`inventory`       reads the host documents: from etcd, or from a file
+`wasm`            runs the filter
+`conf`            defines the options, in the group `[virt_usb]` of nova.conf
 ================  =============================================================================
 """

@@ -1,4 +1,4 @@
-"""What a request asks for, read as the hook reads it from the domain that Nova makes of it."""
+"""Read the devices that a request asks for, as the hook reads them from Nova's domain XML."""
 
 from __future__ import annotations
 
@@ -7,30 +7,28 @@ from typing import Any, Callable
 
 DEVICES = ("usb:devices", "usb_devices")
 REDIRECTION = ("usb:redirection_devices", "usb_redirection_devices")
-# Nova keeps no more of an extra spec's value.
+# Nova's limit for the value of an extra spec, in characters.
 LONGEST = 255
 
-# What a question says for the stored flavor of a name; None: none is stored.
+# A function that returns the flavor for a question, by its name; None if none is stored.
 Stored = Callable[[str], Any]
 
 
 class Wrong(ValueError):
-    """What the flavor says cannot be read."""
+    """The flavor's request is invalid."""
 
 
 def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object. Raises ValueError for a duplicate key, which readers would interpret differently."""
+    """A JSON object. Raises ValueError for a duplicate key, which readers interpret differently."""
     found = dict(pairs)
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise ValueError(
-            f"the key {next(key for key in keys if keys.count(key) > 1)!r} is there twice"
-        )
+        raise ValueError(f"duplicate key {next(key for key in keys if keys.count(key) > 1)!r}")
     return found
 
 
 def read(text: str | bytes, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
-    """JSON; ValueError: it is none, or nested too deeply to be any that is meant."""
+    """Parse JSON. Raises ValueError if the text is not JSON or is nested too deeply."""
     try:
         return json.loads(text, object_pairs_hook=pairs)
     except RecursionError as fault:
@@ -45,16 +43,16 @@ def extra_spec(spec_obj: Any) -> tuple[str, str] | None:
 
 
 def flavor(key: str, text: str, stored: Stored) -> Any:
-    """The request in that extra spec: a list, one entry, a whole flavor, or `@NAME`. None: nothing.
+    """The request in that extra spec: a list, one entry, a whole flavor, or `@NAME`.
 
-    Redirection asks nothing of a host, and is not part of it.
+    None if it requests no device. Redirections are left out, because any host can serve them.
     """
     if text.startswith("@"):
         name = text[1:].strip()
         found = stored(name)
         if found is None:
             raise Wrong(
-                f"no flavor of the name {name!r} is stored: 'virt-usb flavor set' stores one"
+                f"no flavor of the name {name!r} is stored: create it with 'virt-usb flavor set'"
             )
         return devices(found)
     try:
@@ -66,7 +64,7 @@ def flavor(key: str, text: str, stored: Stored) -> Any:
 
 
 def devices(found: Any) -> Any:
-    """A flavor without its redirections; None if it requests no devices. A name stays a name."""
+    """A flavor without its redirections; None if it requests no devices. A name is unchanged."""
     if not isinstance(found, dict):
         return found
     wanted = found.get("usb_devices")

@@ -1,4 +1,4 @@
-"""The hosts that have the USB devices that a flavor asks for."""
+"""A scheduler filter that passes the hosts with the USB devices that a flavor requests."""
 
 from __future__ import annotations
 
@@ -22,14 +22,17 @@ HOST, NODENAME = attrgetter("host"), attrgetter("nodename")
 
 
 def names(host_states: Iterable[Any]) -> list[str]:
-    """What the hosts are called in their documents. The option is read once: that takes as long as a host."""
+    """The hosts' names in their documents.
+
+    The option is read once for all hosts, because that takes as long as a host.
+    """
     return list(map(NODENAME if OPTIONS.host_name == "node" else HOST, host_states))
 
 
 def question(spec_obj: Any) -> dict[str, Any] | None:
-    """The question for the filter; None if the request needs no USB device and no question.
+    """The question for the filter; None if the request needs no USB device.
 
-    Raises what an oracle raises: it knows the flavors that are stored.
+    Raises the errors of an oracle, which knows the stored flavors.
     """
     said = asked.extra_spec(spec_obj)
     if said is not None:
@@ -47,20 +50,25 @@ def question(spec_obj: Any) -> dict[str, Any] | None:
 
 
 def by_name(name: str) -> Any:
-    """What the stored flavor of that name asks for. Most flavors are none of ours: they are not held up where that cannot be known."""
+    """The devices that the stored flavor of that name requests.
+
+    None if the oracle cannot answer: most flavors request no USB device, and must not be delayed.
+    """
     try:
         return asked.devices(oracle.get(OPTIONS).flavor(name))
     except oracle.NO_ANSWER as why:
         LOG.warning(
-            "USB devices: not known whether the flavor %s asks for any, so it passes: %s", name, why
+            "USB devices: cannot tell whether the flavor %s requests any, so all hosts pass: %s",
+            name,
+            why,
         )
         return None
 
 
 class UsbDevicesFilter(filters.BaseHostFilter):  # type: ignore[misc]
-    """Asks once for all hosts. A request that asks for no USB device passes without a question."""
+    """Ask one question for all hosts, and none for a request without USB devices."""
 
-    # The instance has its devices already, and its host.
+    # A rebuilt instance keeps its devices and its host.
     RUN_ON_REBUILD = False
 
     def filter_all(self, filter_obj_list: Iterable[Any], spec_obj: Any) -> Iterator[Any]:
@@ -68,7 +76,7 @@ class UsbDevicesFilter(filters.BaseHostFilter):  # type: ignore[misc]
         yield from self._able(hosts, spec_obj)
 
     def host_passes(self, host_state: Any, filter_properties: Any) -> bool:
-        """Nova calls `filter_all`; a caller that passes one host gets the same answer."""
+        """Check one host. Nova calls `filter_all`, which gives the same answer."""
         return bool(self._able([host_state], filter_properties))
 
     def _able(self, hosts: list[Any], spec_obj: Any) -> list[Any]:
@@ -80,21 +88,23 @@ class UsbDevicesFilter(filters.BaseHostFilter):  # type: ignore[misc]
             able = oracle.get(OPTIONS).able(wanted, called)
         except Stale as why:
             if OPTIONS.on_stale_inventory == "pass":
-                LOG.warning("USB devices: not known which host has them, so all pass: %s", why)
+                LOG.warning(
+                    "USB devices: cannot tell which host has them, so all hosts pass: %s", why
+                )
                 return hosts
-            LOG.error("USB devices: no host can be chosen: %s", why)
+            LOG.error("USB devices: no host passes: %s", why)
             return []
         except (asked.Wrong, Refused) as why:
-            LOG.error("USB devices: no host can be chosen, for what is asked is wrong: %s", why)
+            LOG.error("USB devices: no host passes, because the request is invalid: %s", why)
             return []
         except Misconfigured as why:
             LOG.error(
-                "USB devices: no host can be chosen, for the configuration is wrong: [virt_usb] %s",
+                "USB devices: no host passes, because the configuration is invalid: [virt_usb] %s",
                 why,
             )
             return []
         except Broken as why:
-            LOG.error("USB devices: no host can be chosen, for the filter is broken: %s", why)
+            LOG.error("USB devices: no host passes, because the filter failed: %s", why)
             return []
         left = list(compress(hosts, map(able.__contains__, called)))
         tell(wanted, called, able, len(left))
@@ -102,7 +112,7 @@ class UsbDevicesFilter(filters.BaseHostFilter):  # type: ignore[misc]
 
 
 def tell(wanted: dict[str, Any], called: list[str], able: set[str], chosen: int) -> None:
-    """Says what was found. What fails here changes no answer."""
+    """Log the result. An error here does not change the answer."""
     more, others = "", ""
     if LOG.isEnabledFor(logging.DEBUG) or not chosen:
         try:
@@ -122,7 +132,7 @@ def tell(wanted: dict[str, Any], called: list[str], able: set[str], chosen: int)
                     total.keys() == {"unknown-host"},
                 )
         except oracle.NO_ANSWER as why:
-            more = f" (not known why: {why})"
+            more = f" (reason unknown: {why})"
     LOG.info(
         "USB devices: %d of %d hosts can serve%s: %s%s",
         chosen,
@@ -134,16 +144,23 @@ def tell(wanted: dict[str, Any], called: list[str], able: set[str], chosen: int)
 
 
 def elsewhere(hosts: list[str], strangers: bool) -> str:
-    """What is said of hosts that could serve, where Nova has asked about others only; `strangers`: nothing is known of any of those."""
+    """Name hosts that could serve although Nova did not ask about them.
+
+    `strangers`: all hosts that Nova asked about are unknown.
+    """
     if not hosts:
         return ""
     found = ", ".join(hosts)
     if strangers:
-        return f"; {found} could: if these are the same hosts, set [virt_usb] host_name (now {OPTIONS.host_name!r}) to the name that they publish"
+        return (
+            f"; {found} could: if these are the same hosts, set [virt_usb] host_name "
+            f"(now {OPTIONS.host_name!r}) to the name that they publish"
+        )
     most = nova.conf.CONF.scheduler.max_placement_results
     return (
-        f"; {found} could, but Nova did not ask about them: for what the request says of its host, for a filter before this one, "
-        f"or because Placement hands over [scheduler] max_placement_results = {most} hosts at most"
+        f"; {found} could, but Nova did not ask about them: the request restricts its hosts, an "
+        "earlier filter removed them, or Placement returns at most [scheduler] "
+        f"max_placement_results = {most} hosts"
     )
 
 
@@ -151,7 +168,10 @@ def words(why: dict[str, Any]) -> str:
     """A verdict in words."""
     reason = str(why["reason"])
     if reason == "unknown-host":
-        return f"{reason}: it publishes nothing under this name"
+        return f"{reason}: no host publishes under this name"
     if "wanted" not in why:
         return reason
-    return f"{reason}: wanted {why['wanted']}, {why['matching']} match, {why['allowed']} are for the project, {why['free']} of these are free"
+    return (
+        f"{reason}: wanted {why['wanted']}, {why['matching']} match, "
+        f"{why['allowed']} are for the project, {why['free']} of these are free"
+    )

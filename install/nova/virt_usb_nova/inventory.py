@@ -1,7 +1,7 @@
-"""What the hosts have, as they have published it: from etcd, or from a file.
+"""The host documents that the hosts have published: from etcd, or from a file.
 
-Nothing starts before the first use: nova-scheduler forks its workers after it has loaded its filters, and neither threads nor
-connections survive that.
+Threads and connections start at the first use, because nova-scheduler forks its workers after it
+has loaded its filters, and neither survives a fork.
 """
 
 from __future__ import annotations
@@ -22,30 +22,30 @@ LOG = logging.getLogger(__name__)
 
 
 class Stale(RuntimeError):
-    """What is known of the hosts is too old, or nothing is known: never "no host"."""
+    """The host documents are too old, or there are none yet. It never means "no host"."""
 
 
 class Misconfigured(RuntimeError):
-    """An option is wrong; it says which."""
+    """An option is invalid. The text names it."""
 
 
-# A change: the host, and its document as one line; none: it is gone.
+# A change: the host, and its document as one line; None if the host is gone.
 Change = tuple[str, Optional[str]]
 
 
 class Hosts:
-    """The documents of all hosts, for many readers: each takes the changes since it looked last."""
+    """The documents of all hosts, for many readers. Each takes the changes since its last call."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        # In the order of the changes, the last one last.
+        # In the order of the changes, the latest at the end.
         self._documents: dict[str, tuple[int, str | None]] = {}
         self._change = 0
 
     def put(self, host: str, document: str | None) -> None:
-        """The host has this document now; None: it is gone."""
+        """Set the document of a host; None removes the host."""
         if document is not None:
-            # One line: else a part of it could stand for another host's.
+            # With more lines, a part could pass for the document of another host.
             document = document.replace("\n", " ")
         with self._lock:
             known = self._documents.pop(host, None)
@@ -54,40 +54,40 @@ class Hosts:
                 self._documents[host] = (self._change, document)
 
     def names(self) -> list[str]:
-        """Those that are known."""
+        """The names of the known hosts."""
         with self._lock:
             return [host for host, (_, document) in self._documents.items() if document is not None]
 
     def since(self, change: int) -> tuple[list[Change], int]:
-        """What has changed since that change, and the number of the last one. All of it since 0."""
+        """The changes after that number, and the number of the latest change. 0 returns all."""
         changes: list[Change] = []
         with self._lock:
             for host, (number, document) in reversed(self._documents.items()):
                 if number <= change:
                     break
-                # Who begins need not forget anybody.
+                # A new reader has no host to remove.
                 if document is not None or change > 0:
                     changes.append((host, document))
             return changes[::-1], self._change
 
 
 class Inventory(Protocol):
-    """Where documents and flavors come from."""
+    """A source of host documents and flavors."""
 
     hosts: Hosts
 
     def refresh(self) -> None:
-        """Called before each question."""
+        """Update the documents. Called before each question."""
 
     def stale(self, max_age: float) -> str | None:
-        """Why what is known is not to be trusted; None: it is."""
+        """Why the documents are stale; None if they are not."""
 
     def flavor(self, name: str) -> str | None:
-        """The stored flavor of that name, as JSON; None: none is stored. Raises Stale."""
+        """The stored flavor of that name as JSON; None if none is stored. Raises Stale."""
 
 
 def host_of(document: str) -> str | None:
-    """The host that the document is of; None: it cannot be read."""
+    """The host of a document; None if the document cannot be read."""
     try:
         host = asked.read(document)["host"]
     except (ValueError, KeyError, TypeError):
@@ -96,13 +96,13 @@ def host_of(document: str) -> str | None:
 
 
 class File:
-    """A file of host documents, one per line, which another program replaces by a rename."""
+    """A file of host documents, one per line. Another program replaces it with a rename."""
 
     @staticmethod
     def check(options: Any) -> None:
-        """Raises Misconfigured."""
+        """Check the options. Raises Misconfigured."""
         if not options.inventory_file:
-            raise Misconfigured("inventory = file, and inventory_file names none")
+            raise Misconfigured("inventory = file needs inventory_file")
 
     def __init__(self, options: Any) -> None:
         self.hosts = Hosts()
@@ -110,7 +110,7 @@ class File:
         self._lock = threading.Lock()
         self._read: tuple[int, int, int] | None = None
         self._written = 0.0
-        self._fault: str | None = "nothing was read yet"
+        self._fault: str | None = "the file was not read yet"
 
     def refresh(self) -> None:
         with self._lock:
@@ -131,7 +131,7 @@ class File:
         for number, line in enumerate(lines, 1):
             host = host_of(line)
             if host is None:
-                LOG.warning("%s, line %d: no host document", self._path, number)
+                LOG.warning("%s, line %d: not a host document, ignored", self._path, number)
             else:
                 fresh[host] = line
         known = dict(self.hosts.since(0)[0])
@@ -146,7 +146,7 @@ class File:
             return self._fault
         age = time.time() - self._written
         if age < -max_age:
-            return f"{self._path} was written {-age:.0f} s from now: a clock is wrong"
+            return f"{self._path} was written {-age:.0f} s in the future: a clock is wrong"
         return f"{self._path} was written {age:.0f} s ago" if age > max_age else None
 
     def flavor(self, name: str) -> str | None:
@@ -161,18 +161,18 @@ class File:
 
 
 def asks(stored: dict[str, Any]) -> dict[str, Any]:
-    """What a stored flavor asks for."""
+    """The request of a stored flavor."""
     return {
         key: stored[key] for key in ("usb_devices", "usb_redirection_devices") if stored.get(key)
     }
 
 
 class Compacted(Exception):
-    """etcd has forgotten the revision from which on it was to tell."""
+    """etcd has compacted the revision at which the watch was to begin."""
 
 
 class Fault(Exception):
-    """etcd says no, or nothing that can be used."""
+    """etcd rejected a request or sent an invalid response."""
 
 
 def _encoded(text: str) -> str:
@@ -184,16 +184,19 @@ def _decoded(text: str) -> str:
 
 
 def _after(prefix: str) -> str:
-    """The first key behind all that begin so."""
+    """The first key after all keys with this prefix."""
     return prefix[:-1] + chr(ord(prefix[-1]) + 1)
 
 
 class Follower:
-    """Follows what stands below one prefix: lists it, then watches from that revision on, through etcd's JSON gateway."""
+    """Follow the keys below a prefix through etcd's JSON gateway.
+
+    It lists them, and then watches from the revision of the list.
+    """
 
     PAGE = 500
     CONNECT = 3.0
-    # So long nothing may come until etcd is asked whether it is still there.
+    # Seconds without a message after which a request checks whether etcd still responds.
     SILENCE = 15.0
     PAUSE = 1.0
 
@@ -206,8 +209,8 @@ class Follower:
         self._known: dict[str, str] = {}
         self._token: str | None = None
         self.heard: float | None = None
-        # Why nothing is heard; none: it is. What the log says of it, it says once.
-        self.fault: str | None = "etcd has not answered yet"
+        # Why there are no updates; None if there are. The log has it once.
+        self.fault: str | None = "etcd has not responded yet"
         self._said = False
         self.listed = threading.Event()
         self._session = requests.Session()
@@ -221,7 +224,7 @@ class Follower:
             )
 
     def start(self) -> None:
-        """In a thread of its own, for ever."""
+        """Follow in a thread, until the process ends."""
         threading.Thread(target=self.follow, daemon=True, name="virt-usb-etcd").start()
 
     def follow(self) -> None:
@@ -233,19 +236,19 @@ class Follower:
                 self._watch()
             except Compacted:
                 LOG.info(
-                    "etcd has forgotten revision %d: listing %s again", self._revision, self._prefix
+                    "etcd has compacted revision %d: listing %s again", self._revision, self._prefix
                 )
                 self._revision = 0
             except (requests.RequestException, Fault, ValueError, KeyError, OSError) as fault:
                 self._deaf(str(fault))
-            except Exception as fault:  # nothing would restart this thread
+            except Exception as fault:  # because nothing would restart this thread
                 LOG.debug("etcd's follower", exc_info=True)
                 self._deaf(f"{type(fault).__name__}: {fault}")
 
     def _deaf(self, why: str) -> None:
         self.fault = f"{self._endpoints[0]}: {why}"
         if not self._said:
-            LOG.warning("what stands below %s in etcd is not heard: %s", self._prefix, self.fault)
+            LOG.warning("no updates of %s from etcd: %s", self._prefix, self.fault)
             self._said = True
         # The next endpoint may be another etcd, or a restored one: list everything again.
         self._token, self._revision = None, 0
@@ -257,9 +260,7 @@ class Follower:
         if self.fault is not None and self.listed.is_set():
             self.fault = None
             if self._said:
-                LOG.info(
-                    "what stands below %s in etcd is heard: %s", self._prefix, self._endpoints[0]
-                )
+                LOG.info("updates of %s from etcd again: %s", self._prefix, self._endpoints[0])
             self._said = False
 
     def _post(self, path: str, body: dict[str, Any], stream: bool = False) -> requests.Response:
@@ -286,7 +287,7 @@ class Follower:
         return str(self._post("/v3/auth/authenticate", body).json()["token"])
 
     def _check(self) -> None:
-        """Makes a call that needs a leader. Another or restored etcd is listed again."""
+        """Make a call that needs a leader. List again if etcd is another one or was restored."""
         key = _encoded(self._prefix)
         header = self._post("/v3/kv/range", {"key": key, "keys_only": True}).json()["header"]
         if header["cluster_id"] != self._cluster or int(header["revision"]) < self._revision:
@@ -328,11 +329,12 @@ class Follower:
                     for line in filter(None, lines):
                         self._take(json.loads(line))
             except requests.ConnectionError as fault:
-                # Nothing came for a while: the next round asks whether etcd is there, and goes on where this one was.
+                # No message for a while. The next round checks whether etcd responds, and continues
+                # at the same revision.
                 if "timed out" not in str(fault).lower():
                     raise
                 return
-        # etcd has ended it.
+        # etcd has ended the watch.
         time.sleep(0.1)
 
     def _take(self, message: dict[str, Any]) -> None:
@@ -375,14 +377,14 @@ def _message(answer: requests.Response) -> str:
 
 
 class Etcd:
-    """What the fleet's agents publish in etcd."""
+    """The documents that the fleet's agents publish in etcd."""
 
-    # How long the first caller waits until the fleet is known, in seconds.
+    # Timeout of the first caller, which waits until the fleet is known, in seconds.
     FIRST = 10.0
 
     @staticmethod
     def check(options: Any) -> None:
-        """Raises Misconfigured."""
+        """Check the options. Raises Misconfigured."""
         wrong = [
             endpoint
             for endpoint in options.etcd_endpoints
@@ -390,14 +392,15 @@ class Etcd:
         ]
         if wrong or not options.etcd_endpoints:
             raise Misconfigured(
-                f"etcd_endpoints: found {wrong}, wanted addresses that begin with http:// or https://"
+                f"etcd_endpoints: found {wrong}, wanted URLs with http:// or https://"
             )
         if not (options.etcd_prefix.startswith("/") and options.etcd_prefix.endswith("/")):
             raise Misconfigured(
-                f"etcd_prefix: found {options.etcd_prefix!r}, wanted one between two slashes, as fleet.prefix on the hosts"
+                f"etcd_prefix: found {options.etcd_prefix!r}, wanted a text that begins and ends "
+                "with a slash, as fleet.prefix on the hosts"
             )
         if options.etcd_user and not options.etcd_password_file:
-            raise Misconfigured("etcd_user is set, and etcd_password_file is not")
+            raise Misconfigured("etcd_user needs etcd_password_file")
 
     def __init__(self, options: Any) -> None:
         self.hosts = Hosts()
@@ -409,10 +412,10 @@ class Etcd:
         self._named.start()
 
     def _host(self, host: str, document: str | None) -> None:
-        # A host cannot publish for another.
+        # A host cannot publish for another one.
         if document is not None and host_of(document) != host:
             LOG.warning(
-                "the document of host %s cannot be read, or names another host: it is passed over",
+                "the document of host %s cannot be read or names another host, and is ignored",
                 host,
             )
             document = None
@@ -435,7 +438,7 @@ class Etcd:
             return f"the fleet is not known yet: {self._known.fault}"
         age = time.monotonic() - self._known.heard
         return (
-            f"nothing was heard of the fleet for {age:.0f} s: {self._known.fault}"
+            f"no update from the fleet for {age:.0f} s: {self._known.fault}"
             if age > max_age
             else None
         )

@@ -1,4 +1,4 @@
-"""Who is asked which hosts can serve: the filter in this process, or `virt-usb scheduler`."""
+"""Oracles say which hosts can serve: the filter in this process, or `virt-usb scheduler`."""
 
 from __future__ import annotations
 
@@ -18,36 +18,39 @@ from virt_usb_nova.wasm import Broken, Question, Refused
 LOG = logging.getLogger(__name__)
 
 T = TypeVar("T")
-# All that may come instead of an answer.
+# All errors of an oracle.
 NO_ANSWER = (Stale, Refused, Misconfigured, Broken, asked.Wrong)
 
 
 class Oracle(Protocol):
-    """Answers about candidates; each call raises Stale, Refused (the question is wrong) or Broken."""
+    """Answers questions about hosts.
+
+    Each call raises Stale, Refused (the question is invalid) or Broken.
+    """
 
     def able(self, question: Question, candidates: list[str]) -> set[str]:
-        """Those that can serve."""
+        """The candidates that can serve."""
 
     def scores(self, question: Question, candidates: list[str]) -> dict[str, int]:
-        """The same, with how well."""
+        """The candidates that can serve, with their scores."""
 
     def best(self, question: Question, limit: int) -> list[str]:
-        """Up to this number of known hosts that can serve, best first."""
+        """Known hosts that can serve, the best first, up to this number."""
 
     def reasons(self, question: Question, unable: list[str]) -> dict[str, dict[str, Any]]:
-        """Why those that cannot serve cannot: for each `reason` and its counts."""
+        """The verdicts on hosts that cannot serve: for each its `reason` and counts."""
 
     def flavor(self, name: str) -> Any:
-        """What a question says for the stored flavor of that name; None: none is stored."""
+        """The flavor for a question, by its name; None if none is stored."""
 
     def named(self, name: str) -> Any:
         """The same for `@NAME`. An oracle that knows the flavors refuses an unknown name itself."""
 
 
 class Local:
-    """The filter in this process, fed with what the hosts have published.
+    """The filter in this process, fed with the host documents.
 
-    One instance for each who asks at the same time: they are kept, and each takes the changes since it was used last.
+    It keeps an instance for each concurrent caller, which takes the changes since its last use.
     """
 
     def __init__(self, source: inventory.Inventory, program: wasm.Program, max_age: float) -> None:
@@ -70,7 +73,7 @@ class Local:
 
     def reasons(self, question: Question, unable: list[str]) -> dict[str, dict[str, Any]]:
         verdicts = self._ask(lambda one: one.filter.explain(question, unable))
-        # Some may be able by now.
+        # Some may be able to serve meanwhile.
         return {host: verdict for host, verdict in verdicts.items() if not verdict["accepted"]}
 
     def flavor(self, name: str) -> Any:
@@ -82,7 +85,7 @@ class Local:
         except ValueError as fault:
             raise asked.Wrong(f"the stored flavor {name!r}: {fault}") from fault
         if not isinstance(value, dict):
-            raise asked.Wrong(f"the stored flavor {name!r} is no object")
+            raise asked.Wrong(f"the stored flavor {name!r} is not an object")
         return value
 
     def named(self, name: str) -> Any:
@@ -101,7 +104,7 @@ class Local:
         except Refused:
             self._give_back(one)
             raise
-        # What has failed otherwise is not asked again: a fresh one takes its place.
+        # An instance that failed otherwise is dropped. A fresh one replaces it.
         self._give_back(one)
         return answer
 
@@ -111,7 +114,7 @@ class Local:
 
 
 class _Instance:
-    """The filter, and how much of what has happened it knows."""
+    """A filter, with the number of the last change that it knows."""
 
     def __init__(self, program: wasm.Program) -> None:
         self.filter = wasm.Filter(program)
@@ -130,7 +133,7 @@ class _Instance:
             report = self.filter.load("\n".join(document for _, document in chunk), 0)
             for problem in report["problems"]:
                 host = chunk[problem["line"] - 1][0]
-                LOG.warning("the document of host %s is passed over: %s", host, problem["why"])
+                LOG.warning("the document of host %s is ignored: %s", host, problem["why"])
         self._seen = seen
 
 
@@ -203,7 +206,7 @@ class Remote:
             response = connection.getresponse()
             status, text = response.status, response.read()
         except (OSError, http.client.HTTPException) as fault:
-            raise Stale(f"virt-usb scheduler at {self._url} does not answer: {fault}") from fault
+            raise Stale(f"virt-usb scheduler at {self._url} does not respond: {fault}") from fault
         finally:
             connection.close()
         try:
@@ -211,13 +214,15 @@ class Remote:
             if status == http.client.OK:
                 if answer["age"] > self._max_age:
                     raise Stale(
-                        f"virt-usb scheduler at {self._url} has heard nothing of the fleet for {answer['age']} s"
+                        f"virt-usb scheduler at {self._url} has no update from the fleet for "
+                        f"{answer['age']} s"
                     )
                 return read(answer)
             why = str(answer["error"])
         except (ValueError, KeyError, TypeError, AttributeError) as fault:
             raise Broken(
-                f"what answers at {self._url} is no virt-usb scheduler: status {status}, {text[:100]!r}"
+                f"the server at {self._url} is not a virt-usb scheduler: status {status}, "
+                f"{text[:100]!r}"
             ) from fault
         if status == http.client.SERVICE_UNAVAILABLE:
             raise Stale(why)
@@ -246,7 +251,7 @@ _made: Oracle | None = None
 
 
 def get(options: Any) -> Oracle:
-    """This process's own."""
+    """The oracle of this process."""
     global _made
     with _lock:
         if _made is None:
@@ -255,7 +260,7 @@ def get(options: Any) -> Oracle:
 
 
 def forget() -> None:
-    """Drops the current oracle, so that the next call creates one: after a fork, and for tests."""
+    """Drop the current oracle, so that the next call creates one: after a fork, and in tests."""
     global _lock, _made
     # Another thread may have held the lock during the fork.
     _lock, _made = threading.Lock(), None
@@ -265,7 +270,7 @@ os.register_at_fork(after_in_child=forget)
 
 
 def make(options: Any) -> Oracle:
-    """As the options say. Raises Misconfigured, or Broken where the filter is none."""
+    """Create an oracle. Raises Misconfigured, or Broken if the filter cannot be loaded."""
     if options.inventory == "scheduler":
         return Remote(options.scheduler_url, options.scheduler_timeout, options.max_age)
     kind = inventory.File if options.inventory == "file" else inventory.Etcd

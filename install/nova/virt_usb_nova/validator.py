@@ -1,6 +1,6 @@
-"""What `usb:devices` and `usb:redirection_devices` may be in a flavor's extra specs.
+"""Check `usb:devices` and `usb:redirection_devices` in a flavor's extra specs.
 
-It is said when they are set, not when a server is to start.
+A user learns of an error when setting them, and not when a server starts.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from virt_usb_nova import asked
 
 MAX_REDIRECTIONS = 15
 MAX_DEVICES = 127
-# As virt-usb's model reads them.
+# The same formats as in virt-usb's model (host-runtime/model).
 HEX = re.compile(r"(0[xX])?[0-9a-fA-F]{1,4}")
 PORT = re.compile(r"[0-9]{1,3}-[0-9]{1,3}(\.[0-9]{1,3}){0,6}")
 PATH = re.compile(
@@ -26,22 +26,24 @@ PATH = re.compile(
 TAG_SIGNS = "-_.:/"
 CLASS = re.compile(r"(0x)?[0-9a-f]{1,2}")
 CLASSES = (
-    "per-interface", "audio", "communications", "hid", "physical", "image", "printer", "mass-storage", "hub", "cdc-data", "smart-card",
-    "content-security", "video", "healthcare", "audio-video", "billboard", "type-c-bridge", "diagnostic", "wireless", "miscellaneous",
-    "application-specific", "vendor-specific",
+"per-interface", "audio", "communications", "hid", "physical", "image", "printer",
+"mass-storage", "hub", "cdc-data", "smart-card", "content-security", "video", "healthcare",
+"audio-video", "billboard", "type-c-bridge", "diagnostic", "wireless", "miscellaneous",
+"application-specific", "vendor-specific",
 )  # fmt: skip
 NAMED = ("id", "vendor_id", "product_id", "serial", "port", "path", "class", "tags")
 
 HELP = {
     "usb:devices": (
-        "The USB devices of the host that the server gets, as a JSON list: "
-        '[{"vendor_id":"0529","product_id":"0001"}]. An entry names one or more of id, vendor_id, product_id, serial, '
-        "port, class, tags, and count. Nova keeps 255 characters: for more write @NAME, and store NAME with "
-        "'virt-usb flavor set NAME JSON'."
+        "USB devices of the host that the server gets, as a JSON list: "
+        '[{"vendor_id":"0529","product_id":"0001"}]. An entry has one or more of id, vendor_id, '
+        "product_id, serial, port, class, tags, and count. The limit is 255 characters. For a "
+        "longer list, write @NAME and store NAME with 'virt-usb flavor set NAME JSON'."
     ),
     "usb:redirection_devices": (
-        "The USB ports that a SPICE client fills, as a JSON list of at most 15 entries: "
-        '[{"bus":"usb","type":"spicevmc"}]. For more than 255 characters write @NAME, as for usb:devices.'
+        "USB ports for devices of a SPICE client, as a JSON list of at most 15 entries: "
+        '[{"bus":"usb","type":"spicevmc"}]. For more than 255 characters, write @NAME, as for '
+        "usb:devices."
     ),
 }
 
@@ -51,26 +53,26 @@ def refuse(name: str, why: str) -> exception.ValidationError:
 
 
 class Validator(base.ExtraSpecValidator):  # type: ignore[misc]
-    """Nova's own checks a text by a pattern; JSON has none."""
+    """A validator for JSON. Nova's own class only matches patterns."""
 
     def validate(self, name: str, value: str) -> None:
         super().validate(name, value)
         if len(value) > asked.LONGEST:
             raise refuse(
                 name,
-                f"it has {len(value)} characters, and Nova keeps {asked.LONGEST}: store it under a name "
-                "('virt-usb flavor set NAME JSON') and write @NAME",
+                f"it has {len(value)} characters, Nova allows {asked.LONGEST}: store it under a "
+                "name ('virt-usb flavor set NAME JSON') and write @NAME",
             )
         text = value.strip()
         if text.startswith("@"):
             if not text[1:].strip():
-                raise refuse(name, "no name follows the @: write @NAME")
+                raise refuse(name, "the name after the @ is missing: write @NAME")
             return
         try:
             value = asked.read(text)
         except ValueError as fault:
             raise refuse(
-                name, f"it is no JSON ({fault}); wanted for instance {EXAMPLE[name]}"
+                name, f"invalid JSON ({fault}); wanted, for example, {EXAMPLE[name]}"
             ) from fault
         key = name.replace(":", "_")
         if isinstance(value, dict) and value.keys() == {key}:
@@ -89,7 +91,7 @@ EXAMPLE = {
 
 
 def devices(name: str, entries: list[Any]) -> None:
-    """Each names something that can be, and all together no more than USB can have."""
+    """Check each entry, and the total number of devices."""
     total = 0
     for at, entry in enumerate(entries):
         place = f"[{at}]"
@@ -98,7 +100,7 @@ def devices(name: str, entries: list[Any]) -> None:
         if unknown := sorted(entry.keys() - {*NAMED, "count"}):
             raise refuse(
                 name,
-                f"{place}: there is no key {unknown[0]!r}; there are {', '.join(NAMED)}, count",
+                f"{place}: unknown key {unknown[0]!r}; known keys: {', '.join(NAMED)}, count",
             )
         said = {
             key: value
@@ -106,27 +108,25 @@ def devices(name: str, entries: list[Any]) -> None:
             if value is not None and not (key == "tags" and value == [])
         }
         if not said.keys() & set(NAMED):
-            raise refuse(
-                name, f"{place}: it names nothing: wanted at least one of {', '.join(NAMED)}"
-            )
+            raise refuse(name, f"{place}: no selector: wanted at least one of {', '.join(NAMED)}")
         if "product_id" in said and "vendor_id" not in said:
             raise refuse(
                 name,
-                f"{place}: a product_id alone; wanted the vendor_id too, for product ids are the vendor's own",
+                f"{place}: product_id without vendor_id: each vendor has its own product ids",
             )
         for key, value in said.items():
             if not right(key, value):
-                raise refuse(name, f"{place}.{key}: {json.dumps(value)} is none")
+                raise refuse(name, f"{place}.{key}: {json.dumps(value)} is invalid")
         count = int(said.get("count", 1))
         if "id" in said and count > 1:
-            raise refuse(name, f"{place}.count: wanted 1, for an id names one device")
+            raise refuse(name, f"{place}.count: wanted 1, because an id names one device")
         total += count
     if total > MAX_DEVICES:
-        raise refuse(name, f"{total} devices in all; USB has at most {MAX_DEVICES}")
+        raise refuse(name, f"{total} devices in total; wanted at most {MAX_DEVICES}")
 
 
 def right(key: str, value: Any) -> bool:
-    """Whether a value can stand at that key."""
+    """Whether a value is valid for that key."""
     if key == "tags":
         return all(
             isinstance(tag, str) and is_tag(tag)
@@ -172,7 +172,7 @@ def is_tag(text: str) -> bool:
 
 
 def redirections(name: str, entries: list[Any]) -> None:
-    """There is one kind of them, and as many as a controller has ports."""
+    """Check each entry, and that a controller has enough ports."""
     if any(entry != {"bus": "usb", "type": "spicevmc"} for entry in entries):
         raise refuse(name, f"wanted a list such as {EXAMPLE[name]}")
     if len(entries) > MAX_REDIRECTIONS:
@@ -180,7 +180,7 @@ def redirections(name: str, entries: list[Any]) -> None:
 
 
 def register() -> list[base.ExtraSpecValidator]:
-    """For Nova, by the entry point `nova.api.extra_spec_validators`."""
+    """The validators, for Nova's entry point `nova.api.extra_spec_validators`."""
     return [
         Validator(name=name, description=text, value={"type": str, "description": text})
         for name, text in HELP.items()

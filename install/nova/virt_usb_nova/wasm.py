@@ -1,6 +1,6 @@
-"""The filter: a WebAssembly component (wit/ in virt-usb's tree), run by `wasmtime` from PyPI.
+"""Run the filter, a WebAssembly component (wit/ in virt-usb's tree), with `wasmtime` from PyPI.
 
-Bulk goes in and out as text: these bindings convert a list one element at a time.
+Lists are passed as texts, because these bindings convert a list one element at a time.
 """
 
 from __future__ import annotations
@@ -32,21 +32,24 @@ Feed = Callable[[], Iterable[tuple[str, int]]]
 
 
 class Refused(ValueError):
-    """The input is wrong and changed nothing. Asking again will not help."""
+    """The input is invalid and changed nothing. A retry does not help."""
 
 
 class Broken(RuntimeError):
-    """The filter failed: out of memory, out of time, a trap. It is never "no host"."""
+    """The filter failed: out of memory, out of time, or a trap. It never means "no host"."""
 
 
 def words(fault: Exception) -> str:
-    """What went wrong in the first place, without where in the program: the last cause that is named, or what is said first."""
+    """The root cause of an error, without a backtrace: the last named cause, or the first line."""
     lines = [line.strip() for line in str(fault).splitlines() if line.strip()]
     return lines[-1] if "Caused by:" in lines else lines[0]
 
 
 def _threads() -> Any:
-    """The real threads: green ones stand still while the filter computes, and could not stop it."""
+    """The `threading` module with native threads.
+
+    Green threads stand still while the filter computes, and could not stop it.
+    """
     if "eventlet" in sys.modules:
         from eventlet import patcher  # noqa: PLC0415
 
@@ -55,16 +58,19 @@ def _threads() -> Any:
 
 
 class Program:
-    """The component, compiled: once in a process, for all its filters. A call of theirs may compute for the seconds of `deadline`, and
-    is stopped before it has computed for twice as many: processor time, so that a busy machine stops no call.
+    """A compiled component, for all filters of a process.
 
-    Make it where it is used: its clock does not survive a fork.
+    A call of a filter may compute for `deadline` seconds, and is stopped before it has computed
+    for twice that time. It is processor time, so that a busy machine stops no call.
+
+    Create it in the process that uses it, because its clock does not survive a fork.
     """
 
     def __init__(self, file: str | Path, deadline: float = 0.25) -> None:
         config = Config()
         config.epoch_interruption = True
-        # A parallel compilation leaves threads for the next one. A process that is forked has none of them, and would wait for ever.
+        # A parallel compilation keeps threads for the next one. A forked process has none of them,
+        # and would wait for them forever.
         config.parallel_compilation = False
         self.engine = Engine(config)
         try:
@@ -77,7 +83,7 @@ class Program:
         threads.Thread(target=self._tick, daemon=True).start()
 
     def close(self) -> None:
-        """Ends its clock."""
+        """Stop the clock."""
         self._stopped.set()
 
     def _tick(self) -> None:
@@ -89,10 +95,10 @@ class Program:
 
 
 class Filter:
-    """A filter for one who asks at a time.
+    """A filter for one caller at a time.
 
-    `feed` gives what the hosts have published: pairs of documents, one a line, and the time when they came in. A fresh instance
-    begins with them. `memory` limits the filter's memory, in bytes.
+    `feed` returns the host documents for a fresh instance: pairs of documents, one per line, and
+    the time of their arrival. `memory` limits the filter's memory, in bytes.
     """
 
     def __init__(self, program: Program, feed: Feed = tuple, memory: int = 1 << 30) -> None:
@@ -100,21 +106,21 @@ class Filter:
         self._functions: dict[str, Any] = {}
 
     def load(self, lines: str, received: int) -> Any:
-        """Takes host documents, one a line. The answer tells which lines were refused."""
+        """Add host documents, one per line. The answer names the lines that were refused."""
         return json.loads(self._call("load", lines, received))
 
     def remove(self, host: str) -> bool:
-        """Forgets a host; false if there was none."""
+        """Remove a host; false if it is unknown."""
         return bool(self._call("remove", host))
 
     def touch(self, host: str, received: int) -> bool:
-        """Records that a host is alive; false if it is unknown."""
+        """Record that a host is alive; false if it is unknown."""
         return bool(self._call("touch", host, received))
 
     def set_status(self, host: str, device: int, status: str) -> bool:
-        """True if it makes a difference to who may have the device."""
+        """Set the status of a device; true if that changes its availability."""
         answer = self._call("set_status", host, device, status)
-        # These bindings tag a result only where its two types are one in Python.
+        # These bindings tag a result only if its two types are the same in Python.
         if isinstance(answer, str):
             raise Refused(answer)
         return bool(answer)
@@ -122,17 +128,17 @@ class Filter:
     def select(
         self, question: Question, candidates: Iterable[str] | None = None, limit: int = 10
     ) -> Any:
-        """The best hosts, with their scores; None for the candidates is the whole fleet."""
+        """The best hosts with their scores. Without candidates, all hosts are candidates."""
         return json.loads(self._call("select", json.dumps(question), _join(candidates), limit))
 
     def select_names(
         self, question: Question, candidates: Iterable[str] | None = None, limit: int = 10
     ) -> list[str]:
-        """Their names alone, the best first: the quickest way to ask about many."""
+        """The names of the best hosts, the best first. It is the fastest call for many hosts."""
         return _split(self._call("select_names", json.dumps(question), _join(candidates), limit))
 
     def explain(self, question: Question, hosts: Iterable[str] | None = None) -> dict[str, Any]:
-        """A verdict for each host."""
+        """The verdict for each host."""
         answer = _split(self._call("explain", json.dumps(question), _join(hosts)))
         return {line["host"]: line["verdict"] for line in map(json.loads, answer)}
 
@@ -142,7 +148,7 @@ class Filter:
                 self._start()
             answer = self._run(self._functions[name], self._inventory, *arguments)
         except WasmtimeError as fault:
-            # A trap leaves an instance that cannot be entered again.
+            # An instance that trapped cannot be called again.
             self._functions = {}
             raise Broken(words(fault)) from fault
         if not isinstance(answer, Variant):
@@ -181,5 +187,5 @@ def _join(names: Iterable[str] | None) -> str | None:
 
 
 def _split(text: str) -> list[str]:
-    # Not at white space, nor with splitlines: a name may hold what those split at.
+    # Neither split() nor splitlines(): a name may contain the characters that they split at.
     return text.removesuffix("\n").split("\n") if text else []

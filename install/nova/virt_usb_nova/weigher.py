@@ -1,4 +1,4 @@
-"""Of the hosts that can serve, the better ones first."""
+"""A weigher that prefers the better ones of the hosts that can serve."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ LOG = logging.getLogger(__name__)
 
 
 class UsbDevicesWeigher(weights.BaseHostWeigher):  # type: ignore[misc]
-    """A host is better that has more devices to spare, and fewer that others ask for: the filter's score.
+    """Weigh hosts by the filter's score.
 
-    A request that asks for no USB device finds all hosts alike.
+    A host scores better with more spare devices, and with fewer devices that other requests need.
+    A request without USB devices weighs all hosts equally.
     """
 
     def weight_multiplier(self, host_state: Any) -> float:
@@ -38,6 +39,6 @@ class UsbDevicesWeigher(weights.BaseHostWeigher):  # type: ignore[misc]
             wanted = filter.question(spec_obj)
             return {} if wanted is None else oracle.get(filter.OPTIONS).scores(wanted, called)
         except oracle.NO_ANSWER as why:
-            # The filter has reported it already, and has accepted these hosts.
-            LOG.debug("USB devices: all hosts are alike: %s", why)
+            # The filter has logged the error already, and has accepted these hosts.
+            LOG.debug("USB devices: all hosts weigh the same: %s", why)
             return {}

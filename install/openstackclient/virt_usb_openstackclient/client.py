@@ -1,4 +1,4 @@
-"""virt-usb's API (docs/src/api.md), as far as the openstack command asks it."""
+"""A client of virt-usb's API (docs/src/api.md) for the openstack command."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from osc_lib import exceptions
 from osc_lib.cli import format_columns
 
 SERVICE_TYPE = "usb"
-# What the API says where it has no such path.
+# The API's message for an unknown path.
 NOWHERE = "The resource could not be found."
 
 
 class UsbClient:
-    """Its calls. What goes wrong is a CommandError in the API's words."""
+    """The calls of the API. An error is a CommandError with the API's message."""
 
     def __init__(
         self,
@@ -37,7 +37,7 @@ class UsbClient:
         )
 
     def devices(self, filters: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """Devices, by what is known of them; page after page."""
+        """The devices that match the filters, of all pages."""
         query = urlencode(filters)
         while True:
             page = self._ask(
@@ -50,7 +50,7 @@ class UsbClient:
             query = links[0]["href"].partition("?")[2]
 
     def device(self, device: str) -> dict[str, Any]:
-        """A device, by its id."""
+        """The device with this id."""
         return dict(
             self._ask("usb_device", "GET", f"/os-usb-devices/{quote(device, safe='')}")[
                 "usb_device"
@@ -60,7 +60,7 @@ class UsbClient:
     def change_device(
         self, device: str, action: str, value: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """`enable` and `disable`."""
+        """Run an action on a device: `enable` or `disable`."""
         return dict(
             self._ask(
                 "usb_device",
@@ -71,11 +71,11 @@ class UsbClient:
         )
 
     def servers(self, name: str) -> list[dict[str, Any]]:
-        """The servers of that name."""
+        """The servers with this name."""
         return list(self._ask("servers", "GET", f"/servers?{urlencode({'name': name})}")["servers"])
 
     def assigned(self, server: str) -> list[dict[str, Any]]:
-        """What the server asks for beside its flavor, at each of its starts."""
+        """The requests that the server has in addition to its flavor."""
         return list(
             self._ask("server", "GET", f"/servers/{server}/os-usb-devices")["server"][
                 "usb_devices_requests"
@@ -83,7 +83,7 @@ class UsbClient:
         )
 
     def act(self, server: str, action: str, request: dict[str, Any]) -> dict[str, Any]:
-        """`attach_usb_devices` and `detach_usb_devices`."""
+        """Run an action on a server: `attach_usb_devices` or `detach_usb_devices`."""
         return dict(
             self._ask(
                 "live",
@@ -96,7 +96,7 @@ class UsbClient:
     def _ask(
         self, key: str, method: str, path: str, body: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """The answer, in which that key stands."""
+        """The response, which must have that key."""
         sent = {} if body is None else {"json": body}
         try:
             answer = self._api.request(
@@ -105,9 +105,10 @@ class UsbClient:
         except auth_exceptions.EndpointNotFound as e:
             where = f" in the region {self._api.region_name}" if self._api.region_name else ""
             raise exceptions.CommandError(
-                f"The catalogue has no {self._api.interface or 'public'} endpoint of the type {SERVICE_TYPE}{where} "
-                f"('openstack catalog show {SERVICE_TYPE}'): an administrator makes one with 'openstack endpoint create'; "
-                "or choose with --os-interface, or name it by --os-usb-endpoint"
+                f"The catalogue has no {self._api.interface or 'public'} endpoint of the type "
+                f"{SERVICE_TYPE}{where} ('openstack catalog show {SERVICE_TYPE}'): an "
+                "administrator creates one with 'openstack endpoint create'; or choose another "
+                "with --os-interface, or pass --os-usb-endpoint"
             ) from e
         try:
             said = answer.json()
@@ -124,22 +125,22 @@ class UsbClient:
         request = answer.headers.get("x-openstack-request-id")
         status = f"HTTP {answer.status_code}{f', {request}' if request else ''}"
         if told == NOWHERE:
-            told = f"{answer.url} is nowhere in the USB device API: its endpoint ends with /v2.1"
+            told = f"The USB device API has no {answer.url}: its endpoint ends with /v2.1"
         elif answer.status_code >= 500 and not told:
-            told = f"What stands before the USB device API at {answer.url} cannot reach it"
+            told = f"The proxy before the USB device API at {answer.url} cannot reach it"
         raise exceptions.CommandError(
-            f"{told or f'What answers at {answer.url} is not the USB device API'} ({status})"
+            f"{told or f'The server at {answer.url} is not the USB device API'} ({status})"
         )
 
 
 def usb(command: Any) -> UsbClient:
-    """The client of a command, as `plugin.make_client` made it."""
+    """The client of a command, from `plugin.make_client`."""
     client: UsbClient = command.app.client_manager.usb
     return client
 
 
 def find_server(command: Any, name: str) -> str:
-    """A server's id: what Nova calls a server, and where there is no Nova what libvirt calls it."""
+    """The id of a server, by its name in Nova or, without Nova, in libvirt."""
     try:
         return str(uuid.UUID(name))
     except ValueError:
@@ -150,11 +151,12 @@ def find_server(command: Any, name: str) -> str:
     found = usb(command).servers(name)
     if len(found) != 1:
         raise exceptions.CommandError(
-            f"{'More than one server exists with' if found else 'No server with'} the name {name!r}{': use its ID' if found else ''}"
+            f"{'More than one server exists with' if found else 'No server with'} the name "
+            f"{name!r}{': use its ID' if found else ''}"
         )
     return str(found[0]["id"])
 
 
 def listed(value: Any) -> Any:
-    """A value for a person or a program, as the command's format wants it."""
+    """A value in the command's output format."""
     return format_columns.ListColumn(value) if isinstance(value, list) else value

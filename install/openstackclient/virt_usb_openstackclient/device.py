@@ -10,7 +10,7 @@ from osc_lib.command import command
 
 from virt_usb_openstackclient.client import find_server, listed, usb
 
-# A column's head, and the key of a device. The second list is for --long.
+# Title of a column, and key of a device. The second list is for --long.
 COLUMNS = [
     ("ID", "id"),
     ("Host", "hypervisor_hostname"),
@@ -29,7 +29,7 @@ LONG = [
     ("Tags", "tags"),
     ("Held Since", "held_since"),
 ]
-# An option, and the API's filter.
+# Option, and filter of the API.
 FILTERS = {
     "status": (
         "<status>",
@@ -46,7 +46,7 @@ CHOICES = {"status": ("available", "claimed", "allocated", "removed", "unavailab
 
 
 def shown(device: dict[str, Any]) -> tuple[tuple[str, ...], tuple[Any, ...]]:
-    """All that is known of a device: what it has no value for is left out."""
+    """The fields of a device that have a value."""
     known = {key: value for key, value in device.items() if value not in (None, "")}
     return tuple(known), tuple(listed(value) for value in known.values())
 
@@ -55,7 +55,7 @@ class ListUsbDevice(command.Lister):
     """List the USB devices of the cloud's hosts that the project may have"""
 
     def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
-        """Its options."""
+        """The options of the command."""
         parser = super().get_parser(prog_name)
         for name, (metavar, text) in FILTERS.items():
             parser.add_argument(
@@ -67,7 +67,7 @@ class ListUsbDevice(command.Lister):
             )
         parser.add_argument("--host", metavar="<host>", help="Plugged into this host")
         parser.add_argument(
-            "--deleted", action="store_true", help="Unplugged ones, too (admin only)"
+            "--deleted", action="store_true", help="Include devices that were removed (admin only)"
         )
         parser.add_argument("--long", action="store_true", help="More columns")
         return parser
@@ -75,7 +75,7 @@ class ListUsbDevice(command.Lister):
     def take_action(
         self, parsed_args: argparse.Namespace
     ) -> tuple[list[str], Iterable[tuple[Any, ...]]]:
-        """Asks page after page."""
+        """Fetch all pages and show the devices."""
         filters = {
             name: getattr(parsed_args, name)
             for name in FILTERS
@@ -100,7 +100,7 @@ class ShowUsbDevice(command.ShowOne):
     """Show a USB device"""
 
     def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
-        """Its argument."""
+        """The argument of the command."""
         parser = super().get_parser(prog_name)
         parser.add_argument("device", metavar="<device>", help="USB device (ID)")
         return parser
@@ -108,17 +108,17 @@ class ShowUsbDevice(command.ShowOne):
     def take_action(
         self, parsed_args: argparse.Namespace
     ) -> tuple[tuple[str, ...], tuple[Any, ...]]:
-        """Asks for it."""
+        """Fetch the device and show it."""
         return shown(usb(self).device(parsed_args.device))
 
 
 class EnableUsbDevice(ShowUsbDevice):
-    """Offer a USB device again (admin only)"""
+    """Make a USB device available again (admin only)"""
 
     def take_action(
         self, parsed_args: argparse.Namespace
     ) -> tuple[tuple[str, ...], tuple[Any, ...]]:
-        """Changes it."""
+        """Change the device."""
         return shown(usb(self).change_device(parsed_args.device, "enable"))
 
 
@@ -126,14 +126,14 @@ class DisableUsbDevice(ShowUsbDevice):
     """Make a USB device unavailable; a server that has it keeps it (admin only)"""
 
     def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
-        """And why."""
+        """The argument, and an option for the reason."""
         parser = super().get_parser(prog_name)
-        parser.add_argument("--reason", metavar="<reason>", help="Why: shown to administrators")
+        parser.add_argument("--reason", metavar="<reason>", help="Reason, which administrators see")
         return parser
 
     def take_action(
         self, parsed_args: argparse.Namespace
     ) -> tuple[tuple[str, ...], tuple[Any, ...]]:
-        """Changes it."""
+        """Change the device."""
         value = {} if parsed_args.reason is None else {"reason": parsed_args.reason}
         return shown(usb(self).change_device(parsed_args.device, "disable", value))

@@ -1,4 +1,7 @@
-"""How the openstack command finds virt-usb's API: by the catalogue's type `usb`, or at `--os-usb-endpoint`."""
+"""Plugin of the openstack command.
+
+It finds virt-usb's API by the service type `usb` of the catalogue, or at `--os-usb-endpoint`.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from osc_lib import utils
 
 from virt_usb_openstackclient.client import UsbClient
 
-# What OpenStackClient looks for. There is one version, and no option to choose it.
+# The names that OpenStackClient looks for. There is one version, and no option to choose it.
 API_NAME = "usb"
 API_VERSION_OPTION = "os_usb_api_version"
 DEFAULT_API_VERSION = "2.1"
@@ -27,13 +30,14 @@ def make_client(instance: Any) -> UsbClient:
 
 
 def build_option_parser(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """The option of all commands."""
+    """Add the option of all commands."""
     parser.add_argument(
         "--os-usb-endpoint",
-        # So it is called in clouds.yaml, too.
+        # clouds.yaml uses the same name.
         dest="os_usb_endpoint_override",
         metavar="<url>",
         default=utils.env("OS_USB_ENDPOINT"),
-        help="Where the USB device API is, such as https://usb.example:8790/v2.1; without it what the catalogue says (Env: OS_USB_ENDPOINT)",
+        help="URL of the USB device API, such as https://usb.example:8790/v2.1 "
+        "(default: from the catalogue; Env: OS_USB_ENDPOINT)",
     )
     return parser

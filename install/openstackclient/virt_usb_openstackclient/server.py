@@ -14,13 +14,13 @@ from osc_lib.command import command
 from virt_usb_openstackclient.client import find_server, listed, usb
 
 LOG = logging.getLogger(__name__)
-# Digits of an id.
+# Maximum number of digits of an id.
 LONGEST = 16
 KIND = re.compile(r"([0-9a-fA-F]{4}):([0-9a-fA-F]{4})")
 
 
 def request(text: str) -> dict[str, Any]:
-    """What asks for a device: its id, its kind, or what a flavor says."""
+    """Parse a request: the id of a device, its kind, or an entry of a flavor."""
     text = text.strip()
     if text.isascii() and text.isdigit() and len(text) <= LONGEST:
         return {"id": int(text)}
@@ -33,7 +33,8 @@ def request(text: str) -> dict[str, Any]:
         except ValueError as e:
             raise exceptions.CommandError(f"{text}: no JSON: {e}") from e
     raise exceptions.CommandError(
-        f'{text}: wanted the id of a device, VENDOR:PRODUCT such as 0529:0001, or JSON such as {{"serial":"HL-0001"}}'
+        f"{text}: wanted the id of a device, VENDOR:PRODUCT such as 0529:0001, or JSON "
+        'such as {"serial":"HL-0001"}'
     )
 
 
@@ -48,14 +49,15 @@ class _ServerUsbDevice(command.ShowOne):
         parser.add_argument(
             "device",
             metavar="<device>",
-            help="USB device (ID), one of a kind as VENDOR:PRODUCT, or an entry of a flavor's list as JSON, with serial, port, class, tags or count",
+            help="USB device: an ID, VENDOR:PRODUCT, or JSON as in a flavor's list, with serial, "
+            "port, class, tags or count",
         )
         return parser
 
     def take_action(
         self, parsed_args: argparse.Namespace
     ) -> tuple[tuple[str, ...], tuple[Any, ...]]:
-        """Asks for it, and shows what came of it."""
+        """Request the device and show the result."""
         wanted = request(parsed_args.device)
         server = find_server(self, parsed_args.server)
         said = usb(self).act(server, self.ACTION, wanted)
@@ -73,7 +75,7 @@ class _ServerUsbDevice(command.ShowOne):
 
 
 class AddServerUsbDevice(_ServerUsbDevice):
-    """Attach a USB device to a server, now or, where it does not run, at its next start"""
+    """Attach a USB device to a server: now, or at its next start if it does not run"""
 
     ACTION = "attach_usb_devices"
     LATER = "%s is not running: it claims the device at its start, which fails while another has it"
