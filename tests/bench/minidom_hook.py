@@ -1,8 +1,8 @@
-"""What a hook of this kind costs in Python: the yardstick of 'make bench'.
+"""A hook in Python: the yardstick of 'make bench'.
 
-Written the way vdsm's hooks are (https://github.com/oVirt/vdsm, vdsm_hooks): the whole domain into minidom, elements
-appended to <devices>, the whole domain out again. It does less than ours: no claim, no look at sysfs, no record; the
-devices are a JSON file.
+It works like vdsm's hooks (https://github.com/oVirt/vdsm, vdsm_hooks): it reads the domain into
+minidom, appends elements to <devices>, and writes the domain. It does less than virt-usb's hook: it
+claims nothing, does not read sysfs, and writes no record. The devices are in a JSON file.
 
     minidom_hook.py DEVICES.json NAME OPERATION SUBOPERATION EXTRA < DOMAIN.xml
 """
@@ -15,7 +15,7 @@ NAMESPACE = "urn:virt-usb:flavor:1"
 
 
 def requests(dom):
-    """What the flavor in the metadata asks for."""
+    """The request of the flavor in the metadata."""
     for element in dom.getElementsByTagNameNS(NAMESPACE, "flavor"):
         text = "".join(node.data for node in element.childNodes)
         return json.loads(text).get("usb_devices", [])
@@ -30,7 +30,7 @@ def matches(device, request):
 
 
 def pick(devices, wanted):
-    """Devices for all requests, or None."""
+    """Devices for all requests; None if there are not enough."""
     picked = []
     for request in wanted:
         free = [device for device in devices if matches(device, request) and device not in picked]

@@ -1,4 +1,7 @@
-"""Adds what the API's description cannot express: valid tokens, removable resources, device totals, and markers."""
+"""Hooks for what the API's description cannot express.
+
+These are valid tokens, removable resources, the total number of devices, and markers.
+"""
 
 import collections
 import itertools
@@ -7,7 +10,8 @@ import re
 
 import schemathesis
 
-# What is there to be removed once (run), by the parameter that names it, and below how many prefixes.
+# The resources that `run` creates for removal, by the parameter that names them, and the number of
+# path prefixes of the API.
 REMOVABLE = {
     "usb_device_id": range(7, 485),
     "flavor_name": [f"f{n}" for n in range(12, 70)],
@@ -15,17 +19,17 @@ REMOVABLE = {
 }
 PREFIXES = 4
 
-# An action that is always served, and the server that it is asked of (host.toml).
+# An action that always succeeds, and its server (host.toml).
 SERVED = {"set_usb_owner": {"project_id": "erp-team"}}, "33333333-2222-4333-8444-555555555555"
 
 TOKENS = itertools.cycle(os.environ["TOKENS"].split())
-# For one flavor, and for one action, so many devices in all.
+# Limit of devices in a flavor, and in an action.
 MOST = 127
 
 
 @schemathesis.auth(refresh_interval=None)
 class Token:
-    """Each request by the next token: one caller's changes are counted."""
+    """Use the tokens in turn, because the API limits the changes of each caller."""
 
     def get(self, case, context):
         return next(TOKENS)
@@ -37,20 +41,20 @@ class Token:
 def devices(requests):
     requests = requests if isinstance(requests, list) else [requests]
     counts = [request.get("count") if isinstance(request, dict) else None for request in requests]
-    # In JSON 8.0 is 8; a number may be text.
+    # In JSON, 8.0 equals 8, and a number may be a text.
     return sum(
         int(float(count)) if re.fullmatch(r"[0-9]+(\.0)?", str(count)) else 1 for count in counts
     )
 
 
-# What a call has not removed yet, by its path.
+# The resources that each call can still remove, by its path.
 _shares = {}
-# How many right requests each call has had.
+# The number of valid requests of each call.
 _asked = collections.Counter()
 
 
 def removes_what_is_there(case):
-    """Each path has a share of its own of what can be removed."""
+    """Let the call remove an existing resource. Each path has its own share of them."""
     path = case.operation.path
     for name in case.path_parameters.keys() & REMOVABLE.keys():
         if path not in _shares:
@@ -61,7 +65,7 @@ def removes_what_is_there(case):
 
 @schemathesis.hook
 def before_call(context, case, kwargs):
-    """Where chance serves few right requests some are replaced by one that is served."""
+    """Replace some requests with one that succeeds, if random requests rarely do."""
     method, path = case.operation.method.upper(), case.operation.path
     if case.meta is None or case.meta.generation.mode.is_negative:
         return
@@ -75,7 +79,7 @@ def before_call(context, case, kwargs):
 
 @schemathesis.hook
 def filter_body(context, body):
-    """No schema can add up."""
+    """Check the total number of devices, which a schema cannot."""
     if not isinstance(body, dict):
         return True
     actions = [value for value in body.values() if isinstance(value, dict)]
@@ -85,8 +89,11 @@ def filter_body(context, body):
 
 @schemathesis.hook
 def filter_failure(context, failure, case, response):
-    """Nor can it say which markers there are: one that is spelled right and is none is answered as Nova does, 400. And what is wrong in a
-    path is replaced by what schemathesis.toml has for it: a device that was there to be forgotten was asked for rightly."""
+    """Ignore two failures that are none.
+
+    The API rejects an unknown marker with 400, like Nova, and a schema cannot list the markers.
+    schemathesis.toml replaces an invalid parameter in a path, so that removing a device succeeds.
+    """
     is_forgotten = (case.operation.method.upper(), response.status_code) == (
         "DELETE",
         204,

@@ -1,4 +1,4 @@
-"""The agent serves still, and each call was answered with success at least once, below each prefix."""
+"""Check that the agent still serves, and that each call has succeeded, below each prefix."""
 
 import collections
 import json
@@ -34,4 +34,4 @@ missed = [
     if not any(status.startswith("2") for status in counted)
 ]
 if missed:
-    sys.exit(f"never answered with success: {', '.join(missed)}")
+    sys.exit(f"calls that never succeeded: {', '.join(missed)}")

@@ -1,9 +1,10 @@
-"""What one question about 10 000 candidates takes, and what the same rules take in plain Python, called a host at a time.
+"""Measure a question about 10 000 candidates, and the same rules in plain Python, host by host.
 
     compare.py [--hosts N] [--rounds N]
 
-Fails if the answers differ; times it only prints, as one JSON object in milliseconds. A call is all that a scheduler has to do
-for one question: write it as JSON, join the names of the candidates, ask, split the answer.
+Prints the times as a JSON object, in milliseconds, and fails if the answers differ. A call includes
+all that a scheduler does for a question: write it as JSON, join the names of the candidates, ask,
+and split the answer.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import time
 import component
 import module
 
-# Half of the hosts have two free keys, the others one.
+# Half of the hosts have two free keys, and the others have one.
 KEY = {"vendor_id": "0529", "product_id": "0001"}
 REQUESTS = [{**KEY, "count": 2}]
 OTHERS = [
@@ -73,7 +74,7 @@ def host(number):
 
 
 def matches(request, device):
-    """Whether all that the request names is so. Ids are compared as they are written: parsing them is not what is measured."""
+    """Whether a device matches a request. Ids are compared as texts, to measure no parsing."""
     for name, want in request.items():
         if name == "count":
             continue
@@ -107,7 +108,7 @@ def serves(document, requests, project=None):
 
 
 def distinct(wanted):
-    """Whether each place can have a device of its own: an augmenting path for each."""
+    """Whether each place can have its own device, by augmenting paths."""
     holder = {}
 
     def place(at, seen):
@@ -123,8 +124,11 @@ def distinct(wanted):
 
 
 def measure(ways, rounds):
-    """The answers, and for each way its times: the least, the median, and the median of calls right after another way's,
-    which find little of theirs in the processor's caches. The ways take turns: a busy machine is as bad for all."""
+    """The answers, and the times of each way: the least, the median, and the median of cold calls.
+
+    A cold call follows a call of another way, and finds little of its data in the processor's
+    caches. The ways take turns, so that other load on the machine affects all alike.
+    """
     answers, warm, cold = {}, collections.defaultdict(list), collections.defaultdict(list)
     for _ in range(rounds):
         for name, call in ways.items():
@@ -151,7 +155,8 @@ def main():
 
     documents = {document["host"]: document for document in map(host, range(arguments.hosts))}
     candidates = list(documents)
-    # As hosts write them, keys in this order and no white space: any other JSON is read six times more slowly.
+    # The keys are in the order of the hosts' documents, without white space. Reading any other JSON
+    # takes six times as long.
     lines = [json.dumps(document, separators=(",", ":")) + "\n" for document in documents.values()]
     feed = [("".join(lines[at : at + 250]), 0) for at in range(0, len(lines), 250)]
     question = {"flavor": {"usb_devices": REQUESTS}}
@@ -161,7 +166,7 @@ def main():
     }
     for name, kind in (("component", component.Filter), ("module", module.Filter)):
         filter = kind(feed=lambda: feed, deadline=10)
-        # The first call feeds it.
+        # The first call feeds the filter.
         filter.select_names(question, limit=1)
         ways[name] = functools.partial(filter.select_names, question, candidates, len(candidates))
 

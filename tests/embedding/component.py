@@ -2,7 +2,7 @@
 
     component.py [virt-usb-filter.wasm]
 
-The class that does it is the one that Nova has: install/nova/virt_usb_nova/wasm.py, which needs nothing of Nova.
+It uses the class of the Nova package, install/nova/virt_usb_nova/wasm.py, which does not need Nova.
 """
 
 import sys
@@ -17,7 +17,7 @@ from virt_usb_nova.wasm import Broken, Refused  # noqa: E402, F401
 
 
 class Filter(wasm.Filter):
-    """One that is alone in its process."""
+    """A filter with its own program."""
 
     def __init__(self, file=FILE, feed=tuple, memory=1 << 30, deadline=0.25):
         super().__init__(wasm.Program(file, deadline), feed, memory)

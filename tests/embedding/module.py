@@ -2,8 +2,8 @@
 
     module.py [virt-usb-filter-module.wasm]
 
-The same class as in component.py, over the C ABI that the head of filter-wasm/src/module.rs describes. Where the runtime knows
-components, they are no slower: see compare.py.
+It has the same class as component.py, over the C ABI that filter-wasm/src/module.rs documents. If
+the runtime supports components, they are not slower: see compare.py.
 """
 
 import json
@@ -19,19 +19,20 @@ REFUSED, CHANGED = -1, 0
 
 
 class Refused(ValueError):
-    """The input is wrong and changed nothing. Asking again will not help."""
+    """The input is invalid and changed nothing. A retry does not help."""
 
 
 class Broken(RuntimeError):
-    """The filter failed: out of memory, out of time, a trap. It is never "no host"."""
+    """The filter failed: out of memory, out of time, or a trap. It never means "no host"."""
 
 
 class Filter:
-    """A filter for one thread. Make it where it is used: neither its instance nor its clock survives a fork.
+    """A filter for one thread.
 
-    `feed` gives what the hosts have published: pairs of documents, one a line, and the time when they came in. A fresh instance
-    begins with them. The filter may use so many bytes of `memory`; a call may take the seconds of `deadline`, and is stopped
-    before twice as many.
+    Create it in the process that uses it, because neither its instance nor its clock survives a
+    fork. `feed` returns the host documents for a fresh instance: pairs of documents, one per line,
+    and the time of their arrival. `memory` limits the filter's memory, in bytes. A call may take
+    `deadline` seconds, and is stopped before twice that time.
     """
 
     def __init__(self, file=FILE, feed=tuple, memory=1 << 30, deadline=0.25):
@@ -49,7 +50,7 @@ class Filter:
         self._inventory = None
 
     def load(self, lines, received):
-        """Takes host documents, one a line. The answer tells which lines were refused."""
+        """Add host documents, one per line. The answer names the lines that were refused."""
         _, answer = self._call("load", lines, received)
         return json.loads(answer)
 
@@ -62,22 +63,22 @@ class Filter:
         return changed
 
     def set_status(self, host, device, status):
-        """True if it makes a difference to who may have the device."""
+        """Set the status of a device; true if that changes its availability."""
         changed, _ = self._call("set_status", host, device, status)
         return changed
 
     def select(self, question, candidates=None, limit=10):
-        """The best hosts, with their scores; None for the candidates is the whole fleet."""
+        """The best hosts with their scores. Without candidates, all hosts are candidates."""
         _, answer = self._call("select", json.dumps(question), _join(candidates), limit)
         return json.loads(answer)
 
     def select_names(self, question, candidates=None, limit=10):
-        """Their names alone, the best first: the quickest way to ask about many."""
+        """The names of the best hosts, the best first. It is the fastest call for many hosts."""
         _, answer = self._call("select_names", json.dumps(question), _join(candidates), limit)
         return _split(answer)
 
     def explain(self, question, hosts=None):
-        """A verdict for each host."""
+        """The verdict for each host."""
         _, answer = self._call("explain", json.dumps(question), _join(hosts))
         return {line["host"]: line["verdict"] for line in map(json.loads, _split(answer))}
 
@@ -88,7 +89,7 @@ class Filter:
             status = self._tell(name, self._inventory, *arguments)
             answer = self._answer()
         except (Trap, WasmtimeError) as fault:
-            # What a trap leaves in the module's memory is not to be trusted.
+            # The module's memory is not reliable after a trap.
             self._inventory = None
             raise Broken(str(fault).splitlines()[-1].strip()) from fault
         if status == REFUSED:
@@ -111,10 +112,11 @@ class Filter:
         self._inventory = inventory
 
     def _tell(self, name, *arguments):
-        """Calls a function that takes each text as a pointer and a length."""
+        """Call a function, which takes each text as a pointer and a length."""
         arguments = [a.encode() if isinstance(a, str) else a for a in arguments]
         texts = b"".join(a for a in arguments if isinstance(a, bytes))
-        # At least a byte: the place that is kept begins as none, at 0, and 0 means the whole fleet.
+        # At least a byte: without an allocation the address would be 0, which means the whole
+        # fleet.
         at = self._place(len(texts) + 1)
         self._memory.write(self._store, texts, at)
         numbers = []
@@ -127,7 +129,10 @@ class Filter:
         return self._run(name, *numbers)
 
     def _place(self, size):
-        """Where there is room for so many bytes. It is kept: each call of a function costs these bindings some 10 µs."""
+        """The address of a buffer of this size.
+
+        The buffer is kept, because each call of a function takes these bindings some 10 µs.
+        """
         start, most = self._room
         if size > most:
             self._run("free", start, most)
@@ -135,7 +140,7 @@ class Filter:
         return start
 
     def _address(self, name, *numbers):
-        # These bindings take a pointer for a signed number.
+        # These bindings interpret a pointer as a signed number.
         return self._run(name, *numbers) & 0xFFFF_FFFF
 
     def _answer(self):
@@ -156,7 +161,7 @@ def _join(names):
 
 
 def _split(text):
-    # Not at white space, nor with splitlines: a name may hold what those split at.
+    # Neither split() nor splitlines(): a name may contain the characters that they split at.
     return text.removesuffix("\n").split("\n") if text else []
 
 

@@ -1,4 +1,4 @@
-"""What a scheduler asks, and what it is told. The same for the component and the core module."""
+"""Questions of a scheduler and the answers, for the component and the core module alike."""
 
 from pathlib import Path
 
@@ -12,28 +12,29 @@ TWO_KEYS = {"flavor": {"usb_devices": [{**LICENCE_KEY, "count": 2}]}}
 
 
 def fleet():
-    """What the hosts have published. The last of them has been silent for ten minutes."""
+    """The documents of the hosts. The last host has sent no update for ten minutes."""
     hosts = Path(__file__).with_name("fleet.jsonl").read_text().splitlines(keepends=True)
     return [("".join(hosts[:4]), NOON), (hosts[4], NOON - 10 * MINUTE)]
 
 
 def tell(Filter, Refused, Broken, *file):
-    # Time is real time: a machine that is busy must not break what is right.
+    # Deadlines are in real time. A busy machine must not fail the story.
     filter = Filter(*file, feed=fleet, deadline=10)
 
     say(
-        "Which hosts have a licence key free? The best comes first: it has a key to spare and little else."
+        "Which hosts have a free licence key? The best host is first: it has a spare key and few "
+        "other devices."
     )
     answer = filter.select(ONE_KEY)
     check(answer["matched"], 3)
     placements = [(placement["host"], placement["score"]) for placement in answer["placements"]]
     check(placements, [("compute-5", 4), ("compute-1", 3), ("compute-2", -1)])
 
-    say("Which of three candidates have two? A candidate that is not known cannot serve.")
+    say("Which of three candidates have two? An unknown candidate cannot serve.")
     check(filter.select_names(TWO_KEYS, ["compute-1", "compute-2", "elsewhere"]), ["compute-1"])
     check(filter.select_names(TWO_KEYS, []), [])
 
-    say("And why not the others?")
+    say("Why can the others not serve?")
     verdicts = filter.explain(TWO_KEYS)
     check(verdicts["compute-5"], {"accepted": True, "score": 0, "devices": [5_000_001, 5_000_002]})
     check(
@@ -48,21 +49,17 @@ def tell(Filter, Refused, Broken, *file):
     say("The keys of compute-3 are for one project.")
     check(filter.select_names({**TWO_KEYS, "project": PROJECT}, limit=1), ["compute-3"])
 
-    say(
-        "Two keys and a device with the tag 'erp': on compute-1 the keys are the devices with the tag."
-    )
+    say("Two keys and a device with the tag 'erp': on compute-1, only the keys have the tag.")
     greedy = {"flavor": {"usb_devices": [{**LICENCE_KEY, "count": 2}, {"tags": ["erp"]}]}}
     check(reasons(filter.explain(greedy, ["compute-1"])), {"compute-1": "contention"})
 
-    say("Hosts that were silent for two minutes are out, until they are heard of.")
+    say("Hosts without an update for two minutes are left out until their next update.")
     now = {**TWO_KEYS, "now": NOON + MINUTE, "max_age": 2 * MINUTE}
     check(reasons(filter.explain(now, ["compute-5"])), {"compute-5": "host-stale"})
     check(filter.touch("compute-5", NOON + MINUTE), True)
     check(filter.select_names(now), ["compute-5", "compute-1"])
 
-    say(
-        "A guest takes a key of compute-1; a new document brings it back; compute-5 leaves the fleet."
-    )
+    say("A guest takes a key of compute-1. A new document returns it. compute-5 leaves the fleet.")
     check(filter.set_status("compute-1", 1_000_001, "claimed"), True)
     check(filter.set_status("compute-1", 1_000_001, "claimed"), False)
     check(filter.select_names(TWO_KEYS), ["compute-5"])
@@ -74,13 +71,13 @@ def tell(Filter, Refused, Broken, *file):
     check(filter.touch("compute-5", NOON), False)
     check(filter.select_names(TWO_KEYS), ["compute-1"])
 
-    say("Who asks for no device is refused nowhere.")
+    say("All hosts can serve a request without devices.")
     nothing = {"flavor": {"usb_devices": []}}
     check(
         sorted(filter.select_names(nothing, ["compute-1", "elsewhere"])), ["compute-1", "elsewhere"]
     )
 
-    say("A question that cannot be is refused. That is no verdict, and changes nothing.")
+    say("An invalid question is refused. That is no verdict, and changes nothing.")
     check_raises(
         Refused, filter.select_names, {"flavor": {"usb_devices": [{"product_id": "0001"}]}}
     )
@@ -89,15 +86,16 @@ def tell(Filter, Refused, Broken, *file):
     check(filter.select_names(TWO_KEYS), ["compute-1"])
 
     say(
-        "A filter that needs too much memory is broken. The next call has a fresh one, fed again: compute-5 is back."
+        "A filter that needs too much memory fails. The next call gets a fresh one, fed again: "
+        "compute-5 is back."
     )
     small = Filter(*file, feed=fleet, memory=16 << 20, deadline=10)
     check_raises(Broken, small.load, " " * (32 << 20), NOON)
     check(small.select_names(TWO_KEYS), ["compute-5", "compute-1"])
 
-    say("So is one that takes too long.")
+    say("A filter that takes too long fails, too.")
     hasty = Filter(*file, feed=fleet, deadline=0.5)
-    # Documents that are not written as the hosts write them are read, but slowly.
+    # Reading documents in another format than the hosts' takes longer.
     check_raises(Broken, hasty.load, fleet()[0][0].replace(",", ", ") * 50_000, NOON)
     check(hasty.select_names(TWO_KEYS), ["compute-5", "compute-1"])
 

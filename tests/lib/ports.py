@@ -8,19 +8,19 @@ from __future__ import annotations
 import random
 import socket
 
-# The kernel gives ports from 32768 on to connections. A server that starts again on one of those may
-# find it taken by a connection. Such a connection can even be one to itself: a client that tries a
-# port of that range again and again is connected to itself at some time.
+# The kernel uses ports from 32768 on for connections. If a server restarts on such a port, a
+# connection may have taken it. A client that retries a port of that range may even connect to
+# itself.
 PORTS = range(16000, 32768)
 _reserved: list[socket.socket] = []
 
 
 def reserve() -> int:
-    """A port that nobody listens on, and that no other test reserves while this process lives."""
+    """A free port, which no other test reserves while this process runs."""
     for port in random.sample(PORTS, len(PORTS)):
         name = socket.socket(socket.AF_UNIX)
         with socket.socket() as taken:
-            # A server of before may have left connections that wait for their end.
+            # An earlier server may have left connections in TIME_WAIT.
             taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 name.bind(f"\0virt-usb-test-port-{port}")

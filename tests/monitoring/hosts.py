@@ -1,4 +1,4 @@
-"""The hosts, what raises an alert about each, and what ends it."""
+"""The hosts, and the causes that raise and end the alert of each."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-# More than the guests about which libvirt may be silent (`MAX_SILENT_GUESTS` in supervised.rs).
+# More guests than `MAX_SILENT_GUESTS` in supervised.rs allows to be silent.
 HUNG_GUESTS = 14
 ONE_TIME = """usb_white_list_switch = "on"
 usb_passthrough_whitelist = [{ vendor = "0529", one_time_use = true }]
@@ -33,13 +33,13 @@ lease = 5
 """
 CERTIFICATE = "virt_usb_api_certificate_expiry_timestamp_seconds"
 EXPIRES = "VirtUsbCertificateExpiresSoon"
-# An agent with more workers than calls to libvirt gives no outsider a way to raise this. It shows
-# an error of the agent itself, and has a unit test alone.
+# No cause from outside raises this alert, because an agent has more workers than calls to libvirt.
+# The alert shows a bug of the agent, and has only a unit test.
 UNCAUSED = {"VirtUsbWorkersBusy"}
 
 
 def certify(folder: Path, days: int) -> None:
-    """Makes a certificate for the API that ends in so many days."""
+    """Create a certificate for the API that expires after this number of days."""
     key, certificate, new = folder / "api.key", folder / "api.crt", folder / "api.new"
     if not key.exists():
         openssl("genpkey", "-algorithm", "ED25519", "-out", key)
@@ -49,14 +49,14 @@ def certify(folder: Path, days: int) -> None:
 
 
 def openssl(*words: str | Path) -> None:
-    """Runs openssl."""
+    """Run openssl, which must succeed."""
     done = subprocess.run(["openssl", *words], capture_output=True, text=True)
     if done.returncode:
         raise TestError(done.stderr)
 
 
 class Hosts:
-    """One host for each cause, because a host with one cause has to raise that alert alone."""
+    """Create a host for each cause. A host with one cause must raise only that alert."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -81,15 +81,15 @@ class Hosts:
         self.tls = Agent("compute-tls", folder, tls)
         simulated = [self.well, self.down, self.hung, self.unplugged, self.blind, self.used]
         self.agents = [*simulated, self.api, self.fleet, self.tls]
-        # Tokens of those who call the APIs, by their hosts.
+        # Tokens of the API's users, by their hosts.
         self.tokens: dict[Agent, str] = {}
-        # Why an alert fires: the host, in words, and what has to be done.
+        # Cause of each alert: the host, a description, and the action.
         self.causes: dict[str, tuple[str, str, Callable[[], object]]] = {
             "VirtUsbAgentDown": (self.down.name, "the agent ends", self.down.end),
-            "VirtUsbLibvirtDisconnected": (self.lost.name, "libvirt cannot be reached", self.lose),
+            "VirtUsbLibvirtDisconnected": (self.lost.name, "libvirt is unreachable", self.lose),
             "VirtUsbLibvirtUnanswered": (self.hung.name, "QEMUs hang", self.hang),
             "VirtUsbLibvirtBlocked": (self.hung.name, "too many QEMUs hang", str),
-            "VirtUsbNoPass": (self.hung.name, "libvirt is asked nothing more", str),
+            "VirtUsbNoPass": (self.hung.name, "the agent sends no more requests to libvirt", str),
             "VirtUsbGuestProblems": (self.hung.name, "guests get no device", str),
             "VirtUsbAttachesFail": (self.unplugged.name, "a device cannot be read", self.spoil),
             "VirtUsbScansFail": (self.blind.name, "no device can be read", self.blind_it),
@@ -101,28 +101,28 @@ class Hosts:
 
     @staticmethod
     def elsewhere(folder: Path) -> str:
-        """A libvirt that is not there."""
+        """A libvirt that does not exist."""
         return f'libvirt_uri = "qemu+unix:///system?socket={folder}/libvirt-sock"\n'
 
     def expected(self, not_served: set[str]) -> set[tuple[str, str]]:
-        """All that fires while all causes last."""
+        """All alerts that fire while all causes last."""
         found = {(alert, host) for alert, (host, _, _) in self.causes.items()}
         found.add(("VirtUsbGuestProblems", self.unplugged.name))
         return found - ({(EXPIRES, self.tls.name)} if CERTIFICATE in not_served else set())
 
     @staticmethod
     def skips(alert: str, not_served: set[str]) -> str:
-        """Why an alert cannot fire; empty: it can."""
+        """Why an alert cannot fire; empty if it can."""
         if alert == EXPIRES and CERTIFICATE in not_served:
             return f"the agent does not serve {CERTIFICATE}"
         return ""
 
     def targets(self) -> dict[str, str]:
-        """Where the metrics of each host are."""
+        """The address of each host's metrics."""
         return {agent.name: agent.metrics for agent in self.agents}
 
     def start(self) -> None:
-        """Starts all hosts, with all well on each."""
+        """Start all hosts without any cause."""
         certify(self.folder, 365)
         self.etcd.start()
         self.unplugged.show(device(1))
@@ -140,7 +140,7 @@ class Hosts:
         self.exercise()
 
     def exercise(self) -> None:
-        """Does on the first host what counters count: attach, detach, a call of the hook."""
+        """Increment counters on the first host: attach, detach, and call the hook."""
         self.well.show(device(1), device(2), guest(1), guest(2, flavor=None))
         self.allocated(self.well, 1)
         token = self.folder / "token"
@@ -152,13 +152,13 @@ class Hosts:
         self.well.hook("plain")
 
     def users(self) -> None:
-        """One request to each API that has a user."""
+        """Send a request to each API that has a user."""
         for agent, token in self.tokens.items():
             get(f"http://{agent.api}/v2.1/os-usb-devices", {"X-Auth-Token": token})
 
     @staticmethod
     def allocated(agent: Agent, number: int) -> None:
-        """Waits until a guest has its device."""
+        """Wait until a guest has its device."""
 
         def has() -> bool:
             claims = json.loads(agent.virt_usb("--json", "claims"))
@@ -167,17 +167,17 @@ class Hosts:
         until(f"guest{number} has its device", has, agent.log)
 
     def lose(self) -> None:
-        """libvirt is not there when the agent starts, or afterwards."""
+        """Let libvirt be absent when the agent starts, or afterwards."""
         self.lost.start()
         self.agents.append(self.lost)
 
     def hang(self) -> None:
-        """Guests start whose QEMU answers nothing."""
+        """Start guests with a QEMU that does not respond."""
         numbers = range(1, HUNG_GUESTS + 1)
         self.hung.show(*map(device, numbers), *(guest(n, hangs=True) for n in numbers))
 
     def spoil(self) -> None:
-        """A device breaks after a guest has claimed it, and before it is attached."""
+        """Break a device after a guest has claimed it, and before the agent attaches it."""
         agent = self.unplugged
         agent.show(device(1), guest(1, locked=True))
         until("the guest has a claim", lambda: "guest1" in agent.virt_usb("claims"), agent.log)
@@ -187,27 +187,27 @@ class Hosts:
         agent.show(device(1, unreadable=True), guest(1))
 
     def blind_it(self) -> None:
-        """No device can be read."""
+        """Make all devices unreadable."""
         self.blind.show("[[device")
 
     def use(self) -> None:
-        """A guest uses a device, and ends."""
+        """Let a guest use a device and end."""
         self.used.show(device(1), guest(1))
         self.allocated(self.used, 1)
         self.used.show(device(1), guest(1, running=False))
 
     def ask_keystone(self) -> None:
-        """A user of Keystone calls the API."""
+        """Call the API as a user of Keystone."""
         self.tokens[self.api] = "a-token-of-keystone"
 
     def expire(self) -> None:
-        """A certificate takes the place of the one before."""
+        """Replace the certificate."""
         certify(self.folder, 5)
 
     def heal(self) -> None:
-        """Ends all causes as the runbook says."""
+        """End all causes as the runbook describes."""
         self.down.start()
-        # This test has no libvirt that could come back.
+        # This test has no libvirt that could return.
         self.agents.remove(self.lost)
         self.lost.end()
         numbers = range(1, HUNG_GUESTS + 1)

@@ -1,4 +1,4 @@
-"""The programs of this test, each in a folder of its own: agents, etcd, Prometheus."""
+"""The programs of this test, each in its own folder: agents, etcd, Prometheus."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ if TYPE_CHECKING:
 
 REPO = Path(__file__).resolve().parents[2]
 BIN = REPO / "target/release"
-# How long a test waits for what must come. Only a failure takes so long.
+# Timeout of a condition, in seconds. Only a failure takes that long.
 TIMEOUT_SECONDS = 300
 KINDS = {"vendor": "0529", "product": "0001"}
 
 
 class TestError(Exception):
-    """Why a test fails."""
+    """The failure of a test. The text is the reason."""
 
 
 def until(what: str, look: Callable[[], Any], why: Callable[[], str] = str) -> Any:
-    """Polls until `look` returns something true, and returns that."""
+    """Poll until `look` returns a true value, and return it."""
     deadline = time.monotonic() + TIMEOUT_SECONDS
     while not (found := look()):
         if time.monotonic() > deadline:
-            raise TestError(f"waited in vain until {what}\n{why()}")
+            raise TestError(f"timeout: waited until {what}\n{why()}")
         time.sleep(0.2)
     return found
 
 
 def get(url: str, headers: dict[str, str] | None = None) -> tuple[int, str]:
-    """The status and the body of an answer; status 0: nobody answers."""
+    """The status and the body of a response; status 0 if there is none."""
     request = urllib.request.Request(url, headers=headers or {})
     try:
         with urllib.request.urlopen(request, timeout=60) as answer:
@@ -54,9 +54,9 @@ def get(url: str, headers: dict[str, str] | None = None) -> tuple[int, str]:
 
 
 class Program:
-    """A program that runs until it is ended."""
+    """A program that runs until the test ends it."""
 
-    running: list[Program] = []  # noqa: RUF012 -- what has to end with this test
+    running: list[Program] = []  # noqa: RUF012 -- processes that end with this test
 
     def __init__(self, name: str, folder: Path) -> None:
         self.name, self.folder = name, folder
@@ -64,27 +64,27 @@ class Program:
         self.process: subprocess.Popen[bytes] | None = None
 
     def spawn(self, command: Iterable[str | Path]) -> None:
-        """Starts it; what it prints goes to its log."""
+        """Start it. Its output goes to its log."""
         with self.log_file.open("ab") as log:
-            # It ends with this test, whatever ends the test.
+            # The kernel ends the program when this test ends for any reason.
             words = ["setpriv", "--pdeathsig", "KILL", *(str(word) for word in command)]
             self.process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         Program.running.append(self)
 
     def printed(self) -> str:
-        """What it has printed."""
+        """The output of the program."""
         return self.log_file.read_text(errors="replace") if self.log_file.exists() else ""
 
     def log(self) -> str:
-        """The end of what it has printed, for the report of a failure."""
+        """The end of its output, for the report of a failure."""
         return "".join(f"{self.name}: {line}\n" for line in self.printed().splitlines()[-20:])
 
     def is_running(self) -> bool:
-        """Whether it has not ended."""
+        """Whether it still runs."""
         return self.process is not None and self.process.poll() is None
 
     def end(self, how: signal.Signals = signal.SIGTERM) -> None:
-        """Ends it, and waits until it has ended."""
+        """End it, and wait for its end."""
         if self.process is not None:
             self.process.send_signal(how)
             try:
@@ -97,13 +97,13 @@ class Program:
 
     @staticmethod
     def end_all() -> None:
-        """Ends all programs."""
+        """End all programs."""
         for program in Program.running[:]:
             program.end(signal.SIGKILL)
 
 
 def lines(keys: dict[str, object]) -> str:
-    """Keys of a TOML table. Without a value, a key is left out."""
+    """Keys of a TOML table. A key without a value is left out."""
     there = ((key, value) for key, value in keys.items() if value is not None)
     return "".join(f"{key} = {json.dumps(value)}\n" for key, value in there)
 
@@ -121,12 +121,12 @@ def uuid(number: int) -> str:
 
 
 def flavor(number: int) -> str:
-    """A flavor that asks for the device of this number."""
+    """A flavor that requests the device with this number."""
     return json.dumps({"usb_devices": [{"serial": f"S{number}"}]})
 
 
 def guest(number: int, **more: object) -> str:
-    """A guest that asks for the device of its number."""
+    """A guest that requests the device with its number."""
     keys = {"name": f"guest{number}", "uuid": uuid(number), "flavor": flavor(number)} | more
     return "[[domain]]\n" + lines(keys)
 
@@ -157,14 +157,14 @@ class Agent(Program):
         self.show()
 
     def show(self, *entries: str) -> None:
-        """Makes these the devices and guests."""
+        """Set the simulated devices and guests."""
         if self.simulation is not None:
             new = self.simulation.with_suffix(".new")
             new.write_text("\n".join(entries))
             new.replace(self.simulation)
 
     def start(self) -> None:
-        """Starts the agent, and waits until it is ready."""
+        """Start the agent, and wait until it is ready."""
         simulated = [] if self.simulation is None else ["--sim", str(self.simulation)]
         self.spawn([BIN / "virt-usbd", "--config", self.config, *simulated])
 
@@ -177,7 +177,7 @@ class Agent(Program):
             raise TestError(f"the agent of {self.name} has ended\n{self.log()}")
 
     def virt_usb(self, *words: str) -> str:
-        """Runs virt-usb on this host; returns what it prints."""
+        """Run virt-usb on this host, and return its output."""
         command = [str(BIN / "virt-usb"), "--config", str(self.config), *words]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
@@ -185,7 +185,7 @@ class Agent(Program):
         return done.stdout
 
     def hook(self, domain: str) -> None:
-        """Calls the hook about the start of a domain that asks for nothing."""
+        """Call the hook for the start of a domain without a request."""
         xml = f"<domain type='qemu'><name>{domain}</name><uuid>{uuid(99)}</uuid></domain>"
         command = [str(BIN / "virt-usb-hook"), "--config", str(self.config)]
         command += [domain, "prepare", "begin", "-"]
@@ -194,17 +194,17 @@ class Agent(Program):
             raise TestError(f"the hook: {done.stderr}")
 
     def text(self) -> str:
-        """All metrics."""
+        """The text of all metrics."""
         return get(f"http://{self.metrics}/metrics")[1]
 
     def values(self, series: str) -> list[float]:
-        """The values of the series whose line begins so."""
+        """The values of the series with this prefix."""
         lines = self.text().splitlines()
         return [float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(series)]
 
 
 class Etcd(Program):
-    """An etcd of one member."""
+    """An etcd with one member."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__("etcd", folder / "etcd")
@@ -212,7 +212,7 @@ class Etcd(Program):
         self.endpoint, self.peer = (f"http://127.0.0.1:{reserve()}" for _ in range(2))
 
     def start(self) -> None:
-        """Starts it, and waits until it answers."""
+        """Start it, and wait until it responds."""
         client = ["--listen-client-urls", self.endpoint, "--advertise-client-urls", self.endpoint]
         peer = ["--listen-peer-urls", self.peer, "--initial-advertise-peer-urls", self.peer]
         name = ["--name", "one", "--initial-cluster", f"one={self.peer}"]
@@ -221,7 +221,7 @@ class Etcd(Program):
 
 
 class Prometheus(Program):
-    """Prometheus with one job, whose targets can be changed while it runs."""
+    """Prometheus with one job. A test can change its targets while it runs."""
 
     def __init__(self, folder: Path, rules: str) -> None:
         super().__init__("prometheus", folder / "prometheus")
@@ -239,10 +239,10 @@ class Prometheus(Program):
         )
 
     def start(self) -> None:
-        """Starts it, and waits until it answers."""
+        """Start it, and wait until it responds."""
         program = shutil.which("prometheus")
         if program is None:
-            raise TestError("prometheus is missing: 'make test-deps' installs it")
+            raise TestError("prometheus is missing: run 'make test-deps'")
         listen = self.url.removeprefix("http://")
         config, data = self.folder / "prometheus.yml", self.folder / "data"
         self.spawn(
@@ -252,14 +252,14 @@ class Prometheus(Program):
         until("Prometheus is ready", lambda: get(f"{self.url}/-/ready")[0] == 200, self.log)
 
     def scrape(self, targets: dict[str, str]) -> None:
-        """Makes these the targets: names of hosts, and where their metrics are."""
+        """Set the targets: the names of hosts, and the addresses of their metrics."""
         groups = [{"targets": [at], "labels": {"instance": name}} for name, at in targets.items()]
         new = self.targets.with_suffix(".new")
         new.write_text(json.dumps(groups))
         os.replace(new, self.targets)
 
     def ask(self, path: str, **parameters: str) -> Any:
-        """The data of an answer of its API."""
+        """The data of a response of its API."""
         url = f"{self.url}/api/v1/{path}?{urllib.parse.urlencode(parameters)}"
         status, text = get(url)
         if status != 200:

@@ -1,4 +1,4 @@
-"""The rotation of the hook's log by the real logrotate."""
+"""The rotation of the hook's log by logrotate."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def records(file: Path) -> list[str]:
 
 
 def rotates(folder: Path) -> None:
-    """Rotates the log while hooks write to it. Each record has to be in one of the files, once."""
+    """Rotate the log while hooks write to it. Each record must be in one of the files, once."""
     logs = folder / "virt-usb-log"
     logs.mkdir(mode=0o750)
     host = Agent("compute-log", folder)
@@ -44,7 +44,7 @@ def rotates(folder: Path) -> None:
         if done.returncode or done.stderr:
             raise TestError(f"logrotate: {done.stderr}")
 
-    # Without a log there is nothing to do, and nothing to say.
+    # Without a log, logrotate does nothing and prints nothing.
     rotate()
     host.hook("first")
     rotate()

@@ -1,10 +1,9 @@
-"""What is shown, in this order: each case begins where the one before ended."""
+"""The cases in their order. Each begins in the state in which the previous one ended."""
 
 import json
 import os
 import re
 import shutil
-import stat
 import subprocess
 import time
 
@@ -25,34 +24,32 @@ OURS = "# ours\n"
 
 def installed(root):
     root.must("apt-get", "-qq", "update")
-    # Built with a lower version: what is upgraded later.
+    # The same build with a lower version, which a later case upgrades.
     repack(root.package, root.packages / "older.deb", "0.0.1")
     said = root.apt("install", "/packages/older.deb")
-    check("'systemctl reload'" in said.all, f"it does not say what to reload:\n{said}")
-    check(os.readlink(root.file(HOOK)) == PROGRAM, "the hook is no link to the program")
+    check("'systemctl reload'" in said.all, f"no message about what to reload:\n{said}")
+    check(os.readlink(root.file(HOOK)) == PROGRAM, "the hook is not a link to the program")
     for program in ("virt-usb", "virt-usbd", PROGRAM):
         root.must(program, "--version")
     said = root.must(HOOK, "--version")
     check(said.out.startswith("virt-usb-hook "), str(said))
     root.must("getent", "passwd", "virt-usb")
     said = root.must("id", "-nG", "virt-usb")
-    check(said.out.split() == ["virt-usb"], f"groups that nobody asked for: {said.out}")
+    check(said.out.split() == ["virt-usb"], f"unexpected groups: {said.out}")
     said = root.must("stat", "-c", "%U %G %a", STATE)
     check(said.out == "virt-usb virt-usb 750\n", str(said))
-    check(not root.file(INVENTORY).exists(), "an inventory was made that nobody asked for")
+    check(not root.file(INVENTORY).exists(), "the installation created an inventory")
 
 
 def is_enabled(root):
     link = root.file("/etc/systemd/system/multi-user.target.wants/virt-usbd.service")
-    check(link.is_symlink(), "the agent would not start with the machine")
+    check(link.is_symlink(), "the agent does not start at boot")
 
 
 def units(root):
     is_enabled(root)
     scheduler = root.file("/etc/systemd/system/multi-user.target.wants/virt-usb-scheduler.service")
-    check(
-        not scheduler.is_symlink(), "a scheduler would start with the machine that nobody asked for"
-    )
+    check(not scheduler.is_symlink(), "the scheduler starts at boot")
     for unit in (UNIT, SCHEDULER):
         said = root.must("systemd-analyze", "verify", "--man=yes", unit)
         about_us = [line for line in said.all.splitlines() if "virt-usb" in line]
@@ -106,7 +103,7 @@ def completions(root):
 
 
 def monitoring(root):
-    """Files for Prometheus and Grafana, and a folder for the hook's log that logrotate knows."""
+    """Check the files for Prometheus and Grafana, and the folder that logrotate rotates."""
     shipped = {path.name for path in root.file("/usr/share/virt-usb/monitoring").iterdir()}
     names = {"README.md", "virt-usb.rules.yml", "virt-usb.dashboard.json"}
     check(shipped == names, f"there are {shipped}")
@@ -132,7 +129,7 @@ def monitoring(root):
 
 
 def recorded_host(root):
-    """libusb of this Debian finds the devices of the recorded host."""
+    """Check that libusb of this Debian finds the devices of the recorded host."""
     for name in ("compute-host", "compute-host-interfaces"):
         shutil.copy(REPO / f"tests/fixtures/{name}.umockdev", root.packages)
     records = [
@@ -167,14 +164,14 @@ def prepare(root, name, **how):
 
 
 def a_claim(root):
-    """What has to outlive an upgrade."""
+    """Create a claim, which must survive an upgrade."""
     shutil.copy(EXAMPLES / "key.toml", root.packages)
     config = root.file(CONFIG)
     text = config.read_text()
     check('sysfs_root = "/sys"' in text, "the configuration is not the example")
     config.write_text(OURS + text.replace('sysfs_root = "/sys"', 'sysfs_root = "/packages/sys"'))
     root.must("virt-usb", "discover", "--sim", "/packages/key.toml", "--sysfs-out", "/packages/sys")
-    # Other checks miss libvirt.
+    # The other checks need libvirt.
     found = json.loads(root.run("virt-usb", "doctor", "--all", "--json").out)
     levels = {
         finding["level"]
@@ -183,7 +180,10 @@ def a_claim(root):
     }
     check(levels == {"ok"}, str(found))
     said = root.must("stat", "-c", "%U %G %a", INVENTORY)
-    check(said.out == "virt-usb virt-usb 640\n", f"the agent could not open what root made: {said}")
+    check(
+        said.out == "virt-usb virt-usb 640\n",
+        f"the agent could not open the inventory that root created: {said}",
+    )
     said = prepare(root, "erp")
     check(said.status == 0 and "ua-usb-1" in said.out, str(said))
     check([claim["instance_uuid"] for claim in claims(root)] == [INSTANCE], "no claim")
@@ -206,8 +206,10 @@ flavor = '{"usb_devices":[{"serial":"HL-0002"}]}'
 
 
 def agent_starts(root):
-    """With devices and guests of a file; as its unit would have it otherwise."""
-    command = "setpriv --reuid virt-usb --regid virt-usb --clear-groups virt-usbd --config /packages/agent.toml --sim /packages/host.toml"
+    """Start the agent as its unit does, with devices and guests of a file."""
+    as_its_user = "setpriv --reuid virt-usb --regid virt-usb --clear-groups"
+    options = "--config /packages/agent.toml --sim /packages/host.toml"
+    command = f"{as_its_user} virt-usbd {options}"
     root.must("sh", "-c", f"{command} < /dev/null > /run/agent.log 2>&1 & echo $! > /run/agent.pid")
     for _ in range(600):
         if "ready" in root.file("/run/agent.log").read_text():
@@ -217,12 +219,12 @@ def agent_starts(root):
 
 
 def ends(root, file, log, signal="TERM"):
-    """Ends the program whose process id is in a file, and waits until it has."""
+    """End the program with the process id in a file, and wait for its end."""
     pid = root.file(file).read_text().strip()
     root.must("kill", f"-{signal}", pid)
     for _ in range(600):
-        # Nobody waits for what was left alone: it stays as a zombie. Its first thread is one before the
-        # others have ended, and until then the process has its files and their locks.
+        # An orphaned process stays a zombie. Its first thread is one before the others have ended,
+        # and until then the process keeps its files and their locks.
         if root.run(
             "sh", "-c", f"cat /proc/{pid}/task/*/status 2> /dev/null | grep -q '^State:.[^ZX]'"
         ).status:
@@ -236,8 +238,11 @@ def agent_stops(root):
 
 
 def held(root):
-    """Which claim the simulated guest has, once its device is in it. A simulated guest lives in its agent, and gets its device from each anew:
-    the claim is what outlives it. Real guests over a restart are tests/live's."""
+    """Wait until the simulated guest has its device, and return its claim.
+
+    A simulated guest lives in its agent, and each agent attaches the device again. The claim
+    survives. tests/live restarts the agent under real guests.
+    """
     for _ in range(600):
         said = root.run("virt-usb", "--config", "/packages/agent.toml", "claims", "--json")
         found = json.loads(said.out) if said.status == 0 else []
@@ -251,7 +256,7 @@ def held(root):
 
 
 def a_guest(root):
-    """One that runs with its device while the package is upgraded."""
+    """Start a guest, which keeps its device while the package is upgraded."""
     (root.packages / "agent.toml").write_text('state_dir = "/packages/agent"\nlog = "off"\n')
     (root.packages / "host.toml").write_text(SIMULATED)
     root.must("install", "-d", "-m", "0750", "-o", "virt-usb", "-g", "virt-usb", "/packages/agent")
@@ -266,28 +271,28 @@ def upgraded(root):
         root.file(CONFIG).read_text() == config and config.startswith(OURS),
         "the configuration was changed",
     )
-    check(claims(root) == before, "the claims are others")
-    check(os.readlink(root.file(HOOK)) == PROGRAM, "the hook is no link to the program")
-    check("restart" not in said.all, f"it speaks of a restart:\n{said}")
+    check(claims(root) == before, "the claims have changed")
+    check(os.readlink(root.file(HOOK)) == PROGRAM, "the hook is not a link to the program")
+    check("restart" not in said.all, f"a message about a restart:\n{said}")
     checked = root.must("virt-usb", "store", "check").out
     check("no problems found" in checked, "the inventory is damaged")
     check(prepare(root, "erp").status == 0, "the guest that has the device is refused")
-    # What postinst does where systemd runs.
+    # postinst does this if systemd runs.
     agent_stops(root)
     agent_starts(root)
-    check(held(root) == guest, "the guest that runs has another claim")
+    check(held(root) == guest, "the running guest has another claim")
     agent_stops(root)
     version = subprocess.run(
         ["dpkg-deb", "-f", root.package, "Version"], capture_output=True, text=True, check=True
     ).stdout
     check(
         root.must("dpkg-query", "-W", "-f", "${Version}", "virt-usb").out == version.strip(),
-        "another version is there",
+        "another version is installed",
     )
 
 
 def newer(root, number):
-    """Another schema's number, written where SQLite has it."""
+    """Write another schema number into SQLite's header, and return the previous one."""
     with root.file(INVENTORY).open("r+b") as file:
         file.seek(60)
         before = int.from_bytes(file.read(4), "big")
@@ -309,8 +314,8 @@ def older_is_refused(root):
         check(words in said.all, str(said))
     said = root.must("dpkg-query", "-W", "-f", "${Version} ${db:Status-Status}", "virt-usb")
     check(said.out == f"{version} installed", str(said))
-    check(os.readlink(root.file(HOOK)) == PROGRAM, "the refusal took the hook away")
-    # The hook that is left: who asks for nothing passes, who asks is told.
+    check(os.readlink(root.file(HOOK)) == PROGRAM, "the refusal removed the hook")
+    # The remaining hook accepts guests without a request, and refuses others with a message.
     plain = re.sub(
         r"  <metadata>.*</metadata>\n", "", (EXAMPLES / "erp.xml").read_text(), flags=re.DOTALL
     ).replace(INSTANCE, INSTANCE[:-2] + "02")
@@ -319,26 +324,26 @@ def older_is_refused(root):
     said = prepare(root, "erp")
     check(said.status == 1 and "or newer" in said.err, str(said))
     newer(root, schema)
-    # Where nothing has changed in the inventory an older version may come back.
+    # With an unchanged schema, an older version can be installed.
     root.must("dpkg", "-i", "/packages/older.deb")
     root.must("dpkg", "-i", "/packages/virt-usb.deb")
     check([claim["instance_uuid"] for claim in claims(root)] == [INSTANCE], "the claim is gone")
 
 
 def daemons(root):
-    """A system bus, polkit and libvirtd, as the machine would have them."""
+    """Start a system bus and polkit."""
     root.apt("install", "libvirt-daemon-system", "libvirt-clients", "polkitd", "dbus")
     root.file("/run/dbus").mkdir(exist_ok=True)
     root.must("dbus-daemon", "--system", "--fork", "--nopidfile")
     polkitd = next(
         p for p in ("/usr/lib/polkit-1/polkitd", "/usr/libexec/polkitd") if root.file(p).exists()
     )
-    # In the background, with no output that would be waited for.
+    # In the background, without output, which the command would wait for.
     root.must("sh", "-c", f"{polkitd} --no-debug < /dev/null > /run/polkitd.log 2>&1 &")
 
 
 def libvirtd_stops(root):
-    """libvirtd 11.3 sometimes takes longer over an orderly end than is worth waiting for; nothing of it is needed."""
+    """Kill libvirtd: the orderly end of libvirtd 11.3 sometimes takes long."""
     ends(root, "/run/libvirtd.pid", "/run/libvirtd.log", signal="KILL")
 
 
@@ -346,7 +351,7 @@ def libvirtd(root, keys):
     root.file("/etc/libvirt/libvirtd.conf").write_text(keys)
     if root.file("/run/libvirtd.pid").exists():
         libvirtd_stops(root)
-    # With a network of its own: it would make bridges.
+    # With its own network namespace, because it would create bridges.
     said = root.run(
         "sh", "-c", "unshare --net libvirtd --daemon < /dev/null > /run/libvirtd.log 2>&1"
     )
@@ -360,7 +365,7 @@ def libvirtd(root, keys):
 
 
 def virsh(root, *words, groups="--clear-groups"):
-    """As the agent's user asks."""
+    """Run virsh as the agent's user."""
     return root.run(
         "setpriv",
         "--reuid",
@@ -377,22 +382,23 @@ def virsh(root, *words, groups="--clear-groups"):
 
 
 def until(root, holds):
-    """polkit reads its rules anew some moments after they have changed."""
+    """Wait for a condition: polkit reads changed rules after some moments."""
     for _ in range(300):
         if holds():
             return
         time.sleep(0.2)
-    raise Failure(f"it does not come to that:\n{root.said[-1]}")
+    raise Failure(f"timeout; the last command:\n{root.said[-1]}")
 
 
 def polkit(root):
-    """polkit and libvirtd themselves say what the agent's user may do, and that it needs no group for it."""
+    """Check the rights of the agent's user with polkit and libvirtd. It needs no group."""
     daemons(root)
     rule = root.file("/usr/share/polkit-1/rules.d/50-virt-usb.rules")
     libvirtd(root, "")
-    # polkit is started in the background: it may not answer yet.
+    # polkit starts in the background, and may not respond yet.
     until(root, lambda: virsh(root, "list", "--all").status == 0)
-    # Without the rule it would not be, with the group in its process or without it: polkit looks into the user database.
+    # Without the rule, libvirtd denies access, with and without the group in the process: polkit
+    # looks groups up in the user database.
     away = rule.rename(rule.with_suffix(".away"))
     for groups in ("--clear-groups", "--groups=libvirt"):
         until(
@@ -406,21 +412,22 @@ def polkit(root):
     root.must(
         "sh",
         "-c",
-        "setpriv --reuid virt-usb --regid virt-usb --clear-groups sleep 600 < /dev/null > /dev/null 2>&1 & echo $! > /run/agent.pid",
+        "setpriv --reuid virt-usb --regid virt-usb --clear-groups "
+        "sleep 600 < /dev/null > /dev/null 2>&1 & echo $! > /run/agent.pid",
     )
     agent = root.file("/run/agent.pid").read_text().strip()
-    # Before, it is root's shell.
+    # Before exec, the process is root's shell.
     until(root, lambda: root.run("cat", f"/proc/{agent}/comm").out == "sleep\n")
     actions = set()
     for policy in root.file("/usr/share/polkit-1/actions").glob("org.libvirt.*.policy"):
         actions |= set(re.findall(r'<action id="([^"]+)"', policy.read_text()))
-    check(allowed <= actions, f"libvirt knows no {allowed - actions}")
-    check(len(actions) > 100, "libvirt's actions are not there")
+    check(allowed <= actions, f"libvirt does not know {allowed - actions}")
+    check(len(actions) > 100, "libvirt's actions are missing")
     for action in sorted(actions):
         said = root.run("pkcheck", "--action-id", action, "--process", agent)
         check((said.status == 0) == (action in allowed), f"{action}:\n{said}")
     root.must("kill", agent)
-    # As libvirtd asks it.
+    # The same through libvirtd.
     check(virsh(root, "list", "--all").status == 0, "the agent may not list guests")
     for words in (["net-list"], ["secret-list"], ["nodedev-list"], ["domcapabilities"]):
         said = virsh(root, *words)
@@ -429,7 +436,7 @@ def polkit(root):
 
 
 def another_hook_stays(root):
-    """A file of that name which is somebody else's is left alone, and said."""
+    """Check that the package keeps a foreign file with the hook's name, and reports it."""
     root.file(HOOK).unlink()
     root.file(HOOK).write_text("#!/bin/sh\n")
     said = root.must("dpkg", "-i", "/packages/virt-usb.deb")
@@ -443,7 +450,7 @@ def another_hook_stays(root):
 
 
 def left(root):
-    """All that has our name, but for what dpkg and others keep of any package."""
+    """All files with our name, except those that dpkg and others keep for any package."""
     found = root.must(
         "find",
         "/",
@@ -474,13 +481,13 @@ def left(root):
 
 
 def removed(root):
-    # As an agent would have left them.
+    # An agent leaves these files.
     for name in ("agent.lock", "hook.sock"):
         root.file(f"{STATE}/{name}").touch()
     root.file("/etc/libvirt/hooks/qemu.d/10-other").write_text("#!/bin/sh\n")
     root.must("apt-get", "-qq", "-y", "remove", "virt-usb")
     check(not os.path.lexists(root.file(HOOK)), "the hook is still called")
-    check(root.file("/etc/libvirt/hooks/qemu.d/10-other").exists(), "another's hook is gone")
+    check(root.file("/etc/libvirt/hooks/qemu.d/10-other").exists(), "the other hook is gone")
     root.file("/etc/libvirt/hooks/qemu.d/10-other").unlink()
     check(
         root.file(INVENTORY).exists() and root.file(CONFIG).read_text().startswith(OURS),
@@ -509,9 +516,10 @@ def again(root):
     root.apt("install", "/packages/virt-usb.deb")
     check(os.readlink(root.file(HOOK)) == PROGRAM, "no hook")
     is_enabled(root)
-    check(not root.file(CONFIG).read_text().startswith(OURS), "the configuration is not a new one")
+    check(not root.file(CONFIG).read_text().startswith(OURS), "the configuration is not new")
     check(
-        [claim["instance_uuid"] for claim in claims(root)] == [INSTANCE], "the inventory is another"
+        [claim["instance_uuid"] for claim in claims(root)] == [INSTANCE],
+        "the inventory has changed",
     )
     root.must("apt-get", "-qq", "-y", "purge", "virt-usb")
     root.must("sh", "-c", f"rm -r {STATE} && userdel virt-usb")
@@ -519,33 +527,33 @@ def again(root):
 
 
 CASES = [
-    ("installed with apt, beside nothing but what it depends on", installed),
-    ("systemd likes the unit", units),
+    ("apt installs the package with only its dependencies", installed),
+    ("systemd accepts the units", units),
     ("the manual", pages),
     ("completions", completions),
-    ("monitoring, and the rotation of the hook's log", monitoring),
-    ("discover on a recorded host", recorded_host),
-    ("a claim, by the hook that libvirt would call", a_claim),
-    ("a guest that runs", a_guest),
-    ("upgraded, with the claim and the configuration kept", upgraded),
-    ("an older package is refused on a newer inventory", older_is_refused),
-    ("polkit lets the agent do what it has to, and no more", polkit),
-    ("another's hook of that name stays", another_hook_stays),
-    ("removed, without a trace of the hook", removed),
-    ("purged but for the data", purged),
-    ("installed again, and removed with the data", again),
+    ("files for monitoring, and the rotation of the hook's log", monitoring),
+    ("virt-usb discover on a recorded host", recorded_host),
+    ("the installed hook claims a device", a_claim),
+    ("a running guest gets a device", a_guest),
+    ("an upgrade keeps the claim and the configuration", upgraded),
+    ("a downgrade is refused if the inventory's schema is newer", older_is_refused),
+    ("polkit grants the agent exactly the needed rights", polkit),
+    ("a foreign hook with the same name stays", another_hook_stays),
+    ("a removal leaves nothing of the hook", removed),
+    ("a purge keeps only the data", purged),
+    ("a new installation finds the data, and all of it can be removed", again),
 ]
 
 
 def too_new(root):
     root.must("apt-get", "-qq", "update")
-    # With -qq apt does not say what is missing.
+    # With -qq, apt does not name what is missing.
     refusal = root.refused(
         "apt-get", "-y", "--no-install-recommends", "install", "/packages/virt-usb.deb"
     )
     check("virt-usb : Depends:" in refusal.all, f"apt does not name what is missing:\n{refusal}")
-    check(root.run("dpkg-query", "-W", "virt-usb").status != 0, "a part of the package is there")
+    check(root.run("dpkg-query", "-W", "virt-usb").status != 0, "the package is partly installed")
 
 
-# Where the Debian is older than the one that the package was built on.
-OLDER = [("a package that was built on a newer Debian is refused as a whole", too_new)]
+# For a Debian that is older than the one on which the package was built.
+OLDER = [("apt refuses a package that was built on a newer Debian", too_new)]

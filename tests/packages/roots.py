@@ -1,4 +1,4 @@
-"""Clean Debians: made once by debootstrap, used in a layer in memory."""
+"""Clean Debians: debootstrap creates them once, and a run uses them below a layer in memory."""
 
 import os
 import shutil
@@ -8,17 +8,18 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parents[2]
 CACHE = REPO / ".cache/packages"
 SUITES = {"12": "bookworm", "13": "trixie"}
-# Beside what every Debian has: systemd to judge units and make users, man to format pages, umockdev to play a recorded host.
+# Packages in addition to the base system: systemd checks units and creates users, man formats
+# pages, umockdev simulates a recorded host.
 BASE = ["systemd", "man-db", "umockdev", "python3-minimal"]
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
 class Failure(Exception):
-    """What a case found."""
+    """The failure of a case. The text is the reason."""
 
 
 def mirror():
-    """The mirror that this machine's apt uses for Debian itself."""
+    """The mirror of Debian that this machine's apt uses."""
     if os.environ.get("VIRT_USB_MIRROR"):
         return os.environ["VIRT_USB_MIRROR"]
     listed = subprocess.run(
@@ -32,12 +33,12 @@ def mirror():
         if label == "Debian":
             return uri
     raise Failure(
-        "this machine's apt knows no mirror of Debian: 'apt-get update', or name one in VIRT_USB_MIRROR"
+        "this machine's apt has no mirror of Debian: run 'apt-get update', or set VIRT_USB_MIRROR"
     )
 
 
 def proxies():
-    """How this machine's apt gets out."""
+    """The proxy of this machine's apt."""
     dumped = subprocess.run(
         ["apt-config", "dump"], capture_output=True, text=True, check=True
     ).stdout
@@ -53,7 +54,7 @@ def clean(debian):
 
 
 def prepare(debian):
-    """Makes the clean root, unless it is there."""
+    """Create the clean root if it does not exist."""
     root, mark = clean(debian), CACHE / f"debian{debian}.made-of"
     made_of = " ".join(BASE) + "\n"
     if mark.exists() and mark.read_text() == made_of:
@@ -74,13 +75,15 @@ def prepare(debian):
     with log.open("w") as out:
         if subprocess.run(command, stdout=out, stderr=out).returncode:
             raise SystemExit(
-                f"packages: debootstrap failed: see {log}\n{''.join(log.read_text().splitlines(True)[-5:])}"
+                f"packages: debootstrap failed: see {log}\n"
+                f"{''.join(log.read_text().splitlines(True)[-5:])}"
             )
     (root / "etc/apt/sources.list").write_text(f"deb {mirror()} {SUITES[debian]} main\n")
     (root / "etc/apt/apt.conf.d/90tests").write_text(
-        f'{proxies()}APT::Sandbox::User "root";\nBinary::apt::APT::Keep-Downloaded-Packages "true";\n'
+        f'{proxies()}APT::Sandbox::User "root";\n'
+        'Binary::apt::APT::Keep-Downloaded-Packages "true";\n'
     )
-    # No service is started: there is no systemd that runs.
+    # No service starts, because systemd does not run.
     (root / "usr/sbin/policy-rc.d").write_text("#!/bin/sh\nexit 101\n")
     (root / "usr/sbin/policy-rc.d").chmod(0o755)
     for archive in (root / "var/cache/apt/archives").glob("*.deb"):
@@ -89,7 +92,7 @@ def prepare(debian):
 
 
 def repack(package, to, version, edit=None):
-    """A package again, with another version, and changed by `edit`: what is upgraded later."""
+    """Build a copy of a package with another version and the changes of `edit`."""
     tree = to.with_suffix(".tree")
     subprocess.run(["dpkg-deb", "-R", package, tree], check=True)
     control = tree / "DEBIAN/control"
@@ -109,7 +112,7 @@ def repack(package, to, version, edit=None):
 
 
 class Answer:
-    """What a command in a root came to."""
+    """The result of a command in a root."""
 
     def __init__(self, words, done):
         self.words, self.status, self.out, self.err = (
@@ -128,7 +131,7 @@ class Answer:
 
 
 class Root:
-    """A clean Debian in a layer in memory, in mount and process namespaces that its maker has entered."""
+    """A clean Debian below a layer in memory, in the namespaces of this process."""
 
     def __init__(self, debian):
         self.debian = debian
@@ -174,7 +177,7 @@ class Root:
         subprocess.run(["mount", *words], check=True)
 
     def run(self, *words, stdin="", env=None, timeout=300):
-        """Runs a command in it; says nothing about how it went."""
+        """Run a command and return its result. Its status is not checked."""
         environment = {
             "PATH": PATH,
             "HOME": "/root",
@@ -197,13 +200,13 @@ class Root:
     def must(self, *words, **how):
         answer = self.run(*words, **how)
         if answer.status:
-            raise Failure("it should have gone well:\n" + str(answer))
+            raise Failure("the command should have succeeded:\n" + str(answer))
         return answer
 
     def refused(self, *words, **how):
         answer = self.run(*words, **how)
         if not answer.status:
-            raise Failure("it should have been refused:\n" + str(answer))
+            raise Failure("the command should have failed:\n" + str(answer))
         return answer
 
     def apt(self, *words):
@@ -215,7 +218,7 @@ class Root:
         return self.path / path.lstrip("/")
 
     def told(self):
-        """The last commands, for who looks for a mistake."""
+        """The last commands, for the report of a failure."""
         return "".join(str(answer) for answer in self.said[-4:])
 
     def shell(self):

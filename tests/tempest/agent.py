@@ -1,4 +1,4 @@
-"""The agent, with devices and guests that are simulated, and its API on 127.0.0.1."""
+"""The agent, with simulated devices and guests, and its API on 127.0.0.1."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import ports
 from local import TIMEOUT_SECONDS, end_with_parent, until
 
 ROOT = Path(__file__).resolve().parents[2]
-# Two devices: the first of a kind of its own, and another.
+# Two devices of different kinds.
 DEVICES = """\
 [[device]]
 vendor = "0529"
@@ -39,7 +39,7 @@ product_name = "SafeNet"
 
 
 def program(name: str) -> str:
-    """A program as it is shipped."""
+    """The path of a program of the release build."""
     path = ROOT / "target/release" / name
     if not path.exists():
         raise SystemExit(f"there is no {path}: run 'make build'")
@@ -54,14 +54,14 @@ class Local(http.client.HTTPConnection):
         self.path = str(path)
 
     def connect(self) -> None:
-        """Instead of TCP."""
+        """Connect to the unix socket."""
         self.sock = socket.socket(socket.AF_UNIX)
         self.sock.settimeout(TIMEOUT_SECONDS)
         self.sock.connect(self.path)
 
 
 class Answer:
-    """What the API says."""
+    """A response of the API."""
 
     def __init__(self, response: http.client.HTTPResponse) -> None:
         self.status, self.headers = response.status, response.headers
@@ -72,7 +72,7 @@ class Answer:
         return f"{self.status} {self.json}"
 
     def fault(self) -> str:
-        """Its message."""
+        """The message of an error response."""
         (told,) = self.json.values()
         return str(told["message"])
 
@@ -86,7 +86,7 @@ class Agent:
         self.child: subprocess.Popen[bytes] | None = None
 
     def make(self, keystone: dict[str, str | int]) -> None:
-        """Its folder, and its configuration: a table `[keystone]` of these keys, none of it where there are none."""
+        """Create the folder and the configuration, with a table `[keystone]` if there are keys."""
         self.folder.mkdir(exist_ok=True)
         port = self.folder / "port"
         if not port.exists():
@@ -104,16 +104,16 @@ class Agent:
 
     @property
     def port(self) -> int:
-        """Where its API is."""
+        """The port of its API."""
         return int((self.folder / "port").read_text())
 
     @property
     def url(self) -> str:
-        """As it is to stand in Keystone's catalogue."""
+        """The URL of its API for Keystone's catalogue."""
         return f"http://127.0.0.1:{self.port}/v2.1"
 
     def write_domains(self, domains: list[dict[str, Any]]) -> None:
-        """What is to run. The file is in its place at once or not at all."""
+        """Set the simulated domains. The file is replaced in one step."""
         tables = [
             "[[domain]]\n"
             + "".join(
@@ -126,7 +126,7 @@ class Agent:
         new.rename(self.folder / "sim.toml")
 
     def start(self) -> None:
-        """Starts it, and waits for its devices."""
+        """Start the agent and wait until it has its devices."""
         command = [
             program("virt-usbd"),
             "--config",
@@ -148,19 +148,19 @@ class Agent:
             return False
 
     def stop(self) -> None:
-        """Ends it."""
+        """End the agent."""
         if self.child is not None:
             self.child.terminate()
             self.child.wait()
             self.child = None
 
     def log(self) -> str:
-        """All that it has said, without colours."""
+        """The agent's log, without colours."""
         text = (self.folder / "agent.log").read_text()
         return re.sub(r"\x1b\[[0-9;]*m", "", text)
 
     def local(self, method: str, path: str, body: Any = None) -> Any:
-        """What it answers on its socket, to an administrator."""
+        """Send a request through its socket, as an administrator."""
         answer = self._ask(Local(self.folder / "state/api.sock"), {}, method, f"/v3/{path}", body)
         assert answer.status < 300, answer
         return answer.json
@@ -170,7 +170,7 @@ class Agent:
         return {one["name"]: one["status"] for one in self.local("GET", "servers")["servers"]}
 
     def ask(self, token: str, method: str, path: str, body: Any = None) -> Answer:
-        """What it answers to whoever has this token."""
+        """Send a request with this token."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=TIMEOUT_SECONDS)
         return self._ask(
             connection,
@@ -198,7 +198,7 @@ class Agent:
             connection.close()
 
     def virt_usb(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        """The command line, on this host."""
+        """Run virt-usb on this host."""
         command = [program("virt-usb"), "--config", str(self.config), *arguments]
         return subprocess.run(
             command,

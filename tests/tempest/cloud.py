@@ -1,8 +1,9 @@
-"""A cloud on this machine alone: Keystone, the agent with devices and guests that are simulated, and a stand-in for Nova's API.
+"""A cloud on this machine: Keystone, the agent with simulated devices and guests, and a Nova stub.
 
     python cloud.py FOLDER COMMAND...
 
-starts it in FOLDER, runs COMMAND there with what `openstack` needs in its environment and with a `tempest.conf`, and ends it.
+Starts the cloud in FOLDER, runs COMMAND there, and ends the cloud. COMMAND has the environment for
+`openstack` and a `tempest.conf`.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ horizon = false
 
 
 class Cloud:
-    """Where its parts are, and which processes they are."""
+    """The parts of the cloud and their processes."""
 
     def __init__(self, folder: Path, *, cache: int = 60) -> None:
         self.folder = folder
@@ -88,7 +89,7 @@ class Cloud:
         self.stop_keystone()
 
     def start_keystone(self, expiration: int = 3600) -> None:
-        """Its tokens hold for so many seconds."""
+        """Start Keystone. Its tokens expire after this number of seconds."""
         command = [
             sys.executable,
             str(HERE / "identity.py"),
@@ -106,7 +107,7 @@ class Cloud:
             raise SystemExit("Keystone does not start")
 
     def stop_keystone(self) -> None:
-        """It is away."""
+        """End Keystone."""
         if self._identity is not None:
             self._identity.terminate()
             self._identity.wait()
@@ -115,7 +116,7 @@ class Cloud:
             self._identity = None
 
     def start_compute(self) -> None:
-        """The stand-in for Nova's API."""
+        """Start the stub of Nova's API."""
         port = ports.reserve()
         told = {"keystone": self.keystone, "password": password("virt-usb")}
         (self.folder / "services.json").write_text(json.dumps(told))
@@ -129,7 +130,7 @@ class Cloud:
         Admin(self.keystone).service("compute", url)
 
     def stop_compute(self) -> None:
-        """As in a cloud without Nova."""
+        """End the stub, as in a cloud without Nova."""
         if self._compute is not None:
             self._compute.terminate()
             self._compute.wait()
@@ -137,7 +138,7 @@ class Cloud:
             Admin(self.keystone).no_service("compute")
 
     def environment(self, user: str, project: str) -> dict[str, str]:
-        """What `openstack` needs to be told, for that user in that project."""
+        """The environment of `openstack` for that user in that project."""
         mine = {
             key: value
             for key, value in os.environ.items()
@@ -155,14 +156,14 @@ class Cloud:
             "OS_IDENTITY_API_VERSION": "3",
             "OS_REGION_NAME": REGION,
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-            # Nothing of whoever runs this.
+            # No settings of the user who runs the tests.
             "HOME": str(self.folder),
             "XDG_CONFIG_HOME": str(self.folder),
             "XDG_CACHE_HOME": str(self.folder),
         }
 
     def configure_tempest(self) -> None:
-        """What Tempest is told: which services there are, and as whom it makes its projects and users."""
+        """Write `tempest.conf`: the services, and the account that creates projects and users."""
         (self.folder / "tempest.conf").write_text(
             TEMPEST.format(
                 folder=self.folder,
@@ -174,7 +175,7 @@ class Cloud:
 
 
 def main() -> int:
-    """The command line."""
+    """Run a command in a cloud."""
     with Cloud(Path(sys.argv[1]).resolve()) as cloud:
         cloud.start_compute()
         cloud.configure_tempest()

@@ -1,10 +1,10 @@
-"""A stand-in for Nova's API, as far as Tempest and `openstack` ask it here: flavors, and servers that are domains of the agent's simulation.
+"""A stub of Nova's API for Tempest and `openstack`: flavors, and servers of the agent's simulation.
 
     python compute.py PORT CLOUD
 
-CLOUD is the folder that `cloud.py` has made. What Nova does is done by the agent's `--sim FILE` instead: a server is a `[[domain]]` of it,
-whose flavor is what the Nova flavor's extra specs ask for; the agent starts it, with the hook. Whose a token is Keystone says, through
-keystonemiddleware.
+CLOUD is the folder of `cloud.py`. A server is a `[[domain]]` of the agent's `--sim FILE`, with the
+request of the flavor's extra specs. The agent starts it with the hook. keystonemiddleware
+authenticates callers.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from werkzeug.exceptions import HTTPException
 
 from agent import Agent
 
-# What Nova's extra specs are called, and what they are called in a flavor's JSON.
+# Names of Nova's extra specs, and the keys in a flavor's JSON.
 EXTRA_SPECS = {"usb:devices": "usb_devices", "usb:redirection_devices": "usb_redirection_devices"}
-# Nova's names for what goes wrong.
+# Nova's names of errors.
 FAULTS = {400: "badRequest", 403: "forbidden", 404: "itemNotFound", 409: "conflictingRequest"}
 
 app = flask.Flask(__name__)
 
 
 class Compute:
-    """What it knows: flavors and servers, by their ids."""
+    """The flavors and servers, by their ids."""
 
     def __init__(self, agent: Agent) -> None:
         self.agent = agent
@@ -44,11 +44,11 @@ class Compute:
         self.servers: dict[str, dict[str, Any]] = {}
 
     def write(self) -> None:
-        """The domains are what the servers are."""
+        """Write the servers as domains of the simulation."""
         self.agent.write_domains([server["domain"] for server in self.servers.values()])
 
     def state(self, server: dict[str, Any]) -> tuple[str, str | None]:
-        """Its status, and what the hook said where it refused the start."""
+        """The status of a server, and the hook's message if it refused the start."""
         domain = server["domain"]
         refused = re.search(rf"does not start: {domain['name']}: (.*)", self.agent.log())
         if refused:
@@ -64,29 +64,29 @@ compute: Compute
 
 
 def roles() -> list[str]:
-    """The caller's."""
+    """The roles of the caller."""
     return flask.request.headers.get("X-Roles", "").split(",")
 
 
 def caller(role: str = "reader") -> str:
-    """The caller's project; refused to whoever has not the role."""
+    """The project of the caller, who must have the role."""
     if role not in roles():
         flask.abort(403)
     return str(flask.request.headers["X-Project-Id"])
 
 
 def body(name: str) -> dict[str, Any]:
-    """What the request says under that name."""
+    """The object under that name in the request."""
     return dict(flask.request.get_json()[name])
 
 
 def links(kind: str, one: str) -> list[dict[str, str]]:
-    """Where something is."""
+    """Links to a resource."""
     return [{"rel": "self", "href": f"{flask.request.host_url}v2.1/{kind}/{one}"}]
 
 
 def one_of(all_of_them: dict[str, dict[str, Any]], one: str) -> dict[str, Any]:
-    """That of this id, which is the caller's."""
+    """The resource with this id, which the caller must own."""
     found = all_of_them.get(one)
     is_mine = found is not None and (
         "project" not in found or found["project"] == caller() or "admin" in roles()
@@ -98,14 +98,14 @@ def one_of(all_of_them: dict[str, dict[str, Any]], one: str) -> dict[str, Any]:
 
 @app.errorhandler(HTTPException)
 def fault(e: HTTPException) -> tuple[dict[str, Any], int]:
-    """In Nova's shape."""
+    """An error response in Nova's format."""
     code = e.code or 500
     return {FAULTS.get(code, "computeFault"): {"code": code, "message": e.description}}, code
 
 
 @app.get("/v2.1/")
 def version() -> dict[str, Any]:
-    """Which version this is, for clients that ask first."""
+    """The version of the API, for discovery."""
     return {
         "version": {
             "id": "v2.1",
@@ -119,13 +119,13 @@ def version() -> dict[str, Any]:
 
 
 def flavor_shown(flavor: dict[str, Any]) -> dict[str, Any]:
-    """A flavor, as Nova shows it."""
+    """A flavor in Nova's format."""
     return {**flavor["shown"], "links": links("flavors", flavor["shown"]["id"])}
 
 
 @app.post("/v2.1/flavors")
 def create_flavor() -> dict[str, Any]:
-    """A flavor without extra specs."""
+    """Create a flavor without extra specs."""
     caller("admin")
     asked = body("flavor")
     asked.setdefault("swap", "")
@@ -137,13 +137,13 @@ def create_flavor() -> dict[str, Any]:
 
 @app.get("/v2.1/flavors/<one>")
 def show_flavor(one: str) -> dict[str, Any]:
-    """A flavor."""
+    """Show a flavor."""
     return {"flavor": flavor_shown(one_of(compute.flavors, one))}
 
 
 @app.delete("/v2.1/flavors/<one>")
 def delete_flavor(one: str) -> tuple[str, int]:
-    """Servers keep what they were made with."""
+    """Delete a flavor. Servers keep the flavor that they were created with."""
     caller("admin")
     one_of(compute.flavors, one)
     del compute.flavors[one]
@@ -152,7 +152,7 @@ def delete_flavor(one: str) -> tuple[str, int]:
 
 @app.post("/v2.1/flavors/<one>/os-extra_specs")
 def set_extra_specs(one: str) -> dict[str, Any]:
-    """What the flavor asks for."""
+    """Set the extra specs of a flavor."""
     caller("admin")
     specs = one_of(compute.flavors, one)["extra_specs"]
     specs.update(body("extra_specs"))
@@ -160,7 +160,7 @@ def set_extra_specs(one: str) -> dict[str, Any]:
 
 
 def wanted(flavor: dict[str, Any]) -> str | None:
-    """What the hook finds in the metadata that Nova writes."""
+    """The request for the hook, as in the metadata that Nova writes."""
     asked = {
         EXTRA_SPECS[key]: json.loads(value)
         for key, value in flavor["extra_specs"].items()
@@ -171,7 +171,7 @@ def wanted(flavor: dict[str, Any]) -> str | None:
 
 @app.post("/v2.1/servers")
 def create_server() -> tuple[dict[str, Any], int]:
-    """The agent starts it."""
+    """Create a server, which the agent starts."""
     project = caller("member")
     asked = body("server")
     flavor = one_of(compute.flavors, str(asked["flavorRef"]))
@@ -209,7 +209,7 @@ def create_server() -> tuple[dict[str, Any], int]:
 
 
 def server_shown(one: str, server: dict[str, Any]) -> dict[str, Any]:
-    """A server, as Nova shows it."""
+    """A server in Nova's format."""
     status, why = compute.state(server)
     shown = {
         "id": one,
@@ -234,7 +234,7 @@ def server_shown(one: str, server: dict[str, Any]) -> dict[str, Any]:
 
 
 def servers_of_caller() -> list[tuple[str, dict[str, Any]]]:
-    """Those of the name that is asked for."""
+    """The servers with the requested name."""
     project, name = caller(), flask.request.args.get("name")
     mine = [
         (one, server) for one, server in compute.servers.items() if server["project"] == project
@@ -248,7 +248,7 @@ def servers_of_caller() -> list[tuple[str, dict[str, Any]]]:
 
 @app.get("/v2.1/servers")
 def list_servers() -> dict[str, Any]:
-    """The project's servers."""
+    """List the servers of the project."""
     return {
         "servers": [
             {"id": one, "name": server["asked"]["name"], "links": links("servers", one)}
@@ -259,19 +259,19 @@ def list_servers() -> dict[str, Any]:
 
 @app.get("/v2.1/servers/detail")
 def list_servers_detailed() -> dict[str, Any]:
-    """The project's servers, whole."""
+    """The servers of the project with all fields."""
     return {"servers": [server_shown(one, server) for one, server in servers_of_caller()]}
 
 
 @app.get("/v2.1/servers/<one>")
 def show_server(one: str) -> dict[str, Any]:
-    """A server."""
+    """Show a server."""
     return {"server": server_shown(one, one_of(compute.servers, one))}
 
 
 @app.delete("/v2.1/servers/<one>")
 def delete_server(one: str) -> tuple[str, int]:
-    """It is stopped and undefined."""
+    """Delete a server: stop and undefine its domain."""
     caller("member")
     with compute.lock:
         one_of(compute.servers, one)
@@ -282,7 +282,7 @@ def delete_server(one: str) -> tuple[str, int]:
 
 @app.post("/v2.1/servers/<one>/action")
 def act(one: str) -> tuple[str, int]:
-    """Starts and stops it."""
+    """Start or stop a server."""
     caller("member")
     actions: dict[str, Callable[[], bool]] = {"os-start": lambda: True, "os-stop": lambda: False}
     with compute.lock:
@@ -296,7 +296,7 @@ def act(one: str) -> tuple[str, int]:
 
 
 def main() -> int:
-    """Serves until it is ended."""
+    """Serve until the process ends."""
     global compute  # noqa: PLW0603
     port, folder = int(sys.argv[1]), Path(sys.argv[2])
     cloud = json.loads((folder / "services.json").read_text())

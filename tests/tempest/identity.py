@@ -1,11 +1,12 @@
-"""OpenStack's Keystone on this machine alone: SQLite, Fernet tokens, users and projects to test with.
+"""OpenStack's Keystone on this machine, with SQLite, Fernet tokens, and users for tests.
 
     python identity.py serve DIR [--expiration SECONDS]
 
-It makes a Keystone in DIR unless there is one, serves it on 127.0.0.1, prints its URL when it answers, and ends with its parent. It has the port that
-it had before.
+Creates a Keystone in DIR if there is none, serves it on 127.0.0.1, prints its URL when it responds,
+and ends with its parent. A Keystone keeps its port.
 
-Who there is stands below; ids are in DIR/cloud.json, and each user's password in DIR/USER.password: the user's name and `-secret`.
+ASSIGNMENTS lists the users. Their ids are in DIR/cloud.json. The password of a user is its name and
+`-secret`, and is in DIR/USER.password.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import ports
 
 from local import TIMEOUT_SECONDS, end_with_parent, session, wait_for
 
-# User, project, role. `admin` is made by keystone-manage; `service`, `member` and `reader` are Keystone's own roles.
+# User, project, role. keystone-manage creates `admin`. The other roles are Keystone's.
 ASSIGNMENTS = [
     ("virt-usb", "service", "service"),
     ("erp-member", "erp", "member"),
@@ -36,7 +37,7 @@ ASSIGNMENTS = [
 ADMIN = "admin"
 REGION = "RegionOne"
 
-# bcrypt's four rounds are its fewest.
+# Four rounds are the minimum of bcrypt.
 CONFIGURATION = """\
 [DEFAULT]
 use_stderr = false
@@ -58,22 +59,22 @@ enforce_scope = true
 
 
 def password(user: str) -> str:
-    """What a user logs in with."""
+    """The password of a user."""
     return f"{user}-secret"
 
 
 def tool(name: str) -> str:
-    """A program of this Python environment."""
+    """The path of a program of this Python environment."""
     return str(Path(sys.executable).parent / name)
 
 
 def scope(project: str) -> dict[str, Any]:
-    """Of a token for that project."""
+    """The scope of a token for that project."""
     return {"project": {"name": project, "domain": {"id": "default"}}}
 
 
 def issue_token(url: str, user: str, scope: dict[str, Any] | str) -> str:
-    """What Keystone gives out; `scope` is in its own words, `"unscoped"` one of them."""
+    """Create a token. `scope` is in Keystone's format, such as `"unscoped"`."""
     who = {"name": user, "domain": {"id": "default"}, "password": password(user)}
     auth: Any = {"identity": {"methods": ["password"], "password": {"user": who}}, "scope": scope}
     answer = session().post(f"{url}/auth/tokens", json={"auth": auth}, timeout=TIMEOUT_SECONDS)
@@ -82,7 +83,7 @@ def issue_token(url: str, user: str, scope: dict[str, Any] | str) -> str:
 
 
 class Admin:
-    """Keystone's API, for its administrator."""
+    """Keystone's API for its administrator."""
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -90,7 +91,7 @@ class Admin:
         self.session.headers["X-Auth-Token"] = issue_token(url, ADMIN, scope(ADMIN))
 
     def call(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
-        """What Keystone answers."""
+        """Call Keystone's API and return the response."""
         answer = self.session.request(
             method, f"{self.url}/{path}", json=body, timeout=TIMEOUT_SECONDS
         )
@@ -99,14 +100,14 @@ class Admin:
         return answer.json() if answer.content else None
 
     def named(self, kind: str, name: str, more: dict[str, Any]) -> str:
-        """The id of a user, project, role or service; made unless it is there."""
+        """The id of a user, project, role or service, which is created if it does not exist."""
         found = self.call("GET", f"{kind}s?name={name}")[f"{kind}s"]
         if not found:
             found = [self.call("POST", f"{kind}s", {kind: {"name": name, **more}})[kind]]
         return str(found[0]["id"])
 
     def people(self) -> dict[str, dict[str, str]]:
-        """Makes the users and projects, and returns the ids of all."""
+        """Create the users and projects, and return their ids."""
         domain = {"domain_id": "default"}
         ids: dict[str, dict[str, str]] = {"users": {}, "projects": {}, "roles": {}}
         ids["users"][ADMIN] = self.named("user", ADMIN, domain)
@@ -115,19 +116,17 @@ class Admin:
             ids["users"][user] = self.named("user", user, {**domain, "password": password(user)})
             ids["projects"][project] = self.named("project", project, domain)
             ids["roles"][role] = self.named("role", role, {})
-            self.call(
-                "PUT",
-                f"projects/{ids['projects'][project]}/users/{ids['users'][user]}/roles/{ids['roles'][role]}",
-            )
+            of_project = f"projects/{ids['projects'][project]}/users/{ids['users'][user]}"
+            self.call("PUT", f"{of_project}/roles/{ids['roles'][role]}")
         return ids
 
     def no_service(self, kind: str) -> None:
-        """Takes a service out of the catalogue."""
+        """Remove a service from the catalogue."""
         for old in self.call("GET", f"services?type={kind}")["services"]:
             self.call("DELETE", f"services/{old['id']}")
 
     def service(self, kind: str, url: str) -> None:
-        """Puts a service and its public endpoint into the catalogue, in the place of the one that was there."""
+        """Add a service with its public endpoint to the catalogue, or replace it."""
         self.no_service(kind)
         service = self.named("service", kind, {"type": kind})
         endpoint = {"service_id": service, "interface": "public", "region_id": REGION, "url": url}
@@ -135,7 +134,7 @@ class Admin:
 
 
 def manage(folder: Path, *arguments: str) -> None:
-    """Runs keystone-manage."""
+    """Run keystone-manage."""
     command = [tool("keystone-manage"), "--config-file", str(folder / "keystone.conf"), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -143,7 +142,7 @@ def manage(folder: Path, *arguments: str) -> None:
 
 
 def make(folder: Path, url: str) -> None:
-    """Makes the database, the keys, the administrator and the catalogue's first entry."""
+    """Create the database, the keys, the administrator and the catalogue's first entry."""
     manage(folder, "db_sync")
     keys = folder / "fernet-keys"
     keys.mkdir(mode=0o700, exist_ok=True)
@@ -166,7 +165,7 @@ def make(folder: Path, url: str) -> None:
 
 
 def serve(folder: Path, expiration: int) -> int:
-    """Serves until this process is ended or its parent is gone."""
+    """Serve until this process or its parent ends."""
     parent = os.getppid()
     folder.mkdir(parents=True, exist_ok=True)
     had = folder / "port"
@@ -203,8 +202,8 @@ def serve(folder: Path, expiration: int) -> int:
 
 
 def answer(port: int) -> int:
-    """Is Keystone, as `serve` has configured it."""
-    # It reads the command line itself, as soon as it is imported.
+    """Run Keystone with the configuration of `serve`."""
+    # Keystone reads the command line when it is imported.
     sys.argv = ["keystone"]
     application = importlib.import_module("keystone.wsgi.api").application
     importlib.import_module("waitress").serve(application, host="127.0.0.1", port=port, threads=8)
@@ -212,15 +211,15 @@ def answer(port: int) -> int:
 
 
 def main() -> int:
-    """The command line."""
-    parser = argparse.ArgumentParser(description="Keystone on this machine alone")
+    """Parse the command line and serve."""
+    parser = argparse.ArgumentParser(description="Keystone on this machine, for tests")
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser(
-        "serve", help="serve it, and make it before where it is not there"
+        "serve", help="serve Keystone, and create it if it does not exist"
     )
     command.add_argument("folder", type=Path)
     command.add_argument(
-        "--expiration", type=int, default=3600, help="how long a token holds, in seconds"
+        "--expiration", type=int, default=3600, help="lifetime of a token, in seconds"
     )
     commands.add_parser("answer").add_argument("port", type=int)
     asked = parser.parse_args()

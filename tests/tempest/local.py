@@ -1,4 +1,4 @@
-"""On this machine alone: ports, processes, requests, waiting."""
+"""Processes, requests and timeouts on this machine."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ TIMEOUT_SECONDS = 300.0
 
 
 def end_with_parent() -> None:
-    """Run in a child before it becomes its program: the kernel ends it when this process is gone."""
+    """Let the kernel end this child when its parent ends. Called before exec."""
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
 def session() -> requests.Session:
-    """What asks without a proxy, whatever the environment says."""
+    """An HTTP session without a proxy."""
     made = requests.Session()
     made.trust_env = False
     return made
 
 
 def status(url: str) -> int:
-    """Of what is answered there; 0 where nobody answers."""
+    """The status of a response; 0 if there is none."""
     try:
         return session().get(url, timeout=TIMEOUT_SECONDS).status_code
     except requests.ConnectionError:
@@ -34,16 +34,16 @@ def status(url: str) -> int:
 
 
 def wait_for(server: subprocess.Popen[bytes], url: str, right: set[int], log: str) -> None:
-    """Until it answers so; no longer than it lives."""
+    """Wait until the server responds with one of these statuses, or has ended."""
     until(lambda: server.poll() is not None or status(url) in right, lambda: f"{url}: see {log}")
     if server.poll() is not None:
-        raise SystemExit(f"what was to answer at {url} has ended: see {log}")
+        raise SystemExit(f"the server at {url} has ended: see {log}")
 
 
 def until(is_so: Callable[[], bool], otherwise: Callable[[], str]) -> None:
-    """Waits; says what is wrong when it has waited for too long."""
+    """Wait for a condition. At the timeout, raise an error with the text of `otherwise`."""
     end = time.monotonic() + TIMEOUT_SECONDS
     while not is_so():
         if time.monotonic() > end:
-            raise AssertionError(f"waited in vain: {otherwise()}")
+            raise AssertionError(f"timeout: {otherwise()}")
         time.sleep(0.05)

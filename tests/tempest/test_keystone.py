@@ -1,4 +1,4 @@
-"""The API under a real Keystone: whose a token is, and until when."""
+"""The API with Keystone: the user of a token, and its lifetime."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from local import TIMEOUT_SECONDS, session, until
 
 ERP = "11111111-2222-4333-8444-555555555555"
 CRM = "99999999-2222-4333-8444-555555555555"
-# For so many seconds what Keystone said counts for whoever only looks.
+# Seconds for which the API caches Keystone's answer, for reads.
 CACHE = 3
 SAID = "Keystone tokens are rejected until it can be reached"
 DEFAULT = {"id": "default"}
 
 
 def action(what: str) -> dict[str, Any]:
-    """To attach or detach device 1."""
+    """The body of a request to attach or detach device 1."""
     return {f"{what}_usb_devices": {"usb_devices_requests": [{"id": 1}]}}
 
 
 class Keystone(unittest.TestCase):
-    """One cloud for all; each test leaves it as it was."""
+    """All tests share a cloud, and each test restores it."""
 
     cloud: ClassVar[Cloud]
     agent: ClassVar[Agent]
@@ -54,11 +54,11 @@ class Keystone(unittest.TestCase):
 
     @classmethod
     def until(cls, is_so: Callable[[], bool]) -> None:
-        """Waits."""
+        """Wait for a condition."""
         until(is_so, cls.agent.log)
 
     def token(self, user: str, scope: dict[str, Any] | str = "unscoped") -> str:
-        """What Keystone gives out."""
+        """Get a token from Keystone."""
         return issue_token(self.cloud.keystone, user, scope)
 
     def of(self, user: str, project: str) -> str:
@@ -66,16 +66,16 @@ class Keystone(unittest.TestCase):
         return self.token(user, scope(project))
 
     def attach(self, token: str, server: str = ERP) -> Any:
-        """Device 1 to that server."""
+        """Attach device 1 to that server."""
         return self.agent.ask(token, "POST", f"servers/{server}/action", action("attach"))
 
     def detach(self, token: str) -> None:
-        """And back."""
+        """Detach device 1."""
         answer = self.agent.ask(token, "POST", f"servers/{ERP}/action", action("detach"))
         self.assertEqual(answer.status, 202, answer)
 
     def look(self, token: str) -> int:
-        """Whether one may look."""
+        """The status of a read."""
         return self.agent.ask(token, "GET", "os-usb-devices").status
 
     def test_a_member_acts_for_his_project_and_the_audit_names_him(self) -> None:
@@ -185,9 +185,9 @@ class Keystone(unittest.TestCase):
             f"{self.cloud.keystone}/auth/tokens", headers=headers, timeout=TIMEOUT_SECONDS
         ).raise_for_status()
         seen = self.look(member)
-        self.assertIn(seen, {200, 401}, "for a while it may look on")
+        self.assertIn(seen, {200, 401}, "reads may still succeed for a while")
         self.assertEqual(self.attach(member).status, 401)
-        self.assertEqual(self.look(member), 401, "it was asked about again, for the change")
+        self.assertEqual(self.look(member), 401, "a change drops the cached answer")
         other = self.of("erp-member", "erp")
         self.assertEqual(self.look(other), 200)
         admin.session.delete(
@@ -219,17 +219,17 @@ class Keystone(unittest.TestCase):
         self.cloud.stop_keystone()
         try:
             looked = self.look(member)
-            # On a slow machine the answer may be older than that by now.
+            # On a slow machine, the cached answer may have expired.
             if time.monotonic() - asked < CACHE:
-                self.assertEqual(looked, 200, "it was vouched for a moment ago")
+                self.assertEqual(looked, 200, "the answer is cached")
             for _ in range(3):
                 refused = self.attach(member)
                 self.assertEqual(
                     (refused.status, refused.headers["Retry-After"]), (503, "5"), refused
                 )
-                self.assertNotIn("127.0.0.1", refused.fault(), "the log says where and why")
+                self.assertNotIn("127.0.0.1", refused.fault(), "only the log has the address")
             self.assertEqual(self.look(other), 503)
-            self.assertEqual(self.look(local), 200, "the host's own tokens count")
+            self.assertEqual(self.look(local), 200, "the host's own tokens are valid")
             self.until(lambda: self.look(member) == 503)
             self.assertEqual(self.agent.log().count(SAID) - before, 1, self.agent.log())
             found = self.doctor()
@@ -238,7 +238,7 @@ class Keystone(unittest.TestCase):
                 [("warning", True)],
                 found,
             )
-            # And with tokens that end soon.
+            # With tokens that expire soon.
             self.cloud.start_keystone(expiration=15)
             brief = self.of("erp-member", "erp")
             self.assertEqual(self.look(brief), 200)
@@ -252,7 +252,7 @@ class Keystone(unittest.TestCase):
             self.agent.virt_usb("token", "remove", "local")
 
     def doctor(self) -> list[tuple[str, str]]:
-        """What `virt-usb doctor` finds of Keystone: how bad it is, and what."""
+        """What `virt-usb doctor` reports about Keystone: level and text."""
         findings = json.loads(self.agent.virt_usb("--json", "doctor").stdout)
         return [
             (finding["level"], finding["what"])
@@ -267,19 +267,22 @@ class Keystone(unittest.TestCase):
                 "erp-reader",
                 "erp",
                 None,
-                'does not let the user erp-reader validate tokens: give it the role "service" in the project erp',
+                "does not let the user erp-reader validate tokens: "
+                'give it the role "service" in the project erp',
             ),
             (
                 "virt-usb",
                 "service",
                 "wrong",
-                "refuses the user virt-usb of the domain Default in the project service of the domain Default, or its password in FILE",
+                "refuses the user virt-usb of the domain Default in the project service of the "
+                "domain Default, or its password in FILE",
             ),
             (
                 "virt-usb",
                 "erp",
                 None,
-                "refuses the user virt-usb of the domain Default in the project erp of the domain Default, or its password in FILE",
+                "refuses the user virt-usb of the domain Default in the project erp of the domain "
+                "Default, or its password in FILE",
             ),
         ]:
             file = self.cloud.folder / f"keystone/{user}.password"
@@ -324,7 +327,8 @@ class Keystone(unittest.TestCase):
                     well,
                     (
                         "warning",
-                        f"the password in {file}: every user of this host may read it, or write to it",
+                        f"the password in {file}: every user of this host may read it, "
+                        "or write to it",
                     ),
                 ],
             )

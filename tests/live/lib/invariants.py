@@ -135,7 +135,7 @@ SETTLED = (orphans, misallocated, unclaimed, misopened, lost)
 
 
 def never(w):
-    """For every moment."""
+    """The invariants that hold at every moment."""
     host = Host(w)
     return shared(host) + doubly_claimed(host)
 

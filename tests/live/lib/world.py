@@ -76,7 +76,7 @@ class World:
             serial.unlink()
 
     def guest(self, name, about="", devices="", **more):
-        """Defines a guest."""
+        """Define a guest."""
         guest = Guest(name, about, devices, **more)
         self.virsh.define(guest)
         return guest

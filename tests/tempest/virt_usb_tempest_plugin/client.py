@@ -1,4 +1,4 @@
-"""virt-usb's API, for Tempest."""
+"""A client of virt-usb's API for Tempest."""
 
 import json
 from urllib.parse import urlencode
@@ -7,7 +7,10 @@ from tempest.lib.common import rest_client
 
 
 class UsbClient(rest_client.RestClient):
-    """Its calls; what each answers is what stands in the body. An unexpected status is Tempest's exception for it."""
+    """The calls of the API. Each returns the body.
+
+    An unexpected status raises Tempest's exception for it.
+    """
 
     def _call(self, method, path, status, body=None):
         sent = None if body is None else json.dumps(body)
@@ -16,29 +19,29 @@ class UsbClient(rest_client.RestClient):
         return json.loads(text) if text else None
 
     def list_hypervisors(self):
-        """Hosts with their devices counted."""
+        """The hosts with the numbers of their devices."""
         return self._call("GET", "os-hypervisors", 200)["hypervisors"]
 
     def show_hypervisor(self, hostname):
-        """A host's devices."""
+        """Show a host with its devices."""
         return self._call("GET", f"os-hypervisors/{hostname}", 200)["hypervisor"]
 
     def list_devices(self, **filters):
-        """Devices, by what is known of them."""
+        """The devices that match the filters."""
         return self._call("GET", f"os-usb-devices?{urlencode(filters)}", 200)["usb_devices"]
 
     def show_device(self, device):
-        """A device."""
+        """Show a device."""
         return self._call("GET", f"os-usb-devices/{device}", 200)["usb_device"]
 
     def change_device(self, device, action, value=None):
-        """`enable`, `disable` and what else there is."""
+        """Run an action on a device, such as `enable` or `disable`."""
         return self._call("POST", f"os-usb-devices/{device}/action", 200, {action: value})[
             "usb_device"
         ]
 
     def show_server(self, server):
-        """What a server has, and is to have."""
+        """The devices and requests of a server."""
         return self._call("GET", f"servers/{server}/os-usb-devices", 200)["server"]
 
     def attach(self, server, *requests):
@@ -51,7 +54,7 @@ class UsbClient(rest_client.RestClient):
         )
 
     def detach(self, server, *requests):
-        """Takes them back."""
+        """Detach devices from a server."""
         return self._call(
             "POST",
             f"servers/{server}/action",
@@ -60,19 +63,19 @@ class UsbClient(rest_client.RestClient):
         )
 
     def list_server_events(self, server):
-        """What became of a server's devices."""
+        """The events of a server's devices."""
         return self._call("GET", f"servers/{server}/os-usb-events", 200)["events"]
 
     def list_claims(self):
-        """Who has which, and what keeps one out."""
+        """The claims and problems of all servers."""
         return self._call("GET", "os-usb-claims", 200)
 
     def set_grant(self, name, devices, projects):
-        """These projects may have these devices, and nobody else."""
+        """Grant these devices to these projects only."""
         return self._call(
             "PUT", f"os-usb-grants/{name}", 200, {"usb_devices": devices, "projects": projects}
         )
 
     def delete_grant(self, name):
-        """What it gave is everybody's again."""
+        """Remove a grant, so that all projects may have its devices."""
         self._call("DELETE", f"os-usb-grants/{name}", 204)

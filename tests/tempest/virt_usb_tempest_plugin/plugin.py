@@ -1,4 +1,4 @@
-"""How Tempest finds all this."""
+"""The entry point for Tempest."""
 
 from pathlib import Path
 
@@ -9,24 +9,24 @@ from virt_usb_tempest_plugin import config as usb
 
 
 class VirtUsbTempestPlugin(plugins.TempestPlugin):
-    """Tests, options and a client for virt-usb."""
+    """A plugin with tests, options and a client for virt-usb."""
 
     def load_tests(self):
-        """Where the tests are."""
+        """The folder of the tests."""
         folder = Path(__file__).resolve().parent
         return str(folder / "tests"), str(folder.parent)
 
     def register_opts(self, conf):
-        """The section [usb]."""
+        """Register the options of the section [usb]."""
         conf.register_opt(usb.service_option, group="service_available")
         config.register_opt_group(conf, usb.usb_group, usb.UsbGroup)
 
     def get_opt_lists(self):
-        """For `tempest init` and the sample."""
+        """The options, for `tempest init` and the sample configuration."""
         return [(usb.usb_group.name, usb.UsbGroup), ("service_available", [usb.service_option])]
 
     def get_service_clients(self):
-        """`os_primary.usb.UsbClient()`."""
+        """The client, which tests use as `os_primary.usb.UsbClient()`."""
         params = {
             "name": "usb",
             "service_version": "usb",

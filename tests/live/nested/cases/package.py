@@ -66,7 +66,7 @@ class Unit(Agent):
 
 
 def built():
-    """The current package."""
+    """The package of the current build."""
     packages = list((REPO / "target/deb").glob("virt-usb_*.deb"))
     if len(packages) != 1:
         raise Failure("target/deb has no package: run 'make deb'")

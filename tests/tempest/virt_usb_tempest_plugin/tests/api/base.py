@@ -1,4 +1,4 @@
-"""What all tests need."""
+"""The base class of all tests."""
 
 import contextlib
 import json
@@ -14,54 +14,54 @@ CONF = config.CONF
 
 
 class UsbTest(test.BaseTestCase):
-    """A member, an administrator, and the device that the configuration names."""
+    """A test with a member, an administrator, and the device of the configuration."""
 
     credentials = ["primary", "admin"]  # noqa: RUF012
 
     @classmethod
     def skip_checks(cls):
-        """Where there is no virt-usb there is nothing to test."""
+        """Skip the tests in a cloud without virt-usb."""
         super().skip_checks()
         if not CONF.service_available.virt_usb:
-            raise cls.skipException("there is no virt-usb: service_available.virt_usb")
+            raise cls.skipException("virt-usb is not available: service_available.virt_usb")
         if not CONF.service_available.nova:
             raise cls.skipException(
-                "there is no Nova, which makes the servers: service_available.nova"
+                "Nova, which creates the servers, is not available: service_available.nova"
             )
 
     @classmethod
     def setup_credentials(cls):
-        """None of it needs a network."""
+        """Create no network, because no test needs one."""
         cls.set_network_resources()
         super().setup_credentials()
 
     @classmethod
     def setup_clients(cls):
-        """Theirs."""
+        """Create the clients of both users."""
         super().setup_clients()
         cls.usb = cls.os_primary.usb.UsbClient()
         cls.admin_usb = cls.os_admin.usb.UsbClient()
         cls.kind = {"vendor_id": CONF.usb.vendor_id, "product_id": CONF.usb.product_id}
 
     def setUp(self):
-        """There is one device: whoever tests beside this one waits."""
+        """Lock the only device, so that concurrent tests wait."""
         super().setUp()
         self.useFixture(lockutils.LockFixture("virt-usb-device"))
-        # What a test before this one has left is on its way.
+        # An earlier test may still be releasing the device.
         self.given_back()
 
     def device(self, client=None):
-        """The device, as it is now."""
+        """The current state of the device."""
         found = (client or self.usb).list_devices(**self.kind)
         self.assertEqual(
             1,
             len(found),
-            "usb.vendor_id and usb.product_id are to name one device that every project may have",
+            "usb.vendor_id and usb.product_id must name one device that all projects may have",
         )
         return found[0]
 
     def flavor(self, **specs):
-        """A flavor with these lists in its extra specs."""
+        """Create a flavor with these lists in its extra specs."""
         client = self.os_admin.flavors_client
         name = data_utils.rand_name("usb-flavor")
         made = client.create_flavor(name=name, ram=64, vcpus=1, disk=1)["flavor"]
@@ -73,7 +73,7 @@ class UsbTest(test.BaseTestCase):
         return made["id"]
 
     def server(self, manager, flavor, status="ACTIVE"):
-        """A server of that flavor, as soon as it is so."""
+        """Create a server with that flavor, and wait for its status."""
         client = manager.servers_client
         name = data_utils.rand_name("usb-server")
         made = client.create_server(name=name, imageRef=CONF.compute.image_ref, flavorRef=flavor)[
@@ -85,7 +85,7 @@ class UsbTest(test.BaseTestCase):
 
     @staticmethod
     def gone(client, server):
-        """Deletes a server, if it is there still, and waits until it is gone."""
+        """Delete a server if it still exists, and wait until it is gone."""
         try:
             client.delete_server(server)
         except exceptions.NotFound:
@@ -93,22 +93,22 @@ class UsbTest(test.BaseTestCase):
         waiters.wait_for_server_termination(client, server)
 
     def attach(self, client, server, wanted):
-        """Gives a server the device, and takes it back in the end, whatever comes."""
+        """Attach the device to a server, and detach it after the test in any case."""
         self.addCleanup(self.detach_if_there, client, server, wanted)
         return client.attach(server, wanted)
 
     @staticmethod
     def detach_if_there(client, server, wanted):
-        """Takes it back, where the server has it still."""
+        """Detach the device if the server still has it."""
         with contextlib.suppress(exceptions.NotFound):
             client.detach(server, wanted)
 
     def given_back(self):
-        """Waits until the device is free; returns it."""
+        """Wait until the device is available, and return it."""
         return self._reaches("available", "")
 
     def given_to(self, server):
-        """Waits until the guest of a server has the device; returns the device.
+        """Wait until the guest of a server has the device, and return the device.
 
         A server is ACTIVE as soon as its guest runs, and the agent attaches the device after that.
         """
@@ -123,6 +123,6 @@ class UsbTest(test.BaseTestCase):
             self.assertLess(
                 time.monotonic(),
                 until,
-                f"wanted {status} for {instance_uuid or 'nobody'}, the device is {device}",
+                f"wanted {status} for {instance_uuid or 'no server'}, the device is {device}",
             )
             time.sleep(0.2)

@@ -1,4 +1,4 @@
-"""Devices: seen, attached and detached, asked for by a flavor, given back, kept from others."""
+"""Devices: list, attach, detach, request in a flavor, release, and isolation of projects."""
 
 import collections
 
@@ -9,7 +9,7 @@ from tempest.lib.common.utils import data_utils
 from virt_usb_tempest_plugin.tests.api import base
 
 CONF = config.CONF
-# The first keys of a device, in their order, and what stands there: what clients rely on.
+# The first keys of a device in their order, on which clients rely, with the type of their values.
 PROMISED = {
     "id": int,
     "compute_node_id": int,
@@ -26,13 +26,13 @@ PROMISED = {
 
 
 class TestUsbDevices(base.UsbTest):
-    """For members of two projects."""
+    """Tests with members of two projects."""
 
     credentials = ["primary", "alt", "admin"]  # noqa: RUF012
 
     @classmethod
     def setup_clients(cls):
-        """And the other's."""
+        """Create the client of the other member, too."""
         super().setup_clients()
         cls.alt_usb = cls.os_alt.usb.UsbClient()
 
@@ -68,7 +68,7 @@ class TestUsbDevices(base.UsbTest):
         self.assertEqual(
             [device["id"]], [one["id"] for one in self.usb.show_server(server)["usb_devices"]]
         )
-        # Twice is once.
+        # A second request has no further effect.
         self.usb.attach(server, {"id": device["id"]})
         self.usb.detach(server, {"id": device["id"]})
         self.assertEqual("available", self.device()["status"])
@@ -87,7 +87,7 @@ class TestUsbDevices(base.UsbTest):
         self.assertIn(first, str(refused))
         self.assertEqual(first, self.device()["instance_uuid"])
         self.assertEqual([], self.usb.show_server(second)["usb_devices"])
-        # What another project has is in use, and no more is said.
+        # A device of another project is shown only as in use.
         other = self.server(self.os_alt, flavor)
         refused = self.assertRaises(exceptions.Conflict, self.alt_usb.attach, other, self.kind)
         self.assertNotIn(first, str(refused))
@@ -109,12 +109,13 @@ class TestUsbDevices(base.UsbTest):
         self.gone(self.os_primary.servers_client, late)
         self.gone(self.os_primary.servers_client, server)
         self.given_back()
-        # And the next one has it.
+        # The next server can have the device.
         self.given_to(self.server(self.os_primary, flavor))
 
     @decorators.idempotent_id("6c1fd3ad-6a5c-4f7f-9f6a-0a8a3f7a1c05")
     def test_a_flavor_with_redirection(self):
-        # That a client can fill it only SPICE sees: here it starts, takes no device, and nothing is wrong with it.
+        # Only SPICE shows whether a client can use the port. Here the server starts, takes no
+        # device, and has no problem.
         server = self.server(
             self.os_primary, self.flavor(redirection_devices=[{"bus": "usb", "type": "spicevmc"}])
         )
@@ -130,10 +131,10 @@ class TestUsbDevices(base.UsbTest):
         flavor = self.flavor()
         mine, others = self.server(self.os_primary, flavor), self.server(self.os_alt, flavor)
         device = self.device()
-        # For another's server, and as much as to look at it.
+        # Neither attach a device to a server of another project, nor read it.
         self.assertRaises(exceptions.NotFound, self.usb.attach, others, self.kind)
         self.assertRaises(exceptions.NotFound, self.usb.show_server, others)
-        # A device that is another project's alone.
+        # A device that only another project may have.
         name = data_utils.rand_name("grant")
         self.admin_usb.set_grant(name, [self.kind], [self.os_alt.credentials.project_id])
         self.addCleanup(self.admin_usb.delete_grant, name)
@@ -168,13 +169,13 @@ class TestUsbDevices(base.UsbTest):
 
 
 class TestUsbReader(base.UsbTest):
-    """For those who may look only."""
+    """Tests with readers."""
 
     credentials = ["primary", "admin", ["reader", "reader"]]  # noqa: RUF012
 
     @classmethod
     def setup_clients(cls):
-        """And the reader's."""
+        """Create the client of the reader, too."""
         super().setup_clients()
         cls.reader_usb = cls.os_roles_reader.usb.UsbClient()
 
