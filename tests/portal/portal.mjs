@@ -1,25 +1,70 @@
-// Users of the portal, one case after another.
+// The cases, which run one after the other.
 import fs from "node:fs";
 import path from "node:path";
 import { Host, User, expect, launch, until } from "./lib.mjs";
 
 const ERP = "11111111-2222-4333-8444-555555555555";
 const CRM = "99999999-2222-4333-8444-555555555555";
-const key = { vendor: "0529", product: "0001", bus: 1, device: 5, port: "1-1", speed: "full", serial: "HL-0001", manufacturer: "Aladdin", product_name: "HASP HL 3.25" };
+const key = {
+    vendor: "0529",
+    product: "0001",
+    bus: 1,
+    device: 5,
+    port: "1-1",
+    speed: "full",
+    serial: "HL-0001",
+    manufacturer: "Aladdin",
+    product_name: "HASP HL 3.25",
+};
 const devices = [
     key,
-    { vendor: "0529", product: "0002", bus: 1, device: 6, port: "1-2", speed: "full", serial: "HL-0002", product_name: "<script>alert(1)</script>\"'&" },
-    { vendor: "0951", product: "1666", bus: 2, device: 3, port: "2-1", speed: "super", serial: "E0D55E", product_name: "DataTraveler" },
-    { vendor: "046d", product: "c31c", bus: 1, device: 7, port: "1-3", speed: "low", product_name: "Keyboard K120" },
+    {
+        vendor: "0529",
+        product: "0002",
+        bus: 1,
+        device: 6,
+        port: "1-2",
+        speed: "full",
+        serial: "HL-0002",
+        product_name: "<script>alert(1)</script>\"'&",
+    },
+    {
+        vendor: "0951",
+        product: "1666",
+        bus: 2,
+        device: 3,
+        port: "2-1",
+        speed: "super",
+        serial: "E0D55E",
+        product_name: "DataTraveler",
+    },
+    {
+        vendor: "046d",
+        product: "c31c",
+        bus: 1,
+        device: 7,
+        port: "1-3",
+        speed: "low",
+        product_name: "Keyboard K120",
+    },
 ];
 const domains = [
     { name: "erp", uuid: ERP, project: "erp-team" },
     { name: "crm", uuid: CRM, project: "crm-team" },
-    { name: "erp-test", uuid: "77777777-2222-4333-8444-555555555555", project: "erp-team", running: false },
+    {
+        name: "erp-test",
+        uuid: "77777777-2222-4333-8444-555555555555",
+        project: "erp-team",
+        running: false,
+    },
 ];
 
 const cases = {
-    async "a user hands a key to his server, sees it go when it is unplugged, reads why, and takes it back"({ host, browser, tokens }) {
+    async "a user attaches a key, sees that it is unplugged, reads why, and detaches it"({
+        host,
+        browser,
+        tokens,
+    }) {
         const user = await User.at(browser, host);
         await user.signIn(tokens.erp);
         await user.sees("2 devices, 2 available");
@@ -27,22 +72,27 @@ const cases = {
         await user.page.getByLabel("Search").fill("hasp hl-0001");
         await user.page.getByRole("button", { name: "Show" }).click();
         await user.sees("HASP HL 3.25");
-        expect(!(await user.text()).includes("HL-0002"), "the other one not to be found");
+        expect(!(await user.text()).includes("HL-0002"), "the other device to be filtered out");
         await user.page.getByRole("link", { name: "Attach Aladdin HASP" }).click();
         await user.isSound();
         await user.page.getByLabel("Server").selectOption({ label: "erp" });
         await user.page.getByRole("button", { name: "Attach" }).click();
         await user.sees("erp has Aladdin HASP HL 3.25.");
         await user.isSound();
-        const state = async wanted => until(`the state ${wanted}`, async () => (await user.page.locator(".state").allInnerTexts()).includes(wanted));
+        const state = async wanted =>
+            until(`the state ${wanted}`, async () =>
+                (await user.page.locator(".state").allInnerTexts()).includes(wanted),
+            );
         await user.page.getByRole("link", { name: "Back to server" }).click();
         await state("allocated");
         await user.isSound();
-        // From here on the page refreshes without the user.
+        // From here on, the page updates without the user.
         host.devices = devices.filter(d => d !== key);
         host.show();
         await state("removed");
-        await until("its words to be said", async () => (await user.page.locator("#status").innerText()).includes("removed"));
+        await until("the page to announce it", async () =>
+            (await user.page.locator("#status").innerText()).includes("removed"),
+        );
         await user.page.getByRole("link", { name: "Aladdin HASP HL 3.25", exact: true }).click();
         await state("removed");
         await user.isSound();
@@ -57,7 +107,11 @@ const cases = {
         expect(!host.virtUsb("--json", "claims").includes(ERP), "nothing to be held");
     },
 
-    async "who comes second is refused, and told why as far as he may know"({ host, browser, tokens }) {
+    async "a second user is refused, with the reason as far as the user may see it"({
+        host,
+        browser,
+        tokens,
+    }) {
         await host.act(tokens.boss, CRM, "attach", { id: 1 });
         const user = await User.at(browser, host);
         await user.signIn(tokens.erp);
@@ -65,15 +119,20 @@ const cases = {
         await user.page.getByRole("button", { name: "Attach" }).click();
         await user.sees("is in use");
         await user.sees("Nothing was changed.");
-        expect(!(await user.text()).includes("crm"), "not to be told who has it");
+        expect(!(await user.text()).includes("crm"), "the page not to name the holder");
         await user.isSound();
         const boss = await User.at(browser, host);
         await boss.signIn(tokens.boss);
         await boss.page.goto("/portal/attach?device=1&server=" + ERP);
         await boss.page.getByRole("button", { name: "Attach" }).click();
         await boss.sees("is held by instance " + CRM + " (crm) since");
-        // What is another's is not there.
-        for (const place of ["/portal/servers/" + CRM, "/portal/devices/3", "/portal/devices/4", "/portal/servers/no"]) {
+        // Resources of other projects do not exist for the user.
+        for (const place of [
+            "/portal/servers/" + CRM,
+            "/portal/devices/3",
+            "/portal/devices/4",
+            "/portal/servers/no",
+        ]) {
             const answer = await user.page.goto(place);
             expect(answer.status() === 404, `${place} not to be found, found ${answer.status()}`);
             await user.isSound();
@@ -81,7 +140,11 @@ const cases = {
         await host.act(tokens.boss, CRM, "detach", { id: 1 });
     },
 
-    async "a stopped server gets it at its next start, and it can be taken back before"({ host, browser, tokens }) {
+    async "a stopped server gets the device at its next start, unless it is detached before"({
+        host,
+        browser,
+        tokens,
+    }) {
         const user = await User.at(browser, host);
         await user.signIn(tokens.erp);
         await user.page.getByRole("link", { name: "Servers" }).click();
@@ -99,7 +162,11 @@ const cases = {
         await user.sees("erp-test no longer gets the device.");
     },
 
-    async "an administrator writes a flavor from a device, disables one, reads the audit"({ host, browser, tokens }) {
+    async "an administrator creates a flavor from a device and disables the device"({
+        host,
+        browser,
+        tokens,
+    }) {
         const boss = await User.at(browser, host);
         await boss.signIn(tokens.boss);
         await boss.sees("4 devices");
@@ -112,7 +179,7 @@ const cases = {
         await boss.isSound();
         await boss.page.getByRole("button", { name: "Create" }).click();
         await boss.sees("erp.small");
-        expect(host.virtUsb("flavor", "list", "--json").includes("HL-0001"), "the flavor to be there");
+        expect(host.virtUsb("flavor", "list", "--json").includes("HL-0001"), "the flavor to exist");
         await boss.isSound();
         await boss.page.getByRole("link", { name: "Remove erp.small" }).click();
         await boss.page.getByRole("button", { name: "Remove" }).click();
@@ -129,20 +196,23 @@ const cases = {
         await boss.isSound();
     },
 
-    async "what a device calls itself is text"({ host, browser, tokens }) {
+    async "the name of a device is shown as text"({ host, browser, tokens }) {
         const user = await User.at(browser, host);
         let asked = 0;
-        user.page.on("dialog", dialog => { asked += 1; dialog.dismiss(); });
+        user.page.on("dialog", dialog => {
+            asked += 1;
+            dialog.dismiss();
+        });
         await user.signIn(tokens.erp);
         await user.sees("<script>alert(1)</script>");
         await user.page.goto("/portal/devices/2");
         await user.sees("<script>alert(1)</script>");
         await user.page.goto("/portal/?q=%22%3E%3Cscript%3Ealert(2)%3C/script%3E");
         await user.isSound();
-        expect(asked === 0, "no script to be run");
+        expect(asked === 0, "no script to run");
     },
 
-    async "without scripts it all works"({ host, browser, tokens }) {
+    async "the portal works without scripts"({ host, browser, tokens }) {
         const user = await User.at(browser, host, { javaScriptEnabled: false });
         await user.signIn(tokens.erp);
         await user.page.getByRole("link", { name: "Attach Aladdin HASP" }).click();
@@ -158,18 +228,28 @@ const cases = {
     async "by keyboard alone"({ host, browser, tokens }) {
         const user = await User.at(browser, host);
         await user.page.goto("/portal/");
-        // The field gets the focus by itself: with the first frame, which may come after the page.
-        await until("the token's field to have the focus", () => user.page.evaluate(() => document.activeElement?.matches("input[name=token]")));
+        // The field gets the focus with the first frame, which may be later than the page.
+        await until("the token's field to have the focus", () =>
+            user.page.evaluate(() => document.activeElement?.matches("input[name=token]")),
+        );
         await user.page.keyboard.type(tokens.erp);
         await user.page.keyboard.press("Enter");
         await user.sees("Devices");
         await user.page.keyboard.press("Tab");
-        expect(await user.page.evaluate(() => document.activeElement.textContent) === "Skip to content", "the way past the menu to be first");
+        expect(
+            (await user.page.evaluate(() => document.activeElement.textContent)) ===
+                "Skip to content",
+            "the link past the menu to be first",
+        );
         await user.page.keyboard.press("Enter");
         const reach = async name => {
             for (let n = 0; n < 40; n++) {
                 await user.page.keyboard.press("Tab");
-                const at = await user.page.evaluate(() => document.activeElement.getAttribute("aria-label") ?? document.activeElement.textContent);
+                const at = await user.page.evaluate(
+                    () =>
+                        document.activeElement.getAttribute("aria-label") ??
+                        document.activeElement.textContent,
+                );
                 if (at.startsWith(name)) return;
             }
             throw new Error(`${name} is not reached`);
@@ -184,9 +264,20 @@ const cases = {
     },
 
     async "on a phone nothing is wider than the screen"({ host, browser, tokens }) {
-        const user = await User.at(browser, host, { viewport: { width: 360, height: 740 }, isMobile: true });
+        const user = await User.at(browser, host, {
+            viewport: { width: 360, height: 740 },
+            isMobile: true,
+        });
         await user.signIn(tokens.erp);
-        for (const place of ["/portal/", "/portal/servers", "/portal/servers/" + ERP, "/portal/devices/1", "/portal/attach?device=1", "/portal/flavors", "/portal/events"]) {
+        for (const place of [
+            "/portal/",
+            "/portal/servers",
+            "/portal/servers/" + ERP,
+            "/portal/devices/1",
+            "/portal/attach?device=1",
+            "/portal/flavors",
+            "/portal/events",
+        ]) {
             await user.page.goto(place);
             const width = await user.page.evaluate(() => document.documentElement.scrollWidth);
             expect(width <= 360, `${place} to be 360 wide, found ${width}`);
@@ -194,7 +285,11 @@ const cases = {
         }
     },
 
-    async "nobody gets in who should not: wrong, removed, forged, from elsewhere"({ host, browser, tokens }) {
+    async "wrong, removed and forged credentials and requests of other sites are rejected"({
+        host,
+        browser,
+        tokens,
+    }) {
         const user = await User.at(browser, host);
         await user.signIn("vusb_wrong");
         await user.sees("Invalid or expired token");
@@ -202,25 +297,54 @@ const cases = {
         await user.signIn(host.token("short", "erp-team", "member"));
         await user.sees("Devices");
         const csrf = await user.page.locator("input[name=csrf]").first().inputValue();
-        const post = (place, form, headers = {}) => user.context.request.post(place, { form, headers, maxRedirects: 0 });
-        const wish = { device: "1", server: ERP };
+        const post = (place, form, headers = {}) =>
+            user.context.request.post(place, { form, headers, maxRedirects: 0 });
+        const form = { device: "1", server: ERP };
         const held = () => host.virtUsb("--json", "claims").includes(ERP);
         for (const [what, answer] of [
-            ["no secret", await post("/portal/attach", wish)],
-            ["a wrong one", await post("/portal/attach", { ...wish, csrf: csrf.replace(/./g, "0") })],
-            ["another site", await post("/portal/attach", { ...wish, csrf }, { origin: "http://evil.example" })],
-            ["another site, as browsers say it", await post("/portal/attach", { ...wish, csrf }, { "sec-fetch-site": "cross-site" })],
+            ["no secret", await post("/portal/attach", form)],
+            [
+                "a wrong one",
+                await post("/portal/attach", { ...form, csrf: csrf.replace(/./g, "0") }),
+            ],
+            [
+                "another site",
+                await post("/portal/attach", { ...form, csrf }, { origin: "http://evil.example" }),
+            ],
+            [
+                "another site, by Sec-Fetch-Site",
+                await post("/portal/attach", { ...form, csrf }, { "sec-fetch-site": "cross-site" }),
+            ],
         ]) {
-            expect(answer.status() === 403 && !held(), `${what} to be refused, found ${answer.status()}`);
+            expect(
+                answer.status() === 403 && !held(),
+                `${what} to be refused, found ${answer.status()}`,
+            );
         }
-        const asGet = await user.context.request.get(`/portal/attach?device=1&server=${ERP}&csrf=${csrf}`);
-        expect(asGet.status() === 200 && !held(), "nothing to be done by opening a page");
+        const asGet = await user.context.request.get(
+            `/portal/attach?device=1&server=${ERP}&csrf=${csrf}`,
+        );
+        expect(asGet.status() === 200 && !held(), "a GET request to change nothing");
         const [cookie] = await user.context.cookies();
-        expect(cookie.httpOnly && cookie.sameSite === "Strict", `a cookie that scripts and other sites do not get: ${JSON.stringify(cookie)}`);
+        expect(
+            cookie.httpOnly && cookie.sameSite === "Strict",
+            `a cookie that scripts and other sites do not get: ${JSON.stringify(cookie)}`,
+        );
         const forged = await browser.newContext({ baseURL: host.url });
-        for (const value of [cookie.value.replace(/^./, c => c === "0" ? "1" : "0"), "", "x".repeat(9000), "%00"]) {
-            const answer = await forged.request.get("/portal/", { headers: { cookie: `virt-usb-portal=${value}` }, maxRedirects: 0 });
-            expect(answer.status() === 303 && answer.headers().location === "/portal/sign-in", `a forged cookie to be sent away, found ${answer.status()}`);
+        for (const value of [
+            cookie.value.replace(/^./, c => (c === "0" ? "1" : "0")),
+            "",
+            "x".repeat(9000),
+            "%00",
+        ]) {
+            const answer = await forged.request.get("/portal/", {
+                headers: { cookie: `virt-usb-portal=${value}` },
+                maxRedirects: 0,
+            });
+            expect(
+                answer.status() === 303 && answer.headers().location === "/portal/sign-in",
+                `a forged cookie to be sent away, found ${answer.status()}`,
+            );
         }
         const headers = (await user.context.request.get("/portal/")).headers();
         for (const part of ["default-src 'none'", "frame-ancestors 'none'", "form-action 'self'"]) {
@@ -228,11 +352,11 @@ const cases = {
         }
         host.virtUsb("token", "remove", "short");
         await user.page.reload();
-        expect(user.page.url().endsWith("/portal/sign-in"), "to be signed out with the token");
+        expect(user.page.url().endsWith("/portal/sign-in"), "the session to end with its token");
         await user.signIn(tokens.erp);
         await user.page.getByRole("button", { name: "Sign out" }).click();
         await user.page.goto("/portal/servers");
-        expect(user.page.url().endsWith("/portal/sign-in"), "to be signed out");
+        expect(user.page.url().endsWith("/portal/sign-in"), "the session to end");
     },
 };
 
@@ -241,20 +365,32 @@ async function screenshot({ host, browser, tokens }) {
     host.devices = [key, { ...key, device: 8, port: "1-4", serial: "HL-0007" }, stick, keyboard];
     host.show();
     await host.act(tokens.boss, ERP, "attach", { id: 1 });
-    const boss = await User.at(browser, host, { viewport: { width: 1280, height: 500 }, deviceScaleFactor: 1 });
+    const boss = await User.at(browser, host, {
+        viewport: { width: 1280, height: 500 },
+        deviceScaleFactor: 1,
+    });
     await boss.signIn(tokens.boss);
     await boss.sees("in use");
     await boss.sees("HL-0007");
-    await boss.page.screenshot({ path: path.resolve(import.meta.dirname, "../../docs/src/portal.png") });
+    await boss.page.screenshot({
+        path: path.resolve(import.meta.dirname, "../../docs/src/portal.png"),
+    });
 }
 
 const host = new Host(devices, domains);
-let browser, failed = 0;
+let browser,
+    failed = 0;
 try {
     await host.start();
-    const tokens = { erp: host.token("anna", "erp-team", "member"), boss: host.token("olaf", "operations", "admin") };
+    const tokens = {
+        erp: host.token("anna", "erp-team", "member"),
+        boss: host.token("olaf", "operations", "admin"),
+    };
     browser = await launch();
-    const wanted = Object.entries(cases).filter(([name]) => !process.argv[2] || process.argv[2].startsWith("--") || name.includes(process.argv[2]));
+    const wanted = Object.entries(cases).filter(
+        ([name]) =>
+            !process.argv[2] || process.argv[2].startsWith("--") || name.includes(process.argv[2]),
+    );
     for (const [name, run] of wanted) {
         const begun = Date.now();
         host.devices = devices;
@@ -269,7 +405,14 @@ try {
         for (const context of browser.contexts()) await context.close();
     }
     if (process.argv.includes("--screenshot")) await screenshot({ host, browser, tokens });
-    if (failed) console.log(fs.readFileSync(path.join(host.dir, "agent.log"), "utf8").split("\n").slice(-30).join("\n"));
+    if (failed)
+        console.log(
+            fs
+                .readFileSync(path.join(host.dir, "agent.log"), "utf8")
+                .split("\n")
+                .slice(-30)
+                .join("\n"),
+        );
 } finally {
     await browser?.close();
     await host.stop();
