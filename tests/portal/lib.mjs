@@ -120,7 +120,7 @@ export class User {
         user.page = await user.context.newPage();
         user.trouble = [];
         user.page.on("console", said => {
-            // The console also shows the status of a refused request, which is no error of the page.
+            // The console also shows the status of a refused request: no error of the page.
             if (
                 ["error", "warning"].includes(said.type()) &&
                 !/status of [45]\d\d/.test(said.text())
