@@ -22,7 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 REPOSITORY = "https://github.com/virt-usb/virt-usb/blob/main/"
-# Files outside of docs/src that are a page of the book.
+# Files outside docs/src that are pages of the book.
 PAGES = {"SECURITY.md": "security.md"}
 MARK = re.compile(r"^<!-- generated: (\w+) -->$", re.MULTILINE)
 FENCE = re.compile(r"^(```|~~~).*?^\1[^\n]*$", re.MULTILINE | re.DOTALL)
@@ -30,7 +30,7 @@ LINK = re.compile(r"(\]\()([^)\s]+)(\))")
 
 
 def command_help(words):
-    """What 'virt-usb COMMAND --help' prints, as wide as a page."""
+    """The output of 'virt-usb COMMAND --help', with the width of a page."""
     program = ROOT / "target/release" / words[0]
     environment = {"PATH": "/usr/bin:/bin", "COLUMNS": "96", "LC_ALL": "C.UTF-8"}
     command = [program, *words[1:], "--help"]
@@ -45,7 +45,7 @@ def subcommands(text):
 
 
 def without_common_options(text):
-    """A subcommand's help without the options that every command has; the page shows those once."""
+    """The help of a subcommand without the common options, which the page shows once."""
     common = ("--config", "--json", "--url", "--token-file", "--cacert", "-h, --help")
     head, found, options = text.partition("\nOptions:\n")
     if not found:
@@ -58,7 +58,7 @@ def without_common_options(text):
 
 
 def cli():
-    """One section for each program and command."""
+    """The page with a section for each program and command."""
     out = []
 
     def add(words, depth):
@@ -76,7 +76,7 @@ def cli():
 
 
 def explanation(text):
-    """A comment of the configuration: as a paragraph, or as it is where it has a layout."""
+    """A comment of the configuration: as a paragraph, or unchanged if it has a layout."""
     if re.search(r"^ ", text, re.MULTILINE):
         return f"```text\n{text}\n```\n"
     text = re.sub(r"([<*\[\]])", r"\\\1", text)
@@ -84,7 +84,7 @@ def explanation(text):
 
 
 def configuration():
-    """One section for each key: its default, and the comment above it in the example."""
+    """The page with a section for each key: its default and its comment in the example."""
     lines = (ROOT / "install/config.toml").read_text().splitlines()
     out, comment, after_keys = [], [], []
     for line in [*lines[2:], ""]:
@@ -92,7 +92,7 @@ def configuration():
         if line.startswith("#"):
             comment.append(line[1:].removeprefix(" "))
         elif key:
-            # Keys that follow one another share the comment above them.
+            # Adjacent keys share the comment above them.
             after_keys.append((key[1], key[2]))
         elif not line:
             if after_keys:
@@ -113,7 +113,7 @@ def configuration():
 
 
 def security():
-    """SECURITY.md without its title; its links are relative to the repository's root."""
+    """SECURITY.md without its title. Its links are relative to the repository's root."""
 
     def link(found):
         is_elsewhere = re.match(r"[a-z]+:|#", found[2])
@@ -127,13 +127,13 @@ GENERATED = {"cli": cli, "configuration": configuration, "security": security}
 
 
 def point_outside(text, path):
-    """The links of a chapter, with those that leave the book pointed to the repository."""
+    """A chapter with its links out of the book replaced by links to the repository."""
 
     def link(found):
         target, _, anchor = found[2].partition("#")
         if not target or re.match(r"[a-z]+:", target):
             return found[0]
-        # From the repository's root.
+        # Relative to the repository's root.
         there = posixpath.normpath(posixpath.join("docs/src", posixpath.dirname(path), target))
         if there in PAGES:
             there = "docs/src/" + PAGES[there]
