@@ -6,7 +6,7 @@ use virt_usb_config::HoldPolicy;
 use virt_usb_domxml::FlavorSource;
 use virt_usb_model::{DeviceId, DeviceRequest, Flavor, Selector};
 use virt_usb_store::claim::ClaimRequest;
-use virt_usb_store::hints::{Hint, Known, look};
+use virt_usb_store::hints::{Hint, HintSubject, look};
 use virt_usb_store::{Assignment, Source, Store};
 
 use crate::job::HookError;
@@ -56,7 +56,7 @@ impl FlavorRequest {
         };
         Ok(match source {
             FlavorSource::None => Self::Nothing,
-            FlavorSource::Named(name) => match look(state_dir, Known::Flavor(name)) {
+            FlavorSource::Named(name) => match look(state_dir, HintSubject::Flavor(name)) {
                 Hint::No => Self::Nothing,
                 hint => Self::MaybeStored { name: name.clone(), sure: hint == Hint::Yes },
             },

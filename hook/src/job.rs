@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use virt_usb_config::{Config, ConfigError, rules};
 use virt_usb_domxml::{Document, Domain};
 use virt_usb_store::Store;
-use virt_usb_store::hints::{Hint, Known, look, may_know};
+use virt_usb_store::hints::{Hint, HintSubject, look, may_know};
 
 use crate::call::Call;
 
@@ -67,19 +67,20 @@ impl Job<'_> {
     /// Whether the database is worth asking about this instance.
     pub(crate) fn may_be_known(&self, state_dir: &Path) -> bool {
         let known = |id| {
-            may_know(state_dir, Known::Instance(id)) || may_know(state_dir, Known::Assigned(id))
+            may_know(state_dir, HintSubject::Instance(id))
+                || may_know(state_dir, HintSubject::Assigned(id))
         };
         self.domain.uuid.is_some_and(known)
     }
 
     /// Whether this instance surely holds a device: only then may an alias of our form be ours.
     pub(crate) fn is_holder(&self, state_dir: &Path) -> bool {
-        self.domain.uuid.is_some_and(|id| look(state_dir, Known::Instance(id)) == Hint::Yes)
+        self.domain.uuid.is_some_and(|id| look(state_dir, HintSubject::Instance(id)) == Hint::Yes)
     }
 
     /// Whether something is surely assigned to this instance.
     pub(crate) fn is_assigned(&self, state_dir: &Path) -> bool {
-        self.domain.uuid.is_some_and(|id| look(state_dir, Known::Assigned(id)) == Hint::Yes)
+        self.domain.uuid.is_some_and(|id| look(state_dir, HintSubject::Assigned(id)) == Hint::Yes)
     }
 }
 
@@ -89,6 +90,6 @@ mod tests {
 
     #[test]
     fn where_no_folder_can_be_no_hint_is_sure() {
-        assert_eq!(look(Path::new(NO_FOLDER), Known::Flavor("erp")), Hint::Unsure);
+        assert_eq!(look(Path::new(NO_FOLDER), HintSubject::Flavor("erp")), Hint::Unsure);
     }
 }

@@ -7,7 +7,9 @@ use std::time::Duration;
 use virt_usb_config::Config;
 use virt_usb_config::host_env;
 use virt_usb_config::sysfs;
-use virt_usb_domxml::{Domain, Edits, Fit, GuestPort, Hostdev, Place, TooFew, UsbBus, UsbHostdev};
+use virt_usb_domxml::{
+    AssignedPort, Domain, Edits, Fit, GuestPort, Hostdev, TooFew, UsbBus, UsbHostdev,
+};
 use virt_usb_model::{Class, DeviceId, InstanceId, PortPath, Speed, SpeedMask};
 use virt_usb_store::adopt::Holding;
 use virt_usb_store::claim::{ClaimVerifier, Claimant, Granted, Verified};
@@ -321,7 +323,7 @@ fn too_few(bus: &UsbBus, few: TooFew) -> String {
 ///
 /// A disk at a port that is slower than the disk keeps its large packets (512 bytes at high speed,
 /// 64 at full speed), and not every guest's driver copes.
-pub fn slowed(domain: &Domain, device: &Record, at: &Place) -> Option<String> {
+pub fn slowed(domain: &Domain, device: &Record, at: &AssignedPort) -> Option<String> {
     let storage = Class::MASS_STORAGE;
     let is_storage =
         device.entry.class == storage || device.entry.interface_classes.contains(&storage);

@@ -13,7 +13,7 @@ use hashbrown::{DefaultHashBuilder, HashTable};
 use crate::posting::{LANES, Posting};
 
 #[derive(Debug, Clone, Copy)]
-enum Rows {
+enum HashedRows {
     One(u32),
     /// The number of a posting.
     Many(u32),
@@ -21,7 +21,7 @@ enum Rows {
 
 #[derive(Debug, Default)]
 pub(crate) struct Sparse {
-    table: HashTable<(u32, Rows)>,
+    table: HashTable<(u32, HashedRows)>,
     many: Vec<Posting>,
     unused: Vec<u32>,
     hasher: DefaultHashBuilder,
@@ -52,8 +52,10 @@ impl Sparse {
     pub(crate) fn find(&self, hash: u32) -> Hint<'_> {
         match self.table.find(spread(hash), |(known, _)| *known == hash) {
             None => Hint::None,
-            Some((_, Rows::One(row))) => Hint::One(*row),
-            Some((_, Rows::Many(at))) => self.many.get(*at as usize).map_or(Hint::None, Hint::Many),
+            Some((_, HashedRows::One(row))) => Hint::One(*row),
+            Some((_, HashedRows::Many(at))) => {
+                self.many.get(*at as usize).map_or(Hint::None, Hint::Many)
+            }
         }
     }
 
@@ -62,13 +64,15 @@ impl Sparse {
         let found = self.table.find_mut(spread(hash), |(known, _)| *known == hash);
         match found {
             None => {
-                self.table.insert_unique(spread(hash), (hash, Rows::One(row)), |(known, _)| {
-                    spread(*known)
-                });
+                self.table.insert_unique(
+                    spread(hash),
+                    (hash, HashedRows::One(row)),
+                    |(known, _)| spread(*known),
+                );
             }
-            Some((_, Rows::One(other))) if *other == row => {}
-            Some((_, rows @ Rows::One(_))) => {
-                let Rows::One(other) = *rows else { return };
+            Some((_, HashedRows::One(other))) if *other == row => {}
+            Some((_, rows @ HashedRows::One(_))) => {
+                let HashedRows::One(other) = *rows else { return };
                 let mut posting = Posting::default();
                 posting.add(other, SOME, &NOBODY);
                 posting.add(row, SOME, &NOBODY);
@@ -82,9 +86,9 @@ impl Sparse {
                         self.many.len() as u32 - 1
                     }
                 };
-                *rows = Rows::Many(at);
+                *rows = HashedRows::Many(at);
             }
-            Some((_, Rows::Many(at))) => {
+            Some((_, HashedRows::Many(at))) => {
                 let at = *at as usize;
                 self.many[at].add(row, SOME, &NOBODY);
             }
@@ -97,12 +101,12 @@ impl Sparse {
             return;
         };
         match found.get().1 {
-            Rows::One(known) => {
+            HashedRows::One(known) => {
                 if known == row {
                     found.remove();
                 }
             }
-            Rows::Many(at) => {
+            HashedRows::Many(at) => {
                 let posting = &mut self.many[at as usize];
                 posting.clear(row, SOME, &NOBODY);
                 if posting.rows() == 0 {

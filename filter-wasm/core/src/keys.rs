@@ -78,12 +78,12 @@ pub(crate) fn port_code(port: &PortPath) -> u64 {
 #[derive(Debug, Default)]
 pub(crate) struct Keys {
     numbers: HashMap<Stored, u32>,
-    postings: Vec<Entry>,
+    postings: Vec<IndexedKey>,
     unused: Vec<u32>,
 }
 
 #[derive(Debug)]
-struct Entry {
+struct IndexedKey {
     key: Stored,
     posting: Posting,
     /// For a kind, the number of its vendor: a device of the kind is a device of the vendor.
@@ -108,7 +108,7 @@ impl Keys {
             Key::Kind(kind) => self.number(Key::Vendor((kind >> 16) as u16)),
             _ => 0,
         };
-        let entry = Entry { key: key.stored(), posting: Posting::default(), vendor };
+        let entry = IndexedKey { key: key.stored(), posting: Posting::default(), vendor };
         let number = match self.unused.pop() {
             Some(number) => {
                 self.postings[number as usize] = entry;
@@ -138,7 +138,7 @@ impl Keys {
 
     /// Takes devices of a row away, and the key with the last of them.
     pub(crate) fn clear(&mut self, number: u32, row: u32, devices: u64, available: &[u64; LANES]) {
-        let Entry { key, posting, .. } = &mut self.postings[number as usize];
+        let IndexedKey { key, posting, .. } = &mut self.postings[number as usize];
         if posting.rows() == 0 {
             return;
         }

@@ -18,7 +18,7 @@ use crate::refusal::Refusal;
 
 /// Keys of one selector. Requests with the same selector share an entry.
 #[derive(Debug)]
-pub(crate) struct Entry {
+pub(crate) struct SelectorKeys {
     /// Keys that a device must all have; `None` if no device has one of them.
     pub(crate) keys: Option<Vec<u32>>,
     pub(crate) id: Option<u64>,
@@ -27,7 +27,7 @@ pub(crate) struct Entry {
 
 #[derive(Debug)]
 pub(crate) struct Plan {
-    pub(crate) entries: Vec<Entry>,
+    pub(crate) entries: Vec<SelectorKeys>,
     pub(crate) wants: Wants,
     /// For each request its entry, and its own count.
     pub(crate) of: Vec<(usize, u32)>,
@@ -64,7 +64,7 @@ impl<'a> From<Hint<'a>> for Rows<'a> {
     }
 }
 
-impl Entry {
+impl SelectorKeys {
     fn new(inventory: &Inventory, selector: &Selector) -> Self {
         let Selector { id, vendor_id, product_id, serial, port, path, class, tags } = selector;
         let mut keys = Vec::new();
@@ -150,7 +150,7 @@ impl Plan {
         Ok(Self {
             entries: selectors
                 .into_iter()
-                .map(|selector| Entry::new(inventory, selector))
+                .map(|selector| SelectorKeys::new(inventory, selector))
                 .collect(),
             wants: Wants::new(counts),
             of,
@@ -191,7 +191,7 @@ impl Plan {
             }
             return self.wants.one_row(&words);
         }
-        let words = |entry: &Entry| {
+        let words = |entry: &SelectorKeys| {
             let word = |number: u32| {
                 let row = inventory.row_at(number);
                 entry.matching(inventory, number, row) & self.offered(inventory, number, row)

@@ -12,7 +12,7 @@ use virt_usb_model::scheduling::{Placement, Question, Selection, Weights};
 
 use crate::feasibility::FEW;
 use crate::inventory::{Block, Inventory};
-use crate::plan::{Entry, Plan, Rows};
+use crate::plan::{Plan, Rows, SelectorKeys};
 use crate::posting::{Chunk, LANES, Posting, bits, split};
 use crate::rank::{self, Best, rank};
 use crate::refusal::Refusal;
@@ -304,7 +304,7 @@ struct Chunks<'a> {
 
 impl<'a> Chunks<'a> {
     /// False if some key has no row in the block: then no host of it serves.
-    fn find(&mut self, inventory: &'a Inventory, entries: &[Entry], block: u32) -> bool {
+    fn find(&mut self, inventory: &'a Inventory, entries: &[SelectorKeys], block: u32) -> bool {
         self.chunks.clear();
         self.ends.clear();
         for entry in entries {

@@ -30,7 +30,7 @@ pub use error::XmlError;
 pub use fit::{Fit, TooFew};
 pub use host_source::{HostPlace, HostSource};
 pub use metadata::NAMESPACE;
-pub use usb_bus::{GuestPort, Place, UsbBus};
+pub use usb_bus::{AssignedPort, GuestPort, UsbBus};
 
 use encoding::Decoded;
 

@@ -36,7 +36,7 @@ pub struct UsbBus {
 
 /// The port that a further device gets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Place {
+pub struct AssignedPort {
     /// The speeds of the port.
     pub speeds: SpeedMask,
     /// Where it is, when the device's element has to name it.
@@ -124,7 +124,7 @@ impl UsbBus {
     ///
     /// libvirt takes the first free port, whatever its speed. Where that one does not serve the
     /// device, the first free one that does is named.
-    pub fn place(&self, wants: &[SpeedMask]) -> Vec<Place> {
+    pub fn place(&self, wants: &[SpeedMask]) -> Vec<AssignedPort> {
         let mut tree = match self.usual() {
             Usual::Model(model) if !self.has_controller() => self.tree(&[Controller::of(model)]),
             _ => self.tree(&self.controllers),
@@ -423,14 +423,14 @@ impl Tree {
     }
 
     /// Takes the port that a device of these speeds is to have.
-    fn place(&mut self, want: SpeedMask) -> Option<Place> {
+    fn place(&mut self, want: SpeedMask) -> Option<AssignedPort> {
         let serving = |serves: Serves| serves.speeds().meets(want);
         let first = self.0.values().find_map(|ports| first_free(ports, 1));
         let named = !first.is_some_and(serving);
         self.0.iter_mut().find_map(|(&bus, ports)| {
             let (serves, path) = assign(ports, false, &serving, &[])?;
             let port = named.then_some(GuestPort { bus, path });
-            Some(Place { speeds: serves.speeds(), port })
+            Some(AssignedPort { speeds: serves.speeds(), port })
         })
     }
 

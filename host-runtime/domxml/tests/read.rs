@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test may panic")]
 
 use virt_usb_domxml::{
-    Domain, Fit, FlavorSource, HostPlace, Place, TooFew, UsbBus, XmlError, read,
+    AssignedPort, Domain, Fit, FlavorSource, HostPlace, TooFew, UsbBus, XmlError, read,
 };
 use virt_usb_model::{BusAddress, Speed, SpeedMask, UsbId};
 
@@ -476,7 +476,7 @@ fn two_controllers() {
 #[test]
 fn a_port_is_named_where_the_first_free_one_does_not_serve() {
     let places = |machine, devices: &str, wants: &[SpeedMask]| -> Vec<String> {
-        let shown = |place: Place| {
+        let shown = |place: AssignedPort| {
             let speed = place.speeds.fastest().unwrap();
             place.port.map_or_else(|| speed.to_string(), |port| format!("{speed} at {port}"))
         };

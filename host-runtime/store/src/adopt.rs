@@ -20,7 +20,7 @@ use crate::claim_write::name_incoming;
 use crate::device::{self, ClaimRow, Location, Record, refresh, sql_id, step_revision};
 use crate::error::Sql;
 use crate::events::{Event, record};
-use crate::hints::{Hints, Known};
+use crate::hints::{HintSubject, Hints};
 use crate::open::{Tx, TxError};
 use crate::{Context, NOW, Store, StoreError, nova_metadata, quarantine, release};
 
@@ -232,7 +232,7 @@ fn adopt(
     // What was inserted here. A claim is read once, however many hostdevs there are.
     let mut new = BTreeSet::new();
     if found.iter().any(Option::is_some) {
-        hints.add(Known::Instance(claimant.instance))?;
+        hints.add(HintSubject::Instance(claimant.instance))?;
     }
     for found in found {
         let Some(found) = found else {
@@ -268,7 +268,7 @@ fn adopt(
 }
 
 /// A device that a holding means.
-struct Found {
+struct MatchedDevice {
     device: Record,
     /// Where it really is.
     seen: Location,
@@ -281,7 +281,7 @@ struct Found {
 pub const MAX_HOLDINGS: usize = 1024;
 
 /// Identity that a holding names in addition to an address and a port.
-type Named = (Option<DeviceId>, Option<UsbId>);
+type NamedIdentity = (Option<DeviceId>, Option<UsbId>);
 
 /// Finds out which devices holdings mean. The stored address is a memory, so the ports are asked.
 /// Rows are read once for each id or kind that is named, and each port is asked once, however many
@@ -292,7 +292,7 @@ struct Finder<'a> {
     mine: &'a [ClaimRow],
     claimant: &'a Claimant,
     verifier: &'a mut dyn ClaimVerifier,
-    candidates: BTreeMap<Named, Rc<[Record]>>,
+    candidates: BTreeMap<NamedIdentity, Rc<[Record]>>,
     seen: BTreeMap<DeviceId, Option<Location>>,
 }
 
@@ -319,7 +319,7 @@ impl<'a> Finder<'a> {
 
     /// The device that a holding names; `None` if it cannot be identified. Among several
     /// candidates, the device that the instance already holds is chosen.
-    fn find(&mut self, holding: &Holding) -> Sql<Option<Found>> {
+    fn find(&mut self, holding: &Holding) -> Sql<Option<MatchedDevice>> {
         let claim = self.claim(holding)?;
         if claim.is_none()
             && holding.usb.is_none()
@@ -337,7 +337,7 @@ impl<'a> Finder<'a> {
         }
         let only = there.pop();
         Ok(if there.is_empty() {
-            only.map(|(device, seen)| Found { device, seen, ours })
+            only.map(|(device, seen)| MatchedDevice { device, seen, ours })
         } else {
             None
         })
@@ -366,7 +366,7 @@ impl<'a> Finder<'a> {
     }
 
     /// The devices that are plugged in and that the id and the kind fit.
-    fn candidates(&mut self, named: Named) -> Sql<Rc<[Record]>> {
+    fn candidates(&mut self, named: NamedIdentity) -> Sql<Rc<[Record]>> {
         if let Some(known) = self.candidates.get(&named) {
             return Ok(known.clone());
         }
@@ -430,15 +430,16 @@ impl<'a> Finder<'a> {
 
 /// Brings a claim of the instance in line with a guest that starts or runs with its device.
 fn keep(tx: &Tx<'_>, claim: &ClaimRow, ours: bool, stage: Stage, context: &Context) -> Sql<()> {
-    let place = |place| release::set_places(tx, std::slice::from_ref(claim), context, |_| place);
+    let set =
+        |presence| release::set_presence(tx, std::slice::from_ref(claim), context, |_| presence);
     match stage {
         Stage::Running if claim.pending => Ok(()),
-        Stage::Running => place(release::Place::Inside),
+        Stage::Running => set(release::GuestPresence::Inside),
         Stage::Starting => {
             // A starting guest has no QEMU yet. A claim that says otherwise is left from a run
             // whose end was not recorded, and only a saved guest has our alias then.
             let left = ours && claim.state == "allocated";
-            place(release::Place::Coming { arriving: is_coming(claim, context) || left })?;
+            set(release::GuestPresence::Coming { arriving: is_coming(claim, context) || left })?;
             if !ours && !claim.by_hand {
                 tx.prepare_cached("UPDATE claims SET by_hand = 1 WHERE device_id = ?1")?
                     .execute([sql_id(claim.device_id)])?;
@@ -613,7 +614,7 @@ impl Arrival<'_> {
     }
 
     fn claim(&self, id: DeviceId, seen: &Location) -> Result<(), TxError> {
-        self.hints.add(Known::Instance(self.claimant.instance))?;
+        self.hints.add(HintSubject::Instance(self.claimant.instance))?;
         device::set_location(self.tx, id, seen)?;
         match self.mine.iter().find(|c| c.device_id == id) {
             Some(claim) if claim.pending => {

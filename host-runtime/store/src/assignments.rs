@@ -9,7 +9,7 @@ use crate::claim::{self, ClaimMode, ClaimRequest, ClaimVerifier, Claimant, Claim
 use crate::device::{ClaimRow, step_revision};
 use crate::error::{Sql, bad_row};
 use crate::events::{Event, record};
-use crate::hints::{Hints, Known};
+use crate::hints::{HintSubject, Hints};
 use crate::open::{Tx, TxError};
 use crate::{Context, NOW, Store, StoreError, places, release};
 
@@ -354,7 +354,7 @@ fn add(
 /// Prepares the write of an assignment, which must survive a power cut together with its hint.
 fn lasting(tx: &Tx<'_>, hints: &Hints, instance: InstanceId) -> Result<(), StoreError> {
     tx.mark_lasting();
-    hints.add_lasting(Known::Assigned(instance))
+    hints.add_lasting(HintSubject::Assigned(instance))
 }
 
 fn insert(

@@ -8,7 +8,7 @@ use crate::claim::{ClaimMode, ClaimRequest, Claimant, Granted};
 use crate::device::{self, ClaimRow, refresh, sql_id, step_revision};
 use crate::error::Sql;
 use crate::events::{Event, record};
-use crate::hints::{Hints, Known};
+use crate::hints::{HintSubject, Hints};
 use crate::open::{Tx, TxError};
 use crate::{Context, NOW, nova_metadata, release};
 
@@ -56,7 +56,7 @@ impl ClaimWrite<'_> {
                 self.tx.mark_lasting();
             }
         }
-        let known = Known::Instance(self.claimant.instance);
+        let known = HintSubject::Instance(self.claimant.instance);
         if chosen.iter().any(|g| self.outlives_the_boot(g, requests.get(g.request))) {
             self.tx.mark_lasting();
             self.hints.add_lasting(known)?;

@@ -8,7 +8,7 @@ use virt_usb_model::Flavor;
 
 use crate::error::{Sql, bad_row};
 use crate::events::{Event, record};
-use crate::hints::{Known, Row as Hinted};
+use crate::hints::{HintRow, HintSubject};
 use crate::{Context, NOW, Store, StoreError, places};
 
 /// A flavor as it is stored.
@@ -86,7 +86,7 @@ impl Store {
             return Ok(false);
         }
         self.write(|tx, hints| {
-            hints.add(Known::Flavor(name))?;
+            hints.add(HintSubject::Flavor(name))?;
             tx.execute(
                 &format!(
                     "INSERT INTO flavors (name, created_at, updated_at, document) VALUES (?1, \
@@ -143,14 +143,14 @@ impl Store {
     /// Removes the hint, unless a flavor that is there, perhaps by another name, has the same. A
     /// write of its own: only what is committed is surely gone.
     fn forget_flavor(&mut self, name: &str) -> Result<(), StoreError> {
-        if !self.hints.may_know(Known::Flavor(name)) {
+        if !self.hints.may_know(HintSubject::Flavor(name)) {
             return Ok(());
         }
         self.write(|tx, hints| {
-            let hint = Known::Flavor(name).name();
-            let needed = Hinted::all(tx)?.iter().any(|row| row.as_known().name() == hint);
+            let hint = HintSubject::Flavor(name).name();
+            let needed = HintRow::all(tx)?.iter().any(|row| row.subject().name() == hint);
             if !needed {
-                hints.remove(Known::Flavor(name))?;
+                hints.remove(HintSubject::Flavor(name))?;
             }
             Ok(())
         })

@@ -21,7 +21,7 @@ use crate::{Store, StoreError, files};
 
 /// Subject of a hint.
 #[derive(Debug, Clone, Copy)]
-pub enum Known<'a> {
+pub enum HintSubject<'a> {
     /// An instance that has claims.
     Instance(InstanceId),
     /// An instance that has assignments: it asks for devices, whatever its flavor says.
@@ -30,17 +30,17 @@ pub enum Known<'a> {
     Flavor(&'a str),
 }
 
-impl Known<'_> {
+impl HintSubject<'_> {
     fn path(self, state_dir: &Path) -> PathBuf {
         dir(state_dir).join(self.name())
     }
 
     pub(crate) fn name(self) -> String {
         match self {
-            Known::Instance(id) => format!("instance-{id}"),
-            Known::Assigned(id) => format!("assigned-{id}"),
+            HintSubject::Instance(id) => format!("instance-{id}"),
+            HintSubject::Assigned(id) => format!("assigned-{id}"),
             // Names may hold any character; two names with one hash share a hint.
-            Known::Flavor(name) => format!("flavor-{:016x}", fnv1a(name.as_bytes())),
+            HintSubject::Flavor(name) => format!("flavor-{:016x}", fnv1a(name.as_bytes())),
         }
     }
 }
@@ -58,7 +58,7 @@ pub enum Hint {
 }
 
 /// Looks for a hint.
-pub fn look(state_dir: &Path, what: Known<'_>) -> Hint {
+pub fn look(state_dir: &Path, what: HintSubject<'_>) -> Hint {
     match fs::symlink_metadata(what.path(state_dir)) {
         Ok(_) => Hint::Yes,
         // No hints folder: either there is no database at all, or hints were lost and must not be
@@ -72,7 +72,7 @@ pub fn look(state_dir: &Path, what: Known<'_>) -> Hint {
 }
 
 /// Whether the database is worth asking.
-pub fn may_know(state_dir: &Path, what: Known<'_>) -> bool {
+pub fn may_know(state_dir: &Path, what: HintSubject<'_>) -> bool {
     look(state_dir, what) != Hint::No
 }
 
@@ -94,7 +94,7 @@ impl Hints {
     }
 
     /// To be called before the row is committed.
-    pub(crate) fn add(&self, what: Known<'_>) -> Result<(), StoreError> {
+    pub(crate) fn add(&self, what: HintSubject<'_>) -> Result<(), StoreError> {
         // Without the folder nothing is surely unknown; one hint alone would make the others' rows
         // so.
         if self.folder()? && files::make_file(&what.path(&self.state_dir))? && self.durable {
@@ -105,7 +105,7 @@ impl Hints {
 
     /// To be called before a row is committed that must survive a power cut: its hint must survive
     /// it too, even one that another row has made before.
-    pub(crate) fn add_lasting(&self, what: Known<'_>) -> Result<(), StoreError> {
+    pub(crate) fn add_lasting(&self, what: HintSubject<'_>) -> Result<(), StoreError> {
         self.add(what)?;
         if self.durable || !self.folder()? {
             return Ok(());
@@ -115,17 +115,17 @@ impl Hints {
     }
 
     /// To be called after the row's removal was committed.
-    pub(crate) fn remove(&self, what: Known<'_>) -> Result<(), StoreError> {
+    pub(crate) fn remove(&self, what: HintSubject<'_>) -> Result<(), StoreError> {
         if self.folder()? { remove(&what.path(&self.state_dir)) } else { Ok(()) }
     }
 
-    pub(crate) fn may_know(&self, what: Known<'_>) -> bool {
+    pub(crate) fn may_know(&self, what: HintSubject<'_>) -> bool {
         may_know(&self.state_dir, what)
     }
 
     /// Makes the hints exactly those of `known`. A folder that is missing appears at once with all
     /// that is in it.
-    pub(crate) fn mend(&self, known: &[Row]) -> Result<(), StoreError> {
+    pub(crate) fn mend(&self, known: &[HintRow]) -> Result<(), StoreError> {
         let (folder, new) = (dir(&self.state_dir), self.state_dir.join("hints.new"));
         let there = self.folder()?;
         let target = if there { &folder } else { &new };
@@ -136,7 +136,7 @@ impl Hints {
                 _ => files::make_dir(&new)?,
             }
         }
-        let wanted: BTreeSet<String> = known.iter().map(|row| row.as_known().name()).collect();
+        let wanted: BTreeSet<String> = known.iter().map(|row| row.subject().name()).collect();
         let mut changed = !there;
         for name in &wanted {
             changed |= files::make_file(&target.join(name))?;
@@ -184,18 +184,18 @@ fn remove(path: &Path) -> Result<(), StoreError> {
 }
 
 /// A row that has a hint.
-pub(crate) enum Row {
+pub(crate) enum HintRow {
     Instance(InstanceId),
     Assigned(InstanceId),
     Flavor(String),
 }
 
-impl Row {
-    pub(crate) fn as_known(&self) -> Known<'_> {
+impl HintRow {
+    pub(crate) fn subject(&self) -> HintSubject<'_> {
         match self {
-            Self::Instance(id) => Known::Instance(*id),
-            Self::Assigned(id) => Known::Assigned(*id),
-            Self::Flavor(name) => Known::Flavor(name),
+            Self::Instance(id) => HintSubject::Instance(*id),
+            Self::Assigned(id) => HintSubject::Assigned(*id),
+            Self::Flavor(name) => HintSubject::Flavor(name),
         }
     }
 
@@ -226,7 +226,7 @@ impl Store {
     /// When the database cannot be locked or a hint cannot be written.
     pub fn mend_hints(&mut self) -> Result<(), StoreError> {
         // The rows are those that are committed: this write changes none.
-        self.write(|tx, hints| Ok(hints.mend(&Row::all(tx)?)?))
+        self.write(|tx, hints| Ok(hints.mend(&HintRow::all(tx)?)?))
     }
 
     /// Makes the hints if there are none at all.
@@ -249,7 +249,7 @@ mod tests {
     #[test]
     fn a_hint_is_there_until_it_is_removed() {
         let state = tempfile::tempdir().unwrap();
-        let flavor = Known::Flavor("erp/key one");
+        let flavor = HintSubject::Flavor("erp/key one");
         assert!(!may_know(state.path(), flavor), "no database, nothing known");
         fs::write(state.path().join(crate::FILE_NAME), "").unwrap();
         assert!(may_know(state.path(), flavor), "a database without hints: look into it");
@@ -271,18 +271,18 @@ mod tests {
         let state = tempfile::tempdir().unwrap();
         fs::write(state.path().join(crate::FILE_NAME), "").unwrap();
         let hints = Hints::new(state.path(), true);
-        hints.add(Known::Flavor("a")).unwrap();
-        hints.remove(Known::Flavor("b")).unwrap();
-        assert!(may_know(state.path(), Known::Flavor("c")));
-        hints.mend(&[Row::Flavor("a".into())]).unwrap();
+        hints.add(HintSubject::Flavor("a")).unwrap();
+        hints.remove(HintSubject::Flavor("b")).unwrap();
+        assert!(may_know(state.path(), HintSubject::Flavor("c")));
+        hints.mend(&[HintRow::Flavor("a".into())]).unwrap();
         assert!(
-            may_know(state.path(), Known::Flavor("a"))
-                && !may_know(state.path(), Known::Flavor("c"))
+            may_know(state.path(), HintSubject::Flavor("a"))
+                && !may_know(state.path(), HintSubject::Flavor("c"))
         );
-        hints.mend(&[Row::Flavor("c".into())]).unwrap();
+        hints.mend(&[HintRow::Flavor("c".into())]).unwrap();
         assert!(
-            !may_know(state.path(), Known::Flavor("a"))
-                && may_know(state.path(), Known::Flavor("c"))
+            !may_know(state.path(), HintSubject::Flavor("a"))
+                && may_know(state.path(), HintSubject::Flavor("c"))
         );
     }
 
@@ -291,9 +291,9 @@ mod tests {
         let (state, elsewhere) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         std::os::unix::fs::symlink(elsewhere.path(), dir(state.path())).unwrap();
         let hints = Hints::new(state.path(), false);
-        let fault = hints.add(Known::Flavor("a")).unwrap_err().to_string();
+        let fault = hints.add(HintSubject::Flavor("a")).unwrap_err().to_string();
         assert!(fault.contains("hints: not a directory"), "{fault}");
-        assert!(hints.remove(Known::Flavor("a")).is_err() && hints.mend(&[]).is_err());
+        assert!(hints.remove(HintSubject::Flavor("a")).is_err() && hints.mend(&[]).is_err());
         assert_eq!(fs::read_dir(elsewhere.path()).unwrap().count(), 0);
     }
 }

@@ -14,7 +14,7 @@ use virt_usb_model::{HostDocument, Status, state::Hold};
 use crate::device::{ClaimRow, Record};
 use crate::error::Sql;
 use crate::files::with_suffix;
-use crate::hints::Row;
+use crate::hints::HintRow;
 use crate::user::User;
 use crate::{FILE_NAME, Store, StoreError};
 
@@ -79,12 +79,12 @@ impl Store {
     /// When the database cannot be read at all.
     pub fn check(&self) -> Result<Vec<String>, StoreError> {
         let mut findings = self.faults()?;
-        for row in Row::all(&*self.conn()?).map_err(|e| self.fault(&e))? {
-            if !self.hints.may_know(row.as_known()) {
+        for row in HintRow::all(&*self.conn()?).map_err(|e| self.fault(&e))? {
+            if !self.hints.may_know(row.subject()) {
                 let whose = match &row {
-                    Row::Flavor(name) => format!("flavor {name}"),
-                    Row::Instance(id) => format!("instance {id}"),
-                    Row::Assigned(id) => format!("the assignments of instance {id}"),
+                    HintRow::Flavor(name) => format!("flavor {name}"),
+                    HintRow::Instance(id) => format!("instance {id}"),
+                    HintRow::Assigned(id) => format!("the assignments of instance {id}"),
                 };
                 findings.push(format!(
                     "the hint for {whose} is missing: 'virt-usb discover' writes it again"

@@ -151,24 +151,24 @@ impl Drop for Database {
 
 /// Content of a file, as far as it can be determined without knowledge of its tables.
 #[derive(Clone, Copy)]
-enum Found {
+enum FileContent {
     Nothing,
     Schema(i64),
     Foreign,
 }
 
-fn look(conn: &Connection) -> Sql<Found> {
+fn look(conn: &Connection) -> Sql<FileContent> {
     // One moment: tables and marks come in one commit, perhaps just now.
     let _moment = if conn.is_autocommit() { Some(conn.unchecked_transaction()?) } else { None };
     let read = |name| conn.pragma_query_value(None, name, |row| row.get::<_, i64>(0));
     Ok(match (read("application_id")?, read("user_version")?) {
-        (APPLICATION_ID, version) => Found::Schema(version),
+        (APPLICATION_ID, version) => FileContent::Schema(version),
         (0, 0) => {
             let tables: i64 =
                 conn.query_row("SELECT count(*) FROM sqlite_schema", [], |row| row.get(0))?;
-            if tables == 0 { Found::Nothing } else { Found::Foreign }
+            if tables == 0 { FileContent::Nothing } else { FileContent::Foreign }
         }
-        _ => Found::Foreign,
+        _ => FileContent::Foreign,
     })
 }
 
@@ -340,15 +340,15 @@ impl Store {
         self.known(look(&*self.conn()?).map_err(|e| self.fault(&e))?)
     }
 
-    fn known(&self, found: Found) -> Result<Option<i64>, StoreError> {
+    fn known(&self, found: FileContent) -> Result<Option<i64>, StoreError> {
         let path = || self.path.clone();
         match found {
-            Found::Nothing => Ok(None),
-            Found::Foreign => Err(StoreError::Foreign { path: path() }),
-            Found::Schema(found) if found > SCHEMA => {
+            FileContent::Nothing => Ok(None),
+            FileContent::Foreign => Err(StoreError::Foreign { path: path() }),
+            FileContent::Schema(found) if found > SCHEMA => {
                 Err(StoreError::Newer { path: path(), found, known: SCHEMA })
             }
-            Found::Schema(found) => Ok(Some(found)),
+            FileContent::Schema(found) => Ok(Some(found)),
         }
     }
 

@@ -78,7 +78,7 @@ impl<'a, T: Iterator<Item = &'a DeviceKey>> SeenKeys<'a, T> {
     }
 }
 
-type Known<'a> = BTreeMap<DeviceId, &'a Record>;
+type KnownDevices<'a> = BTreeMap<DeviceId, &'a Record>;
 
 impl Store {
     /// Plans and executes under one lock. `seen` are the devices that are plugged in, `limits` say
@@ -109,7 +109,7 @@ impl Store {
             let known = seen.rows(tx)?;
             let changes = plan(&known);
             let rows = &known;
-            let known: Known<'_> = rows.iter().map(|r| (r.entry.id, r)).collect();
+            let known: KnownDevices<'_> = rows.iter().map(|r| (r.entry.id, r)).collect();
             let changes: Vec<Change> = changes.into_iter().filter(|c| is_news(&known, c)).collect();
             if !changes.is_empty() {
                 step_revision(tx)?;
@@ -159,7 +159,7 @@ fn is_first_of_boot(tx: &Transaction<'_>, context: &Context) -> Sql<bool> {
 }
 
 /// Whether the rows do not say so already.
-fn is_news(known: &Known<'_>, change: &Change) -> bool {
+fn is_news(known: &KnownDevices<'_>, change: &Change) -> bool {
     match change {
         Change::Add(..) => true,
         Change::See(id, device, verdict) => {
@@ -171,7 +171,7 @@ fn is_news(known: &Known<'_>, change: &Change) -> bool {
 
 fn execute(
     tx: &Tx<'_>,
-    known: &Known<'_>,
+    known: &KnownDevices<'_>,
     change: Change,
     limits: &Limits,
     context: &Context,

@@ -7,7 +7,7 @@ use virt_usb_model::{DeviceId, InstanceId};
 use crate::device::{ClaimRow, refresh, sql_id, step_revision};
 use crate::error::Sql;
 use crate::events::{Event, record};
-use crate::hints::Known;
+use crate::hints::HintSubject;
 use crate::open::Tx;
 use crate::{Context, Store, StoreError, nova_metadata, quarantine};
 
@@ -78,7 +78,7 @@ impl Store {
             if extent == Extent::Gone {
                 tx.execute("DELETE FROM owners WHERE instance_uuid = ?1", [instance.to_string()])?;
             }
-            set_places(tx, &kept, context, |_| Place::Over)?;
+            set_presence(tx, &kept, context, |_| GuestPresence::Over)?;
             nova_metadata::refresh(tx, instance)?;
             Ok(ended.iter().map(|c| c.device_id).collect())
         })?;
@@ -103,8 +103,12 @@ impl Store {
         self.write(|tx, _| {
             let mut claims = valid(tx, instance, context)?;
             claims.retain(|c| !c.pending || witness == Witness::Start);
-            set_places(tx, &claims, context, |claim| {
-                if in_guest.contains(&claim.device_id) { Place::Inside } else { Place::Outside }
+            set_presence(tx, &claims, context, |claim| {
+                if in_guest.contains(&claim.device_id) {
+                    GuestPresence::Inside
+                } else {
+                    GuestPresence::Outside
+                }
             })?;
             Ok(claims.iter().map(|c| c.device_id).filter(|id| !in_guest.contains(id)).collect())
         })
@@ -158,16 +162,17 @@ impl Store {
         self.write(|tx, _| {
             let firm: Vec<_> =
                 valid(tx, instance, context)?.into_iter().filter(|c| !c.pending).collect();
-            Ok(set_places(tx, &firm, context, |_| Place::Over)?)
+            Ok(set_presence(tx, &firm, context, |_| GuestPresence::Over)?)
         })
     }
 
     /// Removes the hints of an instance for which the database no longer has a row. This is a
     /// separate write, because only committed changes are certain.
     pub(crate) fn forget_hint(&mut self, instance: InstanceId) -> Result<(), StoreError> {
-        for (hint, table) in
-            [(Known::Instance(instance), "claims"), (Known::Assigned(instance), "assignments")]
-        {
+        for (hint, table) in [
+            (HintSubject::Instance(instance), "claims"),
+            (HintSubject::Assigned(instance), "assignments"),
+        ] {
             if !self.hints.may_know(hint) {
                 continue;
             }
@@ -194,7 +199,7 @@ fn valid(tx: &Transaction<'_>, instance: InstanceId, context: &Context) -> Sql<V
 
 /// Where a claim's device is, as libvirt shows it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Place {
+pub(crate) enum GuestPresence {
     /// In the XML of a guest that is about to run.
     Coming {
         /// Whether the guest arrived with a saved state, for which QEMU releases the device.
@@ -208,7 +213,7 @@ pub(crate) enum Place {
     Over,
 }
 
-impl Place {
+impl GuestPresence {
     /// State of the claim, whether the device must still be reattached, and whether it was seen in
     /// the guest.
     fn of(self, claim: &ClaimRow) -> (&'static str, bool, bool) {
@@ -223,18 +228,18 @@ impl Place {
 }
 
 /// Makes the claims firm, of this boot, and of the state that follows from where their devices are.
-pub(crate) fn set_places(
+pub(crate) fn set_presence(
     tx: &Tx<'_>,
     claims: &[ClaimRow],
     context: &Context,
-    place: impl Fn(&ClaimRow) -> Place,
+    presence: impl Fn(&ClaimRow) -> GuestPresence,
 ) -> Sql<()> {
     let mut stepped = false;
     for claim in claims {
-        let place = place(claim);
-        let is_anew =
-            matches!(place, Place::Coming { .. } | Place::Over) || claim.boot_id != context.boot_id;
-        let (state, arrived, seen) = place.of(claim);
+        let presence = presence(claim);
+        let is_anew = matches!(presence, GuestPresence::Coming { .. } | GuestPresence::Over)
+            || claim.boot_id != context.boot_id;
+        let (state, arrived, seen) = presence.of(claim);
         let same = claim.state == state && claim.arrived == arrived && claim.seen_in_guest == seen;
         let named = claim.pending || claim.incoming_since.is_some();
         if same && !named && claim.boot_id == context.boot_id {
@@ -305,7 +310,7 @@ pub(crate) fn sweep(tx: &Tx<'_>, context: &Context) -> Sql<()> {
         delete(tx, &claim, "voided", why, context)?;
         nova_metadata::refresh(tx, claim.instance_uuid)?;
     }
-    set_places(tx, &kept, context, |_| Place::Over)
+    set_presence(tx, &kept, context, |_| GuestPresence::Over)
 }
 
 /// Claims of other boots than this. Looked for once a boot, which the host's row remembers.

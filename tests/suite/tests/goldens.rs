@@ -26,7 +26,7 @@ fn optional(path: &Path) -> Option<String> {
 }
 
 /// Result of a case.
-struct Found {
+struct CaseResult {
     stdout: Vec<u8>,
     stderr: String,
     exit: String,
@@ -34,7 +34,7 @@ struct Found {
     prepare: String,
 }
 
-fn play(case: &Path) -> Found {
+fn play(case: &Path) -> CaseResult {
     let host = Host::new(&optional(&case.join("config.toml")).unwrap_or_default());
     if let Some(devices) = optional(&case.join("devices.toml")) {
         host.discover(&devices);
@@ -78,7 +78,7 @@ fn play(case: &Path) -> Found {
         Ok(text) => settle(&text, &host).into_bytes(),
         Err(other) => other.into_bytes(),
     };
-    Found {
+    CaseResult {
         stdout,
         stderr: settle(&String::from_utf8(output.stderr).unwrap(), &host),
         exit: format!("{}\n", output.status.code().unwrap()),

@@ -32,7 +32,7 @@ use serde::Serialize;
 use virt_usb_model::{DeviceId, InstanceId};
 
 use self::placement::Placed;
-use self::source::Source;
+use self::source::BackupFile;
 use crate::device::{parse, refresh};
 use crate::error::Sql;
 use crate::events::{Event, record};
@@ -149,7 +149,7 @@ pub fn replace(
     context: &Context,
     fill: &mut dyn FnMut(&mut Store) -> Result<(), StoreError>,
 ) -> Result<Recovered, StoreError> {
-    let backup = request.backup.map(Source::open).transpose()?;
+    let backup = request.backup.map(BackupFile::open).transpose()?;
     let _owner = enter(user_of(state_dir)?, state_dir)?;
     files::make_dir(state_dir)?;
     let state_dir = canonical(state_dir)?;
@@ -160,7 +160,7 @@ pub fn replace(
     }
     let _one = one_at_a_time(&state_dir, &path)?;
     let scratch = Scratch::make(&state_dir).map_err(|e| e.of(&path))?;
-    Job { state_dir, path, scratch, lock_timeout, request, backup, context }.run(fill)
+    Recovery { state_dir, path, scratch, lock_timeout, request, backup, context }.run(fill)
 }
 
 /// Lock on the folder that allows one restore or rebuild at a time. The kernel releases it when the
@@ -200,13 +200,13 @@ impl Drop for Scratch {
     }
 }
 
-struct Job<'a> {
+struct Recovery<'a> {
     state_dir: PathBuf,
     path: PathBuf,
     scratch: Scratch,
     lock_timeout: Duration,
     request: &'a RebuildRequest<'a>,
-    backup: Option<Source>,
+    backup: Option<BackupFile>,
     context: &'a Context,
 }
 
@@ -218,7 +218,7 @@ struct Built {
 
 type Fill<'a> = &'a mut dyn FnMut(&mut Store) -> Result<(), StoreError>;
 
-impl Job<'_> {
+impl Recovery<'_> {
     fn run(&self, fill: Fill<'_>) -> Result<Recovered, StoreError> {
         let mut new = self.begin()?;
         let placed = match self.overwrite(&mut new, fill)? {
@@ -271,8 +271,8 @@ impl Job<'_> {
     /// Before the rows can be seen: a hint too many costs a look, one too few hides a claim.
     fn add_hints(&self, new: &Store) -> Result<(), StoreError> {
         let hints = Hints::new(&self.state_dir, true);
-        for row in hints::Row::all(&*new.conn()?).map_err(|e| new.fault(&e))? {
-            hints.add(row.as_known())?;
+        for row in hints::HintRow::all(&*new.conn()?).map_err(|e| new.fault(&e))? {
+            hints.add(row.subject())?;
         }
         Ok(())
     }

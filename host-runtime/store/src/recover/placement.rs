@@ -9,7 +9,7 @@ use std::time::{Duration, SystemTime};
 use rusqlite::backup::{Backup, StepResult};
 use rusqlite::{Connection, ErrorCode, OpenFlags};
 
-use super::{Built, Fill, Health, Job, health, quiet};
+use super::{Built, Fill, Health, Recovery, health, quiet};
 use crate::error::Sql;
 use crate::files::{self, with_suffix};
 use crate::salvage::{self, Salvage};
@@ -37,7 +37,7 @@ enum Taken {
     Unlockable,
 }
 
-impl Job<'_> {
+impl Recovery<'_> {
     /// Overwrites the file in place; none where that cannot be: it cannot be locked as a database,
     /// or there is none.
     pub(super) fn overwrite(

@@ -13,14 +13,14 @@ use crate::user::User;
 
 /// A backup, opened with the rights of the user who may put another file in its place: root's tool
 /// copies into a folder of the agent's user, who must learn nothing by it.
-pub(super) struct Source {
+pub(super) struct BackupFile {
     pub(super) path: PathBuf,
     pub(super) file: File,
     /// Log of an inventory that was copied while it was in use.
     log: Option<File>,
 }
 
-impl Source {
+impl BackupFile {
     pub(super) fn open(path: &Path) -> Result<Self, StoreError> {
         let fault = |e| StoreError::file(path, e);
         let _user = User::of(path).and_then(User::enter).map_err(fault)?;

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::thread;
 
 use virt_usb_store::claim::{Claimed, Why};
-use virt_usb_store::hints::{Known, may_know};
+use virt_usb_store::hints::{HintSubject, may_know};
 use virt_usb_store::release::Extent;
 use virt_usb_store::{FILE_NAME, Store};
 
@@ -78,7 +78,7 @@ fn a_hint_outlives_those_who_forget_it_at_the_same_time() {
             store.restart_lock_timeout();
             assert!(takes(&mut store, 1));
             // Without the hint the claim must be gone.
-            if !may_know(dir.path(), Known::Instance(instance(1)))
+            if !may_know(dir.path(), HintSubject::Instance(instance(1)))
                 && !store.claims().unwrap().is_empty()
             {
                 missed.fetch_add(1, Ordering::Relaxed);

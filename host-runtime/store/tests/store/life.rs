@@ -9,7 +9,7 @@ use virt_usb_store::claim::{
 };
 use virt_usb_store::events::Filter;
 use virt_usb_store::flaps::Limits;
-use virt_usb_store::hints::{Known, may_know};
+use virt_usb_store::hints::{HintSubject, may_know};
 use virt_usb_store::reconcile::Change;
 use virt_usb_store::release::{Extent, Witness};
 use virt_usb_store::{Context, Location, Record, Source, Store};
@@ -114,8 +114,8 @@ fn a_forced_release_ends_the_intent_too_and_is_written_down() {
         []
     );
     assert!(
-        may_know(dir.path(), Known::Instance(instance(1)))
-            && may_know(dir.path(), Known::Assigned(instance(1)))
+        may_know(dir.path(), HintSubject::Instance(instance(1)))
+            && may_know(dir.path(), HintSubject::Assigned(instance(1)))
     );
     assert_eq!(
         store.release(instance(1), Extent::Everything, "host is lost", &boot(1)).unwrap(),
@@ -123,8 +123,8 @@ fn a_forced_release_ends_the_intent_too_and_is_written_down() {
     );
     assert_eq!(store.assignments(instance(1)).unwrap(), []);
     assert!(
-        !may_know(dir.path(), Known::Instance(instance(1)))
-            && !may_know(dir.path(), Known::Assigned(instance(1)))
+        !may_know(dir.path(), HintSubject::Instance(instance(1)))
+            && !may_know(dir.path(), HintSubject::Assigned(instance(1)))
     );
     let events =
         store.events(&Filter { instance: Some(instance(1)), ..Filter::default() }).unwrap();

@@ -14,7 +14,7 @@ use virt_usb_store::adopt::{Adoption, Holding, Received, Stage};
 use virt_usb_store::claim::{
     ClaimMode, ClaimRequest, ClaimVerifier, Claimant, Claimed, Granted, Verified,
 };
-use virt_usb_store::hints::{Known, may_know};
+use virt_usb_store::hints::{HintSubject, may_know};
 use virt_usb_store::release::{Extent, Witness};
 use virt_usb_store::{ClaimRow, Context, Location, Record, Source, Store};
 
@@ -820,7 +820,7 @@ impl Life {
             store.flavors().unwrap().into_iter().map(|f| f.name).collect();
         assert_eq!(flavors, self.model.flavors);
         for name in &flavors {
-            assert!(may_know(self.dir.path(), Known::Flavor(name)));
+            assert!(may_know(self.dir.path(), HintSubject::Flavor(name)));
         }
         for who in [0, 1, 2].map(instance) {
             self.compare_instance(store, who);
@@ -832,11 +832,11 @@ impl Life {
             store.assignments(who).unwrap().into_iter().map(|a| (a.source, a.request)).collect();
         assert_eq!(assigned, self.model.assignments.get(&who).cloned().unwrap_or_default());
         assert!(
-            assigned.is_empty() || may_know(self.dir.path(), Known::Assigned(who)),
+            assigned.is_empty() || may_know(self.dir.path(), HintSubject::Assigned(who)),
             "a hint for {who}'s assignments"
         );
         assert!(
-            self.model.of(who).is_empty() || may_know(self.dir.path(), Known::Instance(who)),
+            self.model.of(who).is_empty() || may_know(self.dir.path(), HintSubject::Instance(who)),
             "a hint for {who}"
         );
     }
