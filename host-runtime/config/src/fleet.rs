@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use serde::Deserialize;
 
-use super::{Tls, absolute_path};
+use crate::values::{Tls, absolute_path};
 
 /// The etcd that several hosts share their inventories through.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use serde::Deserialize;
 
-use super::absolute_path;
+use crate::values::absolute_path;
 
 /// A Keystone whose tokens are accepted, and the user that validates them.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -8,131 +8,35 @@ mod fleet;
 pub mod host_env;
 mod keystone;
 pub mod panics;
+mod parse;
 pub mod rules;
 pub mod sysfs;
+mod values;
 
 use std::io::{self, Read};
-use std::net::SocketAddr;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use serde::Deserialize;
 use virt_usb_model::{Aliases, Whitelist};
 use virt_usb_store::flaps::Limits;
 
+use crate::parse::{
+    KEYS, Raw, absolute, api, flapping, known, libvirt_uri, log, metrics, one_line, require_agent,
+    seconds, tls, top_level,
+};
+
 pub use fleet::{Fleet, User};
 pub use keystone::Keystone;
+pub use values::{
+    Api, AttachFailurePolicy, HoldPolicy, Log, Metrics, MigrationPolicy, ReplugPolicy,
+    RequireAgent, Tls,
+};
 
 /// The largest configuration read, in bytes.
 const MAX_CONFIG: u64 = 1 << 20;
 /// Where the configuration is looked for when `--config` does not say.
 pub const DEFAULT_PATH: &str = "/etc/virt-usb/config.toml";
-
-/// How long an instance keeps what its flavor gave it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum HoldPolicy {
-    /// From prepare to release.
-    #[default]
-    Running,
-    /// Until the instance is gone: a stop or a reboot keeps it.
-    Instance,
-}
-
-/// Policy for a guest with a passed-through USB device that migrates to this host.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum MigrationPolicy {
-    /// Refuse the guest.
-    #[default]
-    Refuse,
-    /// An equivalent device of this host is claimed for it.
-    Reclaim,
-}
-
-/// Policy for the claim of a device that is unplugged while its guest is running.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum ReplugPolicy {
-    /// Keep the claim; the guest gets the device back when it is replugged.
-    #[default]
-    Reattach,
-    /// End the claim; the device is available when it is replugged.
-    Release,
-}
-
-/// Policy for a guest that has just started and cannot get its devices.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum AttachFailurePolicy {
-    /// Keep the guest running without the device; the agent retries.
-    #[default]
-    Keep,
-    /// Stop the guest.
-    Stop,
-}
-
-/// Whether a guest may start that only the agent can give its device.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum RequireAgent {
-    /// Where an agent is installed it must run; where none is, the caller is believed to use the
-    /// printed XML.
-    #[default]
-    Auto,
-    /// An agent must be installed and running.
-    Always,
-    /// Nothing is asked of it.
-    Never,
-}
-
-/// Where the agent's metrics are served.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub enum Metrics {
-    /// Metrics are not served.
-    #[default]
-    Off,
-    /// On a loopback port.
-    Tcp(SocketAddr),
-    /// On a unix socket.
-    Unix(PathBuf),
-}
-
-/// Where the agent's API is served.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Api {
-    /// The API is not served.
-    Off,
-    /// On this address, and on a unix socket in `state_dir`.
-    On(SocketAddr),
-}
-
-/// Certificate and key for TLS on the API's port.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Tls {
-    /// PEM: the certificate, then those that lead to its authority.
-    pub certificate: PathBuf,
-    /// PEM: its private key.
-    pub key: PathBuf,
-}
-
-impl Default for Api {
-    fn default() -> Self {
-        Self::On(SocketAddr::from(([127, 0, 0, 1], 8790)))
-    }
-}
-
-/// Where the record of each hook call goes.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub enum Log {
-    /// The systemd journal.
-    #[default]
-    Journal,
-    /// A file, one JSON object a line.
-    File(PathBuf),
-    /// Records are not written.
-    Off,
-}
 
 /// The whitelist keys that a file contains. If a file contained them before and contains none now,
 /// it may be truncated.
@@ -439,25 +343,6 @@ impl Readable {
     }
 }
 
-/// The keys of a text that is no TOML, as far as a line holds one whole: those above the first
-/// section.
-fn top_level(text: &str) -> toml::Table {
-    let is_section = |line: &str| {
-        let name = line.trim_start_matches('[').split(']').next().unwrap_or_default();
-        line.starts_with('[')
-            && !name.is_empty()
-            && name.chars().all(|c| c.is_alphanumeric() || "._- ".contains(c))
-    };
-    let mut found = toml::Table::new();
-    for line in text.lines().map(str::trim).take_while(|line| !is_section(line)) {
-        for (key, value) in line.parse::<toml::Table>().unwrap_or_default() {
-            let same = found.get(&key).is_none_or(|was| *was == value);
-            found.insert(key, if same { value } else { toml::Value::Boolean(false) });
-        }
-    }
-    found
-}
-
 /// Reads a regular file of at most 1 MiB, such as the configuration or a certificate. A pipe or a
 /// device in its place is an error, and the call does not wait for it.
 ///
@@ -475,218 +360,6 @@ pub fn read_bounded(file: &Path) -> io::Result<Vec<u8>> {
         return Err(io::Error::new(io::ErrorKind::FileTooLarge, "it is larger than 1 MiB"));
     }
     Ok(bytes)
-}
-
-/// Keys that serde reads; the model reads the whitelist's keys.
-#[derive(Deserialize)]
-struct Raw {
-    state_dir: Option<PathBuf>,
-    sysfs_root: Option<PathBuf>,
-    procfs_root: Option<PathBuf>,
-    #[serde(default)]
-    hold: HoldPolicy,
-    #[serde(default)]
-    migration: MigrationPolicy,
-    log: Option<String>,
-    events_keep_days: Option<u32>,
-    forget_after_days: Option<u32>,
-    #[serde(default)]
-    usb_aliases: Vec<Vec<String>>,
-    flap_limit: Option<u64>,
-    flap_window: Option<u64>,
-    flap_pause: Option<u64>,
-    flap_quarantine: Option<u64>,
-    libvirt_uri: Option<String>,
-    scan_interval: Option<u64>,
-    absent_grace: Option<u64>,
-    undefined_grace: Option<u64>,
-    recheck_delay: Option<u64>,
-    libvirt_timeout: Option<u64>,
-    pending_grace: Option<u64>,
-    #[serde(default)]
-    replug: ReplugPolicy,
-    #[serde(default)]
-    on_attach_failure: AttachFailurePolicy,
-    metrics: Option<String>,
-    api: Option<String>,
-    api_certificate: Option<PathBuf>,
-    api_key: Option<PathBuf>,
-    fleet: Option<fleet::Raw>,
-    keystone: Option<keystone::Raw>,
-}
-
-const KEYS: &[&str] = &[
-    "state_dir",
-    "sysfs_root",
-    "procfs_root",
-    "usb_white_list_switch",
-    "usb_passthrough_whitelist",
-    "usb_white_list",
-    "usb_aliases",
-    "flap_limit",
-    "flap_window",
-    "flap_pause",
-    "flap_quarantine",
-    "hold",
-    "migration",
-    "log",
-    "events_keep_days",
-    "forget_after_days",
-    "libvirt_uri",
-    "scan_interval",
-    "absent_grace",
-    "undefined_grace",
-    "recheck_delay",
-    "libvirt_timeout",
-    "pending_grace",
-    "replug",
-    "on_attach_failure",
-    "require_agent",
-    "metrics",
-    "api",
-    "api_certificate",
-    "api_key",
-    "fleet",
-    "keystone",
-];
-
-fn known(key: &str, keys: &[&str]) -> Result<(), String> {
-    if keys.contains(&key) {
-        return Ok(());
-    }
-    let near = keys.iter().map(|k| (strsim::damerau_levenshtein(key, k), *k)).min();
-    Err(match near {
-        Some((distance, k)) if distance <= 1 + k.len() / 3 => {
-            format!("unknown key {key:?}: did you mean {k:?}?")
-        }
-        _ => format!("unknown key {key:?}: the keys are {}", keys.join(", ")),
-    })
-}
-
-fn absolute(key: &str, value: Option<PathBuf>, default: PathBuf) -> Result<PathBuf, String> {
-    value.map_or(Ok(default), |path| absolute_path(key, path))
-}
-
-/// The path, if it is an absolute one.
-fn absolute_path(key: &str, path: PathBuf) -> Result<PathBuf, String> {
-    if path.is_absolute() {
-        Ok(path)
-    } else {
-        Err(format!("{key}: {} is not an absolute path", path.display()))
-    }
-}
-
-fn log(value: Option<&str>) -> Result<Log, String> {
-    match value {
-        None | Some("journal") => Ok(Log::Journal),
-        Some("off") => Ok(Log::Off),
-        Some(path) if path.starts_with('/') => Ok(Log::File(path.into())),
-        Some(other) => {
-            Err(format!("log: found {other:?}, wanted \"journal\", \"off\" or an absolute path"))
-        }
-    }
-}
-
-fn libvirt_uri(value: Option<String>, default: String) -> Result<String, String> {
-    match value {
-        None => Ok(default),
-        Some(uri) if uri.contains(":/") && !uri.contains(char::is_control) => Ok(uri),
-        Some(uri) => {
-            Err(format!("libvirt_uri: found {uri:?}, wanted a URI such as \"qemu:///system\""))
-        }
-    }
-}
-
-fn flapping(raw: &Raw, default: Limits) -> Result<Limits, String> {
-    let number = |key: &str, value: Option<u64>, default: u64, least: u64, most: u64| match value {
-        None => Ok(default),
-        Some(value) if (least..=most).contains(&value) => Ok(value),
-        Some(other) => Err(format!("{key}: found {other}, wanted {least} to {most}")),
-    };
-    let few = |key, value, default: u32| -> Result<u32, String> {
-        let value = number(key, value, default.into(), 0, 1000)?;
-        Ok(u32::try_from(value).unwrap_or(default))
-    };
-    Ok(Limits {
-        limit: few("flap_limit", raw.flap_limit, default.limit)?,
-        window: number("flap_window", raw.flap_window, default.window, 1, 86400)?,
-        pause: number("flap_pause", raw.flap_pause, default.pause, 1, 86400)?,
-        quarantine: few("flap_quarantine", raw.flap_quarantine, default.quarantine)?,
-    })
-}
-
-/// A time in whole seconds, a day at most.
-fn seconds(key: &str, value: Option<u64>, default: Duration) -> Result<Duration, String> {
-    match value {
-        None => Ok(default),
-        Some(seconds @ 1..=86400) => Ok(Duration::from_secs(seconds)),
-        Some(other) => Err(format!("{key}: found {other}, wanted 1 to 86400 seconds")),
-    }
-}
-
-fn require_agent(value: Option<&toml::Value>) -> Result<RequireAgent, String> {
-    match value {
-        None => Ok(RequireAgent::Auto),
-        Some(toml::Value::Boolean(true)) => Ok(RequireAgent::Always),
-        Some(toml::Value::Boolean(false)) => Ok(RequireAgent::Never),
-        Some(toml::Value::String(word)) if word == "auto" => Ok(RequireAgent::Auto),
-        Some(other) => Err(format!("require_agent: found {other}, wanted \"auto\", true or false")),
-    }
-}
-
-/// Parses the address of the metrics. They contain data of this host, so only loopback addresses
-/// and sockets are accepted.
-fn metrics(value: Option<&str>) -> Result<Metrics, String> {
-    match value {
-        None | Some("off") => Ok(Metrics::Off),
-        Some(path) if path.starts_with('/') => Ok(Metrics::Unix(path.into())),
-        Some(address) => match address.parse::<SocketAddr>() {
-            Ok(address) if address.ip().is_loopback() => Ok(Metrics::Tcp(address)),
-            _ => Err(format!(
-                "metrics: found {address:?}, wanted \"off\", a loopback address such \
-                    as \"127.0.0.1:9177\", or an absolute path for a socket"
-            )),
-        },
-    }
-}
-
-fn api(value: Option<&str>, encrypted: bool) -> Result<Api, String> {
-    match value {
-        None => Ok(Api::default()),
-        Some("off") => Ok(Api::Off),
-        Some(address) => match address.parse::<SocketAddr>() {
-            Ok(address) if encrypted || address.ip().is_loopback() => Ok(Api::On(address)),
-            Ok(_) => Err(format!(
-                "api: found {address:?}, which other hosts can reach: without TLS, tokens could \
-                 be read on the network: set api_certificate and api_key, or use a loopback address"
-            )),
-            Err(_) => Err(format!(
-                "api: found {address:?}, wanted \"off\" or an address such as \"127.0.0.1:8790\""
-            )),
-        },
-    }
-}
-
-fn tls(certificate: Option<PathBuf>, key: Option<PathBuf>) -> Result<Option<Tls>, String> {
-    match (certificate, key) {
-        (None, None) => Ok(None),
-        (Some(certificate), Some(key)) => {
-            let certificate = absolute_path("api_certificate", certificate)?;
-            Ok(Some(Tls { certificate, key: absolute_path("api_key", key)? }))
-        }
-        (Some(_), None) => {
-            Err("api_certificate: its key is missing: set api_key as well".to_owned())
-        }
-        (None, Some(_)) => {
-            Err("api_key: its certificate is missing: set api_certificate as well".to_owned())
-        }
-    }
-}
-
-fn one_line(e: &toml::de::Error, text: &str) -> String {
-    let line = e.span().map(|span| 1 + text[..span.start.min(text.len())].matches('\n').count());
-    let message = e.message().split_whitespace().collect::<Vec<_>>().join(" ");
-    line.map_or_else(|| message.clone(), |line| format!("line {line}: {message}"))
 }
 
 #[cfg(test)]
