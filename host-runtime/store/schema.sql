@@ -1,4 +1,5 @@
--- The whole schema, as the migrations leave it (a test compares them). Times are UTC, ISO 8601 with milliseconds.
+-- The whole schema, as the migrations make it (a test compares them). Times are UTC, ISO 8601 with
+-- milliseconds.
 
 CREATE TABLE compute_nodes (
     created_at      datetime,
@@ -12,15 +13,18 @@ CREATE TABLE compute_nodes (
     scanned_at      datetime,
     -- the boot whose claims these are: those of the boots before were swept
     boot_id         varchar(36),
-    -- the age of an event is measured against this time, which follows the clock but makes no leap with it
+    -- the age of an event is measured against this time, which follows the clock but does not jump
+    -- with it
     audit_time      datetime,
     -- seconds since boot at the last discovery
     scanned_uptime  real,
-    -- what the configuration held when it was last read: 2: the whitelist, on; 1: rules, off; 0: neither; NULL: not known
+    -- what the configuration held when it was last read: 2: the whitelist, on; 1: rules, off; 0:
+    -- neither; NULL: not known
     whitelist       int,
-    -- the boot of the last discovery; until one has run in a boot, a port may be one of the boot before
+    -- the boot of the last discovery; until one has run in a boot, a port may be one of the boot
+    -- before
     scanned_boot    varchar(36),
-    -- which libvirt has run the guests that hold devices, as it describes itself; NULL: not known
+    -- the libvirt that runs the guests that hold devices, in its own words; NULL: not known
     libvirt         text
 );
 
@@ -59,27 +63,31 @@ CREATE TABLE usb_devices (
     host_use        text,
     -- plugged in when last looked at
     present         int NOT NULL DEFAULT 1,
-    -- why it is not offered when nobody holds it; status and status_reason are derived from the claim, present and this
+    -- why the device is not offered while no instance holds it; status and status_reason are
+    -- derived from the claim, present and this column
     withheld        varchar(36),
     revision        int NOT NULL DEFAULT 0,
     -- why an operator has disabled it; why it waits for an operator
     disabled        text,
     quarantined     text,
-    -- it came and went too often: not offered until then; and what is remembered of that, JSON
+    -- end of the pause of a flapping device, and its history as JSON
     flapping_until  datetime,
     flaps           text,
     -- 1: the rules want it quarantined after each use
     one_time_use    int NOT NULL DEFAULT 0,
     -- an operator's tags, JSON list; tags holds those of the rules
     own_tags        text NOT NULL DEFAULT '[]',
-    -- what the device sends of itself, hexadecimal: now, and at the claim after which it was quarantined
+    -- the device's descriptors, hexadecimal: now, and at the claim after which it was quarantined
     descriptors     text,
     used_as         text,
-    -- the projects of the grants that match, a JSON list; those of the whitelist's rule stand in projects
+    -- the projects of the grants that match, a JSON list; those of the whitelist's rule stand in
+    -- projects
     granted         text NOT NULL DEFAULT '[]',
-    -- the socket, whatever the bus numbers are, as udev's ID_PATH_WITH_USB_REVISION; NULL: not known
+    -- the socket, whatever the bus numbers are, as udev's ID_PATH_WITH_USB_REVISION; NULL: not
+    -- known
     path            varchar(255),
-    -- tells one stay of the device in its port from the next: the inode of its sysfs folder; NULL: not known
+    -- tells one stay of the device in its port from the next: the inode of its sysfs folder; NULL:
+    -- not known
     generation      int,
     -- 1: an instance has held the device
     was_held        int NOT NULL DEFAULT 0
@@ -92,9 +100,10 @@ CREATE INDEX usb_devices_serial ON usb_devices (serial) WHERE deleted = 0;
 CREATE INDEX usb_devices_port ON usb_devices (port_path) WHERE deleted = 0;
 CREATE INDEX usb_devices_path ON usb_devices (path) WHERE deleted = 0;
 CREATE INDEX usb_devices_gone_serial ON usb_devices (serial) WHERE deleted <> 0;
-CREATE INDEX usb_devices_gone_kind ON usb_devices (vendor_id, product_id, serial_kind) WHERE deleted <> 0;
+CREATE INDEX usb_devices_gone_kind ON usb_devices (vendor_id, product_id, serial_kind)
+    WHERE deleted <> 0;
 
--- What a selector can ask for that a device has several of: kind is 'class' or 'tag'.
+-- Labels that selectors match and a device can have several of: kind is 'class' or 'tag'.
 CREATE TABLE device_labels (
     kind            varchar(5) NOT NULL,
     value           varchar(64) NOT NULL,
@@ -103,7 +112,7 @@ CREATE TABLE device_labels (
 ) WITHOUT ROWID;
 CREATE INDEX device_labels_device ON device_labels (device_id);
 
--- Lasting intent: this instance is to have these devices. Survives stop and reboot.
+-- Lasting intent: the instance gets these devices at each start. Survives stop and reboot.
 CREATE TABLE assignments (
     id              INTEGER PRIMARY KEY AUTOINCREMENT,
     created_at      datetime NOT NULL,
@@ -115,7 +124,7 @@ CREATE TABLE assignments (
 );
 CREATE INDEX assignments_instance ON assignments (instance_uuid);
 
--- Whose an instance is, as an administrator says, where its domain does not.
+-- The owner project of an instance whose domain names none, set by an administrator.
 CREATE TABLE owners (
     instance_uuid   varchar(36) PRIMARY KEY,
     created_at      datetime NOT NULL,
@@ -142,9 +151,10 @@ CREATE TABLE claims (
     pending_since   real,
     boot_id         varchar(36) NOT NULL,
     revision        int NOT NULL,
-    -- 1: the device is to leave the guest, and the claim ends with that
+    -- 1: the device must leave the guest, and the claim ends with that
     ending          int NOT NULL DEFAULT 0,
-    -- 1: the guest came in with the device by restore or migration, and its QEMU let go of it meanwhile: it is to be attached anew
+    -- 1: the guest arrived with the device by restore or migration, and its QEMU released it since:
+    -- the device must be reattached
     arrived         int NOT NULL DEFAULT 0,
     -- the device's descriptors when the claim was made
     descriptors     text,
@@ -154,11 +164,14 @@ CREATE TABLE claims (
     serial_shared   int NOT NULL DEFAULT 0,
     -- 1: the device was seen in the guest during this run of it
     seen_in_guest   int NOT NULL DEFAULT 0,
-    -- 1: the device is in a hostdev that somebody wrote by hand, whether or not a request is served by it too
+    -- 1: the device is in a hostdev of the domain's own XML, whether or not it also serves a
+    -- request
     by_hand         int NOT NULL DEFAULT 0,
-    -- seconds since boot at which a restore named the device of this firm claim: what that means only the next prepare knows
+    -- seconds since boot at which a restore named the device of this firm claim: the next prepare
+    -- tells what that means
     incoming_since  real,
-    -- 1: libvirt was asked to attach the device, and the connection was lost before it answered: it may still come into the guest
+    -- 1: libvirt was asked to attach the device, and the connection was lost before it answered: it
+    -- may still come into the guest
     unsure          int NOT NULL DEFAULT 0,
     -- the device's generation when it came into the guest; NULL: not known
     generation      int
@@ -177,7 +190,8 @@ CREATE TABLE instance_system_metadata (
     key             varchar(255) NOT NULL,
     value           text
 );
-CREATE UNIQUE INDEX instance_system_metadata_key ON instance_system_metadata (instance_uuid, key) WHERE deleted = 0;
+CREATE UNIQUE INDEX instance_system_metadata_key ON instance_system_metadata (instance_uuid, key)
+    WHERE deleted = 0;
 
 CREATE TABLE flavors (
     name            varchar(255) PRIMARY KEY,
@@ -196,13 +210,14 @@ CREATE TABLE grants (
     document        text NOT NULL
 ) WITHOUT ROWID;
 
--- Which socket a port of the configuration's rules meant when the rule was first seen: bus numbers change at a reboot.
+-- Which socket a port of the configuration's rules meant when the rule was first seen: bus numbers
+-- change at a reboot.
 CREATE TABLE rule_ports (
     port            varchar(32) PRIMARY KEY,
     path            varchar(255) NOT NULL
 ) WITHOUT ROWID;
 
--- What stands between an instance and what it is to have, as long as it does.
+-- Problems that keep an instance from a device that it should have, while they last.
 CREATE TABLE problems (
     instance_uuid   varchar(36) NOT NULL,
     -- 'device 5' or 'redirection 0'
@@ -213,7 +228,8 @@ CREATE TABLE problems (
     PRIMARY KEY (instance_uuid, about)
 ) WITHOUT ROWID;
 
--- Who got what when and why. Append-only: rows are never changed, and pruned only after a day at the earliest.
+-- The audit: which instance got which device, when and why. Append-only: rows are never changed,
+-- and pruned only after a day at the earliest.
 CREATE TABLE events (
     id              INTEGER PRIMARY KEY AUTOINCREMENT,
     at              datetime NOT NULL,
@@ -226,6 +242,8 @@ CREATE TABLE events (
     actor           varchar(64) NOT NULL,
     detail          text
 );
-CREATE TRIGGER events_are_not_changed BEFORE UPDATE ON events BEGIN SELECT raise(ABORT, 'events are append-only'); END;
-CREATE TRIGGER events_are_kept BEFORE DELETE ON events WHEN old.at > strftime('%Y-%m-%dT%H:%M:%fZ', 'now', '-1 day')
+CREATE TRIGGER events_are_not_changed BEFORE UPDATE ON events
+    BEGIN SELECT raise(ABORT, 'events are append-only'); END;
+CREATE TRIGGER events_are_kept BEFORE DELETE ON events
+    WHEN old.at > strftime('%Y-%m-%dT%H:%M:%fZ', 'now', '-1 day')
     BEGIN SELECT raise(ABORT, 'events are kept for a day at least'); END;

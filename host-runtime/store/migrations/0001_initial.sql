@@ -49,7 +49,8 @@ CREATE TABLE usb_devices (
     host_use        text,
     -- plugged in when last looked at
     present         int NOT NULL DEFAULT 1,
-    -- why it is not offered when nobody holds it; status and status_reason are derived from the claim, present and this
+    -- why the device is not offered while no instance holds it; status and status_reason are
+    -- derived from the claim, present and this column
     withheld        varchar(36),
     revision        int NOT NULL DEFAULT 0
 );
@@ -60,7 +61,7 @@ CREATE INDEX usb_devices_vendor ON usb_devices (vendor_id, status) WHERE deleted
 CREATE INDEX usb_devices_serial ON usb_devices (serial) WHERE deleted = 0;
 CREATE INDEX usb_devices_port ON usb_devices (port_path) WHERE deleted = 0;
 
--- What a selector can ask for that a device has several of: kind is 'class' or 'tag'.
+-- Labels that selectors match and a device can have several of: kind is 'class' or 'tag'.
 CREATE TABLE device_labels (
     kind            varchar(5) NOT NULL,
     value           varchar(64) NOT NULL,
@@ -69,7 +70,7 @@ CREATE TABLE device_labels (
 ) WITHOUT ROWID;
 CREATE INDEX device_labels_device ON device_labels (device_id);
 
--- Lasting intent: this instance is to have these devices. Survives stop and reboot.
+-- Lasting intent: the instance gets these devices at each start. Survives stop and reboot.
 CREATE TABLE assignments (
     id              INTEGER PRIMARY KEY AUTOINCREMENT,
     created_at      datetime NOT NULL,
@@ -114,7 +115,8 @@ CREATE TABLE instance_system_metadata (
     key             varchar(255) NOT NULL,
     value           text
 );
-CREATE UNIQUE INDEX instance_system_metadata_key ON instance_system_metadata (instance_uuid, key) WHERE deleted = 0;
+CREATE UNIQUE INDEX instance_system_metadata_key ON instance_system_metadata (instance_uuid, key)
+    WHERE deleted = 0;
 
 CREATE TABLE flavors (
     name            varchar(255) PRIMARY KEY,
@@ -124,7 +126,8 @@ CREATE TABLE flavors (
     document        text NOT NULL
 ) WITHOUT ROWID;
 
--- Who got what when and why. Append-only: rows are never changed, and pruned only after a day at the earliest.
+-- The audit: which instance got which device, when and why. Append-only: rows are never changed,
+-- and pruned only after a day at the earliest.
 CREATE TABLE events (
     id              INTEGER PRIMARY KEY AUTOINCREMENT,
     at              datetime NOT NULL,
@@ -137,6 +140,8 @@ CREATE TABLE events (
     actor           varchar(64) NOT NULL,
     detail          text
 );
-CREATE TRIGGER events_are_not_changed BEFORE UPDATE ON events BEGIN SELECT raise(ABORT, 'events are append-only'); END;
-CREATE TRIGGER events_are_kept BEFORE DELETE ON events WHEN old.at > strftime('%Y-%m-%dT%H:%M:%fZ', 'now', '-1 day')
+CREATE TRIGGER events_are_not_changed BEFORE UPDATE ON events
+    BEGIN SELECT raise(ABORT, 'events are append-only'); END;
+CREATE TRIGGER events_are_kept BEFORE DELETE ON events
+    WHEN old.at > strftime('%Y-%m-%dT%H:%M:%fZ', 'now', '-1 day')
     BEGIN SELECT raise(ABORT, 'events are kept for a day at least'); END;

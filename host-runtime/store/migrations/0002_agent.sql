@@ -1,4 +1,4 @@
--- What stands between an instance and what it is to have, as long as it does.
+-- Problems that keep an instance from a device that it should have, while they last.
 CREATE TABLE problems (
     instance_uuid   varchar(36) NOT NULL,
     -- 'device 5' or 'redirection 0'
@@ -9,5 +9,5 @@ CREATE TABLE problems (
     PRIMARY KEY (instance_uuid, about)
 ) WITHOUT ROWID;
 
--- 1: the device is to leave the guest, and the claim ends with that
+-- 1: the device must leave the guest, and the claim ends with that
 ALTER TABLE claims ADD COLUMN ending int NOT NULL DEFAULT 0;

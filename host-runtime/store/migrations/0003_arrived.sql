@@ -1,2 +1,3 @@
--- 1: the guest came in with the device by restore or migration, and its QEMU let go of it meanwhile: it is to be attached anew
+-- 1: the guest arrived with the device by restore or migration, and its QEMU released it since: the
+-- device must be reattached
 ALTER TABLE claims ADD COLUMN arrived int NOT NULL DEFAULT 0;

@@ -1,4 +1,4 @@
--- Whose an instance is, as an administrator says, where its domain does not.
+-- The owner project of an instance whose domain names none, set by an administrator.
 CREATE TABLE owners (
     instance_uuid   varchar(36) PRIMARY KEY,
     created_at      datetime NOT NULL,

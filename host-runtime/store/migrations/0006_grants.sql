@@ -1,4 +1,5 @@
--- Which projects may have which devices, beside what the whitelist's rules say: a host's own, or its mirror of the fleet's.
+-- Which projects may have which devices, beside what the whitelist's rules say: a host's own, or
+-- its mirror of the fleet's.
 CREATE TABLE grants (
     name            varchar(255) PRIMARY KEY,
     created_at      datetime NOT NULL,

@@ -1,9 +1,9 @@
 //! Taking devices for an instance: all that it asks for, or none.
 //!
 //! ```text
-//! write lock ─► sweep what is void ─► candidates ─► matching ─► verify each chosen one ─► fits? ─► write ─► commit
-//!                                         ▲                            │ not who it was
-//!                                         └────────────────────────────┘
+//! write lock ─► sweep ─► candidates ─► matching ─► verify each device ─► fits? ─► write ─► commit
+//!                            ▲                          │ another device
+//!                            └──────────────────────────┘
 //! ```
 //! Everything happens under the write lock: of two hooks that run at once, the second sees what the
 //! first has done.
@@ -32,7 +32,7 @@ pub struct Claimant {
 /// One request of the instance.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ClaimRequest {
-    /// Requested devices.
+    /// The devices that the instance requests.
     pub request: DeviceRequest,
     /// Whether the claim outlives the run of the guest.
     pub lasting: bool,
@@ -149,8 +149,8 @@ pub enum Why {
 }
 
 impl Store {
-    /// Takes all devices that `requests` asks for, or none. Asked twice, the answer is the same claim.
-    /// What the instance holds beyond that (an older flavor's) is given back, except what was
+    /// Takes all devices that `requests` asks for, or none. A second call returns the same claim.
+    /// Other devices of the instance (an older flavor's) are released, except those that were
     /// adopted from the domain's own XML. `prefer` lists the devices that the domain's XML holds:
     /// they are chosen before others, and a firm claim keeps them in any case.
     ///

@@ -180,9 +180,9 @@ pub(crate) fn is_inventory(head: &[u8; 72]) -> bool {
 }
 
 impl Store {
-    /// Opens the inventory in `state_dir`: it must be there and current, is never made or migrated,
-    /// and closing it does not checkpoint. `lock_timeout` is the deadline for all locks together, from
-    /// now on.
+    /// Opens the inventory in `state_dir`, which must exist and be current: it is neither created
+    /// nor migrated, and closing it does not checkpoint. `lock_timeout` is the deadline for all
+    /// locks together, from now on.
     ///
     /// # Errors
     /// Each thing that can be wrong with the file has a variant of its own.

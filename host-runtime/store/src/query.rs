@@ -153,7 +153,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_instance_holds_is_found_by_the_instance() {
+    fn devices_of_an_instance_are_found_by_the_instance() {
         for request in [
             r#"{"vendor_id":"0529","product_id":"0001"}"#,
             r#"{"serial":"A","port":"1-1"}"#,

@@ -150,7 +150,8 @@ pub(super) fn continue_with(
             let rows = table.rows.iter().filter(later).cloned().collect();
             copy(tx, "events", &Table { columns: table.columns.clone(), rows, torn: false })?;
         }
-        let revision = since.table("compute_nodes").and_then(|table| table.numbers("revision").max());
+        let hosts = since.table("compute_nodes");
+        let revision = hosts.and_then(|table| table.numbers("revision").max());
         tx.execute(
             "UPDATE compute_nodes SET boot_id = NULL, revision = max(revision, ?1) + 1",
             [revision.unwrap_or_default()],

@@ -1,21 +1,23 @@
-//! Another content in the inventory's place: a backup's, or one that is made of what can still be
-//! read of a damaged one.
+//! Restore and rebuild: replaces the content of the inventory with a backup, or with what can still
+//! be read of a damaged file.
 //!
 //! ```text
-//!                                          ┌── it can be locked: copy aside ─► lock ─► salvage ─► build beside ─► all pages, one transaction
-//!  what stands there, sound or damaged ────┤
-//!                                          └── it cannot, or is missing:         salvage a copy ─► build beside ─► move aside ─► rename
+//! the file can be locked:           copy aside ─► lock ─► salvage ─► build beside
+//!                                                   ─► overwrite all pages in one transaction
+//! it cannot be locked, or is        salvage a copy ─► build beside
+//! missing:                                          ─► move aside ─► rename into place
 //! ```
-//! Where SQLite can lock the file, it *stays*: its pages are overwritten in one transaction of its
-//! own (the backup API), so that hooks and agent that have it open wait for the lock and then see
-//! the new content, and what they wrote until then is in it. A file that is in use must not be
-//! renamed: its log is found by name, and whoever still has the old one would write into that of
-//! the new (<https://www.sqlite.org/howtocorrupt.html>, 2.4). Where the first page is beyond SQLite
-//! nobody can write it either: there the files are moved aside, and the new one is renamed into
-//! place. A connection that was opened before says so at its next write ([`StoreError::Replaced`]).
+//! If SQLite can lock the file, the file *stays*: the backup API overwrites its pages in one
+//! transaction. Hooks and agent that have it open wait for the lock and then see the new content,
+//! which includes what they wrote until then. A file that is in use must not be renamed: SQLite
+//! finds the log by name, and a process that still has the old file open would write into the log
+//! of the new one (<https://www.sqlite.org/howtocorrupt.html>, 2.4). If SQLite cannot read the first
+//! page, no process can write the file either. Then the files are moved aside, and the new one is
+//! renamed into place. A connection that was opened before returns [`StoreError::Replaced`] at its
+//! next write.
 //!
-//! Killed anywhere, the old content or the new one is in place, and it can be done again. What was
-//! there is never deleted.
+//! If the process is killed at any point, the old content or the new one is in place, and the call
+//! can be repeated. The previous content is never deleted.
 
 mod merge;
 mod placement;

@@ -1,5 +1,4 @@
-//! Puts the new content in the place of the old: overwrites the file that SQLite can lock, or
-//! exchanges the files.
+//! Replaces the old content: overwrites the file if SQLite can lock it, or exchanges the files.
 
 use std::fs::{self, File};
 use std::io::ErrorKind;

@@ -13,7 +13,7 @@ use virt_usb_store::{FILE_NAME, Store};
 use crate::common::*;
 
 #[test]
-fn of_sixteen_takers_of_ten_devices_ten_win_and_six_are_told_why() {
+fn of_sixteen_claims_for_ten_devices_ten_win_and_six_learn_why() {
     let (dir, mut store) = inventory();
     plug(&mut store, 10);
     let start = Barrier::new(16);
@@ -60,7 +60,7 @@ fn many_may_make_it_at_once() {
 }
 
 #[test]
-fn a_hint_outlives_those_who_forget_it_at_the_same_time() {
+fn a_hint_survives_concurrent_removals() {
     let (dir, mut store) = inventory();
     plug(&mut store, 2);
     let (done, missed) = (AtomicBool::new(false), AtomicU32::new(0));
@@ -109,7 +109,7 @@ fn the_log_stays_small_without_an_agent() {
     }
     assert!(largest > 1 << 18, "{largest}: it grew");
     assert!(largest < 1 << 20, "{largest}");
-    assert!(cut, "past the limit it starts anew");
+    assert!(cut, "beyond the limit the log is truncated");
     assert_sound(&hook(dir.path()).unwrap());
     hook(dir.path()).unwrap().fold_wal().unwrap();
     assert_eq!(fs::metadata(&log).unwrap().len(), 0);

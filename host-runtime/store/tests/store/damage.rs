@@ -36,7 +36,7 @@ fn closed() -> TempDir {
     drop(store);
     assert!(
         !dir.path().join("inventory.sqlite-wal").exists(),
-        "whoever creates also folds the log"
+        "the process that creates the file checkpoints the log"
     );
     dir
 }
@@ -101,7 +101,7 @@ fn locked() {
     other.execute_batch("COMMIT").unwrap();
     assert!(
         takes(&mut store, 2),
-        "a deadline that has passed stops nobody while nobody holds the lock"
+        "a deadline that has passed stops no claim while the lock is free"
     );
 }
 

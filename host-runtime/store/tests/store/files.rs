@@ -12,7 +12,7 @@ use virt_usb_store::{FILE_NAME, Store, StoreError};
 use crate::common::*;
 
 const STATE: &str = "VIRT_USB_TEST_STATE";
-const NOBODY: u32 = 65534;
+const UNPRIVILEGED: u32 = 65534;
 
 /// False where the tests do not run as root: then these cannot be made, and it is said.
 fn is_root() -> bool {
@@ -42,7 +42,7 @@ fn run(wrapper: &[&str], state: &Path) -> (String, String) {
     open(folder.path());
     let program = folder.path().join("child");
     // By another process: a test that forks meanwhile would inherit a descriptor of ours that is
-    // open for writing, and the kernel executes no file that somebody writes.
+    // open for writing, and the kernel executes no file that is open for writing.
     let copied =
         Command::new("cp").arg(std::env::current_exe().unwrap()).arg(&program).status().unwrap();
     assert!(copied.success());
@@ -61,7 +61,8 @@ fn run(wrapper: &[&str], state: &Path) -> (String, String) {
     (line("HOOK: "), line("MADE: "))
 }
 
-const AS_NOBODY: [&str; 6] = ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups"];
+const AS_UNPRIVILEGED: [&str; 6] =
+    ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups"];
 
 fn open(folder: &Path) {
     fs::set_permissions(folder, fs::Permissions::from_mode(0o755)).unwrap();
@@ -75,35 +76,35 @@ fn with_devices() -> TempDir {
 }
 
 #[test]
-fn a_stranger_is_told_whose_it_is() {
+fn another_user_is_told_who_owns_the_inventory() {
     if !is_root() {
         return;
     }
     let dir = with_devices();
     let file = dir.path().join(FILE_NAME);
     // The folder is closed.
-    let (hook, made) = run(&AS_NOBODY, dir.path());
+    let (hook, made) = run(&AS_UNPRIVILEGED, dir.path());
     assert!(hook.starts_with("Permission") && made.starts_with("Permission"), "{hook} {made}");
     // The folder above is closed.
-    let (hook, _) = run(&AS_NOBODY, &dir.path().join("."));
+    let (hook, _) = run(&AS_UNPRIVILEGED, &dir.path().join("."));
     assert!(hook.starts_with("Permission"), "{hook}");
     // The folder is open, the file is closed.
     open(dir.path());
-    let (hook, made) = run(&AS_NOBODY, dir.path());
+    let (hook, made) = run(&AS_UNPRIVILEGED, dir.path());
     assert!(hook.starts_with("Permission") && made.starts_with("Permission"), "{hook} {made}");
     // The file may be read, but not written.
     fs::set_permissions(&file, fs::Permissions::from_mode(0o644)).unwrap();
-    let (hook, made) = run(&AS_NOBODY, dir.path());
+    let (hook, made) = run(&AS_UNPRIVILEGED, dir.path());
     assert!(hook.starts_with("Permission") && made.starts_with("Permission"), "{hook} {made}");
     // Also while another process has the file open.
     let mut store = crate::common::hook(dir.path()).unwrap();
     assert!(takes(&mut store, 1));
-    let (hook, made) = run(&AS_NOBODY, dir.path());
+    let (hook, made) = run(&AS_UNPRIVILEGED, dir.path());
     assert!(hook.starts_with("Permission") && made.starts_with("Permission"), "{hook} {made}");
     // The program cannot create files in a folder of another user.
     let empty = tempfile::tempdir().unwrap();
     open(empty.path());
-    let (hook, made) = run(&AS_NOBODY, empty.path());
+    let (hook, made) = run(&AS_UNPRIVILEGED, empty.path());
     assert!(hook.starts_with("Missing") && made.starts_with("Permission"), "{hook} {made}");
     assert_sound(&store);
 }
@@ -114,7 +115,7 @@ fn its_owner_needs_no_root() {
         return;
     }
     let dir = tempfile::tempdir().unwrap();
-    chown(dir.path(), Some(NOBODY), Some(NOBODY)).unwrap();
+    chown(dir.path(), Some(UNPRIVILEGED), Some(UNPRIVILEGED)).unwrap();
     let mut store = Store::create(dir.path(), STORE_LOCK_TIMEOUT).unwrap();
     plug(&mut store, 3);
     assert!(takes(&mut store, 1));
@@ -125,22 +126,22 @@ fn its_owner_needs_no_root() {
     let mut all = owners(dir.path());
     all.extend(owners(&dir.path().join("hints")));
     assert!(all.len() >= 5, "{all:?}");
-    assert!(all.iter().all(|(uid, _)| *uid == NOBODY), "{all:?}");
+    assert!(all.iter().all(|(uid, _)| *uid == UNPRIVILEGED), "{all:?}");
     drop(store);
     let mode = |name: &str| fs::metadata(dir.path().join(name)).unwrap().mode() & 0o7777;
     assert_eq!((mode(FILE_NAME), mode("hints")), (0o640, 0o750));
-    assert_eq!(run(&AS_NOBODY, dir.path()), ("fine".into(), "fine".into()));
+    assert_eq!(run(&AS_UNPRIVILEGED, dir.path()), ("fine".into(), "fine".into()));
 
     // A backup that root put back is handed over by root's next tool.
     chown(dir.path().join(FILE_NAME), Some(0), Some(0)).unwrap();
     drop(Store::create(dir.path(), STORE_LOCK_TIMEOUT).unwrap());
-    assert_eq!(fs::metadata(dir.path().join(FILE_NAME)).unwrap().uid(), NOBODY);
+    assert_eq!(fs::metadata(dir.path().join(FILE_NAME)).unwrap().uid(), UNPRIVILEGED);
     // But not under a second name, which may be root's own, and not what is no inventory.
     let file = dir.path().join(FILE_NAME);
     let kept = |own: &Path| {
         let error = Store::create(dir.path(), STORE_LOCK_TIMEOUT).unwrap_err();
-        assert!(matches!(error, StoreError::NotTheirs { user: NOBODY, .. }), "{error:?}");
-        let says = format!("'chown {NOBODY}: {}'", file.display());
+        assert!(matches!(error, StoreError::NotTheirs { user: UNPRIVILEGED, .. }), "{error:?}");
+        let says = format!("'chown {UNPRIVILEGED}: {}'", file.display());
         assert!(error.to_string().contains(&says), "{error}");
         assert_eq!(fs::metadata(own).unwrap().uid(), 0);
     };
@@ -155,7 +156,8 @@ fn its_owner_needs_no_root() {
     kept(&file);
 }
 
-/// What root does with the inventory of another user, that user can do: nothing is left to root.
+/// Root works on the inventory of another user with the rights of that user: root owns no file
+/// afterwards.
 #[test]
 fn root_s_inventory_stays_its_owner_s() {
     if !is_root() {
@@ -165,7 +167,7 @@ fn root_s_inventory_stays_its_owner_s() {
     open(place.path());
     let state = place.path().join("state");
     fs::create_dir(&state).unwrap();
-    chown(&state, Some(NOBODY), Some(NOBODY)).unwrap();
+    chown(&state, Some(UNPRIVILEGED), Some(UNPRIVILEGED)).unwrap();
     let mut store = Store::create(&state, STORE_LOCK_TIMEOUT).unwrap();
     plug(&mut store, 3);
     // Neither that root opened it nor that a thread of root's closes it makes a file of root's.
@@ -178,13 +180,13 @@ fn root_s_inventory_stays_its_owner_s() {
     assert_eq!(fs::read_dir(copies.path()).unwrap().count(), 1, "and nothing beside it");
     for entry in fs::read_dir(&state).unwrap() {
         let entry = entry.unwrap();
-        assert_eq!(entry.metadata().unwrap().uid(), NOBODY, "{:?}", entry.file_name());
+        assert_eq!(entry.metadata().unwrap().uid(), UNPRIVILEGED, "{:?}", entry.file_name());
     }
-    assert_eq!(run(&AS_NOBODY, &state), ("fine".into(), "fine".into()));
+    assert_eq!(run(&AS_UNPRIVILEGED, &state), ("fine".into(), "fine".into()));
     // One in a folder of theirs is theirs.
     let store = crate::common::hook(&state).unwrap();
     store.backup(&state.join("copy")).unwrap();
-    assert_eq!(fs::metadata(state.join("copy")).unwrap().uid(), NOBODY);
+    assert_eq!(fs::metadata(state.join("copy")).unwrap().uid(), UNPRIVILEGED);
 }
 
 /// A wrapper that runs `setup` under mounts of its own; none where that is not allowed.

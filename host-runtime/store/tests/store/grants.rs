@@ -119,7 +119,7 @@ fn a_mirror_makes_them_all_at_once_and_leaves_what_is_unclear() {
 }
 
 #[test]
-fn those_that_name_an_id_are_named_when_the_ids_change() {
+fn requests_by_id_are_listed_when_the_ids_change() {
     let (_dir, mut store) = inventory();
     four(&mut store);
     set(&mut store, "by-id", r#"{"id":2},{"id":1}"#, r#""blue""#);

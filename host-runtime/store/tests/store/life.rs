@@ -50,7 +50,7 @@ fn what_is_held_for_the_instance_outlives_the_boot_as_a_claim() {
     claim_as(&mut store, 2, false, ClaimMode::Replace, &at(1, 10.0));
     store.confirm(instance(1), &[id(1)], Witness::Look, &at(1, 20.0)).unwrap();
     store.confirm(instance(2), &[id(2)], Witness::Look, &at(1, 20.0)).unwrap();
-    // The first to come after the boot, whoever it is.
+    // The first writer after the boot sweeps.
     scan(
         &mut store,
         &[(device(1, None, "1-1", 5), offered()), (device(1, None, "1-2", 6), offered())],
@@ -374,7 +374,7 @@ fn the_audit_is_only_added_to() {
     let (dir, mut store) = inventory();
     plug(&mut store, 1);
     let conn = raw(dir.path());
-    let changed = conn.execute("UPDATE events SET actor = 'nobody'", []).unwrap_err().to_string();
+    let changed = conn.execute("UPDATE events SET actor = 'other'", []).unwrap_err().to_string();
     assert!(changed.contains("append-only"), "{changed}");
     let deleted = conn.execute("DELETE FROM events", []).unwrap_err().to_string();
     assert!(deleted.contains("kept for a day"), "{deleted}");
@@ -575,7 +575,7 @@ impl ClaimVerifier for Counting {
     fn verify(&mut self, candidate: &Record) -> Verified {
         self.verified += 1;
         match self.away.contains(&candidate.entry.id) {
-            true => Verified::Not("it is away".into()),
+            true => Verified::Not("it is unplugged".into()),
             false => Verified::Here(candidate.location()),
         }
     }
@@ -610,7 +610,7 @@ fn each_device_is_looked_at_once_however_many_hostdevs_there_are() {
         store.adopt(&claimant(1), &holdings, Stage::Starting, &mut verifier, &boot(1)).unwrap();
     assert!(
         adopted[..100].iter().all(|a| *a == Adoption::Unknown),
-        "which of the thousand cannot be told"
+        "it is unknown which of the thousand is meant"
     );
     assert!(adopted[100..200].iter().all(|a| matches!(a, Adoption::New(_))));
     assert!(adopted[200..].iter().all(|a| matches!(a, Adoption::AlreadyYours(_))));

@@ -64,7 +64,7 @@ fn given_back(store: &mut Store) {
 }
 
 #[test]
-fn a_disabled_device_stays_with_its_holder_and_goes_to_nobody_else() {
+fn a_disabled_device_stays_with_its_instance_and_goes_to_no_other() {
     let (_dir, mut store) = inventory();
     plug(&mut store, 1);
     used(&mut store);
@@ -134,7 +134,7 @@ fn no_rule_that_changes_while_it_is_held_makes_a_device_fresh() {
 }
 
 #[test]
-fn nobody_starts_with_what_is_set_aside_whoever_wrote_it_into_his_domain() {
+fn no_guest_starts_with_a_quarantined_device_even_from_its_own_xml() {
     let (_dir, mut store) = inventory();
     scan(&mut store, &seen(2, false, true), &boot(1)).unwrap();
     let address = virt_usb_model::BusAddress::new(1, 2);
@@ -178,7 +178,7 @@ fn a_loose_plug_covers_no_alarm() {
 }
 
 #[test]
-fn a_device_that_has_become_another_is_told_loudly() {
+fn a_device_that_has_changed_is_reported() {
     let difference = "interfaces 08/06/50 before, 08/06/50 03/01/01 now";
     let altered = |done: &[Done]| done.iter().find_map(|d| d.altered.clone()).unwrap_or_default();
     for once in [false, true] {
@@ -266,7 +266,7 @@ fn an_operators_tags_stand_beside_those_of_the_rules() {
 }
 
 #[test]
-fn what_is_gone_for_good_is_forgotten() {
+fn devices_that_are_gone_for_good_are_forgotten() {
     let (dir, mut store) = inventory();
     let keys: Vec<_> = (1..=6)
         .map(|n| (device(n, Some(&format!("S{n}")), &format!("1-{n}"), 10), offered()))
@@ -282,7 +282,7 @@ fn what_is_gone_for_good_is_forgotten() {
     // It is still there.
     assert!(matches!(store.forget(id(4), &boot(1)).unwrap(), Forgotten::Here(_)));
     scan(&mut store, &keys[5..], &boot(1)).unwrap();
-    assert_eq!(store.forget_old(30, &boot(1)).unwrap(), 0, "none is away for long");
+    assert_eq!(store.forget_old(30, &boot(1)).unwrap(), 0, "none has been unplugged for long");
     raw(dir.path())
         .execute_batch(
             "UPDATE usb_devices SET deleted_at = '2020-01-01T00:00:00.000Z' WHERE deleted <> 0",

@@ -169,7 +169,7 @@ fn kept(was: &BTreeMap<u64, DeviceKey>, dir: &Path, recovered: &Recovered) -> us
 }
 
 #[test]
-fn what_can_be_read_of_a_damaged_file_is_kept() {
+fn readable_rows_of_a_damaged_file_are_kept() {
     type Harm = fn(&Path, &Path);
     let cases: [(&str, Harm, usize); 10] = [
         ("the header", |_, f| harm(f, 0, &[0x5a; 100]), 60),
@@ -295,7 +295,7 @@ fn columns_and_tables_of_a_later_schema_are_kept() {
     assert_eq!(third.entry.extra_info.as_deref(), Some("of the operator"));
     assert!(
         devices.iter().all(|r| r.entry.id.get() != 4),
-        "a row that nobody wrote is not believed"
+        "a row that no program wrote is refused"
     );
     assert_sound(&recovered.store);
 }
@@ -305,7 +305,10 @@ proptest! {
 
     #[test]
     fn whatever_is_damaged_an_id_names_its_device_or_none(
-        places in prop::collection::vec((0.0..1.0f64, 16..3000usize, any::<bool>(), any::<u64>()), 1..6),
+        places in prop::collection::vec(
+            (0.0..1.0f64, 16..3000usize, any::<bool>(), any::<u64>()),
+            1..6,
+        ),
         log in any::<bool>(),
     ) {
         let dir = lived(log);
@@ -314,15 +317,18 @@ proptest! {
         for (at, length, zero, seed) in places {
             let size = fs::metadata(&file).unwrap().len();
             let mut dice = seed | 1;
-            let bytes: Vec<u8> = (0..length).map(|_| {
-                dice = dice.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            let mut roll = || {
+                dice = dice.wrapping_mul(6_364_136_223_846_793_005);
+                dice = dice.wrapping_add(1_442_695_040_888_963_407);
                 if zero { 0 } else { (dice >> 40) as u8 }
-            }).collect();
+            };
+            let bytes: Vec<u8> = (0..length).map(|_| roll()).collect();
             harm(&file, (at * size as f64) as u64, &bytes);
         }
         let recovered = rebuild(dir.path());
         kept(&was, dir.path(), &recovered);
-        let mut held: Vec<u64> = recovered.store.claims().unwrap().iter().map(|c| c.device_id.get()).collect();
+        let claims = recovered.store.claims().unwrap();
+        let mut held: Vec<u64> = claims.iter().map(|claim| claim.device_id.get()).collect();
         held.sort_unstable();
         let claims = held.len();
         held.dedup();
@@ -382,7 +388,7 @@ fn a_backup_comes_back_and_what_was_seen_since_keeps_its_id() {
 }
 
 #[test]
-fn what_was_set_aside_since_the_backup_or_before_stays_so() {
+fn a_restore_keeps_devices_quarantined() {
     let dir = lived(false);
     let place = tempfile::tempdir().unwrap();
     let copy = place.path().join("copy");
@@ -438,7 +444,7 @@ fn a_backup_serves_a_damaged_inventory_and_a_missing_one() {
 }
 
 #[test]
-fn what_is_no_sound_backup_changes_nothing() {
+fn an_unsound_backup_changes_nothing() {
     let dir = lived(false);
     let place = tempfile::tempdir().unwrap();
     let good = place.path().join("good");
@@ -524,7 +530,7 @@ fn hooks_claim_all_the_while() {
 }
 
 #[test]
-fn who_has_the_old_file_open_writes_nothing_into_the_new_one() {
+fn a_connection_to_the_old_file_writes_nothing_into_the_new_one() {
     let dir = lived(false);
     let mut old = hook(dir.path()).unwrap();
     assert_eq!(old.devices().unwrap().len(), 60);
