@@ -387,7 +387,10 @@ mod tests {
     proptest! {
         #[test]
         fn eight_at_a_time_is_one_at_a_time(
-            text in prop::collection::vec(prop_oneof![Just(b'"'), Just(b'\\'), 0u8..0x21, any::<u8>(), Just(b'a')], 0..40),
+            text in prop::collection::vec(
+                prop_oneof![Just(b'"'), Just(b'\\'), 0u8..0x21, any::<u8>(), Just(b'a')],
+                0..40,
+            ),
             at in 0usize..20,
         ) {
             let special = |b: &u8| *b == b'"' || *b == b'\\' || *b < 0x20;

@@ -229,10 +229,12 @@ mod tests {
             let served = wants.one_row(&few);
             prop_assert_eq!(served.map(|s| s.slack), slack(&words, &counts));
             // The same devices on two rows.
-            let rows: Vec<Vec<u64>> = words.iter().map(|word| vec![word & 0b10_1010, word & 0b101_0101]).collect();
+            let split = |word: &u64| vec![word & 0b10_1010, word & 0b101_0101];
+            let rows: Vec<Vec<u64>> = words.iter().map(split).collect();
             prop_assert_eq!(wants.any(&rows, |_| true), served);
             // A request that is there six times over, each for its share: too many to look at sets.
-            let many: Vec<Vec<u64>> = rows.iter().cloned().chain((0..6).map(|_| rows[0].clone())).collect();
+            let again = core::iter::repeat_n(&rows[0], 6);
+            let many: Vec<Vec<u64>> = rows.iter().chain(again).cloned().collect();
             let spread: Vec<u32> = counts.iter().copied().chain([1; 6]).collect();
             let mut merged = counts;
             merged[0] += 6;

@@ -140,7 +140,9 @@ mod tests {
 
     proptest! {
         #[test]
-        fn it_is_a_set_of_pairs(steps in prop::collection::vec((0u32..4, 0u32..200, any::<bool>()), 0..300)) {
+        fn it_is_a_set_of_pairs(
+            steps in prop::collection::vec((0u32..4, 0u32..200, any::<bool>()), 0..300),
+        ) {
             let (mut sparse, mut oracle) = (Sparse::default(), BTreeSet::new());
             for (hash, row, add) in steps {
                 if add {
@@ -152,7 +154,8 @@ mod tests {
                 }
             }
             for hash in 0..4 {
-                let expected: Vec<u32> = oracle.iter().filter(|(h, _)| *h == hash).map(|(_, row)| *row).collect();
+                let pairs = oracle.iter().filter(|(h, _)| *h == hash);
+                let expected: Vec<u32> = pairs.map(|(_, row)| *row).collect();
                 prop_assert_eq!(rows(&sparse, hash), expected);
             }
         }

@@ -1,8 +1,8 @@
 //! The fleet: its hosts as rows of devices, and the index over them.
 //!
 //! ```text
-//! names: "host1" ─► head row ─► Row { devices, serials, next } ─► … a host with more than 64 devices has more rows
-//! blocks: 64 rows each: what is free, when they were heard of, which may be counted without looking closer
+//! names: "host1" ─► head row ─► Row { devices, serials, next } ─► … (one row per 64 devices)
+//! blocks: 64 rows each: what is free, when it was received, which rows can be counted by words
 //! keys: vendor, vendor:product, port, class, tag ─► Posting (row ─► a bit a device)
 //! serials, pages: hash ─► the row that may have it
 //! ```

@@ -2,10 +2,10 @@
 //! others cannot.
 //!
 //! ```text
-//! host documents ─► document ─► Draft ─► Inventory (rows, keys ─► postings) ◄─ set_status, remove, touch
+//! host documents ─► document ─► Draft ─► Inventory (rows, postings) ◄─ set_status, remove, touch
 //!                                                │
-//! flavor, project, moment, weights ─► Question ─► Plan ─► select ─► Selection (the best hosts, ranked)
-//!                                                    └──► explain ─► Verdict (accepted, or why not)
+//! flavor, project, moment, weights ─► Question ─► Plan ─► select ─► Selection (the best hosts)
+//!                                                    └──► explain ─► Verdict (accepted or not)
 //! ```
 //! `no_std`, no IO, no clock, no floats: the same code runs in a WebAssembly sandbox and natively,
 //! and answers the same.
@@ -17,7 +17,7 @@
 //! | `inventory` | the fleet: rows of devices, and its index |
 //! | `posting`, `hash_index`, `keys`, `interner` | the index's parts |
 //! | `plan` | a question against the index |
-//! | `feasibility` | whether one host serves all requests at once, and how much it would have to spare |
+//! | `feasibility` | whether one host serves all requests at once, and with how many to spare |
 //! | `select`, `rank`, `explain` | the answers |
 //! | [`text`] | the same engine for callers that speak in strings |
 #![no_std]

@@ -259,7 +259,8 @@ mod tests {
                 prop_assert!(chunk.present() != 0);
                 for lane in bits(chunk.present()) {
                     if let Some(counts) = chunk.counts() {
-                        prop_assert_eq!(counts[lane], free(chunk.get(lane), available[block as usize][lane]));
+                        let available = available[block as usize][lane];
+                        prop_assert_eq!(counts[lane], free(chunk.get(lane), available));
                     }
                 }
             }

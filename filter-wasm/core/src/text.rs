@@ -4,7 +4,7 @@
 //! So bulk goes in and out as one text: host documents a line each, names a line each, questions
 //! and answers as JSON.
 //!
-//! A question is an object of these keys, of which only the first is needed:
+//! A question is an object with these keys; only the first is required:
 //! ```json
 //! {"flavor": {"usb_devices": [{"vendor_id": "0529", "product_id": "0001"}]},
 //!  "project": "9a1f3c526c1b4c6e9b1c2b6c3a7d8e9f",
@@ -125,7 +125,10 @@ pub fn loaded(loaded: &Loaded) -> String {
     let problem = |p: &crate::RefusedLine| json!({"line": p.line, "why": p.why});
     let problems: Vec<Value> = loaded.problems.iter().map(problem).collect();
     json!({
-        "hosts": loaded.hosts, "devices": loaded.devices, "refused": loaded.refused, "problems": problems,
+        "hosts": loaded.hosts,
+        "devices": loaded.devices,
+        "refused": loaded.refused,
+        "problems": problems,
     })
     .to_string()
 }
@@ -247,7 +250,8 @@ mod tests {
     fn a_question_is_read_or_refused_with_its_place() {
         let flavor = r#""flavor":{"usb_devices":[{"vendor_id":"0529"}]}"#;
         let full = format!(
-            "{{{flavor},\"project\":\"p1\",\"now\":9,\"max_age\":2,\"weights\":{{\"spare\":100,\"reserve\":0}}}}"
+            "{{{flavor},\"project\":\"p1\",\"now\":9,\"max_age\":2,\
+                \"weights\":{{\"spare\":100,\"reserve\":0}}}}"
         );
         let read = question(&full).unwrap();
         assert_eq!((read.requests.len(), read.moment), (1, Some(Moment { now: 9, max_age: 2 })));

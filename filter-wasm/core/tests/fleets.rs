@@ -47,7 +47,10 @@ proptest! {
     #[test]
     fn many_hosts_are_brute_force_too(
         documents in prop::collection::vec((document(), 0u64..20), 60..200),
-        changes in prop::collection::vec((any::<prop::sample::Index>(), 0usize..8, any::<bool>()), 0..200),
+        changes in prop::collection::vec(
+            (any::<prop::sample::Index>(), 0usize..8, any::<bool>()),
+            0..200,
+        ),
         gone in prop::collection::vec(any::<prop::sample::Index>(), 0..60),
         questions in prop::collection::vec(question(), 1..4),
         kind in (1u16..4, 1u16..3, 1u32..4),
@@ -67,7 +70,8 @@ proptest! {
             let status = if free { Status::Available } else { Status::Claimed };
             let step = Step::Status(host.get(&names).clone(), place, status);
             if let Some((host, place)) = fleet.target(&step) {
-                inventory.set_status(&host, fleet.hosts[&host].0.devices[place].id, status).unwrap();
+                let id = fleet.hosts[&host].0.devices[place].id;
+                inventory.set_status(&host, id, status).unwrap();
                 fleet.step(&step);
             }
         }

@@ -154,7 +154,7 @@ mod tests {
         }
 
         #[test]
-        fn what_is_short_is_really_short(
+        fn a_shortage_is_a_real_shortage(
             ports in prop::collection::vec(any_port(), 0..6),
             wants in prop::collection::vec(any_want(), 0..6),
         ) {

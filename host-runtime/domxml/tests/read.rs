@@ -564,8 +564,8 @@ fn a_hostdev_may_name_a_port_of_the_host_or_nothing() {
 fn devices_on_the_command_line_of_qemu_are_read() {
     let domain = |space: &str, arguments: &str| {
         let xml = format!(
-            "<domain \
-                xmlns:q='{space}'><name>x</name><devices/><q:commandline>{arguments}</q:commandline></domain>"
+            "<domain xmlns:q='{space}'><name>x</name><devices/>\
+                <q:commandline>{arguments}</q:commandline></domain>"
         );
         read(xml.as_bytes()).unwrap()
     };
@@ -574,7 +574,8 @@ fn devices_on_the_command_line_of_qemu_are_read() {
     let two = format!(
         "<q:arg value='-usb'/>{key}<q:env name='A' value='-device'/><q:arg \
             value='--device'/><q:arg \
-            value='{{&quot;driver&quot;:&quot;usb-host&quot;,&quot;vendorid&quot;:1321,&quot;productid&quot;:1}}'/>"
+            value='{{&quot;driver&quot;:&quot;usb-host&quot;,&quot;vendorid&quot;:1321,\
+            &quot;productid&quot;:1}}'/>"
     );
     let found = domain(QEMU, &two);
     assert_eq!(found.hostdevs, []);

@@ -75,7 +75,8 @@ fn at_the_end_of_the_devices_in_libvirts_own_style() {
 fn one_line_stays_one_line() {
     let before = "<domain><name>x</name><devices><emulator>q</emulator></devices></domain>";
     let after = format!(
-        "<domain><name>x</name><devices><emulator>q</emulator>{HOSTDEV}{REDIRDEV}</devices></domain>"
+        "<domain><name>x</name><devices><emulator>q</emulator>{HOSTDEV}{REDIRDEV}</devices>\
+            </domain>"
     );
     check(before, &inject(), &after);
     let edits = Edits { controller: true, ..Edits::default() };
