@@ -74,7 +74,13 @@ pub(crate) struct Common {
     #[arg(long, global = true, value_enum, default_value_t = CallerArg::Libvirt)]
     pub(crate) caller: CallerArg,
     /// Timeout of a call in seconds (libvirt itself has no timeout)
-    #[arg(long, global = true, value_name = "SECONDS", default_value = "30", value_parser = seconds)]
+    #[arg(
+        long,
+        global = true,
+        value_name = "SECONDS",
+        default_value = "30",
+        value_parser = seconds
+    )]
     pub(crate) timeout: Duration,
     /// Pass this environment variable to the hook, beyond those that libvirt passes (may be
     /// repeated)

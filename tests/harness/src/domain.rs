@@ -130,7 +130,7 @@ impl Domain {
     /// Whatever element of that namespace the domain already has there is replaced.
     ///
     /// # Errors
-    /// When the result is no domain any more, which no JSON can bring about.
+    /// When the result is not a domain. JSON alone cannot cause that.
     pub fn with_flavor(&self, json: &str) -> Result<Self, String> {
         let json = json.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;");
         let element = format!(

@@ -4,7 +4,7 @@
 //! start            prepare ─► start ─► started           a failure ─► stopped ─► release failed
 //! restore, migrate filter ─► prepare ─► start ─► started a failed filter ─► nothing
 //! stop, destroy, … stopped ─► release REASON             failures are ignored
-//! daemon restart   reconnect                             a failure ─► killed ─► stopped ─► release daemon
+//! daemon restart   reconnect                             failed: killed, stopped ─► release daemon
 //! ```
 //!
 //! Sources: `qemuProcessStart`, `qemuProcessStop`, `qemuProcessReconnect`
@@ -113,7 +113,7 @@ pub struct Player<'a> {
     pub hooks: &'a Hooks,
     /// Settings of the calls.
     pub settings: &'a Settings,
-    /// Simulated caller.
+    /// The caller that the calls are simulated for.
     pub caller: Initiator,
 }
 
@@ -217,7 +217,7 @@ impl Run<'_, '_> {
     fn shutdown(&mut self, domain: &Domain, reason: &str) -> Result<Ended, HookError> {
         for (op, extra) in [("stopped", ""), ("release", reason)] {
             if self.step(op, "end", extra, domain, Use::Nothing)?.is_err() {
-                self.remark(format!("{op} failed; libvirt ignores that and tells nobody"));
+                self.remark(format!("{op} failed; libvirt ignores that and does not report it"));
             }
         }
         Ok((Outcome::Done, None))

@@ -40,7 +40,7 @@ fn is_input(error: &anyhow::Error) -> bool {
         || matches!(error.downcast_ref(), Some(ScratchError::Settings(_)))
 }
 
-/// Contradictory arguments.
+/// Arguments that contradict each other, with the message for the user.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 struct Input(String);

@@ -26,7 +26,8 @@
 //!
 //! | `do` | further keys | what happens |
 //! |---|---|---|
-//! | `start`, `stop`, `destroy`, `crash`, `save`, `restore`, `migrate`, `migrate-away` | `domain` | a life cycle |
+//! | `start`, `stop`, `destroy`, `crash`, `save`, `restore` | `domain` | a life cycle |
+//! | `migrate`, `migrate-away` | `domain` | a life cycle |
 //! | `restart-daemon` | `domain`, or all that run | `reconnect` for each |
 //! | `call` | `domain`, `op`, and `subop`, `extra` | one single call |
 //! | `discover`, `plug`, `unplug` | `sim` (only `discover` can do without) | `virt-usb discover` |

@@ -94,7 +94,7 @@ fn a_key_goes_from_guest_to_guest() {
     assert_eq!(host.claims(), held(1, "erp", ERP, "allocated"));
     // Unplugged: the claim outlives the device. Back in another port: attached again, the same id.
     show(&host, &guest("erp", ERP, ""));
-    agent.until("it is away", || host.store().devices().unwrap()[0].entry.status == "removed");
+    agent.until("it is removed", || host.store().devices().unwrap()[0].entry.status == "removed");
     show(&host, &(device("0001", "1-4", 9, "serial = 'HL-1'") + &guest("erp", ERP, "")));
     agent.until("it is back", || {
         let devices = host.store().devices().unwrap();
@@ -114,7 +114,7 @@ fn a_key_goes_from_guest_to_guest() {
 }
 
 #[test]
-fn a_device_that_came_back_under_its_address_is_attached_anew() {
+fn a_device_that_returns_under_its_address_is_reattached() {
     let host = Host::new("");
     let key = |generation: u32| {
         device("0001", "1-1", 5, &format!("serial = 'HL-1'\ngeneration = {generation}"))
@@ -127,7 +127,7 @@ fn a_device_that_came_back_under_its_address_is_attached_anew() {
     assert_eq!((times("device 1 attached"), times("device 1 detached")), (1, 0));
     // Its controller was unbound and bound again.
     show(&host, &key(2));
-    agent.until("it is attached anew", || times("device 1 attached") == 2);
+    agent.until("it is attached again", || times("device 1 attached") == 2);
     agent.claims(&held(1, "erp", ERP, "allocated"));
     assert_eq!(times("device 1 detached"), 1);
     // Once: whatever happens then is no reason to pull it.
@@ -139,7 +139,7 @@ fn a_device_that_came_back_under_its_address_is_attached_anew() {
 }
 
 #[test]
-fn what_a_guest_has_through_another_door_is_not_offered() {
+fn a_device_that_a_guest_uses_in_another_way_is_not_offered() {
     let host = Host::new("");
     let stick = device("0001", "1-1", 5, "nodes = ['/dev/disk/by-id/usb-HASP']");
     let disk = "flavor = '{}'\ndevices = \"<disk type='block'><source \
@@ -171,10 +171,10 @@ fn what_a_guest_has_through_another_door_is_not_offered() {
 }
 
 #[test]
-fn what_cannot_be_given_is_shown_with_what_to_do() {
+fn a_missing_device_is_reported_with_advice() {
     let host = Host::new("");
-    // The guest has two ports; its flavor's devices fill them, and the operator's wish comes too
-    // late.
+    // The guest has two ports; its flavor's devices fill them, and the operator's request comes
+    // too late.
     let keys = device("0001", "1-1", 5, "") + &device("0002", "1-2", 6, "");
     show(&host, &(keys + &guest("erp", ERP, "ports = 1\nspice = true")));
     let agent = Agent::start(&host);
@@ -314,7 +314,7 @@ fn it_does_not_start_with_a_file_that_has_lost_the_whitelist() {
         ]);
         assert!(!checked.status.success());
     }
-    // Rules that count for nothing are not lost in silence either.
+    // Rules that have no effect are reported too.
     write(&format!("{rules}usb_white_list_switch = 'off'\n"));
     let discover =
         || host.virt_usb(&["discover", "--sim", host.path("sim.toml").to_str().unwrap()]);
@@ -354,7 +354,7 @@ fn there_is_one_a_host_and_the_hook_knows_whether_it_lives() {
         said(&refused)
     );
     assert_eq!(host.claims(), "", "nothing is held for a guest that does not start");
-    // Who asks for nothing is not hurt, and whoever wants to do without says so.
+    // A guest without a request starts. A configuration can allow the others to start as well.
     assert_eq!(prepare(&domain("vm", 1, "")).status.code(), Some(0));
     let keys = std::fs::read_to_string(host.config_file()).unwrap();
     std::fs::write(host.config_file(), format!("{keys}require_agent = false\n")).unwrap();
@@ -412,7 +412,7 @@ fn refusal(mut command: Command) -> String {
 }
 
 #[test]
-fn what_keeps_it_from_starting_is_said() {
+fn reasons_that_prevent_a_start_are_reported() {
     let host = Host::new("");
     let keys = std::fs::read_to_string(host.config_file()).unwrap();
     show(&host, &device("0001", "1-1", 5, ""));

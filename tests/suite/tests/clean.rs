@@ -181,7 +181,7 @@ fn sources(folder: &Path, found: &mut Vec<PathBuf>) {
 
 /// Only known functions write to a terminal or a log, and all use the same function to clean text.
 #[test]
-fn there_is_one_function_and_few_who_write() {
+fn one_function_cleans_text_and_few_places_write() {
     const WRITERS: [(&str, &str); 9] = [
         ("hook/src/run.rs", "delivers the answer, which is made of clean lines"),
         ("host-runtime/src/cli/output.rs", "cleans"),

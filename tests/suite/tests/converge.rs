@@ -25,6 +25,7 @@ use virt_usb_hook::verify::Ports;
 use virt_usb_model::{Aliases, BusAddress, DeviceId, DeviceRequest, Flavor, InstanceId};
 use virt_usb_store::flaps::Limits;
 use virt_usb_store::{Record, Store};
+use virt_usb_suite::cases;
 
 /// A hypervisor that fails after a number of calls, before or after it has carried out the last
 /// one.
@@ -268,7 +269,7 @@ impl World {
             let runs = live.iter().find(|(id, _)| *id == claim.instance_uuid);
             prop_assert!(runs.is_some() || claim.hold == "instance", "an orphan: {claim:?}");
             prop_assert!(!claim.ending, "never finished: {claim:?}");
-            prop_assert!(runs.is_none() || !claim.arrived, "never attached anew: {claim:?}");
+            prop_assert!(runs.is_none() || !claim.arrived, "never reattached: {claim:?}");
             let Some((_, domain)) = runs else {
                 prop_assert_eq!(&claim.state, "claimed");
                 continue;
@@ -311,7 +312,7 @@ impl World {
                 });
                 prop_assert!(
                     held || (by_hand && (nobodys || anothers)),
-                    "nobody holds {:?} of {}",
+                    "no instance holds {:?} of {}",
                     hostdev,
                     domain.name
                 );
@@ -353,10 +354,12 @@ fn acts() -> impl Strategy<Value = Vec<Act>> {
         4 => (0..KINDS.len(), 0..PORTS).prop_map(|(d, p)| Act::Plug(d, p)),
         3 => (0..PORTS).prop_map(Act::Unplug),
         1 => (0..PORTS, 0..PORTS).prop_map(|(a, b)| Act::Swap(a, b)),
-        5 => (0..3usize, prop::sample::select(vec![None, Some(false), Some(true), Some(true)])).prop_map(|(n, to)| Act::Domain(n, to)),
+        5 => (0..3usize, prop::sample::select(vec![None, Some(false), Some(true), Some(true)]))
+            .prop_map(|(n, to)| Act::Domain(n, to)),
         1 => (0..3usize).prop_map(Act::Vanish),
         4 => Just(Act::Scan),
-        6 => (0..3usize, prop_oneof![Just(NEVER), 0..8usize]).prop_map(|(n, fuse)| Act::Work(n, fuse)),
+        6 => (0..3usize, prop_oneof![Just(NEVER), 0..8usize])
+            .prop_map(|(n, fuse)| Act::Work(n, fuse)),
         1 => (0..3usize, 0..PORTS).prop_map(|(n, p)| Act::ByHand(n, p)),
         1 => (0..3usize).prop_map(Act::TakeByHand),
         2 => (0..3usize).prop_map(Act::Restore),
@@ -442,14 +445,16 @@ impl World {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: std::env::var("PROPTEST_CASES").ok().and_then(|c| c.parse().ok()).unwrap_or(64), ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: cases(64), ..ProptestConfig::default() })]
 
     #[test]
     fn whatever_happens_it_ends_well(acts in acts(), release in any::<bool>()) {
-        let mut world = World::new(if release { ReplugPolicy::Release } else { ReplugPolicy::Reattach });
+        let policy = if release { ReplugPolicy::Release } else { ReplugPolicy::Reattach };
+        let mut world = World::new(policy);
         // A host in the middle of its day.
-        let morning = (0..5).map(|d| Act::Plug(d, d)).chain([Act::Scan]).chain((0..3).map(|n| Act::Domain(n, Some(true))));
-        let morning: Vec<Act> = morning.chain([Act::Work(0, NEVER), Act::Give(2, 5)]).collect();
+        let mut morning: Vec<Act> = (0..5).map(|d| Act::Plug(d, d)).chain([Act::Scan]).collect();
+        morning.extend((0..3).map(|n| Act::Domain(n, Some(true))));
+        morning.extend([Act::Work(0, NEVER), Act::Give(2, 5)]);
         for act in morning.iter().chain(&acts) {
             world.act(act);
             world.is_safe()?;
@@ -495,7 +500,7 @@ fn a_guest_gets_its_key_and_gets_it_back_after_a_replug() {
 }
 
 #[test]
-fn what_cannot_be_attached_is_told_and_may_stop_the_guest() {
+fn a_failed_attach_is_reported_and_can_stop_the_guest() {
     for policy in [AttachFailurePolicy::Keep, AttachFailurePolicy::Stop] {
         let mut world = World::new(ReplugPolicy::Reattach);
         world.worker.config =
@@ -825,7 +830,7 @@ fn a_key_that_comes_and_goes_is_given_back_once_it_has_stayed() {
 }
 
 #[test]
-fn hands_are_seen_and_two_hands_are_told() {
+fn handwritten_hostdevs_are_adopted_and_conflicts_reported() {
     let mut world = World::new(ReplugPolicy::Reattach);
     world.plug(0, 0);
     world.plug(1, 1);
@@ -852,7 +857,7 @@ fn hands_are_seen_and_two_hands_are_told() {
 }
 
 #[test]
-fn a_restored_guest_is_given_its_key_anew_wherever_the_agent_is_killed() {
+fn a_restored_guest_gets_its_key_again_wherever_the_agent_is_killed() {
     for fuse in (0..12).chain([NEVER]) {
         let mut world = World::new(ReplugPolicy::Reattach);
         world.plug(0, 0);

@@ -353,7 +353,10 @@ fn libusb_and_sysfs_disagree() {
             assert!(unsure(&snapshot, port), "{port}: {:#?}", snapshot.problems);
         }
         assert_eq!(at(&snapshot, "2-1").key.to_string(), "0951:1666 at port 2-1, serial S");
-        assert!(at(&snapshot, "1-1").host_use.is_some(), "it cannot be told");
+        assert!(
+            at(&snapshot, "1-1").host_use.is_some(),
+            "the use by the host is unknown, not absent"
+        );
         assert!(!snapshot.failed());
 
         let nowhere = Config { sysfs_root: folder.join("nowhere"), ..Config::default() };

@@ -253,7 +253,7 @@ fn a_certificate_that_ends_and_an_address_that_is_taken() {
 }
 
 #[test]
-fn a_user_who_may_not_look() {
+fn a_user_without_read_permission() {
     let patient = Patient::new();
     for folder in ["", "hooks", "run"] {
         fs::set_permissions(patient.host.path(folder), fs::Permissions::from_mode(0o755)).unwrap();
@@ -528,7 +528,7 @@ fn open_problems_and_metrics_that_are_not_served_are_found() {
 }
 
 #[test]
-fn findings_are_told_in_lines_as_they_are_made() {
+fn findings_are_printed_line_by_line_as_they_are_made() {
     let patient = Patient::new();
     fs::remove_file(patient.host.path("hooks/qemu.d/50-virt-usb")).unwrap();
     let (hooks, run) = (patient.host.path("hooks"), patient.host.path("run"));

@@ -66,7 +66,7 @@ fn life(host: &Host, xml: &str) -> [usize; 4] {
 }
 
 #[test]
-fn what_ends_with_the_boot_waits_for_no_disk() {
+fn claims_that_end_with_the_boot_need_no_fsync() {
     let (host, _open) = host("");
     let asking = domain("erp", 1, ONE);
     assert_eq!(life(&host, &asking), [0; 4]);
@@ -133,7 +133,7 @@ fn a_restore_waits_until_it_is_confirmed() {
 }
 
 #[test]
-fn that_a_device_of_one_use_was_used_survives_a_power_cut() {
+fn the_use_of_a_one_time_device_survives_a_power_cut() {
     let rule = "usb_passthrough_whitelist = [{ vendor = '0529', one_time_use = true }]\n";
     let (host, _open) = host(rule);
     let [prepare, started, stopped, release] = life(&host, &domain("erp", 1, ONE));

@@ -224,12 +224,12 @@ fn of_a_newer_inventory_the_hook_takes_nothing_and_says_what_to_do() {
 }
 
 #[test]
-fn the_guests_of_a_user_who_may_not_read_the_state_pass() {
+fn guests_of_a_user_without_access_to_the_state_pass() {
     let host = host();
     // libvirt's session daemons call the same hooks as users. This needs another user's rights, so
     // root's to take them.
     if fs::metadata("/proc/self").map(|m| std::os::unix::fs::MetadataExt::uid(&m)).unwrap() != 0 {
-        eprintln!("not root: nobody else's rights can be taken, this is not tested");
+        eprintln!("not root: skipped, because it needs the rights of another user");
         return;
     }
     let open = |path| {

@@ -36,8 +36,9 @@ fn fails(host: &Host, arguments: &[&str]) -> String {
 
 fn entry(id: u64, more: &Value) -> Value {
     let mut entry = json!({
-        "id": id, "compute_node_id": 2, "address": "usb_1_5", "vendor_id": "0529", "product_id": "0001",
-        "status": "available", "port_path": "1-1.4", "serial_kind": "missing", "class": "00",
+        "id": id, "compute_node_id": 2, "address": "usb_1_5",
+        "vendor_id": "0529", "product_id": "0001", "status": "available",
+        "port_path": "1-1.4", "serial_kind": "missing", "class": "00",
     });
     for (key, value) in more.as_object().unwrap() {
         entry[key] = value.clone();
@@ -141,7 +142,7 @@ fn without_a_file_it_asks_about_this_host_and_its_flavors() {
 }
 
 #[test]
-fn what_is_wrong_is_said_in_one_line() {
+fn an_error_is_one_line() {
     let host = Host::new("");
     let fleet = fleet(&host);
     let with = |more: &[&str]| {

@@ -295,8 +295,8 @@ fn events_become_rows() {
 }
 
 #[test]
-fn twins_that_change_places_are_told_apart_by_their_ports() {
-    under("twins_that_change_places_are_told_apart_by_their_ports", |folder| {
+fn twins_that_change_places_are_distinguished_by_their_ports() {
+    under("twins_that_change_places_are_distinguished_by_their_ports", |folder| {
         let bed = machine();
         let agent = Agent::start(folder);
         plug(&bed, "1-1", 2, None);

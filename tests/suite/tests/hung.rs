@@ -79,7 +79,7 @@ fn host() -> Host {
 }
 
 #[test]
-fn guests_that_hang_keep_nobody_waiting() {
+fn guests_that_hang_block_no_other_guest() {
     // One more, and libvirt would be asked nothing: see `MAX_SILENT_GUESTS` in supervised.rs.
     const HUNG: usize = 11;
     let host = host();
@@ -116,7 +116,7 @@ fn guests_that_hang_keep_nobody_waiting() {
 }
 
 #[test]
-fn a_domain_that_is_locked_keeps_nobody_waiting() {
+fn a_locked_domain_blocks_no_other_guest() {
     let host = host();
     let keys: String = (1..=3).map(key).collect();
     let locked = guest(1, "locked = true");
@@ -132,7 +132,7 @@ fn a_domain_that_is_locked_keeps_nobody_waiting() {
     wait(&host, "the third is served", || is_allocated(&host, 3));
     // The key of the second is unplugged and comes back.
     show(&host, &(key(1) + &key(3) + &locked + &guest(2, "") + &guest(3, "")));
-    wait(&host, "it is away", || !is_allocated(&host, 2));
+    wait(&host, "it is removed", || !is_allocated(&host, 2));
     show(&host, &(keys + &locked + &guest(2, "") + &guest(3, "")));
     wait(&host, "it is back", || is_allocated(&host, 2));
     assert!(is_allocated(&host, 1), "what is not known has not changed");

@@ -1,5 +1,5 @@
-//! docs/src/messages.md against the source: each of its rows is said somewhere, and what is said has
-//! a row.
+//! docs/src/messages.md against the source: each row is a message of the source, and each message
+//! has a row.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
 use std::fs;

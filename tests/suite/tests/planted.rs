@@ -65,7 +65,7 @@ aside = f"{state}/.aside"
 rename = ctypes.CDLL(None).renameat2
 EXCHANGE, HERE = 2, -100
 parent = os.getppid()
-# Once all is loaded: not everybody may read where python lies.
+# Once all is loaded: the user may not be allowed to read the folder of python.
 os.setgroups([])
 os.setgid(int(user))
 os.setuid(int(user))
@@ -348,14 +348,14 @@ fn no_command_goes_through_a_link_in_place_of_the_inventory() {
 }
 
 #[test]
-fn no_inventory_is_made_anew_through_links() {
+fn no_inventory_is_recreated_through_links() {
     let commands: [&[&str]; 2] = [
         &["store", "rebuild", "--force", "--without-guests", "--sim", "HOST/sim.toml"],
         &["store", "restore", "HOST/backup.sqlite", "--without-guests", "--sim", "HOST/sim.toml"],
     ];
-    check("made anew", SCRATCH, 15, &commands);
-    check("made anew", BESIDE, 5, &commands);
-    check("made anew", INVENTORY, 2, &commands);
+    check("recreated", SCRATCH, 15, &commands);
+    check("recreated", BESIDE, 5, &commands);
+    check("recreated", INVENTORY, 2, &commands);
 }
 
 #[test]
@@ -438,7 +438,7 @@ fn the_installation_goes_through_no_link() {
 }
 
 #[test]
-fn an_older_package_is_refused_by_who_reads_as_the_owner() {
+fn an_older_package_is_refused_by_reading_as_the_owner() {
     if !is_root("preinst") {
         return;
     }

@@ -35,8 +35,9 @@ fn keys() -> String {
 /// A guest that runs, with the device of this number and alias.
 fn guest(name: &str, number: u32, usb: &str, at: u8, alias: &str) -> String {
     format!(
-        "<domain \
-            type='test'><name>{name}</name><uuid>{number:08x}-0000-4000-8000-000000000000</uuid><memory>8192</memory><os><type>hvm</type></os>
+        "<domain type='test'><name>{name}</name>\
+            <uuid>{number:08x}-0000-4000-8000-000000000000</uuid>\
+            <memory>8192</memory><os><type>hvm</type></os>
          <devices><controller type='usb' index='0' model='qemu-xhci' ports='15'/><hostdev \
          mode='subsystem' type='usb'><source><vendor id='0x0529'/>
          <product id='0x{usb}'/><address bus='1' device='{at}'/></source><alias \
@@ -90,7 +91,7 @@ fn aside(host: &Host) -> Vec<String> {
 }
 
 #[test]
-fn a_damaged_inventory_is_made_anew_and_guests_keep_what_they_have() {
+fn a_damaged_inventory_is_rebuilt_and_guests_keep_their_devices() {
     let host = host(&guest("erp", 1, "0001", 2, "ua-usb-1"));
     host.flavor("hasp", r#"{"usb_devices":[{"id":2}]}"#);
     assert!(fails(&store(&host, &["rebuild"])).contains("it is sound: "));

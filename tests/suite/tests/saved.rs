@@ -169,7 +169,7 @@ fn every_device_keeps_its_origin_through_saves_and_restores() {
             assert_eq!(held(&host), both, "{hold}, round {round}");
             assert!(
                 claims(&host).iter().all(|c| c.arrived && !c.pending),
-                "all are to be attached anew"
+                "all must be reattached"
             );
             live = restored;
         }
@@ -467,7 +467,7 @@ fn what_qemu_was_given_on_its_command_line_stays_there() {
 }
 
 #[test]
-fn what_is_set_aside_comes_in_with_nobody() {
+fn a_quarantined_device_arrives_with_no_guest() {
     let host = Host::new("");
     host.discover(&three(10));
     let guest = Guest { host: &host, name: "erp-1" };

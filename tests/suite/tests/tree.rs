@@ -383,7 +383,7 @@ fn the_top_holds_the_folders_of_the_design_and_no_other() {
 /// beside it that is named elsewhere is used under the same guard, or is only looked at, or is
 /// opened without following a link.
 #[test]
-fn who_names_a_file_in_the_state_uses_it_as_its_owner() {
+fn files_in_the_state_are_used_as_their_owner() {
     let looks = [
         "host-runtime/config/src/host_env.rs",
         "host-runtime/config/src/lib.rs",

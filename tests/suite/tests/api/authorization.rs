@@ -8,7 +8,7 @@ use virt_usb_suite::ok;
 use crate::common::{CRM, ERP, LAB, OFF, OURS, RULES, Served, THEIRS};
 
 #[test]
-fn who_may_what() {
+fn roles_permit_the_documented_calls() {
     let served = Served::new(RULES);
     let theirs = served.token("theirs", THEIRS, "member");
     let rules_hold = served.until("the rules", |served| {
@@ -36,8 +36,8 @@ fn who_may_what() {
     let server = |id: &str, what: &str| format!("/v3/servers/{id}/{what}");
     let absent = "55555555-2222-4333-8444-555555555555";
     let item = |id: u32, what: &str| format!("/v3/os-usb-devices/{id}{what}");
-    // Method, path, body: what comes of it for reader, member, admin, nobody. In this order: what
-    // one has done the next one finds.
+    // Method, path, body: status for reader, member, admin, and without a token. The order matters:
+    // each call finds what the one before has done.
     let table: Vec<(&str, String, String, [u16; 4])> = vec![
         ("GET", "/v3/os-hypervisors".into(), nothing(), [200, 200, 200, 401]),
         ("GET", "/v3/os-hypervisors/host1".into(), nothing(), [200, 200, 200, 401]),
@@ -142,8 +142,8 @@ fn who_may_what() {
         text(&server("x", "os-usb-devices"), "x"),
         text(&server(absent, "os-usb-devices"), absent)
     );
-    // What another project holds is in use, and no more is said; in what is asked for by its kind
-    // neither.
+    // A device of another project is reported as in use, without details, also in a request by
+    // kind.
     served.until("device 1 to be free", |served| {
         (!served.host.claims().contains("device 1")).then_some(())
     });
@@ -190,7 +190,7 @@ fn who_may_what() {
 }
 
 #[test]
-fn who_has_no_token_learns_nothing_of_a_path_and_every_refusal_has_one_shape() {
+fn without_a_token_paths_are_hidden_and_errors_have_one_shape() {
     let served = Served::new("");
     for path in ["/v3/os-usb-devices/%ff", "/v2/%ff/os-hypervisors", "/v3/nowhere/%ff"] {
         let answer = served.ask("vusb_nobody", "GET", path, "");
@@ -207,7 +207,7 @@ fn who_has_no_token_learns_nothing_of_a_path_and_every_refusal_has_one_shape() {
 }
 
 #[test]
-fn an_administrator_says_whose_a_server_is() {
+fn an_administrator_sets_the_owner_of_a_server() {
     let served = Served::new(RULES);
     let admin = served.token("root", OURS, "admin");
     let (ours, theirs) =
@@ -235,7 +235,7 @@ fn an_administrator_says_whose_a_server_is() {
     assert_eq!(
         served.attach(&ours, LAB, &json!([{ "id": 2 }])).status,
         404,
-        "nobody's is nobody's"
+        "a server without an owner belongs to no project"
     );
     let said = say(json!({ "set_usb_owner": { "project_id": OURS } }));
     assert_eq!(

@@ -138,7 +138,7 @@ fn a_hundred_ask_and_one_gets_it() {
 }
 
 #[test]
-fn a_device_has_so_many_tags_and_names_are_what_they_look_like() {
+fn tags_are_limited_and_names_must_be_printable() {
     let served = Served::new("");
     let admin = served.token("root", OURS, "admin");
     let tag = |numbers: std::ops::Range<u32>, action: &str| {

@@ -120,7 +120,7 @@ fn the_command_line_asks_an_api_as_it_asks_its_own_inventory() {
     refused(&["devices", "--token-file", "/dev/null"], "holds no token");
     refused(&["devices", "--token-file", "/nowhere"], "cannot read the token in /nowhere: ");
     refused(&["devices", "--cacert", "/dev/null"], "no PEM certificate");
-    refused(&["attach", "nobody", "1"], "knows no server \"nobody\"");
+    refused(&["attach", "absent", "1"], "knows no server \"absent\"");
     refused(&["attach", "crm", "4"], "the API responded with 409: ");
     refused(
         &["attach", "erp", "99"],
@@ -141,7 +141,7 @@ fn the_command_line_asks_an_api_as_it_asks_its_own_inventory() {
         "those that it may have"
     );
     refused(&["hosts", "--documents"], "host documents need an administrator's token");
-    // Whatever is so already, or seems to be: who may not is told that he may not.
+    // Authorization is checked first, even if the call would change nothing.
     for change in [&["enable", "1"][..], &["quarantine", "clear", "1"], &["untag", "1", "blue"]] {
         refused(change, "the API responded with 403: ");
     }

@@ -7,7 +7,7 @@ use std::process::Command;
 use crate::common::{Answer, ERP, OURS, Served, read, request};
 
 #[test]
-fn what_is_wrong_is_said_and_the_next_one_is_served() {
+fn invalid_requests_are_refused_and_the_next_one_is_served() {
     let served = Served::new("");
     let admin = served.token("root", OURS, "admin");
     let action = format!("/v3/servers/{ERP}/action");
@@ -130,7 +130,7 @@ fn more_connections_than_are_taken_are_turned_away() {
 }
 
 #[test]
-fn who_asks_too_often_is_told_to_wait_and_nobody_else_is() {
+fn a_caller_beyond_its_rate_limit_waits_and_no_other_does() {
     let served = Served::new("");
     let (loud, quiet) =
         (served.token("loud", OURS, "member"), served.token("quiet", OURS, "member"));
@@ -175,7 +175,7 @@ fn certify(folder: &std::path::Path) {
 }
 
 #[test]
-fn tls_proves_whose_it_is_and_a_renewed_certificate_counts_at_once() {
+fn tls_is_verified_and_a_renewed_certificate_is_used_at_once() {
     let folder = tempfile::tempdir().unwrap();
     certify(folder.path());
     let at = folder.path().display();

@@ -148,7 +148,7 @@ impl Faults {
 
 /// `FLEET_ROUNDS` rounds (1), each of another seed from `FLEET_SEED` (1) on.
 #[test]
-fn whatever_befalls_etcd_no_document_is_lost_and_no_device_in_two_guests() {
+fn faults_of_etcd_lose_no_document_and_put_no_device_in_two_guests() {
     let number =
         |name: &str| std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(1u64);
     for seed in number("FLEET_SEED")..number("FLEET_SEED") + number("FLEET_ROUNDS") {

@@ -7,7 +7,7 @@ use virt_usb_suite::{Etcd, until};
 use crate::common::{agent, document, host, key, log, ok, refused, states};
 
 #[test]
-fn a_host_is_told_of_as_long_as_it_lives() {
+fn a_document_lives_as_long_as_its_agent() {
     let mut etcd = Etcd::new();
     let one = host(&etcd, "compute1", 'a', "heartbeat = 2");
     std::fs::write(one.path("sim.toml"), key(1) + &key(2)).unwrap();
@@ -122,6 +122,6 @@ fn a_lost_lease_is_taken_again() {
     let lease = leases.lines().last().unwrap().trim();
     ok(&etcd.etcdctl(&["lease", "revoke", lease]));
     // The key goes with its lease; the agent may have made it again by now.
-    until("it to be told again", || created().filter(|revision| *revision > before));
+    until("it to be published again", || created().filter(|revision| *revision > before));
     assert!(document(&etcd, "compute1").is_some());
 }

@@ -224,9 +224,11 @@ fn any_hosts_api_shows_the_fleet_and_acts_on_it() {
     // A host that dies: what it has is shown, and not as free.
     second.0.kill().unwrap();
     second.0.wait().unwrap();
-    let request = json!({"call": "attach", "server": CRM, "usb_devices_requests": [{"id": 2_000_001}], "caller": "root",
-        "project_id": null, "role": "admin", "from": "compute1"});
-    until("it to be away", || {
+    let request = json!({
+        "call": "attach", "server": CRM, "usb_devices_requests": [{"id": 2_000_001}],
+        "caller": "root", "project_id": null, "role": "admin", "from": "compute1",
+    });
+    until("it to be unreachable", || {
         (get("/v3/os-hypervisors").1["hypervisors"][1]["state"] == "down").then_some(())
     });
     let devices = list("/v3/os-usb-devices", "usb_devices");

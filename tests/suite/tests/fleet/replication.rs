@@ -133,5 +133,5 @@ fn grants_are_the_fleets_and_every_host_heeds_them() {
     ok(&one.virt_usb(&["grant", "remove", "mine"]));
     ok(&one.virt_usb(&["grant", "remove", "all"]));
     ok(&one.virt_usb(&["grant", "remove", "new"]));
-    until("all to be everybody's", || published(&etcd, "", ""));
+    until("all devices to be for all projects", || published(&etcd, "", ""));
 }

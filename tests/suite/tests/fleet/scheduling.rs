@@ -67,12 +67,18 @@ impl<'a> Scheduler<'a> {
 }
 
 fn entry(id: u64, product: &str, status: &str) -> Value {
-    json!({"id": id, "address": "usb_1_5", "product_id": product, "vendor_id": "0529", "status": status, "port_path": "1-1", "class": "00"})
+    json!({
+        "id": id, "address": "usb_1_5", "product_id": product, "vendor_id": "0529",
+        "status": status, "port_path": "1-1", "class": "00",
+    })
 }
 
 pub(crate) fn made(host: &str, node: u64, revision: u64, devices: &[Value]) -> String {
-    json!({"version": 1, "host": host, "compute_node_id": node, "revision": revision, "devices": devices})
-        .to_string()
+    let document = json!({
+        "version": 1, "host": host, "compute_node_id": node, "revision": revision,
+        "devices": devices,
+    });
+    document.to_string()
 }
 
 fn publish(etcd: &Etcd, host: &str, node: u64, revision: u64, devices: &[Value]) {
@@ -121,7 +127,11 @@ fn a_scheduler_answers_what_the_fleet_has() {
     let (_, why) = scheduler.ask("POST", "/explain", &json!({"flavor": wanted}));
     assert_eq!(
         why["verdicts"],
-        json!({"c": {"accepted": false, "request": 0, "reason": "too-few-free", "wanted": 1, "matching": 1, "allowed": 1, "free": 0, "because": "usb_devices[0] wants 1: 1 match, 0 of them are free"}})
+        json!({"c": {
+            "accepted": false, "request": 0, "reason": "too-few-free",
+            "wanted": 1, "matching": 1, "allowed": 1, "free": 0,
+            "because": "usb_devices[0] wants 1: 1 match, 0 of them are free",
+        }})
     );
     let (_, why) = scheduler.ask("POST", "/explain", &json!({"flavor": wanted, "host": "b"}));
     assert_eq!(why["verdicts"]["b"]["devices"], json!([2_000_001]));

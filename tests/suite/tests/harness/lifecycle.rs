@@ -16,7 +16,7 @@ fn play(cycle: Cycle, caller: Initiator, more: &str) -> (Played, Vec<String>) {
     let guest = Domain::parse(domain("vm", HOSTDEV).into_bytes()).unwrap();
     let mut seen = 0;
     let played = player.play(cycle, &guest, &mut |_| seen += 1).unwrap();
-    assert_eq!(seen, played.calls.len(), "every call is told");
+    assert_eq!(seen, played.calls.len(), "every call is reported");
     (played, recorded(&log))
 }
 

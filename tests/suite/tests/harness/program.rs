@@ -315,7 +315,7 @@ fn a_stored_flavor_is_looked_up() {
 }
 
 #[test]
-fn a_hang_is_told_whatever_was_expected() {
+fn a_hang_is_reported_whatever_was_expected() {
     let bench = Bench::new("[ \"$2\" != prepare ] || sleep 600 & true");
     let (document, status) = bench.json(&["start", "a.xml", "--expect", "veto", "--timeout", "10"]);
     assert_eq!(status, 1);
