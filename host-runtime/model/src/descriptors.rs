@@ -174,7 +174,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_device_has_become_is_said() {
+    fn a_changed_device_is_described() {
         let said = |later: &Descriptors| stick(1, false).difference(later);
         assert_eq!(said(&stick(1, false)), None);
         assert_eq!(

@@ -1,7 +1,8 @@
 //! Grants: devices that are available to certain projects, on any host.
 //!
 //! ```json
-//! {"usb_devices": [{"vendor_id": "0529", "product_id": "0001"}, {"tags": ["erp"]}], "projects": ["4f1c0d2e"]}
+//! {"usb_devices": [{"vendor_id": "0529", "product_id": "0001"}, {"tags": ["erp"]}],
+//!  "projects": ["4f1c0d2e"]}
 //! ```
 //! A device that one of the entries matches is for these projects, for those of other grants that
 //! match it, and for those of its whitelist rule; for no others. A device that no grant and no
@@ -21,7 +22,8 @@ use crate::{ParseError, ProjectId, Selector};
 
 /// The most entries of one grant, and the most projects.
 pub const MAX_ENTRIES: usize = 127;
-const RIGHT_GRANT: &str = "{\"usb_devices\":[{\"vendor_id\":\"0529\",\"product_id\":\"0001\"}],\"projects\":[\"4f1c0d2e\"]}";
+const RIGHT_GRANT: &str = "{\"usb_devices\":[{\"vendor_id\":\"0529\",\"product_id\":\"0001\"}],\
+                           \"projects\":[\"4f1c0d2e\"]}";
 
 /// Devices that are available to certain projects.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -98,7 +100,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_grant_is_told_where() {
+    fn an_invalid_grant_is_refused_with_its_place() {
         for (text, words) in [
             ("", "JSON such as {\"usb_devices\""),
             ("{}", "usb_devices: found nothing"),

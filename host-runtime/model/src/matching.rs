@@ -108,7 +108,9 @@ mod tests {
 
     proptest! {
         #[test]
-        fn serves_as_many_rows_as_brute_force(rows in prop::collection::vec(prop::collection::vec(0usize..6, 0..5), 0..6)) {
+        fn serves_as_many_rows_as_brute_force(
+            rows in prop::collection::vec(prop::collection::vec(0usize..6, 0..5), 0..6),
+        ) {
             let served = assign(&rows, 6);
             let given: Vec<usize> = served.iter().flatten().copied().collect();
             let mut distinct = given.clone();
@@ -145,7 +147,8 @@ mod tests {
             rows in prop::collection::vec(prop::collection::vec(0usize..6, 0..5), 0..6),
             order in Just((0usize..6).collect::<Vec<_>>()).prop_shuffle(),
         ) {
-            let mut given: Vec<usize> = assign_in_order(&rows, &order, 6).into_iter().flatten().collect();
+            let served = assign_in_order(&rows, &order, 6);
+            let mut given: Vec<usize> = served.into_iter().flatten().collect();
             given.sort_unstable();
             prop_assert_eq!(given, first(&rows, &order, best(&rows, &mut Vec::new())));
         }

@@ -11,7 +11,13 @@ use core::fmt::Write as _;
 pub const fn printable(c: char) -> char {
     let hidden = matches!(
         c,
-        '\0'..='\u{1f}' | '\u{7f}'..='\u{9f}' | '\u{61c}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{feff}'
+        '\0'..='\u{1f}'
+            | '\u{7f}'..='\u{9f}'
+            | '\u{61c}'
+            | '\u{200b}'..='\u{200f}'
+            | '\u{2028}'..='\u{202e}'
+            | '\u{2066}'..='\u{2069}'
+            | '\u{feff}'
     );
     if hidden { '\u{fffd}' } else { c }
 }
@@ -84,7 +90,14 @@ mod tests {
             let (control, shown) = (c.is_control(), clean(c.encode_utf8(&mut [0; 4])));
             assert!(!shown.contains(char::is_control), "{c:?}");
             // UAX #9: every character that sets a direction.
-            let turns = matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+            let turns = matches!(
+                c,
+                '\u{61c}'
+                    | '\u{200e}'
+                    | '\u{200f}'
+                    | '\u{202a}'..='\u{202e}'
+                    | '\u{2066}'..='\u{2069}'
+            );
             assert!(!(control || turns) || matches!(shown.as_str(), " " | "\u{fffd}"), "{c:?}");
         }
     }
