@@ -11,20 +11,20 @@ use ureq::Agent;
 use ureq::http::Uri;
 use ureq::tls::{Certificate, PemItem, RootCerts, TlsConfig, parse_pem};
 
-/// A client that is redirected nowhere, and whose answers are looked at whatever their status is.
-/// It trusts what [`tls`] says; it may take so long to connect, and so long in all.
+/// Creates a client that follows no redirects and returns responses of every status. It trusts the
+/// certificates of [`tls`]. `connect_timeout` limits the connection, `timeout` the whole request.
 ///
 /// # Errors
-/// Those of [`tls`].
+/// Errors of [`tls`].
 pub(crate) fn agent(
     trusted: Option<&Path>,
-    connecting: Duration,
+    connect_timeout: Duration,
     timeout: Duration,
 ) -> anyhow::Result<Agent> {
     let config = Agent::config_builder()
         .http_status_as_error(false)
         .max_redirects(0)
-        .timeout_connect(Some(connecting))
+        .timeout_connect(Some(connect_timeout))
         .timeout_global(Some(timeout))
         .user_agent(concat!("virt-usb/", env!("CARGO_PKG_VERSION")))
         .tls_config(tls(trusted)?)
@@ -32,7 +32,7 @@ pub(crate) fn agent(
     Ok(config.into())
 }
 
-/// Whether other hosts could read data that is sent to this address.
+/// Whether other hosts can read data that is sent to this address.
 pub(crate) fn is_open(address: &Uri) -> bool {
     let is_loopback = |host: &str| {
         let bare = host.trim_start_matches('[').trim_end_matches(']');
@@ -42,10 +42,11 @@ pub(crate) fn is_open(address: &Uri) -> bool {
     address.scheme_str() == Some("http") && !address.host().is_some_and(is_loopback)
 }
 
-/// Trusts the certificates of this file (PEM), or without one those that this machine trusts.
+/// Returns a configuration that trusts the certificates in the PEM file `trusted`, or, without a
+/// file, those that this machine trusts.
 ///
 /// # Errors
-/// When the file cannot be read, or holds no certificate.
+/// If the file cannot be read, or contains no certificate.
 fn tls(trusted: Option<&Path>) -> anyhow::Result<TlsConfig> {
     let roots = match trusted {
         None => RootCerts::PlatformVerifier,

@@ -1,4 +1,4 @@
-//! The library behind the operator's command line, and what the agent is made of.
+//! The library behind the command line `virt-usb` and the agent `virt-usbd`.
 
 pub mod agent;
 pub mod api;

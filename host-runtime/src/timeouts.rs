@@ -1,4 +1,4 @@
-//! Timeouts that several parts share.
+//! Timeouts that several modules share.
 
 use std::time::Duration;
 

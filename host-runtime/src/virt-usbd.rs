@@ -1,4 +1,4 @@
-//! `virt-usbd`: the agent. See the library's `daemon`.
+//! The program `virt-usbd`, the agent. See the library's module `daemon`.
 
 use std::process::ExitCode;
 

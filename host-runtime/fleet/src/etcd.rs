@@ -1,5 +1,5 @@
-//! Talking to etcd: one endpoint at a time, the next one when it fails; and what etcd says, in
-//! words that help.
+//! The etcd client. It uses one endpoint at a time, moves to the next one when an endpoint fails,
+//! and turns etcd's errors into messages that help an operator.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -12,73 +12,75 @@ use virt_usb_config::Fleet;
 
 use crate::keys::Keys;
 
-/// How long an answer may take.
-pub const ANSWER: Duration = Duration::from_secs(5);
-/// How long making a connection may take.
-const CONNECTING: Duration = Duration::from_secs(3);
-/// How often a connection is tried while nothing comes, and how long it may be silent then. etcd
-/// closes one that is tried more often than every five seconds (`--grpc-keepalive-min-time`), or
-/// while nothing is asked on it.
-const ALIVE: (Duration, Duration) = (Duration::from_secs(10), Duration::from_secs(5));
-/// So many keys a page …
-const PAGE: i64 = 128;
-/// … and so many bytes a message: a page of the largest documents, or a burst of them.
-const MESSAGE: usize = 256 << 20;
-/// Pauses between attempts, at first and at most.
-const PAUSE: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(10));
+/// Timeout for a response.
+const RESPONSE_TIMEOUT: Duration = Duration::from_secs(5);
+/// Timeout for making a connection.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
+/// Interval of keepalive pings on a connection with open requests. etcd closes a connection that
+/// sends pings more often than every five seconds (`--grpc-keepalive-min-time`), or that sends them
+/// without an open request.
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
+/// Timeout for the response to a keepalive ping.
+const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(5);
+/// Maximum number of keys in a page of a list.
+const PAGE_KEYS: i64 = 128;
+/// Maximum size of a message in bytes: a page, or a burst of events, of the largest documents.
+const MAX_MESSAGE_BYTES: usize = 256 << 20;
+/// Shortest and longest wait of a [`Backoff`].
+const BACKOFF: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(10));
 
-/// What keeps this host from the fleet.
+/// Error of a request to etcd.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum Error {
     /// A file of the configuration cannot be used.
     #[error("{path}: {why}")]
     File {
-        /// Which.
+        /// Path of the file.
         path: PathBuf,
-        /// Why.
+        /// Reason why the file cannot be used.
         why: String,
     },
-    /// No endpoint answers, or none has a leader.
-    #[error("no etcd answers: {0}")]
+    /// No endpoint responds, or none has a leader.
+    #[error("no etcd endpoint responds: {0}")]
     Unreachable(String),
-    /// The password is wrong, or there is no such user, or one is needed.
-    #[error("etcd does not know who this is: {0}: look at fleet.user and fleet.password_file")]
+    /// The user or the password is wrong, or etcd requires a user.
+    #[error("etcd rejects the credentials: {0}: check fleet.user and fleet.password_file")]
     Unknown(String),
-    /// The user's roles do not allow it.
+    /// The user's roles do not allow the request.
     #[error(
-        "etcd does not allow it to {user}: {what}: /usr/share/virt-usb/etcd-roles (install/ in the \
-            source) makes roles"
+        "etcd does not allow {user} to {what}: /usr/share/virt-usb/etcd-roles (install/ in the \
+            source) creates the roles"
     )]
     Denied {
-        /// As whom this was asked.
+        /// User that made the request.
         user: String,
-        /// What was asked.
+        /// Purpose of the request, as in "read the fleet".
         what: &'static str,
     },
-    /// Its quota is used up: it only answers questions.
+    /// The space quota is used up; etcd accepts reads only.
     #[error(
-        "etcd takes nothing more, its space is used up: raise --quota-backend-bytes or compact and \
-            defragment it, then 'etcdctl alarm disarm'"
+        "etcd has reached its space quota and accepts no writes: raise --quota-backend-bytes or \
+            compact and defragment it, then run 'etcdctl alarm disarm'"
     )]
     Full,
-    /// What was asked for is older than what etcd remembers.
-    #[error("etcd has forgotten that revision")]
+    /// The requested revision is older than the oldest one that etcd keeps.
+    #[error("etcd has compacted that revision")]
     Compacted,
-    /// Anything else.
+    /// Any other error.
     #[error("etcd: {0}")]
     Other(String),
 }
 
-/// The endpoints, and which is asked.
+/// A client of the fleet's etcd endpoints.
 #[derive(Debug, Clone)]
 pub struct Etcd {
     fleet: Fleet,
-    /// Index of the endpoint that is asked first.
+    /// Index of the endpoint to try first.
     at: usize,
 }
 
 impl Etcd {
-    /// Creates a client of the fleet; connects at the first request.
+    /// Creates a client of the fleet. It connects at the first request.
     pub const fn new(fleet: Fleet) -> Self {
         Self { fleet, at: 0 }
     }
@@ -93,7 +95,7 @@ impl Etcd {
         self.fleet
             .user
             .as_ref()
-            .map_or_else(|| "nobody".to_owned(), |user| format!("user {:?}", user.name))
+            .map_or_else(|| "anonymous clients".to_owned(), |user| format!("user {:?}", user.name))
     }
 
     /// URLs of the endpoints, in the order of the configuration.
@@ -101,8 +103,8 @@ impl Etcd {
         &self.fleet.endpoints
     }
 
-    /// A client of the first endpoint that answers, with a leader behind it; begins with the one
-    /// that answered last.
+    /// Connects to the first endpoint that responds and has a leader. Begins with the endpoint that
+    /// responded last.
     pub async fn connect(&mut self) -> Result<Connection, Error> {
         let mut failures = Vec::new();
         for _ in 0..self.fleet.endpoints.len() {
@@ -111,17 +113,17 @@ impl Etcd {
                 Err(Error::Unreachable(why)) => failures.push(why),
                 Err(e) => return Err(e),
             }
-            self.pass_on();
+            self.next_endpoint();
         }
         Err(Error::Unreachable(failures.join("; ")))
     }
 
-    /// The next endpoint is asked first from now on.
-    pub fn pass_on(&mut self) {
+    /// Moves to the next endpoint, which later requests try first.
+    pub fn next_endpoint(&mut self) {
         self.at = (self.at + 1) % self.fleet.endpoints.len().max(1);
     }
 
-    /// A client of that endpoint.
+    /// Connects to the endpoint with index `at`.
     pub async fn connect_to(&self, at: usize) -> Result<Connection, Error> {
         let endpoint = self.fleet.endpoints.get(at).cloned().unwrap_or_default();
         let at_endpoint = |e: Error| match e {
@@ -131,19 +133,19 @@ impl Etcd {
         let connect = async {
             let client = Client::connect([&endpoint], Some(self.options()?)).await;
             let mut client = client.map_err(|e| self.explain(&e, "read the fleet's keys"))?;
-            // A client is made without a word to etcd: ask it something that needs a leader.
+            // Creating a client sends nothing. This request needs a leader.
             let options = GetOptions::new().with_keys_only();
             let answer = client.get(self.keys().next_number(), Some(options)).await;
             let answer = answer.map_err(|e| self.explain(&e, "read the fleet's keys"))?;
             let (cluster, revision) =
                 answer.header().map_or((0, 0), |header| (header.cluster_id(), header.revision()));
-            let kv = client.kv_client().max_decoding_message_size(MESSAGE);
-            let watch = client.watch_client().max_decoding_message_size(MESSAGE);
+            let kv = client.kv_client().max_decoding_message_size(MAX_MESSAGE_BYTES);
+            let watch = client.watch_client().max_decoding_message_size(MAX_MESSAGE_BYTES);
             Ok(Connection { client, kv, watch, cluster, revision, endpoint: endpoint.clone() })
         };
-        match tokio::time::timeout(CONNECTING + ANSWER, connect).await {
+        match tokio::time::timeout(CONNECT_TIMEOUT + RESPONSE_TIMEOUT, connect).await {
             Ok(connected) => connected.map_err(at_endpoint),
-            Err(_) => Err(at_endpoint(Error::Unreachable("it does not answer in time".into()))),
+            Err(_) => Err(at_endpoint(timed_out())),
         }
     }
 
@@ -152,8 +154,8 @@ impl Etcd {
             std::fs::read(path).map_err(|e| Error::File { path: path.clone(), why: e.to_string() })
         };
         let mut options = ConnectOptions::new()
-            .with_connect_timeout(CONNECTING)
-            .with_keep_alive(ALIVE.0, ALIVE.1)
+            .with_connect_timeout(CONNECT_TIMEOUT)
+            .with_keep_alive(KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT)
             .with_keep_alive_while_idle(false)
             .with_require_leader(true)
             .with_auto_token_refresh(true);
@@ -177,7 +179,7 @@ impl Etcd {
             if password.is_empty() {
                 return Err(Error::File {
                     path: user.password_file.clone(),
-                    why: "its first line is to be etcd's password, and is empty".into(),
+                    why: "the first line must be etcd's password, but it is empty".into(),
                 });
             }
             options = options.with_user(&user.name, password);
@@ -185,7 +187,7 @@ impl Etcd {
         Ok(options)
     }
 
-    /// All that stands below the prefix at one revision, in the order of the keys; returns that
+    /// Lists all keys below the prefix at one revision, in the order of the keys. Returns that
     /// revision.
     pub async fn list(
         &self,
@@ -197,7 +199,7 @@ impl Etcd {
         let mut at = 0;
         loop {
             let options =
-                GetOptions::new().with_range(after(prefix)).with_limit(PAGE).with_revision(at);
+                GetOptions::new().with_range(after(prefix)).with_limit(PAGE_KEYS).with_revision(at);
             let answer =
                 self.within("read the fleet", connection.kv.get(from, Some(options))).await?;
             if at == 0 {
@@ -214,7 +216,8 @@ impl Etcd {
         }
     }
 
-    /// What etcd's answer means to whoever wanted to do `what`.
+    /// Converts an error of the etcd client. `what` is the purpose of the request, as in "read the
+    /// fleet".
     pub fn explain(&self, e: &etcd_client::Error, what: &'static str) -> Error {
         use etcd_client::Error as E;
         let E::GRpcStatus(status) = e else {
@@ -225,7 +228,7 @@ impl Etcd {
             };
         };
         let text = status.message();
-        // Codes are not enough:
+        // The status codes alone do not distinguish these errors:
         // https://github.com/etcd-io/etcd/blob/release-3.4/etcdserver/api/v3rpc/rpctypes/error.go
         match text.strip_prefix("etcdserver: ").unwrap_or(text) {
             "permission denied" => Error::Denied { user: self.user(), what },
@@ -247,17 +250,21 @@ impl Etcd {
         }
     }
 
-    /// The same for what has not come in time, either.
+    /// Waits for a response with a timeout, and converts errors like [`Etcd::explain`].
     pub async fn within<T>(
         &self,
         what: &'static str,
         answer: impl Future<Output = Result<T, etcd_client::Error>>,
     ) -> Result<T, Error> {
-        match tokio::time::timeout(ANSWER, answer).await {
+        match tokio::time::timeout(RESPONSE_TIMEOUT, answer).await {
             Ok(answer) => answer.map_err(|e| self.explain(&e, what)),
-            Err(_) => Err(Error::Unreachable("it does not answer in time".into())),
+            Err(_) => Err(timed_out()),
         }
     }
+}
+
+fn timed_out() -> Error {
+    Error::Unreachable("no response in time".into())
 }
 
 // https://grpc.io/docs/guides/status-codes/
@@ -266,23 +273,23 @@ const UNKNOWN: i32 = 2;
 const DEADLINE_EXCEEDED: i32 = 4;
 const UNAVAILABLE: i32 = 14;
 
-/// An endpoint that has answered.
+/// Connection to an endpoint that has responded.
 pub struct Connection {
     /// Client for requests.
     pub client: Client,
-    /// For large answers.
+    /// Client for large responses.
     kv: KvClient,
     /// Client for watches, which need a connection without a deadline.
     pub watch: WatchClient,
-    /// Which etcd it is …
+    /// Identifier of the etcd cluster.
     pub cluster: u64,
-    /// … and how far it was then.
+    /// Revision of the cluster when the connection was made.
     pub revision: i64,
     /// URL of the endpoint in use.
     pub endpoint: String,
 }
 
-/// The first key after all that begin with the prefix.
+/// Returns the first key after all keys that begin with the prefix.
 pub fn after(prefix: &str) -> Vec<u8> {
     let mut end = prefix.as_bytes().to_vec();
     while let Some(last) = end.pop() {
@@ -294,12 +301,12 @@ pub fn after(prefix: &str) -> Vec<u8> {
     vec![0]
 }
 
-/// The key without the prefix; none: it is not one of those, or no text.
+/// Returns the key without the prefix. `None` if the key does not begin with it, or is not UTF-8.
 pub fn name(prefix: &str, key: &[u8]) -> Option<String> {
     String::from_utf8(key.strip_prefix(prefix.as_bytes())?.to_vec()).ok()
 }
 
-/// The whole chain of causes.
+/// Message of an error with those of all its causes.
 fn chain(e: &(dyn std::error::Error + 'static)) -> String {
     let mut text = e.to_string();
     let mut cause = e.source();
@@ -313,16 +320,16 @@ fn chain(e: &(dyn std::error::Error + 'static)) -> String {
     text
 }
 
-/// Longer with each attempt that fails.
+/// Exponential backoff with jitter.
 #[derive(Debug, Default)]
-pub struct Pause(Option<Duration>);
+pub struct Backoff(Option<Duration>);
 
-impl Pause {
+impl Backoff {
     /// Returns the time to wait before the next attempt, which doubles each time.
     pub fn next_wait(&mut self) -> Duration {
-        let next = self.0.map_or(PAUSE.0, |last| (last * 2).min(PAUSE.1));
+        let next = self.0.map_or(BACKOFF.0, |last| (last * 2).min(BACKOFF.1));
         self.0 = Some(next);
-        // Hosts that lost one etcd together do not come back together.
+        // The jitter keeps hosts that lost one etcd together from reconnecting together.
         let mut random = [0; 1];
         let _ = getrandom::fill(&mut random);
         next.mul_f64(0.75 + f64::from(random[0]) / 512.0)

@@ -1,4 +1,4 @@
-//! Where the filter is, for programs that load it.
+//! Finds and loads the filter, for programs that use it.
 
 use std::path::{Path, PathBuf};
 
@@ -27,7 +27,7 @@ impl FilterFile {
     /// Loads the filter, bounded by `limits`.
     ///
     /// # Errors
-    /// When no filter is found, or the file is not a filter.
+    /// If no filter is found, or the file is not a filter.
     pub fn load(&self, limits: Limits) -> anyhow::Result<Filter> {
         let path = match &self.component {
             Some(path) => path.clone(),
@@ -39,7 +39,7 @@ impl FilterFile {
 
 fn find() -> anyhow::Result<PathBuf> {
     let beside = std::env::current_exe()
-        .context("cannot tell where this program is")?
+        .context("cannot find this program's own path")?
         .with_file_name(FILE_NAME);
     let installed = Path::new(INSTALLED).join(FILE_NAME);
     let places = [beside, installed];
@@ -47,8 +47,8 @@ fn find() -> anyhow::Result<PathBuf> {
     found.cloned().with_context(|| {
         let [beside, installed] = places.each_ref().map(|path| path.display());
         format!(
-            "there is no filter at {beside} or {installed}: 'make filter' builds it, \
-            --component names another"
+            "there is no filter at {beside} or {installed}: build one with 'make filter', or name \
+            one with --component"
         )
     })
 }

@@ -1,12 +1,14 @@
-//! Serving HTTP: sockets, and what a connection may cost: how many, how long, how large. Whatever
-//! comes, the others are served.
+//! HTTP server on TCP and unix sockets. Bounds on the number, the duration and the request size of
+//! connections keep one client from affecting the others.
 
+use std::future::poll_fn;
 use std::io;
 use std::net::SocketAddr;
 use std::os::unix::fs::{FileTypeExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{self, Poll};
 use std::time::{Duration, SystemTime};
 
 use axum::Router;
@@ -15,7 +17,7 @@ use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt as _};
-use tokio::net::{TcpListener, TcpStream, UnixListener};
+use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio_io_timeout::TimeoutStream;
 use tokio_rustls::TlsAcceptor;
@@ -29,46 +31,51 @@ use x509_cert::der::Decode as _;
 
 use crate::stamp::{Stamp, stamp};
 
-/// Connections over the network at once; the unix socket has as many of its own.
+/// Maximum number of connections over the network; the unix socket has as many of its own.
 pub const CONNECTIONS: usize = 256;
-/// How long the head of a request may take to arrive, and a connection may idle.
-const HEAD_TIME: Duration = Duration::from_secs(30);
-/// The largest head, in bytes.
-const HEAD: usize = 16 << 10;
-/// How long TLS may take to begin.
-const HANDSHAKE_TIME: Duration = Duration::from_secs(10);
-/// How long a reader may take nothing.
-const WRITE_TIME: Duration = Duration::from_secs(30);
-/// After so long a connection is to end with the answer that it is at: whoever reads a byte now and
-/// then keeps its place no longer.
-const CONNECTION_TIME: Duration = Duration::from_secs(600);
-/// Access bits of the socket of the API or the scheduler: its user and its group.
+/// Timeout for the head of a request, and for an idle connection.
+const HEAD_TIMEOUT: Duration = Duration::from_secs(30);
+/// Maximum size of a request's head in bytes.
+const MAX_HEAD_BYTES: usize = 16 << 10;
+/// Timeout for the TLS handshake.
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+/// Timeout for a client that does not read its response.
+const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
+/// Maximum duration of a connection. Afterwards the connection ends with its current response, so
+/// that a client that reads very slowly cannot occupy it forever.
+const CONNECTION_TIMEOUT: Duration = Duration::from_secs(600);
+/// Mode of the socket of the API or the scheduler: access for its user and its group.
 pub const SOCKET_MODE: u32 = 0o660;
-/// How long requests that were begun may take once the end has come.
-pub const END_TIME: Duration = Duration::from_secs(15);
-/// Until a socket that could not be had is tried again.
-const RETRY: Duration = Duration::from_secs(10);
+/// Timeout for running requests at shutdown.
+pub const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(15);
+/// Wait between attempts to bind a socket.
+const BIND_RETRY_INTERVAL: Duration = Duration::from_secs(10);
+/// Wait after a connection that could not be accepted.
+const ACCEPT_RETRY_INTERVAL: Duration = Duration::from_millis(100);
+/// Timeout for sending the response to a connection above the limit.
+const REFUSAL_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// From where a connection comes.
+/// Origin of a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Peer {
-    /// Over the network.
+    /// Connection over the network.
     Remote(std::net::IpAddr),
-    /// Over the unix socket, which only those can open who may enter its folder and write to it.
+    /// Connection over the unix socket. A client needs access to its directory and write access to
+    /// the socket.
     Local {
         /// User ID of the peer process.
         uid: u32,
     },
 }
 
-/// What is served at a socket. Requests find a [`Peer`] among their extensions.
+/// A service on a socket. Each request has a [`Peer`] among its extensions.
 #[derive(Clone)]
 pub struct Server {
-    /// For messages: `the API`.
+    /// Name for messages, as in `the API`.
     pub what: &'static str,
-    /// Routes.
+    /// Routes of the service.
     pub router: Router,
-    /// A place for each connection.
+    /// One permit for each connection.
     pub limit: Arc<Semaphore>,
     /// Becomes true when the server must stop.
     pub stopping: watch::Receiver<bool>,
@@ -82,99 +89,102 @@ impl Server {
         let bind = || async move { TcpListener::bind(address).await };
         let Some(listener) = self.listen(&address.to_string(), bind).await else { return };
         let at = listener.local_addr().map_or_else(|_| address.to_string(), |at| at.to_string());
-        self.served.store(true, Ordering::Relaxed);
         let scheme = if tls.is_some() { "https" } else { "http" };
         tracing::info!("{} is served at {scheme}://{at}/", self.what);
-        let mut stopping = self.stopping.clone();
-        loop {
-            let accepted = tokio::select! {
-                accepted = listener.accept() => accepted,
-                () = end(&mut stopping) => return,
-            };
-            match accepted {
-                Ok((stream, from)) => {
-                    // Answers are small and whole: nothing is gained by waiting for more.
-                    drop(stream.set_nodelay(true));
-                    let peer = Peer::Remote(from.ip());
-                    match tls.as_mut().map(Certificate::now) {
-                        None => self.take(stream, peer),
-                        Some(Some(acceptor)) => self.shake_hands(stream, peer, &acceptor),
-                        // It is said why, and tried again with the next.
-                        Some(None) => {}
-                    }
-                }
-                Err(e) => pause(self.what, &e).await,
+        let serve = |stream: TcpStream, from: SocketAddr| {
+            // Responses are small and written as a whole: there is nothing to wait for.
+            drop(stream.set_nodelay(true));
+            let peer = Peer::Remote(from.ip());
+            match tls.as_mut().map(Certificate::current) {
+                None => self.admit(stream, peer),
+                Some(Some(acceptor)) => self.shake_hands(stream, peer, &acceptor),
+                // The error was logged. The next connection reads the certificate again.
+                Some(None) => {}
             }
-        }
+        };
+        self.accept(|context| listener.poll_accept(context), serve).await;
     }
 
-    /// Serves the unix socket at `path`, with the access bits `mode`.
+    /// Serves the unix socket at `path`, with mode `mode`.
     pub async fn local(self, path: PathBuf, mode: u32) {
-        let place = path.clone();
-        let bind = || async { bind_local(&place, mode) };
+        let bind = || async { bind_local(&path, mode) };
         let Some(listener) = self.listen(&path.display().to_string(), bind).await else { return };
+        let serve = |stream: UnixStream, _| match stream.peer_cred() {
+            Ok(peer) => self.admit(stream, Peer::Local { uid: peer.uid() }),
+            Err(e) => tracing::warn!("cannot identify a client of {}: {e}", path.display()),
+        };
+        self.accept(|context| listener.poll_accept(context), serve).await;
+    }
+
+    /// Accepts connections, and passes each to `serve`, until the server must stop.
+    async fn accept<S, A>(
+        &self,
+        mut poll: impl FnMut(&mut task::Context<'_>) -> Poll<io::Result<(S, A)>>,
+        mut serve: impl FnMut(S, A),
+    ) {
         self.served.store(true, Ordering::Relaxed);
         let mut stopping = self.stopping.clone();
         loop {
             let accepted = tokio::select! {
-                accepted = listener.accept() => accepted,
-                () = end(&mut stopping) => return,
+                accepted = poll_fn(&mut poll) => accepted,
+                () = stopped(&mut stopping) => return,
             };
             match accepted {
-                Ok((stream, _)) => match stream.peer_cred() {
-                    Ok(peer) => self.take(stream, Peer::Local { uid: peer.uid() }),
-                    Err(e) => tracing::warn!("somebody at {} cannot be named: {e}", path.display()),
-                },
-                Err(e) => pause(self.what, &e).await,
+                Ok((stream, from)) => serve(stream, from),
+                // For example, the process has too many open files: wait until some are closed.
+                Err(e) => {
+                    tracing::warn!("{} cannot accept a connection: {e}", self.what);
+                    tokio::time::sleep(ACCEPT_RETRY_INTERVAL).await;
+                }
             }
         }
     }
 
-    /// The socket, as soon as it can be had; none where the end comes first.
+    /// Binds the socket, and retries until that succeeds. `None` if the server must stop first.
     async fn listen<L, F: Future<Output = io::Result<L>>>(
         &self,
-        place: &str,
+        address: &str,
         bind: impl Fn() -> F,
     ) -> Option<L> {
         let mut stopping = self.stopping.clone();
-        let mut told = false;
+        let mut is_logged = false;
         loop {
             match bind().await {
                 Ok(listener) => return Some(listener),
-                Err(e) if !told => {
+                Err(e) if !is_logged => {
                     tracing::error!(
-                        "{} cannot be served at {place}: {e}; it is tried again every {} s",
+                        "{} cannot be served at {address}: {e}; retrying every {} s",
                         self.what,
-                        RETRY.as_secs()
+                        BIND_RETRY_INTERVAL.as_secs()
                     );
-                    told = true;
+                    is_logged = true;
                 }
                 Err(_) => {}
             }
             tokio::select! {
-                () = tokio::time::sleep(RETRY) => {}
-                () = end(&mut stopping) => return None,
+                () = tokio::time::sleep(BIND_RETRY_INTERVAL) => {}
+                () = stopped(&mut stopping) => return None,
             }
         }
     }
 
-    /// Serves a connection, if there are not too many already.
-    fn take(&self, stream: impl AsyncRead + AsyncWrite + Send + 'static, peer: Peer) {
+    /// Serves a connection, unless the limit is reached.
+    fn admit(&self, stream: impl AsyncRead + AsyncWrite + Send + 'static, peer: Peer) {
         match self.limit.clone().try_acquire_owned() {
-            Ok(place) => drop(tokio::spawn(self.clone().serve(stream, peer, place))),
+            Ok(permit) => drop(tokio::spawn(self.clone().serve(stream, peer, permit))),
             Err(_) => drop(tokio::spawn(turn_away(stream))),
         }
     }
 
-    /// The same, once it is encrypted.
+    /// Serves a connection after a TLS handshake, unless the limit is reached.
     fn shake_hands(&self, stream: TcpStream, peer: Peer, acceptor: &TlsAcceptor) {
-        // There is nobody yet to whom to say that there are too many.
-        let Ok(place) = self.limit.clone().try_acquire_owned() else { return };
+        // Before the handshake, the client cannot receive an error response.
+        let Ok(permit) = self.limit.clone().try_acquire_owned() else { return };
         let (accepted, server) = (acceptor.accept(stream), self.clone());
         tokio::spawn(async move {
-            match tokio::time::timeout(HANDSHAKE_TIME, accepted).await {
-                Ok(Ok(stream)) => server.serve(stream, peer, place).await,
-                Ok(Err(e)) => tracing::debug!("no TLS with {peer:?}: {e}"),
+            match tokio::time::timeout(HANDSHAKE_TIMEOUT, accepted).await {
+                Ok(Ok(stream)) => server.serve(stream, peer, permit).await,
+                Ok(Err(e)) => tracing::debug!("TLS handshake with {peer:?} failed: {e}"),
                 Err(_) => {}
             }
         });
@@ -184,32 +194,35 @@ impl Server {
         self,
         stream: impl AsyncRead + AsyncWrite + Send + 'static,
         peer: Peer,
-        place: OwnedSemaphorePermit,
+        permit: OwnedSemaphorePermit,
     ) {
         let Self { router, mut stopping, .. } = self;
         let mut stream = TimeoutStream::new(stream);
-        stream.set_write_timeout(Some(WRITE_TIME));
+        stream.set_write_timeout(Some(WRITE_TIMEOUT));
         let service = service_fn(move |mut request: hyper::Request<Incoming>| {
             request.extensions_mut().insert(peer);
             router.clone().call(request)
         });
         let mut builder = http1::Builder::new();
-        builder.timer(TokioTimer::new()).header_read_timeout(HEAD_TIME).max_buf_size(HEAD);
+        builder
+            .timer(TokioTimer::new())
+            .header_read_timeout(HEAD_TIMEOUT)
+            .max_buf_size(MAX_HEAD_BYTES);
         let serving = builder.serve_connection(TokioIo::new(Box::pin(stream)), service);
         let mut serving = std::pin::pin!(serving);
-        // How a connection ends is its client's matter.
+        // Errors of a connection concern only its client.
         tokio::select! {
             _ = serving.as_mut() => {}
-            _ = tokio::time::timeout(CONNECTION_TIME, end(&mut stopping)) => {
+            _ = tokio::time::timeout(CONNECTION_TIMEOUT, stopped(&mut stopping)) => {
                 serving.as_mut().graceful_shutdown();
-                drop(tokio::time::timeout(END_TIME, serving).await);
+                drop(tokio::time::timeout(SHUTDOWN_TIMEOUT, serving).await);
             }
         }
-        drop(place);
+        drop(permit);
     }
 }
 
-/// A certificate, read again when its files have changed: one that is renewed needs no restart.
+/// A certificate that is read again when its files change, so that a renewal needs no restart.
 pub struct Certificate {
     files: Tls,
     stamp: Option<(Option<Stamp>, Option<Stamp>)>,
@@ -217,35 +230,35 @@ pub struct Certificate {
 }
 
 impl Certificate {
-    /// Creates a certificate from its two files; reads them at the first connection.
+    /// Creates a certificate from its two files. They are read at the first connection.
     pub const fn new(files: Tls) -> Self {
         Self { files, stamp: None, acceptor: None }
     }
 
-    /// As it is now; the one before, where what is there now is wrong.
-    fn now(&mut self) -> Option<TlsAcceptor> {
+    /// Returns the current certificate. If the files are invalid, the previous one stays in use.
+    fn current(&mut self) -> Option<TlsAcceptor> {
         let now = (stamp(&self.files.certificate), stamp(&self.files.key));
         if self.stamp != Some(now) {
             self.stamp = Some(now);
             match self.read() {
                 Ok(acceptor) => self.acceptor = Some(acceptor),
                 Err(e) => {
-                    let then = if self.acceptor.is_some() {
-                        "the one before counts on"
+                    let effect = if self.acceptor.is_some() {
+                        "the previous one stays in use"
                     } else {
-                        "nobody is let in over the network"
+                        "connections over the network are rejected"
                     };
-                    tracing::error!("the API's certificate cannot be used: {e}; {then}");
+                    tracing::error!("the API's certificate cannot be used: {e}; {effect}");
                 }
             }
         }
         self.acceptor.clone()
     }
 
-    /// Reads both files, and whether they belong together.
+    /// Reads both files, and checks that they belong together.
     ///
     /// # Errors
-    /// What is wrong with them.
+    /// A message that says what is wrong with the files.
     pub fn read(&self) -> Result<TlsAcceptor, String> {
         let Tls { certificate, key } = &self.files;
         let chain = chain(certificate)?;
@@ -259,8 +272,8 @@ impl Certificate {
         let mut config = config.map_err(|e| {
             let (certificate, key) = (certificate.display(), key.display());
             format!(
-                "{certificate} and {key} do not belong together, or are of a kind that is not \
-                    supported: {e}"
+                "{certificate} and {key} do not belong together, or their type is not supported: \
+                    {e}"
             )
         })?;
         config.alpn_protocols = vec![b"http/1.1".to_vec()];
@@ -277,7 +290,7 @@ fn chain(file: &Path) -> Result<Vec<CertificateDer<'static>>, String> {
     let chain: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&content).collect();
     let chain = chain.map_err(|e| wrong_pem(file, &e))?;
     if chain.is_empty() {
-        return Err(format!("{} holds no PEM certificate", file.display()));
+        return Err(format!("{} contains no PEM certificate", file.display()));
     }
     Ok(chain)
 }
@@ -286,11 +299,11 @@ fn content(file: &Path) -> Result<Vec<u8>, String> {
     read_bounded(file).map_err(|e| format!("{}: {e}", file.display()))
 }
 
-/// When the certificate in this PEM file, or one that leads to its authority, expires. An
-/// authority's own certificate does not count: clients have theirs.
+/// Returns the time at which the certificate in this PEM file, or an intermediate certificate in
+/// it, expires. Root certificates are ignored, because clients use their own copy.
 ///
 /// # Errors
-/// When the file cannot be read, or its first certificate cannot be decoded.
+/// If the file cannot be read, or its first certificate cannot be decoded.
 pub fn expiry(file: &Path) -> Result<SystemTime, String> {
     let read = |der: &CertificateDer<'_>| {
         let certificate = x509_cert::Certificate::from_der(der)
@@ -301,24 +314,19 @@ pub fn expiry(file: &Path) -> Result<SystemTime, String> {
     };
     let chain = chain(file)?;
     let (first, others) =
-        chain.split_first().ok_or_else(|| format!("{} holds no certificate", file.display()))?;
+        chain.split_first().ok_or_else(|| format!("{} contains no certificate", file.display()))?;
     let own = read(first).map_err(|e: String| e)?.0;
     let others =
         others.iter().filter_map(|der| read(der).ok()).filter(|(_, is_authority)| !is_authority);
     Ok(others.map(|(end, _)| end).fold(own, SystemTime::min))
 }
 
-/// Until it is to end.
-async fn end(stopping: &mut watch::Receiver<bool>) {
+/// Waits until the server must stop.
+async fn stopped(stopping: &mut watch::Receiver<bool>) {
     drop(stopping.wait_for(|stop| *stop).await);
 }
 
-/// Too many open files, for instance: those that there are will end.
-async fn pause(what: &str, e: &io::Error) {
-    tracing::warn!("{what} cannot take a connection: {e}");
-    tokio::time::sleep(Duration::from_millis(100)).await;
-}
-
+/// Responds to a connection above the limit with status 503, and closes it.
 async fn turn_away(stream: impl AsyncRead + AsyncWrite + Send) {
     let body =
         r#"{"serviceUnavailable":{"code":503,"message":"Too many connections: try again."}}"#;
@@ -328,18 +336,17 @@ async fn turn_away(stream: impl AsyncRead + AsyncWrite + Send) {
         body.len()
     );
     let mut stream = std::pin::pin!(stream);
-    let told = async {
+    let response = async {
         stream.write_all(text.as_bytes()).await?;
         stream.shutdown().await
     };
-    drop(tokio::time::timeout(Duration::from_secs(1), told).await);
+    drop(tokio::time::timeout(REFUSAL_TIMEOUT, response).await);
 }
 
-/// In `state_dir`, which only root and the agent's group may enter.
 /// Removes the socket that an earlier process has left, and binds a new one.
 ///
 /// # Errors
-/// When another program listens at the path, or the path cannot be used.
+/// If another program listens at the path, or the path cannot be used.
 fn bind_local(path: &Path, mode: u32) -> io::Result<UnixListener> {
     let _owner = User::of_folder_of(path)?.enter()?;
     if std::fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket()) {

@@ -1,4 +1,4 @@
-//! Joining a fleet, leaving it, and how it is with it.
+//! Joins and leaves a fleet, and reports the fleet's status.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -12,55 +12,56 @@ use virt_usb_model::HostDocument;
 use crate::etcd::{Connection, Error, Etcd, name};
 use crate::keys::{self, Keys, Node};
 
-/// The first number that is given: 1 is a host that has joined no fleet.
-const FIRST: u64 = 2;
-/// After so many changes etcd should have forgotten the first.
-const REMEMBERED: i64 = 10_000;
-/// Others join at the same moment: it is tried again so often.
-const ROUNDS: usize = 100;
+/// The first number that a fleet gives. Number 1 means a host that has joined no fleet.
+const FIRST_NUMBER: u64 = 2;
+/// Revision after which etcd should have compacted its first revision.
+const COMPACTED_BY_REVISION: i64 = 10_000;
+/// Maximum number of attempts to join while other hosts join at the same moment.
+const MAX_JOIN_ATTEMPTS: usize = 100;
 
-/// Where a machine stands.
-pub struct Place {
-    /// Number of this machine; none: it has not joined.
+/// Membership of a machine in the fleet.
+pub struct Membership {
+    /// Number of the machine. `None` if it has never joined.
     pub number: Option<u64>,
-    /// Who has that number now.
+    /// The machine and host that have that number now.
     pub node: Option<Node>,
 }
 
-/// The machine's name in the fleet.
+/// Returns this machine's name in the fleet.
 ///
 /// # Errors
-/// When its id cannot be read.
+/// If the machine id cannot be read.
 pub fn this_machine(fleet: &Fleet) -> Result<String, Error> {
     let path = &fleet.machine_id;
-    let fault = |why: String| Error::File { path: path.clone(), why };
-    let id = std::fs::read_to_string(path).map_err(|e| fault(e.to_string()))?;
-    // 32 hexadecimal digits (machine-id(5)); "uninitialized" is what an image holds that was never
-    // booted.
+    let error = |why: String| Error::File { path: path.clone(), why };
+    let id = std::fs::read_to_string(path).map_err(|e| error(e.to_string()))?;
+    // 32 hexadecimal digits (machine-id(5)), or "uninitialized" in an image that was never booted.
     let id = id.trim();
     if id.len() < 16 || !id.bytes().all(|byte| byte.is_ascii_hexdigit() || byte == b'-') {
-        return Err(fault("it holds no machine id: 'systemd-machine-id-setup' makes one".into()));
+        return Err(error(
+            "it contains no machine id: 'systemd-machine-id-setup' creates one".into(),
+        ));
     }
     Ok(keys::machine(id))
 }
 
-/// Reads which number this machine has, and whether another host has its name.
+/// Reads the number of a machine, and the machine and host that have this number now.
 ///
 /// # Errors
-/// When etcd does not answer.
-pub async fn place(
+/// If etcd does not respond.
+pub async fn membership(
     etcd: &Etcd,
     connection: &mut Connection,
     keys: &Keys,
     machine: &str,
-) -> Result<Place, Error> {
+) -> Result<Membership, Error> {
     let number =
         get(etcd, connection, keys.machine(machine)).await?.and_then(|text| text.parse().ok());
     let node = match number {
         Some(number) => get(etcd, connection, keys.node(number)).await?,
         None => None,
     };
-    Ok(Place { number, node: node.and_then(|text| serde_json::from_str(&text).ok()) })
+    Ok(Membership { number, node: node.and_then(|text| serde_json::from_str(&text).ok()) })
 }
 
 /// Whether the machine is in the fleet.
@@ -70,8 +71,8 @@ pub async fn is_member(
     keys: &Keys,
     machine: &str,
 ) -> Result<bool, Error> {
-    let place = place(etcd, connection, keys, machine).await?;
-    Ok(place.node.is_some_and(|node| node.machine == machine))
+    let membership = membership(etcd, connection, keys, machine).await?;
+    Ok(membership.node.is_some_and(|node| node.machine == machine))
 }
 
 async fn get(
@@ -83,16 +84,16 @@ async fn get(
     Ok(answer.kvs().first().map(|kv| String::from_utf8_lossy(kv.value()).into_owned()))
 }
 
-/// Gives this machine its number, the same each time, and says that it is in the fleet under this
-/// host's name.
+/// Joins the fleet under this host's name. Returns the number of this machine, which is the same
+/// each time it joins.
 ///
 /// # Errors
-/// When etcd cannot be asked or refuses, or when another machine has that name.
+/// If etcd does not respond or refuses, or if another machine has that name.
 pub async fn join(fleet: &Fleet, host: &str) -> anyhow::Result<u64> {
     if !keys::is_name(host) {
         bail!(
-            "this host's name is {host:?}: in a fleet it must be of letters, digits, '.', '_' and \
-                '-', as hostnamectl sets it"
+            "this host's name is {host:?}: in a fleet it may contain only letters, digits, '.', \
+                '_' and '-'; 'hostnamectl set-hostname' changes it"
         );
     }
     let machine = this_machine(fleet)?;
@@ -100,7 +101,7 @@ pub async fn join(fleet: &Fleet, host: &str) -> anyhow::Result<u64> {
     let mut connection = etcd.connect().await?;
     let keys = etcd.keys();
     let me = Node { machine: machine.clone(), host: host.to_owned() };
-    for _ in 0..ROUNDS {
+    for _ in 0..MAX_JOIN_ATTEMPTS {
         let number = get(&etcd, &mut connection, keys.machine(&machine)).await?;
         let named = get(&etcd, &mut connection, keys.name(host)).await?;
         let next = get(&etcd, &mut connection, keys.next_number()).await?;
@@ -114,12 +115,14 @@ pub async fn join(fleet: &Fleet, host: &str) -> anyhow::Result<u64> {
         {
             bail!(
                 "another machine is in the fleet as {host:?}, with number {named}: give this host \
-                    another name, or say 'virt-usb fleet leave --host {host}' if that one is gone \
-                    for good"
+                    another name, or, if that machine no longer exists, run 'virt-usb fleet leave \
+                    --host {host}'"
             );
         }
-        let at: u64 =
-            next.as_deref().map_or(Ok(FIRST), str::parse).with_context(|| keys.next_number())?;
+        let at: u64 = next
+            .as_deref()
+            .map_or(Ok(FIRST_NUMBER), str::parse)
+            .with_context(|| keys.next_number())?;
         let mine = given.unwrap_or(at);
         let was = get(&etcd, &mut connection, keys.node(mine)).await?;
         let was: Option<Node> = was.and_then(|text| serde_json::from_str(&text).ok());
@@ -136,7 +139,7 @@ pub async fn join(fleet: &Fleet, host: &str) -> anyhow::Result<u64> {
             puts.push(TxnOp::put(keys.next_number(), (mine + 1).to_string(), None));
             puts.push(TxnOp::put(keys.machine(&machine), mine.to_string(), None));
         }
-        // It was called otherwise before.
+        // The host had another name before.
         if let Some(old) = was.map(|node| node.host).filter(|old| old != host) {
             puts.extend([
                 TxnOp::delete(keys.name(&old), None),
@@ -149,10 +152,10 @@ pub async fn join(fleet: &Fleet, host: &str) -> anyhow::Result<u64> {
         }
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
-    bail!("the fleet's numbers change all the time: try again")
+    bail!("too many hosts join the fleet at the same time: try again")
 }
 
-/// The key holds that; or, with nothing, is not there.
+/// Condition that the key has that value or, without a value, does not exist.
 fn same(key: String, value: Option<&str>) -> Compare {
     match value {
         Some(value) => Compare::value(key, CompareOp::Equal, value),
@@ -160,10 +163,11 @@ fn same(key: String, value: Option<&str>) -> Compare {
     }
 }
 
-/// Takes the host out of the fleet; false if it was not in it. Its machine keeps its number.
+/// Removes the host from the fleet. Returns false if it was not a member. The machine keeps its
+/// number.
 ///
 /// # Errors
-/// When etcd cannot be asked or refuses.
+/// If etcd does not respond or refuses.
 pub async fn leave(fleet: &Fleet, host: &str) -> anyhow::Result<bool> {
     let mut etcd = Etcd::new(fleet.clone());
     let mut connection = etcd.connect().await?;
@@ -180,50 +184,50 @@ pub async fn leave(fleet: &Fleet, host: &str) -> anyhow::Result<bool> {
     Ok(etcd.within("leave the fleet", connection.client.txn(txn)).await?.succeeded())
 }
 
-/// How it is with the fleet.
+/// Status of the fleet.
 #[derive(Debug, Serialize)]
 pub struct Status {
-    /// Each endpoint, and how it is.
+    /// Status of each endpoint.
     pub endpoints: Vec<Endpoint>,
-    /// This host's number there; none: it has not joined.
+    /// Number of this host. `None` if it has not joined.
     pub number: Option<u64>,
-    /// The revision that it has published; none: nothing is there of it.
+    /// The revision that this host has published. `None` if it has published no document.
     pub published: Option<u64>,
-    /// How many hosts have joined.
+    /// Number of hosts that have joined.
     pub hosts: usize,
-    /// Those whose documents are not there, by name.
+    /// Names of the hosts without a document.
     pub unreachable: Vec<String>,
-    /// Devices of all hosts that can be reached.
+    /// Number of devices of all reachable hosts.
     pub devices: usize,
-    /// Of these, free to be claimed.
+    /// Number of devices that can be claimed.
     pub available: usize,
-    /// It still remembers its first days: nothing makes it forget.
+    /// Whether etcd was never compacted, although it should have been.
     pub never_compacted: bool,
 }
 
-/// How an endpoint is.
+/// Status of an endpoint.
 #[derive(Debug, Serialize)]
 pub struct Endpoint {
     /// URL of the endpoint.
     pub endpoint: String,
-    /// What keeps it from answering; none: it answers.
+    /// Error of the connection. `None` if the endpoint responds.
     pub fault: Option<String>,
-    /// Its version.
+    /// Version of etcd.
     pub version: Option<String>,
     /// Whether this member leads the cluster.
     pub is_leader: bool,
-    /// How much its database takes, in bytes, and how much of that it uses.
+    /// Size of the database file in bytes.
     pub db_size: Option<i64>,
-    /// Bytes of the database in use.
+    /// Bytes of the database file in use.
     pub db_used: Option<i64>,
-    /// What it complains of: `NOSPACE`.
+    /// Active alarms, for example `NOSPACE`.
     pub alarms: Vec<String>,
 }
 
-/// Looks.
+/// Reads the status of the fleet.
 ///
 /// # Errors
-/// When no etcd answers or it refuses.
+/// If no etcd endpoint responds, or etcd refuses.
 pub async fn status(fleet: &Fleet, host: &str) -> anyhow::Result<Status> {
     let mut etcd = Etcd::new(fleet.clone());
     let mut endpoints = Vec::new();
@@ -239,7 +243,7 @@ pub async fn status(fleet: &Fleet, host: &str) -> anyhow::Result<Status> {
         };
         match etcd.connect_to(at).await {
             Ok(mut connection) => {
-                match etcd.within("ask for its state", connection.client.status()).await {
+                match etcd.within("read its status", connection.client.status()).await {
                     Ok(status) => {
                         found.version = Some(status.version().to_owned());
                         found.is_leader = status
@@ -264,7 +268,7 @@ pub async fn status(fleet: &Fleet, host: &str) -> anyhow::Result<Status> {
     let mut connection = etcd.connect().await?;
     let keys = etcd.keys();
     let machine = this_machine(fleet)?;
-    let place = place(&etcd, &mut connection, &keys, &machine).await?;
+    let membership = membership(&etcd, &mut connection, &keys, &machine).await?;
     let joined: BTreeSet<String> = below(&etcd, &mut connection, &keys.nodes())
         .await?
         .into_iter()
@@ -273,13 +277,15 @@ pub async fn status(fleet: &Fleet, host: &str) -> anyhow::Result<Status> {
         .collect();
     let mut found = Status {
         endpoints,
-        number: place.number.filter(|_| place.node.is_some_and(|node| node.machine == machine)),
+        number: membership
+            .number
+            .filter(|_| membership.node.is_some_and(|node| node.machine == machine)),
         published: None,
         hosts: joined.len(),
         unreachable: Vec::new(),
         devices: 0,
         available: 0,
-        never_compacted: connection.revision > REMEMBERED && {
+        never_compacted: connection.revision > COMPACTED_BY_REVISION && {
             let first = GetOptions::new().with_revision(1).with_keys_only();
             etcd.within(
                 "read the fleet's keys",
@@ -289,7 +295,7 @@ pub async fn status(fleet: &Fleet, host: &str) -> anyhow::Result<Status> {
             .is_ok()
         },
     };
-    let mut heard = BTreeSet::new();
+    let mut published = BTreeSet::new();
     for (name, text) in below(&etcd, &mut connection, &keys.hosts()).await? {
         let Ok(document) = HostDocument::parse(&text) else { continue };
         if name == host {
@@ -297,13 +303,13 @@ pub async fn status(fleet: &Fleet, host: &str) -> anyhow::Result<Status> {
         }
         found.devices += document.devices.len();
         found.available += document.devices.iter().filter(|d| d.status == "available").count();
-        heard.insert(name);
+        published.insert(name);
     }
-    found.unreachable = joined.difference(&heard).cloned().collect();
+    found.unreachable = joined.difference(&published).cloned().collect();
     Ok(found)
 }
 
-/// All that stands below the prefix, by key: without the prefix.
+/// Lists all keys below the prefix, without the prefix, with their values.
 async fn below(
     etcd: &Etcd,
     connection: &mut Connection,

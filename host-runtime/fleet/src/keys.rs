@@ -1,34 +1,34 @@
-//! What stands where in etcd. All keys begin with the configured prefix.
+//! Layout of the keys in etcd. All keys begin with the configured prefix.
 //!
-//! | key | holds | who writes it | ends with |
+//! | key | value | written by | removed by |
 //! |---|---|---|---|
 //! | `hosts/NAME` | the host document | that host | its lease |
-//! | `servers/NAME` | the host's guests, whose they are and whether they run | that host | its lease |
-//! | `requests/NAME/ID` | what the host is to do | the API of another host | its lease: the deadline |
-//! | `answers/NAME/ID` | that it has begun, then what came of it | that host | a lease of its own |
-//! | `flavors/NAME` | a flavor's JSON | whoever changes one, on any host | its removal |
-//! | `grants/NAME` | a grant's JSON | the same | its removal |
-//! | `nodes/N` | [`Node`]: which machine and host the number N is | who joins | `fleet leave` |
-//! | `names/NAME` | the number of the host of that name | who joins | `fleet leave` |
-//! | `machines/ID` | the number of that machine, for good | who joins | never |
-//! | `next` | the next number to be given | who joins | never |
+//! | `servers/NAME` | the host's guests with owner and run state | that host | its lease |
+//! | `requests/NAME/ID` | a request to the host | the API of another host | its lease (deadline) |
+//! | `answers/NAME/ID` | "begun", then the result | that host | a lease of its own |
+//! | `flavors/NAME` | a flavor's JSON | any host | any host |
+//! | `grants/NAME` | a grant's JSON | any host | any host |
+//! | `nodes/N` | [`Node`]: the machine and host with number N | `fleet join` | `fleet leave` |
+//! | `names/NAME` | the number of the host with that name | `fleet join` | `fleet leave` |
+//! | `machines/ID` | the permanent number of that machine | `fleet join` | never |
+//! | `next` | the next free number | `fleet join` | never |
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
-/// Keys below one prefix.
+/// Names of the keys below one prefix.
 #[derive(Debug, Clone)]
 pub struct Keys {
     prefix: String,
 }
 
 impl Keys {
-    /// Below that prefix, which ends with a slash.
+    /// Creates the names below `prefix`, which ends with a slash.
     pub const fn new(prefix: String) -> Self {
         Self { prefix }
     }
 
-    /// What the documents' keys begin with.
+    /// Prefix of the keys of all host documents.
     pub fn hosts(&self) -> String {
         format!("{}hosts/", self.prefix)
     }
@@ -38,7 +38,7 @@ impl Keys {
         format!("{}hosts/{name}", self.prefix)
     }
 
-    /// What the numbers' keys begin with.
+    /// Prefix of the keys of all numbers.
     pub fn nodes(&self) -> String {
         format!("{}nodes/", self.prefix)
     }
@@ -48,7 +48,7 @@ impl Keys {
         format!("{}nodes/{node}", self.prefix)
     }
 
-    /// All keys begin so.
+    /// Prefix of all keys.
     pub fn all(&self) -> &str {
         &self.prefix
     }
@@ -58,7 +58,7 @@ impl Keys {
         format!("{}servers/{host}", self.prefix)
     }
 
-    /// What the requests to a host begin with.
+    /// Prefix of the keys of all requests to a host.
     pub fn requests(&self, host: &str) -> String {
         format!("{}requests/{host}/", self.prefix)
     }
@@ -68,12 +68,12 @@ impl Keys {
         format!("{}answers/{host}/{request}", self.prefix)
     }
 
-    /// What the keys of one kind of what is common begin with: `flavors`, `grants`.
+    /// Prefix of the keys of one shared kind, `flavors` or `grants`.
     pub fn shared(&self, kind: &str) -> String {
         format!("{}{kind}/", self.prefix)
     }
 
-    /// Key of one flavor or grant.
+    /// Key of a shared flavor or grant.
     pub fn shared_one(&self, kind: &str, name: &str) -> String {
         format!("{}{kind}/{name}", self.prefix)
     }
@@ -94,30 +94,30 @@ impl Keys {
     }
 }
 
-/// Who has a number.
+/// The machine and host that have a number.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Node {
-    /// The machine, as [`machine`] has it.
+    /// The machine's name in the fleet; see [`machine`].
     pub machine: String,
-    /// The host's name.
+    /// Name of the host.
     pub host: String,
 }
 
 impl Node {
-    /// As it stands in etcd: whoever publishes compares it byte for byte.
+    /// The value as stored in etcd. The publisher compares it byte for byte.
     pub fn text(&self) -> String {
         serde_json::to_string(self).unwrap_or_default()
     }
 }
 
-/// A machine's name in the fleet: its machine id is confidential (machine-id(5)), so only a digest
-/// of it leaves the host.
+/// A machine's name in the fleet: a digest of its machine id. The id itself is confidential
+/// (machine-id(5)) and does not leave the host.
 pub fn machine(id: &str) -> String {
     let digest = Sha256::new_with_prefix("virt-usb fleet 1\n").chain_update(id.trim()).finalize();
     digest.iter().take(16).map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// Whether a host of that name can be in a fleet: its name is a part of keys, and of etcd's roles.
+/// Whether a host with this name can join a fleet. The name becomes part of keys and of etcd roles.
 pub fn is_name(host: &str) -> bool {
     let plain = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
     (1..=253).contains(&host.len()) && host.chars().all(plain)
@@ -128,7 +128,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_machines_name_does_not_tell_its_id() {
+    fn a_machines_name_does_not_reveal_its_id() {
         let name = machine("0123456789abcdef0123456789abcdef\n");
         assert_eq!(name, machine("0123456789abcdef0123456789abcdef"));
         assert!(name.len() == 32 && name != machine("0123456789abcdef0123456789abcdee"));

@@ -1,4 +1,4 @@
-//! What hosts and schedulers share through etcd, and the service that answers schedulers.
+//! Data that hosts and schedulers share through etcd, and the scheduler service.
 //!
 //! ```text
 //!   host A: store ─► publish ─┐              ┌─► reader ─► scheduler
@@ -23,9 +23,9 @@ pub use etcd::Error;
 /// Runs one request to etcd on the current thread and waits for its result.
 ///
 /// # Errors
-/// What the request fails with; or there is no runtime for it.
+/// If the request fails, or the runtime cannot be created.
 pub fn wait<T, E: From<Error>>(work: impl Future<Output = Result<T, E>>) -> Result<T, E> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-    let runtime = runtime.map_err(|e| Error::Other(format!("nothing can be asked of it: {e}")))?;
+    let runtime = runtime.map_err(|e| Error::Other(format!("cannot start a client: {e}")))?;
     runtime.block_on(work)
 }

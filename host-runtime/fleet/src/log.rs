@@ -1,4 +1,4 @@
-//! Where the long-running programs write what happens.
+//! Logging and argument parsing of the long-running programs.
 
 use std::fmt::Debug;
 use std::fs::File;
@@ -15,8 +15,8 @@ use tracing_subscriber::filter::LevelFilter;
 use tracing_subscriber::layer::{Context, SubscriberExt};
 use tracing_subscriber::util::SubscriberInitExt;
 
-/// To the journal, where systemd says that stderr is connected to it (JOURNAL_STREAM,
-/// systemd.exec(5)); to stderr otherwise.
+/// Starts logging. If systemd has connected stderr to the journal (`JOURNAL_STREAM`,
+/// systemd.exec(5)), the log goes to the journal, otherwise to stderr.
 pub fn start(level: Level) {
     let registry = tracing_subscriber::registry().with(LevelFilter::from_level(level));
     match is_journal().then(tracing_journald::layer).and_then(Result::ok) {
@@ -31,7 +31,7 @@ pub fn start(level: Level) {
     }
 }
 
-/// Exit status of a long-running program. An error is logged with its whole chain.
+/// Returns the exit status of a long-running program. Logs an error with all its causes.
 pub fn finish(result: anyhow::Result<()>) -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -43,8 +43,8 @@ pub fn finish(result: anyhow::Result<()>) -> ExitCode {
     }
 }
 
-/// Whether JOURNAL_STREAM is about our stderr: programs started from a service inherit the variable
-/// with another one.
+/// Whether `JOURNAL_STREAM` refers to this process's stderr. A program that a service starts
+/// inherits the variable, and may have another stderr.
 fn is_journal() -> bool {
     let Some(stream) = std::env::var_os("JOURNAL_STREAM") else { return false };
     let stderr = std::io::stderr().as_fd().try_clone_to_owned().map(File::from);
@@ -54,8 +54,8 @@ fn is_journal() -> bool {
     ours.is_ok_and(|ours| stream == *ours)
 }
 
-/// Events with their texts made safe to print: names in them come from devices, guests, tenants and
-/// other hosts.
+/// Layer that removes control characters from the texts of events. Names in them come from devices,
+/// guests, tenants and other hosts.
 struct Cleaned<L>(L);
 
 impl<S: Subscriber, L: Layer<S>> Layer<S> for Cleaned<L> {
@@ -67,7 +67,7 @@ impl<S: Subscriber, L: Layer<S>> Layer<S> for Cleaned<L> {
             texts.0.iter().map(|text| text.as_ref().map(Text::value)).collect();
         self.0.on_event(&Event::new(event.metadata(), &fields.value_set_all(&values)), context);
     }
-    // What other crates say of their spans. There are none of ours.
+    // Only other crates use spans.
     fn on_new_span(&self, attributes: &Attributes<'_>, id: &Id, context: Context<'_, S>) {
         self.0.on_new_span(attributes, id, context);
     }
@@ -113,16 +113,17 @@ impl Visit for Texts {
     }
 }
 
-/// A program's arguments. clap repeats what it was given, so what it says is cleaned.
+/// Parses the program's arguments. Removes control characters from clap's messages, because they
+/// quote the arguments.
 ///
 /// # Errors
-/// The exit status of arguments that cannot be read; what is wrong was said.
+/// The exit status, if the arguments are invalid. The message was printed.
 pub fn arguments<T: clap::Parser>() -> Result<T, ExitCode> {
     match T::try_parse() {
         Ok(arguments) => Ok(arguments),
         Err(e) if e.use_stderr() => {
             let text = virt_usb_model::clean_lines(e.render().to_string().trim_end());
-            // The reader of the output has closed it: there is no one to report to.
+            // An error here means that stderr is closed.
             drop(writeln!(std::io::stderr(), "{text}"));
             Err(ExitCode::from(2))
         }
@@ -152,7 +153,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_logged_is_one_line_that_a_terminal_does_not_obey() {
+    fn a_log_entry_is_one_line_without_control_characters() {
         let written = Written::default();
         let writer = written.clone();
         let plain = tracing_subscriber::fmt::layer()

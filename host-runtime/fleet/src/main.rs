@@ -1,4 +1,4 @@
-//! `virt-usb-scheduler`: see the library's `scheduler`.
+//! The program `virt-usb-scheduler`. See the library's module `scheduler`.
 
 use std::process::ExitCode;
 

@@ -1,13 +1,13 @@
-//! Following what stands below a prefix: list it, then watch from that revision on.
+//! Follows the keys below a prefix: lists them, then watches from that revision on.
 //!
 //! ```text
-//!             ┌─ etcd is another one, or older than before; or has forgotten our revision ─┐
+//!             ┌── another etcd, or one that was restored, or the revision was compacted ───┐
 //!             ▼                                                                            │
 //!  connect ─► list at one revision, page by page ─► watch from the next revision on ───────┤
-//!     ▲        (only what is news is told, and what                 │                      │
-//!     │         was there and is no more)                           ▼                      │
-//!     └──────────── pause, next endpoint ◄───────────────── the stream ends ───────────────┘
-//!                                          (goes on from the last revision: no list)
+//!     ▲        (reports new, changed and                            │                      │
+//!     │         removed keys only)                                  ▼                      │
+//!     └──────────── backoff, next endpoint ◄────────────── the stream ends ────────────────┘
+//!                                          (continues from the last revision: no list)
 //! ```
 
 use std::collections::{HashMap, HashSet};
@@ -15,27 +15,27 @@ use std::collections::{HashMap, HashSet};
 use etcd_client::{EventType, KeyValue, WatchOptions};
 use virt_usb_config::Fleet;
 
-use crate::etcd::{Connection, Error, Etcd, Pause, after, name};
+use crate::etcd::{Backoff, Connection, Error, Etcd, after, name};
 
-/// What is told of the keys, in etcd's order. A key is told without what all of them begin with.
+/// Receiver of changes, in etcd's order. Keys are passed without the reader's prefix.
 pub trait Sink {
-    /// It holds that now.
+    /// Called when `key` is new or has a new value.
     fn put(&mut self, key: &str, value: &[u8], revision: i64);
-    /// It is no more.
-    fn gone(&mut self, key: &str);
-    /// All that there was at some moment has been told, and every change is, from now on.
+    /// Called when `key` was removed.
+    fn removed(&mut self, key: &str);
+    /// Called when the sink knows all keys of one revision and receives all later changes.
     fn listed(&mut self) {}
-    /// Nothing is heard, for this reason; what was told counts on.
-    fn deaf(&mut self, _why: &Error) {}
+    /// Called when the connection is lost. Keys that were reported before stay valid.
+    fn disconnected(&mut self, _why: &Error) {}
 }
 
-/// Follows one prefix.
+/// Follows the keys below one prefix.
 pub struct Reader {
     etcd: Etcd,
     prefix: String,
-    /// Each key with the revision that its value was put at.
+    /// Each known key with the revision of its value.
     known: HashMap<String, i64>,
-    /// All changes up to this were told; 0: nothing was.
+    /// The revision up to which all changes were reported, or 0.
     revision: i64,
     cluster: u64,
 }
@@ -47,17 +47,17 @@ impl Reader {
         Self { etcd, prefix, known: HashMap::new(), revision: 0, cluster: 0 }
     }
 
-    /// Follows for ever, beginning with a list. Who stops it may begin anew later: only what is
-    /// news then is told.
+    /// Follows the keys forever, beginning with a list. After the future was dropped, it can be
+    /// called again: the list then reports only what has changed in the meantime.
     pub async fn follow(&mut self, sink: &mut impl Sink) {
         self.revision = 0;
-        let mut pause = Pause::default();
+        let mut backoff = Backoff::default();
         loop {
             let failure = match self.etcd.connect().await {
                 Ok(mut connection) => {
-                    let failure = self.follow_at(&mut connection, sink, &mut pause).await;
+                    let failure = self.follow_at(&mut connection, sink, &mut backoff).await;
                     if !matches!(failure, Error::Compacted) {
-                        self.etcd.pass_on();
+                        self.etcd.next_endpoint();
                     }
                     failure
                 }
@@ -65,27 +65,27 @@ impl Reader {
             };
             if matches!(failure, Error::Compacted) {
                 tracing::info!(
-                    "etcd has forgotten revision {}: {} is listed anew",
+                    "etcd has compacted revision {}: listing {} again",
                     self.revision,
                     self.prefix
                 );
                 self.revision = 0;
                 continue;
             }
-            sink.deaf(&failure);
-            tokio::time::sleep(pause.next_wait()).await;
+            sink.disconnected(&failure);
+            tokio::time::sleep(backoff.next_wait()).await;
         }
     }
 
-    /// Until it fails.
+    /// Follows the keys over one connection until it fails.
     async fn follow_at(
         &mut self,
         connection: &mut Connection,
         sink: &mut impl Sink,
-        pause: &mut Pause,
+        backoff: &mut Backoff,
     ) -> Error {
         if connection.cluster != self.cluster || connection.revision < self.revision {
-            // Another etcd, or one that was restored: its revisions are not those that we know.
+            // Another etcd, or one that was restored: the known revisions mean nothing to it.
             self.cluster = connection.cluster;
             self.revision = 0;
             self.known.values_mut().for_each(|revision| *revision = 0);
@@ -95,7 +95,7 @@ impl Reader {
         {
             return e;
         }
-        match self.watch(connection, sink, pause).await {
+        match self.watch(connection, sink, backoff).await {
             Ok(()) => Error::Unreachable(format!("{}: the watch has ended", connection.endpoint)),
             Err(e) => e,
         }
@@ -108,8 +108,8 @@ impl Reader {
     ) -> Result<(), Error> {
         let Self { etcd, prefix, known, .. } = self;
         let mut seen = HashSet::new();
-        // What is told counts as known at once: a list may fail half way, and a key of it be gone
-        // at the next.
+        // A key is known as soon as it was reported. If this list fails half way, the next one must
+        // report the removal of such a key.
         let each = |kv: &KeyValue| {
             let Some(key) = name(prefix, kv.key()) else { return };
             if known.insert(key.clone(), kv.mod_revision()) != Some(kv.mod_revision()) {
@@ -119,11 +119,11 @@ impl Reader {
         };
         self.revision = etcd.list(connection, prefix, each).await?;
         known.retain(|key, _| {
-            let there = seen.contains(key);
-            if !there {
-                sink.gone(key);
+            let is_listed = seen.contains(key);
+            if !is_listed {
+                sink.removed(key);
             }
-            there
+            is_listed
         });
         Ok(())
     }
@@ -132,7 +132,7 @@ impl Reader {
         &mut self,
         connection: &mut Connection,
         sink: &mut impl Sink,
-        pause: &mut Pause,
+        backoff: &mut Backoff,
     ) -> Result<(), Error> {
         let options = WatchOptions::new()
             .with_range(after(&self.prefix))
@@ -156,7 +156,7 @@ impl Reader {
                 });
             }
             if message.created() {
-                pause.reset();
+                backoff.reset();
                 sink.listed();
             }
             for event in message.events() {
@@ -168,14 +168,14 @@ impl Reader {
                         self.known.insert(key, kv.mod_revision());
                     }
                     EventType::Delete => {
-                        sink.gone(&key);
+                        sink.removed(&key);
                         self.known.remove(&key);
                     }
                 }
                 self.revision = self.revision.max(kv.mod_revision());
             }
             if message.events().is_empty() && !message.created() {
-                // Nothing has happened up to there.
+                // A progress notification: there is no change up to this revision.
                 let now = message.header().map_or(0, etcd_client::ResponseHeader::revision);
                 self.revision = self.revision.max(now);
             }

@@ -1,8 +1,8 @@
-//! What all hosts of a fleet have in common, flavors and grants: in etcd, and mirrored into each
-//! host's inventory, so that they work while etcd is away.
+//! Flavors and grants, which all hosts of a fleet share. They are stored in etcd and mirrored into
+//! each host's inventory, so that they work while etcd is unreachable.
 //!
 //! ```text
-//!  flavor set, grant set, API ─► change ─► etcd ─► mirror (each host) ─► store ◄── hook, on each start
+//!  flavor set, grant set, API ─► change ─► etcd ─► mirror (each host) ─► store ◄─ hook, each start
 //! ```
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -25,38 +25,39 @@ use crate::keys::Keys;
 use crate::reader::{Reader, Sink};
 use crate::{Error, wait};
 
-/// Changes that come together are mirrored together.
-const GATHER: Duration = Duration::from_millis(20);
-/// Until what could not be mirrored is tried again.
-const RETRY: Duration = Duration::from_secs(5);
-/// How long the mirror waits for the store's lock: the document is published by the same thread.
-const ETCD_TIMEOUT: Duration = Duration::from_secs(2);
+/// Wait after a change, so that changes that arrive together are mirrored together.
+const DEBOUNCE_INTERVAL: Duration = Duration::from_millis(20);
+/// Wait before a failed mirroring is retried.
+const RETRY_INTERVAL: Duration = Duration::from_secs(5);
+/// Timeout for the store's lock. It is short, because the same thread publishes the host document.
+const STORE_LOCK_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// One kind of it: each has a name, and is a text.
+/// A kind of shared definition. Each definition has a name and a text.
 pub trait Shared:
     FromStr<Err = ParseError> + Display + Clone + PartialEq + Send + Sync + 'static
 {
-    /// What they are called, in keys and in messages.
+    /// Name of the kind in keys and messages.
     const PLURAL: &'static str;
-    /// What is done with them at etcd, for messages.
+    /// Purpose of a read request, for messages.
     const READ: &'static str;
-    /// The same.
+    /// Purpose of a write request, for messages.
     const CHANGE: &'static str;
 
-    /// Those of the inventory.
+    /// Reads all definitions of the inventory.
     fn all(store: &Store) -> Result<BTreeMap<String, Self>, StoreError>;
-    /// Says whether that changed anything.
+    /// Stores a definition. Returns whether that changed anything.
     fn set(&self, store: &mut Store, name: &str, context: &Context) -> Result<bool, StoreError>;
-    /// Says whether it was there.
+    /// Removes a definition. Returns whether it existed.
     fn remove(store: &mut Store, name: &str, context: &Context) -> Result<bool, StoreError>;
-    /// Makes them these, but for those of unclear names; returns how many were changed.
+    /// Replaces the definitions of the inventory by `all`, except those named in `unclear`, which
+    /// stay as they are. Returns the number of changes.
     fn mirror(
         store: &mut Store,
         all: &BTreeMap<String, Self>,
         unclear: &BTreeSet<String>,
         context: &Context,
     ) -> Result<usize, StoreError>;
-    /// Whether it says nothing: then it is none.
+    /// Whether the definition is empty. The mirror ignores empty definitions.
     fn is_void(&self) -> bool;
 }
 
@@ -122,22 +123,22 @@ impl Shared for Grant {
     }
 }
 
-/// It is not changed.
+/// Error of a change.
 #[derive(Debug, thiserror::Error)]
 pub enum ChangeError {
-    /// etcd.
-    #[error("the {0} of this host are the fleet's, and are changed in etcd alone: {1}")]
+    /// Error of etcd.
+    #[error("the {0} of this host belong to the fleet and can be changed only in etcd: {1}")]
     Fleet(&'static str, Error),
-    /// The inventory.
+    /// Error of the inventory.
     #[error(transparent)]
     Store(#[from] StoreError),
 }
 
-/// Sets one, or removes it; where this host is in a fleet, for all its hosts. Says whether that
-/// changed anything.
+/// Stores a definition, or removes it if `wanted` is `None`. If this host is in a fleet, the change
+/// applies to all its hosts. Returns whether that changed anything.
 ///
 /// # Errors
-/// When the inventory cannot be written; or when etcd cannot, where there is a fleet.
+/// If the inventory or, in a fleet, etcd cannot be written.
 pub fn change<T: Shared>(
     config: &Config,
     store: &mut Store,
@@ -149,13 +150,13 @@ pub fn change<T: Shared>(
         None => None,
         Some(fleet) => match wait(edit(fleet, name, wanted)) {
             Ok(edited) => edited,
-            // It has never joined: what it has is its own.
+            // The host has never joined a fleet: its definitions are its own.
             Err(Error::Unreachable(_)) if store.node()? == LONE_NODE => None,
             Err(e) => return Err(ChangeError::Fleet(T::PLURAL, e)),
         },
     };
     store.restart_lock_timeout();
-    // The mirror would do the same in a moment; whoever looks now sees it.
+    // The mirror would do the same a moment later. Here the change is visible at once.
     let here = match wanted {
         Some(wanted) => wanted.set(store, name, context)?,
         None => T::remove(store, name, context)?,
@@ -163,7 +164,7 @@ pub fn change<T: Shared>(
     Ok(in_fleet.unwrap_or(here))
 }
 
-/// In etcd; none: this host is in no fleet there.
+/// Changes a definition in etcd. `None` if this host is not a member of that fleet.
 async fn edit<T: Shared>(
     fleet: &Fleet,
     name: &str,
@@ -194,11 +195,11 @@ async fn edit<T: Shared>(
     }
 }
 
-/// Gives the fleet those of these that it does not have; returns the names of those that it has
-/// otherwise.
+/// Adds the definitions in `own` to the fleet, unless it has one of the same name. Returns the
+/// names of those that differ in the fleet.
 ///
 /// # Errors
-/// When etcd cannot be asked, or refuses.
+/// If etcd does not respond or refuses.
 pub async fn contribute<T: Shared>(
     fleet: &Fleet,
     own: &BTreeMap<String, T>,
@@ -206,7 +207,7 @@ pub async fn contribute<T: Shared>(
     let mut etcd = Etcd::new(fleet.clone());
     let mut connection = etcd.connect().await?;
     let keys = etcd.keys();
-    let mut others = Vec::new();
+    let mut differing = Vec::new();
     for (name, one) in own {
         let key = keys.shared_one(T::PLURAL, name);
         let txn = Txn::new()
@@ -217,21 +218,21 @@ pub async fn contribute<T: Shared>(
             let text =
                 known.kvs().first().map(|kv| String::from_utf8_lossy(kv.value()).into_owned());
             if text.and_then(|text| text.parse::<T>().ok()).as_ref() != Some(one) {
-                others.push(name.clone());
+                differing.push(name.clone());
             }
         }
     }
-    Ok(others)
+    Ok(differing)
 }
 
-/// Who mirrors one kind.
+/// Mirror of one kind of definition.
 pub struct Mirror<T> {
     fleet: Fleet,
     config: Config,
     kind: PhantomData<T>,
 }
 
-/// What etcd holds, as text, by name; none: not all of it was told yet.
+/// All definitions in etcd as text, by name. `None` until the first list is complete.
 type All = Option<BTreeMap<String, String>>;
 
 struct Subscriber {
@@ -241,7 +242,7 @@ struct Subscriber {
 }
 
 impl Subscriber {
-    fn tell(&self) {
+    fn send(&self) {
         if self.listed {
             self.all.send_replace(Some(self.now.clone()));
         }
@@ -251,60 +252,60 @@ impl Subscriber {
 impl Sink for Subscriber {
     fn put(&mut self, key: &str, value: &[u8], _: i64) {
         self.now.insert(key.to_owned(), String::from_utf8_lossy(value).into_owned());
-        self.tell();
+        self.send();
     }
 
-    fn gone(&mut self, key: &str) {
+    fn removed(&mut self, key: &str) {
         self.now.remove(key);
-        self.tell();
+        self.send();
     }
 
     fn listed(&mut self) {
         self.listed = true;
-        self.tell();
+        self.send();
     }
 }
 
 impl<T: Shared> Mirror<T> {
-    /// Creates a mirror of what `fleet` shares into the inventory of `config`.
+    /// Creates a mirror from `fleet` into the inventory of `config`.
     pub fn new(fleet: &Fleet, config: &Config) -> Self {
         Self { fleet: fleet.clone(), config: config.clone(), kind: PhantomData }
     }
 
-    /// For ever.
+    /// Follows the fleet and mirrors its changes forever.
     pub async fn follow(self) {
-        let (all, news) = watch::channel(None);
-        let mut ears = Subscriber { now: BTreeMap::new(), listed: false, all };
+        let (all, changes) = watch::channel(None);
+        let mut subscriber = Subscriber { now: BTreeMap::new(), listed: false, all };
         let mut reader =
             Reader::new(&self.fleet, Keys::new(self.fleet.prefix.clone()).shared(T::PLURAL));
-        tokio::join!(reader.follow(&mut ears), self.keep(news));
+        tokio::join!(reader.follow(&mut subscriber), self.apply_changes(changes));
     }
 
-    async fn keep(&self, mut news: watch::Receiver<All>) {
-        let mut told = String::new();
-        while news.changed().await.is_ok() {
+    async fn apply_changes(&self, mut changes: watch::Receiver<All>) {
+        let mut logged = String::new();
+        while changes.changed().await.is_ok() {
             loop {
-                tokio::time::sleep(GATHER).await;
-                let Some(all) = news.borrow_and_update().clone() else { break };
+                tokio::time::sleep(DEBOUNCE_INTERVAL).await;
+                let Some(all) = changes.borrow_and_update().clone() else { break };
                 match self.apply(&all).await {
                     Ok(()) => {
-                        told.clear();
+                        logged.clear();
                         break;
                     }
-                    Err(why) if why == told => {}
+                    Err(why) if why == logged => {}
                     Err(why) => {
-                        tracing::warn!("the fleet's {} are not mirrored: {why}", T::PLURAL);
-                        told = why;
+                        tracing::warn!("cannot mirror the fleet's {}: {why}", T::PLURAL);
+                        logged = why;
                     }
                 }
-                // What is newer is taken at once.
-                drop(tokio::time::timeout(RETRY, news.changed()).await);
+                // A new change ends the wait.
+                drop(tokio::time::timeout(RETRY_INTERVAL, changes.changed()).await);
             }
         }
     }
 
-    /// Makes those of the inventory those of the fleet, if this host is in it: an etcd that was
-    /// wiped takes nothing away.
+    /// Writes the fleet's definitions into the inventory. Does nothing while this host is not a
+    /// member, so that a wiped etcd removes nothing.
     async fn apply(&self, all: &BTreeMap<String, String>) -> Result<(), String> {
         let (mut clear, mut unclear) = (BTreeMap::new(), BTreeSet::new());
         for (name, text) in all {
@@ -316,7 +317,7 @@ impl<T: Shared> Mirror<T> {
                     unclear.insert(name.clone());
                 }
                 Err(e) => {
-                    tracing::warn!("{name:?} of the fleet's {} is passed over: {e}", T::PLURAL);
+                    tracing::warn!("ignoring {name:?} of the fleet's {}: {e}", T::PLURAL);
                     unclear.insert(name.clone());
                 }
             }
@@ -326,7 +327,7 @@ impl<T: Shared> Mirror<T> {
         }
         let changed = self.write(&clear, &unclear).map_err(|e| e.to_string())?;
         if changed > 0 {
-            tracing::info!("{changed} of the fleet's {} were mirrored", T::PLURAL);
+            tracing::info!("mirrored {changed} of the fleet's {}", T::PLURAL);
         }
         Ok(())
     }
@@ -345,7 +346,7 @@ impl<T: Shared> Mirror<T> {
         unclear: &BTreeSet<String>,
     ) -> anyhow::Result<usize> {
         let context = host_env::context(&self.config, "virt-usbd fleet")?;
-        let mut store = Store::open(&self.config.state_dir, ETCD_TIMEOUT, Durability::Power)?;
+        let mut store = Store::open(&self.config.state_dir, STORE_LOCK_TIMEOUT, Durability::Power)?;
         Ok(T::mirror(&mut store, clear, unclear, &context)?)
     }
 }

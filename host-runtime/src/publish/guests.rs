@@ -1,5 +1,4 @@
-//! The guests of this host, as they are told to the fleet: whose they are, whether they run, what
-//! they are to have.
+//! The guests of this host as published to the fleet: owner, run state, and requested devices.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -14,25 +13,26 @@ use super::peers::{Server, publish};
 use crate::hypervisor::{Known, Supervised};
 use crate::timeouts::STORE_LOCK_TIMEOUT;
 
-/// A guest that came or went without a device is told of after so long.
-const LOOK: Duration = Duration::from_secs(5);
+/// Interval at which the guests are read again. A guest that starts or stops without a device
+/// changes nothing in the inventory, and gives no other signal.
+const READ_INTERVAL: Duration = Duration::from_secs(5);
 
-/// Looks at them.
+/// Reader of this host's guests.
 pub(super) struct Guests {
     hypervisor: Option<Arc<Supervised>>,
     state_dir: PathBuf,
-    /// As they are published; none: they could not be looked at yet.
+    /// The value to publish. `None` until the guests were read once.
     pub(super) text: watch::Sender<Option<String>>,
-    /// Look now.
-    pub(super) look: Notify,
+    /// Signal to read the guests now.
+    pub(super) refresh: Notify,
 }
 
 impl Guests {
     pub(super) fn new(hypervisor: Option<Arc<Supervised>>, state_dir: PathBuf) -> Self {
-        Self { hypervisor, state_dir, text: watch::Sender::default(), look: Notify::new() }
+        Self { hypervisor, state_dir, text: watch::Sender::default(), refresh: Notify::new() }
     }
 
-    /// For ever.
+    /// Keeps `text` up to date forever.
     pub(super) async fn follow(&self) {
         let Some(hypervisor) = self.hypervisor.clone() else { return std::future::pending().await };
         loop {
@@ -41,7 +41,7 @@ impl Guests {
                 Some(known) => servers(known, &state_dir).map(Some),
                 None => Ok(None),
             };
-            // What cannot be read now is as it was.
+            // If the guests cannot be read now, the previous value stays.
             if let Ok(Ok(Some(servers))) = tokio::task::spawn_blocking(read).await {
                 let text = publish(&servers);
                 self.text.send_if_modified(|known| {
@@ -50,7 +50,7 @@ impl Guests {
                     changed
                 });
             }
-            drop(tokio::time::timeout(LOOK, self.look.notified()).await);
+            drop(tokio::time::timeout(READ_INTERVAL, self.refresh.notified()).await);
         }
     }
 }
@@ -71,6 +71,6 @@ fn servers(known: Vec<Known>, state_dir: &Path) -> anyhow::Result<Vec<Server>> {
         by_domain: domain.project.is_some(),
         requests: requests.remove(&id).unwrap_or_default(),
     };
-    // In the order of their UUIDs.
+    // `known` is sorted by UUID.
     Ok(known.into_iter().map(server).collect())
 }

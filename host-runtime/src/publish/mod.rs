@@ -1,17 +1,18 @@
-//! What a host does in a fleet: publishes its inventory and its guests, answers other hosts' requests.
+//! A host's part in a fleet: publishes its inventory and its guests, and answers requests of other
+//! hosts.
 //!
 //! | module | what it does |
 //! |---|---|
-//! | `publisher`, `guests`, `news` | publish the host's document and its guests when they change |
-//! | `peers` | the other hosts, for the API |
-//! | `requests` | what one host's API asks another's agent, and what that answers |
-//! | `simulate` | many hosts on one machine, and what must hold |
+//! | `publisher`, `guests`, `write_signal` | publish the host's document and guests |
+//! | `peers` | follows the other hosts, for the API |
+//! | `requests` | sends requests to the agent of another host, and answers theirs |
+//! | `simulate` | simulates many hosts on one machine, and checks invariants |
 //!
-//! Whatever happens to etcd, nothing changes on the host.
+//! A failure of etcd changes nothing on the host.
 
 mod guests;
-mod news;
 pub(crate) mod peers;
 pub mod publisher;
 pub(crate) mod requests;
 pub(crate) mod simulate;
+mod write_signal;

@@ -1,5 +1,5 @@
-//! The other hosts of the fleet, as they are published: what the API and the portal of any host
-//! show. A host that is not heard of any more is shown as it was last, as unreachable.
+//! The other hosts of the fleet as published, which the API and the portal of each host show. An
+//! unreachable host is shown with its last known state.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -20,24 +20,23 @@ use virt_usb_fleet::Error;
 use virt_usb_fleet::keys::{Keys, Node};
 use virt_usb_fleet::reader::{Reader, Sink};
 
-/// So long after the last question the fleet is followed: a host whose API nobody asks costs etcd
-/// nothing.
-const FOLLOWED: Duration = Duration::from_secs(600);
-/// So long the first that asks waits until the fleet was listed; whoever is answered before sees
-/// what was known.
-const LISTED: Duration = Duration::from_secs(3);
+/// Time after the last request to the API at which following the fleet stops. A host whose API is
+/// not used puts no load on etcd.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(600);
+/// Timeout of the first request for the list of the fleet. After that, it sees the known state.
+const LIST_TIMEOUT: Duration = Duration::from_secs(3);
 
-/// Another host.
+/// Another host of the fleet.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Peer {
     pub(crate) name: String,
     pub(crate) number: u64,
-    /// Whether it is heard of.
+    /// Whether the host's document is published now.
     pub(crate) reachable: bool,
     pub(crate) revision: u64,
-    /// By id.
+    /// Devices, sorted by id.
     pub(crate) devices: Vec<Record>,
-    /// Who has which, as far as it is published.
+    /// Claims by device, as far as they are published.
     pub(crate) claims: HashMap<DeviceId, ClaimRow>,
     pub(crate) servers: Vec<Server>,
 }
@@ -50,13 +49,13 @@ pub(crate) struct Server {
     pub(crate) running: bool,
     /// Owner project, if known.
     pub(crate) project: Option<ProjectId>,
-    /// Whether its domain says so itself.
+    /// Whether the domain's own metadata names the owner.
     pub(crate) by_domain: bool,
-    /// What it is to have at each start.
+    /// Assigned devices, which the guest gets at each start.
     pub(crate) requests: Vec<DeviceRequest>,
 }
 
-/// The same as its host publishes it.
+/// A [`Server`] in its published form.
 #[derive(Serialize, Deserialize)]
 struct Published {
     id: String,
@@ -70,7 +69,7 @@ struct Published {
     usb_devices_requests: Vec<serde_json::Value>,
 }
 
-/// A host's guests as text.
+/// Serializes a host's guests.
 pub(crate) fn publish(servers: &[Server]) -> String {
     let publish = |server: &Server| Published {
         id: server.id.to_string(),
@@ -88,7 +87,7 @@ pub(crate) fn publish(servers: &[Server]) -> String {
     serde_json::to_string(&all).unwrap_or_default()
 }
 
-/// What can be read of it.
+/// Parses a host's guests. Guests that cannot be parsed are left out.
 fn read(text: &str) -> Vec<Server> {
     let all: Vec<Published> = serde_json::from_str(text).unwrap_or_default();
     let one = |published: Published| {
@@ -107,30 +106,30 @@ fn read(text: &str) -> Vec<Server> {
     all.into_iter().filter_map(one).collect()
 }
 
-/// All of them at one moment, by number.
+/// Snapshot of all other hosts, by number.
 pub(crate) type Hosts = Arc<BTreeMap<u64, Arc<Peer>>>;
 
-/// What is known of the others; clones are the same.
+/// The known state of the other hosts. Clones share their content.
 #[derive(Debug, Clone)]
 pub(crate) struct Peers {
     state: Arc<Mutex<State>>,
-    /// When somebody asked last; none: nobody has.
-    asked: Arc<watch::Sender<Option<Instant>>>,
-    /// Whether what is known is of now, or is known not to be (etcd does not answer).
-    told: Arc<watch::Sender<bool>>,
+    /// Time of the last request to the API, if there was one.
+    last_request: Arc<watch::Sender<Option<Instant>>>,
+    /// Whether the first list is complete, or has failed because etcd is unreachable.
+    settled: Arc<watch::Sender<bool>>,
 }
 
 #[derive(Debug, Default)]
 struct State {
-    /// This host's name: it knows better of itself.
+    /// Name of this host, whose own documents are ignored.
     own: String,
     nodes: BTreeMap<u64, Node>,
-    /// The last document of each host, and whether it is there still.
+    /// The last document of each host, and whether it is still published.
     documents: HashMap<String, (Arc<HostDocument>, bool)>,
     servers: HashMap<String, Vec<Server>>,
     hosts: Hosts,
-    /// Why nothing is heard; none: it is.
-    deaf: Option<String>,
+    /// Error of the connection to etcd. `None` while connected.
+    disconnected: Option<String>,
 }
 
 impl Peers {
@@ -138,35 +137,36 @@ impl Peers {
         let state = Arc::new(Mutex::new(State { own, ..State::default() }));
         Self {
             state,
-            asked: Arc::new(watch::Sender::new(None)),
-            told: Arc::new(watch::Sender::new(false)),
+            last_request: Arc::new(watch::Sender::new(None)),
+            settled: Arc::new(watch::Sender::new(false)),
         }
     }
 
-    /// Somebody asks: the fleet is followed from now on, and has been listed where that goes
-    /// quickly.
+    /// Records a request to the API, which starts or continues following the fleet. Waits a short
+    /// time for the first list.
     pub(crate) async fn wake(&self) {
-        self.asked.send_replace(Some(Instant::now()));
-        let mut told = self.told.subscribe();
-        // In vain: what was known is shown.
-        drop(tokio::time::timeout(LISTED, told.wait_for(|told| *told)).await);
+        self.last_request.send_replace(Some(Instant::now()));
+        let mut settled = self.settled.subscribe();
+        // After the timeout, the caller sees the known state.
+        drop(tokio::time::timeout(LIST_TIMEOUT, settled.wait_for(|settled| *settled)).await);
     }
 
-    /// Follows the fleet for ever, whenever somebody asks.
+    /// Follows the fleet forever, except while the API is idle.
     pub(crate) async fn follow(mut self, fleet: &Fleet) {
         let mut reader = Reader::new(fleet, Keys::new(fleet.prefix.clone()).all().to_owned());
-        let mut asked = self.asked.subscribe();
-        let (asks, told) = (self.asked.clone(), self.told.clone());
+        let mut requests = self.last_request.subscribe();
+        let (last_request, settled) = (self.last_request.clone(), self.settled.clone());
         loop {
-            let fresh = |last: &Option<Instant>| last.is_some_and(|last| last.elapsed() < FOLLOWED);
-            if asked.wait_for(fresh).await.is_err() {
+            let is_recent =
+                |last: &Option<Instant>| last.is_some_and(|last| last.elapsed() < IDLE_TIMEOUT);
+            if requests.wait_for(is_recent).await.is_err() {
                 return;
             }
             tokio::select! {
                 () = reader.follow(&mut self) => {}
-                () = idle(&asks) => {}
+                () = idle(&last_request) => {}
             }
-            told.send_replace(false);
+            settled.send_replace(false);
         }
     }
 
@@ -174,10 +174,10 @@ impl Peers {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// As they are now; the same `Arc` as before where nothing has changed.
+    /// Returns the current snapshot, which is the same `Arc` as before if nothing has changed.
     pub(crate) fn now(&self) -> Hosts {
-        // Who looks again and again, as a page that is live does, asks.
-        self.asked.send_if_modified(|last| {
+        // Counts as a request, so that an open live page keeps the fleet followed.
+        self.last_request.send_if_modified(|last| {
             *last = last.map(|_| Instant::now());
             false
         });
@@ -185,25 +185,23 @@ impl Peers {
     }
 }
 
-/// Until nobody has asked for a while.
-async fn idle(asks: &watch::Sender<Option<Instant>>) {
+/// Waits until the API was idle for [`IDLE_TIMEOUT`].
+async fn idle(last_request: &watch::Sender<Option<Instant>>) {
     loop {
-        let last = *asks.borrow();
-        let Some(until) = last.map(|last| last + FOLLOWED).filter(|until| *until > Instant::now())
-        else {
-            return;
-        };
+        let last = *last_request.borrow();
+        let until = last.map(|last| last + IDLE_TIMEOUT).filter(|until| *until > Instant::now());
+        let Some(until) = until else { return };
         tokio::time::sleep_until(until).await;
     }
 }
 
 impl State {
-    /// Makes the host of that number what is known of it.
+    /// Rebuilds the peer with that number from the known keys.
     fn refresh(&mut self, number: u64) {
-        let made = self.make(number);
+        let peer = self.peer(number);
         let hosts = Arc::make_mut(&mut self.hosts);
-        match made {
-            Some(other) => drop(hosts.insert(number, Arc::new(other))),
+        match peer {
+            Some(peer) => drop(hosts.insert(number, Arc::new(peer))),
             None => drop(hosts.remove(&number)),
         }
     }
@@ -220,11 +218,11 @@ impl State {
         }
     }
 
-    fn make(&self, number: u64) -> Option<Peer> {
+    fn peer(&self, number: u64) -> Option<Peer> {
         let node = self.nodes.get(&number).filter(|node| node.host != self.own)?;
         let name = node.host.clone();
         let servers = self.servers.get(&name).cloned().unwrap_or_default();
-        // A document that names another's number says nothing about this one.
+        // Ignore a document with the number of another host.
         let known =
             self.documents.get(&name).filter(|(document, _)| document.compute_node_id == number);
         let Some((document, reachable)) = known else {
@@ -254,13 +252,14 @@ impl Sink for Peers {
         let mut state = self.state();
         match key.split_once('/') {
             Some(("hosts", host)) => {
-                // Nobody speaks for another; what cannot be read is as if it were not there.
+                // Ignore a document that names another host. An unreadable document counts as
+                // missing.
                 let read = HostDocument::parse(&text).ok().filter(|document| document.host == host);
                 match read {
                     Some(document) => {
                         drop(state.documents.insert(host.to_owned(), (Arc::new(document), true)));
                     }
-                    None => state.lose(host),
+                    None => state.mark_unreachable(host),
                 }
                 state.refresh_of(host);
             }
@@ -280,11 +279,11 @@ impl Sink for Peers {
         }
     }
 
-    fn gone(&mut self, key: &str) {
+    fn removed(&mut self, key: &str) {
         let mut state = self.state();
         match key.split_once('/') {
             Some(("hosts", host)) => {
-                state.lose(host);
+                state.mark_unreachable(host);
                 state.refresh_of(host);
             }
             Some(("nodes", number)) => {
@@ -296,38 +295,38 @@ impl Sink for Peers {
                     state.refresh(number);
                 }
             }
-            // A host's guests go with its lease; what was known of them tells whose its devices
-            // are.
+            // Keep the known guests of a host whose lease has ended: they name the owners of its
+            // devices.
             _ => {}
         }
     }
 
     fn listed(&mut self) {
-        self.told.send_replace(true);
-        if self.state().deaf.take().is_some() {
-            tracing::info!("the fleet is heard again");
+        self.settled.send_replace(true);
+        if self.state().disconnected.take().is_some() {
+            tracing::info!("following the fleet again");
         }
     }
 
-    fn deaf(&mut self, why: &Error) {
-        self.told.send_replace(true);
+    fn disconnected(&mut self, why: &Error) {
+        self.settled.send_replace(true);
         let mut state = self.state();
-        if state.deaf.is_none() {
-            tracing::warn!("the fleet is shown as it was last: {why}");
+        if state.disconnected.is_none() {
+            tracing::warn!("the API shows the last known state of the fleet: {why}");
         }
-        state.deaf = Some(why.to_string());
+        state.disconnected = Some(why.to_string());
     }
 }
 
 impl State {
-    fn lose(&mut self, host: &str) {
+    fn mark_unreachable(&mut self, host: &str) {
         if let Some((_, reachable)) = self.documents.get_mut(host) {
             *reachable = false;
         }
     }
 }
 
-/// A published device as a row.
+/// Converts a published device to a row of the inventory.
 pub(crate) fn record(mut entry: virt_usb_model::DeviceEntry, reachable: bool) -> Record {
     if !reachable {
         let status = Status::Unavailable(UnavailableReason::Unreachable);
@@ -344,7 +343,7 @@ pub(crate) fn record(mut entry: virt_usb_model::DeviceEntry, reachable: bool) ->
         disabled: None,
         quarantined: None,
         flapping_until: None,
-        // What it is withheld for is all that is published of the rules.
+        // The reason is the only part of the rules that is published.
         rule_withheld: entry.status_reason.as_deref().and_then(|reason| reason.parse().ok()),
         rule_tags: Vec::new(),
         rule_projects: Vec::new(),
@@ -357,7 +356,7 @@ pub(crate) fn record(mut entry: virt_usb_model::DeviceEntry, reachable: bool) ->
     }
 }
 
-/// Who has it, as far as that is published.
+/// Builds the claim on a published device, as far as its fields are published.
 fn claim(
     device: DeviceId,
     instance: InstanceId,
@@ -409,7 +408,7 @@ mod tests {
     }
 
     #[test]
-    fn a_host_is_shown_as_what_it_says_and_nobody_else() {
+    fn only_a_hosts_own_documents_describe_it() {
         let mut others = Peers::new("own".to_owned());
         let put = |others: &mut Peers, key: &str, value: &str| others.put(key, value.as_bytes(), 1);
         put(&mut others, "hosts/a", &document("a", 2, 1_000_001));
@@ -427,7 +426,7 @@ mod tests {
         put(&mut others, "servers/a", &server);
         let claim = one(&others).claims.values().next().cloned().unwrap();
         assert_eq!((claim.domain.as_str(), claim.project_id.as_deref()), ("erp", Some("p1")));
-        // Devices of another's range, a document of another's number, of another's name.
+        // A device id of another host, a document with the number or the name of another host.
         put(&mut others, "hosts/a", &document("a", 2, 5_000_001));
         assert_eq!(one(&others).devices.len(), 0);
         put(&mut others, "hosts/a", &document("a", 3, 2_000_001));
@@ -435,18 +434,18 @@ mod tests {
         put(&mut others, "hosts/a", &document("a", 2, 1_000_001));
         put(&mut others, "hosts/a", &document("b", 2, 1_000_001));
         assert!(!one(&others).reachable);
-        // It dies: it is shown as it was, and nothing of it is free.
+        // A host that dies keeps its last state, but none of its devices is free.
         put(&mut others, "hosts/a", &document("a", 2, 1_000_001).replace("allocated", "available"));
         assert_eq!(one(&others).devices[0].entry.status, "available");
-        others.gone("hosts/a");
+        others.removed("hosts/a");
         let device = &one(&others).devices[0].entry;
         assert_eq!(
             (device.status.as_str(), device.status_reason.as_deref()),
             ("unavailable", Some("unreachable"))
         );
         device.state().unwrap();
-        // It leaves.
-        others.gone("nodes/2");
+        // A host that leaves is removed.
+        others.removed("nodes/2");
         assert!(others.now().is_empty());
     }
 }

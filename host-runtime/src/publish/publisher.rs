@@ -1,8 +1,7 @@
-//! Telling the fleet what this host has: its document, under a lease, whenever it changes and now
-//! and then besides.
+//! Publishes this host's document under a lease, on each change and at each heartbeat.
 //!
-//! What happens to etcd changes nothing on the host: this thread reads the inventory, and is waited
-//! for by nobody. What it missed is caught up by telling how things are now.
+//! A failure of etcd changes nothing on the host: this thread reads the inventory, and no other
+//! thread waits for it. After an outage it publishes the current state.
 
 use std::convert::Infallible;
 use std::sync::Arc;
@@ -17,25 +16,25 @@ use virt_usb_store::watch::Watched;
 use virt_usb_store::{Store, StoreError};
 
 use super::guests::Guests;
-use super::news;
+use super::write_signal;
 use crate::hypervisor::Supervised;
 use crate::metrics::Metrics;
 use crate::timeouts::STORE_LOCK_TIMEOUT;
-use virt_usb_fleet::etcd::{Connection, Error, Etcd, Pause};
-use virt_usb_fleet::join::{Place, place};
+use virt_usb_fleet::etcd::{Backoff, Connection, Error, Etcd};
+use virt_usb_fleet::join::{Membership, membership};
 use virt_usb_fleet::keys::{Keys, Node};
 use virt_usb_fleet::replicated::Mirror;
 
-/// A document is no longer than this, in bytes; etcd takes 1.5 MiB.
-pub const LARGEST: usize = 1_000_000;
-/// Writes that come together are told together.
-const GATHER: Duration = Duration::from_millis(5);
-/// How often is looked when the kernel does not tell of writes.
-const LOOK: Duration = Duration::from_secs(1);
-/// How often is looked whether a host that is in no fleet has joined it.
-const UNJOINED: Duration = Duration::from_secs(5);
+/// Maximum size of a document in bytes; etcd accepts 1.5 MiB.
+pub const MAX_DOCUMENT_BYTES: usize = 1_000_000;
+/// Wait after a write, so that writes that arrive together are published together.
+const DEBOUNCE_INTERVAL: Duration = Duration::from_millis(5);
+/// Interval at which the inventory is read if the kernel does not report writes.
+const POLL_INTERVAL: Duration = Duration::from_secs(1);
+/// Interval at which a host that is not a member checks whether it has joined.
+const MEMBERSHIP_INTERVAL: Duration = Duration::from_secs(5);
 
-/// Why nothing is published now.
+/// Reason why this host cannot publish now.
 #[derive(Debug, thiserror::Error)]
 enum Failure {
     #[error(transparent)]
@@ -45,28 +44,28 @@ enum Failure {
     #[error("this host has not joined the fleet, or has left it: 'virt-usb fleet join'")]
     NotJoined,
     #[error(
-        "the inventory has number {inventory}, in the fleet this machine is {fleet}: 'virt-usb \
-            fleet join' renumbers it"
+        "the inventory has number {inventory}, but in the fleet this machine has number {fleet}: \
+            'virt-usb fleet join' renumbers it"
     )]
     OtherNumber { inventory: u64, fleet: u64 },
     #[error("{0}")]
     Machine(String),
-    /// etcd was not heard of for so long that the lease has ended.
-    #[error("the lease has ended")]
-    LeaseEnded,
+    /// The lease has expired, because etcd was unreachable for too long.
+    #[error("the lease has expired")]
+    LeaseExpired,
 }
 
-/// Who publishes.
+/// Publisher of one host.
 pub struct Publisher {
-    /// What is published through.
+    /// The fleet to publish to.
     pub fleet: Fleet,
-    /// Says where the inventory is.
+    /// Configuration with the path of the inventory.
     pub config: Config,
-    /// This host's name.
+    /// Name of this host.
     pub host: String,
-    /// What runs its guests; none: they are not told of.
+    /// Hypervisor of the guests. `None`: guests are not published.
     pub hypervisor: Option<Arc<Supervised>>,
-    /// What is counted.
+    /// Metrics to update.
     pub metrics: Arc<Metrics>,
 }
 
@@ -77,8 +76,8 @@ pub struct Publishing {
 }
 
 impl Publishing {
-    /// Publishes no more. What was published stays until its lease ends: an agent that starts anew
-    /// is not missed.
+    /// Stops publishing. The published values stay until their lease ends, so that a restart of the
+    /// agent is not visible in the fleet.
     pub fn stop(self) {
         self.stop.send_replace(true);
         drop(self.thread.join());
@@ -86,16 +85,16 @@ impl Publishing {
 }
 
 impl Publisher {
-    /// Begins.
+    /// Starts the publisher's thread.
     ///
     /// # Errors
-    /// When there can be no thread for it.
+    /// If the thread cannot be started.
     pub fn start(self) -> std::io::Result<Publishing> {
         let (stop, mut stopped) = watch::channel(false);
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let news = news::follow(&self.config.state_dir);
-        if let Err(e) = &news {
-            tracing::warn!("the inventory is looked at every {LOOK:?}: {e}");
+        let writes = write_signal::follow(&self.config.state_dir);
+        if let Err(e) = &writes {
+            tracing::warn!("polling the inventory every {POLL_INTERVAL:?}, without inotify: {e}");
         }
         let flavors = Mirror::<Flavor>::new(&self.fleet, &self.config);
         let grants = Mirror::<Grant>::new(&self.fleet, &self.config);
@@ -103,7 +102,7 @@ impl Publisher {
             runtime.block_on(async {
                 tokio::select! {
                     _ = stopped.wait_for(|stop| *stop) => {}
-                    () = self.publish(news.ok()) => {}
+                    () = self.publish(writes.ok()) => {}
                     () = flavors.follow() => {}
                     () = grants.follow() => {}
                 }
@@ -112,53 +111,54 @@ impl Publisher {
         Ok(Publishing { stop, thread })
     }
 
-    /// For ever. `news` tells of each write to the inventory; without it, it is looked at now and
-    /// then.
-    pub(super) async fn publish(self, news: Option<Arc<Notify>>) {
+    /// Publishes forever. `writes` is notified of each write to the inventory; without it, the
+    /// inventory is polled.
+    pub(super) async fn publish(self, writes: Option<Arc<Notify>>) {
         let guests = Guests::new(self.hypervisor.clone(), self.config.state_dir.clone());
         tokio::select! {
             () = guests.follow() => {}
-            () = self.sessions(news.as_deref(), &guests) => {}
+            () = self.sessions(writes.as_deref(), &guests) => {}
         }
     }
 
-    async fn sessions(&self, news: Option<&Notify>, guests: &Guests) {
+    async fn sessions(&self, writes: Option<&Notify>, guests: &Guests) {
         let mut etcd = Etcd::new(self.fleet.clone());
-        let mut pause = Pause::default();
-        let mut told = None;
+        let mut backoff = Backoff::default();
+        let mut logged = None;
         loop {
-            let failure = match self.session(&mut etcd, news, guests, &mut pause, &mut told).await {
+            let session = self.session(&mut etcd, writes, guests, &mut backoff, &mut logged);
+            let failure = match session.await {
                 Ok(never) => match never {},
                 Err(failure) => failure,
             };
             self.metrics.fleet(None);
             let wait = match &failure {
-                // A new one is taken at once.
-                Failure::LeaseEnded => Duration::ZERO,
-                Failure::NotJoined | Failure::OtherNumber { .. } => UNJOINED,
+                // The next session takes a new lease at once.
+                Failure::LeaseExpired => Duration::ZERO,
+                Failure::NotJoined | Failure::OtherNumber { .. } => MEMBERSHIP_INTERVAL,
                 _ => {
-                    etcd.pass_on();
-                    pause.next_wait()
+                    etcd.next_endpoint();
+                    backoff.next_wait()
                 }
             };
-            // Once for each reason: it is tried again and again.
+            // Log each reason once, not with each retry.
             let text = failure.to_string();
-            if told.as_ref() != Some(&text) {
-                tracing::warn!("the fleet does not hear of this host: {text}");
-                told = Some(text);
+            if logged.as_ref() != Some(&text) {
+                tracing::warn!("cannot publish this host to the fleet: {text}");
+                logged = Some(text);
             }
             sleep(wait).await;
         }
     }
 
-    /// Until it fails.
+    /// Publishes over one connection until it fails.
     async fn session(
         &self,
         etcd: &mut Etcd,
-        news: Option<&Notify>,
+        writes: Option<&Notify>,
         guests: &Guests,
-        pause: &mut Pause,
-        told: &mut Option<String>,
+        backoff: &mut Backoff,
+        logged: &mut Option<String>,
     ) -> Result<Infallible, Failure> {
         let connection = &mut etcd.connect().await?;
         let etcd = &*etcd;
@@ -176,10 +176,10 @@ impl Publisher {
         servers.mark_changed();
         let mut keep = interval_at(Instant::now(), self.fleet.lease / 3);
         keep.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut beat = Instant::now() + self.fleet.heartbeat;
-        let mut ends = Instant::now() + self.fleet.lease;
+        let mut heartbeat = Instant::now() + self.fleet.heartbeat;
+        let mut expiry = Instant::now() + self.fleet.lease;
         loop {
-            let due = Instant::now() >= beat;
+            let due = Instant::now() >= heartbeat;
             if (watched.has_news()? || due || last.is_none())
                 && let Some(document) = watched.store().host_document()?
             {
@@ -192,33 +192,32 @@ impl Publisher {
                         document.revision,
                         text.len()
                     );
-                    if told.take().is_some() || last.is_none() {
+                    if logged.take().is_some() || last.is_none() {
                         tracing::info!(
-                            "the fleet hears of this host: {}, number {}",
+                            "published this host to the fleet at {}, with number {}",
                             connection.endpoint,
                             me.number
                         );
                     }
-                    pause.reset();
+                    backoff.reset();
                     last = Some(text);
-                    beat = Instant::now() + self.fleet.heartbeat;
+                    heartbeat = Instant::now() + self.fleet.heartbeat;
                 }
             }
             if due {
-                // An inventory that says nothing of this host yet is no reason to ask it again and
-                // again.
-                beat = Instant::now() + self.fleet.heartbeat;
+                // If the inventory has no document of this host yet, wait for the next heartbeat.
+                heartbeat = Instant::now() + self.fleet.heartbeat;
             }
             let written = async {
-                match news {
-                    Some(news) => news.notified().await,
-                    None => sleep(LOOK).await,
+                match writes {
+                    Some(writes) => writes.notified().await,
+                    None => sleep(POLL_INTERVAL).await,
                 }
             };
             tokio::select! {
                 () = written => {
-                    guests.look.notify_one();
-                    sleep(GATHER).await;
+                    guests.refresh.notify_one();
+                    sleep(DEBOUNCE_INTERVAL).await;
                 }
                 changed = servers.changed() => {
                     let text = servers.borrow_and_update().clone();
@@ -226,32 +225,38 @@ impl Publisher {
                         me.put(etcd, connection, lease, &me.servers, &text).await?;
                     }
                 }
-                () = sleep_until(beat) => {}
+                () = sleep_until(heartbeat) => {}
                 _ = keep.tick() => {
                     etcd.within("keep a lease", keeper.keep_alive()).await?;
                 }
                 answer = kept.message() => {
                     let answer = answer.map_err(|e| etcd.explain(&e, "keep a lease"))?;
                     match answer {
-                        Some(answer) if answer.ttl() > 0 => ends = Instant::now() + self.fleet.lease,
-                        Some(_) => return Err(Failure::LeaseEnded),
-                        None => return Err(Error::Unreachable("it has ended the lease's \
-                            stream".into()).into()),
+                        Some(answer) if answer.ttl() > 0 => {
+                            expiry = Instant::now() + self.fleet.lease;
+                        }
+                        Some(_) => return Err(Failure::LeaseExpired),
+                        None => {
+                            let why = "etcd has closed the stream of the lease";
+                            return Err(Error::Unreachable(why.into()).into());
+                        }
                     }
                 }
-                // Nobody has answered for a whole lease: others may see this host as gone.
-                () = sleep_until(ends) => return Err(Error::Unreachable("the lease was not kept in \
-                    time".into()).into()),
+                // After a lease without a response, other hosts may see this one as unreachable.
+                () = sleep_until(expiry) => {
+                    let why = "etcd did not renew the lease in time";
+                    return Err(Error::Unreachable(why.into()).into());
+                }
             }
         }
     }
 
     fn text(&self, document: &HostDocument) -> String {
-        let published = document.published(LARGEST);
+        let published = document.published(MAX_DOCUMENT_BYTES);
         if published.left_out > 0 {
             tracing::error!(
-                "{} devices of {} are not told to the fleet: the document would be larger than \
-                    {LARGEST} bytes",
+                "{} of {} devices are not published to the fleet: the document would be larger \
+                    than {MAX_DOCUMENT_BYTES} bytes",
                 published.left_out,
                 document.devices.len()
             );
@@ -260,7 +265,7 @@ impl Publisher {
     }
 }
 
-/// This host in the fleet.
+/// This host's number and keys in the fleet.
 struct Me {
     number: u64,
     node: Node,
@@ -284,8 +289,8 @@ impl Me {
             virt_usb_store::Durability::Boot,
         )?
         .node()?;
-        match place(etcd, connection, keys, &machine).await? {
-            Place { number: Some(number), node: Some(node) }
+        match membership(etcd, connection, keys, &machine).await? {
+            Membership { number: Some(number), node: Some(node) }
                 if node.machine == machine && node.host == publisher.host =>
             {
                 if inventory != number {
@@ -299,8 +304,8 @@ impl Me {
         }
     }
 
-    /// No reader is to see a revision that is lower than one before: an inventory that was restored
-    /// goes on above what is known of it.
+    /// Raises the revision of an inventory that was restored above the published one. A revision
+    /// that readers see never falls.
     async fn raise(
         &self,
         etcd: &Etcd,
@@ -319,14 +324,14 @@ impl Me {
         if store.host_document()?.is_some_and(|own| own.revision < known) {
             store.raise_revision(known + 1)?;
             tracing::warn!(
-                "the fleet knows revision {known} of this host: the inventory, which is older, \
-                    goes on from there"
+                "the fleet has revision {known} of this host, which is newer than the inventory: \
+                    the inventory continues from there"
             );
         }
         Ok(())
     }
 
-    /// Puts what this host says, if it is still in the fleet.
+    /// Puts a value of this host, if the host is still a member of the fleet.
     async fn put(
         &self,
         etcd: &Etcd,
@@ -342,7 +347,7 @@ impl Me {
         let sent = etcd.within("publish its document", connection.client.txn(txn)).await;
         let answer = match sent {
             Err(Error::Other(why)) if why == "requested lease not found" => {
-                return Err(Failure::LeaseEnded);
+                return Err(Failure::LeaseExpired);
             }
             answer => answer?,
         };
@@ -358,7 +363,8 @@ impl Me {
         match other {
             None => Err(Failure::NotJoined),
             Some(other) => Err(Failure::Machine(format!(
-                "number {} is another's in the fleet now ({other}): 'virt-usb fleet join'",
+                "number {} now belongs to another machine in the fleet ({other}): run 'virt-usb \
+                    fleet join'",
                 self.number
             ))),
         }

@@ -1,14 +1,14 @@
-//! What the API of one host asks the agent of another, through etcd: done once or not at all, and
-//! answered once.
+//! Requests from the API of one host to the agent of another, through etcd. A request is executed
+//! at most once, and answered once.
 //!
 //! ```text
-//!  API of A                          etcd                                agent of B
-//!  put, if B is there ───────► requests/B/ID (lease: the deadline) ─────► reads
-//!                              answers/B/ID  "begun" ◄─────────────────── put, if the request is there and no answer is
-//!  waits ◄──────────────────── answers/B/ID  "done", status, body ◄────── does it, looks again, puts
+//!  API of A                      etcd                          agent of B
+//!  puts, if B is published ───► requests/B/ID (lease) ───────► reads
+//!                               answers/B/ID "begun" ◄──────── puts, if there is no answer yet
+//!  waits ◄───────────────────── answers/B/ID "done", body ◄─── executes, reads the state, puts
 //! ```
-//! An agent that finds a request that it has begun and not answered was interrupted: it does not do
-//! it again, but says how things are.
+//! If an agent finds a request that it has begun and not answered, it was interrupted: it reports
+//! the current state, and does not execute the request again.
 
 use std::collections::HashSet;
 use std::pin::Pin;
@@ -28,38 +28,42 @@ use virt_usb_fleet::Error;
 use virt_usb_fleet::etcd::{Connection, Etcd};
 use virt_usb_fleet::reader::{Reader, Sink};
 
-/// How long a request counts, in seconds.
-const DEADLINE: i64 = 60;
-/// How long an answer is kept, in seconds: longer than whoever asks waits.
-const KEPT: i64 = 600;
-/// How long an answer is tried to be given.
-const GIVING: Duration = Duration::from_secs(120);
+/// Lifetime of a request, in seconds.
+const REQUEST_TTL_SECONDS: i64 = 60;
+/// Lifetime of an answer, in seconds. Longer than a request, so that the caller can read it.
+const ANSWER_TTL_SECONDS: i64 = 600;
+/// Timeout for writing an answer, retries included.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(120);
+/// Wait between attempts to write an answer.
+const ANSWER_RETRY_INTERVAL: Duration = Duration::from_secs(1);
+/// Wait before the caller reconnects to etcd.
+const RECONNECT_INTERVAL: Duration = Duration::from_millis(200);
 
-/// What is asked, in whose name.
+/// A request to the agent of another host.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Request {
-    /// `attach`, `detach`.
+    /// The call, `attach` or `detach`.
     pub(crate) call: String,
-    /// The server's UUID.
+    /// UUID of the server.
     pub(crate) server: String,
-    /// As the API has them.
+    /// Requested devices in the API's format.
     pub(crate) usb_devices_requests: Value,
-    /// Who asks: for the audit.
+    /// Name of the caller, for the audit trail.
     pub(crate) caller: String,
     pub(crate) project_id: Option<String>,
     pub(crate) role: String,
-    /// On which host.
+    /// Host that received the call.
     pub(crate) from: String,
 }
 
-/// What came of it, as the API would have answered.
+/// Result of a request, as a response of the API.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Answer {
     pub(crate) status: u16,
     pub(crate) body: Value,
 }
 
-/// What stands under an answer's key.
+/// Value of an answer's key.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 enum State {
@@ -67,27 +71,29 @@ enum State {
     Done(Answer),
 }
 
-/// A request was not answered.
-#[derive(Debug, Clone, thiserror::Error)]
+/// Reason why a request has no answer. The API has the message for each.
+#[derive(Debug, Clone)]
 pub(crate) enum Unanswered {
-    /// The host is not heard of: nothing was done.
-    #[error("the host is not heard of")]
+    /// The host is not published now. Nothing was done.
     Unreachable,
-    /// It has not begun in time, and will not.
-    #[error("the host did not begin in time")]
+    /// The host did not begin in time. The request was cancelled, and nothing was done.
     Late,
-    /// It has begun and has not said how it ended.
-    #[error("the host has begun, and did not say in time how it ended")]
+    /// The host may have begun, and did not report the result in time.
     Unknown,
-    /// etcd.
-    #[error(transparent)]
-    Etcd(#[from] Error),
+    /// etcd cannot be used. Nothing was done.
+    Etcd(Error),
 }
 
-/// Asks the agent of that host, and waits for its answer.
+impl From<Error> for Unanswered {
+    fn from(e: Error) -> Self {
+        Self::Etcd(e)
+    }
+}
+
+/// Sends a request to the agent of `host`, and waits for the answer.
 ///
 /// # Errors
-/// When there is none; each says whether something may have been done.
+/// If there is no answer in time. The variant tells whether the request may have been executed.
 pub(crate) async fn ask(
     fleet: &Fleet,
     host: &str,
@@ -100,29 +106,30 @@ pub(crate) async fn ask(
     getrandom::fill(&mut random).map_err(|e| Error::Other(e.to_string()))?;
     let id: String = random.iter().map(|byte| format!("{byte:02x}")).collect();
     let (key, answer) = (format!("{}{id}", keys.requests(host)), keys.answer(host, &id));
-    let lease =
-        etcd.within("ask another host", connection.client.lease_grant(DEADLINE, None)).await?.id();
+    let granting = connection.client.lease_grant(REQUEST_TTL_SECONDS, None);
+    let lease = etcd.within("send a request to another host", granting).await?.id();
     let text = serde_json::to_string(request).unwrap_or_default();
-    let there = Compare::version(keys.host(host), CompareOp::Greater, 0);
+    let is_published = Compare::version(keys.host(host), CompareOp::Greater, 0);
     let put = TxnOp::put(key.clone(), text, Some(PutOptions::new().with_lease(lease)));
-    let txn = connection.client.txn(Txn::new().when([there]).and_then([put]));
-    let put = etcd.within("ask another host", txn).await?;
+    let txn = connection.client.txn(Txn::new().when([is_published]).and_then([put]));
+    let put = etcd.within("send a request to another host", txn).await?;
     if !put.succeeded() {
         return Err(Unanswered::Unreachable);
     }
     let mut revision = put.header().map_or(0, etcd_client::ResponseHeader::revision);
-    let until = Instant::now() + Duration::from_secs(DEADLINE.unsigned_abs());
+    let until = Instant::now() + Duration::from_secs(REQUEST_TTL_SECONDS.unsigned_abs());
     loop {
         let waiting = wait_for(&etcd, &mut connection, &answer, &mut revision);
         match tokio::time::timeout_at(until, waiting).await {
             Ok(Ok(done)) => {
-                // It goes with its lease at the latest.
-                drop(etcd.within("ask another host", connection.client.lease_revoke(lease)).await);
+                // If this fails, the lease expires later and removes the request.
+                let revoking = connection.client.lease_revoke(lease);
+                drop(etcd.within("remove a request to another host", revoking).await);
                 return Ok(done);
             }
             Ok(Err(_)) if Instant::now() < until => {
-                tokio::time::sleep(Duration::from_millis(200)).await;
-                etcd.pass_on();
+                tokio::time::sleep(RECONNECT_INTERVAL).await;
+                etcd.next_endpoint();
                 if let Ok(again) = etcd.connect().await {
                     connection = again;
                 }
@@ -132,7 +139,7 @@ pub(crate) async fn ask(
     }
 }
 
-/// Until it is answered.
+/// Waits for an answer.
 async fn wait_for(
     etcd: &Etcd,
     connection: &mut Connection,
@@ -143,7 +150,7 @@ async fn wait_for(
         Ok(State::Done(answer)) => Some(answer),
         _ => None,
     };
-    // What came while nobody listened.
+    // The answer may have arrived before the watch.
     let known = etcd.within("read an answer", connection.client.get(key, None)).await?;
     if let Some(done) = known.kvs().first().and_then(|kv| read(kv.value())) {
         return Ok(done);
@@ -165,41 +172,41 @@ async fn wait_for(
     }
 }
 
-/// Takes the request back, if it was not begun: it will not be then.
+/// Cancels the request, unless the host has begun it.
 async fn give_up(etcd: &mut Etcd, key: &str, answer: &str) -> Unanswered {
     let mut connection = match etcd.connect().await {
         Ok(connection) => connection,
-        // The lease ends it; whether it was begun before nobody can tell.
+        // The lease cancels the request. Whether the host had begun it before is unknown.
         Err(_) => return Unanswered::Unknown,
     };
     let txn = Txn::new()
         .when([Compare::version(answer, CompareOp::Equal, 0)])
         .and_then([TxnOp::delete(key, None)])
         .or_else([TxnOp::get(answer, Some(GetOptions::new()))]);
-    match etcd.within("ask another host", connection.client.txn(txn)).await {
+    match etcd.within("cancel a request to another host", connection.client.txn(txn)).await {
         Ok(answer) if answer.succeeded() => Unanswered::Late,
         _ => Unanswered::Unknown,
     }
 }
 
-/// What does what is asked.
+/// Future that executes a request.
 pub(crate) type Doing = Pin<Box<dyn Future<Output = Answer> + Send>>;
 
-/// Whoever can.
+/// Executor of requests on this host.
 pub(crate) trait Doer: Send + Sync + 'static {
-    /// Does it.
+    /// Executes the request.
     fn act(self: Arc<Self>, request: Request) -> Doing;
-    /// It was begun by an agent before this one, which has not said how it ended: says how things
-    /// are, and does nothing.
+    /// Reports the current state, without executing the request. Called for a request that an
+    /// earlier agent has begun and not answered.
     fn look(self: Arc<Self>, request: Request) -> Doing;
 }
 
-/// A request as it was read: its id, the revision that it was put at, its text.
+/// Id of a request, its revision in etcd, and its text.
 type Read = (String, i64, Vec<u8>);
 
 struct Subscriber {
-    asked: mpsc::UnboundedSender<Read>,
-    /// Those that this agent has begun, as long as they stand in etcd: they come again when another
+    requests: mpsc::UnboundedSender<Read>,
+    /// Ids of the requests in etcd that this agent has begun. They are reported again when another
     /// etcd is listed.
     begun: HashSet<String>,
 }
@@ -207,33 +214,34 @@ struct Subscriber {
 impl Sink for Subscriber {
     fn put(&mut self, key: &str, value: &[u8], revision: i64) {
         if self.begun.insert(key.to_owned()) {
-            // Nobody does it any more when the other end is gone.
-            let _ = self.asked.send((key.to_owned(), revision, value.to_vec()));
+            // This fails only while the agent stops.
+            let _ = self.requests.send((key.to_owned(), revision, value.to_vec()));
         }
     }
 
-    fn gone(&mut self, key: &str) {
+    fn removed(&mut self, key: &str) {
         self.begun.remove(key);
     }
 }
 
-/// Does for ever what this host is asked.
+/// Executes requests to this host forever.
 pub(crate) async fn serve(fleet: Fleet, host: String, doer: Arc<dyn Doer>) {
-    let (sender, mut asked) = mpsc::unbounded_channel();
+    let (sender, mut requests) = mpsc::unbounded_channel();
     let keys = Etcd::new(fleet.clone()).keys();
     let mut reader = Reader::new(&fleet, keys.requests(&host));
-    let mut ears = Subscriber { asked: sender, begun: HashSet::new() };
+    let mut subscriber = Subscriber { requests: sender, begun: HashSet::new() };
     let work = async {
-        while let Some((id, revision, text)) = asked.recv().await {
-            let one = One { fleet: fleet.clone(), host: host.clone(), id, revision, text };
-            tokio::spawn(one.serve(doer.clone()));
+        while let Some((id, revision, text)) = requests.recv().await {
+            let received =
+                Received { fleet: fleet.clone(), host: host.clone(), id, revision, text };
+            tokio::spawn(received.serve(doer.clone()));
         }
     };
-    tokio::join!(reader.follow(&mut ears), work);
+    tokio::join!(reader.follow(&mut subscriber), work);
 }
 
-/// One request.
-struct One {
+/// A request that this host has received.
+struct Received {
     fleet: Fleet,
     host: String,
     id: String,
@@ -241,20 +249,17 @@ struct One {
     text: Vec<u8>,
 }
 
-impl One {
+impl Received {
     async fn serve(self, doer: Arc<dyn Doer>) {
         let request: Request = match serde_json::from_slice(&self.text) {
             Ok(request) => request,
-            Err(e) => return tracing::warn!("a request through etcd is passed over: {e}"),
+            Err(e) => return tracing::warn!("ignoring an invalid request through etcd: {e}"),
         };
-        let (lease, mine) = match self.begin().await {
+        let (lease, is_first) = match self.begin().await {
             Ok(begun) => begun,
-            // Nothing was begun: whoever asks hears nothing, and is told so when its time is up.
+            // The caller gets no answer, and cancels the request at its deadline.
             Err(e) => {
-                return tracing::warn!(
-                    "a request of {} through etcd is not begun: {e}",
-                    request.from
-                );
+                return tracing::warn!("cannot begin a request of {}: {e}", request.from);
             }
         };
         let Some(lease) = lease else { return };
@@ -262,16 +267,17 @@ impl One {
             "{} for {} by {} on {}",
             request.call, request.server, request.caller, request.from
         );
-        let answer = match mine {
+        let answer = match is_first {
             true => doer.act(request).await,
             false => doer.look(request).await,
         };
-        tracing::info!("asked through etcd: {what}: {}", answer.status);
-        self.give(lease, &answer).await;
+        tracing::info!("request through etcd: {what}: {}", answer.status);
+        self.answer(lease, &answer).await;
     }
 
-    /// Says that it is begun. Without a lease there is nothing to do; false: it was begun before,
-    /// by an agent that is no more.
+    /// Records in etcd that this agent begins the request. Returns the lease of the answer, or
+    /// `None` if there is nothing to do; and whether the request was not begun before. If it was,
+    /// the earlier agent has stopped without an answer.
     async fn begin(&self) -> Result<(Option<i64>, bool), Error> {
         let mut etcd = Etcd::new(self.fleet.clone());
         let mut connection = etcd.connect().await?;
@@ -280,7 +286,8 @@ impl One {
             format!("{}{}", keys.requests(&self.host), self.id),
             keys.answer(&self.host, &self.id),
         );
-        let lease = etcd.within("answer", connection.client.lease_grant(KEPT, None)).await?.id();
+        let granting = connection.client.lease_grant(ANSWER_TTL_SECONDS, None);
+        let lease = etcd.within("answer", granting).await?.id();
         let begun = serde_json::to_string(&State::Begun).unwrap_or_default();
         let txn = Txn::new()
             .when([
@@ -303,14 +310,14 @@ impl One {
         Ok((was_begun.then_some(lease), false))
     }
 
-    /// Until it was taken, or nobody waits for it any more.
-    async fn give(&self, lease: i64, answer: &Answer) {
-        let until = Instant::now() + GIVING;
+    /// Writes the answer, with retries until the caller no longer waits for it.
+    async fn answer(&self, lease: i64, answer: &Answer) {
+        let until = Instant::now() + ANSWER_TIMEOUT;
         let mut etcd = Etcd::new(self.fleet.clone());
         let key = etcd.keys().answer(&self.host, &self.id);
         let text = serde_json::to_string(&State::Done(answer.clone())).unwrap_or_default();
         while Instant::now() < until {
-            let given = async {
+            let written = async {
                 let mut connection = etcd.connect().await?;
                 let options = PutOptions::new().with_lease(lease);
                 etcd.within(
@@ -319,12 +326,12 @@ impl One {
                 )
                 .await
             };
-            match given.await {
+            match written.await {
                 Ok(_) => return,
-                Err(e) => tracing::warn!("an answer through etcd waits: {e}"),
+                Err(e) => tracing::warn!("cannot write an answer to etcd, retrying: {e}"),
             }
-            etcd.pass_on();
-            tokio::time::sleep(Duration::from_secs(1)).await;
+            etcd.next_endpoint();
+            tokio::time::sleep(ANSWER_RETRY_INTERVAL).await;
         }
     }
 }

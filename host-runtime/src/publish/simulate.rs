@@ -1,14 +1,15 @@
-//! `fleet simulate`: many hosts on one machine, over a real etcd: real inventories, real
-//! publishers, a real scheduler's view, and made devices and guests. What must hold is checked
-//! while they change and at the end.
+//! `fleet simulate`: simulates many hosts on one machine, with a real etcd. Inventories, publishers
+//! and the scheduler's view are real; devices and guests are simulated. Invariants are checked
+//! during the run and at the end.
 //!
-//! | what must hold | when |
+//! | invariant | checked |
 //! |---|---|
 //! | no device is in two guests | at each start |
 //! | a host's revision never falls | at each document |
-//! | no two hosts have a device of one id | at the end |
-//! | the watcher knows what a fresh list says, and that is what each living host's inventory holds; nothing is left of dead ones | at the end |
-//! | the filter finds as many hosts as the inventories say | at the end |
+//! | no two devices have the same id | at the end |
+//! | the watcher knows the same documents as a new list | at the end |
+//! | the document of each running host equals its inventory; a stopped host has none | at the end |
+//! | the filter finds as many hosts as the inventories | at the end |
 
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::path::PathBuf;
@@ -43,49 +44,49 @@ use virt_usb_fleet::join;
 use virt_usb_fleet::reader::{Reader, Sink};
 use virt_usb_fleet::scheduler::View;
 
-/// How long the fleet may take to say what there is.
-const SETTLING: Duration = Duration::from_secs(60);
-/// A promise to a guest that starts.
-const PROMISE: Duration = Duration::from_secs(10);
-/// Kinds of devices.
+/// Timeout for the watcher to receive all changes.
+const SETTLE_TIMEOUT: Duration = Duration::from_secs(60);
+/// Duration of the assumption for a guest that starts.
+const ASSUME_DURATION: Duration = Duration::from_secs(10);
+/// Number of different kinds of devices.
 const KINDS: u64 = 8;
 
-/// What is simulated.
+/// Parameters of the simulation.
 #[derive(Debug)]
 pub(crate) struct Options {
-    /// Which etcd, and below which prefix: all happens in a folder of it, which is removed at the
+    /// Endpoints and prefix. The simulation uses keys below the prefix, and removes them at the
     /// end.
     pub(crate) fleet: Fleet,
     pub(crate) filter: Filter,
     pub(crate) hosts: u32,
-    /// On each host, plugged in or not.
+    /// Number of devices on each host, plugged in or not.
     pub(crate) devices: u32,
-    /// Changes a second, of all hosts together.
+    /// Changes per second on all hosts together.
     pub(crate) churn: u32,
     pub(crate) time: Duration,
     pub(crate) seed: u64,
 }
 
-/// How it went.
+/// Results of the simulation.
 #[derive(Debug, Default, Serialize)]
 pub(crate) struct Report {
     pub(crate) hosts: u32,
     pub(crate) devices: u32,
     pub(crate) seed: u64,
-    /// How often each thing was done.
+    /// Number of changes of each kind.
     pub(crate) done: BTreeMap<&'static str, u64>,
-    /// Documents that the watcher was told of.
+    /// Number of documents that the watcher received.
     pub(crate) documents: usize,
-    /// Changes made a second.
+    /// Changes made per second.
     pub(crate) changes_per_second: f64,
-    /// From a change in an inventory to the watcher, in milliseconds.
+    /// Time from a change in an inventory to the watcher, in milliseconds.
     pub(crate) lag_ms: Lag,
-    /// The size of a document in bytes.
+    /// Mean size of a document in bytes.
     pub(crate) mean_document: usize,
     pub(crate) largest_document: usize,
-    /// What etcd's database takes, in bytes.
+    /// Size of etcd's database in bytes.
     pub(crate) db_size: i64,
-    /// What must hold and does not. There must be none.
+    /// Violated invariants. Must be empty.
     pub(crate) broken: Vec<String>,
 }
 
@@ -96,35 +97,35 @@ pub(crate) struct Lag {
     pub(crate) max: f64,
 }
 
-/// SplitMix64 (Steele, Lea, Flood 2014).
-struct Dice(u64);
+/// Random numbers by SplitMix64 (Steele, Lea, Flood 2014).
+struct Rng(u64);
 
-impl Dice {
-    fn roll(&mut self, sides: u64) -> u64 {
+impl Rng {
+    fn below(&mut self, bound: u64) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
         z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-        (z ^ z >> 31) % sides.max(1)
+        (z ^ z >> 31) % bound.max(1)
     }
 
     fn index(&mut self, len: usize) -> usize {
-        usize::try_from(self.roll(len as u64)).unwrap_or_default()
+        usize::try_from(self.below(len as u64)).unwrap_or_default()
     }
 }
 
-/// What the watcher hears, and how late.
+/// The watcher: measures the delay of documents, and passes them to the scheduler's view.
 #[derive(Clone)]
-struct Subscriber {
+struct Watcher {
     view: Arc<View>,
-    heard: Arc<Mutex<Heard>>,
+    received: Arc<Mutex<Received>>,
 }
 
 #[derive(Default)]
-struct Heard {
+struct Received {
     /// The last document of each host, and its revision.
     now: HashMap<String, (u64, Vec<u8>)>,
-    /// Revisions that were written and not heard of yet.
+    /// Revisions that were written and not received yet.
     written: HashMap<String, VecDeque<(u64, Instant)>>,
     lag: Vec<f64>,
     documents: usize,
@@ -133,13 +134,13 @@ struct Heard {
     broken: Vec<String>,
 }
 
-impl Subscriber {
-    fn heard(&self) -> std::sync::MutexGuard<'_, Heard> {
-        self.heard.lock().unwrap_or_else(PoisonError::into_inner)
+impl Watcher {
+    fn received(&self) -> std::sync::MutexGuard<'_, Received> {
+        self.received.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn written(&self, host: &str, revision: u64) {
-        self.heard()
+        self.received()
             .written
             .entry(host.to_owned())
             .or_default()
@@ -147,64 +148,64 @@ impl Subscriber {
     }
 }
 
-impl Sink for Subscriber {
+impl Sink for Watcher {
     fn put(&mut self, key: &str, value: &[u8], revision: i64) {
         self.view.put(key, value, revision);
         let now = Instant::now();
-        let mut heard = self.heard();
+        let mut received = self.received();
         let document = match HostDocument::parse(&String::from_utf8_lossy(value)) {
             Ok(document) => document,
-            Err(e) => return heard.broken.push(format!("the document of {key}: {e}")),
+            Err(e) => return received.broken.push(format!("the document of {key}: {e}")),
         };
-        heard.documents += 1;
-        heard.bytes += value.len();
-        heard.largest = heard.largest.max(value.len());
-        let before = heard.now.insert(key.to_owned(), (document.revision, value.to_vec()));
+        received.documents += 1;
+        received.bytes += value.len();
+        received.largest = received.largest.max(value.len());
+        let before = received.now.insert(key.to_owned(), (document.revision, value.to_vec()));
         if let Some((before, _)) = before.filter(|(before, _)| *before > document.revision) {
-            heard
+            received
                 .broken
                 .push(format!("the revision of {key} fell from {before} to {}", document.revision));
         }
-        let waiting = heard.written.entry(key.to_owned()).or_default();
+        let waiting = received.written.entry(key.to_owned()).or_default();
         let mut lags = Vec::new();
         while waiting.front().is_some_and(|(revision, _)| *revision <= document.revision) {
             lags.extend(waiting.pop_front().map(|(_, at)| (now - at).as_secs_f64() * 1e3));
         }
-        heard.lag.extend(lags);
+        received.lag.extend(lags);
     }
 
-    fn gone(&mut self, key: &str) {
-        self.view.gone(key);
-        self.heard().now.remove(key);
+    fn removed(&mut self, key: &str) {
+        self.view.removed(key);
+        self.received().now.remove(key);
     }
 
     fn listed(&mut self) {
         self.view.listed();
     }
 
-    fn deaf(&mut self, why: &virt_usb_fleet::Error) {
-        self.view.deaf(why);
+    fn disconnected(&mut self, why: &virt_usb_fleet::Error) {
+        self.view.disconnected(why);
     }
 }
 
-/// One host.
+/// A simulated host.
 struct Host {
     name: String,
     dir: PathBuf,
     fleet: Fleet,
     store: Store,
-    /// Which of its devices are plugged in.
+    /// Whether each of its devices is plugged in.
     plugged: Vec<bool>,
     guests: Vec<InstanceId>,
-    news: Arc<Notify>,
-    /// None: it is dead.
+    writes: Arc<Notify>,
+    /// Task of the publisher. `None` while the host is stopped.
     publishing: Option<JoinHandle<()>>,
 }
 
-/// Whatever is chosen is there, and fits.
-struct Willing;
+/// Verifier that accepts every device.
+struct AcceptAll;
 
-impl ClaimVerifier for Willing {
+impl ClaimVerifier for AcceptAll {
     fn verify(&mut self, candidate: &Record) -> Verified {
         Verified::Here(candidate.location())
     }
@@ -218,7 +219,7 @@ fn kind(number: u64) -> UsbId {
     UsbId::new(0x0529, 1 + u16::try_from(number % KINDS).unwrap_or_default())
 }
 
-/// Device `n` of a host, from 0; as many as the buses hold.
+/// Device `n` of a host, counted from 0. `None` if the buses have no more ports.
 fn device(host: u32, n: usize) -> Option<Device> {
     const PER_BUS: usize = 120;
     let bus = u8::try_from(1 + n / PER_BUS).ok()?;
@@ -248,7 +249,7 @@ impl Host {
         let devices = self.plugged.iter().enumerate().filter(|(_, plugged)| **plugged);
         let devices = devices.filter_map(|(n, _)| device(number, n)).collect();
         let snapshot = Snapshot { devices, ..Snapshot::default() };
-        // Its devices come and go more often than any should.
+        // Simulated devices reconnect more often than real ones.
         let limits = Limits { limit: 0, ..Limits::default() };
         let (whitelist, aliases) = (Whitelist::default(), virt_usb_model::Aliases::default());
         let plan =
@@ -262,7 +263,7 @@ impl Host {
         Ok(self.store.host_document()?.map_or(0, |document| document.revision))
     }
 
-    fn live(&mut self, runtime: &Runtime) {
+    fn start(&mut self, runtime: &Runtime) {
         let publisher = Publisher {
             fleet: self.fleet.clone(),
             config: Config { state_dir: self.dir.clone(), ..Config::default() },
@@ -270,21 +271,21 @@ impl Host {
             hypervisor: None,
             metrics: Arc::new(Metrics::default()),
         };
-        self.publishing = Some(runtime.spawn(publisher.publish(Some(self.news.clone()))));
+        self.publishing = Some(runtime.spawn(publisher.publish(Some(self.writes.clone()))));
     }
 
-    fn die(&mut self) {
+    fn stop(&mut self) {
         if let Some(publishing) = self.publishing.take() {
             publishing.abort();
         }
     }
 }
 
-/// Runs it; `told` is called now and then with what is being done.
+/// Runs the simulation. Calls `progress` at the beginning of each phase.
 ///
 /// # Errors
-/// When it cannot be run; what must hold and does not is no error, but part of the report.
-pub(crate) fn run(options: &Options, told: impl Fn(&str)) -> anyhow::Result<Report> {
+/// If the simulation cannot run. Violated invariants are not errors, but part of the report.
+pub(crate) fn run(options: &Options, progress: impl Fn(&str)) -> anyhow::Result<Report> {
     let runtime =
         tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     let mut random = [0; 4];
@@ -292,13 +293,13 @@ pub(crate) fn run(options: &Options, told: impl Fn(&str)) -> anyhow::Result<Repo
     let folder: String = random.iter().map(|byte| format!("{byte:02x}")).collect();
     let mut fleet = options.fleet.clone();
     fleet.prefix = format!("{}simulation-{folder}/", fleet.prefix);
-    let result = simulate(options, &fleet, &runtime, &told);
-    told("cleaning up");
+    let result = simulate(options, &fleet, &runtime, &progress);
+    progress("cleaning up");
     let cleaned = runtime.block_on(clean(&fleet));
     runtime.shutdown_timeout(Duration::from_secs(1));
     let report = result?;
     cleaned
-        .with_context(|| format!("what was simulated is left in etcd, below {}", fleet.prefix))?;
+        .with_context(|| format!("the simulation's keys remain in etcd, below {}", fleet.prefix))?;
     Ok(report)
 }
 
@@ -314,11 +315,11 @@ async fn clean(fleet: &Fleet) -> anyhow::Result<()> {
 struct Simulation<'a> {
     options: &'a Options,
     runtime: &'a Runtime,
-    ears: Subscriber,
+    watcher: Watcher,
     hosts: Vec<Host>,
     context: Context,
-    dice: Dice,
-    /// Each device that a guest has, and which.
+    rng: Rng,
+    /// The guest of each device that is in use.
     held: HashMap<DeviceId, InstanceId>,
     report: Report,
 }
@@ -327,11 +328,11 @@ fn simulate(
     options: &Options,
     fleet: &Fleet,
     runtime: &Runtime,
-    told: &impl Fn(&str),
+    progress: &impl Fn(&str),
 ) -> anyhow::Result<Report> {
-    let folder = tempfile()?;
+    let folder = temporary_dir()?;
     let view = Arc::new(View::new(&options.filter));
-    let ears = Subscriber { view: view.clone(), heard: Arc::default() };
+    let watcher = Watcher { view: view.clone(), received: Arc::default() };
     let context = Context {
         boot_id: "00000000-0000-4000-8000-000000000001".to_owned(),
         uptime: 1000.0,
@@ -341,10 +342,10 @@ fn simulate(
     let mut simulation = Simulation {
         options,
         runtime,
-        ears: ears.clone(),
+        watcher: watcher.clone(),
         hosts: Vec::new(),
         context,
-        dice: Dice(options.seed),
+        rng: Rng(options.seed),
         held: HashMap::new(),
         report: Report {
             hosts: options.hosts,
@@ -353,42 +354,42 @@ fn simulate(
             ..Report::default()
         },
     };
-    told(&format!("{} hosts join", options.hosts));
+    progress(&format!("{} hosts join", options.hosts));
     for number in 0..options.hosts {
         let host = simulation.join(fleet, &folder.0, number)?;
         simulation.hosts.push(host);
     }
-    let mut sink = ears.clone();
+    let mut sink = watcher.clone();
     let mut reader =
         Reader::new(fleet, virt_usb_fleet::keys::Keys::new(fleet.prefix.clone()).hosts());
     let following = runtime.spawn(async move { reader.follow(&mut sink).await });
     for host in &mut simulation.hosts {
-        host.live(runtime);
+        host.start(runtime);
     }
-    told("all publish");
+    progress("all publish");
     simulation.settle()?;
-    ears.heard().lag.clear();
-    told(&format!("{} changes a second for {} s", options.churn, options.time.as_secs()));
+    watcher.received().lag.clear();
+    progress(&format!("{} changes per second for {} s", options.churn, options.time.as_secs()));
     simulation.churn(&view)?;
-    told("settling");
+    progress("settling");
     simulation.settle()?;
     simulation.check(fleet, &view)?;
     following.abort();
     for host in &mut simulation.hosts {
-        host.die();
+        host.stop();
     }
     let Simulation { mut report, .. } = simulation;
-    let mut heard = ears.heard();
-    heard.lag.sort_by(f64::total_cmp);
+    let mut received = watcher.received();
+    received.lag.sort_by(f64::total_cmp);
     let at = |share: f64| {
-        let last = heard.lag.len().saturating_sub(1);
-        heard.lag.get((last as f64 * share).round() as usize).copied().unwrap_or_default()
+        let last = received.lag.len().saturating_sub(1);
+        received.lag.get((last as f64 * share).round() as usize).copied().unwrap_or_default()
     };
     report.lag_ms = Lag { p50: at(0.5), p99: at(0.99), max: at(1.0) };
-    report.documents = heard.documents;
-    report.mean_document = heard.bytes.checked_div(heard.documents).unwrap_or_default();
-    report.largest_document = heard.largest;
-    report.broken.append(&mut heard.broken);
+    report.documents = received.documents;
+    report.mean_document = received.bytes.checked_div(received.documents).unwrap_or_default();
+    report.largest_document = received.largest;
+    report.broken.append(&mut received.broken);
     Ok(report)
 }
 
@@ -403,9 +404,9 @@ impl Simulation<'_> {
         let node = self.runtime.block_on(join::join(&fleet, &name))?;
         store.renumber(&name, node, &self.context)?;
         let plugged = (0..self.options.devices).map(|n| n % 4 != 3).collect();
-        let news = Arc::new(Notify::new());
+        let writes = Arc::new(Notify::new());
         let mut host =
-            Host { name, dir, fleet, store, plugged, guests: Vec::new(), news, publishing: None };
+            Host { name, dir, fleet, store, plugged, guests: Vec::new(), writes, publishing: None };
         host.scan(number, &self.context)?;
         Ok(host)
     }
@@ -427,32 +428,32 @@ impl Simulation<'_> {
         Ok(())
     }
 
-    /// One thing happens somewhere; returns what.
+    /// Makes one random change. Returns its name for the report.
     fn change(&mut self, view: &View) -> anyhow::Result<&'static str> {
-        let at = self.dice.index(self.hosts.len());
-        match self.dice.roll(100) {
+        let at = self.rng.index(self.hosts.len());
+        match self.rng.below(100) {
             0..40 => self.plug(at),
             40..70 => self.start(view),
             70..98 => self.stop(),
             _ => {
                 let (runtime, host) = (self.runtime, &mut self.hosts[at]);
                 if host.publishing.is_some() {
-                    host.die();
-                    Ok("host died")
+                    host.stop();
+                    Ok("host stopped")
                 } else {
-                    host.live(runtime);
-                    Ok("host came back")
+                    host.start(runtime);
+                    Ok("host started again")
                 }
             }
         }
     }
 
-    /// A device that nobody has comes or goes.
+    /// Plugs in or unplugs a device that no guest has.
     fn plug(&mut self, at: usize) -> anyhow::Result<&'static str> {
-        let slot = self.dice.index(self.hosts[at].plugged.len());
+        let slot = self.rng.index(self.hosts[at].plugged.len());
         let host = &mut self.hosts[at];
         if host.publishing.is_none() || host.plugged.is_empty() {
-            return Ok("nothing, for the host is dead");
+            return Ok("nothing: the host is stopped");
         }
         let number = u32::try_from(at).unwrap_or_default();
         let port = device(number, slot).map(|device| device.key.port);
@@ -461,33 +462,34 @@ impl Simulation<'_> {
                 Some(&r.entry.port_path) == port.as_ref() && r.entry.instance_uuid.is_some()
             });
         if held {
-            return Ok("nothing, for the device is held");
+            return Ok("nothing: the device is held");
         }
         host.plugged[slot] = !host.plugged[slot];
         let what = if host.plugged[slot] { "plugged in" } else { "unplugged" };
         host.scan(number, &self.context)?;
-        self.told(at)?;
+        self.written(at)?;
         Ok(what)
     }
 
-    /// A guest starts where the scheduler says.
+    /// Starts a guest on the host that the scheduler selects.
     fn start(&mut self, view: &View) -> anyhow::Result<&'static str> {
-        let usb = kind(self.dice.roll(KINDS));
+        let usb = kind(self.rng.below(KINDS));
         let text = format!(
             r#"{{"usb_devices":[{{"vendor_id":"{}","product_id":"{}"}}]}}"#,
             usb.vendor, usb.product
         );
         let flavor = Flavor::parse(&text)?;
-        let selected = view.select(&Question::new(flavor.clone()), None, 1, Some(PROMISE))?;
+        let selected =
+            view.select(&Question::new(flavor.clone()), None, 1, Some(ASSUME_DURATION))?;
         let Some(best) = selected.chosen.first() else { return Ok("no host for a guest") };
         let Some(at) = self.hosts.iter().position(|host| host.name == best.placement.host) else {
-            bail!("the scheduler names a host that there is not: {}", best.placement.host);
+            bail!("the scheduler names a host that does not exist: {}", best.placement.host);
         };
-        let id = u128::from(self.dice.roll(u64::MAX)) << 64 | u128::from(self.dice.roll(u64::MAX));
+        let id = u128::from(self.rng.below(u64::MAX)) << 64 | u128::from(self.rng.below(u64::MAX));
         let instance: InstanceId = format!("{id:032x}").parse()?;
         let host = &mut self.hosts[at];
         if host.publishing.is_none() {
-            return Ok("start on a host that has just died");
+            return Ok("start on a host that has just stopped");
         }
         let claimant = Claimant { instance, domain: format!("guest-{id:08x}"), project: None };
         let wants: Vec<ClaimRequest> = flavor
@@ -501,7 +503,7 @@ impl Simulation<'_> {
             &wants,
             &[],
             ClaimMode::Replace,
-            &mut Willing,
+            &mut AcceptAll,
             &self.context,
         )? {
             Claimed::Granted(granted) => {
@@ -513,11 +515,11 @@ impl Simulation<'_> {
                             .push(format!("device {device} is in {other} and in {instance}"));
                     }
                 }
-                self.told(at)?;
+                self.written(at)?;
                 Ok("started")
             }
             Claimed::Short(_) | Claimed::Unfit(_) => {
-                Ok("start refused, for the fleet's view was old")
+                Ok("start refused: the scheduler's view was outdated")
             }
         }
     }
@@ -527,28 +529,28 @@ impl Simulation<'_> {
             .filter(|at| self.hosts[*at].publishing.is_some() && !self.hosts[*at].guests.is_empty())
             .collect();
         if with.is_empty() {
-            return Ok("nothing, for there is no guest");
+            return Ok("nothing: there is no guest");
         }
-        let at = with[self.dice.index(with.len())];
+        let at = with[self.rng.index(with.len())];
         let host = &mut self.hosts[at];
-        let which = self.dice.index(host.guests.len());
+        let which = self.rng.index(host.guests.len());
         let instance = host.guests.swap_remove(which);
         host.store.restart_lock_timeout();
         host.store.release(instance, Extent::Run, "it stops", &self.context)?;
         self.held.retain(|_, holder| *holder != instance);
-        self.told(at)?;
+        self.written(at)?;
         Ok("stopped")
     }
 
-    /// The inventory was written.
-    fn told(&self, at: usize) -> anyhow::Result<()> {
+    /// Notifies the publisher and the watcher of a write to the inventory.
+    fn written(&self, at: usize) -> anyhow::Result<()> {
         let host = &self.hosts[at];
-        self.ears.written(&host.name, host.revision()?);
-        host.news.notify_one();
+        self.watcher.written(&host.name, host.revision()?);
+        host.writes.notify_one();
         Ok(())
     }
 
-    /// Until the watcher knows what there is.
+    /// Waits until the watcher has received all changes.
     fn settle(&self) -> anyhow::Result<()> {
         let begun = Instant::now();
         loop {
@@ -556,10 +558,10 @@ impl Simulation<'_> {
             if missing.is_empty() {
                 return Ok(());
             }
-            if begun.elapsed() > SETTLING {
+            if begun.elapsed() > SETTLE_TIMEOUT {
                 let few: Vec<String> = missing.into_iter().take(5).collect();
-                self.ears.heard().broken.push(format!(
-                    "after {SETTLING:?} the watcher does not know: {}",
+                self.watcher.received().broken.push(format!(
+                    "after {SETTLE_TIMEOUT:?} the watcher has not received: {}",
                     few.join(", ")
                 ));
                 return Ok(());
@@ -571,12 +573,12 @@ impl Simulation<'_> {
     fn missing(&self) -> anyhow::Result<Vec<String>> {
         let mut missing = Vec::new();
         for host in &self.hosts {
-            let known = self.ears.heard().now.get(&host.name).map(|(revision, _)| *revision);
+            let known = self.watcher.received().now.get(&host.name).map(|(revision, _)| *revision);
             match (&host.publishing, known) {
                 (Some(_), known) if known != Some(host.revision()?) => {
                     missing.push(host.name.clone());
                 }
-                (None, Some(_)) => missing.push(format!("that {} is dead", host.name)),
+                (None, Some(_)) => missing.push(format!("the stop of {}", host.name)),
                 _ => {}
             }
         }
@@ -596,20 +598,20 @@ impl Simulation<'_> {
             };
             etcd.list(&mut connection, &prefix, each).await?;
             Ok::<_, anyhow::Error>(
-                etcd.within("ask for its state", connection.client.status()).await?.db_size(),
+                etcd.within("read its status", connection.client.status()).await?.db_size(),
             )
         })?;
-        let heard: HashMap<String, Vec<u8>> = self
-            .ears
-            .heard()
+        let known: HashMap<String, Vec<u8>> = self
+            .watcher
+            .received()
             .now
             .iter()
             .map(|(name, (_, text))| (name.clone(), text.clone()))
             .collect();
-        if heard != listed {
+        if known != listed {
             broken.push(format!(
-                "the watcher knows {} documents, a fresh list has {} and they differ",
-                heard.len(),
+                "the {} documents of the watcher differ from the {} documents of a new list",
+                known.len(),
                 listed.len()
             ));
         }
@@ -634,13 +636,13 @@ impl Simulation<'_> {
             let expected = own.filter(|_| host.publishing.is_some());
             if published != expected {
                 broken.push(format!(
-                    "what is published of {} is not what its inventory holds",
+                    "the published document of {} differs from its inventory",
                     host.name
                 ));
             }
         }
         if claims != self.held {
-            broken.push("what the inventories say is held is not what the guests have".to_owned());
+            broken.push("the claims in the inventories differ from the guests' devices".to_owned());
         }
         for token in view.assumed().into_keys() {
             view.cancel(&token);
@@ -658,8 +660,8 @@ impl Simulation<'_> {
             }
             if found != expected {
                 broken.push(format!(
-                    "{found} hosts have {usb} free, says the filter; {expected}, say the \
-                        inventories"
+                    "the filter finds {found} hosts with {usb} free, the inventories have \
+                        {expected}"
                 ));
             }
         }
@@ -668,20 +670,20 @@ impl Simulation<'_> {
     }
 }
 
-/// A folder that goes when it is not needed any more.
-struct Folder(PathBuf);
+/// A temporary directory, removed when dropped.
+struct TemporaryDir(PathBuf);
 
-impl Drop for Folder {
+impl Drop for TemporaryDir {
     fn drop(&mut self) {
         drop(std::fs::remove_dir_all(&self.0));
     }
 }
 
-fn tempfile() -> anyhow::Result<Folder> {
+fn temporary_dir() -> anyhow::Result<TemporaryDir> {
     let mut random = [0; 8];
     let _ = getrandom::fill(&mut random);
     let name: String = random.iter().map(|byte| format!("{byte:02x}")).collect();
     let path = std::env::temp_dir().join(format!("virt-usb-simulation-{name}"));
     std::os::unix::fs::DirBuilderExt::mode(&mut std::fs::DirBuilder::new(), 0o700).create(&path)?;
-    Ok(Folder(path))
+    Ok(TemporaryDir(path))
 }

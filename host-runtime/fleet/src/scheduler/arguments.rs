@@ -27,13 +27,23 @@ pub struct Arguments {
 #[derive(Debug, Args)]
 pub struct Scheduler {
     /// Serve HTTP at this loopback address
-    #[arg(long, value_name = "ADDRESS", value_parser = loopback, required_unless_present = "socket")]
+    #[arg(
+        long,
+        value_name = "ADDRESS",
+        value_parser = loopback,
+        required_unless_present = "socket"
+    )]
     pub listen: Option<SocketAddr>,
     /// Serve on this unix socket; access needs the socket's group and its directory
     #[arg(long, value_name = "PATH")]
     pub socket: Option<PathBuf>,
     /// Refuse requests if the fleet view is older than this number of seconds
-    #[arg(long, value_name = "SECONDS", default_value_t = 300, value_parser = clap::value_parser!(u64).range(1..=86400))]
+    #[arg(
+        long,
+        value_name = "SECONDS",
+        default_value_t = 300,
+        value_parser = clap::value_parser!(u64).range(1..=86400)
+    )]
     pub max_age: u64,
     #[command(flatten)]
     /// Options that name the filter.
@@ -43,9 +53,8 @@ pub struct Scheduler {
 fn loopback(text: &str) -> Result<SocketAddr, String> {
     match text.parse::<SocketAddr>() {
         Ok(address) if address.ip().is_loopback() => Ok(address),
-        _ => Err(
-            "wanted a loopback address such as 127.0.0.1:8791, because requests are not authenticated"
-                .into(),
-        ),
+        _ => Err("wanted a loopback address such as 127.0.0.1:8791, because requests are not \
+                authenticated"
+            .into()),
     }
 }

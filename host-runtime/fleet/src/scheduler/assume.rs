@@ -1,6 +1,6 @@
-//! What was promised to somebody and is not published yet: devices that this instance counts as
-//! taken, each until its token is cancelled, its time is up, or its host says what has become of
-//! it. Pure: whoever holds it tells the filter.
+//! Assumptions: devices that this instance has promised to a caller and counts as taken. An
+//! assumption ends when its token is canceled, when it expires, or when its host publishes that the
+//! device is no longer free. This module does no IO; the view applies the result to the filter.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -10,7 +10,7 @@ use virt_usb_model::DeviceId;
 /// Milliseconds of this process's own clock.
 pub(super) type Millis = u64;
 
-/// Devices of one host, counted as taken.
+/// Devices of one host that count as taken.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Assumed {
     pub host: String,
@@ -19,11 +19,11 @@ pub struct Assumed {
     pub until: Millis,
 }
 
-/// All of them, by token.
+/// All assumptions, by token.
 #[derive(Debug, Default)]
 pub(super) struct Assumptions {
     all: BTreeMap<String, Assumed>,
-    /// The tokens that concern each host.
+    /// Tokens of the assumptions about each host.
     hosts: HashMap<String, Vec<String>>,
 }
 
@@ -37,7 +37,7 @@ impl Assumptions {
         &self.all
     }
 
-    /// Ends one; none: there is none of that token.
+    /// Ends the assumption with that token. `None` if there is none.
     pub(super) fn cancel(&mut self, token: &str) -> Option<Assumed> {
         let assumed = self.all.remove(token)?;
         if let Some(tokens) = self.hosts.get_mut(&assumed.host) {
@@ -49,39 +49,39 @@ impl Assumptions {
         Some(assumed)
     }
 
-    /// Ends those whose time is up.
+    /// Ends all assumptions that have expired.
     pub(super) fn expire(&mut self, now: Millis) -> Vec<Assumed> {
-        let over: Vec<String> = self
+        let expired: Vec<String> = self
             .all
             .iter()
             .filter(|(_, assumed)| assumed.until <= now)
             .map(|(token, _)| token.clone())
             .collect();
-        over.iter().filter_map(|token| self.cancel(token)).collect()
+        expired.iter().filter_map(|token| self.cancel(token)).collect()
     }
 
-    /// Whether anything is assumed of the host.
+    /// Whether there is an assumption about the host.
     pub(super) fn concerns(&self, host: &str) -> bool {
         self.hosts.contains_key(host)
     }
 
-    /// The host has said how its devices are: what it does not offer any more is not assumed any
-    /// more, for its own word counts. Returns what is assumed still.
+    /// Applies a document that the host has published: a device that is no longer free ends its
+    /// assumption. Returns the devices that are still assumed.
     pub(super) fn published(
         &mut self,
         host: &str,
         is_free: impl Fn(DeviceId) -> bool,
     ) -> Vec<DeviceId> {
-        let mut still = Vec::new();
+        let mut remaining = Vec::new();
         for token in self.hosts.get(host).cloned().unwrap_or_default() {
             let Some(assumed) = self.all.get_mut(&token) else { continue };
             assumed.devices.retain(|device| is_free(*device));
-            still.extend(&assumed.devices);
+            remaining.extend(&assumed.devices);
             if assumed.devices.is_empty() {
                 self.cancel(&token);
             }
         }
-        still
+        remaining
     }
 }
 
@@ -115,45 +115,49 @@ mod tests {
     }
 
     proptest! {
-        /// Against a list that is searched through.
+        /// Compares the index with a plain list.
         #[test]
-        fn what_is_assumed_is_what_nothing_has_ended(steps in prop::collection::vec(step(), 0..40)) {
+        fn assumptions_last_until_they_are_ended(steps in prop::collection::vec(step(), 0..40)) {
             let mut tested = Assumptions::default();
             let mut oracle: Vec<(String, String, u64, u64)> = Vec::new();
             for (n, step) in steps.into_iter().enumerate() {
                 match step {
                     Step::Add(host, ids, until) => {
                         let (token, host) = (format!("t{n}"), format!("h{host}"));
-                        oracle.extend(ids.iter().map(|id| (token.clone(), host.clone(), *id, until)));
+                        let rows = ids.iter().map(|id| (token.clone(), host.clone(), *id, until));
+                        oracle.extend(rows);
                         let devices = ids.into_iter().map(device).collect();
                         tested.add(token, Assumed { host, devices, until });
                     }
                     Step::Cancel(at) => {
                         let token = format!("t{at}");
-                        prop_assert_eq!(tested.cancel(&token).is_some(), oracle.iter().any(|one| one.0 == token));
+                        let is_known = oracle.iter().any(|one| one.0 == token);
+                        prop_assert_eq!(tested.cancel(&token).is_some(), is_known);
                         oracle.retain(|one| one.0 != token);
                     }
                     Step::Expire(now) => {
-                        let ended: usize = tested.expire(now).iter().map(|assumed| assumed.devices.len()).sum();
+                        let ended = tested.expire(now);
+                        let ended: usize = ended.iter().map(|assumed| assumed.devices.len()).sum();
                         prop_assert_eq!(ended, oracle.iter().filter(|one| one.3 <= now).count());
                         oracle.retain(|one| one.3 > now);
                     }
                     Step::Published(host, free) => {
                         let host = format!("h{host}");
                         oracle.retain(|one| one.1 != host || free.contains(&one.2));
-                        let mut still: Vec<u64> =
-                            tested.published(&host, |id| free.contains(&id.get())).iter().map(|id| id.get()).collect();
+                        let remaining = tested.published(&host, |id| free.contains(&id.get()));
+                        let mut remaining: Vec<u64> = remaining.iter().map(|id| id.get()).collect();
                         let mut expected: Vec<u64> =
                             oracle.iter().filter(|one| one.1 == host).map(|one| one.2).collect();
-                        still.sort_unstable();
+                        remaining.sort_unstable();
                         expected.sort_unstable();
-                        prop_assert_eq!(still, expected);
+                        prop_assert_eq!(remaining, expected);
                     }
                 }
                 let left: usize = tested.all().values().map(|assumed| assumed.devices.len()).sum();
                 prop_assert_eq!(left, oracle.len());
                 for host in ["h0", "h1", "h2"] {
-                    prop_assert_eq!(tested.concerns(host), oracle.iter().any(|one| one.1 == host));
+                    let is_known = oracle.iter().any(|one| one.1 == host);
+                    prop_assert_eq!(tested.concerns(host), is_known);
                 }
             }
         }

@@ -1,4 +1,4 @@
-//! The fleet's flavors, for questions that name one.
+//! The fleet's flavors, for requests that name one.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -7,14 +7,14 @@ use virt_usb_model::{Flavor, ParseError};
 
 use crate::reader::Sink;
 
-/// As they stand in etcd; clones are the same.
+/// The flavors in etcd. Clones share their content.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Flavors(Arc<Mutex<Known>>);
 
 #[derive(Debug, Default)]
 struct Known {
     by_name: HashMap<String, String>,
-    /// Whether all of them were heard of.
+    /// Whether the first list is complete.
     listed: bool,
 }
 
@@ -23,12 +23,12 @@ impl Flavors {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// None: there is none of that name.
+    /// Parses the flavor with that name. `None` if there is none.
     pub(super) fn find(&self, name: &str) -> Option<Result<Flavor, ParseError>> {
         self.known().by_name.get(name).map(|text| Flavor::parse(text))
     }
 
-    /// Whether all of them are known.
+    /// Whether all flavors are known.
     pub(super) fn listed(&self) -> bool {
         self.known().listed
     }
@@ -40,7 +40,7 @@ impl Sink for Flavors {
         self.known().by_name.insert(key.to_owned(), text);
     }
 
-    fn gone(&mut self, key: &str) {
+    fn removed(&mut self, key: &str) {
         self.known().by_name.remove(key);
     }
 

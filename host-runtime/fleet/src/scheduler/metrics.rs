@@ -1,4 +1,4 @@
-//! What the scheduler counts.
+//! Metrics of the scheduler.
 
 use std::sync::atomic::AtomicI64;
 
@@ -16,11 +16,11 @@ pub(super) struct Metrics {
     pub(super) changes: Counter,
     pub(super) hosts: Gauge<i64, AtomicI64>,
     pub(super) assumed: Gauge<i64, AtomicI64>,
-    pub(super) hearing: Gauge<i64, AtomicI64>,
+    pub(super) connected: Gauge<i64, AtomicI64>,
     answers: Family<Labels, Histogram>,
 }
 
-/// From a tenth of a millisecond to a second.
+/// Histogram with buckets from a tenth of a millisecond to a second.
 fn seconds() -> Histogram {
     Histogram::new([
         0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0,
@@ -34,14 +34,14 @@ impl Default for Metrics {
             changes: Counter::default(),
             hosts: Gauge::default(),
             assumed: Gauge::default(),
-            hearing: Gauge::default(),
+            connected: Gauge::default(),
             answers: Family::new_with_constructor(seconds),
             registry: Registry::default(),
         };
-        registry.register("changes", "Hosts' documents that came or went", metrics.changes.clone());
-        registry.register("hosts", "Hosts that are known", metrics.hosts.clone());
-        registry.register("assumptions", "Promises that count now", metrics.assumed.clone());
-        registry.register("connected", "1 while the fleet is heard", metrics.hearing.clone());
+        registry.register("changes", "Host documents received or removed", metrics.changes.clone());
+        registry.register("hosts", "Known hosts", metrics.hosts.clone());
+        registry.register("assumptions", "Assumptions in effect", metrics.assumed.clone());
+        registry.register("connected", "1 while connected to etcd", metrics.connected.clone());
         registry.register_with_unit(
             "answers",
             "Requests, by path and status",
@@ -60,7 +60,7 @@ impl Metrics {
 
     pub(super) fn text(&self) -> String {
         let mut text = String::new();
-        // A String takes everything.
+        // Writing into a String cannot fail.
         let _ = encode(&mut text, &self.registry);
         text
     }

@@ -1,12 +1,12 @@
-//! `virt-usb-scheduler`: the filter as a service, beside any scheduler. It follows the fleet, and
-//! answers which hosts can serve.
+//! `virt-usb-scheduler`: the filter as a service for any scheduler. It follows the fleet, and
+//! answers which hosts can serve a flavor.
 //!
 //! ```text
-//!  etcd ─► fleet::reader ─► view ─► filter (one instance for each who asks) ─► serve ─► HTTP, unix socket
-//!                            ▲                                                  │
-//!                            └──── assume: promised, and not published yet ◄────┘
+//!  etcd ─► fleet::reader ─► view ─► filter (several sessions) ─► serve ─► HTTP, unix socket
+//!                            ▲                                     │
+//!                            └── assume: promised, not published ◄─┘
 //! ```
-//! Nothing of it lasts: each instance is made anew of what etcd holds, and several may run.
+//! The service keeps no state: it is built from the content of etcd, and several may run.
 
 mod arguments;
 mod assume;
@@ -27,7 +27,7 @@ use virt_usb_config::{Config, Fleet};
 use virt_usb_filter_host::{Filter, Limits};
 use virt_usb_model::Flavor;
 
-use crate::http_server::{CONNECTIONS, END_TIME, SOCKET_MODE, Server};
+use crate::http_server::{CONNECTIONS, SHUTDOWN_TIMEOUT, SOCKET_MODE, Server};
 use crate::keys::Keys;
 use crate::reader::Reader;
 use crate::replicated::Shared as _;
@@ -35,33 +35,33 @@ use crate::replicated::Shared as _;
 pub use arguments::{Arguments, Scheduler};
 pub use view::View;
 
-/// How often promises are looked through and instances fed.
-const TICK: Duration = Duration::from_millis(200);
+/// Interval at which assumptions expire and sessions receive changes.
+const TICK_INTERVAL: Duration = Duration::from_millis(200);
 
-/// What the service is started with.
+/// Parameters of the service.
 #[derive(Debug)]
 struct Options {
     fleet: Fleet,
     filter: Filter,
-    /// Where HTTP is served.
+    /// Address of the HTTP server.
     listen: Option<SocketAddr>,
-    /// The unix socket's path.
+    /// Path of the unix socket.
     socket: Option<PathBuf>,
-    /// When nothing was heard for longer, questions are refused.
+    /// Maximum age of the fleet view; requests are refused if it is older.
     max_age: Duration,
 }
 
-/// Serves until it is told to stop by SIGTERM or SIGINT.
+/// Serves until SIGTERM or SIGINT.
 ///
 /// # Errors
-/// When there can be no threads for it.
+/// If the threads cannot be started.
 fn run(options: &Options) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .thread_name("scheduler")
         .enable_all()
         .build()
-        .context("cannot make threads")?;
+        .context("cannot start threads")?;
     let (stop, stopping) = watch::channel(false);
     let mut signals = signal_hook::iterator::Signals::new([
         signal_hook::consts::SIGTERM,
@@ -88,11 +88,11 @@ fn run(options: &Options) -> anyhow::Result<()> {
     let mut hosts = Reader::new(&options.fleet, keys.hosts());
     let mut sink = view.clone();
     runtime.spawn(async move { hosts.follow(&mut sink).await });
-    let mut named = Reader::new(&options.fleet, keys.shared(Flavor::PLURAL));
+    let mut definitions = Reader::new(&options.fleet, keys.shared(Flavor::PLURAL));
     let mut sink = flavors;
-    runtime.spawn(async move { named.follow(&mut sink).await });
+    runtime.spawn(async move { definitions.follow(&mut sink).await });
     runtime.spawn(async move {
-        let mut ticks = tokio::time::interval(TICK);
+        let mut ticks = tokio::time::interval(TICK_INTERVAL);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             ticks.tick().await;
@@ -100,12 +100,13 @@ fn run(options: &Options) -> anyhow::Result<()> {
         }
     });
     drop(sd_notify::notify(&[sd_notify::NotifyState::Ready]));
-    // Until one comes.
+    // Wait for a signal.
     let _ = signals.forever().next();
     drop(sd_notify::notify(&[sd_notify::NotifyState::Stopping]));
     stop.send_replace(true);
     let all = u32::try_from(CONNECTIONS).unwrap_or(u32::MAX);
-    let ended = async { tokio::time::timeout(END_TIME, limit.acquire_many(all)).await.is_ok() };
+    let ended =
+        async { tokio::time::timeout(SHUTDOWN_TIMEOUT, limit.acquire_many(all)).await.is_ok() };
     runtime.block_on(ended);
     runtime.shutdown_timeout(Duration::from_secs(1));
     if let Some(path) = &options.socket {
@@ -114,7 +115,7 @@ fn run(options: &Options) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The program `virt-usb-scheduler`.
+/// Main function of the program `virt-usb-scheduler`.
 pub fn main() -> ExitCode {
     virt_usb_config::panics::abort();
     let arguments: Arguments = match crate::log::arguments() {

@@ -1,5 +1,5 @@
-//! Its calls. Whatever comes is answered with JSON; a failure is `{"error": "…"}`, and never looks
-//! like "no host".
+//! The calls of the scheduler. Every response is JSON. An error is `{"error": "…"}`, and never
+//! looks like "no host".
 
 use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
@@ -21,12 +21,12 @@ use virt_usb_model::{Flavor, ProjectId};
 use super::flavors::Flavors;
 use super::view::{Chosen, View};
 
-/// The largest question, in bytes: the names of a hundred thousand hosts.
-const BODY: usize = 8 << 20;
-/// So many hosts are named where nobody says how many.
-const LIMIT: u32 = 10;
-/// The longest that a promise counts.
-const LONGEST: u64 = 3600;
+/// Maximum size of a request's body in bytes, enough for the names of a hundred thousand hosts.
+const MAX_BODY_BYTES: usize = 8 << 20;
+/// Number of hosts in a response, if the request does not set `limit`.
+const DEFAULT_LIMIT: u32 = 10;
+/// Maximum duration of an assumption, in seconds.
+const MAX_ASSUME_SECONDS: u64 = 3600;
 
 struct Service {
     view: Arc<View>,
@@ -46,7 +46,7 @@ pub(super) fn router(view: Arc<View>, flavors: Flavors, max_age: Duration) -> Ro
         .method_not_allowed_fallback(|| async {
             RequestError::new(
                 StatusCode::METHOD_NOT_ALLOWED,
-                "this is asked otherwise: see docs/src/scheduler.md",
+                "the method is not allowed here: see docs/src/scheduler.md",
             )
         })
         .fallback(|| async {
@@ -55,12 +55,12 @@ pub(super) fn router(view: Arc<View>, flavors: Flavors, max_age: Duration) -> Ro
                 "there is /select, /explain, /assumptions, /health and /metrics",
             )
         })
-        .layer(DefaultBodyLimit::max(BODY))
+        .layer(DefaultBodyLimit::max(MAX_BODY_BYTES))
         .layer(from_fn_with_state(service.clone(), count))
         .with_state(service)
 }
 
-/// What went wrong.
+/// Error of a request.
 struct RequestError {
     status: StatusCode,
     why: String,
@@ -101,23 +101,23 @@ struct Select {
     project: Option<String>,
     hosts: Option<Vec<String>>,
     limit: Option<u32>,
-    /// Seconds.
+    /// Duration of the assumption in seconds.
     assume: Option<u64>,
 }
 
 #[derive(Serialize)]
 struct Selected {
-    /// Hosts that can serve, named or not.
+    /// Number of hosts that can serve the flavor, including those beyond `limit`.
     matched: u32,
     placements: Vec<Chosen>,
     #[serde(skip_serializing_if = "Option::is_none")]
     token: Option<String>,
-    /// How many hosts cannot serve for which reason; where none can.
+    /// Number of hosts by the reason why they cannot serve. Empty if a host can.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     reasons: BTreeMap<String, usize>,
-    /// Hosts that are known.
+    /// Number of known hosts.
     hosts: usize,
-    /// For how long nothing was heard of the fleet, in seconds.
+    /// Age of the fleet view in seconds.
     age: u64,
 }
 
@@ -125,24 +125,24 @@ async fn select(
     State(service): State<Arc<Service>>,
     body: Bytes,
 ) -> Result<Json<Selected>, RequestError> {
-    let asked: Select = read(&body)?;
-    let question = service.question(&asked.flavor, asked.project.as_deref())?;
-    if asked.assume.is_some_and(|seconds| !(1..=LONGEST).contains(&seconds)) {
-        return Err(RequestError::bad(format!("assume: wanted 1 to {LONGEST} seconds")));
+    let request: Select = read(&body)?;
+    let question = service.question(&request.flavor, request.project.as_deref())?;
+    if request.assume.is_some_and(|seconds| !(1..=MAX_ASSUME_SECONDS).contains(&seconds)) {
+        return Err(RequestError::bad(format!("assume: wanted 1 to {MAX_ASSUME_SECONDS} seconds")));
     }
-    let age = service.fresh()?;
-    let assume = asked.assume.map(Duration::from_secs);
-    let limit = asked.limit.unwrap_or(LIMIT);
-    let candidates = asked.hosts.as_deref();
+    let age = service.check_age()?;
+    let assume = request.assume.map(Duration::from_secs);
+    let limit = request.limit.unwrap_or(DEFAULT_LIMIT);
+    let candidates = request.hosts.as_deref();
     let answer = tokio::task::block_in_place(|| {
         let selected = service.view.select(&question, candidates, limit, assume)?;
         let mut reasons = BTreeMap::new();
         if selected.matched == 0 {
             let candidates = candidates.map(|hosts| hosts.iter().collect::<HashSet<_>>());
-            let named =
+            let is_candidate =
                 |host: &String| candidates.as_ref().is_none_or(|hosts| hosts.contains(host));
             for (_, why) in
-                service.view.rejected(&question)?.into_iter().filter(|(host, _)| named(host))
+                service.view.rejected(&question)?.into_iter().filter(|(host, _)| is_candidate(host))
             {
                 *reasons.entry(why.reason.name().to_owned()).or_default() += 1;
             }
@@ -170,21 +170,21 @@ struct Explain {
 
 #[derive(Serialize)]
 struct Explained {
-    /// By host.
-    verdicts: BTreeMap<String, Said>,
+    /// Verdict about each host.
+    verdicts: BTreeMap<String, ExplainedVerdict>,
     age: u64,
 }
 
 #[derive(Serialize)]
-struct Said {
+struct ExplainedVerdict {
     #[serde(flatten)]
     verdict: Verdict,
-    /// The same in words.
+    /// Reason of a rejection, in words.
     #[serde(skip_serializing_if = "Option::is_none")]
     because: Option<String>,
 }
 
-impl Said {
+impl ExplainedVerdict {
     fn new(verdict: Verdict) -> Self {
         let because = match &verdict {
             Verdict::Rejected(why) => Some(why.to_string()),
@@ -194,22 +194,24 @@ impl Said {
     }
 }
 
-/// One host, or all that cannot serve.
+/// Explains the verdict about one host, or about all hosts that cannot serve the flavor.
 async fn explain(
     State(service): State<Arc<Service>>,
     body: Bytes,
 ) -> Result<Json<Explained>, RequestError> {
-    let asked: Explain = read(&body)?;
-    let question = service.question(&asked.flavor, asked.project.as_deref())?;
-    let age = service.fresh()?.as_secs();
-    let verdicts = tokio::task::block_in_place(|| match &asked.host {
+    let request: Explain = read(&body)?;
+    let question = service.question(&request.flavor, request.project.as_deref())?;
+    let age = service.check_age()?.as_secs();
+    let verdicts = tokio::task::block_in_place(|| match &request.host {
         Some(host) => {
             let verdict = service.view.explain(&question, host)?;
-            Ok::<_, Error>(BTreeMap::from([(host.clone(), Said::new(verdict))]))
+            Ok::<_, Error>(BTreeMap::from([(host.clone(), ExplainedVerdict::new(verdict))]))
         }
         None => {
-            let said = |(host, why): (String, Rejection)| (host, Said::new(Verdict::Rejected(why)));
-            Ok(service.view.rejected(&question)?.into_iter().map(said).collect())
+            let explained = |(host, why): (String, Rejection)| {
+                (host, ExplainedVerdict::new(Verdict::Rejected(why)))
+            };
+            Ok(service.view.rejected(&question)?.into_iter().map(explained).collect())
         }
     })?;
     Ok(Json(Explained { verdicts, age }))
@@ -224,24 +226,23 @@ async fn cancel(State(service): State<Arc<Service>>, Path(token): Path<String>) 
         Some(_) => StatusCode::NO_CONTENT.into_response(),
         None => RequestError::new(
             StatusCode::NOT_FOUND,
-            "there is no such token, or not any more: its time was up, or its host has published \
-                its devices",
+            "there is no such token: it has expired, or its host has published its devices since",
         )
         .into_response(),
     }
 }
 
 async fn health(State(service): State<Arc<Service>>) -> Response {
-    let hearing = service.view.hearing().clone();
+    let sync = service.view.sync().clone();
     let (age, hosts) = (service.view.age(), service.view.hosts());
-    let ready = hearing.listed && age <= service.max_age;
+    let ready = sync.listed && age <= service.max_age;
     let status = if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
     let body = json!({
         "ready": ready,
         "hosts": hosts,
         "age": age.as_secs(),
-        "deaf": hearing.deaf.map(|(_, why)| why),
-        "refused": hearing.refused,
+        "disconnected": sync.disconnected.map(|(_, why)| why),
+        "refused": sync.refused,
     });
     (status, Json(body)).into_response()
 }
@@ -251,14 +252,14 @@ async fn metrics(State(service): State<Arc<Service>>) -> Response {
     let whole = |n: usize| i64::try_from(n).unwrap_or(i64::MAX);
     metrics.hosts.set(whole(view.hosts()));
     metrics.assumed.set(whole(view.assumed().len()));
-    metrics.hearing.set(i64::from(view.hearing().deaf.is_none()));
+    metrics.connected.set(i64::from(view.sync().disconnected.is_none()));
     let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
     ([(header::CONTENT_TYPE, kind)], metrics.text()).into_response()
 }
 
 impl Service {
-    /// The flavor is an object as it is stored, its list of devices alone, or the name of one of
-    /// the fleet's.
+    /// Parses a request's flavor and project. The flavor is a JSON object as in `flavor set`, its
+    /// list of devices alone, or the name of a flavor of the fleet.
     fn question(
         &self,
         flavor: &serde_json::Value,
@@ -272,7 +273,7 @@ impl Service {
                 let none = || match self.flavors.listed() {
                     true => RequestError::new(
                         StatusCode::NOT_FOUND,
-                        format!("the fleet has no flavor of the name {name:?}"),
+                        format!("the fleet has no flavor named {name:?}"),
                     ),
                     false => RequestError::new(
                         StatusCode::SERVICE_UNAVAILABLE,
@@ -291,20 +292,22 @@ impl Service {
         Ok(Question { project, ..Question::new(flavor) })
     }
 
-    /// How old what is known is, where it may be asked at all.
-    fn fresh(&self) -> Result<Duration, RequestError> {
-        let hearing = self.view.hearing().clone();
-        let deaf = hearing.deaf.map(|(since, why)| (since.elapsed(), why));
+    /// Returns the age of the fleet view.
+    ///
+    /// # Errors
+    /// If the view is incomplete, or older than `--max-age`.
+    fn check_age(&self) -> Result<Duration, RequestError> {
+        let sync = self.view.sync().clone();
+        let disconnected = sync.disconnected.map(|(since, why)| (since.elapsed(), why));
         let unavailable =
             |why: String| Err(RequestError::new(StatusCode::SERVICE_UNAVAILABLE, why));
-        match deaf {
-            Some((_, why)) if !hearing.listed => {
+        match disconnected {
+            Some((_, why)) if !sync.listed => {
                 unavailable(format!("the fleet is not known yet: {why}"))
             }
-            Some((age, why)) if age > self.max_age => unavailable(format!(
-                "nothing was heard of the fleet for {} s: {why}",
-                age.as_secs()
-            )),
+            Some((age, why)) if age > self.max_age => {
+                unavailable(format!("no connection to the fleet for {} s: {why}", age.as_secs()))
+            }
             Some((age, _)) => Ok(age),
             None => Ok(Duration::ZERO),
         }
@@ -319,7 +322,7 @@ fn read<T: DeserializeOwned>(body: &[u8]) -> Result<T, RequestError> {
     serde_json::from_value(value).map_err(|e| wrong(&e))
 }
 
-/// Counts what is answered.
+/// Counts requests by path and status.
 async fn count(
     State(service): State<Arc<Service>>,
     path: Option<MatchedPath>,

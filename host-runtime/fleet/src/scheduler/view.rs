@@ -1,5 +1,5 @@
-//! The fleet as this instance knows it: what etcd tells, and what was promised here and is not
-//! published yet.
+//! The fleet as this instance knows it: the host documents in etcd, and the assumptions of this
+//! instance that are not published yet.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
@@ -13,31 +13,31 @@ use virt_usb_model::{DeviceId, HostDocument, Status};
 use super::assume::{Assumed, Assumptions, Millis};
 use super::metrics::Metrics;
 
-/// Those who ask at once, each with an instance of the filter.
+/// Number of filter sessions, which is the number of requests that are answered at once.
 const SESSIONS: usize = 2;
 
-/// What is known, for many who ask.
+/// The known fleet, shared by all requests.
 pub struct View {
     fleet: Fleet,
     sessions: Vec<Mutex<Session>>,
     assumptions: Mutex<Assumptions>,
-    hearing: Mutex<Hearing>,
+    sync: Mutex<SyncState>,
     begun: Instant,
     pub(super) metrics: Metrics,
 }
 
-/// How it is with etcd.
+/// State of the synchronization with etcd.
 #[derive(Debug, Clone)]
-pub(super) struct Hearing {
-    /// All that there was has been told once.
+pub(super) struct SyncState {
+    /// Whether the first list is complete.
     pub(super) listed: bool,
-    /// Since when nothing is heard, and why.
-    pub(super) deaf: Option<(Instant, String)>,
-    /// Hosts whose documents cannot be read, and why.
+    /// Time and reason of the loss of the connection. `None` while connected.
+    pub(super) disconnected: Option<(Instant, String)>,
+    /// Hosts with unreadable documents, with the reason for each.
     pub(super) refused: BTreeMap<String, String>,
 }
 
-/// A host that can serve, and what it would use.
+/// A host that can serve the flavor, and the devices that it would use.
 #[derive(Debug, serde::Serialize)]
 pub struct Chosen {
     #[serde(flatten)]
@@ -45,17 +45,17 @@ pub struct Chosen {
     pub devices: Vec<DeviceId>,
 }
 
-/// What a selection comes to.
+/// Result of a selection.
 #[derive(Debug)]
 pub struct Selected {
     pub matched: u32,
     pub chosen: Vec<Chosen>,
-    /// By which what was assumed can be cancelled.
+    /// Token that cancels the assumption.
     pub token: Option<String>,
 }
 
 impl View {
-    /// Creates an empty view, answered by `filter`.
+    /// Creates an empty view with sessions of `filter`.
     pub fn new(filter: &Filter) -> Self {
         let fleet = Fleet::new();
         let session = |_| Mutex::new(filter.session(&fleet));
@@ -64,9 +64,9 @@ impl View {
             sessions: (0..SESSIONS).map(session).collect(),
             fleet,
             assumptions: Mutex::default(),
-            hearing: Mutex::new(Hearing {
+            sync: Mutex::new(SyncState {
                 listed: false,
-                deaf: Some((begun, "nothing was heard of etcd yet".into())),
+                disconnected: Some((begun, "etcd has not responded yet".into())),
                 refused: BTreeMap::new(),
             }),
             begun,
@@ -78,8 +78,8 @@ impl View {
         u64::try_from(self.begun.elapsed().as_millis()).unwrap_or(u64::MAX)
     }
 
-    pub(super) fn hearing(&self) -> MutexGuard<'_, Hearing> {
-        self.hearing.lock().unwrap_or_else(PoisonError::into_inner)
+    pub(super) fn sync(&self) -> MutexGuard<'_, SyncState> {
+        self.sync.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn assumptions(&self) -> MutexGuard<'_, Assumptions> {
@@ -90,12 +90,12 @@ impl View {
         self.fleet.len()
     }
 
-    /// For how long nothing was heard: what is known was true then.
+    /// Age of the view: the time since the connection to etcd was lost, or zero.
     pub(super) fn age(&self) -> Duration {
-        self.hearing().deaf.as_ref().map_or(Duration::ZERO, |(since, _)| since.elapsed())
+        self.sync().disconnected.as_ref().map_or(Duration::ZERO, |(since, _)| since.elapsed())
     }
 
-    /// A session that nobody uses, or else the first that is free.
+    /// Locks an idle session. If all are busy, waits for one of them.
     fn session(&self) -> MutexGuard<'_, Session> {
         for session in &self.sessions {
             match session.try_lock() {
@@ -108,7 +108,8 @@ impl View {
         self.sessions[turn].lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The best hosts; with `assume` the devices of the best one count as taken for that long.
+    /// Selects the best hosts. With `assume`, the devices of the best host count as taken for that
+    /// time.
     pub fn select(
         &self,
         question: &Question,
@@ -116,7 +117,7 @@ impl View {
         limit: u32,
         assume: Option<Duration>,
     ) -> Result<Selected, Error> {
-        // Nobody else is promised the same meanwhile.
+        // The lock prevents a second promise of the same devices.
         let promising = assume.map(|time| (self.assumptions(), time));
         let mut session = self.session();
         let selection = session.select(question, candidates, limit)?;
@@ -145,12 +146,12 @@ impl View {
         Ok(Selected { matched: selection.matched, chosen, token })
     }
 
-    /// Answer of the filter about one host.
+    /// Verdict of the filter about one host.
     pub(super) fn explain(&self, question: &Question, host: &str) -> Result<Verdict, Error> {
         self.session().explain(question, host)
     }
 
-    /// Each host that cannot serve, by name.
+    /// Names of all hosts that cannot serve the flavor, with the reason for each.
     pub(super) fn rejected(&self, question: &Question) -> Result<Vec<(String, Rejection)>, Error> {
         let mut session = self.session();
         let prepared = session.prepare(question.clone())?;
@@ -163,32 +164,32 @@ impl View {
         Ok(rejected)
     }
 
-    /// What is assumed, by token.
+    /// All assumptions, by token.
     pub fn assumed(&self) -> BTreeMap<String, Assumed> {
         self.assumptions().all().clone()
     }
 
-    /// Takes a promise back; none: there is none of that token.
+    /// Cancels the assumption with that token. `None` if there is none.
     pub fn cancel(&self, token: &str) -> Option<Assumed> {
         let mut assumptions = self.assumptions();
         let assumed = assumptions.cancel(token)?;
-        self.count_again(&assumed);
+        self.restore_published(&assumed);
         Some(assumed)
     }
 
-    /// They are as their host has published them.
-    fn count_again(&self, assumed: &Assumed) {
+    /// Resets the devices of an ended assumption to the status that their host has published.
+    fn restore_published(&self, assumed: &Assumed) {
         for device in &assumed.devices {
             self.fleet.forget_status(&assumed.host, *device);
         }
     }
 
-    /// Now and then: ends promises whose time is up, and feeds the instances what has come, so that
-    /// nobody who asks waits for that.
+    /// Ends expired assumptions, and passes pending changes to the idle sessions, so that requests
+    /// do not wait for that. Must be called periodically.
     pub fn tick(&self) {
         let mut assumptions = self.assumptions();
         for assumed in assumptions.expire(self.now()) {
-            self.count_again(&assumed);
+            self.restore_published(&assumed);
         }
         drop(assumptions);
         for session in &self.sessions {
@@ -205,19 +206,19 @@ impl crate::reader::Sink for Arc<View> {
     fn put(&mut self, host: &str, document: &[u8], _: i64) {
         let text = String::from_utf8_lossy(document);
         let mut assumptions = self.assumptions();
-        let taken = self.fleet.put_of(host, &text, self.now());
+        let put = self.fleet.put_of(host, &text, self.now());
         self.metrics.changes.inc();
-        let mut hearing = self.hearing();
-        match taken {
-            Ok(()) => drop(hearing.refused.remove(host)),
+        let mut sync = self.sync();
+        match put {
+            Ok(()) => drop(sync.refused.remove(host)),
             Err(e) => {
                 let why = e.to_string();
-                if hearing.refused.insert(host.to_owned(), why.clone()).as_ref() != Some(&why) {
-                    tracing::warn!("the document of {host} is passed over: {why}");
+                if sync.refused.insert(host.to_owned(), why.clone()).as_ref() != Some(&why) {
+                    tracing::warn!("ignoring the document of {host}: {why}");
                 }
             }
         }
-        drop(hearing);
+        drop(sync);
         if assumptions.concerns(host) {
             let read =
                 HostDocument::parse(&text).map(|document| document.devices).unwrap_or_default();
@@ -229,36 +230,38 @@ impl crate::reader::Sink for Arc<View> {
         }
     }
 
-    fn gone(&mut self, host: &str) {
+    fn removed(&mut self, host: &str) {
         self.fleet.remove(host);
-        self.hearing().refused.remove(host);
+        self.sync().refused.remove(host);
         self.metrics.changes.inc();
     }
 
     fn listed(&mut self) {
-        let mut hearing = self.hearing();
-        hearing.listed = true;
-        if hearing.deaf.take().is_some() {
-            tracing::info!("the fleet is known: {} host(s)", self.fleet.len());
+        let mut sync = self.sync();
+        sync.listed = true;
+        if sync.disconnected.take().is_some() {
+            tracing::info!("following the fleet: {} host(s)", self.fleet.len());
         }
     }
 
-    fn deaf(&mut self, why: &crate::Error) {
-        let mut hearing = self.hearing();
-        match &mut hearing.deaf {
+    fn disconnected(&mut self, why: &crate::Error) {
+        let mut sync = self.sync();
+        match &mut sync.disconnected {
             Some((_, before)) => *before = why.to_string(),
             none => {
-                tracing::warn!("nothing is heard of the fleet: {why}; what is known counts on");
+                tracing::warn!(
+                    "lost the connection to the fleet: {why}; the last view stays valid"
+                );
                 *none = Some((Instant::now(), why.to_string()));
             }
         }
     }
 }
 
-/// Nobody guesses it.
+/// Creates a token that cannot be guessed.
 fn token() -> String {
     let mut random = [0; 16];
-    // The kernel's: it does not fail once the machine is up.
+    // The kernel's generator does not fail once it is initialized.
     let _ = getrandom::fill(&mut random);
     random.iter().map(|byte| format!("{byte:02x}")).collect()
 }

@@ -45,7 +45,7 @@ fn a_host_writes_its_own_document_and_nothing_else() {
     // The host's own user may not join it to the fleet; an administrator may.
     let why = refused(&one.virt_usb(&["fleet", "join"]));
     assert!(
-        why.contains("etcd does not allow it to user \"compute1\": join the fleet: /usr/share"),
+        why.contains("etcd does not allow user \"compute1\" to join the fleet: /usr/share"),
         "{why}"
     );
     let admin = password("secret9");
@@ -57,7 +57,7 @@ fn a_host_writes_its_own_document_and_nothing_else() {
         "--password-file",
         own.to_str().unwrap(),
     ]));
-    assert!(wrong.contains("etcd does not know who this is"), "{wrong}");
+    assert!(wrong.contains("etcd rejects the credentials"), "{wrong}");
     ok(&one.virt_usb(&[
         "fleet",
         "join",
@@ -100,7 +100,7 @@ fn a_host_writes_its_own_document_and_nothing_else() {
     let none = host(&etcd, "compute2", 'b', "");
     assert!(
         refused(&none.virt_usb(&["fleet", "status"]))
-            .contains("etcd does not know who this is: user name is empty")
+            .contains("etcd rejects the credentials: user name is empty")
     );
 }
 
@@ -137,10 +137,10 @@ fn etcd_is_spoken_to_with_certificates_on_both_sides() {
     assert!(ok(&one.virt_usb(&["fleet", "join"])).contains("with number 2"));
     let nobody = host(&etcd, "compute2", 'b', &format!("ca = {:?}", path("ca.crt")));
     let why = refused(&nobody.virt_usb(&["fleet", "join"]));
-    assert!(why.contains("no etcd answers"), "{why}");
+    assert!(why.contains("no etcd endpoint responds"), "{why}");
     let stranger = host(&etcd, "compute3", 'c', &whole.replace("ca.crt", "host.crt"));
     let why = refused(&stranger.virt_usb(&["fleet", "join"]));
-    assert!(why.contains("no etcd answers"), "{why}");
+    assert!(why.contains("no etcd endpoint responds"), "{why}");
     let lost = host(&etcd, "compute4", 'd', &format!("ca = {:?}", path("none.crt")));
     let why = refused(&lost.virt_usb(&["fleet", "join"]));
     assert!(why.contains("none.crt: No such file or directory"), "{why}");

@@ -44,7 +44,7 @@ fn two_hundred_hosts_and_what_must_hold() {
     let arguments = ["--hosts", "200", "--devices", "20", "--churn", "100", "--time", "15"];
     let output = simulate(etcd.path(), &[etcd.endpoint()], 1, &arguments).output().unwrap();
     let report = held_all(&output);
-    assert!(report["done"]["host died"].as_u64().unwrap_or_default() > 0, "{report:#}");
+    assert!(report["done"]["host stopped"].as_u64().unwrap_or_default() > 0, "{report:#}");
     let left = ok(&etcd.etcdctl(&["get", "--prefix", "--keys-only", "/"]));
     assert_eq!(left.trim(), "", "nothing is left of it");
 }

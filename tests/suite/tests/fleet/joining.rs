@@ -83,7 +83,7 @@ fn a_machine_has_one_number_and_a_name_one_machine() {
     std::fs::write(copy.path("proc/sys/kernel/hostname"), "a/b").unwrap();
     assert!(refused(&copy.virt_usb(&["fleet", "join"])).contains("this host's name is \"a/b\""));
     std::fs::write(two.path("machine-id"), "uninitialized\n").unwrap();
-    assert!(refused(&two.virt_usb(&["fleet", "join"])).contains("it holds no machine id"));
+    assert!(refused(&two.virt_usb(&["fleet", "join"])).contains("it contains no machine id"));
     let lone = Host::new("");
     assert!(
         refused(&lone.virt_usb(&["fleet", "status"]))

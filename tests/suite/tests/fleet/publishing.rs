@@ -58,10 +58,10 @@ fn a_document_lives_as_long_as_its_agent() {
     );
     // etcd is unreachable: the host continues, and publishes its changes afterwards.
     etcd.kill();
-    until("it to be said", || log(&one).contains("no etcd answers").then_some(()));
+    until("it to be said", || log(&one).contains("no etcd endpoint responds").then_some(()));
     ok(&one.virt_usb(&["tag", "1000002", "blue"]));
     let why = refused(&one.virt_usb(&["fleet", "status"]));
-    assert!(why.contains("no etcd answers: http://127.0.0.1:"), "{why}");
+    assert!(why.contains("no etcd endpoint responds: http://127.0.0.1:"), "{why}");
     etcd.start();
     let tagged =
         |d: &HostDocument| d.devices.iter().any(|d| d.tags.iter().any(|tag| tag == "blue"));

@@ -57,8 +57,8 @@ fn flavors_are_the_fleets_and_every_host_has_them() {
     let why = refused(&set(&one, "erp", "0009"));
     assert!(
         why.contains(
-            "the flavors of this host are the fleet's, and are changed in etcd alone: no etcd \
-                answers"
+            "the flavors of this host belong to the fleet and can be changed only in etcd: no \
+                etcd endpoint responds"
         ),
         "{why}"
     );
@@ -124,7 +124,7 @@ fn grants_are_the_fleets_and_every_host_heeds_them() {
     etcd.kill();
     let why = refused(&one.virt_usb(&["grant", "remove", "mine"]));
     assert!(
-        why.contains("the grants of this host are the fleet's, and are changed in etcd alone"),
+        why.contains("the grants of this host belong to the fleet and can be changed only in etcd"),
         "{why}"
     );
     let held = ok(&one.virt_usb(&["grant", "show", "mine"]));

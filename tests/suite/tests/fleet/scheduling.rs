@@ -116,10 +116,7 @@ fn a_scheduler_answers_what_the_fleet_has() {
     until("the flavor", || (named("erp").0 == 200).then_some(()));
     assert_eq!(named("@erp").1["placements"], answer["placements"]);
     let (status, why) = named("none");
-    assert_eq!(
-        (status, &why["error"]),
-        (404, &json!("the fleet has no flavor of the name \"none\""))
-    );
+    assert_eq!((status, &why["error"]), (404, &json!("the fleet has no flavor named \"none\"")));
     let narrow = scheduler.select(&json!({"flavor": wanted, "hosts": ["b", "c", "x"], "limit": 5}));
     assert_eq!((&narrow["matched"], &narrow["placements"][0]["host"]), (&json!(1), &json!("b")));
     let none = scheduler.select(&json!({"flavor": {"usb_devices": [{"vendor_id": "1234"}]}}));
@@ -171,7 +168,7 @@ fn a_scheduler_answers_what_the_fleet_has() {
         ),
         ("POST", "/select", json!({"flavor": wanted, "project": ""}), 400, "project: "),
         ("POST", "/select", json!([]), 400, "the body cannot be read"),
-        ("GET", "/select", Value::Null, 405, "this is asked otherwise"),
+        ("GET", "/select", Value::Null, 405, "the method is not allowed here"),
         ("GET", "/nowhere", Value::Null, 404, "there is /select"),
         ("DELETE", "/assumptions/none", Value::Null, 404, "there is no such token"),
     ] {
@@ -196,7 +193,7 @@ fn a_scheduler_answers_what_the_fleet_has() {
     });
     assert_eq!(status, 503);
     assert!(
-        answer["error"].as_str().unwrap().contains("nothing was heard of the fleet for"),
+        answer["error"].as_str().unwrap().contains("no connection to the fleet for"),
         "{answer}"
     );
     etcd.start();

@@ -1,5 +1,4 @@
-//! Whether somebody has written to the inventory: the kernel tells, so that nobody has to ask all
-//! the time.
+//! Notifications of writes to the inventory, through inotify instead of polling.
 
 use std::io;
 use std::mem::MaybeUninit;
@@ -12,42 +11,42 @@ use rustix::io::Errno;
 use tokio::sync::Notify;
 use virt_usb_store::FILE_NAME;
 
-/// Told after each write to the database or its log in that folder, for as long as the process
-/// lives; what comes while nobody waits is told once to whoever waits next.
+/// Returns a signal that is notified after each write to the database or its log in `state_dir`, as
+/// long as the process runs. Writes while no task waits are merged into one notification.
 ///
 /// # Errors
-/// When the kernel does not follow one folder more.
+/// If the limit of inotify instances or watches is reached.
 pub(super) fn follow(state_dir: &Path) -> io::Result<Arc<Notify>> {
     let events = inotify::init(CreateFlags::CLOEXEC)?;
-    // The folder, not the files: those are replaced by 'store restore'.
+    // Watch the directory, because 'store restore' replaces the files.
     inotify::add_watch(
         &events,
         state_dir,
         WatchFlags::MODIFY | WatchFlags::MOVED_TO | WatchFlags::CREATE,
     )?;
-    let news = Arc::new(Notify::new());
-    let told = news.clone();
-    std::thread::Builder::new().name("news".into()).spawn(move || tell(&events, &told))?;
-    Ok(news)
+    let writes = Arc::new(Notify::new());
+    let notify = writes.clone();
+    std::thread::Builder::new().name("writes".into()).spawn(move || forward(&events, &notify))?;
+    Ok(writes)
 }
 
-fn tell(events: &OwnedFd, news: &Notify) {
+fn forward(events: &OwnedFd, writes: &Notify) {
     let mut buffer = [MaybeUninit::uninit(); 4096];
     let mut reader = Reader::new(events, &mut buffer);
     loop {
         match reader.next() {
-            // Without a name: too many at once, or the folder itself.
+            // An event without a name is a queue overflow, or concerns the directory itself.
             Ok(event) => {
                 if event
                     .file_name()
                     .is_none_or(|name| name.to_bytes().starts_with(FILE_NAME.as_bytes()))
                 {
-                    news.notify_one();
+                    writes.notify_one();
                 }
             }
             Err(Errno::INTR) => {}
             Err(e) => {
-                tracing::error!("writes to the inventory are not heard of any more: {e}");
+                tracing::error!("the agent no longer receives notifications of writes: {e}");
                 return;
             }
         }
