@@ -1,6 +1,6 @@
-//! The scheduler's filter as WebAssembly, in two forms from the same engine: a component of the
-//! world in `wit/` (feature `component`), and a core module with a small C ABI and no import at all
-//! (feature `module`), for hosts that know no components. `./build` makes both.
+//! The scheduler's filter as WebAssembly, in two forms of the same engine: a component of the world
+//! in `wit/` (feature `component`), and a core module with a small C ABI and without imports
+//! (feature `module`), for hosts without support for components. `./build` makes both.
 
 #[cfg(feature = "component")]
 mod component;

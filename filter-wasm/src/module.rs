@@ -1,30 +1,31 @@
-//! The core module: a C ABI for hosts that know no components.
+//! The core module: a C ABI for hosts without support for components.
 //!
-//! Every function is exported by the name `virt_usb_…`; the module imports nothing. Texts go in as
-//! a pointer and a length in bytes into the module's memory, at a place that `virt_usb_alloc` gave;
-//! they are UTF-8. A function that answers with a text leaves it in one buffer, which the next call
-//! overwrites: `virt_usb_answer` is where it is, `virt_usb_answer_len` how long. The formats are
-//! those of the interface `text` in `wit/`.
+//! All functions are exported with the prefix `virt_usb_`; the module imports nothing. A text
+//! parameter is a pointer to UTF-8 in the module's memory, allocated by `alloc`, and its length in
+//! bytes. Parameters are `i32`, except `received` and `device`, which are `i64`. A function whose
+//! result is a text writes it to a buffer: `answer` returns its address, `answer_len` its length in
+//! bytes. The next call overwrites the buffer. The formats are those of the interface `text` in
+//! `wit/`.
 //!
-//! | function | takes | returns |
+//! | function | parameters | returns |
 //! |---|---|---|
-//! | `virt_usb_abi` | | 1, the version of this table |
-//! | `virt_usb_alloc` | size | pointer, to be given back with the same size; never 0, for no size neither |
-//! | `virt_usb_free` | pointer, size | |
-//! | `virt_usb_answer`, `virt_usb_answer_len` | | pointer, length |
-//! | `virt_usb_new` | | an inventory's handle, from 1 |
-//! | `virt_usb_drop` | handle | |
-//! | `virt_usb_load` | handle, lines, length, received (i64) | status; the answer is the report |
-//! | `virt_usb_remove` | handle, host, length | status 0, or 1 when there was none |
-//! | `virt_usb_touch` | handle, host, length, received (i64) | status 0, or 1 when there is none |
-//! | `virt_usb_set_status` | handle, host, length, device (i64), status, length | status 0, or 1 when it makes no difference |
-//! | `virt_usb_select` | handle, question, length, candidates, length, limit | status; the answer is JSON |
-//! | `virt_usb_select_names` | the same | status; the answer is names, one a line |
-//! | `virt_usb_explain` | handle, question, length, hosts, length | status; the answer is JSON lines |
-//! | `virt_usb_statistics` | handle | status; the answer is JSON |
+//! | `abi` | | 1, the version of this table |
+//! | `alloc` | size | pointer, to free with the same size; never 0, even for size 0 |
+//! | `free` | pointer, size | |
+//! | `answer`, `answer_len` | | pointer, length |
+//! | `new` | | handle of a new inventory, from 1 |
+//! | `drop` | handle | |
+//! | `load` | handle, lines, length, received | status; the answer is the report |
+//! | `remove` | handle, host, length | status; 1 if there is no such host |
+//! | `touch` | handle, host, length, received | status; 1 if there is no such host |
+//! | `set_status` | handle, host, length, device, status, length | status; 1 if nothing changes |
+//! | `select` | handle, question, length, candidates, length, limit | status; the answer is JSON |
+//! | `select_names` | as `select` | status; the answer is one name per line |
+//! | `explain` | handle, question, length, hosts, length | status; the answer is JSON lines |
+//! | `statistics` | handle | status; the answer is JSON |
 //!
-//! Status: 0 done, 1 done and nothing changed, −1 refused, and the answer says why. Candidates and
-//! hosts at pointer 0 mean the whole fleet.
+//! Status: 0 done, 1 done without a change, −1 refused (the answer is the reason). If the pointer
+//! to the candidates or hosts is 0, they are the whole fleet.
 
 #![allow(
     unsafe_code,
@@ -56,17 +57,15 @@ enum Outcome {
     Changed(bool),
 }
 
-type Done = Result<Outcome, Refusal>;
-
-/// Does something with an inventory, and leaves the answer.
-fn with(handle: u32, act: impl FnOnce(&mut Inventory) -> Done) -> i32 {
+/// Calls `act` with an inventory, stores the answer, and returns the status.
+fn with(handle: u32, act: impl FnOnce(&mut Inventory) -> Result<Outcome, Refusal>) -> i32 {
     STATE.with_borrow_mut(|state| {
         let slot = (handle as usize).checked_sub(1).and_then(|at| state.inventories.get_mut(at));
-        let done = match slot.and_then(Option::as_mut) {
+        let result = match slot.and_then(Option::as_mut) {
             Some(inventory) => act(inventory),
             None => Err(Refusal::Question(format!("there is no inventory {handle}"))),
         };
-        let (answer, status) = match done {
+        let (answer, status) = match result {
             Ok(Outcome::Text(text)) => (text, DONE),
             Ok(Outcome::Changed(true)) => (String::new(), DONE),
             Ok(Outcome::Changed(false)) => (String::new(), UNCHANGED),
@@ -77,10 +76,10 @@ fn with(handle: u32, act: impl FnOnce(&mut Inventory) -> Done) -> i32 {
     })
 }
 
-/// A text that the caller has put into memory.
+/// Reads a text parameter.
 ///
 /// # Safety
-/// `len` bytes at `pointer` came from [`virt_usb_alloc`] and were written by the caller.
+/// The caller allocated `len` bytes at `pointer` with [`virt_usb_alloc`], and has written them.
 unsafe fn read<'a>(pointer: *const u8, len: usize) -> Result<&'a str, Refusal> {
     if pointer.is_null() || len == 0 {
         return Ok("");
@@ -91,10 +90,10 @@ unsafe fn read<'a>(pointer: *const u8, len: usize) -> Result<&'a str, Refusal> {
         .map_err(|e| Refusal::Question(format!("found text that is not UTF-8 ({e})")))
 }
 
-/// The same where no text means the whole fleet.
+/// Reads an optional text parameter; a null pointer is `None`, the whole fleet.
 ///
 /// # Safety
-/// As [`read`].
+/// The same as for [`read`].
 unsafe fn read_some<'a>(pointer: *const u8, len: usize) -> Result<Option<&'a str>, Refusal> {
     if pointer.is_null() {
         return Ok(None);
@@ -122,13 +121,15 @@ extern "C" fn virt_usb_alloc(size: usize) -> *mut u8 {
             pointer if pointer.is_null() => std::alloc::handle_alloc_error(layout),
             pointer => pointer,
         },
-        // An empty list has a pointer that is not 0: 0 would mean the whole fleet.
+        // The pointer to an empty list must not be 0, which means the whole fleet.
         None => std::ptr::without_provenance_mut(ALIGN),
     }
 }
 
+/// Frees memory that was allocated by [`virt_usb_alloc`].
+///
 /// # Safety
-/// The pointer came from [`virt_usb_alloc`] with this size, and was not given back.
+/// The pointer came from [`virt_usb_alloc`] with this size, and was not freed before.
 #[unsafe(no_mangle)]
 unsafe extern "C" fn virt_usb_free(pointer: *mut u8, size: usize) {
     if let Some(layout) = layout(size).filter(|_| !pointer.is_null()) {
@@ -150,7 +151,7 @@ extern "C" fn virt_usb_answer_len() -> usize {
 #[unsafe(no_mangle)]
 extern "C" fn virt_usb_new() -> u32 {
     STATE.with_borrow_mut(|state| {
-        // No handle is used again: an old one must not speak to another's inventory.
+        // Handles are not reused, so that an old handle cannot access a newer inventory.
         state.inventories.push(Some(Inventory::new()));
         u32::try_from(state.inventories.len()).unwrap_or(u32::MAX)
     })
@@ -167,8 +168,10 @@ extern "C" fn virt_usb_drop(handle: u32) {
     });
 }
 
+/// Loads host documents, one per line.
+///
 /// # Safety
-/// The text is as [`read`] wants it; the same holds for all below.
+/// The text parameter must be valid for [`read`]. The same applies to all functions below.
 #[unsafe(no_mangle)]
 unsafe extern "C" fn virt_usb_load(
     handle: u32,

@@ -2,12 +2,12 @@
 
 use std::io::{self, Write};
 
-/// The whole effect on the caller.
+/// Complete result of a call for the caller.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Answer {
-    /// The XML to use instead; `None`: unchanged, nothing is printed.
+    /// The rewritten XML to print. `None`: the XML is unchanged, and nothing is printed.
     pub xml: Option<Vec<u8>>,
-    /// One line that says why the domain is refused; `None`: it is not.
+    /// One line with the reason of a refusal. `None`: the domain is accepted.
     pub refusal: Option<String>,
     /// Warnings for the operator about a domain that was accepted, for the record and for stderr.
     pub warnings: Vec<String>,
@@ -16,43 +16,43 @@ pub struct Answer {
 }
 
 impl Answer {
-    /// Nothing to do with us.
+    /// Accepts the domain without changes.
     pub fn unchanged(did: impl Into<String>) -> Self {
         Self { did: did.into(), ..Self::default() }
     }
 
-    /// The domain is refused.
+    /// Refuses the domain.
     pub fn refused(why: impl Into<String>) -> Self {
         Self { refusal: Some(one_line(&why.into())), did: "refused".into(), ..Self::default() }
     }
 
-    /// The same, with a warning.
+    /// Adds a warning.
     #[must_use]
     pub fn warn(mut self, warning: impl Into<String>) -> Self {
         self.warnings.push(one_line(&warning.into()));
         self
     }
 
-    /// The same, unless the answer says so already.
+    /// Adds a warning, unless the answer contains it already.
     #[must_use]
     pub(crate) fn warn_once(self, warning: &str) -> Self {
         let clean = one_line(warning);
-        let said = self.refusal.iter().chain(&self.warnings).any(|text| text.contains(&clean));
-        if said { self } else { self.warn(clean) }
+        let is_known = self.refusal.iter().chain(&self.warnings).any(|text| text.contains(&clean));
+        if is_known { self } else { self.warn(clean) }
     }
 
-    /// 0: go on; 1: refused.
+    /// Exit status: 0 accepted, 1 refused.
     pub const fn exit(&self) -> u8 {
         if self.refusal.is_some() { 1 } else { 0 }
     }
 
-    /// Writes XML and message. A refusal prints no XML.
+    /// Writes the XML and the messages. A refusal prints no XML.
     ///
     /// # Errors
-    /// When the XML cannot be written: half of it must not be taken for all of it.
+    /// If the XML cannot be written completely. The caller must then not use it.
     pub fn deliver(&self, mut stdout: impl Write, mut stderr: impl Write) -> io::Result<()> {
-        // libvirt shows a refusal's whole stderr to the user: that is one line, the record has the
-        // rest.
+        // libvirt shows all of stderr to the user, so a refusal prints one line. The warnings are
+        // in the record.
         if let Some(why) = &self.refusal {
             drop(stderr.write_all(format!("virt-usb: {why}\n").as_bytes()));
             return Ok(());
@@ -67,17 +67,17 @@ impl Answer {
     }
 }
 
-/// The longest message, in bytes: libvirt shows about a thousand, its own words included.
-const LONGEST: usize = 760;
+/// Maximum length of a message in bytes. libvirt shows about 1000, including its own words.
+const MAX_MESSAGE_BYTES: usize = 760;
 
-/// Messages are one line, harmless to a terminal, and short enough to be shown whole: names come
-/// from outsiders. What is too long loses its middle: the end says what to do.
+/// Cleans a message: one line without control characters, because names come from users. Shortens a
+/// long message in the middle, because its end contains the advice.
 fn one_line(text: &str) -> String {
     let clean = virt_usb_model::clean(text);
-    if clean.len() <= LONGEST {
+    if clean.len() <= MAX_MESSAGE_BYTES {
         return clean;
     }
-    let head = clean.floor_char_boundary(LONGEST * 2 / 3);
-    let tail = clean.ceil_char_boundary(clean.len() - LONGEST / 3 + 4);
+    let head = clean.floor_char_boundary(MAX_MESSAGE_BYTES * 2 / 3);
+    let tail = clean.ceil_char_boundary(clean.len() - MAX_MESSAGE_BYTES / 3 + 4);
     format!("{}…{}", &clean[..head], &clean[tail..])
 }

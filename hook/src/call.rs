@@ -1,12 +1,16 @@
-//! The call, parsed into what libvirt permits (docs: <https://libvirt.org/hooks.html>).
+//! Parses a call of libvirt (<https://libvirt.org/hooks.html>) into an operation and its caller.
 //!
-//! | operation | action | if the hook fails |
+//! | operation | action | on an error of the hook |
 //! |---|---|---|
-//! | `prepare` | claim, rewrite; its exit status is the veto | closed if the domain requests a device, otherwise open |
-//! | `restore`, `migrate` | claim, rewrite; a true filter (a restore never fails: the `prepare` that follows refuses) | closed if the domain holds a hostdev of ours (migrate: any USB hostdev), otherwise open |
-//! | `started`, `stopped`, `release` | confirm, release | open: a stop is never blocked, and a start no longer |
-//! | `reconnect` | adopt | open: otherwise libvirt kills the guest |
-//! | any other operation | none | open |
+//! | `prepare` | claim, rewrite; the exit status is the veto | refuse if it needs virt-usb |
+//! | `restore`, `migrate` | claim, rewrite; libvirt uses the printed XML | as `prepare` |
+//! | `started`, `stopped`, `release` | confirm or release claims | continue |
+//! | `reconnect` | adopt | continue; otherwise libvirt kills the guest |
+//! | any other operation | none | continue |
+//!
+//! A domain needs virt-usb if it requests a device. For `restore` it must have a hostdev of
+//! virt-usb, and for `migrate` any USB hostdev. A restore always exits 0, and the `prepare` that
+//! follows refuses.
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -14,24 +18,24 @@ use std::path::PathBuf;
 /// The operation that libvirt asks the hook to do.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Operation {
-    /// A domain is about to start: it may be refused.
+    /// A domain is about to start. The hook may refuse it.
     Gate,
-    /// A domain comes in with a state of its own: its XML may be replaced, or it is refused.
+    /// A domain with a saved state arrives. The hook may replace its XML or refuse it.
     Filter(Incoming),
-    /// Something has happened: nothing can be refused.
+    /// A step is completed. The hook cannot refuse anything.
     Notice(Happened),
-    /// The daemon found the domain running.
+    /// libvirtd was restarted, and has found the domain running.
     Adopt,
-    /// Nothing for us, or from a libvirt newer than this program.
+    /// An operation without meaning for virt-usb, or one of a newer libvirt.
     Ignored,
 }
 
-/// How a domain comes in.
+/// Origin of a domain that arrives with a saved state.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Incoming {
-    /// From an image on disk.
+    /// The domain is restored from an image on disk.
     Restore,
-    /// From another host.
+    /// The domain migrates from another host.
     Migrate,
 }
 
@@ -49,9 +53,9 @@ pub enum Happened {
     },
 }
 
-/// The fate of a domain if the hook fails.
+/// Effect of an error of the hook on the domain.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum OnFault {
+pub enum OnError {
     /// Let the domain continue as if there were no hook; the journal records the error.
     Open,
     /// Refuse the domain.
@@ -59,19 +63,19 @@ pub enum OnFault {
 }
 
 impl Operation {
-    /// The rule, for each operation, in one place. `concerned`: the domain asks for a device of
-    /// ours or holds one.
-    pub const fn on_fault(&self, concerned: bool) -> OnFault {
+    /// Returns what an error of the hook means for the domain. This is the only place with that
+    /// rule. `concerned`: the domain requests or holds a device of virt-usb.
+    pub const fn on_error(&self, concerned: bool) -> OnError {
         match (self, concerned) {
-            (Self::Gate | Self::Filter(_), true) => OnFault::Closed,
-            (Self::Gate | Self::Filter(_), false) => OnFault::Open,
-            (Self::Notice(_) | Self::Adopt | Self::Ignored, _) => OnFault::Open,
+            (Self::Gate | Self::Filter(_), true) => OnError::Closed,
+            (Self::Gate | Self::Filter(_), false) => OnError::Open,
+            (Self::Notice(_) | Self::Adopt | Self::Ignored, _) => OnError::Open,
         }
     }
 
-    /// Whether the call may end with another exit status than 0. libvirt ignores that of notices,
-    /// kills the guest for that of a reconnect, and removes the saved state for that of a restore
-    /// (`qemuDomainObjRestore` in 11.3): these never fail, whatever happens.
+    /// Whether the call may have an exit status other than 0. For notices, libvirt ignores it. For
+    /// a reconnect, it kills the guest. For a restore, it removes the saved state
+    /// (`qemuDomainObjRestore` in 11.3).
     pub const fn may_fail(&self) -> bool {
         matches!(self, Self::Gate | Self::Filter(Incoming::Migrate))
     }
@@ -93,13 +97,13 @@ impl Operation {
 /// A parsed call of libvirt.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Call {
-    /// `--config FILE`.
+    /// Path of the configuration (`--config FILE`).
     pub config: Option<PathBuf>,
-    /// The domain's name, as libvirt passes it. The XML decides who it is.
+    /// Name of the domain as libvirt passes it. The UUID in the XML identifies the domain.
     pub name: String,
-    /// The operation's name, for records.
+    /// Name of the operation, for records.
     pub op: String,
-    /// Meaning of the operation's name.
+    /// The parsed operation.
     pub operation: Operation,
     /// Program that makes the call.
     pub caller: HookCaller,
@@ -108,26 +112,26 @@ pub struct Call {
 /// The calling program, which determines how the output is used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum HookCaller {
-    /// A process of its own, made by libvirtd or a person. libvirt throws away what `prepare`
-    /// prints, so that the agent must attach what is claimed.
+    /// libvirtd or a person, in a process of its own. libvirt ignores the output of `prepare`, so
+    /// the agent must attach the claimed devices.
     Process,
-    /// The simulated hypervisor: as libvirtd, but in a process that goes on.
+    /// The simulated hypervisor, like libvirtd, but within the caller's process.
     Simulation,
-    /// `virt-usb start`: it starts what is printed.
+    /// `virt-usb start`, which starts the printed XML.
     Starter,
 }
 
-/// The request that the arguments make.
+/// The parsed arguments.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Asked {
+pub enum Invocation {
     /// Handle a call of libvirt.
     Handle(Call),
     /// Print the usage text.
     Help,
     /// Print the program's version.
     Version,
-    /// Refuse the arguments, with the reason.
-    Wrong(String),
+    /// Refuse the arguments, with this reason.
+    Invalid(String),
 }
 
 /// Usage text that `--help` prints.
@@ -144,7 +148,7 @@ on stderr), 2 invalid arguments. If the XML was rewritten, it is printed on stdo
 ///
 /// libvirt puts the domain's name first, and a domain can have any name, even `--help`. Four
 /// arguments are therefore always a call. Only people pass fewer, or `--config FILE` before them.
-pub fn parse(arguments: impl Iterator<Item = OsString>) -> Asked {
+pub fn parse(arguments: impl Iterator<Item = OsString>) -> Invocation {
     let arguments: Vec<String> = arguments.map(|a| a.to_string_lossy().into_owned()).collect();
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
     match words.as_slice() {
@@ -153,9 +157,9 @@ pub fn parse(arguments: impl Iterator<Item = OsString>) -> Asked {
             handle(option.strip_prefix("--config="), name, op, extra)
         }
         [name, op, _, extra, ..] => handle(None, name, op, extra),
-        ["--help"] => Asked::Help,
-        ["--version"] => Asked::Version,
-        _ => Asked::Wrong(
+        ["--help"] => Invocation::Help,
+        ["--version"] => Invocation::Version,
+        _ => Invocation::Invalid(
             "wanted four arguments, NAME OPERATION SUBOPERATION EXTRA, optionally after \
             --config FILE"
                 .into(),
@@ -163,9 +167,9 @@ pub fn parse(arguments: impl Iterator<Item = OsString>) -> Asked {
     }
 }
 
-fn handle(config: Option<&str>, name: &str, op: &str, extra: &str) -> Asked {
+fn handle(config: Option<&str>, name: &str, op: &str, extra: &str) -> Invocation {
     let operation = Operation::parse(op, extra);
-    Asked::Handle(Call {
+    Invocation::Handle(Call {
         config: config.map(Into::into),
         name: name.to_owned(),
         op: op.to_owned(),
@@ -178,13 +182,15 @@ fn handle(config: Option<&str>, name: &str, op: &str, extra: &str) -> Asked {
 mod tests {
     use super::*;
 
-    fn args(words: &[&str]) -> Asked {
+    fn args(words: &[&str]) -> Invocation {
         parse(words.iter().map(OsString::from))
     }
 
     #[test]
     fn libvirts_calls() {
-        let Asked::Handle(call) = args(&["g1", "release", "end", "destroyed"]) else { panic!() };
+        let Invocation::Handle(call) = args(&["g1", "release", "end", "destroyed"]) else {
+            panic!()
+        };
         assert_eq!(
             call.operation,
             Operation::Notice(Happened::Released { reason: "destroyed".into() })
@@ -195,17 +201,18 @@ mod tests {
     fn a_domain_may_have_any_name() {
         for name in ["--x", "--help", "--version", "--config", "--config=/nope", "--", "-", ""] {
             for op in ["prepare", "restore", "reconnect", "teleport"] {
-                let Asked::Handle(call) = args(&[name, op, "begin", "-"]) else {
+                let Invocation::Handle(call) = args(&[name, op, "begin", "-"]) else {
                     panic!("{name} {op}")
                 };
                 assert_eq!((call.name.as_str(), call.op.as_str(), &call.config), (name, op, &None));
             }
-            let Asked::Handle(call) = args(&["--config", "/c", name, "prepare", "begin", "-"])
+            let Invocation::Handle(call) = args(&["--config", "/c", name, "prepare", "begin", "-"])
             else {
                 panic!("{name}")
             };
             assert_eq!((call.name.as_str(), call.config), (name, Some("/c".into())));
-            let Asked::Handle(call) = args(&["--config=/c", name, "prepare", "begin", "-"]) else {
+            let Invocation::Handle(call) = args(&["--config=/c", name, "prepare", "begin", "-"])
+            else {
                 panic!("{name}")
             };
             assert_eq!((call.name.as_str(), call.config), (name, Some("/c".into())));
@@ -214,17 +221,19 @@ mod tests {
 
     #[test]
     fn operations_of_a_later_libvirt_are_ignored_and_never_closed() {
-        let Asked::Handle(call) = args(&["g1", "teleport", "begin", "-", "more"]) else { panic!() };
+        let Invocation::Handle(call) = args(&["g1", "teleport", "begin", "-", "more"]) else {
+            panic!()
+        };
         assert_eq!(call.operation, Operation::Ignored);
-        assert_eq!(call.operation.on_fault(true), OnFault::Open);
+        assert_eq!(call.operation.on_error(true), OnError::Open);
     }
 
     #[test]
-    fn what_is_missing_is_said() {
-        assert!(matches!(args(&["g1", "prepare"]), Asked::Wrong(_)));
-        assert!(matches!(args(&["--config"]), Asked::Wrong(_)));
-        assert!(matches!(args(&[]), Asked::Wrong(_)));
-        assert_eq!(args(&["--help"]), Asked::Help);
-        assert_eq!(args(&["--version"]), Asked::Version);
+    fn missing_arguments_are_refused() {
+        assert!(matches!(args(&["g1", "prepare"]), Invocation::Invalid(_)));
+        assert!(matches!(args(&["--config"]), Invocation::Invalid(_)));
+        assert!(matches!(args(&[]), Invocation::Invalid(_)));
+        assert_eq!(args(&["--help"]), Invocation::Help);
+        assert_eq!(args(&["--version"]), Invocation::Version);
     }
 }

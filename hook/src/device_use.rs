@@ -1,7 +1,8 @@
-//! A disk or a serial port of a starting guest that is on a USB device which another guest holds.
+//! Warns if a disk or a serial port of a starting guest is on a USB device that another guest
+//! holds.
 //!
-//! Such a guest asks us for nothing, so it is never refused. But it takes the device from the guest
-//! that holds it, and that is said.
+//! Such a guest requests nothing from virt-usb, so it is never refused. But it takes the device
+//! from the guest that holds it.
 
 use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -16,8 +17,8 @@ use crate::job::{HookError, Job};
 use crate::message;
 use crate::verify::open;
 
-/// Adds a warning for each device that the guest takes from another one. What cannot be read warns
-/// of nothing.
+/// Adds a warning for each device that the guest takes from another one. Adds none if the inventory
+/// cannot be read.
 pub(crate) fn warn(answer: Answer, job: &Job<'_>) -> Answer {
     if answer.refusal.is_some() || job.domain.host_sources.is_empty() {
         return answer;
@@ -45,8 +46,8 @@ fn warnings(job: &Job<'_>) -> Result<Vec<String>, HookError> {
         return Ok(Vec::new());
     }
     let (store, _) = open(config, &job.call.op, false)?;
-    let fault = |e| HookError::of(false, e);
-    let (devices, claims) = (store.devices().map_err(fault)?, store.claims().map_err(fault)?);
+    let error = |e| HookError::of(false, e);
+    let (devices, claims) = (store.devices().map_err(error)?, store.claims().map_err(error)?);
     let mut warnings = Vec::new();
     for (what, path, port) in on_usb {
         let device = devices.iter().find(|d| d.present && d.entry.port_path == port);
@@ -67,9 +68,9 @@ fn warnings(job: &Job<'_>) -> Result<Vec<String>, HookError> {
     Ok(warnings)
 }
 
-/// The port of the USB device that a device node belongs to; `None` for what is on no USB device.
+/// Returns the port of the USB device that a device node belongs to. `None` for other nodes.
 fn port(sysfs_root: &Path, node: &str) -> Option<PortPath> {
-    // Elsewhere a file system that does not answer would hold up the start.
+    // Access to a path outside of /dev could block on a file system that does not respond.
     if !node.starts_with("/dev/") {
         return None;
     }

@@ -1,4 +1,5 @@
-//! The requests of a domain: its flavor, from any source, and its assignments.
+//! The requests of a domain: those of its flavor, which has several possible sources, and its
+//! assignments.
 
 use std::path::Path;
 
@@ -21,9 +22,9 @@ pub enum FlavorRequest {
     /// Stored flavors with these names, one for the devices and one for the redirections. They must
     /// exist.
     Stored {
-        /// Where `usb_devices` stands.
+        /// Source of `usb_devices`.
         devices: Part,
-        /// Where `usb_redirection_devices` stands.
+        /// Source of `usb_redirection_devices`.
         redirection: Part,
     },
     /// The stored flavor with this name, if it exists. If `sure` is true, it exists or existed a
@@ -36,20 +37,20 @@ pub enum FlavorRequest {
     },
 }
 
-/// One of a flavor's two lists.
+/// Source of one of a flavor's two lists.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Part {
-    /// As it is written.
+    /// The list is written in the XML.
     Given(Flavor),
-    /// As a stored flavor.
+    /// The list is that of the stored flavor with this name.
     Named(String),
 }
 
 impl FlavorRequest {
-    /// Reads the flavor that the XML holds.
+    /// Reads the flavor from the XML.
     ///
     /// # Errors
-    /// Text that is there and wrong is a fault of the domain: it asks, we cannot say for what.
+    /// If the flavor's text is invalid. The domain then requests something unknown.
     pub fn read(source: &FlavorSource, state_dir: &Path) -> Result<Self, HookError> {
         let wrong = |place: &str, e: virt_usb_model::ParseError| {
             HookError::of(true, format!("the flavor in {place} is wrong: {e}"))
@@ -97,7 +98,7 @@ impl FlavorRequest {
         if flavor.is_empty() { Self::Nothing } else { Self::Flavor(flavor) }
     }
 
-    /// Whether the domain surely asks for something.
+    /// Whether the domain is known to request something.
     pub(crate) const fn is_certain(&self) -> bool {
         matches!(self, Self::Flavor(_) | Self::Stored { .. } | Self::MaybeStored { sure: true, .. })
     }
@@ -111,10 +112,10 @@ impl FlavorRequest {
         }
     }
 
-    /// The flavor, with the stored ones looked up.
+    /// Returns the flavor, after looking up stored flavors.
     ///
     /// # Errors
-    /// When there is none of the name that it must have, or the store cannot be read.
+    /// If a flavor that must exist is not stored, or the store cannot be read.
     pub fn resolve(self, store: &Store) -> Result<Flavor, HookError> {
         let concerned = self.is_certain();
         let stored = |name: &str| {
@@ -149,13 +150,13 @@ impl FlavorRequest {
     }
 }
 
-/// `"@NAME"` means a stored flavor. JSON never begins with @.
+/// Returns the name in `@NAME`, which means a stored flavor. JSON never begins with `@`.
 fn name(text: Option<&str>) -> Option<String> {
     text.and_then(|t| t.trim().strip_prefix('@')).map(|n| n.trim().to_owned())
 }
 
-/// The requests: the flavor's, then what operators assigned. With `hold = "instance"` an instance
-/// whose flavor is no longer to be seen keeps the requests that were made lasting then.
+/// Returns the requests of the flavor, followed by the assignments of operators. With `hold =
+/// "instance"`, an instance without a visible flavor keeps its flavor's earlier requests.
 pub(crate) fn wants(
     flavor: &Flavor,
     hold: HoldPolicy,
@@ -172,7 +173,7 @@ pub(crate) fn wants(
     wants.chain(of(Source::Operator).map(|request| ClaimRequest::new(request, true))).collect()
 }
 
-/// The request for one device.
+/// Request for one particular device.
 pub(crate) fn only(id: DeviceId) -> DeviceRequest {
     DeviceRequest { selector: Selector { id: Some(id), ..Selector::default() }, count: 1 }
 }
@@ -191,9 +192,9 @@ mod tests {
             devices: Some(d.into()),
             redirection: Some(r.into()),
         };
-        let wish = read(&specs("@erp", r#"[{"bus":"usb","type":"spicevmc"}]"#)).unwrap();
+        let request = read(&specs("@erp", r#"[{"bus":"usb","type":"spicevmc"}]"#)).unwrap();
         let FlavorRequest::Stored { devices: Part::Named(name), redirection: Part::Given(flavor) } =
-            wish
+            request
         else {
             panic!()
         };

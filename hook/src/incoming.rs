@@ -1,11 +1,11 @@
-//! `restore` and `migrate`: libvirt uses what is printed here. Each USB hostdev gets the device
-//! that it is to have on this host.
+//! `restore` and `migrate`: libvirt uses the printed XML. It gives each USB hostdev its device on
+//! this host.
 //!
-//! A hostdev is ours if a claim says so, or if the guest requests the device that its alias names.
-//! Such a hostdev gets that device by the rules. All other hostdevs were written by hand: they are
-//! adopted, and only an outdated address is changed in their XML.
+//! A hostdev belongs to virt-usb if it has a claim, or if the guest requests the device that its
+//! alias names. Such a hostdev gets its device by the rules. All other hostdevs are handwritten:
+//! they are adopted, and only an outdated address is changed in their XML.
 //!
-//! A restore is not refused here but by the `prepare` that follows it ([`hand_on`]).
+//! A restore is not refused here, but by the `prepare` that follows it ([`hand_on`]).
 
 use virt_usb_config::{Config, HoldPolicy, MigrationPolicy};
 use virt_usb_domxml::{Document, Domain, Edits, UsbHostdev};
@@ -27,13 +27,13 @@ pub(crate) fn incoming(job: &Job<'_>, how: Incoming) -> Result<Answer, HookError
         return Ok(Answer::unchanged(NOTHING));
     }
     let state_dir = job.state_dir();
-    // A flavor that cannot be read asks for nothing here: the guest has what it was saved with.
-    let wish = FlavorRequest::read(&domain.flavor, &state_dir).unwrap_or(FlavorRequest::Nothing);
-    // A hostdev that was written by hand into a saved domain belongs to its author: if the hook
-    // fails, such a domain continues as if there were no hook.
+    // Ignore an invalid flavor: the guest has the devices with which it was saved.
+    let request = FlavorRequest::read(&domain.flavor, &state_dir).unwrap_or(FlavorRequest::Nothing);
+    // If the hook fails, a saved domain with only handwritten hostdevs continues.
     let injected = domain.hostdevs.iter().any(|h| h.injected().is_some());
-    let asks = wish.is_certain() || job.is_assigned(&state_dir) || job.is_holder(&state_dir);
-    let concerned = how == Incoming::Migrate || (injected && asks);
+    let has_requests =
+        request.is_certain() || job.is_assigned(&state_dir) || job.is_holder(&state_dir);
+    let concerned = how == Incoming::Migrate || (injected && has_requests);
     let config = job.config(concerned)?;
     if how == Incoming::Migrate && config.migration == MigrationPolicy::Refuse {
         return Ok(Answer::refused(format!(
@@ -52,21 +52,22 @@ pub(crate) fn incoming(job: &Job<'_>, how: Incoming) -> Result<Answer, HookError
         .ok_or_else(|| HookError::of(concerned, "its XML has no <uuid>, which a claim needs"))?;
     let (store, context) = open(config, &job.call.op, concerned)?;
     job.admit(&store, config, concerned)?;
-    let fault = |e| HookError::of(concerned, e);
-    let claimant = claimant(&store, domain, instance).map_err(fault)?;
-    let claims = store.claims_of(instance).map_err(fault)?;
-    let known = store.all_devices().map_err(fault)?;
-    let flavor = wish.resolve(&store).unwrap_or_default();
-    let asked = wants(&flavor, config.hold, &store.assignments(instance).map_err(fault)?);
-    Arrival { job, how, config, store, context, claimant, concerned, claims, known, asked }.settle()
+    let error = |e| HookError::of(concerned, e);
+    let claimant = claimant(&store, domain, instance).map_err(error)?;
+    let claims = store.claims_of(instance).map_err(error)?;
+    let known = store.all_devices().map_err(error)?;
+    let flavor = request.resolve(&store).unwrap_or_default();
+    let requests = wants(&flavor, config.hold, &store.assignments(instance).map_err(error)?);
+    Arrival { job, how, config, store, context, claimant, concerned, claims, known, requests }
+        .settle()
 }
 
-/// Writes a restore's refusal into the XML, for `prepare` to refuse with.
+/// Writes the refusal of a restore into the XML, so that `prepare` refuses the domain.
 ///
-/// libvirt 11.3 takes a restore hook's failure for a success, and removes the managed save image of
-/// a guest that it did not start (`qemuDomainObjRestore` in src/qemu/qemu_driver.c leaves `ret` at
-/// 0). `prepare`, which comes next and gets this XML, is heeded: the start fails, the user sees
-/// why, and the image stays.
+/// libvirt 11.3 treats the failure of a restore hook as success, and removes the managed save image
+/// although the guest was not started (`qemuDomainObjRestore` in src/qemu/qemu_driver.c leaves
+/// `ret` at 0). It respects the failure of `prepare`, which gets this XML next: the start fails,
+/// the user sees the reason, and the image stays.
 pub(crate) fn hand_on(answer: Answer, document: &Document<'_>) -> Answer {
     let Some(why) = answer.refusal.clone() else { return answer };
     match document.rewrite(&Edits { refusal: Some(why), ..Edits::default() }) {
@@ -77,7 +78,7 @@ pub(crate) fn hand_on(answer: Answer, document: &Document<'_>) -> Answer {
     }
 }
 
-/// A guest that comes in with devices.
+/// A guest that is restored or migrated with USB devices.
 struct Arrival<'a> {
     job: &'a Job<'a>,
     how: Incoming,
@@ -88,15 +89,15 @@ struct Arrival<'a> {
     concerned: bool,
     /// Claims that the instance holds.
     claims: Vec<ClaimRow>,
-    /// All devices ever seen.
+    /// All devices of the inventory, including removed ones.
     known: Vec<Record>,
     /// Current requests of the instance's flavor and assignments.
-    asked: Vec<ClaimRequest>,
+    requests: Vec<ClaimRequest>,
 }
 
 impl<'a> Arrival<'a> {
-    /// The guest comes from another host, and by this inventory it runs on this one: two libvirtds
-    /// use one inventory, and the device that its old QEMU has would be given to its new one too.
+    /// Refuses a guest that migrates from another host although this inventory shows it running
+    /// here. Two libvirtds then share the inventory, and two QEMUs would get the same device.
     fn refuse_shared(&self) -> Option<Answer> {
         let claim = self.claims.iter().find(|c| c.is_of_a_run(&self.context.boot_id))?;
         Some(Answer::refused(format!(
@@ -117,7 +118,7 @@ impl<'a> Arrival<'a> {
             return Ok(refusal);
         }
         let (places, by_hand) = self.places();
-        // An address or a port of the host that the guest left means nothing here.
+        // Addresses and ports of the source host mean nothing here.
         let here = |holding: Holding| match self.how {
             Incoming::Migrate => Holding { address: None, port: None, ..holding },
             Incoming::Restore => holding,
@@ -161,8 +162,8 @@ impl<'a> Arrival<'a> {
         }))
     }
 
-    /// Our hostdevs, each with its wanted device, and the handwritten ones, by their positions
-    /// among all host devices.
+    /// Returns the hostdevs of virt-usb, each with its wanted device, and the handwritten hostdevs.
+    /// Positions count all host devices.
     fn places(&self) -> (Vec<Place>, Vec<(usize, &'a UsbHostdev)>) {
         let domain: &'a Domain = self.job.domain;
         let (mut ours, mut by_hand) = (Vec::new(), Vec::new());
@@ -185,9 +186,9 @@ impl<'a> Arrival<'a> {
             }
         });
         if self.how == Incoming::Migrate {
-            // The alias is the other host's. A guest that asks for devices was given this one
-            // there.
-            kind.as_ref().filter(|_| !self.asked.is_empty())?;
+            // The alias is that of the source host. If the guest requests devices, virt-usb gave it
+            // this one there.
+            kind.as_ref().filter(|_| !self.requests.is_empty())?;
             let lasting = self.config.hold == HoldPolicy::Instance;
             return Some(Place {
                 position,
@@ -198,7 +199,7 @@ impl<'a> Arrival<'a> {
                 device: String::new(),
             });
         }
-        // An alias from an inventory that was created again may name another device here.
+        // If the inventory was created again since, the alias may name another device.
         let is_kind = |r: &&Record| {
             let same = |usb| usb == r.usb() || self.config.aliases.join(usb, r.usb());
             r.entry.id == id && hostdev.usb.is_none_or(same)
@@ -208,9 +209,9 @@ impl<'a> Arrival<'a> {
             Some(claim) if claim.by_hand => return None,
             Some(claim) => (claim.request, claim.hold == "instance"),
             None => {
-                let asks = |w: &&ClaimRequest| record.is_selected_by(&w.request.selector);
-                let number = self.asked.iter().position(|w| asks(&w))?;
-                (u32::try_from(number).ok(), self.asked.get(number).is_some_and(|w| w.lasting))
+                let requests_it = |w: &ClaimRequest| record.is_selected_by(&w.request.selector);
+                let number = self.requests.iter().position(requests_it)?;
+                (u32::try_from(number).ok(), self.requests.get(number).is_some_and(|w| w.lasting))
             }
         };
         Some(Place {
@@ -223,8 +224,8 @@ impl<'a> Arrival<'a> {
         })
     }
 
-    /// libvirt finds out that the device of such a hostdev is not there; why it was not found here
-    /// is said in the record.
+    /// Adds a warning for each handwritten hostdev whose device cannot be identified. libvirt
+    /// itself then fails, without the reason.
     fn warned(
         &self,
         mut answer: Answer,
@@ -277,32 +278,34 @@ impl<'a> Arrival<'a> {
     }
 }
 
-/// Outdated addresses of handwritten hostdevs. libvirt takes an explicit address literally.
+/// Returns the new addresses of handwritten hostdevs with an outdated address, which libvirt would
+/// use unchanged.
 fn readdressed(
     job: &Job<'_>,
     by_hand: &[(usize, &UsbHostdev)],
     found: &[Option<(DeviceId, BusAddress)>],
 ) -> Vec<(usize, BusAddress)> {
-    let there = by_hand.iter().zip(found).filter_map(|((position, hostdev), found)| {
+    let stale = by_hand.iter().zip(found).filter_map(|((position, hostdev), found)| {
         let (_, address) = (*found)?;
-        // Arguments of QEMU are not edited.
+        // Devices in QEMU's command line are not edited.
         let is_stale = hostdev.address.is_some_and(|a| a != address);
         (is_stale && *position < job.domain.hostdevs.len()).then_some((*position, address))
     });
-    there.collect()
+    stale.collect()
 }
 
 /// Devices that are acceptable for a hostdev.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Choice {
-    /// The same device.
+    /// Only the same device.
     Same,
-    /// One of the same kind.
+    /// Any device of the same kind.
     Equivalent,
 }
 
-/// A saved guest gets back its own device; another one only where the policy allows it. A guest
-/// from another host cannot get its own.
+/// Returns the acceptable devices, in the order in which they are tried. A restored guest gets its
+/// own device, or an equivalent one if the policy allows it. A migrated guest gets an equivalent
+/// one.
 const fn choices(config: &Config, how: Incoming) -> &'static [Choice] {
     match (how, config.migration) {
         (Incoming::Migrate, _) => &[Choice::Equivalent],
@@ -311,14 +314,14 @@ const fn choices(config: &Config, how: Incoming) -> &'static [Choice] {
     }
 }
 
-/// A hostdev of ours, by its position in the XML, and what it is to get.
+/// A hostdev of virt-usb in the XML, with the device that it must get.
 struct Place {
     position: usize,
-    /// The device that the guest had; none: a guest from another host.
+    /// The device that the guest had. `None` for a guest from another host.
     same: Option<DeviceId>,
-    /// Any of its kind.
+    /// Request for any device of the same kind.
     kind: Option<DeviceRequest>,
-    /// The request that its device serves, where that is known.
+    /// Number of the request that the device serves, if known.
     number: Option<u32>,
     lasting: bool,
     /// The device in words, for messages.

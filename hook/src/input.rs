@@ -1,18 +1,18 @@
-//! The domain XML on stdin, bounded.
+//! Reads the domain XML from stdin, up to a maximum size.
 
 use std::io::{self, Read};
 
 use virt_usb_domxml::MAX_XML;
 
-/// The XML, or why there is none.
+/// Result of reading stdin.
 #[derive(Debug)]
 pub enum Input {
-    /// All of it.
+    /// The whole XML.
     Xml(Vec<u8>),
-    /// More than [`MAX_XML`] bytes: what they speak of. All of them were read, so that the writer
-    /// does not hang.
+    /// The XML is longer than [`MAX_XML`] bytes. All of it was read, so that the writer does not
+    /// block, and searched for marks.
     TooLong(Marks),
-    /// The pipe broke.
+    /// The XML cannot be read.
     Broken(io::Error),
 }
 
@@ -27,12 +27,12 @@ pub fn read(mut source: impl Read) -> Input {
     }
     let (mut rest, mut marks) = (Vec::new(), None::<Marks>);
     loop {
-        let read = match source.by_ref().take(PART).read_to_end(&mut rest) {
+        let read = match source.by_ref().take(CHUNK_BYTES).read_to_end(&mut rest) {
             Ok(read) => read,
             Err(e) => return Input::Broken(e),
         };
-        // A mark may begin in one part and end in the next.
-        let tail = |part: &[u8]| part.len().saturating_sub(LONGEST_MARK);
+        // A mark may begin in one chunk and end in the next.
+        let tail = |chunk: &[u8]| chunk.len().saturating_sub(MAX_MARK_BYTES);
         marks = match marks {
             None if read == 0 => return Input::Xml(xml),
             Some(marks) if read == 0 => return Input::TooLong(marks),
@@ -46,17 +46,17 @@ pub fn read(mut source: impl Read) -> Input {
     }
 }
 
-/// How much of a document that is too long is looked at at once, in bytes.
-const PART: u64 = 1 << 20;
-/// No mark is longer than this, in bytes.
-const LONGEST_MARK: usize = 32;
+/// Size in bytes of the chunks in which a document that is too long is searched.
+const CHUNK_BYTES: u64 = 1 << 20;
+/// Maximum length of a mark in bytes.
+const MAX_MARK_BYTES: usize = 32;
 
 /// Marks found in XML that cannot be parsed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Marks {
-    /// USB devices of ours: see [`mentions_us`].
+    /// Whether the XML refers to devices of virt-usb; see [`mentions_us`].
     pub us: bool,
-    /// A hostdev: see [`mentions_hostdevs`].
+    /// Whether the XML contains a hostdev; see [`mentions_hostdevs`].
     pub hostdevs: bool,
 }
 
@@ -70,7 +70,7 @@ impl Marks {
     }
 }
 
-/// Whether XML that cannot be parsed refers to USB devices of ours. Only then may an error of the
+/// Whether XML that cannot be parsed refers to devices of virt-usb. Only then may an error of the
 /// hook refuse the domain.
 pub fn mentions_us(xml: &[u8]) -> bool {
     const MARKS: [&[u8]; 6] = [
@@ -84,13 +84,13 @@ pub fn mentions_us(xml: &[u8]) -> bool {
     holds_any(xml, b'u', &MARKS)
 }
 
-/// Whether XML that cannot be parsed seems to hold a hostdev, or gives one to QEMU: a filter then
-/// must not let it pass.
+/// Whether XML that cannot be parsed seems to contain a hostdev, or one in QEMU's command line. A
+/// restore or migration of such a domain must be refused.
 pub fn mentions_hostdevs(xml: &[u8]) -> bool {
     holds_any(xml, b'<', &[b"<hostdev"]) || holds_any(xml, b'u', &[b"usb-host"])
 }
 
-/// One pass for marks that begin with the same byte.
+/// Whether the XML contains any of the marks, which all begin with the same byte.
 fn holds_any(xml: &[u8], first: u8, marks: &[&[u8]]) -> bool {
     let mut starts =
         xml.iter().enumerate().filter(|(_, byte)| **byte == first).map(|(at, _)| &xml[at..]);
@@ -110,18 +110,18 @@ mod tests {
         assert!(matches!(read(&b"<domain/>"[..]), Input::Xml(xml) if xml == b"<domain/>"));
     }
 
-    /// Wherever it stands: in the first part, across a seam, in any later part.
+    /// Tests marks in the first chunk, across chunks, and in later chunks.
     #[test]
-    fn what_a_long_document_speaks_of_is_found_everywhere() {
+    fn marks_are_found_anywhere_in_a_long_document() {
         let mark = b"<hostdev ua-usb-5";
-        let part = usize::try_from(PART).unwrap();
+        let chunk = usize::try_from(CHUNK_BYTES).unwrap();
         for before in [
             0,
             MAX_XML - 5,
             MAX_XML,
-            MAX_XML + part - 9,
-            MAX_XML + 2 * part - 1,
-            MAX_XML + 3 * part,
+            MAX_XML + chunk - 9,
+            MAX_XML + 2 * chunk - 1,
+            MAX_XML + 3 * chunk,
         ] {
             let text = io::repeat(b'x')
                 .take(before as u64)

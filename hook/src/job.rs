@@ -1,4 +1,4 @@
-//! One call with what it is about: the domain, the configuration, and what the hints say of it.
+//! A call with its domain, its configuration, and what the hints say about the domain.
 
 use std::path::{Path, PathBuf};
 
@@ -9,18 +9,19 @@ use virt_usb_store::hints::{Hint, HintSubject, look, may_know};
 
 use crate::call::Call;
 
-/// Where no folder can be.
+/// A path that cannot be a directory.
 const NO_FOLDER: &str = "/dev/null";
 
-/// What a record says of a call that was none of our business.
+/// Outcome in the record of a call that virt-usb has nothing to do with.
 pub(crate) const NOTHING: &str = "nothing to do";
 
-/// A call that could not be handled.
+/// Error that prevents the handling of a call.
 #[derive(Debug)]
 pub struct HookError {
-    /// Whether the domain asks for a device of ours or holds one: then some operations are refused.
+    /// Whether the domain requests or holds a device of virt-usb. If so, some operations are
+    /// refused.
     pub concerned: bool,
-    /// What went wrong, and what to do.
+    /// Message: the cause, and what to do.
     pub what: String,
 }
 
@@ -30,7 +31,7 @@ impl HookError {
     }
 }
 
-/// One call with all that it is about.
+/// A call with its domain and its configuration.
 pub(crate) struct Job<'a> {
     pub(crate) call: &'a Call,
     pub(crate) domain: &'a Domain,
@@ -39,7 +40,7 @@ pub(crate) struct Job<'a> {
 }
 
 impl Job<'_> {
-    /// The configuration, for whoever cannot do without.
+    /// Returns the configuration, or an error if it is invalid.
     pub(crate) fn config(&self, concerned: bool) -> Result<&Config, HookError> {
         self.config.as_ref().map_err(|e| HookError::of(concerned, e))
     }
@@ -55,8 +56,8 @@ impl Job<'_> {
             .map_err(|e| HookError::of(concerned, e))
     }
 
-    /// Where hints are looked for. With a wrong configuration that does not say where: a place
-    /// where nothing can be looked up, so that no hint is sure.
+    /// Directory of the hints. If an invalid configuration does not show it, a path without hints,
+    /// so that every hint is unsure.
     pub(crate) fn state_dir(&self) -> PathBuf {
         match &self.config {
             Ok(config) => config.state_dir.clone(),
@@ -64,7 +65,7 @@ impl Job<'_> {
         }
     }
 
-    /// Whether the database is worth asking about this instance.
+    /// Whether the database may contain anything about this instance.
     pub(crate) fn may_be_known(&self, state_dir: &Path) -> bool {
         let known = |id| {
             may_know(state_dir, HintSubject::Instance(id))
@@ -73,12 +74,13 @@ impl Job<'_> {
         self.domain.uuid.is_some_and(known)
     }
 
-    /// Whether this instance surely holds a device: only then may an alias of our form be ours.
+    /// Whether this instance is known to hold a device. Only then can an alias `ua-usb-N` be one of
+    /// virt-usb.
     pub(crate) fn is_holder(&self, state_dir: &Path) -> bool {
         self.domain.uuid.is_some_and(|id| look(state_dir, HintSubject::Instance(id)) == Hint::Yes)
     }
 
-    /// Whether something is surely assigned to this instance.
+    /// Whether this instance is known to have assignments.
     pub(crate) fn is_assigned(&self, state_dir: &Path) -> bool {
         self.domain.uuid.is_some_and(|id| look(state_dir, HintSubject::Assigned(id)) == Hint::Yes)
     }
@@ -89,7 +91,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn where_no_folder_can_be_no_hint_is_sure() {
+    fn without_a_directory_no_hint_is_sure() {
         assert_eq!(look(Path::new(NO_FOLDER), HintSubject::Flavor("erp")), Hint::Unsure);
     }
 }

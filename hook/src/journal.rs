@@ -1,7 +1,7 @@
-//! One record a call, with its duration: in the systemd journal or in a file.
+//! Writes one record per call, with its duration, to the systemd journal or to a file.
 //!
 //! The journal's native protocol (<https://systemd.io/JOURNAL_NATIVE_PROTOCOL/>) is one datagram of
-//! `KEY=value` lines. The domain XML is never in a record: it may hold secrets.
+//! `KEY=value` lines. The domain XML is never in a record, because it may contain secrets.
 
 use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;
@@ -18,8 +18,8 @@ use crate::call::Call;
 
 const SOCKET: &str = "/run/systemd/journal/socket";
 
-/// Writes the record. One that cannot be written to its file goes to the journal; nothing more is
-/// done about it, because no call must fail for its record.
+/// Writes the record. If the file cannot be written, the record goes to the journal. A record that
+/// cannot be written is not an error of the call.
 pub fn record(log: &Log, call: &Call, instance: Option<&str>, answer: &Answer, took: Duration) {
     let micros = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
     let (message, duration) = (message(call, answer), micros.to_string());
@@ -29,7 +29,7 @@ pub fn record(log: &Log, call: &Call, instance: Option<&str>, answer: &Answer, t
         Log::Off => {}
         Log::Journal => drop(to_journal(Path::new(SOCKET), &fields)),
         Log::File(path) => {
-            // One write of one line: records of hooks that run at once do not mix.
+            // Write the line with a single call, so that records of concurrent hooks do not mix.
             let object: serde_json::Map<String, serde_json::Value> = fields
                 .iter()
                 .map(|(key, value)| {
@@ -87,7 +87,7 @@ fn message(call: &Call, answer: &Answer) -> String {
     text
 }
 
-/// syslog's numbers: 3 error, 4 warning, 6 information, 7 debug.
+/// Priority in syslog's numbers: 3 error, 4 warning, 6 information, 7 debug.
 fn priority(answer: &Answer) -> &'static str {
     match answer {
         Answer { refusal: Some(_), .. } => "3",
@@ -97,7 +97,7 @@ fn priority(answer: &Answer) -> &'static str {
     }
 }
 
-/// Seconds since 1970, to the millisecond.
+/// Seconds since 1970, with a precision of a millisecond.
 fn seconds() -> f64 {
     let now =
         std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
@@ -107,12 +107,12 @@ fn seconds() -> f64 {
 fn to_journal(socket: &Path, fields: &[(&str, String)]) -> std::io::Result<usize> {
     let mut datagram = Vec::with_capacity(512);
     for (key, value) in fields.iter().filter(|(_, value)| !value.is_empty()) {
-        // Values are one line: see `clean`.
+        // Values have been cleaned, so each is one line.
         let value: String = value.chars().take(4096).collect();
         datagram.extend_from_slice(format!("{key}={value}\n").as_bytes());
     }
     let sender = UnixDatagram::unbound()?;
-    // A journal that does not read must not hold up a domain.
+    // Do not block if journald does not read.
     sender.set_nonblocking(true)?;
     sender.send_to(&datagram, socket)
 }
@@ -164,7 +164,7 @@ mod tests {
     }
 
     #[test]
-    fn a_log_file_gets_one_object_a_line_and_no_link_is_followed() {
+    fn a_log_file_gets_one_object_per_line_and_no_link_is_followed() {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("log");
         for _ in 0..2 {

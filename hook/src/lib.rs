@@ -2,12 +2,13 @@
 //!
 //! ```text
 //!  argv ──► Call ──┐
-//!                  ├─► run: what may fail how ──► prepare │ incoming │ notice ──► Answer ──► stdout, stderr, exit
-//!  stdin ─► Input ─┘                               │ (claims in the store, sysfs at the ports)   └──► one journal record
+//!                  ├─► run ──► prepare │ incoming │ lifecycle ──► Answer ──► stdout, stderr, exit
+//!  stdin ─► Input ─┘           (claims in the store,             └──► one journal record
+//!                               devices in sysfs)
 //! ```
-//! It is a library too, so that agent and command line claim and rewrite with the same code:
-//! [`config`], [`sysfs`], [`machine`], [`verify`], [`lifecycle::take_over`], [`rules`], [`flavor_source`] and
-//! [`run::handle_with`] are shared, and nothing here may need libvirt, libusb or an async runtime.
+//! The hook is also a library, so that the agent and the command line claim devices and rewrite XML
+//! with the same code: they use [`verify`], [`lifecycle::take_over`], [`flavor_source`] and
+//! [`run::handle_with`]. Nothing here may need libvirt, libusb or an async runtime.
 //!
 //! libvirt holds the domain's lock while the hook runs, and waits until every descriptor that it
 //! passed is closed. Therefore the hook calls no service, starts no process, and waits only for the

@@ -1,5 +1,5 @@
-//! `started`, `stopped`, `release`, `reconnect`: nothing can be refused, and nothing here ever
-//! fails a call.
+//! `started`, `stopped`, `release`, `reconnect`: the hook cannot refuse these operations, and its
+//! errors never fail the call.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -16,12 +16,12 @@ use crate::job::{HookError, Job, NOTHING};
 use crate::message;
 use crate::verify::{Ports, claimant, holding, open};
 
-/// The guest runs: what its live XML shows is in it.
+/// Records that the guest runs with the devices in its live XML.
 pub(crate) fn started(job: &Job<'_>) -> Result<Answer, HookError> {
     running(job, job.may_be_known(&job.state_dir()), Witness::Start)
 }
 
-/// The daemon found the guest running: it keeps what it has.
+/// Adopts the devices of a guest that libvirtd has found running after a restart.
 pub(crate) fn reconnect(job: &Job<'_>) -> Result<Answer, HookError> {
     let concerned = job.may_be_known(&job.state_dir()) || job.domain.has_host_devices();
     running(job, concerned, Witness::Look)
@@ -31,24 +31,24 @@ fn running(job: &Job<'_>, concerned: bool, witness: Witness) -> Result<Answer, H
     let (Some(instance), true) = (job.domain.uuid, concerned) else {
         return Ok(Answer::unchanged(NOTHING));
     };
-    let fault = |e: StoreError| HookError::of(true, e);
+    let error = |e: StoreError| HookError::of(true, e);
     let config = job.config(true)?;
     let (mut store, context) = open(config, &job.call.op, true)?;
     let TakenOver { adopted, in_guest, waiting } =
         take_over(&mut store, job.domain, instance, &config.sysfs_root, witness, &context)
-            .map_err(fault)?;
-    let anew = store
+            .map_err(error)?;
+    let reattach = store
         .claims_of(instance)
-        .map_err(fault)?
+        .map_err(error)?
         .iter()
         .filter(|c| c.arrived && !c.pending)
         .count();
     let mut did = format!("{} in the guest, {} to be attached", in_guest.len(), waiting.len());
-    if anew > 0 {
-        did.push_str(&format!(", {anew} to be reattached"));
+    if reattach > 0 {
+        did.push_str(&format!(", {reattach} to be reattached"));
     }
     let mut answer = Answer::unchanged(did);
-    if anew > 0 && host_env::agent(&config.state_dir) != Agent::Alive {
+    if reattach > 0 && host_env::agent(&config.state_dir) != Agent::Alive {
         answer = answer.warn(format!(
             "{}: QEMU releases its USB devices when it loads a saved state, and no agent is \
              running to reattach them: run 'systemctl start virt-usbd', or 'virsh detach-device' \
@@ -75,17 +75,16 @@ fn running(job: &Job<'_>, concerned: bool, witness: Witness) -> Result<Answer, H
 pub struct TakenOver {
     /// Result of the adoption of each hostdev in the live XML.
     pub adopted: Vec<Adoption>,
-    /// The devices that are in it.
+    /// Devices that are in the guest.
     pub in_guest: BTreeSet<DeviceId>,
-    /// Devices that the instance holds and that are not in the guest yet.
+    /// Devices that the instance holds, but that are not in the guest yet.
     pub waiting: Vec<DeviceId>,
 }
 
-/// A guest runs: what its live XML shows is its own, and what it holds is brought in line with
-/// that.
+/// Adopts the devices in the live XML of a running guest, and updates its claims to match them.
 ///
 /// # Errors
-/// When the database cannot be written.
+/// If the database cannot be written.
 pub fn take_over(
     store: &mut Store,
     domain: &Domain,
@@ -98,12 +97,12 @@ pub fn take_over(
     let adopted = match holdings.is_empty() {
         true => Vec::new(),
         false => {
-            let whom = claimant(store, domain, instance)?;
-            store.adopt(&whom, &holdings, Stage::Running, &mut Ports { sysfs_root }, context)?
+            let claimant = claimant(store, domain, instance)?;
+            store.adopt(&claimant, &holdings, Stage::Running, &mut Ports { sysfs_root }, context)?
         }
     };
-    // A device that was given to the guest is in it even if its port cannot be read at this moment.
-    // Aliases of what it does not hold say nothing: `confirm` passes over them.
+    // An injected device is in the guest even if its port cannot be read now. `confirm` ignores
+    // aliases of devices that the instance does not hold.
     let unread = domain.host_devices().zip(&adopted).filter(|(_, a)| **a == Adoption::Unknown);
     let injected = unread.filter_map(|(hostdev, _)| hostdev.injected());
     let in_guest: BTreeSet<DeviceId> =
@@ -113,10 +112,10 @@ pub fn take_over(
     Ok(TakenOver { adopted, in_guest, waiting })
 }
 
-/// QEMU has exited. The instance keeps its devices until `release`: between the two calls libvirt
-/// still counts them as the domain's (src/qemu/qemu_process.c, qemuProcessStop: this hook, then
-/// qemuHostdevReAttachDomainDevices, then the release hook), and would refuse another guest that
-/// gets one of them.
+/// Records that QEMU has exited. The instance keeps its devices until `release`. Until then,
+/// libvirt still counts them as the domain's, and would refuse another guest that gets one of them
+/// (qemuProcessStop in src/qemu/qemu_process.c: this hook, qemuHostdevReAttachDomainDevices, the
+/// release hook).
 pub(crate) fn stopped(job: &Job<'_>) -> Result<Answer, HookError> {
     with_store(job, |store, context| {
         let Some(instance) = job.domain.uuid else { return Ok(NOTHING.into()) };
@@ -126,7 +125,7 @@ pub(crate) fn stopped(job: &Job<'_>) -> Result<Answer, HookError> {
     })
 }
 
-/// libvirt has released all devices: release the devices of this instance, and no others.
+/// Releases the devices of this instance, after libvirt has released them.
 pub(crate) fn released(job: &Job<'_>, reason: &str) -> Result<Answer, HookError> {
     with_store(job, |store, context| {
         let Some(instance) = job.domain.uuid else { return Ok(NOTHING.into()) };
@@ -136,12 +135,12 @@ pub(crate) fn released(job: &Job<'_>, reason: &str) -> Result<Answer, HookError>
         Ok(if ids.is_empty() {
             "nothing to release".into()
         } else {
-            format!("gave back {}", ids.join(", "))
+            format!("released {}", ids.join(", "))
         })
     })
 }
 
-/// Records the devices in the XML of a guest that has stopped, even if its start was not seen.
+/// Marks the devices in the XML of a stopped guest as used, even if its start was not recorded.
 fn note_use(store: &mut Store, domain: &Domain, instance: InstanceId) -> Result<(), StoreError> {
     if !domain.has_host_devices() {
         return Ok(());

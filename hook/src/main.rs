@@ -1,4 +1,4 @@
-//! `virt-usb-hook [--config FILE] NAME OP SUBOP EXTRA`: see the library.
+//! The program `virt-usb-hook`, which libvirt calls. See the library's module `run`.
 
 fn main() -> std::process::ExitCode {
     virt_usb_hook::run::main()

@@ -1,4 +1,5 @@
-//! Refusals: one line that names the request, what is there, who holds it, and what to do.
+//! Texts of refusals: one line that names the request, the matching devices, their holders, and
+//! what to do.
 
 use std::collections::BTreeMap;
 
@@ -10,28 +11,28 @@ use virt_usb_model::{
 use virt_usb_store::claim::{Claimant, Obstacle, Shortage, Why};
 use virt_usb_store::{ClaimRow, Record, Store};
 
-/// `device 5 (0529:0001 "HASP HL", port 1-1.4)`
+/// Describes a device, as in `device 5 (0529:0001 "HASP HL", port 1-1.4)`.
 pub fn device(record: &Record) -> String {
     let name = record.name().map(|n| format!(" \"{n}\"")).unwrap_or_default();
     format!("device {} ({}{name}, port {})", record.entry.id, record.usb(), record.entry.port_path)
 }
 
-/// How many devices a message lists: more would not be read.
-const SHOWN: usize = 3;
+/// Maximum number of devices that a message lists.
+const MAX_LISTED: usize = 3;
 
 /// Facts about the host that a refusal adds to the result of the claim.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Host {
-    /// An agent runs, which looks at every change: to look once more tells nothing new.
-    agent_looks: bool,
-    /// By a request's number, the device that nearly matches it, where none matches.
+    /// Whether an agent is running, which keeps the inventory up to date.
+    agent_runs: bool,
+    /// For the number of each request without a match, a device that nearly matches it.
     near: BTreeMap<usize, String>,
 }
 
 impl Host {
-    /// The current state of the host. Facts that cannot be read are left out.
+    /// Reads the facts. Those that cannot be read are left out.
     pub fn of(config: &Config, store: &Store, short: &[Shortage]) -> Self {
-        let agent_looks = host_env::agent(&config.state_dir) == Agent::Alive;
+        let agent_runs = host_env::agent(&config.state_dir) == Agent::Alive;
         let mut near = BTreeMap::new();
         if short.iter().any(|s| s.total == 0) {
             let devices = store.devices().unwrap_or_default();
@@ -42,11 +43,12 @@ impl Host {
             };
             near = short.iter().filter(|s| s.total == 0).filter_map(hint).collect();
         }
-        Self { agent_looks, near }
+        Self { agent_runs, near }
     }
 }
 
-/// How a device differs from one that the selector means, where that is easily overlooked.
+/// Describes the difference between a device and a selector that nearly matches it. `None` if the
+/// difference is obvious.
 fn nearly(selector: &Selector, record: &Record, aliases: &Aliases) -> Option<String> {
     let plain = |text: &str| text.split_whitespace().collect::<String>().to_lowercase();
     let serial = || {
@@ -72,12 +74,12 @@ fn nearly(selector: &Selector, record: &Record, aliases: &Aliases) -> Option<Str
     serial().or_else(kind)
 }
 
-/// All requests that cannot be served, each with what there is. Those from number `operators` on
-/// are assignments by operators.
+/// Explains why requests cannot be satisfied. Requests from number `operators` on are assignments
+/// by operators.
 pub fn shortages(claimant: &Claimant, short: &[Shortage], operators: usize, host: &Host) -> String {
     first(short, |s| {
         let request = brief(&s.request.to_string());
-        let text = |asked: String| shortage(&asked, claimant.project.is_some(), s, host);
+        let text = |subject: String| shortage(&subject, claimant.project.is_some(), s, host);
         if s.number < operators {
             return text(format!(
                 "{} asks for usb_devices[{}] {request}",
@@ -93,7 +95,7 @@ pub fn shortages(claimant: &Claimant, short: &[Shortage], operators: usize, host
     })
 }
 
-/// A request as the command line takes it.
+/// Formats a request as an argument of the command line.
 fn argument(request: &DeviceRequest) -> String {
     let Selector { id, vendor_id, product_id, .. } = &request.selector;
     let only_kind =
@@ -110,7 +112,8 @@ fn argument(request: &DeviceRequest) -> String {
     }
 }
 
-/// The same for a guest that comes in with devices; `what` names the device of each place.
+/// Explains why an incoming guest cannot get its devices. `what` describes the device of each
+/// place.
 pub(crate) fn shortages_of_incoming(
     claimant: &Claimant,
     short: &[Shortage],
@@ -118,13 +121,13 @@ pub(crate) fn shortages_of_incoming(
     host: &Host,
 ) -> String {
     first(short, |s| {
-        let asked = format!("{} comes with {}", claimant.domain, what(s.number));
-        shortage(&asked, claimant.project.is_some(), s, host)
+        let subject = format!("{} comes with {}", claimant.domain, what(s.number));
+        shortage(&subject, claimant.project.is_some(), s, host)
     })
 }
 
-/// The first of them: libvirt cuts what it shows at about a thousand bytes, and one reason is
-/// enough to refuse.
+/// Explains the first shortage, and counts the others. libvirt cuts the message at about 1000
+/// bytes, and one reason suffices.
 fn first(short: &[Shortage], text: impl Fn(&Shortage) -> String) -> String {
     let more = short.len().saturating_sub(1);
     let others = if more == 0 {
@@ -135,7 +138,7 @@ fn first(short: &[Shortage], text: impl Fn(&Shortage) -> String) -> String {
     short.first().map_or_else(String::new, |s| format!("{}{others}", text(s)))
 }
 
-/// Text of the domain's, cut to what a message can bear.
+/// Shortens a text of the domain for a message.
 fn brief(text: &str) -> String {
     match text.char_indices().nth(120) {
         Some((cut, _)) => format!("{}…", &text[..cut]),
@@ -144,21 +147,21 @@ fn brief(text: &str) -> String {
 }
 
 /// Describes a request that cannot be satisfied, and the devices that match it.
-fn shortage(asked: &str, owner_known: bool, short: &Shortage, host: &Host) -> String {
+fn shortage(subject: &str, owner_known: bool, short: &Shortage, host: &Host) -> String {
     let count = short.request.count;
     if short.total == 0 {
         let plug = "plug it in, or list the devices with 'virt-usb devices'";
         let what = host.near.get(&short.number).map_or(plug, String::as_str);
-        return format!("{asked}, and this host has no such device: {what}");
+        return format!("{subject}, and this host has no such device: {what}");
     }
     let (hidden, shown): (Vec<&Obstacle>, Vec<&Obstacle>) =
         short.matching.iter().partition(|o| o.why == Why::Project);
-    let mut parts: Vec<String> = shown.iter().take(SHOWN).map(|o| obstacle(o)).collect();
+    let mut parts: Vec<String> = shown.iter().take(MAX_LISTED).map(|o| obstacle(o)).collect();
     if !hidden.is_empty() {
         let owner = if owner_known { "" } else { ", and this domain has no owner project" };
         parts.push(format!("{} available to certain projects only{owner}", hidden.len()));
     }
-    let more = short.total.saturating_sub(hidden.len() + shown.len().min(SHOWN));
+    let more = short.total.saturating_sub(hidden.len() + shown.len().min(MAX_LISTED));
     if more > 0 {
         parts.push(format!("{more} not listed here ('virt-usb devices')"));
     }
@@ -166,13 +169,13 @@ fn shortage(asked: &str, owner_known: bool, short: &Shortage, host: &Host) -> St
     let lack = if count == 1 { String::new() } else { format!(", {missing} too few") };
     if short.matching.is_empty() {
         return format!(
-            "{asked}{lack}: this host has {} that match. {}",
+            "{subject}{lack}: this host has {} that match. {}",
             short.total,
             advice(short, host)
         );
     }
     format!(
-        "{asked}{lack}; of {} that match: {}. {}",
+        "{subject}{lack}; of {} that match: {}. {}",
         short.total,
         parts.join("; "),
         advice(short, host)
@@ -193,9 +196,10 @@ fn obstacle(obstacle: &Obstacle) -> String {
     }
 }
 
-/// `device 5 (…) is unavailable (quarantined): g has used it`
+/// Describes an unavailable device, as in `device 5 (…) is unavailable (quarantined): g has used
+/// it`.
 fn unavailable(record: &Record) -> String {
-    // A device that is held has its holder's state: why it cannot be had stands beside that.
+    // The status of a held device is that of its claim. The reason is in another column.
     let held = record.entry.instance_uuid.is_some();
     let set_aside = record.withheld.filter(|_| held).map(Status::Unavailable);
     let status = set_aside.or_else(|| record.entry.state().ok()).unwrap_or(Status::Available);
@@ -209,7 +213,7 @@ fn unavailable(record: &Record) -> String {
     format!("{} is {status}{}", device(record), more.map(|m| format!(": {m}")).unwrap_or_default())
 }
 
-/// A domain's own XML names a device that another instance holds.
+/// Explains the refusal of a domain whose own XML names a device that another instance holds.
 pub(crate) fn held_by_hand(domain: &str, record: &Record, claim: &ClaimRow) -> String {
     let advice = match is_kept(claim) {
         true => format!(
@@ -228,7 +232,7 @@ pub(crate) fn held_by_hand(domain: &str, record: &Record, claim: &ClaimRow) -> S
     )
 }
 
-/// A guest comes in with a device that was there a moment ago.
+/// Explains the refusal of an incoming guest whose device was unplugged in the meantime.
 pub(crate) fn lost(domain: &str, id: DeviceId) -> String {
     format!(
         "{domain} has a <hostdev> (alias ua-usb-{id}) in its XML with an address that is not that \
@@ -237,7 +241,7 @@ pub(crate) fn lost(domain: &str, id: DeviceId) -> String {
     )
 }
 
-/// A domain's own XML names a device that is set aside.
+/// Explains the refusal of a domain whose own XML names a disabled, quarantined or flapping device.
 pub(crate) fn set_aside_by_hand(domain: &str, record: &Record) -> String {
     let advice = set_aside(record).unwrap_or_default();
     format!("{domain} has a <hostdev> in its own XML, and {}. {advice}", unavailable(record))
@@ -271,7 +275,7 @@ fn advice(short: &Shortage, host: &Host) -> String {
             _ => None,
         })
     };
-    // What is kept for a guest that does not run is not freed by stopping it.
+    // Prefer a holder whose stop releases the device.
     if let Some(claim) = holders().find(|c| !is_kept(c)) {
         return format!(
             "Stop the guest that holds it, or 'virt-usb claims release {} --force' if that guest \
@@ -288,7 +292,7 @@ fn advice(short: &Shortage, host: &Host) -> String {
     }
     if any(|w| matches!(w, Why::NotThere(_))) {
         let is_recorded = |o: &Obstacle| matches!(o.why, Why::NotThere(_)) && !o.device.present;
-        match (host.agent_looks, short.matching.iter().any(is_recorded)) {
+        match (host.agent_runs, short.matching.iter().any(is_recorded)) {
             (true, _) => "Plug it in again; the agent records it automatically",
             (false, true) => "Plug it in again, then run 'virt-usb discover' on this host",
             (false, false) => "Run 'virt-usb discover' on this host",
@@ -305,8 +309,8 @@ fn advice(short: &Shortage, host: &Host) -> String {
     .to_owned()
 }
 
-/// Whether the instance holds the device while its guest does not have it: the guest does not run,
-/// or has just started.
+/// Whether the instance holds the device although its guest does not have it, because the guest is
+/// off or has just started.
 fn is_kept(claim: &ClaimRow) -> bool {
     claim.hold == "instance" && claim.state != "allocated" && !claim.pending
 }

@@ -1,5 +1,5 @@
-//! `prepare`: claim what the domain asks for, and write it into the XML, or refuse the start. What
-//! `restore` refused is refused here.
+//! `prepare`: claims the requested devices and writes them into the XML, or refuses the start.
+//! Also refuses a domain that `restore` has marked as refused.
 
 use virt_usb_config::host_env::{self, Agent};
 use virt_usb_config::{Config, HoldPolicy, RequireAgent};
@@ -20,22 +20,23 @@ pub(crate) fn prepare(job: &Job<'_>) -> Result<Answer, HookError> {
         return Ok(Answer::refused(why));
     }
     let state_dir = job.state_dir();
-    let wish = FlavorRequest::read(&job.domain.flavor, &state_dir)?;
+    let request = FlavorRequest::read(&job.domain.flavor, &state_dir)?;
     let known = job.may_be_known(&state_dir);
     let holds = job.domain.has_host_devices();
-    if !(wish.is_certain() || wish.needs_store() || known || holds) {
+    if !(request.is_certain() || request.needs_store() || known || holds) {
         return Ok(Answer::unchanged(NOTHING));
     }
-    // Only a domain that surely asks for a device, or has one of ours, is refused when we fail.
+    // An error refuses only a domain that is known to request or hold a device of virt-usb.
     let injected = job.domain.hostdevs.iter().any(|h| h.injected().is_some());
-    let concerned =
-        wish.is_certain() || job.is_assigned(&state_dir) || (injected && job.is_holder(&state_dir));
+    let concerned = request.is_certain()
+        || job.is_assigned(&state_dir)
+        || (injected && job.is_holder(&state_dir));
     let config = job.config(concerned)?;
     if let Some(refusal) = refuse_hubs(config, job.domain) {
         return Ok(refusal);
     }
-    if !(wish.needs_store() || known || holds) {
-        return redirections_only(job, config, wish);
+    if !(request.needs_store() || known || holds) {
+        return redirections_only(job, config, request);
     }
     let no_uuid = || HookError::of(concerned, "its XML has no <uuid>, which a claim needs");
     let instance = job.domain.uuid.ok_or_else(no_uuid)?;
@@ -47,13 +48,12 @@ pub(crate) fn prepare(job: &Job<'_>) -> Result<Answer, HookError> {
     let entered = gate.enter()?;
     let answer = match gate.refusal(&entered) {
         Some(refusal) => refusal,
-        // One that comes in with nothing that could be ours is asked what it asks for, as at any
-        // start.
+        // An incoming domain without hostdevs of virt-usb is handled like any start.
         None if entered.arriving && injected => {
-            gate.arrive(&entered, wish.resolve(&gate.store).ok())?
+            gate.arrive(&entered, request.resolve(&gate.store).ok())?
         }
         None => {
-            let flavor = wish.resolve(&gate.store)?;
+            let flavor = request.resolve(&gate.store)?;
             gate.concerned |= !flavor.is_empty();
             gate.claim(&flavor, &devices(&entered))?
         }
@@ -64,13 +64,13 @@ pub(crate) fn prepare(job: &Job<'_>) -> Result<Answer, HookError> {
     Ok(answer)
 }
 
-/// A flavor without `usb_devices` needs no inventory.
+/// Handles a flavor without `usb_devices`, which needs no inventory.
 fn redirections_only(
     job: &Job<'_>,
     config: &Config,
-    wish: FlavorRequest,
+    request: FlavorRequest,
 ) -> Result<Answer, HookError> {
-    let FlavorRequest::Flavor(flavor) = wish else { return Ok(Answer::unchanged(NOTHING)) };
+    let FlavorRequest::Flavor(flavor) = request else { return Ok(Answer::unchanged(NOTHING)) };
     let mut guest = Guest::new(
         &config.sysfs_root,
         job.domain,
@@ -95,12 +95,12 @@ struct Gate<'a> {
     store: Store,
     context: Context,
     claimant: Claimant,
-    /// Whether the domain surely asks for a device.
+    /// Whether the domain is known to request a device.
     concerned: bool,
 }
 
 impl Gate<'_> {
-    /// Claims the devices in the domain's own XML too, so that no other guest gets them.
+    /// Claims the devices in the domain's own XML, so that no other guest gets them.
     fn enter(&mut self) -> Result<Entered, HookError> {
         let holdings: Vec<_> = self.job.domain.host_devices().map(holding).collect();
         if holdings.is_empty() {
@@ -112,8 +112,8 @@ impl Gate<'_> {
             .map_err(|e| HookError::of(self.concerned, e))
     }
 
-    /// Why the domain cannot start with the devices in its own XML. There is one rule for
-    /// handwritten hostdevs; an incoming guest also needs the devices that were claimed for it.
+    /// Refuses a domain that cannot start with the devices in its own XML. Handwritten hostdevs
+    /// must be available; an incoming guest also needs the devices that were claimed for it.
     fn refusal(&self, entered: &Entered) -> Option<Answer> {
         let domain = self.job.domain;
         for adopted in &entered.adopted {
@@ -130,10 +130,10 @@ impl Gate<'_> {
         None
     }
 
-    /// A guest that comes in by restore or migration has what the filter claimed for it. If its
-    /// flavor and its assignments ask for more, as when a device was unplugged while its state was
-    /// saved, it gets that too once it runs. It comes in without it where it cannot be had: the
-    /// flavor may have changed, or name devices of the host that it left.
+    /// Handles a guest that is restored or migrated, for which `restore` or `migrate` has claimed
+    /// devices. If its flavor and assignments request more, for example because a device was
+    /// unplugged while the guest was saved, claims these as well. A device that is not available is
+    /// only a warning: the flavor may have changed, or name devices of the source host.
     fn arrive(&mut self, entered: &Entered, flavor: Option<Flavor>) -> Result<Answer, HookError> {
         if let Some(flavor) = &flavor {
             self.make_lasting(flavor)?;
@@ -172,8 +172,7 @@ impl Gate<'_> {
         };
         let mut wants: Vec<(usize, u32, ClaimRequest)> =
             (0..).zip(wants).map(|(number, want)| (serving(&want), number, want)).collect();
-        // The pickiest first: a device that serves several requests is left to those that others
-        // cannot serve.
+        // Begin with the requests that match the fewest devices.
         wants.sort_by_key(|(serving, number, _)| (*serving, *number));
         let mut lacking = Vec::new();
         for (_, number, mut want) in wants {
@@ -189,8 +188,8 @@ impl Gate<'_> {
             }
         }
         lacking.sort_by_key(|want| want.number);
-        // Another host's ids mean nothing here: a device that came in for one of them serves it,
-        // though it is not the one that is named.
+        // A request may name an id of the source host. A device that was claimed in its place
+        // serves the request, although it does not match.
         let is_unasked = |c: &ClaimRow| c.by_hand && c.request.is_none();
         let unasked: Vec<DeviceId> =
             claims.iter().filter(|c| is_unasked(c)).map(|c| c.device_id).collect();
@@ -204,7 +203,8 @@ impl Gate<'_> {
         Ok(lacking)
     }
 
-    /// Claims more for a guest that comes in; the reason where that cannot be.
+    /// Claims additional devices for an incoming guest. The inner error is the reason for a
+    /// warning.
     fn claim_more(
         &mut self,
         wants: &[ClaimRequest],
@@ -212,10 +212,7 @@ impl Gate<'_> {
     ) -> Result<Result<Vec<DeviceId>, String>, HookError> {
         let name = &self.job.domain.name;
         let without = |why: String| {
-            format!(
-                "{name} was restored or migrated without some of its USB \
-                devices: {why}"
-            )
+            format!("{name} was restored or migrated without some of its USB devices: {why}")
         };
         let mut guest =
             Guest::new(&self.config.sysfs_root, self.job.domain, 0, inside, self.job.call.caller);
@@ -233,7 +230,8 @@ impl Gate<'_> {
         })
     }
 
-    /// `inside`: what the domain's own XML holds, which libvirt itself gives to the guest.
+    /// Claims the requested devices. `inside` are the devices in the domain's own XML, which
+    /// libvirt itself gives to the guest.
     fn claim(&mut self, flavor: &Flavor, inside: &[DeviceId]) -> Result<Answer, HookError> {
         let domain = self.job.domain;
         let assigned = self.assigned()?;
@@ -249,8 +247,8 @@ impl Gate<'_> {
         if !self.concerned && !self.job.may_be_known(&self.config.state_dir) {
             return Ok(Answer::unchanged(NOTHING));
         }
-        let asked: usize = wants.iter().map(|w| w.request.count as usize).sum();
-        if (asked > inside.len() || !guest.missing_redirdevs().is_empty())
+        let count: usize = wants.iter().map(|w| w.request.count as usize).sum();
+        if (count > inside.len() || !guest.missing_redirdevs().is_empty())
             && let Some(refusal) = refuse_without_agent(self.job, self.config)
         {
             return Ok(refusal);
@@ -275,7 +273,7 @@ impl Gate<'_> {
         }
     }
 
-    /// Assignments of the instance; without a hint there are none.
+    /// Reads the assignments of the instance. Without a hint there are none.
     fn assigned(&self) -> Result<Vec<Assignment>, HookError> {
         match self.job.may_be_known(&self.config.state_dir) {
             true => self
@@ -286,7 +284,7 @@ impl Gate<'_> {
         }
     }
 
-    /// With `hold = "instance"` the flavor's requests become assignments.
+    /// With `hold = "instance"`, stores the flavor's requests as assignments.
     fn make_lasting(&mut self, flavor: &Flavor) -> Result<(), HookError> {
         let requests = match self.config.hold {
             HoldPolicy::Instance if flavor.usb_devices.is_empty() => return Ok(()),
@@ -313,7 +311,7 @@ fn claimed_text(ids: &[DeviceId]) -> String {
     format!("claimed {}", ids.join(", "))
 }
 
-/// The answer, with a warning where a hostdev of the domain may become any device.
+/// Adds a warning if a hostdev of the domain has a startupPolicy.
 fn startup_policy(job: &Job<'_>, answer: Answer) -> Answer {
     match job.domain.hostdevs.iter().any(|h| h.has_startup_policy) {
         true => answer.warn(
@@ -324,7 +322,7 @@ fn startup_policy(job: &Job<'_>, answer: Answer) -> Answer {
     }
 }
 
-/// The answer with the XML that the plan leads to.
+/// Builds the answer with the XML of the plan.
 fn rewritten(
     job: &Job<'_>,
     config: &Config,
@@ -347,15 +345,13 @@ fn rewritten(
             "the agent is not running: only a caller that uses the printed XML gets the device \
              (systemctl start virt-usbd)",
         ),
-        Agent::NotInstalled => answer.warn(
-            "no agent is installed: only a caller that uses the \
-            printed XML gets the device",
-        ),
+        Agent::NotInstalled => answer
+            .warn("no agent is installed: only a caller that uses the printed XML gets the device"),
     })
 }
 
-/// libvirt throws away what is printed: a guest that the agent must give its device does not start
-/// without the agent, where the configuration says so.
+/// Refuses a guest whose device only the agent can attach, if no agent is running and the
+/// configuration requires one. libvirt ignores the printed XML.
 fn refuse_without_agent(job: &Job<'_>, config: &Config) -> Option<Answer> {
     if job.call.caller == HookCaller::Starter {
         return None;

@@ -1,4 +1,4 @@
-//! The story of a call: read, judge, act, answer, record.
+//! The steps of a call: read, decide, act, answer, record.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -8,12 +8,12 @@ use virt_usb_config::{Config, ConfigError, Log, host_env};
 use virt_usb_domxml::{Text, XmlError};
 
 use crate::answer::Answer;
-use crate::call::{self, Asked, Call, Happened, Incoming, OnFault, Operation};
+use crate::call::{self, Call, Happened, Incoming, Invocation, OnError, Operation};
 use crate::input::{self, Input};
 use crate::job::{HookError, Job, NOTHING};
 use crate::{device_use, incoming, journal, lifecycle, prepare};
 
-/// The program.
+/// Main function of the program `virt-usb-hook`.
 pub fn main() -> ExitCode {
     virt_usb_config::panics::abort();
     let began = Instant::now();
@@ -23,27 +23,26 @@ pub fn main() -> ExitCode {
             .deliver(std::io::stdout(), std::io::stderr())
     };
     match call::parse(std::env::args_os().skip(1)) {
-        Asked::Help => finished(show(call::USAGE).is_ok()),
-        Asked::Version => {
+        Invocation::Help => finished(show(call::USAGE).is_ok()),
+        Invocation::Version => {
             finished(show(concat!("virt-usb-hook ", env!("CARGO_PKG_VERSION"), "\n")).is_ok())
         }
-        Asked::Wrong(why) => {
+        Invocation::Invalid(why) => {
             drop(Answer::refused(format!("{why} (try --help)")).deliver(&mut stdout, &mut stderr));
             ExitCode::from(2)
         }
-        Asked::Handle(call) => {
+        Invocation::Handle(call) => {
             if !call.operation.may_fail() {
                 virt_usb_config::panics::succeed();
             }
             let handled = handle(&call, input::read(std::io::stdin().lock()));
             let delivered = handled.answer.deliver(&mut stdout, &mut stderr);
-            // Half of an XML must not be taken for all of it. A restore that fails here would cost
-            // the saved state: it goes on as if nothing had been printed, and the prepare that
-            // follows refuses what cannot be.
+            // The caller must not use incomplete XML, so the call fails. A restore exits 0, because
+            // libvirt would remove the saved state; the `prepare` that follows decides again.
             let lost = delivered.is_err() && handled.answer.xml.is_some();
             let handled = match &delivered {
                 Err(e) if lost => {
-                    let handled = handled.unheard(e);
+                    let handled = handled.undelivered(e);
                     let why = handled.answer.warnings.last().into_iter().cloned().collect();
                     let only = Answer { warnings: why, ..Answer::default() };
                     drop(only.deliver(std::io::sink(), &mut stderr));
@@ -67,26 +66,26 @@ pub fn main() -> ExitCode {
     }
 }
 
-fn finished(well: bool) -> ExitCode {
-    if well { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+fn finished(success: bool) -> ExitCode {
+    if success { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
-/// A call's answer, and what its record needs.
+/// Result of a call, with the data for its record.
 #[derive(Debug)]
 pub struct Handled {
-    /// For the caller.
+    /// Answer to the caller.
     pub answer: Answer,
-    /// Where the record goes.
+    /// Destination of the record.
     pub log: Log,
-    /// The instance's UUID, where the XML said it.
+    /// UUID of the instance, if the XML could be read.
     pub instance: Option<String>,
-    /// Where an agent would listen, where the configuration could be read.
+    /// Directory of the agent's socket, if the configuration could be read.
     pub state_dir: Option<PathBuf>,
 }
 
 impl Handled {
-    /// The caller did not take what was printed.
-    fn unheard(mut self, e: &std::io::Error) -> Self {
+    /// Adds a warning that the XML could not be written.
+    fn undelivered(mut self, e: &std::io::Error) -> Self {
         self.answer = self.answer.warn(format!("cannot write the domain XML to stdout: {e}"));
         self
     }
@@ -97,7 +96,7 @@ pub fn handle(call: &Call, input: Input) -> Handled {
     handle_with(Config::load(call.config.as_deref()), call, input)
 }
 
-/// Handles one call by a configuration that was read already.
+/// Handles one call with a configuration that was loaded before.
 pub fn handle_with(config: Result<Config, ConfigError>, call: &Call, input: Input) -> Handled {
     let (log, state_dir) = match &config {
         Ok(config) => (config.log.clone(), Some(config.state_dir.clone())),
@@ -108,26 +107,25 @@ pub fn handle_with(config: Result<Config, ConfigError>, call: &Call, input: Inpu
     };
     let broken = config.as_ref().err().map(ToString::to_string);
     let handled = |answer: Answer, instance| {
-        // A wrong configuration is never passed over in silence, even for a domain that it cannot
-        // hurt.
+        // Always report an invalid configuration, even for a domain that it does not affect.
         let answer = broken.iter().fold(answer, |answer, why| answer.warn_once(why));
         Handled { answer, log, instance, state_dir }
     };
     if call.operation == Operation::Ignored {
         return handled(Answer::unchanged(NOTHING), None);
     }
-    // At a restore nothing is said yet: the prepare that follows gets the same XML, and refuses
-    // whom it concerns (see incoming::hand_on).
-    let failed = |fault: &HookError| match call.operation {
+    // A restore reports nothing: the `prepare` that follows gets the same XML, and refuses the
+    // domain if necessary (see `incoming::hand_on`).
+    let failed = |error: &HookError| match call.operation {
         Operation::Filter(Incoming::Restore) => {
-            Answer::unchanged("left to prepare").warn(&fault.what)
+            Answer::unchanged("left to prepare").warn(&error.what)
         }
-        _ => answer_fault(call, fault),
+        _ => answer_error(call, error),
     };
     let filter = matches!(call.operation, Operation::Filter(_));
     let xml = match whole(input, filter) {
         Ok(xml) => xml,
-        Err(fault) => return handled(failed(&fault), None),
+        Err(error) => return handled(failed(&error), None),
     };
     let unreadable = |e: XmlError| {
         let concerned = input::mentions_us(&xml) || (filter && input::mentions_hostdevs(&xml));
@@ -135,16 +133,16 @@ pub fn handle_with(config: Result<Config, ConfigError>, call: &Call, input: Inpu
     };
     let text = match Text::new(&xml).map_err(unreadable) {
         Ok(text) => text,
-        Err(fault) => return handled(failed(&fault), None),
+        Err(error) => return handled(failed(&error), None),
     };
     let document = match text.read().map_err(unreadable) {
         Ok(document) => document,
-        Err(fault) => return handled(failed(&fault), None),
+        Err(error) => return handled(failed(&error), None),
     };
     let domain = document.domain();
     let instance = domain.uuid.map(|u| u.to_string());
     let job = Job { call, domain, document: &document, config };
-    let answer = act(&job).unwrap_or_else(|fault| answer_fault(call, &fault));
+    let answer = act(&job).unwrap_or_else(|error| answer_error(call, &error));
     let answer = match call.operation {
         Operation::Filter(Incoming::Restore) => incoming::hand_on(answer, &document),
         Operation::Gate => device_use::warn(answer, &job),
@@ -153,7 +151,8 @@ pub fn handle_with(config: Result<Config, ConfigError>, call: &Call, input: Inpu
     handled(answer, instance)
 }
 
-/// The XML, if all of it could be read. `filter`: what holds a hostdev must not pass unread.
+/// Returns the XML if all of it could be read. `filter`: the operation is a restore or migration,
+/// so an unreadable domain with a hostdev must be refused.
 fn whole(input: Input, filter: bool) -> Result<Vec<u8>, HookError> {
     match input {
         Input::Xml(xml) => Ok(xml),
@@ -167,13 +166,13 @@ fn whole(input: Input, filter: bool) -> Result<Vec<u8>, HookError> {
     }
 }
 
-/// Open or closed: the rule stands in [`Operation::on_fault`].
-fn answer_fault(call: &Call, fault: &HookError) -> Answer {
-    match call.operation.on_fault(fault.concerned) {
-        OnFault::Closed => {
-            Answer::refused(format!("{} cannot get its USB devices: {}", call.name, fault.what))
+/// Builds the answer to an error, by the rule in [`Operation::on_error`].
+fn answer_error(call: &Call, error: &HookError) -> Answer {
+    match call.operation.on_error(error.concerned) {
+        OnError::Closed => {
+            Answer::refused(format!("{} cannot get its USB devices: {}", call.name, error.what))
         }
-        OnFault::Open => Answer::unchanged("went on in spite of a fault").warn(&fault.what),
+        OnError::Open => Answer::unchanged("continued despite an error").warn(&error.what),
     }
 }
 

@@ -1,4 +1,5 @@
-//! The guest and its host, as the store asks about them while it chooses devices.
+//! Verifies candidates for the store while it allocates devices: whether a device is at its port,
+//! and whether the guest has ports for it.
 
 use std::iter::repeat;
 use std::path::Path;
@@ -19,26 +20,26 @@ use crate::answer::Answer;
 use crate::call::HookCaller;
 use crate::job::HookError;
 
-/// How long all waits for the store's lock may last together.
+/// Timeout for the store's lock, for all waits of a call together.
 const STORE_LOCK_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Opens the store for one call.
+/// Opens the store for one call of the hook.
 pub(crate) fn open(
     config: &Config,
     op: &str,
     concerned: bool,
 ) -> Result<(Store, Context), HookError> {
-    let fault = |e: &dyn std::fmt::Display| HookError::of(concerned, e);
-    let context = host_env::context(config, format!("hook {op}")).map_err(|e| fault(&e))?;
+    let error = |e: &dyn std::fmt::Display| HookError::of(concerned, e);
+    let context = host_env::context(config, format!("hook {op}")).map_err(|e| error(&e))?;
     let store = Store::open_for_call(&config.state_dir, STORE_LOCK_TIMEOUT, Durability::Boot)
-        .map_err(|e| fault(&e))?;
+        .map_err(|e| error(&e))?;
     Ok((store, context))
 }
 
-/// The instance and owner for which devices are claimed.
+/// Returns the instance and owner for which devices are claimed.
 ///
 /// # Errors
-/// When the inventory cannot be read.
+/// If the inventory cannot be read.
 pub fn claimant(
     store: &Store,
     domain: &Domain,
@@ -47,14 +48,14 @@ pub fn claimant(
     store.claimant(instance, &domain.name, domain.project.as_ref())
 }
 
-/// Looks at ports, nothing else.
+/// Verifier of the device at a port. It accepts every device for the guest.
 pub struct Ports<'a> {
-    /// Where sysfs is mounted.
+    /// Mount point of sysfs.
     pub sysfs_root: &'a Path,
 }
 
 impl Ports<'_> {
-    /// Whether the device is at this port.
+    /// Checks whether the device is at this port.
     fn verify_at(&self, port: &PortPath, candidate: &Record) -> Verified {
         let entry = &candidate.entry;
         match sysfs::at_port(self.sysfs_root, port) {
@@ -72,8 +73,8 @@ impl Ports<'_> {
 }
 
 impl ClaimVerifier for Ports<'_> {
-    /// The recorded port has the bus number of the boot in which it was recorded: where the path is
-    /// known, the path decides.
+    /// Checks whether the device is at its port. The recorded port contains the bus number of an
+    /// earlier boot, which may have changed, so a known path takes precedence.
     fn verify(&mut self, candidate: &Record) -> Verified {
         let recorded = &candidate.entry.port_path;
         let Some(path) = &candidate.entry.path else { return self.verify_at(recorded, candidate) };
@@ -101,19 +102,19 @@ impl ClaimVerifier for Ports<'_> {
     }
 }
 
-/// Looks at ports, and at whether the guest can take the devices.
+/// Verifier of the device at a port and of the guest's ports.
 pub(crate) struct Guest<'a> {
     pub(crate) ports: Ports<'a>,
     pub(crate) domain: &'a Domain,
-    /// How many redirection devices the flavor asks for.
+    /// Number of redirection devices that the flavor requests.
     pub(crate) redirections: usize,
-    /// The devices that the domain's own XML holds.
+    /// Devices in the domain's own XML.
     pub(crate) inside: &'a [DeviceId],
-    /// How the devices come into the guest.
+    /// Way in which the guest gets the devices.
     delivery: Delivery,
-    /// Edits of the XML, known after [`ClaimVerifier::fits`] has accepted.
+    /// Edits of the XML, set by [`ClaimVerifier::fits`].
     pub(crate) edits: Edits,
-    /// Warnings about devices that will work badly, known together with the edits.
+    /// Warnings about slow devices, set together with the edits.
     pub(crate) warnings: Vec<String>,
 }
 
@@ -154,12 +155,12 @@ impl<'a> Guest<'a> {
             .chain(redirdevs.iter().map(|_| SpeedMask::ANY))
             .collect();
         let devices = new.iter().map(|g| format!("usb_devices[{}]", g.request));
-        let mut asked: Vec<String> = devices
+        let mut requests: Vec<String> = devices
             .chain(redirdevs.iter().map(|n| format!("usb_redirection_devices[{n}]")))
             .collect();
-        asked.dedup();
+        requests.dedup();
         let controller = room(self.domain, &speeds, self.delivery)
-            .map_err(|why| format!("asks for {}, but {why}", asked.join(", ")))?;
+            .map_err(|why| format!("asks for {}, but {why}", requests.join(", ")))?;
         let places = if controller { Vec::new() } else { self.domain.bus.place(&speeds) };
         let devices =
             || new.iter().map(|g| &g.device).zip(places.iter().map(Some).chain(repeat(None)));
@@ -181,7 +182,7 @@ impl<'a> Guest<'a> {
 /// device. An alias is unique in a domain.
 ///
 /// # Errors
-/// Which of the devices cannot come into the guest, and what to do.
+/// A message that names the device, and what to do.
 pub fn refuse_taken_aliases(domain: &Domain, new: &[&Granted]) -> Result<(), String> {
     let taken =
         |g: &&&Granted| domain.hostdevs.iter().any(|h| h.injected() == Some(g.device.entry.id));
@@ -202,12 +203,12 @@ pub fn missing_redirdevs(domain: &Domain, redirections: usize) -> Vec<usize> {
     (foreign..redirections).filter(|n| !spicevmc().any(|r| r.injected() == Some(*n))).collect()
 }
 
-/// Why a redirection cannot be.
+/// Reason why a domain without SPICE cannot have a redirection.
 pub const NO_SPICE: &str = "has no SPICE graphics to carry it: add <graphics type='spice'/> to \
     the domain (in Nova: spice enabled on the host), or remove the redirection from the flavor";
 
-/// A hub that the XML gives to the guest: every device behind it, a root hub's whole bus, would
-/// leave the host with it.
+/// Refuses a domain whose XML contains a hub. The guest would get every device behind the hub, and
+/// with a root hub the whole bus.
 pub(crate) fn refuse_hubs(config: &Config, domain: &Domain) -> Option<Answer> {
     if !domain.has_host_devices() {
         return None;
@@ -227,15 +228,15 @@ pub(crate) fn refuse_hubs(config: &Config, domain: &Domain) -> Option<Answer> {
     )))
 }
 
-/// How devices come into a guest.
+/// Way in which a guest gets its devices.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Delivery {
-    /// The caller starts the printed XML, or the agent attaches the devices later. libvirt does not
-    /// tell the hook whether it uses the printed XML, and at a start it does not use it.
+    /// Either the caller starts the printed XML, or the agent attaches the devices later. The hook
+    /// cannot know whether libvirt uses the printed XML; at a start it does not.
     Unknown,
-    /// The printed XML is started: it may hold a controller of ours.
+    /// The caller starts the printed XML, which may contain a controller that the hook has added.
     Printed,
-    /// The guest runs: libvirt adds no controller to it.
+    /// The guest is running, so libvirt adds no controller.
     HotPlug,
 }
 
@@ -248,22 +249,22 @@ impl Delivery {
     }
 }
 
-/// The guest ports on which QEMU attaches the device.
+/// Speeds of the guest ports to which QEMU can attach the device.
 pub fn port_speeds(device: &Record) -> SpeedMask {
     SpeedMask::of(device.entry.speed, device.descriptors.as_ref())
 }
 
-/// Whether the guest has USB ports for devices of these speeds; true: with a controller that is
-/// added to the printed XML.
+/// Checks that the guest has USB ports for devices of these speeds. Returns whether a controller
+/// must be added to the printed XML.
 ///
 /// # Errors
-/// What it lacks, and what to do.
+/// A message that says what is missing, and what to do.
 pub fn room(domain: &Domain, speeds: &[SpeedMask], delivery: Delivery) -> Result<bool, String> {
     let (bus, name) = (&domain.bus, &domain.name);
     match (bus.fit(speeds), delivery) {
         (Fit::Fits, _) => Ok(false),
-        // Whatever libvirt adds by itself is in the XML that it passes on: who sends XML without it
-        // uses the answer.
+        // libvirt adds its default controller before it calls the hook. A caller whose XML has none
+        // uses the printed XML.
         (Fit::NeedsController, Delivery::Unknown | Delivery::Printed) => Ok(true),
         (Fit::NoController, Delivery::Printed) => Ok(true),
         (Fit::NeedsController, Delivery::HotPlug)
@@ -279,18 +280,17 @@ pub fn room(domain: &Domain, speeds: &[SpeedMask], delivery: Delivery) -> Result
         )),
         (Fit::NoPci, _) => Err(format!(
             "its machine ({}) has no PCI bus, which a USB controller needs: define it with another \
-                machine type (pc or \
-             q35 on x86, virt elsewhere)",
+                machine type (pc or q35 on x86, virt elsewhere)",
             bus.machine()
         )),
         (Fit::TooFew(few), _) => Err(too_few(bus, few)),
     }
 }
 
-/// The controller that serves every device, as the advice gives it.
+/// Element of a controller for devices of every speed, for messages.
 const XHCI: &str = "<controller type='usb' model='qemu-xhci' ports='15'/>";
 
-/// How many ports are missing, and what gives the guest more.
+/// Explains how many ports are missing, and how to add them.
 fn too_few(bus: &UsbBus, few: TooFew) -> String {
     let are = |count: usize| if count == 1 { "is" } else { "are" };
     let ports = if few.needed == 1 { "port" } else { "ports" };
@@ -319,10 +319,10 @@ fn too_few(bus: &UsbBus, few: TooFew) -> String {
     )
 }
 
-/// Why the device works at this port, but not well.
+/// Returns a warning about a disk that would be attached to a slower port.
 ///
-/// A disk at a port that is slower than the disk keeps its large packets (512 bytes at high speed,
-/// 64 at full speed), and not every guest's driver copes.
+/// The disk keeps its large packets there (512 bytes at high speed, 64 at full speed), which not
+/// every driver of a guest supports.
 pub fn slowed(domain: &Domain, device: &Record, at: &AssignedPort) -> Option<String> {
     let storage = Class::MASS_STORAGE;
     let is_storage =
@@ -348,14 +348,14 @@ impl ClaimVerifier for Guest<'_> {
     }
 }
 
-/// The hostdev that libvirt is given: vendor, product and address together, and the guest's port
-/// where it has to be a certain one.
+/// Builds the hostdev of a device: vendor, product and address together, and the guest's port if it
+/// matters.
 pub const fn hostdev(device: &Record, guest_port: Option<GuestPort>) -> Hostdev {
     let (id, address) = (device.entry.id, device.entry.address);
     Hostdev { id, usb: device.usb(), address, guest_port }
 }
 
-/// A hostdev of the XML, as the store looks for it.
+/// Converts a hostdev of the XML to the store's form.
 pub fn holding(hostdev: &UsbHostdev) -> Holding {
     Holding {
         id: hostdev.injected(),
@@ -365,8 +365,8 @@ pub fn holding(hostdev: &UsbHostdev) -> Holding {
     }
 }
 
-/// Whether the hostdev of a guest that runs is the device: by its address or its port, and where it
-/// has neither, by its alias.
+/// Whether the hostdev of a running guest is the device: by its address or port, or, if it has
+/// neither, by its alias.
 pub fn is_device(hostdev: &UsbHostdev, record: &Record) -> bool {
     let entry = &record.entry;
     let is_there = match (hostdev.address, &hostdev.port) {

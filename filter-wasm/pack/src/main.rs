@@ -1,11 +1,11 @@
-//! The last step of `filter-wasm/build`: makes a component of a module, and lets nothing through
-//! that imports anything.
+//! The last step of `filter-wasm/build`: makes a component from a module, and refuses files with
+//! imports.
 //!
 //! ```text
-//! virt-usb-filter-pack component MODULE OUT    wit-component, then the check
-//! virt-usb-filter-pack module MODULE OUT       the check alone
+//! virt-usb-filter-pack component MODULE OUT    make a component, then check it
+//! virt-usb-filter-pack module MODULE OUT       check only
 //! ```
-//! What imports something could do something: a scheduler would have to trust it.
+//! A filter with imports could act on its host, so a scheduler would have to trust it.
 
 use std::path::Path;
 use std::process::ExitCode;
@@ -14,7 +14,7 @@ use anyhow::{Context, Result, bail};
 use wasmparser::{Encoding, Parser, Payload, Validator, WasmFeatures};
 use wit_component::ComponentEncoder;
 
-/// Everything that wasmparser knows but what makes answers depend on the machine.
+/// All features of wasmparser, except those whose results depend on the machine.
 fn features() -> WasmFeatures {
     WasmFeatures::default().difference(WasmFeatures::RELAXED_SIMD)
 }
@@ -38,12 +38,13 @@ fn main() -> ExitCode {
 
 fn pack(from: &str, to: &str, make: fn(&[u8]) -> Result<Vec<u8>>) -> Result<()> {
     let module = std::fs::read(from).with_context(|| format!("cannot read {from}"))?;
-    let made = make(&module).with_context(|| format!("cannot pack {from}"))?;
-    imports_nothing(&made).with_context(|| format!("{from} is not packed"))?;
+    let packed = make(&module).with_context(|| format!("cannot pack {from}"))?;
+    check(&packed).with_context(|| format!("{from} is not packed"))?;
     // Write to a second file and rename it, so that a concurrent reader gets the old or the new
     // file.
     let beside = Path::new(to).with_extension("part");
-    std::fs::write(&beside, made).with_context(|| format!("cannot write {}", beside.display()))?;
+    std::fs::write(&beside, packed)
+        .with_context(|| format!("cannot write {}", beside.display()))?;
     std::fs::rename(&beside, to)
         .with_context(|| format!("cannot move {} to {to}", beside.display()))
 }
@@ -52,14 +53,15 @@ fn component(module: &[u8]) -> Result<Vec<u8>> {
     ComponentEncoder::default().validate(true).module(module)?.encode()
 }
 
+/// Checks that a module or component is valid, and imports nothing.
+///
 /// # Errors
-/// Names the imports; or says that it is no valid WebAssembly, or wants what differs from machine
-/// to machine.
-fn imports_nothing(wasm: &[u8]) -> Result<()> {
+/// If it imports anything, is not valid WebAssembly, or uses features whose results depend on the
+/// machine.
+fn check(wasm: &[u8]) -> Result<()> {
     Validator::new_with_features(features()).validate_all(wasm).context("it is not valid")?;
     let mut found = Vec::new();
-    // A component holds modules, which import what the component gives them: only the outermost
-    // counts.
+    // Modules inside a component import from the component itself. Only the outermost level counts.
     let mut outer = None;
     let mut depth = 0usize;
     for payload in Parser::new(0).parse_all(wasm) {
@@ -88,7 +90,7 @@ fn imports_nothing(wasm: &[u8]) -> Result<()> {
     }
     if !found.is_empty() {
         bail!(
-            "it imports {}: a filter imports nothing, for what it cannot call it cannot do",
+            "it imports {}: a filter must import nothing, so that it need not be trusted",
             found.join(", ")
         );
     }
@@ -100,11 +102,11 @@ mod tests {
     use super::*;
 
     fn check(wat: &str) -> Result<(), String> {
-        imports_nothing(&wat::parse_str(wat).unwrap()).map_err(|e| format!("{e:#}"))
+        super::check(&wat::parse_str(wat).unwrap()).map_err(|e| format!("{e:#}"))
     }
 
     #[test]
-    fn what_imports_anything_is_refused() {
+    fn imports_are_refused() {
         assert_eq!(check("(module)"), Ok(()));
         assert_eq!(check("(component)"), Ok(()));
         let error = check(r#"(module (import "env" "now" (func)))"#).unwrap_err();
@@ -115,7 +117,7 @@ mod tests {
     }
 
     #[test]
-    fn a_module_within_a_component_may_import_what_the_component_gives_it() {
+    fn a_module_may_import_from_its_own_component() {
         let inner = r#"(component
             (core module $a (func (export "f")))
             (core module $b (import "a" "f" (func)))
@@ -125,7 +127,7 @@ mod tests {
     }
 
     #[test]
-    fn what_differs_from_machine_to_machine_is_refused() {
+    fn features_that_depend_on_the_machine_are_refused() {
         let relaxed = r#"(module (func (param v128 v128) (result v128)
             local.get 0 local.get 1 i8x16.relaxed_swizzle))"#;
         assert!(check(relaxed).unwrap_err().contains("not valid"));

@@ -1,4 +1,4 @@
-//! The table `[fleet]`: what several hosts share their inventories through.
+//! The table `[fleet]`: the etcd through which hosts share their inventories.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -7,10 +7,11 @@ use serde::Deserialize;
 
 use crate::values::{Tls, absolute_path};
 
-/// The etcd that several hosts share their inventories through.
+/// The etcd through which several hosts share their inventories.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Fleet {
-    /// `http://` or `https://`, host and port; each is asked when those before it do not answer.
+    /// URLs of the endpoints, with scheme, host and port. An endpoint is used if those before it do
+    /// not respond.
     pub endpoints: Vec<String>,
     /// Prefix of all keys; begins and ends with a slash.
     pub prefix: String,
@@ -20,15 +21,15 @@ pub struct Fleet {
     pub identity: Option<Tls>,
     /// User of this host in etcd.
     pub user: Option<User>,
-    /// After so long without a word from a host its document goes.
+    /// Time after which the document of an unreachable host is removed.
     pub lease: Duration,
-    /// So often a document is published again though nothing has changed.
+    /// Interval at which an unchanged document is published again.
     pub heartbeat: Duration,
-    /// Tells one machine from another.
+    /// File with the id of this machine.
     pub machine_id: PathBuf,
 }
 
-/// A name and where its password stands.
+/// A user with the file of its password.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct User {
     /// Name of the user.
@@ -135,9 +136,7 @@ impl Raw {
                 return Err("user: its password is missing: set fleet.password_file as well".into());
             }
             (None, Some(_)) => {
-                return Err("password_file: its user is missing: set fleet.user as \
-                well"
-                    .into());
+                return Err("password_file: its user is missing: set fleet.user as well".into());
             }
         };
         let seconds = |key: &str, value: Option<u64>, default: u64, least: u64| match value

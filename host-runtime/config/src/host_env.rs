@@ -1,4 +1,4 @@
-//! The machine: which boot this is, how long it lasts, whether an agent lives.
+//! State of the host: the boot id, the uptime, and whether an agent is running.
 
 use std::fs::{File, TryLockError};
 use std::os::fd::AsRawFd;
@@ -11,7 +11,7 @@ use virt_usb_store::Context;
 
 use crate::Config;
 
-/// The machine cannot say which boot this is.
+/// The boot id or the uptime cannot be read.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot read {path}: {what}; without it no claim can be dated")]
 pub struct BootError {
@@ -19,11 +19,11 @@ pub struct BootError {
     what: String,
 }
 
-/// The context of a write: this boot, this moment, `actor` (`hook prepare`), and what the
-/// configuration says of pending claims.
+/// Returns the context of a write: the boot, the uptime, the `actor` (`hook prepare`), and the
+/// grace period of pending claims.
 ///
 /// # Errors
-/// When procfs does not hold `sys/kernel/random/boot_id` and `uptime`.
+/// If `sys/kernel/random/boot_id` or `uptime` in procfs cannot be read.
 pub fn context(config: &Config, actor: impl Into<String>) -> Result<Context, BootError> {
     let read = |name: &str| {
         let path = config.procfs_root.join(name);
@@ -31,10 +31,10 @@ pub fn context(config: &Config, actor: impl Into<String>) -> Result<Context, Boo
             .map_err(|e| BootError { path: path.display().to_string(), what: e.to_string() })
     };
     let boot_id = read("sys/kernel/random/boot_id")?.trim().to_owned();
-    // Claims of another boot are void: what is no boot id must not void them.
+    // A wrong boot id would void all claims, because claims of another boot are void.
     if boot_id.parse::<virt_usb_model::InstanceId>().is_err() {
         let path = config.procfs_root.join("sys/kernel/random/boot_id").display().to_string();
-        return Err(BootError { path, what: format!("{boot_id:?} is no boot id") });
+        return Err(BootError { path, what: format!("{boot_id:?} is not a boot id") });
     }
     let uptime = read("uptime")?;
     let uptime =
@@ -50,24 +50,24 @@ pub fn context(config: &Config, actor: impl Into<String>) -> Result<Context, Boo
     })
 }
 
-/// The agent's lock, in `state_dir`.
+/// Name of the agent's lock file in `state_dir`.
 pub const AGENT_LOCK: &str = "agent.lock";
 
-/// Whether somebody attaches devices to guests that are started by others.
+/// State of the agent, which attaches devices to guests after they have started.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Agent {
-    /// It holds its lock.
+    /// The agent is running.
     Alive,
-    /// It is installed, but does not run.
+    /// The agent is installed, but not running.
     Dead,
-    /// There is none: only a caller that uses the printed XML gets the device.
+    /// No agent is installed. Only a caller that uses the printed XML gets the device.
     NotInstalled,
 }
 
-/// Asks the kernel, by the lock on `state_dir/agent.lock`.
+/// Returns the state of the agent, from the lock on `state_dir/agent.lock`.
 pub fn agent(state_dir: &Path) -> Agent {
-    // The folder belongs to another user: no link is followed there, and nothing that is not a file
-    // is waited for.
+    // The directory belongs to another user: follow no links there, and do not block on a file that
+    // is not a regular one.
     let careful = File::options()
         .read(true)
         .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
@@ -81,14 +81,14 @@ pub fn agent(state_dir: &Path) -> Agent {
     }
 }
 
-/// The agent's ear, in `state_dir`: hooks tell it what they did.
+/// Name of the agent's socket in `state_dir`, to which hooks and commands send notifications.
 pub const HOOK_SOCKET: &str = "hook.sock";
 
-/// What [`tell_agent`] calls a command of `virt-usb` that may have changed the inventory.
+/// Operation in a notification ([`tell_agent`]) of a command that may have changed the inventory.
 pub const COMMAND: &str = "command";
 
-/// Opens [`HOOK_SOCKET`] as a place, which `/proc/self/fd` addresses. The name may be a link of the
-/// folder's owner to a socket that listens to root alone: no link is followed.
+/// Opens [`HOOK_SOCKET`] with `O_PATH`, so that `/proc/self/fd` addresses it. Links are not
+/// followed: the owner of the directory could link the name to a socket that accepts root only.
 ///
 /// # Errors
 /// If there is no such socket.
@@ -99,16 +99,16 @@ pub fn hook_socket(state_dir: &Path) -> std::io::Result<File> {
         .open(state_dir.join(HOOK_SOCKET))
 }
 
-/// Tells the agent of a call: `prepare 1234 0` is the operation, its microseconds, its exit status.
-/// Nobody waits, and nobody minds if there is no agent.
+/// Notifies the agent of a call, as in `prepare 1234 0`: the operation, its duration in
+/// microseconds, its exit status. Does not block, and does nothing if no agent is running.
 pub fn tell_agent(state_dir: &Path, op: &str, took: Duration, exit: u8) {
-    let told = hook_socket(state_dir).and_then(|place| {
+    let sent = hook_socket(state_dir).and_then(|address| {
         let socket = UnixDatagram::unbound()?;
         socket.set_nonblocking(true)?;
-        let told = format!("{op} {} {exit}", took.as_micros());
-        socket.send_to(told.as_bytes(), format!("/proc/self/fd/{}", place.as_raw_fd()))
+        let message = format!("{op} {} {exit}", took.as_micros());
+        socket.send_to(message.as_bytes(), format!("/proc/self/fd/{}", address.as_raw_fd()))
     });
-    drop(told);
+    drop(sent);
 }
 
 #[cfg(test)]
@@ -116,14 +116,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_lock_tells_whether_the_agent_lives() {
+    fn the_lock_shows_whether_the_agent_runs() {
         let state = tempfile::tempdir().unwrap();
         assert_eq!(agent(state.path()), Agent::NotInstalled);
         let lock = File::create(state.path().join("agent.lock")).unwrap();
         assert_eq!(agent(state.path()), Agent::Dead);
         lock.lock().unwrap();
         assert_eq!(agent(state.path()), Agent::Alive);
-        // What its owner might put there instead is neither followed nor waited for.
+        // A link is not followed, and a pipe does not block.
         let file = state.path().join("agent.lock");
         std::fs::remove_file(&file).unwrap();
         std::os::unix::fs::symlink("/dev/zero", &file).unwrap();
@@ -134,24 +134,24 @@ mod tests {
     }
 
     #[test]
-    fn the_agent_is_told_at_its_socket_and_nobody_at_a_link() {
+    fn a_notification_goes_to_the_socket_and_not_through_a_link() {
         let state = tempfile::tempdir().unwrap();
         let file = state.path().join(HOOK_SOCKET);
-        let hear = |socket: &UnixDatagram| {
+        let receive = |socket: &UnixDatagram| {
             socket.set_nonblocking(true).unwrap();
-            let mut told = [0; 64];
+            let mut message = [0; 64];
             socket
-                .recv(&mut told)
-                .map(|length| String::from_utf8_lossy(&told[..length]).into_owned())
+                .recv(&mut message)
+                .map(|length| String::from_utf8_lossy(&message[..length]).into_owned())
         };
         let agent = UnixDatagram::bind(&file).unwrap();
         tell_agent(state.path(), "prepare", Duration::from_micros(1234), 0);
-        assert_eq!(hear(&agent).unwrap(), "prepare 1234 0");
+        assert_eq!(receive(&agent).unwrap(), "prepare 1234 0");
         let other = state.path().join("other");
         std::fs::rename(&file, &other).unwrap();
         std::os::unix::fs::symlink(&other, &file).unwrap();
         tell_agent(state.path(), "prepare", Duration::ZERO, 0);
-        assert!(hear(&agent).is_err());
+        assert!(receive(&agent).is_err());
     }
 
     #[test]

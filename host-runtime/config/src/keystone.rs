@@ -1,4 +1,4 @@
-//! The table `[keystone]`: the OpenStack Identity service whose tokens the API takes.
+//! The table `[keystone]`: the OpenStack Identity service whose tokens the API accepts.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -11,21 +11,21 @@ use crate::values::absolute_path;
 /// A Keystone whose tokens are accepted, and the user that validates them.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Keystone {
-    /// With the version, without a slash at its end: `https://keystone.example:5000/v3`.
+    /// URL with the version and without a trailing slash: `https://keystone.example:5000/v3`.
     pub url: String,
     /// PEM file of the authorities to trust; `None` for those of this machine.
     pub ca: Option<PathBuf>,
-    /// The service user's name ...
+    /// Name of the service user.
     pub user: String,
-    /// ... and its domain's.
+    /// Name of the service user's domain.
     pub user_domain: String,
-    /// The project that it acts in ...
+    /// Name of the service user's project.
     pub project: String,
-    /// ... and its domain's name.
+    /// Name of that project's domain.
     pub project_domain: String,
     /// File whose first line is the password.
     pub password_file: PathBuf,
-    /// How long the validation of a token is cached for read-only requests.
+    /// Time for which the validation of a token is cached, for read-only requests.
     pub cache: Duration,
     /// Map from Keystone's roles to `reader`, `member` or `admin`.
     pub roles: BTreeMap<String, String>,
@@ -72,7 +72,7 @@ impl Raw {
                     .contains(|c: char| "@?#".contains(c) || c.is_whitespace() || c.is_control())
         });
         if !right {
-            // What stands before an @ may be a password.
+            // The part before an @ may contain a password.
             let found =
                 if url.contains('@') { "one with an @".to_owned() } else { format!("{url:?}") };
             return Err(format!(
@@ -97,8 +97,8 @@ impl Raw {
             seconds @ 0..=3600 => Duration::from_secs(seconds),
             other => return Err(format!("cache: found {other}, wanted 0 to 3600 seconds")),
         };
-        let own = || ROLES.map(|role| (role.to_owned(), role.to_owned())).into_iter().collect();
-        let roles = self.roles.unwrap_or_else(own);
+        let default = || ROLES.map(|role| (role.to_owned(), role.to_owned())).into_iter().collect();
+        let roles = self.roles.unwrap_or_else(default);
         if let Some((role, meaning)) =
             roles.iter().find(|(_, meaning)| !ROLES.contains(&meaning.as_str()))
         {

@@ -1,8 +1,8 @@
 //! The configuration: TOML at [`DEFAULT_PATH`], read by every program of virt-usb.
 //!
 //! An unknown key is an error that names the nearest known one: a misspelt `usb_white_list_switch`
-//! must not leave the whitelist off in silence. `install/config.toml` explains every key; a test
-//! reads it with this module.
+//! must not silently leave the whitelist off. `install/config.toml` explains every key; a test
+//! parses it with this module.
 
 mod fleet;
 pub mod host_env;
@@ -33,9 +33,9 @@ pub use values::{
     RequireAgent, Tls,
 };
 
-/// The largest configuration read, in bytes.
-const MAX_CONFIG: u64 = 1 << 20;
-/// Where the configuration is looked for when `--config` does not say.
+/// Maximum size of a configuration in bytes.
+const MAX_CONFIG_BYTES: u64 = 1 << 20;
+/// Path of the configuration without `--config`.
 pub const DEFAULT_PATH: &str = "/etc/virt-usb/config.toml";
 
 /// The whitelist keys that a file contains. If a file contained them before and contains none now,
@@ -44,11 +44,12 @@ pub const DEFAULT_PATH: &str = "/etc/virt-usb/config.toml";
 pub struct WhitelistKeys {
     /// Whether the file contains `usb_white_list_switch`.
     pub switch: bool,
-    /// `usb_passthrough_whitelist`, or `usb_white_list`
+    /// Whether the file contains `usb_passthrough_whitelist` or `usb_white_list`.
     pub rules: bool,
 }
 
-/// The keys are not settings: two configurations are equal if one writes the defaults out.
+/// All values are equal, because the keys are not settings: a configuration that contains the
+/// defaults equals one that omits them.
 impl PartialEq for WhitelistKeys {
     fn eq(&self, _: &Self) -> bool {
         true
@@ -65,58 +66,59 @@ pub struct Readable {
     pub log: Option<Log>,
 }
 
-/// The configuration, checked.
+/// A valid configuration.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Config {
-    /// Holds the inventory and its locks; made by install or agent, never by the hook.
+    /// Directory of the inventory and its locks. The installation or the agent creates it, never
+    /// the hook.
     pub state_dir: PathBuf,
-    /// Where sysfs is mounted.
+    /// Mount point of sysfs.
     pub sysfs_root: PathBuf,
-    /// Where procfs is mounted: the boot id and the time since boot are read there.
+    /// Mount point of procfs, which contains the boot id and the uptime.
     pub procfs_root: PathBuf,
-    /// Rules for which devices are offered, and to which projects.
+    /// Rules that determine which devices are offered, and to which projects.
     pub whitelist: Whitelist,
     /// The whitelist keys that the file contains.
     pub whitelist_keys: WhitelistKeys,
     /// Devices that show several vendor and product ids in turn.
     pub aliases: Aliases,
-    /// When a device comes and goes too often.
+    /// Limits after which a device counts as flapping.
     pub flapping: Limits,
-    /// How long a flavor's devices are held.
+    /// Policy for how long the devices of a flavor are held.
     pub hold: HoldPolicy,
     /// Policy for incoming migrations.
     pub migration: MigrationPolicy,
-    /// Where the hook's records go.
+    /// Destination of the hook's records.
     pub log: Log,
-    /// Audit events older than this many days are pruned by `discover`; 0 keeps them for ever.
+    /// Days after which `discover` removes audit events; 0 keeps them forever.
     pub events_keep_days: u32,
     /// Days until the inventory forgets an unplugged device that no instance has held; 0 disables
     /// it.
     pub forget_after_days: u32,
-    /// Where the agent and the command line find libvirt.
+    /// libvirt connection URI of the agent and the command line.
     pub libvirt_uri: String,
-    /// How often the agent looks at everything, whatever events there were.
+    /// Interval at which the agent scans all devices and guests, in addition to events.
     pub scan_interval: Duration,
-    /// How long an instance must be absent from libvirt before the agent releases what its flavor
-    /// gave it.
+    /// Time after which the agent releases the flavor's devices of an instance that is absent from
+    /// libvirt.
     pub absent_grace: Duration,
-    /// How long a domain must be undefined before its assignments end.
+    /// Time after which the assignments of an undefined domain end.
     pub undefined_grace: Duration,
-    /// How long after a failure the agent asks libvirt again about a guest that it could not read.
+    /// Delay before the agent reads a guest again that it could not read.
     pub recheck_delay: Duration,
-    /// How long libvirt may not answer about a guest before that is a problem of the guest.
+    /// Time without an answer of libvirt about a guest after which the guest has a problem.
     pub libvirt_timeout: Duration,
-    /// How long a claim of an incoming restore or migration may stay unconfirmed.
+    /// Time after which an unconfirmed claim of a restore or migration ends.
     pub pending_grace: Duration,
     /// Policy for the claim of an unplugged device.
     pub replug: ReplugPolicy,
     /// Policy for a guest that cannot get its device.
     pub on_attach_failure: AttachFailurePolicy,
-    /// Whether a start depends on the agent.
+    /// Policy for starts that depend on the agent.
     pub require_agent: RequireAgent,
-    /// Where the agent's metrics are served.
+    /// Address of the agent's metrics.
     pub metrics: Metrics,
-    /// Where its API is served.
+    /// Address of the agent's API.
     pub api: Api,
     /// TLS certificate of the API; without one, the API listens only on loopback addresses.
     pub api_tls: Option<Tls>,
@@ -161,10 +163,10 @@ impl Default for Config {
     }
 }
 
-/// The configuration cannot be used.
+/// Error of a configuration that cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
-    /// The file that was named is not there or not readable.
+    /// The file does not exist or cannot be read.
     #[error("cannot read the configuration {path}: {why}")]
     Read {
         /// Path of the file.
@@ -172,7 +174,7 @@ pub enum ConfigError {
         /// Cause of the failure.
         why: io::Error,
     },
-    /// The file does not say what a configuration may say.
+    /// The content of the file is invalid.
     #[error("the configuration {path} is wrong: {what}")]
     Wrong {
         /// Path of the file.
@@ -195,11 +197,11 @@ impl ConfigError {
 }
 
 impl Config {
-    /// Reads `path`, or [`DEFAULT_PATH`] when none is named; a default file that is not there means
-    /// the defaults.
+    /// Reads `path`, or [`DEFAULT_PATH`] if there is none. If the default file does not exist, the
+    /// defaults apply.
     ///
     /// # Errors
-    /// When the file is named and missing, cannot be read, or is wrong anywhere.
+    /// If `path` does not exist, or if the file cannot be read or is invalid.
     pub fn load(path: Option<&Path>) -> Result<Self, ConfigError> {
         let file = path.unwrap_or(Path::new(DEFAULT_PATH));
         match read_bounded(file) {
@@ -230,10 +232,10 @@ impl Config {
         Self::parse(text)
     }
 
-    /// Reads the text of a configuration file.
+    /// Parses the text of a configuration file.
     ///
     /// # Errors
-    /// One line that names the key.
+    /// A message of one line that names the key.
     pub fn parse(text: &str) -> Result<Self, String> {
         let table: toml::Table = text.parse().map_err(|e: toml::de::Error| one_line(&e, text))?;
         for key in table.keys() {
@@ -267,9 +269,9 @@ impl Config {
             json("usb_passthrough_whitelist")?,
             json("usb_white_list")?,
         );
-        let named = if other.is_some() { "usb_white_list" } else { "usb_passthrough_whitelist" };
+        let key = if other.is_some() { "usb_white_list" } else { "usb_passthrough_whitelist" };
         let whitelist = Whitelist::parse(switch.as_ref(), listed.or(other).as_ref())
-            .map_err(|e| e.to_string().replacen("usb_passthrough_whitelist", named, 1))?;
+            .map_err(|e| e.to_string().replacen("usb_passthrough_whitelist", key, 1))?;
         let default = Self::default();
         let flapping = flapping(&raw, default.flapping)?;
         let api_tls = tls(raw.api_certificate, raw.api_key)?;
@@ -280,7 +282,7 @@ impl Config {
             whitelist,
             whitelist_keys: WhitelistKeys {
                 switch: table.contains_key("usb_white_list_switch"),
-                rules: table.contains_key(named),
+                rules: table.contains_key(key),
             },
             aliases: Aliases::parse(&raw.usb_aliases)
                 .map_err(|e| e.at("usb_aliases").to_string())?,
@@ -324,15 +326,15 @@ impl Config {
         })
     }
 
-    /// The inventory's file.
+    /// Path of the inventory's database.
     pub fn database(&self) -> PathBuf {
         self.state_dir.join(virt_usb_store::FILE_NAME)
     }
 }
 
 impl Readable {
-    /// Reads the keys one by one, whatever is wrong with the others. What is said twice in two ways
-    /// is not said.
+    /// Reads each key on its own, even if others are invalid. A key with two different values is
+    /// left out.
     fn of(text: &str) -> Self {
         let table = text.parse().unwrap_or_else(|_| top_level(text));
         let word = |key: &str| table.get(key).and_then(toml::Value::as_str);
@@ -344,10 +346,10 @@ impl Readable {
 }
 
 /// Reads a regular file of at most 1 MiB, such as the configuration or a certificate. A pipe or a
-/// device in its place is an error, and the call does not wait for it.
+/// device is an error, and does not block the call.
 ///
 /// # Errors
-/// If the file cannot be read, is larger, or is no regular file.
+/// If the file cannot be read, is larger, or is not a regular file.
 pub fn read_bounded(file: &Path) -> io::Result<Vec<u8>> {
     let careful =
         std::fs::OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(file)?;
@@ -355,8 +357,8 @@ pub fn read_bounded(file: &Path) -> io::Result<Vec<u8>> {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is not a regular file"));
     }
     let mut bytes = Vec::new();
-    careful.take(MAX_CONFIG + 1).read_to_end(&mut bytes)?;
-    if bytes.len() as u64 > MAX_CONFIG {
+    careful.take(MAX_CONFIG_BYTES + 1).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > MAX_CONFIG_BYTES {
         return Err(io::Error::new(io::ErrorKind::FileTooLarge, "it is larger than 1 MiB"));
     }
     Ok(bytes)
@@ -386,7 +388,7 @@ mod tests {
     }
 
     #[test]
-    fn the_folder_is_read_whatever_else_is_wrong() {
+    fn state_dir_is_read_from_an_invalid_file() {
         let state_dir = |text: &[u8]| {
             let dir = tempfile::tempdir().unwrap();
             let file = dir.path().join("config.toml");
@@ -496,7 +498,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_file_or_has_no_end_is_not_read() {
+    fn only_regular_files_of_limited_size_are_read() {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("config.toml");
         assert!(std::process::Command::new("mkfifo").arg(&file).status().unwrap().success());
@@ -508,7 +510,7 @@ mod tests {
                 .contains("not a regular file")
         );
         std::fs::remove_file(&file).unwrap();
-        std::fs::File::create(&file).unwrap().set_len(MAX_CONFIG + 1).unwrap();
+        std::fs::File::create(&file).unwrap().set_len(MAX_CONFIG_BYTES + 1).unwrap();
         assert!(Config::load(Some(&file)).unwrap_err().to_string().contains("larger than 1 MiB"));
     }
 

@@ -1,11 +1,11 @@
-//! A panic ends the program.
+//! Panic hooks that end the program.
 //!
 //! A program that lost a thread must not continue. systemd restarts the agent; libvirt treats the
 //! hook's abort as a veto. The release build does not set `panic = "abort"`, because dependencies
 //! would then be compiled a second time for tests.
 
-/// Makes every panic of this process end it by SIGABRT, once its message is printed. Called first
-/// in the `main` of each installed program.
+/// Makes every panic end this process by SIGABRT, after its message was printed. Each installed
+/// program calls this first in `main`.
 pub fn abort() {
     let print = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |info| {
@@ -14,8 +14,8 @@ pub fn abort() {
     }));
 }
 
-/// Makes a panic end this process with exit status 0, after it has printed its message. For the
-/// calls that must not fail of the hook that only report.
+/// Makes every panic end this process with exit status 0, after its message was printed. The hook
+/// uses this for operations that must not fail.
 pub fn succeed() {
     drop(std::panic::take_hook());
     let print = std::panic::take_hook();
@@ -30,23 +30,23 @@ mod tests {
     use std::os::unix::process::ExitStatusExt;
     use std::process::Command;
 
-    /// Not a test by itself: what the test below starts.
+    /// Child process of a test below, not a test itself.
     #[test]
     #[ignore = "it aborts: it is run by 'a_panic_of_any_thread_ends_the_program'"]
     fn child() {
         super::abort();
         drop(std::thread::spawn(|| panic!("on purpose")).join());
-        println!("it goes on");
+        println!("it continues");
     }
 
-    /// Not a test by itself, as the one above.
+    /// Child process of a test below, not a test itself.
     #[test]
     #[ignore = "it exits: it is run by 'a_panic_of_a_call_that_never_fails_is_a_success'"]
     fn careful_child() {
         super::abort();
         super::succeed();
         drop(std::thread::spawn(|| panic!("on purpose")).join());
-        println!("it goes on");
+        println!("it continues");
         std::process::exit(3);
     }
 
@@ -57,7 +57,7 @@ mod tests {
         let output = Command::new(this).args(child).output().unwrap();
         assert_eq!(output.status.code(), Some(0));
         assert!(String::from_utf8_lossy(&output.stderr).contains("on purpose"));
-        assert!(!String::from_utf8_lossy(&output.stdout).contains("it goes on"));
+        assert!(!String::from_utf8_lossy(&output.stdout).contains("it continues"));
     }
 
     #[test]
@@ -69,6 +69,6 @@ mod tests {
             .unwrap();
         assert_eq!(output.status.signal(), Some(libc::SIGABRT));
         assert!(String::from_utf8_lossy(&output.stderr).contains("on purpose"));
-        assert!(!String::from_utf8_lossy(&output.stdout).contains("it goes on"));
+        assert!(!String::from_utf8_lossy(&output.stdout).contains("it continues"));
     }
 }

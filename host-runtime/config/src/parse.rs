@@ -13,7 +13,7 @@ use crate::values::{
 };
 use crate::{fleet, keystone};
 
-/// Keys that serde reads; the model reads the whitelist's keys.
+/// Keys that serde parses. The model parses the whitelist's keys.
 #[derive(Deserialize)]
 pub(crate) struct Raw {
     pub(crate) state_dir: Option<PathBuf>,
@@ -146,7 +146,7 @@ pub(crate) fn flapping(raw: &Raw, default: Limits) -> Result<Limits, String> {
     })
 }
 
-/// A time in whole seconds, a day at most.
+/// A duration in seconds, from 1 second to a day.
 pub(crate) fn seconds(
     key: &str,
     value: Option<u64>,
@@ -227,8 +227,8 @@ pub(crate) fn one_line(e: &toml::de::Error, text: &str) -> String {
     line.map_or_else(|| message.clone(), |line| format!("line {line}: {message}"))
 }
 
-/// The keys of a text that is no TOML, as far as a line holds one whole: those above the first
-/// section.
+/// The top-level keys of a text that is not valid TOML, from those lines above the first section
+/// that are valid on their own.
 pub(crate) fn top_level(text: &str) -> toml::Table {
     let is_section = |line: &str| {
         let name = line.trim_start_matches('[').split(']').next().unwrap_or_default();

@@ -8,7 +8,7 @@ use virt_usb_store::{Store, StoreError};
 
 use crate::{Config, DEFAULT_PATH};
 
-/// Why a configuration is not obeyed.
+/// Reason why a configuration is rejected.
 #[derive(Debug, thiserror::Error)]
 pub enum RulesError {
     /// The file contained rules when it was last read.
@@ -19,7 +19,7 @@ pub enum RulesError {
     Store(#[from] StoreError),
 }
 
-/// The rules of a configuration that the inventory remembers.
+/// Returns the state of the whitelist in a configuration, as the inventory records it.
 pub fn remembered(config: &Config) -> Rules {
     match (config.whitelist.on, config.whitelist.rules.is_empty()) {
         (true, _) => Rules::On,
@@ -28,11 +28,11 @@ pub fn remembered(config: &Config) -> Rules {
     }
 }
 
-/// Refuses a configuration that has lost the whitelist. To turn the whitelist off, a file has to
-/// say so. `file`: where it was read, if not at its usual place.
+/// Refuses a configuration that has lost the whitelist. To turn the whitelist off, a file must
+/// contain its key. `file` is the path of the configuration, if it is not the default one.
 ///
 /// # Errors
-/// What is missing and what to do; or a fault of the inventory.
+/// If a key is missing, with advice; or if the inventory cannot be read.
 pub fn admit(store: &Store, config: &Config, file: Option<&Path>) -> Result<(), RulesError> {
     let (now, keys) = (remembered(config), config.whitelist_keys);
     if keys.switch && keys.rules {
@@ -44,13 +44,13 @@ pub fn admit(store: &Store, config: &Config, file: Option<&Path>) -> Result<(), 
                 file, or write usb_white_list_switch = \"off\""
         }
         Rules::Off if now == Rules::None && !keys.rules => {
-            "usb_passthrough_whitelist, which held rules. Restore the file, or write \
+            "usb_passthrough_whitelist, which contained rules. Restore the file, or write \
                 usb_passthrough_whitelist = []"
         }
         _ => return Ok(()),
     };
     let file = file.unwrap_or(Path::new(DEFAULT_PATH));
-    let why = if file.exists() { "may be truncated: it" } else { "is gone, and the default" };
+    let why = if file.exists() { "may be truncated: it" } else { "is missing, and the default" };
     Err(RulesError::Lost(format!(
         "the configuration {} {why} does not contain {lost}",
         file.display()

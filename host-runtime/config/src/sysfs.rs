@@ -1,6 +1,6 @@
-//! The device at a port, as the kernel shows it now.
+//! The device at a port, as sysfs shows it now.
 //!
-//! The inventory's address is a memory; this is the fact. Sources:
+//! The address in the inventory may be outdated; the one in sysfs is current. Format:
 //! `Documentation/ABI/testing/sysfs-bus-usb` and `Documentation/ABI/stable/sysfs-bus-usb` of the
 //! kernel.
 
@@ -12,15 +12,15 @@ use virt_usb_model::{BusAddress, Class, DevicePath, PortPath, UsbId, VendorId, c
 /// A device at a port and its address.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Seen {
-    /// idVendor and idProduct.
+    /// Vendor and product ids, from `idVendor` and `idProduct`.
     pub usb: UsbId,
-    /// The serial number, cleaned as discovery cleans it.
+    /// Serial number, cleaned as discovery cleans it.
     pub serial: Option<String>,
-    /// busnum and devnum.
+    /// Bus and device numbers, from `busnum` and `devnum`.
     pub address: BusAddress,
 }
 
-/// The port could not be read: not the same as empty.
+/// An attribute in sysfs cannot be read. This does not mean that the port is empty.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot read {path}: {reason}")]
 pub struct SysfsError {
@@ -28,20 +28,20 @@ pub struct SysfsError {
     reason: String,
 }
 
-/// The folder in which the kernel shows the device at `port`.
+/// Directory of the device at `port` in sysfs.
 pub fn device_dir(sysfs_root: &Path, port: &PortPath) -> PathBuf {
     sysfs_root.join("bus/usb/devices").join(port.to_string())
 }
 
-/// Reads the device at `port`; `None` when nothing is plugged in there.
+/// Reads the device at `port`. `None` if the port is empty.
 ///
 /// # Errors
-/// When the folder is there but does not say who it is.
+/// If the device's directory exists but cannot be read.
 pub fn at_port(sysfs_root: &Path, port: &PortPath) -> Result<Option<Seen>, SysfsError> {
     seen(&device_dir(sysfs_root, port))
 }
 
-/// Reads the device whose folder this is, at a port or a root hub's.
+/// Reads the device or root hub in the directory `dir`.
 fn seen(dir: &Path) -> Result<Option<Seen>, SysfsError> {
     // Read idVendor first: a device that is unplugged during the read leaves no partial result.
     let Some(vendor) = attribute(dir, "idVendor")? else { return Ok(None) };
@@ -69,8 +69,8 @@ fn seen(dir: &Path) -> Result<Option<Seen>, SysfsError> {
     }))
 }
 
-/// The path of a port, whether or not something is plugged in there; `None` where sysfs does not
-/// show the port's root hub below its controller.
+/// Returns the path of a port, which may be empty. `None` if sysfs does not show the port's root
+/// hub below its controller.
 ///
 /// A socket of USB 3 has a port at a hub of USB 2 and one at a hub of USB 3, each the other's
 /// `peer`. Both have the path of the USB 2 port, because a device may fall back from one to the
@@ -87,7 +87,8 @@ pub fn path_of(sysfs_root: &Path, port: &PortPath) -> Option<DevicePath> {
     peer().or(own)
 }
 
-/// The port that a path names during this boot, and the one at the other hub of its socket.
+/// Returns the port that a path names during this boot, and the port of the same socket at the
+/// other hub.
 pub fn ports_of(sysfs_root: &Path, path: &DevicePath) -> Vec<PortPath> {
     let devices = sysfs_root.join("bus/usb/devices");
     let buses = std::fs::read_dir(&devices).into_iter().flatten().flatten().filter_map(|entry| {
@@ -103,7 +104,7 @@ pub fn ports_of(sysfs_root: &Path, path: &DevicePath) -> Vec<PortPath> {
     port.into_iter().chain(peer).collect()
 }
 
-/// The controller and the major USB version of a bus's root hub.
+/// Controller and major USB version of a bus's root hub.
 fn root_hub(devices: &Path, bus: u8) -> Option<(String, u8)> {
     let dir = devices.join(format!("usb{bus}"));
     let controller = controller(&std::fs::read_link(&dir).ok()?)?;
@@ -113,8 +114,9 @@ fn root_hub(devices: &Path, bus: u8) -> Option<(String, u8)> {
     Some((controller, major))
 }
 
-/// A controller's name, from the folder of its root hub, `…/devices/pci0000:00/0000:00:14.0/usb1`,
-/// as udev builds `ID_PATH`: the PCI function that is next to the hub, then what is below that.
+/// Name of a controller, from the directory of its root hub
+/// (`…/devices/pci0000:00/0000:00:14.0/usb1`). Built as udev builds `ID_PATH`: the PCI function
+/// that is next to the hub, then the platform device below it.
 fn controller(root_hub: &Path) -> Option<String> {
     let names: Vec<&str> = root_hub.iter().map(|name| name.to_str()).collect::<Option<_>>()?;
     let (_, above) = names.split_last()?;
@@ -124,8 +126,8 @@ fn controller(root_hub: &Path) -> Option<String> {
     let below = chain.get(function.map_or(0, |at| at + 1)..)?;
     let platform = match below {
         [] => None,
-        // The kernel numbers such devices in the order in which it makes them: the parent is what
-        // lasts.
+        // The kernel numbers such devices in the order of their creation. The name of the parent is
+        // stable.
         [.., parent, name] if name.ends_with(".auto") => {
             let kind = name.split('.').next().unwrap_or(name);
             Some(format!("platform-{parent}-{kind}"))
@@ -139,7 +141,7 @@ fn controller(root_hub: &Path) -> Option<String> {
     }
 }
 
-/// `0000:00:14.0`
+/// Whether this is the name of a PCI function, such as `0000:00:14.0`.
 fn is_pci_function(name: &str) -> bool {
     let parts: Vec<&str> = name.split([':', '.']).collect();
     let hex = |text: &&str| !text.is_empty() && text.bytes().all(|b| b.is_ascii_hexdigit());
@@ -167,8 +169,8 @@ fn peer(devices: &Path, port: &PortPath) -> Option<PortPath> {
     }
 }
 
-/// A hub of this host that `wanted` is true of, by the kernel's name for it: root hubs (`usb1`)
-/// too. What cannot be read is none.
+/// Finds a hub of this host for which `wanted` is true, root hubs (`usb1`) included. Returns the
+/// kernel's name of the hub. Hubs that cannot be read are ignored.
 pub fn hub(sysfs_root: &Path, wanted: impl Fn(&str, UsbId, BusAddress) -> bool) -> Option<String> {
     let all = std::fs::read_dir(sysfs_root.join("bus/usb/devices")).ok()?;
     all.flatten().find_map(|entry| {
@@ -183,14 +185,14 @@ pub fn hub(sysfs_root: &Path, wanted: impl Fn(&str, UsbId, BusAddress) -> bool) 
     })
 }
 
-/// Reads an attribute without its line end; `None` if the attribute or its device does not exist.
-/// Bytes that are not UTF-8 are replaced, because serials come from outsiders.
+/// Reads an attribute without its line end. `None` if the attribute or its device does not exist.
+/// Bytes that are not UTF-8 are replaced, because serials come from devices.
 ///
 /// # Errors
-/// Anything but "not there": permission denied, an I/O error.
+/// Any other error, for example permission denied.
 pub fn attribute(dir: &Path, name: &str) -> Result<Option<String>, SysfsError> {
     let path = dir.join(name);
-    // sysfs gives a whole attribute, at most a page, in one read.
+    // One read returns a whole attribute, which is at most a page.
     let mut page = [0; 4096];
     let read = std::fs::File::open(&path).and_then(|mut file| file.read(&mut page));
     match read {
@@ -204,7 +206,8 @@ pub fn attribute(dir: &Path, name: &str) -> Result<Option<String>, SysfsError> {
     }
 }
 
-/// The device or its attribute is not there: no such file, or it vanished between open and read.
+/// Whether the error means that the device or its attribute does not exist, or disappeared between
+/// open and read.
 fn is_absent(e: &io::Error) -> bool {
     const ENXIO: i32 = 6;
     const ENODEV: i32 = 19;
@@ -249,7 +252,7 @@ mod tests {
         assert_eq!(hub(&root.path().join("nowhere"), |_, _, _| true), None);
     }
 
-    /// A root hub below its controller, of that USB version.
+    /// Creates a root hub of that USB version below its controller.
     fn hub_at(root: &Path, bus: u8, folder: &str, version: &str) {
         let dir = root.join("devices").join(folder).join(format!("usb{bus}"));
         std::fs::create_dir_all(&dir).unwrap();
@@ -315,7 +318,7 @@ mod tests {
     }
 
     #[test]
-    fn reads_who_is_there_and_tells_empty_from_unreadable() {
+    fn an_empty_port_differs_from_an_unreadable_one() {
         let root = tempfile::tempdir().unwrap();
         let port: PortPath = "1-1.4".parse().unwrap();
         assert_eq!(at_port(root.path(), &port).unwrap(), None);

@@ -5,14 +5,14 @@ use std::path::PathBuf;
 
 use serde::Deserialize;
 
-/// How long an instance keeps what its flavor gave it.
+/// Policy for how long an instance holds the devices of its flavor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum HoldPolicy {
-    /// From prepare to release.
+    /// While the guest is running: from `prepare` to `release`.
     #[default]
     Running,
-    /// Until the instance is gone: a stop or a reboot keeps it.
+    /// Until the instance is deleted, including while the guest is off.
     Instance,
 }
 
@@ -23,7 +23,7 @@ pub enum MigrationPolicy {
     /// Refuse the guest.
     #[default]
     Refuse,
-    /// An equivalent device of this host is claimed for it.
+    /// Claim an equivalent device of this host for the guest.
     Reclaim,
 }
 
@@ -49,46 +49,46 @@ pub enum AttachFailurePolicy {
     Stop,
 }
 
-/// Whether a guest may start that only the agent can give its device.
+/// Policy for the start of a guest whose device only the agent can attach.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum RequireAgent {
-    /// Where an agent is installed it must run; where none is, the caller is believed to use the
-    /// printed XML.
+    /// If an agent is installed, it must be running. Without an agent, the caller is assumed to use
+    /// the printed XML.
     #[default]
     Auto,
     /// An agent must be installed and running.
     Always,
-    /// Nothing is asked of it.
+    /// The guest starts without an agent, too.
     Never,
 }
 
-/// Where the agent's metrics are served.
+/// Address of the agent's metrics.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub enum Metrics {
     /// Metrics are not served.
     #[default]
     Off,
-    /// On a loopback port.
+    /// Metrics are served on a loopback port.
     Tcp(SocketAddr),
-    /// On a unix socket.
+    /// Metrics are served on a unix socket.
     Unix(PathBuf),
 }
 
-/// Where the agent's API is served.
+/// Address of the agent's API.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Api {
     /// The API is not served.
     Off,
-    /// On this address, and on a unix socket in `state_dir`.
+    /// The API is served on this address, and on a unix socket in `state_dir`.
     On(SocketAddr),
 }
 
 /// Certificate and key for TLS on the API's port.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Tls {
-    /// PEM: the certificate, then those that lead to its authority.
+    /// PEM file of the certificate, followed by intermediate certificates.
     pub certificate: PathBuf,
-    /// PEM: its private key.
+    /// PEM file of the private key.
     pub key: PathBuf,
 }
 
@@ -98,19 +98,19 @@ impl Default for Api {
     }
 }
 
-/// Where the record of each hook call goes.
+/// Destination of the record of each hook call.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub enum Log {
     /// The systemd journal.
     #[default]
     Journal,
-    /// A file, one JSON object a line.
+    /// A file with one JSON object per line.
     File(PathBuf),
     /// Records are not written.
     Off,
 }
 
-/// The path, if it is an absolute one.
+/// Returns the path if it is absolute.
 pub(crate) fn absolute_path(key: &str, path: PathBuf) -> Result<PathBuf, String> {
     if path.is_absolute() {
         Ok(path)

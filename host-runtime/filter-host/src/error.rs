@@ -1,45 +1,46 @@
-//! Three things that never collapse: a verdict is an answer, a refusal says that the question was
-//! wrong, and a broken filter says nothing about any host.
+//! Errors. Three results are kept apart: a verdict is an answer, a refusal means that the question
+//! was invalid, and a broken filter means nothing about any host.
 
 use std::path::PathBuf;
 
 use virt_usb_model::ParseError;
 
-/// A question was not answered.
+/// Reason why a question has no answer.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The filter works but refused its input. A retry will not help.
+    /// The filter refused its input. A retry does not help.
     #[error("the filter refuses the input: {0}")]
     Refused(String),
-    /// The filter failed. That is no "no host": ask without it, or do not place the instance, as
-    /// your policy has it. The next call begins with a fresh instance.
+    /// The filter failed. This does not mean "no host": depending on your policy, place the
+    /// instance without the filter, or do not place it. The next call uses a new instance of the
+    /// filter.
     #[error("the filter {path} is broken: {fault}", path = path.display())]
     Broken {
-        /// The filter's file.
+        /// Path of the filter's file.
         path: PathBuf,
-        /// How it failed.
+        /// Cause of the failure.
         fault: Fault,
     },
 }
 
-/// How a filter failed.
+/// Cause of a filter's failure.
 #[derive(Debug, thiserror::Error)]
 pub enum Fault {
     /// The call took longer than [`crate::Limits::epoch`] allows, and was stopped.
     #[error("it took longer than {0:?} and was stopped")]
     Time(std::time::Duration),
     /// The filter needed more memory than [`crate::Limits::memory`] allows, and was stopped.
-    #[error("it wanted more than {0} bytes of memory and was stopped")]
+    #[error("it requested more than {0} bytes of memory and was stopped")]
     Memory(usize),
     /// The filter trapped: unreachable code, a division by zero, a stack overflow.
     #[error("it trapped: {0}")]
     Trap(String),
     /// The filter returned an invalid answer.
-    #[error("its answer makes no sense: {0}")]
-    Rubbish(String),
+    #[error("its answer is invalid: {0}")]
+    InvalidAnswer(String),
 }
 
-/// A filter could not be loaded.
+/// Reason why a filter cannot be loaded.
 #[derive(Debug, thiserror::Error)]
 pub enum LoadError {
     /// The file cannot be read.
@@ -50,19 +51,19 @@ pub enum LoadError {
         /// Cause of the failure.
         source: std::io::Error,
     },
-    /// The file is not the pinned one.
-    #[error("the filter {path} is not the one that is wanted: its SHA-256 is {found}, wanted \
-        {wanted}", path = path.display())]
+    /// The file does not have the pinned digest.
+    #[error("the filter {path} is not the pinned one: its SHA-256 is {found}, wanted {wanted}",
+        path = path.display())]
     Digest {
         /// Path of the file.
         path: PathBuf,
         /// Digest of the file, in hexadecimal digits.
         found: String,
-        /// The digest wanted.
+        /// The pinned digest.
         wanted: String,
     },
     /// The file is not a component, is truncated, or uses a forbidden feature.
-    #[error("{path} is no filter: {why}", path = path.display())]
+    #[error("{path} is not a filter: {why}", path = path.display())]
     Invalid {
         /// Path of the file.
         path: PathBuf,
@@ -70,8 +71,8 @@ pub enum LoadError {
         why: String,
     },
     /// The filter imports something, which is forbidden.
-    #[error("the filter {path} imports {imports}: a filter imports nothing, so that it need not be \
-        trusted", path = path.display())]
+    #[error("the filter {path} imports {imports}: a filter must import nothing, so that it need \
+        not be trusted", path = path.display())]
     Imports {
         /// Path of the file.
         path: PathBuf,
@@ -110,7 +111,7 @@ pub enum LoadError {
     Engine(String),
 }
 
-/// A host document that cannot be fed.
+/// Error of a host document.
 #[derive(Debug, thiserror::Error)]
 #[error("the host document cannot be read: {0}")]
 pub struct DocumentError(pub(crate) String);

@@ -1,4 +1,4 @@
-//! A filter's file, loaded: compiled, checked, and with its limits.
+//! Loads a filter's file: compiles and checks it, and sets its limits.
 
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -16,31 +16,31 @@ use crate::{Error, Fleet, LoadError, Session};
 /// Limits of a filter's resources. Each instance has its own share.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
-    /// The most memory of an instance, in bytes. A fleet of 1 million devices takes some 100 MB.
+    /// Maximum memory of an instance in bytes. A fleet of 1 million devices needs about 100 MB.
     pub memory: usize,
-    /// A call may compute for one epoch, and is stopped before it has computed for two: processor
-    /// time of its thread, so that a busy machine stops no call. The first call after a change of
-    /// the fleet feeds the instance in several calls, each with a time of its own.
+    /// Minimum processor time of a call. A call is stopped before it has used twice this time.
+    /// Processor time of the thread counts, so that a busy machine does not stop a call. Feeding
+    /// changes of the fleet takes calls of their own.
     pub epoch: Duration,
 }
 
 impl Default for Limits {
-    /// 1 GiB, and 250 ms.
+    /// Limits of 1 GiB and 250 ms.
     fn default() -> Self {
         Self { memory: 1 << 30, epoch: Duration::from_millis(250) }
     }
 }
 
-/// How a filter is loaded.
+/// Options for loading a filter.
 #[derive(Debug, Clone, Default)]
 pub struct Options {
     /// Limits of the filter's resources.
     pub limits: Limits,
-    /// The SHA-256 that the file must have.
+    /// Pinned SHA-256 of the file.
     pub sha256: Option<[u8; 32]>,
 }
 
-/// A filter, compiled. Cheap to clone; any number of threads may make sessions of it.
+/// A compiled filter. Clones are cheap; any number of threads may create sessions of it.
 #[derive(Clone)]
 pub struct Filter {
     loaded: Arc<Loaded>,
@@ -65,18 +65,18 @@ impl std::fmt::Debug for Filter {
 }
 
 impl Filter {
-    /// Loads a component, or one that [`Filter::precompile`] has made of it, and checks that it is
-    /// a filter.
+    /// Loads a component, or the machine code that [`Filter::precompile`] has made from one, and
+    /// checks that it is a filter.
     ///
     /// # Errors
-    /// Each [`LoadError`] names the file and the requirement that it does not meet.
+    /// A [`LoadError`] that names the file and the unmet requirement.
     pub fn load(path: impl AsRef<Path>, options: &Options) -> Result<Self, LoadError> {
         let path = path.as_ref();
         let engine = engine().map_err(|e| LoadError::Engine(cause(&e)))?;
         let read = |source| LoadError::Read { path: path.to_owned(), source };
         let unpinned = options.sha256.is_none();
         let (component, sha256) = match detect(path)? {
-            // Mapped and not read: that is what makes it quick.
+            // Mapping the file is faster than reading it.
             Some(Precompiled::Component) if unpinned => (mapped(path, &engine)?, None),
             _ => {
                 let bytes = std::fs::read(path).map_err(read)?;
@@ -94,7 +94,7 @@ impl Filter {
             return Err(LoadError::Imports { path: path.to_owned(), imports: imports.join(", ") });
         }
         let world = |e: wasmtime::Error| LoadError::World { path: path.to_owned(), why: cause(&e) };
-        // Nothing is linked: there is nothing that a filter could call.
+        // Nothing is linked, so a filter cannot call anything.
         let pre = Linker::new(&engine).instantiate_pre(&component).map_err(world)?;
         let pre = FilterPre::new(pre).map_err(world)?;
         tick(&engine, options.limits.epoch).map_err(|e| LoadError::Engine(e.to_string()))?;
@@ -102,22 +102,22 @@ impl Filter {
         Ok(Self { loaded: Arc::new(Loaded { path, sha256, limits, component, pre }) })
     }
 
-    /// The filter as machine code: for [`Filter::load`] of this very version of the library, on
-    /// this kind of machine. Loading it takes a hundredth of the time.
+    /// Returns the filter as machine code, which loads about 100 times faster. [`Filter::load`]
+    /// accepts it only with this version of the library, and on this type of machine.
     ///
     /// # Errors
-    /// If it cannot be serialised.
+    /// If the machine code cannot be serialized.
     pub fn precompile(&self) -> Result<Vec<u8>, LoadError> {
         self.loaded.component.serialize().map_err(|e| LoadError::Engine(cause(&e)))
     }
 
-    /// The file that it was loaded from.
+    /// Path of the filter's file.
     pub fn path(&self) -> &Path {
         &self.loaded.path
     }
 
-    /// The file's SHA-256; none of a precompiled one that was not pinned, which is not read as a
-    /// whole.
+    /// SHA-256 of the file. `None` for a precompiled filter that was not pinned, because its file
+    /// is mapped and not read.
     pub fn sha256(&self) -> Option<[u8; 32]> {
         self.loaded.sha256
     }
@@ -127,7 +127,7 @@ impl Filter {
         self.loaded.limits
     }
 
-    /// A session for one thread, which knows the fleet.
+    /// Creates a session that follows `fleet`, for one thread.
     pub fn session(&self, fleet: &Fleet) -> Session {
         Session::new(self.clone(), fleet.clone())
     }
@@ -137,11 +137,11 @@ impl Filter {
     }
 }
 
-/// How wasmtime is set up; a precompiled filter fits no other.
+/// Creates wasmtime's engine. A precompiled filter needs the same configuration.
 fn engine() -> wasmtime::Result<Engine> {
     let mut config = Config::new();
     config.epoch_interruption(true);
-    // The same answer on every machine.
+    // Results must not depend on the machine.
     config.wasm_relaxed_simd(false);
     #[cfg(feature = "compile")]
     config.cranelift_nan_canonicalization(true);
@@ -150,14 +150,14 @@ fn engine() -> wasmtime::Result<Engine> {
 
 #[cfg(feature = "compile")]
 fn compile(path: &Path, engine: &Engine, bytes: &[u8]) -> Result<Component, LoadError> {
-    // wasmtime would take text as well, were it built so.
+    // Depending on its features, wasmtime would also accept the text format.
     if !bytes.starts_with(b"\0asm") {
         return Err(invalid(path, "it is not WebAssembly"));
     }
     if bytes.get(4..8) == Some(&[1, 0, 0, 0]) {
         return Err(invalid(
             path,
-            "it is a core module, wanted a component: the file beside it, perhaps",
+            "it is a core module, wanted a component, such as virt-usb-filter.wasm",
         ));
     }
     Component::new(engine, bytes).map_err(|e| invalid(path, &cause(&e)))
@@ -169,7 +169,7 @@ fn compile(path: &Path, _: &Engine, _: &[u8]) -> Result<Component, LoadError> {
     Err(LoadError::Foreign { path: path.to_owned(), why })
 }
 
-/// Whether the file is machine code, by its header.
+/// Detects machine code by the file's header.
 fn detect(path: &Path) -> Result<Option<Precompiled>, LoadError> {
     let read = |source| LoadError::Read { path: path.to_owned(), source };
     let mut start = Vec::new();
@@ -183,7 +183,7 @@ fn detect(path: &Path) -> Result<Option<Precompiled>, LoadError> {
     }
 }
 
-/// Determines what the bytes of the file are.
+/// Loads a component from the bytes of a file.
 fn component(
     path: &Path,
     engine: &Engine,
@@ -193,11 +193,11 @@ fn component(
     match Engine::detect_precompiled(bytes) {
         None => compile(path, engine, bytes),
         Some(Precompiled::Module) => {
-            Err(invalid(path, "it is a precompiled module, and no component"))
+            Err(invalid(path, "it is a precompiled module, wanted a component"))
         }
-        // It was none when it was looked at before.
+        // `detect` has not found a precompiled component, so the file was changed since.
         Some(Precompiled::Component) if unpinned => {
-            Err(invalid(path, "it changes while it is read"))
+            Err(invalid(path, "it was changed while it was read"))
         }
         Some(Precompiled::Component) => pinned(path, engine, bytes),
     }
@@ -205,17 +205,17 @@ fn component(
 
 #[allow(unsafe_code, reason = "taking machine code from a file is what wasmtime calls unsafe")]
 fn pinned(path: &Path, engine: &Engine, bytes: &[u8]) -> Result<Component, LoadError> {
-    // SAFETY: these very bytes have the digest that the caller trusts. wasmtime itself checks its
-    // version and settings.
+    // SAFETY: the bytes have the digest that the caller trusts. wasmtime checks its own version and
+    // settings.
     unsafe { Component::deserialize(engine, bytes) }.map_err(|e| foreign(path, &e))
 }
 
-/// Machine code is executed unchanged, so its file must be as trustworthy as the program's own.
+/// Maps machine code. It is executed unchanged, so its file must be as trustworthy as this program.
 #[allow(unsafe_code, reason = "taking machine code from a file is what wasmtime calls unsafe")]
 fn mapped(path: &Path, engine: &Engine) -> Result<Component, LoadError> {
     let real = trusted(path)?;
-    // SAFETY: only root and this user can have written the file or can change it now, and they can
-    // replace this program as well. wasmtime itself checks its version and settings.
+    // SAFETY: only root and this user can write to the file, and they can replace this program as
+    // well. wasmtime checks its own version and settings.
     unsafe { Component::deserialize_file(engine, real) }.map_err(|e| foreign(path, &e))
 }
 
@@ -223,7 +223,7 @@ fn foreign(path: &Path, e: &wasmtime::Error) -> LoadError {
     LoadError::Foreign { path: path.to_owned(), why: cause(e) }
 }
 
-/// The file itself, whatever links lead to it.
+/// Resolves links, and checks that only root and this user can change the file.
 fn trusted(path: &Path) -> Result<PathBuf, LoadError> {
     use std::os::unix::fs::MetadataExt;
     let untrusted = |why: String| Err(LoadError::Untrusted { path: path.to_owned(), why });
@@ -252,7 +252,7 @@ fn trusted(path: &Path) -> Result<PathBuf, LoadError> {
     Ok(real)
 }
 
-/// Counts epochs for as long as anybody uses the engine.
+/// Starts a thread that counts epochs as long as the engine is in use.
 fn tick(engine: &Engine, epoch: Duration) -> std::io::Result<()> {
     let weak = engine.weak();
     let count = move || {
@@ -271,19 +271,19 @@ fn invalid(path: &Path, why: &str) -> LoadError {
     LoadError::Invalid { path: path.to_owned(), why: why.to_owned() }
 }
 
-/// The whole chain in one line.
+/// Message of an error with all its causes, in one line.
 pub(crate) fn cause(e: &wasmtime::Error) -> String {
     let chain: Vec<String> =
         e.chain().map(|c| c.to_string().lines().collect::<Vec<_>>().join(" ")).collect();
     chain.join(": ")
 }
 
-/// The SHA-256 of bytes, to pin a filter by.
+/// Computes the SHA-256 of a file's content, to pin a filter.
 pub fn sha256(bytes: &[u8]) -> [u8; 32] {
     Sha256::digest(bytes).into()
 }
 
-/// A digest in hexadecimal digits.
+/// Formats a digest in hexadecimal digits.
 pub fn hex(digest: &[u8; 32]) -> String {
     digest.iter().map(|b| format!("{b:02x}")).collect()
 }

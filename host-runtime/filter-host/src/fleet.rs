@@ -1,8 +1,8 @@
-//! The fleet as the scheduler knows it: host documents, fed from the store or from a watch, shared
-//! by all sessions.
+//! The fleet as the scheduler knows it: host documents from the store or from a watch, shared by
+//! all sessions.
 //!
-//! It keeps each host's document, so that a fresh instance can be fed, and the last changes, so
-//! that one that runs need not be.
+//! The fleet keeps each host's document, to feed new instances, and the last changes, to update
+//! running instances.
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
@@ -14,9 +14,9 @@ use crate::error::DocumentError;
 
 /// Maximum number of changes that are kept. A session that is further behind gets the whole fleet
 /// again.
-const KEPT: usize = 1 << 16;
+const MAX_CHANGES: usize = 1 << 16;
 
-/// The hosts. Cheap to clone: clones are the same fleet.
+/// The hosts of a fleet. Clones are cheap and share their content.
 #[derive(Debug, Clone, Default)]
 pub struct Fleet {
     shared: Arc<RwLock<Hosts>>,
@@ -26,7 +26,7 @@ pub struct Fleet {
 pub(crate) struct Hosts {
     hosts: HashMap<Arc<str>, Host>,
     changes: VecDeque<Change>,
-    /// How many changes there have been.
+    /// Number of all changes so far.
     count: u64,
 }
 
@@ -36,25 +36,26 @@ pub(crate) struct Host {
     /// Document as one line.
     pub(crate) document: Arc<str>,
     pub(crate) received: u64,
-    /// Changes of state since the document.
+    /// Changes of status since the document.
     pub(crate) statuses: Vec<(DeviceId, Status)>,
 }
 
 #[derive(Debug)]
 struct Change {
     host: Arc<str>,
-    what: What,
+    kind: ChangeKind,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum What {
+enum ChangeKind {
     /// The document is new, replaced or removed.
     Document,
     Status(DeviceId, Status),
-    Heard,
+    /// The host is alive, without a new document.
+    Touched,
 }
 
-/// As much of a document as the fleet needs to know; the filter reads the rest.
+/// The part of a document that the fleet reads. The filter reads the rest.
 #[derive(Deserialize)]
 struct Named<'a> {
     #[serde(borrow)]
@@ -62,27 +63,27 @@ struct Named<'a> {
 }
 
 impl Fleet {
-    /// An empty one.
+    /// Creates an empty fleet.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Takes a host, new or in place of what was known of it.
+    /// Adds a host, or replaces its document.
     ///
     /// # Errors
-    /// If it cannot be written as JSON.
+    /// If the document cannot be written as JSON.
     pub fn put(&self, document: &HostDocument, received: u64) -> Result<(), DocumentError> {
         let text = serde_json::to_string(document).map_err(|e| DocumentError(e.to_string()))?;
         self.write().put(&document.host, text.into(), received);
         Ok(())
     }
 
-    /// The same with the document's text, as a host has published it. Only that it is JSON and
-    /// which host it is of is looked at here; what the filter refuses is found in
-    /// [`crate::Session::problems`].
+    /// Adds a host, or replaces its document, by the published text. Only the JSON syntax and the
+    /// host's name are checked here; [`crate::Session::problems`] lists documents that the filter
+    /// refuses.
     ///
     /// # Errors
-    /// If it is not JSON, or names no host.
+    /// If the text is not JSON, or names no host.
     pub fn put_text(&self, document: &str, received: u64) -> Result<(), DocumentError> {
         let named: Named<'_> =
             serde_json::from_str(document).map_err(|e| DocumentError(e.to_string()))?;
@@ -93,7 +94,7 @@ impl Fleet {
     /// Like [`Self::put_text`], but refuses a document that names another host.
     ///
     /// # Errors
-    /// If it is not JSON, or names another host or none; what was known of the host counts on.
+    /// If the text is not JSON, or names another host or none. The previous document then stays.
     pub fn put_of(&self, host: &str, document: &str, received: u64) -> Result<(), DocumentError> {
         let named: Named<'_> =
             serde_json::from_str(document).map_err(|e| DocumentError(e.to_string()))?;
@@ -105,8 +106,7 @@ impl Fleet {
     }
 
     fn put_line(&self, host: &str, document: &str, received: u64) {
-        // Documents go to the filter a line each. In JSON a line break is white space, or else it
-        // is escaped.
+        // The filter reads one document per line. In JSON, an unescaped line break is white space.
         let line = if document.contains('\n') {
             document.replace('\n', " ").into()
         } else {
@@ -115,38 +115,39 @@ impl Fleet {
         self.write().put(host, line, received);
     }
 
-    /// Forgets a host; false if there was none.
+    /// Removes a host. Returns false if the host is unknown.
     pub fn remove(&self, host: &str) -> bool {
         let mut hosts = self.write();
         let Some((name, _)) = hosts.hosts.remove_entry(host) else { return false };
-        hosts.changed(name, What::Document);
+        hosts.changed(name, ChangeKind::Document);
         true
     }
 
-    /// Records that a host is alive, although it sent no document; false if the host is unknown.
+    /// Records that a host is alive, although it sent no document. Returns false if the host is
+    /// unknown.
     pub fn touch(&self, host: &str, received: u64) -> bool {
         let mut hosts = self.write();
         let Some(known) = hosts.hosts.get_mut(host) else { return false };
         known.received = received;
         let name = known.name.clone();
-        hosts.changed(name, What::Heard);
+        hosts.changed(name, ChangeKind::Touched);
         true
     }
 
-    /// Gives a device another state, until the next document of its host; false if there is no such
-    /// host. That the host has the device is for the filter to say.
+    /// Overrides the status of a device until the next document of its host. Returns false if the
+    /// host is unknown. The filter checks whether the host has the device.
     pub fn set_status(&self, host: &str, device: DeviceId, status: Status) -> bool {
         let mut hosts = self.write();
         let Some(known) = hosts.hosts.get_mut(host) else { return false };
         known.statuses.retain(|(other, _)| *other != device);
         known.statuses.push((device, status));
         let name = known.name.clone();
-        hosts.changed(name, What::Status(device, status));
+        hosts.changed(name, ChangeKind::Status(device, status));
         true
     }
 
-    /// Takes back what [`Fleet::set_status`] has said of a device: its host's document counts
-    /// again; false if nothing was said of it.
+    /// Removes the override of [`Fleet::set_status`], so that the document of the host applies
+    /// again. Returns false if there was none.
     pub fn forget_status(&self, host: &str, device: DeviceId) -> bool {
         let mut hosts = self.write();
         let Some(known) = hosts.hosts.get_mut(host) else { return false };
@@ -155,29 +156,29 @@ impl Fleet {
         let found = known.statuses.len() < before;
         if found {
             let name = known.name.clone();
-            hosts.changed(name, What::Document);
+            hosts.changed(name, ChangeKind::Document);
         }
         found
     }
 
-    /// How many hosts there are.
+    /// Number of hosts.
     pub fn len(&self) -> usize {
         self.read().hosts.len()
     }
 
-    /// Whether there is none.
+    /// Whether the fleet has no hosts.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// The names, sorted.
+    /// Names of all hosts, sorted.
     pub fn hosts(&self) -> Vec<String> {
         let mut names: Vec<String> = self.read().hosts.keys().map(ToString::to_string).collect();
         names.sort_unstable();
         names
     }
 
-    // A panic elsewhere leaves whole entries: nothing here can fail half way.
+    // A poisoned lock is no problem: no operation here can fail half way.
     pub(crate) fn read(&self) -> RwLockReadGuard<'_, Hosts> {
         self.shared.read().unwrap_or_else(PoisonError::into_inner)
     }
@@ -196,65 +197,66 @@ impl Hosts {
         let name = self.name(host);
         let host = Host { name: name.clone(), document, received, statuses: Vec::new() };
         self.hosts.insert(name.clone(), host);
-        self.changed(name, What::Document);
+        self.changed(name, ChangeKind::Document);
     }
 
-    fn changed(&mut self, host: Arc<str>, what: What) {
-        if self.changes.len() == KEPT {
+    fn changed(&mut self, host: Arc<str>, kind: ChangeKind) {
+        if self.changes.len() == MAX_CHANGES {
             self.changes.pop_front();
         }
-        self.changes.push_back(Change { host, what });
+        self.changes.push_back(Change { host, kind });
         self.count += 1;
     }
 
-    /// How many changes there have been.
+    /// Number of all changes so far.
     pub(crate) const fn count(&self) -> u64 {
         self.count
     }
 
-    /// Changes for a session that knows the first `seen` changes; the whole fleet if it knows too
-    /// few or none.
-    pub(crate) fn news(&self, seen: Option<u64>) -> News {
+    /// Returns the changes for a session that knows the first `seen` changes. If the session is too
+    /// far behind, or `seen` is `None`, returns the whole fleet.
+    pub(crate) fn update(&self, seen: Option<u64>) -> Update {
         let changes = seen.and_then(|seen| {
             let behind = usize::try_from(self.count.checked_sub(seen)?).ok()?;
             self.changes.len().checked_sub(behind).map(|skip| self.changes.range(skip..))
         });
         let Some(changes) = changes else {
-            let whole = self.hosts.values().cloned().collect();
-            return News { everything: true, whole, ..News::default() };
+            let documents = self.hosts.values().cloned().collect();
+            return Update { is_full: true, documents, ..Update::default() };
         };
-        let mut news = News::default();
+        let mut update = Update::default();
         let mut whole = BTreeSet::new();
-        for Change { host, what } in changes.clone() {
-            if *what == What::Document && whole.insert(host) {
+        for Change { host, kind } in changes.clone() {
+            if *kind == ChangeKind::Document && whole.insert(host) {
                 match self.hosts.get(host) {
-                    Some(known) => news.whole.push(known.clone()),
-                    None => news.gone.push(host.clone()),
+                    Some(known) => update.documents.push(known.clone()),
+                    None => update.removed.push(host.clone()),
                 }
             }
         }
-        for Change { host, what } in changes.filter(|change| !whole.contains(&change.host)) {
-            match what {
-                What::Status(device, status) => {
-                    news.statuses.push((host.clone(), *device, *status));
+        for Change { host, kind } in changes.filter(|change| !whole.contains(&change.host)) {
+            match kind {
+                ChangeKind::Status(device, status) => {
+                    update.statuses.push((host.clone(), *device, *status));
                 }
-                What::Heard => {
-                    news.heard.extend(self.hosts.get(host).map(|h| (host.clone(), h.received)));
+                ChangeKind::Touched => {
+                    let known = self.hosts.get(host);
+                    update.touched.extend(known.map(|h| (host.clone(), h.received)));
                 }
-                What::Document => {}
+                ChangeKind::Document => {}
             }
         }
-        news
+        update
     }
 }
 
-/// Changes since the last update; each host occurs once, except for changes of its devices.
+/// Changes since the last update. Each host occurs once, except for the statuses of its devices.
 #[derive(Debug, Default)]
-pub(crate) struct News {
-    /// Nothing that was known before counts.
-    pub(crate) everything: bool,
-    pub(crate) whole: Vec<Host>,
-    pub(crate) gone: Vec<Arc<str>>,
+pub(crate) struct Update {
+    /// Whether the update contains the whole fleet, and replaces everything known before.
+    pub(crate) is_full: bool,
+    pub(crate) documents: Vec<Host>,
+    pub(crate) removed: Vec<Arc<str>>,
     pub(crate) statuses: Vec<(Arc<str>, DeviceId, Status)>,
-    pub(crate) heard: Vec<(Arc<str>, u64)>,
+    pub(crate) touched: Vec<(Arc<str>, u64)>,
 }

@@ -1,4 +1,4 @@
-//! One instance of a filter with one inventory in it: every call bounded, every answer looked at.
+//! An instance of a filter with one inventory. Every call is limited, and every answer is checked.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -17,25 +17,24 @@ use crate::{Error, Filter, Limits, Statistics};
 
 /// Data of the store beside the instance.
 pub(crate) struct State {
-    most: usize,
+    max_memory: usize,
     memory: usize,
     elements: usize,
     exceeded: bool,
-    /// Processor time of the thread when the call began.
+    /// Processor time of the thread at the start of the call.
     began: Duration,
 }
 
-/// The processor time of this thread: on a machine that is busy a call takes longer, and computes
-/// no more.
-fn computed() -> Duration {
+/// Processor time of this thread. Unlike wall time, it does not depend on other load.
+fn processor_time() -> Duration {
     let now = clock_gettime(ClockId::ThreadCPUTime);
     Duration::try_from(now).unwrap_or_default()
 }
 
 /// Maximum number of elements in all tables, of at most 16 bytes each.
-const MOST_ELEMENTS: usize = 1 << 20;
-/// Memories, tables and core instances, each kind: components that tools make have a handful.
-const MOST_PARTS: usize = 64;
+const MAX_TABLE_ELEMENTS: usize = 1 << 20;
+/// Maximum number of memories, of tables, and of core instances. Components have a handful of each.
+const MAX_PARTS: usize = 64;
 
 impl ResourceLimiter for State {
     fn memory_growing(
@@ -44,9 +43,9 @@ impl ResourceLimiter for State {
         wanted: usize,
         _: Option<usize>,
     ) -> wasmtime::Result<bool> {
-        // All memories of the instance together.
+        // Sum over all memories of the instance.
         let all = self.memory.saturating_add(wanted.saturating_sub(now));
-        let fits = all <= self.most;
+        let fits = all <= self.max_memory;
         match fits {
             true => self.memory = all,
             false => self.exceeded = true,
@@ -67,7 +66,7 @@ impl ResourceLimiter for State {
         _: Option<usize>,
     ) -> wasmtime::Result<bool> {
         let all = self.elements.saturating_add(wanted.saturating_sub(now));
-        let fits = all <= MOST_ELEMENTS;
+        let fits = all <= MAX_TABLE_ELEMENTS;
         if fits {
             self.elements = all;
         }
@@ -75,19 +74,19 @@ impl ResourceLimiter for State {
     }
 
     fn instances(&self) -> usize {
-        MOST_PARTS
+        MAX_PARTS
     }
 
     fn tables(&self) -> usize {
-        MOST_PARTS
+        MAX_PARTS
     }
 
     fn memories(&self) -> usize {
-        MOST_PARTS
+        MAX_PARTS
     }
 }
 
-/// After a fault an instance must not be used again.
+/// An instance of a filter. After a fault it must not be used again.
 pub(crate) struct Instance {
     filter: Filter,
     store: Store<State>,
@@ -101,21 +100,22 @@ pub(crate) struct PreparedHandle(ResourceAny);
 
 impl Instance {
     pub(crate) fn new(filter: &Filter, pre: &FilterPre<State>) -> Result<Self, Error> {
-        let Limits { memory: most, epoch } = filter.limits();
-        let state = State { most, memory: 0, elements: 0, exceeded: false, began: computed() };
+        let Limits { memory: max_memory, epoch } = filter.limits();
+        let began = processor_time();
+        let state = State { max_memory, memory: 0, elements: 0, exceeded: false, began };
         let mut store = Store::new(pre.engine(), state);
         store.limiter(|state| state);
         store.epoch_deadline_callback(move |store| {
-            let is_over = computed().saturating_sub(store.data().began) >= epoch;
+            let is_over = processor_time().saturating_sub(store.data().began) >= epoch;
             Ok(if is_over { UpdateDeadline::Interrupt } else { UpdateDeadline::Continue(1) })
         });
         store.set_epoch_deadline(1);
-        let made = pre.instantiate(&mut store).and_then(|bindings| {
+        let created = pre.instantiate(&mut store).and_then(|bindings| {
             let inventory =
                 bindings.virt_usb_scheduler_inventory().inventory().call_constructor(&mut store)?;
             Ok((bindings, inventory))
         });
-        match made {
+        match created {
             Ok((bindings, inventory)) => {
                 Ok(Self { filter: filter.clone(), store, bindings, inventory })
             }
@@ -128,20 +128,19 @@ impl Instance {
         act: impl FnOnce(&Guest, &mut Store<State>, ResourceAny) -> wasmtime::Result<T>,
     ) -> Result<T, Error> {
         self.store.set_epoch_deadline(1);
-        self.store.data_mut().began = computed();
-        // One that went on without the memory was not stopped for it.
+        self.store.data_mut().began = processor_time();
+        // An earlier call may have handled a failed allocation itself.
         self.store.data_mut().exceeded = false;
         let guest = self.bindings.virt_usb_scheduler_inventory();
         act(guest, &mut self.store, self.inventory)
             .map_err(|e| broken(&self.filter, fault(&self.filter, &self.store, &e)))
     }
 
-    fn rubbish(&self, why: String) -> Error {
-        broken(&self.filter, Fault::Rubbish(why))
+    fn invalid_answer(&self, why: String) -> Error {
+        broken(&self.filter, Fault::InvalidAnswer(why))
     }
 
-    /// Feeds documents, a line each, and returns the lines that were refused, from 0, with the
-    /// reason.
+    /// Feeds documents, one per line. Returns the index of each refused line, with the reason.
     pub(crate) fn load(
         &mut self,
         lines: &str,
@@ -150,14 +149,13 @@ impl Instance {
     ) -> Result<Vec<(usize, String)>, Error> {
         let report =
             self.call(|guest, store, at| guest.inventory().call_load(store, at, lines, received))?;
-        let taken =
+        let reported =
             usize::try_from(report.nodes.saturating_add(report.refused)).unwrap_or(usize::MAX);
-        if taken != count {
-            let told = format!(
-                "it was fed {count} hosts, and says that it took {} and refused {}",
+        if reported != count {
+            return Err(self.invalid_answer(format!(
+                "it was fed {count} hosts, but reports {} accepted and {} refused",
                 report.nodes, report.refused
-            );
-            return Err(self.rubbish(told));
+            )));
         }
         let problems =
             report.problems.into_iter().map(|p| ((p.line as usize).wrapping_sub(1), clean(&p.why)));
@@ -191,21 +189,21 @@ impl Instance {
         limit: u32,
         known: &HashSet<Arc<str>>,
     ) -> Result<Selection, Error> {
-        let asked = question.into();
+        let question = question.into();
         let answer = self
             .call(|guest, store, at| {
-                guest.inventory().call_select(store, at, &asked, candidates, limit)
+                guest.inventory().call_select(store, at, &question, candidates, limit)
             })?
             .map_err(refused)?;
         let placement = |p: wit::Placement| Placement { host: p.node, score: p.score };
         let placements = answer.placements.into_iter().map(placement).collect();
         let selection = Selection { matched: answer.matched, placements };
-        self.look_at(&selection, candidates, limit, known)?;
+        self.check_selection(&selection, candidates, limit, known)?;
         Ok(selection)
     }
 
-    /// Checks the answer: a filter may be wrong, but must not name unknown hosts.
-    fn look_at(
+    /// Checks that an answer is consistent, and names only known hosts.
+    fn check_selection(
         &self,
         selection: &Selection,
         candidates: Option<&[String]>,
@@ -215,19 +213,20 @@ impl Instance {
         let Selection { matched, placements } = selection;
         let choice = candidates.map_or(known.len(), <[String]>::len);
         if usize::try_from(*matched).is_ok_and(|matched| matched > choice) {
-            return Err(self.rubbish(format!("it says that {matched} hosts of {choice} can serve")));
+            return Err(
+                self.invalid_answer(format!("it reports {matched} matches in {choice} hosts"))
+            );
         }
-        let most = usize::try_from(limit.min(*matched)).unwrap_or(usize::MAX);
-        if placements.len() > most {
-            return Err(self.rubbish(format!(
-                "it names {} hosts, of {matched} that it says can serve and {limit} that were \
-                 requested",
+        let max = usize::try_from(limit.min(*matched)).unwrap_or(usize::MAX);
+        if placements.len() > max {
+            return Err(self.invalid_answer(format!(
+                "it names {} hosts, but reports {matched} matches, and {limit} were requested",
                 placements.len()
             )));
         }
         if let Some(pair) = placements.windows(2).find(|pair| pair[0].score < pair[1].score) {
-            return Err(self.rubbish(format!(
-                "{:?} stands before {:?}, which scores more",
+            return Err(self.invalid_answer(format!(
+                "{:?} comes before {:?}, which has a higher score",
                 clean(&pair[0].host),
                 clean(&pair[1].host)
             )));
@@ -235,10 +234,11 @@ impl Instance {
         let mut named: HashSet<&str> = HashSet::with_capacity(placements.len());
         for placement in placements {
             if !named.insert(&placement.host) {
-                return Err(self.rubbish(format!("it names {:?} twice", clean(&placement.host))));
+                let host = clean(&placement.host);
+                return Err(self.invalid_answer(format!("it names {host:?} twice")));
             }
         }
-        let stranger = match candidates {
+        let unexpected = match candidates {
             Some(candidates) => {
                 for candidate in candidates {
                     named.remove(candidate.as_str());
@@ -247,19 +247,19 @@ impl Instance {
             }
             None => named.into_iter().find(|host| !known.contains(*host)),
         };
-        match stranger {
-            Some(host) => {
-                Err(self
-                    .rubbish(format!("it names {:?}, which was not to choose from", clean(host))))
-            }
+        match unexpected {
+            Some(host) => Err(self.invalid_answer(format!(
+                "it names {:?}, which is not one of the candidates",
+                clean(host)
+            ))),
             None => Ok(()),
         }
     }
 
     fn devices(&self, ids: &[u64], question: &Question) -> Result<Vec<DeviceId>, Error> {
-        // From here on, at most as many as a flavor can request.
+        // This check also bounds the number of ids for the checks below.
         if ids.len() != question.devices() {
-            return Err(self.rubbish(format!(
+            return Err(self.invalid_answer(format!(
                 "it would use {} devices, but {} were requested",
                 ids.len(),
                 question.devices()
@@ -268,17 +268,17 @@ impl Instance {
         let devices: Vec<DeviceId> = ids.iter().copied().filter_map(DeviceId::new).collect();
         let twice = (1..ids.len()).any(|at| ids[..at].contains(&ids[at]));
         if devices.len() != ids.len() || twice {
-            return Err(self.rubbish(clean(&format!(
-                "it would use the devices {ids:?}: wanted ids, each once"
+            return Err(self.invalid_answer(clean(&format!(
+                "it would use the devices {ids:?}: wanted valid ids, each once"
             ))));
         }
         Ok(devices)
     }
 
     pub(crate) fn explain(&mut self, question: &Question, host: &str) -> Result<Verdict, Error> {
-        let asked = question.into();
+        let wanted = question.into();
         let answer = self
-            .call(|guest, store, at| guest.inventory().call_explain(store, at, &asked, host))?
+            .call(|guest, store, at| guest.inventory().call_explain(store, at, &wanted, host))?
             .map_err(refused)?;
         self.verdict(answer, question)
     }
@@ -294,9 +294,9 @@ impl Instance {
     }
 
     pub(crate) fn prepare(&mut self, question: &Question) -> Result<PreparedHandle, Error> {
-        let asked = question.into();
+        let question = question.into();
         let answer =
-            self.call(|guest, store, at| guest.inventory().call_prepare(store, at, &asked))?;
+            self.call(|guest, store, at| guest.inventory().call_prepare(store, at, &question))?;
         answer.map(PreparedHandle).map_err(refused)
     }
 
@@ -312,7 +312,7 @@ impl Instance {
         self.verdict(answer, question)
     }
 
-    /// Gives up a prepared question.
+    /// Frees a prepared question.
     pub(crate) fn forget(&mut self, prepared: PreparedHandle) -> Result<(), Error> {
         self.call(|_, store, _| prepared.0.resource_drop(store))
     }
@@ -325,7 +325,7 @@ impl Instance {
 }
 
 impl Instance {
-    /// The size of its memory, in bytes.
+    /// Size of the instance's memory in bytes.
     pub(crate) fn memory(&self) -> usize {
         self.store.data().memory
     }
@@ -346,7 +346,7 @@ fn fault(filter: &Filter, store: &Store<State>, e: &wasmtime::Error) -> Fault {
     match e.downcast_ref::<Trap>() {
         Some(Trap::Interrupt) => Fault::Time(filter.limits().epoch),
         Some(trap) => Fault::Trap(trap.to_string()),
-        // Everything else comes from reading what it answered.
-        None => Fault::Rubbish(cause(e)),
+        // All other errors come from decoding the answer.
+        None => Fault::InvalidAnswer(cause(e)),
     }
 }

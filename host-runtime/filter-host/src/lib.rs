@@ -1,31 +1,35 @@
-//! Loads a scheduler filter, bounds it, feeds it and asks it.
+//! Runs a scheduler filter: loads it, limits its resources, feeds it with host documents, and calls
+//! it.
 //!
 //! A filter is a WebAssembly component of the world `virt-usb:scheduler/filter@0.1.0` (see `wit/`).
-//! It says which hosts of a fleet can serve what a flavor asks for, which is best, and why the
-//! others cannot. It imports nothing and is bounded in memory and time, so a scheduler need not
-//! trust it: it can be wrong, but it can do nothing.
+//! It determines which hosts of a fleet can serve a flavor, which of them is best, and why the
+//! others cannot. It imports nothing, and its memory and time are limited, so a scheduler need not
+//! trust it: its answer may be wrong, but it cannot do anything else.
 //!
 //! ```no_run
 #![doc = include_str!("../examples/scheduler.rs")]
 //! ```
 //!
-//! # What can happen
-//! | | means | do |
-//! |---|---|---|
-//! | `Ok(`[`Verdict::Rejected`]`)`, a [`Selection`] without placements | an answer: the fleet has no such device now | tell the user why |
-//! | [`Error::Refused`] | the question cannot be | mend the flavor; asking again will not help |
-//! | [`Error::Broken`] | the filter failed: too slow, too large, trapped, nonsense | tell the operator; it is never "no host" |
-//! | [`LoadError`] | the file is no filter, or not the one that is wanted | tell the operator |
+//! # Results and errors
+//! - `Ok(`[`Verdict::Rejected`]`)`, or a [`Selection`] without placements, is an answer: no host
+//!   has such a device now. Show the user the reason.
+//! - [`Error::Refused`]: the question is invalid. Fix the flavor; a retry does not help.
+//! - [`Error::Broken`]: the filter was too slow, needed too much memory, trapped, or returned an
+//!   invalid answer. Report it to the operator. It never means "no host".
+//! - [`LoadError`]: the file is not a filter, or not the pinned one. Report it to the operator.
 //!
-//! After a fault the next call begins with a fresh instance, which is fed the fleet again.
+//! After [`Error::Broken`], the next call uses a new instance, which is fed the whole fleet.
 //!
 //! # Threads
-//! [`Filter`] and [`Fleet`] are shared; each thread has a [`Session`] of its own, made when it first needs one. A scheduler that forks
-//! loads the filter after the fork: the thread that counts epochs does not survive one, and without it no call is stopped. A session follows the fleet: before it asks it feeds what has changed since its last question.
+//! [`Filter`] and [`Fleet`] are shared; each thread creates its own [`Session`]. Before each call,
+//! a session feeds its instance the changes of the fleet since the previous call. A scheduler that
+//! forks must load the filter after the fork: the thread that counts epochs does not survive a
+//! fork, and without it no call is stopped.
 //!
 //! # Precompiled filters
-//! Compiling takes some 50 ms. [`Filter::precompile`] gives machine code that [`Filter::load`] takes in its place in less than one. Machine code is
-//! trusted: it must be pinned by [`Options::sha256`], or belong to root or to the running user and be writable by no other user.
+//! Compiling takes about 50 ms. [`Filter::precompile`] returns machine code that [`Filter::load`]
+//! loads in less than 1 ms. Machine code is trusted: either [`Options::sha256`] pins it, or it
+//! belongs to root or the running user, and no other user may write to it.
 
 mod bindings;
 mod error;

@@ -1,11 +1,11 @@
-//! One thread's conversation with a filter.
+//! A session: the use of a filter by one thread.
 //!
 //! ```text
-//!              first call, or after a fault                     every call
-//!   (nothing) ──────────────────────────────► instance ◄──────────────────────────┐
-//!                fresh instance, whole fleet     │ feed what has changed, then ask ─┘
+//!              first call, or after a fault                 every call
+//!   (nothing) ──────────────────────────────► instance ◄────────────────────┐
+//!                new instance, whole fleet       │ feed changes, then call ─┘
 //!       ▲                                        │
-//!       └────────────────────────────────────────┘ fault: the instance is thrown away
+//!       └────────────────────────────────────────┘ fault: drop the instance
 //! ```
 
 use std::collections::{BTreeMap, HashSet};
@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use virt_usb_model::scheduling::{Question, Selection, Verdict};
 
-use crate::fleet::{Host, News};
+use crate::fleet::{Host, Update};
 use crate::instance::{Instance, PreparedHandle};
 use crate::{Error, Filter, Fleet, Statistics};
 
@@ -24,8 +24,8 @@ const CHUNK_HOSTS: usize = 100;
 /// processor's cache is cheap to copy.
 const CHUNK_BYTES: usize = 128 << 10;
 
-/// A filter's instance, which follows a fleet. It may move between threads, and serves one at a
-/// time; make one for each. Each holds the fleet's inventory in memory of its own.
+/// An instance of a filter that follows a fleet. A session may move between threads, but serves one
+/// at a time: create one for each thread. Each has its own copy of the fleet's inventory.
 pub struct Session {
     filter: Filter,
     fleet: Fleet,
@@ -39,15 +39,15 @@ type Dropped = Arc<Mutex<Vec<u64>>>;
 
 struct Running {
     instance: Instance,
-    /// How many of the fleet's changes it knows.
+    /// Number of the fleet's changes that the instance knows.
     seen: u64,
     /// Hosts that the filter knows.
     known: HashSet<Arc<str>>,
     prepared: BTreeMap<u64, PreparedHandle>,
 }
 
-/// A question that was prepared in a session. It outlives faults of the filter. Once it is dropped
-/// the next call gives it up.
+/// A question that was prepared in a session. It stays valid after faults of the filter. After it
+/// was dropped, the next call frees it in the instance.
 #[derive(Debug)]
 pub struct Prepared {
     question: Question,
@@ -81,10 +81,10 @@ impl Session {
         }
     }
 
-    /// The best hosts, at most `limit`, among the candidates or else in the whole fleet.
+    /// Selects the best hosts, at most `limit`, among the candidates or in the whole fleet.
     ///
     /// # Errors
-    /// [`Error::Refused`] and [`Error::Broken`] are two things: see there.
+    /// [`Error::Refused`] if the question is invalid, [`Error::Broken`] if the filter failed.
     pub fn select(
         &mut self,
         question: &Question,
@@ -102,7 +102,7 @@ impl Session {
         self.ask(|running| running.instance.explain(question, host))
     }
 
-    /// Prepares a question that will be asked host by host.
+    /// Prepares a question for [`Session::check`] with many hosts.
     ///
     /// # Errors
     /// As [`Session::select`].
@@ -135,31 +135,32 @@ impl Session {
         self.ask(|running| running.instance.statistics())
     }
 
-    /// The memory of its instance, in bytes; 0 while there is none.
+    /// Memory of the instance in bytes, or 0 if there is none.
     pub fn memory(&self) -> usize {
         self.running.as_ref().map_or(0, |running| running.instance.memory())
     }
 
-    /// Hosts whose last document or change the filter has refused, and why; as of the last call.
-    /// What an instance knew of them before still counts; a fresh one does not know them.
+    /// Hosts whose last document or change the filter has refused, with the reason, as of the last
+    /// call. An instance keeps the previous document of such a host; a new instance does not know
+    /// the host.
     pub const fn problems(&self) -> &BTreeMap<String, String> {
         &self.problems
     }
 
-    /// Brings the instance up to date, makes one if need be, and asks it. A fault ends the
-    /// instance.
+    /// Creates an instance if there is none, feeds it the changes of the fleet, and calls it. A
+    /// fault ends the instance.
     fn ask<T>(
         &mut self,
         question: impl FnOnce(&mut Running) -> Result<T, Error>,
     ) -> Result<T, Error> {
         let running = self.running.take();
-        // The fleet is not held up by a filter that takes its time.
-        let (news, seen) = {
+        // Release the fleet's lock before calling the filter.
+        let (update, seen) = {
             let hosts = self.fleet.read();
-            (hosts.news(running.as_ref().map(|running| running.seen)), hosts.count())
+            (hosts.update(running.as_ref().map(|running| running.seen)), hosts.count())
         };
         let mut running = match running {
-            Some(running) if !news.everything => running,
+            Some(running) if !update.is_full => running,
             _ => {
                 self.problems.clear();
                 Running::new(self.filter.instance()?)
@@ -172,7 +173,7 @@ impl Session {
                 running.instance.forget(handle)?;
             }
         }
-        running.feed(news, &mut self.problems)?;
+        running.feed(update, &mut self.problems)?;
         running.seen = seen;
         match question(&mut running) {
             Err(fault @ Error::Broken { .. }) => Err(fault),
@@ -200,30 +201,34 @@ impl Running {
         Ok(handle)
     }
 
-    fn feed(&mut self, news: News, problems: &mut Problems) -> Result<(), Error> {
-        let News { everything: _, whole, gone, statuses, heard } = news;
-        for host in gone {
+    fn feed(&mut self, update: Update, problems: &mut Problems) -> Result<(), Error> {
+        let Update { is_full: _, documents, removed, statuses, touched } = update;
+        for host in removed {
             self.instance.remove(&host)?;
             self.known.remove(&host);
             problems.remove(&*host);
         }
-        self.documents(whole, problems)?;
+        self.feed_documents(documents, problems)?;
         for (host, device, status) in statuses {
-            let done = self.instance.set_status(&host, device, status);
-            note(done, &host, problems)?;
+            let result = self.instance.set_status(&host, device, status);
+            record_refusal(result, &host, problems)?;
         }
-        for (host, received) in heard {
+        for (host, received) in touched {
             self.instance.touch(&host, received)?;
         }
         Ok(())
     }
 
-    /// Feeds documents in chunks of one time each, and then what has changed since.
-    fn documents(&mut self, mut whole: Vec<Host>, problems: &mut Problems) -> Result<(), Error> {
-        whole.sort_unstable_by(|a, b| (a.received, &a.name).cmp(&(b.received, &b.name)));
+    /// Feeds documents in chunks with one time of receipt each, then the changes of their devices.
+    fn feed_documents(
+        &mut self,
+        mut hosts: Vec<Host>,
+        problems: &mut Problems,
+    ) -> Result<(), Error> {
+        hosts.sort_unstable_by(|a, b| (a.received, &a.name).cmp(&(b.received, &b.name)));
         let (mut lines, mut chunk) = (String::new(), Vec::new());
         let mut time = 0;
-        for host in &whole {
+        for host in &hosts {
             let full =
                 chunk.len() == CHUNK_HOSTS || lines.len() + host.document.len() > CHUNK_BYTES;
             if !chunk.is_empty() && (full || host.received != time) {
@@ -239,10 +244,10 @@ impl Running {
         if !chunk.is_empty() {
             self.load(&lines, time, &chunk, problems)?;
         }
-        for host in &whole {
+        for host in &hosts {
             for (device, status) in &host.statuses {
-                let done = self.instance.set_status(&host.name, *device, *status);
-                note(done, &host.name, problems)?;
+                let result = self.instance.set_status(&host.name, *device, *status);
+                record_refusal(result, &host.name, problems)?;
             }
         }
         Ok(())
@@ -267,14 +272,18 @@ impl Running {
     }
 }
 
-/// A refused change is a problem of its host, and no fault.
-fn note<T>(done: Result<T, Error>, host: &str, problems: &mut Problems) -> Result<(), Error> {
-    match done {
+/// Records a refused change as a problem of its host. Other errors are returned.
+fn record_refusal<T>(
+    result: Result<T, Error>,
+    host: &str,
+    problems: &mut Problems,
+) -> Result<(), Error> {
+    match result {
         Err(Error::Refused(why)) => {
             // The first error is the one to fix.
             problems.entry(host.to_owned()).or_insert(why);
             Ok(())
         }
-        done => done.map(drop),
+        result => result.map(drop),
     }
 }

@@ -1,4 +1,4 @@
-//! The example of the crate's documentation, run.
+//! Runs the example of the crate's documentation.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
 mod common;

@@ -1,5 +1,5 @@
-//! Filters that are not what they should be: each is told apart, and the process and the next call
-//! are well.
+//! Faulty filters: each fault is reported as what it is, and neither the process nor the next call
+//! is affected.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
 mod common;
@@ -22,7 +22,7 @@ fn says(bytes: &[u8], wanted: &str) {
 fn fault(answer: Result<impl std::fmt::Debug, Error>) -> Fault {
     match answer {
         Err(Error::Broken { fault, .. }) => fault,
-        other => panic!("{other:?} is no fault"),
+        other => panic!("{other:?} is not a fault"),
     }
 }
 
@@ -31,7 +31,7 @@ fn asked(session: &mut Session) -> Result<virt_usb_filter_host::Selection, Error
 }
 
 #[test]
-fn another_filter_takes_the_place_of_ours() {
+fn another_filter_can_replace_ours() {
     let (_dir, path) = file(&made("select", ""));
     let filter = Filter::load(path, &Options { limits: small(), ..Options::default() }).unwrap();
     let mut session = filter.session(&fleet());
@@ -47,22 +47,21 @@ fn another_filter_takes_the_place_of_ours() {
 }
 
 #[test]
-fn one_that_loops_is_stopped_within_two_epochs_and_the_next_call_works() {
-    // Only while three devices are requested: the same filter answers the next question.
+fn a_loop_is_stopped_within_two_epochs_and_the_next_call_works() {
+    // The filter loops only if the limit is 3, and answers the next question.
     let looping =
         "(if (i32.eq (local.get $limit) (i32.const 3)) (then (loop $for_ever (br $for_ever))))";
     let filter = faulty("select", looping);
     let mut session = filter.session(&fleet());
     asked(&mut session).unwrap();
-    assert!(
-        matches!(fault(session.select(&keys(1), None, 3)), Fault::Time(epoch) if epoch == small().epoch)
-    );
+    let fault = fault(session.select(&keys(1), None, 3));
+    assert!(matches!(fault, Fault::Time(epoch) if epoch == small().epoch), "{fault}");
     assert_eq!(asked(&mut session).unwrap().matched, 2);
-    assert_eq!(session.statistics().unwrap().hosts, 2, "the fresh instance was fed again");
+    assert_eq!(session.statistics().unwrap().hosts, 2, "the new instance was fed again");
 }
 
 #[test]
-fn one_that_loops_while_it_is_made_or_fed_is_stopped_too() {
+fn a_loop_during_construction_or_loading_is_stopped() {
     for mark in ["new", "load"] {
         let filter = faulty(mark, "(loop $for_ever (br $for_ever))");
         assert!(matches!(fault(asked(&mut filter.session(&fleet()))), Fault::Time(_)), "{mark}");
@@ -70,19 +69,19 @@ fn one_that_loops_while_it_is_made_or_fed_is_stopped_too() {
 }
 
 #[test]
-fn one_that_eats_memory_is_stopped() {
-    let eats = "(loop $more (drop (memory.grow (i32.const 16))) (br $more))";
-    let filter = faulty("select", eats);
+fn unlimited_allocation_is_stopped() {
+    let grows = "(loop $more (drop (memory.grow (i32.const 16))) (br $more))";
+    let filter = faulty("select", grows);
     let mut session = filter.session(&fleet());
     assert!(session.statistics().is_ok());
     let fault = fault(asked(&mut session));
     assert!(matches!(fault, Fault::Memory(most) if most == small().memory), "{fault}");
-    assert_eq!(session.memory(), 0, "its memory is gone with it");
+    assert_eq!(session.memory(), 0, "the memory of the instance was freed");
     assert!(session.statistics().is_ok());
 }
 
 #[test]
-fn our_own_is_stopped_at_its_limit_and_says_so() {
+fn our_filter_is_stopped_at_its_memory_limit() {
     let options = Options {
         limits: virt_usb_filter_host::Limits { memory: 2 << 20, ..small() },
         ..Options::default()
@@ -100,7 +99,7 @@ fn our_own_is_stopped_at_its_limit_and_says_so() {
 }
 
 #[test]
-fn one_that_traps_is_told_and_gets_a_fresh_instance() {
+fn after_a_trap_the_next_call_uses_a_new_instance() {
     let filter =
         faulty("select", "(if (i32.eq (local.get $limit) (i32.const 3)) (then (unreachable)))");
     let mut session = filter.session(&fleet());
@@ -111,7 +110,7 @@ fn one_that_traps_is_told_and_gets_a_fresh_instance() {
 }
 
 #[test]
-fn a_stack_without_end_is_a_trap() {
+fn a_stack_overflow_is_a_trap() {
     let filter = faulty(
         "select",
         &format!(
@@ -123,7 +122,7 @@ fn a_stack_without_end_is_a_trap() {
 }
 
 #[test]
-fn rubbish_is_told_from_an_answer() {
+fn an_invalid_answer_is_a_fault() {
     let one = |host: &str, len: u32| {
         format!(
             "(i32.store offset=8 (local.get $answer) (i32.const 1))
@@ -144,54 +143,44 @@ fn rubbish_is_told_from_an_answer() {
     };
     let cases = [
         (
-            "a host that nobody \
-            has",
+            "an unknown host",
             one("(i32.const 48)", 8),
-            r#""stranger", which was not to choose from"#,
+            r#""stranger", which is not one of the candidates"#,
         ),
         (
-            "no \
-            UTF-8",
+            "invalid UTF-8",
             format!(
-                "(i32.store (i32.const 64) (i32.const 0xfffefdfc)) \
-                {}",
+                "(i32.store (i32.const 64) (i32.const 0xfffefdfc)) {}",
                 one("(i32.const 64)", 4)
             ),
             "utf-8",
         ),
         ("beyond its memory", one("(i32.const 0x7fffff00)", 8), "out of bounds"),
-        ("a list without end", list(0x0fff_ffff), "out of bounds"),
+        ("a list that is too long", list(0x0fff_ffff), "out of bounds"),
         (
-            "no such \
-            variant",
-            "(i32.store8 (local.get $answer) (i32.const 9)) (return (local.get \
-                $answer))"
-                .into(),
+            "an unknown variant",
+            "(i32.store8 (local.get $answer) (i32.const 9)) (return (local.get $answer))".into(),
             "discriminant",
         ),
-        ("a pointer astray", "(return (i32.const 13))".into(), "aligned"),
+        ("an unaligned pointer", "(return (i32.const 13))".into(), "aligned"),
         (
-            "more than it \
-            says",
+            "more placements than matches",
             "(local.set $count (i32.const 1)) (local.set $names (i32.const 40)) (local.set \
                 $limit (i32.const 1))
             (i32.store offset=16 (local.get $answer) (i32.const 1)) (i32.store offset=12 \
             (local.get $answer) (call $zeroed (i32.const 12)))
             (return (local.get $answer))"
                 .into(),
-            "it names 1 hosts, of 0 that it says can serve",
+            "it names 1 hosts, but reports 0 matches",
         ),
         (
-            "more than there \
-            are",
-            "(i32.store offset=8 (local.get $answer) (i32.const 3)) (return (local.get \
-                $answer))"
+            "more matches than hosts",
+            "(i32.store offset=8 (local.get $answer) (i32.const 3)) (return (local.get $answer))"
                 .into(),
-            "3 hosts of 2 can serve",
+            "it reports 3 matches in 2 hosts",
         ),
         (
-            "one host \
-            twice",
+            "one host twice",
             "(i64.store offset=8 align=4 (local.get $names) (i64.load align=4 (local.get \
                 $names)))"
                 .into(),
@@ -202,14 +191,14 @@ fn rubbish_is_told_from_an_answer() {
         let filter = faulty("select", &instructions);
         let mut session = filter.session(&fleet());
         let fault = fault(asked(&mut session));
-        assert!(matches!(fault, Fault::Rubbish(_)), "{what}: {fault}");
+        assert!(matches!(fault, Fault::InvalidAnswer(_)), "{what}: {fault}");
         assert!(fault.to_string().contains(wanted), "{what}: {fault}");
         assert!(session.statistics().is_ok(), "{what}: the next call works");
     }
 }
 
 #[test]
-fn a_better_host_that_comes_later_is_rubbish() {
+fn placements_out_of_order_are_an_invalid_answer() {
     let falling = include_str!("first-come.wat");
     let text = falling.replace(
         "$placement) (i32.const 7))",
@@ -219,29 +208,29 @@ fn a_better_host_that_comes_later_is_rubbish() {
     let (_dir, path) = file(&component(&text, "filter"));
     let filter = Filter::load(path, &Options::default()).unwrap();
     let fault = fault(asked(&mut filter.session(&fleet())));
-    assert!(fault.to_string().contains("scores more"), "{fault}");
+    assert!(fault.to_string().contains("has a higher score"), "{fault}");
 }
 
 #[test]
-fn devices_that_were_not_asked_for_are_rubbish() {
-    // Accepted with one device too few: none.
+fn a_wrong_number_of_devices_is_an_invalid_answer() {
+    // The filter accepts without a device, although one was requested.
     let filter = faulty("explain", "(return (local.get $answer))");
     let fault = fault(filter.session(&fleet()).explain(&keys(1), "alpha"));
     assert!(fault.to_string().contains("it would use 0 devices, but 1 were requested"), "{fault}");
 }
 
 #[test]
-fn a_load_that_does_not_add_up_is_rubbish() {
+fn a_wrong_load_report_is_an_invalid_answer() {
     let filter = faulty(
         "load",
         "(i32.store (local.get $report) (i32.const 77)) (return (local.get $report))",
     );
     let fault = fault(asked(&mut filter.session(&fleet())));
-    assert!(fault.to_string().contains("it was fed 2 hosts, and says that it took 77"), "{fault}");
+    assert!(fault.to_string().contains("it was fed 2 hosts, but reports 77 accepted"), "{fault}");
 }
 
 #[test]
-fn a_refused_question_is_no_fault_and_no_verdict() {
+fn a_refused_question_is_neither_a_fault_nor_a_verdict() {
     let filter = ours();
     let mut session = filter.session(&fleet());
     let mut question = keys(1);
@@ -256,11 +245,15 @@ fn a_refused_question_is_no_fault_and_no_verdict() {
         panic!("not refused")
     };
     assert!(why.contains("200 devices in all"), "{why}");
-    assert_eq!(asked(&mut session).unwrap().placements[0].host, "alpha", "the instance is well");
+    assert_eq!(
+        asked(&mut session).unwrap().placements[0].host,
+        "alpha",
+        "the instance still works"
+    );
 }
 
 #[test]
-fn a_refused_document_is_a_problem_of_its_host_alone() {
+fn a_refused_document_is_a_problem_of_its_host_only() {
     let (filter, fleet) = (ours(), fleet());
     fleet.put_text(r#"{"version":9,"host":"gamma"}"#, 5).unwrap();
     assert!(fleet.put_text("{", 5).is_err());
@@ -278,7 +271,7 @@ fn a_refused_document_is_a_problem_of_its_host_alone() {
 }
 
 #[test]
-fn every_refused_document_is_told_and_what_changes_later_still_counts() {
+fn every_refused_document_is_reported_and_later_changes_apply() {
     let (filter, fleet) = (ours(), fleet());
     let mut session = filter.session(&fleet);
     assert_eq!(session.statistics().unwrap().available, 1);
@@ -286,7 +279,7 @@ fn every_refused_document_is_told_and_what_changes_later_still_counts() {
         fleet.put_text(&format!(r#"{{"version":9,"host":"refused-{host}"}}"#), 5).unwrap();
     }
     fleet.put_text(r#"{"version":9,"host":"alpha"}"#, 6).unwrap();
-    assert_eq!(session.statistics().unwrap().hosts, 2, "alpha is as it was");
+    assert_eq!(session.statistics().unwrap().hosts, 2, "alpha keeps its previous document");
     assert_eq!(session.problems().len(), 251);
     let Verdict::Accepted { devices, .. } = session.explain(&keys(1), "alpha").unwrap() else {
         panic!("alpha has a key to spare")
@@ -296,7 +289,7 @@ fn every_refused_document_is_told_and_what_changes_later_still_counts() {
 }
 
 #[test]
-fn a_prepared_question_that_is_dropped_is_given_up() {
+fn a_dropped_question_is_freed() {
     let mut session = ours().session(&fleet());
     let mut thousand = || {
         let prepared: Vec<_> = (0..1000).map(|_| session.prepare(keys(1)).unwrap()).collect();
@@ -306,15 +299,15 @@ fn a_prepared_question_that_is_dropped_is_given_up() {
     };
     let first = thousand();
     for _ in 0..20 {
-        assert_eq!(thousand(), first, "each thousand takes the place of the one before");
+        assert_eq!(thousand(), first, "each thousand reuses the memory of the previous one");
     }
 }
 
 #[test]
-fn wrong_files_are_told_apart() {
+fn each_invalid_file_has_its_own_message() {
     let good = made("select", "");
-    says(&good[..good.len() / 2], "is no filter");
-    says(&good[..good.len() - 1], "is no filter");
+    says(&good[..good.len() / 2], "is not a filter");
+    says(&good[..good.len() - 1], "is not a filter");
     says(b"", "it is not WebAssembly");
     says(b"#!/bin/sh", "it is not WebAssembly");
     says(&wat::parse_str("(module)").unwrap(), "it is a core module, wanted a component");
@@ -325,7 +318,7 @@ fn wrong_files_are_told_apart() {
     says(
         &wat::parse_str(r#"(component (import "wasi:filesystem/types@0.2.0" (instance)))"#)
             .unwrap(),
-        "imports wasi:filesystem/types@0.2.0: a filter imports nothing",
+        "imports wasi:filesystem/types@0.2.0: a filter must import nothing",
     );
     let error = Filter::load("/nowhere/filter.wasm", &Options::default()).map(drop).unwrap_err();
     assert!(matches!(error, LoadError::Read { .. }), "{error}");
@@ -338,18 +331,18 @@ fn relaxed_instructions_are_refused() {
         "(v128.store (i32.const 64) (i8x16.relaxed_swizzle (v128.load (i32.const 64)) (v128.load \
             (i32.const 64))))\n",
     );
-    says(&component(&text, "filter"), "is no filter");
+    says(&component(&text, "filter"), "is not a filter");
 }
 
 #[test]
-fn a_pinned_filter_is_that_one_or_none() {
+fn a_pinned_filter_must_have_the_digest() {
     let (_dir, path) = file(&made("select", ""));
     let right = Filter::load(&path, &Options::default()).unwrap().sha256();
     assert!(right.is_some());
     assert!(Filter::load(&path, &Options { sha256: right, ..Options::default() }).is_ok());
     let wrong = Options { sha256: Some([7; 32]), ..Options::default() };
     let error = Filter::load(&path, &wrong).map(drop).unwrap_err().to_string();
-    assert!(error.contains("is not the one that is wanted: its SHA-256 is"), "{error}");
+    assert!(error.contains("is not the pinned one: its SHA-256 is"), "{error}");
     assert!(error.ends_with(&format!("wanted {}", "07".repeat(32))), "{error}");
 }
 
@@ -360,7 +353,7 @@ fn a_precompiled_filter_is_the_same_filter_and_must_be_trustworthy() {
     let (dir, path) = file(&machine_code);
     let filter = Filter::load(&path, &Options::default()).unwrap();
     assert_eq!(asked(&mut filter.session(&fleet())).unwrap().placements[0].host, "alpha");
-    // Cut short, or of another version.
+    // Truncated, or from another version.
     for bytes in [&machine_code[..machine_code.len() / 2], &machine_code[..100]] {
         std::fs::write(&path, bytes).unwrap();
         let error = Filter::load(&path, &Options::default()).map(drop).unwrap_err();
@@ -376,7 +369,7 @@ fn a_precompiled_filter_is_the_same_filter_and_must_be_trustworthy() {
     };
     assert!(
         pinned(virt_usb_filter_host::sha256(&machine_code)).is_ok(),
-        "pinned, it may lie where it will"
+        "a pinned file may be in any directory"
     );
     assert!(matches!(pinned([7; 32]).map(drop), Err(LoadError::Digest { .. })));
     std::fs::set_permissions(&path, PermissionsExt::from_mode(0o644)).unwrap();

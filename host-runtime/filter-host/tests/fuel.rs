@@ -1,9 +1,9 @@
-//! How much our filter computes for five fixed questions, counted in wasmtime's fuel: the same
-//! count for the same file, whatever else the machine does. A change that makes it slower is seen
-//! here, in review.
+//! The amount of computation of the filter for five fixed questions, in wasmtime's fuel. The count
+//! does not depend on the machine or its load, so a review shows changes that make the filter
+//! slower.
 //!
-//! `fuel.txt` holds a line for each toolchain that built it. After a change that is meant: `BLESS=1
-//! cargo test -p virt-usb-filter-host --test fuel`, and read the difference.
+//! `fuel.txt` has a line for each toolchain. After an intended change, run `BLESS=1 cargo test -p
+//! virt-usb-filter-host --test fuel`, and review the difference.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
 mod common;
@@ -16,8 +16,8 @@ use std::path::Path;
 use wasmtime::component::{Component, Linker, Val};
 use wasmtime::{Config, Engine, Store};
 
-/// A percentage that a count may differ by.
-const TOLERANCE: f64 = 2.0;
+/// Tolerance of a count in percent.
+const TOLERANCE_PERCENT: f64 = 2.0;
 
 const QUESTIONS: [(&str, &str); 5] = [
     ("rare kind", r#"[{"vendor_id":"1a6e","product_id":"089a"}]"#),
@@ -77,7 +77,7 @@ fn counts() -> Vec<(String, u64)> {
 }
 
 #[test]
-fn the_filter_computes_no_more_than_it_did() {
+fn the_filter_computes_no_more_than_before() {
     let toolchain = std::fs::read_to_string(common::built().with_extension("toolchain")).unwrap();
     let toolchain = toolchain.trim();
     let counts = counts();
@@ -110,10 +110,10 @@ fn the_filter_computes_no_more_than_it_did() {
         assert_eq!(known_name, name, "a question was changed: BLESS=1 records the new ones");
         let percent = (*fuel as f64 / known_fuel.parse::<f64>().unwrap() - 1.0) * 100.0;
         assert!(
-            percent.abs() <= TOLERANCE,
-            "{name}: {fuel} units of fuel, {percent:+.1} % against the {known_fuel} that are \
-                recorded for {toolchain}; \
-             if it is meant, BLESS=1 cargo test -p virt-usb-filter-host --test fuel"
+            percent.abs() <= TOLERANCE_PERCENT,
+            "{name}: {fuel} units of fuel, {percent:+.1} % compared with the recorded \
+                {known_fuel} for {toolchain}; if this is intended, run \
+             BLESS=1 cargo test -p virt-usb-filter-host --test fuel"
         );
     }
     assert_eq!(known.split(", ").count(), counts.len());

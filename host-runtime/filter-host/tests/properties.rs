@@ -1,4 +1,4 @@
-//! The component against brute force, on random fleets that change.
+//! Compares the component with brute force, on random fleets that change.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
 mod common;
@@ -35,7 +35,7 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 60, ..ProptestConfig::default() })]
 
     #[test]
-    fn the_component_is_native_is_brute_force_also_after_changes(
+    fn the_component_the_engine_and_brute_force_agree_also_after_changes(
         before in prop::collection::vec(step(), 1..15),
         after in prop::collection::vec(step(), 1..15),
         questions in prop::collection::vec(question(), 1..6),
@@ -55,7 +55,8 @@ proptest! {
         for question in &questions {
             let mut fresh = filter().session(&fleet);
             let selection = session.select(question, None, limit).unwrap();
-            prop_assert_eq!(&selection, &fresh.select(question, None, limit).unwrap(), "fed anew");
+            let again = fresh.select(question, None, limit).unwrap();
+            prop_assert_eq!(&selection, &again, "a new session");
             prop_assert_eq!(&selection, &native.select(question, None, limit as usize).unwrap());
             let prepared = session.prepare(question.clone()).unwrap();
             for host in (0..11).map(name) {
@@ -68,9 +69,12 @@ proptest! {
                         prop_assert_eq!(score, said);
                         prop_assert!(right.may_be_used(question, &host, &devices));
                     }
-                    (Err((_, reason)), Verdict::Rejected(said)) => prop_assert_eq!(reason, said.reason),
-                    (right, said) => prop_assert!(false, "{:?}, but brute force says \
-                        {:?}", said, right),
+                    (Err((_, reason)), Verdict::Rejected(said)) => {
+                        prop_assert_eq!(reason, said.reason);
+                    }
+                    (right, said) => {
+                        prop_assert!(false, "{:?}, but brute force says {:?}", said, right);
+                    }
                 }
             }
         }

@@ -1,4 +1,4 @@
-//! Many threads ask while the fleet changes.
+//! Many threads call the filter while the fleet changes.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
 mod common;
@@ -51,12 +51,12 @@ fn sessions_follow_one_fleet_and_answer_for_one_moment_of_it() {
 }
 
 #[test]
-fn one_that_is_far_behind_is_fed_anew() {
+fn a_session_that_is_far_behind_gets_the_whole_fleet() {
     let (filter, fleet) = (ours(), common::fleet());
     let mut session = filter.session(&fleet);
     session.statistics().unwrap();
     let id = DeviceId::new(1_000_001).unwrap();
-    // More changes than are kept, and among them a host that went.
+    // More changes than the fleet keeps, including the removal of a host.
     fleet.remove("beta");
     for round in 0..70_000 {
         fleet.set_status(

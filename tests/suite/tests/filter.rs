@@ -153,7 +153,7 @@ fn an_error_is_one_line() {
     assert!(with(&["--flavor", "{"]).contains("not JSON"));
     assert!(
         with(&["--flavor", KEY, "--component", "/etc/passwd"])
-            .contains("/etc/passwd is no filter: it is not WebAssembly")
+            .contains("/etc/passwd is not a filter: it is not WebAssembly")
     );
     assert!(
         with(&["--flavor", KEY, "--component", "/nowhere"])
@@ -165,8 +165,7 @@ fn an_error_is_one_line() {
             .contains("is a core module, wanted a component")
     );
     assert!(
-        with(&["--flavor", KEY, "--sha256", &"0".repeat(64)])
-            .contains("is not the one that is wanted")
+        with(&["--flavor", KEY, "--sha256", &"0".repeat(64)]).contains("is not the pinned one")
     );
     assert!(
         fails(&host, &["filter", "--flavor", KEY, "--hosts", "/nowhere"])

@@ -1,9 +1,9 @@
-//! The built filter, and filters made of WebAssembly text.
+//! The built filter, and filters made from WebAssembly text.
 #![allow(
     dead_code,
     clippy::unwrap_used,
     clippy::panic,
-    reason = "shared by tests, each of which uses a part"
+    reason = "shared by several tests; none uses all of it"
 )]
 
 use std::path::{Path, PathBuf};
@@ -28,7 +28,7 @@ pub(crate) fn ours() -> Filter {
     Filter::load(built(), &Options::default()).unwrap()
 }
 
-/// The filter of `first-come.wat`, with instructions put in at a mark.
+/// The filter of `first-come.wat`, with instructions inserted at a mark.
 pub(crate) fn made(mark: &str, instructions: &str) -> Vec<u8> {
     let text = include_str!("../first-come.wat");
     let mark = format!(";; @{mark}\n");
@@ -36,7 +36,7 @@ pub(crate) fn made(mark: &str, instructions: &str) -> Vec<u8> {
     component(&text.replace(&mark, &format!("{instructions}\n")), "filter")
 }
 
-/// A component of WebAssembly text that follows the ABI of a world of `wit/`.
+/// Builds a component from WebAssembly text that follows the ABI of a world of `wit/`.
 pub(crate) fn component(text: &str, world: &str) -> Vec<u8> {
     let mut resolve = Resolve::default();
     let (package, _) = resolve.push_path(root().join("wit")).unwrap();
@@ -46,7 +46,7 @@ pub(crate) fn component(text: &str, world: &str) -> Vec<u8> {
     ComponentEncoder::default().module(&module).unwrap().encode().unwrap()
 }
 
-/// A file with these bytes, and the folder that it is in.
+/// Writes the bytes to a file in a temporary directory.
 pub(crate) fn file(bytes: &[u8]) -> (tempfile::TempDir, PathBuf) {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("filter.wasm");
@@ -54,18 +54,18 @@ pub(crate) fn file(bytes: &[u8]) -> (tempfile::TempDir, PathBuf) {
     (dir, path)
 }
 
-/// A filter with a fault at a mark, with small limits.
+/// Loads a filter with a fault at a mark, with small limits.
 pub(crate) fn faulty(mark: &str, instructions: &str) -> Filter {
     let (_dir, path) = file(&made(mark, instructions));
     Filter::load(path, &Options { limits: small(), ..Options::default() }).unwrap()
 }
 
-/// Little memory, and little time: but enough for what is right, on a machine that is busy.
+/// Small limits that suffice for a correct filter on a busy machine.
 pub(crate) fn small() -> Limits {
     Limits { memory: 8 << 20, epoch: std::time::Duration::from_millis(500) }
 }
 
-/// Two hosts: alpha has two keys, one of them free; beta has nothing.
+/// Creates a fleet of two hosts: alpha with two keys, one of them free, and beta without devices.
 pub(crate) fn fleet() -> Fleet {
     let fleet = Fleet::new();
     let key = |id: u64, status: &str| {
