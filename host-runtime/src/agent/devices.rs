@@ -1,12 +1,12 @@
-//! The devices' thread: from events to rows.
+//! The devices' thread: scans the devices after events, and records them in the inventory.
 //!
 //! ```text
-//!  hotplug ─┐                 quiet for 15 ms,
-//!  SIGHUP ──┼─► DeviceSignal ─► or 1 s since    ───► scan ─► plan ─► store ─► the guests' thread is told
-//!  clock ───┘                 the first event
+//!  hotplug ─┐                   quiet for 15 ms,
+//!  SIGHUP ──┼─► DeviceSignal ─► or 1 s since    ─► scan ─► plan ─► store ─► Signal::Devices
+//!  clock ───┘                   the first event
 //! ```
-//! It never asks libvirt, so that the inventory is true whatever the guests do. systemd's watchdog
-//! hears from it as long as the guests' thread goes on as well ([`Pulse`]).
+//! This thread never calls libvirt, so the inventory stays up to date even if libvirt does not
+//! answer. It notifies systemd's watchdog as long as the guests' thread runs as well ([`Pulse`]).
 
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -18,7 +18,7 @@ use virt_usb_config::{host_env, rules};
 use virt_usb_model::device::Problem;
 use virt_usb_store::{Store, StoreError};
 
-use super::live_config::{CONFIG_LOOK_INTERVAL, Edits, LiveConfig};
+use super::live_config::{CONFIG_CHECK_INTERVAL, Edits, LiveConfig};
 use super::signals::{DeviceSignal, Pulse, Signal};
 use super::{ACTOR, guest_uses};
 use crate::discovery::UsbSource;
@@ -26,24 +26,24 @@ use crate::hypervisor::Supervised;
 use crate::inventory;
 use crate::metrics::Metrics;
 
-/// A burst has ended when nothing has come for so long …
-const QUIET: Duration = Duration::from_millis(15);
-/// … and is looked at after so long in any case.
-const ENOUGH: Duration = Duration::from_secs(1);
-/// Until a scan that failed is tried again.
-const FIRST_RETRY: Duration = Duration::from_secs(1);
-/// How often old events are pruned.
-const PRUNE: Duration = Duration::from_secs(24 * 3600);
+/// Time without a signal after which a burst has ended.
+const QUIET_INTERVAL: Duration = Duration::from_millis(15);
+/// Maximum duration of a burst.
+const MAX_BURST_DURATION: Duration = Duration::from_secs(1);
+/// Wait before a failed scan is retried for the first time.
+const FIRST_RETRY_INTERVAL: Duration = Duration::from_secs(1);
+/// Interval at which old events are pruned.
+const PRUNE_INTERVAL: Duration = Duration::from_secs(24 * 3600);
 
-/// The files that the agent works with, and which they are: one that was replaced while it runs
-/// would go on without it, and a held device would be given away.
+/// The agent's files with their identities. If a file is replaced, other programs use the new one,
+/// and held devices would be given to other guests.
 pub(crate) struct Files(Vec<(PathBuf, FileId)>);
 
-/// Device and inode.
+/// Device and inode of a file.
 type FileId = (u64, u64);
 
 impl Files {
-    /// The files as they are now.
+    /// Records the current identities of the files.
     pub(crate) fn new(paths: Vec<PathBuf>) -> std::io::Result<Self> {
         paths
             .into_iter()
@@ -53,7 +53,7 @@ impl Files {
     }
 
     fn check(&self) -> Result<(), String> {
-        // Only looked at, never opened: that would drop SQLite's locks (store, files.rs).
+        // Do not open the files: closing one would drop SQLite's locks (store, files.rs).
         match self.0.iter().find(|(path, id)| !file_id(path).is_ok_and(|now| now == *id)) {
             None => Ok(()),
             Some((path, _)) => Err(format!(
@@ -69,7 +69,7 @@ fn file_id(path: &Path) -> std::io::Result<FileId> {
     std::fs::metadata(path).map(|found| (found.dev(), found.ino()))
 }
 
-/// The thread's belongings.
+/// State of the devices' thread.
 pub(crate) struct Devices {
     pub(crate) rules: LiveConfig,
     pub(crate) source: Box<dyn UsbSource + Send>,
@@ -78,15 +78,14 @@ pub(crate) struct Devices {
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) files: Files,
     /// Problems of the last scan.
-    pub(crate) told: Vec<Problem>,
-    /// How often to look whatever events there are, where the kernel's events do not arrive.
+    pub(crate) reported: Vec<Problem>,
+    /// Scan interval if hotplug events do not arrive.
     pub(crate) without_events: Option<Duration>,
-    /// Connection to libvirt, from whose domains the uses without a claim follow.
+    /// Connection to libvirt, whose domains may use devices without a claim.
     pub(crate) hypervisor: Arc<Supervised>,
     pub(crate) pulse: Pulse,
     pub(crate) guests: Sender<Signal>,
-    /// Called after each scan: where devices are simulated, domains start when their devices are
-    /// there.
+    /// Called after each scan. A simulation starts the domains of the file here.
     pub(crate) after: Box<dyn Fn() + Send>,
 }
 
@@ -95,8 +94,8 @@ impl Devices {
     /// the first scan.
     ///
     /// # Errors
-    /// When the agent cannot continue, because its files were replaced. The guests' thread
-    /// stops too.
+    /// If the agent cannot continue, because its files were replaced. The guests' thread then
+    /// stops, too.
     pub(crate) fn run(
         mut self,
         signals: &Receiver<DeviceSignal>,
@@ -119,64 +118,64 @@ impl Devices {
         let (mut last_prune, mut edits) = (None::<Instant>, Edits::new(self.rules.first));
         loop {
             self.files.check()?;
-            // An error here is a service manager that is not there.
-            if self.pulse.is_there() {
+            // An error here means that there is no service manager.
+            if self.pulse.is_alive() {
                 drop(sd_notify::notify(&[sd_notify::NotifyState::Watchdog]));
             }
-            if last_prune.is_none_or(|at| at.elapsed() > PRUNE) {
+            if last_prune.is_none_or(|at| at.elapsed() > PRUNE_INTERVAL) {
                 last_prune = Some(Instant::now());
                 self.prune();
             }
-            // What failed is tried again before the next look at all.
+            // Retry a failed scan before the next regular one.
             let interval = self.rules.now().scan_interval;
-            let interval = self.without_events.map_or(interval, |often| often.min(interval));
+            let interval = self.without_events.map_or(interval, |shorter| shorter.min(interval));
             let pause = wait_for_next.map_or(interval, |wait| wait.min(interval));
             let until_scan = pause.saturating_sub(last_scan.elapsed());
             let wait = until_scan
-                .min(edits.next_look())
-                .min(watchdog.unwrap_or(CONFIG_LOOK_INTERVAL))
+                .min(edits.next_check())
+                .min(watchdog.unwrap_or(CONFIG_CHECK_INTERVAL))
                 .max(Duration::from_millis(1));
             let first = match signals.recv_timeout(wait) {
-                Ok(nudge) => Some(nudge),
+                Ok(signal) => Some(signal),
                 Err(RecvTimeoutError::Timeout) => None,
                 Err(RecvTimeoutError::Disconnected) => return Ok(()),
             };
             let began = Instant::now();
-            let mut seen = Heard::default();
-            seen.hear(first);
+            let mut received = Received::default();
+            received.add(first);
             if first == Some(DeviceSignal::Usb) {
-                seen.burst(signals, began);
+                received.add_burst(signals, began);
             }
-            if seen.stop {
+            if received.stop {
                 return Ok(());
             }
-            if edits.settled(self.rules.stamp(), seen.reload, Instant::now()) {
+            if edits.settled(self.rules.stamp(), received.reload, Instant::now()) {
                 self.store.restart_lock_timeout();
                 if self.rules.reload(|read, file| Ok(rules::admit(&self.store, read, file)?)) {
-                    // Intervals and policies are theirs too.
+                    // Intervals and policies of the guests' thread may have changed.
                     drop(self.guests.send(Signal::Devices));
                 }
-                seen.usb = true;
+                received.usb = true;
             }
-            if seen.usb || last_scan.elapsed() >= pause {
+            if received.usb || last_scan.elapsed() >= pause {
                 wait_for_next = self.scan(began, wait_for_next);
                 last_scan = Instant::now();
             }
         }
     }
 
-    /// Looks at all devices. What could not be seen or recorded is tried again after the time
-    /// returned: a second first, twice as long as `waited` later.
+    /// Scans all devices. If something could not be read or recorded, returns the time until the
+    /// retry: a second at first, then twice the last wait, which is `waited`.
     fn scan(&mut self, began: Instant, waited: Option<Duration>) -> Option<Duration> {
-        let again = Some(waited.map_or(FIRST_RETRY, |waited| waited.saturating_mul(2)));
+        let again = Some(waited.map_or(FIRST_RETRY_INTERVAL, |waited| waited.saturating_mul(2)));
         self.metrics.interval(self.rules.now().scan_interval);
-        let next = match self.look() {
-            Ok(look) => {
-                self.metrics.scanned(began.elapsed(), !look.failed, look.returned);
-                if look.changed {
+        let next = match self.record_devices() {
+            Ok(scan) => {
+                self.metrics.scanned(began.elapsed(), !scan.failed, scan.returned);
+                if scan.changed {
                     drop(self.guests.send(Signal::Devices));
                 }
-                again.filter(|_| look.unsure)
+                again.filter(|_| scan.unsure)
             }
             Err(e) => {
                 self.metrics.scanned(began.elapsed(), false, 0);
@@ -189,12 +188,12 @@ impl Devices {
         next
     }
 
-    fn look(&mut self) -> Result<Look, String> {
+    fn record_devices(&mut self) -> Result<Scan, String> {
         let config = self.rules.now();
         let context = host_env::context(&config, ACTOR).map_err(|e| e.to_string())?;
         let mut snapshot = self.source.snapshot();
         snapshot.guests = guest_uses::of(self.hypervisor.known(), &snapshot);
-        self.tell_of(&snapshot.problems);
+        self.report_problems(&snapshot.problems);
         self.store.restart_lock_timeout();
         let whitelist =
             inventory::located(&config.whitelist, &mut self.store, &snapshot, &config.sysfs_root)
@@ -214,27 +213,27 @@ impl Devices {
         }
         let returned = done.iter().filter(|d| d.what == "returned").count();
         let (failed, unsure) = (snapshot.failed(), !snapshot.problems.is_empty());
-        Ok(Look { failed, unsure, returned, changed: !done.is_empty() })
+        Ok(Scan { failed, unsure, returned, changed: !done.is_empty() })
     }
 
     /// Reports a problem when it appears and when it is solved.
-    fn tell_of(&mut self, problems: &[Problem]) {
+    fn report_problems(&mut self, problems: &[Problem]) {
         let name = |problem: &Problem| match problem.place.as_str() {
             "" => "the whole scan".to_owned(),
             place => place.to_owned(),
         };
-        for problem in problems.iter().filter(|problem| !self.told.contains(problem)) {
+        for problem in problems.iter().filter(|problem| !self.reported.contains(problem)) {
             let place = name(problem);
             tracing::warn!(place, "could not be read: {place}: {}", problem.what);
         }
-        let is_there = |told: &Problem| problems.iter().any(|problem| problem.place == told.place);
+        let persists = |old: &Problem| problems.iter().any(|problem| problem.place == old.place);
         let mut solved: Vec<String> =
-            self.told.iter().filter(|told| !is_there(told)).map(name).collect();
+            self.reported.iter().filter(|old| !persists(old)).map(name).collect();
         solved.dedup();
         for place in solved {
             tracing::info!(place, "can be read again: {place}");
         }
-        self.told = problems.to_vec();
+        self.reported = problems.to_vec();
     }
 
     fn prune(&mut self) {
@@ -243,7 +242,7 @@ impl Devices {
         let pruned: Result<usize, StoreError> =
             if days == 0 { Ok(0) } else { self.store.prune_events(days) };
         if let Err(e) = pruned {
-            tracing::warn!("old events cannot be removed: {e}");
+            tracing::warn!("cannot remove old events: {e}");
         }
         let config = self.rules.now();
         if config.forget_after_days == 0 {
@@ -267,27 +266,27 @@ impl Devices {
 }
 
 /// Result of a scan of all devices.
-struct Look {
-    /// Nothing can be said of what it lacks.
+struct Scan {
+    /// Whether the scan failed, so that a missing device means nothing.
     failed: bool,
-    /// Something could not be read.
+    /// Whether anything could not be read.
     unsure: bool,
-    /// How many devices came back.
+    /// Number of devices that were plugged in again.
     returned: usize,
     changed: bool,
 }
 
 /// Signals that were received together.
 #[derive(Default)]
-struct Heard {
+struct Received {
     usb: bool,
     reload: bool,
     stop: bool,
 }
 
-impl Heard {
-    fn hear(&mut self, nudge: Option<DeviceSignal>) {
-        match nudge {
+impl Received {
+    fn add(&mut self, signal: Option<DeviceSignal>) {
+        match signal {
             Some(DeviceSignal::Usb) => self.usb = true,
             Some(DeviceSignal::Reload) => self.reload = true,
             Some(DeviceSignal::Stop) => self.stop = true,
@@ -295,17 +294,17 @@ impl Heard {
         }
     }
 
-    /// Waits for the end of a burst: devices come in swarms, behind hubs and at replugs.
-    fn burst(&mut self, signals: &Receiver<DeviceSignal>, began: Instant) {
-        while began.elapsed() < ENOUGH && !self.stop {
-            match signals.recv_timeout(QUIET) {
-                Ok(nudge) => self.hear(Some(nudge)),
+    /// Adds signals until the end of a burst. Hubs and replugs cause bursts.
+    fn add_burst(&mut self, signals: &Receiver<DeviceSignal>, began: Instant) {
+        while began.elapsed() < MAX_BURST_DURATION && !self.stop {
+            match signals.recv_timeout(QUIET_INTERVAL) {
+                Ok(signal) => self.add(Some(signal)),
                 Err(_) => return,
             }
         }
-        // What is left of it is part of what will be seen now.
-        while let Ok(nudge) = signals.try_recv() {
-            self.hear(Some(nudge));
+        // The next scan covers the rest of the burst.
+        while let Ok(signal) = signals.try_recv() {
+            self.add(Some(signal));
         }
     }
 }
@@ -325,10 +324,10 @@ mod tests {
             to.send(DeviceSignal::Usb).unwrap();
         }
         to.send(DeviceSignal::Reload).unwrap();
-        let mut heard = Heard::default();
-        heard.hear(from.recv().ok());
-        heard.burst(&from, Instant::now());
-        assert!(heard.usb && heard.reload && !heard.stop);
+        let mut received = Received::default();
+        received.add(from.recv().ok());
+        received.add_burst(&from, Instant::now());
+        assert!(received.usb && received.reload && !received.stop);
         assert_eq!(from.try_recv(), Err(std::sync::mpsc::TryRecvError::Empty));
     }
 
@@ -338,32 +337,33 @@ mod tests {
         Supervised::new(Arc::new(simulated), crate::hypervisor::Listeners::nobody())
     }
 
-    struct Eyes(bool);
+    /// Source without devices, which reports a problem if the field is false.
+    struct TestSource(bool);
 
-    impl UsbSource for Eyes {
+    impl UsbSource for TestSource {
         fn snapshot(&self) -> crate::discovery::Snapshot {
-            let blind =
-                virt_usb_model::device::Problem { place: "1-1".into(), what: "is dark".into() };
+            let problem =
+                virt_usb_model::device::Problem { place: "1-1".into(), what: "EIO".into() };
             crate::discovery::Snapshot {
-                problems: if self.0 { vec![] } else { vec![blind] },
+                problems: if self.0 { vec![] } else { vec![problem] },
                 ..Default::default()
             }
         }
     }
 
     #[test]
-    fn what_could_not_be_seen_is_looked_at_again_less_and_less_often() {
+    fn an_incomplete_scan_is_retried_with_backoff() {
         let state = tempfile::tempdir().unwrap();
         let config = Config { state_dir: state.path().to_owned(), ..Config::default() };
         let store = Store::create(state.path(), Duration::from_secs(1)).unwrap();
         let mut devices = Devices {
             rules: LiveConfig::of(config),
-            source: Box::new(Eyes(false)),
+            source: Box::new(TestSource(false)),
             store,
             host: "host".into(),
             metrics: Arc::default(),
             files: Files::new(vec![]).unwrap(),
-            told: Vec::new(),
+            reported: Vec::new(),
             without_events: None,
             hypervisor: Arc::new(nothing()),
             pulse: Pulse::new(),
@@ -371,9 +371,9 @@ mod tests {
             after: Box::new(|| {}),
         };
         let first = devices.scan(Instant::now(), None);
-        assert_eq!(first, Some(FIRST_RETRY));
-        assert_eq!(devices.scan(Instant::now(), first), Some(FIRST_RETRY * 2));
-        devices.source = Box::new(Eyes(true));
+        assert_eq!(first, Some(FIRST_RETRY_INTERVAL));
+        assert_eq!(devices.scan(Instant::now(), first), Some(FIRST_RETRY_INTERVAL * 2));
+        devices.source = Box::new(TestSource(true));
         assert_eq!(devices.scan(Instant::now(), first), None);
     }
 }

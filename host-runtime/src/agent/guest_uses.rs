@@ -2,8 +2,8 @@
 //! adapter, or in a handwritten hostdev of a guest that is not running.
 //!
 //! ```text
-//!   guests' workers: libvirt's XML of all domains ─► Supervised ┐ (changed: the devices' thread is told)
-//!   devices' thread: Snapshot::ties ─────────────────────────┴─► resolve ─► Snapshot::guests ─► plan
+//!   guests' workers: libvirt's XML of all domains ─► Supervised ─┐ (a change: DeviceSignal::Usb)
+//!   devices' thread: Snapshot::ties ─────────────────────────────┴─► resolve ─► Snapshot::guests
 //! ```
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -22,16 +22,17 @@ struct Using {
     domain: String,
     running: bool,
     sources: Vec<HostSource>,
-    /// The guest's hostdevs. For a guest that runs, not those with an alias of virt-usb: their
-    /// claims name the holder.
+    /// The guest's hostdevs, for a running guest without those that have an alias of virt-usb,
+    /// because their claims name the holder.
     hostdevs: Vec<UsbHostdev>,
 }
 
 impl Using {
-    /// From the guest's XML; `None` when it uses nothing of the kind.
+    /// Reads the uses from the guest's XML. `None` if there are none.
     fn new(domain: &Domain, running: bool) -> Option<Self> {
-        let by_itself = |h: &&UsbHostdev| !running || h.injected().is_none();
-        let hostdevs: Vec<UsbHostdev> = domain.host_devices().filter(by_itself).cloned().collect();
+        let is_unclaimed = |h: &&UsbHostdev| !running || h.injected().is_none();
+        let hostdevs: Vec<UsbHostdev> =
+            domain.host_devices().filter(is_unclaimed).cloned().collect();
         let sources = domain.host_sources.clone();
         let uses_some = !sources.is_empty() || !hostdevs.is_empty();
         uses_some.then(|| Self { domain: domain.name.clone(), running, sources, hostdevs })
@@ -41,10 +42,10 @@ impl Using {
 /// Uses of all guests.
 type ByGuest = BTreeMap<InstanceId, Using>;
 
-/// Asks for what all guests use, once: for a program that is no agent.
+/// Reads the uses of all guests once, for programs other than the agent.
 ///
 /// # Errors
-/// When the hypervisor cannot be asked.
+/// If the hypervisor cannot be queried.
 pub fn ask(hypervisor: &dyn Hypervisor, snapshot: &Snapshot) -> Result<GuestUses, Failure> {
     let running: BTreeSet<InstanceId> = hypervisor.running()?.into_iter().collect();
     let mut guests = ByGuest::new();
@@ -74,7 +75,7 @@ fn using(known: &Known) -> Option<Using> {
     Using::new(&known.domain, known.running)
 }
 
-/// Where a path leads, through all links; `None` when it leads nowhere.
+/// Resolves all links of a path. `None` if it does not exist.
 fn canonical(path: &str) -> Option<String> {
     Some(std::fs::canonicalize(Path::new(path)).ok()?.to_str()?.to_owned())
 }
@@ -89,14 +90,13 @@ fn resolve(
         let mut add = |port: &PortPath, what: &str| {
             let used = GuestUse::new(*instance, &using.domain, using.running, what);
             let all = uses.entry(port.clone()).or_default();
-            // A console is the first serial port once more.
+            // The first console repeats the first serial port.
             if !all.iter().any(|one| one.instance == used.instance) {
                 all.push(used);
             }
         };
         for source in &using.sources {
-            // Only what is on a USB device is of interest; most disks are not, and their links are
-            // not followed.
+            // A path may be a link to the device's node.
             let link = match &source.place {
                 HostPlace::Path(path) => canonical(path),
                 _ => None,
@@ -178,7 +178,7 @@ mod tests {
     }
 
     #[test]
-    fn each_door_leads_to_its_device() {
+    fn each_kind_of_source_finds_its_device() {
         let disk = |path: &str| {
             format!("<disk type='block'><source dev='{path}'/><target dev='vda'/></disk>")
         };
@@ -192,7 +192,7 @@ mod tests {
     }
 
     #[test]
-    fn a_hostdev_counts_where_it_names_one_device() {
+    fn a_hostdev_that_names_a_single_device_is_a_use() {
         let hostdev = |source: &str, more: &str| {
             format!(
                 "<hostdev mode='subsystem' type='usb'><source>{source}</source>{more}</hostdev>"
@@ -211,7 +211,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_known_until_all_were_looked_at() {
+    fn uses_are_unknown_until_all_guests_were_read() {
         let snapshot = Snapshot::default();
         assert_eq!(of(None, &snapshot), GuestUses::Unknown);
         assert_eq!(of(Some(Vec::new()), &snapshot), GuestUses::Known(BTreeMap::new()));

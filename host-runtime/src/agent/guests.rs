@@ -1,10 +1,10 @@
-//! The guests' thread decides when each instance is checked. Its workers check one instance at a
-//! time each and carry out the plan.
+//! The guests' thread decides when each instance is checked. Each of its workers checks one
+//! instance at a time, and executes the plan.
 //!
 //! ```text
 //!  libvirt's events ─┐
-//!  devices changed ──┼─► due ─► worker: look, plan, converge ─► Report ─► retries with back-off, looks that are promised
-//!  clock, retries ───┘
+//!  devices changed ──┼─► due ─► worker: read, plan, execute ─► Report ─► retries with backoff,
+//!  clock, retries ───┘                                                   scheduled checks
 //! ```
 //! This thread never calls libvirt. A guest about which libvirt does not answer blocks one worker
 //! and nothing else.
@@ -24,24 +24,25 @@ use super::observe::View;
 use super::plan::{ABOUT_LIBVIRT, Absence};
 use super::signals::{DeviceSignal, Pulse, Signal};
 use super::work::{Found, ObservedAbsence, Report, WorkError, Worker, marks};
-use super::workers::{PLACE_TIME, Work, Workers};
+use super::workers::{SLOW_JOB_TIME, Work, Workers};
 use crate::hypervisor::{Event, Failure, Hypervisor as _, MEETING_TIMEOUT, Supervised, Unanswered};
 use crate::metrics::Metrics;
 use crate::timeouts::STORE_LOCK_TIMEOUT;
 
-/// The first wait before something that failed is tried again; it doubles up to [`LONGEST`].
-const SHORTEST: Duration = Duration::from_millis(500);
-const LONGEST: Duration = Duration::from_secs(60);
-/// Until another look, when one failed; the gauges are not shown more often.
+/// Wait before a failed step is retried for the first time. It doubles up to
+/// [`MAX_RETRY_INTERVAL`].
+const MIN_RETRY_INTERVAL: Duration = Duration::from_millis(500);
+/// Maximum wait before a failed step is retried.
+const MAX_RETRY_INTERVAL: Duration = Duration::from_secs(60);
+/// Wait before a failed pass is retried, and minimum interval between updates of the gauges.
 const SECOND: Duration = Duration::from_secs(1);
+/// Timeout for the list of all guests, after which a pass checks only the known ones.
+const LIST_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// How long a list of all guests is waited for, before those are looked at that are known.
-const LIST_TIME: Duration = Duration::from_secs(2);
-
-/// Since when an instance has been gone.
+/// Absence of an instance.
 #[derive(Debug, Clone, PartialEq)]
 struct Missing {
-    /// Claims at the first absence: any change starts the wait again.
+    /// Claims at the first absence. Any change starts the wait again.
     claims: Vec<(i64, i64)>,
     since: Instant,
     undefined: Option<Instant>,
@@ -50,28 +51,28 @@ struct Missing {
 /// A failed step that is retried.
 #[derive(Debug, Clone, Copy)]
 struct Retry {
-    /// When; none: it has been its turn, and what came of it is still to be heard.
+    /// Time of the retry. `None` if the retry is running.
     at: Option<Instant>,
-    /// The wait that led there.
+    /// The wait before the retry.
     wait: Duration,
 }
 
 /// One pass over all guests.
 struct Round {
     began: Instant,
-    /// Whether it is not known yet which there are.
+    /// Whether the list of all guests is pending.
     listing: bool,
-    /// Whether all were listed, and something is known of each of them.
+    /// Whether all guests were listed and read.
     is_whole: bool,
     /// Whether the round has ended, except for a pending list.
     has_passed: bool,
     /// Instances that were given to a worker in this round.
-    asked: BTreeSet<InstanceId>,
+    queued: BTreeSet<InstanceId>,
     /// Instances of this round whose result is pending.
     open: BTreeSet<InstanceId>,
 }
 
-/// The thread's belongings.
+/// State of the guests' thread.
 pub(crate) struct Guests {
     rules: LiveConfig,
     hypervisor: Arc<Supervised>,
@@ -82,34 +83,36 @@ pub(crate) struct Guests {
     workers: Workers<Job>,
     /// Instances to check.
     due: BTreeSet<InstanceId>,
-    everybody: bool,
+    /// Whether to check all instances.
+    all_due: bool,
     round: Option<Round>,
     /// Whether a worker is listing all guests, and whether it began before this round.
     listing: bool,
     list_again: bool,
-    /// Whether this libvirt is known to be the one that runs the guests, since it was connected to.
+    /// Whether the connected libvirt is known to be the one that runs the guests.
     trusted: bool,
     /// Identity of libvirt; `None` if it was not queried since the connection.
     identity: Option<String>,
     /// The libvirt that was reported as a different one.
-    doubted: Option<String>,
+    reported_libvirt: Option<String>,
     absences: BTreeMap<InstanceId, Missing>,
     retries: BTreeMap<(InstanceId, String), Retry>,
-    /// Looks that were promised.
-    promised: BTreeMap<InstanceId, Instant>,
-    /// With a worker now; true: to be looked at again afterwards.
+    /// Times of scheduled checks.
+    scheduled: BTreeMap<InstanceId, Instant>,
+    /// Instances that a worker checks now, and whether to check them again afterwards.
     busy: BTreeMap<InstanceId, bool>,
     /// Unanswered calls that were reported, and whether a problem was recorded for each.
-    told: Vec<(Unanswered, bool)>,
+    reported: Vec<(Unanswered, bool)>,
     /// Whether it was reported that all workers wait for libvirt.
-    told_of_workers: bool,
+    reported_stall: bool,
     /// Whether it was reported that the agent makes no more calls.
-    told_of_block: bool,
+    reported_block: bool,
     /// The error that was last reported for each instance.
     errors: BTreeMap<InstanceId, String>,
     last_pass: Option<Instant>,
-    /// When the gauges were last true, and whether anything may have changed since.
+    /// Time of the last update of the gauges.
     shown: Instant,
+    /// Whether anything may have changed since that update.
     is_stale: bool,
 }
 
@@ -125,7 +128,7 @@ impl Guests {
     /// Starts the workers.
     ///
     /// # Errors
-    /// When a thread or the inventory cannot be had.
+    /// If a thread cannot be started, or the inventory cannot be opened.
     pub(crate) fn new(
         rules: LiveConfig,
         hypervisor: Arc<Supervised>,
@@ -165,20 +168,20 @@ impl Guests {
             pulse,
             workers: Workers::new(make)?,
             due: BTreeSet::new(),
-            everybody: true,
+            all_due: true,
             round: None,
             listing: false,
             list_again: false,
             trusted: false,
             identity: None,
-            doubted: None,
+            reported_libvirt: None,
             absences: BTreeMap::new(),
             retries: BTreeMap::new(),
-            promised: BTreeMap::new(),
+            scheduled: BTreeMap::new(),
             busy: BTreeMap::new(),
-            told: Vec::new(),
-            told_of_workers: false,
-            told_of_block: false,
+            reported: Vec::new(),
+            reported_stall: false,
+            reported_block: false,
             errors: BTreeMap::new(),
             last_pass: None,
             shown: Instant::now(),
@@ -191,21 +194,21 @@ impl Guests {
         loop {
             match signals.recv_timeout(self.wait()) {
                 Ok(Signal::Stop) | Err(RecvTimeoutError::Disconnected) => return,
-                Ok(signal) => self.hear(signal),
+                Ok(signal) => self.handle(signal),
                 Err(RecvTimeoutError::Timeout) => {}
             }
             while let Ok(signal) = signals.try_recv() {
                 if matches!(signal, Signal::Stop) {
                     return;
                 }
-                self.hear(signal);
+                self.handle(signal);
             }
             self.pulse.beat();
             self.wake();
-            if self.everybody || !self.due.is_empty() {
+            if self.all_due || !self.due.is_empty() {
                 self.pass();
             }
-            self.tend();
+            self.report_delays();
             if self.is_stale && self.shown.elapsed() >= SECOND {
                 self.store.restart_lock_timeout();
                 self.show(&View::read(&self.store));
@@ -213,7 +216,7 @@ impl Guests {
         }
     }
 
-    /// Brings the gauges in line with the inventory, as it was just read.
+    /// Updates the gauges from the inventory.
     fn show(&mut self, read: &Result<View, StoreError>) {
         (self.is_stale, self.shown) = (false, Instant::now());
         match read {
@@ -226,27 +229,27 @@ impl Guests {
         }
     }
 
-    /// Time until the next promised check, retry or full pass, at most one second.
+    /// Time until the next scheduled check, retry or full pass, at most one second.
     fn wait(&self) -> Duration {
         let interval = self.rules.now().scan_interval;
         let pass =
             self.last_pass.map_or(Duration::ZERO, |at| interval.saturating_sub(at.elapsed()));
         let until = |at: &Instant| at.saturating_duration_since(Instant::now());
-        let promised = self.promised.values().map(until).min();
+        let scheduled = self.scheduled.values().map(until).min();
         let retry = self.retries.values().filter_map(|r| r.at.as_ref().map(until)).min();
         let show = self.is_stale.then(|| SECOND.saturating_sub(self.shown.elapsed()));
-        let relieve = (!self.busy.is_empty() || self.listing).then_some(PLACE_TIME);
-        let all = [promised, retry, show, relieve, Some(SECOND)];
+        let relieve = (!self.busy.is_empty() || self.listing).then_some(SLOW_JOB_TIME);
+        let all = [scheduled, retry, show, relieve, Some(SECOND)];
         all.into_iter().flatten().fold(pass, Duration::min)
     }
 
-    fn hear(&mut self, signal: Signal) {
+    fn handle(&mut self, signal: Signal) {
         self.is_stale = true;
         match signal {
             Signal::Hypervisor(Event::Connected) => {
                 tracing::info!("connected to libvirt");
                 self.metrics.connected(true);
-                self.everybody = true;
+                self.all_due = true;
                 // An absence that another connection reported is checked again.
                 self.absences.clear();
                 (self.trusted, self.identity) = (false, None);
@@ -262,11 +265,11 @@ impl Guests {
             }
             Signal::Answered(instance) => drop(self.due.insert(instance)),
             Signal::Devices => {
-                // A step that failed for lack of a device may succeed now. Repeated failures are
-                // still retried less and less often.
+                // A step that failed for lack of a device may succeed now. The backoff of repeated
+                // failures continues.
                 let now = Instant::now();
                 self.retries.values_mut().for_each(|retry| retry.at = Some(now));
-                self.everybody = true;
+                self.all_due = true;
             }
             Signal::Identified(identity) => {
                 self.identity = Some(identity);
@@ -282,16 +285,16 @@ impl Guests {
         if self.busy.remove(&instance).unwrap_or(false) {
             self.due.insert(instance);
         }
-        self.heard_of(instance);
+        self.close_in_round(instance);
         let (failed, blocked) = match done {
             Ok(report) => {
                 self.errors.remove(&instance);
                 if report.later {
-                    self.promise(instance);
+                    self.schedule(instance);
                 }
                 if let Err(e) = self.found(instance, report.found) {
                     tracing::error!(%instance, "instance {instance}: {e}; the agent retries");
-                    self.promised.insert(instance, Instant::now() + SECOND);
+                    self.scheduled.insert(instance, Instant::now() + SECOND);
                 }
                 (report.failed, report.blocked)
             }
@@ -299,21 +302,21 @@ impl Guests {
             // A single connection of several may be down.
             Err(WorkError::Hypervisor(Failure::Away(_) | Failure::Silent(_))) => {
                 self.miss();
-                self.promise(instance);
+                self.schedule(instance);
                 return;
             }
             Err(e) => {
                 let why = e.to_string();
-                // Once, until it is another reason.
+                // Log each reason once.
                 if self.errors.get(&instance) != Some(&why) {
                     tracing::error!(%instance, "instance {instance}: {why}; the agent retries");
                     self.errors.insert(instance, why);
                 }
-                // Nothing is known about it.
+                // The state of the guest is unknown.
                 self.absences.remove(&instance);
                 self.miss();
                 if matches!(e, WorkError::Hypervisor(_) | WorkError::Xml(_)) {
-                    self.promise(instance);
+                    self.schedule(instance);
                     return;
                 }
                 (BTreeSet::from([String::new()]), BTreeSet::new())
@@ -326,14 +329,14 @@ impl Guests {
             let wait = self
                 .retries
                 .get(&(instance, about.clone()))
-                .map_or(SHORTEST, |r| (r.wait * 2).min(LONGEST));
+                .map_or(MIN_RETRY_INTERVAL, |r| (r.wait * 2).min(MAX_RETRY_INTERVAL));
             self.retries.insert((instance, about), Retry { at: Some(Instant::now() + wait), wait });
         }
     }
 
     /// Schedules a check of the instance, regardless of events.
-    fn promise(&mut self, instance: InstanceId) {
-        self.promised.insert(instance, Instant::now() + self.rules.now().recheck_delay);
+    fn schedule(&mut self, instance: InstanceId) {
+        self.scheduled.insert(instance, Instant::now() + self.rules.now().recheck_delay);
     }
 
     /// Records that this round did not find all guests.
@@ -343,7 +346,7 @@ impl Guests {
         }
     }
 
-    /// How the worker found the guest when it looked last.
+    /// Handles the state of the guest in a worker's report.
     fn found(&mut self, instance: InstanceId, found: Found) -> Result<(), StoreError> {
         match found {
             Found::Running | Found::Unknown => drop(self.absences.remove(&instance)),
@@ -352,11 +355,11 @@ impl Guests {
                 let view = View::read_about(&self.store, instance, None)?;
                 if view.knows(instance) && !self.trusted {
                     self.absences.remove(&instance);
-                    self.promised.insert(instance, Instant::now() + SECOND);
+                    self.scheduled.insert(instance, Instant::now() + SECOND);
                 } else if view.knows(instance) {
                     self.absent(instance, is_known, &view);
                 } else {
-                    // The guest has no claims, or is gone with all of them.
+                    // The instance has nothing in the inventory.
                     self.absences.remove(&instance);
                     self.forget_retries(instance);
                 }
@@ -366,17 +369,17 @@ impl Guests {
     }
 
     /// Ends the wait for this instance in this round.
-    fn heard_of(&mut self, instance: InstanceId) {
+    fn close_in_round(&mut self, instance: InstanceId) {
         if let Some(round) = &mut self.round {
             round.open.remove(&instance);
         }
     }
 
-    /// A worker has listed all guests, or could not.
+    /// Handles the list of all guests, or its failure.
     fn listed(&mut self, listed: Result<Vec<InstanceId>, Failure>) {
         self.listing = false;
         if std::mem::take(&mut self.list_again) {
-            // It may be of a connection before this one.
+            // This list may come from a previous connection.
             self.listing = true;
             self.workers.push(Job::List);
             return;
@@ -406,20 +409,20 @@ impl Guests {
     fn add_to_round(&mut self, guests: Vec<InstanceId>) {
         let Some(round) = &mut self.round else { return };
         let new: Vec<InstanceId> =
-            guests.into_iter().filter(|i| !round.asked.contains(i)).collect();
+            guests.into_iter().filter(|i| !round.queued.contains(i)).collect();
         round.open.extend(&new);
-        round.asked.extend(&new);
+        round.queued.extend(&new);
         for instance in new {
-            self.give(instance);
+            self.assign(instance);
         }
     }
 
-    /// The guests that some answer of libvirt has named so far.
+    /// Guests that any answer of libvirt has named so far.
     fn seen(&self) -> Vec<InstanceId> {
         self.hypervisor.seen().into_iter().map(|known| known.instance).collect()
     }
 
-    /// Makes the instances due whose time has come.
+    /// Makes instances due whose retry or scheduled check has come.
     fn wake(&mut self) {
         let now = Instant::now();
         for ((of, _), retry) in
@@ -430,13 +433,13 @@ impl Guests {
             retry.at = None;
             self.due.insert(*of);
         }
-        self.due.extend(self.promised.iter().filter(|(_, at)| **at <= now).map(|(of, _)| *of));
-        self.promised.retain(|_, at| *at > now);
-        self.everybody |=
+        self.due.extend(self.scheduled.iter().filter(|(_, at)| **at <= now).map(|(of, _)| *of));
+        self.scheduled.retain(|_, at| *at > now);
+        self.all_due |=
             self.last_pass.is_none_or(|at| at.elapsed() >= self.rules.now().scan_interval);
     }
 
-    /// Finds out whether this libvirt is the one that runs the guests which hold devices. `all` are
+    /// Checks whether the connected libvirt is the one that runs the guests with devices. `all` are
     /// the guests that it knows.
     fn compare_libvirt(&mut self, all: Option<&[InstanceId]>) {
         let Some(identity) = self.identity.clone().filter(|_| !self.trusted) else { return };
@@ -463,15 +466,15 @@ impl Guests {
         let Some(all) = all else { return Ok(false) };
         let holders = View::read(&self.store)?.instances();
         let knows_one = holders.iter().any(|holder| all.contains(holder));
-        // An inventory that does not know yet which libvirt it was has a process of one of them to
-        // go by.
+        // If the inventory has no libvirt yet, a running process of a holder shows that there is
+        // another libvirt.
         let runs_elsewhere =
             || holders.iter().any(|holder| self.hypervisor.process(*holder).is_some());
         let is_doubtful = !holders.is_empty() && !knows_one;
         let before =
             is_doubtful.then(|| before.or_else(|| runs_elsewhere().then(|| "unknown".into())));
         if let Some(before) = before.flatten() {
-            if self.doubted.as_deref() != Some(identity) {
+            if self.reported_libvirt.as_deref() != Some(identity) {
                 tracing::error!(
                     "this libvirt ({identity}) knows none of the {} guests that hold devices, \
                      which ran under another libvirt ({before}), or that have assignments: \
@@ -479,17 +482,17 @@ impl Guests {
                      of such a guest with 'virt-usb claims release INSTANCE --force'",
                     holders.len()
                 );
-                self.doubted = Some(identity.to_owned());
+                self.reported_libvirt = Some(identity.to_owned());
             }
             return Ok(false);
         }
-        self.doubted = None;
+        self.reported_libvirt = None;
         self.store.note_libvirt(identity)?;
         Ok(true)
     }
 
     fn pass(&mut self) {
-        if std::mem::take(&mut self.everybody) {
+        if std::mem::take(&mut self.all_due) {
             self.last_pass = Some(Instant::now());
             self.store.restart_lock_timeout();
             if let Err(e) = self.begin_round() {
@@ -499,7 +502,7 @@ impl Guests {
             }
         }
         for instance in std::mem::take(&mut self.due) {
-            self.give(instance);
+            self.assign(instance);
         }
     }
 
@@ -510,15 +513,15 @@ impl Guests {
         self.show(&read);
         let view = read?;
         self.absences.retain(|instance, _| view.knows(*instance));
-        let asked = view.instances();
-        self.due.extend(&asked);
+        let queued = view.instances();
+        self.due.extend(&queued);
         self.round = Some(Round {
             began: Instant::now(),
             listing: true,
             is_whole: true,
             has_passed: false,
-            open: asked.clone(),
-            asked,
+            open: queued.clone(),
+            queued,
         });
         self.list_again = std::mem::replace(&mut self.listing, true);
         if !self.list_again {
@@ -527,15 +530,15 @@ impl Guests {
         Ok(())
     }
 
-    /// Has a worker look at the instance.
-    fn give(&mut self, instance: InstanceId) {
+    /// Queues a check of the instance for a worker.
+    fn assign(&mut self, instance: InstanceId) {
         if let Some(again) = self.busy.get_mut(&instance) {
             *again = true;
             return;
         }
         self.busy.insert(instance, false);
         let absence = ObservedAbsence {
-            gone: self.gone(instance),
+            gone: self.absence(instance),
             claims: Some(
                 self.absences
                     .get(&instance)
@@ -548,39 +551,39 @@ impl Guests {
     }
 
     /// Reports calls that take too long, without waiting for them.
-    fn tend(&mut self) {
+    fn report_delays(&mut self) {
         let load = self.workers.relieve();
         let unanswered = self.hypervisor.unanswered(MEETING_TIMEOUT);
         let is_blocked = self.hypervisor.is_blocked();
-        if is_blocked && !std::mem::replace(&mut self.told_of_block, true) {
+        if is_blocked && !std::mem::replace(&mut self.reported_block, true) {
             tracing::error!(
                 "libvirt does not answer about too many guests: the agent makes no more calls, \
                  and no guest gets a device, until libvirt answers about some of them"
             );
         }
-        if !is_blocked && std::mem::take(&mut self.told_of_block) {
+        if !is_blocked && std::mem::take(&mut self.reported_block) {
             tracing::info!(
                 "libvirt answers about enough guests again: the agent resumes its calls"
             );
         }
         self.metrics.working(&load, unanswered.len(), is_blocked);
-        self.tell_of(&unanswered);
+        self.report_unanswered(&unanswered);
         let all_wait = load.waiting >= MEETING_TIMEOUT;
-        if all_wait && !self.told_of_workers {
+        if all_wait && !self.reported_stall {
             tracing::error!(
                 "{} guests keep all workers waiting: other guests are not checked until libvirt \
                  answers about some of them",
                 load.busy
             );
         }
-        self.told_of_workers = all_wait;
+        self.reported_stall = all_wait;
         let Some(round) = &mut self.round else { return };
         // Instances of the list are handled when it arrives.
         for call in &unanswered {
             let was_open = call.instance.is_some_and(|instance| round.open.remove(&instance));
             round.is_whole &= !was_open;
         }
-        if round.listing && round.began.elapsed() >= LIST_TIME {
+        if round.listing && round.began.elapsed() >= LIST_TIMEOUT {
             // The list arrives later: other guests are unknown until then.
             round.listing = false;
             let seen = self.seen();
@@ -593,7 +596,7 @@ impl Guests {
         if !is_blocked && !std::mem::replace(&mut round.has_passed, true) {
             self.metrics.passed(round.began.elapsed());
         }
-        // A list that did not arrive says nothing about the guests.
+        // Without the list, the set of guests is incomplete.
         if self.listing {
             return;
         }
@@ -604,33 +607,33 @@ impl Guests {
         self.round = None;
     }
 
-    /// Tells of calls without an answer: at once in the log, later as a problem of the guest.
-    fn tell_of(&mut self, unanswered: &[Unanswered]) {
+    /// Reports calls without an answer: immediately in the log, later as a problem of the guest.
+    fn report_unanswered(&mut self, unanswered: &[Unanswered]) {
         let is_same = |one: &Unanswered, other: &Unanswered| {
             (one.instance, one.since) == (other.instance, other.since)
         };
         let timeout = self.rules.now().libvirt_timeout;
-        self.told.retain(|(told, _)| unanswered.iter().any(|call| is_same(told, call)));
+        self.reported.retain(|(reported, _)| unanswered.iter().any(|call| is_same(reported, call)));
         for call in unanswered {
-            let known = self.told.iter().position(|(told, _)| is_same(told, call));
+            let known = self.reported.iter().position(|(reported, _)| is_same(reported, call));
             let at = known.unwrap_or_else(|| {
-                self.told.push((*call, false));
-                self.told.len() - 1
+                self.reported.push((*call, false));
+                self.reported.len() - 1
             });
             let domain = call.instance.map(|instance| self.name(instance));
             if known.is_none() {
                 let about = domain.as_deref().map_or("all guests", |domain| domain);
                 tracing::warn!(
-                    "libvirt has not answered about {about} for {} s ({}): nothing else waits for \
-                        that",
+                    "libvirt has not answered about {about} for {} s ({}): other guests are not \
+                        affected",
                     call.since.elapsed().as_secs(),
                     call.what
                 );
             }
             let (Some(instance), Some(domain)) = (call.instance, domain) else { continue };
-            if call.since.elapsed() >= timeout && !self.told[at].1 {
+            if call.since.elapsed() >= timeout && !self.reported[at].1 {
                 match self.note_silence(instance, &domain, call.what, timeout) {
-                    Ok(()) => self.told[at].1 = true,
+                    Ok(()) => self.reported[at].1 = true,
                     Err(e) => tracing::error!(%instance, "instance {instance}: {e}"),
                 }
             }
@@ -646,21 +649,21 @@ impl Guests {
     ) -> Result<(), WorkError> {
         let context = host_env::context(&self.rules.now(), ACTOR)?;
         self.store.restart_lock_timeout();
-        let whom = self.store.claimant(instance, domain, None)?;
+        let claimant = self.store.claimant(instance, domain, None)?;
         let why = format!(
             "libvirt has not answered about {domain} for {} s ({what}): QEMU or a libvirt hook \
              hangs: 'virsh domcontrol {domain}' and 'journalctl -u libvirtd' show more. The agent \
              continues when libvirt answers; if it never does, run 'virsh destroy {domain}'",
             timeout.as_secs()
         );
-        if self.store.note_problem(&whom, ABOUT_LIBVIRT, Some(&why), &context)? {
+        if self.store.note_problem(&claimant, ABOUT_LIBVIRT, Some(&why), &context)? {
             tracing::warn!(domain, %instance, "{domain}: {why}");
         }
         self.is_stale = true;
         Ok(())
     }
 
-    /// The domain's name, as it was seen last.
+    /// Last known name of the domain, or its UUID.
     fn name(&self, instance: InstanceId) -> String {
         match self.hypervisor.guest(instance) {
             Some(known) => known.domain.name.clone(),
@@ -668,7 +671,7 @@ impl Guests {
         }
     }
 
-    /// An instance is not there: since when, and when to look again.
+    /// Records the absence of an instance, and schedules the next check.
     fn absent(&mut self, instance: InstanceId, is_known: bool, view: &View) {
         let now = Instant::now();
         let claims = marks(view.claims(instance));
@@ -678,7 +681,7 @@ impl Guests {
             (absence.claims, absence.since) = (claims, now);
         }
         absence.undefined = (!is_known).then(|| absence.undefined.unwrap_or(now));
-        let Absence { seconds, undefined } = self.gone(instance);
+        let Absence { seconds, undefined } = self.absence(instance);
         let config = self.rules.now();
         let ahead = [
             (seconds, config.absent_grace.as_secs_f64()),
@@ -690,12 +693,12 @@ impl Guests {
             .map(|(at, limit)| limit - at)
             .reduce(f64::min);
         if let Some(next) = next {
-            self.promised.insert(instance, now + Duration::from_secs_f64(next + 0.01));
+            self.scheduled.insert(instance, now + Duration::from_secs_f64(next + 0.01));
         }
     }
 
-    /// How long the instance has been gone; not at all where that was not seen.
-    fn gone(&self, instance: InstanceId) -> Absence {
+    /// Duration of the recorded absence of an instance; zero if there is none.
+    fn absence(&self, instance: InstanceId) -> Absence {
         let Some(absence) = self.absences.get(&instance) else { return Absence::default() };
         Absence {
             seconds: absence.since.elapsed().as_secs_f64(),
@@ -736,12 +739,12 @@ mod tests {
         (guests.unwrap(), signals)
     }
 
-    /// Lets the workers say how it went with the instance.
-    fn hear(guests: &mut Guests, signals: &Receiver<Signal>, instance: InstanceId) {
+    /// Handles signals up to the result of the instance.
+    fn handle(guests: &mut Guests, signals: &Receiver<Signal>, instance: InstanceId) {
         loop {
             let signal = signals.recv().unwrap();
             let is_it = matches!(signal, Signal::Done(of, _) if of == instance);
-            guests.hear(signal);
+            guests.handle(signal);
             if is_it {
                 return;
             }
@@ -749,38 +752,38 @@ mod tests {
     }
 
     #[test]
-    fn a_retry_has_its_turn_once() {
+    fn a_retry_makes_its_instance_due_once() {
         let state = tempfile::tempdir().unwrap();
         let (mut guests, signals) = guests(state.path());
         let instance: InstanceId = "11111111-2222-4333-8444-555555555555".parse().unwrap();
-        let retry = Retry { at: Some(Instant::now()), wait: SHORTEST };
+        let retry = Retry { at: Some(Instant::now()), wait: MIN_RETRY_INTERVAL };
         guests.pass();
         guests.retries.insert((instance, "device 1".into()), retry);
-        // It is with a worker, who takes his time.
+        // A worker is still checking the instance.
         guests.busy.insert(instance, false);
         guests.wake();
         assert!(guests.due.contains(&instance));
         guests.pass();
         guests.wake();
-        assert!(guests.due.is_empty(), "not at once again");
+        assert!(guests.due.is_empty(), "not again immediately");
         assert!(guests.wait() > Duration::ZERO);
         let failed = || Report { failed: BTreeSet::from(["device 1".into()]), ..Report::default() };
         guests.done(instance, Ok(failed()));
         let wait = |guests: &Guests| guests.retries.values().next().unwrap().wait;
-        assert_eq!(wait(&guests), SHORTEST * 2, "the back-off goes on");
-        // Something else is done meanwhile.
+        assert_eq!(wait(&guests), MIN_RETRY_INTERVAL * 2, "the backoff continues");
+        // Another step is done in the meantime.
         guests.done(instance, Ok(Report { blocked: failed().failed, ..Report::default() }));
-        assert_eq!(wait(&guests), SHORTEST * 2);
-        // Nothing remains to be done: forget the instance.
-        guests.everybody = false;
+        assert_eq!(wait(&guests), MIN_RETRY_INTERVAL * 2);
+        // Nothing remains to do: the retries are forgotten.
+        guests.all_due = false;
         guests.due = BTreeSet::from([instance]);
         guests.pass();
-        hear(&mut guests, &signals, instance);
+        handle(&mut guests, &signals, instance);
         assert!(guests.retries.is_empty());
     }
 
     #[test]
-    fn an_inventory_that_cannot_be_read_is_looked_at_once_a_second() {
+    fn an_unreadable_inventory_is_retried_once_a_second() {
         let state = tempfile::tempdir().unwrap();
         let (mut guests, signals) = guests(state.path());
         let database =
@@ -791,7 +794,7 @@ mod tests {
         let instance: InstanceId = "11111111-2222-4333-8444-555555555555".parse().unwrap();
         guests.due.insert(instance);
         guests.pass();
-        hear(&mut guests, &signals, instance);
+        handle(&mut guests, &signals, instance);
         assert!(
             guests.wait() > SECOND / 4 && guests.retries.contains_key(&(instance, String::new()))
         );

@@ -1,5 +1,5 @@
-//! The agent's status for `virt-usb doctor`. The thread that receives the hooks' messages answers
-//! on the same socket, even while the agent's other threads wait.
+//! The agent's status for `virt-usb doctor`. The thread that receives the notifications of hooks
+//! responds on the same socket, even if other threads of the agent are blocked.
 
 use std::io;
 use std::os::fd::AsRawFd;
@@ -37,26 +37,27 @@ pub struct Health {
     pub version: String,
     /// Time since the agent's start.
     pub uptime: f64,
-    /// Time since the agent last looked at all guests; none: not yet.
+    /// Time since the agent last checked all guests. `None` if it has not yet.
     pub last_pass: Option<f64>,
-    /// Time since the agent last looked at all devices without an error; none: not yet.
+    /// Time since the agent last scanned all devices without an error. `None` if it has not yet.
     pub last_scan: Option<f64>,
-    /// Time since the agent connected to libvirt; none: it is not connected.
+    /// Time since the agent connected to libvirt. `None` if it is not connected.
     pub connected: Option<f64>,
-    /// Time since the agent lost its connection to libvirt; none: it never had one, or has one.
+    /// Time since the agent lost its connection to libvirt. `None` if it never had one, or has one.
     pub lost: Option<f64>,
     /// Number of connections to libvirt since the agent's start.
     pub connections: u64,
     /// Calls to libvirt that have no answer for 5 s or longer, oldest first, at most 10.
     pub unanswered: Vec<Call>,
-    /// Whether the agent makes no calls to libvirt, because too many guests are silent.
+    /// Whether the agent makes no calls to libvirt, because it does not answer about too many
+    /// guests.
     pub blocked: bool,
-    /// Whether the API's network address is served; none: not known.
+    /// Whether the API's network address is served. `None` if not known.
     pub api_served: Option<bool>,
-    /// Whether the metrics are served; none: not known.
+    /// Whether the metrics are served. `None` if not known.
     pub metrics_served: Option<bool>,
-    /// Error of the API's certificate or key, as the agent's user reads them; none: no error, or no
-    /// TLS.
+    /// Error of the API's certificate or key, as read by the agent's user. `None` if there is no
+    /// error, or no TLS.
     pub certificate_error: Option<String>,
 }
 
@@ -64,7 +65,7 @@ pub struct Health {
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Call {
-    /// Name of the guest, or its UUID if the name is not known; none: the call is about all guests.
+    /// Name of the guest, or its UUID if the name is not known. `None` for a call about all guests.
     pub about: Option<String>,
     /// Name of the call.
     pub what: String,
@@ -72,8 +73,8 @@ pub struct Call {
     pub age: f64,
 }
 
-/// The health now, as JSON.
-pub(crate) fn tell(metrics: &Metrics, hypervisor: &Supervised, tls: Option<&Tls>) -> String {
+/// Returns the current health as JSON.
+pub(crate) fn report(metrics: &Metrics, hypervisor: &Supervised, tls: Option<&Tls>) -> String {
     let age = |since: Option<Instant>| since.map(|since| since.elapsed().as_secs_f64());
     let moments = metrics.moments();
     let call = |call: &crate::hypervisor::Unanswered| {
@@ -108,8 +109,8 @@ pub(crate) fn tell(metrics: &Metrics, hypervisor: &Supervised, tls: Option<&Tls>
     serde_json::to_string(&health).unwrap_or_default()
 }
 
-/// The error of a certificate or its key. On a file system that does not answer they are not waited
-/// for.
+/// Returns the error of a certificate or its key. Does not wait for a file system that does not
+/// respond.
 fn certificate_error(tls: &Tls) -> Option<String> {
     let (to, from) = channel();
     let certificate = Certificate::new(tls.clone());
@@ -127,12 +128,12 @@ pub(crate) fn answer(socket: &UnixDatagram, to: &SocketAddr, text: &str) {
     }
 }
 
-/// Asks the agent of this `state_dir`.
+/// Requests the health of the agent of this `state_dir`.
 ///
 /// # Errors
 /// If no agent listens on the socket, or no response arrives in time.
 pub fn ask(state_dir: &Path, timeout: Duration) -> io::Result<Health> {
-    let place = hook_socket(state_dir)?;
+    let agent = hook_socket(state_dir)?;
     let mut name = [0; 16];
     getrandom::fill(&mut name).map_err(io::Error::other)?;
     let name = format!("virt-usb-{:032x}", u128::from_ne_bytes(name));
@@ -140,7 +141,7 @@ pub fn ask(state_dir: &Path, timeout: Duration) -> io::Result<Health> {
     socket.set_read_timeout(Some(timeout))?;
     socket.set_write_timeout(Some(timeout))?;
     // A connected socket receives from its peer only: the abstract name is visible to every user.
-    socket.connect(format!("/proc/self/fd/{}", place.as_raw_fd()))?;
+    socket.connect(format!("/proc/self/fd/{}", agent.as_raw_fd()))?;
     socket.send(QUESTION.as_bytes())?;
     let mut answer = vec![0; MAX_RESPONSE_BYTES];
     let length = socket.recv(&mut answer)?;

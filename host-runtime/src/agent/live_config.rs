@@ -1,4 +1,4 @@
-//! The configuration that counts now, and when its file is read again.
+//! The configuration in effect, and the reload of its file.
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError, RwLock};
@@ -8,17 +8,18 @@ use virt_usb_config::{Config, ConfigError, DEFAULT_PATH};
 
 use virt_usb_fleet::stamp::{Stamp, stamp};
 
-/// How often the configuration's file is looked at.
-pub(super) const CONFIG_LOOK_INTERVAL: Duration = Duration::from_secs(2);
-/// How long it must stay the same before it is read.
-const SETTLE: Duration = Duration::from_millis(500);
-/// The configuration that counts now.
+/// Interval at which the file is checked for changes.
+pub(super) const CONFIG_CHECK_INTERVAL: Duration = Duration::from_secs(2);
+/// Time for which a changed file must stay the same before it is read.
+const SETTLE_INTERVAL: Duration = Duration::from_millis(500);
+
+/// The configuration in effect. Clones share their content.
 #[derive(Clone)]
 pub(crate) struct LiveConfig {
     file: Option<PathBuf>,
-    /// As the file was right before it was read first.
+    /// Stamp of the file immediately before it was first read.
     pub(super) first: Option<Stamp>,
-    /// As it was read first: what the simulation has changed is no change of the file.
+    /// The configuration as first read, without the changes of a simulation.
     read: Arc<Config>,
     now: Arc<RwLock<Arc<Config>>>,
 }
@@ -27,7 +28,7 @@ impl LiveConfig {
     /// Reads the configuration for the first time.
     ///
     /// # Errors
-    /// What is wrong with it.
+    /// If the configuration is invalid or cannot be read.
     pub(crate) fn read(file: Option<PathBuf>) -> Result<Self, ConfigError> {
         let first = stamp(path(file.as_deref()));
         let read = Arc::new(Config::load(file.as_deref())?);
@@ -40,7 +41,7 @@ impl LiveConfig {
         Self { file: None, first: None, now: Arc::new(RwLock::new(read.clone())), read }
     }
 
-    /// With another configuration than that of the file: a simulation's.
+    /// Replaces the configuration by that of a simulation.
     pub(crate) fn with(self, config: Config) -> Self {
         Self { now: Arc::new(RwLock::new(Arc::new(config))), ..self }
     }
@@ -56,7 +57,7 @@ impl LiveConfig {
         &self,
         admit: impl FnOnce(&Config, Option<&Path>) -> anyhow::Result<()>,
     ) -> bool {
-        let was = self.now();
+        let current = self.now();
         // Without the file, the defaults would apply, which offer every device to all projects.
         let path = path(self.file.as_deref());
         if self.first.is_some() && !path.exists() {
@@ -90,17 +91,17 @@ impl LiveConfig {
             tracing::warn!("{key} has changed: restart the agent to apply it");
         }
         let next = Config {
-            state_dir: was.state_dir.clone(),
-            sysfs_root: was.sysfs_root.clone(),
-            procfs_root: was.procfs_root.clone(),
-            libvirt_uri: was.libvirt_uri.clone(),
-            metrics: was.metrics.clone(),
-            api: was.api,
-            api_tls: was.api_tls.clone(),
-            fleet: was.fleet.clone(),
+            state_dir: current.state_dir.clone(),
+            sysfs_root: current.sysfs_root.clone(),
+            procfs_root: current.procfs_root.clone(),
+            libvirt_uri: current.libvirt_uri.clone(),
+            metrics: current.metrics.clone(),
+            api: current.api,
+            api_tls: current.api_tls.clone(),
+            fleet: current.fleet.clone(),
             ..read
         };
-        let changed = next != *was;
+        let changed = next != *current;
         if changed {
             tracing::info!("the configuration was reloaded");
             *self.now.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(next);
@@ -118,37 +119,37 @@ fn path(file: Option<&Path>) -> &Path {
     file.unwrap_or(Path::new(DEFAULT_PATH))
 }
 
-/// Decides when to reload a changed configuration: after two equal reads, because an editor that
+/// Decides when to reload a changed configuration: after two equal checks, because an editor that
 /// rewrites a file empties it first.
 pub(super) struct Edits {
     /// Stamp of the file when it was read.
     read: Option<Stamp>,
     /// Whether a reload was requested, even without a change.
-    asked: bool,
-    /// Stamp that differs from `read`, and when it was first seen.
+    requested: bool,
+    /// Stamp that differs from `read`, and the time when it was first seen.
     seen: Option<(Option<Stamp>, Instant)>,
 }
 
 impl Edits {
     pub(super) const fn new(read: Option<Stamp>) -> Self {
-        Self { read, asked: false, seen: None }
+        Self { read, requested: false, seen: None }
     }
 
-    /// Time until the next look at the file.
-    pub(super) fn next_look(&self) -> Duration {
-        if self.seen.is_some() { SETTLE } else { CONFIG_LOOK_INTERVAL }
+    /// Time until the next check of the file.
+    pub(super) fn next_check(&self) -> Duration {
+        if self.seen.is_some() { SETTLE_INTERVAL } else { CONFIG_CHECK_INTERVAL }
     }
 
     /// Whether to reload now.
-    pub(super) fn settled(&mut self, stamp: Option<Stamp>, asked: bool, now: Instant) -> bool {
-        self.asked |= asked;
-        if !self.asked && stamp == self.read {
+    pub(super) fn settled(&mut self, stamp: Option<Stamp>, requested: bool, now: Instant) -> bool {
+        self.requested |= requested;
+        if !self.requested && stamp == self.read {
             self.seen = None;
             return false;
         }
         match self.seen {
             Some((before, at)) if before == stamp => {
-                let settled = now.saturating_duration_since(at) >= SETTLE;
+                let settled = now.saturating_duration_since(at) >= SETTLE_INTERVAL;
                 if settled {
                     *self = Self::new(stamp);
                 }
@@ -167,7 +168,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_bad_edit_is_refused_and_a_good_one_counts() {
+    fn an_invalid_file_is_refused_and_a_valid_one_applies() {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("config.toml");
         std::fs::write(&file, "scan_interval = 7\n").unwrap();
@@ -191,27 +192,27 @@ mod tests {
         assert_eq!(
             rules.now().scan_interval,
             Duration::from_secs(9),
-            "a file that is gone changes nothing"
+            "a missing file changes nothing"
         );
     }
 
     #[test]
-    fn a_file_is_read_after_two_equal_looks() {
+    fn a_file_is_read_after_two_equal_checks() {
         let stamp = |size| Some((1, 1, size, (0, 0)));
         let start = Instant::now();
         let after = |ms| start + Duration::from_millis(ms);
         let mut edits = Edits::new(stamp(9));
         assert!(!edits.settled(stamp(9), false, after(0)));
-        assert_eq!(edits.next_look(), CONFIG_LOOK_INTERVAL);
+        assert_eq!(edits.next_check(), CONFIG_CHECK_INTERVAL);
         assert!(!edits.settled(stamp(0), false, after(1)), "an editor empties it");
-        assert_eq!(edits.next_look(), SETTLE);
+        assert_eq!(edits.next_check(), SETTLE_INTERVAL);
         assert!(!edits.settled(stamp(5), false, after(600)), "and writes it");
-        assert!(!edits.settled(stamp(5), false, after(601)), "a look at once says nothing");
+        assert!(!edits.settled(stamp(5), false, after(601)), "an immediate check is too early");
         assert!(edits.settled(stamp(5), false, after(1100)));
         assert!(!edits.settled(stamp(5), false, after(9000)), "once");
         assert!(!edits.settled(stamp(0), false, after(9001)));
-        assert!(!edits.settled(stamp(5), false, after(9900)), "it is as it was read");
-        assert!(!edits.settled(stamp(5), true, after(10_000)), "asked for");
+        assert!(!edits.settled(stamp(5), false, after(9900)), "the stamp is that of the last read");
+        assert!(!edits.settled(stamp(5), true, after(10_000)), "requested");
         assert!(!edits.settled(None, false, after(10_100)));
         assert!(!edits.settled(stamp(5), false, after(10_700)));
         assert!(edits.settled(stamp(5), false, after(11_300)));

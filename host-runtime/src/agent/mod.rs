@@ -1,27 +1,27 @@
-//! The agent: keeps the inventory true, and makes a claim into a device in the guest.
+//! The agent: keeps the inventory up to date, and attaches claimed devices to guests.
 //!
 //! ```text
 //!  libusb, sysfs ─► devices (thread) ─► store ◄── hook, virt-usb
 //!                        │ something changed       ▲
-//!                        ▼                         │ claims settled, given back, ended
+//!                        ▼                         │ claims confirmed, released, ended
 //!  libvirt ─ events ─► guests (thread) ─► workers ─┴─► libvirt: attach, detach
 //! ```
 //! | module | what it does |
 //! |---|---|
-//! | [`plan`] | what is to be done about one instance: pure |
-//! | [`observe`] | what the planner is shown |
-//! | [`work`] | does it, until nothing is left |
-//! | [`operate`] | what people ask for: attach, detach, start |
-//! | `guests` | who is looked at when; retries |
-//! | `workers` | the threads that do it |
-//! | `devices` | from events to rows; the configuration |
-//! | `guest_uses` | what guests use of the host's devices without a claim |
-//! | `signals` | what the two threads tell each other |
-//! | `live_config` | the configuration that counts now |
-//! | [`health`] | what it says of itself to `virt-usb doctor` |
+//! | [`plan`] | plans the steps for one instance, without IO |
+//! | [`observe`] | reads the inputs of the planner |
+//! | [`work`] | executes the steps until none remain |
+//! | [`operate`] | operations of users: attach, detach, start |
+//! | `guests` | the guests' thread: schedules checks and retries |
+//! | `workers` | the threads that check guests |
+//! | `devices` | the devices' thread: scans devices, reloads the configuration |
+//! | `guest_uses` | finds devices that guests use without a claim |
+//! | `signals` | signals between the two threads |
+//! | `live_config` | the configuration in effect |
+//! | [`health`] | reports the agent's state to `virt-usb doctor` |
 //!
-//! It may be killed at any moment: what it knows it reads again, from the store, from sysfs and
-//! from the live XML.
+//! The agent may be killed at any moment. At its start it reads its state again from the store,
+//! sysfs and the live XML.
 
 pub(crate) mod devices;
 pub mod guest_uses;
@@ -35,5 +35,5 @@ pub(crate) mod signals;
 pub mod work;
 mod workers;
 
-/// The agent in the audit.
+/// Name of the agent in the audit trail.
 pub(crate) const ACTOR: &str = "virt-usbd";

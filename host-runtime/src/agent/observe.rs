@@ -1,4 +1,4 @@
-//! Inputs of the planner: a snapshot of the inventory, and a guest as libvirt has it.
+//! Reads the inputs of the planner: the inventory, and a guest's live XML.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -23,10 +23,10 @@ pub struct View {
 }
 
 impl View {
-    /// Reads it.
+    /// Reads the whole inventory.
     ///
     /// # Errors
-    /// When the database cannot be read.
+    /// If the database cannot be read.
     pub fn read(store: &Store) -> Result<Self, StoreError> {
         let mut view = Self {
             devices: store.devices()?.into_iter().map(|r| (r.entry.id, r)).collect(),
@@ -47,10 +47,10 @@ impl View {
         Ok(view)
     }
 
-    /// As much of it as one instance has to do with.
+    /// Reads the part of the inventory that concerns one instance.
     ///
     /// # Errors
-    /// When the database cannot be read.
+    /// If the database cannot be read.
     pub fn read_about(
         store: &Store,
         instance: InstanceId,
@@ -85,12 +85,12 @@ impl View {
         known.copied().collect()
     }
 
-    /// How many problems are noted.
+    /// Number of recorded problems.
     pub fn problems(&self) -> usize {
         self.problems.values().map(BTreeMap::len).sum()
     }
 
-    /// Whether there is anything about the instance.
+    /// Whether the inventory contains anything about the instance.
     pub fn knows(&self, instance: InstanceId) -> bool {
         self.claims.contains_key(&instance)
             || self.assigned.contains(&instance)
@@ -107,7 +107,7 @@ impl View {
         self.devices.get(&device)
     }
 
-    /// All of them.
+    /// All devices of the snapshot.
     pub fn devices(&self) -> impl Iterator<Item = &Record> {
         self.devices.values()
     }
@@ -134,11 +134,11 @@ impl View {
     }
 }
 
-/// Reads a running domain, and what its flavor asks for.
+/// Reads a running domain, and the requests of its flavor. An invalid flavor counts as empty,
+/// because the hook has accepted the guest.
 ///
 /// # Errors
-/// What cannot be read of its XML. A flavor that cannot be read asks for nothing: the hook has let
-/// the guest start.
+/// If the XML cannot be read.
 pub fn guest(running: &Running, config: &Config, store: &Store) -> Result<Guest, XmlError> {
     let domain = running.domain()?;
     let redirections =
@@ -146,12 +146,11 @@ pub fn guest(running: &Running, config: &Config, store: &Store) -> Result<Guest,
     Ok(Guest { domain, redirections, moving: running.moving })
 }
 
-/// Requests of the domain's flavor.
+/// Reads the domain's flavor.
 ///
 /// # Errors
-/// What is wrong with it.
+/// If the flavor is invalid or not stored.
 pub fn flavor(domain: &Domain, config: &Config, store: &Store) -> Result<Flavor, String> {
-    let wish =
-        FlavorRequest::read(&domain.flavor, &config.state_dir).map_err(|fault| fault.what)?;
-    wish.resolve(store).map_err(|fault| fault.what)
+    let request = FlavorRequest::read(&domain.flavor, &config.state_dir).map_err(|e| e.what)?;
+    request.resolve(store).map_err(|e| e.what)
 }

@@ -1,5 +1,6 @@
-//! Operations of users: attach a device, detach one, start a guest with its devices, with or
-//! without an agent. Each is written to the inventory first, so the agent can complete it.
+//! Operations of users: attach a device, detach a device, start a guest with its devices. They work
+//! with and without an agent. Each is written to the inventory first, so that the agent can
+//! complete it.
 
 use std::collections::BTreeSet;
 
@@ -17,29 +18,29 @@ use virt_usb_store::{Assignment, ClaimRow, Given, Record, Source, StoreError, To
 use super::work::{Live, ObservedAbsence, Report, WorkError, Worker};
 use crate::hypervisor::{Failure, Libvirt, Started};
 
-/// An operation that could not be carried out.
+/// Error of an operation.
 #[derive(Debug, thiserror::Error)]
 pub enum OperateError {
     /// The operation is refused, for this reason.
     #[error("{0}")]
     Refused(String),
-    /// Devices of this host cannot serve it.
+    /// The devices of this host cannot satisfy the requests.
     #[error("{}", message::shortages(claimant, short, usize::MAX, host))]
     Short {
         /// Instance that requested the devices.
         claimant: Claimant,
-        /// Each request that cannot be served, with what there is.
+        /// Each unsatisfied request, with the matching devices.
         short: Vec<Shortage>,
         /// Facts about the host for the message.
         host: message::Host,
     },
-    /// There is no such thing to be taken back.
+    /// The instance has nothing to detach.
     #[error(
         "{0} has no such device and no such assignment: 'virt-usb claims' shows what each \
         instance holds"
     )]
     Nothing(String),
-    /// libvirt was lost while it attached a device.
+    /// The connection to libvirt was lost during an attach.
     #[error(
         "the device may or may not be attached to {0}, because {1}: it is detached once libvirt \
          answers again"
@@ -66,43 +67,43 @@ fn refused<T>(why: impl Into<String>) -> Result<T, OperateError> {
     Err(OperateError::Refused(why.into()))
 }
 
-fn too_many<T>(whom: &Claimant, e: TooMany) -> Result<T, OperateError> {
-    refused(format!("{}: {e}", whom.domain))
+fn too_many<T>(claimant: &Claimant, e: TooMany) -> Result<T, OperateError> {
+    refused(format!("{}: {e}", claimant.domain))
 }
 
 /// Result of an attach.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Attached {
-    /// Whether they are in the guest; else it does not run, and gets them at its next start.
+    /// Whether the guest is running and has the devices. Otherwise it gets them at its next start.
     pub live: bool,
-    /// Devices that the guest has newly.
+    /// Newly attached devices.
     pub new: Vec<Record>,
     /// Devices that the guest already had.
     pub already: Vec<Record>,
 }
 
-/// Maximum number of times that a detach is decided again because the instance was given more
-/// devices in the meantime.
-const TRIES: usize = 8;
+/// Maximum number of attempts of a detach while the instance receives other devices.
+const MAX_DETACH_ATTEMPTS: usize = 8;
 
-/// Assignments and claims of an instance to take back.
+/// Assignments and claims of an instance that a detach ends.
 #[derive(Default)]
-struct Meant {
-    /// Assignments that no device serves now, by their numbers.
-    ending: Vec<i64>,
+struct Detachment {
+    /// Numbers of the assignments that no device serves now.
+    assignments: Vec<i64>,
     /// Claims to end.
-    leaving: Vec<ClaimRow>,
-    /// One answer a selector: the device, or none where only an assignment ends.
+    claims: Vec<ClaimRow>,
+    /// Result for each selector: the device, or `None` if only an assignment ends.
     found: Vec<Option<Record>>,
 }
 
 impl Worker {
-    /// Gives an instance what the requests ask for: into the guest at once where it runs, and at
-    /// each of its starts. All or nothing.
+    /// Attaches the requested devices to a running guest, and assigns them to its instance for each
+    /// later start. If the guest is not running, only assigns them. Attaches either all devices or
+    /// none.
     ///
     /// # Errors
-    /// [`OperateError::Refused`], [`OperateError::Short`] where it cannot have them; then
-    /// everything is as it was.
+    /// [`OperateError::Refused`] or [`OperateError::Short`] if the instance cannot have the
+    /// devices. Nothing is changed then.
     pub fn give(
         &mut self,
         instance: InstanceId,
@@ -119,39 +120,41 @@ impl Worker {
                     None => missing.push(request.clone()),
                 }
             }
-            let whom = self.whom(instance)?;
-            let short = self.hopeless(&whom, &missing)?;
+            let claimant = self.claimant_of(instance)?;
+            let short = self.unsatisfiable(&claimant, &missing)?;
             if !short.is_empty() {
-                return Err(self.short(whom, short));
+                return Err(self.short(claimant, short));
             }
-            self.store.assign_more(&whom, &missing, &context)?.or_else(|e| too_many(&whom, e))?;
+            self.store
+                .assign_more(&claimant, &missing, &context)?
+                .or_else(|e| too_many(&claimant, e))?;
             return Ok(Attached { live: false, new: Vec::new(), already });
         };
         let domain = running.domain().map_err(WorkError::from)?;
-        let whom = claimant(&self.store, &domain, instance)?;
+        let claimant = claimant(&self.store, &domain, instance)?;
         let config = self.config.clone();
         let mut verifier =
             Live { ports: Ports { sysfs_root: &config.sysfs_root }, domain: &domain };
         let (new, already, assigned) =
-            match self.store.give(&whom, requests, &mut verifier, &context)? {
+            match self.store.give(&claimant, requests, &mut verifier, &context)? {
                 Given::Granted { new, already, assigned } => (new, already, assigned),
-                Given::Short(short) => return Err(self.short(whom, short)),
-                Given::Unfit(why) => return refused(format!("{}: {why}", whom.domain)),
-                Given::TooMany(e) => return too_many(&whom, e),
+                Given::Short(short) => return Err(self.short(claimant, short)),
+                Given::Unfit(why) => return refused(format!("{}: {why}", claimant.domain)),
+                Given::TooMany(e) => return too_many(&claimant, e),
             };
         if !new.is_empty()
-            && let Err(why) = self.bring(instance, &whom, &new)
+            && let Err(why) = self.attach_claimed(instance, &claimant, &new)
         {
-            // Others may do the same for this instance at this moment: what is undone is what was
-            // done here.
+            // Undo only what was done here: other operators may change this instance at the same
+            // time.
             self.store.restart_lock_timeout();
-            self.store.dismiss(&whom, None, &assigned, &new, |_, _| false, &context)?;
-            // What cannot be finished here the agent finishes.
-            drop(self.finish(instance, &whom, &new));
+            self.store.dismiss(&claimant, None, &assigned, &new, |_, _| false, &context)?;
+            // If this fails, the agent completes it.
+            drop(self.finish(instance, &claimant, &new));
             return Err(match why {
                 OperateError::Work(WorkError::Hypervisor(
                     e @ (Failure::Away(_) | Failure::Silent(_)),
-                )) => OperateError::Unsure(whom.domain, e),
+                )) => OperateError::Unsure(claimant.domain, e),
                 why => why,
             });
         }
@@ -163,11 +166,11 @@ impl Worker {
         Ok(Attached { live: true, new: of(&new), already: of(&already) })
     }
 
-    /// Brings what was claimed into the guest.
-    fn bring(
+    /// Attaches the devices of new claims to the guest.
+    fn attach_claimed(
         &mut self,
         instance: InstanceId,
-        whom: &Claimant,
+        claimant: &Claimant,
         new: &[ClaimRow],
     ) -> Result<(), OperateError> {
         let report = self.converge(instance, &ObservedAbsence::default(), &BTreeSet::new())?;
@@ -183,76 +186,87 @@ impl Worker {
             }
             None => "libvirt is busy with the guest: try again".to_owned(),
         };
-        refused(format!("the device cannot be attached to {}: {why}", whom.domain))
+        refused(format!("the device cannot be attached to {}: {why}", claimant.domain))
     }
 
-    /// Takes devices back from an instance: out of the guest where it runs, out of its assignments,
-    /// and free for others. Each selector means one; the answer holds the device, or none where
-    /// only an assignment has ended.
+    /// Detaches devices from an instance, and ends their claims and assignments. Each selector must
+    /// match one device or assignment. Returns the device for each selector, or `None` if only an
+    /// assignment has ended.
     ///
     /// # Errors
-    /// [`OperateError::Nothing`], [`OperateError::Refused`] where it has no such device, or
-    /// several: then everything is as it was. Once a device is to leave the guest it will: where it
-    /// cannot at once, the agent retries.
+    /// [`OperateError::Nothing`] or [`OperateError::Refused`] if a selector matches nothing or
+    /// several devices. Nothing is changed then. If a device cannot be detached now, the agent
+    /// retries.
     pub fn take(
         &mut self,
         instance: InstanceId,
         selectors: &[Selector],
     ) -> Result<Vec<Option<Record>>, OperateError> {
         self.store.restart_lock_timeout();
-        let whom = self.whom(instance)?;
+        let claimant = self.claimant_of(instance)?;
         let context = self.context()?;
-        for _ in 0..TRIES {
+        for _ in 0..MAX_DETACH_ATTEMPTS {
             let held = self.store.claims_of(instance)?;
             let devices = self.store.devices()?;
-            let Meant { ending, leaving, found } = self.meant(&whom, selectors, &held, &devices)?;
+            let Detachment { assignments, claims, found } =
+                self.select(&claimant, selectors, &held, &devices)?;
             let serves = |request: &DeviceRequest, device: DeviceId| {
                 devices.iter().any(|r| r.entry.id == device && r.is_selected_by(&request.selector))
             };
-            if self.store.dismiss(&whom, Some(&held), &ending, &leaving, serves, &context)? {
-                self.finish(instance, &whom, &leaving)?;
+            if self.store.dismiss(
+                &claimant,
+                Some(&held),
+                &assignments,
+                &claims,
+                serves,
+                &context,
+            )? {
+                self.finish(instance, &claimant, &claims)?;
                 return Ok(found);
             }
         }
-        refused(format!("{} received another device during each attempt: try again", whom.domain))
+        refused(format!(
+            "{} received another device during each attempt: try again",
+            claimant.domain
+        ))
     }
 
-    /// The assignments and claims that an operator's selectors name.
-    fn meant(
+    /// Finds the assignments and claims that match an operator's selectors.
+    fn select(
         &self,
-        whom: &Claimant,
+        claimant: &Claimant,
         selectors: &[Selector],
         held: &[ClaimRow],
         devices: &[Record],
-    ) -> Result<Meant, OperateError> {
-        let mut assigned = self.operators(whom.instance)?;
-        let mut all = Meant::default();
+    ) -> Result<Detachment, OperateError> {
+        let mut assigned = self.operators(claimant.instance)?;
+        let mut all = Detachment::default();
         for selector in selectors {
             let taken = |r: &Record| all.found.iter().flatten().any(|f| f.entry.id == r.entry.id);
             let claim = |r: &Record| held.iter().find(|c| c.device_id == r.entry.id);
-            let meant = devices.iter().filter(|r| r.is_selected_by(selector) && !taken(r));
-            let meant: Vec<(&Record, &ClaimRow)> =
-                meant.filter_map(|r| Some((r, claim(r)?))).collect();
-            match meant.as_slice() {
+            let matching = devices.iter().filter(|r| r.is_selected_by(selector) && !taken(r));
+            let matching: Vec<(&Record, &ClaimRow)> =
+                matching.filter_map(|r| Some((r, claim(r)?))).collect();
+            match matching.as_slice() {
                 [] => {
                     let stored = self.store.as_stored(selector)?;
                     let is = |a: &Assignment| [selector, &stored].contains(&&a.request.selector);
                     let Some(at) = assigned.iter().position(is) else {
-                        return Err(OperateError::Nothing(whom.domain.clone()));
+                        return Err(OperateError::Nothing(claimant.domain.clone()));
                     };
-                    all.ending.push(assigned.remove(at).id);
+                    all.assignments.push(assigned.remove(at).id);
                     all.found.push(None);
                 }
                 [(record, claim)] => {
                     all.found.push(Some((*record).clone()));
-                    all.leaving.push((*claim).clone());
+                    all.claims.push((*claim).clone());
                 }
                 several => {
                     let ids: Vec<String> =
                         several.iter().map(|(r, _)| message::device(r)).collect();
                     return refused(format!(
                         "{} has {} matching devices: name one by its id: {}",
-                        whom.domain,
+                        claimant.domain,
                         several.len(),
                         ids.join(", ")
                     ));
@@ -262,21 +276,21 @@ impl Worker {
         Ok(all)
     }
 
-    /// Completes claims that were marked, as the agent would.
+    /// Ends marked claims, as the agent would.
     fn finish(
         &mut self,
         instance: InstanceId,
-        whom: &Claimant,
-        leaving: &[ClaimRow],
+        claimant: &Claimant,
+        marked: &[ClaimRow],
     ) -> Result<(), OperateError> {
-        if leaving.is_empty() {
+        if marked.is_empty() {
             return Ok(());
         }
         let context = self.context()?;
         let report = self.converge(instance, &ObservedAbsence::default(), &BTreeSet::new())?;
         let mut claims = self.store.claims_of(instance)?;
         // A claim that was made again in the meantime stays.
-        claims.retain(|c| c.ending && leaving.iter().any(|was| was.id == c.id));
+        claims.retain(|c| c.ending && marked.iter().any(|was| was.id == c.id));
         if claims.is_empty() {
             return Ok(());
         }
@@ -285,17 +299,17 @@ impl Worker {
             let why = why.unwrap_or_else(|| "libvirt is busy with the guest".to_owned());
             return refused(format!(
                 "{} still has the device: {why}; the agent retries",
-                whom.domain
+                claimant.domain
             ));
         }
         if self.hypervisor.process(instance).is_some() {
             return refused(format!(
                 "{} still has the device: its QEMU runs on this host, but this libvirt does not \
                  know the guest",
-                whom.domain
+                claimant.domain
             ));
         }
-        // Its guest does not run: there is nothing to wait for.
+        // The guest is not running, so the claims end without a detach.
         for claim in claims {
             let (device, revision) = (claim.device_id, claim.revision);
             self.store.release_device(instance, device, Some(revision), "detached", &context)?;
@@ -318,10 +332,11 @@ impl Worker {
         OperateError::Short { claimant, short, host }
     }
 
-    /// Requests that no device ever seen on this host could serve: a start would always be refused.
-    fn hopeless(
+    /// Returns the requests that no device of the inventory can satisfy, including removed devices.
+    /// With them, every start would be refused.
+    fn unsatisfiable(
         &self,
-        whom: &Claimant,
+        claimant: &Claimant,
         requests: &[DeviceRequest],
     ) -> Result<Vec<Shortage>, OperateError> {
         let all = self.store.all_devices()?;
@@ -332,7 +347,7 @@ impl Worker {
             let obstacle = |record: &&Record| {
                 let why = match record.rule_withheld {
                     Some(UnavailableReason::Whitelist) => Why::Unavailable,
-                    _ if !record.is_for(whom.project.as_ref()) => Why::Project,
+                    _ if !record.is_for(claimant.project.as_ref()) => Why::Project,
                     _ => return None,
                 };
                 Some(Obstacle { device: (*record).clone(), why })
@@ -366,7 +381,7 @@ impl Worker {
     }
 
     /// Name and owner of the instance, from its domain or its claims.
-    fn whom(&self, instance: InstanceId) -> Result<Claimant, OperateError> {
+    fn claimant_of(&self, instance: InstanceId) -> Result<Claimant, OperateError> {
         if let Some(xml) = self.hypervisor.xml(instance)? {
             let domain = virt_usb_domxml::read(xml.as_bytes()).map_err(WorkError::from)?;
             return Ok(claimant(&self.store, &domain, instance)?);
@@ -379,17 +394,17 @@ impl Worker {
     }
 }
 
-/// Starts a domain with its devices in the XML that starts it.
+/// Starts a domain with an XML that contains its devices.
 ///
 /// # Errors
-/// The hook's words, or libvirt's; then nothing is held for it.
+/// If the hook or libvirt refuses the start. The domain holds no devices then.
 pub fn start(
     worker: &mut Worker,
     libvirt: &Libvirt,
     instance: InstanceId,
     name: &str,
 ) -> Result<(Started, Vec<String>), OperateError> {
-    // Its image holds its devices: the hook's restore filter gives it those of now.
+    // A saved image contains hostdevs. The hook's `restore` gives them their current devices.
     if libvirt.is_saved(instance)? {
         let started = libvirt.start(instance, None)?;
         return Ok((started, Vec::new()));

@@ -1,15 +1,17 @@
-//! Plans the steps for one instance from the state of its guest and of the inventory. Pure.
+//! Plans the steps for one instance from the state of its guest and of the inventory. Does no IO.
 //!
 //! ```text
-//!               claimed, device there, not in the guest ── Attach ──► in the guest ── Settle ──► allocated
-//!                                                                          │ unplugged, or plugged in elsewhere
-//!   Release ◄── replug = "release" ── claim without its device ◄── Detach ─┘ (the stale hostdev)
+//!   claimed, plugged in, not in the guest ── Attach ──► in the guest ── Settle ──► allocated
+//!                                                            │ unplugged, or moved to another port
+//!                     claim without its device ◄── Detach ───┘ (the stale hostdev)
+//!                                 └── replug = "release" ──► Release
 //!
-//!   a hostdev that nobody holds ── Adopt ──► allocated           a guest that is gone ── 10 s ──► Release, 60 s ──► End
-//!   came in with it by restore or migration ── Detach ──► Attach
+//!   a hostdev without a claim ── Adopt ──► allocated
+//!   a hostdev of a restored or migrated guest ── Detach ──► Attach
+//!   an absent guest ── 10 s ──► Release, 60 s ──► End
 //! ```
-//! Every step may be done twice, and none depends on the one before: after each the world is looked
-//! at again.
+//! Every step may be executed twice, and no step depends on the one before: the plan is made again
+//! afterwards.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -22,30 +24,31 @@ use virt_usb_store::{ClaimRow, Record};
 
 use crate::discovery::CLAIMED;
 
-/// A guest that runs.
+/// A running guest.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Guest {
     /// Live XML of the guest.
     pub domain: Domain,
-    /// How many redirections its flavor asks for.
+    /// Number of redirections that its flavor requests.
     pub redirections: usize,
-    /// See [`Running::moving`](crate::hypervisor::Running::moving).
+    /// Whether its state is being transferred; see
+    /// [`Running::moving`](crate::hypervisor::Running::moving).
     pub moving: bool,
 }
 
-/// How long an instance's guest has been gone, in seconds.
+/// Duration of the absence of an instance's guest.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct Absence {
-    /// How long the guest has not been running, with unchanged claims, in seconds.
+    /// Seconds since the guest was last running, with unchanged claims.
     pub seconds: f64,
-    /// How long the domain has been undefined, in seconds; `None` if it is defined.
+    /// Seconds since the domain was undefined. `None` if it is defined.
     pub undefined: Option<f64>,
 }
 
 /// Observed state of an instance's guest.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Seen<'a> {
-    /// The guest could not be queried: nothing follows.
+    /// The guest could not be queried. The plan is empty.
     Unknown,
     /// The guest is running.
     Running(&'a Guest),
@@ -62,7 +65,7 @@ pub struct Instance<'a> {
     pub seen: Seen<'a>,
     /// Claims of the instance.
     pub claims: &'a [&'a ClaimRow],
-    /// Whether anything is assigned to it, or it to a project.
+    /// Whether the instance has assignments, or an owner that an administrator set.
     pub assigned: bool,
     /// Recorded problems of the instance, by their subject.
     pub problems: &'a BTreeMap<String, String>,
@@ -77,26 +80,25 @@ pub struct Host<'a> {
     pub holders: &'a BTreeMap<DeviceId, InstanceId>,
     /// Policy for the claim of an unplugged device.
     pub replug: ReplugPolicy,
-    /// How long a guest must have been gone before what it held is free, in seconds: nothing is
-    /// done on one look.
+    /// Seconds of absence after which the devices of a guest are released. A single check is not
+    /// enough.
     pub absent_grace: f64,
-    /// How long a domain must not exist before its assignments end, in seconds: Nova's hard reboot
-    /// undefines and redefines.
+    /// Seconds after which the assignments of an undefined domain end. Nova's hard reboot undefines
+    /// and redefines the domain.
     pub undefined_grace: f64,
 }
 
-/// One thing to do.
+/// A step of the plan.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Step {
-    /// Take this hostdev out of the guest.
+    /// Detach a hostdev from the guest.
     Detach {
-        /// By its alias.
+        /// Alias of the hostdev.
         alias: String,
         /// The device to detach.
         device: DeviceId,
     },
-    /// A driver of the host seems to have taken the device back: if that is so, take its hostdev
-    /// out of the guest.
+    /// Check whether a driver of the host has taken the device back. If so, detach its hostdev.
     TakenBack {
         /// Alias of the hostdev.
         alias: String,
@@ -107,38 +109,38 @@ pub enum Step {
     },
     /// Claim a device that the guest has and no instance holds.
     Adopt {
-        /// As the live XML names it.
+        /// The hostdev in the live XML.
         holding: Holding,
         /// The device to adopt.
         device: DeviceId,
     },
-    /// Bring the claims' states in line with what is in the guest.
+    /// Update the states of the claims to match the live XML.
     Settle {
-        /// The devices of the instance that its live XML shows.
+        /// Devices of the instance in its live XML.
         in_guest: Vec<DeviceId>,
     },
-    /// Give the guest a device that it holds.
+    /// Attach a device that the instance holds.
     Attach {
         /// The device to attach.
         device: DeviceId,
     },
-    /// Give the guest a redirection.
+    /// Attach a redirection.
     Redirect {
         /// Index of the flavor's entry.
         n: usize,
     },
-    /// End one claim, if it is still as it was.
+    /// End a claim, if it is unchanged.
     Release {
         /// The device to release.
         device: DeviceId,
-        /// As it was.
+        /// Revision of the unchanged claim.
         revision: i64,
         /// Reason of the release.
         why: &'static str,
     },
-    /// The guest is gone: nothing is in it. What is held for the instance stays claimed.
+    /// Record that the guest has no devices, because it is not running. Held devices stay claimed.
     OutOfGuest,
-    /// The instance is gone: everything ends.
+    /// End all claims and assignments of the instance, because it no longer exists.
     End,
     /// Record a problem.
     Note {
@@ -167,35 +169,37 @@ impl Step {
     }
 }
 
-/// How problems of a device are filed.
+/// Subject of the problems of a device.
 pub fn about_device(device: DeviceId) -> String {
     format!("device {device}")
 }
 
-/// How it is filed that the serial of a held device is no longer unique.
+/// Subject of the problem that the serial of a held device is no longer unique.
 pub fn about_serial(device: DeviceId) -> String {
     format!("{ABOUT_SERIAL}{device}")
 }
 
-/// How [`about_serial`] begins.
+/// Prefix of the subjects of [`about_serial`].
 pub const ABOUT_SERIAL: &str = "serial of device ";
 
-/// How problems of a redirection are filed.
+/// Subject of the problems of a redirection.
 pub fn about_redirection(n: usize) -> String {
     format!("redirection {n}")
 }
 
-/// How it is filed that a guest was stopped for what it could not be given: until its next start.
+/// Subject of the problem that a guest was stopped because it could not get a device. The problem
+/// stays until the guest's next start.
 pub const ABOUT_STOP: &str = "start";
 
-/// How it is filed that libvirt does not answer about a guest, or knows nothing of one that runs.
+/// Subject of the problem that libvirt does not answer about a guest, or does not know a guest that
+/// is running.
 pub const ABOUT_LIBVIRT: &str = "libvirt";
 
-/// Plans the steps, in the order in which they are executed.
+/// Plans the steps, in the order of their execution.
 pub fn plan(instance: &Instance<'_>, host: &Host<'_>) -> Vec<Step> {
     match instance.seen {
         Seen::Unknown => Vec::new(),
-        // The event that ends it leads to the next look.
+        // The event at the end of the transfer makes the instance due again.
         Seen::Running(guest) if guest.moving => Vec::new(),
         Seen::Running(guest) => Present { instance, host, guest }.plan(),
         Seen::Absent(gone) => absent(instance, host, gone),
@@ -218,7 +222,7 @@ fn absent(
     if seconds < host.absent_grace {
         return steps;
     }
-    // What comes in by restore or migration is not there yet; it has a time of its own.
+    // A pending claim belongs to a restore or migration, and has a grace period of its own.
     for claim in instance.claims.iter().filter(|c| !c.pending) {
         if claim.hold != "instance" || claim.ending {
             let (device, revision) = (claim.device_id, claim.revision);
@@ -237,7 +241,7 @@ fn absent(
 struct Hosted<'a> {
     hostdev: &'a UsbHostdev,
     record: &'a Record,
-    /// Whether the device is there, under the address that the guest has.
+    /// Whether the device is plugged in and has the address in the hostdev.
     fresh: bool,
 }
 
@@ -258,8 +262,8 @@ impl<'a> Present<'a> {
             let device = h.record.entry.id;
             let claim = self.claim(device);
             match (self.host.holders.get(&device), h.fresh) {
-                // Made by a restore or a migration in this guest's name while it runs: not for this
-                // guest.
+                // A restore or migration of the same instance made the claim while this guest runs.
+                // The claim is not for this guest.
                 _ if claim.is_some_and(|c| c.pending) => {}
                 (Some(holder), true)
                     if *holder == self.instance.id && !claim.is_some_and(|c| c.ending) =>
@@ -275,10 +279,11 @@ impl<'a> Present<'a> {
                     steps.extend(detach(h));
                 }
                 (Some(holder), true) => {
-                    problems.insert(about_device(device), format!(
+                    let why = format!(
                         "it was attached by hand although instance {holder} holds it: detach it \
                          from one of them (virsh detach-device)"
-                    ));
+                    );
+                    problems.insert(about_device(device), why);
                 }
                 (None, true) => steps.push(Step::Adopt { holding: holding(h.hostdev), device }),
                 (_, false) => {}
@@ -288,16 +293,17 @@ impl<'a> Present<'a> {
             let others = in_guest.iter().copied().filter(|other| *other != device).collect();
             Step::TakenBack { alias, device, others }
         }));
-        let is_away =
+        let is_missing =
             |c: &ClaimRow| !in_guest.contains(&c.device_id) && !stale.contains(&c.device_id);
         let (taken, held): (Vec<&ClaimRow>, Vec<&ClaimRow>) =
-            self.claims().partition(|c| is_away(c) && self.was_taken_by_hand(c));
+            self.claims().partition(|c| is_missing(c) && self.was_detached_by_hand(c));
         let settled = |c: &&ClaimRow| {
             let inside = in_guest.contains(&c.device_id);
             (c.state == "allocated") == (inside && !c.arrived) && (inside || !c.arrived)
         };
         if !held.iter().all(settled) {
-            // Before a stale hostdev goes: what is not in the guest then was not taken by anybody.
+            // Settle before a stale hostdev is detached. Otherwise its absence would look like a
+            // detach by hand.
             steps.insert(0, Step::Settle { in_guest: in_guest.iter().copied().collect() });
         }
         for claim in taken {
@@ -309,33 +315,32 @@ impl<'a> Present<'a> {
                 about_serial(claim.device_id),
                 format!(
                     "another device of the kind of device {} has the same serial: only the port \
-                    identifies it. Do not move it \
-                 to another port while a guest holds it",
+                     identifies it. Do not move it to another port while a guest holds it",
                     claim.device_id
                 ),
             );
         }
-        for claim in held.into_iter().filter(|c| is_away(c)) {
-            match self.set_aside(claim) {
+        for claim in held.into_iter().filter(|c| is_missing(c)) {
+            match self.withheld(claim) {
                 Some(why) => drop(problems.insert(about_device(claim.device_id), why)),
                 None => steps.extend(self.missing(claim)),
             }
         }
         let redirections = missing_redirdevs(&self.guest.domain, self.guest.redirections);
         steps.extend(redirections.into_iter().map(|n| Step::Redirect { n }));
-        self.tell(problems, &mut steps);
+        self.add_problems(problems, &mut steps);
         steps
     }
 
     /// Whether the device was attached by hand without a request, and has been detached again.
-    fn was_taken_by_hand(&self, claim: &ClaimRow) -> bool {
+    fn was_detached_by_hand(&self, claim: &ClaimRow) -> bool {
         let present = self.host.devices.get(&claim.device_id).is_some_and(|record| record.present);
         let unasked = claim.by_hand && claim.request.is_none();
         unasked && claim.state == "allocated" && present
     }
 
-    /// Why the guest is not given a device again that comes and goes.
-    fn set_aside(&self, claim: &ClaimRow) -> Option<String> {
+    /// Returns why the guest does not get a quarantined or flapping device back.
+    fn withheld(&self, claim: &ClaimRow) -> Option<String> {
         let record =
             self.host.devices.get(&claim.device_id).filter(|r| r.present && !claim.ending)?;
         let why = match (&record.quarantined, &record.flapping_until) {
@@ -351,7 +356,7 @@ impl<'a> Present<'a> {
         Some(why)
     }
 
-    /// A claim whose device is not in the guest.
+    /// Plans the step for a claim whose device is not in the guest.
     fn missing(&self, claim: &ClaimRow) -> Option<Step> {
         let (device, revision) = (claim.device_id, claim.revision);
         let present = self.host.devices.get(&device).is_some_and(|record| record.present);
@@ -369,17 +374,17 @@ impl<'a> Present<'a> {
 
     /// Records new problems and solved ones. A problem about a pending step stays until that step
     /// is done.
-    fn tell(&self, problems: BTreeMap<String, String>, steps: &mut Vec<Step>) {
+    fn add_problems(&self, problems: BTreeMap<String, String>, steps: &mut Vec<Step>) {
         let open: BTreeSet<String> = steps.iter().filter_map(Step::about).collect();
         for about in self.instance.problems.keys() {
             if !open.contains(about) && !problems.contains_key(about) {
                 steps.push(Step::Solved { about: about.clone() });
             }
         }
-        let news = problems
+        let new = problems
             .into_iter()
             .filter(|(about, what)| self.instance.problems.get(about) != Some(what));
-        steps.extend(news.map(|(about, what)| Step::Note { about, what }));
+        steps.extend(new.map(|(about, what)| Step::Note { about, what }));
     }
 
     /// Claims of the instance that take part in the plan. A pending claim waits for its guest's own
@@ -394,9 +399,10 @@ impl<'a> Present<'a> {
 
     fn hosted(&self) -> Vec<Hosted<'a>> {
         let hostdevs: Vec<&UsbHostdev> = self.guest.domain.host_devices().collect();
-        let mut found: Vec<Option<Hosted<'a>>> = hostdevs.iter().map(|h| self.by_name(h)).collect();
-        // A handwritten hostdev whose device has another address now: the only device of its kind
-        // among this instance's devices that is not in the guest otherwise.
+        let mut found: Vec<Option<Hosted<'a>>> =
+            hostdevs.iter().map(|h| self.identify(h)).collect();
+        // A handwritten hostdev whose device has another address now is the only device of its kind
+        // among those of this instance that have no hostdev.
         for (at, hostdev) in hostdevs.into_iter().enumerate() {
             if found[at].is_some() {
                 continue;
@@ -415,9 +421,9 @@ impl<'a> Present<'a> {
         found.into_iter().flatten().collect()
     }
 
-    /// By the alias, where a claim of this instance says that it is ours; or by address, port or
-    /// kind.
-    fn by_name(&self, hostdev: &'a UsbHostdev) -> Option<Hosted<'a>> {
+    /// Finds the device of a hostdev: by its alias, if the instance has a claim on that device, or
+    /// by address, port or kind.
+    fn identify(&self, hostdev: &'a UsbHostdev) -> Option<Hosted<'a>> {
         let is_kind = |record: &&Record| hostdev.usb.is_none_or(|usb| usb == record.usb());
         let claim = self.claims().find(|c| Some(c.device_id) == hostdev.injected());
         let named = claim.and_then(|c| self.host.devices.get(&c.device_id));
@@ -426,21 +432,21 @@ impl<'a> Present<'a> {
             let is_there = match (hostdev.address, port) {
                 (Some(address), _) => r.entry.address == address,
                 (None, Some(port)) => r.entry.port_path == *port,
-                // By its kind alone QEMU takes one of several: of those that the instance holds it
-                // has one.
+                // Without an address, QEMU takes any device of the kind. It must be one that the
+                // instance holds.
                 (None, None) => hostdev.usb.is_some() && self.claim(r.entry.id).is_some(),
             };
             is_there && is_kind(r)
         };
         let all = || self.host.devices.values().filter(there);
-        // A device that went may have had the number that another has now.
+        // An unplugged device may have had the address that another device has now.
         let present = || all().find(|r| r.present);
-        // A foreign hostdev may have an alias of our form that names another device.
+        // The alias of a handwritten hostdev may look like that of another device.
         let has_place = hostdev.address.is_some() || hostdev.port.is_some();
         let is_by_hand =
             |r: &&Record| has_place && self.claim(r.entry.id).is_some_and(|c| c.by_hand);
         let by_hand = || present().filter(is_by_hand);
-        // One that is ours and shows another kind meanwhile (a declared alias) is stale.
+        // The hostdev of a device that now shows another vendor or product (usb_aliases) is stale.
         let renamed = || named.filter(|_| claim.is_some_and(|c| !c.by_hand));
         let record = by_hand()
             .or_else(|| named.filter(is_kind))
@@ -457,16 +463,17 @@ impl<'a> Present<'a> {
 }
 
 impl Present<'_> {
-    /// Whether the device has been in its port ever since it came into the guest. One that came
-    /// back under the same address the guest does not have, though its live XML looks as if it did.
+    /// Whether the device has been plugged in without interruption since it was attached. If it was
+    /// unplugged and has the same address again, the guest does not have it, although the live XML
+    /// shows it.
     fn is_same_stay(&self, record: &Record) -> bool {
         let then = self.claim(record.entry.id).and_then(|c| c.generation);
         then.zip(record.generation).is_none_or(|(then, now)| then == now)
     }
 }
 
-/// While a guest has a device its interfaces have no driver, or usbfs. The inventory's drivers are
-/// those of the last scan.
+/// Returns a device that a driver of the host may have taken back. While a guest has a device, the
+/// driver of its interfaces is usbfs or none. The inventory has the drivers of the last scan.
 fn taken_back(claim: &ClaimRow, hosted: &Hosted<'_>) -> Option<(String, DeviceId)> {
     let drivers = hosted.record.entry.driver.as_deref()?;
     let is_hosts = drivers.split(',').any(|driver| driver != CLAIMED);
@@ -475,7 +482,7 @@ fn taken_back(claim: &ClaimRow, hosted: &Hosted<'_>) -> Option<(String, DeviceId
     Some((alias, hosted.record.entry.id))
 }
 
-/// libvirt gives every device of a running domain an alias.
+/// Plans the detach of a hostdev. Every device of a running domain has an alias.
 fn detach(hosted: &Hosted<'_>) -> Option<Step> {
     let alias = hosted.hostdev.alias.clone()?;
     Some(Step::Detach { alias, device: hosted.record.entry.id })

@@ -1,4 +1,4 @@
-//! What the threads of the devices and of the guests tell each other.
+//! Signals between the devices' thread and the guests' thread.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -11,30 +11,30 @@ use crate::hypervisor::{Event, Failure};
 /// Signal for the thread of the guests.
 #[derive(Debug)]
 pub(crate) enum Signal {
-    /// By libvirt.
+    /// Event of libvirt.
     Hypervisor(Event),
-    /// libvirt has answered about a guest for which others did not wait.
+    /// A late answer of libvirt about a guest.
     Answered(InstanceId),
-    /// The inventory's devices changed.
+    /// The devices in the inventory have changed.
     Devices,
-    /// By a worker: which libvirt it is.
+    /// Identity of libvirt, from a worker.
     Identified(String),
-    /// By a worker: which guests there are.
+    /// List of all guests, from a worker.
     Listed(Result<Vec<InstanceId>, Failure>),
-    /// By a worker.
+    /// Result of the check of an instance, from a worker.
     Done(InstanceId, Result<Report, WorkError>),
-    /// End.
+    /// Request to stop the thread.
     Stop,
 }
 
 /// Signal for the thread of the devices.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum DeviceSignal {
-    /// A device came or went, or guests use others than before.
+    /// A device was plugged in or unplugged, or guests use other devices than before.
     Usb,
-    /// Read the configuration again.
+    /// Request to reload the configuration.
     Reload,
-    /// End.
+    /// Request to stop the thread.
     Stop,
 }
 
@@ -42,9 +42,9 @@ pub(crate) enum DeviceSignal {
 #[derive(Clone)]
 pub(crate) struct Pulse(Arc<Mutex<Instant>>);
 
-/// The guests' thread waits for nothing but the store's lock, `STORE_LOCK_TIMEOUT` at the
-/// most each time.
-const PULSE: Duration = Duration::from_secs(25);
+/// Age of the last heartbeat after which the guests' thread counts as stuck. The thread waits only
+/// for the store's lock, for at most `STORE_LOCK_TIMEOUT` each time.
+const PULSE_TIMEOUT: Duration = Duration::from_secs(25);
 
 impl Pulse {
     pub(crate) fn new() -> Self {
@@ -55,7 +55,7 @@ impl Pulse {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
     }
 
-    pub(super) fn is_there(&self) -> bool {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).elapsed() < PULSE
+    pub(super) fn is_alive(&self) -> bool {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).elapsed() < PULSE_TIMEOUT
     }
 }

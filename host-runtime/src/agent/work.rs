@@ -1,5 +1,5 @@
-//! Doing what was planned, for one instance, until there is nothing left to do. Decides nothing
-//! that the planner could; may be killed anywhere, and be done twice.
+//! Executes the plan for one instance, until no steps remain. Leaves all decisions to the planner
+//! if possible. The execution may be killed at any moment, and a step may be executed twice.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -29,21 +29,22 @@ use crate::timeouts::STORE_LOCK_TIMEOUT;
 
 /// Maximum number of rounds. The plan is made again after each round; more rounds mean that another
 /// program interferes.
-const ROUNDS: usize = 8;
-/// How long a device may take to leave a guest.
-const LEAVING: Duration = Duration::from_secs(5);
-/// How long the host's drivers may have a device while its guest configures it.
-const CONFIGURING: Duration = Duration::from_secs(2);
-/// The agent attaches a device that a driver of the host has taken back this many times …
+const MAX_ROUNDS: usize = 8;
+/// Timeout for a device to disappear from the live XML after a detach.
+const DETACH_TIMEOUT: Duration = Duration::from_secs(5);
+/// Interval at which the live XML is read during a detach.
+const DETACH_POLL_INTERVAL: Duration = Duration::from_millis(20);
+/// Time for which the host's drivers may have a device while its guest configures it.
+const CONFIGURE_GRACE: Duration = Duration::from_secs(2);
+/// Maximum number of times within [`REATTACH_PERIOD`] that the agent reattaches a device that a
+/// driver of the host takes back.
 const MAX_REATTACHES: usize = 3;
-/// … in this time.
+/// Period in which reattaches are counted.
 const REATTACH_PERIOD: Duration = Duration::from_secs(600);
-/// Between two looks at whether it has.
-const LOOK: Duration = Duration::from_millis(20);
 
 /// A worker that carries out plans.
 pub struct Worker {
-    /// The configuration at this moment.
+    /// The current configuration.
     pub config: Arc<Config>,
     /// Connection to the hypervisor.
     pub hypervisor: Arc<dyn Hypervisor>,
@@ -51,14 +52,14 @@ pub struct Worker {
     pub store: Store,
     /// Metrics of the agent.
     pub metrics: Arc<Metrics>,
-    /// The program, for the audit.
+    /// Name of the program in the audit trail.
     pub actor: String,
 }
 
 /// Absence of a guest in earlier checks.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct ObservedAbsence {
-    /// For how long.
+    /// Duration of the absence.
     pub gone: Absence,
     /// Claims of the instance during the absence, from [`marks`]; `None` for any claims.
     pub claims: Option<Vec<(i64, i64)>>,
@@ -69,7 +70,7 @@ pub fn marks(claims: &[ClaimRow]) -> Vec<(i64, i64)> {
     claims.iter().map(|c| (c.id, c.revision)).collect()
 }
 
-/// How a guest was found at the last look.
+/// State of a guest at the last check.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Found {
     /// The guest is running.
@@ -77,10 +78,10 @@ pub enum Found {
     Running,
     /// The guest is not running.
     Absent {
-        /// Whether there is a domain of this UUID.
+        /// Whether libvirt has a domain with this UUID.
         is_known: bool,
     },
-    /// libvirt does not run it, and yet its QEMU runs on this host.
+    /// libvirt does not run the guest, although its QEMU runs on this host.
     Unknown,
 }
 
@@ -93,9 +94,9 @@ pub struct Report {
     pub failed: BTreeSet<String>,
     /// Whether something else must be retried later.
     pub later: bool,
-    /// Subjects of steps that were not tried because their time has not come.
+    /// Subjects of steps that were not tried because they wait for a retry.
     pub blocked: BTreeSet<String>,
-    /// Whether something was done.
+    /// Whether a step was executed.
     pub changed: bool,
 }
 
@@ -108,10 +109,10 @@ pub enum WorkError {
     /// Error of libvirt.
     #[error(transparent)]
     Hypervisor(#[from] Failure),
-    /// Error of the machine's boot id or time.
+    /// Error of the boot id or the uptime.
     #[error(transparent)]
     Machine(#[from] host_env::BootError),
-    /// The domain's XML.
+    /// Error of the domain's XML.
     #[error("cannot read the domain's XML: {0}")]
     Xml(XmlError),
 }
@@ -122,21 +123,21 @@ impl From<XmlError> for WorkError {
     }
 }
 
-/// How one step went.
+/// Result of a step.
 enum Outcome {
     Done,
-    /// Nothing to be done about it now; the next event tells.
+    /// The step does not apply now. An event makes the instance due again.
     Moot,
-    /// Nothing to be done about it yet, and no event tells when.
+    /// The step does not apply yet, and no event will make the instance due.
     Later,
     Failed(String),
 }
 
 impl Worker {
-    /// Opens the inventory of this configuration, which must be there.
+    /// Opens the inventory of this configuration, which must exist.
     ///
     /// # Errors
-    /// When it cannot be opened.
+    /// If the inventory cannot be opened.
     pub fn open(
         config: Arc<Config>,
         hypervisor: Arc<dyn Hypervisor>,
@@ -147,11 +148,11 @@ impl Worker {
         Ok(Self { config, hypervisor, store, metrics, actor: actor.to_owned() })
     }
 
-    /// Brings the instance and its guest in line. `absence` is how long the guest has been gone,
-    /// `blocked` what is not to be tried yet.
+    /// Plans and executes steps until the guest has the devices of its instance. `absence` is the
+    /// observed absence of the guest, `blocked` the subjects of steps that wait for a retry.
     ///
     /// # Errors
-    /// When nothing more can be known or written; what was done before stays.
+    /// If libvirt or the inventory cannot be used. Steps that were executed before remain.
     pub fn converge(
         &mut self,
         instance: InstanceId,
@@ -160,7 +161,7 @@ impl Worker {
     ) -> Result<Report, WorkError> {
         let mut report = Report::default();
         let mut tried = BTreeSet::new();
-        for _ in 0..ROUNDS {
+        for _ in 0..MAX_ROUNDS {
             self.store.restart_lock_timeout();
             let running = self.hypervisor.look(instance)?;
             let guest = match &running {
@@ -178,14 +179,14 @@ impl Worker {
             steps.retain(|s| {
                 s.about().is_none_or(|a| !blocked.contains(&a) && !report.failed.contains(&a))
             });
-            // A step that was done and is planned again did not do what it should.
+            // A step that is planned again after its execution had no effect.
             steps.retain(|s| !tried.contains(&format!("{s:?}")));
             if steps.is_empty() {
                 break;
             }
             let mut has_detached = false;
             for step in steps {
-                // The place and the port describe the guest as it was before: plan again.
+                // After a detach, the guest has other free ports: plan again.
                 if has_detached && matches!(step, Step::Attach { .. } | Step::Redirect { .. }) {
                     break;
                 }
@@ -225,8 +226,8 @@ impl Worker {
         let Some(pid) = process else {
             let is_known = self.hypervisor.xml(instance)?.is_some();
             report.found = Found::Absent { is_known };
-            // What was seen before may be so no more: a claim is newer than that, or the domain is
-            // defined again.
+            // The observed absence does not apply to newer claims, or if the domain is defined
+            // again.
             let is_same = absence
                 .claims
                 .as_ref()
@@ -257,17 +258,14 @@ impl Worker {
         what: Option<&str>,
     ) -> Result<(), WorkError> {
         let context = self.context()?;
-        let whom = whom(&self.store, instance, guest, view)?;
-        if self.store.note_problem(&whom, about, what, &context)? {
+        let claimant = claimant_of(&self.store, instance, guest, view)?;
+        if self.store.note_problem(&claimant, about, what, &context)? {
+            let domain = &claimant.domain;
             match what {
                 Some(what) => {
-                    tracing::warn!(domain = %whom.domain, %instance, about, "{}: {about}: \
-                        {what}", whom.domain);
+                    tracing::warn!(%domain, %instance, about, "{domain}: {about}: {what}");
                 }
-                None => {
-                    tracing::info!(domain = %whom.domain, %instance, about, "{}: {about}: \
-                        solved", whom.domain);
-                }
+                None => tracing::info!(%domain, %instance, about, "{domain}: {about}: solved"),
             }
         }
         Ok(())
@@ -275,7 +273,7 @@ impl Worker {
 
     /// Waits until the live XML no longer shows the alias.
     fn wait_until_gone(&self, instance: InstanceId, alias: &str) -> Result<bool, WorkError> {
-        let until = Instant::now() + LEAVING;
+        let until = Instant::now() + DETACH_TIMEOUT;
         loop {
             let Some(running) = self.hypervisor.look(instance)? else { return Ok(true) };
             if !running.domain()?.hostdevs.iter().any(|h| h.alias.as_deref() == Some(alias)) {
@@ -284,13 +282,13 @@ impl Worker {
             if Instant::now() >= until {
                 return Ok(false);
             }
-            std::thread::sleep(LOOK);
+            std::thread::sleep(DETACH_POLL_INTERVAL);
         }
     }
 }
 
-/// For the record: the domain as it runs, or else as it was called when it claimed.
-fn whom(
+/// Name and owner of the instance, from the running domain or from its claims.
+fn claimant_of(
     store: &Store,
     instance: InstanceId,
     guest: Option<&Guest>,
@@ -303,7 +301,7 @@ fn whom(
     }
 }
 
-/// One step's world.
+/// Context of the execution of a step.
 struct Work<'a> {
     worker: &'a mut Worker,
     instance: InstanceId,
@@ -324,11 +322,20 @@ impl Work<'_> {
             Step::Adopt { holding, device } => {
                 let Some(guest) = self.guest else { return Ok(Outcome::Moot) };
                 let mut ports = Ports { sysfs_root: &self.worker.config.sysfs_root };
-                let whom = claimant(&self.worker.store, &guest.domain, instance)?;
+                let claimant = claimant(&self.worker.store, &guest.domain, instance)?;
                 let holding = std::slice::from_ref(holding);
-                self.worker.store.adopt(&whom, holding, Stage::Running, &mut ports, &context)?;
-                tracing::info!(domain = %whom.domain, %instance, %device, "{}: device {device} \
-                    was found in the guest and is now claimed for it", whom.domain);
+                self.worker.store.adopt(
+                    &claimant,
+                    holding,
+                    Stage::Running,
+                    &mut ports,
+                    &context,
+                )?;
+                let domain = &claimant.domain;
+                tracing::info!(
+                    %domain, %instance, %device,
+                    "{domain}: device {device} was found in the guest and is now claimed for it"
+                );
             }
             Step::Settle { in_guest } => {
                 self.worker.store.confirm(instance, in_guest, Witness::Look, &context)?;
@@ -378,7 +385,7 @@ impl Work<'_> {
         // The address in the inventory may be outdated: check the device at the port first.
         let seen = match ports.verify(record) {
             Verified::Here(seen) => seen,
-            // The scan that is on its way will most often tell more, and end the problem.
+            // The next scan usually ends the problem.
             Verified::Not(why) => {
                 self.worker.metrics.not_there();
                 return Ok(Outcome::Failed(format!(
@@ -410,11 +417,11 @@ impl Work<'_> {
         if let Some(claim) = claim.filter(|c| c.unsure || unsure) {
             self.worker.store.mark_unsure(claim, unsure)?;
         }
-        // Whatever libvirt says: is it there?
+        // The live XML decides whether the attach has succeeded, not libvirt's result.
         let inside = self.has(&record)?;
         self.worker.metrics.attached(began.elapsed(), attached.as_ref().err());
         match attached {
-            // Another program detached the device in the meantime, without having seen it in the
+            // Another program ended the claim in the meantime, and has not seen the device in the
             // guest.
             Ok(()) if !self.is_still_wanted(device)? => {
                 self.worker
@@ -422,7 +429,8 @@ impl Work<'_> {
                     .detach(self.instance, &virt_usb_domxml::hostdev_alias(device))?;
                 Ok(Outcome::Moot)
             }
-            // Between the look at the port and libvirt's the device may have gone and another come.
+            // Between the check of the port and the attach, another device may have been plugged
+            // in.
             Ok(()) if !matches!(ports.verify(&record), Verified::Here(now) if now == seen) => {
                 self.worker
                     .hypervisor
@@ -433,9 +441,14 @@ impl Work<'_> {
                 ))
             }
             Ok(()) if inside => {
-                tracing::info!(domain = %guest.domain.name, instance = %self.instance, %device, "{}: device {device} attached in {:.0?}", guest.domain.name, began.elapsed());
+                let (domain, instance) = (&guest.domain.name, self.instance);
+                tracing::info!(
+                    %domain, %instance, %device,
+                    "{domain}: device {device} attached in {:.0?}",
+                    began.elapsed()
+                );
                 if let Some(why) = place.and_then(|place| slowed(&guest.domain, &record, &place)) {
-                    tracing::warn!(domain = %guest.domain.name, instance = %self.instance, %device, "{why}");
+                    tracing::warn!(%domain, %instance, %device, "{why}");
                 }
                 Ok(Outcome::Done)
             }
@@ -450,12 +463,12 @@ impl Work<'_> {
         }
     }
 
-    /// Records a refusal of libvirt, which repeats until something changes.
+    /// Handles a refusal of libvirt: stops the guest if the configuration requires that.
     fn refused(self, device: DeviceId, why: String) -> Result<Outcome, WorkError> {
         let claim = self.view.claims(self.instance).iter().find(|c| c.device_id == device);
         let stop = self.worker.config.on_attach_failure == AttachFailurePolicy::Stop;
         let Some(claim) = claim.filter(|_| stop) else { return Ok(Outcome::Failed(why)) };
-        // A guest that had it once runs on: it has lost a device, not failed to start.
+        // A guest that had the device before keeps running: its start has not failed.
         if claim.seen_in_guest {
             return Ok(Outcome::Failed(why));
         }
@@ -477,8 +490,10 @@ impl Work<'_> {
         self.worker.metrics.detached(done.as_ref().err());
         match done {
             Ok(()) if self.worker.wait_until_gone(self.instance, alias)? => {
-                tracing::info!(instance = %self.instance, %device, "device {device} detached \
-                    ({alias})");
+                tracing::info!(
+                    instance = %self.instance, %device,
+                    "device {device} detached ({alias})"
+                );
                 let claim = self.view.claims(self.instance).iter().find(|c| c.device_id == device);
                 if let Some(claim) = claim.filter(|c| c.generation.is_some()) {
                     self.worker.store.forget_generation(claim)?;
@@ -504,11 +519,11 @@ impl Work<'_> {
     ) -> Result<Outcome, WorkError> {
         let Some(record) = self.view.device(device) else { return Ok(Outcome::Moot) };
         let driver = || host_driver(&self.worker.config.sysfs_root, &record.entry.port_path);
-        // A guest of a simulation has no QEMU that could take a device from a driver.
+        // A simulated guest has no QEMU process, and does not take devices from drivers.
         if driver().is_none() || self.worker.hypervisor.process(self.instance).is_none() {
             return Ok(Outcome::Moot);
         }
-        std::thread::sleep(CONFIGURING);
+        std::thread::sleep(CONFIGURE_GRACE);
         let Some(driver) = driver() else { return Ok(Outcome::Moot) };
         if self.attached_lately(device)? >= MAX_REATTACHES {
             return Ok(Outcome::Failed(format!(
@@ -516,8 +531,8 @@ impl Work<'_> {
                  from binding to it (modprobe.d, udev), then detach and attach the device"
             )));
         }
-        // The guest does not have it. Else a device that was attached by hand would count as
-        // detached by hand.
+        // Record that the guest does not have the device. Otherwise, a device that was attached by
+        // hand would count as detached by hand.
         let context = self.worker.context()?;
         self.worker.store.confirm(self.instance, others, Witness::Look, &context)?;
         tracing::warn!(
@@ -528,7 +543,7 @@ impl Work<'_> {
         self.detach(alias, device)
     }
 
-    /// How often the instance has received the device in the last [`REATTACH_PERIOD`].
+    /// Number of times that the instance has received the device in the last [`REATTACH_PERIOD`].
     fn attached_lately(&self, device: DeviceId) -> Result<usize, WorkError> {
         let filter = Filter {
             instance: Some(self.instance),
@@ -552,8 +567,8 @@ impl Work<'_> {
             };
         match attached {
             Ok(()) => {
-                tracing::info!(domain = %guest.domain.name, instance = %self.instance, "{}: \
-                    redirection {n} attached", guest.domain.name);
+                let (domain, instance) = (&guest.domain.name, self.instance);
+                tracing::info!(%domain, %instance, "{domain}: redirection {n} attached");
                 Ok(Outcome::Done)
             }
             Err(Failure::Refused(why)) => Ok(Outcome::Failed(why)),
@@ -561,8 +576,8 @@ impl Work<'_> {
         }
     }
 
-    /// Whether the instance should still have the device, by its claim or a newer one, except a
-    /// claim that was made after our attach was seen.
+    /// Whether the instance should still have the device, by its claim or a newer one. A newer
+    /// claim by adoption does not count, because it may be a result of this attach.
     fn is_still_wanted(&self, device: DeviceId) -> Result<bool, WorkError> {
         let planned = self.view.claims(self.instance).iter().find(|c| c.device_id == device);
         let claims = self.worker.store.claims_of(self.instance)?;
@@ -572,7 +587,7 @@ impl Work<'_> {
         }))
     }
 
-    /// Whether the live XML shows the device now, under our alias.
+    /// Whether the live XML shows the device now, with its alias.
     fn has(&self, record: &Record) -> Result<bool, WorkError> {
         let Some(running) = self.worker.hypervisor.look(self.instance)? else { return Ok(false) };
         let ours = |h: &&UsbHostdev| h.injected() == Some(record.entry.id);
@@ -594,11 +609,11 @@ fn moot_or_busy(failure: Failure) -> Result<Outcome, WorkError> {
     }
 }
 
-/// The judge for claims of guests that run: room is asked of the live domain.
+/// Verifier for claims of running guests, which checks the free ports of the live domain.
 pub struct Live<'a> {
-    /// Looks at ports.
+    /// Verifier of the device at a port.
     pub ports: Ports<'a>,
-    /// The domain as it runs.
+    /// The live domain.
     pub domain: &'a Domain,
 }
 
@@ -610,7 +625,8 @@ impl ClaimVerifier for Live<'_> {
     fn fits(&mut self, chosen: &[Granted]) -> Result<(), String> {
         let there = |record: &Record| self.domain.host_devices().any(|h| is_device(h, record));
         let new: Vec<&Granted> = chosen.iter().filter(|g| !there(&g.device)).collect();
-        // What it holds already may have a stale hostdev, which the agent takes out.
+        // A device that the instance holds already may have a stale hostdev, which the agent
+        // detaches.
         let first: Vec<&Granted> = new.iter().copied().filter(|g| !g.already).collect();
         refuse_taken_aliases(self.domain, &first).map_err(|why| format!("it {why}"))?;
         let speeds: Vec<SpeedMask> = new.iter().map(|g| port_speeds(&g.device)).collect();

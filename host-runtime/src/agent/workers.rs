@@ -1,10 +1,11 @@
-//! The threads that work on guests, an instance at a time each.
+//! The threads that work on guests, each on one instance at a time.
 //!
 //! ```text
-//!   push ─► queue ─► a thread with a place ─► its work ends
-//!                        └─ it lasts: the thread goes on without its place, which another thread gets
+//!   push ─► queue ─► a thread with a slot ─► the job ends
+//!                        └─ the job is slow: the thread continues without its slot, which another
+//!                           thread gets
 //! ```
-//! So a guest that blocks its thread does not block other guests.
+//! A guest that blocks its thread does not block other guests.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -13,30 +14,31 @@ use std::time::{Duration, Instant};
 use crate::metrics::Load;
 
 /// Maximum number of threads that work at the same time, without the slow ones.
-const PLACES: usize = 4;
-/// Work time after which a thread counts as slow, so that other guests wait at most a second.
-pub(super) const PLACE_TIME: Duration = Duration::from_millis(300);
-/// Maximum number of threads: more than the concurrent calls to libvirt (`MAX_CALLS` in
-/// supervised.rs), so that some threads are always left, whatever libvirt does.
-const MOST: usize = 20;
+const SLOTS: usize = 4;
+/// Duration of a job after which its thread counts as slow, so that other guests wait at most a
+/// second.
+pub(super) const SLOW_JOB_TIME: Duration = Duration::from_millis(300);
+/// Maximum number of threads. It is larger than the number of concurrent calls to libvirt
+/// (`MAX_CALLS` in supervised.rs), so that calls without an answer cannot block all threads.
+const MAX_THREADS: usize = 20;
 
 /// Function that a thread calls for each job.
 pub(super) type Work<J> = Box<dyn FnMut(J) + Send>;
 
-/// The threads. They end with this.
+/// The threads. They end when this is dropped.
 pub(super) struct Workers<J>(Arc<Shared<J>>);
 
 struct Shared<J> {
     state: Mutex<State<J>>,
-    /// There is a job, a place, or the end.
-    news: Condvar,
+    /// Notified of a new job, a free slot, or the end.
+    wakeup: Condvar,
     /// Creates the function of a new thread.
     make: Box<dyn Fn() -> anyhow::Result<Work<J>> + Send + Sync>,
 }
 
 struct State<J> {
     queue: VecDeque<(J, Instant)>,
-    /// Since when each thread that works does so.
+    /// Start of the job of each busy thread.
     began: BTreeMap<usize, Instant>,
     threads: usize,
     next: usize,
@@ -45,19 +47,19 @@ struct State<J> {
 
 impl<J> State<J> {
     fn slow(&self) -> usize {
-        self.began.values().filter(|began| began.elapsed() >= PLACE_TIME).count()
+        self.began.values().filter(|began| began.elapsed() >= SLOW_JOB_TIME).count()
     }
 
-    fn free_places(&self) -> usize {
-        PLACES.saturating_sub(self.began.len() - self.slow())
+    fn free_slots(&self) -> usize {
+        SLOTS.saturating_sub(self.began.len() - self.slow())
     }
 }
 
 impl<J: Send + 'static> Workers<J> {
-    /// Starts as many as have a place.
+    /// Starts a thread for each slot.
     ///
     /// # Errors
-    /// When a thread, or what it works with, cannot be had.
+    /// If a thread cannot be started, or `make` fails.
     pub(super) fn new(
         make: impl Fn() -> anyhow::Result<Work<J>> + Send + Sync + 'static,
     ) -> anyhow::Result<Self> {
@@ -70,11 +72,11 @@ impl<J: Send + 'static> Workers<J> {
         };
         let shared = Arc::new(Shared {
             state: Mutex::new(state),
-            news: Condvar::new(),
+            wakeup: Condvar::new(),
             make: Box::new(make),
         });
         let workers = Self(shared);
-        for _ in 0..PLACES {
+        for _ in 0..SLOTS {
             start(&workers.0)?;
         }
         Ok(workers)
@@ -83,21 +85,21 @@ impl<J: Send + 'static> Workers<J> {
     /// Queues a job for the next free thread.
     pub(super) fn push(&self, job: J) {
         self.0.state().queue.push_back((job, Instant::now()));
-        self.0.news.notify_one();
+        self.0.wakeup.notify_one();
     }
 
-    /// Gives the places of those whose work lasts to others; how busy they are.
+    /// Gives the slots of slow threads to other threads. Returns the load.
     pub(super) fn relieve(&self) -> Load {
         let (load, lacking) = {
             let state = self.0.state();
             let (busy, slow) = (state.began.len(), state.slow());
             let waiting = state.queue.front().map_or(Duration::ZERO, |(_, since)| since.elapsed());
             let idle = state.threads.saturating_sub(busy);
-            let lacking = state.free_places().min(state.queue.len()).saturating_sub(idle);
-            (Load { busy, slow, waiting }, lacking.min(MOST.saturating_sub(state.threads)))
+            let lacking = state.free_slots().min(state.queue.len()).saturating_sub(idle);
+            (Load { busy, slow, waiting }, lacking.min(MAX_THREADS.saturating_sub(state.threads)))
         };
         if load.waiting > Duration::ZERO {
-            self.0.news.notify_all();
+            self.0.wakeup.notify_all();
         }
         for _ in 0..lacking {
             if let Err(e) = start(&self.0) {
@@ -112,7 +114,7 @@ impl<J: Send + 'static> Workers<J> {
 impl<J> Drop for Workers<J> {
     fn drop(&mut self) {
         self.0.state().ended = true;
-        self.0.news.notify_all();
+        self.0.wakeup.notify_all();
     }
 }
 
@@ -141,19 +143,19 @@ fn start<J: Send + 'static>(shared: &Arc<Shared<J>>) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Until the end, or until there are others enough.
+/// Runs jobs until the end, or until there are enough other threads.
 fn run<J>(shared: &Shared<J>, number: usize, mut work: Work<J>) {
     let mut state = shared.state();
     loop {
-        if state.ended || state.threads - state.slow() > PLACES {
+        if state.ended || state.threads - state.slow() > SLOTS {
             state.threads -= 1;
-            // Whatever it was woken for is another's.
-            shared.news.notify_one();
+            // Pass the notification on to another thread.
+            shared.wakeup.notify_one();
             return;
         }
-        let job = if state.free_places() > 0 { state.queue.pop_front() } else { None };
+        let job = if state.free_slots() > 0 { state.queue.pop_front() } else { None };
         let Some((job, _)) = job else {
-            state = shared.news.wait(state).unwrap_or_else(PoisonError::into_inner);
+            state = shared.wakeup.wait(state).unwrap_or_else(PoisonError::into_inner);
             continue;
         };
         state.began.insert(number, Instant::now());
@@ -161,8 +163,8 @@ fn run<J>(shared: &Shared<J>, number: usize, mut work: Work<J>) {
         work(job);
         state = shared.state();
         state.began.remove(&number);
-        // Its place is free.
-        shared.news.notify_one();
+        // The slot of this thread is free.
+        shared.wakeup.notify_one();
     }
 }
 
@@ -203,12 +205,12 @@ mod tests {
     }
 
     #[test]
-    fn work_that_lasts_keeps_nobody_waiting() {
+    fn slow_jobs_do_not_delay_others() {
         let (to, began) = channel();
         let made = Arc::new(AtomicUsize::new(0));
         let workers = workers(to, made);
         let mut ends = Vec::new();
-        for number in 0..MOST - PLACES {
+        for number in 0..MAX_THREADS - SLOTS {
             let (end, wait) = channel();
             ends.push(end);
             workers.push(Job(number, Some(wait)));
@@ -221,13 +223,13 @@ mod tests {
                 seen.push(number);
             }
         }
-        // All others last still.
-        assert_eq!(seen.len(), MOST - PLACES + 1);
-        settle(&workers, MOST - PLACES);
+        // All other jobs are still running.
+        assert_eq!(seen.len(), MAX_THREADS - SLOTS + 1);
+        settle(&workers, MAX_THREADS - SLOTS);
         drop(ends);
         let threads = || workers.0.state().threads;
-        while threads() > PLACES {
-            workers.0.news.notify_all();
+        while threads() > SLOTS {
+            workers.0.wakeup.notify_all();
             std::thread::sleep(Duration::from_millis(5));
         }
         settle(&workers, 0);
@@ -236,27 +238,28 @@ mod tests {
     }
 
     #[test]
-    fn there_are_so_many_and_no_more() {
+    fn the_number_of_threads_is_limited() {
         let (to, began) = channel();
         let made = Arc::new(AtomicUsize::new(0));
         let workers = workers(to, made.clone());
         let mut ends = Vec::new();
-        for number in 0..MOST * 2 {
+        for number in 0..MAX_THREADS * 2 {
             let (end, wait) = channel();
             ends.push(end);
             workers.push(Job(number, Some(wait)));
         }
         let mut seen = BTreeSet::new();
-        while seen.len() < MOST {
+        while seen.len() < MAX_THREADS {
             workers.relieve();
             seen.extend(began.recv_timeout(Duration::from_millis(20)));
         }
-        assert_eq!(seen, (0..MOST).collect());
-        settle(&workers, MOST);
+        assert_eq!(seen, (0..MAX_THREADS).collect());
+        settle(&workers, MAX_THREADS);
         assert!(began.try_recv().is_err(), "the others wait");
-        assert_eq!(made.load(Ordering::SeqCst), MOST);
+        assert_eq!(made.load(Ordering::SeqCst), MAX_THREADS);
         drop(ends);
-        let rest: BTreeSet<usize> = (MOST..MOST * 2).map(|_| began.recv().unwrap()).collect();
-        assert_eq!(rest, (MOST..MOST * 2).collect());
+        let rest: BTreeSet<usize> =
+            (MAX_THREADS..MAX_THREADS * 2).map(|_| began.recv().unwrap()).collect();
+        assert_eq!(rest, (MAX_THREADS..MAX_THREADS * 2).collect());
     }
 }

@@ -46,23 +46,28 @@ use crate::timeouts::STORE_LOCK_TIMEOUT;
 pub use arguments::Arguments;
 use simulation::Simulation;
 
-/// What udevd has while it runs: libusb hears of devices through it.
-const UDEVD: &str = "/run/udev/control";
-/// How often devices are looked at without it.
-const WITHOUT_UDEVD: Duration = Duration::from_secs(10);
-/// What the agent is started with.
+/// Socket that exists while udevd runs. libusb receives hotplug events from udevd.
+const UDEVD_SOCKET: &str = "/run/udev/control";
+/// Interval at which devices are scanned without udevd.
+const SCAN_INTERVAL_WITHOUT_UDEVD: Duration = Duration::from_secs(10);
+/// Number of attempts to lock the agent's file, which a hook may hold for a moment.
+const MAX_LOCK_ATTEMPTS: usize = 20;
+/// Wait between two attempts.
+const LOCK_RETRY_INTERVAL: Duration = Duration::from_millis(10);
+
+/// Parameters of the agent.
 #[derive(Debug, Clone, Default)]
 pub struct Options {
-    /// The configuration's file.
+    /// File of the configuration.
     pub config: Option<PathBuf>,
-    /// Simulated devices and domains.
+    /// File of the simulated devices and domains.
     pub sim: Option<PathBuf>,
 }
 
-/// Runs the agent until it is told to stop.
+/// Runs the agent until a signal stops it.
 ///
 /// # Errors
-/// What keeps it from starting; once it runs it goes on.
+/// If the agent cannot start, or its files were replaced while it ran.
 pub fn run(options: &Options) -> anyhow::Result<()> {
     let rules = LiveConfig::read(options.config.clone())?;
     let mut config = Config::clone(&rules.now());
@@ -74,13 +79,13 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
     virt_usb_config::rules::admit(&store, &config, options.config.as_deref())?;
     if options.config.is_none() && !Path::new(DEFAULT_PATH).exists() {
         tracing::warn!(
-            "there is no {DEFAULT_PATH}: the defaults count, which offer every device of this host \
+            "there is no {DEFAULT_PATH}: the defaults apply, which offer every device of this host \
                 to every project"
         );
     }
     let files = Files::new(vec![lock_file, config.state_dir.join(virt_usb_store::FILE_NAME)])
-        .with_context(|| format!("cannot look at {}", config.state_dir.display()))?;
-    // Claims of an earlier boot are void, before anybody can ask for their devices.
+        .with_context(|| format!("cannot read {}", config.state_dir.display()))?;
+    // End the claims of an earlier boot before any device is requested.
     store.sweep(&host_env::context(&config, ACTOR)?)?;
     let host = crate::inventory::host_name(&config.procfs_root)?;
     let metrics = Arc::new(Metrics::default());
@@ -92,21 +97,21 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
     let (to_guests, signals) = channel();
     follow_signals(to_devices.clone(), to_guests.clone())?;
     let world = World::new(&config, simulation, &to_devices, &to_guests)?;
-    let (retry, of_commands) = (world.retry, (to_devices.clone(), to_guests.clone()));
+    let (reconnect, threads) = (world.reconnect, (to_devices.clone(), to_guests.clone()));
     let hypervisor =
         Arc::new(Supervised::new(world.hypervisor, listeners(&to_guests, &to_devices)));
     let tls = config.api_tls.clone().filter(|_| config.api != config::Api::Off);
-    let of_health = (metrics.clone(), hypervisor.clone(), tls);
-    let asked = move || health::tell(&of_health.0, &of_health.1, of_health.2.as_ref());
-    let heard = move |message: &str| {
-        // libvirt has called it: it is there.
-        retry();
+    let sources = (metrics.clone(), hypervisor.clone(), tls);
+    let report = move || health::report(&sources.0, &sources.1, sources.2.as_ref());
+    let received = move |message: &str| {
+        // A call of the hook shows that libvirt is running.
+        reconnect();
         if message.split(' ').next() == Some(host_env::COMMAND) {
-            let _ = of_commands.0.send(DeviceSignal::Usb);
-            drop(of_commands.1.send(Signal::Devices));
+            let _ = threads.0.send(DeviceSignal::Usb);
+            drop(threads.1.send(Signal::Devices));
         }
     };
-    hear_hooks(&config.state_dir, metrics.clone(), heard, asked);
+    receive_notifications(&config.state_dir, metrics.clone(), received, report);
     let pulse = Pulse::new();
     let guests = Guests::new(
         rules.clone(),
@@ -125,7 +130,7 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
         host,
         metrics,
         files,
-        told: Vec::new(),
+        reported: Vec::new(),
         without_events: world.without_events,
         hypervisor,
         pulse,
@@ -134,7 +139,7 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
     };
     let ready = || {
         tracing::info!("ready");
-        // Without a service manager there is nobody to tell.
+        // An error here means that there is no service manager.
         drop(sd_notify::notify(&[
             sd_notify::NotifyState::Ready,
             sd_notify::NotifyState::Status("watching devices and guests"),
@@ -158,7 +163,7 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Who is told by the calls to libvirt that are supervised.
+/// Callbacks of the supervised calls to libvirt.
 fn listeners(guests: &Sender<Signal>, devices: &Sender<DeviceSignal>) -> Listeners {
     let (guests, devices) = (guests.clone(), devices.clone());
     Listeners {
@@ -174,12 +179,12 @@ fn listeners(guests: &Sender<Signal>, devices: &Sender<DeviceSignal>) -> Listene
     }
 }
 
-/// What is watched: the machine, or a simulation of one.
+/// The observed host: this machine, or a simulation.
 struct World {
-    /// How often devices are looked at where no events come.
+    /// Scan interval if hotplug events do not arrive.
     without_events: Option<Duration>,
-    /// Connects to libvirt again at once, where it is away.
-    retry: Box<dyn Fn() + Send>,
+    /// Reconnects to libvirt immediately, if there is no connection.
+    reconnect: Box<dyn Fn() + Send>,
     source: Box<dyn UsbSource + Send>,
     hypervisor: Arc<dyn Hypervisor>,
     after: Box<dyn Fn() + Send>,
@@ -197,23 +202,24 @@ impl World {
             return simulation.start(config, events, devices.clone());
         }
         let failed = |why: &str| {
-            tracing::warn!("no hotplug events ({why}): devices are seen at the next scan");
+            tracing::warn!("no hotplug events ({why}): changes are noticed at the next scan");
         };
         hotplug::follow(devices.clone(), DeviceSignal::Usb, failed)?;
         let libvirt = Libvirt::new(&config.libvirt_uri);
         libvirt.follow(events)?;
         let retried = libvirt.clone();
-        let without_events = (!Path::new(UDEVD).exists()).then_some(WITHOUT_UDEVD);
+        let without_events =
+            (!Path::new(UDEVD_SOCKET).exists()).then_some(SCAN_INTERVAL_WITHOUT_UDEVD);
         if without_events.is_some() {
             tracing::warn!(
-                "udevd does not run here ({UDEVD} is missing), so libusb tells of no device that \
-                    comes or goes: devices are looked at every {} s",
-                WITHOUT_UDEVD.as_secs()
+                "udevd does not run here ({UDEVD_SOCKET} is missing), so there are no hotplug \
+                    events: the agent scans the devices every {} s",
+                SCAN_INTERVAL_WITHOUT_UDEVD.as_secs()
             );
         }
         Ok(Self {
             without_events,
-            retry: Box::new(move || retried.retry()),
+            reconnect: Box::new(move || retried.retry()),
             source: Box::new(LibUsb::new(config)),
             hypervisor: Arc::new(libvirt),
             after: Box::new(|| {}),
@@ -221,7 +227,7 @@ impl World {
     }
 }
 
-/// Tells the fleet what this host has, where there is one.
+/// Starts publishing this host, if there is a fleet.
 fn publish(
     config: &Config,
     hypervisor: &Arc<Supervised>,
@@ -232,7 +238,7 @@ fn publish(
     let config = config.clone();
     let (hypervisor, host) = (Some(hypervisor.clone()), host.to_owned());
     let publisher = Publisher { fleet, config, host, hypervisor, metrics };
-    Ok(Some(publisher.start().context("cannot tell the fleet of this host")?))
+    Ok(Some(publisher.start().context("cannot publish this host to the fleet")?))
 }
 
 fn serve_api(
@@ -246,10 +252,10 @@ fn serve_api(
         Ok(None) => {}
         Ok(Some(made)) => {
             let text = format!(
-                "the API's first token, an administrator's, is shown this once: {}\n",
+                "the API's first token, for an administrator, is shown only once: {}\n",
                 made.token
             );
-            // To the person who looks on, and to no log.
+            // Print the token to the terminal, not to the log.
             io::stderr().write_all(text.as_bytes())?;
         }
         Err(e) => tracing::error!("{e}"),
@@ -262,7 +268,7 @@ fn serve_api(
     api::start(&Arc::new(api)).context("cannot serve the API")
 }
 
-/// Where there is no file of tokens yet: one, with a token if there is somebody to be shown it.
+/// Creates the file of tokens if it does not exist, with a first token if stderr is a terminal.
 fn first_token(file: &TokenFile) -> Result<Option<Made>, TokensError> {
     if !file.ensure()? || !io::stderr().is_terminal() {
         return Ok(None);
@@ -273,7 +279,7 @@ fn first_token(file: &TokenFile) -> Result<Option<Made>, TokensError> {
         .map(Some)
 }
 
-/// The hypervisor's events, among the guests' other signals.
+/// Forwards the hypervisor's events to the guests' thread.
 fn forward(to: Sender<Signal>) -> std::io::Result<Sender<Event>> {
     let (events, from) = channel();
     let pass_on = move || {
@@ -287,8 +293,8 @@ fn forward(to: Sender<Signal>) -> std::io::Result<Sender<Event>> {
     Ok(events)
 }
 
-/// One agent a host, and hooks that know whether it lives: a lock that the kernel lets go of,
-/// whatever becomes of the process.
+/// Takes the agent's lock. It ensures that only one agent runs per host, and shows hooks that the
+/// agent is running. The kernel releases the lock when the process ends.
 fn lock(state_dir: &Path) -> anyhow::Result<(File, PathBuf)> {
     let path = state_dir.join(host_env::AGENT_LOCK);
     let _owner = User::of(state_dir)?.enter()?;
@@ -301,11 +307,10 @@ fn lock(state_dir: &Path) -> anyhow::Result<(File, PathBuf)> {
             state_dir.display()
         )
     })?;
-    // A hook that asks whether an agent lives holds it for a moment.
-    for _ in 0..20 {
+    for _ in 0..MAX_LOCK_ATTEMPTS {
         match file.try_lock() {
             Ok(()) => return Ok((file, path)),
-            Err(TryLockError::WouldBlock) => std::thread::sleep(Duration::from_millis(10)),
+            Err(TryLockError::WouldBlock) => std::thread::sleep(LOCK_RETRY_INTERVAL),
             Err(TryLockError::Error(e)) => {
                 return Err(e).with_context(|| format!("cannot lock {}", path.display()));
             }
@@ -314,7 +319,7 @@ fn lock(state_dir: &Path) -> anyhow::Result<(File, PathBuf)> {
     bail!("another agent runs on {}: it holds agent.lock", state_dir.display())
 }
 
-/// SIGHUP: read the configuration again; SIGTERM and SIGINT: end.
+/// Handles signals: SIGHUP reloads the configuration, SIGTERM and SIGINT stop the agent.
 fn follow_signals(devices: Sender<DeviceSignal>, guests: Sender<Signal>) -> std::io::Result<()> {
     let mut signals = Signals::new([SIGHUP, SIGTERM, SIGINT])?;
     let follow = move || {
@@ -328,37 +333,37 @@ fn follow_signals(devices: Sender<DeviceSignal>, guests: Sender<Signal>) -> std:
     std::thread::Builder::new().name("signals".into()).spawn(follow).map(drop)
 }
 
-/// Hooks and commands tell how long they took, and the doctor asks how the agent is. Nobody depends
-/// on it: an agent that cannot hear them goes on.
-fn hear_hooks(
+/// Receives notifications of hooks and commands, and requests for the agent's health. If the socket
+/// cannot be used, the agent runs without them.
+fn receive_notifications(
     state_dir: &Path,
     metrics: Arc<Metrics>,
-    heard: impl Fn(&str) + Send + 'static,
-    asked: impl Fn() -> String + Send + 'static,
+    received: impl Fn(&str) + Send + 'static,
+    report: impl Fn() -> String + Send + 'static,
 ) {
     let path = state_dir.join(host_env::HOOK_SOCKET);
-    let hear = |socket: UnixDatagram| {
-        let listen = move || {
+    let start = |socket: UnixDatagram| {
+        let receive = move || {
             let mut message = [0; 128];
             while let Ok((length, from)) = socket.recv_from(&mut message) {
                 let text = message.get(..length).map(String::from_utf8_lossy).unwrap_or_default();
                 if text == health::QUESTION {
-                    health::answer(&socket, &from, &asked());
+                    health::answer(&socket, &from, &report());
                     continue;
                 }
                 metrics.hook(&text);
-                heard(&text);
+                received(&text);
             }
         };
-        std::thread::Builder::new().name("hooks".into()).spawn(listen).map(drop)
+        std::thread::Builder::new().name("hooks".into()).spawn(receive).map(drop)
     };
     let bind = || {
         let _owner = User::of(state_dir)?.enter()?;
-        // What an agent before this one has left.
+        // Remove the socket of an earlier agent.
         drop(std::fs::remove_file(&path));
         UnixDatagram::bind(&path)
     };
-    if let Err(e) = bind().and_then(hear) {
-        tracing::warn!("hooks and commands are not heard: {}: {e}", path.display());
+    if let Err(e) = bind().and_then(start) {
+        tracing::warn!("cannot receive notifications of hooks at {}: {e}", path.display());
     }
 }

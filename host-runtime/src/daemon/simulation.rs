@@ -1,5 +1,5 @@
-//! `--sim FILE`: all of the agent, with the devices and domains of a file. Editing the file is
-//! plugging, unplugging, starting and stopping.
+//! `--sim FILE`: runs the agent with the devices and domains of a file. An edit of the file plugs
+//! in or unplugs devices, and starts or stops domains.
 
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::Sender;
@@ -17,8 +17,8 @@ use crate::discovery::{Simulated, Snapshot, UsbSource};
 use crate::hypervisor::{Event, SimulatedHypervisor};
 use virt_usb_fleet::stamp::{Stamp, stamp};
 
-/// How often the file is looked at.
-const LOOK: Duration = Duration::from_millis(100);
+/// Interval at which the file is checked for changes.
+const CHECK_INTERVAL: Duration = Duration::from_millis(100);
 
 pub(super) struct Simulation {
     file: PathBuf,
@@ -26,8 +26,8 @@ pub(super) struct Simulation {
 }
 
 impl Simulation {
-    /// The hook looks at ports in sysfs: the simulated devices get a tree of their own, in
-    /// `state_dir`.
+    /// Reads the file, and sets `sysfs_root` to a directory in `state_dir`, where the hook finds
+    /// the simulated devices.
     pub(super) fn new(file: &Path, config: &mut Config) -> anyhow::Result<Self> {
         if config.state_dir == Config::default().state_dir {
             bail!(
@@ -56,7 +56,7 @@ impl Simulation {
         events: Sender<Event>,
         devices: Sender<DeviceSignal>,
     ) -> anyhow::Result<World> {
-        // It is there from the beginning.
+        // The simulated hypervisor is connected from the beginning.
         events.send(Event::Connected)?;
         let hypervisor = Arc::new(SimulatedHypervisor::new(config.clone(), events));
         let file = self.file.clone();
@@ -73,13 +73,13 @@ impl Simulation {
                     refused.iter().for_each(|why| tracing::warn!("does not start: {why}"));
                 }
                 Err(why) => tracing::error!(
-                    "the domains of the simulation file are wrong: {why}; nothing has changed"
+                    "the domains in the simulation file are invalid: {why}; nothing was changed"
                 ),
             }
         };
         Ok(World {
             without_events: None,
-            retry: Box::new(|| {}),
+            reconnect: Box::new(|| {}),
             source: Box::new(source),
             hypervisor,
             after: Box::new(after),
@@ -90,7 +90,7 @@ impl Simulation {
 fn watch(file: &Path, devices: &Sender<DeviceSignal>) {
     let mut known = stamp(file);
     loop {
-        std::thread::sleep(LOOK);
+        std::thread::sleep(CHECK_INTERVAL);
         let now = stamp(file);
         if now != known {
             known = now;
@@ -105,7 +105,7 @@ fn watch(file: &Path, devices: &Sender<DeviceSignal>) {
 struct FileSource {
     simulation: Simulation,
     text: Arc<Mutex<String>>,
-    /// As it was read last.
+    /// Snapshot from the last read of the file.
     known: Mutex<Option<(Stamp, Snapshot)>>,
 }
 
