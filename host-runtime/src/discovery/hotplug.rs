@@ -1,5 +1,4 @@
-//! libusb's hotplug events. An event only says that something came or went: what there is now is
-//! for a scan to say.
+//! libusb's hotplug events. An event only signals a change. A scan determines the current devices.
 
 use std::sync::mpsc::Sender;
 use std::time::Duration;
@@ -8,35 +7,35 @@ use rusb::{Context, Device, Hotplug, HotplugBuilder, UsbContext};
 
 use super::context::exit_later;
 
-/// How long one wait for events lasts. It has no effect on how soon they arrive.
-const WAIT: Duration = Duration::from_secs(60);
-/// How long until another attempt on a machine without USB, or where libusb has failed.
-const AGAIN: Duration = Duration::from_secs(5);
+/// Timeout of one wait for events. It has no effect on their delay.
+const EVENT_TIMEOUT: Duration = Duration::from_secs(60);
+/// Wait before a retry on a machine without USB, or after libusb has failed.
+const RETRY_INTERVAL: Duration = Duration::from_secs(5);
 
 /// Sends a message for each device that is plugged in or out, from a thread of its own, until the
 /// receiver is dropped. If hotplug is not available, calls `failed` once for each reason, and
 /// retries.
 ///
 /// # Errors
-/// When no thread can be started.
+/// If the thread cannot be started.
 pub fn follow<T: Clone + Send + 'static>(
     to: Sender<T>,
     message: T,
     failed: impl Fn(&str) + Send + 'static,
 ) -> std::io::Result<()> {
     let watch = move || {
-        let mut told = None;
+        let mut reported = None;
         loop {
             let why = match listen(&to, &message) {
                 Ok(()) => return,
                 Err(e) => e.to_string(),
             };
-            if told.as_ref() != Some(&why) {
+            if reported.as_ref() != Some(&why) {
                 failed(&why);
             }
-            told = Some(why);
-            std::thread::sleep(AGAIN);
-            // What came in between was not heard.
+            reported = Some(why);
+            std::thread::sleep(RETRY_INTERVAL);
+            // Events in the meantime were missed.
             if to.send(message.clone()).is_err() {
                 return;
             }
@@ -45,35 +44,35 @@ pub fn follow<T: Clone + Send + 'static>(
     std::thread::Builder::new().name("hotplug".into()).spawn(watch).map(drop)
 }
 
-/// Returns when the receiver is dropped.
+/// Follows events until the receiver is dropped.
 fn listen<T: Clone + Send + 'static>(to: &Sender<T>, message: &T) -> rusb::Result<()> {
     // Not rusb::has_hotplug: it panics on a machine where libusb cannot start.
     let context = Context::new()?;
-    let done = hear(&context, to, message);
+    let done = forward(&context, to, message);
     exit_later(context);
     done
 }
 
-fn hear<T: Clone + Send + 'static>(
+fn forward<T: Clone + Send + 'static>(
     context: &Context,
     to: &Sender<T>,
     message: &T,
 ) -> rusb::Result<()> {
-    let bell = Bell { to: to.clone(), message: message.clone() };
-    let _registered = HotplugBuilder::new().enumerate(false).register(context, Box::new(bell))?;
-    // Between the last scan and this moment something may have come.
+    let sender = EventSender { to: to.clone(), message: message.clone() };
+    let _registered = HotplugBuilder::new().enumerate(false).register(context, Box::new(sender))?;
+    // The devices may have changed since the last scan.
     while to.send(message.clone()).is_ok() {
-        context.handle_events(Some(WAIT))?;
+        context.handle_events(Some(EVENT_TIMEOUT))?;
     }
     Ok(())
 }
 
-struct Bell<T> {
+struct EventSender<T> {
     to: Sender<T>,
     message: T,
 }
 
-impl<T: Clone + Send> Hotplug<Context> for Bell<T> {
+impl<T: Clone + Send> Hotplug<Context> for EventSender<T> {
     fn device_arrived(&mut self, _: Device<Context>) {
         // The receiver may have been dropped.
         drop(self.to.send(self.message.clone()));

@@ -1,4 +1,4 @@
-//! The real source: libusb's list and the kernel's sysfs, put together.
+//! The real source, which combines libusb's list with the kernel's sysfs.
 //!
 //! The two are joined by bus and device number. If both know a device, sysfs determines its
 //! identity and port (which the hook verifies), and libusb adds the descriptors. If only one knows
@@ -20,11 +20,11 @@ use super::sysfs::{CLAIMED, Plugged, Scan, scan};
 use super::ties::Ties;
 use super::{Snapshot, UsbSource, about, about_all, context, names};
 
-/// While a device comes or goes, libusb and sysfs disagree for an instant; only what lasts longer
-/// is a problem.
-const SECOND_LOOK: Duration = Duration::from_millis(30);
+/// Wait before a second scan if libusb and sysfs disagree. They disagree for a moment while a
+/// device is plugged in or unplugged.
+const RESCAN_DELAY: Duration = Duration::from_millis(30);
 
-/// The machine's own USB devices.
+/// Source of the USB devices of this machine.
 #[derive(Debug, Clone)]
 pub struct LibUsb {
     sysfs_root: PathBuf,
@@ -32,8 +32,8 @@ pub struct LibUsb {
 }
 
 impl LibUsb {
-    /// Looks where `config` says that sysfs and procfs are mounted. libusb itself always looks at
-    /// `/sys`.
+    /// Creates a source that uses the mount points of sysfs and procfs in `config`. libusb itself
+    /// always uses `/sys`.
     pub fn new(config: &Config) -> Self {
         Self { sysfs_root: config.sysfs_root.clone(), procfs_root: config.procfs_root.clone() }
     }
@@ -41,29 +41,29 @@ impl LibUsb {
 
 impl UsbSource for LibUsb {
     fn snapshot(&self) -> Snapshot {
-        let mut look = Look::take(&self.sysfs_root, context::devices);
-        if !look.agrees() {
-            std::thread::sleep(SECOND_LOOK);
-            look = Look::take(&self.sysfs_root, context::devices);
+        let mut view = View::read(&self.sysfs_root, context::devices);
+        if !view.agrees() {
+            std::thread::sleep(RESCAN_DELAY);
+            view = View::read(&self.sysfs_root, context::devices);
         }
         context::exit_replaced();
-        if !look.agrees() {
-            drop(look);
-            look = Look::take(&self.sysfs_root, context::devices_anew);
+        if !view.agrees() {
+            drop(view);
+            view = View::read(&self.sysfs_root, context::devices_of_new_context);
         }
-        look.judge(&HostUse::new(&self.sysfs_root, &self.procfs_root))
+        view.merge(&HostUse::new(&self.sysfs_root, &self.procfs_root))
     }
 }
 
 /// State of both sources at one time. Reading it uses the kernel's data and does not access a
 /// device.
-struct Look {
+struct View {
     sysfs: Scan,
     listed: rusb::Result<(Vec<Listed>, Vec<String>)>,
 }
 
-impl Look {
-    fn take(
+impl View {
+    fn read(
         sysfs_root: &Path,
         devices: impl FnOnce() -> rusb::Result<Vec<rusb::Device<rusb::Context>>>,
     ) -> Self {
@@ -72,9 +72,9 @@ impl Look {
 
     fn agrees(&self) -> bool {
         let Ok((listed, wrong)) = &self.listed else { return self.sysfs.is_empty() };
-        // The kernel shows a device before it shows all about it: one without its serial would be
-        // another device. A device of another kind can have the address of a device that libusb
-        // still lists, because udev has not reported the removal yet.
+        // The kernel shows a device before all of its attributes. Without its serial, it would be
+        // another device. A new device can have the address of a device that libusb still lists,
+        // because udev has not reported the removal yet.
         let same =
             |l: &Listed, p: &Plugged| p.seen.usb == l.usb() && (p.has_serial || !l.has_serial());
         let known = |l: &Listed| {
@@ -85,7 +85,7 @@ impl Look {
         whole && listed.len() == self.sysfs.plugged.len() && listed.iter().all(known)
     }
 
-    fn judge(&self, host: &HostUse<'_>) -> Snapshot {
+    fn merge(&self, host: &HostUse<'_>) -> Snapshot {
         let mut merge = Merge { problems: self.sysfs.problems.clone(), ..Merge::default() };
         let listed = merge.listed(self);
         for plugged in &self.sysfs.plugged {
@@ -94,16 +94,16 @@ impl Look {
             if listed.is_some() && twin.is_none() {
                 merge.problem(&plugged.port, "sysfs shows it, but libusb does not list it");
             }
-            merge.shown(plugged, twin, host);
+            merge.add_plugged(plugged, twin, host);
         }
         for listed in listed.into_iter().flatten() {
-            merge.not_shown(listed, &self.sysfs);
+            merge.add_listed(listed, &self.sysfs);
         }
         Snapshot { ties: merge.ties, ..Snapshot::new(merge.found, merge.problems) }
     }
 }
 
-/// A snapshot while it is put together.
+/// A snapshot under construction.
 #[derive(Default)]
 struct Merge {
     found: Vec<Device>,
@@ -112,26 +112,26 @@ struct Merge {
 }
 
 impl Merge {
-    /// libusb's list; `None` when there is none to compare with. On a machine without USB libusb
-    /// may fail to start: that is no problem where sysfs shows nothing either.
-    fn listed<'a>(&mut self, look: &'a Look) -> Option<&'a [Listed]> {
-        match &look.listed {
+    /// Returns libusb's list. `None` if libusb failed, which is not a problem if sysfs shows no
+    /// devices either: on a machine without USB, libusb may be unable to start.
+    fn listed<'a>(&mut self, view: &'a View) -> Option<&'a [Listed]> {
+        match &view.listed {
             Ok((listed, wrong)) => {
                 self.problems.extend(wrong.iter().map(about_all));
                 Some(listed)
             }
-            Err(_) if look.sysfs.is_empty() => None,
+            Err(_) if view.sysfs.is_empty() => None,
             Err(e) => {
                 self.problems.push(about_all(format!(
-                    "libusb cannot list the devices, shown is what sysfs tells: {e}"
+                    "libusb cannot list the devices, so only data from sysfs is shown: {e}"
                 )));
                 None
             }
         }
     }
 
-    /// A device that sysfs shows.
-    fn shown(&mut self, plugged: &Plugged, listed: Option<&Listed>, host: &HostUse<'_>) {
+    /// Adds a device that sysfs shows.
+    fn add_plugged(&mut self, plugged: &Plugged, listed: Option<&Listed>, host: &HostUse<'_>) {
         let usb = plugged.seen.usb;
         let strings = self.missing_names(plugged, listed);
         if !plugged.has_serial && listed.is_some_and(Listed::has_serial) {
@@ -171,8 +171,8 @@ impl Merge {
         });
     }
 
-    /// Asks the device itself for names that sysfs lacks, but never one that a guest or another
-    /// program uses.
+    /// Requests names that sysfs lacks from the device itself, unless a guest or another program
+    /// uses it.
     fn missing_names(&mut self, plugged: &Plugged, listed: Option<&Listed>) -> Strings {
         let Some(listed) = listed.filter(|_| !plugged.is_bound_to(CLAIMED)) else {
             return Strings::default();
@@ -194,24 +194,26 @@ impl Merge {
         })
     }
 
-    /// A device that libusb lists; passed over where sysfs shows it too.
-    fn not_shown(&mut self, listed: &Listed, sysfs: &Scan) {
+    /// Adds a device that libusb lists, unless sysfs shows it too.
+    fn add_listed(&mut self, listed: &Listed, sysfs: &Scan) {
         let address = listed.address();
         if address.is_some_and(|address| sysfs.by_address(address).is_some()) {
             return;
         }
-        let who = listed.describe();
+        let name = listed.describe();
         let Some(port) = listed.port() else {
-            return self.problems.push(about_all(format!("libusb lists {who} at no port")));
+            return self.problems.push(about_all(format!("libusb lists {name} without a port")));
         };
         if sysfs.unreadable.contains(&port) {
-            return; // a problem already
+            return; // There is a problem for this port already.
         }
         let Some(address) = address else {
-            return self
-                .problem(&port, &format!("libusb lists {who}: numbers that USB does not allow"));
+            return self.problem(
+                &port,
+                &format!("libusb lists {name}, but USB does not allow its numbers"),
+            );
         };
-        self.problem(&port, &format!("libusb lists {who}, but sysfs does not show it"));
+        self.problem(&port, &format!("libusb lists {name}, but sysfs does not show it"));
         self.libusb_alone(listed, port, address);
     }
 
@@ -265,12 +267,12 @@ mod tests {
     fn without_libusb(simulated: &str) -> Snapshot {
         let root = tempfile::tempdir().unwrap();
         Simulated::parse(simulated).unwrap().write_sysfs(root.path()).unwrap();
-        let look = Look { sysfs: scan(root.path()), listed: Err(rusb::Error::Other) };
-        look.judge(&HostUse::new(root.path(), root.path()))
+        let view = View { sysfs: scan(root.path()), listed: Err(rusb::Error::Other) };
+        view.merge(&HostUse::new(root.path(), root.path()))
     }
 
     #[test]
-    fn libusb_may_fail_only_where_there_is_nothing() {
+    fn libusb_may_fail_only_if_there_are_no_devices() {
         assert_eq!(without_libusb(""), Snapshot::default());
         let snapshot = without_libusb(KEY);
         assert!(snapshot.failed() && snapshot.is_unsure(&"7-7".parse().unwrap()));
@@ -282,7 +284,7 @@ mod tests {
         assert_eq!(
             snapshot.devices[0].key.to_string(),
             "0529:0001 at port 1-1, serial A",
-            "sysfs tells it all the same"
+            "sysfs shows the device nevertheless"
         );
         assert!(without_libusb(&format!("{KEY}unreadable = true")).failed());
     }
@@ -297,7 +299,7 @@ mod tests {
         let mut seen = without_libusb(&file).devices;
         assert!(
             seen.iter_mut().all(|device| device.generation.take().is_some()),
-            "folders have inodes"
+            "directories have inodes"
         );
         assert_eq!(seen, simulated.devices);
     }

@@ -8,7 +8,7 @@ use std::time::Duration;
 use rusb::{Context, DeviceDescriptor};
 use virt_usb_model::{BusAddress, Class, PortPath, Speed, UsbId, clean_text};
 
-/// How long a device may take to answer with one string. Most need under 1 ms.
+/// Timeout for one string descriptor. Most devices need less than 1 ms.
 const STRING_TIMEOUT: Duration = Duration::from_millis(200);
 
 /// One device in libusb's list.
@@ -17,7 +17,7 @@ pub(super) struct Listed {
     descriptor: DeviceDescriptor,
 }
 
-/// The devices without the root hubs, and what went wrong with single ones.
+/// Reads the descriptors of all devices except root hubs. Also returns the problems.
 pub(super) fn describe(devices: Vec<rusb::Device<Context>>) -> (Vec<Listed>, Vec<String>) {
     let mut listed = Vec::new();
     let mut wrong = Vec::new();
@@ -37,7 +37,7 @@ pub(super) fn describe(devices: Vec<rusb::Device<Context>>) -> (Vec<Listed>, Vec
 }
 
 impl Listed {
-    /// A root hub sits at no port.
+    /// Whether this is a root hub, which has no port.
     fn is_root_hub(&self) -> bool {
         self.class() == Class::HUB && self.ports().is_empty()
     }
@@ -46,7 +46,7 @@ impl Listed {
         self.device.port_numbers().unwrap_or_default()
     }
 
-    /// `bus 1 device 5`, and vendor:product.
+    /// Describes the device, as in `0529:0001 (bus 1 device 5)`.
     pub(super) fn describe(&self) -> String {
         format!(
             "{} (bus {} device {})",
@@ -60,13 +60,13 @@ impl Listed {
         UsbId::new(self.descriptor.vendor_id(), self.descriptor.product_id())
     }
 
-    /// `None` where the numbers are none that USB allows.
+    /// Address of the device. `None` if USB does not allow the numbers.
     pub(super) fn address(&self) -> Option<BusAddress> {
         BusAddress::new(self.device.bus_number(), self.device.address())
     }
 
-    /// The ports that libusb knows. It leaves out hubs that it does not list: sysfs, where it has
-    /// the device, is right.
+    /// Port path of the device in libusb's view, which leaves out hubs that libusb does not list.
+    /// If sysfs shows the device, its port path takes precedence.
     pub(super) fn port(&self) -> Option<PortPath> {
         PortPath::new(self.device.bus_number(), &self.ports())
     }
@@ -75,7 +75,7 @@ impl Listed {
         Class::new(self.descriptor.class_code())
     }
 
-    /// Of the active configuration, or of the first where none is active.
+    /// Classes of the interfaces of the active configuration, or of the first if none is active.
     pub(super) fn interfaces(&self) -> rusb::Result<Vec<Class>> {
         let active = self.device.active_config_descriptor();
         let config = active.or_else(|_| self.device.config_descriptor(0))?;
@@ -111,9 +111,9 @@ impl Listed {
         }
     }
 
-    /// Opens the device and asks it for strings that it [has](Self::has); asks for nothing when
-    /// there are none. Stops at the first that fails: a device that does not answer would cost the
-    /// timeout each time.
+    /// Opens the device and requests the wanted strings that it [has](Self::has). Does not open the
+    /// device if there are none. Stops at the first failure, because a device that does not respond
+    /// would cost the timeout each time.
     pub(super) fn strings(&self, wanted: Wanted) -> Strings {
         let mut strings = Strings::default();
         let wanted = self.has(wanted);

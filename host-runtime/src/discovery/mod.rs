@@ -34,19 +34,19 @@ pub use simulated::{SimError, Simulated};
 pub(crate) use sysfs::{CLAIMED, host_driver};
 use ties::{GuestUses, Ties};
 
-/// Where devices are found.
+/// A source of devices.
 pub trait UsbSource {
-    /// Looks once, now. What could not be read is in the snapshot's problems; a look never fails
-    /// otherwise.
+    /// Scans the devices once. A scan never fails; what cannot be read is a problem of the
+    /// snapshot.
     fn snapshot(&self) -> Snapshot;
 }
 
 /// Result of one scan.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Snapshot {
-    /// The devices that can be offered or not, by port path.
+    /// The devices except hubs, sorted by port path.
     pub devices: Vec<Device>,
-    /// The external hubs, by port path: never offered. Root hubs are no devices, have no port path
+    /// The external hubs, sorted by port path. Hubs are never offered. Root hubs have no port path,
     /// and are left out.
     pub hubs: Vec<Device>,
     /// Problems of the scan. Unreadable is not absent.
@@ -66,20 +66,20 @@ impl Snapshot {
         SeenKeys { keys: self.devices.iter().map(|device| &device.key), aliases }
     }
 
-    /// Whether the scan as a whole failed: then nothing that it lacks may be taken for absent.
+    /// Whether the scan as a whole failed. A missing device then does not count as absent.
     pub fn failed(&self) -> bool {
         self.problems.iter().any(|problem| problem.place.is_empty())
     }
 
-    /// Whether there is a problem about this port or about the whole scan: then a device that is
-    /// not listed at the port may still be there.
+    /// Whether there is a problem about this port or the whole scan. A device that is missing at
+    /// the port may then still be plugged in.
     pub fn is_unsure(&self, port: &PortPath) -> bool {
         let port = port.to_string();
         self.problems.iter().any(|problem| problem.place.is_empty() || problem.place == port)
     }
 
-    /// Sorts what was found, tells hubs from devices, and finds the serials that do not identify.
-    /// `found` holds each serial that there is as [`Serial::Unique`].
+    /// Sorts the devices, separates hubs, and marks duplicate serials. All serials in `found` are
+    /// [`Serial::Unique`].
     fn new(mut found: Vec<Device>, mut problems: Vec<Problem>) -> Self {
         found.sort_by(|a, b| a.key.port.cmp(&b.key.port));
         problems.sort_by(|a, b| (&a.place, &a.what).cmp(&(&b.place, &b.what)));
@@ -105,12 +105,12 @@ fn mark_duplicates(found: &mut [Device]) {
     }
 }
 
-/// A problem about `port`.
+/// Creates a problem about `port`.
 fn about(port: &PortPath, what: impl Into<String>) -> Problem {
     Problem { place: port.to_string(), what: what.into() }
 }
 
-/// A problem about the whole scan.
+/// Creates a problem about the whole scan.
 fn about_all(what: impl Into<String>) -> Problem {
     Problem { place: String::new(), what: what.into() }
 }

@@ -1,14 +1,15 @@
-//! Names for devices that bring none: <http://www.linux-usb.org/usb-ids.html>, compiled in.
+//! Names for devices without string descriptors, from <http://www.linux-usb.org/usb-ids.html>,
+//! compiled in.
 
 use usb_ids::FromId;
 use virt_usb_model::{UsbId, clean_text};
 
-/// The vendor's name in usb.ids.
+/// Name of the vendor in usb.ids.
 pub(super) fn vendor(usb: UsbId) -> Option<String> {
     usb_ids::Vendor::from_id(usb.vendor.get()).and_then(|vendor| clean_text(vendor.name()))
 }
 
-/// The product's name in usb.ids.
+/// Name of the product in usb.ids.
 pub(super) fn product(usb: UsbId) -> Option<String> {
     usb_ids::Device::from_vid_pid(usb.vendor.get(), usb.product.get())
         .and_then(|device| clean_text(device.name()))

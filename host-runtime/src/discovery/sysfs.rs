@@ -1,9 +1,9 @@
 //! The plugged-in devices, as the kernel shows them in sysfs.
 //!
-//! Every device has a folder `bus/usb/devices/<port>` (`Documentation/ABI/stable/sysfs-bus-usb`);
-//! the folders of its interfaces, `<port>:<configuration>.<number>`, lie in it. Who a device is, is
-//! read through the hook's own [`virt_usb_config::sysfs::at_port`], so that what is recorded here is
-//! what the hook verifies later.
+//! Every device has a directory `bus/usb/devices/<port>`
+//! (`Documentation/ABI/stable/sysfs-bus-usb`), with the directories of its interfaces,
+//! `<port>:<configuration>.<number>`. The identity of a device is read with
+//! [`virt_usb_config::sysfs::at_port`], which the hook uses to verify it later.
 
 use std::fs;
 use std::io::{self, Read as _};
@@ -16,13 +16,13 @@ use virt_usb_model::{BusAddress, Class, Descriptors, DevicePath, PortPath, Speed
 
 use super::{about, about_all};
 
-/// The drivers of a whole device that mean nothing: every configured device has it.
+/// The generic driver that every configured device has.
 const GENERIC_DRIVER: &str = "usb";
 
-/// The folder in which a simulated tree keeps its controllers.
+/// Directory of the controllers in a simulated tree.
 pub(super) const CONTROLLERS: &str = ".controllers";
 
-/// The driver of interfaces that a program, QEMU for one, has claimed.
+/// Driver of interfaces that a program, such as QEMU, has claimed.
 pub(crate) const CLAIMED: &str = "usbfs";
 
 /// USB devices in sysfs.
@@ -34,33 +34,33 @@ pub(super) struct Scan {
     pub(super) problems: Vec<Problem>,
 }
 
-/// One device's folder.
+/// A plugged-in device in sysfs.
 #[derive(Debug)]
 pub(super) struct Plugged {
     pub(super) port: PortPath,
     pub(super) path: Option<DevicePath>,
     pub(super) dir: PathBuf,
     pub(super) seen: Seen,
-    /// Whether there is a `serial` at all: blank is not the same as not readable.
+    /// Whether there is an attribute `serial`, which may be blank.
     pub(super) has_serial: bool,
     pub(super) class: Option<Class>,
     pub(super) speed: Option<Speed>,
     pub(super) manufacturer: Option<String>,
     pub(super) product: Option<String>,
     pub(super) interfaces: Vec<Interface>,
-    /// The driver of the device as a whole, where it is not the generic one (`usbip-host`).
+    /// Driver of the device as a whole, if it is not the generic one (`usbip-host`).
     pub(super) driver: Option<String>,
-    /// Whether all of the interfaces could be read.
+    /// Whether all interfaces could be read.
     pub(super) whole: bool,
     pub(super) descriptors: Option<Descriptors>,
-    /// The folder's inode: the kernel makes a new one each time that the device comes.
+    /// Inode of the directory, which is new each time that the device is plugged in.
     pub(super) generation: Option<i64>,
 }
 
-/// One interface's folder.
+/// An interface of a device in sysfs.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Interface {
-    /// Class, subclass, protocol.
+    /// Codes of class, subclass and protocol.
     pub(super) class: [u8; 3],
     pub(super) driver: Option<String>,
 }
@@ -76,7 +76,7 @@ impl Scan {
 }
 
 impl Plugged {
-    /// The bound drivers, ascending, each once, joined by commas.
+    /// Names of the bound drivers, sorted, without duplicates, joined by commas.
     pub(super) fn drivers(&self) -> Option<String> {
         let mut drivers: Vec<&str> = self
             .interfaces
@@ -94,7 +94,7 @@ impl Plugged {
     }
 }
 
-/// The driver of the host, other than usbfs, that one of the device's interfaces has now.
+/// Returns a driver of the device's interfaces other than usbfs, if there is one now.
 pub(crate) fn host_driver(sysfs_root: &Path, port: &PortPath) -> Option<String> {
     let (dir, prefix) = (device_dir(sysfs_root, port), format!("{port}:"));
     let entries = fs::read_dir(&dir).ok()?.flatten();
@@ -106,8 +106,8 @@ pub(crate) fn host_driver(sysfs_root: &Path, port: &PortPath) -> Option<String> 
     names.find(|name| name != CLAIMED)
 }
 
-/// Reads all device folders. A machine without USB has none, and no `bus/usb` either; a machine
-/// without sysfs is a problem of the whole scan.
+/// Reads the directories of all devices. A machine without USB has no `bus/usb`. A machine without
+/// sysfs is a problem of the whole scan.
 pub(super) fn scan(sysfs_root: &Path) -> Scan {
     let mut scan = Scan::default();
     let folder = sysfs_root.join("bus/usb/devices");
@@ -133,8 +133,7 @@ pub(super) fn scan(sysfs_root: &Path) -> Scan {
 }
 
 impl Scan {
-    /// One name under `bus/usb/devices`: interfaces (`1-1:1.0`) and root hubs (`usb1`) are no
-    /// devices.
+    /// Reads an entry of `bus/usb/devices`. Skips interfaces (`1-1:1.0`) and root hubs (`usb1`).
     fn take(&mut self, sysfs_root: &Path, name: &str) {
         if name.contains(':') || is_root_hub(name) || name == CONTROLLERS {
             return;
@@ -143,7 +142,7 @@ impl Scan {
             Ok(port) => self.take_port(sysfs_root, port),
             Err(_) => self.problems.push(Problem {
                 place: name.to_owned(),
-                what: "is among the USB devices in sysfs, but its name is no port path".into(),
+                what: "is among the USB devices in sysfs, but its name is not a port path".into(),
             }),
         }
     }
@@ -154,7 +153,7 @@ impl Scan {
             Ok(Some(seen)) => seen,
             Ok(None) if is_gone(&dir) => return,
             Ok(None) => {
-                return self.lost(port, "sysfs does not tell its vendor, product and address");
+                return self.lost(port, "sysfs does not show its vendor, product and address");
             }
             Err(e) => return self.lost(port, &e.to_string()),
         };
@@ -239,17 +238,18 @@ impl Scan {
         Some(Interface { class, driver: self.driver(port, dir) })
     }
 
-    /// A class, subclass or protocol code.
+    /// Reads a class, subclass or protocol code.
     fn code(&mut self, port: &PortPath, dir: &Path, name: &str) -> Option<u8> {
         let text = self.note(port, attribute(dir, name))?;
         let code = u8::from_str_radix(text.trim(), 16).ok();
         if code.is_none() {
-            self.problems.push(about(port, format!("{} holds {text:?}", dir.join(name).display())));
+            let file = dir.join(name);
+            self.problems.push(about(port, format!("{} contains {text:?}", file.display())));
         }
         code
     }
 
-    /// The name that the folder's `driver` link ends in.
+    /// Reads the name of the driver from the link `driver`.
     fn driver(&mut self, port: &PortPath, dir: &Path) -> Option<String> {
         let link = dir.join("driver");
         match fs::read_link(&link) {
@@ -284,7 +284,7 @@ fn is_gone(dir: &Path) -> bool {
     fs::read_dir(dir).is_err_and(|e| e.kind() == io::ErrorKind::NotFound)
 }
 
-/// All that the device has sent of itself. What cannot be read is not compared with anything.
+/// Reads the device's descriptors. `None` if they cannot be read; they are then not compared.
 fn descriptors(dir: &Path) -> Option<Descriptors> {
     let mut bytes = Vec::new();
     let file = fs::File::open(dir.join("descriptors")).ok()?;
@@ -298,7 +298,7 @@ mod tests {
 
     use super::*;
 
-    /// A sysfs whose device folders hold `path = text`.
+    /// Creates a sysfs with these files below `bus/usb/devices`.
     fn sysfs(files: &[(&str, &str)]) -> tempfile::TempDir {
         let root = tempfile::tempdir().unwrap();
         for (path, text) in files {
@@ -322,7 +322,7 @@ mod tests {
     }
 
     #[test]
-    fn no_usb_is_nothing_and_no_sysfs_is_a_problem() {
+    fn a_machine_without_usb_is_empty_and_without_sysfs_a_problem() {
         let root = tempfile::tempdir().unwrap();
         let none = scan(root.path());
         assert!(none.is_empty() && none.problems.is_empty());
@@ -338,7 +338,7 @@ mod tests {
     }
 
     #[test]
-    fn a_driver_of_the_host_is_told_from_usbfs() {
+    fn a_driver_of_the_host_differs_from_usbfs() {
         let root = tempfile::tempdir().unwrap();
         let port: PortPath = "1-1.4".parse().unwrap();
         let dir = device_dir(root.path(), &port);
@@ -390,7 +390,7 @@ mod tests {
     }
 
     #[test]
-    fn half_a_device_is_a_problem_at_its_port() {
+    fn an_incomplete_device_is_a_problem_at_its_port() {
         let base = key("1-1");
         let root = sysfs(&with(
             &base,
@@ -404,6 +404,6 @@ mod tests {
             assert!(places.contains(&place), "{place} in {places:?}");
         }
         assert_eq!(found.unreadable.len(), 2);
-        assert_eq!(found.plugged.len(), 1, "an odd class alone takes no device away");
+        assert_eq!(found.plugged.len(), 1, "an invalid class does not hide the device");
     }
 }

@@ -1,5 +1,5 @@
 //! Ties of a device to its host beyond [`Device::host_use`](virt_usb_model::Device::host_use): uses
-//! that count only in view of the inventory or of the guests.
+//! whose meaning depends on the inventory or the guests.
 //!
 //! ```text
 //!   sysfs, udev's database ─► nodes: /dev/sdb, enx0, host6 ──┐
@@ -17,10 +17,10 @@ use virt_usb_model::{Device, InstanceId, PortPath, clean_text};
 pub struct Ties {
     /// The device's nodes on the host, which a guest's XML may name.
     pub nodes: Nodes,
-    /// Processes that have the device open, in words (`open in picocom (812)`). They count unless a
-    /// claim of ours holds the device: then the process is the guest's QEMU.
+    /// Processes that have the device open, in words (`open in picocom (812)`). Ignored while a
+    /// claim holds the device, because the process is then the guest's QEMU.
     pub open: Vec<String>,
-    /// Whether the kernel may not use the device (`authorized`,
+    /// Whether the kernel must not use the device (`authorized`,
     /// Documentation/ABI/testing/sysfs-bus-usb). QEMU cannot use it either.
     pub unauthorized: bool,
 }
@@ -36,16 +36,16 @@ pub struct Nodes {
     pub scsi_hosts: BTreeSet<String>,
 }
 
-/// The words for a device that is not authorized.
+/// Description of a device that is not authorized.
 pub(crate) const UNAUTHORIZED: &str = "not authorized (authorized = 0)";
 
-/// Uses of the host's devices by guests, without claims of ours.
+/// Uses of the host's devices by guests without a claim.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub enum GuestUses {
-    /// libvirt was not asked: what is recorded stays.
+    /// libvirt was not queried. The recorded uses stay.
     #[default]
     Unknown,
-    /// All of them, by port.
+    /// All uses, by port.
     Known(BTreeMap<PortPath, Vec<GuestUse>>),
 }
 
@@ -55,22 +55,22 @@ pub struct GuestUse {
     /// Instance of the guest; `None` if the use was read from the inventory, which has only the
     /// text.
     pub instance: Option<InstanceId>,
-    /// Whether the guest runs: then no rule of the whitelist gives the device away.
+    /// Whether the guest is running. If so, no whitelist rule makes the device available.
     pub running: bool,
-    /// In words: `used by guest g as disk vda`.
+    /// Description of the use: `used by guest g as disk vda`.
     pub what: String,
 }
 
-/// How the words of a guest's use begin, by which they are found among the others in
+/// Prefix of the description of a guest's use, which distinguishes it from other uses in
 /// [`Device::host_use`].
 const USED_BY: &str = "used by guest ";
 /// Text that marks a use by a defined guest that is not running.
 const DOES_NOT_RUN: &str = ", which does not run, as ";
 
 impl GuestUse {
-    /// The guest `domain` uses it as `what` (`disk vda`).
+    /// Creates a use of a device by the guest `domain` as `what` (`disk vda`).
     pub fn new(instance: InstanceId, domain: &str, running: bool, what: &str) -> Self {
-        // The words of several uses are joined by semicolons.
+        // Semicolons separate the descriptions of several uses.
         let domain = clean_text(domain).unwrap_or_default().replace(';', ",");
         let what = clean_text(what).unwrap_or_default().replace(';', ",");
         let how = if running { " as " } else { DOES_NOT_RUN };
@@ -94,20 +94,20 @@ impl GuestUse {
 pub(crate) struct Recorded<'a> {
     /// Instance that holds the device.
     pub(crate) holder: Option<InstanceId>,
-    /// The words of its uses.
+    /// Descriptions of the recorded uses.
     pub(crate) host_use: Option<&'a str>,
 }
 
 /// All uses of a device.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Uses {
-    /// In words, joined by semicolons.
+    /// Descriptions of the uses, joined by semicolons.
     pub(crate) words: Option<String>,
-    /// The one that no rule lifts.
+    /// Description of a use that no whitelist rule overrides.
     pub(crate) fixed: Option<String>,
 }
 
-/// Puts together what the host and its guests use a device for.
+/// Combines the uses of a device by the host and its guests.
 pub(crate) fn uses(
     device: &Device,
     ties: &Ties,
@@ -118,7 +118,7 @@ pub(crate) fn uses(
         GuestUses::Unknown => GuestUse::recorded(recorded.host_use.unwrap_or_default()),
         GuestUses::Known(all) => all.get(&device.key.port).cloned().unwrap_or_default(),
     };
-    // The holder has it by its claim.
+    // The use by the holder is explained by its claim.
     let others: Vec<&GuestUse> = guests
         .iter()
         .filter(|one| recorded.holder.is_none() || one.instance != recorded.holder)
@@ -151,44 +151,44 @@ mod tests {
         format!("0000000{n}-2222-4333-8444-555555555555").parse().unwrap()
     }
 
-    fn told(ties: &Ties, guests: &[GuestUse], recorded: Recorded<'_>) -> (String, String) {
+    fn described(ties: &Ties, guests: &[GuestUse], recorded: Recorded<'_>) -> (String, String) {
         let known = GuestUses::Known(BTreeMap::from([("1-1".parse().unwrap(), guests.to_vec())]));
         let uses = uses(&device("host_use = 'swap'"), ties, &known, recorded);
         (uses.words.unwrap_or_default(), uses.fixed.unwrap_or_default())
     }
 
     #[test]
-    fn what_is_open_counts_unless_a_claim_explains_it() {
+    fn an_open_device_is_in_use_unless_a_claim_holds_it() {
         let ties = Ties { open: vec!["open in upsd (812)".into()], ..Ties::default() };
         let free = Recorded::default();
-        assert_eq!(told(&ties, &[], free), ("swap; open in upsd (812)".into(), String::new()));
+        assert_eq!(described(&ties, &[], free), ("swap; open in upsd (812)".into(), String::new()));
         let held = Recorded { holder: Some(instance(1)), ..free };
-        assert_eq!(told(&ties, &[], held).0, "swap");
+        assert_eq!(described(&ties, &[], held).0, "swap");
     }
 
     #[test]
-    fn a_running_guest_is_not_robbed_and_a_defined_one_may_be() {
+    fn only_a_running_guests_use_is_fixed() {
         let runs = GuestUse::new(instance(1), "erp", true, "disk vda");
         let off = GuestUse::new(instance(2), "old; one", false, "serial 0");
         let (words, fixed) =
-            told(&Ties::default(), &[off.clone(), runs.clone()], Recorded::default());
+            described(&Ties::default(), &[off.clone(), runs.clone()], Recorded::default());
         assert_eq!(
             words,
             "swap; used by guest old, one, which does not run, as serial 0; used by guest erp as \
                 disk vda"
         );
         assert_eq!(fixed, "used by guest erp as disk vda");
-        assert_eq!(told(&Ties::default(), &[off], Recorded::default()).1, "");
+        assert_eq!(described(&Ties::default(), &[off], Recorded::default()).1, "");
         let held = Recorded { holder: Some(instance(1)), ..Recorded::default() };
         assert_eq!(
-            told(&Ties::default(), &[runs], held),
+            described(&Ties::default(), &[runs], held),
             ("swap".into(), String::new()),
             "its own"
         );
     }
 
     #[test]
-    fn while_libvirt_is_not_asked_the_record_stays() {
+    fn without_libvirt_the_recorded_uses_stay() {
         let record = "mounted on /; used by guest erp as disk vda; used by guest b, which does not \
             run, as serial 0; open in a (1)";
         let recorded = Recorded { holder: None, host_use: Some(record) };
@@ -204,9 +204,9 @@ mod tests {
     }
 
     #[test]
-    fn an_unauthorized_device_is_fixed_whatever_else_is_said() {
+    fn no_rule_overrides_a_missing_authorization() {
         let ties = Ties { unauthorized: true, ..Ties::default() };
-        let (words, fixed) = told(&ties, &[], Recorded::default());
+        let (words, fixed) = described(&ties, &[], Recorded::default());
         assert_eq!(
             (words.as_str(), fixed.as_str()),
             ("swap; not authorized (authorized = 0)", UNAUTHORIZED)

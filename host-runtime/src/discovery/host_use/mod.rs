@@ -1,18 +1,21 @@
-//! Whether the host itself uses a device, in words.
+//! Detects whether the host itself uses a device, and describes the use.
 //!
-//! | use | how it is seen |
+//! | use | source |
 //! |---|---|
-//! | storage that is mounted, swapped to, behind a loop device, or held by another block device (LVM, dm-crypt, md) | mountinfo, swaps, `holders`, `loop/backing_file` |
+//! | mounted storage, swap | mountinfo, swaps |
+//! | storage behind a loop device | `loop/backing_file` |
+//! | storage of another block device (LVM, dm-crypt, md) | `holders` |
 //! | a member of a ZFS pool, a volume group or a RAID, active or not | udev's database |
 //! | a network interface that is up | its flags |
 //! | a keyboard that the kernel's driver listens to | its driver |
 //! | a device that is exported to another machine | its driver |
-//! | a device node that a program has open, or an interface that one has claimed | `/proc/*/fd`, the driver `usbfs` |
+//! | a device node that a program has open | `/proc/*/fd` |
+//! | an interface that a program has claimed | the driver `usbfs` |
 //!
-//! The last use counts only while no claim of ours holds the device ([`Ties::open`]). A device
-//! whose use cannot be determined counts as in use: to take a disk from under a mounted file system
-//! costs more than a device that an administrator has to name in the whitelist. SECURITY.md lists
-//! the uses that cannot be seen.
+//! The last two are ignored while a claim holds the device ([`Ties::open`]). A device whose use
+//! cannot be determined counts as in use: a disk that is taken from under a mounted file system is
+//! worse than a device that an administrator has to name in the whitelist. SECURITY.md lists the
+//! uses that cannot be detected.
 
 mod mounts;
 mod openers;
@@ -113,7 +116,7 @@ impl<'a> HostUse<'a> {
         let claimed = plugged.is_bound_to(CLAIMED);
         let unknown = || claimed.then(|| "claimed by a program (usbfs)".to_owned());
         let open = openers.of(&numbers, &names).or_else(unknown).into_iter().collect();
-        // QEMU claims every interface: one that it may not have keeps the device from the guest.
+        // QEMU claims every interface. An unauthorized one makes the device unusable for a guest.
         let interfaces = subtree::folders(&plugged.dir).unwrap_or_default();
         let prefix = format!("{}:", plugged.port);
         let own =
@@ -131,19 +134,19 @@ impl<'a> HostUse<'a> {
             return Vec::new();
         }
         let mounts = self.mounts.get_or_init(|| Mounts::read(self.procfs_root));
-        let told = match mounts {
+        let uses = match mounts {
             Ok(mounts) => Storage::new(self.sysfs_root, mounts).uses(blocks),
             Err(e) => Err(e.clone()),
         };
-        told.unwrap_or_else(|e| {
+        uses.unwrap_or_else(|e| {
             wrong.push(e);
             vec!["storage, cannot tell whether it is mounted".to_owned()]
         })
     }
 }
 
-/// The name of a device's node below `/dev`: the kernel's, where it says one (`input/event5`), or
-/// else its folder's.
+/// Name of a device's node below `/dev`: the kernel's (`input/event5`), or, if there is none, the
+/// name of its directory.
 fn node_name(dir: &Path) -> Option<String> {
     let uevent = attribute(dir, "uevent").ok().flatten().unwrap_or_default();
     let named = uevent.lines().find_map(|line| line.strip_prefix("DEVNAME=").map(str::to_owned));
@@ -159,9 +162,8 @@ fn network(net: &Path, wrong: &mut Vec<String>) -> Option<String> {
         net.file_name().and_then(|name| clean_text(&name.to_string_lossy())).unwrap_or_default();
     let flags = match attribute(net, "flags") {
         Ok(None) => return None,
-        Ok(Some(text)) => {
-            number(&text).ok_or_else(|| format!("{} holds {text:?}", net.join("flags").display()))
-        }
+        Ok(Some(text)) => number(&text)
+            .ok_or_else(|| format!("{} contains {text:?}", net.join("flags").display())),
         Err(e) => Err(e.to_string()),
     };
     match flags {
@@ -192,7 +194,7 @@ mod tests {
 
     const BLOCK: &str = "1-1:1.0/host6/target6:0:0/6:0:0:0/block";
 
-    /// A machine with one USB device at 1-1, in a folder.
+    /// A machine with one USB device at port 1-1, in a temporary directory.
     struct Machine(tempfile::TempDir);
 
     impl Machine {
@@ -214,7 +216,7 @@ mod tests {
         fn device(&self, path: &str, text: &str) {
             self.file(&format!("sys/bus/usb/devices/1-1/{path}"), text);
         }
-        /// A disk with one partition: sdb and sdb1, 8:16 and 8:17.
+        /// Adds a disk with one partition: sdb and sdb1, 8:16 and 8:17.
         fn disk(&self) {
             self.device(&format!("{BLOCK}/sdb/dev"), "8:16");
             self.device(&format!("{BLOCK}/sdb/sdb1/dev"), "8:17");
@@ -280,7 +282,8 @@ mod tests {
         machine.file("sys/class/block/dm-1/dm/name", "vg-root");
         machine.mount("22 1 0:30 / / rw - btrfs /dev/mapper/vg-root rw");
         assert_eq!(machine.told(), "held by dm-0 held by dm-1 mounted on /");
-        machine.file("sys/class/block/dm-1/holders/dm-0", ""); // no kernel does this; a loop must end all the same
+        // No kernel creates such a loop, but it must not be followed forever.
+        machine.file("sys/class/block/dm-1/holders/dm-0", "");
         assert_eq!(machine.told(), "held by dm-0 held by dm-1 mounted on /");
     }
 
@@ -294,10 +297,10 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_told_is_in_use() {
+    fn an_unknown_use_counts_as_in_use() {
         let machine = Machine::new();
         fs::remove_dir_all(machine.0.path().join("proc")).unwrap();
-        assert_eq!(machine.told(), "", "no storage: nothing to tell");
+        assert_eq!(machine.told(), "", "a device without storage");
         machine.disk();
         let (told, problems) = machine.look();
         assert_eq!(told.unwrap(), "storage, cannot tell whether it is mounted");
@@ -313,7 +316,7 @@ mod tests {
     }
 
     #[test]
-    fn a_network_interface_counts_while_it_is_up() {
+    fn a_network_interface_is_in_use_while_it_is_up() {
         let machine = Machine::new();
         machine.device("1-1:1.0/net/enx0/flags", "0x1002");
         assert_eq!(machine.told(), "");
@@ -325,7 +328,7 @@ mod tests {
     }
 
     #[test]
-    fn a_keyboard_counts_while_the_kernel_listens() {
+    fn a_keyboard_is_in_use_while_the_kernel_listens() {
         let machine = Machine::new();
         for (name, value) in [("Class", "03"), ("SubClass", "01"), ("Protocol", "01")] {
             machine.device(&format!("1-1:1.0/bInterface{name}"), value);
@@ -366,7 +369,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_guest_may_name_is_collected() {
+    fn nodes_that_a_guest_may_name_are_collected() {
         let machine = Machine::new();
         machine.disk();
         machine.device("dev", "189:1");
@@ -395,7 +398,7 @@ mod tests {
     }
 
     #[test]
-    fn programs_that_have_it_open_are_named_where_they_can_be_seen() {
+    fn programs_that_have_a_node_open_are_named() {
         let machine = Machine::new();
         // Device number of /dev/zero, which every user may open.
         machine.device("1-1:1.0/ttyUSB0/tty/ttyUSB0/dev", "1:5");
@@ -413,7 +416,7 @@ mod tests {
         assert_eq!(machine.ties().open, ["open in picocom (812)"]);
         fs::remove_dir_all(machine.0.path().join("proc/812")).unwrap();
         assert_eq!(machine.ties().open, ["claimed by a program (usbfs)"]);
-        assert_eq!(machine.told(), "", "that depends on who holds it");
+        assert_eq!(machine.told(), "", "an open node is a tie, not a use");
     }
 
     #[test]
@@ -437,7 +440,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_plugged_in_behind_is_not_ours_and_links_are_not_followed() {
+    fn devices_behind_a_hub_and_links_are_not_followed() {
         let machine = Machine::new();
         machine.mount("22 1 8:17 / /boot rw - ext4 /dev/sdb1 rw");
         machine.device("1-1.2/1-1.2:1.0/host6/block/sdb/dev", "8:17");

@@ -5,7 +5,7 @@ use std::fs;
 use std::io;
 use std::path::Path;
 
-/// Mounts and swap areas, as the kernel wrote them.
+/// Mounts and swap areas of the kernel.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Mounts {
     mounts: Vec<Mount>,
@@ -14,19 +14,20 @@ pub(super) struct Mounts {
 
 #[derive(Debug, PartialEq, Eq)]
 struct Mount {
-    /// `8:1`. File systems over several devices (btrfs) have a number of their own here, such as
-    /// `0:41`.
+    /// Device number, such as `8:1`. File systems on several devices (btrfs) have a number of their
+    /// own, such as `0:41`.
     number: String,
-    /// `/dev/sda1`, for file systems that have a device.
+    /// Device node of the file system, such as `/dev/sda1`, if it has one.
     source: String,
     point: String,
 }
 
 impl Mounts {
-    /// The first process's view where it may be read, else our own, which a sandbox can narrow.
+    /// Reads the mounts of the first process, or, if they are not readable, those of this process,
+    /// which a sandbox may limit.
     ///
     /// # Errors
-    /// When neither can be read, or the swap areas cannot.
+    /// If neither can be read, or the swap areas cannot be read.
     pub(super) fn read(procfs_root: &Path) -> Result<Self, String> {
         let own = procfs_root.join("self/mountinfo");
         let mountinfo = fs::read(procfs_root.join("1/mountinfo"))
@@ -53,8 +54,7 @@ impl Mounts {
         })
     }
 
-    /// Where the block device is mounted, known by its number (`8:1`) or by one of its names
-    /// (`/dev/sda1`).
+    /// Mount points of a block device, by its number (`8:1`) or one of its names (`/dev/sda1`).
     pub(super) fn points<'a>(
         &'a self,
         number: &'a str,
@@ -70,7 +70,7 @@ impl Mounts {
 }
 
 impl Mount {
-    /// `36 35 98:0 /root /point options … - type source options`
+    /// Parses a line such as `36 35 98:0 /root /point options … - type source options`.
     fn parse(line: &str) -> Option<Self> {
         let (head, tail) = line.split_once(" - ")?;
         let mut head = head.split(' ').skip(2);
@@ -81,7 +81,7 @@ impl Mount {
     }
 }
 
-/// White space and backslashes stand as `\` and three octal digits.
+/// Decodes white space and backslashes, which are written as `\` and three octal digits.
 fn unescape(text: &str) -> String {
     let mut out = Vec::with_capacity(text.len());
     let mut rest = text.as_bytes();
@@ -141,7 +141,7 @@ mod tests {
     }
 
     #[test]
-    fn the_first_process_sees_most_and_nothing_is_an_error() {
+    fn the_first_process_takes_precedence() {
         let root = tempfile::tempdir().unwrap();
         assert!(Mounts::read(root.path()).unwrap_err().contains("self/mountinfo"));
         for (who, text) in [("self", "1 0 8:1 / /own rw - ext4 /dev/sda1 rw"), ("1", MOUNTINFO)] {

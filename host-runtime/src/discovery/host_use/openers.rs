@@ -1,13 +1,13 @@
 //! Processes that have device nodes open.
 //!
-//! | source | shown to |
+//! | source | visible to |
 //! |---|---|
 //! | `/proc/*/fd` (proc_pid_fd(5)) | the process's own user, root, `CAP_SYS_PTRACE` |
 //! | the controlling terminal in `/proc/*/stat` (proc_pid_stat(5)): a getty, a login | all users |
 //! | the kernel's consoles, `/proc/consoles` | all users |
 //! | lock files of serial ports, `/run/lock/LCK..ttyUSB0` (FHS 3.0, 5.9) | all users |
 //!
-//! The agent has no privilege; SECURITY.md says what follows from that.
+//! The agent has no privileges. SECURITY.md describes the consequences.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -18,23 +18,23 @@ use virt_usb_model::clean_text;
 
 use super::udev::Number;
 
-/// How many processes are named before they are counted.
-const NAMED: usize = 3;
-/// Descriptors that are looked at in one scan: a busy host has some ten thousand.
+/// Maximum number of processes that a description names. Others are counted.
+const MAX_NAMED: usize = 3;
+/// Maximum number of descriptors that a scan checks. A busy host has some ten thousand.
 const MAX_DESCRIPTORS: usize = 500_000;
-/// Processes of udev that open a new device for a moment.
+/// Processes of udev, which open a new device for a moment.
 const PROBES: [&str; 3] = ["systemd-udevd", "(udev-worker)", "udevd"];
 
-/// Processes, by what they have open.
+/// Processes by the device nodes that they have open.
 #[derive(Debug, Default)]
 pub(super) struct Openers {
     by_number: BTreeMap<Number, Vec<String>>,
-    /// By the name of a node, as lock files have it.
+    /// Process by the name of a node, from lock files.
     by_name: BTreeMap<String, String>,
 }
 
 impl Openers {
-    /// Looks at all processes. Those that may not be looked at, or end meanwhile, are left out.
+    /// Reads all processes. Those that are not accessible, or end in the meantime, are left out.
     pub(super) fn read(procfs_root: &Path, locks: &Path) -> Self {
         let mut openers = Self::default();
         openers.consoles(procfs_root);
@@ -65,7 +65,7 @@ impl Openers {
             let file = lock.file_name().to_string_lossy().into_owned();
             let Some(name) = file.strip_prefix("LCK..") else { continue };
             let pid = fs::read_to_string(lock.path()).unwrap_or_default().trim().to_owned();
-            // A program that was killed leaves its lock behind.
+            // A killed program leaves its lock file.
             if pid.bytes().all(|b| b.is_ascii_digit())
                 && let Some(label) = named(&procfs_root.join(&pid), &pid)
             {
@@ -95,22 +95,22 @@ impl Openers {
         }
     }
 
-    /// Processes that have one of these nodes open, in words: `open in picocom (812)`.
+    /// Describes the processes that have one of these nodes open, as in `open in picocom (812)`.
     pub(super) fn of(&self, numbers: &[Number], names: &[String]) -> Option<String> {
         let by_number = numbers.iter().filter_map(|number| self.by_number.get(number)).flatten();
         let by_name = names.iter().filter_map(|name| self.by_name.get(name));
         let mut processes: Vec<&str> = by_number.chain(by_name).map(String::as_str).collect();
         processes.sort_unstable();
         processes.dedup();
-        let named = processes.get(..NAMED.min(processes.len()))?.join(", ");
-        let more = processes.len().saturating_sub(NAMED);
+        let named = processes.get(..MAX_NAMED.min(processes.len()))?.join(", ");
+        let more = processes.len().saturating_sub(MAX_NAMED);
         let others = if more > 0 { format!(" and {more} more") } else { String::new() };
         (!named.is_empty()).then(|| format!("open in {named}{others}"))
     }
 }
 
-/// The controlling terminal of a process. It is the seventh field; the second may hold spaces and
-/// parentheses.
+/// The controlling terminal of a process, which is the seventh field. The second field may contain
+/// spaces and parentheses.
 fn terminal(process: &Path) -> Option<Number> {
     let stat = fs::read(process.join("stat")).ok()?;
     let text = String::from_utf8_lossy(&stat);
@@ -119,12 +119,12 @@ fn terminal(process: &Path) -> Option<Number> {
     Some(Number::of_rdev(device, false))
 }
 
-/// The device that a descriptor is open on. A link's text is worth nothing in another mount
-/// namespace; what it leads to is.
+/// The device that a descriptor refers to. The text of the link is meaningless in another mount
+/// namespace, so the link is followed.
 fn number(descriptor: &Path) -> Option<Number> {
     let link = fs::read_link(descriptor).ok()?;
     let text = link.to_str().unwrap_or("/");
-    // Most are sockets, pipes and terminals: the device is not asked for.
+    // Skip sockets, pipes and terminals, which most descriptors are.
     if !text.starts_with('/') || text == "/dev/null" || text.starts_with("/dev/pts/") {
         return None;
     }
@@ -134,11 +134,11 @@ fn number(descriptor: &Path) -> Option<Number> {
         .then(|| Number::of_rdev(found.rdev(), kind.is_block_device()))
 }
 
-/// `picocom (812)`; `None` for what only probes.
+/// Describes a process, as in `picocom (812)`. `None` for a process of udev.
 fn named(process: &Path, pid: &str) -> Option<String> {
     let comm = fs::read_to_string(process.join("comm")).ok()?;
     let comm = clean_text(&comm).unwrap_or_else(|| "?".into());
-    // The words of several uses are joined by semicolons.
+    // Semicolons separate the descriptions of several uses.
     (!PROBES.contains(&comm.as_str())).then(|| format!("{} ({pid})", comm.replace(';', ",")))
 }
 
@@ -158,7 +158,7 @@ mod tests {
     }
 
     #[test]
-    fn processes_are_named_by_what_they_have_open() {
+    fn processes_are_found_by_their_open_nodes() {
         let root = tempfile::tempdir().unwrap();
         let zero = Number::parse("1:5", false).unwrap();
         for pid in ["10", "11", "12", "13"] {
@@ -185,11 +185,11 @@ mod tests {
     }
 
     #[test]
-    fn what_everybody_may_see_is_enough_for_consoles_gettys_and_locks() {
+    fn consoles_gettys_and_locks_are_found_without_privileges() {
         let root = tempfile::tempdir().unwrap();
         let (proc, locks) = (root.path().join("proc"), root.path().join("lock"));
         process(&proc, "20", "agetty", &[]);
-        // Terminal 188:0, as the kernel writes it.
+        // Terminal 188:0 in the kernel's encoding.
         fs::write(proc.join("20/stat"), "20 (a) b) S 1 20 20 48128 20 4194304").unwrap();
         process(&proc, "21", "cron", &[]);
         fs::write(proc.join("21/stat"), "21 (cron) S 1 21 21 0 -1 4194304").unwrap();

@@ -1,4 +1,4 @@
-//! Uses of block devices: mounted, used as swap, or held by others that are.
+//! Uses of block devices: mounted, used as swap, or held by other block devices.
 //!
 //! ```text
 //!   sdb ── sdb1 mounted on /boot
@@ -15,11 +15,11 @@ use super::mounts::Mounts;
 use super::subtree::folders;
 use super::udev::{self, Number};
 
-/// How many holders are followed: a stack of LVM on crypt on md has three, a volume group some
-/// dozen volumes.
-const HOLDERS: usize = 500;
-/// How many mount points are named before they are counted.
-const NAMED: usize = 4;
+/// Maximum number of holders that are followed. LVM on dm-crypt on md has three; a volume group has
+/// some dozen volumes.
+const MAX_HOLDERS: usize = 500;
+/// Maximum number of mount points that a description names. Others are counted.
+const MAX_NAMED: usize = 4;
 
 pub(super) struct Storage<'a> {
     sysfs_root: &'a Path,
@@ -33,10 +33,10 @@ impl<'a> Storage<'a> {
         Self { sysfs_root, mounts, uses: BTreeSet::new(), followed: BTreeSet::new() }
     }
 
-    /// The uses of all `blocks` (folders of disks), ascending.
+    /// Returns the uses of all `blocks` (directories of disks), sorted.
     ///
     /// # Errors
-    /// When a part cannot be read: then the answer is not known.
+    /// If a part cannot be read. The use is then unknown.
     pub(super) fn uses(mut self, blocks: &[PathBuf]) -> Result<Vec<String>, String> {
         for block in blocks {
             self.disk(block, "")?;
@@ -44,11 +44,12 @@ impl<'a> Storage<'a> {
         Ok(self.uses.into_iter().collect())
     }
 
-    /// A disk and its partitions. `held` says which holders led here: `held by dm-0 `.
+    /// Adds the uses of a disk and its partitions. `held` names the holders that led here, as in
+    /// `held by dm-0 `.
     fn disk(&mut self, dir: &Path, held: &str) -> Result<bool, String> {
         let mut used = self.block(dir, held)?;
         for child in list(dir)? {
-            // Partitions and the like have a device number; queue, power and holders have none.
+            // Partitions have a device number. Other directories (queue, power, holders) have none.
             if read(&child, "dev")?.is_some() {
                 used |= self.block(&child, held)?;
             }
@@ -77,17 +78,17 @@ impl<'a> Storage<'a> {
             let held = format!("{held}held by {} ", clean_text(&name).unwrap_or_default());
             let holder = self.sysfs_root.join("class/block").join(&name);
             if !self.followed.insert(holder.clone()) {
-                continue; // its uses are told already
+                continue; // Its uses are known already.
             }
-            if self.followed.len() > HOLDERS || !self.disk(&holder, &held)? {
+            if self.followed.len() > MAX_HOLDERS || !self.disk(&holder, &held)? {
                 self.uses.insert(held.trim_end().to_owned());
             }
         }
         Ok(any)
     }
 
-    /// The larger device that this one is a member of, active or not: the kernel shows no link from
-    /// a disk to a ZFS pool.
+    /// Describes the volume group, pool or RAID that this device is a member of, active or not. The
+    /// kernel shows no link from a disk to a ZFS pool.
     fn member(&self, number: Number) -> Option<String> {
         let entry = udev::entry(&udev::folder(self.sysfs_root), number);
         let content = entry.content.as_deref().unwrap_or_default();
@@ -104,7 +105,7 @@ impl<'a> Storage<'a> {
         }
     }
 
-    /// The loop device that is set up on it, by one of its names: it is no holder.
+    /// Finds the loop device that is set up on one of these names. A loop device is not a holder.
     fn behind_loop(&self, names: &[String]) -> Result<Option<String>, String> {
         for name in entries(&self.sysfs_root.join("class/block"))? {
             if !name.starts_with("loop") {
@@ -118,8 +119,8 @@ impl<'a> Storage<'a> {
         Ok(None)
     }
 
-    /// A btrfs over several devices names one of them in mountinfo, and all of them here while it
-    /// is mounted.
+    /// Checks whether the device is a member of a mounted btrfs. For a btrfs on several devices,
+    /// mountinfo names one of them, and `fs/btrfs` all of them.
     fn btrfs(&self, dir: &Path) -> Result<Option<String>, String> {
         let Some(name) = dir.file_name() else { return Ok(None) };
         let pools = self.sysfs_root.join("fs/btrfs");
@@ -132,20 +133,20 @@ impl<'a> Storage<'a> {
     }
 }
 
-/// `mounted on /boot, /efi`; the first few are named, the others counted.
+/// Describes mount points, as in `mounted on /boot, /efi`.
 fn mounted<'a>(points: impl Iterator<Item = &'a str>) -> Option<String> {
     let points: BTreeSet<String> =
         points.map(|point| clean_text(point).unwrap_or_default()).collect();
-    let named: Vec<&str> = points.iter().take(NAMED).map(String::as_str).collect();
+    let named: Vec<&str> = points.iter().take(MAX_NAMED).map(String::as_str).collect();
     let more = match points.len() {
         0 => return None,
-        n if n > NAMED => format!(" and {} more", n - NAMED),
+        n if n > MAX_NAMED => format!(" and {} more", n - MAX_NAMED),
         _ => String::new(),
     };
     Some(format!("mounted on {}{more}", named.join(", ")))
 }
 
-/// The names under which the device's node is mounted or swapped to.
+/// Names of the device's node that mountinfo and swaps may contain.
 fn names(dir: &Path) -> Result<Vec<String>, String> {
     let kernel = dir.file_name().map(|name| format!("/dev/{}", name.to_string_lossy()));
     let mapped = read(&dir.join("dm"), "name")?.map(|name| format!("/dev/mapper/{name}"));
@@ -160,7 +161,7 @@ fn list(dir: &Path) -> Result<Vec<PathBuf>, String> {
     folders(dir).map_err(|e| format!("cannot list {}: {e}", dir.display()))
 }
 
-/// The names in a folder of links; none when there is no such folder.
+/// Names in a directory of links. Empty if the directory does not exist.
 fn entries(dir: &Path) -> Result<Vec<String>, String> {
     let wrong = |e: &std::io::Error| format!("cannot list {}: {e}", dir.display());
     let entries = match std::fs::read_dir(dir) {

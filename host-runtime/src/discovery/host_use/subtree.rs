@@ -1,5 +1,5 @@
-//! The part of sysfs that belongs to one device: its folder and the real folders in it, but not the
-//! USB devices plugged into it, and never what a link points to.
+//! The part of sysfs that belongs to one device: its directory with all subdirectories, without
+//! those of USB devices behind it. Links are not followed.
 
 use std::borrow::Cow;
 use std::fs;
@@ -8,26 +8,27 @@ use std::path::{Path, PathBuf};
 
 use virt_usb_model::PortPath;
 
-/// `<port>:1.0/host6/target6:0:0/6:0:0:0/block/sda/sda1` is 7 deep; card readers go to 9.
-const DEPTH: usize = 16;
-/// A device has some hundred folders.
-const FOLDERS: usize = 20_000;
+/// Maximum depth of directories. `<port>:1.0/host6/target6:0:0/6:0:0:0/block/sda/sda1` has 7
+/// levels, card readers have up to 9.
+const MAX_DEPTH: usize = 16;
+/// Maximum number of directories. A device has some hundred.
+const MAX_FOLDERS: usize = 20_000;
 
 /// Block devices and network interfaces below a device.
 #[derive(Debug, Default)]
 pub(super) struct Subtree {
-    /// The folders of disks (`…/block/sda`); their partitions lie in them.
+    /// Directories of disks (`…/block/sda`), which contain their partitions.
     pub(super) blocks: Vec<PathBuf>,
-    /// The folders of network interfaces (`…/net/enx…`).
+    /// Directories of network interfaces (`…/net/enx…`).
     pub(super) nets: Vec<PathBuf>,
-    /// The folders of character devices (`.../tty/ttyUSB0`), the device's own among them.
+    /// Directories of character devices (`…/tty/ttyUSB0`), including the device's own.
     pub(super) characters: Vec<PathBuf>,
-    /// The names of SCSI host adapters (`host6`).
+    /// Names of SCSI host adapters (`host6`).
     pub(super) scsi_hosts: Vec<String>,
-    /// An interface is there but belongs to another network namespace: the kernel keeps `net` only
-    /// while it holds one, and hides those of other namespaces.
+    /// Whether a network interface belongs to another network namespace. The kernel hides such an
+    /// interface, but shows the directory `net`.
     pub(super) hidden_net: bool,
-    /// Why not all of it was seen.
+    /// Reasons why the subtree is incomplete.
     pub(super) problems: Vec<String>,
     visited: usize,
 }
@@ -41,10 +42,10 @@ impl Subtree {
 
     fn walk(&mut self, dir: &Path, depth: usize) {
         self.visited += 1;
-        if depth > DEPTH || self.visited > FOLDERS {
+        if depth > MAX_DEPTH || self.visited > MAX_FOLDERS {
             if self.problems.is_empty() {
                 self.problems.push(format!(
-                    "{} has more folders in it than any known device",
+                    "{} has more subdirectories than any known device",
                     dir.display()
                 ));
             }
@@ -86,7 +87,7 @@ fn name(path: &Path) -> Cow<'_, str> {
     path.file_name().unwrap_or_default().to_string_lossy()
 }
 
-/// The folders in `dir`, in order, links left out; none when it has gone.
+/// Subdirectories of `dir`, sorted, without links. Empty if `dir` does not exist.
 pub(super) fn folders(dir: &Path) -> io::Result<Vec<PathBuf>> {
     let entries = match fs::read_dir(dir) {
         Ok(entries) => entries,

@@ -13,7 +13,7 @@ pub(super) struct Number {
 }
 
 impl Number {
-    /// From sysfs's `dev`: `8:16`.
+    /// Parses the attribute `dev` of sysfs, as in `8:16`.
     pub(super) fn parse(text: &str, is_block: bool) -> Option<Self> {
         let (major, minor) = text.trim().split_once(':')?;
         Some(Self { is_block, major: major.parse().ok()?, minor: minor.parse().ok()? })
@@ -28,20 +28,20 @@ impl Number {
 /// Entry of the database for one device node.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Entry {
-    /// udev's links, below `/dev`.
+    /// Names of udev's links, below `/dev`.
     pub(super) links: Vec<String>,
-    /// Content of a block device: `zfs_member`.
+    /// Content of a block device, such as `zfs_member`.
     pub(super) content: Option<String>,
-    /// Purpose of the content: `raid` for a member of something larger.
+    /// Purpose of the content, such as `raid` for a member of a RAID or pool.
     pub(super) usage: Option<String>,
 }
 
-/// The folder of the database, beside a sysfs at this place.
+/// Directory of the database that belongs to this sysfs.
 pub(super) fn folder(sysfs_root: &Path) -> PathBuf {
     sysfs_root.parent().unwrap_or(Path::new("/")).join("run/udev/data")
 }
 
-/// Reads what udev has recorded of a node; nothing where it has recorded nothing, or does not run.
+/// Reads udev's entry of a node. Empty if there is no entry, or udev does not run.
 pub(super) fn entry(folder: &Path, number: Number) -> Entry {
     let kind = if number.is_block { 'b' } else { 'c' };
     let file = folder.join(format!("{kind}{}:{}", number.major, number.minor));
@@ -85,7 +85,8 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let database = folder(&root.path().join("sys"));
         std::fs::create_dir_all(&database).unwrap();
-        let text = "S:disk/by-id/usb-K\nS:disk/by-label/a:b\nI:12\nE:ID_FS_TYPE=zfs_member\nE:ID_FS_USAGE=raid\nG:systemd\n";
+        let text = "S:disk/by-id/usb-K\nS:disk/by-label/a:b\nI:12\nE:ID_FS_TYPE=zfs_member\n\
+            E:ID_FS_USAGE=raid\nG:systemd\n";
         std::fs::write(database.join("b8:17"), text).unwrap();
         let number = Number::parse("8:17", true).unwrap();
         let found = entry(&database, number);

@@ -1,4 +1,5 @@
-//! The file format of the simulation: strict, because a misspelt key would simulate something else.
+//! Parses the simulation file. Unknown keys are errors, because a misspelt key would simulate
+//! something else.
 
 use std::collections::{BTreeSet, HashMap};
 use std::fmt::Display;
@@ -38,10 +39,10 @@ const KEYS: &[&str] = &[
     "unreadable",
 ];
 
-/// The devices of a file, in its order.
+/// Parses the devices of a file, in its order.
 pub(super) fn parse(text: &str) -> Result<Vec<Entry>, String> {
     let table: Table = text.parse().map_err(|e: toml::de::Error| syntax(&e, text))?;
-    // The domains are the simulated hypervisor's.
+    // The simulated hypervisor parses the domains.
     if let Some(key) = table.keys().find(|key| *key != "device" && *key != "domain") {
         return Err(format!(
             "unknown key {key:?}: each device is a [[device]] of its own, each domain a [[domain]]"
@@ -60,12 +61,12 @@ pub(super) fn parse(text: &str) -> Result<Vec<Entry>, String> {
         .collect::<Result<_, _>>()?;
     distinct("port", entries.iter().map(|entry| entry.device.key.port.to_string()))?;
     distinct("bus and device", entries.iter().map(|entry| entry.device.address.to_string()))?;
-    one_controller_a_bus(&entries)?;
+    check_controllers(&entries)?;
     Ok(entries)
 }
 
-/// A bus has one root hub, and a root hub one bus.
-fn one_controller_a_bus(entries: &[Entry]) -> Result<(), String> {
+/// Checks that each bus has one root hub, and each root hub one bus.
+fn check_controllers(entries: &[Entry]) -> Result<(), String> {
     let mut seen: Vec<(u8, &str, u8)> = Vec::new();
     for (n, entry) in (1..).zip(entries) {
         let Some(path) = &entry.device.key.path else { continue };
@@ -227,7 +228,7 @@ fn product(value: &Value) -> Result<ProductId, String> {
     id(value, ProductId::new)
 }
 
-/// Text is hexadecimal, a number is its value: as in the whitelist.
+/// Parses an id: hexadecimal text, or a number, as in the whitelist.
 fn id<T: FromStr<Err = ParseError>>(
     value: &Value,
     from_number: impl Fn(u16) -> T,
@@ -262,7 +263,7 @@ fn paths(value: &Value) -> Result<BTreeSet<String>, String> {
     value.as_array().ok_or_else(wrong)?.iter().map(|value| path(value).ok_or_else(wrong)).collect()
 }
 
-/// Driver names are file names in sysfs.
+/// Parses driver names, which are file names in sysfs.
 fn drivers(value: &Value) -> Result<String, String> {
     let text = value.as_str().ok_or_else(|| wanted(value, "a driver's name"))?;
     let mut names: Vec<&str> = text.split(',').map(str::trim).collect();
@@ -282,7 +283,7 @@ fn truth(value: &Value) -> Result<bool, String> {
     value.as_bool().ok_or_else(|| wanted(value, "true or false"))
 }
 
-/// A value that is text, or a number written as such.
+/// Parses a value that is a text or a number.
 fn parsed<T: FromStr<Err: Display>>(value: &Value, what: &str) -> Result<T, String> {
     let text = match value {
         Value::String(text) => text.clone(),
@@ -323,7 +324,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_left_out_has_a_default() {
+    fn omitted_keys_have_defaults() {
         let device = one("");
         assert_eq!(device.key.to_string(), "0529:0001 at port 1-1.4");
         assert_eq!(device.address, BusAddress::new(1, 5).unwrap());
@@ -352,7 +353,7 @@ mod tests {
     }
 
     #[test]
-    fn people_write_many_ways() {
+    fn values_have_several_notations() {
         for (text, speed) in [
             ("'full'", Speed::Full),
             ("12", Speed::Full),
@@ -457,7 +458,9 @@ mod tests {
                 Just("1979-05-27".to_owned()),
             ],
         ) {
-            let others: String = KEY.lines().filter(|line| !line.starts_with(&format!("{key} "))).map(|l| format!("{l}\n")).collect();
+            let is_other = |line: &&str| !line.starts_with(&format!("{key} "));
+            let others: String =
+                KEY.lines().filter(is_other).map(|line| format!("{line}\n")).collect();
             let _ = parse(&format!("{others}{key} = {value}\n"));
         }
     }

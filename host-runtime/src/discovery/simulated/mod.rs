@@ -1,4 +1,4 @@
-//! The simulated source: a file that people write, in the format that [`Simulated`] documents.
+//! The simulated source, which reads a file in the format that [`Simulated`] documents.
 
 mod format;
 mod tree;
@@ -28,7 +28,8 @@ use super::{Snapshot, UsbSource, about};
 ///     serial = "HL-0001"
 ///     "#,
 /// )?;
-/// assert_eq!(keys.snapshot().devices[0].key.to_string(), "0529:0001 at port 1-1.4, serial HL-0001");
+/// let key = &keys.snapshot().devices[0].key;
+/// assert_eq!(key.to_string(), "0529:0001 at port 1-1.4, serial HL-0001");
 /// # Ok::<(), virt_usb::discovery::SimError>(())
 /// ```
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -36,7 +37,7 @@ pub struct Simulated {
     devices: Vec<Entry>,
 }
 
-/// One `[[device]]`.
+/// A `[[device]]` of the file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Entry {
     device: Device,
@@ -44,10 +45,10 @@ struct Entry {
     unreadable: bool,
 }
 
-/// The simulation file cannot be used.
+/// Error of a simulation file.
 #[derive(Debug, thiserror::Error)]
 pub enum SimError {
-    /// The file is not there or not readable.
+    /// The file does not exist or cannot be read.
     #[error("cannot read the simulation file {path}: {why}")]
     Read {
         /// Path of the file.
@@ -55,7 +56,7 @@ pub enum SimError {
         /// Cause of the failure.
         why: io::Error,
     },
-    /// The file does not say what a simulation may say.
+    /// The content of the file is invalid.
     #[error("the simulation file {path} is wrong: {what}")]
     Wrong {
         /// Path of the file.
@@ -63,7 +64,7 @@ pub enum SimError {
         /// The device, the key, the value that was found, and the wanted value.
         what: String,
     },
-    /// The same, of text that came from no file.
+    /// A text that was not read from a file is invalid.
     #[error("the simulation is wrong: {0}")]
     Text(String),
 }
@@ -72,7 +73,7 @@ impl Simulated {
     /// Reads a file in the format above.
     ///
     /// # Errors
-    /// When it cannot be read, or is wrong anywhere.
+    /// If the file cannot be read, or is invalid.
     pub fn load(path: &Path) -> Result<Self, SimError> {
         let text = std::fs::read_to_string(path)
             .map_err(|why| SimError::Read { path: path.into(), why })?;
@@ -81,20 +82,19 @@ impl Simulated {
             .map_err(|what| SimError::Wrong { path: path.into(), what })
     }
 
-    /// Reads text in the format above.
+    /// Parses a text in the format above.
     ///
     /// # Errors
-    /// One line that says which device (counted from 1) and key is wrong.
+    /// A message of one line that names the device (counted from 1) and the key.
     pub fn parse(text: &str) -> Result<Self, SimError> {
         format::parse(text).map(|devices| Self { devices }).map_err(SimError::Text)
     }
 
-    /// Writes the devices as the kernel would show them, under `root` in place of `/sys`, so that
-    /// the hook's check of the port sees them. What an earlier call wrote there is replaced as a
-    /// whole.
+    /// Writes the devices to `root` in the layout of `/sys`, so that the hook can verify them.
+    /// Replaces the output of an earlier call.
     ///
     /// # Errors
-    /// When `root` cannot be written, or holds USB devices that this function did not write.
+    /// If `root` cannot be written, or contains USB devices that this function did not write.
     pub fn write_sysfs(&self, root: &Path) -> io::Result<()> {
         tree::write(root, &self.devices)
     }
@@ -105,7 +105,7 @@ impl UsbSource for Simulated {
         let (lost, found): (Vec<_>, Vec<_>) =
             self.devices.iter().cloned().partition(|entry| entry.unreadable);
         let problem =
-            |entry: &Entry| about(&entry.device.key.port, "cannot be read: the simulation says so");
+            |entry: &Entry| about(&entry.device.key.port, "cannot be read in this simulation");
         let ties = found.iter().filter(|entry| entry.ties != Ties::default());
         let ties = ties.map(|entry| (entry.device.key.port.clone(), entry.ties.clone())).collect();
         let problems = lost.iter().map(problem).collect();
@@ -167,7 +167,7 @@ mod tests {
     "#;
 
     #[test]
-    fn a_snapshot_tells_hubs_twins_and_problems() {
+    fn a_snapshot_separates_hubs_twins_and_problems() {
         let snapshot = Simulated::parse(FILE).unwrap().snapshot();
         let ports =
             |devices: &[Device]| devices.iter().map(|d| d.key.port.to_string()).collect::<Vec<_>>();

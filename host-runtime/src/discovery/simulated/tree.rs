@@ -1,4 +1,5 @@
-//! Simulated devices as a sysfs tree: the files that discovery and the hook read, no more.
+//! Writes simulated devices as a sysfs tree, with only those files that discovery and the hook
+//! read.
 
 use std::fs;
 use std::io;
@@ -10,11 +11,11 @@ use virt_usb_model::{Class, Device, DevicePath, Speed};
 use super::Entry;
 use crate::discovery::sysfs::CONTROLLERS;
 
-/// Lies beside `devices` and says that it is ours to replace.
+/// File beside `devices` that marks a tree written by a simulation, which may be replaced.
 const MARK: &str = "simulated-by-virt-usb";
 
-/// Builds the tree aside and then moves it into place. A concurrent hook sees the old one or the
-/// new one, except for an instant between two renames in which it sees no device.
+/// Builds the tree in another directory, and then renames it. A concurrent hook sees the old or the
+/// new tree, except for a moment between two renames in which it sees no device.
 pub(super) fn write(root: &Path, entries: &[Entry]) -> io::Result<()> {
     let usb = root.join("bus/usb");
     let (devices, fresh, old) =
@@ -23,7 +24,7 @@ pub(super) fn write(root: &Path, entries: &[Entry]) -> io::Result<()> {
     if !usb.join(MARK).exists() {
         if devices.exists() {
             let what = format!(
-                "{} was not written by a simulation: it is left as it is",
+                "{} was not written by a simulation, and is not replaced",
                 devices.display()
             );
             return Err(io::Error::new(io::ErrorKind::AlreadyExists, what));
@@ -53,14 +54,14 @@ fn remove(dir: &Path) -> io::Result<()> {
     }
 }
 
-/// The root hub of a bus, as a link to its folder below its controller. The folder lies within
-/// `devices`, so that all of the tree is replaced at once.
+/// Writes the root hub of a bus as a link to its directory below its controller. That directory is
+/// within `devices`, so that the whole tree is replaced at once.
 fn write_root_hub(devices: &Path, bus: u8, path: &DevicePath) -> io::Result<()> {
     let link = devices.join(format!("usb{bus}"));
     if link.is_symlink() {
         return Ok(());
     }
-    // The reverse of `controller` in the hook's sysfs.rs.
+    // The reverse of `controller` in sysfs.rs of the crate config.
     let (function, platform) = match path.controller().split_once("-platform-") {
         Some((function, platform)) => (Some(function), Some(platform)),
         None => match path.controller().strip_prefix("platform-") {
@@ -83,7 +84,7 @@ fn write_device(dir: &Path, Entry { device, ties, unreadable }: &Entry) -> io::R
     let put = |name: &str, value: &str| fs::write(dir.join(name), format!("{value}\n"));
     let put_some = |name: &str, value: Option<&str>| value.map_or(Ok(()), |value| put(name, value));
     match unreadable {
-        // A folder in place of a file: reading it fails for all users, even root.
+        // A directory instead of a file cannot be read by any user, including root.
         true => fs::create_dir(dir.join("idVendor"))?,
         false => put("idVendor", &device.key.usb.vendor.to_string())?,
     }
@@ -103,8 +104,8 @@ fn write_device(dir: &Path, Entry { device, ties, unreadable }: &Entry) -> io::R
     write_interfaces(dir, device)
 }
 
-/// One folder for each interface; drivers that outnumber them get interfaces of the last one's
-/// class.
+/// Writes a directory for each interface. If there are more drivers than interfaces, adds
+/// interfaces with the class of the last one.
 fn write_interfaces(dir: &Path, device: &Device) -> io::Result<()> {
     let drivers: Vec<&str> = device.driver.iter().flat_map(|drivers| drivers.split(',')).collect();
     let last = device.interfaces.last().copied().unwrap_or(Class::new(0xff));
@@ -121,7 +122,7 @@ fn write_interfaces(dir: &Path, device: &Device) -> io::Result<()> {
     Ok(())
 }
 
-/// As the kernel writes it (`speed_show` in drivers/usb/core/sysfs.c).
+/// Speed in the kernel's notation (`speed_show` in drivers/usb/core/sysfs.c).
 const fn megabits(speed: Speed) -> &'static str {
     match speed {
         Speed::Low => "1.5",
