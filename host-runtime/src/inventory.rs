@@ -1,4 +1,4 @@
-//! From what discovery saw to what changes in the inventory. Pure: the store executes it.
+//! Plans the changes of the inventory after a scan. Does no IO; the store executes the plan.
 
 use std::path::Path;
 
@@ -13,10 +13,10 @@ use virt_usb_store::{Record, Store, StoreError};
 use crate::discovery::Snapshot;
 use crate::discovery::ties::{Recorded, Ties, Uses, uses};
 
-/// The host's name, as the kernel has it.
+/// Returns the host's name in the kernel.
 ///
 /// # Errors
-/// When procfs cannot be read.
+/// If procfs cannot be read.
 pub fn host_name(procfs_root: &Path) -> anyhow::Result<String> {
     let path = procfs_root.join("sys/kernel/hostname");
     let name = std::fs::read_to_string(&path)
@@ -24,11 +24,11 @@ pub fn host_name(procfs_root: &Path) -> anyhow::Result<String> {
     Ok(virt_usb_model::clean_text(&name).unwrap_or_else(|| "localhost".into()))
 }
 
-/// The whitelist with each port that its rules name replaced by the socket that it meant when the
-/// rule was seen first.
+/// Returns the whitelist with each port in its rules replaced by the socket that the port meant
+/// when the rule was first read.
 ///
 /// # Errors
-/// When the inventory cannot be read or written.
+/// If the inventory cannot be read or written.
 pub fn located(
     whitelist: &Whitelist,
     store: &mut Store,
@@ -45,13 +45,14 @@ pub fn located(
     Ok(whitelist.at(|port| paths.get(port).cloned()))
 }
 
-/// Plans what brings the rows in line with the snapshot. `known` are the devices that are there or
-/// held, and of those gone all that may be among the seen (`SeenKeys`).
+/// Plans the changes that update the rows to match the snapshot. `known` are the devices that are
+/// plugged in or held, and those removed devices that may match a device of the snapshot
+/// (`SeenKeys`).
 ///
-/// A device is recognised by its key, and gets its id back however long it was gone. What the
-/// snapshot could not read is not taken for absent.
+/// A device is recognized by its key, and gets its id back regardless of how long it was removed. A
+/// device that the snapshot could not read does not count as absent.
 ///
-/// A device of several kinds (`aliases`) is one: it is recognised where it was, or by its serial.
+/// A device with several kinds (`aliases`) is recognized by its port or its serial.
 pub fn plan(
     snapshot: &Snapshot,
     known: &[Record],
@@ -61,7 +62,7 @@ pub fn plan(
     let devices: Vec<Device> = snapshot
         .devices
         .iter()
-        .map(|seen| Device { key: worth(&seen.key, known), ..seen.clone() })
+        .map(|seen| Device { key: with_serial_kind(&seen.key, known), ..seen.clone() })
         .collect();
     let keys: Vec<DeviceKey> = known.iter().map(Record::key).collect();
     let rows = recognise(&devices, known, &keys, aliases);
@@ -78,19 +79,19 @@ pub fn plan(
             }
         })
         .collect();
-    // Where another device was seen there is nothing to be unsure of: a port holds one.
+    // A device whose port has another device now is certainly gone.
     let occupied =
         |key: &DeviceKey| snapshot.devices.iter().any(|seen| seen.key.is_at_place_of(key));
     let gone = (0..known.len()).filter(|at| known[*at].present && !taken[*at]);
     let sure = |at: &usize| occupied(&keys[*at]) || !is_unsure(snapshot, &known[*at]);
     changes.extend(gone.filter(sure).map(|at| Change::Gone(known[at].entry.id)));
-    // Who leaves makes room before who comes.
+    // Removals come first, so that their ports are free.
     changes.sort_by_key(|c| !matches!(c, Change::Gone(_)));
     changes
 }
 
-/// Whether a device that the snapshot lacks may be plugged in nevertheless. The recorded port may
-/// have the bus number of an earlier boot: where a path is known, a problem at the same chain of
+/// Whether a device that is missing in the snapshot may still be plugged in. The recorded port may
+/// have the bus number of an earlier boot, so with a known path, a problem at the same chain of
 /// ports on any bus counts.
 fn is_unsure(snapshot: &Snapshot, record: &Record) -> bool {
     let anywhere = |path: &DevicePath| {
@@ -123,9 +124,9 @@ pub fn judge(
     }
 }
 
-/// A serial that was ever seen on two devices of a kind stays worthless, even while one of them is
-/// unplugged.
-fn worth(key: &DeviceKey, known: &[Record]) -> DeviceKey {
+/// Marks a serial as duplicate if it was ever seen on two devices of a kind, even if one of them is
+/// unplugged now.
+fn with_serial_kind(key: &DeviceKey, known: &[Record]) -> DeviceKey {
     let seen_twice = |text: &str| {
         known.iter().any(|r| {
             r.usb() == key.usb
@@ -140,9 +141,9 @@ fn worth(key: &DeviceKey, known: &[Record]) -> DeviceKey {
     DeviceKey { serial, ..key.clone() }
 }
 
-/// Whether a device that neither a serial nor a path identifies has other names than the one
-/// recorded at its port: then it is another device, plugged in there or brought there by a bus that
-/// has another number now.
+/// Whether a device that is not identified by a serial or a path has other names than the one
+/// recorded at its port. It is then another device, which was plugged in there, or is there because
+/// its bus has another number now.
 fn is_renamed(record: &Record, device: &Device) -> bool {
     let identified =
         record.entry.path.is_some() || device.key.path.is_some() || device.key.serial_decides();
@@ -151,13 +152,13 @@ fn is_renamed(record: &Record, device: &Device) -> bool {
         && (&entry.manufacturer, &entry.product_name) != (&device.manufacturer, &device.product)
 }
 
-/// The row of each device, none twice. `keys` are those of `known`: each is built once, for every
-/// device is compared with every row.
+/// Returns the row of each device; no row is used twice. `keys` are those of `known`, built once
+/// because every device is compared with every row.
 ///
-/// First those whose own key is in a row that is alive: no alias takes a row whose device is there.
-/// What is left takes a row of another kind that it may show, if that device is alive, then a row
-/// of its own that was gone, then one of another kind that was. A row that is set aside is its own
-/// device's before all: no other face is to hide that.
+/// Rows are assigned in four rounds: a present row with the device's own key; a present row of
+/// another kind (alias); a removed row with its own key; a removed row of another kind. So an alias
+/// never takes the row of a device that is plugged in. A disabled or quarantined row counts as
+/// present for its own key, so that an alias cannot hide it.
 fn recognise(
     devices: &[Device],
     known: &[Record],
@@ -178,8 +179,7 @@ fn recognise(
     let mut taken = vec![false; known.len()];
     for fits in rounds {
         for (device, row) in devices.iter().zip(&mut rows).filter(|(_, row)| row.is_none()) {
-            // Held ones before free ones, its own port before others, the older id before the
-            // newer.
+            // Prefer held rows, then present rows, then the device's own port, then older ids.
             let rank = |at: &usize| {
                 let elsewhere = !keys[*at].is_at_place_of(&device.key);
                 let entry = &known[*at].entry;
@@ -242,7 +242,7 @@ mod tests {
             let store = Store::create(dir.path(), std::time::Duration::from_secs(2)).unwrap();
             Self { _dir: dir, store, aliases: Aliases::default() }
         }
-        /// Scans, and says which id is at which port.
+        /// Scans, and returns the ids with their ports.
         fn scan(&mut self, devices: &[Device], unsure: &[&str]) -> Vec<(u64, String)> {
             let problems = unsure
                 .iter()
@@ -292,7 +292,7 @@ mod tests {
     }
 
     #[test]
-    fn a_device_that_shows_another_kind_is_one_where_that_is_declared() {
+    fn an_alias_makes_a_device_with_two_kinds_one_device() {
         let mut bench = Bench::new();
         let (one, other) = (device(1, Serial::Missing, "1-1", 2), device(2, unique("A"), "1-1", 3));
         bench.aliases = Aliases::parse(&[vec!["0529:0001".into(), "0529:0002".into()]]).unwrap();
@@ -318,7 +318,7 @@ mod tests {
         bench.aliases = Aliases::parse(&[vec!["0529:0001".into(), "0529:0002".into()]]).unwrap();
         let one = |port, n| device(1, unique("A"), port, n);
         bench.scan(&[one("1-2", 2)], &[]);
-        // It moves, and one of the other kind comes into its port, with another serial.
+        // The device moves, and one of the other kind with another serial is plugged in there.
         let stranger = device(2, unique("B"), "1-2", 6);
         assert_eq!(
             bench.scan(&[stranger.clone(), one("1-3", 5)], &[]),
@@ -330,7 +330,7 @@ mod tests {
         // Another of the other kind with the same serial, while the first is there.
         let like = device(2, unique("A"), "1-1", 9);
         assert_eq!(bench.scan(&[like, one("1-2", 7)], &[]), [at(1, "1-2"), at(3, "1-1")]);
-        // Gone, with a stranger in its port, it comes back elsewhere as itself.
+        // The device is removed, another one takes its port, and it returns at another port.
         let mut bench = Bench { aliases: bench.aliases, ..Bench::new() };
         bench.scan(&[one("1-2", 2)], &[]);
         assert_eq!(bench.scan(std::slice::from_ref(&stranger), &[]), [at(2, "1-2")]);
@@ -338,7 +338,7 @@ mod tests {
     }
 
     #[test]
-    fn both_faces_may_have_been_recorded_before_they_were_declared_one() {
+    fn both_kinds_may_have_been_recorded_before_the_alias() {
         let mut bench = Bench::new();
         let (one, other) =
             (device(1, Serial::Missing, "1-1", 2), device(2, Serial::Missing, "1-1", 3));
@@ -349,10 +349,10 @@ mod tests {
         assert_eq!(
             bench.scan(std::slice::from_ref(&other), &[]),
             [at(1, "1-1")],
-            "the one that was alive goes on"
+            "the row that was present stays in use"
         );
         assert_eq!(bench.scan(std::slice::from_ref(&one), &[]), [at(1, "1-1")]);
-        // The row of the other face is set aside: that counts when it shows that face.
+        // The row of the other kind is disabled. This applies when the device shows that kind.
         let context = Context {
             boot_id: "b".into(),
             uptime: 1.0,
@@ -384,7 +384,7 @@ mod tests {
             bench.scan(&[twin("1-2", 2), twin("1-1", 3)], &[]),
             [at(1, "1-1"), at(2, "1-2")]
         );
-        // Alone it looks unique, and is not believed: at a new port it is a new device.
+        // A single twin looks unique, but its serial still does not identify it.
         assert_eq!(bench.scan(&[device(1, unique("A"), "1-3", 4)], &[]), [at(3, "1-3")]);
         assert_eq!(bench.scan(&[device(1, unique("A"), "1-2", 5)], &[]), [at(2, "1-2")]);
     }
@@ -399,7 +399,7 @@ mod tests {
     }
 
     #[test]
-    fn a_claim_explains_what_is_open_and_no_rule_takes_from_a_running_guest() {
+    fn open_devices_and_running_guests_withhold_a_device() {
         let simulated = |more: &str| {
             let key = "[[device]]\nvendor = '0529'\nproduct = '0001'\nbus = 1\ndevice = 5\nport = \
                 '1-1'\n";
@@ -440,7 +440,7 @@ mod tests {
     }
 
     #[test]
-    fn a_port_holds_one_device_whatever_could_not_be_read_of_it() {
+    fn a_port_has_one_device_even_if_it_could_not_be_read() {
         let mut bench = Bench::new();
         // The device was read while the kernel was still adding it; later it is complete except for
         // its strings.

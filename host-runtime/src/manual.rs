@@ -11,6 +11,7 @@ use clap_complete::Shell;
 use clap_mangen::Man;
 use clap_mangen::roff::{Roff, bold, roman};
 
+use virt_usb_fleet::scheduler;
 use virt_usb_store::user::User;
 
 use crate::daemon;
@@ -69,12 +70,29 @@ const DAEMON: [Section; 4] = [
     ("SEE ALSO", &[("", "virt-usb(1), virt-usb-hook(8), libvirtd(8)")]),
 ];
 
+const SCHEDULER: [Section; 4] = [
+    (
+        "EXIT STATUS",
+        &[
+            ("0", "The scheduler was asked to stop."),
+            ("1", "The scheduler could not start. The last line of its log says why."),
+            ("2", "The arguments are invalid."),
+        ],
+    ),
+    ("SIGNALS", &[("SIGTERM, SIGINT", "Stop the scheduler.")]),
+    (
+        "FILES",
+        &[("/etc/virt-usb/config.toml", "The configuration. The table [fleet] is required.")],
+    ),
+    ("SEE ALSO", &[("", "virt-usb(1), virt-usbd(8)")]),
+];
+
 /// Writes all pages and completion scripts into `dir`, which is created if it is missing: `*.1`,
 /// `*.8`, and one completion script per shell. `date` (YYYY-MM-DD) is the date of the pages; the
 /// caller sets it so that builds are reproducible.
 ///
 /// # Errors
-/// What the file system says.
+/// Errors of the file system.
 pub fn write(command: &Command, dir: &Path, date: &str) -> io::Result<()> {
     let _owner = User::of(dir)?.enter()?;
     fs::create_dir_all(dir)?;
@@ -83,6 +101,8 @@ pub fn write(command: &Command, dir: &Path, date: &str) -> io::Result<()> {
     page(dir, &shown, ("1", date), &COMMAND)?;
     subcommands(dir, &shown, date)?;
     page(dir, &daemon::Arguments::command(), ("8", date), &DAEMON)?;
+    // 'virt-usb scheduler' starts this program, whose page replaces that of the subcommand.
+    page(dir, &scheduler::Arguments::command(), ("1", date), &SCHEDULER)?;
     for shell in [Shell::Bash, Shell::Zsh, Shell::Fish] {
         clap_complete::generate_to(shell, &mut command.clone(), "virt-usb", dir)?;
     }
@@ -152,6 +172,9 @@ mod tests {
         assert!(read("virt-usb-claims-release.1").contains("force"));
         assert!(read("virt-usb.1").contains(".SH \"EXIT STATUS\""));
         assert!(read("virt-usbd.8").contains("SIGHUP"));
+        let scheduler = read("virt-usb-scheduler.1");
+        assert!(scheduler.contains(r"\fBvirt\-usb\-scheduler\fR ["), "{scheduler}");
+        assert!(scheduler.contains("config") && scheduler.contains("SIGTERM"), "{scheduler}");
         for script in ["virt-usb.bash", "_virt-usb", "virt-usb.fish"] {
             let text = read(script);
             assert!(text.contains("discover"), "{script}");

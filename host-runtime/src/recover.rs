@@ -3,12 +3,14 @@
 //!
 //! ```text
 //!  libvirt ─► guests ──┐
-//!  libusb ─► snapshot ─┼─► store::recover::replace ─► reconcile ─► take over, guest by guest ─► in place ─► the guests once more
-//!  backup, salvage ────┘
+//!  libusb ─► snapshot ─┼─► store::recover::replace ─► reconcile ─► adopt, guest by guest
+//!  backup, salvage ────┘                                             └─► replace the file
+//!                                                                         └─► adopt once more
 //! ```
-//! What a guest's live XML shows is its own (`virt_usb_hook::lifecycle::take_over`, as when libvirtd
-//! finds it running): a claim that says otherwise ends, unless that guest has the device too. A
-//! claim of a guest that does not run is kept, for it may be about to start: the agent ends it.
+//! A guest keeps the devices in its live XML (`virt_usb_hook::lifecycle::take_over`). A claim of
+//! another instance on such a device ends, unless that instance's guest has the device too. Claims
+//! of guests that are not running are kept, because the guests may be about to start; the agent
+//! ends them.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -30,26 +32,26 @@ use crate::discovery::Snapshot;
 use crate::hypervisor::Hypervisor;
 use crate::inventory::{self, plan};
 
-/// A guest that runs.
+/// A running guest.
 #[derive(Debug, Clone)]
 pub struct Guest {
     /// UUID of the instance.
     pub instance: InstanceId,
     /// Live XML of the domain.
     pub domain: Domain,
-    /// Whether its state is being loaded or sent: then its XML may be wrong.
+    /// Whether its state is being transferred. Its XML may then be wrong.
     pub moving: bool,
 }
 
-/// All guests that run.
+/// Reads all running guests.
 ///
 /// # Errors
-/// The query that failed, and its cause: an unknown guest might lose its device to another guest.
+/// If any query fails, because an unknown guest might lose its device to another guest.
 pub fn guests(hypervisor: &dyn Hypervisor) -> Result<Vec<Guest>, String> {
     let mut guests = Vec::new();
     for instance in hypervisor.running().map_err(|e| e.to_string())? {
         let running = hypervisor.look(instance).map_err(|e| format!("instance {instance}: {e}"))?;
-        // One that has stopped meanwhile has nothing.
+        // A guest that has stopped in the meantime has no devices.
         let Some(running) = running else { continue };
         let domain = running
             .domain()
@@ -63,7 +65,7 @@ pub fn guests(hypervisor: &dyn Hypervisor) -> Result<Vec<Guest>, String> {
 pub struct Recovery<'a> {
     /// The configuration to use.
     pub config: &'a Config,
-    /// The host's name.
+    /// Name of the host.
     pub host: &'a str,
     /// The plugged-in devices.
     pub snapshot: &'a Snapshot,
@@ -71,9 +73,9 @@ pub struct Recovery<'a> {
     pub hypervisor: Option<&'a dyn Hypervisor>,
     /// Backup to restore; `None` to rebuild.
     pub backup: Option<&'a Path>,
-    /// How long is waited for locks.
+    /// Timeout for locks.
     pub lock_timeout: Duration,
-    /// When, and on whose behalf.
+    /// Time and actor of the changes.
     pub context: &'a Context,
 }
 
@@ -82,9 +84,9 @@ pub struct Recovery<'a> {
 pub struct Report {
     /// Path of the inventory.
     pub file: PathBuf,
-    /// Where the one before is.
+    /// Path of the previous inventory, if it was kept.
     pub aside: Option<PathBuf>,
-    /// Whether an agent runs that has the old file open: it ends by itself.
+    /// Whether a running agent has the old file open. It ends by itself.
     pub agent_ends: bool,
     /// Devices that are plugged in or held.
     pub devices: usize,
@@ -101,19 +103,19 @@ pub struct Report {
 /// The restore or rebuild was refused, and nothing was changed.
 #[derive(Debug, thiserror::Error)]
 pub enum Refusal {
-    /// The inventory's file.
+    /// Error of the inventory.
     #[error(transparent)]
     Store(#[from] StoreError),
-    /// A guest that runs cannot be asked for.
+    /// The running guests cannot be read.
     #[error("{0}")]
     Guests(String),
 }
 
 impl Recovery<'_> {
-    /// Does it.
+    /// Restores or rebuilds the inventory.
     ///
     /// # Errors
-    /// Why it could not be.
+    /// The reason of the refusal.
     pub fn run(&self) -> Result<Report, Refusal> {
         let known = self.hypervisor.map(guests).transpose().map_err(Refusal::Guests)?;
         let ids: Vec<DeviceId> = known
@@ -151,7 +153,7 @@ impl Recovery<'_> {
         let recovered =
             replace(&self.config.state_dir, self.lock_timeout, &request, self.context, &mut fill)?;
         let Recovered { mut store, aside, kept, lost_devices, in_place } = recovered;
-        // Who started, or was given a device, between the look and the lock.
+        // Guests may have started or received devices between the query and the lock.
         if let Some(hypervisor) = self.hypervisor {
             match guests(hypervisor) {
                 Ok(again) => {
@@ -161,8 +163,7 @@ impl Recovery<'_> {
                 }
                 Err(why) => {
                     warnings.insert(format!(
-                        "{why}: the agent adopts devices that the guest got \
-                        meanwhile"
+                        "{why}: the agent adopts devices that guests got in the meantime"
                     ));
                 }
             }
@@ -180,10 +181,10 @@ impl Recovery<'_> {
     }
 }
 
-/// Brings the claims in line with what the guests have. Returns what is left to be looked after.
+/// Updates the claims to match the devices in the guests. Returns warnings for the operator.
 ///
 /// # Errors
-/// When the inventory cannot be written.
+/// If the inventory cannot be written.
 pub fn settle(
     store: &mut Store,
     guests: &[Guest],
@@ -273,7 +274,7 @@ fn shows(domain: &Domain, device: &Record) -> bool {
     })
 }
 
-/// Claims for which no guest runs.
+/// Returns a warning about claims of guests that are not running.
 fn idle(claims: &[ClaimRow], guests: &[Guest]) -> Option<String> {
     let runs = |claim: &ClaimRow| guests.iter().any(|g| g.instance == claim.instance_uuid);
     let idle: Vec<&ClaimRow> =

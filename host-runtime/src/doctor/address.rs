@@ -8,8 +8,8 @@ use virt_usb_config::host_env::{self, Agent};
 use super::{CONNECT_TIMEOUT, Host, Report};
 use crate::agent::health::{self, Health};
 
-/// Whether the agent serves what the configuration's `key` names at this address. `connected` is
-/// the result of a connection to it, `served` what the agent reports of it.
+/// Checks that the agent serves the address in the configuration's `key`. `connected` is the result
+/// of a connection to it, `served` the agent's own report.
 pub(super) fn check(
     host: &Host,
     report: &Report,

@@ -12,10 +12,10 @@ use super::process::{holder, may};
 use super::{CONNECT_TIMEOUT, Host, Places, Report, VERSION};
 use crate::agent::health::{self, Health};
 
-/// Time that a pass or a scan may be late, on a machine with much to do.
-const LATE: Duration = Duration::from_secs(60);
-/// Time in seconds in which a missing connection to libvirt is no finding, as after a restart.
-const CONNECTING: f64 = 10.0;
+/// Delay of a pass or a scan that is normal on a busy machine.
+const LATE_GRACE: Duration = Duration::from_secs(60);
+/// Seconds without a connection to libvirt that are normal, for example after a restart.
+const CONNECT_GRACE_SECONDS: f64 = 10.0;
 
 pub(super) fn check(host: &Host, report: &Report) {
     let Host { places, config } = host;
@@ -35,7 +35,7 @@ pub(super) fn check(host: &Host, report: &Report) {
             );
         }
     };
-    // A socket that the agent has a connection through needs no look.
+    // If the agent is connected, its access to the sockets needs no check.
     let is_connected = health.as_ref().is_ok_and(|health| health.connected.is_some());
     user(places, config, is_connected, report);
     let restart = "'systemctl restart virt-usbd' (guests keep their devices)";
@@ -120,8 +120,8 @@ fn of_health(health: &Health, config: &Config, report: &Report) {
             "correct api_certificate and api_key, and let the agent's user read both",
         );
     }
-    let late = (2 * config.scan_interval + LATE).as_secs_f64();
-    // What has not happened yet is as late as what it waits for.
+    let late = (2 * config.scan_interval + LATE_GRACE).as_secs_f64();
+    // Without a scan so far, the delay counts from the agent's start.
     let scan = health.last_scan.unwrap_or(health.uptime);
     if scan > late {
         report.broken(
@@ -131,7 +131,7 @@ fn of_health(health: &Health, config: &Config, report: &Report) {
     }
     let Some(connected) = health.connected else {
         let lost = health.lost.unwrap_or(health.uptime);
-        if lost < CONNECTING {
+        if lost < CONNECT_GRACE_SECONDS {
             return report.ok("it runs, and is connecting to libvirt");
         }
         return report.broken(
@@ -142,7 +142,7 @@ fn of_health(health: &Health, config: &Config, report: &Report) {
             ),
         );
     };
-    // Passes end with the connection.
+    // A pass needs a connection, so the delay counts at most from the connection.
     let pass = health.last_pass.unwrap_or(connected).min(connected);
     if pass > late {
         report.broken(format!("it has not completed a pass over all guests for {pass:.0} s"), fix);

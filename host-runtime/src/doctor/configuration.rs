@@ -1,4 +1,4 @@
-//! The configuration that could be read: whether it makes sense on this host.
+//! Checks whether a valid configuration makes sense on this host.
 
 use virt_usb_config::rules;
 

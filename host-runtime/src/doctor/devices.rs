@@ -7,7 +7,7 @@ use virt_usb_store::Record;
 
 use super::{Host, Report};
 
-/// A device that waits for an operator.
+/// Reports a device that waits for an operator.
 fn quarantined(record: &Record, report: &Report) {
     let subject = format!("device {} (port {})", record.entry.id, record.entry.port_path);
     let clear = format!("inspect it, then run 'virt-usb quarantine clear {}'", record.entry.id);
@@ -54,8 +54,8 @@ pub(super) fn check(host: &Host, report: &Report) {
     }
 }
 
-/// The interfaces of a free device that the kernel's own drivers would have: storage, printers,
-/// keyboards, cameras and the like.
+/// Interfaces of an available device that have no driver, although the kernel has one for their
+/// class, such as storage, printers, keyboards or cameras.
 fn driverless(config: &Config, record: &Record) -> Vec<String> {
     const DRIVEN: [u8; 7] = [0x01, 0x02, 0x03, 0x07, 0x08, 0x0e, 0xe0];
     let dir = device_dir(&config.sysfs_root, &record.entry.port_path);

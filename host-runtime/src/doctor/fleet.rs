@@ -2,11 +2,10 @@
 
 use super::{Host, Report};
 
-/// etcd's database is nearly full at this size, in bytes, unless it has a larger quota than by
-/// default.
-const DB_SIZE: i64 = 1600 << 20;
+/// Size in bytes at which etcd's database is nearly full, with the default quota.
+const MAX_DB_BYTES: i64 = 1600 << 20;
 
-/// No finding here keeps a guest of this host from its devices.
+/// Checks etcd. No finding of this check keeps a guest of this host from getting its devices.
 pub(super) fn check(host: &Host, report: &Report) {
     let config = &host.config;
     let Some(fleet) = &config.fleet else { return };
@@ -42,7 +41,7 @@ pub(super) fn check(host: &Host, report: &Report) {
                  --quota-backend-bytes, then 'etcdctl alarm disarm'",
             );
         }
-        if endpoint.db_size.is_some_and(|size| size > DB_SIZE) {
+        if endpoint.db_size.is_some_and(|size| size > MAX_DB_BYTES) {
             let used = endpoint.db_used.unwrap_or_default() >> 20;
             report.warn(
                 format!(
@@ -75,15 +74,14 @@ pub(super) fn check(host: &Host, report: &Report) {
         ),
         (Some(joined), _) if number.is_some_and(|own| own != joined) => report.warn(
             format!(
-                "this machine is number {joined} there, and its inventory has another: nothing \
-                is published"
+                "this machine is number {joined} there, but its inventory has another number: \
+                 nothing is published"
             ),
             "'virt-usb fleet join' renumbers its devices",
         ),
         (Some(_), published) if published < revision => report.warn(
             format!(
-                "it knows revision {} of this host, and the inventory is at \
-                {}",
+                "it has revision {} of this host, but the inventory has {}",
                 published.unwrap_or_default(),
                 revision.unwrap_or_default()
             ),

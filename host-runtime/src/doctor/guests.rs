@@ -1,4 +1,4 @@
-//! The domains that ask for devices: whether they can have them.
+//! Checks whether domains can have the devices that they request.
 
 use std::cmp::Reverse;
 
@@ -39,8 +39,8 @@ pub(super) fn check(host: &Host, report: &Report) {
     report.ok(format!("{asking} domain(s) request USB devices"));
 }
 
-/// The ports for devices that would serve the flavor, the least demanding ones: where these do not
-/// fit, nothing does.
+/// Port speeds for the least demanding devices that match the flavor. If these do not fit, no
+/// others do.
 fn speeds(flavor: &Flavor, known: &[Record]) -> Vec<SpeedMask> {
     let mut speeds = Vec::new();
     for request in &flavor.usb_devices {
@@ -53,13 +53,13 @@ fn speeds(flavor: &Flavor, known: &[Record]) -> Vec<SpeedMask> {
     speeds
 }
 
-/// Why a domain cannot have what its flavor asks for.
+/// Returns why a domain cannot have the devices of its flavor.
 fn unfit(domain: &Domain, flavor: &Flavor, known: &[Record]) -> Option<String> {
     let redirections = missing_redirdevs(domain, flavor.usb_redirection_devices.len());
     if !redirections.is_empty() && !domain.spice {
         return Some(NO_SPICE.into());
     }
-    // What is in its definition already has its port.
+    // Devices in the definition have their ports already.
     let there = domain.hostdevs.iter().filter(|h| h.injected().is_some()).count();
     let mut wanted: Vec<SpeedMask> = speeds(flavor, known).into_iter().skip(there).collect();
     wanted.extend(redirections.iter().map(|_| SpeedMask::ANY));

@@ -1,4 +1,4 @@
-//! The hook: whether libvirt's daemons call it, and may.
+//! Checks that libvirt's daemons call the hook, and may run it.
 
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
@@ -10,7 +10,7 @@ use virt_usb_store::FILE_NAME;
 use super::process::daemons;
 use super::{Host, Places, Report, VERSION};
 
-/// The hook in libvirt's folder of hooks.
+/// Path of the hook in libvirt's directory of hooks.
 const HOOK: &str = "qemu.d/50-virt-usb";
 /// Maximum number of links that are followed to a file.
 const MAX_LINKS: usize = 8;
@@ -61,7 +61,7 @@ pub(super) fn check(places: &Places, report: &Report) {
     seen_by_daemon(places, report);
 }
 
-/// libvirt's daemons look for hooks when they start or reload, and at no other time.
+/// Checks that libvirt's daemons know the hook. They look for hooks only when they start or reload.
 fn seen_by_daemon(places: &Places, report: &Report) {
     let folder = places.hooks.join("qemu.d");
     let made = std::fs::metadata(&folder).and_then(|found| found.created());
@@ -83,13 +83,13 @@ fn seen_by_daemon(places: &Places, report: &Report) {
             (Ok(_), Ok(_)) => {
                 report.ok(format!("{daemon} was started after {} was created", folder.display()));
             }
-            // The daemon is gone, or the file system does not record when files are made.
+            // The daemon has stopped, or the file system does not record creation times.
             _ => {}
         }
     }
 }
 
-/// AppArmor and SELinux, which may keep libvirt's daemons from running the hook.
+/// Checks whether AppArmor or SELinux may keep libvirt's daemons from running the hook.
 pub(super) fn confinement(host: &Host, report: &Report) {
     let Host { places, config } = host;
     let hook = std::fs::canonicalize(places.hooks.join(HOOK));
@@ -125,7 +125,7 @@ pub(super) fn confinement(host: &Host, report: &Report) {
     }
 }
 
-/// A libvirtd in a container needs the host's hook, configuration and inventory there.
+/// Checks that a libvirtd in a container sees the host's hook, configuration and inventory.
 pub(super) fn containers(host: &Host, report: &Report) {
     let hook = host.places.hooks.join(HOOK);
     let config = host.places.config.clone().unwrap_or_else(|| DEFAULT_PATH.into());
@@ -152,8 +152,8 @@ pub(super) fn containers(host: &Host, report: &Report) {
     }
 }
 
-/// Whether a file is the same below another root folder. Links are followed there, as by who has
-/// it.
+/// Whether a path names the same file below another root directory. Links are followed as by a
+/// process with that root.
 fn is_same(root: &Path, file: &Path) -> bool {
     let Ok(here) = std::fs::metadata(file) else { return false };
     let mut path = file.to_owned();

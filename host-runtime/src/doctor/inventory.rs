@@ -1,10 +1,10 @@
-//! The inventory's file.
+//! Checks the inventory's file.
 
 use super::{Host, Report};
 
-/// Size of SQLite's log at which something keeps it from being folded, in bytes: writers fold it at
-/// 0.5 MiB.
-const LOG_LIMIT: u64 = 16 << 20;
+/// Size in bytes of SQLite's log that means that checkpoints do not work. Writers make a checkpoint
+/// at 0.5 MiB.
+const MAX_LOG_BYTES: u64 = 16 << 20;
 
 pub(super) fn check(host: &Host, report: &Report) {
     let store = match host.store() {
@@ -35,7 +35,7 @@ pub(super) fn check(host: &Host, report: &Report) {
     }
     let log = store.path().with_extension("sqlite-wal");
     if let Some(size) =
-        std::fs::metadata(&log).ok().map(|found| found.len()).filter(|size| *size > LOG_LIMIT)
+        std::fs::metadata(&log).ok().map(|found| found.len()).filter(|size| *size > MAX_LOG_BYTES)
     {
         report.warn(
             format!(

@@ -1,4 +1,4 @@
-//! Keystone, which is asked about callers' tokens.
+//! Checks Keystone, which validates tokens for the API.
 
 use std::sync::Arc;
 
@@ -7,7 +7,7 @@ use super::{Host, Report};
 use crate::api::keystone::Keystone;
 use crate::client;
 
-/// No finding here keeps a guest from its devices.
+/// Checks Keystone. No finding of this check keeps a guest from getting its devices.
 pub(super) fn check(host: &Host, report: &Report) {
     const ROLES: [&str; 2] = ["service", "admin"];
     let Some(keystone) = &host.config.keystone else { return };

@@ -1,4 +1,4 @@
-//! libvirt's daemon, and what its QEMU supports.
+//! Checks libvirt's daemon, and the capabilities of its QEMU.
 
 use super::{Host, Report};
 use crate::hypervisor::Libvirt;

@@ -1,4 +1,4 @@
-//! Where the hook's records go.
+//! Checks the destination of the hook's records.
 
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::path::Path;
@@ -13,8 +13,9 @@ pub(super) fn check(host: &Host, report: &Report) {
         Log::Journal => {
             let socket = host.places.run.join("systemd/journal/socket");
             match std::fs::metadata(&socket) {
-                Ok(found) if found.file_type().is_socket() => report.ok("the journal takes \
-                    records"),
+                Ok(found) if found.file_type().is_socket() => {
+                    report.ok("the journal accepts records");
+                }
                 _ => report.warn(
                     format!(
                         "the journal's socket {} is missing: the hook's records are lost",
@@ -29,7 +30,7 @@ pub(super) fn check(host: &Host, report: &Report) {
     }
 }
 
-/// The hook runs as root and makes the file, but not its folder.
+/// Checks a log file. The hook runs as root and creates the file, but not its directory.
 fn to_file(file: &Path, report: &Report) {
     let folder = file.parent().unwrap_or(Path::new("/"));
     match std::fs::metadata(folder) {

@@ -1,4 +1,4 @@
-//! The boot id and the clock, by which claims and events are dated.
+//! Checks the boot id and the clock, which claims and events refer to.
 
 use virt_usb_config::host_env;
 

@@ -1,4 +1,4 @@
-//! Whether the agent's metrics can be read at their address.
+//! Checks that the agent's metrics can be read at their address.
 
 use std::net::TcpStream;
 use std::os::unix::net::UnixStream;

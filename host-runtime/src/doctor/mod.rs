@@ -46,7 +46,7 @@ const CHECK_TIMEOUT: Duration = Duration::from_secs(60);
 struct Check {
     name: &'static str,
     run: fn(&Host, &Report),
-    /// How bad it is if the check has no result.
+    /// Level of the finding if the check has no result.
     no_result: Level,
     /// Whether the check reads `state_dir`, which belongs to the agent's user.
     reads_state: bool,
@@ -78,7 +78,7 @@ const CHECKS: &[Check] = &[
     Check { name: "device", run: devices::check, no_result: Level::Warning, reads_state: true },
 ];
 
-/// How bad a finding is, in ascending order.
+/// Severity of a finding, in ascending order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Level {
@@ -86,7 +86,7 @@ pub enum Level {
     Ok,
     /// Some functions do not work.
     Warning,
-    /// Guests that ask for devices do not get them, or the doctor cannot find out.
+    /// Guests that request devices do not get them, or the check has no result.
     Broken,
 }
 
@@ -95,7 +95,7 @@ pub enum Level {
 pub struct Finding {
     /// Name of the check: `hook`, `agent`, …
     pub check: &'static str,
-    /// How bad it is.
+    /// Severity of the finding.
     pub level: Level,
     /// Description of what was found.
     pub what: String,
@@ -109,7 +109,7 @@ impl Finding {
     }
 }
 
-/// Files and folders to look at.
+/// Files and directories to check.
 #[derive(Debug, Clone)]
 pub struct Places {
     /// Configuration file; none: the default one.
@@ -180,7 +180,7 @@ pub fn examine(places: &Places, tell: &mut dyn FnMut(&Finding)) -> Vec<Finding> 
         }
     };
     let state = std::fs::read_dir(&config.state_dir);
-    // The folder belongs to another user: no link is followed there, and no pipe is waited for.
+    // The directory belongs to another user: follow no links there, and do not block on a pipe.
     let inventory = std::fs::File::options()
         .read(true)
         .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)

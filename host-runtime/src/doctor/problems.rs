@@ -1,4 +1,4 @@
-//! The problems of guests that the agent has recorded.
+//! Reports the problems of guests that the agent has recorded.
 
 use super::{Host, Report};
 

@@ -8,7 +8,7 @@ use virt_usb_config::Config;
 
 use super::{Places, Report};
 
-/// The user and the groups that a process runs as.
+/// User and groups of a process.
 pub(super) struct Process {
     /// Effective user id.
     pub(super) uid: u32,
@@ -16,7 +16,7 @@ pub(super) struct Process {
     pub(super) groups: Vec<u32>,
 }
 
-/// Names and process ids of libvirt's daemons that run.
+/// Names and process ids of libvirt's running daemons.
 pub(super) fn daemons(places: &Places) -> Vec<(&'static str, String)> {
     let pid = |daemon: &'static str| {
         let text = std::fs::read_to_string(places.run.join(format!("{daemon}.pid"))).ok()?;
@@ -25,7 +25,7 @@ pub(super) fn daemons(places: &Places) -> Vec<(&'static str, String)> {
     ["virtqemud", "libvirtd"].into_iter().filter_map(pid).collect()
 }
 
-/// The process that holds the lock on this file, as the kernel lists it (proc_locks(5)).
+/// Finds the process that holds the lock on this file (proc_locks(5)).
 pub(super) fn holder(lock: &Path) -> Option<Process> {
     let inode = std::fs::metadata(lock).ok()?.ino().to_string();
     let locks = std::fs::read_to_string("/proc/locks").ok()?;
@@ -39,7 +39,7 @@ pub(super) fn holder(lock: &Path) -> Option<Process> {
         let line = status.lines().find_map(|line| line.strip_prefix(key));
         line.into_iter().flat_map(str::split_whitespace).filter_map(|n| n.parse().ok()).collect()
     };
-    // Real, effective, saved, file system.
+    // The fields are the real, effective, saved and file system ids.
     let (uid, mut groups) = (*numbers("Uid:").get(1)?, numbers("Groups:"));
     groups.extend(numbers("Gid:"));
     Some(Process { uid, groups })
@@ -53,8 +53,8 @@ pub(super) fn may(file: &Metadata, uid: u32, groups: &[u32], access: u32) -> boo
         || file.mode() & access != 0
 }
 
-/// Whether the agent may read a file with a secret, and every user may not. `name` is what messages
-/// call the file. The doctor runs as root, which may read every file.
+/// Checks that the agent may read a file with a secret, and that not every user may. `name` is the
+/// description of the file in messages.
 pub(super) fn secret(name: &str, file: &Path, config: &Config, report: &Report) {
     let (Ok(found), Ok(agent)) = (std::fs::metadata(file), std::fs::metadata(&config.state_dir))
     else {
@@ -74,7 +74,7 @@ pub(super) fn secret(name: &str, file: &Path, config: &Config, report: &Report) 
     open_to_all(name, file, report);
 }
 
-/// Whether every user may read or change a file with a secret.
+/// Warns if every user may read or change a file with a secret.
 pub(super) fn open_to_all(name: &str, file: &Path, report: &Report) {
     if std::fs::metadata(file).is_ok_and(|found| found.mode() & 0o007 != 0) {
         let file = file.display();

@@ -1,4 +1,4 @@
-//! The file of the API's tokens.
+//! Checks the file of the API's tokens.
 
 use crate::api::tokens::TokenFile;
 

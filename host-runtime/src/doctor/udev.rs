@@ -1,4 +1,4 @@
-//! udevd, through which libusb hears of devices that come and go.
+//! Checks udevd, from which libusb receives hotplug events.
 
 use super::{Host, Report};
 

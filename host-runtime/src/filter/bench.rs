@@ -1,4 +1,4 @@
-//! `virt-usb filter bench`: makes a fleet, feeds it to a filter and measures the answers.
+//! `virt-usb filter bench`: generates a fleet, feeds it to a filter, and measures the answers.
 
 use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
@@ -15,33 +15,34 @@ use super::fleet::{self, COMMON, RARE};
 pub struct Figure {
     /// Description of the measurement.
     pub what: &'static str,
-    /// The least of some rounds: what else the machine did is not in it.
+    /// Minimum of all rounds, which excludes most other load of the machine.
     pub least: Duration,
-    /// The median of them.
+    /// Median of all rounds.
     pub median: Duration,
-    /// How many hosts can serve, where a question was asked.
+    /// Number of matching hosts, if a question was asked.
     pub matched: Option<u32>,
 }
 
 /// The questions that are measured.
 pub struct Questions {
-    /// One device that hardly a host has.
+    /// Question for a device that few hosts have.
     pub rare: Question,
-    /// Two devices that half of the hosts have.
+    /// Question for two devices that half of the hosts have.
     pub common: Question,
-    /// Three requests that want the same devices.
+    /// Question with three requests that match the same devices.
     pub overlapping: Question,
-    /// More requests than are decided by their sets, two of each three want the same devices.
+    /// Question with more requests than the filter decides by their subsets. Two of three requests
+    /// match the same devices.
     pub many: Question,
 }
 
 impl Questions {
-    /// As they are.
+    /// Creates the questions.
     ///
     /// # Errors
-    /// Never: they are flavors.
+    /// None, because the flavors are valid.
     pub fn new() -> Result<Self, ParseError> {
-        // Every host counts as fresh, and that is looked at.
+        // Every host is fresh, but the filter checks that.
         let ask = |devices: &str| {
             let flavor = Flavor::parse_lists(Some(devices), None)?;
             Ok(Question { moment: Some(Moment { now: 10, max_age: 10 }), ..Question::new(flavor) })
@@ -68,13 +69,13 @@ impl Questions {
     }
 }
 
-/// From the file to the first answer, of an empty fleet.
+/// Measures the time from loading the file to the first answer about an empty fleet.
 fn cold(filter: &Filter, question: &Question) -> anyhow::Result<[Figure; 2]> {
     let dir = std::env::temp_dir().join(format!("virt-usb-filter-bench-{}", std::process::id()));
     std::fs::DirBuilder::new()
         .mode(0o700)
         .create(&dir)
-        .with_context(|| format!("cannot make the folder {}", dir.display()))?;
+        .with_context(|| format!("cannot create the directory {}", dir.display()))?;
     let file = dir.join("filter.cwasm");
     let start = |path: &Path| {
         let options = Options { limits: filter.limits(), sha256: None };
@@ -92,7 +93,7 @@ fn cold(filter: &Filter, question: &Question) -> anyhow::Result<[Figure; 2]> {
     measured
 }
 
-/// Rounds of something, each timed.
+/// Measures `count` rounds of `act`.
 pub fn rounds<T, E>(
     what: &'static str,
     count: u32,
@@ -110,17 +111,17 @@ pub fn rounds<T, E>(
     Ok(Figure { what, least: at(0), median: at(times.len() / 2), matched: None })
 }
 
-/// The measurements, and their session.
+/// Results of the benchmark.
 pub struct Measured {
     /// Figures of the measurements.
     pub figures: Vec<Figure>,
-    /// Bytes of the instance's memory.
+    /// Memory of the filter's instance in bytes.
     pub memory: usize,
-    /// Devices in it.
+    /// Number of devices in the instance.
     pub devices: u64,
 }
 
-/// Measures.
+/// Runs the benchmark.
 ///
 /// # Errors
 /// If the filter fails.
@@ -184,7 +185,7 @@ fn by_host(
     asked
 }
 
-/// Many changes, then the question that feeds them: a share of the whole each.
+/// Measures many changes with the question that feeds them, and divides the time by their number.
 fn changes(
     session: &mut Session,
     fleet: &Fleet,

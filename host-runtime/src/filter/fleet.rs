@@ -1,12 +1,12 @@
-//! A made fleet, for measuring: the same for the same numbers, on every machine.
+//! A generated fleet for benchmarks, which is the same on every machine.
 
 use virt_usb_model::{
     BusAddress, Class, DeviceEntry, DeviceId, HostDocument, PortPath, Speed, Status, UsbId,
 };
 
-/// The licence key that half of the hosts have two free ones of.
+/// A license key. Half of the hosts have two free ones.
 pub const COMMON: UsbId = UsbId::new(0x0529, 0x0001);
-/// A device that one host in ten thousand has, and the first one has in any case.
+/// A device of one host in ten thousand, including the first host.
 pub const RARE: UsbId = UsbId::new(0x1a6e, 0x089a);
 
 /// A generated fleet with equal hosts.
@@ -14,58 +14,57 @@ pub const RARE: UsbId = UsbId::new(0x1a6e, 0x089a);
 pub struct Fleet {
     /// Number of hosts.
     pub hosts: u32,
-    /// Devices on each.
+    /// Number of devices on each host.
     pub devices: u32,
 }
 
-/// SplitMix64 (Steele, Lea, Flood 2014): small, and good enough to mix a fleet.
-struct Dice(u64);
+/// Random numbers by SplitMix64 (Steele, Lea, Flood 2014).
+struct Rng(u64);
 
-impl Dice {
-    fn roll(&mut self, sides: u64) -> u64 {
+impl Rng {
+    fn below(&mut self, bound: u64) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
         z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-        (z ^ z >> 31) % sides
+        (z ^ z >> 31) % bound
     }
 }
 
 impl Fleet {
-    /// The name of a host.
+    /// Name of the host with this number.
     pub fn name(host: u32) -> String {
         format!("compute-{host:05}")
     }
 
-    /// One host's document; its number counts from 0. Half of the devices carry a serial, one in
-    /// five a tag, nine in ten are available, and there are some two hundred kinds of forty
-    /// vendors.
+    /// Document of the host with this number, counted from 0. Half of the devices have a serial,
+    /// one in five has a tag, nine in ten are available. There are 200 kinds of 40 vendors.
     pub fn document(&self, host: u32) -> HostDocument {
-        let mut dice = Dice(u64::from(host) << 20);
+        let mut rng = Rng(u64::from(host) << 20);
         let node = u64::from(host) + 2;
         let rare = host.is_multiple_of(10_000);
-        // Half of the hosts have two of the common kind at least.
-        let common = [0, 0, 1, 1, 2, 2, 3, 4][dice.roll(8) as usize];
+        // Half of the hosts have at least two devices of the common kind.
+        let common = [0, 0, 1, 1, 2, 2, 3, 4][rng.below(8) as usize];
         let entry = |n: u32| {
             let usb = match n {
                 0 if rare => RARE,
                 n if n < common => COMMON,
-                _ => kind(dice.roll(200) as u16),
+                _ => kind(rng.below(200) as u16),
             };
-            let available = usb == RARE || usb == COMMON || dice.roll(10) > 0;
-            device(node, n, usb, available, &mut dice)
+            let available = usb == RARE || usb == COMMON || rng.below(10) > 0;
+            device(node, n, usb, available, &mut rng)
         };
         HostDocument::new(Self::name(host), node, 1, (0..self.devices).filter_map(entry).collect())
     }
 }
 
-/// Forty vendors of five products each.
+/// Kind of a device: 40 vendors with 5 products each.
 const fn kind(number: u16) -> UsbId {
     UsbId::new(0x2000 + number / 5, 0x100 + number)
 }
 
-/// The device number `n` of a host, from 0. `None` beyond what 255 buses hold.
-fn device(node: u64, n: u32, usb: UsbId, available: bool, dice: &mut Dice) -> Option<DeviceEntry> {
+/// Device `n` of a host, counted from 0. `None` if 255 buses have no more ports.
+fn device(node: u64, n: u32, usb: UsbId, available: bool, rng: &mut Rng) -> Option<DeviceEntry> {
     const PER_BUS: u32 = 120;
     let bus = u8::try_from(1 + n / PER_BUS).ok()?;
     let number = 1 + (n % PER_BUS) as u8;
@@ -73,7 +72,7 @@ fn device(node: u64, n: u32, usb: UsbId, available: bool, dice: &mut Dice) -> Op
     let id = DeviceId::new((node - 1) * 1_000_000 + u64::from(n) + 1)?;
     let status = if available { Status::Available } else { Status::Allocated };
     let serial =
-        (dice.roll(2) == 0).then(|| format!("{:08X}", (node << 10 | u64::from(n)) & 0xffff_ffff));
+        (rng.below(2) == 0).then(|| format!("{:08X}", (node << 10 | u64::from(n)) & 0xffff_ffff));
     let class = [0x03, 0x08, 0x0b, 0xff][usize::from(usb.product.get() % 4)];
     Some(DeviceEntry {
         id,
@@ -100,7 +99,7 @@ fn device(node: u64, n: u32, usb: UsbId, available: bool, dice: &mut Dice) -> Op
         product_name: Some("HASP HL 3.25".to_owned()),
         driver: None,
         host_use: None,
-        tags: if dice.roll(5) == 0 { vec!["erp".to_owned()] } else { Vec::new() },
+        tags: if rng.below(5) == 0 { vec!["erp".to_owned()] } else { Vec::new() },
         projects: Vec::new(),
         path: None,
     })

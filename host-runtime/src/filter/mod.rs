@@ -1,4 +1,4 @@
-//! The scheduler's filter, as the command line uses it.
+//! Tools of the command line for the scheduler's filter.
 
 pub mod bench;
 pub mod fleet;

@@ -28,8 +28,8 @@ impl Registered {
     /// is closed with events is never freed, and keeps its descriptors.
     pub(super) fn end(self, connection: &Connect) {
         for id in self.0 {
-            // SAFETY: the connection is open or broken, and not freed yet. On a broken one only
-            // libvirtd does not hear of it.
+            // SAFETY: the connection is open or broken, and not freed yet. On a broken connection,
+            // the call only does not reach libvirtd.
             unsafe { sys::virConnectDomainEventDeregisterAny(connection.as_ptr(), id) };
         }
     }
@@ -83,7 +83,7 @@ fn register_one(
     to: &Sender<Event>,
 ) -> Result<c_int, Error> {
     let to = to.clone();
-    // The receiver may have been dropped: then the event is not needed.
+    // If the receiver was dropped, the event is not needed.
     let send: Box<Send> = Box::new(Box::new(move |event| drop(to.send(event))));
     let opaque = Box::into_raw(send).cast::<c_void>();
     // SAFETY: the connection is open; a null domain means all; `opaque` is a `Send` that only the
@@ -147,7 +147,7 @@ unsafe extern "C" fn on_device(
     }
 }
 
-/// Instance of the event.
+/// Returns the instance of an event.
 ///
 /// # Safety
 /// The domain is valid.
@@ -162,8 +162,8 @@ unsafe fn instance(domain: sys::virDomainPtr) -> Option<InstanceId> {
     }
 }
 
-/// Takes a device by its alias from a running domain: its address may be long out of date. Does not
-/// wait for the guest.
+/// Detaches a device from a running domain by its alias, because its address may be outdated. Does
+/// not wait for the guest.
 pub(super) fn detach_alias(domain: &Domain, alias: &CString) -> Result<(), Error> {
     let live = sys::VIR_DOMAIN_AFFECT_LIVE;
     // SAFETY: the domain is valid as long as it is borrowed, and the alias is a C string.
@@ -173,8 +173,7 @@ pub(super) fn detach_alias(domain: &Domain, alias: &CString) -> Result<(), Error
     }
 }
 
-/// Whether something is being done to a running domain: a job, or a command that QEMU has not
-/// answered.
+/// Whether a running domain is busy with a job, or with a command that QEMU has not answered.
 pub(super) fn is_busy(domain: &Domain) -> Result<bool, Error> {
     let mut info = sys::virDomainControlInfo { state: 0, details: 0, stateTime: 0 };
     // SAFETY: the domain is valid as long as it is borrowed, and libvirt writes one

@@ -1,14 +1,15 @@
 //! libvirt, through the `virt` crate.
 //!
 //! ```text
-//!   (away) ── open, register events ──► connected ── no answer to keepalive, daemon gone ──► (away) ─ 1, 2, 4 … 30 s ─► …
-//!                                          └─► further connections, one for each call at a time
+//!   disconnected ── open, register events ──► connected ──► further connections, one per call
+//!        ▲                                        │
+//!        └── retry after 1, 2, 4 … 30 s ◄─────────┘ no keepalive, or the daemon has ended
 //! ```
-//! One thread runs libvirt's event loop for as long as the process lives, another keeps the
-//! connections. The first one brings the events. A call is made from any thread, and has a
-//! connection to itself: beside a call that stays unanswered, others on the same connection are
-//! sent when the keepalive's timer runs out, 5 s later (seen with libvirt 9.0), and libvirtd takes
-//! five at a time.
+//! One thread runs libvirt's event loop as long as the process runs, another maintains the
+//! connections. The first connection receives the events. A call can be made from any thread, and
+//! has its own connection. Beside an unanswered call, other calls on the same connection are sent
+//! only when the keepalive's timer expires, 5 s later (observed with libvirt 9.0), and libvirtd
+//! accepts five at a time.
 
 use std::ffi::CString;
 use std::fs;
@@ -30,30 +31,32 @@ use super::process::{self, Process, State};
 use super::supervised::MAX_CALLS;
 use super::{Event, Failure, Hypervisor, Running};
 
-/// How often the connection is looked at, and the shortest wait before the next attempt.
-const SHORT: Duration = Duration::from_secs(1);
-/// The longest wait before the next attempt.
-const LONG: Duration = Duration::from_secs(30);
+/// Interval at which the connection is checked, and shortest wait before a reconnect.
+const CHECK_INTERVAL: Duration = Duration::from_secs(1);
+/// Longest wait before a reconnect.
+const MAX_RECONNECT_INTERVAL: Duration = Duration::from_secs(30);
 /// Time without an answer after which the daemon is reported as silent.
-const SILENCE: Duration = Duration::from_secs(5);
-/// … and before a program that asks a few questions gives up.
-const DEADLINE: Duration = Duration::from_secs(30);
-/// Seconds between keepalive messages, and how many may go unanswered.
-const KEEPALIVE: (i32, u32) = (5, 3);
+const SILENCE_TIMEOUT: Duration = Duration::from_secs(5);
+/// Timeout for the connection of a command.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
+/// Seconds between keepalive messages.
+const KEEPALIVE_SECONDS: i32 = 5;
+/// Maximum number of unanswered keepalive messages.
+const MAX_UNANSWERED_KEEPALIVES: u32 = 3;
 
-/// The sockets of the system's daemons: one that appears is tried at once.
+/// Sockets of the system's daemons. If one appears, the agent reconnects immediately.
 const SOCKETS: [&str; 2] = ["/run/libvirt/libvirt-sock", "/run/libvirt/virtqemud-sock"];
 /// Maximum number of connections in addition to the first: one for each call.
-const CONNECTIONS: usize = MAX_CALLS;
+const MAX_CONNECTIONS: usize = MAX_CALLS;
 /// Number of idle connections that stay open.
-const SPARE: usize = 4;
+const IDLE_CONNECTIONS: usize = 4;
 
-/// One libvirt daemon. Cheap to clone: clones share the connections.
+/// A libvirt daemon. Clones are cheap and share the connections.
 #[derive(Clone)]
 pub struct Libvirt {
     uri: Arc<str>,
     connections: Arc<Mutex<Connections>>,
-    /// Whether to connect at once, and who waits to.
+    /// Whether to reconnect immediately, with a condition that is notified of that.
     retry: Arc<(Mutex<bool>, Condvar)>,
 }
 
@@ -67,17 +70,17 @@ struct Connections {
 /// An open connection, closed with its last user.
 struct Open {
     connect: Connect,
-    /// The events that it brings: they end before it does.
+    /// Registered events, which must be unregistered before the connection is closed.
     registered: Mutex<Option<Registered>>,
-    /// Whether a call is made on it.
+    /// Whether a call uses the connection.
     in_use: AtomicBool,
 }
 
 impl Open {
-    /// Local drivers (test:///default) have no keepalive, and need none; a program that runs no
-    /// event loop has none either.
+    /// Enables keepalive. This fails with local drivers (test:///default), which need none, and in
+    /// programs without an event loop.
     fn keep_alive(&self) {
-        drop(self.connect.set_keep_alive(KEEPALIVE.0, KEEPALIVE.1));
+        drop(self.connect.set_keep_alive(KEEPALIVE_SECONDS, MAX_UNANSWERED_KEEPALIVES));
     }
 
     fn is_alive(&self) -> bool {
@@ -100,16 +103,16 @@ impl Drop for Open {
         if let Some(registered) = registered {
             registered.end(&self.connect);
         }
-        // There is nothing to be done about a connection that cannot be closed.
+        // An error of close cannot be handled.
         drop(self.connect.close());
     }
 }
 
-/// A connection that a call is made on.
+/// A connection in use by a call.
 struct Lease(Arc<Open>);
 
 impl Lease {
-    /// None where another call is made on it.
+    /// Takes the connection for a call. `None` if another call uses it.
     fn of(open: &Arc<Open>) -> Option<Self> {
         (!open.in_use.swap(true, Ordering::AcqRel)).then(|| Self(open.clone()))
     }
@@ -128,22 +131,22 @@ impl Drop for Lease {
     }
 }
 
-/// How a domain was started.
+/// Way in which a domain was started.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Started {
-    /// From the XML given.
+    /// The domain was started from the given XML.
     Fresh,
-    /// From its managed save image, which the restore hook has given its devices.
+    /// The domain was restored from its managed save image. The hook has given it its devices.
     Restored,
 }
 
 impl Libvirt {
-    /// The daemon at this URI; nothing is opened yet.
+    /// Creates a client of the daemon at this URI, without connecting.
     pub fn new(uri: &str) -> Self {
         Self { uri: uri.into(), connections: Arc::default(), retry: Arc::default() }
     }
 
-    /// Opens the connection, for a program that asks a few questions.
+    /// Opens a connection for a command, which makes a few calls.
     ///
     /// # Errors
     /// [`Failure::Away`].
@@ -154,20 +157,20 @@ impl Libvirt {
         let dial = move || drop(to.send(dialler.dial()));
         let thread = std::thread::Builder::new().name("libvirt".into()).spawn(dial);
         thread.map_err(|e| Failure::Away(e.to_string()))?;
-        let dialled = from.recv_timeout(DEADLINE).map_err(|_| {
+        let dialled = from.recv_timeout(CONNECT_TIMEOUT).map_err(|_| {
             Failure::Away(format!(
-                "{uri} has not answered for {DEADLINE:?}: 'systemctl status libvirtd' shows its \
-                 status"
+                "{uri} has not answered for {CONNECT_TIMEOUT:?}: 'systemctl status libvirtd' shows \
+                 its status"
             ))
         })?;
         libvirt.set(Some(Arc::new(dialled?)));
         Ok(libvirt)
     }
 
-    /// Keeps a connection for ever, and tells of what happens.
+    /// Maintains a connection forever, and sends its events.
     ///
     /// # Errors
-    /// When no thread can be started.
+    /// If a thread cannot be started.
     pub fn follow(&self, events: Sender<Event>) -> std::io::Result<()> {
         quiet();
         let loops = || {
@@ -178,7 +181,7 @@ impl Libvirt {
         std::thread::Builder::new().name("libvirt-events".into()).spawn(|| {
             loop {
                 if virt::event::event_run_default_impl().is_err() {
-                    std::thread::sleep(SHORT);
+                    std::thread::sleep(CHECK_INTERVAL);
                 }
             }
         })?;
@@ -188,19 +191,19 @@ impl Libvirt {
     }
 
     fn keep(&self, events: &Sender<Event>) {
-        let mut wait = SHORT;
-        let mut told = None;
+        let mut wait = CHECK_INTERVAL;
+        let mut reported = None;
         loop {
             match self.connect(events) {
                 Ok(open) => {
-                    (wait, told) = (SHORT, None);
+                    (wait, reported) = (CHECK_INTERVAL, None);
                     self.set(Some(open.clone()));
                     if events.send(Event::Connected).is_err() {
                         return;
                     }
                     while open.is_alive() {
                         self.close_unused();
-                        std::thread::sleep(SHORT);
+                        std::thread::sleep(CHECK_INTERVAL);
                     }
                     drop(open);
                     self.set(None);
@@ -208,13 +211,17 @@ impl Libvirt {
                 }
                 Err(why) => {
                     let why = why.to_string();
-                    // Once is enough, until it is another reason.
-                    if told.as_ref() != Some(&why) && events.send(Event::Lost(why.clone())).is_err()
-                    {
+                    // Report each reason once.
+                    let is_new = reported.as_ref() != Some(&why);
+                    if is_new && events.send(Event::Lost(why.clone())).is_err() {
                         return;
                     }
-                    told = Some(why);
-                    wait = if self.rest(wait) { SHORT } else { (wait * 2).min(LONG) };
+                    reported = Some(why);
+                    wait = if self.wait(wait) {
+                        CHECK_INTERVAL
+                    } else {
+                        (wait * 2).min(MAX_RECONNECT_INTERVAL)
+                    };
                 }
             }
         }
@@ -222,21 +229,21 @@ impl Libvirt {
 
     /// Connects immediately instead of waiting, because libvirt has shown a sign of life.
     pub fn retry(&self) {
-        let (asked, waits) = &*self.retry;
-        *asked.lock().unwrap_or_else(PoisonError::into_inner) = true;
-        waits.notify_one();
+        let (requested, condition) = &*self.retry;
+        *requested.lock().unwrap_or_else(PoisonError::into_inner) = true;
+        condition.notify_one();
     }
 
-    /// Waits before the next attempt to connect. Says whether there was a reason not to wait so
-    /// long.
-    fn rest(&self, wait: Duration) -> bool {
-        let (asked, waits) = &*self.retry;
+    /// Waits before the next attempt to connect. Returns true if the wait was cut short by
+    /// [`Libvirt::retry`] or a new socket.
+    fn wait(&self, wait: Duration) -> bool {
+        let (requested, condition) = &*self.retry;
         let until = Instant::now() + wait;
         let sockets = || {
             SOCKETS.map(|socket| fs::metadata(socket).ok().map(|found| (found.dev(), found.ino())))
         };
         let before = sockets();
-        let mut guard = asked.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut guard = requested.lock().unwrap_or_else(PoisonError::into_inner);
         loop {
             if std::mem::take(&mut *guard) || sockets() != before {
                 return true;
@@ -245,7 +252,7 @@ impl Libvirt {
             if left.is_zero() {
                 return false;
             }
-            let waited = waits.wait_timeout(guard, left.min(SHORT / 4));
+            let waited = condition.wait_timeout(guard, left.min(CHECK_INTERVAL / 4));
             guard = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
     }
@@ -254,12 +261,13 @@ impl Libvirt {
         let (answered, answer) = channel::<()>();
         let (uri, to) = (self.uri.clone(), events.clone());
         let watch = move || {
-            // A daemon that takes calls and answers none would be waited for in silence.
-            if answer.recv_timeout(SILENCE) == Err(RecvTimeoutError::Timeout) {
-                drop(to.send(Event::Lost(format!("{uri} has not answered for {SILENCE:?}"))));
+            // Report a daemon that accepts the connection and does not answer.
+            if answer.recv_timeout(SILENCE_TIMEOUT) == Err(RecvTimeoutError::Timeout) {
+                let why = format!("{uri} has not answered for {SILENCE_TIMEOUT:?}");
+                drop(to.send(Event::Lost(why)));
             }
         };
-        // Without it only that is not told.
+        // Without this thread, only that report is missing.
         drop(std::thread::Builder::new().name("libvirt-watch".into()).spawn(watch));
         let dialled = self.dial();
         drop(answered);
@@ -288,13 +296,13 @@ impl Libvirt {
         drop(before);
     }
 
-    /// Closes further connections that are broken, or that are too many for what is going on.
+    /// Closes further connections that are broken or not needed.
     fn close_unused(&self) {
         let mut spare = 0;
         let mut is_kept = |open: &Arc<Open>| {
             let in_use = open.in_use.load(Ordering::Acquire);
             spare += usize::from(!in_use);
-            in_use || (spare <= SPARE && open.is_alive())
+            in_use || (spare <= IDLE_CONNECTIONS && open.is_alive())
         };
         let unused: Vec<Arc<Open>> = {
             let more = &mut self.connections().more;
@@ -306,7 +314,7 @@ impl Libvirt {
         drop(unused);
     }
 
-    /// A connection to make a call on.
+    /// Returns a connection for a call.
     fn connection(&self) -> Result<Lease, Failure> {
         {
             let connections = self.connections();
@@ -322,12 +330,11 @@ impl Libvirt {
             {
                 return Ok(lease);
             }
-            if connections.more.len() >= CONNECTIONS {
-                return Err(Failure::Silent(format!("it has left {CONNECTIONS} calls unanswered")));
+            if connections.more.len() >= MAX_CONNECTIONS {
+                return Err(Failure::Silent(format!("{MAX_CONNECTIONS} calls have no answer yet")));
             }
         }
-        // The first one may be gone without being known to be. Whatever else keeps a further one
-        // away is no outage.
+        // A refused connection means that the daemon has ended. Other errors are not an outage.
         let open = self.dial().map_err(|e| match e {
             Failure::Away(why) if !why.contains("Failed to connect socket") => {
                 Failure::Busy(format!("there is no other connection: {why}"))
@@ -349,10 +356,10 @@ impl Libvirt {
             .map_err(|e| open.failure(&e))
     }
 
-    /// The UUID of the domain of this name or UUID.
+    /// Returns the UUID of the domain with this name or UUID.
     ///
     /// # Errors
-    /// [`Failure::Gone`]: there is none.
+    /// [`Failure::Gone`] if there is none.
     pub fn resolve(&self, name: &str) -> Result<InstanceId, Failure> {
         let open = self.connection()?;
         let domain = Domain::lookup_by_name(&open.connect, name)
@@ -361,11 +368,11 @@ impl Libvirt {
         uuid(&domain)
     }
 
-    /// The definition of a persistent domain that does not run, secrets included: what a start
-    /// begins with.
+    /// Returns the definition of a persistent domain that is not running, with its secrets, as
+    /// needed for a start.
     ///
     /// # Errors
-    /// [`Failure::Refused`] when it runs already.
+    /// [`Failure::Refused`] if the domain is running.
     pub fn definition(&self, instance: InstanceId) -> Result<String, Failure> {
         let open = self.connection()?;
         let domain = self.find(&open, instance)?;
@@ -382,13 +389,13 @@ impl Libvirt {
     /// image that no longer matches its disks.
     ///
     /// # Errors
-    /// What libvirt says, our hook's message included.
+    /// The error of libvirt, which includes the hook's message.
     pub fn start(&self, instance: InstanceId, xml: Option<&str>) -> Result<Started, Failure> {
         let open = self.connection()?;
         let domain = self.find(&open, instance)?;
         let saved = domain.has_managed_save(0).map_err(|e| open.failure(&e))?;
         match xml.filter(|_| !saved) {
-            // The crate makes a C string of it.
+            // The `virt` crate converts the XML to a C string, and panics at a NUL byte.
             Some(xml) if xml.contains('\0') => {
                 return Err(Failure::Refused("its XML contains a NUL byte".into()));
             }
@@ -414,10 +421,11 @@ impl Libvirt {
             .map_err(|e| open.failure(&e))
     }
 
-    /// The definitions of all persistent domains, as their next start has them.
+    /// Returns the definitions of all persistent domains. A domain that is undefined in the
+    /// meantime is left out.
     ///
     /// # Errors
-    /// [`Failure::Away`]. A domain that goes meanwhile is left out.
+    /// [`Failure::Away`].
     pub fn definitions(&self) -> Result<Vec<String>, Failure> {
         let open = self.connection()?;
         let domains = open
@@ -440,19 +448,19 @@ impl Libvirt {
     }
 }
 
-/// The UUID is part of libvirt's handle: it is known without asking.
+/// Returns the UUID of a domain, which is part of libvirt's handle and needs no call.
 fn uuid(domain: &Domain) -> Result<InstanceId, Failure> {
     let text = domain.get_uuid_string().map_err(|e| failure(&e))?;
     text.parse().map_err(|_| Failure::Refused(format!("{text:?} is not a UUID")))
 }
 
-/// A running domain; `None` when it has stopped meanwhile.
+/// Reads a running domain. `None` if it has stopped in the meantime.
 fn read(open: &Open, domain: &Domain) -> Result<Option<Running>, Failure> {
     let read = || {
         if !domain.is_active()? {
             return Ok::<_, Error>(None);
         }
-        // A guest whose state comes in is paused by the migration, from whatever it comes.
+        // While a restore or migration loads the state, the guest is paused with this reason.
         let (state, reason) = domain.get_state()?;
         let moving = state == sys::VIR_DOMAIN_PAUSED
             && reason == sys::VIR_DOMAIN_PAUSED_MIGRATION.cast_signed();
@@ -526,9 +534,9 @@ impl Hypervisor for Libvirt {
                 domain
                     .qemu_monitor_command(&command.to_string(), 0)
                     .map_err(|e| open.failure(&e))?;
-                // libvirt hears of that by an event, and would take what is attached before it has
-                // for what is gone: it has the same alias.
-                std::thread::sleep(SHORT);
+                // libvirt handles QEMU's event about the removal. If it came after the new attach,
+                // libvirt would remove the new device, which has the same alias.
+                std::thread::sleep(CHECK_INTERVAL);
                 tracing::warn!(%instance, alias, "QEMU already had {alias}, unknown to libvirt: \
                     it was removed and attached again");
                 attach()
@@ -560,7 +568,7 @@ impl Hypervisor for Libvirt {
             .find(&open, instance)
             .and_then(|domain| events::is_busy(&domain).map_err(|e| open.failure(&e)))
         {
-            // There is none, or it does not run.
+            // The domain does not exist or is not running.
             Err(Failure::Gone) => Ok(false),
             Ok(is_busy) => Ok(is_busy),
             Err(other) => Err(other),
@@ -574,8 +582,8 @@ impl Hypervisor for Libvirt {
     fn identity(&self) -> Result<String, Failure> {
         let open = self.connection()?;
         let connect = &open.connect;
-        // The host's UUID is left out: on machines without one in their firmware libvirtd makes one
-        // at each start (virSetHostUUIDStr), and a local URI names this host.
+        // The host's UUID is not used: on machines without one in the firmware, libvirtd creates a
+        // new one at each start (virSetHostUUIDStr).
         let identity = || {
             let (kind, uri, host) =
                 (connect.get_type()?, connect.get_uri()?, connect.get_hostname()?);
@@ -585,8 +593,8 @@ impl Hypervisor for Libvirt {
     }
 }
 
-/// A QEMU that does not go on answers libvirt nothing, and the call would hold one of libvirtd's 20
-/// workers (`max_workers`) for as long: such a call is not made.
+/// Refuses a call about a guest whose QEMU is stopped or blocked. QEMU would not answer libvirt,
+/// and the call would occupy one of libvirtd's 20 workers (`max_workers`).
 fn refuse_stopped(instance: InstanceId) -> Result<(), Failure> {
     let why = match process::settled(instance) {
         Some(Process { pid, state: State::Stopped }) => {
@@ -605,11 +613,12 @@ fn refuse_stopped(instance: InstanceId) -> Result<(), Failure> {
     Err(Failure::Hung(why.into()))
 }
 
-/// Our alias, where QEMU refuses the device because it has one of that alias already: a libvirtd
-/// that ends between QEMU's answer and its own status file never hears of the device, and could
-/// neither take it out nor attach it. An alias in the domain's XML libvirt refuses by itself ("non
-/// unique alias detected", virDomainDeviceDefValidateAliasesHotplug). QEMU 6.2 and later say
-/// "Duplicate device ID 'ua-usb-2'", earlier ones "Duplicate ID 'ua-usb-2' for device".
+/// Returns the alias of virt-usb, if QEMU refuses the device because it has one with that alias. A
+/// libvirtd that ends between QEMU's answer and writing its own status file does not know the
+/// device, and can neither detach nor attach it. If the alias is in the domain's XML, libvirt
+/// itself refuses it ("non unique alias detected", virDomainDeviceDefValidateAliasesHotplug). The
+/// message is "Duplicate device ID 'ua-usb-2'" in QEMU 6.2 and later, "Duplicate ID 'ua-usb-2' for
+/// device" in earlier versions.
 fn unknown_to_libvirt<'a>(why: &'a str, device: &str) -> Option<&'a str> {
     let (_, after) = why.split_once("Duplicate ")?;
     let alias =
@@ -617,8 +626,9 @@ fn unknown_to_libvirt<'a>(why: &'a str, device: &str) -> Option<&'a str> {
     device.contains(&format!("<alias name='{alias}'/>")).then_some(alias)
 }
 
-/// Whether libvirt has lost the guest's QEMU meanwhile, and not this process libvirt: "Unable to
-/// write to monitor: Broken pipe", "End of file from qemu monitor", "qemu monitor was closed".
+/// Whether the message means that libvirt has lost the guest's QEMU, and not that this process has
+/// lost libvirt: "Unable to write to monitor: Broken pipe", "End of file from qemu monitor", "qemu
+/// monitor was closed".
 fn is_end_of_qemu(message: &str) -> bool {
     message.contains("monitor")
         && ["Broken pipe", "End of file", "closed"].iter().any(|end| message.contains(end))
@@ -662,7 +672,7 @@ mod tests {
     use super::{is_end_of_qemu, unknown_to_libvirt};
 
     #[test]
-    fn the_end_of_qemu_is_not_that_of_libvirt() {
+    fn the_end_of_qemu_differs_from_that_of_libvirt() {
         for (message, expected) in [
             ("Unable to write to monitor: Broken pipe", true),
             ("internal error: End of file from qemu monitor", true),
@@ -680,7 +690,7 @@ mod tests {
     }
 
     #[test]
-    fn only_our_own_device_is_taken_out_behind_libvirts_back() {
+    fn only_a_device_of_virt_usb_is_removed_without_libvirt() {
         let device = "<hostdev mode='subsystem' type='usb'><alias name='ua-usb-2'/></hostdev>";
         let new = "internal error: unable to execute QEMU command 'device_add': Duplicate device \
             ID 'ua-usb-2'";

@@ -1,13 +1,13 @@
-//! The guests of this host: one trait, libvirt behind it and a simulation.
+//! The guests of this host: one trait, implemented by libvirt and by a simulation.
 //!
 //! ```text
 //!   libvirt ──── calls ────► Libvirt ───┐
-//!      └──── events ─► Event ─► agent   ├─► Hypervisor: who runs, with which live XML; attach, detach, stop
+//!      └──── events ─► Event ─► agent   ├─► Hypervisor: running guests; attach, detach, stop
 //!   TOML [[domain]] ──────► Simulated ──┘      │
-//!                                          Supervised: which calls are not answered, and what the last answers were
+//!                                          Supervised: unanswered calls, last known state
 //! ```
-//! An answer is never guessed: what could not be asked is a [`Failure`], and a domain is absent
-//! only where libvirt has said so.
+//! An answer is never guessed: a failed query is a [`Failure`], and a domain counts as absent only
+//! if libvirt says so.
 
 mod events;
 mod libvirt;
@@ -23,7 +23,7 @@ pub use simulated::SimulatedHypervisor;
 pub(crate) use supervised::MEETING_TIMEOUT;
 pub use supervised::{Changed, Known, Listeners, Supervised, Unanswered};
 
-/// A domain that runs.
+/// A running domain.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Running {
     /// UUID of the instance.
@@ -32,8 +32,8 @@ pub struct Running {
     pub name: String,
     /// Live XML of the domain.
     pub xml: String,
-    /// Whether its state is being loaded or sent, by restore or migration: then no device can be
-    /// attached or detached.
+    /// Whether its state is being transferred by a restore or migration. No device can be attached
+    /// or detached in the meantime.
     pub moving: bool,
 }
 
@@ -41,32 +41,31 @@ impl Running {
     /// Parses the live XML.
     ///
     /// # Errors
-    /// When it is no domain that libvirt could have written.
+    /// If the XML is invalid.
     pub fn domain(&self) -> Result<Domain, XmlError> {
         virt_usb_domxml::read(self.xml.as_bytes())
     }
 }
 
-/// Something could not be done.
+/// Failure of a call to the hypervisor.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Failure {
-    /// libvirt cannot be reached: nothing is known about any guest.
+    /// libvirt is unreachable. The state of all guests is unknown.
     #[error("libvirt cannot be reached: {0}")]
     Away(String),
-    /// The domain does not run.
+    /// The domain is not running.
     #[error("the domain is not running")]
     Gone,
-    /// Another operation on the domain goes on: to be tried again.
+    /// Another operation on the domain is in progress. A retry may succeed.
     #[error("libvirt is busy with the domain: {0}")]
     Busy(String),
-    /// The guest's QEMU does not go on: it was not asked for anything.
+    /// The guest's QEMU is stopped or blocked. The call was not made.
     #[error("{0}")]
     Hung(String),
-    /// libvirt has not answered an earlier call: whether that was done is not known, and no other
-    /// is made meanwhile.
+    /// libvirt has not answered an earlier call, whose result is unknown. This call was not made.
     #[error("libvirt has not answered: {0}")]
     Silent(String),
-    /// libvirt will not, and says why.
+    /// libvirt refused the call, with this reason.
     #[error("libvirt refuses it: {0}")]
     Refused(String),
 }
@@ -74,61 +73,62 @@ pub enum Failure {
 /// An event about guests.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Event {
-    /// libvirt can be reached, from now on or again: anything may have happened.
+    /// The connection to libvirt was made, for the first time or again. Events may have been
+    /// missed.
     Connected,
     /// The connection is lost, for this reason.
     Lost(String),
     /// A domain changed: it started, stopped, disappeared, or its devices changed.
     Changed(InstanceId),
-    /// A domain was started here: not one that migrated in.
+    /// A domain was started here. A domain that migrated in only changes.
     Started(InstanceId),
 }
 
 /// A hypervisor that runs the guests.
 pub trait Hypervisor: Send + Sync {
-    /// All domains that run.
+    /// Lists the running domains.
     ///
     /// # Errors
     /// [`Failure::Away`].
     fn running(&self) -> Result<Vec<InstanceId>, Failure>;
 
-    /// All domains, whether they run or not.
+    /// Lists all domains, running or not.
     ///
     /// # Errors
     /// [`Failure::Away`].
     fn all(&self) -> Result<Vec<InstanceId>, Failure>;
 
-    /// One domain; `None` when it does not run.
+    /// Reads a running domain. `None` if it is not running.
     ///
     /// # Errors
     /// [`Failure::Away`], [`Failure::Busy`].
     fn look(&self, instance: InstanceId) -> Result<Option<Running>, Failure>;
 
-    /// The XML of a domain, live where it runs, or else as it is defined; `None` where there is no
-    /// such domain.
+    /// Reads the XML of a domain: the live XML if it is running, otherwise its definition. `None`
+    /// if there is no such domain.
     ///
     /// # Errors
     /// [`Failure::Away`].
     fn xml(&self, instance: InstanceId) -> Result<Option<String>, Failure>;
 
-    /// Gives a running domain a device. That it was taken does not say that it is still there:
-    /// look.
+    /// Attaches a device to a running domain. Success does not mean that the domain still has the
+    /// device; the live XML shows it.
     ///
     /// # Errors
-    /// Each of [`Failure`].
+    /// Any [`Failure`].
     fn attach(&self, instance: InstanceId, device: &str) -> Result<(), Failure>;
 
-    /// Takes the device of this alias from a running domain. It may take a moment after that: look.
-    /// One that is not there is no failure.
+    /// Requests the detach of the device with this alias from a running domain. The live XML shows
+    /// when the device is gone. A missing device is not an error.
     ///
     /// # Errors
-    /// Each of [`Failure`].
+    /// Any [`Failure`].
     fn detach(&self, instance: InstanceId, alias: &str) -> Result<(), Failure>;
 
-    /// Stops a domain, as pulling its plug would.
+    /// Stops a domain immediately, as a power cut would.
     ///
     /// # Errors
-    /// Each of [`Failure`].
+    /// Any [`Failure`].
     fn stop(&self, instance: InstanceId) -> Result<(), Failure>;
 
     /// Whether any program is changing the running domain: a requested change may still happen.
@@ -137,12 +137,11 @@ pub trait Hypervisor: Send + Sync {
     /// [`Failure::Away`].
     fn is_busy(&self, instance: InstanceId) -> Result<bool, Failure>;
 
-    /// The number of the process that runs this guest on this host, whatever libvirt says of it;
-    /// none where there is none, or where it cannot be seen.
+    /// Process id of this guest's QEMU on this host, independent of libvirt. `None` if there is no
+    /// process, or it is not visible.
     fn process(&self, instance: InstanceId) -> Option<u32>;
 
-    /// Identity of this libvirt in words: its driver, its URI and its host. Another libvirt knows
-    /// other guests.
+    /// Identity of this libvirt: driver, URI and host. Another libvirt has other guests.
     ///
     /// # Errors
     /// [`Failure::Away`].

@@ -1,4 +1,4 @@
-//! The process of a guest on this host, as procfs shows it: what is known without asking libvirt.
+//! The process of a guest on this host, read from procfs without calling libvirt.
 
 use std::fs;
 use std::path::Path;
@@ -6,43 +6,43 @@ use std::time::Duration;
 
 use virt_usb_model::InstanceId;
 
-/// A guest's QEMU.
+/// QEMU process of a guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Process {
     /// Process id of QEMU.
     pub(super) pid: u32,
-    /// Whether it goes on.
+    /// State of the process.
     pub(super) state: State,
 }
 
-/// Whether a process goes on (proc_pid_stat(5)).
+/// State of a process (proc_pid_stat(5)).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum State {
     /// The process runs or waits.
     Running,
-    /// By a signal (`T`) or by a debugger (`t`).
+    /// The process is stopped by a signal (`T`) or a debugger (`t`).
     Stopped,
     /// The process waits in the kernel and cannot be interrupted (`D`), for a disk or a network
     /// file system. Usually for a moment only.
     Blocked,
 }
 
-/// A process that is blocked for so long is blocked.
-const MOMENT: Duration = Duration::from_millis(200);
+/// Wait between two reads that find a process blocked.
+const BLOCKED_INTERVAL: Duration = Duration::from_millis(200);
 
-/// The QEMU of this instance: the process that has its UUID as `-uuid`. None where there is none,
-/// or where this process may not see it, as in a container with processes of its own.
+/// Finds the QEMU of this instance, which has its UUID as argument `-uuid`. `None` if there is
+/// none, or if it is not visible, as from a container with its own process namespace.
 pub(super) fn of(instance: InstanceId) -> Option<Process> {
     find(Path::new("/proc"), instance)
 }
 
-/// The same; it is [`State::Blocked`] if it is so twice.
+/// Like [`of`], but the process is [`State::Blocked`] only if two reads find it blocked.
 pub(super) fn settled(instance: InstanceId) -> Option<Process> {
     let process = of(instance)?;
     if process.state != State::Blocked {
         return Some(process);
     }
-    std::thread::sleep(MOMENT);
+    std::thread::sleep(BLOCKED_INTERVAL);
     of(instance)
 }
 
@@ -63,8 +63,8 @@ fn has_uuid(procfs_root: &Path, pid: u32, uuid: &str) -> bool {
         && words.next().is_some_and(|word| word.eq_ignore_ascii_case(uuid.as_bytes()))
 }
 
-/// From `PID (NAME) STATE …`, where the name may hold anything. A process that has ended and is not
-/// waited for is none.
+/// Parses the state in `PID (NAME) STATE …`, where the name may contain any character. `None` for a
+/// zombie.
 fn state(stat: &str) -> Option<State> {
     match stat.rsplit_once(')')?.1.trim_start().chars().next()? {
         'T' | 't' => Some(State::Stopped),

@@ -1,7 +1,7 @@
-//! A hypervisor in memory, for a laptop and for tests: it starts and stops the domains of a file,
-//! calls our hook as libvirt does, and keeps what is attached. No guest runs.
+//! A hypervisor in memory, for a laptop and for tests. It starts and stops the domains of a file,
+//! calls the hook as libvirt does, and keeps the attached devices. No guest runs.
 //!
-//! Each `[[domain]]` of the simulation file has `name`, `uuid`, and where wanted `running` (true),
+//! Each `[[domain]]` of the simulation file has `name`, `uuid`, and optionally `running` (true),
 //! `flavor` (JSON) and `project` (Nova's owner), for its metadata, `controller` (`"qemu-xhci"`;
 //! `"none"`: no USB), `ports` (15), `spice` (false) and `devices` (XML of its other devices). A
 //! change of the file is what an operator does: `running = false` stops the domain, an entry that
@@ -31,11 +31,11 @@ pub struct SimulatedHypervisor {
     config: Config,
     events: Sender<Event>,
     domains: Mutex<BTreeMap<InstanceId, Domain>>,
-    /// The domains have changed.
+    /// Notified when the domains have changed.
     changed: Condvar,
 }
 
-/// A `[[domain]]`.
+/// A `[[domain]]` of the file.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Spec {
@@ -77,7 +77,7 @@ struct Domain {
 }
 
 impl Domain {
-    /// QEMU runs, and answers nothing.
+    /// Whether QEMU is running, but does not answer.
     const fn hangs(&self) -> bool {
         self.running && self.spec.hangs
     }
@@ -89,8 +89,8 @@ struct Attached {
     alias: String,
     /// XML element of the device.
     xml: String,
-    /// The XML shows it, QEMU does not have it: so it is after a restore.
-    let_go: bool,
+    /// Whether QEMU no longer has the device, although the XML shows it, as after a restore.
+    released: bool,
 }
 
 #[derive(Deserialize)]
@@ -100,30 +100,30 @@ struct File {
 }
 
 impl SimulatedHypervisor {
-    /// Without domains. `config` is what the hook is called with.
+    /// Creates a hypervisor without domains. `config` is the hook's configuration.
     pub fn new(config: Config, events: Sender<Event>) -> Self {
         Self { config, events, domains: Mutex::default(), changed: Condvar::new() }
     }
 
-    /// Makes the domains those of the file's text, starts and stops what is to run or not. Returns
-    /// what the hook said where it refused a start.
+    /// Defines, undefines, starts and stops domains to match the text of a file. Returns the hook's
+    /// message for each refused start.
     ///
     /// # Errors
-    /// What is wrong with the text; then nothing has changed.
+    /// If the text is invalid. Nothing is changed then.
     pub fn apply(&self, text: &str) -> Result<Vec<String>, String> {
         let wanted = parse(text)?;
         let mut refused = Vec::new();
         let now: Vec<(InstanceId, bool)> =
             self.domains().iter().map(|(id, d)| (*id, d.running)).collect();
         for (instance, running) in now {
-            let goes_on = wanted.get(&instance).is_some_and(|spec| spec.running);
-            if running && !goes_on {
+            let stays_running = wanted.get(&instance).is_some_and(|spec| spec.running);
+            if running && !stays_running {
                 self.end(instance);
             }
             if !wanted.contains_key(&instance) {
                 self.domains().remove(&instance);
                 self.changed.notify_all();
-                self.tell(Event::Changed(instance));
+                self.notify(Event::Changed(instance));
             }
         }
         for (instance, spec) in wanted {
@@ -132,13 +132,13 @@ impl SimulatedHypervisor {
             }
             self.changed.notify_all();
             let domain = self.domains().get(&instance).cloned();
-            // A definition that changes while the domain runs counts from its next start.
+            // A changed definition of a running domain applies from its next start.
             let changed = domain.as_ref().is_none_or(|d| d.spec != spec);
             let runs = domain.is_some_and(|d| d.running);
             if changed && !runs {
                 let domain = Domain { spec: spec.clone(), running: false, devices: Vec::new() };
                 self.domains().insert(instance, domain);
-                self.tell(Event::Changed(instance));
+                self.notify(Event::Changed(instance));
             }
             if spec.running
                 && !runs
@@ -151,11 +151,11 @@ impl SimulatedHypervisor {
         Ok(refused)
     }
 
-    /// Starts a domain as libvirt does: prepare, start, started; a refusal is followed by stopped
+    /// Starts a domain as libvirt does: prepare, start, started. A refusal is followed by stopped
     /// and release.
     ///
     /// # Errors
-    /// What the hook says.
+    /// The hook's message, if it refuses.
     pub fn begin(&self, instance: InstanceId) -> Result<(), String> {
         if let Err(why) = self.call(instance, "prepare", Operation::Gate) {
             self.call_to_end(instance, "failed");
@@ -170,7 +170,7 @@ impl SimulatedHypervisor {
             domain.running = true;
         }
         drop(self.call(instance, "started", Operation::Notice(Happened::Started)));
-        self.tell(Event::Started(instance));
+        self.notify(Event::Started(instance));
     }
 
     /// Saves a running domain and restores it, as `virsh managedsave` and `start` do: stopped,
@@ -178,7 +178,7 @@ impl SimulatedHypervisor {
     /// although the XML shows them.
     ///
     /// # Errors
-    /// What the hook says: then the domain does not run.
+    /// The hook's message, if it refuses. The domain is then not running.
     pub fn save_and_restore(&self, instance: InstanceId) -> Result<(), String> {
         let Some(saved) = self.domains().get(&instance).filter(|d| d.running).cloned() else {
             return Ok(());
@@ -201,7 +201,7 @@ impl SimulatedHypervisor {
                 if let Some(((before, was), (now, is))) = pair {
                     let renamed = device.xml.replace(&format!("'{was}'"), &format!("'{is}'"));
                     let xml = renamed.replace(before, now);
-                    *device = Attached { alias: is.clone(), xml, let_go: true };
+                    *device = Attached { alias: is.clone(), xml, released: true };
                 }
             }
         }
@@ -215,7 +215,8 @@ impl SimulatedHypervisor {
         begun
     }
 
-    /// libvirt starts no domain with a device that another one has, nor with one device twice.
+    /// Refuses a domain with a device that another domain has, or with one device twice, as libvirt
+    /// does.
     fn refuse_taken<'a>(
         &self,
         instance: InstanceId,
@@ -236,14 +237,14 @@ impl SimulatedHypervisor {
         }
     }
 
-    /// The aliases of a running domain's devices that its XML shows and QEMU does not have.
+    /// Aliases of a running domain's devices that QEMU no longer has, although the XML shows them.
     pub fn let_go(&self, instance: InstanceId) -> Vec<String> {
         let domains = self.domains();
         let devices = domains.get(&instance).filter(|d| d.running).map_or(&[][..], |d| &d.devices);
-        devices.iter().filter(|d| d.let_go).map(|d| d.alias.clone()).collect()
+        devices.iter().filter(|d| d.released).map(|d| d.alias.clone()).collect()
     }
 
-    /// Ends a domain: stopped, release.
+    /// Ends a domain with stopped and release.
     pub fn end(&self, instance: InstanceId) {
         if let Some(domain) = self.domains().get_mut(&instance) {
             domain.running = false;
@@ -253,11 +254,10 @@ impl SimulatedHypervisor {
         if let Some(domain) = self.domains().get_mut(&instance) {
             domain.devices.clear();
         }
-        self.tell(Event::Changed(instance));
+        self.notify(Event::Changed(instance));
     }
 
-    /// A domain whose process dies without anybody calling a hook, as when host and daemon crash
-    /// together.
+    /// Ends a domain without calling the hook, as if the host and the daemon crashed together.
     pub fn vanish(&self, instance: InstanceId) {
         if let Some(domain) = self.domains().get_mut(&instance) {
             domain.running = false;
@@ -271,7 +271,7 @@ impl SimulatedHypervisor {
         drop(self.call(instance, "release", Operation::Notice(released)));
     }
 
-    /// Calls the hook. Nothing is locked meanwhile: it may take its time.
+    /// Calls the hook, without holding a lock.
     fn call(&self, instance: InstanceId, op: &str, operation: Operation) -> Result<(), String> {
         let Some(domain) = self.domains().get(&instance).cloned() else { return Ok(()) };
         let xml = xml(instance, &domain).into_bytes();
@@ -300,7 +300,7 @@ impl SimulatedHypervisor {
         self.domains.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The domains, once nothing keeps a question about these waiting.
+    /// Locks the domains, after waiting while a domain blocks such calls.
     fn unlocked(
         &self,
         keeps: impl Fn(InstanceId, &Domain) -> bool,
@@ -311,7 +311,7 @@ impl SimulatedHypervisor {
         self.changed.wait_while(self.domains(), waits).unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn tell(&self, event: Event) {
+    fn notify(&self, event: Event) {
         // The receiver may have been dropped.
         drop(self.events.send(event));
     }
@@ -331,7 +331,7 @@ impl SimulatedHypervisor {
         let domain = domains.get_mut(&instance).filter(|d| d.running).ok_or(Failure::Gone)?;
         let done = act(domain, &elsewhere);
         drop(domains);
-        self.tell(Event::Changed(instance));
+        self.notify(Event::Changed(instance));
         done
     }
 }
@@ -344,13 +344,13 @@ fn parse(text: &str) -> Result<BTreeMap<InstanceId, Spec>, String> {
         let instance: InstanceId =
             spec.uuid.parse().map_err(|e| format!("domain {name}: uuid: {e}"))?;
         if domains.insert(instance, spec).is_some() {
-            return Err(format!("domain {name}: its uuid is another domain's"));
+            return Err(format!("domain {name}: its uuid belongs to another domain"));
         }
     }
     Ok(domains)
 }
 
-/// The domain's XML as libvirt would show it.
+/// XML of a domain as libvirt shows it.
 fn xml(instance: InstanceId, domain: &Domain) -> String {
     let Spec { name, flavor, project, controller, ports, spice, .. } = &domain.spec;
     let mut text = format!(
@@ -393,7 +393,7 @@ fn xml(instance: InstanceId, domain: &Domain) -> String {
     text
 }
 
-/// The address of a hostdev's source.
+/// Source address of a hostdev in XML.
 fn source(address: BusAddress) -> String {
     format!("<address bus='{}' device='{}'/>", address.bus(), address.device())
 }
@@ -465,7 +465,7 @@ impl Hypervisor for SimulatedHypervisor {
                 return Err(Failure::Refused(why.into()));
             }
             let mut after = domain.clone();
-            let new = |alias| Attached { alias, xml: device.to_owned(), let_go: false };
+            let new = |alias| Attached { alias, xml: device.to_owned(), released: false };
             after.devices.push(new(String::new()));
             let read = read(&after)?;
             let address = read.hostdevs.get(before.hostdevs.len()).and_then(|h| h.address);
@@ -475,15 +475,14 @@ impl Hypervisor for SimulatedHypervisor {
                     || before.hostdevs.iter().any(|h| h.address == Some(address))
             };
             if let Some(address) = address.filter(|a| taken(*a)) {
-                return Err(Failure::Refused(format!("USB device {address} is in use by driver \
-                    QEMU")));
+                let why = format!("USB device {address} is in use by driver QEMU");
+                return Err(Failure::Refused(why));
             }
-            let last = |known: usize, now: Vec<Option<String>>| now.into_iter().nth(known).flatten();
-            let alias = last(before.hostdevs.len(), read.hostdevs.iter().map(|h| h.alias.clone()).collect())
-                .or_else(|| {
-                    last(before.redirdevs.len(), read.redirdevs.iter().map(|r| r.alias.clone()).collect())
-                })
-                .unwrap_or_else(|| format!("dev{}", domain.devices.len()));
+            let hostdev = read.hostdevs.get(before.hostdevs.len()).and_then(|h| h.alias.clone());
+            let redirdev =
+                || read.redirdevs.get(before.redirdevs.len()).and_then(|r| r.alias.clone());
+            let alias =
+                hostdev.or_else(redirdev).unwrap_or_else(|| format!("dev{}", domain.devices.len()));
             if domain.devices.iter().any(|d| d.alias == alias) {
                 return Err(Failure::Refused(format!("non unique alias detected: {alias}")));
             }

@@ -1,9 +1,8 @@
-//! A hypervisor whose calls are supervised: those that are not answered, and what was answered
-//! last.
+//! A wrapper of a hypervisor that tracks unanswered calls, and remembers the last answers.
 //!
-//! A call may stay unanswered for ever if QEMU hangs, or if another program's hook hangs and
+//! A call may stay unanswered forever if QEMU hangs, or if another program's hook hangs and
 //! libvirtd keeps the domain locked. Only the caller waits. Another call about the same guest fails
-//! ([`Failure::Silent`]), and a caller that only needs the last known state reads that
+//! ([`Failure::Silent`]). A caller that only needs the last known state reads that
 //! ([`Supervised::known`]).
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -15,11 +14,11 @@ use virt_usb_model::InstanceId;
 
 use super::{Failure, Hypervisor, Running};
 
-/// A call without an answer for this time is reported.
+/// Time after which a call without an answer is reported.
 pub(crate) const MEETING_TIMEOUT: Duration = Duration::from_secs(5);
-/// A guest counts as silent if a call about it has no answer for this time: further calls about it
-/// fail. On a busy machine calls take seconds.
-const SILENCE: Duration = Duration::from_secs(15);
+/// Time after which a guest counts as silent, if a call about it has no answer. Further calls about
+/// it fail. On a busy machine, calls take seconds.
+const SILENCE_TIMEOUT: Duration = Duration::from_secs(15);
 /// Maximum time that a call waits for its turn while other calls are answered.
 const TURN_TIMEOUT: Duration = Duration::from_secs(60);
 /// Maximum number of concurrent calls. libvirtd has 20 workers for all of its clients
@@ -31,20 +30,20 @@ const CALLS_FOR_SECONDS: usize = 8;
 /// Maximum number of silent guests. If there are more, no call is made at all.
 const MAX_SILENT_GUESTS: usize = 12;
 
-/// A guest as it was seen last.
+/// Last known state of a guest.
 #[derive(Debug, Clone)]
 pub struct Known {
     /// UUID of the instance.
     pub instance: InstanceId,
-    /// Whether it runs.
+    /// Whether the guest is running.
     pub running: bool,
     /// Live XML of a running domain, otherwise its definition.
     pub domain: Arc<Domain>,
-    /// When that was.
+    /// Time of the answer.
     pub seen: SystemTime,
 }
 
-/// A call that was not answered yet.
+/// A call without an answer yet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Unanswered {
     /// Instance that the call is about; `None` for all guests.
@@ -62,9 +61,9 @@ pub type Changed = Box<dyn Fn(Option<&Known>, Option<&Known>) + Send + Sync>;
 
 /// Receivers of notifications.
 pub struct Listeners {
-    /// A call about a guest was answered for which others did not wait.
+    /// Called after a late answer about a guest, if another call was refused in the meantime.
     pub answered: Box<dyn Fn(InstanceId) + Send + Sync>,
-    /// A guest is not what it was: before and now.
+    /// Called after the state of a guest was read.
     pub changed: Changed,
 }
 
@@ -75,15 +74,15 @@ impl Listeners {
     }
 }
 
-/// See the module.
+/// A hypervisor whose calls are supervised; see the module.
 pub struct Supervised {
     inner: Arc<dyn Hypervisor>,
     listeners: Listeners,
     calls: Mutex<Calls>,
-    /// A call has ended.
+    /// Notified when a call has ended.
     ended: Condvar,
     known: RwLock<BTreeMap<InstanceId, Known>>,
-    /// Whether all guests were looked at once.
+    /// Whether all guests were read once.
     complete: RwLock<bool>,
 }
 
@@ -91,22 +90,22 @@ pub struct Supervised {
 struct Calls {
     next: u64,
     open: BTreeMap<u64, Unanswered>,
-    /// Calls that are not made yet, by their numbers, with the guests that they are about.
+    /// Instances of the calls that wait for their turn, by the calls' numbers.
     waiting: BTreeMap<u64, Option<InstanceId>>,
 }
 
-/// Whether a call may be made.
+/// Decision about a call.
 enum Turn {
     Now,
-    /// Not yet; it is looked at again after this time at the latest.
+    /// The call must wait, and is decided again after this time at the latest.
     Later(Duration),
     Never(Failure),
 }
 
 impl Calls {
-    /// The number of silent guests.
+    /// Number of silent guests.
     fn silent(&self) -> usize {
-        let silent = self.open.values().filter(|call| call.since.elapsed() >= SILENCE);
+        let silent = self.open.values().filter(|call| call.since.elapsed() >= SILENCE_TIMEOUT);
         silent.map(|call| call.instance).collect::<BTreeSet<_>>().len()
     }
 
@@ -115,13 +114,12 @@ impl Calls {
         let mut same: Vec<&mut Unanswered> = same.map(|(_, call)| call).collect();
         let count = same.len();
         let oldest = same.first_mut().map(|call| (call.since.elapsed(), call));
-        if let Some((age, call)) = oldest.filter(|(age, _)| *age >= SILENCE) {
+        if let Some((age, call)) = oldest.filter(|(age, _)| *age >= SILENCE_TIMEOUT) {
             call.missed = true;
-            let about =
-                if instance.is_some() { "about this guest" } else { "which guests there are" };
+            let about = if instance.is_some() { "about this guest" } else { "about all guests" };
             let seconds = age.as_secs();
             return Turn::Never(Failure::Silent(format!(
-                "it was asked {about} {seconds} s ago ({})",
+                "a call {about} has had no answer for {seconds} s ({})",
                 call.what
             )));
         }
@@ -154,7 +152,7 @@ impl Supervised {
         }
     }
 
-    /// The calls that have had no answer for so long, the oldest first.
+    /// Calls without an answer for `age` or longer, oldest first.
     pub fn unanswered(&self, age: Duration) -> Vec<Unanswered> {
         let mut old: Vec<Unanswered> = self
             .calls()
@@ -172,23 +170,23 @@ impl Supervised {
         self.calls().silent() >= MAX_SILENT_GUESTS
     }
 
-    /// All guests as they were seen last, by UUID; none until all were looked at once.
+    /// Last known state of all guests, sorted by UUID. `None` until all were read once.
     pub fn known(&self) -> Option<Vec<Known>> {
         let complete = *self.complete.read().unwrap_or_else(PoisonError::into_inner);
         complete.then(|| self.seen())
     }
 
-    /// The guests that were seen, all of them or not.
+    /// Last known state of the guests that were read so far.
     pub fn seen(&self) -> Vec<Known> {
         self.known.read().unwrap_or_else(PoisonError::into_inner).values().cloned().collect()
     }
 
-    /// A guest as it was seen last.
+    /// Last known state of a guest.
     pub fn guest(&self, instance: InstanceId) -> Option<Known> {
         self.known.read().unwrap_or_else(PoisonError::into_inner).get(&instance).cloned()
     }
 
-    /// All guests were looked at. Says whether that is news.
+    /// Records that all guests were read. Returns true the first time.
     pub fn complete(&self) -> bool {
         !std::mem::replace(
             &mut *self.complete.write().unwrap_or_else(PoisonError::into_inner),
@@ -200,8 +198,8 @@ impl Supervised {
         self.calls.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits until the call may be made, and notes it. Returns its number. Calls about one guest
-    /// are made in the order in which they came.
+    /// Waits until the call may be made, and records it. Returns its number. Calls about one guest
+    /// are made in the order of their arrival.
     fn begin(&self, instance: Option<InstanceId>, what: &'static str) -> Result<u64, Failure> {
         let end = Instant::now() + TURN_TIMEOUT;
         let mut calls = self.calls();
@@ -233,7 +231,7 @@ impl Supervised {
             );
         }
         drop(calls);
-        // It may have stood before others.
+        // Other calls may have waited for this one's turn.
         self.ended.notify_all();
         begun
     }
@@ -261,7 +259,7 @@ impl Supervised {
         done
     }
 
-    /// Changes what is known of a guest.
+    /// Changes the last known state of a guest.
     fn note(&self, instance: InstanceId, change: impl FnOnce(Option<&Known>) -> Option<Known>) {
         let (before, now) = {
             let mut known = self.known.write().unwrap_or_else(PoisonError::into_inner);
@@ -276,7 +274,7 @@ impl Supervised {
         (self.listeners.changed)(before.as_ref(), now.as_ref());
     }
 
-    /// Of XML that cannot be read nothing new is known.
+    /// Records a guest's XML. Invalid XML changes nothing.
     fn note_xml(&self, instance: InstanceId, running: Option<bool>, xml: &str) {
         let Ok(domain) = virt_usb_domxml::read(xml.as_bytes()) else { return };
         self.note(instance, |before| {
@@ -347,7 +345,7 @@ impl Hypervisor for Supervised {
     }
 
     fn identity(&self) -> Result<String, Failure> {
-        self.call(None, "ask who it is", |inner| inner.identity())
+        self.call(None, "read its identity", |inner| inner.identity())
     }
 }
 
@@ -357,7 +355,7 @@ mod tests {
 
     use super::*;
 
-    /// Answers once `gate` is open.
+    /// Hypervisor that answers once `gate` is open.
     #[derive(Default)]
     struct Slow {
         asked: AtomicUsize,
@@ -410,13 +408,13 @@ mod tests {
     }
 
     #[test]
-    fn many_who_ask_at_once_wait_for_their_turn() {
+    fn concurrent_calls_wait_for_their_turn() {
         let instance =
             |n: usize| format!("{n:08}-2222-4333-8444-555555555555").parse::<InstanceId>().unwrap();
         let slow = Arc::new(Slow::default());
         let supervised = Supervised::new(slow.clone(), Listeners::nobody());
         let asked = || slow.asked.load(Ordering::SeqCst);
-        // Opened whatever is found: who waits would wait for ever.
+        // The gate is opened in any case, so that the threads end.
         let (one_guest, others, in_all) = std::thread::scope(|scope| {
             let supervised = &supervised;
             let ask = |instance| scope.spawn(move || supervised.look(instance));
@@ -441,7 +439,7 @@ mod tests {
             (one_guest, others, in_all)
         });
         assert_eq!((one_guest, in_all), (2, MAX_CALLS));
-        assert_eq!(others, Ok(String::new()), "others are asked meanwhile");
+        assert_eq!(others, Ok(String::new()), "other calls are answered in the meantime");
         assert_eq!(asked(), 10 + MAX_CALLS);
     }
 }

@@ -28,11 +28,11 @@ pub(crate) use serve::serve;
 /// Load of the agent's workers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(crate) struct Load {
-    /// Threads that work.
+    /// Number of busy threads.
     pub(crate) busy: usize,
-    /// Threads that have given their place to others.
+    /// Number of threads that have lost their slots to others.
     pub(crate) slow: usize,
-    /// For how long the oldest job waits for a thread.
+    /// Time for which the oldest job has waited for a thread.
     pub(crate) waiting: Duration,
 }
 
@@ -53,7 +53,7 @@ const ATTACH_RESULTS: [&str; 11] = [
     "refused",
 ];
 
-/// Everything that is counted.
+/// Metrics of the agent.
 pub struct Metrics {
     registry: Registry,
     devices: Family<Labels, Gauge<i64, AtomicI64>>,
@@ -82,7 +82,7 @@ pub struct Metrics {
     last_scan: Gauge<f64, AtomicU64>,
     revision: Gauge<i64, AtomicI64>,
     process: Process,
-    /// The API's certificate, where it has one.
+    /// Certificate of the API, if it has one.
     certificate: Mutex<Option<PathBuf>>,
     expiry: Family<Labels, Gauge<i64, AtomicI64>>,
     moments: Mutex<Moments>,
@@ -91,22 +91,22 @@ pub struct Metrics {
     /// Whether the metrics are served.
     metrics_served: Arc<AtomicBool>,
     blocked: Gauge<i64, AtomicI64>,
-    /// The label sets that were shown, so that one that is no more becomes 0.
+    /// Label sets of the last update, so that missing ones are set to 0.
     shown: Mutex<Shown>,
 }
 
-/// When something happened last.
+/// Times of the last events.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Moments {
-    /// The agent started.
+    /// Start of the agent.
     pub(crate) started: Instant,
-    /// All guests were looked at.
+    /// End of the last pass over all guests.
     pub(crate) passed: Option<Instant>,
-    /// All devices were looked at.
+    /// End of the last scan without an error.
     pub(crate) scanned: Option<Instant>,
-    /// libvirt was reached; none: it is not.
+    /// Time of the connection to libvirt. `None` if there is none.
     pub(crate) connected: Option<Instant>,
-    /// libvirt was lost; none: it never was, or is reached.
+    /// Time when the connection to libvirt was lost. `None` if it was never lost, or is connected.
     pub(crate) lost: Option<Instant>,
 }
 
@@ -122,7 +122,7 @@ struct Shown {
     claims: BTreeMap<Labels, i64>,
 }
 
-/// From a millisecond to half a minute.
+/// Histogram with buckets from a millisecond to half a minute.
 fn seconds() -> Histogram {
     Histogram::new([
         0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0,
@@ -294,13 +294,13 @@ impl Default for Metrics {
     }
 }
 
-/// Seconds since 1970.
+/// The current time in seconds since 1970.
 fn now() -> f64 {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64()
 }
 
-/// Resources of the agent's process, as the kernel counts them (proc_pid_status(5)), under the
-/// names that Prometheus's clients use.
+/// Resources of the agent's process (proc_pid_status(5)), with the names that Prometheus's clients
+/// use.
 #[derive(Default)]
 struct Process {
     cpu: Gauge<f64, AtomicU64>,
@@ -318,10 +318,10 @@ impl Process {
         process.register("threads", "Threads", self.threads.clone());
     }
 
-    /// Values that cannot be read stay unchanged.
-    fn look(&self) {
+    /// Updates the values. Those that cannot be read stay unchanged.
+    fn update(&self) {
         if let Ok(found) = std::fs::read_dir("/proc/self/fd") {
-            // One of them is the folder itself.
+            // One of the descriptors is that of the directory itself.
             self.descriptors.set(i64::try_from(found.count()).unwrap_or(i64::MAX) - 1);
         }
         let cpu = clock_gettime(ClockId::ProcessCPUTime);
@@ -380,7 +380,7 @@ impl Metrics {
         }
     }
 
-    /// A device that was to be attached was not at its port.
+    /// Counts an attach that failed because the device was not at its port.
     pub(crate) fn not_there(&self) {
         self.attaches.get_or_create(&vec![("result", "not-there".to_owned())]).inc();
     }
@@ -422,8 +422,8 @@ impl Metrics {
         }
     }
 
-    /// Sets what is known at the start. A counter that appears with its first count hides that
-    /// count from Prometheus.
+    /// Creates all counters with the value 0. If a counter appeared with its first count,
+    /// Prometheus would not see that count.
     fn begin(&self) {
         self.last_pass.set(now());
         self.last_scan.set(now());
@@ -455,17 +455,17 @@ impl Metrics {
         *self.moments_mut()
     }
 
-    /// How often libvirt was reached.
+    /// Number of connections made to libvirt.
     pub(crate) fn connections(&self) -> u64 {
         self.connections.get()
     }
 
-    /// Tells when the certificate in this file expires.
+    /// Adds a metric for the expiry of the certificate in this file.
     pub(crate) fn watch_certificate(&self, file: PathBuf) {
         *self.certificate.lock().unwrap_or_else(PoisonError::into_inner) = Some(file);
     }
 
-    /// Values that cannot be read stay unchanged.
+    /// Updates the expiry. If the file cannot be read, the value stays unchanged.
     fn look_at_certificate(&self) {
         let file = self.certificate.lock().unwrap_or_else(PoisonError::into_inner).clone();
         if let Some(Ok(expires)) = file.map(|file| expiry(&file)) {
@@ -475,7 +475,7 @@ impl Metrics {
         }
     }
 
-    /// How busy the workers are, and how many calls libvirt has left unanswered.
+    /// Records the load of the workers, and the number of unanswered calls.
     pub(crate) fn working(&self, load: &Load, unanswered: usize, is_blocked: bool) {
         self.blocked.set(i64::from(is_blocked));
         let gauge = |state: &str, count: usize| {
@@ -534,12 +534,12 @@ impl Metrics {
         self.lookups.get_or_create(&vec![("result", result.to_owned())]).inc();
     }
 
-    /// All of it, as text.
+    /// Returns all metrics as text.
     pub fn text(&self) -> String {
-        self.process.look();
+        self.process.update();
         self.look_at_certificate();
         let mut text = String::new();
-        // A String takes everything.
+        // Writing to a String cannot fail.
         let _ = encode(&mut text, &self.registry);
         text
     }

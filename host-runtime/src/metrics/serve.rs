@@ -13,18 +13,18 @@ use virt_usb_config as config;
 use super::Metrics;
 use virt_usb_fleet::http_server::Server;
 
-/// Connections at once.
-const CONNECTIONS: usize = 32;
-/// The metrics hold no secret. Everybody who may enter the socket's folder may read them.
+/// Maximum number of connections.
+const MAX_CONNECTIONS: usize = 32;
+/// Mode of the socket. The metrics contain no secrets: every user with access to the socket's
+/// directory may read them.
 const SOCKET_MODE: u32 = 0o666;
-/// Media type of the answer.
+/// Media type of the response.
 const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
 /// Serves the metrics until the process ends. If the address cannot be used, the thread retries.
-/// The agent serves guests meanwhile.
 ///
 /// # Errors
-/// When there can be no thread for it.
+/// If the thread cannot be started.
 pub(crate) fn serve(metrics: Arc<Metrics>, at: config::Metrics) -> std::io::Result<()> {
     if at == config::Metrics::Off {
         return Ok(());
@@ -38,7 +38,7 @@ pub(crate) fn serve(metrics: Arc<Metrics>, at: config::Metrics) -> std::io::Resu
             .with_state(metrics);
         // Nothing stops it before the process ends.
         let (_end, stopping) = watch::channel(false);
-        let limit = Arc::new(Semaphore::new(CONNECTIONS));
+        let limit = Arc::new(Semaphore::new(MAX_CONNECTIONS));
         let server = Server { what: "the metrics", router, limit, stopping, served };
         match at {
             config::Metrics::Off => {}

@@ -61,7 +61,7 @@ pub(crate) fn measure(programs: &Programs, table: &mut Table) -> Result<()> {
         "≤ 3 ×",
     );
     table.multiple(
-        "the same, nobody else has the database open",
+        "the same, no other process has the database open",
         &alone.claim,
         nothing(&alone.nothing),
         "≤ 3 ×",

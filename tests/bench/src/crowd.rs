@@ -47,13 +47,14 @@ pub(crate) fn measure(programs: &Programs, table: &mut Table) -> Result<()> {
     let claims = world.store()?.claims()?;
     let distinct: BTreeSet<_> = claims.iter().map(|c| c.device_id).collect();
     let slowest = slowest_grant(&std::fs::read_to_string(world.log())?, at);
-    let outcome = format!("{winners} win, {told} are told why, {} devices claimed", distinct.len());
+    let outcome =
+        format!("{winners} win, {told} get the reason, {} devices claimed", distinct.len());
     table.row(
         "200 hooks at once for 50 identical devices",
         outcome,
         "",
         "",
-        "50 win, 150 are told why",
+        "50 win, 150 get the reason",
     );
     let (slowest, per_second) = (slowest.context("a grant in the log")?, Duration::from_secs(1));
     let share = crate::table::ratio(slowest, per_second);
