@@ -17,6 +17,27 @@ pub(crate) trait FromJson: Sized {
     fn from_json(value: &Value) -> Result<Self, ParseError>;
 }
 
+/// Implements serde's `Deserialize` for types that are read from a JSON value, with the same parser
+/// and the same words.
+macro_rules! deserialize {
+    ($($name:ty),* $(,)?) => {$(
+        impl<'de> Deserialize<'de> for $name {
+            fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+                Self::from_json(&Value::deserialize(from)?).map_err(de::Error::custom)
+            }
+        }
+    )*};
+}
+
+deserialize!(
+    crate::DeviceId,
+    crate::InstanceId,
+    crate::ProjectId,
+    crate::Selector,
+    crate::DeviceRequest,
+    crate::RedirectionRequest,
+);
+
 impl FromJson for String {
     fn from_json(value: &Value) -> Result<Self, ParseError> {
         match value {
