@@ -4,23 +4,13 @@ use std::sync::Arc;
 
 use axum::Json;
 use axum::extract::State;
-use serde::Serialize;
-use utoipa::ToSchema;
 use virt_usb_store::ClaimRow;
 
 use super::Api;
 use super::error::ApiError;
 use super::policy::{Call, may, may_know_holder};
 use super::request::Asks;
-use super::responses::{UsbClaim, UsbProblem};
-
-#[derive(Serialize, ToSchema)]
-pub(super) struct Claims {
-    /// Claims, ordered by device.
-    usb_claims: Vec<UsbClaim>,
-    /// Problems, ordered by instance.
-    usb_problems: Vec<UsbProblem>,
-}
+use super::responses::{Claims, UsbClaim, UsbProblem};
 
 /// Claims and problems: all of them for administrators, otherwise those of the caller's project
 #[utoipa::path(get, path = "/os-usb-claims", tag = "devices", operation_id = "list_usb_claims",

@@ -6,24 +6,24 @@ use std::sync::Arc;
 use axum::Json;
 use axum::extract::{OriginalUri, State};
 use axum::http::StatusCode;
-use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde::Deserialize;
 use utoipa::{IntoParams, ToSchema};
-use virt_usb_model::flavor::{MAX_TAGS, Tag};
+use virt_usb_model::flavor::MAX_TAGS;
 use virt_usb_model::{DeviceId, InstanceId, ParseError, ProductId, Status, VendorId, clean_text};
 use virt_usb_store::Record;
 use virt_usb_store::forget::Forgotten;
 use virt_usb_store::quarantine::Wished;
 
 use super::Api;
+use super::actions::DeviceAction;
 use super::error::{ApiError, sentence};
 use super::identity::Caller;
 use super::inventory::Snapshot;
 use super::paging::{limit, next, page};
 use super::policy::{Call, may};
-use super::request::{Asked, Asks, Content, Named, action, nothing, object};
+use super::request::{Asked, Asks, Content, Named};
 use super::request_schemas::DeviceActionRequest;
-use super::responses::{Link, UsbDevice};
+use super::responses::{UsbDevice, UsbDeviceShown as Shown, UsbDevices};
 
 /// A path's device.
 #[derive(Deserialize)]
@@ -67,19 +67,6 @@ pub(super) enum SortKey {
 pub(super) enum SortDir {
     Asc,
     Desc,
-}
-
-#[derive(Serialize, ToSchema)]
-pub(super) struct UsbDevices {
-    usb_devices: Vec<UsbDevice>,
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    usb_devices_links: Vec<Link>,
-}
-
-#[derive(Serialize, ToSchema)]
-#[schema(as = UsbDeviceShown)]
-pub(super) struct Shown {
-    usb_device: UsbDevice,
 }
 
 pub(super) fn missing(name: impl Display) -> ApiError {
@@ -210,51 +197,6 @@ pub(super) async fn show(
     Ok(Json(Shown { usb_device }))
 }
 
-/// A change that an administrator makes.
-pub(super) enum Change {
-    Enable,
-    Disable(Option<String>),
-    ClearQuarantine,
-    AddTags(Vec<String>),
-    RemoveTags(Vec<String>),
-}
-
-impl Change {
-    fn read(content: &serde_json::Map<String, Value>) -> Result<Self, ApiError> {
-        let (name, value) = action(content)?;
-        let nothing = |change| Ok(nothing(name, value)?.unwrap_or(change));
-        match name {
-            "enable" => nothing(Self::Enable),
-            "clear_quarantine" => nothing(Self::ClearQuarantine),
-            "disable" => match object(value, name, &["reason"])?.get("reason") {
-                None | Some(Value::Null) => Ok(Self::Disable(None)),
-                Some(Value::String(why)) if why.chars().count() <= 255 => {
-                    Ok(Self::Disable(Some(why.clone())))
-                }
-                Some(_) => Err(ApiError::bad_request(
-                    "disable.reason: wanted text of at most 255 characters.",
-                )),
-            },
-            "add_tags" | "remove_tags" => {
-                let tags = object(value, name, &["tags"])?.get("tags").and_then(Value::as_array);
-                let Some(tags) = tags else {
-                    return Err(ApiError::bad_request(format!(
-                        "{name} wants a list: {{\"tags\":[\"erp\"]}}."
-                    )));
-                };
-                let tag = |value: &Value| {
-                    let tag: Result<Tag, _> = value.as_str().unwrap_or_default().parse();
-                    tag.map(Tag::into_text)
-                        .map_err(|e| ApiError::bad_request(sentence(&e.at("tags").to_string())))
-                };
-                let tags = tags.iter().map(tag).collect::<Result<_, _>>()?;
-                Ok(if name == "add_tags" { Self::AddTags(tags) } else { Self::RemoveTags(tags) })
-            }
-            other => Err(ApiError::bad_request(format!("Unknown action: {other}."))),
-        }
-    }
-}
-
 /// Enable, disable, clear quarantine, tag: for administrators
 #[utoipa::path(post, path = "/os-usb-devices/{usb_device_id}/action", tag = "devices", operation_id = "act_on_usb_device",
     params(("usb_device_id" = u64, Path, description = "The device's id")),
@@ -267,7 +209,7 @@ pub(super) async fn act(
     Content(content): Content,
 ) -> Result<Json<Shown>, ApiError> {
     api.device(&caller, Call::ChangeDevice, &name)?;
-    let usb_device = change(&api, &caller, name, Change::read(&content)?).await?;
+    let usb_device = change(&api, &caller, name, DeviceAction::read(&content)?).await?;
     Ok(Json(Shown { usb_device }))
 }
 
@@ -276,7 +218,7 @@ pub(super) async fn change(
     api: &Arc<Api>,
     caller: &Caller,
     name: String,
-    change: Change,
+    action: DeviceAction,
 ) -> Result<UsbDevice, ApiError> {
     let (id, _) = api.device(caller, Call::ChangeDevice, &name)?;
     refuse_elsewhere(api, id)?;
@@ -284,21 +226,18 @@ pub(super) async fn change(
     api.blocking(move |api| {
         let mut store = api.store()?;
         let context = api.context(&actor)?;
-        let wished = match change {
-            Change::Enable => store.set_disabled(id, None, &context),
-            Change::Disable(why) => {
-                let why = why.as_deref().and_then(clean_text).unwrap_or_else(|| {
-                    format!(
-                        "by \
-                    {}",
-                        actor.name
-                    )
-                });
+        let wished = match action {
+            DeviceAction::Enable => store.set_disabled(id, None, &context),
+            DeviceAction::Disable(why) => {
+                let why = why
+                    .as_deref()
+                    .and_then(clean_text)
+                    .unwrap_or_else(|| format!("by {}", actor.name));
                 store.set_disabled(id, Some(&why), &context)
             }
-            Change::ClearQuarantine => store.clear_quarantine(id, &context),
-            Change::AddTags(tags) => store.set_tags(id, &tags, &[], &context),
-            Change::RemoveTags(tags) => {
+            DeviceAction::ClearQuarantine => store.clear_quarantine(id, &context),
+            DeviceAction::AddTags(tags) => store.set_tags(id, &tags, &[], &context),
+            DeviceAction::RemoveTags(tags) => {
                 let snapshot = api.inventory.now()?;
                 let of_rule = snapshot.device(id).and_then(|r| r.tag_of_a_rule(&tags));
                 if let Some(tag) = of_rule {

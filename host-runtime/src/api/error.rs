@@ -7,10 +7,10 @@ use axum::http::HeaderValue;
 use axum::http::StatusCode;
 use axum::http::header::{RETRY_AFTER, WWW_AUTHENTICATE};
 use axum::response::{IntoResponse, Response};
-use serde_json::json;
 use virt_usb_store::StoreError;
 
 use super::policy::Authorization;
+use super::responses::{Fault, FaultReason};
 use crate::agent::work::WorkError;
 use crate::hypervisor::Failure;
 use virt_usb_fleet::replicated::ChangeError;
@@ -241,8 +241,8 @@ pub(super) fn sentence(text: &str) -> String {
 
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
-        let body =
-            json!({ self.name(): { "code": self.status.as_u16(), "message": self.message } });
+        let reason = FaultReason { code: self.status.as_u16(), message: self.message.clone() };
+        let body = Fault::from([(self.name().to_owned(), reason)]);
         let mut response = (self.status, Json(body)).into_response();
         let headers = response.headers_mut();
         if self.status == StatusCode::UNAUTHORIZED {

@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use axum::Json;
 use axum::extract::{OriginalUri, State};
-use serde::{Deserialize, Serialize};
-use utoipa::{IntoParams, ToSchema};
+use serde::Deserialize;
+use utoipa::IntoParams;
 use virt_usb_model::ProjectId;
 use virt_usb_store::events::{EventRow, Filter};
 
@@ -16,7 +16,7 @@ use super::identity::Caller;
 use super::paging::{event, limit, next};
 use super::policy::{Call, may};
 use super::request::{Asked, Asks, Named};
-use super::responses::{Link, UsbEvent};
+use super::responses::{UsbEvent, UsbEvents as Events};
 use super::servers::ServerName;
 
 /// Number of events that are read at a time.
@@ -30,15 +30,6 @@ pub(super) struct Query {
     limit: Option<u32>,
     /// The id of the oldest event that is known: those before it are wanted.
     marker: Option<u64>,
-}
-
-#[derive(Serialize, ToSchema)]
-#[schema(as = UsbEvents)]
-pub(super) struct Events {
-    /// Events, newest first.
-    events: Vec<UsbEvent>,
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    events_links: Vec<Link>,
 }
 
 /// A device's audit, newest first

@@ -5,9 +5,8 @@ use std::sync::Arc;
 use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 use serde_json::Value;
-use utoipa::ToSchema;
 use virt_usb_model::Flavor;
 use virt_usb_model::flavor::{MAX_NAME, is_name};
 use virt_usb_store::StoredFlavor;
@@ -18,25 +17,13 @@ use super::identity::Caller;
 use super::policy::{Call, may};
 use super::request::{Asks, Content, Named};
 use super::request_schemas::FlavorRequest;
-use super::responses::UsbFlavor;
+use super::responses::{UsbFlavor, UsbFlavorShown as Shown, UsbFlavors as Flavors};
 use virt_usb_fleet::replicated::change;
 
 /// A path's flavor.
 #[derive(Deserialize)]
 pub(super) struct FlavorName {
     flavor_name: String,
-}
-
-#[derive(Serialize, ToSchema)]
-#[schema(as = UsbFlavors)]
-pub(super) struct Flavors {
-    usb_flavors: Vec<UsbFlavor>,
-}
-
-#[derive(Serialize, ToSchema)]
-#[schema(as = UsbFlavorShown)]
-pub(super) struct Shown {
-    usb_flavor: UsbFlavor,
 }
 
 fn missing(name: &str) -> ApiError {

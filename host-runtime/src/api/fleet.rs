@@ -9,13 +9,13 @@ use virt_usb_config::Fleet;
 use virt_usb_model::{DeviceRequest, InstanceId};
 
 use super::Api;
+use super::actions::{REQUESTS, requests};
 use super::error::ApiError;
 use super::identity::{Caller, Role};
 use super::policy::Call;
-use super::servers::{Acted, perform, requests};
+use super::responses::Acted;
+use super::servers::perform;
 use crate::publish::requests::{self as through, Answer, Doer, Doing, Request, Unanswered};
-
-const KEY: &str = "usb_devices_requests";
 
 /// Follows the fleet, and does what other hosts ask of this one, for ever.
 pub(super) async fn follow(api: Arc<Api>, fleet: Fleet) {
@@ -90,7 +90,7 @@ impl Api {
                 server.id
             )));
         }
-        let wanted = requests(KEY, &json!({ KEY: request.usb_devices_requests }))?;
+        let wanted = requests(REQUESTS, &json!({ REQUESTS: request.usb_devices_requests }))?;
         perform(self, caller, call, server, wanted).await
     }
 

@@ -5,9 +5,8 @@ use std::sync::Arc;
 use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 use serde_json::Value;
-use utoipa::ToSchema;
 use virt_usb_model::Grant;
 use virt_usb_model::flavor::{MAX_NAME, is_name};
 
@@ -16,25 +15,13 @@ use super::error::{ApiError, sentence};
 use super::policy::{Call, may};
 use super::request::{Asks, Content, Named};
 use super::request_schemas::GrantRequest;
-use super::responses::UsbGrant;
+use super::responses::{UsbGrant, UsbGrantShown as Shown, UsbGrants as Grants};
 use virt_usb_fleet::replicated::change;
 
 /// A path's grant.
 #[derive(Deserialize)]
 pub(super) struct GrantName {
     grant_name: String,
-}
-
-#[derive(Serialize, ToSchema)]
-#[schema(as = UsbGrants)]
-pub(super) struct Grants {
-    usb_grants: Vec<UsbGrant>,
-}
-
-#[derive(Serialize, ToSchema)]
-#[schema(as = UsbGrantShown)]
-pub(super) struct Shown {
-    usb_grant: UsbGrant,
 }
 
 fn missing(name: &str) -> ApiError {

@@ -6,8 +6,7 @@ use axum::Json;
 use axum::body::Bytes;
 use axum::extract::State;
 use axum::http::header::{CONTENT_TYPE, HeaderName};
-use serde::{Deserialize, Serialize};
-use utoipa::ToSchema;
+use serde::Deserialize;
 
 use super::Api;
 use super::error::ApiError;
@@ -15,7 +14,9 @@ use super::identity::Caller;
 use super::inventory::Snapshot;
 use super::policy::{Call, may};
 use super::request::{Asks, Named};
-use super::responses::{Totals, UsbDevice};
+use super::responses::{
+    Hypervisor, HypervisorDetail as Shown, HypervisorSummary as Listed, Hypervisors, Totals,
+};
 use crate::publish::peers::Peer;
 
 /// A path's host.
@@ -24,49 +25,14 @@ pub(super) struct HostName {
     hypervisor_hostname: String,
 }
 
-#[derive(Serialize, ToSchema)]
-#[schema(as = HypervisorSummary)]
-pub(super) struct Listed {
-    id: u64,
-    hypervisor_hostname: String,
-    /// As Nova has it: `up`, or `down` where the fleet does not hear of it.
-    state: &'static str,
-    /// As Nova has it.
-    status: &'static str,
-    usb_device_totals: Totals,
-    /// The inventory's, for administrators: it grows with every change.
-    revision: Option<u64>,
-    /// When its devices were looked for last, completely; UTC, ISO 8601.
-    scanned_at: Option<String>,
-}
-
-/// The devices promised first, as they have always been.
-#[derive(Serialize, ToSchema)]
-#[schema(as = HypervisorDetail)]
-pub(super) struct Shown {
-    usb_device_stats: Vec<UsbDevice>,
-    #[serde(flatten)]
-    listed: Listed,
-}
-
-#[derive(Serialize, ToSchema)]
-pub(super) struct Hypervisors {
-    hypervisors: Vec<Listed>,
-}
-
-#[derive(Serialize, ToSchema)]
-pub(super) struct Hypervisor {
-    hypervisor: Shown,
-}
-
 fn own(api: &Api, snapshot: &Snapshot, caller: &Caller) -> Listed {
     let known = snapshot.own.host.as_ref();
     let seen = snapshot.own_devices().filter(|record| snapshot.sees(caller, record));
     Listed {
         id: snapshot.number(),
         hypervisor_hostname: api.host.clone(),
-        state: "up",
-        status: "enabled",
+        state: "up".to_owned(),
+        status: "enabled".to_owned(),
         usb_device_totals: Totals::of(seen),
         revision: known.filter(|_| caller.is_admin()).map(|host| host.revision),
         scanned_at: known.and_then(|host| host.scanned_at.clone()),
@@ -78,8 +44,8 @@ fn other(other: &Peer, snapshot: &Snapshot, caller: &Caller) -> Listed {
     Listed {
         id: other.number,
         hypervisor_hostname: other.name.clone(),
-        state: if other.reachable { "up" } else { "down" },
-        status: "enabled",
+        state: if other.reachable { "up" } else { "down" }.to_owned(),
+        status: "enabled".to_owned(),
         usb_device_totals: Totals::of(seen),
         revision: Some(other.revision).filter(|_| caller.is_admin()),
         scanned_at: None,

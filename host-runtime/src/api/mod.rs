@@ -14,7 +14,8 @@
 //! | [`policy`] | who may do what: pure |
 //! | `request`, `paging` | what a request says |
 //! | `error` | what went wrong, in Nova's shape |
-//! | `responses`, `request_schemas`, `openapi` | what is answered, what may be asked, and how it is described |
+//! | `responses`, `actions` | bodies of responses and of requests, for the API and for its client |
+//! | `request_schemas`, `openapi` | how they are described |
 //! | `hypervisors`, `servers`, `devices`, `claims`, `flavors`, `grants`, `events` | the calls |
 //! | `fleet` | the other hosts: shown, and asked |
 //! | `rate_limit` | how often |
@@ -23,6 +24,7 @@
 //!
 //! The API has its own threads. The agent keeps serving guests if the API fails.
 
+pub(crate) mod actions;
 mod claims;
 mod devices;
 mod error;
@@ -42,7 +44,7 @@ mod portal;
 mod rate_limit;
 mod request;
 mod request_schemas;
-mod responses;
+pub(crate) mod responses;
 mod servers;
 pub mod tokens;
 

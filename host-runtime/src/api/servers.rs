@@ -9,23 +9,26 @@ use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::{IntoResponse as _, Response};
 use jiff::Timestamp;
-use serde::{Deserialize, Serialize};
-use serde_json::Value;
-use utoipa::{IntoParams, ToSchema};
+use serde::Deserialize;
+use utoipa::IntoParams;
 use virt_usb_domxml::Domain;
-use virt_usb_model::{DeviceRequest, Flavor, InstanceId, ParseError, ProjectId, Selector};
+use virt_usb_model::{DeviceRequest, InstanceId, ProjectId, Selector};
 use virt_usb_store::claim::{Shortage, Why};
 use virt_usb_store::{Record, StoreError};
 
 use super::Api;
+use super::actions::ServerAction;
 use super::devices::missing;
 use super::error::{ApiError, sentence};
 use super::identity::Caller;
 use super::inventory::Snapshot;
 use super::policy::{Authorization, Call, may, may_know_holder, may_with_server};
-use super::request::{Asked, Asks, Content, Named, action, nothing, object};
+use super::request::{Asked, Asks, Content, Named, action};
 use super::request_schemas::ServerActionRequest;
-use super::responses::UsbDevice;
+use super::responses::{
+    Acted, Owners, ServerDetail as Described, ServerShown as Shown, ServerSummary as Listed,
+    Servers, UsbOwner,
+};
 use crate::agent::operate::{Attached, OperateError};
 use crate::agent::work::Worker;
 use crate::hypervisor::{Hypervisor as _, Known};
@@ -183,40 +186,17 @@ impl Api {
     }
 }
 
-/// A server among others.
-#[derive(Serialize, ToSchema)]
-#[schema(as = ServerSummary)]
-struct Listed {
-    #[schema(value_type = String)]
-    id: InstanceId,
-    name: String,
-    /// As Nova has it: `ACTIVE`, `SHUTOFF`.
-    status: &'static str,
-    /// Owner project, if known.
-    #[schema(value_type = Option<String>)]
-    project_id: Option<ProjectId>,
-    /// When the server's host asked libvirt about it last: UTC, ISO 8601; null where that is not
-    /// known.
-    #[schema(value_type = Option<String>)]
-    seen_at: Option<Timestamp>,
-}
-
 impl From<Server> for Listed {
     fn from(server: Server) -> Self {
-        let status = server.status();
+        let status = server.status().to_owned();
         Self {
             id: server.id,
             name: server.name,
             status,
             project_id: server.owner,
-            seen_at: server.seen,
+            seen_at: server.seen.map(|seen| seen.to_string()),
         }
     }
-}
-
-#[derive(Serialize, ToSchema)]
-pub(super) struct Servers {
-    servers: Vec<Listed>,
 }
 
 /// Filter of the list of servers.
@@ -241,22 +221,6 @@ pub(super) async fn list(
     Ok(Json(Servers { servers: servers.into_iter().map(Listed::from).collect() }))
 }
 
-/// Owner of a server, as set by an administrator.
-#[derive(Serialize, ToSchema)]
-struct UsbOwner {
-    instance_uuid: String,
-    /// Since when: UTC, ISO 8601.
-    created_at: String,
-    /// The domain's name then.
-    domain: String,
-    project_id: String,
-}
-
-#[derive(Serialize, ToSchema)]
-pub(super) struct Owners {
-    usb_owners: Vec<UsbOwner>,
-}
-
 /// Owners that administrators have set; for administrators
 #[utoipa::path(get, path = "/os-usb-owners", tag = "servers", operation_id = "list_usb_owners",
     responses((status = 200, description = "Owners that were set here", body = Owners)))]
@@ -266,42 +230,7 @@ pub(super) async fn owners(
 ) -> Result<Json<Owners>, ApiError> {
     ApiError::unless(may(&caller, Call::ChangeOwner), ApiError::forbidden)?;
     let owners = api.blocking(|api| Ok(api.store()?.owners()?)).await?;
-    let shown = |owner: virt_usb_store::Owner| UsbOwner {
-        instance_uuid: owner.instance_uuid.to_string(),
-        created_at: owner.created_at,
-        domain: owner.domain,
-        project_id: owner.project_id.to_string(),
-    };
-    Ok(Json(Owners { usb_owners: owners.into_iter().map(shown).collect() }))
-}
-
-#[derive(Serialize, ToSchema)]
-#[schema(as = Server)]
-pub(super) struct Shown {
-    server: Described,
-}
-
-/// Result of an action.
-#[derive(Serialize, Deserialize, ToSchema)]
-#[schema(as = ServerAction)]
-pub(super) struct Acted {
-    /// The attached or detached devices, in their new state.
-    pub(super) usb_devices: Vec<UsbDevice>,
-    /// Whether the server runs; if not, what is attached comes at its next start.
-    pub(super) live: bool,
-    /// Ids of the devices that the server already had.
-    pub(super) already: Vec<u64>,
-}
-
-#[derive(Serialize, ToSchema)]
-#[schema(as = ServerDetail)]
-struct Described {
-    #[serde(flatten)]
-    listed: Listed,
-    usb_devices: Vec<UsbDevice>,
-    /// Requests that are satisfied at each start, with any available device.
-    #[schema(value_type = Vec<super::request_schemas::UsbDeviceRequest>)]
-    usb_devices_requests: Vec<DeviceRequest>,
+    Ok(Json(Owners { usb_owners: owners.into_iter().map(UsbOwner::from).collect() }))
 }
 
 /// Show a server with its devices and requests
@@ -352,30 +281,16 @@ pub(super) async fn act(
     };
     // Before the body is looked at: who may not do it has nothing to learn from its mistakes.
     let server = api.server(&caller, call, &server_id).await?;
-    if call == Call::ChangeOwner {
-        let project = if name == "set_usb_owner" {
-            Some(project(name, value)?)
-        } else {
-            nothing(name, value)?
-        };
-        let server = give_to(&api, &caller, server, project).await?;
-        return Ok(Json(describe(&api, &caller, server).await?).into_response());
-    }
-    let requests = requests(name, value)?;
-    let acted = perform(&api, caller, call, server, requests).await?;
-    Ok((StatusCode::ACCEPTED, Json(acted)).into_response())
-}
-
-fn project(name: &str, value: &Value) -> Result<ProjectId, ApiError> {
-    let Some(Value::String(project)) = object(value, name, &["project_id"])?.get("project_id")
-    else {
-        return Err(ApiError::bad_request(format!(
-            "{name} wants a project: {{\"project_id\":\"...\"}}."
-        )));
+    let project = match ServerAction::read(name, value)? {
+        ServerAction::Attach(requests) | ServerAction::Detach(requests) => {
+            let acted = perform(&api, caller, call, server, requests).await?;
+            return Ok((StatusCode::ACCEPTED, Json(acted)).into_response());
+        }
+        ServerAction::SetOwner(project) => Some(project),
+        ServerAction::ClearOwner => None,
     };
-    project
-        .parse()
-        .map_err(|e: ParseError| ApiError::bad_request(sentence(&e.at("project_id").to_string())))
+    let server = give_to(&api, &caller, server, project).await?;
+    Ok(Json(describe(&api, &caller, server).await?).into_response())
 }
 
 /// Sets the owner of a server, or removes it with `None`.
@@ -431,24 +346,6 @@ pub(super) async fn perform(
         _ => detach(api, &caller, &server, &requests),
     })
     .await
-}
-
-pub(super) fn requests(name: &str, value: &Value) -> Result<Vec<DeviceRequest>, ApiError> {
-    const KEY: &str = "usb_devices_requests";
-    let object = object(value, name, &[KEY])?;
-    let Some(Value::Array(list)) = object.get(KEY) else {
-        return Err(ApiError::bad_request(format!(
-            "{name} wants a list: {{\"{KEY}\":[{{\"id\":1}}]}}."
-        )));
-    };
-    if list.is_empty() {
-        return Err(ApiError::bad_request(format!("{KEY} is empty.")));
-    }
-    let text = Value::Array(list.clone()).to_string();
-    let flavor = Flavor::parse_lists(Some(&text), None).map_err(|e| {
-        ApiError::bad_request(sentence(&e.to_string().replacen("usb_devices", KEY, 1)))
-    })?;
-    Ok(flavor.usb_devices)
 }
 
 /// A device that is named by its id must be there for the caller, and not only for virt-usb.

@@ -13,6 +13,7 @@ mod owners;
 mod quarantine;
 mod recover;
 mod remote;
+mod response;
 mod scheduler;
 mod tokens;
 mod watch;

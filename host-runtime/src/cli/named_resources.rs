@@ -5,13 +5,14 @@ use std::process::ExitCode;
 
 use anyhow::{Context as _, bail};
 use serde::Serialize;
-use serde_json::Value;
+use serde::de::DeserializeOwned;
 use virt_usb_model::flavor::{MAX_NAME, is_name};
 use virt_usb_model::{Flavor, Grant};
 use virt_usb_store::{Store, StoreError, StoredFlavor, StoredGrant};
 
+use super::Session;
 use super::output::table;
-use super::{Session, remote};
+use crate::api::responses::{UsbFlavorShown, UsbFlavors, UsbGrantShown, UsbGrants};
 use virt_usb_fleet::replicated::{Shared, change};
 
 /// One kind of it, as the command line has it.
@@ -22,11 +23,13 @@ pub(super) trait Named: Shared {
     const HEADING: &'static str;
     /// As it is stored.
     type Stored: Serialize;
+    /// Response of the API with all of them.
+    type List: DeserializeOwned + Into<Vec<Self::Stored>>;
+    /// Response of the API with one of them.
+    type Shown: DeserializeOwned + Into<Self::Stored>;
 
     fn list(store: &Store) -> Result<Vec<Self::Stored>, StoreError>;
     fn find(store: &Store, name: &str) -> Result<Option<Self::Stored>, StoreError>;
-    /// As the API shows it.
-    fn read(value: &Value) -> anyhow::Result<Self::Stored>;
     /// Name, definition and time of the last change.
     fn parts(stored: &Self::Stored) -> (&str, &Self, &str);
     /// Readable description of the definition.
@@ -37,6 +40,8 @@ impl Named for Flavor {
     const NOUN: &'static str = "flavor";
     const HEADING: &'static str = "ASKS FOR";
     type Stored = StoredFlavor;
+    type List = UsbFlavors;
+    type Shown = UsbFlavorShown;
 
     fn list(store: &Store) -> Result<Vec<StoredFlavor>, StoreError> {
         store.flavors()
@@ -44,10 +49,6 @@ impl Named for Flavor {
 
     fn find(store: &Store, name: &str) -> Result<Option<StoredFlavor>, StoreError> {
         store.flavor(name)
-    }
-
-    fn read(value: &Value) -> anyhow::Result<StoredFlavor> {
-        remote::flavor(value)
     }
 
     fn parts(stored: &StoredFlavor) -> (&str, &Self, &str) {
@@ -63,6 +64,8 @@ impl Named for Grant {
     const NOUN: &'static str = "grant";
     const HEADING: &'static str = "GIVES";
     type Stored = StoredGrant;
+    type List = UsbGrants;
+    type Shown = UsbGrantShown;
 
     fn list(store: &Store) -> Result<Vec<StoredGrant>, StoreError> {
         store.grants()
@@ -70,10 +73,6 @@ impl Named for Grant {
 
     fn find(store: &Store, name: &str) -> Result<Option<StoredGrant>, StoreError> {
         store.grant(name)
-    }
-
-    fn read(value: &Value) -> anyhow::Result<StoredGrant> {
-        remote::grant(value)
     }
 
     fn parts(stored: &StoredGrant) -> (&str, &Self, &str) {

@@ -14,6 +14,7 @@ use virt_usb_store::{Context, Record, Store};
 
 use super::Session;
 use super::output::table;
+use crate::api::actions::DeviceAction;
 
 #[derive(Serialize)]
 struct Changed<'a> {
@@ -101,7 +102,7 @@ pub(super) fn disable(
     let reason =
         reason.and_then(virt_usb_model::clean_text).unwrap_or_else(|| "by an operator".into());
     let wished = match session.remote()? {
-        Some(api) => api.change(device, &json!({ "disable": { "reason": reason } }), |now| {
+        Some(api) => api.change(device, &DeviceAction::Disable(Some(reason.clone())), |now| {
             now.disabled.as_ref() == Some(&reason)
         })?,
         None => {
@@ -114,9 +115,7 @@ pub(super) fn disable(
 
 pub(super) fn enable(session: &Session, device: DeviceId) -> anyhow::Result<ExitCode> {
     let wished = match session.remote()? {
-        Some(api) => {
-            api.change(device, &json!({ "enable": null }), |now| now.disabled.is_none())?
-        }
+        Some(api) => api.change(device, &DeviceAction::Enable, |now| now.disabled.is_none())?,
         None => {
             let (mut store, context) = open(session, "enable")?;
             store.set_disabled(device, None, &context)?
@@ -127,7 +126,7 @@ pub(super) fn enable(session: &Session, device: DeviceId) -> anyhow::Result<Exit
 
 pub(super) fn clear(session: &Session, device: DeviceId) -> anyhow::Result<ExitCode> {
     let wished = match session.remote()? {
-        Some(api) => api.change(device, &json!({ "clear_quarantine": null }), |now| {
+        Some(api) => api.change(device, &DeviceAction::ClearQuarantine, |now| {
             now.quarantined.is_none() && now.flapping_until.is_none()
         })?,
         None => {
@@ -147,9 +146,9 @@ pub(super) fn tag(
     let tags: Vec<String> = tags.iter().cloned().map(Tag::into_text).collect();
     let wished = match session.remote()? {
         Some(api) => {
-            let action = if add { "add_tags" } else { "remove_tags" };
+            let action = if add { DeviceAction::AddTags } else { DeviceAction::RemoveTags };
             let is_so = |now: &Record| tags.iter().all(|tag| now.entry.tags.contains(tag) == add);
-            api.change(device, &json!({ action: { "tags": tags } }), is_so)?
+            api.change(device, &action(tags.clone()), is_so)?
         }
         None => set_tags(session, device, &tags, add)?,
     };

@@ -10,7 +10,8 @@ use virt_usb_model::{Status, UnavailableReason};
 use virt_usb_store::events::Filter;
 
 use super::super::Api;
-use super::super::devices::{Change, DeviceName, change as change_device};
+use super::super::actions::DeviceAction;
+use super::super::devices::{DeviceName, change as change_device};
 use super::super::error::ApiError;
 use super::super::events;
 use super::super::policy::{Call, may};
@@ -230,12 +231,12 @@ pub(super) async fn change(
     Sent(signed, wish): Sent<Form>,
 ) -> Result<Response, ApiError> {
     let change = match wish.change.as_str() {
-        "enable" => Change::Enable,
+        "enable" => DeviceAction::Enable,
         "disable" => {
             let why: String = wish.reason.chars().take(255).collect();
-            Change::Disable(Some(why).filter(|why| !why.trim().is_empty()))
+            DeviceAction::Disable(Some(why).filter(|why| !why.trim().is_empty()))
         }
-        "clear_quarantine" => Change::ClearQuarantine,
+        "clear_quarantine" => DeviceAction::ClearQuarantine,
         other => return Err(ApiError::bad_request(format!("Unknown action: {other}."))),
     };
     ApiError::unless(may(&signed.caller, Call::ChangeDevice), ApiError::forbidden)?;
