@@ -12,6 +12,7 @@
 //! | [`class`] | USB classes and speeds |
 //! | [`device`] | a device as discovery sees it |
 //! | [`state`] | states, reasons and legal transitions |
+//! | [`event`] | kinds of events of the audit trail |
 //! | [`text`] | text of outsiders, made safe to print and to log |
 //! | [`flavor`] | requests of a flavor |
 //! | [`grant`] | devices that are available to certain projects |
@@ -29,6 +30,7 @@ pub mod class;
 pub mod descriptors;
 pub mod device;
 mod error;
+pub mod event;
 pub mod flavor;
 pub mod grant;
 pub mod host;
@@ -47,6 +49,7 @@ pub use class::{Class, Speed};
 pub use descriptors::Descriptors;
 pub use device::Device;
 pub use error::ParseError;
+pub use event::EventKind;
 pub use flavor::{DeviceRequest, Flavor, RedirectionRequest, Selector};
 pub use grant::Grant;
 pub use host::{DeviceEntry, HostDocument};

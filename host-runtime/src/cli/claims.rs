@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context as _, bail};
 use serde::Serialize;
-use virt_usb_model::{DeviceId, InstanceId, Status};
+use virt_usb_model::{DeviceId, EventKind, InstanceId, Status};
 use virt_usb_store::events::{EventRow, Filter};
 use virt_usb_store::problems::Problem;
 use virt_usb_store::release::Extent;
@@ -97,16 +97,17 @@ fn moved_to(
     let Some(held) = gone.filter(|held| !held.key().serial_decides()) else {
         return Ok(Vec::new());
     };
-    let last = |device: DeviceId, what: &[&str]| -> anyhow::Result<Option<i64>> {
+    let last = |device: DeviceId, kinds: &[EventKind]| -> anyhow::Result<Option<i64>> {
         let Some(store) = store else { return Ok(None) };
         let events = store.events(&Filter { device: Some(device), ..Filter::default() })?;
-        Ok(events.iter().find(|e| what.contains(&e.event.as_str())).map(|e| e.id))
+        let is_meant = |e: &&EventRow| e.event.parse().is_ok_and(|kind| kinds.contains(&kind));
+        Ok(events.iter().find(is_meant).map(|e| e.id))
     };
-    let went = last(held.entry.id, &["removed"])?;
-    let alike = |r: &&Record| r.usb() == held.usb() && r.entry.status == Status::Available.name();
+    let went = last(held.entry.id, &[EventKind::Removed])?;
+    let alike = |r: &&Record| r.usb() == held.usb() && r.entry.state() == Ok(Status::Available);
     let mut found = Vec::new();
     for free in devices.iter().filter(alike).map(|r| r.entry.id) {
-        let was_there = match (went, last(free, &["added", "returned"])?) {
+        let was_there = match (went, last(free, &[EventKind::Added, EventKind::Returned])?) {
             (Some(went), Some(came)) => came < went,
             _ => false,
         };

@@ -9,7 +9,7 @@ use virt_usb_config::Config;
 use virt_usb_config::host_env::{self, Agent};
 use virt_usb_config::rules;
 use virt_usb_model::device::Problem;
-use virt_usb_model::{Device, RuleVerdict, clean_json};
+use virt_usb_model::{Device, EventKind, RuleVerdict, Serial, clean_json};
 use virt_usb_store::Record;
 use virt_usb_store::reconcile::Done;
 use virt_usb_store::user::User;
@@ -110,11 +110,13 @@ fn nothing(config: &Config) -> &'static str {
 }
 
 fn summary(found: &Discovered) -> String {
-    let count = |what: &str| found.changes.iter().filter(|d| d.what == what).count();
-    let changed: Vec<String> = ["added", "returned", "changed", "removed", "steady"]
+    use EventKind::{Added, Changed, Removed, Returned, Steady};
+    let is_of = |done: &&Done, kind| done.what.parse() == Ok(kind);
+    let count = |kind| found.changes.iter().filter(|done| is_of(done, kind)).count();
+    let changed: Vec<String> = [Added, Returned, Changed, Removed, Steady]
         .into_iter()
-        .filter(|what| count(what) > 0)
-        .map(|what| format!("{} {what}", count(what)))
+        .filter(|kind| count(*kind) > 0)
+        .map(|kind| format!("{} {kind}", count(kind)))
         .collect();
     let changed =
         if changed.is_empty() { "nothing changed".to_owned() } else { changed.join(", ") };
@@ -163,7 +165,7 @@ fn device_table(devices: &[Record], empty: &str) -> String {
             e.id.to_string(),
             r.usb().to_string(),
             name(e.manufacturer.as_deref(), e.product_name.as_deref()),
-            serial(e.serial.as_deref(), &e.serial_kind),
+            serial(&r.key().serial),
             e.port_path.to_string(),
             e.address.to_string(),
             or_dash(e.speed),
@@ -185,10 +187,12 @@ fn device_table(devices: &[Record], empty: &str) -> String {
 /// Status of the device, with the reason.
 pub(super) fn status(record: &Record) -> String {
     let e = &record.entry;
-    match &e.status_reason {
+    match (e.state(), &e.status_reason) {
         _ if record.deleted != 0 => "unplugged".to_owned(),
-        Some(why) => format!("{} ({why})", e.status),
-        None => e.status.clone(),
+        (Ok(state), _) => state.to_string(),
+        // Another version of virt-usb, which the API of a host may run, knows more of them.
+        (Err(_), Some(why)) => format!("{} ({why})", e.status),
+        (Err(_), None) => e.status.clone(),
     }
 }
 
@@ -200,12 +204,12 @@ pub(super) fn name(manufacturer: Option<&str>, product: Option<&str>) -> String 
     }
 }
 
-fn serial(text: Option<&str>, kind: &str) -> String {
-    match text {
-        Some(text) if kind == "duplicate" => format!("{text} (not unique)"),
-        Some(text) if kind == "worthless" => format!("{text} (placeholder)"),
-        Some(text) => text.to_owned(),
-        None => "-".to_owned(),
+fn serial(serial: &Serial) -> String {
+    match serial {
+        Serial::Unique(text) => text.clone(),
+        Serial::Duplicate(text) => format!("{text} (not unique)"),
+        Serial::Worthless(text) => format!("{text} (placeholder)"),
+        Serial::Missing => "-".to_owned(),
     }
 }
 

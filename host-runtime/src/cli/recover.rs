@@ -55,7 +55,8 @@ fn run(
     backup: Option<&Path>,
     options: &Recover,
 ) -> anyhow::Result<ExitCode> {
-    let what = if backup.is_some() { "restore" } else { "rebuild" };
+    let (what, done) =
+        if backup.is_some() { ("restore", "restored") } else { ("rebuild", "rebuilt") };
     let libvirt = match options.without_guests {
         true => None,
         false => Some(Libvirt::open(&config.libvirt_uri).map_err(|e| unasked(&e.to_string()))?),
@@ -90,7 +91,7 @@ fn run(
         let place = if p.place.is_empty() { "the whole scan" } else { &p.place };
         format!("could not be read: {place}: {}", p.what)
     }));
-    session.out.show(&report, || tell(what, &report))?;
+    session.out.show(&report, || tell(done, &report))?;
     Ok(if snapshot.failed() { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
 
@@ -101,10 +102,9 @@ fn unasked(why: &str) -> anyhow::Error {
     )
 }
 
-fn tell(what: &str, report: &Report) -> String {
+fn tell(done: &str, report: &Report) -> String {
     let mut lines = vec![format!(
-        "{} {}: {} device(s), {} claim(s)",
-        if what == "restore" { "restored" } else { "rebuilt" },
+        "{done} {}: {} device(s), {} claim(s)",
         report.file.display(),
         report.devices,
         report.claims

@@ -7,6 +7,7 @@
 )]
 
 use serde_json::Value;
+use virt_usb_model::EventKind;
 use virt_usb_suite::{Host, device, domain, ok, text};
 
 fn json(host: &Host, arguments: &[&str]) -> Value {
@@ -340,4 +341,26 @@ fn events_of_an_instance_are_found_by_its_name() {
     ok(&host.call(&["erp", "release", "end", "shutdown"], xml.as_bytes()));
     assert!(events("erp").as_array().unwrap().len() > claimed.as_array().unwrap().len());
     assert!(fails(&host, &["events", "--instance", "crm"]).contains("no instance named"));
+}
+
+/// The command line and the portal tell events apart by their kind, the store writes them as text.
+#[test]
+fn each_event_of_the_store_has_a_kind() {
+    let folder = virt_usb_suite::root().join("host-runtime/store/src");
+    let files = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+    let files = files.filter(|file| file.extension().is_some_and(|ending| ending == "rs"));
+    let source: String = files.map(|file| std::fs::read_to_string(file).unwrap()).collect();
+    for kind in EventKind::ALL {
+        assert!(source.contains(&format!("\"{kind}\"")), "the store records no {kind}");
+    }
+    let (mut seen, mut unknown) = (0, Vec::new());
+    for call in ["Event::new(", "Event::of(", "Event::about_claim(", "Event::about_instance("] {
+        for rest in source.split(call).skip(1) {
+            let Some(text) = rest.trim_start().strip_prefix('"') else { continue };
+            let name = text.split('"').next().unwrap();
+            seen += 1;
+            unknown.extend(name.parse::<EventKind>().is_err().then(|| name.to_owned()));
+        }
+    }
+    assert!(seen > 10 && unknown.is_empty(), "{seen} events, without a kind: {unknown:?}");
 }

@@ -11,7 +11,8 @@ use axum::response::Response;
 use maud::{Markup, html};
 use serde::Deserialize;
 use tokio::sync::watch;
-use virt_usb_model::{DeviceRequest, Flavor};
+use virt_usb_model::{DeviceRequest, Flavor, Status};
+use virt_usb_store::Record;
 
 use super::super::Api;
 use super::super::error::{ApiError, sentence};
@@ -124,8 +125,8 @@ pub(super) async fn attach_page(
     };
     let devices: Vec<UsbDevice> = if wish.device.is_empty() {
         let snapshot = api.inventory.now()?;
-        let free =
-            snapshot.seen(&signed.caller).filter(|record| record.entry.status == "available");
+        let is_free = |record: &&Record| record.entry.state() == Ok(Status::Available);
+        let free = snapshot.seen(&signed.caller).filter(is_free);
         free.take(CHOICE).map(|record| snapshot.shown(record, &signed.caller)).collect()
     } else {
         vec![api.device(&signed.caller, Call::Attach, &wish.device)?.1]

@@ -135,7 +135,7 @@ fn hands(device: &UsbDevice, signed: &Signed) -> Markup {
         @if signed.may_act() {
             @if device.held_by.is_some() {
                 a href={ "/portal/detach?server=" (device.instance_uuid) "&device=" (device.id) } aria-label={ "Detach " (name(device)) } { "Detach" }
-            } @else if device.status == "available" {
+            } @else if device.state() == Some(Status::Available) {
                 a href={ "/portal/attach?device=" (device.id) } aria-label={ "Attach " (name(device)) } { "Attach" }
             }
         }

@@ -150,7 +150,7 @@ pub(crate) struct Totals {
 }
 
 impl Totals {
-    pub(in crate::api) fn of<'a>(devices: impl Iterator<Item = &'a Record>) -> Self {
+    pub(crate) fn of<'a>(devices: impl Iterator<Item = &'a Record>) -> Self {
         let mut totals = Self::default();
         for device in devices {
             totals.total += 1;

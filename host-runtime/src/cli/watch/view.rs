@@ -1,10 +1,11 @@
 //! Contents of the screen as rows of text. Pure.
 
-use virt_usb_model::{Status, clean};
+use virt_usb_model::{EventKind, Status, clean};
 use virt_usb_store::events::EventRow;
 use virt_usb_store::watch::Moment;
 use virt_usb_store::{ClaimRow, Record};
 
+use crate::api::responses::Totals;
 use crate::cli::claims::{in_the_way, state};
 use crate::cli::devices::{name, status};
 
@@ -48,18 +49,19 @@ impl View {
 
     /// `7 devices: 4 available, 2 allocated, 1 unavailable`
     pub(super) fn summary(&self) -> String {
-        let devices = &self.moment.devices;
-        let count = |name: &str| devices.iter().filter(|r| r.entry.status == name).count();
-        let states = ["available", "claimed", "allocated", "removed", "unavailable"];
-        let counted: Vec<String> = states
-            .into_iter()
-            .filter(|name| count(name) > 0)
-            .map(|name| format!("{} {name}", count(name)))
+        let Totals { total, available, claimed, allocated, removed, unavailable } =
+            Totals::of(self.moment.devices.iter());
+        let counts = [available, claimed, allocated, removed, unavailable];
+        let counted: Vec<String> = counts
+            .iter()
+            .zip(Status::NAMES)
+            .filter(|(count, _)| **count > 0)
+            .map(|(count, name)| format!("{count} {name}"))
             .collect();
-        let plural = if devices.len() == 1 { "" } else { "s" };
+        let plural = if total == 1 { "" } else { "s" };
         let list =
             if counted.is_empty() { String::new() } else { format!(": {}", counted.join(", ")) };
-        format!("{} device{plural}{list}", devices.len())
+        format!("{total} device{plural}{list}")
     }
 
     /// The rows from `from`, at most `count`. Of ten thousand devices, only the visible ones are
@@ -81,9 +83,11 @@ impl View {
             });
         let tone = match e.state() {
             Ok(Status::Available) => Tone::Free,
-            Ok(Status::Claimed | Status::Allocated) if !is_stuck => Tone::Held,
-            Ok(Status::Unavailable(_)) if !record.is_set_aside() => Tone::Quiet,
-            _ => Tone::Bad,
+            Ok(Status::Claimed | Status::Allocated) if is_stuck => Tone::Bad,
+            Ok(Status::Claimed | Status::Allocated) => Tone::Held,
+            Ok(Status::Unavailable(_)) if record.is_set_aside() => Tone::Bad,
+            Ok(Status::Unavailable(_)) => Tone::Quiet,
+            Ok(Status::Removed) | Err(_) => Tone::Bad,
         };
         let status = match (claim, &record.flapping_until) {
             (Some(claim), _) => state(claim, !record.present, &self.boot_id),
@@ -125,11 +129,9 @@ fn event(event: &EventRow) -> (String, Tone) {
         event.actor,
         event.detail.as_ref().map_or_else(String::new, |detail| format!(": {detail}"))
     );
-    let tone = match event.event.as_str() {
-        "refused" | "problem" | "altered" | "serial-shared" | "quarantined" | "flapping" => {
-            Tone::Bad
-        }
-        _ => Tone::Plain,
+    let tone = match event.event.parse::<EventKind>() {
+        Ok(kind) if kind.needs_attention() => Tone::Bad,
+        Ok(_) | Err(_) => Tone::Plain,
     };
     (clean(&text), tone)
 }
