@@ -341,6 +341,9 @@ pub(super) struct Credentials {
 #[derive(Debug, Subcommand)]
 pub(super) enum TokenVerb {
     /// Create a token and print it; it cannot be shown again
+    ///
+    /// Only the token goes to stdout, so 'token add NAME --project ID > FILE' writes a file for
+    /// --token-file.
     Add(NewToken),
     /// List the tokens and their projects
     List,

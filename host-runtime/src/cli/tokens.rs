@@ -1,4 +1,4 @@
-//! `token`: who may use the API.
+//! The command `token`: tokens of the API.
 
 use std::process::ExitCode;
 use std::time::Duration;
@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use super::Session;
 use super::arguments::NewToken;
-use super::output::{or_dash, table};
+use super::output::{complain, or_dash, table};
 use crate::api::tokens::{Entry, Made, TokenFile, Wanted};
 
 const DAY: Duration = Duration::from_secs(24 * 3600);
@@ -31,19 +31,16 @@ pub(super) fn add(session: &Session, options: &NewToken) -> anyhow::Result<ExitC
         role: options.role,
         lifetime: options.days.map(|days| DAY * days),
     })?;
-    session.out.show(&Shown { token: &token, entry: &entry }, || {
-        let until = entry.expires_at.as_ref().map_or_else(String::new, |at| {
-            format!(
-                ", until \
-            {at}"
-            )
-        });
-        format!(
-            "{token}\nThis is the token of {}, {} of project {}{until}. It cannot be shown again: \
-             only its hash is kept.",
+    // The token alone, so that '> FILE' writes what --token-file reads.
+    session.out.show(&Shown { token: &token, entry: &entry }, || token.clone())?;
+    if !session.out.is_json() {
+        let until = entry.expires_at.as_ref().map(|at| format!(", until {at}")).unwrap_or_default();
+        complain(&format!(
+            "This is the token of {}, {} of project {}{until}. It cannot be shown again: only its \
+             hash is kept.",
             entry.name, entry.role, entry.project
-        )
-    })?;
+        ));
+    }
     Ok(ExitCode::SUCCESS)
 }
 

@@ -343,6 +343,25 @@ fn events_of_an_instance_are_found_by_its_name() {
     assert!(fails(&host, &["events", "--instance", "crm"]).contains("no instance named"));
 }
 
+#[test]
+fn a_new_token_is_alone_on_stdout() {
+    let host = Host::new("");
+    let output = host.virt_usb(&["token", "add", "anna", "--project", "p1", "--days", "9"]);
+    let token = ok(&output);
+    let token = token.strip_suffix('\n').unwrap();
+    assert!(token.starts_with("vusb_") && token.bytes().all(|b| b.is_ascii_graphic()), "{token}");
+    let words = text(&output.stderr);
+    assert!(
+        words.starts_with("This is the token of anna, member of project p1, until "),
+        "{words}"
+    );
+    assert!(!words.contains(token));
+    let output = host.virt_usb(&["--json", "token", "add", "bert", "--project", "p1"]);
+    let shown: Value = serde_json::from_str(&ok(&output)).unwrap();
+    assert_eq!(shown["name"], "bert");
+    assert_eq!(text(&output.stderr), "");
+}
+
 /// The command line and the portal tell events apart by their kind, the store writes them as text.
 #[test]
 fn each_event_of_the_store_has_a_kind() {
