@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use rustix::net::{SendFlags, SocketAddrUnix, sendto};
 use serde::{Deserialize, Serialize};
 use virt_usb_config::Tls;
-use virt_usb_config::host_env::hook_socket;
+use virt_usb_config::host_env::{self, hook_socket};
 
 use crate::hypervisor::{MEETING_TIMEOUT, Supervised};
 use crate::metrics::Metrics;
@@ -52,6 +52,8 @@ pub struct Health {
     /// Whether the agent makes no calls to libvirt, because it does not answer about too many
     /// guests.
     pub blocked: bool,
+    /// Whether the agent simulates its devices and guests.
+    pub simulated: bool,
     /// Whether the API's network address is served. `None` if not known.
     pub api_served: Option<bool>,
     /// Whether the metrics are served. `None` if not known.
@@ -74,7 +76,12 @@ pub struct Call {
 }
 
 /// Returns the current health as JSON.
-pub(crate) fn report(metrics: &Metrics, hypervisor: &Supervised, tls: Option<&Tls>) -> String {
+pub(crate) fn report(
+    metrics: &Metrics,
+    hypervisor: &Supervised,
+    tls: Option<&Tls>,
+    simulated: bool,
+) -> String {
     let age = |since: Option<Instant>| since.map(|since| since.elapsed().as_secs_f64());
     let moments = metrics.moments();
     let call = |call: &crate::hypervisor::Unanswered| {
@@ -102,6 +109,7 @@ pub(crate) fn report(metrics: &Metrics, hypervisor: &Supervised, tls: Option<&Tl
             .map(call)
             .collect(),
         blocked: hypervisor.is_blocked(),
+        simulated,
         api_served: Some(metrics.api_served.load(Ordering::Relaxed)),
         metrics_served: Some(metrics.is_served()),
         certificate_error: tls.and_then(certificate_error),
@@ -146,4 +154,14 @@ pub fn ask(state_dir: &Path, timeout: Duration) -> io::Result<Health> {
     let mut answer = vec![0; MAX_RESPONSE_BYTES];
     let length = socket.recv(&mut answer)?;
     Ok(serde_json::from_slice(answer.get(..length).unwrap_or_default())?)
+}
+
+/// Timeout for the question whether the agent simulates its guests. An agent that does not answer
+/// is a real one.
+const SIMULATION_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// Whether an agent of this `state_dir` runs that simulates its guests.
+pub(crate) fn simulates_guests(state_dir: &Path) -> bool {
+    host_env::agent(state_dir) == host_env::Agent::Alive
+        && ask(state_dir, SIMULATION_TIMEOUT).is_ok_and(|health| health.simulated)
 }

@@ -400,6 +400,6 @@ async fn observe(State(api): State<Arc<Api>>, request: Request, next: Next) -> R
 /// The unix socket's name in `state_dir`.
 const SOCKET: &str = "api.sock";
 
-fn socket(config: &Config) -> PathBuf {
+pub(crate) fn socket(config: &Config) -> PathBuf {
     config.state_dir.join(SOCKET)
 }

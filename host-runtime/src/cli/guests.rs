@@ -42,6 +42,12 @@ struct Begun {
 }
 
 pub(super) fn start(session: &Session, domain: &str) -> anyhow::Result<ExitCode> {
+    if session.guests_api()?.is_some() {
+        bail!(
+            "the agent simulates its guests: start {domain} with 'running = true' in the \
+             simulation file"
+        );
+    }
     let (libvirt, mut worker) = open(session)?;
     let instance = find(&libvirt, domain)?;
     let (started, warnings) = operate::start(&mut worker, &libvirt, instance, domain)
@@ -76,7 +82,7 @@ struct Given {
 
 pub(super) fn attach(session: &Session, wanted: &Device) -> anyhow::Result<ExitCode> {
     let name = &wanted.instance;
-    let (instance, Attached { live, new, already }) = match session.remote()? {
+    let (instance, Attached { live, new, already }) = match session.guests_api()? {
         Some(api) => {
             let instance = api.server(name)?;
             (instance, api.attach(instance, &wanted.device)?)
@@ -112,7 +118,7 @@ pub(super) fn detach(session: &Session, wanted: &Device) -> anyhow::Result<ExitC
     if wanted.device.count != 1 {
         bail!("one device at a time: omit count");
     }
-    let (instance, device) = match session.remote()? {
+    let (instance, device) = match session.guests_api()? {
         Some(api) => {
             let instance = api.server(name)?;
             (instance, api.detach(instance, &wanted.device)?)

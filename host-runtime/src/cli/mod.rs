@@ -18,6 +18,7 @@ mod scheduler;
 mod tokens;
 mod watch;
 
+use std::cell::OnceCell;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
@@ -37,6 +38,9 @@ use arguments::{
 };
 use output::Output;
 use remote::Remote;
+
+use crate::agent::health;
+use crate::api;
 
 /// The program. Exit status: 0 done, 1 it could not be done (the reason is on stderr), 2 wrong
 /// arguments, 3 `filter` has asked and no host can serve; `doctor`: 1 for a warning, 2 for
@@ -63,6 +67,7 @@ fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
         config_file: arguments.config,
         out: Output::new(arguments.json),
         api: arguments.api,
+        remote: OnceCell::new(),
     };
     if session.api.url.is_some() && is_local(&arguments.verb) {
         bail!("this command works only on the host itself: omit --url (VIRT_USB_URL)");
@@ -233,6 +238,7 @@ struct Session {
     config_file: Option<PathBuf>,
     out: Output,
     api: Api,
+    remote: OnceCell<Remote>,
 }
 
 impl Session {
@@ -269,9 +275,36 @@ impl Session {
         }
     }
 
-    /// The API that is asked in the inventory's place, if there is one.
-    fn remote(&self) -> anyhow::Result<Option<Remote>> {
-        self.api.url.as_deref().map(|url| Remote::open(url, &self.api)).transpose()
+    /// Returns the API of `--url`, which takes the place of the inventory; `None` without `--url`.
+    /// Reads the files of its options once.
+    fn remote(&self) -> anyhow::Result<Option<&Remote>> {
+        let Some(url) = &self.api.url else { return Ok(None) };
+        if self.remote.get().is_none() {
+            drop(self.remote.set(Remote::open(url, &self.api)?));
+        }
+        Ok(self.remote.get())
+    }
+
+    /// Returns the API through which guests are changed: the one of `--url`, or that of an agent
+    /// that simulates its guests, which libvirt does not know. `None`: libvirt has the guests.
+    ///
+    /// # Errors
+    /// If the agent simulates its guests and serves no API.
+    fn guests_api(&self) -> anyhow::Result<Option<&Remote>> {
+        if self.api.url.is_some() {
+            return self.remote();
+        }
+        let config = self.config()?;
+        if !health::simulates_guests(&config.state_dir) {
+            return Ok(None);
+        }
+        if config.api == virt_usb_config::Api::Off {
+            bail!(
+                "the agent simulates its guests, which are changed through its API only: remove \
+                 'api = \"off\"' from the configuration and restart the agent"
+            );
+        }
+        Ok(Some(self.remote.get_or_init(|| Remote::local(api::socket(&config)))))
     }
 
     /// The inventory, which must be there.

@@ -42,7 +42,7 @@ struct Owned<'a> {
 }
 
 pub(super) fn set(session: &Session, name: &str, project: &ProjectId) -> anyhow::Result<ExitCode> {
-    let instance = match session.remote()? {
+    let instance = match session.guests_api()? {
         Some(api) => {
             let instance = api.server(name)?;
             api.set_owner(instance, Some(project))?;
@@ -72,7 +72,7 @@ pub(super) fn set(session: &Session, name: &str, project: &ProjectId) -> anyhow:
 }
 
 pub(super) fn clear(session: &Session, name: &str) -> anyhow::Result<ExitCode> {
-    let instance = match session.remote()? {
+    let instance = match session.guests_api()? {
         Some(api) => {
             let instance = api.server(name)?;
             api.set_owner(instance, None)?;

@@ -1,7 +1,7 @@
 //! The API in place of the inventory: what a command asks and changes with `--url`. Responses become
 //! rows of the inventory, and are shown by the same code.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
@@ -34,6 +34,8 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 const MAX_RESPONSE_BYTES: u64 = 64 << 20;
 /// Number of entries to request with each page of a list.
 const PAGE: usize = 1000;
+/// Base URL on a unix socket, where no name is resolved.
+const LOCAL_URL: &str = "http://127.0.0.1";
 
 /// An API, and the token of the caller.
 pub(super) struct Remote {
@@ -76,6 +78,13 @@ impl Remote {
             .context("--cacert")?;
         let url = url.trim_end_matches('/').to_owned();
         Ok(Self { agent, address: url.clone(), url, token: Some(token) })
+    }
+
+    /// Returns the API at that unix socket, without a request.
+    pub(super) fn local(socket: PathBuf) -> Self {
+        let address = socket.display().to_string();
+        let agent = client::local_agent(socket, REQUEST_TIMEOUT);
+        Self { agent, url: LOCAL_URL.to_owned(), address, token: None }
     }
 
     /// Sends a request, whose body is JSON text, and reads the response. An empty response reads as

@@ -102,7 +102,8 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
         Arc::new(Supervised::new(world.hypervisor, listeners(&to_guests, &to_devices)));
     let tls = config.api_tls.clone().filter(|_| config.api != config::Api::Off);
     let sources = (metrics.clone(), hypervisor.clone(), tls);
-    let report = move || health::report(&sources.0, &sources.1, sources.2.as_ref());
+    let simulated = options.sim.is_some();
+    let report = move || health::report(&sources.0, &sources.1, sources.2.as_ref(), simulated);
     let received = move |message: &str| {
         // A call of the hook shows that libvirt is running.
         reconnect();

@@ -7,7 +7,7 @@ use std::os::unix::net::UnixStream;
 use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
-use virt_usb_suite::{Host, PROGRAM_TIMEOUT, device, domain, program};
+use virt_usb_suite::{Host, PROGRAM_TIMEOUT, device, domain, ok, program, text};
 
 const ERP: &str = "11111111-2222-4333-8444-555555555555";
 const CRM: &str = "99999999-2222-4333-8444-555555555555";
@@ -528,4 +528,38 @@ fn guests_get_their_devices_though_the_metrics_cannot_be_served() {
     agent.until("it is said", || {
         agent.log().contains("the metrics cannot be served at /nowhere/at/all")
     });
+}
+
+/// libvirt knows no simulated guest: the commands ask the agent that simulates it.
+#[test]
+fn commands_change_the_guests_of_a_simulation() {
+    let host = Host::new("api = \"127.0.0.1:0\"\n");
+    let bare = |name: &str, uuid: &str| format!("[[domain]]\nname = '{name}'\nuuid = '{uuid}'\n");
+    show(&host, &(device("0001", "1-1", 5, "serial = 'HL-1'") + &bare("erp", ERP)));
+    let agent = Agent::start(&host);
+    agent.until("its socket", || host.path("state/api.sock").exists());
+    agent.until("the device", || host.store().devices().is_ok_and(|found| found.len() == 1));
+    let said = |arguments: &[&str]| ok(&host.virt_usb(arguments));
+    assert_eq!(said(&["attach", "erp", "1"]), "erp has device 1 (0529:0001, port 1-1) now\n");
+    agent.claims(&held(1, "erp", ERP, "allocated"));
+    assert_eq!(said(&["owner", "set", "erp", "p1"]), "erp now belongs to project p1\n");
+    assert!(said(&["owner"]).contains("p1"));
+    assert!(said(&["owner", "clear", "erp"]).starts_with("erp now has the owner that its domain"));
+    assert_eq!(said(&["detach", ERP, "1"]), "device 1 (0529:0001, port 1-1) is free\n");
+    assert_eq!(host.claims(), "");
+    let started = host.virt_usb(&["start", "erp"]);
+    let why = text(&started.stderr);
+    assert!(!started.status.success() && why.contains("the agent simulates its guests"), "{why}");
+}
+
+#[test]
+fn without_an_api_the_guests_of_a_simulation_are_not_changed() {
+    let host = Host::new("");
+    show(&host, &guest("erp", ERP, "running = false"));
+    let agent = Agent::start(&host);
+    agent.until("it is ready", || agent.log().contains("ready"));
+    for arguments in [&["attach", "erp", "1"][..], &["owner", "set", "erp", "p1"]] {
+        let why = text(&host.virt_usb(arguments).stderr);
+        assert!(why.contains("changed through its API only"), "{why}");
+    }
 }
