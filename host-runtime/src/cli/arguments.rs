@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Arg, Args, Command, Parser, Subcommand};
 use clap_complete::Shell;
 use virt_usb_fleet::filter_file::FilterFile;
 use virt_usb_fleet::scheduler::Scheduler;
@@ -70,9 +70,17 @@ pub(super) struct Api {
     pub(super) cacert: Option<PathBuf>,
 }
 
+/// The options of [`Api`] for a command that works only on the host itself: not in its help, and
+/// accepted so that the error can say so.
+fn hidden_api_options() -> Vec<Arg> {
+    let command = Api::augment_args(Command::new("hidden"));
+    command.get_arguments().map(|option| option.clone().hide(true)).collect()
+}
+
 #[derive(Debug, Subcommand)]
 pub(super) enum Verb {
     /// Find this host's USB devices and record them in the inventory
+    #[command(args = hidden_api_options())]
     Discover(Discover),
     /// List the devices in the inventory
     Devices {
@@ -92,6 +100,7 @@ pub(super) enum Verb {
     /// On a terminal, shows a screen that refreshes itself. Arrows, PgUp, PgDn, Home and End
     /// scroll; q quits. If the output is not a terminal, or with --lines, prints one line per
     /// event. With --json, prints one JSON object per event.
+    #[command(args = hidden_api_options())]
     Watch(Watch),
     /// Manage stored flavors, which domains refer to by name
     Flavor {
@@ -110,18 +119,22 @@ pub(super) enum Verb {
     /// Follows the fleet named in the configuration. Serves requests over HTTP and on a unix
     /// socket until SIGTERM: POST /select, POST /explain, GET and DELETE /assumptions, GET
     /// /health, GET /metrics.
+    #[command(args = hidden_api_options())]
     Scheduler(Scheduler),
     /// Join or leave the fleet; show its status
+    #[command(args = hidden_api_options())]
     Fleet {
         #[command(subcommand)]
         verb: FleetVerb,
     },
     /// Show which hosts can satisfy a flavor, as a scheduler would see it
+    #[command(args = hidden_api_options())]
     Filter(Filter),
     /// Start a guest with its USB devices attached from the beginning
     ///
     /// Does not change the definition of the domain. A saved guest is restored and gets its
     /// devices back.
+    #[command(args = hidden_api_options())]
     Start {
         /// Name or UUID of the domain
         domain: String,
@@ -168,11 +181,13 @@ pub(super) enum Verb {
         verb: Option<OwnerVerb>,
     },
     /// Manage API tokens
+    #[command(args = hidden_api_options())]
     Token {
         #[command(subcommand)]
         verb: TokenVerb,
     },
     /// Show how the whitelist applies to the devices of this host
+    #[command(args = hidden_api_options())]
     Whitelist {
         #[command(subcommand)]
         verb: WhitelistVerb,
@@ -187,6 +202,7 @@ pub(super) enum Verb {
     ///
     /// Changes nothing. Exit status for monitoring: 0 no problems, 1 some functions do not work,
     /// 2 guests do not get their devices.
+    #[command(args = hidden_api_options())]
     Doctor {
         /// Include checks that pass
         #[arg(long)]
@@ -199,11 +215,13 @@ pub(super) enum Verb {
         run: PathBuf,
     },
     /// Check, back up, restore or rebuild the inventory
+    #[command(args = hidden_api_options())]
     Store {
         #[command(subcommand)]
         verb: StoreVerb,
     },
     /// Print a completion script: virt-usb completions bash > /etc/bash_completion.d/virt-usb
+    #[command(args = hidden_api_options())]
     Completions {
         /// Shell to generate completions for
         shell: Shell,
@@ -238,6 +256,7 @@ pub(super) enum ClaimsVerb {
     /// Show all claims
     List,
     /// Release all claims and assignments of an instance (recorded in the audit trail)
+    #[command(args = hidden_api_options())]
     Release {
         /// UUID of the instance or name of its domain
         instance: String,
@@ -605,7 +624,58 @@ pub(super) struct Recover {
 
 #[cfg(test)]
 mod tests {
-    use super::selector;
+    use clap::CommandFactory as _;
+
+    use super::{Arguments, Command, selector};
+
+    /// Adds the names of the subcommands whose help does not show `--url`.
+    fn add_local(command: &Command, path: &str, found: &mut Vec<String>) {
+        for sub in command.get_subcommands().filter(|sub| sub.get_name() != "help") {
+            let name = format!("{path}{}", sub.get_name());
+            if sub.get_arguments().any(|a| a.get_id() == "url" && a.is_hide_set()) {
+                found.push(name.clone());
+            }
+            add_local(sub, &format!("{name} "), found);
+        }
+    }
+
+    #[test]
+    fn help_shows_the_options_of_an_api_where_they_are_accepted() {
+        let mut command = Arguments::command();
+        command.build();
+        let mut local = Vec::new();
+        add_local(&command, "", &mut local);
+        local.sort_unstable();
+        let expected = [
+            "claims release",
+            "completions",
+            "discover",
+            "doctor",
+            "filter",
+            "filter bench",
+            "filter precompile",
+            "fleet",
+            "fleet join",
+            "fleet leave",
+            "fleet simulate",
+            "fleet status",
+            "scheduler",
+            "start",
+            "store",
+            "store backup",
+            "store check",
+            "store rebuild",
+            "store restore",
+            "token",
+            "token add",
+            "token list",
+            "token remove",
+            "watch",
+            "whitelist",
+            "whitelist check",
+        ];
+        assert_eq!(local, expected);
+    }
 
     #[test]
     fn a_device_is_named_in_three_ways() {
