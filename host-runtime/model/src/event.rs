@@ -82,7 +82,7 @@ pub enum EventKind {
 }
 
 impl EventKind {
-    /// All kinds.
+    /// All kinds of events.
     pub const ALL: [Self; 35] = [
         Self::Assigned,
         Self::Unassigned,

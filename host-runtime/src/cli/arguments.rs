@@ -327,16 +327,36 @@ pub(super) enum FleetVerb {
 #[derive(Debug, Args)]
 pub(super) struct Simulate {
     /// Number of hosts
-    #[arg(long, default_value_t = 50, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    #[arg(
+        long,
+        default_value_t = 50,
+        value_name = "N",
+        value_parser = clap::value_parser!(u32).range(1..=10_000)
+    )]
     pub(super) hosts: u32,
     /// Number of devices per host; three in four are plugged in at the start
-    #[arg(long, default_value_t = 20, value_name = "M", value_parser = clap::value_parser!(u32).range(1..=4000))]
+    #[arg(
+        long,
+        default_value_t = 20,
+        value_name = "M",
+        value_parser = clap::value_parser!(u32).range(1..=4000)
+    )]
     pub(super) devices: u32,
     /// Number of changes per second, over all hosts
-    #[arg(long, default_value_t = 50, value_name = "R", value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    #[arg(
+        long,
+        default_value_t = 50,
+        value_name = "R",
+        value_parser = clap::value_parser!(u32).range(1..=10_000)
+    )]
     pub(super) churn: u32,
     /// Duration in seconds
-    #[arg(long, default_value_t = 10, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=86400))]
+    #[arg(
+        long,
+        default_value_t = 10,
+        value_name = "SECONDS",
+        value_parser = clap::value_parser!(u64).range(1..=86400)
+    )]
     pub(super) time: u64,
     /// Seed of the random events; the timing still depends on the machine
     #[arg(long, default_value_t = 1)]
@@ -551,7 +571,11 @@ pub(super) enum FilterVerb {
     /// Generate a fleet, feed it to the filter and measure the response times
     Bench {
         /// Number of hosts
-        #[arg(long, default_value_t = 50_000, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+        #[arg(
+            long,
+            default_value_t = 50_000,
+            value_parser = clap::value_parser!(u32).range(1..=1_000_000)
+        )]
         hosts: u32,
         /// Number of devices on each host
         #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(0..=1_000))]

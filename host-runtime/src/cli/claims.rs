@@ -1,4 +1,4 @@
-//! `claims` and `events`.
+//! The commands `claims` and `events`.
 
 use std::process::ExitCode;
 
@@ -20,7 +20,7 @@ pub(super) fn list(session: &Session) -> anyhow::Result<ExitCode> {
     let (devices, claims, problems, boot_id, store) = match session.remote()? {
         Some(api) => {
             let (claims, problems) = api.claims()?;
-            // An agent sweeps before it serves.
+            // The agent of that host removes void claims before it serves the API.
             (api.devices(false)?, claims, problems, None, None)
         }
         None => {
@@ -62,7 +62,7 @@ pub(super) fn list(session: &Session) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// How far a claim has come, in words.
+/// State of a claim, as it is shown to people.
 pub(super) fn state(claim: &ClaimRow, unplugged: bool, boot_id: &str) -> String {
     match (claim.pending, claim.boot_id == boot_id || claim.hold == "instance") {
         (_, false) => "void (earlier boot)".to_owned(),
@@ -111,7 +111,7 @@ fn moved_to(
             (Some(went), Some(came)) => came < went,
             _ => false,
         };
-        // One scan records who went before who came.
+        // A scan records unplugged devices before new ones.
         if !was_there {
             found.push(free);
         }
@@ -167,7 +167,7 @@ impl Shown {
 struct Released {
     instance_uuid: InstanceId,
     freed: Vec<DeviceId>,
-    /// How many assignments ended.
+    /// Number of assignments that ended.
     assignments: usize,
 }
 
@@ -208,7 +208,7 @@ fn holders(store: &Store, name: &str) -> anyhow::Result<Vec<InstanceId>> {
     Ok(named)
 }
 
-/// By UUID, or by the name that the domain had when it claimed.
+/// Finds an instance that holds devices, by its UUID or by the name that its domain had then.
 pub(super) fn find_instance(store: &Store, text: &str) -> anyhow::Result<InstanceId> {
     if let Ok(id) = text.parse() {
         return Ok(id);
@@ -225,8 +225,8 @@ pub(super) fn find_instance(store: &Store, text: &str) -> anyhow::Result<Instanc
     }
 }
 
-/// Finds the instance of that UUID or name: one that holds a device, or else the last one that the
-/// audit trail names so.
+/// Finds an instance by its UUID or name: one that holds a device, otherwise the last one of that
+/// name in the audit trail.
 fn find_in_audit(session: &Session, text: &str) -> anyhow::Result<InstanceId> {
     if let Ok(id) = text.parse() {
         return Ok(id);
@@ -256,12 +256,12 @@ pub(super) fn events(session: &Session, options: &Events) -> anyhow::Result<Exit
     };
     session.out.show(&events, || {
         let row = |e: &EventRow| {
-            let whom = e.domain.clone().or_else(|| e.instance_uuid.map(|i| i.to_string()));
+            let domain = e.domain.clone().or_else(|| e.instance_uuid.map(|i| i.to_string()));
             vec![
                 e.at.clone(),
                 e.event.clone(),
                 or_dash(e.device_id),
-                or_dash(whom),
+                or_dash(domain),
                 or_dash(Some(&e.actor).filter(|actor| !actor.is_empty())),
                 or_dash(e.detail.as_deref()),
             ]

@@ -1,4 +1,4 @@
-//! `discover`, `devices`, `hosts`, `whitelist check`.
+//! The commands `discover`, `devices`, `hosts` and `whitelist check`.
 
 use std::path::Path;
 use std::process::ExitCode;
@@ -52,8 +52,8 @@ pub(super) fn discover(session: &Session, options: &Discover) -> anyhow::Result<
             })?;
     }
     let mut snapshot = source(&config, options.sim.as_deref())?.snapshot();
-    // Where no agent asks libvirt what its guests use, this does. What cannot be asked stays as it
-    // is recorded.
+    // If no agent is installed, this command asks libvirt which devices its guests use. If libvirt
+    // cannot be reached, the recorded use stays.
     if options.sim.is_none()
         && host_env::agent(&config.state_dir) == Agent::NotInstalled
         && let Ok(uses) =
@@ -101,7 +101,7 @@ pub(super) fn discover(session: &Session, options: &Discover) -> anyhow::Result<
     Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
 
-/// Why there is no device to show.
+/// Explains an empty list of devices.
 fn nothing(config: &Config) -> &'static str {
     match config.sysfs_root.join("bus/usb").exists() {
         true => "no USB device is plugged into this host",
@@ -176,7 +176,7 @@ fn device_table(devices: &[Record], empty: &str) -> String {
     let mut header =
         vec!["ID", "USB ID", "NAME", "SERIAL", "PORT", "ADDRESS", "SPEED", "STATUS", "INSTANCE"];
     let mut rows: Vec<Vec<String>> = devices.iter().map(row).collect();
-    // A narrow terminal has better use for a column of dashes.
+    // Omit a column that is empty in every row.
     if devices.iter().all(|r| r.entry.instance_uuid.is_none()) {
         header.pop();
         rows.iter_mut().for_each(|cells| cells.truncate(header.len()));
@@ -190,7 +190,7 @@ pub(super) fn status(record: &Record) -> String {
     match (e.state(), &e.status_reason) {
         _ if record.deleted != 0 => "unplugged".to_owned(),
         (Ok(state), _) => state.to_string(),
-        // Another version of virt-usb, which the API of a host may run, knows more of them.
+        // The API of another host may have a newer version, with more states.
         (Err(_), Some(why)) => format!("{} ({why})", e.status),
         (Err(_), None) => e.status.clone(),
     }
@@ -237,7 +237,7 @@ pub(super) fn hosts(session: &Session) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Compact, as they are published: a line is a document.
+/// Prints host documents as they are published, one per line.
 pub(super) fn documents(session: &Session) -> anyhow::Result<ExitCode> {
     let documents = match session.remote()? {
         Some(api) => api.documents()?,
@@ -324,8 +324,8 @@ fn show_verdicts(
     config: &Config,
     snapshot: &Snapshot,
 ) -> anyhow::Result<ExitCode> {
-    // What the inventory remembers, where there is one: ports that rules name mean its sockets, and
-    // a claim explains what is open.
+    // If there is an inventory, it knows the device paths of ports that rules name, and its claims
+    // explain why a device is open.
     let store = session.store().ok();
     if let Some(store) = &store {
         rules::admit(store, config, session.config_file.as_deref())?;

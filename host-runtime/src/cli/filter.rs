@@ -1,4 +1,4 @@
-//! `filter`: asks the scheduler's filter as a scheduler would.
+//! The command `filter`: queries the scheduler's filter, as a scheduler does.
 
 use std::collections::BTreeMap;
 use std::io::Read;
@@ -20,10 +20,10 @@ use super::arguments::{Filter as Arguments, FilterVerb};
 use super::output::{complain, table};
 use crate::filter::{bench, fleet};
 
-/// No host can serve: an answer, and so not the status of a failure.
+/// Exit status if no host can satisfy the flavor, which is an answer and not a failure.
 const NO_HOST: u8 = 3;
-/// The largest file of host documents, in bytes.
-const MAX_FILE: u64 = 4 << 30;
+/// Maximum size of a file of host documents, in bytes.
+const MAX_FILE_BYTES: u64 = 4 << 30;
 
 pub(super) fn run(session: &Session, arguments: &Arguments) -> anyhow::Result<ExitCode> {
     match &arguments.verb {
@@ -37,7 +37,7 @@ pub(super) fn run(session: &Session, arguments: &Arguments) -> anyhow::Result<Ex
     }
 }
 
-/// For a command that is waited for: it may take its time.
+/// Loads the filter with generous limits, because an operator waits for the command.
 fn load(file: &FilterFile) -> anyhow::Result<Filter> {
     file.load(Limits { memory: 4 << 30, epoch: Duration::from_secs(10) })
 }
@@ -46,15 +46,15 @@ fn load(file: &FilterFile) -> anyhow::Result<Filter> {
 #[derive(Serialize)]
 struct Answer {
     flavor: Flavor,
-    /// Hosts that were asked about.
+    /// Number of hosts in the query.
     hosts: usize,
-    /// Hosts that can serve, shown or not.
+    /// Number of hosts that can satisfy the flavor, shown or not.
     matched: u32,
     placements: Vec<Chosen>,
     /// Rejected hosts, if they were requested.
     #[serde(skip_serializing_if = "Option::is_none")]
     rejected: Option<Vec<Rejected>>,
-    /// How many others there are for each reason.
+    /// Number of other hosts for each reason.
     reasons: BTreeMap<String, usize>,
     problems: BTreeMap<String, String>,
 }
@@ -71,7 +71,7 @@ struct Rejected {
     host: String,
     #[serde(flatten)]
     rejection: Rejection,
-    /// The same in words.
+    /// The rejection in words.
     because: String,
 }
 
@@ -90,7 +90,7 @@ fn ask(session: &Session, arguments: &Arguments) -> anyhow::Result<ExitCode> {
         .map(|placement| chosen(&mut asked, &question, placement, &documents))
         .collect::<anyhow::Result<_>>()?;
     let (rejected, reasons) = others(&mut asked, &question, &fleet)?;
-    // Where no host can serve, the reasons are what is wanted.
+    // If no host can satisfy the flavor, the operator needs the reasons.
     let shown = arguments.explain || selection.matched == 0;
     let answer = Answer {
         flavor,
@@ -105,7 +105,7 @@ fn ask(session: &Session, arguments: &Arguments) -> anyhow::Result<ExitCode> {
     Ok(if answer.matched == 0 { ExitCode::from(NO_HOST) } else { ExitCode::SUCCESS })
 }
 
-/// A name is looked up; what begins like JSON is read.
+/// Reads a flavor that is JSON, or looks up the stored flavor of that name.
 fn flavor(session: &Session, text: &str) -> anyhow::Result<Flavor> {
     match text.trim_start().bytes().next() {
         Some(b'{') => Flavor::parse(text).context("--flavor"),
@@ -130,18 +130,17 @@ fn documents(session: &Session, file: Option<&Path>) -> anyhow::Result<Documents
     let name = file.display();
     let mut text = String::new();
     let read = match file.as_os_str() == "-" {
-        true => std::io::stdin().lock().take(MAX_FILE).read_to_string(&mut text),
-        false => {
-            std::fs::File::open(file).and_then(|open| open.take(MAX_FILE).read_to_string(&mut text))
-        }
+        true => std::io::stdin().lock().take(MAX_FILE_BYTES).read_to_string(&mut text),
+        false => std::fs::File::open(file)
+            .and_then(|open| open.take(MAX_FILE_BYTES).read_to_string(&mut text)),
     };
     read.with_context(|| format!("cannot read the host documents of {name}"))?;
     read_documents(&text).with_context(|| format!("the host documents of {name}"))
 }
 
-/// Documents one after another (a line each, or spread over lines), or a list of them.
+/// Reads host documents: one after another, each on one or more lines, or as a list.
 fn read_documents(text: &str) -> anyhow::Result<Documents> {
-    // As editors of another system begin a file.
+    // Some editors begin a file with a byte order mark.
     let text = text.strip_prefix('\u{feff}').unwrap_or(text);
     let mut found = Documents::new();
     let mut take = |value: &serde_json::Value| {
@@ -185,7 +184,7 @@ fn chosen(
     Ok(Chosen { devices: ids.iter().filter_map(entry).collect(), placement })
 }
 
-/// Every host that cannot serve, by name, and how many there are for each reason.
+/// Returns the hosts that cannot satisfy the flavor, and their number for each reason.
 fn others(
     asked: &mut Asked,
     question: &Question,
@@ -302,11 +301,7 @@ fn measure(session: &Session, filter: &Filter, made: fleet::Fleet) -> anyhow::Re
             let hosts = f.matched.map_or_else(|| "-".to_owned(), |n| n.to_string());
             vec![
                 f.what.clone(),
-                format!(
-                    "{:.2} \
-                µs",
-                    f.least_us
-                ),
+                format!("{:.2} µs", f.least_us),
                 format!("{:.2} µs", f.median_us),
                 hosts,
             ]
@@ -326,7 +321,7 @@ fn measure(session: &Session, filter: &Filter, made: fleet::Fleet) -> anyhow::Re
 struct Precompiled {
     file: PathBuf,
     sha256: String,
-    /// Of the component, where it was one.
+    /// Digest of the component; none if the filter was already machine code.
     of: Option<String>,
 }
 
@@ -349,7 +344,7 @@ fn precompile(session: &Session, filter: &Filter, file: &Path) -> anyhow::Result
     let _owner = User::of_folder_of(file).and_then(User::enter).with_context(cannot)?;
     let written = write_new(&beside, &machine_code).and_then(|()| std::fs::rename(&beside, file));
     if written.is_err() {
-        // What is not there need not go.
+        // If the file was not created, there is nothing to remove.
         drop(std::fs::remove_file(&beside));
     }
     written.with_context(cannot)?;

@@ -1,4 +1,4 @@
-//! `fleet join`, `fleet leave`, `fleet status`.
+//! The commands `fleet join`, `leave`, `status` and `simulate`.
 
 use std::process::ExitCode;
 use std::time::Duration;
@@ -35,9 +35,9 @@ struct Joined {
     host: String,
     number: u64,
     renumbered: Option<Renumbered>,
-    /// Flavors that the fleet has otherwise: its own count from now on.
+    /// Flavors that the fleet defines in another way; its definitions apply from now on.
     replaced_flavors: Vec<String>,
-    /// The same of grants.
+    /// Grants that the fleet defines in another way.
     replaced_grants: Vec<String>,
 }
 
@@ -46,7 +46,7 @@ pub(super) fn join(session: &Session, credentials: &Credentials) -> anyhow::Resu
     let fleet = fleet(&config, Some(credentials))?;
     let host = host_name(&config.procfs_root)?;
     let mut store = session.make_store(&config)?;
-    // Before etcd hears of it: what would be refused at the end is refused at the beginning.
+    // Check before etcd is changed: the renumbering at the end would be refused.
     let held = store.claims()?;
     if store.node()? == virt_usb_store::LONE_NODE && !held.is_empty() {
         bail!("{}", is_held(&held));
@@ -232,7 +232,7 @@ pub(super) fn simulate(session: &Session, options: &Simulate) -> anyhow::Result<
         time: Duration::from_secs(options.time),
         seed: options.seed,
     };
-    // Progress for an operator who waits; the output is the report.
+    // Progress goes to stderr, because stdout gets the report.
     let told = |what: &str| complain(&format!("{what} ..."));
     let report = simulate::run(&options, told)?;
     session.out.show(&report, || simulation_text(&report))?;

@@ -1,4 +1,4 @@
-//! `start`, `attach`, `detach`.
+//! The commands `start`, `attach` and `detach`.
 
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -75,7 +75,7 @@ pub(super) fn start(session: &Session, domain: &str) -> anyhow::Result<ExitCode>
 #[derive(Serialize)]
 struct Given {
     instance_uuid: InstanceId,
-    /// Whether it is in the guest, or waits for the next start.
+    /// Whether the devices are in the guest; if not, it gets them at its next start.
     live: bool,
     devices: Vec<Record>,
 }
@@ -126,7 +126,7 @@ pub(super) fn detach(session: &Session, wanted: &Device) -> anyhow::Result<ExitC
         None => {
             let (libvirt, mut worker) = open(session)?;
             let instance = match libvirt.resolve(name) {
-                // A domain that is gone may still hold something.
+                // An undefined domain may still hold devices.
                 Err(Failure::Gone) => super::claims::find_instance(&worker.store, name)?,
                 found => found?,
             };

@@ -1,4 +1,4 @@
-//! `doctor`, `store check` and `store backup`.
+//! The commands `doctor`, `store check` and `store backup`.
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -44,7 +44,7 @@ pub(super) fn doctor(
 ) -> anyhow::Result<ExitCode> {
     let places = Places { config: session.config_file.clone(), hooks, run };
     let is_told = |finding: &Finding| all || finding.level != Level::Ok;
-    // For people each as it is made: libvirt or etcd may keep the next one waiting.
+    // Print each finding at once: the next check may wait for libvirt or etcd.
     let mut told = Ok(());
     let findings = examine(&places, &mut |finding| {
         if is_told(finding) && told.is_ok() {

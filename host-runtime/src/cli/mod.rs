@@ -1,4 +1,4 @@
-//! The command line: what an operator types, and what is shown.
+//! The command line of an operator.
 
 mod arguments;
 mod claims;
@@ -42,9 +42,9 @@ use remote::Remote;
 use crate::agent::health;
 use crate::api;
 
-/// The program. Exit status: 0 done, 1 it could not be done (the reason is on stderr), 2 wrong
-/// arguments, 3 `filter` has asked and no host can serve; `doctor`: 1 for a warning, 2 for
-/// something broken.
+/// Runs `virt-usb`. Exit status: 0 success, 1 failure (one line on stderr says why), 2 invalid
+/// arguments, 3 no host can satisfy the flavor of `filter`. For `doctor`: 1 a warning, 2 something
+/// is broken.
 pub fn main() -> ExitCode {
     virt_usb_config::panics::abort();
     let arguments: Arguments = match virt_usb_fleet::log::arguments() {
@@ -53,7 +53,7 @@ pub fn main() -> ExitCode {
     };
     match run(arguments) {
         Ok(code) => code,
-        // The reader of the output has closed it: there is no one to report to.
+        // The reader of the output closed it: there is no one to report to.
         Err(e) if is_broken_pipe(&e) => ExitCode::SUCCESS,
         Err(e) => {
             output::complain(&format!("virt-usb: {}", chain(&e)));
@@ -75,7 +75,8 @@ fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let (changes, began) =
         (is_change(&arguments.verb) && session.api.url.is_none(), Instant::now());
     let done = dispatch(&session, arguments.verb);
-    // An agent need not wait for its next look. Whatever the command says: it may have done a part.
+    // The agent then does not wait for its next scan. A command that failed may have changed
+    // something, too.
     if changes && let Ok(config) = session.config() {
         host_env::tell_agent(
             &config.state_dir,
@@ -87,7 +88,7 @@ fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
     done
 }
 
-/// Whether the command may change what the agent has to do with.
+/// Whether the command may change what the agent works with.
 const fn is_change(verb: &Verb) -> bool {
     matches!(
         verb,
@@ -198,7 +199,7 @@ fn dispatch(session: &Session, verb: Verb) -> anyhow::Result<ExitCode> {
     }
 }
 
-/// Whether only this host itself can do it.
+/// Whether the command works only on the host itself.
 const fn is_local(verb: &Verb) -> bool {
     match verb {
         Verb::Devices { .. }
@@ -307,7 +308,7 @@ impl Session {
         Ok(Some(self.remote.get_or_init(|| Remote::local(api::socket(&config)))))
     }
 
-    /// The inventory, which must be there.
+    /// Opens the inventory, which must exist.
     fn store(&self) -> anyhow::Result<Store> {
         Ok(Store::open(
             &self.config()?.state_dir,
@@ -316,7 +317,7 @@ impl Session {
         )?)
     }
 
-    /// The inventory, made or migrated if need be.
+    /// Opens the inventory, and creates or migrates it if necessary.
     fn make_store(&self, config: &Config) -> anyhow::Result<Store> {
         Ok(Store::create(&config.state_dir, crate::timeouts::COMMAND_LOCK_TIMEOUT)?)
     }
@@ -326,7 +327,7 @@ impl Session {
     }
 }
 
-/// The whole chain of causes in one line; no cause is repeated by the one above it.
+/// Formats an error and its causes in one line.
 fn chain(e: &anyhow::Error) -> String {
     e.chain().map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }

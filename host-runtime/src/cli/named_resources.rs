@@ -1,4 +1,4 @@
-//! `flavor`, `grant`: what has a name, and is the fleet's where this host is in one.
+//! The commands `flavor` and `grant`. All hosts of a fleet share flavors and grants.
 
 use std::io::Read;
 use std::process::ExitCode;
@@ -15,13 +15,13 @@ use super::output::table;
 use crate::api::responses::{UsbFlavorShown, UsbFlavors, UsbGrantShown, UsbGrants};
 use virt_usb_fleet::replicated::{Shared, change};
 
-/// One kind of it, as the command line has it.
+/// A kind of resource that has a name.
 pub(super) trait Named: Shared {
     /// Noun for the resource.
     const NOUN: &'static str;
-    /// The heading of what it says.
+    /// Column heading of the definition.
     const HEADING: &'static str;
-    /// As it is stored.
+    /// Type of a stored resource.
     type Stored: Serialize;
     /// Response of the API with all of them.
     type List: DeserializeOwned + Into<Vec<Self::Stored>>;
@@ -145,7 +145,7 @@ pub(super) fn set<T: Named>(
     };
     session.out.show(&Changed { name, changed }, || {
         let verb = if changed { "stored" } else { "unchanged" };
-        // A port is stored as its path.
+        // The store replaces a port by its device path.
         let words =
             stored.as_ref().map_or_else(|| wanted.words(), |stored| T::parts(stored).1.words());
         format!("{verb}: {name} {words}")

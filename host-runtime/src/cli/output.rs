@@ -1,4 +1,4 @@
-//! Everything that goes to stdout.
+//! Output to stdout and stderr.
 
 use std::io::{self, Write};
 
@@ -21,7 +21,7 @@ impl Output {
         self.json
     }
 
-    /// `value` as JSON, or else what `text` says.
+    /// Prints `value` as JSON with `--json`, otherwise the result of `text`.
     pub(super) fn show(
         &self,
         value: &impl Serialize,
@@ -35,7 +35,7 @@ impl Output {
         self.raw(format!("{}\n", shown.trim_end()).as_bytes())
     }
 
-    /// Lines for people, as they come; for programs nothing.
+    /// Prints a line for people; nothing with `--json`.
     pub(super) fn line(&self, text: &str) -> anyhow::Result<()> {
         if self.json {
             Ok(())
@@ -44,7 +44,7 @@ impl Output {
         }
     }
 
-    /// Prints JSON for programs. Prints nothing for people, who have already seen each line.
+    /// Prints `value` with `--json`; otherwise nothing, because the lines were printed already.
     pub(super) fn json(&self, value: &impl Serialize) -> anyhow::Result<()> {
         if self.json { self.show(value, String::new) } else { Ok(()) }
     }
@@ -55,13 +55,13 @@ impl Output {
     }
 }
 
-/// One line to stderr.
+/// Writes one line to stderr.
 pub(super) fn complain(text: &str) {
-    // The reader of the output has closed it: there is no one to report to.
+    // The reader of the output closed it: there is no one to report to.
     drop(writeln!(io::stderr(), "{}", clean(text)));
 }
 
-/// A table that fits the terminal; `empty` when it has no rows.
+/// Formats a table that fits the terminal; returns `empty` if it has no rows.
 pub(super) fn table(header: &[&str], rows: Vec<Vec<String>>, empty: &str) -> String {
     if rows.is_empty() {
         return empty.to_owned();
@@ -72,11 +72,11 @@ pub(super) fn table(header: &[&str], rows: Vec<Vec<String>>, empty: &str) -> Str
         .set_content_arrangement(ContentArrangement::Dynamic)
         .set_header(header)
         .add_rows(rows);
-    // Columns are apart by white space alone: none is left at the lines' ends.
+    // The last column is padded, too: remove the white space at the ends of lines.
     table.lines().map(|line| line.trim_end().to_owned()).collect::<Vec<_>>().join("\n")
 }
 
-/// A cell that may be empty.
+/// Formats a cell that may be empty.
 pub(super) fn or_dash<T: ToString>(value: Option<T>) -> String {
     value.map_or_else(|| "-".to_owned(), |v| v.to_string())
 }

@@ -92,7 +92,7 @@ pub(super) fn clear(session: &Session, name: &str) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// By UUID, by the name that libvirt knows, or by the one that it had when it was said.
+/// Finds an instance by its UUID, by the name recorded with its owner, or by libvirt's name.
 fn known(session: &Session, owners: &[Owner], name: &str) -> anyhow::Result<InstanceId> {
     if let Ok(id) = name.parse() {
         return Ok(id);

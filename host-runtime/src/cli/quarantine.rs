@@ -1,4 +1,4 @@
-//! `enable`, `disable`, `quarantine`, `tag`, `untag`: what an operator says of a device.
+//! The commands `enable`, `disable`, `forget`, `quarantine`, `tag` and `untag`.
 
 use std::process::ExitCode;
 
@@ -22,7 +22,7 @@ struct Changed<'a> {
     device: &'a Record,
 }
 
-/// The store, and on whose behalf it is written.
+/// Opens the store, with a context that names the command.
 fn open(session: &Session, doing: &str) -> anyhow::Result<(Store, Context)> {
     let config = session.config()?;
     let context = session.context(&config, doing)?;
@@ -58,7 +58,7 @@ pub(super) fn forget(session: &Session, device: DeviceId) -> anyhow::Result<Exit
     Ok(ExitCode::SUCCESS)
 }
 
-/// Says what has become of it: `now` is what it is now.
+/// Reports the result of a change; `now` describes the wanted state.
 fn tell(
     session: &Session,
     wished: &Wished,

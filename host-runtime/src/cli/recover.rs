@@ -1,4 +1,4 @@
-//! `store restore` and `store rebuild`.
+//! The commands `store restore` and `store rebuild`.
 
 use std::path::Path;
 use std::process::ExitCode;
@@ -23,7 +23,7 @@ pub(super) fn restore(
     options: &Recover,
 ) -> anyhow::Result<ExitCode> {
     let config = session.config()?;
-    // What is another program's is not ours to replace.
+    // Never replace the database of another program.
     if let Err(e @ StoreError::Foreign { .. }) = health(&config.state_dir, COMMAND_LOCK_TIMEOUT) {
         bail!(e);
     }

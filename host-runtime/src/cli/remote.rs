@@ -1,5 +1,5 @@
-//! The API in place of the inventory: what a command asks and changes with `--url`. Responses become
-//! rows of the inventory, and are shown by the same code.
+//! The API in place of the inventory: what a command asks and changes with `--url`. Responses
+//! become rows of the inventory, and are shown by the same code.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;

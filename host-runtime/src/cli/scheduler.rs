@@ -1,4 +1,4 @@
-//! `scheduler`: another name for the program `virt-usb-scheduler`.
+//! The command `scheduler`: another name for the program `virt-usb-scheduler`.
 
 use std::ffi::OsString;
 use std::os::unix::process::CommandExt as _;
@@ -13,7 +13,7 @@ use super::Session;
 /// Name of the program.
 const PROGRAM: &str = "virt-usb-scheduler";
 
-/// Replaces this process by `virt-usb-scheduler`, which stands beside this program.
+/// Replaces this process by `virt-usb-scheduler` from the same directory.
 pub(super) fn run(session: &Session, options: &Scheduler) -> anyhow::Result<ExitCode> {
     let program = std::env::current_exe()
         .context("cannot find out where this program is")?

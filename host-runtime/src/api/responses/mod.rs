@@ -32,7 +32,7 @@ pub(crate) struct UsbDevices {
     pub(crate) usb_devices_links: Vec<Link>,
 }
 
-/// One device.
+/// Response with one device.
 #[derive(Debug, Serialize, Deserialize, ToSchema)]
 pub(crate) struct UsbDeviceShown {
     pub(crate) usb_device: UsbDevice,
@@ -251,7 +251,7 @@ pub(crate) struct Hypervisors {
     pub(crate) hypervisors: Vec<HypervisorSummary>,
 }
 
-/// One host.
+/// Response with one host.
 #[derive(Debug, Serialize, Deserialize, ToSchema)]
 pub(crate) struct Hypervisor {
     pub(crate) hypervisor: HypervisorDetail,
@@ -309,7 +309,7 @@ pub(crate) struct ServerSummary {
     pub(crate) seen_at: Option<String>,
 }
 
-/// One server.
+/// Response with one server.
 #[derive(Debug, Serialize, Deserialize, ToSchema)]
 #[schema(as = Server)]
 pub(crate) struct ServerShown {

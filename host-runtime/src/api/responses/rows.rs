@@ -68,7 +68,7 @@ impl TryFrom<UsbDevice> for DeviceEntry {
             bus_id: address.bus(),
             device_id: address.device(),
             port_id: port_path.port_id(),
-            // A state that this version does not know is shown as it is.
+            // A state that this version does not know is shown unchanged.
             status: device.status,
             status_reason: device.status_reason,
             extra_info: Some(device.extra_info).filter(|info| !info.is_empty()),

@@ -1,8 +1,8 @@
-//! `watch`: a screen on a terminal, else an event a line.
+//! The command `watch`: a screen on a terminal, otherwise one line per event.
 //!
 //! ```text
-//! store::watch ─► View ─► Screen ─► Terminal        each pure but for the ends
-//!                            └─► lines, of which those that differ are written, in one write
+//! store::watch ─► View ─► Screen ─► Terminal        View and Screen are pure
+//!                            └─► lines; those that changed are written, in one write
 //! ```
 
 mod screen;
@@ -24,14 +24,14 @@ use super::{Session, chain};
 use crate::inventory::host_name;
 use crate::timeouts::COMMAND_LOCK_TIMEOUT;
 use screen::{Scroll, Size};
-use terminal::{Terminal, Touch};
+use terminal::{Action, Terminal};
 use view::View;
 
-/// How often is looked whether there is something new. SQLite tells by a counter in shared memory:
-/// that costs microseconds.
-const BEAT: Duration = Duration::from_millis(250);
-/// As many events as the tallest terminal shows.
-const EVENTS: u32 = 500;
+/// Time between two checks for changes. A check reads a counter in SQLite's shared memory, which
+/// takes microseconds.
+const POLL_INTERVAL: Duration = Duration::from_millis(250);
+/// Maximum number of events on the screen.
+const MAX_EVENTS: u32 = 500;
 
 pub(super) fn run(session: &Session, options: &Watch) -> anyhow::Result<ExitCode> {
     let config = session.config()?;
@@ -44,8 +44,8 @@ pub(super) fn run(session: &Session, options: &Watch) -> anyhow::Result<ExitCode
     }
     let boot_id = session.context(&config, "watch")?.boot_id;
     let mut view = View::new(&host_name(&config.procfs_root)?, boot_id);
-    // What cannot be read at all is said as every command says it, before the screen hides it.
-    view.moment = watched.store().moment(EVENTS)?;
+    // Report an unreadable inventory before the screen hides the message.
+    view.moment = watched.store().moment(MAX_EVENTS)?;
     let mut terminal = Terminal::open(&session.out)?;
     screen(&mut terminal, &mut watched, &mut view)?;
     Ok(ExitCode::SUCCESS)
@@ -60,8 +60,8 @@ fn screen(
     let mut scroll = Scroll::default();
     let mut looked = None::<Instant>;
     loop {
-        // A key that is held down does not make the inventory be read more often.
-        if looked.is_none_or(|at| at.elapsed() >= BEAT) {
+        // Read the inventory at most once per interval, also while a key is held down.
+        if looked.is_none_or(|at| at.elapsed() >= POLL_INTERVAL) {
             look(watched, view);
             looked = Some(Instant::now());
         }
@@ -69,10 +69,10 @@ fn screen(
         let size = Size { columns, rows };
         let lines = screen::draw(view, size, &mut scroll);
         terminal.show(&lines)?;
-        match terminal.touch(BEAT)? {
-            Some(Touch::Enough) => return Ok(()),
-            Some(Touch::Scroll(by)) => scroll.by(by, size),
-            Some(Touch::Redraw | Touch::Suspend) | None => {}
+        match terminal.next_action(POLL_INTERVAL)? {
+            Some(Action::Quit) => return Ok(()),
+            Some(Action::Scroll(by)) => scroll.by(by, size),
+            Some(Action::Redraw | Action::Suspend) | None => {}
         }
     }
 }
@@ -80,7 +80,7 @@ fn screen(
 /// Updates the view. If the inventory cannot be read, the screen keeps the last state and says so.
 fn look(watched: &mut Watched, view: &mut View) {
     let news = watched.has_news().and_then(|news| match news {
-        true => watched.store().moment(EVENTS).map(Some),
+        true => watched.store().moment(MAX_EVENTS).map(Some),
         false => Ok(None),
     });
     match news {
@@ -90,7 +90,7 @@ fn look(watched: &mut Watched, view: &mut View) {
     }
 }
 
-/// Each event as a line, until the reader of them goes.
+/// Prints each event as a line, until the reader of the output closes it.
 fn lines(out: &Output, watched: &mut Watched, last: u32) -> anyhow::Result<ExitCode> {
     let mut events = if last == 0 { Vec::new() } else { watched.store().events(&newest(last))? };
     let mut told = match events.last() {
@@ -121,7 +121,7 @@ fn lines(out: &Output, watched: &mut Watched, last: u32) -> anyhow::Result<ExitC
                 }
                 events
             }
-            // As on the screen: what cannot be read now may be readable in a moment. Said once.
+            // The inventory may become readable again. Report each error once.
             Err(e) => {
                 let why = chain(&e);
                 if trouble.as_ref() != Some(&why) {
@@ -134,8 +134,8 @@ fn lines(out: &Output, watched: &mut Watched, last: u32) -> anyhow::Result<ExitC
     }
 }
 
-/// The events since `told`, if there are some. `behind` says that some were seen to be there and
-/// were not read.
+/// Returns the events since `told`. `behind` stays set if they cannot be read, so that the next
+/// call reads them.
 fn news(
     watched: &mut Watched,
     behind: &mut bool,
@@ -159,8 +159,8 @@ fn newest(limit: u32) -> Filter {
     Filter { limit, ..Filter::default() }
 }
 
-/// The events after `told`. An inventory that was restored or rebuilt may count from an earlier
-/// number, so events are also compared by time.
+/// Returns the events after `told`. An inventory that was restored or rebuilt may count from an
+/// earlier number, so events are also compared by time.
 fn since(watched: &Watched, told: Option<&EventRow>) -> anyhow::Result<Vec<EventRow>> {
     let Some(told) = told else { return Ok(watched.store().events(&Filter::default())?) };
     let mut events = watched.store().events(&Filter { after: told.id - 1, ..Filter::default() })?;
@@ -178,7 +178,7 @@ fn reader_has_gone() -> anyhow::Result<bool> {
     let stdout = io::stdout();
     // No events are requested: poll always reports that the other end is closed.
     let mut ends = [PollFd::new(&stdout, PollFlags::empty())];
-    let beat = Timespec::try_from(BEAT)?;
+    let beat = Timespec::try_from(POLL_INTERVAL)?;
     match poll(&mut ends, Some(&beat)) {
         Ok(0) | Err(rustix::io::Errno::INTR) => Ok(false),
         Ok(_) => {
@@ -194,9 +194,9 @@ fn line(event: &EventRow) -> String {
     if let Some(device) = event.device_id {
         line.push_str(&format!(" device {device}"));
     }
-    if let Some(whom) = event.domain.clone().or_else(|| event.instance_uuid.map(|i| i.to_string()))
-    {
-        line.push_str(&format!(" {whom}"));
+    let domain = event.domain.clone().or_else(|| event.instance_uuid.map(|i| i.to_string()));
+    if let Some(domain) = domain {
+        line.push_str(&format!(" {domain}"));
     }
     line.push_str(&format!(" by {}", event.actor));
     if let Some(detail) = &event.detail {

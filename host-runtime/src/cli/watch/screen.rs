@@ -1,9 +1,9 @@
-//! Where on the screen what stands: a view and a size become lines. Pure.
+//! Layout of the screen: makes lines of a view and a size. Pure.
 //!
 //! ```text
 //! virt-usb watch  HOST  3 devices: 2 available, 1 allocated
 //!  ID  USB ID     NAME      PORT   STATUS     HELD BY  SINCE
-//!  1   0529:0001  HASP HL   1-1.4  allocated  erp      11-25 20:40:33        devices: what is over
+//!  1   0529:0001  HASP HL   1-1.4  allocated  erp      11-25 20:40:33        devices: the rest
 //! erp does not get device 1 (since ...): ...                                 at most a quarter
 //! EVENTS (UTC)                                                               at least a third
 //! 11-25 20:40:33  claimed        1  erp   hook prepare: usb_devices[0]
@@ -21,7 +21,7 @@ pub(super) struct Size {
     pub(super) rows: u16,
 }
 
-/// A line of the screen, not wider than it.
+/// A line that fits the screen.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub(super) struct Line(pub(super) Vec<(String, Tone)>);
 
@@ -35,7 +35,7 @@ impl Line {
 #[derive(Debug, Default)]
 pub(super) struct Scroll(usize);
 
-/// By how far.
+/// Distance to scroll.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum By {
     Rows(isize),
@@ -45,7 +45,7 @@ pub(super) enum By {
 }
 
 impl Scroll {
-    /// Past the end is the end: [`draw`] knows where that is.
+    /// Changes the position; [`draw`] limits it to the list.
     pub(super) fn by(&mut self, by: By, size: Size) {
         let page = isize::from(i16::try_from(size.rows / 2).unwrap_or(i16::MAX)).max(1);
         self.0 = match by {
@@ -57,17 +57,17 @@ impl Scroll {
     }
 }
 
-/// How the rows are shared out.
+/// Number of rows for each part of the screen.
 struct Shares {
     devices: usize,
     problems: usize,
-    /// With their heading; 0: there is no room for them.
+    /// Events with their heading; 0 if there is no room.
     events: usize,
 }
 
 impl Shares {
     fn new(rows: usize, view: &View) -> Self {
-        // Title, heading and the last line are there in any case.
+        // Title, heading and the last line are always shown.
         let body = rows.saturating_sub(3);
         let problems = view.moment.problems.len().min(body / 4);
         let rest = body - problems;
@@ -79,8 +79,7 @@ impl Shares {
     }
 }
 
-/// Exactly as many lines as the screen has rows; `scroll` is brought into the range of what there
-/// is.
+/// Returns exactly one line for each row of the screen, and limits `scroll` to the list.
 pub(super) fn draw(view: &View, size: Size, scroll: &mut Scroll) -> Vec<Line> {
     let (columns, rows) = (usize::from(size.columns), usize::from(size.rows));
     let shares = Shares::new(rows, view);
@@ -136,7 +135,7 @@ fn title(view: &View, columns: usize) -> Line {
     }
 }
 
-/// `left`, and `right` at the end of the line where there is room.
+/// Puts `right` at the end of the line if there is room.
 fn apart(left: &str, right: &str, columns: usize) -> String {
     match columns.checked_sub(left.width() + right.width()) {
         Some(room) if room > 1 => format!("{left}{}{right}", " ".repeat(room)),
@@ -145,12 +144,12 @@ fn apart(left: &str, right: &str, columns: usize) -> String {
 }
 
 const HEADER: [&str; 7] = ["ID", "USB ID", "NAME", "PORT", "STATUS", "HELD BY", "SINCE (UTC)"];
-/// Where room is lacking: which columns get narrower, down to how many cells.
+/// Columns that get narrower if there is no room, each with its minimum width in cells.
 const SHRINK: [(usize, usize); 3] = [(2, 10), (5, 8), (4, 11)];
 /// Columns to drop on a narrow terminal, in that order.
 const DROP: [usize; 4] = [6, 3, 1, 2];
 
-/// Heading and rows, `count` of them from `from` on.
+/// Returns the heading, and `count` rows that begin at `from`.
 fn devices(view: &View, from: usize, count: usize, columns: usize) -> Vec<Line> {
     let rows = view.devices(from, count);
     if rows.is_empty() {
@@ -167,7 +166,7 @@ fn devices(view: &View, from: usize, count: usize, columns: usize) -> Vec<Line> 
     let line = |cells: &[String; 7], tone: Tone| {
         let mut spans = Vec::new();
         for column in shown.iter().copied() {
-            // The status alone has its colour: a screen full of it is none.
+            // Only the status is coloured, so that it stands out.
             let tone = if tone == Tone::Head || column == 4 { tone } else { Tone::Plain };
             spans.push((pad(&cells[column], widths[column]), tone));
             spans.push(("  ".to_owned(), Tone::Plain));
@@ -178,7 +177,7 @@ fn devices(view: &View, from: usize, count: usize, columns: usize) -> Vec<Line> 
     std::iter::once(head).chain(rows.iter().map(|row| line(&row.cells, row.tone))).collect()
 }
 
-/// Makes the columns fit; returns those that are left.
+/// Makes the columns fit, and returns the visible ones.
 fn narrow(widths: &mut [usize; 7], columns: usize) -> Vec<usize> {
     let mut shown: Vec<usize> = (0..widths.len()).collect();
     let mut dropped = DROP.into_iter();
@@ -210,7 +209,7 @@ fn clip(spans: Vec<(String, Tone)>, columns: usize) -> Line {
     Line(clipped)
 }
 
-/// Not wider than `columns`; what is cut off is shown as `…`.
+/// Cuts a text to `columns`, and marks the cut with `…`.
 fn fit(text: &str, columns: usize) -> String {
     if text.width() <= columns {
         return text.to_owned();
@@ -231,7 +230,7 @@ fn fit(text: &str, columns: usize) -> String {
     fitted
 }
 
-/// Exactly `columns` wide.
+/// Cuts or pads a text to exactly `columns`.
 fn pad(text: &str, columns: usize) -> String {
     let mut padded = fit(text, columns);
     padded.push_str(&" ".repeat(columns.saturating_sub(padded.width())));
@@ -247,8 +246,8 @@ mod tests {
     use crate::discovery::{Simulated, UsbSource};
     use crate::inventory::plan;
 
-    /// A view of an inventory of `count` devices; device 1 is claimed for a guest of this name, and
-    /// something is in its way.
+    /// A view of an inventory of `count` devices, with a problem of device 1 and a guest of this
+    /// name.
     fn view(count: usize, domain: &str) -> View {
         let dir = tempfile::tempdir().unwrap();
         let mut store =
@@ -360,7 +359,11 @@ mod tests {
     }
 
     proptest! {
-        #![proptest_config(ProptestConfig { cases: 64, failure_persistence: None, ..ProptestConfig::default() })]
+        #![proptest_config(ProptestConfig {
+            cases: 64,
+            failure_persistence: None,
+            ..ProptestConfig::default()
+        })]
 
         #[test]
         fn whatever_the_size_no_line_is_wider_and_none_too_many(

@@ -1,4 +1,4 @@
-//! The terminal: taken, drawn on, and given back as it was, however this ends.
+//! The terminal: raw mode, keys, drawing, and restoring it at the end.
 
 use std::collections::VecDeque;
 use std::io;
@@ -19,16 +19,16 @@ use crate::cli::output::Output;
 
 /// Timeout for the rest of a key's bytes, which arrive together except on a slow line. A lone
 /// Escape is a key as well.
-const PIECES: Duration = Duration::from_millis(100);
-/// No key is longer.
-const LONGEST: usize = 64;
+const KEY_TIMEOUT: Duration = Duration::from_millis(100);
+/// Maximum length of a key, in bytes.
+const MAX_KEY_BYTES: usize = 64;
 
 /// An action of the user.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Touch {
-    Enough,
+pub(super) enum Action {
+    Quit,
     Scroll(By),
-    /// The shell's turn.
+    /// Stop the process, so that the shell has its terminal.
     Suspend,
     /// The terminal has another size, or something else has written on it.
     Redraw,
@@ -39,12 +39,12 @@ pub(super) struct Terminal<'a> {
     out: &'a Output,
     /// Lines that are displayed.
     shown: Vec<Line>,
-    /// Pressed, and not yet obeyed.
-    pressed: VecDeque<Touch>,
-    /// The beginning of a key.
+    /// Actions that were not handled yet.
+    pending: VecDeque<Action>,
+    /// Bytes of an incomplete key.
     unfinished: Vec<u8>,
     colour: bool,
-    enough: Arc<AtomicBool>,
+    quit: Arc<AtomicBool>,
     suspend: Arc<AtomicBool>,
     resumed: Arc<AtomicBool>,
     resized: Arc<AtomicBool>,
@@ -53,21 +53,21 @@ pub(super) struct Terminal<'a> {
 impl<'a> Terminal<'a> {
     pub(super) fn open(out: &'a Output) -> anyhow::Result<Self> {
         let flags: [Arc<AtomicBool>; 4] = Default::default();
-        let [enough, suspend, resumed, resized] = flags;
+        let [quit, suspend, resumed, resized] = flags;
         for signal in [SIGTERM, SIGHUP, SIGINT, SIGQUIT] {
-            // Told twice, it ends at once: a terminal that is stopped takes nothing, not even its
-            // own restoring.
-            flag::register_conditional_shutdown(signal, 1, Arc::clone(&enough))?;
-            flag::register(signal, Arc::clone(&enough))?;
+            // A second signal ends the program at once: a stopped terminal accepts no output, not
+            // even to restore it.
+            flag::register_conditional_shutdown(signal, 1, Arc::clone(&quit))?;
+            flag::register(signal, Arc::clone(&quit))?;
         }
         flag::register(SIGTSTP, Arc::clone(&suspend))?;
         flag::register(SIGCONT, Arc::clone(&resumed))?;
         flag::register(SIGWINCH, Arc::clone(&resized))?;
-        // A panic aborts (virt_usb_config::panics): nothing is dropped then, and its message would be
-        // lost with the other screen.
+        // A panic aborts (virt_usb_config::panics) and drops nothing. Restore the terminal first,
+        // so that the message stays visible.
         let told = std::panic::take_hook();
         std::panic::set_hook(Box::new(move |info| {
-            drop(give_back(&Output::new(false)));
+            drop(restore(&Output::new(false)));
             told(info);
         }));
         // <https://no-color.org>
@@ -75,10 +75,10 @@ impl<'a> Terminal<'a> {
         let terminal = Self {
             out,
             shown: Vec::new(),
-            pressed: VecDeque::new(),
+            pending: VecDeque::new(),
             unfinished: Vec::new(),
             colour,
-            enough,
+            quit,
             suspend,
             resumed,
             resized,
@@ -102,7 +102,7 @@ impl<'a> Terminal<'a> {
             .unwrap_or((80, 24))
     }
 
-    /// Writes the lines that differ from what is there, all at once.
+    /// Writes the lines that changed, in one write.
     pub(super) fn show(&mut self, lines: &[Line]) -> anyhow::Result<()> {
         let mut bytes = Vec::new();
         queue!(bytes, terminal::BeginSynchronizedUpdate)?;
@@ -127,11 +127,11 @@ impl<'a> Terminal<'a> {
     }
 
     /// Waits for `timeout`, or until the user acts.
-    pub(super) fn touch(&mut self, timeout: Duration) -> anyhow::Result<Option<Touch>> {
+    pub(super) fn next_action(&mut self, timeout: Duration) -> anyhow::Result<Option<Action>> {
         let end = Instant::now() + timeout;
         loop {
-            if self.enough.load(Ordering::Relaxed) {
-                return Ok(Some(Touch::Enough));
+            if self.quit.load(Ordering::Relaxed) {
+                return Ok(Some(Action::Quit));
             }
             if self.suspend.swap(false, Ordering::Relaxed) {
                 return self.stop().map(Some);
@@ -142,12 +142,12 @@ impl<'a> Terminal<'a> {
             }
             if self.resized.swap(false, Ordering::Relaxed) || resumed {
                 self.shown.clear();
-                return Ok(Some(Touch::Redraw));
+                return Ok(Some(Action::Redraw));
             }
-            match self.pressed.pop_front() {
-                Some(Touch::Suspend) => return self.stop().map(Some),
-                Some(Touch::Redraw) => self.shown.clear(),
-                Some(touch) => return Ok(Some(touch)),
+            match self.pending.pop_front() {
+                Some(Action::Suspend) => return self.stop().map(Some),
+                Some(Action::Redraw) => self.shown.clear(),
+                Some(action) => return Ok(Some(action)),
                 None => {}
             }
             let left = end.saturating_duration_since(Instant::now());
@@ -158,17 +158,17 @@ impl<'a> Terminal<'a> {
         }
     }
 
-    /// Takes up what is pressed within `timeout`. The end of the terminal is enough.
+    /// Reads keys that arrive within `timeout`. The end of the terminal means to quit.
     ///
-    /// Reads the terminal without crossterm's own parser, which reads for ever at the end of a
-    /// terminal that was closed.
+    /// Reads the terminal without crossterm's own parser, which loops at the end of a closed
+    /// terminal.
     fn listen(&mut self, timeout: Duration) -> anyhow::Result<()> {
         let keys = io::stdin();
         let mut ends = [PollFd::new(&keys, PollFlags::IN)];
-        let timeout = if self.unfinished.is_empty() { timeout } else { PIECES };
+        let timeout = if self.unfinished.is_empty() { timeout } else { KEY_TIMEOUT };
         match poll(&mut ends, Some(&Timespec::try_from(timeout)?)) {
             Ok(0) => {
-                self.pressed.extend(as_it_is(&mut self.unfinished));
+                self.pending.extend(lone_escape(&mut self.unfinished));
                 return Ok(());
             }
             Err(rustix::io::Errno::INTR) => return Ok(()),
@@ -178,34 +178,34 @@ impl<'a> Terminal<'a> {
         let mut bytes = [0; 1024];
         match rustix::io::read(&keys, &mut bytes) {
             // EIO is how Linux says that a terminal was hung up.
-            Ok(0) | Err(_) => self.pressed.push_back(Touch::Enough),
+            Ok(0) | Err(_) => self.pending.push_back(Action::Quit),
             Ok(read) => {
                 self.unfinished.extend(&bytes[..read]);
-                self.pressed.extend(touches(&mut self.unfinished));
+                self.pending.extend(actions(&mut self.unfinished));
             }
         }
         Ok(())
     }
 
-    /// As Ctrl-Z does: the shell has its terminal until it lets this go on.
-    fn stop(&mut self) -> anyhow::Result<Touch> {
-        give_back(self.out)?;
+    /// Stops the process, as Ctrl-Z does, and takes the terminal again when it continues.
+    fn stop(&mut self) -> anyhow::Result<Action> {
+        restore(self.out)?;
         low_level::emulate_default_handler(SIGTSTP)?;
         self.resumed.store(false, Ordering::Relaxed);
         self.take()?;
         self.shown.clear();
-        Ok(Touch::Redraw)
+        Ok(Action::Redraw)
     }
 }
 
 impl Drop for Terminal<'_> {
     fn drop(&mut self) {
-        // A terminal that is gone needs nothing back.
-        drop(give_back(self.out));
+        // A closed terminal cannot be restored.
+        drop(restore(self.out));
     }
 }
 
-fn give_back(out: &Output) -> anyhow::Result<()> {
+fn restore(out: &Output) -> anyhow::Result<()> {
     let mut bytes = Vec::new();
     queue!(
         bytes,
@@ -222,38 +222,38 @@ fn give_back(out: &Output) -> anyhow::Result<()> {
 
 /// Parses keys as xterm and its relatives send them. An incomplete key stays in the buffer. See
 /// <https://invisible-island.net/xterm/ctlseqs/ctlseqs.html>, "Special Keyboard Keys".
-fn touches(typed: &mut Vec<u8>) -> Vec<Touch> {
-    let mut touches = Vec::new();
+fn actions(typed: &mut Vec<u8>) -> Vec<Action> {
+    let mut found = Vec::new();
     let mut bytes = typed.as_slice();
     while let Some(length) = key_length(bytes) {
         let (key, after) = bytes.split_at(length);
         bytes = after;
-        touches.extend(match key {
-            b"q" | b"\x03" | b"\x04" | b"\x1c" => Some(Touch::Enough),
-            b"\x1a" => Some(Touch::Suspend),
-            b"\x0c" => Some(Touch::Redraw),
-            b"k" | b"\x1b[A" | b"\x1bOA" => Some(Touch::Scroll(By::Rows(-1))),
-            b"j" | b"\x1b[B" | b"\x1bOB" => Some(Touch::Scroll(By::Rows(1))),
-            b"\x1b[5~" => Some(Touch::Scroll(By::Pages(-1))),
-            b" " | b"\x1b[6~" => Some(Touch::Scroll(By::Pages(1))),
+        found.extend(match key {
+            b"q" | b"\x03" | b"\x04" | b"\x1c" => Some(Action::Quit),
+            b"\x1a" => Some(Action::Suspend),
+            b"\x0c" => Some(Action::Redraw),
+            b"k" | b"\x1b[A" | b"\x1bOA" => Some(Action::Scroll(By::Rows(-1))),
+            b"j" | b"\x1b[B" | b"\x1bOB" => Some(Action::Scroll(By::Rows(1))),
+            b"\x1b[5~" => Some(Action::Scroll(By::Pages(-1))),
+            b" " | b"\x1b[6~" => Some(Action::Scroll(By::Pages(1))),
             b"g" | b"\x1b[H" | b"\x1bOH" | b"\x1b[1~" | b"\x1b[7~" => {
-                Some(Touch::Scroll(By::Start))
+                Some(Action::Scroll(By::Start))
             }
-            b"G" | b"\x1b[F" | b"\x1bOF" | b"\x1b[4~" | b"\x1b[8~" => Some(Touch::Scroll(By::End)),
+            b"G" | b"\x1b[F" | b"\x1bOF" | b"\x1b[4~" | b"\x1b[8~" => Some(Action::Scroll(By::End)),
             _ => None,
         });
     }
     *typed = bytes.to_vec();
-    touches
+    found
 }
 
-/// How many bytes the first key has; `None` where there is none, or not all of it.
+/// Length of the first key in bytes; `None` if there is none, or only its beginning.
 fn key_length(bytes: &[u8]) -> Option<usize> {
     match *bytes {
         [] | [0x1b] | [0x1b, b'O'] => None,
         [0x1b, b'[', ref rest @ ..] => match rest.iter().position(|b| (0x40..0x7f).contains(b)) {
             Some(last) => Some(last + 3),
-            None => (bytes.len() > LONGEST).then_some(bytes.len()),
+            None => (bytes.len() > MAX_KEY_BYTES).then_some(bytes.len()),
         },
         [0x1b, b'O', _, ..] => Some(3),
         // Alt and a key, which means nothing here. Escape twice is Escape.
@@ -263,9 +263,9 @@ fn key_length(bytes: &[u8]) -> Option<usize> {
     }
 }
 
-/// The beginning of a key after which nothing came: Escape, or nothing.
-fn as_it_is(unfinished: &mut Vec<u8>) -> Option<Touch> {
-    (std::mem::take(unfinished) == b"\x1b").then_some(Touch::Enough)
+/// The action of an incomplete key after the timeout: a lone Escape quits.
+fn lone_escape(unfinished: &mut Vec<u8>) -> Option<Action> {
+    (std::mem::take(unfinished) == b"\x1b").then_some(Action::Quit)
 }
 
 fn write_line(bytes: &mut Vec<u8>, line: &Line, colour: bool) -> io::Result<()> {
@@ -293,15 +293,15 @@ mod tests {
     use super::*;
 
     /// The parsed keys, and the bytes that are left.
-    fn touched(typed: &[u8]) -> (Vec<Touch>, Vec<u8>) {
+    fn parsed(typed: &[u8]) -> (Vec<Action>, Vec<u8>) {
         let mut typed = typed.to_vec();
-        let touches = touches(&mut typed);
-        (touches, typed)
+        let found = actions(&mut typed);
+        (found, typed)
     }
 
     #[test]
     fn keys_are_told_apart_however_many_come_at_once() {
-        use Touch::{Enough, Scroll, Suspend};
+        use Action::{Quit, Scroll, Suspend};
         let all = [
             Scroll(By::Rows(-1)),
             Scroll(By::Rows(1)),
@@ -311,11 +311,11 @@ mod tests {
             Suspend,
         ];
         let typed = b"\x1b[Aj\x1b[6~\x1bOH\x1b[1;5Cx\xc3\xa9G\x1a";
-        assert_eq!(touched(typed), (all.to_vec(), vec![]));
-        assert_eq!(touched(b"\x1bxq"), (vec![Enough], vec![]), "Alt-x is not Escape");
-        assert_eq!(touched(b"\x1b[200\x01"), (vec![], b"\x1b[200\x01".to_vec()));
+        assert_eq!(parsed(typed), (all.to_vec(), vec![]));
+        assert_eq!(parsed(b"\x1bxq"), (vec![Quit], vec![]), "Alt-x is not Escape");
+        assert_eq!(parsed(b"\x1b[200\x01"), (vec![], b"\x1b[200\x01".to_vec()));
         assert_eq!(
-            touched(&[b"\x1b[".as_slice(), &[b'0'; 100]].concat()),
+            parsed(&[b"\x1b[".as_slice(), &[b'0'; 100]].concat()),
             (vec![], vec![]),
             "it has an end"
         );
@@ -325,19 +325,19 @@ mod tests {
     fn keys_that_come_in_pieces_are_what_they_are_whole() {
         let whole = b"\x1b[Aj\x1b[6~\x1bOH\x1b[1;5CxG";
         for cut in 0..whole.len() {
-            let (first, mut typed) = touched(&whole[..cut]);
+            let (first, mut typed) = parsed(&whole[..cut]);
             typed.extend(&whole[cut..]);
-            let (second, left) = touched(&typed);
-            assert_eq!(([first, second].concat(), left), touched(whole), "cut at {cut}");
+            let (second, left) = parsed(&typed);
+            assert_eq!(([first, second].concat(), left), parsed(whole), "cut at {cut}");
         }
     }
 
     #[test]
     fn a_lone_escape_is_a_key_once_nothing_follows() {
-        let (none, mut typed) = touched(b"\x1b");
-        assert_eq!((none, as_it_is(&mut typed)), (vec![], Some(Touch::Enough)));
+        let (none, mut typed) = parsed(b"\x1b");
+        assert_eq!((none, lone_escape(&mut typed)), (vec![], Some(Action::Quit)));
         for unfinished in [&b"\x1b["[..], b"\x1bO", b"\x1b[1;5", b""] {
-            assert_eq!(as_it_is(&mut unfinished.to_vec()), None, "{unfinished:?}");
+            assert_eq!(lone_escape(&mut unfinished.to_vec()), None, "{unfinished:?}");
         }
     }
 }

@@ -9,16 +9,16 @@ use crate::api::responses::Totals;
 use crate::cli::claims::{in_the_way, state};
 use crate::cli::devices::{name, status};
 
-/// How a text is meant; what it says never hangs on its colour.
+/// Meaning of a text, which its colour shows. The text says the same without it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(super) enum Tone {
     #[default]
     Plain,
-    /// Of less weight.
+    /// A less important text.
     Quiet,
     /// A heading of the table.
     Head,
-    /// To be had.
+    /// An available device.
     Free,
     /// A device that is held.
     Held,
@@ -119,13 +119,13 @@ impl View {
 }
 
 fn event(event: &EventRow) -> (String, Tone) {
-    let whom = event.domain.clone().or_else(|| event.instance_uuid.map(|i| i.to_string()));
+    let domain = event.domain.clone().or_else(|| event.instance_uuid.map(|i| i.to_string()));
     let device = event.device_id.map_or_else(|| "-".to_owned(), |id| id.to_string());
     let text = format!(
         "{}  {:11}  {device:>4}  {:16}  {}{}",
         to_the_second(&event.at),
         event.event,
-        whom.as_deref().unwrap_or("-"),
+        domain.as_deref().unwrap_or("-"),
         event.actor,
         event.detail.as_ref().map_or_else(String::new, |detail| format!(": {detail}"))
     );
