@@ -540,12 +540,13 @@ fn commands_change_the_guests_of_a_simulation() {
     agent.until("its socket", || host.path("state/api.sock").exists());
     agent.until("the device", || host.store().devices().is_ok_and(|found| found.len() == 1));
     let said = |arguments: &[&str]| ok(&host.virt_usb(arguments));
-    assert_eq!(said(&["attach", "erp", "1"]), "erp has device 1 (0529:0001, port 1-1) now\n");
+    let key = "device 1 (0529:0001 \"HASP copy protection dongle\", port 1-1)";
+    assert_eq!(said(&["attach", "erp", "1"]), format!("erp has {key} now\n"));
     agent.claims(&held(1, "erp", ERP, "allocated"));
     assert_eq!(said(&["owner", "set", "erp", "p1"]), "erp now belongs to project p1\n");
     assert!(said(&["owner"]).contains("p1"));
     assert!(said(&["owner", "clear", "erp"]).starts_with("erp now has the owner that its domain"));
-    assert_eq!(said(&["detach", ERP, "1"]), "device 1 (0529:0001, port 1-1) is free\n");
+    assert_eq!(said(&["detach", ERP, "1"]), format!("{key} is free\n"));
     assert_eq!(host.claims(), "");
     let started = host.virt_usb(&["start", "erp"]);
     let why = text(&started.stderr);
