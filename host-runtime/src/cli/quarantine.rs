@@ -204,12 +204,8 @@ pub(super) fn list(session: &Session) -> anyhow::Result<ExitCode> {
                 .collect()
         }
     };
-    let flapping = |r: &Record| {
-        r.flapping_until.as_ref().map(|_| {
-            "it connects and disconnects \
-        too often"
-        })
-    };
+    let flapping =
+        |r: &Record| r.flapping_until.as_ref().map(|_| "it connects and disconnects too often");
     let set_aside: Vec<Quarantined<'_>> = devices
         .iter()
         .filter_map(|(device, altered)| {
