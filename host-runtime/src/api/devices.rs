@@ -1,10 +1,9 @@
 //! Devices: list, show, and what an administrator does about one.
 
 use std::fmt::Display;
-use std::sync::Arc;
 
 use axum::Json;
-use axum::extract::{OriginalUri, State};
+use axum::extract::OriginalUri;
 use axum::http::StatusCode;
 use serde::Deserialize;
 use utoipa::{IntoParams, ToSchema};
@@ -16,12 +15,12 @@ use virt_usb_store::quarantine::Wished;
 
 use super::Api;
 use super::actions::DeviceAction;
+use super::authorize::Authorized;
 use super::error::{ApiError, sentence};
 use super::identity::Caller;
 use super::inventory::Snapshot;
 use super::paging::{limit, next, page};
-use super::policy::{Call, may};
-use super::request::{Asked, Asks, Content, Named};
+use super::request::{Asked, Content, Named};
 use super::request_schemas::DeviceActionRequest;
 use super::responses::{UsbDevice, UsbDeviceShown as Shown, UsbDevices};
 
@@ -69,6 +68,17 @@ pub(super) enum SortDir {
     Desc,
 }
 
+/// Query of the list, and the URI for the link to the next page.
+type ListQuery = (Asked<Query>, OriginalUri);
+
+/// Parameter of the list that only administrators may set.
+pub(super) const DELETED: &str = "deleted=true";
+
+/// The parameter that determines which role the list requires.
+pub(super) fn kind_of_list((Asked(query), _): &ListQuery) -> Result<&str, ApiError> {
+    Ok(if query.deleted == Some(true) { DELETED } else { "" })
+}
+
 pub(super) fn missing(name: impl Display) -> ApiError {
     ApiError::not_found(format!("USB device {name} could not be found."))
 }
@@ -77,21 +87,18 @@ pub(super) fn missing(name: impl Display) -> ApiError {
 #[utoipa::path(get, path = "/os-usb-devices", tag = "devices", operation_id = "list_usb_devices", params(Query),
     responses((status = 200, description = "The devices", body = UsbDevices)))]
 pub(super) async fn list(
-    State(api): State<Arc<Api>>,
-    Asks(caller): Asks,
-    Asked(query): Asked<Query>,
-    OriginalUri(uri): OriginalUri,
+    auth: Authorized,
+    (Asked(query), OriginalUri(uri)): ListQuery,
 ) -> Result<Json<UsbDevices>, ApiError> {
-    ApiError::unless(may(&caller, Call::Look), ApiError::forbidden)?;
+    let (inventory, caller) = (&auth.api.inventory, auth.caller());
     let snapshot = if query.deleted == Some(true) {
-        ApiError::unless(may(&caller, Call::ChangeDevice), ApiError::forbidden)?;
-        tokio::task::block_in_place(|| api.inventory.with_deleted())?
+        tokio::task::block_in_place(|| inventory.with_deleted())?
     } else {
-        api.inventory.now()?
+        inventory.now()?
     };
     let wanted = Wanted::read(&query)?;
-    let is_wanted = |record: &&Record| wanted.is(&snapshot, &caller, record);
-    let mut found: Vec<&Record> = snapshot.seen(&caller).filter(is_wanted).collect();
+    let is_wanted = |record: &&Record| wanted.is(&snapshot, caller, record);
+    let mut found: Vec<&Record> = snapshot.seen(caller).filter(is_wanted).collect();
     if let Some(key) = query.sort_key {
         found.sort_by_cached_key(|r| sort_text(r, key));
     }
@@ -101,7 +108,7 @@ pub(super) async fn list(
     let (page, more) =
         page(found, limit(query.limit)?, query.marker.as_ref(), |r| r.entry.id.get())?;
     Ok(Json(UsbDevices {
-        usb_devices: page.into_iter().map(|record| snapshot.shown(record, &caller)).collect(),
+        usb_devices: page.into_iter().map(|record| snapshot.shown(record, caller)).collect(),
         usb_devices_links: more.iter().map(|marker| next(&uri, &marker.to_string())).collect(),
     }))
 }
@@ -164,22 +171,21 @@ impl<'a> Wanted<'a> {
     }
 }
 
-impl Api {
-    pub(super) fn device(
-        &self,
-        caller: &Caller,
-        call: Call,
-        name: &str,
-    ) -> Result<(DeviceId, UsbDevice), ApiError> {
-        ApiError::unless(may(caller, call), || missing(name))?;
+impl Authorized {
+    /// The device with this id.
+    ///
+    /// # Errors
+    /// 404 if there is no such device, or if the caller may not make the call for it.
+    pub(super) fn device(&self, name: &str) -> Result<(DeviceId, UsbDevice), ApiError> {
+        let (inventory, caller) = (&self.api.inventory, self.caller());
         let id = name.parse::<DeviceId>().map_err(|_| missing(name))?;
-        let mut snapshot = self.inventory.now()?;
-        // One that was unplugged is still there for administrators.
+        let mut snapshot = inventory.now()?;
+        // Administrators can still see a device that was unplugged.
         if snapshot.device(id).is_none() && caller.is_admin() {
-            snapshot = tokio::task::block_in_place(|| self.inventory.with_deleted())?;
+            snapshot = tokio::task::block_in_place(|| inventory.with_deleted())?;
         }
         let record = snapshot.device(id).ok_or_else(|| missing(name))?;
-        ApiError::unless(snapshot.may(caller, call, record), || missing(name))?;
+        ApiError::unless(snapshot.may(caller, self.call(), record), || missing(name))?;
         Ok((id, snapshot.shown(record, caller)))
     }
 }
@@ -189,11 +195,10 @@ impl Api {
     params(("usb_device_id" = u64, Path, description = "The device's id")),
     responses((status = 200, description = "The device", body = Shown)))]
 pub(super) async fn show(
-    State(api): State<Arc<Api>>,
-    Asks(caller): Asks,
+    auth: Authorized,
     Named(DeviceName { usb_device_id: name }): Named<DeviceName>,
 ) -> Result<Json<Shown>, ApiError> {
-    let (_, usb_device) = api.device(&caller, Call::LookAt, &name)?;
+    let (_, usb_device) = auth.device(&name)?;
     Ok(Json(Shown { usb_device }))
 }
 
@@ -203,36 +208,31 @@ pub(super) async fn show(
     request_body = DeviceActionRequest,
     responses((status = 200, description = "The device after the change", body = Shown)))]
 pub(super) async fn act(
-    State(api): State<Arc<Api>>,
-    Asks(caller): Asks,
-    Named(DeviceName { usb_device_id: name }): Named<DeviceName>,
-    Content(content): Content,
+    auth: Authorized,
+    (Named(DeviceName { usb_device_id: name }), Content(content)): (Named<DeviceName>, Content),
 ) -> Result<Json<Shown>, ApiError> {
-    api.device(&caller, Call::ChangeDevice, &name)?;
-    let usb_device = change(&api, &caller, name, DeviceAction::read(&content)?).await?;
+    auth.device(&name)?;
+    let usb_device = change(&auth, name, DeviceAction::read(&content)?).await?;
     Ok(Json(Shown { usb_device }))
 }
 
-/// Changes a device, if the caller may; returns it as it is then.
+/// Changes a device, and returns its new state.
 pub(super) async fn change(
-    api: &Arc<Api>,
-    caller: &Caller,
+    auth: &Authorized,
     name: String,
     action: DeviceAction,
 ) -> Result<UsbDevice, ApiError> {
-    let (id, _) = api.device(caller, Call::ChangeDevice, &name)?;
-    refuse_elsewhere(api, id)?;
-    let (actor, told) = (caller.clone(), name.clone());
-    api.blocking(move |api| {
+    let (id, _) = auth.device(&name)?;
+    refuse_elsewhere(&auth.api, id)?;
+    let (actor, told) = (auth.caller().clone(), name.clone());
+    auth.api.blocking(move |api| {
         let mut store = api.store()?;
         let context = api.context(&actor)?;
         let wished = match action {
             DeviceAction::Enable => store.set_disabled(id, None, &context),
             DeviceAction::Disable(why) => {
-                let why = why
-                    .as_deref()
-                    .and_then(clean_text)
-                    .unwrap_or_else(|| format!("by {}", actor.name));
+                let why = why.as_deref().and_then(clean_text);
+                let why = why.unwrap_or_else(|| format!("by {}", actor.name));
                 store.set_disabled(id, Some(&why), &context)
             }
             DeviceAction::ClearQuarantine => store.clear_quarantine(id, &context),
@@ -252,14 +252,13 @@ pub(super) async fn change(
         match wished? {
             Wished::Unknown => Err(missing(&told)),
             Wished::TooManyTags => Err(ApiError::conflict(format!(
-                "USB device {id} would have more than {MAX_TAGS} \
-                    tags."
+                "USB device {id} would have more than {MAX_TAGS} tags."
             ))),
             Wished::Done(_) | Wished::Already(_) => Ok(()),
         }
     })
     .await?;
-    Ok(api.device(caller, Call::LookAt, &name)?.1)
+    Ok(auth.device(&name)?.1)
 }
 
 /// Forget a device that is not plugged in: for administrators
@@ -269,14 +268,14 @@ pub(super) async fn change(
     params(("usb_device_id" = u64, Path, description = "The device's id")),
     responses((status = 204, description = "The device was forgotten")))]
 pub(super) async fn forget(
-    State(api): State<Arc<Api>>,
-    Asks(caller): Asks,
+    auth: Authorized,
     Named(DeviceName { usb_device_id: name }): Named<DeviceName>,
 ) -> Result<StatusCode, ApiError> {
-    let (id, _) = api.device(&caller, Call::ChangeDevice, &name)?;
-    refuse_elsewhere(&api, id)?;
+    let (id, _) = auth.device(&name)?;
+    refuse_elsewhere(&auth.api, id)?;
+    let caller = auth.caller().clone();
     let forgotten =
-        api.blocking(move |api| Ok(api.store()?.forget(id, &api.context(&caller)?)?)).await?;
+        auth.api.blocking(move |api| Ok(api.store()?.forget(id, &api.context(&caller)?)?)).await?;
     match forgotten {
         Forgotten::Done(_) => Ok(StatusCode::NO_CONTENT),
         Forgotten::Unknown => Err(missing(&name)),

@@ -1,21 +1,18 @@
 //! The audit: of a device, of a server.
 
-use std::sync::Arc;
-
 use axum::Json;
-use axum::extract::{OriginalUri, State};
+use axum::extract::OriginalUri;
 use serde::Deserialize;
 use utoipa::IntoParams;
 use virt_usb_model::ProjectId;
 use virt_usb_store::events::{EventRow, Filter};
 
-use super::Api;
+use super::authorize::Authorized;
 use super::devices::DeviceName;
 use super::error::ApiError;
 use super::identity::Caller;
 use super::paging::{event, limit, next};
-use super::policy::{Call, may};
-use super::request::{Asked, Asks, Named};
+use super::request::{Asked, Named};
 use super::responses::{UsbEvent, UsbEvents as Events};
 use super::servers::ServerName;
 
@@ -40,14 +37,11 @@ pub(super) struct Query {
     params(("usb_device_id" = u64, Path, description = "The device's id"), Query),
     responses((status = 200, description = "The events", body = Events)))]
 pub(super) async fn of_device(
-    State(api): State<Arc<Api>>,
-    Asks(caller): Asks,
-    Named(device): Named<DeviceName>,
-    Asked(query): Asked<Query>,
-    OriginalUri(uri): OriginalUri,
+    auth: Authorized,
+    (Named(device), page): (Named<DeviceName>, Page),
 ) -> Result<Json<Events>, ApiError> {
-    let device = api.device(&caller, Call::LookAt, &device.usb_device_id)?.0;
-    answer(&api, caller, query, Filter { device: Some(device), ..Filter::default() }, &uri).await
+    let device = auth.device(&device.usb_device_id)?.0;
+    answer(&auth, Filter { device: Some(device), ..Filter::default() }, page).await
 }
 
 /// A server's audit, newest first
@@ -55,41 +49,32 @@ pub(super) async fn of_device(
     params(("server_id" = String, Path, description = "The server's UUID"), Query),
     responses((status = 200, description = "The events", body = Events)))]
 pub(super) async fn of_server(
-    State(api): State<Arc<Api>>,
-    Asks(caller): Asks,
-    Named(server): Named<ServerName>,
-    Asked(query): Asked<Query>,
-    OriginalUri(uri): OriginalUri,
+    auth: Authorized,
+    (Named(server), page): (Named<ServerName>, Page),
 ) -> Result<Json<Events>, ApiError> {
-    let server = api.server(&caller, Call::LookAt, &server.server_id).await?;
-    answer(&api, caller, query, Filter { instance: Some(server.id), ..Filter::default() }, &uri)
-        .await
+    let server = auth.server(&server.server_id).await?;
+    answer(&auth, Filter { instance: Some(server.id), ..Filter::default() }, page).await
 }
 
 /// The audit, newest first: for administrators all of it, for others what concerned their project
 #[utoipa::path(get, path = "/os-usb-events", tag = "events", operation_id = "list_usb_events", params(Query),
     responses((status = 200, description = "The events", body = Events)))]
-pub(super) async fn list(
-    State(api): State<Arc<Api>>,
-    Asks(caller): Asks,
-    Asked(query): Asked<Query>,
-    OriginalUri(uri): OriginalUri,
-) -> Result<Json<Events>, ApiError> {
-    ApiError::unless(may(&caller, Call::LookAt), ApiError::forbidden)?;
-    answer(&api, caller, query, Filter::default(), &uri).await
+pub(super) async fn list(auth: Authorized, page: Page) -> Result<Json<Events>, ApiError> {
+    answer(&auth, Filter::default(), page).await
 }
 
+/// Requested page: its query, and the URI for the link to the next page.
+type Page = (Asked<Query>, OriginalUri);
+
 async fn answer(
-    api: &Arc<Api>,
-    caller: Caller,
-    query: Query,
+    auth: &Authorized,
     filter: Filter,
-    uri: &axum::http::Uri,
+    (Asked(query), OriginalUri(uri)): Page,
 ) -> Result<Json<Events>, ApiError> {
     let limit = limit(query.limit)?;
     let before = event(query.marker)?;
-    let (events, more) = read(api, caller, filter, before, limit).await?;
-    let events_links = events.last().filter(|_| more).map(|last| next(uri, &last.id.to_string()));
+    let (events, more) = read(auth, filter, before, limit).await?;
+    let events_links = events.last().filter(|_| more).map(|last| next(&uri, &last.id.to_string()));
     let events = events.into_iter().map(UsbEvent::from).collect();
     Ok(Json(Events { events, events_links: events_links.into_iter().collect() }))
 }
@@ -97,14 +82,14 @@ async fn answer(
 /// The events that the caller may see, newest first, before the event with that id (0: from the
 /// newest), and whether there are more.
 pub(super) async fn read(
-    api: &Arc<Api>,
-    caller: Caller,
+    auth: &Authorized,
     filter: Filter,
     before: i64,
     limit: usize,
 ) -> Result<(Vec<EventRow>, bool), ApiError> {
     let of_device = filter.device.is_some();
-    let found = api.blocking(move |api| {
+    let caller = auth.caller().clone();
+    let found = auth.api.blocking(move |api| {
         let (store, mut found) = (api.store()?, Vec::new());
         let mut filter = Filter { before, limit: CHUNK, ..filter };
         // Most that there is may be others'.

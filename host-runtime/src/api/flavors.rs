@@ -1,9 +1,6 @@
 //! API calls for stored flavors.
 
-use std::sync::Arc;
-
 use axum::Json;
-use axum::extract::State;
 use axum::http::StatusCode;
 use serde::Deserialize;
 use serde_json::Value;
@@ -11,11 +8,9 @@ use virt_usb_model::Flavor;
 use virt_usb_model::flavor::{MAX_NAME, is_name};
 use virt_usb_store::StoredFlavor;
 
-use super::Api;
+use super::authorize::Authorized;
 use super::error::{ApiError, sentence};
-use super::identity::Caller;
-use super::policy::{Call, may};
-use super::request::{Asks, Content, Named};
+use super::request::{Content, Named};
 use super::request_schemas::FlavorRequest;
 use super::responses::{UsbFlavor, UsbFlavorShown as Shown, UsbFlavors as Flavors};
 use virt_usb_fleet::replicated::change;
@@ -33,18 +28,14 @@ fn missing(name: &str) -> ApiError {
 /// List the stored flavors
 #[utoipa::path(get, path = "/os-usb-flavors", tag = "flavors", operation_id = "list_usb_flavors",
     responses((status = 200, description = "The flavors", body = Flavors)))]
-pub(super) async fn list(
-    State(api): State<Arc<Api>>,
-    Asks(caller): Asks,
-) -> Result<Json<Flavors>, ApiError> {
-    let usb_flavors = all(&api, &caller).await?;
+pub(super) async fn list(auth: Authorized, (): ()) -> Result<Json<Flavors>, ApiError> {
+    let usb_flavors = all(&auth).await?;
     Ok(Json(Flavors { usb_flavors: usb_flavors.into_iter().map(UsbFlavor::from).collect() }))
 }
 
-/// All of them, if the caller may.
-pub(super) async fn all(api: &Arc<Api>, caller: &Caller) -> Result<Vec<StoredFlavor>, ApiError> {
-    ApiError::unless(may(caller, Call::Look), ApiError::forbidden)?;
-    api.blocking(|api| Ok(api.store()?.flavors()?)).await
+/// All stored flavors.
+pub(super) async fn all(auth: &Authorized) -> Result<Vec<StoredFlavor>, ApiError> {
+    auth.api.blocking(|api| Ok(api.store()?.flavors()?)).await
 }
 
 /// Show a flavor
@@ -52,13 +43,11 @@ pub(super) async fn all(api: &Arc<Api>, caller: &Caller) -> Result<Vec<StoredFla
     params(("flavor_name" = String, Path, description = "The flavor's name")),
     responses((status = 200, description = "The flavor", body = Shown)))]
 pub(super) async fn show(
-    State(api): State<Arc<Api>>,
-    Asks(caller): Asks,
+    auth: Authorized,
     Named(FlavorName { flavor_name: name }): Named<FlavorName>,
 ) -> Result<Json<Shown>, ApiError> {
-    ApiError::unless(may(&caller, Call::Look), ApiError::forbidden)?;
     let (wanted, told) = (name.clone(), name);
-    let found = api.blocking(move |api| Ok(api.store()?.flavor(&wanted)?)).await?;
+    let found = auth.api.blocking(move |api| Ok(api.store()?.flavor(&wanted)?)).await?;
     let stored = found.ok_or_else(|| missing(&told))?;
     Ok(Json(Shown { usb_flavor: stored.into() }))
 }
@@ -69,23 +58,19 @@ pub(super) async fn show(
         name")), request_body = FlavorRequest,
     responses((status = 200, description = "The stored flavor", body = Shown)))]
 pub(super) async fn set(
-    State(api): State<Arc<Api>>,
-    Asks(caller): Asks,
-    Named(FlavorName { flavor_name: name }): Named<FlavorName>,
-    Content(content): Content,
+    auth: Authorized,
+    (Named(FlavorName { flavor_name: name }), Content(content)): (Named<FlavorName>, Content),
 ) -> Result<Json<Shown>, ApiError> {
     let text = Value::Object(content).to_string();
-    Ok(Json(Shown { usb_flavor: store(&api, caller, name, &text).await?.into() }))
+    Ok(Json(Shown { usb_flavor: store(&auth, name, &text).await?.into() }))
 }
 
-/// Stores a flavor of this JSON, if the caller may.
+/// Stores a flavor of this JSON.
 pub(super) async fn store(
-    api: &Arc<Api>,
-    caller: Caller,
+    auth: &Authorized,
     name: String,
     text: &str,
 ) -> Result<StoredFlavor, ApiError> {
-    ApiError::unless(may(&caller, Call::ChangeFlavor), ApiError::forbidden)?;
     if !is_name(&name) {
         return Err(ApiError::bad_request(format!(
             "{name:?} is not a valid name for a flavor: wanted 1 to {MAX_NAME} printable \
@@ -97,7 +82,8 @@ pub(super) async fn store(
     if flavor.is_empty() {
         return Err(ApiError::bad_request("The flavor requests nothing."));
     }
-    let stored = api.blocking(move |api| {
+    let caller = auth.caller().clone();
+    let stored = auth.api.blocking(move |api| {
         let mut store = api.store()?;
         change(&(api.config)(), &mut store, &name, Some(&flavor), &api.context(&caller)?)?;
         store.flavor(&name)?.ok_or_else(|| missing(&name))
@@ -110,17 +96,16 @@ pub(super) async fn store(
     params(("flavor_name" = String, Path, description = "The flavor's name")),
     responses((status = 204, description = "It is gone")))]
 pub(super) async fn remove(
-    State(api): State<Arc<Api>>,
-    Asks(caller): Asks,
+    auth: Authorized,
     Named(FlavorName { flavor_name: name }): Named<FlavorName>,
 ) -> Result<StatusCode, ApiError> {
-    end(&api, caller, name).await.map(|()| StatusCode::NO_CONTENT)
+    end(&auth, name).await.map(|()| StatusCode::NO_CONTENT)
 }
 
-/// Removes a flavor, if the caller may.
-pub(super) async fn end(api: &Arc<Api>, caller: Caller, name: String) -> Result<(), ApiError> {
-    ApiError::unless(may(&caller, Call::ChangeFlavor), ApiError::forbidden)?;
-    let removed = api.blocking(move |api| {
+/// Removes a flavor.
+pub(super) async fn end(auth: &Authorized, name: String) -> Result<(), ApiError> {
+    let caller = auth.caller().clone();
+    let removed = auth.api.blocking(move |api| {
         let context = api.context(&caller)?;
         let removed = change::<Flavor>(&(api.config)(), &mut api.store()?, &name, None, &context)?;
         if removed { Ok(()) } else { Err(missing(&name)) }

@@ -10,6 +10,7 @@ use virt_usb_model::{DeviceRequest, InstanceId};
 
 use super::Api;
 use super::actions::{REQUESTS, requests};
+use super::authorize::Authorized;
 use super::error::ApiError;
 use super::identity::{Caller, Role};
 use super::policy::Call;
@@ -24,27 +25,26 @@ pub(super) async fn follow(api: Arc<Api>, fleet: Fleet) {
     tokio::join!(others.follow(&fleet), through::serve(fleet.clone(), api.host.clone(), doer));
 }
 
-impl Api {
-    /// Has it done by the agent of that host.
+impl Authorized {
+    /// Sends the call to the agent of another host, and returns its result.
     pub(super) async fn ask_elsewhere(
-        self: &Arc<Self>,
-        caller: &Caller,
-        call: Call,
+        &self,
         host: &str,
         server: InstanceId,
         wanted: &[DeviceRequest],
     ) -> Result<Acted, ApiError> {
-        let Some(fleet) = (self.config)().fleet.clone() else {
+        let (api, caller) = (&self.api, self.caller());
+        let Some(fleet) = (api.config)().fleet.clone() else {
             return Err(ApiError::unavailable("This host is no longer in a fleet."));
         };
         let request = Request {
-            call: if call == Call::Attach { "attach" } else { "detach" }.to_owned(),
+            call: if self.call() == Call::Attach { "attach" } else { "detach" }.to_owned(),
             server: server.to_string(),
             usb_devices_requests: serde_json::to_value(wanted).unwrap_or_default(),
             caller: caller.name.clone(),
             project_id: caller.project.as_ref().map(ToString::to_string),
             role: caller.role.to_string(),
-            from: self.host.clone(),
+            from: api.host.clone(),
         };
         match through::ask(&fleet, host, &request).await {
             Ok(Answer { status: 202, body }) => serde_json::from_value(body).map_err(|e| {
@@ -67,7 +67,9 @@ impl Api {
             Err(Unanswered::Etcd(e)) => Err(ApiError::fleet_away(e.to_string())),
         }
     }
+}
 
+impl Api {
     /// Handles a request from another host's API as if a local client had made it.
     async fn answer(self: &Arc<Self>, request: &Request) -> Result<Acted, ApiError> {
         let bad = |what: &str| {
@@ -83,7 +85,8 @@ impl Api {
             _ => return Err(bad("The call")),
         };
         self.inventory.wake().await;
-        let server = self.server(&caller, call, &request.server).await?;
+        let auth = Authorized::new(self, caller, call)?;
+        let server = auth.server(&request.server).await?;
         if let Some(host) = &server.host {
             return Err(ApiError::conflict(format!(
                 "Instance {} is on host {host} now.",
@@ -91,7 +94,7 @@ impl Api {
             )));
         }
         let wanted = requests(REQUESTS, &json!({ REQUESTS: request.usb_devices_requests }))?;
-        perform(self, caller, call, server, wanted).await
+        perform(auth, server, wanted).await
     }
 
     /// How things are with the server of a request that an agent before this one has begun.

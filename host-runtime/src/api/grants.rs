@@ -1,19 +1,15 @@
 //! Grants: which projects may have which devices. For administrators.
 
-use std::sync::Arc;
-
 use axum::Json;
-use axum::extract::State;
 use axum::http::StatusCode;
 use serde::Deserialize;
 use serde_json::Value;
 use virt_usb_model::Grant;
 use virt_usb_model::flavor::{MAX_NAME, is_name};
 
-use super::Api;
+use super::authorize::Authorized;
 use super::error::{ApiError, sentence};
-use super::policy::{Call, may};
-use super::request::{Asks, Content, Named};
+use super::request::{Content, Named};
 use super::request_schemas::GrantRequest;
 use super::responses::{UsbGrant, UsbGrantShown as Shown, UsbGrants as Grants};
 use virt_usb_fleet::replicated::change;
@@ -31,12 +27,8 @@ fn missing(name: &str) -> ApiError {
 /// Stored grants: for administrators
 #[utoipa::path(get, path = "/os-usb-grants", tag = "grants", operation_id = "list_usb_grants",
     responses((status = 200, description = "The grants", body = Grants)))]
-pub(super) async fn list(
-    State(api): State<Arc<Api>>,
-    Asks(caller): Asks,
-) -> Result<Json<Grants>, ApiError> {
-    ApiError::unless(may(&caller, Call::Grants), ApiError::forbidden)?;
-    let stored = api.blocking(|api| Ok(api.store()?.grants()?)).await?;
+pub(super) async fn list(auth: Authorized, (): ()) -> Result<Json<Grants>, ApiError> {
+    let stored = auth.api.blocking(|api| Ok(api.store()?.grants()?)).await?;
     Ok(Json(Grants { usb_grants: stored.into_iter().map(UsbGrant::from).collect() }))
 }
 
@@ -45,13 +37,13 @@ pub(super) async fn list(
     params(("grant_name" = String, Path, description = "The grant's name")),
     responses((status = 200, description = "The grant", body = Shown)))]
 pub(super) async fn show(
-    State(api): State<Arc<Api>>,
-    Asks(caller): Asks,
+    auth: Authorized,
     Named(GrantName { grant_name: name }): Named<GrantName>,
 ) -> Result<Json<Shown>, ApiError> {
-    ApiError::unless(may(&caller, Call::Grants), ApiError::forbidden)?;
-    let found =
-        api.blocking(move |api| api.store()?.grant(&name)?.ok_or_else(|| missing(&name))).await?;
+    let found = auth
+        .api
+        .blocking(move |api| api.store()?.grant(&name)?.ok_or_else(|| missing(&name)))
+        .await?;
     Ok(Json(Shown { usb_grant: found.into() }))
 }
 
@@ -61,12 +53,9 @@ pub(super) async fn show(
         name")), request_body = GrantRequest,
     responses((status = 200, description = "The stored grant", body = Shown)))]
 pub(super) async fn set(
-    State(api): State<Arc<Api>>,
-    Asks(caller): Asks,
-    Named(GrantName { grant_name: name }): Named<GrantName>,
-    Content(content): Content,
+    auth: Authorized,
+    (Named(GrantName { grant_name: name }), Content(content)): (Named<GrantName>, Content),
 ) -> Result<Json<Shown>, ApiError> {
-    ApiError::unless(may(&caller, Call::Grants), ApiError::forbidden)?;
     if !is_name(&name) {
         return Err(ApiError::bad_request(format!(
             "{name:?} is not a valid name for a grant: wanted 1 to {MAX_NAME} printable \
@@ -75,7 +64,8 @@ pub(super) async fn set(
     }
     let grant = Grant::parse(&Value::Object(content).to_string())
         .map_err(|e| ApiError::bad_request(sentence(&e.to_string())))?;
-    let stored = api.blocking(move |api| {
+    let caller = auth.caller().clone();
+    let stored = auth.api.blocking(move |api| {
         let mut store = api.store()?;
         change(&(api.config)(), &mut store, &name, Some(&grant), &api.context(&caller)?)?;
         store.grant(&name)?.ok_or_else(|| missing(&name))
@@ -88,12 +78,11 @@ pub(super) async fn set(
     params(("grant_name" = String, Path, description = "The grant's name")),
     responses((status = 204, description = "It is gone")))]
 pub(super) async fn remove(
-    State(api): State<Arc<Api>>,
-    Asks(caller): Asks,
+    auth: Authorized,
     Named(GrantName { grant_name: name }): Named<GrantName>,
 ) -> Result<StatusCode, ApiError> {
-    ApiError::unless(may(&caller, Call::Grants), ApiError::forbidden)?;
-    let removed = api.blocking(move |api| {
+    let caller = auth.caller().clone();
+    let removed = auth.api.blocking(move |api| {
         let context = api.context(&caller)?;
         let removed = change::<Grant>(&(api.config)(), &mut api.store()?, &name, None, &context)?;
         if removed { Ok(StatusCode::NO_CONTENT) } else { Err(missing(&name)) }

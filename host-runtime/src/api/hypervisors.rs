@@ -1,19 +1,16 @@
 //! Hosts, as Nova's hypervisors.
 
-use std::sync::Arc;
-
 use axum::Json;
 use axum::body::Bytes;
-use axum::extract::State;
 use axum::http::header::{CONTENT_TYPE, HeaderName};
 use serde::Deserialize;
 
 use super::Api;
+use super::authorize::Authorized;
 use super::error::ApiError;
 use super::identity::Caller;
 use super::inventory::Snapshot;
-use super::policy::{Call, may};
-use super::request::{Asks, Named};
+use super::request::Named;
 use super::responses::{
     Hypervisor, HypervisorDetail as Shown, HypervisorSummary as Listed, Hypervisors, Totals,
 };
@@ -55,15 +52,11 @@ fn other(other: &Peer, snapshot: &Snapshot, caller: &Caller) -> Listed {
 /// Hosts, and how many devices of each state
 #[utoipa::path(get, path = "/os-hypervisors", tag = "hypervisors", operation_id = "list_hypervisors",
     responses((status = 200, description = "The hosts", body = Hypervisors)))]
-pub(super) async fn list(
-    State(api): State<Arc<Api>>,
-    Asks(caller): Asks,
-) -> Result<Json<Hypervisors>, ApiError> {
-    ApiError::unless(may(&caller, Call::Look), ApiError::forbidden)?;
-    let snapshot = api.inventory.now()?;
+pub(super) async fn list(auth: Authorized, (): ()) -> Result<Json<Hypervisors>, ApiError> {
+    let (snapshot, caller) = (auth.api.inventory.now()?, auth.caller());
     let mut hypervisors: Vec<Listed> =
-        snapshot.others.values().map(|one| other(one, &snapshot, &caller)).collect();
-    hypervisors.push(own(&api, &snapshot, &caller));
+        snapshot.others.values().map(|one| other(one, &snapshot, caller)).collect();
+    hypervisors.push(own(&auth.api, &snapshot, caller));
     hypervisors.sort_by_key(|listed| listed.id);
     Ok(Json(Hypervisors { hypervisors }))
 }
@@ -73,26 +66,25 @@ pub(super) async fn list(
     params(("hypervisor_hostname" = String, Path, description = "The host's name")),
     responses((status = 200, description = "The host", body = Hypervisor)))]
 pub(super) async fn show(
-    State(api): State<Arc<Api>>,
-    Asks(caller): Asks,
+    auth: Authorized,
     Named(HostName { hypervisor_hostname: name }): Named<HostName>,
 ) -> Result<([(HeaderName, &'static str); 1], Bytes), ApiError> {
-    ApiError::unless(may(&caller, Call::Look), ApiError::forbidden)?;
+    let (api, caller) = (&auth.api, auth.caller());
     let snapshot = api.inventory.now()?;
     let body = if name == api.host {
-        snapshot.answer(&caller, || {
-            let devices = snapshot.own_devices().filter(|record| snapshot.sees(&caller, record));
-            let usb_device_stats = devices.map(|record| snapshot.shown(record, &caller)).collect();
-            let shown = Shown { usb_device_stats, listed: own(&api, &snapshot, &caller) };
+        snapshot.answer(caller, || {
+            let devices = snapshot.own_devices().filter(|record| snapshot.sees(caller, record));
+            let usb_device_stats = devices.map(|record| snapshot.shown(record, caller)).collect();
+            let shown = Shown { usb_device_stats, listed: own(api, &snapshot, caller) };
             serde_json::to_vec(&Hypervisor { hypervisor: shown }).map(Bytes::from)
         })
     } else {
         let Some(found) = snapshot.others.values().find(|other| other.name == name) else {
             return Err(ApiError::not_found(format!("Compute host {name} could not be found.")));
         };
-        let devices = found.devices.iter().filter(|record| snapshot.sees(&caller, record));
-        let usb_device_stats = devices.map(|record| snapshot.shown(record, &caller)).collect();
-        let shown = Shown { usb_device_stats, listed: other(found, &snapshot, &caller) };
+        let devices = found.devices.iter().filter(|record| snapshot.sees(caller, record));
+        let usb_device_stats = devices.map(|record| snapshot.shown(record, caller)).collect();
+        let shown = Shown { usb_device_stats, listed: other(found, &snapshot, caller) };
         serde_json::to_vec(&Hypervisor { hypervisor: shown }).map(Bytes::from)
     };
     let body = body.map_err(|e| ApiError::internal(e.to_string()))?;

@@ -25,6 +25,7 @@
 //! The API has its own threads. The agent keeps serving guests if the API fails.
 
 pub(crate) mod actions;
+mod authorize;
 mod claims;
 mod devices;
 mod error;
@@ -45,6 +46,7 @@ mod rate_limit;
 mod request;
 mod request_schemas;
 pub(crate) mod responses;
+mod routes;
 mod servers;
 pub mod tokens;
 
@@ -61,7 +63,7 @@ use axum::http::header::{
 };
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse as _, Response};
-use axum::routing::{get, post};
+use axum::routing::get;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use virt_usb_config::Config;
 use virt_usb_config::host_env;
@@ -240,30 +242,7 @@ impl Api {
 }
 
 fn router(api: Arc<Api>) -> Router {
-    let calls = Router::new()
-        .route("/os-hypervisors", get(hypervisors::list))
-        .route("/os-hypervisors/{hypervisor_hostname}", get(hypervisors::show))
-        .route("/servers", get(servers::list))
-        .route("/servers/{server_id}/action", post(servers::act))
-        .route("/servers/{server_id}/os-usb-devices", get(servers::show))
-        .route("/servers/{server_id}/os-usb-events", get(events::of_server))
-        .route("/os-usb-devices", get(devices::list))
-        .route("/os-usb-devices/{usb_device_id}", get(devices::show).delete(devices::forget))
-        .route("/os-usb-devices/{usb_device_id}/action", post(devices::act))
-        .route("/os-usb-devices/{usb_device_id}/events", get(events::of_device))
-        .route("/os-usb-claims", get(claims::list))
-        .route("/os-usb-owners", get(servers::owners))
-        .route("/os-usb-events", get(events::list))
-        .route("/os-usb-flavors", get(flavors::list))
-        .route(
-            "/os-usb-flavors/{flavor_name}",
-            get(flavors::show).put(flavors::set).delete(flavors::remove),
-        )
-        .route("/os-usb-grants", get(grants::list))
-        .route(
-            "/os-usb-grants/{grant_name}",
-            get(grants::show).put(grants::set).delete(grants::remove),
-        )
+    let calls = routes::router()
         .method_not_allowed_fallback(request::no_method)
         .route_layer(from_fn_with_state(api.clone(), authenticate));
     Router::new()

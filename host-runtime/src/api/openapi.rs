@@ -1,6 +1,6 @@
-//! The API's description, OpenAPI 3.1, made of what stands at the calls: each is described once,
-//! and spread over the paths at which it is answered. `openapi.json` beside this file is what is
-//! served; a test keeps the two alike.
+//! OpenAPI 3.1 description of the API. The [table of routes](super::routes) describes each call
+//! once; the description lists it under each prefix. `openapi.json` beside this file is a copy of
+//! the served description; a test compares the two.
 
 use std::sync::LazyLock;
 
@@ -13,7 +13,7 @@ use utoipa::openapi::{
     ContentBuilder, ObjectBuilder, Paths, Ref, RefOr, Required, ResponseBuilder, Type,
 };
 
-use super::{claims, devices, events, flavors, grants, hypervisors, request_schemas, servers};
+use super::{devices, request_schemas, routes};
 
 #[derive(OpenApi)]
 #[openapi(
@@ -21,30 +21,6 @@ use super::{claims, devices, events, flavors, grants, hypervisors, request_schem
         title = "virt-usb",
         description = "USB devices for libvirt guests, in OpenStack's style.",
         license(name = "Apache-2.0", identifier = "Apache-2.0")
-    ),
-    paths(
-        hypervisors::list,
-        hypervisors::show,
-        servers::list,
-        servers::owners,
-        servers::act,
-        servers::show,
-        events::of_server,
-        devices::list,
-        devices::show,
-        devices::act,
-        devices::forget,
-        events::of_device,
-        events::list,
-        claims::list,
-        flavors::list,
-        flavors::show,
-        flavors::set,
-        flavors::remove,
-        grants::list,
-        grants::show,
-        grants::set,
-        grants::remove,
     ),
     components(schemas(
         devices::SortKey,
@@ -57,7 +33,7 @@ use super::{claims, devices, events, flavors, grants, hypervisors, request_schem
 )]
 struct Described;
 
-/// Where the calls are answered, and whether the path names the tenant.
+/// Prefixes of all calls: path, name in operation ids, whether the path names the tenant.
 const PREFIXES: [(&str, &str, bool); 4] = [
     ("/v2/{tenant_id}", "v2", true),
     ("/v2.1/{tenant_id}", "v2_1_tenant", true),
@@ -85,15 +61,15 @@ const FAULTS: [(&str, &str); 12] = [
 /// Builds the OpenAPI description.
 pub(super) fn document() -> utoipa::openapi::OpenApi {
     let mut document = Described::openapi();
+    for route in routes::table() {
+        document.merge(route.description);
+    }
     let calls = std::mem::take(&mut document.paths);
     let mut paths = Paths::new();
     for (prefix, version, tenant) in PREFIXES {
         for (path, item) in &calls.paths {
             let mut item = item.clone();
-            for operation in [&mut item.get, &mut item.post, &mut item.put, &mut item.delete]
-                .into_iter()
-                .flatten()
-            {
+            for (_, operation) in routes::operations(&mut item) {
                 complete(operation, version, tenant);
             }
             paths.paths.insert(format!("{prefix}{path}"), item);
@@ -159,8 +135,9 @@ fn tenant_id() -> Parameter {
         .build()
 }
 
+/// Text of the description, as it is served.
 fn text() -> String {
-    // It is made of text and numbers alone: it can be written.
+    // The description consists of text and numbers, so it can always be serialized.
     document().to_pretty_json().unwrap_or_default() + "\n"
 }
 
@@ -184,7 +161,7 @@ mod tests {
         let kept = std::fs::read_to_string(&file).unwrap_or_default();
         assert!(
             kept == made,
-            "{} is not what is served: BLESS=1 writes it anew; then look at what has changed",
+            "{} is out of date: run the test with BLESS=1 to write it, then review the changes",
             file.display()
         );
     }

@@ -51,8 +51,8 @@ impl Call {
         Self::Grants,
     ];
 
-    /// The least role that may.
-    const fn least(self) -> Role {
+    /// Lowest role that may make the call.
+    pub(super) const fn least(self) -> Role {
         match self {
             Self::Look | Self::LookAt => Role::Reader,
             Self::Attach | Self::Detach => Role::Member,

@@ -42,10 +42,16 @@ impl RequestId {
     }
 }
 
-/// The caller of a request.
-pub(super) struct Asks(pub(super) Caller);
+/// Caller that the authentication layer has identified.
+pub(super) struct Authenticated(Caller);
 
-impl<S: Sync> FromRequestParts<S> for Asks {
+impl From<Authenticated> for Caller {
+    fn from(Authenticated(caller): Authenticated) -> Self {
+        caller
+    }
+}
+
+impl<S: Sync> FromRequestParts<S> for Authenticated {
     type Rejection = ApiError;
 
     async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, ApiError> {

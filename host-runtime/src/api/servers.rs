@@ -5,7 +5,6 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use axum::Json;
-use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::{IntoResponse as _, Response};
 use jiff::Timestamp;
@@ -18,12 +17,13 @@ use virt_usb_store::{Record, StoreError};
 
 use super::Api;
 use super::actions::ServerAction;
+use super::authorize::Authorized;
 use super::devices::missing;
 use super::error::{ApiError, sentence};
 use super::identity::Caller;
 use super::inventory::Snapshot;
-use super::policy::{Authorization, Call, may, may_know_holder, may_with_server};
-use super::request::{Asked, Asks, Content, Named, action};
+use super::policy::{Authorization, Call, may_know_holder, may_with_server};
+use super::request::{Asked, Content, Named, action};
 use super::request_schemas::ServerActionRequest;
 use super::responses::{
     Acted, Owners, ServerDetail as Described, ServerShown as Shown, ServerSummary as Listed,
@@ -91,28 +91,55 @@ fn no_server(id: &str) -> ApiError {
     ApiError::not_found(format!("Instance {id} could not be found."))
 }
 
-impl Api {
-    /// The server, where the caller may do this with it.
-    pub(super) async fn server(
-        self: &Arc<Self>,
-        caller: &Caller,
-        call: Call,
-        name: &str,
-    ) -> Result<Server, ApiError> {
-        // Who may not do it at all hears so, whether there is such a server or not.
-        ApiError::unless(may(caller, call), || no_server(name))?;
+impl Authorized {
+    /// The server with this UUID.
+    ///
+    /// # Errors
+    /// 404 if there is no such server, or if the caller may not make the call for it.
+    pub(super) async fn server(&self, name: &str) -> Result<Server, ApiError> {
+        let (api, call) = (&self.api, self.call());
         let id: InstanceId = name.parse().map_err(|_| no_server(name))?;
-        // Who only looks does not wait for libvirt.
-        let known = self.hypervisor.guest(id).filter(|_| call == Call::LookAt);
+        // A read-only call does not wait for libvirt.
+        let known = api.hypervisor.guest(id).filter(|_| call == Call::LookAt);
         let found = match known {
-            Some(known) => Some(Server::known(&known, &*self.inventory.now()?)),
-            None => self.blocking(move |api| api.find(id)).await?,
+            Some(known) => Some(Server::known(&known, &*api.inventory.now()?)),
+            None => api.blocking(move |api| api.find(id)).await?,
         };
         let Some(server) = found else { return Err(no_server(name)) };
-        ApiError::unless(may_with_server(caller, call, server.owner.as_ref()), || no_server(name))?;
+        let verdict = may_with_server(self.caller(), call, server.owner.as_ref());
+        ApiError::unless(verdict, || no_server(name))?;
         Ok(server)
     }
 
+    /// The servers that the caller may make the call for, by name.
+    ///
+    /// # Errors
+    /// 503 if libvirt has not listed this host's servers yet.
+    pub(super) fn servers(&self) -> Result<Vec<Server>, ApiError> {
+        let is_visible = |server: &Server| {
+            may_with_server(self.caller(), self.call(), server.owner.as_ref())
+                == Authorization::Allowed
+        };
+        let Some(known) = self.api.hypervisor.known() else {
+            return Err(ApiError::unavailable(
+                "The servers of this host are not known yet: try again.",
+            ));
+        };
+        let snapshot = self.api.inventory.now()?;
+        let mut found: Vec<Server> =
+            known.iter().map(|known| Server::known(known, &snapshot)).collect();
+        let here: HashSet<InstanceId> = found.iter().map(|server| server.id).collect();
+        for other in snapshot.others.values() {
+            let servers = other.servers.iter().filter(|server| !here.contains(&server.id));
+            found.extend(servers.map(|server| Server::elsewhere(other, server)));
+        }
+        found.retain(is_visible);
+        found.sort_by(|a, b| (&a.name, a.id).cmp(&(&b.name, b.id)));
+        Ok(found)
+    }
+}
+
+impl Api {
     /// Requests that are assigned to the server at each start, with their times, if known.
     pub(super) async fn assigned(
         self: &Arc<Self>,
@@ -130,33 +157,6 @@ impl Api {
         }
         let assigned = self.blocking(move |api| Ok(api.store()?.assignments(id)?)).await?;
         Ok(assigned.into_iter().map(|a| (a.request, Some(a.created_at))).collect())
-    }
-
-    /// The servers that the caller may know of, by name.
-    pub(super) async fn servers(
-        self: &Arc<Self>,
-        caller: &Caller,
-    ) -> Result<Vec<Server>, ApiError> {
-        ApiError::unless(may(caller, Call::LookAt), ApiError::forbidden)?;
-        let is_visible = |server: &Server| {
-            may_with_server(caller, Call::LookAt, server.owner.as_ref()) == Authorization::Allowed
-        };
-        let Some(known) = self.hypervisor.known() else {
-            return Err(ApiError::unavailable(
-                "The servers of this host are not known yet: try again.",
-            ));
-        };
-        let snapshot = self.inventory.now()?;
-        let mut found: Vec<Server> =
-            known.iter().map(|known| Server::known(known, &snapshot)).collect();
-        let here: HashSet<InstanceId> = found.iter().map(|server| server.id).collect();
-        for other in snapshot.others.values() {
-            let servers = other.servers.iter().filter(|server| !here.contains(&server.id));
-            found.extend(servers.map(|server| Server::elsewhere(other, server)));
-        }
-        found.retain(is_visible);
-        found.sort_by(|a, b| (&a.name, a.id).cmp(&(&b.name, b.id)));
-        Ok(found)
     }
 
     /// Finds the server. If libvirt no longer knows it, its claims describe it.
@@ -212,11 +212,10 @@ pub(super) struct Query {
 #[utoipa::path(get, path = "/servers", tag = "servers", operation_id = "list_servers", params(Query),
     responses((status = 200, description = "The servers", body = Servers)))]
 pub(super) async fn list(
-    State(api): State<Arc<Api>>,
-    Asks(caller): Asks,
+    auth: Authorized,
     Asked(query): Asked<Query>,
 ) -> Result<Json<Servers>, ApiError> {
-    let mut servers = api.servers(&caller).await?;
+    let mut servers = auth.servers()?;
     servers.retain(|server| query.name.as_ref().is_none_or(|name| *name == server.name));
     Ok(Json(Servers { servers: servers.into_iter().map(Listed::from).collect() }))
 }
@@ -224,12 +223,8 @@ pub(super) async fn list(
 /// Owners that administrators have set; for administrators
 #[utoipa::path(get, path = "/os-usb-owners", tag = "servers", operation_id = "list_usb_owners",
     responses((status = 200, description = "Owners that were set here", body = Owners)))]
-pub(super) async fn owners(
-    State(api): State<Arc<Api>>,
-    Asks(caller): Asks,
-) -> Result<Json<Owners>, ApiError> {
-    ApiError::unless(may(&caller, Call::ChangeOwner), ApiError::forbidden)?;
-    let owners = api.blocking(|api| Ok(api.store()?.owners()?)).await?;
+pub(super) async fn owners(auth: Authorized, (): ()) -> Result<Json<Owners>, ApiError> {
+    let owners = auth.api.blocking(|api| Ok(api.store()?.owners()?)).await?;
     Ok(Json(Owners { usb_owners: owners.into_iter().map(UsbOwner::from).collect() }))
 }
 
@@ -238,15 +233,15 @@ pub(super) async fn owners(
     params(("server_id" = String, Path, description = "The server's UUID")),
     responses((status = 200, description = "The server", body = Shown)))]
 pub(super) async fn show(
-    State(api): State<Arc<Api>>,
-    Asks(caller): Asks,
+    auth: Authorized,
     Named(ServerName { server_id }): Named<ServerName>,
 ) -> Result<Json<Shown>, ApiError> {
-    let server = api.server(&caller, Call::LookAt, &server_id).await?;
-    describe(&api, &caller, server).await.map(Json)
+    let server = auth.server(&server_id).await?;
+    describe(&auth, server).await.map(Json)
 }
 
-async fn describe(api: &Arc<Api>, caller: &Caller, server: Server) -> Result<Shown, ApiError> {
+async fn describe(auth: &Authorized, server: Server) -> Result<Shown, ApiError> {
+    let (api, caller) = (&auth.api, auth.caller());
     let snapshot = api.inventory.now()?;
     let id = server.id;
     let mine = snapshot.devices().filter(|r| r.entry.instance_uuid == Some(id));
@@ -267,36 +262,35 @@ async fn describe(api: &Arc<Api>, caller: &Caller, server: Server) -> Result<Sho
     responses((status = 202, description = "Devices are attached or detached", body = Acted),
         (status = 200, description = "The server and its owner", body = Shown)))]
 pub(super) async fn act(
-    State(api): State<Arc<Api>>,
-    Asks(caller): Asks,
-    Named(ServerName { server_id }): Named<ServerName>,
-    Content(content): Content,
+    auth: Authorized,
+    (Named(ServerName { server_id }), Content(content)): ActionInput,
 ) -> Result<Response, ApiError> {
+    let server = auth.server(&server_id).await?;
+    // The content is parsed last: it reveals nothing to a caller who may not act on the server.
     let (name, value) = action(&content)?;
-    let call = match name {
-        "attach_usb_devices" => Call::Attach,
-        "detach_usb_devices" => Call::Detach,
-        "set_usb_owner" | "clear_usb_owner" => Call::ChangeOwner,
-        other => return Err(ApiError::bad_request(format!("Unknown action: {other}."))),
-    };
-    // Before the body is looked at: who may not do it has nothing to learn from its mistakes.
-    let server = api.server(&caller, call, &server_id).await?;
     let project = match ServerAction::read(name, value)? {
         ServerAction::Attach(requests) | ServerAction::Detach(requests) => {
-            let acted = perform(&api, caller, call, server, requests).await?;
+            let acted = perform(auth, server, requests).await?;
             return Ok((StatusCode::ACCEPTED, Json(acted)).into_response());
         }
         ServerAction::SetOwner(project) => Some(project),
         ServerAction::ClearOwner => None,
     };
-    let server = give_to(&api, &caller, server, project).await?;
-    Ok(Json(describe(&api, &caller, server).await?).into_response())
+    let server = give_to(&auth, server, project).await?;
+    Ok(Json(describe(&auth, server).await?).into_response())
+}
+
+/// Server and body of an action.
+type ActionInput = (Named<ServerName>, Content);
+
+/// Name of the action, which determines the role that it requires.
+pub(super) fn action_name((_, Content(content)): &ActionInput) -> Result<&str, ApiError> {
+    Ok(action(content)?.0)
 }
 
 /// Sets the owner of a server, or removes it with `None`.
 pub(super) async fn give_to(
-    api: &Arc<Api>,
-    caller: &Caller,
+    auth: &Authorized,
     server: Server,
     project: Option<ProjectId>,
 ) -> Result<Server, ApiError> {
@@ -313,8 +307,8 @@ pub(super) async fn give_to(
             server.id
         )));
     }
-    let caller = caller.clone();
-    let given = api.blocking(move |api| {
+    let caller = auth.caller().clone();
+    let given = auth.api.blocking(move |api| {
         api.store()?.set_owner(
             server.id,
             &server.name,
@@ -326,42 +320,37 @@ pub(super) async fn give_to(
     given.await
 }
 
-/// Attaches to or detaches from a server that the caller may do this with.
+/// Attaches devices to the server or detaches them, as the call says. The server is one that
+/// [`Authorized::server`] has returned.
 pub(super) async fn perform(
-    api: &Arc<Api>,
-    caller: Caller,
-    call: Call,
+    auth: Authorized,
     server: Server,
     requests: Vec<DeviceRequest>,
 ) -> Result<Acted, ApiError> {
-    // What is detached is the server's own, though its device be unplugged or another's by now.
-    if call == Call::Attach {
-        visible(api, &caller, call, &requests, &server)?;
+    // A server's own device can be detached even if it is unplugged, or no longer visible.
+    if auth.call() == Call::Attach {
+        visible(&auth, &requests, &server)?;
     }
     if let Some(host) = &server.host {
-        return api.ask_elsewhere(&caller, call, host, server.id, &requests).await;
+        return auth.ask_elsewhere(host, server.id, &requests).await;
     }
-    api.acting(move |api| match call {
-        Call::Attach => attach(api, &caller, &server, &requests),
-        _ => detach(api, &caller, &server, &requests),
+    let api = auth.api.clone();
+    api.acting(move |api| match auth.call() {
+        Call::Attach => attach(api, auth.caller(), &server, &requests),
+        _ => detach(api, auth.caller(), &server, &requests),
     })
     .await
 }
 
-/// A device that is named by its id must be there for the caller, and not only for virt-usb.
-fn visible(
-    api: &Api,
-    caller: &Caller,
-    call: Call,
-    requests: &[DeviceRequest],
-    server: &Server,
-) -> Result<(), ApiError> {
-    let snapshot = api.inventory.now()?;
+/// Checks that the caller may see each device that a request names by its id.
+fn visible(auth: &Authorized, requests: &[DeviceRequest], server: &Server) -> Result<(), ApiError> {
+    let snapshot = auth.api.inventory.now()?;
     for id in requests.iter().filter_map(|r| r.selector.id) {
         let Some(record) = snapshot.device(id) else { return Err(missing(id)) };
-        // What one's server has is never hidden.
+        // The devices of the caller's own server are always visible.
         if record.entry.instance_uuid != Some(server.id) {
-            ApiError::unless(snapshot.may(caller, call, record), || missing(id))?;
+            let verdict = snapshot.may(auth.caller(), auth.call(), record);
+            ApiError::unless(verdict, || missing(id))?;
         }
     }
     Ok(())

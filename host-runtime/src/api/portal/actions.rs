@@ -2,10 +2,9 @@
 //! result.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use axum::extract::State;
 use axum::http::header::{HeaderValue, REFRESH};
 use axum::response::Response;
 use maud::{Markup, html};
@@ -14,7 +13,7 @@ use tokio::sync::watch;
 use virt_usb_model::{DeviceRequest, Flavor, Status};
 use virt_usb_store::Record;
 
-use super::super::Api;
+use super::super::authorize::Authorized;
 use super::super::error::{ApiError, sentence};
 use super::super::policy::Call;
 use super::super::request::{Asked, Named};
@@ -114,22 +113,21 @@ fn option(device: &UsbDevice) -> String {
 
 /// Form that attaches a device to a server. Offers a choice only for what the query leaves open.
 pub(super) async fn attach_page(
-    State(api): State<Arc<Api>>,
-    signed: Signed,
-    Asked(wish): Asked<Form>,
+    auth: Authorized,
+    (signed, Asked(wish)): (Signed, Asked<Form>),
 ) -> Result<Response, ApiError> {
     let servers: Vec<Server> = if wish.server.is_empty() {
-        api.servers(&signed.caller).await?
+        auth.servers()?
     } else {
-        vec![api.server(&signed.caller, Call::Attach, &wish.server).await?]
+        vec![auth.server(&wish.server).await?]
     };
     let devices: Vec<UsbDevice> = if wish.device.is_empty() {
-        let snapshot = api.inventory.now()?;
+        let (snapshot, caller) = (auth.api.inventory.now()?, auth.caller());
         let is_free = |record: &&Record| record.entry.state() == Ok(Status::Available);
-        let free = snapshot.seen(&signed.caller).filter(is_free);
-        free.take(CHOICE).map(|record| snapshot.shown(record, &signed.caller)).collect()
+        let free = snapshot.seen(caller).filter(is_free);
+        free.take(CHOICE).map(|record| snapshot.shown(record, caller)).collect()
     } else {
-        vec![api.device(&signed.caller, Call::Attach, &wish.device)?.1]
+        vec![auth.device(&wish.device)?.1]
     };
     let main = html! {
         @if servers.is_empty() {
@@ -156,13 +154,12 @@ pub(super) async fn attach_page(
 
 /// Asks for confirmation: the guest sees an unplug.
 pub(super) async fn detach_page(
-    State(api): State<Arc<Api>>,
-    signed: Signed,
-    Asked(wish): Asked<Form>,
+    auth: Authorized,
+    (signed, Asked(wish)): (Signed, Asked<Form>),
 ) -> Result<Response, ApiError> {
-    let server = api.server(&signed.caller, Call::Detach, &wish.server).await?;
+    let server = auth.server(&wish.server).await?;
     let what = if wish.request.is_empty() {
-        option(&api.device(&signed.caller, Call::LookAt, &wish.device)?.1)
+        option(&auth.device(&wish.device)?.1)
     } else {
         wish.request()?.to_string()
     };
@@ -182,30 +179,15 @@ pub(super) async fn detach_page(
     Ok(page("Detach device", Some(&signed), &main))
 }
 
-pub(super) async fn attach(
-    State(api): State<Arc<Api>>,
+/// Begins to attach or detach, as the call says, and shows the action's page. The action continues
+/// even if the browser disconnects.
+pub(super) async fn begin(
+    auth: Authorized,
     Sent(signed, wish): Sent<Form>,
-) -> Result<Response, ApiError> {
-    begin(&api, signed, Call::Attach, &wish).await
-}
-
-pub(super) async fn detach(
-    State(api): State<Arc<Api>>,
-    Sent(signed, wish): Sent<Form>,
-) -> Result<Response, ApiError> {
-    begin(&api, signed, Call::Detach, &wish).await
-}
-
-/// Begins the action, which continues even if the browser disconnects, and shows its page.
-async fn begin(
-    api: &Arc<Api>,
-    signed: Signed,
-    call: Call,
-    wish: &Form,
 ) -> Result<Response, ApiError> {
     let request = wish.request()?;
-    let server = api.server(&signed.caller, call, &wish.server).await?;
-    let attach = call == Call::Attach;
+    let server = auth.server(&wish.server).await?;
+    let attach = auth.call() == Call::Attach;
     let (to, mut outcome) = watch::channel(None);
     let action = Action {
         owner: signed.id,
@@ -219,18 +201,17 @@ async fn begin(
         begun: Instant::now(),
         outcome: outcome.clone(),
     };
-    let id = api.portal.hands.add(action)?;
-    let (api, caller) = (api.clone(), signed.caller);
+    let id = auth.api.portal.actions.add(action)?;
     tokio::spawn(async move {
-        let whom = server.name.clone();
-        let done = perform(&api, caller, call, server, vec![request]).await;
+        let server_name = server.name.clone();
+        let done = perform(auth, server, vec![request]).await;
         let told = done.map(|acted| {
             let names: Vec<String> = acted.usb_devices.iter().map(name).collect();
             match (attach, acted.live, names.is_empty()) {
-                (true, true, _) => format!("{whom} has {}.", names.join(", ")),
-                (true, false, _) => format!("{whom} gets the device at its next start."),
-                (false, _, true) => format!("{whom} no longer gets the device."),
-                (false, _, false) => format!("{whom} released {}.", names.join(", ")),
+                (true, true, _) => format!("{server_name} has {}.", names.join(", ")),
+                (true, false, _) => format!("{server_name} gets the device at its next start."),
+                (false, _, true) => format!("{server_name} no longer gets the device."),
+                (false, _, false) => format!("{server_name} released {}.", names.join(", ")),
             }
         });
         to.send_replace(Some(told));
@@ -247,14 +228,13 @@ pub(super) struct ActionName {
 }
 
 pub(super) async fn show(
-    State(api): State<Arc<Api>>,
-    signed: Signed,
-    Named(ActionName { id }): Named<ActionName>,
+    auth: Authorized,
+    (signed, Named(ActionName { id })): (Signed, Named<ActionName>),
 ) -> Result<Response, ApiError> {
     let gone = || {
         ApiError::not_found("This action is no longer known. The server's page shows its devices.")
     };
-    let action = api.portal.hands.of(&signed.id, &id).ok_or_else(gone)?;
+    let action = auth.api.portal.actions.of(&signed.id, &id).ok_or_else(gone)?;
     let outcome = action.outcome.borrow().clone();
     let links = html! { p.actions {
         a href={ "/portal/servers/" (action.server) } { "Back to server" }

@@ -1,14 +1,11 @@
 //! Portal page of the audit trail: which server got which device, when and why.
 
-use std::sync::Arc;
-
-use axum::extract::State;
 use axum::response::Response;
 use maud::{Markup, html};
 use serde::Deserialize;
 use virt_usb_store::events::{EventRow, Filter};
 
-use super::super::Api;
+use super::super::authorize::Authorized;
 use super::super::error::ApiError;
 use super::super::events;
 use super::super::request::Asked;
@@ -51,13 +48,10 @@ pub(super) fn rows(story: &[EventRow], of_one: bool) -> Markup {
 }
 
 pub(super) async fn list(
-    State(api): State<Arc<Api>>,
-    signed: Signed,
-    Asked(query): Asked<Query>,
+    auth: Authorized,
+    (signed, Asked(query)): (Signed, Asked<Query>),
 ) -> Result<Response, ApiError> {
-    let (story, more) =
-        events::read(&api, signed.caller.clone(), Filter::default(), query.before.max(0), PAGE)
-            .await?;
+    let (story, more) = events::read(&auth, Filter::default(), query.before.max(0), PAGE).await?;
     let last = story.last().map_or(0, |event| event.id);
     let main = html! {
         div id="events" data-live[query.before == 0] { (rows(&story, false)) }

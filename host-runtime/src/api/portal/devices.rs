@@ -1,20 +1,17 @@
 //! Portal pages of the devices: the list, and a device with its history.
 
-use std::sync::Arc;
-
-use axum::extract::State;
 use axum::response::Response;
 use maud::{Markup, html};
 use serde::Deserialize;
 use virt_usb_model::{Status, UnavailableReason};
 use virt_usb_store::events::Filter;
 
-use super::super::Api;
 use super::super::actions::DeviceAction;
+use super::super::authorize::Authorized;
 use super::super::devices::{DeviceName, change as change_device};
 use super::super::error::ApiError;
 use super::super::events;
-use super::super::policy::{Call, may};
+use super::super::policy::Call;
 use super::super::request::{Asked, Named};
 use super::super::responses::{Totals, UsbDevice};
 use super::audit::rows;
@@ -66,17 +63,13 @@ fn found(device: &UsbDevice, search: &str) -> bool {
 }
 
 pub(super) async fn list(
-    State(api): State<Arc<Api>>,
-    signed: Signed,
-    Asked(query): Asked<Query>,
+    auth: Authorized,
+    (signed, Asked(query)): (Signed, Asked<Query>),
 ) -> Result<Response, ApiError> {
-    let snapshot = api.inventory.now()?;
-    let totals = Totals::of(snapshot.seen(&signed.caller));
+    let (snapshot, caller) = (auth.api.inventory.now()?, auth.caller());
+    let totals = Totals::of(snapshot.seen(caller));
     let after = |record: &&virt_usb_store::Record| record.entry.id.get() > query.after;
-    let all = snapshot
-        .seen(&signed.caller)
-        .filter(after)
-        .map(|record| snapshot.shown(record, &signed.caller));
+    let all = snapshot.seen(caller).filter(after).map(|record| snapshot.shown(record, caller));
     let is_wanted = |device: &UsbDevice| {
         (query.state.is_empty() || query.state == device.status) && found(device, &query.q)
     };
@@ -102,7 +95,7 @@ pub(super) async fn list(
         }
         div id="devices" data-live {
             p.note {
-                @if fleet { (snapshot.others.len() + 1) " hosts: " } @else { "Host " (api.host) ": " }
+                @if fleet { (snapshot.others.len() + 1) " hosts: " } @else { "Host " (auth.api.host) ": " }
                 (totals.total) " devices, " (totals.available) " available, " (totals.claimed + totals.allocated) " in use."
             }
             @if rows.is_empty() {
@@ -130,9 +123,9 @@ pub(super) fn holder(device: &UsbDevice) -> Markup {
 }
 
 /// Links to the actions that are possible now.
-fn hands(device: &UsbDevice, signed: &Signed) -> Markup {
+fn action_links(device: &UsbDevice, signed: &Signed) -> Markup {
     html! {
-        @if signed.may_act() {
+        @if signed.may(Call::Attach) {
             @if device.held_by.is_some() {
                 a href={ "/portal/detach?server=" (device.instance_uuid) "&device=" (device.id) } aria-label={ "Detach " (name(device)) } { "Detach" }
             } @else if device.state() == Some(Status::Available) {
@@ -152,18 +145,17 @@ fn row(device: &UsbDevice, fleet: bool, signed: &Signed) -> Markup {
         td { (device.serial.as_deref().unwrap_or("none")) }
         td { (device.vendor_id) ":" (device.product_id) }
         td { (device.port_path) }
-        td { (hands(device, signed)) }
+        td { (action_links(device, signed)) }
     }
 }
 
 pub(super) async fn show(
-    State(api): State<Arc<Api>>,
-    signed: Signed,
-    Named(DeviceName { usb_device_id }): Named<DeviceName>,
+    auth: Authorized,
+    (signed, Named(DeviceName { usb_device_id })): (Signed, Named<DeviceName>),
 ) -> Result<Response, ApiError> {
-    let (id, device) = api.device(&signed.caller, Call::LookAt, &usb_device_id)?;
+    let (id, device) = auth.device(&usb_device_id)?;
     let filter = Filter { device: Some(id), ..Filter::default() };
-    let (story, _) = events::read(&api, signed.caller.clone(), filter, 0, STORY).await?;
+    let (story, _) = events::read(&auth, filter, 0, STORY).await?;
     let main = html! {
         div id="device" data-live {
             dl {
@@ -185,10 +177,10 @@ pub(super) async fn show(
                 @if let Some(used) = &device.host_use { dt { "Used by the host" } dd { (used) } }
             }
             div.actions {
-                (hands(&device, &signed))
-                @if signed.caller.is_admin() { a href={ "/portal/flavors/new?device=" (device.id) } { "Create flavor" } }
+                (action_links(&device, &signed))
+                @if signed.may(Call::ChangeFlavor) { a href={ "/portal/flavors/new?device=" (device.id) } { "Create flavor" } }
             }
-            @if signed.caller.is_admin() { (changes(&device, &signed)) }
+            @if signed.may(Call::ChangeDevice) { (changes(&device, &signed)) }
             h2 { "Events" }
             (rows(&story, false))
         }
@@ -226,9 +218,8 @@ pub(super) struct Form {
 }
 
 pub(super) async fn change(
-    State(api): State<Arc<Api>>,
-    Named(DeviceName { usb_device_id }): Named<DeviceName>,
-    Sent(signed, wish): Sent<Form>,
+    auth: Authorized,
+    (Named(DeviceName { usb_device_id }), Sent(_, wish)): (Named<DeviceName>, Sent<Form>),
 ) -> Result<Response, ApiError> {
     let change = match wish.change.as_str() {
         "enable" => DeviceAction::Enable,
@@ -239,7 +230,6 @@ pub(super) async fn change(
         "clear_quarantine" => DeviceAction::ClearQuarantine,
         other => return Err(ApiError::bad_request(format!("Unknown action: {other}."))),
     };
-    ApiError::unless(may(&signed.caller, Call::ChangeDevice), ApiError::forbidden)?;
-    let device = change_device(&api, &signed.caller, usb_device_id, change).await?;
+    let device = change_device(&auth, usb_device_id, change).await?;
     Ok(see(&format!("/portal/devices/{}", device.id)))
 }

@@ -1,14 +1,11 @@
 //! Portal pages of the flavors: the list, and a form that creates one from a device.
 
-use std::sync::Arc;
-
-use axum::extract::State;
 use axum::response::Response;
 use maud::{Markup, html};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
-use super::super::Api;
+use super::super::authorize::Authorized;
 use super::super::error::ApiError;
 use super::super::flavors::{all, end, store as store_flavor};
 use super::super::policy::Call;
@@ -17,11 +14,8 @@ use super::super::responses::UsbDevice;
 use super::pages::{csrf, name, page, quoted, see, table, time};
 use super::session::{Sent, Signed};
 
-pub(super) async fn list(
-    State(api): State<Arc<Api>>,
-    signed: Signed,
-) -> Result<Response, ApiError> {
-    let flavors = all(&api, &signed.caller).await?;
+pub(super) async fn list(auth: Authorized, signed: Signed) -> Result<Response, ApiError> {
+    let flavors = all(&auth).await?;
     let row = |stored: &virt_usb_store::StoredFlavor| {
         let flavor = &stored.flavor;
         html! {
@@ -31,7 +25,7 @@ pub(super) async fn list(
                 @for request in &flavor.usb_redirection_devices { div { code { (json!(request)) } } }
             }
             td { (time(&stored.updated_at)) }
-            td { @if signed.caller.is_admin() {
+            td { @if signed.may(Call::ChangeFlavor) {
                 a href={ "/portal/flavors/remove?name=" (quoted(&stored.name)) } aria-label={ "Remove " (stored.name) } { "Remove" }
             } }
         }
@@ -72,11 +66,10 @@ fn very(device: &UsbDevice) -> (&'static str, String, &'static str) {
 }
 
 pub(super) async fn form(
-    State(api): State<Arc<Api>>,
-    signed: Signed,
-    Asked(query): Asked<Query>,
+    auth: Authorized,
+    (signed, Asked(query)): (Signed, Asked<Query>),
 ) -> Result<Response, ApiError> {
-    let (_, device) = api.device(&signed.caller, Call::ChangeFlavor, &query.device)?;
+    let (_, device) = auth.device(&query.device)?;
     let (_, value, which) = very(&device);
     let main = html! {
         p {
@@ -114,10 +107,10 @@ pub(super) struct Form {
 }
 
 pub(super) async fn store(
-    State(api): State<Arc<Api>>,
-    Sent(signed, wish): Sent<Form>,
+    auth: Authorized,
+    Sent(_, wish): Sent<Form>,
 ) -> Result<Response, ApiError> {
-    let (_, device) = api.device(&signed.caller, Call::ChangeFlavor, &wish.device)?;
+    let (_, device) = auth.device(&wish.device)?;
     let mut request = Map::new();
     request.insert("vendor_id".into(), json!(device.vendor_id));
     request.insert("product_id".into(), json!(device.product_id));
@@ -142,7 +135,7 @@ pub(super) async fn store(
         }
     }
     let text = json!({ "usb_devices": [request] }).to_string();
-    store_flavor(&api, signed.caller, wish.name.trim().to_owned(), &text).await?;
+    store_flavor(&auth, wish.name.trim().to_owned(), &text).await?;
     Ok(see("/portal/flavors"))
 }
 
@@ -151,7 +144,10 @@ pub(super) struct Removal {
     name: String,
 }
 
-pub(super) async fn removal(signed: Signed, Asked(removal): Asked<Removal>) -> Response {
+pub(super) async fn removal(
+    _: Authorized,
+    (signed, Asked(removal)): (Signed, Asked<Removal>),
+) -> Response {
     let main = html! {
         p {
             "Remove the flavor " b { (removal.name) }
@@ -168,9 +164,9 @@ pub(super) async fn removal(signed: Signed, Asked(removal): Asked<Removal>) -> R
 }
 
 pub(super) async fn remove(
-    State(api): State<Arc<Api>>,
-    Sent(signed, removal): Sent<Removal>,
+    auth: Authorized,
+    Sent(_, removal): Sent<Removal>,
 ) -> Result<Response, ApiError> {
-    end(&api, signed.caller, removal.name).await?;
+    end(&auth, removal.name).await?;
     Ok(see("/portal/flavors"))
 }

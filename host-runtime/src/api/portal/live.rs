@@ -6,13 +6,13 @@ use std::convert::Infallible;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use axum::extract::State;
 use axum::response::IntoResponse;
 use axum::response::sse::{Event, KeepAlive, Sse};
 use virt_usb_model::DeviceId;
 use virt_usb_store::Record;
 
 use super::super::Api;
+use super::super::authorize::Authorized;
 use super::super::error::ApiError;
 use super::super::identity::{AuthError, Caller, Freshness};
 use super::super::inventory::Snapshot;
@@ -138,11 +138,9 @@ impl Watch {
     }
 }
 
-pub(super) async fn live(
-    State(api): State<Arc<Api>>,
-    signed: Signed,
-) -> Result<impl IntoResponse, ApiError> {
-    let place = api.portal.watchers.place(&signed.caller.name);
+pub(super) async fn live(auth: Authorized, signed: Signed) -> Result<impl IntoResponse, ApiError> {
+    let api = auth.api.clone();
+    let place = api.portal.watchers.place(&auth.caller().name);
     let place = place.ok_or_else(|| {
         ApiError::unavailable("Too many pages are open: this one does not refresh automatically.")
     })?;

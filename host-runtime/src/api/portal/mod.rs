@@ -29,40 +29,49 @@ mod sign_in;
 use std::sync::Arc;
 
 use axum::Router;
-use axum::extract::Request;
+use axum::extract::{FromRequest, Request};
 use axum::middleware::{Next, from_fn};
 use axum::response::Response;
-use axum::routing::{get, post};
+use axum::routing::{MethodFilter, MethodRouter, get, post};
 
 use super::Api;
+use super::authorize::{Handler, Policy, guard};
 use super::error::ApiError;
+use super::policy::Call;
+use super::policy::Call::{Attach, ChangeDevice, ChangeFlavor, ChangeOwner, Detach, Look, LookAt};
+use session::Signed;
 
 /// State of the portal, in memory only.
 #[derive(Default)]
 pub(super) struct Portal {
     sessions: session::Sessions,
-    hands: actions::ActionLog,
+    actions: actions::ActionLog,
     watchers: live::Watchers,
 }
 
 pub(super) fn routes() -> Router<Arc<Api>> {
     let pages = Router::new()
-        .route("/portal/", get(devices::list))
+        .route("/portal/", page(LookAt, devices::list))
+        .route("/portal/devices/{usb_device_id}", page(LookAt, devices::show))
+        .route("/portal/devices/{usb_device_id}/change", form(ChangeDevice, devices::change))
+        .route("/portal/servers", page(LookAt, servers::list))
+        .route("/portal/servers/{server_id}", page(LookAt, servers::show))
+        .route("/portal/servers/{server_id}/owner", form(ChangeOwner, servers::own))
+        .route("/portal/attach", page(Attach, actions::attach_page))
+        .route("/portal/attach", form(Attach, actions::begin))
+        .route("/portal/detach", page(Detach, actions::detach_page))
+        .route("/portal/detach", form(Detach, actions::begin))
+        .route("/portal/actions/{id}", page(LookAt, actions::show))
+        .route("/portal/flavors", page(Look, flavors::list))
+        .route("/portal/flavors", form(ChangeFlavor, flavors::store))
+        .route("/portal/flavors/new", page(ChangeFlavor, flavors::form))
+        .route("/portal/flavors/remove", page(ChangeFlavor, flavors::removal))
+        .route("/portal/flavors/remove", form(ChangeFlavor, flavors::remove))
+        .route("/portal/events", page(LookAt, audit::list))
+        .route("/portal/live", page(LookAt, live::live))
+        // Pages without a role check.
         .route("/portal/sign-in", get(sign_in::show).post(sign_in::sign_in))
         .route("/portal/sign-out", post(sign_in::sign_out))
-        .route("/portal/devices/{usb_device_id}", get(devices::show))
-        .route("/portal/devices/{usb_device_id}/change", post(devices::change))
-        .route("/portal/servers", get(servers::list))
-        .route("/portal/servers/{server_id}", get(servers::show))
-        .route("/portal/servers/{server_id}/owner", post(servers::own))
-        .route("/portal/attach", get(actions::attach_page).post(actions::attach))
-        .route("/portal/detach", get(actions::detach_page).post(actions::detach))
-        .route("/portal/actions/{id}", get(actions::show))
-        .route("/portal/flavors", get(flavors::list).post(flavors::store))
-        .route("/portal/flavors/new", get(flavors::form))
-        .route("/portal/flavors/remove", get(flavors::removal).post(flavors::remove))
-        .route("/portal/events", get(audit::list))
-        .route("/portal/live", get(live::live))
         .method_not_allowed_fallback(super::request::no_method)
         .layer(from_fn(for_people));
     Router::new()
@@ -71,6 +80,22 @@ pub(super) fn routes() -> Router<Arc<Api>> {
         .route("/portal/style.css", get(pages::style))
         .route("/portal/live.js", get(pages::script))
         .merge(pages)
+}
+
+/// Serves a page to signed-in users who have the role for the call.
+fn page<I, M>(call: Call, handler: impl Handler<I>) -> MethodRouter<Arc<Api>>
+where
+    I: FromRequest<Arc<Api>, M> + Send + 'static,
+{
+    guard::<Signed, I, M>(MethodFilter::GET, Policy::Always(call), handler)
+}
+
+/// Serves what a form does to signed-in users who have the role for the call.
+fn form<I, M>(call: Call, handler: impl Handler<I>) -> MethodRouter<Arc<Api>>
+where
+    I: FromRequest<Arc<Api>, M> + Send + 'static,
+{
+    guard::<Signed, I, M>(MethodFilter::POST, Policy::Always(call), handler)
 }
 
 /// Turns an error response into a page.

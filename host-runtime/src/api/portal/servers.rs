@@ -1,18 +1,15 @@
 //! Servers: those that the caller may know of, and one with its devices.
 
-use std::sync::Arc;
-
-use axum::extract::State;
 use axum::response::Response;
 use maud::{Markup, html};
 use serde::Deserialize;
 use virt_usb_model::ParseError;
 use virt_usb_store::events::Filter;
 
-use super::super::Api;
+use super::super::authorize::Authorized;
 use super::super::error::{ApiError, sentence};
 use super::super::events;
-use super::super::policy::{Authorization, Call, may};
+use super::super::policy::Call;
 use super::super::request::Named;
 use super::super::servers::{ServerName, give_to};
 use super::audit::rows;
@@ -26,12 +23,9 @@ fn running(runs: bool) -> Markup {
     html! { span class={ "state " (if runs { "good" } else { "off" }) } { (if runs { "running" } else { "stopped" }) } }
 }
 
-pub(super) async fn list(
-    State(api): State<Arc<Api>>,
-    signed: Signed,
-) -> Result<Response, ApiError> {
-    let servers = api.servers(&signed.caller).await?;
-    let snapshot = api.inventory.now()?;
+pub(super) async fn list(auth: Authorized, signed: Signed) -> Result<Response, ApiError> {
+    let servers = auth.servers()?;
+    let snapshot = auth.api.inventory.now()?;
     let held = |id| snapshot.devices().filter(|r| r.entry.instance_uuid == Some(id)).count();
     let row = |server: &super::super::servers::Server| {
         html! {
@@ -55,16 +49,15 @@ pub(super) async fn list(
 }
 
 pub(super) async fn show(
-    State(api): State<Arc<Api>>,
-    signed: Signed,
-    Named(ServerName { server_id }): Named<ServerName>,
+    auth: Authorized,
+    (signed, Named(ServerName { server_id })): (Signed, Named<ServerName>),
 ) -> Result<Response, ApiError> {
-    let server = api.server(&signed.caller, Call::LookAt, &server_id).await?;
+    let server = auth.server(&server_id).await?;
     let id = server.id;
-    let assigned = api.assigned(&server).await?;
+    let assigned = auth.api.assigned(&server).await?;
     let filter = Filter { instance: Some(id), ..Filter::default() };
-    let (story, _) = events::read(&api, signed.caller.clone(), filter, 0, STORY).await?;
-    let snapshot = api.inventory.now()?;
+    let (story, _) = events::read(&auth, filter, 0, STORY).await?;
+    let snapshot = auth.api.inventory.now()?;
     let mine = snapshot.devices().filter(|r| r.entry.instance_uuid == Some(id));
     let row = |device: super::super::responses::UsbDevice| {
         html! {
@@ -72,19 +65,19 @@ pub(super) async fn show(
             td { (state(&device)) }
             td { @if let Some(since) = &device.held_since { (time(since)) } }
             td { (device.serial.as_deref().unwrap_or("none")) }
-            td { @if signed.may_act() {
+            td { @if signed.may(Call::Attach) {
                 a href={ "/portal/detach?server=" (id) "&device=" (device.id) } aria-label={ "Detach " (name(&device)) } { "Detach" }
             } }
         }
     };
     let devices: Vec<Markup> =
-        mine.map(|record| row(snapshot.shown(record, &signed.caller))).collect();
+        mine.map(|record| row(snapshot.shown(record, auth.caller()))).collect();
     let wish = |(request, since): &(virt_usb_model::DeviceRequest, Option<String>)| {
         let request = request.to_string();
         html! {
             th scope="row" { code { (request) } }
             td { @if let Some(since) = since { (time(since)) } }
-            td { @if signed.may_act() {
+            td { @if signed.may(Call::Attach) {
                 a href={ "/portal/detach?server=" (id) "&request=" (quoted(&request)) } aria-label={ "Detach " (request) } { "Detach" }
             } }
         }
@@ -101,7 +94,7 @@ pub(super) async fn show(
             } @else {
                 (table("USB devices", &["Device", "State", "Since", "Serial", "Action"], &devices))
             }
-            @if signed.may_act() {
+            @if signed.may(Call::Attach) {
                 p.actions { a.button href={ "/portal/attach?server=" (id) } { "Attach device" } }
             }
             @if !wishes.is_empty() {
@@ -111,7 +104,7 @@ pub(super) async fn show(
             h2 { "Events" }
             (rows(&story, true))
         }
-        @if may(&signed.caller, Call::ChangeOwner) == Authorization::Allowed && !server.by_domain {
+        @if signed.may(Call::ChangeOwner) && !server.by_domain {
             h2 { "Administration" }
             form.actions method="post" action={ "/portal/servers/" (id) "/owner" } {
                 (csrf(&signed))
@@ -134,12 +127,14 @@ pub(super) struct NewOwner {
     project: String,
 }
 
+/// Server, and the form with its new owner.
+type OwnerForm = (Named<ServerName>, Sent<NewOwner>);
+
 pub(super) async fn own(
-    State(api): State<Arc<Api>>,
-    Named(ServerName { server_id }): Named<ServerName>,
-    Sent(signed, NewOwner { project }): Sent<NewOwner>,
+    auth: Authorized,
+    (Named(ServerName { server_id }), Sent(_, NewOwner { project })): OwnerForm,
 ) -> Result<Response, ApiError> {
-    let server = api.server(&signed.caller, Call::ChangeOwner, &server_id).await?;
+    let server = auth.server(&server_id).await?;
     let project = match project.trim() {
         "" => None,
         text => Some(
@@ -147,6 +142,6 @@ pub(super) async fn own(
                 .map_err(|e: ParseError| ApiError::bad_request(sentence(&e.to_string())))?,
         ),
     };
-    let server = give_to(&api, &signed.caller, server, project).await?;
+    let server = give_to(&auth, server, project).await?;
     Ok(see(&format!("/portal/servers/{}", server.id)))
 }

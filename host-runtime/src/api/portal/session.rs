@@ -15,7 +15,8 @@ use serde::de::DeserializeOwned;
 use virt_usb_filter_host::{hex, sha256};
 
 use super::super::error::{ApiError, sentence};
-use super::super::identity::{AuthError, Caller, Role};
+use super::super::identity::{AuthError, Caller};
+use super::super::policy::{Authorization, Call, may};
 use super::super::request::form;
 use super::super::{Api, look};
 use super::pages::see;
@@ -141,9 +142,9 @@ pub(super) struct Signed {
 }
 
 impl Signed {
-    /// Whether the user may attach and detach, so that pages show these forms.
-    pub(super) fn may_act(&self) -> bool {
-        self.caller.role >= Role::Member
+    /// Whether the user has the role for this call, so that pages show its links and forms.
+    pub(super) fn may(&self, call: Call) -> bool {
+        may(&self.caller, call) == Authorization::Allowed
     }
 
     async fn of(parts: &Parts, api: &Arc<Api>) -> Result<Option<Self>, ApiError> {
@@ -160,12 +161,25 @@ impl Signed {
     }
 }
 
+impl From<Signed> for Caller {
+    fn from(signed: Signed) -> Self {
+        signed.caller
+    }
+}
+
 impl FromRequestParts<Arc<Api>> for Signed {
     type Rejection = Response;
 
     async fn from_request_parts(parts: &mut Parts, api: &Arc<Api>) -> Result<Self, Response> {
+        // The role check and the handler share one validation of the token.
+        if let Some(signed) = parts.extensions.get::<Self>() {
+            return Ok(signed.clone());
+        }
         match Self::of(parts, api).await {
-            Ok(Some(signed)) => Ok(signed),
+            Ok(Some(signed)) => {
+                parts.extensions.insert(signed.clone());
+                Ok(signed)
+            }
             Ok(None) => Err(see("/portal/sign-in")),
             Err(fault) => Err(fault.into_response()),
         }
