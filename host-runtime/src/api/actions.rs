@@ -6,7 +6,7 @@ use virt_usb_model::flavor::Tag;
 use virt_usb_model::{DeviceRequest, Flavor, ParseError, ProjectId};
 
 use super::error::{ApiError, sentence};
-use super::request::{action, nothing, object};
+use super::request::{action, null, object};
 
 /// Maximum length of the reason of a disabled device, in characters.
 const MAX_REASON_CHARACTERS: usize = 255;
@@ -30,10 +30,10 @@ impl DeviceAction {
     /// Reads the body of a request.
     pub(super) fn read(content: &Map<String, Value>) -> Result<Self, ApiError> {
         let (name, value) = action(content)?;
-        let nothing = |change| Ok(nothing(name, value)?.unwrap_or(change));
+        let without_parameters = |change| null(name, value).map(|()| change);
         match name {
-            "enable" => nothing(Self::Enable),
-            "clear_quarantine" => nothing(Self::ClearQuarantine),
+            "enable" => without_parameters(Self::Enable),
+            "clear_quarantine" => without_parameters(Self::ClearQuarantine),
             "disable" => match object(value, name, &["reason"])?.get("reason") {
                 None | Some(Value::Null) => Ok(Self::Disable(None)),
                 Some(Value::String(why)) if why.chars().count() <= MAX_REASON_CHARACTERS => {
@@ -102,7 +102,7 @@ impl ServerAction {
             "attach_usb_devices" => requests(name, value).map(Self::Attach),
             "detach_usb_devices" => requests(name, value).map(Self::Detach),
             "set_usb_owner" => project(name, value).map(Self::SetOwner),
-            "clear_usb_owner" => Ok(nothing(name, value)?.unwrap_or(Self::ClearOwner)),
+            "clear_usb_owner" => null(name, value).map(|()| Self::ClearOwner),
             other => Err(unknown(other)),
         }
     }

@@ -149,3 +149,24 @@ where
     let auth = policy.call(&input).and_then(|call| Authorized::new(api, caller, call));
     Ok((auth.map_err(IntoResponse::into_response)?, input))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_input_determines_the_call() {
+        let always: Policy<String> = Policy::Always(Call::Look);
+        assert_eq!(always.call(&"whatever".to_owned()), Ok(Call::Look));
+        let by_case: Policy<String> = Policy::ByCase {
+            cases: &[("attach", Call::Attach), ("give", Call::ChangeOwner)],
+            case: |input| Ok(input),
+        };
+        assert_eq!(by_case.call(&"give".to_owned()), Ok(Call::ChangeOwner));
+        let unknown = by_case.call(&"take".to_owned()).unwrap_err();
+        assert_eq!(
+            (unknown.status.as_u16(), unknown.message.as_str()),
+            (400, "Unknown action: take.")
+        );
+    }
+}

@@ -1,4 +1,4 @@
-//! Devices: list, show, and what an administrator does about one.
+//! API calls for devices: list, show, and the changes of an administrator.
 
 use std::fmt::Display;
 
@@ -24,7 +24,7 @@ use super::request::{Asked, Content, Named};
 use super::request_schemas::DeviceActionRequest;
 use super::responses::{UsbDevice, UsbDeviceShown as Shown, UsbDevices};
 
-/// A path's device.
+/// Device in the path of a request.
 #[derive(Deserialize)]
 pub(super) struct DeviceName {
     pub(super) usb_device_id: String,
@@ -46,7 +46,7 @@ pub(super) struct Query {
     sort_key: Option<SortKey>,
     sort_dir: Option<SortDir>,
     limit: Option<u32>,
-    /// The id of the last device that is known: those after it are wanted.
+    /// Id of the last device of the previous page.
     marker: Option<u64>,
 }
 
@@ -84,7 +84,8 @@ pub(super) fn missing(name: impl Display) -> ApiError {
 }
 
 /// Devices, filtered, sorted, in pages
-#[utoipa::path(get, path = "/os-usb-devices", tag = "devices", operation_id = "list_usb_devices", params(Query),
+#[utoipa::path(get, path = "/os-usb-devices", tag = "devices",
+    operation_id = "list_usb_devices", params(Query),
     responses((status = 200, description = "The devices", body = UsbDevices)))]
 pub(super) async fn list(
     auth: Authorized,
@@ -97,7 +98,7 @@ pub(super) async fn list(
         inventory.now()?
     };
     let wanted = Wanted::read(&query)?;
-    let is_wanted = |record: &&Record| wanted.is(&snapshot, caller, record);
+    let is_wanted = |record: &&Record| wanted.matches(&snapshot, caller, record);
     let mut found: Vec<&Record> = snapshot.seen(caller).filter(is_wanted).collect();
     if let Some(key) = query.sort_key {
         found.sort_by_cached_key(|r| sort_text(r, key));
@@ -159,8 +160,9 @@ impl<'a> Wanted<'a> {
         })
     }
 
-    /// Of who has a device only what is shown counts: else a filter would tell what is not.
-    fn is(&self, snapshot: &Snapshot, caller: &Caller, record: &Record) -> bool {
+    /// Whether a device matches. The filter by instance uses only what the caller may see, so that
+    /// it reveals nothing else.
+    fn matches(&self, snapshot: &Snapshot, caller: &Caller, record: &Record) -> bool {
         let e = &record.entry;
         self.query.status.as_ref().is_none_or(|status| *status == e.status)
             && self.vendor.is_none_or(|vendor| vendor == e.vendor_id)
@@ -191,7 +193,8 @@ impl Authorized {
 }
 
 /// Show a device
-#[utoipa::path(get, path = "/os-usb-devices/{usb_device_id}", tag = "devices", operation_id = "show_usb_device",
+#[utoipa::path(get, path = "/os-usb-devices/{usb_device_id}", tag = "devices",
+    operation_id = "show_usb_device",
     params(("usb_device_id" = u64, Path, description = "The device's id")),
     responses((status = 200, description = "The device", body = Shown)))]
 pub(super) async fn show(
@@ -203,7 +206,8 @@ pub(super) async fn show(
 }
 
 /// Enable, disable, clear quarantine, tag: for administrators
-#[utoipa::path(post, path = "/os-usb-devices/{usb_device_id}/action", tag = "devices", operation_id = "act_on_usb_device",
+#[utoipa::path(post, path = "/os-usb-devices/{usb_device_id}/action", tag = "devices",
+    operation_id = "act_on_usb_device",
     params(("usb_device_id" = u64, Path, description = "The device's id")),
     request_body = DeviceActionRequest,
     responses((status = 200, description = "The device after the change", body = Shown)))]
@@ -263,8 +267,9 @@ pub(super) async fn change(
 
 /// Forget a device that is not plugged in: for administrators
 ///
-/// If it comes back it is another device, with another id.
-#[utoipa::path(delete, path = "/os-usb-devices/{usb_device_id}", tag = "devices", operation_id = "forget_usb_device",
+/// If the device is plugged in again, it gets a new id.
+#[utoipa::path(delete, path = "/os-usb-devices/{usb_device_id}", tag = "devices",
+    operation_id = "forget_usb_device",
     params(("usb_device_id" = u64, Path, description = "The device's id")),
     responses((status = 204, description = "The device was forgotten")))]
 pub(super) async fn forget(
@@ -288,7 +293,7 @@ pub(super) async fn forget(
     }
 }
 
-/// A device is changed where it is plugged in.
+/// Rejects a change of a device of another host, whose own API changes it.
 fn refuse_elsewhere(api: &Api, id: DeviceId) -> Result<(), ApiError> {
     match api.inventory.now()?.elsewhere(id) {
         Some(other) => Err(ApiError::conflict(format!(

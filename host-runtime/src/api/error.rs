@@ -32,7 +32,7 @@ impl ApiError {
         Self { status, message: message.into(), retry_after: None, private: None }
     }
 
-    /// The same in other words.
+    /// Replaces the message.
     pub(super) fn saying(self, message: impl Into<String>) -> Self {
         Self { message: message.into(), ..self }
     }
@@ -88,13 +88,13 @@ impl ApiError {
         )
     }
 
-    /// Seconds until it is worth while to try again.
+    /// Rate limit exceeded; `wait` is the number of seconds until the next attempt.
     pub(super) fn too_often(wait: u64) -> Self {
         let message = format!("Rate limit exceeded: try again in {wait} s.");
         Self { retry_after: Some(wait), ..Self::new(StatusCode::TOO_MANY_REQUESTS, message) }
     }
 
-    /// How long until it is worth while to try again.
+    /// Time until the next attempt.
     pub(super) fn retry_after(&self) -> Option<Duration> {
         self.retry_after.map(Duration::from_secs)
     }
@@ -111,7 +111,7 @@ impl ApiError {
         Self { private, ..Self::new(StatusCode::INTERNAL_SERVER_ERROR, message) }
     }
 
-    /// The token may be a good one: it cannot be said now.
+    /// The token cannot be validated now, for a reason that only the log gets.
     pub(super) fn cannot_tell(private: String) -> Self {
         Self::away(
             "Tokens cannot be validated now. The agent's log on the host shows why.",
@@ -232,7 +232,8 @@ impl From<WorkError> for ApiError {
     }
 }
 
-/// Ends with a full stop. How it begins stays: it may be a key's name.
+/// Adds a full stop if there is none. The first letter does not change, because it may belong to
+/// the name of a key.
 pub(super) fn sentence(text: &str) -> String {
     let text = text.trim();
     let end = if text.ends_with(['.', '!', '?']) { "" } else { "." };

@@ -1,4 +1,4 @@
-//! The audit: of a device, of a server.
+//! API calls for the audit trail: of a device, of a server, and of all.
 
 use axum::Json;
 use axum::extract::OriginalUri;
@@ -19,21 +19,22 @@ use super::servers::ServerName;
 /// Number of events that are read at a time.
 const CHUNK: u32 = 1001;
 
-/// How many, from where on.
+/// Page of a list of events.
 #[derive(Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
 pub(super) struct Query {
     limit: Option<u32>,
-    /// The id of the oldest event that is known: those before it are wanted.
+    /// Id of the last event of the previous page.
     marker: Option<u64>,
 }
 
-/// A device's audit, newest first
+/// Audit trail of a device, newest first
 ///
-/// Administrators see all of it, others what concerned their project, and what became of it while
-/// no instance had it, without who and why.
-#[utoipa::path(get, path = "/os-usb-devices/{usb_device_id}/events", tag = "events", operation_id = "list_usb_device_events",
+/// Administrators see all events. Other callers see the events of their project and, without actor
+/// and reason, the events while no instance held the device.
+#[utoipa::path(get, path = "/os-usb-devices/{usb_device_id}/events", tag = "events",
+    operation_id = "list_usb_device_events",
     params(("usb_device_id" = u64, Path, description = "The device's id"), Query),
     responses((status = 200, description = "The events", body = Events)))]
 pub(super) async fn of_device(
@@ -44,8 +45,9 @@ pub(super) async fn of_device(
     answer(&auth, Filter { device: Some(device), ..Filter::default() }, page).await
 }
 
-/// A server's audit, newest first
-#[utoipa::path(get, path = "/servers/{server_id}/os-usb-events", tag = "events", operation_id = "list_server_usb_events",
+/// Audit trail of a server, newest first
+#[utoipa::path(get, path = "/servers/{server_id}/os-usb-events", tag = "events",
+    operation_id = "list_server_usb_events",
     params(("server_id" = String, Path, description = "The server's UUID"), Query),
     responses((status = 200, description = "The events", body = Events)))]
 pub(super) async fn of_server(
@@ -56,8 +58,9 @@ pub(super) async fn of_server(
     answer(&auth, Filter { instance: Some(server.id), ..Filter::default() }, page).await
 }
 
-/// The audit, newest first: for administrators all of it, for others what concerned their project
-#[utoipa::path(get, path = "/os-usb-events", tag = "events", operation_id = "list_usb_events", params(Query),
+/// Audit trail, newest first: all of it for administrators, otherwise that of the caller's project
+#[utoipa::path(get, path = "/os-usb-events", tag = "events",
+    operation_id = "list_usb_events", params(Query),
     responses((status = 200, description = "The events", body = Events)))]
 pub(super) async fn list(auth: Authorized, page: Page) -> Result<Json<Events>, ApiError> {
     answer(&auth, Filter::default(), page).await
@@ -79,8 +82,8 @@ async fn answer(
     Ok(Json(Events { events, events_links: events_links.into_iter().collect() }))
 }
 
-/// The events that the caller may see, newest first, before the event with that id (0: from the
-/// newest), and whether there are more.
+/// The events that the caller may see, newest first, before the event with this id, and whether
+/// there are more. If the id is 0, begins with the newest event.
 pub(super) async fn read(
     auth: &Authorized,
     filter: Filter,
@@ -92,7 +95,7 @@ pub(super) async fn read(
     let found = auth.api.blocking(move |api| {
         let (store, mut found) = (api.store()?, Vec::new());
         let mut filter = Filter { before, limit: CHUNK, ..filter };
-        // Most that there is may be others'.
+        // Most events may belong to other projects, so one chunk may not fill the page.
         loop {
             let events = store.events(&filter)?;
             let Some(oldest) = events.first() else { return Ok(found) };

@@ -15,7 +15,7 @@ use super::request_schemas::FlavorRequest;
 use super::responses::{UsbFlavor, UsbFlavorShown as Shown, UsbFlavors as Flavors};
 use virt_usb_fleet::replicated::change;
 
-/// A path's flavor.
+/// Flavor in the path of a request.
 #[derive(Deserialize)]
 pub(super) struct FlavorName {
     flavor_name: String,
@@ -39,7 +39,8 @@ pub(super) async fn all(auth: &Authorized) -> Result<Vec<StoredFlavor>, ApiError
 }
 
 /// Show a flavor
-#[utoipa::path(get, path = "/os-usb-flavors/{flavor_name}", tag = "flavors", operation_id = "show_usb_flavor",
+#[utoipa::path(get, path = "/os-usb-flavors/{flavor_name}", tag = "flavors",
+    operation_id = "show_usb_flavor",
     params(("flavor_name" = String, Path, description = "The flavor's name")),
     responses((status = 200, description = "The flavor", body = Shown)))]
 pub(super) async fn show(
@@ -53,9 +54,10 @@ pub(super) async fn show(
 }
 
 /// Store a flavor: for administrators
-#[utoipa::path(put, path = "/os-usb-flavors/{flavor_name}", tag = "flavors", operation_id = "set_usb_flavor",
-    params(("flavor_name" = String, Path, description = "The flavor's \
-        name")), request_body = FlavorRequest,
+#[utoipa::path(put, path = "/os-usb-flavors/{flavor_name}", tag = "flavors",
+    operation_id = "set_usb_flavor",
+    params(("flavor_name" = String, Path, description = "The flavor's name")),
+    request_body = FlavorRequest,
     responses((status = 200, description = "The stored flavor", body = Shown)))]
 pub(super) async fn set(
     auth: Authorized,
@@ -92,9 +94,10 @@ pub(super) async fn store(
 }
 
 /// Remove a flavor: for administrators
-#[utoipa::path(delete, path = "/os-usb-flavors/{flavor_name}", tag = "flavors", operation_id = "remove_usb_flavor",
+#[utoipa::path(delete, path = "/os-usb-flavors/{flavor_name}", tag = "flavors",
+    operation_id = "remove_usb_flavor",
     params(("flavor_name" = String, Path, description = "The flavor's name")),
-    responses((status = 204, description = "It is gone")))]
+    responses((status = 204, description = "The flavor was removed")))]
 pub(super) async fn remove(
     auth: Authorized,
     Named(FlavorName { flavor_name: name }): Named<FlavorName>,

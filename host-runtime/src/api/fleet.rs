@@ -18,7 +18,7 @@ use super::responses::Acted;
 use super::servers::perform;
 use crate::publish::requests::{self as through, Answer, Doer, Doing, Request, Unanswered};
 
-/// Follows the fleet, and does what other hosts ask of this one, for ever.
+/// Follows the fleet, and serves the requests of other hosts, until the runtime ends.
 pub(super) async fn follow(api: Arc<Api>, fleet: Fleet) {
     let Some(others) = api.inventory.following() else { return };
     let doer: Arc<dyn Doer> = api.clone();
@@ -97,7 +97,7 @@ impl Api {
         perform(auth, server, wanted).await
     }
 
-    /// How things are with the server of a request that an agent before this one has begun.
+    /// Error that describes the state of a server, after an interrupted agent had begun a request.
     async fn state(self: &Arc<Self>, request: &Request) -> ApiError {
         let id: Option<InstanceId> = request.server.parse().ok();
         let has = self.inventory.now().map(|snapshot| {

@@ -1,4 +1,4 @@
-//! Grants: which projects may have which devices. For administrators.
+//! API calls for grants, which make devices available to certain projects. For administrators.
 
 use axum::Json;
 use axum::http::StatusCode;
@@ -14,7 +14,7 @@ use super::request_schemas::GrantRequest;
 use super::responses::{UsbGrant, UsbGrantShown as Shown, UsbGrants as Grants};
 use virt_usb_fleet::replicated::change;
 
-/// A path's grant.
+/// Grant in the path of a request.
 #[derive(Deserialize)]
 pub(super) struct GrantName {
     grant_name: String,
@@ -25,7 +25,8 @@ fn missing(name: &str) -> ApiError {
 }
 
 /// Stored grants: for administrators
-#[utoipa::path(get, path = "/os-usb-grants", tag = "grants", operation_id = "list_usb_grants",
+#[utoipa::path(get, path = "/os-usb-grants", tag = "grants",
+    operation_id = "list_usb_grants",
     responses((status = 200, description = "The grants", body = Grants)))]
 pub(super) async fn list(auth: Authorized, (): ()) -> Result<Json<Grants>, ApiError> {
     let stored = auth.api.blocking(|api| Ok(api.store()?.grants()?)).await?;
@@ -33,7 +34,8 @@ pub(super) async fn list(auth: Authorized, (): ()) -> Result<Json<Grants>, ApiEr
 }
 
 /// One grant: for administrators
-#[utoipa::path(get, path = "/os-usb-grants/{grant_name}", tag = "grants", operation_id = "show_usb_grant",
+#[utoipa::path(get, path = "/os-usb-grants/{grant_name}", tag = "grants",
+    operation_id = "show_usb_grant",
     params(("grant_name" = String, Path, description = "The grant's name")),
     responses((status = 200, description = "The grant", body = Shown)))]
 pub(super) async fn show(
@@ -48,9 +50,10 @@ pub(super) async fn show(
 }
 
 /// Store a grant: for administrators
-#[utoipa::path(put, path = "/os-usb-grants/{grant_name}", tag = "grants", operation_id = "set_usb_grant",
-    params(("grant_name" = String, Path, description = "The grant's \
-        name")), request_body = GrantRequest,
+#[utoipa::path(put, path = "/os-usb-grants/{grant_name}", tag = "grants",
+    operation_id = "set_usb_grant",
+    params(("grant_name" = String, Path, description = "The grant's name")),
+    request_body = GrantRequest,
     responses((status = 200, description = "The stored grant", body = Shown)))]
 pub(super) async fn set(
     auth: Authorized,
@@ -74,9 +77,10 @@ pub(super) async fn set(
 }
 
 /// Remove a grant: for administrators
-#[utoipa::path(delete, path = "/os-usb-grants/{grant_name}", tag = "grants", operation_id = "remove_usb_grant",
+#[utoipa::path(delete, path = "/os-usb-grants/{grant_name}", tag = "grants",
+    operation_id = "remove_usb_grant",
     params(("grant_name" = String, Path, description = "The grant's name")),
-    responses((status = 204, description = "It is gone")))]
+    responses((status = 204, description = "The grant was removed")))]
 pub(super) async fn remove(
     auth: Authorized,
     Named(GrantName { grant_name: name }): Named<GrantName>,

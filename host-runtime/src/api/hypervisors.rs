@@ -1,4 +1,4 @@
-//! Hosts, as Nova's hypervisors.
+//! API calls for hosts, in the format of Nova's hypervisors.
 
 use axum::Json;
 use axum::body::Bytes;
@@ -16,7 +16,7 @@ use super::responses::{
 };
 use crate::publish::peers::Peer;
 
-/// A path's host.
+/// Host in the path of a request.
 #[derive(Deserialize)]
 pub(super) struct HostName {
     hypervisor_hostname: String,
@@ -49,8 +49,9 @@ fn other(other: &Peer, snapshot: &Snapshot, caller: &Caller) -> Listed {
     }
 }
 
-/// Hosts, and how many devices of each state
-#[utoipa::path(get, path = "/os-hypervisors", tag = "hypervisors", operation_id = "list_hypervisors",
+/// Hosts, with the number of devices in each state
+#[utoipa::path(get, path = "/os-hypervisors", tag = "hypervisors",
+    operation_id = "list_hypervisors",
     responses((status = 200, description = "The hosts", body = Hypervisors)))]
 pub(super) async fn list(auth: Authorized, (): ()) -> Result<Json<Hypervisors>, ApiError> {
     let (snapshot, caller) = (auth.api.inventory.now()?, auth.caller());
@@ -62,7 +63,8 @@ pub(super) async fn list(auth: Authorized, (): ()) -> Result<Json<Hypervisors>, 
 }
 
 /// A host and its devices
-#[utoipa::path(get, path = "/os-hypervisors/{hypervisor_hostname}", tag = "hypervisors", operation_id = "show_hypervisor",
+#[utoipa::path(get, path = "/os-hypervisors/{hypervisor_hostname}", tag = "hypervisors",
+    operation_id = "show_hypervisor",
     params(("hypervisor_hostname" = String, Path, description = "The host's name")),
     responses((status = 200, description = "The host", body = Hypervisor)))]
 pub(super) async fn show(

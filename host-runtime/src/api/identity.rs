@@ -14,11 +14,11 @@ use super::tokens::{PREFIX, Tokens};
 /// Role of a caller; each role includes the permissions of those before it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Role {
-    /// Looks at what is its project's.
+    /// Reads the devices, servers and events of its project.
     Reader,
-    /// Attaches to and detaches from its project's servers.
+    /// Also attaches devices to its project's servers, and detaches them.
     Member,
-    /// All of it, of every project.
+    /// Makes every call, for every project.
     Admin,
 }
 
@@ -26,7 +26,7 @@ impl Role {
     /// All roles, in order.
     pub const ALL: [Self; 3] = [Self::Reader, Self::Member, Self::Admin];
 
-    /// As it is written.
+    /// Name of the role in tokens, in the configuration and in responses.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Reader => "reader",
@@ -54,24 +54,23 @@ impl FromStr for Role {
 /// An authenticated caller.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Caller {
-    /// For the audit and the log: the token's name, never the token.
+    /// Name of the token or the user, for the audit trail and the log.
     pub name: String,
-    /// The project that is acted for; none: root and the agent's group on the host itself, who act
-    /// for none.
+    /// Project that the caller acts for; `None` for root and the agent's group on the host itself.
     pub project: Option<ProjectId>,
     /// Role of the caller.
     pub role: Role,
 }
 
 impl Caller {
-    /// Whether it may see and do all.
+    /// Whether the caller may see and change everything.
     pub fn is_admin(&self) -> bool {
         self.role == Role::Admin
     }
 
-    /// Whether what this project owns is its own.
+    /// Whether the caller acts for the owner project of an object.
     pub fn owns(&self, project: Option<&ProjectId>) -> bool {
-        matches!((&self.project, project), (Some(mine), Some(whose)) if mine.is(whose))
+        matches!((&self.project, project), (Some(own), Some(owner)) if own.is(owner))
     }
 }
 
@@ -80,7 +79,7 @@ impl Caller {
 pub enum AuthError {
     /// The token does not exist or has expired; the response does not reveal which.
     InvalidToken,
-    /// There is, and it is good for nothing here: why, for its owner.
+    /// The token is valid, but not usable here; the text tells its owner why.
     Unusable(String),
     /// The token cannot be validated, with the reason for the log.
     Unavailable(String),
@@ -97,7 +96,7 @@ pub enum Freshness {
     Live,
 }
 
-/// The answer, some time.
+/// Future result of a validation.
 pub type Answer<'a> = Pin<Box<dyn Future<Output = Result<Caller, AuthError>> + Send + 'a>>;
 
 /// A validator of tokens.

@@ -18,10 +18,10 @@ use super::responses::UsbDevice;
 use crate::publish::peers::{Hosts, Peer, Peers, Server};
 use crate::timeouts::STORE_LOCK_TIMEOUT;
 
-/// This host's own.
+/// Inventory of this host.
 #[derive(Debug, Default)]
 pub(super) struct Own {
-    /// None before its first discovery.
+    /// Entry of this host; `None` before its first discovery.
     pub(super) host: Option<HostRow>,
     /// Devices, ordered by id.
     devices: Vec<Record>,
@@ -30,13 +30,13 @@ pub(super) struct Own {
     pub(super) problems: Vec<Problem>,
 }
 
-/// One moment of the inventory, and of the rest of the fleet.
+/// State of the inventory and of the other hosts at one moment.
 #[derive(Debug, Default)]
 pub(super) struct Snapshot {
     pub(super) own: Arc<Own>,
     /// The other hosts, by number.
     pub(super) others: Hosts,
-    /// Cached responses, by what their readers may see.
+    /// Cached responses by the project that may see them; `None` for administrators.
     answers: Mutex<HashMap<Option<ProjectId>, Bytes>>,
 }
 
@@ -67,7 +67,7 @@ impl Snapshot {
         self.own.host.as_ref().map_or(LONE_NODE, |host| host.id)
     }
 
-    /// All devices of all hosts, by id.
+    /// Devices of all hosts, ordered by id.
     pub(super) fn devices(&self) -> impl Iterator<Item = &Record> {
         let number = self.number();
         let before = self.others.range(..number).flat_map(|(_, other)| other.devices.iter());
@@ -75,7 +75,7 @@ impl Snapshot {
         before.chain(&self.own.devices).chain(after)
     }
 
-    /// This host's devices, by id.
+    /// Devices of this host, ordered by id.
     pub(super) fn own_devices(&self) -> impl Iterator<Item = &Record> {
         self.own.devices.iter()
     }
@@ -88,7 +88,7 @@ impl Snapshot {
         }
     }
 
-    /// The devices of those hosts that are not what they are in the other snapshot.
+    /// Devices of the hosts that have changed since the other snapshot.
     pub(super) fn changed_since<'a>(
         &'a self,
         before: &'a Self,
@@ -110,7 +110,7 @@ impl Snapshot {
             .filter(|other| find(&other.devices, device).is_some())
     }
 
-    /// A server of another host, and which.
+    /// Server of another host with this id, and that host.
     pub(super) fn other_server(&self, id: InstanceId) -> Option<(&Peer, &Server)> {
         let find = |other: &'_ Arc<Peer>| other.servers.iter().position(|server| server.id == id);
         let (other, at) = self.others.values().find_map(|other| Some((other, find(other)?)))?;
@@ -160,17 +160,17 @@ impl Snapshot {
         may_with_device(caller, call, record, self.claim(record.entry.id))
     }
 
-    /// Whether the caller may know of the device.
+    /// Whether the caller may see the device.
     pub(super) fn sees(&self, caller: &Caller, record: &Record) -> bool {
         self.may(caller, Call::LookAt, record) == Authorization::Allowed
     }
 
-    /// The devices that the caller may know of.
+    /// Devices that the caller may see.
     pub(super) fn seen(&self, caller: &Caller) -> impl Iterator<Item = &Record> {
         self.devices().filter(move |record| self.sees(caller, record))
     }
 
-    /// Whether the caller may know that the instance has the device.
+    /// Whether the instance holds the device and the caller may know it.
     pub(super) fn shows_holder(
         &self,
         caller: &Caller,
@@ -199,7 +199,7 @@ impl Inventory {
         Self { state_dir, others, open: Mutex::default() }
     }
 
-    /// Where updates of the other hosts are stored.
+    /// Storage for updates of the other hosts; `None` if this host is in no fleet.
     pub(super) fn following(&self) -> Option<Peers> {
         self.others.clone()
     }
@@ -219,7 +219,7 @@ impl Inventory {
     /// the store each time.
     ///
     /// # Errors
-    /// When it cannot be read.
+    /// If the store cannot be read.
     pub(super) fn with_deleted(&self) -> Result<Arc<Snapshot>, StoreError> {
         let store = Store::open(&self.state_dir, STORE_LOCK_TIMEOUT, Durability::Boot)?;
         let devices = store.all_devices()?;
@@ -230,7 +230,7 @@ impl Inventory {
     /// The current snapshot.
     ///
     /// # Errors
-    /// When it cannot be read.
+    /// If the store cannot be read.
     pub(super) fn now(&self) -> Result<Arc<Snapshot>, StoreError> {
         // Concurrent callers wait for one read, and do not read a second time.
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);

@@ -1,9 +1,9 @@
-//! OpenStack's identity service: validates tokens that Keystone has issued.
+//! Validation of tokens by Keystone, OpenStack's identity service.
 //!
-//! The agent asks as a service user: `POST /v3/auth/tokens` for a token of its own, then `GET
-//! /v3/auth/tokens` about each token that it is shown ([Identity API
-//! v3](https://docs.openstack.org/api-ref/identity/v3/)). Keystone lets the role `service` ask
-//! about others' tokens.
+//! The agent authenticates as a service user. It gets a token of its own with `POST
+//! /v3/auth/tokens`, and validates each token of a caller with `GET /v3/auth/tokens` ([Identity API
+//! v3](https://docs.openstack.org/api-ref/identity/v3/)). In Keystone, the role `service` permits
+//! the validation of other users' tokens.
 //!
 //! A validation is cached for `cache` seconds for read-only requests, and never longer than the
 //! token is valid. Before a change, the token is validated again, so a revoked token cannot change
@@ -31,40 +31,41 @@ use crate::metrics::Metrics;
 
 /// Maximum number of concurrent validations.
 pub(super) const PLACES: usize = 8;
-/// How long one waits for its turn, and then for the answer.
+/// Timeout for a free place among the validations, and for a request to Keystone.
 const KEYSTONE_TIMEOUT: Duration = Duration::from_secs(10);
-const CONNECTING: Duration = Duration::from_secs(5);
-/// For so long a token that is good for nothing is not asked about again.
+/// Timeout for a connection to Keystone.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// Time for which a rejection is cached.
 const REFUSED: Duration = Duration::from_secs(5);
-/// For so long a password that was refused is not tried again: Keystone may lock a user out who is
-/// wrong too often.
+/// Pause after a rejected password, because Keystone may lock out a user after several of them.
 const PAUSE: Duration = Duration::from_secs(30);
-/// A token of the service's own that has less than this left is replaced, in seconds.
+/// Remaining lifetime below which the service's own token is replaced, in seconds.
 const LEFT: i64 = 60;
 /// Maximum number of cached tokens.
 const KNOWN: usize = 4096;
-/// The longest token, in bytes; Keystone's are below 300, others' below what fits a header.
-const LONGEST: usize = 8 << 10;
-/// The largest answer, in bytes.
-const LARGEST: u64 = 1 << 20;
-/// Longer names are shown as the user's id.
-const NAME: usize = 64;
+/// Maximum length of a token, in bytes. Keystone's tokens have fewer than 300 bytes.
+const MAX_TOKEN_BYTES: usize = 8 << 10;
+/// Maximum size of a response, in bytes.
+const MAX_RESPONSE_BYTES: u64 = 1 << 20;
+/// Maximum length of a name in the audit trail, in characters. A longer name is replaced by the
+/// user's id.
+const MAX_NAME_CHARS: usize = 64;
 
 /// Result of a validation.
 #[derive(Debug, Clone)]
 struct Found {
     at: Instant,
     /// Caller of the token and its expiry, or the reason for the rejection.
-    whose: Result<(Caller, Timestamp), AuthError>,
+    result: Result<(Caller, Timestamp), AuthError>,
 }
 
-/// This service's own token.
+/// Token of the service user.
 struct Own {
     token: String,
     until: Timestamp,
 }
 
-/// Why the service has no token.
+/// Reason why the service user has no token.
 struct Failed {
     at: Instant,
     why: String,
@@ -82,7 +83,7 @@ impl From<String> for Failed {
 #[derive(Default)]
 struct Service {
     own: Option<Own>,
-    /// Why there was none, lately.
+    /// The last attempt to get a token, if it failed.
     failed: Option<Failed>,
 }
 
@@ -95,7 +96,7 @@ struct Inner {
     metrics: Arc<Metrics>,
     client: OnceLock<Agent>,
     service: Mutex<Service>,
-    /// By the tokens' hashes.
+    /// Cached results, by the hash of the token.
     known: Mutex<HashMap<[u8; 32], Found>>,
     /// Reason why Keystone cannot validate tokens; empty if it can.
     trouble: Mutex<String>,
@@ -119,7 +120,7 @@ impl Keystone {
     /// Checks that Keystone accepts the service user, and returns the user's roles.
     ///
     /// # Errors
-    /// Why not.
+    /// The reason, if Keystone cannot be asked or rejects the service user.
     pub fn check(&self) -> Result<Vec<String>, String> {
         let token = self.0.own_token()?;
         match self.0.validate(&token)? {
@@ -128,28 +129,30 @@ impl Keystone {
         }
     }
 
-    async fn look_up(&self, token: &str, look: Freshness) -> Result<Caller, AuthError> {
-        if token.is_empty() || token.len() > LONGEST || !token.bytes().all(|b| b.is_ascii_graphic())
+    async fn look_up(&self, token: &str, freshness: Freshness) -> Result<Caller, AuthError> {
+        if token.is_empty()
+            || token.len() > MAX_TOKEN_BYTES
+            || !token.bytes().all(|b| b.is_ascii_graphic())
         {
             return Err(AuthError::InvalidToken);
         }
         let hash = sha256(token.as_bytes());
-        if let Some(found) = self.0.remembered(&hash, look) {
+        if let Some(found) = self.0.remembered(&hash, freshness) {
             return found;
         }
-        if look == Freshness::CachedOnly {
+        if freshness == Freshness::CachedOnly {
             return Err(AuthError::InvalidToken);
         }
         let place =
             tokio::time::timeout(KEYSTONE_TIMEOUT, self.0.places.clone().acquire_owned()).await;
         let Ok(Ok(place)) = place else {
             return Err(AuthError::Unavailable(format!(
-                "Keystone at {} answers too slowly: {PLACES} tokens are being looked up",
+                "Keystone at {} responds too slowly: {PLACES} tokens are being validated",
                 self.0.config.url
             )));
         };
         // Another thread may have validated the same token in the meantime.
-        if let Some(found) = self.0.remembered(&hash, look) {
+        if let Some(found) = self.0.remembered(&hash, freshness) {
             return found;
         }
         let (inner, token) = (self.0.clone(), token.to_owned());
@@ -162,41 +165,46 @@ impl Keystone {
 }
 
 impl Identity for Keystone {
-    fn caller<'a>(&'a self, token: &'a str, look: Freshness) -> Answer<'a> {
-        Box::pin(self.look_up(token, look))
+    fn caller<'a>(&'a self, token: &'a str, freshness: Freshness) -> Answer<'a> {
+        Box::pin(self.look_up(token, freshness))
     }
 }
 
 impl Inner {
     /// The cached result, if it is still valid for this request.
-    fn remembered(&self, hash: &[u8; 32], look: Freshness) -> Option<Result<Caller, AuthError>> {
+    fn remembered(
+        &self,
+        hash: &[u8; 32],
+        freshness: Freshness,
+    ) -> Option<Result<Caller, AuthError>> {
         let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         let found = known.get(hash)?;
-        match &found.whose {
-            // One that was refused will not become good.
+        match &found.result {
+            // A rejected token does not become valid soon.
             Err(why) => (found.at.elapsed() < REFUSED).then(|| Err(why.clone())),
             Ok((_, until)) if Timestamp::now() >= *until => Some(Err(AuthError::InvalidToken)),
-            Ok((caller, _)) => (look != Freshness::Live && found.at.elapsed() < self.config.cache)
+            Ok((caller, _)) => (freshness != Freshness::Live
+                && found.at.elapsed() < self.config.cache)
                 .then(|| Ok(caller.clone())),
         }
     }
 
-    /// Waits for the network.
+    /// Validates a token with Keystone, and caches the result. Blocks on the network.
     fn ask(&self, token: &str, hash: [u8; 32]) -> Result<Caller, AuthError> {
-        // When it was asked: what it says is no younger.
+        // Time of the request: the response may already be outdated when it arrives.
         let at = Instant::now();
         let answer = self.validate(token);
-        let result = match &answer {
+        let outcome = match &answer {
             Ok(Some(_)) => "known",
             Ok(None) => "unknown",
             Err(_) => "away",
         };
-        self.metrics.looked_up(result);
-        self.tell(answer.as_ref().err());
-        let whose = match answer {
+        self.metrics.looked_up(outcome);
+        self.log_trouble(answer.as_ref().err());
+        let result = match answer {
             Err(why) => return Err(AuthError::Unavailable(why)),
             Ok(None) => Err(AuthError::InvalidToken),
-            Ok(Some(answer)) => answer.whose(&self.config),
+            Ok(Some(answer)) => answer.caller(&self.config),
         };
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         if known.len() >= KNOWN {
@@ -207,12 +215,12 @@ impl Inner {
             let oldest = known.iter().min_by_key(|(_, found)| found.at).map(|(hash, _)| *hash);
             oldest.and_then(|hash| known.remove(&hash));
         }
-        known.insert(hash, Found { at, whose: whose.clone() });
-        whose.map(|(caller, _)| caller)
+        known.insert(hash, Found { at, result: result.clone() });
+        result.map(|(caller, _)| caller)
     }
 
-    /// Says once that Keystone cannot be asked, and once that it can.
-    fn tell(&self, why: Option<&String>) {
+    /// Logs once that Keystone cannot be reached, and once that it responds again.
+    fn log_trouble(&self, why: Option<&String>) {
         let mut trouble = self.trouble.lock().unwrap_or_else(PoisonError::into_inner);
         match why {
             Some(why) if *why != *trouble => {
@@ -229,7 +237,8 @@ impl Inner {
 
     /// Keystone's response about a token; `None` if Keystone does not know it.
     fn validate(&self, token: &str) -> Result<Option<Described>, String> {
-        // Its token may have been revoked, or Keystone have new keys: then with another one.
+        // The service user's token may have been revoked, or Keystone may have new keys. The second
+        // attempt uses a new token.
         for last in [false, true] {
             let own = self.own_token()?;
             let request = Request::builder()
@@ -334,13 +343,13 @@ impl Inner {
         if let Some(client) = self.client.get() {
             return Ok(client);
         }
-        let client = client::agent(self.config.ca.as_deref(), CONNECTING, KEYSTONE_TIMEOUT);
+        let client = client::agent(self.config.ca.as_deref(), CONNECT_TIMEOUT, KEYSTONE_TIMEOUT);
         let client = client.map_err(|e| format!("keystone.ca: {e:#}"))?;
         Ok(self.client.get_or_init(|| client))
     }
 
     fn read(&self, response: &mut Response<ureq::Body>) -> Result<Described, String> {
-        let text = response.body_mut().with_config().limit(LARGEST).read_to_string();
+        let text = response.body_mut().with_config().limit(MAX_RESPONSE_BYTES).read_to_string();
         let text = text.map_err(|e| self.away(&e))?;
         serde_json::from_str(&text).map_err(|e| {
             format!(
@@ -357,14 +366,14 @@ impl Inner {
     fn away(&self, e: &ureq::Error) -> String {
         let mut why = match e {
             ureq::Error::Timeout(ureq::Timeout::Connect) => {
-                format!("no connection within {} s", CONNECTING.as_secs())
+                format!("no connection within {} s", CONNECT_TIMEOUT.as_secs())
             }
             ureq::Error::Timeout(_) => format!("no answer within {} s", KEYSTONE_TIMEOUT.as_secs()),
             e => e.to_string(),
         };
         let mut cause = e.source();
         while let Some(e) = cause {
-            // Some say what their cause says.
+            // Some errors repeat the text of their cause.
             if !why.contains(&e.to_string()) {
                 why = format!("{why}: {e}");
             }
@@ -396,7 +405,7 @@ struct Token {
     expires_at: Timestamp,
     user: User,
     project: Option<Project>,
-    /// `{"all": true}`.
+    /// Scope of a system-scoped token: `{"all": true}`.
     system: Option<Value>,
     #[serde(default)]
     roles: Vec<Named>,
@@ -421,7 +430,7 @@ struct Named {
 
 impl Described {
     /// The caller that the token identifies, and its expiry.
-    fn whose(self, config: &config::Keystone) -> Result<(Caller, Timestamp), AuthError> {
+    fn caller(self, config: &config::Keystone) -> Result<(Caller, Timestamp), AuthError> {
         let Token { expires_at, user, project, system, roles } = self.token;
         if Timestamp::now() >= expires_at {
             return Err(AuthError::InvalidToken);
@@ -429,7 +438,7 @@ impl Described {
         if project.is_none() && system.is_none() {
             return Err(AuthError::Unusable("The token has no project scope.".into()));
         }
-        // Keystone and its services make no difference between cases.
+        // Keystone and its services ignore case in the names of roles.
         let has = |name: &str| roles.iter().any(|role| role.name.eq_ignore_ascii_case(name));
         let meanings =
             config.roles.iter().filter(|(name, _)| has(name)).map(|(_, meaning)| meaning);
@@ -461,14 +470,15 @@ impl Described {
     }
 }
 
-/// As the audit names it. Names of tokens in the file have no white space.
+/// Name of a user for the audit trail. The space distinguishes it from the name of a token in the
+/// file.
 fn name(user: &User) -> String {
     let whole = format!("{}@{}", user.name, user.domain.name);
     let plain = |c: char| !c.is_whitespace() && printable(c) == c;
-    if whole.chars().count() <= NAME && whole.chars().all(plain) {
+    if whole.chars().count() <= MAX_NAME_CHARS && whole.chars().all(plain) {
         return format!("keystone {whole}");
     }
-    format!("keystone {}", clean_start(&user.id, NAME))
+    format!("keystone {}", clean_start(&user.id, MAX_NAME_CHARS))
 }
 
 #[cfg(test)]
@@ -488,8 +498,11 @@ mod tests {
     }
 
     fn token(project: &Value, roles: &Value, expires_at: &str) -> Value {
-        json!({ "token": { "expires_at": expires_at, "project": project, "roles": roles, "methods": ["password"],
-            "user": { "id": "u1", "name": "erp", "domain": { "id": "default", "name": "Default" } } } })
+        let domain = json!({ "id": "default", "name": "Default" });
+        json!({ "token": {
+            "expires_at": expires_at, "project": project, "roles": roles, "methods": ["password"],
+            "user": { "id": "u1", "name": "erp", "domain": domain },
+        } })
     }
 
     const FUTURE: &str = "2999-01-01T00:00:00.000000Z";
@@ -545,19 +558,19 @@ mod tests {
         }
     }
 
-    fn find(keystone: &Keystone, token: &str, look: Freshness) -> Result<String, AuthError> {
+    fn find(keystone: &Keystone, token: &str, freshness: Freshness) -> Result<String, AuthError> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        runtime.block_on(keystone.look_up(token, look)).map(|caller| caller.name)
+        runtime.block_on(keystone.look_up(token, freshness)).map(|caller| caller.name)
     }
 
     #[test]
-    fn what_was_found_counts_for_a_while_for_whoever_only_looks() {
+    fn a_validation_is_cached_for_requests_that_only_read() {
         let fake = Fake::new();
         let keystone = fake.keystone(3600);
         assert_eq!(
             find(&keystone, "t1", Freshness::CachedOnly),
             Err(AuthError::InvalidToken),
-            "nobody was asked"
+            "not cached, and Keystone is not asked"
         );
         assert_eq!(fake.asked(), (0, 0));
         for _ in 0..3 {
@@ -566,13 +579,13 @@ mod tests {
         assert_eq!(find(&keystone, "t1", Freshness::CachedOnly).unwrap(), "keystone erp@Default");
         assert_eq!(fake.asked(), (1, 1));
         find(&keystone, "t1", Freshness::Live).unwrap();
-        assert_eq!(fake.asked(), (1, 2), "before a change it is asked anew");
+        assert_eq!(fake.asked(), (1, 2), "before a change, the token is validated again");
         fake.status.store(404, Ordering::SeqCst);
         assert_eq!(find(&keystone, "t1", Freshness::Live), Err(AuthError::InvalidToken));
         assert_eq!(
             find(&keystone, "t1", Freshness::Cached),
             Err(AuthError::InvalidToken),
-            "what was revoked stays so"
+            "a revoked token stays rejected"
         );
         assert_eq!(fake.asked(), (1, 3));
         let uncached = fake.keystone(0);
@@ -584,7 +597,7 @@ mod tests {
     }
 
     #[test]
-    fn while_it_is_away_nobody_is_let_in_whom_it_has_not_vouched_for() {
+    fn only_cached_tokens_are_accepted_while_keystone_is_unreachable() {
         let fake = Fake::new();
         let keystone = fake.keystone(3600);
         find(&keystone, "t1", Freshness::Cached).unwrap();
@@ -620,8 +633,8 @@ mod tests {
         for n in 0..5 {
             let answer = find(&keystone, &format!("t{n}"), Freshness::Cached);
             assert!(
-                matches!(&answer, Err(AuthError::Unavailable(why)) if why.contains("refuses the user \
-                    virt-usb")),
+                matches!(&answer, Err(AuthError::Unavailable(why))
+                    if why.contains("refuses the user virt-usb")),
                 "{answer:?}"
             );
         }
@@ -634,7 +647,7 @@ mod tests {
     }
 
     #[test]
-    fn who_waits_for_a_keystone_that_hangs_waits_once() {
+    fn concurrent_callers_wait_together_for_a_keystone_that_hangs() {
         let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let mut fake = Fake::new();
         fake.url = format!("http://{}/v3", silent.local_addr().unwrap());
@@ -648,38 +661,39 @@ mod tests {
         });
         silent.set_nonblocking(true).unwrap();
         let calls = std::iter::from_fn(|| silent.accept().ok()).count();
-        assert_eq!(calls, 1, "one has asked for all");
+        assert_eq!(calls, 1, "one request serves all callers");
     }
 
     #[test]
-    fn nobody_is_asked_about_what_is_no_token() {
+    fn keystone_is_not_asked_about_a_malformed_token() {
         let fake = Fake::new();
         let keystone = fake.keystone(60);
-        for no_token in ["", "a b", "a\r\nX-Auth-Token: b", "ü", &"x".repeat(LONGEST + 1)] {
+        for no_token in ["", "a b", "a\r\nX-Auth-Token: b", "ü", &"x".repeat(MAX_TOKEN_BYTES + 1)]
+        {
             assert_eq!(find(&keystone, no_token, Freshness::Live), Err(AuthError::InvalidToken));
         }
         assert_eq!(fake.asked(), (0, 0));
     }
 
     #[test]
-    fn a_token_is_for_a_project_and_has_the_greatest_of_its_roles() {
+    fn a_caller_has_the_project_and_the_highest_role_of_the_token() {
         let config = Fake::new().keystone(60).0.config.clone();
-        let whose =
-            |value: Value| serde_json::from_value::<Described>(value).unwrap().whose(&config);
+        let caller_of =
+            |value: Value| serde_json::from_value::<Described>(value).unwrap().caller(&config);
         let project =
             json!({ "id": "p1", "name": "erp", "domain": { "id": "default", "name": "Default" } });
         let role = |names: &[&str]| {
             json!(names.iter().map(|name| json!({ "id": "r", "name": name })).collect::<Vec<_>>())
         };
         let (caller, _) =
-            whose(token(&project, &role(&["reader", "admin", "member", "x"]), FUTURE)).unwrap();
+            caller_of(token(&project, &role(&["reader", "admin", "member", "x"]), FUTURE)).unwrap();
         assert_eq!((caller.role, caller.project), (Role::Admin, Some("p1".parse().unwrap())));
         assert_eq!(
-            whose(token(&project, &role(&["Member"]), FUTURE)).unwrap().0.role,
+            caller_of(token(&project, &role(&["Member"]), FUTURE)).unwrap().0.role,
             Role::Member
         );
         let useless = |value: Value, why: &str| {
-            let answer = whose(value);
+            let answer = caller_of(value);
             assert!(
                 matches!(&answer, Err(AuthError::Unusable(text)) if text.contains(why)),
                 "{answer:?}"
@@ -689,17 +703,17 @@ mod tests {
         useless(token(&Value::Null, &role(&["admin"]), FUTURE), "no project scope");
         useless(token(&Value::Null, &role(&[]), FUTURE), "no project scope");
         let past = token(&project, &role(&["admin"]), "2020-01-01T00:00:00Z");
-        assert_eq!(whose(past).unwrap_err(), AuthError::InvalidToken);
+        assert_eq!(caller_of(past).unwrap_err(), AuthError::InvalidToken);
         let mut system = token(&Value::Null, &role(&["admin"]), FUTURE);
         system["token"]["system"] = json!({ "all": true });
-        let (caller, _) = whose(system.clone()).unwrap();
+        let (caller, _) = caller_of(system.clone()).unwrap();
         assert_eq!((caller.role, caller.project), (Role::Admin, None));
         system["token"]["roles"] = role(&["reader"]);
         useless(system, "system-scoped");
     }
 
     #[test]
-    fn names_that_could_deceive_are_shown_as_ids() {
+    fn a_name_that_could_deceive_is_replaced_by_the_id() {
         let user = |name: &str| name_of(name, "u1");
         assert_eq!(user("erp"), "keystone erp@Default");
         for deceives in ["a b", "a\u{202e}b", "a\nb", &"x".repeat(70)] {

@@ -14,22 +14,22 @@ use super::keystone::PLACES;
 use super::{Api, LONG_TURNS, TURNS, WORKS, fleet, router, socket};
 use virt_usb_fleet::http_server::{CONNECTIONS, Certificate, SOCKET_MODE, Server};
 
-/// How long requests that were begun are waited for at the end: the agent ends within 5 s, whatever
-/// libvirt does.
+/// Time that a shutdown waits for requests that have begun. The agent ends within 5 s, even if
+/// libvirt does not answer.
 const END_TIME: Duration = Duration::from_secs(3);
 
-/// The API, while it is served.
+/// The running API.
 pub struct Listening {
     runtime: tokio::runtime::Runtime,
     api: Arc<Api>,
-    /// Connections, then the work behind them, each with how many there may be.
+    /// Limits of connections, then of the work behind them, each with its maximum.
     limits: Vec<(Arc<Semaphore>, usize)>,
-    /// The unix socket, which goes with it.
+    /// Path of the unix socket, which is removed at the end.
     socket: Option<PathBuf>,
 }
 
 impl Listening {
-    /// Takes no more requests, and waits for those that were begun.
+    /// Rejects new requests, and waits for those that have begun.
     pub fn stop(self) {
         self.api.ending.send_replace(true);
         let ended = async {
@@ -47,10 +47,10 @@ impl Listening {
     }
 }
 
-/// Serves the API until it is stopped. A socket that cannot be had is tried again for as long.
+/// Serves the API until it is stopped. If a socket cannot be opened, retries until then.
 ///
 /// # Errors
-/// When there can be no threads for it.
+/// If the threads cannot be created.
 pub fn start(api: &Arc<Api>) -> io::Result<Listening> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)

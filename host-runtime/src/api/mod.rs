@@ -2,25 +2,32 @@
 //! authorization.
 //!
 //! ```text
-//!  TCP, TLS ─┐                        ┌─ identity: whose token?        ┌─► inventory ──► store (read once for all readers)
-//!            ├─► listen ─► observe ───┤                    handlers ───┤
-//!  unix ─────┘  (limits)  (id, log)   └─ tenant: is it the token's?    └─► agent::operate (attach, detach)
-//!                                                             └─ policy: may it?
+//!  TCP, TLS ─┐                        ┌─ identity: which caller? (401)
+//!            ├─► listen ─► observe ───┤
+//!  unix ─────┘  (limits)  (id, log)   └─ tenant: the token's project? (400)
+//!                                            │
+//!               routes: handler, policy ─► authorize: has the caller the role? (403)
+//!                                            │
+//!                                         handler ─► policy: may the caller see it? (404)
+//!                                            ├─► inventory ──► store (read once for all readers)
+//!                                            └─► agent::operate (attach, detach)
 //! ```
 //! | module | what it does |
 //! |---|---|
-//! | `listen` | sockets, limits, the end |
-//! | [`identity`], [`tokens`], [`keystone`] | who asks |
-//! | [`policy`] | who may do what: pure |
-//! | `request`, `paging` | what a request says |
-//! | `error` | what went wrong, in Nova's shape |
+//! | `listen` | sockets, limits, shutdown |
+//! | [`identity`], [`tokens`], [`keystone`] | authentication |
+//! | [`policy`] | rules of authorization, as pure functions |
+//! | `authorize` | checks the role before a handler runs |
+//! | `routes` | the table of routes: handler and policy of each |
+//! | `request`, `paging` | parsing of requests |
+//! | `error` | errors in Nova's format |
 //! | `responses`, `actions` | bodies of responses and of requests, for the API and for its client |
-//! | `request_schemas`, `openapi` | how they are described |
-//! | `hypervisors`, `servers`, `devices`, `claims`, `flavors`, `grants`, `events` | the calls |
-//! | `fleet` | the other hosts: shown, and asked |
-//! | `rate_limit` | how often |
-//! | `portal` | pages for people |
-//! | `inventory` | what there is, for many readers |
+//! | `request_schemas`, `openapi` | the OpenAPI description |
+//! | `hypervisors`, `servers`, `devices`, `claims`, `flavors`, `grants`, `events` | the handlers |
+//! | `fleet` | requests to other hosts, and from them |
+//! | `rate_limit` | rate limits |
+//! | `portal` | web pages |
+//! | `inventory` | snapshots of the inventory, shared by many readers |
 //!
 //! The API has its own threads. The agent keeps serving guests if the API fails.
 
@@ -86,19 +93,19 @@ pub use listen::{Listening, start};
 const TURNS: usize = 8;
 /// Maximum number of concurrent calls that wait for disks or for libvirt.
 const WORKS: usize = 32;
-/// How long one waits for its turn.
+/// Time that an attach or a detach waits for its turn.
 const TURN_TIME: Duration = Duration::from_secs(30);
-/// How long an attach or a detach keeps its turn: libvirt may leave it unanswered for ever.
+/// Time after which an attach or a detach gives up its turn, because libvirt may never answer it.
 const TURN_LENGTH: Duration = Duration::from_secs(5);
 /// Maximum number of operations that take longer and have given up their turn: slightly more than
 /// the number of calls that may be unanswered.
 const LONG_TURNS: usize = 16;
-/// How long a request may take in all.
+/// Timeout of a request.
 const REQUEST_TIME: Duration = Duration::from_secs(120);
 
 /// Shared state of the API's handlers.
 pub struct Api {
-    /// The configuration that counts now.
+    /// Returns the current configuration.
     pub config: Box<dyn Fn() -> Arc<Config> + Send + Sync>,
     /// Connection to the hypervisor.
     pub hypervisor: Arc<Supervised>,
@@ -111,14 +118,14 @@ pub struct Api {
     inventory: Inventory,
     portal: portal::Portal,
     rates: rate_limit::Rates,
-    /// Whether it is to end.
+    /// Whether the API is shutting down.
     ending: watch::Sender<bool>,
     works: Arc<Semaphore>,
     turns: Arc<Semaphore>,
 }
 
 impl Api {
-    /// With the inventory in this folder.
+    /// Creates the state, with the inventory in the configured `state_dir`.
     pub fn new(
         config: Box<dyn Fn() -> Arc<Config> + Send + Sync>,
         hypervisor: Arc<Supervised>,
@@ -148,7 +155,7 @@ impl Api {
         Store::open(&(self.config)().state_dir, STORE_LOCK_TIMEOUT, Durability::Power)
     }
 
-    /// In the caller's name.
+    /// Context for changes in the store, which the audit trail attributes to this caller.
     fn context(&self, caller: &Caller) -> Result<Context, ApiError> {
         let context = host_env::context(&(self.config)(), format!("api {}", caller.name));
         context.map_err(|e| ApiError::internal(e.to_string()))
@@ -174,7 +181,7 @@ impl Api {
         &self,
         token: &str,
         peer: Option<Peer>,
-        look: Freshness,
+        freshness: Freshness,
     ) -> Result<Caller, ApiError> {
         // Guesses must not keep other callers waiting.
         if let Some(Peer::Remote(from)) = peer
@@ -183,7 +190,7 @@ impl Api {
         {
             return Err(wait);
         }
-        match (self.identity.caller(token, look).await, peer) {
+        match (self.identity.caller(token, freshness).await, peer) {
             (Ok(caller), _) => Ok(caller),
             (Err(AuthError::Unavailable(why)), _) => Err(ApiError::cannot_tell(why)),
             (Err(AuthError::Unusable(why)), _) => Err(ApiError::forbidden().saying(why)),
@@ -195,8 +202,9 @@ impl Api {
         }
     }
 
-    /// Whether the caller has not changed too much of late. Root on the host itself may.
-    fn may_change_more(
+    /// Counts a change against the caller's rate limit. Reads, and root on the host itself, are
+    /// exempt.
+    fn limit_changes(
         &self,
         caller: &Caller,
         peer: Option<Peer>,
@@ -208,8 +216,9 @@ impl Api {
         self.rates.change(&caller.name)
     }
 
-    /// Runs an attach or detach. Their number is limited, but an operation that waits long for
-    /// libvirt gives its turn to another. Once begun, it completes even if its client disconnects.
+    /// Runs an attach or detach. The number of concurrent operations is limited, but an operation
+    /// that waits long for libvirt gives up its turn. Once begun, an operation completes even if
+    /// its client disconnects.
     async fn acting<T: Send + 'static>(
         self: &Arc<Self>,
         work: impl FnOnce(&Self) -> Result<T, ApiError> + Send + 'static,
@@ -218,10 +227,10 @@ impl Api {
         let give_back = |turn: &Mutex<Option<_>>| {
             drop(turn.lock().unwrap_or_else(PoisonError::into_inner).take());
         };
-        let (api, its) = (self.clone(), turn.clone());
+        let (api, own_turn) = (self.clone(), turn.clone());
         let done = tokio::task::spawn_blocking(move || {
             let done = work(&api);
-            give_back(&its);
+            give_back(&own_turn);
             done
         });
         tokio::spawn(async move {
@@ -268,7 +277,7 @@ async fn authenticate(
     let tokens: Vec<HeaderValue> =
         request.headers().get_all("x-auth-token").iter().cloned().collect();
     let peer = request.extensions().get::<Peer>().copied();
-    let caller = match whose(&api, &tokens, peer, look(request.method())).await {
+    let caller = match identify(&api, &tokens, peer, freshness(request.method())).await {
         Ok(caller) => caller,
         Err(fault) => {
             let mut response = fault.into_response();
@@ -279,14 +288,14 @@ async fn authenticate(
     };
     let allowed = match &path {
         Ok(path) => match path.iter().find(|(name, _)| *name == "tenant_id") {
-            Some((_, tenant)) => is_its(&caller, tenant),
+            Some((_, tenant)) => check_tenant(&caller, tenant),
             None => Ok(()),
         },
         Err(_) => Err(ApiError::bad_request("The path is not UTF-8.")),
     };
     let mut response = match allowed {
         Err(fault) => fault.into_response(),
-        Ok(()) => match api.may_change_more(&caller, peer, request.method()) {
+        Ok(()) => match api.limit_changes(&caller, peer, request.method()) {
             Err(fault) => fault.into_response(),
             Ok(()) => {
                 request.extensions_mut().insert(caller.clone());
@@ -298,33 +307,34 @@ async fn authenticate(
     response
 }
 
-/// How far the token is looked up with which this is asked.
-fn look(method: &Method) -> Freshness {
+/// How fresh the validation of the token must be for a request with this method.
+fn freshness(method: &Method) -> Freshness {
     if method.is_safe() { Freshness::Cached } else { Freshness::Live }
 }
 
-async fn whose(
+/// The caller of a request with these values of `X-Auth-Token`.
+async fn identify(
     api: &Api,
     tokens: &[HeaderValue],
     peer: Option<Peer>,
-    look: Freshness,
+    freshness: Freshness,
 ) -> Result<Caller, ApiError> {
     match (tokens, peer) {
         ([token], _) => {
             let token = token.to_str().map_err(|_| ApiError::unauthorized())?;
-            api.caller(token, peer, look).await
+            api.caller(token, peer, freshness).await
         }
         ([], Some(Peer::Local { uid })) => {
             Ok(Caller { name: format!("uid {uid}"), project: None, role: Role::Admin })
         }
-        // If two actions match, a proxy that checked the request before may have meant the other
-        // one.
+        // Of several tokens, a proxy in front may have validated a different one.
         _ => Err(ApiError::unauthorized()),
     }
 }
 
-/// A token acts for one project; root on the host itself for none, and names whichever it likes.
-fn is_its(caller: &Caller, tenant: &str) -> Result<(), ApiError> {
+/// Checks that the tenant in the path is the caller's project. Root on the host itself has no
+/// project, and may name any tenant.
+fn check_tenant(caller: &Caller, tenant: &str) -> Result<(), ApiError> {
     let Some(project) = &caller.project else { return Ok(()) };
     let named: Option<ProjectId> = tenant.parse().ok();
     if named.is_some_and(|named| named.is(project)) {
@@ -336,7 +346,7 @@ fn is_its(caller: &Caller, tenant: &str) -> Result<(), ApiError> {
     )))
 }
 
-/// Names the request, bounds it, and writes it down.
+/// Gives the request an id and a timeout, and logs it.
 async fn observe(State(api): State<Arc<Api>>, request: Request, next: Next) -> Response {
     let id = RequestId::new();
     let peer = request.extensions().get::<Peer>().copied();
@@ -346,8 +356,7 @@ async fn observe(State(api): State<Arc<Api>>, request: Request, next: Next) -> R
     let mut response = match tokio::time::timeout(REQUEST_TIME, next.run(request)).await {
         Ok(response) => response,
         Err(_) => ApiError::unavailable(
-            "The request timed out; the operation continues in the \
-            background.",
+            "The request timed out; the operation continues in the background.",
         )
         .into_response(),
     };
@@ -376,7 +385,7 @@ async fn observe(State(api): State<Arc<Api>>, request: Request, next: Next) -> R
     response
 }
 
-/// The unix socket's name in `state_dir`.
+/// Name of the unix socket in `state_dir`.
 const SOCKET: &str = "api.sock";
 
 pub(crate) fn socket(config: &Config) -> PathBuf {

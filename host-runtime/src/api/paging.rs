@@ -1,4 +1,4 @@
-//! Pages of lists, as Nova has them: `limit`, `marker`, and a link to the next.
+//! Pagination of lists, as in Nova: `limit`, `marker`, and a link to the next page.
 
 use axum::http::Uri;
 
@@ -7,7 +7,7 @@ use super::responses::Link;
 
 /// Maximum number of entries in a response, like Nova's `max_limit`.
 const PAGE: usize = 1000;
-/// The last that any JSON reader keeps whole.
+/// Largest marker: the largest integer that every JSON reader represents exactly.
 pub(super) const LAST_MARKER: u64 = (1 << 53) - 1;
 
 /// The requested limit, but at most [`PAGE`].
@@ -20,7 +20,7 @@ pub(super) fn limit(asked: Option<u32>) -> Result<usize, ApiError> {
     }
 }
 
-/// The event before which a page begins; 0 is none.
+/// Id of the event before which a page begins; 0 without a marker.
 pub(super) fn event(marker: Option<u64>) -> Result<i64, ApiError> {
     let marker = marker.unwrap_or(0);
     match i64::try_from(marker) {
@@ -34,7 +34,7 @@ pub(super) fn event(marker: Option<u64>) -> Result<i64, ApiError> {
 /// The page that begins after the marker, and the marker of the next one.
 ///
 /// # Errors
-/// When there is no such marker.
+/// 400 if no entry has the marker.
 pub(super) fn page<T, M: PartialEq + ToString>(
     all: Vec<T>,
     limit: usize,
@@ -57,7 +57,7 @@ pub(super) fn page<T, M: PartialEq + ToString>(
     Ok((page, next))
 }
 
-/// The link to the page after that marker: this request, with another marker.
+/// Link to the page after the marker: the URI of this request, with another marker.
 pub(super) fn next(uri: &Uri, marker: &str) -> Link {
     let kept = uri
         .query()
@@ -66,11 +66,11 @@ pub(super) fn next(uri: &Uri, marker: &str) -> Link {
         .filter(|pair| !pair.is_empty() && !is_marker(pair));
     let marker = serde_urlencoded::to_string([("marker", marker)]).unwrap_or_default();
     let query: Vec<&str> = kept.chain([marker.as_str()]).collect();
-    // A path alone: right behind whatever stands before this server.
+    // Without scheme and host, so that the link works behind a proxy.
     Link::next(format!("{}?{}", uri.path(), query.join("&")))
 }
 
-/// However it is written: `m%61rker` too.
+/// Whether a pair of a query is the marker, even if its key is percent-encoded (`m%61rker`).
 fn is_marker(pair: &str) -> bool {
     let pairs: Vec<(String, String)> = serde_urlencoded::from_str(pair).unwrap_or_default();
     pairs.iter().any(|(key, _)| key == "marker")
@@ -81,7 +81,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_next_page_has_one_marker_and_all_else() {
+    fn the_link_replaces_the_marker_and_keeps_the_rest() {
         let next =
             |query: &str| next(&format!("/v3/x?{query}").parse().unwrap(), "7 &").href.to_owned();
         assert_eq!(

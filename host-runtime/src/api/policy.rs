@@ -1,16 +1,16 @@
-//! Authorization in one table. No other code decides it. Pure. A call that no line allows is
-//! denied.
+//! Rules of authorization, as pure functions. No other code decides who may do what.
 //!
 //! | | reader | member | admin |
 //! |---|---|---|---|
-//! | look at hosts, flavors | yes | yes | yes |
-//! | look at devices | those for its project | those for its project | all |
-//! | look at servers and their events | its project's | its project's | all |
-//! | attach, detach | | its project's servers | all |
-//! | change devices, flavors, owners; look at grants and change them | | | yes |
+//! | read hosts and flavors | yes | yes | yes |
+//! | read devices | those for its project | those for its project | all |
+//! | read servers and events | those of its project | those of its project | all |
+//! | attach, detach | no | servers of its project | all |
+//! | change devices, flavors, owners; read and change grants | no | no | yes |
 //!
-//! The role is checked first: a caller without the role is refused regardless of the object. Then
-//! the object is checked: an object of another project does not exist for the caller.
+//! The role is checked first, in `authorize`: a caller without the role gets 403, even if the
+//! object does not exist. Then the object is checked: an object that the caller may not see gets
+//! the same response as one that does not exist.
 
 use virt_usb_model::{ProjectId, UnavailableReason};
 use virt_usb_store::{ClaimRow, Record};
@@ -22,35 +22,23 @@ use super::identity::{Caller, Role};
 pub enum Call {
     /// Read hosts and flavors, which belong to no project.
     Look,
-    /// A device, a server, its events.
+    /// Read devices, servers, claims and events.
     LookAt,
-    /// Gives a server a device.
+    /// Attach devices to a server.
     Attach,
-    /// Takes one back.
+    /// Detach devices from a server.
     Detach,
-    /// Devices: enable, disable, tags, clearing of quarantine.
+    /// Change a device: enable, disable, tag, clear quarantine, forget. List deleted devices.
     ChangeDevice,
     /// Change the stored flavors.
     ChangeFlavor,
     /// Change the owner of a server.
     ChangeOwner,
-    /// Grants: to look at them too, for they name projects.
+    /// Read and change grants, which name projects.
     Grants,
 }
 
 impl Call {
-    /// All calls, in order.
-    pub const ALL: [Self; 8] = [
-        Self::Look,
-        Self::LookAt,
-        Self::Attach,
-        Self::Detach,
-        Self::ChangeDevice,
-        Self::ChangeFlavor,
-        Self::ChangeOwner,
-        Self::Grants,
-    ];
-
     /// Lowest role that may make the call.
     pub(super) const fn least(self) -> Role {
         match self {
@@ -68,18 +56,18 @@ impl Call {
 pub enum Authorization {
     /// The call is allowed.
     Allowed,
-    /// No, and it may know that.
+    /// The caller does not have the role, and may know that.
     Forbidden,
-    /// The response says that the object does not exist.
+    /// The caller may not see the object: the response says that it does not exist.
     Hidden,
 }
 
-/// Whether the role allows the call at all.
+/// Whether the caller's role allows the call.
 pub fn may(caller: &Caller, call: Call) -> Authorization {
     if caller.role >= call.least() { Authorization::Allowed } else { Authorization::Forbidden }
 }
 
-/// Whether the caller may do this with a server of that project.
+/// Whether the caller may make the call for a server of this owner project.
 pub fn may_with_server(caller: &Caller, call: Call, owner: Option<&ProjectId>) -> Authorization {
     match may(caller, call) {
         Authorization::Allowed if caller.is_admin() || caller.owns(owner) => Authorization::Allowed,
@@ -88,7 +76,7 @@ pub fn may_with_server(caller: &Caller, call: Call, owner: Option<&ProjectId>) -
     }
 }
 
-/// Whether the caller may do this with that device.
+/// Whether the caller may make the call for this device.
 pub fn may_with_device(
     caller: &Caller,
     call: Call,
@@ -104,7 +92,7 @@ pub fn may_with_device(
     }
 }
 
-/// Whether the caller may know who has the device.
+/// Whether the caller may know which instance holds the device.
 pub fn may_know_holder(caller: &Caller, claim: &ClaimRow) -> bool {
     let owner: Option<ProjectId> =
         claim.project_id.as_deref().and_then(|project| project.parse().ok());

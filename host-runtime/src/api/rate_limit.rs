@@ -52,7 +52,7 @@ impl Default for Rates {
 }
 
 impl Rates {
-    /// One more change by the caller of that name.
+    /// Counts a change by the caller of this name.
     pub(super) fn change(&self, caller: &str) -> Result<(), ApiError> {
         check(&self.changes, &caller.to_owned())
     }
@@ -84,11 +84,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_who_does_too_much_keeps_nobody_else_from_it() {
+    fn a_caller_over_its_limit_does_not_block_others() {
         let rates = Rates::default();
         let done = (0..CHANGES.0 * 2).filter(|_| rates.change("loud").is_ok()).count();
         assert!(done >= CHANGES.0 as usize && done < 2 * CHANGES.0 as usize, "{done}");
-        // A place comes free every 50 ms: on a busy machine perhaps just now.
+        // The budget grows by one every 50 ms, on a busy machine perhaps at this moment.
         let refused = (0..CHANGES.0 * 2).find_map(|_| rates.change("loud").err()).unwrap();
         assert_eq!(refused.status.as_u16(), 429);
         assert!(rates.change("quiet").is_ok());

@@ -17,10 +17,10 @@ use serde_json::{Map, Value};
 use super::error::{ApiError, sentence};
 use super::identity::Caller;
 
-/// The largest body, in bytes.
-pub(super) const MOST: usize = 64 << 10;
-/// How long a body may take to arrive.
-const BODY_TIME: Duration = Duration::from_secs(10);
+/// Maximum size of a body, in bytes.
+const MAX_BODY_BYTES: usize = 64 << 10;
+/// Timeout for the arrival of a body.
+const BODY_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Id of a request in its response and in the log: `req-` and a UUID, as in OpenStack.
 pub(super) struct RequestId(pub(super) String);
@@ -28,7 +28,7 @@ pub(super) struct RequestId(pub(super) String);
 impl RequestId {
     pub(super) fn new() -> Self {
         let mut bytes = [0_u8; 16];
-        // Without random bytes it names nothing: it is no secret.
+        // Without random bytes the id is not unique. The id is no secret.
         let _ = getrandom::fill(&mut bytes);
         bytes[6] = bytes[6] & 0x0f | 0x40;
         bytes[8] = bytes[8] & 0x3f | 0x80;
@@ -61,7 +61,7 @@ impl<S: Sync> FromRequestParts<S> for Authenticated {
     }
 }
 
-/// The parts of the path that vary.
+/// Parsed parameters of the path.
 pub(super) struct Named<T>(pub(super) T);
 
 impl<T: DeserializeOwned + Send, S: Send + Sync> FromRequestParts<S> for Named<T> {
@@ -83,7 +83,7 @@ impl<T: DeserializeOwned, S: Send + Sync> FromRequestParts<S> for Asked<T> {
 
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
         let asked = Query::<T>::from_request_parts(parts, state).await;
-        // The reason alone names the key: that a query was deserialized is nothing to its sender.
+        // The source names the key. The outer error adds only that a query was deserialized.
         let why = |e: QueryRejection| e.source().map_or_else(|| e.body_text(), ToString::to_string);
         asked.map(|Query(asked)| Self(asked)).map_err(|e| ApiError::bad_request(sentence(&why(e))))
     }
@@ -105,7 +105,7 @@ impl<S: Send + Sync> FromRequest<S> for Content {
         if !kind.eq_ignore_ascii_case("application/json") {
             return Err(ApiError::bad_media_type());
         }
-        let bytes = tokio::time::timeout(BODY_TIME, read(request.into_body()));
+        let bytes = tokio::time::timeout(BODY_TIMEOUT, read(request.into_body()));
         let bytes = bytes.await.map_err(|_| ApiError::timeout())??;
         let text = str::from_utf8(&bytes).map_err(|e| {
             ApiError::bad_request(format!(
@@ -122,26 +122,28 @@ impl<S: Send + Sync> FromRequest<S> for Content {
     }
 }
 
-/// The text of a form, read within its bounds.
+/// Reads the text of a form, within the limits on its size and time.
 pub(super) async fn form(headers: &HeaderMap, body: Body) -> Result<String, ApiError> {
     let kind = headers.get(CONTENT_TYPE).and_then(|kind| kind.to_str().ok()).unwrap_or_default();
     if !kind.starts_with("application/x-www-form-urlencoded") {
         return Err(ApiError::bad_media_type().saying("The body is not a form."));
     }
     let bytes =
-        tokio::time::timeout(BODY_TIME, read(body)).await.map_err(|_| ApiError::timeout())??;
+        tokio::time::timeout(BODY_TIMEOUT, read(body)).await.map_err(|_| ApiError::timeout())??;
     String::from_utf8(bytes).map_err(|_| ApiError::bad_request("The form is not UTF-8."))
 }
 
 async fn read(body: Body) -> Result<Vec<u8>, ApiError> {
-    match Limited::new(body, MOST).collect().await {
+    match Limited::new(body, MAX_BODY_BYTES).collect().await {
         Ok(collected) => Ok(collected.to_bytes().into()),
-        Err(e) if e.downcast_ref::<LengthLimitError>().is_some() => Err(ApiError::too_large(MOST)),
+        Err(e) if e.downcast_ref::<LengthLimitError>().is_some() => {
+            Err(ApiError::too_large(MAX_BODY_BYTES))
+        }
         Err(e) => Err(ApiError::bad_request(format!("The body is incomplete: {e}."))),
     }
 }
 
-/// The one key of an action's body, and what is under it.
+/// Name and value of the action in a body, which must be its only key.
 pub(super) fn action(content: &Map<String, Value>) -> Result<(&str, &Value), ApiError> {
     let mut keys = content.iter();
     match (keys.next(), keys.next()) {
@@ -151,15 +153,15 @@ pub(super) fn action(content: &Map<String, Value>) -> Result<(&str, &Value), Api
     }
 }
 
-/// An action that wants nothing.
-pub(super) fn nothing<T>(name: &str, value: &Value) -> Result<Option<T>, ApiError> {
+/// Checks that the value of an action without parameters is null.
+pub(super) fn null(name: &str, value: &Value) -> Result<(), ApiError> {
     match value {
-        Value::Null => Ok(None),
+        Value::Null => Ok(()),
         _ => Err(ApiError::bad_request(format!("{name} wants null: {{\"{name}\":null}}."))),
     }
 }
 
-/// An object that holds these keys and no other.
+/// Checks that a value is an object that has no keys except these.
 pub(super) fn object<'a>(
     value: &'a Value,
     place: &str,
@@ -177,12 +179,12 @@ pub(super) fn object<'a>(
     }
 }
 
-/// The status of a path that leads nowhere.
+/// Response to an unknown path.
 pub(super) async fn nowhere() -> ApiError {
     ApiError::not_found("The resource could not be found.")
 }
 
-/// A method that a resource does not have.
+/// Response to a method that a resource does not have.
 pub(super) async fn no_method() -> ApiError {
     ApiError::bad_method()
 }

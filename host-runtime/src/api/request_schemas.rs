@@ -12,16 +12,16 @@ use virt_usb_model::{DeviceId, Status};
 
 use super::paging::LAST_MARKER;
 
-/// One to four hexadecimal digits.
+/// Pattern of a USB id: one to four hexadecimal digits.
 const HEX: &str = "^(0[xX])?[0-9a-fA-F]{1,4}$";
-/// 32 hexadecimal digits; hyphens are passed over.
+/// Pattern of a UUID: 32 hexadecimal digits; hyphens are ignored.
 const UUID: &str = "^(-*[0-9a-fA-F]){32}-*$";
-/// Letters, digits and some signs.
+/// Pattern of a tag: letters, digits and some punctuation.
 const TAG: &str = r"^[\p{L}\p{N}_.:/-]{1,64}$";
-/// No white space, no control characters.
+/// Pattern of a project id: no white space and no control characters.
 const PROJECT: &str =
     r"^[^\u0000-\u0020\u007f-\u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]{1,255}$";
-/// A stored flavor's name, or a grant's.
+/// Pattern of the name of a stored flavor or a grant.
 const NAME: &str = r"^[^@\u0000-\u001f\u007f-\u009f\u061c\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff][^\u0000-\u001f\u007f-\u009f\u061c\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff]{0,254}$";
 
 /// Schema of a parameter with this name, in any path or query; `None` to use the schema of its
@@ -69,13 +69,13 @@ macro_rules! described {
 }
 
 described! {
-    /// One entry of what a server or a flavor asks for; what it names must all match.
+    /// Request of a server or a flavor for devices that match all its keys.
     UsbDeviceRequest = device_request(Some(MAX_DEVICES));
-    /// One entry of what a server is to lose.
+    /// Request to detach a device that matches all its keys.
     UsbDeviceDetachRequest = device_request(Some(1));
-    /// One entry of what a grant gives; what it names must all match.
+    /// Selector of a grant: the devices that match all its keys.
     UsbDeviceSelector = device_request(None);
-    /// A USB port that a SPICE client fills.
+    /// Request for a USB port for redirection from a SPICE client.
     UsbRedirectionRequest = json!({
         "type": "object",
         "description": "A USB port for redirection from a SPICE client.",
@@ -86,13 +86,16 @@ described! {
         },
         "additionalProperties": false,
     });
-    /// The requests of a flavor.
+    /// Body that stores a flavor: its requests.
     FlavorRequest = flavor_request();
-    /// The devices and projects of a grant.
+    /// Body that stores a grant: its devices and its projects.
     GrantRequest = json!({
         "type": "object",
         "description": "Devices, and the projects that they are available to.",
-        "example": { "usb_devices": [{ "vendor_id": "0529", "product_id": "0001" }], "projects": ["4f1c0d2e"] },
+        "example": {
+            "usb_devices": [{ "vendor_id": "0529", "product_id": "0001" }],
+            "projects": ["4f1c0d2e"],
+        },
         "required": ["usb_devices", "projects"],
         "properties": {
             "usb_devices": some(&reference("UsbDeviceSelector"), MAX_ENTRIES),
@@ -100,18 +103,21 @@ described! {
         },
         "additionalProperties": false,
     });
-    /// An action on a server.
+    /// Body with one action on a server.
     ServerActionRequest = json!({
         "description": "Exactly one action.",
         "example": { "attach_usb_devices": { "usb_devices_requests": [{ "id": 1 }] } },
         "oneOf": [
             one("attach_usb_devices", requests("UsbDeviceRequest")),
             one("detach_usb_devices", requests("UsbDeviceDetachRequest")),
-            one("set_usb_owner", one("project_id", json!({ "type": "string", "pattern": PROJECT }))),
+            one(
+                "set_usb_owner",
+                one("project_id", json!({ "type": "string", "pattern": PROJECT })),
+            ),
             one("clear_usb_owner", json!({ "type": "null" })),
         ],
     });
-    /// An action on a device.
+    /// Body with one action on a device.
     DeviceActionRequest = json!({
         "description": "Exactly one action.",
         "example": { "disable": { "reason": "lent" } },
@@ -119,7 +125,13 @@ described! {
             one("enable", json!({ "type": "null" })),
             one("disable", json!({
                 "type": "object",
-                "properties": { "reason": { "type": ["string", "null"], "maxLength": 255, "description": "Why." } },
+                "properties": {
+                    "reason": {
+                        "type": ["string", "null"],
+                        "maxLength": 255,
+                        "description": "Reason why the device is disabled.",
+                    },
+                },
                 "additionalProperties": false,
             })),
             one("clear_quarantine", json!({ "type": "null" })),
@@ -129,10 +141,15 @@ described! {
     });
 }
 
-/// An object of this key and no other.
+/// Schema of an object that has exactly this key.
 fn one(key: &str, value: Value) -> Value {
     let properties: Map<String, Value> = [(key.to_owned(), value)].into_iter().collect();
-    json!({ "type": "object", "required": [key], "properties": properties, "additionalProperties": false })
+    json!({
+        "type": "object",
+        "required": [key],
+        "properties": properties,
+        "additionalProperties": false,
+    })
 }
 
 fn reference(name: &str) -> Value {
@@ -154,12 +171,13 @@ fn tags(least: u32) -> Value {
     json!({ "type": "array", "minItems": least, "items": { "type": "string", "pattern": TAG } })
 }
 
-/// A list, one alone in place of a list of one, or nothing.
+/// Schema of a list of items, a single item, or null.
 fn list(item: &Value, most: usize) -> Value {
-    json!({ "anyOf": [{ "type": "array", "maxItems": most, "items": item }, item, { "type": "null" }] })
+    let items = json!({ "type": "array", "maxItems": most, "items": item });
+    json!({ "anyOf": [items, item, { "type": "null" }] })
 }
 
-/// The same, but not nothing.
+/// Schema of a list of at least one item, or a single item.
 fn some(item: &Value, most: usize) -> Value {
     json!({ "anyOf": [{ "type": "array", "minItems": 1, "maxItems": most, "items": item }, item] })
 }
@@ -167,7 +185,14 @@ fn some(item: &Value, most: usize) -> Value {
 fn flavor_request() -> Value {
     let (device, port) = (reference("UsbDeviceRequest"), reference("UsbRedirectionRequest"));
     let devices = MAX_DEVICES as usize;
-    let asks = |key: &str, properties: Value| json!({ "type": "object", "required": [key], "properties": properties, "additionalProperties": false });
+    let asks = |key: &str, properties: Value| {
+        json!({
+            "type": "object",
+            "required": [key],
+            "properties": properties,
+            "additionalProperties": false,
+        })
+    };
     json!({
         "description": format!("Requests of a flavor: at least one, and for at most {MAX_DEVICES} \
             devices in total."),
@@ -197,7 +222,12 @@ fn device_request(most: Option<u32>) -> Value {
         let keys = REQUEST_KEYS.into_iter().filter(|key| *key != "count" || count.is_some());
         let properties: Map<String, Value> =
             keys.map(|key| (key.to_owned(), describe(key))).collect();
-        json!({ "type": "object", "required": named, "properties": properties, "additionalProperties": false })
+        json!({
+            "type": "object",
+            "required": named,
+            "properties": properties,
+            "additionalProperties": false,
+        })
     };
     let alone = &["id", "vendor_id", "product_id"];
     json!({
@@ -217,7 +247,7 @@ fn device_request(most: Option<u32>) -> Value {
     })
 }
 
-/// A port number at a hub, 1 to 255, in up to three digits.
+/// Pattern of a port number at a hub: 1 to 255, in up to three digits.
 const NUMBER: &str = "(0{0,2}[1-9]|0?[1-9][0-9]|1[0-9]{2}|2[0-4][0-9]|25[0-5])";
 
 /// Schema of the value of a key; `null` means the same as a missing key.

@@ -1,4 +1,4 @@
-//! Servers: what they have, attach, detach.
+//! API calls for servers: their devices, attach and detach, and their owner.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -34,13 +34,13 @@ use crate::agent::work::Worker;
 use crate::hypervisor::{Hypervisor as _, Known};
 use crate::publish::peers::{self, Peer};
 
-/// A path's server.
+/// Server in the path of a request.
 #[derive(Deserialize)]
 pub(super) struct ServerName {
     pub(super) server_id: String,
 }
 
-/// A server that the caller may know of.
+/// A server that the caller may see.
 #[derive(Debug, Clone)]
 pub(super) struct Server {
     pub(super) id: InstanceId,
@@ -48,11 +48,11 @@ pub(super) struct Server {
     pub(super) running: bool,
     /// Owner project, if known.
     pub(super) owner: Option<ProjectId>,
-    /// Whether its domain says so itself.
+    /// Whether the domain itself names the owner.
     pub(super) by_domain: bool,
-    /// The other host that it is on; none: this one.
+    /// Name of the server's host, if that is another host than this one.
     pub(super) host: Option<String>,
-    /// When this host has seen it so.
+    /// Time at which this host asked libvirt about the server.
     pub(super) seen: Option<Timestamp>,
 }
 
@@ -64,7 +64,7 @@ impl Server {
         Self { id, name: domain.name.clone(), running, owner, by_domain, host: None, seen }
     }
 
-    /// As it was seen last.
+    /// A server in the last known state.
     fn known(known: &Known, snapshot: &Snapshot) -> Self {
         let seen = moment(known.seen);
         Self { seen, ..Self::new(known.instance, &known.domain, known.running, snapshot) }
@@ -76,13 +76,13 @@ impl Server {
         Self { id, name, running, owner, by_domain, host: Some(host.name.clone()), seen: None }
     }
 
-    /// As Nova has it.
+    /// Status in Nova's terms.
     const fn status(&self) -> &'static str {
         if self.running { "ACTIVE" } else { "SHUTOFF" }
     }
 }
 
-/// To the millisecond, as all times of the API.
+/// A time in milliseconds, like all times of the API.
 fn moment(time: SystemTime) -> Option<Timestamp> {
     Timestamp::try_from(time).ok()?.round(jiff::Unit::Millisecond).ok()
 }
@@ -209,7 +209,8 @@ pub(super) struct Query {
 }
 
 /// Servers, by name
-#[utoipa::path(get, path = "/servers", tag = "servers", operation_id = "list_servers", params(Query),
+#[utoipa::path(get, path = "/servers", tag = "servers",
+    operation_id = "list_servers", params(Query),
     responses((status = 200, description = "The servers", body = Servers)))]
 pub(super) async fn list(
     auth: Authorized,
@@ -220,16 +221,18 @@ pub(super) async fn list(
     Ok(Json(Servers { servers: servers.into_iter().map(Listed::from).collect() }))
 }
 
-/// Owners that administrators have set; for administrators
-#[utoipa::path(get, path = "/os-usb-owners", tag = "servers", operation_id = "list_usb_owners",
-    responses((status = 200, description = "Owners that were set here", body = Owners)))]
+/// List the owners that administrators have set: for administrators
+#[utoipa::path(get, path = "/os-usb-owners", tag = "servers",
+    operation_id = "list_usb_owners",
+    responses((status = 200, description = "The owners", body = Owners)))]
 pub(super) async fn owners(auth: Authorized, (): ()) -> Result<Json<Owners>, ApiError> {
     let owners = auth.api.blocking(|api| Ok(api.store()?.owners()?)).await?;
     Ok(Json(Owners { usb_owners: owners.into_iter().map(UsbOwner::from).collect() }))
 }
 
 /// Show a server with its devices and requests
-#[utoipa::path(get, path = "/servers/{server_id}/os-usb-devices", tag = "servers", operation_id = "show_server_usb_devices",
+#[utoipa::path(get, path = "/servers/{server_id}/os-usb-devices", tag = "servers",
+    operation_id = "show_server_usb_devices",
     params(("server_id" = String, Path, description = "The server's UUID")),
     responses((status = 200, description = "The server", body = Shown)))]
 pub(super) async fn show(
@@ -256,7 +259,8 @@ async fn describe(auth: &Authorized, server: Server) -> Result<Shown, ApiError> 
 /// On a running server, an attach is complete when the response is sent. On a stopped server, it
 /// takes effect at the next start. Administrators set the owner of a server whose domain names
 /// none.
-#[utoipa::path(post, path = "/servers/{server_id}/action", tag = "servers", operation_id = "act_on_server",
+#[utoipa::path(post, path = "/servers/{server_id}/action", tag = "servers",
+    operation_id = "act_on_server",
     params(("server_id" = String, Path, description = "The server's UUID")),
     request_body = ServerActionRequest,
     responses((status = 202, description = "Devices are attached or detached", body = Acted),
@@ -385,7 +389,7 @@ fn detach(
     answer(api, caller, server.running, taken.iter().flatten(), Vec::new())
 }
 
-/// The devices as they are now.
+/// Result of an action, with the current state of the devices.
 fn answer<'a>(
     api: &Api,
     caller: &Caller,

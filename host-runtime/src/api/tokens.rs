@@ -31,28 +31,28 @@ use virt_usb_store::user::{AsUser, User};
 use super::identity::{Answer, AuthError, Caller, Freshness, Identity, Role};
 use virt_usb_fleet::stamp::{Stamp, stamp};
 
-/// The file's name.
+/// Name of the file in `state_dir`.
 pub const FILE: &str = "tokens.toml";
 /// Prefix of every token, by which a token that was leaked into a log or a repository can be found.
 pub(super) const PREFIX: &str = "vusb_";
-/// The largest file that is read, in bytes: ten thousand tokens.
-const MOST: u64 = 4 << 20;
+/// Maximum size of the file, in bytes: ten thousand tokens.
+const MAX_FILE_BYTES: u64 = 4 << 20;
 
-/// A token's entry. The token itself is not known.
+/// Entry of a token. The token itself is not stored.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Entry {
     /// Name of the token, for the audit trail and the log.
     pub name: String,
-    /// Of the token, hexadecimal.
+    /// SHA-256 of the token, in hexadecimal digits.
     pub sha256: String,
-    /// The project that it acts for.
+    /// Project that the token acts for.
     pub project: String,
-    /// `reader`, `member` or `admin`.
+    /// Role of the token: `reader`, `member` or `admin`.
     pub role: String,
-    /// UTC, RFC 3339.
+    /// Time of creation (UTC, RFC 3339).
     pub created_at: String,
-    /// Until when it counts; none: until it is removed.
+    /// Expiry (UTC, RFC 3339); `None` if the token is valid until it is removed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub expires_at: Option<String>,
 }
@@ -64,7 +64,7 @@ struct Content {
     token: Vec<Entry>,
 }
 
-/// The file cannot be used.
+/// Error of the file of tokens.
 #[derive(Debug, thiserror::Error)]
 pub enum TokensError {
     /// The file cannot be read or written.
@@ -86,12 +86,12 @@ pub enum TokensError {
         /// Where and why.
         what: String,
     },
-    /// An entry cannot be made.
+    /// The entry cannot be created.
     #[error("{0}")]
     Refused(String),
 }
 
-/// A new token: to be shown once.
+/// A new token, which is shown only once.
 #[derive(Debug)]
 pub struct Made {
     /// The token itself.
@@ -105,11 +105,11 @@ pub struct Made {
 pub struct Wanted<'a> {
     /// Name of the token, which must be unique.
     pub name: &'a str,
-    /// For which project.
+    /// Project that the token acts for.
     pub project: &'a ProjectId,
-    /// With which role.
+    /// Role of the token.
     pub role: Role,
-    /// For how long; none: until it is removed.
+    /// Lifetime; `None` if the token is valid until it is removed.
     pub lifetime: Option<std::time::Duration>,
 }
 
@@ -125,15 +125,15 @@ impl TokenFile {
         Self { path: state_dir.join(FILE) }
     }
 
-    /// Where it is.
+    /// Path of the file.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// All entries; none where there is no file.
+    /// Returns all entries; none if the file does not exist.
     ///
     /// # Errors
-    /// When it cannot be read, or is wrong.
+    /// If the file cannot be read, or is invalid.
     pub fn entries(&self) -> Result<Vec<Entry>, TokensError> {
         let _owner = self.enter()?;
         let text = match self.read() {
@@ -154,10 +154,10 @@ impl TokenFile {
         Ok(content.token)
     }
 
-    /// Makes a token, and the file where there is none.
+    /// Creates a token, and the file if it does not exist.
     ///
     /// # Errors
-    /// When there is one of the name, or the file cannot be written: then nothing was changed.
+    /// If a token has the same name, or the file cannot be written. Then nothing was changed.
     pub fn add(&self, wanted: &Wanted<'_>) -> Result<Made, TokensError> {
         let plain = |c: char| !c.is_control() && !c.is_whitespace();
         if wanted.name.is_empty() || wanted.name.len() > 64 || !wanted.name.chars().all(plain) {
@@ -195,10 +195,10 @@ impl TokenFile {
         Ok(Made { token, entry })
     }
 
-    /// Ends a token at once; says whether there was one of the name.
+    /// Removes a token with immediate effect, and returns whether one had this name.
     ///
     /// # Errors
-    /// When the file cannot be written: then it counts on.
+    /// If the file cannot be written. Then the token stays valid.
     pub fn remove(&self, name: &str) -> Result<bool, TokensError> {
         let mut found = false;
         self.change(|entries| {
@@ -210,10 +210,10 @@ impl TokenFile {
         Ok(found)
     }
 
-    /// Makes an empty one, if there is none; says whether it did.
+    /// Creates an empty file if there is none, and returns whether it did.
     ///
     /// # Errors
-    /// When it cannot be written.
+    /// If the file cannot be written.
     pub fn ensure(&self) -> Result<bool, TokensError> {
         if self.path.symlink_metadata().is_ok() {
             return Ok(false);
@@ -317,11 +317,11 @@ impl TokenFile {
 }
 
 fn read_bounded(file: File, text: &mut String) -> io::Result<()> {
-    file.take(MOST + 1).read_to_string(text)?;
-    if text.len() as u64 > MOST {
+    file.take(MAX_FILE_BYTES + 1).read_to_string(text)?;
+    if text.len() as u64 > MAX_FILE_BYTES {
         return Err(io::Error::new(
             io::ErrorKind::FileTooLarge,
-            format!("it is larger than {MOST} bytes"),
+            format!("it is larger than {MAX_FILE_BYTES} bytes"),
         ));
     }
     Ok(())
@@ -375,7 +375,7 @@ impl Tokens {
     fn now(&self) -> Known {
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         let stamp = stamp(&self.file.path);
-        // What could not be read may be readable by now, without a trace on the file.
+        // A file that could not be read is tried again: its stamp may be unchanged.
         if !known.read || known.stamp != stamp {
             let entries = self.file.entries();
             let read = !matches!(entries, Err(TokensError::Io { .. }));
@@ -404,7 +404,7 @@ impl Tokens {
         if let Some(trouble) = known.trouble {
             return Err(AuthError::Unavailable(trouble));
         }
-        // Looked up by its hash: how long that takes says nothing about any token.
+        // The duration of a lookup by hash reveals nothing about any token.
         match known.callers.get(&hash(token)) {
             Some((caller, until)) if until.is_none_or(|until| Timestamp::now() < until) => {
                 Ok(caller.clone())
@@ -479,12 +479,16 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_cannot_be_relied_on_lets_nobody_in() {
+    fn an_unreliable_file_rejects_every_token() {
         let dir = tempfile::tempdir().unwrap();
         let file = TokenFile::new(dir.path());
         let project: ProjectId = "p1".parse().unwrap();
         let made = file.add(&wanted("erp", &project)).unwrap();
         let tokens = Tokens::new(file.clone());
+        let why = |token: &str| match tokens.find(token) {
+            Err(AuthError::Unavailable(why)) => why,
+            found => panic!("{found:?}"),
+        };
         assert!(tokens.find(&made.token).is_ok());
         let right = std::fs::read_to_string(file.path()).unwrap();
         let wrong = [
@@ -496,25 +500,18 @@ mod tests {
         ];
         for (at, text) in wrong.iter().enumerate() {
             std::fs::write(file.path(), format!("{text}{}", "\n".repeat(at))).unwrap();
-            assert!(
-                matches!(tokens.find(&made.token), Err(AuthError::Unavailable(why)) if why.contains("is wrong")),
-                "{text}"
-            );
+            assert!(why(&made.token).contains("is wrong"), "{text}");
         }
         std::fs::write(file.path(), &right).unwrap();
         assert!(tokens.find(&made.token).is_ok());
         std::fs::set_permissions(file.path(), Permissions::from_mode(0o640)).unwrap();
-        assert!(
-            matches!(tokens.find(&made.token), Err(AuthError::Unavailable(why)) if why.contains("other users may read it"))
-        );
+        assert!(why(&made.token).contains("other users may read it"));
         std::fs::set_permissions(file.path(), Permissions::from_mode(0o600)).unwrap();
         assert!(tokens.find(&made.token).is_ok());
         // The check is repeated when the file's stamp changes, and then the folder is the problem.
         std::fs::set_permissions(dir.path(), Permissions::from_mode(0o777)).unwrap();
         std::fs::write(file.path(), format!("{right}\n\n\n\n")).unwrap();
-        assert!(
-            matches!(tokens.find(&made.token), Err(AuthError::Unavailable(why)) if why.contains("every user may write to its folder"))
-        );
+        assert!(why(&made.token).contains("every user may write to its folder"));
         std::fs::set_permissions(dir.path(), Permissions::from_mode(0o700)).unwrap();
         assert!(tokens.find(&made.token).is_ok());
     }

@@ -114,20 +114,20 @@ fn option(device: &UsbDevice) -> String {
 /// Form that attaches a device to a server. Offers a choice only for what the query leaves open.
 pub(super) async fn attach_page(
     auth: Authorized,
-    (signed, Asked(wish)): (Signed, Asked<Form>),
+    (signed, Asked(form)): (Signed, Asked<Form>),
 ) -> Result<Response, ApiError> {
-    let servers: Vec<Server> = if wish.server.is_empty() {
+    let servers: Vec<Server> = if form.server.is_empty() {
         auth.servers()?
     } else {
-        vec![auth.server(&wish.server).await?]
+        vec![auth.server(&form.server).await?]
     };
-    let devices: Vec<UsbDevice> = if wish.device.is_empty() {
+    let devices: Vec<UsbDevice> = if form.device.is_empty() {
         let (snapshot, caller) = (auth.api.inventory.now()?, auth.caller());
         let is_free = |record: &&Record| record.entry.state() == Ok(Status::Available);
         let free = snapshot.seen(caller).filter(is_free);
         free.take(CHOICE).map(|record| snapshot.shown(record, caller)).collect()
     } else {
-        vec![auth.device(&wish.device)?.1]
+        vec![auth.device(&form.device)?.1]
     };
     let main = html! {
         @if servers.is_empty() {
@@ -138,10 +138,17 @@ pub(super) async fn attach_page(
             form.stack method="post" action="/portal/attach" {
                 (csrf(&signed))
                 label for="device" { "Device" }
-                select id="device" name="device" { @for device in &devices { option value=(device.id) { (option(device)) } } }
+                select id="device" name="device" {
+                    @for device in &devices { option value=(device.id) { (option(device)) } }
+                }
                 label for="server" { "Server" }
                 select id="server" name="server" {
-                    @for server in &servers { option value=(server.id) { (server.name) @if !server.running { " (stopped; attaches at its next start)" } } }
+                    @for server in &servers {
+                        option value=(server.id) {
+                            (server.name)
+                            @if !server.running { " (stopped; attaches at its next start)" }
+                        }
+                    }
                 }
                 p.note { "A running server gets the device immediately. Every server gets it \
                     again at each start, until it is detached." }
@@ -155,13 +162,13 @@ pub(super) async fn attach_page(
 /// Asks for confirmation: the guest sees an unplug.
 pub(super) async fn detach_page(
     auth: Authorized,
-    (signed, Asked(wish)): (Signed, Asked<Form>),
+    (signed, Asked(form)): (Signed, Asked<Form>),
 ) -> Result<Response, ApiError> {
-    let server = auth.server(&wish.server).await?;
-    let what = if wish.request.is_empty() {
-        option(&auth.device(&wish.device)?.1)
+    let server = auth.server(&form.server).await?;
+    let what = if form.request.is_empty() {
+        option(&auth.device(&form.device)?.1)
     } else {
-        wish.request()?.to_string()
+        form.request()?.to_string()
     };
     let main = html! {
         p { "Detach " b { (what) } " from " b { (server.name) } "?" }
@@ -170,8 +177,8 @@ pub(super) async fn detach_page(
         form.actions method="post" action="/portal/detach" {
             (csrf(&signed))
             input type="hidden" name="server" value=(server.id);
-            input type="hidden" name="device" value=(wish.device);
-            input type="hidden" name="request" value=(wish.request);
+            input type="hidden" name="device" value=(form.device);
+            input type="hidden" name="request" value=(form.request);
             button { "Detach" }
             a href={ "/portal/servers/" (server.id) } { "Cancel" }
         }
@@ -183,10 +190,10 @@ pub(super) async fn detach_page(
 /// even if the browser disconnects.
 pub(super) async fn begin(
     auth: Authorized,
-    Sent(signed, wish): Sent<Form>,
+    Sent(signed, form): Sent<Form>,
 ) -> Result<Response, ApiError> {
-    let request = wish.request()?;
-    let server = auth.server(&wish.server).await?;
+    let request = form.request()?;
+    let server = auth.server(&form.server).await?;
     let attach = auth.call() == Call::Attach;
     let (to, mut outcome) = watch::channel(None);
     let action = Action {

@@ -28,9 +28,15 @@ pub(super) fn rows(story: &[EventRow], of_one: bool) -> Markup {
         html! {
             td { (time(&event.at)) }
             td { (event.event) }
-            td { @if let Some(id) = event.device_id { a href={ "/portal/devices/" (id) } { (id) } } }
+            td {
+                @if let Some(id) = event.device_id { a href={ "/portal/devices/" (id) } { (id) } }
+            }
             @if !of_one {
-                td { @if let (Some(id), Some(domain)) = (event.instance_uuid, &event.domain) { a href={ "/portal/servers/" (id) } { (domain) } } }
+                td {
+                    @if let (Some(id), Some(domain)) = (event.instance_uuid, &event.domain) {
+                        a href={ "/portal/servers/" (id) } { (domain) }
+                    }
+                }
             }
             td { (event.actor) }
             td.text { (event.detail.as_deref().unwrap_or_default()) }

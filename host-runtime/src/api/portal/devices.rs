@@ -15,7 +15,7 @@ use super::super::policy::Call;
 use super::super::request::{Asked, Named};
 use super::super::responses::{Totals, UsbDevice};
 use super::audit::rows;
-use super::pages::{csrf, name, page, quoted, see, state, table, time, words};
+use super::pages::{action_link, csrf, name, page, quoted, see, state, table, time, words};
 use super::session::{Sent, Signed};
 
 /// Number of devices per page.
@@ -89,14 +89,18 @@ pub(super) async fn list(
             label { "Search" input name="q" type="search" value=(query.q) placeholder="name, \
                 serial, tag, server"; }
             label { "State" select name="state" {
-                @for (value, word) in STATES { option value=(value) selected[value == query.state] { (word) } }
+                @for (value, word) in STATES {
+                    option value=(value) selected[value == query.state] { (word) }
+                }
             } }
             button { "Show" }
         }
         div id="devices" data-live {
             p.note {
-                @if fleet { (snapshot.others.len() + 1) " hosts: " } @else { "Host " (auth.api.host) ": " }
-                (totals.total) " devices, " (totals.available) " available, " (totals.claimed + totals.allocated) " in use."
+                @if fleet { (snapshot.others.len() + 1) " hosts: " }
+                @else { "Host " (auth.api.host) ": " }
+                (totals.total) " devices, " (totals.available) " available, "
+                (totals.claimed + totals.allocated) " in use."
             }
             @if rows.is_empty() {
                 p {
@@ -109,7 +113,8 @@ pub(super) async fn list(
             }
         }
         @if more {
-            p { a href={ "/portal/?q=" (quoted(&query.q)) "&state=" (quoted(&query.state)) "&after=" (last) } { "More" } }
+            @let filter = format!("q={}&state={}", quoted(&query.q), quoted(&query.state));
+            p { a href={ "/portal/?" (filter) "&after=" (last) } { "More" } }
         }
     };
     Ok(page("Devices", Some(&signed), &main))
@@ -118,8 +123,16 @@ pub(super) async fn list(
 /// Link to the server that holds the device, if the caller may see it.
 pub(super) fn holder(device: &UsbDevice) -> Markup {
     html! {
-        @if let Some(by) = &device.held_by { a href={ "/portal/servers/" (device.instance_uuid) } { (by) } }
+        @if let Some(by) = &device.held_by {
+            a href={ "/portal/servers/" (device.instance_uuid) } { (by) }
+        }
     }
+}
+
+/// Link to the page that detaches a device from a server.
+pub(super) fn detach_link(server: &str, device: &UsbDevice) -> Markup {
+    let to = format!("/portal/detach?server={server}&device={}", device.id);
+    action_link(&to, "Detach", &name(device))
 }
 
 /// Links to the actions that are possible now.
@@ -127,9 +140,10 @@ fn action_links(device: &UsbDevice, signed: &Signed) -> Markup {
     html! {
         @if signed.may(Call::Attach) {
             @if device.held_by.is_some() {
-                a href={ "/portal/detach?server=" (device.instance_uuid) "&device=" (device.id) } aria-label={ "Detach " (name(device)) } { "Detach" }
+                (detach_link(&device.instance_uuid, device))
             } @else if device.state() == Some(Status::Available) {
-                a href={ "/portal/attach?device=" (device.id) } aria-label={ "Attach " (name(device)) } { "Attach" }
+                @let to = format!("/portal/attach?device={}", device.id);
+                (action_link(&to, "Attach", &name(device)))
             }
         }
     }
@@ -166,7 +180,8 @@ pub(super) async fn show(
                 }
                 dt { "Host" } dd { (device.hypervisor_hostname) }
                 dt { "USB ID" } dd { (device.vendor_id) ":" (device.product_id) }
-                dt { "Serial" } dd { (device.serial.as_deref().unwrap_or("none")) " (" (device.serial_kind) ")" }
+                dt { "Serial" }
+                dd { (device.serial.as_deref().unwrap_or("none")) " (" (device.serial_kind) ")" }
                 dt { "Port" } dd { (device.port_path) ", " (device.address) }
                 @if let Some(path) = &device.path {
                     dt { "Path" } dd { (path) }
@@ -178,7 +193,9 @@ pub(super) async fn show(
             }
             div.actions {
                 (action_links(&device, &signed))
-                @if signed.may(Call::ChangeFlavor) { a href={ "/portal/flavors/new?device=" (device.id) } { "Create flavor" } }
+                @if signed.may(Call::ChangeFlavor) {
+                    a href={ "/portal/flavors/new?device=" (device.id) } { "Create flavor" }
+                }
             }
             @if signed.may(Call::ChangeDevice) { (changes(&device, &signed)) }
             h2 { "Events" }
@@ -219,12 +236,12 @@ pub(super) struct Form {
 
 pub(super) async fn change(
     auth: Authorized,
-    (Named(DeviceName { usb_device_id }), Sent(_, wish)): (Named<DeviceName>, Sent<Form>),
+    (Named(DeviceName { usb_device_id }), Sent(_, form)): (Named<DeviceName>, Sent<Form>),
 ) -> Result<Response, ApiError> {
-    let change = match wish.change.as_str() {
+    let change = match form.change.as_str() {
         "enable" => DeviceAction::Enable,
         "disable" => {
-            let why: String = wish.reason.chars().take(255).collect();
+            let why: String = form.reason.chars().take(255).collect();
             DeviceAction::Disable(Some(why).filter(|why| !why.trim().is_empty()))
         }
         "clear_quarantine" => DeviceAction::ClearQuarantine,

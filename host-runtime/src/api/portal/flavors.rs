@@ -11,7 +11,7 @@ use super::super::flavors::{all, end, store as store_flavor};
 use super::super::policy::Call;
 use super::super::request::Asked;
 use super::super::responses::UsbDevice;
-use super::pages::{csrf, name, page, quoted, see, table, time};
+use super::pages::{action_link, csrf, name, page, quoted, see, table, time};
 use super::session::{Sent, Signed};
 
 pub(super) async fn list(auth: Authorized, signed: Signed) -> Result<Response, ApiError> {
@@ -22,11 +22,14 @@ pub(super) async fn list(auth: Authorized, signed: Signed) -> Result<Response, A
             th scope="row" { (stored.name) }
             td.text {
                 @for request in &flavor.usb_devices { div { code { (request) } } }
-                @for request in &flavor.usb_redirection_devices { div { code { (json!(request)) } } }
+                @for request in &flavor.usb_redirection_devices {
+                    div { code { (json!(request)) } }
+                }
             }
             td { (time(&stored.updated_at)) }
             td { @if signed.may(Call::ChangeFlavor) {
-                a href={ "/portal/flavors/remove?name=" (quoted(&stored.name)) } aria-label={ "Remove " (stored.name) } { "Remove" }
+                @let to = format!("/portal/flavors/remove?name={}", quoted(&stored.name));
+                (action_link(&to, "Remove", &stored.name))
             } }
         }
     };
@@ -108,15 +111,15 @@ pub(super) struct Form {
 
 pub(super) async fn store(
     auth: Authorized,
-    Sent(_, wish): Sent<Form>,
+    Sent(_, form): Sent<Form>,
 ) -> Result<Response, ApiError> {
-    let (_, device) = auth.device(&wish.device)?;
+    let (_, device) = auth.device(&form.device)?;
     let mut request = Map::new();
     request.insert("vendor_id".into(), json!(device.vendor_id));
     request.insert("product_id".into(), json!(device.product_id));
-    match wish.which.as_str() {
+    match form.which.as_str() {
         "kind" => {
-            let count = wish.count.trim();
+            let count = form.count.trim();
             let count: u32 = if count.is_empty() {
                 1
             } else {
@@ -135,7 +138,7 @@ pub(super) async fn store(
         }
     }
     let text = json!({ "usb_devices": [request] }).to_string();
-    store_flavor(&auth, wish.name.trim().to_owned(), &text).await?;
+    store_flavor(&auth, form.name.trim().to_owned(), &text).await?;
     Ok(see("/portal/flavors"))
 }
 

@@ -2,9 +2,9 @@
 //! open pages up to date.
 //!
 //! ```text
-//!  browser ─► session (cookie, token looked up, form's secret) ─► a page's handler ─► the same functions as the API's calls
-//!     ▲                                                             │
-//!     └────── live (server-sent events) ◄── inventory               └─► hand: attach, detach, with their progress
+//!  browser ─► session (cookie, token, secret of the form) ─► role check ─► page or action
+//!     ▲                                                                        │
+//!     └── live (server-sent events) ◄── inventory        the functions of the API's handlers
 //! ```
 //! | module | what it does |
 //! |---|---|
@@ -14,7 +14,8 @@
 //! | `actions` | attaches and detaches a device |
 //! | `live` | notifies open pages of changes |
 //!
-//! The portal has no policy of its own. It shows and does what the API allows for the same token.
+//! The portal has no policy of its own. [`routes`] registers each page with a call, whose role the
+//! user must have. A page shows and does what the API allows for the same token.
 
 mod actions;
 mod audit;
@@ -49,6 +50,7 @@ pub(super) struct Portal {
     watchers: live::Watchers,
 }
 
+/// Routes of the portal. A page that needs a caller is registered with its call.
 pub(super) fn routes() -> Router<Arc<Api>> {
     let pages = Router::new()
         .route("/portal/", page(LookAt, devices::list))
@@ -90,7 +92,7 @@ where
     guard::<Signed, I, M>(MethodFilter::GET, Policy::Always(call), handler)
 }
 
-/// Serves what a form does to signed-in users who have the role for the call.
+/// Handles a form of signed-in users who have the role for the call.
 fn form<I, M>(call: Call, handler: impl Handler<I>) -> MethodRouter<Arc<Api>>
 where
     I: FromRequest<Arc<Api>, M> + Send + 'static,

@@ -1,4 +1,4 @@
-//! Layout of all pages, and the names of devices and states.
+//! Layout of all portal pages, and the names of devices and states.
 
 use axum::http::header::{
     CONTENT_SECURITY_POLICY, CONTENT_TYPE, HeaderName, LOCATION, REFERRER_POLICY,
@@ -50,7 +50,8 @@ fn answer(status: StatusCode, title: &str, signed: Option<&Signed>, main: &Marku
                     @if let Some(signed) = signed {
                         nav aria-label="Pages" {
                             @for (to, name) in links {
-                                a href=(to) aria-current=[(name == title).then_some("page")] { (name) }
+                                @let current = (name == title).then_some("page");
+                                a href=(to) aria-current=[current] { (name) }
                             }
                         }
                         form method="post" action="/portal/sign-out" {
@@ -153,6 +154,11 @@ pub(super) fn state(device: &UsbDevice) -> Markup {
 pub(super) fn time(at: &str) -> Markup {
     let short = at.get(..19).map_or_else(|| at.to_owned(), |short| short.replace('T', " "));
     html! { time datetime=(at) { (short) } }
+}
+
+/// Link to an action. Its accessible name also names the object.
+pub(super) fn action_link(to: &str, action: &str, object: &str) -> Markup {
+    html! { a href=(to) aria-label={ (action) " " (object) } { (action) } }
 }
 
 /// Encodes a value for a query string.

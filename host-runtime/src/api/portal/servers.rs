@@ -1,4 +1,4 @@
-//! Servers: those that the caller may know of, and one with its devices.
+//! Portal pages of the servers: the list, and a server with its devices.
 
 use axum::response::Response;
 use maud::{Markup, html};
@@ -13,14 +13,16 @@ use super::super::policy::Call;
 use super::super::request::Named;
 use super::super::servers::{ServerName, give_to};
 use super::audit::rows;
-use super::pages::{csrf, name, page, quoted, see, state, table, time};
+use super::devices::detach_link;
+use super::pages::{action_link, csrf, name, page, quoted, see, state, table, time};
 use super::session::{Sent, Signed};
 
 /// Number of events on a server's page.
 const STORY: usize = 20;
 
 fn running(runs: bool) -> Markup {
-    html! { span class={ "state " (if runs { "good" } else { "off" }) } { (if runs { "running" } else { "stopped" }) } }
+    let (word, colour) = if runs { ("running", "good") } else { ("stopped", "off") };
+    html! { span class={ "state " (colour) } { (word) } }
 }
 
 pub(super) async fn list(auth: Authorized, signed: Signed) -> Result<Response, ApiError> {
@@ -66,23 +68,24 @@ pub(super) async fn show(
             td { @if let Some(since) = &device.held_since { (time(since)) } }
             td { (device.serial.as_deref().unwrap_or("none")) }
             td { @if signed.may(Call::Attach) {
-                a href={ "/portal/detach?server=" (id) "&device=" (device.id) } aria-label={ "Detach " (name(&device)) } { "Detach" }
+                (detach_link(&id.to_string(), &device))
             } }
         }
     };
     let devices: Vec<Markup> =
         mine.map(|record| row(snapshot.shown(record, auth.caller()))).collect();
-    let wish = |(request, since): &(virt_usb_model::DeviceRequest, Option<String>)| {
+    let assignment = |(request, since): &(virt_usb_model::DeviceRequest, Option<String>)| {
         let request = request.to_string();
         html! {
             th scope="row" { code { (request) } }
             td { @if let Some(since) = since { (time(since)) } }
             td { @if signed.may(Call::Attach) {
-                a href={ "/portal/detach?server=" (id) "&request=" (quoted(&request)) } aria-label={ "Detach " (request) } { "Detach" }
+                @let to = format!("/portal/detach?server={id}&request={}", quoted(&request));
+                (action_link(&to, "Detach", &request))
             } }
         }
     };
-    let wishes: Vec<Markup> = assigned.iter().map(wish).collect();
+    let assignments: Vec<Markup> = assigned.iter().map(assignment).collect();
     let owner = server.owner.as_ref().map_or_else(|| "none".to_owned(), ToString::to_string);
     let main = html! {
         div id="server" data-live {
@@ -97,9 +100,9 @@ pub(super) async fn show(
             @if signed.may(Call::Attach) {
                 p.actions { a.button href={ "/portal/attach?server=" (id) } { "Attach device" } }
             }
-            @if !wishes.is_empty() {
+            @if !assignments.is_empty() {
                 h2 { "Assigned at each start" }
-                (table("Assigned", &["Request", "Since", "Action"], &wishes))
+                (table("Assigned", &["Request", "Since", "Action"], &assignments))
             }
             h2 { "Events" }
             (rows(&story, true))

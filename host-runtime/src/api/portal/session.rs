@@ -18,7 +18,7 @@ use super::super::error::{ApiError, sentence};
 use super::super::identity::{AuthError, Caller};
 use super::super::policy::{Authorization, Call, may};
 use super::super::request::form;
-use super::super::{Api, look};
+use super::super::{Api, freshness};
 use super::pages::see;
 
 /// Name of the session cookie.
@@ -150,7 +150,7 @@ impl Signed {
     async fn of(parts: &Parts, api: &Arc<Api>) -> Result<Option<Self>, ApiError> {
         let Some(id) = number(&parts.headers).map(hash) else { return Ok(None) };
         let Some((token, csrf)) = api.portal.sessions.use_it(&id) else { return Ok(None) };
-        match api.identity.caller(&token, look(&parts.method)).await {
+        match api.identity.caller(&token, freshness(&parts.method)).await {
             Ok(caller) => Ok(Some(Self { caller, csrf, id })),
             Err(AuthError::InvalidToken | AuthError::Unusable(_)) => {
                 api.portal.sessions.end(&id);

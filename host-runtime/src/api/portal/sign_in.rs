@@ -1,4 +1,4 @@
-//! Signing in with a token, and out.
+//! Portal pages to sign in with a token, and to sign out.
 
 use std::sync::Arc;
 
@@ -19,15 +19,16 @@ use super::pages::{page, see};
 use super::session::{Sent, Signed, is_from_here};
 use virt_usb_fleet::http_server::Peer;
 
-fn asks(api: &Api, wrong: bool) -> Markup {
+/// Form for the token. `wrong` is set after an invalid token.
+fn token_form(api: &Api, wrong: bool) -> Markup {
     let keystone = (api.config)().keystone.is_some();
     html! {
         @if wrong { p.bad role="alert" { "Invalid or expired token. The host's administrator \
             creates tokens with 'virt-usb token add'." } }
         form.stack method="post" action="/portal/sign-in" {
             label for="token" { "Token" }
-            input id="token" name="token" type="password" autocomplete="current-password" required autofocus spellcheck="false"
-                aria-invalid=[wrong.then_some("true")];
+            input id="token" name="token" type="password" autocomplete="current-password"
+                required autofocus spellcheck="false" aria-invalid=[wrong.then_some("true")];
             button { "Sign in" }
         }
         p.note {
@@ -41,7 +42,7 @@ fn asks(api: &Api, wrong: bool) -> Markup {
 pub(super) async fn show(State(api): State<Arc<Api>>, signed: Option<Signed>) -> Response {
     match signed {
         Some(_) => see("/portal/"),
-        None => page("Sign in", None, &asks(&api, false)),
+        None => page("Sign in", None, &token_form(&api, false)),
     }
 }
 
@@ -69,7 +70,7 @@ pub(super) async fn sign_in(
             Ok(with_cookie(see("/portal/"), &cookie))
         }
         Err(fault) if fault.status == StatusCode::UNAUTHORIZED => {
-            let mut page = page("Sign in", None, &asks(&api, true));
+            let mut page = page("Sign in", None, &token_form(&api, true));
             *page.status_mut() = StatusCode::FORBIDDEN;
             Ok(page)
         }

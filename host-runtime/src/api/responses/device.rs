@@ -13,7 +13,7 @@ use crate::api::policy::may_know_holder;
 pub(crate) struct UsbDevice {
     pub(crate) id: u64,
     pub(crate) compute_node_id: u64,
-    /// `usb_<bus>_<device>`.
+    /// Address on the host: `usb_<bus>_<device>`.
     pub(crate) address: String,
     /// Four hexadecimal digits.
     pub(crate) product_id: String,
@@ -22,59 +22,58 @@ pub(crate) struct UsbDevice {
     pub(crate) bus_id: String,
     /// Device number on the bus.
     pub(crate) device_id: String,
-    /// The last number of its port path.
+    /// Last number of the port path.
     pub(crate) port_id: String,
-    /// `available`, `claimed`, `allocated`, `removed`, `unavailable`.
+    /// State of the device: `available`, `claimed`, `allocated`, `removed`, `unavailable`.
     pub(crate) status: String,
-    /// The operator's words.
+    /// Note of the operator about the device.
     pub(crate) extra_info: String,
     /// Instance that holds the device, if the caller may see it; otherwise empty.
     pub(crate) instance_uuid: String,
-    /// Why it is unavailable: `whitelist`, `host-use`, `disabled`, `quarantined`, `flapping`,
+    /// Reason of `unavailable`: `whitelist`, `host-use`, `disabled`, `quarantined`, `flapping`,
     /// `unreachable`.
     pub(crate) status_reason: Option<String>,
-    /// Where it is plugged in: `1-1.4`.
+    /// Port path: `1-1.4`.
     pub(crate) port_path: String,
     pub(crate) serial: Option<String>,
-    /// `unique`, `duplicate`, `missing`.
+    /// Kind of the serial: `unique`, `duplicate`, `missing`.
     #[serde(default)]
     #[schema(required)]
     pub(crate) serial_kind: String,
-    /// The socket that it is plugged into, whatever number the bus has:
-    /// `pci-0000:00:14.0-usbv2-0:1.4`.
+    /// Path of the port, independent of the number of the bus: `pci-0000:00:14.0-usbv2-0:1.4`.
     pub(crate) path: Option<String>,
     /// Two hexadecimal digits.
     pub(crate) class: String,
     #[serde(default)]
     #[schema(required)]
     pub(crate) interface_classes: Vec<String>,
-    /// `low`, `full`, `high`, `super`, `super-plus`.
+    /// Speed of the connection: `low`, `full`, `high`, `super`, `super-plus`.
     pub(crate) speed: Option<String>,
     pub(crate) manufacturer: Option<String>,
     pub(crate) product_name: Option<String>,
     #[serde(default)]
     #[schema(required)]
     pub(crate) tags: Vec<String>,
-    /// The domain's name, for those who may know.
+    /// Domain name of the instance that holds the device, if the caller may see it.
     pub(crate) held_by: Option<String>,
-    /// UTC, ISO 8601, for those who may know.
+    /// Time of the claim (UTC, ISO 8601), if the caller may see it.
     pub(crate) held_since: Option<String>,
-    /// The host that it is plugged into.
+    /// Host that the device is plugged into.
     #[serde(default)]
     pub(crate) hypervisor_hostname: String,
-    /// The only projects that get it, for administrators.
+    /// Projects that the device is restricted to; only for administrators.
     pub(crate) projects: Option<Vec<String>>,
-    /// Use of the device by the host, for administrators.
+    /// Use of the device by the host; only for administrators.
     pub(crate) host_use: Option<String>,
     pub(crate) created_at: Option<String>,
     pub(crate) updated_at: Option<String>,
     /// Time of the unplug, if no instance held the device then.
     pub(crate) deleted_at: Option<String>,
-    /// The kernel drivers that it is bound to, for administrators; so are those that follow.
+    /// Kernel drivers that the device is bound to. Only administrators see this and the next keys.
     pub(crate) driver: Option<String>,
-    /// Why an operator has disabled it.
+    /// Reason why an operator has disabled the device.
     pub(crate) disabled: Option<String>,
-    /// Why it waits for an operator.
+    /// Reason of the quarantine, which an operator must end.
     pub(crate) quarantined: Option<String>,
     /// End of the pause of a flapping device, which is unavailable until then.
     pub(crate) flapping_until: Option<String>,
@@ -83,7 +82,7 @@ pub(crate) struct UsbDevice {
 }
 
 impl UsbDevice {
-    /// State of the device; none: not one that this version knows.
+    /// State of the device; `None` if this version does not know it.
     pub(in crate::api) fn state(&self) -> Option<Status> {
         Status::from_columns(&self.status, self.status_reason.as_deref()).ok()
     }
@@ -121,7 +120,7 @@ impl UsbDevice {
             product_name: e.product_name.clone(),
             tags: e.tags.clone(),
             held_by: known.map(|claim| claim.domain.clone()),
-            // Of another host's that is not published.
+            // Other hosts do not publish the time of a claim.
             held_since: known.map(|claim| claim.created_at.clone()).filter(|at| !at.is_empty()),
             hypervisor_hostname: host.to_owned(),
             projects: admin.then(|| e.projects.iter().map(ToString::to_string).collect()),
@@ -138,7 +137,7 @@ impl UsbDevice {
     }
 }
 
-/// How many devices of a host are in which state.
+/// Number of devices of a host in each state.
 #[derive(Debug, Default, Serialize, Deserialize, ToSchema)]
 pub(crate) struct Totals {
     pub(crate) total: usize,

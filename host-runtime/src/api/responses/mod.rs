@@ -51,20 +51,21 @@ pub(crate) struct Claims {
 #[derive(Debug, Serialize, Deserialize, ToSchema)]
 pub(crate) struct UsbClaim {
     id: i64,
-    /// UTC, ISO 8601.
+    /// Time of the claim (UTC, ISO 8601).
     created_at: String,
     #[schema(value_type = u64)]
     usb_device_id: DeviceId,
     #[schema(value_type = String)]
     instance_uuid: InstanceId,
-    /// The domain's name then.
+    /// Name of the domain at the time of the claim.
     domain: String,
     project_id: Option<String>,
-    /// The position of the request among the instance's; none: found in the domain's own XML.
+    /// Position of the request among those of the instance; null if the device was found in the
+    /// domain's own XML.
     request: Option<u32>,
     /// State of the claim: `claimed` or `allocated`.
     state: String,
-    /// Until when: `running`, `instance`.
+    /// Lifetime of the claim: `running` (until the instance stops) or `instance`.
     hold: String,
     /// An incoming restore or migration that was not confirmed yet.
     #[serde(default)]
@@ -73,11 +74,11 @@ pub(crate) struct UsbClaim {
     #[serde(default)]
     #[schema(required)]
     boot_id: String,
-    /// The inventory's revision at its last change.
+    /// Revision of the inventory at the last change of the claim.
     #[serde(default)]
     #[schema(required)]
     revision: i64,
-    /// The device is to leave the guest.
+    /// The device is being detached from the guest.
     #[serde(default)]
     #[schema(required)]
     ending: bool,
@@ -113,11 +114,11 @@ impl From<&ClaimRow> for UsbClaim {
 pub(crate) struct UsbProblem {
     #[schema(value_type = String)]
     instance_uuid: InstanceId,
-    /// `device 5`, `redirection 0`, `start`.
+    /// Subject of the problem: `device 5`, `redirection 0`, `start`.
     about: String,
-    /// The domain's name.
+    /// Name of the domain.
     domain: String,
-    /// UTC, ISO 8601.
+    /// Time of the claim (UTC, ISO 8601).
     since: String,
     what: String,
 }
@@ -143,23 +144,23 @@ pub(crate) struct UsbEvents {
     pub(crate) events_links: Vec<Link>,
 }
 
-/// An entry of the audit.
+/// An entry of the audit trail.
 #[derive(Debug, Serialize, Deserialize, ToSchema)]
 pub(crate) struct UsbEvent {
-    /// Grows with time.
+    /// Id of the event; later events have higher ids.
     pub(crate) id: i64,
-    /// UTC, ISO 8601.
+    /// Time of the claim (UTC, ISO 8601).
     at: String,
     /// Type of the event: `claimed`, `allocated`, `released`, `refused`, ...
     event: String,
     #[schema(value_type = Option<String>)]
     instance_uuid: Option<InstanceId>,
-    /// The domain's name then.
+    /// Name of the domain at the time of the claim.
     domain: Option<String>,
     project_id: Option<String>,
     #[schema(value_type = Option<u64>)]
     usb_device_id: Option<DeviceId>,
-    /// By which program or caller, doing what; `null`: it is not for the caller to know.
+    /// Program or caller that caused the event; null if the caller may not see it.
     actor: Option<String>,
     /// Details of the event.
     detail: Option<String>,
@@ -352,7 +353,7 @@ pub(crate) struct UsbOwner {
     instance_uuid: InstanceId,
     /// Since when: UTC, ISO 8601.
     created_at: String,
-    /// The domain's name then.
+    /// Name of the domain at the time of the claim.
     domain: String,
     #[schema(value_type = String)]
     project_id: ProjectId,
@@ -365,7 +366,7 @@ impl From<Owner> for UsbOwner {
     }
 }
 
-/// Where the next page is.
+/// Link to the next page.
 #[derive(Debug, Serialize, Deserialize, ToSchema)]
 pub(crate) struct Link {
     pub(crate) href: String,
