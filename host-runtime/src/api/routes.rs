@@ -33,7 +33,7 @@ impl Route {
     fn new<I, M>(
         mut description: utoipa::openapi::OpenApi,
         policy: Policy<I>,
-        handler: impl Handler<I>,
+        handler: &impl Handler<I>,
     ) -> Self
     where
         I: FromRequest<Arc<Api>, M> + Send + 'static,
@@ -60,7 +60,7 @@ macro_rules! route {
         #[openapi(paths($($handler)::+))]
         struct Described;
 
-        Route::new(Described::openapi(), $policy, $($handler)::+)
+        Route::new(Described::openapi(), $policy, &$($handler)::+)
     }};
 }
 
@@ -135,8 +135,8 @@ fn required_role(calls: &[(&str, Call)]) -> String {
         }
         let named: Vec<String> =
             cases.iter().filter(|case| !case.is_empty()).map(|case| format!("`{case}`")).collect();
-        let whose = if named.is_empty() { "" } else { " for " };
-        roles.push(format!("{role}{whose}{}", named.join(" and ")));
+        let gap = if named.is_empty() { "" } else { " for " };
+        roles.push(format!("{role}{gap}{}", named.join(" and ")));
     }
     format!("Required role: {}.", roles.join(", "))
 }

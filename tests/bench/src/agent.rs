@@ -1,5 +1,5 @@
-//! The agent: from an event to a row (real libusb over umockdev), and a big host that is left alone
-//! (simulated).
+//! Measures the agent: the time from an event to a row (libusb over umockdev), and an idle agent of
+//! a large, simulated host.
 
 use std::fmt::Write as _;
 use std::process::{Command, Stdio};
@@ -13,7 +13,7 @@ use crate::table::Table;
 
 const DEVICES: u32 = 1000;
 const DOMAINS: u32 = 200;
-/// How long the idle agent is watched.
+/// Time for which the idle agent is watched.
 const IDLE: Duration = Duration::from_secs(20);
 
 pub(crate) fn measure(programs: &Programs, table: &mut Table) -> Result<()> {
@@ -29,7 +29,7 @@ pub(crate) fn measure(programs: &Programs, table: &mut Table) -> Result<()> {
     big_host(programs, table)
 }
 
-/// What the hotplug test measures: it has the testbed.
+/// Figures of the hotplug test, which has the test bed.
 fn events() -> Result<(String, String)> {
     let mut command = Command::new(env!("CARGO"));
     command.args([
@@ -52,7 +52,7 @@ fn events() -> Result<(String, String)> {
     Ok((figure("latency")?, figure("storm")?))
 }
 
-/// 1 000 devices, 200 domains that have one each.
+/// Measures a host with 1 000 devices and 200 domains with one device each.
 fn host() -> String {
     let mut text = String::new();
     for n in 0..DEVICES {

@@ -1,5 +1,5 @@
-//! The API of a live agent: under wrk, in turn with nginx that serves the same bytes from a file;
-//! 10 000 devices in pages; left alone.
+//! Measures the API of an agent: under wrk, in turn with nginx, which serves the same bytes from a
+//! file; 10 000 devices in pages; idle.
 
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
@@ -17,23 +17,23 @@ use crate::samples::{Samples, millis};
 use crate::table::Table;
 use crate::world::{Devices, simulation};
 
-/// On the host that is asked about.
+/// Number of devices of the host in the requests.
 const FEW: usize = 64;
 /// Number of listed devices.
 const MANY: usize = 10_000;
-/// The most that a page holds.
+/// Maximum number of devices in a page.
 const PAGE: usize = 1000;
 const CONNECTIONS: usize = 32;
-/// The yardstick's file.
+/// File that the yardstick serves.
 const BODY: &str = "host.json";
-/// How often each is loaded, and for how many seconds.
+/// Number of rounds for each server; a round takes [`SECONDS`].
 const ROUNDS: usize = 5;
 const SECONDS: u32 = 3;
-/// All devices so often: to warm up, then in two halves, by so many readers at once.
+/// Number of reads of all devices to warm up. [`HALF`] reads follow twice, by [`READERS`] readers.
 const WARM_UP: usize = 10;
 const HALF: usize = 15;
 const READERS: usize = 8;
-/// How long it is left alone.
+/// Time for which the agent is idle.
 const IDLE: Duration = Duration::from_secs(20);
 
 pub(crate) fn measure(programs: &Programs, table: &mut Table) -> Result<()> {
@@ -42,7 +42,7 @@ pub(crate) fn measure(programs: &Programs, table: &mut Table) -> Result<()> {
     idle(programs, table)
 }
 
-/// What is asked for: the host with its devices.
+/// Path of the request: the host with its devices.
 fn host() -> Result<String> {
     Ok(format!(
         "/v2.1/os-hypervisors/{}",
@@ -50,7 +50,7 @@ fn host() -> Result<String> {
     ))
 }
 
-/// Says whether it is.
+/// Reports whether the program is there.
 fn judged(reach: &str, reached: bool) -> String {
     format!("{reach}: {}", if reached { "reached" } else { "NOT REACHED" })
 }
@@ -73,7 +73,7 @@ fn load(programs: &Programs, table: &mut Table) -> Result<()> {
     Ok(())
 }
 
-/// A certificate's file, and its key's.
+/// Files of a certificate and its key.
 type Certificate = (PathBuf, PathBuf);
 
 fn certify(folder: &TempDir) -> Result<Certificate> {
@@ -98,12 +98,12 @@ fn certify(folder: &TempDir) -> Result<Certificate> {
     Ok((certificate, key))
 }
 
-/// Our server and the yardstick, with as many workers each as there are processors.
+/// The API and the yardstick, each with a worker for each processor.
 struct Setting {
     agent: Agent,
     nginx: Nginx,
     scheme: &'static str,
-    /// The load's threads.
+    /// Threads of the load generator.
     threads: usize,
 }
 
@@ -125,7 +125,7 @@ impl Setting {
         })
     }
 
-    /// The same with what our server answers itself; and that.
+    /// The same for a response that the API computes; with the response.
     fn compare_own(&self, role: &str, rounds: usize) -> Result<(Compared, String)> {
         let token = self.agent.token(role)?;
         let body = Reader::open(&self.agent, &token)?.get(&host()?)?;
@@ -133,7 +133,7 @@ impl Setting {
         Ok((self.compare(&token, rounds, &body)?, body))
     }
 
-    /// In turn, so that whatever else the machine does meets both.
+    /// Measures in turn, so that other load on the machine affects both.
     fn compare(&self, token: &str, rounds: usize, body: &str) -> Result<Compared> {
         self.nginx.put(BODY, body.as_bytes())?;
         let (api, workers) = ([self.agent.process()], self.nginx.workers()?);
@@ -181,11 +181,11 @@ impl Setting {
 
 /// Result of wrk; times in microseconds.
 struct Round {
-    /// Requests a second.
+    /// Requests per second.
     rate: f64,
     p50: f64,
     p99: f64,
-    /// Processor time of the server for a request.
+    /// Processor time of the server per request.
     each: f64,
 }
 
@@ -227,12 +227,12 @@ impl Load {
 struct Compared {
     ours: Load,
     nginx: Load,
-    /// Of the body.
+    /// Size of the body, in bytes.
     bytes: usize,
 }
 
 impl Compared {
-    /// Ours as a multiple of nginx's.
+    /// The API's value as a multiple of nginx's.
     fn times(&self, what: impl Fn(&Round) -> f64) -> f64 {
         self.ours.median(&what) / self.nginx.median(&what)
     }
@@ -258,7 +258,7 @@ impl Compared {
     }
 }
 
-/// A connection that is kept.
+/// A persistent connection.
 struct Reader {
     stream: BufReader<TcpStream>,
     token: String,
@@ -296,7 +296,7 @@ impl Reader {
         Ok(String::from_utf8(body)?)
     }
 
-    /// All devices, page by page; how long each full page took.
+    /// Reads all devices page by page, and returns the time of each full page.
     fn walk(&mut self, samples: &mut Samples) -> Result<()> {
         let (mut next, mut found) = (Some(format!("/v2.1/os-usb-devices?limit={PAGE}")), 0);
         while let Some(path) = next {

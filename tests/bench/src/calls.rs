@@ -12,7 +12,7 @@ use crate::world::{Devices, NOVA, World, domain, flavor};
 
 const WARM_UP: usize = 20;
 const RUNS: usize = 300;
-/// Python is slow enough to be measured in fewer.
+/// Number of rounds of Python, which needs fewer because it is slow.
 const EVERY: usize = 6;
 
 const SIZE: usize = 20_000;
@@ -106,8 +106,7 @@ impl Calls {
         })
     }
 
-    /// In turn, so that whatever else the machine does meets all of them. Each claim is a fresh
-    /// one.
+    /// Measures in turn, so that other load on the machine affects all. Each claim is a fresh one.
     fn run(&self) -> Result<Times> {
         let mut times = Times::default();
         for round in 0..WARM_UP + RUNS {

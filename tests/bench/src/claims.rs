@@ -93,7 +93,7 @@ impl Bench {
         Ok(took)
     }
 
-    /// The older half: whoever looks for a free device by id finds it behind them.
+    /// Claims the older half, so that free devices have higher ids.
     fn hold_half(&mut self) -> Result<()> {
         for guest in 0..COUNT as u64 / 2 / 100 {
             self.claim(1_000_000 + guest, r#"{"tags":["erp"],"count":100}"#)?;

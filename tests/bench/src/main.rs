@@ -1,19 +1,19 @@
-//! `make bench`: the figures of BENCHMARKS.md, measured side by side in one run. It reports and
-//! never judges: what a machine under load shows is no reason for a change to fail.
+//! The figures of BENCHMARKS.md (`make bench`), measured side by side in one run. The program
+//! reports them and never fails because of them, because other load on the machine affects them.
 //!
 //! ```text
-//! world (devices, sysfs, configuration, domains) ─┬─► calls .... whole processes, in turn with /bin/true and Python
-//!                                                 ├─► memory ... the peak of one process
-//!                                                 ├─► crowd .... 200 processes at once
-//!                                                 └─► claims ... inside one process, 10 000 devices
-//! simulated hosts (a live agent each) ─────┬─► agent .... from an event to a row, a pass, idle
-//!                                          └─► api ...... under wrk, in turn with nginx; 10 000 devices in pages; idle
-//! made fleet (50 000 hosts × 20 devices) ──┬─► filter ... in the sandbox and natively
-//!                                          ├─► fleet .... 5 000 of them over etcd, under a scheduler that follows
-//!                                          └─► python ... one batch call, and the same rules in Python
-//!                                                        all ──► table
+//! world (a host, domains) ─┬─► calls .... processes, in turn with /bin/true and Python
+//!                          ├─► memory ... the peak of a process
+//!                          ├─► crowd .... 200 processes at once
+//!                          └─► claims ... in one process, 10 000 devices
+//! simulated hosts ─────────┬─► agent .... from an event to a row, a pass, idle
+//! (each with an agent)     └─► api ...... under wrk, in turn with nginx; pages; idle
+//! generated fleet ─────────┬─► filter ... in the sandbox and natively
+//! (50 000 hosts            ├─► fleet .... 5 000 hosts over etcd, with a scheduler
+//! × 20 devices)            └─► python ... a batch call, and the same rules in Python
+//!                              all ──► table
 //! ```
-//! With names of parts as arguments, those alone are measured: `virt-usb-bench api`.
+//! To measure only some parts, pass their names: `virt-usb-bench api`.
 
 mod agent;
 mod api;

@@ -12,7 +12,7 @@ fuzz_target!(|xml: &[u8]| {
             assert_eq!(
                 rewrite(xml, &additions()),
                 Err(e.clone()),
-                "read and rewrite agree on what a domain is"
+                "read and rewrite accept the same domains"
             );
             let message = e.to_string();
             assert!(
@@ -23,7 +23,8 @@ fuzz_target!(|xml: &[u8]| {
         }
     };
     for speed in [None, Some(Speed::Low), Some(Speed::High), Some(Speed::Super)] {
-        let wants = [SpeedMask::of(speed, None), SpeedMask::ANY, SpeedMask::of(Some(Speed::Full), None)];
+        let full = SpeedMask::of(Some(Speed::Full), None);
+        let wants = [SpeedMask::of(speed, None), SpeedMask::ANY, full];
         domain.bus.fit(&wants);
         assert!(domain.bus.place(&wants).len() <= wants.len(), "a place for each, or fewer");
     }
@@ -91,8 +92,11 @@ fn relocates(xml: &[u8], before: &Domain) {
     };
     let Some((_, domain)) = rewritten(xml, &edits) else { return };
     assert_eq!(domain.refusal.as_ref(), before.refusal.as_ref().or(edits.refusal.as_ref()));
-    assert_eq!(domain.hostdevs.len(), before.hostdevs.len(), "a filter may not change the number \
-        of devices");
+    assert_eq!(
+        domain.hostdevs.len(),
+        before.hostdevs.len(),
+        "a filter may not change the number of devices"
+    );
     for (at, hostdev) in domain.hostdevs.iter().enumerate() {
         let to = to(at);
         assert_eq!(
@@ -101,10 +105,13 @@ fn relocates(xml: &[u8], before: &Domain) {
         );
         assert!(!hostdev.has_startup_policy);
     }
-    assert_eq!((&domain.name, domain.uuid, &domain.flavor), (&before.name, before.uuid, &before.flavor));
+    assert_eq!(
+        (&domain.name, domain.uuid, &domain.flavor),
+        (&before.name, before.uuid, &before.flavor)
+    );
 }
 
-/// Whether `short` is what is left of `long` when some bytes are taken out.
+/// Whether removing some bytes of `long` gives `short`.
 fn is_within(short: &[u8], long: &[u8]) -> bool {
     let mut long = long.iter();
     short.iter().all(|byte| long.any(|other| other == byte))

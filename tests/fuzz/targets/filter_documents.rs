@@ -1,13 +1,12 @@
-//! Any text as host documents for the filter: what the model's reader takes, the filter takes with
-//! the same meaning, and what the filter takes beyond that is wrong only in keys that it has no use
-//! for.
+//! Any text as host documents for the filter: the filter accepts what the model accepts, with the
+//! same meaning. Anything else that it accepts is invalid only in keys that it does not use.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
 use virt_usb_filter_core::{Draft, Inventory};
 use virt_usb_model::HostDocument;
 
-/// Keys whose values the quick reader does not look at.
+/// Keys with values that the fast reader ignores.
 const UNUSED: [&str; 11] = [
     "address",
     "serial_kind",

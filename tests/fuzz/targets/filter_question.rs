@@ -1,5 +1,5 @@
-//! Any text as a question to the filter, and any names as candidates: it answers or refuses in one
-//! line, and what it selects it also accepts when asked about the host alone.
+//! Any text as a question to the filter, and any names as candidates: the filter answers, or
+//! refuses in one line, and it accepts each selected host when asked about it alone.
 #![no_main]
 
 use std::cell::RefCell;
@@ -11,7 +11,7 @@ thread_local! {
     static FLEET: RefCell<Inventory> = RefCell::new(fleet());
 }
 
-/// Forty hosts whose devices differ, one of them with more than a row of them.
+/// Forty hosts with different devices. One host has more devices than fit into a row.
 fn fleet() -> Inventory {
     let mut fleet = Inventory::new();
     for host in 0..40u64 {
@@ -58,8 +58,9 @@ fuzz_target!(|text: &str| {
                     assert_eq!(score, placement.score);
                     assert_eq!(devices.len(), parsed.devices());
                 }
-                Verdict::Rejected(why) => panic!("{} is selected, and rejected: \
-                    {why}", placement.host),
+                Verdict::Rejected(why) => {
+                    panic!("{} is selected, and rejected: {why}", placement.host)
+                }
             }
         }
     });

@@ -1,5 +1,5 @@
-//! Any text as a host document: what is accepted is written in a form that is accepted again, and
-//! means the same.
+//! Any text as a host document: an accepted document is written in a form that is accepted with the
+//! same meaning.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
@@ -12,13 +12,15 @@ fuzz_target!(|text: &str| {
             assert_eq!(
                 HostDocument::parse(&written).as_ref(),
                 Ok(&document),
-                "what it writes, it reads: {written}"
+                "a written document can be read: {written}"
             );
             let published = document.published(usize::MAX).text;
             let read = HostDocument::parse(&published);
             let mut same = document.clone();
-            same.devices.iter_mut().for_each(|device| device.compute_node_id = document.compute_node_id);
-            assert_eq!(read, Ok(same), "what it publishes, others read: {published}");
+            for device in &mut same.devices {
+                device.compute_node_id = document.compute_node_id;
+            }
+            assert_eq!(read, Ok(same), "a published document can be read: {published}");
             assert!(document.devices.iter().all(|d| d.state().is_ok()), "every state has a name");
         }
         Err(e) => assert!(!e.to_string().contains('\n'), "one line: {e}"),

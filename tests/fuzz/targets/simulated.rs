@@ -1,5 +1,4 @@
-//! Any text as a simulation file: read, or refused; what is read is a snapshot that discovery could
-//! have made.
+//! Any text as a simulation file: refused, or a snapshot that discovery could have made.
 #![no_main]
 
 use std::collections::BTreeSet;
@@ -13,8 +12,11 @@ fuzz_target!(|text: &str| {
             let seen = simulated.snapshot();
             let ports: BTreeSet<_> =
                 seen.devices.iter().chain(&seen.hubs).map(|d| d.key.port.clone()).collect();
-            assert_eq!(ports.len(), seen.devices.len() + seen.hubs.len(), "a port holds one \
-                device");
+            assert_eq!(
+                ports.len(),
+                seen.devices.len() + seen.hubs.len(),
+                "a port holds one device"
+            );
             assert!(seen.devices.iter().all(|d| !d.is_hub()), "a hub is never offered");
             assert_eq!(simulated.snapshot(), seen);
         }

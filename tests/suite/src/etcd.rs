@@ -1,4 +1,4 @@
-//! A real etcd, in a folder of its own, on loopback.
+//! An etcd in its own folder, on the loopback address.
 
 use std::ffi::OsStr;
 use std::path::Path;
@@ -13,7 +13,7 @@ pub struct Etcd {
     name: String,
     port: Port,
     peer: Port,
-    /// All members, as `--initial-cluster` wants them.
+    /// All members, in the format of `--initial-cluster`.
     cluster: String,
     arguments: Vec<String>,
     scheme: &'static str,
@@ -21,12 +21,12 @@ pub struct Etcd {
 }
 
 impl Etcd {
-    /// A fresh one, which answers.
+    /// Starts a fresh etcd, and waits until it responds.
     pub fn new() -> Self {
         Self::with(&[], "http")
     }
 
-    /// The same with more arguments, over this scheme.
+    /// The same with more arguments and this scheme.
     pub fn with(arguments: &[String], scheme: &'static str) -> Self {
         let mut etcd = Self::member("one", arguments, scheme);
         etcd.cluster = etcd.peer_url();
@@ -69,12 +69,12 @@ impl Etcd {
         self.dir.path()
     }
 
-    /// Where it answers.
+    /// URL of the member.
     pub fn endpoint(&self) -> String {
         format!("{}://127.0.0.1:{}", self.scheme, self.port.number)
     }
 
-    /// Lines of a configuration that name it, and a machine by a file of that text.
+    /// Lines of a configuration with this etcd, and a machine id file with that text.
     pub fn keys(&self, machine: &Path, more: &str) -> String {
         format!(
             "[fleet]\nendpoints = [{:?}]\nmachine_id = {:?}\nlease = 5\n{more}\n",
@@ -83,7 +83,7 @@ impl Etcd {
         )
     }
 
-    /// Starts it again, with what it had.
+    /// Starts it again with its data.
     pub fn start(&mut self) {
         self.spawn();
         self.wait();
@@ -131,13 +131,13 @@ impl Etcd {
         }
     }
 
-    /// Sends it a signal.
+    /// Sends a signal to the member.
     pub fn signal(&self, signal: &str) {
         let pid = self.child.as_ref().map(|child| child.id().to_string()).unwrap_or_default();
         assert!(Command::new("kill").arg(signal).arg(pid).status().unwrap().success());
     }
 
-    /// Ends it, as a power cut would.
+    /// Kills the member, as a power cut would.
     pub fn kill(&mut self) {
         if let Some(mut child) = self.child.take() {
             child.kill().unwrap();
@@ -145,7 +145,7 @@ impl Etcd {
         }
     }
 
-    /// Asks it by its own command line, and waits for the answer for five minutes at most.
+    /// Runs etcdctl, with a timeout of five minutes.
     ///
     /// Runs etcdctl. On a busy machine etcd gives up a request after some seconds, so the command
     /// is retried. If the first try succeeded after all, etcd refuses to repeat it.
@@ -167,15 +167,15 @@ impl Etcd {
         output
     }
 
-    /// The same; the answer has to come within this time, as etcdctl writes times.
+    /// The same with another timeout, in the format of etcdctl.
     pub fn etcdctl_within(&self, timeout: &str, arguments: &[&str]) -> Output {
         let ctl = self.client("etcdctl", timeout).args(arguments).stdin(Stdio::null()).output();
         ctl.unwrap_or_else(|e| panic!("etcdctl: {e}: 'make test-deps' installs it"))
     }
 
-    /// A program that asks it by etcdctl. By default etcdctl gives up a connection after two
-    /// seconds, and where etcd asks for a password, checking that is part of the connection: on a
-    /// busy machine it takes longer.
+    /// A program that calls etcdctl. By default, etcdctl closes a connection after two seconds. If
+    /// etcd requires a password, its check is a part of the connection, and takes longer on a busy
+    /// machine.
     pub fn client(&self, program: impl AsRef<OsStr>, timeout: &str) -> Command {
         let mut client = Command::new(program);
         client

@@ -24,11 +24,10 @@ use virt_usb_store::{Durability, Store};
 
 pub use etcd::Etcd;
 
-/// How long a test waits for what must come. On a machine that does other things it takes long;
-/// only a failure takes so long.
+/// Timeout of a condition. It is long for busy machines, and only a failure takes that long.
 pub const PROGRAM_TIMEOUT: Duration = Duration::from_secs(300);
 
-/// Looks again and again until something is seen.
+/// Polls until `look` returns a value.
 pub fn until<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
     let deadline = Instant::now() + PROGRAM_TIMEOUT;
     loop {
@@ -50,8 +49,7 @@ pub fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().nth(2).unwrap().to_path_buf()
 }
 
-/// A program as it is shipped. Fails where it is missing or older than what cargo says it was made
-/// of: a test of yesterday's program proves nothing.
+/// Path of a program of the release build. Fails if it is missing or older than its sources.
 pub fn program(name: &str) -> PathBuf {
     let path = root().join("target/release").join(name);
     let built = path
@@ -109,7 +107,7 @@ impl Host {
         self.path("config.toml")
     }
 
-    /// The same, read; where a test has written a wrong one, what it says of the folders alone.
+    /// The parsed configuration. If it is invalid, only its folders are set.
     pub fn config(&self) -> Config {
         Config::load(Some(&self.config_file())).unwrap_or_else(|_| Config {
             state_dir: self.path("state"),
@@ -119,25 +117,25 @@ impl Host {
         })
     }
 
-    /// Says which boot it is and how many seconds it has lasted.
+    /// Sets the boot id and the time since boot, in seconds.
     pub fn boot(&self, id: &str, uptime: f64) {
         std::fs::write(self.path("proc/sys/kernel/random/boot_id"), format!("{id}\n")).unwrap();
         std::fs::write(self.path("proc/uptime"), format!("{uptime:.2} 0.00\n")).unwrap();
     }
 
-    /// Plugs in what the TOML text says, in place of what was there; the inventory is not told.
+    /// Replaces the simulated devices with those of the TOML text, without a scan.
     pub fn plug(&self, devices: &str) -> Simulated {
         let simulated = Simulated::parse(devices).unwrap();
         simulated.write_sysfs(&self.path("sys")).unwrap();
         simulated
     }
 
-    /// Plugs in and records.
+    /// Plugs in the devices and scans.
     pub fn discover(&self, devices: &str) {
         self.discover_as("host1", devices);
     }
 
-    /// The same on a host of that name.
+    /// The same on a host with that name.
     pub fn discover_as(&self, name: &str, devices: &str) {
         let snapshot = self.plug(devices).snapshot();
         let config = self.config();
@@ -170,7 +168,7 @@ impl Host {
         Store::open(&self.config().state_dir, Duration::from_secs(5), Durability::Power).unwrap()
     }
 
-    /// The claims, a line each, without what differs between runs.
+    /// The claims, one per line, without values that differ between runs.
     pub fn claims(&self) -> String {
         if !self.path("state").join(virt_usb_store::FILE_NAME).exists() {
             return String::new();
@@ -218,11 +216,11 @@ impl Host {
 
 /// Writes an executable file.
 ///
-/// Another process writes it: a test that forks meanwhile would inherit a descriptor of ours that
-/// is open for writing, and the kernel executes no file that somebody writes (ETXTBSY).
+/// Another process writes it. Otherwise a concurrent fork could inherit a descriptor that is open
+/// for writing, and the kernel does not execute a file that is open for writing (ETXTBSY).
 ///
 /// # Panics
-/// When it cannot be written.
+/// If the file cannot be written.
 pub fn write_program(path: &Path, contents: &[u8]) {
     let mut writer = Command::new("/bin/sh");
     writer.args(["-c", "cat > \"$1\" && chmod 755 \"$1\"", "sh"]).arg(path);
@@ -246,13 +244,13 @@ pub fn feed(mut command: Command, input: &[u8]) -> Output {
     })
 }
 
-/// `unshare`, which runs the command in its arguments in a network namespace of its own, as root.
+/// `unshare`, which runs the command of its arguments in its own network namespace, as root.
 ///
-/// Only root may make one without a user namespace, and containers and chroots refuse user
+/// Only root may create one without a user namespace, and containers and chroots refuse user
 /// namespaces.
 ///
 /// # Panics
-/// When the kernel refuses it.
+/// If the kernel refuses the namespace.
 pub fn own_network() -> Command {
     let new = || {
         let mut unshare = Command::new("unshare");
@@ -282,7 +280,7 @@ pub fn device(product: &str, port: &str, number: u8, more: &str) -> String {
     )
 }
 
-/// A domain that asks for `flavor` in its metadata.
+/// A domain that requests `flavor` in its metadata.
 pub fn domain(name: &str, number: u32, flavor: &str) -> String {
     format!(
         "<domain type='kvm'>
@@ -306,7 +304,7 @@ pub fn domain(name: &str, number: u32, flavor: &str) -> String {
 /// Output of a program as text.
 ///
 /// # Panics
-/// When it is no UTF-8.
+/// If the output is not UTF-8.
 pub fn text(bytes: &[u8]) -> String {
     String::from_utf8(bytes.to_vec()).unwrap()
 }
@@ -314,7 +312,7 @@ pub fn text(bytes: &[u8]) -> String {
 /// Standard output of a program, which must have succeeded.
 ///
 /// # Panics
-/// When it has failed.
+/// If the program failed.
 pub fn ok(output: &Output) -> String {
     assert!(output.status.success(), "{}{}", text(&output.stdout), text(&output.stderr));
     text(&output.stdout)

@@ -7,9 +7,9 @@ use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixListener};
 use std::sync::atomic::{AtomicU32, Ordering};
 
-/// The kernel gives ports from 32768 on to connections. A server that starts again on one of those
-/// may find it taken by a connection. Such a connection can even be one to itself: a client that
-/// tries a port of that range again and again is connected to itself at some time.
+/// The kernel uses ports from 32768 on for connections. If a server restarts on such a port, a
+/// connection may have taken it. A client that retries a port of that range may even connect to
+/// itself.
 const FIRST: u16 = 16_000;
 const COUNT: u32 = 16_768;
 
