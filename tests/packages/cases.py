@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import time
 
+from planted import foreign_folder_is_left, scripts_follow_no_link
 from roots import REPO, Failure, check, repack
 
 HOOK = "/etc/libvirt/hooks/qemu.d/50-virt-usb"
@@ -538,6 +539,8 @@ CASES = [
     ("an upgrade keeps the claim and the configuration", upgraded),
     ("a downgrade is refused if the inventory's schema is newer", older_is_refused),
     ("polkit grants the agent exactly the needed rights", polkit),
+    ("the package's scripts follow no link that the agent's user plants", scripts_follow_no_link),
+    ("a folder that contains files of another user keeps its owner", foreign_folder_is_left),
     ("a foreign hook with the same name stays", another_hook_stays),
     ("a removal leaves nothing of the hook", removed),
     ("a purge keeps only the data", purged),

@@ -121,6 +121,17 @@ fn the_state_is_given_away_only_while_it_is_root_s_alone() {
     std::os::unix::fs::chown(&state, Some(65534), Some(65534)).unwrap();
     assert_eq!(give(&state), [65534, 0, 0, 0, 0]);
     std::os::unix::fs::chown(&state, Some(0), Some(0)).unwrap();
+    // Another user's folder, or one that others may write to, inside root's.
+    std::os::unix::fs::chown(state.join("hints"), Some(65534), None).unwrap();
+    assert_eq!(give(&state), [0, 0, 65534, 0, 0]);
+    std::os::unix::fs::chown(state.join("hints"), Some(0), None).unwrap();
+    mode(&state.join("hints"), 0o777);
+    assert_eq!(give(&state), [0; 5]);
+    mode(&state.join("hints"), 0o755);
+    // A second name of a file elsewhere.
+    std::fs::hard_link(&secret, state.join("hints/second")).unwrap();
+    assert_eq!(give(&state), [0; 5]);
+    std::fs::remove_file(state.join("hints/second")).unwrap();
     let link = place.path().join("link-to-state");
     std::os::unix::fs::symlink(&state, &link).unwrap();
     assert_eq!(give(&link), [0, 65534, 65534, 65534, 65534], "the link itself is root's");
