@@ -1,9 +1,11 @@
 //! Assignments: this instance is to have these devices, whenever it runs.
 
+use std::cmp::Reverse;
+
 use rusqlite::{OptionalExtension as _, Row, Transaction, params};
 use serde::Serialize;
 use virt_usb_model::flavor::MAX_DEVICES;
-use virt_usb_model::{DeviceId, DeviceRequest, Flavor, InstanceId};
+use virt_usb_model::{DeviceId, DeviceRequest, Flavor, InstanceId, matching};
 
 use crate::claim::{self, ClaimMode, ClaimRequest, ClaimVerifier, Claimant, Claimed, Shortage};
 use crate::device::{ClaimRow, step_revision};
@@ -229,8 +231,8 @@ impl Store {
 
     /// Ends assignments, by their numbers, and devices, by their claims, for an operator in one
     /// step. A claim is marked for the agent, which detaches its device. The assignment that
-    /// requested the device ends with it: the one that names it, otherwise the first that `serves`
-    /// accepts. Assignments and claims that have already ended are skipped, and a claim that was
+    /// requested the device, as `serves` says, ends with it. If several request it, the one ends
+    /// without which most of the remaining claims have an assignment. Assignments and claims that have already ended are skipped, and a claim that was
     /// made since then does not change.
     ///
     /// `held` lists the claims of the instance on which the caller based its decision, if any. If
@@ -271,17 +273,19 @@ impl Store {
                     record(tx, context, &Event::of("unassigned", claimant).with(detail))?;
                 }
             }
+            let mut leaving = Vec::new();
             for claim in claims {
                 let sql = "UPDATE claims SET ending = 1 WHERE id = ?1 AND instance_uuid = ?2 AND \
                     NOT ending";
-                if tx.execute(sql, params![claim.id, instance.to_string()])? == 0 {
-                    continue;
+                if tx.execute(sql, params![claim.id, instance.to_string()])? > 0 {
+                    leaving.push(claim.device_id);
                 }
-                let device = claim.device_id;
-                let mut asked = of_operators(tx, instance)?;
-                asked.retain(|a| serves(&a.request, device));
+            }
+            let mut staying = release::held(tx, instance)?;
+            staying.retain(|claim| !claim.ending);
+            for device in leaving {
                 let Some(asked) =
-                    asked.into_iter().min_by_key(|a| (a.request.selector.id != Some(device), a.id))
+                    ending_with(device, of_operators(tx, instance)?, &staying, &serves)
                 else {
                     continue;
                 };
@@ -308,6 +312,31 @@ fn of_operators(tx: &Transaction<'_>, instance: InstanceId) -> Sql<Vec<Assignmen
     query
         .query_map(params![instance.to_string(), Source::Operator.name()], Assignment::read)?
         .collect()
+}
+
+/// The assignment that ends with a device: among those that request it, the one without which most
+/// of the claims that stay are served. Among equals, an assignment that names the device by its id
+/// comes first, then the oldest.
+fn ending_with(
+    device: DeviceId,
+    assigned: Vec<Assignment>,
+    staying: &[ClaimRow],
+    serves: &impl Fn(&DeviceRequest, DeviceId) -> bool,
+) -> Option<Assignment> {
+    let served_without = |ending: &Assignment| {
+        let slots = assigned.iter().flat_map(|a| {
+            let count = a.request.count as usize - usize::from(a.id == ending.id);
+            std::iter::repeat_n(&a.request, count)
+        });
+        let by_slot = |request: &DeviceRequest| {
+            (0..staying.len()).filter(|at| serves(request, staying[*at].device_id)).collect()
+        };
+        let rows: Vec<Vec<usize>> = slots.map(by_slot).collect();
+        matching::assign(&rows, staying.len()).iter().flatten().count()
+    };
+    let rank =
+        |a: &&Assignment| (Reverse(served_without(a)), a.request.selector.id != Some(device), a.id);
+    assigned.iter().filter(|a| serves(&a.request, device)).min_by_key(rank).cloned()
 }
 
 /// The requests that must be assigned: a device by its id is assigned only once.

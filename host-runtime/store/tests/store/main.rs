@@ -5,6 +5,7 @@
 mod common;
 mod concurrency;
 mod damage;
+mod dismiss;
 mod files;
 mod grants;
 mod life;
