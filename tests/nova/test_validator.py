@@ -1,29 +1,23 @@
-"""The validator accepts exactly the flavors that the filter accepts."""
+"""The validator accepts the requests that the filter accepts, and those of virt-usb's table of keys."""
 
 import itertools
 import json
 import unittest
+from pathlib import Path
 
-import nova.tests.functional  # noqa: F401  must be Nova's first import
+import nova.tests.functional  # noqa: F401  it must be the first of Nova's
 from nova import exception
-from virt_usb_nova import validator, wasm
+from virt_usb_nova import device_requests, validator, wasm
 
 import fleet
 
-KEYS = {
-    key: validator.Validator(name=key, description=text, value={"type": str, "description": text})
-    for key, text in validator.HELP.items()
-}
+KEYS = {one.name: one for one in validator.register()}
 VALUES = [
-    None, True, 0, 1, 2, -1, 127, 128, 255, 256, 65535, 65536, 1 << 53, 1.0, 1.5,
-    99999999999999999999999, "", " ", "0", "1", "01", "127", "128",
-    "0x529", "0529", "5290x", "12345", "zzz", "a b", "hid", "HID", "mass storage", "mass_storage",
-    "hub", "ff", "0xff", "fff", "0x", "08",
-    "1-1", "1-1.4", "0-1", "1-0", "1-256", "256-1", "1-1.1.1.1.1.1.1", "1-1.1.1.1.1.1.1.1", "1-",
-    "1-01", "-1",
-    "x" * 64, "x" * 65, "x" * 126, "x" * 127, "a/b", "a,b", "\u00fc", "\u00b2", "\u0000", "\u0085",
-    "\u200b", "\U0001f511",
-    # Digits outside of ASCII.
+    None, True, 0, 1, 2, -1, 127, 128, 255, 256, 65535, 65536, 1 << 53, 1.0, 1.5, 99999999999999999999999, "", " ", "0", "1", "01", "127", "128",
+    "0x529", "0529", "5290x", "12345", "zzz", "a b", "hid", "HID", "mass storage", "mass_storage", "hub", "ff", "0xff", "fff", "0x", "08",
+    "1-1", "1-1.4", "0-1", "1-0", "1-256", "256-1", "1-1.1.1.1.1.1.1", "1-1.1.1.1.1.1.1.1", "1-", "1-01", "-1",
+    "x" * 64, "x" * 65, "x" * 126, "x" * 127, "a/b", "a,b", "\u00fc", "\u00b2", "\u0000", "\u0085", "\u200b", "\U0001f511",
+    # Digits, but not ours.
     "\u0663", "\u0661-\u0662",
     [], [[]], ["a"], ["a", "b c"], [1], {}, {"a": 1},
 ]  # fmt: skip
@@ -57,11 +51,18 @@ class AsTheFilter(unittest.TestCase):
             self.assertEqual(self.takes(entries), self.valid(text), text)
 
     def test_each_key_with_each_value(self):
-        for key in (*validator.NAMED, "count", "vendor"):
+        for key in (*device_requests.KEYS, "vendor"):
             for value in VALUES:
                 self.same([{key: value}])
                 self.same([{"vendor_id": "0529", **{key: value}}])
                 self.same([{"class": "hid", **{key: value}}])
+
+    def test_the_values_of_the_table(self):
+        """Generated from virt-usb's model, as the package's own table of keys is."""
+        for row in json.loads(Path(__file__).with_name("request_values.json").read_text(encoding="utf-8")):
+            beside = {"vendor_id": "0529"} if row["key"] in ("product_id", "count") else {}
+            text = json.dumps([{**beside, row["key"]: row["value"]}])
+            self.assertEqual(row["is_accepted"], self.valid(text), text)
 
     def test_pairs_and_lists(self):
         some = [
@@ -95,12 +96,7 @@ class AsTheFilter(unittest.TestCase):
             ("@", False),
         ]:
             self.assertEqual(is_right, self.valid(text), text)
-        self.assertTrue(
-            self.valid(
-                '{"usb_redirection_devices":{"bus":"usb","type":"spicevmc"}}',
-                "usb:redirection_devices",
-            )
-        )
+        self.assertTrue(self.valid('{"usb_redirection_devices":{"bus":"usb","type":"spicevmc"}}', "usb:redirection_devices"))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ mod generated {
 }
 
 use virt_usb_model::scheduling::{Moment, Question, Rejection, RejectionReason, Weights};
-use virt_usb_model::{DeviceRequest, Status};
+use virt_usb_model::{DeviceRequest, Selector, Status};
 
 pub(crate) use generated::exports::virt_usb::scheduler::inventory::Guest;
 pub(crate) use generated::exports::virt_usb::scheduler::types as wit;
@@ -32,19 +32,20 @@ impl From<&Question> for wit::Question {
 
 impl From<&DeviceRequest> for wit::Request {
     fn from(request: &DeviceRequest) -> Self {
-        let selector = &request.selector;
-        let (port, path) = (selector.port.as_ref(), selector.path.as_ref());
-        let port = port.map(ToString::to_string).into_iter();
+        // All fields are named: a new one that the filter is not asked for does not compile.
+        let DeviceRequest { selector, count } = request;
+        let Selector { id, vendor_id, product_id, serial, port, path, class, tags } = selector;
+        let (port, path) = (port.iter().map(ToString::to_string), path.iter());
         let place: Vec<String> = port.chain(path.map(ToString::to_string)).collect();
         Self {
-            id: selector.id.map(virt_usb_model::DeviceId::get),
-            vendor_id: selector.vendor_id.map(virt_usb_model::VendorId::get),
-            product_id: selector.product_id.map(virt_usb_model::ProductId::get),
-            serial: selector.serial.clone(),
+            id: id.map(virt_usb_model::DeviceId::get),
+            vendor_id: vendor_id.map(virt_usb_model::VendorId::get),
+            product_id: product_id.map(virt_usb_model::ProductId::get),
+            serial: serial.clone(),
             port: (!place.is_empty()).then(|| place.join(" ")),
-            class: selector.class.map(virt_usb_model::Class::get),
-            tags: selector.tags.clone(),
-            count: request.count,
+            class: class.map(virt_usb_model::Class::get),
+            tags: tags.clone(),
+            count: *count,
         }
     }
 }

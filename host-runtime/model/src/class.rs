@@ -61,6 +61,10 @@ impl Class {
     pub const fn get(self) -> u8 {
         self.0
     }
+    /// Names of all classes that have one, in the order of their codes.
+    pub fn names() -> impl Iterator<Item = &'static str> {
+        NAMES.iter().map(|(_, name)| *name)
+    }
     /// The usual name, where the code has one.
     pub fn name(self) -> Option<&'static str> {
         NAMES.iter().find(|(code, _)| *code == self.0).map(|(_, name)| *name)

@@ -15,6 +15,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use crate::json::{FromJson, Object, twice, unique, whole};
+use crate::request_key::{REQUEST_KEY_NAMES, SELECTOR_KEYS, selector_names};
 use crate::{
     Class, Device, DeviceId, DevicePath, ParseError, PortPath, ProductId, VendorId, printable,
 };
@@ -58,6 +59,24 @@ pub struct Selector {
 }
 
 impl Selector {
+    /// Whether the selector names each of the first [`SELECTOR_KEYS`] keys of
+    /// [`crate::request_key::REQUEST_KEYS`].
+    ///
+    /// A new field does not compile here before its key is in the table.
+    pub const fn named(&self) -> [bool; SELECTOR_KEYS] {
+        let Self { id, vendor_id, product_id, serial, port, path, class, tags } = self;
+        [
+            id.is_some(),
+            vendor_id.is_some(),
+            product_id.is_some(),
+            serial.is_some(),
+            port.is_some(),
+            path.is_some(),
+            class.is_some(),
+            !tags.is_empty(),
+        ]
+    }
+
     /// Whether a device fits, given its inventory id and tags.
     pub fn matches(&self, id: DeviceId, device: &Device, tags: &[String]) -> bool {
         let key = &device.key;
@@ -91,9 +110,6 @@ const fn is_one(count: &u32) -> bool {
     *count == 1
 }
 
-/// Keys of a request, in the order in which they are written.
-pub const REQUEST_KEYS: [&str; 9] =
-    ["id", "vendor_id", "product_id", "serial", "port", "path", "class", "tags", "count"];
 const RIGHT_SELECTOR: &str = "an object such as {\"vendor_id\":\"0529\",\"product_id\":\"0001\"}";
 
 impl Selector {
@@ -102,7 +118,7 @@ impl Selector {
             id: object.take("id")?,
             vendor_id: object.take("vendor_id")?,
             product_id: object.take("product_id")?,
-            serial: object.take::<Text>("serial")?.map(|t| t.0),
+            serial: object.take::<SerialText>("serial")?.map(|t| t.0),
             port: object.take("port")?,
             path: object.take("path")?,
             class: object.take("class")?,
@@ -111,8 +127,8 @@ impl Selector {
     }
 
     fn check(&self) -> Result<(), ParseError> {
-        if *self == Self::default() {
-            return Err(ParseError::new("a request that names nothing", NAMES_NOTHING));
+        if !self.named().contains(&true) {
+            return Err(names_nothing("a request that names nothing"));
         }
         if self.product_id.is_some() && self.vendor_id.is_none() {
             return Err(ParseError::new(
@@ -126,11 +142,9 @@ impl Selector {
 
 impl FromJson for Selector {
     fn from_json(value: &Value) -> Result<Self, ParseError> {
-        // The last is the request's own.
-        let (keys, _) = REQUEST_KEYS.split_at(REQUEST_KEYS.len() - 1);
-        let selector = Self::read(&Object::new(value, RIGHT_SELECTOR, keys)?)?;
-        if selector == Self::default() {
-            return Err(ParseError::new(value, NAMES_NOTHING));
+        let selector = Self::read(&Object::new(value, RIGHT_SELECTOR, selector_names())?)?;
+        if !selector.named().contains(&true) {
+            return Err(names_nothing(value));
         }
         selector.check()?;
         Ok(selector)
@@ -139,10 +153,10 @@ impl FromJson for Selector {
 
 impl FromJson for DeviceRequest {
     fn from_json(value: &Value) -> Result<Self, ParseError> {
-        let object = Object::new(value, RIGHT_SELECTOR, &REQUEST_KEYS)?;
+        let object = Object::new(value, RIGHT_SELECTOR, &REQUEST_KEY_NAMES)?;
         let selector = Selector::read(&object)?;
-        if selector == Selector::default() {
-            return Err(ParseError::new(value, NAMES_NOTHING));
+        if !selector.named().contains(&true) {
+            return Err(names_nothing(value));
         }
         let count = match object.raw("count") {
             None => 1,
@@ -159,8 +173,9 @@ impl FromJson for DeviceRequest {
     }
 }
 
-const NAMES_NOTHING: &str =
-    "at least one of id, vendor_id, product_id, serial, port, path, class, tags";
+fn names_nothing(found: impl fmt::Display) -> ParseError {
+    ParseError::new(found, format!("at least one of {}", selector_names().join(", ")))
+}
 
 impl DeviceRequest {
     /// Whether a request that was put together, rather than read, is one that could be read.
@@ -220,9 +235,9 @@ impl fmt::Display for DeviceRequest {
 }
 
 /// A serial: text of 1 to 126 characters; a bare number is taken as its digits.
-struct Text(String);
+struct SerialText(String);
 
-impl FromJson for Text {
+impl FromJson for SerialText {
     fn from_json(value: &Value) -> Result<Self, ParseError> {
         let text = match value {
             Value::Number(n) => n.to_string(),
@@ -462,7 +477,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_said_twice_is_not_said() {
+    fn duplicate_keys_are_refused() {
         for (text, key) in [
             (r#"{"usb_devices":[{"vendor_id":"0529","vendor_id":"0403"}]}"#, "vendor_id"),
             (r#"{"usb_devices":[{"id":5}],"usb_devices":[{"id":6}]}"#, "usb_devices"),
@@ -483,7 +498,7 @@ mod tests {
     }
 
     #[test]
-    fn what_people_write_is_read_and_normalised() {
+    fn common_spellings_are_read_and_normalised() {
         let flavor = Flavor::parse(
             r#"{"usb_devices":[{"id":"5"},{"vendor_id":"0x529","product_id":1,"count":"2"},{"class":"mass-storage","tags":"erp"}],
                 "usb_redirection_devices":{"bus":"usb","type":"spicevmc"}}"#,

@@ -111,10 +111,13 @@ pub(crate) fn whole(value: &Value) -> Option<u64> {
     }
 }
 
-/// A number that is whole, however it is written: in JSON `8.0` is `8`.
+/// A number that is whole, however it is written: in JSON `8.0` is `8`, and `-0` is `0`.
 pub(crate) fn number(value: &Value) -> Option<u64> {
     let text = value.as_number()?.to_string();
-    text.strip_suffix(".0").unwrap_or(&text).parse().ok()
+    match text.strip_suffix(".0").unwrap_or(&text) {
+        "-0" => Some(0),
+        digits => digits.parse().ok(),
+    }
 }
 
 /// The JSON text as a value; a syntax error says line and column.
@@ -228,7 +231,7 @@ mod tests {
 
     #[test]
     fn a_whole_number_is_whole_however_it_is_written() {
-        for text in ["2251799813685247.0", "9007199254740991.0", "194.0", "1e3"] {
+        for text in ["2251799813685247.0", "9007199254740991.0", "194.0", "1e3", "0.0"] {
             let expected: f64 = text.parse().unwrap();
             let value = parse_text(text).unwrap();
             assert_eq!(
@@ -238,6 +241,8 @@ mod tests {
             );
         }
         assert_eq!(number(&parse_text("2251799813685247.5").unwrap()), None);
+        assert_eq!(number(&parse_text("-0").unwrap()), Some(0));
+        assert_eq!(number(&parse_text("-1").unwrap()), None);
     }
 
     #[test]

@@ -15,6 +15,7 @@
 //! | [`event`] | kinds of events of the audit trail |
 //! | [`text`] | text of outsiders, made safe to print and to log |
 //! | [`flavor`] | requests of a flavor |
+//! | [`request_key`] | keys of a request and the values that they take |
 //! | [`grant`] | devices that are available to certain projects |
 //! | [`descriptors`] | descriptors of a device, and how they have changed |
 //! | [`speed_mask`] | guest ports to which QEMU attaches a device |
@@ -38,6 +39,7 @@ pub mod ids;
 mod json;
 pub mod key;
 pub mod matching;
+pub mod request_key;
 pub mod scheduling;
 pub mod speed_mask;
 pub mod state;

@@ -6,18 +6,17 @@ use std::borrow::Cow;
 use serde_json::{Map, Value, json};
 use utoipa::openapi::{RefOr, Schema};
 use utoipa::{PartialSchema, ToSchema};
-use virt_usb_model::flavor::{MAX_DEVICES, MAX_REDIRECTIONS, REQUEST_KEYS};
+use virt_usb_model::flavor::{MAX_DEVICES, MAX_REDIRECTIONS};
 use virt_usb_model::grant::MAX_ENTRIES;
+use virt_usb_model::request_key::{
+    Numbers, REQUEST_KEYS, RequestKey, SELECTOR_KEYS, hex_id_pattern, tag_pattern, whole_pattern,
+};
 use virt_usb_model::{DeviceId, Status};
 
 use super::paging::LAST_MARKER;
 
-/// Pattern of a USB id: one to four hexadecimal digits.
-const HEX: &str = "^(0[xX])?[0-9a-fA-F]{1,4}$";
 /// Pattern of a UUID: 32 hexadecimal digits; hyphens are ignored.
 const UUID: &str = "^(-*[0-9a-fA-F]){32}-*$";
-/// Pattern of a tag: letters, digits and some punctuation.
-const TAG: &str = r"^[\p{L}\p{N}_.:/-]{1,64}$";
 /// Pattern of a project id: no white space and no control characters.
 const PROJECT: &str =
     r"^[^\u0000-\u0020\u007f-\u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]{1,255}$";
@@ -27,7 +26,7 @@ const NAME: &str = r"^[^@\u0000-\u001f\u007f-\u009f\u061c\u200b-\u200f\u2028-\u2
 /// Schema of a parameter with this name, in any path or query; `None` to use the schema of its
 /// call.
 pub(super) fn parameter(name: &str) -> Option<RefOr<Schema>> {
-    let text = |pattern| json!({ "type": "string", "pattern": pattern });
+    let text = |pattern: &str| json!({ "type": "string", "pattern": pattern });
     let number =
         |least: u64, most: u64| json!({ "type": "integer", "minimum": least, "maximum": most });
     let schema = match name {
@@ -35,7 +34,7 @@ pub(super) fn parameter(name: &str) -> Option<RefOr<Schema>> {
         "server_id" | "instance_uuid" => text(UUID),
         "usb_device_id" => number(1, DeviceId::MAX),
         "flavor_name" | "grant_name" => text(NAME),
-        "vendor_id" | "product_id" => text(HEX),
+        "vendor_id" | "product_id" => text(&hex_id_pattern()),
         "status" => json!({ "type": "string", "enum": Status::NAMES }),
         "limit" => number(1, u32::MAX.into()),
         "marker" => number(0, LAST_MARKER),
@@ -168,7 +167,7 @@ fn requests(item: &str) -> Value {
 }
 
 fn tags(least: u32) -> Value {
-    json!({ "type": "array", "minItems": least, "items": { "type": "string", "pattern": TAG } })
+    json!({ "type": "array", "minItems": least, "items": { "type": "string", "pattern": tag_pattern() } })
 }
 
 /// Schema of a list of items, a single item, or null.
@@ -213,15 +212,17 @@ fn flavor_request() -> Value {
 /// Schema of a device request: keys in `named` must have a value, keys in `nothing` may only be
 /// `null`, other keys may have either. `most` is the maximum count; `None` leaves `count` out.
 fn device_request(most: Option<u32>) -> Value {
+    let (selectors, counts) = REQUEST_KEYS.split_at(SELECTOR_KEYS);
     let describe = |named: &[&str], nothing: &[&str]| {
-        let count = if named.contains(&"id") { most.map(|_| 1) } else { most };
-        let describe = |key: &str| match nothing.contains(&key) {
-            true => json!({ "type": "null" }),
-            false => value(key, named.contains(&key), count.unwrap_or(1)),
-        };
-        let keys = REQUEST_KEYS.into_iter().filter(|key| *key != "count" || count.is_some());
+        let most = if named.contains(&"id") { most.map(|_| 1) } else { most };
+        let selectors = selectors.iter().map(|key| match nothing.contains(&key.name) {
+            true => (key, json!({ "type": "null" })),
+            false => (key, key_schema(key, named.contains(&key.name), None)),
+        });
+        let counts =
+            counts.iter().filter_map(|key| Some((key, key_schema(key, false, Some(most?)))));
         let properties: Map<String, Value> =
-            keys.map(|key| (key.to_owned(), describe(key))).collect();
+            selectors.chain(counts).map(|(key, schema)| (key.name.to_owned(), schema)).collect();
         json!({
             "type": "object",
             "required": named,
@@ -229,87 +230,60 @@ fn device_request(most: Option<u32>) -> Value {
             "additionalProperties": false,
         })
     };
-    let alone = &["id", "vendor_id", "product_id"];
+    // An id and a vendor change what other keys may be; each of the others can stand alone.
+    let exclusive = &["id", "vendor_id", "product_id"];
+    let mut any = vec![
+        describe(&["id"], &["vendor_id", "product_id"]),
+        describe(&["id", "vendor_id"], &[]),
+        describe(&["vendor_id"], &["id"]),
+    ];
+    let names = selectors.iter().map(|key| key.name).filter(|name| !exclusive.contains(name));
+    any.extend(names.map(|name| describe(&[name], exclusive)));
     json!({
         "description": "Selector of a device, which must match all keys. An id names one device; \
             a product_id needs the vendor_id.",
         "example": { "id": 1 },
-        "anyOf": [
-            describe(&["id"], &["vendor_id", "product_id"]),
-            describe(&["id", "vendor_id"], &[]),
-            describe(&["vendor_id"], &["id"]),
-            describe(&["serial"], alone),
-            describe(&["port"], alone),
-            describe(&["path"], alone),
-            describe(&["class"], alone),
-            describe(&["tags"], alone),
-        ],
+        "anyOf": any,
     })
 }
 
-/// Pattern of a port number at a hub: 1 to 255, in up to three digits.
-const NUMBER: &str = "(0{0,2}[1-9]|0?[1-9][0-9]|1[0-9]{2}|2[0-4][0-9]|25[0-5])";
-
-/// Schema of the value of a key; `null` means the same as a missing key.
-fn value(key: &str, needed: bool, most: u32) -> Value {
-    let kinds = |kinds: &[&str]| -> Value {
-        kinds.iter().copied().chain((!needed).then_some("null")).collect()
+/// Schema of the value of a key, from the model's definition; `null` means the same as a missing
+/// key. `most` is the largest number, if it is smaller here than in the definition.
+fn key_schema(key: &RequestKey, needed: bool, most: Option<u32>) -> Value {
+    let pattern = most.map_or_else(key.pattern, |most| whole_pattern(most.into()));
+    let null = (!needed).then_some("null");
+    if key.is_list {
+        let one = json!({ "type": "string", "pattern": pattern });
+        let list = json!({ "type": "array", "minItems": u8::from(needed), "items": one });
+        let null = null.map(|kind| json!({ "type": kind }));
+        let any: Vec<Value> = [list, one].into_iter().chain(null).collect();
+        return json!({ "description": sentence(key.description), "anyOf": any });
+    }
+    let number = match key.numbers {
+        Numbers::None => None,
+        Numbers::Any => Some("number"),
+        Numbers::Whole { .. } => Some("integer"),
     };
-    match key {
-        "id" => json!({
-            "type": kinds(&["integer", "string"]),
-            "description": "The device's id.",
-            "minimum": 1,
-            "maximum": DeviceId::MAX,
-            "pattern": "^0*([1-9][0-9]{0,14}|[1-8][0-9]{15})$",
+    let kinds: Vec<&str> = ["string"].into_iter().chain(number).chain(null).collect();
+    match key.numbers {
+        Numbers::None | Numbers::Any => json!({
+            "type": kinds,
+            "description": sentence(key.description),
+            "pattern": pattern,
         }),
-        "vendor_id" | "product_id" => json!({
-            "type": kinds(&["string", "integer"]),
-            "description": "One to four hexadecimal digits, or a number.",
-            "minimum": 0,
-            "maximum": 0xffff,
-            "pattern": HEX,
-        }),
-        "serial" => json!({
-            "type": kinds(&["string", "number"]),
-            "pattern": r"^[^\u0000-\u001f\u007f-\u009f]{1,126}$",
-        }),
-        "path" => json!({
-            "type": kinds(&["string"]),
-            "description": "A device path: the controller, the USB version of its root hub, the \
-                port at each hub.",
-            "pattern": format!(r"^[A-Za-z0-9_.:@,+-]{{1,200}}-usbv0{{0,2}}[1-9]-0:{NUMBER}(\.{NUMBER}){{0,6}}$"),
-        }),
-        "port" => {
-            json!({
-                "type": kinds(&["string"]),
-                "description": "A port path.",
-                "pattern": format!(r"^{NUMBER}-{NUMBER}(\.{NUMBER}){{0,6}}$"),
-            })
-        }
-        "class" => {
-            let names: Vec<&str> =
-                (0..=u8::MAX).filter_map(|code| virt_usb_model::Class::new(code).name()).collect();
-            json!({
-                "type": kinds(&["string", "integer"]),
-                "description": "Two hexadecimal digits, a number, or a name.",
-                "minimum": 0,
-                "maximum": 0xff,
-                "pattern": format!("^((0[xX])?[0-9a-fA-F]{{1,2}}|{})$", names.join("|")),
-            })
-        }
-        "tags" => {
-            let tag = json!({ "type": "string", "pattern": TAG });
-            let nothing = (!needed).then(|| json!({ "type": "null" }));
-            let some: Vec<Value> = [tags(needed.into()), tag].into_iter().chain(nothing).collect();
-            json!({ "anyOf": some })
-        }
-        _ => json!({
-            "type": ["integer", "string", "null"],
-            "description": "Number of devices; 1 if absent.",
-            "minimum": 1,
-            "maximum": most,
-            "pattern": if most == 1 { "^0*1$" } else { "^0*([1-9][0-9]?|1[01][0-9]|12[0-7])$" },
+        Numbers::Whole { min, max } => json!({
+            "type": kinds,
+            "description": sentence(key.description),
+            "minimum": min,
+            "maximum": most.map_or(max, Into::into),
+            "pattern": pattern,
         }),
     }
+}
+
+/// A phrase as a sentence.
+fn sentence(phrase: &str) -> String {
+    let mut letters = phrase.chars();
+    let first = letters.next().map(|letter| letter.to_ascii_uppercase());
+    first.into_iter().chain(letters).chain(['.']).collect()
 }

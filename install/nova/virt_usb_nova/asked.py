@@ -27,10 +27,15 @@ def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def constant(name: str) -> Any:
+    """Refuse `NaN` and `Infinity`, which Python reads and JSON does not have."""
+    raise ValueError(f"{name} is not JSON")
+
+
 def read(text: str | bytes, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
     """Parse JSON. Raises ValueError if the text is not JSON or is nested too deeply."""
     try:
-        return json.loads(text, object_pairs_hook=pairs)
+        return json.loads(text, object_pairs_hook=pairs, parse_constant=constant)
     except RecursionError as fault:
         raise ValueError("it is nested too deeply") from fault
 

@@ -50,7 +50,7 @@ class _ServerUsbDevice(command.ShowOne):
             "device",
             metavar="<device>",
             help="USB device: an ID, VENDOR:PRODUCT, or JSON as in a flavor's list, with serial, "
-            "port, class, tags or count",
+            "port, path, class, tags or count",
         )
         return parser
 

@@ -1,5 +1,5 @@
 //! Random small fleets, and the rules once more: slow and obviously right.
-#![allow(dead_code, clippy::unwrap_used, reason = "shared by tests, each of which uses a part")]
+#![allow(dead_code, clippy::unwrap_used, reason = "each test uses a part of it")]
 
 use std::collections::BTreeMap;
 
@@ -80,7 +80,8 @@ prop_compose! {
             } else {
                 Vec::new()
             },
-            path: (vendor == 1).then(|| format!("pci-0000:00:14.0-usbv2-0:{port}").parse().unwrap()),
+            path: (vendor == 1)
+                .then(|| format!("pci-0000:00:14.0-usbv2-0:{port}").parse().unwrap()),
         }
     }
 }
@@ -293,14 +294,15 @@ impl Fleet {
 }
 
 fn fits(selector: &Selector, d: &DeviceEntry) -> bool {
-    selector.id.is_none_or(|id| id == d.id)
-        && selector.vendor_id.is_none_or(|v| v == d.vendor_id)
-        && selector.product_id.is_none_or(|p| p == d.product_id)
-        && selector.serial.as_ref().is_none_or(|s| d.serial.as_ref() == Some(s))
-        && selector.port.as_ref().is_none_or(|p| *p == d.port_path)
-        && selector.path.as_ref().is_none_or(|p| d.path.as_ref() == Some(p))
-        && selector.class.is_none_or(|c| d.class == c || d.interface_classes.contains(&c))
-        && selector.tags.iter().all(|t| d.tags.contains(t))
+    let Selector { id, vendor_id, product_id, serial, port, path, class, tags } = selector;
+    id.is_none_or(|id| id == d.id)
+        && vendor_id.is_none_or(|v| v == d.vendor_id)
+        && product_id.is_none_or(|p| p == d.product_id)
+        && serial.as_ref().is_none_or(|s| d.serial.as_ref() == Some(s))
+        && port.as_ref().is_none_or(|p| *p == d.port_path)
+        && path.as_ref().is_none_or(|p| d.path.as_ref() == Some(p))
+        && class.is_none_or(|c| d.class == c || d.interface_classes.contains(&c))
+        && tags.iter().all(|t| d.tags.contains(t))
 }
 
 fn allowed(question: &Question, d: &DeviceEntry) -> bool {
