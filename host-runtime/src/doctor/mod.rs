@@ -112,7 +112,7 @@ impl Finding {
 /// Files and directories to check.
 #[derive(Debug, Clone)]
 pub struct Places {
-    /// Configuration file; none: the default one.
+    /// Configuration file. `None` for the default one.
     pub config: Option<PathBuf>,
     /// Folder of libvirt's hooks.
     pub hooks: PathBuf,
