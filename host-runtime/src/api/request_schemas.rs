@@ -167,7 +167,8 @@ fn requests(item: &str) -> Value {
 }
 
 fn tags(least: u32) -> Value {
-    json!({ "type": "array", "minItems": least, "items": { "type": "string", "pattern": tag_pattern() } })
+    let tag = json!({ "type": "string", "pattern": tag_pattern() });
+    json!({ "type": "array", "minItems": least, "items": tag })
 }
 
 /// Schema of a list of items, a single item, or null.

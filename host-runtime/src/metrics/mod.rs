@@ -167,130 +167,139 @@ impl Default for Metrics {
             shown: Mutex::default(),
             registry: Registry::default(),
         };
-        registry.register(
-            "devices",
-            "Devices by status and status_reason",
-            metrics.devices.clone(),
-        );
-        registry.register("claims", "Claims by state and hold", metrics.claims.clone());
+        metrics.register_devices(&mut registry);
+        metrics.register_libvirt(&mut registry);
+        metrics.register_services(&mut registry);
+        metrics.process.register(&mut registry);
+        metrics.begin();
+        Self { registry, ..metrics }
+    }
+}
+
+impl Metrics {
+    fn register_devices(&self, registry: &mut Registry) {
+        registry.register("devices", "Devices by status and status_reason", self.devices.clone());
+        registry.register("claims", "Claims by state and hold", self.claims.clone());
         registry.register(
             "problems",
             "Problems that keep instances from getting their devices",
-            metrics.problems.clone(),
+            self.problems.clone(),
         );
-        let unit = Unit::Seconds;
         registry.register_with_unit(
             "discovery",
             "Time from the first event of a burst until the inventory is updated",
-            unit.clone(),
-            metrics.discovery.clone(),
+            Unit::Seconds,
+            self.discovery.clone(),
         );
         registry.register_with_unit(
             "attach",
             "Time to attach a device, including libvirt's",
-            unit.clone(),
-            metrics.attach.clone(),
+            Unit::Seconds,
+            self.attach.clone(),
         );
-        registry.register("attaches", "Attach operations, by result", metrics.attaches.clone());
-        registry.register("detaches", "Detach operations, by result", metrics.detaches.clone());
-        registry.register("flaps", "Devices that were replugged", metrics.flaps.clone());
-        registry.register("scans", "Scans of all devices, by result", metrics.scans.clone());
+        registry.register("attaches", "Attach operations, by result", self.attaches.clone());
+        registry.register("detaches", "Detach operations, by result", self.detaches.clone());
+        registry.register("flaps", "Devices that were replugged", self.flaps.clone());
+        registry.register("scans", "Scans of all devices, by result", self.scans.clone());
+    }
+
+    fn register_libvirt(&self, registry: &mut Registry) {
         registry.register_with_unit(
             "pass",
             "Time of a pass over all guests",
-            unit.clone(),
-            metrics.passes.clone(),
+            Unit::Seconds,
+            self.passes.clone(),
         );
         registry.register(
             "libvirt_connected",
             "1 while libvirt is reachable",
-            metrics.connected.clone(),
+            self.connected.clone(),
         );
         registry.register(
             "libvirt_connections",
             "Connections made to libvirt",
-            metrics.connections.clone(),
+            self.connections.clone(),
         );
         registry.register(
             "libvirt_unanswered",
             "Calls that libvirt has not answered for 5 s or longer",
-            metrics.unanswered.clone(),
+            self.unanswered.clone(),
         );
         registry.register(
             "last_pass_timestamp_seconds",
             "When the last pass over all guests ended, or the agent started, in seconds since 1970",
-            metrics.last_pass.clone(),
+            self.last_pass.clone(),
         );
         registry.register(
             "last_scan_timestamp_seconds",
             "When the last scan without an error ended, or the agent started, in seconds since \
                 1970",
-            metrics.last_scan.clone(),
+            self.last_scan.clone(),
         );
         registry.register(
             "scan_interval_seconds",
             "Configured time between two scans and passes",
-            metrics.scan_interval.clone(),
+            self.scan_interval.clone(),
         );
         registry.register(
             "libvirt_blocked",
             "1 while the agent makes no calls about guests, because libvirt does not answer about \
              too many",
-            metrics.blocked.clone(),
+            self.blocked.clone(),
         );
         registry.register(
             "workers",
             "Threads that work on guests, by whether others wait for them",
-            metrics.workers.clone(),
+            self.workers.clone(),
         );
         registry.register(
             "oldest_job_seconds",
             "How long the oldest job has waited for a thread",
-            metrics.oldest_job.clone(),
+            self.oldest_job.clone(),
         );
+    }
+
+    fn register_services(&self, registry: &mut Registry) {
         registry.register_with_unit(
             "hook",
             "Calls of the hook, by operation and exit status",
-            unit.clone(),
-            metrics.hooks.clone(),
+            Unit::Seconds,
+            self.hooks.clone(),
         );
         registry.register_with_unit(
             "api",
             "Requests to the API, by method and status",
-            unit,
-            metrics.answers.clone(),
+            Unit::Seconds,
+            self.answers.clone(),
         );
         registry.register(
             "api_certificate_expiry_timestamp_seconds",
             "When the API's certificate expires, in seconds since 1970",
-            metrics.expiry.clone(),
+            self.expiry.clone(),
         );
         registry.register(
             "keystone_lookups",
             "Token validations by Keystone, by result",
-            metrics.lookups.clone(),
+            self.lookups.clone(),
         );
         registry.register(
             "fleet_connected",
             "1 while this host is published in the fleet",
-            metrics.fleet.clone(),
+            self.fleet.clone(),
         );
         registry.register(
             "fleet_publications",
             "Host documents published to the fleet",
-            metrics.published.clone(),
+            self.published.clone(),
         );
         registry.register(
             "fleet_revision",
             "Inventory revision last published to the fleet",
-            metrics.revision.clone(),
+            self.revision.clone(),
         );
         let version = vec![("version", env!("CARGO_PKG_VERSION").to_owned())];
         let build = Info::new(version);
         registry.register("build", "The agent's version", build);
-        metrics.process.register(&mut registry);
-        metrics.begin();
-        Self { registry, ..metrics }
     }
 }
 

@@ -232,8 +232,8 @@ impl Store {
     /// Ends assignments, by their numbers, and devices, by their claims, for an operator in one
     /// step. A claim is marked for the agent, which detaches its device. The assignment that
     /// requested the device, as `serves` says, ends with it. If several request it, the one ends
-    /// without which most of the remaining claims have an assignment. Assignments and claims that have already ended are skipped, and a claim that was
-    /// made since then does not change.
+    /// without which most of the remaining claims have an assignment. Assignments and claims that
+    /// have already ended are skipped, and a claim that was made since then does not change.
     ///
     /// `held` lists the claims of the instance on which the caller based its decision, if any. If
     /// the instance holds more now, the function changes nothing and returns false, and the caller
@@ -285,7 +285,7 @@ impl Store {
             staying.retain(|claim| !claim.ending);
             for device in leaving {
                 let Some(asked) =
-                    ending_with(device, of_operators(tx, instance)?, &staying, &serves)
+                    ending_with(device, &of_operators(tx, instance)?, &staying, &serves)
                 else {
                     continue;
                 };
@@ -319,7 +319,7 @@ fn of_operators(tx: &Transaction<'_>, instance: InstanceId) -> Sql<Vec<Assignmen
 /// comes first, then the oldest.
 fn ending_with(
     device: DeviceId,
-    assigned: Vec<Assignment>,
+    assigned: &[Assignment],
     staying: &[ClaimRow],
     serves: &impl Fn(&DeviceRequest, DeviceId) -> bool,
 ) -> Option<Assignment> {

@@ -97,8 +97,7 @@ fn a_revision_never_falls() {
     });
     assert_eq!(one.store().host_document().unwrap().unwrap().revision, now.revision);
     assert!(
-        log(&one)
-            .contains(&format!("the fleet knows revision {} of this host", seen.revision + 500)),
+        log(&one).contains(&format!("the fleet has revision {} of this host", seen.revision + 500)),
         "{}",
         log(&one)
     );
