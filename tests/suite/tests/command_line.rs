@@ -6,6 +6,8 @@
     reason = "a test fails by panicking"
 )]
 
+use std::process::Command;
+
 use serde_json::Value;
 use virt_usb_model::EventKind;
 use virt_usb_suite::{Host, device, domain, ok, text};
@@ -346,6 +348,7 @@ fn events_of_an_instance_are_found_by_its_name() {
 #[test]
 fn a_new_token_is_alone_on_stdout() {
     let host = Host::new("");
+    host.discover(&two_keys());
     let output = host.virt_usb(&["token", "add", "anna", "--project", "p1", "--days", "9"]);
     let token = ok(&output);
     let token = token.strip_suffix('\n').unwrap();
@@ -366,9 +369,9 @@ fn a_new_token_is_alone_on_stdout() {
 #[test]
 fn each_event_of_the_store_has_a_kind() {
     let folder = virt_usb_suite::root().join("host-runtime/store/src");
-    let files = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
-    let files = files.filter(|file| file.extension().is_some_and(|ending| ending == "rs"));
-    let source: String = files.map(|file| std::fs::read_to_string(file).unwrap()).collect();
+    let listed = Command::new("find").arg(folder).args(["-name", "*.rs"]).output().unwrap();
+    let files = text(&listed.stdout);
+    let source: String = files.lines().map(|file| std::fs::read_to_string(file).unwrap()).collect();
     for kind in EventKind::ALL {
         assert!(source.contains(&format!("\"{kind}\"")), "the store records no {kind}");
     }
