@@ -1,11 +1,11 @@
-"""The validator accepts the requests that the filter accepts, and those of virt-usb's table of keys."""
+"""The validator accepts the requests that the filter and the model's table of keys accept."""
 
 import itertools
 import json
 import unittest
 from pathlib import Path
 
-import nova.tests.functional  # noqa: F401  it must be the first of Nova's
+import nova.tests.functional  # noqa: F401  must be Nova's first import
 from nova import exception
 from virt_usb_nova import device_requests, validator, wasm
 
@@ -13,11 +13,15 @@ import fleet
 
 KEYS = {one.name: one for one in validator.register()}
 VALUES = [
-    None, True, 0, 1, 2, -1, 127, 128, 255, 256, 65535, 65536, 1 << 53, 1.0, 1.5, 99999999999999999999999, "", " ", "0", "1", "01", "127", "128",
-    "0x529", "0529", "5290x", "12345", "zzz", "a b", "hid", "HID", "mass storage", "mass_storage", "hub", "ff", "0xff", "fff", "0x", "08",
-    "1-1", "1-1.4", "0-1", "1-0", "1-256", "256-1", "1-1.1.1.1.1.1.1", "1-1.1.1.1.1.1.1.1", "1-", "1-01", "-1",
-    "x" * 64, "x" * 65, "x" * 126, "x" * 127, "a/b", "a,b", "\u00fc", "\u00b2", "\u0000", "\u0085", "\u200b", "\U0001f511",
-    # Digits, but not ours.
+    None, True, 0, 1, 2, -1, 127, 128, 255, 256, 65535, 65536, 1 << 53, 1.0, 1.5,
+    99999999999999999999999, "", " ", "0", "1", "01", "127", "128",
+    "0x529", "0529", "5290x", "12345", "zzz", "a b", "hid", "HID", "mass storage", "mass_storage",
+    "hub", "ff", "0xff", "fff", "0x", "08",
+    "1-1", "1-1.4", "0-1", "1-0", "1-256", "256-1", "1-1.1.1.1.1.1.1", "1-1.1.1.1.1.1.1.1", "1-",
+    "1-01", "-1",
+    "x" * 64, "x" * 65, "x" * 126, "x" * 127, "a/b", "a,b", "\u00fc", "\u00b2", "\u0000", "\u0085",
+    "\u200b", "\U0001f511",
+    # Digits outside of ASCII.
     "\u0663", "\u0661-\u0662",
     [], [[]], ["a"], ["a", "b c"], [1], {}, {"a": 1},
 ]  # fmt: skip
@@ -59,7 +63,9 @@ class AsTheFilter(unittest.TestCase):
 
     def test_the_values_of_the_table(self):
         """Generated from virt-usb's model, as the package's own table of keys is."""
-        for row in json.loads(Path(__file__).with_name("request_values.json").read_text(encoding="utf-8")):
+        for row in json.loads(
+            Path(__file__).with_name("request_values.json").read_text(encoding="utf-8")
+        ):
             beside = {"vendor_id": "0529"} if row["key"] in ("product_id", "count") else {}
             text = json.dumps([{**beside, row["key"]: row["value"]}])
             self.assertEqual(row["is_accepted"], self.valid(text), text)
@@ -96,7 +102,12 @@ class AsTheFilter(unittest.TestCase):
             ("@", False),
         ]:
             self.assertEqual(is_right, self.valid(text), text)
-        self.assertTrue(self.valid('{"usb_redirection_devices":{"bus":"usb","type":"spicevmc"}}', "usb:redirection_devices"))
+        self.assertTrue(
+            self.valid(
+                '{"usb_redirection_devices":{"bus":"usb","type":"spicevmc"}}',
+                "usb:redirection_devices",
+            )
+        )
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ def foreign_folder_is_left(root):
     """A folder of root's in which another user has a place is not given to the agent's user."""
     root.must("mv", STATE, "/packages/state")
     root.must("install", "-d", "-m", "0750", STATE)
-    root.must("install", "-d", "-m", "0755", "-o", "nobody", f"{STATE}/hints")
+    root.must("install", "-d", "-m", "0755", "-o", "games", f"{STATE}/hints")
     root.file("/srv/secret").write_text("root's secret\n")
     root.must("ln", "/srv/secret", f"{STATE}/hints/second-name")
     root.must("/var/lib/dpkg/info/virt-usb.postinst", "configure")
