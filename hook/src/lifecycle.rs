@@ -41,7 +41,7 @@ fn running(job: &Job<'_>, concerned: bool, witness: Witness) -> Result<Answer, H
         .claims_of(instance)
         .map_err(error)?
         .iter()
-        .filter(|c| c.arrived && !c.pending)
+        .filter(|c| c.needs_reattach && !c.pending)
         .count();
     let mut did = format!("{} in the guest, {} to be attached", in_guest.len(), waiting.len());
     if reattach > 0 {

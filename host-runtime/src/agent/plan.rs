@@ -270,8 +270,8 @@ impl<'a> Present<'a> {
                 {
                     in_guest.insert(device);
                     // The XML still shows the device, but QEMU has released it: see
-                    // [`ClaimRow::arrived`].
-                    steps.extend(claim.filter(|c| c.arrived).and_then(|_| detach(h)));
+                    // [`ClaimRow::needs_reattach`].
+                    steps.extend(claim.filter(|c| c.needs_reattach).and_then(|_| detach(h)));
                     suspects.extend(claim.and_then(|c| taken_back(c, h)));
                 }
                 (Some(holder), _) if *holder == self.instance.id => {
@@ -299,7 +299,8 @@ impl<'a> Present<'a> {
             self.claims().partition(|c| is_missing(c) && self.was_detached_by_hand(c));
         let settled = |c: &&ClaimRow| {
             let inside = in_guest.contains(&c.device_id);
-            (c.state == "allocated") == (inside && !c.arrived) && (inside || !c.arrived)
+            (c.state == "allocated") == (inside && !c.needs_reattach)
+                && (inside || !c.needs_reattach)
         };
         if !held.iter().all(settled) {
             // Settle before a stale hostdev is detached. Otherwise its absence would look like a
@@ -477,7 +478,7 @@ impl Present<'_> {
 fn taken_back(claim: &ClaimRow, hosted: &Hosted<'_>) -> Option<(String, DeviceId)> {
     let drivers = hosted.record.entry.driver.as_deref()?;
     let is_hosts = drivers.split(',').any(|driver| driver != CLAIMED);
-    let is_in_guest = claim.state == "allocated" && !claim.arrived;
+    let is_in_guest = claim.state == "allocated" && !claim.needs_reattach;
     let alias = hosted.hostdev.alias.clone().filter(|_| is_hosts && is_in_guest)?;
     Some((alias, hosted.record.entry.id))
 }

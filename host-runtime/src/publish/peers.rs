@@ -377,7 +377,7 @@ fn claim(
         boot_id: String::new(),
         revision: 0,
         ending: false,
-        arrived: false,
+        needs_reattach: false,
         by_hand: false,
         incoming_since: None,
         unsure: false,

@@ -153,7 +153,8 @@ impl Store {
                     lost = true;
                 }
             }
-            let arriving = lost || mine.iter().any(|c| c.arrived && inside.contains(&c.device_id));
+            let arriving =
+                lost || mine.iter().any(|c| c.needs_reattach && inside.contains(&c.device_id));
             if arriving && !lost {
                 let strays: Vec<&ClaimRow> = mine
                     .iter()

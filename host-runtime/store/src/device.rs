@@ -274,8 +274,9 @@ pub struct ClaimRow {
     /// The guest was restored or migrated with the device. QEMU releases a host's device when it
     /// loads a guest's state and does not take it again, regardless of the live XML
     /// (hw/usb/host-libusb.c, `usb_host_post_load_bh`; libvirt names a device file, for which QEMU
-    /// does not scan). The agent must detach and reattach the device.
-    pub arrived: bool,
+    /// does not scan). The agent must detach and reattach the device. The column is named
+    /// `arrived`, as in earlier versions.
+    pub needs_reattach: bool,
     /// The device is in a handwritten hostdev, regardless of its alias and of whether it also
     /// serves a request. No rule takes the device away, and the hostdev is never rewritten.
     #[serde(skip)]
@@ -340,7 +341,7 @@ impl ClaimRow {
             boot_id: row.get("boot_id")?,
             revision: row.get("revision")?,
             ending: row.get("ending")?,
-            arrived: row.get("arrived")?,
+            needs_reattach: row.get("arrived")?,
             by_hand: row.get("by_hand")?,
             incoming_since: row.get("incoming_since")?,
             unsure: row.get("unsure")?,

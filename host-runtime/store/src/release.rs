@@ -218,9 +218,9 @@ impl GuestPresence {
     /// the guest.
     fn of(self, claim: &ClaimRow) -> (&'static str, bool, bool) {
         match self {
-            Self::Inside if !claim.arrived => ("allocated", false, true),
+            Self::Inside if !claim.needs_reattach => ("allocated", false, true),
             Self::Inside => ("claimed", true, claim.seen_in_guest),
-            Self::Coming { arriving } => ("claimed", claim.arrived || arriving, false),
+            Self::Coming { arriving } => ("claimed", claim.needs_reattach || arriving, false),
             Self::Outside => ("claimed", false, claim.seen_in_guest),
             Self::Over => ("claimed", false, false),
         }
@@ -239,8 +239,10 @@ pub(crate) fn set_presence(
         let presence = presence(claim);
         let is_anew = matches!(presence, GuestPresence::Coming { .. } | GuestPresence::Over)
             || claim.boot_id != context.boot_id;
-        let (state, arrived, seen) = presence.of(claim);
-        let same = claim.state == state && claim.arrived == arrived && claim.seen_in_guest == seen;
+        let (state, needs_reattach, seen) = presence.of(claim);
+        let same = claim.state == state
+            && claim.needs_reattach == needs_reattach
+            && claim.seen_in_guest == seen;
         let named = claim.pending || claim.incoming_since.is_some();
         if same && !named && claim.boot_id == context.boot_id {
             continue;
@@ -256,7 +258,14 @@ pub(crate) fn set_presence(
                  OR ?2 = 'allocated', revision = (SELECT max(revision) FROM compute_nodes) WHERE \
                  id = ?1",
         )?
-        .execute(params![claim.id, state, context.boot_id, arrived, seen, is_anew])?;
+        .execute(params![
+            claim.id,
+            state,
+            context.boot_id,
+            needs_reattach,
+            seen,
+            is_anew
+        ])?;
         if claim.pending && claim.hold == "instance" {
             tx.mark_lasting();
         }

@@ -269,7 +269,7 @@ impl World {
             let runs = live.iter().find(|(id, _)| *id == claim.instance_uuid);
             prop_assert!(runs.is_some() || claim.hold == "instance", "an orphan: {claim:?}");
             prop_assert!(!claim.ending, "never finished: {claim:?}");
-            prop_assert!(runs.is_none() || !claim.arrived, "never reattached: {claim:?}");
+            prop_assert!(runs.is_none() || !claim.needs_reattach, "never reattached: {claim:?}");
             let Some((_, domain)) = runs else {
                 prop_assert_eq!(&claim.state, "claimed");
                 continue;

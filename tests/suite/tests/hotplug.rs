@@ -105,7 +105,7 @@ fn under(name: &str, test: impl FnOnce(&Path)) {
             text.into_owned()
         })
         .find(|text| !text.contains("libumockdev-preload fd_map_"))
-        .expect("umockdev aborted each time");
+        .unwrap_or_else(|| panic!("umockdev aborted {ATTEMPTS} times"));
     assert!(text.contains("1 passed"), "{text}");
     // Output for the benchmarks.
     print!(

@@ -168,7 +168,7 @@ fn every_device_keeps_its_origin_through_saves_and_restores() {
             assert_eq!(restored, same, "{hold}, round {round}");
             assert_eq!(held(&host), both, "{hold}, round {round}");
             assert!(
-                claims(&host).iter().all(|c| c.arrived && !c.pending),
+                claims(&host).iter().all(|c| c.needs_reattach && !c.pending),
                 "all must be reattached"
             );
             live = restored;
@@ -180,7 +180,7 @@ fn every_device_keeps_its_origin_through_saves_and_restores() {
         let now = defined.replace("device='12'", "device='52'");
         guest.starts(&now);
         assert_eq!(held(&host), both);
-        assert!(claims(&host).iter().all(|c| !c.arrived));
+        assert!(claims(&host).iter().all(|c| !c.needs_reattach));
     }
 }
 
@@ -209,7 +209,10 @@ fn a_flavor_that_changed_or_went_strands_no_saved_guest() {
             let restored = guest.restores(&live);
             assert_eq!(restored, live.replace("device='5'", "device='6'"));
             let claim = claims(&host).remove(0);
-            assert_eq!((claim.hold.as_str(), claim.pending, claim.arrived), (hold, false, true));
+            assert_eq!(
+                (claim.hold.as_str(), claim.pending, claim.needs_reattach),
+                (hold, false, true)
+            );
         }
     }
 }
@@ -239,7 +242,7 @@ fn a_guest_that_was_saved_without_one_of_its_devices_gets_it_after_the_restore()
             for usb_devices[0]";
         assert_eq!(said.contains(words), !is_back, "{said}");
         let mut ids: Vec<(u64, bool)> =
-            claims(&host).iter().map(|c| (c.device_id.get(), c.arrived)).collect();
+            claims(&host).iter().map(|c| (c.device_id.get(), c.needs_reattach)).collect();
         ids.sort_unstable();
         let expected: &[(u64, bool)] =
             if is_back { &[(1, true), (2, false)] } else { &[(1, true)] };
@@ -312,7 +315,7 @@ fn a_restore_of_a_guest_that_runs_changes_nothing_of_it() {
         assert_eq!(table(&host), before);
         guest.ends("shutdown", &live);
         guest.starts(&xml);
-        assert!(claims(&host).iter().all(|c| !c.arrived), "no start takes it for a restore");
+        assert!(claims(&host).iter().all(|c| !c.needs_reattach), "no start takes it for a restore");
     }
 }
 
@@ -502,5 +505,9 @@ fn a_restore_that_went_no_further_is_forgotten() {
     host.boot("11111111-1111-4111-8111-111111111111", 5000.0);
     guest.starts(&by_hand);
     let claim = claims(&host).remove(0);
-    assert_eq!((claim.arrived, claim.state.as_str()), (false, "allocated"), "a start from nothing");
+    assert_eq!(
+        (claim.needs_reattach, claim.state.as_str()),
+        (false, "allocated"),
+        "a start from nothing"
+    );
 }

@@ -85,7 +85,7 @@ pub(crate) struct UsbClaim {
     /// The guest was restored or migrated with the device, which must be reattached.
     #[serde(default)]
     #[schema(required)]
-    arrived: bool,
+    needs_reattach: bool,
 }
 
 impl From<&ClaimRow> for UsbClaim {
@@ -104,7 +104,7 @@ impl From<&ClaimRow> for UsbClaim {
             boot_id: claim.boot_id.clone(),
             revision: claim.revision,
             ending: claim.ending,
-            arrived: claim.arrived,
+            needs_reattach: claim.needs_reattach,
         }
     }
 }

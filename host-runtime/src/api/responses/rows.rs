@@ -166,7 +166,7 @@ impl From<UsbClaim> for ClaimRow {
             boot_id: claim.boot_id,
             revision: claim.revision,
             ending: claim.ending,
-            arrived: claim.arrived,
+            needs_reattach: claim.needs_reattach,
             by_hand: claim.request.is_none(),
             incoming_since: None,
             descriptors: None,

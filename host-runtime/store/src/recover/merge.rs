@@ -184,7 +184,10 @@ fn events(tx: &Transaction<'_>, since: &Salvage) -> Sql<()> {
     let sql = "SELECT coalesce(max(id), 0) FROM events";
     let newest: i64 = tx.query_row(sql, [], |row| row.get(0))?;
     let at = table.column("id");
-    let is_later = |row: &&Vec<Value>| matches!(at.and_then(|at| row.get(at)), Some(Value::Integer(id)) if *id > newest);
+    let is_later = |row: &&Vec<Value>| match at.and_then(|at| row.get(at)) {
+        Some(Value::Integer(id)) => *id > newest,
+        _ => false,
+    };
     let rows = table.rows.iter().filter(is_later).cloned().collect();
     copy(tx, "events", &Table { columns: table.columns.clone(), rows, torn: false }).map(drop)
 }

@@ -39,7 +39,7 @@ pub(crate) struct Claim {
     /// When a restore named it while it was firm.
     pub(crate) named: Option<f64>,
     /// Claimed for a guest that comes in with it: not allocated before it was out of that guest.
-    pub(crate) arrived: bool,
+    pub(crate) needs_reattach: bool,
     /// In the guest, at any time of this run of it.
     pub(crate) seen: bool,
 }
@@ -73,7 +73,8 @@ impl Model {
             None => c.boot == boot || c.lasting,
         });
         for claim in self.claims.values_mut().filter(|c| c.boot != boot) {
-            (claim.allocated, claim.arrived, claim.named, claim.seen) = (false, false, None, false);
+            (claim.allocated, claim.needs_reattach, claim.named, claim.seen) =
+                (false, false, None, false);
             claim.boot = boot.into();
         }
     }
@@ -117,7 +118,7 @@ impl Model {
                 unasked: false,
                 by_hand: false,
                 named: None,
-                arrived: since.is_some(),
+                needs_reattach: since.is_some(),
                 seen: false,
             };
             match self.claims.get_mut(id) {
@@ -128,7 +129,7 @@ impl Model {
                     claim.by_hand &= since.is_some() || inside.contains(id);
                     claim.named = None;
                     claim.pending = since;
-                    claim.arrived |= since.is_some();
+                    claim.needs_reattach |= since.is_some();
                 }
                 None => drop(self.claims.insert(*id, new)),
             }
@@ -152,7 +153,7 @@ impl Model {
             unasked: true,
             by_hand: true,
             named: None,
-            arrived: true,
+            needs_reattach: true,
             seen: false,
         };
         match self.claims.get_mut(&id) {
@@ -183,7 +184,7 @@ impl Model {
             return true;
         }
         let mine = || self.claims.iter().filter(|(_, c)| c.instance == instance);
-        if !mine().any(|(id, c)| c.arrived && inside.contains(id)) {
+        if !mine().any(|(id, c)| c.needs_reattach && inside.contains(id)) {
             return false;
         }
         self.claims.retain(|id, c| {
@@ -206,8 +207,8 @@ impl Model {
                 continue;
             }
             let inside = in_guest.is_some_and(|ids| ids.contains(id));
-            claim.arrived &= inside;
-            claim.allocated = inside && !claim.arrived;
+            claim.needs_reattach &= inside;
+            claim.allocated = inside && !claim.needs_reattach;
             claim.seen = in_guest.is_some() && (claim.seen || claim.allocated);
             (claim.pending, claim.named) = (None, None);
             claim.boot = boot.into();
@@ -226,7 +227,8 @@ impl Model {
             self.of(instance).into_iter().filter(|id| !kept(&self.claims[id])).collect();
         self.claims.retain(|id, _| !ended.contains(id));
         for claim in self.claims.values_mut().filter(|c| c.instance == instance) {
-            (claim.allocated, claim.arrived, claim.named, claim.seen) = (false, false, None, false);
+            (claim.allocated, claim.needs_reattach, claim.named, claim.seen) =
+                (false, false, None, false);
             claim.boot = boot.into();
         }
         if everything {

@@ -515,7 +515,7 @@ impl Life {
             (Some(claim), Adoption::AlreadyYours(yours)) => {
                 assert!(claim.instance == mine && yours == id);
                 if claim.pending.is_none() {
-                    (claim.allocated, claim.named) = (!claim.arrived, None);
+                    (claim.allocated, claim.named) = (!claim.needs_reattach, None);
                     claim.seen |= claim.allocated;
                 }
             }
@@ -601,7 +601,7 @@ impl Life {
             }
             (Some(claim), Adoption::AlreadyYours(yours)) => {
                 assert!(claim.instance == mine && *yours == id);
-                claim.arrived |= claim.pending.is_some()
+                claim.needs_reattach |= claim.pending.is_some()
                     || claim.named.is_some_and(|at| at >= self.uptime - PENDING_GRACE)
                     || (ours && claim.allocated);
                 (claim.allocated, claim.pending, claim.named, claim.seen) =
@@ -802,7 +802,7 @@ impl Life {
                     unasked: c.request.is_none(),
                     by_hand: c.by_hand,
                     named: c.incoming_since,
-                    arrived: c.arrived,
+                    needs_reattach: c.needs_reattach,
                     seen: c.seen_in_guest,
                 };
                 assert_eq!(c.pending, claim.pending.is_some(), "{c:?}");
@@ -866,7 +866,7 @@ fn found(instance: InstanceId, allocated: bool, boot: String) -> Claim {
         unasked: true,
         by_hand: true,
         named: None,
-        arrived: false,
+        needs_reattach: false,
         seen: allocated,
     }
 }
