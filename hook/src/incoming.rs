@@ -207,7 +207,7 @@ impl<'a> Arrival<'a> {
         let record = self.known.iter().find(is_kind)?;
         let (number, lasting) = match self.claims.iter().find(|c| c.device_id == id) {
             Some(claim) if claim.by_hand => return None,
-            Some(claim) => (claim.request, claim.hold == "instance"),
+            Some(claim) => (claim.request, claim.is_lasting()),
             None => {
                 let requests_it = |w: &ClaimRequest| record.is_selected_by(&w.request.selector);
                 let number = self.requests.iter().position(requests_it)?;

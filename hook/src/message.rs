@@ -312,5 +312,5 @@ fn advice(short: &Shortage, host: &Host) -> String {
 /// Whether the instance holds the device although its guest does not have it, because the guest is
 /// off or has just started.
 fn is_kept(claim: &ClaimRow) -> bool {
-    claim.hold == "instance" && claim.state != "allocated" && !claim.pending
+    claim.is_lasting() && !claim.is_allocated() && !claim.pending
 }

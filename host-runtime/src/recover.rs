@@ -278,7 +278,7 @@ fn shows(domain: &Domain, device: &Record) -> bool {
 fn idle(claims: &[ClaimRow], guests: &[Guest]) -> Option<String> {
     let runs = |claim: &ClaimRow| guests.iter().any(|g| g.instance == claim.instance_uuid);
     let idle: Vec<&ClaimRow> =
-        claims.iter().filter(|c| c.hold == "running" && !c.pending && !runs(c)).collect();
+        claims.iter().filter(|c| !c.is_lasting() && !c.pending && !runs(c)).collect();
     let names: BTreeSet<&str> = idle.iter().map(|c| c.domain.as_str()).collect();
     (!idle.is_empty()).then(|| {
         format!(

@@ -59,6 +59,6 @@ pub use ids::{DeviceId, InstanceId, ProductId, ProjectId, UsbId, VendorId};
 pub use json::{Unique as UniqueJson, members, unique as unique_json};
 pub use key::{Aliases, DeviceKey, Serial};
 pub use speed_mask::SpeedMask;
-pub use state::{Hold, Status, UnavailableReason};
+pub use state::{ClaimState, Status, UnavailableReason};
 pub use text::{clean, clean_json, clean_lines, clean_start, clean_text, printable};
 pub use whitelist::{RuleVerdict, Whitelist, WhitelistRule};

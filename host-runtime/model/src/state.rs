@@ -84,9 +84,9 @@ impl Serialize for UnavailableReason {
     }
 }
 
-/// How far an instance's hold on a device has come.
+/// State of a claim.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Hold {
+pub enum ClaimState {
     /// Claimed for the instance, not (or no longer) in the guest.
     Claimed,
     /// In the guest: the live domain XML shows it.
@@ -116,14 +116,14 @@ impl Status {
     /// The state that follows from the facts; `None` for a device that is neither plugged in nor
     /// held, which the inventory keeps as a deleted row, so that its id comes back with it.
     pub const fn derive(
-        hold: Option<Hold>,
+        claim: Option<ClaimState>,
         present: bool,
         withheld: Option<UnavailableReason>,
     ) -> Option<Self> {
-        match (hold, present, withheld) {
+        match (claim, present, withheld) {
             (Some(_), false, _) => Some(Self::Removed),
-            (Some(Hold::Claimed), true, _) => Some(Self::Claimed),
-            (Some(Hold::Allocated), true, _) => Some(Self::Allocated),
+            (Some(ClaimState::Claimed), true, _) => Some(Self::Claimed),
+            (Some(ClaimState::Allocated), true, _) => Some(Self::Allocated),
             (None, true, None) => Some(Self::Available),
             (None, true, Some(reason)) => Some(Self::Unavailable(reason)),
             (None, false, _) => None,
@@ -207,7 +207,7 @@ mod tests {
 
     #[test]
     fn a_held_device_is_never_shown_as_free() {
-        for hold in [Hold::Claimed, Hold::Allocated] {
+        for hold in [ClaimState::Claimed, ClaimState::Allocated] {
             for present in [false, true] {
                 for withheld in [None, Some(UnavailableReason::Whitelist)] {
                     let status = Status::derive(Some(hold), present, withheld).unwrap();
@@ -220,7 +220,7 @@ mod tests {
 
     #[test]
     fn columns_read_what_they_write() {
-        for hold in [None, Some(Hold::Claimed), Some(Hold::Allocated)] {
+        for hold in [None, Some(ClaimState::Claimed), Some(ClaimState::Allocated)] {
             for present in [false, true] {
                 for withheld in core::iter::once(None).chain(UnavailableReason::ALL.map(Some)) {
                     let Some(status) = Status::derive(hold, present, withheld) else { continue };

@@ -176,7 +176,7 @@ impl Worker {
         let report = self.converge(instance, &ObservedAbsence::default(), &BTreeSet::new())?;
         let claims = self.store.claims_of(instance)?;
         let now = |was: &ClaimRow| claims.iter().find(|c| c.id == was.id);
-        if new.iter().all(|was| now(was).is_some_and(|c| c.state == "allocated" && !c.ending)) {
+        if new.iter().all(|was| now(was).is_some_and(|c| c.is_allocated() && !c.ending)) {
             return Ok(());
         }
         let why = match self.obstacle(instance, &report)? {

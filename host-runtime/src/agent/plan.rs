@@ -224,13 +224,12 @@ fn absent(
     }
     // A pending claim belongs to a restore or migration, and has a grace period of its own.
     for claim in instance.claims.iter().filter(|c| !c.pending) {
-        if claim.hold != "instance" || claim.ending {
+        if !claim.is_lasting() || claim.ending {
             let (device, revision) = (claim.device_id, claim.revision);
             steps.push(Step::Release { device, revision, why: "its guest does not run" });
         }
     }
-    let lasting =
-        |c: &&&ClaimRow| !c.pending && !c.ending && c.hold == "instance" && c.state == "allocated";
+    let lasting = |c: &&&ClaimRow| !c.pending && !c.ending && c.is_lasting() && c.is_allocated();
     if instance.claims.iter().any(|c| lasting(&c)) {
         steps.push(Step::OutOfGuest);
     }
@@ -299,8 +298,7 @@ impl<'a> Present<'a> {
             self.claims().partition(|c| is_missing(c) && self.was_detached_by_hand(c));
         let settled = |c: &&ClaimRow| {
             let inside = in_guest.contains(&c.device_id);
-            (c.state == "allocated") == (inside && !c.needs_reattach)
-                && (inside || !c.needs_reattach)
+            (c.is_allocated()) == (inside && !c.needs_reattach) && (inside || !c.needs_reattach)
         };
         if !held.iter().all(settled) {
             // Settle before a stale hostdev is detached. Otherwise its absence would look like a
@@ -337,7 +335,7 @@ impl<'a> Present<'a> {
     fn was_detached_by_hand(&self, claim: &ClaimRow) -> bool {
         let present = self.host.devices.get(&claim.device_id).is_some_and(|record| record.present);
         let unasked = claim.by_hand && claim.request.is_none();
-        unasked && claim.state == "allocated" && present
+        unasked && claim.is_allocated() && present
     }
 
     /// Returns why the guest does not get a quarantined or flapping device back.
@@ -478,7 +476,7 @@ impl Present<'_> {
 fn taken_back(claim: &ClaimRow, hosted: &Hosted<'_>) -> Option<(String, DeviceId)> {
     let drivers = hosted.record.entry.driver.as_deref()?;
     let is_hosts = drivers.split(',').any(|driver| driver != CLAIMED);
-    let is_in_guest = claim.state == "allocated" && !claim.needs_reattach;
+    let is_in_guest = claim.is_allocated() && !claim.needs_reattach;
     let alias = hosted.hostdev.alias.clone().filter(|_| is_hosts && is_in_guest)?;
     Some((alias, hosted.record.entry.id))
 }

@@ -64,7 +64,7 @@ pub(super) fn list(session: &Session) -> anyhow::Result<ExitCode> {
 
 /// State of a claim, as it is shown to people.
 pub(super) fn state(claim: &ClaimRow, unplugged: bool, boot_id: &str) -> String {
-    match (claim.pending, claim.boot_id == boot_id || claim.hold == "instance") {
+    match (claim.pending, claim.boot_id == boot_id || claim.is_lasting()) {
         (_, false) => "void (earlier boot)".to_owned(),
         (true, true) => format!("{}, pending", claim.state),
         (false, true) if claim.ending => "being detached".to_owned(),

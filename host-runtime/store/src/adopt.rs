@@ -158,9 +158,7 @@ impl Store {
             if arriving && !lost {
                 let strays: Vec<&ClaimRow> = mine
                     .iter()
-                    .filter(|c| {
-                        !inside.contains(&c.device_id) && (c.pending || c.hold == "running")
-                    })
+                    .filter(|c| !inside.contains(&c.device_id) && (c.pending || !c.is_lasting()))
                     .collect();
                 if !strays.is_empty() {
                     step_revision(tx)?;
@@ -439,12 +437,12 @@ fn keep(tx: &Tx<'_>, claim: &ClaimRow, ours: bool, stage: Stage, context: &Conte
         Stage::Starting => {
             // A starting guest has no QEMU yet. A claim that says otherwise is left from a run
             // whose end was not recorded, and only a saved guest has our alias then.
-            let left = ours && claim.state == "allocated";
+            let left = ours && claim.is_allocated();
             set(release::GuestPresence::Coming { arriving: is_coming(claim, context) || left })?;
             if !ours && !claim.by_hand {
                 tx.prepare_cached("UPDATE claims SET by_hand = 1 WHERE device_id = ?1")?
                     .execute([sql_id(claim.device_id)])?;
-                if claim.hold == "instance" {
+                if claim.is_lasting() {
                     tx.mark_lasting();
                 }
             }

@@ -2,7 +2,7 @@
 
 use rusqlite::params;
 use virt_usb_model::DeviceId;
-use virt_usb_model::state::{Hold, Status};
+use virt_usb_model::state::{ClaimState, Status};
 
 use crate::claim::{ClaimMode, ClaimRequest, Claimant, Granted};
 use crate::device::{self, ClaimRow, refresh, sql_id, step_revision};
@@ -52,7 +52,7 @@ impl ClaimWrite<'_> {
             let sql = "UPDATE claims SET by_hand = 1, request = NULL, hold = 'running', revision = \
                 (SELECT max(revision) FROM compute_nodes) WHERE id = ?1";
             self.tx.prepare_cached(sql)?.execute([claim.id])?;
-            if claim.hold == "instance" && !claim.pending {
+            if claim.is_lasting() && !claim.pending {
                 self.tx.mark_lasting();
             }
         }
@@ -85,9 +85,8 @@ impl ClaimWrite<'_> {
     /// Whether what is written of this claim must survive a power cut: the claim is held for the
     /// instance, or was. What waits to be confirmed ends with the boot.
     fn outlives_the_boot(&self, granted: &Granted, want: Option<&ClaimRequest>) -> bool {
-        let was = || {
-            self.held(granted.device.entry.id).is_some_and(|c| c.hold == "instance" && !c.pending)
-        };
+        let was =
+            || self.held(granted.device.entry.id).is_some_and(|c| c.is_lasting() && !c.pending);
         self.mode != ClaimMode::Provisional && (hold_name(want) == "instance" || was())
     }
 
@@ -150,7 +149,7 @@ impl ClaimWrite<'_> {
             return refresh(self.tx, device);
         }
         let (present, withheld) = (granted.device.present, granted.device.withheld);
-        let status = Status::derive(Some(Hold::Claimed), present, withheld);
+        let status = Status::derive(Some(ClaimState::Claimed), present, withheld);
         device::write_state(self.tx, device, status, Some(&self.claimant.instance.to_string()))?;
         let detail = match self.mode {
             ClaimMode::Replace | ClaimMode::Add => format!("usb_devices[{}]", granted.request),

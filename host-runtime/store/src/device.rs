@@ -2,7 +2,7 @@
 
 use rusqlite::{Row, Transaction, params};
 use serde::Serialize;
-use virt_usb_model::state::Hold;
+use virt_usb_model::state::ClaimState;
 use virt_usb_model::{
     BusAddress, Descriptors, Device, DeviceEntry, DeviceId, DeviceKey, InstanceId, PortPath,
     ProjectId, Selector, Serial, Speed, Status, UnavailableReason, UsbId, grant,
@@ -309,12 +309,20 @@ pub struct ClaimRow {
 }
 
 impl ClaimRow {
-    /// Whether its guest runs, as far as claims tell: what is held for a run of this boot, or is in
-    /// a guest.
+    /// Whether the device is in the guest, as the live XML shows it.
+    pub fn is_allocated(&self) -> bool {
+        self.state == "allocated"
+    }
+
+    /// Whether the claim outlives the run of the guest (`hold = "instance"`).
+    pub fn is_lasting(&self) -> bool {
+        self.hold == "instance"
+    }
+
+    /// Whether the guest runs, as far as its claims tell: it has a claim for a run in this boot, or
+    /// the device is in the guest.
     pub fn is_of_a_run(&self, boot_id: &str) -> bool {
-        !self.pending
-            && self.boot_id == boot_id
-            && (self.state == "allocated" || self.hold == "running")
+        !self.pending && self.boot_id == boot_id && (self.is_allocated() || !self.is_lasting())
     }
 
     /// Instance and owner of the claim when it was made.
@@ -441,7 +449,8 @@ pub(crate) fn refresh(tx: &Transaction<'_>, device: DeviceId) -> Sql<()> {
                 (row.get::<_, Option<String>>("state")?, row.get::<_, Option<String>>("holder")?);
             Ok((row.get::<_, bool>("present")?, withheld(row)?, state, holder))
         })?;
-    let hold = state.map(|s| if s == "allocated" { Hold::Allocated } else { Hold::Claimed });
+    let hold =
+        state.map(|s| if s == "allocated" { ClaimState::Allocated } else { ClaimState::Claimed });
     write_state(tx, device, Status::derive(hold, present, withheld), instance.as_deref())
 }
 

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use rusqlite::backup::{Backup, StepResult};
 use rusqlite::{Connection, ffi};
 use serde::Serialize;
-use virt_usb_model::{HostDocument, Status, state::Hold};
+use virt_usb_model::{HostDocument, Status, state::ClaimState};
 
 use crate::device::{ClaimRow, Record};
 use crate::error::Sql;
@@ -145,8 +145,9 @@ impl Store {
         for record in records {
             let entry = &record.entry;
             let claim = held.get(&entry.id);
-            let hold =
-                claim.map(|c| if c.state == "allocated" { Hold::Allocated } else { Hold::Claimed });
+            let hold = claim.map(|c| {
+                if c.is_allocated() { ClaimState::Allocated } else { ClaimState::Claimed }
+            });
             let derived = Status::derive(hold, record.present, record.withheld);
             let stored = (record.deleted == 0).then(|| entry.state().ok()).flatten();
             if derived != stored || entry.instance_uuid != claim.map(|c| c.instance_uuid) {

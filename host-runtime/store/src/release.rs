@@ -56,7 +56,7 @@ impl Store {
         let freed = self.write(|tx, _| {
             let (kept, ended): (Vec<_>, Vec<_>) = held(tx, instance)?
                 .into_iter()
-                .partition(|c| !everything && c.hold == "instance" && !c.pending);
+                .partition(|c| !everything && c.is_lasting() && !c.pending);
             if !ended.is_empty() {
                 step_revision(tx)?;
             }
@@ -191,7 +191,7 @@ impl Store {
 
 /// The instance's claims without those that ended with an earlier boot.
 fn valid(tx: &Transaction<'_>, instance: InstanceId, context: &Context) -> Sql<Vec<ClaimRow>> {
-    let outlives = |c: &ClaimRow| c.hold == "instance" && !c.pending;
+    let outlives = |c: &ClaimRow| c.is_lasting() && !c.pending;
     let mut claims = held(tx, instance)?;
     claims.retain(|c| c.boot_id == context.boot_id || outlives(c));
     Ok(claims)
@@ -266,7 +266,7 @@ pub(crate) fn set_presence(
             seen,
             is_anew
         ])?;
-        if claim.pending && claim.hold == "instance" {
+        if claim.pending && claim.is_lasting() {
             tx.mark_lasting();
         }
         if state == "allocated" && !claim.used {
@@ -309,7 +309,7 @@ pub(crate) fn sweep(tx: &Tx<'_>, context: &Context) -> Sql<()> {
     let mut doubtful = of_earlier_boots(tx, context)?;
     doubtful.extend(unconfirmed.into_iter().filter(|c| c.boot_id == context.boot_id));
     let (kept, void): (Vec<ClaimRow>, Vec<ClaimRow>) =
-        doubtful.into_iter().partition(|c| c.hold == "instance" && !c.pending);
+        doubtful.into_iter().partition(|c| c.is_lasting() && !c.pending);
     if !void.is_empty() {
         step_revision(tx)?;
     }
@@ -357,7 +357,7 @@ pub(crate) fn delete(
     context: &Context,
 ) -> Sql<()> {
     tx.prepare_cached("DELETE FROM claims WHERE id = ?1")?.execute([claim.id])?;
-    if claim.hold == "instance" && !claim.pending {
+    if claim.is_lasting() && !claim.pending {
         tx.mark_lasting();
     }
     quarantine::after_use(tx, claim, context)?;

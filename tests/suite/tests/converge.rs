@@ -267,7 +267,7 @@ impl World {
         for claim in &claims {
             let record = &devices[&claim.device_id];
             let runs = live.iter().find(|(id, _)| *id == claim.instance_uuid);
-            prop_assert!(runs.is_some() || claim.hold == "instance", "an orphan: {claim:?}");
+            prop_assert!(runs.is_some() || claim.is_lasting(), "an orphan: {claim:?}");
             prop_assert!(!claim.ending, "never finished: {claim:?}");
             prop_assert!(runs.is_none() || !claim.needs_reattach, "never reattached: {claim:?}");
             let Some((_, domain)) = runs else {
@@ -287,7 +287,7 @@ impl World {
                 continue;
             }
             prop_assert_eq!(record.present, inside, "{:?} of {:?}", record.entry, domain.hostdevs);
-            prop_assert_eq!(claim.state == "allocated", inside, "{:?}", claim);
+            prop_assert_eq!(claim.is_allocated(), inside, "{:?}", claim);
         }
         for (id, domain) in &live {
             for hostdev in &domain.hostdevs {

@@ -3,8 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use virt_usb_model::{
-    BusAddress, Device, DeviceId, DeviceRequest, Hold, InstanceId, ProjectId, RuleVerdict, Serial,
-    Status, UnavailableReason,
+    BusAddress, ClaimState, Device, DeviceId, DeviceRequest, InstanceId, ProjectId, RuleVerdict,
+    Serial, Status, UnavailableReason,
 };
 use virt_usb_store::Source;
 
@@ -56,8 +56,10 @@ pub(crate) struct Model {
 impl Model {
     pub(crate) fn status(&self, id: DeviceId) -> Option<Status> {
         let row = &self.rows[&id];
-        let hold =
-            self.claims.get(&id).map(|c| if c.allocated { Hold::Allocated } else { Hold::Claimed });
+        let hold = self
+            .claims
+            .get(&id)
+            .map(|c| if c.allocated { ClaimState::Allocated } else { ClaimState::Claimed });
         Status::derive(hold, row.present, row.verdict.withheld)
     }
 

@@ -789,8 +789,8 @@ impl Life {
             .map(|c| {
                 let claim = Claim {
                     instance: c.instance_uuid,
-                    allocated: c.state == "allocated",
-                    lasting: c.hold == "instance",
+                    allocated: c.is_allocated(),
+                    lasting: c.is_lasting(),
                     // When it began is not shown.
                     pending: self
                         .model
