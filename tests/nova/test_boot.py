@@ -145,7 +145,7 @@ class LandsWhereTheKeyIs(Boot):
         fleet.write(self.file, fleet.document("host3", 4, fleet.device(3_000_001)))
         self.assertEqual("host3", self.host_of(self.boot(self.usb_flavor("erp", "@erp.big"))))
         self.boot(self.usb_flavor("crm", "@none"), "ERROR")
-        self.assertIn("no flavor of the name 'none' is stored", self.log)
+        self.assertIn("no flavor named 'none' is stored", self.log)
         # Compute services before Nova 32 write only the flavor's name into a domain.
         self.flags(flavor_names=True, group="virt_usb")
         self.assertEqual("host3", self.host_of(self.boot(self._create_flavor(name="erp.big"))))

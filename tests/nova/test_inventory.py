@@ -340,7 +340,7 @@ class FromAScheduler(Case):
             self.assertEqual({"b": "too-few-free", "c": "unknown-host"}, reasons)
         until("the flavor", lambda: self.answers(who, {"flavor": "@erp"}))
         self.assertEqual(("@erp", None), (who.flavor("erp"), who.flavor("none")))
-        with self.assertRaisesRegex(Refused, "no flavor of the name"):
+        with self.assertRaisesRegex(Refused, "no flavor named"):
             who.able({"flavor": "@none"}, ["a"])
         with self.assertRaisesRegex(Refused, "vendor_id"):
             who.able({"flavor": {"usb_devices": [{"vendor_id": "xyz"}]}}, ["a"])

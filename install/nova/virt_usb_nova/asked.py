@@ -57,7 +57,7 @@ def flavor(key: str, text: str, stored: Stored) -> Any:
         found = stored(name)
         if found is None:
             raise Wrong(
-                f"no flavor of the name {name!r} is stored: create it with 'virt-usb flavor set'"
+                f"no flavor named {name!r} is stored: create it with 'virt-usb flavor set'"
             )
         return devices(found)
     try:
