@@ -11,7 +11,7 @@ VICTIM = "/srv/victim"
 # Names in STATE that a script reads, removes or gives away.
 NAMES = ["inventory.sqlite", "agent.lock", "hook.sock", "hints"]
 # VIRT_USB_ROUNDS makes all attacks longer: 'make soak' sets it.
-ROUNDS = 10 * int(os.environ.get("VIRT_USB_ROUNDS", "1"))
+ROUNDS = 3 * int(os.environ.get("VIRT_USB_ROUNDS", "1"))
 
 # Each name changes places with a link to root's file of that name, as fast as possible. Links to
 # root's files stand under names of their own as well. The attacker runs outside the root, which
