@@ -26,7 +26,7 @@ use virt_usb_model::{DeviceId, InstanceId};
 use virt_usb_store::adopt::Adoption;
 use virt_usb_store::recover::{Kept, RebuildRequest, Recovered, replace};
 use virt_usb_store::release::Witness;
-use virt_usb_store::{ClaimRow, Context, Record, Store, StoreError};
+use virt_usb_store::{ClaimRow, Context, Origin, Record, Store, StoreError};
 
 use crate::discovery::Snapshot;
 use crate::hypervisor::Hypervisor;
@@ -65,6 +65,8 @@ pub fn guests(hypervisor: &dyn Hypervisor) -> Result<Vec<Guest>, String> {
 pub struct Recovery<'a> {
     /// The configuration to use.
     pub config: &'a Config,
+    /// Source of the plugged-in devices.
+    pub origin: Origin,
     /// Name of the host.
     pub host: &'a str,
     /// The plugged-in devices.
@@ -132,6 +134,7 @@ impl Recovery<'_> {
         };
         let mut warnings = BTreeSet::new();
         let mut fill = |store: &mut Store| {
+            store.admit(self.origin)?;
             let Config { whitelist, aliases, flapping, sysfs_root, .. } = self.config;
             let whitelist = &inventory::located(whitelist, store, self.snapshot, sysfs_root)?;
             let plan = |rows: &[Record]| plan(self.snapshot, rows, whitelist, aliases);

@@ -25,7 +25,9 @@ CREATE TABLE compute_nodes (
     -- before
     scanned_boot    varchar(36),
     -- the libvirt that runs the guests that hold devices, in its own words; NULL: not known
-    libvirt         text
+    libvirt         text,
+    -- 1: a simulation made the devices; 0: the host has them; NULL: not known
+    simulated       int
 );
 
 CREATE TABLE usb_devices (

@@ -18,7 +18,7 @@ use super::Session;
 use super::arguments::Discover;
 use super::output::{or_dash, table};
 use crate::agent::guest_uses::ask;
-use crate::discovery::{LibUsb, Simulated, Snapshot, UsbSource};
+use crate::discovery::{LibUsb, Simulated, Snapshot, UsbSource, origin};
 use crate::hypervisor::Libvirt;
 use crate::inventory::{host_name, judge, located, plan};
 
@@ -66,6 +66,7 @@ pub(super) fn discover(session: &Session, options: &Discover) -> anyhow::Result<
     }
     let context = session.context(&config, "discover")?;
     let mut store = session.make_store(&config)?;
+    store.admit(origin(options.sim.as_deref(), &config.sysfs_root))?;
     rules::admit(&store, &config, session.config_file.as_deref())?;
     store.mend_hints()?;
     let whitelist = located(&config.whitelist, &mut store, &snapshot, &config.sysfs_root)?;

@@ -12,6 +12,7 @@ use super::Session;
 use super::arguments::Recover;
 use super::devices::source;
 use crate::agent::guest_uses::ask;
+use crate::discovery::origin;
 use crate::hypervisor::{Hypervisor, Libvirt};
 use crate::inventory::host_name;
 use crate::recover::{Recovery, Refusal, Report};
@@ -68,6 +69,7 @@ fn run(
     let context = session.context(config, &format!("store {what}"))?;
     let recovery = Recovery {
         config,
+        origin: origin(options.sim.as_deref(), &config.sysfs_root),
         host: &host_name(&config.procfs_root)?,
         snapshot: &snapshot,
         hypervisor: libvirt.as_ref().map(|libvirt| libvirt as &dyn Hypervisor),

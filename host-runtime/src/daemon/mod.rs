@@ -37,7 +37,7 @@ use crate::api::identity::{Identities, Role};
 use crate::api::keystone::Keystone;
 use crate::api::tokens::{Made, TokenFile, Tokens, TokensError, Wanted};
 use crate::api::{self, Api, Listening};
-use crate::discovery::{LibUsb, UsbSource, hotplug};
+use crate::discovery::{LibUsb, UsbSource, hotplug, origin};
 use crate::hypervisor::{Event, Hypervisor, Libvirt, Listeners, Supervised};
 use crate::metrics::{self, Metrics};
 use crate::publish::publisher::{Publisher, Publishing};
@@ -76,6 +76,7 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
     let rules = rules.with(config.clone());
     let mut store = Store::create(&config.state_dir, STORE_LOCK_TIMEOUT)?;
     let (_lock, lock_file) = lock(&config.state_dir)?;
+    store.admit(origin(options.sim.as_deref(), &config.sysfs_root))?;
     virt_usb_config::rules::admit(&store, &config, options.config.as_deref())?;
     if options.config.is_none() && !Path::new(DEFAULT_PATH).exists() {
         tracing::warn!(

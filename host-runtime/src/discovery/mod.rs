@@ -30,7 +30,7 @@ use virt_usb_model::{Aliases, Device, DeviceKey, PortPath, Serial, UsbId};
 use virt_usb_store::reconcile::SeenKeys;
 
 pub use libusb::LibUsb;
-pub use simulated::{SimError, Simulated};
+pub use simulated::{SimError, Simulated, origin};
 pub(crate) use sysfs::{CLAIMED, host_driver};
 use ties::{GuestUses, Ties};
 

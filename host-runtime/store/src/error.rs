@@ -12,7 +12,11 @@ use crate::user::User;
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
     /// There is no database, or not even its folder.
-    #[error("there is no inventory at {path}: make it with 'virt-usb discover'")]
+    #[error(
+        "there is no inventory at {path}: start the agent ('systemctl start virt-usbd'), or, on a \
+         host without an agent, run 'virt-usb discover' (for a simulation: 'virt-usb discover \
+         --sim FILE')"
+    )]
     Missing {
         /// The database's file.
         path: PathBuf,
@@ -124,6 +128,25 @@ pub enum StoreError {
             one; try again"
     )]
     Replaced {
+        /// The database's file.
+        path: PathBuf,
+    },
+    /// A scan of this host would remove the devices of a simulation. Nothing was changed.
+    #[error(
+        "the inventory {path} has the devices of a simulation, which a scan of this host would \
+         remove: add --sim FILE; to use the devices of this host, set another state_dir in a \
+         configuration file, and pass that file with --config"
+    )]
+    Simulated {
+        /// The database's file.
+        path: PathBuf,
+    },
+    /// A simulation would remove the devices of this host. Nothing was changed.
+    #[error(
+        "a simulation needs its own state_dir: {path} has the devices of this host. Set another \
+         state_dir in a configuration file, and pass that file with --config"
+    )]
+    NotSimulated {
         /// The database's file.
         path: PathBuf,
     },
@@ -250,6 +273,8 @@ impl StoreError {
             | Self::Full { path }
             | Self::ReadOnly { path }
             | Self::Replaced { path }
+            | Self::Simulated { path }
+            | Self::NotSimulated { path }
             | Self::Recovering { path }
             | Self::Unsound { path, .. }
             | Self::Row { path, .. }

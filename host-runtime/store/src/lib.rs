@@ -48,6 +48,7 @@ pub mod hints;
 pub mod maintain;
 mod nova_metadata;
 mod open;
+mod origin;
 mod owners;
 mod places;
 pub mod problems;
@@ -71,6 +72,7 @@ pub use error::StoreError;
 pub use flavors::StoredFlavor;
 pub use grants::StoredGrant;
 pub use open::{Durability, SCHEMA};
+pub use origin::Origin;
 pub use owners::Owner;
 
 /// The database's name inside `state_dir`.
@@ -89,6 +91,8 @@ pub struct Store {
     durability: Durability,
     lock_timeout: Duration,
     deadline: open::Deadline,
+    /// Source of the devices that [`Store::reconcile`] records, if [`Store::admit`] was called.
+    origin: Option<Origin>,
 }
 
 impl Store {

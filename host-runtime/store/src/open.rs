@@ -33,6 +33,7 @@ const MIGRATIONS: &[&str] = &[
     include_str!("../migrations/0008_columns.sql"),
     include_str!("../migrations/0009_incoming.sql"),
     include_str!("../migrations/0010_certainty.sql"),
+    include_str!("../migrations/0011_origin.sql"),
 ];
 
 /// The schema version that this program reads and writes.
@@ -287,7 +288,8 @@ impl Store {
         let hints = Hints::new(&state_dir, durability == Durability::Power);
         let waiting = database.connection.busy_handler(Some(move |attempt| waits.wait(attempt)));
         waiting.map_err(|e| StoreError::from_sqlite(&path, 0, &e))?;
-        Ok(Self { database, path, file, hints, durability, lock_timeout, deadline })
+        let origin = None;
+        Ok(Self { database, path, file, hints, durability, lock_timeout, deadline, origin })
     }
 
     /// Makes this thread the owner of the inventory's folder, if it is root.

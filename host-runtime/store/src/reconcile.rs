@@ -13,7 +13,7 @@ use crate::events::{Event, follow_clock, record};
 use crate::flaps::Limits;
 use crate::open::Tx;
 use crate::{
-    Context, NOW, Store, StoreError, grants, nova_metadata, quarantine, release, renumber,
+    Context, NOW, Store, StoreError, grants, nova_metadata, origin, quarantine, release, renumber,
 };
 
 /// One step of a plan.
@@ -100,8 +100,14 @@ impl Store {
         // restarts the log and syncs its header, and that must not be a hook. If the checkpoint is
         // not possible now, a later write does it.
         drop(self.checkpoint("PASSIVE"));
+        let admitted = self.origin.map(|origin| (origin, self.refusal(origin)));
         self.write(|tx, _| {
             register_host(tx, host)?;
+            if let Some((origin, refusal)) = admitted
+                && !origin::mark(tx, origin)?
+            {
+                return Err(refusal.into());
+            }
             let restarted = is_first_of_boot(tx, context)?;
             follow_clock(tx, context)?;
             release::sweep(tx, context)?;

@@ -7,6 +7,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use virt_usb_model::Device;
+use virt_usb_store::Origin;
 
 use super::ties::Ties;
 use super::{Snapshot, UsbSource, about};
@@ -67,6 +68,15 @@ pub enum SimError {
     /// A text that was not read from a file is invalid.
     #[error("the simulation is wrong: {0}")]
     Text(String),
+}
+
+/// Source of the devices that a scan finds: those of the simulation file, or those below
+/// `sysfs_root`, which a simulation may have written.
+pub fn origin(sim: Option<&Path>, sysfs_root: &Path) -> Origin {
+    match sim.is_some() || tree::is_simulated(sysfs_root) {
+        true => Origin::Simulation,
+        false => Origin::Host,
+    }
 }
 
 impl Simulated {

@@ -14,6 +14,11 @@ use crate::discovery::sysfs::CONTROLLERS;
 /// File beside `devices` that marks a tree written by a simulation, which may be replaced.
 const MARK: &str = "simulated-by-virt-usb";
 
+/// Whether a simulation wrote the tree.
+pub(super) fn is_simulated(root: &Path) -> bool {
+    root.join("bus/usb").join(MARK).exists()
+}
+
 /// Builds the tree in another directory, and then renames it. A concurrent hook sees the old or the
 /// new tree, except for a moment between two renames in which it sees no device.
 pub(super) fn write(root: &Path, entries: &[Entry]) -> io::Result<()> {

@@ -462,7 +462,7 @@ fn a_migration_learns_from_the_audit_what_was_in_a_guest() {
          ALTER TABLE compute_nodes DROP COLUMN scanned_uptime; ALTER TABLE compute_nodes DROP \
          COLUMN whitelist;
          ALTER TABLE compute_nodes DROP COLUMN scanned_boot; ALTER TABLE compute_nodes DROP COLUMN \
-         libvirt; PRAGMA user_version = 7",
+         libvirt; ALTER TABLE compute_nodes DROP COLUMN simulated; PRAGMA user_version = 7",
     )
     .unwrap();
     drop(old);
