@@ -21,6 +21,15 @@ use serde::{Serialize, Serializer};
 
 use crate::ParseError;
 
+/// Lists the values that a field may have: `a, b or c`.
+fn either(names: &[&str]) -> String {
+    match names {
+        [] => String::new(),
+        [one] => String::from(*one),
+        [first @ .., last] => alloc::format!("{} or {last}", first.join(", ")),
+    }
+}
+
 /// Why a device is not offered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum UnavailableReason {
@@ -71,10 +80,7 @@ impl FromStr for UnavailableReason {
     type Err = ParseError;
     fn from_str(text: &str) -> Result<Self, ParseError> {
         Self::ALL.into_iter().find(|r| r.name() == text).ok_or_else(|| {
-            ParseError::new(
-                alloc::format!("{text:?}"),
-                "whitelist, host-use, disabled, quarantined, flapping or unreachable",
-            )
+            ParseError::new(alloc::format!("{text:?}"), either(&Self::ALL.map(Self::name)))
         })
     }
 }
@@ -181,11 +187,9 @@ impl Status {
                     .map_err(|e: ParseError| e.at("status_reason"))?,
             ),
             other => {
-                return Err(ParseError::new(
-                    alloc::format!("{other:?}"),
-                    String::from("available, claimed, allocated, removed or unavailable"),
-                )
-                .at("status"));
+                return Err(
+                    ParseError::new(alloc::format!("{other:?}"), either(&Self::NAMES)).at("status")
+                );
             }
         })
     }
@@ -203,6 +207,8 @@ impl fmt::Display for Status {
 
 #[cfg(test)]
 mod tests {
+    use alloc::string::ToString as _;
+
     use super::*;
 
     #[test]
@@ -236,6 +242,17 @@ mod tests {
         }
         assert!(Status::from_columns("unavailable", None).is_err());
         assert!(Status::from_columns("free", None).is_err());
+    }
+
+    #[test]
+    fn an_error_lists_all_values() {
+        let error = Status::from_columns("free", None).unwrap_err().to_string();
+        assert!(error.contains("available, claimed, allocated, removed or unavailable"), "{error}");
+        let error = "lent".parse::<UnavailableReason>().unwrap_err().to_string();
+        for reason in UnavailableReason::ALL {
+            assert!(error.contains(reason.name()), "{reason}: {error}");
+        }
+        assert!(error.contains("flapping or unreachable"), "{error}");
     }
 
     #[test]

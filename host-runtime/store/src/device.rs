@@ -134,14 +134,11 @@ impl Record {
 
     /// Whether it is not offered whatever the rules say.
     pub const fn is_set_aside(&self) -> bool {
-        matches!(
-            self.withheld,
-            Some(
-                UnavailableReason::Disabled
-                    | UnavailableReason::Quarantined
-                    | UnavailableReason::Flapping
-            )
-        )
+        use UnavailableReason as Reason;
+        match self.withheld {
+            Some(Reason::Disabled | Reason::Quarantined | Reason::Flapping) => true,
+            Some(Reason::Whitelist | Reason::HostUse | Reason::Unreachable) | None => false,
+        }
     }
 
     /// How the device differs from its last claim, if it was quarantined after that.
@@ -440,13 +437,13 @@ impl Store {
 pub(crate) fn refresh(tx: &Transaction<'_>, device: DeviceId) -> Sql<()> {
     let (present, withheld, state, instance) = tx
         .prepare_cached(
-            "SELECT d.present, d.withheld, d.disabled, d.quarantined, d.flapping_until, c.state, \
-                c.instance_uuid AS holder
+            // All columns of the device, because `withheld` chooses those that it reads.
+            "SELECT d.*, c.state AS claim_state, c.instance_uuid AS claimed_by
              FROM usb_devices d LEFT JOIN claims c ON c.device_id = d.id WHERE d.id = ?1",
         )?
         .query_row([sql_id(device)], |row| {
-            let (state, holder) =
-                (row.get::<_, Option<String>>("state")?, row.get::<_, Option<String>>("holder")?);
+            let state: Option<String> = row.get("claim_state")?;
+            let holder: Option<String> = row.get("claimed_by")?;
             Ok((row.get::<_, bool>("present")?, withheld(row)?, state, holder))
         })?;
     let hold =
