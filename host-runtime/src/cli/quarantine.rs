@@ -1,4 +1,5 @@
-//! The commands `enable`, `disable`, `forget`, `quarantine`, `tag` and `untag`.
+//! The commands that change one device: `enable`, `disable`, `forget`, `quarantine`, `tag` and
+//! `untag`.
 
 use std::process::ExitCode;
 
@@ -58,16 +59,14 @@ pub(super) fn forget(session: &Session, device: DeviceId) -> anyhow::Result<Exit
     Ok(ExitCode::SUCCESS)
 }
 
-/// Reports the result of a change; `now` describes the wanted state.
-fn tell(
-    session: &Session,
-    wished: &Wished,
-    device: DeviceId,
-    now: &str,
-) -> anyhow::Result<ExitCode> {
-    let (record, changed) = match wished {
-        Wished::Done(record) => (record, true),
-        Wished::Already(record) => (record, false),
+/// Returns the device after a change, and whether anything changed.
+///
+/// # Errors
+/// If there is no such device, or it would have too many tags.
+fn changed(wished: &Wished, device: DeviceId) -> anyhow::Result<Changed<'_>> {
+    match wished {
+        Wished::Done(device) => Ok(Changed { changed: true, device }),
+        Wished::Already(device) => Ok(Changed { changed: false, device }),
         Wished::Unknown => {
             bail!("there is no device {device}: 'virt-usb devices --all' lists all known devices")
         }
@@ -77,9 +76,20 @@ fn tell(
                  tags"
             )
         }
-    };
-    session.out.show(&Changed { changed, device: record }, || {
-        let already = if changed { "" } else { " already" };
+    }
+}
+
+/// Reports the result of a change; `now` describes the wanted state.
+fn tell(
+    session: &Session,
+    wished: &Wished,
+    device: DeviceId,
+    now: &str,
+) -> anyhow::Result<ExitCode> {
+    let result = changed(wished, device)?;
+    session.out.show(&result, || {
+        let record = result.device;
+        let already = if result.changed { "" } else { " already" };
         let status = match (&record.entry.instance_uuid, record.deleted) {
             (Some(instance), _) => {
                 format!("{}, by {instance}, which keeps it until release", record.entry.status)
@@ -152,16 +162,34 @@ pub(super) fn tag(
         }
         None => set_tags(session, device, &tags, add)?,
     };
-    let all = match &wished {
-        Wished::Done(record) | Wished::Already(record) => record.entry.tags.join(", "),
-        Wished::Unknown | Wished::TooManyTags => String::new(),
-    };
-    tell(
-        session,
-        &wished,
-        device,
-        &if all.is_empty() { "without tags".to_owned() } else { format!("tagged {all}") },
-    )
+    let result = changed(&wished, device)?;
+    session.out.show(&result, || {
+        let name = message::device(result.device);
+        let all = &result.device.entry.tags;
+        if add {
+            let already = if result.changed { "" } else { " already" };
+            return format!("{name} is{already} tagged {}", all.join(", "));
+        }
+        let left = if all.is_empty() {
+            "it has no tags".into()
+        } else {
+            format!("its tags: {}", all.join(", "))
+        };
+        if !result.changed {
+            return format!("{name} has no tag {}; {left}", quoted(&tags));
+        }
+        let kept: Vec<String> = tags.iter().filter(|tag| all.contains(tag)).cloned().collect();
+        let by_rule = match kept.is_empty() {
+            true => String::new(),
+            false => format!("; a whitelist rule still gives it {}", quoted(&kept)),
+        };
+        format!("{name}: removed{by_rule}; {left}")
+    })?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn quoted(tags: &[String]) -> String {
+    tags.iter().map(|tag| format!("{tag:?}")).collect::<Vec<_>>().join(", ")
 }
 
 fn set_tags(

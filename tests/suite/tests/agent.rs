@@ -420,6 +420,19 @@ fn reasons_that_prevent_a_start_are_reported() {
     std::fs::write(host.config_file(), keys.replace("state_dir", "# state_dir")).unwrap();
     let said = refusal(command(&host));
     assert!(said.contains("a simulation needs its own state_dir"), "{said}");
+    std::fs::write(host.config_file(), &keys).unwrap();
+    std::fs::create_dir_all(host.path("sys/bus/usb/devices")).unwrap();
+    let sim = host.path("sim.toml");
+    virt_usb_suite::ok(&host.virt_usb(&["discover", "--sim", sim.to_str().unwrap()]));
+    let mut real = Command::new(virt_usb_suite::program("virt-usbd"));
+    real.arg("--config").arg(host.config_file());
+    let said = refusal(real);
+    assert!(said.contains("has the devices of a simulation"), "{said}");
+    std::fs::remove_dir_all(host.path("state")).unwrap();
+    virt_usb_suite::ok(&host.virt_usb(&["discover"]));
+    let said = refusal(command(&host));
+    assert!(said.contains("has the devices of this host"), "{said}");
+    std::fs::write(host.config_file(), keys.replace("state_dir", "# state_dir")).unwrap();
     // A variable that was inherited does not silence it.
     let mut inherited = command(&host);
     inherited.env("JOURNAL_STREAM", "9:12345");

@@ -62,6 +62,39 @@ fn discover_records_and_says_what_changed() {
 }
 
 #[test]
+fn simulated_and_real_devices_never_share_an_inventory() {
+    let host = Host::new("");
+    let file = host.path("sim.toml");
+    let sim = file.to_str().unwrap();
+    std::fs::write(&file, two_keys()).unwrap();
+    // A tree that no simulation wrote is this host's own.
+    std::fs::create_dir_all(host.path("sys/bus/usb/devices")).unwrap();
+    let count = || json(&host, &["devices"]).as_array().unwrap().len();
+    ok(&host.virt_usb(&["discover", "--sim", sim]));
+    let refused = fails(&host, &["discover"]);
+    for words in ["has the devices of a simulation", "add --sim FILE", "another state_dir"] {
+        assert!(refused.contains(words), "{refused}");
+    }
+    assert_eq!(count(), 2, "no device was removed");
+    let rebuild = ["store", "rebuild", "--force", "--without-guests"];
+    assert!(fails(&host, &rebuild).contains("has the devices of a simulation"));
+    assert_eq!(count(), 2);
+    std::fs::remove_dir_all(host.path("state")).unwrap();
+    ok(&host.virt_usb(&["discover"]));
+    let refused = fails(&host, &["discover", "--sim", sim]);
+    assert!(refused.contains("a simulation needs its own state_dir"), "{refused}");
+    assert_eq!(count(), 0, "no device was added");
+    assert!(ok(&host.virt_usb(&["discover", "--sim", sim, "--dry-run"])).contains("0529:0001"));
+    // Of a tree that a simulation wrote, a scan finds the simulated devices.
+    std::fs::remove_dir_all(host.path("state")).unwrap();
+    std::fs::remove_dir_all(host.path("sys")).unwrap();
+    let sys = host.path("sys");
+    ok(&host.virt_usb(&["discover", "--sim", sim, "--sysfs-out", sys.to_str().unwrap()]));
+    ok(&host.virt_usb(&["discover"]));
+    assert_eq!(count(), 2);
+}
+
+#[test]
 fn devices_as_json_have_the_columns_of_the_table() {
     let host = Host::new("");
     host.discover(&two_keys());
@@ -236,15 +269,26 @@ fn an_operator_sets_devices_aside_and_gives_them_tags() {
         ok(&host.virt_usb(&["quarantine", "clear", "1"])).contains("is already out of quarantine")
     );
     let tags = || json(&host, &["devices"])[0]["tags"].clone();
-    assert!(
-        ok(&host.virt_usb(&["tag", "1", "blue", "a"]))
-            .contains("is tagged erp, a, blue; it is available")
-    );
+    assert!(ok(&host.virt_usb(&["tag", "1", "blue", "a"])).ends_with("is tagged erp, a, blue\n"));
     assert_eq!(tags(), serde_json::json!(["erp", "a", "blue"]));
     assert!(
         fails(&host, &["untag", "1", "erp"]).contains("has the tag \"erp\" from a whitelist rule")
     );
-    ok(&host.virt_usb(&["untag", "1", "blue", "none"]));
+    let name = "device 1 (0529:0001 \"HASP\", port 1-1)";
+    assert_eq!(
+        ok(&host.virt_usb(&["untag", "1", "nosuch"])).trim(),
+        format!("{name} has no tag \"nosuch\"; its tags: erp, a, blue")
+    );
+    assert_eq!(json(&host, &["untag", "1", "nosuch"])["changed"], false);
+    ok(&host.virt_usb(&["tag", "1", "erp"]));
+    assert_eq!(
+        ok(&host.virt_usb(&["untag", "1", "erp"])).trim(),
+        format!("{name}: removed; a whitelist rule still gives it \"erp\"; its tags: erp, a, blue")
+    );
+    assert_eq!(
+        ok(&host.virt_usb(&["untag", "1", "blue", "none"])).trim(),
+        format!("{name}: removed; its tags: erp, a")
+    );
     host.discover(&two_keys());
     assert_eq!(tags(), serde_json::json!(["erp", "a"]), "a scan changes nothing");
     for wrong in

@@ -89,7 +89,7 @@ fn the_command_line_asks_an_api_as_it_asks_its_own_inventory() {
         }
     }
     assert!(ok(&there(&["enable", "2"])).contains("is enabled; it is available"));
-    assert!(ok(&there(&["untag", "3", "blue", "green"])).contains("is without tags"));
+    assert!(ok(&there(&["untag", "3", "blue", "green"])).contains(": removed; it has no tags"));
     assert_eq!(
         ok(&there(&["detach", "erp", "1"])),
         "device 1 (0529:0001 \"HASP copy protection dongle\", port 1-1) is free\n"
