@@ -35,7 +35,7 @@ pub enum HookError {
         looked: String,
     },
     /// A folder of hooks cannot be read.
-    #[error("cannot list the hooks in {path}: {source}")]
+    #[error("cannot list the hooks in {path}")]
     List {
         /// Path of the folder.
         path: PathBuf,
@@ -43,7 +43,7 @@ pub enum HookError {
         source: io::Error,
     },
     /// No process could be made of a hook, or its pipes failed.
-    #[error("cannot call the hook: {0}")]
+    #[error("cannot call the hook")]
     Call(#[from] io::Error),
 }
 

@@ -17,7 +17,7 @@ pub const FLAVOR_NAMESPACE: &str = "urn:virt-usb:flavor:1";
 #[derive(Debug, thiserror::Error)]
 pub enum DomainError {
     /// The file cannot be read.
-    #[error("cannot read the domain {path}: {source}")]
+    #[error("cannot read the domain {path}")]
     Read {
         /// Path of the file.
         path: PathBuf,

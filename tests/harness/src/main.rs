@@ -120,6 +120,9 @@ fn try_flavor(common: &Common, args: &TryArgs) -> anyhow::Result<CallOutcome> {
     own_hook_only(common)?;
     let mut domain = Domain::load(&args.file)?;
     let stored = args.flavor_name.as_deref().map(|name| stored_flavor(common, name)).transpose()?;
+    if let Some(json) = &args.flavor {
+        object(json).map_err(|what| Input(format!("--flavor: {what}")))?;
+    }
     if let Some(json) = args.flavor.as_ref().or(stored.as_ref()) {
         domain = domain.with_flavor(json).map_err(Input)?;
     }
@@ -127,18 +130,31 @@ fn try_flavor(common: &Common, args: &TryArgs) -> anyhow::Result<CallOutcome> {
     let theatre = Theatre::new(common, Some(&scratch.config()), scratch.sysfs())?;
     theatre.needs_product()?;
     let frame = |say: &str| Frame { say: Some(say.to_owned()), ..Frame::default() };
+    let start = match &args.flavor {
+        Some(_) => "what a start with --flavor, in the domain's <metadata>, comes to",
+        None => "what a start with this flavor comes to",
+    };
     let verdict = theatre.play(|stage| {
-        stage.discover("discover", args.sim.as_deref(), frame("which devices there are"))?;
-        let start = Frame {
-            expected: common.expected(),
-            ..frame("what a start with this flavor comes to")
-        };
+        if !stage.discover("discover", args.sim.as_deref(), frame("which devices there are"))? {
+            return Ok(());
+        }
+        let start = Frame { expected: common.expected(), ..frame(start) };
         if let Some(live) = stage.cycle(Cycle::Start, &domain, start)? {
             stage.cycle(Cycle::Stop, &live, frame("and what is left after it"))?;
         }
         Ok(())
     })?;
     Ok(verdict)
+}
+
+/// Checks that a flavor is a JSON object. The hook checks its keys.
+fn object(json: &str) -> Result<(), String> {
+    let example = r#"a JSON object such as {"usb_devices":[{"vendor_id":"0529"}]}"#;
+    match serde_json::from_str(json) {
+        Ok(Value::Object(_)) => Ok(()),
+        Ok(_) => Err(format!("found {json}, wanted {example}")),
+        Err(_) => Err(format!("found {json:?}, which is no JSON, wanted {example}")),
+    }
 }
 
 /// The JSON of a flavor that is stored on this host.

@@ -14,7 +14,7 @@ use crate::record::ProductRun;
 #[derive(Debug, thiserror::Error)]
 pub enum ProductError {
     /// No process could be made of it.
-    #[error("cannot run {program}: {source}")]
+    #[error("cannot run {program}")]
     Run {
         /// Path of the executable.
         program: PathBuf,
@@ -32,7 +32,7 @@ pub enum ProductError {
         stderr: String,
     },
     /// The output is not JSON.
-    #[error("{command} printed no JSON: {source}")]
+    #[error("{command} printed no JSON")]
     Json {
         /// Command that was run.
         command: String,

@@ -52,7 +52,7 @@ use crate::stage::{Stage, StageError};
 #[derive(Debug, thiserror::Error)]
 pub enum ScenarioError {
     /// The file cannot be read.
-    #[error("cannot read the scenario {path}: {source}")]
+    #[error("cannot read the scenario {path}")]
     Read {
         /// Path of the file.
         path: PathBuf,
@@ -60,7 +60,7 @@ pub enum ScenarioError {
         source: io::Error,
     },
     /// The file is not TOML, or has unknown keys.
-    #[error("the scenario {path} is wrong: {source}")]
+    #[error("the scenario {path} is wrong")]
     Syntax {
         /// Path of the file.
         path: PathBuf,
@@ -334,7 +334,7 @@ impl Guests<'_> {
                 };
                 stage.single(&request, &domain.xml, Some(&domain), frame)
             }
-            Action::Discover { word, sim } => stage.discover(word, sim.as_deref(), frame),
+            Action::Discover { word, sim } => stage.discover(word, sim.as_deref(), frame).map(drop),
             Action::Operator(args) => stage.operator(args, frame),
         }
     }

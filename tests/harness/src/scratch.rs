@@ -12,13 +12,13 @@ use toml::{Table, Value};
 #[derive(Debug, thiserror::Error)]
 pub enum ScratchError {
     /// A folder or a file of it.
-    #[error("cannot make a scratch folder: {0}")]
+    #[error("cannot make a scratch folder")]
     Make(#[from] io::Error),
     /// The further settings are no TOML.
-    #[error("the scratch settings are no TOML: {0}")]
+    #[error("the scratch settings are no TOML")]
     Settings(#[from] toml::de::Error),
     /// The configuration cannot be written down.
-    #[error("the scratch settings cannot be written: {0}")]
+    #[error("the scratch settings cannot be written")]
     Write(#[from] toml::ser::Error),
 }
 

@@ -88,7 +88,8 @@ impl<'a> Stage<'a> {
         Ok(())
     }
 
-    /// Lets `virt-usb` scan; `action` is what the scenario calls it.
+    /// Runs `virt-usb discover`. `action` is the word of the scenario for it. Returns whether the
+    /// step went as expected.
     ///
     /// # Errors
     /// When it cannot be run, or no configuration is known.
@@ -97,7 +98,7 @@ impl<'a> Stage<'a> {
         action: &str,
         sim: Option<&Path>,
         frame: Frame,
-    ) -> Result<(), StageError> {
+    ) -> Result<bool, StageError> {
         self.operate(action, frame, |product| product.discover(sim))
     }
 
@@ -107,6 +108,7 @@ impl<'a> Stage<'a> {
     /// When it cannot be run, or no configuration is known.
     pub fn operator(&mut self, args: &[String], frame: Frame) -> Result<(), StageError> {
         self.operate(&format!("virt-usb {}", args.join(" ")), frame, |product| product.run(args))
+            .map(drop)
     }
 
     /// A step that cannot be, such as stopping a guest that does not run: often because an earlier
@@ -144,7 +146,7 @@ impl<'a> Stage<'a> {
         action: &str,
         frame: Frame,
         run: impl FnOnce(&Product) -> Result<ProductRun, ProductError>,
-    ) -> Result<(), StageError> {
+    ) -> Result<bool, StageError> {
         let Some(product) = &self.product else {
             let what = format!(
                 "{action} needs virt-usb and a configuration: give --config FILE or --scratch"
@@ -158,9 +160,10 @@ impl<'a> Stage<'a> {
             _ => Outcome::Refused { op: action.to_owned(), message: ran.stderr.trim().to_owned() },
         };
         let problem = problem(&frame.expected, &outcome, &[], Some(&ran));
+        let as_expected = problem.is_none();
         let play = Play::new(self.next_step(), action, None, frame);
         self.ended(Play { product: Some(ran), outcome, problem, ..play });
-        Ok(())
+        Ok(as_expected)
     }
 
     fn ended(&mut self, play: Play) {
@@ -173,7 +176,10 @@ impl<'a> Stage<'a> {
         match self.product.as_ref().map(Product::claims) {
             None => (None, Vec::new()),
             Some(Ok(claims)) => (Some(claims), Vec::new()),
-            Some(Err(error)) => (None, vec![format!("the claims are not known: {error}")]),
+            Some(Err(error)) => {
+                let why = anyhow::Error::from(error);
+                (None, vec![format!("the claims are not known: {why:#}")])
+            }
         }
     }
 }

@@ -276,6 +276,41 @@ fn a_flavor_is_tried_and_nothing_stays() {
 }
 
 #[test]
+fn an_error_is_reported_once() {
+    let bench = Bench::new(VETO_B);
+    let output = bench.run(&["try", "nosuch.xml"]);
+    assert_eq!(
+        text(&output.stderr),
+        "hook-harness: cannot read the domain nosuch.xml: No such file or directory (os error 2)\n"
+    );
+    let output = bench.run(&["scenario", "nosuch.toml"]);
+    assert_eq!(text(&output.stderr).matches("os error 2").count(), 1);
+    let told = text(&bench.run(&["start", "b.xml"]).stdout);
+    assert_eq!(told.matches("a holds it").count(), 1, "{told}");
+    assert!(told.contains("not as expected: prepare was refused, as shown above"), "{told}");
+}
+
+#[test]
+fn a_trial_without_devices_or_flavor_does_not_start() {
+    let bench = Bench::new("cat > /dev/null");
+    for (flavor, found) in [("x", "found \"x\", which is no JSON"), ("[]", "found []")] {
+        let output = bench.run(&["try", "a.xml", "--flavor", flavor]);
+        let said = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(2));
+        assert!(said.contains(&format!("--flavor: {found}, wanted a JSON object")), "{said}");
+    }
+    script(
+        &bench.at("virt-usb"),
+        "case \"$3\" in discover) echo 'no such file' >&2; exit 1;; esac",
+    );
+    let (document, status) = bench.json(&["try", "a.xml", "--sim", "nosuch.toml"]);
+    assert_eq!((status, document["plays"].as_array().unwrap().len()), (1, 1), "{document:#}");
+    assert!(bench.calls().is_empty(), "no hook is called");
+    let told = text(&bench.run(&["try", "a.xml", "--sim", "nosuch.toml"]).stdout);
+    assert_eq!(told.matches("no such file").count(), 1, "{told}");
+}
+
+#[test]
 fn installed_hooks_are_kept_away_from_a_trial() {
     let bench = Bench::new("");
     let file = scenario(&bench, "[[steps]]\ndo = 'discover'");
