@@ -7,12 +7,14 @@ use rusqlite::Transaction;
 use crate::error::Sql;
 use crate::{Store, StoreError};
 
-const MARK: &str = "SELECT max(simulated) FROM compute_nodes WHERE deleted = 0";
+/// The mark of the inventory. An inventory without devices has none.
+const MARK: &str = "SELECT max(simulated) FROM compute_nodes WHERE deleted = 0 AND EXISTS (SELECT \
+    1 FROM usb_devices WHERE deleted = 0)";
 
 /// Source of the devices in an inventory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Origin {
-    /// This host.
+    /// The devices that are plugged into this host.
     Host,
     /// A simulation file, or a sysfs tree that was written from one.
     Simulation,
