@@ -2,8 +2,8 @@
 //! does not depend on the machine or its load, so a review shows changes that make the filter
 //! slower.
 //!
-//! `fuel.txt` has a line for each toolchain. After an intended change, run `BLESS=1 cargo test -p
-//! virt-usb-filter-host --test fuel`, and review the difference.
+//! `fuel.txt` has a line for each toolchain. After an intended change, run
+//! `BLESS=1 tests/suite/run fuel`, and review the difference.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
 mod common;
@@ -113,7 +113,7 @@ fn the_filter_computes_no_more_than_before() {
             percent.abs() <= TOLERANCE_PERCENT,
             "{name}: {fuel} units of fuel, {percent:+.1} % compared with the recorded \
                 {known_fuel} for {toolchain}; if this is intended, run \
-             BLESS=1 cargo test -p virt-usb-filter-host --test fuel"
+             BLESS=1 tests/suite/run fuel"
         );
     }
     assert_eq!(known.split(", ").count(), counts.len());
