@@ -67,7 +67,7 @@ pub(crate) struct UsbClaim {
     state: String,
     /// Lifetime of the claim: `running` (until the instance stops) or `instance`.
     hold: String,
-    /// An incoming restore or migration that was not confirmed yet.
+    /// Whether the claim is for an incoming restore or migration that is not confirmed yet.
     #[serde(default)]
     #[schema(required)]
     pending: bool,
@@ -118,7 +118,7 @@ pub(crate) struct UsbProblem {
     about: String,
     /// Name of the domain.
     domain: String,
-    /// Time of the claim (UTC, ISO 8601).
+    /// Time at which the problem began (UTC, ISO 8601).
     since: String,
     what: String,
 }
@@ -149,13 +149,13 @@ pub(crate) struct UsbEvents {
 pub(crate) struct UsbEvent {
     /// Id of the event; later events have higher ids.
     pub(crate) id: i64,
-    /// Time of the claim (UTC, ISO 8601).
+    /// Time of the event (UTC, ISO 8601).
     at: String,
     /// Type of the event: `claimed`, `allocated`, `released`, `refused`, ...
     event: String,
     #[schema(value_type = Option<String>)]
     instance_uuid: Option<InstanceId>,
-    /// Name of the domain at the time of the claim.
+    /// Name of the domain at the time of the event.
     domain: Option<String>,
     project_id: Option<String>,
     #[schema(value_type = Option<u64>)]
@@ -258,27 +258,28 @@ pub(crate) struct Hypervisor {
     pub(crate) hypervisor: HypervisorDetail,
 }
 
-/// A host among others.
+/// Entry of the list of hosts.
 #[derive(Debug, Serialize, Deserialize, ToSchema)]
 pub(crate) struct HypervisorSummary {
     pub(crate) id: u64,
     pub(crate) hypervisor_hostname: String,
-    /// As Nova has it: `up`, or `down` where the fleet does not hear of it.
+    /// State in Nova's terms: `up`, or `down` if the fleet has no current data of the host.
     #[serde(default)]
     #[schema(required)]
     pub(crate) state: String,
-    /// As Nova has it.
+    /// Status in Nova's terms.
     #[serde(default)]
     #[schema(required)]
     pub(crate) status: String,
     pub(crate) usb_device_totals: Totals,
-    /// The inventory's, for administrators: it grows with every change.
+    /// Revision of the inventory, which grows with every change; only for administrators.
     pub(crate) revision: Option<u64>,
-    /// When its devices were looked for last, completely; UTC, ISO 8601.
+    /// Time of the last complete discovery (UTC, ISO 8601).
     pub(crate) scanned_at: Option<String>,
 }
 
-/// The devices promised first, as they have always been.
+// The devices are the first key, as in the first version of the API.
+/// Host with its devices.
 #[derive(Debug, Serialize, Deserialize, ToSchema)]
 pub(crate) struct HypervisorDetail {
     pub(crate) usb_device_stats: Vec<UsbDevice>,
@@ -286,27 +287,26 @@ pub(crate) struct HypervisorDetail {
     pub(crate) listed: HypervisorSummary,
 }
 
-/// The servers that the caller may know of.
+/// Servers that the caller may see.
 #[derive(Debug, Serialize, Deserialize, ToSchema)]
 pub(crate) struct Servers {
     pub(crate) servers: Vec<ServerSummary>,
 }
 
-/// A server among others.
+/// Entry of the list of servers.
 #[derive(Debug, Serialize, Deserialize, ToSchema)]
 pub(crate) struct ServerSummary {
     #[schema(value_type = String)]
     pub(crate) id: InstanceId,
     pub(crate) name: String,
-    /// As Nova has it: `ACTIVE`, `SHUTOFF`.
+    /// Status in Nova's terms: `ACTIVE`, `SHUTOFF`.
     #[serde(default)]
     #[schema(required)]
     pub(crate) status: String,
     /// Owner project, if known.
     #[schema(value_type = Option<String>)]
     pub(crate) project_id: Option<ProjectId>,
-    /// When the server's host asked libvirt about it last: UTC, ISO 8601; null where that is not
-    /// known.
+    /// Time at which the host last asked libvirt about the server (UTC, ISO 8601); null if unknown.
     pub(crate) seen_at: Option<String>,
 }
 
@@ -334,7 +334,7 @@ pub(crate) struct ServerDetail {
 pub(crate) struct Acted {
     /// The attached or detached devices, in their new state.
     pub(crate) usb_devices: Vec<UsbDevice>,
-    /// Whether the server runs; if not, what is attached comes at its next start.
+    /// Whether the server is running. If not, it gets attached devices at its next start.
     pub(crate) live: bool,
     /// Ids of the devices that the server already had.
     pub(crate) already: Vec<u64>,
@@ -351,9 +351,9 @@ pub(crate) struct Owners {
 pub(crate) struct UsbOwner {
     #[schema(value_type = String)]
     instance_uuid: InstanceId,
-    /// Since when: UTC, ISO 8601.
+    /// Time at which the owner was set (UTC, ISO 8601).
     created_at: String,
-    /// Name of the domain at the time of the claim.
+    /// Name of the domain when the owner was set.
     domain: String,
     #[schema(value_type = String)]
     project_id: ProjectId,
