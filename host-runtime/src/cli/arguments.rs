@@ -200,8 +200,8 @@ pub(super) enum Verb {
     },
     /// Check this host and show how to fix problems
     ///
-    /// Changes nothing. Exit status for monitoring: 0 no problems, 1 some functions do not work,
-    /// 2 guests do not get their devices.
+    /// Changes nothing. Exit status for monitoring: 0 no problems, 1 a warning, 2 something is
+    /// broken.
     #[command(args = hidden_api_options())]
     Doctor {
         /// Include checks that pass

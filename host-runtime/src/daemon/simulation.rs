@@ -39,7 +39,10 @@ impl Simulation {
         let sysfs = config.state_dir.join("simulated-sysfs");
         config.sysfs_root.clone_from(&sysfs);
         let simulation = Self { file: file.to_owned(), sysfs };
-        simulation.read()?;
+        let (text, _) = simulation.read()?;
+        if let Err(why) = SimulatedHypervisor::check(&text) {
+            bail!("the simulation file {} is wrong: {why}", file.display());
+        }
         Ok(simulation)
     }
 
@@ -66,9 +69,17 @@ impl Simulation {
         let text = Arc::new(Mutex::new(String::new()));
         let source = FileSource { simulation: self, text: text.clone(), known: Mutex::default() };
         let domains = hypervisor.clone();
+        let reported = Mutex::new(None);
         let after = move || {
             let text = text.lock().unwrap_or_else(PoisonError::into_inner).clone();
-            match domains.apply(&text) {
+            let result = domains.apply(&text);
+            // Each scan applies the same text again.
+            let mut reported = reported.lock().unwrap_or_else(PoisonError::into_inner);
+            if result.as_ref().err() == reported.as_ref() && result.is_err() {
+                return;
+            }
+            *reported = result.as_ref().err().cloned();
+            match result {
                 Ok(refused) => {
                     refused.iter().for_each(|why| tracing::warn!("does not start: {why}"));
                 }

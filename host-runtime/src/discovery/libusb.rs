@@ -15,7 +15,7 @@ use virt_usb_model::device::Problem;
 use virt_usb_model::{BusAddress, Class, Device, DeviceKey, PortPath, Serial};
 
 use super::host_use::HostUse;
-use super::listed::{Listed, Strings, Wanted, describe};
+use super::listed::{Listed, Strings, Wanted, read_all};
 use super::sysfs::{CLAIMED, Plugged, Scan, scan};
 use super::ties::Ties;
 use super::{Snapshot, UsbSource, about, about_all, context, names};
@@ -67,7 +67,7 @@ impl View {
         sysfs_root: &Path,
         devices: impl FnOnce() -> rusb::Result<Vec<rusb::Device<rusb::Context>>>,
     ) -> Self {
-        Self { sysfs: scan(sysfs_root), listed: devices().map(describe) }
+        Self { sysfs: scan(sysfs_root), listed: devices().map(read_all) }
     }
 
     fn agrees(&self) -> bool {

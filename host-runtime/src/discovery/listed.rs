@@ -18,7 +18,7 @@ pub(super) struct Listed {
 }
 
 /// Reads the descriptors of all devices except root hubs. Also returns the problems.
-pub(super) fn describe(devices: Vec<rusb::Device<Context>>) -> (Vec<Listed>, Vec<String>) {
+pub(super) fn read_all(devices: Vec<rusb::Device<Context>>) -> (Vec<Listed>, Vec<String>) {
     let mut listed = Vec::new();
     let mut wrong = Vec::new();
     for device in devices {

@@ -1,4 +1,4 @@
-//! The agent: its process, and what it reports of itself.
+//! Checks the agent: that it runs as the right user, and the status that it reports.
 
 use std::io::ErrorKind;
 use std::os::unix::fs::MetadataExt;
@@ -8,7 +8,7 @@ use virt_usb_config::Config;
 use virt_usb_config::host_env::{self, Agent};
 use virt_usb_model::clean;
 
-use super::process::{holder, may};
+use super::process::{find_lock_holder, may_access};
 use super::{CONNECT_TIMEOUT, Host, Places, Report, VERSION};
 use crate::agent::health::{self, Health};
 
@@ -31,16 +31,17 @@ pub(super) fn check(host: &Host, report: &Report) {
         Agent::NotInstalled => {
             return report.warn(
                 "none is installed: guests get their devices only with 'virt-usb start'",
-                "'make install-agent', then 'systemctl enable --now virt-usbd'",
+                "'apt install virt-usb' (from source: 'make install-agent'), then 'systemctl enable \
+                 --now virt-usbd'",
             );
         }
     };
     // If the agent is connected, its access to the sockets needs no check.
     let is_connected = health.as_ref().is_ok_and(|health| health.connected.is_some());
-    user(places, config, is_connected, report);
+    check_user(places, config, is_connected, report);
     let restart = "'systemctl restart virt-usbd' (guests keep their devices)";
     match health {
-        Ok(health) => of_health(&health, config, report),
+        Ok(health) => check_health(&health, config, report),
         Err(e) if e.kind() == ErrorKind::PermissionDenied => {
             report.warn("this user may not query its status", "'sudo virt-usb doctor'");
         }
@@ -61,9 +62,11 @@ pub(super) fn check(host: &Host, report: &Report) {
     }
 }
 
-/// Whether the agent runs as the right user, and may talk to libvirt.
-fn user(places: &Places, config: &Config, is_connected: bool, report: &Report) {
-    let Some(process) = holder(&config.state_dir.join(host_env::AGENT_LOCK)) else { return };
+/// Checks that the agent runs as the right user, and may talk to libvirt.
+fn check_user(places: &Places, config: &Config, is_connected: bool, report: &Report) {
+    let Some(process) = find_lock_holder(&config.state_dir.join(host_env::AGENT_LOCK)) else {
+        return;
+    };
     let Ok(owner) = std::fs::metadata(&config.state_dir).map(|found| found.uid()) else { return };
     let state_dir = config.state_dir.display();
     if process.uid != owner {
@@ -82,7 +85,7 @@ fn user(places: &Places, config: &Config, is_connected: bool, report: &Report) {
     for socket in ["libvirt/libvirt-sock", "libvirt/virtqemud-sock"] {
         let socket = places.run.join(socket);
         let Ok(found) = std::fs::metadata(&socket) else { continue };
-        if is_connected || may(&found, process.uid, &process.groups, 0o2) {
+        if is_connected || may_access(&found, process.uid, &process.groups, 0o2) {
             report.ok(format!("it may talk to libvirt at {}", socket.display()));
         } else {
             report.broken(
@@ -105,7 +108,7 @@ fn user(places: &Places, config: &Config, is_connected: bool, report: &Report) {
 }
 
 /// Checks the status that the agent reports.
-fn of_health(health: &Health, config: &Config, report: &Report) {
+fn check_health(health: &Health, config: &Config, report: &Report) {
     let fix = "'journalctl -u virt-usbd' shows why; 'systemctl restart virt-usbd' (guests keep \
         their devices)";
     if health.version != VERSION {

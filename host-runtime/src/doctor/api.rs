@@ -5,7 +5,7 @@ use std::time::{Duration, SystemTime};
 
 use virt_usb_config::{Api, Tls};
 
-use super::process::open_to_all;
+use super::process::warn_if_open_to_all;
 use super::{CONNECT_TIMEOUT, Host, Report, address};
 use virt_usb_fleet::http_server::{Certificate, expiry};
 
@@ -32,7 +32,7 @@ fn certificate(tls: &Tls, report: &Report) {
              certificate, if it has one",
         );
     }
-    open_to_all("its key", &tls.key, report);
+    warn_if_open_to_all("its key", &tls.key, report);
     let name = tls.certificate.display();
     let renew = "renew it; the agent reads the new one without a restart";
     match expiry(&tls.certificate).map(|expires| expires.duration_since(SystemTime::now())) {

@@ -1,4 +1,4 @@
-//! etcd, through which the fleet shares its inventory.
+//! Checks the fleet: its etcd endpoints, their alarms and sizes, and what this host has published.
 
 use super::{Host, Report};
 

@@ -7,7 +7,7 @@ use std::process::Command;
 use virt_usb_config::DEFAULT_PATH;
 use virt_usb_store::FILE_NAME;
 
-use super::process::daemons;
+use super::process::find_daemons;
 use super::{Host, Places, Report, VERSION};
 
 /// Path of the hook in libvirt's directory of hooks.
@@ -20,7 +20,7 @@ pub(super) fn check(places: &Places, report: &Report) {
     let Ok(found) = std::fs::metadata(&hook) else {
         report.broken(
             format!("there is none at {}", hook.display()),
-            "install it: 'make install-hook', or the package again",
+            "'apt install --reinstall virt-usb' installs it; from source: 'make install-hook'",
         );
         return;
     };
@@ -48,14 +48,15 @@ pub(super) fn check(places: &Places, report: &Report) {
         }
         Some(version) => report.warn(
             format!("{} is version {version}, this program is {}", hook.display(), VERSION),
-            "install both from one package, or with 'make install-hook'",
+            "install both from one package ('apt install virt-usb'); from source: 'make \
+             install-hook'",
         ),
         None => report.broken(
             format!(
                 "{} does not answer to --version: it is not virt-usb's hook, or it cannot run",
                 hook.display()
             ),
-            "install it again: 'make install-hook', or the package",
+            "'apt install --reinstall virt-usb' installs it again; from source: 'make install-hook'",
         ),
     }
     seen_by_daemon(places, report);
@@ -65,7 +66,7 @@ pub(super) fn check(places: &Places, report: &Report) {
 fn seen_by_daemon(places: &Places, report: &Report) {
     let folder = places.hooks.join("qemu.d");
     let made = std::fs::metadata(&folder).and_then(|found| found.created());
-    for (daemon, pid) in daemons(places) {
+    for (daemon, pid) in find_daemons(places) {
         let began =
             std::fs::metadata(Path::new("/proc").join(&pid)).and_then(|found| found.modified());
         match (&made, began) {
@@ -93,7 +94,7 @@ fn seen_by_daemon(places: &Places, report: &Report) {
 pub(super) fn confinement(host: &Host, report: &Report) {
     let Host { places, config } = host;
     let hook = std::fs::canonicalize(places.hooks.join(HOOK));
-    for (daemon, pid) in daemons(places) {
+    for (daemon, pid) in find_daemons(places) {
         let label = std::fs::read_to_string(config.procfs_root.join(&pid).join("attr/current"))
             .unwrap_or_default();
         if !label.trim_end_matches(['\0', '\n']).ends_with("(enforce)") {
@@ -108,8 +109,8 @@ pub(super) fn confinement(host: &Host, report: &Report) {
                     "AppArmor confines {daemon}: its profile does not allow the hook's target, {}",
                     real.display()
                 ),
-                "put the program itself there, or a link into /usr/sbin: 'make install-hook', or \
-                    the package",
+                "put the program itself there, or a link into /usr/sbin: 'apt install --reinstall \
+                 virt-usb', or, from source, 'make install-hook'",
             ),
             _ => report.ok(format!("AppArmor lets {daemon} run it")),
         }
@@ -130,7 +131,7 @@ pub(super) fn containers(host: &Host, report: &Report) {
     let hook = host.places.hooks.join(HOOK);
     let config = host.places.config.clone().unwrap_or_else(|| DEFAULT_PATH.into());
     let files = [hook, config, host.config.state_dir.join(FILE_NAME)];
-    for (daemon, pid) in daemons(&host.places) {
+    for (daemon, pid) in find_daemons(&host.places) {
         let process = Path::new("/proc").join(pid);
         // The file of a process id may be older than the process.
         let name = std::fs::read_to_string(process.join("comm")).unwrap_or_default();

@@ -1,6 +1,8 @@
 //! Checks the inventory's file.
 
-use super::{Host, Report};
+use virt_usb_store::StoreError;
+
+use super::{Host, Level, Report};
 
 /// Size in bytes of SQLite's log that means that checkpoints do not work. Writers make a checkpoint
 /// at 0.5 MiB.
@@ -10,11 +12,14 @@ pub(super) fn check(host: &Host, report: &Report) {
     let store = match host.store() {
         Ok(store) => store,
         Err(e) => {
-            return report.broken(
-                e,
-                "fix the error above; if there is no inventory, 'virt-usb discover' \
-                    creates one",
-            );
+            // Most errors of the inventory contain their fix.
+            let fix = match &e {
+                StoreError::Other { .. } | StoreError::File { .. } => {
+                    Some("'virt-usb store check' shows details".to_owned())
+                }
+                _ => None,
+            };
+            return report.add(Level::Broken, e, fix);
         }
     };
     match store.check() {

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::process::secret;
+use super::process::check_secret;
 use super::{Host, Report};
 use crate::api::keystone::Keystone;
 use crate::client;
@@ -31,7 +31,7 @@ pub(super) fn check(host: &Host, report: &Report) {
         ),
         Ok(_) => report.ok(format!("{} answers", keystone.url)),
     }
-    secret("the password in", &keystone.password_file, &host.config, report);
+    check_secret("the password in", &keystone.password_file, &host.config, report);
     if keystone.url.parse().is_ok_and(|address| client::is_open(&address)) {
         report.warn(
             format!(

@@ -1,4 +1,4 @@
-//! Processes of this host.
+//! Finds the daemons and the agent, and checks which files a user may read.
 
 use std::fs::Metadata;
 use std::os::unix::fs::MetadataExt;
@@ -17,7 +17,7 @@ pub(super) struct Process {
 }
 
 /// Names and process ids of libvirt's running daemons.
-pub(super) fn daemons(places: &Places) -> Vec<(&'static str, String)> {
+pub(super) fn find_daemons(places: &Places) -> Vec<(&'static str, String)> {
     let pid = |daemon: &'static str| {
         let text = std::fs::read_to_string(places.run.join(format!("{daemon}.pid"))).ok()?;
         Some((daemon, text.trim().to_owned()))
@@ -26,7 +26,7 @@ pub(super) fn daemons(places: &Places) -> Vec<(&'static str, String)> {
 }
 
 /// Finds the process that holds the lock on this file (proc_locks(5)).
-pub(super) fn holder(lock: &Path) -> Option<Process> {
+pub(super) fn find_lock_holder(lock: &Path) -> Option<Process> {
     let inode = std::fs::metadata(lock).ok()?.ino().to_string();
     let locks = std::fs::read_to_string("/proc/locks").ok()?;
     let pid = locks.lines().find_map(|line| {
@@ -46,7 +46,7 @@ pub(super) fn holder(lock: &Path) -> Option<Process> {
 }
 
 /// Whether a user of these groups may read a file (`access` 4), or write to it (2).
-pub(super) fn may(file: &Metadata, uid: u32, groups: &[u32], access: u32) -> bool {
+pub(super) fn may_access(file: &Metadata, uid: u32, groups: &[u32], access: u32) -> bool {
     uid == 0
         || (file.uid() == uid && file.mode() & (access << 6) != 0)
         || (groups.contains(&file.gid()) && file.mode() & (access << 3) != 0)
@@ -55,12 +55,12 @@ pub(super) fn may(file: &Metadata, uid: u32, groups: &[u32], access: u32) -> boo
 
 /// Checks that the agent may read a file with a secret, and that not every user may. `name` is the
 /// description of the file in messages.
-pub(super) fn secret(name: &str, file: &Path, config: &Config, report: &Report) {
+pub(super) fn check_secret(name: &str, file: &Path, config: &Config, report: &Report) {
     let (Ok(found), Ok(agent)) = (std::fs::metadata(file), std::fs::metadata(&config.state_dir))
     else {
         return;
     };
-    if !may(&found, agent.uid(), &[agent.gid()], 0o4) {
+    if !may_access(&found, agent.uid(), &[agent.gid()], 0o4) {
         let (file, owner) = (file.display(), agent.uid());
         report.warn(
             format!("{name} {file}: the agent may not read it"),
@@ -71,11 +71,11 @@ pub(super) fn secret(name: &str, file: &Path, config: &Config, report: &Report) 
             ),
         );
     }
-    open_to_all(name, file, report);
+    warn_if_open_to_all(name, file, report);
 }
 
 /// Warns if every user may read or change a file with a secret.
-pub(super) fn open_to_all(name: &str, file: &Path, report: &Report) {
+pub(super) fn warn_if_open_to_all(name: &str, file: &Path, report: &Report) {
     if std::fs::metadata(file).is_ok_and(|found| found.mode() & 0o007 != 0) {
         let file = file.display();
         report.warn(

@@ -26,6 +26,19 @@ use virt_usb_model::{BusAddress, InstanceId, SpeedMask};
 
 use super::{Event, Failure, Hypervisor, Running};
 
+/// The models of USB controllers that a domain may have.
+const CONTROLLERS: [&str; 9] = [
+    "qemu-xhci",
+    "nec-xhci",
+    "ich9-ehci1",
+    "ehci",
+    "piix3-uhci",
+    "piix4-uhci",
+    "vt82c686b-uhci",
+    "pci-ohci",
+    "none",
+];
+
 /// The simulated hypervisor.
 pub struct SimulatedHypervisor {
     config: Config,
@@ -103,6 +116,14 @@ impl SimulatedHypervisor {
     /// Creates a hypervisor without domains. `config` is the hook's configuration.
     pub fn new(config: Config, events: Sender<Event>) -> Self {
         Self { config, events, domains: Mutex::default(), changed: Condvar::new() }
+    }
+
+    /// Checks the domains in the text of a file.
+    ///
+    /// # Errors
+    /// What is wrong.
+    pub fn check(text: &str) -> Result<(), String> {
+        parse(text).map(drop)
     }
 
     /// Defines, undefines, starts and stops domains to match the text of a file. Returns the hook's
@@ -343,6 +364,13 @@ fn parse(text: &str) -> Result<BTreeMap<InstanceId, Spec>, String> {
         let name = spec.name.clone();
         let instance: InstanceId =
             spec.uuid.parse().map_err(|e| format!("domain {name}: uuid: {e}"))?;
+        if !CONTROLLERS.contains(&spec.controller.as_str()) {
+            return Err(format!(
+                "domain {name}: controller: found {:?}, wanted one of {}",
+                spec.controller,
+                CONTROLLERS.join(", ")
+            ));
+        }
         if domains.insert(instance, spec).is_some() {
             return Err(format!("domain {name}: its uuid belongs to another domain"));
         }
@@ -510,6 +538,21 @@ impl Hypervisor for SimulatedHypervisor {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_domain_with_an_unknown_controller_or_key_is_refused() {
+        let check = |more: &str| SimulatedHypervisor::check(&format!("{ONE}{more}"));
+        for model in CONTROLLERS {
+            assert_eq!(check(&format!("controller = '{model}'")), Ok(()));
+        }
+        let why = check("controller = 'foo'").unwrap_err();
+        assert!(
+            why.starts_with("domain a<b: controller: found \"foo\", wanted one of qemu-xhci, "),
+            "{why}"
+        );
+        assert!(why.ends_with(", none"), "{why}");
+        assert!(check("colour = 1").unwrap_err().contains("colour"));
+    }
 
     const ONE: &str = "
         [[domain]]

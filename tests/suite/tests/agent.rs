@@ -421,6 +421,11 @@ fn reasons_that_prevent_a_start_are_reported() {
     let said = refusal(command(&host));
     assert!(said.contains("a simulation needs its own state_dir"), "{said}");
     std::fs::write(host.config_file(), &keys).unwrap();
+    show(&host, &guest("erp", ERP, "colour = 'red'"));
+    let said = refusal(command(&host));
+    assert!(said.contains("sim.toml is wrong: ") && said.contains("colour"), "{said}");
+    assert!(!said.contains(" ready"), "{said}");
+    show(&host, &device("0001", "1-1", 5, ""));
     std::fs::create_dir_all(host.path("sys/bus/usb/devices")).unwrap();
     let sim = host.path("sim.toml");
     virt_usb_suite::ok(&host.virt_usb(&["discover", "--sim", sim.to_str().unwrap()]));

@@ -128,7 +128,27 @@ fn a_hook_that_libvirt_would_not_call() {
     write_program(&hook, b"#!/bin/sh\n");
     patient.finds("hook", &["broken", "it is not virt-usb's hook"]);
     fs::remove_file(&hook).unwrap();
-    patient.finds("hook", &["broken", "there is none at", "make install-hook"]);
+    patient.finds("hook", &["broken", "there is none at", "apt install", "make install-hook"]);
+}
+
+#[test]
+fn an_inventory_that_cannot_be_opened_is_reported_with_one_fix() {
+    let patient = Patient::new();
+    let file = patient.host.path("state/inventory.sqlite");
+    let fix_of = |what: &str| {
+        let output = patient.host.virt_usb(&["doctor", "--json"]);
+        let found: Vec<Value> = serde_json::from_slice(&output.stdout).unwrap();
+        let is_meant =
+            |f: &&Value| f["check"] == "inventory" && f["what"].as_str().unwrap().contains(what);
+        found.iter().find(is_meant).unwrap_or_else(|| panic!("{what}: {found:#?}"))["fix"].clone()
+    };
+    fs::write(&file, [b'x'; 8192]).unwrap();
+    assert_eq!(
+        fix_of("is damaged (file is not a database): 'virt-usb store rebuild'"),
+        Value::Null
+    );
+    fs::remove_file(&file).unwrap();
+    assert_eq!(fix_of("start the agent ('systemctl start virt-usbd')"), Value::Null);
 }
 
 #[test]
@@ -154,7 +174,8 @@ fn an_agent_that_is_not_there() {
     patient.agent.unlock().unwrap();
     patient.finds("agent", &["broken", "not running", "systemctl start virt-usbd"]);
     fs::remove_file(patient.host.path("state/agent.lock")).unwrap();
-    patient.finds("agent", &["warning", "none is installed", "make install-agent"]);
+    let words = ["warning", "none is installed", "apt install virt-usb", "make install-agent"];
+    patient.finds("agent", &words);
 }
 
 #[test]

@@ -13,9 +13,8 @@
 //! | an interface that a program has claimed | the driver `usbfs` |
 //!
 //! The last two are ignored while a claim holds the device ([`Ties::open`]). A device whose use
-//! cannot be determined counts as in use: a disk that is taken from under a mounted file system is
-//! worse than a device that an administrator has to name in the whitelist. SECURITY.md lists the
-//! uses that cannot be detected.
+//! cannot be determined counts as in use. Wrongly detaching a mounted disk loses data; wrongly
+//! refusing a device costs one whitelist rule. SECURITY.md lists the uses that cannot be detected.
 
 mod mounts;
 mod openers;
