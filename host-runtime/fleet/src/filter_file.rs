@@ -16,7 +16,7 @@ const INSTALLED: &str = "/usr/lib/virt-usb";
 pub struct FilterFile {
     /// Filter: a WebAssembly component of the world virt-usb:scheduler/filter [default: the one
     /// beside this program or in /usr/lib/virt-usb]
-    #[arg(long, value_name = "FILE", env = "VIRT_USB_FILTER")]
+    #[arg(long, value_name = "FILE", env = "VIRT_USB_FILTER", hide_env_values = true)]
     pub component: Option<PathBuf>,
     /// Accept only a filter with this SHA-256
     #[arg(long, value_name = "HEX", value_parser = digest)]

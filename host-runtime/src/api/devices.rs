@@ -284,9 +284,13 @@ pub(super) async fn forget(
     match forgotten {
         Forgotten::Done(_) => Ok(StatusCode::NO_CONTENT),
         Forgotten::Unknown => Err(missing(&name)),
-        Forgotten::Here(_) => Err(ApiError::conflict(format!(
-            "USB device {id} is plugged in or in use: only an unplugged device can be forgotten."
-        ))),
+        Forgotten::Here(record) => {
+            let why = if record.present { "plugged in" } else { "in use" };
+            Err(ApiError::conflict(format!(
+                "USB device {id} is {why}: only an unplugged device that no instance holds can be \
+                 forgotten."
+            )))
+        }
         Forgotten::Named(_, what) => Err(ApiError::conflict(format!(
             "USB device {id} is named by its id in {what}: change that first."
         ))),

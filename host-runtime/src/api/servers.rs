@@ -12,7 +12,7 @@ use serde::Deserialize;
 use utoipa::IntoParams;
 use virt_usb_domxml::Domain;
 use virt_usb_model::{DeviceRequest, InstanceId, ProjectId, Selector};
-use virt_usb_store::claim::{Shortage, Why};
+use virt_usb_store::claim::{Obstacle, Shortage, Why};
 use virt_usb_store::{Record, StoreError};
 
 use super::Api;
@@ -385,7 +385,18 @@ fn detach(
     }
     let selectors: Vec<Selector> = requests.iter().map(|r| r.selector.clone()).collect();
     let taken = api.worker(caller)?.take(server.id, &selectors);
-    let taken = taken.map_err(|e| fault(api, caller, server, e))?;
+    let taken = taken.map_err(|e| match e {
+        OperateError::Nothing(_) => {
+            let named: Vec<String> = requests.iter().map(ToString::to_string).collect();
+            ApiError::not_found(format!(
+                "Instance {} ({}) has no such USB device and no such assignment: {}.",
+                server.name,
+                server.id,
+                named.join(", ")
+            ))
+        }
+        e => fault(api, caller, server, e),
+    })?;
     answer(api, caller, server.running, taken.iter().flatten(), Vec::new())
 }
 
@@ -414,8 +425,8 @@ fn fault(api: &Api, caller: &Caller, server: &Server, e: OperateError) -> ApiErr
     match e {
         OperateError::Refused(why) => ApiError::conflict(sentence(&why)),
         OperateError::Nothing(_) => ApiError::not_found(format!(
-            "Instance {} has no such USB device and no such assignment.",
-            server.id
+            "Instance {} ({}) has no such USB device and no such assignment.",
+            server.name, server.id
         )),
         OperateError::Short { short, .. } => {
             let snapshot = api.inventory.now().unwrap_or_default();
@@ -431,12 +442,13 @@ fn fault(api: &Api, caller: &Caller, server: &Server, e: OperateError) -> ApiErr
     }
 }
 
-/// Describes why a request cannot be satisfied, as far as the caller may know.
+/// Describes why a request cannot be satisfied, as far as the caller may know, and what to do. The
+/// answer is the same for devices that the caller may not see and for devices that do not exist.
 fn shortage(snapshot: &Snapshot, caller: &Caller, short: &Shortage) -> String {
-    let obstacles: Vec<String> = short
-        .matching
+    let seen: Vec<&Obstacle> =
+        short.matching.iter().filter(|o| snapshot.sees(caller, &o.device)).collect();
+    let obstacles: Vec<String> = seen
         .iter()
-        .filter(|o| snapshot.sees(caller, &o.device))
         .map(|o| {
             let device = format!("USB device {}", o.device.entry.id);
             match &o.why {
@@ -456,9 +468,23 @@ fn shortage(snapshot: &Snapshot, caller: &Caller, short: &Shortage) -> String {
         })
         .collect();
     let request = &short.request;
-    if obstacles.is_empty() {
-        format!("No available USB device matches {request}.")
-    } else {
-        format!("No available USB device matches {request}: {}.", obstacles.join("; "))
+    let lead = format!("No available USB device matches {request}");
+    match seen.first() {
+        None => format!(
+            "{lead}: plug it in, or request a device from the list of USB devices \
+             (GET os-usb-devices)."
+        ),
+        Some(first) => format!("{lead}: {}. {}", obstacles.join("; "), advice(&first.why)),
+    }
+}
+
+/// What to do about a device that cannot be attached.
+const fn advice(why: &Why) -> &'static str {
+    match why {
+        Why::HeldBy(_) => "Request another device, or detach it from that instance.",
+        Why::OtherRequest => "Request another device, or plug in one more.",
+        Why::NotThere(_) => "Plug it in again.",
+        Why::Project => "An administrator can grant it to the project of this instance.",
+        Why::Unavailable => "Request another device, or ask an administrator to make it available.",
     }
 }

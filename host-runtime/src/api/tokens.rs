@@ -306,6 +306,11 @@ impl TokenFile {
                 why.kind(),
                 format!("{why}; run it as root or as the owner of its folder"),
             ),
+            io::ErrorKind::NotFound => io::Error::new(
+                why.kind(),
+                "its folder does not exist; the agent ('systemctl start virt-usbd') or 'virt-usb \
+                 discover' creates it",
+            ),
             _ => why,
         };
         TokensError::Io { path: self.path.clone(), why }

@@ -7,6 +7,7 @@ use clap_complete::Shell;
 use virt_usb_fleet::filter_file::FilterFile;
 use virt_usb_fleet::scheduler::Scheduler;
 use virt_usb_model::flavor::Tag;
+use virt_usb_model::request_key::selector_names;
 use virt_usb_model::{DeviceId, DeviceRequest, Flavor, ProductId, ProjectId, VendorId};
 
 use crate::api::identity::Role;
@@ -46,8 +47,8 @@ pub struct Arguments {
 #[derive(Debug, Args)]
 pub(super) struct Api {
     /// Use the API at this address instead of this host's inventory; works with hosts, devices,
-    /// claims, events, flavor, grant, attach, detach, enable, disable, quarantine, tag, untag,
-    /// owner
+    /// claims, events, flavor, grant, attach, detach, enable, disable, forget, quarantine,
+    /// tag, untag, owner
     #[arg(long, global = true, value_name = "URL", env = "VIRT_USB_URL", hide_env_values = true)]
     pub(super) url: Option<String>,
     /// With --url: file that holds the API token
@@ -446,6 +447,27 @@ pub(super) struct Watch {
     pub(super) last: u32,
 }
 
+fn flavor_set_help() -> String {
+    format!(
+        "Store a flavor\n\nDEFINITION is \
+         {{\"usb_devices\":[...],\"usb_redirection_devices\":[...]}}. An entry of usb_devices has \
+         one or more of {}, and count (default 1). An entry of usb_redirection_devices is \
+         {{\"bus\":\"usb\",\"type\":\"spicevmc\"}}.",
+        selector_names().join(", ")
+    )
+}
+
+fn grant_set_help() -> String {
+    format!(
+        "Store a grant; instances keep the devices that they hold\n\nDEFINITION is \
+         {{\"usb_devices\":[...],\"projects\":[...]}}. An entry of usb_devices has one or more of \
+         {}. A device that matches an entry is available only to these projects, to the projects \
+         of other grants that match it, and to the projects of its whitelist rule. Devices \
+         without a grant or a rule with projects are available to all projects.",
+        selector_names().join(", ")
+    )
+}
+
 #[derive(Debug, Subcommand)]
 pub(super) enum FlavorVerb {
     /// List all flavors
@@ -456,10 +478,7 @@ pub(super) enum FlavorVerb {
         name: String,
     },
     /// Store a flavor
-    ///
-    /// DEFINITION is {"usb_devices":[...],"usb_redirection_devices":[...]}. An entry of usb_devices
-    /// has one or more of id, vendor_id, product_id, serial, port, class, tags, and count (default
-    /// 1). An entry of usb_redirection_devices is {"bus":"usb","type":"spicevmc"}.
+    #[command(long_about = flavor_set_help())]
     Set {
         /// Name of the flavor, as in Nova or in the domain's metadata
         name: String,
@@ -483,12 +502,7 @@ pub(super) enum GrantVerb {
         name: String,
     },
     /// Store a grant; instances keep the devices that they hold
-    ///
-    /// DEFINITION is {"usb_devices":[...],"projects":[...]}. An entry of usb_devices has one or
-    /// more of id, vendor_id, product_id, serial, port, class, tags. A device that matches an
-    /// entry is available only to these projects, to the projects of other grants that match it,
-    /// and to the projects of its whitelist rule. Devices without a grant or a rule with projects
-    /// are available to all projects.
+    #[command(long_about = grant_set_help())]
     Set {
         /// Name of the grant
         name: String,
@@ -650,7 +664,7 @@ pub(super) struct Recover {
 mod tests {
     use clap::CommandFactory as _;
 
-    use super::{Arguments, Command, selector};
+    use super::{Arguments, Command, selector, selector_names};
 
     /// Adds the names of the subcommands whose help does not show `--url`.
     fn add_local(command: &Command, path: &str, found: &mut Vec<String>) {
@@ -661,6 +675,43 @@ mod tests {
             }
             add_local(sub, &format!("{name} "), found);
         }
+    }
+
+    #[test]
+    fn help_names_all_keys_and_all_commands_of_an_api() {
+        let mut command = Arguments::command();
+        command.build();
+        for noun in ["flavor", "grant"] {
+            let set = command.find_subcommand(noun).unwrap().find_subcommand("set").unwrap();
+            let help = set.get_long_about().unwrap().to_string();
+            for key in selector_names() {
+                assert!(help.contains(&format!(" {key}")), "{noun}: {key}: {help}");
+            }
+        }
+        let url = command.get_arguments().find(|a| a.get_id() == "url").unwrap();
+        let help = url.get_help().unwrap().to_string();
+        let (_, named) = help.split_once("works with ").unwrap();
+        let named: Vec<&str> = named.split(", ").collect();
+        let mut local = Vec::new();
+        add_local(&command, "", &mut local);
+        let is_remote = |name: &&str| {
+            *name != "help" && *name != "manual" && !local.iter().any(|known| known == name)
+        };
+        let remote = command.get_subcommands().map(Command::get_name).filter(is_remote);
+        for name in remote {
+            assert!(named.contains(&name), "{name}: {help}");
+        }
+    }
+
+    #[test]
+    fn help_shows_no_value_of_the_environment() {
+        fn check(command: &Command) {
+            for option in command.get_arguments().filter(|option| option.get_env().is_some()) {
+                assert!(option.is_hide_env_values_set(), "{}: {option}", command.get_name());
+            }
+            command.get_subcommands().for_each(check);
+        }
+        check(&Arguments::command());
     }
 
     #[test]

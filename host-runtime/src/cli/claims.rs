@@ -251,7 +251,14 @@ pub(super) fn events(session: &Session, options: &Events) -> anyhow::Result<Exit
         Some(api) => api.events(instance, device, options.limit)?,
         None => {
             let filter = Filter { instance, device, limit: options.limit, ..Filter::default() };
-            session.store()?.events(&filter)?
+            let store = session.store()?;
+            let events = store.events(&filter)?;
+            if let Some(id) = device.filter(|_| events.is_empty())
+                && !store.all_devices()?.iter().any(|record| record.entry.id == id)
+            {
+                bail!("there is no device {id}: 'virt-usb devices --all' lists all known devices");
+            }
+            events
         }
     };
     session.out.show(&events, || {

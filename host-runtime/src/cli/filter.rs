@@ -110,10 +110,14 @@ fn flavor(session: &Session, text: &str) -> anyhow::Result<Flavor> {
     match text.trim_start().bytes().next() {
         Some(b'{') => Flavor::parse(text).context("--flavor"),
         Some(b'[') => Flavor::parse_lists(Some(text), None).context("--flavor"),
-        _ => match session.store()?.flavor(text)? {
-            Some(stored) => Ok(stored.flavor),
-            None => bail!("{}", super::named_resources::unknown::<Flavor>(text)),
-        },
+        _ => {
+            // A domain's metadata writes the name with an @.
+            let name = text.strip_prefix('@').unwrap_or(text);
+            match session.store()?.flavor(name)? {
+                Some(stored) => Ok(stored.flavor),
+                None => bail!("{}", super::named_resources::unknown::<Flavor>(name)),
+            }
+        }
     }
 }
 

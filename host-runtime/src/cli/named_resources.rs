@@ -129,6 +129,12 @@ pub(super) fn set<T: Named>(
         );
     }
     let text = if definition == "-" { stdin()? } else { definition.to_owned() };
+    if definition != "-" && !text.trim_start().starts_with(['{', '[']) {
+        bail!(
+            "the {noun} {name} is not stored: {definition:?} is no JSON; to read a file: 'virt-usb \
+             {noun} set {name} - < {definition}'"
+        );
+    }
     let wanted: T = text.parse().with_context(|| format!("the {noun} {name} is not stored"))?;
     if wanted.is_void() {
         bail!("the {noun} {name} is not stored: it asks for nothing");

@@ -44,11 +44,7 @@ pub(super) fn forget(session: &Session, device: DeviceId) -> anyhow::Result<Exit
         Forgotten::Unknown => {
             bail!("there is no device {device}: 'virt-usb devices --all' lists all known devices")
         }
-        Forgotten::Here(record) => bail!(
-            "{} is plugged in or held: only an unplugged device can be forgotten; 'virt-usb \
-             disable {device}' makes it unavailable",
-            message::device(record)
-        ),
+        Forgotten::Here(record) => bail!("{}", in_use(record)),
         Forgotten::Named(record, what) => {
             bail!("{} is named by its id in {what}: change that first", message::device(record))
         }
@@ -57,6 +53,24 @@ pub(super) fn forget(session: &Session, device: DeviceId) -> anyhow::Result<Exit
         format!("{} was forgotten: if it returns, it gets a new id", message::device(record))
     })?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// Explains why a device that is plugged in or held cannot be forgotten.
+fn in_use(record: &Record) -> String {
+    let (name, id) = (message::device(record), record.entry.id);
+    match (record.present, record.entry.instance_uuid) {
+        (false, Some(holder)) => format!(
+            "{name} is unplugged, but {holder} holds it: 'virt-usb detach {holder} {id}' releases \
+             it, then it can be forgotten"
+        ),
+        (_, holder) => {
+            let held = holder.map(|holder| format!(", and {holder} holds it")).unwrap_or_default();
+            format!(
+                "{name} is plugged in{held}: only an unplugged device can be forgotten; 'virt-usb \
+                 disable {id}' makes it unavailable"
+            )
+        }
+    }
 }
 
 /// Returns the device after a change, and whether anything changed.

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use anyhow::bail;
 use virt_usb_config::Config;
 use virt_usb_store::StoreError;
-use virt_usb_store::recover::{Health, health};
+use virt_usb_store::recover::{Health, check_backup, health};
 
 use super::Session;
 use super::arguments::Recover;
@@ -28,6 +28,7 @@ pub(super) fn restore(
     if let Err(e @ StoreError::Foreign { .. }) = health(&config.state_dir, COMMAND_LOCK_TIMEOUT) {
         bail!(e);
     }
+    check_backup(file)?;
     run(session, &config, Some(file), options)
 }
 

@@ -318,7 +318,12 @@ fn lock(state_dir: &Path) -> anyhow::Result<(File, PathBuf)> {
             }
         }
     }
-    bail!("another agent runs on {}: it holds agent.lock", state_dir.display())
+    bail!(
+        "another agent runs on {}: it holds agent.lock. Stop it first ('systemctl stop virt-usbd'; \
+         'fuser -v {}' shows its process), or set another state_dir for this one",
+        state_dir.display(),
+        path.display()
+    )
 }
 
 /// Handles signals: SIGHUP reloads the configuration, SIGTERM and SIGINT stop the agent.

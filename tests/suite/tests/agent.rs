@@ -340,7 +340,9 @@ fn there_is_one_a_host_and_the_hook_knows_whether_it_lives() {
         _agent.until("it is ready", || _agent.log().contains(" ready"));
         let second = command(&host).output().unwrap();
         assert_eq!(second.status.code(), Some(1));
-        assert!(said(&second).contains("another agent runs on"), "{}", said(&second));
+        let words = said(&second);
+        assert!(words.contains("another agent runs on"), "{words}");
+        assert!(words.contains("systemctl stop virt-usbd"), "{words}");
     }
     // The simulated sysfs is the agent's own: the hook of this test looks at another.
     host.discover(&device("0001", "1-1", 5, ""));

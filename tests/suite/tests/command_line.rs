@@ -95,6 +95,39 @@ fn simulated_and_real_devices_never_share_an_inventory() {
 }
 
 #[test]
+fn an_error_says_what_to_do() {
+    let host = Host::new("");
+    let add = ["token", "add", "anna", "--project", "p1"];
+    let said = fails(&host, &add);
+    assert!(said.contains("its folder does not exist; the agent ('systemctl start"), "{said}");
+    let said = fails(&host, &["devices"]);
+    for words in ["start the agent ('systemctl start virt-usbd')", "discover --sim FILE"] {
+        assert!(said.contains(words), "{said}");
+    }
+    let backup = host.path("nosuch.sqlite");
+    let said = fails(&host, &["store", "restore", backup.to_str().unwrap()]);
+    assert!(said.contains("nosuch.sqlite is not a sound inventory (No such file"), "{said}");
+    assert!(!said.contains("libvirt"), "{said}");
+    host.discover(&two_keys());
+    let said = fails(&host, &["events", "--device", "7"]);
+    assert!(said.contains("there is no device 7: 'virt-usb devices --all'"), "{said}");
+    let said = fails(&host, &["flavor", "set", "x", "nosuch.json"]);
+    assert!(said.contains("to read a file: 'virt-usb flavor set x - < nosuch.json'"), "{said}");
+    host.flavor("m1.erp", r#"{"usb_devices":[{"serial":"A"}]}"#);
+    for name in ["m1.erp", "@m1.erp"] {
+        ok(&host.virt_usb(&["filter", "--flavor", name]));
+    }
+    let guest = domain("erp", 1, r#"{"usb_devices":[{"serial":"A"}]}"#);
+    let call = host.call(&["erp", "prepare", "begin", "-"], guest.as_bytes());
+    assert!(call.status.success(), "{call:?}");
+    let said = fails(&host, &["forget", "1"]);
+    assert!(said.contains("is plugged in, and "), "{said}");
+    host.discover("");
+    let said = fails(&host, &["forget", "1"]);
+    assert!(said.contains("is unplugged, but ") && said.contains("'virt-usb detach "), "{said}");
+}
+
+#[test]
 fn devices_as_json_have_the_columns_of_the_table() {
     let host = Host::new("");
     host.discover(&two_keys());
@@ -232,7 +265,7 @@ fn a_device_that_is_gone_is_forgotten() {
     let host = Host::new("");
     host.discover(&two_keys());
     let refused = fails(&host, &["forget", "1"]);
-    assert!(refused.contains("device 1") && refused.contains("is plugged in or held"), "{refused}");
+    assert!(refused.contains("device 1") && refused.contains("is plugged in: "), "{refused}");
     host.discover("");
     ok(&host.virt_usb(&["flavor", "set", "erp", r#"{"usb_devices":[{"id":2}]}"#]));
     let named = fails(&host, &["forget", "2"]);

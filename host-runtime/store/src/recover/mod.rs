@@ -165,6 +165,14 @@ pub fn replace(
     Recovery { state_dir, path, scratch, lock_timeout, request, backup, context }.run(fill)
 }
 
+/// Checks that a backup can be read, before anything else is asked.
+///
+/// # Errors
+/// If there is no such file, or this user may not read it.
+pub fn check_backup(file: &Path) -> Result<(), StoreError> {
+    BackupFile::open(file).map(drop)
+}
+
 /// Lock on the folder that allows one restore or rebuild at a time. The kernel releases it when the
 /// process ends in any way.
 fn one_at_a_time(state_dir: &Path, path: &Path) -> Result<File, StoreError> {

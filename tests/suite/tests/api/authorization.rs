@@ -161,11 +161,21 @@ fn roles_permit_the_documented_calls() {
         .attach(member, ERP, &json!([{ "vendor_id": "0529", "product_id": "0001" }]))
         .fault("conflictingRequest");
     assert!(
-        why.contains("USB device 1 is in use") && !why.contains("crm") && !why.contains(CRM),
+        why.contains("USB device 1 is in use. Request another device")
+            && !why.contains("crm")
+            && !why.contains(CRM),
         "{why}"
     );
     let why = served.attach(member, ERP, &json!([{ "serial": "S3" }])).fault("conflictingRequest");
-    assert_eq!(why, "No available USB device matches {\"serial\":\"S3\"}.");
+    let advice = "plug it in, or request a device from the list of USB devices (GET \
+                  os-usb-devices).";
+    assert_eq!(why, format!("No available USB device matches {{\"serial\":\"S3\"}}: {advice}"));
+    let none = served.attach(member, ERP, &json!([{ "serial": "none" }]));
+    assert_eq!(
+        none.fault("conflictingRequest"),
+        why.replace("S3", "none"),
+        "a hidden device looks like none"
+    );
     let filtered =
         served.ask(member, "GET", &format!("/v3/os-usb-devices?instance_uuid={CRM}"), "").json();
     assert_eq!(filtered["usb_devices"], json!([]), "a filter tells nothing that is not shown");

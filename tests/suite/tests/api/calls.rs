@@ -47,7 +47,7 @@ fn the_calls_are_answered_key_by_key() {
             served
                 .ask(&admin, "POST", &action, detach)
                 .fault("itemNotFound")
-                .contains("has no such USB device")
+                .contains(") has no such USB device and no such assignment: {")
         );
     }
     let list = served.ask(&admin, "GET", "/v2.1/os-hypervisors", "").json();
