@@ -478,7 +478,7 @@ fn shortage(snapshot: &Snapshot, caller: &Caller, short: &Shortage) -> String {
     }
 }
 
-/// What to do about a device that cannot be attached.
+/// Advice about a device that cannot be attached.
 const fn advice(why: &Why) -> &'static str {
     match why {
         Why::HeldBy(_) => "Request another device, or detach it from that instance.",

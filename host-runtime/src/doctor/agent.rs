@@ -31,8 +31,8 @@ pub(super) fn check(host: &Host, report: &Report) {
         Agent::NotInstalled => {
             return report.warn(
                 "none is installed: guests get their devices only with 'virt-usb start'",
-                "'apt install virt-usb' (from source: 'make install-agent'), then 'systemctl enable \
-                 --now virt-usbd'",
+                "'apt install virt-usb' (from source: 'make install-agent'), then 'systemctl \
+                 enable --now virt-usbd'",
             );
         }
     };

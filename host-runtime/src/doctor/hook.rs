@@ -56,7 +56,8 @@ pub(super) fn check(places: &Places, report: &Report) {
                 "{} does not answer to --version: it is not virt-usb's hook, or it cannot run",
                 hook.display()
             ),
-            "'apt install --reinstall virt-usb' installs it again; from source: 'make install-hook'",
+            "'apt install --reinstall virt-usb' installs it again; from source: \
+             'make install-hook'",
         ),
     }
     seen_by_daemon(places, report);

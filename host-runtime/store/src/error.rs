@@ -13,9 +13,8 @@ use crate::user::User;
 pub enum StoreError {
     /// There is no database, or not even its folder.
     #[error(
-        "there is no inventory at {path}: start the agent ('systemctl start virt-usbd'), or, on a \
-         host without an agent, run 'virt-usb discover' (for a simulation: 'virt-usb discover \
-         --sim FILE')"
+        "there is no inventory at {path}: make it with 'virt-usb discover', or start the agent \
+         ('systemctl start virt-usbd')"
     )]
     Missing {
         /// The database's file.

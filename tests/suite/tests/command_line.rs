@@ -80,10 +80,18 @@ fn simulated_and_real_devices_never_share_an_inventory() {
     assert!(fails(&host, &rebuild).contains("has the devices of a simulation"));
     assert_eq!(count(), 2);
     std::fs::remove_dir_all(host.path("state")).unwrap();
+    // An inventory without devices can have either.
     ok(&host.virt_usb(&["discover"]));
+    ok(&host.virt_usb(&["discover", "--sim", sim]));
+    let mark = "import sqlite3, sys; c = sqlite3.connect(sys.argv[1]); \
+        c.execute('UPDATE compute_nodes SET simulated = 0'); c.commit()";
+    let inventory = host.path("state").join(virt_usb_store::FILE_NAME);
+    ok(&Command::new("python3").args(["-c", mark]).arg(inventory).output().unwrap());
+    std::fs::write(&file, "").unwrap();
     let refused = fails(&host, &["discover", "--sim", sim]);
     assert!(refused.contains("a simulation needs its own state_dir"), "{refused}");
-    assert_eq!(count(), 0, "no device was added");
+    assert_eq!(count(), 2, "no device was removed");
+    std::fs::write(&file, two_keys()).unwrap();
     assert!(ok(&host.virt_usb(&["discover", "--sim", sim, "--dry-run"])).contains("0529:0001"));
     // Of a tree that a simulation wrote, a scan finds the simulated devices.
     std::fs::remove_dir_all(host.path("state")).unwrap();
@@ -101,7 +109,7 @@ fn an_error_says_what_to_do() {
     let said = fails(&host, &add);
     assert!(said.contains("its folder does not exist; the agent ('systemctl start"), "{said}");
     let said = fails(&host, &["devices"]);
-    for words in ["start the agent ('systemctl start virt-usbd')", "discover --sim FILE"] {
+    for words in ["make it with 'virt-usb discover'", "('systemctl start virt-usbd')"] {
         assert!(said.contains(words), "{said}");
     }
     let backup = host.path("nosuch.sqlite");
