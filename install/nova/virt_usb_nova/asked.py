@@ -56,9 +56,7 @@ def flavor(key: str, text: str, stored: Stored) -> Any:
         name = text[1:].strip()
         found = stored(name)
         if found is None:
-            raise Wrong(
-                f"no flavor named {name!r} is stored: create it with 'virt-usb flavor set'"
-            )
+            raise Wrong(f"no flavor named {name!r} is stored: create it with 'virt-usb flavor set'")
         return devices(found)
     try:
         value = read(text, once)
