@@ -428,7 +428,7 @@ fn reasons_that_prevent_a_start_are_reported() {
     assert!(said.contains("sim.toml is wrong: ") && said.contains("colour"), "{said}");
     assert!(!said.contains(" ready"), "{said}");
     show(&host, &device("0001", "1-1", 5, ""));
-    std::fs::create_dir_all(host.path("sys/bus/usb/devices")).unwrap();
+    host.plug_in_host(&device("0002", "1-2", 6, ""));
     let sim = host.path("sim.toml");
     virt_usb_suite::ok(&host.virt_usb(&["discover", "--sim", sim.to_str().unwrap()]));
     let mut real = Command::new(virt_usb_suite::program("virt-usbd"));
