@@ -22,10 +22,7 @@ pub(super) struct BackupFile {
 
 impl BackupFile {
     pub(super) fn open(path: &Path) -> Result<Self, StoreError> {
-        let fault = |e: io::Error| match e.kind() {
-            ErrorKind::PermissionDenied => StoreError::file(path, e),
-            _ => StoreError::Unsound { path: path.into(), what: e.to_string() },
-        };
+        let fault = |e| StoreError::file(path, e);
         let _user = User::of(path).and_then(User::enter).map_err(fault)?;
         let open = |path: &Path| {
             // A pipe without a writer would be waited for.
